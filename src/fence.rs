@@ -1,0 +1,117 @@
+//! Fencing tokens: numbers that only grow, one for every acquisition.
+
+use std::fmt;
+use std::num::NonZeroU64;
+
+/// A number that is strictly larger for every later acquisition of a key.
+///
+/// Send it along with each write that the lock protects, and let the resource refuse a write whose token is smaller
+/// than the largest it has seen. A holder that was paused past its lease can then do no harm, whatever it believes.
+/// See Martin Kleppmann, "How to do distributed locking" (2016), for the argument.
+///
+/// Tokens of different keys are not comparable. The unit is an eighth of a microsecond since 2025-01-01 on the clock of
+/// the server (see [`FencingToken::from_server_time`]), which keeps tokens growing after a server lost its counters; a
+/// token fits the 53 bits that a double holds exactly until 2060.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Hash)]
+pub struct FencingToken(NonZeroU64);
+
+impl FencingToken {
+    /// The token with this number, or `None` for zero, which is never issued.
+    #[must_use]
+    pub const fn new(number: u64) -> Option<Self> {
+        match NonZeroU64::new(number) {
+            Some(number) => Some(Self(number)),
+            None => None,
+        }
+    }
+
+    /// The number itself, for the resource that compares tokens.
+    #[must_use]
+    pub const fn get(self) -> u64 {
+        self.0.get()
+    }
+
+    /// The token that belongs to a server's `TIME`: seconds since the Unix epoch and the microseconds in that second.
+    ///
+    /// Times before 2025 give zero, which is below every token.
+    #[must_use]
+    pub const fn from_server_time(seconds: u64, micros: u64) -> u64 {
+        seconds.saturating_sub(EPOCH_SECONDS) * 8_000_000 + micros * 8
+    }
+}
+
+/// 2025-01-01T00:00:00Z in seconds since the Unix epoch.
+const EPOCH_SECONDS: u64 = 1_735_689_600;
+
+impl fmt::Display for FencingToken {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        self.0.fmt(f)
+    }
+}
+
+impl From<FencingToken> for u64 {
+    fn from(token: FencingToken) -> Self {
+        token.get()
+    }
+}
+
+/// A run of tokens that a store has issued to one cycle and that nobody else will ever get: `next ..= last`.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(crate) struct TokenBlock {
+    next: u64,
+    last: u64,
+}
+
+impl TokenBlock {
+    pub(crate) const EMPTY: Self = Self { next: 1, last: 0 };
+
+    /// The block of `count` tokens whose largest is `last`.
+    pub(crate) const fn ending_at(last: u64, count: u32) -> Self {
+        Self { next: (last + 1).saturating_sub(count as u64), last }
+    }
+
+    /// The smallest token that is left, or one above the largest where none is.
+    pub(crate) const fn first(self) -> u64 {
+        self.next
+    }
+
+    pub(crate) const fn last(self) -> u64 {
+        self.last
+    }
+
+    /// How many tokens are left.
+    pub(crate) const fn remaining(self) -> u64 {
+        (self.last + 1).saturating_sub(self.next)
+    }
+
+    /// Takes the smallest token that is left.
+    pub(crate) fn take(&mut self) -> Option<FencingToken> {
+        if self.next > self.last {
+            return None;
+        }
+        let token = FencingToken::new(self.next);
+        self.next += 1;
+        token
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_block_gives_its_tokens_once_and_in_order() {
+        let mut block = TokenBlock::ending_at(12, 3);
+        let taken: Vec<u64> = std::iter::from_fn(|| block.take()).map(FencingToken::get).collect();
+        assert_eq!(taken, [10, 11, 12]);
+        assert_eq!(block.remaining(), 0);
+        assert_eq!(TokenBlock::EMPTY.remaining(), 0);
+    }
+
+    #[test]
+    fn tokens_of_2059_fit_a_double() {
+        let seconds_2059 = EPOCH_SECONDS + 35 * 365 * 24 * 3600;
+        assert!(FencingToken::from_server_time(seconds_2059, 999_999) < 1 << 53);
+        assert_eq!(FencingToken::from_server_time(0, 0), 0);
+    }
+}

@@ -1,0 +1,137 @@
+//! The name of a lock, and the slot it belongs to.
+
+use std::fmt;
+use std::sync::Arc;
+
+use crate::error::Invalid;
+
+/// The number of slots, as in Redis Cluster.
+pub const SLOTS: u16 = 16_384;
+
+/// One of the 16384 parts of the key space: CRC16 of the key, or of its `{hash tag}`, mod 16384.
+///
+/// The rule is that of the Redis Cluster specification: CRC-16/XMODEM; where the key has a `{` and, after it, a `}` with
+/// something in between, only that part of the key counts, so that keys with one tag share a slot.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Hash)]
+pub struct Slot(u16);
+
+impl Slot {
+    /// The slot of these bytes.
+    #[must_use]
+    pub fn of(key: &[u8]) -> Self {
+        Self(crc16::State::<crc16::XMODEM>::calculate(hash_tag(key).unwrap_or(key)) & (SLOTS - 1))
+    }
+
+    /// The number, 0 to 16383.
+    #[must_use]
+    pub const fn number(self) -> u16 {
+        self.0
+    }
+}
+
+impl fmt::Display for Slot {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        self.0.fmt(f)
+    }
+}
+
+/// The part between the first `{` and the first `}` after it, unless it is empty or there is none.
+pub(crate) fn hash_tag(key: &[u8]) -> Option<&[u8]> {
+    let open = key.iter().position(|&byte| byte == b'{')?;
+    let length = key[open + 1..].iter().position(|&byte| byte == b'}')?;
+    (length > 0).then(|| &key[open + 1..open + 1 + length])
+}
+
+/// The name of a lock: 1 to 512 bytes of UTF-8. Cheap to clone.
+#[derive(Clone, PartialEq, Eq, PartialOrd, Ord, Hash)]
+pub struct LockKey(Arc<str>);
+
+impl LockKey {
+    /// The longest key, in bytes.
+    pub const BYTES_MAX: usize = 512;
+
+    /// Checks a name.
+    ///
+    /// # Errors
+    ///
+    /// [`Invalid`] if it is empty or longer than [`BYTES_MAX`](Self::BYTES_MAX).
+    pub fn new(name: &str) -> Result<Self, Invalid> {
+        let bound = || format!("1 to {} bytes long", Self::BYTES_MAX);
+        if name.is_empty() {
+            return Err(Invalid::new("key", "empty", bound()));
+        }
+        if name.len() > Self::BYTES_MAX {
+            let start: String = name.chars().take(24).collect();
+            return Err(Invalid::new("key", format!("{} bytes long ({start:?}...)", name.len()), bound()));
+        }
+        Ok(Self(name.into()))
+    }
+
+    /// The name as it was given.
+    #[must_use]
+    pub fn as_str(&self) -> &str {
+        &self.0
+    }
+
+    /// The slot that decides on the shard.
+    #[must_use]
+    pub fn slot(&self) -> Slot {
+        Slot::of(self.0.as_bytes())
+    }
+}
+
+impl std::borrow::Borrow<str> for LockKey {
+    fn borrow(&self) -> &str {
+        &self.0
+    }
+}
+
+impl AsRef<str> for LockKey {
+    fn as_ref(&self) -> &str {
+        &self.0
+    }
+}
+
+impl fmt::Display for LockKey {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.write_str(&self.0)
+    }
+}
+
+impl fmt::Debug for LockKey {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        fmt::Debug::fmt(&*self.0, f)
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use deadpool_redis::redis::cluster_routing::Slot as TheirSlot;
+    use proptest::prelude::*;
+
+    #[test]
+    fn known_keys_have_known_slots() {
+        for (key, slot) in [("foo", 12182), ("{foo}shard", 12182), ("foo{}{bar}", 8363), ("123456789", 12739)] {
+            assert_eq!(Slot::of(key.as_bytes()).number(), slot, "{key}");
+        }
+    }
+
+    proptest! {
+        #[test]
+        fn slots_agree_with_the_redis_client(key in "[a-c{}%é ]{1,12}") {
+            let theirs = TheirSlot::for_key(key.as_bytes()).to_string();
+            prop_assert_eq!(Slot::of(key.as_bytes()).to_string(), theirs);
+        }
+    }
+
+    #[test]
+    fn keys_outside_their_bounds_are_refused_with_value_and_bound() {
+        let empty = LockKey::new("").unwrap_err().to_string();
+        assert_eq!(empty, "key is empty, but must be 1 to 512 bytes long");
+        let long = LockKey::new(&"x".repeat(513)).unwrap_err().to_string();
+        assert!(long.contains("513 bytes long") && long.contains("1 to 512"), "{long}");
+        assert!(LockKey::new(&"x".repeat(512)).is_ok());
+        assert_ne!(LockKey::new("A").unwrap(), LockKey::new("a").unwrap());
+    }
+}
