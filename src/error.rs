@@ -33,7 +33,9 @@ pub enum LockError {
     },
 
     /// So many local tasks wait for this one key that no more are let in. Shed load, or raise `max_waiters_per_key`.
-    #[error("{waiting} tasks of this process already wait for lock {key:?} (max_waiters_per_key = {limit}); shed load or raise the limit")]
+    #[error(
+        "{waiting} tasks of this process already wait for lock {key:?} (max_waiters_per_key = {limit}); shed load or raise the limit"
+    )]
     QueueFull {
         /// The key that was wanted.
         key: String,
@@ -44,7 +46,9 @@ pub enum LockError {
     },
 
     /// So many local tasks wait, over all keys, that no more are let in. Shed load, or raise `max_waiters`.
-    #[error("{waiting} tasks of this process already wait for locks, so {key:?} was refused (max_waiters = {limit}); shed load or raise the limit")]
+    #[error(
+        "{waiting} tasks of this process already wait for locks, so {key:?} was refused (max_waiters = {limit}); shed load or raise the limit"
+    )]
     TooManyWaiters {
         /// The key that was wanted.
         key: String,
@@ -55,7 +59,9 @@ pub enum LockError {
     },
 
     /// So many keys are held or waited for by this manager that no further one is let in. Release some, or raise `max_keys`.
-    #[error("this process already uses {used} keys, so {key:?} was refused (max_keys = {limit}); release some or raise the limit")]
+    #[error(
+        "this process already uses {used} keys, so {key:?} was refused (max_keys = {limit}); release some or raise the limit"
+    )]
     TooManyKeys {
         /// The key that was wanted.
         key: String,
@@ -124,7 +130,9 @@ pub enum LockError {
     },
 
     /// A store issued a token that is not larger than one it issued before. The lock was given up again at once.
-    #[error("shard {shard} issued token {token} for lock {key:?} after {floor} had been seen; the lock was given up, check the server's clock and data")]
+    #[error(
+        "shard {shard} issued token {token} for lock {key:?} after {floor} had been seen; the lock was given up, check the server's clock and data"
+    )]
     TokenRegression {
         /// The key that was wanted.
         key: String,
@@ -151,7 +159,11 @@ impl LockError {
     pub fn is_retryable(&self) -> bool {
         matches!(
             self,
-            Self::Timeout { .. } | Self::QueueFull { .. } | Self::TooManyWaiters { .. } | Self::TooManyKeys { .. } | Self::Unavailable { .. }
+            Self::Timeout { .. }
+                | Self::QueueFull { .. }
+                | Self::TooManyWaiters { .. }
+                | Self::TooManyKeys { .. }
+                | Self::Unavailable { .. }
         )
     }
 
@@ -223,6 +235,10 @@ pub struct Invalid {
 
 impl Invalid {
     pub(crate) fn new(field: impl Into<String>, value: impl Into<String>, bound: impl Into<String>) -> Self {
-        Self { field: field.into(), value: value.into(), bound: bound.into() }
+        Self {
+            field: field.into(),
+            value: value.into(),
+            bound: bound.into(),
+        }
     }
 }

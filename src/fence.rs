@@ -67,7 +67,10 @@ impl TokenBlock {
 
     /// The block of `count` tokens whose largest is `last`.
     pub(crate) const fn ending_at(last: u64, count: u32) -> Self {
-        Self { next: (last + 1).saturating_sub(count as u64), last }
+        Self {
+            next: (last + 1).saturating_sub(count as u64),
+            last,
+        }
     }
 
     /// The smallest token that is left, or one above the largest where none is.

@@ -1,1 +1,32 @@
+//! A client-side, sharded lock manager on Redis, for many workers that fight over the same keys.
 
+mod clock;
+mod config;
+mod endpoint;
+mod error;
+mod fence;
+mod guard;
+mod identity;
+mod key;
+mod lease;
+mod manager;
+mod protocol;
+mod queue;
+mod request;
+mod router;
+mod shard;
+mod store;
+mod telemetry;
+mod watchdog;
+
+pub use config::{Builder, Config, ShardConfig};
+pub use endpoint::Endpoint;
+pub use error::{Invalid, LockError, LossReason};
+pub use fence::FencingToken;
+pub use guard::LockGuard;
+pub use key::{LockKey, SLOTS, Slot};
+pub use manager::LockManager;
+pub use request::{LockRequest, TryLockRequest};
+pub use router::ShardMap;
+pub use store::{Holder, Inspection};
+pub use telemetry::{METRICS, MetricKind};

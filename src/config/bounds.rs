@@ -1,0 +1,278 @@
+//! What a value of each type may be: how it is read from text, and checked.
+
+use std::collections::HashSet;
+use std::time::Duration;
+
+use super::ShardConfig;
+use crate::endpoint::{Endpoint, is_name_byte, redact};
+use crate::error::Invalid;
+
+/// An [`Invalid`] that does not know yet which field it is about: each source has its own name for that.
+#[derive(Debug)]
+pub(super) struct Problem {
+    /// The part of the field, such as `[1].url`; empty for the whole.
+    part: String,
+    value: String,
+    bound: String,
+}
+
+impl Problem {
+    pub(super) fn new(value: impl Into<String>, bound: impl Into<String>) -> Self {
+        Self {
+            part: String::new(),
+            value: value.into(),
+            bound: bound.into(),
+        }
+    }
+
+    pub(super) fn at(mut self, part: impl Into<String>) -> Self {
+        self.part = part.into();
+        self
+    }
+
+    pub(super) fn of(self, field: &str) -> Invalid {
+        Invalid::new(format!("{field}{}", self.part), self.value, self.bound)
+    }
+}
+
+/// A value as it is shown in an error: quoted, cut, and without a password that was put into the wrong field.
+pub(super) fn echo(text: &str) -> String {
+    const CHARS_MAX: usize = 80;
+    let shown = if text.contains("://") || text.contains('@') {
+        redact(text)
+    } else {
+        text.to_owned()
+    };
+    match shown.char_indices().nth(CHARS_MAX) {
+        Some((end, _)) => format!("{:?}...", &shown[..end]),
+        None => format!("{shown:?}"),
+    }
+}
+
+/// The bounds of one field.
+pub(super) trait Bounds {
+    type Value;
+    /// Reads a value. It may still be out of bounds.
+    fn parse(&self, text: &str) -> Result<Self::Value, Problem>;
+    fn check(&self, value: &Self::Value) -> Result<(), Problem>;
+}
+
+/// From the first to the second, both included.
+pub(super) struct Within<T>(pub(super) T, pub(super) T);
+
+/// What can lie [`Within`] two bounds.
+pub(super) trait Quantity: PartialOrd + Sized {
+    /// How it is written.
+    const FORM: &str;
+    fn read(text: &str) -> Option<Self>;
+    fn show(&self) -> String;
+}
+
+impl<T: Quantity> Within<T> {
+    fn bound(&self) -> String {
+        format!("from {} to {}", self.0.show(), self.1.show())
+    }
+}
+
+impl<T: Quantity> Bounds for Within<T> {
+    type Value = T;
+
+    fn parse(&self, text: &str) -> Result<T, Problem> {
+        T::read(text).ok_or_else(|| Problem::new(echo(text), format!("{} {}", T::FORM, self.bound())))
+    }
+
+    fn check(&self, value: &T) -> Result<(), Problem> {
+        // Not-a-number is on neither side of a bound, and so is not within.
+        if self.0 <= *value && *value <= self.1 {
+            Ok(())
+        } else {
+            Err(Problem::new(value.show(), self.bound()))
+        }
+    }
+}
+
+impl Quantity for Duration {
+    const FORM: &str = "a duration such as 500ms, 10s or 2m,";
+
+    fn read(text: &str) -> Option<Self> {
+        // A number alone has no unit, zero included: the reader lets that one pass.
+        let has_unit = text.ends_with(|char: char| char.is_ascii_alphabetic());
+        humantime::parse_duration(text).ok().filter(|_| has_unit)
+    }
+
+    fn show(&self) -> String {
+        // humantime's own words for 365 days are "11months 30days 3h 50m 24s".
+        const UNITS: [(u128, &str); 7] = [
+            (86_400_000_000_000, "d"),
+            (3_600_000_000_000, "h"),
+            (60_000_000_000, "m"),
+            (1_000_000_000, "s"),
+            (1_000_000, "ms"),
+            (1_000, "us"),
+            (1, "ns"),
+        ];
+        let nanos = self.as_nanos();
+        UNITS
+            .iter()
+            .find(|(unit, _)| nanos > 0 && nanos % unit == 0)
+            .map_or_else(|| "0s".to_owned(), |(unit, name)| format!("{}{name}", nanos / unit))
+    }
+}
+
+impl Quantity for f64 {
+    const FORM: &str = "a number";
+
+    fn read(text: &str) -> Option<Self> {
+        text.parse().ok()
+    }
+
+    fn show(&self) -> String {
+        self.to_string()
+    }
+}
+
+impl Quantity for usize {
+    const FORM: &str = "a whole number";
+
+    fn read(text: &str) -> Option<Self> {
+        text.parse().ok()
+    }
+
+    fn show(&self) -> String {
+        self.to_string()
+    }
+}
+
+impl Quantity for u32 {
+    const FORM: &str = "a whole number";
+
+    fn read(text: &str) -> Option<Self> {
+        text.parse().ok()
+    }
+
+    fn show(&self) -> String {
+        self.to_string()
+    }
+}
+
+/// `none`, or a value within other bounds.
+pub(super) struct OrNone<B>(pub(super) B);
+
+impl<B: Bounds> Bounds for OrNone<B> {
+    type Value = Option<B::Value>;
+
+    fn parse(&self, text: &str) -> Result<Self::Value, Problem> {
+        if text == "none" {
+            return Ok(None);
+        }
+        self.0.parse(text).map(Some).map_err(or_none)
+    }
+
+    fn check(&self, value: &Self::Value) -> Result<(), Problem> {
+        match value {
+            Some(value) => self.0.check(value).map_err(or_none),
+            None => Ok(()),
+        }
+    }
+}
+
+fn or_none(mut problem: Problem) -> Problem {
+    problem.bound.insert_str(0, "none, or ");
+    problem
+}
+
+/// 1 to `most` bytes, all of them allowed.
+pub(super) struct Text {
+    pub(super) most: usize,
+    pub(super) allowed: fn(u8) -> bool,
+    /// What is allowed, in words.
+    pub(super) words: &'static str,
+}
+
+impl Bounds for Text {
+    type Value = String;
+
+    fn parse(&self, text: &str) -> Result<String, Problem> {
+        Ok(text.to_owned())
+    }
+
+    fn check(&self, value: &String) -> Result<(), Problem> {
+        if (1..=self.most).contains(&value.len()) && value.bytes().all(self.allowed) {
+            Ok(())
+        } else {
+            let bound = format!("1 to {} {}", self.most, self.words);
+            Err(Problem::new(echo(value), bound))
+        }
+    }
+}
+
+/// 1 to so many shards, each with a name of its own.
+pub(super) struct Shards {
+    pub(super) most: usize,
+}
+
+const SHARD_NAME: Text = Text {
+    most: 32,
+    allowed: is_name_byte,
+    words: "letters, digits, dots, _ and -",
+};
+
+impl Bounds for Shards {
+    type Value = Vec<ShardConfig>;
+
+    fn parse(&self, text: &str) -> Result<Self::Value, Problem> {
+        let items = text.split(|char: char| char == ',' || char.is_whitespace());
+        let shards = items.filter(|item| !item.is_empty()).enumerate();
+        Ok(shards
+            .map(|(position, item)| ShardConfig::from_text(position, item))
+            .collect())
+    }
+
+    fn check(&self, shards: &Self::Value) -> Result<(), Problem> {
+        let bound = || format!("a list of 1 to {} shards", self.most);
+        if shards.is_empty() {
+            return Err(Problem::new("empty", bound()));
+        }
+        if shards.len() > self.most {
+            return Err(Problem::new(format!("a list of {}", shards.len()), bound()));
+        }
+        let mut names = HashSet::new();
+        for (position, shard) in shards.iter().enumerate() {
+            let at = |part: &str| format!("[{position}].{part}");
+            SHARD_NAME
+                .check(&shard.name)
+                .map_err(|problem| problem.at(at("name")))?;
+            if !names.insert(&shard.name) {
+                let problem = Problem::new(echo(&shard.name), "given to one shard only");
+                return Err(problem.at(at("name")));
+            }
+            Endpoint::parse(&shard.url)
+                .map_err(|invalid| Problem::new(invalid.value, invalid.bound).at(at(&invalid.field)))?;
+        }
+        Ok(())
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn durations_are_shown_as_they_are_read() {
+        for text in ["0s", "1ns", "1500us", "50ms", "90s", "2m", "25h", "1d", "365d"] {
+            assert_eq!(Duration::read(text).unwrap().show(), text);
+        }
+        assert_eq!(Duration::read("1m 30s").unwrap().show(), "90s");
+        assert_eq!(Duration::read("24h").unwrap().show(), "1d");
+        for text in ["0", "10", "", "s", "-1s", "1 fortnight", "99999999999999999999s"] {
+            assert_eq!(Duration::read(text), None, "{text}");
+        }
+    }
+
+    #[test]
+    fn what_is_shown_of_a_value_has_a_limit() {
+        assert_eq!(echo(&"é".repeat(81)), format!("{:?}...", "é".repeat(80)));
+        assert_eq!(echo("a:b\n"), "\"a:b\\n\"");
+        assert_eq!(echo("redis://:s3cret@host"), "\"redis://:***@host\"");
+    }
+}

@@ -1,0 +1,153 @@
+//! Settings in code.
+
+use std::time::Duration;
+
+use super::{Config, ShardConfig};
+use crate::error::Invalid;
+
+/// Collects the settings of a lock manager, under the names that [`Config`] documents.
+///
+/// ```
+/// use std::time::Duration;
+///
+/// let config = shardlock::Builder::new()
+///     .shard("redis://10.0.0.1")
+///     .named_shard("spare", "redis://10.0.0.2")
+///     .ttl(Duration::from_secs(5))
+///     .timeout(Duration::from_secs(2))
+///     .build_config()?;
+/// assert_eq!(config.shards[0].name, "shard-0");
+/// # Ok::<(), shardlock::Invalid>(())
+/// ```
+#[derive(Debug, Clone, Default)]
+#[must_use = "a builder does nothing until it is used"]
+pub struct Builder {
+    pub(crate) config: Config,
+}
+
+impl Builder {
+    /// A builder with the defaults.
+    pub fn new() -> Self {
+        Self::default()
+    }
+
+    /// Replaces all settings, those made before included: by what a file and the environment say, for example, so that
+    /// what follows overrides them.
+    pub fn config(mut self, config: Config) -> Self {
+        self.config = config;
+        self
+    }
+
+    /// Adds a shard, named by its position: `shard-0`, `shard-1` and so on.
+    pub fn shard(mut self, url: impl Into<String>) -> Self {
+        let position = self.config.shards.len();
+        self.config.shards.push(ShardConfig::unnamed(position, url));
+        self
+    }
+
+    /// Adds a shard with a name.
+    pub fn named_shard(mut self, name: impl Into<String>, url: impl Into<String>) -> Self {
+        self.config.shards.push(ShardConfig::new(name, url));
+        self
+    }
+
+    /// Sets [`Config::shards`], replacing those that were there.
+    pub fn shards(mut self, shards: impl IntoIterator<Item = ShardConfig>) -> Self {
+        self.config.shards = shards.into_iter().collect();
+        self
+    }
+
+    /// Sets [`Config::namespace`].
+    pub fn namespace(mut self, namespace: impl Into<String>) -> Self {
+        self.config.namespace = namespace.into();
+        self
+    }
+
+    /// Sets [`Config::ttl`].
+    pub fn ttl(mut self, ttl: Duration) -> Self {
+        self.config.ttl = ttl;
+        self
+    }
+
+    /// Sets [`Config::renew_fraction`].
+    pub fn renew_fraction(mut self, fraction: f64) -> Self {
+        self.config.renew_fraction = fraction;
+        self
+    }
+
+    /// Sets [`Config::timeout`]; takes a duration or `None`.
+    pub fn timeout(mut self, timeout: impl Into<Option<Duration>>) -> Self {
+        self.config.timeout = timeout.into();
+        self
+    }
+
+    /// Sets [`Config::max_hold`]; takes a duration or `None`.
+    pub fn max_hold(mut self, limit: impl Into<Option<Duration>>) -> Self {
+        self.config.max_hold = limit.into();
+        self
+    }
+
+    /// Sets [`Config::store_timeout`].
+    pub fn store_timeout(mut self, timeout: Duration) -> Self {
+        self.config.store_timeout = timeout;
+        self
+    }
+
+    /// Sets [`Config::connections`].
+    pub fn connections(mut self, count: usize) -> Self {
+        self.config.connections = count;
+        self
+    }
+
+    /// Sets [`Config::max_burst`].
+    pub fn max_burst(mut self, limit: u32) -> Self {
+        self.config.max_burst = limit;
+        self
+    }
+
+    /// Sets [`Config::max_slice`].
+    pub fn max_slice(mut self, limit: Duration) -> Self {
+        self.config.max_slice = limit;
+        self
+    }
+
+    /// Sets [`Config::max_waiters_per_key`].
+    pub fn max_waiters_per_key(mut self, limit: usize) -> Self {
+        self.config.max_waiters_per_key = limit;
+        self
+    }
+
+    /// Sets [`Config::max_waiters`].
+    pub fn max_waiters(mut self, limit: usize) -> Self {
+        self.config.max_waiters = limit;
+        self
+    }
+
+    /// Sets [`Config::max_keys`].
+    pub fn max_keys(mut self, limit: usize) -> Self {
+        self.config.max_keys = limit;
+        self
+    }
+
+    /// Sets [`Config::class`].
+    pub fn class(mut self, class: impl Into<String>) -> Self {
+        self.config.class = class.into();
+        self
+    }
+
+    /// Sets [`Config::max_classes`].
+    pub fn max_classes(mut self, limit: usize) -> Self {
+        self.config.max_classes = limit;
+        self
+    }
+
+    /// The settings, checked.
+    ///
+    /// # Errors
+    ///
+    /// As for [`Config::validate`].
+    pub fn build_config(self) -> Result<Config, Invalid> {
+        self.config.validate()?;
+        Ok(self.config)
+    }
+}

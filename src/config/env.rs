@@ -1,0 +1,91 @@
+//! Settings from the environment.
+
+use super::{Config, bounds};
+use crate::error::Invalid;
+
+const PREFIX: &str = "SHARDLOCK_";
+
+/// Variables that have our prefix but are not settings of a manager: the command-line tool reads them.
+const NOT_SETTINGS: [&str; 4] = [
+    "SHARDLOCK_CONFIG",
+    "SHARDLOCK_LOG",
+    "SHARDLOCK_METRICS",
+    "SHARDLOCK_REDIS_SERVER",
+];
+
+impl Config {
+    /// The defaults, with what the environment sets.
+    ///
+    /// # Errors
+    ///
+    /// As for [`Config::apply_env`].
+    pub fn from_env() -> Result<Self, Invalid> {
+        let mut config = Self::default();
+        config.apply_env()?;
+        Ok(config)
+    }
+
+    /// Sets what the environment sets: `SHARDLOCK_` and the name of a setting in upper case, as in `SHARDLOCK_TTL=10s`,
+    /// with values as for [`Config::set`].
+    ///
+    /// `SHARDLOCK_CONFIG`, `SHARDLOCK_LOG`, `SHARDLOCK_METRICS` and `SHARDLOCK_REDIS_SERVER` belong to the command-line
+    /// tool and are passed over.
+    ///
+    /// # Errors
+    ///
+    /// [`Invalid`], with the name of the variable, if a value can't be read or is outside its bounds, or if
+    /// another variable starts with `SHARDLOCK_`: it is most likely misspelt. Nothing has been changed then.
+    pub fn apply_env(&mut self) -> Result<(), Invalid> {
+        let mut variables = Vec::new();
+        for (name, value) in std::env::vars_os() {
+            let name = name.to_string_lossy();
+            if !name.starts_with(PREFIX) {
+                continue;
+            }
+            let value = value
+                .into_string()
+                .map_err(|_| Invalid::new(&*name, "not UTF-8", "UTF-8"))?;
+            variables.push((name.into_owned(), value));
+        }
+        self.apply_variables(variables)
+    }
+
+    /// The same with variables from elsewhere than the environment. Those that do not start with `SHARDLOCK_` are passed
+    /// over.
+    ///
+    /// # Errors
+    ///
+    /// As for [`Config::apply_env`].
+    pub fn apply_variables(&mut self, variables: impl IntoIterator<Item = (String, String)>) -> Result<(), Invalid> {
+        let mut ours: Vec<_> = variables
+            .into_iter()
+            .filter(|(name, _)| name.starts_with(PREFIX) && !NOT_SETTINGS.contains(&&**name))
+            .collect();
+        // The environment has no order; with several mistakes, the same one is named each time.
+        ours.sort();
+        let mut changed = self.clone();
+        for (variable, value) in &ours {
+            let Some(name) = setting(variable) else {
+                let known: Vec<_> = Self::fields().map(|(name, _)| variable_of(name)).collect();
+                let bound = format!("one of {}, {}", known.join(", "), NOT_SETTINGS.join(", "));
+                return Err(Invalid::new("environment variable", bounds::echo(variable), bound));
+            };
+            changed.set(name, value).map_err(|invalid| {
+                // What follows the name is the part of it, as in `shards[1].url`.
+                let part = &invalid.field[name.len()..];
+                Invalid::new(format!("{variable}{part}"), invalid.value, invalid.bound)
+            })?;
+        }
+        *self = changed;
+        Ok(())
+    }
+}
+
+fn setting(variable: &str) -> Option<&'static str> {
+    let mut names = Config::fields().map(|(name, _)| name);
+    names.find(|name| variable_of(name) == variable)
+}
+
+fn variable_of(name: &str) -> String {
+    format!("{PREFIX}{}", name.to_ascii_uppercase())
+}

@@ -1,0 +1,124 @@
+//! The table of all settings: their names, bounds, and what they are for. A file, the environment and the command line
+//! reach the settings through it, and every value is checked by it, wherever it came from.
+
+use std::time::Duration;
+
+use super::Config;
+use super::bounds::{Bounds, OrNone, Problem, Shards, Text, Within};
+
+/// One setting.
+pub(super) struct Field {
+    pub(super) name: &'static str,
+    /// One line on what it is for.
+    pub(super) doc: &'static str,
+    /// Reads the value from text. It may still be out of bounds.
+    pub(super) set: fn(&mut Config, &str) -> Result<(), Problem>,
+    pub(super) check: fn(&Config) -> Result<(), Problem>,
+}
+
+impl Field {
+    pub(super) fn named(name: &str) -> Option<&'static Self> {
+        FIELDS.iter().find(|field| field.name == name)
+    }
+}
+
+/// The setting is named as the field of [`Config`] that holds it.
+macro_rules! field {
+    ($name:ident, $bounds:expr, $doc:literal) => {
+        Field {
+            name: stringify!($name),
+            doc: $doc,
+            set: |config, text| {
+                config.$name = $bounds.parse(text)?;
+                Ok(())
+            },
+            check: |config| $bounds.check(&config.$name),
+        }
+    };
+}
+
+const fn ms(millis: u64) -> Duration {
+    Duration::from_millis(millis)
+}
+
+const fn secs(secs: u64) -> Duration {
+    Duration::from_secs(secs)
+}
+
+const DAY: u64 = 24 * 3600;
+
+pub(super) const TTL: Within<Duration> = Within(ms(50), secs(DAY));
+pub(super) const TIMEOUT: OrNone<Within<Duration>> = OrNone(Within(Duration::ZERO, secs(365 * DAY)));
+pub(super) const MAX_HOLD: OrNone<Within<Duration>> = OrNone(Within(ms(1), secs(365 * DAY)));
+
+const NAMESPACE: Text = Text {
+    most: 64,
+    // A brace would change which part of a key decides on its slot; % is what keys with braces are encoded with.
+    allowed: |byte| byte.is_ascii_graphic() && !matches!(byte, b'{' | b'}' | b'%'),
+    words: "bytes of printable ASCII without spaces, braces and %",
+};
+
+const CLASS: Text = Text {
+    most: 32,
+    allowed: |byte| matches!(byte, b'a'..=b'z' | b'0'..=b'9' | b'_' | b'-'),
+    words: "lower-case letters, digits, _ and -",
+};
+
+/// In the order of [`Config`].
+pub(super) static FIELDS: &[Field] = &[
+    field!(
+        shards,
+        Shards { most: 1024 },
+        "the shards, as a list of url or name=url"
+    ),
+    field!(namespace, NAMESPACE, "what the names of all keys in Redis start with"),
+    field!(ttl, TTL, "how long a key stays locked after its holder died"),
+    field!(
+        renew_fraction,
+        Within(0.02, 0.5),
+        "after which part of its TTL a lease is renewed"
+    ),
+    field!(timeout, TIMEOUT, "how long a request waits for its lock, or none"),
+    field!(max_hold, MAX_HOLD, "for how long a guard is kept alive, or none"),
+    field!(
+        store_timeout,
+        Within(ms(10), secs(60)),
+        "how long a shard may take to answer"
+    ),
+    field!(
+        connections,
+        Within(1, 16),
+        "how many connections for commands are kept to each shard"
+    ),
+    field!(
+        max_burst,
+        Within(1, 1_000_000),
+        "how many times in a row a lock is passed on inside a process while others wait"
+    ),
+    field!(
+        max_slice,
+        Within(Duration::ZERO, secs(10)),
+        "for how long a lock is passed on inside a process while others wait"
+    ),
+    field!(
+        max_waiters_per_key,
+        Within(1, 10_000_000),
+        "how many tasks of a process may wait for one key"
+    ),
+    field!(
+        max_waiters,
+        Within(1, 10_000_000),
+        "how many tasks of a process may wait, over all keys"
+    ),
+    field!(
+        max_keys,
+        Within(1, 10_000_000),
+        "how many keys a process may hold or wait for at a time"
+    ),
+    field!(
+        class,
+        CLASS,
+        "the class under which metrics count requests that name none"
+    ),
+    field!(max_classes, Within(1, 1000), "how many classes metrics tell apart"),
+];

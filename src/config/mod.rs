@@ -1,0 +1,408 @@
+//! What can be set, where it comes from, and the one place that checks it.
+
+mod bounds;
+mod builder;
+mod env;
+mod fields;
+#[cfg(feature = "file")]
+mod file;
+mod overrides;
+
+use std::fmt;
+use std::time::Duration;
+
+pub use builder::Builder;
+pub(crate) use overrides::check_overrides;
+
+use crate::endpoint::redact;
+use crate::error::Invalid;
+use bounds::Problem;
+use fields::{FIELDS, Field};
+
+/// The settings of a lock manager.
+///
+/// The same names are used everywhere: `max_burst` here and in the [`Builder`], `max_burst = 64` in a TOML file,
+/// `SHARDLOCK_MAX_BURST=64` in the environment. A later source overrides an earlier one, so apply them in this order:
+///
+/// 1. the defaults, as documented on each field,
+/// 2. a file (`Config::from_file`, with the feature `file`),
+/// 3. the environment ([`Config::apply_env`]),
+/// 4. code or command-line flags ([`Builder`], [`Config::set`]).
+///
+/// Each source checks the values that it sets; [`Config::validate`] checks them all, and a manager does so before it
+/// connects.
+///
+/// ```
+/// use std::time::Duration;
+///
+/// let mut config = shardlock::Config::default();
+/// config.set("shards", "redis://10.0.0.1, redis://10.0.0.2")?;
+/// config.set("ttl", "5s")?;
+/// config.max_hold = Some(Duration::from_secs(60));
+/// config.validate()?;
+/// assert_eq!(config.shards[1].name, "shard-1");
+/// # Ok::<(), shardlock::Invalid>(())
+/// ```
+#[derive(Debug, Clone, PartialEq)]
+#[non_exhaustive]
+pub struct Config {
+    /// The shards, 1 to 1024 of them. Their order decides on who owns which keys, so it must be the same in every
+    /// process. Default: none; at least one must be given.
+    pub shards: Vec<ShardConfig>,
+
+    /// What the names of all keys in Redis start with: 1 to 64 bytes of printable ASCII without spaces, braces and `%`.
+    /// Managers with different namespaces don't see each other. Default: `lock:`.
+    pub namespace: String,
+
+    /// How long a lease lasts if it is not renewed, which is how long a key stays locked after its holder died: 50 ms to
+    /// 24 h. A request may ask for another. Default: 10 s.
+    pub ttl: Duration,
+
+    /// After which part of its TTL a lease is renewed: 0.02 to 0.5. Default: 0.1, so that nine renewals may fail
+    /// before a lock is lost.
+    pub renew_fraction: f64,
+
+    /// How long a request waits for its lock: zero, which means a single try, to 365 days, or `None` to wait for ever. A
+    /// request may ask for another. Default: `None`.
+    pub timeout: Option<Duration>,
+
+    /// For how long a guard is kept alive by renewals, so that a task that is stuck loses its lock: 1 ms to 365 days, or
+    /// `None` for no limit. A request may ask for another. Default: `None`.
+    pub max_hold: Option<Duration>,
+
+    /// How long a shard may take to answer before it counts as unavailable: 10 ms to 60 s. Default: 1 s.
+    pub store_timeout: Duration,
+
+    /// How many connections for commands are kept to each shard: 1 to 16. One carries some 100,000 locks a second.
+    /// Default: 1.
+    pub connections: usize,
+
+    /// How many times in a row a lock is passed on inside this process while other processes wait for it: 1 to
+    /// 1,000,000. With 1, processes alternate strictly. Default: 64.
+    pub max_burst: u32,
+
+    /// For how long a lock is passed on inside this process while other processes wait for it: 0 to 10 s. Whichever
+    /// of this and `max_burst` is reached first ends the turn. Default: 10 ms.
+    pub max_slice: Duration,
+
+    /// How many tasks of this process may wait for one key: 1 to 10,000,000. Default: 100,000.
+    pub max_waiters_per_key: usize,
+
+    /// How many tasks of this process may wait, over all keys: 1 to 10,000,000. Default: 1,000,000.
+    pub max_waiters: usize,
+
+    /// How many keys this process may hold or wait for at a time: 1 to 10,000,000. Default: 1,000,000.
+    pub max_keys: usize,
+
+    /// The class under which metrics count the requests that name none: 1 to 32 lower-case letters, digits, `_` and `-`.
+    /// Default: `default`.
+    pub class: String,
+
+    /// How many classes metrics tell apart: 1 to 1000. Further ones are counted as `other`, so that a mistake in naming
+    /// can't flood the metrics store. Default: 32.
+    pub max_classes: usize,
+}
+
+impl Default for Config {
+    fn default() -> Self {
+        Self {
+            shards: Vec::new(),
+            namespace: "lock:".to_owned(),
+            ttl: Duration::from_secs(10),
+            renew_fraction: 0.1,
+            timeout: None,
+            max_hold: None,
+            store_timeout: Duration::from_secs(1),
+            connections: 1,
+            max_burst: 64,
+            max_slice: Duration::from_millis(10),
+            max_waiters_per_key: 100_000,
+            max_waiters: 1_000_000,
+            max_keys: 1_000_000,
+            class: "default".to_owned(),
+            max_classes: 32,
+        }
+    }
+}
+
+impl Config {
+    /// The names of all settings, each with one line on what it is for.
+    pub fn fields() -> impl ExactSizeIterator<Item = (&'static str, &'static str)> {
+        FIELDS.iter().map(|field| (field.name, field.doc))
+    }
+
+    /// Checks every value.
+    ///
+    /// # Errors
+    ///
+    /// [`Invalid`] for the first value that is outside its bounds.
+    pub fn validate(&self) -> Result<(), Invalid> {
+        FIELDS
+            .iter()
+            .try_for_each(|field| (field.check)(self).map_err(|problem| problem.of(field.name)))
+    }
+
+    /// Sets one value by its name, from text: `set("ttl", "10s")`.
+    ///
+    /// Durations are written like `500ms`, `10s` or `2m`; `timeout` and `max_hold` may be `none`. `shards` is a list of
+    /// `url` or `name=url`, separated by commas or spaces; it replaces the shards that were there.
+    ///
+    /// # Errors
+    ///
+    /// [`Invalid`] if there is no such setting, or if the value can't be read or is outside its bounds; nothing
+    /// has been changed then.
+    pub fn set(&mut self, name: &str, value: &str) -> Result<(), Invalid> {
+        let Some(field) = Field::named(name) else {
+            let known: Vec<_> = FIELDS.iter().map(|field| field.name).collect();
+            let bound = format!("one of {}", known.join(", "));
+            return Err(Invalid::new("setting", bounds::echo(name), bound));
+        };
+        self.change(|config| (field.set)(config, value).and_then(|()| (field.check)(config)))
+            .map_err(|problem| problem.of(name))
+    }
+
+    /// Applies a change, unless it fails.
+    fn change(&mut self, apply: impl FnOnce(&mut Self) -> Result<(), Problem>) -> Result<(), Problem> {
+        let mut changed = self.clone();
+        apply(&mut changed)?;
+        *self = changed;
+        Ok(())
+    }
+}
+
+/// One shard: its name, for errors and metrics, and its URL.
+#[derive(Clone, PartialEq, Eq)]
+pub struct ShardConfig {
+    /// The name: 1 to 32 letters, digits, dots, `_` and `-`; each name once. It stays when the shard moves to another
+    /// address.
+    pub name: String,
+    /// The URL, as [`Endpoint::parse`](crate::Endpoint::parse) takes it. It may hold a password; `Debug` hides that.
+    pub url: String,
+}
+
+impl ShardConfig {
+    /// The shard with this name and URL, unchecked.
+    pub fn new(name: impl Into<String>, url: impl Into<String>) -> Self {
+        Self {
+            name: name.into(),
+            url: url.into(),
+        }
+    }
+
+    /// The shard at this position of the list, which is all that its name says.
+    pub(crate) fn unnamed(position: usize, url: impl Into<String>) -> Self {
+        Self::new(format!("shard-{position}"), url)
+    }
+
+    /// Reads `url` or `name=url`.
+    fn from_text(position: usize, text: &str) -> Self {
+        match text.split_once('=') {
+            // A = may also be part of a password; a name has none of the characters that then stand before it.
+            Some((name, url)) if !name.contains([':', '/', '@']) => Self::new(name, url),
+            _ => Self::unnamed(position, text),
+        }
+    }
+}
+
+impl fmt::Debug for ShardConfig {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.debug_struct("ShardConfig")
+            .field("name", &self.name)
+            .field("url", &redact(&self.url))
+            .finish()
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn one_shard() -> Config {
+        let mut config = Config::default();
+        config.set("shards", "memory://").unwrap();
+        config
+    }
+
+    #[test]
+    fn every_field_of_the_struct_is_in_the_table_and_has_a_setter_in_the_builder() {
+        let debug = format!("{:#?}", Config::default());
+        let fields: Vec<_> = debug
+            .lines()
+            .filter_map(|line| line.strip_prefix("    ")?.split_once(':'))
+            .filter(|(name, _)| !name.starts_with(' '))
+            .map(|(name, _)| name)
+            .collect();
+        let table: Vec<_> = Config::fields().map(|(name, _)| name).collect();
+        assert_eq!(fields, table);
+
+        let builder = include_str!("builder.rs");
+        for name in table {
+            let setter = format!("pub fn {name}(");
+            let generic_setter = format!("pub fn {name}<");
+            assert!(builder.contains(&setter) || builder.contains(&generic_setter), "{name}");
+        }
+    }
+
+    #[test]
+    fn each_value_is_allowed_up_to_its_bounds_and_refused_beyond_them() {
+        for (name, allowed, refused) in [
+            (
+                "namespace",
+                &["a", "lock:", "~!"][..],
+                &["", "a b", "{a}", "a%", "ä", "a\u{7f}"][..],
+            ),
+            (
+                "ttl",
+                &["50ms", "24h"],
+                &["49ms", "24h 1ms", "0s", "10", "-1s", "none", "", "1e9s"],
+            ),
+            (
+                "renew_fraction",
+                &["0.02", "0.5"],
+                &["0.019", "0.51", "NaN", "inf", "-0.1", "10%"],
+            ),
+            ("timeout", &["none", "0s", "365d"], &["365d 1ms", "never", ""]),
+            ("max_hold", &["none", "1ms", "365d"], &["0s", "999us", "366d"]),
+            ("store_timeout", &["10ms", "60s"], &["9ms", "61s"]),
+            ("connections", &["1", "16"], &["0", "17", "-1", "1.0", "one"]),
+            ("max_burst", &["1", "1000000"], &["0", "1000001", "4294967297"]),
+            ("max_slice", &["0s", "10s"], &["10001ms"]),
+            ("max_waiters_per_key", &["1", "10000000"], &["0", "10000001"]),
+            ("max_waiters", &["1", "10000000"], &["0", "10000001"]),
+            ("max_keys", &["1", "10000000"], &["0", "10000001"]),
+            ("class", &["a", "a_b-9"], &["", "A", "a b", "ä", "a.b"]),
+            ("max_classes", &["1", "1000"], &["0", "1001"]),
+            (
+                "shards",
+                &["memory://", "a=memory://,b=memory://x", " redis://:a=b@h\nredis://i "],
+                &[
+                    "",
+                    " , ",
+                    "x",
+                    "a=memory://,a=memory://x",
+                    "=memory://",
+                    "a/b=memory://",
+                    "b a=memory://",
+                ],
+            ),
+        ] {
+            let mut config = one_shard();
+            for value in allowed {
+                config.set(name, value).unwrap();
+                config.validate().unwrap();
+            }
+            let before = config.clone();
+            for value in refused {
+                let error = config.set(name, value).unwrap_err();
+                assert!(error.field.starts_with(name), "{name} {value:?}: {error}");
+                assert!(!error.bound.is_empty());
+                assert_eq!(config, before, "{name} {value:?}");
+            }
+        }
+        let text = |bytes| "a".repeat(bytes);
+        let mut config = one_shard();
+        for (name, most) in [("namespace", 64), ("class", 32)] {
+            config.set(name, &text(most)).unwrap();
+            assert!(config.set(name, &text(most + 1)).is_err());
+        }
+        config.set("shards", &format!("{}=memory://", text(32))).unwrap();
+        assert!(config.set("shards", &format!("{}=memory://", text(33))).is_err());
+        config.set("shards", &"memory:// ".repeat(1024)).unwrap();
+        assert!(config.set("shards", &"memory:// ".repeat(1025)).is_err());
+    }
+
+    #[test]
+    fn values_set_in_code_are_checked_too() {
+        let message = |change: fn(&mut Config)| {
+            let mut config = one_shard();
+            change(&mut config);
+            config.validate().unwrap_err().to_string()
+        };
+        assert_eq!(
+            message(|config| config.ttl = Duration::from_millis(5)),
+            "ttl is 5ms, but must be from 50ms to 1d"
+        );
+        assert_eq!(
+            message(|config| config.max_hold = Some(Duration::ZERO)),
+            "max_hold is 0s, but must be none, or from 1ms to 365d"
+        );
+        assert_eq!(
+            message(|config| config.renew_fraction = f64::NAN),
+            "renew_fraction is NaN, but must be from 0.02 to 0.5"
+        );
+        assert_eq!(
+            message(|config| config.connections = 17),
+            "connections is 17, but must be from 1 to 16"
+        );
+        assert_eq!(
+            message(|config| config.shards.clear()),
+            "shards is empty, but must be a list of 1 to 1024 shards"
+        );
+        assert_eq!(
+            message(|config| config.namespace = "a{b".into()),
+            "namespace is \"a{b\", but must be 1 to 64 bytes of printable ASCII without spaces, braces and %"
+        );
+    }
+
+    #[test]
+    fn text_that_cannot_be_read_is_refused_with_its_name_value_and_form() {
+        let message = |name, value| one_shard().set(name, value).unwrap_err().to_string();
+        assert_eq!(
+            message("ttl", "10"),
+            "ttl is \"10\", but must be a duration such as 500ms, 10s or 2m, from 50ms to 1d"
+        );
+        assert_eq!(
+            message("timeout", "never"),
+            "timeout is \"never\", but must be none, or a duration such as 500ms, 10s or 2m, from 0s to 365d"
+        );
+        assert_eq!(
+            message("max_burst", "many"),
+            "max_burst is \"many\", but must be a whole number from 1 to 1000000"
+        );
+        let unknown = message("tll", "10s");
+        assert!(unknown.starts_with("setting is \"tll\", but must be one of shards, namespace, ttl, "));
+    }
+
+    #[test]
+    fn shards_are_named_by_their_position_unless_they_have_a_name() {
+        let mut config = Config::default();
+        config
+            .set("shards", "redis://:pa=ss@a, b=redis://b\nredis://c")
+            .unwrap();
+        let expected = [
+            ShardConfig::new("shard-0", "redis://:pa=ss@a"),
+            ShardConfig::new("b", "redis://b"),
+            ShardConfig::new("shard-2", "redis://c"),
+        ];
+        assert_eq!(config.shards, expected);
+        let error = config.set("shards", "redis://a,redis://b:0").unwrap_err();
+        assert_eq!(error.field, "shards[1].url");
+        let error = config.set("shards", "shard-1=redis://a,redis://b").unwrap_err();
+        assert_eq!(
+            error.to_string(),
+            "shards[1].name is \"shard-1\", but must be given to one shard only"
+        );
+    }
+
+    #[test]
+    fn no_message_shows_a_password() {
+        let mut config = one_shard();
+        for (name, value) in [
+            ("shards", "redis://:s3cret@host:99999"),
+            ("shards", "a=redis://user:s3cret@host/x"),
+            ("shards", "redis://:12,s3cret@host"),
+            ("shards", "redis://:s3cret,34@host"),
+            ("shards", "user:s3cret=@host"),
+            ("ttl", "redis://:s3cret@host"),
+            ("namespace", "redis://:s3cret@host{"),
+            ("redis://:s3cret@host", "ttl"),
+        ] {
+            let error = config.set(name, value).unwrap_err();
+            assert!(!format!("{error} {error:?}").contains("s3cret"), "{error}");
+        }
+        config.shards = vec![ShardConfig::new("redis://:s3cret@host", "a")];
+        assert!(!config.validate().unwrap_err().to_string().contains("s3cret"));
+        config.shards = vec![ShardConfig::new("a", "redis://:s3cret@host")];
+        assert!(!format!("{config:?}").contains("s3cret"));
+    }
+}

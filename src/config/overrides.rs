@@ -1,0 +1,20 @@
+//! The settings that a single request may change, checked by the same bounds.
+
+use std::time::Duration;
+
+use super::bounds::Bounds;
+use super::fields::{MAX_HOLD, TIMEOUT, TTL};
+use crate::error::Invalid;
+
+/// Checks what a request sets for itself.
+pub(crate) fn check_overrides(
+    ttl: Option<Duration>,
+    timeout: Option<Duration>,
+    max_hold: Option<Duration>,
+) -> Result<(), Invalid> {
+    if let Some(ttl) = ttl {
+        TTL.check(&ttl).map_err(|problem| problem.of("ttl"))?;
+    }
+    TIMEOUT.check(&timeout).map_err(|problem| problem.of("timeout"))?;
+    MAX_HOLD.check(&max_hold).map_err(|problem| problem.of("max_hold"))
+}

@@ -1,0 +1,101 @@
+//! Who a manager is, and how it signs what it holds.
+
+use std::fmt;
+use std::sync::Arc;
+
+use crate::protocol::Cycle;
+
+/// The name of a manager: `host-pid-random`, different for every one that ever lived.
+#[derive(Debug, Clone, PartialEq, Eq, PartialOrd, Ord, Hash)]
+pub(crate) struct ManagerId(Arc<str>);
+
+/// The longest part of a host name that goes into an identity.
+const HOST_CHARS_MAX: usize = 64;
+/// The digits of the random part.
+const RANDOM_DIGITS: usize = 16;
+
+impl ManagerId {
+    /// A name for a new manager of this process.
+    pub(crate) fn new() -> Self {
+        let uname = rustix::system::uname();
+        Self::of(&uname.nodename().to_string_lossy(), std::process::id(), rand::random())
+    }
+
+    /// The name with these parts. What is no letter, digit, dot or dash in the host's name becomes a dash.
+    pub(crate) fn of(host: &str, pid: u32, random: u64) -> Self {
+        let host: String = host
+            .chars()
+            .take(HOST_CHARS_MAX)
+            .map(|char| {
+                if char.is_ascii_alphanumeric() || char == '.' {
+                    char
+                } else {
+                    '-'
+                }
+            })
+            .collect();
+        let host = if host.is_empty() { "host" } else { &host };
+        Self(format!("{host}-{pid}-{random:016x}").into())
+    }
+
+    pub(crate) fn as_str(&self) -> &str {
+        &self.0
+    }
+
+    /// What stands in a lease or a queue for one cycle: `manager:cycle`.
+    pub(crate) fn sign(&self, cycle: Cycle) -> String {
+        format!("{}:{cycle}", self.0)
+    }
+}
+
+impl fmt::Display for ManagerId {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.write_str(&self.0)
+    }
+}
+
+/// The manager and the cycle in a signature, or `None` if another library wrote it. The same rule stands in the Lua scripts.
+pub(crate) fn parse_signature(signature: &str) -> Option<(&str, Cycle)> {
+    let (manager, cycle) = signature.rsplit_once(':')?;
+    let (host_and_pid, random) = manager.rsplit_once('-')?;
+    let (host, pid) = host_and_pid.rsplit_once('-')?;
+    let digits = |text: &str| !text.is_empty() && text.bytes().all(|byte| byte.is_ascii_digit());
+    let hex = random.len() == RANDOM_DIGITS && random.bytes().all(|byte| byte.is_ascii_hexdigit());
+    let named = !host.is_empty()
+        && host
+            .bytes()
+            .all(|byte| byte.is_ascii_alphanumeric() || byte == b'.' || byte == b'-');
+    if !(named && digits(pid) && hex && digits(cycle)) {
+        return None;
+    }
+    Some((manager, Cycle(cycle.parse().ok()?)))
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_signature_is_read_as_it_was_written() {
+        let id = ManagerId::of("my host_1.example", 42, 0xabc);
+        assert_eq!(id.as_str(), "my-host-1.example-42-0000000000000abc");
+        assert_eq!(parse_signature(&id.sign(Cycle(7))), Some((id.as_str(), Cycle(7))));
+        let own = ManagerId::new();
+        assert_eq!(parse_signature(&own.sign(Cycle(1))), Some((own.as_str(), Cycle(1))));
+    }
+
+    #[test]
+    fn what_others_write_is_foreign() {
+        for foreign in [
+            "",
+            "1",
+            "host:1",
+            "550e8400-e29b-41d4-a716-446655440000",
+            "a-1-zz:1",
+            "uuid:thread-1",
+            "h-1-0000000000000abc:x",
+        ] {
+            assert_eq!(parse_signature(foreign), None, "{foreign}");
+        }
+    }
+}

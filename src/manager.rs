@@ -1,0 +1,306 @@
+//! The lock manager: the way in.
+
+use std::fmt;
+use std::sync::Arc;
+use std::time::Duration;
+
+use tokio::sync::{mpsc, oneshot};
+
+use crate::clock::Moment;
+use crate::config::{Builder, Config, ShardConfig};
+use crate::endpoint::{Endpoint, EndpointKind};
+use crate::error::LockError;
+use crate::guard::LockGuard;
+use crate::identity::ManagerId;
+use crate::key::LockKey;
+use crate::protocol::Cycles;
+use crate::queue::Rules;
+use crate::request::{LockRequest, TryLockRequest};
+use crate::router::ShardMap;
+use crate::shard::{Background, Job, Limits, Load, Parts, Shard};
+use crate::store::memory::MemoryStore;
+use crate::store::redis::{RedisOptions, RedisStore};
+use crate::store::{Inspection, LeaseStore, StoreError};
+use crate::telemetry::{self, Classes, ShardMetrics};
+
+/// Locks, spread over shards. Cheap to clone; make one per process and share it.
+///
+/// Fairness: tasks of one process get a key in the order in which they asked. Processes take turns in the order in which they asked, each
+/// for at most `max_burst` guards or `max_slice` of time while others wait. See [`LockRequest`] for what awaiting a lock does, and
+/// [`LockGuard`] for what holding one means.
+///
+/// When *not* to use it: inside one process `tokio::sync::Mutex` is faster and can't be lost; where the data lies in one SQL
+/// database, a row lock or an advisory lock there is simpler and safer.
+///
+/// ```
+/// # #[tokio::main(flavor = "current_thread")] async fn main() -> Result<(), shardlock::LockError> {
+/// let locks = shardlock::LockManager::connect("memory://doc-manager").await?;
+/// let guard = locks.lock("coupon:123").await?;
+/// println!("token {}", guard.token());
+/// guard.release().await?;
+/// # Ok(()) }
+/// ```
+#[derive(Clone)]
+pub struct LockManager {
+    inner: Arc<Inner>,
+}
+
+/// What all handles of a manager share.
+pub(crate) struct Inner {
+    pub(crate) config: Config,
+    pub(crate) classes: Classes,
+    id: ManagerId,
+    map: ShardMap,
+    shards: Vec<Arc<Shard>>,
+    jobs: mpsc::UnboundedSender<Job>,
+}
+
+impl LockManager {
+    /// Connects to one shard with the default configuration.
+    ///
+    /// `redis://[user[:password]@]host[:port][/db]` is a Redis or Valkey primary; `memory://[name]` lives inside this process.
+    ///
+    /// # Errors
+    ///
+    /// [`LockError::Invalid`] for a URL that is none, [`LockError::Unavailable`] if the shard can't be reached within `store_timeout`,
+    /// [`LockError::Refused`] if it says no, [`LockError::ShardMapMismatch`] if other managers use it with other shards.
+    pub async fn connect(url: &str) -> Result<Self, LockError> {
+        Self::builder().shard(url).connect().await
+    }
+
+    /// A builder, to set what differs from the defaults.
+    pub fn builder() -> Builder {
+        Builder::default()
+    }
+
+    pub(crate) async fn with_config(config: Config) -> Result<Self, LockError> {
+        config.validate()?;
+        telemetry::describe();
+        let id = ManagerId::new();
+        let map = ShardMap::new(config.shards.iter().map(|shard| shard.name.clone()));
+        let opening = config
+            .shards
+            .iter()
+            .enumerate()
+            .map(|(index, shard)| open(shard, &config, &id, map.fingerprint(index)));
+        let stores = futures_util::future::try_join_all(opening).await?;
+
+        let (jobs, receiver) = mpsc::unbounded_channel();
+        let (cycles, load) = (Arc::new(Cycles::default()), Arc::new(Load::default()));
+        let rules = Rules {
+            max_burst: config.max_burst,
+            max_slice: config.max_slice,
+            renew_fraction: config.renew_fraction,
+            #[cfg(test)]
+            flaw: None,
+        };
+        let limits = Limits {
+            waiters_per_key: config.max_waiters_per_key,
+            waiters: config.max_waiters,
+            keys: config.max_keys,
+        };
+        let shards: Vec<Arc<Shard>> = stores
+            .into_iter()
+            .zip(&config.shards)
+            .map(|((store, metrics), shard)| {
+                Shard::new(Parts {
+                    name: shard.name.as_str().into(),
+                    store,
+                    id: id.clone(),
+                    rules: rules.clone(),
+                    cycles: Arc::clone(&cycles),
+                    limits,
+                    timeout: config.store_timeout,
+                    default_ttl: config.ttl,
+                    metrics,
+                    load: Arc::clone(&load),
+                    jobs: jobs.clone(),
+                })
+            })
+            .collect();
+        let classes = Classes::new(&config.class, config.max_classes);
+        let background = Background::start(shards.clone(), receiver);
+        // From here on, dropping it ends the background thread.
+        let manager = Self {
+            inner: Arc::new(Inner {
+                config,
+                classes,
+                id,
+                map,
+                shards,
+                jobs,
+            }),
+        };
+        manager.listening(background).await?;
+        Ok(manager)
+    }
+
+    /// Waits until every inbox is subscribed: a lock that is waited for before that could be handed over unheard.
+    async fn listening(&self, background: std::io::Result<Background>) -> Result<(), LockError> {
+        let started = Moment::now();
+        let shard = &self.inner.shards[0];
+        let failed = |reason: String| shard.error(StoreError::Unavailable(reason.into()), "subscribe", None, started);
+        let background = background.map_err(|error| failed(format!("no background thread: {error}")))?;
+        match tokio::time::timeout(self.inner.config.store_timeout, background.listening).await {
+            Ok(Ok(())) => Ok(()),
+            Ok(Err(_)) => Err(failed("the background thread could not start its runtime".to_owned())),
+            Err(_) => Err(failed(format!(
+                "the inbox could not be subscribed within store_timeout ({:?}); may the user SUBSCRIBE?",
+                self.inner.config.store_timeout
+            ))),
+        }
+    }
+
+    /// Asks for a lock and waits for it: see [`LockRequest`], which can be given a TTL, a time limit and more before it is awaited.
+    pub fn lock(&self, key: impl AsRef<str>) -> LockRequest {
+        LockRequest::new(Arc::clone(&self.inner), key.as_ref())
+    }
+
+    /// Asks for a lock and comes back at once, with `None` where it is held or somebody waits for it. A try never joins a queue and never passes anybody in
+    /// it.
+    pub fn try_lock(&self, key: impl AsRef<str>) -> TryLockRequest {
+        TryLockRequest::new(self.lock(key))
+    }
+
+    /// Runs `body` under the lock: see [`LockRequest::with`].
+    ///
+    /// # Errors
+    ///
+    /// See [`LockRequest::with`].
+    pub async fn with_lock<T>(
+        &self,
+        key: impl AsRef<str>,
+        body: impl AsyncFnOnce(&LockGuard) -> T,
+    ) -> Result<T, LockError> {
+        self.lock(key).with(body).await
+    }
+
+    /// Looks at who holds a key and who waits for it, without changing anything.
+    ///
+    /// # Errors
+    ///
+    /// [`LockError::Invalid`] for a key outside its bounds, [`LockError::Unavailable`] or [`LockError::Refused`] if the shard gives no answer.
+    pub async fn inspect(&self, key: impl AsRef<str>) -> Result<Inspection, LockError> {
+        let key = LockKey::new(key.as_ref())?;
+        self.inner.shard(&key).inspect(&key).await
+    }
+
+    /// Which shard owns which keys.
+    #[must_use]
+    pub fn shard_map(&self) -> &ShardMap {
+        &self.inner.map
+    }
+
+    /// The name under which this manager holds leases: `host-pid-random`.
+    #[must_use]
+    pub fn id(&self) -> &str {
+        self.inner.id.as_str()
+    }
+
+    /// Gives everything back: guards that are out are lost, waiters and all later requests get [`LockError::Closed`]. Returns when the
+    /// servers have said that it is done, or after twice the `store_timeout`, when what is left runs out by itself. Other
+    /// handles of this manager are shut down with it.
+    ///
+    /// # Cancel safety
+    ///
+    /// It goes on in the background if it is dropped.
+    pub async fn shutdown(&self) {
+        let (done, told) = oneshot::channel();
+        if self.inner.jobs.send(Job::Close { done }).is_ok() {
+            let limit = self
+                .inner
+                .config
+                .store_timeout
+                .saturating_mul(2)
+                .max(Duration::from_millis(100));
+            if tokio::time::timeout(limit, told).await.is_err() {
+                tracing::warn!(
+                    ?limit,
+                    "not everything could be given back in time; it is left to run out"
+                );
+            }
+        }
+    }
+}
+
+impl Builder {
+    /// Checks the configuration, connects to all shards and starts the background thread.
+    ///
+    /// # Errors
+    ///
+    /// See [`LockManager::connect`].
+    pub async fn connect(self) -> Result<LockManager, LockError> {
+        LockManager::with_config(self.config).await
+    }
+}
+
+/// Opens the store of a shard.
+async fn open(
+    shard: &ShardConfig,
+    config: &Config,
+    id: &ManagerId,
+    map: String,
+) -> Result<(Arc<dyn LeaseStore>, Arc<ShardMetrics>), LockError> {
+    let metrics = Arc::new(ShardMetrics::new(&shard.name));
+    let started = Moment::now();
+    let endpoint = Endpoint::parse(&shard.url)?;
+    let opened: Result<Arc<dyn LeaseStore>, StoreError> = match endpoint.kind() {
+        EndpointKind::Memory { name } => MemoryStore::open(&name, id.clone(), &map).map(|store| Arc::new(store) as _),
+        EndpointKind::Redis { url } => {
+            let options = RedisOptions {
+                namespace: config.namespace.clone(),
+                manager: id.clone(),
+                map,
+                connections: config.connections,
+                timeout: config.store_timeout,
+                metrics: Arc::clone(&metrics),
+            };
+            let store = RedisStore::new(url.as_str(), options)?;
+            let limit = config.store_timeout;
+            let connected = tokio::time::timeout(limit, store.connect()).await;
+            connected
+                .unwrap_or_else(|_| {
+                    Err(StoreError::Unavailable(
+                        format!("no answer within store_timeout ({limit:?})").into(),
+                    ))
+                })
+                .map(|()| Arc::new(store) as _)
+        }
+    };
+    opened.map(|store| (store, metrics)).map_err(|error| {
+        let error = match error {
+            StoreError::Unavailable(reason) => StoreError::Unavailable(format!("{endpoint}: {reason}").into()),
+            StoreError::Refused(reason) => StoreError::Refused(format!("{endpoint}: {reason}").into()),
+            other => other,
+        };
+        error.with_context(&shard.name, "connect", None, Moment::now().since(started))
+    })
+}
+
+impl Inner {
+    pub(crate) fn shard(&self, key: &LockKey) -> &Arc<Shard> {
+        &self.shards[self.map.index(key.slot())]
+    }
+}
+
+impl Drop for Inner {
+    fn drop(&mut self) {
+        // Where the background thread is gone already, there is nothing left to end.
+        self.jobs.send(Job::Leave).ok();
+    }
+}
+
+impl fmt::Debug for Inner {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.debug_struct("LockManager")
+            .field("id", &self.id)
+            .field("shards", &self.map)
+            .finish_non_exhaustive()
+    }
+}
+
+impl fmt::Debug for LockManager {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        self.inner.fmt(f)
+    }
+}

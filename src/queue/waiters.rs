@@ -1,0 +1,178 @@
+//! The local waiters of one key in the order in which they came.
+
+use slab::Slab;
+
+/// A waiter's place in a [`Waiters`], valid until it is removed.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
+pub(crate) struct WaiterId(u32);
+
+/// A FIFO from which any element can be taken in O(1): a doubly linked list whose nodes live in a slab, so that a waiter
+/// costs no allocation of its own. Nodes that left the line stay in the slab until their owner collects them.
+#[derive(Debug)]
+pub(crate) struct Waiters<T> {
+    nodes: Slab<Node<T>>,
+    head: u32,
+    tail: u32,
+    in_line: u32,
+}
+
+#[derive(Debug)]
+struct Node<T> {
+    value: T,
+    previous: u32,
+    next: u32,
+    in_line: bool,
+}
+
+const NONE: u32 = u32::MAX;
+
+impl<T> Waiters<T> {
+    pub(crate) const fn new() -> Self {
+        Self {
+            nodes: Slab::new(),
+            head: NONE,
+            tail: NONE,
+            in_line: 0,
+        }
+    }
+
+    /// How many stand in line.
+    pub(crate) const fn len(&self) -> usize {
+        self.in_line as usize
+    }
+
+    /// Whether nobody stands in line.
+    pub(crate) const fn is_empty(&self) -> bool {
+        self.in_line == 0
+    }
+
+    /// Whether nobody stands in line and nobody has left something to collect.
+    pub(crate) fn is_unused(&self) -> bool {
+        self.nodes.is_empty()
+    }
+
+    pub(crate) fn first(&self) -> Option<WaiterId> {
+        (self.head != NONE).then_some(WaiterId(self.head))
+    }
+
+    pub(crate) fn get(&self, id: WaiterId) -> Option<&T> {
+        self.nodes.get(id.0 as usize).map(|node| &node.value)
+    }
+
+    pub(crate) fn get_mut(&mut self, id: WaiterId) -> Option<&mut T> {
+        self.nodes.get_mut(id.0 as usize).map(|node| &mut node.value)
+    }
+
+    /// Joins at the end of the line.
+    pub(crate) fn push_back(&mut self, value: T) -> WaiterId {
+        let index = self.nodes.insert(Node {
+            value,
+            previous: NONE,
+            next: NONE,
+            in_line: false,
+        }) as u32;
+        self.link(index, self.tail, NONE);
+        WaiterId(index)
+    }
+
+    /// Puts one that had left the line back at its front.
+    pub(crate) fn return_to_front(&mut self, id: WaiterId) {
+        if self.nodes.get(id.0 as usize).is_some_and(|node| !node.in_line) {
+            self.link(id.0, NONE, self.head);
+        }
+    }
+
+    /// Takes it out of the line, if it is there; its value stays until it is removed.
+    pub(crate) fn detach(&mut self, id: WaiterId) {
+        self.unlink(id.0);
+    }
+
+    /// Takes it out of the line, if it is there, and forgets it.
+    pub(crate) fn remove(&mut self, id: WaiterId) -> Option<T> {
+        self.unlink(id.0);
+        self.nodes.try_remove(id.0 as usize).map(|node| node.value)
+    }
+
+    fn link(&mut self, index: u32, previous: u32, next: u32) {
+        if let Some(node) = self.nodes.get_mut(index as usize) {
+            (node.previous, node.next, node.in_line) = (previous, next, true);
+            self.in_line += 1;
+        }
+        self.set_next(previous, index);
+        self.set_previous(next, index);
+    }
+
+    fn unlink(&mut self, index: u32) {
+        let Some(node) = self.nodes.get_mut(index as usize).filter(|node| node.in_line) else {
+            return;
+        };
+        let (previous, next) = (node.previous, node.next);
+        (node.previous, node.next, node.in_line) = (NONE, NONE, false);
+        self.in_line -= 1;
+        self.set_next(previous, next);
+        self.set_previous(next, previous);
+    }
+
+    fn set_next(&mut self, index: u32, next: u32) {
+        match self.nodes.get_mut(index as usize) {
+            Some(node) => node.next = next,
+            None => self.head = next,
+        }
+    }
+
+    fn set_previous(&mut self, index: u32, previous: u32) {
+        match self.nodes.get_mut(index as usize) {
+            Some(node) => node.previous = previous,
+            None => self.tail = previous,
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use proptest::prelude::*;
+    use std::collections::VecDeque;
+
+    proptest! {
+        /// Any run of joins, pops, returns and removals leaves the same line as a plain deque.
+        #[test]
+        fn behaves_like_a_deque(steps in prop::collection::vec((0..4u8, any::<prop::sample::Index>()), 0..200)) {
+            let mut line = Waiters::new();
+            let mut model: VecDeque<(WaiterId, u32)> = VecDeque::new();
+            let mut left: Vec<(WaiterId, u32)> = Vec::new();
+            for (number, (step, index)) in steps.into_iter().enumerate() {
+                let number = number as u32;
+                match step {
+                    0 => model.push_back((line.push_back(number), number)),
+                    1 => {
+                        if let Some(first) = line.first() {
+                            line.detach(first);
+                        }
+                        left.extend(model.pop_front());
+                    }
+                    2 if !left.is_empty() => {
+                        let entry = left.swap_remove(index.index(left.len()));
+                        line.return_to_front(entry.0);
+                        model.push_front(entry);
+                    }
+                    3 if !model.is_empty() => {
+                        let entry = model.remove(index.index(model.len())).unwrap();
+                        prop_assert_eq!(line.remove(entry.0), Some(entry.1));
+                    }
+                    _ => {}
+                }
+                prop_assert_eq!(line.len(), model.len());
+                prop_assert_eq!(line.first(), model.front().map(|entry| entry.0));
+            }
+            for entry in left {
+                prop_assert_eq!(line.remove(entry.0), Some(entry.1));
+            }
+            while let Some((id, number)) = model.pop_front() {
+                prop_assert_eq!(line.first(), Some(id));
+                prop_assert_eq!(line.remove(id), Some(number));
+            }
+            prop_assert!(line.is_unused());
+        }
+    }
+}

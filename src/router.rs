@@ -1,0 +1,116 @@
+//! Which shard a key belongs to.
+
+use std::fmt;
+use std::ops::RangeInclusive;
+
+use crate::key::{SLOTS, Slot};
+
+/// The version of the keys, scripts and messages that managers share through a store. Managers of different versions
+/// refuse one another rather than misunderstand one another.
+pub(crate) const LAYOUT_VERSION: u32 = 1;
+
+/// The named shards and their even, contiguous ranges of the 16384 slots, in the order in which they were given.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct ShardMap {
+    names: Vec<String>,
+}
+
+impl ShardMap {
+    pub(crate) fn new(names: impl IntoIterator<Item = String>) -> Self {
+        Self {
+            names: names.into_iter().collect(),
+        }
+    }
+
+    /// How many shards there are.
+    #[must_use]
+    pub fn len(&self) -> usize {
+        self.names.len()
+    }
+
+    /// Whether there is none.
+    #[must_use]
+    pub fn is_empty(&self) -> bool {
+        self.names.is_empty()
+    }
+
+    /// The place of a slot's shard in the order of shards.
+    #[must_use]
+    pub fn index(&self, slot: Slot) -> usize {
+        shard_index(slot, self.len())
+    }
+
+    /// The name of a slot's shard.
+    #[must_use]
+    pub fn name(&self, slot: Slot) -> &str {
+        &self.names[self.index(slot)]
+    }
+
+    /// The slots of the shard at that place.
+    #[must_use]
+    pub fn slots(&self, index: usize) -> RangeInclusive<u16> {
+        let first = |index: usize| (index * usize::from(SLOTS)).div_ceil(self.len().max(1)) as u16;
+        first(index)..=(first(index + 1) - 1)
+    }
+
+    /// What the shard at that place must have stored: the whole map, and which part of it the shard is. Two managers with
+    /// different maps would lock one key in two places.
+    pub(crate) fn fingerprint(&self, index: usize) -> String {
+        format!("v{LAYOUT_VERSION} {self} here={}", self.names[index])
+    }
+}
+
+/// The place of a slot's shard among so many.
+pub(crate) const fn shard_index(slot: Slot, shards: usize) -> usize {
+    slot.number() as usize * shards / SLOTS as usize
+}
+
+impl fmt::Display for ShardMap {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        for (index, name) in self.names.iter().enumerate() {
+            let slots = self.slots(index);
+            let comma = if index == 0 { "" } else { "," };
+            write!(f, "{comma}{name}:{}-{}", slots.start(), slots.end())?;
+        }
+        Ok(())
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use proptest::prelude::*;
+
+    fn map(count: usize) -> ShardMap {
+        ShardMap::new((0..count).map(|index| format!("shard-{index}")))
+    }
+
+    #[test]
+    fn three_shards_split_the_slots_like_a_cluster() {
+        assert_eq!(
+            map(3).to_string(),
+            "shard-0:0-5461,shard-1:5462-10922,shard-2:10923-16383"
+        );
+        assert_eq!(
+            map(3).fingerprint(1),
+            "v1 shard-0:0-5461,shard-1:5462-10922,shard-2:10923-16383 here=shard-1"
+        );
+    }
+
+    proptest! {
+        #[test]
+        fn every_slot_has_the_one_shard_whose_range_it_is_in(count in 1usize..=1024, key in ".{1,8}") {
+            let (map, slot) = (map(count), Slot::of(key.as_bytes()));
+            let containing: Vec<usize> = (0..count).filter(|&index| map.slots(index).contains(&slot.number())).collect();
+            prop_assert_eq!(containing, [map.index(slot)]);
+        }
+
+        #[test]
+        fn ranges_are_even(count in 1usize..=1024) {
+            let map = map(count);
+            let sizes: Vec<usize> = (0..count).map(|index| map.slots(index).len()).collect();
+            prop_assert_eq!(sizes.iter().sum::<usize>(), usize::from(SLOTS));
+            prop_assert!(sizes.iter().max().unwrap() - sizes.iter().min().unwrap() <= 1);
+        }
+    }
+}

@@ -1,0 +1,218 @@
+//! The background thread of a manager: pushes, renewals, and whatever no task of the program waits for.
+//!
+//! It has a runtime of its own with one thread, so that leases are renewed and losses are told even if every worker of the
+//! program's runtime is blocked. It ends when no handle of the manager is left and every key has been given back.
+
+use std::rc::Rc;
+use std::sync::Arc;
+use std::sync::atomic::Ordering;
+use std::time::Duration;
+
+use tokio::sync::{mpsc, oneshot};
+use tokio::task::{JoinSet, LocalSet};
+
+use super::{Entry, Job, Shard};
+use crate::clock::Moment;
+use crate::error::LockError;
+use crate::key::LockKey;
+use crate::protocol::{Cycle, Push, Release};
+use crate::queue::Request;
+use crate::store::Lane;
+use crate::watchdog::keep_alive;
+
+/// The thread, and how to reach it.
+#[derive(Debug)]
+pub(crate) struct Background {
+    /// Resolves when every shard's inbox has been subscribed for the first time.
+    pub(crate) listening: oneshot::Receiver<()>,
+}
+
+impl Background {
+    /// Starts the thread.
+    ///
+    /// # Errors
+    ///
+    /// The system does not give us a thread.
+    pub(crate) fn start(shards: Vec<Arc<Shard>>, jobs: mpsc::UnboundedReceiver<Job>) -> std::io::Result<Self> {
+        let (tell, listening) = oneshot::channel();
+        // The runtime is made on its thread: it must not be dropped on one of the program's.
+        std::thread::Builder::new().name("shardlock".into()).spawn(move || {
+            match tokio::runtime::Builder::new_current_thread().enable_all().build() {
+                Ok(runtime) => LocalSet::new().block_on(&runtime, run(shards.into(), jobs, tell)),
+                Err(error) => tracing::error!(%error, "the background thread could not start its runtime"),
+            }
+        })?;
+        Ok(Self { listening })
+    }
+}
+
+async fn run(shards: Rc<[Arc<Shard>]>, mut jobs: mpsc::UnboundedReceiver<Job>, listening: oneshot::Sender<()>) {
+    let mut services = JoinSet::new();
+    let (tell, mut told) = mpsc::unbounded_channel();
+    for shard in shards.iter() {
+        let (sender, receiver) = mpsc::unbounded_channel();
+        services.spawn_local(shard.store.listen(sender));
+        services.spawn_local(receive(Arc::clone(shard), receiver, tell.clone()));
+        services.spawn_local(keep_alive(Arc::clone(shard)));
+    }
+    drop(tell);
+    let count = shards.len();
+    services.spawn_local(async move {
+        for _ in 0..count {
+            told.recv().await;
+        }
+        // A manager that gave up connecting does not listen.
+        listening.send(()).ok();
+    });
+
+    let mut work = JoinSet::new();
+    let mut closing: Vec<oneshot::Sender<()>> = Vec::new();
+    let mut leaving = false;
+    loop {
+        let done = work.is_empty() && jobs.is_empty() && shards.iter().all(|shard| shard.is_idle());
+        if done {
+            for done in closing.drain(..) {
+                // Whoever asked may have stopped waiting.
+                done.send(()).ok();
+            }
+            if leaving {
+                return;
+            }
+        }
+        let waiting_for_the_end = leaving || !closing.is_empty();
+        tokio::select! {
+            job = jobs.recv() => match job {
+                Some(Job::Request { entry, request }) => { work.spawn_local(carry_out(entry, request)); }
+                Some(Job::Release { key, cycle }) => {
+                    if let Some(shard) = shard_of(&shards, &key) {
+                        shard.metrics.abandoned.increment(1);
+                        work.spawn_local(abandon(shard, key, cycle));
+                    }
+                }
+                Some(Job::Close { done }) => {
+                    close(&shards);
+                    closing.push(done);
+                }
+                Some(Job::Leave) | None => leaving = true,
+            },
+            Some(_) = work.join_next(), if !work.is_empty() => {}
+            // Keys may be given back by tasks of the program, which do not tell this loop.
+            () = tokio::time::sleep(LOOK_FOR_THE_END), if waiting_for_the_end => {}
+        }
+    }
+}
+
+/// How often a thread that is about to end looks whether it may.
+const LOOK_FOR_THE_END: Duration = Duration::from_millis(5);
+
+fn shard_of(shards: &[Arc<Shard>], key: &LockKey) -> Option<Arc<Shard>> {
+    let index = crate::router::shard_index(key.slot(), shards.len());
+    shards.get(index).map(Arc::clone)
+}
+
+/// Carries out a request and all that follow from it.
+async fn carry_out(entry: Arc<Entry>, request: Request) {
+    let mut next = Some(request);
+    while let Some(request) = next {
+        next = entry.drive(request, Lane::Background).await.next;
+    }
+}
+
+/// Releases a cycle that is over until the store has answered, or the lease it may have has run out.
+///
+/// First on the caller's lane, where an acquire of that cycle may still be under way: the release arrives after it. Then
+/// on the background's, which works even if the program's runtime is gone.
+async fn abandon(shard: Arc<Shard>, key: LockKey, cycle: Cycle) {
+    let started = Moment::now();
+    let ttl = shard.default_ttl;
+    for lane in [Lane::Caller, Lane::Background] {
+        let mut pause = ABANDON_PAUSE_MIN;
+        loop {
+            let release = Release {
+                key: key.clone(),
+                cycle,
+                requeue: None,
+                ttl,
+                tokens: shard.rules.max_burst,
+            };
+            let answer = tokio::time::timeout(shard.timeout, shard.store.release(lane, release)).await;
+            if matches!(answer, Ok(Ok(_))) {
+                // Requests on one lane keep their order, so nothing of this cycle can come after it.
+                return;
+            }
+            let waited = Moment::now().since(started);
+            if lane == Lane::Caller || waited >= ttl {
+                break;
+            }
+            tokio::time::sleep(pause).await;
+            pause = (pause * 2).min(ABANDON_PAUSE_MAX);
+        }
+    }
+    tracing::warn!(shard = %shard.name, "a cycle could not be released; its lease, if it has one, is left to run out");
+}
+
+const ABANDON_PAUSE_MIN: Duration = Duration::from_millis(20);
+const ABANDON_PAUSE_MAX: Duration = Duration::from_secs(1);
+
+/// Hands pushes to the queues they are for.
+async fn receive(shard: Arc<Shard>, mut pushes: mpsc::UnboundedReceiver<Push>, subscribed: mpsc::UnboundedSender<()>) {
+    let mut subscribed = Some(subscribed);
+    let mut cut_off: Option<tokio::task::AbortHandle> = None;
+    while let Some(push) = pushes.recv().await {
+        match push {
+            Push::Granted { key, grant } => match shard.table.get(&key) {
+                Some(entry) => entry.in_background(|queue, cx| queue.granted(grant, cx)),
+                // Nobody wants the key any more.
+                None => shard.send(Job::Release {
+                    key,
+                    cycle: grant.cycle,
+                }),
+            },
+            Push::Wanted { key, cycle } => {
+                if let Some(entry) = shard.table.get(&key) {
+                    entry.in_background(|queue, cx| {
+                        queue.wanted(cycle, cx);
+                        crate::queue::Effects::none()
+                    });
+                }
+            }
+            Push::Resubscribed => {
+                if let Some(timer) = cut_off.take() {
+                    timer.abort();
+                }
+                if let Some(tell) = subscribed.take() {
+                    // The manager may have given up connecting.
+                    tell.send(()).ok();
+                } else {
+                    ask_again(&shard);
+                }
+            }
+            // Whoever waits would wait in vain if the server is gone: after the time limit of a request, ask, and so find out.
+            Push::Disconnected => {
+                let shard = Arc::clone(&shard);
+                let task = tokio::task::spawn_local(async move {
+                    tokio::time::sleep(shard.timeout).await;
+                    ask_again(&shard);
+                });
+                cut_off = Some(task.abort_handle());
+            }
+        }
+    }
+}
+
+/// Asks again for all keys that wait, at once; the connection pipelines them.
+fn ask_again(shard: &Arc<Shard>) {
+    for entry in shard.table.all() {
+        entry.in_background(|queue, _| queue.resubscribed());
+    }
+}
+
+fn close(shards: &[Arc<Shard>]) {
+    for shard in shards {
+        shard.load.closed.store(true, Ordering::SeqCst);
+        for entry in shard.table.all() {
+            entry.in_background(|queue, cx| queue.close(cx));
+        }
+    }
+    tracing::debug!(error = %LockError::Closed, "everything was given back");
+}

@@ -1,0 +1,257 @@
+//! The driver of one shard: it owns the table of keys and turns what their queues want into requests.
+//!
+//! # Implementation details
+//!
+//! A task that wants a key, or gives one back, carries its own request out where it can (`request`), so that the shortest way
+//! costs no hop between tasks. Everything else is a [`Job`] for the background thread (`background`): pushes, renewals, releases of
+//! dropped guards, requests whose task went away. Both let events happen to the same queue under the entry's mutex.
+//!
+//! An entry leaves the table in the moment in which nothing is wanted, held or on its way for its key. It is marked under its
+//! mutex first, so that a task that found it just before looks again.
+
+mod background;
+mod drive;
+mod entry;
+mod rivals;
+mod table;
+mod watch;
+
+use std::fmt;
+use std::sync::Arc;
+use std::sync::atomic::{AtomicBool, AtomicUsize, Ordering};
+use std::task::Waker;
+use std::time::Duration;
+
+use tokio::sync::mpsc;
+
+pub(crate) use background::Background;
+pub(crate) use drive::Driven;
+pub(crate) use entry::{Entry, Settled};
+
+use crate::clock::Moment;
+use crate::error::LockError;
+use crate::identity::ManagerId;
+use crate::key::LockKey;
+use crate::protocol::{Cycle, Cycles};
+use crate::queue::{Request, Rules, WaiterId, Want};
+use crate::store::{Inspection, LeaseStore, StoreError};
+use crate::telemetry::ShardMetrics;
+use rivals::Rivals;
+use table::Table;
+use watch::Watch;
+
+/// See the module.
+pub(crate) struct Shard {
+    pub(crate) name: Arc<str>,
+    pub(crate) store: Arc<dyn LeaseStore>,
+    pub(crate) id: ManagerId,
+    pub(crate) rules: Rules,
+    pub(crate) cycles: Arc<Cycles>,
+    pub(crate) limits: Limits,
+    /// The time limit of a request.
+    pub(crate) timeout: Duration,
+    /// The lifetime of a lease that is granted on while a cycle is abandoned.
+    pub(crate) default_ttl: Duration,
+    pub(crate) metrics: Arc<ShardMetrics>,
+    /// Shared by all shards of a manager.
+    pub(crate) load: Arc<Load>,
+    table: Table,
+    rivals: Rivals,
+    pub(crate) watch: Watch,
+    jobs: mpsc::UnboundedSender<Job>,
+}
+
+impl fmt::Debug for Shard {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.debug_struct("Shard")
+            .field("name", &self.name)
+            .field("keys", &self.table.len())
+            .finish_non_exhaustive()
+    }
+}
+
+/// How much a manager takes on.
+#[derive(Debug, Clone, Copy)]
+pub(crate) struct Limits {
+    pub(crate) waiters_per_key: usize,
+    pub(crate) waiters: usize,
+    pub(crate) keys: usize,
+}
+
+/// How much a manager has taken on, and whether it takes on more.
+#[derive(Debug, Default)]
+pub(crate) struct Load {
+    pub(crate) waiters: AtomicUsize,
+    pub(crate) closed: AtomicBool,
+}
+
+/// Work for the background thread.
+#[derive(Debug)]
+pub(crate) enum Job {
+    /// Carry out what a queue asks for.
+    Request { entry: Arc<Entry>, request: Request },
+    /// Release a cycle that is over until the store has answered.
+    Release { key: LockKey, cycle: Cycle },
+    /// Give everything back and refuse everything new; tell when it is done.
+    Close { done: tokio::sync::oneshot::Sender<()> },
+    /// No handle of the manager is left: end when nothing is left to do.
+    Leave,
+}
+
+/// What a shard is made of.
+pub(crate) struct Parts {
+    pub(crate) name: Arc<str>,
+    pub(crate) store: Arc<dyn LeaseStore>,
+    pub(crate) id: ManagerId,
+    pub(crate) rules: Rules,
+    pub(crate) cycles: Arc<Cycles>,
+    pub(crate) limits: Limits,
+    pub(crate) timeout: Duration,
+    pub(crate) default_ttl: Duration,
+    pub(crate) metrics: Arc<ShardMetrics>,
+    pub(crate) load: Arc<Load>,
+    pub(crate) jobs: mpsc::UnboundedSender<Job>,
+}
+
+impl Shard {
+    pub(crate) fn new(parts: Parts) -> Arc<Self> {
+        let Parts {
+            name,
+            store,
+            id,
+            rules,
+            cycles,
+            limits,
+            timeout,
+            default_ttl,
+            metrics,
+            load,
+            jobs,
+        } = parts;
+        Arc::new(Self {
+            name,
+            store,
+            id,
+            rules,
+            cycles,
+            limits,
+            timeout,
+            default_ttl,
+            metrics,
+            load,
+            table: Table::default(),
+            rivals: Rivals::default(),
+            watch: Watch::default(),
+            jobs,
+        })
+    }
+
+    /// A task wants a key. The request that comes back is the caller's to carry out.
+    ///
+    /// # Errors
+    ///
+    /// One of the limits was reached, or the manager is closed.
+    pub(crate) fn want(
+        self: &Arc<Self>,
+        key: &LockKey,
+        mut want: Want,
+        waker: &Waker,
+    ) -> Result<(Arc<Entry>, WaiterId, Option<Request>), LockError> {
+        loop {
+            let mut is_new = false;
+            let entry = self.table.get_or_insert(key, || {
+                is_new = true;
+                Entry::new(key.clone(), self)
+            });
+            if is_new {
+                self.check_keys(&entry)?;
+                want.expects_rivals = self.rivals.seen(key);
+            }
+            // Looked at after the entry is in the table: a shutdown either finds it there or was seen here.
+            if self.load.closed.load(Ordering::SeqCst) {
+                self.forget_new(&entry, is_new);
+                return Err(LockError::Closed);
+            }
+            match entry.want(want, waker.clone()) {
+                Some(Ok((id, request))) => return Ok((entry, id, request)),
+                Some(Err(error)) => return Err(error),
+                // It was on its way out of the table; whoever takes it out may not have come to it yet.
+                None => self.table.remove(&entry),
+            }
+        }
+    }
+
+    /// Refuses one key too many. The count is that of the shard's own table: exact enough for a bound on memory.
+    fn check_keys(&self, entry: &Arc<Entry>) -> Result<(), LockError> {
+        let used = self.table.len();
+        if used <= self.limits.keys {
+            return Ok(());
+        }
+        self.forget_new(entry, true);
+        Err(LockError::TooManyKeys {
+            key: entry.key.to_string(),
+            used: used - 1,
+            limit: self.limits.keys,
+        })
+    }
+
+    /// Takes an entry that was made for nothing out of the table, unless somebody uses it by now.
+    fn forget_new(&self, entry: &Arc<Entry>, is_new: bool) {
+        if is_new {
+            entry.in_background(|_, _| crate::queue::Effects::none());
+        }
+    }
+
+    /// An entry has nothing left to do.
+    fn forget(&self, entry: &Arc<Entry>, rivals_seen: bool) {
+        self.rivals.note(&entry.key, rivals_seen);
+        self.table.remove(entry);
+        if self.load.closed.load(Ordering::SeqCst) {
+            self.watch.nudge();
+        }
+    }
+
+    /// All keys that are wanted, held or on their way.
+    pub(crate) fn entries(&self) -> Vec<Arc<Entry>> {
+        self.table.all()
+    }
+
+    /// What stands in the store for a cycle of this manager.
+    pub(crate) fn sign(&self, cycle: Cycle) -> String {
+        self.id.sign(cycle)
+    }
+
+    /// Whether no key is wanted, held or on its way.
+    pub(crate) fn is_idle(&self) -> bool {
+        self.table.len() == 0
+    }
+
+    pub(crate) async fn inspect(&self, key: &LockKey) -> Result<Inspection, LockError> {
+        let started = Moment::now();
+        let inspection = tokio::time::timeout(self.timeout, self.store.inspect(key.clone())).await;
+        inspection
+            .unwrap_or_else(|_| Err(self.no_answer()))
+            .map_err(|error| self.error(error, "inspect", Some(key), started))
+    }
+
+    pub(crate) fn send(&self, job: Job) {
+        // The background thread outlives every entry; where it is gone, the process is ending, and leases run out by themselves.
+        if self.jobs.send(job).is_err() {
+            tracing::warn!(shard = %self.name, "the background thread is gone; a lease is left to run out");
+        }
+    }
+
+    pub(crate) fn no_answer(&self) -> StoreError {
+        StoreError::Unavailable(format!("no answer within store_timeout ({:?})", self.timeout).into())
+    }
+
+    pub(crate) fn error(
+        &self,
+        error: StoreError,
+        step: &'static str,
+        key: Option<&LockKey>,
+        since: Moment,
+    ) -> LockError {
+        error.with_context(&self.name, step, key, Moment::now().since(since))
+    }
+}

@@ -1,0 +1,65 @@
+//! Which keys other managers wanted lately, so that the free path is not tried in vain.
+
+use std::hash::{BuildHasher, RandomState};
+use std::sync::atomic::{AtomicU64, Ordering};
+
+use crate::key::LockKey;
+
+/// A small table of hashes, one per place: a newer key replaces an older one. It only saves work; being wrong costs one
+/// request more.
+#[derive(Debug)]
+pub(super) struct Rivals {
+    hasher: RandomState,
+    places: Box<[AtomicU64]>,
+}
+
+/// How many keys are remembered at most, 8 bytes each.
+const PLACES: usize = 4096;
+
+impl Default for Rivals {
+    fn default() -> Self {
+        Self {
+            hasher: RandomState::new(),
+            places: (0..PLACES).map(|_| AtomicU64::new(0)).collect(),
+        }
+    }
+}
+
+impl Rivals {
+    fn place(&self, key: &LockKey) -> (&AtomicU64, u64) {
+        let hash = self.hasher.hash_one(key).max(1);
+        (&self.places[hash as usize % PLACES], hash)
+    }
+
+    pub(super) fn seen(&self, key: &LockKey) -> bool {
+        let (place, hash) = self.place(key);
+        place.load(Ordering::Relaxed) == hash
+    }
+
+    pub(super) fn note(&self, key: &LockKey, seen: bool) {
+        let (place, hash) = self.place(key);
+        if seen {
+            place.store(hash, Ordering::Relaxed);
+        } else if place.load(Ordering::Relaxed) == hash {
+            // A lost race means a key is forgotten or remembered once more; either only costs a request.
+            place.store(0, Ordering::Relaxed);
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn remembers_until_told_otherwise() {
+        let rivals = Rivals::default();
+        let key = LockKey::new("k").unwrap();
+        assert!(!rivals.seen(&key));
+        rivals.note(&key, true);
+        assert!(rivals.seen(&key));
+        rivals.note(&LockKey::new("other").unwrap(), false);
+        rivals.note(&key, false);
+        assert!(!rivals.seen(&key));
+    }
+}

@@ -1,0 +1,44 @@
+//! The table of the keys that a shard has something to do with.
+//!
+//! Its references never leave this file: one that lives across an `await` would block every task that touches the same
+//! part of the table.
+
+use std::sync::Arc;
+
+use dashmap::DashMap;
+
+use super::entry::Entry;
+use crate::key::LockKey;
+
+#[derive(Debug, Default)]
+pub(super) struct Table {
+    entries: DashMap<LockKey, Arc<Entry>>,
+}
+
+impl Table {
+    pub(super) fn get(&self, key: &LockKey) -> Option<Arc<Entry>> {
+        self.entries.get(key).map(|entry| Arc::clone(&entry))
+    }
+
+    /// The entry of that key; a new one if there is none.
+    pub(super) fn get_or_insert(&self, key: &LockKey, new: impl FnOnce() -> Arc<Entry>) -> Arc<Entry> {
+        if let Some(entry) = self.get(key) {
+            return entry;
+        }
+        Arc::clone(&self.entries.entry(key.clone()).or_insert_with(new))
+    }
+
+    /// Removes this very entry, if it is there.
+    pub(super) fn remove(&self, entry: &Arc<Entry>) {
+        self.entries.remove_if(&entry.key, |_, there| Arc::ptr_eq(there, entry));
+    }
+
+    pub(super) fn len(&self) -> usize {
+        self.entries.len()
+    }
+
+    /// Copies of all entries, so that no part of the table is locked while something is done with them.
+    pub(super) fn all(&self) -> Vec<Arc<Entry>> {
+        self.entries.iter().map(|entry| Arc::clone(&entry)).collect()
+    }
+}

@@ -1,0 +1,363 @@
+//! What a lease store does, in plain code: the reference that the Lua scripts are compared with.
+//!
+//! It reads no clock. `now` says when leases end; `server_time`, in the unit of tokens, is only used to raise a counter that was lost.
+
+use std::collections::{BTreeSet, HashMap, HashSet};
+use std::time::Duration;
+
+use crate::clock::Moment;
+use crate::fence::{FencingToken, TokenBlock};
+use crate::identity::parse_signature;
+use crate::key::{LockKey, Slot};
+use crate::protocol::{AcquireReply, Grant, Place, Push, ReleaseReply, RenewReply};
+use crate::store::{Holder, INSPECTED_QUEUE_MAX, Inspection};
+
+/// Leases, queues and counters, and who listens.
+#[derive(Debug, Default)]
+pub(crate) struct MemoryCore {
+    locks: HashMap<LockKey, Lock>,
+    counters: HashMap<Slot, u64>,
+    listening: HashSet<String>,
+    /// Pushes to be delivered: to which manager, and what.
+    pub(crate) outbox: Vec<(String, Push)>,
+}
+
+#[derive(Debug, Default)]
+struct Lock {
+    lease: Option<LeaseRecord>,
+    /// By the counter when it joined.
+    queue: BTreeSet<(u64, String)>,
+}
+
+#[derive(Debug)]
+struct LeaseRecord {
+    owner: String,
+    ends: Option<Moment>,
+}
+
+/// What a request carries besides the key.
+#[derive(Debug, Clone, Copy)]
+pub(crate) struct Terms {
+    pub(crate) now: Moment,
+    pub(crate) server_time: u64,
+    pub(crate) ttl: Duration,
+    pub(crate) tokens: u32,
+    pub(crate) floor: u64,
+}
+
+impl MemoryCore {
+    /// A manager listens from now on, or does not any more.
+    pub(crate) fn listen(&mut self, manager: &str, listens: bool) {
+        if listens {
+            self.listening.insert(manager.to_owned());
+        } else {
+            self.listening.remove(manager);
+        }
+    }
+
+    /// The free path: `SET NX` and `INCRBY`.
+    pub(crate) fn acquire_freely(&mut self, key: &LockKey, me: &str, terms: Terms) -> AcquireReply {
+        let taken = self.owner(key, terms.now).is_some();
+        let counter = self.counters.entry(key.slot()).or_default();
+        *counter += u64::from(terms.tokens);
+        let tokens = TokenBlock::ending_at(*counter, terms.tokens);
+        if taken {
+            return AcquireReply::Taken;
+        }
+        self.set_owner(key, me, terms);
+        AcquireReply::Granted {
+            tokens,
+            queued: 0,
+            extended: false,
+        }
+    }
+
+    /// Takes the lease, extends it, or joins the queue; a try does not join.
+    pub(crate) fn acquire(&mut self, key: &LockKey, me: &str, only_try: bool, terms: Terms) -> AcquireReply {
+        match self.owner(key, terms.now) {
+            Some(owner) if owner == me => {
+                let tokens = self.reserve(key, terms);
+                self.set_owner(key, me, terms);
+                AcquireReply::Granted {
+                    tokens,
+                    queued: self.queue_length(key),
+                    extended: true,
+                }
+            }
+            Some(_) if only_try => AcquireReply::Busy,
+            Some(owner) => {
+                let (mark, ahead, new) = self.join(key, me, terms);
+                if (ahead == 0 || !new)
+                    && let Some((manager, cycle)) = parse_signature(&owner)
+                    && !cycle.expects_rivals()
+                {
+                    self.push(
+                        manager,
+                        Push::Wanted {
+                            key: key.clone(),
+                            cycle,
+                        },
+                    );
+                }
+                self.queued(key, mark, ahead, terms.now)
+            }
+            None => self.acquire_unowned(key, me, only_try, terms),
+        }
+    }
+
+    fn acquire_unowned(&mut self, key: &LockKey, me: &str, only_try: bool, terms: Terms) -> AcquireReply {
+        let head = self
+            .locks
+            .get(key)
+            .and_then(|lock| lock.queue.first())
+            .map(|(_, member)| member.clone());
+        if head.as_deref().is_none_or(|head| head == me) {
+            let tokens = self.reserve(key, terms);
+            self.leave(key, me);
+            self.set_owner(key, me, terms);
+            return AcquireReply::Granted {
+                tokens,
+                queued: self.queue_length(key),
+                extended: false,
+            };
+        }
+        if only_try {
+            if self.pass_on(key, None, terms).is_some() {
+                return AcquireReply::Busy;
+            }
+            let tokens = self.reserve(key, terms);
+            self.set_owner(key, me, terms);
+            return AcquireReply::Granted {
+                tokens,
+                queued: 0,
+                extended: false,
+            };
+        }
+        self.join(key, me, terms);
+        self.passed_on(key, me, terms)
+    }
+
+    /// Gives the lease or the place back, and joins the tail with `next` first.
+    pub(crate) fn release(&mut self, key: &LockKey, me: &str, next: Option<&str>, terms: Terms) -> ReleaseReply {
+        let held = self.owner(key, terms.now).is_some_and(|owner| owner == me);
+        if !held {
+            self.leave(key, me);
+        }
+        let requeued = match (held, next) {
+            (false, None) => None,
+            (false, Some(next)) => Some(self.acquire(key, next, false, terms)),
+            (true, None) => {
+                self.pass_on(key, None, terms);
+                None
+            }
+            (true, Some(next)) => {
+                self.join(key, next, terms);
+                Some(self.passed_on(key, next, terms))
+            }
+        };
+        self.forget_if_unused(key);
+        ReleaseReply { held, requeued }
+    }
+
+    pub(crate) fn renew(&mut self, key: &LockKey, me: &str, now: Moment, ttl: Duration) -> RenewReply {
+        if self.owner(key, now).is_none_or(|owner| owner != me) {
+            return RenewReply::NotOurs;
+        }
+        let Some(lock) = self.locks.get_mut(key) else {
+            return RenewReply::NotOurs;
+        };
+        lock.lease = Some(LeaseRecord {
+            owner: me.to_owned(),
+            ends: Some(now + ttl),
+        });
+        RenewReply::Extended {
+            wanted: !lock.queue.is_empty(),
+        }
+    }
+
+    pub(crate) fn inspect(&mut self, key: &LockKey, now: Moment) -> Inspection {
+        let holder = self.owner(key, now).map(|owner| Holder {
+            is_manager: parse_signature(&owner).is_some(),
+            owner,
+            remaining: self.remaining(key, now),
+        });
+        let queue = self.locks.get(key).map(|lock| &lock.queue);
+        Inspection {
+            holder,
+            queue_length: self.queue_length(key),
+            queue: queue
+                .into_iter()
+                .flatten()
+                .take(INSPECTED_QUEUE_MAX)
+                .map(|(_, member)| member.clone())
+                .collect(),
+            last_token: self.counters.get(&key.slot()).copied().and_then(FencingToken::new),
+        }
+    }
+
+    /// Stores a lease as an administrator or another library would.
+    pub(crate) fn put(&mut self, key: &LockKey, owner: &str, ends: Option<Moment>) {
+        self.locks.entry(key.clone()).or_default().lease = Some(LeaseRecord {
+            owner: owner.to_owned(),
+            ends,
+        });
+    }
+
+    /// Deletes a lease as an administrator or another library would.
+    pub(crate) fn delete(&mut self, key: &LockKey) {
+        if let Some(lock) = self.locks.get_mut(key) {
+            lock.lease = None;
+        }
+        self.forget_if_unused(key);
+    }
+
+    /// Forgets everything, as after a FLUSHALL.
+    #[cfg(test)]
+    pub(crate) fn flush(&mut self) {
+        self.locks.clear();
+        self.counters.clear();
+    }
+
+    /// How many keys have a lease or a queue.
+    #[cfg(test)]
+    pub(crate) fn keys_in_use(&mut self, now: Moment) -> usize {
+        self.locks.retain(|_, lock| {
+            let ended = lock
+                .lease
+                .as_ref()
+                .is_some_and(|lease| lease.ends.is_some_and(|ends| ends <= now));
+            lock.lease.is_some() && !ended || !lock.queue.is_empty()
+        });
+        self.locks.len()
+    }
+
+    /// The owner at `now`; a lease that has ended is forgotten.
+    pub(crate) fn owner(&mut self, key: &LockKey, now: Moment) -> Option<String> {
+        let lock = self.locks.get_mut(key)?;
+        if lock.lease.as_ref()?.ends.is_some_and(|ends| ends <= now) {
+            lock.lease = None;
+        }
+        lock.lease.as_ref().map(|lease| lease.owner.clone())
+    }
+
+    fn remaining(&self, key: &LockKey, now: Moment) -> Option<Duration> {
+        Some(self.locks.get(key)?.lease.as_ref()?.ends?.since(now))
+    }
+
+    fn queue_length(&self, key: &LockKey) -> u64 {
+        self.locks.get(key).map_or(0, |lock| lock.queue.len() as u64)
+    }
+
+    fn set_owner(&mut self, key: &LockKey, owner: &str, terms: Terms) {
+        self.put(key, owner, Some(terms.now + terms.ttl));
+    }
+
+    /// Reserves a block of tokens. A counter below the caller's floor was lost and is raised first.
+    fn reserve(&mut self, key: &LockKey, terms: Terms) -> TokenBlock {
+        let counter = self.counters.entry(key.slot()).or_default();
+        if *counter < terms.floor {
+            *counter = terms.floor.max(terms.server_time);
+        }
+        *counter += u64::from(terms.tokens);
+        TokenBlock::ending_at(*counter, terms.tokens)
+    }
+
+    /// Joins unless it is in the queue already: its mark, how many are ahead, and whether it is new.
+    fn join(&mut self, key: &LockKey, me: &str, terms: Terms) -> (u64, u64, bool) {
+        let mark = self.reserve(key, Terms { tokens: 1, ..terms }).last();
+        let queue = &mut self.locks.entry(key.clone()).or_default().queue;
+        match queue.iter().position(|(_, member)| member == me) {
+            Some(ahead) => (mark, ahead as u64, false),
+            None => {
+                queue.insert((mark, me.to_owned()));
+                (mark, queue.len() as u64 - 1, true)
+            }
+        }
+    }
+
+    fn leave(&mut self, key: &LockKey, me: &str) {
+        if let Some(lock) = self.locks.get_mut(key) {
+            lock.queue.retain(|(_, member)| member != me);
+        }
+        self.forget_if_unused(key);
+    }
+
+    fn forget_if_unused(&mut self, key: &LockKey) {
+        if self
+            .locks
+            .get(key)
+            .is_some_and(|lock| lock.lease.is_none() && lock.queue.is_empty())
+        {
+            self.locks.remove(key);
+        }
+    }
+
+    /// Passes on to the head of the queue, in which `me` stands, and says what became of `me`.
+    fn passed_on(&mut self, key: &LockKey, me: &str, terms: Terms) -> AcquireReply {
+        match self.pass_on(key, Some(me), terms) {
+            Some((heir, tokens)) if heir == me => AcquireReply::Granted {
+                tokens,
+                queued: self.queue_length(key),
+                extended: false,
+            },
+            Some((_, tokens)) => {
+                let ahead = self
+                    .locks
+                    .get(key)
+                    .and_then(|lock| lock.queue.iter().position(|(_, member)| member == me));
+                self.queued(key, tokens.last(), ahead.unwrap_or_default() as u64, terms.now)
+            }
+            None => AcquireReply::Busy,
+        }
+    }
+
+    /// Makes the first in the queue who listens the owner and tells it; `me` is told by the reply instead.
+    fn pass_on(&mut self, key: &LockKey, me: Option<&str>, terms: Terms) -> Option<(String, TokenBlock)> {
+        let mut tokens = None;
+        while let Some((_, heir)) = self.locks.get_mut(key).and_then(|lock| lock.queue.pop_first()) {
+            let tokens = *tokens.get_or_insert_with(|| self.reserve(key, terms));
+            self.set_owner(key, &heir, terms);
+            if me == Some(heir.as_str()) {
+                return Some((heir, tokens));
+            }
+            if let Some((manager, cycle)) = parse_signature(&heir) {
+                let grant = Grant {
+                    cycle,
+                    tokens,
+                    ttl: terms.ttl,
+                    queued: self.queue_length(key),
+                };
+                if self.push(
+                    manager,
+                    Push::Granted {
+                        key: key.clone(),
+                        grant,
+                    },
+                ) {
+                    return Some((heir, tokens));
+                }
+            }
+        }
+        self.delete(key);
+        None
+    }
+
+    fn queued(&self, key: &LockKey, mark: u64, ahead: u64, now: Moment) -> AcquireReply {
+        let lease = self.locks.get(key).and_then(|lock| lock.lease.as_ref());
+        AcquireReply::Queued(Place {
+            mark,
+            owner_ttl: lease.and_then(|lease| lease.ends).map(|ends| ends.since(now)),
+            owner_foreign: lease.is_some_and(|lease| parse_signature(&lease.owner).is_none()),
+            ahead,
+        })
+    }
+
+    /// Whether anybody received it.
+    fn push(&mut self, manager: &str, push: Push) -> bool {
+        let heard = self.listening.contains(manager);
+        if heard {
+            self.outbox.push((manager.to_owned(), push));
+        }
+        heard
+    }
+}

@@ -1,0 +1,182 @@
+//! A lease store inside the process: for tests, documentation and programs of one process; and the reference for all others.
+
+mod core;
+
+use std::collections::HashMap;
+use std::pin::Pin;
+use std::sync::{Arc, OnceLock, Weak};
+use std::time::{SystemTime, UNIX_EPOCH};
+
+use parking_lot::Mutex;
+use tokio::sync::mpsc;
+
+pub(crate) use self::core::{MemoryCore, Terms};
+use crate::clock::Moment;
+use crate::fence::FencingToken;
+use crate::identity::ManagerId;
+use crate::key::LockKey;
+use crate::protocol::{Acquire, AcquireReply, Answer, Ask, Push, Release, ReleaseReply, RenewReply, Renewal};
+use crate::store::{Inspection, Lane, LeaseStore, StoreError, StoreFuture};
+
+/// The leases of all managers of this process that connected to one name.
+#[derive(Debug, Default)]
+struct Memory {
+    core: MemoryCore,
+    inboxes: HashMap<String, mpsc::UnboundedSender<Push>>,
+    map: Option<String>,
+}
+
+impl Memory {
+    /// Hands out what the core wants pushed.
+    fn deliver(&mut self) {
+        for (manager, push) in self.core.outbox.drain(..) {
+            if let Some(inbox) = self.inboxes.get(&manager) {
+                // A receiver that went away can't be told; its manager does not live any more.
+                inbox.send(push).ok();
+            }
+        }
+    }
+}
+
+/// The memories of this process by name. One that no manager uses any more is forgotten.
+fn memories() -> &'static Mutex<HashMap<String, Weak<Mutex<Memory>>>> {
+    static MEMORIES: OnceLock<Mutex<HashMap<String, Weak<Mutex<Memory>>>>> = OnceLock::new();
+    MEMORIES.get_or_init(Mutex::default)
+}
+
+/// One manager's access to a memory.
+#[derive(Debug)]
+pub(crate) struct MemoryStore {
+    memory: Arc<Mutex<Memory>>,
+    manager: ManagerId,
+    floor: u64,
+}
+
+impl MemoryStore {
+    /// The memory of that name, which all managers of this process share.
+    pub(crate) fn open(name: &str, manager: ManagerId, map: &str) -> Result<Self, StoreError> {
+        let mut memories = memories().lock();
+        memories.retain(|_, memory| memory.strong_count() > 0);
+        let memory = memories.get(name).and_then(Weak::upgrade).unwrap_or_default();
+        memories.insert(name.to_owned(), Arc::downgrade(&memory));
+        drop(memories);
+        let theirs = memory.lock().map.get_or_insert_with(|| map.to_owned()).clone();
+        if theirs != map {
+            return Err(StoreError::MapMismatch {
+                ours: map.to_owned(),
+                theirs,
+                map_key: format!("memory://{name}"),
+            });
+        }
+        Ok(Self {
+            memory,
+            manager,
+            floor: server_time(),
+        })
+    }
+
+    fn terms(&self, now: Moment, ttl: std::time::Duration, tokens: u32) -> Terms {
+        Terms {
+            now,
+            server_time: server_time(),
+            ttl,
+            tokens,
+            floor: self.floor,
+        }
+    }
+}
+
+/// The system's time as a token; it only ever raises a counter.
+fn server_time() -> u64 {
+    let time = SystemTime::now().duration_since(UNIX_EPOCH).unwrap_or_default();
+    FencingToken::from_server_time(time.as_secs(), u64::from(time.subsec_micros()))
+}
+
+/// A request to memory is done when it is made: the future is only the form.
+fn done<T: Send + 'static>(reply: T) -> StoreFuture<T> {
+    Box::pin(std::future::ready(Ok(reply)))
+}
+
+impl LeaseStore for MemoryStore {
+    fn acquire(&self, request: Acquire) -> StoreFuture<Answer<AcquireReply>> {
+        let Acquire {
+            key,
+            cycle,
+            ask,
+            ttl,
+            tokens,
+        } = request;
+        let now = Moment::now();
+        let me = self.manager.sign(cycle);
+        let mut memory = self.memory.lock();
+        let terms = self.terms(now, ttl, tokens);
+        let reply = match ask {
+            Ask::Free => memory.core.acquire_freely(&key, &me, terms),
+            Ask::Join => memory.core.acquire(&key, &me, false, terms),
+            Ask::Try => memory.core.acquire(&key, &me, true, terms),
+        };
+        memory.deliver();
+        done(Answer {
+            sent_at: now,
+            ttl,
+            floor: self.floor,
+            reply,
+        })
+    }
+
+    fn release(&self, _lane: Lane, request: Release) -> StoreFuture<Answer<ReleaseReply>> {
+        let Release {
+            key,
+            cycle,
+            requeue,
+            ttl,
+            tokens,
+        } = request;
+        let now = Moment::now();
+        let next = requeue.map(|cycle| self.manager.sign(cycle));
+        let mut memory = self.memory.lock();
+        let terms = self.terms(now, ttl, tokens);
+        let reply = memory
+            .core
+            .release(&key, &self.manager.sign(cycle), next.as_deref(), terms);
+        memory.deliver();
+        done(Answer {
+            sent_at: now,
+            ttl,
+            floor: self.floor,
+            reply,
+        })
+    }
+
+    fn renew(&self, batch: Vec<Renewal>) -> StoreFuture<Vec<RenewReply>> {
+        let now = Moment::now();
+        let mut memory = self.memory.lock();
+        let renew = |renewal: Renewal| {
+            memory
+                .core
+                .renew(&renewal.key, &self.manager.sign(renewal.cycle), now, renewal.ttl)
+        };
+        done(batch.into_iter().map(renew).collect())
+    }
+
+    fn inspect(&self, key: LockKey) -> StoreFuture<Inspection> {
+        done(self.memory.lock().core.inspect(&key, Moment::now()))
+    }
+
+    fn listen(&self, pushes: mpsc::UnboundedSender<Push>) -> Pin<Box<dyn Future<Output = ()> + Send>> {
+        let mut memory = self.memory.lock();
+        memory.core.listen(self.manager.as_str(), true);
+        memory.inboxes.insert(self.manager.as_str().to_owned(), pushes.clone());
+        // A receiver that is gone already needs no pushes.
+        pushes.send(Push::Resubscribed).ok();
+        Box::pin(std::future::pending())
+    }
+}
+
+impl Drop for MemoryStore {
+    fn drop(&mut self) {
+        let mut memory = self.memory.lock();
+        memory.core.listen(self.manager.as_str(), false);
+        memory.inboxes.remove(self.manager.as_str());
+    }
+}

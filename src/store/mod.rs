@@ -1,0 +1,128 @@
+//! Lease stores: where leases, queues and tokens live.
+
+pub(crate) mod memory;
+pub(crate) mod redis;
+
+use std::future::Future;
+use std::pin::Pin;
+use std::sync::Arc;
+use std::time::Duration;
+
+use tokio::sync::mpsc;
+
+use crate::error::LockError;
+use crate::fence::FencingToken;
+use crate::key::LockKey;
+use crate::protocol::{Acquire, AcquireReply, Answer, Push, Release, ReleaseReply, RenewReply, Renewal};
+
+/// A request under way. Dropping it does not recall it: it may still be executed.
+pub(crate) type StoreFuture<T> = Pin<Box<dyn Future<Output = Result<T, StoreError>> + Send>>;
+
+/// One shard's place for leases, queues and tokens, as one manager sees it.
+///
+/// Requests have no time limit of their own; whoever sends one sets it. All requests that take something travel on
+/// [`Lane::Caller`], in which the store keeps their order per key, so that the release of a cycle that was given up can't overtake
+/// its acquire.
+pub(crate) trait LeaseStore: Send + Sync + 'static {
+    /// Asks for a lease. Repeating it for the same cycle does no harm.
+    fn acquire(&self, request: Acquire) -> StoreFuture<Answer<AcquireReply>>;
+
+    /// Gives a lease or a place in the queue back. Repeating it does no harm.
+    fn release(&self, lane: Lane, request: Release) -> StoreFuture<Answer<ReleaseReply>>;
+
+    /// Extends what is still ours, in one go. One reply for each renewal, in their order.
+    fn renew(&self, batch: Vec<Renewal>) -> StoreFuture<Vec<RenewReply>>;
+
+    /// Looks at a key without changing anything.
+    fn inspect(&self, key: LockKey) -> StoreFuture<Inspection>;
+
+    /// Receives pushes and hands them on until the receiver is gone. Reconnects by itself.
+    fn listen(&self, pushes: mpsc::UnboundedSender<Push>) -> Pin<Box<dyn Future<Output = ()> + Send>>;
+}
+
+/// Which connection a request travels on.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(crate) enum Lane {
+    /// The connections that the tasks of the program use; their I/O runs on the program's runtime.
+    Caller,
+    /// The connection of the watchdog's thread, which works even if the program's runtime is blocked.
+    Background,
+}
+
+/// Why a request had no answer, or one that helps nobody.
+#[derive(Debug, Clone)]
+pub(crate) enum StoreError {
+    /// No connection, or it broke. What the request did is unknown.
+    Unavailable(Arc<str>),
+    /// The server said no.
+    Refused(Arc<str>),
+    /// The server has another shard map than this manager.
+    MapMismatch {
+        ours: String,
+        theirs: String,
+        map_key: String,
+    },
+}
+
+impl StoreError {
+    /// The error for the user: on which shard, doing what, for which key.
+    pub(crate) fn with_context(
+        self,
+        shard: &str,
+        step: &'static str,
+        key: Option<&LockKey>,
+        waited: Duration,
+    ) -> LockError {
+        let (shard, key) = (shard.to_owned(), key.map(ToString::to_string));
+        match self {
+            Self::Unavailable(reason) => LockError::Unavailable {
+                shard,
+                step,
+                key,
+                waited,
+                reason,
+            },
+            Self::Refused(reason) => LockError::Refused {
+                shard,
+                step,
+                key,
+                reason,
+            },
+            Self::MapMismatch { ours, theirs, map_key } => LockError::ShardMapMismatch {
+                shard,
+                ours,
+                theirs,
+                map_key,
+            },
+        }
+    }
+}
+
+/// What a store knows of a key.
+#[derive(Debug, Clone, PartialEq, Eq)]
+#[non_exhaustive]
+pub struct Inspection {
+    /// Who holds it, if anybody does.
+    pub holder: Option<Holder>,
+    /// How many cycles of other managers, or of this one, wait in the store's queue.
+    pub queue_length: u64,
+    /// The first of those who wait, in order, as `manager:cycle`; at most 100.
+    pub queue: Vec<String>,
+    /// The largest token that was issued in the key's slot, or `None` if there was none yet.
+    pub last_token: Option<FencingToken>,
+}
+
+/// Who holds a key.
+#[derive(Debug, Clone, PartialEq, Eq)]
+#[non_exhaustive]
+pub struct Holder {
+    /// `manager:cycle` of a shardlock manager, or whatever value another library has stored.
+    pub owner: String,
+    /// Whether it is a manager of shardlock.
+    pub is_manager: bool,
+    /// What is left of the lease, or `None` if it never ends.
+    pub remaining: Option<Duration>,
+}
+
+/// The most members of a queue that an inspection names.
+pub(crate) const INSPECTED_QUEUE_MAX: usize = 100;

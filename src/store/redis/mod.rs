@@ -1,0 +1,397 @@
+//! A Redis (or Valkey) primary as a lease store.
+//!
+//! # Implementation details
+//!
+//! Every change of a lock's state is one Lua script, or the two plain commands of the free path, so that it is atomic on
+//! the server; `scripts/*.lua` hold the protocol. All are idempotent for a cycle.
+//!
+//! Connections: `connections` command connections on the program's runtime, among which a key always uses the same one, so that the
+//! requests for a key keep their order; one on the watchdog's thread for renewals; one that only listens to the manager's inbox. A connection that
+//! carries commands never subscribes: an unsolicited push would be taken for a reply.
+
+mod inbox;
+mod link;
+mod names;
+mod reply;
+mod script;
+
+use std::pin::Pin;
+use std::sync::Arc;
+use std::sync::atomic::{AtomicU64, Ordering};
+use std::time::Duration;
+
+use deadpool_redis::redis::io::tcp::TcpSettings;
+use deadpool_redis::redis::{Client, ConnectionInfo, IntoConnectionInfo, RedisError, Value, pipe};
+use tokio::sync::mpsc;
+
+use crate::clock::Moment;
+use crate::error::Invalid;
+use crate::fence::FencingToken;
+use crate::identity::{ManagerId, parse_signature};
+use crate::key::{LockKey, SLOTS, Slot};
+use crate::protocol::{Acquire, AcquireReply, Answer, Ask, Push, Release, ReleaseReply, RenewReply, Renewal};
+use crate::store::{Holder, INSPECTED_QUEUE_MAX, Inspection, Lane, LeaseStore, StoreError, StoreFuture};
+use crate::telemetry::ShardMetrics;
+use link::Link;
+use names::Names;
+use reply::{acquired, acquired_freely, as_int, as_text, error_in_words, released, renewed};
+use script::{ScriptCall, Scripts};
+
+/// What a store needs to know to connect.
+#[derive(Debug, Clone)]
+pub(crate) struct RedisOptions {
+    pub(crate) namespace: String,
+    pub(crate) manager: ManagerId,
+    /// This shard's part of the map that all managers must share.
+    pub(crate) map: String,
+    pub(crate) connections: usize,
+    /// The longest time that connecting may take.
+    pub(crate) timeout: Duration,
+    pub(crate) metrics: Arc<ShardMetrics>,
+}
+
+/// See the module.
+pub(crate) struct RedisStore {
+    callers: Vec<Arc<Link>>,
+    background: Arc<Link>,
+    client: Client,
+    shared: Arc<Shared>,
+}
+
+/// What the connections of a store share.
+pub(super) struct Shared {
+    names: Names,
+    manager: ManagerId,
+    map: String,
+    timeout: Duration,
+    scripts: Scripts,
+    metrics: Arc<ShardMetrics>,
+    /// The server's time at the last connect, as a token: counters below it were lost.
+    floor: AtomicU64,
+    /// The largest token seen in each slot.
+    seen: Box<[AtomicU64]>,
+}
+
+/// How many leases one call of the renewal script covers: few enough that others get a turn in between.
+const RENEWALS_PER_CALL: usize = 128;
+/// How often a request is sent again on a new connection when the old one turned out to be broken.
+const RECONNECTS_PER_REQUEST: usize = 2;
+
+impl RedisStore {
+    /// Prepares a store; nothing is sent yet.
+    pub(crate) fn new(url: &str, options: RedisOptions) -> Result<Self, Invalid> {
+        // The error of the client library may quote the URL, and with it the password.
+        let info = url.into_connection_info().map_err(|_| {
+            Invalid::new(
+                "url",
+                "a URL that the client can't use",
+                "redis://[user[:password]@]host[:port][/db]",
+            )
+        })?;
+        let info: ConnectionInfo = info.set_tcp_settings(TcpSettings::default().set_nodelay(true));
+        let shared = Arc::new(Shared {
+            names: Names::new(&options.namespace),
+            manager: options.manager,
+            map: options.map,
+            timeout: options.timeout,
+            scripts: Scripts::new(),
+            metrics: options.metrics,
+            floor: AtomicU64::new(0),
+            seen: (0..SLOTS).map(|_| AtomicU64::new(0)).collect(),
+        });
+        let unusable = |_| {
+            Invalid::new(
+                "url",
+                "a URL that the client can't use",
+                "redis://[user[:password]@]host[:port][/db]",
+            )
+        };
+        let link = || Link::new(&info, &shared).map(Arc::new).map_err(|_| unusable(()));
+        Ok(Self {
+            callers: (0..options.connections.max(1))
+                .map(|_| link())
+                .collect::<Result<_, _>>()?,
+            background: link()?,
+            client: Client::open(info.clone()).map_err(|_| unusable(()))?,
+            shared,
+        })
+    }
+
+    /// Opens the connections of the caller's lane on the runtime of the caller.
+    pub(crate) async fn connect(&self) -> Result<(), StoreError> {
+        for link in &self.callers {
+            link.get().await?;
+        }
+        Ok(())
+    }
+
+    /// A key's requests share a connection, which keeps their order.
+    fn link(&self, lane: Lane, slot: Slot) -> Arc<Link> {
+        match lane {
+            Lane::Caller => Arc::clone(&self.callers[usize::from(slot.number()) % self.callers.len()]),
+            Lane::Background => Arc::clone(&self.background),
+        }
+    }
+}
+
+impl Shared {
+    /// Every token of that slot issued from now on is above this.
+    fn floor(&self, slot: Slot) -> u64 {
+        let seen = self.seen[usize::from(slot.number())].load(Ordering::Acquire);
+        seen.max(self.floor.load(Ordering::Acquire))
+    }
+
+    fn saw(&self, slot: Slot, reply: &AcquireReply) {
+        let token = match reply {
+            AcquireReply::Granted { tokens, .. } => tokens.last(),
+            AcquireReply::Queued(place) => place.mark,
+            AcquireReply::Taken | AcquireReply::Busy => return,
+        };
+        self.seen[usize::from(slot.number())].fetch_max(token, Ordering::AcqRel);
+    }
+}
+
+/// Whole milliseconds, as Redis wants them; never zero.
+fn millis(ttl: Duration) -> u64 {
+    u64::try_from(ttl.as_millis()).unwrap_or(u64::MAX).max(1)
+}
+
+impl LeaseStore for RedisStore {
+    fn acquire(&self, request: Acquire) -> StoreFuture<Answer<AcquireReply>> {
+        let shared = Arc::clone(&self.shared);
+        let names = shared.names.of(&request.key);
+        let link = self.link(Lane::Caller, names.slot);
+        Box::pin(async move {
+            let Acquire {
+                key,
+                cycle,
+                mut ask,
+                ttl,
+                tokens,
+            } = request;
+            let signature = shared.manager.sign(cycle);
+            let mut attempt = 0;
+            loop {
+                let mut live = link.get().await?;
+                let floor = shared.floor(names.slot);
+                let sent_at = Moment::now();
+                let reply = if ask == Ask::Free {
+                    let mut commands = pipe();
+                    commands
+                        .cmd("SET")
+                        .arg(&names.lease)
+                        .arg(&signature)
+                        .arg("NX")
+                        .arg("PX")
+                        .arg(millis(ttl));
+                    commands.cmd("INCRBY").arg(&names.counter).arg(tokens);
+                    let replies = live.connection.send_packed_commands(&commands, 0, 2).await;
+                    replies
+                        .and_then(|replies| {
+                            replies
+                                .into_iter()
+                                .map(Value::extract_error)
+                                .collect::<Result<Vec<_>, _>>()
+                        })
+                        .map(|replies| acquired_freely(&replies, tokens))
+                } else {
+                    let call = ScriptCall::new(vec![names.lease.clone(), names.queue.clone(), names.counter.clone()])
+                        .arg(&signature)
+                        .arg(millis(ttl))
+                        .arg(tokens)
+                        .arg(floor)
+                        .arg(if ask == Ask::Try { "try" } else { "join" })
+                        .arg(shared.names.inbox_prefix())
+                        .arg(key.as_str());
+                    shared
+                        .scripts
+                        .acquire
+                        .call(&mut live.connection, call)
+                        .await
+                        .map(|value| acquired(&value, tokens))
+                };
+                match reply {
+                    Ok(reply) => {
+                        let reply = reply?;
+                        shared.saw(names.slot, &reply);
+                        return Ok(Answer {
+                            sent_at,
+                            ttl,
+                            floor,
+                            reply,
+                        });
+                    }
+                    Err(error) => {
+                        retry_on_a_new_connection(&link, &live, &error, &mut attempt)?;
+                        if ask == Ask::Free {
+                            // The first attempt may have taken the lease: only the script knows its own.
+                            ask = Ask::Join;
+                        }
+                    }
+                }
+            }
+        })
+    }
+
+    fn release(&self, lane: Lane, request: Release) -> StoreFuture<Answer<ReleaseReply>> {
+        let shared = Arc::clone(&self.shared);
+        let names = shared.names.of(&request.key);
+        let link = self.link(lane, names.slot);
+        Box::pin(async move {
+            let Release {
+                key,
+                cycle,
+                requeue,
+                ttl,
+                tokens,
+            } = request;
+            let signature = shared.manager.sign(cycle);
+            let next = requeue.map(|cycle| shared.manager.sign(cycle)).unwrap_or_default();
+            let mut attempt = 0;
+            loop {
+                let mut live = link.get().await?;
+                let floor = shared.floor(names.slot);
+                let sent_at = Moment::now();
+                let call = ScriptCall::new(vec![names.lease.clone(), names.queue.clone(), names.counter.clone()])
+                    .arg(&signature)
+                    .arg(millis(ttl))
+                    .arg(tokens)
+                    .arg(floor)
+                    .arg(shared.names.inbox_prefix())
+                    .arg(key.as_str())
+                    .arg(&next);
+                match shared.scripts.release.call(&mut live.connection, call).await {
+                    Ok(value) => {
+                        let reply = released(&value, requeue.is_some(), tokens)?;
+                        if let Some(reply) = &reply.requeued {
+                            shared.saw(names.slot, reply);
+                        }
+                        return Ok(Answer {
+                            sent_at,
+                            ttl,
+                            floor,
+                            reply,
+                        });
+                    }
+                    Err(error) => retry_on_a_new_connection(&link, &live, &error, &mut attempt)?,
+                }
+            }
+        })
+    }
+
+    fn renew(&self, batch: Vec<Renewal>) -> StoreFuture<Vec<RenewReply>> {
+        let shared = Arc::clone(&self.shared);
+        let link = Arc::clone(&self.background);
+        Box::pin(async move {
+            let live = link.get().await?;
+            let calls = batch.chunks(RENEWALS_PER_CALL).map(|part| {
+                let mut keys = Vec::with_capacity(part.len() * 2);
+                let mut call = ScriptCall::default();
+                for renewal in part {
+                    let names = shared.names.of(&renewal.key);
+                    keys.extend([names.lease, names.queue]);
+                    call = call.arg(shared.manager.sign(renewal.cycle)).arg(millis(renewal.ttl));
+                }
+                let (mut connection, script) = (live.connection.clone(), &shared.scripts.renew);
+                async move {
+                    script
+                        .call(&mut connection, call.with_keys(keys))
+                        .await
+                        .map(|value| renewed(&value, part.len()))
+                }
+            });
+            let mut replies = Vec::with_capacity(batch.len());
+            for part in futures_util::future::join_all(calls).await {
+                match part {
+                    Ok(part) => replies.extend(part?),
+                    Err(error) => {
+                        if error.is_unrecoverable_error() {
+                            link.broken(&live);
+                        }
+                        return Err(error_in_words(&error));
+                    }
+                }
+            }
+            Ok(replies)
+        })
+    }
+
+    fn inspect(&self, key: LockKey) -> StoreFuture<Inspection> {
+        let shared = Arc::clone(&self.shared);
+        let names = shared.names.of(&key);
+        let link = self.link(Lane::Caller, names.slot);
+        Box::pin(async move {
+            let mut live = link.get().await?;
+            let mut commands = pipe();
+            commands.cmd("GET").arg(&names.lease);
+            commands.cmd("PTTL").arg(&names.lease);
+            commands.cmd("ZCARD").arg(&names.queue);
+            commands
+                .cmd("ZRANGE")
+                .arg(&names.queue)
+                .arg(0)
+                .arg(INSPECTED_QUEUE_MAX - 1);
+            commands.cmd("GET").arg(&names.counter);
+            let replies = live.connection.send_packed_commands(&commands, 0, 5).await;
+            let replies = replies.and_then(|replies| {
+                replies
+                    .into_iter()
+                    .map(Value::extract_error)
+                    .collect::<Result<Vec<_>, _>>()
+            });
+            let replies = replies.map_err(|error| {
+                if error.is_unrecoverable_error() {
+                    link.broken(&live);
+                }
+                error_in_words(&error)
+            })?;
+            let [owner, left, queue_length, queue, counter] = &replies[..] else {
+                return Err(StoreError::Refused(
+                    format!("unexpected replies to an inspection: {replies:?}").into(),
+                ));
+            };
+            let holder = as_text(owner).map(|owner| Holder {
+                is_manager: parse_signature(&owner).is_some(),
+                owner,
+                remaining: as_int(left)
+                    .and_then(|left| u64::try_from(left).ok())
+                    .map(Duration::from_millis),
+            });
+            let queue = match queue {
+                Value::Array(members) => members.iter().filter_map(as_text).collect(),
+                _ => Vec::new(),
+            };
+            Ok(Inspection {
+                holder,
+                queue_length: as_int(queue_length)
+                    .and_then(|length| length.try_into().ok())
+                    .unwrap_or_default(),
+                queue,
+                last_token: as_int(counter)
+                    .and_then(|token| token.try_into().ok())
+                    .and_then(FencingToken::new),
+            })
+        })
+    }
+
+    fn listen(&self, pushes: mpsc::UnboundedSender<Push>) -> Pin<Box<dyn Future<Output = ()> + Send>> {
+        Box::pin(inbox::listen(self.client.clone(), Arc::clone(&self.shared), pushes))
+    }
+}
+
+/// A connection that broke is replaced, and the request sent again: the store takes two requests of one cycle for one.
+fn retry_on_a_new_connection(
+    link: &Link,
+    live: &link::Live,
+    error: &RedisError,
+    attempt: &mut usize,
+) -> Result<(), StoreError> {
+    if error.is_unrecoverable_error() {
+        link.broken(live);
+        *attempt += 1;
+        if *attempt <= RECONNECTS_PER_REQUEST {
+            return Ok(());
+        }
+    }
+    Err(error_in_words(error))
+}

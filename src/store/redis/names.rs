@@ -1,0 +1,170 @@
+//! The Redis keys and channels of a lock.
+
+use crate::identity::ManagerId;
+use crate::key::{LockKey, Slot, hash_tag};
+
+/// How the keys of one namespace are called. All keys of one lock share a slot of a Redis Cluster.
+///
+/// | what | name |
+/// |---|---|
+/// | lease | `lock:K` |
+/// | queue | `{lock:K}:q`, or `lock:%q:K` where K has a hash tag of its own |
+/// | counter | `lock:%fence:{tag}`, one per slot; the tag is a short text of that slot |
+/// | shard map | `lock:%map` |
+/// | inbox | channel `lock:in:<manager>` |
+///
+/// A `%` in K, and its braces where they are no valid hash tag, are percent-encoded: so no lease is called like a queue, a counter or the
+/// map, whatever the user calls a key.
+#[derive(Debug, Clone)]
+pub(crate) struct Names {
+    namespace: String,
+}
+
+/// The keys of one lock.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub(crate) struct LockNames {
+    pub(crate) lease: String,
+    pub(crate) queue: String,
+    pub(crate) counter: String,
+    /// The slot of all three.
+    pub(crate) slot: Slot,
+}
+
+impl Names {
+    pub(crate) fn new(namespace: &str) -> Self {
+        Self {
+            namespace: namespace.to_owned(),
+        }
+    }
+
+    pub(crate) fn of(&self, key: &LockKey) -> LockNames {
+        let tagged = hash_tag(key.as_str().as_bytes()).is_some();
+        let name = encode(key.as_str(), tagged);
+        let lease = format!("{}{name}", self.namespace);
+        let queue = if tagged {
+            format!("{}%q:{name}", self.namespace)
+        } else {
+            format!("{{{lease}}}:q")
+        };
+        let slot = Slot::of(lease.as_bytes());
+        LockNames {
+            lease,
+            queue,
+            counter: self.counter(slot),
+            slot,
+        }
+    }
+
+    fn counter(&self, slot: Slot) -> String {
+        format!("{}%fence:{{{}}}", self.namespace, slot_tags::tag(slot))
+    }
+
+    pub(crate) fn map(&self) -> String {
+        format!("{}%map", self.namespace)
+    }
+
+    /// What comes before a manager's name in that of its inbox.
+    pub(crate) fn inbox_prefix(&self) -> String {
+        format!("{}in:", self.namespace)
+    }
+
+    pub(crate) fn inbox(&self, manager: &ManagerId) -> String {
+        format!("{}{manager}", self.inbox_prefix())
+    }
+}
+
+fn encode(key: &str, tagged: bool) -> std::borrow::Cow<'_, str> {
+    let is_reserved = |char: char| char == '%' || (!tagged && (char == '{' || char == '}'));
+    if !key.contains(is_reserved) {
+        return key.into();
+    }
+    let mut name = String::with_capacity(key.len() + 8);
+    for char in key.chars() {
+        match char {
+            '%' => name.push_str("%25"),
+            '{' if !tagged => name.push_str("%7B"),
+            '}' if !tagged => name.push_str("%7D"),
+            _ => name.push(char),
+        }
+    }
+    name.into()
+}
+
+/// A short text for each slot that hashes to it, so that a slot's counter lives in the slot.
+mod slot_tags {
+    use std::sync::OnceLock;
+
+    use crate::key::{SLOTS, Slot};
+
+    pub(super) fn tag(slot: Slot) -> u32 {
+        static TAGS: OnceLock<Vec<u32>> = OnceLock::new();
+        let tags = TAGS.get_or_init(|| {
+            let mut tags = vec![u32::MAX; usize::from(SLOTS)];
+            let mut missing = usize::from(SLOTS);
+            for number in 0.. {
+                let place = &mut tags[usize::from(Slot::of(number.to_string().as_bytes()).number())];
+                if *place == u32::MAX {
+                    *place = number;
+                    missing -= 1;
+                }
+                if missing == 0 {
+                    break;
+                }
+            }
+            tags
+        });
+        tags[usize::from(slot.number())]
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use proptest::prelude::*;
+
+    fn names(key: &str) -> LockNames {
+        Names::new("lock:").of(&LockKey::new(key).unwrap())
+    }
+
+    fn all_in_one_slot(names: &LockNames) -> bool {
+        [&names.lease, &names.queue, &names.counter]
+            .iter()
+            .all(|name| Slot::of(name.as_bytes()) == names.slot)
+    }
+
+    #[test]
+    fn a_plain_key_keeps_its_plain_name() {
+        let names = names("coupon:123");
+        assert_eq!(names.lease, "lock:coupon:123");
+        assert_eq!(names.queue, "{lock:coupon:123}:q");
+        assert!(all_in_one_slot(&names));
+    }
+
+    #[test]
+    fn a_hash_tag_is_kept_and_other_braces_are_encoded() {
+        assert_eq!(names("{user}cart").lease, "lock:{user}cart");
+        assert_eq!(names("{user}cart").queue, "lock:%q:{user}cart");
+        assert_eq!(names("a}b").lease, "lock:a%7Db");
+        assert_eq!(names("foo{}{bar}").lease, "lock:foo%7B%7D%7Bbar%7D");
+        assert_eq!(names("100%").lease, "lock:100%25");
+    }
+
+    proptest! {
+        #[test]
+        fn all_keys_of_a_lock_share_a_slot(key in "[a-b{}%: é\\\\]{1,10}") {
+            prop_assert!(all_in_one_slot(&names(&key)));
+        }
+
+        /// No two names of different locks are the same, whatever their kind.
+        #[test]
+        fn no_two_locks_share_a_name(one in "[qa:{}%]{1,8}", other in "[qa:{}%]{1,8}") {
+            prop_assume!(one != other);
+            let (one, other) = (names(&one), names(&other));
+            for left in [&one.lease, &one.queue] {
+                for right in [&other.lease, &other.queue] {
+                    prop_assert_ne!(left, right);
+                }
+            }
+        }
+    }
+}

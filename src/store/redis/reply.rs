@@ -1,0 +1,212 @@
+//! Reading what the server says.
+
+use std::time::Duration;
+
+use deadpool_redis::redis::{ErrorKind, RedisError, ServerErrorKind, Value};
+
+use crate::fence::TokenBlock;
+use crate::key::LockKey;
+use crate::protocol::{AcquireReply, Cycle, Grant, Place, Push, ReleaseReply, RenewReply};
+use crate::store::StoreError;
+
+pub(super) fn as_int(value: &Value) -> Option<i64> {
+    match value {
+        Value::Int(number) => Some(*number),
+        Value::BulkString(bytes) => std::str::from_utf8(bytes).ok()?.parse().ok(),
+        _ => None,
+    }
+}
+
+pub(super) fn as_text(value: &Value) -> Option<String> {
+    match value {
+        Value::BulkString(bytes) => Some(String::from_utf8_lossy(bytes).into_owned()),
+        Value::SimpleString(text) => Some(text.clone()),
+        _ => None,
+    }
+}
+
+fn ints(value: &Value) -> Option<Vec<i64>> {
+    match value {
+        Value::Array(values) => values.iter().map(as_int).collect(),
+        _ => None,
+    }
+}
+
+fn unexpected(what: &str, value: &Value) -> StoreError {
+    StoreError::Refused(format!("unexpected reply to {what}: {value:?}; is every manager of the same version?").into())
+}
+
+/// Seconds and microseconds of a `TIME` reply.
+pub(super) fn server_time(value: &Value) -> Option<(u64, u64)> {
+    match ints(value)?[..] {
+        [seconds, micros] => Some((seconds.try_into().ok()?, micros.try_into().ok()?)),
+        _ => None,
+    }
+}
+
+fn acquire_reply(numbers: &[i64], tokens: u32) -> Option<AcquireReply> {
+    Some(match *numbers {
+        [0] => AcquireReply::Busy,
+        [1, last, queued, extended] => AcquireReply::Granted {
+            tokens: TokenBlock::ending_at(last.try_into().ok()?, tokens),
+            queued: queued.try_into().ok()?,
+            extended: extended == 1,
+        },
+        [2, mark, left, foreign, ahead] => AcquireReply::Queued(Place {
+            mark: mark.try_into().ok()?,
+            owner_ttl: u64::try_from(left).ok().map(Duration::from_millis),
+            owner_foreign: foreign == 1,
+            ahead: ahead.try_into().ok()?,
+        }),
+        _ => return None,
+    })
+}
+
+/// The reply of the acquire script that was asked for so many tokens.
+pub(super) fn acquired(value: &Value, tokens: u32) -> Result<AcquireReply, StoreError> {
+    ints(value)
+        .and_then(|numbers| acquire_reply(&numbers, tokens))
+        .ok_or_else(|| unexpected("acquire", value))
+}
+
+/// The replies of the free path: `SET ... NX` and `INCRBY`.
+pub(super) fn acquired_freely(replies: &[Value], tokens: u32) -> Result<AcquireReply, StoreError> {
+    match replies {
+        [Value::Nil, _] => Ok(AcquireReply::Taken),
+        [Value::Okay, last] if as_int(last).is_some() => {
+            let last = as_int(last).and_then(|last| last.try_into().ok()).unwrap_or_default();
+            Ok(AcquireReply::Granted {
+                tokens: TokenBlock::ending_at(last, tokens),
+                queued: 0,
+                extended: false,
+            })
+        }
+        _ => Err(unexpected("SET and INCRBY", &Value::Array(replies.to_vec()))),
+    }
+}
+
+/// The reply of the release script; `requeued` says whether it was asked to join again.
+pub(super) fn released(value: &Value, requeued: bool, tokens: u32) -> Result<ReleaseReply, StoreError> {
+    let read = || {
+        let numbers = ints(value)?;
+        let (held, rest) = numbers.split_first()?;
+        let requeued = if requeued {
+            Some(acquire_reply(rest, tokens)?)
+        } else {
+            None
+        };
+        Some(ReleaseReply {
+            held: *held == 1,
+            requeued,
+        })
+    };
+    read().ok_or_else(|| unexpected("release", value))
+}
+
+/// The replies of the renewal script.
+pub(super) fn renewed(value: &Value, count: usize) -> Result<Vec<RenewReply>, StoreError> {
+    let read = |number: i64| match number {
+        0 => RenewReply::NotOurs,
+        number => RenewReply::Extended { wanted: number == 2 },
+    };
+    match ints(value) {
+        Some(numbers) if numbers.len() == count => Ok(numbers.into_iter().map(read).collect()),
+        _ => Err(unexpected("renew", value)),
+    }
+}
+
+/// A message in the inbox: `g <cycle> <largest token> <tokens> <ttl in ms> <queue length> <key>` or `w <cycle> <key>`.
+pub(super) fn push(message: &str) -> Option<Push> {
+    let (kind, rest) = message.split_once(' ')?;
+    match kind {
+        "g" => {
+            let mut parts = rest.splitn(6, ' ');
+            let mut number = || parts.next()?.parse::<u64>().ok();
+            let (cycle, last, count, ttl, queued) = (number()?, number()?, number()?, number()?, number()?);
+            let key = LockKey::new(parts.next()?).ok()?;
+            let grant = Grant {
+                cycle: Cycle(cycle),
+                tokens: TokenBlock::ending_at(last, count.try_into().ok()?),
+                ttl: Duration::from_millis(ttl),
+                queued,
+            };
+            Some(Push::Granted { key, grant })
+        }
+        "w" => {
+            let (cycle, key) = rest.split_once(' ')?;
+            Some(Push::Wanted {
+                key: LockKey::new(key).ok()?,
+                cycle: Cycle(cycle.parse().ok()?),
+            })
+        }
+        _ => None,
+    }
+}
+
+/// What an error means for the one who asked, in words that say what to do. The server's errors contain no password.
+pub(super) fn error_in_words(error: &RedisError) -> StoreError {
+    let advice = match error.kind() {
+        ErrorKind::Server(kind) => match kind {
+            ServerErrorKind::BusyLoading
+            | ServerErrorKind::MasterDown
+            | ServerErrorKind::ClusterDown
+            | ServerErrorKind::TryAgain => {
+                return StoreError::Unavailable(format!("the server is not ready: {error}").into());
+            }
+            ServerErrorKind::ReadOnly => "the server is a replica; connect to the primary",
+            ServerErrorKind::NoPerm => "give the user this permission",
+            ServerErrorKind::Moved | ServerErrorKind::Ask | ServerErrorKind::CrossSlot => {
+                "the server is part of a Redis Cluster, which a redis:// shard can't be"
+            }
+            _ => "the server answered with an error",
+        },
+        ErrorKind::AuthenticationFailed => "check the user and the password",
+        ErrorKind::Extension => match error.code() {
+            Some("WRONGTYPE") => {
+                "the key is used for something that is no lock; nothing was changed; use another name or namespace"
+            }
+            Some("OOM") => "the server is out of memory; raise maxmemory, and set maxmemory-policy noeviction",
+            Some("NOAUTH" | "WRONGPASS") => "check the user and the password",
+            Some("BUSY") => {
+                return StoreError::Unavailable(format!("the server is busy with a script: {error}").into());
+            }
+            Some("MISCONF" | "NOREPLICAS") => "the server does not accept writes",
+            _ => "the server answered with an error",
+        },
+        ErrorKind::InvalidClientConfig | ErrorKind::RESP3NotSupported => {
+            "the connection settings do not fit the server"
+        }
+        _ => return StoreError::Unavailable(error.to_string().into()),
+    };
+    StoreError::Refused(format!("{advice}: {error}").into())
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn pushes_are_read_and_nonsense_is_not() {
+        let key = LockKey::new("a key with spaces").unwrap();
+        let grant = Grant {
+            cycle: Cycle(5),
+            tokens: TokenBlock::ending_at(90, 8),
+            ttl: Duration::from_millis(1500),
+            queued: 3,
+        };
+        assert_eq!(
+            push("g 5 90 8 1500 3 a key with spaces"),
+            Some(Push::Granted {
+                key: key.clone(),
+                grant
+            })
+        );
+        assert_eq!(
+            push("w 4 a key with spaces"),
+            Some(Push::Wanted { key, cycle: Cycle(4) })
+        );
+        for nonsense in ["", "g", "g 1 2 3", "x 1 k", "w x k", "w 1 ", "g 1 2 3 4 5 "] {
+            assert_eq!(push(nonsense), None, "{nonsense:?}");
+        }
+    }
+}

@@ -1,0 +1,113 @@
+-- Shared by acquire.lua and release.lua, which come after it in the same script.
+--
+-- KEYS: 1 lease, 2 queue (sorted set of signatures, score = the counter when it joined), 3 counter of the slot.
+
+-- Reserves n numbers and returns the largest. A counter below the caller's floor was lost (a flush, a restart without
+-- data, an old replica): it is raised to the larger of the floor and the server's time first, so that it never goes back.
+local function reserve(n, floor)
+  local last = redis.call('INCRBY', KEYS[3], n)
+  if last - n < floor then
+    local time = redis.call('TIME')
+    local now = (tonumber(time[1]) - 1735689600) * 8000000 + tonumber(time[2]) * 8
+    last = math.max(floor, now) + n
+    redis.call('SET', KEYS[3], string.format('%.0f', last))
+  end
+  return last
+end
+
+-- The manager and the cycle of a signature; nil for a value that another library wrote.
+local function signed(signature)
+  return string.match(signature, '^([%w%.%-]+%-%d+%-%x%x%x%x%x%x%x%x%x%x%x%x%x%x%x%x):(%d+)$')
+end
+
+-- Makes the first in the queue the owner and tells it; goes on to the next where nobody listens (a dead process).
+-- `me` is told by the reply instead. Returns the new owner and its largest token; deletes the lease where nobody is left.
+local function pass_on(me, ttl, n, floor, channel, key)
+  local last
+  while true do
+    local heir = redis.call('ZPOPMIN', KEYS[2])[1]
+    if not heir then
+      redis.call('DEL', KEYS[1])
+      return nil
+    end
+    last = last or reserve(n, floor)
+    redis.call('SET', KEYS[1], heir, 'PX', ttl)
+    if heir == me then
+      return heir, last
+    end
+    local manager, cycle = signed(heir)
+    if manager then
+      local grant = string.format('g %s %.0f %d %s %d ', cycle, last, n, ttl, redis.call('ZCARD', KEYS[2]))
+      if redis.call('PUBLISH', channel .. manager, grant .. key) > 0 then
+        return heir, last
+      end
+    end
+  end
+end
+
+-- A place in the queue outlives those who wait by this much, in milliseconds, if all of them die.
+local QUEUE_GRACE = 60000
+
+-- The reply of one who waits: 2, mark, remaining TTL of the owner (-1: endless), whether the owner is foreign, who is ahead.
+local function queued(mark, owner, ahead)
+  local left = redis.call('PTTL', KEYS[1])
+  redis.call('PEXPIRE', KEYS[2], math.max(left, 0) + QUEUE_GRACE)
+  return {2, mark, left, signed(owner) and 0 or 1, ahead}
+end
+
+-- Joins the queue unless it is in it. Returns its mark, and how many are ahead; the third says whether it was new.
+local function join(me, floor)
+  local mark = reserve(1, floor)
+  if redis.call('ZADD', KEYS[2], 'NX', string.format('%.0f', mark), me) == 1 then
+    return mark, redis.call('ZCARD', KEYS[2]) - 1, true
+  end
+  return mark, redis.call('ZRANK', KEYS[2], me), false
+end
+
+-- Takes the lease, extends it, or joins the queue; a try does not join.
+local function acquire(me, ttl, n, floor, try, channel, key)
+  local owner = redis.call('GET', KEYS[1])
+  if owner == me then
+    local last = reserve(n, floor)
+    redis.call('PEXPIRE', KEYS[1], ttl)
+    return {1, last, redis.call('ZCARD', KEYS[2]), 1}
+  end
+  if owner then
+    if try then
+      return {0}
+    end
+    local mark, ahead, new = join(me, floor)
+    -- The owner of an even cycle does not reckon with rivals: it is told when the first comes, and again when one asks again.
+    if ahead == 0 or not new then
+      local manager, cycle = signed(owner)
+      if manager and string.byte(cycle, -1) % 2 == 0 then
+        redis.call('PUBLISH', channel .. manager, 'w ' .. cycle .. ' ' .. key)
+      end
+    end
+    return queued(mark, owner, ahead)
+  end
+  local head = redis.call('ZRANGE', KEYS[2], 0, 0)[1]
+  if not head or head == me then
+    local last = reserve(n, floor)
+    redis.call('SET', KEYS[1], me, 'PX', ttl)
+    if head then
+      redis.call('ZREM', KEYS[2], me)
+    end
+    return {1, last, head and redis.call('ZCARD', KEYS[2]) or 0, 0}
+  end
+  -- The owner died and somebody is before us.
+  if try then
+    local heir = pass_on(nil, ttl, n, floor, channel, key)
+    if heir then
+      return {0}
+    end
+    redis.call('SET', KEYS[1], me, 'PX', ttl)
+    return {1, reserve(n, floor), 0, 0}
+  end
+  join(me, floor)
+  local heir, last = pass_on(me, ttl, n, floor, channel, key)
+  if heir == me then
+    return {1, last, redis.call('ZCARD', KEYS[2]), 0}
+  end
+  return queued(last, heir, redis.call('ZRANK', KEYS[2], me))
+end

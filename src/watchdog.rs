@@ -1,0 +1,87 @@
+//! The watchdog of a shard: renews what is held, tells what is lost, and looks after what waits too long.
+//!
+//! # Implementation details
+//!
+//! It runs on the background thread and sleeps until something is due ([`Watch`](crate::shard::Shard)). A look goes through
+//! all keys of the shard: time passes for each of them, and all leases that are due for renewal, or soon will be, go
+//! out in one batch, so that a hundred thousand leases cost one look and a few hundred script calls in each tenth of their TTL.
+//! Batches do not wait for one another: one that hangs does not delay the next.
+
+use std::sync::Arc;
+use std::time::Duration;
+
+use crate::clock::Moment;
+use crate::protocol::{RenewReply, Renewal};
+use crate::shard::{Entry, Shard};
+use crate::store::StoreError;
+use crate::telemetry::RequestKind;
+
+/// The shortest time between two looks, so that a thousand keys that are due one after the other cost few looks.
+const LOOK_EVERY_MIN: Duration = Duration::from_millis(1);
+
+/// Keeps the leases of a shard alive for as long as the background thread lives.
+pub(crate) async fn keep_alive(shard: Arc<Shard>) {
+    loop {
+        shard.watch.due().await;
+        look(&shard);
+        tokio::time::sleep(LOOK_EVERY_MIN).await;
+    }
+}
+
+/// Lets time pass for every key, and renews what is due.
+fn look(shard: &Arc<Shard>) {
+    // First, so that what a task tells during the look is not forgotten.
+    shard.watch.reset();
+    let mut due: Vec<(Arc<Entry>, Renewal)> = Vec::new();
+    for entry in shard.entries() {
+        entry.in_background(|queue, cx| {
+            let effects = queue.tick(cx);
+            if let Some((cycle, ttl, late)) = queue.renewal(cx) {
+                shard.metrics.renewal_lag.record(late.as_secs_f64());
+                due.push((
+                    Arc::clone(&entry),
+                    Renewal {
+                        key: entry.key.clone(),
+                        cycle,
+                        ttl,
+                    },
+                ));
+            }
+            effects
+        });
+    }
+    if !due.is_empty() {
+        tokio::task::spawn_local(renew(Arc::clone(shard), due));
+    }
+}
+
+/// Renews a batch and tells the queues.
+async fn renew(shard: Arc<Shard>, due: Vec<(Arc<Entry>, Renewal)>) {
+    let sent_at = Moment::now();
+    let batch: Vec<Renewal> = due.iter().map(|(_, renewal)| renewal.clone()).collect();
+    // A batch that hangs must leave time for another before the first lease of it ends.
+    let shortest = batch.iter().map(|renewal| renewal.ttl).min().unwrap_or(shard.timeout);
+    let limit = shard.timeout.min((shortest / 3).max(Duration::from_millis(10)));
+    let replies = tokio::time::timeout(limit, shard.store.renew(batch)).await;
+    let replies =
+        replies.unwrap_or_else(|_| Err(StoreError::Unavailable(format!("no answer within {limit:?}").into())));
+    shard
+        .metrics
+        .request(RequestKind::Renew, Moment::now().since(sent_at), replies.is_ok());
+    let replies = match replies {
+        Ok(replies) => replies.into_iter().map(Some).collect(),
+        Err(error) => {
+            let error = shard.error(error, RequestKind::Renew.step(), None, sent_at);
+            tracing::warn!(shard = %shard.name, %error, leases = due.len(), "a renewal failed; it is tried again while the leases last");
+            vec![None; due.len()]
+        }
+    };
+    for ((entry, renewal), reply) in due.into_iter().zip(replies) {
+        match reply {
+            Some(RenewReply::Extended { .. }) => shard.metrics.renewed.increment(1),
+            Some(RenewReply::NotOurs) => shard.metrics.renewed_not_ours.increment(1),
+            None => shard.metrics.renewal_failed.increment(1),
+        }
+        entry.in_background(|queue, cx| queue.renewed(renewal.cycle, renewal.ttl, sent_at, reply, cx));
+    }
+}
