@@ -21,7 +21,7 @@ use crate::shard::{Background, Job, Limits, Load, Parts, Shard};
 use crate::store::memory::MemoryStore;
 use crate::store::redis::{RedisOptions, RedisStore};
 use crate::store::{Inspection, LeaseStore, StoreError};
-use crate::telemetry::{self, Classes, ShardMetrics};
+use crate::telemetry::{self, ClassMetrics, Classes, ShardMetrics};
 
 /// Locks, spread over shards. Cheap to clone; make one per process and share it.
 ///
@@ -85,6 +85,8 @@ impl LockManager {
             .map(|(index, shard)| open(shard, &config, &id, map.fingerprint(index)));
         let stores = futures_util::future::try_join_all(opening).await?;
 
+        let class = Arc::new(ClassMetrics::new(&config.class));
+        let classes = Classes::new(&config.class, config.max_classes);
         let (jobs, receiver) = mpsc::unbounded_channel();
         let (cycles, load) = (Arc::new(Cycles::default()), Arc::new(Load::default()));
         let rules = Rules {
@@ -113,12 +115,12 @@ impl LockManager {
                     timeout: config.store_timeout,
                     default_ttl: config.ttl,
                     metrics,
+                    class: Arc::clone(&class),
                     load: Arc::clone(&load),
                     jobs: jobs.clone(),
                 })
             })
             .collect();
-        let classes = Classes::new(&config.class, config.max_classes);
         let background = Background::start(shards.clone(), receiver);
         // From here on, dropping it ends the background thread.
         let manager = Self {
@@ -278,6 +280,11 @@ async fn open(
 }
 
 impl Inner {
+    /// The metrics of requests that name no class; those of every shard are the same.
+    pub(crate) fn default_class(&self) -> &Arc<ClassMetrics> {
+        &self.shards[0].class
+    }
+
     pub(crate) fn shard(&self, key: &LockKey) -> &Arc<Shard> {
         &self.shards[self.map.index(key.slot())]
     }

@@ -35,7 +35,7 @@ use crate::key::LockKey;
 use crate::protocol::{Cycle, Cycles};
 use crate::queue::{Request, Rules, WaiterId, Want};
 use crate::store::{Inspection, LeaseStore, StoreError};
-use crate::telemetry::ShardMetrics;
+use crate::telemetry::{ClassMetrics, ShardMetrics};
 use rivals::Rivals;
 use table::Table;
 use watch::Watch;
@@ -53,6 +53,8 @@ pub(crate) struct Shard {
     /// The lifetime of a lease that is granted on while a cycle is abandoned.
     pub(crate) default_ttl: Duration,
     pub(crate) metrics: Arc<ShardMetrics>,
+    /// The metrics of requests that name no class.
+    pub(crate) class: Arc<ClassMetrics>,
     /// Shared by all shards of a manager.
     pub(crate) load: Arc<Load>,
     table: Table,
@@ -109,6 +111,7 @@ pub(crate) struct Parts {
     pub(crate) timeout: Duration,
     pub(crate) default_ttl: Duration,
     pub(crate) metrics: Arc<ShardMetrics>,
+    pub(crate) class: Arc<ClassMetrics>,
     pub(crate) load: Arc<Load>,
     pub(crate) jobs: mpsc::UnboundedSender<Job>,
 }
@@ -125,6 +128,7 @@ impl Shard {
             timeout,
             default_ttl,
             metrics,
+            class,
             load,
             jobs,
         } = parts;
@@ -138,6 +142,7 @@ impl Shard {
             timeout,
             default_ttl,
             metrics,
+            class,
             load,
             table: Table::default(),
             rivals: Rivals::default(),
@@ -156,6 +161,7 @@ impl Shard {
         key: &LockKey,
         mut want: Want,
         waker: &Waker,
+        now: Moment,
     ) -> Result<(Arc<Entry>, WaiterId, Option<Request>), LockError> {
         loop {
             let mut is_new = false;
@@ -172,7 +178,7 @@ impl Shard {
                 self.forget_new(&entry, is_new);
                 return Err(LockError::Closed);
             }
-            match entry.want(want, waker.clone()) {
+            match entry.want(want, waker.clone(), now) {
                 Some(Ok((id, request))) => return Ok((entry, id, request)),
                 Some(Err(error)) => return Err(error),
                 // It was on its way out of the table; whoever takes it out may not have come to it yet.

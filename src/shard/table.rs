@@ -6,13 +6,14 @@
 use std::sync::Arc;
 
 use dashmap::DashMap;
+use foldhash::fast::RandomState;
 
 use super::entry::Entry;
 use crate::key::LockKey;
 
 #[derive(Debug, Default)]
 pub(super) struct Table {
-    entries: DashMap<LockKey, Arc<Entry>>,
+    entries: DashMap<LockKey, Arc<Entry>, RandomState>,
 }
 
 impl Table {
