@@ -102,27 +102,16 @@ fn commands_are_counted_also_inside_of_scripts() {
     let script = "redis.call('SET', KEYS[1], 1) return redis.call('PUBLISH', 'c', 'm')";
     assert_eq!(server.query::<u64>(&["EVAL", script, "1", "k"]), 0);
     assert_eq!(server.query::<u64>(&["PUBLISH", "c", "m"]), 0);
-    assert!(
-        server
-            .try_query::<()>(&["EVALSHA", &"0".repeat(40), "0"])
-            .is_err()
-    );
+    assert!(server.try_query::<()>(&["EVALSHA", &"0".repeat(40), "0"]).is_err());
     assert_eq!(
-        (
-            server.calls("eval"),
-            server.calls("evalsha"),
-            server.script_calls()
-        ),
+        (server.calls("eval"), server.calls("evalsha"), server.script_calls()),
         (1, 1, 2)
     );
     assert_eq!(
         (server.calls("set"), server.calls("get"), server.publishes()),
         (1, 0, 2)
     );
-    assert_eq!(
-        server.calls("config"),
-        server.commands()["config|resetstat"]
-    );
+    assert_eq!(server.calls("config"), server.commands()["config|resetstat"]);
     server.reset_stats();
     assert_eq!((server.script_calls(), server.publishes()), (0, 0));
 }
@@ -135,16 +124,11 @@ async fn connections_are_seen_and_cut_by_their_type() {
     let mut inbox = client.get_connection().expect("connect");
     let mut inbox = inbox.as_pubsub();
     inbox.subscribe("c").expect("subscribe");
-    eventually("the channel is there", PATIENCE, || {
-        server.channels() == ["c"]
-    })
-    .await;
+    eventually("the channel is there", PATIENCE, || server.channels() == ["c"]).await;
     assert_eq!(server.connections(), 2);
 
     assert_eq!(server.client_kill(ClientType::PubSub), 1);
-    wait_until("the channel is gone", PATIENCE, || {
-        server.channels().is_empty()
-    });
+    wait_until("the channel is gone", PATIENCE, || server.channels().is_empty());
     redis::cmd("PING")
         .exec(&mut commands)
         .expect("the other connection lives");
@@ -158,12 +142,7 @@ async fn connections_are_seen_and_cut_by_their_type() {
 
 #[test]
 fn options_reach_the_server() {
-    let server = RedisServer::start_with(&[
-        "--maxmemory-policy",
-        "noeviction",
-        "--requirepass",
-        "p:@/ %",
-    ]);
+    let server = RedisServer::start_with(&["--maxmemory-policy", "noeviction", "--requirepass", "p:@/ %"]);
     let policy: Vec<String> = server.query(&["CONFIG", "GET", "maxmemory-policy"]);
     assert_eq!(policy, ["maxmemory-policy", "noeviction"]);
     server.restart();

@@ -16,9 +16,7 @@ use std::thread;
 use std::time::{Duration, Instant};
 
 use parking_lot::Mutex;
-use redis::{
-    Client, Connection, FromRedisValue, IntoConnectionInfo, RedisConnectionInfo, RedisResult, Value,
-};
+use redis::{Client, Connection, FromRedisValue, IntoConnectionInfo, RedisConnectionInfo, RedisResult, Value};
 use tempfile::TempDir;
 
 use super::process::Process;
@@ -176,9 +174,7 @@ impl RedisServer {
         let (name, args) = words.split_first().expect("a command has a name");
         let reply = redis::cmd(name).arg(args).query(&mut control);
         // After a broken connection the next command begins with a new one.
-        let broken = reply
-            .as_ref()
-            .is_err_and(redis::RedisError::is_unrecoverable_error);
+        let broken = reply.as_ref().is_err_and(redis::RedisError::is_unrecoverable_error);
         *kept = (!broken).then_some(control);
         reply
     }
@@ -211,14 +207,7 @@ impl RedisServer {
     /// How often a script or a function was called, by whichever command.
     #[track_caller]
     pub fn script_calls(&self) -> u64 {
-        let kinds = [
-            "eval",
-            "eval_ro",
-            "evalsha",
-            "evalsha_ro",
-            "fcall",
-            "fcall_ro",
-        ];
+        let kinds = ["eval", "eval_ro", "evalsha", "evalsha_ro", "fcall", "fcall_ro"];
         let commands = self.commands();
         kinds.iter().filter_map(|&kind| commands.get(kind)).sum()
     }
@@ -376,8 +365,7 @@ fn connect(port: u16, args: &[String]) -> RedisResult<Connection> {
 /// Ports are taken in turn from a random one on, so that tests of one process never meet and others hardly ever do.
 fn free_port() -> u16 {
     static NEXT: OnceLock<AtomicU16> = OnceLock::new();
-    let next = NEXT
-        .get_or_init(|| AtomicU16::new((RandomState::new().hash_one(0) % u64::from(PORTS)) as u16));
+    let next = NEXT.get_or_init(|| AtomicU16::new((RandomState::new().hash_one(0) % u64::from(PORTS)) as u16));
     let free = |port: &u16| TcpListener::bind((Ipv4Addr::LOCALHOST, *port)).is_ok();
     let mut ports = (0..PORTS).map(|_| FIRST_PORT + next.fetch_add(1, Ordering::Relaxed) % PORTS);
     ports.find(free).expect("some port is free")
@@ -399,18 +387,14 @@ fn binary() -> &'static Binary {
     BINARY.get_or_init(|| {
         let path = find_binary();
         let output = Command::new(&path).arg("--version").output();
-        let output =
-            output.unwrap_or_else(|error| panic!("{} does not run: {error}", path.display()));
+        let output = output.unwrap_or_else(|error| panic!("{} does not run: {error}", path.display()));
         let output = String::from_utf8_lossy(&output.stdout);
         // "Redis server v=7.0.15 sha=00000000:0 malloc=jemalloc-5.3.0 ..."
         let version = output
             .split_once(" v=")
             .and_then(|(_, version)| version.split_once('.'));
-        let (major, rest) =
-            version.unwrap_or_else(|| panic!("{} is no server: {output}", path.display()));
-        let major = major
-            .parse()
-            .unwrap_or_else(|_| panic!("not a version: {output}"));
+        let (major, rest) = version.unwrap_or_else(|| panic!("{} is no server: {output}", path.display()));
+        let major = major.parse().unwrap_or_else(|_| panic!("not a version: {output}"));
         Binary {
             path,
             version: (major, leading_number(rest) as u32),
@@ -437,8 +421,6 @@ fn find_binary() -> PathBuf {
 }
 
 fn leading_number(text: &str) -> u64 {
-    let end = text
-        .find(|c: char| !c.is_ascii_digit())
-        .unwrap_or(text.len());
+    let end = text.find(|c: char| !c.is_ascii_digit()).unwrap_or(text.len());
     text[..end].parse().unwrap_or_default()
 }

@@ -14,10 +14,7 @@ const POLL: Duration = Duration::from_millis(2);
 pub fn wait_until(what: &str, within: Duration, mut condition: impl FnMut() -> bool) {
     let deadline = Instant::now() + within;
     while !condition() {
-        assert!(
-            Instant::now() < deadline,
-            "waited {within:?} in vain until {what}"
-        );
+        assert!(Instant::now() < deadline, "waited {within:?} in vain until {what}");
         std::thread::sleep(POLL);
     }
 }
@@ -26,10 +23,7 @@ pub fn wait_until(what: &str, within: Duration, mut condition: impl FnMut() -> b
 pub async fn eventually(what: &str, within: Duration, mut condition: impl FnMut() -> bool) {
     let deadline = Instant::now() + within;
     while !condition() {
-        assert!(
-            Instant::now() < deadline,
-            "waited {within:?} in vain until {what}"
-        );
+        assert!(Instant::now() < deadline, "waited {within:?} in vain until {what}");
         tokio::time::sleep(POLL).await;
     }
 }

@@ -107,10 +107,7 @@ impl Worker {
     /// Says a line to the worker.
     #[track_caller]
     pub fn send(&mut self, line: &str) {
-        let stdin = self
-            .stdin
-            .as_mut()
-            .expect("the worker's input is open until `wait`");
+        let stdin = self.stdin.as_mut().expect("the worker's input is open until `wait`");
         if let Err(error) = writeln!(stdin, "{line}") {
             panic!("worker `{}` does not listen: {error}", self.name);
         }
@@ -186,10 +183,7 @@ impl Current {
     /// Blocks for the next line from the test; nothing once the test waits for the worker's end.
     pub fn hear(&self) -> Option<String> {
         let mut line = String::new();
-        let read = io::stdin()
-            .lock()
-            .read_line(&mut line)
-            .expect("read from the test");
+        let read = io::stdin().lock().read_line(&mut line).expect("read from the test");
         (read > 0).then(|| line.trim_end_matches('\n').to_owned())
     }
 }
