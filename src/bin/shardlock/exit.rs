@@ -15,6 +15,15 @@ pub(crate) const UNAVAILABLE: u8 = 69;
 pub(crate) const SYSTEM: u8 = 71;
 /// The environment, the configuration file, or the shard map is wrong (EX_CONFIG).
 pub(crate) const CONFIG: u8 = 78;
+/// The lock was lost while the command ran. Neither `sysexits.h` nor shells use it.
+pub(crate) const LOST: u8 = 117;
+pub(crate) const NOT_EXECUTABLE: u8 = 126;
+pub(crate) const NOT_FOUND: u8 = 127;
+
+/// The code of a process that was ended by a signal, as shells have it.
+pub(crate) const fn by_signal(signal: i32) -> u8 {
+    128_u8.saturating_add(signal as u8)
+}
 
 /// An error of the tool itself, with the code to exit with.
 #[derive(Debug)]

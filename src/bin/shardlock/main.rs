@@ -1,7 +1,9 @@
 //! The command-line tool: thin over the library.
 
+mod exec;
 mod exit;
 mod inspect;
+mod metrics;
 mod output;
 mod shards;
 mod slot;
@@ -14,7 +16,7 @@ use tracing_subscriber::filter::LevelFilter;
 
 use exit::Failure;
 
-/// A look at locks on Redis.
+/// Locks on Redis for shell scripts and cron jobs, and a look at who holds them.
 #[derive(Debug, Parser)]
 #[command(name = "shardlock", version, propagate_version = true, after_help = ENVIRONMENT)]
 struct Cli {
@@ -26,12 +28,14 @@ const ENVIRONMENT: &str = "\
 Environment:
   SHARDLOCK_<SETTING>  any setting of a configuration file, in upper case: SHARDLOCK_SHARDS, SHARDLOCK_TTL, ...
   SHARDLOCK_CONFIG     the configuration file
+  SHARDLOCK_METRICS    where to serve metrics, as with --metrics
   SHARDLOCK_LOG        what to log on standard error: off, error, warn (the default), info, debug or trace
 
 Flags override the environment, and the environment overrides the file.";
 
 #[derive(Debug, Subcommand)]
 enum Command {
+    Exec(exec::Args),
     Inspect(inspect::Args),
     Slot(slot::Args),
     // A new subcommand is a line here, a line in `run`, and a module with its `Args` and `run`.
@@ -57,12 +61,14 @@ fn main() -> ExitCode {
 
 fn run(command: Command) -> Result<u8, Failure> {
     match command {
+        Command::Exec(args) => on_this_thread(exec::run(args)),
         Command::Inspect(args) => on_this_thread(inspect::run(args)),
         Command::Slot(args) => on_this_thread(slot::run(args)),
     }
 }
 
-/// Runs a command on the main thread alone.
+/// Runs a command on the main thread alone. `exec` depends on that: the kernel ties its child to the *thread* that has
+/// started it, and the main thread lives as long as the process.
 fn on_this_thread(command: impl Future<Output = Result<u8, Failure>>) -> Result<u8, Failure> {
     tokio::runtime::Builder::new_current_thread()
         .enable_all()
