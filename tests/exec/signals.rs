@@ -101,6 +101,21 @@ fn the_lock_is_kept_until_the_command_is_gone() {
 }
 
 #[test]
+fn a_command_that_ends_at_term_is_not_given_the_whole_grace() {
+    let server = RedisServer::start();
+    let notes = Notes::new();
+    // Both end at once, so that one of them is an orphan when it ends, which only the tool may be there to reap.
+    let script = "exec 3<&0; sh -c 'echo > ready; exec cat' <&3 & wait";
+    let mut tool = start(&server, &notes, &["--kill-after", "1h"], script);
+    let _stdin = tool.take_stdin();
+    notes.line("ready");
+    tool.signal(Signal::TERM);
+    let ended = tool.end();
+    assert_eq!(ended.code, 143, "{ended:?}");
+    assert!(!is_held(&server, "k"));
+}
+
+#[test]
 fn what_the_command_leaves_behind_after_term_is_killed_before_the_release() {
     let server = RedisServer::start();
     let notes = Notes::new();

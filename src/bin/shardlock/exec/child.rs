@@ -119,6 +119,7 @@ impl Child {
 
     /// Asks the group to end, and starts the grace unless it runs.
     fn end(&mut self, signal: Signal, grace: Duration) {
+        adopt_orphans();
         self.signal(signal);
         // What is stopped can't act on it.
         self.signal(Signal::CONT);
@@ -160,8 +161,7 @@ impl Child {
         };
         let give_up = deadline.max(Instant::now()) + KILLED_FOR_MAX;
         loop {
-            // Orphans become children of the tool where it is the first process of a container, and count until they
-            // are reaped.
+            // Adopted orphans count until they are reaped.
             while let Ok(Some(_)) = waitpgid(self.group, WaitOptions::NOHANG) {}
             if test_kill_process_group(self.group).is_err() {
                 return;
@@ -221,6 +221,17 @@ pub(super) fn spawn_failure(program: &OsStr, error: io::Error) -> Failure {
     };
     Failure::new(code, anyhow!(error).context(format!("the command {program:?} {what}")))
 }
+
+/// Makes orphans of the command children of the tool from now on. They count as members of their group until their parent
+/// reaps them, and in many containers the first process, which would be that parent, never does.
+#[cfg(target_os = "linux")]
+fn adopt_orphans() {
+    // Without it, the worst is that the end of the command takes the whole grace.
+    rustix::process::set_child_subreaper(Some(getpid())).ok();
+}
+
+#[cfg(not(target_os = "linux"))]
+fn adopt_orphans() {}
 
 #[cfg(target_os = "linux")]
 fn die_with_this_process(command: &mut Command) {
