@@ -29,8 +29,8 @@ fn each_signal_is_forwarded_to_the_command() {
         ("USR2", Signal::USR2),
     ] {
         let notes = Notes::new();
-        // The shell runs its trap when `cat` is gone, which only the signal ends. It must be `cat`'s process that says it is
-        // ready: a shell that gets the signal just before it starts another process waits for that one first.
+        // The shell runs its trap when `cat` is gone, which only the signal ends. It must be `cat`'s process that says
+        // it is ready: a shell that gets the signal just before it starts another process waits for that one first.
         let mut tool = start(
             &server,
             &notes,

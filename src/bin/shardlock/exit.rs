@@ -1,7 +1,7 @@
 //! How the tool ends: its exit codes, in one place.
 //!
-//! Codes for its own errors are those of `sysexits.h`, as with flock(1), since 1, 2 and 126 and more mean something else to
-//! the callers of commands.
+//! Codes for its own errors are those of `sysexits.h`, as with flock(1), since 1, 2 and 126 and more mean something
+//! else to the callers of commands.
 
 use anyhow::Error;
 use shardlock::{Invalid, LockError};

@@ -55,7 +55,8 @@ impl Options {
         let config = self.load()?;
         if config.shards.is_empty() {
             return Err(Failure::usage(anyhow!(
-                "no shard is given; say --shard redis://HOST:PORT, or set SHARDLOCK_SHARDS, or name a file with --config"
+                "no shard is given; say --shard redis://HOST:PORT, or set SHARDLOCK_SHARDS, or name a file with \
+                 --config"
             )));
         }
         Ok(config)

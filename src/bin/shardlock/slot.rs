@@ -49,8 +49,8 @@ pub(crate) async fn run(args: Args) -> Result<u8, Failure> {
     Ok(exit::OK)
 }
 
-/// The map of these shards. The library makes one only for a manager, so shards in memory of the same names stand in for
-/// the servers.
+/// The map of these shards. The library makes one only for a manager, so shards in memory of the same names stand in
+/// for the servers.
 async fn shard_map(config: &Config) -> Result<ShardMap, LockError> {
     let named = config.shards.iter().enumerate();
     let stand_ins = named.map(|(index, shard)| ShardConfig::new(&shard.name, format!("memory://stand-in-{index}")));

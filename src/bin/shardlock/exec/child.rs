@@ -2,12 +2,13 @@
 //!
 //! # Implementation details
 //!
-//! The child leads a process group, so that what it starts is signalled with it. Once the tool has asked the group to end, be it for a
-//! signal or because the lock is lost, a deadline runs: whatever of the group is alive then is killed, and only then does
-//! [`Child::outlive`] return. A child that ends by itself is done at once; what it left in the background is its own affair.
+//! The child leads a process group, so that what it starts is signalled with it. Once the tool has asked the group to
+//! end, be it for a signal or because the lock is lost, a deadline runs: whatever of the group is alive then is killed,
+//! and only then does [`Child::outlive`] return. A child that ends by itself is done at once; what it left in the
+//! background is its own affair.
 //!
-//! On Linux the kernel kills the child should the tool be killed by a signal that can't be caught. Elsewhere such a child
-//! lives on, and its lock with it until the TTL has passed.
+//! On Linux the kernel kills the child should the tool be killed by a signal that can't be caught. Elsewhere such a
+//! child lives on, and its lock with it until the TTL has passed.
 
 use std::ffi::OsStr;
 use std::io;
@@ -126,8 +127,8 @@ impl Child {
         self.deadline.get_or_insert_with(|| Instant::now() + grace);
     }
 
-    /// Where job control stopped the command, stops the tool, too, so that the shell that has started it goes on. Nothing
-    /// renews the lease meanwhile: it may be lost when both are continued.
+    /// Where job control stopped the command, stops the tool, too, so that the shell that has started it goes on.
+    /// Nothing renews the lease meanwhile: it may be lost when both are continued.
     ///
     /// A command that was stopped by other means, by a debugger for example, keeps the lock.
     fn stop_with_it(&mut self) {
@@ -153,8 +154,8 @@ impl Child {
         }
     }
 
-    /// Waits until what was asked to end is gone, and kills it at the deadline. Nothing tells of the end of processes that
-    /// are not the tool's children, so it has to look.
+    /// Waits until what was asked to end is gone, and kills it at the deadline. Nothing tells of the end of processes
+    /// that are not the tool's children, so it has to look.
     async fn end_the_rest(&mut self) {
         let Some(deadline) = self.deadline else {
             return;
@@ -222,8 +223,8 @@ pub(super) fn spawn_failure(program: &OsStr, error: io::Error) -> Failure {
     Failure::new(code, anyhow!(error).context(format!("the command {program:?} {what}")))
 }
 
-/// Makes orphans of the command children of the tool from now on. They count as members of their group until their parent
-/// reaps them, and in many containers the first process, which would be that parent, never does.
+/// Makes orphans of the command children of the tool from now on. They count as members of their group until their
+/// parent reaps them, and in many containers the first process, which would be that parent, never does.
 #[cfg(target_os = "linux")]
 fn adopt_orphans() {
     // Without it, the worst is that the end of the command takes the whole grace.

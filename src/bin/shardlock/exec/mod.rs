@@ -17,13 +17,13 @@ use signals::Signals;
 
 /// Run a command while holding a lock
 ///
-/// Waits for the lock, runs the command, and gives the lock back when the command is gone. The command has standard input,
-/// output and error of the tool and a process group of its own. It finds the lock in its environment: LOCK_KEY, LOCK_TOKEN
-/// (the fencing token, larger for every later holder) and LOCK_OWNER.
+/// Waits for the lock, runs the command, and gives the lock back when the command is gone. The command has standard
+/// input, output and error of the tool and a process group of its own. It finds the lock in its environment: LOCK_KEY,
+/// LOCK_TOKEN (the fencing token, larger for every later holder) and LOCK_OWNER.
 ///
-/// Signals that the tool gets reach the whole process group. TERM, INT and HUP are followed by KILL after --kill-after. The
-/// same is done when the lock is lost while the command runs. What the command leaves running in the background when it
-/// ends by itself runs on without the lock.
+/// Signals that the tool gets reach the whole process group. TERM, INT and HUP are followed by KILL after --kill-after.
+/// The same is done when the lock is lost while the command runs. What the command leaves running in the background
+/// when it ends by itself runs on without the lock.
 #[derive(Debug, clap::Args)]
 #[command(
     override_usage = "shardlock exec [OPTIONS] <KEY> [--] <COMMAND> [ARGUMENTS]...",
@@ -32,7 +32,13 @@ use signals::Signals;
 pub(crate) struct Args {
     // One list, since everything after the key belongs to the command, whatever it looks like.
     /// The name of the lock, and the command to run
-    #[arg(required = true, num_args = 2.., trailing_var_arg = true, value_names = ["KEY", "COMMAND"], help_heading = "Arguments")]
+    #[arg(
+        required = true,
+        num_args = 2..,
+        trailing_var_arg = true,
+        value_names = ["KEY", "COMMAND"],
+        help_heading = "Arguments"
+    )]
     words: Vec<OsString>,
 
     /// Fail rather than wait where the lock is held or others wait for it

@@ -14,8 +14,8 @@ pub(super) struct Terminal {
 }
 
 impl Terminal {
-    /// Lends the foreground to a command that is about to be started as the leader of a group, if there is a terminal and its
-    /// foreground is ours.
+    /// Lends the foreground to a command that is about to be started as the leader of a group, if there is a terminal
+    /// and its foreground is ours.
     pub(super) fn lend_to(command: &mut Command) -> Self {
         let is_lent = is_ours();
         if is_lent {
