@@ -224,7 +224,7 @@ impl Shard {
 
     /// What stands in the store for a cycle of this manager.
     pub(crate) fn sign(&self, cycle: Cycle) -> String {
-        self.id.sign(cycle)
+        self.id.sign(cycle).to_string()
     }
 
     /// Whether no key is wanted, held or on its way.
