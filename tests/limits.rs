@@ -1,0 +1,137 @@
+//! Every limit has an error of its own, which says what was reached, and nothing is lost when one is.
+
+use std::task::Poll;
+use std::time::Duration;
+
+use shardlock::{LockError, LockManager};
+
+/// Puts requests in line by polling each of them once.
+async fn in_line(requests: Vec<shardlock::LockRequest>) -> Vec<std::pin::Pin<Box<shardlock::LockFuture>>> {
+    let mut waiting = Vec::new();
+    for request in requests {
+        let mut future = Box::pin(request.into_future());
+        assert!(
+            std::future::poll_fn(|cx| Poll::Ready(future.as_mut().poll(cx)))
+                .await
+                .is_pending()
+        );
+        waiting.push(future);
+    }
+    waiting
+}
+
+#[tokio::test]
+async fn the_waiters_of_one_key_are_limited() {
+    let locks = LockManager::builder()
+        .shard("memory://limit-per-key")
+        .max_waiters_per_key(2)
+        .connect()
+        .await
+        .unwrap();
+    let guard = locks.lock("k").await.unwrap();
+    let mut waiting = in_line(vec![locks.lock("k"), locks.lock("k")]).await;
+    let error = locks.lock("k").await.unwrap_err();
+    assert!(
+        matches!(
+            error,
+            LockError::QueueFull {
+                waiting: 2,
+                limit: 2,
+                ..
+            }
+        ),
+        "{error:?}"
+    );
+    assert!(
+        error.to_string().contains("max_waiters_per_key = 2") && error.is_retryable(),
+        "{error}"
+    );
+    // Another key is not affected, and a place that is given up is there again.
+    locks.lock("other").await.unwrap().release().await.unwrap();
+    waiting.pop();
+    let mut again = in_line(vec![locks.lock("k")]).await;
+    guard.release().await.unwrap();
+    waiting.remove(0).await.unwrap().release().await.unwrap();
+    again.remove(0).await.unwrap().release().await.unwrap();
+}
+
+#[tokio::test]
+async fn all_waiters_together_are_limited() {
+    let locks = LockManager::builder()
+        .shard("memory://limit-in-all")
+        .max_waiters(2)
+        .connect()
+        .await
+        .unwrap();
+    let guards = [locks.lock("a").await.unwrap(), locks.lock("b").await.unwrap()];
+    let waiting = in_line(vec![locks.lock("a"), locks.lock("b")]).await;
+    let error = locks.lock("c").await.unwrap_err();
+    assert!(
+        matches!(
+            error,
+            LockError::TooManyWaiters {
+                waiting: 2,
+                limit: 2,
+                ..
+            }
+        ),
+        "{error:?}"
+    );
+    assert!(error.to_string().contains("max_waiters = 2"), "{error}");
+    drop(waiting);
+    locks.lock("c").await.unwrap().release().await.unwrap();
+    drop(guards);
+}
+
+#[tokio::test]
+async fn the_keys_of_a_process_are_limited() {
+    let locks = LockManager::builder()
+        .shard("memory://limit-keys")
+        .max_keys(2)
+        .connect()
+        .await
+        .unwrap();
+    let guards = [locks.lock("a").await.unwrap(), locks.lock("b").await.unwrap()];
+    let error = locks.lock("c").await.unwrap_err();
+    assert!(
+        matches!(error, LockError::TooManyKeys { used: 2, limit: 2, .. }),
+        "{error:?}"
+    );
+    for guard in guards {
+        guard.release().await.unwrap();
+    }
+    locks.lock("c").await.unwrap().release().await.unwrap();
+}
+
+#[tokio::test]
+async fn what_a_request_asks_for_is_checked_against_the_bounds_of_the_configuration() {
+    let locks = LockManager::connect("memory://limit-bounds").await.unwrap();
+    let refused = |error: LockError| {
+        assert!(matches!(error, LockError::Invalid(_)), "{error:?}");
+        error.to_string()
+    };
+    let zero = refused(locks.lock("k").ttl(Duration::ZERO).await.unwrap_err());
+    assert!(zero.contains("ttl is 0s") && zero.contains("from 50ms to 1d"), "{zero}");
+    let long = refused(locks.lock("k").ttl(Duration::MAX).await.unwrap_err());
+    assert!(long.contains("from 50ms to 1d"), "{long}");
+    let patient = refused(locks.lock("k").timeout(Duration::MAX).await.unwrap_err());
+    assert!(patient.contains("timeout is") && patient.contains("365d"), "{patient}");
+    let hold = refused(locks.lock("k").max_hold(Duration::ZERO).await.unwrap_err());
+    assert!(hold.contains("max_hold is 0s"), "{hold}");
+    let empty = refused(locks.lock("").await.unwrap_err());
+    assert!(
+        empty.contains("key is empty") && empty.contains("1 to 512 bytes"),
+        "{empty}"
+    );
+    let tried = refused(locks.try_lock("k").ttl(Duration::from_millis(1)).await.unwrap_err());
+    assert!(tried.contains("ttl is 1ms"), "{tried}");
+    // Nothing was left behind.
+    locks
+        .try_lock("k")
+        .await
+        .unwrap()
+        .expect("the key is free")
+        .release()
+        .await
+        .unwrap();
+}

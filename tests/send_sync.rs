@@ -1,0 +1,38 @@
+//! What may be sent to and shared with other threads. It is enough that this compiles.
+
+use shardlock::{
+    Builder, Config, LockError, LockFuture, LockGuard, LockManager, LockRequest, TryLockFuture, TryLockRequest,
+};
+
+fn send<T: Send>(value: T) -> T {
+    value
+}
+
+fn all<T: Send + Sync + 'static>() {}
+
+#[test]
+fn everything_public_can_be_sent_and_shared() {
+    all::<LockManager>();
+    all::<LockGuard>();
+    all::<LockRequest>();
+    all::<TryLockRequest>();
+    all::<LockError>();
+    all::<Config>();
+    all::<Builder>();
+    send::<Option<LockFuture>>(None);
+    send::<Option<TryLockFuture>>(None);
+}
+
+#[tokio::test]
+async fn all_futures_can_be_sent() {
+    let locks = send(LockManager::connect("memory://send-sync")).await.unwrap();
+    let guard = send(locks.lock("k").into_future()).await.unwrap();
+    drop(send(guard.lost()));
+    send(guard.release()).await.unwrap();
+    send(locks.inspect("k")).await.unwrap();
+    // The body of another task: its future is sent to the runtime as a whole.
+    let other = locks.clone();
+    let body = tokio::spawn(async move { other.with_lock("k", async |guard| guard.token()).await });
+    body.await.unwrap().unwrap();
+    send(locks.shutdown()).await;
+}
