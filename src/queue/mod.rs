@@ -21,6 +21,8 @@
 //! Who may enter when a grant is pushed is decided by three rules, all in [`Queue::granted`].
 
 mod effect;
+#[cfg(test)]
+mod tests;
 mod waiters;
 
 use std::sync::Arc;
