@@ -155,6 +155,21 @@ fn a_reply_that_comes_later_than_the_lease_lasts_is_no_guard() {
     assert!(bench.queue.is_unused());
 }
 
+/// A try whose reply came too late was asked for again as if it were no try: it joined the store's queue, and its task, which
+/// had been promised an answer at once, waited for as long as others held the lock.
+#[test]
+fn a_try_whose_reply_comes_too_late_stays_a_try() {
+    let mut bench = Bench::new();
+    let want = Want { only_try: true, ..WANT };
+    let cycle = bench.want_as(0, want).1.asks().0;
+    let sent_at = bench.now;
+    bench.pass(TTL);
+    assert_eq!(
+        bench.reply_to(sent_at, cycle, granted(1, 1)).asks(),
+        (cycle, Ask::Try, 1)
+    );
+}
+
 #[test]
 fn a_reply_that_nobody_waits_for_is_cleaned_up() {
     let mut bench = Bench::new();
