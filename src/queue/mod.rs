@@ -912,11 +912,7 @@ impl<W> Queue<W> {
             } if tokens.first() > answer.floor => {
                 held.lease.extend(answer.sent_at + answer.ttl - drift(answer.ttl));
                 held.used_in_a_round_trip = held.left_when_asked.saturating_sub(held.tokens.remaining());
-                if held.tokens.remaining() == 0 {
-                    held.tokens = tokens;
-                } else {
-                    held.spare = tokens;
-                }
+                held.add_tokens(tokens);
                 if queued > 0 {
                     held.meet_rivals(cx.now);
                     self.rivals_seen = true;
@@ -1101,6 +1097,18 @@ impl Held {
 
     fn must_yield(&self, cx: Context<'_>) -> bool {
         self.rivals && (self.served >= cx.rules.max_burst || cx.now.since(self.since) >= cx.rules.max_slice)
+    }
+
+    /// A later block than those that are there. It never comes before the spare one: tokens must grow.
+    fn add_tokens(&mut self, tokens: TokenBlock) {
+        if self.tokens.remaining() == 0 {
+            self.tokens = std::mem::replace(&mut self.spare, TokenBlock::EMPTY);
+        }
+        if self.tokens.remaining() == 0 {
+            self.tokens = tokens;
+        } else {
+            self.spare = tokens;
+        }
     }
 
     fn take_token(&mut self) -> Option<FencingToken> {

@@ -95,6 +95,34 @@ fn blocks_grow_with_what_is_used_up_in_a_round_trip() {
     assert_eq!(tokens, 64, "at least this many");
 }
 
+/// An extension may be under way although a spare block is there: it is also sent where little time is left. When its reply came
+/// just after the last token of the current block was used, the newest block was put before the spare one, and the guards
+/// after it had smaller tokens than those before.
+#[test]
+fn tokens_grow_although_a_spare_block_is_there_when_another_comes() {
+    let (mut bench, guard, ids) = held_with_waiters(100, 102, 4);
+    let cycle = guard.lease.cycle;
+    let sent_at = bench.now;
+    assert_eq!(bench.release_held(&guard).asks(), (cycle, Ask::Join, 64));
+    let second = bench.guard(ids[0]);
+    assert_eq!(second.token.get(), 101);
+    bench.reply_to(sent_at, cycle, extended(200, 263));
+    bench.release_held(&second);
+    let third = bench.guard(ids[1]);
+    assert_eq!(third.token.get(), 102);
+    // No renewal comes through for most of the TTL, so the lease is not worth passing on.
+    bench.pass(ms(800));
+    assert_eq!(bench.release_held(&third).asks().1, Ask::Join);
+    bench.reply(cycle, extended(300, 300));
+    let fourth = bench.guard(ids[2]);
+    bench.release_held(&fourth);
+    let fifth = bench.guard(ids[3]);
+    assert!(
+        fourth.token > third.token && fifth.token > fourth.token,
+        "{fourth:?} {fifth:?}"
+    );
+}
+
 #[test]
 fn a_lease_with_little_time_left_is_extended_before_it_is_passed_on() {
     let (mut bench, guard, ids) = held_with_waiters(100, 120, 1);
