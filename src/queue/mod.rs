@@ -1037,7 +1037,8 @@ impl<W> Queue<W> {
     fn lose(&mut self, reason: LossReason, cx: Context<'_>, effects: &mut Effects<W>) {
         let Phase::Held(held) = &mut self.phase else { return };
         held.lease.lose(reason);
-        if held.extending {
+        if held.extending || held.in_doubt {
+            // An extension may still execute, and take the key or a place in the queue for a cycle that nobody knows any more.
             effects.abandon(held.lease.cycle);
         }
         let holder = held.holder.take();

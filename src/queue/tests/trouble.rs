@@ -174,6 +174,20 @@ fn a_lease_that_runs_out_while_it_is_extended_is_released_in_the_background() {
     assert_eq!(bench.reply(next, queued(70)), NOTHING, "the next cycle is not touched");
 }
 
+/// An extension that had no answer could execute after the lease was lost: its cycle, which nobody knew any more, then
+/// took the key again, or a place in the queue, and was in everybody's way for as long as its lease lasted.
+#[test]
+fn a_lease_that_runs_out_after_a_failed_extension_is_released_in_the_background() {
+    let mut bench = Bench::new();
+    let guard = bench.hold(1, 2);
+    let ids: Vec<_> = (1..=2).map(|waker| bench.want(waker).0).collect();
+    let cycle = bench.release_held(&guard).asks().0;
+    bench.guard(ids[0]);
+    bench.failed(cycle);
+    bench.pass(TTL);
+    assert_eq!(bench.tick().abandoned, [cycle]);
+}
+
 #[test]
 fn a_request_without_an_answer_fails_those_who_wait_for_it() {
     let mut bench = Bench::new();
