@@ -27,21 +27,22 @@ pub struct LockGuard {
     entry: Arc<Entry>,
     lease: Arc<Lease>,
     token: FencingToken,
-    class: Arc<ClassMetrics>,
+    /// `None` for the default class.
+    class: Option<Arc<ClassMetrics>>,
     since: Moment,
     /// Whether it was given back already.
     released: bool,
 }
 
 impl LockGuard {
-    pub(crate) fn new(entry: Arc<Entry>, granted: Granted, class: Arc<ClassMetrics>, now: Moment) -> Self {
-        let Granted { lease, token, .. } = granted;
+    pub(crate) fn new(entry: Arc<Entry>, granted: Granted, class: Option<Arc<ClassMetrics>>) -> Self {
+        let Granted { at, lease, token, .. } = granted;
         Self {
             entry,
             lease,
             token,
             class,
-            since: now,
+            since: at,
             released: false,
         }
     }
@@ -136,8 +137,10 @@ impl LockGuard {
 
     fn give_back(&mut self) -> (bool, Option<Request>) {
         self.released = true;
-        self.class.hold.record(Moment::now().since(self.since).as_secs_f64());
-        self.entry.released(self.lease.cycle, self.token)
+        let now = Moment::now();
+        let class = self.class.as_ref().unwrap_or(&self.entry.shard.class);
+        class.hold.record(now.since(self.since).as_secs_f64());
+        self.entry.released(self.lease.cycle, self.token, now)
     }
 
     fn hand_to_background(&self, request: Option<Request>) {

@@ -1,7 +1,8 @@
 //! The name of a lock, and the slot it belongs to.
 
 use std::fmt;
-use std::sync::Arc;
+
+use smol_str::SmolStr;
 
 use crate::error::Invalid;
 
@@ -20,6 +21,15 @@ impl Slot {
     #[must_use]
     pub fn of(key: &[u8]) -> Self {
         Self(crc16::State::<crc16::XMODEM>::calculate(hash_tag(key).unwrap_or(key)) & (SLOTS - 1))
+    }
+
+    /// The slot of a text without a hash tag that is given in parts.
+    pub(crate) fn of_parts(parts: &[&[u8]]) -> Self {
+        let mut state = crc16::State::<crc16::XMODEM>::new();
+        for part in parts {
+            state.update(part);
+        }
+        Self(state.get() & (SLOTS - 1))
     }
 
     /// The number, 0 to 16383.
@@ -42,9 +52,9 @@ pub(crate) fn hash_tag(key: &[u8]) -> Option<&[u8]> {
     (length > 0).then(|| &key[open + 1..open + 1 + length])
 }
 
-/// The name of a lock: 1 to 512 bytes of UTF-8. Cheap to clone.
+/// The name of a lock: 1 to 512 bytes of UTF-8. Cheap to clone; up to 23 bytes need no allocation.
 #[derive(Clone, PartialEq, Eq, PartialOrd, Ord, Hash)]
-pub struct LockKey(Arc<str>);
+pub struct LockKey(SmolStr);
 
 impl LockKey {
     /// The longest key, in bytes.
@@ -104,7 +114,7 @@ impl fmt::Display for LockKey {
 
 impl fmt::Debug for LockKey {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        fmt::Debug::fmt(&*self.0, f)
+        fmt::Debug::fmt(self.as_str(), f)
     }
 }
 

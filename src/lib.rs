@@ -28,7 +28,7 @@ pub use fence::FencingToken;
 pub use guard::LockGuard;
 pub use key::{LockKey, SLOTS, Slot};
 pub use manager::LockManager;
-pub use request::{LockRequest, TryLockRequest};
+pub use request::{LockFuture, LockRequest, TryLockFuture, TryLockRequest};
 pub use router::ShardMap;
 pub use store::{Holder, Inspection};
 pub use telemetry::{METRICS, MetricKind};

@@ -1,5 +1,6 @@
 //! A request for a lock, from the call to the guard.
 
+use std::fmt;
 use std::future::{Future, IntoFuture};
 use std::pin::Pin;
 use std::sync::Arc;
@@ -7,14 +8,16 @@ use std::sync::atomic::Ordering;
 use std::task::{Context, Poll};
 use std::time::Duration;
 
+use tokio::time::Sleep;
+
 use crate::clock::Moment;
 use crate::config::check_overrides;
-use crate::error::{Invalid, LockError};
+use crate::error::{Invalid, LockError, LossReason};
 use crate::guard::LockGuard;
 use crate::key::LockKey;
 use crate::manager::Inner;
 use crate::queue::{WaiterId, Want};
-use crate::shard::{Driven, Entry, Job, Settled, Shard};
+use crate::shard::{Driven, Entry, Job, Settled};
 use crate::store::Lane;
 use crate::telemetry::{ClassMetrics, Ending};
 
@@ -45,7 +48,7 @@ use crate::telemetry::{ClassMetrics, Ending};
 #[derive(Debug, Clone)]
 pub struct LockRequest {
     manager: Arc<Inner>,
-    key: Result<LockKey, Invalid>,
+    key: Result<LockKey, Box<Invalid>>,
     terms: Terms,
 }
 
@@ -73,7 +76,7 @@ impl LockRequest {
         };
         Self {
             manager,
-            key: LockKey::new(key),
+            key: LockKey::new(key).map_err(Box::new),
             terms,
         }
     }
@@ -128,98 +131,56 @@ impl LockRequest {
         }
     }
 
-    async fn acquire(self, only_try: bool) -> Result<Option<LockGuard>, LockError> {
+    /// The future of this request.
+    fn start(self, only_try: bool) -> Acquiring {
         let Self { manager, key, terms } = self;
         let class = manager.classes.get(terms.class.as_deref());
-        let mut counted = Counted {
-            class: &class,
-            ended: false,
+        // No time to wait is a try.
+        let no_wait = terms.timeout.is_some_and(|limit| limit.is_zero());
+        let want = Want {
+            ttl: terms.ttl.unwrap_or(manager.config.ttl),
+            max_hold: terms.max_hold,
+            only_try: only_try || no_wait,
+            expects_rivals: false,
         };
-        let asked_at = Moment::now();
-        let result = wait(&manager, key, &terms, only_try).await;
-        counted.ended = true;
-        match result {
-            Ok(Some((entry, granted))) => {
-                let now = Moment::now();
-                class.ended(Ending::Acquired(granted.path));
-                class.wait.record(now.since(asked_at).as_secs_f64());
-                Ok(Some(LockGuard::new(entry, granted, Arc::clone(&class), now)))
-            }
-            Ok(None) => {
-                class.ended(Ending::Busy);
-                Ok(None)
-            }
-            Err(error) => {
-                class.ended(Ending::of(&error));
-                Err(error)
-            }
+        let (key, invalid) = match key {
+            Ok(key) => (
+                Some(key),
+                check_overrides(terms.ttl, terms.timeout, terms.max_hold)
+                    .err()
+                    .map(Box::new),
+            ),
+            Err(invalid) => (None, Some(invalid)),
+        };
+        Acquiring {
+            manager,
+            key,
+            invalid,
+            want,
+            limit: terms.timeout.filter(|_| !only_try),
+            class,
+            asked_at: Moment::default(),
+            place: None,
+            timer: None,
+            ended: false,
         }
     }
 }
 
-/// Waits for the lock within the limit of the request. `None` if it was a try and the key is held or wanted.
-async fn wait(
-    manager: &Inner,
-    key: Result<LockKey, Invalid>,
-    terms: &Terms,
-    only_try: bool,
-) -> Result<Option<(Arc<Entry>, crate::queue::Granted)>, LockError> {
-    let key = key?;
-    check_overrides(terms.ttl, terms.timeout, terms.max_hold)?;
-    let limit = terms.timeout;
-    let no_wait = !only_try && limit.is_some_and(|limit| limit.is_zero());
-    let want = Want {
-        ttl: terms.ttl.unwrap_or(manager.config.ttl),
-        max_hold: terms.max_hold,
-        only_try: only_try || no_wait,
-        expects_rivals: false,
-    };
-    let shard = manager.shard(&key);
-    let started = Moment::now();
-    let timed_out = |limit: Duration| LockError::Timeout {
-        key: key.to_string(),
-        shard: shard.name.to_string(),
-        waited: Moment::now().since(started),
-        limit,
-    };
-    let waiting = Waiting::new(shard, &key, want);
-    let (entry, settled) = match limit {
-        Some(limit) if !want.only_try => tokio::time::timeout(limit, waiting)
-            .await
-            .map_err(|_| timed_out(limit))??,
-        _ => waiting.await?,
-    };
-    match settled {
-        Settled::Granted(granted) => match granted.lease.loss() {
-            Some(crate::LossReason::Closed) => Err(LockError::Closed),
-            _ => Ok(Some((entry, granted))),
-        },
-        Settled::Busy if no_wait => Err(timed_out(Duration::ZERO)),
-        Settled::Busy => Ok(None),
-        Settled::Failed(error) => Err(error),
-    }
-}
-
-/// Counts a request that is dropped before it ended.
-struct Counted<'a> {
-    class: &'a ClassMetrics,
-    ended: bool,
-}
-
-impl Drop for Counted<'_> {
-    fn drop(&mut self) {
-        if !self.ended {
-            self.class.ended(Ending::Cancelled);
-        }
-    }
-}
-
-/// A task in line. It joins when it is first polled and leaves when it is dropped.
-struct Waiting<'a> {
-    shard: &'a Arc<Shard>,
-    key: &'a LockKey,
+/// The future of a request. It joins the line when it is first polled and leaves it when it is dropped.
+struct Acquiring {
+    manager: Arc<Inner>,
+    key: Option<LockKey>,
+    invalid: Option<Box<Invalid>>,
     want: Want,
+    limit: Option<Duration>,
+    /// `None` for the default class.
+    class: Option<Arc<ClassMetrics>>,
+    asked_at: Moment,
     place: Option<Place>,
+    /// Made when there is something to wait for, since most requests end before.
+    timer: Option<Pin<Box<Sleep>>>,
+    ended: bool,
 }
 
 /// A place in line, and the request that this task carries out for all in it, if it does.
@@ -233,32 +194,29 @@ struct Place {
     collected: bool,
 }
 
-impl<'a> Waiting<'a> {
-    const fn new(shard: &'a Arc<Shard>, key: &'a LockKey, want: Want) -> Self {
-        Self {
-            shard,
-            key,
-            want,
-            place: None,
-        }
-    }
-
+impl Acquiring {
     fn join(&self, cx: &Context<'_>) -> Result<Place, LockError> {
-        let load = &self.shard.load;
-        let waiting = load.waiters.fetch_add(1, Ordering::Relaxed);
-        let limit = self.shard.limits.waiters;
+        if let Some(invalid) = &self.invalid {
+            return Err(LockError::Invalid((**invalid).clone()));
+        }
+        let Some(key) = &self.key else {
+            return Err(LockError::Closed);
+        };
+        let shard = self.manager.shard(key);
+        let waiting = shard.load.waiters.fetch_add(1, Ordering::Relaxed);
+        let limit = shard.limits.waiters;
         let joined = if waiting >= limit {
             Err(LockError::TooManyWaiters {
-                key: self.key.to_string(),
+                key: key.to_string(),
                 waiting,
                 limit,
             })
         } else {
-            self.shard.want(self.key, self.want, cx.waker())
+            shard.want(key, self.want, cx.waker(), self.asked_at)
         };
         match joined {
             Ok((entry, id, request)) => {
-                self.shard.metrics.waiters.increment(1);
+                shard.metrics.waiters.increment(1);
                 let driving = request.map(|request| drive(&entry, request));
                 Ok(Place {
                     entry,
@@ -268,62 +226,134 @@ impl<'a> Waiting<'a> {
                 })
             }
             Err(error) => {
-                load.waiters.fetch_sub(1, Ordering::Relaxed);
+                shard.load.waiters.fetch_sub(1, Ordering::Relaxed);
                 Err(error)
             }
         }
+    }
+
+    /// Waits in line within the limit. `None` if it was a try and the key is held or wanted.
+    fn poll_place(&mut self, cx: &mut Context<'_>) -> Poll<Result<Option<LockGuard>, LockError>> {
+        let settled = match &mut self.place {
+            Some(place) => place.poll(cx),
+            None => {
+                self.asked_at = Moment::now();
+                let place = self.join(cx)?;
+                let place = self.place.insert(place);
+                // Without a request of its own there is nothing to do: the waker is registered, and whatever happened
+                // since has woken it.
+                if place.driving.is_some() || self.want.only_try {
+                    place.poll(cx)
+                } else {
+                    Poll::Pending
+                }
+            }
+        };
+        let now = match (settled, self.limit) {
+            (Poll::Ready(settled), _) => return Poll::Ready(self.settled(settled)),
+            (Poll::Pending, Some(limit)) if !self.want.only_try => {
+                let timer = self.timer.get_or_insert_with(|| Box::pin(tokio::time::sleep(limit)));
+                std::task::ready!(timer.as_mut().poll(cx));
+                Moment::now()
+            }
+            (Poll::Pending, _) => return Poll::Pending,
+        };
+        Poll::Ready(Err(self.timed_out(now.since(self.asked_at))))
+    }
+
+    fn settled(&mut self, settled: Settled) -> Result<Option<LockGuard>, LockError> {
+        match settled {
+            Settled::Granted(granted) if granted.lease.loss() == Some(LossReason::Closed) => Err(LockError::Closed),
+            Settled::Granted(granted) => {
+                let Some(place) = &self.place else {
+                    return Err(LockError::Closed);
+                };
+                let entry = Arc::clone(&place.entry);
+                let class = self.class();
+                class.ended(Ending::Acquired(granted.path));
+                class.wait.record(granted.at.since(self.asked_at).as_secs_f64());
+                Ok(Some(LockGuard::new(entry, granted, self.class.take())))
+            }
+            Settled::Busy if self.limit.is_some() => Err(self.timed_out(Duration::ZERO)),
+            Settled::Busy => {
+                self.class().ended(Ending::Busy);
+                Ok(None)
+            }
+            Settled::Failed(error) => Err(*error),
+        }
+    }
+
+    fn class(&self) -> &ClassMetrics {
+        self.class.as_ref().unwrap_or_else(|| self.manager.default_class())
+    }
+
+    fn timed_out(&self, waited: Duration) -> LockError {
+        let key = self.key.as_ref().map(ToString::to_string).unwrap_or_default();
+        let shard = self
+            .place
+            .as_ref()
+            .map(|place| place.entry.shard.name.to_string())
+            .unwrap_or_default();
+        LockError::Timeout {
+            key,
+            shard,
+            waited,
+            limit: self.limit.unwrap_or_default(),
+        }
+    }
+}
+
+impl Future for Acquiring {
+    type Output = Result<Option<LockGuard>, LockError>;
+
+    fn poll(mut self: Pin<&mut Self>, cx: &mut Context<'_>) -> Poll<Self::Output> {
+        let result = std::task::ready!(self.poll_place(cx));
+        self.ended = true;
+        if let Err(error) = &result {
+            self.class().ended(Ending::of(error));
+        }
+        // The place is given up now, not when the future is dropped.
+        self.place = None;
+        Poll::Ready(result)
+    }
+}
+
+impl Drop for Acquiring {
+    fn drop(&mut self) {
+        if !self.ended && self.place.is_some() {
+            self.class().ended(Ending::Cancelled);
+        }
+    }
+}
+
+impl Place {
+    fn poll(&mut self, cx: &mut Context<'_>) -> Poll<Settled> {
+        while let Some(driving) = &mut self.driving {
+            let Poll::Ready(driven) = driving.as_mut().poll(cx) else {
+                break;
+            };
+            self.driving = None;
+            match driven.next {
+                // What follows is for others.
+                Some(request) if self.entry.is_settled(self.id) => {
+                    self.entry.shard.send(Job::Request {
+                        entry: Arc::clone(&self.entry),
+                        request,
+                    });
+                }
+                Some(request) => self.driving = Some(drive(&self.entry, request)),
+                None => {}
+            }
+        }
+        let settled = std::task::ready!(self.entry.poll(self.id, cx.waker()));
+        self.collected = true;
+        Poll::Ready(settled)
     }
 }
 
 fn drive(entry: &Arc<Entry>, request: crate::queue::Request) -> Pin<Box<dyn Future<Output = Driven> + Send>> {
     let entry = Arc::clone(entry);
     Box::pin(async move { entry.drive(request, Lane::Caller).await })
-}
-
-impl Future for Waiting<'_> {
-    type Output = Result<(Arc<Entry>, Settled), LockError>;
-
-    fn poll(mut self: Pin<&mut Self>, cx: &mut Context<'_>) -> Poll<Self::Output> {
-        let this = &mut *self;
-        let place = match &mut this.place {
-            Some(place) => place,
-            None => {
-                let place = this.place.insert(match this.join(cx) {
-                    Ok(place) => place,
-                    Err(error) => return Poll::Ready(Err(error)),
-                });
-                if place.driving.is_none() && !this.want.only_try {
-                    // The waker is registered; whatever happened since has woken it.
-                    return Poll::Pending;
-                }
-                place
-            }
-        };
-        while let Some(driving) = &mut place.driving {
-            let Poll::Ready(driven) = driving.as_mut().poll(cx) else {
-                break;
-            };
-            place.driving = None;
-            match driven.next {
-                // What follows is for others.
-                Some(request) if place.entry.is_settled(place.id) => {
-                    place.entry.shard.send(Job::Request {
-                        entry: Arc::clone(&place.entry),
-                        request,
-                    });
-                }
-                Some(request) => place.driving = Some(drive(&place.entry, request)),
-                None => {}
-            }
-        }
-        match place.entry.poll(place.id, cx.waker()) {
-            Poll::Ready(settled) => {
-                place.collected = true;
-                Poll::Ready(Ok((Arc::clone(&place.entry), settled)))
-            }
-            Poll::Pending => Poll::Pending,
-        }
-    }
 }
 
 impl Drop for Place {
@@ -337,13 +367,55 @@ impl Drop for Place {
     }
 }
 
+/// The future of a [`LockRequest`].
+#[must_use = "futures do nothing unless polled"]
+pub struct LockFuture(Acquiring);
+
+/// The future of a [`TryLockRequest`].
+#[must_use = "futures do nothing unless polled"]
+pub struct TryLockFuture(Acquiring);
+
+impl Future for LockFuture {
+    type Output = Result<LockGuard, LockError>;
+
+    fn poll(mut self: Pin<&mut Self>, cx: &mut Context<'_>) -> Poll<Self::Output> {
+        // Only a try comes back with nothing.
+        Pin::new(&mut self.0)
+            .poll(cx)
+            .map(|result| result?.ok_or(LockError::Closed))
+    }
+}
+
+impl Future for TryLockFuture {
+    type Output = Result<Option<LockGuard>, LockError>;
+
+    fn poll(mut self: Pin<&mut Self>, cx: &mut Context<'_>) -> Poll<Self::Output> {
+        Pin::new(&mut self.0).poll(cx)
+    }
+}
+
+impl fmt::Debug for LockFuture {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.debug_struct("LockFuture")
+            .field("key", &self.0.key)
+            .finish_non_exhaustive()
+    }
+}
+
+impl fmt::Debug for TryLockFuture {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.debug_struct("TryLockFuture")
+            .field("key", &self.0.key)
+            .finish_non_exhaustive()
+    }
+}
+
 impl IntoFuture for LockRequest {
     type Output = Result<LockGuard, LockError>;
-    type IntoFuture = Pin<Box<dyn Future<Output = Self::Output> + Send>>;
+    type IntoFuture = LockFuture;
 
-    fn into_future(self) -> Self::IntoFuture {
-        // Only a try comes back with nothing.
-        Box::pin(async move { self.acquire(false).await?.ok_or(LockError::Closed) })
+    fn into_future(self) -> LockFuture {
+        LockFuture(self.start(false))
     }
 }
 
@@ -373,9 +445,9 @@ impl TryLockRequest {
 
 impl IntoFuture for TryLockRequest {
     type Output = Result<Option<LockGuard>, LockError>;
-    type IntoFuture = Pin<Box<dyn Future<Output = Self::Output> + Send>>;
+    type IntoFuture = TryLockFuture;
 
-    fn into_future(self) -> Self::IntoFuture {
-        Box::pin(self.0.acquire(true))
+    fn into_future(self) -> TryLockFuture {
+        TryLockFuture(self.0.start(true))
     }
 }

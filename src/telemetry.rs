@@ -185,7 +185,7 @@ pub(crate) struct ClassMetrics {
 }
 
 impl ClassMetrics {
-    fn new(class: &str) -> Self {
+    pub(crate) fn new(class: &str) -> Self {
         let class = class.to_owned();
         Self {
             endings: Ending::ALL.map(|ending| {
@@ -209,7 +209,6 @@ impl ClassMetrics {
 pub(crate) struct Classes {
     known: DashMap<String, Arc<ClassMetrics>>,
     max: usize,
-    default: Arc<ClassMetrics>,
     default_name: String,
     other: Arc<ClassMetrics>,
 }
@@ -219,27 +218,25 @@ impl Classes {
         Self {
             known: DashMap::new(),
             max,
-            default: Arc::new(ClassMetrics::new(default)),
             default_name: default.to_owned(),
             other: Arc::new(ClassMetrics::new(OTHER_CLASS)),
         }
     }
 
-    pub(crate) fn get(&self, class: Option<&str>) -> Arc<ClassMetrics> {
-        let Some(class) = class.filter(|&class| class != self.default_name) else {
-            return Arc::clone(&self.default);
-        };
+    /// `None` for the default class, whose metrics every shard has.
+    pub(crate) fn get(&self, class: Option<&str>) -> Option<Arc<ClassMetrics>> {
+        let class = class.filter(|&class| class != self.default_name)?;
         if let Some(known) = self.known.get(class) {
-            return Arc::clone(&known);
+            return Some(Arc::clone(&known));
         }
         if self.known.len() >= self.max {
-            return Arc::clone(&self.other);
+            return Some(Arc::clone(&self.other));
         }
         let entry = self
             .known
             .entry(class.to_owned())
             .or_insert_with(|| Arc::new(ClassMetrics::new(class)));
-        Arc::clone(&entry)
+        Some(Arc::clone(&entry))
     }
 }
 

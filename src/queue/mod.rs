@@ -121,7 +121,7 @@ pub(crate) enum Outcome {
     Granted(Granted),
     /// A try found the key held or wanted.
     Busy,
-    Failed(LockError),
+    Failed(Box<LockError>),
     /// Replies came later than the lease lasts, several times in a row.
     TooLate,
     /// The store's token was not above what was seen before.
@@ -133,6 +133,8 @@ pub(crate) enum Outcome {
 
 #[derive(Debug, Clone)]
 pub(crate) struct Granted {
+    /// When: from this moment on nobody else can have the lock.
+    pub(crate) at: Moment,
     pub(crate) lease: Arc<Lease>,
     pub(crate) token: FencingToken,
     pub(crate) path: Path,
@@ -289,7 +291,7 @@ impl<W> Queue<W> {
     pub(crate) fn want(&mut self, want: Want, waker: Option<W>, cx: Context<'_>) -> (WaiterId, Effects<W>) {
         let mut effects = Effects::none();
         let refused = if self.closed {
-            Some(Outcome::Failed(LockError::Closed))
+            Some(Outcome::Failed(Box::new(LockError::Closed)))
         } else if want.only_try && !self.is_free_for_a_try() {
             Some(Outcome::Busy)
         } else {
@@ -395,7 +397,7 @@ impl<W> Queue<W> {
     pub(crate) fn close(&mut self, cx: Context<'_>) -> Effects<W> {
         let mut effects = Effects::none();
         self.closed = true;
-        self.fail_all(&Outcome::Failed(LockError::Closed), &mut effects);
+        self.fail_all(&Outcome::Failed(Box::new(LockError::Closed)), &mut effects);
         match &mut self.phase {
             Phase::Held(held) => {
                 held.lease.lose(LossReason::Closed);
@@ -480,13 +482,13 @@ impl<W> Queue<W> {
                 }
                 effects.abandon(asking.cycle);
                 self.phase = Phase::Idle;
-                self.fail_all(&Outcome::Failed(error.clone()), &mut effects);
+                self.fail_all(&Outcome::Failed(Box::new(error.clone())), &mut effects);
             }
             Phase::Held(held) if held.lease.cycle == cycle && held.extending => {
                 held.extending = false;
                 held.in_doubt = true;
                 if held.holder.is_none() {
-                    self.fail_all(&Outcome::Failed(error.clone()), &mut effects);
+                    self.fail_all(&Outcome::Failed(Box::new(error.clone())), &mut effects);
                     self.pass_on(cx, &mut effects);
                 }
             }
@@ -975,6 +977,7 @@ impl<W> Queue<W> {
             hold_until,
         });
         let outcome = Outcome::Granted(Granted {
+            at: cx.now,
             lease: Arc::clone(&held.lease),
             token,
             path,

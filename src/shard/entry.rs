@@ -32,7 +32,13 @@ struct State {
 pub(crate) enum Settled {
     Granted(Granted),
     Busy,
-    Failed(LockError),
+    Failed(Box<LockError>),
+}
+
+impl Settled {
+    fn failed(error: LockError) -> Self {
+        Self::Failed(Box::new(error))
+    }
 }
 
 impl fmt::Debug for Entry {
@@ -63,8 +69,9 @@ impl Entry {
         self: &Arc<Self>,
         want: Want,
         waker: Waker,
+        now: Moment,
     ) -> Option<Result<(WaiterId, Option<Request>), LockError>> {
-        let cx = self.context();
+        let cx = self.context(now);
         let mut state = self.state.lock();
         if state.removed {
             return None;
@@ -103,8 +110,13 @@ impl Entry {
     }
 
     /// A guard is given back. Says whether it was still the holder's, and what is to be sent.
-    pub(crate) fn released(self: &Arc<Self>, cycle: Cycle, token: FencingToken) -> (bool, Option<Request>) {
-        self.with(|queue, cx| queue.released(cycle, token, cx))
+    pub(crate) fn released(
+        self: &Arc<Self>,
+        cycle: Cycle,
+        token: FencingToken,
+        now: Moment,
+    ) -> (bool, Option<Request>) {
+        self.at(now, |queue, cx| queue.released(cycle, token, cx))
     }
 
     /// Lets an event happen and carries out what it leads to; requests go to the background.
@@ -126,7 +138,15 @@ impl Entry {
         self: &Arc<Self>,
         event: impl FnOnce(&mut Queue<Waker>, Context<'_>) -> (R, Effects<Waker>),
     ) -> (R, Option<Request>) {
-        let cx = self.context();
+        self.at(Moment::now(), event)
+    }
+
+    fn at<R>(
+        self: &Arc<Self>,
+        now: Moment,
+        event: impl FnOnce(&mut Queue<Waker>, Context<'_>) -> (R, Effects<Waker>),
+    ) -> (R, Option<Request>) {
+        let cx = self.context(now);
         let mut state = self.state.lock();
         let held = state.queue.holds();
         let (result, effects) = event(&mut state.queue, cx);
@@ -185,7 +205,7 @@ impl Entry {
             }
             Outcome::Busy => Settled::Busy,
             Outcome::Failed(error) => Settled::Failed(error),
-            Outcome::TooLate => Settled::Failed(LockError::Unavailable {
+            Outcome::TooLate => Settled::failed(LockError::Unavailable {
                 shard: shard(),
                 step: "acquire",
                 key: Some(key()),
@@ -194,7 +214,7 @@ impl Entry {
             }),
             Outcome::Regressed { token, floor } => {
                 self.shard.metrics.token_regressions.increment(1);
-                Settled::Failed(LockError::TokenRegression {
+                Settled::failed(LockError::TokenRegression {
                     key: key(),
                     shard: shard(),
                     token,
@@ -204,9 +224,9 @@ impl Entry {
         }
     }
 
-    fn context(&self) -> Context<'_> {
+    fn context(&self, now: Moment) -> Context<'_> {
         Context {
-            now: Moment::now(),
+            now,
             rules: &self.shard.rules,
             cycles: &self.shard.cycles,
         }

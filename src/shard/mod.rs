@@ -35,7 +35,7 @@ use crate::key::LockKey;
 use crate::protocol::{Cycle, Cycles};
 use crate::queue::{Request, Rules, WaiterId, Want};
 use crate::store::{Inspection, LeaseStore, StoreError};
-use crate::telemetry::ShardMetrics;
+use crate::telemetry::{ClassMetrics, ShardMetrics};
 use rivals::Rivals;
 use table::Table;
 use watch::Watch;
@@ -53,6 +53,8 @@ pub(crate) struct Shard {
     /// The lifetime of a lease that is granted on while a cycle is abandoned.
     pub(crate) default_ttl: Duration,
     pub(crate) metrics: Arc<ShardMetrics>,
+    /// The metrics of requests that name no class.
+    pub(crate) class: Arc<ClassMetrics>,
     /// Shared by all shards of a manager.
     pub(crate) load: Arc<Load>,
     table: Table,
@@ -83,6 +85,8 @@ pub(crate) struct Limits {
 pub(crate) struct Load {
     pub(crate) waiters: AtomicUsize,
     pub(crate) closed: AtomicBool,
+    /// Whether the background thread waits for the last key to be given back.
+    pub(crate) ending: AtomicBool,
 }
 
 /// Work for the background thread.
@@ -96,6 +100,8 @@ pub(crate) enum Job {
     Close { done: tokio::sync::oneshot::Sender<()> },
     /// No handle of the manager is left: end when nothing is left to do.
     Leave,
+    /// A key was given back by a task of the program: look whether that was the last.
+    Look,
 }
 
 /// What a shard is made of.
@@ -109,6 +115,7 @@ pub(crate) struct Parts {
     pub(crate) timeout: Duration,
     pub(crate) default_ttl: Duration,
     pub(crate) metrics: Arc<ShardMetrics>,
+    pub(crate) class: Arc<ClassMetrics>,
     pub(crate) load: Arc<Load>,
     pub(crate) jobs: mpsc::UnboundedSender<Job>,
 }
@@ -125,6 +132,7 @@ impl Shard {
             timeout,
             default_ttl,
             metrics,
+            class,
             load,
             jobs,
         } = parts;
@@ -138,6 +146,7 @@ impl Shard {
             timeout,
             default_ttl,
             metrics,
+            class,
             load,
             table: Table::default(),
             rivals: Rivals::default(),
@@ -156,6 +165,7 @@ impl Shard {
         key: &LockKey,
         mut want: Want,
         waker: &Waker,
+        now: Moment,
     ) -> Result<(Arc<Entry>, WaiterId, Option<Request>), LockError> {
         loop {
             let mut is_new = false;
@@ -172,7 +182,7 @@ impl Shard {
                 self.forget_new(&entry, is_new);
                 return Err(LockError::Closed);
             }
-            match entry.want(want, waker.clone()) {
+            match entry.want(want, waker.clone(), now) {
                 Some(Ok((id, request))) => return Ok((entry, id, request)),
                 Some(Err(error)) => return Err(error),
                 // It was on its way out of the table; whoever takes it out may not have come to it yet.
@@ -206,8 +216,8 @@ impl Shard {
     fn forget(&self, entry: &Arc<Entry>, rivals_seen: bool) {
         self.rivals.note(&entry.key, rivals_seen);
         self.table.remove(entry);
-        if self.load.closed.load(Ordering::SeqCst) {
-            self.watch.nudge();
+        if self.load.ending.load(Ordering::SeqCst) {
+            self.send(Job::Look);
         }
     }
 
@@ -218,7 +228,7 @@ impl Shard {
 
     /// What stands in the store for a cycle of this manager.
     pub(crate) fn sign(&self, cycle: Cycle) -> String {
-        self.id.sign(cycle)
+        self.id.sign(cycle).to_string()
     }
 
     /// Whether no key is wanted, held or on its way.

@@ -237,7 +237,7 @@ impl World {
                 continue;
             }
             let owner = self.core.owner(&self.keys[k], now);
-            if owner.as_deref() != Some(manager.id.sign(guard.lease.cycle).as_str()) {
+            if owner.as_deref() != Some(manager.id.sign(guard.lease.cycle).to_string().as_str()) {
                 let (m, cycle) = (guard.m, guard.lease.cycle);
                 let what = format!("k{k} the guard of m{m} under cycle {cycle} is valid, but the lease is {owner:?}");
                 return self.ledger.breach_of_safety(what);

@@ -205,7 +205,7 @@ impl World {
                 ttl,
                 tokens,
             }) => {
-                let (me, terms) = (manager.id.sign(cycle), terms(ttl, tokens));
+                let (me, terms) = (manager.id.sign(cycle).to_string(), terms(ttl, tokens));
                 let reply = match ask {
                     Ask::Free => self.core.acquire_freely(key, &me, terms),
                     Ask::Join => self.core.acquire(key, &me, false, terms),
@@ -220,15 +220,17 @@ impl World {
                 ttl,
                 tokens,
             }) => {
-                let (me, terms) = (manager.id.sign(cycle), terms(ttl, tokens));
-                let next = requeue.map(|cycle| manager.id.sign(cycle));
+                let (me, terms) = (manager.id.sign(cycle).to_string(), terms(ttl, tokens));
+                let next = requeue.map(|cycle| manager.id.sign(cycle).to_string());
                 let reply = self.core.release(key, &me, next.as_deref(), terms);
                 if let (Some(next), Some(reply)) = (requeue, &reply.requeued) {
                     self.ledger.issues(command.m, command.k, next, reply);
                 }
                 Reply::Released(reply)
             }
-            Order::Renew { cycle, ttl } => Reply::Renewed(self.core.renew(key, &manager.id.sign(cycle), now, ttl)),
+            Order::Renew { cycle, ttl } => {
+                Reply::Renewed(self.core.renew(key, &manager.id.sign(cycle).to_string(), now, ttl))
+            }
         }
     }
 
@@ -239,9 +241,11 @@ impl World {
         let Some(in_flight) = self.in_flight.remove(&request) else {
             return;
         };
-        match reply {
-            Some(reply) => self.answered(in_flight, reply),
-            None => self.unanswered(&in_flight),
+        match (reply, in_flight.driver) {
+            (Some(reply), _) => self.answered(in_flight, reply),
+            // The server would say no again.
+            (None, Driver::Abandon(_)) => self.stats.left_to_run_out += 1,
+            (None, _) => self.unanswered(&in_flight),
         }
     }
 

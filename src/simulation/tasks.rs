@@ -177,7 +177,7 @@ impl World {
         });
         let Some(outcome) = outcome else { return };
         self.note(|_| match &outcome {
-            Outcome::Granted(Granted { lease, token, path }) => {
+            Outcome::Granted(Granted { lease, token, path, .. }) => {
                 format!(
                     "m{m} k{k} t{task} gets token {token} of cycle {} by {path:?}",
                     lease.cycle
@@ -201,7 +201,7 @@ impl World {
     }
 
     fn task_has_it(&mut self, m: usize, k: usize, task: usize, order: u64, granted: Granted) {
-        let Granted { lease, token, path } = granted;
+        let Granted { lease, token, path, .. } = granted;
         if self.managers[m].is_closed {
             // The request says that the manager is closed, and there is no guard.
             return;

@@ -207,7 +207,7 @@ impl Pair {
             tokens: given.tokens,
             floor: given.floor,
         };
-        let sign = |manager: usize, cycle: u64| self.managers[manager].sign(Cycle(cycle));
+        let sign = |manager: usize, cycle: u64| self.managers[manager].sign(Cycle(cycle)).to_string();
         match command {
             Command::Acquire {
                 lock,

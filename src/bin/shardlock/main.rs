@@ -1,3 +1,109 @@
-//! The command-line tool.
+//! The command-line tool: thin over the library.
 
-fn main() {}
+mod exec;
+mod exit;
+mod inspect;
+mod metrics;
+mod output;
+mod shards;
+mod slot;
+
+use std::process::ExitCode;
+
+use anyhow::{Context, anyhow};
+use clap::{Parser, Subcommand};
+use tracing_subscriber::filter::LevelFilter;
+
+use exit::Failure;
+
+/// Locks on Redis for shell scripts and cron jobs, and a look at who holds them.
+#[derive(Debug, Parser)]
+#[command(name = "shardlock", version, propagate_version = true, after_help = ENVIRONMENT)]
+struct Cli {
+    #[command(subcommand)]
+    command: Command,
+}
+
+const ENVIRONMENT: &str = "\
+Environment:
+  SHARDLOCK_<SETTING>  any setting of a configuration file, in upper case: SHARDLOCK_SHARDS, SHARDLOCK_TTL, ...
+  SHARDLOCK_CONFIG     the configuration file
+  SHARDLOCK_METRICS    where to serve metrics, as with --metrics
+  SHARDLOCK_LOG        what to log on standard error: off, error, warn (the default), info, debug or trace
+
+Flags override the environment, and the environment overrides the file.";
+
+#[derive(Debug, Subcommand)]
+enum Command {
+    Exec(exec::Args),
+    Inspect(inspect::Args),
+    Slot(slot::Args),
+    // A new subcommand is a line here, a line in `run`, and a module with its `Args` and `run`.
+}
+
+fn main() -> ExitCode {
+    let cli = match Cli::try_parse() {
+        Ok(cli) => cli,
+        Err(error) => {
+            // Where nobody reads it, the exit code has to do.
+            error.print().ok();
+            return if error.use_stderr() { exit::USAGE } else { exit::OK }.into();
+        }
+    };
+    match log_to_stderr().and_then(|()| run(cli.command)) {
+        Ok(code) => code.into(),
+        Err(failure) => {
+            output::complain(format_args!("{:#}", failure.error));
+            failure.code.into()
+        }
+    }
+}
+
+fn run(command: Command) -> Result<u8, Failure> {
+    match command {
+        Command::Exec(args) => on_this_thread(exec::run(args)),
+        Command::Inspect(args) => on_this_thread(inspect::run(args)),
+        Command::Slot(args) => slot::run(args),
+    }
+}
+
+/// Runs a command on the main thread alone. `exec` depends on that: the kernel ties its child to the *thread* that has
+/// started it, and the main thread lives as long as the process.
+fn on_this_thread(command: impl Future<Output = Result<u8, Failure>>) -> Result<u8, Failure> {
+    tokio::runtime::Builder::new_current_thread()
+        .enable_all()
+        .build()
+        .context("the asynchronous runtime could not be started")
+        .map_err(Failure::system)?
+        .block_on(command)
+}
+
+fn log_to_stderr() -> Result<(), Failure> {
+    let level = match std::env::var("SHARDLOCK_LOG") {
+        Ok(level) => level.parse().map_err(|_| {
+            Failure::config(anyhow!(
+                "SHARDLOCK_LOG is {level:?}, but must be one of off, error, warn, info, debug, trace"
+            ))
+        })?,
+        Err(_) => LevelFilter::WARN,
+    };
+    tracing_subscriber::fmt()
+        .with_writer(std::io::stderr)
+        .with_max_level(level)
+        // A standard error that is gone must not end the tool while it holds a lock.
+        .log_internal_errors(false)
+        .init();
+    Ok(())
+}
+
+#[cfg(test)]
+mod tests {
+    use clap::CommandFactory;
+
+    use super::Cli;
+
+    #[test]
+    fn the_definition_of_the_command_line_is_sound() {
+        Cli::command().debug_assert();
+    }
+}

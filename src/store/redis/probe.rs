@@ -34,7 +34,7 @@ impl RedisStore {
     }
 
     pub(crate) fn lease_name(&self, key: &LockKey) -> String {
-        self.shared.names.of(key).lease
+        self.shared.names.of(key).lease().to_string()
     }
 
     pub(crate) fn inbox_name(&self) -> String {

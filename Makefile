@@ -1,0 +1,34 @@
+.DEFAULT_GOAL := help
+.PHONY: help demo test lint bench clean
+
+# Every target that needs a server starts its own; this finds or installs the binary.
+with_server = server=$$(scripts/ensure-server) && SHARDLOCK_REDIS_SERVER=$$server
+features = $(shell sed -n '/^\[features\]/,/^\[[^f]/s/^\([a-z0-9_-]*\) = .*/\1/p' Cargo.toml | grep -vx default)
+
+help: ## Say what can be made.
+	@sed -n 's/^\([a-z]*\): .*## \(.*\)/  make \1	\2/p' Makefile
+
+demo: cargo ## Show workers of several processes fighting over the same keys on a real server.
+	@$(with_server) cargo run --release --locked --features cli -- demo
+
+test: cargo ## Run all tests, against real servers.
+	@$(with_server) cargo test --locked --all-features --no-fail-fast
+
+lint: cargo ## Check format, lints with each feature alone and all together, documentation, dependencies.
+	cargo fmt --all -- --check
+	cargo clippy --locked --all-targets -- -D warnings
+	@set -e; for f in $(features); do set -x; cargo clippy --locked --all-targets --features $$f -- -D warnings; { set +x; } 2>/dev/null; done
+	cargo clippy --locked --all-targets --all-features -- -D warnings
+	RUSTDOCFLAGS="-D warnings" cargo doc --locked --no-deps --all-features
+	@if cargo deny --version >/dev/null 2>&1; then cargo deny --locked check bans licenses sources; \
+	else echo "cargo-deny is not installed: bans, licenses and sources are not checked"; fi
+
+bench: cargo ## Measure.
+	@$(with_server) cargo bench --locked --all-features
+
+clean: ## Remove what was built and any server that was installed here.
+	rm -rf target .servers
+
+.PHONY: cargo
+cargo:
+	@command -v cargo >/dev/null || { echo "cargo is not on the PATH: install Rust 1.88 or later, see https://rustup.rs" >&2; exit 1; }

@@ -1,0 +1,98 @@
+//! `shardlock inspect`: who holds a key, and who waits for it.
+
+use std::fmt::Write;
+use std::time::Duration;
+
+use serde_json::json;
+use shardlock::{Builder, Holder, Inspection, LockKey};
+
+use crate::exit::{self, Failure};
+use crate::{output, shards};
+
+/// Show who holds a key and who waits for it
+///
+/// The exit code is 0 whenever it could look, whether the key is held or not.
+#[derive(Debug, clap::Args)]
+pub(crate) struct Args {
+    /// The name of the lock
+    key: String,
+
+    #[command(flatten)]
+    form: output::Form,
+
+    #[command(flatten)]
+    shards: shards::Options,
+}
+
+/// How many of those who wait are shown to people; JSON has all that the library tells.
+const WAITERS_SHOWN: usize = 10;
+
+pub(crate) async fn run(args: Args) -> Result<u8, Failure> {
+    let key = LockKey::new(&args.key)?;
+    let locks = Builder::new().config(args.shards.load_with_shards()?).connect().await?;
+    let seen = locks.inspect(&key).await?;
+    let shard = locks.shard_map().name(key.slot());
+    args.form
+        .print(&as_json(&key, shard, &seen), &as_text(&key, shard, &seen))?;
+    Ok(exit::OK)
+}
+
+fn as_json(key: &LockKey, shard: &str, seen: &Inspection) -> serde_json::Value {
+    let holder = seen.holder.as_ref().map(|holder| {
+        json!({
+            "owner": holder.owner,
+            "is_manager": holder.is_manager,
+            "remaining_ms": holder.remaining.map(|remaining| remaining.as_millis() as u64),
+        })
+    });
+    json!({
+        "key": key.as_str(),
+        "slot": key.slot().number(),
+        "shard": shard,
+        "holder": holder,
+        "queue_length": seen.queue_length,
+        "queue": seen.queue,
+        "last_token": seen.last_token.map(u64::from),
+    })
+}
+
+fn as_text(key: &LockKey, shard: &str, seen: &Inspection) -> String {
+    let holder = seen.holder.as_ref().map_or_else(|| "nobody".to_owned(), describe);
+    let token = seen.last_token.map_or_else(
+        || "none was issued in the slot yet".to_owned(),
+        |token| format!("{token} was the last one issued in the slot"),
+    );
+    let mut text = format!(
+        "key      {key}\nslot     {} on shard {shard}\nholder   {holder}\ntoken    {token}\n\
+         waiting  {}\n",
+        key.slot(),
+        seen.queue_length,
+    );
+    for (place, owner) in seen.queue.iter().take(WAITERS_SHOWN).enumerate() {
+        // Writing to a string can't fail.
+        writeln!(text, "{:>7}. {owner}", place + 1).ok();
+    }
+    if seen.queue_length > WAITERS_SHOWN as u64 {
+        text.push_str("         and more\n");
+    }
+    text
+}
+
+fn describe(holder: &Holder) -> String {
+    let kind = if holder.is_manager {
+        "a shardlock manager"
+    } else {
+        "not one of shardlock's managers"
+    };
+    let end = match holder.remaining {
+        Some(remaining) => {
+            let millis = Duration::from_millis(remaining.as_millis() as u64);
+            format!(
+                "its lease ends in {} unless it is renewed",
+                humantime::format_duration(millis)
+            )
+        }
+        None => "its hold never ends by itself".to_owned(),
+    };
+    format!("{}, {kind}; {end}", holder.owner)
+}

@@ -1,0 +1,50 @@
+//! `shardlock slot`: where a key belongs.
+
+use serde_json::json;
+use shardlock::LockKey;
+
+use crate::exit::{self, Failure};
+use crate::{output, shards};
+
+/// Show the slot of a key, and which shard owns it
+///
+/// No server is asked. Without shards it shows the slot alone.
+#[derive(Debug, clap::Args)]
+pub(crate) struct Args {
+    /// The name of the lock
+    key: String,
+
+    #[command(flatten)]
+    form: output::Form,
+
+    #[command(flatten)]
+    shards: shards::Options,
+}
+
+pub(crate) fn run(args: Args) -> Result<u8, Failure> {
+    let key = LockKey::new(&args.key)?;
+    let slot = key.slot();
+    let config = args.shards.load()?;
+    let owner = if config.shards.is_empty() {
+        None
+    } else {
+        let map = config.shard_map();
+        Some((map.name(slot).to_owned(), map.slots(map.index(slot))))
+    };
+    let json = json!({
+        "key": key.as_str(),
+        "slot": slot.number(),
+        "shard": owner.as_ref().map(|(name, _)| name),
+        "shard_slots": owner.as_ref().map(|(_, slots)| [slots.start(), slots.end()]),
+    });
+    let human = match &owner {
+        Some((name, slots)) => format!(
+            "slot {slot} on shard {name}, which owns {} to {}",
+            slots.start(),
+            slots.end()
+        ),
+        None => format!("slot {slot}"),
+    };
+    args.form.print(&json, &human)?;
+    Ok(exit::OK)
+}

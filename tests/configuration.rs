@@ -1,0 +1,228 @@
+//! Settings reach a manager by the same names from code, a file and the environment, and are checked alike.
+
+use std::time::Duration;
+
+use shardlock::{Builder, Config, Endpoint, ShardConfig};
+
+/// For every setting, a value that is not its default.
+const SAMPLES: [(&str, &str); 15] = [
+    ("shards", "a=redis://:s3cret@a:1/2,memory://b"),
+    ("namespace", "jobs/"),
+    ("ttl", "5s"),
+    ("renew_fraction", "0.25"),
+    ("timeout", "1500ms"),
+    ("max_hold", "2m"),
+    ("store_timeout", "250ms"),
+    ("connections", "2"),
+    ("max_burst", "3"),
+    ("max_slice", "4ms"),
+    ("max_waiters_per_key", "5"),
+    ("max_waiters", "6"),
+    ("max_keys", "7"),
+    ("class", "batch"),
+    ("max_classes", "8"),
+];
+
+fn from_code() -> Config {
+    Builder::new()
+        .named_shard("a", "redis://:s3cret@a:1/2")
+        .shard("memory://b")
+        .namespace("jobs/")
+        .ttl(Duration::from_secs(5))
+        .renew_fraction(0.25)
+        .timeout(Duration::from_millis(1500))
+        .max_hold(Duration::from_secs(120))
+        .store_timeout(Duration::from_millis(250))
+        .connections(2)
+        .max_burst(3)
+        .max_slice(Duration::from_millis(4))
+        .max_waiters_per_key(5)
+        .max_waiters(6)
+        .max_keys(7)
+        .class("batch")
+        .max_classes(8)
+        .build_config()
+        .unwrap()
+}
+
+fn variable(name: &str, value: &str) -> (String, String) {
+    (format!("SHARDLOCK_{}", name.to_uppercase()), value.to_owned())
+}
+
+#[test]
+fn every_setting_has_a_sample_here_that_is_not_its_default() {
+    let names: Vec<_> = Config::fields().map(|(name, _)| name).collect();
+    assert_eq!(names, SAMPLES.map(|(name, _)| name));
+    for (name, value) in SAMPLES {
+        let mut config = Config::default();
+        config.set(name, value).unwrap();
+        assert_ne!(config, Config::default(), "{name}");
+    }
+}
+
+#[test]
+fn every_setting_is_reached_from_code_the_environment_and_by_name() {
+    let mut by_name = Config::default();
+    for (name, value) in SAMPLES {
+        by_name.set(name, value).unwrap();
+    }
+    let mut from_env = Config::default();
+    from_env
+        .apply_variables(SAMPLES.map(|(name, value)| variable(name, value)))
+        .unwrap();
+    assert_eq!(by_name, from_code());
+    assert_eq!(from_env, from_code());
+}
+
+#[test]
+fn later_settings_override_earlier_ones() {
+    let mut config = Config::default();
+    config.set("ttl", "1s").unwrap();
+    config.set("max_burst", "1").unwrap();
+    config
+        .apply_variables([variable("max_burst", "2"), variable("class", "env")])
+        .unwrap();
+    let config = Builder::new()
+        .ttl(Duration::from_secs(9))
+        .config(config)
+        .shard("memory://")
+        .class("code")
+        .timeout(None)
+        .build_config()
+        .unwrap();
+    assert_eq!(config.ttl, Duration::from_secs(1));
+    assert_eq!((config.max_burst, config.class.as_str()), (2, "code"));
+}
+
+#[test]
+fn code_can_replace_the_shards_of_other_sources() {
+    let config = Builder::new()
+        .shard("redis://a")
+        .shards([ShardConfig::new("b", "redis://b")])
+        .build_config()
+        .unwrap();
+    assert_eq!(config.shards, [ShardConfig::new("b", "redis://b")]);
+}
+
+#[test]
+fn the_defaults_lack_only_a_shard() {
+    let error = Builder::new().build_config().unwrap_err();
+    assert_eq!(error.field, "shards");
+    let mut expected = Config::default();
+    expected.set("shards", "redis://localhost").unwrap();
+    let config = Builder::new().shard("redis://localhost").build_config().unwrap();
+    assert_eq!(config, expected);
+}
+
+#[test]
+fn an_error_in_the_environment_names_the_variable() {
+    let refusal = |name: &str, value: &str| {
+        let mut config = Config::default();
+        let good = variable("max_keys", "9");
+        let error = config.apply_variables([good, (name.into(), value.into())]).unwrap_err();
+        assert_eq!(config, Config::default(), "{name}");
+        error.to_string()
+    };
+    assert_eq!(
+        refusal("SHARDLOCK_TTL", "1ms"),
+        "SHARDLOCK_TTL is 1ms, but must be from 50ms to 1d"
+    );
+    assert!(refusal("SHARDLOCK_TTL", "").starts_with("SHARDLOCK_TTL is \"\", but must be a duration"));
+    let url = refusal("SHARDLOCK_SHARDS", "memory://, redis://:s3cret@host:x");
+    assert!(
+        url.starts_with("SHARDLOCK_SHARDS[1].url is redis://:***@host:***, but must be "),
+        "{url}"
+    );
+    let unknown = refusal("SHARDLOCK_TLL", "10s");
+    let expected = "environment variable is \"SHARDLOCK_TLL\", but must be one of SHARDLOCK_SHARDS, ";
+    assert!(unknown.starts_with(expected), "{unknown}");
+    assert!(refusal("SHARDLOCK_ttl", "10s").contains("must be one of"));
+}
+
+#[test]
+fn variables_of_others_are_passed_over() {
+    let mut config = Config::default();
+    let others = [
+        "SHARDLOCK_CONFIG",
+        "SHARDLOCK_LOG",
+        "SHARDLOCK_METRICS",
+        "SHARDLOCK_REDIS_SERVER",
+        "SHARDLOCKS",
+        "TTL",
+        "PATH",
+    ];
+    config
+        .apply_variables(others.map(|name| (name.to_owned(), "anything".to_owned())))
+        .unwrap();
+    assert_eq!(config, Config::default());
+}
+
+#[test]
+fn neither_a_configuration_nor_an_endpoint_shows_a_password() {
+    let config = from_code();
+    let builder = Builder::new().config(config.clone());
+    let endpoint: Endpoint = config.shards[0].url.parse().unwrap();
+    let shown = format!("{config:?} {config:#?} {builder:?} {endpoint} {endpoint:?}");
+    assert!(shown.contains("redis://:***@a:1/2"), "{shown}");
+    assert!(!shown.contains("s3cret"), "{shown}");
+}
+
+const EXAMPLE: &str = include_str!("../config/shardlock.example.toml");
+
+#[test]
+fn the_example_file_has_every_setting() {
+    let names: Vec<_> = EXAMPLE
+        .lines()
+        .filter(|line| !line.starts_with('#'))
+        .filter_map(|line| line.split_once(" = "))
+        .map(|(name, _)| name)
+        .collect();
+    let fields: Vec<_> = Config::fields().map(|(name, _)| name).collect();
+    assert_eq!(names, fields);
+}
+
+#[cfg(feature = "file")]
+mod file {
+    use super::*;
+
+    #[test]
+    fn the_example_file_has_the_defaults() {
+        let path = concat!(env!("CARGO_MANIFEST_DIR"), "/config/shardlock.example.toml");
+        let config = Config::from_file(path).unwrap();
+        config.validate().unwrap();
+        let expected = Builder::new().shard("redis://127.0.0.1:6379").build_config().unwrap();
+        assert_eq!(config, expected);
+    }
+
+    #[test]
+    fn every_setting_is_reached_from_a_file() {
+        let quoted: String = SAMPLES.map(|(name, value)| format!("{name} = {value:?}\n")).concat();
+        assert_eq!(Config::from_toml(&quoted).unwrap(), from_code());
+        let typed: String = SAMPLES
+            .map(|(name, value)| match value.parse::<f64>() {
+                Ok(_) => format!("{name} = {value}\n"),
+                Err(_) => format!("{name} = {value:?}\n"),
+            })
+            .concat();
+        assert_ne!(typed, quoted);
+        assert_eq!(Config::from_toml(&typed).unwrap(), from_code());
+    }
+
+    #[test]
+    fn an_error_in_a_file_names_the_file_and_the_line() {
+        let folder = tempfile::tempdir().unwrap();
+        let path = folder.path().join("locks.toml");
+        let missing = Config::from_file(&path).unwrap_err().to_string();
+        assert!(missing.contains("locks.toml is unreadable (No such file"), "{missing}");
+        std::fs::write(&path, "class = 'a'\nttl = '1ms'\n").unwrap();
+        let bound = Config::from_file(&path).unwrap_err().to_string();
+        assert!(
+            bound.contains("locks.toml line 2) is 1ms, but must be from 50ms to 1d"),
+            "{bound}"
+        );
+        std::fs::write(&path, "class = 'a'\n\nshards = [redis://:s3cret@host]\n").unwrap();
+        let syntax = Config::from_file(&path).unwrap_err().to_string();
+        assert!(syntax.contains("locks.toml line 3 is malformed ("), "{syntax}");
+        assert!(!syntax.contains("s3cret"), "{syntax}");
+    }
+}

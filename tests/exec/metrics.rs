@@ -1,0 +1,58 @@
+//! Metrics while a command runs.
+
+use std::io::{Read, Write};
+use std::net::TcpStream;
+use std::process::Stdio;
+
+use crate::support::{PATIENCE, RedisServer, wait_until};
+use crate::tool::{Notes, Run, tool};
+
+#[test]
+fn metrics_are_served_at_the_address_that_is_told() {
+    let server = RedisServer::start();
+    let notes = Notes::new();
+    let mut command = tool(
+        &server,
+        &["exec", "--metrics", "127.0.0.1:0", "k", "sh", "-c", "echo > ready; cat"],
+    );
+    command.current_dir(notes.dir()).stdin(Stdio::piped());
+    let mut tool = Run::start(command);
+    let stdin = tool.take_stdin();
+    notes.line("ready");
+    let said = tool.stderr();
+    let address = said.split("http://").nth(1).and_then(|rest| rest.split('/').next());
+    let address = address.unwrap_or_else(|| panic!("no address is told: {said}"));
+
+    let mut page = String::new();
+    wait_until("the acquisition is on the page", PATIENCE, || {
+        page = get(address);
+        page.contains("outcome=\"acquired\"")
+    });
+    let bucket = page
+        .lines()
+        .find(|line| line.contains("_seconds_bucket") && line.contains("le=\"60\""));
+    assert!(bucket.is_some(), "{page}");
+    drop(stdin);
+    assert_eq!(tool.end().code, 0);
+}
+
+#[test]
+fn a_command_does_not_inherit_the_address() {
+    let server = RedisServer::start();
+    let mut command = tool(&server, &["exec", "k", "sh", "-c", "echo \"<$SHARDLOCK_METRICS>\""]);
+    command.env("SHARDLOCK_METRICS", "127.0.0.1:0");
+    assert_eq!(crate::tool::run(command).stdout, "<>\n");
+}
+
+fn get(address: &str) -> String {
+    let mut stream = TcpStream::connect(address).unwrap();
+    stream.set_read_timeout(Some(PATIENCE)).unwrap();
+    write!(
+        stream,
+        "GET /metrics HTTP/1.1\r\nHost: {address}\r\nConnection: close\r\n\r\n"
+    )
+    .unwrap();
+    let mut page = String::new();
+    stream.read_to_string(&mut page).unwrap();
+    page
+}

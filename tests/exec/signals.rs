@@ -1,0 +1,165 @@
+//! Signals to the tool, and the order in which things end.
+
+use std::fs;
+use std::process::Stdio;
+use std::time::Instant;
+
+use rustix::process::Signal;
+
+use crate::support::{PATIENCE, RedisServer, wait_until};
+use crate::tool::{Notes, Run, SHORT_GRACE, bare, is_alive, is_held, run, tool, wait_until_dead};
+
+/// Starts a script under the lock `k` that reads what `Run::take_stdin` gives.
+fn start(server: &RedisServer, notes: &Notes, options: &[&str], script: &str) -> Run {
+    let args = [&["exec"][..], options, &["k", "sh", "-c", script]].concat();
+    let mut command = tool(server, &args);
+    command.current_dir(notes.dir()).stdin(Stdio::piped());
+    Run::start(command)
+}
+
+#[test]
+fn each_signal_is_forwarded_to_the_command() {
+    let server = RedisServer::start();
+    for (name, signal) in [
+        ("TERM", Signal::TERM),
+        ("INT", Signal::INT),
+        ("HUP", Signal::HUP),
+        ("QUIT", Signal::QUIT),
+        ("USR1", Signal::USR1),
+        ("USR2", Signal::USR2),
+    ] {
+        let notes = Notes::new();
+        // The shell runs its trap when `cat` is gone, which only the signal ends. It must be `cat`'s process that says
+        // it is ready: a shell that gets the signal just before it starts another process waits for that one first.
+        let mut tool = start(
+            &server,
+            &notes,
+            &[],
+            &format!("trap 'exit 7' {name}; sh -c 'echo > ready; exec cat'; exit 9"),
+        );
+        let _stdin = tool.take_stdin();
+        notes.line("ready");
+        tool.signal(signal);
+        let ended = tool.end();
+        assert_eq!(ended.code, 7, "{name}: {ended:?}");
+        assert!(!is_held(&server, "k"));
+    }
+}
+
+#[test]
+fn a_signal_reaches_what_the_command_has_started() {
+    let server = RedisServer::start();
+    let notes = Notes::new();
+    let grandchild = "trap 'echo > told' USR1; echo $$ > grandchild; sh -c 'echo > ready; exec cat'; exit 0";
+    fs::write(notes.path("script"), grandchild).unwrap();
+    let script = "trap : USR1; exec 3<&0; sh script <&3 & wait; wait";
+    let mut tool = start(&server, &notes, &[], script);
+    let stdin = tool.take_stdin();
+    notes.line("ready");
+    let grandchild = notes.line("grandchild");
+    tool.signal(Signal::USR1);
+    notes.line("told");
+    drop(stdin);
+    assert_eq!(tool.end().code, 0);
+    wait_until_dead(&grandchild);
+}
+
+#[test]
+fn a_command_that_ignores_term_is_killed_after_the_grace() {
+    let server = RedisServer::start();
+    let notes = Notes::new();
+    let script = "trap '' TERM; echo $$ > ready; cat";
+    let mut tool = start(&server, &notes, &["--kill-after", "300ms"], script);
+    let _stdin = tool.take_stdin();
+    let child = notes.line("ready");
+    let started = Instant::now();
+    tool.signal(Signal::TERM);
+    let ended = tool.end();
+    assert!(started.elapsed() >= SHORT_GRACE);
+    assert_eq!(ended.code, 137, "{ended:?}");
+    assert!(!is_alive(&child));
+    assert!(!is_held(&server, "k"));
+}
+
+#[test]
+fn the_lock_is_kept_until_the_command_is_gone() {
+    let server = RedisServer::start();
+    let notes = Notes::new();
+    let script = "trap 'echo > ending; cat > /dev/null; exit 5' TERM; sh -c 'echo > ready; exec cat'; exit 9";
+    let mut tool = start(&server, &notes, &["--kill-after", "1h"], script);
+    let stdin = tool.take_stdin();
+    notes.line("ready");
+    tool.signal(Signal::TERM);
+    notes.line("ending");
+    assert!(is_held(&server, "k"));
+    assert!(tool.is_running());
+    let ended = run(crate::tool::tool(&server, &["exec", "-n", "k", "true"]));
+    assert_eq!(ended.code, 1, "{ended:?}");
+    drop(stdin);
+    assert_eq!(tool.end().code, 5);
+    assert!(!is_held(&server, "k"));
+}
+
+#[test]
+fn a_command_that_ends_at_term_is_not_given_the_whole_grace() {
+    let server = RedisServer::start();
+    let notes = Notes::new();
+    // Both end at once, so that one of them is an orphan when it ends, which only the tool may be there to reap.
+    let script = "exec 3<&0; sh -c 'echo > ready; exec cat' <&3 & wait";
+    let mut tool = start(&server, &notes, &["--kill-after", "1h"], script);
+    let _stdin = tool.take_stdin();
+    notes.line("ready");
+    tool.signal(Signal::TERM);
+    let ended = tool.end();
+    assert_eq!(ended.code, 143, "{ended:?}");
+    assert!(!is_held(&server, "k"));
+}
+
+#[test]
+fn what_the_command_leaves_behind_after_term_is_killed_before_the_release() {
+    let server = RedisServer::start();
+    let notes = Notes::new();
+    let script = "exec 3<&0; sh -c 'trap \"\" TERM; echo $$ > grandchild; read line' <&3 & wait";
+    let mut tool = start(&server, &notes, &["--kill-after", "300ms"], script);
+    let _stdin = tool.take_stdin();
+    let grandchild = notes.line("grandchild");
+    tool.signal(Signal::TERM);
+    let ended = tool.end();
+    assert_eq!(ended.code, 143, "{ended:?}");
+    assert!(!is_alive(&grandchild));
+    assert!(!is_held(&server, "k"));
+}
+
+#[test]
+fn the_command_dies_with_a_tool_that_is_killed_and_the_lock_is_free_within_its_ttl() {
+    let server = RedisServer::start();
+    let notes = Notes::new();
+    let mut tool = start(&server, &notes, &["--ttl", "1s"], "echo $$ > ready; exec cat");
+    let _stdin = tool.take_stdin();
+    let child = notes.line("ready");
+    assert!(is_alive(&child));
+    tool.kill();
+    wait_until_dead(&child);
+    wait_until("the lease has run out", PATIENCE, || !is_held(&server, "k"));
+    let ended = run(crate::tool::tool(&server, &["exec", "-w", "10s", "k", "true"]));
+    assert_eq!(ended.code, 0, "{ended:?}");
+}
+
+#[test]
+fn a_signal_that_was_ignored_at_the_start_stays_ignored() {
+    let server = RedisServer::start();
+    let notes = Notes::new();
+    let script = "trap '' HUP; exec \"$0\" exec k sh -c 'echo > ready; read line; exit 3'";
+    let tool_path = bare(&[]).get_program().to_owned();
+    let mut command = std::process::Command::new("sh");
+    command.args(["-c", script]).arg(tool_path);
+    command.env("SHARDLOCK_SHARDS", server.url());
+    command.current_dir(notes.dir()).stdin(Stdio::piped());
+    let mut tool = Run::start(command);
+    let stdin = tool.take_stdin();
+    notes.line("ready");
+    tool.signal(Signal::HUP);
+    drop(stdin);
+    let ended = tool.end();
+    assert_eq!(ended.code, 3, "{ended:?}");
+}

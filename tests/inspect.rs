@@ -1,0 +1,152 @@
+//! `shardlock inspect` and `shardlock slot`, and where their settings come from.
+
+// A test is over when its surroundings fail.
+#![allow(clippy::expect_used, clippy::panic, clippy::unwrap_used)]
+
+mod support;
+mod tool;
+
+use std::fs;
+
+use serde_json::{Value, json};
+
+use support::RedisServer;
+use tool::{Holder, Notes, Run, bare, run, tool, wait_until_waiting};
+
+#[track_caller]
+fn json(command: std::process::Command) -> Value {
+    let ended = run(command);
+    assert_eq!(ended.code, 0, "{ended:?}");
+    serde_json::from_str(&ended.stdout).unwrap_or_else(|error| panic!("{error}: {ended:?}"))
+}
+
+#[test]
+fn a_free_key_has_no_holder() {
+    let server = RedisServer::start();
+    let seen = json(tool(&server, &["inspect", "foo", "--json"]));
+    assert_eq!(seen["key"], "foo");
+    assert_eq!(seen["slot"], 12182);
+    assert_eq!(seen["shard"], "shard-0");
+    assert_eq!(seen["holder"], Value::Null);
+    assert_eq!((&seen["queue_length"], &seen["queue"]), (&json!(0), &json!([])));
+    let ended = run(tool(&server, &["inspect", "foo"]));
+    assert_eq!(ended.code, 0, "{ended:?}");
+    assert!(ended.stdout.contains("nobody"), "{ended:?}");
+}
+
+#[test]
+fn a_held_key_has_a_holder_a_token_and_those_who_wait_in_their_order() {
+    let server = RedisServer::start();
+    let holder = Holder::of(&server, "k");
+    let mut waiters = Vec::new();
+    let mut order = Vec::new();
+    for count in 1..=2 {
+        waiters.push(Run::start(tool(&server, &["exec", "k", "true"])));
+        wait_until_waiting(&server, "k", count);
+        let queue: Vec<String> = server.query(&["ZRANGE", "{lock:k}:q", "0", "-1"]);
+        order.push(queue.last().unwrap().clone());
+    }
+    let seen = json(tool(&server, &["inspect", "--json", "k"]));
+    assert_eq!(
+        seen["holder"]["owner"],
+        server.query::<String>(&["GET", "lock:k"]).as_str()
+    );
+    assert_eq!(seen["holder"]["is_manager"], true);
+    let remaining = seen["holder"]["remaining_ms"].as_u64().unwrap();
+    assert!((1..=10_000).contains(&remaining), "{remaining}");
+    assert_eq!((&seen["queue_length"], &seen["queue"]), (&json!(2), &json!(order)));
+    assert!(seen["last_token"].as_u64().unwrap() > 0);
+
+    let text = run(tool(&server, &["inspect", "k"])).stdout;
+    assert!(text.contains("a shardlock manager"), "{text}");
+    let places: Vec<usize> = order.iter().map(|owner| text.find(owner).unwrap()).collect();
+    assert!(places.is_sorted(), "{text}");
+
+    holder.go();
+    for waiter in &mut waiters {
+        assert_eq!(waiter.end().code, 0);
+    }
+}
+
+#[test]
+fn a_holder_of_another_library_is_told_apart() {
+    let server = RedisServer::start();
+    server.command(&["SET", "lock:k", "their-own-value"]);
+    let seen = json(tool(&server, &["inspect", "k", "--json"]));
+    let expected = json!({ "owner": "their-own-value", "is_manager": false, "remaining_ms": null });
+    assert_eq!(seen["holder"], expected);
+    let text = run(tool(&server, &["inspect", "k"])).stdout;
+    assert!(text.contains("never ends"), "{text}");
+}
+
+#[test]
+fn a_server_that_is_gone_can_not_be_looked_at() {
+    let server = RedisServer::start();
+    server.kill();
+    let ended = run(tool(&server, &["inspect", "k"]));
+    assert_eq!((ended.code, ended.stdout.as_str()), (69, ""), "{ended:?}");
+}
+
+#[test]
+fn a_slot_is_known_without_any_server() {
+    let ended = run(bare(&["slot", "foo"]));
+    assert_eq!((ended.code, ended.stdout.as_str()), (0, "slot 12182\n"), "{ended:?}");
+    let expected = json!({ "key": "foo", "slot": 12182, "shard": null, "shard_slots": null });
+    assert_eq!(json(bare(&["slot", "foo", "--json"])), expected);
+
+    // Nothing listens at port 1.
+    let shards = ["--shard", "a=redis://127.0.0.1:1", "--shard", "redis://127.0.0.1:1/1"];
+    let mut command = bare(&["slot", "foo", "--json"]);
+    command.args(shards);
+    let expected = json!({ "key": "foo", "slot": 12182, "shard": "shard-1", "shard_slots": [8192, 16383] });
+    assert_eq!(json(command), expected);
+    let mut command = bare(&["slot", "foo{}{bar}"]);
+    command.args(shards);
+    assert_eq!(
+        run(command).stdout,
+        "slot 8363 on shard shard-1, which owns 8192 to 16383\n"
+    );
+}
+
+#[test]
+fn flags_override_the_environment_and_that_overrides_the_file() {
+    let notes = Notes::new();
+    let file = notes.path("shardlock.toml");
+    fs::write(&file, "shards = ['from-file=redis://127.0.0.1:1']\nttl = '5s'\n").unwrap();
+    let shard = |flag: bool, variable: bool, file_by_flag: bool| {
+        let mut command = bare(&["slot", "foo", "--json"]);
+        if flag {
+            command.args(["--shard", "from-flag=redis://127.0.0.1:1"]);
+        }
+        if variable {
+            command.env("SHARDLOCK_SHARDS", "from-env=redis://127.0.0.1:1");
+        }
+        if file_by_flag {
+            command.arg("--config").arg(&file);
+        } else {
+            command.env("SHARDLOCK_CONFIG", &file);
+        }
+        json(command)["shard"].clone()
+    };
+    assert_eq!(shard(false, false, true), "from-file");
+    assert_eq!(shard(false, false, false), "from-file");
+    assert_eq!(shard(false, true, true), "from-env");
+    assert_eq!(shard(true, true, true), "from-flag");
+
+    fs::write(&file, "tll = '5s'\n").unwrap();
+    let mut command = bare(&["slot", "foo", "--config"]);
+    command.arg(&file);
+    let ended = run(command);
+    assert_eq!(ended.code, 78, "{ended:?}");
+    assert!(
+        ended.stderr.contains("tll") && ended.stderr.contains("line 1"),
+        "{ended:?}"
+    );
+}
+
+#[test]
+fn the_version_is_told() {
+    let ended = run(bare(&["--version"]));
+    let expected = format!("shardlock {}\n", env!("CARGO_PKG_VERSION"));
+    assert_eq!((ended.code, ended.stdout), (0, expected));
+}

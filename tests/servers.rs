@@ -1,0 +1,220 @@
+//! The ground that the other tests stand on: servers and workers of their own, which leave nothing behind.
+
+mod support;
+
+use std::net::TcpStream;
+use std::os::unix::process::ExitStatusExt;
+use std::panic::{AssertUnwindSafe, catch_unwind};
+use std::thread;
+use std::time::Duration;
+
+use redis::cluster_routing::Slot;
+use support::{ClientType, PATIENCE, RedisServer, eventually, wait_until, worker};
+
+#[test]
+fn worker_entry() {
+    let Some(me) = worker::current() else { return };
+    match me.name() {
+        "echo" => {
+            me.say(me.var("LOCKTEST_GREETING"));
+            while let Some(line) = me.hear() {
+                me.say(&line);
+            }
+        }
+        "server" => {
+            let server = RedisServer::start();
+            me.say(server.address());
+            me.hear();
+        }
+        name => panic!("no worker is called {name}"),
+    }
+}
+
+fn is_up(address: &str) -> bool {
+    TcpStream::connect(address).is_ok()
+}
+
+#[test]
+fn servers_side_by_side_share_nothing() {
+    let starting: Vec<_> = (0..8).map(|_| thread::spawn(RedisServer::start)).collect();
+    // The threads that started the servers are gone now, and the servers are not.
+    let servers: Vec<_> = starting
+        .into_iter()
+        .map(|thread| thread.join().expect("start"))
+        .collect();
+    for server in &servers {
+        assert_eq!(server.dbsize(), 0);
+        server.command(&["SET", "port", &server.port().to_string()]);
+    }
+    for server in &servers {
+        assert_eq!(server.query::<u16>(&["GET", "port"]), server.port());
+        assert_eq!(server.keys(), ["port"]);
+    }
+}
+
+#[test]
+fn a_restart_keeps_the_port_and_loses_the_data() {
+    let server = RedisServer::start();
+    let (port, pid) = (server.port(), server.pid());
+    server.command(&["SET", "k", "v"]);
+    server.restart();
+    assert_eq!((server.port(), server.dbsize()), (port, 0));
+    assert_ne!(server.pid(), pid);
+}
+
+#[test]
+fn a_killed_server_refuses_connections_until_its_restart() {
+    let server = RedisServer::start();
+    server.kill();
+    assert!(!is_up(&server.address()));
+    assert!(server.try_query::<String>(&["PING"]).is_err());
+    server.restart();
+    assert_eq!(server.query::<String>(&["PING"]), "PONG");
+}
+
+#[test]
+fn a_dropped_server_is_gone() {
+    let server = RedisServer::start();
+    let (address, dir) = (server.address(), server.dir().to_owned());
+    assert!(dir.is_dir() && server.log().contains("Ready to accept connections"));
+    drop(server);
+    assert!(!is_up(&address));
+    assert!(!dir.exists());
+}
+
+#[test]
+fn a_stopped_server_answers_again_when_it_goes_on() {
+    let server = RedisServer::start();
+    server.stop();
+    thread::scope(|scope| {
+        let ping = scope.spawn(|| server.query::<String>(&["PING"]));
+        // Connections are still accepted, and no answer can have come.
+        assert!(is_up(&server.address()) && !ping.is_finished());
+        server.cont();
+        assert_eq!(ping.join().expect("an answer"), "PONG");
+    });
+}
+
+#[test]
+fn commands_are_counted_also_inside_of_scripts() {
+    let server = RedisServer::start();
+    server.reset_stats();
+    let script = "redis.call('SET', KEYS[1], 1) return redis.call('PUBLISH', 'c', 'm')";
+    assert_eq!(server.query::<u64>(&["EVAL", script, "1", "k"]), 0);
+    assert_eq!(server.query::<u64>(&["PUBLISH", "c", "m"]), 0);
+    assert!(server.try_query::<()>(&["EVALSHA", &"0".repeat(40), "0"]).is_err());
+    assert_eq!(
+        (server.calls("eval"), server.calls("evalsha"), server.script_calls()),
+        (1, 1, 2)
+    );
+    assert_eq!(
+        (server.calls("set"), server.calls("get"), server.publishes()),
+        (1, 0, 2)
+    );
+    assert_eq!(server.calls("config"), server.commands()["config|resetstat"]);
+    server.reset_stats();
+    assert_eq!((server.script_calls(), server.publishes()), (0, 0));
+}
+
+#[tokio::test]
+async fn connections_are_seen_and_cut_by_their_type() {
+    let server = RedisServer::start();
+    let client = redis::Client::open(server.url()).expect("a good address");
+    let mut commands = client.get_connection().expect("connect");
+    let mut inbox = client.get_connection().expect("connect");
+    let mut inbox = inbox.as_pubsub();
+    inbox.subscribe("c").expect("subscribe");
+    eventually("the channel is there", PATIENCE, || server.channels() == ["c"]).await;
+    assert_eq!(server.connections(), 2);
+
+    assert_eq!(server.client_kill(ClientType::PubSub), 1);
+    wait_until("the channel is gone", PATIENCE, || server.channels().is_empty());
+    redis::cmd("PING")
+        .exec(&mut commands)
+        .expect("the other connection lives");
+
+    assert_eq!(server.client_kill(ClientType::Normal), 1);
+    redis::cmd("PING")
+        .exec(&mut commands)
+        .expect_err("the connection was cut");
+    assert_eq!(server.connections(), 0);
+}
+
+#[test]
+fn options_reach_the_server() {
+    let server = RedisServer::start_with(&["--maxmemory-policy", "noeviction", "--requirepass", "p:@/ %"]);
+    let policy: Vec<String> = server.query(&["CONFIG", "GET", "maxmemory-policy"]);
+    assert_eq!(policy, ["maxmemory-policy", "noeviction"]);
+    server.restart();
+    assert_eq!(server.dbsize(), 0);
+    let client = redis::Client::open(server.url()).expect("a good address");
+    let mut stranger = client.get_connection().expect("connect");
+    redis::cmd("DBSIZE")
+        .exec(&mut stranger)
+        .expect_err("the address says no password");
+}
+
+#[test]
+fn debug_commands_are_allowed() {
+    RedisServer::start().command(&["DEBUG", "SLEEP", "0"]);
+}
+
+#[test]
+fn a_server_that_refuses_its_options_says_why() {
+    let start = catch_unwind(|| drop(RedisServer::start_with(&["--no-such-option", "1"])));
+    let panic = start.expect_err("the server can't have started");
+    let message = panic.downcast_ref::<String>().expect("a message");
+    assert!(message.contains("no-such-option"), "{message}");
+}
+
+#[test]
+fn the_servers_slots_are_those_of_the_client_library() {
+    let server = RedisServer::start_with(&["--cluster-enabled", "yes"]);
+    for key in ["foo", "{foo}shard", "foo{}{bar}"] {
+        let slot = server.query(&["CLUSTER", "KEYSLOT", key]);
+        assert_eq!(Slot::new(slot), Some(Slot::for_key(key)));
+    }
+}
+
+#[test]
+fn a_worker_speaks_in_lines_and_ends_with_its_input() {
+    let mut worker = worker::spawn("echo", &[("LOCKTEST_GREETING", "hello")]);
+    assert_eq!(worker.line(), "hello");
+    for line in ["one", "", "@ three", "  four  "] {
+        worker.send(line);
+        assert_eq!(worker.line(), line);
+    }
+    assert!(worker.wait().success());
+}
+
+#[test]
+fn a_stopped_worker_is_silent_until_it_goes_on() {
+    let mut worker = worker::spawn("echo", &[("LOCKTEST_GREETING", "hello")]);
+    worker.line();
+    for _ in 0..3 {
+        worker.stop();
+        worker.send("still there?");
+        assert_eq!(worker.line_within(Duration::from_millis(20)), None);
+        worker.cont();
+        assert_eq!(worker.line(), "still there?");
+    }
+}
+
+#[test]
+fn a_killed_worker_says_no_more() {
+    let mut worker = worker::spawn("echo", &[("LOCKTEST_GREETING", "hello")]);
+    worker.line();
+    worker.kill();
+    assert_eq!(worker.wait().signal(), Some(9));
+    catch_unwind(AssertUnwindSafe(|| worker.line())).expect_err("it is dead");
+}
+
+#[cfg(target_os = "linux")]
+#[test]
+fn a_killed_test_process_leaves_no_server() {
+    let mut worker = worker::spawn("server", &[]);
+    let address = worker.line();
+    assert!(is_up(&address));
+    worker.kill();
+    wait_until("its server is gone", PATIENCE, || !is_up(&address));
+}

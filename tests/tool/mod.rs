@@ -1,0 +1,201 @@
+//! The command-line tool as its tests run it: as a process, against a server of the test's own.
+
+// Each test takes what it needs.
+#![allow(dead_code, unreachable_pub)]
+
+use std::fs::{self, File};
+use std::path::{Path, PathBuf};
+use std::process::{ChildStdin, Command, Stdio};
+use std::time::Duration;
+
+use rustix::process::Signal;
+use tempfile::TempDir;
+
+use crate::support::process::Process;
+use crate::support::{PATIENCE, RedisServer, wait_until};
+
+/// The tool with these arguments and no settings.
+pub fn bare(args: &[&str]) -> Command {
+    let mut command = Command::new(env!("CARGO_BIN_EXE_shardlock"));
+    for (name, _) in std::env::vars_os() {
+        if name.to_string_lossy().starts_with("SHARDLOCK_") {
+            command.env_remove(name);
+        }
+    }
+    command.args(args).stdin(Stdio::null());
+    command
+}
+
+/// The tool with these arguments, for this server.
+pub fn tool(server: &RedisServer, args: &[&str]) -> Command {
+    let mut command = bare(args);
+    command.env("SHARDLOCK_SHARDS", server.url());
+    command
+}
+
+/// The tool as it runs. Dropping it kills it.
+pub struct Run {
+    process: Process,
+    outputs: TempDir,
+}
+
+/// How it ended.
+#[derive(Debug)]
+pub struct Ended {
+    pub code: i32,
+    pub stdout: String,
+    pub stderr: String,
+}
+
+impl Run {
+    #[track_caller]
+    pub fn start(mut command: Command) -> Self {
+        let outputs = tempfile::tempdir().expect("make a directory");
+        let file = |name| File::create(outputs.path().join(name)).expect("make a file");
+        command.stdout(file("stdout")).stderr(file("stderr"));
+        let process = Process::spawn(command).expect("start the tool");
+        Self { process, outputs }
+    }
+
+    pub fn stdout(&self) -> String {
+        fs::read_to_string(self.outputs.path().join("stdout")).expect("read standard output")
+    }
+
+    pub fn stderr(&self) -> String {
+        fs::read_to_string(self.outputs.path().join("stderr")).expect("read standard error")
+    }
+
+    pub fn take_stdin(&mut self) -> Option<ChildStdin> {
+        self.process.take_stdin()
+    }
+
+    #[track_caller]
+    pub fn signal(&self, signal: Signal) {
+        self.process.signal(signal);
+    }
+
+    /// SIGKILL, then reaps.
+    pub fn kill(&mut self) {
+        self.process.kill();
+    }
+
+    pub fn is_running(&mut self) -> bool {
+        self.process.ended().is_none()
+    }
+
+    /// Waits for the end, which must be one by an exit code.
+    #[track_caller]
+    pub fn end(&mut self) -> Ended {
+        let status = self.process.wait(PATIENCE);
+        let (stdout, stderr) = (self.stdout(), self.stderr());
+        let code = status.code();
+        let code = code.unwrap_or_else(|| panic!("the tool ended by {status}: {stderr}"));
+        Ended { code, stdout, stderr }
+    }
+}
+
+/// Runs the tool to its end.
+#[track_caller]
+pub fn run(command: Command) -> Ended {
+    Run::start(command).end()
+}
+
+/// Files by which the commands of a test and the test tell each other how far they are.
+pub struct Notes {
+    dir: TempDir,
+}
+
+impl Notes {
+    pub fn new() -> Self {
+        let dir = tempfile::tempdir().expect("make a directory");
+        Self { dir }
+    }
+
+    pub fn dir(&self) -> &Path {
+        self.dir.path()
+    }
+
+    pub fn path(&self, name: &str) -> PathBuf {
+        self.dir.path().join(name)
+    }
+
+    pub fn leave(&self, name: &str) {
+        File::create(self.path(name)).expect("leave a note");
+    }
+
+    pub fn exists(&self, name: &str) -> bool {
+        self.path(name).exists()
+    }
+
+    /// Waits until there is a whole line in the note, and returns it.
+    #[track_caller]
+    pub fn line(&self, name: &str) -> String {
+        let mut text = String::new();
+        wait_until(&format!("there is a note {name:?}"), PATIENCE, || {
+            text = fs::read_to_string(self.path(name)).unwrap_or_default();
+            text.ends_with('\n')
+        });
+        text.trim_end().to_owned()
+    }
+}
+
+/// Whether the process with this id runs; one that only waits to be reaped does not.
+pub fn is_alive(pid: &str) -> bool {
+    let stat = fs::read_to_string(format!("/proc/{pid}/stat")).unwrap_or_default();
+    let state = stat.rsplit_once(") ").and_then(|(_, rest)| rest.chars().next());
+    state.is_some_and(|state| !matches!(state, 'Z' | 'X'))
+}
+
+#[track_caller]
+pub fn wait_until_dead(pid: &str) {
+    wait_until(&format!("process {pid} is gone"), PATIENCE, || !is_alive(pid));
+}
+
+/// Whether the key is held.
+#[track_caller]
+pub fn is_held(server: &RedisServer, key: &str) -> bool {
+    server.query(&["EXISTS", &format!("lock:{key}")])
+}
+
+/// How many managers wait for the key.
+#[track_caller]
+pub fn waiting(server: &RedisServer, key: &str) -> u64 {
+    server.query(&["ZCARD", &format!("{{lock:{key}}}:q")])
+}
+
+/// Somebody who holds a key until it is told to go.
+pub struct Holder {
+    run: Run,
+    go: Option<ChildStdin>,
+}
+
+impl Holder {
+    #[track_caller]
+    pub fn of(server: &RedisServer, key: &str) -> Self {
+        let notes = Notes::new();
+        let mut command = tool(server, &["exec", key, "sh", "-c", "echo here > here; cat"]);
+        command.current_dir(notes.dir()).stdin(Stdio::piped());
+        let mut run = Run::start(command);
+        let go = run.take_stdin();
+        notes.line("here");
+        Self { run, go }
+    }
+
+    #[track_caller]
+    pub fn go(mut self) {
+        self.go = None;
+        let ended = self.run.end();
+        assert_eq!(ended.code, 0, "{ended:?}");
+    }
+}
+
+/// Waits until as many managers wait for the key.
+#[track_caller]
+pub fn wait_until_waiting(server: &RedisServer, key: &str, count: u64) {
+    wait_until(&format!("{count} wait for {key}"), PATIENCE, || {
+        waiting(server, key) == count
+    });
+}
+
+/// Shorter than any time limit here, longer than what a machine under load takes for one step.
+pub const SHORT_GRACE: Duration = Duration::from_millis(300);
