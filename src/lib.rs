@@ -15,6 +15,8 @@ mod queue;
 mod request;
 mod router;
 mod shard;
+#[cfg(test)]
+mod simulation;
 mod store;
 mod telemetry;
 mod watchdog;

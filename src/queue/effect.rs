@@ -67,6 +67,9 @@ impl<W> Effects<W> {
     }
 
     pub(super) fn abandon(&mut self, cycle: Cycle) {
+        if self.abandoned.contains(&Some(cycle)) {
+            return;
+        }
         match &mut self.abandoned {
             [first @ None, _] => *first = Some(cycle),
             [_, second] => {

@@ -21,6 +21,8 @@
 //! Who may enter when a grant is pushed is decided by three rules, all in [`Queue::granted`].
 
 mod effect;
+#[cfg(test)]
+mod tests;
 mod waiters;
 
 use std::sync::Arc;
@@ -462,7 +464,7 @@ impl<W> Queue<W> {
                         };
                         self.answered(answer, cx, &mut effects);
                     }
-                    None => self.ask_again(Ask::Join, &mut effects),
+                    None => self.ask_again(&mut effects),
                 }
             }
             _ => {}
@@ -513,7 +515,7 @@ impl<W> Queue<W> {
                     effects.abandon(asking.cycle);
                     self.phase = Phase::Idle;
                 } else {
-                    self.ask_again(Ask::Join, &mut effects);
+                    self.ask_again(&mut effects);
                 }
             }
             Phase::Held(held) if held.lease.cycle == cycle && held.extending => {
@@ -579,7 +581,7 @@ impl<W> Queue<W> {
         let mut effects = Effects::none();
         match &mut self.phase {
             Phase::Asking(asking) => asking.missed_pushes = true,
-            Phase::Queued(_) => self.ask_again(Ask::Join, &mut effects),
+            Phase::Queued(_) => self.ask_again(&mut effects),
             _ => {}
         }
         effects
@@ -619,7 +621,7 @@ impl<W> Queue<W> {
                     self.lose(LossReason::MaxHold, cx, &mut effects);
                 }
             }
-            Phase::Queued(queued) if cx.now >= queued.ask_again_at => self.ask_again(Ask::Join, &mut effects),
+            Phase::Queued(queued) if cx.now >= queued.ask_again_at => self.ask_again(&mut effects),
             _ => {}
         }
         effects
@@ -699,8 +701,14 @@ impl<W> Queue<W> {
         effects.request(request);
     }
 
-    /// Sends the acquire of the current cycle again.
-    fn ask_again(&mut self, ask: Ask, effects: &mut Effects<W>) {
+    /// Sends the acquire of the current cycle again. For a try it stays one: it must not join the store's queue.
+    fn ask_again(&mut self, effects: &mut Effects<W>) {
+        let first = self.waiters.first().and_then(|id| self.waiters.get(id));
+        let ask = if first.is_some_and(|first| first.want.only_try) {
+            Ask::Try
+        } else {
+            Ask::Join
+        };
         let (cycle, was_queued, too_late) = match &self.phase {
             Phase::Queued(queued) => (queued.cycle, true, 0),
             Phase::Asking(asking) => (asking.cycle, asking.was_queued, asking.too_late),
@@ -737,7 +745,7 @@ impl<W> Queue<W> {
         match answer.reply {
             AcquireReply::Granted { tokens, .. } if tokens.first() <= answer.floor && ask == Ask::Free => {
                 // The counter was lost; the script raises it.
-                self.ask_again(Ask::Join, effects);
+                self.ask_again(effects);
             }
             AcquireReply::Granted { tokens, .. } if tokens.first() <= answer.floor => {
                 self.regress(cycle, tokens.first(), answer.floor, cx, effects);
@@ -797,7 +805,7 @@ impl<W> Queue<W> {
             self.enter(grant, place.mark, sent_at, cx, effects);
         }
         if missed_pushes && matches!(self.phase, Phase::Queued(_)) {
-            self.ask_again(Ask::Join, effects);
+            self.ask_again(effects);
         }
     }
 
@@ -816,7 +824,7 @@ impl<W> Queue<W> {
             return;
         }
         if (asked_at + grant.ttl).since(cx.now) * 2 <= grant.ttl {
-            return self.ask_again(Ask::Join, effects);
+            return self.ask_again(effects);
         }
         self.hold(
             grant.cycle,
@@ -873,7 +881,7 @@ impl<W> Queue<W> {
         let Phase::Asking(asking) = &mut self.phase else { return };
         asking.too_late += 1;
         if asking.too_late < TOO_LATE_MAX && !self.waiters.is_empty() {
-            return self.ask_again(Ask::Join, effects);
+            return self.ask_again(effects);
         }
         effects.abandon(cycle);
         self.phase = Phase::Idle;
@@ -906,11 +914,7 @@ impl<W> Queue<W> {
             } if tokens.first() > answer.floor => {
                 held.lease.extend(answer.sent_at + answer.ttl - drift(answer.ttl));
                 held.used_in_a_round_trip = held.left_when_asked.saturating_sub(held.tokens.remaining());
-                if held.tokens.remaining() == 0 {
-                    held.tokens = tokens;
-                } else {
-                    held.spare = tokens;
-                }
+                held.add_tokens(tokens);
                 if queued > 0 {
                     held.meet_rivals(cx.now);
                     self.rivals_seen = true;
@@ -1036,7 +1040,8 @@ impl<W> Queue<W> {
     fn lose(&mut self, reason: LossReason, cx: Context<'_>, effects: &mut Effects<W>) {
         let Phase::Held(held) = &mut self.phase else { return };
         held.lease.lose(reason);
-        if held.extending {
+        if held.extending || held.in_doubt {
+            // An extension may still execute, and take the key or a place in the queue for a cycle that nobody knows any more.
             effects.abandon(held.lease.cycle);
         }
         let holder = held.holder.take();
@@ -1096,6 +1101,18 @@ impl Held {
 
     fn must_yield(&self, cx: Context<'_>) -> bool {
         self.rivals && (self.served >= cx.rules.max_burst || cx.now.since(self.since) >= cx.rules.max_slice)
+    }
+
+    /// A later block than those that are there. It never comes before the spare one: tokens must grow.
+    fn add_tokens(&mut self, tokens: TokenBlock) {
+        if self.tokens.remaining() == 0 {
+            self.tokens = std::mem::replace(&mut self.spare, TokenBlock::EMPTY);
+        }
+        if self.tokens.remaining() == 0 {
+            self.tokens = tokens;
+        } else {
+            self.spare = tokens;
+        }
     }
 
     fn take_token(&mut self) -> Option<FencingToken> {

@@ -1,5 +1,7 @@
 //! Lease stores: where leases, queues and tokens live.
 
+#[cfg(test)]
+mod conformance;
 pub(crate) mod memory;
 pub(crate) mod redis;
 

@@ -77,7 +77,7 @@ impl MemoryCore {
         match self.owner(key, terms.now) {
             Some(owner) if owner == me => {
                 let tokens = self.reserve(key, terms);
-                self.set_owner(key, me, terms);
+                self.extend(key, terms.now + terms.ttl);
                 AcquireReply::Granted {
                     tokens,
                     queued: self.queue_length(key),
@@ -163,15 +163,9 @@ impl MemoryCore {
         if self.owner(key, now).is_none_or(|owner| owner != me) {
             return RenewReply::NotOurs;
         }
-        let Some(lock) = self.locks.get_mut(key) else {
-            return RenewReply::NotOurs;
-        };
-        lock.lease = Some(LeaseRecord {
-            owner: me.to_owned(),
-            ends: Some(now + ttl),
-        });
+        self.extend(key, now + ttl);
         RenewReply::Extended {
-            wanted: !lock.queue.is_empty(),
+            wanted: self.queue_length(key) > 0,
         }
     }
 
@@ -250,6 +244,13 @@ impl MemoryCore {
 
     fn set_owner(&mut self, key: &LockKey, owner: &str, terms: Terms) {
         self.put(key, owner, Some(terms.now + terms.ttl));
+    }
+
+    /// Moves the end of a lease on, never back: its owner counts on what it was told before, with whatever TTL it asked then.
+    fn extend(&mut self, key: &LockKey, ends: Moment) {
+        if let Some(lease) = self.locks.get_mut(key).and_then(|lock| lock.lease.as_mut()) {
+            lease.ends = Some(lease.ends.map_or(ends, |before| before.max(ends)));
+        }
     }
 
     /// Reserves a block of tokens. A counter below the caller's floor was lost and is raised first.
@@ -359,5 +360,36 @@ impl MemoryCore {
             self.outbox.push((manager.to_owned(), push));
         }
         heard
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    /// A guard with a TTL of a second was handed on to a task that wanted 100 ms. The renewal for that task ended the lease
+    /// in the store after 100 ms, while the manager, which had been promised a second, went on to count on that: paused
+    /// for a moment, it was a second holder. The same happens where the grant came from a manager with a longer TTL.
+    #[test]
+    fn a_shorter_ttl_does_not_shorten_a_lease() {
+        let mut core = MemoryCore::default();
+        let key = LockKey::new("k").unwrap();
+        let terms = |ttl| Terms {
+            now: Moment::from_nanos(0),
+            server_time: 0,
+            ttl: Duration::from_millis(ttl),
+            tokens: 1,
+            floor: 0,
+        };
+        let at = |millis: u64| Moment::from_nanos(millis * 1_000_000);
+        core.acquire(&key, "h-1-0000000000000000:2", false, terms(1_000));
+
+        core.renew(&key, "h-1-0000000000000000:2", at(50), Duration::from_millis(100));
+        core.acquire(&key, "h-1-0000000000000000:2", false, terms(100));
+        assert!(core.owner(&key, at(999)).is_some());
+
+        core.renew(&key, "h-1-0000000000000000:2", at(999), Duration::from_millis(100));
+        assert!(core.owner(&key, at(1_098)).is_some());
+        assert!(core.owner(&key, at(1_099)).is_none());
     }
 }

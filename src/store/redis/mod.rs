@@ -12,6 +12,8 @@
 mod inbox;
 mod link;
 mod names;
+#[cfg(test)]
+mod probe;
 mod reply;
 mod script;
 

@@ -69,7 +69,10 @@ local function acquire(me, ttl, n, floor, try, channel, key)
   local owner = redis.call('GET', KEYS[1])
   if owner == me then
     local last = reserve(n, floor)
-    redis.call('PEXPIRE', KEYS[1], ttl)
+    -- Never back: see renew.lua.
+    if redis.call('PTTL', KEYS[1]) < tonumber(ttl) then
+      redis.call('PEXPIRE', KEYS[1], ttl)
+    end
     return {1, last, redis.call('ZCARD', KEYS[2]), 1}
   end
   if owner then

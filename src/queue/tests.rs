@@ -1,0 +1,367 @@
+//! The queue as a specification: one test for each rule, and all short runs of events against the rules that always hold.
+
+mod exhaustive;
+mod giving_up;
+mod handing_on;
+mod remote;
+mod trouble;
+
+use std::time::Duration;
+
+use super::*;
+
+/// A queue with what its events need, and a clock that a test sets.
+#[derive(Debug)]
+struct Bench {
+    queue: Queue<u32>,
+    rules: Rules,
+    cycles: Cycles,
+    now: Moment,
+}
+
+/// What an event led to, in short.
+#[derive(Debug, PartialEq)]
+struct Seen {
+    request: Option<Request>,
+    abandoned: Vec<Cycle>,
+    woken: Vec<u32>,
+    lost: Option<LossReason>,
+}
+
+const TTL: Duration = Duration::from_secs(1);
+/// What a validity is short of the TTL.
+const DRIFT: Duration = Duration::from_millis(12);
+
+const fn ms(millis: u64) -> Duration {
+    Duration::from_millis(millis)
+}
+
+const fn at(millis: u64) -> Moment {
+    Moment::from_nanos(millis * 1_000_000)
+}
+
+/// What a plain task wants.
+const WANT: Want = Want {
+    ttl: TTL,
+    max_hold: None,
+    only_try: false,
+    expects_rivals: false,
+};
+
+const fn tokens(first: u64, last: u64) -> TokenBlock {
+    TokenBlock::ending_at(last, (last + 1 - first) as u32)
+}
+
+const fn granted(first: u64, last: u64) -> AcquireReply {
+    AcquireReply::Granted {
+        tokens: tokens(first, last),
+        queued: 0,
+        extended: false,
+    }
+}
+
+const fn extended(first: u64, last: u64) -> AcquireReply {
+    AcquireReply::Granted {
+        tokens: tokens(first, last),
+        queued: 0,
+        extended: true,
+    }
+}
+
+/// A place behind an owner whose lease lasts for another half of a second.
+const fn queued(mark: u64) -> AcquireReply {
+    AcquireReply::Queued(Place {
+        mark,
+        owner_ttl: Some(ms(500)),
+        owner_foreign: false,
+        ahead: 0,
+    })
+}
+
+const fn grant(cycle: Cycle, first: u64, last: u64) -> Grant {
+    Grant {
+        cycle,
+        tokens: tokens(first, last),
+        ttl: TTL,
+        queued: 0,
+    }
+}
+
+fn no_answer() -> LockError {
+    LockError::Unavailable {
+        shard: "main".to_owned(),
+        step: "acquire",
+        key: None,
+        waited: Duration::ZERO,
+        reason: "no answer".into(),
+    }
+}
+
+impl Bench {
+    fn new() -> Self {
+        Self {
+            queue: Queue::new(),
+            rules: Rules {
+                max_burst: 4,
+                max_slice: Duration::from_secs(10),
+                renew_fraction: 0.1,
+                flaw: None,
+            },
+            cycles: Cycles::default(),
+            now: at(1_000),
+        }
+    }
+
+    fn pass(&mut self, time: Duration) {
+        self.now = self.now + time;
+    }
+
+    fn event<R>(&mut self, happens: impl FnOnce(&mut Queue<u32>, Context<'_>) -> (R, Effects<u32>)) -> (R, Seen) {
+        let cx = Context {
+            now: self.now,
+            rules: &self.rules,
+            cycles: &self.cycles,
+        };
+        let (result, effects) = happens(&mut self.queue, cx);
+        let seen = Seen {
+            request: effects.request,
+            abandoned: effects.abandoned.into_iter().flatten().collect(),
+            woken: effects.wake.into_iter().collect(),
+            lost: effects.lost,
+        };
+        (result, seen)
+    }
+
+    fn want(&mut self, waker: u32) -> (WaiterId, Seen) {
+        self.want_as(waker, WANT)
+    }
+
+    fn want_as(&mut self, waker: u32, want: Want) -> (WaiterId, Seen) {
+        self.event(|queue, cx| queue.want(want, Some(waker), cx))
+    }
+
+    fn give_up(&mut self, id: WaiterId) -> Seen {
+        self.event(|queue, cx| ((), queue.give_up(id, cx))).1
+    }
+
+    /// The reply to a request that was sent just now.
+    fn reply(&mut self, cycle: Cycle, reply: AcquireReply) -> Seen {
+        self.reply_to(self.now, cycle, reply)
+    }
+
+    fn reply_to(&mut self, sent_at: Moment, cycle: Cycle, reply: AcquireReply) -> Seen {
+        let answer = answer(sent_at, reply);
+        self.event(|queue, cx| ((), queue.replied(cycle, answer, cx))).1
+    }
+
+    /// The reply to a release.
+    fn released_remotely(&mut self, cycle: Cycle, requeued: Option<AcquireReply>) -> Seen {
+        let answer = answer(self.now, ReleaseReply { held: true, requeued });
+        self.event(|queue, cx| ((), queue.released_remotely(cycle, answer, cx)))
+            .1
+    }
+
+    fn grant(&mut self, grant: Grant) -> Seen {
+        self.event(|queue, cx| ((), queue.granted(grant, cx))).1
+    }
+
+    fn wanted(&mut self, cycle: Cycle) {
+        self.event(|queue, cx| {
+            queue.wanted(cycle, cx);
+            ((), Effects::none())
+        });
+    }
+
+    fn failed(&mut self, cycle: Cycle) -> Seen {
+        self.event(|queue, cx| ((), queue.failed(cycle, &no_answer(), cx))).1
+    }
+
+    fn dropped(&mut self, cycle: Cycle) -> Seen {
+        self.event(|queue, cx| ((), queue.dropped(cycle, cx))).1
+    }
+
+    fn resubscribed(&mut self) -> Seen {
+        self.event(|queue, _| ((), queue.resubscribed())).1
+    }
+
+    fn tick(&mut self) -> Seen {
+        self.event(|queue, cx| ((), queue.tick(cx))).1
+    }
+
+    fn close(&mut self) -> Seen {
+        self.event(|queue, cx| ((), queue.close(cx))).1
+    }
+
+    fn renewed(&mut self, cycle: Cycle, sent_at: Moment, reply: Option<RenewReply>) -> Seen {
+        self.event(|queue, cx| ((), queue.renewed(cycle, TTL, sent_at, reply, cx)))
+            .1
+    }
+
+    /// The cycle of the renewal that is due, if one is.
+    fn renewal(&mut self) -> Option<Cycle> {
+        self.event(|queue, cx| (queue.renewal(cx), Effects::none()))
+            .0
+            .map(|(cycle, ..)| cycle)
+    }
+
+    fn collect(&mut self, id: WaiterId) -> Option<Outcome> {
+        self.queue.collect(id)
+    }
+
+    /// Collects a guard: its lease, its token, and how it was had.
+    #[track_caller]
+    fn guard(&mut self, id: WaiterId) -> Granted {
+        match self.collect(id) {
+            Some(Outcome::Granted(granted)) => granted,
+            outcome => panic!("no guard but {outcome:?}"),
+        }
+    }
+
+    /// Gives a guard back. Says whether it was held.
+    fn release(&mut self, guard: &Granted) -> (bool, Seen) {
+        let (cycle, token) = (guard.lease.cycle, guard.token);
+        self.event(|queue, cx| queue.released(cycle, token, cx))
+    }
+
+    fn release_held(&mut self, guard: &Granted) -> Seen {
+        let (held, seen) = self.release(guard);
+        assert!(held, "it was lost");
+        seen
+    }
+
+    /// Gets the lock for one task by the free path. The key is free, and the store says so with these tokens.
+    fn hold(&mut self, first: u64, last: u64) -> Granted {
+        let (id, seen) = self.want(0);
+        let cycle = seen.asks().0;
+        self.reply(cycle, granted(first, last));
+        self.guard(id)
+    }
+
+    /// Waits for the lock in the store's queue, after a reply with this mark. Says who waits and with which cycle.
+    fn stand_in_queue(&mut self, mark: u64) -> (WaiterId, Cycle) {
+        let (id, seen) = self.want_as(
+            0,
+            Want {
+                expects_rivals: true,
+                ..WANT
+            },
+        );
+        let cycle = seen.asks().0;
+        assert_eq!(self.reply(cycle, queued(mark)), NOTHING);
+        (id, cycle)
+    }
+}
+
+fn answer<R>(sent_at: Moment, reply: R) -> Answer<R> {
+    Answer {
+        sent_at,
+        ttl: TTL,
+        floor: 0,
+        reply,
+    }
+}
+
+const NOTHING: Seen = Seen {
+    request: None,
+    abandoned: Vec::new(),
+    woken: Vec::new(),
+    lost: None,
+};
+
+impl Seen {
+    /// The acquire that it asks to send: cycle, way, tokens.
+    #[track_caller]
+    fn asks(&self) -> (Cycle, Ask, u32) {
+        match self.request {
+            Some(Request::Acquire { cycle, ask, tokens, .. }) => (cycle, ask, tokens),
+            _ => panic!("no acquire in {self:?}"),
+        }
+    }
+
+    /// The release that it asks to send: cycle, and the cycle that joins again.
+    #[track_caller]
+    fn releases(&self) -> (Cycle, Option<Cycle>) {
+        match self.request {
+            Some(Request::Release { cycle, requeue, .. }) => (cycle, requeue),
+            _ => panic!("no release in {self:?}"),
+        }
+    }
+}
+
+#[test]
+fn who_finds_the_key_unused_asks_by_the_free_path() {
+    let mut bench = Bench::new();
+    let (id, seen) = bench.want(7);
+    let (cycle, ask, tokens) = seen.asks();
+    assert_eq!((ask, tokens), (Ask::Free, 1));
+    assert!(!cycle.expects_rivals());
+
+    let sent_at = bench.now;
+    bench.pass(ms(30));
+    let seen = bench.reply_to(sent_at, cycle, granted(100, 100));
+    assert_eq!(seen.woken, [7]);
+    let guard = bench.guard(id);
+    assert_eq!((guard.token.get(), guard.path), (100, Path::Uncontended));
+    // Counted from before the request was sent.
+    assert_eq!(guard.lease.valid_until(), sent_at + TTL - DRIFT);
+
+    let seen = bench.release_held(&guard);
+    assert_eq!(seen.releases(), (cycle, None));
+    assert_eq!(bench.released_remotely(cycle, None), NOTHING);
+    assert!(bench.queue.is_unused());
+}
+
+#[test]
+fn a_taken_key_is_asked_for_again_with_an_odd_cycle_by_script() {
+    let mut bench = Bench::new();
+    let (_, seen) = bench.want(0);
+    let (first, ..) = seen.asks();
+    let seen = bench.reply(first, AcquireReply::Taken);
+    let (second, ask, _) = seen.asks();
+    assert_eq!(ask, Ask::Join);
+    assert!(second > first && second.expects_rivals());
+    assert!(seen.abandoned.is_empty(), "the free path leaves nothing behind");
+}
+
+#[test]
+fn who_expects_rivals_does_not_try_the_free_path() {
+    let mut bench = Bench::new();
+    let want = Want {
+        expects_rivals: true,
+        ..WANT
+    };
+    let (cycle, ask, _) = bench.want_as(0, want).1.asks();
+    assert_eq!(ask, Ask::Join);
+    assert!(cycle.expects_rivals());
+}
+
+#[test]
+fn a_lost_counter_on_the_free_path_is_raised_by_the_script() {
+    let mut bench = Bench::new();
+    let (id, seen) = bench.want(0);
+    let (cycle, ..) = seen.asks();
+    let below = Answer {
+        floor: 50,
+        ..answer(bench.now, granted(50, 50))
+    };
+    let (_, seen) = bench.event(|queue, cx| ((), queue.replied(cycle, below, cx)));
+    assert_eq!(seen.asks(), (cycle, Ask::Join, 1));
+    // A script that does not raise it is refused: two holders could have the same token.
+    let (_, seen) = bench.event(|queue, cx| ((), queue.replied(cycle, below, cx)));
+    assert_eq!(seen.abandoned, [cycle]);
+    assert!(matches!(
+        bench.collect(id),
+        Some(Outcome::Regressed { token: 50, floor: 50 })
+    ));
+    assert!(bench.queue.is_unused());
+}
+
+#[test]
+fn one_request_serves_all_who_wait() {
+    let mut bench = Bench::new();
+    let cycle = bench.want(0).1.asks().0;
+    for waker in 1..100 {
+        assert_eq!(bench.want(waker).1, NOTHING);
+    }
+    assert_eq!(bench.reply(cycle, AcquireReply::Taken).asks().2, 200, "twice as many");
+}

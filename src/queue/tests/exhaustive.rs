@@ -1,0 +1,372 @@
+//! All short runs of events on one queue with two tasks, against what always holds.
+
+use super::*;
+
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+enum Step {
+    /// A task wants the key, goes away, or takes what was settled and, if that is a guard, holds it.
+    Want(usize),
+    Try(usize),
+    GiveUp(usize),
+    Collect(usize),
+    Release(usize),
+    /// The request under way is answered, fails, or its driver goes away.
+    Granted,
+    Queued,
+    NoneLeft,
+    Failed,
+    Dropped,
+    /// A grant for the present cycle is pushed; the subscription was lost.
+    Pushed,
+    Resubscribed,
+    Wanted,
+    /// So much time passes that every lease has ended.
+    Expire,
+    Close,
+}
+
+const STEPS: [Step; 20] = [
+    Step::Want(0),
+    Step::Want(1),
+    Step::Try(0),
+    Step::Try(1),
+    Step::GiveUp(0),
+    Step::GiveUp(1),
+    Step::Collect(0),
+    Step::Collect(1),
+    Step::Release(0),
+    Step::Release(1),
+    Step::Granted,
+    Step::Queued,
+    Step::NoneLeft,
+    Step::Failed,
+    Step::Dropped,
+    Step::Pushed,
+    Step::Resubscribed,
+    Step::Wanted,
+    Step::Expire,
+    Step::Close,
+];
+
+/// How many steps are tried after each of the beginnings.
+const DEPTH: usize = 5;
+
+/// Where runs begin: at nothing; with one that holds and one that waits; with two in the store's queue; with an extension under
+/// way for one that waits.
+const BEGINNINGS: [&[Step]; 4] = [
+    &[],
+    &[Step::Want(0), Step::Granted, Step::Collect(0), Step::Want(1)],
+    &[Step::Want(0), Step::NoneLeft, Step::Queued, Step::Want(1)],
+    &[
+        Step::Want(0),
+        Step::Granted,
+        Step::Collect(0),
+        Step::Want(1),
+        Step::Release(0),
+    ],
+];
+
+/// A queue and what its surroundings know of it.
+struct Small {
+    bench: Bench,
+    waiting: [Option<WaiterId>; 2],
+    guards: [Option<Granted>; 2],
+    under_way: Option<Request>,
+    last_token: u64,
+    counter: u64,
+    closed: bool,
+}
+
+impl Small {
+    fn new() -> Self {
+        let mut bench = Bench::new();
+        bench.rules.max_burst = 2;
+        Self {
+            bench,
+            waiting: [None; 2],
+            guards: [None, None],
+            under_way: None,
+            last_token: 0,
+            counter: 100,
+            closed: false,
+        }
+    }
+
+    /// The cycle that the next reply is for.
+    const fn asked(&self) -> Option<Cycle> {
+        match self.under_way {
+            Some(Request::Acquire { cycle, .. }) => Some(cycle),
+            Some(Request::Release { cycle, .. }) => Some(cycle),
+            None => None,
+        }
+    }
+
+    /// Does the step, if it makes sense here.
+    fn step(&mut self, step: Step) -> bool {
+        self.bench.pass(ms(1));
+        match step {
+            Step::Want(task) | Step::Try(task) => {
+                if self.waiting[task].is_some() || self.guards[task].is_some() {
+                    return false;
+                }
+                let want = Want {
+                    only_try: matches!(step, Step::Try(_)),
+                    ..WANT
+                };
+                let (id, seen) = self.bench.want_as(task as u32, want);
+                self.waiting[task] = Some(id);
+                self.follow(&seen);
+            }
+            Step::GiveUp(task) => {
+                let Some(id) = self.waiting[task].take() else {
+                    return false;
+                };
+                let seen = self.bench.give_up(id);
+                self.follow(&seen);
+            }
+            Step::Collect(task) => {
+                let Some(outcome) = self.waiting[task].and_then(|id| self.bench.collect(id)) else {
+                    return false;
+                };
+                self.waiting[task] = None;
+                if let Outcome::Granted(granted) = outcome {
+                    if granted.lease.loss_at(self.bench.now).is_none() {
+                        assert!(granted.token.get() > self.last_token, "tokens grow");
+                    }
+                    self.last_token = self.last_token.max(granted.token.get());
+                    self.guards[task] = Some(granted);
+                }
+            }
+            Step::Release(task) => {
+                let Some(guard) = self.guards[task].take() else {
+                    return false;
+                };
+                let (_, seen) = self.bench.release(&guard);
+                self.follow(&seen);
+            }
+            Step::Granted | Step::Queued | Step::NoneLeft => return self.answer(step),
+            Step::Failed => {
+                let Some(cycle) = self.asked() else { return false };
+                self.under_way = None;
+                let seen = self.bench.failed(cycle);
+                self.follow(&seen);
+            }
+            Step::Dropped => {
+                let Some(cycle) = self.asked() else { return false };
+                self.under_way = None;
+                let seen = self.bench.dropped(cycle);
+                self.follow(&seen);
+            }
+            Step::Pushed => {
+                let Some(cycle) = self.current() else { return false };
+                let (first, last) = self.block(2);
+                let seen = self.bench.grant(grant(cycle, first, last));
+                self.follow(&seen);
+            }
+            Step::Resubscribed => {
+                let seen = self.bench.resubscribed();
+                self.follow(&seen);
+            }
+            Step::Wanted => {
+                let Some(cycle) = self.current() else { return false };
+                self.bench.wanted(cycle);
+            }
+            Step::Expire => {
+                self.bench.pass(TTL);
+                let seen = self.bench.tick();
+                self.follow(&seen);
+            }
+            Step::Close => {
+                if self.closed {
+                    return false;
+                }
+                self.closed = true;
+                let seen = self.bench.close();
+                self.follow(&seen);
+            }
+        }
+        true
+    }
+
+    fn answer(&mut self, step: Step) -> bool {
+        let Some(request) = self.under_way.take() else {
+            return false;
+        };
+        let (first, last) = match request {
+            Request::Acquire { tokens, .. } | Request::Release { tokens, .. } => self.block(u64::from(tokens)),
+        };
+        let is_extension = self.bench.queue.holds();
+        let reply = match (step, request) {
+            (Step::Granted, _) if is_extension => extended(first, last),
+            (Step::Granted, _) => granted(first, last),
+            (Step::NoneLeft, Request::Acquire { ask: Ask::Free, .. }) => AcquireReply::Taken,
+            (Step::NoneLeft, Request::Acquire { ask: Ask::Try, .. }) => AcquireReply::Busy,
+            (Step::Queued, Request::Acquire { ask: Ask::Join, .. } | Request::Release { requeue: Some(_), .. }) => {
+                queued(last)
+            }
+            (Step::NoneLeft, Request::Release { requeue: None, .. }) => AcquireReply::Busy,
+            _ => {
+                self.under_way = Some(request);
+                return false;
+            }
+        };
+        let seen = match request {
+            Request::Acquire { cycle, .. } => self.bench.reply(cycle, reply),
+            Request::Release {
+                cycle, requeue: None, ..
+            } if step == Step::NoneLeft => self.bench.released_remotely(cycle, None),
+            Request::Release {
+                cycle,
+                requeue: Some(_),
+                ..
+            } => self.bench.released_remotely(cycle, Some(reply)),
+            Request::Release { .. } => {
+                self.under_way = Some(request);
+                return false;
+            }
+        };
+        self.follow(&seen);
+        true
+    }
+
+    /// The next tokens of the store.
+    fn block(&mut self, count: u64) -> (u64, u64) {
+        self.counter += count;
+        (self.counter + 1 - count, self.counter)
+    }
+
+    /// The cycle that stands in the store, as far as can be told from outside.
+    fn current(&self) -> Option<Cycle> {
+        match &self.bench.queue.phase {
+            Phase::Idle => None,
+            Phase::Asking(asking) => Some(asking.cycle),
+            Phase::Queued(queued) => Some(queued.cycle),
+            Phase::Held(held) => Some(held.lease.cycle),
+            Phase::Releasing { cycle } => Some(*cycle),
+        }
+    }
+
+    fn follow(&mut self, seen: &Seen) {
+        if let Some(request) = seen.request {
+            // One that is under way for a lease that was lost since is of no more interest.
+            let moot = self.under_way.is_some_and(|before| match before {
+                Request::Acquire { cycle, .. } => seen.abandoned.contains(&cycle),
+                Request::Release { .. } => false,
+            });
+            assert!(self.under_way.is_none() || moot, "two requests are under way");
+            self.under_way = Some(request);
+        } else if let Some(Request::Acquire { cycle, .. }) = self.under_way
+            && seen.abandoned.contains(&cycle)
+        {
+            self.under_way = None;
+        }
+    }
+
+    /// What holds after every step.
+    fn check(&self) {
+        let queue = &self.bench.queue;
+        let phase = &queue.phase;
+        let needs_request = match phase {
+            Phase::Asking(_) | Phase::Releasing { .. } => true,
+            Phase::Held(held) => held.extending,
+            Phase::Idle | Phase::Queued(_) => false,
+        };
+        assert_eq!(needs_request, self.under_way.is_some(), "{phase:?}");
+        let holder = match phase {
+            Phase::Held(held) => held.holder.as_ref(),
+            _ => None,
+        };
+        for id in self.waiting.iter().flatten() {
+            let granted = matches!(
+                queue.waiters.get(*id).and_then(|waiter| waiter.outcome.as_ref()),
+                Some(Outcome::Granted(granted)) if granted.lease.loss_at(self.bench.now).is_none()
+            );
+            assert!(!granted || holder.is_some_and(|holder| holder.waiter == Some(*id)));
+        }
+        let in_line = self
+            .waiting
+            .iter()
+            .flatten()
+            .filter(|&&id| !queue.is_settled(id))
+            .count();
+        assert_eq!(in_line, queue.waiting(), "nobody is forgotten");
+        if in_line > 0 {
+            let served = matches!(phase, Phase::Held(held) if held.holder.is_some());
+            let looked_after = needs_request || served || matches!(phase, Phase::Queued(_));
+            assert!(looked_after, "somebody waits for nothing: {phase:?}");
+        }
+        let valid = self.guards.iter().flatten().filter(|guard| {
+            let lost = guard.lease.loss_at(self.bench.now).is_some();
+            !lost
+        });
+        assert!(valid.count() <= 1, "two guards");
+        assert_eq!(
+            queue.is_unused(),
+            matches!(phase, Phase::Idle) && self.waiting == [None; 2]
+        );
+        if let Phase::Held(_) | Phase::Queued(_) = phase {
+            assert!(queue.look_at().is_some(), "somebody has to look");
+        }
+    }
+
+    /// All go away and all requests are answered: then nothing is left.
+    fn wind_up(&mut self) {
+        for task in 0..2 {
+            self.step(Step::GiveUp(task));
+            self.step(Step::Release(task));
+            self.check();
+        }
+        for _ in 0..4 {
+            if self.under_way.is_none() {
+                break;
+            }
+            let answered = self.step(Step::Granted) || self.step(Step::NoneLeft);
+            assert!(answered, "{:?}", self.under_way);
+            self.check();
+        }
+        assert!(self.bench.queue.is_unused(), "{:?}", self.bench.queue);
+    }
+}
+
+fn replay(steps: &[Step]) -> (Small, bool) {
+    let mut small = Small::new();
+    let mut made_sense = true;
+    for &step in steps {
+        made_sense = small.step(step);
+        small.check();
+    }
+    (small, made_sense)
+}
+
+/// Goes through all runs that begin like this one and have this many steps more.
+fn explore(steps: &mut Vec<Step>, more: usize) -> u64 {
+    let mut count = 0;
+    for step in STEPS {
+        steps.push(step);
+        let result = std::panic::catch_unwind(|| {
+            let (mut small, made_sense) = replay(steps);
+            if made_sense {
+                small.wind_up();
+            }
+            made_sense
+        });
+        match result {
+            Ok(false) => {}
+            Ok(true) if more > 1 => count += 1 + explore(steps, more - 1),
+            Ok(true) => count += 1,
+            Err(_) => panic!("after {steps:?}"),
+        }
+        steps.pop();
+    }
+    count
+}
+
+#[test]
+fn all_short_runs_keep_the_rules() {
+    let counts = std::thread::scope(|scope| {
+        let explorers = BEGINNINGS.map(|beginning| scope.spawn(|| explore(&mut beginning.to_vec(), DEPTH)));
+        explorers.map(|explorer| explorer.join().unwrap())
+    });
+    println!("{counts:?} runs");
+    assert!(counts.iter().all(|&count| count > 50_000), "{counts:?}");
+}

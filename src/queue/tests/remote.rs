@@ -1,0 +1,182 @@
+//! Waiting in the store's queue, and who may enter when a grant is pushed.
+
+use super::*;
+
+#[test]
+fn a_grant_lets_the_first_waiter_enter_at_once_counted_from_the_request() {
+    let mut bench = Bench::new();
+    let asked_at = bench.now;
+    let (id, cycle) = bench.stand_in_queue(10);
+    bench.pass(ms(300));
+    let seen = bench.grant(grant(cycle, 11, 12));
+    assert_eq!((seen.woken, seen.request), (vec![0], None));
+    let guard = bench.guard(id);
+    assert_eq!((guard.token.get(), guard.path), (11, Path::RemoteGrant));
+    assert_eq!(guard.lease.valid_until(), asked_at + TTL - DRIFT, "rule 3");
+    assert_eq!(bench.renewal(), Some(cycle), "a renewal goes out at once");
+}
+
+#[test]
+fn rule_1_a_grant_for_another_cycle_is_given_back() {
+    let mut bench = Bench::new();
+    let stale = Cycle(99);
+    assert_eq!(bench.grant(grant(stale, 1, 1)).abandoned, [stale], "nothing is wanted");
+    let (id, _) = bench.stand_in_queue(10);
+    assert_eq!(bench.grant(grant(stale, 11, 11)).abandoned, [stale]);
+    assert!(!bench.queue.is_settled(id));
+}
+
+#[test]
+fn rule_2_an_old_grant_that_ran_out_is_ignored() {
+    let mut bench = Bench::new();
+    let (id, cycle) = bench.stand_in_queue(10);
+    // It was granted tokens 11 to 12, but the push was slow; the lease ran out, and somebody else is the owner.
+    bench.pass(ms(502));
+    assert_eq!(bench.tick().asks(), (cycle, Ask::Join, 1));
+    assert_eq!(bench.reply(cycle, queued(13)), NOTHING);
+    assert_eq!(bench.grant(grant(cycle, 11, 12)), NOTHING);
+    assert!(!bench.queue.is_settled(id));
+    assert_eq!(bench.grant(grant(cycle, 14, 14)).woken, [0]);
+}
+
+#[test]
+fn rule_3_a_late_grant_is_asked_about() {
+    let mut bench = Bench::new();
+    let (id, cycle) = bench.stand_in_queue(10);
+    bench.pass(TTL / 2);
+    assert_eq!(bench.grant(grant(cycle, 11, 12)).asks(), (cycle, Ask::Join, 1));
+    assert!(!bench.queue.is_settled(id));
+    let sent_at = bench.now;
+    bench.pass(ms(1));
+    bench.reply_to(sent_at, cycle, extended(13, 13));
+    let guard = bench.guard(id);
+    assert_eq!((guard.token.get(), guard.path), (13, Path::RemoteGrant));
+    assert_eq!(guard.lease.valid_until(), sent_at + TTL - DRIFT);
+}
+
+#[test]
+fn a_grant_that_overtakes_the_queued_reply_waits_for_it() {
+    let mut bench = Bench::new();
+    let want = Want {
+        expects_rivals: true,
+        ..WANT
+    };
+    for (mark, enters) in [(10, true), (11, false)] {
+        let (id, seen) = bench.want_as(0, want);
+        let cycle = seen.asks().0;
+        assert_eq!(bench.grant(grant(cycle, 11, 11)), NOTHING);
+        bench.reply(cycle, queued(mark));
+        assert_eq!(bench.queue.is_settled(id), enters, "mark {mark}");
+        bench.collect(id);
+        bench.give_up(id);
+        bench = Bench::new();
+    }
+}
+
+#[test]
+fn of_two_grants_that_overtook_the_reply_the_later_counts() {
+    let mut bench = Bench::new();
+    let (id, seen) = bench.want(0);
+    let cycle = seen.asks().0;
+    bench.grant(grant(cycle, 15, 15));
+    bench.grant(grant(cycle, 11, 11));
+    bench.reply(cycle, queued(12));
+    assert_eq!(bench.guard(id).token.get(), 15);
+}
+
+#[test]
+fn who_waits_asks_again_when_the_owners_lease_has_run_out() {
+    let mut bench = Bench::new();
+    let (_, cycle) = bench.stand_in_queue(10);
+    assert_eq!(bench.queue.look_at(), Some(bench.now + ms(502)), "its TTL and a spread");
+    bench.pass(ms(501));
+    assert_eq!(bench.tick(), NOTHING);
+    bench.pass(ms(1));
+    assert_eq!(bench.tick().asks(), (cycle, Ask::Join, 1));
+    assert_eq!(bench.tick(), NOTHING, "one request at a time");
+}
+
+#[test]
+fn those_further_back_look_later_and_foreign_owners_are_looked_at_more_often() {
+    for (owner_ttl, owner_foreign, ahead, look_in) in [
+        (Some(ms(5_000)), false, 0, 5_002),
+        (Some(ms(5_000)), false, 9, 5_020),
+        (Some(ms(5_000)), true, 0, 402),
+        (Some(ms(5_000)), true, 1, 804),
+        (Some(ms(100)), true, 1, 104),
+        (None, true, 0, 402),
+        (None, true, 100, 10_202),
+    ] {
+        let mut bench = Bench::new();
+        let cycle = bench.want(0).1.asks().0;
+        let place = Place {
+            mark: 1,
+            owner_ttl,
+            owner_foreign,
+            ahead,
+        };
+        bench.reply(cycle, AcquireReply::Queued(place));
+        assert_eq!(bench.queue.look_at(), Some(bench.now + ms(look_in)), "{place:?}");
+    }
+}
+
+#[test]
+fn after_a_new_subscription_whoever_waits_asks_again() {
+    let mut bench = Bench::new();
+    assert_eq!(bench.resubscribed(), NOTHING, "nobody waits");
+    let (_, cycle) = bench.stand_in_queue(10);
+    assert_eq!(bench.resubscribed().asks(), (cycle, Ask::Join, 1));
+}
+
+#[test]
+fn a_queued_reply_to_what_was_asked_before_a_new_subscription_is_not_trusted() {
+    let mut bench = Bench::new();
+    let cycle = bench.want(0).1.asks().0;
+    assert_eq!(bench.resubscribed(), NOTHING);
+    assert_eq!(bench.reply(cycle, queued(10)).asks(), (cycle, Ask::Join, 1));
+    assert_eq!(bench.reply(cycle, queued(11)), NOTHING);
+}
+
+#[test]
+fn a_reply_that_comes_later_than_the_lease_lasts_is_no_guard() {
+    let mut bench = Bench::new();
+    let (id, seen) = bench.want(0);
+    let cycle = seen.asks().0;
+    for _ in 0..2 {
+        let sent_at = bench.now;
+        bench.pass(TTL - DRIFT);
+        assert_eq!(bench.reply_to(sent_at, cycle, granted(1, 1)).asks().1, Ask::Join);
+    }
+    let sent_at = bench.now;
+    bench.pass(TTL - DRIFT);
+    let seen = bench.reply_to(sent_at, cycle, granted(1, 1));
+    assert_eq!((seen.abandoned, seen.woken), (vec![cycle], vec![0]));
+    assert!(matches!(bench.collect(id), Some(Outcome::TooLate)));
+    assert!(bench.queue.is_unused());
+}
+
+/// A try whose reply came too late was asked for again as if it were no try: it joined the store's queue, and its task, which
+/// had been promised an answer at once, waited for as long as others held the lock.
+#[test]
+fn a_try_whose_reply_comes_too_late_stays_a_try() {
+    let mut bench = Bench::new();
+    let want = Want { only_try: true, ..WANT };
+    let cycle = bench.want_as(0, want).1.asks().0;
+    let sent_at = bench.now;
+    bench.pass(TTL);
+    assert_eq!(
+        bench.reply_to(sent_at, cycle, granted(1, 1)).asks(),
+        (cycle, Ask::Try, 1)
+    );
+}
+
+#[test]
+fn a_reply_that_nobody_waits_for_is_cleaned_up() {
+    let mut bench = Bench::new();
+    let old = Cycle(50);
+    assert_eq!(bench.reply(old, granted(1, 1)).abandoned, [old]);
+    assert_eq!(bench.reply(old, queued(1)).abandoned, [old]);
+    assert_eq!(bench.reply(old, AcquireReply::Busy), NOTHING);
+    assert_eq!(bench.reply(old, AcquireReply::Taken), NOTHING);
+    assert_eq!(bench.released_remotely(old, None), NOTHING);
+}

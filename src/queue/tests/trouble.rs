@@ -1,0 +1,311 @@
+//! Losses, failures, late replies, `max_hold`, shutdown.
+
+use super::*;
+
+#[test]
+fn a_lease_that_was_not_renewed_in_time_is_lost_and_the_waiters_start_anew() {
+    let mut bench = Bench::new();
+    let guard = bench.hold(1, 64);
+    bench.want(1);
+    bench.pass(TTL - DRIFT);
+    assert!(guard.lease.loss_at(bench.now).is_some(), "even before anybody noticed");
+    let seen = bench.tick();
+    assert_eq!(seen.lost, Some(LossReason::Expired));
+    let (cycle, ask, _) = seen.asks();
+    assert!(cycle > guard.lease.cycle && ask == Ask::Join);
+    assert_eq!(guard.lease.loss(), Some(LossReason::Expired));
+
+    // What is given back late touches nothing of a later cycle's.
+    let (held, seen) = bench.release(&guard);
+    assert!(!held);
+    assert_eq!((seen.abandoned, seen.request), (vec![guard.lease.cycle], None));
+}
+
+#[test]
+fn a_guard_that_is_given_back_after_its_time_was_lost_though_nobody_noticed() {
+    let mut bench = Bench::new();
+    let guard = bench.hold(1, 64);
+    bench.want(1);
+    bench.pass(TTL - DRIFT);
+    let (held, seen) = bench.release(&guard);
+    assert!(!held);
+    assert_eq!(seen.abandoned, [guard.lease.cycle]);
+    assert!(seen.asks().0 > guard.lease.cycle);
+}
+
+#[test]
+fn one_that_was_woken_with_a_lost_lease_is_the_first_to_wait_again() {
+    let mut bench = Bench::new();
+    let guard = bench.hold(1, 64);
+    let ids: Vec<_> = (1..=2).map(|waker| bench.want(waker).0).collect();
+    bench.release_held(&guard);
+    bench.pass(TTL);
+    let seen = bench.tick();
+    assert_eq!(seen.lost, None, "nobody had a guard");
+    assert!(!bench.queue.is_settled(ids[0]));
+    bench.queue.set_waker(ids[0], 1);
+    assert_eq!(bench.reply(seen.asks().0, granted(100, 164)).woken, [1]);
+    assert_eq!(bench.guard(ids[0]).token.get(), 100);
+}
+
+#[test]
+fn renewals_are_due_every_tenth_of_the_ttl_and_move_the_validity_on() {
+    let mut bench = Bench::new();
+    let sent_at = bench.now;
+    let guard = bench.hold(1, 1);
+    let cycle = guard.lease.cycle;
+    assert_eq!(bench.queue.look_at(), Some(sent_at + ms(100)));
+    assert_eq!(bench.renewal(), None);
+    bench.pass(ms(50));
+    assert_eq!(
+        bench.renewal(),
+        Some(cycle),
+        "a little early, so that many go out together"
+    );
+    assert_eq!(bench.renewal(), None, "one at a time");
+    let sent_at = bench.now;
+    bench.pass(ms(20));
+    bench.renewed(cycle, sent_at, Some(RenewReply::Extended { wanted: false }));
+    assert_eq!(guard.lease.valid_until(), sent_at + TTL - DRIFT);
+    assert_eq!(bench.queue.look_at(), Some(sent_at + ms(100)));
+}
+
+#[test]
+fn a_failed_renewal_is_tried_again_and_loses_nothing() {
+    let mut bench = Bench::new();
+    let guard = bench.hold(1, 1);
+    let until = guard.lease.valid_until();
+    bench.pass(ms(100));
+    let cycle = bench.renewal().unwrap();
+    bench.pass(ms(300));
+    assert_eq!(bench.renewed(cycle, bench.now, None), NOTHING);
+    assert_eq!(guard.lease.valid_until(), until);
+    assert_eq!(bench.queue.look_at(), Some(bench.now + ms(50)));
+    assert!(guard.lease.loss_at(bench.now).is_none());
+}
+
+#[test]
+fn a_renewal_that_is_refused_or_too_late_loses_the_lease() {
+    for (late, reply, reason) in [
+        (ms(50), RenewReply::NotOurs, LossReason::Taken),
+        (TTL, RenewReply::Extended { wanted: false }, LossReason::Expired),
+    ] {
+        let mut bench = Bench::new();
+        let guard = bench.hold(1, 1);
+        let sent_at = bench.now;
+        bench.pass(late);
+        let seen = bench.renewed(guard.lease.cycle, sent_at, Some(reply));
+        assert_eq!(seen.lost, Some(reason));
+        assert_eq!(guard.lease.loss(), Some(reason));
+    }
+}
+
+#[test]
+fn a_renewal_of_an_earlier_cycle_says_nothing_of_this_one() {
+    let mut bench = Bench::new();
+    let guard = bench.hold(1, 1);
+    assert_eq!(bench.renewed(Cycle(900), bench.now, Some(RenewReply::NotOurs)), NOTHING);
+    assert!(guard.lease.loss().is_none());
+}
+
+#[test]
+fn max_hold_ends_a_guard_that_is_kept_alive() {
+    let mut bench = Bench::new();
+    let want = Want {
+        max_hold: Some(ms(70)),
+        ..WANT
+    };
+    let (id, seen) = bench.want_as(0, want);
+    bench.reply(seen.asks().0, granted(1, 1));
+    let guard = bench.guard(id);
+    assert_eq!(bench.queue.look_at(), Some(bench.now + ms(70)));
+    bench.pass(ms(69));
+    assert_eq!(bench.tick(), NOTHING);
+    bench.pass(ms(1));
+    assert_eq!(bench.tick().lost, Some(LossReason::MaxHold));
+    assert_eq!(bench.release(&guard).1.abandoned, [guard.lease.cycle]);
+}
+
+#[test]
+fn max_hold_counts_for_each_guard() {
+    let mut bench = Bench::new();
+    let want = Want {
+        max_hold: Some(ms(70)),
+        ..WANT
+    };
+    let guard = bench.hold(1, 9);
+    let (id, _) = bench.want_as(1, want);
+    bench.pass(ms(90));
+    bench.release_held(&guard);
+    bench.guard(id);
+    bench.pass(ms(60));
+    assert_eq!(bench.tick(), NOTHING);
+    bench.pass(ms(10));
+    assert_eq!(bench.tick().lost, Some(LossReason::MaxHold));
+}
+
+#[test]
+fn an_extension_that_did_not_find_the_lease_loses_it() {
+    for reply in [granted(200, 263), queued(200)] {
+        let mut bench = Bench::new();
+        let guard = bench.hold(1, 1);
+        let (id, _) = bench.want(1);
+        let cycle = bench.release_held(&guard).asks().0;
+        let seen = bench.reply(cycle, reply);
+        // Somebody else may have had it in between, so this cycle is over.
+        assert_eq!(seen.abandoned, [cycle]);
+        assert!(seen.asks().0 > cycle);
+        assert_eq!(guard.lease.loss(), Some(LossReason::Taken));
+        assert!(!bench.queue.is_settled(id));
+    }
+}
+
+#[test]
+fn a_lease_that_runs_out_while_it_is_extended_is_released_in_the_background() {
+    let mut bench = Bench::new();
+    let guard = bench.hold(1, 1);
+    bench.want(1);
+    let cycle = bench.release_held(&guard).asks().0;
+    bench.pass(TTL);
+    let seen = bench.tick();
+    assert_eq!(seen.abandoned, [cycle], "the extension may still execute");
+    let next = seen.asks().0;
+    assert_eq!(bench.reply(cycle, extended(2, 65)).abandoned, [cycle]);
+    assert_eq!(bench.reply(next, queued(70)), NOTHING, "the next cycle is not touched");
+}
+
+/// An extension that had no answer could execute after the lease was lost: its cycle, which nobody knew any more, then
+/// took the key again, or a place in the queue, and was in everybody's way for as long as its lease lasted.
+#[test]
+fn a_lease_that_runs_out_after_a_failed_extension_is_released_in_the_background() {
+    let mut bench = Bench::new();
+    let guard = bench.hold(1, 2);
+    let ids: Vec<_> = (1..=2).map(|waker| bench.want(waker).0).collect();
+    let cycle = bench.release_held(&guard).asks().0;
+    bench.guard(ids[0]);
+    bench.failed(cycle);
+    bench.pass(TTL);
+    assert_eq!(bench.tick().abandoned, [cycle]);
+}
+
+#[test]
+fn a_request_without_an_answer_fails_those_who_wait_for_it() {
+    let mut bench = Bench::new();
+    let (first, seen) = bench.want(0);
+    let (second, _) = bench.want(1);
+    let cycle = seen.asks().0;
+    let seen = bench.failed(cycle);
+    assert_eq!((seen.abandoned, seen.woken), (vec![cycle], vec![0, 1]));
+    for id in [first, second] {
+        assert!(matches!(bench.collect(id), Some(Outcome::Failed(_))));
+    }
+    assert!(bench.queue.is_unused());
+}
+
+#[test]
+fn a_failed_release_is_repeated_in_the_background() {
+    let mut bench = Bench::new();
+    let guard = bench.hold(1, 1);
+    let cycle = guard.lease.cycle;
+    bench.release_held(&guard);
+    bench.want(1);
+    let seen = bench.failed(cycle);
+    assert_eq!(seen.abandoned, [cycle]);
+    assert!(seen.asks().0 > cycle);
+}
+
+#[test]
+fn a_failed_release_that_requeues_abandons_both_cycles() {
+    let mut bench = Bench::new();
+    bench.rules.max_burst = 1;
+    let (id, cycle) = bench.stand_in_queue(10);
+    bench.want(1);
+    bench.grant(grant(cycle, 11, 11));
+    let guard = bench.guard(id);
+    let next = bench.release_held(&guard).releases().1.unwrap();
+    let seen = bench.failed(cycle);
+    assert_eq!((seen.abandoned, seen.woken), (vec![cycle, next], vec![1]));
+}
+
+#[test]
+fn a_failed_extension_fails_only_those_who_wait_for_it() {
+    let mut bench = Bench::new();
+    let guard = bench.hold(1, 2);
+    let ids: Vec<_> = (1..=2).map(|waker| bench.want(waker).0).collect();
+    let cycle = bench.release_held(&guard).asks().0;
+    let second = bench.guard(ids[0]);
+    assert_eq!(bench.failed(cycle), NOTHING, "the lease is still ours");
+    // Without a token for the next, the extension is sent again.
+    assert_eq!(bench.release_held(&second).asks().0, cycle);
+    let seen = bench.failed(cycle);
+    assert_eq!(seen.woken, [2]);
+    assert!(matches!(bench.collect(ids[1]), Some(Outcome::Failed(_))));
+    assert_eq!((seen.releases().0, &seen.abandoned[..]), (cycle, &[cycle][..]));
+}
+
+#[test]
+fn a_failure_of_an_earlier_request_changes_nothing() {
+    let mut bench = Bench::new();
+    assert_eq!(bench.failed(Cycle(50)), NOTHING);
+    let (_, cycle) = bench.stand_in_queue(1);
+    assert_eq!(bench.failed(cycle), NOTHING, "it was answered");
+    assert_eq!(bench.dropped(cycle), NOTHING);
+}
+
+#[test]
+fn a_guard_of_the_same_cycle_that_was_given_back_before_is_not_held() {
+    let mut bench = Bench::new();
+    let guard = bench.hold(1, 9);
+    let (id, _) = bench.want(1);
+    bench.release_held(&guard);
+    bench.guard(id);
+    let (held, seen) = bench.release(&guard);
+    assert!(!held);
+    assert_eq!(seen, NOTHING, "the present holder is not touched");
+}
+
+#[test]
+fn a_shutdown_refuses_who_waits_and_gives_everything_back() {
+    // While a request is under way, its reply finds nobody.
+    let mut bench = Bench::new();
+    let (id, seen) = bench.want(0);
+    let cycle = seen.asks().0;
+    assert_eq!(bench.close().woken, [0]);
+    assert!(matches!(bench.collect(id), Some(Outcome::Failed(error)) if matches!(*error, LockError::Closed)));
+    assert_eq!(bench.reply(cycle, granted(1, 1)).releases().0, cycle);
+
+    // In the store's queue.
+    let mut bench = Bench::new();
+    let (_, cycle) = bench.stand_in_queue(1);
+    assert_eq!(bench.close().releases(), (cycle, None));
+
+    // With a guard.
+    let mut bench = Bench::new();
+    let guard = bench.hold(1, 9);
+    let (waiting, _) = bench.want(1);
+    let seen = bench.close();
+    assert_eq!(seen.lost, Some(LossReason::Closed));
+    assert_eq!((seen.releases().0, &seen.woken[..]), (guard.lease.cycle, &[1][..]));
+    assert!(matches!(
+        bench.collect(waiting),
+        Some(Outcome::Failed(error)) if matches!(*error, LockError::Closed)
+    ));
+    assert!(!bench.release(&guard).0);
+
+    // Whoever still comes is refused.
+    let (id, seen) = bench.want(2);
+    assert_eq!(seen, NOTHING);
+    assert!(matches!(bench.collect(id), Some(Outcome::Failed(error)) if matches!(*error, LockError::Closed)));
+}
+
+#[test]
+fn a_shutdown_while_the_lease_is_extended_releases_it_in_the_background() {
+    let mut bench = Bench::new();
+    let guard = bench.hold(1, 1);
+    let (id, _) = bench.want(1);
+    let cycle = bench.release_held(&guard).asks().0;
+    let seen = bench.close();
+    assert_eq!((seen.abandoned, seen.request), (vec![cycle], None));
+    bench.collect(id);
+    assert!(bench.queue.is_unused());
+}

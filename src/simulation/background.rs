@@ -1,0 +1,143 @@
+//! The background thread of a manager, as `shard::background` and `watchdog` have it: jobs, abandoned cycles, renewals.
+
+use std::time::Duration;
+
+use super::clock::Nanos;
+use super::network::{Driver, Order};
+use super::world::{Event, Part, World};
+use crate::clock::Moment;
+use crate::protocol::Cycle;
+use crate::queue::Request;
+use crate::store::Lane;
+
+#[derive(Debug, Clone, Copy)]
+pub(super) enum Job {
+    Request { k: usize, request: Request },
+    Abandon { k: usize, cycle: Cycle },
+}
+
+/// A cycle that is over and is being released.
+#[derive(Debug, Clone, Copy)]
+pub(super) struct Abandon {
+    k: usize,
+    cycle: Cycle,
+    started: Moment,
+    lane: Lane,
+    pause: Duration,
+}
+
+const PAUSE_MIN: Duration = Duration::from_millis(20);
+const PAUSE_MAX: Duration = Duration::from_secs(1);
+const LOOK_EVERY_MIN: Nanos = 1_000_000;
+
+impl World {
+    /// Work for the background thread, which takes it in the order in which it came.
+    pub(super) fn job(&mut self, m: usize, job: Job) {
+        let hop = self.between(1_000, 100_000);
+        let manager = &mut self.managers[m];
+        manager.last_job = manager.last_job.max(self.now + hop);
+        let at = manager.last_job;
+        self.inside(at, m, Part::Background, Event::Job(job));
+    }
+
+    pub(super) fn job_starts(&mut self, m: usize, job: Job) {
+        match job {
+            Job::Request { k, request } => {
+                self.send(m, k, Order::Queue(request), Driver::Background, Lane::Background);
+            }
+            Job::Abandon { k, cycle } => {
+                self.stats.abandoned += 1;
+                let started = self.managers[m].clock.at(self.now);
+                self.release_abandoned(
+                    m,
+                    Abandon {
+                        k,
+                        cycle,
+                        started,
+                        lane: Lane::Caller,
+                        pause: PAUSE_MIN,
+                    },
+                );
+            }
+        }
+    }
+
+    fn release_abandoned(&mut self, m: usize, abandon: Abandon) {
+        let release = Request::Release {
+            cycle: abandon.cycle,
+            requeue: None,
+            ttl: self.plan.ttls[0],
+            tokens: self.plan.rules.max_burst,
+        };
+        self.send(
+            m,
+            abandon.k,
+            Order::Queue(release),
+            Driver::Abandon(abandon),
+            abandon.lane,
+        );
+    }
+
+    pub(super) fn abandon_failed(&mut self, m: usize, abandon: Abandon) {
+        let waited = self.managers[m].clock.at(self.now).since(abandon.started);
+        if abandon.lane == Lane::Caller {
+            let lane = Lane::Background;
+            self.release_abandoned(m, Abandon { lane, ..abandon });
+        } else if waited < self.plan.ttls[0] {
+            let at = self.now + super::clock::nanos(abandon.pause);
+            let pause = (abandon.pause * 2).min(PAUSE_MAX);
+            let again = Abandon { pause, ..abandon };
+            self.inside(at, m, Part::Background, Event::AbandonAgain(again));
+        } else {
+            self.stats.left_to_run_out += 1;
+            self.note(|_| format!("m{m} k{} cycle {} is left to run out", abandon.k, abandon.cycle));
+        }
+    }
+
+    pub(super) fn abandon_again(&mut self, m: usize, abandon: Abandon) {
+        self.release_abandoned(m, abandon);
+    }
+
+    /// What follows from a request is carried out by whoever carried that out, if it is still interested.
+    pub(super) fn drive_on(&mut self, m: usize, k: usize, driver: Driver, next: Option<Request>) {
+        match (driver, next) {
+            (Driver::Task(task), next) => self.task_drives_on(m, k, task, next),
+            (Driver::Background, Some(request)) => {
+                self.send(m, k, Order::Queue(request), Driver::Background, Lane::Background);
+            }
+            (_, Some(request)) => self.job(m, Job::Request { k, request }),
+            (_, None) => {}
+        }
+    }
+
+    /// Something is due at that moment of the local clock.
+    pub(super) fn look_at(&mut self, m: usize, moment: Moment) {
+        let late = self.between(0, 1_000_000);
+        let manager = &mut self.managers[m];
+        let at = manager.clock.when(moment).max(self.now + LOOK_EVERY_MIN / 10) + late;
+        if at < manager.next_look {
+            manager.next_look = at;
+            self.inside(at, m, Part::Watchdog, Event::Look { at });
+        }
+    }
+
+    /// Lets time pass for every key, and renews what is due.
+    pub(super) fn watchdog_looks(&mut self, m: usize, at: Nanos) {
+        if self.managers[m].next_look != at {
+            return;
+        }
+        self.managers[m].next_look = Nanos::MAX;
+        for k in 0..self.keys.len() {
+            let (due, request) = self.event(m, k, |queue, cx| {
+                let effects = queue.tick(cx);
+                (queue.renewal(cx), effects)
+            });
+            if let Some(request) = request {
+                self.job(m, Job::Request { k, request });
+            }
+            if let Some((cycle, ttl, _)) = due {
+                self.send(m, k, Order::Renew { cycle, ttl }, Driver::Watchdog, Lane::Background);
+            }
+        }
+    }
+}

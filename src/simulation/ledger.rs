@@ -1,0 +1,247 @@
+//! What must hold at every moment, and the books that are kept to check it.
+
+use std::collections::BTreeMap;
+use std::sync::Arc;
+
+use super::plan::Variant;
+use super::tasks::State;
+use super::world::World;
+use crate::clock::Moment;
+use crate::fence::{FencingToken, TokenBlock};
+use crate::lease::Lease;
+use crate::protocol::{AcquireReply, Cycle};
+
+#[derive(Debug)]
+pub(super) struct Ledger {
+    keys: Vec<Books>,
+    /// How many blocks of tokens were issued so far.
+    issued: u64,
+    /// Guards served to a cycle since its manager heard of rivals.
+    bypass: BTreeMap<(usize, usize, Cycle), u32>,
+    breach: Option<Breach>,
+}
+
+/// A guarantee that did not hold.
+#[derive(Debug, Clone)]
+pub(super) struct Breach {
+    pub(super) what: String,
+    /// Whether it is about exclusion or tokens.
+    pub(super) is_unsafe: bool,
+}
+
+#[derive(Debug, Default)]
+struct Books {
+    guards: Vec<Guard>,
+    blocks: Vec<Block>,
+    /// The tokens that guards had, and when the store issued the block of each.
+    tokens: BTreeMap<u64, u64>,
+    /// The largest token that a guard has begun with.
+    largest: u64,
+}
+
+#[derive(Debug)]
+struct Guard {
+    m: usize,
+    lease: Arc<Lease>,
+    token: FencingToken,
+}
+
+#[derive(Debug)]
+struct Block {
+    m: usize,
+    cycle: Cycle,
+    tokens: TokenBlock,
+    number: u64,
+}
+
+impl Ledger {
+    pub(super) fn new(keys: usize) -> Self {
+        Self {
+            keys: (0..keys).map(|_| Books::default()).collect(),
+            issued: 0,
+            bypass: BTreeMap::new(),
+            breach: None,
+        }
+    }
+
+    pub(super) fn take_breach(&mut self) -> Option<Breach> {
+        self.breach.take()
+    }
+
+    pub(super) fn breach(&mut self, what: String) {
+        let is_unsafe = false;
+        self.breach.get_or_insert(Breach { what, is_unsafe });
+    }
+
+    fn breach_of_safety(&mut self, what: String) {
+        let is_unsafe = true;
+        self.breach.get_or_insert(Breach { what, is_unsafe });
+    }
+
+    /// The store executed an acquire of this cycle.
+    pub(super) fn issues(&mut self, m: usize, k: usize, cycle: Cycle, reply: &AcquireReply) {
+        if let AcquireReply::Granted { tokens, .. } = reply {
+            self.issues_block(m, k, cycle, *tokens);
+        }
+    }
+
+    pub(super) fn issues_block(&mut self, m: usize, k: usize, cycle: Cycle, tokens: TokenBlock) {
+        self.issued += 1;
+        self.keys[k].blocks.push(Block {
+            m,
+            cycle,
+            tokens,
+            number: self.issued,
+        });
+    }
+
+    /// The reply that gives a cycle its lease says how many wait; it is newer than what was said of an earlier lease of the
+    /// same cycle, whose reply came too late.
+    pub(super) fn hears_of_rivals_in(&mut self, m: usize, k: usize, cycle: Cycle, reply: &AcquireReply, is_new: bool) {
+        match reply {
+            AcquireReply::Granted { queued: 0, .. } if is_new => {
+                self.bypass.remove(&(m, k, cycle));
+            }
+            AcquireReply::Granted { queued: 1.., .. } => self.hears_of_rivals(m, k, cycle),
+            _ => {}
+        }
+    }
+
+    /// From now on this cycle's bypass is bounded.
+    pub(super) fn hears_of_rivals(&mut self, m: usize, k: usize, cycle: Cycle) {
+        self.bypass.entry((m, k, cycle)).or_default();
+    }
+
+    pub(super) fn manager_dies(&mut self, m: usize) {
+        for books in &mut self.keys {
+            books.guards.retain(|guard| guard.m != m);
+        }
+    }
+}
+
+impl World {
+    /// A task has its guard.
+    pub(super) fn guard_begins(&mut self, m: usize, k: usize, lease: &Arc<Lease>, token: FencingToken) {
+        let cycle = lease.cycle;
+        let is_valid = lease.loss_at(self.managers[m].clock.at(self.now)).is_none();
+        let books = &mut self.ledger.keys[k];
+        let number = token.get();
+        let block = books.blocks.iter().rev().find(|block| {
+            block.m == m && block.cycle == cycle && (block.tokens.first()..=block.tokens.last()).contains(&number)
+        });
+        let largest = books.largest;
+        books.largest = largest.max(number);
+        books.guards.push(Guard {
+            m,
+            lease: Arc::clone(lease),
+            token,
+        });
+        let Some(issued) = block.map(|block| block.number) else {
+            let what = format!("m{m} k{k} token {token} of cycle {cycle} was never issued to it");
+            return self.ledger.breach_of_safety(what);
+        };
+        let used_before = books.tokens.insert(number, issued).is_some();
+        let (below, above) = (
+            books.tokens.range(..number).next_back(),
+            books.tokens.range(number + 1..).next(),
+        );
+        let in_order =
+            below.is_none_or(|(_, &below)| below <= issued) && above.is_none_or(|(_, &above)| above >= issued);
+        if used_before || !in_order {
+            let what = format!("m{m} k{k} token {token} does not follow the order in which tokens were issued");
+            return self.ledger.breach_of_safety(what);
+        }
+        if self.plan.variant == Variant::Faults && is_valid && number <= largest {
+            let what = format!("m{m} k{k} a valid guard begins with token {token} after one with {largest}");
+            return self.ledger.breach_of_safety(what);
+        }
+        if cycle.expects_rivals() {
+            self.ledger.hears_of_rivals(m, k, cycle);
+        }
+        if let Some(served) = self.ledger.bypass.get_mut(&(m, k, cycle)) {
+            *served += 1;
+            if *served > self.plan.rules.max_burst {
+                let what = format!("m{m} k{k} cycle {cycle} served {served} guards while others waited");
+                self.ledger.breach(what);
+            }
+        }
+        self.check_guards();
+        self.check_leases(k);
+    }
+
+    pub(super) fn guard_ends(&mut self, k: usize, token: FencingToken) {
+        self.ledger.keys[k].guards.retain(|guard| guard.token != token);
+    }
+
+    /// Whoever gets the lock came before all who still wait for it in the same process.
+    pub(super) fn check_order(&mut self, m: usize, k: usize, order: u64) {
+        let manager = &self.managers[m];
+        let passed = manager.tasks.iter().position(|task| {
+            matches!(&task.state, State::Waiting(earlier)
+                if earlier.k == k && earlier.order < order && !manager.queues[k].is_settled(earlier.id))
+        });
+        if let Some(passed) = passed {
+            self.ledger
+                .breach(format!("m{m} k{k} t{passed} was passed by one who came later"));
+        }
+    }
+
+    /// The store's queue is not joined for a try.
+    pub(super) fn check_try(&mut self, m: usize, k: usize) {
+        let manager = &self.managers[m];
+        let queue = &manager.queues[k];
+        let waiting = manager.tasks.iter().filter_map(|task| match &task.state {
+            State::Waiting(waiting) if waiting.k == k && !queue.is_settled(waiting.id) => Some(waiting),
+            _ => None,
+        });
+        let first = waiting.min_by_key(|waiting| waiting.order);
+        if !queue.holds() && first.is_some_and(|first| first.only_try) {
+            self.ledger.breach(format!("m{m} k{k} a try waits"));
+        }
+    }
+
+    /// No two guards of one key are valid at once.
+    pub(super) fn check_guards(&mut self) {
+        if self.plan.variant == Variant::Forgetting {
+            return;
+        }
+        for k in 0..self.keys.len() {
+            let guards = &self.ledger.keys[k].guards;
+            if guards.len() < 2 {
+                continue;
+            }
+            let valid: Vec<String> = guards
+                .iter()
+                .filter(|guard| {
+                    let now = self.managers[guard.m].clock.at(self.now);
+                    guard.lease.loss_at(now).is_none()
+                })
+                .map(|guard| format!("m{} cycle {} token {}", guard.m, guard.lease.cycle, guard.token))
+                .collect();
+            if valid.len() > 1 {
+                self.ledger
+                    .breach_of_safety(format!("k{k} two guards are valid at once: {}", valid.join(", ")));
+            }
+        }
+    }
+
+    /// While a guard is valid, its lease stands in the store.
+    pub(super) fn check_leases(&mut self, k: usize) {
+        if self.plan.variant == Variant::Forgetting {
+            return;
+        }
+        let now = Moment::from_nanos(self.now);
+        for guard in &self.ledger.keys[k].guards {
+            let manager = &self.managers[guard.m];
+            if guard.lease.loss_at(manager.clock.at(self.now)).is_some() {
+                continue;
+            }
+            let owner = self.core.owner(&self.keys[k], now);
+            if owner.as_deref() != Some(manager.id.sign(guard.lease.cycle).to_string().as_str()) {
+                let (m, cycle) = (guard.m, guard.lease.cycle);
+                let what = format!("k{k} the guard of m{m} under cycle {cycle} is valid, but the lease is {owner:?}");
+                return self.ledger.breach_of_safety(what);
+            }
+        }
+    }
+}

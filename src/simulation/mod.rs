@@ -1,0 +1,129 @@
+//! A simulation of several managers, a store and the network between them, in virtual time.
+//!
+//! # Implementation details
+//!
+//! Queues, leases, cycles and the store's logic are those of the product; tasks, connections, subscriptions and clocks are
+//! simulated, wired together as `shard` does it. Everything random comes from one seed, so that a seed that fails can be run
+//! again with a trace. Each seed draws some kinds of faults and leaves others out ([`plan`]), so that none always hides another.
+//!
+//! What must hold is checked after every event ([`ledger`]) and once more when the faults have ended and all tasks are done
+//! ([`run`]). Three deliberate mistakes in the queue show that the checks and the faults are sharp enough to find one.
+
+mod background;
+mod clock;
+mod faults;
+mod ledger;
+mod network;
+mod plan;
+mod pushes;
+mod run;
+mod tasks;
+mod world;
+
+use std::sync::Mutex;
+use std::thread;
+
+use crate::queue::Flaw;
+use plan::Variant;
+use run::{Stats, run};
+
+/// Runs these seeds on two threads, and says what was seen; the first failure comes with its trace.
+fn run_all(seeds: std::ops::Range<u64>, variant: Variant, flaw: Option<Flaw>) -> Result<Stats, String> {
+    let sum = Mutex::new(Ok(Stats::default()));
+    thread::scope(|scope| {
+        for half in 0..2 {
+            let (seeds, sum) = (seeds.clone(), &sum);
+            scope.spawn(move || {
+                for seed in seeds.filter(|seed| seed % 2 == half) {
+                    let result = run(seed, variant, flaw, false);
+                    let mut sum = sum.lock().unwrap();
+                    let Ok(all) = &mut *sum else { return };
+                    match result {
+                        Ok(stats) => all.add(&stats),
+                        Err(failure) => *sum = Err(failure.to_string()),
+                    }
+                }
+            });
+        }
+    });
+    sum.into_inner().unwrap().map_err(|failure| {
+        let seed = failure.split_whitespace().nth(1).and_then(|seed| seed.parse().ok());
+        match seed.map(|seed| run(seed, variant, flaw, true)) {
+            Some(Err(failure)) => failure.to_string(),
+            _ => failure,
+        }
+    })
+}
+
+/// Which seeds are run: others where the environment says so, as in `SIMULATION_SEEDS=2000..40000`.
+fn seeds(usual: u64) -> std::ops::Range<u64> {
+    let asked = std::env::var("SIMULATION_SEEDS").ok();
+    let range = asked.as_deref().and_then(|asked| asked.split_once(".."));
+    match range.map(|(from, to)| (from.parse(), to.parse())) {
+        Some((Ok(from), Ok(to))) => from..to,
+        _ => 0..usual,
+    }
+}
+
+/// All guarantees hold under every fault that leaves the store's data alone. And the faults do what they are for: all the
+/// ways to get and to lose a lock are seen many times.
+#[test]
+fn two_thousand_seeds() {
+    let stats = run_all(seeds(2_000), Variant::Faults, None).unwrap_or_else(|failure| panic!("{failure}"));
+    println!("{stats:?}");
+    stats.assert_rich();
+}
+
+/// Where nothing goes wrong, nobody ever waits for the end of a lease: every hand-off takes a few messages.
+#[test]
+fn without_faults_nobody_waits_for_a_ttl() {
+    let stats = run_all(seeds(600), Variant::Prompt, None).unwrap_or_else(|failure| panic!("{failure}"));
+    println!("{stats:?}");
+    assert_eq!(
+        (stats.lost, stats.failed, stats.left_to_run_out),
+        (0, 0, 0),
+        "{stats:?}"
+    );
+}
+
+/// Where the store forgets, two may hold at once; but tokens grow with the order in which the store issued them.
+#[test]
+fn tokens_grow_even_if_the_store_forgets() {
+    let stats = run_all(seeds(600), Variant::Forgetting, None).unwrap_or_else(|failure| panic!("{failure}"));
+    println!("{stats:?}");
+    assert!(stats.forgotten > 300, "{stats:?}");
+}
+
+/// The mistake is found within this many seeds, as a breach of exclusion or of the order of tokens.
+fn assert_caught(flaw: Flaw, seeds: u64) {
+    for seed in 0..seeds {
+        if let Err(failure) = run(seed, Variant::Faults, Some(flaw), false)
+            && failure.is_unsafe()
+        {
+            println!("{flaw:?} is caught by seed {seed}: {failure}");
+            return;
+        }
+    }
+    panic!("{flaw:?} is not caught by {seeds} seeds");
+}
+
+#[test]
+fn believing_old_grants_is_caught() {
+    assert_caught(Flaw::IgnoresMarks, 2_000);
+}
+
+#[test]
+fn counting_from_the_receipt_is_caught() {
+    assert_caught(Flaw::CountsFromReceipt, 2_000);
+}
+
+#[test]
+fn using_cycles_again_is_caught() {
+    assert_caught(Flaw::ReusesCycles, 2_000);
+}
+
+#[test]
+fn a_seed_gives_the_same_run_every_time() {
+    let runs = [(); 2].map(|()| run(7, Variant::Faults, None, false).map(|stats| format!("{stats:?}")));
+    assert!(matches!(&runs, [Ok(one), Ok(other)] if one == other), "{runs:?}");
+}

@@ -1,0 +1,428 @@
+//! Requests on their way: two connections per manager, each in order, each of which may be slow, stall or break.
+
+use super::background::Abandon;
+use super::clock::{Nanos, nanos};
+use super::world::{Event, Part, World};
+use crate::clock::Moment;
+use crate::error::LockError;
+use crate::protocol::{AcquireReply, Answer, Ask, Cycle, ReleaseReply, RenewReply};
+use crate::queue::Request;
+use crate::store::Lane;
+use crate::store::memory::Terms;
+
+/// A manager's connection of one lane, as the chain of connections that replaced one another.
+#[derive(Debug, Default)]
+pub(super) struct Connection {
+    pub(super) generation: usize,
+    /// For each connection that broke: what arrives after that moment is lost.
+    pub(super) lost_after: Vec<Nanos>,
+    /// Commands and replies keep their order.
+    last_arrival: Nanos,
+    last_reply: Nanos,
+    pub(super) stalled_until: Nanos,
+}
+
+/// Who waits for a reply.
+#[derive(Debug, Clone, Copy)]
+pub(super) enum Driver {
+    Task(usize),
+    Background,
+    Abandon(Abandon),
+    Watchdog,
+}
+
+#[derive(Debug, Clone, Copy)]
+pub(super) enum Order {
+    Queue(Request),
+    Renew { cycle: Cycle, ttl: std::time::Duration },
+}
+
+/// A request whose sender waits for the reply.
+#[derive(Debug)]
+pub(super) struct InFlight {
+    pub(super) m: usize,
+    k: usize,
+    order: Order,
+    driver: Driver,
+    lane: Lane,
+    attempts: u32,
+    sent_at: Moment,
+    floor: u64,
+}
+
+/// A request on the wire.
+#[derive(Debug)]
+pub(super) struct Command {
+    request: u64,
+    m: usize,
+    k: usize,
+    order: Order,
+    driver: Driver,
+    lane: Lane,
+    generation: usize,
+    floor: u64,
+}
+
+#[derive(Debug, Clone, Copy)]
+pub(super) enum Reply {
+    Acquired(AcquireReply),
+    Released(ReleaseReply),
+    Renewed(RenewReply),
+}
+
+/// How often a request is sent again when its connection broke, as in the product.
+const RECONNECTS: u32 = 2;
+
+impl Driver {
+    const fn part(self) -> Part {
+        match self {
+            Self::Task(_) => Part::Tasks,
+            Self::Background | Self::Abandon(_) | Self::Watchdog => Part::Background,
+        }
+    }
+}
+
+impl World {
+    /// Sends a request and says its number. What takes something keeps to the caller's lane, whoever sends it.
+    pub(super) fn send(&mut self, m: usize, k: usize, order: Order, driver: Driver, lane: Lane) -> u64 {
+        let (lane, limit) = match order {
+            Order::Queue(Request::Release { requeue: None, .. }) => (lane, self.plan.timeout),
+            Order::Queue(_) => (Lane::Caller, self.plan.timeout),
+            Order::Renew { ttl, .. } => (
+                Lane::Background,
+                self.plan
+                    .timeout
+                    .min((ttl / 3).max(std::time::Duration::from_millis(10))),
+            ),
+        };
+        let request = self.number();
+        self.in_flight.insert(
+            request,
+            InFlight {
+                m,
+                k,
+                order,
+                driver,
+                lane,
+                attempts: 0,
+                sent_at: Moment::default(),
+                floor: 0,
+            },
+        );
+        let deadline = self.now + nanos(limit);
+        self.inside(deadline, m, driver.part(), Event::Deadline { request });
+        self.transmit(request);
+        request
+    }
+
+    fn transmit(&mut self, request: u64) {
+        let delay = self.message_delay();
+        let now = self.now;
+        let Some(in_flight) = self.in_flight.get_mut(&request) else {
+            return;
+        };
+        let (m, k) = (in_flight.m, in_flight.k);
+        let manager = &mut self.managers[m];
+        in_flight.sent_at = manager.clock.at(now);
+        in_flight.floor = manager.floor.max(manager.seen[slot(k)]);
+        let connection = &mut manager.lanes[in_flight.lane as usize];
+        connection.last_arrival = (now + delay).max(connection.last_arrival).max(connection.stalled_until);
+        let at = connection.last_arrival;
+        let command = Command {
+            request,
+            m,
+            k,
+            order: in_flight.order,
+            driver: in_flight.driver,
+            lane: in_flight.lane,
+            generation: connection.generation,
+            floor: in_flight.floor,
+        };
+        self.note(|_| {
+            format!(
+                "m{m} k{k} #{request} sends {:?} by {:?}, {:?} lane",
+                command.order, command.driver, command.lane
+            )
+        });
+        self.outside(at, m, Event::Arrives(command));
+    }
+
+    pub(super) fn message_delay(&mut self) -> Nanos {
+        if !self.in_calm() && self.now < self.slow_until {
+            self.between(nanos(self.plan.ttls[0]) / 4, nanos(self.plan.ttls[0]) * 5 / 4)
+        } else if !self.in_calm() && self.chance(self.plan.slow_chance) {
+            self.between(0, self.plan.slow_max)
+        } else {
+            self.between(10_000, self.plan.message_max)
+        }
+    }
+
+    /// A command reaches the server, which executes it, unless it was lost with its connection.
+    pub(super) fn arrives(&mut self, command: Command) {
+        let Command { request, m, k, .. } = command;
+        let connection = &self.managers[m].lanes[command.lane as usize];
+        let lost_after = connection.lost_after.get(command.generation);
+        if lost_after.is_some_and(|&moment| self.now > moment) {
+            return self.note(|_| format!("m{m} k{k} #{request} is lost"));
+        }
+        let reply = if !self.in_calm() && self.chance(self.plan.refuse_chance) {
+            None
+        } else {
+            Some(self.execute(&command))
+        };
+        self.note(|_| format!("m{m} k{k} #{request} executes: {reply:?}"));
+        self.deliver(k);
+        self.check_leases(k);
+        let delay = self.message_delay();
+        let now = self.now;
+        let connection = &mut self.managers[m].lanes[command.lane as usize];
+        connection.last_reply = (now + delay).max(connection.last_reply).max(connection.stalled_until);
+        let at = connection.last_reply;
+        let event = Event::Replies {
+            request,
+            lane: command.lane,
+            generation: command.generation,
+            reply,
+        };
+        self.inside(at, m, command.driver.part(), event);
+    }
+
+    fn execute(&mut self, command: &Command) -> Reply {
+        let manager = &self.managers[command.m];
+        let key = &self.keys[command.k];
+        let now = Moment::from_nanos(self.now);
+        let terms = |ttl, tokens| Terms {
+            now,
+            server_time: self.server_time(),
+            ttl,
+            tokens,
+            floor: command.floor,
+        };
+        match command.order {
+            Order::Queue(Request::Acquire {
+                cycle,
+                ask,
+                ttl,
+                tokens,
+            }) => {
+                let (me, terms) = (manager.id.sign(cycle).to_string(), terms(ttl, tokens));
+                let reply = match ask {
+                    Ask::Free => self.core.acquire_freely(key, &me, terms),
+                    Ask::Join => self.core.acquire(key, &me, false, terms),
+                    Ask::Try => self.core.acquire(key, &me, true, terms),
+                };
+                self.ledger.issues(command.m, command.k, cycle, &reply);
+                Reply::Acquired(reply)
+            }
+            Order::Queue(Request::Release {
+                cycle,
+                requeue,
+                ttl,
+                tokens,
+            }) => {
+                let (me, terms) = (manager.id.sign(cycle).to_string(), terms(ttl, tokens));
+                let next = requeue.map(|cycle| manager.id.sign(cycle).to_string());
+                let reply = self.core.release(key, &me, next.as_deref(), terms);
+                if let (Some(next), Some(reply)) = (requeue, &reply.requeued) {
+                    self.ledger.issues(command.m, command.k, next, reply);
+                }
+                Reply::Released(reply)
+            }
+            Order::Renew { cycle, ttl } => {
+                Reply::Renewed(self.core.renew(key, &manager.id.sign(cycle).to_string(), now, ttl))
+            }
+        }
+    }
+
+    pub(super) fn reply_comes(&mut self, m: usize, request: u64, lane: Lane, generation: usize, reply: Option<Reply>) {
+        if self.managers[m].lanes[lane as usize].generation != generation {
+            return;
+        }
+        let Some(in_flight) = self.in_flight.remove(&request) else {
+            return;
+        };
+        match (reply, in_flight.driver) {
+            (Some(reply), _) => self.answered(in_flight, reply),
+            // The server would say no again.
+            (None, Driver::Abandon(_)) => self.stats.left_to_run_out += 1,
+            (None, _) => self.unanswered(&in_flight),
+        }
+    }
+
+    fn answered(&mut self, in_flight: InFlight, reply: Reply) {
+        let InFlight {
+            m, k, sent_at, floor, ..
+        } = in_flight;
+        let saw = match reply {
+            Reply::Acquired(reply) => seen_in(&reply),
+            Reply::Released(reply) => reply.requeued.as_ref().map_or(0, seen_in),
+            Reply::Renewed(_) => 0,
+        };
+        let seen = &mut self.managers[m].seen[slot(k)];
+        *seen = saw.max(*seen);
+        if let Driver::Abandon(_) = in_flight.driver {
+            return;
+        }
+        match (in_flight.order, reply) {
+            (Order::Queue(Request::Acquire { cycle, ttl, .. }), Reply::Acquired(reply)) => {
+                let is_new = !self.managers[m].queues[k].holds();
+                self.ledger.hears_of_rivals_in(m, k, cycle, &reply, is_new);
+                let answer = Answer {
+                    sent_at,
+                    ttl,
+                    floor,
+                    reply,
+                };
+                let ((), next) = self.event(m, k, |queue, cx| ((), queue.replied(cycle, answer, cx)));
+                self.drive_on(m, k, in_flight.driver, next);
+            }
+            (
+                Order::Queue(Request::Release {
+                    cycle, requeue, ttl, ..
+                }),
+                Reply::Released(reply),
+            ) => {
+                if let (Some(next), Some(reply)) = (requeue, &reply.requeued) {
+                    self.ledger.hears_of_rivals_in(m, k, next, reply, true);
+                }
+                let answer = Answer {
+                    sent_at,
+                    ttl,
+                    floor,
+                    reply,
+                };
+                let ((), next) = self.event(m, k, |queue, cx| ((), queue.released_remotely(cycle, answer, cx)));
+                self.drive_on(m, k, in_flight.driver, next);
+            }
+            (Order::Renew { cycle, ttl }, Reply::Renewed(reply)) => {
+                self.renewed(m, k, cycle, ttl, sent_at, Some(reply));
+            }
+            (order, reply) => self.ledger.breach(format!("{order:?} was answered by {reply:?}")),
+        }
+    }
+
+    /// There is no reply, or one that says that nothing was done.
+    fn unanswered(&mut self, in_flight: &InFlight) {
+        let InFlight { m, k, sent_at, .. } = *in_flight;
+        if let Driver::Abandon(abandon) = in_flight.driver {
+            return self.abandon_failed(m, abandon);
+        }
+        match in_flight.order {
+            Order::Renew { cycle, ttl } => self.renewed(m, k, cycle, ttl, sent_at, None),
+            Order::Queue(Request::Acquire { cycle, .. } | Request::Release { cycle, .. }) => {
+                self.stats.failed += 1;
+                let error = no_answer();
+                let ((), next) = self.event(m, k, |queue, cx| ((), queue.failed(cycle, &error, cx)));
+                self.drive_on(m, k, in_flight.driver, next);
+            }
+        }
+    }
+
+    fn renewed(
+        &mut self,
+        m: usize,
+        k: usize,
+        cycle: Cycle,
+        ttl: std::time::Duration,
+        sent_at: Moment,
+        reply: Option<RenewReply>,
+    ) {
+        if reply == Some(RenewReply::Extended { wanted: true }) {
+            self.ledger.hears_of_rivals(m, k, cycle);
+        }
+        self.event_in_background(m, k, |queue, cx| queue.renewed(cycle, ttl, sent_at, reply, cx));
+    }
+
+    pub(super) fn deadline_passes(&mut self, request: u64) {
+        if let Some(in_flight) = self.in_flight.remove(&request) {
+            self.note(|_| format!("m{} k{} #{request} has no answer in time", in_flight.m, in_flight.k));
+            self.unanswered(&in_flight);
+        }
+    }
+
+    /// Nobody waits for the reply any more.
+    pub(super) fn forget_request(&mut self, request: u64) -> Option<Cycle> {
+        match self.in_flight.remove(&request)?.order {
+            Order::Queue(Request::Acquire { cycle, .. } | Request::Release { cycle, .. }) => Some(cycle),
+            Order::Renew { .. } => None,
+        }
+    }
+
+    /// A connection breaks: the commands on it are lost from some point on, and so are all replies.
+    pub(super) fn reset(&mut self, m: usize, lane: Lane) {
+        let ghosts = if self.plan.ghosts && self.chance(0.5) {
+            self.stats.ghosts = true;
+            self.between(0, self.plan.slow_max)
+        } else {
+            0
+        };
+        let now = self.now;
+        let connection = &mut self.managers[m].lanes[lane as usize];
+        let generation = connection.generation;
+        connection.generation += 1;
+        connection.lost_after.push(now + ghosts);
+        (connection.last_arrival, connection.last_reply, connection.stalled_until) = (0, 0, 0);
+        self.note(|_| format!("m{m} the connection of the {lane:?} lane breaks"));
+        let waiting: Vec<(u64, Driver)> = self
+            .in_flight
+            .iter()
+            .filter(|(_, in_flight)| in_flight.m == m && in_flight.lane == lane)
+            .map(|(&request, in_flight)| (request, in_flight.driver))
+            .collect();
+        for (request, driver) in waiting {
+            // Some do not notice before their time is up.
+            if self.chance(0.8) {
+                let at = self.now + self.message_delay();
+                self.inside(at, m, driver.part(), Event::Breaks { request, generation });
+            }
+        }
+    }
+
+    /// The request is sent again on a new connection, as the store does it.
+    pub(super) fn connection_breaks(&mut self, request: u64, generation: usize) {
+        let floor = self.server_time();
+        let Some(in_flight) = self.in_flight.get_mut(&request) else {
+            return;
+        };
+        let manager = &mut self.managers[in_flight.m];
+        manager.floor = manager.floor.max(floor);
+        debug_assert!(manager.lanes[in_flight.lane as usize].generation > generation);
+        in_flight.attempts += 1;
+        let is_renewal = matches!(in_flight.order, Order::Renew { .. });
+        if in_flight.attempts > RECONNECTS || is_renewal {
+            if let Some(in_flight) = self.in_flight.remove(&request) {
+                self.unanswered(&in_flight);
+            }
+            return;
+        }
+        if let Order::Queue(Request::Acquire { ask, .. }) = &mut in_flight.order
+            && *ask == Ask::Free
+        {
+            *ask = Ask::Join;
+        }
+        self.transmit(request);
+    }
+}
+
+/// The first two keys share a slot, and so a counter.
+const fn slot(k: usize) -> usize {
+    if k == 1 { 0 } else { k }
+}
+
+const fn seen_in(reply: &AcquireReply) -> u64 {
+    match reply {
+        AcquireReply::Granted { tokens, .. } => tokens.last(),
+        AcquireReply::Queued(place) => place.mark,
+        AcquireReply::Taken | AcquireReply::Busy => 0,
+    }
+}
+
+fn no_answer() -> LockError {
+    LockError::Unavailable {
+        shard: "sim".to_owned(),
+        step: "acquire",
+        key: None,
+        waited: std::time::Duration::ZERO,
+        reason: "no answer".into(),
+    }
+}

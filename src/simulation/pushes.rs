@@ -1,0 +1,185 @@
+//! Pushes and subscriptions: messages keep their order and are lost only with their connection, which may be dead for
+//! some time before either side knows.
+
+use std::collections::BTreeSet;
+
+use super::background::Job;
+use super::clock::{Nanos, nanos};
+use super::world::{Event, Part, World};
+use crate::protocol::Push;
+use crate::queue::Effects;
+
+/// A manager's subscription, as the chain of connections that replaced one another.
+#[derive(Debug)]
+pub(super) struct Inbox {
+    /// The newest connection. What was sent on an older one is lost.
+    generation: usize,
+    /// The connections that the server takes for alive.
+    pub(super) known_to_server: BTreeSet<usize>,
+    last_delivery: Nanos,
+    /// Whether the newest connection is subscribed as far as the manager knows.
+    is_subscribed: bool,
+}
+
+impl Default for Inbox {
+    fn default() -> Self {
+        Self {
+            generation: 0,
+            known_to_server: BTreeSet::from([0]),
+            last_delivery: 0,
+            is_subscribed: true,
+        }
+    }
+}
+
+/// The steps in which a subscription is lost and had again.
+#[derive(Debug, Clone, Copy)]
+pub(super) enum Subscription {
+    /// The server notices that this connection is gone.
+    ServerForgets(usize),
+    /// The manager notices that its connection is gone.
+    Noticed,
+    /// The new connection's subscription reaches the server.
+    Arrives,
+    /// The manager is told that it is subscribed again.
+    Confirmed,
+    /// The time limit of a request has passed since the connection was lost.
+    CutOff(usize),
+}
+
+impl World {
+    /// Sends what the store wants pushed.
+    pub(super) fn deliver(&mut self, k: usize) {
+        for (name, push) in std::mem::take(&mut self.core.outbox) {
+            let Some(m) = self.managers.iter().position(|manager| manager.id.as_str() == name) else {
+                continue;
+            };
+            if let Push::Granted { grant, .. } = &push {
+                self.ledger.issues_block(m, k, grant.cycle, grant.tokens);
+            }
+            self.note(|_| format!("m{m} k{k} is pushed {push:?}"));
+            let delay = self.message_delay();
+            let inbox = &mut self.managers[m].inbox;
+            inbox.last_delivery = inbox.last_delivery.max(self.now + delay);
+            // Where only dead connections are left, the message goes to the newest of them, and is lost.
+            let generation = inbox.known_to_server.last().copied().unwrap_or(usize::MAX);
+            let at = inbox.last_delivery;
+            self.inside(at, m, Part::Pushes, Event::Pushed { generation, push });
+        }
+    }
+
+    pub(super) fn push_comes(&mut self, m: usize, generation: usize, push: Push) {
+        let inbox = &self.managers[m].inbox;
+        if inbox.generation != generation || !inbox.is_subscribed {
+            self.stats.pushes_lost += 1;
+            return self.note(|_| format!("m{m} {push:?} is lost"));
+        }
+        self.note(|_| format!("m{m} receives {push:?}"));
+        match push {
+            Push::Granted { key, grant } => {
+                let Some(k) = self.keys.iter().position(|known| *known == key) else {
+                    return;
+                };
+                if self.managers[m].queues[k].is_unused() {
+                    return self.job(m, Job::Abandon { k, cycle: grant.cycle });
+                }
+                self.event_in_background(m, k, |queue, cx| queue.granted(grant, cx));
+            }
+            Push::Wanted { key, cycle } => {
+                let Some(k) = self.keys.iter().position(|known| *known == key) else {
+                    return;
+                };
+                self.ledger.hears_of_rivals(m, k, cycle);
+                self.event_in_background(m, k, |queue, cx| {
+                    queue.wanted(cycle, cx);
+                    Effects::none()
+                });
+            }
+            Push::Resubscribed | Push::Disconnected => {}
+        }
+    }
+
+    /// The connection of the inbox dies; the two sides notice when they do.
+    pub(super) fn lose_subscription(&mut self, m: usize) {
+        let inbox = &mut self.managers[m].inbox;
+        if !inbox.is_subscribed {
+            return;
+        }
+        inbox.is_subscribed = false;
+        let generation = inbox.generation;
+        let long = self.plan.slow_max;
+        let (server, client) = match self.between(0, 2) {
+            0 => (0, self.message_delay()),
+            1 => (self.between(0, long), self.message_delay()),
+            _ => (self.between(0, long), self.between(0, long)),
+        };
+        let forgets = Subscription::ServerForgets(generation);
+        self.outside(self.now + server, m, Event::Subscription(forgets));
+        self.inside(
+            self.now + client,
+            m,
+            Part::Pushes,
+            Event::Subscription(Subscription::Noticed),
+        );
+        self.note(|_| format!("m{m} the subscription is dead"));
+    }
+
+    pub(super) fn subscription_goes_on(&mut self, m: usize, step: Subscription) {
+        match step {
+            Subscription::ServerForgets(generation) => {
+                self.managers[m].inbox.known_to_server.remove(&generation);
+                self.tell_store_who_listens(m);
+            }
+            Subscription::Noticed => {
+                let generation = {
+                    let inbox = &mut self.managers[m].inbox;
+                    inbox.generation += 1;
+                    inbox.generation
+                };
+                let pause = self.between(0, nanos(self.plan.timeout) / 2) + self.message_delay();
+                let arrives = Event::Subscription(Subscription::Arrives);
+                self.outside(self.now + pause, m, arrives);
+                let cut_off = self.now + nanos(self.plan.timeout);
+                let timer = Event::Subscription(Subscription::CutOff(generation));
+                self.inside(cut_off, m, Part::Pushes, timer);
+            }
+            Subscription::Arrives => {
+                if !self.managers[m].is_alive {
+                    return;
+                }
+                let delay = self.message_delay();
+                let inbox = &mut self.managers[m].inbox;
+                inbox.known_to_server.insert(inbox.generation);
+                inbox.last_delivery = self.now + delay;
+                let at = inbox.last_delivery;
+                self.tell_store_who_listens(m);
+                let confirmed = Event::Subscription(Subscription::Confirmed);
+                self.inside(at, m, Part::Pushes, confirmed);
+            }
+            Subscription::Confirmed => {
+                self.managers[m].inbox.is_subscribed = true;
+                self.stats.resubscribed += 1;
+                self.note(|_| format!("m{m} is subscribed again"));
+                self.ask_again(m);
+            }
+            Subscription::CutOff(generation) => {
+                let inbox = &self.managers[m].inbox;
+                if inbox.generation == generation && !inbox.is_subscribed {
+                    self.ask_again(m);
+                }
+            }
+        }
+    }
+
+    fn ask_again(&mut self, m: usize) {
+        for k in 0..self.keys.len() {
+            self.event_in_background(m, k, |queue, _| queue.resubscribed());
+        }
+    }
+
+    fn tell_store_who_listens(&mut self, m: usize) {
+        let manager = &self.managers[m];
+        self.core
+            .listen(manager.id.as_str(), !manager.inbox.known_to_server.is_empty());
+    }
+}

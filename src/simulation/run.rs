@@ -1,0 +1,245 @@
+//! One run from its seed to its end.
+
+use std::fmt;
+
+use super::clock::{Nanos, nanos};
+use super::ledger::Breach;
+use super::plan::Variant;
+use super::world::World;
+use crate::clock::Moment;
+use crate::identity::ManagerId;
+use crate::protocol::{AcquireReply, Cycle};
+use crate::queue::Flaw;
+use crate::store::memory::Terms;
+
+/// What happened in a run, to see that the runs are worth something.
+#[derive(Debug, Default, Clone)]
+pub(super) struct Stats {
+    pub(super) events: u64,
+    pub(super) uncontended: u64,
+    pub(super) local_hand_offs: u64,
+    pub(super) remote_grants: u64,
+    pub(super) busy: u64,
+    pub(super) cancelled: u64,
+    pub(super) dropped: u64,
+    pub(super) failed: u64,
+    pub(super) lost: u64,
+    pub(super) abandoned: u64,
+    pub(super) left_to_run_out: u64,
+    pub(super) too_late: u64,
+    pub(super) regressed: u64,
+    pub(super) pushes_lost: u64,
+    pub(super) resubscribed: u64,
+    pub(super) crashes: u64,
+    pub(super) forgotten: u64,
+    pub(super) ghosts: bool,
+    /// How much of the patience was needed at most, in percent.
+    pub(super) patience_needed: u64,
+}
+
+impl Stats {
+    pub(super) fn add(&mut self, other: &Self) {
+        for (sum, part) in [
+            (&mut self.events, other.events),
+            (&mut self.uncontended, other.uncontended),
+            (&mut self.local_hand_offs, other.local_hand_offs),
+            (&mut self.remote_grants, other.remote_grants),
+            (&mut self.busy, other.busy),
+            (&mut self.cancelled, other.cancelled),
+            (&mut self.dropped, other.dropped),
+            (&mut self.failed, other.failed),
+            (&mut self.lost, other.lost),
+            (&mut self.abandoned, other.abandoned),
+            (&mut self.left_to_run_out, other.left_to_run_out),
+            (&mut self.too_late, other.too_late),
+            (&mut self.regressed, other.regressed),
+            (&mut self.pushes_lost, other.pushes_lost),
+            (&mut self.resubscribed, other.resubscribed),
+            (&mut self.crashes, other.crashes),
+            (&mut self.forgotten, other.forgotten),
+        ] {
+            *sum += part;
+        }
+        self.patience_needed = self.patience_needed.max(other.patience_needed);
+    }
+
+    /// All the ways to get, to miss and to lose a lock were seen.
+    pub(super) fn assert_rich(&self) {
+        for (what, count, least) in [
+            ("uncontended", self.uncontended, 2_000),
+            ("local hand-offs", self.local_hand_offs, 2_000),
+            ("remote grants", self.remote_grants, 2_000),
+            ("busy tries", self.busy, 500),
+            ("cancelled waits", self.cancelled, 500),
+            ("dropped requests", self.dropped, 200),
+            ("failed requests", self.failed, 500),
+            ("lost guards", self.lost, 500),
+            ("abandoned cycles", self.abandoned, 1_000),
+            ("replies that came too late", self.too_late, 1),
+            ("lost pushes", self.pushes_lost, 100),
+            ("new subscriptions", self.resubscribed, 200),
+            ("crashes", self.crashes, 100),
+        ] {
+            assert!(count >= least, "{what}: only {count}\n{self:?}");
+        }
+        assert_eq!(
+            self.regressed, 0,
+            "no token goes back where nothing is forgotten: {self:?}"
+        );
+    }
+}
+
+/// A run in which something did not hold.
+#[derive(Debug)]
+pub(super) struct Failure {
+    seed: u64,
+    breach: Breach,
+    trace: Vec<String>,
+}
+
+impl Failure {
+    pub(super) const fn is_unsafe(&self) -> bool {
+        self.breach.is_unsafe
+    }
+}
+
+impl fmt::Display for Failure {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        for line in &self.trace {
+            writeln!(f, "{line}")?;
+        }
+        write!(f, "seed {} {}", self.seed, self.breach.what)
+    }
+}
+
+/// Runs one seed.
+pub(super) fn run(seed: u64, variant: Variant, flaw: Option<Flaw>, traced: bool) -> Result<Stats, Failure> {
+    let mut world = World::new(seed, variant, flaw, traced);
+    match world.run() {
+        Ok(()) => Ok(world.stats),
+        Err(breach) => Err(Failure {
+            seed,
+            breach,
+            trace: world.take_trace(),
+        }),
+    }
+}
+
+impl World {
+    fn run(&mut self) -> Result<(), Breach> {
+        self.begin();
+        while !self.in_calm() && self.checked_step()? {}
+        let patience = self.plan.patience();
+        let limit = self.plan.faults_end + patience;
+        while self.is_busy() {
+            if self.now > limit || !self.checked_step()? {
+                return Err(self.unended("somebody is not served"));
+            }
+        }
+        self.stats.patience_needed = self.now.saturating_sub(self.plan.faults_end) * 100 / patience;
+        if self.plan.variant == Variant::Prompt {
+            return self.end_promptly(limit);
+        }
+        self.end(limit)?;
+        self.a_newcomer_is_served(limit)
+    }
+
+    fn checked_step(&mut self) -> Result<bool, Breach> {
+        let more = self.step();
+        self.check_guards();
+        match self.ledger.take_breach() {
+            Some(breach) => Err(breach),
+            None => Ok(more),
+        }
+    }
+
+    fn unended(&self, what: &str) -> Breach {
+        let mut what = what.to_owned();
+        for (m, manager) in self.managers.iter().enumerate().filter(|(_, manager)| manager.is_alive) {
+            for (k, queue) in manager
+                .queues
+                .iter()
+                .enumerate()
+                .filter(|(_, queue)| !queue.is_unused())
+            {
+                what += &format!("\nm{m} k{k} {queue:?}");
+            }
+            for (t, task) in manager.tasks.iter().enumerate() {
+                what += &format!("\nm{m} t{t} {:?}", task.state);
+            }
+        }
+        what += &format!("\n{:?}", self.core);
+        Breach { what, is_unsafe: false }
+    }
+
+    /// Nothing is left in the store long before any lease or time limit has run out.
+    fn end_promptly(&mut self, limit: Nanos) -> Result<(), Breach> {
+        while self.next_at().is_some_and(|at| at <= limit) {
+            self.checked_step()?;
+        }
+        if !self.in_flight.is_empty() || self.core.keys_in_use(Moment::from_nanos(self.now)) > 0 {
+            return Err(self.unended("something is left"));
+        }
+        Ok(())
+    }
+
+    /// All that is under way comes to its end, and nothing is left, but for what the dead have left behind, and what could not be
+    /// released while there were faults.
+    fn end(&mut self, limit: Nanos) -> Result<(), Breach> {
+        while self.checked_step()? {
+            if self.now > limit {
+                return Err(self.unended("something goes on for ever"));
+            }
+        }
+        let is_used = |queue: &crate::queue::Queue<usize>| !queue.is_unused();
+        let living = || self.managers.iter().filter(|manager| manager.is_alive);
+        if living().any(|manager| manager.queues.iter().any(is_used)) || !self.in_flight.is_empty() {
+            return Err(self.unended("a queue is left in use"));
+        }
+        self.now += nanos(self.plan.longest_ttl()) * 4;
+        let all_was_released = self.stats.crashes == 0 && self.stats.left_to_run_out == 0 && !self.stats.ghosts;
+        if all_was_released && self.core.keys_in_use(Moment::from_nanos(self.now)) > 0 {
+            return Err(self.unended("the store is not empty"));
+        }
+        Ok(())
+    }
+
+    /// Whatever was left behind, another manager gets every key, and leaves nothing.
+    fn a_newcomer_is_served(&mut self, limit: Nanos) -> Result<(), Breach> {
+        let newcomer = ManagerId::of("sim", 1, 99);
+        self.core.listen(newcomer.as_str(), true);
+        let me = newcomer.sign(Cycle(2)).to_string();
+        for k in 0..self.keys.len() {
+            let terms = self.newcomers_terms();
+            let reply = self.core.acquire(&self.keys[k], &me, false, terms);
+            if !matches!(reply, AcquireReply::Granted { .. }) {
+                // A cycle that is over and was still in the queue was granted; its manager gives it back.
+                self.deliver(k);
+                self.end(limit * 2)?;
+                let owner = self.core.owner(&self.keys[k], Moment::from_nanos(self.now));
+                if owner.is_none() {
+                    let terms = self.newcomers_terms();
+                    self.core.acquire(&self.keys[k], &me, false, terms);
+                }
+            }
+            let terms = self.newcomers_terms();
+            if !self.core.release(&self.keys[k], &me, None, terms).held {
+                return Err(self.unended("a newcomer is not served"));
+            }
+        }
+        if self.core.keys_in_use(Moment::from_nanos(self.now)) > 0 {
+            return Err(self.unended("a newcomer does not leave the store empty"));
+        }
+        Ok(())
+    }
+
+    fn newcomers_terms(&self) -> Terms {
+        Terms {
+            now: Moment::from_nanos(self.now),
+            server_time: self.server_time(),
+            ttl: self.plan.longest_ttl() * 100,
+            tokens: 1,
+            floor: self.server_time(),
+        }
+    }
+}

@@ -1,0 +1,273 @@
+//! Tasks that want locks, as `request` and `guard` have it: who waits drives the request, who gives up drops it.
+
+use std::sync::Arc;
+use std::time::Duration;
+
+use super::background::Job;
+use super::clock::{Nanos, nanos};
+use super::network::{Driver, Order};
+use super::world::{Event, Part, World};
+use crate::fence::FencingToken;
+use crate::lease::Lease;
+use crate::queue::{Effects, Granted, Outcome, Path, Request, WaiterId, Want};
+use crate::store::Lane;
+
+#[derive(Debug, Default)]
+pub(super) struct Task {
+    /// Counts the states, so that an event that was meant for an earlier one is known.
+    epoch: u32,
+    pub(super) state: State,
+}
+
+#[derive(Debug, Default)]
+pub(super) enum State {
+    #[default]
+    Idle,
+    Waiting(Waiting),
+    Holding {
+        k: usize,
+        lease: Arc<Lease>,
+        token: FencingToken,
+    },
+    /// Waits for the reply to the release of its guard.
+    Releasing {
+        k: usize,
+        request: u64,
+    },
+}
+
+#[derive(Debug)]
+pub(super) struct Waiting {
+    pub(super) k: usize,
+    pub(super) id: WaiterId,
+    /// Its place among all who ever waited.
+    pub(super) order: u64,
+    pub(super) only_try: bool,
+    /// The request that it carries out.
+    driving: Option<u64>,
+}
+
+#[derive(Debug, Clone, Copy)]
+pub(super) enum Step {
+    Start,
+    Poll,
+    Cancel,
+    LetGo,
+}
+
+impl World {
+    fn enter(&mut self, m: usize, task: usize, state: State) {
+        let task = &mut self.managers[m].tasks[task];
+        task.epoch += 1;
+        task.state = state;
+    }
+
+    pub(super) fn later(&mut self, m: usize, task: usize, after: Nanos, step: Step) {
+        let epoch = self.managers[m].tasks[task].epoch;
+        let event = Event::Task { task, epoch, step };
+        self.inside(self.now + after, m, Part::Tasks, event);
+    }
+
+    pub(super) fn task_goes_on(&mut self, m: usize, task: usize, epoch: u32, step: Step) {
+        if self.managers[m].tasks[task].epoch != epoch {
+            return;
+        }
+        match step {
+            Step::Start => self.task_starts(m, task),
+            Step::Poll => self.task_polls(m, task),
+            Step::Cancel => self.task_is_cancelled(m, task),
+            Step::LetGo => self.task_lets_go(m, task),
+        }
+    }
+
+    fn rests(&mut self, m: usize, task: usize) {
+        self.enter(m, task, State::Idle);
+        let think = self.between(0, self.plan.think_max);
+        self.later(m, task, think, Step::Start);
+    }
+
+    fn task_starts(&mut self, m: usize, task: usize) {
+        if self.in_calm() || self.managers[m].is_closed {
+            return;
+        }
+        let k = self.between(0, self.keys.len() as u64 - 1) as usize;
+        let which = self.between(0, self.plan.ttls.len() as u64 - 1) as usize;
+        let max_hold = self.chance(self.plan.max_hold_chance);
+        let only_try = self.chance(self.plan.try_chance);
+        let manager = &self.managers[m];
+        let want = Want {
+            ttl: self.plan.ttls[which],
+            max_hold: max_hold.then(|| Duration::from_nanos(self.plan.hold_max / 2)),
+            only_try,
+            expects_rivals: manager.queues[k].is_unused() && manager.rivals[k],
+        };
+        self.note(|_| format!("m{m} k{k} t{task} wants {want:?}"));
+        let order = self.number();
+        let (id, request) = self.event(m, k, |queue, cx| queue.want(want, Some(task), cx));
+        let driving = request.map(|request| self.send(m, k, Order::Queue(request), Driver::Task(task), Lane::Caller));
+        let waiting = Waiting {
+            k,
+            id,
+            order,
+            only_try: want.only_try,
+            driving,
+        };
+        self.enter(m, task, State::Waiting(waiting));
+        if !want.only_try && self.chance(self.plan.give_up_chance) {
+            let patience = self.between(0, nanos(self.plan.ttls[0]));
+            self.later(m, task, patience, Step::Cancel);
+        }
+        self.task_polls(m, task);
+    }
+
+    pub(super) fn task_is_woken(&mut self, m: usize, task: usize) {
+        let delay = self.between(1_000, 100_000);
+        if self.chance(self.plan.give_up_chance / 3.0) {
+            self.later(m, task, delay / 2, Step::Cancel);
+        }
+        self.later(m, task, delay, Step::Poll);
+    }
+
+    /// The reply to the request that this task carries out has come; `next` follows.
+    pub(super) fn task_drives_on(&mut self, m: usize, k: usize, task: usize, next: Option<Request>) {
+        match &mut self.managers[m].tasks[task].state {
+            State::Waiting(waiting) => {
+                waiting.driving = None;
+                let id = waiting.id;
+                match next {
+                    Some(request) if self.managers[m].queues[k].is_settled(id) => {
+                        self.job(m, Job::Request { k, request });
+                    }
+                    Some(request) => {
+                        let request = self.send(m, k, Order::Queue(request), Driver::Task(task), Lane::Caller);
+                        if let State::Waiting(waiting) = &mut self.managers[m].tasks[task].state {
+                            waiting.driving = Some(request);
+                        }
+                    }
+                    None => {}
+                }
+                self.task_polls(m, task);
+            }
+            State::Releasing { .. } => {
+                if let Some(request) = next {
+                    self.job(m, Job::Request { k, request });
+                }
+                self.rests(m, task);
+            }
+            State::Idle | State::Holding { .. } => {
+                self.ledger
+                    .breach(format!("m{m} t{task} drove a request and did not wait for it"));
+            }
+        }
+    }
+
+    fn task_polls(&mut self, m: usize, task: usize) {
+        let State::Waiting(Waiting {
+            k, id, order, driving, ..
+        }) = self.managers[m].tasks[task].state
+        else {
+            return;
+        };
+        let (outcome, _) = self.event(m, k, |queue, _| {
+            let outcome = queue.collect(id);
+            if outcome.is_none() {
+                queue.set_waker(id, task);
+            }
+            (outcome, Effects::none())
+        });
+        let Some(outcome) = outcome else { return };
+        self.note(|_| match &outcome {
+            Outcome::Granted(Granted { lease, token, path, .. }) => {
+                format!(
+                    "m{m} k{k} t{task} gets token {token} of cycle {} by {path:?}",
+                    lease.cycle
+                )
+            }
+            outcome => format!("m{m} k{k} t{task} gets nothing: {outcome:?}"),
+        });
+        self.rests(m, task);
+        // A request that it still carries out is dropped with the wait.
+        self.drop_request(m, k, driving);
+        match outcome {
+            Outcome::Granted(granted) => self.task_has_it(m, k, task, order, granted),
+            Outcome::Busy => self.stats.busy += 1,
+            Outcome::Failed(_) => {}
+            Outcome::TooLate => self.stats.too_late += 1,
+            Outcome::Regressed { token, floor } => {
+                self.stats.regressed += 1;
+                self.note(|_| format!("m{m} k{k} t{task} token {token} is not above {floor}"));
+            }
+        }
+    }
+
+    fn task_has_it(&mut self, m: usize, k: usize, task: usize, order: u64, granted: Granted) {
+        let Granted { lease, token, path, .. } = granted;
+        if self.managers[m].is_closed {
+            // The request says that the manager is closed, and there is no guard.
+            return;
+        }
+        match path {
+            Path::Uncontended => self.stats.uncontended += 1,
+            Path::LocalHandOff => self.stats.local_hand_offs += 1,
+            Path::RemoteGrant => self.stats.remote_grants += 1,
+        }
+        self.check_order(m, k, order);
+        self.guard_begins(m, k, &lease, token);
+        self.enter(m, task, State::Holding { k, lease, token });
+        let hold = if self.chance(self.plan.long_hold_chance) {
+            self.between(0, self.plan.long_hold_max)
+        } else {
+            self.between(0, self.plan.hold_max)
+        };
+        self.later(m, task, hold, Step::LetGo);
+    }
+
+    fn task_is_cancelled(&mut self, m: usize, task: usize) {
+        match self.managers[m].tasks[task].state {
+            State::Waiting(Waiting { k, id, driving, .. }) => {
+                self.stats.cancelled += 1;
+                self.note(|_| format!("m{m} k{k} t{task} stops waiting"));
+                self.event_in_background(m, k, |queue, cx| queue.give_up(id, cx));
+                self.drop_request(m, k, driving);
+            }
+            State::Releasing { k, request } => {
+                self.note(|_| format!("m{m} k{k} t{task} drops its release"));
+                self.drop_request(m, k, Some(request));
+            }
+            State::Idle | State::Holding { .. } => return,
+        }
+        self.rests(m, task);
+    }
+
+    fn drop_request(&mut self, m: usize, k: usize, request: Option<u64>) {
+        if let Some(cycle) = request.and_then(|request| self.forget_request(request)) {
+            self.stats.dropped += 1;
+            self.event_in_background(m, k, |queue, cx| queue.dropped(cycle, cx));
+        }
+    }
+
+    fn task_lets_go(&mut self, m: usize, task: usize) {
+        let State::Holding { k, ref lease, token } = self.managers[m].tasks[task].state else {
+            return;
+        };
+        let cycle = lease.cycle;
+        self.guard_ends(k, token);
+        let (held, request) = self.event(m, k, |queue, cx| queue.released(cycle, token, cx));
+        self.note(|_| format!("m{m} k{k} t{task} lets go of {cycle}, held: {held}"));
+        let Some(request) = request else {
+            return self.rests(m, task);
+        };
+        let awaited = held && matches!(request, Request::Release { .. }) && self.chance(0.7);
+        if !awaited {
+            // The guard is dropped, or this is no release.
+            self.job(m, Job::Request { k, request });
+            return self.rests(m, task);
+        }
+        let request = self.send(m, k, Order::Queue(request), Driver::Task(task), Lane::Caller);
+        self.enter(m, task, State::Releasing { k, request });
+        if self.chance(self.plan.give_up_chance) {
+            let patience = self.between(0, 4 * self.plan.message_max);
+            self.later(m, task, patience, Step::Cancel);
+        }
+    }
+}

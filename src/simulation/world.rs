@@ -1,0 +1,360 @@
+//! The world of a run: the managers, the store, the agenda of what happens next.
+
+use std::cmp::Reverse;
+use std::collections::{BTreeMap, BinaryHeap};
+
+use rand::rngs::SmallRng;
+use rand::{Rng, SeedableRng};
+
+use super::background::{Abandon, Job};
+use super::clock::{DRIFT_MAX, LocalClock, Nanos};
+use super::faults::Fault;
+use super::ledger::Ledger;
+use super::network::{Command, Connection, InFlight, Reply};
+use super::plan::{Plan, Variant};
+use super::pushes::{Inbox, Subscription};
+use super::run::Stats;
+use super::tasks::{Step, Task};
+use crate::identity::ManagerId;
+use crate::key::LockKey;
+use crate::protocol::{Ask, Cycles, Push};
+use crate::queue::{Context, Effects, Flaw, Queue, Request};
+use crate::store::Lane;
+use crate::store::memory::MemoryCore;
+
+pub(super) struct World {
+    pub(super) now: Nanos,
+    pub(super) rng: SmallRng,
+    pub(super) plan: Plan,
+    pub(super) core: MemoryCore,
+    pub(super) keys: Vec<LockKey>,
+    pub(super) managers: Vec<Manager>,
+    pub(super) in_flight: BTreeMap<u64, InFlight>,
+    pub(super) ledger: Ledger,
+    pub(super) stats: Stats,
+    /// Until then every message takes long.
+    pub(super) slow_until: Nanos,
+    agenda: BinaryHeap<Reverse<Scheduled>>,
+    numbers: u64,
+    trace: Option<Vec<String>>,
+}
+
+/// One process.
+pub(super) struct Manager {
+    pub(super) id: ManagerId,
+    pub(super) cycles: Cycles,
+    pub(super) clock: LocalClock,
+    pub(super) queues: Vec<Queue<usize>>,
+    /// Which keys others were seen to want.
+    pub(super) rivals: Vec<bool>,
+    pub(super) tasks: Vec<Task>,
+    pub(super) is_alive: bool,
+    pub(super) is_closed: bool,
+    pub(super) lanes: [Connection; 2],
+    pub(super) inbox: Inbox,
+    /// The server's time at the last connect, and the largest token seen of each key's slot.
+    pub(super) floor: u64,
+    pub(super) seen: Vec<u64>,
+    /// Until when each part of the process stands still.
+    pub(super) blocked_until: [Nanos; PARTS],
+    pub(super) next_look: Nanos,
+    pub(super) last_job: Nanos,
+}
+
+/// What of a process stands still, or goes on, on its own.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(super) enum Part {
+    Tasks,
+    Background,
+    Pushes,
+    Watchdog,
+}
+
+pub(super) const PARTS: usize = 4;
+
+pub(super) enum Event {
+    /// A command reaches the server. Everything else happens in the process of a manager.
+    Arrives(Command),
+    Replies {
+        request: u64,
+        lane: Lane,
+        generation: usize,
+        reply: Option<Reply>,
+    },
+    /// A connection is found to be broken by who waits for a reply on it.
+    Breaks {
+        request: u64,
+        generation: usize,
+    },
+    Deadline {
+        request: u64,
+    },
+    Job(Job),
+    AbandonAgain(Abandon),
+    Look {
+        at: Nanos,
+    },
+    Pushed {
+        generation: usize,
+        push: Push,
+    },
+    Subscription(Subscription),
+    Task {
+        task: usize,
+        epoch: u32,
+        step: Step,
+    },
+    Fault(Fault),
+}
+
+struct Scheduled {
+    at: Nanos,
+    number: u64,
+    manager: usize,
+    /// Nothing if it happens outside of any process.
+    part: Option<Part>,
+    event: Event,
+}
+
+impl World {
+    pub(super) fn new(seed: u64, variant: Variant, flaw: Option<Flaw>, traced: bool) -> Self {
+        let mut rng = SmallRng::seed_from_u64(seed);
+        let plan = Plan::draw(&mut rng, variant, flaw);
+        let keys: Vec<LockKey> = ["{s}one", "{s}two", "three"][..plan.keys]
+            .iter()
+            .filter_map(|name| LockKey::new(name).ok())
+            .collect();
+        let mut world = Self {
+            now: 0,
+            core: MemoryCore::default(),
+            managers: Vec::new(),
+            in_flight: BTreeMap::new(),
+            ledger: Ledger::new(keys.len()),
+            stats: Stats::default(),
+            slow_until: 0,
+            agenda: BinaryHeap::new(),
+            numbers: 0,
+            trace: traced.then(Vec::new),
+            keys,
+            plan,
+            rng,
+        };
+        for number in 0..world.plan.managers {
+            let manager = world.new_manager(number);
+            world.core.listen(manager.id.as_str(), true);
+            world.managers.push(manager);
+        }
+        world.note(|world| format!("{:?}", world.plan));
+        world
+    }
+
+    fn new_manager(&mut self, number: usize) -> Manager {
+        Manager {
+            id: ManagerId::of("sim", 1, number as u64),
+            cycles: Cycles::default(),
+            clock: LocalClock {
+                offset: self.rng.random_range(1_000_000_000..1_000_000_000_000),
+                drift: self.rng.random_range(-DRIFT_MAX..=DRIFT_MAX),
+            },
+            queues: self.keys.iter().map(|_| Queue::new()).collect(),
+            rivals: vec![false; self.keys.len()],
+            tasks: (0..self.plan.tasks).map(|_| Task::default()).collect(),
+            is_alive: true,
+            is_closed: false,
+            lanes: [Connection::default(), Connection::default()],
+            inbox: Inbox::default(),
+            floor: self.server_time(),
+            seen: vec![0; self.keys.len()],
+            blocked_until: [0; PARTS],
+            next_look: Nanos::MAX,
+            last_job: 0,
+        }
+    }
+
+    /// The store's time as a token.
+    pub(super) fn server_time(&self) -> u64 {
+        1_000_000_000 + self.now / 125
+    }
+
+    pub(super) fn in_calm(&self) -> bool {
+        self.now >= self.plan.faults_end
+    }
+
+    /// A number between the two.
+    pub(super) fn between(&mut self, least: Nanos, most: Nanos) -> Nanos {
+        self.rng.random_range(least..=most.max(least))
+    }
+
+    pub(super) fn chance(&mut self, chance: f64) -> bool {
+        chance > 0.0 && self.rng.random_bool(chance)
+    }
+
+    /// Something will happen outside of any process, though it may be on behalf of a manager.
+    pub(super) fn outside(&mut self, at: Nanos, manager: usize, event: Event) {
+        self.schedule(at, manager, None, event);
+    }
+
+    /// Something will happen in a part of a process, unless that stands still then.
+    pub(super) fn inside(&mut self, at: Nanos, manager: usize, part: Part, event: Event) {
+        self.schedule(at, manager, Some(part), event);
+    }
+
+    fn schedule(&mut self, at: Nanos, manager: usize, part: Option<Part>, event: Event) {
+        self.numbers += 1;
+        self.agenda.push(Reverse(Scheduled {
+            at: at.max(self.now),
+            number: self.numbers,
+            manager,
+            part,
+            event,
+        }));
+    }
+
+    pub(super) fn number(&mut self) -> u64 {
+        self.numbers += 1;
+        self.numbers
+    }
+
+    /// When the next event happens.
+    pub(super) fn next_at(&self) -> Option<Nanos> {
+        self.agenda.peek().map(|Reverse(next)| next.at)
+    }
+
+    /// Lets the next event happen. Says whether there was one.
+    pub(super) fn step(&mut self) -> bool {
+        let Some(Reverse(mut next)) = self.agenda.pop() else {
+            return false;
+        };
+        self.now = next.at;
+        if let Some(part) = next.part {
+            let manager = &self.managers[next.manager];
+            if !manager.is_alive {
+                return true;
+            }
+            let blocked_until = manager.blocked_until[part as usize];
+            if blocked_until > self.now {
+                // It keeps its number, and so its place among what this part has to do.
+                next.at = blocked_until;
+                self.agenda.push(Reverse(next));
+                return true;
+            }
+        }
+        self.happen(next.manager, next.event);
+        self.stats.events += 1;
+        true
+    }
+
+    fn happen(&mut self, m: usize, event: Event) {
+        match event {
+            Event::Arrives(command) => self.arrives(command),
+            Event::Replies {
+                request,
+                lane,
+                generation,
+                reply,
+            } => self.reply_comes(m, request, lane, generation, reply),
+            Event::Breaks { request, generation } => self.connection_breaks(request, generation),
+            Event::Deadline { request } => self.deadline_passes(request),
+            Event::Job(job) => self.job_starts(m, job),
+            Event::AbandonAgain(abandon) => self.abandon_again(m, abandon),
+            Event::Look { at } => self.watchdog_looks(m, at),
+            Event::Pushed { generation, push } => self.push_comes(m, generation, push),
+            Event::Subscription(step) => self.subscription_goes_on(m, step),
+            Event::Task { task, epoch, step } => self.task_goes_on(m, task, epoch, step),
+            Event::Fault(fault) => self.fault_happens(m, fault),
+        }
+    }
+
+    /// Lets an event happen to a queue, as `shard::Entry` does, and carries out what it leads to, but for the request, which is
+    /// the caller's.
+    pub(super) fn event<R>(
+        &mut self,
+        m: usize,
+        k: usize,
+        happens: impl FnOnce(&mut Queue<usize>, Context<'_>) -> (R, Effects<usize>),
+    ) -> (R, Option<Request>) {
+        let manager = &mut self.managers[m];
+        let cx = Context {
+            now: manager.clock.at(self.now),
+            rules: &self.plan.rules,
+            cycles: &manager.cycles,
+        };
+        let queue = &mut manager.queues[k];
+        let (result, effects) = happens(queue, cx);
+        let look_at = queue.look_at();
+        if queue.is_unused() {
+            manager.rivals[k] = queue.rivals_seen();
+            *queue = Queue::new();
+        }
+        let Effects {
+            request,
+            abandoned,
+            wake,
+            lost,
+        } = effects;
+        if let Some(look_at) = look_at {
+            self.look_at(m, look_at);
+        }
+        for task in wake {
+            self.task_is_woken(m, task);
+        }
+        for cycle in abandoned.into_iter().flatten() {
+            self.job(m, Job::Abandon { k, cycle });
+        }
+        if let Some(reason) = lost {
+            self.stats.lost += 1;
+            self.note(|_| format!("m{m} k{k} a guard is lost: {reason}"));
+        }
+        if let Some(Request::Acquire { ask: Ask::Join, .. }) = request {
+            self.check_try(m, k);
+        }
+        (result, request)
+    }
+
+    /// [`event`](Self::event), with the request left to the background.
+    pub(super) fn event_in_background(
+        &mut self,
+        m: usize,
+        k: usize,
+        happens: impl FnOnce(&mut Queue<usize>, Context<'_>) -> Effects<usize>,
+    ) {
+        let ((), request) = self.event(m, k, |queue, cx| ((), happens(queue, cx)));
+        if let Some(request) = request {
+            self.job(m, Job::Request { k, request });
+        }
+    }
+
+    /// Adds a line to the trace, if there is one.
+    pub(super) fn note(&mut self, line: impl FnOnce(&Self) -> String) {
+        if self.trace.is_some() {
+            let line = format!("{:10.3} ms  {}", self.now as f64 / 1e6, line(self));
+            if let Some(trace) = &mut self.trace {
+                trace.push(line);
+            }
+        }
+    }
+
+    pub(super) fn take_trace(&mut self) -> Vec<String> {
+        self.trace.take().unwrap_or_default()
+    }
+}
+
+impl PartialEq for Scheduled {
+    fn eq(&self, other: &Self) -> bool {
+        self.number == other.number
+    }
+}
+
+impl Eq for Scheduled {}
+
+impl PartialOrd for Scheduled {
+    fn partial_cmp(&self, other: &Self) -> Option<std::cmp::Ordering> {
+        Some(self.cmp(other))
+    }
+}
+
+impl Ord for Scheduled {
+    fn cmp(&self, other: &Self) -> std::cmp::Ordering {
+        (self.at, self.number).cmp(&(other.at, other.number))
+    }
+}

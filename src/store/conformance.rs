@@ -1,0 +1,418 @@
+//! The Lua scripts do what the reference does: the same commands go to [`MemoryCore`] and, through [`RedisStore`], to a real
+//! server, and every reply, every push and what is left at the end are compared.
+//!
+//! Time plays no part: leases last for minutes and end by being deleted. Tokens are compared exactly, since all floors that
+//! are not zero lie above the server's time, so that it never raises a counter.
+
+use std::time::Duration;
+
+use futures_util::StreamExt;
+use proptest::prelude::*;
+use proptest::test_runner::{Config, TestRunner};
+use redis::aio::PubSub;
+
+use crate::clock::Moment;
+use crate::identity::ManagerId;
+use crate::key::LockKey;
+use crate::protocol::{Acquire, AcquireReply, Ask, Cycle, Place, Push, Release, ReleaseReply, RenewReply, Renewal};
+use crate::store::memory::{MemoryCore, Terms};
+use crate::store::redis::RedisStore;
+use crate::store::{Holder, Inspection, Lane, LeaseStore};
+
+#[path = "../../tests/support/mod.rs"]
+mod support;
+
+const MANAGERS: usize = 3;
+const CYCLES: u64 = 5;
+/// Two keys that share a slot, and so a counter, and one with what has to be encoded.
+const KEYS: [&str; 3] = ["{s}one", "{s}two", "a } key 100%"];
+/// 2050 on the server's clock, as a token.
+const FLOOR: u64 = 25 * 365 * 24 * 3600 * 8_000_000;
+/// By how much remaining times may differ. All TTLs differ by more.
+const SLACK: Duration = Duration::from_secs(40);
+
+#[derive(Debug, Clone)]
+enum Command {
+    Acquire {
+        lock: Lock,
+        ask: Ask,
+        terms: Given,
+    },
+    Release {
+        lock: Lock,
+        requeue: Option<u64>,
+        terms: Given,
+    },
+    Renew {
+        manager: usize,
+        leases: Vec<(usize, u64, Duration)>,
+    },
+    /// As an administrator or another library would.
+    Put {
+        key: usize,
+        owner: String,
+        ttl: Option<Duration>,
+    },
+    Delete {
+        key: usize,
+    },
+    Listen {
+        manager: usize,
+        listens: bool,
+    },
+}
+
+#[derive(Debug, Clone, Copy)]
+struct Lock {
+    manager: usize,
+    key: usize,
+    cycle: u64,
+}
+
+#[derive(Debug, Clone, Copy)]
+struct Given {
+    ttl: Duration,
+    tokens: u32,
+    floor: u64,
+}
+
+/// A reply of any kind, with times in a form that can be compared.
+#[derive(Debug, Clone, PartialEq)]
+enum Reply {
+    Acquired(AcquireReply),
+    Released(ReleaseReply),
+    Renewed(Vec<RenewReply>),
+    None,
+}
+
+fn ttl() -> impl Strategy<Value = Duration> {
+    prop::sample::select(vec![100, 300, 1_000]).prop_map(Duration::from_secs)
+}
+
+fn given() -> impl Strategy<Value = Given> {
+    let floor = prop_oneof![3 => Just(0), 4 => Just(FLOOR), 2 => FLOOR..FLOOR + 500];
+    (ttl(), 1..70u32, floor).prop_map(|(ttl, tokens, floor)| Given { ttl, tokens, floor })
+}
+
+/// Few different ones, so that they meet.
+fn lock() -> impl Strategy<Value = Lock> {
+    let key = prop_oneof![6 => Just(0), 2 => Just(1), 1 => Just(2)];
+    (0..MANAGERS, key, 1..=CYCLES).prop_map(|(manager, key, cycle)| Lock { manager, key, cycle })
+}
+
+fn command() -> impl Strategy<Value = Command> {
+    let ask = prop_oneof![2 => Just(Ask::Free), 6 => Just(Ask::Join), 2 => Just(Ask::Try)];
+    let owner = prop::sample::select(vec!["another-library", "h-1-zz:3", "550e8400-e29b-41d4"]);
+    let lease = (0..KEYS.len(), 1..=CYCLES, ttl());
+    prop_oneof![
+        12 => (lock(), ask, given()).prop_map(|(lock, ask, terms)| Command::Acquire { lock, ask, terms }),
+        8 => (lock(), prop::option::of(1..=CYCLES), given()).prop_map(|(lock, requeue, terms)| Command::Release {
+            lock,
+            requeue: requeue.filter(|&next| next != lock.cycle),
+            terms,
+        }),
+        2 => (0..MANAGERS, prop::collection::vec(lease, 1..6))
+            .prop_map(|(manager, leases)| Command::Renew { manager, leases }),
+        1 => (lock(), owner, prop::option::of(ttl())).prop_map(|(lock, owner, ttl)| Command::Put {
+            key: lock.key,
+            owner: owner.to_owned(),
+            ttl,
+        }),
+        3 => lock().prop_map(|lock| Command::Delete { key: lock.key }),
+        2 => (0..MANAGERS, prop::bool::weighted(0.7))
+            .prop_map(|(manager, listens)| Command::Listen { manager, listens }),
+    ]
+}
+
+/// Both sides, in the same state.
+struct Pair {
+    managers: Vec<ManagerId>,
+    keys: Vec<LockKey>,
+    core: MemoryCore,
+    stores: Vec<RedisStore>,
+    control: redis::aio::MultiplexedConnection,
+    pushes: PubSub,
+}
+
+const SYNC: &str = "everything before this was received";
+
+impl Pair {
+    async fn new(url: &str) -> Self {
+        let managers: Vec<ManagerId> = (0..MANAGERS)
+            .map(|number| ManagerId::of("h", 1, number as u64))
+            .collect();
+        let mut stores = Vec::new();
+        for manager in &managers {
+            stores.push(RedisStore::for_comparison(url, manager).await);
+        }
+        let client = redis::Client::open(url).unwrap();
+        let mut pushes = client.get_async_pubsub().await.unwrap();
+        pushes.subscribe(SYNC).await.unwrap();
+        Self {
+            managers,
+            keys: KEYS.iter().map(|key| LockKey::new(key).unwrap()).collect(),
+            core: MemoryCore::default(),
+            stores,
+            control: client.get_multiplexed_async_connection().await.unwrap(),
+            pushes,
+        }
+    }
+
+    async fn reset(&mut self) {
+        self.core = MemoryCore::default();
+        redis::cmd("FLUSHALL").exec_async(&mut self.control).await.unwrap();
+        for manager in 0..MANAGERS {
+            self.listen(manager, true).await;
+        }
+    }
+
+    async fn listen(&mut self, manager: usize, listens: bool) {
+        self.core.listen(self.managers[manager].as_str(), listens);
+        let inbox = self.stores[manager].inbox_name();
+        if listens {
+            self.pushes.subscribe(inbox).await.unwrap();
+        } else {
+            self.pushes.unsubscribe(inbox).await.unwrap();
+        }
+    }
+
+    /// What the server has pushed so far, to whom.
+    async fn received(&mut self) -> Vec<(String, Push)> {
+        redis::cmd("PUBLISH")
+            .arg(SYNC)
+            .arg("")
+            .exec_async(&mut self.control)
+            .await
+            .unwrap();
+        let mut received = Vec::new();
+        let mut messages = self.pushes.on_message();
+        while let Some(message) = messages.next().await {
+            if message.get_channel_name() == SYNC {
+                break;
+            }
+            let text: String = message.get_payload().unwrap();
+            let manager = message.get_channel_name().trim_start_matches("lock:in:").to_owned();
+            received.push((manager, RedisStore::read_push(&text).unwrap()));
+        }
+        received
+    }
+
+    /// Lets the reference do it.
+    fn refer(&mut self, command: &Command) -> Reply {
+        let now = Moment::default();
+        let terms = |given: &Given| Terms {
+            now,
+            server_time: 0,
+            ttl: given.ttl,
+            tokens: given.tokens,
+            floor: given.floor,
+        };
+        let sign = |manager: usize, cycle: u64| self.managers[manager].sign(Cycle(cycle)).to_string();
+        match command {
+            Command::Acquire {
+                lock,
+                ask,
+                terms: given,
+            } => {
+                let (key, me) = (&self.keys[lock.key], sign(lock.manager, lock.cycle));
+                Reply::Acquired(match ask {
+                    Ask::Free => self.core.acquire_freely(key, &me, terms(given)),
+                    Ask::Join => self.core.acquire(key, &me, false, terms(given)),
+                    Ask::Try => self.core.acquire(key, &me, true, terms(given)),
+                })
+            }
+            Command::Release {
+                lock,
+                requeue,
+                terms: given,
+            } => {
+                let next = requeue.map(|next| sign(lock.manager, next));
+                let me = sign(lock.manager, lock.cycle);
+                Reply::Released(
+                    self.core
+                        .release(&self.keys[lock.key], &me, next.as_deref(), terms(given)),
+                )
+            }
+            Command::Renew { manager, leases } => {
+                let mut replies = Vec::new();
+                for &(key, cycle, ttl) in leases {
+                    let me = sign(*manager, cycle);
+                    replies.push(self.core.renew(&self.keys[key], &me, now, ttl));
+                }
+                Reply::Renewed(replies)
+            }
+            Command::Put { key, owner, ttl } => {
+                self.core.put(&self.keys[*key], owner, ttl.map(|ttl| now + ttl));
+                Reply::None
+            }
+            Command::Delete { key } => {
+                self.core.delete(&self.keys[*key]);
+                Reply::None
+            }
+            Command::Listen { .. } => Reply::None,
+        }
+    }
+
+    /// Lets the server do it.
+    async fn serve(&mut self, command: &Command) -> Reply {
+        match *command {
+            Command::Acquire { lock, ask, terms } => {
+                let store = &self.stores[lock.manager];
+                let key = self.keys[lock.key].clone();
+                store.set_floor(&key, terms.floor);
+                let request = Acquire {
+                    key,
+                    cycle: Cycle(lock.cycle),
+                    ask,
+                    ttl: terms.ttl,
+                    tokens: terms.tokens,
+                };
+                Reply::Acquired(store.acquire(request).await.unwrap().reply)
+            }
+            Command::Release { lock, requeue, terms } => {
+                let store = &self.stores[lock.manager];
+                let key = self.keys[lock.key].clone();
+                store.set_floor(&key, terms.floor);
+                let request = Release {
+                    key,
+                    cycle: Cycle(lock.cycle),
+                    requeue: requeue.map(Cycle),
+                    ttl: terms.ttl,
+                    tokens: terms.tokens,
+                };
+                // Either lane will do.
+                let lane = if lock.cycle % 2 == 0 {
+                    Lane::Caller
+                } else {
+                    Lane::Background
+                };
+                Reply::Released(store.release(lane, request).await.unwrap().reply)
+            }
+            Command::Renew { manager, ref leases } => {
+                let renewal = |&(key, cycle, ttl): &(usize, u64, Duration)| Renewal {
+                    key: self.keys[key].clone(),
+                    cycle: Cycle(cycle),
+                    ttl,
+                };
+                let batch = leases.iter().map(renewal).collect();
+                Reply::Renewed(self.stores[manager].renew(batch).await.unwrap())
+            }
+            Command::Put { key, ref owner, ttl } => {
+                let mut put = redis::cmd("SET");
+                put.arg(self.stores[0].lease_name(&self.keys[key])).arg(owner);
+                if let Some(ttl) = ttl {
+                    put.arg("PX").arg(ttl.as_millis() as u64);
+                }
+                put.exec_async(&mut self.control).await.unwrap();
+                Reply::None
+            }
+            Command::Delete { key } => {
+                let name = self.stores[0].lease_name(&self.keys[key]);
+                redis::cmd("DEL").arg(name).exec_async(&mut self.control).await.unwrap();
+                Reply::None
+            }
+            Command::Listen { manager, listens } => {
+                self.listen(manager, listens).await;
+                Reply::None
+            }
+        }
+    }
+
+    /// Both do the same.
+    async fn compare(&mut self, commands: &[Command]) -> Result<(), TestCaseError> {
+        self.reset().await;
+        for (number, command) in commands.iter().enumerate() {
+            let expected = self.refer(command);
+            let reply = self.serve(command).await;
+            prop_assert!(
+                same_reply(&expected, &reply),
+                "command {number} {command:?}:\nreference {expected:?}\nserver    {reply:?}"
+            );
+            let expected = std::mem::take(&mut self.core.outbox);
+            let received = self.received().await;
+            prop_assert_eq!(expected, received, "pushes of command {} {:?}", number, command);
+            for key in 0..KEYS.len() {
+                let key = self.keys[key].clone();
+                let expected = self.core.inspect(&key, Moment::default());
+                let found = self.stores[0].inspect(key).await.unwrap();
+                prop_assert!(
+                    same_inspection(&expected, &found),
+                    "after command {number} {command:?}:\nreference {expected:?}\nserver    {found:?}"
+                );
+            }
+        }
+        Ok(())
+    }
+}
+
+/// What the server says is a little less, since time passes there.
+fn same_time(expected: Option<Duration>, found: Option<Duration>) -> bool {
+    match (expected, found) {
+        (Some(expected), Some(found)) => found <= expected && expected - found < SLACK,
+        (None, None) => true,
+        _ => false,
+    }
+}
+
+fn same_acquired(expected: &AcquireReply, found: &AcquireReply) -> bool {
+    match (expected, found) {
+        (AcquireReply::Queued(expected), AcquireReply::Queued(found)) => {
+            let timeless = |place: &Place| Place {
+                owner_ttl: None,
+                ..*place
+            };
+            same_time(expected.owner_ttl, found.owner_ttl) && timeless(expected) == timeless(found)
+        }
+        _ => expected == found,
+    }
+}
+
+fn same_reply(expected: &Reply, found: &Reply) -> bool {
+    match (expected, found) {
+        (Reply::Acquired(expected), Reply::Acquired(found)) => same_acquired(expected, found),
+        (Reply::Released(expected), Reply::Released(found)) => {
+            let same_requeued = match (&expected.requeued, &found.requeued) {
+                (Some(expected), Some(found)) => same_acquired(expected, found),
+                (None, None) => true,
+                _ => false,
+            };
+            expected.held == found.held && same_requeued
+        }
+        _ => expected == found,
+    }
+}
+
+fn same_inspection(expected: &Inspection, found: &Inspection) -> bool {
+    let remaining = |inspection: &Inspection| inspection.holder.as_ref().and_then(|holder| holder.remaining);
+    let timeless = |inspection: &Inspection| Inspection {
+        holder: inspection.holder.clone().map(|holder| Holder {
+            remaining: None,
+            ..holder
+        }),
+        ..inspection.clone()
+    };
+    same_time(remaining(expected), remaining(found)) && timeless(expected) == timeless(found)
+}
+
+#[test]
+fn the_scripts_do_what_the_reference_does() {
+    let server = support::RedisServer::start();
+    let runtime = tokio::runtime::Builder::new_current_thread()
+        .enable_all()
+        .build()
+        .unwrap();
+    let pair = runtime.block_on(Pair::new(&server.url()));
+    let pair = std::cell::RefCell::new(pair);
+    let config = Config {
+        cases: 128,
+        failure_persistence: None,
+        ..Config::default()
+    };
+    let commands = prop::collection::vec(command(), 10..40);
+    let result = TestRunner::new(config).run(&commands, |commands| {
+        runtime.block_on(pair.borrow_mut().compare(&commands))
+    });
+    if let Err(difference) = result {
+        panic!("{difference}");
+    }
+}
