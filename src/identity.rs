@@ -43,8 +43,23 @@ impl ManagerId {
     }
 
     /// What stands in a lease or a queue for one cycle: `manager:cycle`.
-    pub(crate) fn sign(&self, cycle: Cycle) -> String {
-        format!("{}:{cycle}", self.0)
+    pub(crate) const fn sign(&self, cycle: Cycle) -> Signature<'_> {
+        Signature { manager: self, cycle }
+    }
+}
+
+/// A manager and one of its cycles, as they stand in a store.
+#[derive(Debug, Clone, Copy)]
+pub(crate) struct Signature<'a> {
+    manager: &'a ManagerId,
+    cycle: Cycle,
+}
+
+impl fmt::Display for Signature<'_> {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.write_str(&self.manager.0)?;
+        f.write_str(":")?;
+        self.cycle.fmt(f)
     }
 }
 
@@ -79,9 +94,15 @@ mod tests {
     fn a_signature_is_read_as_it_was_written() {
         let id = ManagerId::of("my host_1.example", 42, 0xabc);
         assert_eq!(id.as_str(), "my-host-1.example-42-0000000000000abc");
-        assert_eq!(parse_signature(&id.sign(Cycle(7))), Some((id.as_str(), Cycle(7))));
+        assert_eq!(
+            parse_signature(&id.sign(Cycle(7)).to_string()),
+            Some((id.as_str(), Cycle(7)))
+        );
         let own = ManagerId::new();
-        assert_eq!(parse_signature(&own.sign(Cycle(1))), Some((own.as_str(), Cycle(1))));
+        assert_eq!(
+            parse_signature(&own.sign(Cycle(1)).to_string()),
+            Some((own.as_str(), Cycle(1)))
+        );
     }
 
     #[test]

@@ -23,6 +23,15 @@ impl Slot {
         Self(crc16::State::<crc16::XMODEM>::calculate(hash_tag(key).unwrap_or(key)) & (SLOTS - 1))
     }
 
+    /// The slot of a text without a hash tag that is given in parts.
+    pub(crate) fn of_parts(parts: &[&[u8]]) -> Self {
+        let mut state = crc16::State::<crc16::XMODEM>::new();
+        for part in parts {
+            state.update(part);
+        }
+        Self(state.get() & (SLOTS - 1))
+    }
+
     /// The number, 0 to 16383.
     #[must_use]
     pub const fn number(self) -> u16 {

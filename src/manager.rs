@@ -56,7 +56,7 @@ pub(crate) struct Inner {
 }
 
 impl LockManager {
-    /// Connects to one shard with the default configuration.
+    /// Connects to one shard with the default configuration. [`builder`](Self::builder) takes more.
     ///
     /// `redis://[user[:password]@]host[:port][/db]` is a Redis or Valkey primary; `memory://[name]` lives inside this process.
     ///
@@ -77,13 +77,14 @@ impl LockManager {
         config.validate()?;
         telemetry::describe();
         let id = ManagerId::new();
-        let map = ShardMap::new(config.shards.iter().map(|shard| shard.name.clone()));
+        let map = config.shard_map();
         let opening = config
             .shards
             .iter()
             .enumerate()
             .map(|(index, shard)| open(shard, &config, &id, map.fingerprint(index)));
-        let stores = futures_util::future::try_join_all(opening).await?;
+        let opened = reachable(futures_util::future::try_join_all(opening).await?)?;
+        let connected: Vec<bool> = opened.iter().map(|opened| opened.unavailable.is_none()).collect();
 
         let class = Arc::new(ClassMetrics::new(&config.class));
         let classes = Classes::new(&config.class, config.max_classes);
@@ -101,10 +102,11 @@ impl LockManager {
             waiters: config.max_waiters,
             keys: config.max_keys,
         };
-        let shards: Vec<Arc<Shard>> = stores
+        let shards: Vec<Arc<Shard>> = opened
             .into_iter()
             .zip(&config.shards)
-            .map(|((store, metrics), shard)| {
+            .map(|(opened, shard)| {
+                let Opened { store, metrics, .. } = opened;
                 Shard::new(Parts {
                     name: shard.name.as_str().into(),
                     store,
@@ -121,7 +123,7 @@ impl LockManager {
                 })
             })
             .collect();
-        let background = Background::start(shards.clone(), receiver);
+        let background = Background::start(shards.clone(), &connected, receiver);
         // From here on, dropping it ends the background thread.
         let manager = Self {
             inner: Arc::new(Inner {
@@ -177,7 +179,7 @@ impl LockManager {
         self.lock(key).with(body).await
     }
 
-    /// Looks at who holds a key and who waits for it, without changing anything.
+    /// Looks at who holds a key and who waits for it, without changing the lock.
     ///
     /// # Errors
     ///
@@ -228,6 +230,9 @@ impl LockManager {
 impl Builder {
     /// Checks the configuration, connects to all shards and starts the background thread.
     ///
+    /// Where some of several shards can't be reached, a warning is logged and the others work; it is an error if none can
+    /// be reached, or if one says no.
+    ///
     /// # Errors
     ///
     /// See [`LockManager::connect`].
@@ -236,47 +241,73 @@ impl Builder {
     }
 }
 
+/// A shard's store, connected or not.
+struct Opened {
+    store: Arc<dyn LeaseStore>,
+    metrics: Arc<ShardMetrics>,
+    /// Why it is not connected. It connects when it is first used, if it can by then.
+    unavailable: Option<LockError>,
+}
+
+/// A shard that is down must not keep the process from using the others; with none there is nothing to use.
+fn reachable(opened: Vec<Opened>) -> Result<Vec<Opened>, LockError> {
+    let unavailable = opened.iter().filter_map(|opened| opened.unavailable.as_ref());
+    for error in unavailable.clone() {
+        tracing::warn!(%error, "a shard can't be reached; its keys can't be locked until it can");
+    }
+    match unavailable.clone().next() {
+        Some(error) if unavailable.count() == opened.len() => Err(error.clone()),
+        _ => Ok(opened),
+    }
+}
+
 /// Opens the store of a shard.
-async fn open(
-    shard: &ShardConfig,
-    config: &Config,
-    id: &ManagerId,
-    map: String,
-) -> Result<(Arc<dyn LeaseStore>, Arc<ShardMetrics>), LockError> {
+async fn open(shard: &ShardConfig, config: &Config, id: &ManagerId, map: String) -> Result<Opened, LockError> {
     let metrics = Arc::new(ShardMetrics::new(&shard.name));
     let started = Moment::now();
     let endpoint = Endpoint::parse(&shard.url)?;
-    let opened: Result<Arc<dyn LeaseStore>, StoreError> = match endpoint.kind() {
-        EndpointKind::Memory { name } => MemoryStore::open(&name, id.clone(), &map).map(|store| Arc::new(store) as _),
-        EndpointKind::Redis { url } => {
-            let options = RedisOptions {
-                namespace: config.namespace.clone(),
-                manager: id.clone(),
-                map,
-                connections: config.connections,
-                timeout: config.store_timeout,
-                metrics: Arc::clone(&metrics),
-            };
-            let store = RedisStore::new(url.as_str(), options)?;
-            let limit = config.store_timeout;
-            let connected = tokio::time::timeout(limit, store.connect()).await;
-            connected
-                .unwrap_or_else(|_| {
-                    Err(StoreError::Unavailable(
-                        format!("no answer within store_timeout ({limit:?})").into(),
-                    ))
-                })
-                .map(|()| Arc::new(store) as _)
-        }
-    };
-    opened.map(|store| (store, metrics)).map_err(|error| {
+    let in_words = |error: StoreError| {
         let error = match error {
             StoreError::Unavailable(reason) => StoreError::Unavailable(format!("{endpoint}: {reason}").into()),
             StoreError::Refused(reason) => StoreError::Refused(format!("{endpoint}: {reason}").into()),
             other => other,
         };
         error.with_context(&shard.name, "connect", None, Moment::now().since(started))
-    })
+    };
+    match endpoint.kind() {
+        EndpointKind::Memory { name } => {
+            let store = MemoryStore::open(name, id.clone(), &map).map_err(in_words)?;
+            Ok(Opened {
+                store: Arc::new(store),
+                metrics,
+                unavailable: None,
+            })
+        }
+        EndpointKind::Redis { url } => {
+            let limit = config.store_timeout;
+            let options = RedisOptions {
+                namespace: config.namespace.clone(),
+                manager: id.clone(),
+                map,
+                connections: config.connections,
+                timeout: limit,
+                metrics: Arc::clone(&metrics),
+            };
+            let store = RedisStore::new(url, options)?;
+            let no_answer = || StoreError::Unavailable(format!("no answer within store_timeout ({limit:?})").into());
+            let connected = tokio::time::timeout(limit, store.connect()).await;
+            let unavailable = match connected.unwrap_or_else(|_| Err(no_answer())) {
+                Ok(()) => None,
+                Err(error @ StoreError::Unavailable(_)) => Some(in_words(error)),
+                Err(error) => return Err(in_words(error)),
+            };
+            Ok(Opened {
+                store: Arc::new(store),
+                metrics,
+                unavailable,
+            })
+        }
+    }
 }
 
 impl Inner {

@@ -16,6 +16,7 @@ pub(crate) use overrides::check_overrides;
 
 use crate::endpoint::redact;
 use crate::error::Invalid;
+use crate::router::ShardMap;
 use bounds::Problem;
 use fields::{FIELDS, Field};
 
@@ -140,6 +141,12 @@ impl Config {
         FIELDS
             .iter()
             .try_for_each(|field| (field.check)(self).map_err(|problem| problem.of(field.name)))
+    }
+
+    /// Which shard owns which keys, without connecting to any.
+    #[must_use]
+    pub fn shard_map(&self) -> ShardMap {
+        ShardMap::new(self.shards.iter().map(|shard| shard.name.clone()))
     }
 
     /// Sets one value by its name, from text: `set("ttl", "10s")`.

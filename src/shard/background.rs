@@ -13,32 +13,36 @@ use tokio::task::{JoinSet, LocalSet};
 
 use super::{Entry, Job, Shard};
 use crate::clock::Moment;
-use crate::error::LockError;
 use crate::key::LockKey;
 use crate::protocol::{Cycle, Push, Release};
 use crate::queue::Request;
-use crate::store::Lane;
+use crate::store::{Lane, StoreError};
 use crate::watchdog::keep_alive;
 
 /// The thread, and how to reach it.
 #[derive(Debug)]
 pub(crate) struct Background {
-    /// Resolves when every shard's inbox has been subscribed for the first time.
+    /// Resolves when the inbox of every connected shard has been subscribed for the first time.
     pub(crate) listening: oneshot::Receiver<()>,
 }
 
 impl Background {
-    /// Starts the thread.
+    /// Starts the thread. Only the inboxes of shards that are `connected` are waited for.
     ///
     /// # Errors
     ///
     /// The system does not give us a thread.
-    pub(crate) fn start(shards: Vec<Arc<Shard>>, jobs: mpsc::UnboundedReceiver<Job>) -> std::io::Result<Self> {
+    pub(crate) fn start(
+        shards: Vec<Arc<Shard>>,
+        connected: &[bool],
+        jobs: mpsc::UnboundedReceiver<Job>,
+    ) -> std::io::Result<Self> {
         let (tell, listening) = oneshot::channel();
+        let connected = connected.to_vec();
         // The runtime is made on its thread: it must not be dropped on one of the program's.
         std::thread::Builder::new().name("shardlock".into()).spawn(move || {
             match tokio::runtime::Builder::new_current_thread().enable_all().build() {
-                Ok(runtime) => LocalSet::new().block_on(&runtime, run(shards.into(), jobs, tell)),
+                Ok(runtime) => LocalSet::new().block_on(&runtime, run(shards.into(), connected, jobs, tell)),
                 Err(error) => tracing::error!(%error, "the background thread could not start its runtime"),
             }
         })?;
@@ -46,17 +50,23 @@ impl Background {
     }
 }
 
-async fn run(shards: Rc<[Arc<Shard>]>, mut jobs: mpsc::UnboundedReceiver<Job>, listening: oneshot::Sender<()>) {
+async fn run(
+    shards: Rc<[Arc<Shard>]>,
+    connected: Vec<bool>,
+    mut jobs: mpsc::UnboundedReceiver<Job>,
+    listening: oneshot::Sender<()>,
+) {
     let mut services = JoinSet::new();
     let (tell, mut told) = mpsc::unbounded_channel();
-    for shard in shards.iter() {
+    for (shard, &is_connected) in shards.iter().zip(&connected) {
+        let tell = is_connected.then(|| tell.clone());
         let (sender, receiver) = mpsc::unbounded_channel();
         services.spawn_local(shard.store.listen(sender));
-        services.spawn_local(receive(Arc::clone(shard), receiver, tell.clone()));
+        services.spawn_local(receive(Arc::clone(shard), receiver, tell));
         services.spawn_local(keep_alive(Arc::clone(shard)));
     }
     drop(tell);
-    let count = shards.len();
+    let count = connected.iter().filter(|&&connected| connected).count();
     services.spawn_local(async move {
         for _ in 0..count {
             told.recv().await;
@@ -69,8 +79,8 @@ async fn run(shards: Rc<[Arc<Shard>]>, mut jobs: mpsc::UnboundedReceiver<Job>, l
     let mut closing: Vec<oneshot::Sender<()>> = Vec::new();
     let mut leaving = false;
     loop {
-        let done = work.is_empty() && jobs.is_empty() && shards.iter().all(|shard| shard.is_idle());
-        if done {
+        let ending = leaving || !closing.is_empty();
+        if ending && work.is_empty() && jobs.is_empty() && shards.iter().all(|shard| shard.is_idle()) {
             for done in closing.drain(..) {
                 // Whoever asked may have stopped waiting.
                 done.send(()).ok();
@@ -79,7 +89,6 @@ async fn run(shards: Rc<[Arc<Shard>]>, mut jobs: mpsc::UnboundedReceiver<Job>, l
                 return;
             }
         }
-        let waiting_for_the_end = leaving || !closing.is_empty();
         tokio::select! {
             job = jobs.recv() => match job {
                 Some(Job::Request { entry, request }) => { work.spawn_local(carry_out(entry, request)); }
@@ -93,17 +102,24 @@ async fn run(shards: Rc<[Arc<Shard>]>, mut jobs: mpsc::UnboundedReceiver<Job>, l
                     close(&shards);
                     closing.push(done);
                 }
-                Some(Job::Leave) | None => leaving = true,
+                Some(Job::Leave) | None => {
+                    shards.iter().for_each(|shard| shard.load.ending.store(true, Ordering::SeqCst));
+                    leaving = true;
+                }
+                Some(Job::Look) => {}
             },
-            Some(_) = work.join_next(), if !work.is_empty() => {}
-            // Keys may be given back by tasks of the program, which do not tell this loop.
-            () = tokio::time::sleep(LOOK_FOR_THE_END), if waiting_for_the_end => {}
+            Some(ended) = work.join_next(), if !work.is_empty() => report_panic(ended),
+            Some(ended) = services.join_next(), if !services.is_empty() => report_panic(ended),
         }
     }
 }
 
-/// How often a thread that is about to end looks whether it may.
-const LOOK_FOR_THE_END: Duration = Duration::from_millis(5);
+/// A task of this thread can only end by itself or by a bug.
+fn report_panic(ended: Result<(), tokio::task::JoinError>) {
+    if let Err(error) = ended {
+        tracing::error!(%error, "a task of the background thread panicked; please report this");
+    }
+}
 
 fn shard_of(shards: &[Arc<Shard>], key: &LockKey) -> Option<Arc<Shard>> {
     let index = crate::router::shard_index(key.slot(), shards.len());
@@ -136,9 +152,12 @@ async fn abandon(shard: Arc<Shard>, key: LockKey, cycle: Cycle) {
                 tokens: shard.rules.max_burst,
             };
             let answer = tokio::time::timeout(shard.timeout, shard.store.release(lane, release)).await;
-            if matches!(answer, Ok(Ok(_))) {
+            match answer {
                 // Requests on one lane keep their order, so nothing of this cycle can come after it.
-                return;
+                Ok(Ok(_)) => return,
+                // It would say no again.
+                Ok(Err(StoreError::Refused(_) | StoreError::MapMismatch { .. })) => return,
+                Ok(Err(StoreError::Unavailable(_))) | Err(_) => {}
             }
             let waited = Moment::now().since(started);
             if lane == Lane::Caller || waited >= ttl {
@@ -155,8 +174,11 @@ const ABANDON_PAUSE_MIN: Duration = Duration::from_millis(20);
 const ABANDON_PAUSE_MAX: Duration = Duration::from_secs(1);
 
 /// Hands pushes to the queues they are for.
-async fn receive(shard: Arc<Shard>, mut pushes: mpsc::UnboundedReceiver<Push>, subscribed: mpsc::UnboundedSender<()>) {
-    let mut subscribed = Some(subscribed);
+async fn receive(
+    shard: Arc<Shard>,
+    mut pushes: mpsc::UnboundedReceiver<Push>,
+    mut subscribed: Option<mpsc::UnboundedSender<()>>,
+) {
     let mut cut_off: Option<tokio::task::AbortHandle> = None;
     while let Some(push) = pushes.recv().await {
         match push {
@@ -183,9 +205,8 @@ async fn receive(shard: Arc<Shard>, mut pushes: mpsc::UnboundedReceiver<Push>, s
                 if let Some(tell) = subscribed.take() {
                     // The manager may have given up connecting.
                     tell.send(()).ok();
-                } else {
-                    ask_again(&shard);
                 }
+                ask_again(&shard);
             }
             // Whoever waits would wait in vain if the server is gone: after the time limit of a request, ask, and so find out.
             Push::Disconnected => {
@@ -210,9 +231,9 @@ fn ask_again(shard: &Arc<Shard>) {
 fn close(shards: &[Arc<Shard>]) {
     for shard in shards {
         shard.load.closed.store(true, Ordering::SeqCst);
+        shard.load.ending.store(true, Ordering::SeqCst);
         for entry in shard.table.all() {
             entry.in_background(|queue, cx| queue.close(cx));
         }
     }
-    tracing::debug!(error = %LockError::Closed, "everything was given back");
 }

@@ -85,6 +85,8 @@ pub(crate) struct Limits {
 pub(crate) struct Load {
     pub(crate) waiters: AtomicUsize,
     pub(crate) closed: AtomicBool,
+    /// Whether the background thread waits for the last key to be given back.
+    pub(crate) ending: AtomicBool,
 }
 
 /// Work for the background thread.
@@ -98,6 +100,8 @@ pub(crate) enum Job {
     Close { done: tokio::sync::oneshot::Sender<()> },
     /// No handle of the manager is left: end when nothing is left to do.
     Leave,
+    /// A key was given back by a task of the program: look whether that was the last.
+    Look,
 }
 
 /// What a shard is made of.
@@ -212,8 +216,8 @@ impl Shard {
     fn forget(&self, entry: &Arc<Entry>, rivals_seen: bool) {
         self.rivals.note(&entry.key, rivals_seen);
         self.table.remove(entry);
-        if self.load.closed.load(Ordering::SeqCst) {
-            self.watch.nudge();
+        if self.load.ending.load(Ordering::SeqCst) {
+            self.send(Job::Look);
         }
     }
 
@@ -224,7 +228,7 @@ impl Shard {
 
     /// What stands in the store for a cycle of this manager.
     pub(crate) fn sign(&self, cycle: Cycle) -> String {
-        self.id.sign(cycle)
+        self.id.sign(cycle).to_string()
     }
 
     /// Whether no key is wanted, held or on its way.

@@ -4,6 +4,7 @@
 //! part of the table.
 
 use std::sync::Arc;
+use std::sync::atomic::{AtomicUsize, Ordering};
 
 use dashmap::DashMap;
 use foldhash::fast::RandomState;
@@ -14,6 +15,8 @@ use crate::key::LockKey;
 #[derive(Debug, Default)]
 pub(super) struct Table {
     entries: DashMap<LockKey, Arc<Entry>, RandomState>,
+    /// How many there are: counting them would lock every part of the table.
+    count: AtomicUsize,
 }
 
 impl Table {
@@ -26,16 +29,22 @@ impl Table {
         if let Some(entry) = self.get(key) {
             return entry;
         }
-        Arc::clone(&self.entries.entry(key.clone()).or_insert_with(new))
+        Arc::clone(&self.entries.entry(key.clone()).or_insert_with(|| {
+            self.count.fetch_add(1, Ordering::SeqCst);
+            new()
+        }))
     }
 
     /// Removes this very entry, if it is there.
     pub(super) fn remove(&self, entry: &Arc<Entry>) {
-        self.entries.remove_if(&entry.key, |_, there| Arc::ptr_eq(there, entry));
+        let removed = self.entries.remove_if(&entry.key, |_, there| Arc::ptr_eq(there, entry));
+        if removed.is_some() {
+            self.count.fetch_sub(1, Ordering::SeqCst);
+        }
     }
 
     pub(super) fn len(&self) -> usize {
-        self.entries.len()
+        self.count.load(Ordering::SeqCst)
     }
 
     /// Copies of all entries, so that no part of the table is locked while something is done with them.

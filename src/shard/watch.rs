@@ -32,12 +32,6 @@ impl Watch {
         }
     }
 
-    /// Makes the watchdog look now.
-    pub(crate) fn nudge(&self) {
-        self.next.store(0, Ordering::Release);
-        self.nudged.notify_one();
-    }
-
     /// Before a look at all keys: whatever is told from now on counts for the look after it.
     pub(crate) fn reset(&self) {
         self.next.store(u64::MAX, Ordering::Release);

@@ -63,7 +63,7 @@ fn run(command: Command) -> Result<u8, Failure> {
     match command {
         Command::Exec(args) => on_this_thread(exec::run(args)),
         Command::Inspect(args) => on_this_thread(inspect::run(args)),
-        Command::Slot(args) => on_this_thread(slot::run(args)),
+        Command::Slot(args) => slot::run(args),
     }
 }
 

@@ -1,7 +1,7 @@
 //! `shardlock slot`: where a key belongs.
 
 use serde_json::json;
-use shardlock::{Builder, Config, LockError, LockKey, ShardConfig, ShardMap};
+use shardlock::LockKey;
 
 use crate::exit::{self, Failure};
 use crate::{output, shards};
@@ -21,14 +21,14 @@ pub(crate) struct Args {
     shards: shards::Options,
 }
 
-pub(crate) async fn run(args: Args) -> Result<u8, Failure> {
+pub(crate) fn run(args: Args) -> Result<u8, Failure> {
     let key = LockKey::new(&args.key)?;
     let slot = key.slot();
     let config = args.shards.load()?;
     let owner = if config.shards.is_empty() {
         None
     } else {
-        let map = shard_map(&config).await?;
+        let map = config.shard_map();
         Some((map.name(slot).to_owned(), map.slots(map.index(slot))))
     };
     let json = json!({
@@ -47,13 +47,4 @@ pub(crate) async fn run(args: Args) -> Result<u8, Failure> {
     };
     args.form.print(&json, &human)?;
     Ok(exit::OK)
-}
-
-/// The map of these shards. The library makes one only for a manager, so shards in memory of the same names stand in
-/// for the servers.
-async fn shard_map(config: &Config) -> Result<ShardMap, LockError> {
-    let named = config.shards.iter().enumerate();
-    let stand_ins = named.map(|(index, shard)| ShardConfig::new(&shard.name, format!("memory://stand-in-{index}")));
-    let locks = Builder::new().shards(stand_ins).connect().await?;
-    Ok(locks.shard_map().clone())
 }

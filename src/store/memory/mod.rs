@@ -107,7 +107,7 @@ impl LeaseStore for MemoryStore {
             tokens,
         } = request;
         let now = Moment::now();
-        let me = self.manager.sign(cycle);
+        let me = self.manager.sign(cycle).to_string();
         let mut memory = self.memory.lock();
         let terms = self.terms(now, ttl, tokens);
         let reply = match ask {
@@ -133,12 +133,12 @@ impl LeaseStore for MemoryStore {
             tokens,
         } = request;
         let now = Moment::now();
-        let next = requeue.map(|cycle| self.manager.sign(cycle));
+        let next = requeue.map(|cycle| self.manager.sign(cycle).to_string());
         let mut memory = self.memory.lock();
         let terms = self.terms(now, ttl, tokens);
         let reply = memory
             .core
-            .release(&key, &self.manager.sign(cycle), next.as_deref(), terms);
+            .release(&key, &self.manager.sign(cycle).to_string(), next.as_deref(), terms);
         memory.deliver();
         done(Answer {
             sent_at: now,
@@ -152,9 +152,12 @@ impl LeaseStore for MemoryStore {
         let now = Moment::now();
         let mut memory = self.memory.lock();
         let renew = |renewal: Renewal| {
-            memory
-                .core
-                .renew(&renewal.key, &self.manager.sign(renewal.cycle), now, renewal.ttl)
+            memory.core.renew(
+                &renewal.key,
+                &self.manager.sign(renewal.cycle).to_string(),
+                now,
+                renewal.ttl,
+            )
         };
         done(batch.into_iter().map(renew).collect())
     }

@@ -4,7 +4,7 @@ use std::sync::Arc;
 use std::sync::atomic::{AtomicU64, Ordering};
 
 use deadpool_redis::redis::aio::MultiplexedConnection;
-use deadpool_redis::redis::{AsyncConnectionConfig, ConnectionInfo, Value, pipe};
+use deadpool_redis::redis::{AsyncConnectionConfig, ConnectionInfo, pipe};
 use deadpool_redis::{Connection, Manager, Pool};
 use parking_lot::Mutex;
 
@@ -58,9 +58,15 @@ impl Link {
 
     /// The connection; a new one if there is none.
     pub(super) async fn get(&self) -> Result<Live, StoreError> {
-        if let Some(live) = self.current.lock().clone() {
-            return Ok(live);
+        let live = self.current.lock().clone();
+        match live {
+            Some(live) => Ok(live),
+            // On the heap: connecting is rare and would make the future of every request ten times as large.
+            None => Box::pin(self.connect()).await,
         }
+    }
+
+    async fn connect(&self) -> Result<Live, StoreError> {
         let _only_one = self.connecting.lock().await;
         if let Some(live) = self.current.lock().clone() {
             return Ok(live);
@@ -100,12 +106,7 @@ impl Link {
         greeting.cmd("SET").arg(&map_key).arg(&shared.map).arg("NX");
         greeting.cmd("GET").arg(&map_key);
         let replies = connection.send_packed_commands(&greeting, 0, 3).await;
-        let replies = replies.and_then(|replies| {
-            replies
-                .into_iter()
-                .map(Value::extract_error)
-                .collect::<Result<Vec<_>, _>>()
-        });
+        let replies = replies.and_then(super::without_errors);
         let replies = replies.map_err(|error| error_in_words(&error))?;
         let (time, theirs) = match &replies[..] {
             [time, _, map] => (server_time(time), as_text(map)),

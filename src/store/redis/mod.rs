@@ -21,7 +21,9 @@ use std::sync::atomic::{AtomicU64, Ordering};
 use std::time::Duration;
 
 use deadpool_redis::redis::io::tcp::TcpSettings;
-use deadpool_redis::redis::{Client, ConnectionInfo, IntoConnectionInfo, RedisError, Value, pipe};
+use deadpool_redis::redis::{
+    Client, Cmd, ConnectionInfo, IntoConnectionInfo, Pipeline, RedisError, RedisWrite, Value, pipe,
+};
 use tokio::sync::mpsc;
 
 use crate::clock::Moment;
@@ -29,13 +31,13 @@ use crate::error::Invalid;
 use crate::fence::FencingToken;
 use crate::identity::{ManagerId, parse_signature};
 use crate::key::{LockKey, SLOTS, Slot};
-use crate::protocol::{Acquire, AcquireReply, Answer, Ask, Push, Release, ReleaseReply, RenewReply, Renewal};
+use crate::protocol::{Acquire, AcquireReply, Answer, Ask, Cycle, Push, Release, ReleaseReply, RenewReply, Renewal};
 use crate::store::{Holder, INSPECTED_QUEUE_MAX, Inspection, Lane, LeaseStore, StoreError, StoreFuture};
 use crate::telemetry::ShardMetrics;
 use link::Link;
 use names::Names;
 use reply::{acquired, acquired_freely, as_int, as_text, error_in_words, released, renewed};
-use script::{ScriptCall, Scripts};
+use script::Scripts;
 
 /// What a store needs to know to connect.
 #[derive(Debug, Clone)]
@@ -61,6 +63,7 @@ pub(crate) struct RedisStore {
 /// What the connections of a store share.
 pub(super) struct Shared {
     names: Names,
+    inbox_prefix: String,
     manager: ManagerId,
     map: String,
     timeout: Duration,
@@ -90,6 +93,7 @@ impl RedisStore {
         })?;
         let info: ConnectionInfo = info.set_tcp_settings(TcpSettings::default().set_nodelay(true));
         let shared = Arc::new(Shared {
+            inbox_prefix: Names::new(&options.namespace).inbox_prefix(),
             names: Names::new(&options.namespace),
             manager: options.manager,
             map: options.map,
@@ -151,6 +155,45 @@ impl Shared {
     }
 }
 
+impl Shared {
+    /// The two commands of the free path.
+    fn take_freely(&self, key: &LockKey, cycle: Cycle, ttl: Duration, tokens: u32) -> Pipeline {
+        let names = self.names.of(key);
+        let mut set = Cmd::with_capacity(6, 128);
+        set.arg("SET");
+        set.write_arg_fmt(names.lease());
+        set.write_arg_fmt(self.manager.sign(cycle));
+        set.arg("NX").arg("PX").arg(millis(ttl));
+        let mut count = Cmd::with_capacity(3, 64);
+        count.arg("INCRBY");
+        count.write_arg_fmt(names.counter());
+        count.arg(tokens);
+        let mut commands = Pipeline::with_capacity(2);
+        commands.add_command(set).add_command(count);
+        commands
+    }
+
+    /// The keys that the scripts of a lock have, and the first of their arguments: signature, TTL, tokens and floor.
+    fn write_terms(&self, command: &mut Cmd, key: &LockKey, cycle: Cycle, ttl: Duration, tokens: u32, floor: u64) {
+        let names = self.names.of(key);
+        command.arg(3);
+        command.write_arg_fmt(names.lease());
+        command.write_arg_fmt(names.queue());
+        command.write_arg_fmt(names.counter());
+        command.write_arg_fmt(self.manager.sign(cycle));
+        command.arg(millis(ttl)).arg(tokens).arg(floor);
+    }
+
+    fn write_inbox_prefix(&self, command: &mut Cmd) {
+        command.arg(&self.inbox_prefix);
+    }
+}
+
+/// The replies of a pipeline, or the first error among them.
+fn without_errors(replies: Vec<Value>) -> Result<Vec<Value>, RedisError> {
+    replies.into_iter().map(Value::extract_error).collect()
+}
+
 /// Whole milliseconds, as Redis wants them; never zero.
 fn millis(ttl: Duration) -> u64 {
     u64::try_from(ttl.as_millis()).unwrap_or(u64::MAX).max(1)
@@ -159,8 +202,8 @@ fn millis(ttl: Duration) -> u64 {
 impl LeaseStore for RedisStore {
     fn acquire(&self, request: Acquire) -> StoreFuture<Answer<AcquireReply>> {
         let shared = Arc::clone(&self.shared);
-        let names = shared.names.of(&request.key);
-        let link = self.link(Lane::Caller, names.slot);
+        let slot = shared.names.of(&request.key).slot;
+        let link = self.link(Lane::Caller, slot);
         Box::pin(async move {
             let Acquire {
                 key,
@@ -169,51 +212,31 @@ impl LeaseStore for RedisStore {
                 ttl,
                 tokens,
             } = request;
-            let signature = shared.manager.sign(cycle);
             let mut attempt = 0;
             loop {
                 let mut live = link.get().await?;
-                let floor = shared.floor(names.slot);
+                let floor = shared.floor(slot);
                 let sent_at = Moment::now();
                 let reply = if ask == Ask::Free {
-                    let mut commands = pipe();
-                    commands
-                        .cmd("SET")
-                        .arg(&names.lease)
-                        .arg(&signature)
-                        .arg("NX")
-                        .arg("PX")
-                        .arg(millis(ttl));
-                    commands.cmd("INCRBY").arg(&names.counter).arg(tokens);
+                    let commands = shared.take_freely(&key, cycle, ttl, tokens);
                     let replies = live.connection.send_packed_commands(&commands, 0, 2).await;
                     replies
-                        .and_then(|replies| {
-                            replies
-                                .into_iter()
-                                .map(Value::extract_error)
-                                .collect::<Result<Vec<_>, _>>()
-                        })
+                        .and_then(without_errors)
                         .map(|replies| acquired_freely(&replies, tokens))
                 } else {
-                    let call = ScriptCall::new(vec![names.lease.clone(), names.queue.clone(), names.counter.clone()])
-                        .arg(&signature)
-                        .arg(millis(ttl))
-                        .arg(tokens)
-                        .arg(floor)
-                        .arg(if ask == Ask::Try { "try" } else { "join" })
-                        .arg(shared.names.inbox_prefix())
-                        .arg(key.as_str());
-                    shared
-                        .scripts
-                        .acquire
-                        .call(&mut live.connection, call)
-                        .await
-                        .map(|value| acquired(&value, tokens))
+                    let fill = |command: &mut Cmd| {
+                        shared.write_terms(command, &key, cycle, ttl, tokens, floor);
+                        command.arg(if ask == Ask::Try { "try" } else { "join" });
+                        shared.write_inbox_prefix(command);
+                        command.arg(key.as_str());
+                    };
+                    let call = shared.scripts.acquire.call(&mut live.connection, fill).await;
+                    call.map(|value| acquired(&value, tokens))
                 };
                 match reply {
                     Ok(reply) => {
                         let reply = reply?;
-                        shared.saw(names.slot, &reply);
+                        shared.saw(slot, &reply);
                         return Ok(Answer {
                             sent_at,
                             ttl,
@@ -235,8 +258,8 @@ impl LeaseStore for RedisStore {
 
     fn release(&self, lane: Lane, request: Release) -> StoreFuture<Answer<ReleaseReply>> {
         let shared = Arc::clone(&self.shared);
-        let names = shared.names.of(&request.key);
-        let link = self.link(lane, names.slot);
+        let slot = shared.names.of(&request.key).slot;
+        let link = self.link(lane, slot);
         Box::pin(async move {
             let Release {
                 key,
@@ -245,26 +268,25 @@ impl LeaseStore for RedisStore {
                 ttl,
                 tokens,
             } = request;
-            let signature = shared.manager.sign(cycle);
-            let next = requeue.map(|cycle| shared.manager.sign(cycle)).unwrap_or_default();
             let mut attempt = 0;
             loop {
                 let mut live = link.get().await?;
-                let floor = shared.floor(names.slot);
+                let floor = shared.floor(slot);
                 let sent_at = Moment::now();
-                let call = ScriptCall::new(vec![names.lease.clone(), names.queue.clone(), names.counter.clone()])
-                    .arg(&signature)
-                    .arg(millis(ttl))
-                    .arg(tokens)
-                    .arg(floor)
-                    .arg(shared.names.inbox_prefix())
-                    .arg(key.as_str())
-                    .arg(&next);
-                match shared.scripts.release.call(&mut live.connection, call).await {
+                let fill = |command: &mut Cmd| {
+                    shared.write_terms(command, &key, cycle, ttl, tokens, floor);
+                    shared.write_inbox_prefix(command);
+                    command.arg(key.as_str());
+                    match requeue {
+                        Some(next) => command.write_arg_fmt(shared.manager.sign(next)),
+                        None => command.write_arg(b""),
+                    }
+                };
+                match shared.scripts.release.call(&mut live.connection, fill).await {
                     Ok(value) => {
                         let reply = released(&value, requeue.is_some(), tokens)?;
                         if let Some(reply) = &reply.requeued {
-                            shared.saw(names.slot, reply);
+                            shared.saw(slot, reply);
                         }
                         return Ok(Answer {
                             sent_at,
@@ -285,19 +307,22 @@ impl LeaseStore for RedisStore {
         Box::pin(async move {
             let live = link.get().await?;
             let calls = batch.chunks(RENEWALS_PER_CALL).map(|part| {
-                let mut keys = Vec::with_capacity(part.len() * 2);
-                let mut call = ScriptCall::default();
-                for renewal in part {
-                    let names = shared.names.of(&renewal.key);
-                    keys.extend([names.lease, names.queue]);
-                    call = call.arg(shared.manager.sign(renewal.cycle)).arg(millis(renewal.ttl));
-                }
-                let (mut connection, script) = (live.connection.clone(), &shared.scripts.renew);
+                let (mut connection, shared) = (live.connection.clone(), &shared);
                 async move {
-                    script
-                        .call(&mut connection, call.with_keys(keys))
-                        .await
-                        .map(|value| renewed(&value, part.len()))
+                    let fill = |command: &mut Cmd| {
+                        command.arg(part.len() * 2);
+                        for renewal in part {
+                            let names = shared.names.of(&renewal.key);
+                            command.write_arg_fmt(names.lease());
+                            command.write_arg_fmt(names.queue());
+                        }
+                        for renewal in part {
+                            command.write_arg_fmt(shared.manager.sign(renewal.cycle));
+                            command.arg(millis(renewal.ttl));
+                        }
+                    };
+                    let call = shared.scripts.renew.call(&mut connection, fill).await;
+                    call.map(|value| renewed(&value, part.len()))
                 }
             });
             let mut replies = Vec::with_capacity(batch.len());
@@ -318,27 +343,23 @@ impl LeaseStore for RedisStore {
 
     fn inspect(&self, key: LockKey) -> StoreFuture<Inspection> {
         let shared = Arc::clone(&self.shared);
-        let names = shared.names.of(&key);
-        let link = self.link(Lane::Caller, names.slot);
+        let link = self.link(Lane::Caller, shared.names.of(&key).slot);
         Box::pin(async move {
             let mut live = link.get().await?;
+            let names = shared.names.of(&key);
+            let (lease, queue, counter) = (
+                names.lease().to_string(),
+                names.queue().to_string(),
+                names.counter().to_string(),
+            );
             let mut commands = pipe();
-            commands.cmd("GET").arg(&names.lease);
-            commands.cmd("PTTL").arg(&names.lease);
-            commands.cmd("ZCARD").arg(&names.queue);
-            commands
-                .cmd("ZRANGE")
-                .arg(&names.queue)
-                .arg(0)
-                .arg(INSPECTED_QUEUE_MAX - 1);
-            commands.cmd("GET").arg(&names.counter);
+            commands.cmd("GET").arg(&lease);
+            commands.cmd("PTTL").arg(&lease);
+            commands.cmd("ZCARD").arg(&queue);
+            commands.cmd("ZRANGE").arg(&queue).arg(0).arg(INSPECTED_QUEUE_MAX - 1);
+            commands.cmd("GET").arg(&counter);
             let replies = live.connection.send_packed_commands(&commands, 0, 5).await;
-            let replies = replies.and_then(|replies| {
-                replies
-                    .into_iter()
-                    .map(Value::extract_error)
-                    .collect::<Result<Vec<_>, _>>()
-            });
+            let replies = replies.and_then(without_errors);
             let replies = replies.map_err(|error| {
                 if error.is_unrecoverable_error() {
                     link.broken(&live);

@@ -1,5 +1,8 @@
 //! The Redis keys and channels of a lock.
 
+use std::borrow::Cow;
+use std::fmt;
+
 use crate::identity::ManagerId;
 use crate::key::{LockKey, Slot, hash_tag};
 
@@ -20,14 +23,44 @@ pub(crate) struct Names {
     namespace: String,
 }
 
-/// The keys of one lock.
-#[derive(Debug, Clone, PartialEq, Eq)]
-pub(crate) struct LockNames {
-    pub(crate) lease: String,
-    pub(crate) queue: String,
-    pub(crate) counter: String,
-    /// The slot of all three.
+/// The keys of one lock. They are written straight into a command, so that a request costs no copies of them.
+#[derive(Debug)]
+pub(crate) struct LockNames<'a> {
+    namespace: &'a str,
+    /// The key, encoded where it has to be.
+    name: Cow<'a, str>,
+    /// Whether the key has a hash tag of its own.
+    tagged: bool,
+    /// The slot of all keys of the lock.
     pub(crate) slot: Slot,
+}
+
+impl LockNames<'_> {
+    pub(crate) fn lease(&self) -> impl fmt::Display {
+        from_fn(|f| write!(f, "{}{}", self.namespace, self.name))
+    }
+
+    pub(crate) fn queue(&self) -> impl fmt::Display {
+        from_fn(|f| match self.tagged {
+            true => write!(f, "{}%q:{}", self.namespace, self.name),
+            false => write!(f, "{{{}{}}}:q", self.namespace, self.name),
+        })
+    }
+
+    pub(crate) fn counter(&self) -> impl fmt::Display {
+        from_fn(|f| write!(f, "{}%fence:{{{}}}", self.namespace, slot_tags::tag(self.slot)))
+    }
+}
+
+/// Something that is shown by a closure.
+fn from_fn<F: Fn(&mut fmt::Formatter<'_>) -> fmt::Result>(show: F) -> impl fmt::Display {
+    struct FromFn<F>(F);
+    impl<F: Fn(&mut fmt::Formatter<'_>) -> fmt::Result> fmt::Display for FromFn<F> {
+        fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+            (self.0)(f)
+        }
+    }
+    FromFn(show)
 }
 
 impl Names {
@@ -37,26 +70,20 @@ impl Names {
         }
     }
 
-    pub(crate) fn of(&self, key: &LockKey) -> LockNames {
-        let tagged = hash_tag(key.as_str().as_bytes()).is_some();
-        let name = encode(key.as_str(), tagged);
-        let lease = format!("{}{name}", self.namespace);
-        let queue = if tagged {
-            format!("{}%q:{name}", self.namespace)
-        } else {
-            format!("{{{lease}}}:q")
+    pub(crate) fn of<'a>(&'a self, key: &'a LockKey) -> LockNames<'a> {
+        let tag = hash_tag(key.as_str().as_bytes());
+        let name = encode(key.as_str(), tag.is_some());
+        let slot = match tag {
+            // A percent sign in it is encoded in the name as well.
+            Some(_) => Slot::of(name.as_bytes()),
+            None => Slot::of_parts(&[self.namespace.as_bytes(), name.as_bytes()]),
         };
-        let slot = Slot::of(lease.as_bytes());
         LockNames {
-            lease,
-            queue,
-            counter: self.counter(slot),
+            namespace: &self.namespace,
+            name,
+            tagged: tag.is_some(),
             slot,
         }
-    }
-
-    fn counter(&self, slot: Slot) -> String {
-        format!("{}%fence:{{{}}}", self.namespace, slot_tags::tag(slot))
     }
 
     pub(crate) fn map(&self) -> String {
@@ -73,7 +100,7 @@ impl Names {
     }
 }
 
-fn encode(key: &str, tagged: bool) -> std::borrow::Cow<'_, str> {
+fn encode(key: &str, tagged: bool) -> Cow<'_, str> {
     let is_reserved = |char: char| char == '%' || (!tagged && (char == '{' || char == '}'));
     if !key.contains(is_reserved) {
         return key.into();
@@ -122,11 +149,30 @@ mod tests {
     use super::*;
     use proptest::prelude::*;
 
-    fn names(key: &str) -> LockNames {
-        Names::new("lock:").of(&LockKey::new(key).unwrap())
+    struct Texts {
+        lease: String,
+        queue: String,
+        counter: String,
+        slot: Slot,
     }
 
-    fn all_in_one_slot(names: &LockNames) -> bool {
+    fn names(key: &str) -> Texts {
+        let (names, key) = (Names::new("lock:"), LockKey::new(key).unwrap());
+        let names = names.of(&key);
+        let (lease, queue, counter) = (
+            names.lease().to_string(),
+            names.queue().to_string(),
+            names.counter().to_string(),
+        );
+        Texts {
+            lease,
+            queue,
+            counter,
+            slot: names.slot,
+        }
+    }
+
+    fn all_in_one_slot(names: &Texts) -> bool {
         [&names.lease, &names.queue, &names.counter]
             .iter()
             .all(|name| Slot::of(name.as_bytes()) == names.slot)

@@ -1,7 +1,7 @@
 //! The Lua scripts, and how one is called.
 
 use deadpool_redis::redis::aio::MultiplexedConnection;
-use deadpool_redis::redis::{Cmd, ErrorKind, RedisResult, Script, ServerErrorKind, ToRedisArgs, Value, cmd};
+use deadpool_redis::redis::{Cmd, ErrorKind, RedisResult, Script, ServerErrorKind, Value};
 
 /// A script whose hash was computed once.
 #[derive(Debug)]
@@ -19,18 +19,22 @@ impl LuaScript {
     }
 
     /// Calls it by its hash, and by its text where the server does not know it (any more). Being idempotent for a cycle,
-    /// it could even run twice.
-    pub(crate) async fn call(&self, connection: &mut MultiplexedConnection, call: ScriptCall) -> RedisResult<Value> {
-        let by_hash = call.command("EVALSHA", &self.hash);
+    /// it could even run twice. `fill` writes the number of keys, the keys and the arguments.
+    pub(crate) async fn call(
+        &self,
+        connection: &mut MultiplexedConnection,
+        fill: impl Fn(&mut Cmd),
+    ) -> RedisResult<Value> {
+        let by_hash = command("EVALSHA", &self.hash, &fill);
         match connection
             .send_packed_command(&by_hash)
             .await
             .and_then(Value::extract_error)
         {
             Err(error) if error.kind() == ErrorKind::Server(ServerErrorKind::NoScript) => {
-                let by_text = call.command("EVAL", self.code);
-                connection
-                    .send_packed_command(&by_text)
+                let by_text = command("EVAL", self.code, &fill);
+                // Rare, so it should not make every call larger.
+                Box::pin(connection.send_packed_command(&by_text))
                     .await
                     .and_then(Value::extract_error)
             }
@@ -39,40 +43,15 @@ impl LuaScript {
     }
 }
 
-/// The keys and arguments of a call.
-#[derive(Debug, Default)]
-pub(crate) struct ScriptCall {
-    keys: Vec<String>,
-    arguments: Vec<Vec<u8>>,
-}
+/// Room for the keys and arguments of a usual call, so that writing it does not grow the buffer.
+const COMMAND_BYTES: usize = 384;
+const COMMAND_ARGUMENTS: usize = 14;
 
-impl ScriptCall {
-    pub(crate) fn new(keys: Vec<String>) -> Self {
-        Self {
-            keys,
-            arguments: Vec::with_capacity(8),
-        }
-    }
-
-    pub(crate) fn with_keys(mut self, keys: Vec<String>) -> Self {
-        self.keys = keys;
-        self
-    }
-
-    pub(crate) fn arg(mut self, argument: impl ToRedisArgs) -> Self {
-        self.arguments.append(&mut argument.to_redis_args());
-        self
-    }
-
-    fn command(&self, verb: &'static str, script: &str) -> Cmd {
-        let mut command = cmd(verb);
-        command
-            .arg(script)
-            .arg(self.keys.len())
-            .arg(&self.keys)
-            .arg(&self.arguments);
-        command
-    }
+fn command(verb: &str, script: &str, fill: impl Fn(&mut Cmd)) -> Cmd {
+    let mut command = Cmd::with_capacity(COMMAND_ARGUMENTS, COMMAND_BYTES + script.len());
+    command.arg(verb).arg(script);
+    fill(&mut command);
+    command
 }
 
 /// The scripts of a store.
