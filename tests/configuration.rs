@@ -2,7 +2,7 @@
 
 use std::time::Duration;
 
-use shardlock::{Builder, Config, Endpoint, ShardConfig};
+use shardlock::{Builder, Config, Endpoint, Invalid, ShardConfig};
 
 /// For every setting, a value that is not its default.
 const SAMPLES: [(&str, &str); 15] = [
@@ -23,7 +23,7 @@ const SAMPLES: [(&str, &str); 15] = [
     ("max_classes", "8"),
 ];
 
-fn from_code() -> Config {
+fn from_code() -> Result<Config, Invalid> {
     Builder::new()
         .named_shard("a", "redis://:s3cret@a:1/2")
         .shard("memory://b")
@@ -42,7 +42,6 @@ fn from_code() -> Config {
         .class("batch")
         .max_classes(8)
         .build_config()
-        .unwrap()
 }
 
 fn variable(name: &str, value: &str) -> (String, String) {
@@ -70,8 +69,8 @@ fn every_setting_is_reached_from_code_the_environment_and_by_name() {
     from_env
         .apply_variables(SAMPLES.map(|(name, value)| variable(name, value)))
         .unwrap();
-    assert_eq!(by_name, from_code());
-    assert_eq!(from_env, from_code());
+    assert_eq!(by_name, from_code().unwrap());
+    assert_eq!(from_env, from_code().unwrap());
 }
 
 #[test]
@@ -159,7 +158,7 @@ fn variables_of_others_are_passed_over() {
 
 #[test]
 fn neither_a_configuration_nor_an_endpoint_shows_a_password() {
-    let config = from_code();
+    let config = from_code().unwrap();
     let builder = Builder::new().config(config.clone());
     let endpoint: Endpoint = config.shards[0].url.parse().unwrap();
     let shown = format!("{config:?} {config:#?} {builder:?} {endpoint} {endpoint:?}");
@@ -197,7 +196,7 @@ mod file {
     #[test]
     fn every_setting_is_reached_from_a_file() {
         let quoted: String = SAMPLES.map(|(name, value)| format!("{name} = {value:?}\n")).concat();
-        assert_eq!(Config::from_toml(&quoted).unwrap(), from_code());
+        assert_eq!(Config::from_toml(&quoted).unwrap(), from_code().unwrap());
         let typed: String = SAMPLES
             .map(|(name, value)| match value.parse::<f64>() {
                 Ok(_) => format!("{name} = {value}\n"),
@@ -205,7 +204,7 @@ mod file {
             })
             .concat();
         assert_ne!(typed, quoted);
-        assert_eq!(Config::from_toml(&typed).unwrap(), from_code());
+        assert_eq!(Config::from_toml(&typed).unwrap(), from_code().unwrap());
     }
 
     #[test]

@@ -114,7 +114,7 @@ impl Quantity for Duration {
         let nanos = self.as_nanos();
         UNITS
             .iter()
-            .find(|(unit, _)| nanos > 0 && nanos % unit == 0)
+            .find(|(unit, _)| nanos > 0 && nanos.is_multiple_of(*unit))
             .map_or_else(|| "0s".to_owned(), |(unit, name)| format!("{}{name}", nanos / unit))
     }
 }
