@@ -1,0 +1,19 @@
+//! What tests and benches share: real servers on free ports, worker processes, and waiting for what can be observed.
+//!
+//! An integration test says `mod support;`, the crate's unit tests and the benches say
+//! `#[path = "../tests/support/mod.rs"] mod support;`. Nothing here uses the shardlock crate, so that it can be part of
+//! the crate's own tests. Nothing here skips: what is missing is a panic that says how to get it.
+
+// Each test takes what it needs, and the lints see each test's copy alone.
+#![allow(dead_code, unreachable_pub, unused_imports)]
+// A test is over when its surroundings fail.
+#![allow(clippy::expect_used, clippy::panic, clippy::unwrap_used)]
+
+pub mod process;
+pub mod server;
+pub mod wait;
+pub mod worker;
+
+pub use server::{ClientType, RedisServer};
+pub use wait::{PATIENCE, eventually, wait_until};
+pub use worker::Worker;

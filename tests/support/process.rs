@@ -1,0 +1,150 @@
+//! Child processes that never outlive the test process, however that one ends.
+
+use std::io;
+use std::os::unix::process::CommandExt;
+use std::process::{Child, ChildStdin, ChildStdout, Command, ExitStatus};
+use std::sync::{OnceLock, mpsc};
+use std::thread;
+use std::time::Duration;
+
+use rustix::process::{Pid, Signal, WaitId, WaitIdOptions, kill_process, waitid};
+
+use super::wait::wait_until;
+
+/// A child process. Dropping it kills it with SIGKILL and reaps it.
+#[derive(Debug)]
+pub struct Process {
+    child: Child,
+    pid: Pid,
+}
+
+impl Process {
+    /// Starts the command, tied to this process: the kernel kills the child when this process dies (on Linux).
+    ///
+    /// # Errors
+    ///
+    /// As [`Command::spawn`].
+    pub fn spawn(command: Command) -> io::Result<Self> {
+        let child = spawn_from_lasting_thread(command)?;
+        let pid = Pid::from_child(&child);
+        Ok(Self { child, pid })
+    }
+
+    /// The process id.
+    pub fn pid(&self) -> u32 {
+        self.child.id()
+    }
+
+    /// The child's standard input, once, if the command piped it.
+    pub fn take_stdin(&mut self) -> Option<ChildStdin> {
+        self.child.stdin.take()
+    }
+
+    /// The child's standard output, once, if the command piped it.
+    pub fn take_stdout(&mut self) -> Option<ChildStdout> {
+        self.child.stdout.take()
+    }
+
+    /// Sends a signal.
+    #[track_caller]
+    pub fn signal(&self, signal: Signal) {
+        kill_process(self.pid, signal).expect("signal a child");
+    }
+
+    /// SIGKILL, then reaps. Does nothing to a process that was reaped before.
+    pub fn kill(&mut self) {
+        self.child.kill().expect("kill a child");
+        self.child.wait().expect("reap a child");
+    }
+
+    /// SIGSTOP. Returns when the kernel says that the whole process stands still.
+    #[track_caller]
+    pub fn stop(&self) {
+        self.signal(Signal::STOP);
+        let what = WaitIdOptions::STOPPED | WaitIdOptions::EXITED | WaitIdOptions::NOWAIT;
+        let status = waitid(WaitId::Pid(self.pid), what).expect("wait for a child to stop");
+        assert!(
+            status.is_some_and(|status| status.stopped()),
+            "the process ended before it could be stopped"
+        );
+    }
+
+    /// SIGCONT.
+    #[track_caller]
+    pub fn cont(&self) {
+        self.signal(Signal::CONT);
+    }
+
+    /// How it ended, or nothing while it runs.
+    pub fn ended(&mut self) -> Option<ExitStatus> {
+        self.child.try_wait().expect("ask for a child's end")
+    }
+
+    /// Waits for the end, and panics if it does not come within the time given.
+    #[track_caller]
+    pub fn wait(&mut self, within: Duration) -> ExitStatus {
+        let mut status = None;
+        let what = format!("process {} ends", self.pid());
+        wait_until(&what, within, || {
+            status = self.ended();
+            status.is_some()
+        });
+        status.expect("just seen")
+    }
+}
+
+impl Drop for Process {
+    fn drop(&mut self) {
+        // It may have ended by itself.
+        drop(self.child.kill());
+        drop(self.child.wait());
+    }
+}
+
+type Job = (Command, mpsc::Sender<io::Result<Child>>);
+
+/// Linux sends the death signal when the *thread* that started the child ends, and a test's thread may end before
+/// whatever the test shares with others. So one thread, which lasts as long as the process, starts all children.
+fn spawn_from_lasting_thread(command: Command) -> io::Result<Child> {
+    static SPAWNER: OnceLock<mpsc::Sender<Job>> = OnceLock::new();
+    let spawner = SPAWNER.get_or_init(|| {
+        let (jobs, queue) = mpsc::channel::<Job>();
+        thread::Builder::new()
+            .name("spawner".into())
+            .spawn(move || {
+                for (mut command, reply) in queue {
+                    tie_to_this_process(&mut command);
+                    drop(reply.send(command.spawn()));
+                }
+            })
+            .expect("start a thread");
+        jobs
+    });
+    let (reply, child) = mpsc::channel();
+    spawner.send((command, reply)).expect("the spawner lasts");
+    child.recv().expect("the spawner answers")
+}
+
+#[cfg(target_os = "linux")]
+fn tie_to_this_process(command: &mut Command) {
+    use rustix::process::{getpid, getppid, set_parent_process_death_signal};
+
+    let parent = getpid();
+    let tie = move || {
+        set_parent_process_death_signal(Some(Signal::KILL))?;
+        // The parent may have died just before; then no signal would ever come.
+        if getppid() == Some(parent) {
+            Ok(())
+        } else {
+            Err(io::ErrorKind::NotFound.into())
+        }
+    };
+    // SAFETY: between fork and exec the closure makes two system calls; it neither allocates nor locks.
+    #[allow(unsafe_code)]
+    unsafe {
+        command.pre_exec(tie);
+    }
+}
+
+#[cfg(not(target_os = "linux"))]
+fn tie_to_this_process(_command: &mut Command) {}

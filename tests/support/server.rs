@@ -1,0 +1,444 @@
+//! A real Redis or Valkey of a test's own.
+//!
+//! Each server has a free port on 127.0.0.1 and a directory of its own and persists nothing, so tests run side by side
+//! and share no state. It ends with the value that stands for it, and with the test process at the latest.
+
+use std::collections::BTreeMap;
+use std::env;
+use std::fs::{self, File};
+use std::hash::{BuildHasher, RandomState};
+use std::net::{Ipv4Addr, TcpListener};
+use std::path::{Path, PathBuf};
+use std::process::{Command, Stdio};
+use std::sync::OnceLock;
+use std::sync::atomic::{AtomicU16, Ordering};
+use std::thread;
+use std::time::{Duration, Instant};
+
+use parking_lot::Mutex;
+use redis::{
+    Client, Connection, FromRedisValue, IntoConnectionInfo, RedisConnectionInfo, RedisResult, Value,
+};
+use tempfile::TempDir;
+
+use super::process::Process;
+use super::wait::PATIENCE;
+
+/// Ports below the usual ephemeral ranges: there, a client that reconnects to a server that is down could get the
+/// server's own port as its source port, and so be connected to itself. A cluster's bus takes the port 10,000 above.
+const FIRST_PORT: u16 = 12_000;
+const PORTS: u16 = 10_000;
+
+/// How often a port that was free may turn out to be taken, by a process that picked it in the same moment.
+const PORTS_TRIED_MAX: u32 = 20;
+
+/// A running server. All methods take `&self`, so that the tasks of a test can share one.
+pub struct RedisServer {
+    port: u16,
+    args: Vec<String>,
+    dir: TempDir,
+    /// Nothing while the server is down.
+    process: Mutex<Option<Process>>,
+    /// The test's own connection. It is kept, so that asking adds few commands and connections to what is counted. Its
+    /// lock is apart from the process's, so that a stopped server can go on while somebody waits for its answer.
+    control: Mutex<Option<Connection>>,
+}
+
+/// Connections as `CLIENT KILL TYPE` tells them apart.
+#[derive(Clone, Copy, Debug, Eq, PartialEq)]
+pub enum ClientType {
+    /// Connections that carry commands.
+    Normal,
+    /// Connections that are subscribed to something.
+    PubSub,
+}
+
+impl RedisServer {
+    /// Starts a server and waits until it answers.
+    #[track_caller]
+    pub fn start() -> Self {
+        Self::start_with(&[])
+    }
+
+    /// Starts a server with more arguments, such as `&["--maxmemory-policy", "noeviction"]`. The methods here log in
+    /// with the password of a `--requirepass`; [`url`](Self::url) leaves it out.
+    #[track_caller]
+    pub fn start_with(args: &[&str]) -> Self {
+        let args: Vec<String> = args.iter().map(|&arg| arg.to_owned()).collect();
+        let dir = tempfile::Builder::new()
+            .prefix("shardlock-server-")
+            .tempdir()
+            .expect("make a directory");
+        for _ in 0..PORTS_TRIED_MAX {
+            let port = free_port();
+            if let Some((process, control)) = launch(port, &args, dir.path()) {
+                let (process, control) = (Mutex::new(Some(process)), Mutex::new(Some(control)));
+                return Self {
+                    port,
+                    args,
+                    dir,
+                    process,
+                    control,
+                };
+            }
+        }
+        panic!("{PORTS_TRIED_MAX} ports that were free were taken a moment later");
+    }
+
+    /// The port on 127.0.0.1, which a restart keeps.
+    pub fn port(&self) -> u16 {
+        self.port
+    }
+
+    /// `redis://127.0.0.1:<port>`
+    pub fn url(&self) -> String {
+        format!("redis://{}", self.address())
+    }
+
+    /// `127.0.0.1:<port>`
+    pub fn address(&self) -> String {
+        format!("{}:{}", Ipv4Addr::LOCALHOST, self.port)
+    }
+
+    /// The server's directory. It goes with the server.
+    pub fn dir(&self) -> &Path {
+        self.dir.path()
+    }
+
+    /// What the server has logged since its last start.
+    pub fn log(&self) -> String {
+        log(self.dir.path())
+    }
+
+    /// The process id; a panic while the server is down.
+    #[track_caller]
+    pub fn pid(&self) -> u32 {
+        self.with_process(Process::pid)
+    }
+
+    /// Major and minor version.
+    pub fn version(&self) -> (u32, u32) {
+        binary().version
+    }
+
+    /// SIGKILL, then reaps: nothing listens on the port any more. Does nothing if the server is down.
+    pub fn kill(&self) {
+        *self.process.lock() = None;
+        *self.control.lock() = None;
+    }
+
+    /// Kills the server if it is up, and starts it anew on the same port, empty.
+    #[track_caller]
+    pub fn restart(&self) {
+        self.kill();
+        let (process, control) = launch(self.port, &self.args, self.dir.path())
+            .unwrap_or_else(|| panic!("port {} was taken while the server was down", self.port));
+        *self.process.lock() = Some(process);
+        *self.control.lock() = Some(control);
+    }
+
+    /// SIGSTOP: the kernel still accepts connections, but nobody answers. Returns when the server stands still.
+    #[track_caller]
+    pub fn stop(&self) {
+        self.with_process(Process::stop);
+    }
+
+    /// SIGCONT.
+    #[track_caller]
+    pub fn cont(&self) {
+        self.with_process(Process::cont);
+    }
+
+    /// Sends a command and returns its reply; an error is a panic.
+    #[track_caller]
+    pub fn command(&self, words: &[&str]) -> Value {
+        self.query(words)
+    }
+
+    /// [`command`](Self::command), with the reply as a type of one's choice.
+    #[track_caller]
+    pub fn query<T: FromRedisValue>(&self, words: &[&str]) -> T {
+        self.try_query(words)
+            .unwrap_or_else(|error| panic!("{words:?}: {error}\n{}", self.log()))
+    }
+
+    /// [`query`](Self::query) for a command that may fail.
+    ///
+    /// # Errors
+    ///
+    /// The server's error, or that it can't be reached.
+    pub fn try_query<T: FromRedisValue>(&self, words: &[&str]) -> RedisResult<T> {
+        let mut kept = self.control.lock();
+        let mut control = match kept.take() {
+            Some(control) => control,
+            None => connect(self.port, &self.args)?,
+        };
+        let (name, args) = words.split_first().expect("a command has a name");
+        let reply = redis::cmd(name).arg(args).query(&mut control);
+        // After a broken connection the next command begins with a new one.
+        let broken = reply
+            .as_ref()
+            .is_err_and(redis::RedisError::is_unrecoverable_error);
+        *kept = (!broken).then_some(control);
+        reply
+    }
+
+    /// How often each command has run since the start or [`reset_stats`](Self::reset_stats), also inside of scripts,
+    /// also when it failed. Subcommands are named as in `client|kill`.
+    #[track_caller]
+    pub fn commands(&self) -> BTreeMap<String, u64> {
+        let stats: String = self.query(&["INFO", "commandstats"]);
+        let lines = stats
+            .lines()
+            .filter_map(|line| line.strip_prefix("cmdstat_")?.split_once(":calls="));
+        lines
+            .map(|(name, rest)| (name.to_owned(), leading_number(rest)))
+            .collect()
+    }
+
+    /// How often one command has run, its subcommands included. See [`commands`](Self::commands).
+    #[track_caller]
+    pub fn calls(&self, command: &str) -> u64 {
+        let commands = self.commands();
+        let of_it = |name: &str| name.split('|').next() == Some(command) || name == command;
+        commands
+            .iter()
+            .filter(|(name, _)| of_it(name))
+            .map(|(_, calls)| calls)
+            .sum()
+    }
+
+    /// How often a script or a function was called, by whichever command.
+    #[track_caller]
+    pub fn script_calls(&self) -> u64 {
+        let kinds = [
+            "eval",
+            "eval_ro",
+            "evalsha",
+            "evalsha_ro",
+            "fcall",
+            "fcall_ro",
+        ];
+        let commands = self.commands();
+        kinds.iter().filter_map(|&kind| commands.get(kind)).sum()
+    }
+
+    /// How many messages were published, sharded or not, by clients or by scripts.
+    #[track_caller]
+    pub fn publishes(&self) -> u64 {
+        let commands = self.commands();
+        ["publish", "spublish"]
+            .iter()
+            .filter_map(|&kind| commands.get(kind))
+            .sum()
+    }
+
+    /// Counts from zero again.
+    #[track_caller]
+    pub fn reset_stats(&self) {
+        self.command(&["CONFIG", "RESETSTAT"]);
+    }
+
+    /// All keys, sorted.
+    #[track_caller]
+    pub fn keys(&self) -> Vec<String> {
+        let keys: Vec<Vec<u8>> = self.query(&["KEYS", "*"]);
+        let mut keys: Vec<String> = keys
+            .iter()
+            .map(|key| String::from_utf8_lossy(key).into_owned())
+            .collect();
+        keys.sort();
+        keys
+    }
+
+    /// How many keys there are.
+    #[track_caller]
+    pub fn dbsize(&self) -> u64 {
+        self.query(&["DBSIZE"])
+    }
+
+    /// The channels that somebody is subscribed to, sorted.
+    #[track_caller]
+    pub fn channels(&self) -> Vec<String> {
+        self.sorted(&["PUBSUB", "CHANNELS"])
+    }
+
+    /// The sharded channels that somebody is subscribed to, sorted.
+    #[track_caller]
+    pub fn shard_channels(&self) -> Vec<String> {
+        self.sorted(&["PUBSUB", "SHARDCHANNELS"])
+    }
+
+    /// How many connections there are besides the one that asks.
+    #[track_caller]
+    pub fn connections(&self) -> usize {
+        let list: String = self.query(&["CLIENT", "LIST"]);
+        list.lines().count() - 1
+    }
+
+    /// Cuts all connections of this type except the one that asks, and returns how many there were.
+    #[track_caller]
+    pub fn client_kill(&self, kind: ClientType) -> u64 {
+        let kind = match kind {
+            ClientType::Normal => "normal",
+            ClientType::PubSub => "pubsub",
+        };
+        self.query(&["CLIENT", "KILL", "TYPE", kind, "SKIPME", "yes"])
+    }
+
+    #[track_caller]
+    fn sorted(&self, words: &[&str]) -> Vec<String> {
+        let mut names: Vec<String> = self.query(words);
+        names.sort();
+        names
+    }
+
+    #[track_caller]
+    fn with_process<T>(&self, act: impl FnOnce(&Process) -> T) -> T {
+        act(self.process.lock().as_ref().expect("the server is down"))
+    }
+}
+
+/// Starts a server on this port and waits until it answers. Nothing if the port is taken.
+#[track_caller]
+fn launch(port: u16, args: &[String], dir: &Path) -> Option<(Process, Connection)> {
+    let log_file = File::create(dir.join(LOG)).expect("make a log file");
+    let mut command = Command::new(&binary().path);
+    command
+        .args([
+            "--bind",
+            "127.0.0.1",
+            "--port",
+            &port.to_string(),
+            "--save",
+            "",
+            "--appendonly",
+            "no",
+            "--dir",
+        ])
+        .arg(dir)
+        .stdin(Stdio::null())
+        .stderr(log_file.try_clone().expect("share the log file"))
+        .stdout(log_file);
+    if binary().version >= (7, 0) {
+        command.args(["--enable-debug-command", "yes"]);
+    }
+    command.args(args);
+    let mut process = Process::spawn(command).expect("start a server");
+
+    let deadline = Instant::now() + PATIENCE;
+    loop {
+        // A server of somebody else on the same port would answer, too.
+        if let Some(control) = connect(port, args)
+            .ok()
+            .and_then(|control| ready(control, process.pid()))
+        {
+            return Some((process, control));
+        }
+        if let Some(status) = process.ended() {
+            let log = log(dir);
+            assert!(
+                log.contains("Address already in use"),
+                "the server ended at its start with {status}:\n{log}"
+            );
+            return None;
+        }
+        assert!(
+            Instant::now() < deadline,
+            "no answer from the server for {PATIENCE:?}:\n{}",
+            log(dir)
+        );
+        thread::sleep(Duration::from_millis(2));
+    }
+}
+
+fn ready(mut control: Connection, pid: u32) -> Option<Connection> {
+    redis::cmd("PING").exec(&mut control).ok()?;
+    let info: String = redis::cmd("INFO").arg("server").query(&mut control).ok()?;
+    info.lines()
+        .any(|line| line == format!("process_id:{pid}"))
+        .then_some(control)
+}
+
+fn connect(port: u16, args: &[String]) -> RedisResult<Connection> {
+    let mut login = RedisConnectionInfo::default();
+    if let Some(option) = args.iter().position(|arg| arg == "--requirepass") {
+        login = login.set_password(args[option + 1].as_str());
+    }
+    let info = (Ipv4Addr::LOCALHOST.to_string(), port)
+        .into_connection_info()?
+        .set_redis_settings(login);
+    let connection = Client::open(info)?.get_connection_with_timeout(PATIENCE)?;
+    connection.set_read_timeout(Some(PATIENCE))?;
+    Ok(connection)
+}
+
+/// Ports are taken in turn from a random one on, so that tests of one process never meet and others hardly ever do.
+fn free_port() -> u16 {
+    static NEXT: OnceLock<AtomicU16> = OnceLock::new();
+    let next = NEXT
+        .get_or_init(|| AtomicU16::new((RandomState::new().hash_one(0) % u64::from(PORTS)) as u16));
+    let free = |port: &u16| TcpListener::bind((Ipv4Addr::LOCALHOST, *port)).is_ok();
+    let mut ports = (0..PORTS).map(|_| FIRST_PORT + next.fetch_add(1, Ordering::Relaxed) % PORTS);
+    ports.find(free).expect("some port is free")
+}
+
+const LOG: &str = "server.log";
+
+fn log(dir: &Path) -> String {
+    fs::read_to_string(dir.join(LOG)).unwrap_or_default()
+}
+
+struct Binary {
+    path: PathBuf,
+    version: (u32, u32),
+}
+
+fn binary() -> &'static Binary {
+    static BINARY: OnceLock<Binary> = OnceLock::new();
+    BINARY.get_or_init(|| {
+        let path = find_binary();
+        let output = Command::new(&path).arg("--version").output();
+        let output =
+            output.unwrap_or_else(|error| panic!("{} does not run: {error}", path.display()));
+        let output = String::from_utf8_lossy(&output.stdout);
+        // "Redis server v=7.0.15 sha=00000000:0 malloc=jemalloc-5.3.0 ..."
+        let version = output
+            .split_once(" v=")
+            .and_then(|(_, version)| version.split_once('.'));
+        let (major, rest) =
+            version.unwrap_or_else(|| panic!("{} is no server: {output}", path.display()));
+        let major = major
+            .parse()
+            .unwrap_or_else(|_| panic!("not a version: {output}"));
+        Binary {
+            path,
+            version: (major, leading_number(rest) as u32),
+        }
+    })
+}
+
+/// The same places in the same order as `scripts/ensure-server`, which also installs one.
+fn find_binary() -> PathBuf {
+    if let Some(path) = env::var_os("SHARDLOCK_REDIS_SERVER").filter(|path| !path.is_empty()) {
+        return path.into();
+    }
+    let installed = Path::new(env!("CARGO_MANIFEST_DIR")).join(".servers");
+    let path = env::var_os("PATH").unwrap_or_default();
+    let mut candidates = env::split_paths(&path)
+        .chain([installed])
+        .flat_map(|dir| ["redis-server", "valkey-server"].map(|name| dir.join(name)));
+    candidates.find(|path| path.is_file()).unwrap_or_else(|| {
+        panic!(
+            "there is no redis-server or valkey-server on the PATH or in .servers: `make test` installs one, or set \
+             SHARDLOCK_REDIS_SERVER to its path"
+        )
+    })
+}
+
+fn leading_number(text: &str) -> u64 {
+    let end = text
+        .find(|c: char| !c.is_ascii_digit())
+        .unwrap_or(text.len());
+    text[..end].parse().unwrap_or_default()
+}
