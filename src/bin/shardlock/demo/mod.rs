@@ -133,7 +133,10 @@ fn report(args: &DemoArgs, outcome: &Outcome) -> anyhow::Result<u8> {
     outcome.write_table(&mut out)?;
     let wrong = outcome.wrong();
     if wrong.is_empty() {
-        writeln!(out, "\nNo coupon too many and no update lost: the lock holds.")?;
+        writeln!(
+            out,
+            "\nWith the lock no coupon was claimed too many and no update was lost."
+        )?;
     }
     if args.json {
         writeln!(out, "{}", serde_json::to_string(outcome)?)?;
