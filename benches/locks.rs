@@ -3,6 +3,9 @@
 //!
 //! `cargo bench --bench locks` starts a Redis server of its own and ends with the ratios.
 
+// What fails here ends the run.
+#![allow(clippy::expect_used, clippy::panic, clippy::unwrap_used)]
+
 use std::collections::BTreeMap;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicU64, Ordering};

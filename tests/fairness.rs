@@ -1,5 +1,8 @@
 //! How a lock is shared between processes that have many tasks each.
 
+// What fails here ends the run.
+#![allow(clippy::expect_used, clippy::panic, clippy::unwrap_used)]
+
 use std::sync::Arc;
 use std::sync::atomic::{AtomicUsize, Ordering};
 use std::time::Duration;

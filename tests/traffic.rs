@@ -1,6 +1,9 @@
 //! What passing a lock between processes costs the server, and that every process gets its share: counted on a real
 //! server with real processes of one task each.
 
+// What fails here ends the run.
+#![allow(clippy::expect_used, clippy::panic, clippy::unwrap_used)]
+
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::time::Duration;

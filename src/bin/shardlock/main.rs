@@ -1,5 +1,6 @@
 //! The command-line tool: thin over the library.
 
+mod demo;
 mod exec;
 mod exit;
 mod inspect;
@@ -38,7 +39,9 @@ enum Command {
     Exec(exec::Args),
     Inspect(inspect::Args),
     Slot(slot::Args),
-    // A new subcommand is a line here, a line in `run`, and a module with its `Args` and `run`.
+    Demo(demo::DemoArgs),
+    #[command(hide = true)]
+    DemoChild(demo::ChildArgs),
 }
 
 fn main() -> ExitCode {
@@ -64,6 +67,10 @@ fn run(command: Command) -> Result<u8, Failure> {
         Command::Exec(args) => on_this_thread(exec::run(args)),
         Command::Inspect(args) => on_this_thread(inspect::run(args)),
         Command::Slot(args) => slot::run(args),
+        Command::Demo(args) => on_this_thread(async { demo::run(args).await.map_err(|error| Failure::new(1, error)) }),
+        Command::DemoChild(args) => {
+            on_this_thread(async { demo::child(args).await.map_err(|error| Failure::new(1, error)) })
+        }
     }
 }
 

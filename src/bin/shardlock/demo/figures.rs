@@ -1,0 +1,219 @@
+//! What came out: whether it is right, as a table, and as JSON.
+
+use std::io::{self, Write};
+use std::time::Duration;
+
+use hdrhistogram::Histogram;
+use indicatif::HumanCount;
+use serde::Serialize;
+
+use super::jobs::SIGNIFICANT_DIGITS;
+use super::probe::Calls;
+use super::protocol::Worked;
+
+/// All figures of the demo. The names of the fields are those in the JSON.
+#[derive(Debug, Serialize)]
+pub(super) struct Outcome {
+    pub(super) processes: u32,
+    pub(super) tasks_per_process: u32,
+    pub(super) coupons: u64,
+    pub(super) unlocked: Claims,
+    pub(super) locked: Claims,
+    pub(super) jobs: Jobs,
+}
+
+/// What came of the promotion.
+#[derive(Debug, Serialize)]
+pub(super) struct Claims {
+    pub(super) customers: u64,
+    pub(super) claimed: u64,
+    /// How many are left by the number that the customers read and write.
+    pub(super) left: u64,
+    /// Claims whose fencing token is not above that of the claim before; nothing without the lock.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub(super) token_regressions: Option<u64>,
+    pub(super) seconds: f64,
+}
+
+/// What came of the jobs.
+#[derive(Debug, Serialize)]
+pub(super) struct Jobs {
+    pub(super) shards: usize,
+    pub(super) keys: u32,
+    pub(super) completed: u64,
+    /// Jobs that were done but that the counters don't show.
+    pub(super) lost_updates: i64,
+    /// Jobs that found a token on their key that was not below their own.
+    pub(super) token_regressions: u64,
+    pub(super) seconds: f64,
+    pub(super) jobs_per_s: f64,
+    pub(super) paths: Paths,
+    pub(super) wait_ms: Wait,
+    /// Round trips of the managers to the servers, renewals included, by the managers' own count.
+    pub(super) store_requests_per_lock: f64,
+    /// Script calls by the servers' count, so those of other clients of the same servers are among them.
+    pub(super) script_calls_per_lock: f64,
+    /// Messages, hand-offs above all, by the servers' count.
+    pub(super) publishes_per_lock: f64,
+}
+
+/// How many locks were had by which path.
+#[derive(Debug, Default, Serialize)]
+pub(super) struct Paths {
+    pub(super) uncontended: u64,
+    pub(super) local: u64,
+    pub(super) remote: u64,
+}
+
+/// The time from a request for a lock to its guard, in milliseconds.
+#[derive(Debug, Serialize)]
+pub(super) struct Wait {
+    pub(super) p50: f64,
+    pub(super) p99: f64,
+    pub(super) max: f64,
+}
+
+impl Jobs {
+    /// `counted` is the sum of the counters, `calls` what the servers counted meanwhile.
+    pub(super) fn new(
+        (shards, keys): (usize, u32),
+        workers: &[Worked],
+        counted: u64,
+        calls: Calls,
+        took: Duration,
+    ) -> anyhow::Result<Self> {
+        let mut waits = Histogram::<u64>::new(SIGNIFICANT_DIGITS)?;
+        for &(micros, count) in workers.iter().flat_map(|worker| &worker.waits) {
+            waits.record_n(micros, count)?;
+        }
+        let sum = |of: fn(&Worked) -> u64| workers.iter().map(of).sum::<u64>();
+        let completed = sum(|worker| worker.completed);
+        let per_lock = |count: u64| rounded(count as f64 / completed.max(1) as f64);
+        let millis = |micros: u64| micros as f64 / 1e3;
+        Ok(Self {
+            shards,
+            keys,
+            completed,
+            lost_updates: completed as i64 - counted as i64,
+            token_regressions: sum(|worker| worker.token_regressions),
+            seconds: rounded(took.as_secs_f64()),
+            jobs_per_s: (completed as f64 / took.as_secs_f64()).round(),
+            paths: Paths {
+                uncontended: sum(|worker| worker.uncontended),
+                local: sum(|worker| worker.local),
+                remote: sum(|worker| worker.remote),
+            },
+            wait_ms: Wait {
+                p50: millis(waits.value_at_quantile(0.5)),
+                p99: millis(waits.value_at_quantile(0.99)),
+                max: millis(waits.max()),
+            },
+            store_requests_per_lock: per_lock(sum(|worker| worker.store_requests)),
+            script_calls_per_lock: per_lock(calls.scripts),
+            publishes_per_lock: per_lock(calls.publishes),
+        })
+    }
+}
+
+/// To three digits after the point.
+pub(super) fn rounded(number: f64) -> f64 {
+    (number * 1e3).round() / 1e3
+}
+
+impl Outcome {
+    /// What is not as it must be: nothing, if the lock holds.
+    pub(super) fn wrong(&self) -> Vec<String> {
+        let mut wrong = Vec::new();
+        let due = self.coupons.min(self.locked.customers);
+        if self.locked.claimed != due {
+            wrong.push(format!(
+                "{} coupons were claimed under the lock, and not {due}",
+                self.locked.claimed
+            ));
+        }
+        if self.locked.left != self.coupons - due {
+            wrong.push(format!(
+                "{} coupons were left under the lock, and not {}",
+                self.locked.left,
+                self.coupons - due
+            ));
+        }
+        if self.jobs.lost_updates != 0 {
+            wrong.push(format!("{} updates of jobs were lost", self.jobs.lost_updates));
+        }
+        let regressions = self.jobs.token_regressions + self.locked.token_regressions.unwrap_or(0);
+        if regressions != 0 {
+            wrong.push(format!("{regressions} fencing tokens were not above the ones before"));
+        }
+        if self.jobs.completed == 0 {
+            wrong.push("no job was done".to_owned());
+        }
+        wrong
+    }
+
+    /// What is not wrong, but makes the demo show less than it should.
+    pub(super) fn warning(&self) -> Option<String> {
+        (self.unlocked.claimed <= self.coupons).then(|| {
+            format!(
+                "only {} of {} coupons were claimed without the lock: it takes more --tasks or a longer --think \
+                 to go wrong",
+                self.unlocked.claimed, self.coupons
+            )
+        })
+    }
+
+    pub(super) fn write_table(&self, out: &mut impl Write) -> io::Result<()> {
+        let (unlocked, locked, jobs) = (&self.unlocked, &self.locked, &self.jobs);
+        writeln!(
+            out,
+            "\n{} customers for {} coupons",
+            HumanCount(locked.customers),
+            HumanCount(self.coupons)
+        )?;
+        let mut row = |name: &str, first: String, second: String| writeln!(out, "  {name:<24}{first:>18}{second:>18}");
+        let too_many = |claims: &Claims| HumanCount(claims.claimed.saturating_sub(self.coupons)).to_string();
+        row("", "without the lock".into(), "with the lock".into())?;
+        row(
+            "coupons claimed",
+            HumanCount(unlocked.claimed).to_string(),
+            HumanCount(locked.claimed).to_string(),
+        )?;
+        row("too many", too_many(unlocked), too_many(locked))?;
+        row(
+            "left, as written",
+            HumanCount(unlocked.left).to_string(),
+            HumanCount(locked.left).to_string(),
+        )?;
+        row(
+            "seconds",
+            format!("{:.3}", unlocked.seconds),
+            format!("{:.3}", locked.seconds),
+        )?;
+
+        writeln!(
+            out,
+            "\njobs on {} keys, a few of them hot, over {} shards",
+            HumanCount(jobs.keys.into()),
+            jobs.shards
+        )?;
+        let mut row = |name: &str, value: String| writeln!(out, "  {name:<24}{value:>18}");
+        let locks = (jobs.paths.uncontended + jobs.paths.local + jobs.paths.remote).max(1);
+        let share = |count: u64| format!("{:.1} %", 100.0 * count as f64 / locks as f64);
+        row("jobs done", HumanCount(jobs.completed).to_string())?;
+        row("lost updates", jobs.lost_updates.to_string())?;
+        row("token regressions", jobs.token_regressions.to_string())?;
+        row("jobs per second", HumanCount(jobs.jobs_per_s as u64).to_string())?;
+        row("uncontended", share(jobs.paths.uncontended))?;
+        row("handed over locally", share(jobs.paths.local))?;
+        row("handed over remotely", share(jobs.paths.remote))?;
+        row("wait, median", format!("{:.2} ms", jobs.wait_ms.p50))?;
+        row("wait, 99th percentile", format!("{:.2} ms", jobs.wait_ms.p99))?;
+        row("wait, longest", format!("{:.2} ms", jobs.wait_ms.max))?;
+        row(
+            "store requests per lock",
+            format!("{:.3}", jobs.store_requests_per_lock),
+        )?;
+        row("script calls per lock", format!("{:.3}", jobs.script_calls_per_lock))?;
+        row("messages per lock", format!("{:.3}", jobs.publishes_per_lock))
+    }
+}

@@ -1,0 +1,168 @@
+//! The three acts: the promotion without the lock, the promotion with it, the jobs.
+
+use std::io::Write;
+use std::net::{Ipv4Addr, SocketAddr};
+use std::time::{Duration, Instant};
+
+use deadpool_redis::redis::aio::MultiplexedConnection;
+use deadpool_redis::redis::{cmd, pipe};
+use futures_util::future::try_join_all;
+use indicatif::{HumanCount, ProgressBar, ProgressFinish, ProgressStyle};
+
+use super::DemoArgs;
+use super::figures::{Claims, Jobs, Outcome, rounded};
+use super::probe::{self, Calls};
+use super::protocol::{Answer, Names, Order, Setup};
+use super::server::free_port;
+use super::stage::Stage;
+
+/// How many counters are read in one go.
+const COUNTERS_PER_READ: usize = 1000;
+
+/// Plays all of it. What it sets up is on the stage, for the caller to remove.
+pub(super) async fn play(args: &DemoArgs, stage: &mut Stage) -> anyhow::Result<Outcome> {
+    stage.set_up(args).await?;
+    let urls = stage.shards();
+    let data = try_join_all(urls.iter().map(|url| probe::connect(url))).await?;
+    let metrics = match args.metrics {
+        Some(address) if address.port() != 0 => address,
+        Some(address) => SocketAddr::new(address.ip(), free_port()?),
+        None => SocketAddr::from((Ipv4Addr::LOCALHOST, free_port()?)),
+    };
+    for worker in 0..args.processes {
+        let setup = Setup {
+            worker: worker + 1,
+            shards: urls.clone(),
+            prefix: stage.prefix().to_owned(),
+            tasks: args.tasks,
+            think: args.think,
+            keys: args.keys,
+            metrics: (worker == 0).then_some(metrics),
+        };
+        stage.crew.hire(&setup).await?;
+    }
+    stage.crew.ready().await?;
+    introduce(args, urls.len(), metrics)?;
+
+    let names = Names::new(stage.prefix());
+    let mut first = data[0].clone();
+    let unlocked = promotion(args, stage, &names, &mut first, false).await?;
+    let locked = promotion(args, stage, &names, &mut first, true).await?;
+    let jobs = jobs(args, stage, &names, &data).await?;
+    stage.crew.dismiss().await?;
+    Ok(Outcome {
+        processes: args.processes,
+        tasks_per_process: args.tasks,
+        coupons: args.coupons.into(),
+        unlocked,
+        locked,
+        jobs,
+    })
+}
+
+fn introduce(args: &DemoArgs, shards: usize, metrics: SocketAddr) -> anyhow::Result<()> {
+    let whose = if args.shards.is_empty() { "throw-away" } else { "given" };
+    let mut out = std::io::stdout().lock();
+    writeln!(
+        out,
+        "{} processes with {} tasks each, on {shards} {whose} Redis servers\n\
+         metrics of the first process, while it runs: http://{metrics}/metrics",
+        args.processes, args.tasks
+    )?;
+    Ok(out.flush()?)
+}
+
+async fn promotion(
+    args: &DemoArgs,
+    stage: &mut Stage,
+    names: &Names,
+    data: &mut MultiplexedConnection,
+    locked: bool,
+) -> anyhow::Result<Claims> {
+    let (left_key, ledger_key) = (names.coupons_left(), names.ledger());
+    pipe()
+        .set(&left_key, args.coupons)
+        .del(&ledger_key)
+        .exec_async(data)
+        .await?;
+
+    let bar = bar(args.customers(), "{prefix} {bar:30} {pos}/{len} customers")?;
+    bar.set_prefix(if locked { "with the lock   " } else { "without the lock" });
+    let started = Instant::now();
+    stage
+        .crew
+        .order(Order::Claim { locked }, |customers| bar.set_position(customers))
+        .await?;
+    let took = started.elapsed();
+
+    let left = cmd("GET").arg(&left_key).query_async(data).await?;
+    let mut read = cmd("LRANGE");
+    let ledger: Vec<u64> = read.arg(&ledger_key).arg(0).arg(-1).query_async(data).await?;
+    let regressions = || ledger.windows(2).filter(|pair| pair[1] <= pair[0]).count() as u64;
+    Ok(Claims {
+        customers: args.customers(),
+        claimed: ledger.len() as u64,
+        left,
+        token_regressions: locked.then(regressions),
+        seconds: rounded(took.as_secs_f64()),
+    })
+}
+
+async fn jobs(
+    args: &DemoArgs,
+    stage: &mut Stage,
+    names: &Names,
+    data: &[MultiplexedConnection],
+) -> anyhow::Result<Jobs> {
+    let before = Calls::count(data).await?;
+    let bar = bar(millis(args.seconds), "jobs             {bar:30} {msg}")?;
+    let started = Instant::now();
+    let order = Order::Work { seconds: args.seconds };
+    let tell = |jobs| {
+        bar.set_message(format!("{} done", HumanCount(jobs)));
+        bar.set_position(millis(started.elapsed()));
+    };
+    let answers = stage.crew.order(order, tell).await?;
+    let took = started.elapsed();
+    let calls = Calls::count(data).await?.since(before);
+
+    let worked: Vec<_> = answers
+        .into_iter()
+        .filter_map(|answer| match answer {
+            Answer::Worked(worked) => Some(*worked),
+            _ => None,
+        })
+        .collect();
+    let mut counted = 0;
+    // A counter lives on one server only; the others have nothing under its name.
+    for connection in data {
+        counted += sum_of_counters(connection.clone(), names, args.keys as usize).await?;
+    }
+    Jobs::new((data.len(), args.keys), &worked, counted, calls, took)
+}
+
+async fn sum_of_counters(mut connection: MultiplexedConnection, names: &Names, keys: usize) -> anyhow::Result<u64> {
+    let ranks: Vec<usize> = (1..=keys).collect();
+    let mut sum = 0;
+    for some in ranks.chunks(COUNTERS_PER_READ) {
+        let mut read = pipe();
+        for &rank in some {
+            read.hget(names.job(rank), "done");
+        }
+        let counters: Vec<Option<u64>> = read.query_async(&mut connection).await?;
+        sum += counters.into_iter().flatten().sum::<u64>();
+    }
+    Ok(sum)
+}
+
+/// A progress bar, which shows only on a terminal and is cleared when it is dropped.
+fn bar(length: u64, template: &str) -> anyhow::Result<ProgressBar> {
+    let style = ProgressStyle::with_template(template)?;
+    Ok(ProgressBar::new(length)
+        .with_style(style)
+        .with_finish(ProgressFinish::AndClear))
+}
+
+fn millis(time: Duration) -> u64 {
+    u64::try_from(time.as_millis()).unwrap_or(u64::MAX)
+}

@@ -1,0 +1,94 @@
+//! What the demo and its workers say to each other: one JSON value a line, orders on the worker's standard input,
+//! answers on its standard output.
+
+use std::net::SocketAddr;
+use std::time::Duration;
+
+use serde::{Deserialize, Serialize};
+
+/// The first line that a worker gets. It comes by its input and not by its arguments, which others could read: a URL
+/// may hold a password.
+#[derive(Debug, Clone, Serialize, Deserialize)]
+pub(super) struct Setup {
+    pub(super) worker: u32,
+    pub(super) shards: Vec<String>,
+    /// What all of the demo's keys begin with.
+    pub(super) prefix: String,
+    pub(super) tasks: u32,
+    pub(super) think: Duration,
+    pub(super) keys: u32,
+    /// Where to serve metrics, if at all.
+    pub(super) metrics: Option<SocketAddr>,
+}
+
+/// What a worker is told to do. Each order has one answer, after any number of [`Answer::Progress`].
+#[derive(Debug, Clone, Copy, Serialize, Deserialize)]
+#[serde(rename_all = "snake_case")]
+pub(super) enum Order {
+    Claim { locked: bool },
+    Work { seconds: Duration },
+    Leave,
+}
+
+#[derive(Debug, Clone, Serialize, Deserialize)]
+#[serde(rename_all = "snake_case")]
+pub(super) enum Answer {
+    /// It is connected, or has done what it was told and has nothing to tell.
+    Done,
+    /// So many customers or jobs are through.
+    Progress(u64),
+    Worked(Box<Worked>),
+    Failed(String),
+}
+
+/// What a worker counted during the jobs.
+#[derive(Debug, Clone, Default, Serialize, Deserialize)]
+pub(super) struct Worked {
+    pub(super) completed: u64,
+    pub(super) token_regressions: u64,
+    /// How many locks were had by each path.
+    pub(super) uncontended: u64,
+    pub(super) local: u64,
+    pub(super) remote: u64,
+    /// Round trips to the stores, renewals included.
+    pub(super) store_requests: u64,
+    /// A histogram of the waits: microseconds, and how many waits lasted so long.
+    pub(super) waits: Vec<(u64, u64)>,
+}
+
+/// What the demo's own data are called.
+#[derive(Debug, Clone)]
+pub(super) struct Names {
+    prefix: String,
+}
+
+/// The lock that the customers take.
+pub(super) const COUPON_LOCK: &str = "coupon:promotion";
+
+impl Names {
+    pub(super) fn new(prefix: &str) -> Self {
+        Self {
+            prefix: prefix.to_owned(),
+        }
+    }
+
+    /// The namespace of the locks: within the prefix, and apart from the data.
+    pub(super) fn namespace(&self) -> String {
+        format!("{}lock:", self.prefix)
+    }
+
+    /// How many coupons are left: a number.
+    pub(super) fn coupons_left(&self) -> String {
+        format!("{}data:coupons", self.prefix)
+    }
+
+    /// Who got a coupon: a list of fencing tokens, 0 for a claim without the lock.
+    pub(super) fn ledger(&self) -> String {
+        format!("{}data:ledger", self.prefix)
+    }
+
+    /// How many jobs were done on a key, and the token of the last: a hash.
+    pub(super) fn job(&self, rank: usize) -> String {
+        format!("{}data:job:{rank}", self.prefix)
+    }
+}

@@ -1,0 +1,197 @@
+//! The throw-away servers: each on a free port of 127.0.0.1, in a directory that goes with them, and without anything
+//! written to disk.
+
+use std::fs::{self, DirBuilder, File};
+use std::net::{Ipv4Addr, TcpListener};
+use std::os::unix::fs::DirBuilderExt;
+use std::path::{Path, PathBuf};
+use std::process::Stdio;
+use std::time::{Duration, Instant};
+
+use anyhow::{Context, bail, ensure};
+use deadpool_redis::redis::cmd;
+use rand::Rng;
+use tokio::process::Child;
+
+use super::{child, probe};
+
+/// Ports below the usual ephemeral ranges, where a client that connects to a server which is not up yet could be given
+/// the server's own port as its source port, and so be connected to itself.
+const PORTS: std::ops::Range<u16> = 12_000..22_000;
+
+/// How often a port that was free may turn out to be taken by the time the server starts.
+const PORTS_TRIED_MAX: u32 = 20;
+
+/// How long a server may take to answer after its start.
+const START_TIMEOUT: Duration = Duration::from_secs(10);
+
+/// How long to wait before a server that starts is asked again.
+const START_POLL: Duration = Duration::from_millis(5);
+
+/// The environment variable that says which binary to start.
+const BINARY_VARIABLE: &str = "SHARDLOCK_REDIS_SERVER";
+
+/// Servers that run. Dropping them kills them, but [`Servers::stop`] also sees that they are gone.
+#[derive(Debug)]
+pub(super) struct Servers {
+    servers: Vec<Server>,
+    dir: Directory,
+}
+
+#[derive(Debug)]
+struct Server {
+    port: u16,
+    process: Child,
+}
+
+impl Servers {
+    /// A place for servers, none of which runs yet.
+    pub(super) fn new() -> anyhow::Result<Self> {
+        Ok(Self {
+            servers: Vec::new(),
+            dir: Directory::new()?,
+        })
+    }
+
+    /// Starts this many more servers. Those that have started are kept if a later one fails.
+    pub(super) async fn start(&mut self, count: usize) -> anyhow::Result<()> {
+        let binary = find_binary()?;
+        for _ in 0..count {
+            let server = self.start_one(&binary).await?;
+            self.servers.push(server);
+        }
+        Ok(())
+    }
+
+    pub(super) fn urls(&self) -> impl Iterator<Item = String> {
+        self.servers.iter().map(|server| url(server.port))
+    }
+
+    async fn start_one(&self, binary: &Path) -> anyhow::Result<Server> {
+        for _ in 0..PORTS_TRIED_MAX {
+            let port = free_port()?;
+            if let Some(process) = launch(binary, port, &self.dir.path).await? {
+                return Ok(Server { port, process });
+            }
+        }
+        bail!(
+            "{PORTS_TRIED_MAX} ports of {} were free and taken a moment later",
+            Ipv4Addr::LOCALHOST
+        )
+    }
+
+    /// Kills the servers, which have nothing to save, and removes their directory. Done when they are gone.
+    pub(super) async fn stop(mut self) -> anyhow::Result<()> {
+        for server in &mut self.servers {
+            child::end(&mut server.process)
+                .await
+                .context("a server can't be stopped")?;
+        }
+        Ok(())
+    }
+}
+
+fn url(port: u16) -> String {
+    format!("redis://{}:{port}", Ipv4Addr::LOCALHOST)
+}
+
+/// A port that is free now.
+pub(super) fn free_port() -> anyhow::Result<u16> {
+    let is_free = |port: &u16| TcpListener::bind((Ipv4Addr::LOCALHOST, *port)).is_ok();
+    let mut random = rand::rng();
+    (0..PORTS.len())
+        .map(|_| random.random_range(PORTS))
+        .find(is_free)
+        .with_context(|| format!("no port of {} from {PORTS:?} is free", Ipv4Addr::LOCALHOST))
+}
+
+/// Starts a server and waits until it answers. Nothing if the port is taken.
+async fn launch(binary: &Path, port: u16, dir: &Path) -> anyhow::Result<Option<Child>> {
+    let log_path = dir.join(format!("{port}.log"));
+    let log = File::create(&log_path).with_context(|| format!("{} can't be written", log_path.display()))?;
+    let mut command = child::command("server")?;
+    command
+        .arg(binary)
+        .args(["--bind", "127.0.0.1", "--save", "", "--appendonly", "no"])
+        .args(["--port", &port.to_string()])
+        .arg("--dir")
+        .arg(dir)
+        .stdin(Stdio::null())
+        .stderr(log.try_clone()?)
+        .stdout(log);
+    let mut process = command.spawn().context("a server can't be started")?;
+    let log = || fs::read_to_string(&log_path).unwrap_or_default();
+
+    let deadline = Instant::now() + START_TIMEOUT;
+    loop {
+        if let Some(status) = process.try_wait()? {
+            let log = log();
+            ensure!(
+                log.contains("Address already in use"),
+                "{} ended at its start with {status}:\n{log}",
+                binary.display()
+            );
+            return Ok(None);
+        }
+        // A server of somebody else on the same port would answer, too.
+        if answering_process(port).await == process.id() {
+            return Ok(Some(process));
+        }
+        ensure!(
+            Instant::now() < deadline,
+            "{} does not answer within {START_TIMEOUT:?}:\n{}",
+            binary.display(),
+            log()
+        );
+        tokio::time::sleep(START_POLL).await;
+    }
+}
+
+/// The process id of the server on this port, if it answers.
+async fn answering_process(port: u16) -> Option<u32> {
+    let mut connection = probe::connect(&url(port)).await.ok()?;
+    let info: String = cmd("INFO").arg("server").query_async(&mut connection).await.ok()?;
+    info.lines()
+        .find_map(|line| line.strip_prefix("process_id:")?.parse().ok())
+}
+
+fn find_binary() -> anyhow::Result<PathBuf> {
+    if let Some(path) = std::env::var_os(BINARY_VARIABLE).filter(|path| !path.is_empty()) {
+        return Ok(path.into());
+    }
+    let path = std::env::var_os("PATH").unwrap_or_default();
+    let mut candidates =
+        std::env::split_paths(&path).flat_map(|dir| ["redis-server", "valkey-server"].map(|name| dir.join(name)));
+    candidates.find(|path| path.is_file()).with_context(|| {
+        format!(
+            "there is no redis-server or valkey-server on the PATH: `make demo` installs one; or set {BINARY_VARIABLE} \
+             to the path of one, or give servers that run already with --shard"
+        )
+    })
+}
+
+/// A directory that nobody else can read, removed when it is dropped.
+#[derive(Debug)]
+struct Directory {
+    path: PathBuf,
+}
+
+impl Directory {
+    fn new() -> anyhow::Result<Self> {
+        let name = format!("shardlock-demo-{}-{:08x}", std::process::id(), rand::random::<u32>());
+        let path = std::env::temp_dir().join(name);
+        DirBuilder::new()
+            .mode(0o700)
+            .create(&path)
+            .with_context(|| format!("{} can't be made", path.display()))?;
+        Ok(Self { path })
+    }
+}
+
+impl Drop for Directory {
+    fn drop(&mut self) {
+        if let Err(error) = fs::remove_dir_all(&self.path) {
+            super::complain(format_args!("{} can't be removed: {error}", self.path.display()));
+        }
+    }
+}

@@ -1,0 +1,37 @@
+//! The signals that end the demo early.
+
+use tokio::signal::unix::{Signal, SignalKind, signal};
+
+/// Listens from its making on, so that no signal kills the demo before it could clear up.
+pub(super) struct Signals {
+    hangup: Signal,
+    interrupt: Signal,
+    terminate: Signal,
+}
+
+/// A signal that came.
+#[derive(Debug, Clone, Copy)]
+pub(super) struct Caught {
+    pub(super) name: &'static str,
+    /// 128 and the signal's number, as shells have it.
+    pub(super) exit_code: u8,
+}
+
+impl Signals {
+    pub(super) fn listen() -> std::io::Result<Self> {
+        Ok(Self {
+            hangup: signal(SignalKind::hangup())?,
+            interrupt: signal(SignalKind::interrupt())?,
+            terminate: signal(SignalKind::terminate())?,
+        })
+    }
+
+    pub(super) async fn next(&mut self) -> Caught {
+        let (name, exit_code) = tokio::select! {
+            _ = self.hangup.recv() => ("SIGHUP", 129),
+            _ = self.interrupt.recv() => ("SIGINT", 130),
+            _ = self.terminate.recv() => ("SIGTERM", 143),
+        };
+        Caught { name, exit_code }
+    }
+}

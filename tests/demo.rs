@@ -1,0 +1,281 @@
+//! The demo, from its start to the last thing that it must not leave behind.
+
+// A test is over when its surroundings fail.
+#![allow(clippy::panic, clippy::unwrap_used)]
+
+mod support;
+
+use std::fs::{self, File};
+use std::io::{BufRead, BufReader, Read, Seek};
+use std::path::Path;
+use std::process::{Command, Stdio};
+use std::thread::{self, JoinHandle};
+use std::time::Duration;
+
+use rustix::process::{Pid, Signal, kill_process, test_kill_process};
+use serde_json::Value;
+use support::process::Process;
+use support::{RedisServer, wait_until};
+use tempfile::TempDir;
+
+/// Longer than any demo here takes, on a loaded machine.
+const DEMO_TIMEOUT: Duration = Duration::from_secs(60);
+
+/// What a demo with two worker processes has, if it starts its servers itself.
+const CHILDREN: usize = 5;
+
+/// A demo that runs, with a directory for temporary files of its own.
+struct Demo {
+    process: Process,
+    temp: TempDir,
+    /// The first lines of its output, which it writes when all is set up.
+    introduction: String,
+    stdout: JoinHandle<String>,
+    stderr: File,
+}
+
+/// How a demo ended.
+struct Ended {
+    code: Option<i32>,
+    stdout: String,
+    stderr: String,
+}
+
+impl Demo {
+    /// Starts a small demo and waits until it is set up.
+    fn start(args: &[&str]) -> Self {
+        let temp = tempfile::tempdir().unwrap();
+        let stderr = tempfile::tempfile().unwrap();
+        let mut command = Command::new(env!("CARGO_BIN_EXE_shardlock"));
+        command
+            .args(["demo", "--json", "--processes", "2", "--tasks", "32", "--keys", "50"])
+            .args(args)
+            .env("TMPDIR", temp.path())
+            .stdin(Stdio::null())
+            .stdout(Stdio::piped())
+            .stderr(stderr.try_clone().unwrap());
+        let mut process = Process::spawn(command).unwrap();
+        let mut stdout = BufReader::new(process.take_stdout().unwrap());
+        let mut introduction = String::new();
+        for _ in 0..2 {
+            stdout.read_line(&mut introduction).unwrap();
+        }
+        Self {
+            process,
+            temp,
+            introduction,
+            stdout: read_on_a_thread(stdout),
+            stderr,
+        }
+    }
+
+    /// The process ids of its children and of theirs, each with its command line.
+    fn descendants(&self) -> Vec<(Pid, String)> {
+        let mut found = vec![];
+        let mut parents = vec![self.process.pid()];
+        while let Some(parent) = parents.pop() {
+            for (child, its_parent) in processes() {
+                if its_parent == parent {
+                    let words = fs::read(format!("/proc/{child}/cmdline")).unwrap_or_default();
+                    let words = String::from_utf8_lossy(&words).replace('\0', " ");
+                    found.push((Pid::from_raw(child as i32).unwrap(), words));
+                    parents.push(child);
+                }
+            }
+        }
+        found
+    }
+
+    /// Waits for its end, and sees that nothing is left of it: neither these processes nor a file.
+    fn end_without_a_trace(mut self, descendants: &[(Pid, String)]) -> Ended {
+        let status = self.process.wait(DEMO_TIMEOUT);
+        for (pid, words) in descendants {
+            assert!(test_kill_process(*pid).is_err(), "{words} still runs");
+        }
+        assert_eq!(fs::read_dir(self.temp.path()).unwrap().count(), 0);
+        let mut stderr = String::new();
+        self.stderr.rewind().unwrap();
+        self.stderr.read_to_string(&mut stderr).unwrap();
+        Ended {
+            code: status.code(),
+            stdout: self.introduction + &self.stdout.join().unwrap(),
+            stderr,
+        }
+    }
+}
+
+impl Ended {
+    /// The figures of a demo that came to its result, after a look at those that must be right.
+    #[track_caller]
+    fn figures(&self) -> Value {
+        assert_eq!(self.code, Some(0), "{}{}", self.stdout, self.stderr);
+        let figures: Value = serde_json::from_str(self.stdout.lines().last().unwrap()).unwrap();
+        assert!(number(&figures, "/unlocked/claimed") > 10.0, "{figures}");
+        assert_eq!(number(&figures, "/locked/claimed"), 10.0, "{figures}");
+        assert_eq!(number(&figures, "/locked/left"), 0.0, "{figures}");
+        assert_eq!(number(&figures, "/locked/token_regressions"), 0.0, "{figures}");
+        assert!(number(&figures, "/jobs/completed") > 0.0, "{figures}");
+        assert_eq!(number(&figures, "/jobs/lost_updates"), 0.0, "{figures}");
+        assert_eq!(number(&figures, "/jobs/token_regressions"), 0.0, "{figures}");
+        figures
+    }
+}
+
+fn number(figures: &Value, pointer: &str) -> f64 {
+    let number = figures.pointer(pointer).and_then(Value::as_f64);
+    number.unwrap_or_else(|| panic!("{pointer} is no number in {figures}"))
+}
+
+fn read_on_a_thread(mut from: impl Read + Send + 'static) -> JoinHandle<String> {
+    thread::spawn(move || {
+        let mut text = String::new();
+        from.read_to_string(&mut text).unwrap();
+        text
+    })
+}
+
+/// All processes of the machine, each with its parent.
+fn processes() -> Vec<(u32, u32)> {
+    let numbers = fs::read_dir("/proc").unwrap();
+    let pids = numbers.filter_map(|entry| entry.ok()?.file_name().to_str()?.parse().ok());
+    pids.filter_map(|pid: u32| Some((pid, parent_of(pid)?))).collect()
+}
+
+fn parent_of(pid: u32) -> Option<u32> {
+    let status = fs::read_to_string(Path::new("/proc").join(pid.to_string()).join("status")).ok()?;
+    let parent = status.lines().find_map(|line| line.strip_prefix("PPid:"))?;
+    parent.trim().parse().ok()
+}
+
+#[test]
+fn coupons_are_claimed_too_often_without_the_lock_and_never_with_it() {
+    let demo = Demo::start(&["--seconds", "1"]);
+    let descendants = demo.descendants();
+    assert_eq!(descendants.len(), CHILDREN, "{descendants:?}");
+    let ended = demo.end_without_a_trace(&descendants);
+    let figures = ended.figures();
+
+    let paths = ["uncontended", "local", "remote"].map(|path| number(&figures, &format!("/jobs/paths/{path}")));
+    assert!(paths.iter().all(|&count| count > 0.0), "{figures}");
+    assert_eq!(
+        paths.iter().sum::<f64>(),
+        number(&figures, "/jobs/completed"),
+        "{figures}"
+    );
+    let waits = ["p50", "p99", "max"].map(|wait| number(&figures, &format!("/jobs/wait_ms/{wait}")));
+    assert!(waits.is_sorted() && waits[2] > 0.0, "{figures}");
+    assert!(number(&figures, "/jobs/publishes_per_lock") > 0.0, "{figures}");
+    // Two round trips are the most that a lock needs, and a script is one of them; renewals and the like come on top.
+    let (scripts, requests) = (
+        number(&figures, "/jobs/script_calls_per_lock"),
+        number(&figures, "/jobs/store_requests_per_lock"),
+    );
+    assert!(
+        scripts > 0.0 && scripts <= requests + 0.1 && requests < 3.0,
+        "{figures}"
+    );
+}
+
+#[test]
+fn given_servers_keep_their_own_keys_and_none_of_the_demo() {
+    let servers = [RedisServer::start(), RedisServer::start()];
+    for server in &servers {
+        server.command(&["SET", "demo:mine", "stays"]);
+    }
+    let urls = servers.each_ref().map(RedisServer::url);
+    let demo = Demo::start(&["--seconds", "0.5", "--shard", &urls[0], "--shard", &urls[1]]);
+    let descendants = demo.descendants();
+    assert_eq!(descendants.len(), 2, "{descendants:?}");
+    demo.end_without_a_trace(&descendants).figures();
+    for server in &servers {
+        assert_eq!(server.keys(), ["demo:mine"]);
+        assert!(server.script_calls() > 0, "it was not used");
+    }
+}
+
+#[test]
+fn a_demo_that_is_interrupted_on_given_servers_leaves_no_key() {
+    let server = RedisServer::start();
+    let demo = Demo::start(&["--seconds", "30", "--shard", &server.url()]);
+    let descendants = demo.descendants();
+    let jobs_run = || server.keys().iter().any(|key| key.ends_with(":q"));
+    wait_until("locks are waited for", DEMO_TIMEOUT, jobs_run);
+    demo.process.signal(Signal::TERM);
+    let ended = demo.end_without_a_trace(&descendants);
+    assert_eq!(ended.code, Some(143), "{}", ended.stderr);
+    assert_eq!(server.keys(), [""; 0]);
+}
+
+#[test]
+fn a_demo_that_is_interrupted_leaves_nothing() {
+    let demo = Demo::start(&["--seconds", "30"]);
+    let descendants = demo.descendants();
+    assert_eq!(descendants.len(), CHILDREN, "{descendants:?}");
+    demo.process.signal(Signal::INT);
+    let ended = demo.end_without_a_trace(&descendants);
+    assert_eq!(ended.code, Some(130), "{}", ended.stderr);
+    assert!(ended.stderr.contains("stopped by SIGINT"), "{}", ended.stderr);
+}
+
+#[test]
+fn a_worker_that_dies_ends_the_demo_with_an_error_that_says_so() {
+    let demo = Demo::start(&["--seconds", "30"]);
+    let descendants = demo.descendants();
+    let worker = descendants
+        .iter()
+        .find(|(_, words)| words.trim_end().ends_with("worker"));
+    kill_process(worker.unwrap().0, Signal::KILL).unwrap();
+    let ended = demo.end_without_a_trace(&descendants);
+    // Which number says so is up to the tool.
+    assert!(ended.code.is_some_and(|code| code != 0), "{:?}", ended.code);
+    assert!(
+        ended.stderr.contains("died in the middle of the demo"),
+        "{}",
+        ended.stderr
+    );
+}
+
+#[cfg(target_os = "linux")]
+#[test]
+fn nothing_of_a_killed_demo_runs_on() {
+    let mut demo = Demo::start(&["--seconds", "30"]);
+    let descendants = demo.descendants();
+    assert_eq!(descendants.len(), CHILDREN, "{descendants:?}");
+    demo.process.kill();
+    // Whoever inherits them may take a moment to reap them.
+    let is_over = |pid: &Pid| {
+        let stat = fs::read_to_string(format!("/proc/{}/stat", pid.as_raw_nonzero()));
+        stat.map_or(true, |stat| stat.contains(") Z "))
+    };
+    wait_until("its children are gone", DEMO_TIMEOUT, || {
+        descendants.iter().all(|(pid, _)| is_over(pid))
+    });
+}
+
+#[test]
+fn a_server_that_is_missing_is_an_error_that_says_how_to_get_one() {
+    let output = Command::new(env!("CARGO_BIN_EXE_shardlock"))
+        .arg("demo")
+        .env_remove("SHARDLOCK_REDIS_SERVER")
+        .env("PATH", "/nowhere")
+        .output()
+        .unwrap();
+    assert!(!output.status.success());
+    let said = String::from_utf8_lossy(&output.stderr);
+    assert!(
+        said.contains("make demo") && said.contains("SHARDLOCK_REDIS_SERVER"),
+        "{said}"
+    );
+}
+
+#[test]
+fn shards_of_another_kind_are_refused() {
+    for url in ["memory://", "redis://", "nonsense"] {
+        let output = Command::new(env!("CARGO_BIN_EXE_shardlock"))
+            .args(["demo", "--shard", url])
+            .output()
+            .unwrap();
+        assert!(!output.status.success(), "{url}");
+        assert!(!output.stderr.is_empty() && output.stdout.is_empty(), "{url}");
+    }
+}
