@@ -9,6 +9,9 @@ mod trouble;
 use std::time::Duration;
 
 use super::*;
+use crate::clock::Moment;
+use crate::fence::TokenBlock;
+use crate::protocol::{AcquireReply, Answer, Ask, Cycles, Grant, Place, ReleaseReply, RenewReply};
 
 /// A queue with what its events need, and a clock that a test sets.
 #[derive(Debug)]

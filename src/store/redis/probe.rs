@@ -23,6 +23,8 @@ impl RedisStore {
         };
         let store = Self::new(url, options).unwrap();
         store.connect().await.unwrap();
+        // A connection that is opened later would raise the floor that a test has set.
+        assert!(store.background.get().await.is_ok());
         store
     }
 

@@ -1,0 +1,176 @@
+//! What the store says: replies, failures and pushes.
+
+use super::Queue;
+use super::effect::Effects;
+use super::phase::Phase;
+use super::terms::{Context, Outcome};
+use crate::error::LockError;
+use crate::protocol::{AcquireReply, Answer, Cycle, Grant, ReleaseReply};
+
+impl<W> Queue<W> {
+    /// The reply to an acquire came.
+    pub(crate) fn replied(&mut self, cycle: Cycle, answer: Answer<AcquireReply>, cx: Context<'_>) -> Effects<W> {
+        let mut effects = Effects::none();
+        match &mut self.phase {
+            Phase::Asking(asking) if asking.cycle == cycle => self.answered(answer, cx, &mut effects),
+            Phase::Held(held) if held.lease.cycle == cycle && held.extending => self.extended(answer, cx, &mut effects),
+            // Nobody waits for it any more; whatever it left in the store goes.
+            _ => match answer.reply {
+                AcquireReply::Granted { .. } | AcquireReply::Queued(_) => effects.abandon(cycle),
+                AcquireReply::Taken | AcquireReply::Busy => {}
+            },
+        }
+        effects
+    }
+
+    /// The reply to a release came.
+    pub(crate) fn released_remotely(
+        &mut self,
+        cycle: Cycle,
+        answer: Answer<ReleaseReply>,
+        cx: Context<'_>,
+    ) -> Effects<W> {
+        let mut effects = Effects::none();
+        match &mut self.phase {
+            Phase::Releasing { cycle: current } if *current == cycle => {
+                self.phase = Phase::Idle;
+                self.ask(cx, &mut effects);
+            }
+            Phase::Asking(asking) if asking.releases == Some(cycle) => {
+                asking.releases = None;
+                match answer.reply.requeued {
+                    Some(reply) => {
+                        let Answer {
+                            sent_at, ttl, floor, ..
+                        } = answer;
+                        let answer = Answer {
+                            sent_at,
+                            ttl,
+                            floor,
+                            reply,
+                        };
+                        self.answered(answer, cx, &mut effects);
+                    }
+                    None => self.ask_again(&mut effects),
+                }
+            }
+            _ => {}
+        }
+        effects
+    }
+
+    /// A request failed, or had no reply in time: what it did is unknown. Waiters that depend on it are told.
+    pub(crate) fn failed(&mut self, cycle: Cycle, error: &LockError, cx: Context<'_>) -> Effects<W> {
+        let mut effects = Effects::none();
+        match &mut self.phase {
+            Phase::Asking(asking) if asking.cycle == cycle || asking.releases == Some(cycle) => {
+                if let Some(released) = asking.releases {
+                    effects.abandon(released);
+                }
+                effects.abandon(asking.cycle);
+                self.phase = Phase::Idle;
+                self.fail_all(&Outcome::Failed(Box::new(error.clone())), &mut effects);
+            }
+            Phase::Held(held) if held.lease.cycle == cycle && held.extending => {
+                held.extending = false;
+                held.in_doubt = true;
+                if held.holder.is_none() {
+                    self.fail_all(&Outcome::Failed(Box::new(error.clone())), &mut effects);
+                    self.pass_on(cx, &mut effects);
+                }
+            }
+            Phase::Releasing { cycle: current } if *current == cycle => {
+                effects.abandon(cycle);
+                self.phase = Phase::Idle;
+                self.ask(cx, &mut effects);
+            }
+            _ => {}
+        }
+        effects
+    }
+
+    /// The task that carried a request out went away before the reply came. Where others wait, the request is sent
+    /// again: the store takes two requests of one cycle for one.
+    pub(crate) fn dropped(&mut self, cycle: Cycle, cx: Context<'_>) -> Effects<W> {
+        let mut effects = Effects::none();
+        match &mut self.phase {
+            Phase::Asking(asking) if asking.cycle == cycle || asking.releases == Some(cycle) => {
+                if let Some(released) = asking.releases.take() {
+                    effects.abandon(released);
+                }
+                if self.waiters.is_empty() {
+                    effects.abandon(asking.cycle);
+                    self.phase = Phase::Idle;
+                } else {
+                    self.ask_again(&mut effects);
+                }
+            }
+            Phase::Held(held) if held.lease.cycle == cycle && held.extending => {
+                held.extending = false;
+                held.in_doubt = true;
+                if held.holder.is_none() {
+                    self.pass_on(cx, &mut effects);
+                }
+            }
+            Phase::Releasing { cycle: current } if *current == cycle => {
+                effects.abandon(cycle);
+                self.phase = Phase::Idle;
+                self.ask(cx, &mut effects);
+            }
+            _ => {}
+        }
+        effects
+    }
+
+    /// A grant was pushed.
+    ///
+    /// 1. Its cycle must be the current one; otherwise that cycle is released.
+    /// 2. Its tokens must be above the mark of the last "queued" reply, otherwise it is an old grant that ran out. A grant
+    ///    that overtakes that reply waits for it.
+    /// 3. Validity counts from the sending of the request that got the "queued" reply, since the grant was made after it. Where
+    ///    less than half of the TTL is left by that count, the store is asked again.
+    pub(crate) fn granted(&mut self, grant: Grant, cx: Context<'_>) -> Effects<W> {
+        let mut effects = Effects::none();
+        match &mut self.phase {
+            Phase::Asking(asking) if asking.cycle == grant.cycle => {
+                if asking
+                    .early
+                    .is_none_or(|early| early.tokens.first() < grant.tokens.first())
+                {
+                    asking.early = Some(grant);
+                }
+            }
+            Phase::Queued(queued) if queued.cycle == grant.cycle => {
+                let (mark, asked_at) = (queued.mark, queued.asked_at);
+                self.enter(grant, mark, asked_at, cx, &mut effects);
+            }
+            Phase::Held(held) if held.lease.cycle == grant.cycle => {}
+            Phase::Releasing { cycle } if *cycle == grant.cycle => {}
+            _ => effects.abandon(grant.cycle),
+        }
+        effects
+    }
+
+    /// Somebody began to wait for what we hold.
+    pub(crate) fn wanted(&mut self, cycle: Cycle, cx: Context<'_>) {
+        match &mut self.phase {
+            Phase::Held(held) if held.lease.cycle == cycle => {
+                held.meet_rivals(cx.now);
+                self.rivals_seen = true;
+            }
+            Phase::Asking(asking) if asking.cycle == cycle => asking.wanted = true,
+            _ => {}
+        }
+    }
+
+    /// Pushes may have been missed: whoever waits in the store's queue asks again.
+    pub(crate) fn resubscribed(&mut self) -> Effects<W> {
+        let mut effects = Effects::none();
+        match &mut self.phase {
+            Phase::Asking(asking) => asking.missed_pushes = true,
+            Phase::Queued(_) => self.ask_again(&mut effects),
+            _ => {}
+        }
+        effects
+    }
+}

@@ -1,0 +1,209 @@
+//! The steps from a wish to a lease.
+
+use std::time::Duration;
+
+use super::effect::{Effects, Request};
+use super::phase::{Asking, Phase, Queued};
+#[cfg(test)]
+use super::terms::Flaw;
+use super::terms::{Context, Outcome, Path};
+use super::{BLOCK_MAX, BLOCK_MIN, Queue};
+use crate::clock::Moment;
+use crate::protocol::{AcquireReply, Answer, Ask, Cycle, Grant, Place};
+
+/// After how many replies that came later than the lease lasts the waiters are told.
+const TOO_LATE_MAX: u32 = 3;
+/// How long after the end of the owner's lease the first in the queue looks again, and by how much more each further one.
+const SPREAD: Duration = Duration::from_millis(2);
+/// How often the first in the queue looks at an owner who will not tell us of its release.
+const FOREIGN_OWNER_LOOK: Duration = Duration::from_millis(400);
+/// The longest time between two looks at the store while waiting.
+const LOOK_MAX: Duration = Duration::from_secs(10);
+
+impl<W> Queue<W> {
+    /// Opens a cycle for the first waiter, if there is one.
+    pub(super) fn ask(&mut self, cx: Context<'_>, effects: &mut Effects<W>) {
+        let Some(first) = self.waiters.first().and_then(|id| self.waiters.get(id)) else {
+            return;
+        };
+        let ask = match (first.want.only_try, self.rivals_seen) {
+            (true, _) => Ask::Try,
+            (false, true) => Ask::Join,
+            (false, false) => Ask::Free,
+        };
+        // A try can't be queued, so the owner that it may become has to be told of rivals.
+        self.ask_as(ask, ask == Ask::Join, cx, effects);
+    }
+
+    /// Opens a cycle.
+    pub(super) fn ask_as(&mut self, ask: Ask, expects_rivals: bool, cx: Context<'_>, effects: &mut Effects<W>) {
+        let cycle = cx.open_cycle(expects_rivals);
+        self.phase = Phase::Asking(Asking::new(cycle, ask, None));
+        let request = self.acquire(cycle, ask);
+        effects.request(request);
+    }
+
+    /// Sends the acquire of the current cycle again. For a try it stays one: it must not join the store's queue.
+    pub(super) fn ask_again(&mut self, effects: &mut Effects<W>) {
+        let first = self.waiters.first().and_then(|id| self.waiters.get(id));
+        let ask = if first.is_some_and(|first| first.want.only_try) {
+            Ask::Try
+        } else {
+            Ask::Join
+        };
+        let (cycle, was_queued, too_late) = match &self.phase {
+            Phase::Queued(queued) => (queued.cycle, true, 0),
+            Phase::Asking(asking) => (asking.cycle, asking.was_queued, asking.too_late),
+            _ => return,
+        };
+        let mut asking = Asking::new(cycle, ask, None);
+        (asking.was_queued, asking.too_late) = (was_queued, too_late);
+        self.phase = Phase::Asking(asking);
+        let request = self.acquire(cycle, ask);
+        effects.request(request);
+    }
+
+    pub(super) fn acquire(&mut self, cycle: Cycle, ask: Ask) -> Request {
+        if let Some(first) = self.waiters.first().and_then(|id| self.waiters.get(id)) {
+            self.ttl = first.want.ttl;
+        }
+        // A block of one where nobody else waits.
+        let tokens = match self.waiters.len() as u64 {
+            0 | 1 => 1,
+            waiting => (2 * waiting).clamp(BLOCK_MIN, BLOCK_MAX),
+        };
+        Request::Acquire {
+            cycle,
+            ask,
+            ttl: self.ttl,
+            tokens: tokens as u32,
+        }
+    }
+
+    /// The reply to the acquire that [`Phase::Asking`] waits for.
+    pub(super) fn answered(&mut self, answer: Answer<AcquireReply>, cx: Context<'_>, effects: &mut Effects<W>) {
+        let Phase::Asking(asking) = &mut self.phase else { return };
+        let (cycle, ask, was_queued) = (asking.cycle, asking.ask, asking.was_queued || asking.early.is_some());
+        match answer.reply {
+            AcquireReply::Granted { tokens, .. } if tokens.first() <= answer.floor && ask == Ask::Free => {
+                // The counter was lost; the script raises it.
+                self.ask_again(effects);
+            }
+            AcquireReply::Granted { tokens, .. } if tokens.first() <= answer.floor => {
+                self.regress(cycle, tokens.first(), answer.floor, cx, effects);
+            }
+            AcquireReply::Granted { tokens, queued, .. } => {
+                let path = if was_queued {
+                    Path::RemoteGrant
+                } else {
+                    Path::Uncontended
+                };
+                self.rivals_seen = asking.wanted || queued > 0 || was_queued;
+                self.hold(cycle, tokens, answer.ttl, answer.sent_at, path, cx, effects);
+            }
+            AcquireReply::Queued(place) => self.queued(answer.sent_at, place, cx, effects),
+            AcquireReply::Taken => {
+                // That cycle left nothing behind. The next expects rivals: there is one.
+                self.rivals_seen = true;
+                self.phase = Phase::Idle;
+                self.ask(cx, effects);
+            }
+            AcquireReply::Busy => {
+                self.rivals_seen = true;
+                self.phase = Phase::Idle;
+                while let Some(id) = self.waiters.first()
+                    && self.waiters.get(id).is_some_and(|waiter| waiter.want.only_try)
+                {
+                    self.settle(id, Outcome::Busy, effects);
+                }
+                self.ask(cx, effects);
+            }
+        }
+    }
+
+    pub(super) fn queued(&mut self, sent_at: Moment, place: Place, cx: Context<'_>, effects: &mut Effects<W>) {
+        let Phase::Asking(asking) = &mut self.phase else { return };
+        let (cycle, early, missed_pushes) = (asking.cycle, asking.early, asking.missed_pushes);
+        self.rivals_seen = true;
+        if self.waiters.is_empty() {
+            return self.release(cycle, cx, effects);
+        }
+        let ahead = u32::try_from(place.ahead).unwrap_or(u32::MAX);
+        let spread = SPREAD.saturating_mul(ahead.saturating_add(1)).min(LOOK_MAX / 4);
+        let look_in = match (place.owner_ttl, place.owner_foreign) {
+            (Some(ttl), false) => ttl + spread,
+            (Some(ttl), true) => {
+                ttl.min(FOREIGN_OWNER_LOOK.saturating_mul(ahead.saturating_add(1)).min(LOOK_MAX)) + spread
+            }
+            (None, _) => FOREIGN_OWNER_LOOK.saturating_mul(ahead.saturating_add(1)).min(LOOK_MAX) + spread,
+        };
+        self.phase = Phase::Queued(Queued {
+            cycle,
+            mark: place.mark,
+            asked_at: sent_at,
+            ask_again_at: cx.now + look_in,
+        });
+        if let Some(grant) = early {
+            self.enter(grant, place.mark, sent_at, cx, effects);
+        }
+        if missed_pushes && matches!(self.phase, Phase::Queued(_)) {
+            self.ask_again(effects);
+        }
+    }
+
+    /// A grant for the queued cycle: rules 2 and 3.
+    pub(super) fn enter(
+        &mut self,
+        grant: Grant,
+        mark: u64,
+        asked_at: Moment,
+        cx: Context<'_>,
+        effects: &mut Effects<W>,
+    ) {
+        #[cfg(test)]
+        let (mark, asked_at) = (
+            if cx.rules.has(Flaw::IgnoresMarks) { 0 } else { mark },
+            if cx.rules.has(Flaw::CountsFromReceipt) {
+                cx.now
+            } else {
+                asked_at
+            },
+        );
+        if grant.tokens.first() <= mark {
+            return;
+        }
+        if (asked_at + grant.ttl).since(cx.now) * 2 <= grant.ttl {
+            return self.ask_again(effects);
+        }
+        self.hold(
+            grant.cycle,
+            grant.tokens,
+            grant.ttl,
+            asked_at,
+            Path::RemoteGrant,
+            cx,
+            effects,
+        );
+    }
+
+    /// The reply says that the lease is ours, but its time has passed on the way.
+    pub(super) fn come_too_late(&mut self, cycle: Cycle, effects: &mut Effects<W>) {
+        let Phase::Asking(asking) = &mut self.phase else { return };
+        asking.too_late += 1;
+        if asking.too_late < TOO_LATE_MAX && !self.waiters.is_empty() {
+            return self.ask_again(effects);
+        }
+        effects.abandon(cycle);
+        self.phase = Phase::Idle;
+        self.fail_all(&Outcome::TooLate, effects);
+    }
+
+    pub(super) fn regress(&mut self, cycle: Cycle, token: u64, floor: u64, cx: Context<'_>, effects: &mut Effects<W>) {
+        effects.abandon(cycle);
+        self.phase = Phase::Idle;
+        if let Some(id) = self.waiters.first() {
+            self.settle(id, Outcome::Regressed { token, floor }, effects);
+        }
+        self.ask(cx, effects);
+    }
+}

@@ -1,0 +1,234 @@
+//! The steps from a lease to its end: serving waiters, passing it on, giving it back, losing it.
+
+use std::sync::Arc;
+use std::time::Duration;
+
+use super::effect::{Effects, Request};
+use super::phase::{Asking, Held, Holder, Phase};
+use super::terms::{Context, Granted, Outcome, Path};
+use super::waiters::WaiterId;
+use super::{BLOCK_MAX, BLOCK_MIN, Queue, drift};
+use crate::clock::Moment;
+use crate::error::LossReason;
+use crate::fence::TokenBlock;
+use crate::lease::Lease;
+use crate::protocol::{AcquireReply, Answer, Ask, Cycle};
+
+impl<W> Queue<W> {
+    /// The lease is ours, counted from `sent_at`.
+    #[expect(
+        clippy::too_many_arguments,
+        reason = "the parts of one fact, named at both call sites"
+    )]
+    pub(super) fn hold(
+        &mut self,
+        cycle: Cycle,
+        tokens: TokenBlock,
+        ttl: Duration,
+        sent_at: Moment,
+        path: Path,
+        cx: Context<'_>,
+        effects: &mut Effects<W>,
+    ) {
+        let valid_until = sent_at + ttl.saturating_sub(drift(ttl));
+        if valid_until <= cx.now {
+            return self.come_too_late(cycle, effects);
+        }
+        // The owner of an odd cycle is not told of rivals, so it reckons with them.
+        let rivals = self.rivals_seen || cycle.expects_rivals();
+        self.phase = Phase::Held(Held {
+            lease: Arc::new(Lease::new(cycle, valid_until)),
+            tokens,
+            spare: TokenBlock::EMPTY,
+            left_when_asked: 0,
+            used_in_a_round_trip: 0,
+            holder: None,
+            extending: false,
+            in_doubt: false,
+            rivals,
+            served: 0,
+            since: cx.now,
+            renew_at: sent_at + cx.rules.renew_every(ttl),
+            renewing: false,
+        });
+        self.serve(path, cx, effects);
+    }
+
+    /// The reply to an acquire that extends the lease we hold.
+    pub(super) fn extended(&mut self, answer: Answer<AcquireReply>, cx: Context<'_>, effects: &mut Effects<W>) {
+        let Phase::Held(held) = &mut self.phase else { return };
+        held.extending = false;
+        if held.lease.loss_at(cx.now).is_some() {
+            let cycle = held.lease.cycle;
+            effects.abandon(cycle);
+            return self.lose(LossReason::Expired, cx, effects);
+        }
+        match answer.reply {
+            AcquireReply::Granted {
+                tokens,
+                queued,
+                extended: true,
+            } if tokens.first() > answer.floor => {
+                held.lease.extend(answer.sent_at + answer.ttl - drift(answer.ttl));
+                held.used_in_a_round_trip = held.left_when_asked.saturating_sub(held.tokens.remaining());
+                held.add_tokens(tokens);
+                if queued > 0 {
+                    held.meet_rivals(cx.now);
+                    self.rivals_seen = true;
+                }
+                if held.holder.is_none() {
+                    self.pass_on(cx, effects);
+                }
+            }
+            // The lease was gone, and somebody else may have had it since. This cycle may have taken it again or begun to
+            // wait: it is over.
+            _ => {
+                let cycle = held.lease.cycle;
+                self.lose(LossReason::Taken, cx, effects);
+                effects.abandon(cycle);
+            }
+        }
+    }
+
+    /// The holder is gone: the next local waiter, another process, or nobody.
+    pub(super) fn pass_on(&mut self, cx: Context<'_>, effects: &mut Effects<W>) {
+        let Phase::Held(held) = &self.phase else { return };
+        if held.extending && (self.waiters.is_empty() || held.must_yield(cx)) {
+            // Its reply has to come first, or it could take the lease again after the release.
+            return;
+        }
+        let cycle = held.lease.cycle;
+        if self.waiters.is_empty() {
+            return self.release(cycle, cx, effects);
+        }
+        if held.must_yield(cx) {
+            return self.requeue(cycle, cx, effects);
+        }
+        self.serve(Path::LocalHandOff, cx, effects);
+    }
+
+    /// Gives the lease, which nobody has, to the first waiter.
+    pub(super) fn serve(&mut self, path: Path, cx: Context<'_>, effects: &mut Effects<W>) {
+        let Some(id) = self.waiters.first() else {
+            return self.pass_on(cx, effects);
+        };
+        let waiting = self.waiters.len();
+        let Phase::Held(held) = &mut self.phase else { return };
+        // Renewals keep the validity near the whole TTL; where it is short, they fail, and the lease is not worth passing on.
+        let long_enough = held.lease.remaining(cx.now) * 4 >= self.ttl;
+        let token = if long_enough || path != Path::LocalHandOff {
+            held.take_token()
+        } else {
+            None
+        };
+        let Some(token) = token else {
+            return self.extend(effects);
+        };
+        let Some(waiter) = self.waiters.get_mut(id) else { return };
+        self.ttl = waiter.want.ttl;
+        held.served = held.served.saturating_add(1);
+        let hold_until = waiter.want.max_hold.map(|longest| cx.now + longest);
+        held.holder = Some(Holder {
+            token,
+            waiter: Some(id),
+            hold_until,
+        });
+        let outcome = Outcome::Granted(Granted {
+            at: cx.now,
+            lease: Arc::clone(&held.lease),
+            token,
+            path,
+        });
+        if waiting > 1 && held.is_low_on_tokens(cx) {
+            self.extend(effects);
+        }
+        self.settle(id, outcome, effects);
+    }
+
+    /// Asks for more time and tokens under the lease that is ours.
+    pub(super) fn extend(&mut self, effects: &mut Effects<W>) {
+        let waiting = self.waiters.len() as u64;
+        let Phase::Held(held) = &mut self.phase else { return };
+        if held.extending {
+            return;
+        }
+        held.extending = true;
+        held.left_when_asked = held.tokens.remaining();
+        let tokens = waiting.max(4 * held.used_in_a_round_trip).clamp(BLOCK_MIN, BLOCK_MAX) as u32;
+        effects.request(Request::Acquire {
+            cycle: held.lease.cycle,
+            ask: Ask::Join,
+            ttl: self.ttl,
+            tokens,
+        });
+    }
+
+    pub(super) fn release(&mut self, cycle: Cycle, cx: Context<'_>, effects: &mut Effects<W>) {
+        self.settle_doubt(cycle, effects);
+        self.phase = Phase::Releasing { cycle };
+        effects.request(Request::Release {
+            cycle,
+            requeue: None,
+            ttl: self.ttl,
+            tokens: cx.rules.max_burst,
+        });
+    }
+
+    pub(super) fn requeue(&mut self, cycle: Cycle, cx: Context<'_>, effects: &mut Effects<W>) {
+        self.settle_doubt(cycle, effects);
+        let next = cx.open_cycle(self.rivals_seen);
+        self.phase = Phase::Asking(Asking::new(next, Ask::Join, Some(cycle)));
+        effects.request(Request::Release {
+            cycle,
+            requeue: Some(next),
+            ttl: self.ttl,
+            tokens: cx.rules.max_burst,
+        });
+    }
+
+    /// An extension whose reply never came may execute after the release that is sent now: the release is repeated.
+    pub(super) fn settle_doubt(&self, cycle: Cycle, effects: &mut Effects<W>) {
+        if matches!(&self.phase, Phase::Held(Held { in_doubt: true, .. })) {
+            effects.abandon(cycle);
+        }
+    }
+
+    /// The lease is lost. The guard under it, if any, is an orphan from now on; whoever waits starts anew.
+    pub(super) fn lose(&mut self, reason: LossReason, cx: Context<'_>, effects: &mut Effects<W>) {
+        let Phase::Held(held) = &mut self.phase else { return };
+        held.lease.lose(reason);
+        if held.extending || held.in_doubt {
+            // An extension may still execute, and take the key or a place in the queue for a cycle that nobody knows any more.
+            effects.abandon(held.lease.cycle);
+        }
+        let holder = held.holder.take();
+        if holder.as_ref().is_some_and(|holder| holder.waiter.is_none()) {
+            effects.lost = Some(reason);
+        }
+        if let Some(id) = holder.and_then(|holder| holder.waiter) {
+            // It has not collected its guard yet, and would get a lost one: it is the first to wait again.
+            if let Some(waiter) = self.waiters.get_mut(id) {
+                waiter.outcome = None;
+            }
+            self.waiters.return_to_front(id);
+        }
+        self.phase = Phase::Idle;
+        self.rivals_seen = true;
+        self.ask(cx, effects);
+    }
+
+    pub(super) fn fail_all(&mut self, outcome: &Outcome, effects: &mut Effects<W>) {
+        while let Some(id) = self.waiters.first() {
+            self.settle(id, outcome.clone(), effects);
+        }
+    }
+
+    /// Takes a waiter out of the line and tells it.
+    pub(super) fn settle(&mut self, id: WaiterId, outcome: Outcome, effects: &mut Effects<W>) {
+        self.waiters.detach(id);
+        if let Some(waiter) = self.waiters.get_mut(id) {
+            waiter.outcome = Some(outcome);
+            effects.wake(waiter.waker.take());
+        }
+    }
+}

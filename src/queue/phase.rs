@@ -1,0 +1,139 @@
+//! How far a key is: wanted, asked for, queued, held, given back.
+
+use std::sync::Arc;
+
+use super::BLOCK_MIN;
+use super::terms::Context;
+use super::waiters::WaiterId;
+use crate::clock::Moment;
+use crate::fence::{FencingToken, TokenBlock};
+use crate::lease::Lease;
+use crate::protocol::{Ask, Cycle, Grant};
+
+#[derive(Debug)]
+pub(super) enum Phase {
+    /// Nothing is wanted, or what is wanted waits for nothing but the next event.
+    Idle,
+    /// An acquire, or a release that requeues, is on its way.
+    Asking(Asking),
+    /// The cycle stands in the store's queue.
+    Queued(Queued),
+    /// The lease is ours.
+    Held(Held),
+    /// A release is on its way; who comes now waits for its reply, so that one request follows the other.
+    Releasing { cycle: Cycle },
+}
+
+#[derive(Debug)]
+pub(super) struct Asking {
+    pub(super) cycle: Cycle,
+    pub(super) ask: Ask,
+    /// The cycle that the same request releases.
+    pub(super) releases: Option<Cycle>,
+    /// A grant that overtook the reply.
+    pub(super) early: Option<Grant>,
+    /// The owner was told of rivals before the reply came.
+    pub(super) wanted: bool,
+    /// Pushes may have been missed since the request was sent, so a "queued" reply is not to be trusted.
+    pub(super) missed_pushes: bool,
+    /// Whether the cycle stood in the queue before.
+    pub(super) was_queued: bool,
+    /// How many replies came too late to be of use.
+    pub(super) too_late: u32,
+}
+
+#[derive(Debug)]
+pub(super) struct Queued {
+    pub(super) cycle: Cycle,
+    pub(super) mark: u64,
+    /// When the request was sent whose reply said "queued": the grant was executed after that.
+    pub(super) asked_at: Moment,
+    /// When to look again unasked.
+    pub(super) ask_again_at: Moment,
+}
+
+#[derive(Debug)]
+pub(super) struct Held {
+    pub(super) lease: Arc<Lease>,
+    pub(super) tokens: TokenBlock,
+    /// A later block, used when the first is empty.
+    pub(super) spare: TokenBlock,
+    /// Remaining tokens when the last extension was sent.
+    pub(super) left_when_asked: u64,
+    /// How many tokens are used up in a round trip, as last seen.
+    pub(super) used_in_a_round_trip: u64,
+    pub(super) holder: Option<Holder>,
+    /// An acquire that extends the lease and brings more tokens is on its way.
+    pub(super) extending: bool,
+    /// An extension had no reply: it may execute after the release, which therefore has to be repeated.
+    pub(super) in_doubt: bool,
+    /// Whether remote waiters are known, and from when on bypass counts.
+    pub(super) rivals: bool,
+    pub(super) served: u32,
+    pub(super) since: Moment,
+    pub(super) renew_at: Moment,
+    pub(super) renewing: bool,
+}
+
+#[derive(Debug)]
+pub(super) struct Holder {
+    pub(super) token: FencingToken,
+    /// The waiter, until it has collected its guard.
+    pub(super) waiter: Option<WaiterId>,
+    /// When `max_hold` ends.
+    pub(super) hold_until: Option<Moment>,
+}
+
+impl Asking {
+    pub(super) const fn new(cycle: Cycle, ask: Ask, releases: Option<Cycle>) -> Self {
+        Self {
+            cycle,
+            ask,
+            releases,
+            early: None,
+            wanted: false,
+            missed_pushes: false,
+            was_queued: false,
+            too_late: 0,
+        }
+    }
+}
+
+impl Held {
+    /// Bypass counts from the moment at which rivals are known.
+    pub(super) fn meet_rivals(&mut self, now: Moment) {
+        if !self.rivals {
+            (self.rivals, self.served, self.since) = (true, 1, now);
+        }
+    }
+
+    pub(super) fn must_yield(&self, cx: Context<'_>) -> bool {
+        self.rivals && (self.served >= cx.rules.max_burst || cx.now.since(self.since) >= cx.rules.max_slice)
+    }
+
+    /// A later block than those that are there. It never comes before the spare one: tokens must grow.
+    pub(super) fn add_tokens(&mut self, tokens: TokenBlock) {
+        if self.tokens.remaining() == 0 {
+            self.tokens = std::mem::replace(&mut self.spare, TokenBlock::EMPTY);
+        }
+        if self.tokens.remaining() == 0 {
+            self.tokens = tokens;
+        } else {
+            self.spare = tokens;
+        }
+    }
+
+    pub(super) fn take_token(&mut self) -> Option<FencingToken> {
+        if self.tokens.remaining() == 0 {
+            self.tokens = std::mem::replace(&mut self.spare, TokenBlock::EMPTY);
+        }
+        self.tokens.take()
+    }
+
+    /// Whether the tokens may run out before a round trip is over.
+    pub(super) fn is_low_on_tokens(&self, cx: Context<'_>) -> bool {
+        let left = self.tokens.remaining() + self.spare.remaining();
+        let enough_for_the_tenure = self.rivals && left >= u64::from(cx.rules.max_burst.saturating_sub(self.served));
+        !self.extending && !enough_for_the_tenure && left <= (2 * self.used_in_a_round_trip).max(BLOCK_MIN / 4)
+    }
+}

@@ -1,0 +1,112 @@
+//! What goes into the queue of a key and what comes out: settings, wishes, outcomes.
+
+use std::sync::Arc;
+use std::time::Duration;
+
+use crate::clock::Moment;
+use crate::error::LockError;
+use crate::fence::FencingToken;
+use crate::lease::Lease;
+use crate::protocol::{Cycle, Cycles};
+
+/// The settings that the queue acts by.
+#[derive(Debug, Clone)]
+pub(crate) struct Rules {
+    /// How many guards one tenure of the lease may serve once remote waiters are known.
+    pub(crate) max_burst: u32,
+    /// How long one tenure of the lease may go on once remote waiters are known.
+    pub(crate) max_slice: Duration,
+    /// How often a lease is renewed, as a part of its TTL.
+    pub(crate) renew_fraction: f64,
+    /// Deliberate mistakes, to show that the simulation finds them.
+    #[cfg(test)]
+    pub(crate) flaw: Option<Flaw>,
+}
+
+/// A deliberate mistake.
+#[cfg(test)]
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(crate) enum Flaw {
+    /// Old grants that ran out are believed.
+    IgnoresMarks,
+    /// The validity of a lease counts from the receipt of the grant.
+    CountsFromReceipt,
+    /// A manager uses the same cycle again.
+    ReusesCycles,
+}
+
+impl Rules {
+    pub(crate) fn renew_every(&self, ttl: Duration) -> Duration {
+        ttl.mul_f64(self.renew_fraction)
+    }
+
+    #[cfg(test)]
+    pub(super) fn has(&self, flaw: Flaw) -> bool {
+        self.flaw == Some(flaw)
+    }
+}
+
+/// What comes with every event.
+#[derive(Debug, Clone, Copy)]
+pub(crate) struct Context<'a> {
+    pub(crate) now: Moment,
+    pub(crate) rules: &'a Rules,
+    pub(crate) cycles: &'a Cycles,
+}
+
+impl Context<'_> {
+    pub(super) fn open_cycle(&self, expects_rivals: bool) -> Cycle {
+        #[cfg(test)]
+        if self.rules.has(Flaw::ReusesCycles) {
+            return Cycle(1);
+        }
+        self.cycles.open(expects_rivals)
+    }
+}
+
+/// What a task wants.
+#[derive(Debug, Clone, Copy)]
+pub(crate) struct Want {
+    pub(crate) ttl: Duration,
+    pub(crate) max_hold: Option<Duration>,
+    /// Whether to come back with nothing rather than wait.
+    pub(crate) only_try: bool,
+    /// Whether there is reason to think that other managers want the key, so that the free path is not worth a try.
+    pub(crate) expects_rivals: bool,
+}
+
+/// How a lock was had.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
+pub(crate) enum Path {
+    /// The key was free.
+    Uncontended,
+    /// From another task of this process, without the network.
+    LocalHandOff,
+    /// After waiting in the store's queue.
+    RemoteGrant,
+}
+
+/// What a waiter got.
+#[derive(Debug, Clone)]
+pub(crate) enum Outcome {
+    Granted(Granted),
+    /// A try found the key held or wanted.
+    Busy,
+    Failed(Box<LockError>),
+    /// Replies came later than the lease lasts, several times in a row.
+    TooLate,
+    /// The store's token was not above what was seen before.
+    Regressed {
+        token: u64,
+        floor: u64,
+    },
+}
+
+#[derive(Debug, Clone)]
+pub(crate) struct Granted {
+    /// When: from this moment on nobody else can have the lock.
+    pub(crate) at: Moment,
+    pub(crate) lease: Arc<Lease>,
+    pub(crate) token: FencingToken,
+    pub(crate) path: Path,
+}

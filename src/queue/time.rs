@@ -1,0 +1,101 @@
+//! What time brings: losses, renewals, another look at an owner.
+
+use std::time::Duration;
+
+use super::effect::Effects;
+use super::phase::Phase;
+use super::terms::Context;
+use super::{Queue, drift};
+use crate::clock::Moment;
+use crate::error::LossReason;
+use crate::protocol::{Cycle, RenewReply};
+
+impl<W> Queue<W> {
+    /// When something is due next.
+    pub(crate) fn look_at(&self) -> Option<Moment> {
+        match &self.phase {
+            Phase::Held(held) => {
+                let hold_until = held.holder.as_ref().and_then(|holder| holder.hold_until);
+                let renew_at = (!held.renewing).then_some(held.renew_at);
+                [Some(held.lease.valid_until()), hold_until, renew_at]
+                    .into_iter()
+                    .flatten()
+                    .min()
+            }
+            Phase::Queued(queued) => Some(queued.ask_again_at),
+            Phase::Idle | Phase::Asking(_) | Phase::Releasing { .. } => None,
+        }
+    }
+
+    /// Time passed. Where a lease was lost by it, the lease says why.
+    pub(crate) fn tick(&mut self, cx: Context<'_>) -> Effects<W> {
+        let mut effects = Effects::none();
+        match &mut self.phase {
+            Phase::Held(held) => {
+                let over = held
+                    .holder
+                    .as_ref()
+                    .and_then(|holder| holder.hold_until)
+                    .is_some_and(|until| cx.now >= until);
+                if cx.now >= held.lease.valid_until() {
+                    self.lose(LossReason::Expired, cx, &mut effects);
+                } else if over {
+                    self.lose(LossReason::MaxHold, cx, &mut effects);
+                }
+            }
+            Phase::Queued(queued) if cx.now >= queued.ask_again_at => self.ask_again(&mut effects),
+            _ => {}
+        }
+        effects
+    }
+
+    /// The renewal that is due, or soon will be, so that all of a shard go out together; from now on it counts as sent. Also
+    /// says how late it is.
+    pub(crate) fn renewal(&mut self, cx: Context<'_>) -> Option<(Cycle, Duration, Duration)> {
+        let Phase::Held(held) = &mut self.phase else {
+            return None;
+        };
+        if held.renewing || held.renew_at > cx.now + cx.rules.renew_every(self.ttl) / 2 {
+            return None;
+        }
+        held.renewing = true;
+        Some((held.lease.cycle, self.ttl, cx.now.since(held.renew_at)))
+    }
+
+    /// The reply to a renewal came; `None` if there was none, in which case it is tried again.
+    pub(crate) fn renewed(
+        &mut self,
+        cycle: Cycle,
+        ttl: Duration,
+        sent_at: Moment,
+        reply: Option<RenewReply>,
+        cx: Context<'_>,
+    ) -> Effects<W> {
+        let mut effects = Effects::none();
+        let Phase::Held(held) = &mut self.phase else {
+            return effects;
+        };
+        if held.lease.cycle != cycle {
+            return effects;
+        }
+        held.renewing = false;
+        if held.lease.loss_at(cx.now).is_some() {
+            // Told too late: the guard has said already that it is not valid any more.
+            self.lose(LossReason::Expired, cx, &mut effects);
+            return effects;
+        }
+        match reply {
+            Some(RenewReply::Extended { wanted }) => {
+                held.lease.extend(sent_at + ttl - drift(ttl));
+                held.renew_at = sent_at + cx.rules.renew_every(ttl);
+                if wanted {
+                    held.meet_rivals(cx.now);
+                    self.rivals_seen = true;
+                }
+            }
+            Some(RenewReply::NotOurs) => self.lose(LossReason::Taken, cx, &mut effects),
+            None => held.renew_at = cx.now + cx.rules.renew_every(ttl) / 2,
+        }
+        effects
+    }
+}
