@@ -1,0 +1,337 @@
+//! What everybody expects of a lock: it excludes, it is given back, its limits hold, and it minds its own keys.
+
+// A test is over when its surroundings fail.
+#![allow(clippy::expect_used, clippy::panic, clippy::unwrap_used)]
+
+mod support;
+mod support_locks;
+
+use std::sync::Arc;
+use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
+use std::time::{Duration, Instant};
+
+use shardlock::{LockError, LockManager, LossReason};
+use support::{RedisServer, worker};
+use support_locks::{TestStore, lock, lock_keys, on_each_store, soon, until_queued};
+use tokio::task::JoinSet;
+
+const TASKS: u64 = 8;
+const ROUNDS: u64 = 25;
+
+#[test]
+fn worker_entry() {
+    let Some(me) = worker::current() else { return };
+    match me.name() {
+        "counter" => count(&me.var("LOCKTEST_URL")),
+        name => panic!("no worker is called {name}"),
+    }
+}
+
+/// Adds to a number by reading and then writing it, under the lock.
+#[tokio::main]
+async fn count(url: &str) {
+    let locks = LockManager::connect(url).await.expect("connect");
+    let client = redis::Client::open(url).expect("a good address");
+    let connection = client.get_multiplexed_async_connection().await.expect("connect");
+    let mut tasks = JoinSet::new();
+    for _ in 0..TASKS {
+        let (locks, mut connection) = (locks.clone(), connection.clone());
+        tasks.spawn(async move {
+            for _ in 0..ROUNDS {
+                let guard = lock(&locks, "number").await;
+                let number: u64 = redis::cmd("GET")
+                    .arg("number")
+                    .query_async::<Option<u64>>(&mut connection)
+                    .await
+                    .expect("GET")
+                    .unwrap_or(0);
+                let mut set = redis::cmd("SET");
+                set.arg("number").arg(number + 1);
+                set.exec_async(&mut connection).await.expect("SET");
+                guard.release().await.expect("release");
+            }
+        });
+    }
+    while let Some(ended) = tasks.join_next().await {
+        ended.expect("a task");
+    }
+}
+
+#[test]
+fn a_number_that_many_processes_read_and_write_under_the_lock_is_exact() {
+    let server = RedisServer::start();
+    let url = server.url();
+    let mut workers: Vec<_> = (0..4)
+        .map(|_| worker::spawn("counter", &[("LOCKTEST_URL", &url)]))
+        .collect();
+    for worker in &mut workers {
+        assert!(worker.wait().success());
+    }
+    assert_eq!(server.query::<u64>(&["GET", "number"]), 4 * TASKS * ROUNDS);
+}
+
+async fn wait_in_vain(locks: &LockManager, limit: Duration) {
+    let started = Instant::now();
+    let error = locks.lock("k").timeout(limit).await.expect_err("it is held");
+    let took = started.elapsed();
+    assert!(
+        took >= limit && took < limit + Duration::from_millis(300),
+        "{limit:?}: {took:?}"
+    );
+    let LockError::Timeout {
+        key,
+        waited,
+        limit: told,
+        ..
+    } = &error
+    else {
+        panic!("{error}")
+    };
+    assert_eq!((key.as_str(), *told), ("k", limit));
+    assert!(*waited >= limit && *waited <= took);
+    assert!(error.is_timeout() && error.is_retryable());
+}
+
+on_each_store! {
+    async fn a_number_that_many_managers_read_and_write_under_the_lock_is_exact(store: &TestStore) {
+        let number = Arc::new(AtomicU64::new(0));
+        let mut tasks = JoinSet::new();
+        for _ in 0..4 {
+            let locks = store.manager().await;
+            for _ in 0..TASKS {
+                let (locks, number) = (locks.clone(), Arc::clone(&number));
+                tasks.spawn(async move {
+                    for _ in 0..ROUNDS {
+                        let guard = lock(&locks, "number").await;
+                        let seen = number.load(Ordering::Relaxed);
+                        tokio::task::yield_now().await;
+                        number.store(seen + 1, Ordering::Relaxed);
+                        guard.release().await.expect("release");
+                    }
+                });
+            }
+        }
+        while let Some(ended) = tasks.join_next().await {
+            ended.expect("a task");
+        }
+        assert_eq!(number.load(Ordering::Relaxed), 4 * TASKS * ROUNDS);
+    }
+
+    async fn a_held_key_is_held_and_no_other(store: &TestStore) {
+        let (locks, others) = (store.manager().await, store.manager().await);
+        let guard = locks.lock("k").await.expect("lock");
+        assert!(guard.is_valid());
+        assert_eq!(guard.key(), "k");
+        assert!(locks.try_lock("k").await.expect("try").is_none());
+        assert!(others.try_lock("k").await.expect("try").is_none());
+        let other = others.try_lock("other").await.expect("try").expect("another key is free");
+        guard.release().await.expect("release");
+        other.release().await.expect("release");
+
+        let again = others.try_lock("k").await.expect("try").expect("it was given back");
+        again.release().await.expect("release");
+        let again = locks.lock("k").await.expect("lock");
+        again.release().await.expect("release");
+        store.is_empty(&locks, "k").await;
+        store.is_empty(&locks, "other").await;
+    }
+
+    async fn giving_back_a_lost_lock_does_not_free_the_next_holders(store: &TestStore) {
+        let (one, other) = (store.short_lived_manager().await, store.short_lived_manager().await);
+        let old = one.lock("k").max_hold(Duration::from_millis(20)).await.expect("lock");
+        assert_eq!(soon("the loss", old.lost()).await, LossReason::MaxHold);
+        let token = old.token();
+
+        let new = lock(&other, "k").await;
+        let error = old.release().await.expect_err("it was lost");
+        let LockError::Lost { key, token: lost, reason: LossReason::MaxHold } = &error else { panic!("{error}") };
+        assert_eq!((key.as_str(), *lost), ("k", token));
+        assert!(error.is_lost() && !error.is_retryable());
+
+        assert!(new.is_valid());
+        assert!(one.try_lock("k").await.expect("try").is_none());
+        assert_eq!(one.inspect("k").await.expect("inspect").holder.expect("a holder").owner, new.owner());
+        new.release().await.expect("release");
+        store.is_empty(&one, "k").await;
+    }
+
+    async fn a_try_on_a_held_key_leaves_no_trace(store: &TestStore) {
+        let (locks, others) = (store.manager().await, store.manager().await);
+        let guard = locks.lock("k").await.expect("lock");
+        let before = locks.inspect("k").await.expect("inspect");
+        let keys = match store {
+            TestStore::Memory(_) => Vec::new(),
+            TestStore::Redis(server) => lock_keys(server),
+        };
+        for _ in 0..20 {
+            assert!(locks.try_lock("k").await.expect("try").is_none());
+            assert!(others.try_lock("k").await.expect("try").is_none());
+            let error = others.lock("k").timeout(Duration::ZERO).await.expect_err("it is held");
+            assert!(error.is_timeout(), "{error}");
+        }
+        let after = locks.inspect("k").await.expect("inspect");
+        assert_eq!((after.queue_length, after.queue.len(), after.last_token), (0, 0, before.last_token));
+        if let TestStore::Redis(server) = store {
+            assert_eq!(lock_keys(server), keys);
+        }
+        // Nothing stands in the way of the holder's release and of whoever comes next.
+        guard.release().await.expect("release");
+        store.is_empty(&locks, "k").await;
+    }
+
+    async fn a_try_does_not_pass_those_who_wait(store: &TestStore) {
+        let (locks, others) = (store.manager().await, store.manager().await);
+        let guard = locks.lock("k").await.expect("lock");
+        let waiting = tokio::spawn({
+            let others = others.clone();
+            async move { lock(&others, "k").await }
+        });
+        until_queued(&locks, "k", 1).await;
+        guard.release().await.expect("release");
+        assert!(locks.try_lock("k").await.expect("try").is_none());
+        soon("the waiter", waiting).await.expect("a task").release().await.expect("release");
+    }
+
+    async fn a_wait_ends_at_its_limit(store: &TestStore) {
+        let (locks, others) = (store.manager().await, store.manager().await);
+        let _guard = locks.lock("k").await.expect("lock");
+        for limit in [Duration::from_millis(1), Duration::from_millis(20), Duration::from_secs(3)] {
+            tokio::join!(wait_in_vain(&locks, limit), wait_in_vain(&others, limit));
+        }
+        until_queued(&locks, "k", 0).await;
+    }
+
+    async fn keys_may_be_any_text(store: &TestStore) {
+        let (locks, others) = (store.manager().await, store.manager().await);
+        let long = "é".repeat(256);
+        let keys = [
+            "a", "A", "a:b", "a:b:q", "{}", "{a}", "}", "{", "}{", "{}{a}", "{a}{b}", "x{a}y", "a b", " ", "a\\b",
+            "%", "%map", "%25", "%fence:{1}", "%q:{a}", "ключ", "🔒", "a\nb", "a\0b", "*", "?", "[a]", &long,
+        ];
+        let mut guards = Vec::new();
+        for key in keys {
+            let free = locks.try_lock(key).await.expect("try");
+            guards.push(free.unwrap_or_else(|| panic!("{key:?} is another key than those before it")));
+        }
+        for (key, guard) in keys.into_iter().zip(guards) {
+            assert_eq!(guard.key(), key);
+            let waiting = tokio::spawn({
+                let (others, key) = (others.clone(), key.to_owned());
+                async move { lock(&others, &key).await }
+            });
+            until_queued(&locks, key, 1).await;
+            guard.release().await.expect("release");
+            let guard = soon("the waiter", waiting).await.expect("a task");
+            assert_eq!(guard.key(), key);
+            guard.release().await.expect("release");
+            until_queued(&locks, key, 0).await;
+        }
+        store.is_empty(&locks, "a").await;
+    }
+
+    async fn a_guard_can_be_given_back_by_another_task(store: &TestStore) {
+        let locks = store.manager().await;
+        let guard = locks.lock("k").await.expect("lock");
+        tokio::spawn(async move { guard.release().await.expect("release") }).await.expect("a task");
+        let guard = locks.try_lock("k").await.expect("try").expect("it is free");
+        // Another thread, which knows no runtime.
+        std::thread::spawn(move || drop(guard)).join().expect("a thread");
+        lock(&locks, "k").await.release().await.expect("release");
+        store.is_empty(&locks, "k").await;
+    }
+
+    async fn a_body_runs_under_the_lock_or_not_at_all(store: &TestStore) {
+        let (locks, others) = (store.manager().await, store.manager().await);
+        let seen = locks.with_lock("k", async |guard| {
+            assert!(guard.is_valid());
+            (others.try_lock("k").await.expect("try").is_none(), guard.token())
+        });
+        let (was_held, first) = seen.await.expect("the body ran");
+        assert!(was_held);
+        store.is_empty(&locks, "k").await;
+
+        // The body's own error comes through as it is.
+        let result = locks.with_lock("k", async |_| Err::<(), _>("my own error")).await;
+        assert_eq!(result.expect("the lock was had"), Err("my own error"));
+        store.is_empty(&locks, "k").await;
+
+        let guard = others.lock("k").await.expect("lock");
+        assert!(guard.token() > first);
+        let ran = AtomicBool::new(false);
+        let request = locks.lock("k").timeout(Duration::from_millis(10));
+        let error = request.with(async |_| ran.store(true, Ordering::Relaxed)).await.expect_err("it is held");
+        assert!(error.is_timeout() && !ran.load(Ordering::Relaxed), "{error}");
+        guard.release().await.expect("release");
+        store.is_empty(&locks, "k").await;
+    }
+
+    async fn a_body_that_panics_gives_the_lock_back(store: &TestStore) {
+        let locks = store.manager().await;
+        let body = tokio::spawn({
+            let locks = locks.clone();
+            async move { locks.with_lock("k", async |_| panic!("on purpose")).await }
+        });
+        assert!(body.await.expect_err("it panics").is_panic());
+        lock(&locks, "k").await.release().await.expect("release");
+        store.is_empty(&locks, "k").await;
+    }
+
+    async fn a_body_is_cancelled_when_the_lock_is_lost(store: &TestStore) {
+        let locks = store.short_lived_manager().await;
+        let request = locks.lock("k").max_hold(Duration::from_millis(20));
+        let result = soon("the loss", request.with(async |_| std::future::pending::<()>().await)).await;
+        let error = result.expect_err("it was lost");
+        assert!(matches!(error, LockError::Lost { reason: LossReason::MaxHold, .. }), "{error}");
+        assert!(error.to_string().contains("\"k\""), "{error}");
+    }
+}
+
+#[tokio::test]
+async fn an_administrators_deletion_does_not_let_the_old_guard_free_the_new_holders_lock() {
+    let server = RedisServer::start();
+    let one = LockManager::connect(&server.url()).await.expect("connect");
+    let other = LockManager::connect(&server.url()).await.expect("connect");
+    let old = one.lock("k").await.expect("lock");
+    server.command(&["DEL", "lock:k"]);
+    let new = other.try_lock("k").await.expect("try").expect("it was deleted");
+    assert!(new.token() > old.token());
+    let error = old.release().await.expect_err("it is another's");
+    assert!(error.is_lost(), "{error}");
+    assert_eq!(server.query::<String>(&["GET", "lock:k"]), new.owner());
+    new.release().await.expect("release");
+    assert_eq!(lock_keys(&server), [""; 0]);
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn a_namespace_is_part_of_every_name_and_keeps_strangers_apart() {
+    let server = RedisServer::start();
+    let builder = |namespace: &str| LockManager::builder().shard(server.url()).namespace(namespace);
+    let one = builder("one/").connect().await.expect("connect");
+    let rival = builder("one/").connect().await.expect("connect");
+    let stranger = builder("two/").connect().await.expect("connect");
+    for key in ["k", "{tag}k", "b}r%"] {
+        let guard = one.lock(key).await.expect("lock");
+        let waiting = tokio::spawn({
+            let (rival, key) = (rival.clone(), key.to_owned());
+            async move { lock(&rival, &key).await }
+        });
+        until_queued(&one, key, 1).await;
+        let theirs = stranger.try_lock(key).await.expect("try");
+        let theirs = theirs.expect("another namespace is another lock");
+        let names = server.keys().into_iter().chain(server.channels());
+        for name in names {
+            let bare = name.trim_start_matches('{');
+            assert!(bare.starts_with("one/") || bare.starts_with("two/"), "{name}");
+        }
+        theirs.release().await.expect("release");
+        guard.release().await.expect("release");
+        soon("the waiter", waiting)
+            .await
+            .expect("a task")
+            .release()
+            .await
+            .expect("release");
+    }
+    let left: Vec<_> = server.keys().into_iter().filter(|key| !key.contains("/%")).collect();
+    assert_eq!(left, [""; 0]);
+}

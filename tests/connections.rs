@@ -1,0 +1,373 @@
+//! Connections that break, stall, or can't be made.
+
+// A test is over when its surroundings fail.
+#![allow(clippy::expect_used, clippy::panic, clippy::unwrap_used)]
+
+mod support;
+mod support_locks;
+
+use std::future::IntoFuture;
+use std::io::{Read, Write};
+use std::net::TcpListener;
+use std::sync::Arc;
+use std::sync::atomic::{AtomicBool, Ordering};
+use std::time::{Duration, Instant};
+
+use shardlock::{LockError, LockManager, LossReason};
+use support::{ClientType, RedisServer};
+use support_locks::{SHORT_TTL, lock, lock_keys, soon, until, until_queued};
+use tokio::task::JoinSet;
+
+async fn connect(server: &RedisServer) -> LockManager {
+    LockManager::connect(&server.url()).await.expect("connect")
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn a_killed_server_is_an_error_at_once_and_a_loss_in_time_and_its_restart_mends_it() {
+    let server = RedisServer::start();
+    let locks = LockManager::builder()
+        .shard(server.url())
+        .ttl(SHORT_TTL)
+        .connect()
+        .await
+        .expect("connect");
+    let guard = lock(&locks, "k").await;
+    let waiting = tokio::spawn({
+        let locks = locks.clone();
+        async move { locks.lock("k").await }
+    });
+    let killed = Instant::now();
+    server.kill();
+    for key in ["other", "more"] {
+        let error = soon("an error", locks.lock(key).into_future())
+            .await
+            .expect_err("no server");
+        assert!(
+            matches!(error, LockError::Unavailable { step: "acquire", .. }),
+            "{error}"
+        );
+        assert!(error.is_retryable() && error.to_string().contains(key), "{error}");
+    }
+    // The store timeout is one second; a refused connection is known sooner.
+    assert!(killed.elapsed() < Duration::from_secs(2), "{:?}", killed.elapsed());
+
+    assert_eq!(soon("the loss", guard.lost()).await, LossReason::Expired);
+    assert!(
+        killed.elapsed() < SHORT_TTL + Duration::from_secs(2),
+        "{:?}",
+        killed.elapsed()
+    );
+    assert!(guard.release().await.expect_err("it was lost").is_lost());
+    // Whoever waited is told rather than left.
+    let error = soon("the waiter", waiting)
+        .await
+        .expect("a task")
+        .expect_err("no server");
+    assert!(matches!(error, LockError::Unavailable { .. }), "{error}");
+
+    server.restart();
+    until("the manager has found the server again", async || {
+        match locks.lock("k").await {
+            Ok(guard) => guard.release().await.is_ok(),
+            Err(error) => {
+                assert!(error.is_retryable(), "{error}");
+                false
+            }
+        }
+    })
+    .await;
+    // Also the inbox: hand-offs between managers work again.
+    let other = connect(&server).await;
+    until("the inboxes are back", async || server.channels().len() == 2).await;
+    let guard = lock(&other, "k").await;
+    let waiting = tokio::spawn({
+        let locks = locks.clone();
+        async move { lock(&locks, "k").await }
+    });
+    until_queued(&other, "k", 1).await;
+    guard.release().await.expect("release");
+    soon("the hand-off", waiting)
+        .await
+        .expect("a task")
+        .release()
+        .await
+        .expect("release");
+    assert_eq!(lock_keys(&server), [""; 0]);
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn a_server_that_does_not_answer_is_an_error_after_the_store_timeout() {
+    let server = RedisServer::start();
+    let limit = Duration::from_millis(300);
+    let builder = LockManager::builder().shard(server.url()).store_timeout(limit);
+    let locks = builder.connect().await.expect("connect");
+    lock(&locks, "k").await.release().await.expect("release");
+    server.stop();
+    let started = Instant::now();
+    let error = soon("an error", locks.lock("k").into_future())
+        .await
+        .expect_err("no answer");
+    assert!(started.elapsed() >= limit, "{:?}", started.elapsed());
+    assert!(
+        started.elapsed() < limit + Duration::from_secs(1),
+        "{:?}",
+        started.elapsed()
+    );
+    assert!(matches!(error, LockError::Unavailable { .. }), "{error}");
+    assert!(error.to_string().contains("store_timeout"), "{error}");
+    // A wait limit that is shorter ends the wait before.
+    let error = locks.lock("j").timeout(limit / 3).await.expect_err("no answer");
+    assert!(error.is_timeout(), "{error}");
+
+    server.cont();
+    // What those requests did after all is undone: nobody waits for the end of a TTL of ten seconds.
+    let started = Instant::now();
+    let other = connect(&server).await;
+    for key in ["k", "j"] {
+        lock(&other, key).await.release().await.expect("release");
+    }
+    assert!(started.elapsed() < Duration::from_secs(5), "{:?}", started.elapsed());
+    until("nothing is left", async || lock_keys(&server).is_empty()).await;
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn a_stall_shorter_than_the_store_timeout_strands_nobody() {
+    let server = RedisServer::start();
+    let locks = connect(&server).await;
+    for _ in 0..5 {
+        server.stop();
+        let acquiring = tokio::spawn({
+            let locks = locks.clone();
+            async move { lock(&locks, "k").await }
+        });
+        // Both answers come late, whichever request the stall meets.
+        tokio::time::sleep(Duration::from_millis(60)).await;
+        server.cont();
+        let guard = soon("the lock", acquiring).await.expect("a task");
+        server.stop();
+        let releasing = tokio::spawn(guard.release());
+        tokio::time::sleep(Duration::from_millis(60)).await;
+        server.cont();
+        soon("the release", releasing).await.expect("a task").expect("release");
+    }
+    assert_eq!(lock_keys(&server), [""; 0]);
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn a_hand_off_survives_the_loss_of_the_subscription_alone() {
+    let server = RedisServer::start();
+    let (holder, waiter) = (connect(&server).await, connect(&server).await);
+    for round in 0..20 {
+        let guard = lock(&holder, "k").await;
+        let waiting = tokio::spawn({
+            let waiter = waiter.clone();
+            async move { lock(&waiter, "k").await }
+        });
+        until_queued(&holder, "k", 1).await;
+        // In one half of the rounds the grant is published while nobody listens, in the other it comes afterwards.
+        assert_eq!(server.client_kill(ClientType::PubSub), 2);
+        if round % 2 == 0 {
+            until("the inboxes are back", async || server.channels().len() == 2).await;
+        }
+        let started = Instant::now();
+        guard.release().await.expect("release");
+        let guard = soon("the hand-off", waiting).await.expect("a task");
+        // The TTL is ten seconds and the pause before the first reconnect is a few milliseconds.
+        assert!(started.elapsed() < Duration::from_secs(1), "{:?}", started.elapsed());
+        guard.release().await.expect("release");
+        until("the inboxes are back", async || server.channels().len() == 2).await;
+    }
+    assert_eq!(lock_keys(&server), [""; 0]);
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn a_broken_command_connection_is_replaced_unseen() {
+    let server = RedisServer::start();
+    let (one, other) = (connect(&server).await, connect(&server).await);
+    let guard = lock(&one, "held").await;
+    for _ in 0..20 {
+        server.client_kill(ClientType::Normal);
+        let guard = one.lock("k").await.expect("on a new connection");
+        server.client_kill(ClientType::Normal);
+        guard.release().await.expect("on a new connection");
+        server.client_kill(ClientType::Normal);
+        assert!(other.try_lock("held").await.expect("on a new connection").is_none());
+    }
+    guard.release().await.expect("it was held all the time");
+    assert_eq!(lock_keys(&server), [""; 0]);
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn forgotten_scripts_are_never_seen() {
+    let server = Arc::new(RedisServer::start());
+    let builder = || LockManager::builder().shard(server.url()).ttl(SHORT_TTL).max_burst(2);
+    let over = Arc::new(AtomicBool::new(false));
+    let flushing = std::thread::spawn({
+        let (server, over) = (Arc::clone(&server), Arc::clone(&over));
+        move || {
+            while !over.load(Ordering::Relaxed) {
+                server.command(&["SCRIPT", "FLUSH"]);
+            }
+        }
+    });
+    let holder = builder().connect().await.expect("connect");
+    let held = lock(&holder, "held").await;
+    let mut tasks = JoinSet::new();
+    for _ in 0..3 {
+        let locks = builder().connect().await.expect("connect");
+        for _ in 0..4 {
+            let locks = locks.clone();
+            tasks.spawn(async move {
+                for _ in 0..20 {
+                    assert!(locks.try_lock("held").await.expect("try").is_none());
+                    lock(&locks, "k").await.release().await.expect("release");
+                }
+            });
+        }
+    }
+    while let Some(ended) = soon("the tasks", tasks.join_next()).await {
+        ended.expect("a task");
+    }
+    // Renewals, too.
+    let lost = tokio::time::timeout(2 * SHORT_TTL, held.lost()).await;
+    assert!(lost.is_err() && held.is_valid());
+    held.release().await.expect("release");
+    over.store(true, Ordering::Relaxed);
+    flushing.join().expect("a thread");
+    until("nothing is left", async || lock_keys(&server).is_empty()).await;
+}
+
+/// The error of connecting there, which has to come at once and must not show a password.
+async fn refused(url: &str) -> LockError {
+    let started = Instant::now();
+    let builder = LockManager::builder().shard(url).store_timeout(Duration::from_secs(5));
+    let error = soon("an error", builder.connect()).await.expect_err(url);
+    assert!(
+        started.elapsed() < Duration::from_secs(4),
+        "{:?}: {error}",
+        started.elapsed()
+    );
+    assert!(!error.to_string().contains("hunter2"), "{error}");
+    assert!(!format!("{error:?}").contains("hunter2"), "{error:?}");
+    error
+}
+
+#[tokio::test]
+async fn a_wrong_or_missing_password_is_said_in_words() {
+    let server = RedisServer::start_with(&["--requirepass", "right"]);
+    let wrong = [
+        server.url(),
+        format!("redis://:hunter2@{}", server.address()),
+        format!("redis://nobody:hunter2@{}", server.address()),
+    ];
+    for url in wrong {
+        let error = refused(&url).await;
+        assert!(matches!(error, LockError::Refused { step: "connect", .. }), "{error}");
+        assert!(
+            !error.is_retryable() && error.to_string().contains("password"),
+            "{error}"
+        );
+        assert!(error.to_string().contains(&server.address()), "{error}");
+    }
+    let right = format!("redis://:right@{}", server.address());
+    let locks = LockManager::connect(&right).await.expect("connect");
+    lock(&locks, "k").await.release().await.expect("release");
+}
+
+#[tokio::test]
+async fn a_port_that_refuses_and_a_host_that_does_not_exist_are_said_in_words() {
+    let server = RedisServer::start();
+    let url = server.url();
+    server.kill();
+    let error = refused(&url).await;
+    assert!(
+        matches!(error, LockError::Unavailable { step: "connect", .. }),
+        "{error}"
+    );
+    assert!(error.to_string().contains("refused"), "{error}");
+    assert!(error.to_string().contains(&url), "{error}");
+
+    // A name that is reserved for never being resolved.
+    let error = refused("redis://:hunter2@lock.invalid:6379").await;
+    assert!(
+        matches!(error, LockError::Unavailable { step: "connect", .. }),
+        "{error}"
+    );
+    assert!(error.to_string().contains("lock.invalid"), "{error}");
+}
+
+#[tokio::test]
+async fn tls_is_refused_in_words_rather_than_tried_on_a_plain_port() {
+    let server = RedisServer::start();
+    let error = refused(&format!("rediss://:hunter2@{}", server.address())).await;
+    assert!(matches!(error, LockError::Invalid(_)), "{error}");
+    assert!(error.to_string().contains("rediss:// is not supported"), "{error}");
+}
+
+#[tokio::test]
+async fn a_port_that_speaks_something_else_is_said_in_words() {
+    let listener = TcpListener::bind(("127.0.0.1", 0)).expect("a port");
+    let address = listener.local_addr().expect("an address");
+    std::thread::spawn(move || {
+        for stream in listener.incoming() {
+            let mut stream = stream.expect("a connection");
+            // The client may be gone by then.
+            drop(stream.read(&mut [0; 64]));
+            drop(stream.write_all(b"HTTP/1.1 400 Bad Request\r\n\r\n"));
+        }
+    });
+    let error = refused(&format!("redis://{address}")).await;
+    assert!(
+        matches!(error, LockError::Unavailable { .. } | LockError::Refused { .. }),
+        "{error}"
+    );
+    assert!(error.to_string().contains(&address.to_string()), "{error}");
+}
+
+#[tokio::test]
+async fn a_port_that_says_nothing_is_an_error_after_the_store_timeout() {
+    let listener = TcpListener::bind(("127.0.0.1", 0)).expect("a port");
+    let address = listener.local_addr().expect("an address");
+    let limit = Duration::from_millis(200);
+    let started = Instant::now();
+    let builder = LockManager::builder()
+        .shard(format!("redis://{address}"))
+        .store_timeout(limit);
+    let error = soon("an error", builder.connect()).await.expect_err("nobody answers");
+    assert!(started.elapsed() >= limit && started.elapsed() < limit + Duration::from_secs(1));
+    assert!(
+        matches!(error, LockError::Unavailable { step: "connect", .. }),
+        "{error}"
+    );
+    assert!(error.to_string().contains(&address.to_string()), "{error}");
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn a_server_without_memory_or_for_reading_only_says_what_to_do() {
+    let server = RedisServer::start();
+    let locks = connect(&server).await;
+    let held = lock(&locks, "held").await;
+    let no_replicas = ["CONFIG", "SET", "min-replicas-to-write", "1"];
+    let replicas = ["CONFIG", "SET", "min-replicas-to-write", "0"];
+    let no_memory = ["CONFIG", "SET", "maxmemory", "1"];
+    let memory = ["CONFIG", "SET", "maxmemory", "0"];
+    let replica = ["REPLICAOF", "127.0.0.1", "1"];
+    let primary = ["REPLICAOF", "NO", "ONE"];
+    for (change, back, words) in [
+        (&no_replicas[..], &replicas[..], "does not accept writes"),
+        (&no_memory[..], &memory[..], "maxmemory"),
+        (&replica[..], &primary[..], "connect to the primary"),
+    ] {
+        server.command(change);
+        let error = locks.lock("k").await.expect_err("the server says no");
+        assert!(matches!(error, LockError::Refused { .. }), "{error}");
+        assert!(
+            error.to_string().contains(words) && error.to_string().contains("\"k\""),
+            "{error}"
+        );
+        server.command(back);
+        lock(&locks, "k").await.release().await.expect("release");
+    }
+    held.release().await.expect("those troubles were short");
+    until("nothing is left", async || lock_keys(&server).is_empty()).await;
+}

@@ -1,0 +1,345 @@
+//! How long a lock is held: for as long as its holder lives, and not a moment longer than it says.
+
+// A test is over when its surroundings fail.
+#![allow(clippy::expect_used, clippy::panic, clippy::unwrap_used)]
+
+mod support;
+mod support_locks;
+
+use std::time::{Duration, Instant};
+
+use shardlock::{LockError, LockManager, LossReason};
+use support::{PATIENCE, RedisServer, eventually, worker};
+use support_locks::{SHORT_TTL, TestStore, lock, lock_keys, on_each_store, poll_once, soon, until_queued};
+
+#[test]
+fn worker_entry() {
+    let Some(me) = worker::current() else { return };
+    match me.name() {
+        "holder" => hold(&me),
+        name => panic!("no worker is called {name}"),
+    }
+}
+
+/// Locks, says so, and gives the lock back when it is told to.
+#[tokio::main]
+async fn hold(me: &worker::Current) {
+    let locks = LockManager::builder()
+        .shard(me.var("LOCKTEST_URL"))
+        .ttl(SHORT_TTL)
+        .connect()
+        .await
+        .expect("connect");
+    let guard = lock(&locks, "k").await;
+    me.say(guard.token().to_string());
+    let me = me.clone();
+    let told = tokio::task::spawn_blocking(move || me.hear());
+    if told.await.expect("listen").is_some() {
+        guard.release().await.expect("release");
+    }
+}
+
+fn holder(server: &RedisServer) -> worker::Worker {
+    worker::spawn("holder", &[("LOCKTEST_URL", &server.url())])
+}
+
+on_each_store! {
+    async fn a_lock_is_held_for_many_ttls_while_its_holder_lives(store: &TestStore) {
+        let (one, other) = (store.short_lived_manager().await, store.short_lived_manager().await);
+        let guard = lock(&one, "k").await;
+        let mut waiting = tokio::spawn(async move { lock(&other, "k").await });
+        let six_ttls = tokio::time::timeout(6 * SHORT_TTL, &mut waiting).await;
+        assert!(six_ttls.is_err(), "nobody else had it");
+        assert!(guard.is_valid() && guard.remaining() <= SHORT_TTL);
+        guard.release().await.expect("it was held all the time");
+        soon("the waiter", waiting).await.expect("a task").release().await.expect("release");
+    }
+
+    async fn loss_is_not_told_of_a_lock_that_is_held_or_given_back(store: &TestStore) {
+        let locks = store.short_lived_manager().await;
+        let guard = lock(&locks, "k").await;
+        let told = tokio::time::timeout(2 * SHORT_TTL, guard.lost()).await;
+        assert!(told.is_err(), "it is held");
+        guard.release().await.expect("release");
+
+        // A release while somebody listens for the loss: the listener is dropped with the body and hears nothing.
+        let seen = locks.with_lock("k", async |guard| {
+            let mut lost = Box::pin(guard.lost());
+            poll_once(&mut lost)
+        });
+        assert_eq!(seen.await.expect("the lock"), None);
+    }
+
+    async fn asking_after_the_loss_answers_at_once(store: &TestStore) {
+        let locks = store.short_lived_manager().await;
+        let guard = locks.lock("k").max_hold(Duration::from_millis(10)).await.expect("lock");
+        soon("the loss", guard.lost()).await;
+        for _ in 0..3 {
+            assert_eq!(poll_once(&mut Box::pin(guard.lost())), Some(LossReason::MaxHold));
+        }
+        assert!(!guard.is_valid());
+        assert_eq!(guard.remaining(), Duration::ZERO);
+        let error = guard.release().await.expect_err("it was lost");
+        assert!(error.is_lost(), "{error}");
+    }
+
+    async fn a_cap_on_the_holding_time_ends_the_renewal(store: &TestStore) {
+        let (one, other) = (store.short_lived_manager().await, store.short_lived_manager().await);
+        let cap = SHORT_TTL * 2;
+        let started = Instant::now();
+        let stuck = one.lock("k").max_hold(cap).await.expect("lock");
+        let waiting = tokio::spawn(async move { lock(&other, "k").await });
+        assert_eq!(soon("the loss", stuck.lost()).await, LossReason::MaxHold);
+        assert!(started.elapsed() >= cap, "{:?}", started.elapsed());
+        // The stuck task keeps its guard, and still somebody else gets the lock.
+        let next = soon("the next", waiting).await.expect("a task");
+        assert!(!stuck.is_valid() && next.is_valid());
+        assert!(next.token() > stuck.token());
+        next.release().await.expect("release");
+    }
+
+    async fn a_cap_on_the_holding_time_is_each_guards_own(store: &TestStore) {
+        let locks = store.short_lived_manager().await;
+        for _ in 0..3 {
+            let capped = locks.lock("k").max_hold(Duration::from_secs(60)).await.expect("lock");
+            let mut next = Box::pin(async { lock(&locks, "k").await });
+            assert!(poll_once(&mut next).is_none());
+            capped.release().await.expect("release");
+            let uncapped = soon("the next", next).await;
+            assert!(uncapped.is_valid());
+            uncapped.release().await.expect("release");
+        }
+    }
+
+    async fn a_guard_that_is_dropped_gives_its_lock_back(store: &TestStore) {
+        let (one, other) = (store.manager().await, store.manager().await);
+        // With the default TTL of 10 seconds: nobody waits for its end.
+        let guard = lock(&one, "k").await;
+        let waiting = tokio::spawn(async move { lock(&other, "k").await });
+        until_queued(&one, "k", 1).await;
+        let started = Instant::now();
+        drop(guard);
+        let next = soon("the waiter", waiting).await.expect("a task");
+        assert!(started.elapsed() < Duration::from_secs(5));
+        drop(next);
+        store.is_empty(&one, "k").await;
+    }
+
+    async fn a_renewal_under_way_never_brings_a_released_lock_back(store: &TestStore) {
+        // With a fiftieth of 100 ms a renewal is due every 2 ms, so that many are under way at a release.
+        let builder = || store.builder().ttl(Duration::from_millis(100)).renew_fraction(0.02);
+        let (one, other) = (builder().connect().await.expect("connect"), builder().connect().await.expect("connect"));
+        for round in 0..100_u64 {
+            let guard = lock(&one, "k").await;
+            let deadline = Instant::now() + Duration::from_micros(round * 37 % 3_000);
+            while Instant::now() < deadline {
+                tokio::task::yield_now().await;
+            }
+            // A loaded machine may take longer than the TTL for all this; a loss is no mistake here.
+            match guard.release().await {
+                Ok(()) => {}
+                Err(error) => assert!(error.is_lost(), "{error}"),
+            }
+            // The next holder is the other manager, and nobody takes it away from that.
+            let guard = lock(&other, "k").await;
+            let owner = guard.owner();
+            let seen = one.inspect("k").await.expect("inspect").holder.map(|holder| holder.owner);
+            assert!(seen.as_ref() == Some(&owner) || !guard.is_valid(), "{seen:?} {owner}");
+            match guard.release().await {
+                Ok(()) => {}
+                Err(error) => assert!(error.is_lost(), "{error}"),
+            }
+        }
+        store.is_empty(&one, "k").await;
+    }
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn another_process_gets_the_lock_only_after_its_release() {
+    let server = RedisServer::start();
+    let mut holder = holder(&server);
+    let token: u64 = holder.line().parse().expect("a token");
+    let locks = LockManager::connect(&server.url()).await.expect("connect");
+    let mut waiting = tokio::spawn({
+        let locks = locks.clone();
+        async move { lock(&locks, "k").await }
+    });
+    let four_ttls = tokio::time::timeout(4 * SHORT_TTL, &mut waiting).await;
+    assert!(four_ttls.is_err(), "it is held by the other process");
+    holder.send("release");
+    let guard = soon("the release", waiting).await.expect("a task");
+    assert!(guard.token().get() > token);
+    assert!(holder.wait().success());
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn the_lock_of_a_killed_process_goes_to_the_next_one_alone_within_the_ttl() {
+    let server = RedisServer::start();
+    let mut holder = holder(&server);
+    holder.line();
+    let mut waiting = Vec::new();
+    let watcher = LockManager::connect(&server.url()).await.expect("connect");
+    for place in 1..=3 {
+        let builder = LockManager::builder().shard(server.url()).ttl(SHORT_TTL);
+        let locks = builder.connect().await.expect("connect");
+        waiting.push(tokio::spawn(async move { lock(&locks, "k").await }));
+        until_queued(&watcher, "k", place).await;
+    }
+    let mut waiting = waiting.into_iter();
+    let (first, second) = (waiting.next().expect("three"), waiting.next().expect("three"));
+    let third = waiting.next().expect("three");
+
+    server.reset_stats();
+    let killed = Instant::now();
+    holder.kill();
+    let guard = soon("the first waiter", first).await.expect("a task");
+    let took = killed.elapsed();
+    assert!(took < SHORT_TTL + Duration::from_millis(400), "{took:?}");
+    // Two more looks at the end of the lease are all that the others may have sent, and neither of them was woken.
+    assert!(!second.is_finished() && !third.is_finished());
+    assert!(server.calls("publish") <= 2, "{:?}", server.commands());
+
+    guard.release().await.expect("release");
+    soon("the second", second)
+        .await
+        .expect("a task")
+        .release()
+        .await
+        .expect("release");
+    soon("the third", third)
+        .await
+        .expect("a task")
+        .release()
+        .await
+        .expect("release");
+    support_locks::until("nothing is left", async || lock_keys(&server).is_empty()).await;
+}
+
+/// Takes the lock away by `steal`; the holder hears of it at the next renewal, and waiters go on.
+async fn taken_away(steal: impl FnOnce(&RedisServer)) {
+    let server = RedisServer::start();
+    let connect = || {
+        LockManager::builder()
+            .shard(server.url())
+            .ttl(Duration::from_secs(2))
+            .connect()
+    };
+    let (one, other) = (connect().await.expect("connect"), connect().await.expect("connect"));
+    let guard = lock(&one, "k").await;
+    let waiting = tokio::spawn({
+        let other = other.clone();
+        async move { lock(&other, "k").await }
+    });
+    until_queued(&one, "k", 1).await;
+    let local = tokio::spawn({
+        let one = one.clone();
+        async move { lock(&one, "k").await }
+    });
+    let stolen = Instant::now();
+    steal(&server);
+    assert_eq!(soon("the loss", guard.lost()).await, LossReason::Taken);
+    // A tenth of the TTL and some time for a loaded machine, but not the whole of it.
+    assert!(stolen.elapsed() < Duration::from_millis(1200), "{:?}", stolen.elapsed());
+    assert!(!guard.is_valid());
+    let error = guard.release().await.expect_err("it was taken");
+    assert!(
+        matches!(
+            error,
+            LockError::Lost {
+                reason: LossReason::Taken,
+                ..
+            }
+        ),
+        "{error}"
+    );
+    // Neither a waiter of another process nor one of the same is forgotten.
+    let in_turn = async {
+        tokio::join!(async { waiting.await.expect("a task").release().await }, async {
+            local.await.expect("a task").release().await
+        },)
+    };
+    let (there, here) = soon("both waiters", in_turn).await;
+    assert_eq!((there.is_ok(), here.is_ok()), (true, true), "{there:?} {here:?}");
+    support_locks::until("nothing is left", async || lock_keys(&server).is_empty()).await;
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn a_deleted_lease_is_told_at_the_next_renewal_and_waiters_go_on() {
+    taken_away(|server| {
+        server.command(&["DEL", "lock:k"]);
+    })
+    .await;
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn a_flushed_server_is_told_at_the_next_renewal_and_waiters_go_on() {
+    taken_away(|server| {
+        server.command(&["FLUSHALL"]);
+    })
+    .await;
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn a_lease_taken_by_an_administrator_is_told_at_the_next_renewal_and_waiters_go_on() {
+    taken_away(|server| {
+        server.command(&["SET", "lock:k", "maintenance", "PX", "700"]);
+    })
+    .await;
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn a_failed_renewal_with_lease_left_is_no_loss() {
+    let server = RedisServer::start();
+    let ttl = Duration::from_secs(3);
+    let builder = LockManager::builder().shard(server.url()).ttl(ttl);
+    let locks = builder
+        .store_timeout(Duration::from_millis(100))
+        .connect()
+        .await
+        .expect("connect");
+    let guard = lock(&locks, "k").await;
+    for _ in 0..2 {
+        // Every renewal fails for a third of the TTL: some three of them, with time for more.
+        server.stop();
+        let lost = tokio::time::timeout(ttl / 3, guard.lost()).await;
+        assert!(lost.is_err() && guard.is_valid());
+        server.cont();
+        eventually("a renewal succeeds", PATIENCE, || guard.remaining() > ttl * 4 / 5).await;
+    }
+    guard.release().await.expect("it was held all the time");
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn a_loss_is_told_before_the_lease_can_be_anybody_elses() {
+    let server = RedisServer::start();
+    let connect = || LockManager::builder().shard(server.url()).ttl(SHORT_TTL).connect();
+    let (one, other) = (connect().await.expect("connect"), connect().await.expect("connect"));
+    let guard = lock(&one, "k").await;
+    let waiting = tokio::spawn({
+        let other = other.clone();
+        async move { (lock(&other, "k").await, Instant::now()) }
+    });
+    until_queued(&other, "k", 1).await;
+    let lost = async {
+        let reason = guard.lost().await;
+        (reason, Instant::now())
+    };
+    let cut = async {
+        // Renewals get no answer for a whole TTL, and the waiter asks as soon as the server goes on.
+        server.stop();
+        tokio::time::sleep(SHORT_TTL).await;
+        assert!(!guard.is_valid(), "the clock alone says so");
+        server.cont();
+    };
+    let ((reason, lost_at), ()) = soon("the loss", async { tokio::join!(lost, cut) }).await;
+    assert_eq!(reason, LossReason::Expired);
+    let (next, had_at) = soon("the waiter", waiting).await.expect("a task");
+    assert!(
+        lost_at < had_at,
+        "told {:?} too late",
+        lost_at.saturating_duration_since(had_at)
+    );
+    assert!(next.token() > guard.token());
+    next.release().await.expect("release");
+    assert!(guard.release().await.expect_err("it was lost").is_lost());
+}

@@ -1,0 +1,246 @@
+//! Who comes next: whoever asked first.
+
+// A test is over when its surroundings fail.
+#![allow(clippy::expect_used, clippy::panic, clippy::unwrap_used)]
+
+mod support;
+mod support_locks;
+
+use std::sync::Arc;
+use std::time::{Duration, Instant};
+
+use parking_lot::Mutex;
+use shardlock::LockManager;
+use support::{RedisServer, worker};
+use support_locks::{SHORT_TTL, TestStore, lock, lock_keys, on_each_store, poll_once, soon, until_queued};
+use tokio::task::JoinSet;
+
+#[test]
+fn worker_entry() {
+    let Some(me) = worker::current() else { return };
+    match me.name() {
+        "waiter" => wait_in_line(&me),
+        name => panic!("no worker is called {name}"),
+    }
+}
+
+/// Connects, waits to be told, locks, says so, and gives the lock back when it is told to.
+#[tokio::main]
+async fn wait_in_line(me: &worker::Current) {
+    let locks = LockManager::builder()
+        .shard(me.var("LOCKTEST_URL"))
+        .ttl(SHORT_TTL)
+        .connect()
+        .await
+        .expect("connect");
+    me.say("connected");
+    let hear = async || {
+        let me = me.clone();
+        tokio::task::spawn_blocking(move || me.hear()).await.expect("listen")
+    };
+    hear().await;
+    let guard = lock(&locks, "k").await;
+    me.say("locked");
+    hear().await;
+    guard.release().await.expect("release");
+    me.say("released");
+}
+
+fn waiters(server: &RedisServer, count: usize) -> Vec<worker::Worker> {
+    let url = server.url();
+    let waiters: Vec<_> = (0..count)
+        .map(|_| worker::spawn("waiter", &[("LOCKTEST_URL", &url)]))
+        .collect();
+    for waiter in &waiters {
+        assert_eq!(waiter.line(), "connected");
+    }
+    waiters
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn eight_processes_are_served_in_the_order_in_which_they_came() {
+    let server = RedisServer::start();
+    let locks = LockManager::connect(&server.url()).await.expect("connect");
+    let mut waiters = waiters(&server, 8);
+    let guard = lock(&locks, "k").await;
+    for (place, waiter) in waiters.iter_mut().enumerate() {
+        waiter.send("lock");
+        until_queued(&locks, "k", place as u64 + 1).await;
+    }
+    let queue = locks.inspect("k").await.expect("inspect").queue;
+    for (waiter, signature) in waiters.iter().zip(&queue) {
+        assert!(signature.contains(&format!("-{}-", waiter.pid())), "{queue:?}");
+    }
+    guard.release().await.expect("release");
+    for (place, waiter) in waiters.iter_mut().enumerate() {
+        assert_eq!(waiter.line(), "locked", "waiter {place}");
+        // The others still wait: none of them is the holder.
+        let holder = locks.inspect("k").await.expect("inspect").holder.expect("a holder");
+        assert!(holder.owner.contains(&format!("-{}-", waiter.pid())), "{holder:?}");
+        waiter.send("release");
+        assert_eq!(waiter.line(), "released");
+    }
+    for mut waiter in waiters {
+        assert!(waiter.wait().success());
+    }
+}
+
+on_each_store! {
+    async fn five_hundred_tasks_are_served_once_each_and_in_order_within_their_process(store: &TestStore) {
+        let watcher = store.manager().await;
+        let guard = lock(&watcher, "k").await;
+        let served = Arc::new(Mutex::new(Vec::new()));
+        let mut tasks = JoinSet::new();
+        for process in 0..2_u32 {
+            let locks = store.manager().await;
+            for number in 0..250_u32 {
+                let (locks, served) = (locks.clone(), Arc::clone(&served));
+                let mut waiting = Box::pin(async move {
+                    let guard = lock(&locks, "k").await;
+                    served.lock().push((process, number, guard.token()));
+                    guard.release().await.expect("release");
+                });
+                // The first poll takes the place in the line.
+                assert!(poll_once(&mut waiting).is_none());
+                tasks.spawn(waiting);
+            }
+            until_queued(&watcher, "k", u64::from(process) + 1).await;
+        }
+        guard.release().await.expect("release");
+        while let Some(ended) = soon("all tasks", tasks.join_next()).await {
+            ended.expect("a task");
+        }
+        let served = served.lock();
+        assert_eq!(served.len(), 500);
+        assert!(served.windows(2).all(|pair| pair[0].2 < pair[1].2), "tokens grow");
+        for process in 0..2 {
+            let numbers: Vec<_> = served.iter().filter(|seen| seen.0 == process).map(|seen| seen.1).collect();
+            assert_eq!(numbers, (0..250).collect::<Vec<_>>());
+        }
+        // And the processes take turns, rather than one after the other.
+        let turns = served.windows(2).filter(|pair| pair[0].0 != pair[1].0).count();
+        assert!(turns >= 4, "{turns}");
+        store.is_empty(&watcher, "k").await;
+    }
+
+    async fn managers_are_served_in_the_order_in_which_they_came(store: &TestStore) {
+        let watcher = store.manager().await;
+        let guard = lock(&watcher, "k").await;
+        let served = Arc::new(Mutex::new(Vec::new()));
+        let mut tasks = JoinSet::new();
+        for number in 0..16_u64 {
+            let (locks, served) = (store.manager().await, Arc::clone(&served));
+            tasks.spawn(async move {
+                let guard = lock(&locks, "k").await;
+                served.lock().push(number);
+                guard.release().await.expect("release");
+            });
+            until_queued(&watcher, "k", number + 1).await;
+        }
+        guard.release().await.expect("release");
+        while let Some(ended) = soon("all tasks", tasks.join_next()).await {
+            ended.expect("a task");
+        }
+        assert_eq!(*served.lock(), (0..16).collect::<Vec<_>>());
+    }
+
+    async fn a_failed_try_does_not_delay_the_next_waiter(store: &TestStore) {
+        let (holder, trier, waiter) = (store.manager().await, store.manager().await, store.manager().await);
+        let guard = lock(&holder, "k").await;
+        assert!(trier.try_lock("k").await.expect("try").is_none());
+        let waiting = tokio::spawn({
+            let waiter = waiter.clone();
+            async move { lock(&waiter, "k").await }
+        });
+        until_queued(&holder, "k", 1).await;
+        assert!(trier.try_lock("k").await.expect("try").is_none());
+        assert!(waiter.try_lock("k").await.expect("try").is_none());
+        let started = Instant::now();
+        guard.release().await.expect("release");
+        // The TTL is 10 seconds: had anything to run out, it would take longer than this.
+        soon("the waiter", waiting).await.expect("a task").release().await.expect("release");
+        assert!(started.elapsed() < Duration::from_secs(2), "{:?}", started.elapsed());
+    }
+
+    async fn an_abandoned_place_does_not_delay_the_next_waiter(store: &TestStore) {
+        let (holder, leaver, waiter) = (store.manager().await, store.manager().await, store.manager().await);
+        let guard = lock(&holder, "k").await;
+        let leaving = tokio::spawn({
+            let leaver = leaver.clone();
+            async move { lock(&leaver, "k").await }
+        });
+        until_queued(&holder, "k", 1).await;
+        let waiting = tokio::spawn({
+            let waiter = waiter.clone();
+            async move { lock(&waiter, "k").await }
+        });
+        until_queued(&holder, "k", 2).await;
+        leaving.abort();
+        let started = Instant::now();
+        guard.release().await.expect("release");
+        soon("the waiter", waiting).await.expect("a task").release().await.expect("release");
+        assert!(started.elapsed() < Duration::from_secs(2), "{:?}", started.elapsed());
+        store.is_empty(&holder, "k").await;
+    }
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn a_dead_head_of_the_queue_is_passed_over() {
+    let server = RedisServer::start();
+    // The holder's TTL is 10 seconds, so nothing here waits for its end.
+    let holder = LockManager::connect(&server.url()).await.expect("connect");
+    let next = LockManager::connect(&server.url()).await.expect("connect");
+    // The server has to know the script, or the first call of it counts twice.
+    lock(&holder, "k").await.release().await.expect("release");
+    let mut dead = waiters(&server, 1).remove(0);
+    let guard = lock(&holder, "k").await;
+    dead.send("lock");
+    until_queued(&holder, "k", 1).await;
+    let waiting = tokio::spawn(async move { lock(&next, "k").await });
+    until_queued(&holder, "k", 2).await;
+    let inboxes = server.channels().len();
+    dead.kill();
+    support_locks::until("its inbox is gone", async || server.channels().len() == inboxes - 1).await;
+
+    server.reset_stats();
+    let started = Instant::now();
+    guard.release().await.expect("release");
+    let guard = soon("the next", waiting).await.expect("a task");
+    assert!(started.elapsed() < Duration::from_secs(2), "{:?}", started.elapsed());
+    // One release, which finds out that the first does not listen.
+    assert_eq!(
+        (server.script_calls(), server.publishes()),
+        (1, 2),
+        "{:?}",
+        server.commands()
+    );
+    guard.release().await.expect("release");
+    assert_eq!(lock_keys(&server), [""; 0]);
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn a_head_of_the_queue_that_dies_with_its_grant_is_passed_over_within_its_ttl_and_without_polling() {
+    let server = RedisServer::start();
+    let builder = || LockManager::builder().shard(server.url()).ttl(SHORT_TTL).connect();
+    let (holder, next) = (builder().await.expect("connect"), builder().await.expect("connect"));
+    let mut dead = waiters(&server, 1).remove(0);
+    let guard = lock(&holder, "k").await;
+    dead.send("lock");
+    until_queued(&holder, "k", 1).await;
+    let waiting = tokio::spawn(async move { lock(&next, "k").await });
+    until_queued(&holder, "k", 2).await;
+
+    // It stands still, so that its inbox is there and takes the grant that nobody will ever read.
+    dead.stop();
+    server.reset_stats();
+    let started = Instant::now();
+    guard.release().await.expect("release");
+    let guard = soon("the next", waiting).await.expect("a task");
+    let took = started.elapsed();
+    assert!(took < SHORT_TTL + Duration::from_millis(400), "{took:?}");
+    // The release, and at most a few looks at the end of the TTL.
+    assert!(server.script_calls() <= 6, "{:?}", server.commands());
+    dead.kill();
+    guard.release().await.expect("release");
+    support_locks::until("nothing is left", async || lock_keys(&server).is_empty()).await;
+}
