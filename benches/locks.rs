@@ -6,13 +6,11 @@
 // What fails here ends the run.
 #![allow(clippy::expect_used, clippy::panic, clippy::unwrap_used)]
 
-use std::collections::BTreeMap;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicU64, Ordering};
 use std::time::{Duration, Instant};
 
-use criterion::{Criterion, Throughput, criterion_group};
-use parking_lot::Mutex;
+use criterion::{Criterion, Throughput};
 use redis::aio::MultiplexedConnection;
 use shardlock::LockManager;
 use tokio::runtime::Runtime;
@@ -21,21 +19,6 @@ use tokio::runtime::Runtime;
 mod support;
 
 use support::RedisServer;
-
-/// Time and operations of every measurement, for the ratios at the end.
-static TALLY: Mutex<BTreeMap<&str, (Duration, u64)>> = Mutex::new(BTreeMap::new());
-
-fn tally(name: &'static str, took: Duration, operations: u64) -> Duration {
-    let mut tally = TALLY.lock();
-    let (time, count) = tally.entry(name).or_default();
-    (*time, *count) = (*time + took, *count + operations);
-    took
-}
-
-fn per_second(name: &str) -> f64 {
-    let (time, count) = TALLY.lock().get(name).copied().unwrap_or_default();
-    count as f64 / time.as_secs_f64()
-}
 
 const COMPARE_AND_DELETE: &str =
     "if redis.call('GET', KEYS[1]) == ARGV[1] then return redis.call('DEL', KEYS[1]) else return 0 end";
@@ -78,193 +61,212 @@ where
     start.elapsed()
 }
 
-/// Many tasks on one key in one process, nothing done under the lock.
-fn fan_in(criterion: &mut Criterion) {
+/// One of the two sides of a comparison: does so many operations and says how long they took.
+type Side = Box<dyn Fn(u64) -> Duration>;
+
+/// Two things that are measured beside each other.
+struct Comparison {
+    name: &'static str,
+    ours: Side,
+    limit_name: &'static str,
+    limit: Side,
+    /// Keeps the server alive.
+    _server: RedisServer,
+}
+
+impl Comparison {
+    fn bench(&self, criterion: &mut Criterion) {
+        let mut group = criterion.benchmark_group(self.name);
+        group
+            .throughput(Throughput::Elements(1))
+            .measurement_time(Duration::from_secs(3));
+        group.bench_function(self.limit_name, |bencher| bencher.iter_custom(&self.limit));
+        group.bench_function("shardlock", |bencher| bencher.iter_custom(&self.ours));
+        group.finish();
+    }
+
+    /// Both in turn, many times, since the speed of a shared machine drifts: the median of the ratios of neighbours, and of the rates.
+    fn ratio(&self, operations: u64) {
+        let mut rounds: Vec<(f64, f64)> = (0..ROUNDS)
+            .map(|_| {
+                let rate = |took: Duration| operations as f64 / took.as_secs_f64();
+                (rate((self.limit)(operations)), rate((self.ours)(operations)))
+            })
+            .collect();
+        let mut median = |value: fn(&(f64, f64)) -> f64| {
+            rounds.sort_by(|one, other| value(one).total_cmp(&value(other)));
+            value(&rounds[rounds.len() / 2])
+        };
+        let (ratio, ours, limit) = (
+            median(|round| round.1 / round.0),
+            median(|round| round.1),
+            median(|round| round.0),
+        );
+        println!(
+            "  {}: {ours:.0}/s ({:.2} us), {} {limit:.0}/s ({:.2} us): {ratio:.2} of its rate, {:.2} times its time",
+            self.name,
+            1e6 / ours,
+            self.limit_name,
+            1e6 / limit,
+            1.0 / ratio,
+        );
+    }
+}
+
+const ROUNDS: usize = 31;
+
+/// A runtime, a server, and a manager on it.
+fn setting() -> (Arc<Runtime>, RedisServer, LockManager) {
     let runtime = Runtime::new().expect("a runtime");
     let server = RedisServer::start();
     let locks = runtime
         .block_on(LockManager::connect(&server.url()))
         .expect("a manager");
-    let mutex = Arc::new(tokio::sync::Mutex::new(0_u64));
-    let last = Arc::new(AtomicU64::new(0));
+    (Arc::new(runtime), server, locks)
+}
 
-    let mut group = criterion.benchmark_group("fan-in, 1000 tasks, 1 key");
-    group
-        .throughput(Throughput::Elements(1))
-        .measurement_time(Duration::from_secs(5));
-    group.bench_function("tokio::sync::Mutex", |bencher| {
-        bencher.to_async(&runtime).iter_custom(|operations| {
+fn raw_connection(runtime: &Runtime, server: &RedisServer) -> (MultiplexedConnection, Arc<redis::Script>) {
+    let client = redis::Client::open(server.url()).expect("a client");
+    let connection = runtime
+        .block_on(client.get_multiplexed_async_connection())
+        .expect("a connection");
+    (connection, Arc::new(redis::Script::new(COMPARE_AND_DELETE)))
+}
+
+/// Many tasks on one key in one process, nothing done under the lock.
+fn fan_in() -> Comparison {
+    let (runtime, server, locks) = setting();
+    let (mutex, last) = (Arc::new(tokio::sync::Mutex::new(0_u64)), Arc::new(AtomicU64::new(0)));
+    let of_the_limit = Arc::clone(&runtime);
+    let limit = move |operations| {
+        of_the_limit.block_on(share(1000, operations, |_, count| {
             let mutex = Arc::clone(&mutex);
             async move {
-                let took = share(1000, operations, |_, count| {
-                    let mutex = Arc::clone(&mutex);
-                    async move {
-                        for _ in 0..count {
-                            *mutex.lock().await += 1;
-                        }
-                    }
-                });
-                tally("mutex", took.await, operations)
+                for _ in 0..count {
+                    *mutex.lock().await += 1;
+                }
             }
-        });
-    });
-    group.bench_function("shardlock", |bencher| {
-        bencher.to_async(&runtime).iter_custom(|operations| {
+        }))
+    };
+    let ours = move |operations| {
+        runtime.block_on(share(1000, operations, |_, count| {
             let (locks, last) = (locks.clone(), Arc::clone(&last));
             async move {
-                let took = share(1000, operations, |_, count| {
-                    let (locks, last) = (locks.clone(), Arc::clone(&last));
-                    async move {
-                        for _ in 0..count {
-                            let guard = locks.lock("hot").await.expect("a lock");
-                            let token = guard.token().get();
-                            assert!(last.swap(token, Ordering::Relaxed) < token, "tokens must grow");
-                            guard.release().await.expect("a release");
-                        }
-                    }
-                });
-                tally("fan-in", took.await, operations)
+                for _ in 0..count {
+                    let guard = locks.lock("hot").await.expect("a lock");
+                    let token = guard.token().get();
+                    assert!(last.swap(token, Ordering::Relaxed) < token, "tokens must grow");
+                    guard.release().await.expect("a release");
+                }
             }
-        });
-    });
-    group.finish();
-    runtime.block_on(locks.shutdown());
+        }))
+    };
+    Comparison {
+        name: "fan-in, 1000 tasks, 1 key",
+        ours: Box::new(ours),
+        limit_name: "tokio::sync::Mutex",
+        limit: Box::new(limit),
+        _server: server,
+    }
 }
 
 /// Many tasks, each with a key of its own.
-fn own_keys(criterion: &mut Criterion) {
-    let runtime = Runtime::new().expect("a runtime");
-    let server = RedisServer::start();
-    let locks = runtime
-        .block_on(LockManager::connect(&server.url()))
-        .expect("a manager");
-    let client = redis::Client::open(server.url()).expect("a client");
-    let connection = runtime
-        .block_on(client.get_multiplexed_async_connection())
-        .expect("a connection");
-    let script = Arc::new(redis::Script::new(COMPARE_AND_DELETE));
-
-    let mut group = criterion.benchmark_group("64 tasks, 64 keys");
-    group
-        .throughput(Throughput::Elements(1))
-        .measurement_time(Duration::from_secs(5));
-    group.bench_function("raw SET NX PX + compare-and-delete", |bencher| {
-        bencher.to_async(&runtime).iter_custom(|operations| {
-            let (connection, script) = (connection.clone(), Arc::clone(&script));
+fn own_keys() -> Comparison {
+    let (runtime, server, locks) = setting();
+    let (connection, script) = raw_connection(&runtime, &server);
+    let of_the_limit = Arc::clone(&runtime);
+    let limit = move |operations| {
+        of_the_limit.block_on(share(64, operations, |number, count| {
+            let (mut connection, script) = (connection.clone(), Arc::clone(&script));
             async move {
-                let took = share(64, operations, |number, count| {
-                    let (mut connection, script) = (connection.clone(), Arc::clone(&script));
-                    async move {
-                        let key = format!("raw:{number}");
-                        for _ in 0..count {
-                            assert!(raw_acquire(&mut connection, &key).await);
-                            raw_release(&mut connection, &script, &key).await;
-                        }
-                    }
-                });
-                tally("raw cycles", took.await, operations)
+                let key = format!("raw:{number}");
+                for _ in 0..count {
+                    assert!(raw_acquire(&mut connection, &key).await);
+                    raw_release(&mut connection, &script, &key).await;
+                }
             }
-        });
-    });
-    group.bench_function("shardlock", |bencher| {
-        bencher.to_async(&runtime).iter_custom(|operations| {
+        }))
+    };
+    let ours = move |operations| {
+        runtime.block_on(share(64, operations, |number, count| {
             let locks = locks.clone();
             async move {
-                let took = share(64, operations, |number, count| {
-                    let locks = locks.clone();
-                    async move {
-                        let key = format!("own:{number}");
-                        for _ in 0..count {
-                            locks
-                                .lock(&key)
-                                .await
-                                .expect("a lock")
-                                .release()
-                                .await
-                                .expect("a release");
-                        }
-                    }
-                });
-                tally("own keys", took.await, operations)
+                let key = format!("own:{number}");
+                for _ in 0..count {
+                    locks
+                        .lock(&key)
+                        .await
+                        .expect("a lock")
+                        .release()
+                        .await
+                        .expect("a release");
+                }
             }
-        });
-    });
-    group.finish();
-    runtime.block_on(locks.shutdown());
+        }))
+    };
+    Comparison {
+        name: "64 tasks, 64 keys",
+        ours: Box::new(ours),
+        limit_name: "raw SET NX PX + compare-and-delete",
+        limit: Box::new(limit),
+        _server: server,
+    }
 }
 
 /// One task, a free key: only the acquiring is timed.
-fn one_task(criterion: &mut Criterion) {
-    let runtime = Runtime::new().expect("a runtime");
-    let server = RedisServer::start();
-    let locks = runtime
-        .block_on(LockManager::connect(&server.url()))
-        .expect("a manager");
-    let client = redis::Client::open(server.url()).expect("a client");
-    let connection = runtime
-        .block_on(client.get_multiplexed_async_connection())
-        .expect("a connection");
-    let script = Arc::new(redis::Script::new(COMPARE_AND_DELETE));
-
-    let mut group = criterion.benchmark_group("1 task, free key, acquire only");
-    group.measurement_time(Duration::from_secs(5));
-    group.bench_function("raw SET NX PX", |bencher| {
-        bencher.to_async(&runtime).iter_custom(|operations| {
-            let (mut connection, script) = (connection.clone(), Arc::clone(&script));
-            async move {
-                let mut took = Duration::ZERO;
-                for _ in 0..operations {
-                    let start = Instant::now();
-                    assert!(raw_acquire(&mut connection, "raw:one").await);
-                    took += start.elapsed();
-                    raw_release(&mut connection, &script, "raw:one").await;
-                }
-                tally("raw acquire", took, operations)
+fn one_task() -> Comparison {
+    let (runtime, server, locks) = setting();
+    let (connection, script) = raw_connection(&runtime, &server);
+    let of_the_limit = Arc::clone(&runtime);
+    let limit = move |operations| {
+        let (mut connection, script) = (connection.clone(), Arc::clone(&script));
+        in_a_task(&of_the_limit, async move {
+            let mut took = Duration::ZERO;
+            for _ in 0..operations {
+                let start = Instant::now();
+                assert!(raw_acquire(&mut connection, "raw:one").await);
+                took += start.elapsed();
+                raw_release(&mut connection, &script, "raw:one").await;
             }
-        });
-    });
-    group.bench_function("shardlock", |bencher| {
-        bencher.to_async(&runtime).iter_custom(|operations| {
-            let locks = locks.clone();
-            async move {
-                let mut took = Duration::ZERO;
-                for _ in 0..operations {
-                    let start = Instant::now();
-                    let guard = locks.lock("one").await.expect("a lock");
-                    took += start.elapsed();
-                    guard.release().await.expect("a release");
-                }
-                tally("acquire", took, operations)
+            took
+        })
+    };
+    let ours = move |operations| {
+        let locks = locks.clone();
+        in_a_task(&runtime, async move {
+            let mut took = Duration::ZERO;
+            for _ in 0..operations {
+                let start = Instant::now();
+                let guard = locks.lock("one").await.expect("a lock");
+                took += start.elapsed();
+                guard.release().await.expect("a release");
             }
-        });
-    });
-    group.finish();
-    runtime.block_on(locks.shutdown());
+            took
+        })
+    };
+    Comparison {
+        name: "1 task, free key, acquire only",
+        ours: Box::new(ours),
+        limit_name: "raw SET NX PX",
+        limit: Box::new(limit),
+        _server: server,
+    }
 }
 
-criterion_group!(benches, fan_in, own_keys, one_task);
+/// Where programs lock: in a task, not on the thread that started the runtime.
+fn in_a_task(runtime: &Runtime, task: impl Future<Output = Duration> + Send + 'static) -> Duration {
+    runtime.block_on(async { tokio::spawn(task).await.expect("a task of the benchmark") })
+}
 
 fn main() {
-    benches();
-    Criterion::default().configure_from_args().final_summary();
-    let ratio = |name: &str, limit: &str| per_second(name) / per_second(limit);
-    println!("\nratios of this run");
-    println!(
-        "  fan-in, 1000 tasks, 1 key: {:.0} locks/s, {:.2} of tokio::sync::Mutex ({:.0}/s)",
-        per_second("fan-in"),
-        ratio("fan-in", "mutex"),
-        per_second("mutex")
-    );
-    println!(
-        "  64 tasks, 64 keys: {:.0} locks/s, {:.2} of raw SET NX PX + compare-and-delete ({:.0}/s)",
-        per_second("own keys"),
-        ratio("own keys", "raw cycles"),
-        per_second("raw cycles")
-    );
-    println!(
-        "  1 task, free key: acquiring takes {:.2} times a raw SET NX PX ({:.1} and {:.1} us)",
-        1.0 / ratio("acquire", "raw acquire"),
-        1e6 / per_second("acquire"),
-        1e6 / per_second("raw acquire")
-    );
+    let mut criterion = Criterion::default().configure_from_args();
+    let comparisons = [(fan_in(), 200_000), (own_keys(), 20_000), (one_task(), 1_000)];
+    for (comparison, _) in &comparisons {
+        comparison.bench(&mut criterion);
+    }
+    criterion.final_summary();
+    println!("\nboth in turn, median of {ROUNDS} rounds:");
+    for (comparison, operations) in &comparisons {
+        comparison.ratio(*operations);
+    }
 }

@@ -156,6 +156,7 @@ impl LockManager {
     }
 
     /// Asks for a lock and waits for it: see [`LockRequest`], which can be given a TTL, a time limit and more before it is awaited.
+    #[inline]
     pub fn lock(&self, key: impl AsRef<str>) -> LockRequest {
         LockRequest::new(Arc::clone(&self.inner), key.as_ref())
     }
@@ -317,7 +318,10 @@ impl Inner {
     }
 
     pub(crate) fn shard(&self, key: &LockKey) -> &Arc<Shard> {
-        &self.shards[self.map.index(key.slot())]
+        match &self.shards[..] {
+            [only] => only,
+            shards => &shards[self.map.index(key.slot())],
+        }
     }
 }
 

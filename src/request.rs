@@ -67,6 +67,7 @@ struct Terms {
 }
 
 impl LockRequest {
+    #[inline]
     pub(crate) fn new(manager: Arc<Inner>, key: &str) -> Self {
         let terms = Terms {
             ttl: None,
@@ -132,6 +133,7 @@ impl LockRequest {
     }
 
     /// The future of this request.
+    #[inline]
     fn start(self, only_try: bool) -> Acquiring {
         let Self { manager, key, terms } = self;
         let class = manager.classes.get(terms.class.as_deref());
@@ -414,6 +416,7 @@ impl IntoFuture for LockRequest {
     type Output = Result<LockGuard, LockError>;
     type IntoFuture = LockFuture;
 
+    #[inline]
     fn into_future(self) -> LockFuture {
         LockFuture(self.start(false))
     }

@@ -110,7 +110,7 @@ on_each_store! {
         while let Some(ended) = soon("all tasks", tasks.join_next()).await {
             ended.expect("a task");
         }
-        let served = served.lock();
+        let served = served.lock().clone();
         assert_eq!(served.len(), 500);
         assert!(served.windows(2).all(|pair| pair[0].2 < pair[1].2), "tokens grow");
         for process in 0..2 {

@@ -154,7 +154,7 @@ impl<W> Queue<W> {
         }
         held.extending = true;
         held.left_when_asked = held.tokens.remaining();
-        let tokens = waiting.max(4 * held.used_in_a_round_trip).clamp(BLOCK_MIN, BLOCK_MAX) as u32;
+        let tokens = waiting.max(16 * held.used_in_a_round_trip).clamp(BLOCK_MIN, BLOCK_MAX) as u32;
         effects.request(Request::Acquire {
             cycle: held.lease.cycle,
             ask: Ask::Join,

@@ -33,7 +33,7 @@ mod waiters;
 
 use std::time::Duration;
 
-pub(crate) use effect::{Effects, Request};
+pub(crate) use effect::{Effects, Request, Wake};
 #[cfg(test)]
 pub(crate) use terms::Flaw;
 pub(crate) use terms::{Context, Granted, Outcome, Path, Rules, Want};

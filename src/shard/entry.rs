@@ -12,7 +12,7 @@ use crate::error::LockError;
 use crate::fence::FencingToken;
 use crate::key::LockKey;
 use crate::protocol::Cycle;
-use crate::queue::{Context, Effects, Granted, Outcome, Queue, Request, WaiterId, Want};
+use crate::queue::{Context, Effects, Granted, Outcome, Queue, Request, WaiterId, Wake, Want};
 
 /// See the module. The mutex is never held across an `await`, nor while a waiter is woken.
 pub(crate) struct Entry {
@@ -180,8 +180,10 @@ impl Entry {
             wake,
             lost,
         } = effects;
-        for waker in wake {
-            waker.wake();
+        match wake {
+            Wake::None => {}
+            Wake::One(waker) => waker.wake(),
+            Wake::Many(wakers) => wakers.into_iter().for_each(Waker::wake),
         }
         for cycle in abandoned.into_iter().flatten() {
             self.shard.send(Job::Release {
