@@ -1,104 +1,148 @@
-//! Processes that stand still, and runtimes that are blocked.
+//! Processes that stand still, as a whole or in all of their workers.
 
-use std::time::{Duration, Instant};
-
-use shardlock::LockManager;
+// A test is over when its surroundings fail.
+#![allow(clippy::expect_used, clippy::panic, clippy::unwrap_used)]
 
 mod support;
+mod support_locks;
 
-use support::{PATIENCE, RedisServer, wait_until, worker};
+use std::sync::{Arc, Barrier};
+use std::time::{Duration, Instant};
 
-const TTL: Duration = Duration::from_millis(400);
+use shardlock::{LockManager, LossReason};
+use support::{RedisServer, worker};
+use support_locks::{TestStore, lock, on_each_store, poll_once, soon};
+
+/// Longer than what a loaded machine takes a thread's processor away for.
+const TTL: Duration = Duration::from_millis(700);
 
 #[test]
 fn worker_entry() {
     let Some(me) = worker::current() else { return };
-    assert_eq!(me.name(), "paused");
-    let runtime = tokio::runtime::Builder::new_multi_thread()
-        .enable_all()
-        .build()
-        .unwrap();
-    let locks = runtime.block_on(LockManager::connect(&me.var("LOCKTEST_URL"))).unwrap();
-    let guard = runtime.block_on(locks.lock("k").ttl(TTL).into_future()).unwrap();
-    assert!(guard.is_valid());
-    me.say("held");
-    // Nothing but the clock tells this thread that the process stood still; its next instruction asks the guard.
+    match me.name() {
+        "paused" => look_without_end(&me),
+        name => panic!("no worker is called {name}"),
+    }
+}
+
+async fn connect(url: &str) -> LockManager {
+    let builder = LockManager::builder().shard(url).ttl(TTL);
+    builder.connect().await.expect("connect")
+}
+
+/// Holds a lock and does nothing but look at the clock and at the guard. When the clock shows that the process stood
+/// still, it says what the guard said in the very next instruction, and what it says of its loss.
+#[tokio::main]
+async fn look_without_end(me: &worker::Current) {
+    let locks = connect(&me.var("LOCKTEST_URL")).await;
+    let guard = lock(&locks, "k").await;
+    me.say(guard.token().to_string());
+    // The runtime's other worker and the background thread go on meanwhile.
     let mut last = Instant::now();
     loop {
+        let valid = guard.is_valid();
         let now = Instant::now();
-        if now.duration_since(last) > TTL {
-            let (valid, remaining) = (guard.is_valid(), guard.remaining());
-            me.say(format!("valid: {valid}, remaining: {remaining:?}"));
+        // A loaded machine makes gaps, too, and they are no reason for a loss.
+        let gap = now - last;
+        if gap > TTL {
+            // This look may have come before the pause, so the next is the first that certainly came after it.
+            let first = guard.is_valid();
+            let remaining = guard.remaining();
+            let told = poll_once(&mut Box::pin(guard.lost()));
+            me.say(format!("{first} {remaining:?} {told:?}"));
             break;
         }
+        assert!(valid, "the lock was lost without a pause");
         last = now;
     }
-    let reason = runtime.block_on(guard.lost());
-    let error = runtime.block_on(guard.release()).unwrap_err();
-    me.say(format!("{reason:?}, {}", error.is_lost()));
+    me.hear();
+    let released = guard.release().await;
+    me.say(released.expect_err("it was lost").is_lost().to_string());
 }
 
-#[test]
-fn a_process_that_was_stopped_for_longer_than_its_lease_knows_at_once() {
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn a_process_that_was_stopped_for_longer_than_its_ttl_knows_at_once_that_its_lock_is_lost() {
     let server = RedisServer::start();
-    let mut worker = worker::spawn("paused", &[("LOCKTEST_URL", &server.url())]);
-    assert_eq!(worker.line(), "held");
-    worker.stop();
-    wait_until("the lease ran out", PATIENCE, || {
-        server.query::<u64>(&["EXISTS", "lock:k"]) == 0
-    });
-    let since = Instant::now();
-    wait_until("the worker stood still for longer than its TTL", PATIENCE, || {
-        since.elapsed() > TTL
-    });
-    worker.cont();
-    assert_eq!(worker.line(), "valid: false, remaining: 0ns");
-    assert_eq!(worker.line(), "Expired, true");
-    assert!(worker.wait().success());
+    let mut paused = worker::spawn("paused", &[("LOCKTEST_URL", &server.url())]);
+    let old: u64 = paused.line().parse().expect("a token");
+    paused.stop();
+    let stopped = Instant::now();
+    let locks = connect(&server.url()).await;
+    let guard = lock(&locks, "k").await;
+    assert!(guard.token().get() > old);
+    // The next holder has it within the TTL; the pause lasts until a TTL has passed for certain.
+    tokio::time::sleep_until((stopped + 2 * TTL).into()).await;
+    paused.cont();
+    assert_eq!(paused.line(), format!("false 0ns Some({:?})", LossReason::Expired));
+    // Its late release frees nothing.
+    paused.send("release");
+    assert_eq!(paused.line(), "true");
+    assert!(guard.is_valid());
+    let holder = locks.inspect("k").await.expect("inspect").holder.expect("a holder");
+    assert_eq!(holder.owner, guard.owner());
+    guard.release().await.expect("it was held all the time");
+    assert!(paused.wait().success());
 }
 
-#[test]
-fn a_lock_is_held_while_all_workers_of_the_runtime_are_blocked() {
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn a_process_that_was_stopped_for_less_than_its_ttl_keeps_its_lock() {
     let server = RedisServer::start();
-    let runtime = tokio::runtime::Builder::new_multi_thread()
-        .worker_threads(2)
-        .enable_all()
-        .build()
-        .unwrap();
-    let locks = runtime.block_on(LockManager::connect(&server.url())).unwrap();
-    let guard = runtime.block_on(locks.lock("k").ttl(TTL).into_future()).unwrap();
+    let mut paused = worker::spawn("paused", &[("LOCKTEST_URL", &server.url())]);
+    paused.line();
+    let locks = connect(&server.url()).await;
+    let mut waiting = tokio::spawn(async move { lock(&locks, "k").await });
+    for _ in 0..4 {
+        paused.stop();
+        // A quarter of the TTL, and then time enough to renew.
+        tokio::time::sleep(TTL / 4).await;
+        paused.cont();
+        let waited = tokio::time::timeout(TTL / 2, &mut waiting).await;
+        assert!(waited.is_err(), "it is held");
+    }
+    assert_eq!(paused.line_within(Duration::ZERO), None, "nothing was lost");
+    paused.kill();
+    drop(soon("the next", waiting).await.expect("a task"));
+}
 
-    let (tell, blocked) = std::sync::mpsc::channel();
-    let ends: Vec<_> = (0..2)
-        .map(|_| {
-            let (end, ended) = std::sync::mpsc::channel::<()>();
-            let tell = tell.clone();
+on_each_store! {
+    async fn a_lock_is_held_while_all_workers_of_its_runtime_are_blocked(store: &TestStore) {
+        let watcher = store.manager().await;
+        let url = store.url();
+        let workers = 2;
+        let blocked = Arc::new(Barrier::new(workers + 1));
+        let runtime = tokio::runtime::Builder::new_multi_thread()
+            .worker_threads(workers)
+            .enable_all()
+            .build()
+            .expect("a runtime");
+        let connecting = runtime.spawn(async move {
+            let locks = connect(&url).await;
+            let guard = lock(&locks, "k").await;
+            (locks, guard)
+        });
+        let (locks, guard) = connecting.await.expect("a task");
+        for _ in 0..workers {
+            let blocked = Arc::clone(&blocked);
             runtime.spawn(async move {
-                tell.send(()).unwrap();
-                // Blocks the worker's thread, as a task should not, until the test drops its end.
-                ended.recv().unwrap_err();
+                blocked.wait();
+                // Blocks its worker, which is what a task must not do, for three TTLs.
+                std::thread::sleep(3 * TTL);
             });
-            end
-        })
-        .collect();
-    for _ in 0..2 {
-        blocked.recv().unwrap();
+        }
+        let blocked = tokio::task::spawn_blocking(move || blocked.wait());
+        blocked.await.expect("all workers are blocked");
+        let began = Instant::now();
+        while began.elapsed() < 2 * TTL {
+            assert!(guard.is_valid());
+            assert!(watcher.try_lock("k").await.expect("try").is_none(), "it is held");
+            tokio::time::sleep(Duration::from_millis(5)).await;
+        }
+        // The loss, too, would be told without that runtime.
+        assert_eq!(poll_once(&mut Box::pin(guard.lost())), None);
+        let rest = tokio::task::spawn_blocking(move || drop(runtime));
+        rest.await.expect("the workers end");
+        assert!(began.elapsed() >= 2 * TTL && guard.is_valid());
+        soon("the release", guard.release()).await.expect("it was held all the time");
+        drop(locks);
     }
-
-    let other = tokio::runtime::Builder::new_current_thread()
-        .enable_all()
-        .build()
-        .unwrap();
-    let rival = other.block_on(LockManager::connect(&server.url())).unwrap();
-    let since = Instant::now();
-    while since.elapsed() < 3 * TTL {
-        assert!(
-            other.block_on(rival.try_lock("k").into_future()).unwrap().is_none(),
-            "taken after {:?}",
-            since.elapsed()
-        );
-        assert!(guard.is_valid());
-    }
-    drop(ends);
-    runtime.block_on(guard.release()).unwrap();
 }

@@ -1,0 +1,305 @@
+//! The end: of a guard, of a runtime, of a manager. Nothing is left, nothing hangs, nothing panics.
+
+// A test is over when its surroundings fail.
+#![allow(clippy::expect_used, clippy::panic, clippy::unwrap_used)]
+
+mod support;
+mod support_locks;
+
+use std::future::IntoFuture;
+use std::time::{Duration, Instant};
+
+use shardlock::{LockError, LockManager, LossReason};
+use support::{PATIENCE, RedisServer, wait_until, worker};
+use support_locks::{SHORT_TTL, TestStore, lock, lock_keys, on_each_store, poll_once, soon, until, until_queued};
+use tokio::runtime::{Builder, Runtime};
+use tokio::task::JoinSet;
+
+/// How many keys a process uses in its life.
+const KEYS: usize = 100_000;
+
+#[test]
+fn worker_entry() {
+    let Some(me) = worker::current() else { return };
+    match me.name() {
+        "user_of_many_keys" => use_many_keys(&me),
+        name => panic!("no worker is called {name}"),
+    }
+}
+
+fn runtime() -> Runtime {
+    Builder::new_multi_thread()
+        .worker_threads(2)
+        .enable_all()
+        .build()
+        .expect("a runtime")
+}
+
+/// Uses many keys, ends its manager, and says what it then still has.
+fn use_many_keys(me: &worker::Current) {
+    let runtime = runtime();
+    let url = me.var("LOCKTEST_URL");
+    let locks = runtime.block_on(LockManager::connect(&url)).expect("connect");
+    runtime.block_on(async {
+        let mut tasks = JoinSet::new();
+        const TASKS: usize = 64;
+        for task in 0..TASKS {
+            let locks = locks.clone();
+            tasks.spawn(async move {
+                for key in (task..KEYS).step_by(TASKS) {
+                    lock(&locks, &format!("key:{key}"))
+                        .await
+                        .release()
+                        .await
+                        .expect("release");
+                }
+            });
+        }
+        while let Some(ended) = tasks.join_next().await {
+            ended.expect("a task");
+        }
+    });
+    me.say("used");
+    me.hear();
+    drop(locks);
+    let metrics = runtime.handle().metrics();
+    wait_until("no task is left", PATIENCE, || metrics.num_alive_tasks() == 0);
+    wait_until("no thread is left", PATIENCE, || threads_of_managers() == 0);
+    me.say("gone");
+    me.hear();
+}
+
+/// How many background threads of managers this process has.
+#[cfg(target_os = "linux")]
+fn threads_of_managers() -> usize {
+    let threads = std::fs::read_dir("/proc/self/task").expect("a list of threads");
+    let names = threads.filter_map(|thread| std::fs::read_to_string(thread.ok()?.path().join("comm")).ok());
+    names.filter(|name| name.trim_end() == "shardlock").count()
+}
+
+#[cfg(not(target_os = "linux"))]
+fn threads_of_managers() -> usize {
+    0
+}
+
+#[test]
+fn after_a_hundred_thousand_keys_only_counters_are_left_and_after_the_end_no_task_thread_or_channel() {
+    let server = RedisServer::start();
+    let mut user = worker::spawn("user_of_many_keys", &[("LOCKTEST_URL", &server.url())]);
+    assert_eq!(user.line_within(4 * PATIENCE).as_deref(), Some("used"));
+    wait_until("all locks are given back", PATIENCE, || lock_keys(&server).is_empty());
+    // One counter for each slot at most, and the shard map.
+    assert!(server.dbsize() <= 16_384 + 1, "{}", server.dbsize());
+    assert_eq!(server.channels().len(), 1);
+    user.send("end");
+    assert_eq!(user.line(), "gone");
+    wait_until("nobody listens", PATIENCE, || server.channels().is_empty());
+    wait_until("nobody is connected", PATIENCE, || server.connections() == 0);
+    assert!(user.wait().success());
+}
+
+/// A guard and a waiter that live on a runtime of their own, which then ends in the way that is given.
+fn end_a_runtime(store: &TestStore, end: impl FnOnce(Runtime)) {
+    let survivors = runtime();
+    let survivor = survivors.block_on(store.manager());
+    let dying = runtime();
+    let (holding, is_holding) = std::sync::mpsc::channel();
+    let locks = dying.block_on(store.manager());
+    dying.spawn({
+        let locks = locks.clone();
+        async move {
+            let _guard = lock(&locks, "k").await;
+            holding.send(()).expect("the test waits");
+            std::future::pending::<()>().await;
+        }
+    });
+    is_holding.recv_timeout(PATIENCE).expect("it is held");
+    // One that waits for a task of its own process, and one that waits for another process.
+    dying.spawn({
+        let locks = locks.clone();
+        async move { lock(&locks, "k").await }
+    });
+    let theirs = survivors.block_on(lock(&survivor, "other"));
+    dying.spawn({
+        let locks = locks.clone();
+        async move { lock(&locks, "other").await }
+    });
+    survivors.block_on(until_queued(&survivor, "other", 1));
+
+    let started = Instant::now();
+    end(dying);
+    assert!(started.elapsed() < Duration::from_secs(5), "{:?}", started.elapsed());
+    survivors.block_on(async {
+        // With a TTL of ten seconds: it was given back rather than left to run out.
+        lock(&survivor, "k").await.release().await.expect("release");
+        assert!(started.elapsed() < Duration::from_secs(5), "{:?}", started.elapsed());
+        until_queued(&survivor, "other", 0).await;
+        theirs.release().await.expect("release");
+        store.is_empty(&survivor, "other").await;
+        // The manager itself does not depend on the runtime on which it was made.
+        lock(&locks, "k").await.release().await.expect("on another runtime");
+        store.is_empty(&survivor, "k").await;
+    });
+}
+
+#[test]
+fn a_runtime_that_is_dropped_gives_its_locks_back_in_memory() {
+    end_a_runtime(&TestStore::memory(), drop);
+}
+
+#[test]
+fn a_runtime_that_is_dropped_gives_its_locks_back_on_redis() {
+    end_a_runtime(&TestStore::redis(), drop);
+}
+
+#[test]
+fn a_runtime_that_is_shut_down_in_the_background_gives_its_locks_back_in_memory() {
+    end_a_runtime(&TestStore::memory(), Runtime::shutdown_background);
+}
+
+#[test]
+fn a_runtime_that_is_shut_down_in_the_background_gives_its_locks_back_on_redis() {
+    end_a_runtime(&TestStore::redis(), Runtime::shutdown_background);
+}
+
+on_each_store! {
+    async fn a_shutdown_ends_guards_waiters_and_later_requests(store: &TestStore) {
+        let (locks, others) = (store.manager().await, store.manager().await);
+        let guard = lock(&locks, "held").await;
+        let kept = lock(&locks, "kept").await;
+        let theirs = lock(&others, "theirs").await;
+        let local: Vec<_> = (0..10)
+            .map(|_| {
+                let locks = locks.clone();
+                tokio::spawn(locks.lock("held").into_future())
+            })
+            .collect();
+        let remote = tokio::spawn(locks.lock("theirs").into_future());
+        let next = tokio::spawn(others.lock("held").into_future());
+        until_queued(&others, "theirs", 1).await;
+        until_queued(&others, "held", 1).await;
+        let mut lost = Box::pin(guard.lost());
+        assert_eq!(poll_once(&mut lost), None);
+
+        soon("the shutdown", locks.shutdown()).await;
+        assert_eq!(soon("the loss", lost).await, LossReason::Closed);
+        assert!(!guard.is_valid() && !kept.is_valid());
+        for waiter in local.into_iter().chain([remote]) {
+            let error = soon("a waiter", waiter).await.expect("a task").expect_err("it is closed");
+            assert!(matches!(error, LockError::Closed), "{error}");
+        }
+        for _ in 0..3 {
+            let error = locks.lock("new").await.expect_err("it is closed");
+            assert!(matches!(error, LockError::Closed), "{error}");
+            let error = locks.clone().try_lock("new").await.expect_err("it is closed");
+            assert!(matches!(error, LockError::Closed) && !error.is_retryable(), "{error}");
+        }
+        // The servers know already; nobody waits for the end of a TTL of ten seconds.
+        let started = Instant::now();
+        let next = soon("the next", next).await.expect("a task").expect("lock");
+        lock(&others, "kept").await.release().await.expect("release");
+        assert!(started.elapsed() < Duration::from_secs(5), "{:?}", started.elapsed());
+
+        // Guards that are given back late touch nothing of the next holder's.
+        let error = guard.release().await.expect_err("it was lost");
+        assert!(matches!(error, LockError::Lost { reason: LossReason::Closed, .. }), "{error}");
+        drop(kept);
+        assert!(next.is_valid());
+        next.release().await.expect("release");
+        theirs.release().await.expect("release");
+        soon("a second shutdown", locks.shutdown()).await;
+        store.is_empty(&others, "held").await;
+        store.is_empty(&others, "theirs").await;
+    }
+
+    async fn a_shutdown_under_load_leaves_nothing(store: &TestStore) {
+        let watcher = store.manager().await;
+        for round in 0..10 {
+            let (locks, others) = (store.manager().await, store.manager().await);
+            let mut tasks = JoinSet::new();
+            for task in 0..16 {
+                let locks = if task % 2 == 0 { locks.clone() } else { others.clone() };
+                tasks.spawn(async move {
+                    loop {
+                        match locks.lock(["a", "b"][task / 2 % 2]).await {
+                            // A shutdown may come while it is held.
+                            Ok(guard) => drop(guard.release().await),
+                            Err(LockError::Closed) => return,
+                            Err(error) => panic!("{error}"),
+                        }
+                    }
+                });
+            }
+            for _ in 0..round * 20 {
+                tokio::task::yield_now().await;
+            }
+            tokio::join!(locks.shutdown(), others.shutdown());
+            while let Some(ended) = soon("the tasks", tasks.join_next()).await {
+                ended.expect("a task");
+            }
+            store.is_empty(&watcher, "a").await;
+            store.is_empty(&watcher, "b").await;
+        }
+    }
+
+    async fn a_shutdown_that_is_dropped_goes_on(store: &TestStore) {
+        let (locks, others) = (store.manager().await, store.manager().await);
+        let guard = lock(&locks, "k").await;
+        let mut closing = Box::pin(locks.shutdown());
+        poll_once(&mut closing);
+        drop(closing);
+        assert_eq!(soon("the loss", guard.lost()).await, LossReason::Closed);
+        lock(&others, "k").await.release().await.expect("release");
+        store.is_empty(&others, "k").await;
+    }
+
+    async fn a_guard_outlives_the_handles_of_its_manager(store: &TestStore) {
+        let (locks, others) = (store.short_lived_manager().await, store.short_lived_manager().await);
+        let guard = lock(&locks, "k").await;
+        let waiting = locks.lock("other").into_future();
+        drop(locks);
+        let lost = tokio::time::timeout(3 * SHORT_TTL, guard.lost()).await;
+        assert!(lost.is_err() && guard.is_valid(), "it is still renewed");
+        assert!(others.try_lock("k").await.expect("try").is_none());
+        waiting.await.expect("it is still served").release().await.expect("release");
+        guard.release().await.expect("it was held all the time");
+        store.is_empty(&others, "k").await;
+    }
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn a_shutdown_without_its_server_ends_in_time() {
+    let server = RedisServer::start();
+    let builder = LockManager::builder().shard(server.url());
+    let locks = builder
+        .store_timeout(Duration::from_millis(200))
+        .connect()
+        .await
+        .expect("connect");
+    let guard = lock(&locks, "k").await;
+    let waiting = tokio::spawn(locks.lock("k").into_future());
+    server.stop();
+    let started = Instant::now();
+    soon("the shutdown", locks.shutdown()).await;
+    assert!(started.elapsed() < Duration::from_secs(3), "{:?}", started.elapsed());
+    assert_eq!(soon("the loss", guard.lost()).await, LossReason::Closed);
+    let error = soon("the waiter", waiting)
+        .await
+        .expect("a task")
+        .expect_err("it is closed");
+    assert!(matches!(error, LockError::Closed), "{error}");
+    server.cont();
+    // Whatever was sent is done when the server goes on.
+    until("the lock is given back", async || lock_keys(&server).is_empty()).await;
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn after_a_shutdown_nobody_listens_once_the_handles_are_gone() {
+    let server = RedisServer::start();
+    let locks = LockManager::connect(&server.url()).await.expect("connect");
+    assert_eq!(server.channels().len(), 1);
+    locks.shutdown().await;
+    drop(locks);
+    until("nobody listens", async || server.channels().is_empty()).await;
+    until("nobody is connected", async || server.connections() == 0).await;
+}

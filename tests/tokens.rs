@@ -1,0 +1,300 @@
+//! Fencing tokens: each later acquisition of a key has a larger one, whatever happens to servers and processes.
+
+// A test is over when its surroundings fail.
+#![allow(clippy::expect_used, clippy::panic, clippy::unwrap_used)]
+
+mod support;
+mod support_locks;
+
+use std::time::Duration;
+
+use shardlock::{LockGuard, LockManager};
+use support::{ClientType, RedisServer, worker};
+use support_locks::{SHORT_TTL, TestStore, lock, on_each_store, soon, until};
+use tokio::task::JoinSet;
+
+#[test]
+fn worker_entry() {
+    let Some(me) = worker::current() else { return };
+    match me.name() {
+        "locker" => take_turns(&me),
+        "writer" => write_late(&me),
+        name => panic!("no worker is called {name}"),
+    }
+}
+
+async fn connect(url: &str) -> LockManager {
+    let builder = LockManager::builder().shard(url).ttl(SHORT_TTL);
+    builder.connect().await.expect("connect")
+}
+
+/// For each line that it hears it locks and says the token; on `lock` it gives the lock back, on `keep` it does not.
+#[tokio::main]
+async fn take_turns(me: &worker::Current) {
+    let locks = connect(&me.var("LOCKTEST_URL")).await;
+    me.say("connected");
+    let mut kept = Vec::new();
+    loop {
+        let told = tokio::task::spawn_blocking({
+            let me = me.clone();
+            move || me.hear()
+        });
+        let Some(line) = told.await.expect("listen") else {
+            return;
+        };
+        let guard = lock(&locks, "k").await;
+        let token = guard.token().to_string();
+        match line.as_str() {
+            "lock" => guard.release().await.expect("release"),
+            _ => kept.push(guard),
+        }
+        me.say(token);
+    }
+}
+
+fn lockers(server: &RedisServer, count: usize) -> Vec<worker::Worker> {
+    let url = server.url();
+    let lockers: Vec<_> = (0..count)
+        .map(|_| worker::spawn("locker", &[("LOCKTEST_URL", &url)]))
+        .collect();
+    for locker in &lockers {
+        assert_eq!(locker.line(), "connected");
+    }
+    lockers
+}
+
+/// The largest token so far.
+#[derive(Default)]
+struct Largest(u64);
+
+impl Largest {
+    #[track_caller]
+    fn grows_by(&mut self, worker: &mut worker::Worker, line: &str) {
+        worker.send(line);
+        let token = worker.line().parse().expect("a token");
+        self.grows_to(token);
+    }
+
+    #[track_caller]
+    fn grows_to(&mut self, token: u64) {
+        assert!(token > self.0, "{token} after {}", self.0);
+        self.0 = token;
+    }
+}
+
+#[test]
+fn tokens_grow_across_processes_flushes_crashes_and_the_ends_of_leases() {
+    let server = RedisServer::start();
+    let mut largest = Largest::default();
+    let mut lockers = lockers(&server, 3);
+    for _ in 0..3 {
+        for locker in &mut lockers {
+            for _ in 0..3 {
+                largest.grows_by(locker, "lock");
+            }
+        }
+        server.command(&["FLUSHALL"]);
+        for locker in &mut lockers {
+            largest.grows_by(locker, "lock");
+        }
+        // Killed without having saved anything, and empty when it is back.
+        server.restart();
+        assert_eq!(server.dbsize(), 0);
+        for locker in &mut lockers {
+            largest.grows_by(locker, "lock");
+        }
+        server.command(&["SCRIPT", "FLUSH"]);
+    }
+    // One dies with the lock, so that its lease runs out, and the counter is lost meanwhile.
+    let mut dead = lockers.remove(0);
+    largest.grows_by(&mut dead, "keep");
+    dead.kill();
+    server.command(&[
+        "DEL",
+        &server
+            .keys()
+            .into_iter()
+            .find(|key| key.contains("%fence"))
+            .expect("a counter"),
+    ]);
+    for locker in &mut lockers {
+        largest.grows_by(locker, "lock");
+    }
+    let newcomer = &mut self::lockers(&server, 1)[0];
+    largest.grows_by(newcomer, "lock");
+}
+
+#[test]
+fn a_counter_that_went_back_is_raised_and_no_old_token_comes_again() {
+    let server = RedisServer::start();
+    let mut largest = Largest::default();
+    let mut lockers = lockers(&server, 2);
+    largest.grows_by(&mut lockers[0], "lock");
+    let counter = server
+        .keys()
+        .into_iter()
+        .find(|key| key.contains("%fence"))
+        .expect("a counter");
+    let old: u64 = server.query(&["GET", &counter]);
+    for _ in 0..5 {
+        for locker in &mut lockers {
+            largest.grows_by(locker, "lock");
+        }
+        // As after the promotion of a replica that lagged behind, which also breaks all connections.
+        server.client_kill(ClientType::Normal);
+        server.command(&["SET", &counter, &old.to_string()]);
+    }
+    for locker in &mut lockers {
+        largest.grows_by(locker, "lock");
+    }
+}
+
+on_each_store! {
+    async fn tokens_grow_across_tasks_and_managers(store: &TestStore) {
+        let number = std::sync::Arc::new(parking_lot::Mutex::new(Largest::default()));
+        let mut tasks = JoinSet::new();
+        for _ in 0..3 {
+            let locks = store.manager().await;
+            for _ in 0..8 {
+                let (locks, number) = (locks.clone(), std::sync::Arc::clone(&number));
+                tasks.spawn(async move {
+                    for _ in 0..25 {
+                        let guard = lock(&locks, "k").await;
+                        number.lock().grows_to(guard.token().get());
+                        guard.release().await.expect("release");
+                    }
+                });
+            }
+        }
+        while let Some(ended) = soon("the tasks", tasks.join_next()).await {
+            ended.expect("a task");
+        }
+    }
+
+    async fn tokens_grow_across_tries_losses_and_drops(store: &TestStore) {
+        let (one, other) = (store.short_lived_manager().await, store.short_lived_manager().await);
+        let mut largest = Largest::default();
+        for _ in 0..3 {
+            let guard = one.try_lock("k").await.expect("try").expect("it is free");
+            largest.grows_to(guard.token().get());
+            guard.release().await.expect("release");
+            let lost = other.lock("k").max_hold(Duration::from_millis(5)).await.expect("lock");
+            largest.grows_to(lost.token().get());
+            soon("the loss", lost.lost()).await;
+            let next = lock(&one, "k").await;
+            largest.grows_to(next.token().get());
+            drop(next);
+            drop(lost);
+            let next = lock(&other, "k").await;
+            largest.grows_to(next.token().get());
+            next.release().await.expect("release");
+        }
+    }
+}
+
+/// A resource on a server that keeps the largest token it has seen, and refuses smaller ones if it is asked to check.
+const WRITE: &str = "
+    local newest = tonumber(redis.call('HGET', KEYS[1], 'token') or 0)
+    if ARGV[3] == 'check' and tonumber(ARGV[2]) < newest then return 0 end
+    redis.call('HSET', KEYS[1], 'value', ARGV[1], 'token', math.max(newest, tonumber(ARGV[2])))
+    return 1";
+
+struct Resource {
+    connection: redis::aio::MultiplexedConnection,
+    check: String,
+}
+
+impl Resource {
+    async fn open(url: &str, check: &str) -> Self {
+        let client = redis::Client::open(url).expect("a good address");
+        let connection = client.get_multiplexed_async_connection().await.expect("connect");
+        let check = check.to_owned();
+        Self { connection, check }
+    }
+
+    async fn read(&mut self) -> u64 {
+        let mut read = redis::cmd("HGET");
+        read.arg("resource").arg("value");
+        let value: Option<u64> = read.query_async(&mut self.connection).await.expect("HGET");
+        value.unwrap_or(0)
+    }
+
+    /// Whether the resource has taken it.
+    async fn write(&mut self, value: u64, guard: &LockGuard) -> bool {
+        let mut write = redis::cmd("EVAL");
+        write.arg(WRITE).arg(1).arg("resource");
+        write.arg(value).arg(guard.token().get()).arg(&self.check);
+        write.query_async(&mut self.connection).await.expect("EVAL")
+    }
+}
+
+/// Reads under the lock and writes when it is told to, without looking whether it still has the lock.
+#[tokio::main]
+async fn write_late(me: &worker::Current) {
+    let url = me.var("LOCKTEST_URL");
+    let locks = connect(&url).await;
+    let mut resource = Resource::open(&url, &me.var("LOCKTEST_CHECK")).await;
+    let guard = lock(&locks, "k").await;
+    let value = resource.read().await;
+    me.say("read");
+    me.hear();
+    let taken = resource.write(value + 1, &guard).await;
+    me.say(if taken { "written" } else { "refused" });
+}
+
+/// Two add one each, while a third has read before them and adds its one after them. Returns what it was told, and the sum.
+async fn a_paused_writer(check: &str) -> (String, u64) {
+    let server = RedisServer::start();
+    let url = server.url();
+    let mut late = worker::spawn("writer", &[("LOCKTEST_URL", &url), ("LOCKTEST_CHECK", check)]);
+    assert_eq!(late.line(), "read");
+    late.stop();
+    for _ in 0..2 {
+        let locks = connect(&url).await;
+        let mut resource = Resource::open(&url, check).await;
+        let guard = lock(&locks, "k").await;
+        let value = resource.read().await;
+        assert!(resource.write(value + 1, &guard).await, "it is the newest");
+        guard.release().await.expect("release");
+    }
+    late.cont();
+    late.send("write");
+    let told = late.line();
+    let sum = Resource::open(&url, check).await.read().await;
+    (told, sum)
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn a_resource_that_compares_tokens_refuses_a_paused_writer() {
+    assert_eq!(a_paused_writer("check").await, ("refused".to_owned(), 2));
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn a_resource_that_does_not_compare_tokens_loses_updates_in_the_same_run() {
+    assert_eq!(a_paused_writer("trust").await, ("written".to_owned(), 1));
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn a_manager_that_outlives_its_servers_data_never_gets_an_old_token() {
+    let server = RedisServer::start();
+    let locks = connect(&server.url()).await;
+    let mut largest = Largest::default();
+    for round in 0..10 {
+        if round % 2 == 0 {
+            server.command(&["FLUSHALL"]);
+        } else {
+            server.restart();
+        }
+        until("the server is found again", async || match locks.lock("k").await {
+            Ok(guard) => {
+                largest.grows_to(guard.token().get());
+                guard.release().await.is_ok()
+            }
+            Err(error) => {
+                assert!(error.is_retryable(), "{error}");
+                false
+            }
+        })
+        .await;
+    }
+}
