@@ -126,6 +126,8 @@ impl<W> Queue<W> {
         });
         if settled {
             self.waiters.detach(id);
+            // Nothing else will: there is no event to come for it.
+            effects.wake(self.waiters.get_mut(id).and_then(|waiter| waiter.waker.take()));
         } else if matches!(self.phase, Phase::Idle) {
             self.rivals_seen |= want.expects_rivals;
             self.ask(cx, &mut effects);

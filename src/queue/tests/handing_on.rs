@@ -92,7 +92,7 @@ fn blocks_grow_with_what_is_used_up_in_a_round_trip() {
     let Some(Request::Acquire { tokens, .. }) = second else {
         panic!("{second:?}")
     };
-    assert_eq!(tokens, 64, "at least this many");
+    assert_eq!(tokens, 176, "enough for sixteen such round trips of eleven");
 }
 
 /// An extension may be under way although a spare block is there: it is also sent where little time is left. When its reply came

@@ -294,7 +294,19 @@ fn a_shutdown_refuses_who_waits_and_gives_everything_back() {
 
     // Whoever still comes is refused.
     let (id, seen) = bench.want(2);
-    assert_eq!(seen, NOTHING);
+    assert_eq!((seen.request, &seen.woken[..]), (None, &[2][..]));
+    assert!(matches!(bench.collect(id), Some(Outcome::Failed(error)) if matches!(*error, LockError::Closed)));
+}
+
+/// A task that found the key in the table just before a shutdown closed it was refused without being woken: it had gone to
+/// sleep already, and waited for ever.
+#[test]
+fn a_task_that_comes_just_after_the_shutdown_is_woken_to_be_told() {
+    let mut bench = Bench::new();
+    bench.hold(1, 1);
+    bench.close();
+    let (id, seen) = bench.want(3);
+    assert_eq!(seen.woken, [3]);
     assert!(matches!(bench.collect(id), Some(Outcome::Failed(error)) if matches!(*error, LockError::Closed)));
 }
 
