@@ -126,8 +126,10 @@ impl<W> Queue<W> {
         });
         if settled {
             self.waiters.detach(id);
-            // Nothing else will: there is no event to come for it.
-            effects.wake(self.waiters.get_mut(id).and_then(|waiter| waiter.waker.take()));
+            if !want.only_try {
+                // It may be asleep by the time it could look; a try looks at once.
+                effects.wake(self.waiters.get_mut(id).and_then(|waiter| waiter.waker.take()));
+            }
         } else if matches!(self.phase, Phase::Idle) {
             self.rivals_seen |= want.expects_rivals;
             self.ask(cx, &mut effects);
