@@ -286,7 +286,10 @@ impl LeaseStore for RedisStore {
                 };
                 match shared.scripts.release.call(&mut live.connection, fill).await {
                     Ok(value) => {
-                        let reply = released(&value, requeue.is_some(), tokens)?;
+                        let mut reply = released(&value, requeue.is_some(), tokens)?;
+                        // An earlier attempt, whose reply was lost with its connection, may have done it: that it is not
+                        // ours any more is no loss then.
+                        reply.held |= attempt > 0;
                         if let Some(reply) = &reply.requeued {
                             shared.saw(slot, reply);
                         }
