@@ -55,6 +55,24 @@ async fn the_waiters_of_one_key_are_limited() {
     again.remove(0).await.unwrap().release().await.unwrap();
 }
 
+/// Where as many tasks waited for a key as may, a try of it was refused as one too many, although it never waits.
+#[tokio::test]
+async fn a_try_is_not_refused_for_want_of_room_to_wait() {
+    let locks = LockManager::builder()
+        .shard("memory://limit-try")
+        .max_waiters_per_key(1)
+        .connect()
+        .await
+        .unwrap();
+    let guard = locks.lock("k").await.unwrap();
+    let mut waiting = in_line(vec![locks.lock("k")]).await;
+    assert!(locks.try_lock("k").await.unwrap().is_none());
+    let error = locks.lock("k").timeout(Duration::ZERO).await.unwrap_err();
+    assert!(error.is_timeout(), "{error}");
+    guard.release().await.unwrap();
+    waiting.remove(0).await.unwrap().release().await.unwrap();
+}
+
 #[tokio::test]
 async fn all_waiters_together_are_limited() {
     let locks = LockManager::builder()
