@@ -3,7 +3,7 @@
 use std::task::Poll;
 use std::time::Duration;
 
-use shardlock::{LockError, LockManager};
+use shardlock::{LockError, LockKey, LockManager};
 
 /// Puts requests in line by polling each of them once.
 async fn in_line(requests: Vec<shardlock::LockRequest>) -> Vec<std::pin::Pin<Box<shardlock::LockFuture>>> {
@@ -55,6 +55,24 @@ async fn the_waiters_of_one_key_are_limited() {
     again.remove(0).await.unwrap().release().await.unwrap();
 }
 
+/// Where as many tasks waited for a key as may, a try of it was refused as one too many, although it never waits.
+#[tokio::test]
+async fn a_try_is_not_refused_for_want_of_room_to_wait() {
+    let locks = LockManager::builder()
+        .shard("memory://limit-try")
+        .max_waiters_per_key(1)
+        .connect()
+        .await
+        .unwrap();
+    let guard = locks.lock("k").await.unwrap();
+    let mut waiting = in_line(vec![locks.lock("k")]).await;
+    assert!(locks.try_lock("k").await.unwrap().is_none());
+    let error = locks.lock("k").timeout(Duration::ZERO).await.unwrap_err();
+    assert!(error.is_timeout(), "{error}");
+    guard.release().await.unwrap();
+    waiting.remove(0).await.unwrap().release().await.unwrap();
+}
+
 #[tokio::test]
 async fn all_waiters_together_are_limited() {
     let locks = LockManager::builder()
@@ -101,6 +119,39 @@ async fn the_keys_of_a_process_are_limited() {
         guard.release().await.unwrap();
     }
     locks.lock("c").await.unwrap().release().await.unwrap();
+}
+
+/// Each shard counted its own keys, so that a process with two shards could use twice as many as `max_keys` says.
+#[tokio::test]
+async fn the_limit_of_keys_is_one_for_all_shards() {
+    let locks = LockManager::builder()
+        .shard("memory://limit-keys-a")
+        .shard("memory://limit-keys-b")
+        .max_keys(2)
+        .connect()
+        .await
+        .unwrap();
+    let shard_of = |key: &str| locks.shard_map().index(LockKey::new(key).unwrap().slot());
+    let of = |shard| {
+        let keys = (0..40).map(|key| format!("k{key}"));
+        keys.filter(move |key| shard_of(key) == shard)
+            .take(2)
+            .collect::<Vec<_>>()
+    };
+    let (one, other) = (of(0), of(1));
+    for _ in 0..3 {
+        let guards = [locks.lock(&one[0]).await.unwrap(), locks.lock(&other[0]).await.unwrap()];
+        for key in [&one[1], &other[1]] {
+            let error = locks.lock(key).await.unwrap_err();
+            assert!(
+                matches!(error, LockError::TooManyKeys { used: 2, limit: 2, .. }),
+                "{error:?}"
+            );
+        }
+        for guard in guards {
+            guard.release().await.unwrap();
+        }
+    }
 }
 
 #[tokio::test]

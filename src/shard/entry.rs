@@ -77,7 +77,8 @@ impl Entry {
             return None;
         }
         let waiting = state.queue.waiting();
-        if waiting >= self.shard.limits.waiters_per_key {
+        // A try waits behind nobody, so it needs no room: where others wait, it is told that the key is busy.
+        if waiting >= self.shard.limits.waiters_per_key && !want.only_try {
             let (key, limit) = (self.key.to_string(), self.shard.limits.waiters_per_key);
             return Some(Err(LockError::QueueFull { key, waiting, limit }));
         }

@@ -84,6 +84,8 @@ pub(crate) struct Limits {
 #[derive(Debug, Default)]
 pub(crate) struct Load {
     pub(crate) waiters: AtomicUsize,
+    /// How many entries the tables of all shards have.
+    keys: AtomicUsize,
     pub(crate) closed: AtomicBool,
     /// Whether the background thread waits for the last key to be given back.
     pub(crate) ending: AtomicBool,
@@ -171,6 +173,8 @@ impl Shard {
             let mut is_new = false;
             let entry = self.table.get_or_insert(key, || {
                 is_new = true;
+                // Before anybody else can find it, and so remove it.
+                self.load.keys.fetch_add(1, Ordering::Relaxed);
                 Entry::new(key.clone(), self)
             });
             if is_new {
@@ -186,14 +190,14 @@ impl Shard {
                 Some(Ok((id, request))) => return Ok((entry, id, request)),
                 Some(Err(error)) => return Err(error),
                 // It was on its way out of the table; whoever takes it out may not have come to it yet.
-                None => self.table.remove(&entry),
+                None => self.remove(&entry),
             }
         }
     }
 
-    /// Refuses one key too many. The count is that of the shard's own table: exact enough for a bound on memory.
+    /// Refuses one key too many, over all shards.
     fn check_keys(&self, entry: &Arc<Entry>) -> Result<(), LockError> {
-        let used = self.table.len();
+        let used = self.load.keys.load(Ordering::Relaxed);
         if used <= self.limits.keys {
             return Ok(());
         }
@@ -215,9 +219,15 @@ impl Shard {
     /// An entry has nothing left to do.
     fn forget(&self, entry: &Arc<Entry>, rivals_seen: bool) {
         self.rivals.note(&entry.key, rivals_seen);
-        self.table.remove(entry);
+        self.remove(entry);
         if self.load.ending.load(Ordering::SeqCst) {
             self.send(Job::Look);
+        }
+    }
+
+    fn remove(&self, entry: &Arc<Entry>) {
+        if self.table.remove(entry) {
+            self.load.keys.fetch_sub(1, Ordering::Relaxed);
         }
     }
 

@@ -35,12 +35,13 @@ impl Table {
         }))
     }
 
-    /// Removes this very entry, if it is there.
-    pub(super) fn remove(&self, entry: &Arc<Entry>) {
+    /// Removes this very entry, if it is there. Says whether it was.
+    pub(super) fn remove(&self, entry: &Arc<Entry>) -> bool {
         let removed = self.entries.remove_if(&entry.key, |_, there| Arc::ptr_eq(there, entry));
         if removed.is_some() {
             self.count.fetch_sub(1, Ordering::SeqCst);
         }
+        removed.is_some()
     }
 
     pub(super) fn len(&self) -> usize {
