@@ -55,6 +55,13 @@ pub(crate) struct Signature<'a> {
     cycle: Cycle,
 }
 
+impl Signature<'_> {
+    /// Its two parts, between which a colon stands.
+    pub(crate) fn parts(&self) -> (&str, u64) {
+        (self.manager.as_str(), self.cycle.0)
+    }
+}
+
 impl fmt::Display for Signature<'_> {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         f.write_str(&self.manager.0)?;

@@ -1,7 +1,9 @@
 //! Which keys other managers wanted lately, so that the free path is not tried in vain.
 
-use std::hash::{BuildHasher, RandomState};
+use std::hash::BuildHasher;
 use std::sync::atomic::{AtomicU64, Ordering};
+
+use foldhash::fast::RandomState;
 
 use crate::key::LockKey;
 
@@ -19,7 +21,7 @@ const PLACES: usize = 4096;
 impl Default for Rivals {
     fn default() -> Self {
         Self {
-            hasher: RandomState::new(),
+            hasher: RandomState::default(),
             places: (0..PLACES).map(|_| AtomicU64::new(0)).collect(),
         }
     }

@@ -17,6 +17,7 @@ mod probe;
 mod reply;
 mod script;
 
+use std::io::Write;
 use std::pin::Pin;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicU64, Ordering};
@@ -31,7 +32,7 @@ use tokio::sync::mpsc;
 use crate::clock::Moment;
 use crate::error::Invalid;
 use crate::fence::FencingToken;
-use crate::identity::{ManagerId, parse_signature};
+use crate::identity::{ManagerId, Signature, parse_signature};
 use crate::key::{LockKey, SLOTS, Slot};
 use crate::protocol::{Acquire, AcquireReply, Answer, Ask, Cycle, Push, Release, ReleaseReply, RenewReply, Renewal};
 use crate::store::{Holder, INSPECTED_QUEUE_MAX, Inspection, Lane, LeaseStore, StoreError, StoreFuture};
@@ -163,12 +164,12 @@ impl Shared {
         let names = self.names.of(key);
         let mut set = Cmd::with_capacity(6, 128);
         set.arg("SET");
-        set.write_arg_fmt(names.lease());
-        set.write_arg_fmt(self.manager.sign(cycle));
+        names.lease().write(&mut set);
+        write_signature(&mut set, self.manager.sign(cycle));
         set.arg("NX").arg("PX").arg(millis(ttl));
         let mut count = Cmd::with_capacity(3, 64);
         count.arg("INCRBY");
-        count.write_arg_fmt(names.counter());
+        names.counter().write(&mut count);
         count.arg(tokens);
         let mut commands = Pipeline::with_capacity(2);
         commands.add_command(set).add_command(count);
@@ -179,16 +180,25 @@ impl Shared {
     fn write_terms(&self, command: &mut Cmd, key: &LockKey, cycle: Cycle, ttl: Duration, tokens: u32, floor: u64) {
         let names = self.names.of(key);
         command.arg(3);
-        command.write_arg_fmt(names.lease());
-        command.write_arg_fmt(names.queue());
-        command.write_arg_fmt(names.counter());
-        command.write_arg_fmt(self.manager.sign(cycle));
+        names.lease().write(command);
+        names.queue().write(command);
+        names.counter().write(command);
+        write_signature(command, self.manager.sign(cycle));
         command.arg(millis(ttl)).arg(tokens).arg(floor);
     }
 
     fn write_inbox_prefix(&self, command: &mut Cmd) {
         command.arg(&self.inbox_prefix);
     }
+}
+
+/// Writes `manager:cycle` as the next argument, without the cost of formatting.
+fn write_signature(command: &mut Cmd, signature: Signature<'_>) {
+    let (manager, cycle) = signature.parts();
+    let mut writer = command.writer_for_next_arg();
+    let parts = [manager.as_bytes(), b":", &cycle.to_string().into_bytes()];
+    // A buffer in memory takes everything.
+    parts.into_iter().try_for_each(|part| writer.write_all(part)).ok();
 }
 
 /// The replies of a pipeline, or the first error among them.
@@ -280,7 +290,7 @@ impl LeaseStore for RedisStore {
                     shared.write_inbox_prefix(command);
                     command.arg(key.as_str());
                     match requeue {
-                        Some(next) => command.write_arg_fmt(shared.manager.sign(next)),
+                        Some(next) => write_signature(command, shared.manager.sign(next)),
                         None => command.write_arg(b""),
                     }
                 };
@@ -318,11 +328,11 @@ impl LeaseStore for RedisStore {
                         command.arg(part.len() * 2);
                         for renewal in part {
                             let names = shared.names.of(&renewal.key);
-                            command.write_arg_fmt(names.lease());
-                            command.write_arg_fmt(names.queue());
+                            names.lease().write(command);
+                            names.queue().write(command);
                         }
                         for renewal in part {
-                            command.write_arg_fmt(shared.manager.sign(renewal.cycle));
+                            write_signature(command, shared.manager.sign(renewal.cycle));
                             command.arg(millis(renewal.ttl));
                         }
                     };

@@ -2,6 +2,9 @@
 
 use std::borrow::Cow;
 use std::fmt;
+use std::io::Write;
+
+use deadpool_redis::redis::RedisWrite;
 
 use crate::identity::ManagerId;
 use crate::key::{LockKey, Slot, hash_tag};
@@ -36,31 +39,48 @@ pub(crate) struct LockNames<'a> {
 }
 
 impl LockNames<'_> {
-    pub(crate) fn lease(&self) -> impl fmt::Display {
-        from_fn(|f| write!(f, "{}{}", self.namespace, self.name))
+    pub(crate) fn lease(&self) -> Name<'_> {
+        Name(["", self.namespace, &self.name, ""], None)
     }
 
-    pub(crate) fn queue(&self) -> impl fmt::Display {
-        from_fn(|f| match self.tagged {
-            true => write!(f, "{}%q:{}", self.namespace, self.name),
-            false => write!(f, "{{{}{}}}:q", self.namespace, self.name),
-        })
+    pub(crate) fn queue(&self) -> Name<'_> {
+        match self.tagged {
+            true => Name([self.namespace, "%q:", &self.name, ""], None),
+            false => Name(["{", self.namespace, &self.name, "}:q"], None),
+        }
     }
 
-    pub(crate) fn counter(&self) -> impl fmt::Display {
-        from_fn(|f| write!(f, "{}%fence:{{{}}}", self.namespace, slot_tags::tag(self.slot)))
+    pub(crate) fn counter(&self) -> Name<'_> {
+        Name([self.namespace, "%fence:{", "", "}"], Some(slot_tags::tag(self.slot)))
     }
 }
 
-/// Something that is shown by a closure.
-fn from_fn<F: Fn(&mut fmt::Formatter<'_>) -> fmt::Result>(show: F) -> impl fmt::Display {
-    struct FromFn<F>(F);
-    impl<F: Fn(&mut fmt::Formatter<'_>) -> fmt::Result> fmt::Display for FromFn<F> {
-        fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-            (self.0)(f)
-        }
+/// A key's name in parts, with a number before the last of them.
+#[derive(Debug, Clone, Copy)]
+pub(crate) struct Name<'a>([&'a str; 4], Option<u32>);
+
+impl Name<'_> {
+    /// Writes it as the next argument. Several times as fast as formatting it, of which a lock needs seven.
+    pub(crate) fn write(&self, command: &mut impl RedisWrite) {
+        let Self([first, second, third, last], number) = self;
+        let mut writer = command.writer_for_next_arg();
+        let mut write = |part: &str| writer.write_all(part.as_bytes());
+        let number = number.map(|number| number.to_string());
+        // A buffer in memory takes everything.
+        [*first, second, third, number.as_deref().unwrap_or(""), last]
+            .into_iter()
+            .try_for_each(&mut write)
+            .ok();
     }
-    FromFn(show)
+}
+
+impl fmt::Display for Name<'_> {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        let Self([first, second, third, last], number) = self;
+        write!(f, "{first}{second}{third}")?;
+        number.map_or(Ok(()), |number| number.fmt(f))?;
+        f.write_str(last)
+    }
 }
 
 impl Names {
