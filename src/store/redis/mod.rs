@@ -281,10 +281,42 @@ impl LeaseStore for RedisStore {
                 tokens,
             } = request;
             let mut attempt = 0;
+            // Who took the free path has not heard that anybody waits.
+            let mut free = requeue.is_none() && !cycle.expects_rivals();
             loop {
                 let mut live = link.get().await?;
                 let floor = shared.floor(slot);
                 let sent_at = Moment::now();
+                if free {
+                    free = false;
+                    let fill = |command: &mut Cmd| {
+                        let names = shared.names.of(&key);
+                        command.arg(2);
+                        names.lease().write(command);
+                        names.queue().write(command);
+                        write_signature(command, shared.manager.sign(cycle));
+                    };
+                    match shared.scripts.release_free.call(&mut live.connection, fill).await {
+                        Ok(Value::Int(1)) => {
+                            let reply = ReleaseReply {
+                                held: true,
+                                requeued: None,
+                            };
+                            return Ok(Answer {
+                                sent_at,
+                                ttl,
+                                floor,
+                                reply,
+                            });
+                        }
+                        // Somebody waits after all, or it is not ours any more.
+                        Ok(_) => {}
+                        Err(error) => {
+                            retry_on_a_new_connection(&link, &live, &error, &mut attempt)?;
+                            continue;
+                        }
+                    }
+                }
                 let fill = |command: &mut Cmd| {
                     shared.write_terms(command, &key, cycle, ttl, tokens, floor);
                     shared.write_inbox_prefix(command);

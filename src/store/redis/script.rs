@@ -58,6 +58,8 @@ fn command(verb: &str, script: &str, fill: impl Fn(&mut Cmd)) -> Cmd {
 #[derive(Debug)]
 pub(crate) struct Scripts {
     pub(crate) acquire: LuaScript,
+    /// The way back of the free path.
+    pub(crate) release_free: LuaScript,
     pub(crate) release: LuaScript,
     pub(crate) renew: LuaScript,
 }
@@ -69,8 +71,8 @@ impl Scripts {
                 include_str!("scripts/common.lua"),
                 include_str!("scripts/acquire.lua")
             )),
+            release_free: LuaScript::new(include_str!("scripts/release_free.lua")),
             release: LuaScript::new(concat!(
-                include_str!("scripts/release_fast.lua"),
                 include_str!("scripts/common.lua"),
                 include_str!("scripts/release.lua")
             )),

@@ -1,6 +1,7 @@
+-- ARGV: 1 signature, 2 ttl in ms and 3 tokens of the next owner, 4 floor, 5 channel prefix, 6 key, 7 next signature or ''
 -- Replies: {1 if it was ours, else 0, and where a next signature was given, the reply of its acquire}
 local me, ttl, n, floor, channel, key, next = ARGV[1], ARGV[2], tonumber(ARGV[3]), tonumber(ARGV[4]), ARGV[5], ARGV[6], ARGV[7]
-if not held then
+if redis.call('GET', KEYS[1]) ~= me then
   -- It can't be in the queue and own the lease.
   redis.call('ZREM', KEYS[2], me)
   if next == '' then
