@@ -11,7 +11,9 @@ use std::sync::atomic::{AtomicU64, Ordering};
 use std::time::{Duration, Instant};
 
 use criterion::{Criterion, Throughput};
+use redis::IntoConnectionInfo;
 use redis::aio::MultiplexedConnection;
+use redis::io::tcp::TcpSettings;
 use shardlock::LockManager;
 use tokio::runtime::Runtime;
 
@@ -126,7 +128,10 @@ fn setting() -> (Arc<Runtime>, RedisServer, LockManager) {
 }
 
 fn raw_connection(runtime: &Runtime, server: &RedisServer) -> (MultiplexedConnection, Arc<redis::Script>) {
-    let client = redis::Client::open(server.url()).expect("a client");
+    // With the same settings of the socket as ours.
+    let info = server.url().into_connection_info().expect("a URL");
+    let info = info.set_tcp_settings(TcpSettings::default().set_nodelay(true));
+    let client = redis::Client::open(info).expect("a client");
     let connection = runtime
         .block_on(client.get_multiplexed_async_connection())
         .expect("a connection");

@@ -72,6 +72,8 @@ pub(crate) struct Release {
     pub(crate) cycle: Cycle,
     /// The cycle that joins the tail of the queue before the lease is passed on.
     pub(crate) requeue: Option<Cycle>,
+    /// Whether nobody is known to wait, so that the short way back is worth a try.
+    pub(crate) nobody_waits: bool,
     /// The lifetime of the lease that the next owner gets.
     pub(crate) ttl: Duration,
     /// How many tokens the next owner gets.

@@ -191,7 +191,19 @@ async fn a_dead_head_of_the_queue_is_passed_over() {
     let holder = LockManager::connect(&server.url()).await.expect("connect");
     let next = LockManager::connect(&server.url()).await.expect("connect");
     // The server has to know the script, or the first call of it counts twice.
-    lock(&holder, "k").await.release().await.expect("release");
+    let first = lock(&holder, "k").await;
+    let second = tokio::spawn({
+        let next = next.clone();
+        async move { lock(&next, "k").await }
+    });
+    until_queued(&holder, "k", 1).await;
+    first.release().await.expect("release");
+    soon("the hand-off", second)
+        .await
+        .expect("a task")
+        .release()
+        .await
+        .expect("release");
     let mut dead = waiters(&server, 1).remove(0);
     let guard = lock(&holder, "k").await;
     dead.send("lock");

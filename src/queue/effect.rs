@@ -34,6 +34,8 @@ pub(crate) enum Request {
     Release {
         cycle: Cycle,
         requeue: Option<Cycle>,
+        /// Whether nobody is known to wait in the store.
+        nobody_waits: bool,
         ttl: Duration,
         tokens: u32,
     },

@@ -165,10 +165,12 @@ impl<W> Queue<W> {
 
     pub(super) fn release(&mut self, cycle: Cycle, cx: Context<'_>, effects: &mut Effects<W>) {
         self.settle_doubt(cycle, effects);
+        let nobody_waits = matches!(&self.phase, Phase::Held(Held { rivals: false, .. }));
         self.phase = Phase::Releasing { cycle };
         effects.request(Request::Release {
             cycle,
             requeue: None,
+            nobody_waits,
             ttl: self.ttl,
             tokens: cx.rules.max_burst,
         });
@@ -181,6 +183,7 @@ impl<W> Queue<W> {
         effects.request(Request::Release {
             cycle,
             requeue: Some(next),
+            nobody_waits: false,
             ttl: self.ttl,
             tokens: cx.rules.max_burst,
         });

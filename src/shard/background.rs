@@ -148,6 +148,7 @@ async fn abandon(shard: Arc<Shard>, key: LockKey, cycle: Cycle) {
                 key: key.clone(),
                 cycle,
                 requeue: None,
+                nobody_waits: false,
                 ttl,
                 tokens: shard.rules.max_burst,
             };

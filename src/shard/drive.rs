@@ -62,6 +62,7 @@ impl Entry {
             Request::Release {
                 cycle,
                 requeue,
+                nobody_waits,
                 ttl,
                 tokens,
             } => {
@@ -69,6 +70,7 @@ impl Entry {
                     key: self.key.clone(),
                     cycle,
                     requeue,
+                    nobody_waits,
                     ttl,
                     tokens,
                 };

@@ -66,6 +66,7 @@ impl World {
         let release = Request::Release {
             cycle: abandon.cycle,
             requeue: None,
+            nobody_waits: false,
             ttl: self.plan.ttls[0],
             tokens: self.plan.rules.max_burst,
         };

@@ -219,6 +219,7 @@ impl World {
                 requeue,
                 ttl,
                 tokens,
+                ..
             }) => {
                 let (me, terms) = (manager.id.sign(cycle).to_string(), terms(ttl, tokens));
                 let next = requeue.map(|cycle| manager.id.sign(cycle).to_string());

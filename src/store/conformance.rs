@@ -277,6 +277,8 @@ impl Pair {
                     key,
                     cycle: Cycle(lock.cycle),
                     requeue: requeue.map(Cycle),
+                    // Right or wrong, it must make no difference.
+                    nobody_waits: requeue.is_none() && lock.cycle % 2 == 0,
                     ttl: terms.ttl,
                     tokens: terms.tokens,
                 };

@@ -129,6 +129,7 @@ impl LeaseStore for MemoryStore {
             key,
             cycle,
             requeue,
+            nobody_waits: _,
             ttl,
             tokens,
         } = request;

@@ -277,12 +277,12 @@ impl LeaseStore for RedisStore {
                 key,
                 cycle,
                 requeue,
+                nobody_waits,
                 ttl,
                 tokens,
             } = request;
             let mut attempt = 0;
-            // Who took the free path has not heard that anybody waits.
-            let mut free = requeue.is_none() && !cycle.expects_rivals();
+            let mut free = nobody_waits;
             loop {
                 let mut live = link.get().await?;
                 let floor = shared.floor(slot);
