@@ -8,7 +8,7 @@ use tokio::sync::{mpsc, oneshot};
 
 use crate::clock::Moment;
 use crate::config::{Builder, Config, ShardConfig};
-use crate::endpoint::{Endpoint, EndpointKind};
+use crate::endpoint::Endpoint;
 use crate::error::LockError;
 use crate::guard::LockGuard;
 use crate::identity::ManagerId;
@@ -18,9 +18,7 @@ use crate::queue::Rules;
 use crate::request::{LockRequest, TryLockRequest};
 use crate::router::ShardMap;
 use crate::shard::{Background, Job, Limits, Load, Parts, Shard};
-use crate::store::memory::MemoryStore;
-use crate::store::redis::{RedisOptions, RedisStore};
-use crate::store::{Inspection, LeaseStore, StoreError};
+use crate::store::{self, Inspection, LeaseStore, StoreError, StoreOptions, TlsFiles};
 use crate::telemetry::{self, ClassMetrics, Classes, ShardMetrics};
 
 /// Locks, spread over shards. Cheap to clone; make one per process and share it.
@@ -275,40 +273,35 @@ async fn open(shard: &ShardConfig, config: &Config, id: &ManagerId, map: String)
         };
         error.with_context(&shard.name, "connect", None, Moment::now().since(started))
     };
-    match endpoint.kind() {
-        EndpointKind::Memory { name } => {
-            let store = MemoryStore::open(name, id.clone(), &map).map_err(in_words)?;
-            Ok(Opened {
-                store: Arc::new(store),
-                metrics,
-                unavailable: None,
-            })
-        }
-        EndpointKind::Redis { url } => {
-            let limit = config.store_timeout;
-            let options = RedisOptions {
-                namespace: config.namespace.clone(),
-                manager: id.clone(),
-                map,
-                connections: config.connections,
-                timeout: limit,
-                metrics: Arc::clone(&metrics),
-            };
-            let store = RedisStore::new(url, options)?;
-            let no_answer = || StoreError::Unavailable(format!("no answer within store_timeout ({limit:?})").into());
-            let connected = tokio::time::timeout(limit, store.connect()).await;
-            let unavailable = match connected.unwrap_or_else(|_| Err(no_answer())) {
-                Ok(()) => None,
-                Err(error @ StoreError::Unavailable(_)) => Some(in_words(error)),
-                Err(error) => return Err(in_words(error)),
-            };
-            Ok(Opened {
-                store: Arc::new(store),
-                metrics,
-                unavailable,
-            })
-        }
-    }
+    let limit = config.store_timeout;
+    let options = StoreOptions {
+        namespace: config.namespace.clone(),
+        manager: id.clone(),
+        shard: shard.name.as_str().into(),
+        map,
+        connections: config.connections,
+        timeout: limit,
+        min_replicas_acked: config.min_replicas_acked,
+        redlock_max_ttl: config.redlock_max_ttl,
+        tls: TlsFiles {
+            ca: config.tls_ca.clone(),
+            client: config.tls_cert.clone().zip(config.tls_key.clone()),
+        },
+        metrics: Arc::clone(&metrics),
+    };
+    let store = store::open(&endpoint, options)?;
+    let no_answer = || StoreError::Unavailable(format!("no answer within store_timeout ({limit:?})").into());
+    let connected = tokio::time::timeout(limit, store.connect()).await;
+    let unavailable = match connected.unwrap_or_else(|_| Err(no_answer())) {
+        Ok(()) => None,
+        Err(error @ StoreError::Unavailable(_)) => Some(in_words(error)),
+        Err(error) => return Err(in_words(error)),
+    };
+    Ok(Opened {
+        store,
+        metrics,
+        unavailable,
+    })
 }
 
 impl Inner {

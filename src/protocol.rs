@@ -8,7 +8,7 @@ use std::time::Duration;
 
 use crate::clock::Moment;
 use crate::fence::TokenBlock;
-use crate::key::LockKey;
+use crate::key::{LockKey, Slot};
 
 /// One stretch of a manager wanting and holding a key. A manager never uses a number twice, so a command that executes
 /// late can only concern the cycle that it was sent for.
@@ -169,13 +169,21 @@ pub(crate) enum Push {
         key: LockKey,
         grant: Grant,
     },
+    /// It is this cycle's turn, as far as the store can tell without being asked: ask again.
+    Turn {
+        key: LockKey,
+        cycle: Cycle,
+    },
     /// Somebody began to wait for what this cycle holds.
     Wanted {
         key: LockKey,
         cycle: Cycle,
     },
     /// Pushes may have been missed before this one: look again at everything that waits.
-    Resubscribed,
+    Resubscribed {
+        /// Only keys of that slot of the store are concerned; `None` for all.
+        slot: Option<Slot>,
+    },
     /// No pushes arrive until `Resubscribed`.
     Disconnected,
 }

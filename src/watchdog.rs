@@ -62,14 +62,14 @@ async fn renew(shard: Arc<Shard>, due: Vec<(Arc<Entry>, Renewal)>) {
     // A batch that hangs must leave time for another before the first lease of it ends.
     let shortest = batch.iter().map(|renewal| renewal.ttl).min().unwrap_or(shard.timeout);
     let limit = shard.timeout.min((shortest / 3).max(Duration::from_millis(10)));
-    let replies = tokio::time::timeout(limit, shard.store.renew(batch)).await;
+    let replies = tokio::time::timeout(limit, shard.store.renew(batch, limit)).await;
     let replies =
         replies.unwrap_or_else(|_| Err(StoreError::Unavailable(format!("no answer within {limit:?}").into())));
     shard
         .metrics
         .request(RequestKind::Renew, Moment::now().since(sent_at), replies.is_ok());
     let replies = match replies {
-        Ok(replies) => replies.into_iter().map(Some).collect(),
+        Ok(replies) => replies,
         Err(error) => {
             let error = shard.error(error, RequestKind::Renew.step(), None, sent_at);
             tracing::warn!(shard = %shard.name, %error, leases = due.len(), "a renewal failed; it is tried again while the leases last");

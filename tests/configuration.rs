@@ -5,7 +5,7 @@ use std::time::Duration;
 use shardlock::{Builder, Config, Endpoint, Invalid, ShardConfig};
 
 /// For every setting, a value that is not its default.
-const SAMPLES: [(&str, &str); 15] = [
+const SAMPLES: [(&str, &str); 20] = [
     ("shards", "a=redis://:s3cret@a:1/2,memory://b"),
     ("namespace", "jobs/"),
     ("ttl", "5s"),
@@ -21,6 +21,11 @@ const SAMPLES: [(&str, &str); 15] = [
     ("max_keys", "7"),
     ("class", "batch"),
     ("max_classes", "8"),
+    ("min_replicas_acked", "1"),
+    ("redlock_max_ttl", "20s"),
+    ("tls_ca", "ca.pem"),
+    ("tls_cert", "me.pem"),
+    ("tls_key", "me.key"),
 ];
 
 fn from_code() -> Result<Config, Invalid> {
@@ -41,6 +46,11 @@ fn from_code() -> Result<Config, Invalid> {
         .max_keys(7)
         .class("batch")
         .max_classes(8)
+        .min_replicas_acked(1)
+        .redlock_max_ttl(Duration::from_secs(20))
+        .tls_ca("ca.pem")
+        .tls_cert("me.pem")
+        .tls_key("me.key")
         .build_config()
 }
 

@@ -1,6 +1,7 @@
 //! What a value of each type may be: how it is read from text, and checked.
 
 use std::collections::HashSet;
+use std::path::PathBuf;
 use std::time::Duration;
 
 use super::ShardConfig;
@@ -206,6 +207,43 @@ impl Bounds for Text {
     }
 }
 
+/// The name of a file. Whether it can be read shows when it is.
+pub(super) struct File;
+
+const PATH_BYTES_MAX: usize = 4096;
+
+impl Bounds for File {
+    type Value = PathBuf;
+
+    fn parse(&self, text: &str) -> Result<PathBuf, Problem> {
+        Ok(text.into())
+    }
+
+    fn check(&self, value: &PathBuf) -> Result<(), Problem> {
+        if (1..=PATH_BYTES_MAX).contains(&value.as_os_str().len()) {
+            Ok(())
+        } else {
+            let bound = format!("the name of a file, 1 to {PATH_BYTES_MAX} bytes");
+            Err(Problem::new(echo(&value.display().to_string()), bound))
+        }
+    }
+}
+
+/// Splits where another shard begins. What follows a comma and has no scheme is another host of the same URL.
+fn split_at_commas(text: &str) -> Vec<String> {
+    let mut items: Vec<String> = Vec::new();
+    for item in text.split(',').filter(|item| !item.is_empty()) {
+        match items.last_mut() {
+            Some(url) if !item.contains("://") => {
+                url.push(',');
+                url.push_str(item);
+            }
+            _ => items.push(item.to_owned()),
+        }
+    }
+    items
+}
+
 /// 1 to so many shards, each with a name of its own.
 pub(super) struct Shards {
     pub(super) most: usize,
@@ -221,10 +259,9 @@ impl Bounds for Shards {
     type Value = Vec<ShardConfig>;
 
     fn parse(&self, text: &str) -> Result<Self::Value, Problem> {
-        let items = text.split(|char: char| char == ',' || char.is_whitespace());
-        let shards = items.filter(|item| !item.is_empty()).enumerate();
+        let shards = text.split_whitespace().flat_map(split_at_commas).enumerate();
         Ok(shards
-            .map(|(position, item)| ShardConfig::from_text(position, item))
+            .map(|(position, item)| ShardConfig::from_text(position, &item))
             .collect())
     }
 
@@ -267,6 +304,24 @@ mod tests {
         for text in ["0", "10", "", "s", "-1s", "1 fortnight", "99999999999999999999s"] {
             assert_eq!(Duration::read(text), None, "{text}");
         }
+    }
+
+    #[test]
+    fn a_comma_parts_shards_or_the_hosts_of_one() {
+        let urls = |text: &str| {
+            let shards = Shards { most: 9 }.parse(text).unwrap();
+            shards.into_iter().map(|shard| shard.url).collect::<Vec<_>>()
+        };
+        assert_eq!(
+            urls("a=redlock://h1,h2:1,h3/0,redis://:p=w@h\nb=redis+cluster://h,i, memory://"),
+            [
+                "redlock://h1,h2:1,h3/0",
+                "redis://:p=w@h",
+                "redis+cluster://h,i",
+                "memory://"
+            ]
+        );
+        assert_eq!(urls(" , ,"), [""; 0]);
     }
 
     #[test]

@@ -1,5 +1,6 @@
 //! Settings in code.
 
+use std::path::PathBuf;
 use std::time::Duration;
 
 use super::{Config, ShardConfig};
@@ -138,6 +139,36 @@ impl Builder {
     /// Sets [`Config::max_classes`].
     pub fn max_classes(mut self, limit: usize) -> Self {
         self.config.max_classes = limit;
+        self
+    }
+
+    /// Sets [`Config::min_replicas_acked`].
+    pub fn min_replicas_acked(mut self, count: u32) -> Self {
+        self.config.min_replicas_acked = count;
+        self
+    }
+
+    /// Sets [`Config::redlock_max_ttl`].
+    pub fn redlock_max_ttl(mut self, longest: Duration) -> Self {
+        self.config.redlock_max_ttl = longest;
+        self
+    }
+
+    /// Sets [`Config::tls_ca`].
+    pub fn tls_ca(mut self, file: impl Into<PathBuf>) -> Self {
+        self.config.tls_ca = Some(file.into());
+        self
+    }
+
+    /// Sets [`Config::tls_cert`]; [`tls_key`](Self::tls_key) goes with it.
+    pub fn tls_cert(mut self, file: impl Into<PathBuf>) -> Self {
+        self.config.tls_cert = Some(file.into());
+        self
+    }
+
+    /// Sets [`Config::tls_key`].
+    pub fn tls_key(mut self, file: impl Into<PathBuf>) -> Self {
+        self.config.tls_key = Some(file.into());
         self
     }
 

@@ -4,7 +4,7 @@
 use std::time::Duration;
 
 use super::Config;
-use super::bounds::{Bounds, OrNone, Problem, Shards, Text, Within};
+use super::bounds::{Bounds, File, OrNone, Problem, Shards, Text, Within};
 
 /// One setting.
 pub(super) struct Field {
@@ -121,4 +121,25 @@ pub(super) static FIELDS: &[Field] = &[
         "the class under which metrics count requests that name none"
     ),
     field!(max_classes, Within(1, 1000), "how many classes metrics tell apart"),
+    field!(
+        min_replicas_acked,
+        Within(0, 16),
+        "how many replicas must have confirmed a lease before it counts"
+    ),
+    field!(
+        redlock_max_ttl,
+        TTL,
+        "the longest TTL in a redlock:// shard, for which a node that restarted has no vote"
+    ),
+    field!(
+        tls_ca,
+        OrNone(File),
+        "a PEM file with the authorities that sign servers' certificates, or none"
+    ),
+    field!(
+        tls_cert,
+        OrNone(File),
+        "a PEM file with the certificate to show to servers, or none"
+    ),
+    field!(tls_key, OrNone(File), "a PEM file with the key of tls_cert, or none"),
 ];

@@ -9,12 +9,13 @@ mod file;
 mod overrides;
 
 use std::fmt;
+use std::path::PathBuf;
 use std::time::Duration;
 
 pub use builder::Builder;
 pub(crate) use overrides::check_overrides;
 
-use crate::endpoint::redact;
+use crate::endpoint::{Endpoint, EndpointKind, redact};
 use crate::error::Invalid;
 use crate::router::ShardMap;
 use bounds::Problem;
@@ -102,6 +103,26 @@ pub struct Config {
     /// How many classes metrics tell apart: 1 to 1000. Further ones are counted as `other`, so that a mistake in naming
     /// can't flood the metrics store. Default: 32.
     pub max_classes: usize,
+
+    /// How many replicas must have confirmed a lease (by `WAIT`) before it counts: 0 to 16. With fewer, a lock fails with
+    /// [`LockError::Unavailable`](crate::LockError::Unavailable). For `redis://`, `redis+sentinel://` and `redis+cluster://`; a lock then costs a
+    /// round trip to a replica, and it can only be forgotten in a failover if a replica is promoted that did not confirm. Default: 0.
+    pub min_replicas_acked: u32,
+
+    /// The longest TTL that a lock in a `redlock://` shard may have: 50 ms to 24 h, and no less than `ttl`. A node that restarted less than this ago
+    /// may have forgotten leases, and has no vote. Must be the same in every process; a manager with another value is refused. Default:
+    /// 10 s.
+    pub redlock_max_ttl: Duration,
+
+    /// A PEM file with the authorities that sign the certificates of servers, or `None` for those of the system. For URLs with TLS, as the two
+    /// below. Default: `None`.
+    pub tls_ca: Option<PathBuf>,
+
+    /// A PEM file with the certificate to show to servers, or `None` to show none. Default: `None`.
+    pub tls_cert: Option<PathBuf>,
+
+    /// A PEM file with the private key of `tls_cert`. Given with it or not at all. Default: `None`.
+    pub tls_key: Option<PathBuf>,
 }
 
 impl Default for Config {
@@ -122,6 +143,11 @@ impl Default for Config {
             max_keys: 1_000_000,
             class: "default".to_owned(),
             max_classes: 32,
+            min_replicas_acked: 0,
+            redlock_max_ttl: Duration::from_secs(10),
+            tls_ca: None,
+            tls_cert: None,
+            tls_key: None,
         }
     }
 }
@@ -140,7 +166,35 @@ impl Config {
     pub fn validate(&self) -> Result<(), Invalid> {
         FIELDS
             .iter()
-            .try_for_each(|field| (field.check)(self).map_err(|problem| problem.of(field.name)))
+            .try_for_each(|field| (field.check)(self).map_err(|problem| problem.of(field.name)))?;
+        self.check_together()
+    }
+
+    /// Checks the settings that depend on one another.
+    fn check_together(&self) -> Result<(), Invalid> {
+        match (&self.tls_cert, &self.tls_key) {
+            (Some(_), None) => return Err(Invalid::new("tls_key", "none", "the file with the key of tls_cert")),
+            (None, Some(_)) => {
+                return Err(Invalid::new(
+                    "tls_cert",
+                    "none",
+                    "the file with the certificate of tls_key",
+                ));
+            }
+            _ => {}
+        }
+        let is_redlock = |shard: &ShardConfig| {
+            Endpoint::parse(&shard.url).is_ok_and(|endpoint| matches!(endpoint.kind(), EndpointKind::Redlock { .. }))
+        };
+        if self.ttl > self.redlock_max_ttl && self.shards.iter().any(is_redlock) {
+            let bound = format!("at least the ttl ({:?}) where a shard is redlock://", self.ttl);
+            return Err(Invalid::new(
+                "redlock_max_ttl",
+                format!("{:?}", self.redlock_max_ttl),
+                bound,
+            ));
+        }
+        Ok(())
     }
 
     /// Which shard owns which keys, without connecting to any.
@@ -279,6 +333,9 @@ mod tests {
             ("max_keys", &["1", "10000000"], &["0", "10000001"]),
             ("class", &["a", "a_b-9"], &["", "A", "a b", "ä", "a.b"]),
             ("max_classes", &["1", "1000"], &["0", "1001"]),
+            ("min_replicas_acked", &["0", "16"], &["17", "-1"]),
+            ("redlock_max_ttl", &["50ms", "24h"], &["49ms", "25h"]),
+            ("tls_ca", &["none", "/etc/ca.pem"], &[""]),
             (
                 "shards",
                 &["memory://", "a=memory://,b=memory://x", " redis://:a=b@h\nredis://i "],
@@ -397,8 +454,8 @@ mod tests {
         for (name, value) in [
             ("shards", "redis://:s3cret@host:99999"),
             ("shards", "a=redis://user:s3cret@host/x"),
-            ("shards", "redis://:12,s3cret@host"),
-            ("shards", "redis://:s3cret,34@host"),
+            ("shards", "redis://:12,s3cret@host:x"),
+            ("shards", "redis://:s3cret,34@host/x"),
             ("shards", "user:s3cret=@host"),
             ("ttl", "redis://:s3cret@host"),
             ("namespace", "redis://:s3cret@host{"),

@@ -151,6 +151,20 @@ impl<W> Queue<W> {
         effects
     }
 
+    /// The store says that it may be the turn of a cycle: it asks again, and nothing but the reply makes it the holder.
+    pub(crate) fn turn(&mut self, cycle: Cycle) -> Effects<W> {
+        let mut effects = Effects::none();
+        match &mut self.phase {
+            Phase::Queued(queued) if queued.cycle == cycle => self.ask_again(&mut effects),
+            // It may have been executed before the turn came.
+            Phase::Asking(asking) if asking.cycle == cycle => asking.missed_pushes = true,
+            Phase::Held(held) if held.lease.cycle == cycle => {}
+            Phase::Releasing { cycle: current } if *current == cycle => {}
+            _ => effects.abandon(cycle),
+        }
+        effects
+    }
+
     /// Somebody began to wait for what we hold.
     pub(crate) fn wanted(&mut self, cycle: Cycle, cx: Context<'_>) {
         match &mut self.phase {

@@ -13,7 +13,7 @@ use tokio::task::{JoinSet, LocalSet};
 
 use super::{Entry, Job, Shard};
 use crate::clock::Moment;
-use crate::key::LockKey;
+use crate::key::{LockKey, Slot};
 use crate::protocol::{Cycle, Push, Release};
 use crate::queue::Request;
 use crate::store::{Lane, StoreError};
@@ -191,6 +191,10 @@ async fn receive(
                     cycle: grant.cycle,
                 }),
             },
+            Push::Turn { key, cycle } => match shard.table.get(&key) {
+                Some(entry) => entry.in_background(|queue, _| queue.turn(cycle)),
+                None => shard.send(Job::Release { key, cycle }),
+            },
             Push::Wanted { key, cycle } => {
                 if let Some(entry) = shard.table.get(&key) {
                     entry.in_background(|queue, cx| {
@@ -199,7 +203,7 @@ async fn receive(
                     });
                 }
             }
-            Push::Resubscribed => {
+            Push::Resubscribed { slot } => {
                 if let Some(timer) = cut_off.take() {
                     timer.abort();
                 }
@@ -207,14 +211,14 @@ async fn receive(
                     // The manager may have given up connecting.
                     tell.send(()).ok();
                 }
-                ask_again(&shard);
+                ask_again(&shard, slot);
             }
             // Whoever waits would wait in vain if the server is gone: after the time limit of a request, ask, and so find out.
             Push::Disconnected => {
                 let shard = Arc::clone(&shard);
                 let task = tokio::task::spawn_local(async move {
                     tokio::time::sleep(shard.timeout).await;
-                    ask_again(&shard);
+                    ask_again(&shard, None);
                 });
                 cut_off = Some(task.abort_handle());
             }
@@ -222,10 +226,12 @@ async fn receive(
     }
 }
 
-/// Asks again for all keys that wait, at once; the connection pipelines them.
-fn ask_again(shard: &Arc<Shard>) {
+/// Asks again for all keys that wait, or those of one slot, at once; the connection pipelines them.
+fn ask_again(shard: &Arc<Shard>, slot: Option<Slot>) {
     for entry in shard.table.all() {
-        entry.in_background(|queue, _| queue.resubscribed());
+        if slot.is_none_or(|slot| shard.store.slot_of(&entry.key) == slot) {
+            entry.in_background(|queue, _| queue.resubscribed());
+        }
     }
 }
 

@@ -16,7 +16,7 @@ use crate::identity::ManagerId;
 use crate::key::LockKey;
 use crate::protocol::{Acquire, AcquireReply, Ask, Cycle, Place, Push, Release, ReleaseReply, RenewReply, Renewal};
 use crate::store::memory::{MemoryCore, Terms};
-use crate::store::redis::RedisStore;
+use crate::store::redis::primary::RedisStore;
 use crate::store::{Holder, Inspection, Lane, LeaseStore};
 
 #[path = "../../tests/support/mod.rs"]
@@ -297,7 +297,11 @@ impl Pair {
                     ttl,
                 };
                 let batch = leases.iter().map(renewal).collect();
-                Reply::Renewed(self.stores[manager].renew(batch).await.unwrap())
+                let replies = self.stores[manager]
+                    .renew(batch, Duration::from_secs(20))
+                    .await
+                    .unwrap();
+                Reply::Renewed(replies.into_iter().map(Option::unwrap).collect())
             }
             Command::Put { key, ref owner, ttl } => {
                 let mut put = redis::cmd("SET");

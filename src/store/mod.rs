@@ -6,16 +6,20 @@ pub(crate) mod memory;
 pub(crate) mod redis;
 
 use std::future::Future;
+use std::path::PathBuf;
 use std::pin::Pin;
 use std::sync::Arc;
 use std::time::Duration;
 
 use tokio::sync::mpsc;
 
-use crate::error::LockError;
+use crate::endpoint::{Endpoint, EndpointKind};
+use crate::error::{Invalid, LockError};
 use crate::fence::FencingToken;
-use crate::key::LockKey;
+use crate::identity::ManagerId;
+use crate::key::{LockKey, Slot};
 use crate::protocol::{Acquire, AcquireReply, Answer, Push, Release, ReleaseReply, RenewReply, Renewal};
+use crate::telemetry::ShardMetrics;
 
 /// A request under way. Dropping it does not recall it: it may still be executed.
 pub(crate) type StoreFuture<T> = Pin<Box<dyn Future<Output = Result<T, StoreError>> + Send>>;
@@ -26,20 +30,73 @@ pub(crate) type StoreFuture<T> = Pin<Box<dyn Future<Output = Result<T, StoreErro
 /// [`Lane::Caller`], in which the store keeps their order per key, so that the release of a cycle that was given up can't overtake
 /// its acquire.
 pub(crate) trait LeaseStore: Send + Sync + 'static {
+    /// Opens the connections of the caller's lane on the runtime of the caller. A store that could not be reached connects when it is first
+    /// used, if it can by then.
+    fn connect(&self) -> StoreFuture<()>;
+
     /// Asks for a lease. Repeating it for the same cycle does no harm.
     fn acquire(&self, request: Acquire) -> StoreFuture<Answer<AcquireReply>>;
 
     /// Gives a lease or a place in the queue back. Repeating it does no harm.
     fn release(&self, lane: Lane, request: Release) -> StoreFuture<Answer<ReleaseReply>>;
 
-    /// Extends what is still ours, in one go. One reply for each renewal, in their order.
-    fn renew(&self, batch: Vec<Renewal>) -> StoreFuture<Vec<RenewReply>>;
+    /// Extends what is still ours, in one go. One reply for each renewal, in their order; `None` for one that had no answer. Whoever asks
+    /// waits no longer than `limit`, so a store whose servers answer separately says by then what it knows.
+    fn renew(&self, batch: Vec<Renewal>, limit: Duration) -> StoreFuture<Vec<Option<RenewReply>>>;
 
     /// Looks at a key without changing anything.
     fn inspect(&self, key: LockKey) -> StoreFuture<Inspection>;
 
+    /// Where a key belongs inside of the store, for [`Push::Resubscribed`].
+    fn slot_of(&self, key: &LockKey) -> Slot {
+        key.slot()
+    }
+
     /// Receives pushes and hands them on until the receiver is gone. Reconnects by itself.
     fn listen(&self, pushes: mpsc::UnboundedSender<Push>) -> Pin<Box<dyn Future<Output = ()> + Send>>;
+}
+
+/// What a store is given besides its address.
+#[derive(Debug, Clone)]
+pub(crate) struct StoreOptions {
+    pub(crate) namespace: String,
+    pub(crate) manager: ManagerId,
+    /// The name of the shard, for logs.
+    pub(crate) shard: Arc<str>,
+    /// This shard's part of the map that all managers must share.
+    pub(crate) map: String,
+    pub(crate) connections: usize,
+    /// The longest time that connecting may take.
+    pub(crate) timeout: Duration,
+    /// How many replicas must have a lease before it counts.
+    pub(crate) min_replicas_acked: u32,
+    /// The longest TTL of a lease in a quorum, after which a node that restarted has a vote again.
+    pub(crate) redlock_max_ttl: Duration,
+    pub(crate) tls: TlsFiles,
+    pub(crate) metrics: Arc<ShardMetrics>,
+}
+
+/// The files for encrypted connections.
+#[derive(Debug, Clone, Default)]
+pub(crate) struct TlsFiles {
+    /// Who is trusted to sign certificates of servers; the system's authorities if there is none.
+    pub(crate) ca: Option<PathBuf>,
+    /// The certificate to show to servers, and its key.
+    pub(crate) client: Option<(PathBuf, PathBuf)>,
+}
+
+/// Makes the store for a shard. Nothing is sent yet.
+pub(crate) fn open(endpoint: &Endpoint, options: StoreOptions) -> Result<Arc<dyn LeaseStore>, LockError> {
+    Ok(match endpoint.kind() {
+        EndpointKind::Redis(server) => Arc::new(redis::primary::RedisStore::new(server, options)?),
+        EndpointKind::Memory { name } => Arc::new(memory::MemoryStore::open(name, options)),
+        EndpointKind::Sentinel { .. }
+        | EndpointKind::Cluster { .. }
+        | EndpointKind::Redlock { .. }
+        | EndpointKind::Etcd { .. } => {
+            return Err(Invalid::new("url", endpoint.to_string(), "of a kind that is built already").into());
+        }
+    })
 }
 
 /// Which connection a request travels on.
@@ -128,3 +185,22 @@ pub struct Holder {
 
 /// The most members of a queue that an inspection names.
 pub(crate) const INSPECTED_QUEUE_MAX: usize = 100;
+
+#[cfg(test)]
+impl StoreOptions {
+    /// Options of a store that is alone.
+    pub(crate) fn for_tests(manager: ManagerId) -> Self {
+        Self {
+            namespace: "lock:".to_owned(),
+            manager,
+            shard: "test".into(),
+            map: "a map".to_owned(),
+            connections: 1,
+            timeout: Duration::from_secs(1),
+            min_replicas_acked: 0,
+            redlock_max_ttl: Duration::from_secs(10),
+            tls: TlsFiles::default(),
+            metrics: Arc::new(ShardMetrics::new("test")),
+        }
+    }
+}

@@ -5,7 +5,7 @@ mod core;
 use std::collections::HashMap;
 use std::pin::Pin;
 use std::sync::{Arc, OnceLock, Weak};
-use std::time::{SystemTime, UNIX_EPOCH};
+use std::time::{Duration, SystemTime, UNIX_EPOCH};
 
 use parking_lot::Mutex;
 use tokio::sync::mpsc;
@@ -16,7 +16,7 @@ use crate::fence::FencingToken;
 use crate::identity::ManagerId;
 use crate::key::LockKey;
 use crate::protocol::{Acquire, AcquireReply, Answer, Ask, Push, Release, ReleaseReply, RenewReply, Renewal};
-use crate::store::{Inspection, Lane, LeaseStore, StoreError, StoreFuture};
+use crate::store::{Inspection, Lane, LeaseStore, StoreError, StoreFuture, StoreOptions};
 
 /// The leases of all managers of this process that connected to one name.
 #[derive(Debug, Default)]
@@ -47,35 +47,30 @@ fn memories() -> &'static Mutex<HashMap<String, Weak<Mutex<Memory>>>> {
 /// One manager's access to a memory.
 #[derive(Debug)]
 pub(crate) struct MemoryStore {
+    name: String,
     memory: Arc<Mutex<Memory>>,
     manager: ManagerId,
+    map: String,
     floor: u64,
 }
 
 impl MemoryStore {
     /// The memory of that name, which all managers of this process share.
-    pub(crate) fn open(name: &str, manager: ManagerId, map: &str) -> Result<Self, StoreError> {
+    pub(crate) fn open(name: &str, options: StoreOptions) -> Self {
         let mut memories = memories().lock();
         memories.retain(|_, memory| memory.strong_count() > 0);
         let memory = memories.get(name).and_then(Weak::upgrade).unwrap_or_default();
         memories.insert(name.to_owned(), Arc::downgrade(&memory));
-        drop(memories);
-        let theirs = memory.lock().map.get_or_insert_with(|| map.to_owned()).clone();
-        if theirs != map {
-            return Err(StoreError::MapMismatch {
-                ours: map.to_owned(),
-                theirs,
-                map_key: format!("memory://{name}"),
-            });
-        }
-        Ok(Self {
+        Self {
+            name: name.to_owned(),
             memory,
-            manager,
+            manager: options.manager,
+            map: options.map,
             floor: server_time(),
-        })
+        }
     }
 
-    fn terms(&self, now: Moment, ttl: std::time::Duration, tokens: u32) -> Terms {
+    fn terms(&self, now: Moment, ttl: Duration, tokens: u32) -> Terms {
         Terms {
             now,
             server_time: server_time(),
@@ -98,6 +93,20 @@ fn done<T: Send + 'static>(reply: T) -> StoreFuture<T> {
 }
 
 impl LeaseStore for MemoryStore {
+    fn connect(&self) -> StoreFuture<()> {
+        let theirs = self.memory.lock().map.get_or_insert_with(|| self.map.clone()).clone();
+        let matches = if theirs == self.map {
+            Ok(())
+        } else {
+            Err(StoreError::MapMismatch {
+                ours: self.map.clone(),
+                theirs,
+                map_key: format!("memory://{}", self.name),
+            })
+        };
+        Box::pin(std::future::ready(matches))
+    }
+
     fn acquire(&self, request: Acquire) -> StoreFuture<Answer<AcquireReply>> {
         let Acquire {
             key,
@@ -149,16 +158,12 @@ impl LeaseStore for MemoryStore {
         })
     }
 
-    fn renew(&self, batch: Vec<Renewal>) -> StoreFuture<Vec<RenewReply>> {
+    fn renew(&self, batch: Vec<Renewal>, _limit: Duration) -> StoreFuture<Vec<Option<RenewReply>>> {
         let now = Moment::now();
         let mut memory = self.memory.lock();
         let renew = |renewal: Renewal| {
-            memory.core.renew(
-                &renewal.key,
-                &self.manager.sign(renewal.cycle).to_string(),
-                now,
-                renewal.ttl,
-            )
+            let me = self.manager.sign(renewal.cycle).to_string();
+            Some(memory.core.renew(&renewal.key, &me, now, renewal.ttl))
         };
         done(batch.into_iter().map(renew).collect())
     }
@@ -172,7 +177,7 @@ impl LeaseStore for MemoryStore {
         memory.core.listen(self.manager.as_str(), true);
         memory.inboxes.insert(self.manager.as_str().to_owned(), pushes.clone());
         // A receiver that is gone already needs no pushes.
-        pushes.send(Push::Resubscribed).ok();
+        pushes.send(Push::Resubscribed { slot: None }).ok();
         Box::pin(std::future::pending())
     }
 }

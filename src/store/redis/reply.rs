@@ -4,10 +4,11 @@ use std::time::Duration;
 
 use deadpool_redis::redis::{ErrorKind, RedisError, ServerErrorKind, Value};
 
-use crate::fence::TokenBlock;
+use crate::fence::{FencingToken, TokenBlock};
+use crate::identity::parse_signature;
 use crate::key::LockKey;
 use crate::protocol::{AcquireReply, Cycle, Grant, Place, Push, ReleaseReply, RenewReply};
-use crate::store::StoreError;
+use crate::store::{Holder, Inspection, StoreError};
 
 pub(super) fn as_int(value: &Value) -> Option<i64> {
     match value {
@@ -113,6 +114,34 @@ pub(super) fn renewed(value: &Value, count: usize) -> Result<Vec<RenewReply>, St
         Some(numbers) if numbers.len() == count => Ok(numbers.into_iter().map(read).collect()),
         _ => Err(unexpected("renew", value)),
     }
+}
+
+/// The replies to an inspection.
+pub(super) fn inspected(replies: &[Value]) -> Result<Inspection, StoreError> {
+    let [owner, left, queue_length, queue, counter] = replies else {
+        return Err(unexpected("an inspection", &Value::Array(replies.to_vec())));
+    };
+    let holder = as_text(owner).map(|owner| Holder {
+        is_manager: parse_signature(&owner).is_some(),
+        owner,
+        remaining: as_int(left)
+            .and_then(|left| u64::try_from(left).ok())
+            .map(Duration::from_millis),
+    });
+    let queue = match queue {
+        Value::Array(members) => members.iter().filter_map(as_text).collect(),
+        _ => Vec::new(),
+    };
+    Ok(Inspection {
+        holder,
+        queue_length: as_int(queue_length)
+            .and_then(|length| length.try_into().ok())
+            .unwrap_or_default(),
+        queue,
+        last_token: as_int(counter)
+            .and_then(|token| token.try_into().ok())
+            .and_then(FencingToken::new),
+    })
 }
 
 /// A message in the inbox: `g <cycle> <largest token> <tokens> <ttl in ms> <queue length> <key>` or `w <cycle> <key>`.

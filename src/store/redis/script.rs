@@ -5,7 +5,7 @@ use deadpool_redis::redis::{Cmd, ErrorKind, RedisResult, Script, ServerErrorKind
 
 /// A script whose hash was computed once.
 #[derive(Debug)]
-pub(crate) struct LuaScript {
+pub(super) struct LuaScript {
     code: &'static str,
     hash: String,
 }
@@ -20,7 +20,7 @@ impl LuaScript {
 
     /// Calls it by its hash, and by its text where the server does not know it (any more). Being idempotent for a cycle,
     /// it could even run twice. `fill` writes the number of keys, the keys and the arguments.
-    pub(crate) async fn call(
+    pub(super) async fn call(
         &self,
         connection: &mut MultiplexedConnection,
         fill: impl Fn(&mut Cmd),
@@ -56,16 +56,16 @@ fn command(verb: &str, script: &str, fill: impl Fn(&mut Cmd)) -> Cmd {
 
 /// The scripts of a store.
 #[derive(Debug)]
-pub(crate) struct Scripts {
-    pub(crate) acquire: LuaScript,
+pub(super) struct Scripts {
+    pub(super) acquire: LuaScript,
     /// The way back of the free path.
-    pub(crate) release_free: LuaScript,
-    pub(crate) release: LuaScript,
-    pub(crate) renew: LuaScript,
+    pub(super) release_free: LuaScript,
+    pub(super) release: LuaScript,
+    pub(super) renew: LuaScript,
 }
 
 impl Scripts {
-    pub(crate) fn new() -> Self {
+    pub(super) fn new() -> Self {
         Self {
             acquire: LuaScript::new(concat!(
                 include_str!("scripts/common.lua"),

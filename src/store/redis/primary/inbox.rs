@@ -7,8 +7,8 @@ use deadpool_redis::redis::Client;
 use futures_util::StreamExt;
 use tokio::sync::mpsc;
 
+use super::super::reply::push;
 use super::Shared;
-use super::reply::push;
 use crate::protocol::Push;
 
 /// The first and the longest pause before another attempt to subscribe.
@@ -18,7 +18,7 @@ const PAUSE_MAX: Duration = Duration::from_secs(1);
 /// Listens until nobody receives. After every successful subscription `Resubscribed` comes first: what was pushed before
 /// it may be lost.
 pub(super) async fn listen(client: Client, shared: Arc<Shared>, pushes: mpsc::UnboundedSender<Push>) {
-    let channel = shared.names.inbox(&shared.manager);
+    let channel = shared.commands.names.inbox(&shared.commands.manager);
     let mut pause = PAUSE_MIN;
     while !pushes.is_closed() {
         let subscribed = tokio::time::timeout(shared.timeout, async {
@@ -30,7 +30,7 @@ pub(super) async fn listen(client: Client, shared: Arc<Shared>, pushes: mpsc::Un
             Ok(Ok(inbox)) => {
                 pause = PAUSE_MIN;
                 shared.metrics.subscriptions.increment(1);
-                if pushes.send(Push::Resubscribed).is_err() {
+                if pushes.send(Push::Resubscribed { slot: None }).is_err() {
                     return;
                 }
                 let mut messages = inbox.into_on_message();

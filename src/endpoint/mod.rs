@@ -1,18 +1,15 @@
 //! What a shard is and where: its URL, parsed once and never shown with its password.
 
+mod redact;
+mod servers;
+
 use std::fmt;
 use std::str::FromStr;
 
-use deadpool_redis::redis::IntoConnectionInfo;
-use url::Url;
-
 use crate::error::Invalid;
-
-/// The port of Redis where a URL names none.
-const REDIS_PORT: u16 = 6379;
-
-/// The largest number that the server's `databases` setting allows for.
-const DATABASE_MAX: u32 = i32::MAX as u32;
+pub(crate) use redact::redact;
+pub(crate) use servers::{Access, ServerUrl};
+use servers::{Parts, Rules};
 
 /// The longest URL, in bytes.
 const URL_BYTES_MAX: usize = 2048;
@@ -20,17 +17,26 @@ const URL_BYTES_MAX: usize = 2048;
 /// The longest name of a store in memory, in bytes.
 const MEMORY_NAME_BYTES_MAX: usize = 64;
 
-/// Kinds of stores whose URLs are known but can't be used yet.
-const UNSUPPORTED: [&str; 5] = ["rediss", "redis+sentinel", "redis+cluster", "redlock", "etcd"];
+/// The longest name of a primary that sentinels watch, in bytes.
+const PRIMARY_NAME_BYTES_MAX: usize = 64;
 
-const SUPPORTED: &str = "supported: redis://, memory://";
+const SUPPORTED: &str = "supported: redis://, redis+sentinel://, redis+cluster://, redlock://, etcd://, memory://; rediss://, \
+     rediss+sentinel://, rediss+cluster://, redlocks:// and etcds:// with TLS";
 
 /// The parsed URL of a shard.
 ///
 /// | URL | store |
 /// |---|---|
 /// | `redis://[[user]:password@]host[:port][/database]` | a Redis (or Valkey) primary; port 6379 and database 0 unless named |
+/// | `redis+sentinel://[[user]:password@]host[:port],.../name[/database]` | the primary that Sentinel knows by that name; the hosts are sentinels, port 26379 unless named |
+/// | `redis+cluster://[[user]:password@]host[:port],...` | a Redis Cluster; the hosts are some of its nodes |
+/// | `redlock://[[user]:password@]host[:port],...[/database]` | a quorum of 3 to 15 independent primaries |
+/// | `etcd://[user:password@]host[:port],...` | etcd, port 2379 unless named; with the feature `etcd` |
 /// | `memory://[name]` | a store inside this process |
+///
+/// `rediss://`, `rediss+sentinel://`, `rediss+cluster://`, `redlocks://` and `etcds://` are the same through TLS, with the feature `tls`. The
+/// user and the password are those of the Redis servers, or of etcd; sentinels are asked without unless `?sentinel_password=` (and
+/// `?sentinel_user=`) says otherwise.
 ///
 /// A character of the user or the password that means something in a URL (`@`, `:`, `/`, `?`, `#`, `%`) is written
 /// percent-encoded, `%40` for `@`. Neither `Display` nor `Debug` nor an error ever shows the password.
@@ -41,11 +47,31 @@ pub struct Endpoint {
     shown: String,
 }
 
-// No `Debug`: the URL holds the password.
+// No `Debug`: the URLs hold the password.
 #[derive(Clone, PartialEq, Eq)]
 pub(crate) enum EndpointKind {
-    Redis { url: String },
-    Memory { name: String },
+    Redis(ServerUrl),
+    Sentinel {
+        sentinels: Vec<ServerUrl>,
+        primary: String,
+        /// How to talk to the server that the sentinels name.
+        access: Access,
+    },
+    Cluster {
+        seeds: Vec<ServerUrl>,
+    },
+    Redlock {
+        nodes: Vec<ServerUrl>,
+    },
+    Etcd {
+        /// As `host:port`.
+        hosts: Vec<String>,
+        login: Option<(String, String)>,
+        tls: bool,
+    },
+    Memory {
+        name: String,
+    },
 }
 
 impl Endpoint {
@@ -53,7 +79,7 @@ impl Endpoint {
     ///
     /// # Errors
     ///
-    /// [`Invalid`], with the password left out, if the URL is malformed, is of a kind that this version does not
+    /// [`Invalid`], with the password left out, if the URL is malformed, is of a kind that this version or this build does not
     /// support, or has a port, database or host that cannot be.
     pub fn parse(text: &str) -> Result<Self, Invalid> {
         let invalid = |bound: &str| Invalid::new("url", redact(text), bound);
@@ -73,57 +99,39 @@ impl Endpoint {
         let Some((scheme, rest)) = split_scheme(text) else {
             return Err(invalid(&format!("a URL; {SUPPORTED}")));
         };
-        match scheme.to_ascii_lowercase().as_str() {
-            "redis" => Self::parse_redis(text),
-            "memory" => Self::parse_memory(text, rest),
-            known if UNSUPPORTED.contains(&known) => Err(invalid(&format!(
-                "of another kind: {known}:// is not supported by this version; {SUPPORTED}"
+        let scheme = scheme.to_ascii_lowercase();
+        let tls = matches!(
+            scheme.as_str(),
+            "rediss" | "rediss+sentinel" | "rediss+cluster" | "redlocks" | "etcds"
+        );
+        let built = |feature: &str, is_built: bool| match is_built {
+            true => Ok(()),
+            false => Err(invalid(&format!(
+                "of another kind: {scheme}:// needs the feature `{feature}`, without which this was built"
             ))),
+        };
+        if tls {
+            built("tls", cfg!(feature = "tls"))?;
+        }
+        let parts = |rules: &Rules| Parts::parse(text, &scheme, rest, tls, rules).map_err(|bound| invalid(&bound));
+        match scheme.as_str() {
+            "memory" => Self::parse_memory(text, rest),
+            "redis" | "rediss" => Ok(parts(&Rules::REDIS)?.into_single()),
+            "redis+sentinel" | "rediss+sentinel" => parts(&Rules::SENTINEL)?
+                .into_sentinel(PRIMARY_NAME_BYTES_MAX)
+                .map_err(|bound| invalid(&bound)),
+            "redis+cluster" | "rediss+cluster" => Ok(parts(&Rules::CLUSTER)?.into_cluster()),
+            "redlock" | "redlocks" => Ok(parts(&Rules::REDLOCK)?.into_redlock()),
+            "etcd" | "etcds" => {
+                built("etcd", cfg!(feature = "etcd"))?;
+                parts(&Rules::ETCD)?.into_etcd().map_err(|bound| invalid(&bound))
+            }
             _ => Err(invalid(&format!("a URL of a known kind; {SUPPORTED}"))),
         }
     }
 
-    fn parse_redis(text: &str) -> Result<Self, Invalid> {
-        let invalid = |bound: &str| Invalid::new("url", redact(text), bound);
-        let url = Url::parse(text).map_err(|error| invalid(bound_of(error)))?;
-        let host = url.host_str().unwrap_or_default();
-        if host.is_empty() {
-            return Err(invalid(bound_of(url::ParseError::EmptyHost)));
-        }
-        if url.query().is_some() || url.fragment().is_some() {
-            return Err(invalid(
-                "without a ? or # part (in a password, write %3F for ? and %23 for #)",
-            ));
-        }
-        if url.password().is_none() && !url.username().is_empty() {
-            // The server would never be told the user, and what stands there is often meant as the password.
-            return Err(invalid(
-                "with a password after the user: redis://user:password@host, or redis://:password@host",
-            ));
-        }
-        let port = url.port().unwrap_or(REDIS_PORT);
-        if port == 0 {
-            return Err(invalid(bound_of(url::ParseError::InvalidPort)));
-        }
-        let Some(database) = parse_database(url.path()) else {
-            return Err(invalid(&format!(
-                "redis://host:port/database with a database from 0 to {DATABASE_MAX}"
-            )));
-        };
-        // The client has rules of its own, such as no wildcard address. Its words may quote the URL, so they stay out.
-        if url.clone().into_connection_info().is_err() {
-            return Err(invalid(
-                "a URL that the Redis client takes: no wildcard address such as 0.0.0.0 as the host, and UTF-8 \
-                 in the user and password",
-            ));
-        }
-        let login = match url.password() {
-            Some(_) => format!("{}:***@", url.username()),
-            None => String::new(),
-        };
-        let shown = format!("redis://{login}{host}:{port}/{database}");
-        let kind = EndpointKind::Redis { url: url.into() };
-        Ok(Self { kind, shown })
+    fn new(kind: EndpointKind, shown: String) -> Self {
+        Self { kind, shown }
     }
 
     fn parse_memory(text: &str, name: &str) -> Result<Self, Invalid> {
@@ -167,27 +175,6 @@ pub(crate) fn is_name_byte(byte: u8) -> bool {
     byte.is_ascii_alphanumeric() || matches!(byte, b'.' | b'_' | b'-')
 }
 
-fn bound_of(error: url::ParseError) -> &'static str {
-    match error {
-        url::ParseError::EmptyHost => "redis://[user:password@]host[:port][/database] with a host that is not empty",
-        url::ParseError::InvalidPort => {
-            "redis://[user:password@]host[:port][/database] with a port from 1 to 65535 (in a password, write %2F for /)"
-        }
-        _ => "redis://[user:password@]host[:port][/database]",
-    }
-}
-
-fn parse_database(path: &str) -> Option<u32> {
-    let number = path.strip_prefix('/').unwrap_or(path);
-    if number.is_empty() {
-        return Some(0);
-    }
-    // A plain parse would let "+1" pass.
-    let digits = number.bytes().all(|byte| byte.is_ascii_digit());
-    let database = number.parse().ok().filter(|_| digits)?;
-    (database <= DATABASE_MAX).then_some(database)
-}
-
 fn split_scheme(text: &str) -> Option<(&str, &str)> {
     let (scheme, rest) = text.split_once("://")?;
     let named = !scheme.is_empty()
@@ -197,55 +184,10 @@ fn split_scheme(text: &str) -> Option<(&str, &str)> {
     named.then_some((scheme, rest))
 }
 
-/// What may be shown of a URL, well-formed or not: no password, nor what could be one.
-///
-/// A malformed URL is the very case in which a parser takes the password for a port or a path, so this looks at the text
-/// only, and hides too much rather than too little.
-pub(crate) fn redact(text: &str) -> String {
-    let (scheme, rest) = match split_scheme(text) {
-        Some((scheme, rest)) => (format!("{scheme}://"), rest),
-        None => (String::new(), text),
-    };
-    let (login, place) = match rest.rsplit_once('@') {
-        // The last @ may belong to a path or query, or a / to the password: there's no telling what is secret.
-        Some((login, _)) if login.contains(['/', '?', '#']) => return format!("{scheme}***"),
-        Some((login, place)) => match login.split_once(':') {
-            Some((user, password)) if !password.is_empty() => (format!("{user}:***@"), place),
-            _ => ("***@".to_owned(), place),
-        },
-        None => (String::new(), rest),
-    };
-    format!("{scheme}{login}{}", redact_place(place))
-        .escape_debug()
-        .to_string()
-}
-
-/// The same for what follows the `@`: `host:port/database`. What stands where a port should may be a password whose `@`
-/// was forgotten, unless it is a number after a host.
-fn redact_place(place: &str) -> String {
-    let (place, hidden) = match place.find(['?', '#']) {
-        Some(at) => (&place[..at], format!("{}***", &place[at..=at])),
-        None => (place, String::new()),
-    };
-    let host_end = match place.find(']') {
-        Some(bracket) if place.starts_with('[') => bracket,
-        _ => 0,
-    };
-    let Some(colon) = place[host_end..].find(':').map(|at| at + host_end) else {
-        return format!("{place}{hidden}");
-    };
-    let after = &place[colon + 1..];
-    let port = after.split('/').next().unwrap_or_default();
-    if colon > 0 && port.bytes().all(|byte| byte.is_ascii_digit()) {
-        format!("{place}{hidden}")
-    } else {
-        format!("{}:***{hidden}", &place[..colon])
-    }
-}
-
 #[cfg(test)]
 mod tests {
     use super::*;
+    use deadpool_redis::redis::IntoConnectionInfo;
     use proptest::prelude::*;
 
     fn parsed(text: &str) -> Endpoint {
@@ -277,10 +219,10 @@ mod tests {
     #[test]
     fn the_client_gets_the_password() {
         let endpoint: Endpoint = "redis://user:s3%40cret@[::1]:7000/2".parse().unwrap();
-        let EndpointKind::Redis { url } = endpoint.kind() else {
+        let EndpointKind::Redis(server) = endpoint.kind() else {
             panic!("{endpoint} is a Redis")
         };
-        let info = url.as_str().into_connection_info().unwrap();
+        let info = server.as_str().into_connection_info().unwrap();
         assert_eq!(info.addr().to_string(), "::1:7000");
         assert_eq!(info.redis_settings().username(), Some("user"));
         assert_eq!(info.redis_settings().password(), Some("s3@cret"));
@@ -291,7 +233,7 @@ mod tests {
     fn memory_urls_have_an_optional_name() {
         let name = |text: &str| match parsed(text).kind() {
             EndpointKind::Memory { name } => name.clone(),
-            EndpointKind::Redis { .. } => panic!("{text} is no Redis"),
+            _ => panic!("{text} is a memory"),
         };
         assert_eq!(name("memory://"), "");
         assert_eq!(name("memory://Test-1.a_b"), "Test-1.a_b");
@@ -300,14 +242,64 @@ mod tests {
     }
 
     #[test]
-    fn other_kinds_are_refused_by_name() {
-        for scheme in UNSUPPORTED {
-            let message = refusal(&format!("{scheme}://:s3cret@a:1,b:2/main"));
-            let expected = format!("{scheme}:// is not supported by this version; supported: redis://, memory://");
-            assert!(message.contains(&expected), "{message}");
-            assert!(!message.contains("s3cret"), "{message}");
+    fn urls_of_several_hosts_name_all_of_them_and_their_ports() {
+        for (text, shown) in [
+            (
+                "redis+sentinel://u:s3cret@a,b:1,[::1]/mymaster/3",
+                "redis+sentinel://u:***@a:26379,b:1,[::1]:26379/mymaster/3",
+            ),
+            (
+                "redis+sentinel://a/m?sentinel_user=x&sentinel_password=s3cret",
+                "redis+sentinel://a:26379/m/0",
+            ),
+            ("redis+cluster://:s3cret@a,b", "redis+cluster://:***@a:6379,b:6379"),
+            ("redlock://a,b,c:1/2", "redlock://a:6379,b:6379,c:1/2"),
+        ] {
+            assert_eq!(parsed(text).to_string(), shown, "{text}");
+            assert!(!format!("{:?}", parsed(text)).contains("s3cret"));
         }
-        assert!(refusal("http://host").contains("supported: redis://, memory://"));
+        let endpoint = parsed("redis+sentinel://u:p%2Fw@a,b/m/3?sentinel_password=s%40");
+        let EndpointKind::Sentinel {
+            sentinels,
+            primary,
+            access,
+        } = endpoint.kind()
+        else {
+            panic!("{endpoint} is watched")
+        };
+        assert_eq!(primary, "m");
+        assert_eq!(sentinels[1].as_str(), "redis://:s%40@b:26379/0");
+        assert_eq!(access.url("c:1").as_str(), "redis://u:p%2Fw@c:1/3");
+        for (text, bound) in [
+            ("redis+sentinel://a,b", "the name of a primary"),
+            ("redis+sentinel://a/m/x", "a database from 0"),
+            ("redis+sentinel://a/m?sentinel_user=x", "sentinel_password beside"),
+            ("redis+sentinel://a/m?other=s3cret", "nothing but sentinel_user and"),
+            ("redis+cluster://a,,b", "a host that is not empty"),
+            ("redis+cluster://a,a:6379", "a:6379 stands there twice"),
+            ("redlock://a,b", "with 3 to 15 hosts, not 2"),
+        ] {
+            let message = refusal(text);
+            assert!(message.contains(bound) && !message.contains("s3cret"), "{message}");
+        }
+    }
+
+    #[test]
+    fn kinds_that_are_not_built_or_not_known_are_refused_by_name() {
+        for (scheme, feature, is_built) in [
+            ("rediss", "tls", cfg!(feature = "tls")),
+            ("etcd", "etcd", cfg!(feature = "etcd")),
+        ] {
+            match Endpoint::parse(&format!("{scheme}://u:s3cret@a:1")) {
+                Ok(endpoint) => assert!(is_built, "{endpoint}"),
+                Err(error) => {
+                    let message = error.to_string();
+                    assert!(!is_built && message.contains(&format!("{scheme}:// needs the feature `{feature}`")));
+                    assert!(!message.contains("s3cret"), "{message}");
+                }
+            }
+        }
+        assert!(refusal("http://host").contains("supported: redis://, redis+sentinel://"));
         assert!(refusal("localhost:6379").contains("url is localhost:6379, but must be a URL"));
     }
 
@@ -377,7 +369,9 @@ mod tests {
             "user:s3cret@host",
             "s3cret@host",
             ":s3cret",
-            "etcd://user:s3cret@host",
+            "etcd://user:s3cret@host:x",
+            "redis+cluster://user:s3cret@a,b:x",
+            "redlock://user:s3cret@a",
             "memory://user:s3cret@host",
             "postgres://user:s3cret@host",
             "redis://user:%FFs3cret@host",
@@ -395,12 +389,14 @@ mod tests {
             after in "[a-z0-9:/@?#%.=,\\[\\]]{0,6}",
             port in 0_u32..99_999,
         ) {
-            let text = format!("redis://user:{before}SECRET{after}@host:{port}");
-            let shown = match Endpoint::parse(&text) {
-                Ok(endpoint) => format!("{endpoint} {endpoint:?}"),
-                Err(error) => format!("{error} {error:?}"),
-            };
-            prop_assert!(!shown.contains("SECRET"), "{text}: {shown}");
+            for (scheme, hosts) in [("redis", "host"), ("redis+cluster", "a,b"), ("redlock", "a,b,c"), ("etcd", "a,b")] {
+                let text = format!("{scheme}://user:{before}SECRET{after}@{hosts}:{port}");
+                let shown = match Endpoint::parse(&text) {
+                    Ok(endpoint) => format!("{endpoint} {endpoint:?}"),
+                    Err(error) => format!("{error} {error:?}"),
+                };
+                prop_assert!(!shown.contains("SECRET"), "{text}: {shown}");
+            }
         }
     }
 }

@@ -8,8 +8,9 @@ use deadpool_redis::redis::{AsyncConnectionConfig, ConnectionInfo, pipe};
 use deadpool_redis::{Connection, Manager, Pool};
 use parking_lot::Mutex;
 
+use super::super::commands::without_errors;
+use super::super::reply::{as_text, error_in_words, server_time};
 use super::Shared;
-use super::reply::{as_text, error_in_words, server_time};
 use crate::fence::FencingToken;
 use crate::store::StoreError;
 
@@ -100,13 +101,13 @@ impl Link {
     /// its data.
     async fn greet(&self, connection: &mut MultiplexedConnection) -> Result<(), StoreError> {
         let shared = &*self.shared;
-        let map_key = shared.names.map();
+        let map_key = shared.commands.names.map();
         let mut greeting = pipe();
         greeting.cmd("TIME");
         greeting.cmd("SET").arg(&map_key).arg(&shared.map).arg("NX");
         greeting.cmd("GET").arg(&map_key);
         let replies = connection.send_packed_commands(&greeting, 0, 3).await;
-        let replies = replies.and_then(super::without_errors);
+        let replies = replies.and_then(without_errors);
         let replies = replies.map_err(|error| error_in_words(&error))?;
         let (time, theirs) = match &replies[..] {
             [time, _, map] => (server_time(time), as_text(map)),

@@ -1,0 +1,362 @@
+//! URLs of one or more servers: who, where, and what comes after.
+
+use std::fmt;
+
+use deadpool_redis::redis::IntoConnectionInfo;
+use url::Url;
+
+use super::{Endpoint, EndpointKind, is_name_byte};
+
+/// The port of Redis where a URL names none.
+const REDIS_PORT: u16 = 6379;
+const SENTINEL_PORT: u16 = 26379;
+const ETCD_PORT: u16 = 2379;
+
+/// The largest number that the server's `databases` setting allows for.
+const DATABASE_MAX: u32 = i32::MAX as u32;
+
+/// The most hosts of one URL.
+const HOSTS_MAX: usize = 32;
+/// Fewer than three nodes survive nothing; more than fifteen only cost.
+const REDLOCK_NODES: (usize, usize) = (3, 15);
+
+/// The URL of one server, as the client library takes it. `Debug` hides the password.
+#[derive(Clone, PartialEq, Eq)]
+pub(crate) struct ServerUrl {
+    url: String,
+    /// The same as `host:port`, which may be shown.
+    place: String,
+}
+
+impl ServerUrl {
+    /// With the password.
+    pub(crate) fn as_str(&self) -> &str {
+        &self.url
+    }
+
+    /// `host:port`
+    pub(crate) fn place(&self) -> &str {
+        &self.place
+    }
+
+    pub(crate) fn is_encrypted(&self) -> bool {
+        self.url.starts_with("rediss://")
+    }
+}
+
+impl fmt::Debug for ServerUrl {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.debug_tuple("ServerUrl").field(&self.place).finish()
+    }
+}
+
+/// How to talk to servers, wherever they are.
+#[derive(Clone, PartialEq, Eq)]
+pub(crate) struct Access {
+    tls: bool,
+    /// `user:password@` as it stood in the URL, or nothing.
+    login: String,
+    database: u32,
+}
+
+impl Access {
+    /// The URL of the server at that place, which is `host:port`.
+    pub(crate) fn url(&self, place: &str) -> ServerUrl {
+        let scheme = if self.tls { "rediss" } else { "redis" };
+        ServerUrl {
+            url: format!("{scheme}://{}{place}/{}", self.login, self.database),
+            place: place.to_owned(),
+        }
+    }
+}
+
+/// What a kind of URL looks like.
+pub(super) struct Rules {
+    /// For errors.
+    form: &'static str,
+    port: u16,
+    hosts: (usize, usize),
+    /// Whether the path is a database.
+    has_database: bool,
+    /// What may stand in the query.
+    query: &'static [&'static str],
+}
+
+impl Rules {
+    pub(super) const REDIS: Self = Self {
+        form: "redis://[user:password@]host[:port][/database]",
+        port: REDIS_PORT,
+        hosts: (1, 1),
+        has_database: true,
+        query: &[],
+    };
+    pub(super) const SENTINEL: Self = Self {
+        form: "redis+sentinel://[user:password@]host[:port],.../name[/database]",
+        port: SENTINEL_PORT,
+        hosts: (1, HOSTS_MAX),
+        has_database: false,
+        query: &["sentinel_user", "sentinel_password"],
+    };
+    pub(super) const CLUSTER: Self = Self {
+        form: "redis+cluster://[user:password@]host[:port],...",
+        port: REDIS_PORT,
+        hosts: (1, HOSTS_MAX),
+        has_database: false,
+        query: &[],
+    };
+    pub(super) const REDLOCK: Self = Self {
+        form: "redlock://[user:password@]host[:port],...[/database]",
+        port: REDIS_PORT,
+        hosts: REDLOCK_NODES,
+        has_database: true,
+        query: &[],
+    };
+    pub(super) const ETCD: Self = Self {
+        form: "etcd://[user:password@]host[:port],...",
+        port: ETCD_PORT,
+        hosts: (1, HOSTS_MAX),
+        has_database: false,
+        query: &[],
+    };
+}
+
+/// The parts of a URL.
+pub(super) struct Parts {
+    scheme: String,
+    /// `user:password@`, percent-encoded, or nothing.
+    login: String,
+    /// As `host:port`.
+    places: Vec<String>,
+    /// Without the leading slash.
+    path: String,
+    database: u32,
+    query: Vec<(String, String)>,
+    tls: bool,
+}
+
+impl Parts {
+    /// # Errors
+    ///
+    /// What the URL must be.
+    pub(super) fn parse(text: &str, scheme: &str, rest: &str, tls: bool, rules: &Rules) -> Result<Self, String> {
+        let form = rules.form;
+        let after_login = rest.rsplit_once('@');
+        if after_login.is_some_and(|(login, _)| login.contains(['/', '?', '#'])) {
+            return Err(format!(
+                "{form}; in a password, write %2F for /, %3F for ? and %23 for #"
+            ));
+        }
+        let (login, rest) = after_login.unwrap_or(("", rest));
+        let (user, password) = login.split_once(':').unwrap_or((login, ""));
+        if password.is_empty() && !user.is_empty() {
+            // The server would never be told the user, and what stands there is often meant as the password.
+            return Err(format!(
+                "with a password after the user: {scheme}://user:password@host, or {scheme}://:password@host"
+            ));
+        }
+        let (rest, query) = match rest.split_once(['?', '#']) {
+            None => (rest, Vec::new()),
+            Some((rest, query)) => (rest, parse_query(text, query, rules)?),
+        };
+        let (hosts, path) = rest.split_once('/').unwrap_or((rest, ""));
+        let database = match rules.has_database {
+            true => parse_database(path).ok_or_else(|| format!("{form} with a database from 0 to {DATABASE_MAX}"))?,
+            false => 0,
+        };
+        let mut places = Vec::new();
+        for host in hosts.split(',') {
+            let place = parse_place(host, login, rules)?;
+            if places.contains(&place) {
+                return Err(format!("{form} with each host once; {place} stands there twice"));
+            }
+            places.push(place);
+        }
+        let (least, most) = rules.hosts;
+        if !(least..=most).contains(&places.len()) {
+            let range = if least == most {
+                least.to_string()
+            } else {
+                format!("{least} to {most}")
+            };
+            return Err(format!("{form} with {range} hosts, not {}", places.len()));
+        }
+        Ok(Self {
+            scheme: scheme.to_owned(),
+            login: if password.is_empty() {
+                String::new()
+            } else {
+                format!("{login}@")
+            },
+            places,
+            path: path.to_owned(),
+            database,
+            query,
+            tls,
+        })
+    }
+
+    fn access(&self, database: u32) -> Access {
+        Access {
+            tls: self.tls,
+            login: self.login.clone(),
+            database,
+        }
+    }
+
+    fn servers(&self) -> Vec<ServerUrl> {
+        let access = self.access(self.database);
+        self.places.iter().map(|place| access.url(place)).collect()
+    }
+
+    /// The URL without the password.
+    fn shown(&self, path: &str) -> String {
+        let login = match self.login.split_once(':') {
+            Some((user, _)) => format!("{user}:***@"),
+            None => String::new(),
+        };
+        format!("{}://{login}{}{path}", self.scheme, self.places.join(","))
+    }
+
+    pub(super) fn into_single(self) -> Endpoint {
+        let shown = self.shown(&format!("/{}", self.database));
+        // There is exactly one, by the rules.
+        let url = self.access(self.database).url(&self.places[0]);
+        Endpoint::new(EndpointKind::Redis(url), shown)
+    }
+
+    pub(super) fn into_sentinel(self, name_bytes_max: usize) -> Result<Endpoint, String> {
+        let form = Rules::SENTINEL.form;
+        let (name, database) = self.path.split_once('/').unwrap_or((&self.path, ""));
+        if name.is_empty() || name.len() > name_bytes_max || !name.bytes().all(is_name_byte) {
+            return Err(format!(
+                "{form} with the name of a primary, 1 to {name_bytes_max} letters, digits, dots, _ and -"
+            ));
+        }
+        let database =
+            parse_database(database).ok_or_else(|| format!("{form} with a database from 0 to {DATABASE_MAX}"))?;
+        let given = |name: &str| {
+            self.query
+                .iter()
+                .find(|(known, _)| known == name)
+                .map(|(_, value)| value.as_str())
+        };
+        let sentinels = Access {
+            tls: self.tls,
+            login: match (given("sentinel_user"), given("sentinel_password")) {
+                (user, Some(password)) => format!("{}:{password}@", user.unwrap_or_default()),
+                (Some(_), None) => return Err(format!("{form} with sentinel_password beside sentinel_user")),
+                (None, None) => String::new(),
+            },
+            database: 0,
+        };
+        let kind = EndpointKind::Sentinel {
+            sentinels: self.places.iter().map(|place| sentinels.url(place)).collect(),
+            primary: name.to_owned(),
+            access: self.access(database),
+        };
+        Ok(Endpoint::new(kind, self.shown(&format!("/{name}/{database}"))))
+    }
+
+    pub(super) fn into_cluster(self) -> Endpoint {
+        let kind = EndpointKind::Cluster { seeds: self.servers() };
+        Endpoint::new(kind, self.shown(""))
+    }
+
+    pub(super) fn into_redlock(self) -> Endpoint {
+        let kind = EndpointKind::Redlock { nodes: self.servers() };
+        let shown = self.shown(&format!("/{}", self.database));
+        Endpoint::new(kind, shown)
+    }
+
+    pub(super) fn into_etcd(self) -> Result<Endpoint, String> {
+        let login = match Url::parse(&format!("redis://{}host", self.login)) {
+            Ok(url) => url.password().map(|password| {
+                let decode = |text: &str| {
+                    percent_encoding::percent_decode_str(text)
+                        .decode_utf8_lossy()
+                        .into_owned()
+                };
+                (decode(url.username()), decode(password))
+            }),
+            Err(_) => return Err(Rules::ETCD.form.to_owned()),
+        };
+        if login.as_ref().is_some_and(|(user, _)| user.is_empty()) {
+            return Err(format!("{} with a user before the password", Rules::ETCD.form));
+        }
+        let shown = self.shown("");
+        let kind = EndpointKind::Etcd {
+            hosts: self.places,
+            login,
+            tls: self.tls,
+        };
+        Ok(Endpoint::new(kind, shown))
+    }
+}
+
+/// Checks `host[:port]` and names the port.
+fn parse_place(host: &str, login: &str, rules: &Rules) -> Result<String, String> {
+    let login = if login.is_empty() {
+        String::new()
+    } else {
+        format!("{login}@")
+    };
+    let url = format!("redis://{login}{host}");
+    let url = Url::parse(&url).map_err(|error| bound_of(error, rules.form))?;
+    let name = url.host_str().unwrap_or_default();
+    if name.is_empty() {
+        return Err(bound_of(url::ParseError::EmptyHost, rules.form));
+    }
+    let port = url.port().unwrap_or(rules.port);
+    if port == 0 {
+        return Err(bound_of(url::ParseError::InvalidPort, rules.form));
+    }
+    // The client has rules of its own, such as no wildcard address. Its words may quote the URL, so they stay out.
+    if url.clone().into_connection_info().is_err() {
+        return Err(
+            "a URL that the Redis client takes: no wildcard address such as 0.0.0.0 as the host, and UTF-8 in the user and \
+             password"
+                .to_owned(),
+        );
+    }
+    Ok(format!("{name}:{port}"))
+}
+
+/// The values stay percent-encoded.
+fn parse_query(text: &str, query: &str, rules: &Rules) -> Result<Vec<(String, String)>, String> {
+    let unexpected = || match rules.query {
+        [] => "without a ? or # part (in a password, write %3F for ? and %23 for #)".to_owned(),
+        known => format!(
+            "without a # part, and with nothing but {} after the ?",
+            known.join(" and ")
+        ),
+    };
+    if text.contains('#') {
+        return Err(unexpected());
+    }
+    let pairs = query.split('&').map(|pair| {
+        let (name, value) = pair.split_once('=')?;
+        (rules.query.contains(&name) && !value.is_empty()).then(|| (name.to_owned(), value.to_owned()))
+    });
+    pairs.collect::<Option<_>>().ok_or_else(unexpected)
+}
+
+fn bound_of(error: url::ParseError, form: &str) -> String {
+    match error {
+        url::ParseError::EmptyHost => format!("{form} with a host that is not empty"),
+        url::ParseError::InvalidPort => {
+            format!("{form} with a port from 1 to 65535 (in a password, write %2F for /)")
+        }
+        _ => form.to_owned(),
+    }
+}
+
+fn parse_database(path: &str) -> Option<u32> {
+    let number = path.strip_prefix('/').unwrap_or(path);
+    if number.is_empty() {
+        return Some(0);
+    }
+    // A plain parse would let "+1" pass.
+    let digits = number.bytes().all(|byte| byte.is_ascii_digit());
+    let database = number.parse().ok().filter(|_| digits)?;
+    (database <= DATABASE_MAX).then_some(database)
+}

@@ -1,0 +1,147 @@
+//! What is said to a server: the keys and arguments of each command, for one manager.
+
+use std::io::Write;
+use std::time::Duration;
+
+use deadpool_redis::redis::{Cmd, Pipeline, RedisError, RedisWrite, Value, pipe};
+
+use super::names::Names;
+use crate::identity::{ManagerId, Signature};
+use crate::key::LockKey;
+use crate::protocol::{Acquire, Ask, Cycle, Release, Renewal};
+use crate::store::INSPECTED_QUEUE_MAX;
+
+/// Writes the commands of one manager in one namespace.
+#[derive(Debug)]
+pub(super) struct Commands {
+    pub(super) names: Names,
+    pub(super) manager: ManagerId,
+    inbox_prefix: String,
+}
+
+impl Commands {
+    pub(super) fn new(namespace: &str, manager: ManagerId) -> Self {
+        let names = Names::new(namespace);
+        Self {
+            inbox_prefix: names.inbox_prefix(),
+            names,
+            manager,
+        }
+    }
+
+    /// The two commands of the free path.
+    pub(super) fn take_freely(&self, key: &LockKey, cycle: Cycle, ttl: Duration, tokens: u32) -> Pipeline {
+        let names = self.names.of(key);
+        let mut set = Cmd::with_capacity(6, 128);
+        set.arg("SET");
+        names.lease().write(&mut set);
+        self.write_signature(&mut set, cycle);
+        set.arg("NX").arg("PX").arg(millis(ttl));
+        let mut count = Cmd::with_capacity(3, 64);
+        count.arg("INCRBY");
+        names.counter().write(&mut count);
+        count.arg(tokens);
+        let mut commands = Pipeline::with_capacity(2);
+        commands.add_command(set).add_command(count);
+        commands
+    }
+
+    /// The keys and arguments of acquire.lua.
+    pub(super) fn fill_acquire(&self, command: &mut Cmd, request: &Acquire, floor: u64) {
+        let &Acquire {
+            ref key,
+            cycle,
+            ask,
+            ttl,
+            tokens,
+        } = request;
+        self.write_terms(command, key, cycle, ttl, tokens, floor);
+        command.arg(if ask == Ask::Try { "try" } else { "join" });
+        command.arg(&self.inbox_prefix).arg(key.as_str());
+    }
+
+    /// The keys and arguments of release.lua.
+    pub(super) fn fill_release(&self, command: &mut Cmd, request: &Release, floor: u64) {
+        let &Release {
+            ref key,
+            cycle,
+            requeue,
+            ttl,
+            tokens,
+            ..
+        } = request;
+        self.write_terms(command, key, cycle, ttl, tokens, floor);
+        command.arg(&self.inbox_prefix).arg(key.as_str());
+        match requeue {
+            Some(next) => self.write_signature(command, next),
+            None => command.write_arg(b""),
+        }
+    }
+
+    /// The keys and arguments of release_free.lua.
+    pub(super) fn fill_release_free(&self, command: &mut Cmd, key: &LockKey, cycle: Cycle) {
+        let names = self.names.of(key);
+        command.arg(2);
+        names.lease().write(command);
+        names.queue().write(command);
+        self.write_signature(command, cycle);
+    }
+
+    /// The keys and arguments of renew.lua.
+    pub(super) fn fill_renew(&self, command: &mut Cmd, renewals: &[Renewal]) {
+        command.arg(renewals.len() * 2);
+        for renewal in renewals {
+            let names = self.names.of(&renewal.key);
+            names.lease().write(command);
+            names.queue().write(command);
+        }
+        for renewal in renewals {
+            self.write_signature(command, renewal.cycle);
+            command.arg(millis(renewal.ttl));
+        }
+    }
+
+    /// What is asked to look at a key: its lease, what is left of it, the length and the head of its queue, the counter.
+    pub(super) fn inspect(&self, key: &LockKey) -> Pipeline {
+        let names = self.names.of(key);
+        let (lease, queue) = (names.lease().to_string(), names.queue().to_string());
+        let mut commands = pipe();
+        commands.cmd("GET").arg(&lease);
+        commands.cmd("PTTL").arg(&lease);
+        commands.cmd("ZCARD").arg(&queue);
+        commands.cmd("ZRANGE").arg(&queue).arg(0).arg(INSPECTED_QUEUE_MAX - 1);
+        commands.cmd("GET").arg(names.counter().to_string());
+        commands
+    }
+
+    /// The keys that the scripts of a lock have, and the first of their arguments: signature, TTL, tokens and floor.
+    fn write_terms(&self, command: &mut Cmd, key: &LockKey, cycle: Cycle, ttl: Duration, tokens: u32, floor: u64) {
+        let names = self.names.of(key);
+        command.arg(3);
+        names.lease().write(command);
+        names.queue().write(command);
+        names.counter().write(command);
+        self.write_signature(command, cycle);
+        command.arg(millis(ttl)).arg(tokens).arg(floor);
+    }
+
+    /// Writes `manager:cycle` as the next argument, without the cost of formatting.
+    fn write_signature(&self, command: &mut Cmd, cycle: Cycle) {
+        let signature: Signature<'_> = self.manager.sign(cycle);
+        let (manager, cycle) = signature.parts();
+        let mut writer = command.writer_for_next_arg();
+        let parts = [manager.as_bytes(), b":", &cycle.to_string().into_bytes()];
+        // A buffer in memory takes everything.
+        parts.into_iter().try_for_each(|part| writer.write_all(part)).ok();
+    }
+}
+
+/// Whole milliseconds, as Redis wants them; never zero.
+fn millis(ttl: Duration) -> u64 {
+    u64::try_from(ttl.as_millis()).unwrap_or(u64::MAX).max(1)
+}
+
+/// The replies of a pipeline, or the first error among them.
+pub(super) fn without_errors(replies: Vec<Value>) -> Result<Vec<Value>, RedisError> {
+    replies.into_iter().map(Value::extract_error).collect()
+}
