@@ -200,6 +200,25 @@ impl LockManager {
         self.inner.id.as_str()
     }
 
+    /// Removes everything that the namespace has in its shards, and says how many keys there were: leases, queues, counters and the shard
+    /// map, those of other managers as well. For a namespace that nobody uses any more; whoever still does loses its locks. Tokens that are
+    /// issued in it later are larger all the same.
+    ///
+    /// # Errors
+    ///
+    /// [`LockError::Unavailable`] or [`LockError::Refused`] if a shard gives no answer; a part may have been removed then.
+    ///
+    /// # Cancel safety
+    ///
+    /// A part may have been removed if it is dropped.
+    pub async fn erase_namespace(&self) -> Result<u64, LockError> {
+        let mut count = 0;
+        for shard in &self.inner.shards {
+            count += shard.erase().await?;
+        }
+        Ok(count)
+    }
+
     /// Gives everything back: guards that are out are lost, waiters and all later requests get [`LockError::Closed`]. Returns when the
     /// servers have said that it is done, or after twice the `store_timeout`, when what is left runs out by itself. Other
     /// handles of this manager are shut down with it.

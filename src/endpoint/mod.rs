@@ -145,6 +145,12 @@ impl Endpoint {
         Ok(Self { kind, shown })
     }
 
+    /// The kind of the shard: what stands before `://`, in lower case.
+    #[must_use]
+    pub fn scheme(&self) -> &str {
+        self.shown.split_once("://").map_or("", |(scheme, _)| scheme)
+    }
+
     pub(crate) fn kind(&self) -> &EndpointKind {
         &self.kind
     }

@@ -246,6 +246,13 @@ impl Shard {
         self.table.len() == 0
     }
 
+    /// Without a time limit: there may be millions of keys.
+    pub(crate) async fn erase(&self) -> Result<u64, LockError> {
+        let started = Moment::now();
+        let erased = self.store.erase().await;
+        erased.map_err(|error| self.error(error, "erase", None, started))
+    }
+
     pub(crate) async fn inspect(&self, key: &LockKey) -> Result<Inspection, LockError> {
         let started = Moment::now();
         let inspection = tokio::time::timeout(self.timeout, self.store.inspect(key.clone())).await;

@@ -47,6 +47,9 @@ pub(crate) trait LeaseStore: Send + Sync + 'static {
     /// Looks at a key without changing anything.
     fn inspect(&self, key: LockKey) -> StoreFuture<Inspection>;
 
+    /// Removes all keys of the namespace, those of others as well, and says how many there were.
+    fn erase(&self) -> StoreFuture<u64>;
+
     /// Where a key belongs inside of the store, for [`Push::Resubscribed`].
     fn slot_of(&self, key: &LockKey) -> Slot {
         key.slot()

@@ -3,7 +3,7 @@
 use std::io::Write;
 use std::time::Duration;
 
-use deadpool_redis::redis::{Cmd, Pipeline, RedisError, RedisWrite, Value, pipe};
+use deadpool_redis::redis::{Cmd, Pipeline, RedisError, RedisWrite, Value, cmd, pipe};
 
 use super::names::Names;
 use crate::identity::{ManagerId, Signature};
@@ -114,6 +114,14 @@ impl Commands {
         commands
     }
 
+    /// One step of looking for all keys of the namespace.
+    pub(super) fn scan(&self, cursor: u64) -> Cmd {
+        let mut scan = cmd("SCAN");
+        scan.arg(cursor).arg("MATCH").arg(self.names.pattern());
+        scan.arg("COUNT").arg(SCAN_COUNT);
+        scan
+    }
+
     /// The keys that the scripts of a lock have, and the first of their arguments: signature, TTL, tokens and floor.
     fn write_terms(&self, command: &mut Cmd, key: &LockKey, cycle: Cycle, ttl: Duration, tokens: u32, floor: u64) {
         let names = self.names.of(key);
@@ -135,6 +143,9 @@ impl Commands {
         parts.into_iter().try_for_each(|part| writer.write_all(part)).ok();
     }
 }
+
+/// How many keys one step of a scan looks at.
+const SCAN_COUNT: u32 = 1000;
 
 /// Whole milliseconds, as Redis wants them; never zero.
 fn millis(ttl: Duration) -> u64 {

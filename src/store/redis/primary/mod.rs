@@ -16,8 +16,9 @@ use std::sync::Arc;
 use std::sync::atomic::{AtomicU64, Ordering};
 use std::time::Duration;
 
+use deadpool_redis::redis::aio::ConnectionLike;
 use deadpool_redis::redis::io::tcp::TcpSettings;
-use deadpool_redis::redis::{Client, Cmd, ConnectionInfo, IntoConnectionInfo, RedisError, Value};
+use deadpool_redis::redis::{Client, Cmd, ConnectionInfo, IntoConnectionInfo, RedisError, Value, cmd};
 use tokio::sync::mpsc;
 
 use super::commands::{Commands, without_errors};
@@ -276,12 +277,41 @@ impl LeaseStore for RedisStore {
         })
     }
 
+    fn erase(&self) -> StoreFuture<u64> {
+        let shared = Arc::clone(&self.shared);
+        let link = Arc::clone(&self.callers[0]);
+        Box::pin(async move {
+            let live = link.get().await?;
+            let erased = erase(live.connection, &shared.commands).await;
+            erased.map_err(|error| error_in_words(&error))
+        })
+    }
+
     fn slot_of(&self, key: &LockKey) -> Slot {
         self.shared.commands.names.of(key).slot
     }
 
     fn listen(&self, pushes: mpsc::UnboundedSender<Push>) -> Pin<Box<dyn Future<Output = ()> + Send>> {
         Box::pin(inbox::listen(self.client.clone(), Arc::clone(&self.shared), pushes))
+    }
+}
+
+/// Removes all keys of the namespace from one server.
+pub(in crate::store::redis) async fn erase(
+    mut connection: impl ConnectionLike,
+    commands: &Commands,
+) -> Result<u64, RedisError> {
+    let (mut cursor, mut count) = (0, 0);
+    loop {
+        let (next, found): (u64, Vec<Vec<u8>>) = commands.scan(cursor).query_async(&mut connection).await?;
+        for key in found.iter().filter(|key| commands.names.is_ours(key)) {
+            // One by one: in a cluster they need not share a slot.
+            count += cmd("DEL").arg(key).query_async::<u64>(&mut connection).await?;
+        }
+        if next == 0 {
+            return Ok(count);
+        }
+        cursor = next;
     }
 }
 
