@@ -11,6 +11,7 @@
 
 pub mod process;
 pub mod server;
+pub mod tls;
 pub mod wait;
 pub mod worker;
 

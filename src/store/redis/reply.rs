@@ -174,6 +174,10 @@ pub(super) fn push(message: &str) -> Option<Push> {
 
 /// What an error means for the one who asked, in words that say what to do. The server's errors contain no password.
 pub(super) fn error_in_words(error: &RedisError) -> StoreError {
+    #[cfg(feature = "tls")]
+    if let Some(advice) = crate::store::tls::cause(error).and_then(crate::store::tls::advice) {
+        return StoreError::Refused(format!("{advice}: {error}").into());
+    }
     let advice = match error.kind() {
         ErrorKind::Server(kind) => match kind {
             ServerErrorKind::BusyLoading
@@ -204,6 +208,9 @@ pub(super) fn error_in_words(error: &RedisError) -> StoreError {
         },
         ErrorKind::InvalidClientConfig | ErrorKind::RESP3NotSupported => {
             "the connection settings do not fit the server"
+        }
+        ErrorKind::Parse => {
+            "the answer is not of Redis's protocol; if it is a TLS port, use a URL with TLS (rediss:// and its like)"
         }
         _ => return StoreError::Unavailable(error.to_string().into()),
     };

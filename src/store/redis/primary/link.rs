@@ -8,6 +8,7 @@ use deadpool_redis::redis::{AsyncConnectionConfig, ConnectionInfo, pipe};
 use deadpool_redis::{Connection, Manager, Pool};
 use parking_lot::Mutex;
 
+use super::super::client::unless_plain;
 use super::super::commands::without_errors;
 use super::super::reply::{as_text, error_in_words, server_time};
 use super::Shared;
@@ -17,6 +18,7 @@ use crate::store::StoreError;
 /// A connection, checked out of the pool once and kept: a check-out per request would cost a round trip each.
 pub(super) struct Link {
     pool: Pool,
+    info: ConnectionInfo,
     shared: Arc<Shared>,
     current: Mutex<Option<Live>>,
     /// How many connections were opened.
@@ -50,6 +52,7 @@ impl Link {
             .map_err(|error| unusable(&error))?;
         Ok(Self {
             pool,
+            info: info.clone(),
             shared: Arc::clone(shared),
             current: Mutex::new(None),
             opened: AtomicU64::new(0),
@@ -72,11 +75,14 @@ impl Link {
         if let Some(live) = self.current.lock().clone() {
             return Ok(live);
         }
-        let connection = self.pool.get().await.map_err(|error| match error {
-            deadpool_redis::PoolError::Backend(error) => error_in_words(&error),
-            other => StoreError::Unavailable(other.to_string().into()),
-        })?;
-        let mut connection = Connection::take(connection);
+        let connecting = async {
+            let connection = self.pool.get().await.map_err(|error| match error {
+                deadpool_redis::PoolError::Backend(error) => error_in_words(&error),
+                other => StoreError::Unavailable(other.to_string().into()),
+            })?;
+            Ok(Connection::take(connection))
+        };
+        let mut connection = unless_plain(&self.info, self.shared.timeout, connecting).await?;
         self.greet(&mut connection).await?;
         self.shared.metrics.connects.increment(1);
         let generation = self.opened.fetch_add(1, Ordering::Relaxed);

@@ -16,10 +16,10 @@ use std::sync::Arc;
 use std::sync::atomic::{AtomicU64, Ordering};
 use std::time::Duration;
 
-use deadpool_redis::redis::io::tcp::TcpSettings;
-use deadpool_redis::redis::{Client, Cmd, ConnectionInfo, IntoConnectionInfo, RedisError, Value};
+use deadpool_redis::redis::{Client, Cmd, RedisError, Value};
 use tokio::sync::mpsc;
 
+use super::client::connection_info;
 use super::commands::{Commands, without_errors};
 use super::reply::{acquired, acquired_freely, error_in_words, inspected, released, renewed};
 use super::script::Scripts;
@@ -61,10 +61,8 @@ const RECONNECTS_PER_REQUEST: usize = 2;
 impl RedisStore {
     /// Prepares a store; nothing is sent yet.
     pub(crate) fn new(server: &ServerUrl, options: StoreOptions) -> Result<Self, Invalid> {
-        // The error of the client library may quote the URL, and with it the password.
+        let info = connection_info(server, &options.tls)?;
         let unusable = || Invalid::new("url", server.place(), "a server that the client library can use");
-        let info = server.as_str().into_connection_info().map_err(|_| unusable())?;
-        let info: ConnectionInfo = info.set_tcp_settings(TcpSettings::default().set_nodelay(true));
         let shared = Arc::new(Shared {
             commands: Commands::new(&options.namespace, options.manager),
             map: options.map,

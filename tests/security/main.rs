@@ -1,0 +1,12 @@
+//! Encrypted connections, users with few permissions, and passwords that stay secret.
+
+// A test is over when its surroundings fail.
+#![allow(clippy::expect_used, clippy::panic, clippy::unwrap_used)]
+
+#[path = "../support/mod.rs"]
+mod support;
+#[path = "../support_locks/mod.rs"]
+mod support_locks;
+
+#[cfg(feature = "tls")]
+mod tls;
