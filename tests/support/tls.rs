@@ -32,9 +32,9 @@ impl Authority {
             .expect("make a directory");
         let mut params = CertificateParams::new(Vec::new()).expect("parameters");
         params.is_ca = IsCa::Ca(BasicConstraints::Unconstrained);
-        params
-            .distinguished_name
-            .push(DnType::CommonName, "an authority for tests");
+        // Two authorities of one name would be taken for each other.
+        let name = format!("the authority of {}", dir.path().display());
+        params.distinguished_name.push(DnType::CommonName, name);
         let key = KeyPair::generate().expect("a key");
         let certificate = params.self_signed(&key).expect("a certificate");
         fs::write(dir.path().join("ca.pem"), certificate.pem()).expect("write");

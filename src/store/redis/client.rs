@@ -55,41 +55,72 @@ pub(in crate::store) fn certificates(files: &TlsFiles) -> Result<TlsCertificates
     })
 }
 
-/// After which part of the time for connecting a handshake is taken to be stuck.
-const HANDSHAKE_SHARE: u32 = 5;
+/// After which time a handshake is suspected to be stuck: longer than one takes, unless the server is far away or busy.
+const HANDSHAKE_PATIENCE: Duration = Duration::from_millis(200);
 
-/// Connects, and finds out meanwhile why a handshake of TLS gets no answer: a server that does not speak TLS waits for the end of
-/// what it takes for a command, for ever.
-pub(in crate::store) async fn unless_plain<T>(
+/// Connects, and finds out why where that fails because one side speaks TLS and the other does not. A server that does not speak
+/// TLS waits for the end of what it takes for a command, for ever; one that does hangs up on a plain client without a word.
+pub(in crate::store) async fn with_reason<T>(
     info: &ConnectionInfo,
     timeout: Duration,
     connecting: impl Future<Output = Result<T, StoreError>>,
 ) -> Result<T, StoreError> {
-    let ConnectionAddr::TcpTls { host, port, .. } = info.addr() else {
-        return connecting.await;
-    };
-    let suspect = async {
-        tokio::time::sleep(timeout / HANDSHAKE_SHARE).await;
-        if !speaks_plainly(host, *port).await {
-            // The time limit for connecting decides.
-            std::future::pending::<()>().await;
+    let patience = HANDSHAKE_PATIENCE.min(timeout / 4);
+    match info.addr() {
+        ConnectionAddr::TcpTls { host, port, .. } => {
+            let suspect = async {
+                tokio::time::sleep(patience).await;
+                if !matches!(first_byte(host, *port, b"PING\r\n").await, Ok(b'+' | b'-')) {
+                    // The time limit for connecting decides.
+                    std::future::pending::<()>().await;
+                }
+            };
+            tokio::select! {
+                biased;
+                connected = connecting => connected,
+                () = suspect => Err(StoreError::Refused(NOT_ENCRYPTED.into())),
+            }
         }
-    };
-    tokio::select! {
-        biased;
-        connected = connecting => connected,
-        () = suspect => Err(StoreError::Refused(NOT_ENCRYPTED.into())),
+        ConnectionAddr::Tcp(host, port) => {
+            let error = match connecting.await {
+                Err(StoreError::Unavailable(error)) => error,
+                other => return other,
+            };
+            match tokio::time::timeout(patience, first_byte(host, *port, &client_hello())).await {
+                Ok(Ok(TLS_ALERT | TLS_HANDSHAKE)) => Err(StoreError::Refused(
+                    format!("the port speaks TLS; use a URL with TLS (rediss:// and its like), or the server's plain port: {error}")
+                        .into(),
+                )),
+                _ => Err(StoreError::Unavailable(error)),
+            }
+        }
+        _ => connecting.await,
     }
 }
 
-/// Whether a Redis server answers there without encryption. Nothing that is secret is sent.
-async fn speaks_plainly(host: &str, port: u16) -> bool {
-    let ask = async {
-        let mut stream = TcpStream::connect((host, port)).await?;
-        stream.write_all(b"PING\r\n").await?;
-        let mut first = [0];
-        stream.read_exact(&mut first).await?;
-        Ok::<_, std::io::Error>(first[0])
-    };
-    matches!(ask.await, Ok(b'+' | b'-'))
+const TLS_ALERT: u8 = 21;
+const TLS_HANDSHAKE: u8 = 22;
+
+/// The least that can be said to begin with TLS 1.2: one cipher suite, no session, no compression, and zeros for what would be random.
+/// Whoever speaks TLS answers, be it with a refusal.
+fn client_hello() -> Vec<u8> {
+    let (record, handshake) = ([TLS_HANDSHAKE, 3, 1, 0, 45], [1, 0, 0, 41]);
+    let (version, random_and_session) = ([3, 3], [0; 33]);
+    let (cipher_suites, compressions) = ([0, 2, 0xc0, 0x2f], [1, 0]);
+    [
+        &record[..],
+        &handshake,
+        &version,
+        &random_and_session,
+        &cipher_suites,
+        &compressions,
+    ]
+    .concat()
+}
+
+/// What a server says first to these bytes. Nothing that is secret is sent.
+async fn first_byte(host: &str, port: u16, bytes: &[u8]) -> std::io::Result<u8> {
+    let mut stream = TcpStream::connect((host, port)).await?;
+    stream.write_all(bytes).await?;
+    stream.read_u8().await
 }

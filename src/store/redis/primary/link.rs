@@ -8,7 +8,7 @@ use deadpool_redis::redis::{AsyncConnectionConfig, ConnectionInfo, pipe};
 use deadpool_redis::{Connection, Manager, Pool};
 use parking_lot::Mutex;
 
-use super::super::client::unless_plain;
+use super::super::client::with_reason;
 use super::super::commands::without_errors;
 use super::super::reply::{as_text, error_in_words, server_time};
 use super::Shared;
@@ -82,7 +82,7 @@ impl Link {
             })?;
             Ok(Connection::take(connection))
         };
-        let mut connection = unless_plain(&self.info, self.shared.timeout, connecting).await?;
+        let mut connection = with_reason(&self.info, self.shared.timeout, connecting).await?;
         self.greet(&mut connection).await?;
         self.shared.metrics.connects.increment(1);
         let generation = self.opened.fetch_add(1, Ordering::Relaxed);
