@@ -7,6 +7,7 @@
 mod client;
 mod commands;
 mod names;
+mod permission;
 pub(crate) mod primary;
 mod reply;
 mod script;

@@ -4,6 +4,7 @@ use std::time::Duration;
 
 use deadpool_redis::redis::{ErrorKind, RedisError, ServerErrorKind, Value};
 
+use super::permission;
 use crate::fence::{FencingToken, TokenBlock};
 use crate::identity::parse_signature;
 use crate::key::LockKey;
@@ -174,6 +175,9 @@ pub(super) fn push(message: &str) -> Option<Push> {
 
 /// What an error means for the one who asked, in words that say what to do. The server's errors contain no password.
 pub(super) fn error_in_words(error: &RedisError) -> StoreError {
+    if let Some(words) = permission::in_words(error) {
+        return StoreError::Refused(words.into());
+    }
     #[cfg(feature = "tls")]
     if let Some(advice) = crate::store::tls::cause(error).and_then(crate::store::tls::advice) {
         return StoreError::Refused(format!("{advice}: {error}").into());
@@ -187,7 +191,6 @@ pub(super) fn error_in_words(error: &RedisError) -> StoreError {
                 return StoreError::Unavailable(format!("the server is not ready: {error}").into());
             }
             ServerErrorKind::ReadOnly => "the server is a replica; connect to the primary",
-            ServerErrorKind::NoPerm => "give the user this permission",
             ServerErrorKind::Moved | ServerErrorKind::Ask | ServerErrorKind::CrossSlot => {
                 "the server is part of a Redis Cluster, which a redis:// shard can't be"
             }

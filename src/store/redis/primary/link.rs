@@ -9,7 +9,6 @@ use deadpool_redis::{Connection, Manager, Pool};
 use parking_lot::Mutex;
 
 use super::super::client::with_reason;
-use super::super::commands::without_errors;
 use super::super::reply::{as_text, error_in_words, server_time};
 use super::Shared;
 use crate::fence::FencingToken;
@@ -113,7 +112,7 @@ impl Link {
         greeting.cmd("SET").arg(&map_key).arg(&shared.map).arg("NX");
         greeting.cmd("GET").arg(&map_key);
         let replies = connection.send_packed_commands(&greeting, 0, 3).await;
-        let replies = replies.and_then(without_errors);
+        let replies = replies.and_then(|replies| shared.commands.permissions.without_errors(&greeting, replies));
         let replies = replies.map_err(|error| error_in_words(&error))?;
         let (time, theirs) = match &replies[..] {
             [time, _, map] => (server_time(time), as_text(map)),

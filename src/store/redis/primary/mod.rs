@@ -20,7 +20,7 @@ use deadpool_redis::redis::{Client, Cmd, RedisError, Value};
 use tokio::sync::mpsc;
 
 use super::client::connection_info;
-use super::commands::{Commands, without_errors};
+use super::commands::Commands;
 use super::reply::{acquired, acquired_freely, error_in_words, inspected, released, renewed};
 use super::script::Scripts;
 use crate::clock::Moment;
@@ -67,7 +67,7 @@ impl RedisStore {
             commands: Commands::new(&options.namespace, options.manager),
             map: options.map,
             timeout: options.timeout,
-            scripts: Scripts::new(),
+            scripts: Scripts::new(&options.namespace),
             metrics: options.metrics,
             floor: AtomicU64::new(0),
             seen: (0..SLOTS).map(|_| AtomicU64::new(0)).collect(),
@@ -136,7 +136,7 @@ impl LeaseStore for RedisStore {
                     let commands = shared.commands.take_freely(&request.key, cycle, ttl, tokens);
                     let replies = live.connection.send_packed_commands(&commands, 0, 2).await;
                     replies
-                        .and_then(without_errors)
+                        .and_then(|replies| shared.commands.permissions.without_errors(&commands, replies))
                         .map(|replies| acquired_freely(&replies, tokens))
                 } else {
                     let fill = |command: &mut Cmd| shared.commands.fill_acquire(command, &request, floor);
@@ -260,11 +260,10 @@ impl LeaseStore for RedisStore {
         let link = self.link(Lane::Caller, shared.commands.names.of(&key).slot);
         Box::pin(async move {
             let mut live = link.get().await?;
-            let replies = live
-                .connection
-                .send_packed_commands(&shared.commands.inspect(&key), 0, 5)
-                .await;
-            let replies = replies.and_then(without_errors).map_err(|error| {
+            let commands = shared.commands.inspect(&key);
+            let replies = live.connection.send_packed_commands(&commands, 0, 5).await;
+            let replies = replies.and_then(|replies| shared.commands.permissions.without_errors(&commands, replies));
+            let replies = replies.map_err(|error| {
                 if error.is_unrecoverable_error() {
                     link.broken(&live);
                 }
