@@ -43,6 +43,8 @@ pub(crate) struct RedisStore {
 /// What the connections of a store share.
 pub(super) struct Shared {
     commands: Commands,
+    /// The shard's name, for logs.
+    shard: Arc<str>,
     map: String,
     timeout: Duration,
     scripts: Scripts,
@@ -65,6 +67,7 @@ impl RedisStore {
         let unusable = || Invalid::new("url", server.place(), "a server that the client library can use");
         let shared = Arc::new(Shared {
             commands: Commands::new(&options.namespace, options.manager),
+            shard: options.shard,
             map: options.map,
             timeout: options.timeout,
             scripts: Scripts::new(&options.namespace),
