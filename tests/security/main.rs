@@ -8,5 +8,6 @@ mod support;
 #[path = "../support_locks/mod.rs"]
 mod support_locks;
 
+mod acl;
 #[cfg(feature = "tls")]
 mod tls;
