@@ -129,7 +129,9 @@ async fn with_the_rules_of_the_file_everything_works() {
     let server = RedisServer::start_with(&["--include", FILE]);
     let errors = whole_range(&server, "lock:").await;
     assert_eq!(errors.all(), [""; 0]);
-    let denied: Vec<redis::Value> = server.query(&["ACL", "LOG"]);
+    let mut denied: Vec<redis::Value> = server.query(&["ACL", "LOG"]);
+    // Servers from 7.2 on are told the client library's name, which does not matter; the file says so.
+    denied.retain(|entry| !format!("{entry:?}").contains("client|setinfo"));
     assert!(denied.is_empty(), "{denied:?}");
 }
 

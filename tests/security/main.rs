@@ -7,7 +7,12 @@
 mod support;
 #[path = "../support_locks/mod.rs"]
 mod support_locks;
+#[cfg(feature = "cli")]
+#[path = "../tool/mod.rs"]
+mod tool;
 
 mod acl;
+mod secrets;
 #[cfg(feature = "tls")]
 mod tls;
+mod witness;
