@@ -16,7 +16,7 @@ const USER: &str = "shardlock";
 const PASSWORD: &str = "change-me";
 
 /// The words of the file's user after its name.
-pub(crate) fn rules() -> Vec<String> {
+fn rules() -> Vec<String> {
     let text = std::fs::read_to_string(FILE).expect("read the file");
     let mut lines = text.lines().filter_map(|line| line.strip_prefix("user "));
     let (line, more) = (lines.next().expect("a user"), lines.next());
@@ -129,10 +129,52 @@ async fn with_the_rules_of_the_file_everything_works() {
     let server = RedisServer::start_with(&["--include", FILE]);
     let errors = whole_range(&server, "lock:").await;
     assert_eq!(errors.all(), [""; 0]);
+    #[cfg(feature = "cli")]
+    for args in [&["exec", "k", "true"][..], &["inspect", "k"]] {
+        let mut command = crate::tool::bare(args);
+        command.env("SHARDLOCK_SHARDS", url(&server));
+        let ended = crate::tool::run(command);
+        assert_eq!((ended.code, ended.stderr.as_str()), (0, ""), "{ended:?}");
+    }
     let mut denied: Vec<redis::Value> = server.query(&["ACL", "LOG"]);
     // Servers from 7.2 on are told the client library's name, which does not matter; the file says so.
     denied.retain(|entry| !format!("{entry:?}").contains("client|setinfo"));
     assert!(denied.is_empty(), "{denied:?}");
+}
+
+/// What the file lists to be added: the lines that are nothing but rules.
+fn additions() -> Vec<Vec<String>> {
+    let text = std::fs::read_to_string(FILE).expect("read the file");
+    let (_, more) = text.split_once("---- What to add").expect("the part with more");
+    let lines = more.lines().filter_map(|line| line.strip_prefix("#   "));
+    let rules = lines.filter(|line| line.split(' ').all(|word| word.starts_with('+')));
+    rules.map(|line| line.split(' ').map(str::to_owned).collect()).collect()
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn what_the_file_adds_is_known_to_the_server_and_another_database_needs_its_rule() {
+    let server = RedisServer::start();
+    let additions = additions();
+    assert!(additions.len() >= 6, "{additions:?}");
+    // Older servers know no CLIENT SETINFO, and say so.
+    let is_known = |rule: &String| rule != "+client|setinfo" || server.version() >= (7, 2);
+    for rules in &additions {
+        set_user(
+            &server,
+            &rules.iter().filter(|rule| is_known(rule)).cloned().collect::<Vec<_>>(),
+        );
+    }
+    let select = vec!["+select".to_owned()];
+    assert!(additions.contains(&select));
+    set_user(&server, &rules());
+    let other_database = || LockManager::builder().shard(format!("{}/1", url(&server)));
+    let error = other_database().connect().await.expect_err("it may not SELECT");
+    assert!(matches!(error, LockError::Refused { .. }), "{error:?}");
+    assert!(error.to_string().contains("lacks the permission +select;"), "{error}");
+    set_user(&server, &[rules(), select].concat());
+    let locks = other_database().connect().await.expect("connect");
+    let guard = locks.lock("k").timeout(PATIENCE).await.expect("lock");
+    guard.release().await.expect("release");
 }
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]

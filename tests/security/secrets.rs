@@ -9,9 +9,9 @@ use crate::support_locks::{SHORT_TTL, soon, until, until_queued};
 use crate::witness::Witness;
 
 /// What must not be seen anywhere, whether as it stands in a URL or decoded.
-pub const SECRET: &str = "hunter2";
+const SECRET: &str = "hunter2";
 /// A right and a wrong password, as in a URL and as the server is told. Each contains the secret.
-pub const RIGHT: (&str, &str) = ("right-hunter2%40%2F%3A", "right-hunter2@/:");
+const RIGHT: (&str, &str) = ("right-hunter2%40%2F%3A", "right-hunter2@/:");
 const WRONG: &str = "wrong-hunter2%3F%23";
 
 #[track_caller]

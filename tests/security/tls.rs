@@ -6,7 +6,7 @@ use std::time::{Duration, Instant};
 use shardlock::{Builder, Config, LockError, LockManager};
 
 use crate::support::RedisServer;
-use crate::support::tls::{Authority, Identity, TlsServer};
+use crate::support::tls::{Authority, Identity, TlsServer, has_tls};
 use crate::support_locks::{lock, lock_keys, soon, until, until_queued};
 
 const HOSTS: [&str; 2] = ["localhost", "127.0.0.1"];
@@ -247,4 +247,29 @@ async fn a_broken_connection_is_replaced_through_tls_too() {
         }
     })
     .await;
+}
+
+#[cfg(feature = "cli")]
+#[test]
+fn the_tool_connects_through_tls_with_what_the_environment_names() {
+    let authority = Authority::new();
+    let server = TlsServer::start(&authority, &authority.issue("server", &HOSTS), true, &[]);
+    let client = authority.issue("client", &["client"]);
+    for args in [&["exec", "k", "true"][..], &["inspect", "k"]] {
+        let mut command = crate::tool::bare(args);
+        command
+            .env("SHARDLOCK_SHARDS", server.url("localhost"))
+            .env("SHARDLOCK_TLS_CA", authority.ca())
+            .env("SHARDLOCK_TLS_CERT", &client.certificate)
+            .env("SHARDLOCK_TLS_KEY", &client.key);
+        let ended = crate::tool::run(command);
+        assert_eq!((ended.code, ended.stderr.as_str()), (0, ""), "{ended:?}");
+    }
+}
+
+/// The server that tests usually run with has TLS itself; only where the one that is set has none, something stands before it.
+#[test]
+fn debians_server_speaks_tls_itself() {
+    let usual = std::env::var_os("SHARDLOCK_REDIS_SERVER").is_none_or(|path| path == "/usr/bin/redis-server");
+    assert!(has_tls() || !usual, "install Debian's redis-server");
 }

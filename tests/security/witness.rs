@@ -11,11 +11,11 @@ use tracing::{Event, Subscriber};
 
 /// All that was heard.
 #[derive(Clone, Default)]
-pub struct Witness(Arc<Mutex<String>>);
+pub(crate) struct Witness(Arc<Mutex<String>>);
 
 impl Witness {
     /// Starts to listen, once for the whole process. All its tests are heard from then on.
-    pub fn called() -> Self {
+    pub(crate) fn called() -> Self {
         static WITNESS: OnceLock<Witness> = OnceLock::new();
         let witness = WITNESS.get_or_init(|| {
             let witness = Self::default();
@@ -28,11 +28,11 @@ impl Witness {
         witness.clone()
     }
 
-    pub fn heard(&self) -> String {
+    pub(crate) fn heard(&self) -> String {
         self.0.lock().clone()
     }
 
-    pub fn note(&self, what: &impl Debug) {
+    pub(crate) fn note(&self, what: &impl Debug) {
         // Writing to a string can't fail.
         writeln!(self.0.lock(), "{what:?}").ok();
     }

@@ -12,6 +12,8 @@
 pub mod process;
 pub mod server;
 pub mod tls;
+#[cfg(feature = "tls")]
+mod tls_front;
 pub mod wait;
 pub mod worker;
 

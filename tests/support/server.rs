@@ -377,12 +377,12 @@ fn log(dir: &Path) -> String {
     fs::read_to_string(dir.join(LOG)).unwrap_or_default()
 }
 
-struct Binary {
-    path: PathBuf,
-    version: (u32, u32),
+pub struct Binary {
+    pub path: PathBuf,
+    pub version: (u32, u32),
 }
 
-fn binary() -> &'static Binary {
+pub fn binary() -> &'static Binary {
     static BINARY: OnceLock<Binary> = OnceLock::new();
     BINARY.get_or_init(|| {
         let path = find_binary();

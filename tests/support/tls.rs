@@ -2,13 +2,15 @@
 
 use std::fs;
 use std::path::{Path, PathBuf};
+use std::process::{Command, Stdio};
+use std::sync::OnceLock;
 
 use rcgen::{
     BasicConstraints, CertificateParams, DnType, ExtendedKeyUsagePurpose, IsCa, Issuer, KeyPair, date_time_ymd,
 };
 use tempfile::TempDir;
 
-use super::server::{RedisServer, free_port};
+use super::server::{RedisServer, binary, free_port};
 
 /// An authority with a directory in which it puts what it issues. The directory goes with it.
 pub struct Authority {
@@ -80,7 +82,7 @@ impl Authority {
     }
 }
 
-/// A server with a plain port for the test and one for TLS.
+/// A server with a plain port for the test and one with TLS.
 pub struct TlsServer {
     pub server: RedisServer,
     pub tls_port: u16,
@@ -89,25 +91,35 @@ pub struct TlsServer {
 impl TlsServer {
     /// Starts it with that certificate. With `demanding`, clients have to show one of the authority.
     ///
-    /// A server that was built without TLS ends at its start, which is a panic with its log.
+    /// A server that was built without TLS gets it put in front.
     #[track_caller]
     pub fn start(authority: &Authority, identity: &Identity, demanding: bool, more: &[&str]) -> Self {
         let tls_port = free_port();
+        if !has_tls() {
+            let server = RedisServer::start_with(more);
+            #[cfg(feature = "tls")]
+            super::tls_front::carry(
+                tls_port,
+                server.port(),
+                &identity.certificate,
+                &identity.key,
+                demanding.then(|| authority.ca()).as_deref(),
+            );
+            return Self { server, tls_port };
+        }
         let port = tls_port.to_string();
         let path = |path: &Path| path.to_str().expect("a path in UTF-8").to_owned();
         let (certificate, key, ca) = (path(&identity.certificate), path(&identity.key), path(&authority.ca()));
-        let mut args = vec![
-            "--tls-port",
-            &port,
+        let clients = if demanding { "yes" } else { "no" };
+        let mut args = vec!["--tls-port", &port, "--tls-auth-clients", clients];
+        args.extend([
             "--tls-cert-file",
             &certificate,
             "--tls-key-file",
             &key,
             "--tls-ca-cert-file",
             &ca,
-            "--tls-auth-clients",
-            if demanding { "yes" } else { "no" },
-        ];
+        ]);
         args.extend(more);
         Self {
             server: RedisServer::start_with(&args),
@@ -119,4 +131,29 @@ impl TlsServer {
     pub fn url(&self, host: &str) -> String {
         format!("rediss://{host}:{}", self.tls_port)
     }
+}
+
+/// Whether the server was built with TLS. Without a certificate it ends at its start, and says which of the two it lacks.
+pub fn has_tls() -> bool {
+    static HAS_TLS: OnceLock<bool> = OnceLock::new();
+    *HAS_TLS.get_or_init(|| {
+        let mut command = Command::new(&binary().path);
+        command.args([
+            "--port",
+            "0",
+            "--bind",
+            "127.0.0.1",
+            "--tls-port",
+            &free_port().to_string(),
+        ]);
+        let output = command.stdin(Stdio::null()).output().expect("start a server");
+        let said = String::from_utf8_lossy(&output.stdout);
+        assert!(
+            !output.status.success(),
+            "a server without a certificate goes on: {said}"
+        );
+        let lacks_tls = said.contains("Failed finding TLS support");
+        assert!(lacks_tls || said.contains("No tls-cert-file configured"), "{said}");
+        !lacks_tls
+    })
 }

@@ -130,11 +130,12 @@ fn lacking(rule: &str, error: &RedisError) -> RedisError {
 fn refused(error: &RedisError) -> Option<Refused<'_>> {
     let text = error.detail()?;
     let in_script = text.contains("The user executing the script can't ") || text.contains("ACL failure in script");
-    if error.kind() != ErrorKind::Server(ServerErrorKind::NoPerm) && !in_script {
-        return None;
-    }
+    // The client library gives the refusal of a SELECT another kind.
     if let Some((_, rest)) = text.split_once("permissions to run the '") {
         return Some(Refused::Command(rest.split('\'').next()?));
+    }
+    if error.kind() != ErrorKind::Server(ServerErrorKind::NoPerm) && !in_script {
+        return None;
     }
     if text.contains("run this command") {
         let line = text
