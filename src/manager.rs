@@ -56,7 +56,8 @@ pub(crate) struct Inner {
 impl LockManager {
     /// Connects to one shard with the default configuration. [`builder`](Self::builder) takes more.
     ///
-    /// `redis://[user[:password]@]host[:port][/db]` is a Redis or Valkey primary; `memory://[name]` lives inside this process.
+    /// `redis://[[user]:password@]host[:port][/db]` is a Redis or Valkey primary, `rediss://` the same through TLS; `memory://[name]` lives inside
+    /// this process. [`Endpoint`] lists them all.
     ///
     /// # Errors
     ///

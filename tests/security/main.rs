@@ -16,3 +16,14 @@ mod secrets;
 #[cfg(feature = "tls")]
 mod tls;
 mod witness;
+
+/// Tests whose subject is a process of its own; see `support::worker`.
+#[cfg(feature = "tls")]
+#[test]
+fn worker_entry() {
+    let Some(me) = support::worker::current() else { return };
+    match me.name() {
+        "chooser" => tls::choose_and_lock(&me),
+        name => panic!("no worker is called {name}"),
+    }
+}

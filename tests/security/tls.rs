@@ -5,8 +5,8 @@ use std::time::{Duration, Instant};
 
 use shardlock::{Builder, Config, LockError, LockManager};
 
-use crate::support::RedisServer;
 use crate::support::tls::{Authority, Identity, TlsServer, has_tls};
+use crate::support::{RedisServer, worker};
 use crate::support_locks::{lock, lock_keys, soon, until, until_queued};
 
 const HOSTS: [&str; 2] = ["localhost", "127.0.0.1"];
@@ -272,4 +272,38 @@ fn the_tool_connects_through_tls_with_what_the_environment_names() {
 fn debians_server_speaks_tls_itself() {
     let usual = std::env::var_os("SHARDLOCK_REDIS_SERVER").is_none_or(|path| path == "/usr/bin/redis-server");
     assert!(has_tls() || !usual, "install Debian's redis-server");
+}
+
+/// What the program that uses the library has chosen to encrypt with stays. Its own process, since it is one choice for all.
+#[test]
+fn a_programs_own_choice_of_cryptography_stays() {
+    let authority = Authority::new();
+    let server = TlsServer::start(&authority, &authority.issue("server", &HOSTS), false, &[]);
+    let ca = authority.ca();
+    let vars = [
+        ("LOCKTEST_URL", server.url("localhost")),
+        ("LOCKTEST_CA", ca.to_str().expect("UTF-8").to_owned()),
+    ];
+    let vars = vars.each_ref().map(|(name, value)| (*name, value.as_str()));
+    let mut worker = worker::spawn("chooser", &vars);
+    assert_eq!(worker.line(), "locked with 1 cipher suite");
+    assert!(worker.wait().success());
+}
+
+/// The worker of that test.
+pub(crate) fn choose_and_lock(me: &worker::Current) {
+    let mut provider = rustls::crypto::ring::default_provider();
+    provider.cipher_suites.truncate(1);
+    provider.install_default().expect("nobody has chosen before");
+    let lock_once = async {
+        let ca = me.var("LOCKTEST_CA");
+        let locks = builder(&me.var("LOCKTEST_URL"), Path::new(&ca))
+            .connect()
+            .await
+            .expect("connect");
+        lock(&locks, "k").await.release().await.expect("release");
+    };
+    tokio::runtime::Runtime::new().expect("a runtime").block_on(lock_once);
+    let chosen = rustls::crypto::CryptoProvider::get_default().expect("a choice");
+    me.say(format!("locked with {} cipher suite", chosen.cipher_suites.len()));
 }

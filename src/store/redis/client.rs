@@ -6,10 +6,11 @@ use std::time::Duration;
 use deadpool_redis::redis::io::tcp::TcpSettings;
 #[cfg(feature = "tls")]
 use deadpool_redis::redis::{Client, ClientTlsConfig, TlsCertificates};
-use deadpool_redis::redis::{ConnectionAddr, ConnectionInfo, IntoConnectionInfo};
+use deadpool_redis::redis::{ConnectionAddr, ConnectionInfo, IntoConnectionInfo, RedisResult};
 use tokio::io::{AsyncReadExt, AsyncWriteExt};
 use tokio::net::TcpStream;
 
+use super::reply::error_in_words;
 use crate::endpoint::ServerUrl;
 use crate::error::Invalid;
 #[cfg(feature = "tls")]
@@ -63,7 +64,7 @@ const HANDSHAKE_PATIENCE: Duration = Duration::from_millis(200);
 pub(in crate::store) async fn with_reason<T>(
     info: &ConnectionInfo,
     timeout: Duration,
-    connecting: impl Future<Output = Result<T, StoreError>>,
+    connecting: impl Future<Output = RedisResult<T>>,
 ) -> Result<T, StoreError> {
     let patience = HANDSHAKE_PATIENCE.min(timeout / 4);
     match info.addr() {
@@ -77,27 +78,27 @@ pub(in crate::store) async fn with_reason<T>(
             };
             tokio::select! {
                 biased;
-                connected = connecting => connected,
+                connected = connecting => connected.map_err(|error| error_in_words(&error)),
                 () = suspect => Err(StoreError::Refused(NOT_ENCRYPTED.into())),
             }
         }
         ConnectionAddr::Tcp(host, port) => {
             let error = match connecting.await {
-                Err(StoreError::Unavailable(error)) => error,
-                other => return other,
+                Ok(connected) => return Ok(connected),
+                Err(error) if !error.is_connection_dropped() => return Err(error_in_words(&error)),
+                Err(error) => error,
             };
             match tokio::time::timeout(patience, first_byte(host, *port, &client_hello())).await {
-                Ok(Ok(TLS_ALERT | TLS_HANDSHAKE)) => Err(StoreError::Refused(
-                    format!("the port speaks TLS; use a URL with TLS (rediss:// and its like), or the server's plain port: {error}")
-                        .into(),
-                )),
-                _ => Err(StoreError::Unavailable(error)),
+                Ok(Ok(TLS_ALERT | TLS_HANDSHAKE)) => Err(StoreError::Refused(format!("{ENCRYPTED}: {error}").into())),
+                // No answer, or no more than silence: it may be anything.
+                _ => Err(error_in_words(&error)),
             }
         }
-        _ => connecting.await,
+        _ => connecting.await.map_err(|error| error_in_words(&error)),
     }
 }
 
+const ENCRYPTED: &str = "the port speaks TLS; use a URL with TLS (rediss:// and its like), or the server's plain port";
 const TLS_ALERT: u8 = 21;
 const TLS_HANDSHAKE: u8 = 22;
 

@@ -4,7 +4,7 @@ use std::sync::Arc;
 use std::sync::atomic::{AtomicU64, Ordering};
 
 use deadpool_redis::redis::aio::MultiplexedConnection;
-use deadpool_redis::redis::{AsyncConnectionConfig, ConnectionInfo, pipe};
+use deadpool_redis::redis::{AsyncConnectionConfig, ConnectionInfo, ErrorKind, pipe};
 use deadpool_redis::{Connection, Manager, Pool};
 use parking_lot::Mutex;
 
@@ -76,8 +76,8 @@ impl Link {
         }
         let connecting = async {
             let connection = self.pool.get().await.map_err(|error| match error {
-                deadpool_redis::PoolError::Backend(error) => error_in_words(&error),
-                other => StoreError::Unavailable(other.to_string().into()),
+                deadpool_redis::PoolError::Backend(error) => error,
+                other => (ErrorKind::Client, "the pool gave no connection", other.to_string()).into(),
             })?;
             Ok(Connection::take(connection))
         };
