@@ -79,6 +79,8 @@ pub(crate) struct StoreOptions {
 }
 
 /// The files for encrypted connections.
+// Without TLS nobody reads them.
+#[cfg_attr(not(feature = "tls"), allow(dead_code))]
 #[derive(Debug, Clone, Default)]
 pub(crate) struct TlsFiles {
     /// Who is trusted to sign certificates of servers; the system's authorities if there is none.
