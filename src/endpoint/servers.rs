@@ -39,6 +39,8 @@ impl ServerUrl {
         &self.place
     }
 
+    // Without TLS nobody asks: such a URL is refused when it is parsed.
+    #[cfg_attr(not(feature = "tls"), allow(dead_code))]
     pub(crate) fn is_encrypted(&self) -> bool {
         self.url.starts_with("rediss://")
     }

@@ -4,6 +4,8 @@
 mod conformance;
 pub(crate) mod memory;
 pub(crate) mod redis;
+#[cfg(feature = "tls")]
+mod tls;
 
 use std::future::Future;
 use std::path::PathBuf;
@@ -80,6 +82,8 @@ pub(crate) struct StoreOptions {
 }
 
 /// The files for encrypted connections.
+// Without TLS nobody reads them.
+#[cfg_attr(not(feature = "tls"), allow(dead_code))]
 #[derive(Debug, Clone, Default)]
 pub(crate) struct TlsFiles {
     /// Who is trusted to sign certificates of servers; the system's authorities if there is none.
@@ -87,6 +91,10 @@ pub(crate) struct TlsFiles {
     /// The certificate to show to servers, and its key.
     pub(crate) client: Option<(PathBuf, PathBuf)>,
 }
+
+/// What to do where a server answers without encryption.
+const NOT_ENCRYPTED: &str =
+    "the port does not speak TLS; use the server's TLS port, or a URL without TLS (redis:// and its like)";
 
 /// Makes the store for a shard. Nothing is sent yet.
 pub(crate) fn open(endpoint: &Endpoint, options: StoreOptions) -> Result<Arc<dyn LeaseStore>, LockError> {

@@ -11,6 +11,9 @@
 
 pub mod process;
 pub mod server;
+pub mod tls;
+#[cfg(feature = "tls")]
+mod tls_front;
 pub mod wait;
 pub mod worker;
 

@@ -363,7 +363,7 @@ fn connect(port: u16, args: &[String]) -> RedisResult<Connection> {
 }
 
 /// Ports are taken in turn from a random one on, so that tests of one process never meet and others hardly ever do.
-fn free_port() -> u16 {
+pub fn free_port() -> u16 {
     static NEXT: OnceLock<AtomicU16> = OnceLock::new();
     let next = NEXT.get_or_init(|| AtomicU16::new((RandomState::new().hash_one(0) % u64::from(PORTS)) as u16));
     let free = |port: &u16| TcpListener::bind((Ipv4Addr::LOCALHOST, *port)).is_ok();
@@ -377,12 +377,12 @@ fn log(dir: &Path) -> String {
     fs::read_to_string(dir.join(LOG)).unwrap_or_default()
 }
 
-struct Binary {
-    path: PathBuf,
-    version: (u32, u32),
+pub struct Binary {
+    pub path: PathBuf,
+    pub version: (u32, u32),
 }
 
-fn binary() -> &'static Binary {
+pub fn binary() -> &'static Binary {
     static BINARY: OnceLock<Binary> = OnceLock::new();
     BINARY.get_or_init(|| {
         let path = find_binary();

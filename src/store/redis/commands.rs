@@ -3,9 +3,10 @@
 use std::io::Write;
 use std::time::Duration;
 
-use deadpool_redis::redis::{Cmd, Pipeline, RedisError, RedisWrite, Value, cmd, pipe};
+use deadpool_redis::redis::{Cmd, Pipeline, RedisWrite, cmd, pipe};
 
 use super::names::Names;
+use super::permission::Permissions;
 use crate::identity::{ManagerId, Signature};
 use crate::key::LockKey;
 use crate::protocol::{Acquire, Ask, Cycle, Release, Renewal};
@@ -16,6 +17,7 @@ use crate::store::INSPECTED_QUEUE_MAX;
 pub(super) struct Commands {
     pub(super) names: Names,
     pub(super) manager: ManagerId,
+    pub(super) permissions: Permissions,
     inbox_prefix: String,
 }
 
@@ -26,6 +28,7 @@ impl Commands {
             inbox_prefix: names.inbox_prefix(),
             names,
             manager,
+            permissions: Permissions::new(namespace),
         }
     }
 
@@ -150,9 +153,4 @@ const SCAN_COUNT: u32 = 1000;
 /// Whole milliseconds, as Redis wants them; never zero.
 fn millis(ttl: Duration) -> u64 {
     u64::try_from(ttl.as_millis()).unwrap_or(u64::MAX).max(1)
-}
-
-/// The replies of a pipeline, or the first error among them.
-pub(super) fn without_errors(replies: Vec<Value>) -> Result<Vec<Value>, RedisError> {
-    replies.into_iter().map(Value::extract_error).collect()
 }

@@ -4,6 +4,7 @@ use std::time::Duration;
 
 use deadpool_redis::redis::{ErrorKind, RedisError, ServerErrorKind, Value};
 
+use super::permission;
 use crate::fence::{FencingToken, TokenBlock};
 use crate::identity::parse_signature;
 use crate::key::LockKey;
@@ -174,6 +175,13 @@ pub(super) fn push(message: &str) -> Option<Push> {
 
 /// What an error means for the one who asked, in words that say what to do. The server's errors contain no password.
 pub(super) fn error_in_words(error: &RedisError) -> StoreError {
+    if let Some(words) = permission::in_words(error) {
+        return StoreError::Refused(words.into());
+    }
+    #[cfg(feature = "tls")]
+    if let Some(advice) = crate::store::tls::cause(error).and_then(crate::store::tls::advice) {
+        return StoreError::Refused(format!("{advice}: {error}").into());
+    }
     let advice = match error.kind() {
         ErrorKind::Server(kind) => match kind {
             ServerErrorKind::BusyLoading
@@ -183,7 +191,6 @@ pub(super) fn error_in_words(error: &RedisError) -> StoreError {
                 return StoreError::Unavailable(format!("the server is not ready: {error}").into());
             }
             ServerErrorKind::ReadOnly => "the server is a replica; connect to the primary",
-            ServerErrorKind::NoPerm => "give the user this permission",
             ServerErrorKind::Moved | ServerErrorKind::Ask | ServerErrorKind::CrossSlot => {
                 "the server is part of a Redis Cluster, which a redis:// shard can't be"
             }
@@ -204,6 +211,9 @@ pub(super) fn error_in_words(error: &RedisError) -> StoreError {
         },
         ErrorKind::InvalidClientConfig | ErrorKind::RESP3NotSupported => {
             "the connection settings do not fit the server"
+        }
+        ErrorKind::Parse => {
+            "the answer is not of Redis's protocol; if it is a TLS port, use a URL with TLS (rediss:// and its like)"
         }
         _ => return StoreError::Unavailable(error.to_string().into()),
     };

@@ -1,20 +1,24 @@
 //! The Lua scripts, and how one is called.
 
 use deadpool_redis::redis::aio::MultiplexedConnection;
-use deadpool_redis::redis::{Cmd, ErrorKind, RedisResult, Script, ServerErrorKind, Value};
+use deadpool_redis::redis::{Cmd, ErrorKind, RedisError, RedisResult, Script, ServerErrorKind, Value};
+
+use super::permission::Permissions;
 
 /// A script whose hash was computed once.
 #[derive(Debug)]
 pub(super) struct LuaScript {
     code: &'static str,
     hash: String,
+    permissions: Permissions,
 }
 
 impl LuaScript {
-    fn new(code: &'static str) -> Self {
+    fn new(code: &'static str, permissions: &Permissions) -> Self {
         Self {
             code,
             hash: Script::new(code).get_hash().to_owned(),
+            permissions: permissions.clone(),
         }
     }
 
@@ -26,20 +30,37 @@ impl LuaScript {
         fill: impl Fn(&mut Cmd),
     ) -> RedisResult<Value> {
         let by_hash = command("EVALSHA", &self.hash, &fill);
-        match connection
-            .send_packed_command(&by_hash)
-            .await
-            .and_then(Value::extract_error)
-        {
-            Err(error) if error.kind() == ErrorKind::Server(ServerErrorKind::NoScript) => {
-                let by_text = command("EVAL", self.code, &fill);
-                // Rare, so it should not make every call larger.
-                Box::pin(connection.send_packed_command(&by_text))
-                    .await
-                    .and_then(Value::extract_error)
-            }
+        let reply = connection.send_packed_command(&by_hash).await;
+        match reply.and_then(Value::extract_error) {
+            Err(error) => Box::pin(self.failed(error, by_hash, connection, fill)).await,
             reply => reply,
         }
+    }
+
+    /// Rare, so it should not make every call larger.
+    async fn failed(
+        &self,
+        error: RedisError,
+        by_hash: Cmd,
+        connection: &mut MultiplexedConnection,
+        fill: impl Fn(&mut Cmd),
+    ) -> RedisResult<Value> {
+        let (error, call) = if error.kind() == ErrorKind::Server(ServerErrorKind::NoScript) {
+            let by_text = command("EVAL", self.code, &fill);
+            let reply = connection.send_packed_command(&by_text).await;
+            match reply.and_then(Value::extract_error) {
+                Err(error) => (error, by_text),
+                reply => return reply,
+            }
+        } else {
+            (error, by_hash)
+        };
+        Err(self.permissions.of_script(error, self.code, &call, connection).await)
+    }
+
+    #[cfg(test)]
+    pub(super) fn code(&self) -> &str {
+        self.code
     }
 }
 
@@ -65,18 +86,20 @@ pub(super) struct Scripts {
 }
 
 impl Scripts {
-    pub(super) fn new() -> Self {
+    pub(super) fn new(namespace: &str) -> Self {
+        let permissions = Permissions::new(namespace);
+        let script = |code| LuaScript::new(code, &permissions);
         Self {
-            acquire: LuaScript::new(concat!(
+            acquire: script(concat!(
                 include_str!("scripts/common.lua"),
                 include_str!("scripts/acquire.lua")
             )),
-            release_free: LuaScript::new(include_str!("scripts/release_free.lua")),
-            release: LuaScript::new(concat!(
+            release_free: script(include_str!("scripts/release_free.lua")),
+            release: script(concat!(
                 include_str!("scripts/common.lua"),
                 include_str!("scripts/release.lua")
             )),
-            renew: LuaScript::new(include_str!("scripts/renew.lua")),
+            renew: script(include_str!("scripts/renew.lua")),
         }
     }
 }

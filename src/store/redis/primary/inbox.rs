@@ -7,9 +7,10 @@ use deadpool_redis::redis::Client;
 use futures_util::StreamExt;
 use tokio::sync::mpsc;
 
-use super::super::reply::push;
+use super::super::reply::{error_in_words, push};
 use super::Shared;
 use crate::protocol::Push;
+use crate::store::StoreError;
 
 /// The first and the longest pause before another attempt to subscribe.
 const PAUSE_MIN: Duration = Duration::from_millis(5);
@@ -56,8 +57,17 @@ pub(super) async fn listen(client: Client, shared: Arc<Shared>, pushes: mpsc::Un
                     return;
                 }
             }
-            Ok(Err(error)) => tracing::warn!(%channel, %error, "could not subscribe to the inbox"),
-            Err(_) => tracing::warn!(%channel, timeout = ?shared.timeout, "subscribing to the inbox took too long"),
+            Ok(Err(error)) => match error_in_words(&shared.commands.permissions.of_subscription(error)) {
+                StoreError::Refused(reason) => {
+                    if pushes.send(Push::Refused { reason }).is_err() {
+                        return;
+                    }
+                }
+                error => tracing::warn!(shard = %shared.shard, %channel, ?error, "could not subscribe to the inbox"),
+            },
+            Err(_) => {
+                tracing::warn!(shard = %shared.shard, %channel, timeout = ?shared.timeout, "subscribing to the inbox took too long")
+            }
         }
         tokio::select! {
             () = tokio::time::sleep(pause) => {}

@@ -4,11 +4,11 @@ use std::sync::Arc;
 use std::sync::atomic::{AtomicU64, Ordering};
 
 use deadpool_redis::redis::aio::MultiplexedConnection;
-use deadpool_redis::redis::{AsyncConnectionConfig, ConnectionInfo, pipe};
+use deadpool_redis::redis::{AsyncConnectionConfig, ConnectionInfo, ErrorKind, pipe};
 use deadpool_redis::{Connection, Manager, Pool};
 use parking_lot::Mutex;
 
-use super::super::commands::without_errors;
+use super::super::client::with_reason;
 use super::super::reply::{as_text, error_in_words, server_time};
 use super::Shared;
 use crate::fence::FencingToken;
@@ -17,6 +17,7 @@ use crate::store::StoreError;
 /// A connection, checked out of the pool once and kept: a check-out per request would cost a round trip each.
 pub(super) struct Link {
     pool: Pool,
+    info: ConnectionInfo,
     shared: Arc<Shared>,
     current: Mutex<Option<Live>>,
     /// How many connections were opened.
@@ -50,6 +51,7 @@ impl Link {
             .map_err(|error| unusable(&error))?;
         Ok(Self {
             pool,
+            info: info.clone(),
             shared: Arc::clone(shared),
             current: Mutex::new(None),
             opened: AtomicU64::new(0),
@@ -72,11 +74,14 @@ impl Link {
         if let Some(live) = self.current.lock().clone() {
             return Ok(live);
         }
-        let connection = self.pool.get().await.map_err(|error| match error {
-            deadpool_redis::PoolError::Backend(error) => error_in_words(&error),
-            other => StoreError::Unavailable(other.to_string().into()),
-        })?;
-        let mut connection = Connection::take(connection);
+        let connecting = async {
+            let connection = self.pool.get().await.map_err(|error| match error {
+                deadpool_redis::PoolError::Backend(error) => error,
+                other => (ErrorKind::Client, "the pool gave no connection", other.to_string()).into(),
+            })?;
+            Ok(Connection::take(connection))
+        };
+        let mut connection = with_reason(&self.info, self.shared.timeout, connecting).await?;
         self.greet(&mut connection).await?;
         self.shared.metrics.connects.increment(1);
         let generation = self.opened.fetch_add(1, Ordering::Relaxed);
@@ -107,7 +112,7 @@ impl Link {
         greeting.cmd("SET").arg(&map_key).arg(&shared.map).arg("NX");
         greeting.cmd("GET").arg(&map_key);
         let replies = connection.send_packed_commands(&greeting, 0, 3).await;
-        let replies = replies.and_then(without_errors);
+        let replies = replies.and_then(|replies| shared.commands.permissions.without_errors(&greeting, replies));
         let replies = replies.map_err(|error| error_in_words(&error))?;
         let (time, theirs) = match &replies[..] {
             [time, _, map] => (server_time(time), as_text(map)),

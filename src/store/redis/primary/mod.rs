@@ -17,11 +17,11 @@ use std::sync::atomic::{AtomicU64, Ordering};
 use std::time::Duration;
 
 use deadpool_redis::redis::aio::ConnectionLike;
-use deadpool_redis::redis::io::tcp::TcpSettings;
-use deadpool_redis::redis::{Client, Cmd, ConnectionInfo, IntoConnectionInfo, RedisError, Value, cmd};
+use deadpool_redis::redis::{Client, Cmd, RedisError, Value, cmd};
 use tokio::sync::mpsc;
 
-use super::commands::{Commands, without_errors};
+use super::client::connection_info;
+use super::commands::Commands;
 use super::reply::{acquired, acquired_freely, error_in_words, inspected, released, renewed};
 use super::script::Scripts;
 use crate::clock::Moment;
@@ -44,6 +44,8 @@ pub(crate) struct RedisStore {
 /// What the connections of a store share.
 pub(super) struct Shared {
     commands: Commands,
+    /// The shard's name, for logs.
+    shard: Arc<str>,
     map: String,
     timeout: Duration,
     scripts: Scripts,
@@ -62,15 +64,14 @@ const RECONNECTS_PER_REQUEST: usize = 2;
 impl RedisStore {
     /// Prepares a store; nothing is sent yet.
     pub(crate) fn new(server: &ServerUrl, options: StoreOptions) -> Result<Self, Invalid> {
-        // The error of the client library may quote the URL, and with it the password.
+        let info = connection_info(server, &options.tls)?;
         let unusable = || Invalid::new("url", server.place(), "a server that the client library can use");
-        let info = server.as_str().into_connection_info().map_err(|_| unusable())?;
-        let info: ConnectionInfo = info.set_tcp_settings(TcpSettings::default().set_nodelay(true));
         let shared = Arc::new(Shared {
             commands: Commands::new(&options.namespace, options.manager),
+            shard: options.shard,
             map: options.map,
             timeout: options.timeout,
-            scripts: Scripts::new(),
+            scripts: Scripts::new(&options.namespace),
             metrics: options.metrics,
             floor: AtomicU64::new(0),
             seen: (0..SLOTS).map(|_| AtomicU64::new(0)).collect(),
@@ -139,7 +140,7 @@ impl LeaseStore for RedisStore {
                     let commands = shared.commands.take_freely(&request.key, cycle, ttl, tokens);
                     let replies = live.connection.send_packed_commands(&commands, 0, 2).await;
                     replies
-                        .and_then(without_errors)
+                        .and_then(|replies| shared.commands.permissions.without_errors(&commands, replies))
                         .map(|replies| acquired_freely(&replies, tokens))
                 } else {
                     let fill = |command: &mut Cmd| shared.commands.fill_acquire(command, &request, floor);
@@ -263,11 +264,10 @@ impl LeaseStore for RedisStore {
         let link = self.link(Lane::Caller, shared.commands.names.of(&key).slot);
         Box::pin(async move {
             let mut live = link.get().await?;
-            let replies = live
-                .connection
-                .send_packed_commands(&shared.commands.inspect(&key), 0, 5)
-                .await;
-            let replies = replies.and_then(without_errors).map_err(|error| {
+            let commands = shared.commands.inspect(&key);
+            let replies = live.connection.send_packed_commands(&commands, 0, 5).await;
+            let replies = replies.and_then(|replies| shared.commands.permissions.without_errors(&commands, replies));
+            let replies = replies.map_err(|error| {
                 if error.is_unrecoverable_error() {
                     link.broken(&live);
                 }
