@@ -1,7 +1,7 @@
 //! The Lua scripts, and how one is called.
 
 use deadpool_redis::redis::aio::MultiplexedConnection;
-use deadpool_redis::redis::{Cmd, ErrorKind, RedisResult, Script, ServerErrorKind, Value};
+use deadpool_redis::redis::{Cmd, ErrorKind, Pipeline, RedisResult, Script, ServerErrorKind, Value};
 
 /// A script whose hash was computed once.
 #[derive(Debug)]
@@ -41,6 +41,33 @@ impl LuaScript {
             reply => reply,
         }
     }
+
+    /// The same with another command right behind it, and both replies; neither costs a round trip of its own.
+    pub(super) async fn call_before(
+        &self,
+        after: &Cmd,
+        connection: &mut MultiplexedConnection,
+        fill: impl Fn(&mut Cmd),
+    ) -> RedisResult<(Value, Value)> {
+        let by_hash = call_both(command("EVALSHA", &self.hash, &fill), after, connection).await?;
+        match by_hash.0.extract_error() {
+            Err(error) if error.kind() == ErrorKind::Server(ServerErrorKind::NoScript) => {
+                // What came behind was too early.
+                let by_text = command("EVAL", self.code, &fill);
+                let (reply, after) = Box::pin(call_both(by_text, after, connection)).await?;
+                Ok((reply.extract_error()?, after))
+            }
+            reply => Ok((reply?, by_hash.1)),
+        }
+    }
+}
+
+async fn call_both(call: Cmd, after: &Cmd, connection: &mut MultiplexedConnection) -> RedisResult<(Value, Value)> {
+    let mut both = Pipeline::with_capacity(2);
+    both.add_command(call).add_command(after.clone());
+    let mut replies = connection.send_packed_commands(&both, 0, 2).await?.into_iter();
+    let mut next = || replies.next().unwrap_or(Value::Nil);
+    Ok((next(), next()))
 }
 
 /// Room for the keys and arguments of a usual call, so that writing it does not grow the buffer.
