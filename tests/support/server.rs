@@ -28,7 +28,7 @@ const FIRST_PORT: u16 = 12_000;
 const PORTS: u16 = 10_000;
 
 /// How often a port that was free may turn out to be taken, by a process that picked it in the same moment.
-const PORTS_TRIED_MAX: u32 = 20;
+pub(super) const PORTS_TRIED_MAX: u32 = 20;
 
 /// A running server. All methods take `&self`, so that the tasks of a test can share one.
 pub struct RedisServer {
@@ -349,7 +349,7 @@ fn ready(mut control: Connection, pid: u32) -> Option<Connection> {
         .then_some(control)
 }
 
-fn connect(port: u16, args: &[String]) -> RedisResult<Connection> {
+pub(super) fn connect(port: u16, args: &[String]) -> RedisResult<Connection> {
     let mut login = RedisConnectionInfo::default();
     if let Some(option) = args.iter().position(|arg| arg == "--requirepass") {
         login = login.set_password(args[option + 1].as_str());
@@ -363,7 +363,7 @@ fn connect(port: u16, args: &[String]) -> RedisResult<Connection> {
 }
 
 /// Ports are taken in turn from a random one on, so that tests of one process never meet and others hardly ever do.
-fn free_port() -> u16 {
+pub(super) fn free_port() -> u16 {
     static NEXT: OnceLock<AtomicU16> = OnceLock::new();
     let next = NEXT.get_or_init(|| AtomicU16::new((RandomState::new().hash_one(0) % u64::from(PORTS)) as u16));
     let free = |port: &u16| TcpListener::bind((Ipv4Addr::LOCALHOST, *port)).is_ok();
@@ -377,12 +377,12 @@ fn log(dir: &Path) -> String {
     fs::read_to_string(dir.join(LOG)).unwrap_or_default()
 }
 
-struct Binary {
-    path: PathBuf,
+pub(super) struct Binary {
+    pub(super) path: PathBuf,
     version: (u32, u32),
 }
 
-fn binary() -> &'static Binary {
+pub(super) fn binary() -> &'static Binary {
     static BINARY: OnceLock<Binary> = OnceLock::new();
     BINARY.get_or_init(|| {
         let path = find_binary();
