@@ -15,7 +15,7 @@ use std::time::{Duration, Instant};
 
 use parking_lot::Mutex;
 use shardlock::{LockError, LockManager, LossReason};
-use support::sentinel::{NAME, Watched};
+use support::sentinel::{NAME, Watched, in_step};
 use support::{PATIENCE, RedisServer};
 use support_locks::{lock, lock_keys, soon, until, until_queued};
 use tokio::task::{JoinHandle, JoinSet};
@@ -155,8 +155,7 @@ async fn with_confirmed_leases_a_failover_under_load_never_shows_two_holders() {
     ledger.turns(20).await;
     for _ in 0..2 {
         let old = watched.primary().port();
-        watched.failover();
-        let new = watched.switched(old).port();
+        let new = watched.failover().port();
         assert_ne!(old, new);
         // The old primary has to become a replica first, without which nothing is confirmed.
         until("every manager is at the new primary", async || {
@@ -187,8 +186,7 @@ async fn an_orderly_failover_is_followed_at_once_and_keeps_what_is_held_and_who_
     until_queued(&one, "held", 1).await;
     watched.has_replicas(1);
     let old = watched.primary();
-    watched.failover();
-    let new = watched.switched(old.port());
+    let new = watched.failover();
     until("the inboxes have moved", async || {
         new.channels().len() >= 3 && old.channels().iter().all(|channel| !channel.starts_with("lock:in:"))
     })
@@ -449,11 +447,9 @@ async fn with_too_few_replicas_nothing_is_locked_and_nothing_is_left() {
 
     let port = primary.port().to_string();
     let replica = RedisServer::start_with(&["--replicaof", "127.0.0.1", &port]);
-    until("the replica is in step", async || {
-        let info: String = primary.query(&["INFO", "replication"]);
-        info.contains("state=online")
-    })
-    .await;
+    until("the replica is in step", async || in_step(&primary) == 1).await;
+    // Waits are short until the first that is not in vain.
+    lock_in_time(&locks, "k").await;
     for key in ["k", "j", "k"] {
         let waited = primary.calls("wait");
         let guard = lock(&locks, key).await;

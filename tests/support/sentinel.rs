@@ -46,9 +46,7 @@ impl Watched {
             servers.push(RedisServer::start_with(&args));
         }
         wait_until("the replicas are in step", PATIENCE, || {
-            // Only from then on the primary counts them in a WAIT.
-            let info: String = servers[0].query(&["INFO", "replication"]);
-            info.matches("state=online").count() == replicas
+            in_step(&servers[0]) == replicas
         });
         let sentinels: Vec<Sentinel> = (0..SENTINELS).map(|_| Sentinel::start(servers[0].port())).collect();
         for sentinel in &sentinels {
@@ -105,14 +103,20 @@ impl Watched {
         &self.sentinels
     }
 
-    /// `SENTINEL FAILOVER`. Returns when it has begun; [`switched`](Self::switched) waits for its end.
+    /// `SENTINEL FAILOVER`. Returns the new primary when every sentinel knows it.
     #[track_caller]
-    pub fn failover(&self) {
-        // A sentinel that has just taken part in another refuses for a moment.
-        wait_until("a failover begins", PATIENCE, || {
-            let begun: RedisResult<String> = self.sentinels[0].try_query(&["SENTINEL", "FAILOVER", NAME]);
-            begun.is_ok()
+    pub fn failover(&self) -> &RedisServer {
+        let (old, leader) = (self.primary().port(), &self.sentinels[0]);
+        wait_until("a failover is carried out", PATIENCE, || {
+            if leader.primary() != Some(old) {
+                return true;
+            }
+            // Refused while one is under way; and one that finds no replica in a fit state is given up without a word.
+            let begun: RedisResult<String> = leader.try_query(&["SENTINEL", "FAILOVER", NAME]);
+            drop(begun);
+            false
         });
+        self.switched(old)
     }
 
     /// Waits until every sentinel calls another server the primary than the one at that port.
@@ -129,10 +133,7 @@ impl Watched {
     #[track_caller]
     pub fn has_replicas(&self, count: usize) {
         let primary = self.primary();
-        wait_until("the primary has its replicas", PATIENCE, || {
-            let info: String = primary.query(&["INFO", "replication"]);
-            info.matches("state=online").count() == count
-        });
+        wait_until("the primary has its replicas", PATIENCE, || in_step(primary) == count);
     }
 
     /// Stops the replication from the primary, without the sentinels doing anything about it for some seconds.
@@ -144,6 +145,15 @@ impl Watched {
         }
         self.has_replicas(0);
     }
+}
+
+/// How many replicas have everything that the primary has. One that is said to be online gets nothing until its first acknowledgement, which
+/// takes up to a second.
+#[track_caller]
+pub fn in_step(primary: &RedisServer) -> usize {
+    // Something that they have to acknowledge, and that leaves nothing behind.
+    primary.command(&["PUBLISH", "in-step", ""]);
+    primary.query(&["WAIT", "100", "50"])
 }
 
 /// One sentinel.
