@@ -157,7 +157,8 @@ async fn with_confirmed_leases_a_failover_under_load_never_shows_two_holders() {
         let old = watched.primary().port();
         let new = watched.failover().port();
         assert_ne!(old, new);
-        // The old primary has to become a replica first, without which nothing is confirmed.
+        // The old primary has to become a replica first, without which nothing is confirmed. That would take eight seconds.
+        watched.publish_every(Duration::from_millis(500));
         until("every manager is at the new primary", async || {
             let info: String = watched.server(new).query(&["INFO", "replication"]);
             info.contains("role:master") && info.matches("state=online").count() == 1
@@ -373,6 +374,44 @@ async fn a_name_that_sentinels_do_not_know_is_said_in_words() {
     );
 }
 
+/// The user and the password before the hosts are the primary's; the sentinels have their own. These sentinels name hosts, not addresses.
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn sentinels_and_the_primary_each_get_their_own_password() {
+    let lines = [
+        "requirepass hunter2-s",
+        "sentinel sentinel-pass hunter2-s",
+        "sentinel resolve-hostnames yes",
+        "sentinel announce-hostnames yes",
+        "sentinel auth-pass mymaster hunter2-p",
+    ];
+    let watched = Watched::start_with(0, &["--requirepass", "hunter2-p"], &lines);
+    let plain = watched.url();
+    let with_login = plain.replace("://", "://:hunter2-p@");
+    let right = format!("{with_login}?sentinel_password=hunter2-s");
+    let locks = LockManager::connect(&right).await.expect("connect");
+    lock_in_time(&locks, "k").await;
+    for (wrong, words) in [
+        (with_login.clone(), "no sentinel names the primary"),
+        (
+            format!("{with_login}?sentinel_password=hunter2-x"),
+            "no sentinel names the primary",
+        ),
+        (
+            format!("{plain}?sentinel_password=hunter2-s"),
+            "check the user and the password",
+        ),
+        (right.replace("2-p", "2-x"), "check the user and the password"),
+    ] {
+        let error = LockManager::connect(&wrong).await.expect_err("a wrong password");
+        assert!(matches!(error, LockError::Refused { step: "connect", .. }), "{error}");
+        assert!(error.to_string().contains(words), "{error}");
+        assert!(
+            error.to_string().contains("password") && !error.to_string().contains("hunter2"),
+            "{error}"
+        );
+    }
+}
+
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn sentinels_that_are_down_or_hang_are_passed_over() {
     let watched = Watched::start(1);
@@ -501,6 +540,41 @@ async fn a_lock_that_was_handed_over_is_on_the_replica_before_it_is_entered() {
         .expect("a task")
         .expect_err("no replica");
     assert!(error.to_string().contains("only 0 of 1 replicas"), "{error}");
+    until("nothing is left", async || lock_keys(primary).is_empty()).await;
+    replica.cont();
+}
+
+/// Who has to give way joins the queue again in the request that releases; where nobody is left to give way to, its reply says that
+/// it has the lock again.
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn a_lock_that_comes_back_to_its_own_process_is_confirmed_as_well() {
+    let watched = Watched::start(1);
+    let url = watched.url();
+    let builder = LockManager::builder().shard(&url).min_replicas_acked(1).max_burst(1);
+    let one = builder.connect().await.expect("connect");
+    let other = connect_confirmed(&url).await;
+    let (primary, replica) = (watched.primary(), watched.replicas()[0]);
+    for is_up in [true, false] {
+        let guard = lock(&one, "k").await;
+        let rival = waiting(&other, "k");
+        until_queued(&one, "k", 1).await;
+        let mine = tokio::spawn(one.lock("k").into_future());
+        rival.abort();
+        until_queued(&one, "k", 0).await;
+        if !is_up {
+            replica.stop();
+        }
+        guard.release().await.expect("a release waits for nobody");
+        let outcome = soon("the outcome", mine).await.expect("a task");
+        if is_up {
+            let guard = outcome.expect("the replica confirms");
+            assert!(replica.query::<String>(&["GET", "lock:k"]).starts_with(one.id()));
+            guard.release().await.expect("release");
+        } else {
+            let error = outcome.expect_err("no replica");
+            assert!(error.to_string().contains("only 0 of 1 replicas"), "{error}");
+        }
+    }
     until("nothing is left", async || lock_keys(primary).is_empty()).await;
     replica.cont();
 }

@@ -38,7 +38,15 @@ impl Watched {
     /// Starts all of them and waits until every sentinel knows all others and every replica is in step.
     #[track_caller]
     pub fn start(replicas: usize) -> Self {
-        let mut servers = vec![RedisServer::start_with(&["--repl-diskless-sync-delay", "0"])];
+        Self::start_with(replicas, &[], &[])
+    }
+
+    /// [`start`](Self::start) with more arguments for the first server, and more lines for the configurations of the sentinels.
+    #[track_caller]
+    pub fn start_with(replicas: usize, args: &[&str], lines: &[&str]) -> Self {
+        let mut servers = vec![RedisServer::start_with(
+            &[&["--repl-diskless-sync-delay", "0"], args].concat(),
+        )];
         let port = servers[0].port().to_string();
         for _ in 0..replicas {
             // It may be a primary itself later.
@@ -48,7 +56,9 @@ impl Watched {
         wait_until("the replicas are in step", PATIENCE, || {
             in_step(&servers[0]) == replicas
         });
-        let sentinels: Vec<Sentinel> = (0..SENTINELS).map(|_| Sentinel::start(servers[0].port())).collect();
+        let sentinels: Vec<Sentinel> = (0..SENTINELS)
+            .map(|_| Sentinel::start(servers[0].port(), lines))
+            .collect();
         for sentinel in &sentinels {
             // The usual periods are seconds.
             sentinel.debug(&["INFO-PERIOD", "100", "PUBLISH-PERIOD", "50"]);
@@ -159,6 +169,8 @@ pub fn in_step(primary: &RedisServer) -> usize {
 /// One sentinel.
 pub struct Sentinel {
     port: u16,
+    /// As a server is given its password on the command line.
+    password: Vec<String>,
     dir: TempDir,
     process: Mutex<Option<Process>>,
     control: Mutex<Option<Connection>>,
@@ -166,17 +178,18 @@ pub struct Sentinel {
 
 impl Sentinel {
     #[track_caller]
-    fn start(primary: u16) -> Self {
+    fn start(primary: u16, lines: &[&str]) -> Self {
         let dir = tempfile::Builder::new()
             .prefix("shardlock-sentinel-")
             .tempdir()
             .expect("make a directory");
         for _ in 0..PORTS_TRIED_MAX {
             let port = free_port();
-            if let Some(process) = launch(port, primary, dir.path()) {
+            if let Some((process, password)) = launch(port, primary, lines, dir.path()) {
                 let (process, control) = (Mutex::new(Some(process)), Mutex::new(None));
                 return Self {
                     port,
+                    password,
                     dir,
                     process,
                     control,
@@ -218,7 +231,7 @@ impl Sentinel {
         let mut kept = self.control.lock();
         let mut control = match kept.take() {
             Some(control) => control,
-            None => connect(self.port, &[])?,
+            None => connect(self.port, &self.password)?,
         };
         let reply = redis::cmd(words[0]).arg(&words[1..]).query(&mut control);
         let broken = reply.as_ref().is_err_and(redis::RedisError::is_unrecoverable_error);
@@ -249,14 +262,25 @@ impl Sentinel {
 
 /// Starts a sentinel on this port and waits until it answers. Nothing if the port is taken.
 #[track_caller]
-fn launch(port: u16, primary: u16, dir: &Path) -> Option<Process> {
+fn launch(port: u16, primary: u16, lines: &[&str], dir: &Path) -> Option<(Process, Vec<String>)> {
     let config = dir.join("sentinel.conf");
+    let has_names = lines.iter().any(|line| line.starts_with("sentinel resolve-hostnames"));
+    let host = if has_names { "localhost" } else { "127.0.0.1" };
+    // Names have to be allowed before one is named, and what a primary needs comes after it.
+    let (before, after): (Vec<&str>, Vec<&str>) = lines.iter().partition(|line| !line.contains(NAME));
     let text = format!(
-        "port {port}\nbind 127.0.0.1\ndir {}\nsentinel monitor {NAME} 127.0.0.1 {primary} {QUORUM}\n\
-         sentinel down-after-milliseconds {NAME} {}\nsentinel failover-timeout {NAME} 3000\n",
+        "port {port}\nbind 127.0.0.1\ndir {}\n{}\nsentinel monitor {NAME} {host} {primary} {QUORUM}\n\
+         sentinel down-after-milliseconds {NAME} {}\nsentinel failover-timeout {NAME} 3000\n{}\n",
         dir.display(),
+        before.join("\n"),
         DOWN_AFTER.as_millis(),
+        after.join("\n"),
     );
+    let password: Vec<String> = lines
+        .iter()
+        .filter_map(|line| line.strip_prefix("requirepass "))
+        .flat_map(|password| ["--requirepass".to_owned(), password.to_owned()])
+        .collect();
     fs::write(&config, text).expect("write a configuration");
     let log = dir.join("sentinel.log");
     let log_file = File::create(&log).expect("make a log file");
@@ -275,7 +299,9 @@ fn launch(port: u16, primary: u16, dir: &Path) -> Option<Process> {
         let asked = || {
             let mut question = redis::cmd("SENTINEL");
             question.arg("GET-MASTER-ADDR-BY-NAME").arg(NAME);
-            question.query::<(String, u16)>(&mut connect(port, &[]).ok()?).ok()
+            question
+                .query::<(String, u16)>(&mut connect(port, &password).ok()?)
+                .ok()
         };
         is_up = asked().is_some_and(|(_, port)| port == primary);
         is_up || process.ended().is_some()
@@ -287,5 +313,5 @@ fn launch(port: u16, primary: u16, dir: &Path) -> Option<Process> {
             log()
         );
     }
-    is_up.then_some(process)
+    is_up.then_some((process, password))
 }

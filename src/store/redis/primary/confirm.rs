@@ -14,7 +14,7 @@
 //! and confirms, itself. Releases are not confirmed: one that is not replicated only makes others wait for the end of the lease.
 //!
 //! On a connection that many tasks share, `WAIT` holds back whatever comes behind it. Where replicas answer, that is the time of one
-//! round trip to them. Where they do not, it is the whole limit; so once a wait was in vain, the next ones are short, but for one in
+//! round trip to them, which a task that only learns that a key is held has to wait for as well. Where they do not, it is the whole limit; so once a wait was in vain, the next ones are short, but for one in
 //! each time limit, which finds out whether the replicas are merely slow.
 
 use std::sync::atomic::{AtomicU64, Ordering};
@@ -22,7 +22,7 @@ use std::time::Duration;
 
 use deadpool_redis::redis::{Cmd, Value, cmd};
 
-use super::super::reply::{as_int, error_in_words};
+use super::super::reply::as_int;
 use crate::clock::Moment;
 use crate::store::StoreError;
 
@@ -81,9 +81,8 @@ impl Confirm {
     }
 
     /// Whether enough replicas have confirmed.
-    pub(super) fn judge(&self, wait: Wait, reply: Value) -> Result<(), StoreError> {
-        let reply = reply.extract_error().map_err(|error| error_in_words(&error))?;
-        let acked = as_int(&reply).unwrap_or_default();
+    pub(super) fn judge(&self, wait: Wait, reply: &Value) -> Result<(), StoreError> {
+        let acked = as_int(reply).unwrap_or_default();
         if acked >= i64::from(wait.replicas) {
             self.short_until.store(0, Ordering::Relaxed);
             return Ok(());
@@ -130,8 +129,8 @@ mod tests {
     fn too_few_replicas_are_an_error_with_the_numbers_and_the_limit() {
         let confirm = Confirm::new(2, Duration::from_secs(1)).unwrap();
         let wait = confirm.next();
-        assert!(confirm.judge(wait, Value::Int(2)).is_ok());
-        let Err(StoreError::Unavailable(words)) = confirm.judge(wait, Value::Int(1)) else {
+        assert!(confirm.judge(wait, &Value::Int(2)).is_ok());
+        let Err(StoreError::Unavailable(words)) = confirm.judge(wait, &Value::Int(1)) else {
             panic!("it is too few")
         };
         assert!(
@@ -145,13 +144,13 @@ mod tests {
     fn waits_are_short_after_one_in_vain_and_long_again_after_one_that_was_not() {
         let confirm = Confirm::new(1, Duration::from_secs(3600)).unwrap();
         let long = confirm.next().limit;
-        assert!(confirm.judge(confirm.next(), Value::Int(0)).is_err());
+        assert!(confirm.judge(confirm.next(), &Value::Int(0)).is_err());
         assert_eq!(confirm.next().limit, long / SHORTER);
-        assert!(confirm.judge(confirm.next(), Value::Int(1)).is_ok());
+        assert!(confirm.judge(confirm.next(), &Value::Int(1)).is_ok());
         assert_eq!(confirm.next().limit, long);
         // One wait in each time limit is long.
         let confirm = Confirm::new(1, Duration::from_nanos(1)).unwrap();
-        assert!(confirm.judge(confirm.next(), Value::Int(0)).is_err());
+        assert!(confirm.judge(confirm.next(), &Value::Int(0)).is_err());
         while Moment::now().as_nanos() < confirm.short_until.load(Ordering::Relaxed) {}
         assert_eq!(confirm.next().limit, within(Duration::from_nanos(1)));
     }

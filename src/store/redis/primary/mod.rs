@@ -43,7 +43,7 @@ use crate::key::{LockKey, SLOTS, Slot};
 use crate::protocol::{Acquire, AcquireReply, Answer, Ask, Push, Release, ReleaseReply, RenewReply, Renewal};
 use crate::store::{Inspection, Lane, LeaseStore, StoreError, StoreFuture, StoreOptions, TlsFiles};
 use crate::telemetry::ShardMetrics;
-use confirm::{Confirm, Wait};
+use confirm::Confirm;
 use link::{Link, Live};
 use moves::Moves;
 use sentinels::Sentinels;
@@ -155,8 +155,13 @@ impl Shared {
         }
     }
 
-    /// Asks once, on that connection; where replicas must have the lease, with the wait behind it and its reply.
-    async fn ask(&self, live: &mut Live, request: &Acquire, floor: u64) -> RedisResult<Asked> {
+    /// Asks once, on that connection.
+    async fn ask(
+        &self,
+        live: &mut Live,
+        request: &Acquire,
+        floor: u64,
+    ) -> RedisResult<Result<AcquireReply, StoreError>> {
         let &Acquire {
             ref key,
             cycle,
@@ -164,34 +169,63 @@ impl Shared {
             ttl,
             tokens,
         } = request;
-        let wait = self.confirm.as_ref().map(Confirm::next);
+        if let Some(confirm) = &self.confirm {
+            // On the heap, so that it does not make the future of every request larger.
+            return Box::pin(self.ask_confirmed(confirm, live, request, floor)).await;
+        }
         if ask == Ask::Free {
-            let mut commands = self.commands.take_freely(key, cycle, ttl, tokens);
-            let count = match wait {
-                None => 2,
-                Some(wait) => {
-                    commands.add_command(wait.command());
-                    3
-                }
-            };
-            let mut replies = live.connection.send_packed_commands(&commands, 0, count).await?;
-            let confirmed = wait.and_then(|wait| Some((wait, replies.pop()?)));
-            let reply = acquired_freely(&without_errors(replies)?, tokens);
-            return Ok(Asked { reply, confirmed });
+            let commands = self.commands.take_freely(key, cycle, ttl, tokens);
+            let replies = live.connection.send_packed_commands(&commands, 0, 2).await?;
+            return Ok(acquired_freely(&without_errors(replies)?, tokens));
         }
         let fill = |command: &mut Cmd| self.commands.fill_acquire(command, request, floor);
-        let script = &self.scripts.acquire;
-        let (value, confirmed) = match wait {
-            None => (script.call(&mut live.connection, fill).await?, None),
-            Some(wait) => {
-                let command = wait.command();
-                let call = script.call_before(&command, &mut live.connection, fill);
-                let (value, confirmed) = Box::pin(call).await?;
-                (value, Some((wait, confirmed)))
-            }
+        let value = self.scripts.acquire.call(&mut live.connection, fill).await?;
+        Ok(acquired(&value, tokens))
+    }
+
+    /// The same with a wait for replicas right behind it. A lease that they did not confirm is an error.
+    async fn ask_confirmed(
+        &self,
+        confirm: &Confirm,
+        live: &mut Live,
+        request: &Acquire,
+        floor: u64,
+    ) -> RedisResult<Result<AcquireReply, StoreError>> {
+        let &Acquire {
+            ref key,
+            cycle,
+            ask,
+            ttl,
+            tokens,
+        } = request;
+        let wait = confirm.next();
+        let (reply, acked) = if ask == Ask::Free {
+            let mut commands = self.commands.take_freely(key, cycle, ttl, tokens);
+            commands.add_command(wait.command());
+            let mut replies = live.connection.send_packed_commands(&commands, 0, 3).await?;
+            let acked = replies.pop().unwrap_or(Value::Nil);
+            (acquired_freely(&without_errors(replies)?, tokens), acked)
+        } else {
+            let fill = |command: &mut Cmd| self.commands.fill_acquire(command, request, floor);
+            let call = self
+                .scripts
+                .acquire
+                .call_before(&wait.command(), &mut live.connection, fill)
+                .await?;
+            (acquired(&call.0, tokens), call.1)
         };
-        let reply = acquired(&value, tokens);
-        Ok(Asked { reply, confirmed })
+        let reply = match reply {
+            Ok(reply) => reply,
+            Err(error) => return Ok(Err(error)),
+        };
+        if !matches!(reply, AcquireReply::Granted { .. }) {
+            return Ok(Ok(reply));
+        }
+        // Its tokens were issued, whatever becomes of the lease.
+        self.saw(self.commands.names.of(key).slot, &reply);
+        // An error of the wait itself may mean that the server is no primary any more.
+        let acked = acked.extract_error()?;
+        Ok(confirm.judge(wait, &acked).map(|()| reply))
     }
 
     /// What a push means where a lease counts only once replicas have it: whoever granted it did not ask them.
@@ -209,13 +243,6 @@ impl Shared {
     fn confirmed_or_asked(&self, requeued: Option<AcquireReply>) -> Option<AcquireReply> {
         requeued.filter(|reply| self.confirm.is_none() || !matches!(reply, AcquireReply::Granted { .. }))
     }
-}
-
-/// What an acquire came to.
-struct Asked {
-    reply: Result<AcquireReply, StoreError>,
-    /// What was waited for, and what the server said to that.
-    confirmed: Option<(Wait, Value)>,
 }
 
 impl LeaseStore for RedisStore {
@@ -241,24 +268,17 @@ impl LeaseStore for RedisStore {
                 let (floor, switches) = (shared.floor(slot), shared.switches());
                 let sent_at = Moment::now();
                 match shared.ask(&mut live, &request, floor).await {
-                    Ok(asked) => {
-                        let reply = asked.reply?;
+                    // What a server says that was replaced meanwhile is of no worth.
+                    Ok(_) if shared.switches() != switches => attempts.was_in_vain(None)?,
+                    Ok(reply) => {
+                        let reply = reply?;
                         shared.saw(slot, &reply);
-                        if shared.switches() != switches {
-                            attempts.was_in_vain(None)?;
-                        } else {
-                            if let (Some(confirm), Some((wait, acked))) = (&shared.confirm, asked.confirmed)
-                                && matches!(reply, AcquireReply::Granted { .. })
-                            {
-                                confirm.judge(wait, acked)?;
-                            }
-                            return Ok(Answer {
-                                sent_at,
-                                ttl: request.ttl,
-                                floor,
-                                reply,
-                            });
-                        }
+                        return Ok(Answer {
+                            sent_at,
+                            ttl: request.ttl,
+                            floor,
+                            reply,
+                        });
                     }
                     Err(error) => attempts.failed(&shared, &link, &live, &error)?,
                 }
@@ -370,11 +390,9 @@ impl LeaseStore for RedisStore {
             }
             if let Some(confirm) = &shared.confirm {
                 let wait = confirm.within(limit);
-                let acked = connection
-                    .send_packed_command(&wait.command())
-                    .await
-                    .map_err(in_words)?;
-                if let Err(error) = confirm.judge(wait, acked) {
+                let acked = connection.send_packed_command(&wait.command()).await;
+                let acked = acked.and_then(Value::extract_error).map_err(in_words)?;
+                if let Err(error) = confirm.judge(wait, &acked) {
                     tracing::warn!(shard = %shared.shard, ?error, leases = batch.len(), "a renewal does not count; it is tried again while the leases last");
                     replies
                         .iter_mut()
