@@ -10,6 +10,7 @@
 #![allow(clippy::expect_used, clippy::panic, clippy::unwrap_used)]
 
 pub mod process;
+pub mod sentinel;
 pub mod server;
 pub mod tls;
 #[cfg(feature = "tls")]

@@ -4,6 +4,7 @@ use std::future::Future;
 use std::time::Duration;
 
 use deadpool_redis::redis::io::tcp::TcpSettings;
+use deadpool_redis::redis::io::tcp::socket2::TcpKeepalive;
 #[cfg(feature = "tls")]
 use deadpool_redis::redis::{Client, ClientTlsConfig, TlsCertificates};
 use deadpool_redis::redis::{ConnectionAddr, ConnectionInfo, IntoConnectionInfo, RedisResult};
@@ -16,6 +17,12 @@ use crate::error::Invalid;
 #[cfg(feature = "tls")]
 use crate::store::tls::TlsPem;
 use crate::store::{NOT_ENCRYPTED, StoreError, TlsFiles};
+
+/// How long a connection is silent before the system asks whether the other machine is still there, how often it asks then, and
+/// after how many questions without an answer the connection is broken. A connection that only listens would not notice otherwise.
+const KEEPALIVE_AFTER: Duration = Duration::from_secs(10);
+const KEEPALIVE_EVERY: Duration = Duration::from_secs(3);
+const KEEPALIVE_PROBES: u32 = 3;
 
 /// How to reach a server. Nothing is sent.
 ///
@@ -35,8 +42,12 @@ pub(in crate::store) fn connection_info(server: &ServerUrl, tls: &TlsFiles) -> R
     };
     #[cfg(not(feature = "tls"))]
     let info = server.as_str().into_connection_info().map_err(|_| unusable())?;
+    let keepalive = TcpKeepalive::new()
+        .with_time(KEEPALIVE_AFTER)
+        .with_interval(KEEPALIVE_EVERY)
+        .with_retries(KEEPALIVE_PROBES);
     // A request is small and must not wait until it is worth a packet.
-    Ok(info.set_tcp_settings(TcpSettings::default().set_nodelay(true)))
+    Ok(info.set_tcp_settings(TcpSettings::default().set_nodelay(true).set_keepalive(keepalive)))
 }
 
 /// The certificates as the client library takes them, for what does not take a [`ConnectionInfo`].

@@ -46,6 +46,33 @@ pub(super) fn server_time(value: &Value) -> Option<(u64, u64)> {
     }
 }
 
+/// What a server is to others of its kind.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub(super) enum Role {
+    Primary,
+    /// A copy of the server at that `host:port`.
+    Replica {
+        of: String,
+    },
+    Sentinel,
+}
+
+/// The reply to `ROLE`.
+pub(super) fn role(value: &Value) -> Result<Role, StoreError> {
+    let read = || {
+        let Value::Array(parts) = value else { return None };
+        Some(match as_text(parts.first()?)?.as_str() {
+            "master" => Role::Primary,
+            "slave" => Role::Replica {
+                of: format!("{}:{}", as_text(parts.get(1)?)?, as_int(parts.get(2)?)?),
+            },
+            "sentinel" => Role::Sentinel,
+            _ => return None,
+        })
+    };
+    read().ok_or_else(|| unexpected("ROLE", value))
+}
+
 fn acquire_reply(numbers: &[i64], tokens: u32) -> Option<AcquireReply> {
     Some(match *numbers {
         [0] => AcquireReply::Busy,

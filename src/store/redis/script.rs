@@ -1,7 +1,7 @@
 //! The Lua scripts, and how one is called.
 
 use deadpool_redis::redis::aio::MultiplexedConnection;
-use deadpool_redis::redis::{Cmd, ErrorKind, RedisError, RedisResult, Script, ServerErrorKind, Value};
+use deadpool_redis::redis::{Cmd, ErrorKind, Pipeline, RedisError, RedisResult, Script, ServerErrorKind, Value};
 
 use super::permission::Permissions;
 
@@ -62,6 +62,39 @@ impl LuaScript {
     pub(super) fn code(&self) -> &str {
         self.code
     }
+
+    /// The same with another command right behind it, and both replies; neither costs a round trip of its own.
+    pub(super) async fn call_before(
+        &self,
+        after: &Cmd,
+        connection: &mut MultiplexedConnection,
+        fill: impl Fn(&mut Cmd),
+    ) -> RedisResult<(Value, Value)> {
+        let by_hash = command("EVALSHA", &self.hash, &fill);
+        let (reply, behind) = call_both(&by_hash, after, connection).await?;
+        let (error, call) = match reply.extract_error() {
+            Err(error) if error.kind() == ErrorKind::Server(ServerErrorKind::NoScript) => {
+                // What came behind was too early.
+                let by_text = command("EVAL", self.code, &fill);
+                let (reply, behind) = call_both(&by_text, after, connection).await?;
+                match reply.extract_error() {
+                    Err(error) => (error, by_text),
+                    Ok(reply) => return Ok((reply, behind)),
+                }
+            }
+            Err(error) => (error, by_hash),
+            Ok(reply) => return Ok((reply, behind)),
+        };
+        Err(self.permissions.of_script(error, self.code, &call, connection).await)
+    }
+}
+
+async fn call_both(call: &Cmd, after: &Cmd, connection: &mut MultiplexedConnection) -> RedisResult<(Value, Value)> {
+    let mut both = Pipeline::with_capacity(2);
+    both.add_command(call.clone()).add_command(after.clone());
+    let mut replies = connection.send_packed_commands(&both, 0, 2).await?.into_iter();
+    let mut next = || replies.next().unwrap_or(Value::Nil);
+    Ok((next(), next()))
 }
 
 /// Room for the keys and arguments of a usual call, so that writing it does not grow the buffer.
