@@ -222,21 +222,15 @@ impl Link {
         greeting.cmd("SET").arg(&map_key).arg(&shared.map).arg("NX");
         greeting.cmd("GET").arg(&map_key);
         let replies = connection.send_packed_commands(&greeting, 0, 4).await;
-        let mut replies = replies.map_err(|error| shared.source.in_words(&error))?;
-        let rest = replies.split_off(1.min(replies.len()));
+        let replies = replies.map_err(|error| shared.source.in_words(&error))?;
         // First, since a replica has nothing but errors for the rest.
-        let role_of_it = replies.pop().unwrap_or(Value::Nil);
-        let role_of_it = role_of_it
-            .extract_error()
-            .map_err(|error| shared.source.in_words(&error))?;
-        shared.source.accept(&role(&role_of_it)?, place)?;
-        let replies = shared
-            .commands
-            .permissions
-            .without_errors(&greeting, rest)
-            .map_err(|error| shared.source.in_words(&error))?;
+        if let Some(Ok(answer)) = replies.first().cloned().map(Value::extract_error) {
+            shared.source.accept(&role(&answer)?, place)?;
+        }
+        let replies = shared.commands.permissions.without_errors(&greeting, replies);
+        let replies = replies.map_err(|error| shared.source.in_words(&error))?;
         let (time, theirs) = match &replies[..] {
-            [time, _, map] => (server_time(time), as_text(map)),
+            [_, time, _, map] => (server_time(time), as_text(map)),
             _ => (None, None),
         };
         let (Some((seconds, micros)), Some(theirs)) = (time, theirs) else {
