@@ -2,6 +2,8 @@
 
 #[cfg(test)]
 mod conformance;
+#[cfg(feature = "etcd")]
+mod etcd;
 pub(crate) mod memory;
 pub(crate) mod redis;
 
@@ -52,6 +54,11 @@ pub(crate) trait LeaseStore: Send + Sync + 'static {
         key.slot()
     }
 
+    /// Waits until what is tidied up after releases that were answered is done. Asked once, before the background thread ends.
+    fn settle(&self) -> StoreFuture<()> {
+        Box::pin(std::future::ready(Ok(())))
+    }
+
     /// Receives pushes and hands them on until the receiver is gone. Reconnects by itself.
     fn listen(&self, pushes: mpsc::UnboundedSender<Push>) -> Pin<Box<dyn Future<Output = ()> + Send>>;
 }
@@ -90,10 +97,16 @@ pub(crate) fn open(endpoint: &Endpoint, options: StoreOptions) -> Result<Arc<dyn
     Ok(match endpoint.kind() {
         EndpointKind::Redis(server) => Arc::new(redis::primary::RedisStore::new(server, options)?),
         EndpointKind::Memory { name } => Arc::new(memory::MemoryStore::open(name, options)),
-        EndpointKind::Sentinel { .. }
-        | EndpointKind::Cluster { .. }
-        | EndpointKind::Redlock { .. }
-        | EndpointKind::Etcd { .. } => {
+        #[cfg(feature = "etcd")]
+        EndpointKind::Etcd { hosts, login, tls } => {
+            Arc::new(etcd::EtcdStore::new(hosts, login.as_ref(), *tls, options)?)
+        }
+        // Parsing refuses it.
+        #[cfg(not(feature = "etcd"))]
+        EndpointKind::Etcd { .. } => {
+            return Err(Invalid::new("url", endpoint.to_string(), "of a kind that is built already").into());
+        }
+        EndpointKind::Sentinel { .. } | EndpointKind::Cluster { .. } | EndpointKind::Redlock { .. } => {
             return Err(Invalid::new("url", endpoint.to_string(), "of a kind that is built already").into());
         }
     })

@@ -363,7 +363,7 @@ fn connect(port: u16, args: &[String]) -> RedisResult<Connection> {
 }
 
 /// Ports are taken in turn from a random one on, so that tests of one process never meet and others hardly ever do.
-fn free_port() -> u16 {
+pub(super) fn free_port() -> u16 {
     static NEXT: OnceLock<AtomicU16> = OnceLock::new();
     let next = NEXT.get_or_init(|| AtomicU16::new((RandomState::new().hash_one(0) % u64::from(PORTS)) as u16));
     let free = |port: &u16| TcpListener::bind((Ipv4Addr::LOCALHOST, *port)).is_ok();
