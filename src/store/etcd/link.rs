@@ -49,6 +49,8 @@ pub(super) struct Live {
     pub(super) client: Client,
     generation: u64,
     opened_at: Moment,
+    /// Which server it is to.
+    index: usize,
 }
 
 /// The pause before a request is sent again, growing.
@@ -59,6 +61,11 @@ impl Servers {
     pub(super) fn saw(&self, revision: i64) {
         self.revision
             .fetch_max(u64::try_from(revision).unwrap_or(0), Ordering::AcqRel);
+    }
+
+    /// How long one server is waited for before another is asked: whoever asks has time for two.
+    fn attempt_max(&self) -> Option<Duration> {
+        (self.endpoints.len() > 1).then(|| self.timeout.mul_f64(0.4))
     }
 
     pub(super) fn fault(&self, error: &etcd_client::Error) -> Fault {
@@ -108,6 +115,7 @@ impl Link {
                         client,
                         generation,
                         opened_at: Moment::now(),
+                        index,
                     };
                     *self.current.lock() = Some(live.clone());
                     return Ok(live);
@@ -192,11 +200,25 @@ impl Link {
                         since: Moment::now(),
                         answered: false,
                     };
-                    let reply = send(live.client.clone()).await;
+                    let attempt = async { Some(send(live.client.clone()).await) };
+                    let too_long = async {
+                        match self.servers.attempt_max() {
+                            Some(limit) => tokio::time::sleep(limit).await,
+                            None => std::future::pending().await,
+                        }
+                        None
+                    };
+                    let reply = tokio::select! { reply = attempt => reply, none = too_long => none };
                     pending.answered = true;
                     match reply {
-                        Ok(reply) => return Ok((reply, repeated)),
-                        Err(error) => {
+                        None => {
+                            repeated = true;
+                            self.broken(&live);
+                            let place = &self.servers.places[live.index];
+                            Fault::Other(StoreError::Unavailable(format!("{place}: no answer").into()))
+                        }
+                        Some(Ok(reply)) => return Ok((reply, repeated)),
+                        Some(Err(error)) => {
                             let fault = self.servers.fault(&error);
                             if fault.is_passing() {
                                 repeated = true;
