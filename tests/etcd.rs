@@ -5,6 +5,8 @@
 
 mod support;
 mod support_locks;
+#[cfg(feature = "cli")]
+mod tool;
 
 use std::sync::Arc;
 use std::sync::atomic::{AtomicU64, Ordering};
@@ -14,7 +16,7 @@ use shardlock::{Builder, LockError, LockManager};
 
 use support::PATIENCE;
 use support::etcd::{Etcd, LEASE_MIN};
-use support_locks::{lock, soon, until, until_queued};
+use support_locks::{lock, poll_once, soon, until, until_queued};
 
 /// Longer than an election takes.
 const STORE_TIMEOUT: Duration = Duration::from_secs(6);
@@ -160,38 +162,36 @@ async fn managers_take_turns_and_tokens_grow_while_they_exclude_each_other() {
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn an_owner_that_did_not_reckon_with_rivals_is_told_of_them() {
     let etcd = Etcd::start().await;
+    // A renewal says it, too, but the first of these is due when nobody waits for this test any more.
     let ours = builder(&etcd)
+        .ttl(PATIENCE * 100)
         .max_slice(Duration::from_millis(1))
         .connect()
         .await
         .unwrap();
     let theirs = manager(&etcd).await;
-    let guard = lock(&ours, "k").await;
-    let local = tokio::spawn({
-        let ours = ours.clone();
-        async move { lock(&ours, "k").await }
-    });
-    let remote = tokio::spawn({
-        let theirs = theirs.clone();
-        async move { lock(&theirs, "k").await }
-    });
+    let mut guard = lock(&ours, "k").await;
+    let mut remote = tokio::spawn(async move { lock(&theirs, "k").await });
     until_queued(&ours, "k", 1).await;
-    // The note is what tells; a renewal would, but comes later.
-    until("the note is there", async || {
-        etcd.lock_keys().await.iter().any(|key| key.starts_with("lock:%in/"))
-    })
-    .await;
-    tokio::time::sleep(Duration::from_millis(50)).await;
+    let started = Instant::now();
+    let guard = loop {
+        // There is always a local task that waits.
+        let mut local = tokio::spawn({
+            let ours = ours.clone();
+            async move { lock(&ours, "k").await }
+        });
+        guard.release().await.unwrap();
+        tokio::select! {
+            theirs = &mut remote => {
+                let theirs = theirs.unwrap();
+                theirs.release().await.unwrap();
+                break soon("the local task's turn", local).await.unwrap();
+            }
+            next = &mut local => guard = next.unwrap(),
+        }
+        assert!(started.elapsed() < PATIENCE, "the other manager never gets its turn");
+    };
     guard.release().await.unwrap();
-    let guard = soon("the other manager's turn", remote).await.unwrap();
-    assert!(!local.is_finished());
-    guard.release().await.unwrap();
-    soon("the local task's turn", local)
-        .await
-        .unwrap()
-        .release()
-        .await
-        .unwrap();
     until_nothing_is_left(&etcd).await;
 }
 
@@ -249,11 +249,8 @@ async fn a_longer_ttl_under_the_same_lease_is_kept() {
     let etcd = Etcd::start().await;
     let locks = manager(&etcd).await;
     let guard = locks.lock("k").ttl(Duration::from_secs(1)).await.unwrap();
-    let waiting = tokio::spawn({
-        let locks = locks.clone();
-        async move { locks.lock("k").ttl(Duration::from_secs(30)).await.unwrap() }
-    });
-    until_waiting(&locks).await;
+    let mut waiting = Box::pin(locks.lock("k").ttl(Duration::from_secs(30)).into_future());
+    assert!(poll_once(&mut waiting).is_none());
     guard.release().await.unwrap();
     let guard = soon("the local hand-off", waiting).await.unwrap();
     until("the lease is as long as the holder's TTL", async || {
@@ -266,13 +263,6 @@ async fn a_longer_ttl_under_the_same_lease_is_kept() {
     until("the first lease is revoked", async || etcd.leases().await == 1).await;
     guard.release().await.unwrap();
     until_nothing_is_left(&etcd).await;
-}
-
-/// Lets the tasks that were spawned go as far as they can.
-async fn until_waiting(locks: &LockManager) {
-    for _ in 0..20 {
-        locks.inspect("k").await.unwrap();
-    }
 }
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
@@ -476,6 +466,30 @@ async fn hosts_and_logins_that_are_wrong_are_told_in_words() {
 }
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn an_etcd_that_was_restored_from_an_old_backup_gives_no_lock() {
+    let etcd = Etcd::start().await;
+    let locks = manager(&etcd).await;
+    etcd.kill(0);
+    let backup = etcd.back_up(0);
+    etcd.restart(0).await;
+    let mut last = None;
+    for _ in 0..3 {
+        let guard = lock(&locks, "k").await;
+        last = Some(guard.token());
+        guard.release().await.unwrap();
+    }
+    etcd.kill(0);
+    etcd.restore(0, &backup);
+    etcd.restart(0).await;
+    let error = locks.lock("k").await.unwrap_err();
+    assert!(matches!(error, LockError::TokenRegression { .. }), "{error}");
+    // A new manager has seen nothing that speaks against it: that is what the resource's own check of tokens is for.
+    let guard = lock(&manager(&etcd).await, "k").await;
+    assert!(Some(guard.token()) < last);
+    guard.release().await.unwrap();
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn keys_of_others_are_waited_for_and_shown() {
     let etcd = Etcd::start().await;
     let locks = manager(&etcd).await;
@@ -599,6 +613,35 @@ async fn a_hand_off_costs_the_same_however_many_wait() {
 fn p50(times: &mut [Duration]) -> Duration {
     times.sort_unstable();
     times[times.len() / 2]
+}
+
+#[cfg(feature = "cli")]
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn the_tool_runs_commands_under_a_lock_and_shows_it() {
+    let etcd = Etcd::start().await;
+    let locks = manager(&etcd).await;
+    let tool = |args: &[&str]| {
+        let mut command = tool::bare(args);
+        command.env("SHARDLOCK_SHARDS", etcd.url());
+        command
+    };
+    let guard = lock(&locks, "k").await;
+    let mut waiting = tool::Run::start(tool(&["exec", "k", "sh", "-c", "echo $LOCK_TOKEN"]));
+    until_queued(&locks, "k", 1).await;
+    let shown = tool::run(tool(&["inspect", "k", "--json"]));
+    let shown: serde_json::Value = serde_json::from_str(&shown.stdout).unwrap_or_else(|_| panic!("{shown:?}"));
+    assert_eq!(shown["holder"]["is_manager"], true);
+    assert!(shown["holder"]["owner"].as_str().unwrap().starts_with(locks.id()));
+    assert_eq!(shown["last_token"], guard.token().get());
+    assert_eq!(shown["queue"].as_array().unwrap().len(), 1);
+    let token = guard.token().get();
+    guard.release().await.unwrap();
+    let ended = waiting.end();
+    assert_eq!(ended.code, 0, "{ended:?}");
+    let theirs: u64 = ended.stdout.trim().parse().unwrap_or_else(|_| panic!("{ended:?}"));
+    assert!(theirs > token);
+    // The tool ends when it has given everything back.
+    assert_eq!((etcd.lock_keys().await.len(), etcd.leases().await), (0, 0));
 }
 
 #[test]

@@ -107,18 +107,29 @@ impl Etcd {
 
     /// All keys, in the order in which they were made.
     pub async fn keys(&self) -> Vec<String> {
-        let oldest_first = GetOptions::new()
-            .with_all_keys()
-            .with_keys_only()
-            .with_sort(SortTarget::Create, SortOrder::Ascend);
         let found = self
-            .client()
-            .await
-            .get("", Some(oldest_first))
-            .await
-            .expect("read all keys");
+            .answer(async |mut client| {
+                let oldest_first = GetOptions::new()
+                    .with_all_keys()
+                    .with_keys_only()
+                    .with_sort(SortTarget::Create, SortOrder::Ascend);
+                client.get("", Some(oldest_first)).await
+            })
+            .await;
         let name = |kv: &etcd_client::KeyValue| String::from_utf8_lossy(kv.key()).into_owned();
         found.kvs().iter().map(name).collect()
+    }
+
+    /// Asks until there is an answer: while a leader is elected, etcd gives none.
+    async fn answer<T>(&self, ask: impl AsyncFn(Client) -> Result<T, etcd_client::Error>) -> T {
+        let deadline = Instant::now() + PATIENCE;
+        loop {
+            match ask(self.client().await).await {
+                Ok(answer) => return answer,
+                Err(error) => assert!(Instant::now() < deadline, "no answer for {PATIENCE:?}: {error}"),
+            }
+            tokio::time::sleep(Duration::from_millis(20)).await;
+        }
     }
 
     /// The keys of locks, and notes: all but the shard map.
@@ -130,7 +141,10 @@ impl Etcd {
 
     /// How many leases there are.
     pub async fn leases(&self) -> usize {
-        self.client().await.leases().await.expect("list leases").leases().len()
+        self.answer(async |mut client| client.leases().await)
+            .await
+            .leases()
+            .len()
     }
 
     /// Which member leads.
@@ -182,6 +196,19 @@ impl Etcd {
         self.is_ready(number).await;
     }
 
+    /// A copy of what a member that is down has stored.
+    pub fn back_up(&self, number: usize) -> TempDir {
+        let backup = tempfile::tempdir().expect("make a directory");
+        copy(&self.data_dir(number), &backup.path().join("data"));
+        backup
+    }
+
+    /// Puts a copy in the place of what a member that is down has stored.
+    pub fn restore(&self, number: usize, backup: &TempDir) {
+        fs::remove_dir_all(self.data_dir(number)).expect("remove what is stored");
+        copy(&backup.path().join("data"), &self.data_dir(number));
+    }
+
     /// SIGSTOP: the kernel still accepts connections, but nobody answers.
     pub fn stop(&self, number: usize) {
         self.with_process(number, Process::stop);
@@ -204,6 +231,10 @@ impl Etcd {
         self.dir.path().join(format!("m{number}.log"))
     }
 
+    fn data_dir(&self, number: usize) -> PathBuf {
+        self.dir.path().join(&self.members[number].name)
+    }
+
     fn launch(&self, number: usize) {
         let member = &self.members[number];
         let url = |port: u16| format!("http://{}:{port}", Ipv4Addr::LOCALHOST);
@@ -221,7 +252,7 @@ impl Etcd {
         }
         command
             .args(["--name", &member.name, "--data-dir"])
-            .arg(self.dir.path().join(&member.name))
+            .arg(self.data_dir(number))
             .args(["--listen-client-urls", &url(member.port)])
             .args(["--advertise-client-urls", &url(member.port)])
             .args(["--listen-peer-urls", &url(member.peer_port)])
@@ -253,6 +284,19 @@ impl Etcd {
             }
             assert!(Instant::now() < deadline, "no answer from etcd:\n{}", self.log(number));
             tokio::time::sleep(Duration::from_millis(20)).await;
+        }
+    }
+}
+
+fn copy(from: &Path, to: &Path) {
+    fs::create_dir_all(to).expect("make a directory");
+    for entry in fs::read_dir(from).expect("read a directory") {
+        let entry = entry.expect("read a directory");
+        let to = to.join(entry.file_name());
+        if entry.path().is_dir() {
+            copy(&entry.path(), &to);
+        } else {
+            fs::copy(entry.path(), to).expect("copy a file");
         }
     }
 }

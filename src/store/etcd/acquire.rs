@@ -8,7 +8,7 @@ use etcd_client::{Compare, CompareOp, LeaseGrantOptions, PutOptions, Txn, TxnOp,
 use super::Shared;
 use super::cycles::Lease;
 use super::fault::Fault;
-use super::line::{self, Line, floor_of, tokens_of};
+use super::line::{self, Line, Member, first_in, floor_of, tokens_of};
 use super::link::Link;
 use super::names::member;
 use super::waits::Wait;
@@ -48,10 +48,21 @@ impl Contender {
         }
     }
 
-    /// Makes its key, or makes it anew under the same place, for a revision of its own. The value says how many tokens go with that.
+    /// Makes its key. The value says how many tokens go with the key's revision.
     pub(super) fn put(&self, lease: Lease) -> TxnOp {
         let options = PutOptions::new().with_lease(lease.id);
         TxnOp::put(self.name.as_str(), self.tokens.to_string(), Some(options))
+    }
+
+    /// Puts its key again, for another revision. It keeps its place and its lease.
+    pub(super) fn put_again(&self) -> TxnOp {
+        let options = PutOptions::new().with_ignore_lease();
+        TxnOp::put(self.name.as_str(), self.tokens.to_string(), Some(options))
+    }
+
+    /// Whether its key is not there yet.
+    pub(super) fn is_new(&self) -> Compare {
+        Compare::create_revision(self.name.as_str(), CompareOp::Equal, 0)
     }
 }
 
@@ -126,19 +137,59 @@ async fn take(shared: &Shared, link: &Link, contender: &Contender, ask: Ask) -> 
 
 /// Takes the key, extends it, or joins the line.
 pub(super) async fn join(shared: &Shared, link: &Link, contender: &Contender) -> Result<(Moment, AcquireReply), Fault> {
-    let Ran { sent_at, reply, .. } = under_a_lease(shared, link, contender, |lease| {
-        Txn::new().and_then([contender.put(lease), Line::read(&contender.prefix)])
+    let ran = under_a_lease(shared, link, contender, |lease| {
+        Txn::new()
+            .when([contender.is_new()])
+            .and_then([contender.put(lease), Line::read(&contender.prefix)])
+            .or_else([contender.put_again(), Line::read(&contender.prefix)])
     })
     .await?;
-    let line = Line::in_reply(&reply)?;
-    let reply = judge(shared, link, contender, &line).await?;
-    Ok((sent_at, reply))
+    let line = Line::in_reply(&ran.reply)?;
+    let reply = judge(shared, link, contender, &line, ran.lease).await?;
+    Ok((ran.sent_at, reply))
+}
+
+/// Sees to it that the key is under this lease, and not under an earlier one of its cycle, which then is revoked. A lease lasts as long as whoever made
+/// it wanted; only a move changes a key's, and only from the one that it was seen to have: so a move that is executed late moves nothing.
+pub(super) async fn move_to(
+    shared: &Shared,
+    link: &Link,
+    contender: &Contender,
+    lease: Lease,
+    seen: &Member,
+) -> Result<(), Fault> {
+    if seen.lease != lease.id {
+        let name = contender.name.as_str();
+        let send = async |mut client: etcd_client::Client| {
+            let kept = [
+                Compare::create_revision(name, CompareOp::Equal, seen.create_revision),
+                Compare::lease(name, CompareOp::Equal, seen.lease),
+            ];
+            let options = PutOptions::new().with_lease(lease.id).with_ignore_value();
+            let moving = Txn::new()
+                .when(kept)
+                .and_then([TxnOp::put(name, "", Some(options))])
+                .or_else([Line::read_one(name)]);
+            client.txn(moving).await
+        };
+        let (reply, _) = link.request(send).await?;
+        shared.saw(reply.header());
+        let is_there = reply.succeeded()
+            || first_in(reply.op_responses().first())
+                .is_some_and(|now| now.create_revision == seen.create_revision && now.lease == lease.id);
+        if !is_there {
+            return Err(Fault::LeaseGone);
+        }
+    }
+    shared.revokes.add(shared.cycles.moved(contender.cycle, lease));
+    Ok(())
 }
 
 /// A transaction that ran under a lease.
 pub(super) struct Ran {
     /// Before the lease was granted or renewed.
     pub(super) sent_at: Moment,
+    pub(super) lease: Lease,
     pub(super) reply: TxnResponse,
     /// Whether it was sent more than once, so that it may have been executed before.
     pub(super) repeated: bool,
@@ -173,10 +224,9 @@ pub(super) async fn under_a_lease(
         };
         match ran {
             Ok((reply, repeated)) => {
-                // The key is under this lease now, so the ones before it hold nothing.
-                shared.revokes.add(shared.cycles.moved(contender.cycle));
                 return Ok(Ran {
                     sent_at,
+                    lease,
                     reply,
                     repeated,
                 });
@@ -236,15 +286,14 @@ pub(super) async fn judge(
     link: &Link,
     contender: &Contender,
     line: &Line,
+    lease: Lease,
 ) -> Result<AcquireReply, Fault> {
     let ahead = line.place(&contender.name).ok_or_else(line::unexpected)?;
+    move_to(shared, link, contender, lease, &line.members[ahead]).await?;
     let (Some(owner), Some(before)) = (line.members.first(), ahead.checked_sub(1).map(|at| &line.members[at])) else {
         return granted(shared, contender, line);
     };
     let is_new = line.members[ahead].create_revision == line.revision;
-    let Some(lease) = shared.cycles.lease(contender.cycle) else {
-        return Err(released_meanwhile());
-    };
     shared.waits.add(
         contender.cycle,
         Wait::new(contender.key.clone(), lease, before.name.clone(), line.revision),

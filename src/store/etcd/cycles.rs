@@ -153,10 +153,13 @@ impl Cycles {
         self.records.lock().by_cycle.get(&cycle)?.owns
     }
 
-    /// The key of the cycle is under its current lease: the earlier ones, which are to be revoked.
-    pub(super) fn moved(&self, cycle: Cycle) -> Vec<Lease> {
+    /// The key of the cycle is under this lease: the earlier ones, which are to be revoked.
+    pub(super) fn moved(&self, cycle: Cycle, lease: Lease) -> Vec<Lease> {
         let mut older = Vec::new();
-        self.change(cycle, |record| older = std::mem::take(&mut record.older));
+        self.change(cycle, |record| {
+            let is_older = |&mut secs: &mut u64| secs < lease.secs;
+            older = record.older.extract_if(.., is_older).collect();
+        });
         older.into_iter().map(|secs| self.earlier(cycle, secs)).collect()
     }
 

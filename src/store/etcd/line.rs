@@ -20,6 +20,8 @@ pub(super) struct Line {
 pub(super) struct Member {
     pub(super) name: Vec<u8>,
     pub(super) create_revision: i64,
+    /// The number of its lease; zero for none.
+    pub(super) lease: i64,
 }
 
 impl Line {
@@ -31,6 +33,11 @@ impl Line {
     /// Reads the first in the line.
     pub(super) fn read_first(prefix: &str) -> TxnOp {
         TxnOp::get(prefix, Some(in_order().with_limit(1)))
+    }
+
+    /// Reads one member.
+    pub(super) fn read_one(name: &str) -> TxnOp {
+        TxnOp::get(name, Some(GetOptions::new().with_keys_only()))
     }
 
     /// The line in the last reply of a transaction.
@@ -55,6 +62,7 @@ impl Member {
         Self {
             name: kv.key().to_vec(),
             create_revision: kv.create_revision(),
+            lease: kv.lease(),
         }
     }
 

@@ -5,7 +5,7 @@ use std::sync::Arc;
 use etcd_client::{DeleteOptions, Txn, TxnOp, TxnOpResponse};
 
 use super::Shared;
-use super::acquire::{Contender, Ran, judge, under_a_lease};
+use super::acquire::{Contender, judge, under_a_lease};
 use super::cycles::Lease;
 use super::fault::Fault;
 use super::line::{Line, first_in};
@@ -98,29 +98,31 @@ async fn leave_and_join(
 ) -> Result<(Moment, ReleaseReply), Fault> {
     shared.cycles.open(next.cycle, next.ttl, Moment::now());
     // Its place is behind all others: they were there before this transaction.
-    let Ran {
-        sent_at,
-        reply,
-        repeated,
-    } = under_a_lease(shared, link, next, |lease| {
-        Txn::new().and_then([
-            Line::read_first(&leaving.prefix),
-            delete(leaving),
-            next.put(lease),
-            Line::read(&next.prefix),
-        ])
+    let ran = under_a_lease(shared, link, next, |lease| {
+        let beside = |put| {
+            [
+                Line::read_first(&leaving.prefix),
+                delete(leaving),
+                put,
+                Line::read(&next.prefix),
+            ]
+        };
+        Txn::new()
+            .when([next.is_new()])
+            .and_then(beside(next.put(lease)))
+            .or_else(beside(next.put_again()))
     })
     .await?;
-    let replies = reply.op_responses();
+    let replies = ran.reply.op_responses();
     let first_is_ours = first_in(replies.first()).is_some_and(|first| first.is(&leaving.name));
     end.also(replies.get(1));
-    let line = Line::in_reply(&reply)?;
-    let requeued = judge(shared, link, next, &line).await?;
+    let line = Line::in_reply(&ran.reply)?;
+    let requeued = judge(shared, link, next, &line, ran.lease).await?;
     let reply = ReleaseReply {
-        held: first_is_ours || repeated,
+        held: first_is_ours || ran.repeated,
         requeued: Some(requeued),
     };
-    Ok((sent_at, reply))
+    Ok((ran.sent_at, reply))
 }
 
 fn delete(leaving: &Contender) -> TxnOp {

@@ -3,14 +3,14 @@
 use std::sync::Arc;
 use std::time::Duration;
 
-use etcd_client::{Compare, CompareOp, Txn, TxnOpResponse};
+use etcd_client::{Txn, TxnOpResponse};
 use futures_util::StreamExt;
 
 use super::Shared;
-use super::acquire::{Contender, keep, under_a_lease};
+use super::acquire::{Contender, keep, move_to, under_a_lease};
 use super::fault::Fault;
 use super::keeping::AT_A_TIME;
-use super::line::{Line, first};
+use super::line::{Line, first, first_in};
 use crate::clock::Moment;
 use crate::protocol::{RenewReply, Renewal};
 use crate::store::StoreError;
@@ -120,20 +120,15 @@ async fn extend(shared: &Shared, contender: &Contender, owned: Option<i64>) -> R
     let Some(owned) = owned else {
         return Err(Fault::LeaseGone);
     };
-    let moved = under_a_lease(shared, &shared.background, contender, |lease| {
-        Txn::new()
-            .when([Compare::create_revision(
-                contender.name.as_str(),
-                CompareOp::Equal,
-                owned,
-            )])
-            .and_then([contender.put(lease)])
+    let ran = under_a_lease(shared, &shared.background, contender, |_| {
+        Txn::new().and_then([Line::read_one(&contender.name)])
     })
     .await?;
-    if moved.reply.succeeded() {
-        Ok(())
-    } else {
-        Err(Fault::LeaseGone)
+    match first_in(ran.reply.op_responses().first()) {
+        Some(seen) if seen.create_revision == owned => {
+            move_to(shared, &shared.background, contender, ran.lease, &seen).await
+        }
+        _ => Err(Fault::LeaseGone),
     }
 }
 
