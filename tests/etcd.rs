@@ -9,7 +9,7 @@ mod support_locks;
 mod tool;
 
 use std::sync::Arc;
-use std::sync::atomic::{AtomicU64, Ordering};
+use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 use std::time::{Duration, Instant};
 
 use shardlock::{Builder, LockError, LockManager};
@@ -89,7 +89,7 @@ async fn managers_get_the_lock_in_the_order_in_which_they_asked() {
     for task in tasks {
         soon("every manager gets the lock", task).await.unwrap();
     }
-    let order = order.lock();
+    let order = std::mem::take(&mut *order.lock());
     let numbers: Vec<usize> = order.iter().map(|&(number, _)| number).collect();
     assert_eq!(numbers, (0..MANAGERS).collect::<Vec<_>>());
     assert!(order[0].1 > first && order.is_sorted_by(|one, other| one.1 < other.1));
@@ -120,7 +120,7 @@ async fn a_thousand_local_waiters_are_one_key() {
         soon("every task gets the lock", task).await.unwrap();
     }
     let after = etcd.requests();
-    let served = served.lock();
+    let served = std::mem::take(&mut *served.lock());
     assert_eq!(served.len(), TASKS);
     assert!(
         served.is_sorted_by(|one, other| one < other),
@@ -371,6 +371,72 @@ async fn a_member_that_is_gone_does_not_matter() {
         lock(&third, "k").await.release().await.unwrap();
         etcd.restart(number).await;
     }
+    until_nothing_is_left(&etcd).await;
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn nobody_holds_a_lock_beside_another_while_members_come_and_go() {
+    let etcd = Etcd::start_members(3).await;
+    let last = Arc::new(AtomicU64::new(0));
+    let over = Arc::new(AtomicBool::new(false));
+    let mut tasks = Vec::new();
+    for _ in 0..4 {
+        let locks = builder(&etcd).max_burst(4).connect().await.unwrap();
+        for _ in 0..2 {
+            let (locks, last, over) = (locks.clone(), Arc::clone(&last), Arc::clone(&over));
+            tasks.push(tokio::spawn(async move {
+                let mut count = 0;
+                while !over.load(Ordering::SeqCst) {
+                    // While a leader is elected there may be no answer in time.
+                    let Ok(guard) = locks.lock("k").timeout(PATIENCE).await else {
+                        continue;
+                    };
+                    let token = guard.token().get();
+                    let before = last.swap(token, Ordering::SeqCst);
+                    tokio::task::yield_now().await;
+                    let after = last.load(Ordering::SeqCst);
+                    if guard.is_valid() {
+                        assert!(before < token, "{before} before {token}");
+                        assert_eq!(after, token);
+                        count += 1;
+                    }
+                    guard.release().await.ok();
+                }
+                count
+            }));
+        }
+    }
+    let locks = manager(&etcd).await;
+    for number in [0, 1, 2] {
+        let before = last.load(Ordering::SeqCst);
+        etcd.kill(number);
+        until("others take turns meanwhile", async || {
+            last.load(Ordering::SeqCst) > before + (1 << 20)
+        })
+        .await;
+        etcd.restart(number).await;
+        until("etcd answers", async || locks.inspect("k").await.is_ok()).await;
+    }
+    over.store(true, Ordering::SeqCst);
+    for task in tasks {
+        let count: u32 = soon("every task ends", task).await.unwrap();
+        assert!(count > 0, "every task had the lock");
+    }
+    until_nothing_is_left(&etcd).await;
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn many_leases_are_kept_alive() {
+    const KEYS: usize = 250;
+    let etcd = Etcd::start().await;
+    let locks = builder(&etcd).ttl(LEASE_MIN).connect().await.unwrap();
+    let keys: Vec<String> = (0..KEYS).map(|number| format!("k{number}")).collect();
+    let taking = keys.iter().map(|key| lock(&locks, key));
+    let guards = futures_util::future::join_all(taking).await;
+    tokio::time::sleep(LEASE_MIN * 3).await;
+    assert!(guards.iter().all(shardlock::LockGuard::is_valid));
+    assert_eq!((etcd.lock_keys().await.len(), etcd.leases().await), (KEYS, KEYS));
+    drop(guards);
     until_nothing_is_left(&etcd).await;
 }
 
@@ -642,6 +708,31 @@ async fn the_tool_runs_commands_under_a_lock_and_shows_it() {
     assert!(theirs > token);
     // The tool ends when it has given everything back.
     assert_eq!((etcd.lock_keys().await.len(), etcd.leases().await), (0, 0));
+}
+
+#[cfg(feature = "cli")]
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn the_key_of_a_process_that_was_killed_is_free_when_its_lease_ends() {
+    let etcd = Etcd::start().await;
+    let locks = manager(&etcd).await;
+    let mut command = tool::bare(&["exec", "k", "--ttl", "2s", "cat"]);
+    command
+        .env("SHARDLOCK_SHARDS", etcd.url())
+        .stdin(std::process::Stdio::piped());
+    let mut holder = tool::Run::start(command);
+    let _its_input = holder.take_stdin();
+    until("the tool has the lock", async || {
+        locks.inspect("k").await.unwrap().holder.is_some()
+    })
+    .await;
+    holder.kill();
+    let started = Instant::now();
+    let guard = lock(&locks, "k").await;
+    let waited = started.elapsed();
+    // Etcd looks for leases that ran out twice a second, and the machine may be busy.
+    assert!(waited < LEASE_MIN + Duration::from_secs(3), "{waited:?}");
+    guard.release().await.unwrap();
+    until_nothing_is_left(&etcd).await;
 }
 
 #[test]

@@ -34,6 +34,11 @@ mod names;
 mod options;
 mod release;
 mod renew;
+#[cfg(test)]
+#[path = "../../../tests/support/mod.rs"]
+mod support;
+#[cfg(test)]
+mod tests;
 mod waits;
 mod watch;
 
