@@ -555,6 +555,41 @@ async fn an_etcd_that_was_restored_from_an_old_backup_gives_no_lock() {
     guard.release().await.unwrap();
 }
 
+#[cfg(feature = "tls")]
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn encrypted_connections_need_the_right_files() {
+    let etcd = Etcd::start_with_tls().await;
+    let files = etcd.tls();
+    let with_client = |builder: Builder| builder.tls_cert(&files.cert).tls_key(&files.key);
+    let locks = with_client(builder(&etcd).tls_ca(&files.ca)).connect().await.unwrap();
+    let other = with_client(builder(&etcd).tls_ca(&files.ca)).connect().await.unwrap();
+    let guard = lock(&locks, "k").await;
+    let waiting = tokio::spawn(async move { lock(&other, "k").await });
+    until_queued(&locks, "k", 1).await;
+    guard.release().await.unwrap();
+    soon("the hand-off", waiting).await.unwrap().release().await.unwrap();
+    until_nothing_is_left(&etcd).await;
+
+    // The system does not know this authority; etcd does not know who shows no certificate.
+    let cases = [
+        (with_client(builder(&etcd)), "set tls_ca to"),
+        (builder(&etcd).tls_ca(&files.ca), "set tls_cert and tls_key"),
+    ];
+    for (refused, advice) in cases {
+        let error = refused.connect().await.unwrap_err();
+        let message = error.to_string();
+        assert!(matches!(error, LockError::Unavailable { .. }), "{message}");
+        assert!(message.contains(advice), "{message}");
+    }
+    let missing = files.ca.with_file_name("missing.pem");
+    let error = builder(&etcd).tls_ca(&missing).connect().await.unwrap_err();
+    let message = error.to_string();
+    assert!(
+        message.contains("tls_ca is ") && message.contains("missing.pem"),
+        "{message}"
+    );
+}
+
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn keys_of_others_are_waited_for_and_shown() {
     let etcd = Etcd::start().await;
@@ -715,7 +750,7 @@ async fn the_tool_runs_commands_under_a_lock_and_shows_it() {
 async fn the_key_of_a_process_that_was_killed_is_free_when_its_lease_ends() {
     let etcd = Etcd::start().await;
     let locks = manager(&etcd).await;
-    let mut command = tool::bare(&["exec", "k", "--ttl", "2s", "cat"]);
+    let mut command = tool::bare(&["exec", "--ttl", "2s", "k", "cat"]);
     command
         .env("SHARDLOCK_SHARDS", etcd.url())
         .stdin(std::process::Stdio::piped());

@@ -180,7 +180,7 @@ pub struct Inspection {
     pub queue_length: u64,
     /// The first of those who wait, in order, as `manager:cycle`; at most 100.
     pub queue: Vec<String>,
-    /// The largest token that was issued in the key's slot, or `None` if there was none yet.
+    /// The largest token that was issued in the key's slot, or `None` if there was none yet. Etcd tells it of the holder only.
     pub last_token: Option<FencingToken>,
 }
 

@@ -29,6 +29,8 @@ pub const LEASE_MIN: Duration = Duration::from_secs(2);
 pub struct Etcd {
     members: Vec<Member>,
     dir: TempDir,
+    #[cfg(feature = "tls")]
+    tls: Option<tls::Files>,
 }
 
 struct Member {
@@ -47,6 +49,10 @@ impl Etcd {
 
     /// Starts an etcd of so many members and waits until all of them answer.
     pub async fn start_members(count: usize) -> Self {
+        Self::prepare(count).start_all().await
+    }
+
+    fn prepare(count: usize) -> Self {
         let dir = tempfile::Builder::new()
             .prefix("shardlock-etcd-")
             .tempdir()
@@ -59,19 +65,53 @@ impl Etcd {
                 process: Mutex::new(None),
             })
             .collect();
-        let etcd = Self { members, dir };
+        Self {
+            members,
+            dir,
+            #[cfg(feature = "tls")]
+            tls: None,
+        }
+    }
+
+    /// Starts an etcd of one member that takes encrypted connections only, from clients with a certificate of the same authority.
+    #[cfg(feature = "tls")]
+    pub async fn start_with_tls() -> Self {
+        let etcd = Self::prepare(1);
+        let tls = Some(tls::Files::make(etcd.dir.path()));
+        Self { tls, ..etcd }.start_all().await
+    }
+
+    /// The files for encrypted connections.
+    #[cfg(feature = "tls")]
+    pub fn tls(&self) -> &tls::Files {
+        self.tls.as_ref().expect("started with TLS")
+    }
+
+    async fn start_all(self) -> Self {
+        let count = self.members.len();
         for number in 0..count {
-            etcd.launch(number);
+            self.launch(number);
         }
         for number in 0..count {
-            etcd.is_ready(number).await;
+            self.is_ready(number).await;
         }
-        etcd
+        self
     }
 
     /// `etcd://127.0.0.1:<port>,...`
     pub fn url(&self) -> String {
-        format!("etcd://{}", self.hosts())
+        format!(
+            "{}://{}",
+            if self.is_encrypted() { "etcds" } else { "etcd" },
+            self.hosts()
+        )
+    }
+
+    fn is_encrypted(&self) -> bool {
+        #[cfg(feature = "tls")]
+        return self.tls.is_some();
+        #[cfg(not(feature = "tls"))]
+        return false;
     }
 
     /// `127.0.0.1:<port>,...`
@@ -93,6 +133,11 @@ impl Etcd {
     /// A client of one member.
     pub async fn client_of(&self, number: usize) -> Client {
         let options = ConnectOptions::new().with_timeout(PATIENCE);
+        #[cfg(feature = "tls")]
+        let options = match &self.tls {
+            Some(files) => options.with_tls(files.for_client()),
+            None => options,
+        };
         Client::connect([self.place(number)], Some(options))
             .await
             .expect("connect to etcd")
@@ -238,6 +283,10 @@ impl Etcd {
     fn launch(&self, number: usize) {
         let member = &self.members[number];
         let url = |port: u16| format!("http://{}:{port}", Ipv4Addr::LOCALHOST);
+        let client_url = match self.is_encrypted() {
+            true => url(member.port).replace("http:", "https:"),
+            false => url(member.port),
+        };
         let peers: Vec<String> = self
             .members
             .iter()
@@ -253,8 +302,8 @@ impl Etcd {
         command
             .args(["--name", &member.name, "--data-dir"])
             .arg(self.data_dir(number))
-            .args(["--listen-client-urls", &url(member.port)])
-            .args(["--advertise-client-urls", &url(member.port)])
+            .args(["--listen-client-urls", &client_url])
+            .args(["--advertise-client-urls", &client_url])
             .args(["--listen-peer-urls", &url(member.peer_port)])
             .args(["--initial-advertise-peer-urls", &url(member.peer_port)])
             .args(["--initial-cluster", &peers.join(",")])
@@ -265,6 +314,13 @@ impl Etcd {
             .stdin(Stdio::null())
             .stderr(log.try_clone().expect("share the log file"))
             .stdout(log);
+        #[cfg(feature = "tls")]
+        if let Some(files) = &self.tls {
+            command.arg("--client-cert-auth");
+            command.arg("--trusted-ca-file").arg(&files.ca);
+            command.arg("--cert-file").arg(&files.cert);
+            command.arg("--key-file").arg(&files.key);
+        }
         let process = Process::spawn(command).expect("start etcd");
         *member.process.lock() = Some(process);
     }
@@ -324,4 +380,51 @@ fn find_binary() -> PathBuf {
     candidates.find(|path| path.is_file()).unwrap_or_else(|| {
         panic!("there is no etcd on the PATH: `make test` installs it, or set SHARDLOCK_ETCD_SERVER to its path")
     })
+}
+
+/// An authority and one certificate of it, for the server and its clients.
+#[cfg(feature = "tls")]
+pub mod tls {
+    use std::fs;
+    use std::path::{Path, PathBuf};
+
+    use etcd_client::{Certificate, Identity, TlsOptions};
+    use rcgen::{BasicConstraints, CertificateParams, IsCa, Issuer, KeyPair};
+
+    /// PEM files.
+    pub struct Files {
+        pub ca: PathBuf,
+        pub cert: PathBuf,
+        pub key: PathBuf,
+    }
+
+    impl Files {
+        pub fn make(dir: &Path) -> Self {
+            let mut authority = CertificateParams::new([]).expect("an authority");
+            authority.is_ca = IsCa::Ca(BasicConstraints::Unconstrained);
+            let key = KeyPair::generate().expect("make a key");
+            let ca = authority.self_signed(&key).expect("sign a certificate");
+            let issuer = Issuer::new(authority, key);
+            let key = KeyPair::generate().expect("make a key");
+            let server = CertificateParams::new(["127.0.0.1".to_owned()]).expect("a server");
+            let cert = server.signed_by(&key, &issuer).expect("sign a certificate");
+            let write = |name: &str, pem: String| {
+                let path = dir.join(name);
+                fs::write(&path, pem).expect("write a file");
+                path
+            };
+            Self {
+                ca: write("ca.pem", ca.pem()),
+                cert: write("cert.pem", cert.pem()),
+                key: write("key.pem", key.serialize_pem()),
+            }
+        }
+
+        pub(super) fn for_client(&self) -> TlsOptions {
+            let read = |path: &Path| fs::read(path).expect("read a file");
+            TlsOptions::new()
+                .ca_certificate(Certificate::from_pem(read(&self.ca)))
+                .identity(Identity::from_pem(read(&self.cert), read(&self.key)))
+        }
+    }
 }

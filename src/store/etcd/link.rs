@@ -19,8 +19,9 @@ pub(super) struct Servers {
     pub(super) endpoints: Vec<String>,
     /// As `host:port`, for errors.
     pub(super) places: Vec<String>,
-    /// What may fail is read when it is used, so that a missing file is told by the request that needed it.
     pub(super) options: ConnectOptions,
+    /// Whether connections are encrypted and we show no certificate.
+    pub(super) shows_no_certificate: bool,
     pub(super) namespace: String,
     pub(super) map_key: String,
     pub(super) map: String,
@@ -61,6 +62,20 @@ impl Servers {
     pub(super) fn saw(&self, revision: i64) {
         self.revision
             .fetch_max(u64::try_from(revision).unwrap_or(0), Ordering::AcqRel);
+    }
+
+    /// What to do about a failure to connect whose words don't say it. A server that misses a certificate may only close the connection.
+    fn hint(&self, failed: &str) -> &'static str {
+        if failed.contains("UnknownIssuer") {
+            return "; set tls_ca to the file with the certificate of the authority that signed etcd's";
+        }
+        let is_told_no = ["connection closed", "fatal alert"]
+            .iter()
+            .any(|words| failed.contains(words));
+        if self.shows_no_certificate && is_told_no {
+            return "; where etcd wants a certificate of its clients, set tls_cert and tls_key";
+        }
+        ""
     }
 
     /// How long one server is waited for before another is asked: whoever asks has time for two.
@@ -125,7 +140,8 @@ impl Link {
                 Ok(Err(error)) => return Err(error),
                 Err(_) => format!("no answer within {each:?}"),
             };
-            reasons.push(format!("{}: {failed}", servers.places[index]));
+            let hint = servers.hint(&failed);
+            reasons.push(format!("{}: {failed}{hint}", servers.places[index]));
             self.next.fetch_add(1, Ordering::Relaxed);
         }
         Err(StoreError::Unavailable(reasons.join("; ").into()))

@@ -35,9 +35,6 @@ mod options;
 mod release;
 mod renew;
 #[cfg(test)]
-#[path = "../../../tests/support/mod.rs"]
-mod support;
-#[cfg(test)]
 mod tests;
 mod waits;
 mod watch;
@@ -113,6 +110,7 @@ impl EtcdStore {
             endpoints: hosts.iter().map(|host| format!("{scheme}://{host}")).collect(),
             places: hosts.to_vec(),
             options: options::connect_options(login, tls, &options.tls, options.timeout)?,
+            shows_no_certificate: tls && options.tls.client.is_none(),
             namespace: options.namespace,
             map_key: names.map(),
             map: options.map,

@@ -2,10 +2,10 @@
 
 use tokio::sync::mpsc;
 
-use super::support::etcd::{Etcd, LEASE_MIN};
 use super::*;
 use crate::identity::ManagerId;
 use crate::protocol::{Ask, Cycle};
+use crate::store::conformance::support::etcd::{Etcd, LEASE_MIN};
 
 const TTL: Duration = Duration::from_secs(10);
 
