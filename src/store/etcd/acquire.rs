@@ -159,6 +159,17 @@ pub(super) async fn move_to(
     seen: &Member,
 ) -> Result<(), Fault> {
     if seen.lease != lease.id {
+        let Some(current) = shared.cycles.lease(contender.cycle) else {
+            return Err(released_meanwhile());
+        };
+        if current.id != lease.id {
+            // Another request asked for a longer one meanwhile. It was granted after we sent ours, so what it has moved lasts long enough.
+            return if seen.lease == current.id {
+                Ok(())
+            } else {
+                Err(Fault::LeaseGone)
+            };
+        }
         let name = contender.name.as_str();
         let send = async |mut client: etcd_client::Client| {
             let kept = [
@@ -205,11 +216,12 @@ pub(super) async fn under_a_lease(
 ) -> Result<Ran, Fault> {
     let mut last = Fault::LeaseGone;
     for _ in 0..LEASES_PER_REQUEST {
+        // Before the lease is looked up: one that takes its place is granted after that.
+        let sent_at = Moment::now();
         // A release of the cycle came between: nothing of it may be made again.
         let Some(lease) = shared.cycles.lease(contender.cycle) else {
             return Err(released_meanwhile());
         };
-        let sent_at = Moment::now();
         let ran = if lease.granted {
             let (kept, ran) = tokio::join!(
                 keep(shared, link, contender.cycle, lease),

@@ -181,6 +181,42 @@ async fn a_key_moves_to_a_longer_lease_and_never_back() {
     assert_eq!(bench.etcd.leases().await, 0);
 }
 
+/// An extension was on its way with the first lease of its cycle when a renewal moved the key to a longer one. It took the other lease for a strange
+/// one and moved the key back, to a lease that was about to be revoked: the key was gone while its manager went on.
+#[tokio::test]
+async fn a_request_that_began_under_an_earlier_lease_does_not_move_the_key_back() {
+    let bench = Bench::new().await;
+    let (store, _pushes) = bench.store(1);
+    bench.join(&store, 2).await;
+    let shared = &store.shared;
+    let before = shared.cycles.lease(Cycle(2)).unwrap();
+    store.acquire(bench.acquire(2, Ask::Join, TTL * 2)).await.unwrap();
+    let after = bench.only_lease().await;
+    let contender = acquire::Contender::new(shared, &bench.key, Cycle(2), TTL, 1);
+    let reply = bench
+        .etcd
+        .client()
+        .await
+        .get(contender.name.as_str(), None)
+        .await
+        .unwrap();
+    let seen = line::first(&reply).unwrap();
+    acquire::move_to(shared, &shared.background, &contender, before, &seen)
+        .await
+        .unwrap();
+    assert_eq!(bench.only_lease().await, after);
+    // Nor does a move that is executed late.
+    let late = line::Member {
+        lease: before.id,
+        ..seen
+    };
+    let current = shared.cycles.lease(Cycle(2)).unwrap();
+    acquire::move_to(shared, &shared.background, &contender, current, &late)
+        .await
+        .unwrap();
+    assert_eq!(bench.only_lease().await, after);
+}
+
 #[tokio::test]
 async fn a_requeue_gives_the_lock_to_the_next_and_joins_behind_all() {
     let bench = Bench::new().await;

@@ -21,6 +21,7 @@ use super::Shared;
 use super::waits::Wait;
 use crate::key::LockKey;
 use crate::protocol::{Cycle, Push};
+use crate::store::StoreError;
 
 /// The number of the inbox's watch.
 const INBOX: i64 = 1;
@@ -79,7 +80,10 @@ pub(super) async fn watch(shared: Arc<Shared>, pushes: UnboundedSender<Push>) {
 }
 
 async fn open(shared: &Shared) -> Result<(super::link::Live, WatchRequestSender, WatchResponseStream), String> {
-    let live = shared.background.get().await.map_err(|error| format!("{error:?}"))?;
+    let live = shared.background.get().await.map_err(|error| match error {
+        StoreError::Unavailable(reason) | StoreError::Refused(reason) => reason.to_string(),
+        StoreError::MapMismatch { map_key, .. } => format!("another shard map is at {map_key}"),
+    })?;
     let options = WatchOptions::new()
         .with_prefix()
         .with_watch_id(INBOX)
