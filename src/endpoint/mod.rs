@@ -38,6 +38,9 @@ const SUPPORTED: &str = "supported: redis://, redis+sentinel://, redis+cluster:/
 /// user and the password are those of the Redis servers, or of etcd; sentinels are asked without unless `?sentinel_password=` (and
 /// `?sentinel_user=`) says otherwise.
 ///
+/// Etcd keeps a lease for whole seconds and for no less than its minimum, about one and a half of its election timeouts: the key of a process that
+/// died is free a moment later than its TTL says. Its user needs `readwrite` on all keys that begin with the namespace.
+///
 /// A character of the user or the password that means something in a URL (`@`, `:`, `/`, `?`, `#`, `%`) is written
 /// percent-encoded, `%40` for `@`. Neither `Display` nor `Debug` nor an error ever shows the password.
 #[derive(Clone, PartialEq, Eq)]

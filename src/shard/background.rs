@@ -96,6 +96,7 @@ async fn run(
     loop {
         let ending = leaving || !closing.is_empty();
         if ending && work.is_empty() && jobs.is_empty() && shards.iter().all(|shard| shard.is_idle()) {
+            settle(&shards).await;
             for done in closing.drain(..) {
                 // Whoever asked may have stopped waiting.
                 done.send(()).ok();
@@ -127,6 +128,16 @@ async fn run(
             Some(ended) = services.join_next(), if !services.is_empty() => report_panic(ended),
         }
     }
+}
+
+/// Lets every store tidy up, for as long as a request may take.
+async fn settle(shards: &[Arc<Shard>]) {
+    let settling = shards.iter().map(|shard| async move {
+        if tokio::time::timeout(shard.timeout, shard.store.settle()).await.is_err() {
+            tracing::warn!(shard = %shard.name, "the store did not tidy up in time; what is left runs out by itself");
+        }
+    });
+    futures_util::future::join_all(settling).await;
 }
 
 /// A task of this thread can only end by itself or by a bug.

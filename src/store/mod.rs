@@ -2,6 +2,8 @@
 
 #[cfg(test)]
 mod conformance;
+#[cfg(feature = "etcd")]
+mod etcd;
 pub(crate) mod memory;
 pub(crate) mod redis;
 #[cfg(feature = "tls")]
@@ -57,6 +59,11 @@ pub(crate) trait LeaseStore: Send + Sync + 'static {
         key.slot()
     }
 
+    /// Waits until what is tidied up after releases that were answered is done. Asked once, before the background thread ends.
+    fn settle(&self) -> StoreFuture<()> {
+        Box::pin(std::future::ready(Ok(())))
+    }
+
     /// Receives pushes and hands them on until the receiver is gone. Reconnects by itself.
     fn listen(&self, pushes: mpsc::UnboundedSender<Push>) -> Pin<Box<dyn Future<Output = ()> + Send>>;
 }
@@ -108,7 +115,21 @@ pub(crate) fn open(endpoint: &Endpoint, options: StoreOptions) -> Result<Arc<dyn
         } => Arc::new(redis::primary::RedisStore::watched(
             sentinels, primary, access, options,
         )?),
-        EndpointKind::Cluster { .. } | EndpointKind::Redlock { .. } | EndpointKind::Etcd { .. } => {
+        #[cfg(feature = "etcd")]
+        EndpointKind::Etcd { hosts, login, tls } => {
+            Arc::new(etcd::EtcdStore::new(hosts, login.as_ref(), *tls, options)?)
+        }
+        // Parsing refuses it.
+        #[cfg(not(feature = "etcd"))]
+        EndpointKind::Etcd { .. } => {
+            return Err(Invalid::new(
+                "url",
+                endpoint.to_string(),
+                "of a kind that was built in (feature `etcd`)",
+            )
+            .into());
+        }
+        EndpointKind::Cluster { .. } | EndpointKind::Redlock { .. } => {
             return Err(Invalid::new("url", endpoint.to_string(), "of a kind that is built already").into());
         }
     })
@@ -182,7 +203,7 @@ pub struct Inspection {
     pub queue_length: u64,
     /// The first of those who wait, in order, as `manager:cycle`; at most 100.
     pub queue: Vec<String>,
-    /// The largest token that was issued in the key's slot, or `None` if there was none yet.
+    /// The largest token that was issued in the key's slot, or `None` if there was none yet. Etcd tells it of the holder only.
     pub last_token: Option<FencingToken>,
 }
 
