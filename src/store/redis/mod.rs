@@ -5,7 +5,7 @@
 //! whichever way a server is found: `names`, `commands`, `script` and `reply`.
 
 mod commands;
-mod names;
+pub(crate) mod names;
 pub(crate) mod primary;
 mod reply;
 mod script;
