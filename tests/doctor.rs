@@ -7,6 +7,7 @@ mod support;
 mod tool;
 
 use std::collections::BTreeMap;
+use std::fs;
 use std::net::{Ipv4Addr, TcpListener};
 use std::process::Command;
 
@@ -358,7 +359,7 @@ fn a_server_that_is_down_or_hangs_is_an_error_within_the_time_limit() {
     hangs.stop();
     let urls = [good.url(), down.url(), hangs.url()];
     let urls: Vec<&str> = urls.iter().map(String::as_str).collect();
-    let said = doctor(&urls, &["--set", "store_timeout=300ms"]);
+    let said = doctor(&urls, &["--set", "store_timeout=1s"]);
     hangs.cont();
     assert_eq!(said.code, 2);
     assert_eq!(said.at(Some(&good.address()), "reachable")["level"], "ok");
@@ -495,6 +496,63 @@ fn sentinels_that_do_not_answer_are_an_error() {
     let server = good_and(&[]);
     let said = doctor(&[&format!("redis+sentinel://{}/m", server.address())], &[]);
     said.complains_only("primary", "error", &["if this is no sentinel, name one"]);
+}
+
+#[test]
+fn encryption_that_does_not_come_about_is_an_error_that_says_which_setting_to_look_at() {
+    let server = good_and(&[]);
+    let key = rcgen::KeyPair::generate().unwrap();
+    let certificate = rcgen::CertificateParams::new(["127.0.0.1".to_owned()])
+        .unwrap()
+        .self_signed(&key)
+        .unwrap();
+    let file = |name: &str, text: &str| {
+        let path = server.dir().join(name);
+        fs::write(&path, text).unwrap();
+        path.display().to_string()
+    };
+    let (certificate, key) = (
+        file("cert.pem", &certificate.pem()),
+        file("key.pem", &key.serialize_pem()),
+    );
+    // The port above is a cluster's bus, which this server has not.
+    let port = (server.port() + 10_000).to_string();
+    server.command(&[
+        "CONFIG",
+        "SET",
+        "tls-cert-file",
+        &certificate,
+        "tls-key-file",
+        &key,
+        "tls-auth-clients",
+        "no",
+    ]);
+    server.command(&["CONFIG", "SET", "tls-port", &port]);
+
+    let url = format!("rediss://127.0.0.1:{port}");
+    let said = doctor(&[&url], &["--set", &format!("tls_ca={certificate}")]);
+    assert_eq!((said.code, said.complaints()), (0, BTreeMap::new()), "{:#}", said.json);
+    let said = doctor(&[&url], &[]);
+    said.complains_only("reachable", "error", &["no encrypted connection", "set tls_ca"]);
+
+    let plain = doctor(&[&format!("redis://127.0.0.1:{port}")], &[]);
+    plain.complains_only("reachable", "error", &["if the port speaks TLS, write a URL with it"]);
+    let encrypted = format!("rediss://{}", server.address());
+    let said = doctor(&[&encrypted], &["--set", "store_timeout=500ms"]);
+    said.complains_only(
+        "reachable",
+        "error",
+        &["if the port does not speak TLS, write a URL without it"],
+    );
+}
+
+#[test]
+fn two_shards_at_one_place_are_an_error() {
+    let server = good_and(&[]);
+    let said = doctor(&[&server.url(), &format!("{}/0", server.url())], &[]);
+    said.complains_only("shards", "error", &["shard-0 and shard-1 are the same place"]);
+    let said = doctor(&[&server.url(), &format!("{}/1", server.url())], &[]);
+    assert_eq!(said.code, 0, "{:#}", said.json);
 }
 
 #[test]

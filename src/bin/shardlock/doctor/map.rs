@@ -1,5 +1,9 @@
 //! Whether a shard belongs to this configuration's map.
 
+use std::collections::BTreeMap;
+
+use shardlock::{Endpoint, ShardConfig};
+
 use super::Kind;
 use super::facts::Seen;
 use super::finding::Finding;
@@ -38,6 +42,28 @@ pub(super) fn fingerprint(seen: &Seen, kind: Kind, ours: &str, key: &str) -> Opt
     ))
 }
 
+/// Whether two shards are the same place, by their names and URLs.
+pub(super) fn places(shards: &[ShardConfig]) -> Option<Finding> {
+    const CHECK: &str = "shards";
+    let mut seen: BTreeMap<String, &str> = BTreeMap::new();
+    for shard in shards {
+        let endpoint = Endpoint::parse(&shard.url).ok()?;
+        // Whoever logs in, it is the same place.
+        let shown = endpoint.to_string();
+        let place = shown.split_once("://").map_or("", |(_, rest)| rest);
+        let place = place.rsplit_once('@').map_or(place, |(_, place)| place).to_owned();
+        if let Some(other) = seen.insert(place, &shard.name) {
+            return Some(Finding::error(
+                CHECK,
+                format!("{other} and {} are the same place, {shown}", shard.name),
+                "each shard must have a server, or a database of it, of its own: a manager is refused by the shard map of the other",
+                "correct one of the two URLs, or leave one of the shards out, in every process",
+            ));
+        }
+    }
+    (shards.len() > 1).then(|| Finding::ok(CHECK, format!("{} shards, each at a place of its own", shards.len())))
+}
+
 #[cfg(test)]
 mod tests {
     use super::*;
@@ -65,6 +91,17 @@ mod tests {
     fn another_version_is_told_apart() {
         let finding = found(Some("v2 a:0-8191,b:8192-16383 here=a"), Kind::Single);
         assert!(finding.level == Level::Error && finding.found.contains("another version"));
+    }
+
+    #[test]
+    fn two_shards_must_not_be_the_same_place() {
+        let level = |urls: &[&str]| {
+            let shards: Vec<_> = urls.iter().map(|url| ShardConfig::new("a", *url)).collect();
+            places(&shards).map(|finding| finding.level)
+        };
+        assert_eq!(level(&["redis://a"]), None);
+        assert_eq!(level(&["redis://a", "redis://b", "redis://a/1"]), Some(Level::Ok));
+        assert_eq!(level(&["redis://a", "redis://u:s3cret@a:6379/0"]), Some(Level::Error));
     }
 
     #[test]

@@ -90,7 +90,10 @@ pub(crate) async fn run(args: Args) -> Result<u8, Failure> {
         .map(|(shard, fingerprint)| examine(shard, fingerprint, &asking));
     let shards: Vec<_> = stream::iter(looking).buffered(SHARDS_AT_ONCE).collect().await;
     let report = Report {
-        settings: timing::settings(&config),
+        settings: map::places(&config.shards)
+            .into_iter()
+            .chain([timing::settings(&config)])
+            .collect(),
         shards: shards.into_iter().collect::<Result<_, _>>()?,
     };
     let in_colour = stdout().is_terminal() && std::env::var_os("NO_COLOR").is_none_or(|value| value.is_empty());

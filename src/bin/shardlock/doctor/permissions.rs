@@ -51,23 +51,23 @@ impl Need {
         self.command.ends_with("subscribe")
     }
 
-    /// What a refusal says is missing; nothing if the words are about something else.
-    pub(super) fn denied(&self, words: &str) -> Option<Denied> {
+    /// What is missing, by the words of a refusal.
+    fn denied(&self, words: &str) -> Denied {
         let lack = match &self.pattern {
             Pattern::Channels(pattern) if words.contains("channel") => Lack::Channels(pattern.clone()),
             Pattern::Keys(pattern) if words.contains("key") => Lack::Keys(pattern.clone()),
             _ => Lack::Command,
         };
-        Some(Denied {
+        Denied {
             command: self.command.clone(),
             lack,
-        })
+        }
     }
 
     /// What the reply to the command itself says.
     pub(super) fn tried(&self, reply: &Result<Value, RedisError>) -> Option<Denied> {
         match reply {
-            Err(error) if error.code() == Some("NOPERM") => self.denied(error.detail().unwrap_or_default()),
+            Err(error) if error.code() == Some("NOPERM") => Some(self.denied(error.detail().unwrap_or_default())),
             // Any other error comes after the look at the ACL.
             _ => None,
         }
@@ -76,7 +76,7 @@ impl Need {
     /// What the reply to `ACL DRYRUN` says: `OK`, or what is missing, as text.
     pub(super) fn rehearsed(&self, reply: &Result<Value, RedisError>) -> Option<Denied> {
         match reply {
-            Ok(Value::BulkString(text)) => self.denied(&String::from_utf8_lossy(text)),
+            Ok(Value::BulkString(text)) => Some(self.denied(&String::from_utf8_lossy(text))),
             // A server that does not know the command can't forbid it; running it is another check's matter.
             _ => None,
         }
@@ -247,7 +247,7 @@ mod tests {
                 "PUBLISH" => "this user has no permissions to access one of the channels used as arguments",
                 _ => continue,
             };
-            seen.denied.extend(need.denied(words));
+            seen.denied.push(need.denied(words));
         }
         let finding = permitted(&seen);
         assert_eq!(

@@ -108,8 +108,12 @@ impl Report {
             }
             text.push('\n');
         }
-        let [ok, notes, warnings, errors] = Level::ALL.map(|level| self.count(level));
-        writeln!(text, "{errors} errors, {warnings} warnings, {notes} notes, {ok} ok").ok();
+        let mut counts = Level::ALL.map(|level| match (self.count(level), level) {
+            (1, _) | (_, Level::Ok) => format!("{} {}", self.count(level), level.word()),
+            (count, _) => format!("{count} {}s", level.word()),
+        });
+        counts.reverse();
+        writeln!(text, "{}", counts.join(", ")).ok();
         text
     }
 }
@@ -211,7 +215,7 @@ a  redis://a:1/0
             why   a reason
             mend  a command
 
-0 errors, 1 warnings, 0 notes, 1 ok
+0 errors, 1 warning, 0 notes, 1 ok
 ";
         assert_eq!(text, expected);
         assert!(report.as_text(Paint::Colours).contains("\x1b[33mwarning\x1b[0m"));
