@@ -229,8 +229,7 @@ fn a_password_that_is_missing_or_wrong_is_an_error_that_does_not_show_it() {
     assert!(!said.json.to_string().contains("s3cret"));
 }
 
-/// The words of `config/redis.conf`.
-const RULES: &str = "on >s3cret ~lock:* ~{lock:* &lock:* +@all -@dangerous";
+const RULES: &str = "on >s3cret ~lock:* ~{lock:* &lock:in:* +@all -@dangerous";
 
 #[test]
 fn a_permission_that_is_missing_is_named_with_the_command_that_gives_it() {
@@ -272,9 +271,9 @@ fn a_permission_that_is_missing_is_named_with_the_command_that_gives_it() {
             "~{lock:*",
         ),
         (
-            RULES.replace("&lock:* ", "&other:* "),
-            "has no access to channels lock:*",
-            "&lock:*",
+            RULES.replace("&lock:in:* ", "&other:* "),
+            "has no access to channels lock:in:*",
+            "&lock:in:*",
         ),
         (
             RULES.replace("~lock:* ", "~other:* "),
@@ -295,6 +294,14 @@ fn a_permission_that_is_missing_is_named_with_the_command_that_gives_it() {
         server.command(&mend);
         assert_eq!(doctor(&[&url], &[]).code, 0, "{rules}");
     }
+
+    // A replica is known even so, and a database that may not be chosen.
+    set_user(RULES);
+    server.command(&["REPLICAOF", "127.0.0.1", "1"]);
+    doctor(&[&url], &[]).complains_only("writes", "error", &["READONLY", "a replica"]);
+    server.command(&["REPLICAOF", "NO", "ONE"]);
+    set_user(&format!("{RULES} -select"));
+    doctor(&[&format!("{url}/1")], &[]).complains_only("reachable", "error", &["ACL SETUSER <user> +select"]);
     assert_eq!(server.dbsize(), 0);
 }
 

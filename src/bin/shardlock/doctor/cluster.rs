@@ -19,6 +19,8 @@ struct View {
     info: Info,
     nodes: Vec<Node>,
     settings: BTreeMap<String, String>,
+    /// Why the nodes are not known.
+    refused: Option<String>,
 }
 
 /// A node as another one, or it itself, sees it.
@@ -48,7 +50,8 @@ pub(super) async fn examine(endpoint: &Endpoint, asking: &Asking<'_>, fingerprin
         }
     }
     let Some(first) = found else {
-        // Those that answer are no nodes of a cluster, or don't tell: the checks of a server say so.
+        report.findings.extend(refused(views.iter().flatten()));
+        // Those that answer are no nodes of a cluster, which the check of their mode says, or don't tell.
         let expected = expected(asking, fingerprint, None);
         for (seed, _) in seeds.iter().zip(&views).filter(|(_, view)| view.is_ok()) {
             let server = look(seed, Kind::Cluster, asking).await;
@@ -125,9 +128,7 @@ async fn view(server: &ServerUrl, asking: &Asking<'_>) -> Result<View, Trouble> 
     let info: String = ask(&mut connection, cmd("CLUSTER").arg("INFO"))
         .await
         .unwrap_or_default();
-    let nodes: String = ask(&mut connection, cmd("CLUSTER").arg("NODES"))
-        .await
-        .unwrap_or_default();
+    let nodes: Result<String, String> = ask(&mut connection, cmd("CLUSTER").arg("NODES")).await;
     let mut settings = BTreeMap::new();
     let setting = "cluster-require-full-coverage";
     if let Ok(pair) = ask::<BTreeMap<String, String>>(&mut connection, cmd("CONFIG").arg("GET").arg(setting)).await {
@@ -135,8 +136,13 @@ async fn view(server: &ServerUrl, asking: &Asking<'_>) -> Result<View, Trouble> 
     }
     Ok(View {
         info: Info::parse(&info),
-        nodes: nodes.lines().filter_map(|line| node(line, server)).collect(),
+        nodes: nodes
+            .iter()
+            .flat_map(|nodes| nodes.lines())
+            .filter_map(|line| node(line, server))
+            .collect(),
         settings,
+        refused: nodes.err(),
     })
 }
 
@@ -177,6 +183,17 @@ fn node(line: &str, asked: &ServerUrl) -> Option<Node> {
 
 fn has(node: &Node, flag: &str) -> bool {
     node.flags.split(',').any(|known| known == flag)
+}
+
+/// That nothing is known of the cluster as a whole.
+fn refused<'a>(mut views: impl Iterator<Item = &'a View>) -> Option<Finding> {
+    let reason = views.find_map(|view| view.refused.as_ref())?;
+    Some(Finding::note(
+        "cluster",
+        format!("CLUSTER NODES is refused: {reason}"),
+        "the slots, the other nodes and their replicas can't be looked at, so nothing is said of them",
+        "ACL SETUSER <user> +cluster|nodes +cluster|info on each node, or look by hand: redis-cli --cluster check <node>",
+    ))
 }
 
 fn state(views: &[(&str, &View)]) -> Option<Finding> {
@@ -325,7 +342,7 @@ mod tests {
         View {
             info: Info::parse("cluster_state:ok\n"),
             nodes: lines.lines().filter_map(|line| node(line, &asked)).collect(),
-            settings: BTreeMap::new(),
+            ..View::default()
         }
     }
 

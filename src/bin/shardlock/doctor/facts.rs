@@ -30,6 +30,8 @@ pub(super) enum TroubleKind {
     Silent,
     /// The server wants another password, or one at all.
     Login,
+    /// The server does not let us choose the database.
+    Database,
     /// The encryption did not come about.
     Encryption,
     /// The server answers, but not as it should.
@@ -52,6 +54,8 @@ pub(super) struct Seen {
     pub(super) denied: Vec<Denied>,
     /// How many commands were tried for that.
     pub(super) tried: usize,
+    /// What the server said to one of them if it takes no writes now. Known only where the commands themselves were tried.
+    pub(super) refuses_writes: Option<String>,
 }
 
 impl Seen {
@@ -237,6 +241,7 @@ impl Seen {
             user: "default".to_owned(),
             denied: Vec::new(),
             tried: 18,
+            refuses_writes: None,
         }
     }
 }

@@ -119,6 +119,7 @@ fn trouble(error: &RedisError, server: &ServerUrl) -> Trouble {
         server.is_encrypted() && (reason.contains("ertificate") || reason.contains("handshake"));
     let kind = match error.kind() {
         ErrorKind::AuthenticationFailed => TroubleKind::Login,
+        _ if reason.contains("refused to switch database") => TroubleKind::Database,
         _ if matches!(error.code(), Some("NOAUTH" | "WRONGPASS" | "NOPERM")) => TroubleKind::Login,
         _ if is_about_certificates || error.kind() == ErrorKind::InvalidClientConfig => TroubleKind::Encryption,
         _ if error.is_timeout() => TroubleKind::Silent,
@@ -151,7 +152,7 @@ async fn see(server: &ServerUrl, kind: Kind, asking: &Asking<'_>) -> Result<Seen
     // A server that does not tell has no users, or this one may not ask: the URL knows.
     let user = user.unwrap_or_else(|_| user_of(server));
     let needs = permissions::needs(&asking.config.namespace, kind, asking.config.min_replicas_acked);
-    let denied = denied(&mut connection, &user, &needs, server, asking).await?;
+    let (denied, refuses_writes) = denied(&mut connection, &user, &needs, server, asking).await?;
     Ok(Seen {
         round_trips,
         info: info.map(|text| Info::parse(&text)),
@@ -161,6 +162,7 @@ async fn see(server: &ServerUrl, kind: Kind, asking: &Asking<'_>) -> Result<Seen
         user,
         denied,
         tried: needs.len(),
+        refuses_writes,
     })
 }
 
@@ -251,14 +253,17 @@ fn since_epoch() -> Duration {
     SystemTime::now().duration_since(UNIX_EPOCH).unwrap_or_default()
 }
 
-/// Which of the needs the user is not permitted.
+/// What a server says that takes no writes. It says so after it has looked at the ACL, and before it looks at arguments.
+const NO_WRITES: [&str; 4] = ["READONLY", "OOM", "MISCONF", "NOREPLICAS"];
+
+/// Which of the needs the user is not permitted, and what the server says if it takes no writes.
 async fn denied(
     connection: &mut MultiplexedConnection,
     user: &str,
     needs: &[Need],
     server: &ServerUrl,
     asking: &Asking<'_>,
-) -> Result<Vec<Denied>, Trouble> {
+) -> Result<(Vec<Denied>, Option<String>), Trouble> {
     let failed = |error: RedisError| trouble(&error, server);
     let dry_run = |words: &[String]| {
         let mut command = cmd("ACL");
@@ -273,13 +278,19 @@ async fn denied(
         }
         let replies = ask_all(connection, &commands, needs.len()).await.map_err(failed)?;
         let pairs = needs.iter().zip(&replies);
-        return Ok(pairs.filter_map(|(need, reply)| need.rehearsed(reply)).collect());
+        let denied = pairs.filter_map(|(need, reply)| need.rehearsed(reply));
+        return Ok((denied.collect(), None));
     }
     let (alone, together): (Vec<&Need>, Vec<&Need>) = needs.iter().partition(|need| need.subscribes());
     for need in &together {
         commands.add_command(in_words(need));
     }
     let replies = ask_all(connection, &commands, together.len()).await.map_err(failed)?;
+    let errors = replies.iter().filter_map(|reply| reply.as_ref().err());
+    let refuses_writes = errors
+        .filter_map(|error| Some((error.code()?, error)))
+        .find(|(code, _)| NO_WRITES.contains(code))
+        .map(|(code, error)| format!("{code}: {}", error.detail().unwrap_or_default()));
     let pairs = together.iter().zip(&replies);
     let mut denied: Vec<_> = pairs.filter_map(|(need, reply)| need.tried(reply)).collect();
     for need in alone {
@@ -288,7 +299,7 @@ async fn denied(
         let reply = connection.send_packed_command(&in_words(need)).await;
         denied.extend(need.tried(&reply.and_then(Value::extract_error)));
     }
-    Ok(denied)
+    Ok((denied, refuses_writes))
 }
 
 fn in_words(need: &Need) -> Cmd {

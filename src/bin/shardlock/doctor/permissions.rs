@@ -87,7 +87,7 @@ impl Need {
 pub(super) fn needs(namespace: &str, kind: Kind, min_replicas_acked: u32) -> Vec<Need> {
     let leases = Pattern::Keys(format!("~{}*", escaped(namespace)));
     let queues = Pattern::Keys(format!("~{{{}*", escaped(namespace)));
-    let channels = Pattern::Channels(format!("&{}*", escaped(namespace)));
+    let channels = Pattern::Channels(format!("&{}in:*", escaped(namespace)));
     // A percent sign in a lock's name is encoded, so no lock is called like this.
     let lease = format!("{namespace}%doctor");
     let queue = format!("{{{namespace}%doctor}}:q");
@@ -124,7 +124,7 @@ pub(super) fn needs(namespace: &str, kind: Kind, min_replicas_acked: u32) -> Vec
     needs.extend(pubsub.map(|words| Need::new(words, Some(&inbox), channels.clone())));
     let mut more = |words| needs.push(Need::new(words, None, Pattern::None));
     match kind {
-        Kind::Cluster => more("CLUSTER SLOTS"),
+        Kind::Cluster => ["CLUSTER SLOTS", "ASKING", "PING"].into_iter().for_each(&mut more),
         Kind::Redlock => more("INFO server"),
         Kind::Sentinel => more("ROLE"),
         Kind::Single => {}
@@ -252,13 +252,13 @@ mod tests {
         let finding = permitted(&seen);
         assert_eq!(
             finding.found,
-            "user locks may not run SET and has no access to keys {a\\*b:*, channels a\\*b:*"
+            "user locks may not run SET and has no access to keys {a\\*b:*, channels a\\*b:in:*"
         );
         assert!(
             finding
                 .mend
                 .unwrap()
-                .starts_with("ACL SETUSER locks +set ~{a\\*b:* &a\\*b:* ")
+                .starts_with("ACL SETUSER locks +set ~{a\\*b:* &a\\*b:in:* ")
         );
     }
 

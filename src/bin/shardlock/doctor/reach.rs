@@ -66,6 +66,11 @@ pub(super) fn unreachable(server: &Server, trouble: &Trouble, level: Level) -> F
             format!("the server asks for a password, and the URL has none: {reason}"),
             "put it into the shard's URL: redis://:password@host, or redis://user:password@host".to_owned(),
         ),
+        TroubleKind::Database => (
+            reason.clone(),
+            "ACL SETUSER <user> +select, or leave the database out of the URL (redis://host/1); the server's setting databases says how many there are"
+                .to_owned(),
+        ),
         TroubleKind::Encryption => (
             format!("no encrypted connection: {reason}"),
             "set tls_ca to the PEM file of the authority that signed the server's certificate, and name the host in the URL as the certificate \

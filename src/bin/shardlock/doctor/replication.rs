@@ -38,6 +38,18 @@ pub(super) fn role(seen: &Seen, kind: Kind) -> Option<Finding> {
     })
 }
 
+/// Whether the server takes writes, where it does not tell its role.
+pub(super) fn writes(seen: &Seen) -> Option<Finding> {
+    let said = seen.refuses_writes.as_ref().filter(|_| seen.info.is_err())?;
+    Some(Finding::error(
+        "writes",
+        said,
+        "the server takes no writes now, so locks fail",
+        "READONLY: this is a replica, use the URL of its primary; OOM: CONFIG SET maxmemory to more; MISCONF: its disk is full or broken; \
+         NOREPLICAS: it wants more replicas (min-replicas-to-write)",
+    ))
+}
+
 /// Whether a server that ought to be a replica is one, and hears its primary.
 pub(super) fn replica(seen: &Seen, expected_primary: &str) -> Option<Finding> {
     const CHECK: &str = "role";
@@ -198,6 +210,15 @@ mod tests {
         assert!(finding.mend.unwrap().contains("redis://10.0.0.1:6379"));
         let node = role(&seen(REPLICA), Kind::Redlock).unwrap();
         assert!(node.level == Level::Error && node.why.unwrap().contains("independent"));
+    }
+
+    #[test]
+    fn a_server_that_takes_no_writes_is_known_without_its_role() {
+        let mut seen = seen("");
+        seen.refuses_writes = Some("READONLY: You can't write".to_owned());
+        assert_eq!(writes(&seen), None);
+        seen.info = Err("NoPerm".to_owned());
+        assert_eq!(writes(&seen).unwrap().level, Level::Error);
     }
 
     #[test]

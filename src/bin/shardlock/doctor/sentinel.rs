@@ -155,6 +155,12 @@ fn of_sentinel(view: &View, name: &str, named: usize) -> Vec<Finding> {
     });
     findings.push(match &view.quorum {
         Ok(words) => Finding::ok("quorum", words),
+        Err(reason) if not_permitted(reason) => Finding::note(
+            "quorum",
+            format!("SENTINEL CKQUORUM is refused: {reason}"),
+            "whether a failover is possible, and the replicas, can't be looked at, so nothing is said of them",
+            "ACL SETUSER <user> +sentinel|ckquorum +sentinel|master +sentinel|replicas on the sentinel, or look by hand",
+        ),
         Err(reason) => Finding::error(
             "quorum",
             reason,
@@ -186,6 +192,10 @@ fn of_sentinel(view: &View, name: &str, named: usize) -> Vec<Finding> {
         });
     }
     findings
+}
+
+fn not_permitted(reason: &str) -> bool {
+    reason.starts_with("NoPerm")
 }
 
 /// Whether all sentinels that answer name the same primary.
@@ -292,6 +302,11 @@ mod tests {
             [("quorum", Level::Error), ("sentinels", Level::Warning)]
         );
         assert_eq!(levels(&view(Some("a:1"), &[]), 1)[2], ("sentinels", Level::Note));
+        let refused = View {
+            quorum: Err("NoPerm: this user has no permissions".to_owned()),
+            ..view(Some("a:1"), &[])
+        };
+        assert_eq!(levels(&refused, 3)[1], ("quorum", Level::Note));
     }
 
     #[test]

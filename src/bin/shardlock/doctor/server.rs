@@ -52,6 +52,9 @@ fn findings(server: &Server, seen: &Seen, expected: &Expected<'_>) -> Vec<Findin
     findings.extend(reach::version(seen));
     findings.extend(reach::mode(seen, kind));
     findings.extend(role);
+    if expected.replica_of.is_none() {
+        findings.extend(replication::writes(seen));
+    }
     findings.extend(permissions::access(&server.place, server.has_login, seen));
     findings.push(permissions::permitted(seen));
     findings.extend(map::fingerprint(seen, kind, fingerprint, &config.map_key()));
