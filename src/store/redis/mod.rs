@@ -6,7 +6,7 @@
 
 mod client;
 mod commands;
-mod names;
+pub(crate) mod names;
 mod permission;
 pub(crate) mod primary;
 mod reply;
