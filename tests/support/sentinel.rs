@@ -6,7 +6,8 @@ use std::fs::{self, File};
 use std::net::Ipv4Addr;
 use std::path::Path;
 use std::process::{Command, Stdio};
-use std::time::Duration;
+use std::thread;
+use std::time::{Duration, Instant};
 
 use parking_lot::Mutex;
 use redis::{Connection, FromRedisValue, RedisResult};
@@ -15,6 +16,8 @@ use tempfile::TempDir;
 use super::process::Process;
 use super::server::{PORTS_TRIED_MAX, RedisServer, binary, connect, free_port};
 use super::wait::{PATIENCE, wait_until};
+
+const LOG: &str = "sentinel.log";
 
 /// What the sentinels call the primary.
 pub const NAME: &str = "mymaster";
@@ -60,13 +63,13 @@ impl Watched {
             .map(|_| Sentinel::start(servers[0].port(), lines))
             .collect();
         for sentinel in &sentinels {
-            // The usual periods are seconds.
-            sentinel.debug(&["INFO-PERIOD", "100", "PUBLISH-PERIOD", "50"]);
+            // The usual periods are seconds. One that was not scheduled for two of them does nothing for the next thirty.
+            sentinel.debug(&["INFO-PERIOD", "100", "PUBLISH-PERIOD", "50", "TILT-PERIOD", "500"]);
         }
         wait_until("the sentinels know everybody", PATIENCE, || {
             sentinels.iter().all(|sentinel| {
-                let known = |what: &str| sentinel.of_primary(what).parse::<usize>().expect("a number");
-                known("num-slaves") == replicas && known("num-other-sentinels") == SENTINELS - 1
+                let known = sentinel.of_primary(["num-slaves", "num-other-sentinels"]);
+                known.map(|count| count.parse::<usize>().expect("a number")) == [replicas, SENTINELS - 1]
             })
         });
         let watched = Self { servers, sentinels };
@@ -117,13 +120,17 @@ impl Watched {
     #[track_caller]
     pub fn failover(&self) -> &RedisServer {
         let (old, leader) = (self.primary().port(), &self.sentinels[0]);
-        wait_until("a failover is carried out", PATIENCE, || {
-            if leader.primary() != Some(old) {
+        self.wait("a failover is carried out", || {
+            // In one question, since a failover that ends in between would be followed by one back.
+            let [port, flags] = leader.of_primary(["port", "flags"]);
+            if port != old.to_string() {
                 return true;
             }
-            // Refused while one is under way; and one that finds no replica in a fit state is given up without a word.
-            let begun: RedisResult<String> = leader.try_query(&["SENTINEL", "FAILOVER", NAME]);
-            drop(begun);
+            if !flags.contains("failover_in_progress") {
+                // One that finds no replica in a fit state is refused, or given up without a word, and begun again here.
+                let begun: RedisResult<String> = leader.try_query(&["SENTINEL", "FAILOVER", NAME]);
+                drop(begun);
+            }
             false
         });
         self.switched(old)
@@ -133,9 +140,7 @@ impl Watched {
     #[track_caller]
     pub fn switched(&self, from: u16) -> &RedisServer {
         let up = || self.sentinels.iter().filter_map(Sentinel::primary);
-        wait_until("the sentinels have switched", PATIENCE, || {
-            up().all(|primary| primary != from)
-        });
+        self.wait("the sentinels have switched", || up().all(|primary| primary != from));
         self.primary()
     }
 
@@ -143,7 +148,22 @@ impl Watched {
     #[track_caller]
     pub fn has_replicas(&self, count: usize) {
         let primary = self.primary();
-        wait_until("the primary has its replicas", PATIENCE, || in_step(primary) == count);
+        self.wait("the primary has its replicas", || in_step(primary) == count);
+    }
+
+    /// [`wait_until`], with what the sentinels have to say if it is in vain.
+    #[track_caller]
+    fn wait(&self, what: &str, mut condition: impl FnMut() -> bool) {
+        let deadline = Instant::now() + PATIENCE;
+        while !condition() {
+            let logs = || self.sentinels.iter().map(Sentinel::log).collect::<Vec<_>>().join("\n");
+            assert!(
+                Instant::now() < deadline,
+                "waited {PATIENCE:?} in vain until {what}:\n{}",
+                logs()
+            );
+            thread::sleep(Duration::from_millis(2));
+        }
     }
 
     /// Stops the replication from the primary, without the sentinels doing anything about it for some seconds.
@@ -245,11 +265,19 @@ impl Sentinel {
         asked.ok().map(|(_, port)| port)
     }
 
+    /// What it knows of the primary.
     #[track_caller]
-    fn of_primary(&self, field: &str) -> String {
+    fn of_primary<const N: usize>(&self, names: [&str; N]) -> [String; N] {
         let fields: Vec<String> = self.try_query(&["SENTINEL", "MASTER", NAME]).expect("SENTINEL MASTER");
-        let place = fields.iter().step_by(2).position(|name| name == field);
-        fields[2 * place.expect("a field") + 1].clone()
+        names.map(|name| {
+            let mut pairs = fields.chunks(2);
+            pairs.find(|pair| pair[0] == name).expect("a field")[1].clone()
+        })
+    }
+
+    /// What it has logged.
+    pub fn log(&self) -> String {
+        fs::read_to_string(self.dir.path().join(LOG)).unwrap_or_default()
     }
 
     #[track_caller]
@@ -282,7 +310,7 @@ fn launch(port: u16, primary: u16, lines: &[&str], dir: &Path) -> Option<(Proces
         .flat_map(|password| ["--requirepass".to_owned(), password.to_owned()])
         .collect();
     fs::write(&config, text).expect("write a configuration");
-    let log = dir.join("sentinel.log");
+    let log = dir.join(LOG);
     let log_file = File::create(&log).expect("make a log file");
     let mut command = Command::new(&binary().path);
     command
