@@ -63,8 +63,10 @@ impl Watched {
             .map(|_| Sentinel::start(servers[0].port(), lines))
             .collect();
         for sentinel in &sentinels {
-            // The usual periods are seconds. One that was not scheduled for two of them does nothing for the next thirty.
-            sentinel.debug(&["INFO-PERIOD", "100", "PUBLISH-PERIOD", "50", "TILT-PERIOD", "500"]);
+            // The usual periods are seconds. One that was not scheduled for two of them does nothing for the next thirty, and a connection to
+            // a server that hung is made anew after fifteen.
+            sentinel.debug(&["INFO-PERIOD", "100", "PUBLISH-PERIOD", "50"]);
+            sentinel.debug(&["TILT-PERIOD", "500", "MIN-LINK-RECONNECT-PERIOD", "500"]);
         }
         wait_until("the sentinels know everybody", PATIENCE, || {
             sentinels.iter().all(|sentinel| {
@@ -199,10 +201,15 @@ pub struct Sentinel {
 impl Sentinel {
     #[track_caller]
     fn start(primary: u16, lines: &[&str]) -> Self {
-        let dir = tempfile::Builder::new()
-            .prefix("shardlock-sentinel-")
-            .tempdir()
-            .expect("make a directory");
+        let mut dir = tempfile::Builder::new();
+        dir.prefix("shardlock-sentinel-");
+        // A sentinel stands still until each change of its configuration is on the disk, which takes seconds where others write much.
+        let memory = Path::new("/dev/shm");
+        let dir = match memory.is_dir() {
+            true => dir.tempdir_in(memory),
+            false => dir.tempdir(),
+        };
+        let dir = dir.expect("make a directory");
         for _ in 0..PORTS_TRIED_MAX {
             let port = free_port();
             if let Some((process, password)) = launch(port, primary, lines, dir.path()) {
