@@ -25,7 +25,7 @@ const SENTINELS: usize = 3;
 const QUORUM: usize = 2;
 
 /// After how long a server that does not answer is down.
-pub const DOWN_AFTER: Duration = Duration::from_millis(400);
+pub const DOWN_AFTER: Duration = Duration::from_millis(800);
 
 /// How often a sentinel tells the others what it knows, by default. The old primary of an orderly failover is demoted after four times that.
 const PUBLISH_PERIOD: Duration = Duration::from_secs(2);
@@ -149,8 +149,7 @@ impl Watched {
     /// Waits until the replicas of the primary are as many as that, and in step.
     #[track_caller]
     pub fn has_replicas(&self, count: usize) {
-        let primary = self.primary();
-        self.wait("the primary has its replicas", || in_step(primary) == count);
+        self.wait("the primary has its replicas", || in_step(self.primary()) == count);
     }
 
     /// [`wait_until`], with what the sentinels have to say if it is in vain.
@@ -185,7 +184,8 @@ impl Watched {
 pub fn in_step(primary: &RedisServer) -> usize {
     // Something that they have to acknowledge, and that leaves nothing behind.
     primary.command(&["PUBLISH", "in-step", ""]);
-    primary.query(&["WAIT", "100", "50"])
+    // A server that is no primary, or not yet, refuses.
+    primary.try_query(&["WAIT", "100", "50"]).unwrap_or_default()
 }
 
 /// One sentinel.
