@@ -260,7 +260,8 @@ async fn a_primary_that_hangs_is_left_as_soon_as_the_sentinels_say_so() {
     let handed = soon("the hand-off", waiting).await.expect("a task");
     handed.release().await.expect("release");
 
-    // Awake again it is demoted, and nobody goes back.
+    // Awake again it is demoted, which takes eight seconds without failing otherwise, and nobody goes back.
+    watched.publish_every(Duration::from_millis(250));
     old.cont();
     watched.has_replicas(1);
     hand_off(&one, &other, "k").await;
