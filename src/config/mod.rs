@@ -105,9 +105,10 @@ pub struct Config {
     /// can't flood the metrics store. Default: 32.
     pub max_classes: usize,
 
-    /// How many replicas must have confirmed a lease (by `WAIT`) before it counts: 0 to 16. With fewer, a lock fails with
-    /// [`LockError::Unavailable`](crate::LockError::Unavailable). For `redis://`, `redis+sentinel://` and `redis+cluster://`; a lock then costs a
-    /// round trip to a replica, and it can only be forgotten in a failover if a replica is promoted that did not confirm. Default: 0.
+    /// How many replicas must have confirmed a lease (by `WAIT`) before it counts, when it is taken and at each renewal: 0 to 16. With fewer, a
+    /// lock fails with [`LockError::Unavailable`](crate::LockError::Unavailable), and one that is held is lost when its lease ends. For
+    /// `redis://`, `redis+sentinel://` and `redis+cluster://`; a lock then costs a round trip to a replica, and it can only be forgotten in a
+    /// failover if a replica is promoted that did not confirm. Default: 0.
     pub min_replicas_acked: u32,
 
     /// The longest TTL that a lock in a `redlock://` shard may have: 50 ms to 24 h, and no less than `ttl`. A node that restarted less than this ago

@@ -6,7 +6,8 @@ use std::fs::{self, File};
 use std::net::Ipv4Addr;
 use std::path::Path;
 use std::process::{Command, Stdio};
-use std::time::Duration;
+use std::thread;
+use std::time::{Duration, Instant};
 
 use parking_lot::Mutex;
 use redis::{Connection, FromRedisValue, RedisResult};
@@ -16,13 +17,15 @@ use super::process::Process;
 use super::server::{PORTS_TRIED_MAX, RedisServer, binary, connect, free_port};
 use super::wait::{PATIENCE, wait_until};
 
+const LOG: &str = "sentinel.log";
+
 /// What the sentinels call the primary.
 pub const NAME: &str = "mymaster";
 const SENTINELS: usize = 3;
 const QUORUM: usize = 2;
 
 /// After how long a server that does not answer is down.
-pub const DOWN_AFTER: Duration = Duration::from_millis(400);
+pub const DOWN_AFTER: Duration = Duration::from_millis(800);
 
 /// How often a sentinel tells the others what it knows, by default. The old primary of an orderly failover is demoted after four times that.
 const PUBLISH_PERIOD: Duration = Duration::from_secs(2);
@@ -60,13 +63,15 @@ impl Watched {
             .map(|_| Sentinel::start(servers[0].port(), lines))
             .collect();
         for sentinel in &sentinels {
-            // The usual periods are seconds.
+            // The usual periods are seconds. One that was not scheduled for two of them does nothing for the next thirty, and a connection to
+            // a server that hung is made anew after fifteen.
             sentinel.debug(&["INFO-PERIOD", "100", "PUBLISH-PERIOD", "50"]);
+            sentinel.debug(&["TILT-PERIOD", "500", "MIN-LINK-RECONNECT-PERIOD", "500"]);
         }
         wait_until("the sentinels know everybody", PATIENCE, || {
             sentinels.iter().all(|sentinel| {
-                let known = |what: &str| sentinel.of_primary(what).parse::<usize>().expect("a number");
-                known("num-slaves") == replicas && known("num-other-sentinels") == SENTINELS - 1
+                let known = sentinel.of_primary(["num-slaves", "num-other-sentinels"]);
+                known.map(|count| count.parse::<usize>().expect("a number")) == [replicas, SENTINELS - 1]
             })
         });
         let watched = Self { servers, sentinels };
@@ -117,13 +122,17 @@ impl Watched {
     #[track_caller]
     pub fn failover(&self) -> &RedisServer {
         let (old, leader) = (self.primary().port(), &self.sentinels[0]);
-        wait_until("a failover is carried out", PATIENCE, || {
-            if leader.primary() != Some(old) {
+        self.wait("a failover is carried out", || {
+            // In one question, since a failover that ends in between would be followed by one back.
+            let [port, flags] = leader.of_primary(["port", "flags"]);
+            if port != old.to_string() {
                 return true;
             }
-            // Refused while one is under way; and one that finds no replica in a fit state is given up without a word.
-            let begun: RedisResult<String> = leader.try_query(&["SENTINEL", "FAILOVER", NAME]);
-            drop(begun);
+            if !flags.contains("failover_in_progress") {
+                // One that finds no replica in a fit state is refused, or given up without a word, and begun again here.
+                let begun: RedisResult<String> = leader.try_query(&["SENTINEL", "FAILOVER", NAME]);
+                drop(begun);
+            }
             false
         });
         self.switched(old)
@@ -133,17 +142,29 @@ impl Watched {
     #[track_caller]
     pub fn switched(&self, from: u16) -> &RedisServer {
         let up = || self.sentinels.iter().filter_map(Sentinel::primary);
-        wait_until("the sentinels have switched", PATIENCE, || {
-            up().all(|primary| primary != from)
-        });
+        self.wait("the sentinels have switched", || up().all(|primary| primary != from));
         self.primary()
     }
 
     /// Waits until the replicas of the primary are as many as that, and in step.
     #[track_caller]
     pub fn has_replicas(&self, count: usize) {
-        let primary = self.primary();
-        wait_until("the primary has its replicas", PATIENCE, || in_step(primary) == count);
+        self.wait("the primary has its replicas", || in_step(self.primary()) == count);
+    }
+
+    /// [`wait_until`], with what the sentinels have to say if it is in vain.
+    #[track_caller]
+    fn wait(&self, what: &str, mut condition: impl FnMut() -> bool) {
+        let deadline = Instant::now() + PATIENCE;
+        while !condition() {
+            let logs = || self.sentinels.iter().map(Sentinel::log).collect::<Vec<_>>().join("\n");
+            assert!(
+                Instant::now() < deadline,
+                "waited {PATIENCE:?} in vain until {what}:\n{}",
+                logs()
+            );
+            thread::sleep(Duration::from_millis(2));
+        }
     }
 
     /// Stops the replication from the primary, without the sentinels doing anything about it for some seconds.
@@ -163,7 +184,8 @@ impl Watched {
 pub fn in_step(primary: &RedisServer) -> usize {
     // Something that they have to acknowledge, and that leaves nothing behind.
     primary.command(&["PUBLISH", "in-step", ""]);
-    primary.query(&["WAIT", "100", "50"])
+    // A server that is no primary, or not yet, refuses.
+    primary.try_query(&["WAIT", "100", "50"]).unwrap_or_default()
 }
 
 /// One sentinel.
@@ -179,10 +201,15 @@ pub struct Sentinel {
 impl Sentinel {
     #[track_caller]
     fn start(primary: u16, lines: &[&str]) -> Self {
-        let dir = tempfile::Builder::new()
-            .prefix("shardlock-sentinel-")
-            .tempdir()
-            .expect("make a directory");
+        let mut dir = tempfile::Builder::new();
+        dir.prefix("shardlock-sentinel-");
+        // A sentinel stands still until each change of its configuration is on the disk, which takes seconds where others write much.
+        let memory = Path::new("/dev/shm");
+        let dir = match memory.is_dir() {
+            true => dir.tempdir_in(memory),
+            false => dir.tempdir(),
+        };
+        let dir = dir.expect("make a directory");
         for _ in 0..PORTS_TRIED_MAX {
             let port = free_port();
             if let Some((process, password)) = launch(port, primary, lines, dir.path()) {
@@ -245,11 +272,19 @@ impl Sentinel {
         asked.ok().map(|(_, port)| port)
     }
 
+    /// What it knows of the primary.
     #[track_caller]
-    fn of_primary(&self, field: &str) -> String {
+    fn of_primary<const N: usize>(&self, names: [&str; N]) -> [String; N] {
         let fields: Vec<String> = self.try_query(&["SENTINEL", "MASTER", NAME]).expect("SENTINEL MASTER");
-        let place = fields.iter().step_by(2).position(|name| name == field);
-        fields[2 * place.expect("a field") + 1].clone()
+        names.map(|name| {
+            let mut pairs = fields.chunks(2);
+            pairs.find(|pair| pair[0] == name).expect("a field")[1].clone()
+        })
+    }
+
+    /// What it has logged.
+    pub fn log(&self) -> String {
+        fs::read_to_string(self.dir.path().join(LOG)).unwrap_or_default()
     }
 
     #[track_caller]
@@ -282,7 +317,7 @@ fn launch(port: u16, primary: u16, lines: &[&str], dir: &Path) -> Option<(Proces
         .flat_map(|password| ["--requirepass".to_owned(), password.to_owned()])
         .collect();
     fs::write(&config, text).expect("write a configuration");
-    let log = dir.join("sentinel.log");
+    let log = dir.join(LOG);
     let log_file = File::create(&log).expect("make a log file");
     let mut command = Command::new(&binary().path);
     command

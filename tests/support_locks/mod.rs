@@ -12,6 +12,7 @@ use std::task::{Context, Waker};
 use std::time::{Duration, Instant};
 
 use shardlock::{Builder, LockGuard, LockManager};
+use tokio::task::JoinHandle;
 
 use crate::support::{PATIENCE, RedisServer};
 
@@ -134,6 +135,41 @@ pub async fn soon<F: Future>(what: &str, future: F) -> F::Output {
 /// Locks with a limit that only a hanging test reaches.
 pub async fn lock(locks: &LockManager, key: &str) -> LockGuard {
     locks.lock(key).timeout(PATIENCE).await.expect("lock")
+}
+
+/// Locks, again and again while a failover is under way. Returns the token.
+pub async fn lock_in_time(locks: &LockManager, key: &str) -> u64 {
+    let mut token = 0;
+    until("the lock can be had again", async || match locks.lock(key).await {
+        Ok(guard) => {
+            token = guard.token().get();
+            guard.release().await.is_ok()
+        }
+        Err(error) => {
+            assert!(error.is_retryable(), "{error}");
+            false
+        }
+    })
+    .await;
+    token
+}
+
+/// A task that waits for the lock.
+pub fn waiting(locks: &LockManager, key: &'static str) -> JoinHandle<LockGuard> {
+    let locks = locks.clone();
+    tokio::spawn(async move { lock(&locks, key).await })
+}
+
+/// A hand-off between two managers, by push: both inboxes are where the lock is.
+pub async fn hand_off(from: &LockManager, to: &LockManager, key: &'static str) {
+    let guard = lock(from, key).await;
+    let waiting = waiting(to, key);
+    until_queued(from, key, 1).await;
+    let token = guard.token();
+    guard.release().await.expect("release");
+    let guard = soon("the hand-off", waiting).await.expect("a task");
+    assert!(guard.token() > token);
+    guard.release().await.expect("release");
 }
 
 /// Polls once: whether the future is ready then. Its waker does nothing, so something has to poll it again.

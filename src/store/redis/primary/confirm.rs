@@ -7,15 +7,20 @@
 //! is an error: the queue abandons the cycle, which is released in the background.
 //!
 //! What is promised: when a lock is entered, `n` replicas know its lease; and for as long as it is held and valid, they know of an end
-//! that does not lie before the one that the holder counts on. So renewals are confirmed, too: a lock that was held for longer than a TTL while
-//! nothing was replicated would have run out on a replica that is promoted then, and somebody else would get it beside the holder. A renewal that is not
-//! confirmed counts as one without an answer: it is repeated, and if that goes on for the rest of the TTL, the lock is lost in time.
+//! that does not lie before the one that the holder counts on. So renewals are confirmed, too: a lock that was held for longer than a
+//! TTL while nothing was replicated would have run out on a replica that is promoted then, and somebody else would get it beside the
+//! holder. A renewal that is not confirmed counts as one without an answer: it is repeated, and if that goes on for the rest of the TTL,
+//! the lock is lost in time.
 //! A lease that was granted by somebody else's release was confirmed by nobody: the inbox makes a turn of such a grant, so that this manager asks,
 //! and confirms, itself. Releases are not confirmed: one that is not replicated only makes others wait for the end of the lease.
 //!
+//! The promise is worth as much as the choice of the replica that is promoted: one of those that confirmed. And the end of a lease is replicated as a
+//! time of day, so the clocks of the servers have to agree; one that is ahead ends leases earlier once it is the primary.
+//!
 //! On a connection that many tasks share, `WAIT` holds back whatever comes behind it. Where replicas answer, that is the time of one
-//! round trip to them, which a task that only learns that a key is held has to wait for as well. Where they do not, it is the whole limit; so once a wait was in vain, the next ones are short, but for one in
-//! each time limit, which finds out whether the replicas are merely slow.
+//! round trip to them, which a task that only learns that a key is held has to wait for as well. Where they do not, it is the whole
+//! limit; so once a wait was in vain, the next ones are short, but for one in each time limit, which finds out whether the replicas are
+//! merely slow.
 
 use std::sync::atomic::{AtomicU64, Ordering};
 use std::time::Duration;
