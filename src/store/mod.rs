@@ -90,10 +90,8 @@ pub(crate) fn open(endpoint: &Endpoint, options: StoreOptions) -> Result<Arc<dyn
     Ok(match endpoint.kind() {
         EndpointKind::Redis(server) => Arc::new(redis::primary::RedisStore::new(server, options)?),
         EndpointKind::Memory { name } => Arc::new(memory::MemoryStore::open(name, options)),
-        EndpointKind::Sentinel { .. }
-        | EndpointKind::Cluster { .. }
-        | EndpointKind::Redlock { .. }
-        | EndpointKind::Etcd { .. } => {
+        EndpointKind::Cluster { seeds } => Arc::new(redis::cluster::ClusterStore::new(seeds, options)?),
+        EndpointKind::Sentinel { .. } | EndpointKind::Redlock { .. } | EndpointKind::Etcd { .. } => {
             return Err(Invalid::new("url", endpoint.to_string(), "of a kind that is built already").into());
         }
     })

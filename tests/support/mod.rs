@@ -9,11 +9,13 @@
 // A test is over when its surroundings fail.
 #![allow(clippy::expect_used, clippy::panic, clippy::unwrap_used)]
 
+pub mod cluster;
 pub mod process;
 pub mod server;
 pub mod wait;
 pub mod worker;
 
+pub use cluster::Cluster;
 pub use server::{ClientType, RedisServer};
 pub use wait::{PATIENCE, eventually, wait_until};
 pub use worker::Worker;

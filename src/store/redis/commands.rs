@@ -16,15 +16,33 @@ use crate::store::INSPECTED_QUEUE_MAX;
 pub(super) struct Commands {
     pub(super) names: Names,
     pub(super) manager: ManagerId,
-    inbox_prefix: String,
+    inboxes: Inboxes,
+}
+
+/// Where managers are told.
+#[derive(Debug)]
+enum Inboxes {
+    /// Each has one inbox; this comes before its name.
+    One(String),
+    /// Each has one in every slot.
+    PerSlot,
 }
 
 impl Commands {
     pub(super) fn new(namespace: &str, manager: ManagerId) -> Self {
         let names = Names::new(namespace);
         Self {
-            inbox_prefix: names.inbox_prefix(),
+            inboxes: Inboxes::One(names.inbox_prefix()),
             names,
+            manager,
+        }
+    }
+
+    /// For a cluster, where channels have slots.
+    pub(super) fn for_a_cluster(namespace: &str, manager: ManagerId) -> Self {
+        Self {
+            inboxes: Inboxes::PerSlot,
+            names: Names::new(namespace),
             manager,
         }
     }
@@ -56,8 +74,9 @@ impl Commands {
             tokens,
         } = request;
         self.write_terms(command, key, cycle, ttl, tokens, floor);
-        command.arg(if ask == Ask::Try { "try" } else { "join" });
-        command.arg(&self.inbox_prefix).arg(key.as_str());
+        command.arg(if ask == Ask::Join { "join" } else { "try" });
+        self.write_inbox_prefix(command, key);
+        command.arg(key.as_str());
     }
 
     /// The keys and arguments of release.lua.
@@ -71,7 +90,8 @@ impl Commands {
             ..
         } = request;
         self.write_terms(command, key, cycle, ttl, tokens, floor);
-        command.arg(&self.inbox_prefix).arg(key.as_str());
+        self.write_inbox_prefix(command, key);
+        command.arg(key.as_str());
         match requeue {
             Some(next) => self.write_signature(command, next),
             None => command.write_arg(b""),
@@ -101,6 +121,14 @@ impl Commands {
         }
     }
 
+    /// The keys and arguments of renew_alone.lua.
+    pub(super) fn fill_renew_alone(&self, command: &mut Cmd, renewal: &Renewal) {
+        command.arg(1);
+        self.names.of(&renewal.key).lease().write(command);
+        self.write_signature(command, renewal.cycle);
+        command.arg(millis(renewal.ttl));
+    }
+
     /// What is asked to look at a key: its lease, what is left of it, the length and the head of its queue, the counter.
     pub(super) fn inspect(&self, key: &LockKey) -> Pipeline {
         let names = self.names.of(key);
@@ -123,6 +151,13 @@ impl Commands {
         names.counter().write(command);
         self.write_signature(command, cycle);
         command.arg(millis(ttl)).arg(tokens).arg(floor);
+    }
+
+    fn write_inbox_prefix(&self, command: &mut Cmd, key: &LockKey) {
+        match &self.inboxes {
+            Inboxes::One(prefix) => command.write_arg(prefix.as_bytes()),
+            Inboxes::PerSlot => self.names.inbox_prefix_in(self.names.of(key).slot).write(command),
+        }
     }
 
     /// Writes `manager:cycle` as the next argument, without the cost of formatting.

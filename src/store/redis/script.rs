@@ -10,11 +10,28 @@ pub(super) struct LuaScript {
     hash: String,
 }
 
+/// How a call says which script it means.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(super) enum Named {
+    /// As usual.
+    ByHash,
+    /// Where the server does not know it (any more).
+    ByText,
+}
+
 impl LuaScript {
     fn new(code: &'static str) -> Self {
         Self {
             code,
             hash: Script::new(code).get_hash().to_owned(),
+        }
+    }
+
+    /// The command that calls it by its hash, or by its text.
+    pub(super) fn command(&self, by: Named, fill: impl Fn(&mut Cmd)) -> Cmd {
+        match by {
+            Named::ByHash => command("EVALSHA", &self.hash, fill),
+            Named::ByText => command("EVAL", self.code, fill),
         }
     }
 
@@ -25,14 +42,14 @@ impl LuaScript {
         connection: &mut MultiplexedConnection,
         fill: impl Fn(&mut Cmd),
     ) -> RedisResult<Value> {
-        let by_hash = command("EVALSHA", &self.hash, &fill);
+        let by_hash = self.command(Named::ByHash, &fill);
         match connection
             .send_packed_command(&by_hash)
             .await
             .and_then(Value::extract_error)
         {
             Err(error) if error.kind() == ErrorKind::Server(ServerErrorKind::NoScript) => {
-                let by_text = command("EVAL", self.code, &fill);
+                let by_text = self.command(Named::ByText, &fill);
                 // Rare, so it should not make every call larger.
                 Box::pin(connection.send_packed_command(&by_text))
                     .await
@@ -62,21 +79,37 @@ pub(super) struct Scripts {
     pub(super) release_free: LuaScript,
     pub(super) release: LuaScript,
     pub(super) renew: LuaScript,
+    /// For a lease whose slot is being moved.
+    pub(super) renew_alone: LuaScript,
+}
+
+/// The text of a script that begins with what is particular to a kind of server.
+macro_rules! script {
+    ($kind:literal, $name:literal) => {
+        LuaScript::new(concat!(
+            include_str!(concat!("scripts/", $kind, ".lua")),
+            include_str!("scripts/common.lua"),
+            include_str!(concat!("scripts/", $name, ".lua"))
+        ))
+    };
 }
 
 impl Scripts {
-    pub(super) fn new() -> Self {
+    pub(super) fn for_a_primary() -> Self {
+        Self::of(script!("single", "acquire"), script!("single", "release"))
+    }
+
+    pub(super) fn for_a_cluster() -> Self {
+        Self::of(script!("cluster", "acquire"), script!("cluster", "release"))
+    }
+
+    fn of(acquire: LuaScript, release: LuaScript) -> Self {
         Self {
-            acquire: LuaScript::new(concat!(
-                include_str!("scripts/common.lua"),
-                include_str!("scripts/acquire.lua")
-            )),
+            acquire,
             release_free: LuaScript::new(include_str!("scripts/release_free.lua")),
-            release: LuaScript::new(concat!(
-                include_str!("scripts/common.lua"),
-                include_str!("scripts/release.lua")
-            )),
+            release,
             renew: LuaScript::new(include_str!("scripts/renew.lua")),
+            renew_alone: LuaScript::new(include_str!("scripts/renew_alone.lua")),
         }
     }
 }

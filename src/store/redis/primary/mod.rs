@@ -69,7 +69,7 @@ impl RedisStore {
             commands: Commands::new(&options.namespace, options.manager),
             map: options.map,
             timeout: options.timeout,
-            scripts: Scripts::new(),
+            scripts: Scripts::for_a_primary(),
             metrics: options.metrics,
             floor: AtomicU64::new(0),
             seen: (0..SLOTS).map(|_| AtomicU64::new(0)).collect(),

@@ -1,19 +1,7 @@
--- Shared by acquire.lua and release.lua, which come after it in the same script.
+-- Shared by acquire.lua and release.lua, which come after it in the same script. Before it comes single.lua or cluster.lua,
+-- with tell() and reserve().
 --
 -- KEYS: 1 lease, 2 queue (sorted set of signatures, score = the counter when it joined), 3 counter of the slot.
-
--- Reserves n numbers and returns the largest. A counter below the caller's floor was lost (a flush, a restart without
--- data, an old replica): it is raised to the larger of the floor and the server's time first, so that it never goes back.
-local function reserve(n, floor)
-  local last = redis.call('INCRBY', KEYS[3], n)
-  if last - n < floor then
-    local time = redis.call('TIME')
-    local now = (tonumber(time[1]) - 1735689600) * 8000000 + tonumber(time[2]) * 8
-    last = math.max(floor, now) + n
-    redis.call('SET', KEYS[3], string.format('%.0f', last))
-  end
-  return last
-end
 
 -- The manager and the cycle of a signature; nil for a value that another library wrote.
 local function signed(signature)
@@ -38,7 +26,7 @@ local function pass_on(me, ttl, n, floor, channel, key)
     local manager, cycle = signed(heir)
     if manager then
       local grant = string.format('g %s %.0f %d %s %d ', cycle, last, n, ttl, redis.call('ZCARD', KEYS[2]))
-      if redis.call('PUBLISH', channel .. manager, grant .. key) > 0 then
+      if tell(channel .. manager, grant .. key) > 0 then
         return heir, last
       end
     end
@@ -84,7 +72,7 @@ local function acquire(me, ttl, n, floor, try, channel, key)
     if ahead == 0 or not new then
       local manager, cycle = signed(owner)
       if manager and string.byte(cycle, -1) % 2 == 0 then
-        redis.call('PUBLISH', channel .. manager, 'w ' .. cycle .. ' ' .. key)
+        tell(channel .. manager, 'w ' .. cycle .. ' ' .. key)
       end
     end
     return queued(mark, owner, ahead)
