@@ -198,7 +198,9 @@ impl Lane {
             }
             commands.add_command(command);
             if call.acks > 0 {
-                let millis = u64::try_from((patience * 3 / 4).as_millis()).unwrap_or(u64::MAX).max(1);
+                let millis = u64::try_from(self.shared.wait_for_replicas().as_millis())
+                    .unwrap_or(u64::MAX)
+                    .max(1);
                 commands.cmd("WAIT").arg(call.acks).arg(millis);
             }
             let count = commands.len();

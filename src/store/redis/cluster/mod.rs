@@ -38,6 +38,7 @@ use tokio::sync::mpsc;
 use super::commands::Commands;
 use super::reply::{acquired, as_text, inspected, released};
 use super::script::{LuaScript, Named, Scripts};
+use crate::clock::Moment;
 use crate::endpoint::ServerUrl;
 use crate::error::Invalid;
 use crate::key::{LockKey, SLOTS, Slot};
@@ -52,6 +53,10 @@ use topology::{Place, Topology};
 const INBOX_IDLE_SECONDS: u32 = 60;
 /// The longest that one node is waited for before the request is sent again, to whoever owns the slot by then.
 const PATIENCE_MAX: Duration = Duration::from_secs(1);
+
+/// The longest that replicas are waited for in one go, and the pause before they are again.
+const REPLICAS_WAIT_MAX: Duration = Duration::from_millis(100);
+const REPLICAS_PAUSE: Duration = Duration::from_millis(50);
 
 /// See the module.
 pub(crate) struct ClusterStore {
@@ -139,6 +144,11 @@ impl Shared {
         self.seen[usize::from(slot.number())].fetch_max(token, Ordering::AcqRel);
     }
 
+    /// How long replicas are waited for at a time. Meanwhile nothing else is answered on that connection.
+    fn wait_for_replicas(&self) -> Duration {
+        (self.patience / 4).min(REPLICAS_WAIT_MAX)
+    }
+
     /// Fewer replicas than wanted have a lease that was granted: it may be lost in a failover, and does not count.
     fn too_few_acks(&self, reply: &AcquireReply, said: &Said) -> Option<StoreError> {
         let wanted = self.min_replicas_acked;
@@ -149,7 +159,7 @@ impl Shared {
                     "only {} of the {wanted} replicas of min_replicas_acked have the lease after {:?}, so it was given back; \
                      check the replicas of that slot's primary, or lower min_replicas_acked",
                     said.acked,
-                    self.patience * 3 / 4
+                    self.timeout
                 )
                 .into(),
             )
@@ -240,19 +250,28 @@ impl LeaseStore for ClusterStore {
             if ask == Ask::Join || (ask == Ask::Free && tokens > 1) {
                 inbox.ready(slot).await?;
             }
-            let floor = shared.floor(slot);
-            let fill = |command: &mut Cmd| shared.commands.fill_acquire(command, &request, floor);
-            let said = lane
-                .script(&shared.scripts.acquire, slot, shared.min_replicas_acked, &fill)
-                .await?;
-            let reply = match (acquired(&said.value, tokens)?, ask) {
-                (AcquireReply::Busy, Ask::Free) => AcquireReply::Taken,
-                (reply, _) => reply,
+            let started = Moment::now();
+            let (said, reply, floor) = loop {
+                let floor = shared.floor(slot);
+                let fill = |command: &mut Cmd| shared.commands.fill_acquire(command, &request, floor);
+                let said = lane
+                    .script(&shared.scripts.acquire, slot, shared.min_replicas_acked, &fill)
+                    .await?;
+                let reply = match (acquired(&said.value, tokens)?, ask) {
+                    (AcquireReply::Busy, Ask::Free) => AcquireReply::Taken,
+                    (reply, _) => reply,
+                };
+                shared.saw(slot, &reply);
+                let Some(error) = shared.too_few_acks(&reply, &said) else {
+                    break (said, reply, floor);
+                };
+                // A replica that took over is without one of its own for a moment. The lease is ours meanwhile, but does not count.
+                let waited = Moment::now().since(started) + REPLICAS_PAUSE + shared.wait_for_replicas();
+                if waited >= shared.timeout - shared.timeout / 20 {
+                    return Err(error);
+                }
+                tokio::time::sleep(REPLICAS_PAUSE).await;
             };
-            shared.saw(slot, &reply);
-            if let Some(error) = shared.too_few_acks(&reply, &said) {
-                return Err(error);
-            }
             if let (AcquireReply::Queued(_), Some(place)) = (&reply, &said.place) {
                 inbox.waits_at(slot, place);
             }
