@@ -5,13 +5,14 @@
 
 mod support;
 mod support_locks;
+#[cfg(feature = "cli")]
+mod tool;
 
-use std::future::IntoFuture;
 use std::time::{Duration, Instant};
 
 use shardlock::{Builder, LockError, LockGuard, LockManager, Slot};
-use support::{ClientType, Cluster};
-use support_locks::{SHORT_TTL, lock, soon, until, until_queued};
+use support::{ClientType, Cluster, RedisServer};
+use support_locks::{lock, soon, until, until_queued};
 
 /// Longer than a failover takes.
 const PATIENT: Duration = Duration::from_secs(10);
@@ -31,8 +32,11 @@ fn slot(key: &str) -> u16 {
 
 /// A key whose slot the node with this index owns.
 fn key_on(cluster: &Cluster, node: usize) -> String {
-    let mut names = (0..).map(|number| format!("key-{number}"));
-    names.find(|key| cluster.owner(slot(key)) == node).expect("some key")
+    names().find(|key| cluster.owner(slot(key)) == node).expect("some key")
+}
+
+fn names() -> impl Iterator<Item = String> {
+    (0..).map(|number| format!("key-{number}"))
 }
 
 /// The keys that belong to single locks.
@@ -259,4 +263,190 @@ async fn a_primary_that_hangs_is_left_when_its_replica_takes_over() {
     let next = waiting(&other, &key);
     until_queued(&one, &key, 1).await;
     hand_over(guard, next).await.release().await.expect("release");
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn a_slot_half_way_between_two_nodes_is_asked_again_until_it_is_there() {
+    let cluster = Cluster::start(3, 0);
+    let (one, other) = (connect(&cluster).await, connect(&cluster).await);
+    let key = key_on(&cluster, 0);
+    let number = slot(&key);
+    lock(&one, &key).await.release().await.expect("release");
+
+    // MOVED, as often as there are nodes.
+    for node in [1, 2, 0] {
+        cluster.migrate_slot(number, node);
+        lock(&one, &key).await.release().await.expect("release");
+        lock(&other, &key).await.release().await.expect("release");
+    }
+
+    // TRYAGAIN: the counter is there and the lease is not, on whichever side. ASK leads from one to the other.
+    cluster.begin_migration(number, 0, 1);
+    let impatient = LockManager::builder()
+        .shard(cluster.url())
+        .store_timeout(Duration::from_millis(300));
+    let impatient = impatient.connect().await.expect("connect");
+    let error = impatient.lock(&key).await.expect_err("the slot moves");
+    assert!(
+        matches!(error, LockError::Unavailable { .. }) && error.is_retryable(),
+        "{error}"
+    );
+    assert!(
+        error.to_string().contains(&key) && error.to_string().contains("TryAgain"),
+        "{error}"
+    );
+    cluster.move_keys(number, 0, 1);
+    let error = impatient.lock(&key).await.expect_err("the slot moves");
+    assert!(error.to_string().contains("TryAgain"), "{error}");
+    let calls = cluster.script_calls();
+    let waits = waiting(&one, &key);
+    let looks = other.inspect(&key).await.expect("a command of one key is answered");
+    assert!(looks.holder.is_none());
+    cluster.finish_migration(number, 0, 1);
+    soon("the slot", waits)
+        .await
+        .expect("a task")
+        .release()
+        .await
+        .expect("release");
+    assert!(
+        cluster.script_calls() - calls < 200,
+        "{} calls",
+        cluster.script_calls() - calls
+    );
+
+    // CLUSTERDOWN: nobody owns a slot, and so no slot is served.
+    cluster.nodes()[2].command(&["CLUSTER", "DELSLOTS", &slot(&key_on(&cluster, 2)).to_string()]);
+    until("a node is down", async || {
+        let info: String = cluster.nodes()[2].query(&["CLUSTER", "INFO"]);
+        info.contains("cluster_state:fail")
+    })
+    .await;
+    let down = names().find(|key| slot(key) > 2 * 16384 / 3 + 1).expect("a key");
+    let error = impatient.lock(&down).await.expect_err("the cluster is down");
+    assert!(
+        matches!(error, LockError::Unavailable { .. }) && error.is_retryable(),
+        "{error}"
+    );
+    assert!(error.to_string().contains("ClusterDown"), "{error}");
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn connecting_needs_one_node_and_says_what_is_wrong() {
+    let cluster = Cluster::start(3, 0);
+    let (nobody, alone) = (RedisServer::start(), RedisServer::start());
+    nobody.kill();
+    // The first of the hosts is down, the others are up.
+    let url = format!("redis+cluster://{},{}", nobody.address(), cluster.nodes()[1].address());
+    let locks = LockManager::connect(&url).await.expect("connect");
+    lock(&locks, "k").await.release().await.expect("release");
+
+    let error = LockManager::connect(&format!("redis+cluster://{}", nobody.address()))
+        .await
+        .expect_err("down");
+    assert!(
+        matches!(error, LockError::Unavailable { step: "connect", .. }),
+        "{error}"
+    );
+    assert!(error.to_string().contains("refused"), "{error}");
+    let error = LockManager::connect(&format!("redis+cluster://{}", alone.address()))
+        .await
+        .expect_err("no cluster");
+    assert!(matches!(error, LockError::Refused { .. }), "{error}");
+    assert!(error.to_string().contains("no node of a Redis Cluster"), "{error}");
+    let error = LockManager::connect(&cluster.nodes()[0].url())
+        .await
+        .expect_err("a cluster");
+    assert!(matches!(error, LockError::Refused { .. }), "{error}");
+
+    // Another map.
+    let two = LockManager::builder()
+        .shard(cluster.url())
+        .shard("memory://cluster-map");
+    let error = two.connect().await.expect_err("another map");
+    assert!(matches!(error, LockError::ShardMapMismatch { .. }), "{error}");
+
+    // A wrong password.
+    let closed = Cluster::start_with(3, 0, &["--requirepass", "hunter2", "--masterauth", "hunter2"]);
+    for (login, words) in [("", "password"), (":hunter3@", "password")] {
+        let url = closed.url().replace("://", &format!("://{login}"));
+        let error = LockManager::connect(&url).await.expect_err("no password");
+        assert!(matches!(error, LockError::Refused { .. }), "{error}");
+        assert!(
+            error.to_string().contains(words) && !error.to_string().contains("hunter"),
+            "{error}"
+        );
+    }
+    let locks = LockManager::connect(&closed.url().replace("://", "://:hunter2@"))
+        .await
+        .expect("connect");
+    lock(&locks, "k").await.release().await.expect("release");
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn a_key_of_a_wrong_type_and_forgotten_scripts() {
+    let cluster = Cluster::start(3, 0);
+    let (one, other) = (connect(&cluster).await, connect(&cluster).await);
+    let key = key_on(&cluster, 2);
+    cluster.nodes()[2].command(&["LPUSH", &format!("lock:{key}"), "x"]);
+    let error = one.lock(&key).await.expect_err("a list");
+    assert!(
+        matches!(error, LockError::Refused { .. }) && error.to_string().contains(&key),
+        "{error}"
+    );
+    cluster.nodes()[2].command(&["DEL", &format!("lock:{key}")]);
+    for _ in 0..5 {
+        cluster
+            .alive()
+            .for_each(|node| drop(node.command(&["SCRIPT", "FLUSH"])));
+        let guard = lock(&one, &key).await;
+        let next = waiting(&other, &key);
+        until_queued(&one, &key, 1).await;
+        cluster
+            .alive()
+            .for_each(|node| drop(node.command(&["SCRIPT", "FLUSH"])));
+        hand_over(guard, next).await.release().await.expect("release");
+    }
+    is_empty(&cluster).await;
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn too_few_replicas_are_an_error_in_words_and_nothing_stays() {
+    let cluster = Cluster::start(3, 0);
+    let locks = LockManager::builder().shard(cluster.url()).min_replicas_acked(1);
+    let locks = locks.connect().await.expect("connect");
+    let error = locks.lock("k").await.expect_err("no replica");
+    assert!(matches!(error, LockError::Unavailable { .. }), "{error}");
+    assert!(error.to_string().contains("only 0 of the 1 replicas"), "{error}");
+    is_empty(&cluster).await;
+}
+
+/// The tool, for this cluster.
+#[cfg(feature = "cli")]
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn the_tool_runs_a_command_under_a_lock_of_a_cluster() {
+    use tool::{bare, run};
+
+    let cluster = Cluster::start(3, 0);
+    let command = |args: &[&str]| {
+        let mut command = bare(args);
+        command.env("SHARDLOCK_SHARDS", cluster.url());
+        command
+    };
+    let ended = run(command(&["exec", "k", "sh", "-c", "exit 7"]));
+    assert_eq!(ended.code, 7, "{ended:?}");
+    let locks = connect(&cluster).await;
+    let guard = lock(&locks, "k").await;
+    let ended = run(command(&["inspect", "k"]));
+    assert!(ended.code == 0 && ended.stdout.contains(locks.id()), "{ended:?}");
+    let waits = tool::Run::start(command(&["exec", "k", "true"]));
+    until_queued(&locks, "k", 1).await;
+    guard.release().await.expect("release");
+    let mut waits = waits;
+    assert_eq!(waits.end().code, 0);
+    is_empty(&cluster).await;
+    until("the tool has left no channel", async || {
+        cluster.shard_channels().is_empty()
+    })
+    .await;
 }

@@ -146,11 +146,11 @@ impl Lane {
                                 }
                                 _ => {
                                     redirections = REDIRECTIONS_AT_ONCE + 1;
-                                    let passes = passes(&error);
-                                    if !passes {
+                                    let is_cut_short = is_cut_short(&error);
+                                    if !is_cut_short && !passes(&error) {
                                         return Err(Unsaid::Failed(at_place(error_in_words(&error), &place)));
                                     }
-                                    repeated |= error.is_unrecoverable_error();
+                                    repeated |= is_cut_short || error.is_unrecoverable_error();
                                     self.refresh_in_vain(version).await;
                                 }
                             }
@@ -257,6 +257,12 @@ fn passes(error: &RedisError) -> bool {
                 | ServerErrorKind::Ask
         )
     ) || matches!(error_in_words(error), StoreError::Unavailable(_))
+}
+
+/// Whether a script met a key that was gone, in a slot that is being moved: it has done some of its work, and whatever is left is
+/// done by the next attempt.
+fn is_cut_short(error: &RedisError) -> bool {
+    error.to_string().contains("access a non local key")
 }
 
 fn in_vain(trouble: &StoreError, timeout: Duration) -> StoreError {

@@ -15,10 +15,12 @@
 //! loss is thus repeated after the subscription is back, and one that is executed later is heard of. In between, the release script finds nobody listening and
 //! goes on to the next in the queue; the repeated request joins again.
 //!
-//! A node that hangs breaks no connection. So while something is subscribed, the map is read every few seconds, whoever else reads it.
+//! A node that hangs breaks no connection. So while something is subscribed, the map is read every few seconds, whoever else reads it; also when a
+//! renewal had no answer in its time, which may be too short to find out why.
 
 use std::collections::HashMap;
 use std::sync::Arc;
+use std::sync::atomic::Ordering;
 use std::time::Duration;
 
 use deadpool_redis::redis::{PushInfo, PushKind, RedisError, ServerErrorKind, Value, cmd};
@@ -145,7 +147,9 @@ pub(super) async fn listen(
                 look = look.wrapping_add(1);
                 listener.compare();
                 listener.give_up_idle();
-                if look.is_multiple_of(MAP_EVERY_LOOKS) && reading.is_none() && !listener.subscriptions.is_empty() {
+                let is_due = look.is_multiple_of(MAP_EVERY_LOOKS) && !listener.subscriptions.is_empty();
+                let is_wanted = listener.shared.map_is_doubted.swap(false, Ordering::AcqRel);
+                if (is_due || is_wanted) && reading.is_none() {
                     let (lane, version) = (Arc::clone(&listener.lane), listener.shared.topology.version());
                     reading = Some(Box::pin(async move {
                         if let Err(error) = lane.refresh(version).await {
@@ -336,7 +340,9 @@ impl Listener {
         if let Some(ear) = self.ears.get(place) {
             return Some(Arc::clone(ear));
         }
-        let ear = Node::new(place, &self.shared.info, self.shared.patience, Some(self.heard.clone()))?;
+        let shared = &self.shared;
+        let heard = Some(self.heard.clone());
+        let ear = Node::new(place, &shared.info, shared.patience, heard, &shared.metrics)?;
         let ear = Arc::new(ear);
         self.ears.insert(Arc::clone(place), Arc::clone(&ear));
         Some(ear)

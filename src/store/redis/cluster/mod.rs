@@ -24,6 +24,8 @@ mod lane;
 mod listener;
 mod node;
 mod renewals;
+#[cfg(test)]
+mod tests;
 mod topology;
 
 use std::pin::Pin;
@@ -44,6 +46,7 @@ use crate::error::Invalid;
 use crate::key::{LockKey, SLOTS, Slot};
 use crate::protocol::{Acquire, AcquireReply, Answer, Ask, Push, Release, ReleaseReply, RenewReply, Renewal};
 use crate::store::{self, Inspection, LeaseStore, StoreError, StoreFuture, StoreOptions};
+use crate::telemetry::ShardMetrics;
 use call::{Call, Said, Unsaid};
 use inbox::Inbox;
 use lane::Lane;
@@ -81,6 +84,9 @@ struct Shared {
     timeout: Duration,
     /// How long one node is waited for.
     patience: Duration,
+    /// Set by a renewal without an answer, to have the map read.
+    map_is_doubted: AtomicBool,
+    metrics: Arc<ShardMetrics>,
     min_replicas_acked: u32,
     inbox_idle_seconds: u32,
     /// The largest token seen in each slot.
@@ -90,6 +96,10 @@ struct Shared {
 impl ClusterStore {
     /// Prepares a store; nothing is sent yet.
     pub(crate) fn new(seeds: &[ServerUrl], options: StoreOptions) -> Result<Self, Invalid> {
+        Self::with_idle_limit(seeds, options, INBOX_IDLE_SECONDS)
+    }
+
+    fn with_idle_limit(seeds: &[ServerUrl], options: StoreOptions, inbox_idle_seconds: u32) -> Result<Self, Invalid> {
         // The error of the client library may quote the URL, and with it the password.
         let unusable = |place: &str| Invalid::new("url", place, "of servers that the client library can use");
         let first = seeds.first().ok_or_else(|| unusable("without a host"))?;
@@ -109,8 +119,10 @@ impl ClusterStore {
             is_checked: AtomicBool::new(false),
             timeout: options.timeout,
             patience: (options.timeout / 2).min(PATIENCE_MAX),
+            map_is_doubted: AtomicBool::new(false),
+            metrics: options.metrics,
             min_replicas_acked: options.min_replicas_acked,
-            inbox_idle_seconds: INBOX_IDLE_SECONDS,
+            inbox_idle_seconds,
             seen: (0..SLOTS).map(|_| AtomicU64::new(0)).collect(),
         });
         Ok(Self {

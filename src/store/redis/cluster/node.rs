@@ -12,6 +12,7 @@ use parking_lot::Mutex;
 use tokio::sync::mpsc;
 
 use super::topology::Place;
+use crate::telemetry::ShardMetrics;
 
 /// How many requests may wait to be written before senders wait.
 const PIPELINE_BUFFER: usize = 1024;
@@ -24,8 +25,8 @@ pub(super) struct Node {
     timeout: Duration,
     /// Who hears what is pushed. Then the connection carries subscriptions alone, otherwise commands alone.
     listener: Option<mpsc::UnboundedSender<Heard>>,
+    metrics: Arc<ShardMetrics>,
     current: Mutex<Option<Live>>,
-    opened: AtomicU64,
     /// Held while connecting, so that a hundred tasks that find no connection make one.
     connecting: tokio::sync::Mutex<()>,
 }
@@ -52,14 +53,15 @@ impl Node {
         like: &ConnectionInfo,
         timeout: Duration,
         listener: Option<mpsc::UnboundedSender<Heard>>,
+        metrics: &Arc<ShardMetrics>,
     ) -> Option<Self> {
         Some(Self {
             place: Arc::clone(place),
             info: at(place, like, listener.is_some())?,
             timeout,
             listener,
+            metrics: Arc::clone(metrics),
             current: Mutex::new(None),
-            opened: AtomicU64::new(0),
             connecting: tokio::sync::Mutex::new(()),
         })
     }
@@ -79,7 +81,9 @@ impl Node {
         if let Some(live) = self.current.lock().clone() {
             return Ok(live);
         }
-        let generation = self.opened.fetch_add(1, Ordering::Relaxed);
+        // Never used twice, also where a node is forgotten and found again.
+        static GENERATIONS: AtomicU64 = AtomicU64::new(0);
+        let generation = GENERATIONS.fetch_add(1, Ordering::Relaxed);
         // No response timeout: each request is sent with one of its own.
         let mut config = AsyncConnectionConfig::new()
             .set_response_timeout(None)
@@ -97,6 +101,10 @@ impl Node {
         }
         let client = Client::open(self.info.clone())?;
         let connection = client.get_multiplexed_async_connection_with_config(&config).await?;
+        match self.listener {
+            Some(_) => self.metrics.subscriptions.increment(1),
+            None => self.metrics.connects.increment(1),
+        }
         let live = Live { connection, generation };
         *self.current.lock() = Some(live.clone());
         Ok(live)

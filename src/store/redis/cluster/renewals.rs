@@ -1,6 +1,7 @@
 //! Renewing leases, whose slots are all over the cluster.
 
 use std::collections::HashMap;
+use std::sync::atomic::Ordering;
 use std::time::Duration;
 
 use deadpool_redis::redis::Cmd;
@@ -51,6 +52,7 @@ pub(super) async fn renew(lane: &Lane, batch: &[Renewal], limit: Duration) -> Ve
                 tracing::warn!(shard = %lane.shared.shard, %slot, ?error, leases = group.len(), "a renewal failed; it is tried again while the leases last");
             }
             Err(_) => {
+                lane.shared.map_is_doubted.store(true, Ordering::Release);
                 tracing::warn!(shard = %lane.shared.shard, %slot, ?limit, leases = group.len(), "a renewal had no answer in time; it is tried again while the leases last");
             }
         }

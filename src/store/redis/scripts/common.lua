@@ -9,28 +9,29 @@ local function signed(signature)
 end
 
 -- Makes the first in the queue the owner and tells it; goes on to the next where nobody listens (a dead process).
--- `me` is told by the reply instead. Returns the new owner and its largest token; deletes the lease where nobody is left.
+-- `me` is told by the reply instead. Returns the new owner, its largest token and how many still wait; deletes the lease where nobody
+-- is left. Looks at the queue no more once it is empty: in a slot of a cluster that is being moved, a key that is gone can't be asked for.
 local function pass_on(me, ttl, n, floor, channel, key)
   local last
-  while true do
+  local waiting = redis.call('ZCARD', KEYS[2])
+  while waiting > 0 do
     local heir = redis.call('ZPOPMIN', KEYS[2])[1]
-    if not heir then
-      redis.call('DEL', KEYS[1])
-      return nil
-    end
+    waiting = waiting - 1
     last = last or reserve(n, floor)
     redis.call('SET', KEYS[1], heir, 'PX', ttl)
     if heir == me then
-      return heir, last
+      return heir, last, waiting
     end
     local manager, cycle = signed(heir)
     if manager then
-      local grant = string.format('g %s %.0f %d %s %d ', cycle, last, n, ttl, redis.call('ZCARD', KEYS[2]))
+      local grant = string.format('g %s %.0f %d %s %d ', cycle, last, n, ttl, waiting)
       if tell(channel .. manager, grant .. key) > 0 then
-        return heir, last
+        return heir, last, waiting
       end
     end
   end
+  redis.call('DEL', KEYS[1])
+  return nil
 end
 
 -- A place in the queue outlives those who wait by this much, in milliseconds, if all of them die.
@@ -96,9 +97,9 @@ local function acquire(me, ttl, n, floor, try, channel, key)
     return {1, reserve(n, floor), 0, 0}
   end
   join(me, floor)
-  local heir, last = pass_on(me, ttl, n, floor, channel, key)
+  local heir, last, waiting = pass_on(me, ttl, n, floor, channel, key)
   if heir == me then
-    return {1, last, redis.call('ZCARD', KEYS[2]), 0}
+    return {1, last, waiting, 0}
   end
   return queued(last, heir, redis.call('ZRANK', KEYS[2], me))
 end
