@@ -10,7 +10,7 @@ mod tool;
 
 use std::time::{Duration, Instant};
 
-use shardlock::{Builder, LockError, LockGuard, LockManager, Slot};
+use shardlock::{Builder, LockError, LockGuard, LockManager, LossReason, Slot};
 use support::{ClientType, Cluster, RedisServer};
 use support_locks::{lock, soon, until, until_queued};
 
@@ -449,4 +449,53 @@ async fn the_tool_runs_a_command_under_a_lock_of_a_cluster() {
         cluster.shard_channels().is_empty()
     })
     .await;
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn leases_elsewhere_live_on_while_a_node_is_dead_or_hangs() {
+    // With two of five gone, the others are still a majority.
+    let cluster = Cluster::start_with(5, 0, &["--cluster-require-full-coverage", "no"]);
+    let ttl = Duration::from_millis(1500);
+    let locks = builder(&cluster).ttl(ttl).connect().await.expect("connect");
+    let keys = [0, 1, 2].map(|node| key_on(&cluster, node));
+    let mut guards = Vec::new();
+    for key in &keys {
+        guards.push(lock(&locks, key).await);
+    }
+    cluster.nodes()[0].stop();
+    assert_eq!(soon("the loss", guards[0].lost()).await, LossReason::Expired);
+    cluster.nodes()[1].kill();
+    assert_eq!(soon("the loss", guards[1].lost()).await, LossReason::Expired);
+    // Longer than any lease that was not renewed since.
+    assert!(tokio::time::timeout(2 * ttl, guards[2].lost()).await.is_err());
+    let last = guards.pop().expect("three");
+    last.release().await.expect("it was held all the time");
+    lock(&locks, &keys[2]).await.release().await.expect("release");
+    cluster.nodes()[0].cont();
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn tokens_grow_after_a_replica_without_the_last_ones_took_over() {
+    let cluster = Cluster::start(3, 3);
+    let locks = connect(&cluster).await;
+    let key = key_on(&cluster, 0);
+    let before = lock(&locks, &key).await;
+    let before = (before.token(), before.release().await.expect("release")).0;
+    // From here on its replica is not let in any more.
+    let primary = &cluster.nodes()[0];
+    primary.command(&["CONFIG", "SET", "requirepass", "secret"]);
+    primary.command(&["CLIENT", "KILL", "TYPE", "replica"]);
+    let mut last = before;
+    for _ in 0..20 {
+        let guard = lock(&locks, &key).await;
+        assert!(guard.token() > last);
+        last = guard.token();
+        guard.release().await.expect("release");
+    }
+    cluster.fail_over(slot(&key));
+    // Somebody who has seen none of them.
+    let fresh = connect(&cluster).await;
+    let guard = lock(&fresh, &key).await;
+    assert!(guard.token() > last, "{} after {last}", guard.token());
+    guard.release().await.expect("release");
 }

@@ -4,6 +4,9 @@
 mod conformance;
 pub(crate) mod memory;
 pub(crate) mod redis;
+#[cfg(test)]
+#[path = "../../tests/support/mod.rs"]
+mod support;
 
 use std::future::Future;
 use std::path::PathBuf;

@@ -25,7 +25,7 @@ mod listener;
 mod node;
 mod renewals;
 #[cfg(test)]
-mod tests;
+pub(super) mod tests;
 mod topology;
 
 use std::pin::Pin;
