@@ -2,9 +2,7 @@
 //!
 //! It is made by commands alone, so that it needs nothing but the server's binary.
 
-use std::thread;
-use std::time::Duration;
-
+use parking_lot::{Condvar, Mutex};
 use redis::{RedisResult, Value};
 
 use super::server::RedisServer;
@@ -14,12 +12,39 @@ use super::wait::{PATIENCE, wait_until};
 const SLOTS: usize = 16384;
 
 /// How long a node must be silent before the others think it dead: short, so that a failover takes a second or two.
-const NODE_TIMEOUT_MS: &str = "1000";
+const NODE_TIMEOUT_MS: &str = "1500";
+
+/// How many clusters a test process has at a time: nodes that get no time to run think one another dead.
+const AT_A_TIME: usize = 2;
+
+static RUNNING: Mutex<usize> = Mutex::new(0);
+static ENDED: Condvar = Condvar::new();
+
+/// The leave to run a cluster.
+struct Leave;
+
+impl Leave {
+    fn get() -> Self {
+        let mut running = RUNNING.lock();
+        ENDED.wait_while(&mut running, |running| *running >= AT_A_TIME);
+        *running += 1;
+        Self
+    }
+}
+
+impl Drop for Leave {
+    fn drop(&mut self) {
+        *RUNNING.lock() -= 1;
+        ENDED.notify_one();
+    }
+}
 
 /// Nodes that found each other. The primaries come first; node `primaries + i` was made a replica of primary `i % primaries`.
 pub struct Cluster {
     nodes: Vec<RedisServer>,
     primaries: usize,
+    /// Given back after the nodes are gone.
+    _leave: Leave,
 }
 
 impl Cluster {
@@ -46,9 +71,14 @@ impl Cluster {
             "0",
         ];
         all.extend(args);
+        let leave = Leave::get();
         let count = primaries + replicas;
         let nodes: Vec<RedisServer> = (0..count).map(|_| RedisServer::start_with(&all)).collect();
-        let cluster = Self { nodes, primaries };
+        let cluster = Self {
+            nodes,
+            primaries,
+            _leave: leave,
+        };
         cluster.join();
         cluster
     }
@@ -282,43 +312,4 @@ fn owners(node: &RedisServer) -> Vec<Option<u16>> {
         }
     }
     owners
-}
-
-/// Lets a thread do something again and again until the guard is dropped.
-pub struct Repeating {
-    stop: std::sync::Arc<std::sync::atomic::AtomicBool>,
-    thread: Option<thread::JoinHandle<u64>>,
-}
-
-impl Repeating {
-    pub fn start(pause: Duration, mut act: impl FnMut() + Send + 'static) -> Self {
-        let stop = std::sync::Arc::new(std::sync::atomic::AtomicBool::new(false));
-        let seen = std::sync::Arc::clone(&stop);
-        let thread = thread::spawn(move || {
-            let mut count = 0;
-            while !seen.load(std::sync::atomic::Ordering::Acquire) {
-                act();
-                count += 1;
-                thread::sleep(pause);
-            }
-            count
-        });
-        Self {
-            stop,
-            thread: Some(thread),
-        }
-    }
-
-    /// Ends it and says how often it was done.
-    pub fn end(mut self) -> u64 {
-        self.stop.store(true, std::sync::atomic::Ordering::Release);
-        let thread = self.thread.take().expect("it is ended once");
-        thread.join().expect("the thread that repeats")
-    }
-}
-
-impl Drop for Repeating {
-    fn drop(&mut self) {
-        self.stop.store(true, std::sync::atomic::Ordering::Release);
-    }
 }
