@@ -6,6 +6,9 @@ mod conformance;
 mod etcd;
 pub(crate) mod memory;
 pub(crate) mod redis;
+#[cfg(test)]
+#[path = "../../tests/support/mod.rs"]
+mod support;
 #[cfg(feature = "tls")]
 mod tls;
 
@@ -129,7 +132,8 @@ pub(crate) fn open(endpoint: &Endpoint, options: StoreOptions) -> Result<Arc<dyn
             )
             .into());
         }
-        EndpointKind::Cluster { .. } | EndpointKind::Redlock { .. } => {
+        EndpointKind::Cluster { seeds } => Arc::new(redis::cluster::ClusterStore::new(seeds, options)?),
+        EndpointKind::Redlock { .. } => {
             return Err(Invalid::new("url", endpoint.to_string(), "of a kind that is built already").into());
         }
     })

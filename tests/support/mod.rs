@@ -9,6 +9,7 @@
 // A test is over when its surroundings fail.
 #![allow(clippy::expect_used, clippy::panic, clippy::unwrap_used)]
 
+pub mod cluster;
 #[cfg(feature = "etcd")]
 pub mod etcd;
 pub mod process;
@@ -20,6 +21,7 @@ mod tls_front;
 pub mod wait;
 pub mod worker;
 
+pub use cluster::Cluster;
 pub use server::{ClientType, RedisServer};
 pub use wait::{PATIENCE, eventually, wait_until};
 pub use worker::Worker;

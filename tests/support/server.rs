@@ -114,6 +114,11 @@ impl RedisServer {
         self.with_process(Process::pid)
     }
 
+    /// Whether it was started and not killed since.
+    pub fn is_up(&self) -> bool {
+        self.process.lock().is_some()
+    }
+
     /// Major and minor version.
     pub fn version(&self) -> (u32, u32) {
         binary().version

@@ -5,7 +5,7 @@ use tokio::sync::mpsc;
 use super::*;
 use crate::identity::ManagerId;
 use crate::protocol::{Ask, Cycle};
-use crate::store::conformance::support::etcd::{Etcd, LEASE_MIN};
+use crate::store::support::etcd::{Etcd, LEASE_MIN};
 
 const TTL: Duration = Duration::from_secs(10);
 

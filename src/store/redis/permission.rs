@@ -247,12 +247,15 @@ mod tests {
     /// Up to Redis 7.0 the line is all that is known of a command in a script.
     #[test]
     fn no_line_of_a_script_calls_more_than_one_command() {
-        let scripts = Scripts::new("lock:");
+        let (one, cluster) = (Scripts::for_a_primary("lock:"), Scripts::for_a_cluster("lock:"));
         for script in [
-            &scripts.acquire,
-            &scripts.release,
-            &scripts.release_free,
-            &scripts.renew,
+            &one.acquire,
+            &one.release,
+            &one.release_free,
+            &one.renew,
+            &one.renew_alone,
+            &cluster.acquire,
+            &cluster.release,
         ] {
             let calls = |line: &str| line.matches("redis.call(").count() + line.matches("redis.pcall(").count();
             for line in script.code().lines() {

@@ -13,12 +13,29 @@ pub(super) struct LuaScript {
     permissions: Permissions,
 }
 
+/// How a call says which script it means.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(super) enum Named {
+    /// As usual.
+    ByHash,
+    /// Where the server does not know it (any more).
+    ByText,
+}
+
 impl LuaScript {
     fn new(code: &'static str, permissions: &Permissions) -> Self {
         Self {
             code,
             hash: Script::new(code).get_hash().to_owned(),
             permissions: permissions.clone(),
+        }
+    }
+
+    /// The command that calls it by its hash, or by its text.
+    pub(super) fn command(&self, by: Named, fill: impl Fn(&mut Cmd)) -> Cmd {
+        match by {
+            Named::ByHash => command("EVALSHA", &self.hash, fill),
+            Named::ByText => command("EVAL", self.code, fill),
         }
     }
 
@@ -29,7 +46,7 @@ impl LuaScript {
         connection: &mut MultiplexedConnection,
         fill: impl Fn(&mut Cmd),
     ) -> RedisResult<Value> {
-        let by_hash = command("EVALSHA", &self.hash, &fill);
+        let by_hash = self.command(Named::ByHash, &fill);
         let reply = connection.send_packed_command(&by_hash).await;
         match reply.and_then(Value::extract_error) {
             Err(error) => Box::pin(self.failed(error, by_hash, connection, fill)).await,
@@ -46,7 +63,7 @@ impl LuaScript {
         fill: impl Fn(&mut Cmd),
     ) -> RedisResult<Value> {
         let (error, call) = if error.kind() == ErrorKind::Server(ServerErrorKind::NoScript) {
-            let by_text = command("EVAL", self.code, &fill);
+            let by_text = self.command(Named::ByText, &fill);
             let reply = connection.send_packed_command(&by_text).await;
             match reply.and_then(Value::extract_error) {
                 Err(error) => (error, by_text),
@@ -70,12 +87,12 @@ impl LuaScript {
         connection: &mut MultiplexedConnection,
         fill: impl Fn(&mut Cmd),
     ) -> RedisResult<(Value, Value)> {
-        let by_hash = command("EVALSHA", &self.hash, &fill);
+        let by_hash = self.command(Named::ByHash, &fill);
         let (reply, behind) = call_both(&by_hash, after, connection).await?;
         let (error, call) = match reply.extract_error() {
             Err(error) if error.kind() == ErrorKind::Server(ServerErrorKind::NoScript) => {
                 // What came behind was too early.
-                let by_text = command("EVAL", self.code, &fill);
+                let by_text = self.command(Named::ByText, &fill);
                 let (reply, behind) = call_both(&by_text, after, connection).await?;
                 match reply.extract_error() {
                     Err(error) => (error, by_text),
@@ -116,23 +133,39 @@ pub(super) struct Scripts {
     pub(super) release_free: LuaScript,
     pub(super) release: LuaScript,
     pub(super) renew: LuaScript,
+    /// For a lease whose slot is being moved.
+    pub(super) renew_alone: LuaScript,
+}
+
+/// The text of a script that begins with what is particular to a kind of server.
+macro_rules! script {
+    ($kind:literal, $name:literal) => {
+        concat!(
+            include_str!(concat!("scripts/", $kind, ".lua")),
+            include_str!("scripts/common.lua"),
+            include_str!(concat!("scripts/", $name, ".lua"))
+        )
+    };
 }
 
 impl Scripts {
-    pub(super) fn new(namespace: &str) -> Self {
+    pub(super) fn for_a_primary(namespace: &str) -> Self {
+        Self::of(script!("single", "acquire"), script!("single", "release"), namespace)
+    }
+
+    pub(super) fn for_a_cluster(namespace: &str) -> Self {
+        Self::of(script!("cluster", "acquire"), script!("cluster", "release"), namespace)
+    }
+
+    fn of(acquire: &'static str, release: &'static str, namespace: &str) -> Self {
         let permissions = Permissions::new(namespace);
         let script = |code| LuaScript::new(code, &permissions);
         Self {
-            acquire: script(concat!(
-                include_str!("scripts/common.lua"),
-                include_str!("scripts/acquire.lua")
-            )),
+            acquire: script(acquire),
             release_free: script(include_str!("scripts/release_free.lua")),
-            release: script(concat!(
-                include_str!("scripts/common.lua"),
-                include_str!("scripts/release.lua")
-            )),
+            release: script(release),
             renew: script(include_str!("scripts/renew.lua")),
+            renew_alone: script(include_str!("scripts/renew_alone.lua")),
         }
     }
 }

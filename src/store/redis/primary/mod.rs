@@ -30,11 +30,10 @@ use std::sync::Arc;
 use std::sync::atomic::{AtomicU64, Ordering};
 use std::time::Duration;
 
-use deadpool_redis::redis::aio::ConnectionLike;
 use deadpool_redis::redis::{Cmd, RedisError, RedisResult, Value, cmd};
 use tokio::sync::mpsc;
 
-use super::commands::Commands;
+use super::commands::{Commands, erase};
 use super::reply::{acquired, acquired_freely, inspected, released, renewed, role};
 use super::script::Scripts;
 use crate::clock::Moment;
@@ -109,7 +108,7 @@ impl RedisStore {
             commands: Commands::new(&options.namespace, options.manager),
             map: options.map,
             timeout: options.timeout,
-            scripts: Scripts::new(&options.namespace),
+            scripts: Scripts::for_a_primary(&options.namespace),
             metrics: options.metrics,
             confirm: Confirm::new(options.min_replicas_acked, options.timeout),
             floor: AtomicU64::new(0),
@@ -449,25 +448,6 @@ impl LeaseStore for RedisStore {
                 () = follow::follow(shared, links) => {}
             }
         })
-    }
-}
-
-/// Removes all keys of the namespace from one server.
-pub(in crate::store::redis) async fn erase(
-    mut connection: impl ConnectionLike,
-    commands: &Commands,
-) -> Result<u64, RedisError> {
-    let (mut cursor, mut count) = (0, 0);
-    loop {
-        let (next, found): (u64, Vec<Vec<u8>>) = commands.scan(cursor).query_async(&mut connection).await?;
-        for key in found.iter().filter(|key| commands.names.is_ours(key)) {
-            // One by one: in a cluster they need not share a slot.
-            count += cmd("DEL").arg(key).query_async::<u64>(&mut connection).await?;
-        }
-        if next == 0 {
-            return Ok(count);
-        }
-        cursor = next;
     }
 }
 
