@@ -9,6 +9,7 @@
 // A test is over when its surroundings fail.
 #![allow(clippy::expect_used, clippy::panic, clippy::unwrap_used)]
 
+pub mod lasting;
 pub mod process;
 pub mod server;
 pub mod wait;

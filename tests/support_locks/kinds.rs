@@ -1,0 +1,244 @@
+//! The kinds of stores that the suite runs on. This is the one place that knows them.
+//!
+//! A new kind is: a variant of [`Kind`] with its facts, an implementation of [`Servers`] for what it is made of, and a line in
+//! [`tests_on!`] for the kind and for each set of kinds that it belongs to. README.md in the tests' directory says which
+//! behaviour is tested where, and why a kind is left out.
+
+use std::sync::{Arc, OnceLock};
+use std::time::Duration;
+
+use shardlock::Builder;
+
+use super::SHORT_TTL;
+use crate::support::{RedisServer, lasting};
+
+/// What a shard is, or what all shards of a manager are.
+#[derive(Clone, Copy, Debug, Eq, PartialEq)]
+pub enum Kind {
+    /// Inside of this process.
+    Memory,
+    /// One primary.
+    Redis,
+    /// Shards of several kinds in one manager.
+    Mixed,
+}
+
+/// Makes the tests of a function `test` on a kind, or on each kind of a set. `shared` or `own` says of which servers.
+///
+/// | set | kinds |
+/// |---|---|
+/// | `all` | every kind |
+/// | `servers` | those that other processes reach, each alone: not `memory`, which is inside of this one, nor `mixed`, which has such a shard |
+/// | `pausable` | those whose servers stay in their roles while they stand still; where that begins a failover, the kind's own tests say what happens |
+/// | `foreign` | those on which clients of other libraries take the same key |
+/// | `counted` | those whose servers count nothing but what managers and tests send, and for which a lock is one script call |
+macro_rules! tests_on {
+    ($how:ident all) => { $crate::support_locks::tests_on! { $how memory redis mixed } };
+    ($how:ident servers) => { $crate::support_locks::tests_on! { $how redis } };
+    ($how:ident pausable) => { $crate::support_locks::tests_on! { $how redis } };
+    ($how:ident foreign) => { $crate::support_locks::tests_on! { $how redis } };
+    ($how:ident counted) => { $crate::support_locks::tests_on! { $how redis } };
+
+    ($how:ident memory) => { $crate::support_locks::tests_on! { $how on_memory: Memory } };
+    ($how:ident redis) => { $crate::support_locks::tests_on! { $how on_redis: Redis } };
+    ($how:ident mixed) => { $crate::support_locks::tests_on! { $how on_mixed: Mixed } };
+
+    ($how:ident $name:ident: $kind:ident) => {
+        #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+        async fn $name() {
+            test(&$crate::support_locks::TestStore::$how($crate::support_locks::Kind::$kind)).await;
+        }
+    };
+    ($how:ident $first:ident $($rest:ident)+) => {
+        $crate::support_locks::tests_on! { $how $first }
+        $crate::support_locks::tests_on! { $how $($rest)+ }
+    };
+}
+pub(crate) use tests_on;
+
+impl Kind {
+    /// All kinds, by the names that workers are told.
+    const ALL: [(&'static str, Self); 3] = [("memory", Self::Memory), ("redis", Self::Redis), ("mixed", Self::Mixed)];
+
+    /// What a worker is told.
+    pub fn name(self) -> &'static str {
+        let mut kinds = Self::ALL.iter();
+        kinds.find(|(_, kind)| *kind == self).expect("every kind is there").0
+    }
+
+    /// The kind of that name.
+    pub fn named(name: &str) -> Self {
+        let mut kinds = Self::ALL.iter();
+        kinds.find(|(named, _)| *named == name).expect("a name of a kind").1
+    }
+
+    /// Servers that nobody else uses.
+    #[track_caller]
+    pub fn start(self) -> Arc<dyn Servers> {
+        match self {
+            Self::Memory => Arc::new(Memory),
+            Self::Redis => Arc::new(RedisServer::start()),
+            Self::Mixed => Arc::new(Mixed(MIX.map(Self::start))),
+        }
+    }
+
+    /// The servers that all tests of this process share. They end with it.
+    pub fn shared(self) -> Arc<dyn Servers> {
+        static SHARED: [OnceLock<Arc<dyn Servers>>; Kind::ALL.len()] = [const { OnceLock::new() }; Kind::ALL.len()];
+        let start = || {
+            // Nothing in a static is ever dropped, and so neither are the servers' directories.
+            lasting::remove_directories_at_the_end();
+            match self {
+                Self::Mixed => Arc::new(Mixed(MIX.map(Self::shared))),
+                kind => kind.start(),
+            }
+        };
+        Arc::clone(SHARED[self as usize].get_or_init(start))
+    }
+
+    /// What managers of this kind need besides the address.
+    pub fn settings(self, builder: Builder) -> Builder {
+        match self {
+            Self::Memory | Self::Redis | Self::Mixed => builder,
+        }
+    }
+
+    /// A TTL that lives long enough for a loaded machine and short enough to wait for its end.
+    pub fn short_ttl(self) -> Duration {
+        match self {
+            Self::Memory | Self::Redis | Self::Mixed => SHORT_TTL,
+        }
+    }
+
+    /// How long a lease with this TTL lasts on the servers at the longest, when nobody renews it any more.
+    pub fn dead_within(self, ttl: Duration) -> Duration {
+        match self {
+            Self::Memory | Self::Redis | Self::Mixed => ttl,
+        }
+    }
+
+    /// How many keys a process can use in a test of some seconds.
+    pub fn many_keys(self) -> usize {
+        match self {
+            Self::Memory | Self::Redis | Self::Mixed => 100_000,
+        }
+    }
+}
+
+/// What the suite does to the servers of a store, and how it looks at them.
+pub trait Servers: Send + Sync {
+    /// The URLs of the shards, for the test of this number.
+    fn urls(&self, test: u32) -> Vec<String>;
+
+    /// The Redis servers that hold leases and take writes: one, the primaries of a cluster, the nodes of a quorum.
+    fn nodes(&self) -> Vec<&RedisServer> {
+        Vec::new()
+    }
+
+    /// All names on the servers, of keys and of channels.
+    fn names(&self) -> Vec<String> {
+        let nodes = self.nodes().into_iter();
+        nodes
+            .flat_map(|node| [node.keys(), node.channels(), node.shard_channels()].concat())
+            .collect()
+    }
+
+    /// What belongs to single locks in this namespace: all keys but the counters of the slots and the shard map.
+    fn lock_keys(&self, namespace: &str) -> Vec<String> {
+        let nodes = self.nodes().into_iter();
+        let mut keys: Vec<_> = nodes.flat_map(RedisServer::keys).collect();
+        keys.retain(|key| {
+            let of_a_lock = |name: &str| !name.starts_with("%map") && !name.starts_with("%fence:");
+            let bare = key.strip_prefix('{').unwrap_or(key);
+            bare.strip_prefix(namespace).is_some_and(of_a_lock)
+        });
+        keys
+    }
+
+    /// An administrator deletes the lease of that name.
+    fn delete(&self, lease: &str) {
+        on_its_nodes(&self.nodes(), &["DEL", lease]);
+    }
+
+    /// An administrator, or another library, takes the lease of that name.
+    fn overwrite(&self, lease: &str, owner: &str, ttl: Duration) {
+        on_its_nodes(
+            &self.nodes(),
+            &["SET", lease, owner, "PX", &ttl.as_millis().to_string()],
+        );
+    }
+
+    /// All data are gone.
+    fn flush(&self) {
+        for node in self.nodes() {
+            node.command(&["FLUSHALL"]);
+        }
+    }
+
+    /// No server answers any more, until [`go_on`](Self::go_on).
+    fn stand_still(&self) {
+        for node in self.nodes() {
+            node.stop();
+        }
+    }
+
+    /// Ends [`stand_still`](Self::stand_still).
+    fn go_on(&self) {
+        for node in self.nodes() {
+            node.cont();
+        }
+    }
+}
+
+/// Runs a command on each server that is in charge of its key.
+fn on_its_nodes(nodes: &[&RedisServer], words: &[&str]) {
+    let mut done = false;
+    for node in nodes {
+        match node.try_query::<redis::Value>(words) {
+            Ok(_) => done = true,
+            // The key is another's.
+            Err(error) if error.code() == Some("MOVED") => {}
+            Err(error) => panic!("{words:?}: {error}"),
+        }
+    }
+    assert!(done, "{words:?}: no server is in charge of it");
+}
+
+impl Servers for RedisServer {
+    fn urls(&self, _test: u32) -> Vec<String> {
+        vec![self.url()]
+    }
+
+    fn nodes(&self) -> Vec<&RedisServer> {
+        vec![self]
+    }
+}
+
+/// Each test has a memory of its own, as it costs nothing.
+struct Memory;
+
+impl Servers for Memory {
+    fn urls(&self, test: u32) -> Vec<String> {
+        vec![format!("memory://test-{test}")]
+    }
+}
+
+/// The kinds of a mixed store's shards.
+const MIX: [Kind; 2] = [Kind::Redis, Kind::Memory];
+
+/// A shard of each of those kinds.
+struct Mixed([Arc<dyn Servers>; MIX.len()]);
+
+impl Servers for Mixed {
+    fn urls(&self, test: u32) -> Vec<String> {
+        self.0.iter().flat_map(|servers| servers.urls(test)).collect()
+    }
+
+    fn nodes(&self) -> Vec<&RedisServer> {
+        self.0.iter().flat_map(|servers| servers.nodes()).collect()
+    }
+
+    fn lock_keys(&self, namespace: &str) -> Vec<String> {
+        self.0.iter().flat_map(|servers| servers.lock_keys(namespace)).collect()
+    }
+}
