@@ -253,7 +253,7 @@ on_each_store! {
         let mut user = store.worker("user_of_many_keys", &[("LOCKTEST_KEYS", &keys)]);
         assert_eq!(user.line_within(4 * PATIENCE).as_deref(), Some("used"));
         wait_until("all locks are given back", PATIENCE, || store.lock_keys().is_empty());
-        let channels = || store.servers().names().into_iter().filter(|name| name.contains("lock:in:")).count();
+        let channels = || store.servers().inboxes(store.namespace());
         // One counter for each slot at most and the shard map on each server.
         for node in &nodes {
             assert!(node.dbsize() <= 16_384 + 1, "{}", node.dbsize());
@@ -270,7 +270,7 @@ on_each_store! {
 
     async fn after_a_shutdown_nobody_listens_once_the_handles_are_gone(store: &TestStore) {
         let connections = || -> usize { store.servers().nodes().iter().map(|node| node.connections()).sum() };
-        let listeners = || store.servers().names().into_iter().filter(|name| name.contains("lock:in:")).count();
+        let listeners = || store.servers().inboxes(store.namespace());
         let before = connections();
         let (locks, other) = (store.manager().await, store.manager().await);
         // Whoever waits listens, whatever the kind.

@@ -10,7 +10,7 @@ use std::time::Duration;
 use shardlock::Builder;
 
 use super::SHORT_TTL;
-use crate::support::{RedisServer, lasting};
+use crate::support::{ClientType, RedisServer, lasting};
 
 /// What a shard is, or what all shards of a manager are.
 #[derive(Clone, Copy, Debug, Eq, PartialEq)]
@@ -30,12 +30,14 @@ pub enum Kind {
 /// | `all` | every kind |
 /// | `servers` | those that other processes reach, each alone: not `memory`, which is inside of this one, nor `mixed`, which has such a shard |
 /// | `pausable` | those whose servers stay in their roles while they stand still; where that begins a failover, the kind's own tests say what happens |
+/// | `redis_nodes` | those made of Redis servers, whose connections and scripts a test can take away |
 /// | `foreign` | those on which clients of other libraries take the same key |
 /// | `counted` | those whose servers count nothing but what managers and tests send, and for which a lock is one script call |
 macro_rules! tests_on {
     ($how:ident all) => { $crate::support_locks::tests_on! { $how memory redis mixed } };
     ($how:ident servers) => { $crate::support_locks::tests_on! { $how redis } };
     ($how:ident pausable) => { $crate::support_locks::tests_on! { $how redis } };
+    ($how:ident redis_nodes) => { $crate::support_locks::tests_on! { $how redis } };
     ($how:ident foreign) => { $crate::support_locks::tests_on! { $how redis } };
     ($how:ident counted) => { $crate::support_locks::tests_on! { $how redis } };
 
@@ -155,23 +157,89 @@ pub trait Servers: Send + Sync {
         keys
     }
 
+    /// Runs a command on each Redis server that is in charge of its key, and returns the last reply.
+    #[track_caller]
+    fn command(&self, words: &[&str]) -> redis::Value {
+        let mut reply = None;
+        for node in self.nodes() {
+            match node.try_query(words) {
+                Ok(said) => reply = Some(said),
+                // The key is another's.
+                Err(error) if error.code() == Some("MOVED") => {}
+                Err(error) => panic!("{words:?}: {error}"),
+            }
+        }
+        reply.unwrap_or_else(|| panic!("{words:?}: no server is in charge of it"))
+    }
+
     /// An administrator deletes the lease of that name.
     fn delete(&self, lease: &str) {
-        on_its_nodes(&self.nodes(), &["DEL", lease]);
+        self.command(&["DEL", lease]);
     }
 
     /// An administrator, or another library, takes the lease of that name.
     fn overwrite(&self, lease: &str, owner: &str, ttl: Duration) {
-        on_its_nodes(
-            &self.nodes(),
-            &["SET", lease, owner, "PX", &ttl.as_millis().to_string()],
-        );
+        self.command(&["SET", lease, owner, "PX", &ttl.as_millis().to_string()]);
     }
 
     /// All data are gone.
     fn flush(&self) {
         for node in self.nodes() {
             node.command(&["FLUSHALL"]);
+        }
+    }
+
+    /// All servers are killed with SIGKILL.
+    fn kill(&self) {
+        for node in self.nodes() {
+            node.kill();
+        }
+    }
+
+    /// All servers come back with nothing of what they knew.
+    fn restart(&self) {
+        for node in self.nodes() {
+            node.restart();
+            assert_eq!(node.dbsize(), 0);
+        }
+    }
+
+    /// How often scripts were called on all servers, since they began or were told to count anew.
+    fn script_calls(&self) -> u64 {
+        self.nodes().into_iter().map(RedisServer::script_calls).sum()
+    }
+
+    /// The servers count from zero again.
+    fn count_anew(&self) {
+        for node in self.nodes() {
+            node.reset_stats();
+        }
+    }
+
+    /// How many inboxes there are in which a manager listens.
+    fn inboxes(&self, namespace: &str) -> usize {
+        let inbox = format!("{namespace}in:");
+        self.names().iter().filter(|name| name.contains(&inbox)).count()
+    }
+
+    /// The counters that tokens come from are lost, or go back to an old number.
+    fn set_counters(&self, number: Option<u64>) {
+        let nodes = self.nodes();
+        let counters = nodes
+            .iter()
+            .flat_map(|node| node.keys().into_iter().map(move |key| (node, key)));
+        for (node, key) in counters.filter(|(_, key)| key.contains("%fence:")) {
+            match number {
+                Some(number) => node.command(&["SET", &key, &number.to_string()]),
+                None => node.command(&["DEL", &key]),
+            };
+        }
+    }
+
+    /// Connections of this type break.
+    fn cut(&self, connections: ClientType) {
+        for node in self.nodes() {
+            node.client_kill(connections);
         }
     }
 
@@ -188,20 +256,6 @@ pub trait Servers: Send + Sync {
             node.cont();
         }
     }
-}
-
-/// Runs a command on each server that is in charge of its key.
-fn on_its_nodes(nodes: &[&RedisServer], words: &[&str]) {
-    let mut done = false;
-    for node in nodes {
-        match node.try_query::<redis::Value>(words) {
-            Ok(_) => done = true,
-            // The key is another's.
-            Err(error) if error.code() == Some("MOVED") => {}
-            Err(error) => panic!("{words:?}: {error}"),
-        }
-    }
-    assert!(done, "{words:?}: no server is in charge of it");
 }
 
 impl Servers for RedisServer {

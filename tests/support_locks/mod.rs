@@ -95,6 +95,11 @@ impl TestStore {
         &*self.servers
     }
 
+    /// [`servers`](Self::servers), for a thread.
+    pub fn keep_servers(&self) -> Arc<dyn Servers> {
+        Arc::clone(&self.servers)
+    }
+
     /// The only Redis server of a store that has one.
     #[track_caller]
     pub fn server(&self) -> &RedisServer {
