@@ -14,6 +14,7 @@ use std::sync::atomic::{AtomicBool, Ordering};
 use std::time::{Duration, Instant};
 
 use shardlock::{LockError, LockManager, LossReason};
+use support::proxy::Proxy;
 use support::{ClientType, RedisServer};
 use support_locks::{TestStore, lock, lock_keys, on_each_store, soon, until, until_queued};
 use tokio::task::JoinSet;
@@ -333,32 +334,49 @@ async fn a_port_that_says_nothing_is_an_error_after_the_store_timeout() {
     assert!(error.to_string().contains(&address.to_string()), "{error}");
 }
 
+/// The server does what it is told, and its answers come late or never.
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
-async fn a_server_without_memory_or_for_reading_only_says_what_to_do() {
+async fn a_connection_that_stalls_during_an_acquire_on_a_free_key_strands_nobody() {
     let server = RedisServer::start();
-    let locks = LockManager::connect(&server.url()).await.expect("connect");
-    let held = lock(&locks, "held").await;
-    let no_replicas = ["CONFIG", "SET", "min-replicas-to-write", "1"];
-    let replicas = ["CONFIG", "SET", "min-replicas-to-write", "0"];
-    let no_memory = ["CONFIG", "SET", "maxmemory", "1"];
-    let memory = ["CONFIG", "SET", "maxmemory", "0"];
-    let replica = ["REPLICAOF", "127.0.0.1", "1"];
-    let primary = ["REPLICAOF", "NO", "ONE"];
-    for (change, back, words) in [
-        (&no_replicas[..], &replicas[..], "does not accept writes"),
-        (&no_memory[..], &memory[..], "maxmemory"),
-        (&replica[..], &primary[..], "connect to the primary"),
-    ] {
-        server.command(change);
-        let error = locks.lock("k").await.expect_err("the server says no");
-        assert!(matches!(error, LockError::Refused { .. }), "{error}");
-        assert!(
-            error.to_string().contains(words) && error.to_string().contains("\"k\""),
-            "{error}"
-        );
-        server.command(back);
-        lock(&locks, "k").await.release().await.expect("release");
+    let proxy = Proxy::start(server.address());
+    let limit = Duration::from_millis(400);
+    let builder = LockManager::builder().shard(proxy.url()).store_timeout(limit);
+    let locks = builder.connect().await.expect("connect");
+    let others = LockManager::connect(&server.url()).await.expect("connect");
+    for round in 0..8 {
+        // In the first rounds the scripts are not yet known to the server; in one half somebody else waits meanwhile.
+        proxy.hold_back();
+        let acquiring = tokio::spawn(locks.lock("k").into_future());
+        until("the lease is taken", async || !lock_keys(&server).is_empty()).await;
+        let waiting = (round % 2 == 0).then(|| tokio::spawn(others.lock("k").into_future()));
+        if waiting.is_some() {
+            until_queued(&others, "k", 1).await;
+        }
+        tokio::time::sleep(Duration::from_millis(60)).await;
+        assert!(!acquiring.is_finished(), "nobody told it so far");
+        proxy.let_through();
+        let guard = soon("the lock", acquiring).await.expect("a task").expect("lock");
+        assert!(guard.is_valid());
+        guard.release().await.expect("release");
+        if let Some(waiting) = waiting {
+            let guard = soon("the waiter", waiting).await.expect("a task").expect("lock");
+            guard.release().await.expect("release");
+        }
     }
-    held.release().await.expect("those troubles were short");
+
+    // Longer than the store timeout: an error, and the lease that nobody was told of is given back.
+    proxy.hold_back();
+    let error = soon("an error", locks.lock("k").into_future())
+        .await
+        .expect_err("no answer");
+    assert!(
+        matches!(error, LockError::Unavailable { .. }) && error.is_retryable(),
+        "{error}"
+    );
+    let started = Instant::now();
+    lock(&others, "k").await.release().await.expect("release");
+    assert!(started.elapsed() < Duration::from_secs(5), "{:?}", started.elapsed());
+    proxy.let_through();
+    lock(&locks, "k").await.release().await.expect("release");
     until("nothing is left", async || lock_keys(&server).is_empty()).await;
 }

@@ -10,7 +10,9 @@
 #![allow(clippy::expect_used, clippy::panic, clippy::unwrap_used)]
 
 pub mod lasting;
+pub mod other_clock;
 pub mod process;
+pub mod proxy;
 pub mod server;
 pub mod wait;
 pub mod worker;

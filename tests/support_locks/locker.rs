@@ -16,8 +16,15 @@ impl TestStore {
     /// So many processes whose leases have this TTL. All of them are connected.
     #[track_caller]
     pub fn lockers(&self, count: usize, ttl: Duration) -> Vec<Locker> {
+        self.lockers_with(count, ttl, &[])
+    }
+
+    /// [`lockers`](Self::lockers) with these environment variables.
+    #[track_caller]
+    pub fn lockers_with(&self, count: usize, ttl: Duration, vars: &[(&str, &str)]) -> Vec<Locker> {
         let ttl = ttl.as_millis().to_string();
-        let spawn = |_| Locker(self.worker(LOCKER, &[("LOCKTEST_TTL", &ttl)]));
+        let vars = [&[("LOCKTEST_TTL", ttl.as_str())], vars].concat();
+        let spawn = |_| Locker(self.worker(LOCKER, &vars));
         let lockers: Vec<_> = (0..count).map(spawn).collect();
         for locker in &lockers {
             assert_eq!(locker.line(), "connected");
