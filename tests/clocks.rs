@@ -64,7 +64,7 @@ on_each_store! {
         lockers[0].ask();
         let mut grow = |token| assert!(std::mem::replace(&mut largest, token) < token, "{token}");
         grow(lockers[0].locked());
-        for holder in 0..lockers.len() * 2 {
+        for holder in 0..lockers.len() {
             let (this, next) = (holder % AHEAD.len(), (holder + 1) % AHEAD.len());
             if holder == 0 {
                 for place in 1..AHEAD.len() {
