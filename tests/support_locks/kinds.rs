@@ -29,7 +29,7 @@ pub enum Kind {
 /// |---|---|
 /// | `all` | every kind |
 /// | `servers` | those that other processes reach, each alone: not `memory`, which is inside of this one, nor `mixed`, which has such a shard |
-/// | `pausable` | those whose servers stay in their roles while they stand still; where that begins a failover, the kind's own tests say what happens |
+/// | `pausable` | those whose servers keep their roles while they stand still or are down; where that begins a failover, the kind's own tests say what happens |
 /// | `redis_nodes` | those made of Redis servers, whose connections and scripts a test can take away |
 /// | `foreign` | those on which clients of other libraries take the same key |
 /// | `counted` | those whose servers count nothing but what managers and tests send, and for which a lock is one script call |
@@ -196,7 +196,7 @@ pub trait Servers: Send + Sync {
         }
     }
 
-    /// All servers come back with nothing of what they knew.
+    /// All servers that were killed come back; Redis with nothing of what it knew.
     fn restart(&self) {
         for node in self.nodes() {
             node.restart();
@@ -222,7 +222,7 @@ pub trait Servers: Send + Sync {
         self.names().iter().filter(|name| name.contains(&inbox)).count()
     }
 
-    /// The counters that tokens come from are lost, or go back to an old number.
+    /// The counters that tokens come from are lost, or go back to an old number. Nothing happens where there are none.
     fn set_counters(&self, number: Option<u64>) {
         let nodes = self.nodes();
         let counters = nodes
