@@ -112,6 +112,13 @@ impl Kind {
         }
     }
 
+    /// A TTL as short as makes sense with a server that is well and near.
+    pub fn least_ttl(self) -> Duration {
+        match self {
+            Self::Memory | Self::Redis | Self::Mixed => Duration::from_millis(100),
+        }
+    }
+
     /// How long a lease with this TTL lasts on the servers at the longest, when nobody renews it any more.
     pub fn dead_within(self, ttl: Duration) -> Duration {
         match self {
