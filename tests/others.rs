@@ -133,6 +133,10 @@ on_each_store! {
             lock(&locks, "k").await.release().await.expect("release");
         }
     }
+}
+
+on_each_store! {
+    on(free_path, own);
 
     async fn a_queue_of_a_wrong_type_is_a_clear_error_and_stays_as_it_is(store: &TestStore) {
         let servers = store.servers();

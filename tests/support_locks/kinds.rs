@@ -32,6 +32,7 @@ pub enum Kind {
 /// | `pausable` | those whose servers keep their roles while they stand still or are down; where that begins a failover, the kind's own tests say what happens |
 /// | `redis_nodes` | those made of Redis servers, whose connections and scripts a test can take away |
 /// | `foreign` | those on which clients of other libraries take the same key |
+/// | `free_path` | those that take a key that nobody seems to want without a look at its queue |
 /// | `counted` | those whose servers count nothing but what managers and tests send, and for which a lock is one script call |
 macro_rules! tests_on {
     ($how:ident all) => { $crate::support_locks::tests_on! { $how memory redis mixed } };
@@ -39,6 +40,7 @@ macro_rules! tests_on {
     ($how:ident pausable) => { $crate::support_locks::tests_on! { $how redis } };
     ($how:ident redis_nodes) => { $crate::support_locks::tests_on! { $how redis } };
     ($how:ident foreign) => { $crate::support_locks::tests_on! { $how redis } };
+    ($how:ident free_path) => { $crate::support_locks::tests_on! { $how redis } };
     ($how:ident counted) => { $crate::support_locks::tests_on! { $how redis } };
 
     ($how:ident memory) => { $crate::support_locks::tests_on! { $how on_memory: Memory } };
