@@ -1,7 +1,7 @@
 //! What lasts as long as the test process: directories of servers that its tests share.
 
 use std::os::unix::process::CommandExt;
-use std::process::{ChildStdin, Command, Stdio};
+use std::process::{Child, Command, Stdio};
 use std::sync::OnceLock;
 
 /// Removes its argument when its standard input ends. Servers may take a moment to die, and write until then.
@@ -12,8 +12,8 @@ const REMOVE: &str = r#"cat >/dev/null; for try in 1 2 3 4 5; do rm -rf -- "$1" 
 /// Rust drops nothing that a static holds. So a small process of its own waits for the end of a pipe, whose other end only
 /// this process has.
 pub fn remove_directories_at_the_end() {
-    static PIPE: OnceLock<ChildStdin> = OnceLock::new();
-    PIPE.get_or_init(|| {
+    static REMOVER: OnceLock<Child> = OnceLock::new();
+    REMOVER.get_or_init(|| {
         let dir = tempfile::Builder::new()
             .prefix("shardlock-tests-")
             .tempdir()
@@ -29,9 +29,9 @@ pub fn remove_directories_at_the_end() {
             .stdin(Stdio::piped())
             .stdout(Stdio::null())
             .stderr(Stdio::null());
-        let mut child = command.spawn().expect("start a shell");
+        let remover = command.spawn().expect("start a shell");
         // An error would mean that it was called before, by somebody else.
         tempfile::env::override_temp_dir(&dir).expect("nobody else has done so");
-        child.stdin.take().expect("it is piped")
+        remover
     });
 }
