@@ -67,8 +67,8 @@ on_each_store! {
         for holder in 0..lockers.len() {
             let (this, next) = (holder % AHEAD.len(), (holder + 1) % AHEAD.len());
             if holder == 0 {
-                for place in 1..AHEAD.len() {
-                    lockers[place].ask();
+                for (place, locker) in lockers.iter_mut().enumerate().skip(1) {
+                    locker.ask();
                     until_queued(&watcher, "k", place as u64).await;
                 }
             }
