@@ -1,12 +1,12 @@
 .DEFAULT_GOAL := help
-.PHONY: help demo test lint bench clean
+.PHONY: help demo test test-servers lint bench clean
 
 # Every target that needs a server starts its own; this finds or installs the binary.
 with_server = server=$$(scripts/ensure-server) && SHARDLOCK_REDIS_SERVER=$$server
 features = $(shell sed -n '/^\[features\]/,/^\[[^f]/s/^\([a-z0-9_-]*\) = .*/\1/p' Cargo.toml | grep -vx default)
 
 help: ## Say what can be made.
-	@sed -n 's/^\([a-z]*\): .*## \(.*\)/  make \1	\2/p' Makefile
+	@sed -n 's/^\([a-z-]*\): .*## \(.*\)/  make \1	\2/p' Makefile
 
 demo: cargo ## Show workers of several processes fighting over the same keys on a real server.
 	@$(with_server) cargo run --release --locked --features cli -- demo
@@ -14,6 +14,17 @@ demo: cargo ## Show workers of several processes fighting over the same keys on 
 test: cargo protoc ## Run all tests, against real servers.
 	@server=$$(scripts/ensure-server) && etcd=$$(scripts/ensure-etcd) && \
 	SHARDLOCK_REDIS_SERVER=$$server SHARDLOCK_ETCD_SERVER=$$etcd cargo test --locked --all-features --no-fail-fast
+
+# TESTS chooses among them, as in TESTS="--test basics --test order".
+test-servers: cargo protoc ## Run all tests against each server: the default, Valkey 9, Redis 8.
+	@etcd=$$(scripts/ensure-etcd) && export SHARDLOCK_ETCD_SERVER=$$etcd; failed=; for server in "" valkey redis8; do \
+		name=$${server:-default}; \
+		path=$$(scripts/ensure-server $$server) || { failed="$$failed $$name (not to be had)"; continue; }; \
+		echo "== $$name: $$("$$path" --version)"; \
+		SHARDLOCK_REDIS_SERVER=$$path cargo test --locked --all-features --no-fail-fast $(TESTS) || failed="$$failed $$name"; \
+	done; \
+	if [ -n "$$failed" ]; then echo "failed:$$failed" >&2; exit 1; fi; \
+	echo "the tests passed against all three servers"
 
 lint: cargo protoc ## Check format, lints with each feature alone and all together, documentation, dependencies.
 	cargo fmt --all -- --check

@@ -12,7 +12,10 @@
 pub mod cluster;
 #[cfg(feature = "etcd")]
 pub mod etcd;
+pub mod lasting;
+pub mod other_clock;
 pub mod process;
+pub mod proxy;
 pub mod sentinel;
 pub mod server;
 pub mod tls;

