@@ -82,7 +82,7 @@ pub(crate) use tests_on;
 
 impl Kind {
     /// All kinds, by the names that workers are told.
-    const ALL: &[(&'static str, Self)] = &[
+    pub const ALL: &[(&'static str, Self)] = &[
         ("memory", Self::Memory),
         ("redis", Self::Redis),
         ("sentinel", Self::Sentinel),

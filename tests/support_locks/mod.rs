@@ -86,6 +86,11 @@ impl TestStore {
         }
     }
 
+    /// The URLs of its shards.
+    pub fn urls(&self) -> &[String] {
+        &self.urls
+    }
+
     /// What its shards are.
     pub fn kind(&self) -> Kind {
         self.kind

@@ -16,8 +16,9 @@ use tokio::task::JoinSet;
 use tokio::time::Instant;
 
 use super::jobs::Mix;
-use super::probe::{self, SERVER_TIMEOUT};
+use super::probe;
 use super::protocol::{Answer, Names, Order, Setup, Worked};
+use super::stage::builder;
 use super::{coupons, jobs};
 
 /// How often a worker tells how far it is.
@@ -79,10 +80,7 @@ impl Workplace {
         // Before the manager: metrics that were made without a recorder count nothing.
         let metrics = install_recorder(setup)?;
         let names = Names::new(&setup.prefix);
-        let builder = LockManager::builder()
-            .namespace(names.namespace())
-            .store_timeout(SERVER_TIMEOUT);
-        let builder = setup.shards.iter().fold(builder, |builder, url| builder.shard(url));
+        let builder = builder(&setup.shards, &names)?;
         Ok(Self {
             locks: builder.connect().await?,
             names,

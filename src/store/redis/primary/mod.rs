@@ -368,17 +368,27 @@ impl LeaseStore for RedisStore {
                 link.is_ended_by(&error, &live);
                 shared.source.in_words(&error)
             };
+            // A server that is busy answers some of many calls in time: those leases are renewed, and only the others are asked for again.
+            let each = limit.mul_f64(if shared.confirm.is_some() { 0.5 } else { 0.8 });
             let calls = batch.chunks(RENEWALS_PER_CALL).map(|part| {
                 let (mut connection, shared) = (live.connection.clone(), &shared);
                 async move {
                     let fill = |command: &mut Cmd| shared.commands.fill_renew(command, part);
-                    let call = shared.scripts.renew.call(&mut connection, fill).await;
-                    call.map(|value| renewed(&value, part.len()))
+                    let call = shared.scripts.renew.call(&mut connection, fill);
+                    let value = tokio::time::timeout(each, call).await.ok()?;
+                    Some(value.map(|value| renewed(&value, part.len())))
                 }
             });
             let mut replies = Vec::with_capacity(batch.len());
-            for part in futures_util::future::join_all(calls).await {
-                replies.extend(part.map_err(in_words)??.into_iter().map(Some));
+            let answers = futures_util::future::join_all(calls).await;
+            if answers.iter().all(Option::is_none) {
+                return Err(StoreError::Unavailable(format!("no answer within {each:?}").into()));
+            }
+            for (part, answer) in batch.chunks(RENEWALS_PER_CALL).zip(answers) {
+                match answer {
+                    Some(answer) => replies.extend(answer.map_err(in_words)??.into_iter().map(Some)),
+                    None => replies.extend(part.iter().map(|_| None)),
+                }
             }
             let mut connection = live.connection.clone();
             if replies.contains(&Some(RenewReply::NotOurs)) {
