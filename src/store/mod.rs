@@ -3,6 +3,7 @@
 #[cfg(test)]
 mod conformance;
 pub(crate) mod memory;
+pub(crate) mod quorum;
 pub(crate) mod redis;
 
 use std::future::Future;
@@ -90,10 +91,8 @@ pub(crate) fn open(endpoint: &Endpoint, options: StoreOptions) -> Result<Arc<dyn
     Ok(match endpoint.kind() {
         EndpointKind::Redis(server) => Arc::new(redis::primary::RedisStore::new(server, options)?),
         EndpointKind::Memory { name } => Arc::new(memory::MemoryStore::open(name, options)),
-        EndpointKind::Sentinel { .. }
-        | EndpointKind::Cluster { .. }
-        | EndpointKind::Redlock { .. }
-        | EndpointKind::Etcd { .. } => {
+        EndpointKind::Redlock { nodes } => Arc::new(quorum::QuorumStore::new(nodes, &options)?),
+        EndpointKind::Sentinel { .. } | EndpointKind::Cluster { .. } | EndpointKind::Etcd { .. } => {
             return Err(Invalid::new("url", endpoint.to_string(), "of a kind that is built already").into());
         }
     })

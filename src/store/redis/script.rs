@@ -18,6 +18,10 @@ impl LuaScript {
         }
     }
 
+    pub(super) const fn text(&self) -> &'static str {
+        self.code
+    }
+
     /// Calls it by its hash, and by its text where the server does not know it (any more). Being idempotent for a cycle,
     /// it could even run twice. `fill` writes the number of keys, the keys and the arguments.
     pub(super) async fn call(
@@ -62,6 +66,8 @@ pub(super) struct Scripts {
     pub(super) release_free: LuaScript,
     pub(super) release: LuaScript,
     pub(super) renew: LuaScript,
+    /// Takes another node of a quorum than the door.
+    pub(super) claim: LuaScript,
 }
 
 impl Scripts {
@@ -77,6 +83,7 @@ impl Scripts {
                 include_str!("scripts/release.lua")
             )),
             renew: LuaScript::new(include_str!("scripts/renew.lua")),
+            claim: LuaScript::new(include_str!("scripts/claim.lua")),
         }
     }
 }

@@ -11,6 +11,7 @@ use parking_lot::Mutex;
 use super::super::commands::without_errors;
 use super::super::reply::{as_text, error_in_words, server_time};
 use super::Shared;
+use crate::clock::Moment;
 use crate::fence::FencingToken;
 use crate::store::StoreError;
 
@@ -106,11 +107,18 @@ impl Link {
         greeting.cmd("TIME");
         greeting.cmd("SET").arg(&map_key).arg(&shared.map).arg("NX");
         greeting.cmd("GET").arg(&map_key);
-        let replies = connection.send_packed_commands(&greeting, 0, 3).await;
+        let count = 3 + shared.tenure.as_ref().map_or(0, |_| {
+            greeting.cmd("INFO").arg("server");
+            // A claim is not waited for once others have decided, so nobody would send it again by its text.
+            greeting.cmd("SCRIPT").arg("LOAD").arg(shared.scripts.claim.text());
+            2
+        });
+        let asked_at = Moment::now();
+        let replies = connection.send_packed_commands(&greeting, 0, count).await;
         let replies = replies.and_then(without_errors);
         let replies = replies.map_err(|error| error_in_words(&error))?;
         let (time, theirs) = match &replies[..] {
-            [time, _, map] => (server_time(time), as_text(map)),
+            [time, _, map, ..] => (server_time(time), as_text(map)),
             _ => (None, None),
         };
         let (Some((seconds, micros)), Some(theirs)) = (time, theirs) else {
@@ -124,6 +132,10 @@ impl Link {
                 theirs,
                 map_key,
             });
+        }
+        if let Some(tenure) = &shared.tenure {
+            let info = replies.get(3).and_then(as_text);
+            tenure.learn(asked_at, info.as_deref())?;
         }
         shared
             .floor

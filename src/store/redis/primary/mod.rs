@@ -6,6 +6,7 @@
 //! requests for a key keep their order; one on the watchdog's thread for renewals; one that only listens to the manager's inbox. A connection that
 //! carries commands never subscribes: an unsolicited push would be taken for a reply.
 
+mod claim;
 mod inbox;
 mod link;
 #[cfg(test)]
@@ -30,6 +31,8 @@ use crate::key::{LockKey, SLOTS, Slot};
 use crate::protocol::{Acquire, AcquireReply, Answer, Ask, Push, Release, ReleaseReply, RenewReply, Renewal};
 use crate::store::{Inspection, Lane, LeaseStore, StoreError, StoreFuture, StoreOptions};
 use crate::telemetry::ShardMetrics;
+use claim::Tenure;
+pub(crate) use claim::{Claim, Claimed};
 use link::Link;
 
 /// See the module.
@@ -51,6 +54,8 @@ pub(super) struct Shared {
     floor: AtomicU64,
     /// The largest token seen in each slot.
     seen: Box<[AtomicU64]>,
+    /// Whether it runs for long enough to have a vote, where it is a node of a quorum.
+    tenure: Option<Tenure>,
 }
 
 /// How many leases one call of the renewal script covers: few enough that others get a turn in between.
@@ -61,6 +66,16 @@ const RECONNECTS_PER_REQUEST: usize = 2;
 impl RedisStore {
     /// Prepares a store; nothing is sent yet.
     pub(crate) fn new(server: &ServerUrl, options: StoreOptions) -> Result<Self, Invalid> {
+        Self::with_tenure(server, options, None)
+    }
+
+    /// Prepares a store that is one node of a quorum.
+    pub(crate) fn node(server: &ServerUrl, options: StoreOptions) -> Result<Self, Invalid> {
+        let tenure = Tenure::new(options.redlock_max_ttl);
+        Self::with_tenure(server, options, Some(tenure))
+    }
+
+    fn with_tenure(server: &ServerUrl, options: StoreOptions, tenure: Option<Tenure>) -> Result<Self, Invalid> {
         // The error of the client library may quote the URL, and with it the password.
         let unusable = || Invalid::new("url", server.place(), "a server that the client library can use");
         let info = server.as_str().into_connection_info().map_err(|_| unusable())?;
@@ -73,6 +88,7 @@ impl RedisStore {
             metrics: options.metrics,
             floor: AtomicU64::new(0),
             seen: (0..SLOTS).map(|_| AtomicU64::new(0)).collect(),
+            tenure,
         });
         let link = || Link::new(&info, &shared).map(Arc::new).map_err(|_| unusable());
         Ok(Self {
