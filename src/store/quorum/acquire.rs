@@ -39,11 +39,16 @@ pub(super) async fn acquire(quorum: Arc<Quorum>, request: Acquire) -> Result<Ans
         ..request.clone()
     };
     // A node that was asked and did not answer may have the cycle: it is marked down, so this ends.
-    let mut left_behind = Vec::new();
+    let mut left_behind: Vec<Arc<Node>> = Vec::new();
+    let mut refusal = None;
     let (door, answer) = loop {
-        let Some(door) = quorum.door(slot).filter(|_| quorum.can_win()) else {
+        let is_fit = |node: &&Arc<Node>| {
+            let was_asked = left_behind.iter().any(|asked| Arc::ptr_eq(asked, node));
+            node.is_usable() && !was_asked && !node.owes(&request.key, request.cycle)
+        };
+        let Some(door) = quorum.order(slot).find(is_fit).filter(|_| quorum.can_win()) else {
             leave(&quorum, &left_behind, &request);
-            return Err(quorum.no_majority());
+            return Err(refusal.unwrap_or_else(|| quorum.no_majority()));
         };
         let why = match timeout(quorum.node_limit, door.store.acquire(at_door.clone())).await {
             // It may have restarted under way, and not be a door any more.
@@ -54,7 +59,12 @@ pub(super) async fn acquire(quorum: Arc<Quorum>, request: Acquire) -> Result<Ans
             }
             Ok(Err(error)) => match outage(&error) {
                 Some(why) => why.to_owned(),
-                None => return Err(error),
+                // It may be this node's trouble alone.
+                None => {
+                    left_behind.push(Arc::clone(door));
+                    refusal = Some(error);
+                    continue;
+                }
             },
             Err(_) => "no answer in time".to_owned(),
         };
@@ -161,7 +171,7 @@ async fn claim(
         if door.is_some_and(|door| Arc::ptr_eq(door, node)) {
             continue;
         }
-        if !node.is_up() {
+        if !node.is_up() || node.owes(&request.key, request.cycle) {
             tally.count(Vote::Missing);
             continue;
         }

@@ -7,7 +7,8 @@ use std::time::Duration;
 use parking_lot::Mutex;
 
 use crate::clock::Moment;
-use crate::protocol::Release;
+use crate::key::LockKey;
+use crate::protocol::{Cycle, Release};
 use crate::store::redis::primary::RedisStore;
 use crate::telemetry::NodeMetrics;
 
@@ -103,7 +104,20 @@ impl Node {
         owed.push_back((now + longest, release));
     }
 
-    pub(super) fn take_owed(&self) -> Vec<(Moment, Release)> {
-        std::mem::take(&mut *self.owed.lock()).into()
+    /// What it is owed, which stays owed until it is `paid`.
+    pub(super) fn owed(&self) -> Vec<(Moment, Release)> {
+        self.owed.lock().iter().cloned().collect()
+    }
+
+    /// That release was answered, or the lease has run out.
+    pub(super) fn paid(&self, release: &Release) {
+        let is_it = |other: &Release| other.cycle == release.cycle && other.key == release.key;
+        self.owed.lock().retain(|(_, other)| !is_it(other));
+    }
+
+    /// Whether a release of that cycle is still to come: what the node says of the cycle until then does not count.
+    pub(super) fn owes(&self, key: &LockKey, cycle: Cycle) -> bool {
+        let owed = self.owed.lock();
+        owed.iter().any(|(_, other)| other.cycle == cycle && other.key == *key)
     }
 }

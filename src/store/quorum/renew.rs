@@ -62,7 +62,8 @@ pub(super) async fn renew(
             }
         };
         let replies = replies.into_iter().chain(std::iter::repeat(None));
-        for (lease, reply) in leases.iter_mut().zip(replies) {
+        for ((lease, renewal), reply) in leases.iter_mut().zip(&batch).zip(replies) {
+            let reply = reply.filter(|_| !node.owes(&renewal.key, renewal.cycle));
             lease.tally.count(match reply {
                 Some(RenewReply::Extended { wanted }) => {
                     lease.wanted |= wanted;

@@ -113,27 +113,19 @@ async fn look(quorum: &Quorum, node: &Node) {
         Ok(Err(error)) => return quorum.down(node, super::outage(&error).unwrap_or("it refuses to be a node")),
         Err(_) => return quorum.down(node, "no answer to a probe in time"),
     }
-    let mut owed = node.take_owed().into_iter();
-    while let Some((end, release)) = owed.next() {
-        if Moment::now() > end {
-            continue;
-        }
+    for (end, release) in node.owed() {
         // The caller's connection has what was sent of the cycle before; the other one works if the program's runtime is gone.
-        let mut done = false;
+        let mut done = Moment::now() > end;
         for lane in [Lane::Caller, Lane::Background] {
-            let reply = timeout(quorum.node_limit, node.store.release(lane, release.clone())).await;
-            if matches!(reply, Ok(Ok(_))) {
-                done = true;
-                break;
+            if !done {
+                let reply = timeout(quorum.node_limit, node.store.release(lane, release.clone())).await;
+                done = matches!(reply, Ok(Ok(_)));
             }
         }
         if !done {
-            node.owe(release, end.since(Moment::now()));
-            for (end, release) in owed {
-                node.owe(release, end.since(Moment::now()));
-            }
             return;
         }
+        node.paid(&release);
     }
     node.mark_up();
 }
