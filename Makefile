@@ -11,10 +11,11 @@ help: ## Say what can be made.
 demo: cargo ## Show workers of several processes fighting over the same keys on a real server.
 	@$(with_server) cargo run --release --locked --features cli -- demo
 
-test: cargo ## Run all tests, against real servers.
-	@$(with_server) cargo test --locked --all-features --no-fail-fast
+test: cargo protoc ## Run all tests, against real servers.
+	@server=$$(scripts/ensure-server) && etcd=$$(scripts/ensure-etcd) && \
+	SHARDLOCK_REDIS_SERVER=$$server SHARDLOCK_ETCD_SERVER=$$etcd cargo test --locked --all-features --no-fail-fast
 
-lint: cargo ## Check format, lints with each feature alone and all together, documentation, dependencies.
+lint: cargo protoc ## Check format, lints with each feature alone and all together, documentation, dependencies.
 	cargo fmt --all -- --check
 	cargo clippy --locked --all-targets -- -D warnings
 	@set -e; for f in $(features); do set -x; cargo clippy --locked --all-targets --features $$f -- -D warnings; { set +x; } 2>/dev/null; done
@@ -23,12 +24,16 @@ lint: cargo ## Check format, lints with each feature alone and all together, doc
 	@if cargo deny --version >/dev/null 2>&1; then cargo deny --locked check bans licenses sources; \
 	else echo "cargo-deny is not installed: bans, licenses and sources are not checked"; fi
 
-bench: cargo ## Measure.
+bench: cargo protoc ## Measure.
 	@$(with_server) cargo bench --locked --all-features
 
 clean: ## Remove what was built and any server that was installed here.
 	rm -rf target .servers
 
-.PHONY: cargo
+.PHONY: cargo protoc
+# The feature etcd is built with it.
+protoc:
+	@scripts/ensure-protoc
+
 cargo:
 	@command -v cargo >/dev/null || { echo "cargo is not on the PATH: install Rust 1.88 or later, see https://rustup.rs" >&2; exit 1; }

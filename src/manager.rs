@@ -17,7 +17,7 @@ use crate::protocol::Cycles;
 use crate::queue::Rules;
 use crate::request::{LockRequest, TryLockRequest};
 use crate::router::ShardMap;
-use crate::shard::{Background, Job, Limits, Load, Parts, Shard};
+use crate::shard::{Background, Job, Limits, Load, Parts, Shard, Unheard};
 use crate::store::{self, Inspection, LeaseStore, StoreError, StoreOptions, TlsFiles};
 use crate::telemetry::{self, ClassMetrics, Classes, ShardMetrics};
 
@@ -56,7 +56,8 @@ pub(crate) struct Inner {
 impl LockManager {
     /// Connects to one shard with the default configuration. [`builder`](Self::builder) takes more.
     ///
-    /// `redis://[user[:password]@]host[:port][/db]` is a Redis or Valkey primary; `memory://[name]` lives inside this process.
+    /// `redis://[[user]:password@]host[:port][/db]` is a Redis or Valkey primary, `rediss://` the same through TLS; `memory://[name]` lives inside
+    /// this process. [`Endpoint`] lists them all.
     ///
     /// # Errors
     ///
@@ -144,10 +145,13 @@ impl LockManager {
         let failed = |reason: String| shard.error(StoreError::Unavailable(reason.into()), "subscribe", None, started);
         let background = background.map_err(|error| failed(format!("no background thread: {error}")))?;
         match tokio::time::timeout(self.inner.config.store_timeout, background.listening).await {
-            Ok(Ok(())) => Ok(()),
+            Ok(Ok(Ok(()))) => Ok(()),
+            Ok(Ok(Err(Unheard { shard, reason }))) => {
+                Err(shard.error(StoreError::Refused(reason), "subscribe", None, started))
+            }
             Ok(Err(_)) => Err(failed("the background thread could not start its runtime".to_owned())),
             Err(_) => Err(failed(format!(
-                "the inbox could not be subscribed within store_timeout ({:?}); may the user SUBSCRIBE?",
+                "the inbox could not be subscribed within store_timeout ({:?})",
                 self.inner.config.store_timeout
             ))),
         }
@@ -198,6 +202,25 @@ impl LockManager {
     #[must_use]
     pub fn id(&self) -> &str {
         self.inner.id.as_str()
+    }
+
+    /// Removes everything that the namespace has in its shards, and says how many keys there were: leases, queues, counters and the shard
+    /// map, those of other managers as well. For a namespace that nobody uses any more; whoever still does loses its locks. Tokens that are
+    /// issued in it later are larger all the same.
+    ///
+    /// # Errors
+    ///
+    /// [`LockError::Unavailable`] or [`LockError::Refused`] if a shard gives no answer; a part may have been removed then.
+    ///
+    /// # Cancel safety
+    ///
+    /// A part may have been removed if it is dropped.
+    pub async fn erase_namespace(&self) -> Result<u64, LockError> {
+        let mut count = 0;
+        for shard in &self.inner.shards {
+            count += shard.erase().await?;
+        }
+        Ok(count)
     }
 
     /// Gives everything back: guards that are out are lost, waiters and all later requests get [`LockError::Closed`]. Returns when the

@@ -203,6 +203,47 @@ mod file {
         assert_eq!(config, expected);
     }
 
+    #[cfg(feature = "tls")]
+    #[test]
+    fn the_example_file_for_tls_is_one_that_works() {
+        let path = concat!(env!("CARGO_MANIFEST_DIR"), "/config/tls.example.toml");
+        let config = Config::from_file(path).unwrap();
+        config.validate().unwrap();
+        let expected = Builder::new()
+            .shard("rediss://shardlock:change-me@redis.example.com:6379")
+            .tls_ca("/etc/shardlock/ca.pem")
+            .tls_cert("/etc/shardlock/client.pem")
+            .tls_key("/etc/shardlock/client.key")
+            .build_config()
+            .unwrap();
+        assert_eq!(config, expected);
+    }
+
+    #[test]
+    fn there_is_an_example_of_each_kind_of_shard() {
+        let folder = concat!(env!("CARGO_MANIFEST_DIR"), "/config");
+        let files = std::fs::read_dir(folder).unwrap().map(|entry| entry.unwrap().path());
+        let mut schemes = std::collections::BTreeSet::new();
+        for path in files.filter(|path| path.to_string_lossy().ends_with(".example.toml")) {
+            let is_built = |file: &str, feature: bool| feature || !path.ends_with(file);
+            if !is_built("etcd.example.toml", cfg!(feature = "etcd"))
+                || !is_built("tls.example.toml", cfg!(feature = "tls"))
+            {
+                // A build without a kind says so, as the endpoint's own tests show.
+                Config::from_file(&path).unwrap_err();
+                continue;
+            }
+            let config = Config::from_file(&path).unwrap();
+            config.validate().unwrap();
+            let endpoints = config.shards.iter().map(|shard| Endpoint::parse(&shard.url).unwrap());
+            schemes.extend(endpoints.map(|endpoint| endpoint.scheme().to_owned()));
+        }
+        for scheme in ["redis", "redis+sentinel", "redis+cluster", "redlock"] {
+            assert!(schemes.contains(scheme), "{scheme} is not in {schemes:?}");
+        }
+        assert_eq!(schemes.contains("etcd"), cfg!(feature = "etcd"));
+    }
+
     #[test]
     fn every_setting_is_reached_from_a_file() {
         let quoted: String = SAMPLES.map(|(name, value)| format!("{name} = {value:?}\n")).concat();

@@ -296,12 +296,22 @@ async fn a_port_that_refuses_and_a_host_that_does_not_exist_are_said_in_words() 
     assert!(error.to_string().contains("lock.invalid"), "{error}");
 }
 
+#[cfg(not(feature = "tls"))]
 #[tokio::test]
-async fn tls_is_refused_in_words_rather_than_tried_on_a_plain_port() {
+async fn tls_is_refused_in_words_where_it_was_not_built() {
     let server = RedisServer::start();
     let error = refused(&format!("rediss://:hunter2@{}", server.address())).await;
     assert!(matches!(error, LockError::Invalid(_)), "{error}");
-    assert!(error.to_string().contains("rediss:// is not supported"), "{error}");
+    assert!(error.to_string().contains("feature `tls`"), "{error}");
+}
+
+#[cfg(feature = "tls")]
+#[tokio::test]
+async fn tls_to_a_plain_port_is_said_in_words() {
+    let server = RedisServer::start();
+    let error = refused(&format!("rediss://:hunter2@{}", server.address())).await;
+    assert!(matches!(error, LockError::Refused { step: "connect", .. }), "{error}");
+    assert!(error.to_string().contains("does not speak TLS"), "{error}");
 }
 
 #[tokio::test]

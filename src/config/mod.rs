@@ -18,6 +18,7 @@ pub(crate) use overrides::check_overrides;
 use crate::endpoint::{Endpoint, EndpointKind, redact};
 use crate::error::Invalid;
 use crate::router::ShardMap;
+use crate::store::redis::names::Names;
 use bounds::Problem;
 use fields::{FIELDS, Field};
 
@@ -201,6 +202,20 @@ impl Config {
     #[must_use]
     pub fn shard_map(&self) -> ShardMap {
         ShardMap::new(self.shards.iter().map(|shard| shard.name.clone()))
+    }
+
+    /// What each shard must have stored under [`map_key`](Self::map_key), in the order of the shards: the version of the layout and the whole
+    /// map. A manager writes it where there is nothing yet, and is refused where something else is. Nothing is sent.
+    #[must_use]
+    pub fn fingerprints(&self) -> Vec<String> {
+        let map = self.shard_map();
+        (0..map.len()).map(|index| map.fingerprint(index)).collect()
+    }
+
+    /// The name of the Redis key under which the shard map's fingerprint is stored.
+    #[must_use]
+    pub fn map_key(&self) -> String {
+        Names::new(&self.namespace).map()
     }
 
     /// Sets one value by its name, from text: `set("ttl", "10s")`.
@@ -425,6 +440,14 @@ mod tests {
         );
         let unknown = message("tll", "10s");
         assert!(unknown.starts_with("setting is \"tll\", but must be one of shards, namespace, ttl, "));
+    }
+
+    #[test]
+    fn fingerprints_are_what_shards_have_stored() {
+        let mut config = Config::default();
+        config.set("shards", "a=memory://x,b=memory://y").unwrap();
+        assert_eq!(config.fingerprints()[1], "v1 a:0-8191,b:8192-16383 here=b");
+        assert_eq!(config.map_key(), "lock:%map");
     }
 
     #[test]

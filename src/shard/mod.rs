@@ -24,7 +24,7 @@ use std::time::Duration;
 
 use tokio::sync::mpsc;
 
-pub(crate) use background::Background;
+pub(crate) use background::{Background, Unheard};
 pub(crate) use drive::Driven;
 pub(crate) use entry::{Entry, Settled};
 
@@ -244,6 +244,13 @@ impl Shard {
     /// Whether no key is wanted, held or on its way.
     pub(crate) fn is_idle(&self) -> bool {
         self.table.len() == 0
+    }
+
+    /// Without a time limit: there may be millions of keys.
+    pub(crate) async fn erase(&self) -> Result<u64, LockError> {
+        let started = Moment::now();
+        let erased = self.store.erase().await;
+        erased.map_err(|error| self.error(error, "erase", None, started))
     }
 
     pub(crate) async fn inspect(&self, key: &LockKey) -> Result<Inspection, LockError> {

@@ -20,7 +20,7 @@ use crate::store::redis::primary::RedisStore;
 use crate::store::{Holder, Inspection, Lane, LeaseStore};
 
 #[path = "../../tests/support/mod.rs"]
-mod support;
+pub(super) mod support;
 
 const MANAGERS: usize = 3;
 const CYCLES: u64 = 5;

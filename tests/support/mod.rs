@@ -9,8 +9,14 @@
 // A test is over when its surroundings fail.
 #![allow(clippy::expect_used, clippy::panic, clippy::unwrap_used)]
 
+#[cfg(feature = "etcd")]
+pub mod etcd;
 pub mod process;
+pub mod sentinel;
 pub mod server;
+pub mod tls;
+#[cfg(feature = "tls")]
+mod tls_front;
 pub mod wait;
 pub mod worker;
 

@@ -205,11 +205,12 @@ impl MemoryCore {
         self.forget_if_unused(key);
     }
 
-    /// Forgets everything, as after a FLUSHALL.
-    #[cfg(test)]
-    pub(crate) fn flush(&mut self) {
+    /// Forgets everything, as after a FLUSHALL, and says how much that was.
+    pub(crate) fn flush(&mut self) -> u64 {
+        let count = self.locks.len() + self.counters.len();
         self.locks.clear();
         self.counters.clear();
+        count as u64
     }
 
     /// How many keys have a lease or a queue.

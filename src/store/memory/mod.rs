@@ -172,6 +172,12 @@ impl LeaseStore for MemoryStore {
         done(self.memory.lock().core.inspect(&key, Moment::now()))
     }
 
+    fn erase(&self) -> StoreFuture<u64> {
+        let mut memory = self.memory.lock();
+        let had_map = u64::from(memory.map.take().is_some());
+        done(had_map + memory.core.flush())
+    }
+
     fn listen(&self, pushes: mpsc::UnboundedSender<Push>) -> Pin<Box<dyn Future<Output = ()> + Send>> {
         let mut memory = self.memory.lock();
         memory.core.listen(self.manager.as_str(), true);

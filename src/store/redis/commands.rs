@@ -3,9 +3,10 @@
 use std::io::Write;
 use std::time::Duration;
 
-use deadpool_redis::redis::{Cmd, Pipeline, RedisError, RedisWrite, Value, pipe};
+use deadpool_redis::redis::{Cmd, Pipeline, RedisWrite, cmd, pipe};
 
 use super::names::Names;
+use super::permission::Permissions;
 use crate::identity::{ManagerId, Signature};
 use crate::key::LockKey;
 use crate::protocol::{Acquire, Ask, Cycle, Release, Renewal};
@@ -16,6 +17,7 @@ use crate::store::INSPECTED_QUEUE_MAX;
 pub(super) struct Commands {
     pub(super) names: Names,
     pub(super) manager: ManagerId,
+    pub(super) permissions: Permissions,
     inbox_prefix: String,
 }
 
@@ -26,6 +28,7 @@ impl Commands {
             inbox_prefix: names.inbox_prefix(),
             names,
             manager,
+            permissions: Permissions::new(namespace),
         }
     }
 
@@ -124,6 +127,14 @@ impl Commands {
         commands
     }
 
+    /// One step of looking for all keys of the namespace.
+    pub(super) fn scan(&self, cursor: u64) -> Cmd {
+        let mut scan = cmd("SCAN");
+        scan.arg(cursor).arg("MATCH").arg(self.names.pattern());
+        scan.arg("COUNT").arg(SCAN_COUNT);
+        scan
+    }
+
     /// The keys that the scripts of a lock have, and the first of their arguments: signature, TTL, tokens and floor.
     fn write_terms(&self, command: &mut Cmd, key: &LockKey, cycle: Cycle, ttl: Duration, tokens: u32, floor: u64) {
         let names = self.names.of(key);
@@ -146,12 +157,10 @@ impl Commands {
     }
 }
 
+/// How many keys one step of a scan looks at.
+const SCAN_COUNT: u32 = 1000;
+
 /// Whole milliseconds, as Redis wants them; never zero.
 fn millis(ttl: Duration) -> u64 {
     u64::try_from(ttl.as_millis()).unwrap_or(u64::MAX).max(1)
-}
-
-/// The replies of a pipeline, or the first error among them.
-pub(super) fn without_errors(replies: Vec<Value>) -> Result<Vec<Value>, RedisError> {
-    replies.into_iter().map(Value::extract_error).collect()
 }

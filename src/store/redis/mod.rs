@@ -4,8 +4,10 @@
 //! the server; `scripts/*.lua` hold the protocol. All are idempotent for a cycle. What is said to a server and what it says is the same
 //! whichever way a server is found: `names`, `commands`, `script` and `reply`.
 
+mod client;
 mod commands;
-mod names;
+pub(crate) mod names;
+mod permission;
 pub(crate) mod primary;
 mod reply;
 mod script;

@@ -110,6 +110,26 @@ impl Names {
         format!("{}%map", self.namespace)
     }
 
+    /// What all keys of the namespace match, and those of a few others: see [`is_ours`](Self::is_ours). The queue of a lock begins with a brace.
+    pub(crate) fn pattern(&self) -> String {
+        let mut pattern = "*".to_owned();
+        for char in self.namespace.chars() {
+            if matches!(char, '*' | '?' | '[' | ']' | '^' | '\\') {
+                pattern.push('\\');
+            }
+            pattern.push(char);
+        }
+        pattern.push('*');
+        pattern
+    }
+
+    /// Whether a key that matches the pattern belongs to the namespace.
+    pub(crate) fn is_ours(&self, key: &[u8]) -> bool {
+        key.strip_prefix(b"{")
+            .unwrap_or(key)
+            .starts_with(self.namespace.as_bytes())
+    }
+
     /// What comes before a manager's name in that of its inbox.
     pub(crate) fn inbox_prefix(&self) -> String {
         format!("{}in:", self.namespace)

@@ -51,10 +51,11 @@ pub(super) struct Jobs {
     pub(super) wait_ms: Wait,
     /// Round trips of the managers to the servers, renewals included, by the managers' own count.
     pub(super) store_requests_per_lock: f64,
-    /// Script calls by the servers' count, so those of other clients of the same servers are among them.
-    pub(super) script_calls_per_lock: f64,
+    /// Script calls by the servers' count, so those of other clients of the same servers are among them. Nothing where the
+    /// servers are not asked.
+    pub(super) script_calls_per_lock: Option<f64>,
     /// Messages, hand-offs above all, by the servers' count.
-    pub(super) publishes_per_lock: f64,
+    pub(super) publishes_per_lock: Option<f64>,
 }
 
 /// How many locks were had by which path.
@@ -74,12 +75,12 @@ pub(super) struct Wait {
 }
 
 impl Jobs {
-    /// `counted` is the sum of the counters, `calls` what the servers counted meanwhile.
+    /// `counted` is the sum of the counters, `calls` what the servers counted meanwhile, if they were asked.
     pub(super) fn new(
         (shards, keys): (usize, u32),
         workers: &[Worked],
         counted: u64,
-        calls: Calls,
+        calls: Option<Calls>,
         took: Duration,
     ) -> anyhow::Result<Self> {
         let mut waits = Histogram::<u64>::new(SIGNIFICANT_DIGITS)?;
@@ -109,8 +110,8 @@ impl Jobs {
                 max: millis(waits.max()),
             },
             store_requests_per_lock: per_lock(sum(|worker| worker.store_requests)),
-            script_calls_per_lock: per_lock(calls.scripts),
-            publishes_per_lock: per_lock(calls.publishes),
+            script_calls_per_lock: calls.map(|calls| per_lock(calls.scripts)),
+            publishes_per_lock: calls.map(|calls| per_lock(calls.publishes)),
         })
     }
 }
@@ -213,7 +214,14 @@ impl Outcome {
             "store requests per lock",
             format!("{:.3}", jobs.store_requests_per_lock),
         )?;
-        row("script calls per lock", format!("{:.3}", jobs.script_calls_per_lock))?;
-        row("messages per lock", format!("{:.3}", jobs.publishes_per_lock))
+        for (name, count) in [
+            ("script calls per lock", jobs.script_calls_per_lock),
+            ("messages per lock", jobs.publishes_per_lock),
+        ] {
+            if let Some(count) = count {
+                row(name, format!("{count:.3}"))?;
+            }
+        }
+        Ok(())
     }
 }

@@ -40,8 +40,9 @@ use stage::Stage;
 /// Shows on real servers what goes wrong without the lock, that it does not with it, and what the lock costs
 #[derive(Debug, Clone, Args)]
 pub(crate) struct DemoArgs {
-    /// A Redis server that runs already, `redis://host:port`; repeat it for several. Without it, three servers are
-    /// started and removed
+    /// A shard that runs already, by a URL of any kind but memory://; repeat it for several. Without it, three Redis servers
+    /// are started and removed. What the lock protects is kept on the same servers where all are redis://, and otherwise
+    /// on one that is started for it
     #[arg(long = "shard", value_name = "URL")]
     shards: Vec<String>,
 

@@ -9,6 +9,8 @@ use deadpool_redis::redis::{cmd, pipe};
 use futures_util::future::try_join_all;
 use indicatif::{HumanCount, ProgressBar, ProgressFinish, ProgressStyle};
 
+use shardlock::Endpoint;
+
 use super::DemoArgs;
 use super::figures::{Claims, Jobs, Outcome, rounded};
 use super::probe::{self, Calls};
@@ -22,8 +24,8 @@ const COUNTERS_PER_READ: usize = 1000;
 /// Plays all of it. What it sets up is on the stage, for the caller to remove.
 pub(super) async fn play(args: &DemoArgs, stage: &mut Stage) -> anyhow::Result<Outcome> {
     stage.set_up(args).await?;
-    let urls = stage.shards();
-    let data = try_join_all(urls.iter().map(|url| probe::connect(url))).await?;
+    let shards = stage.shards();
+    let data = try_join_all(stage.data().iter().map(|url| probe::connect(url))).await?;
     let metrics = match args.metrics {
         Some(address) if address.port() != 0 => address,
         Some(address) => SocketAddr::new(address.ip(), free_port()?),
@@ -32,7 +34,8 @@ pub(super) async fn play(args: &DemoArgs, stage: &mut Stage) -> anyhow::Result<O
     for worker in 0..args.processes {
         let setup = Setup {
             worker: worker + 1,
-            shards: urls.clone(),
+            shards: shards.clone(),
+            data: stage.data(),
             prefix: stage.prefix().to_owned(),
             tasks: args.tasks,
             think: args.think,
@@ -42,13 +45,13 @@ pub(super) async fn play(args: &DemoArgs, stage: &mut Stage) -> anyhow::Result<O
         stage.crew.hire(&setup).await?;
     }
     stage.crew.ready().await?;
-    introduce(args, urls.len(), metrics)?;
+    introduce(args, &shards, metrics)?;
 
     let names = Names::new(stage.prefix());
     let mut first = data[0].clone();
     let unlocked = promotion(args, stage, &names, &mut first, false).await?;
     let locked = promotion(args, stage, &names, &mut first, true).await?;
-    let jobs = jobs(args, stage, &names, &data).await?;
+    let jobs = jobs(args, stage, &names, &data, shards.len()).await?;
     stage.crew.dismiss().await?;
     Ok(Outcome {
         processes: args.processes,
@@ -60,12 +63,21 @@ pub(super) async fn play(args: &DemoArgs, stage: &mut Stage) -> anyhow::Result<O
     })
 }
 
-fn introduce(args: &DemoArgs, shards: usize, metrics: SocketAddr) -> anyhow::Result<()> {
-    let whose = if args.shards.is_empty() { "throw-away" } else { "given" };
+fn introduce(args: &DemoArgs, shards: &[String], metrics: SocketAddr) -> anyhow::Result<()> {
+    let where_locks_are = if args.shards.is_empty() {
+        format!("{} throw-away Redis servers", shards.len())
+    } else {
+        let endpoints: Result<Vec<_>, _> = shards.iter().map(|url| Endpoint::parse(url)).collect();
+        endpoints?
+            .iter()
+            .map(ToString::to_string)
+            .collect::<Vec<_>>()
+            .join(" and ")
+    };
     let mut out = std::io::stdout().lock();
     writeln!(
         out,
-        "{} processes with {} tasks each, on {shards} {whose} Redis servers\n\
+        "{} processes with {} tasks each, on {where_locks_are}\n\
          metrics of the first process, while it runs: http://{metrics}/metrics",
         args.processes, args.tasks
     )?;
@@ -113,8 +125,18 @@ async fn jobs(
     stage: &mut Stage,
     names: &Names,
     data: &[MultiplexedConnection],
+    shards: usize,
 ) -> anyhow::Result<Jobs> {
-    let before = Calls::count(data).await?;
+    let locks_are_there = stage.data() == stage.shards();
+    let calls = async || -> anyhow::Result<Option<Calls>> {
+        // Servers that only have the data know nothing of the lock.
+        if locks_are_there {
+            Ok(Some(Calls::count(data).await?))
+        } else {
+            Ok(None)
+        }
+    };
+    let before = calls().await?;
     let bar = bar(millis(args.seconds), "jobs             {bar:30} {msg}")?;
     let started = Instant::now();
     let order = Order::Work { seconds: args.seconds };
@@ -124,7 +146,7 @@ async fn jobs(
     };
     let answers = stage.crew.order(order, tell).await?;
     let took = started.elapsed();
-    let calls = Calls::count(data).await?.since(before);
+    let calls = calls().await?.zip(before).map(|(after, before)| after.since(before));
 
     let worked: Vec<_> = answers
         .into_iter()
@@ -138,7 +160,7 @@ async fn jobs(
     for connection in data {
         counted += sum_of_counters(connection.clone(), names, args.keys as usize).await?;
     }
-    Jobs::new((data.len(), args.keys), &worked, counted, calls, took)
+    Jobs::new((shards, args.keys), &worked, counted, calls, took)
 }
 
 async fn sum_of_counters(mut connection: MultiplexedConnection, names: &Names, keys: usize) -> anyhow::Result<u64> {

@@ -12,6 +12,8 @@ use serde::{Deserialize, Serialize};
 pub(super) struct Setup {
     pub(super) worker: u32,
     pub(super) shards: Vec<String>,
+    /// The servers for the data: one for each shard, or one for all.
+    pub(super) data: Vec<String>,
     /// What all of the demo's keys begin with.
     pub(super) prefix: String,
     pub(super) tasks: u32,

@@ -1,41 +1,54 @@
 //! What the demo sets up, and how all of it is removed.
 
 use anyhow::{Context, bail};
-use shardlock::Endpoint;
+use shardlock::{Endpoint, LockManager};
 
 use super::DemoArgs;
 use super::crew::Crew;
 use super::probe;
+use super::protocol::Names;
 use super::server::Servers;
 
 /// How many servers are started where none are given.
 const SERVERS: usize = 3;
 
+/// How often a namespace is erased, at most, until there is nothing left in it.
+const ERASURES_MAX: u32 = 20;
+
 /// What there is to be removed. It is filled step by step, so that a demo which is stopped half-way knows what it has.
 #[derive(Debug, Default)]
 pub(super) struct Stage {
     servers: Option<Servers>,
-    /// Servers of somebody else, on which the keys with the prefix must be removed.
+    /// Shards of somebody else, on which the keys with the prefix must be removed.
     given: Vec<String>,
+    /// Whether the given shards are plain servers, on which the data can be as well.
+    are_plain: bool,
     /// What all of the demo's keys begin with: like no other's, so that all keys that begin with it can be removed.
     prefix: String,
     pub(super) crew: Crew,
 }
 
 impl Stage {
-    /// Starts servers unless some are given.
+    /// Starts servers: for everything unless shards are given, or for the data if those can't have them.
     pub(super) async fn set_up(&mut self, args: &DemoArgs) -> anyhow::Result<()> {
         self.prefix = format!("demo:{}-{:016x}:", std::process::id(), rand::random::<u64>());
-        if args.shards.is_empty() {
-            let servers = self.servers.insert(Servers::new()?);
-            return servers.start(SERVERS).await;
-        }
+        let mut schemes = Vec::new();
         for url in &args.shards {
-            if !matches!(url.split_once("://"), Some((scheme, _)) if scheme.eq_ignore_ascii_case("redis")) {
-                // Says what is wrong with a URL that is none.
-                let endpoint = Endpoint::parse(url)?;
-                bail!("the demo needs redis:// URLs, since its workers are processes of their own; {endpoint} is none");
+            let endpoint = Endpoint::parse(url)?;
+            let scheme = endpoint.scheme();
+            if scheme == "memory" {
+                bail!("the workers of the demo are processes of their own, so {endpoint} can't be their shard");
             }
+            schemes.push(scheme.to_owned());
+        }
+        self.are_plain = schemes.iter().all(|scheme| scheme == "redis" || scheme == "rediss");
+        let started = match (args.shards.is_empty(), self.are_plain) {
+            (true, _) => SERVERS,
+            (false, true) => 0,
+            (false, false) => 1,
+        };
+        if started > 0 {
+            self.servers.insert(Servers::new()?).start(started).await?;
         }
         self.given.clone_from(&args.shards);
         Ok(())
@@ -45,12 +58,25 @@ impl Stage {
         &self.prefix
     }
 
-    /// The URLs of the servers, in the order of the shards.
+    /// The URLs of the shards, in their order.
     pub(super) fn shards(&self) -> Vec<String> {
-        match &self.servers {
-            Some(servers) => servers.urls().collect(),
-            None => self.given.clone(),
+        if self.given.is_empty() {
+            self.started()
+        } else {
+            self.given.clone()
         }
+    }
+
+    /// The URLs of the servers for the data: one for each shard, or one for all.
+    pub(super) fn data(&self) -> Vec<String> {
+        if self.are_plain && !self.given.is_empty() {
+            return self.given.clone();
+        }
+        self.started()
+    }
+
+    fn started(&self) -> Vec<String> {
+        self.servers.iter().flat_map(Servers::urls).collect()
     }
 
     /// Stops the workers, then removes the keys from servers that stay and stops those that don't.
@@ -59,13 +85,35 @@ impl Stage {
         if let Some(servers) = self.servers.take() {
             servers.stop().await?;
         }
+        let cleared = if self.are_plain {
+            self.remove_keys().await
+        } else {
+            self.erase_locks().await
+        };
+        cleared.with_context(|| format!("keys that begin with {:?} may be left on the given shards", self.prefix))
+    }
+
+    async fn remove_keys(&self) -> anyhow::Result<()> {
         for url in &self.given {
             probe::remove_keys(url, &self.prefix).await.with_context(|| {
-                let server =
-                    Endpoint::parse(url).map_or_else(|error| error.to_string(), |endpoint| endpoint.to_string());
-                format!("keys that begin with {:?} may be left on {server}", self.prefix)
+                Endpoint::parse(url).map_or_else(|error| error.to_string(), |endpoint| endpoint.to_string())
             })?;
         }
         Ok(())
+    }
+
+    /// Until there is nothing left, since a command that a killed worker had sent may be carried out a moment later.
+    async fn erase_locks(&self) -> anyhow::Result<()> {
+        let builder = LockManager::builder()
+            .namespace(Names::new(&self.prefix).namespace())
+            .store_timeout(probe::SERVER_TIMEOUT);
+        let builder = self.given.iter().fold(builder, |builder, url| builder.shard(url));
+        let locks = builder.connect().await?;
+        for _ in 0..ERASURES_MAX {
+            if locks.erase_namespace().await? == 0 {
+                return Ok(());
+            }
+        }
+        bail!("new keys keep coming")
     }
 }

@@ -38,7 +38,7 @@ pub(super) struct Workplace {
     pub(super) names: Names,
     pub(super) think: Duration,
     pub(super) mix: Mix,
-    /// Connections for the data, apart from those of the lock, by the order of the shards.
+    /// Connections for the data, apart from those of the lock: one for each shard, in their order, or one for all.
     data: Vec<MultiplexedConnection>,
     metrics: PrometheusHandle,
     tasks: u32,
@@ -88,7 +88,7 @@ impl Workplace {
             names,
             think: setup.think,
             mix: Mix::new(setup.keys)?,
-            data: try_join_all(setup.shards.iter().map(|url| probe::connect(url))).await?,
+            data: try_join_all(setup.data.iter().map(|url| probe::connect(url))).await?,
             metrics,
             tasks: setup.tasks,
             through: AtomicU64::new(0),
@@ -100,8 +100,11 @@ impl Workplace {
         self.data[0].clone()
     }
 
-    /// The connection for data that live where the lock of this key does.
+    /// The connection for data that live where the lock of this key does, or where all do.
     pub(super) fn data_of(&self, key: &str) -> anyhow::Result<MultiplexedConnection> {
+        if let [only] = &self.data[..] {
+            return Ok(only.clone());
+        }
         let index = self.locks.shard_map().index(LockKey::new(key)?.slot());
         self.data
             .get(index)
