@@ -77,6 +77,16 @@ pub const METRICS: &[(&str, MetricKind, &str)] = &[
         MetricKind::Counter,
         "cycles released in the background after their outcome was unknown or unwanted, by shard",
     ),
+    (
+        QUORUM_VOTES,
+        MetricKind::Counter,
+        "answers of a quorum's nodes to claims, by shard, node and outcome: given, refused or unanswered",
+    ),
+    (
+        QUORUM_SUSPECTS,
+        MetricKind::Gauge,
+        "1 for a node of a quorum that is down or has no vote, otherwise 0, by shard and node",
+    ),
 ];
 
 const ACQUISITIONS: &str = "shardlock_acquisitions_total";
@@ -93,6 +103,8 @@ const REQUESTS: &str = "shardlock_store_requests_total";
 const ROUND_TRIP: &str = "shardlock_store_round_trip_seconds";
 const TOKEN_REGRESSIONS: &str = "shardlock_token_regressions_total";
 const ABANDONED: &str = "shardlock_abandoned_cycles_total";
+const QUORUM_VOTES: &str = "shardlock_quorum_votes_total";
+const QUORUM_SUSPECTS: &str = "shardlock_quorum_suspects";
 
 /// The kind of a metric.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -267,6 +279,30 @@ impl RequestKind {
             Self::AcquireFreely | Self::Acquire | Self::Try => "acquire",
             Self::Release | Self::Requeue => "release",
             Self::Renew => "renew",
+        }
+    }
+}
+
+/// The metrics of one node of a quorum.
+#[derive(Debug)]
+pub(crate) struct NodeMetrics {
+    pub(crate) given: Counter,
+    pub(crate) refused: Counter,
+    pub(crate) unanswered: Counter,
+    pub(crate) suspect: Gauge,
+}
+
+impl NodeMetrics {
+    /// Nodes are counted from 1, in the order of the URL.
+    pub(crate) fn new(shard: &str, node: usize) -> Self {
+        let (shard, node) = (|| shard.to_owned(), || node.to_string());
+        let votes =
+            |outcome: &'static str| counter!(QUORUM_VOTES, "shard" => shard(), "node" => node(), "outcome" => outcome);
+        Self {
+            given: votes("given"),
+            refused: votes("refused"),
+            unanswered: votes("unanswered"),
+            suspect: gauge!(QUORUM_SUSPECTS, "shard" => shard(), "node" => node()),
         }
     }
 }

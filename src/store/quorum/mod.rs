@@ -1,0 +1,235 @@
+//! A quorum of independent primaries as a lease store (Redlock), with order and growing tokens.
+//!
+//! # Implementation details
+//!
+//! The *door* of a key is the first usable node in the order of the URL, which starts at `slot % nodes` so that load spreads. Its queue
+//! gives the order; a cycle that is granted there claims the others in parallel (`acquire`). It holds the key once a majority of nodes with a
+//! vote is its own, so managers may disagree about the door for a while: two majorities share a node, and that node has one owner.
+//!
+//! Why tokens grow: a claim tells the counter as it was before and raises it to the door's largest token. Any two majorities share a node, so
+//! a later winner sees a counter that is at least the largest token of every earlier winner; where that reaches into its own block of
+//! tokens, it takes a block above, and writes that to a majority before it counts as the holder, like the write-back of an ABD register.
+//! A node whose counter was lost (it is below the floor that its manager knows) raises it to its time first. A
+//! node that restarted has no vote for as long as a lease may live, since it may have forgotten one.
+//!
+//! Nobody waits for a node that is marked down, which one time-out or broken connection is enough for. The tidy worker, which runs in
+//! `listen`, asks such nodes again and again, and repeats there what was released without an answer.
+
+mod acquire;
+mod node;
+mod release;
+mod renew;
+mod tally;
+mod tidy;
+
+use std::pin::Pin;
+use std::sync::Arc;
+use std::time::Duration;
+
+use tokio::sync::mpsc;
+
+use crate::endpoint::ServerUrl;
+use crate::error::Invalid;
+use crate::key::{LockKey, Slot};
+use crate::protocol::{Acquire, AcquireReply, Answer, Push, Release, ReleaseReply, RenewReply, Renewal};
+use crate::store::redis::primary::RedisStore;
+use crate::store::{Inspection, Lane, LeaseStore, StoreError, StoreFuture, StoreOptions};
+use crate::telemetry::NodeMetrics;
+use node::Node;
+use tally::majority;
+use tidy::DoorLost;
+
+/// See the module.
+pub(crate) struct QuorumStore {
+    quorum: Arc<Quorum>,
+}
+
+/// What the requests of a store share.
+struct Quorum {
+    nodes: Vec<Arc<Node>>,
+    max_ttl: Duration,
+    /// The longest that a request waits for one node.
+    node_limit: Duration,
+    connect_limit: Duration,
+    /// Told once for each time that a node goes down, so it does not grow.
+    lose_door: mpsc::UnboundedSender<DoorLost>,
+    /// Leases that a node lacks, to be claimed there again.
+    heal: mpsc::Sender<(Arc<Node>, Renewal)>,
+    missing: parking_lot::Mutex<Option<mpsc::Receiver<(Arc<Node>, Renewal)>>>,
+    /// For the tidy worker, which takes them when it starts.
+    lost_doors: parking_lot::Mutex<Option<mpsc::UnboundedReceiver<DoorLost>>>,
+}
+
+/// How many leases may wait to be claimed again; what is beyond is found by the next renewal.
+const HEALS_MAX: usize = 10_000;
+
+/// A node that says nothing for so long is down.
+const NODE_LIMIT_MAX: Duration = Duration::from_millis(250);
+
+impl QuorumStore {
+    pub(crate) fn new(servers: &[ServerUrl], options: &StoreOptions) -> Result<Self, Invalid> {
+        let count = servers.len();
+        let node = |(index, server): (usize, &ServerUrl)| {
+            let number = index + 1;
+            let own = StoreOptions {
+                map: format!(
+                    "{}; node {number} of {count}; redlock_max_ttl {:?}",
+                    options.map, options.redlock_max_ttl
+                ),
+                ..options.clone()
+            };
+            let metrics = NodeMetrics::new(&options.shard, number);
+            Ok(Arc::new(Node::new(
+                RedisStore::node(server, own)?,
+                server.place(),
+                metrics,
+            )))
+        };
+        let (lose_door, lost_doors) = mpsc::unbounded_channel();
+        let (heal, missing) = mpsc::channel(HEALS_MAX);
+        Ok(Self {
+            quorum: Arc::new(Quorum {
+                nodes: servers.iter().enumerate().map(node).collect::<Result<_, Invalid>>()?,
+                max_ttl: options.redlock_max_ttl,
+                node_limit: (options.timeout / 8).min(NODE_LIMIT_MAX),
+                connect_limit: options.timeout / 2,
+                heal,
+                missing: parking_lot::Mutex::new(Some(missing)),
+                lose_door,
+                lost_doors: parking_lot::Mutex::new(Some(lost_doors)),
+            }),
+        })
+    }
+}
+
+impl Quorum {
+    fn slot(&self, key: &LockKey) -> Slot {
+        self.nodes
+            .first()
+            .map_or_else(|| key.slot(), |node| node.store.slot_of(key))
+    }
+
+    /// All nodes, in the order in which they are the door of that slot.
+    fn order(&self, slot: Slot) -> impl Iterator<Item = &Arc<Node>> {
+        let start = usize::from(slot.number()) % self.nodes.len().max(1);
+        self.nodes.iter().cycle().skip(start).take(self.nodes.len())
+    }
+
+    /// The first node of that order that is usable.
+    fn door(&self, slot: Slot) -> Option<&Arc<Node>> {
+        self.order(slot).find(|node| node.is_usable())
+    }
+
+    /// Whether enough nodes could vote for somebody to win.
+    fn can_win(&self) -> bool {
+        self.nodes.iter().filter(|node| node.is_usable()).count() >= majority(self.nodes.len())
+    }
+
+    /// Nobody can win now, for these reasons.
+    fn no_majority(&self) -> StoreError {
+        let troubles: Vec<String> = self.nodes.iter().filter_map(|node| node.trouble()).collect();
+        let needed = majority(self.nodes.len());
+        StoreError::Unavailable(
+            format!(
+                "no majority: {needed} of {} nodes are needed; {}",
+                self.nodes.len(),
+                troubles.join("; ")
+            )
+            .into(),
+        )
+    }
+
+    /// A node did not answer, or its connection broke: whatever waits at its queue looks for another door.
+    fn down(&self, node: &Node, why: &str) {
+        node.metrics.unanswered.increment(1);
+        if node.mark_down(why) {
+            tracing::warn!(node = %node.place, why, "a node of the quorum is down");
+            // Without a worker nobody waits.
+            self.lose_door.send(DoorLost).ok();
+        }
+    }
+}
+
+/// What went wrong, in words for the state of a node; `None` if the node is well and only says no.
+fn outage(error: &StoreError) -> Option<&str> {
+    match error {
+        StoreError::Unavailable(why) => Some(why),
+        StoreError::Refused(_) | StoreError::MapMismatch { .. } => None,
+    }
+}
+
+impl LeaseStore for QuorumStore {
+    fn connect(&self) -> StoreFuture<()> {
+        let quorum = Arc::clone(&self.quorum);
+        Box::pin(async move {
+            let connects = quorum.nodes.iter().map(|node| {
+                let limit = quorum.connect_limit;
+                async move { (node, tokio::time::timeout(limit, node.store.connect()).await) }
+            });
+            for (node, connected) in futures_util::future::join_all(connects).await {
+                match connected {
+                    Ok(Ok(())) => node.mark_up(node.down_since()),
+                    Ok(Err(error @ StoreError::MapMismatch { .. })) => return Err(error),
+                    Ok(Err(StoreError::Unavailable(why) | StoreError::Refused(why))) => quorum.down(node, &why),
+                    Err(_) => quorum.down(node, "no answer while connecting"),
+                }
+            }
+            // Nodes without a vote get it in time, so they are no reason not to start.
+            let up = quorum.nodes.iter().filter(|node| node.is_up()).count();
+            match up >= majority(quorum.nodes.len()) {
+                true => Ok(()),
+                false => Err(quorum.no_majority()),
+            }
+        })
+    }
+
+    fn acquire(&self, request: Acquire) -> StoreFuture<Answer<AcquireReply>> {
+        Box::pin(acquire::acquire(Arc::clone(&self.quorum), request))
+    }
+
+    fn release(&self, lane: Lane, request: Release) -> StoreFuture<Answer<ReleaseReply>> {
+        Box::pin(release::release(Arc::clone(&self.quorum), lane, request))
+    }
+
+    fn renew(&self, batch: Vec<Renewal>, limit: Duration) -> StoreFuture<Vec<Option<RenewReply>>> {
+        Box::pin(renew::renew(Arc::clone(&self.quorum), batch, limit))
+    }
+
+    fn inspect(&self, key: LockKey) -> StoreFuture<Inspection> {
+        let quorum = Arc::clone(&self.quorum);
+        Box::pin(async move {
+            let slot = quorum.slot(&key);
+            loop {
+                if !quorum.can_win() {
+                    return Err(quorum.no_majority());
+                }
+                let Some(door) = quorum.door(slot) else {
+                    return Err(quorum.no_majority());
+                };
+                match tokio::time::timeout(quorum.node_limit, door.store.inspect(key.clone())).await {
+                    Ok(Err(StoreError::Unavailable(why))) => quorum.down(door, &why),
+                    Ok(seen) => return seen,
+                    Err(_) => quorum.down(door, "no answer in time"),
+                }
+            }
+        })
+    }
+
+    fn erase(&self) -> StoreFuture<u64> {
+        let quorum = Arc::clone(&self.quorum);
+        Box::pin(async move {
+            let erasing = quorum.nodes.iter().map(|node| node.store.erase());
+            let erased = futures_util::future::join_all(erasing).await;
+            // At the others it was done, whatever one says.
+            erased.into_iter().sum()
+        })
+    }
+
+    fn slot_of(&self, key: &LockKey) -> Slot {
+        self.quorum.slot(key)
+    }
+
+    fn listen(&self, pushes: mpsc::UnboundedSender<Push>) -> Pin<Box<dyn Future<Output = ()> + Send>> {
+        Box::pin(tidy::listen(Arc::clone(&self.quorum), pushes))
+    }
+}
