@@ -175,6 +175,11 @@ impl Kind {
         }
     }
 
+    /// Whether a release may reach some of the servers a moment after it is over.
+    pub fn tidies_up_later(self) -> bool {
+        matches!(self, Self::Redlock | Self::Mixed)
+    }
+
     /// How many keys a process can use in a test of some seconds.
     pub fn many_keys(self) -> usize {
         match self {

@@ -32,6 +32,7 @@ pub(super) async fn acquire(quorum: Arc<Quorum>, request: Acquire) -> Result<Ans
         ));
     }
     let slot = quorum.slot(&request.key);
+    quorum.wait_for_majority().await?;
     let sent_at = Moment::now();
     let free = request.ask == Ask::Free;
     let at_door = Acquire {

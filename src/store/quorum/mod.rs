@@ -28,6 +28,7 @@ use std::time::Duration;
 
 use tokio::sync::mpsc;
 
+use crate::clock::Moment;
 use crate::endpoint::ServerUrl;
 use crate::error::Invalid;
 use crate::key::{LockKey, Slot};
@@ -51,6 +52,8 @@ struct Quorum {
     /// The longest that a request waits for one node.
     node_limit: Duration,
     connect_limit: Duration,
+    /// How long a request waits for a majority of nodes to be back.
+    majority_limit: Duration,
     /// Told once for each time that a node goes down, so it does not grow.
     lose_door: mpsc::UnboundedSender<DoorLost>,
     /// Leases that a node lacks, to be claimed there again.
@@ -62,6 +65,9 @@ struct Quorum {
 
 /// How many leases may wait to be claimed again; what is beyond is found by the next renewal.
 const HEALS_MAX: usize = 10_000;
+
+/// How often a request that waits for a majority looks at what is known of the nodes. Nothing is sent for it.
+const MAJORITY_PAUSE: Duration = Duration::from_millis(10);
 
 /// A node that says nothing for so long is down.
 const NODE_LIMIT_MAX: Duration = Duration::from_millis(250);
@@ -93,6 +99,7 @@ impl QuorumStore {
                 max_ttl: options.redlock_max_ttl,
                 node_limit: (options.timeout / 8).min(NODE_LIMIT_MAX),
                 connect_limit: options.timeout / 2,
+                majority_limit: options.timeout / 2,
                 heal,
                 missing: parking_lot::Mutex::new(Some(missing)),
                 lose_door,
@@ -123,6 +130,18 @@ impl Quorum {
     /// Whether enough nodes could vote for somebody to win.
     fn can_win(&self) -> bool {
         self.nodes.iter().filter(|node| node.is_usable()).count() >= majority(self.nodes.len())
+    }
+
+    /// Waits until enough nodes could vote: most outages are short, and whoever asked has time.
+    async fn wait_for_majority(&self) -> Result<(), StoreError> {
+        let deadline = Moment::now() + self.majority_limit;
+        while !self.can_win() {
+            if Moment::now() >= deadline {
+                return Err(self.no_majority());
+            }
+            tokio::time::sleep(MAJORITY_PAUSE).await;
+        }
+        Ok(())
     }
 
     /// Nobody can win now, for these reasons.
@@ -199,6 +218,7 @@ impl LeaseStore for QuorumStore {
         let quorum = Arc::clone(&self.quorum);
         Box::pin(async move {
             let slot = quorum.slot(&key);
+            quorum.wait_for_majority().await?;
             loop {
                 if !quorum.can_win() {
                     return Err(quorum.no_majority());

@@ -46,6 +46,10 @@ pub(super) async fn release(
     let slot = quorum.slot(&request.key);
     let sent_at = Moment::now();
     let needed = majority(quorum.nodes.len());
+    if quorum.door(slot).is_none() {
+        // It is repeated in the background if this is in vain.
+        quorum.wait_for_majority().await?;
+    }
     let first_door = quorum.door(slot).map(Arc::clone);
     let plain = Release {
         requeue: None,

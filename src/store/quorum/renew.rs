@@ -7,9 +7,9 @@ use futures_util::StreamExt;
 use futures_util::stream::FuturesUnordered;
 use tokio::time::timeout;
 
+use super::Quorum;
 use super::node::Node;
 use super::tally::{Standing, Tally, Vote};
-use super::{Quorum, outage};
 use crate::protocol::{RenewReply, Renewal};
 use crate::store::{LeaseStore, StoreError};
 
@@ -37,15 +37,10 @@ pub(super) async fn renew(
         .collect();
     let limit = limit.min(quorum.node_limit.max(limit / 2));
     let mut asked = FuturesUnordered::new();
+    // Also those that are marked down: that is how the program's tasks find them, whose runtime may be what stands still.
     for node in &quorum.nodes {
-        if node.is_up() {
-            let reply = node.store.renew(batch.clone(), limit);
-            asked.push(async move { (node, timeout(limit, reply).await) });
-        } else {
-            leases.iter_mut().for_each(|lease| {
-                lease.tally.count(Vote::Missing);
-            });
-        }
+        let reply = node.store.renew(batch.clone(), limit);
+        asked.push(async move { (node, timeout(limit, reply).await) });
     }
     // Once all is decided, the others have a moment to say at which of them a lease is missing.
     let mut patience = limit;
@@ -59,16 +54,7 @@ pub(super) async fn renew(
         let replies = match replies {
             Ok(Ok(replies)) if node.store.has_vote() => replies,
             Ok(Ok(_)) => Vec::new(),
-            Ok(Err(error)) => {
-                if let Some(why) = outage(&error) {
-                    quorum.down(node, why);
-                }
-                Vec::new()
-            }
-            Err(_) => {
-                quorum.down(node, "no answer to a renewal in time");
-                Vec::new()
-            }
+            Ok(Err(_)) | Err(_) => Vec::new(),
         };
         let replies = replies.into_iter().chain(std::iter::repeat(None));
         for ((lease, renewal), reply) in leases.iter_mut().zip(&batch).zip(replies) {

@@ -6,8 +6,8 @@ use std::time::Duration;
 
 use deadpool_redis::redis::{Cmd, cmd};
 
-use super::super::reply::{error_in_words, ints, unexpected};
-use super::RedisStore;
+use super::super::reply::{ints, unexpected};
+use super::{Attempts, RedisStore};
 use crate::clock::Moment;
 use crate::key::{LockKey, Slot};
 use crate::protocol::Cycle;
@@ -91,29 +91,30 @@ impl RedisStore {
         self.shared.seen[usize::from(slot.number())].fetch_max(token, Ordering::AcqRel);
     }
 
-    /// Claims the lease. Never sent twice: once it is dropped, whatever was sent is before a later release on the connection.
+    /// Claims the lease. It is sent again only where its connection broke: once it is dropped, whatever was sent is before a later release on
+    /// the connection.
     pub(crate) fn claim(&self, claim: Claim) -> StoreFuture<Claimed> {
         let shared = Arc::clone(&self.shared);
         let slot = shared.commands.names.of(&claim.key).slot;
         let link = self.link(Lane::Caller, slot);
         Box::pin(async move {
-            let mut live = link.get().await?;
-            // Below what was seen before, a counter was lost.
-            let floor = shared.floor(slot);
-            let fill = |command: &mut Cmd| shared.commands.fill_claim(command, &claim, floor);
-            match shared.scripts.claim.call(&mut live.connection, fill).await {
-                Ok(value) => match ints(&value).as_deref() {
-                    Some([0, _]) => Ok(Claimed::Refused),
-                    Some(&[1, counter]) => Ok(Claimed::Ours {
-                        counter: counter.try_into().unwrap_or_default(),
-                    }),
-                    _ => Err(unexpected("a claim", &value)),
-                },
-                Err(error) => {
-                    if error.is_unrecoverable_error() {
-                        link.broken(&live);
+            let mut attempts = Attempts::default();
+            loop {
+                let mut live = link.get().await?;
+                // Below what was seen before, a counter was lost.
+                let floor = shared.floor(slot);
+                let fill = |command: &mut Cmd| shared.commands.fill_claim(command, &claim, floor);
+                match shared.scripts.claim.call(&mut live.connection, fill).await {
+                    Ok(value) => {
+                        return match ints(&value).as_deref() {
+                            Some([0, _]) => Ok(Claimed::Refused),
+                            Some(&[1, counter]) => Ok(Claimed::Ours {
+                                counter: counter.try_into().unwrap_or_default(),
+                            }),
+                            _ => Err(unexpected("a claim", &value)),
+                        };
                     }
-                    Err(error_in_words(&error))
+                    Err(error) => attempts.failed(&shared, &link, &live, &error)?,
                 }
             }
         })
@@ -126,16 +127,17 @@ impl RedisStore {
 
     /// Whether it answers.
     pub(crate) fn ping(&self, lane: Lane) -> StoreFuture<()> {
+        let shared = Arc::clone(&self.shared);
         let link = self.link(lane, Slot::of(b""));
         Box::pin(async move {
-            let mut live = link.get().await?;
-            let pong = live.connection.send_packed_command(&cmd("PING")).await;
-            pong.map(drop).map_err(|error| {
-                if error.is_unrecoverable_error() {
-                    link.broken(&live);
+            let mut attempts = Attempts::default();
+            loop {
+                let mut live = link.get().await?;
+                match live.connection.send_packed_command(&cmd("PING")).await {
+                    Ok(_) => return Ok(()),
+                    Err(error) => attempts.failed(&shared, &link, &live, &error)?,
                 }
-                error_in_words(&error)
-            })
+            }
         })
     }
 }
