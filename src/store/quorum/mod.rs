@@ -22,23 +22,24 @@ mod renew;
 mod tally;
 mod tidy;
 
+use std::collections::HashMap;
 use std::pin::Pin;
 use std::sync::Arc;
+use std::sync::atomic::AtomicUsize;
 use std::time::Duration;
 
-use tokio::sync::mpsc;
+use tokio::sync::{Notify, mpsc};
 
 use crate::clock::Moment;
 use crate::endpoint::ServerUrl;
 use crate::error::Invalid;
 use crate::key::{LockKey, Slot};
-use crate::protocol::{Acquire, AcquireReply, Answer, Push, Release, ReleaseReply, RenewReply, Renewal};
+use crate::protocol::{Acquire, AcquireReply, Answer, Cycle, Push, Release, ReleaseReply, RenewReply, Renewal};
 use crate::store::redis::primary::RedisStore;
 use crate::store::{Inspection, Lane, LeaseStore, StoreError, StoreFuture, StoreOptions};
 use crate::telemetry::NodeMetrics;
 use node::Node;
 use tally::majority;
-use tidy::DoorLost;
 
 /// See the module.
 pub(crate) struct QuorumStore {
@@ -54,17 +55,17 @@ struct Quorum {
     connect_limit: Duration,
     /// How long a request waits for a majority of nodes to be back.
     majority_limit: Duration,
-    /// Told once for each time that a node goes down, so it does not grow.
-    lose_door: mpsc::UnboundedSender<DoorLost>,
-    /// Leases that a node lacks, to be claimed there again.
-    heal: mpsc::Sender<(Arc<Node>, Renewal)>,
-    missing: parking_lot::Mutex<Option<mpsc::Receiver<(Arc<Node>, Renewal)>>>,
-    /// For the tidy worker, which takes them when it starts.
-    lost_doors: parking_lot::Mutex<Option<mpsc::UnboundedReceiver<DoorLost>>>,
+    /// Told to the tidy worker: a node went down, and those who wait in its queue have to ask at the next door.
+    door_lost: Notify,
+    /// The cycles that hold a lease, as far as this manager knows, and when a majority last said so: no lease of any other is claimed
+    /// again. Those that were lost without a release are forgotten when their leases have run out.
+    held: parking_lot::Mutex<HashMap<Cycle, Moment>>,
+    /// How many releases are on their way.
+    releasing: AtomicUsize,
 }
 
-/// How many leases may wait to be claimed again; what is beyond is found by the next renewal.
-const HEALS_MAX: usize = 10_000;
+/// At each multiple of so many leases, those that have run out are looked for.
+const HELD_BETWEEN_LOOKS: usize = 1024;
 
 /// How often a request that waits for a majority looks at what is known of the nodes. Nothing is sent for it.
 const MAJORITY_PAUSE: Duration = Duration::from_millis(10);
@@ -91,8 +92,6 @@ impl QuorumStore {
                 metrics,
             )))
         };
-        let (lose_door, lost_doors) = mpsc::unbounded_channel();
-        let (heal, missing) = mpsc::channel(HEALS_MAX);
         Ok(Self {
             quorum: Arc::new(Quorum {
                 nodes: servers.iter().enumerate().map(node).collect::<Result<_, Invalid>>()?,
@@ -100,10 +99,9 @@ impl QuorumStore {
                 node_limit: (options.timeout / 8).min(NODE_LIMIT_MAX),
                 connect_limit: options.timeout / 2,
                 majority_limit: options.timeout / 2,
-                heal,
-                missing: parking_lot::Mutex::new(Some(missing)),
-                lose_door,
-                lost_doors: parking_lot::Mutex::new(Some(lost_doors)),
+                door_lost: Notify::new(),
+                held: parking_lot::Mutex::new(HashMap::new()),
+                releasing: AtomicUsize::new(0),
             }),
         })
     }
@@ -158,13 +156,34 @@ impl Quorum {
         )
     }
 
+    /// Whether that cycle holds a lease, as far as it is known here.
+    fn holds(&self, cycle: Cycle) -> bool {
+        self.held.lock().contains_key(&cycle)
+    }
+
+    /// A majority has said that the cycle holds its lease.
+    fn confirm(&self, cycle: Cycle) {
+        let now = Moment::now();
+        let mut held = self.held.lock();
+        held.insert(cycle, now);
+        if held.len().is_multiple_of(HELD_BETWEEN_LOOKS) {
+            held.retain(|_, confirmed| now.since(*confirmed) <= self.max_ttl);
+        }
+    }
+
+    /// The same for a renewal, which may be answered after its cycle was released.
+    fn reconfirm(&self, cycle: Cycle) {
+        if let Some(confirmed) = self.held.lock().get_mut(&cycle) {
+            *confirmed = Moment::now();
+        }
+    }
+
     /// A node did not answer, or its connection broke: whatever waits at its queue looks for another door.
     fn down(&self, node: &Node, why: &str) {
         node.metrics.unanswered.increment(1);
         if node.mark_down(why) {
             tracing::warn!(node = %node.place, why, "a node of the quorum is down");
-            // Without a worker nobody waits.
-            self.lose_door.send(DoorLost).ok();
+            self.door_lost.notify_one();
         }
     }
 }
@@ -177,17 +196,26 @@ fn outage(error: &StoreError) -> Option<&str> {
     }
 }
 
+/// The error of one node, for an error that is about all of them.
+fn at_node(place: &str, error: StoreError) -> StoreError {
+    match error {
+        StoreError::Unavailable(why) => StoreError::Unavailable(format!("{place}: {why}").into()),
+        StoreError::Refused(why) => StoreError::Refused(format!("{place}: {why}").into()),
+        mismatch @ StoreError::MapMismatch { .. } => mismatch,
+    }
+}
+
 impl LeaseStore for QuorumStore {
     fn connect(&self) -> StoreFuture<()> {
         let quorum = Arc::clone(&self.quorum);
         Box::pin(async move {
             let connects = quorum.nodes.iter().map(|node| {
-                let limit = quorum.connect_limit;
-                async move { (node, tokio::time::timeout(limit, node.store.connect()).await) }
+                let (limit, downs) = (quorum.connect_limit, node.downs());
+                async move { (node, downs, tokio::time::timeout(limit, node.store.connect()).await) }
             });
-            for (node, connected) in futures_util::future::join_all(connects).await {
+            for (node, downs, connected) in futures_util::future::join_all(connects).await {
                 match connected {
-                    Ok(Ok(())) => node.mark_up(node.down_since()),
+                    Ok(Ok(())) => node.mark_up(downs),
                     Ok(Err(error @ StoreError::MapMismatch { .. })) => return Err(error),
                     Ok(Err(StoreError::Unavailable(why) | StoreError::Refused(why))) => quorum.down(node, &why),
                     Err(_) => quorum.down(node, "no answer while connecting"),
@@ -238,15 +266,31 @@ impl LeaseStore for QuorumStore {
     fn erase(&self) -> StoreFuture<u64> {
         let quorum = Arc::clone(&self.quorum);
         Box::pin(async move {
-            let erasing = quorum.nodes.iter().map(|node| node.store.erase());
-            let erased = futures_util::future::join_all(erasing).await;
-            // At the others it was done, whatever one says.
-            erased.into_iter().sum()
+            let nodes = quorum.nodes.iter().map(|node| async move {
+                match node.is_up() {
+                    true => node.store.erase().await,
+                    false => Err(StoreError::Unavailable("it is down".into())),
+                }
+                .map_err(|error| (node, error))
+            });
+            let mut count = 0;
+            for erased in futures_util::future::join_all(nodes).await {
+                count += erased.map_err(|(node, error)| at_node(&node.place, error))?;
+            }
+            Ok(count)
         })
     }
 
     fn slot_of(&self, key: &LockKey) -> Slot {
         self.quorum.slot(key)
+    }
+
+    fn settle(&self) -> StoreFuture<()> {
+        let quorum = Arc::clone(&self.quorum);
+        Box::pin(async move {
+            tidy::settle(&quorum).await;
+            Ok(())
+        })
     }
 
     fn listen(&self, pushes: mpsc::UnboundedSender<Push>) -> Pin<Box<dyn Future<Output = ()> + Send>> {

@@ -1,40 +1,68 @@
 //! Giving a lease back: the others first, the door last, since it passes the lock on.
 
-use std::pin::Pin;
 use std::sync::Arc;
+use std::sync::atomic::Ordering;
 
 use futures_util::StreamExt;
 use futures_util::stream::FuturesUnordered;
-use parking_lot::Mutex;
 use tokio::time::timeout;
 
 use super::node::Node;
 use super::tally::majority;
 use super::{Quorum, outage};
 use crate::clock::Moment;
-use crate::protocol::{AcquireReply, Answer, Release, ReleaseReply};
+use crate::protocol::{Answer, Release, ReleaseReply};
 use crate::store::{Lane, LeaseStore, StoreError, StoreFuture};
 
-/// A release under way at a node.
-pub(super) struct Sent {
-    pub(super) node: Arc<Node>,
-    pub(super) release: Release,
-    pub(super) reply: StoreFuture<Answer<ReleaseReply>>,
+/// A release that a node has to get. Where this is dropped before the node answered, it is owed.
+struct Debt {
+    quorum: Arc<Quorum>,
+    node: Arc<Node>,
+    release: Option<Release>,
 }
 
-/// Waits for it; what stays without an answer is owed.
-pub(super) async fn settle(quorum: &Quorum, sent: Sent) -> Option<Answer<ReleaseReply>> {
-    let Sent { node, release, reply } = sent;
-    match timeout(quorum.node_limit, reply).await {
-        Ok(Ok(answer)) => return Some(answer),
+impl Debt {
+    fn new(quorum: &Arc<Quorum>, node: &Arc<Node>, release: Release) -> Self {
+        quorum.releasing.fetch_add(1, Ordering::AcqRel);
+        Self {
+            quorum: Arc::clone(quorum),
+            node: Arc::clone(node),
+            release: Some(release),
+        }
+    }
+}
+
+impl Drop for Debt {
+    fn drop(&mut self) {
+        if let Some(release) = self.release.take() {
+            self.node.owe(release, self.quorum.max_ttl);
+        }
+        self.quorum.releasing.fetch_sub(1, Ordering::AcqRel);
+    }
+}
+
+/// A release under way at a node.
+struct Sent {
+    debt: Debt,
+    reply: StoreFuture<Answer<ReleaseReply>>,
+}
+
+/// Waits for it; what stays without an answer is owed, and what was refused as well: a node that is loading, or has no memory left, may
+/// do it later.
+async fn settle(sent: Sent) -> Option<Answer<ReleaseReply>> {
+    let Sent { mut debt, reply } = sent;
+    match timeout(debt.quorum.node_limit, reply).await {
+        Ok(Ok(answer)) => {
+            debt.release = None;
+            return Some(answer);
+        }
         Ok(Err(error)) => {
             if let Some(why) = outage(&error) {
-                quorum.down(&node, why);
+                debt.quorum.down(&debt.node, why);
             }
         }
-        Err(_) => quorum.down(&node, "no answer in time"),
+        Err(_) => debt.quorum.down(&debt.node, "no answer in time"),
     }
-    node.owe(release, quorum.max_ttl);
     None
 }
 
@@ -43,6 +71,7 @@ pub(super) async fn release(
     lane: Lane,
     request: Release,
 ) -> Result<Answer<ReleaseReply>, StoreError> {
+    quorum.held.lock().remove(&request.cycle);
     let slot = quorum.slot(&request.key);
     let sent_at = Moment::now();
     let needed = majority(quorum.nodes.len());
@@ -57,37 +86,42 @@ pub(super) async fn release(
     };
     let is_door = |node: &Arc<Node>| first_door.as_ref().is_some_and(|door| Arc::ptr_eq(door, node));
     let others = quorum.nodes.iter().filter(|node| !is_door(node));
-    let mut others = Others::new(&quorum, send(&quorum, lane, others, &plain));
-    // The door's next owner needs a majority that is free.
-    while others.answered + 1 < needed && others.next().await {}
-    let mut door = first_door.clone();
-    while let Some(node) = door {
-        let sent = Sent {
-            reply: node.store.release(lane, request.clone()),
-            node: Arc::clone(&node),
-            release: plain.clone(),
-        };
-        // By the time the door has answered, the slower ones usually have as well.
-        let at_door = settle(&quorum, sent);
-        tokio::pin!(at_door);
-        let answer = loop {
-            tokio::select! {
-                answer = &mut at_door => break answer,
-                true = others.next() => {}
+    // From here on, so that it gets the release as well if this is dropped midway.
+    let mut at_door = first_door.as_ref().map(|door| Debt::new(&quorum, door, plain.clone()));
+    let mut answered = 0;
+    let mut not_ours = 0;
+    {
+        let mut under_way: FuturesUnordered<_> = send(&quorum, lane, others, &plain)
+            .map(|sent| Box::pin(settle(sent)))
+            .collect();
+        // The door's next owner needs a majority that is free.
+        while answered + 1 < needed {
+            let Some(answer) = under_way.next().await else { break };
+            if let Some(answer) = answer {
+                answered += 1;
+                not_ours += usize::from(!answer.reply.held);
             }
-        };
-        if let Some(Answer { ttl, floor, reply, .. }) = answer {
-            if others.answered + 1 < needed {
+        }
+        // Each ends within the limit for a node. They stay on the runtime on which they began; if that ends first, they are owed.
+        for rest in under_way {
+            drop(tokio::spawn(rest));
+        }
+    }
+    while let Some(debt) = at_door {
+        let node = Arc::clone(&debt.node);
+        let reply = node.store.release(lane, request.clone());
+        if let Some(Answer { ttl, floor, reply, .. }) = settle(Sent { debt, reply }).await {
+            not_ours += usize::from(!reply.held);
+            if answered + 1 < needed {
                 return Err(quorum.no_majority());
             }
-            let not_ours = others.not_ours + usize::from(!reply.held);
             let reply = ReleaseReply {
                 // A node may have missed the claim; that it was lost is known when so many say no that no majority can have had it.
                 held: quorum.nodes.len() - not_ours >= needed,
                 // A grant of the door alone is no lock: the queue asks again, which claims the others.
                 requeued: reply
                     .requeued
-                    .filter(|reply| !matches!(reply, AcquireReply::Granted { .. })),
+                    .filter(|reply| !matches!(reply, crate::protocol::AcquireReply::Granted { .. })),
             };
             return Ok(Answer {
                 sent_at,
@@ -96,77 +130,23 @@ pub(super) async fn release(
                 reply,
             });
         }
-        door = quorum
+        at_door = quorum
             .door(slot)
             .filter(|next| !Arc::ptr_eq(next, &node))
-            .map(Arc::clone);
+            .map(|next| Debt::new(&quorum, next, plain.clone()));
     }
     Err(quorum.no_majority())
 }
 
-/// The releases at all nodes but the door.
-struct Others<'a> {
-    quorum: &'a Quorum,
-    under_way: FuturesUnordered<Pin<Box<dyn Future<Output = Option<Answer<ReleaseReply>>> + Send + 'a>>>,
-    /// Where no answer came yet.
-    open: Arc<Mutex<Vec<(Arc<Node>, Release)>>>,
-    answered: usize,
-    not_ours: usize,
-}
-
-impl<'a> Others<'a> {
-    fn new(quorum: &'a Quorum, sent: impl Iterator<Item = Sent>) -> Self {
-        let (under_way, open) = (FuturesUnordered::new(), Arc::new(Mutex::new(Vec::new())));
-        for sent in sent {
-            open.lock().push((Arc::clone(&sent.node), sent.release.clone()));
-            let open = Arc::clone(&open);
-            under_way.push(Box::pin(async move {
-                let node = Arc::clone(&sent.node);
-                let answer = settle(quorum, sent).await;
-                open.lock().retain(|(other, _)| !Arc::ptr_eq(other, &node));
-                answer
-            }) as Pin<Box<_>>);
-        }
-        Self {
-            quorum,
-            under_way,
-            open,
-            answered: 0,
-            not_ours: 0,
-        }
-    }
-
-    /// Waits for one more; `false` if there is none.
-    async fn next(&mut self) -> bool {
-        let Some(answer) = self.under_way.next().await else {
-            return false;
-        };
-        if let Some(answer) = answer {
-            self.answered += 1;
-            self.not_ours += usize::from(!answer.reply.held);
-        }
-        true
-    }
-}
-
-/// One that is slow is not waited for: it is sent the same again in the background, until it answers.
-impl Drop for Others<'_> {
-    fn drop(&mut self) {
-        for (node, release) in self.open.lock().drain(..) {
-            node.owe(release, self.quorum.max_ttl);
-        }
-    }
-}
-
 /// Releases a cycle at every node after it lost, and waits for those that answer.
-pub(super) async fn give_up(quorum: &Quorum, release: Release) {
+pub(super) async fn give_up(quorum: &Arc<Quorum>, release: Release) {
     let sent = send(quorum, Lane::Caller, quorum.nodes.iter(), &release);
-    futures_util::future::join_all(sent.map(|sent| settle(quorum, sent))).await;
+    futures_util::future::join_all(sent.map(settle)).await;
 }
 
 /// Nodes that are down are not waited for: they are owed it.
 fn send<'a>(
-    quorum: &'a Quorum,
+    quorum: &'a Arc<Quorum>,
     lane: Lane,
     nodes: impl Iterator<Item = &'a Arc<Node>>,
     release: &'a Release,
@@ -177,8 +157,7 @@ fn send<'a>(
             return None;
         }
         Some(Sent {
-            node: Arc::clone(node),
-            release: release.clone(),
+            debt: Debt::new(quorum, node, release.clone()),
             reply: node.store.release(lane, release.clone()),
         })
     })

@@ -1,6 +1,7 @@
 //! The worker in the background: pushes of all nodes, probes of those that are down, and what is left of earlier requests.
 
 use std::sync::Arc;
+use std::sync::atomic::Ordering;
 use std::time::Duration;
 
 use futures_util::StreamExt;
@@ -13,26 +14,16 @@ use super::Quorum;
 use super::node::Node;
 use super::tally::majority;
 use crate::clock::Moment;
-use crate::protocol::{Push, Release, Renewal};
-use crate::store::redis::primary::{Claim, Claimed};
-use crate::store::{Lane, LeaseStore};
-
-/// A node went down; those who wait in its queue have to ask at the next door.
-pub(super) struct DoorLost;
+use crate::protocol::Push;
+use crate::store::{Lane, LeaseStore, StoreError};
 
 /// The pause between two looks at all nodes.
 const PROBE_PAUSE: Duration = Duration::from_millis(100);
-/// How many releases that are owed to a node are sent at a time.
-const RELEASES_AT_ONCE: usize = 128;
-/// How many leases are claimed again at a time.
-const HEALED_AT_ONCE: usize = 128;
+/// The pause between two looks at what is under way while the manager ends.
+const SETTLE_PAUSE: Duration = Duration::from_millis(2);
 
 /// Runs until nobody receives the pushes.
 pub(super) async fn listen(quorum: Arc<Quorum>, pushes: mpsc::UnboundedSender<Push>) {
-    let Some(mut lost) = quorum.lost_doors.lock().take() else {
-        tracing::error!("a quorum is listened to twice; please report this");
-        return;
-    };
     let (sender, mut inboxes) = mpsc::unbounded_channel();
     let mut listeners = FuturesUnordered::new();
     for (index, node) in quorum.nodes.iter().enumerate() {
@@ -51,23 +42,19 @@ pub(super) async fn listen(quorum: Arc<Quorum>, pushes: mpsc::UnboundedSender<Pu
         });
     }
     let probes = probe(&quorum);
-    let heals = heal(&quorum);
-    tokio::pin!(probes, heals);
+    tokio::pin!(probes);
     let mut subscribed = vec![false; quorum.nodes.len()];
     let mut started = false;
     loop {
         let push = tokio::select! {
             () = pushes.closed() => return,
             () = &mut probes => return,
-            () = &mut heals => return,
             Some(()) = listeners.next() => continue,
-            Some(DoorLost) = lost.recv() => {
-                if !started {
-                    // Nothing waits yet.
-                    continue;
-                }
-                Push::Resubscribed { slot: None }
-            }
+            () = quorum.door_lost.notified() => match started {
+                true => Push::Resubscribed { slot: None },
+                // Before the start nothing waits.
+                false => continue,
+            },
             Some((index, push)) = inboxes.recv() => match push {
                 // The door is one node of many: only a reply to a request makes an owner.
                 Push::Granted { key, grant } => Push::Turn { key, cycle: grant.cycle },
@@ -102,80 +89,58 @@ async fn probe(quorum: &Arc<Quorum>) {
     }
 }
 
-/// Claims leases at nodes that lack them although a majority has them, so that a lock that is held for long survives one restart
-/// after another.
-///
-/// A claim may be executed after a release that was sent meanwhile, and so leave a lease that nobody has. It is one of a minority, and short: if it is still
-/// wanted, the next renewal gives it the rest of its TTL.
-async fn heal(quorum: &Quorum) {
-    let Some(mut missing) = quorum.missing.lock().take() else {
-        return std::future::pending().await;
-    };
-    let mut some = Vec::new();
-    while missing.recv_many(&mut some, HEALED_AT_ONCE).await > 0 {
-        let claims = some.drain(..).map(|(node, renewal): (Arc<Node>, Renewal)| async move {
-            if !node.is_usable() || node.owes(&renewal.key, renewal.cycle) {
-                return;
-            }
-            let claim = Claim {
-                key: renewal.key,
-                cycle: renewal.cycle,
-                ttl: renewal.ttl / 2,
-                at_least: 0,
-            };
-            match timeout(quorum.node_limit, node.store.claim(claim)).await {
-                Ok(Ok(Claimed::Ours { .. })) => node.metrics.given.increment(1),
-                Ok(Ok(Claimed::Refused)) => node.metrics.refused.increment(1),
-                Ok(Err(error)) => {
-                    if let Some(why) = super::outage(&error) {
-                        quorum.down(&node, why);
-                    }
-                }
-                Err(_) => quorum.down(&node, "no answer in time"),
-            }
-        });
-        join_all(claims).await;
+async fn look(quorum: &Quorum, node: &Node) {
+    let downs = node.downs();
+    match timeout(quorum.node_limit, node.store.ping()).await {
+        Ok(Ok(())) => {}
+        Ok(Err(error)) => return quorum.down(node, super::outage(&error).unwrap_or("it refuses to be a node")),
+        Err(_) => {
+            // The way may be gone without a word: the next probe takes another.
+            node.store.leave_background();
+            return quorum.down(node, "no answer to a probe in time");
+        }
+    }
+    if !node.is_up() && timeout(quorum.node_limit, node.store.ping_callers()).await.is_err() {
+        // The server is well, and the connections of the program are not.
+        node.store.leave_callers();
+        return;
+    }
+    if pay(quorum, node).await {
+        node.mark_up(downs);
     }
 }
 
-async fn look(quorum: &Quorum, node: &Node) {
-    let down_since = node.down_since();
-    for lane in [Lane::Background, Lane::Caller] {
-        match timeout(quorum.node_limit, node.store.ping(lane)).await {
-            Ok(Ok(())) => {}
-            Ok(Err(error)) => return quorum.down(node, super::outage(&error).unwrap_or("it refuses to be a node")),
-            Err(_) => {
-                // The other machine may be gone without a word: the next look is through a new connection. The caller's is left to the system's own
-                // probes, since what was sent through it must come before what is sent later.
-                if lane == Lane::Background {
-                    node.store.hang_up(lane);
+/// Repeats the releases that had no answer. Returns whether the node answered.
+async fn pay(quorum: &Quorum, node: &Node) -> bool {
+    for (end, release) in node.owed() {
+        let mut done = Moment::now() > end;
+        // The caller's connection has what was sent of the cycle before; the other one works if the program's runtime is gone.
+        for lane in [Lane::Caller, Lane::Background] {
+            if !done {
+                match timeout(quorum.node_limit, node.store.release(lane, release.clone())).await {
+                    Ok(Ok(_)) => done = true,
+                    // It is tried again until the lease has run out.
+                    Ok(Err(StoreError::Refused(_) | StoreError::MapMismatch { .. })) => break,
+                    Ok(Err(StoreError::Unavailable(_))) | Err(_) if lane == Lane::Background => return false,
+                    Ok(Err(StoreError::Unavailable(_))) | Err(_) => {}
                 }
-                return quorum.down(node, "no answer to a probe in time");
             }
         }
+        if done {
+            node.paid(&release);
+        }
     }
-    let owed = node.owed();
-    for some in owed.chunks(RELEASES_AT_ONCE) {
-        let paid = join_all(some.iter().map(|(end, release)| pay(quorum, node, *end, release))).await;
-        if !paid.into_iter().all(|paid| paid) {
+    true
+}
+
+/// Waits until no release is under way, and all nodes that are up have what they are owed.
+pub(super) async fn settle(quorum: &Quorum) {
+    loop {
+        let up = || quorum.nodes.iter().filter(|node| node.is_up());
+        join_all(up().map(|node| pay(quorum, node))).await;
+        if quorum.releasing.load(Ordering::Acquire) == 0 && up().all(|node| node.owes_nothing()) {
             return;
         }
+        tokio::time::sleep(SETTLE_PAUSE).await;
     }
-    node.mark_up(down_since);
-}
-
-/// Sends a release that is owed. Whether it needs no more sending.
-async fn pay(quorum: &Quorum, node: &Node, end: Moment, release: &Release) -> bool {
-    // The caller's connection has what was sent of the cycle before; the other one works if the program's runtime is gone.
-    let mut done = Moment::now() > end;
-    for lane in [Lane::Caller, Lane::Background] {
-        if !done {
-            let reply = timeout(quorum.node_limit, node.store.release(lane, release.clone())).await;
-            done = matches!(reply, Ok(Ok(_)));
-        }
-    }
-    if done {
-        node.paid(release);
-    }
-    done
 }

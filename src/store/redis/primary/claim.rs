@@ -4,10 +4,11 @@ use std::sync::Arc;
 use std::sync::atomic::{AtomicU64, Ordering};
 use std::time::Duration;
 
-use deadpool_redis::redis::{Cmd, cmd};
+use deadpool_redis::redis::{Cmd, Value, cmd};
 
 use super::super::reply::{ints, unexpected};
-use super::{Attempts, RedisStore};
+use super::link::Link;
+use super::{Attempts, RedisStore, Shared};
 use crate::clock::Moment;
 use crate::key::{LockKey, Slot};
 use crate::protocol::Cycle;
@@ -26,8 +27,8 @@ pub(crate) struct Claim {
 /// What a node says to a claim.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub(crate) enum Claimed {
-    /// The lease is ours there; the counter was this before the claim raised it.
-    Ours { counter: u64 },
+    /// The lease is ours there, and was before if it is `kept`; the counter was this before the claim raised it.
+    Ours { counter: u64, kept: bool },
     /// Another owner has it.
     Refused,
 }
@@ -63,6 +64,7 @@ impl Tenure {
                     .into(),
             ));
         };
+        // It is a difference of the server's wall clock: whoever sets that forward makes the server look older than it is.
         // Whole seconds of a difference of whole seconds: it may be one less.
         let missing = (self.max_ttl + Duration::from_secs(1)).saturating_sub(uptime);
         // A server that has run for long enough says nothing new of when votes began.
@@ -108,7 +110,8 @@ impl RedisStore {
                     Ok(value) => {
                         return match ints(&value).as_deref() {
                             Some([0, _]) => Ok(Claimed::Refused),
-                            Some(&[1, counter]) => Ok(Claimed::Ours {
+                            Some(&[1, counter, kept]) => Ok(Claimed::Ours {
+                                kept: kept == 1,
                                 counter: counter.try_into().unwrap_or_default(),
                             }),
                             _ => Err(unexpected("a claim", &value)),
@@ -120,24 +123,43 @@ impl RedisStore {
         })
     }
 
-    /// The connection of that lane is of no more use.
-    pub(crate) fn hang_up(&self, lane: Lane) {
-        self.link(lane, Slot::of(b"")).hang_up();
+    /// Whether it answers on the connection of the background.
+    pub(crate) fn ping(&self) -> StoreFuture<()> {
+        let (shared, link) = (Arc::clone(&self.shared), Arc::clone(&self.background));
+        Box::pin(async move { answers(&shared, &link).await })
     }
 
-    /// Whether it answers.
-    pub(crate) fn ping(&self, lane: Lane) -> StoreFuture<()> {
-        let shared = Arc::clone(&self.shared);
-        let link = self.link(lane, Slot::of(b""));
+    /// Whether it answers on all connections of the callers.
+    pub(crate) fn ping_callers(&self) -> StoreFuture<()> {
+        let (shared, links) = (Arc::clone(&self.shared), self.callers.clone());
         Box::pin(async move {
-            let mut attempts = Attempts::default();
-            loop {
-                let mut live = link.get().await?;
-                match live.connection.send_packed_command(&cmd("PING")).await {
-                    Ok(_) => return Ok(()),
-                    Err(error) => attempts.failed(&shared, &link, &live, &error)?,
-                }
+            for link in &links {
+                answers(&shared, link).await?;
             }
+            Ok(())
         })
+    }
+
+    /// Nothing more is sent on the connection of the background: the next request makes a new one.
+    pub(crate) fn leave_background(&self) {
+        self.background.leave();
+    }
+
+    /// Nothing more is sent on the connections of the callers: their next requests make new ones. What was sent on the old ones may be
+    /// executed later than that, and then runs out by its TTL.
+    pub(crate) fn leave_callers(&self) {
+        self.callers.iter().for_each(|link| link.leave());
+    }
+}
+
+async fn answers(shared: &Shared, link: &Link) -> Result<(), StoreError> {
+    let mut attempts = Attempts::default();
+    loop {
+        let mut live = link.get().await?;
+        let pong = live.connection.send_packed_command(&cmd("PING")).await;
+        match pong.and_then(Value::extract_error) {
+            Ok(_) => return Ok(()),
+            Err(error) => attempts.failed(shared, link, &live, &error)?,
+        }
     }
 }

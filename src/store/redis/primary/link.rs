@@ -198,8 +198,8 @@ impl Link {
         true
     }
 
-    /// Whatever connection there is is of no more use.
-    pub(super) fn hang_up(&self) {
+    /// The connection, if there is one, is of no more use.
+    pub(super) fn leave(&self) {
         *self.current.lock() = None;
     }
 
