@@ -10,7 +10,7 @@ use tokio::time::timeout;
 use super::node::Node;
 use super::release::give_up;
 use super::tally::{Standing, Tally, Vote};
-use super::{Quorum, outage};
+use super::{MAJORITY_PAUSE, Quorum, outage};
 use crate::clock::Moment;
 use crate::fence::TokenBlock;
 use crate::protocol::{Acquire, AcquireReply, Answer, Ask, Place, Release};
@@ -50,8 +50,20 @@ impl Drop for LeftBehind {
     }
 }
 
+/// Tries until a majority has answered, for about half of the time that whoever asks has: most outages are short.
 pub(super) async fn acquire(quorum: Arc<Quorum>, request: Acquire) -> Result<Answer<AcquireReply>, StoreError> {
-    let Acquire { ttl, tokens, .. } = request;
+    let deadline = Moment::now() + quorum.majority_limit;
+    loop {
+        quorum.wait_for_majority(deadline).await?;
+        match attempt(&quorum, &request).await {
+            Err(StoreError::Unavailable(_)) if Moment::now() < deadline => tokio::time::sleep(MAJORITY_PAUSE).await,
+            ended => return ended,
+        }
+    }
+}
+
+async fn attempt(quorum: &Arc<Quorum>, request: &Acquire) -> Result<Answer<AcquireReply>, StoreError> {
+    let &Acquire { ttl, tokens, .. } = request;
     if ttl > quorum.max_ttl {
         return Err(StoreError::Refused(
             format!(
@@ -62,7 +74,6 @@ pub(super) async fn acquire(quorum: Arc<Quorum>, request: Acquire) -> Result<Ans
         ));
     }
     let slot = quorum.slot(&request.key);
-    quorum.wait_for_majority().await?;
     let sent_at = Moment::now();
     let free = request.ask == Ask::Free;
     let at_door = Acquire {
@@ -72,9 +83,9 @@ pub(super) async fn acquire(quorum: Arc<Quorum>, request: Acquire) -> Result<Ans
     // Whoever holds the lease must not lose it by asking for more of it: then nothing is given back here, whatever comes of it.
     let extends = quorum.holds(request.cycle);
     let mut left_behind = LeftBehind {
-        quorum: Arc::clone(&quorum),
+        quorum: Arc::clone(quorum),
         nodes: Vec::new(),
-        back: (!extends).then(|| back(&request)),
+        back: (!extends).then(|| back(request)),
     };
     let mut refusal = None;
     let (door, answer) = loop {
@@ -122,13 +133,13 @@ pub(super) async fn acquire(quorum: Arc<Quorum>, request: Acquire) -> Result<Ans
     door.metrics.given.increment(1);
     let mut last = block.last();
     let extends = extends && extended;
-    let (mut standing, kept) = claim_others(&quorum, &door, &request, last, extends).await;
+    let (mut standing, kept) = claim_others(quorum, &door, request, last, extends).await;
     if let Standing::Won(counter) = standing
         && counter >= block.first()
     {
         // Others have given out what this block holds, or more: a block above, known to a majority before anybody sees it.
         last = counter + u64::from(tokens);
-        standing = claim(&quorum, None, &request, last, Tally::new(quorum.nodes.len()), false)
+        standing = claim(quorum, None, request, last, Tally::new(quorum.nodes.len()), false)
             .await
             .0;
     }
@@ -144,7 +155,7 @@ pub(super) async fn acquire(quorum: Arc<Quorum>, request: Acquire) -> Result<Ans
         }));
     }
     if left_behind.back.is_some() {
-        give_up(&quorum, back(&request)).await;
+        give_up(quorum, back(request)).await;
     }
     match (standing, request.ask) {
         (Standing::Lost { refused: true }, Ask::Free) => Ok(with(AcquireReply::Taken)),

@@ -98,7 +98,7 @@ impl QuorumStore {
                 max_ttl: options.redlock_max_ttl,
                 node_limit: (options.timeout / 8).min(NODE_LIMIT_MAX),
                 connect_limit: options.timeout / 2,
-                majority_limit: options.timeout / 2,
+                majority_limit: options.timeout * 2 / 5,
                 door_lost: Notify::new(),
                 held: parking_lot::Mutex::new(HashMap::new()),
                 releasing: AtomicUsize::new(0),
@@ -131,8 +131,7 @@ impl Quorum {
     }
 
     /// Waits until enough nodes could vote: most outages are short, and whoever asked has time.
-    async fn wait_for_majority(&self) -> Result<(), StoreError> {
-        let deadline = Moment::now() + self.majority_limit;
+    async fn wait_for_majority(&self, deadline: Moment) -> Result<(), StoreError> {
         while !self.can_win() {
             if Moment::now() >= deadline {
                 return Err(self.no_majority());
@@ -246,7 +245,7 @@ impl LeaseStore for QuorumStore {
         let quorum = Arc::clone(&self.quorum);
         Box::pin(async move {
             let slot = quorum.slot(&key);
-            quorum.wait_for_majority().await?;
+            quorum.wait_for_majority(Moment::now() + quorum.majority_limit).await?;
             loop {
                 if !quorum.can_win() {
                     return Err(quorum.no_majority());

@@ -77,7 +77,7 @@ pub(super) async fn release(
     let needed = majority(quorum.nodes.len());
     if quorum.door(slot).is_none() {
         // It is repeated in the background if this is in vain.
-        quorum.wait_for_majority().await?;
+        quorum.wait_for_majority(sent_at + quorum.majority_limit).await?;
     }
     let first_door = quorum.door(slot).map(Arc::clone);
     let plain = Release {
