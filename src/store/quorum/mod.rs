@@ -148,6 +148,15 @@ fn outage(error: &StoreError) -> Option<&str> {
     }
 }
 
+/// The error of one node, for an error that is about all of them.
+fn at_node(place: &str, error: StoreError) -> StoreError {
+    match error {
+        StoreError::Unavailable(why) => StoreError::Unavailable(format!("{place}: {why}").into()),
+        StoreError::Refused(why) => StoreError::Refused(format!("{place}: {why}").into()),
+        mismatch @ StoreError::MapMismatch { .. } => mismatch,
+    }
+}
+
 impl LeaseStore for QuorumStore {
     fn connect(&self) -> StoreFuture<()> {
         let quorum = Arc::clone(&self.quorum);
@@ -202,6 +211,24 @@ impl LeaseStore for QuorumStore {
                     Err(_) => quorum.down(door, "no answer in time"),
                 }
             }
+        })
+    }
+
+    fn erase(&self) -> StoreFuture<u64> {
+        let quorum = Arc::clone(&self.quorum);
+        Box::pin(async move {
+            let nodes = quorum.nodes.iter().map(|node| async move {
+                match node.is_up() {
+                    true => node.store.erase().await,
+                    false => Err(StoreError::Unavailable("it is down".into())),
+                }
+                .map_err(|error| (node, error))
+            });
+            let mut count = 0;
+            for erased in futures_util::future::join_all(nodes).await {
+                count += erased.map_err(|(node, error)| at_node(&node.place, error))?;
+            }
+            Ok(count)
         })
     }
 
