@@ -20,12 +20,42 @@ use crate::store::{LeaseStore, StoreError};
 /// How long one who lost a split vote stays away, in milliseconds.
 const BACK_OFF_MILLIS: std::ops::RangeInclusive<u64> = 5..=100;
 
+/// What a node may have of a cycle that is got elsewhere: unless it holds the lease, the node is owed a release, also where the request
+/// is dropped. A cycle that holds it may well have it there.
+struct LeftBehind {
+    quorum: Arc<Quorum>,
+    nodes: Vec<Arc<Node>>,
+    /// Nothing where the lease is held already.
+    back: Option<Release>,
+}
+
+impl LeftBehind {
+    fn has(&self, node: &Arc<Node>) -> bool {
+        self.nodes.iter().any(|left| Arc::ptr_eq(left, node))
+    }
+
+    /// From now on, what those nodes say of the cycle does not count.
+    fn settle(&mut self) {
+        for node in self.nodes.drain(..) {
+            if let Some(back) = &self.back {
+                node.owe(back.clone(), self.quorum.max_ttl);
+            }
+        }
+    }
+}
+
+impl Drop for LeftBehind {
+    fn drop(&mut self) {
+        self.settle();
+    }
+}
+
 pub(super) async fn acquire(quorum: Arc<Quorum>, request: Acquire) -> Result<Answer<AcquireReply>, StoreError> {
     let Acquire { ttl, tokens, .. } = request;
     if ttl > quorum.max_ttl {
         return Err(StoreError::Refused(
             format!(
-                "ttl {ttl:?} is above redlock_max_ttl {:?}: a node that restarted might forget the lease and vote again",
+                "ttl {ttl:?} is above redlock_max_ttl {:?}: a node that restarted might vote before such a lease ends; set a shorter ttl, or a longer redlock_max_ttl for all managers",
                 quorum.max_ttl
             )
             .into(),
@@ -38,30 +68,32 @@ pub(super) async fn acquire(quorum: Arc<Quorum>, request: Acquire) -> Result<Ans
         ask: if free { Ask::Try } else { request.ask },
         ..request.clone()
     };
-    // A node that was asked and did not answer may have the cycle: it is marked down, so this ends.
-    let mut left_behind: Vec<Arc<Node>> = Vec::new();
+    // Whoever holds the lease must not lose it by asking for more of it: then nothing is given back here, whatever comes of it.
+    let extends = quorum.holds(request.cycle);
+    let mut left_behind = LeftBehind {
+        quorum: Arc::clone(&quorum),
+        nodes: Vec::new(),
+        back: (!extends).then(|| back(&request)),
+    };
     let mut refusal = None;
     let (door, answer) = loop {
-        let is_fit = |node: &&Arc<Node>| {
-            let was_asked = left_behind.iter().any(|asked| Arc::ptr_eq(asked, node));
-            node.is_usable() && !was_asked && !node.owes(&request.key, request.cycle)
-        };
+        let is_fit = |node: &&Arc<Node>| node.is_usable() && !left_behind.has(node) && !node.owes(request.cycle);
         let Some(door) = quorum.order(slot).find(is_fit).filter(|_| quorum.can_win()) else {
-            leave(&quorum, &left_behind, &request);
             return Err(refusal.unwrap_or_else(|| quorum.no_majority()));
         };
+        // Before it is asked: the request may be dropped at any time.
+        left_behind.nodes.push(Arc::clone(door));
         let why = match timeout(quorum.node_limit, door.store.acquire(at_door.clone())).await {
             // It may have restarted under way, and not be a door any more.
-            Ok(Ok(answer)) if door.store.has_vote() => break (Arc::clone(door), answer),
-            Ok(Ok(_)) => {
-                left_behind.push(Arc::clone(door));
-                continue;
+            Ok(Ok(answer)) if door.store.has_vote() => {
+                left_behind.nodes.pop();
+                break (Arc::clone(door), answer);
             }
+            Ok(Ok(_)) => continue,
             Ok(Err(error)) => match outage(&error) {
                 Some(why) => why.to_owned(),
                 // It may be this node's trouble alone.
                 None => {
-                    left_behind.push(Arc::clone(door));
                     refusal = Some(error);
                     continue;
                 }
@@ -69,9 +101,8 @@ pub(super) async fn acquire(quorum: Arc<Quorum>, request: Acquire) -> Result<Ans
             Err(_) => "no answer in time".to_owned(),
         };
         quorum.down(door, &why);
-        left_behind.push(Arc::clone(door));
     };
-    leave(&quorum, &left_behind, &request);
+    left_behind.settle();
     let with = |reply| Answer {
         sent_at,
         ttl,
@@ -89,24 +120,31 @@ pub(super) async fn acquire(quorum: Arc<Quorum>, request: Acquire) -> Result<Ans
     };
     door.metrics.given.increment(1);
     let mut last = block.last();
-    let mut standing = claim_others(&quorum, &door, &request, last).await;
+    let extends = extends && extended;
+    let (mut standing, kept) = claim_others(&quorum, &door, &request, last, extends).await;
     if let Standing::Won(counter) = standing
         && counter >= block.first()
     {
         // Others have given out what this block holds, or more: a block above, known to a majority before anybody sees it.
         last = counter + u64::from(tokens);
-        standing = claim_all(&quorum, &request, last).await;
+        standing = claim(&quorum, None, &request, last, Tally::new(quorum.nodes.len()), false)
+            .await
+            .0;
     }
     let late = Moment::now().since(sent_at) + ttl / 100 + Duration::from_millis(2) >= ttl;
     if matches!(standing, Standing::Won(_)) && !late {
         quorum.nodes.iter().for_each(|node| node.store.saw_token(slot, last));
+        quorum.held.lock().insert(request.cycle);
         return Ok(with(AcquireReply::Granted {
             tokens: TokenBlock::ending_at(last, tokens),
             queued,
-            extended,
+            // That the door had it all the time is not enough: others may have had a majority without it.
+            extended: kept,
         }));
     }
-    give_up(&quorum, back(&request)).await;
+    if left_behind.back.is_some() {
+        give_up(&quorum, back(&request)).await;
+    }
     match (standing, request.ask) {
         (Standing::Lost { refused: true }, Ask::Free) => Ok(with(AcquireReply::Taken)),
         (Standing::Lost { refused: true }, Ask::Try) => Ok(with(AcquireReply::Busy)),
@@ -138,23 +176,21 @@ fn back(request: &Acquire) -> Release {
     }
 }
 
-/// Those nodes may have the cycle, as its owner or in a queue.
-fn leave(quorum: &Quorum, nodes: &[Arc<Node>], request: &Acquire) {
-    for node in nodes {
-        node.owe(back(request), quorum.max_ttl);
-    }
-}
-
-/// Claims all but the door, whose vote is given.
-async fn claim_others(quorum: &Quorum, door: &Arc<Node>, request: &Acquire, least: u64) -> Standing {
+/// Claims all but the door, whose vote is given. Says as well whether a majority had the lease before, which is waited for only where it
+/// `extends` one.
+async fn claim_others(
+    quorum: &Quorum,
+    door: &Arc<Node>,
+    request: &Acquire,
+    least: u64,
+    extends: bool,
+) -> (Standing, bool) {
     let mut tally = Tally::new(quorum.nodes.len());
-    tally.count(Vote::Given(0));
-    claim(quorum, Some(door), request, least, tally).await
-}
-
-/// Claims all. A counter above `least` does not matter: tokens of this key are given out by its owner only.
-async fn claim_all(quorum: &Quorum, request: &Acquire, least: u64) -> Standing {
-    claim(quorum, None, request, least, Tally::new(quorum.nodes.len())).await
+    tally.count(Vote::Given {
+        counter: 0,
+        kept: extends,
+    });
+    claim(quorum, Some(door), request, least, tally, extends).await
 }
 
 /// Returns as soon as it is decided. The claims that are under way then are dropped, not recalled: what was sent comes before a later
@@ -165,13 +201,14 @@ async fn claim(
     request: &Acquire,
     at_least: u64,
     mut tally: Tally,
-) -> Standing {
+    extends: bool,
+) -> (Standing, bool) {
     let mut claims = FuturesUnordered::new();
     for node in &quorum.nodes {
         if door.is_some_and(|door| Arc::ptr_eq(door, node)) {
             continue;
         }
-        if !node.is_up() || node.owes(&request.key, request.cycle) {
+        if !node.is_up() || node.owes(request.cycle) {
             tally.count(Vote::Missing);
             continue;
         }
@@ -183,16 +220,16 @@ async fn claim(
         };
         claims.push(async move { (node, timeout(quorum.node_limit, node.store.claim(claim)).await) });
     }
-    while tally.standing() == Standing::Open {
+    while tally.standing() == Standing::Open || (extends && tally.may_be_kept()) {
         let Some((node, claimed)) = claims.next().await else {
             break;
         };
         let vote = match claimed {
             // It is kept right for later, but does not count.
             Ok(Ok(_)) if !node.store.has_vote() => Vote::Missing,
-            Ok(Ok(Claimed::Ours { counter })) => {
+            Ok(Ok(Claimed::Ours { counter, kept })) => {
                 node.metrics.given.increment(1);
-                Vote::Given(counter)
+                Vote::Given { counter, kept }
             }
             Ok(Ok(Claimed::Refused)) => {
                 node.metrics.refused.increment(1);
@@ -211,5 +248,5 @@ async fn claim(
         };
         tally.count(vote);
     }
-    tally.standing()
+    (tally.standing(), extends && tally.is_kept())
 }

@@ -22,22 +22,23 @@ mod renew;
 mod tally;
 mod tidy;
 
+use std::collections::HashSet;
 use std::pin::Pin;
 use std::sync::Arc;
+use std::sync::atomic::AtomicUsize;
 use std::time::Duration;
 
-use tokio::sync::mpsc;
+use tokio::sync::{Notify, mpsc};
 
 use crate::endpoint::ServerUrl;
 use crate::error::Invalid;
 use crate::key::{LockKey, Slot};
-use crate::protocol::{Acquire, AcquireReply, Answer, Push, Release, ReleaseReply, RenewReply, Renewal};
+use crate::protocol::{Acquire, AcquireReply, Answer, Cycle, Push, Release, ReleaseReply, RenewReply, Renewal};
 use crate::store::redis::primary::RedisStore;
 use crate::store::{Inspection, Lane, LeaseStore, StoreError, StoreFuture, StoreOptions};
 use crate::telemetry::NodeMetrics;
 use node::Node;
 use tally::majority;
-use tidy::Tidying;
 
 /// See the module.
 pub(crate) struct QuorumStore {
@@ -51,9 +52,13 @@ struct Quorum {
     /// The longest that a request waits for one node.
     node_limit: Duration,
     connect_limit: Duration,
-    tidying: mpsc::UnboundedSender<Tidying>,
-    /// For the tidy worker, which takes it when it starts.
-    to_tidy: parking_lot::Mutex<Option<mpsc::UnboundedReceiver<Tidying>>>,
+    /// Told to the tidy worker: a node went down, and those who wait in its queue have to ask at the next door.
+    door_lost: Notify,
+    /// The cycles that hold a lease, as far as this manager knows: no lease of any other is claimed again. As many as there are live
+    /// leases.
+    held: parking_lot::Mutex<HashSet<Cycle>>,
+    /// How many releases are on their way.
+    releasing: AtomicUsize,
 }
 
 /// A node that says nothing for so long is down.
@@ -78,15 +83,15 @@ impl QuorumStore {
                 metrics,
             )))
         };
-        let (tidying, to_tidy) = mpsc::unbounded_channel();
         Ok(Self {
             quorum: Arc::new(Quorum {
                 nodes: servers.iter().enumerate().map(node).collect::<Result<_, Invalid>>()?,
                 max_ttl: options.redlock_max_ttl,
                 node_limit: (options.timeout / 8).min(NODE_LIMIT_MAX),
                 connect_limit: options.timeout / 2,
-                tidying,
-                to_tidy: parking_lot::Mutex::new(Some(to_tidy)),
+                door_lost: Notify::new(),
+                held: parking_lot::Mutex::new(HashSet::new()),
+                releasing: AtomicUsize::new(0),
             }),
         })
     }
@@ -129,13 +134,17 @@ impl Quorum {
         )
     }
 
+    /// Whether that cycle holds a lease, as far as it is known here.
+    fn holds(&self, cycle: Cycle) -> bool {
+        self.held.lock().contains(&cycle)
+    }
+
     /// A node did not answer, or its connection broke: whatever waits at its queue looks for another door.
     fn down(&self, node: &Node, why: &str) {
         node.metrics.unanswered.increment(1);
         if node.mark_down(why) {
             tracing::warn!(node = %node.place, why, "a node of the quorum is down");
-            // Without a worker nobody waits.
-            self.tidying.send(Tidying::DoorLost).ok();
+            self.door_lost.notify_one();
         }
     }
 }
@@ -162,12 +171,12 @@ impl LeaseStore for QuorumStore {
         let quorum = Arc::clone(&self.quorum);
         Box::pin(async move {
             let connects = quorum.nodes.iter().map(|node| {
-                let limit = quorum.connect_limit;
-                async move { (node, tokio::time::timeout(limit, node.store.connect()).await) }
+                let (limit, downs) = (quorum.connect_limit, node.downs());
+                async move { (node, downs, tokio::time::timeout(limit, node.store.connect()).await) }
             });
-            for (node, connected) in futures_util::future::join_all(connects).await {
+            for (node, downs, connected) in futures_util::future::join_all(connects).await {
                 match connected {
-                    Ok(Ok(())) => node.mark_up(),
+                    Ok(Ok(())) => node.mark_up(downs),
                     Ok(Err(error @ StoreError::MapMismatch { .. })) => return Err(error),
                     Ok(Err(StoreError::Unavailable(why) | StoreError::Refused(why))) => quorum.down(node, &why),
                     Err(_) => quorum.down(node, "no answer while connecting"),
@@ -234,6 +243,14 @@ impl LeaseStore for QuorumStore {
 
     fn slot_of(&self, key: &LockKey) -> Slot {
         self.quorum.slot(key)
+    }
+
+    fn settle(&self) -> StoreFuture<()> {
+        let quorum = Arc::clone(&self.quorum);
+        Box::pin(async move {
+            tidy::settle(&quorum).await;
+            Ok(())
+        })
     }
 
     fn listen(&self, pushes: mpsc::UnboundedSender<Push>) -> Pin<Box<dyn Future<Output = ()> + Send>> {

@@ -3,8 +3,8 @@
 /// What one node has said.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub(super) enum Vote {
-    /// Ours; its counter was this.
-    Given(u64),
+    /// Ours, and was before if it is `kept`; its counter was this.
+    Given { counter: u64, kept: bool },
     /// Another's.
     Refused,
     /// No answer will come, or one that does not count.
@@ -28,6 +28,7 @@ pub(super) enum Standing {
 pub(super) struct Tally {
     nodes: usize,
     given: usize,
+    kept: usize,
     refused: usize,
     missing: usize,
     counter: u64,
@@ -43,6 +44,7 @@ impl Tally {
         Self {
             nodes,
             given: 0,
+            kept: 0,
             refused: 0,
             missing: 0,
             counter: 0,
@@ -51,8 +53,9 @@ impl Tally {
 
     pub(super) fn count(&mut self, vote: Vote) -> Standing {
         match vote {
-            Vote::Given(counter) => {
+            Vote::Given { counter, kept } => {
                 self.given += 1;
+                self.kept += usize::from(kept);
                 self.counter = self.counter.max(counter);
             }
             Vote::Refused => self.refused += 1,
@@ -64,6 +67,17 @@ impl Tally {
     /// Whether those who refused alone make a majority impossible.
     pub(super) const fn is_refused(&self) -> bool {
         self.nodes - self.refused < majority(self.nodes)
+    }
+
+    /// Whether a majority had it before, too.
+    pub(super) const fn is_kept(&self) -> bool {
+        self.kept >= majority(self.nodes)
+    }
+
+    /// Whether votes to come could make that so.
+    pub(super) const fn may_be_kept(&self) -> bool {
+        let to_come = self.nodes - self.given - self.refused - self.missing;
+        !self.is_kept() && self.kept + to_come >= majority(self.nodes)
     }
 
     pub(super) const fn standing(&self) -> Standing {
@@ -91,21 +105,30 @@ mod tests {
             for code in 0..3_usize.pow(u32::try_from(nodes).unwrap()) {
                 let votes: Vec<Vote> = (0..nodes)
                     .map(|node| match code / 3_usize.pow(u32::try_from(node).unwrap()) % 3 {
-                        0 => Vote::Given(node as u64),
+                        0 => Vote::Given {
+                            counter: node as u64,
+                            kept: node % 2 == 0,
+                        },
                         1 => Vote::Refused,
                         _ => Vote::Missing,
                     })
                     .collect();
                 let mut tally = Tally::new(nodes);
-                let given = votes.iter().filter(|vote| matches!(vote, Vote::Given(_))).count();
+                let given = votes.iter().filter(|vote| matches!(vote, Vote::Given { .. })).count();
                 for &vote in &votes {
                     tally.count(vote);
                 }
+                let kept = votes
+                    .iter()
+                    .filter(|vote| matches!(vote, Vote::Given { kept: true, .. }))
+                    .count();
+                assert_eq!(tally.is_kept(), kept * 2 > nodes);
+                assert!(!tally.may_be_kept());
                 match tally.standing() {
                     Standing::Won(counter) => {
                         assert!(given * 2 > nodes);
                         let largest = votes.iter().filter_map(|vote| match vote {
-                            Vote::Given(counter) => Some(*counter),
+                            Vote::Given { counter, .. } => Some(*counter),
                             _ => None,
                         });
                         assert_eq!(Some(counter), largest.max());

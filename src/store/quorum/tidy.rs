@@ -1,7 +1,7 @@
 //! The worker in the background: pushes of all nodes, probes of those that are down, and what is left of earlier requests.
 
-use std::pin::Pin;
 use std::sync::Arc;
+use std::sync::atomic::Ordering;
 use std::time::Duration;
 
 use futures_util::StreamExt;
@@ -14,28 +14,16 @@ use super::Quorum;
 use super::node::Node;
 use super::tally::majority;
 use crate::clock::Moment;
-use crate::protocol::{Answer, Push, ReleaseReply};
-use crate::store::{Lane, LeaseStore};
-
-/// A release whose answer nobody waits for.
-type Settling = Pin<Box<dyn Future<Output = Option<Answer<ReleaseReply>>> + Send>>;
-
-/// What the worker is told.
-pub(super) enum Tidying {
-    Await(Settling),
-    /// A node went down; those who wait in its queue have to ask at the next door.
-    DoorLost,
-}
+use crate::protocol::Push;
+use crate::store::{Lane, LeaseStore, StoreError};
 
 /// The pause between two looks at all nodes.
 const PROBE_PAUSE: Duration = Duration::from_millis(100);
+/// The pause between two looks at what is under way while the manager ends.
+const SETTLE_PAUSE: Duration = Duration::from_millis(2);
 
 /// Runs until nobody receives the pushes.
 pub(super) async fn listen(quorum: Arc<Quorum>, pushes: mpsc::UnboundedSender<Push>) {
-    let Some(mut to_tidy) = quorum.to_tidy.lock().take() else {
-        tracing::error!("a quorum is listened to twice; please report this");
-        return;
-    };
     let (sender, mut inboxes) = mpsc::unbounded_channel();
     let mut listeners = FuturesUnordered::new();
     for (index, node) in quorum.nodes.iter().enumerate() {
@@ -55,7 +43,6 @@ pub(super) async fn listen(quorum: Arc<Quorum>, pushes: mpsc::UnboundedSender<Pu
     }
     let probes = probe(&quorum);
     tokio::pin!(probes);
-    let mut settling: FuturesUnordered<Settling> = FuturesUnordered::new();
     let mut subscribed = vec![false; quorum.nodes.len()];
     let mut started = false;
     loop {
@@ -63,15 +50,10 @@ pub(super) async fn listen(quorum: Arc<Quorum>, pushes: mpsc::UnboundedSender<Pu
             () = pushes.closed() => return,
             () = &mut probes => return,
             Some(()) = listeners.next() => continue,
-            Some(_) = settling.next() => continue,
-            Some(tidying) = to_tidy.recv() => match tidying {
-                Tidying::Await(settle) => {
-                    settling.push(settle);
-                    continue;
-                }
+            () = quorum.door_lost.notified() => match started {
+                true => Push::Resubscribed { slot: None },
                 // Before the start nothing waits.
-                Tidying::DoorLost if !started => continue,
-                Tidying::DoorLost => Push::Resubscribed { slot: None },
+                false => continue,
             },
             Some((index, push)) = inboxes.recv() => match push {
                 // The door is one node of many: only a reply to a request makes an owner.
@@ -108,24 +90,57 @@ async fn probe(quorum: &Arc<Quorum>) {
 }
 
 async fn look(quorum: &Quorum, node: &Node) {
+    let downs = node.downs();
     match timeout(quorum.node_limit, node.store.ping()).await {
         Ok(Ok(())) => {}
         Ok(Err(error)) => return quorum.down(node, super::outage(&error).unwrap_or("it refuses to be a node")),
-        Err(_) => return quorum.down(node, "no answer to a probe in time"),
+        Err(_) => {
+            // The way may be gone without a word: the next probe takes another.
+            node.store.leave_background();
+            return quorum.down(node, "no answer to a probe in time");
+        }
     }
+    if !node.is_up() && timeout(quorum.node_limit, node.store.ping_callers()).await.is_err() {
+        // The server is well, and the connections of the program are not.
+        node.store.leave_callers();
+        return;
+    }
+    if pay(quorum, node).await {
+        node.mark_up(downs);
+    }
+}
+
+/// Repeats the releases that had no answer. Returns whether the node answered.
+async fn pay(quorum: &Quorum, node: &Node) -> bool {
     for (end, release) in node.owed() {
-        // The caller's connection has what was sent of the cycle before; the other one works if the program's runtime is gone.
         let mut done = Moment::now() > end;
+        // The caller's connection has what was sent of the cycle before; the other one works if the program's runtime is gone.
         for lane in [Lane::Caller, Lane::Background] {
             if !done {
-                let reply = timeout(quorum.node_limit, node.store.release(lane, release.clone())).await;
-                done = matches!(reply, Ok(Ok(_)));
+                match timeout(quorum.node_limit, node.store.release(lane, release.clone())).await {
+                    Ok(Ok(_)) => done = true,
+                    // It is tried again until the lease has run out.
+                    Ok(Err(StoreError::Refused(_) | StoreError::MapMismatch { .. })) => break,
+                    Ok(Err(StoreError::Unavailable(_))) | Err(_) if lane == Lane::Background => return false,
+                    Ok(Err(StoreError::Unavailable(_))) | Err(_) => {}
+                }
             }
         }
-        if !done {
+        if done {
+            node.paid(&release);
+        }
+    }
+    true
+}
+
+/// Waits until no release is under way, and all nodes that are up have what they are owed.
+pub(super) async fn settle(quorum: &Quorum) {
+    loop {
+        let up = || quorum.nodes.iter().filter(|node| node.is_up());
+        join_all(up().map(|node| pay(quorum, node))).await;
+        if quorum.releasing.load(Ordering::Acquire) == 0 && up().all(|node| node.owes_nothing()) {
             return;
         }
-        node.paid(&release);
+        tokio::time::sleep(SETTLE_PAUSE).await;
     }
-    node.mark_up();
 }

@@ -4,10 +4,11 @@ use std::sync::Arc;
 use std::sync::atomic::{AtomicU64, Ordering};
 use std::time::Duration;
 
-use deadpool_redis::redis::{Cmd, cmd};
+use deadpool_redis::redis::{Cmd, Value, cmd};
 
 use super::super::reply::{error_in_words, ints, unexpected};
 use super::RedisStore;
+use super::link::Link;
 use crate::clock::Moment;
 use crate::key::{LockKey, Slot};
 use crate::protocol::Cycle;
@@ -26,8 +27,8 @@ pub(crate) struct Claim {
 /// What a node says to a claim.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub(crate) enum Claimed {
-    /// The lease is ours there; the counter was this before the claim raised it.
-    Ours { counter: u64 },
+    /// The lease is ours there, and was before if it is `kept`; the counter was this before the claim raised it.
+    Ours { counter: u64, kept: bool },
     /// Another owner has it.
     Refused,
 }
@@ -63,6 +64,7 @@ impl Tenure {
                     .into(),
             ));
         };
+        // It is a difference of the server's wall clock: whoever sets that forward makes the server look older than it is.
         // Whole seconds of a difference of whole seconds: it may be one less.
         let missing = (self.max_ttl + Duration::from_secs(1)).saturating_sub(uptime);
         // A server that has run for long enough says nothing new of when votes began.
@@ -104,7 +106,8 @@ impl RedisStore {
             match shared.scripts.claim.call(&mut live.connection, fill).await {
                 Ok(value) => match ints(&value).as_deref() {
                     Some([0, _]) => Ok(Claimed::Refused),
-                    Some(&[1, counter]) => Ok(Claimed::Ours {
+                    Some(&[1, counter, kept]) => Ok(Claimed::Ours {
+                        kept: kept == 1,
                         counter: counter.try_into().unwrap_or_default(),
                     }),
                     _ => Err(unexpected("a claim", &value)),
@@ -119,18 +122,42 @@ impl RedisStore {
         })
     }
 
-    /// Whether it answers.
+    /// Whether it answers on the connection of the background.
     pub(crate) fn ping(&self) -> StoreFuture<()> {
         let link = Arc::clone(&self.background);
+        Box::pin(async move { answers(&link).await })
+    }
+
+    /// Whether it answers on all connections of the callers.
+    pub(crate) fn ping_callers(&self) -> StoreFuture<()> {
+        let links = self.callers.clone();
         Box::pin(async move {
-            let mut live = link.get().await?;
-            let pong = live.connection.send_packed_command(&cmd("PING")).await;
-            pong.map(drop).map_err(|error| {
-                if error.is_unrecoverable_error() {
-                    link.broken(&live);
-                }
-                error_in_words(&error)
-            })
+            for link in &links {
+                answers(link).await?;
+            }
+            Ok(())
         })
     }
+
+    /// Nothing more is sent on the connection of the background: the next request makes a new one.
+    pub(crate) fn leave_background(&self) {
+        self.background.leave();
+    }
+
+    /// Nothing more is sent on the connections of the callers: their next requests make new ones. What was sent on the old ones may be
+    /// executed later than that, and then runs out by its TTL.
+    pub(crate) fn leave_callers(&self) {
+        self.callers.iter().for_each(|link| link.leave());
+    }
+}
+
+async fn answers(link: &Link) -> Result<(), StoreError> {
+    let mut live = link.get().await?;
+    let pong = live.connection.send_packed_command(&cmd("PING")).await;
+    pong.and_then(Value::extract_error).map(drop).map_err(|error| {
+        if error.is_unrecoverable_error() {
+            link.broken(&live);
+        }
+        error_in_words(&error)
+    })
 }

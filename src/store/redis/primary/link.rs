@@ -178,6 +178,11 @@ impl Link {
             .take_if(|current| current.live.generation == broken.generation);
     }
 
+    /// The connection, if there is one, is of no more use.
+    pub(super) fn leave(&self) {
+        *self.current.lock() = None;
+    }
+
     /// Whether that error means that the connection is of no more use, which it isn't from now on: it broke, or leads to a server that
     /// is no primary.
     pub(super) fn is_ended_by(&self, error: &RedisError, live: &Live) -> bool {
@@ -254,7 +259,7 @@ impl Link {
             });
         }
         if let Some(tenure) = &shared.tenure {
-            let info = replies.get(3).and_then(as_text);
+            let info = replies.get(4).and_then(as_text);
             tenure.learn(asked_at, info.as_deref())?;
         }
         shared
