@@ -12,6 +12,7 @@
 #[cfg(feature = "etcd")]
 pub mod etcd;
 pub mod process;
+pub mod quorum;
 pub mod sentinel;
 pub mod server;
 pub mod tls;
