@@ -11,7 +11,7 @@ use std::time::{Duration, Instant};
 
 use parking_lot::Mutex;
 use shardlock::{LockError, LockManager};
-use support::quorum::{Quorum, has_vote};
+use support::quorum::{Quorum, all_know_its_vote, has_vote};
 use support::{PATIENCE, RedisServer, eventually};
 
 const MAX_TTL: Duration = Duration::from_secs(1);
@@ -56,12 +56,8 @@ async fn any_two_of_five_may_be_dead_or_hang() {
             quorum.nodes[other].cont();
             // Also on those that hung: they are owed it.
             quorum.is_empty_on(0..5).await;
-            eventually("both are back", PATIENCE, || {
-                quorum.nodes.iter().all(|node| node.channels().len() == 1)
-            })
-            .await;
             // Whoever marked them down has to find them alive before the next two hang.
-            last = take_turns_on_all(&locks, &quorum, last).await;
+            last = take_turns_on_all(&locks, &quorum).await;
         }
     }
     drop(locks);
@@ -77,15 +73,21 @@ async fn any_two_of_five_may_be_dead_or_hang() {
     }
 }
 
-/// Takes turns until all nodes have been asked again.
-async fn take_turns_on_all(locks: &LockManager, quorum: &Quorum, mut last: u64) -> u64 {
-    quorum.nodes.iter().for_each(RedisServer::reset_stats);
+/// Takes turns until the lease is on all nodes, so that none of them is taken for dead.
+async fn take_turns_on_all(locks: &LockManager, quorum: &Quorum) -> u64 {
     let deadline = Instant::now() + PATIENCE;
-    while !quorum.nodes.iter().all(|node| node.script_calls() > 0) {
+    loop {
+        let guard = locks.lock("key").timeout(PATIENCE).await.expect("lock");
+        let token = guard.token().get();
+        let claimed = |node: &RedisServer| node.keys().iter().any(|key| key == "lock:key");
+        let on_all = quorum.nodes.iter().all(claimed);
+        guard.release().await.expect("release");
+        if on_all {
+            return token;
+        }
         assert!(Instant::now() < deadline, "a node is not asked any more");
-        last = take_turns(locks, 1, last, "all are alive").await;
+        tokio::time::sleep(Duration::from_millis(5)).await;
     }
-    last
 }
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
@@ -103,7 +105,7 @@ async fn three_dead_of_five_are_an_error_in_time_and_leave_nothing() {
     quorum.is_empty_on(3..5).await;
     quorum.nodes[2].cont();
     quorum.is_empty_on(2..5).await;
-    take_turns(&locks, 3, 0, "three are alive again").await;
+    eventually_locks(&locks).await;
 }
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
@@ -185,7 +187,7 @@ async fn tokens_grow_though_each_node_in_turn_forgets_everything() {
         last = take_turns(&one, 3, last, "one is dead").await;
         last = take_turns(&other, 3, last, "one is dead").await;
         node.restart();
-        has_vote(node).await;
+        all_know_its_vote(node).await;
         node.command(&["FLUSHALL"]);
         last = take_turns(&other, 3, last, "one has forgotten everything").await;
         last = take_turns(&one, 3, last, "one has forgotten everything").await;
@@ -203,7 +205,7 @@ async fn a_long_held_lock_survives_restarts_of_all_nodes() {
             node.keys().iter().any(|key| key == "lock:key")
         })
         .await;
-        has_vote(node).await;
+        all_know_its_vote(node).await;
         assert!(guard.is_valid());
         assert!(other.try_lock("key").await.expect("try").is_none());
     }
@@ -234,6 +236,60 @@ async fn a_ttl_above_the_longest_is_refused_with_both() {
     let error = locks.lock("key").ttl(MAX_TTL * 3).await.expect_err("too long");
     let words = error.to_string();
     assert!(words.contains("ttl 3s is above redlock_max_ttl 1s"), "{words}");
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn what_took_longer_than_its_ttl_is_no_lock_and_leaves_nothing() {
+    let quorum = Quorum::start(3).await;
+    let locks = manager(&quorum).await;
+    take_turns_on_all(&locks, &quorum).await;
+    quorum.nodes[0].stop();
+    // Those whose door hangs wait for it first.
+    let all = (0..30).map(|number| {
+        let locks = locks.clone();
+        async move {
+            let key = format!("key-{number}");
+            locks.lock(key).ttl(Duration::from_millis(100)).await
+        }
+    });
+    let all = futures_util::future::join_all(all).await;
+    let late = all.iter().filter_map(|locked| locked.as_ref().err());
+    let late: Vec<String> = late.map(ToString::to_string).collect();
+    assert!(!late.is_empty());
+    let named = late
+        .iter()
+        .all(|words| words.contains("leaves nothing of the ttl 100ms"));
+    assert!(named, "{late:?}");
+    drop(all);
+    quorum.is_empty_on(1..3).await;
+    quorum.nodes[0].cont();
+    take_turns_on_all(&locks, &quorum).await;
+    quorum.is_empty_on(0..3).await;
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn whoever_stops_waiting_midway_leaves_nothing() {
+    let quorum = Quorum::start(3).await;
+    let locks = manager(&quorum).await;
+    take_turns_on_all(&locks, &quorum).await;
+    for node in &quorum.nodes {
+        node.stop();
+        let all = (0..60_u64).map(|number| {
+            let (locks, limit) = (locks.clone(), Duration::from_micros(number * 5_000));
+            async move {
+                let locking = async {
+                    if let Ok(guard) = locks.lock(format!("key-{number}")).await {
+                        guard.release().await.ok();
+                    }
+                };
+                tokio::time::timeout(limit, locking).await.ok();
+            }
+        });
+        futures_util::future::join_all(all).await;
+        node.cont();
+        take_turns_on_all(&locks, &quorum).await;
+        quorum.is_empty_on(0..3).await;
+    }
 }
 
 /// Who is inside, and the last token, per key.
@@ -373,11 +429,38 @@ async fn what_it_costs() {
     guard.release().await.expect("release");
     eventually("nothing is left", PATIENCE, || quorum.left_on(0..3).is_empty()).await;
     let released = counts();
+    let guard = one.lock("key").await.expect("lock");
+    let waiting = tokio::spawn({
+        let other = other.clone();
+        async move { other.lock("key").timeout(PATIENCE).await.expect("lock") }
+    });
+    let deadline = Instant::now() + PATIENCE;
+    while other.inspect("key").await.expect("inspect").queue_length == 0 {
+        assert!(Instant::now() < deadline, "nobody waits");
+    }
+    let before = counts();
+    let started = Instant::now();
+    guard.release().await.expect("release");
+    let guard = waiting.await.expect("a task");
+    let took = started.elapsed();
+    eventually("the lease is on all nodes", PATIENCE, || {
+        quorum.left_on(0..3).len() == 3
+    })
+    .await;
+    let handed = counts();
     println!(
-        "3 nodes: a lock is {} scripts in 2 round trips, a release {} in 2",
+        "3 nodes: a lock is {} scripts, a release {}, a hand-off {} and {} publishes within {took:?}",
         locked.0 - start.0,
-        released.0 - locked.0
+        released.0 - locked.0,
+        handed.0 - before.0,
+        handed.1 - before.1,
     );
+    assert_eq!(handed.1 - before.1, 1, "one push");
+    assert!(
+        handed.0 - before.0 <= 3 + 3,
+        "three releases, the turn's request, two claims"
+    );
+    drop(guard);
 }
 
 #[test]

@@ -48,6 +48,12 @@ pub async fn has_vote(server: &RedisServer) {
     eventually("the node has a vote", PATIENCE, || uptime(server) >= 2).await;
 }
 
+/// Waits until every manager knows that a server which was restarted has a vote: those that connected first add what they could not know
+/// of its age.
+pub async fn all_know_its_vote(server: &RedisServer) {
+    eventually("all know that the node has a vote", PATIENCE, || uptime(server) >= 4).await;
+}
+
 fn uptime(server: &RedisServer) -> u64 {
     let info: String = server.query(&["INFO", "server"]);
     let line = info.lines().find_map(|line| line.strip_prefix("uptime_in_seconds:"));
