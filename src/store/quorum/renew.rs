@@ -1,16 +1,18 @@
 //! Extending leases at all nodes at once.
 
+use std::collections::HashSet;
 use std::sync::Arc;
 use std::time::Duration;
 
 use futures_util::StreamExt;
 use futures_util::stream::FuturesUnordered;
+use tokio::time::error::Elapsed;
 use tokio::time::timeout;
 
 use super::node::Node;
 use super::tally::{Standing, Tally, Vote};
 use super::{Quorum, outage};
-use crate::protocol::{Release, RenewReply, Renewal};
+use crate::protocol::{Cycle, Release, RenewReply, Renewal};
 use crate::store::redis::primary::Claim;
 use crate::store::{LeaseStore, StoreError};
 
@@ -40,6 +42,7 @@ pub(super) async fn renew(
     let mut asked = FuturesUnordered::new();
     for node in &quorum.nodes {
         if node.is_up() {
+            let node = Arc::clone(node);
             let reply = node.store.renew(batch.clone(), limit);
             // A release that executes after the renewal may be paid by the time that its reply is looked at.
             let owed: Vec<bool> = batch.iter().map(|renewal| node.owes(renewal.cycle)).collect();
@@ -58,12 +61,12 @@ pub(super) async fn renew(
             Ok(Ok(replies)) => replies,
             Ok(Err(error)) => {
                 if let Some(why) = outage(&error) {
-                    quorum.down(node, why);
+                    quorum.down(&node, why);
                 }
                 Vec::new()
             }
             Err(_) => {
-                quorum.down(node, "no answer to a renewal in time");
+                quorum.down(&node, "no answer to a renewal in time");
                 Vec::new()
             }
         };
@@ -72,7 +75,7 @@ pub(super) async fn renew(
         for ((lease, renewal), (reply, was_owed)) in leases.iter_mut().zip(&batch).zip(replies) {
             let reply = reply.filter(|_| !was_owed && !node.owes(renewal.cycle));
             if reply == Some(RenewReply::NotOurs) {
-                lease.lacking.push(Arc::clone(node));
+                lease.lacking.push(Arc::clone(&node));
             }
             // What a node without a vote says is not counted, but it is given the lease.
             let reply = reply.filter(|_| has_vote);
@@ -93,6 +96,18 @@ pub(super) async fn renew(
             Standing::Lost { .. } | Standing::Open => {}
         }
     }
+    if !asked.is_empty() {
+        let won = leases
+            .iter()
+            .map(|lease| matches!(lease.tally.standing(), Standing::Won(_)));
+        let won: HashSet<Cycle> = batch
+            .iter()
+            .zip(won)
+            .filter(|(_, won)| *won)
+            .map(|(renewal, _)| renewal.cycle)
+            .collect();
+        drop(tokio::spawn(hear_the_rest(Arc::clone(&quorum), batch, won, asked)));
+    }
     let reply = |lease: &Lease| match lease.tally.standing() {
         Standing::Won(_) => Some(RenewReply::Extended { wanted: lease.wanted }),
         // Only those who said that it is not ours prove that it is lost.
@@ -100,6 +115,40 @@ pub(super) async fn renew(
         Standing::Lost { .. } | Standing::Open => None,
     };
     Ok(leases.iter().map(reply).collect())
+}
+
+/// What a node said to a renewal: which of the leases it was owed a release of when it was asked, and its replies.
+type Heard = (
+    Arc<Node>,
+    Vec<bool>,
+    Result<Result<Vec<Option<RenewReply>>, StoreError>, Elapsed>,
+);
+
+/// Listens to those who answer after it was decided: what they lack is restored all the same. Ends with the limit of the renewal.
+async fn hear_the_rest(
+    quorum: Arc<Quorum>,
+    batch: Vec<Renewal>,
+    won: HashSet<Cycle>,
+    mut asked: FuturesUnordered<impl Future<Output = Heard> + Send>,
+) {
+    while let Some((node, owed, replies)) = asked.next().await {
+        match replies {
+            Ok(Ok(replies)) => {
+                for ((renewal, reply), was_owed) in batch.iter().zip(replies).zip(owed) {
+                    let lacks = reply == Some(RenewReply::NotOurs) && !was_owed && !node.owes(renewal.cycle);
+                    if lacks && won.contains(&renewal.cycle) {
+                        restore(&quorum, &node, renewal);
+                    }
+                }
+            }
+            Ok(Err(error)) => {
+                if let Some(why) = outage(&error) {
+                    quorum.down(&node, why);
+                }
+            }
+            Err(_) => quorum.down(&node, "no answer to a renewal in time"),
+        }
+    }
 }
 
 /// Claims a lease that a majority has at a node that lacks it, since it restarted or missed the claim. Otherwise a lease that lives through
