@@ -351,7 +351,7 @@ async fn nobody_overlaps_while_nodes_fail_one_at_a_time() {
             node.kill();
             tokio::time::sleep(Duration::from_millis(200)).await;
             node.restart();
-            has_vote(node).await;
+            all_know_its_vote(node).await;
         }
         faults += 1;
     }
