@@ -13,7 +13,14 @@
 //! node that restarted has no vote for as long as a lease may live, since it may have forgotten one.
 //!
 //! Nobody waits for a node that is marked down, which one time-out or broken connection is enough for. The tidy worker, which runs in
-//! `listen`, asks such nodes again and again, and repeats there what was released without an answer.
+//! `listen`, asks such nodes again and again, and repeats there what was released without an answer. A node is owed a release from before
+//! it is sent until it is answered, so that a request which is dropped midway leaves nothing; at most 10,000 per node, and what is beyond
+//! runs out by its TTL. What a node says of a cycle that it is owed does not count.
+//!
+//! A cycle that holds its lease (`held`) is never given up by a request that asks for more: until its holder knows of a loss, nobody else
+//! may have it. An extension counts only where a majority had the lease all the time. A renewal restores it at nodes that lack it.
+//!
+//! Time limits live on the runtime on which a request began: what is left of a release goes on there as a task, and is owed if that ends.
 
 mod acquire;
 mod node;
