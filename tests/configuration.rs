@@ -156,6 +156,7 @@ fn variables_of_others_are_passed_over() {
         "SHARDLOCK_LOG",
         "SHARDLOCK_METRICS",
         "SHARDLOCK_REDIS_SERVER",
+        "SHARDLOCK_ETCD_SERVER",
         "SHARDLOCKS",
         "TTL",
         "PATH",
