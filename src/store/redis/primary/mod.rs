@@ -159,6 +159,19 @@ impl Shared {
         self.seen[usize::from(slot.number())].fetch_max(token, Ordering::AcqRel);
     }
 
+    /// A connection that gives no answer for half of the time that a request has is taken for broken, so that the request is sent again on
+    /// another. The client library may write a request to a connection that was closed in the same moment, and then wait for ever.
+    async fn in_time<T>(&self, asking: impl Future<Output = RedisResult<T>>) -> RedisResult<T> {
+        let limit = self.timeout / 2;
+        match tokio::time::timeout(limit, asking).await {
+            Ok(answer) => answer,
+            Err(_) => {
+                let silent = std::io::ErrorKind::BrokenPipe;
+                Err(std::io::Error::new(silent, format!("no answer within {limit:?}")).into())
+            }
+        }
+    }
+
     /// How often the primary has become another server, where it can.
     fn switches(&self) -> u64 {
         match self.source {
@@ -187,12 +200,15 @@ impl Shared {
         }
         if ask == Ask::Free {
             let commands = self.commands.take_freely(key, cycle, ttl, tokens);
-            let replies = live.connection.send_packed_commands(&commands, 0, 2).await?;
+            let sending = live.connection.send_packed_commands(&commands, 0, 2);
+            let replies = self.in_time(sending).await?;
             let replies = self.commands.permissions.without_errors(&commands, replies)?;
             return Ok(acquired_freely(&replies, tokens));
         }
         let fill = |command: &mut Cmd| self.commands.fill_acquire(command, request, floor);
-        let value = self.scripts.acquire.call(&mut live.connection, fill).await?;
+        let value = self
+            .in_time(self.scripts.acquire.call(&mut live.connection, fill))
+            .await?;
         Ok(acquired(&value, tokens))
     }
 
@@ -321,7 +337,10 @@ impl LeaseStore for RedisStore {
                     free = false;
                     let fill =
                         |command: &mut Cmd| shared.commands.fill_release_free(command, &request.key, request.cycle);
-                    match shared.scripts.release_free.call(&mut live.connection, fill).await {
+                    match shared
+                        .in_time(shared.scripts.release_free.call(&mut live.connection, fill))
+                        .await
+                    {
                         Ok(Value::Int(1)) => {
                             reply = Some(ReleaseReply {
                                 held: true,
@@ -340,7 +359,10 @@ impl LeaseStore for RedisStore {
                     Some(reply) => reply,
                     None => {
                         let fill = |command: &mut Cmd| shared.commands.fill_release(command, &request, floor);
-                        match shared.scripts.release.call(&mut live.connection, fill).await {
+                        match shared
+                            .in_time(shared.scripts.release.call(&mut live.connection, fill))
+                            .await
+                        {
                             Ok(value) => released(&value, request.requeue.is_some(), tokens)?,
                             Err(error) => {
                                 attempts.failed(&shared, &link, &live, &error)?;
