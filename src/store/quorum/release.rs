@@ -9,7 +9,7 @@ use tokio::time::timeout;
 
 use super::node::Node;
 use super::tally::majority;
-use super::{Quorum, outage};
+use super::{MAJORITY_PAUSE, Quorum, outage};
 use crate::clock::Moment;
 use crate::protocol::{Answer, Release, ReleaseReply};
 use crate::store::{Lane, LeaseStore, StoreError, StoreFuture};
@@ -66,10 +66,35 @@ async fn settle(sent: Sent) -> Option<Answer<ReleaseReply>> {
     None
 }
 
+/// Tries until a majority has answered, for about half of the time that whoever asks has.
 pub(super) async fn release(
     quorum: Arc<Quorum>,
     lane: Lane,
     request: Release,
+) -> Result<Answer<ReleaseReply>, StoreError> {
+    let deadline = Moment::now() + quorum.majority_limit;
+    let mut is_repeated = false;
+    loop {
+        match attempt(&quorum, lane, request.clone(), deadline).await {
+            Err(StoreError::Unavailable(_)) if Moment::now() < deadline => {
+                is_repeated = true;
+                tokio::time::sleep(MAJORITY_PAUSE).await;
+            }
+            Ok(mut answer) => {
+                // An earlier attempt may have done it: that it is not ours any more is no loss then.
+                answer.reply.held |= is_repeated;
+                return Ok(answer);
+            }
+            ended => return ended,
+        }
+    }
+}
+
+async fn attempt(
+    quorum: &Arc<Quorum>,
+    lane: Lane,
+    request: Release,
+    deadline: Moment,
 ) -> Result<Answer<ReleaseReply>, StoreError> {
     quorum.held.lock().remove(&request.cycle);
     let slot = quorum.slot(&request.key);
@@ -77,7 +102,7 @@ pub(super) async fn release(
     let needed = majority(quorum.nodes.len());
     if quorum.door(slot).is_none() {
         // It is repeated in the background if this is in vain.
-        quorum.wait_for_majority(sent_at + quorum.majority_limit).await?;
+        quorum.wait_for_majority(deadline).await?;
     }
     let first_door = quorum.door(slot).map(Arc::clone);
     let plain = Release {
@@ -87,11 +112,11 @@ pub(super) async fn release(
     let is_door = |node: &Arc<Node>| first_door.as_ref().is_some_and(|door| Arc::ptr_eq(door, node));
     let others = quorum.nodes.iter().filter(|node| !is_door(node));
     // From here on, so that it gets the release as well if this is dropped midway.
-    let mut at_door = first_door.as_ref().map(|door| Debt::new(&quorum, door, plain.clone()));
+    let mut at_door = first_door.as_ref().map(|door| Debt::new(quorum, door, plain.clone()));
     let mut answered = 0;
     let mut not_ours = 0;
     {
-        let mut under_way: FuturesUnordered<_> = send(&quorum, lane, others, &plain)
+        let mut under_way: FuturesUnordered<_> = send(quorum, lane, others, &plain)
             .map(|sent| Box::pin(settle(sent)))
             .collect();
         // The door's next owner needs a majority that is free.
@@ -133,7 +158,7 @@ pub(super) async fn release(
         at_door = quorum
             .door(slot)
             .filter(|next| !Arc::ptr_eq(next, &node))
-            .map(|next| Debt::new(&quorum, next, plain.clone()));
+            .map(|next| Debt::new(quorum, next, plain.clone()));
     }
     Err(quorum.no_majority())
 }

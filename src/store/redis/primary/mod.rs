@@ -159,8 +159,9 @@ impl Shared {
         self.seen[usize::from(slot.number())].fetch_max(token, Ordering::AcqRel);
     }
 
-    /// A connection that gives no answer for half of the time that a request has is taken for broken, so that the request is sent again on
-    /// another. The client library may write a request to a connection that was closed in the same moment, and then wait for ever.
+    /// A connection that gives no answer to a release for half of the time that it has is taken for broken, so that it is sent again on
+    /// another. The client library may write a request to a connection that was closed in the same moment, and then wait for ever. An acquire is
+    /// not sent again: if it was executed and only its answer stays away, the release that undoes it goes the same way.
     async fn in_time<T>(&self, asking: impl Future<Output = RedisResult<T>>) -> RedisResult<T> {
         let limit = self.timeout / 2;
         match tokio::time::timeout(limit, asking).await {
@@ -200,15 +201,12 @@ impl Shared {
         }
         if ask == Ask::Free {
             let commands = self.commands.take_freely(key, cycle, ttl, tokens);
-            let sending = live.connection.send_packed_commands(&commands, 0, 2);
-            let replies = self.in_time(sending).await?;
+            let replies = live.connection.send_packed_commands(&commands, 0, 2).await?;
             let replies = self.commands.permissions.without_errors(&commands, replies)?;
             return Ok(acquired_freely(&replies, tokens));
         }
         let fill = |command: &mut Cmd| self.commands.fill_acquire(command, request, floor);
-        let value = self
-            .in_time(self.scripts.acquire.call(&mut live.connection, fill))
-            .await?;
+        let value = self.scripts.acquire.call(&mut live.connection, fill).await?;
         Ok(acquired(&value, tokens))
     }
 
