@@ -16,6 +16,7 @@ use etcd_client::{Client, ConnectOptions, GetOptions, SortOrder, SortTarget};
 use parking_lot::Mutex;
 use tempfile::TempDir;
 
+use super::directory::directory;
 use super::process::Process;
 use super::server::free_port;
 use super::wait::PATIENCE;
@@ -53,10 +54,7 @@ impl Etcd {
     }
 
     fn prepare(count: usize) -> Self {
-        let dir = tempfile::Builder::new()
-            .prefix("shardlock-etcd-")
-            .tempdir()
-            .expect("make a directory");
+        let dir = directory("etcd");
         let members = (0..count)
             .map(|number| Member {
                 name: format!("m{number}"),
@@ -243,7 +241,7 @@ impl Etcd {
 
     /// A copy of what a member that is down has stored.
     pub fn back_up(&self, number: usize) -> TempDir {
-        let backup = tempfile::tempdir().expect("make a directory");
+        let backup = directory("backup");
         copy(&self.data_dir(number), &backup.path().join("data"));
         backup
     }

@@ -10,9 +10,9 @@
 #![allow(clippy::expect_used, clippy::panic, clippy::unwrap_used)]
 
 pub mod cluster;
+pub mod directory;
 #[cfg(feature = "etcd")]
 pub mod etcd;
-pub mod lasting;
 pub mod other_clock;
 pub mod process;
 pub mod proxy;
@@ -26,6 +26,7 @@ pub mod wait;
 pub mod worker;
 
 pub use cluster::Cluster;
+pub use directory::directory;
 pub use quorum::Quorum;
 pub use server::{ClientType, RedisServer};
 pub use wait::{PATIENCE, eventually, wait_until};

@@ -13,6 +13,7 @@ use parking_lot::Mutex;
 use redis::{Connection, FromRedisValue, RedisResult};
 use tempfile::TempDir;
 
+use super::directory::directory;
 use super::process::Process;
 use super::server::{PORTS_TRIED_MAX, RedisServer, binary, connect, free_port};
 use super::wait::{PATIENCE, wait_until};
@@ -201,15 +202,7 @@ pub struct Sentinel {
 impl Sentinel {
     #[track_caller]
     fn start(primary: u16, lines: &[&str]) -> Self {
-        let mut dir = tempfile::Builder::new();
-        dir.prefix("shardlock-sentinel-");
-        // A sentinel stands still until each change of its configuration is on the disk, which takes seconds where others write much.
-        let memory = Path::new("/dev/shm");
-        let dir = match memory.is_dir() {
-            true => dir.tempdir_in(memory),
-            false => dir.tempdir(),
-        };
-        let dir = dir.expect("make a directory");
+        let dir = directory("sentinel");
         for _ in 0..PORTS_TRIED_MAX {
             let port = free_port();
             if let Some((process, password)) = launch(port, primary, lines, dir.path()) {

@@ -19,6 +19,7 @@ use parking_lot::Mutex;
 use redis::{Client, Connection, FromRedisValue, IntoConnectionInfo, RedisConnectionInfo, RedisResult, Value};
 use tempfile::TempDir;
 
+use super::directory::directory;
 use super::process::Process;
 use super::wait::PATIENCE;
 
@@ -63,10 +64,7 @@ impl RedisServer {
     #[track_caller]
     pub fn start_with(args: &[&str]) -> Self {
         let args: Vec<String> = args.iter().map(|&arg| arg.to_owned()).collect();
-        let dir = tempfile::Builder::new()
-            .prefix("shardlock-server-")
-            .tempdir()
-            .expect("make a directory");
+        let dir = directory("server");
         for _ in 0..PORTS_TRIED_MAX {
             let port = free_port();
             if let Some((process, control)) = launch(port, &args, dir.path()) {

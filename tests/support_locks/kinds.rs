@@ -13,7 +13,7 @@ use super::SHORT_TTL;
 #[cfg(feature = "etcd")]
 use crate::support::etcd::{Etcd, LEASE_MIN};
 use crate::support::sentinel::Watched;
-use crate::support::{ClientType, Cluster, Quorum, RedisServer, lasting, quorum};
+use crate::support::{ClientType, Cluster, Quorum, RedisServer, directory, quorum};
 
 /// What a shard is, or what all shards of a manager are.
 #[derive(Clone, Copy, Debug, Eq, PartialEq)]
@@ -128,7 +128,7 @@ impl Kind {
         static SHARED: [OnceLock<Arc<dyn Servers>>; Kind::ALL.len()] = [const { OnceLock::new() }; Kind::ALL.len()];
         let start = || {
             // Nothing in a static is ever dropped, and so neither are the servers' directories.
-            lasting::remove_directories_at_the_end();
+            directory::remove_all_at_the_end();
             match self {
                 Self::Mixed => Arc::new(Mixed(MIX.map(Self::shared))),
                 kind => kind.start(),
