@@ -22,14 +22,14 @@ use deadpool_redis::redis::{Client, Cmd, ConnectionInfo, IntoConnectionInfo, Red
 use tokio::sync::mpsc;
 
 use super::commands::{Commands, without_errors};
-use super::reply::{acquired, acquired_freely, error_in_words, inspected, released, renewed};
+use super::reply::{acquired, acquired_freely, error_in_words, inspected, released, renewed, server_time};
 use super::script::Scripts;
 use crate::clock::Moment;
 use crate::endpoint::ServerUrl;
 use crate::error::Invalid;
 use crate::key::{LockKey, SLOTS, Slot};
 use crate::protocol::{Acquire, AcquireReply, Answer, Ask, Push, Release, ReleaseReply, RenewReply, Renewal};
-use crate::store::{Inspection, Lane, LeaseStore, StoreError, StoreFuture, StoreOptions};
+use crate::store::{Inspection, Lane, LeaseStore, ServerTime, StoreError, StoreFuture, StoreOptions};
 use crate::telemetry::ShardMetrics;
 use link::Link;
 
@@ -284,6 +284,26 @@ impl LeaseStore for RedisStore {
             let live = link.get().await?;
             let erased = erase(live.connection, &shared.commands).await;
             erased.map_err(|error| error_in_words(&error))
+        })
+    }
+
+    fn server_time(&self) -> StoreFuture<Option<ServerTime>> {
+        let link = Arc::clone(&self.background);
+        Box::pin(async move {
+            let mut live = link.get().await?;
+            let reply = cmd("TIME").query_async::<Value>(&mut live.connection).await;
+            let reply = reply.map_err(|error| {
+                if error.is_unrecoverable_error() {
+                    link.broken(&live);
+                }
+                error_in_words(&error)
+            })?;
+            let (seconds, micros) = server_time(&reply)
+                .ok_or_else(|| StoreError::Refused(format!("unexpected reply to TIME: {reply:?}").into()))?;
+            Ok(Some(ServerTime {
+                since_epoch: Duration::from_secs(seconds) + Duration::from_micros(micros),
+                connection: live.generation,
+            }))
         })
     }
 
