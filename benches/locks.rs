@@ -187,7 +187,12 @@ fn metrics_on_fan_in() -> Comparison {
         .install_recorder()
         .expect("no recorder before");
     let with = runtime
-        .block_on(LockManager::builder().named_shard("with", server.url()).namespace("with:").connect())
+        .block_on(
+            LockManager::builder()
+                .named_shard("with", server.url())
+                .namespace("with:")
+                .connect(),
+        )
         .expect("a manager");
     runtime.spawn(async move {
         loop {

@@ -60,7 +60,8 @@ impl LockGuard {
 
     /// Opens the span that lasts as long as the guard, under the current one. Where nobody listens at that level, nothing is formatted.
     pub(crate) fn open_span(&mut self) {
-        self.span = tracing::debug_span!("hold", key = %self.entry.key, shard = %self.entry.shard.name, token = %self.token);
+        self.span =
+            tracing::debug_span!("hold", key = %self.entry.key, shard = %self.entry.shard.name, token = %self.token);
     }
 
     /// The key.

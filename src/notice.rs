@@ -34,7 +34,14 @@ impl Notices {
     }
 
     /// A request waited for so long, and then had its lock or gave up.
-    pub(crate) fn waited(&self, time: Duration, key: &LockKey, shard: &str, caller: &'static Location<'static>, had: bool) {
+    pub(crate) fn waited(
+        &self,
+        time: Duration,
+        key: &LockKey,
+        shard: &str,
+        caller: &'static Location<'static>,
+        had: bool,
+    ) {
         if self.slow_wait.is_some_and(|bound| time >= bound) {
             self.slow_wait(time, key, shard, caller, had);
         }
@@ -133,7 +140,15 @@ mod tests {
             passed += u64::from(throttle.pass(Location::caller(), now).is_some());
         }
         assert_eq!(passed, 1);
-        throttle.places.lock().extend((0..PLACES_MAX).map(|_| (None, Place { told_at: now, held_back: 0 })));
+        throttle.places.lock().extend((0..PLACES_MAX).map(|_| {
+            (
+                None,
+                Place {
+                    told_at: now,
+                    held_back: 0,
+                },
+            )
+        }));
         assert!(throttle.places.lock().len() <= PLACES_MAX + 1);
     }
 }

@@ -53,7 +53,9 @@ pub enum AdminError {
         source: std::io::Error,
     },
     /// The process has a recorder of metrics already. Give [`Admin::bind_with`] what it renders.
-    #[error("the metrics of this process have another recorder already; use Admin::bind_with and give it what that one renders")]
+    #[error(
+        "the metrics of this process have another recorder already; use Admin::bind_with and give it what that one renders"
+    )]
     RecorderTaken,
     /// The system gives no thread for it.
     #[error("the admin endpoint has no thread: {0}")]
@@ -161,6 +163,8 @@ fn listen(address: SocketAddr) -> Result<TcpListener, AdminError> {
 
 impl fmt::Debug for Admin {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        f.debug_struct("Admin").field("address", &self.address).finish_non_exhaustive()
+        f.debug_struct("Admin")
+            .field("address", &self.address)
+            .finish_non_exhaustive()
     }
 }

@@ -154,7 +154,11 @@ fn answer(request: &Request<Incoming>, shared: &Shared) -> Response<Full<Bytes>>
         // A web page elsewhere, whose name was made to lead here, must not read it through the browser of this machine's user.
         Page::text(StatusCode::FORBIDDEN, "the host must be an IP address or localhost\n")
     } else {
-        pages::page(request.uri().path(), &shared.renderer, shared.manager.upgrade().as_deref())
+        pages::page(
+            request.uri().path(),
+            &shared.renderer,
+            shared.manager.upgrade().as_deref(),
+        )
     };
     let mut response = Response::new(Full::new(Bytes::from(page.body)));
     *response.status_mut() = page.status;

@@ -140,7 +140,12 @@ impl HotKeys {
             })
             .collect();
         drop(state);
-        hot.sort_by(|one, other| other.contended.cmp(&one.contended).then_with(|| one.key.cmp(&other.key)));
+        hot.sort_by(|one, other| {
+            other
+                .contended
+                .cmp(&one.contended)
+                .then_with(|| one.key.cmp(&other.key))
+        });
         hot
     }
 }

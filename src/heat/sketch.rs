@@ -126,7 +126,9 @@ impl<K: Clone + Eq + Hash, V: Default> Sketch<K, V> {
     /// Its count has grown.
     fn sink(&mut self, mut at: usize) {
         loop {
-            let children = [2 * at + 1, 2 * at + 2].into_iter().filter(|&child| child < self.heap.len());
+            let children = [2 * at + 1, 2 * at + 2]
+                .into_iter()
+                .filter(|&child| child < self.heap.len());
             let Some(smaller) = children.min_by_key(|&child| self.count_at(child)) else {
                 return;
             };

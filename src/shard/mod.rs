@@ -16,6 +16,8 @@ pub(crate) mod pulse;
 mod rivals;
 mod server_clock;
 mod table;
+#[cfg(test)]
+mod tests;
 mod watch;
 
 use std::fmt;
@@ -32,8 +34,8 @@ pub(crate) use entry::{Asked, Entry, Settled};
 
 use crate::clock::Moment;
 use crate::error::LockError;
-use crate::identity::ManagerId;
 use crate::heat::HotKeys;
+use crate::identity::ManagerId;
 use crate::key::LockKey;
 use crate::notice::Notices;
 use crate::protocol::{Cycle, Cycles};

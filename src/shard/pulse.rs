@@ -27,7 +27,10 @@ pub(super) async fn pulse(shards: Rc<[Arc<Shard>]>, metrics: Arc<ManagerMetrics>
         let late = elapsed.saturating_sub(BEAT);
         if late > STALL_MIN {
             metrics.stalled(late);
-            tracing::warn!(?late, "the background thread stood still; if that lasts for a TTL, locks are lost");
+            tracing::warn!(
+                ?late,
+                "the background thread stood still; if that lasts for a TTL, locks are lost"
+            );
         }
         metrics.classes.adjust(elapsed);
         shards.iter().for_each(|shard| shard.metrics.adjust(elapsed));

@@ -7,8 +7,8 @@ use metrics::{Counter, Gauge, Histogram, counter, gauge, histogram};
 
 use super::table::{
     ABANDONED, BATCH, BYPASS, CLOCK_DRIFT, CLOCK_JUMPS, CONNECTS, HAND_OFFS, LEASES, LOST, OLDEST_LEASE, OLDEST_WAITER,
-    RECONNECTS, RENEWAL_LAG, RENEWALS, REQUESTS, ROUND_TRIP, SHARD_UP, STALE_GRANTS, TOKEN_REGRESSIONS,
-    VALIDITY_LEFT, WAITERS,
+    RECONNECTS, RENEWAL_LAG, RENEWALS, REQUESTS, ROUND_TRIP, SHARD_UP, STALE_GRANTS, TOKEN_REGRESSIONS, VALIDITY_LEFT,
+    WAITERS,
 };
 use super::tally::{Measured, Tally};
 use crate::error::LossReason;
@@ -225,7 +225,9 @@ impl ShardMetrics {
 
     /// Adjusts which times are recorded to how many there were in this time.
     pub(crate) fn adjust(&self, elapsed: Duration) {
-        self.requests.iter().for_each(|request| request.answered.adjust(elapsed));
+        self.requests
+            .iter()
+            .for_each(|request| request.answered.adjust(elapsed));
         self.batches.adjust(elapsed);
     }
 }

@@ -179,7 +179,9 @@ mod tests {
     use super::*;
 
     fn as_markdown() -> String {
-        let mut table = String::from("| name | kind | unit | labels | meaning | what to do when it moves |\n|---|---|---|---|---|---|\n");
+        let mut table = String::from(
+            "| name | kind | unit | labels | meaning | what to do when it moves |\n|---|---|---|---|---|---|\n",
+        );
         for metric in METRICS {
             let labels: Vec<_> = metric.labels.iter().map(|label| format!("`{label}`")).collect();
             writeln!(
@@ -215,7 +217,10 @@ mod tests {
                 (_, MetricUnit::Ratio) => "_ratio",
                 (_, MetricUnit::Count) => "",
             };
-            assert!(metric.name.starts_with("shardlock_") && metric.name.ends_with(unit), "{metric:?}");
+            assert!(
+                metric.name.starts_with("shardlock_") && metric.name.ends_with(unit),
+                "{metric:?}"
+            );
             assert!(metric.buckets().is_sorted(), "{metric:?}");
             // No label holds a key but that of the hot ones, of which there are few.
             assert!(!metric.labels.contains(&"key") || metric.name == HOT_KEY);

@@ -117,9 +117,15 @@ mod tests {
         assert_eq!(taken(100_000), 100_000);
         thinning.adjust(SAMPLES_PER_SECOND / 10, Duration::from_millis(100));
         assert_eq!(taken(1024), 1024);
-        thinning.adjust(SAMPLES_PER_SECOND / 10 + 40 * SAMPLES_PER_SECOND / 10, Duration::from_millis(100));
+        thinning.adjust(
+            SAMPLES_PER_SECOND / 10 + 40 * SAMPLES_PER_SECOND / 10,
+            Duration::from_millis(100),
+        );
         assert_eq!(taken(1024), 1024 / 64);
-        thinning.adjust(SAMPLES_PER_SECOND / 10 + 40 * SAMPLES_PER_SECOND / 10, Duration::from_millis(100));
+        thinning.adjust(
+            SAMPLES_PER_SECOND / 10 + 40 * SAMPLES_PER_SECOND / 10,
+            Duration::from_millis(100),
+        );
         assert_eq!(taken(1024), 1024);
     }
 }

@@ -40,5 +40,6 @@ impl Options {
 ///
 /// The address can't be bound, or there is a recorder already.
 pub(crate) fn bind(address: SocketAddr) -> Result<Admin> {
-    Admin::bind(address).with_context(|| format!("metrics can't be served at {address}; give --metrics another address"))
+    Admin::bind(address)
+        .with_context(|| format!("metrics can't be served at {address}; give --metrics another address"))
 }
