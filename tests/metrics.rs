@@ -270,7 +270,8 @@ async fn the_bounds_of_bypass_and_the_sizes_of_batches_are_counted() {
         .max_burst(3)
         .max_slice(Duration::from_secs(10));
     let first = first.connect().await.unwrap();
-    let second = LockManager::connect(&server.url()).await.unwrap();
+    // It has the same shard, and so the same series.
+    let second = builder("bypass", &server.url()).connect().await.unwrap();
     let guard = lock(&first, "k").await;
     let other = tokio::spawn(async move { lock(&second, "k").await.release().await });
     until_queued(&first, "k", 1).await;
@@ -295,9 +296,9 @@ async fn the_bounds_of_bypass_and_the_sizes_of_batches_are_counted() {
         sum("shardlock_bypass_limits_total", &["shard=\"bypass\"", "max_slice"]),
         0.0
     );
-    // Ten guards in all, and every one in one batch.
+    // Eleven guards in all, and every one in one batch.
     becomes("shardlock_local_batch_size_sum", &["shard=\"bypass\""], |value| {
-        value == 10.0
+        value == 11.0
     })
     .await;
     assert!(sum("shardlock_local_batch_size_count", &["shard=\"bypass\""]) >= 2.0);
@@ -349,14 +350,26 @@ async fn what_is_held_and_waited_for_the_longest_is_told() {
         let locks = locks.clone();
         async move { lock(&locks, "k").await.release().await }
     });
-    becomes("shardlock_oldest_lease_seconds", &["oldest"], |value| value > 0.5).await;
-    becomes("shardlock_oldest_waiter_seconds", &["oldest"], |value| value > 0.5).await;
-    becomes("shardlock_leases", &["oldest"], |value| value == 1.0).await;
+    becomes("shardlock_oldest_lease_seconds", &["shard=\"oldest\""], |value| {
+        value > 0.5
+    })
+    .await;
+    becomes("shardlock_oldest_waiter_seconds", &["shard=\"oldest\""], |value| {
+        value > 0.5
+    })
+    .await;
+    becomes("shardlock_leases", &["shard=\"oldest\""], |value| value == 1.0).await;
     guard.release().await.unwrap();
     waiting.await.unwrap().unwrap();
-    becomes("shardlock_oldest_lease_seconds", &["oldest"], |value| value == 0.0).await;
-    becomes("shardlock_oldest_waiter_seconds", &["oldest"], |value| value == 0.0).await;
-    becomes("shardlock_leases", &["oldest"], |value| value == 0.0).await;
+    becomes("shardlock_oldest_lease_seconds", &["shard=\"oldest\""], |value| {
+        value == 0.0
+    })
+    .await;
+    becomes("shardlock_oldest_waiter_seconds", &["shard=\"oldest\""], |value| {
+        value == 0.0
+    })
+    .await;
+    becomes("shardlock_leases", &["shard=\"oldest\""], |value| value == 0.0).await;
 }
 
 #[tokio::test]
@@ -406,7 +419,7 @@ async fn tell_stalls(me: &worker::Current) {
 fn a_process_that_was_stopped_has_stalled() {
     let mut stopped = worker::spawn("stopped", &[]);
     assert_eq!(stopped.line(), "connected");
-    let mut ask = |worker: &mut worker::Worker| -> (f64, f64) {
+    let ask = |worker: &mut worker::Worker| -> (f64, f64) {
         worker.send("stalls?");
         let line = worker.line();
         let (count, seconds) = line.split_once(' ').unwrap();

@@ -188,13 +188,19 @@ async fn a_slow_wait_is_logged_with_its_place_and_seldom() {
         .named_shard("slow", server.url())
         .slow_wait(Duration::from_millis(30));
     let locks = locks.connect().await.unwrap();
+    let warnings = || {
+        // On a loaded machine the lock that nobody holds may be slow as well.
+        let mut warnings = listener.lines("WARN message=a lock was waited for long shard=slow");
+        warnings.retain(|line| line.contains("caller=tests/tracing.rs:"));
+        warnings
+    };
     let guard = lock(&locks, "slow-wait").await;
     let line = line!() + 2;
     for _ in 0..20 {
         let waited = locks.lock("slow-wait").timeout(Duration::from_millis(40)).await;
         assert!(matches!(waited, Err(LockError::Timeout { .. })));
     }
-    let warned = listener.lines("WARN message=a lock was waited for long shard=slow");
+    let warned = warnings();
     assert_eq!(warned.len(), 1, "{warned:?}");
     assert!(
         warned[0].contains(&format!("caller=tests/tracing.rs:{line}:")),
@@ -214,7 +220,7 @@ async fn a_slow_wait_is_logged_with_its_place_and_seldom() {
     tokio::time::sleep(Duration::from_millis(40)).await;
     guard.release().await.unwrap();
     waiting.await.unwrap().unwrap();
-    let warned = listener.lines("WARN message=a lock was waited for long shard=slow");
+    let warned = warnings();
     assert_eq!(warned.len(), 2, "{warned:?}");
     assert!(
         warned[1].contains("acquired") && warned[1].contains("caller=tests/tracing.rs:"),
