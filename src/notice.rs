@@ -14,6 +14,24 @@ const INTERVAL: Duration = Duration::from_secs(10);
 /// How many places are told apart; all further ones count as one.
 const PLACES_MAX: usize = 64;
 
+/// What became of a request that waited.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(crate) enum Waited {
+    Acquired,
+    TimedOut,
+    Cancelled,
+}
+
+impl Waited {
+    const fn as_str(self) -> &'static str {
+        match self {
+            Self::Acquired => "acquired",
+            Self::TimedOut => "timeout",
+            Self::Cancelled => "cancelled",
+        }
+    }
+}
+
 /// Logs what takes too long, for a whole manager.
 #[derive(Debug)]
 pub(crate) struct Notices {
@@ -40,17 +58,24 @@ impl Notices {
         key: &LockKey,
         shard: &str,
         caller: &'static Location<'static>,
-        had: bool,
+        outcome: Waited,
     ) {
         if self.slow_wait.is_some_and(|bound| time >= bound) {
-            self.slow_wait(time, key, shard, caller, had);
+            self.slow_wait(time, key, shard, caller, outcome);
         }
     }
 
     #[cold]
-    fn slow_wait(&self, time: Duration, key: &LockKey, shard: &str, caller: &'static Location<'static>, had: bool) {
+    fn slow_wait(
+        &self,
+        time: Duration,
+        key: &LockKey,
+        shard: &str,
+        caller: &'static Location<'static>,
+        outcome: Waited,
+    ) {
         if let Some(held_back) = self.waits.pass(caller, Moment::now()) {
-            let outcome = if had { "acquired" } else { "timeout" };
+            let outcome = outcome.as_str();
             tracing::warn!(%shard, %caller, waited = ?time, outcome, held_back, "a lock was waited for long");
             tracing::debug!(%key, %shard, %caller, waited = ?time, "the lock that was waited for long");
         }

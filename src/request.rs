@@ -17,6 +17,7 @@ use crate::error::{Invalid, LockError, LossReason};
 use crate::guard::LockGuard;
 use crate::key::LockKey;
 use crate::manager::Inner;
+use crate::notice::Waited;
 use crate::queue::{WaiterId, Want};
 use crate::shard::{Asked, Driven, Entry, Job, Settled};
 use crate::store::Lane;
@@ -289,7 +290,7 @@ impl Acquiring {
                 let shard = &entry.shard;
                 shard
                     .notices
-                    .waited(waited, &entry.key, &shard.name, self.asked.caller, true);
+                    .waited(waited, &entry.key, &shard.name, self.asked.caller, Waited::Acquired);
                 let is_recorded = self.class().acquired(granted.path, waited);
                 Ok(Some(LockGuard::new(entry, granted, self.class.take(), is_recorded)))
             }
@@ -313,7 +314,7 @@ impl Acquiring {
         }
         if let (LockError::Timeout { waited, shard, .. }, Some(key)) = (error, &self.key) {
             let notices = &self.manager.notices;
-            notices.waited(*waited, key, shard, self.asked.caller, false);
+            notices.waited(*waited, key, shard, self.asked.caller, Waited::TimedOut);
         }
     }
 
@@ -368,6 +369,13 @@ impl Drop for Acquiring {
     fn drop(&mut self) {
         if !self.ended && self.place.is_some() {
             self.class().ended(Ending::Cancelled);
+            if let (Some(place), Some(key)) = (&self.place, &self.key) {
+                let waited = Moment::now().since(self.asked.at);
+                let shard = &place.entry.shard;
+                shard
+                    .notices
+                    .waited(waited, key, &shard.name, self.asked.caller, Waited::Cancelled);
+            }
         }
     }
 }

@@ -139,7 +139,7 @@ pub(crate) fn held(manager: &Inner, most: usize) -> (usize, Vec<HeldLock>) {
         }
     }
     let total = held.len();
-    held.sort_by(|(one, ..), (other, ..)| other.age.cmp(&one.age));
+    held.sort_by_key(|(lock, ..)| std::cmp::Reverse(lock.age));
     held.truncate(most);
     let in_words = held.into_iter().map(|(lock, waiters, entry)| HeldLock {
         key: entry.key.to_string(),

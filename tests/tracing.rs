@@ -7,6 +7,7 @@ mod support;
 mod support_locks;
 
 use std::fmt::Debug;
+use std::future::IntoFuture;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicU64, Ordering};
 use std::time::Duration;
@@ -226,6 +227,24 @@ async fn a_slow_wait_is_logged_with_its_place_and_seldom() {
         warned[1].contains("acquired") && warned[1].contains("caller=tests/tracing.rs:"),
         "{warned:?}"
     );
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn a_slow_wait_that_is_cancelled_is_logged_too() {
+    let listener = listener();
+    let locks = LockManager::builder()
+        .named_shard("cancelled", "memory://tracing-cancelled")
+        .slow_wait(Duration::from_millis(1));
+    let locks = locks.connect().await.unwrap();
+    let guard = lock(&locks, "k").await;
+    let waited = tokio::time::timeout(Duration::from_millis(20), locks.lock("k").into_future()).await;
+    assert!(waited.is_err());
+    let warned = listener.lines("WARN message=a lock was waited for long shard=cancelled caller=tests/tracing.rs:");
+    assert!(
+        warned.len() == 1 && warned[0].contains("outcome=\"cancelled\""),
+        "{warned:?}"
+    );
+    guard.release().await.unwrap();
 }
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]

@@ -141,7 +141,6 @@ impl Admin {
     }
 
     /// The page of metrics, for programs that read their own.
-    #[must_use]
     pub fn renderer(&self) -> impl Fn(&LockManager) -> String + Send + Sync + use<> {
         let renderer = self.renderer.clone();
         move |locks| pages::metrics(&renderer, Some(&locks.inner))
