@@ -178,7 +178,7 @@ impl Hot {
         });
         Self {
             keys: keys.collect(),
-            k: manager.hot.most(),
+            k: manager.config.hot_keys,
         }
     }
 }

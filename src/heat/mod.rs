@@ -55,7 +55,6 @@ impl Heat {
 /// The hottest keys of a manager.
 #[derive(Debug)]
 pub(crate) struct HotKeys {
-    most: usize,
     state: Mutex<State>,
 }
 
@@ -89,7 +88,6 @@ impl HotKeys {
     /// Keeps that many keys.
     pub(crate) fn new(most: usize) -> Self {
         Self {
-            most,
             state: Mutex::new(State {
                 sketch: Sketch::new(most),
                 halved_at: Moment::now(),
@@ -115,11 +113,6 @@ impl HotKeys {
                 known.waits.halve();
             });
         }
-    }
-
-    /// How many are kept at most.
-    pub(crate) const fn most(&self) -> usize {
-        self.most
     }
 
     /// All that are kept, the hottest first.

@@ -68,8 +68,8 @@ impl Metric {
 
 /// Makes the constants for the names and the table.
 macro_rules! metrics {
-    ($($constant:ident = $name:literal, $kind:ident, $unit:ident, $labels:expr, $meaning:literal, $action:literal;)*) => {
-        $(pub(crate) const $constant: &str = $name;)*
+    ($($(#[$attribute:meta])* $constant:ident = $name:literal, $kind:ident, $unit:ident, $labels:expr, $meaning:literal, $action:literal;)*) => {
+        $($(#[$attribute])* pub(crate) const $constant: &str = $name;)*
 
         /// All metrics. Durations are in seconds.
         pub const METRICS: &[Metric] = &[$(Metric {
@@ -167,6 +167,7 @@ metrics! {
     STALL = "shardlock_runtime_stall_seconds", Histogram, Seconds, [],
         "how late the background thread woke then",
         "compare with the TTL: a stall as long as the TTL loses every lock";
+    #[cfg_attr(not(feature = "admin"), allow(dead_code, reason = "the admin endpoint writes it itself"))]
     HOT_KEY = "shardlock_hot_key_contention", Gauge, Count, ["key", "shard"],
         "requests of late that found this key held or wanted, for the keys with most of them; only on the page of the admin endpoint, and only if hot_key_metrics is on. A key that drops out disappears",
         "split the key, shorten what is done under it, or send its jobs to one process";
