@@ -2,7 +2,7 @@
 //!
 //! | path | what it gives |
 //! |---|---|
-//! | `/metrics` | all metrics ([`METRICS`](crate::METRICS)) as Prometheus reads them |
+//! | `/metrics` | all metrics ([`METRICS`]) as Prometheus reads them |
 //! | `/healthz` | `ok`: the process lives |
 //! | `/readyz` | 200 if all shards answered when last asked, else 503; JSON that says which did |
 //! | `/hot` | the keys with the most contention, as JSON ([`HotKey`](crate::HotKey)) |
