@@ -1,20 +1,32 @@
 .DEFAULT_GOAL := help
-.PHONY: help demo test lint bench clean
+.PHONY: help demo test test-servers lint bench clean
 
 # Every target that needs a server starts its own; this finds or installs the binary.
 with_server = server=$$(scripts/ensure-server) && SHARDLOCK_REDIS_SERVER=$$server
 features = $(shell sed -n '/^\[features\]/,/^\[[^f]/s/^\([a-z0-9_-]*\) = .*/\1/p' Cargo.toml | grep -vx default)
 
 help: ## Say what can be made.
-	@sed -n 's/^\([a-z]*\): .*## \(.*\)/  make \1	\2/p' Makefile
+	@sed -n 's/^\([a-z-]*\): .*## \(.*\)/  make \1	\2/p' Makefile
 
 demo: cargo ## Show workers of several processes fighting over the same keys on a real server.
 	@$(with_server) cargo run --release --locked --features cli -- demo
 
-test: cargo ## Run all tests, against real servers.
-	@$(with_server) cargo test --locked --all-features --no-fail-fast
+test: cargo protoc ## Run all tests, against real servers.
+	@server=$$(scripts/ensure-server) && etcd=$$(scripts/ensure-etcd) && \
+	SHARDLOCK_REDIS_SERVER=$$server SHARDLOCK_ETCD_SERVER=$$etcd cargo test --locked --all-features --no-fail-fast
 
-lint: cargo ## Check format, lints with each feature alone and all together, documentation, dependencies.
+# TESTS chooses among them, as in TESTS="--test basics --test order".
+test-servers: cargo protoc ## Run all tests against each server: the default, Valkey 9, Redis 8.
+	@etcd=$$(scripts/ensure-etcd) && export SHARDLOCK_ETCD_SERVER=$$etcd; failed=; for server in "" valkey redis8; do \
+		name=$${server:-default}; \
+		path=$$(scripts/ensure-server $$server) || { failed="$$failed $$name (not to be had)"; continue; }; \
+		echo "== $$name: $$("$$path" --version)"; \
+		SHARDLOCK_REDIS_SERVER=$$path cargo test --locked --all-features --no-fail-fast $(TESTS) || failed="$$failed $$name"; \
+	done; \
+	if [ -n "$$failed" ]; then echo "failed:$$failed" >&2; exit 1; fi; \
+	echo "the tests passed against all three servers"
+
+lint: cargo protoc ## Check format, lints with each feature alone and all together, documentation, dependencies.
 	cargo fmt --all -- --check
 	cargo clippy --locked --all-targets -- -D warnings
 	@set -e; for f in $(features); do set -x; cargo clippy --locked --all-targets --features $$f -- -D warnings; { set +x; } 2>/dev/null; done
@@ -23,12 +35,16 @@ lint: cargo ## Check format, lints with each feature alone and all together, doc
 	@if cargo deny --version >/dev/null 2>&1; then cargo deny --locked check bans licenses sources; \
 	else echo "cargo-deny is not installed: bans, licenses and sources are not checked"; fi
 
-bench: cargo ## Measure.
+bench: cargo protoc ## Measure.
 	@$(with_server) cargo bench --locked --all-features
 
 clean: ## Remove what was built and any server that was installed here.
 	rm -rf target .servers
 
-.PHONY: cargo
+.PHONY: cargo protoc
+# The feature etcd is built with it.
+protoc:
+	@scripts/ensure-protoc
+
 cargo:
 	@command -v cargo >/dev/null || { echo "cargo is not on the PATH: install Rust 1.88 or later, see https://rustup.rs" >&2; exit 1; }

@@ -12,6 +12,12 @@ use std::num::NonZeroU64;
 /// Tokens of different keys are not comparable. The unit is an eighth of a microsecond since 2025-01-01 on the clock of
 /// the server (see [`FencingToken::from_server_time`]), which keeps tokens growing after a server lost its counters; a
 /// token fits the 53 bits that a double holds exactly until 2060.
+///
+/// In etcd a token is the revision of the transaction that found its manager the owner, times 65,536, plus 1 to 65,536: revisions only grow, and
+/// each is spent on one request. An etcd that is restored from a backup goes back to old revisions; managers that have seen later ones
+/// refuse such tokens ([`LockError::TokenRegression`](crate::LockError::TokenRegression)) until they are started anew.
+///
+/// Tokens of one key must not be compared across a move of the key to a shard of another kind.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Hash)]
 pub struct FencingToken(NonZeroU64);
 

@@ -23,6 +23,11 @@ impl Slot {
         Self(crc16::State::<crc16::XMODEM>::calculate(hash_tag(key).unwrap_or(key)) & (SLOTS - 1))
     }
 
+    /// The slot with this number, or `None` if there is none.
+    pub(crate) const fn new(number: u16) -> Option<Self> {
+        if number < SLOTS { Some(Self(number)) } else { None }
+    }
+
     /// The slot of a text without a hash tag that is given in parts.
     pub(crate) fn of_parts(parts: &[&[u8]]) -> Self {
         let mut state = crc16::State::<crc16::XMODEM>::new();

@@ -27,7 +27,7 @@ mod view;
 mod watchdog;
 
 pub use config::{Builder, Config, ShardConfig};
-pub use endpoint::Endpoint;
+pub use endpoint::{Endpoint, ServerUrl};
 pub use error::{Invalid, LockError, LossReason};
 pub use fence::FencingToken;
 pub use guard::LockGuard;

@@ -19,7 +19,7 @@ use crate::protocol::Cycles;
 use crate::queue::Rules;
 use crate::request::{LockRequest, TryLockRequest};
 use crate::router::ShardMap;
-use crate::shard::{Background, Job, Limits, Load, Parts, Shard};
+use crate::shard::{Background, Job, Limits, Load, Parts, Shard, Unheard};
 use crate::store::{self, Inspection, LeaseStore, StoreError, StoreOptions, TlsFiles};
 use crate::telemetry::{self, ClassMetrics, Classes, ManagerMetrics, ShardMetrics};
 use crate::view::{self, HeldLock, HotKey, ShardState};
@@ -62,7 +62,8 @@ pub(crate) struct Inner {
 impl LockManager {
     /// Connects to one shard with the default configuration. [`builder`](Self::builder) takes more.
     ///
-    /// `redis://[user[:password]@]host[:port][/db]` is a Redis or Valkey primary; `memory://[name]` lives inside this process.
+    /// `redis://[[user]:password@]host[:port][/db]` is a Redis or Valkey primary, `rediss://` the same through TLS; `memory://[name]` lives inside
+    /// this process. [`Endpoint`] lists them all.
     ///
     /// # Errors
     ///
@@ -161,10 +162,13 @@ impl LockManager {
         let failed = |reason: String| shard.error(StoreError::Unavailable(reason.into()), "subscribe", None, started);
         let background = background.map_err(|error| failed(format!("no background thread: {error}")))?;
         match tokio::time::timeout(self.inner.config.store_timeout, background.listening).await {
-            Ok(Ok(())) => Ok(()),
+            Ok(Ok(Ok(()))) => Ok(()),
+            Ok(Ok(Err(Unheard { shard, reason }))) => {
+                Err(shard.error(StoreError::Refused(reason), "subscribe", None, started))
+            }
             Ok(Err(_)) => Err(failed("the background thread could not start its runtime".to_owned())),
             Err(_) => Err(failed(format!(
-                "the inbox could not be subscribed within store_timeout ({:?}); may the user SUBSCRIBE?",
+                "the inbox could not be subscribed within store_timeout ({:?})",
                 self.inner.config.store_timeout
             ))),
         }

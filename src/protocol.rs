@@ -3,6 +3,7 @@
 //! Every store speaks these, whatever it is made of, so that the queue of a key never knows which store it talks to.
 
 use std::fmt;
+use std::sync::Arc;
 use std::sync::atomic::{AtomicU64, Ordering};
 use std::time::Duration;
 
@@ -186,4 +187,8 @@ pub(crate) enum Push {
     },
     /// No pushes arrive until `Resubscribed`.
     Disconnected,
+    /// The server does not let us listen, and says why; the store keeps trying. No pushes arrive until `Resubscribed`.
+    Refused {
+        reason: Arc<str>,
+    },
 }

@@ -12,7 +12,7 @@ use std::time::{Duration, Instant};
 
 use shardlock::{LockError, LockManager, LossReason};
 use support::{RedisServer, worker};
-use support_locks::{TestStore, lock, lock_keys, on_each_store, soon, until_queued};
+use support_locks::{TestStore, builder_of, lock, on_each_store, soon, until_queued};
 use tokio::task::JoinSet;
 
 const TASKS: u64 = 8;
@@ -22,16 +22,16 @@ const ROUNDS: u64 = 25;
 fn worker_entry() {
     let Some(me) = worker::current() else { return };
     match me.name() {
-        "counter" => count(&me.var("LOCKTEST_URL")),
+        "counter" => count(&me),
         name => panic!("no worker is called {name}"),
     }
 }
 
 /// Adds to a number by reading and then writing it, under the lock.
 #[tokio::main]
-async fn count(url: &str) {
-    let locks = LockManager::connect(url).await.expect("connect");
-    let client = redis::Client::open(url).expect("a good address");
+async fn count(me: &worker::Current) {
+    let locks = builder_of(me).connect().await.expect("connect");
+    let client = redis::Client::open(me.var("LOCKTEST_RESOURCE")).expect("a good address");
     let connection = client.get_multiplexed_async_connection().await.expect("connect");
     let mut tasks = JoinSet::new();
     for _ in 0..TASKS {
@@ -55,19 +55,6 @@ async fn count(url: &str) {
     while let Some(ended) = tasks.join_next().await {
         ended.expect("a task");
     }
-}
-
-#[test]
-fn a_number_that_many_processes_read_and_write_under_the_lock_is_exact() {
-    let server = RedisServer::start();
-    let url = server.url();
-    let mut workers: Vec<_> = (0..4)
-        .map(|_| worker::spawn("counter", &[("LOCKTEST_URL", &url)]))
-        .collect();
-    for worker in &mut workers {
-        assert!(worker.wait().success());
-    }
-    assert_eq!(server.query::<u64>(&["GET", "number"]), 4 * TASKS * ROUNDS);
 }
 
 async fn wait_in_vain(locks: &LockManager, limit: Duration) {
@@ -159,10 +146,7 @@ on_each_store! {
         let (locks, others) = (store.manager().await, store.manager().await);
         let guard = locks.lock("k").await.expect("lock");
         let before = locks.inspect("k").await.expect("inspect");
-        let keys = match store {
-            TestStore::Memory(_) => Vec::new(),
-            TestStore::Redis(server) => lock_keys(server),
-        };
+        let keys = store.lock_keys();
         for _ in 0..20 {
             assert!(locks.try_lock("k").await.expect("try").is_none());
             assert!(others.try_lock("k").await.expect("try").is_none());
@@ -171,9 +155,7 @@ on_each_store! {
         }
         let after = locks.inspect("k").await.expect("inspect");
         assert_eq!((after.queue_length, after.queue.len(), after.last_token), (0, 0, before.last_token));
-        if let TestStore::Redis(server) = store {
-            assert_eq!(lock_keys(server), keys);
-        }
+        assert_eq!(store.lock_keys(), keys);
         // Nothing stands in the way of the holder's release and of whoever comes next.
         guard.release().await.expect("release");
         store.is_empty(&locks, "k").await;
@@ -286,52 +268,65 @@ on_each_store! {
     }
 }
 
-#[tokio::test]
-async fn an_administrators_deletion_does_not_let_the_old_guard_free_the_new_holders_lock() {
-    let server = RedisServer::start();
-    let one = LockManager::connect(&server.url()).await.expect("connect");
-    let other = LockManager::connect(&server.url()).await.expect("connect");
-    let old = one.lock("k").await.expect("lock");
-    server.command(&["DEL", "lock:k"]);
-    let new = other.try_lock("k").await.expect("try").expect("it was deleted");
-    assert!(new.token() > old.token());
-    let error = old.release().await.expect_err("it is another's");
-    assert!(error.is_lost(), "{error}");
-    assert_eq!(server.query::<String>(&["GET", "lock:k"]), new.owner());
-    new.release().await.expect("release");
-    assert_eq!(lock_keys(&server), [""; 0]);
+on_each_store! {
+    on(servers);
+
+    async fn a_number_that_many_processes_read_and_write_under_the_lock_is_exact(store: &TestStore) {
+        let resource = RedisServer::start();
+        let url = resource.url();
+        let mut workers: Vec<_> = (0..4).map(|_| store.worker("counter", &[("LOCKTEST_RESOURCE", &url)])).collect();
+        for worker in &mut workers {
+            assert!(worker.wait().success());
+        }
+        assert_eq!(resource.query::<u64>(&["GET", "number"]), 4 * TASKS * ROUNDS);
+    }
+
+    async fn an_administrators_deletion_does_not_let_the_old_guard_free_the_new_holders_lock(store: &TestStore) {
+        let (one, other) = (store.manager().await, store.manager().await);
+        let old = one.lock("k").await.expect("lock");
+        store.servers().delete(&store.lease("k"));
+        let new = other.try_lock("k").await.expect("try").expect("it was deleted");
+        assert!(new.token() > old.token());
+        let error = old.release().await.expect_err("it is another's");
+        assert!(error.is_lost(), "{error}");
+        assert_eq!(one.inspect("k").await.expect("inspect").holder.expect("a holder").owner, new.owner());
+        new.release().await.expect("release");
+        store.is_empty(&one, "k").await;
+    }
 }
 
-#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
-async fn a_namespace_is_part_of_every_name_and_keeps_strangers_apart() {
-    let server = RedisServer::start();
-    let builder = |namespace: &str| LockManager::builder().shard(server.url()).namespace(namespace);
-    let one = builder("one/").connect().await.expect("connect");
-    let rival = builder("one/").connect().await.expect("connect");
-    let stranger = builder("two/").connect().await.expect("connect");
-    for key in ["k", "{tag}k", "b}r%"] {
-        let guard = one.lock(key).await.expect("lock");
-        let waiting = tokio::spawn({
-            let (rival, key) = (rival.clone(), key.to_owned());
-            async move { lock(&rival, &key).await }
-        });
-        until_queued(&one, key, 1).await;
-        let theirs = stranger.try_lock(key).await.expect("try");
-        let theirs = theirs.expect("another namespace is another lock");
-        let names = server.keys().into_iter().chain(server.channels());
-        for name in names {
-            let bare = name.trim_start_matches('{');
-            assert!(bare.starts_with("one/") || bare.starts_with("two/"), "{name}");
+on_each_store! {
+    on(servers, own);
+
+    async fn a_namespace_is_part_of_every_name_and_keeps_strangers_apart(store: &TestStore) {
+        let builder = |namespace: &str| store.builder().namespace(namespace);
+        let one = builder("one/").connect().await.expect("connect");
+        let rival = builder("one/").connect().await.expect("connect");
+        let stranger = builder("two/").connect().await.expect("connect");
+        for key in ["k", "{tag}k", "b}r%"] {
+            let guard = one.lock(key).await.expect("lock");
+            let waiting = tokio::spawn({
+                let (rival, key) = (rival.clone(), key.to_owned());
+                async move { lock(&rival, &key).await }
+            });
+            until_queued(&one, key, 1).await;
+            let theirs = stranger.try_lock(key).await.expect("try");
+            let theirs = theirs.expect("another namespace is another lock");
+            for name in store.servers().names() {
+                let bare = name.trim_start_matches('{');
+                assert!(bare.starts_with("one/") || bare.starts_with("two/"), "{name}");
+            }
+            theirs.release().await.expect("release");
+            guard.release().await.expect("release");
+            soon("the waiter", waiting)
+                .await
+                .expect("a task")
+                .release()
+                .await
+                .expect("release");
         }
-        theirs.release().await.expect("release");
-        guard.release().await.expect("release");
-        soon("the waiter", waiting)
-            .await
-            .expect("a task")
-            .release()
-            .await
-            .expect("release");
+        let mut left = store.servers().names();
+        left.retain(|name| !name.contains("/%") && !name.contains("/in:"));
+        assert_eq!(left, [""; 0]);
     }
-    let left: Vec<_> = server.keys().into_iter().filter(|key| !key.contains("/%")).collect();
-    assert_eq!(left, [""; 0]);
 }

@@ -10,7 +10,7 @@ use std::future::IntoFuture;
 use std::time::Duration;
 
 use support::PATIENCE;
-use support_locks::{TestStore, lock, lock_keys, on_each_store, poll_once, soon, until_queued};
+use support_locks::{TestStore, lock, on_each_store, poll_once, soon, until_queued};
 use tokio::task::JoinSet;
 
 /// How often a race is run: each time the two sides meet at another point.
@@ -227,39 +227,34 @@ on_each_store! {
         }
         store.is_empty(&locks, "k").await;
     }
+
+    async fn a_thousand_cancelled_waiters_leave_no_key_on_the_server(store: &TestStore) {
+        let (locks, others) = (store.manager().await, store.manager().await);
+        let guards: Vec<_> = futures_util::future::join_all((0..10).map(|key| {
+            let locks = locks.clone();
+            async move { lock(&locks, &format!("k{key}")).await }
+        }))
+        .await;
+        let mut waiting = JoinSet::new();
+        for number in 0..1000 {
+            let others = others.clone();
+            waiting.spawn(async move { lock(&others, &format!("k{}", number % 10)).await });
+        }
+        for key in 0..10 {
+            until_queued(&locks, &format!("k{key}"), 1).await;
+        }
+        waiting.shutdown().await;
+        for guard in guards {
+            let key = guard.key().to_owned();
+            guard.release().await.expect("release");
+            until_queued(&locks, &key, 0).await;
+        }
+        store.is_clean().await;
+    }
 }
 
 async fn yields(count: u32) {
     for _ in 0..count {
         tokio::task::yield_now().await;
     }
-}
-
-#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
-async fn a_thousand_cancelled_waiters_leave_no_key_on_the_server() {
-    let store = TestStore::redis();
-    let TestStore::Redis(server) = &store else {
-        unreachable!()
-    };
-    let (locks, others) = (store.manager().await, store.manager().await);
-    let guards: Vec<_> = futures_util::future::join_all((0..10).map(|key| {
-        let locks = locks.clone();
-        async move { lock(&locks, &format!("k{key}")).await }
-    }))
-    .await;
-    let mut waiting = JoinSet::new();
-    for number in 0..1000 {
-        let others = others.clone();
-        waiting.spawn(async move { lock(&others, &format!("k{}", number % 10)).await });
-    }
-    for key in 0..10 {
-        until_queued(&locks, &format!("k{key}"), 1).await;
-    }
-    waiting.shutdown().await;
-    for guard in guards {
-        let key = guard.key().to_owned();
-        guard.release().await.expect("release");
-        until_queued(&locks, &key, 0).await;
-    }
-    support_locks::until("nothing is left", async || lock_keys(server).is_empty()).await;
 }

@@ -7,16 +7,14 @@ mod support;
 mod support_locks;
 
 use std::future::IntoFuture;
+use std::thread;
 use std::time::{Duration, Instant};
 
-use shardlock::{LockError, LockManager, LossReason};
-use support::{PATIENCE, RedisServer, wait_until, worker};
-use support_locks::{SHORT_TTL, TestStore, lock, lock_keys, on_each_store, poll_once, soon, until, until_queued};
+use shardlock::{LockError, LossReason};
+use support::{PATIENCE, wait_until, worker};
+use support_locks::{TestStore, builder_of, lock, on_each_store, poll_once, soon, until, until_queued};
 use tokio::runtime::{Builder, Runtime};
 use tokio::task::JoinSet;
-
-/// How many keys a process uses in its life.
-const KEYS: usize = 100_000;
 
 #[test]
 fn worker_entry() {
@@ -38,15 +36,15 @@ fn runtime() -> Runtime {
 /// Uses many keys, ends its manager, and says what it then still has.
 fn use_many_keys(me: &worker::Current) {
     let runtime = runtime();
-    let url = me.var("LOCKTEST_URL");
-    let locks = runtime.block_on(LockManager::connect(&url)).expect("connect");
+    let keys: usize = me.var("LOCKTEST_KEYS").parse().expect("a number");
+    let locks = runtime.block_on(builder_of(me).connect()).expect("connect");
     runtime.block_on(async {
         let mut tasks = JoinSet::new();
         const TASKS: usize = 64;
         for task in 0..TASKS {
             let locks = locks.clone();
             tasks.spawn(async move {
-                for key in (task..KEYS).step_by(TASKS) {
+                for key in (task..keys).step_by(TASKS) {
                     lock(&locks, &format!("key:{key}"))
                         .await
                         .release()
@@ -82,24 +80,14 @@ fn threads_of_managers() -> usize {
     0
 }
 
-#[test]
-fn after_a_hundred_thousand_keys_only_counters_are_left_and_after_the_end_no_task_thread_or_channel() {
-    let server = RedisServer::start();
-    let mut user = worker::spawn("user_of_many_keys", &[("LOCKTEST_URL", &server.url())]);
-    assert_eq!(user.line_within(4 * PATIENCE).as_deref(), Some("used"));
-    wait_until("all locks are given back", PATIENCE, || lock_keys(&server).is_empty());
-    // One counter for each slot at most, and the shard map.
-    assert!(server.dbsize() <= 16_384 + 1, "{}", server.dbsize());
-    assert_eq!(server.channels().len(), 1);
-    user.send("end");
-    assert_eq!(user.line(), "gone");
-    wait_until("nobody listens", PATIENCE, || server.channels().is_empty());
-    wait_until("nobody is connected", PATIENCE, || server.connections() == 0);
-    assert!(user.wait().success());
+/// A guard and a waiter that live on a runtime of their own, which then ends in the way that is given.
+///
+/// This has a thread of its own, since the test's own is that of a runtime already.
+fn end_a_runtime(store: &TestStore, end: impl FnOnce(Runtime) + Send) {
+    thread::scope(|scope| scope.spawn(|| end_a_runtime_from_outside(store, end)).join()).expect("a thread");
 }
 
-/// A guard and a waiter that live on a runtime of their own, which then ends in the way that is given.
-fn end_a_runtime(store: &TestStore, end: impl FnOnce(Runtime)) {
+fn end_a_runtime_from_outside(store: &TestStore, end: impl FnOnce(Runtime)) {
     let survivors = runtime();
     let survivor = survivors.block_on(store.manager());
     let dying = runtime();
@@ -142,27 +130,15 @@ fn end_a_runtime(store: &TestStore, end: impl FnOnce(Runtime)) {
     });
 }
 
-#[test]
-fn a_runtime_that_is_dropped_gives_its_locks_back_in_memory() {
-    end_a_runtime(&TestStore::memory(), drop);
-}
-
-#[test]
-fn a_runtime_that_is_dropped_gives_its_locks_back_on_redis() {
-    end_a_runtime(&TestStore::redis(), drop);
-}
-
-#[test]
-fn a_runtime_that_is_shut_down_in_the_background_gives_its_locks_back_in_memory() {
-    end_a_runtime(&TestStore::memory(), Runtime::shutdown_background);
-}
-
-#[test]
-fn a_runtime_that_is_shut_down_in_the_background_gives_its_locks_back_on_redis() {
-    end_a_runtime(&TestStore::redis(), Runtime::shutdown_background);
-}
-
 on_each_store! {
+    async fn a_runtime_that_is_dropped_gives_its_locks_back(store: &TestStore) {
+        end_a_runtime(store, drop);
+    }
+
+    async fn a_runtime_that_is_shut_down_in_the_background_gives_its_locks_back(store: &TestStore) {
+        end_a_runtime(store, Runtime::shutdown_background);
+    }
+
     async fn a_shutdown_ends_guards_waiters_and_later_requests(store: &TestStore) {
         let (locks, others) = (store.manager().await, store.manager().await);
         let guard = lock(&locks, "held").await;
@@ -258,7 +234,7 @@ on_each_store! {
         let guard = lock(&locks, "k").await;
         let waiting = locks.lock("other").into_future();
         drop(locks);
-        let lost = tokio::time::timeout(3 * SHORT_TTL, guard.lost()).await;
+        let lost = tokio::time::timeout(3 * store.short_ttl(), guard.lost()).await;
         assert!(lost.is_err() && guard.is_valid(), "it is still renewed");
         assert!(others.try_lock("k").await.expect("try").is_none());
         waiting.await.expect("it is still served").release().await.expect("release");
@@ -267,39 +243,66 @@ on_each_store! {
     }
 }
 
-#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
-async fn a_shutdown_without_its_server_ends_in_time() {
-    let server = RedisServer::start();
-    let builder = LockManager::builder().shard(server.url());
-    let locks = builder
-        .store_timeout(Duration::from_millis(200))
-        .connect()
-        .await
-        .expect("connect");
-    let guard = lock(&locks, "k").await;
-    let waiting = tokio::spawn(locks.lock("k").into_future());
-    server.stop();
-    let started = Instant::now();
-    soon("the shutdown", locks.shutdown()).await;
-    assert!(started.elapsed() < Duration::from_secs(3), "{:?}", started.elapsed());
-    assert_eq!(soon("the loss", guard.lost()).await, LossReason::Closed);
-    let error = soon("the waiter", waiting)
-        .await
-        .expect("a task")
-        .expect_err("it is closed");
-    assert!(matches!(error, LockError::Closed), "{error}");
-    server.cont();
-    // Whatever was sent is done when the server goes on.
-    until("the lock is given back", async || lock_keys(&server).is_empty()).await;
+on_each_store! {
+    on(servers, own);
+
+    async fn after_many_keys_only_counters_are_left_and_after_the_end_no_task_thread_or_channel(store: &TestStore) {
+        let nodes = store.servers().nodes();
+        let before: usize = nodes.iter().map(|node| node.connections()).sum();
+        let keys = store.kind().many_keys().to_string();
+        let mut user = store.worker("user_of_many_keys", &[("LOCKTEST_KEYS", &keys)]);
+        assert_eq!(user.line_within(4 * PATIENCE).as_deref(), Some("used"));
+        wait_until("all locks are given back", PATIENCE, || store.lock_keys().is_empty());
+        let channels = || store.servers().inboxes(store.namespace());
+        // One counter for each slot at most and the shard map on each server.
+        for node in &nodes {
+            assert!(node.dbsize() <= 16_384 + 1, "{}", node.dbsize());
+        }
+        assert!(channels() <= nodes.len(), "{:?}", store.servers().names());
+        user.send("end");
+        assert_eq!(user.line(), "gone");
+        wait_until("nobody listens", PATIENCE, || channels() == 0);
+        wait_until("nobody is connected", PATIENCE, || {
+            nodes.iter().map(|node| node.connections()).sum::<usize>() <= before
+        });
+        assert!(user.wait().success());
+    }
+
+    async fn after_a_shutdown_nobody_listens_once_the_handles_are_gone(store: &TestStore) {
+        let connections = || -> usize { store.servers().nodes().iter().map(|node| node.connections()).sum() };
+        let listeners = || store.servers().inboxes(store.namespace());
+        let before = connections();
+        let (locks, other) = (store.manager().await, store.manager().await);
+        // Whoever waits listens, whatever the kind.
+        let guard = lock(&other, "k").await;
+        let waiting = tokio::spawn(locks.lock("k").into_future());
+        until_queued(&other, "k", 1).await;
+        guard.release().await.expect("release");
+        soon("the waiter", waiting).await.expect("a task").expect("lock").release().await.expect("release");
+        for locks in [locks, other] {
+            locks.shutdown().await;
+        }
+        until("nobody listens", async || listeners() == 0).await;
+        until("nobody is connected", async || connections() <= before).await;
+    }
 }
 
-#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
-async fn after_a_shutdown_nobody_listens_once_the_handles_are_gone() {
-    let server = RedisServer::start();
-    let locks = LockManager::connect(&server.url()).await.expect("connect");
-    assert_eq!(server.channels().len(), 1);
-    locks.shutdown().await;
-    drop(locks);
-    until("nobody listens", async || server.channels().is_empty()).await;
-    until("nobody is connected", async || server.connections() == 0).await;
+on_each_store! {
+    on(pausable, own);
+
+    async fn a_shutdown_without_its_servers_ends_in_time(store: &TestStore) {
+        let locks = store.builder().store_timeout(Duration::from_millis(200)).connect().await.expect("connect");
+        let guard = lock(&locks, "k").await;
+        let waiting = tokio::spawn(locks.lock("k").into_future());
+        store.servers().stand_still();
+        let started = Instant::now();
+        soon("the shutdown", locks.shutdown()).await;
+        assert!(started.elapsed() < Duration::from_secs(3), "{:?}", started.elapsed());
+        assert_eq!(soon("the loss", guard.lost()).await, LossReason::Closed);
+        let error = soon("the waiter", waiting).await.expect("a task").expect_err("it is closed");
+        assert!(matches!(error, LockError::Closed), "{error}");
+        store.servers().go_on();
+        // Whatever was sent is done when the servers go on.
+        until("the lock is given back", async || store.lock_keys().is_empty()).await;
+    }
 }

@@ -211,6 +211,22 @@ mod file {
         assert_eq!(config, expected);
     }
 
+    #[cfg(feature = "tls")]
+    #[test]
+    fn the_example_file_for_tls_is_one_that_works() {
+        let path = concat!(env!("CARGO_MANIFEST_DIR"), "/config/tls.example.toml");
+        let config = Config::from_file(path).unwrap();
+        config.validate().unwrap();
+        let expected = Builder::new()
+            .shard("rediss://shardlock:change-me@redis.example.com:6379")
+            .tls_ca("/etc/shardlock/ca.pem")
+            .tls_cert("/etc/shardlock/client.pem")
+            .tls_key("/etc/shardlock/client.key")
+            .build_config()
+            .unwrap();
+        assert_eq!(config, expected);
+    }
+
     #[test]
     fn there_is_an_example_of_each_kind_of_shard() {
         let folder = concat!(env!("CARGO_MANIFEST_DIR"), "/config");

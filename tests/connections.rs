@@ -14,227 +14,219 @@ use std::sync::atomic::{AtomicBool, Ordering};
 use std::time::{Duration, Instant};
 
 use shardlock::{LockError, LockManager, LossReason};
+use support::proxy::Proxy;
 use support::{ClientType, RedisServer};
-use support_locks::{SHORT_TTL, lock, lock_keys, soon, until, until_queued};
+use support_locks::{TestStore, lock, lock_keys, on_each_store, soon, until, until_queued};
 use tokio::task::JoinSet;
 
-async fn connect(server: &RedisServer) -> LockManager {
-    LockManager::connect(&server.url()).await.expect("connect")
-}
+on_each_store! {
+    on(pausable, own);
 
-#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
-async fn a_killed_server_is_an_error_at_once_and_a_loss_in_time_and_its_restart_mends_it() {
-    let server = RedisServer::start();
-    let locks = LockManager::builder()
-        .shard(server.url())
-        .ttl(SHORT_TTL)
-        .connect()
-        .await
-        .expect("connect");
-    let guard = lock(&locks, "k").await;
-    let waiting = tokio::spawn({
-        let locks = locks.clone();
-        async move { locks.lock("k").await }
-    });
-    let killed = Instant::now();
-    server.kill();
-    for key in ["other", "more"] {
-        let error = soon("an error", locks.lock(key).into_future())
-            .await
-            .expect_err("no server");
-        assert!(
-            matches!(error, LockError::Unavailable { step: "acquire", .. }),
-            "{error}"
-        );
-        assert!(error.is_retryable() && error.to_string().contains(key), "{error}");
-    }
-    // The store timeout is one second; a refused connection is known sooner.
-    assert!(killed.elapsed() < Duration::from_secs(2), "{:?}", killed.elapsed());
-
-    assert_eq!(soon("the loss", guard.lost()).await, LossReason::Expired);
-    assert!(
-        killed.elapsed() < SHORT_TTL + Duration::from_secs(2),
-        "{:?}",
-        killed.elapsed()
-    );
-    assert!(guard.release().await.expect_err("it was lost").is_lost());
-    // Whoever waited is told rather than left.
-    let error = soon("the waiter", waiting)
-        .await
-        .expect("a task")
-        .expect_err("no server");
-    assert!(matches!(error, LockError::Unavailable { .. }), "{error}");
-
-    server.restart();
-    until("the manager has found the server again", async || {
-        match locks.lock("k").await {
-            Ok(guard) => guard.release().await.is_ok(),
-            Err(error) => {
-                assert!(error.is_retryable(), "{error}");
-                false
-            }
+    async fn a_killed_server_is_an_error_at_once_and_a_loss_in_time_and_its_restart_mends_it(store: &TestStore) {
+        let servers = store.servers();
+        let locks = store.short_lived_manager().await;
+        let guard = lock(&locks, "k").await;
+        let waiting = tokio::spawn({
+            let locks = locks.clone();
+            async move { locks.lock("k").await }
+        });
+        let killed = Instant::now();
+        servers.kill();
+        for key in ["other", "more"] {
+            let error = soon("an error", locks.lock(key).into_future())
+                .await
+                .expect_err("no server");
+            assert!(
+                matches!(error, LockError::Unavailable { step: "acquire", .. }),
+                "{error}"
+            );
+            assert!(error.is_retryable() && error.to_string().contains(key), "{error}");
         }
-    })
-    .await;
-    // Also the inbox: hand-offs between managers work again.
-    let other = connect(&server).await;
-    until("the inboxes are back", async || server.channels().len() == 2).await;
-    let guard = lock(&other, "k").await;
-    let waiting = tokio::spawn({
-        let locks = locks.clone();
-        async move { lock(&locks, "k").await }
-    });
-    until_queued(&other, "k", 1).await;
-    guard.release().await.expect("release");
-    soon("the hand-off", waiting)
-        .await
-        .expect("a task")
-        .release()
-        .await
-        .expect("release");
-    assert_eq!(lock_keys(&server), [""; 0]);
-}
+        // The store timeout is one second; a refused connection is known sooner.
+        assert!(killed.elapsed() < Duration::from_secs(2), "{:?}", killed.elapsed());
 
-#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
-async fn a_server_that_does_not_answer_is_an_error_after_the_store_timeout() {
-    let server = RedisServer::start();
-    let limit = Duration::from_millis(300);
-    let builder = LockManager::builder().shard(server.url()).store_timeout(limit);
-    let locks = builder.connect().await.expect("connect");
-    lock(&locks, "k").await.release().await.expect("release");
-    server.stop();
-    let started = Instant::now();
-    let error = soon("an error", locks.lock("k").into_future())
-        .await
-        .expect_err("no answer");
-    assert!(started.elapsed() >= limit, "{:?}", started.elapsed());
-    assert!(
-        started.elapsed() < limit + Duration::from_secs(1),
-        "{:?}",
-        started.elapsed()
-    );
-    assert!(matches!(error, LockError::Unavailable { .. }), "{error}");
-    assert!(error.to_string().contains("store_timeout"), "{error}");
-    // A wait limit that is shorter ends the wait before.
-    let error = locks.lock("j").timeout(limit / 3).await.expect_err("no answer");
-    assert!(error.is_timeout(), "{error}");
+        assert_eq!(soon("the loss", guard.lost()).await, LossReason::Expired);
+        assert!(
+            killed.elapsed() < store.short_ttl() + Duration::from_secs(2),
+            "{:?}",
+            killed.elapsed()
+        );
+        assert!(guard.release().await.expect_err("it was lost").is_lost());
+        // Whoever waited is told rather than left.
+        let error = soon("the waiter", waiting)
+            .await
+            .expect("a task")
+            .expect_err("no server");
+        assert!(matches!(error, LockError::Unavailable { .. }), "{error}");
 
-    server.cont();
-    // What those requests did after all is undone: nobody waits for the end of a TTL of ten seconds.
-    let started = Instant::now();
-    let other = connect(&server).await;
-    for key in ["k", "j"] {
-        lock(&other, key).await.release().await.expect("release");
-    }
-    assert!(started.elapsed() < Duration::from_secs(5), "{:?}", started.elapsed());
-    until("nothing is left", async || lock_keys(&server).is_empty()).await;
-}
-
-#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
-async fn a_stall_shorter_than_the_store_timeout_strands_nobody() {
-    let server = RedisServer::start();
-    let locks = connect(&server).await;
-    for _ in 0..5 {
-        server.stop();
-        let acquiring = tokio::spawn({
+        servers.restart();
+        until("the manager has found the server again", async || {
+            match locks.lock("k").await {
+                Ok(guard) => guard.release().await.is_ok(),
+                Err(error) => {
+                    assert!(error.is_retryable(), "{error}");
+                    false
+                }
+            }
+        })
+        .await;
+        // Also the inbox: hand-offs between managers work again, and take no TTL.
+        let other = store.manager().await;
+        let guard = lock(&other, "k").await;
+        let waiting = tokio::spawn({
             let locks = locks.clone();
             async move { lock(&locks, "k").await }
         });
-        // Both answers come late, whichever request the stall meets.
-        tokio::time::sleep(Duration::from_millis(60)).await;
-        server.cont();
-        let guard = soon("the lock", acquiring).await.expect("a task");
-        server.stop();
-        let releasing = tokio::spawn(guard.release());
-        tokio::time::sleep(Duration::from_millis(60)).await;
-        server.cont();
-        soon("the release", releasing).await.expect("a task").expect("release");
-    }
-    assert_eq!(lock_keys(&server), [""; 0]);
-}
-
-#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
-async fn a_hand_off_survives_the_loss_of_the_subscription_alone() {
-    let server = RedisServer::start();
-    let (holder, waiter) = (connect(&server).await, connect(&server).await);
-    for round in 0..20 {
-        let guard = lock(&holder, "k").await;
-        let waiting = tokio::spawn({
-            let waiter = waiter.clone();
-            async move { lock(&waiter, "k").await }
-        });
-        until_queued(&holder, "k", 1).await;
-        // In one half of the rounds the grant is published while nobody listens, in the other it comes afterwards.
-        assert_eq!(server.client_kill(ClientType::PubSub), 2);
-        if round % 2 == 0 {
-            until("the inboxes are back", async || server.channels().len() == 2).await;
-        }
+        until_queued(&other, "k", 1).await;
         let started = Instant::now();
         guard.release().await.expect("release");
         let guard = soon("the hand-off", waiting).await.expect("a task");
-        // The TTL is ten seconds and the pause before the first reconnect is a few milliseconds.
-        assert!(started.elapsed() < Duration::from_secs(1), "{:?}", started.elapsed());
+        assert!(started.elapsed() < Duration::from_secs(5), "{:?}", started.elapsed());
         guard.release().await.expect("release");
-        until("the inboxes are back", async || server.channels().len() == 2).await;
+        assert_eq!(store.lock_keys(), [""; 0]);
     }
-    assert_eq!(lock_keys(&server), [""; 0]);
+
+    async fn a_server_that_does_not_answer_is_an_error_after_the_store_timeout(store: &TestStore) {
+        let servers = store.servers();
+        let limit = Duration::from_millis(300);
+        let builder = store.builder().store_timeout(limit);
+        let locks = builder.connect().await.expect("connect");
+        lock(&locks, "k").await.release().await.expect("release");
+        servers.stand_still();
+        let started = Instant::now();
+        let error = soon("an error", locks.lock("k").into_future())
+            .await
+            .expect_err("no answer");
+        assert!(started.elapsed() >= limit, "{:?}", started.elapsed());
+        assert!(
+            started.elapsed() < limit + Duration::from_secs(1),
+            "{:?}",
+            started.elapsed()
+        );
+        assert!(matches!(error, LockError::Unavailable { .. }), "{error}");
+        assert!(error.to_string().contains("store_timeout"), "{error}");
+        // A wait limit that is shorter ends the wait before.
+        let error = locks.lock("j").timeout(limit / 3).await.expect_err("no answer");
+        assert!(error.is_timeout(), "{error}");
+
+        servers.go_on();
+        // What those requests did after all is undone: nobody waits for the end of a TTL of ten seconds.
+        let started = Instant::now();
+        let other = store.manager().await;
+        for key in ["k", "j"] {
+            lock(&other, key).await.release().await.expect("release");
+        }
+        assert!(started.elapsed() < Duration::from_secs(5), "{:?}", started.elapsed());
+        store.is_clean().await;
+    }
+
+    async fn a_stall_shorter_than_the_store_timeout_strands_nobody(store: &TestStore) {
+        let servers = store.servers();
+        let locks = store.manager().await;
+        for _ in 0..5 {
+            servers.stand_still();
+            let acquiring = tokio::spawn({
+                let locks = locks.clone();
+                async move { lock(&locks, "k").await }
+            });
+            // Both answers come late, whichever request the stall meets.
+            tokio::time::sleep(Duration::from_millis(60)).await;
+            servers.go_on();
+            let guard = soon("the lock", acquiring).await.expect("a task");
+            servers.stand_still();
+            let releasing = tokio::spawn(guard.release());
+            tokio::time::sleep(Duration::from_millis(60)).await;
+            servers.go_on();
+            soon("the release", releasing).await.expect("a task").expect("release");
+        }
+        assert_eq!(store.lock_keys(), [""; 0]);
+    }
 }
 
-#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
-async fn a_broken_command_connection_is_replaced_unseen() {
-    let server = RedisServer::start();
-    let (one, other) = (connect(&server).await, connect(&server).await);
-    let guard = lock(&one, "held").await;
-    for _ in 0..20 {
-        server.client_kill(ClientType::Normal);
-        let guard = one.lock("k").await.expect("on a new connection");
-        server.client_kill(ClientType::Normal);
-        guard.release().await.expect("on a new connection");
-        server.client_kill(ClientType::Normal);
-        assert!(other.try_lock("held").await.expect("on a new connection").is_none());
-    }
-    guard.release().await.expect("it was held all the time");
-    assert_eq!(lock_keys(&server), [""; 0]);
-}
+on_each_store! {
+    on(redis_nodes, own);
 
-#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
-async fn forgotten_scripts_are_never_seen() {
-    let server = Arc::new(RedisServer::start());
-    let builder = || LockManager::builder().shard(server.url()).ttl(SHORT_TTL).max_burst(2);
-    let over = Arc::new(AtomicBool::new(false));
-    let flushing = std::thread::spawn({
-        let (server, over) = (Arc::clone(&server), Arc::clone(&over));
-        move || {
-            while !over.load(Ordering::Relaxed) {
-                server.command(&["SCRIPT", "FLUSH"]);
+    async fn a_hand_off_survives_the_loss_of_the_subscription_alone(store: &TestStore) {
+        let servers = store.servers();
+        let (holder, waiter) = (store.manager().await, store.manager().await);
+        for round in 0..20 {
+            let guard = lock(&holder, "k").await;
+            let waiting = tokio::spawn({
+                let waiter = waiter.clone();
+                async move { lock(&waiter, "k").await }
+            });
+            until_queued(&holder, "k", 1).await;
+            // In one half of the rounds the grant is published while nobody listens, in the other it comes afterwards.
+            let inboxes = servers.inboxes(store.namespace());
+            assert!(inboxes > 0);
+            servers.cut(ClientType::PubSub);
+            if round % 2 == 0 {
+                until("the inboxes are back", async || servers.inboxes(store.namespace()) == inboxes).await;
+            }
+            let started = Instant::now();
+            guard.release().await.expect("release");
+            let guard = soon("the hand-off", waiting).await.expect("a task");
+            // The TTL is ten seconds and the pause before the first reconnect is a few milliseconds.
+            assert!(started.elapsed() < Duration::from_secs(1), "{:?}", started.elapsed());
+            guard.release().await.expect("release");
+            until("the inboxes are back", async || servers.inboxes(store.namespace()) == inboxes).await;
+        }
+        assert_eq!(store.lock_keys(), [""; 0]);
+    }
+
+    async fn a_broken_command_connection_is_replaced_unseen(store: &TestStore) {
+        let servers = store.servers();
+        let (one, other) = (store.manager().await, store.manager().await);
+        let guard = lock(&one, "held").await;
+        for _ in 0..20 {
+            servers.cut(ClientType::Normal);
+            let guard = one.lock("k").await.expect("on a new connection");
+            servers.cut(ClientType::Normal);
+            guard.release().await.expect("on a new connection");
+            servers.cut(ClientType::Normal);
+            assert!(other.try_lock("held").await.expect("on a new connection").is_none());
+        }
+        guard.release().await.expect("it was held all the time");
+        assert_eq!(store.lock_keys(), [""; 0]);
+    }
+
+    async fn forgotten_scripts_are_never_seen(store: &TestStore) {
+        let builder = || store.builder().ttl(store.short_ttl()).max_burst(2);
+        let over = Arc::new(AtomicBool::new(false));
+        let flushing = std::thread::spawn({
+            let (servers, over) = (store.keep_servers(), Arc::clone(&over));
+            move || {
+                while !over.load(Ordering::Relaxed) {
+                    servers.command(&["SCRIPT", "FLUSH"]);
+                }
+            }
+        });
+        let holder = builder().connect().await.expect("connect");
+        let held = lock(&holder, "held").await;
+        let mut tasks = JoinSet::new();
+        for _ in 0..3 {
+            let locks = builder().connect().await.expect("connect");
+            for _ in 0..4 {
+                let locks = locks.clone();
+                tasks.spawn(async move {
+                    for _ in 0..20 {
+                        assert!(locks.try_lock("held").await.expect("try").is_none());
+                        lock(&locks, "k").await.release().await.expect("release");
+                    }
+                });
             }
         }
-    });
-    let holder = builder().connect().await.expect("connect");
-    let held = lock(&holder, "held").await;
-    let mut tasks = JoinSet::new();
-    for _ in 0..3 {
-        let locks = builder().connect().await.expect("connect");
-        for _ in 0..4 {
-            let locks = locks.clone();
-            tasks.spawn(async move {
-                for _ in 0..20 {
-                    assert!(locks.try_lock("held").await.expect("try").is_none());
-                    lock(&locks, "k").await.release().await.expect("release");
-                }
-            });
+        while let Some(ended) = soon("the tasks", tasks.join_next()).await {
+            ended.expect("a task");
         }
+        // Renewals, too.
+        let lost = tokio::time::timeout(2 * store.short_ttl(), held.lost()).await;
+        assert!(lost.is_err() && held.is_valid());
+        held.release().await.expect("release");
+        over.store(true, Ordering::Relaxed);
+        flushing.join().expect("a thread");
+        store.is_clean().await;
     }
-    while let Some(ended) = soon("the tasks", tasks.join_next()).await {
-        ended.expect("a task");
-    }
-    // Renewals, too.
-    let lost = tokio::time::timeout(2 * SHORT_TTL, held.lost()).await;
-    assert!(lost.is_err() && held.is_valid());
-    held.release().await.expect("release");
-    over.store(true, Ordering::Relaxed);
-    flushing.join().expect("a thread");
-    until("nothing is left", async || lock_keys(&server).is_empty()).await;
 }
 
 /// The error of connecting there, which has to come at once and must not show a password.
@@ -296,12 +288,22 @@ async fn a_port_that_refuses_and_a_host_that_does_not_exist_are_said_in_words() 
     assert!(error.to_string().contains("lock.invalid"), "{error}");
 }
 
+#[cfg(not(feature = "tls"))]
 #[tokio::test]
-async fn tls_is_refused_in_words_rather_than_tried_on_a_plain_port() {
+async fn tls_is_refused_in_words_where_it_was_not_built() {
     let server = RedisServer::start();
     let error = refused(&format!("rediss://:hunter2@{}", server.address())).await;
     assert!(matches!(error, LockError::Invalid(_)), "{error}");
-    assert!(error.to_string().contains("rediss:// is not supported"), "{error}");
+    assert!(error.to_string().contains("feature `tls`"), "{error}");
+}
+
+#[cfg(feature = "tls")]
+#[tokio::test]
+async fn tls_to_a_plain_port_is_said_in_words() {
+    let server = RedisServer::start();
+    let error = refused(&format!("rediss://:hunter2@{}", server.address())).await;
+    assert!(matches!(error, LockError::Refused { step: "connect", .. }), "{error}");
+    assert!(error.to_string().contains("does not speak TLS"), "{error}");
 }
 
 #[tokio::test]
@@ -342,32 +344,49 @@ async fn a_port_that_says_nothing_is_an_error_after_the_store_timeout() {
     assert!(error.to_string().contains(&address.to_string()), "{error}");
 }
 
+/// The server does what it is told, and its answers come late or never.
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
-async fn a_server_without_memory_or_for_reading_only_says_what_to_do() {
+async fn a_connection_that_stalls_during_an_acquire_on_a_free_key_strands_nobody() {
     let server = RedisServer::start();
-    let locks = connect(&server).await;
-    let held = lock(&locks, "held").await;
-    let no_replicas = ["CONFIG", "SET", "min-replicas-to-write", "1"];
-    let replicas = ["CONFIG", "SET", "min-replicas-to-write", "0"];
-    let no_memory = ["CONFIG", "SET", "maxmemory", "1"];
-    let memory = ["CONFIG", "SET", "maxmemory", "0"];
-    let replica = ["REPLICAOF", "127.0.0.1", "1"];
-    let primary = ["REPLICAOF", "NO", "ONE"];
-    for (change, back, words) in [
-        (&no_replicas[..], &replicas[..], "does not accept writes"),
-        (&no_memory[..], &memory[..], "maxmemory"),
-        (&replica[..], &primary[..], "connect to the primary"),
-    ] {
-        server.command(change);
-        let error = locks.lock("k").await.expect_err("the server says no");
-        assert!(matches!(error, LockError::Refused { .. }), "{error}");
-        assert!(
-            error.to_string().contains(words) && error.to_string().contains("\"k\""),
-            "{error}"
-        );
-        server.command(back);
-        lock(&locks, "k").await.release().await.expect("release");
+    let proxy = Proxy::start(server.address());
+    let limit = Duration::from_millis(400);
+    let builder = LockManager::builder().shard(proxy.url()).store_timeout(limit);
+    let locks = builder.connect().await.expect("connect");
+    let others = LockManager::connect(&server.url()).await.expect("connect");
+    for round in 0..8 {
+        // In the first rounds the scripts are not yet known to the server; in one half somebody else waits meanwhile.
+        proxy.hold_back();
+        let acquiring = tokio::spawn(locks.lock("k").into_future());
+        until("the lease is taken", async || !lock_keys(&server).is_empty()).await;
+        let waiting = (round % 2 == 0).then(|| tokio::spawn(others.lock("k").into_future()));
+        if waiting.is_some() {
+            until_queued(&others, "k", 1).await;
+        }
+        tokio::time::sleep(Duration::from_millis(60)).await;
+        assert!(!acquiring.is_finished(), "nobody told it so far");
+        proxy.let_through();
+        let guard = soon("the lock", acquiring).await.expect("a task").expect("lock");
+        assert!(guard.is_valid());
+        guard.release().await.expect("release");
+        if let Some(waiting) = waiting {
+            let guard = soon("the waiter", waiting).await.expect("a task").expect("lock");
+            guard.release().await.expect("release");
+        }
     }
-    held.release().await.expect("those troubles were short");
+
+    // Longer than the store timeout: an error, and the lease that nobody was told of is given back.
+    proxy.hold_back();
+    let error = soon("an error", locks.lock("k").into_future())
+        .await
+        .expect_err("no answer");
+    assert!(
+        matches!(error, LockError::Unavailable { .. }) && error.is_retryable(),
+        "{error}"
+    );
+    let started = Instant::now();
+    lock(&others, "k").await.release().await.expect("release");
+    assert!(started.elapsed() < Duration::from_secs(5), "{:?}", started.elapsed());
+    proxy.let_through();
+    lock(&locks, "k").await.release().await.expect("release");
     until("nothing is left", async || lock_keys(&server).is_empty()).await;
 }

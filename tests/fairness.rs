@@ -11,9 +11,9 @@ use std::sync::atomic::{AtomicBool, Ordering};
 use std::time::Duration;
 
 use parking_lot::Mutex;
-use shardlock::{Builder, LockManager};
-use support::{RedisServer, worker};
-use support_locks::{TestStore, lock, on_each_store, poll_once, soon, until_queued};
+use shardlock::Builder;
+use support::worker;
+use support_locks::{TestStore, builder_of, lock, on_each_store, poll_once, soon, until_queued};
 use tokio::task::JoinSet;
 
 #[test]
@@ -28,7 +28,7 @@ fn worker_entry() {
 /// Locks again and again in so many tasks until it is told to stop, and says how often it had the lock.
 #[tokio::main]
 async fn contend(me: &worker::Current) {
-    let locks = LockManager::connect(&me.var("LOCKTEST_URL")).await.expect("connect");
+    let locks = builder_of(me).connect().await.expect("connect");
     let tasks: usize = me.var("LOCKTEST_TASKS").parse().expect("a number");
     let over = Arc::new(AtomicBool::new(false));
     let mut contending = JoinSet::new();
@@ -60,17 +60,12 @@ async fn contend(me: &worker::Current) {
 }
 
 /// How often each process had the lock while they contended for it with so many tasks each.
-async fn shares(tasks: &[usize]) -> Vec<u64> {
-    let server = RedisServer::start();
-    let url = server.url();
-    let watcher = LockManager::connect(&url).await.expect("connect");
+async fn shares(store: &TestStore, tasks: &[usize]) -> Vec<u64> {
+    let watcher = store.manager().await;
     let guard = lock(&watcher, "k").await;
     let mut contenders: Vec<_> = tasks
         .iter()
-        .map(|tasks| {
-            let vars = [("LOCKTEST_URL", url.as_str()), ("LOCKTEST_TASKS", &tasks.to_string())];
-            worker::spawn("contender", &vars)
-        })
+        .map(|tasks| store.worker("contender", &[("LOCKTEST_TASKS", &tasks.to_string())]))
         .collect();
     until_queued(&watcher, "k", tasks.len() as u64).await;
     guard.release().await.expect("release");
@@ -84,21 +79,23 @@ async fn shares(tasks: &[usize]) -> Vec<u64> {
         .collect()
 }
 
-#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
-async fn the_least_lucky_of_many_processes_gets_nearly_what_the_luckiest_gets() {
-    let shares = shares(&[1; 12]).await;
-    let (least, most) = (shares.iter().min().expect("some"), shares.iter().max().expect("some"));
-    // On an idle machine they differ by one or two; a process that gets no processor for a while misses some turns.
-    assert!(*least >= 10 && *least * 10 >= *most * 7, "{shares:?}");
-}
+on_each_store! {
+    on(servers);
 
-#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
-async fn a_process_with_one_task_is_not_starved_by_one_with_many() {
-    let shares = shares(&[1, 100]).await;
-    // The one gets a turn after each slice of 10 milliseconds of the other.
-    assert!(shares[0] >= 20, "{shares:?}");
-    // And the other is not slowed down to the pace of the one.
-    assert!(shares[1] > shares[0], "{shares:?}");
+    async fn the_least_lucky_of_many_processes_gets_nearly_what_the_luckiest_gets(store: &TestStore) {
+        let shares = shares(store, &[1; 12]).await;
+        let (least, most) = (shares.iter().min().expect("some"), shares.iter().max().expect("some"));
+        // On an idle machine they differ by one or two; a process that gets no processor for a while misses some turns.
+        assert!(*least >= 10 && *least * 10 >= *most * 7, "{shares:?}");
+    }
+
+    async fn a_process_with_one_task_is_not_starved_by_one_with_many(store: &TestStore) {
+        let shares = shares(store, &[1, 100]).await;
+        // The one gets a turn after each slice of 10 milliseconds of the other.
+        assert!(shares[0] >= 20, "{shares:?}");
+        // And the other is not slowed down to the pace of the one.
+        assert!(shares[1] > shares[0], "{shares:?}");
+    }
 }
 
 const TASKS: usize = 24;

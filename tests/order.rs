@@ -10,78 +10,45 @@ use std::sync::Arc;
 use std::time::{Duration, Instant};
 
 use parking_lot::Mutex;
-use shardlock::LockManager;
-use support::{RedisServer, worker};
-use support_locks::{SHORT_TTL, TestStore, lock, lock_keys, on_each_store, poll_once, soon, until_queued};
+use support::worker;
+use support_locks::{LOCKER, TestStore, lock, obey, on_each_store, poll_once, soon, until_queued};
 use tokio::task::JoinSet;
 
 #[test]
 fn worker_entry() {
     let Some(me) = worker::current() else { return };
     match me.name() {
-        "waiter" => wait_in_line(&me),
+        LOCKER => obey(&me),
         name => panic!("no worker is called {name}"),
     }
 }
 
-/// Connects, waits to be told, locks, says so, and gives the lock back when it is told to.
-#[tokio::main]
-async fn wait_in_line(me: &worker::Current) {
-    let locks = LockManager::builder()
-        .shard(me.var("LOCKTEST_URL"))
-        .ttl(SHORT_TTL)
-        .connect()
-        .await
-        .expect("connect");
-    me.say("connected");
-    let hear = async || {
-        let me = me.clone();
-        tokio::task::spawn_blocking(move || me.hear()).await.expect("listen")
-    };
-    hear().await;
-    let guard = lock(&locks, "k").await;
-    me.say("locked");
-    hear().await;
-    guard.release().await.expect("release");
-    me.say("released");
-}
+on_each_store! {
+    on(servers);
 
-fn waiters(server: &RedisServer, count: usize) -> Vec<worker::Worker> {
-    let url = server.url();
-    let waiters: Vec<_> = (0..count)
-        .map(|_| worker::spawn("waiter", &[("LOCKTEST_URL", &url)]))
-        .collect();
-    for waiter in &waiters {
-        assert_eq!(waiter.line(), "connected");
-    }
-    waiters
-}
-
-#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
-async fn eight_processes_are_served_in_the_order_in_which_they_came() {
-    let server = RedisServer::start();
-    let locks = LockManager::connect(&server.url()).await.expect("connect");
-    let mut waiters = waiters(&server, 8);
-    let guard = lock(&locks, "k").await;
-    for (place, waiter) in waiters.iter_mut().enumerate() {
-        waiter.send("lock");
-        until_queued(&locks, "k", place as u64 + 1).await;
-    }
-    let queue = locks.inspect("k").await.expect("inspect").queue;
-    for (waiter, signature) in waiters.iter().zip(&queue) {
-        assert!(signature.contains(&format!("-{}-", waiter.pid())), "{queue:?}");
-    }
-    guard.release().await.expect("release");
-    for (place, waiter) in waiters.iter_mut().enumerate() {
-        assert_eq!(waiter.line(), "locked", "waiter {place}");
-        // The others still wait: none of them is the holder.
-        let holder = locks.inspect("k").await.expect("inspect").holder.expect("a holder");
-        assert!(holder.owner.contains(&format!("-{}-", waiter.pid())), "{holder:?}");
-        waiter.send("release");
-        assert_eq!(waiter.line(), "released");
-    }
-    for mut waiter in waiters {
-        assert!(waiter.wait().success());
+    async fn eight_processes_are_served_in_the_order_in_which_they_came(store: &TestStore) {
+        let locks = store.manager().await;
+        let mut waiters = store.lockers(8, store.short_ttl());
+        let guard = lock(&locks, "k").await;
+        for (place, waiter) in waiters.iter_mut().enumerate() {
+            waiter.ask();
+            until_queued(&locks, "k", place as u64 + 1).await;
+        }
+        let queue = locks.inspect("k").await.expect("inspect").queue;
+        for (waiter, signature) in waiters.iter().zip(&queue) {
+            assert!(signature.contains(&format!("-{}-", waiter.pid())), "{queue:?}");
+        }
+        guard.release().await.expect("release");
+        for waiter in &mut waiters {
+            waiter.locked();
+            // The others still wait: none of them is the holder.
+            let holder = locks.inspect("k").await.expect("inspect").holder.expect("a holder");
+            assert!(holder.owner.contains(&format!("-{}-", waiter.pid())), "{holder:?}");
+            waiter.release();
+        }
+        for mut waiter in waiters {
+            assert!(waiter.wait().success());
+        }
     }
 }
 
@@ -184,75 +151,75 @@ on_each_store! {
     }
 }
 
-#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
-async fn a_dead_head_of_the_queue_is_passed_over() {
-    let server = RedisServer::start();
-    // The holder's TTL is 10 seconds, so nothing here waits for its end.
-    let holder = LockManager::connect(&server.url()).await.expect("connect");
-    let next = LockManager::connect(&server.url()).await.expect("connect");
-    // The server has to know the script, or the first call of it counts twice.
-    let first = lock(&holder, "k").await;
-    let second = tokio::spawn({
-        let next = next.clone();
-        async move { lock(&next, "k").await }
-    });
-    until_queued(&holder, "k", 1).await;
-    first.release().await.expect("release");
-    soon("the hand-off", second)
-        .await
-        .expect("a task")
-        .release()
-        .await
-        .expect("release");
-    let mut dead = waiters(&server, 1).remove(0);
-    let guard = lock(&holder, "k").await;
-    dead.send("lock");
-    until_queued(&holder, "k", 1).await;
-    let waiting = tokio::spawn(async move { lock(&next, "k").await });
-    until_queued(&holder, "k", 2).await;
-    let inboxes = server.channels().len();
-    dead.kill();
-    support_locks::until("its inbox is gone", async || server.channels().len() == inboxes - 1).await;
+on_each_store! {
+    on(counted, own);
 
-    server.reset_stats();
-    let started = Instant::now();
-    guard.release().await.expect("release");
-    let guard = soon("the next", waiting).await.expect("a task");
-    assert!(started.elapsed() < Duration::from_secs(2), "{:?}", started.elapsed());
-    // One release, which finds out that the first does not listen.
-    assert_eq!(
-        (server.script_calls(), server.publishes()),
-        (1, 2),
-        "{:?}",
-        server.commands()
-    );
-    guard.release().await.expect("release");
-    assert_eq!(lock_keys(&server), [""; 0]);
-}
+    async fn a_dead_head_of_the_queue_is_passed_over(store: &TestStore) {
+        let server = store.server();
+        // The holder's TTL is 10 seconds, so nothing here waits for its end.
+        let (holder, next) = (store.manager().await, store.manager().await);
+        // The server has to know the script, or the first call of it counts twice.
+        let first = lock(&holder, "k").await;
+        let second = tokio::spawn({
+            let next = next.clone();
+            async move { lock(&next, "k").await }
+        });
+        until_queued(&holder, "k", 1).await;
+        first.release().await.expect("release");
+        soon("the hand-off", second)
+            .await
+            .expect("a task")
+            .release()
+            .await
+            .expect("release");
+        let mut dead = store.locker();
+        let guard = lock(&holder, "k").await;
+        dead.ask();
+        until_queued(&holder, "k", 1).await;
+        let waiting = tokio::spawn(async move { lock(&next, "k").await });
+        until_queued(&holder, "k", 2).await;
+        let inboxes = server.channels().len();
+        dead.kill();
+        support_locks::until("its inbox is gone", async || server.channels().len() == inboxes - 1).await;
 
-#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
-async fn a_head_of_the_queue_that_dies_with_its_grant_is_passed_over_within_its_ttl_and_without_polling() {
-    let server = RedisServer::start();
-    let builder = || LockManager::builder().shard(server.url()).ttl(SHORT_TTL).connect();
-    let (holder, next) = (builder().await.expect("connect"), builder().await.expect("connect"));
-    let mut dead = waiters(&server, 1).remove(0);
-    let guard = lock(&holder, "k").await;
-    dead.send("lock");
-    until_queued(&holder, "k", 1).await;
-    let waiting = tokio::spawn(async move { lock(&next, "k").await });
-    until_queued(&holder, "k", 2).await;
+        server.reset_stats();
+        let started = Instant::now();
+        guard.release().await.expect("release");
+        let guard = soon("the next", waiting).await.expect("a task");
+        assert!(started.elapsed() < Duration::from_secs(2), "{:?}", started.elapsed());
+        // One release, which finds out that the first does not listen.
+        assert_eq!(
+            (server.script_calls(), server.publishes()),
+            (1, 2),
+            "{:?}",
+            server.commands()
+        );
+        guard.release().await.expect("release");
+        store.is_empty(&holder, "k").await;
+    }
 
-    // It stands still, so that its inbox is there and takes the grant that nobody will ever read.
-    dead.stop();
-    server.reset_stats();
-    let started = Instant::now();
-    guard.release().await.expect("release");
-    let guard = soon("the next", waiting).await.expect("a task");
-    let took = started.elapsed();
-    assert!(took < SHORT_TTL + Duration::from_millis(400), "{took:?}");
-    // The release, and at most a few looks at the end of the TTL.
-    assert!(server.script_calls() <= 6, "{:?}", server.commands());
-    dead.kill();
-    guard.release().await.expect("release");
-    support_locks::until("nothing is left", async || lock_keys(&server).is_empty()).await;
+    async fn a_head_of_the_queue_that_dies_with_its_grant_is_passed_over_within_its_ttl_and_without_polling(store: &TestStore) {
+        let server = store.server();
+        let (holder, next) = (store.short_lived_manager().await, store.short_lived_manager().await);
+        let mut dead = store.locker();
+        let guard = lock(&holder, "k").await;
+        dead.ask();
+        until_queued(&holder, "k", 1).await;
+        let waiting = tokio::spawn(async move { lock(&next, "k").await });
+        until_queued(&holder, "k", 2).await;
+
+        // It stands still, so that its inbox is there and takes the grant that nobody will ever read.
+        dead.stop();
+        server.reset_stats();
+        let started = Instant::now();
+        guard.release().await.expect("release");
+        let guard = soon("the next", waiting).await.expect("a task");
+        let took = started.elapsed();
+        assert!(took < store.short_ttl() + Duration::from_millis(400), "{took:?}");
+        // The release, and at most a few looks at the end of the TTL.
+        assert!(server.script_calls() <= 6, "{:?}", server.commands());
+        dead.kill();
+        guard.release().await.expect("release");
+        store.is_clean().await;
+    }
 }

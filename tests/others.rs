@@ -11,7 +11,7 @@ use std::time::{Duration, Instant};
 use redis::Value;
 use shardlock::{LockError, LockManager, ShardConfig};
 use support::RedisServer;
-use support_locks::{lock, lock_keys, soon, until_queued};
+use support_locks::{Servers, TestStore, lock, on_each_store, soon, until_queued};
 
 /// How other libraries give a lock back: only if the value is theirs.
 const RELEASE_IF_OURS: &str =
@@ -22,9 +22,9 @@ async fn connect(server: &RedisServer) -> LockManager {
 }
 
 /// A stranger takes the lock by `take` and frees it by `free`; our waiters of two processes get in within a second each.
-async fn waits_for_a_stranger(take: &[&str], free: impl FnOnce(&RedisServer)) {
-    let server = RedisServer::start();
-    let (one, other) = (connect(&server).await, connect(&server).await);
+async fn waits_for_a_stranger(store: &TestStore, take: &[&str], free: impl FnOnce(&dyn Servers)) {
+    let servers = store.servers();
+    let (one, other) = (store.manager().await, store.manager().await);
     // The scripts are known to the server from here on, so that the counts below are those of the waiting alone.
     let guard = lock(&one, "k").await;
     let waiting = tokio::spawn({
@@ -35,11 +35,11 @@ async fn waits_for_a_stranger(take: &[&str], free: impl FnOnce(&RedisServer)) {
     guard.release().await.expect("release");
     soon("the waiter", waiting).await.expect("a task");
 
-    assert_eq!(server.command(take), Value::Okay);
+    assert_eq!(servers.command(take), Value::Okay);
     assert!(one.try_lock("k").await.expect("try").is_none());
     let holder = one.inspect("k").await.expect("inspect").holder.expect("a holder");
     assert!(!holder.is_manager, "{holder:?}");
-    server.reset_stats();
+    servers.count_anew();
     let waiting = [one.clone(), other.clone()].map(|locks| {
         tokio::spawn(async move {
             let guard = lock(&locks, "k").await;
@@ -52,7 +52,7 @@ async fn waits_for_a_stranger(take: &[&str], free: impl FnOnce(&RedisServer)) {
     let wait = Duration::from_millis(1500);
     tokio::time::sleep(wait).await;
     assert!(waiting.iter().all(|task| !task.is_finished()), "it is theirs");
-    free(&server);
+    free(servers);
     let freed = Instant::now();
     for task in waiting {
         let had_at = soon("the waiter", task).await.expect("a task");
@@ -60,100 +60,99 @@ async fn waits_for_a_stranger(take: &[&str], free: impl FnOnce(&RedisServer)) {
         assert!(took < Duration::from_secs(1), "{took:?}");
     }
     // The first looks every 400 ms, the second less often, and both lock and release: far from polling.
-    assert!(server.script_calls() <= 20, "{:?}", server.commands());
-    assert_eq!(lock_keys(&server), [""; 0]);
+    let calls = servers.script_calls();
+    assert!(calls <= 20, "{calls}");
+    assert_eq!(store.lock_keys(), [""; 0]);
 }
 
-#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
-async fn a_stranger_without_a_ttl_that_deletes_its_key_is_followed_within_a_second() {
-    waits_for_a_stranger(&["SET", "lock:k", "550e8400-e29b", "NX"], |server| {
+fn text(reply: &Value) -> String {
+    redis::from_redis_value_ref(reply).expect("a text")
+}
+
+on_each_store! {
+    on(foreign, own);
+
+    async fn a_stranger_without_a_ttl_that_deletes_its_key_is_followed_within_a_second(store: &TestStore) {
+        waits_for_a_stranger(store, &["SET", "lock:k", "550e8400-e29b", "NX"], |servers| {
+            assert_eq!(servers.command(&["EVAL", RELEASE_IF_OURS, "1", "lock:k", "550e8400-e29b"]), Value::Int(1));
+        })
+        .await;
+    }
+
+    async fn a_stranger_with_a_long_ttl_that_deletes_its_key_is_followed_within_a_second(store: &TestStore) {
+        waits_for_a_stranger(store, &["SET", "lock:k", "uuid:thread-1", "NX", "PX", "60000"], |servers| {
+            servers.command(&["DEL", "lock:k"]);
+        })
+        .await;
+    }
+
+    async fn a_stranger_whose_key_runs_out_is_followed_within_a_second(store: &TestStore) {
+        waits_for_a_stranger(store, &["SET", "lock:k", "theirs", "NX", "PX", "60000"], |servers| {
+            // Its last moment is made here, so that no time is lost by waiting for it.
+            assert_eq!(servers.command(&["PEXPIRE", "lock:k", "50"]), Value::Int(1));
+        })
+        .await;
+    }
+
+    async fn a_stranger_can_neither_take_nor_free_what_we_hold(store: &TestStore) {
+        let (servers, locks) = (store.servers(), store.manager().await);
+        let guard = lock(&locks, "k").await;
         assert_eq!(
-            server.query::<u64>(&["EVAL", RELEASE_IF_OURS, "1", "lock:k", "550e8400-e29b"]),
-            1
+            servers.command(&["SET", "lock:k", "theirs", "NX", "PX", "1000"]),
+            Value::Nil
         );
-    })
-    .await;
-}
+        assert_eq!(servers.command(&["EVAL", RELEASE_IF_OURS, "1", "lock:k", "theirs"]), Value::Int(0));
+        assert_eq!(text(&servers.command(&["GET", "lock:k"])), guard.owner());
+        guard.release().await.expect("it was held all the time");
+        assert_eq!(
+            servers.command(&["SET", "lock:k", "theirs", "NX", "PX", "1000"]),
+            Value::Okay
+        );
+        assert!(locks.try_lock("k").await.expect("try").is_none());
+    }
 
-#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
-async fn a_stranger_with_a_long_ttl_that_deletes_its_key_is_followed_within_a_second() {
-    waits_for_a_stranger(&["SET", "lock:k", "uuid:thread-1", "NX", "PX", "60000"], |server| {
-        server.command(&["DEL", "lock:k"]);
-    })
-    .await;
-}
-
-#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
-async fn a_stranger_whose_key_runs_out_is_followed_within_a_second() {
-    waits_for_a_stranger(&["SET", "lock:k", "theirs", "NX", "PX", "60000"], |server| {
-        // Its last moment is made here, so that no time is lost by waiting for it.
-        assert_eq!(server.query::<u64>(&["PEXPIRE", "lock:k", "50"]), 1);
-    })
-    .await;
-}
-
-#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
-async fn a_stranger_can_neither_take_nor_free_what_we_hold() {
-    let server = RedisServer::start();
-    let locks = connect(&server).await;
-    let guard = lock(&locks, "k").await;
-    assert_eq!(
-        server.command(&["SET", "lock:k", "theirs", "NX", "PX", "1000"]),
-        Value::Nil
-    );
-    assert_eq!(
-        server.query::<u64>(&["EVAL", RELEASE_IF_OURS, "1", "lock:k", "theirs"]),
-        0
-    );
-    assert_eq!(server.query::<String>(&["GET", "lock:k"]), guard.owner());
-    guard.release().await.expect("it was held all the time");
-    assert_eq!(
-        server.command(&["SET", "lock:k", "theirs", "NX", "PX", "1000"]),
-        Value::Okay
-    );
-    assert!(locks.try_lock("k").await.expect("try").is_none());
-}
-
-#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
-async fn a_key_of_a_wrong_type_is_a_clear_error_and_stays_as_it_is() {
-    let server = RedisServer::start();
-    let locks = connect(&server).await;
-    for (kind, make) in [
-        ("list", &["RPUSH", "lock:k", "x"][..]),
-        ("hash", &["HSET", "lock:k", "f", "x"][..]),
-        ("zset", &["ZADD", "lock:k", "1", "x"][..]),
-    ] {
-        server.command(make);
-        let error = soon("an error", async { locks.lock("k").await }).await.expect_err(kind);
-        assert_is_told(&error);
-        let error = soon("an error", async { locks.try_lock("k").await })
-            .await
-            .expect_err(kind);
-        assert_is_told(&error);
-        let error = locks.inspect("k").await.expect_err(kind);
-        assert!(error.to_string().contains("\"k\""), "{error}");
-        assert_eq!(server.query::<String>(&["TYPE", "lock:k"]), kind);
-        assert_eq!(lock_keys(&server), ["lock:k"]);
-        server.command(&["DEL", "lock:k"]);
-        lock(&locks, "k").await.release().await.expect("release");
+    async fn a_key_of_a_wrong_type_is_a_clear_error_and_stays_as_it_is(store: &TestStore) {
+        let (servers, locks) = (store.servers(), store.manager().await);
+        for (kind, make) in [
+            ("list", &["RPUSH", "lock:k", "x"][..]),
+            ("hash", &["HSET", "lock:k", "f", "x"][..]),
+            ("zset", &["ZADD", "lock:k", "1", "x"][..]),
+        ] {
+            servers.command(make);
+            let error = soon("an error", async { locks.lock("k").await }).await.expect_err(kind);
+            assert_is_told(&error);
+            let error = soon("an error", async { locks.try_lock("k").await })
+                .await
+                .expect_err(kind);
+            assert_is_told(&error);
+            let error = locks.inspect("k").await.expect_err(kind);
+            assert!(error.to_string().contains("\"k\""), "{error}");
+            assert_eq!(text(&servers.command(&["TYPE", "lock:k"])), kind);
+            assert_eq!(store.lock_keys(), ["lock:k"]);
+            servers.command(&["DEL", "lock:k"]);
+            lock(&locks, "k").await.release().await.expect("release");
+        }
     }
 }
 
-#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
-async fn a_queue_of_a_wrong_type_is_a_clear_error_and_stays_as_it_is() {
-    let server = RedisServer::start();
-    let (one, other) = (connect(&server).await, connect(&server).await);
-    // From the second time on the free path is enough, which does not look at the queue.
-    lock(&one, "k").await.release().await.expect("release");
-    server.command(&["SET", "{lock:k}:q", "x"]);
-    let guard = lock(&one, "k").await;
-    let error = soon("an error", async { other.lock("k").await })
-        .await
-        .expect_err("it can't join");
-    assert_is_told(&error);
-    let error = guard.release().await.expect_err("it can't look who is next");
-    assert_is_told(&error);
-    assert_eq!(server.query::<String>(&["GET", "{lock:k}:q"]), "x");
+on_each_store! {
+    on(free_path, own);
+
+    async fn a_queue_of_a_wrong_type_is_a_clear_error_and_stays_as_it_is(store: &TestStore) {
+        let servers = store.servers();
+        let (one, other) = (store.manager().await, store.manager().await);
+        // From the second time on the free path is enough, which does not look at the queue.
+        lock(&one, "k").await.release().await.expect("release");
+        servers.command(&["SET", "{lock:k}:q", "x"]);
+        let guard = lock(&one, "k").await;
+        let error = soon("an error", async { other.lock("k").await })
+            .await
+            .expect_err("it can't join");
+        assert_is_told(&error);
+        let error = guard.release().await.expect_err("it can't look who is next");
+        assert_is_told(&error);
+        assert_eq!(text(&servers.command(&["GET", "{lock:k}:q"])), "x");
+    }
 }
 
 fn assert_is_told(error: &LockError) {

@@ -9,12 +9,14 @@ mod support_locks;
 use std::sync::{Arc, Barrier};
 use std::time::{Duration, Instant};
 
-use shardlock::{LockManager, LossReason};
-use support::{RedisServer, worker};
-use support_locks::{TestStore, lock, on_each_store, poll_once, soon};
+use shardlock::LossReason;
+use support::worker;
+use support_locks::{TestStore, builder_of, lock, on_each_store, poll_once, soon};
 
 /// Longer than what a loaded machine takes a thread's processor away for.
-const TTL: Duration = Duration::from_millis(700);
+fn ttl(store: &TestStore) -> Duration {
+    store.short_ttl().max(Duration::from_millis(700))
+}
 
 #[test]
 fn worker_entry() {
@@ -25,16 +27,12 @@ fn worker_entry() {
     }
 }
 
-async fn connect(url: &str) -> LockManager {
-    let builder = LockManager::builder().shard(url).ttl(TTL);
-    builder.connect().await.expect("connect")
-}
-
 /// Holds a lock and does nothing but look at the clock and at the guard. When the clock shows that the process stood
 /// still, it says what the guard said in the very next instruction, and what it says of its loss.
 #[tokio::main]
 async fn look_without_end(me: &worker::Current) {
-    let locks = connect(&me.var("LOCKTEST_URL")).await;
+    let ttl = Duration::from_millis(me.var("LOCKTEST_TTL").parse().expect("milliseconds"));
+    let locks = builder_of(me).ttl(ttl).connect().await.expect("connect");
     let guard = lock(&locks, "k").await;
     me.say(guard.token().to_string());
     // The runtime's other worker and the background thread go on meanwhile.
@@ -44,7 +42,7 @@ async fn look_without_end(me: &worker::Current) {
         let now = Instant::now();
         // A loaded machine makes gaps, too, and they are no reason for a loss.
         let gap = now - last;
-        if gap > TTL {
+        if gap > ttl {
             // This look may have come before the pause, so the next is the first that certainly came after it.
             let first = guard.is_valid();
             let remaining = guard.remaining();
@@ -60,54 +58,57 @@ async fn look_without_end(me: &worker::Current) {
     me.say(released.expect_err("it was lost").is_lost().to_string());
 }
 
-#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
-async fn a_process_that_was_stopped_for_longer_than_its_ttl_knows_at_once_that_its_lock_is_lost() {
-    let server = RedisServer::start();
-    let mut paused = worker::spawn("paused", &[("LOCKTEST_URL", &server.url())]);
-    let old: u64 = paused.line().parse().expect("a token");
-    paused.stop();
-    let stopped = Instant::now();
-    let locks = connect(&server.url()).await;
-    let guard = lock(&locks, "k").await;
-    assert!(guard.token().get() > old);
-    // The next holder has it within the TTL; the pause lasts until a TTL has passed for certain.
-    tokio::time::sleep_until((stopped + 2 * TTL).into()).await;
-    paused.cont();
-    assert_eq!(paused.line(), format!("false 0ns Some({:?})", LossReason::Expired));
-    // Its late release frees nothing.
-    paused.send("release");
-    assert_eq!(paused.line(), "true");
-    assert!(guard.is_valid());
-    let holder = locks.inspect("k").await.expect("inspect").holder.expect("a holder");
-    assert_eq!(holder.owner, guard.owner());
-    guard.release().await.expect("it was held all the time");
-    assert!(paused.wait().success());
-}
+on_each_store! {
+    on(servers);
 
-#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
-async fn a_process_that_was_stopped_for_less_than_its_ttl_keeps_its_lock() {
-    let server = RedisServer::start();
-    let mut paused = worker::spawn("paused", &[("LOCKTEST_URL", &server.url())]);
-    paused.line();
-    let locks = connect(&server.url()).await;
-    let mut waiting = tokio::spawn(async move { lock(&locks, "k").await });
-    for _ in 0..4 {
+    async fn a_process_that_was_stopped_for_longer_than_its_ttl_knows_at_once_that_its_lock_is_lost(store: &TestStore) {
+        let ttl = ttl(store);
+        let mut paused = store.worker("paused", &[("LOCKTEST_TTL", &ttl.as_millis().to_string())]);
+        let old: u64 = paused.line().parse().expect("a token");
         paused.stop();
-        // A quarter of the TTL, and then time enough to renew.
-        tokio::time::sleep(TTL / 4).await;
+        let stopped = Instant::now();
+        let locks = store.builder().ttl(ttl).connect().await.expect("connect");
+        let guard = lock(&locks, "k").await;
+        assert!(guard.token().get() > old);
+        // The next holder has it within the TTL; the pause lasts until a TTL has passed for certain.
+        tokio::time::sleep_until((stopped + 2 * ttl).into()).await;
         paused.cont();
-        let waited = tokio::time::timeout(TTL / 2, &mut waiting).await;
-        assert!(waited.is_err(), "it is held");
+        assert_eq!(paused.line(), format!("false 0ns Some({:?})", LossReason::Expired));
+        // Its late release frees nothing.
+        paused.send("release");
+        assert_eq!(paused.line(), "true");
+        assert!(guard.is_valid());
+        let holder = locks.inspect("k").await.expect("inspect").holder.expect("a holder");
+        assert_eq!(holder.owner, guard.owner());
+        guard.release().await.expect("it was held all the time");
+        assert!(paused.wait().success());
     }
-    assert_eq!(paused.line_within(Duration::ZERO), None, "nothing was lost");
-    paused.kill();
-    drop(soon("the next", waiting).await.expect("a task"));
+
+    async fn a_process_that_was_stopped_for_less_than_its_ttl_keeps_its_lock(store: &TestStore) {
+        let ttl = ttl(store);
+        let mut paused = store.worker("paused", &[("LOCKTEST_TTL", &ttl.as_millis().to_string())]);
+        paused.line();
+        let locks = store.builder().ttl(ttl).connect().await.expect("connect");
+        let mut waiting = tokio::spawn(async move { lock(&locks, "k").await });
+        for _ in 0..4 {
+            paused.stop();
+            // A quarter of the TTL, and then time enough to renew.
+            tokio::time::sleep(ttl / 4).await;
+            paused.cont();
+            let waited = tokio::time::timeout(ttl / 2, &mut waiting).await;
+            assert!(waited.is_err(), "it is held");
+        }
+        assert_eq!(paused.line_within(Duration::ZERO), None, "nothing was lost");
+        paused.kill();
+        drop(soon("the next", waiting).await.expect("a task"));
+    }
 }
 
 on_each_store! {
     async fn a_lock_is_held_while_all_workers_of_its_runtime_are_blocked(store: &TestStore) {
         let watcher = store.manager().await;
-        let url = store.url();
+        let ttl = ttl(store);
+        let builder = store.builder().ttl(ttl);
         let workers = 2;
         let blocked = Arc::new(Barrier::new(workers + 1));
         let runtime = tokio::runtime::Builder::new_multi_thread()
@@ -116,7 +117,7 @@ on_each_store! {
             .build()
             .expect("a runtime");
         let connecting = runtime.spawn(async move {
-            let locks = connect(&url).await;
+            let locks = builder.connect().await.expect("connect");
             let guard = lock(&locks, "k").await;
             (locks, guard)
         });
@@ -126,13 +127,13 @@ on_each_store! {
             runtime.spawn(async move {
                 blocked.wait();
                 // Blocks its worker, which is what a task must not do, for three TTLs.
-                std::thread::sleep(3 * TTL);
+                std::thread::sleep(3 * ttl);
             });
         }
         let blocked = tokio::task::spawn_blocking(move || blocked.wait());
         blocked.await.expect("all workers are blocked");
         let began = Instant::now();
-        while began.elapsed() < 2 * TTL {
+        while began.elapsed() < 2 * ttl {
             assert!(guard.is_valid());
             assert!(watcher.try_lock("k").await.expect("try").is_none(), "it is held");
             tokio::time::sleep(Duration::from_millis(5)).await;
@@ -141,7 +142,7 @@ on_each_store! {
         assert_eq!(poll_once(&mut Box::pin(guard.lost())), None);
         let rest = tokio::task::spawn_blocking(move || drop(runtime));
         rest.await.expect("the workers end");
-        assert!(began.elapsed() >= 2 * TTL && guard.is_valid());
+        assert!(began.elapsed() >= 2 * ttl && guard.is_valid());
         soon("the release", guard.release()).await.expect("it was held all the time");
         drop(locks);
     }

@@ -8,59 +8,19 @@ mod support_locks;
 
 use std::time::Duration;
 
-use shardlock::{LockGuard, LockManager};
+use shardlock::LockGuard;
 use support::{ClientType, RedisServer, worker};
-use support_locks::{SHORT_TTL, TestStore, lock, on_each_store, soon, until};
+use support_locks::{LOCKER, Locker, TestStore, builder_of, lock, obey, on_each_store, soon, until};
 use tokio::task::JoinSet;
 
 #[test]
 fn worker_entry() {
     let Some(me) = worker::current() else { return };
     match me.name() {
-        "locker" => take_turns(&me),
+        LOCKER => obey(&me),
         "writer" => write_late(&me),
         name => panic!("no worker is called {name}"),
     }
-}
-
-async fn connect(url: &str) -> LockManager {
-    let builder = LockManager::builder().shard(url).ttl(SHORT_TTL);
-    builder.connect().await.expect("connect")
-}
-
-/// For each line that it hears it locks and says the token; on `lock` it gives the lock back, on `keep` it does not.
-#[tokio::main]
-async fn take_turns(me: &worker::Current) {
-    let locks = connect(&me.var("LOCKTEST_URL")).await;
-    me.say("connected");
-    let mut kept = Vec::new();
-    loop {
-        let told = tokio::task::spawn_blocking({
-            let me = me.clone();
-            move || me.hear()
-        });
-        let Some(line) = told.await.expect("listen") else {
-            return;
-        };
-        let guard = lock(&locks, "k").await;
-        let token = guard.token().to_string();
-        match line.as_str() {
-            "lock" => guard.release().await.expect("release"),
-            _ => kept.push(guard),
-        }
-        me.say(token);
-    }
-}
-
-fn lockers(server: &RedisServer, count: usize) -> Vec<worker::Worker> {
-    let url = server.url();
-    let lockers: Vec<_> = (0..count)
-        .map(|_| worker::spawn("locker", &[("LOCKTEST_URL", &url)]))
-        .collect();
-    for locker in &lockers {
-        assert_eq!(locker.line(), "connected");
-    }
-    lockers
 }
 
 /// The largest token so far.
@@ -68,11 +28,11 @@ fn lockers(server: &RedisServer, count: usize) -> Vec<worker::Worker> {
 struct Largest(u64);
 
 impl Largest {
+    /// The process locks and gives the lock back.
     #[track_caller]
-    fn grows_by(&mut self, worker: &mut worker::Worker, line: &str) {
-        worker.send(line);
-        let token = worker.line().parse().expect("a token");
-        self.grows_to(token);
+    fn grows_by(&mut self, locker: &mut Locker) {
+        self.grows_to(locker.lock());
+        locker.release();
     }
 
     #[track_caller]
@@ -82,70 +42,84 @@ impl Largest {
     }
 }
 
-#[test]
-fn tokens_grow_across_processes_flushes_crashes_and_the_ends_of_leases() {
-    let server = RedisServer::start();
-    let mut largest = Largest::default();
-    let mut lockers = lockers(&server, 3);
-    for _ in 0..3 {
-        for locker in &mut lockers {
-            for _ in 0..3 {
-                largest.grows_by(locker, "lock");
+on_each_store! {
+    on(pausable, own);
+
+    async fn tokens_grow_across_processes_flushes_crashes_and_the_ends_of_leases(store: &TestStore) {
+        let mut largest = Largest::default();
+        let mut lockers = store.lockers(3, store.short_ttl());
+        for _ in 0..3 {
+            for locker in &mut lockers {
+                for _ in 0..3 {
+                    largest.grows_by(locker);
+                }
+            }
+            store.servers().flush();
+            for locker in &mut lockers {
+                largest.grows_by(locker);
+            }
+            // Killed without having saved anything, and empty when it is back.
+            store.servers().kill();
+                store.servers().restart();
+            for locker in &mut lockers {
+                largest.grows_by(locker);
             }
         }
-        server.command(&["FLUSHALL"]);
+        // One dies with the lock, so that its lease runs out, and the counter is lost meanwhile.
+        let mut dead = lockers.remove(0);
+        largest.grows_to(dead.lock());
+        dead.kill();
+        store.servers().set_counters(None);
         for locker in &mut lockers {
-            largest.grows_by(locker, "lock");
+            largest.grows_by(locker);
         }
-        // Killed without having saved anything, and empty when it is back.
-        server.restart();
-        assert_eq!(server.dbsize(), 0);
-        for locker in &mut lockers {
-            largest.grows_by(locker, "lock");
+        largest.grows_by(&mut store.locker());
+    }
+
+    async fn a_manager_that_outlives_its_servers_data_never_gets_an_old_token(store: &TestStore) {
+        let locks = store.short_lived_manager().await;
+        let mut largest = Largest::default();
+        for round in 0..10 {
+            if round % 2 == 0 {
+                store.servers().flush();
+            } else {
+                store.servers().kill();
+                store.servers().restart();
+            }
+            until("the server is found again", async || match locks.lock("k").await {
+                Ok(guard) => {
+                    largest.grows_to(guard.token().get());
+                    guard.release().await.is_ok()
+                }
+                Err(error) => {
+                    assert!(error.is_retryable(), "{error}");
+                    false
+                }
+            })
+            .await;
         }
-        server.command(&["SCRIPT", "FLUSH"]);
     }
-    // One dies with the lock, so that its lease runs out, and the counter is lost meanwhile.
-    let mut dead = lockers.remove(0);
-    largest.grows_by(&mut dead, "keep");
-    dead.kill();
-    server.command(&[
-        "DEL",
-        &server
-            .keys()
-            .into_iter()
-            .find(|key| key.contains("%fence"))
-            .expect("a counter"),
-    ]);
-    for locker in &mut lockers {
-        largest.grows_by(locker, "lock");
-    }
-    let newcomer = &mut self::lockers(&server, 1)[0];
-    largest.grows_by(newcomer, "lock");
 }
 
-#[test]
-fn a_counter_that_went_back_is_raised_and_no_old_token_comes_again() {
-    let server = RedisServer::start();
-    let mut largest = Largest::default();
-    let mut lockers = lockers(&server, 2);
-    largest.grows_by(&mut lockers[0], "lock");
-    let counter = server
-        .keys()
-        .into_iter()
-        .find(|key| key.contains("%fence"))
-        .expect("a counter");
-    let old: u64 = server.query(&["GET", &counter]);
-    for _ in 0..5 {
-        for locker in &mut lockers {
-            largest.grows_by(locker, "lock");
+on_each_store! {
+    on(redis_nodes, own);
+
+    async fn a_counter_that_went_back_is_raised_and_no_old_token_comes_again(store: &TestStore) {
+        let mut largest = Largest::default();
+        let mut lockers = store.lockers(2, store.short_ttl());
+        largest.grows_by(&mut lockers[0]);
+        let old = largest.0;
+        for _ in 0..5 {
+            for locker in &mut lockers {
+                largest.grows_by(locker);
+            }
+            // As after the promotion of a replica that lagged behind, which also breaks all connections.
+            store.servers().cut(ClientType::Normal);
+            store.servers().set_counters(Some(old));
         }
-        // As after the promotion of a replica that lagged behind, which also breaks all connections.
-        server.client_kill(ClientType::Normal);
-        server.command(&["SET", &counter, &old.to_string()]);
-    }
-    for locker in &mut lockers {
-        largest.grows_by(locker, "lock");
+        for locker in &mut lockers {
+            largest.grows_by(locker);
+        }
     }
 }
 
@@ -231,9 +205,9 @@ impl Resource {
 /// Reads under the lock and writes when it is told to, without looking whether it still has the lock.
 #[tokio::main]
 async fn write_late(me: &worker::Current) {
-    let url = me.var("LOCKTEST_URL");
-    let locks = connect(&url).await;
-    let mut resource = Resource::open(&url, &me.var("LOCKTEST_CHECK")).await;
+    let ttl = Duration::from_millis(me.var("LOCKTEST_TTL").parse().expect("milliseconds"));
+    let locks = builder_of(me).ttl(ttl).connect().await.expect("connect");
+    let mut resource = Resource::open(&me.var("LOCKTEST_RESOURCE"), &me.var("LOCKTEST_CHECK")).await;
     let guard = lock(&locks, "k").await;
     let value = resource.read().await;
     me.say("read");
@@ -243,14 +217,19 @@ async fn write_late(me: &worker::Current) {
 }
 
 /// Two add one each, while a third has read before them and adds its one after them. Returns what it was told, and the sum.
-async fn a_paused_writer(check: &str) -> (String, u64) {
+async fn a_paused_writer(store: &TestStore, check: &str) -> (String, u64) {
     let server = RedisServer::start();
-    let url = server.url();
-    let mut late = worker::spawn("writer", &[("LOCKTEST_URL", &url), ("LOCKTEST_CHECK", check)]);
+    let (url, ttl) = (server.url(), store.short_ttl().as_millis().to_string());
+    let vars = [
+        ("LOCKTEST_RESOURCE", url.as_str()),
+        ("LOCKTEST_CHECK", check),
+        ("LOCKTEST_TTL", &ttl),
+    ];
+    let mut late = store.worker("writer", &vars);
     assert_eq!(late.line(), "read");
     late.stop();
     for _ in 0..2 {
-        let locks = connect(&url).await;
+        let locks = store.short_lived_manager().await;
         let mut resource = Resource::open(&url, check).await;
         let guard = lock(&locks, "k").await;
         let value = resource.read().await;
@@ -264,37 +243,14 @@ async fn a_paused_writer(check: &str) -> (String, u64) {
     (told, sum)
 }
 
-#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
-async fn a_resource_that_compares_tokens_refuses_a_paused_writer() {
-    assert_eq!(a_paused_writer("check").await, ("refused".to_owned(), 2));
-}
+on_each_store! {
+    on(servers);
 
-#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
-async fn a_resource_that_does_not_compare_tokens_loses_updates_in_the_same_run() {
-    assert_eq!(a_paused_writer("trust").await, ("written".to_owned(), 1));
-}
+    async fn a_resource_that_compares_tokens_refuses_a_paused_writer(store: &TestStore) {
+        assert_eq!(a_paused_writer(store, "check").await, ("refused".to_owned(), 2));
+    }
 
-#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
-async fn a_manager_that_outlives_its_servers_data_never_gets_an_old_token() {
-    let server = RedisServer::start();
-    let locks = connect(&server.url()).await;
-    let mut largest = Largest::default();
-    for round in 0..10 {
-        if round % 2 == 0 {
-            server.command(&["FLUSHALL"]);
-        } else {
-            server.restart();
-        }
-        until("the server is found again", async || match locks.lock("k").await {
-            Ok(guard) => {
-                largest.grows_to(guard.token().get());
-                guard.release().await.is_ok()
-            }
-            Err(error) => {
-                assert!(error.is_retryable(), "{error}");
-                false
-            }
-        })
-        .await;
+    async fn a_resource_that_does_not_compare_tokens_loses_updates_in_the_same_run(store: &TestStore) {
+        assert_eq!(a_paused_writer(store, "trust").await, ("written".to_owned(), 1));
     }
 }

@@ -18,6 +18,7 @@ pub(crate) use overrides::check_overrides;
 use crate::endpoint::{Endpoint, EndpointKind, redact};
 use crate::error::Invalid;
 use crate::router::ShardMap;
+use crate::store::redis::names::Names;
 use bounds::Problem;
 use fields::{FIELDS, Field};
 
@@ -120,9 +121,10 @@ pub struct Config {
     /// `None` for never. Each place is logged once in ten seconds at most. Default: `None`.
     pub long_hold: Option<Duration>,
 
-    /// How many replicas must have confirmed a lease (by `WAIT`) before it counts: 0 to 16. With fewer, a lock fails with
-    /// [`LockError::Unavailable`](crate::LockError::Unavailable). For `redis://`, `redis+sentinel://` and `redis+cluster://`; a lock then costs a
-    /// round trip to a replica, and it can only be forgotten in a failover if a replica is promoted that did not confirm. Default: 0.
+    /// How many replicas must have confirmed a lease (by `WAIT`) before it counts, when it is taken and at each renewal: 0 to 16. With fewer, a
+    /// lock fails with [`LockError::Unavailable`](crate::LockError::Unavailable), and one that is held is lost when its lease ends. For
+    /// `redis://`, `redis+sentinel://` and `redis+cluster://`; a lock then costs a round trip to a replica, and it can only be forgotten in a
+    /// failover if a replica is promoted that did not confirm. Default: 0.
     pub min_replicas_acked: u32,
 
     /// The longest TTL that a lock in a `redlock://` shard may have: 50 ms to 24 h, and no less than `ttl`. A node that restarted less than this ago
@@ -221,6 +223,20 @@ impl Config {
     #[must_use]
     pub fn shard_map(&self) -> ShardMap {
         ShardMap::new(self.shards.iter().map(|shard| shard.name.clone()))
+    }
+
+    /// What each shard must have stored under [`map_key`](Self::map_key), in the order of the shards: the version of the layout and the whole
+    /// map. A manager writes it where there is nothing yet, and is refused where something else is. Nothing is sent.
+    #[must_use]
+    pub fn fingerprints(&self) -> Vec<String> {
+        let map = self.shard_map();
+        (0..map.len()).map(|index| map.fingerprint(index)).collect()
+    }
+
+    /// The name of the Redis key under which the shard map's fingerprint is stored.
+    #[must_use]
+    pub fn map_key(&self) -> String {
+        Names::new(&self.namespace).map()
     }
 
     /// Sets one value by its name, from text: `set("ttl", "10s")`.
@@ -449,6 +465,14 @@ mod tests {
         );
         let unknown = message("tll", "10s");
         assert!(unknown.starts_with("setting is \"tll\", but must be one of shards, namespace, ttl, "));
+    }
+
+    #[test]
+    fn fingerprints_are_what_shards_have_stored() {
+        let mut config = Config::default();
+        config.set("shards", "a=memory://x,b=memory://y").unwrap();
+        assert_eq!(config.fingerprints()[1], "v1 a:0-8191,b:8192-16383 here=b");
+        assert_eq!(config.map_key(), "lock:%map");
     }
 
     #[test]

@@ -8,7 +8,8 @@ use std::str::FromStr;
 
 use crate::error::Invalid;
 pub(crate) use redact::redact;
-pub(crate) use servers::{Access, ServerUrl};
+pub(crate) use servers::Access;
+pub use servers::ServerUrl;
 use servers::{Parts, Rules};
 
 /// The longest URL, in bytes.
@@ -37,6 +38,9 @@ const SUPPORTED: &str = "supported: redis://, redis+sentinel://, redis+cluster:/
 /// `rediss://`, `rediss+sentinel://`, `rediss+cluster://`, `redlocks://` and `etcds://` are the same through TLS, with the feature `tls`. The
 /// user and the password are those of the Redis servers, or of etcd; sentinels are asked without unless `?sentinel_password=` (and
 /// `?sentinel_user=`) says otherwise.
+///
+/// Etcd keeps a lease for whole seconds and for no less than its minimum, about one and a half of its election timeouts: the key of a process that
+/// died is free a moment later than its TTL says. Its user needs `readwrite` on all keys that begin with the namespace.
 ///
 /// A character of the user or the password that means something in a URL (`@`, `:`, `/`, `?`, `#`, `%`) is written
 /// percent-encoded, `%40` for `@`. Neither `Display` nor `Debug` nor an error ever shows the password.
@@ -149,6 +153,42 @@ impl Endpoint {
     #[must_use]
     pub fn scheme(&self) -> &str {
         self.shown.split_once("://").map_or("", |(scheme, _)| scheme)
+    }
+
+    /// The servers that the URL names, in its order: those of Redis, sentinels, nodes of a cluster or of a quorum, or members of etcd. None for
+    /// `memory://`. For tools that talk to the servers themselves.
+    #[must_use]
+    pub fn servers(&self) -> Vec<ServerUrl> {
+        match &self.kind {
+            EndpointKind::Redis(server) => vec![server.clone()],
+            EndpointKind::Sentinel { sentinels, .. } => sentinels.clone(),
+            EndpointKind::Cluster { seeds } => seeds.clone(),
+            EndpointKind::Redlock { nodes } => nodes.clone(),
+            EndpointKind::Etcd { hosts, login, tls } => hosts
+                .iter()
+                .map(|host| ServerUrl::of_etcd(host, login.as_ref(), *tls))
+                .collect(),
+            EndpointKind::Memory { .. } => Vec::new(),
+        }
+    }
+
+    /// How to talk to a server of the shard that the URL need not name, at `host:port`: one that sentinels or nodes of a cluster tell of.
+    /// `None` for `memory://`.
+    #[must_use]
+    pub fn server_at(&self, place: &str) -> Option<ServerUrl> {
+        match &self.kind {
+            EndpointKind::Sentinel { access, .. } => Some(access.url(place)),
+            _ => self.servers().first().map(|server| server.at(place)),
+        }
+    }
+
+    /// The name by which the sentinels of a `redis+sentinel://` shard know its primary.
+    #[must_use]
+    pub fn primary_name(&self) -> Option<&str> {
+        match &self.kind {
+            EndpointKind::Sentinel { primary, .. } => Some(primary),
+            _ => None,
+        }
     }
 
     pub(crate) fn kind(&self) -> &EndpointKind {
@@ -288,6 +328,27 @@ mod tests {
             let message = refusal(text);
             assert!(message.contains(bound) && !message.contains("s3cret"), "{message}");
         }
+    }
+
+    #[test]
+    fn servers_are_told_with_the_login_and_shown_without() {
+        let url = |server: Option<ServerUrl>| server.unwrap().as_str().to_owned();
+        let single = parsed("redis://u:s3cret@a/2");
+        assert_eq!(single.servers()[0].as_str(), "redis://u:s3cret@a:6379/2");
+        assert_eq!(url(single.server_at("[::1]:7")), "redis://u:s3cret@[::1]:7/2");
+        let watched = parsed("redis+sentinel://u:s3cret@a,b/m/3?sentinel_password=s");
+        assert_eq!(watched.primary_name(), Some("m"));
+        assert_eq!(watched.servers()[1].as_str(), "redis://:s@b:26379/0");
+        assert_eq!(url(watched.server_at("c:1")), "redis://u:s3cret@c:1/3");
+        let cluster = parsed("redis+cluster://:s3cret@a,b");
+        assert_eq!(cluster.servers().len(), 2);
+        assert_eq!(url(cluster.server_at("c:1")), "redis://:s3cret@c:1/0");
+        assert!(parsed("memory://").servers().is_empty() && parsed("memory://").server_at("a:1").is_none());
+        if let Ok(etcd) = Endpoint::parse("etcd://u:s3%40@a,b:1") {
+            assert_eq!(etcd.servers()[1].as_str(), "etcd://u:s3%40@b:1");
+            assert_eq!(url(etcd.server_at("c:2")), "etcd://u:s3%40@c:2");
+        }
+        assert_eq!(format!("{:?}", single.servers()), "[ServerUrl(\"a:6379\")]");
     }
 
     #[test]

@@ -20,27 +20,58 @@ const HOSTS_MAX: usize = 32;
 /// Fewer than three nodes survive nothing; more than fifteen only cost.
 const REDLOCK_NODES: (usize, usize) = (3, 15);
 
-/// The URL of one server, as the client library takes it. `Debug` hides the password.
+/// One server of a shard: its URL as client libraries take it. `Debug` hides the password, and there is no `Display`.
 #[derive(Clone, PartialEq, Eq)]
-pub(crate) struct ServerUrl {
+pub struct ServerUrl {
     url: String,
     /// The same as `host:port`, which may be shown.
     place: String,
 }
 
 impl ServerUrl {
-    /// With the password.
-    pub(crate) fn as_str(&self) -> &str {
+    /// The URL *with the password*, for whoever connects. What is shown to people is [`place`](Self::place).
+    #[must_use]
+    pub fn as_str(&self) -> &str {
         &self.url
     }
 
     /// `host:port`
-    pub(crate) fn place(&self) -> &str {
+    #[must_use]
+    pub fn place(&self) -> &str {
         &self.place
     }
 
-    pub(crate) fn is_encrypted(&self) -> bool {
-        self.url.starts_with("rediss://")
+    /// Whether connections to it are encrypted.
+    #[must_use]
+    pub fn is_encrypted(&self) -> bool {
+        self.url.starts_with("rediss://") || self.url.starts_with("etcds://")
+    }
+
+    /// The URL of a member of etcd.
+    pub(super) fn of_etcd(place: &str, login: Option<&(String, String)>, tls: bool) -> Self {
+        let encode = |text| percent_encoding::utf8_percent_encode(text, percent_encoding::NON_ALPHANUMERIC);
+        let login = login.map_or_else(String::new, |(user, password)| {
+            format!("{}:{}@", encode(user), encode(password))
+        });
+        let scheme = if tls { "etcds" } else { "etcd" };
+        Self {
+            url: format!("{scheme}://{login}{place}"),
+            place: place.to_owned(),
+        }
+    }
+
+    /// The same with another place.
+    pub(super) fn at(&self, place: &str) -> Self {
+        // The login is percent-encoded, so the last slash is the one before the database; without it, the place comes last.
+        let end = match self.url.rfind('/') {
+            Some(slash) if !self.url[..slash].ends_with('/') => slash,
+            _ => self.url.len(),
+        };
+        let start = end - self.place.len();
+        Self {
+            url: format!("{}{place}{}", &self.url[..start], &self.url[end..]),
+            place: place.to_owned(),
+        }
     }
 }
 

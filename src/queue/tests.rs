@@ -168,6 +168,10 @@ impl Bench {
         self.event(|queue, cx| ((), queue.granted(grant, cx))).1
     }
 
+    fn turn(&mut self, cycle: Cycle) -> Seen {
+        self.event(|queue, _| ((), queue.turn(cycle))).1
+    }
+
     fn wanted(&mut self, cycle: Cycle) {
         self.event(|queue, cx| {
             queue.wanted(cycle, cx);

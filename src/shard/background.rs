@@ -22,9 +22,20 @@ use crate::watchdog::keep_alive;
 /// The thread, and how to reach it.
 #[derive(Debug)]
 pub(crate) struct Background {
-    /// Resolves when the inbox of every connected shard has been subscribed for the first time.
-    pub(crate) listening: oneshot::Receiver<()>,
+    /// Resolves when the inbox of every connected shard has been subscribed for the first time, or one of them was refused.
+    pub(crate) listening: oneshot::Receiver<Result<(), Unheard>>,
 }
+
+/// A server does not let us listen.
+#[derive(Debug)]
+pub(crate) struct Unheard {
+    /// Which shard it is.
+    pub(crate) shard: Arc<Shard>,
+    pub(crate) reason: Arc<str>,
+}
+
+/// How a first subscription ended.
+type Heard = mpsc::UnboundedSender<Result<(), Unheard>>;
 
 impl Background {
     /// Starts the thread. Only the inboxes of shards that are `connected` are waited for.
@@ -54,7 +65,7 @@ async fn run(
     shards: Rc<[Arc<Shard>]>,
     connected: Vec<bool>,
     mut jobs: mpsc::UnboundedReceiver<Job>,
-    listening: oneshot::Sender<()>,
+    listening: oneshot::Sender<Result<(), Unheard>>,
 ) {
     let mut services = JoinSet::new();
     let (tell, mut told) = mpsc::unbounded_channel();
@@ -73,11 +84,15 @@ async fn run(
     drop(tell);
     let count = connected.iter().filter(|&&connected| connected).count();
     services.spawn_local(async move {
+        let mut heard = Ok(());
         for _ in 0..count {
-            told.recv().await;
+            heard = told.recv().await.unwrap_or(Ok(()));
+            if heard.is_err() {
+                break;
+            }
         }
         // A manager that gave up connecting does not listen.
-        listening.send(()).ok();
+        listening.send(heard).ok();
     });
 
     let mut work = JoinSet::new();
@@ -86,6 +101,7 @@ async fn run(
     loop {
         let ending = leaving || !closing.is_empty();
         if ending && work.is_empty() && jobs.is_empty() && shards.iter().all(|shard| shard.is_idle()) {
+            settle(&shards).await;
             if let Some(metrics) = &metrics {
                 // The next beat may never come.
                 pulse::tell(&shards, metrics);
@@ -121,6 +137,16 @@ async fn run(
             Some(ended) = services.join_next(), if !services.is_empty() => report_panic(ended),
         }
     }
+}
+
+/// Lets every store tidy up, for as long as a request may take.
+async fn settle(shards: &[Arc<Shard>]) {
+    let settling = shards.iter().map(|shard| async move {
+        if tokio::time::timeout(shard.timeout, shard.store.settle()).await.is_err() {
+            tracing::warn!(shard = %shard.name, "the store did not tidy up in time; what is left runs out by itself");
+        }
+    });
+    futures_util::future::join_all(settling).await;
 }
 
 /// A task of this thread can only end by itself or by a bug.
@@ -166,7 +192,11 @@ async fn abandon(shard: Arc<Shard>, key: LockKey, cycle: Cycle) {
                 // Requests on one lane keep their order, so nothing of this cycle can come after it.
                 Ok(Ok(_)) => return,
                 // It would say no again.
-                Ok(Err(StoreError::Refused(_) | StoreError::MapMismatch { .. })) => return,
+                Ok(Err(error @ (StoreError::Refused(_) | StoreError::MapMismatch { .. }))) => {
+                    let error = shard.error(error, "release", Some(&key), started);
+                    tracing::warn!(%error, "a cycle could not be released; its lease, if it has one, is left to run out");
+                    return;
+                }
                 Ok(Err(StoreError::Unavailable(_))) | Err(_) => {}
             }
             let waited = Moment::now().since(started);
@@ -184,11 +214,8 @@ const ABANDON_PAUSE_MIN: Duration = Duration::from_millis(20);
 const ABANDON_PAUSE_MAX: Duration = Duration::from_secs(1);
 
 /// Hands pushes to the queues they are for.
-async fn receive(
-    shard: Arc<Shard>,
-    mut pushes: mpsc::UnboundedReceiver<Push>,
-    mut subscribed: Option<mpsc::UnboundedSender<()>>,
-) {
+async fn receive(shard: Arc<Shard>, mut pushes: mpsc::UnboundedReceiver<Push>, mut subscribed: Option<Heard>) {
+    let mut refused: Option<Arc<str>> = None;
     let mut cut_off: Option<tokio::task::AbortHandle> = None;
     let mut is_cut_off = false;
     while let Some(push) = pushes.recv().await {
@@ -225,8 +252,9 @@ async fn receive(
                 }
                 if let Some(tell) = subscribed.take() {
                     // The manager may have given up connecting.
-                    tell.send(()).ok();
+                    tell.send(Ok(())).ok();
                 }
+                refused = None;
                 ask_again(&shard, slot);
             }
             // Whoever waits would wait in vain if the server is gone: after the time limit of a request, ask, and so find out.
@@ -238,6 +266,25 @@ async fn receive(
                     ask_again(&shard, None);
                 });
                 cut_off = Some(task.abort_handle());
+            }
+            Push::Refused { reason } => {
+                if let Some(tell) = subscribed.take() {
+                    let unheard = Unheard {
+                        shard: Arc::clone(&shard),
+                        reason: Arc::clone(&reason),
+                    };
+                    // The manager may have given up connecting.
+                    tell.send(Err(unheard)).ok();
+                }
+                // The store tries again every second: once for each reason is enough.
+                if refused.as_ref() != Some(&reason) {
+                    tracing::error!(
+                        shard = %shard.name,
+                        %reason,
+                        "the inbox is refused, so locks are handed over only when their leases run out"
+                    );
+                    refused = Some(reason);
+                }
             }
         }
     }

@@ -258,13 +258,19 @@ impl Entry {
         let cx = self.context(now);
         let mut state = self.state.lock();
         let held = state.queue.holds();
-        let (result, effects) = event(&mut state.queue, cx);
+        let (result, mut effects) = event(&mut state.queue, cx);
         match (held, state.queue.holds()) {
             (false, true) => self.shard.metrics.lease_came(),
             (true, false) => self.shard.metrics.lease_went(),
             _ => {}
         }
         let look_at = state.queue.look_at();
+        if effects.abandoned.iter().any(Option::is_some) {
+            drop(state);
+            // Before the entry leaves the table: a shutdown that found neither would be over before the cycle is given back.
+            self.abandon(std::mem::take(&mut effects.abandoned));
+            state = self.state.lock();
+        }
         self.remove_if_unused(state);
         if let Some(look_at) = look_at {
             self.shard.watch.look_at(look_at);
@@ -301,12 +307,7 @@ impl Entry {
             Wake::One(waker) => waker.wake(),
             Wake::Many(wakers) => wakers.into_iter().for_each(Waker::wake),
         }
-        for cycle in abandoned.into_iter().flatten() {
-            self.shard.send(Job::Release {
-                key: self.key.clone(),
-                cycle,
-            });
-        }
+        self.abandon(abandoned);
         if let Some(guards) = served {
             self.shard.metrics.served(guards);
         }
@@ -321,6 +322,16 @@ impl Entry {
             tracing::warn!(shard = %self.shard.name, %reason, "a lock was lost");
         }
         request
+    }
+
+    /// Has cycles that are over released in the background.
+    fn abandon(&self, abandoned: impl IntoIterator<Item = Option<Cycle>>) {
+        for cycle in abandoned.into_iter().flatten() {
+            self.shard.send(Job::Release {
+                key: self.key.clone(),
+                cycle,
+            });
+        }
     }
 
     fn settle(&self, outcome: Outcome) -> Settled {

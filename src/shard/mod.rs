@@ -28,7 +28,7 @@ use std::time::Duration;
 
 use tokio::sync::mpsc;
 
-pub(crate) use background::Background;
+pub(crate) use background::{Background, Unheard};
 pub(crate) use drive::Driven;
 pub(crate) use entry::{Asked, Entry, Settled};
 

@@ -95,7 +95,7 @@ impl World {
                     Effects::none()
                 });
             }
-            Push::Turn { .. } | Push::Resubscribed { .. } | Push::Disconnected => {}
+            Push::Turn { .. } | Push::Resubscribed { .. } | Push::Disconnected | Push::Refused { .. } => {}
         }
     }
 

@@ -1,26 +1,24 @@
-//! The Lua scripts do what the reference does: the same commands go to [`MemoryCore`] and, through [`RedisStore`], to a real
-//! server, and every reply, every push and what is left at the end are compared.
+//! The Lua scripts do what the reference does: the same commands go to [`MemoryCore`] and, through the store of a primary or of a
+//! cluster, to a real server, and every reply, every push and what is left at the end are compared.
 //!
 //! Time plays no part: leases last for minutes and end by being deleted. Tokens are compared exactly, since all floors that
 //! are not zero lie above the server's time, so that it never raises a counter.
 
 use std::time::Duration;
 
-use futures_util::StreamExt;
 use proptest::prelude::*;
 use proptest::test_runner::{Config, TestRunner};
-use redis::aio::PubSub;
+use redis::{FromRedisValue, PushInfo, PushKind};
+use tokio::sync::mpsc::UnboundedReceiver;
 
 use crate::clock::Moment;
 use crate::identity::ManagerId;
 use crate::key::LockKey;
 use crate::protocol::{Acquire, AcquireReply, Ask, Cycle, Place, Push, Release, ReleaseReply, RenewReply, Renewal};
 use crate::store::memory::{MemoryCore, Terms};
-use crate::store::redis::primary::RedisStore;
-use crate::store::{Holder, Inspection, Lane, LeaseStore};
-
-#[path = "../../tests/support/mod.rs"]
-mod support;
+use crate::store::redis::Compared;
+use crate::store::support::{Cluster, RedisServer};
+use crate::store::{Holder, Inspection, Lane};
 
 const MANAGERS: usize = 3;
 const CYCLES: u64 = 5;
@@ -129,33 +127,50 @@ struct Pair {
     managers: Vec<ManagerId>,
     keys: Vec<LockKey>,
     core: MemoryCore,
-    stores: Vec<RedisStore>,
+    stores: Vec<Box<dyn Compared>>,
     control: redis::aio::MultiplexedConnection,
-    pushes: PubSub,
+    inboxes: redis::aio::MultiplexedConnection,
+    pushes: UnboundedReceiver<PushInfo>,
+    /// What comes before the names of the commands of channels.
+    sharded: &'static str,
 }
 
 const SYNC: &str = "everything before this was received";
 
 impl Pair {
-    async fn new(url: &str) -> Self {
+    /// For a server at that URL. In a cluster, channels are sharded.
+    async fn new(url: &str, in_cluster: bool) -> Self {
         let managers: Vec<ManagerId> = (0..MANAGERS)
             .map(|number| ManagerId::of("h", 1, number as u64))
             .collect();
         let mut stores = Vec::new();
         for manager in &managers {
-            stores.push(RedisStore::for_comparison(url, manager).await);
+            stores.push(crate::store::redis::for_comparison(url, in_cluster, manager).await);
         }
-        let client = redis::Client::open(url).unwrap();
-        let mut pushes = client.get_async_pubsub().await.unwrap();
-        pushes.subscribe(SYNC).await.unwrap();
-        Self {
+        let client = redis::Client::open(format!("{url}?protocol=resp3")).unwrap();
+        let (sender, pushes) = tokio::sync::mpsc::unbounded_channel();
+        let config = redis::AsyncConnectionConfig::new().set_push_sender(sender);
+        let inboxes = client
+            .get_multiplexed_async_connection_with_config(&config)
+            .await
+            .unwrap();
+        let mut pair = Self {
             managers,
             keys: KEYS.iter().map(|key| LockKey::new(key).unwrap()).collect(),
             core: MemoryCore::default(),
             stores,
             control: client.get_multiplexed_async_connection().await.unwrap(),
+            inboxes,
             pushes,
-        }
+            sharded: if in_cluster { "S" } else { "" },
+        };
+        pair.on_channel("SUBSCRIBE", SYNC).await;
+        pair
+    }
+
+    async fn on_channel(&mut self, verb: &str, channel: &str) {
+        let mut command = redis::cmd(&format!("{}{verb}", self.sharded));
+        command.arg(channel).exec_async(&mut self.inboxes).await.unwrap();
     }
 
     async fn reset(&mut self) {
@@ -168,31 +183,28 @@ impl Pair {
 
     async fn listen(&mut self, manager: usize, listens: bool) {
         self.core.listen(self.managers[manager].as_str(), listens);
-        let inbox = self.stores[manager].inbox_name();
-        if listens {
-            self.pushes.subscribe(inbox).await.unwrap();
-        } else {
-            self.pushes.unsubscribe(inbox).await.unwrap();
+        let verb = if listens { "SUBSCRIBE" } else { "UNSUBSCRIBE" };
+        for inbox in self.stores[manager].inboxes(&self.keys) {
+            self.on_channel(verb, &inbox).await;
         }
     }
 
     /// What the server has pushed so far, to whom.
     async fn received(&mut self) -> Vec<(String, Push)> {
-        redis::cmd("PUBLISH")
-            .arg(SYNC)
-            .arg("")
-            .exec_async(&mut self.control)
-            .await
-            .unwrap();
+        let mut sync = redis::cmd(&format!("{}PUBLISH", self.sharded));
+        sync.arg(SYNC).arg("").exec_async(&mut self.control).await.unwrap();
         let mut received = Vec::new();
-        let mut messages = self.pushes.on_message();
-        while let Some(message) = messages.next().await {
-            if message.get_channel_name() == SYNC {
+        while let Some(PushInfo { kind, data }) = self.pushes.recv().await {
+            if !matches!(kind, PushKind::Message | PushKind::SMessage) {
+                continue;
+            }
+            let text = |index: usize| String::from_redis_value(data[index].clone()).unwrap();
+            let (channel, message) = (text(0), text(1));
+            if channel == SYNC {
                 break;
             }
-            let text: String = message.get_payload().unwrap();
-            let manager = message.get_channel_name().trim_start_matches("lock:in:").to_owned();
-            received.push((manager, RedisStore::read_push(&text).unwrap()));
+            let manager = channel.rsplit(':').next().unwrap().to_owned();
+            received.push((manager, crate::store::redis::read_push(&message).unwrap()));
         }
         received
     }
@@ -400,25 +412,55 @@ fn same_inspection(expected: &Inspection, found: &Inspection) -> bool {
     same_time(remaining(expected), remaining(found)) && timeless(expected) == timeless(found)
 }
 
-#[test]
-fn the_scripts_do_what_the_reference_does() {
-    let server = support::RedisServer::start();
+/// A cluster asks for a free key by script, and its counters follow the server's clock where they are below it.
+fn as_in_a_cluster(command: Command) -> Command {
+    let after_now = |terms: Given| Given {
+        floor: terms.floor.max(FLOOR),
+        ..terms
+    };
+    match command {
+        Command::Acquire { lock, ask, terms } => Command::Acquire {
+            lock,
+            ask: if ask == Ask::Free { Ask::Try } else { ask },
+            terms: after_now(terms),
+        },
+        Command::Release { lock, requeue, terms } => Command::Release {
+            lock,
+            requeue,
+            terms: after_now(terms),
+        },
+        other => other,
+    }
+}
+
+fn compare(url: &str, in_cluster: bool) {
     let runtime = tokio::runtime::Builder::new_current_thread()
         .enable_all()
         .build()
         .unwrap();
-    let pair = runtime.block_on(Pair::new(&server.url()));
+    let pair = runtime.block_on(Pair::new(url, in_cluster));
     let pair = std::cell::RefCell::new(pair);
     let config = Config {
         cases: 128,
         failure_persistence: None,
         ..Config::default()
     };
-    let commands = prop::collection::vec(command(), 10..40);
+    let command = command().prop_map(move |command| if in_cluster { as_in_a_cluster(command) } else { command });
+    let commands = prop::collection::vec(command, 10..40);
     let result = TestRunner::new(config).run(&commands, |commands| {
         runtime.block_on(pair.borrow_mut().compare(&commands))
     });
     if let Err(difference) = result {
         panic!("{difference}");
     }
+}
+
+#[test]
+fn the_scripts_do_what_the_reference_does() {
+    compare(&RedisServer::start().url(), false);
+}
+
+#[test]
+fn the_scripts_of_a_cluster_do_what_the_reference_does() {
+    compare(&Cluster::start(1, 0).nodes()[0].url(), true);
 }

@@ -2,8 +2,15 @@
 
 #[cfg(test)]
 mod conformance;
+#[cfg(feature = "etcd")]
+mod etcd;
 pub(crate) mod memory;
 pub(crate) mod redis;
+#[cfg(test)]
+#[path = "../../tests/support/mod.rs"]
+mod support;
+#[cfg(feature = "tls")]
+mod tls;
 
 use std::future::Future;
 use std::path::PathBuf;
@@ -61,6 +68,11 @@ pub(crate) trait LeaseStore: Send + Sync + 'static {
         key.slot()
     }
 
+    /// Waits until what is tidied up after releases that were answered is done. Asked once, before the background thread ends.
+    fn settle(&self) -> StoreFuture<()> {
+        Box::pin(std::future::ready(Ok(())))
+    }
+
     /// Receives pushes and hands them on until the receiver is gone. Reconnects by itself.
     fn listen(&self, pushes: mpsc::UnboundedSender<Push>) -> Pin<Box<dyn Future<Output = ()> + Send>>;
 }
@@ -86,6 +98,8 @@ pub(crate) struct StoreOptions {
 }
 
 /// The files for encrypted connections.
+// Without TLS nobody reads them.
+#[cfg_attr(not(feature = "tls"), allow(dead_code))]
 #[derive(Debug, Clone, Default)]
 pub(crate) struct TlsFiles {
     /// Who is trusted to sign certificates of servers; the system's authorities if there is none.
@@ -94,15 +108,38 @@ pub(crate) struct TlsFiles {
     pub(crate) client: Option<(PathBuf, PathBuf)>,
 }
 
+/// What to do where a server answers without encryption.
+const NOT_ENCRYPTED: &str =
+    "the port does not speak TLS; use the server's TLS port, or a URL without TLS (redis:// and its like)";
+
 /// Makes the store for a shard. Nothing is sent yet.
 pub(crate) fn open(endpoint: &Endpoint, options: StoreOptions) -> Result<Arc<dyn LeaseStore>, LockError> {
     Ok(match endpoint.kind() {
         EndpointKind::Redis(server) => Arc::new(redis::primary::RedisStore::new(server, options)?),
         EndpointKind::Memory { name } => Arc::new(memory::MemoryStore::open(name, options)),
-        EndpointKind::Sentinel { .. }
-        | EndpointKind::Cluster { .. }
-        | EndpointKind::Redlock { .. }
-        | EndpointKind::Etcd { .. } => {
+        EndpointKind::Sentinel {
+            sentinels,
+            primary,
+            access,
+        } => Arc::new(redis::primary::RedisStore::watched(
+            sentinels, primary, access, options,
+        )?),
+        #[cfg(feature = "etcd")]
+        EndpointKind::Etcd { hosts, login, tls } => {
+            Arc::new(etcd::EtcdStore::new(hosts, login.as_ref(), *tls, options)?)
+        }
+        // Parsing refuses it.
+        #[cfg(not(feature = "etcd"))]
+        EndpointKind::Etcd { .. } => {
+            return Err(Invalid::new(
+                "url",
+                endpoint.to_string(),
+                "of a kind that was built in (feature `etcd`)",
+            )
+            .into());
+        }
+        EndpointKind::Cluster { seeds } => Arc::new(redis::cluster::ClusterStore::new(seeds, options)?),
+        EndpointKind::Redlock { .. } => {
             return Err(Invalid::new("url", endpoint.to_string(), "of a kind that is built already").into());
         }
     })
@@ -184,7 +221,7 @@ pub struct Inspection {
     pub queue_length: u64,
     /// The first of those who wait, in order, as `manager:cycle`; at most 100.
     pub queue: Vec<String>,
-    /// The largest token that was issued in the key's slot, or `None` if there was none yet.
+    /// The largest token that was issued in the key's slot, or `None` if there was none yet. Etcd tells it of the holder only.
     pub last_token: Option<FencingToken>,
 }
 

@@ -9,11 +9,22 @@
 // A test is over when its surroundings fail.
 #![allow(clippy::expect_used, clippy::panic, clippy::unwrap_used)]
 
+pub mod cluster;
+#[cfg(feature = "etcd")]
+pub mod etcd;
+pub mod lasting;
+pub mod other_clock;
 pub mod process;
+pub mod proxy;
+pub mod sentinel;
 pub mod server;
+pub mod tls;
+#[cfg(feature = "tls")]
+mod tls_front;
 pub mod wait;
 pub mod worker;
 
+pub use cluster::Cluster;
 pub use server::{ClientType, RedisServer};
 pub use wait::{PATIENCE, eventually, wait_until};
 pub use worker::Worker;

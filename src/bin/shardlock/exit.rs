@@ -1,12 +1,16 @@
 //! How the tool ends: its exit codes, in one place.
 //!
 //! Codes for its own errors are those of `sysexits.h`, as with flock(1), since 1, 2 and 126 and more mean something
-//! else to the callers of commands.
+//! else to the callers of commands. `doctor` runs no command, and says with 1 and 2 how bad it is.
 
 use anyhow::Error;
 use shardlock::{Invalid, LockError};
 
 pub(crate) const OK: u8 = 0;
+/// `doctor` found what can go wrong.
+pub(crate) const WARNINGS: u8 = 1;
+/// `doctor` found what is wrong.
+pub(crate) const ERRORS: u8 = 2;
 /// The command line is wrong (EX_USAGE).
 pub(crate) const USAGE: u8 = 64;
 /// A shard can't be reached, or says no (EX_UNAVAILABLE).

@@ -1,6 +1,7 @@
 //! The command-line tool: thin over the library.
 
 mod demo;
+mod doctor;
 mod exec;
 mod exit;
 mod inspect;
@@ -38,6 +39,7 @@ Flags override the environment, and the environment overrides the file.";
 enum Command {
     Exec(exec::Args),
     Inspect(inspect::Args),
+    Doctor(doctor::Args),
     Slot(slot::Args),
     Demo(demo::DemoArgs),
     #[command(hide = true)]
@@ -66,6 +68,7 @@ fn run(command: Command) -> Result<u8, Failure> {
     match command {
         Command::Exec(args) => on_this_thread(exec::run(args)),
         Command::Inspect(args) => on_this_thread(inspect::run(args)),
+        Command::Doctor(args) => on_this_thread(doctor::run(args)),
         Command::Slot(args) => slot::run(args),
         Command::Demo(args) => on_this_thread(async { demo::run(args).await.map_err(|error| Failure::new(1, error)) }),
         Command::DemoChild(args) => {

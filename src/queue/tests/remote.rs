@@ -138,6 +138,74 @@ fn a_queued_reply_to_what_was_asked_before_a_new_subscription_is_not_trusted() {
 }
 
 #[test]
+fn at_its_turn_a_queued_cycle_asks_again_and_only_the_reply_lets_it_enter() {
+    let mut bench = Bench::new();
+    let (id, cycle) = bench.stand_in_queue(10);
+    bench.pass(ms(300));
+    let seen = bench.turn(cycle);
+    assert_eq!((seen.asks(), &seen.woken[..]), ((cycle, Ask::Join, 1), &[][..]));
+    assert!(!bench.queue.is_settled(id));
+    assert_eq!(bench.turn(cycle), NOTHING, "one request at a time");
+    let sent_at = bench.now;
+    bench.pass(ms(10));
+    assert_eq!(bench.reply_to(sent_at, cycle, extended(11, 11)).woken, [0]);
+    let guard = bench.guard(id);
+    assert_eq!((guard.token.get(), guard.path), (11, Path::RemoteGrant));
+    assert_eq!(guard.lease.valid_until(), sent_at + TTL - DRIFT);
+}
+
+#[test]
+fn a_turn_that_overtakes_the_queued_reply_is_not_forgotten() {
+    let mut bench = Bench::new();
+    let cycle = bench.want(0).1.asks().0;
+    assert_eq!(bench.turn(cycle), NOTHING);
+    assert_eq!(bench.reply(cycle, queued(10)).asks(), (cycle, Ask::Join, 1));
+    assert_eq!(bench.reply(cycle, queued(11)), NOTHING, "it was a turn, not two");
+}
+
+#[test]
+fn a_turn_whose_reply_says_queued_goes_on_waiting() {
+    let mut bench = Bench::new();
+    let (id, cycle) = bench.stand_in_queue(10);
+    bench.turn(cycle);
+    assert_eq!(bench.reply(cycle, queued(12)), NOTHING);
+    assert!(!bench.queue.is_settled(id));
+    assert_eq!(bench.grant(grant(cycle, 13, 13)).woken, [0]);
+}
+
+#[test]
+fn a_turn_whose_request_fails_is_told_and_cleaned_up() {
+    let mut bench = Bench::new();
+    let (id, cycle) = bench.stand_in_queue(10);
+    bench.turn(cycle);
+    let seen = bench.failed(cycle);
+    assert_eq!((seen.abandoned, seen.woken), (vec![cycle], vec![0]));
+    assert!(matches!(bench.collect(id), Some(Outcome::Failed(_))));
+    assert!(bench.queue.is_unused());
+}
+
+#[test]
+fn the_turn_of_a_cycle_that_is_over_is_given_back() {
+    let mut bench = Bench::new();
+    let stale = Cycle(99);
+    assert_eq!(bench.turn(stale).abandoned, [stale], "nothing is wanted");
+    let (id, cycle) = bench.stand_in_queue(10);
+    assert_eq!(bench.turn(stale).abandoned, [stale]);
+    assert!(!bench.queue.is_settled(id));
+    // Its release is on its way and does the same.
+    assert_eq!(bench.give_up(id).releases(), (cycle, None));
+    assert_eq!(bench.turn(cycle), NOTHING);
+}
+
+#[test]
+fn a_turn_of_what_is_held_changes_nothing() {
+    let mut bench = Bench::new();
+    let guard = bench.hold(1, 1);
+    assert_eq!(bench.turn(guard.lease.cycle), NOTHING);
+    assert!(bench.release(&guard).0);
+}
+
+#[test]
 fn a_reply_that_comes_later_than_the_lease_lasts_is_no_guard() {
     let mut bench = Bench::new();
     let (id, seen) = bench.want(0);

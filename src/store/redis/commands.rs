@@ -3,9 +3,11 @@
 use std::io::Write;
 use std::time::Duration;
 
-use deadpool_redis::redis::{Cmd, Pipeline, RedisError, RedisWrite, Value, cmd, pipe};
+use deadpool_redis::redis::aio::ConnectionLike;
+use deadpool_redis::redis::{Cmd, Pipeline, RedisError, RedisWrite, cmd, pipe};
 
 use super::names::Names;
+use super::permission::Permissions;
 use crate::identity::{ManagerId, Signature};
 use crate::key::LockKey;
 use crate::protocol::{Acquire, Ask, Cycle, Release, Renewal};
@@ -16,16 +18,37 @@ use crate::store::INSPECTED_QUEUE_MAX;
 pub(super) struct Commands {
     pub(super) names: Names,
     pub(super) manager: ManagerId,
-    inbox_prefix: String,
+    pub(super) permissions: Permissions,
+    inboxes: Inboxes,
+}
+
+/// Where managers are told.
+#[derive(Debug)]
+enum Inboxes {
+    /// Each has one inbox; this comes before its name.
+    One(String),
+    /// Each has one in every slot.
+    PerSlot,
 }
 
 impl Commands {
     pub(super) fn new(namespace: &str, manager: ManagerId) -> Self {
         let names = Names::new(namespace);
         Self {
-            inbox_prefix: names.inbox_prefix(),
+            inboxes: Inboxes::One(names.inbox_prefix()),
             names,
             manager,
+            permissions: Permissions::new(namespace),
+        }
+    }
+
+    /// For a cluster, where channels have slots.
+    pub(super) fn for_a_cluster(namespace: &str, manager: ManagerId) -> Self {
+        Self {
+            inboxes: Inboxes::PerSlot,
+            names: Names::new(namespace),
+            manager,
+            permissions: Permissions::new(namespace),
         }
     }
 
@@ -56,8 +79,9 @@ impl Commands {
             tokens,
         } = request;
         self.write_terms(command, key, cycle, ttl, tokens, floor);
-        command.arg(if ask == Ask::Try { "try" } else { "join" });
-        command.arg(&self.inbox_prefix).arg(key.as_str());
+        command.arg(if ask == Ask::Join { "join" } else { "try" });
+        self.write_inbox_prefix(command, key);
+        command.arg(key.as_str());
     }
 
     /// The keys and arguments of release.lua.
@@ -71,7 +95,8 @@ impl Commands {
             ..
         } = request;
         self.write_terms(command, key, cycle, ttl, tokens, floor);
-        command.arg(&self.inbox_prefix).arg(key.as_str());
+        self.write_inbox_prefix(command, key);
+        command.arg(key.as_str());
         match requeue {
             Some(next) => self.write_signature(command, next),
             None => command.write_arg(b""),
@@ -99,6 +124,14 @@ impl Commands {
             self.write_signature(command, renewal.cycle);
             command.arg(millis(renewal.ttl));
         }
+    }
+
+    /// The keys and arguments of renew_alone.lua.
+    pub(super) fn fill_renew_alone(&self, command: &mut Cmd, renewal: &Renewal) {
+        command.arg(1);
+        self.names.of(&renewal.key).lease().write(command);
+        self.write_signature(command, renewal.cycle);
+        command.arg(millis(renewal.ttl));
     }
 
     /// What is asked to look at a key: its lease, what is left of it, the length and the head of its queue, the counter.
@@ -133,6 +166,13 @@ impl Commands {
         command.arg(millis(ttl)).arg(tokens).arg(floor);
     }
 
+    fn write_inbox_prefix(&self, command: &mut Cmd, key: &LockKey) {
+        match &self.inboxes {
+            Inboxes::One(prefix) => command.write_arg(prefix.as_bytes()),
+            Inboxes::PerSlot => self.names.inbox_prefix_in(self.names.of(key).slot).write(command),
+        }
+    }
+
     /// Writes `manager:cycle` as the next argument, without the cost of formatting.
     fn write_signature(&self, command: &mut Cmd, cycle: Cycle) {
         let signature: Signature<'_> = self.manager.sign(cycle);
@@ -144,15 +184,26 @@ impl Commands {
     }
 }
 
+/// Removes all keys of the namespace from one server.
+pub(super) async fn erase(mut connection: impl ConnectionLike, commands: &Commands) -> Result<u64, RedisError> {
+    let (mut cursor, mut count) = (0, 0);
+    loop {
+        let (next, found): (u64, Vec<Vec<u8>>) = commands.scan(cursor).query_async(&mut connection).await?;
+        for key in found.iter().filter(|key| commands.names.is_ours(key)) {
+            // One by one: in a cluster they need not share a slot.
+            count += cmd("DEL").arg(key).query_async::<u64>(&mut connection).await?;
+        }
+        if next == 0 {
+            return Ok(count);
+        }
+        cursor = next;
+    }
+}
+
 /// How many keys one step of a scan looks at.
 const SCAN_COUNT: u32 = 1000;
 
 /// Whole milliseconds, as Redis wants them; never zero.
 fn millis(ttl: Duration) -> u64 {
     u64::try_from(ttl.as_millis()).unwrap_or(u64::MAX).max(1)
-}
-
-/// The replies of a pipeline, or the first error among them.
-pub(super) fn without_errors(replies: Vec<Value>) -> Result<Vec<Value>, RedisError> {
-    replies.into_iter().map(Value::extract_error).collect()
 }

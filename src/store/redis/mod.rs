@@ -4,8 +4,42 @@
 //! the server; `scripts/*.lua` hold the protocol. All are idempotent for a cycle. What is said to a server and what it says is the same
 //! whichever way a server is found: `names`, `commands`, `script` and `reply`.
 
+mod client;
+pub(crate) mod cluster;
 mod commands;
-mod names;
+pub(crate) mod names;
+mod permission;
 pub(crate) mod primary;
 mod reply;
 mod script;
+
+/// What the comparison with the reference needs to see and to set of a store.
+#[cfg(test)]
+pub(crate) trait Compared: super::LeaseStore {
+    /// Sets what the next request of that key says of the counter, in place of what the store has seen.
+    fn set_floor(&self, key: &crate::key::LockKey, floor: u64);
+
+    fn lease_name(&self, key: &crate::key::LockKey) -> String;
+
+    /// The channels on which the store's manager is told of these keys.
+    fn inboxes(&self, keys: &[crate::key::LockKey]) -> Vec<String>;
+}
+
+/// A store of the server at that URL, connected.
+#[cfg(test)]
+pub(crate) async fn for_comparison(
+    url: &str,
+    in_cluster: bool,
+    manager: &crate::identity::ManagerId,
+) -> Box<dyn Compared> {
+    if in_cluster {
+        Box::new(cluster::tests::for_comparison(url, manager).await)
+    } else {
+        Box::new(primary::RedisStore::for_comparison(url, manager).await)
+    }
+}
+
+#[cfg(test)]
+pub(crate) fn read_push(message: &str) -> Option<crate::protocol::Push> {
+    reply::push(message)
+}

@@ -17,7 +17,7 @@ use crate::key::{LockKey, Slot, hash_tag};
 /// | queue | `{lock:K}:q`, or `lock:%q:K` where K has a hash tag of its own |
 /// | counter | `lock:%fence:{tag}`, one per slot; the tag is a short text of that slot |
 /// | shard map | `lock:%map` |
-/// | inbox | channel `lock:in:<manager>` |
+/// | inbox | channel `lock:in:<manager>`; in a cluster one in each slot, `lock:in:{tag}:<manager>` |
 ///
 /// A `%` in K, and its braces where they are no valid hash tag, are percent-encoded: so no lease is called like a queue, a counter or the
 /// map, whatever the user calls a key.
@@ -135,6 +135,15 @@ impl Names {
         format!("{}in:", self.namespace)
     }
 
+    /// The same in a cluster, where each slot has an inbox of its own.
+    pub(crate) fn inbox_prefix_in(&self, slot: Slot) -> Name<'_> {
+        Name([&self.namespace, "in:{", "", "}:"], Some(slot_tags::tag(slot)))
+    }
+
+    pub(crate) fn inbox_in(&self, slot: Slot, manager: &ManagerId) -> String {
+        format!("{}{manager}", self.inbox_prefix_in(slot))
+    }
+
     pub(crate) fn inbox(&self, manager: &ManagerId) -> String {
         format!("{}{manager}", self.inbox_prefix())
     }
@@ -236,6 +245,14 @@ mod tests {
     }
 
     proptest! {
+        #[test]
+        fn an_inbox_of_a_slot_is_in_the_slot(slot in 0..crate::key::SLOTS) {
+            let name = format!("x{slot}");
+            let slot = Slot::of(name.as_bytes());
+            let inbox = Names::new("lock:").inbox_in(slot, &ManagerId::of("h", 1, 2));
+            prop_assert_eq!(Slot::of(inbox.as_bytes()), slot);
+        }
+
         #[test]
         fn all_keys_of_a_lock_share_a_slot(key in "[a-b{}%: é\\\\]{1,10}") {
             prop_assert!(all_in_one_slot(&names(&key)));

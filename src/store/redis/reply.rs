@@ -4,6 +4,7 @@ use std::time::Duration;
 
 use deadpool_redis::redis::{ErrorKind, RedisError, ServerErrorKind, Value};
 
+use super::permission;
 use crate::fence::{FencingToken, TokenBlock};
 use crate::identity::parse_signature;
 use crate::key::LockKey;
@@ -43,6 +44,33 @@ pub(super) fn server_time(value: &Value) -> Option<(u64, u64)> {
         [seconds, micros] => Some((seconds.try_into().ok()?, micros.try_into().ok()?)),
         _ => None,
     }
+}
+
+/// What a server is to others of its kind.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub(super) enum Role {
+    Primary,
+    /// A copy of the server at that `host:port`.
+    Replica {
+        of: String,
+    },
+    Sentinel,
+}
+
+/// The reply to `ROLE`.
+pub(super) fn role(value: &Value) -> Result<Role, StoreError> {
+    let read = || {
+        let Value::Array(parts) = value else { return None };
+        Some(match as_text(parts.first()?)?.as_str() {
+            "master" => Role::Primary,
+            "slave" => Role::Replica {
+                of: format!("{}:{}", as_text(parts.get(1)?)?, as_int(parts.get(2)?)?),
+            },
+            "sentinel" => Role::Sentinel,
+            _ => return None,
+        })
+    };
+    read().ok_or_else(|| unexpected("ROLE", value))
 }
 
 fn acquire_reply(numbers: &[i64], tokens: u32) -> Option<AcquireReply> {
@@ -174,6 +202,13 @@ pub(super) fn push(message: &str) -> Option<Push> {
 
 /// What an error means for the one who asked, in words that say what to do. The server's errors contain no password.
 pub(super) fn error_in_words(error: &RedisError) -> StoreError {
+    if let Some(words) = permission::in_words(error) {
+        return StoreError::Refused(words.into());
+    }
+    #[cfg(feature = "tls")]
+    if let Some(advice) = crate::store::tls::cause(error).and_then(crate::store::tls::advice) {
+        return StoreError::Refused(format!("{advice}: {error}").into());
+    }
     let advice = match error.kind() {
         ErrorKind::Server(kind) => match kind {
             ServerErrorKind::BusyLoading
@@ -183,7 +218,6 @@ pub(super) fn error_in_words(error: &RedisError) -> StoreError {
                 return StoreError::Unavailable(format!("the server is not ready: {error}").into());
             }
             ServerErrorKind::ReadOnly => "the server is a replica; connect to the primary",
-            ServerErrorKind::NoPerm => "give the user this permission",
             ServerErrorKind::Moved | ServerErrorKind::Ask | ServerErrorKind::CrossSlot => {
                 "the server is part of a Redis Cluster, which a redis:// shard can't be"
             }
@@ -204,6 +238,9 @@ pub(super) fn error_in_words(error: &RedisError) -> StoreError {
         },
         ErrorKind::InvalidClientConfig | ErrorKind::RESP3NotSupported => {
             "the connection settings do not fit the server"
+        }
+        ErrorKind::Parse => {
+            "the answer is not of Redis's protocol; if it is a TLS port, use a URL with TLS (rediss:// and its like)"
         }
         _ => return StoreError::Unavailable(error.to_string().into()),
     };

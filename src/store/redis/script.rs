@@ -1,20 +1,41 @@
 //! The Lua scripts, and how one is called.
 
 use deadpool_redis::redis::aio::MultiplexedConnection;
-use deadpool_redis::redis::{Cmd, ErrorKind, RedisResult, Script, ServerErrorKind, Value};
+use deadpool_redis::redis::{Cmd, ErrorKind, Pipeline, RedisError, RedisResult, Script, ServerErrorKind, Value};
+
+use super::permission::Permissions;
 
 /// A script whose hash was computed once.
 #[derive(Debug)]
 pub(super) struct LuaScript {
     code: &'static str,
     hash: String,
+    permissions: Permissions,
+}
+
+/// How a call says which script it means.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(super) enum Named {
+    /// As usual.
+    ByHash,
+    /// Where the server does not know it (any more).
+    ByText,
 }
 
 impl LuaScript {
-    fn new(code: &'static str) -> Self {
+    fn new(code: &'static str, permissions: &Permissions) -> Self {
         Self {
             code,
             hash: Script::new(code).get_hash().to_owned(),
+            permissions: permissions.clone(),
+        }
+    }
+
+    /// The command that calls it by its hash, or by its text.
+    pub(super) fn command(&self, by: Named, fill: impl Fn(&mut Cmd)) -> Cmd {
+        match by {
+            Named::ByHash => command("EVALSHA", &self.hash, fill),
+            Named::ByText => command("EVAL", self.code, fill),
         }
     }
 
@@ -25,22 +46,72 @@ impl LuaScript {
         connection: &mut MultiplexedConnection,
         fill: impl Fn(&mut Cmd),
     ) -> RedisResult<Value> {
-        let by_hash = command("EVALSHA", &self.hash, &fill);
-        match connection
-            .send_packed_command(&by_hash)
-            .await
-            .and_then(Value::extract_error)
-        {
-            Err(error) if error.kind() == ErrorKind::Server(ServerErrorKind::NoScript) => {
-                let by_text = command("EVAL", self.code, &fill);
-                // Rare, so it should not make every call larger.
-                Box::pin(connection.send_packed_command(&by_text))
-                    .await
-                    .and_then(Value::extract_error)
-            }
+        let by_hash = self.command(Named::ByHash, &fill);
+        let reply = connection.send_packed_command(&by_hash).await;
+        match reply.and_then(Value::extract_error) {
+            Err(error) => Box::pin(self.failed(error, by_hash, connection, fill)).await,
             reply => reply,
         }
     }
+
+    /// Rare, so it should not make every call larger.
+    async fn failed(
+        &self,
+        error: RedisError,
+        by_hash: Cmd,
+        connection: &mut MultiplexedConnection,
+        fill: impl Fn(&mut Cmd),
+    ) -> RedisResult<Value> {
+        let (error, call) = if error.kind() == ErrorKind::Server(ServerErrorKind::NoScript) {
+            let by_text = self.command(Named::ByText, &fill);
+            let reply = connection.send_packed_command(&by_text).await;
+            match reply.and_then(Value::extract_error) {
+                Err(error) => (error, by_text),
+                reply => return reply,
+            }
+        } else {
+            (error, by_hash)
+        };
+        Err(self.permissions.of_script(error, self.code, &call, connection).await)
+    }
+
+    #[cfg(test)]
+    pub(super) fn code(&self) -> &str {
+        self.code
+    }
+
+    /// The same with another command right behind it, and both replies; neither costs a round trip of its own.
+    pub(super) async fn call_before(
+        &self,
+        after: &Cmd,
+        connection: &mut MultiplexedConnection,
+        fill: impl Fn(&mut Cmd),
+    ) -> RedisResult<(Value, Value)> {
+        let by_hash = self.command(Named::ByHash, &fill);
+        let (reply, behind) = call_both(&by_hash, after, connection).await?;
+        let (error, call) = match reply.extract_error() {
+            Err(error) if error.kind() == ErrorKind::Server(ServerErrorKind::NoScript) => {
+                // What came behind was too early.
+                let by_text = self.command(Named::ByText, &fill);
+                let (reply, behind) = call_both(&by_text, after, connection).await?;
+                match reply.extract_error() {
+                    Err(error) => (error, by_text),
+                    Ok(reply) => return Ok((reply, behind)),
+                }
+            }
+            Err(error) => (error, by_hash),
+            Ok(reply) => return Ok((reply, behind)),
+        };
+        Err(self.permissions.of_script(error, self.code, &call, connection).await)
+    }
+}
+
+async fn call_both(call: &Cmd, after: &Cmd, connection: &mut MultiplexedConnection) -> RedisResult<(Value, Value)> {
+    let mut both = Pipeline::with_capacity(2);
+    both.add_command(call.clone()).add_command(after.clone());
+    let mut replies = connection.send_packed_commands(&both, 0, 2).await?.into_iter();
+    let mut next = || replies.next().unwrap_or(Value::Nil);
+    Ok((next(), next()))
 }
 
 /// Room for the keys and arguments of a usual call, so that writing it does not grow the buffer.
@@ -62,21 +133,39 @@ pub(super) struct Scripts {
     pub(super) release_free: LuaScript,
     pub(super) release: LuaScript,
     pub(super) renew: LuaScript,
+    /// For a lease whose slot is being moved.
+    pub(super) renew_alone: LuaScript,
+}
+
+/// The text of a script that begins with what is particular to a kind of server.
+macro_rules! script {
+    ($kind:literal, $name:literal) => {
+        concat!(
+            include_str!(concat!("scripts/", $kind, ".lua")),
+            include_str!("scripts/common.lua"),
+            include_str!(concat!("scripts/", $name, ".lua"))
+        )
+    };
 }
 
 impl Scripts {
-    pub(super) fn new() -> Self {
+    pub(super) fn for_a_primary(namespace: &str) -> Self {
+        Self::of(script!("single", "acquire"), script!("single", "release"), namespace)
+    }
+
+    pub(super) fn for_a_cluster(namespace: &str) -> Self {
+        Self::of(script!("cluster", "acquire"), script!("cluster", "release"), namespace)
+    }
+
+    fn of(acquire: &'static str, release: &'static str, namespace: &str) -> Self {
+        let permissions = Permissions::new(namespace);
+        let script = |code| LuaScript::new(code, &permissions);
         Self {
-            acquire: LuaScript::new(concat!(
-                include_str!("scripts/common.lua"),
-                include_str!("scripts/acquire.lua")
-            )),
-            release_free: LuaScript::new(include_str!("scripts/release_free.lua")),
-            release: LuaScript::new(concat!(
-                include_str!("scripts/common.lua"),
-                include_str!("scripts/release.lua")
-            )),
-            renew: LuaScript::new(include_str!("scripts/renew.lua")),
+            acquire: script(acquire),
+            release_free: script(include_str!("scripts/release_free.lua")),
+            release: script(release),
+            renew: script(include_str!("scripts/renew.lua")),
+            renew_alone: script(include_str!("scripts/renew_alone.lua")),
         }
     }
 }

@@ -3,13 +3,16 @@
 use std::sync::Arc;
 use std::time::Duration;
 
-use deadpool_redis::redis::Client;
+use deadpool_redis::redis::aio::PubSub;
+use deadpool_redis::redis::{Client, cmd};
 use futures_util::StreamExt;
 use tokio::sync::mpsc;
 
-use super::super::reply::push;
+use super::super::client::connection_info;
+use super::super::reply::{push, role};
 use super::Shared;
 use crate::protocol::Push;
+use crate::store::StoreError;
 
 /// The first and the longest pause before another attempt to subscribe.
 const PAUSE_MIN: Duration = Duration::from_millis(5);
@@ -17,17 +20,14 @@ const PAUSE_MAX: Duration = Duration::from_secs(1);
 
 /// Listens until nobody receives. After every successful subscription `Resubscribed` comes first: what was pushed before
 /// it may be lost.
-pub(super) async fn listen(client: Client, shared: Arc<Shared>, pushes: mpsc::UnboundedSender<Push>) {
+pub(super) async fn listen(shared: Arc<Shared>, pushes: mpsc::UnboundedSender<Push>) {
     let channel = shared.commands.names.inbox(&shared.commands.manager);
+    let mut moves = shared.moves.listen();
     let mut pause = PAUSE_MIN;
     while !pushes.is_closed() {
-        let subscribed = tokio::time::timeout(shared.timeout, async {
-            let mut inbox = client.get_async_pubsub().await?;
-            inbox.subscribe(&channel).await?;
-            Ok::<_, deadpool_redis::redis::RedisError>(inbox)
-        });
-        match subscribed.await {
-            Ok(Ok(inbox)) => {
+        moves.catch_up();
+        match tokio::time::timeout(shared.timeout, subscribe(&shared, &channel)).await {
+            Ok(Ok((inbox, place))) => {
                 pause = PAUSE_MIN;
                 shared.metrics.subscriptions.increment(1);
                 if pushes.send(Push::Resubscribed { slot: None }).is_err() {
@@ -37,13 +37,14 @@ pub(super) async fn listen(client: Client, shared: Arc<Shared>, pushes: mpsc::Un
                 loop {
                     let message = tokio::select! {
                         message = messages.next() => message,
+                        () = moves.must_leave(&place) => None,
                         () = pushes.closed() => return,
                     };
                     let Some(message) = message else { break };
                     let text = String::from_utf8_lossy(message.get_payload_bytes());
                     match push(&text) {
                         Some(push) => {
-                            if pushes.send(push).is_err() {
+                            if pushes.send(shared.as_confirmed(push)).is_err() {
                                 return;
                             }
                         }
@@ -56,13 +57,53 @@ pub(super) async fn listen(client: Client, shared: Arc<Shared>, pushes: mpsc::Un
                     return;
                 }
             }
-            Ok(Err(error)) => tracing::warn!(%channel, %error, "could not subscribe to the inbox"),
-            Err(_) => tracing::warn!(%channel, timeout = ?shared.timeout, "subscribing to the inbox took too long"),
+            Ok(Err(error)) => {
+                shared.source.doubt();
+                match error {
+                    StoreError::Refused(reason) => {
+                        if pushes.send(Push::Refused { reason }).is_err() {
+                            return;
+                        }
+                    }
+                    error => {
+                        tracing::warn!(shard = %shared.shard, %channel, ?error, "could not subscribe to the inbox");
+                    }
+                }
+            }
+            Err(_) => {
+                tracing::warn!(shard = %shared.shard, %channel, timeout = ?shared.timeout, "subscribing to the inbox took too long");
+                shared.source.doubt();
+            }
         }
         tokio::select! {
             () = tokio::time::sleep(pause) => {}
+            // It is known where the primary is now.
+            () = moves.news() => {}
             () = pushes.closed() => return,
         }
         pause = (pause * 2).min(PAUSE_MAX);
     }
+}
+
+/// Subscribes on the primary. Says where that is.
+async fn subscribe(shared: &Shared, channel: &str) -> Result<(PubSub, String), StoreError> {
+    let server = shared.source.locate().await?;
+    shared.moves.inbox_goes_to(server.place());
+    let in_words = |error| {
+        shared
+            .source
+            .in_words(&shared.commands.permissions.of_subscription(error))
+    };
+    let info = connection_info(&server, &shared.tls).map_err(|error| StoreError::Refused(error.to_string().into()))?;
+    let client = Client::open(info).map_err(in_words)?;
+    let mut inbox = client.get_async_pubsub().await.map_err(in_words)?;
+    inbox.subscribe(channel).await.map_err(in_words)?;
+    if shared.source.follows() {
+        // What is published on the new primary reaches the subscribers of a demoted one as well, but does not count as received: others would be
+        // preferred for ever. A connection that listens can't be asked, so another one is; a demotion after that is told by the sentinels.
+        let mut asking = client.get_multiplexed_async_connection().await.map_err(in_words)?;
+        let answer = cmd("ROLE").query_async(&mut asking).await.map_err(in_words)?;
+        shared.source.accept(&role(&answer)?, server.place())?;
+    }
+    Ok((inbox, server.place().to_owned()))
 }

@@ -1,28 +1,38 @@
-//! One long-lived connection that is replaced when it breaks.
+//! One long-lived connection to the primary that is replaced when it breaks, or when the primary is another server.
 
 use std::sync::Arc;
 use std::sync::atomic::{AtomicU64, Ordering};
+use std::time::{Duration, Instant};
 
 use deadpool_redis::redis::aio::MultiplexedConnection;
-use deadpool_redis::redis::{AsyncConnectionConfig, ConnectionInfo, pipe};
+use deadpool_redis::redis::{AsyncConnectionConfig, ConnectionInfo, ErrorKind, RedisError, Value, pipe};
 use deadpool_redis::{Connection, Manager, Pool};
 use parking_lot::Mutex;
 
-use super::super::commands::without_errors;
-use super::super::reply::{as_text, error_in_words, server_time};
+use super::super::client::{connection_info, with_reason};
+use super::super::reply::{as_text, role, server_time};
 use super::Shared;
+use crate::endpoint::ServerUrl;
 use crate::fence::FencingToken;
 use crate::store::StoreError;
 
-/// A connection, checked out of the pool once and kept: a check-out per request would cost a round trip each.
+/// A connection, checked out of a pool once and kept: a check-out per request would cost a round trip each.
 pub(super) struct Link {
-    pool: Pool,
     shared: Arc<Shared>,
-    current: Mutex<Option<Live>>,
+    current: Mutex<Option<Current>>,
     /// How many connections were opened.
     opened: AtomicU64,
-    /// Held while connecting, so that a hundred tasks that find the connection broken make one new one.
-    connecting: tokio::sync::Mutex<()>,
+    /// Held while connecting, so that a hundred tasks that find the connection broken make one new one; with the error of the last
+    /// attempt, which is theirs, too.
+    connecting: tokio::sync::Mutex<Option<StoreError>>,
+    /// How many attempts failed.
+    failed: AtomicU64,
+}
+
+struct Current {
+    live: Live,
+    /// `host:port`
+    place: String,
 }
 
 /// A connection and which one it is.
@@ -35,31 +45,24 @@ pub(super) struct Live {
 /// How many requests may wait to be written before senders wait: enough for thousands of tasks that ask at once.
 const PIPELINE_BUFFER: usize = 4096;
 
+/// How long to wait before asking for the primary again while a failover is under way, at first and at most.
+const FAILOVER_PAUSE_MIN: Duration = Duration::from_millis(10);
+const FAILOVER_PAUSE_MAX: Duration = Duration::from_millis(100);
+
 impl Link {
-    pub(super) fn new(info: &ConnectionInfo, shared: &Arc<Shared>) -> Result<Self, StoreError> {
-        // No response timeout: the time limit of a request is its sender's, whatever runtime the sender lives on.
-        let config = AsyncConnectionConfig::new()
-            .set_response_timeout(None)
-            .set_connection_timeout(Some(shared.timeout))
-            .set_pipeline_buffer_size(PIPELINE_BUFFER);
-        let unusable = |error: &dyn std::fmt::Display| StoreError::Refused(error.to_string().into());
-        let manager = Manager::new_with_config(info.clone(), config).map_err(|error| unusable(&error))?;
-        let pool = Pool::builder(manager)
-            .max_size(1)
-            .build()
-            .map_err(|error| unusable(&error))?;
-        Ok(Self {
-            pool,
+    pub(super) fn new(shared: &Arc<Shared>) -> Self {
+        Self {
             shared: Arc::clone(shared),
             current: Mutex::new(None),
             opened: AtomicU64::new(0),
-            connecting: tokio::sync::Mutex::new(()),
-        })
+            connecting: tokio::sync::Mutex::new(None),
+            failed: AtomicU64::new(0),
+        }
     }
 
     /// The connection; a new one if there is none.
     pub(super) async fn get(&self) -> Result<Live, StoreError> {
-        let live = self.current.lock().clone();
+        let live = self.live();
         match live {
             Some(live) => Ok(live),
             // On the heap: connecting is rare and would make the future of every request ten times as large.
@@ -67,50 +70,167 @@ impl Link {
         }
     }
 
+    fn live(&self) -> Option<Live> {
+        self.current.lock().as_ref().map(|current| current.live.clone())
+    }
+
     async fn connect(&self) -> Result<Live, StoreError> {
-        let _only_one = self.connecting.lock().await;
-        if let Some(live) = self.current.lock().clone() {
+        let failed = self.failed.load(Ordering::Acquire);
+        let mut last_error = self.connecting.lock().await;
+        if let Some(live) = self.live() {
             return Ok(live);
         }
-        let connection = self.pool.get().await.map_err(|error| match error {
-            deadpool_redis::PoolError::Backend(error) => error_in_words(&error),
-            other => StoreError::Unavailable(other.to_string().into()),
-        })?;
-        let mut connection = Connection::take(connection);
-        self.greet(&mut connection).await?;
-        self.shared.metrics.connects.increment(1);
+        if let Some(error) = &*last_error
+            && self.failed.load(Ordering::Acquire) != failed
+        {
+            // It was tried while this task waited.
+            return Err(error.clone());
+        }
+        let connected = self.find_primary().await;
+        *last_error = connected.as_ref().err().cloned();
+        if connected.is_err() {
+            self.failed.fetch_add(1, Ordering::Release);
+        }
+        connected
+    }
+
+    /// Connects to the primary. While a failover is under way, the sentinels are asked again and again, for most of the time that a
+    /// request has: usually it is over by then, and whoever asked did not notice.
+    async fn find_primary(&self) -> Result<Live, StoreError> {
+        let shared = &*self.shared;
+        if !shared.source.follows() {
+            return self.open(&shared.source.locate().await?).await;
+        }
+        let until = Instant::now() + shared.timeout * 3 / 4;
+        let mut pause = FAILOVER_PAUSE_MIN;
+        let mut moves = shared.moves.listen();
+        loop {
+            moves.catch_up();
+            let server = shared.source.locate().await?;
+            let left = until.saturating_duration_since(Instant::now());
+            let opened = tokio::select! {
+                opened = tokio::time::timeout(left, self.open(&server)) => opened,
+                // Wherever this one leads, it may be the wrong place.
+                () = moves.news() => continue,
+            };
+            let silent = || StoreError::Unavailable(format!("{} does not answer", server.place()).into());
+            let error = match opened.unwrap_or_else(|_| Err(silent())) {
+                Err(StoreError::Unavailable(error)) => error,
+                opened => return opened,
+            };
+            if moves.has_news() {
+                continue;
+            }
+            shared.source.doubt();
+            if Instant::now() + pause >= until {
+                let place = server.place();
+                return Err(StoreError::Unavailable(
+                    format!("the sentinels name {place} as the primary: {error}").into(),
+                ));
+            }
+            tokio::select! {
+                () = tokio::time::sleep(pause) => {}
+                () = moves.news() => {}
+            }
+            pause = (pause * 2).min(FAILOVER_PAUSE_MAX);
+        }
+    }
+
+    async fn open(&self, server: &ServerUrl) -> Result<Live, StoreError> {
+        let shared = &*self.shared;
+        let switches = shared.moves.switches();
+        let info = connection_info(server, &shared.tls);
+        let info = info.map_err(|error| StoreError::Refused(error.to_string().into()))?;
+        let pool = pool(&info, shared)?;
+        let connecting = async {
+            let connection = pool.get().await.map_err(|error| match error {
+                deadpool_redis::PoolError::Backend(error) => error,
+                other => (ErrorKind::Client, "the pool gave no connection", other.to_string()).into(),
+            })?;
+            Ok(Connection::take(connection))
+        };
+        let mut connection = with_reason(&info, shared.timeout, connecting).await?;
+        self.greet(&mut connection, server.place()).await?;
+        shared.metrics.connects.increment(1);
         let generation = self.opened.fetch_add(1, Ordering::Relaxed);
         let live = Live { connection, generation };
-        *self.current.lock() = Some(live.clone());
+        let mut current = self.current.lock();
+        // Under the mutex: a switch that is told after this look finds the connection here.
+        if shared.moves.switches() != switches {
+            return Err(StoreError::Unavailable("the primary became another server".into()));
+        }
+        *current = Some(Current {
+            live: live.clone(),
+            place: server.place().to_owned(),
+        });
+        drop(current);
+        if shared.source.follows() {
+            shared.moves.settled(server.place());
+        }
         Ok(live)
     }
 
     /// That connection is of no more use.
     pub(super) fn broken(&self, broken: &Live) {
-        let mut current = self.current.lock();
-        if current
-            .as_ref()
-            .is_some_and(|live| live.generation == broken.generation)
-        {
-            *current = None;
-        }
+        self.current
+            .lock()
+            .take_if(|current| current.live.generation == broken.generation);
     }
 
-    /// Once per connection: the floor below which the counters of this server must not be, and whether all managers have
-    /// one map. Both are done again for every connection, since the server behind it may be another one, or have lost
-    /// its data.
-    async fn greet(&self, connection: &mut MultiplexedConnection) -> Result<(), StoreError> {
+    /// Whether that error means that the connection is of no more use, which it isn't from now on: it broke, or leads to a server that
+    /// is no primary.
+    pub(super) fn is_ended_by(&self, error: &RedisError, live: &Live) -> bool {
+        let shared = &*self.shared;
+        let is_left = shared.source.is_left_by(error);
+        if !is_left && !error.is_unrecoverable_error() {
+            return false;
+        }
+        let of_this = |current: &mut Current| current.live.generation == live.generation;
+        let ended = self.current.lock().take_if(of_this);
+        if let Some(ended) = ended
+            && is_left
+            && shared.source.follows()
+        {
+            // The inbox must not stay there either.
+            shared.moves.left(&ended.place);
+        }
+        true
+    }
+
+    /// Whether the connection, if there is one, leads to another place.
+    pub(super) fn is_elsewhere(&self, place: &str) -> bool {
+        self.current
+            .lock()
+            .as_ref()
+            .is_some_and(|current| current.place != place)
+    }
+
+    /// The primary is at that place now.
+    pub(super) fn leave_unless_at(&self, place: &str) {
+        self.current.lock().take_if(|current| current.place != place);
+    }
+
+    /// Once per connection: whether it is a primary at all, the floor below which the counters of this server must not be, and whether all
+    /// managers have one map. All are done again for every connection, since the server behind it may be another one, or have
+    /// lost its data.
+    async fn greet(&self, connection: &mut MultiplexedConnection, place: &str) -> Result<(), StoreError> {
         let shared = &*self.shared;
         let map_key = shared.commands.names.map();
         let mut greeting = pipe();
+        greeting.cmd("ROLE");
         greeting.cmd("TIME");
         greeting.cmd("SET").arg(&map_key).arg(&shared.map).arg("NX");
         greeting.cmd("GET").arg(&map_key);
-        let replies = connection.send_packed_commands(&greeting, 0, 3).await;
-        let replies = replies.and_then(without_errors);
-        let replies = replies.map_err(|error| error_in_words(&error))?;
+        let replies = connection.send_packed_commands(&greeting, 0, 4).await;
+        let replies = replies.map_err(|error| shared.source.in_words(&error))?;
+        // First, since a replica has nothing but errors for the rest.
+        if let Some(Ok(answer)) = replies.first().cloned().map(Value::extract_error) {
+            shared.source.accept(&role(&answer)?, place)?;
+        }
+        let replies = shared.commands.permissions.without_errors(&greeting, replies);
+        let replies = replies.map_err(|error| shared.source.in_words(&error))?;
         let (time, theirs) = match &replies[..] {
-            [time, _, map] => (server_time(time), as_text(map)),
+            [_, time, _, map] => (server_time(time), as_text(map)),
             _ => (None, None),
         };
         let (Some((seconds, micros)), Some(theirs)) = (time, theirs) else {
@@ -130,4 +250,19 @@ impl Link {
             .fetch_max(FencingToken::from_server_time(seconds, micros), Ordering::AcqRel);
         Ok(())
     }
+}
+
+/// A pool for the one connection that is taken out of it.
+fn pool(info: &ConnectionInfo, shared: &Shared) -> Result<Pool, StoreError> {
+    let unusable = |error: &dyn std::fmt::Display| StoreError::Refused(error.to_string().into());
+    // No response timeout: the time limit of a request is its sender's, whatever runtime the sender lives on.
+    let config = AsyncConnectionConfig::new()
+        .set_response_timeout(None)
+        .set_connection_timeout(Some(shared.timeout))
+        .set_pipeline_buffer_size(PIPELINE_BUFFER);
+    let manager = Manager::new_with_config(info.clone(), config).map_err(|error| shared.source.in_words(&error))?;
+    Pool::builder(manager)
+        .max_size(1)
+        .build()
+        .map_err(|error| unusable(&error))
 }

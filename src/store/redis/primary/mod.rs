@@ -1,54 +1,75 @@
-//! A single Redis (or Valkey) primary as a lease store.
+//! A Redis (or Valkey) primary as a lease store, at a fixed address or where sentinels say that it is.
 //!
 //! # Implementation details
 //!
 //! Connections: `connections` command connections on the program's runtime, among which a key always uses the same one, so that the
 //! requests for a key keep their order; one on the watchdog's thread for renewals; one that only listens to the manager's inbox. A connection that
-//! carries commands never subscribes: an unsolicited push would be taken for a reply.
+//! carries commands never subscribes: an unsolicited push would be taken for a reply. Where sentinels watch the primary, there is one
+//! connection to each of them, which only listens as well (`follow`).
+//!
+//! Every connection asks `source` where the primary is when it is made, and is greeted: it must be a primary, and its time becomes the floor of all
+//! counters before the first request is sent on it. So a replica that is promoted with old counters never issues an old token.
+//! A connection ends when it breaks, when its server says that it is no primary, or when a sentinel says so (`moves`). The request that found
+//! out is sent again on a new one, which is safe since it is idempotent for its cycle; the inbox goes along, and whoever waits asks again.
+//!
+//! Replication is asynchronous, so a failover may lose a lease that was just given. Its holder learns of it at its next renewal, within a tenth
+//! of the TTL; until then two may hold the lock, and the tokens tell them apart. `confirm` is the remedy for who needs more.
 
+mod confirm;
+mod follow;
 mod inbox;
 mod link;
+mod moves;
 #[cfg(test)]
 mod probe;
+mod sentinels;
+mod source;
 
 use std::pin::Pin;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicU64, Ordering};
 use std::time::Duration;
 
-use deadpool_redis::redis::aio::ConnectionLike;
-use deadpool_redis::redis::io::tcp::TcpSettings;
-use deadpool_redis::redis::{Client, Cmd, ConnectionInfo, IntoConnectionInfo, RedisError, Value, cmd};
+use deadpool_redis::redis::{Cmd, RedisError, RedisResult, Value, cmd};
 use tokio::sync::mpsc;
 
-use super::commands::{Commands, without_errors};
-use super::reply::{acquired, acquired_freely, error_in_words, inspected, released, renewed, server_time};
+use super::commands::{Commands, erase};
+use super::reply::{acquired, acquired_freely, inspected, released, renewed, role, server_time};
 use super::script::Scripts;
 use crate::clock::Moment;
-use crate::endpoint::ServerUrl;
+use crate::endpoint::{Access, ServerUrl};
 use crate::error::Invalid;
 use crate::key::{LockKey, SLOTS, Slot};
 use crate::protocol::{Acquire, AcquireReply, Answer, Ask, Push, Release, ReleaseReply, RenewReply, Renewal};
-use crate::store::{Inspection, Lane, LeaseStore, ServerTime, StoreError, StoreFuture, StoreOptions};
+use crate::store::{Inspection, Lane, LeaseStore, ServerTime, StoreError, StoreFuture, StoreOptions, TlsFiles};
 use crate::telemetry::ShardMetrics;
-use link::Link;
+use confirm::Confirm;
+use link::{Link, Live};
+use moves::Moves;
+use sentinels::Sentinels;
+use source::Source;
 
 /// See the module.
 pub(crate) struct RedisStore {
     callers: Vec<Arc<Link>>,
     background: Arc<Link>,
-    client: Client,
     shared: Arc<Shared>,
 }
 
 /// What the connections of a store share.
 pub(super) struct Shared {
+    shard: Arc<str>,
+    source: Source,
+    tls: TlsFiles,
+    moves: Moves,
     commands: Commands,
     map: String,
     timeout: Duration,
     scripts: Scripts,
     metrics: Arc<ShardMetrics>,
-    /// The server's time at the last connect, as a token: counters below it were lost.
+    /// Whether replicas must have a lease before it counts.
+    confirm: Option<Confirm>,
+    /// The largest of the servers' times at the connects, as a token: counters below it were lost.
     floor: AtomicU64,
     /// The largest token seen in each slot.
     seen: Box<[AtomicU64]>,
@@ -60,28 +81,43 @@ const RENEWALS_PER_CALL: usize = 128;
 const RECONNECTS_PER_REQUEST: usize = 2;
 
 impl RedisStore {
-    /// Prepares a store; nothing is sent yet.
+    /// Prepares a store on the server at that address; nothing is sent yet.
     pub(crate) fn new(server: &ServerUrl, options: StoreOptions) -> Result<Self, Invalid> {
-        // The error of the client library may quote the URL, and with it the password.
-        let unusable = || Invalid::new("url", server.place(), "a server that the client library can use");
-        let info = server.as_str().into_connection_info().map_err(|_| unusable())?;
-        let info: ConnectionInfo = info.set_tcp_settings(TcpSettings::default().set_nodelay(true));
+        Self::from_source(Source::Fixed(server.clone()), options)
+    }
+
+    /// Prepares a store on the primary that sentinels know by that name; nothing is sent yet.
+    pub(crate) fn watched(
+        sentinels: &[ServerUrl],
+        primary: &str,
+        access: &Access,
+        options: StoreOptions,
+    ) -> Result<Self, Invalid> {
+        let (servers, name) = (sentinels.to_vec(), primary.to_owned());
+        let sentinels = Sentinels::new(servers, name, access.clone(), options.tls.clone(), options.timeout);
+        Self::from_source(Source::Sentinels(sentinels), options)
+    }
+
+    fn from_source(source: Source, options: StoreOptions) -> Result<Self, Invalid> {
+        source.check(&options.tls)?;
         let shared = Arc::new(Shared {
+            shard: options.shard,
+            source,
+            tls: options.tls,
+            moves: Moves::new(),
             commands: Commands::new(&options.namespace, options.manager),
             map: options.map,
             timeout: options.timeout,
-            scripts: Scripts::new(),
+            scripts: Scripts::for_a_primary(&options.namespace),
             metrics: options.metrics,
+            confirm: Confirm::new(options.min_replicas_acked, options.timeout),
             floor: AtomicU64::new(0),
             seen: (0..SLOTS).map(|_| AtomicU64::new(0)).collect(),
         });
-        let link = || Link::new(&info, &shared).map(Arc::new).map_err(|_| unusable());
+        let link = || Arc::new(Link::new(&shared));
         Ok(Self {
-            callers: (0..options.connections.max(1))
-                .map(|_| link())
-                .collect::<Result<_, _>>()?,
-            background: link()?,
-            client: Client::open(info.clone()).map_err(|_| unusable())?,
+            callers: (0..options.connections.max(1)).map(|_| link()).collect(),
+            background: link(),
             shared,
         })
     }
@@ -110,6 +146,105 @@ impl Shared {
         };
         self.seen[usize::from(slot.number())].fetch_max(token, Ordering::AcqRel);
     }
+
+    /// How often the primary has become another server, where it can.
+    fn switches(&self) -> u64 {
+        match self.source {
+            Source::Fixed(_) => 0,
+            Source::Sentinels(_) => self.moves.switches(),
+        }
+    }
+
+    /// Asks once, on that connection.
+    async fn ask(
+        &self,
+        live: &mut Live,
+        request: &Acquire,
+        floor: u64,
+    ) -> RedisResult<Result<AcquireReply, StoreError>> {
+        let &Acquire {
+            ref key,
+            cycle,
+            ask,
+            ttl,
+            tokens,
+        } = request;
+        if let Some(confirm) = &self.confirm {
+            // On the heap, so that it does not make the future of every request larger.
+            return Box::pin(self.ask_confirmed(confirm, live, request, floor)).await;
+        }
+        if ask == Ask::Free {
+            let commands = self.commands.take_freely(key, cycle, ttl, tokens);
+            let replies = live.connection.send_packed_commands(&commands, 0, 2).await?;
+            let replies = self.commands.permissions.without_errors(&commands, replies)?;
+            return Ok(acquired_freely(&replies, tokens));
+        }
+        let fill = |command: &mut Cmd| self.commands.fill_acquire(command, request, floor);
+        let value = self.scripts.acquire.call(&mut live.connection, fill).await?;
+        Ok(acquired(&value, tokens))
+    }
+
+    /// The same with a wait for replicas right behind it. A lease that they did not confirm is an error.
+    async fn ask_confirmed(
+        &self,
+        confirm: &Confirm,
+        live: &mut Live,
+        request: &Acquire,
+        floor: u64,
+    ) -> RedisResult<Result<AcquireReply, StoreError>> {
+        let &Acquire {
+            ref key,
+            cycle,
+            ask,
+            ttl,
+            tokens,
+        } = request;
+        let wait = confirm.next();
+        let (reply, acked) = if ask == Ask::Free {
+            let mut commands = self.commands.take_freely(key, cycle, ttl, tokens);
+            commands.add_command(wait.command());
+            let mut replies = live.connection.send_packed_commands(&commands, 0, 3).await?;
+            let acked = replies.pop().unwrap_or(Value::Nil);
+            let replies = self.commands.permissions.without_errors(&commands, replies)?;
+            (acquired_freely(&replies, tokens), acked)
+        } else {
+            let fill = |command: &mut Cmd| self.commands.fill_acquire(command, request, floor);
+            let call = self
+                .scripts
+                .acquire
+                .call_before(&wait.command(), &mut live.connection, fill)
+                .await?;
+            (acquired(&call.0, tokens), call.1)
+        };
+        let reply = match reply {
+            Ok(reply) => reply,
+            Err(error) => return Ok(Err(error)),
+        };
+        if !matches!(reply, AcquireReply::Granted { .. }) {
+            return Ok(Ok(reply));
+        }
+        // Its tokens were issued, whatever becomes of the lease.
+        self.saw(self.commands.names.of(key).slot, &reply);
+        // An error of the wait itself may mean that the server is no primary any more.
+        let acked = acked.extract_error()?;
+        Ok(confirm.judge(wait, &acked).map(|()| reply))
+    }
+
+    /// What a push means where a lease counts only once replicas have it: whoever granted it did not ask them.
+    fn as_confirmed(&self, push: Push) -> Push {
+        match push {
+            Push::Granted { key, grant } if self.confirm.is_some() => Push::Turn {
+                key,
+                cycle: grant.cycle,
+            },
+            push => push,
+        }
+    }
+
+    /// The reply of a cycle that joined again. It may be granted, but was not confirmed: then it has to ask.
+    fn confirmed_or_asked(&self, requeued: Option<AcquireReply>) -> Option<AcquireReply> {
+        requeued.filter(|reply| self.confirm.is_none() || !matches!(reply, AcquireReply::Granted { .. }))
+    }
 }
 
 impl LeaseStore for RedisStore {
@@ -128,42 +263,30 @@ impl LeaseStore for RedisStore {
         let slot = shared.commands.names.of(&request.key).slot;
         let link = self.link(Lane::Caller, slot);
         Box::pin(async move {
-            let Acquire { cycle, ttl, tokens, .. } = request;
             let mut request = request;
-            let mut attempt = 0;
+            let mut attempts = Attempts::default();
             loop {
                 let mut live = link.get().await?;
-                let floor = shared.floor(slot);
+                let (floor, switches) = (shared.floor(slot), shared.switches());
                 let sent_at = Moment::now();
-                let reply = if request.ask == Ask::Free {
-                    let commands = shared.commands.take_freely(&request.key, cycle, ttl, tokens);
-                    let replies = live.connection.send_packed_commands(&commands, 0, 2).await;
-                    replies
-                        .and_then(without_errors)
-                        .map(|replies| acquired_freely(&replies, tokens))
-                } else {
-                    let fill = |command: &mut Cmd| shared.commands.fill_acquire(command, &request, floor);
-                    let call = shared.scripts.acquire.call(&mut live.connection, fill).await;
-                    call.map(|value| acquired(&value, tokens))
-                };
-                match reply {
+                match shared.ask(&mut live, &request, floor).await {
+                    // What a server says that was replaced meanwhile is of no worth.
+                    Ok(_) if shared.switches() != switches => attempts.was_in_vain(None)?,
                     Ok(reply) => {
                         let reply = reply?;
                         shared.saw(slot, &reply);
                         return Ok(Answer {
                             sent_at,
-                            ttl,
+                            ttl: request.ttl,
                             floor,
                             reply,
                         });
                     }
-                    Err(error) => {
-                        retry_on_a_new_connection(&link, &live, &error, &mut attempt)?;
-                        if request.ask == Ask::Free {
-                            // The first attempt may have taken the lease: only the script knows its own.
-                            request.ask = Ask::Join;
-                        }
-                    }
+                    Err(error) => attempts.failed(&shared, &link, &live, &error)?,
+                }
+                if request.ask == Ask::Free {
+                    // The attempt may have taken the lease: only the script knows its own.
+                    request.ask = Ask::Join;
                 }
             }
         })
@@ -175,65 +298,76 @@ impl LeaseStore for RedisStore {
         let link = self.link(lane, slot);
         Box::pin(async move {
             let Release { ttl, tokens, .. } = request;
-            let mut attempt = 0;
+            let mut attempts = Attempts::default();
             let mut free = request.nobody_waits;
             loop {
                 let mut live = link.get().await?;
-                let floor = shared.floor(slot);
+                let (floor, switches) = (shared.floor(slot), shared.switches());
                 let sent_at = Moment::now();
+                let mut reply = None;
                 if free {
                     free = false;
                     let fill =
                         |command: &mut Cmd| shared.commands.fill_release_free(command, &request.key, request.cycle);
                     match shared.scripts.release_free.call(&mut live.connection, fill).await {
                         Ok(Value::Int(1)) => {
-                            let reply = ReleaseReply {
+                            reply = Some(ReleaseReply {
                                 held: true,
                                 requeued: None,
-                            };
-                            return Ok(Answer {
-                                sent_at,
-                                ttl,
-                                floor,
-                                reply,
                             });
                         }
                         // Somebody waits after all, or it is not ours any more.
                         Ok(_) => {}
                         Err(error) => {
-                            retry_on_a_new_connection(&link, &live, &error, &mut attempt)?;
+                            attempts.failed(&shared, &link, &live, &error)?;
                             continue;
                         }
                     }
                 }
-                let fill = |command: &mut Cmd| shared.commands.fill_release(command, &request, floor);
-                match shared.scripts.release.call(&mut live.connection, fill).await {
-                    Ok(value) => {
-                        let mut reply = released(&value, request.requeue.is_some(), tokens)?;
-                        // An earlier attempt, whose reply was lost with its connection, may have done it: that it is not
-                        // ours any more is no loss then.
-                        reply.held |= attempt > 0;
-                        if let Some(reply) = &reply.requeued {
-                            shared.saw(slot, reply);
+                let mut reply = match reply {
+                    Some(reply) => reply,
+                    None => {
+                        let fill = |command: &mut Cmd| shared.commands.fill_release(command, &request, floor);
+                        match shared.scripts.release.call(&mut live.connection, fill).await {
+                            Ok(value) => released(&value, request.requeue.is_some(), tokens)?,
+                            Err(error) => {
+                                attempts.failed(&shared, &link, &live, &error)?;
+                                continue;
+                            }
                         }
-                        return Ok(Answer {
-                            sent_at,
-                            ttl,
-                            floor,
-                            reply,
-                        });
                     }
-                    Err(error) => retry_on_a_new_connection(&link, &live, &error, &mut attempt)?,
+                };
+                if shared.switches() != switches {
+                    // The new primary may still have the lease.
+                    attempts.was_in_vain(Some(reply.held))?;
+                    continue;
                 }
+                // An earlier attempt, whose reply was lost with its connection, may have done it: that it is not
+                // ours any more is no loss then.
+                reply.held |= attempts.may_have_released;
+                if let Some(reply) = &reply.requeued {
+                    shared.saw(slot, reply);
+                }
+                reply.requeued = shared.confirmed_or_asked(reply.requeued);
+                return Ok(Answer {
+                    sent_at,
+                    ttl,
+                    floor,
+                    reply,
+                });
             }
         })
     }
 
-    fn renew(&self, batch: Vec<Renewal>, _limit: Duration) -> StoreFuture<Vec<Option<RenewReply>>> {
+    fn renew(&self, batch: Vec<Renewal>, limit: Duration) -> StoreFuture<Vec<Option<RenewReply>>> {
         let shared = Arc::clone(&self.shared);
         let link = Arc::clone(&self.background);
         Box::pin(async move {
             let live = link.get().await?;
+            let in_words = |error: RedisError| {
+                link.is_ended_by(&error, &live);
+                shared.source.in_words(&error)
+            };
             let calls = batch.chunks(RENEWALS_PER_CALL).map(|part| {
                 let (mut connection, shared) = (live.connection.clone(), &shared);
                 async move {
@@ -244,14 +378,27 @@ impl LeaseStore for RedisStore {
             });
             let mut replies = Vec::with_capacity(batch.len());
             for part in futures_util::future::join_all(calls).await {
-                match part {
-                    Ok(part) => replies.extend(part?.into_iter().map(Some)),
-                    Err(error) => {
-                        if error.is_unrecoverable_error() {
-                            link.broken(&live);
-                        }
-                        return Err(error_in_words(&error));
-                    }
+                replies.extend(part.map_err(in_words)??.into_iter().map(Some));
+            }
+            let mut connection = live.connection.clone();
+            if replies.contains(&Some(RenewReply::NotOurs)) {
+                // Where nothing is to be written, a server that was demoted meanwhile does not say so. What it does not know, the new
+                // primary may.
+                let answer = cmd("ROLE").query_async(&mut connection).await.map_err(in_words)?;
+                if let Err(error) = shared.source.accept(&role(&answer)?, "the server") {
+                    link.broken(&live);
+                    return Err(error);
+                }
+            }
+            if let Some(confirm) = &shared.confirm {
+                let wait = confirm.within(limit);
+                let acked = connection.send_packed_command(&wait.command()).await;
+                let acked = acked.and_then(Value::extract_error).map_err(in_words)?;
+                if let Err(error) = confirm.judge(wait, &acked) {
+                    tracing::warn!(shard = %shared.shard, ?error, leases = batch.len(), "a renewal does not count; it is tried again while the leases last");
+                    replies
+                        .iter_mut()
+                        .for_each(|reply| *reply = reply.filter(|reply| *reply == RenewReply::NotOurs));
                 }
             }
             Ok(replies)
@@ -263,15 +410,12 @@ impl LeaseStore for RedisStore {
         let link = self.link(Lane::Caller, shared.commands.names.of(&key).slot);
         Box::pin(async move {
             let mut live = link.get().await?;
-            let replies = live
-                .connection
-                .send_packed_commands(&shared.commands.inspect(&key), 0, 5)
-                .await;
-            let replies = replies.and_then(without_errors).map_err(|error| {
-                if error.is_unrecoverable_error() {
-                    link.broken(&live);
-                }
-                error_in_words(&error)
+            let commands = shared.commands.inspect(&key);
+            let replies = live.connection.send_packed_commands(&commands, 0, 5).await;
+            let replies = replies.and_then(|replies| shared.commands.permissions.without_errors(&commands, replies));
+            let replies = replies.map_err(|error| {
+                link.is_ended_by(&error, &live);
+                shared.source.in_words(&error)
             })?;
             inspected(&replies)
         })
@@ -283,20 +427,19 @@ impl LeaseStore for RedisStore {
         Box::pin(async move {
             let live = link.get().await?;
             let erased = erase(live.connection, &shared.commands).await;
-            erased.map_err(|error| error_in_words(&error))
+            erased.map_err(|error| shared.source.in_words(&error))
         })
     }
 
     fn server_time(&self) -> StoreFuture<Option<ServerTime>> {
+        let shared = Arc::clone(&self.shared);
         let link = Arc::clone(&self.background);
         Box::pin(async move {
             let mut live = link.get().await?;
             let reply = cmd("TIME").query_async::<Value>(&mut live.connection).await;
             let reply = reply.map_err(|error| {
-                if error.is_unrecoverable_error() {
-                    link.broken(&live);
-                }
-                error_in_words(&error)
+                link.is_ended_by(&error, &live);
+                shared.source.in_words(&error)
             })?;
             let (seconds, micros) = server_time(&reply)
                 .ok_or_else(|| StoreError::Refused(format!("unexpected reply to TIME: {reply:?}").into()))?;
@@ -312,42 +455,53 @@ impl LeaseStore for RedisStore {
     }
 
     fn listen(&self, pushes: mpsc::UnboundedSender<Push>) -> Pin<Box<dyn Future<Output = ()> + Send>> {
-        Box::pin(inbox::listen(self.client.clone(), Arc::clone(&self.shared), pushes))
+        let shared = Arc::clone(&self.shared);
+        let listening = inbox::listen(Arc::clone(&shared), pushes);
+        if !shared.source.follows() {
+            return Box::pin(listening);
+        }
+        let links = self.callers.iter().chain([&self.background]).map(Arc::clone).collect();
+        Box::pin(async move {
+            tokio::select! {
+                () = listening => {}
+                () = follow::follow(shared, links) => {}
+            }
+        })
     }
 }
 
-/// Removes all keys of the namespace from one server.
-pub(in crate::store::redis) async fn erase(
-    mut connection: impl ConnectionLike,
-    commands: &Commands,
-) -> Result<u64, RedisError> {
-    let (mut cursor, mut count) = (0, 0);
-    loop {
-        let (next, found): (u64, Vec<Vec<u8>>) = commands.scan(cursor).query_async(&mut connection).await?;
-        for key in found.iter().filter(|key| commands.names.is_ours(key)) {
-            // One by one: in a cluster they need not share a slot.
-            count += cmd("DEL").arg(key).query_async::<u64>(&mut connection).await?;
-        }
-        if next == 0 {
-            return Ok(count);
-        }
-        cursor = next;
-    }
+/// How often a request was sent in vain.
+#[derive(Default)]
+struct Attempts {
+    count: usize,
+    /// Whether one of them may have given the lease back.
+    may_have_released: bool,
 }
 
-/// A connection that broke is replaced, and the request sent again: the store takes two requests of one cycle for one.
-fn retry_on_a_new_connection(
-    link: &Link,
-    live: &link::Live,
-    error: &RedisError,
-    attempt: &mut usize,
-) -> Result<(), StoreError> {
-    if error.is_unrecoverable_error() {
-        link.broken(live);
-        *attempt += 1;
-        if *attempt <= RECONNECTS_PER_REQUEST {
+impl Attempts {
+    /// A connection that broke, or leads to no primary any more, is replaced, and the request sent again: the store takes two requests of
+    /// one cycle for one. Everything else is the error of the request.
+    fn failed(&mut self, shared: &Shared, link: &Link, live: &Live, error: &RedisError) -> Result<(), StoreError> {
+        if link.is_ended_by(error, live) && (shared.source.follows() || error.is_unrecoverable_error()) {
+            self.count += 1;
+            // A server that answered that it is no primary has done nothing.
+            self.may_have_released |= error.is_unrecoverable_error();
+            if self.count <= RECONNECTS_PER_REQUEST {
+                return Ok(());
+            }
+        }
+        Err(shared.source.in_words(error))
+    }
+
+    /// The primary became another server while the request was on its way, so its reply is not worth anything; or that the lease was `held`.
+    fn was_in_vain(&mut self, held: Option<bool>) -> Result<(), StoreError> {
+        self.count += 1;
+        self.may_have_released |= held.unwrap_or(false);
+        if self.count <= RECONNECTS_PER_REQUEST {
             return Ok(());
         }
+        Err(StoreError::Unavailable(
+            "the primary became another server while the request was on its way, more than once".into(),
+        ))
     }
-    Err(error_in_words(error))
 }

@@ -3,12 +3,11 @@
 use std::sync::atomic::Ordering;
 use std::time::Duration;
 
-use super::super::reply;
+use super::super::Compared;
 use super::RedisStore;
 use crate::endpoint::{Endpoint, EndpointKind};
 use crate::identity::ManagerId;
 use crate::key::LockKey;
-use crate::protocol::Push;
 use crate::store::{LeaseStore, StoreOptions};
 
 impl RedisStore {
@@ -28,23 +27,20 @@ impl RedisStore {
         assert!(store.background.get().await.is_ok());
         store
     }
+}
 
-    /// Sets what the next request of that key says of the counter, in place of what the store has seen.
-    pub(crate) fn set_floor(&self, key: &LockKey, floor: u64) {
+impl Compared for RedisStore {
+    fn set_floor(&self, key: &LockKey, floor: u64) {
         let slot = self.shared.commands.names.of(key).slot;
         self.shared.floor.store(floor, Ordering::Release);
         self.shared.seen[usize::from(slot.number())].store(0, Ordering::Release);
     }
 
-    pub(crate) fn lease_name(&self, key: &LockKey) -> String {
+    fn lease_name(&self, key: &LockKey) -> String {
         self.shared.commands.names.of(key).lease().to_string()
     }
 
-    pub(crate) fn inbox_name(&self) -> String {
-        self.shared.commands.names.inbox(&self.shared.commands.manager)
-    }
-
-    pub(crate) fn read_push(message: &str) -> Option<Push> {
-        reply::push(message)
+    fn inboxes(&self, _keys: &[LockKey]) -> Vec<String> {
+        vec![self.shared.commands.names.inbox(&self.shared.commands.manager)]
     }
 }

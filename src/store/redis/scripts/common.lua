@@ -1,19 +1,7 @@
--- Shared by acquire.lua and release.lua, which come after it in the same script.
+-- Shared by acquire.lua and release.lua, which come after it in the same script. Before it comes single.lua or cluster.lua,
+-- with tell() and reserve().
 --
 -- KEYS: 1 lease, 2 queue (sorted set of signatures, score = the counter when it joined), 3 counter of the slot.
-
--- Reserves n numbers and returns the largest. A counter below the caller's floor was lost (a flush, a restart without
--- data, an old replica): it is raised to the larger of the floor and the server's time first, so that it never goes back.
-local function reserve(n, floor)
-  local last = redis.call('INCRBY', KEYS[3], n)
-  if last - n < floor then
-    local time = redis.call('TIME')
-    local now = (tonumber(time[1]) - 1735689600) * 8000000 + tonumber(time[2]) * 8
-    last = math.max(floor, now) + n
-    redis.call('SET', KEYS[3], string.format('%.0f', last))
-  end
-  return last
-end
 
 -- The manager and the cycle of a signature; nil for a value that another library wrote.
 local function signed(signature)
@@ -21,28 +9,29 @@ local function signed(signature)
 end
 
 -- Makes the first in the queue the owner and tells it; goes on to the next where nobody listens (a dead process).
--- `me` is told by the reply instead. Returns the new owner and its largest token; deletes the lease where nobody is left.
+-- `me` is told by the reply instead. Returns the new owner, its largest token and how many still wait; deletes the lease where nobody
+-- is left. Looks at the queue no more once it is empty: in a slot of a cluster that is being moved, a key that is gone can't be asked for.
 local function pass_on(me, ttl, n, floor, channel, key)
   local last
-  while true do
+  local waiting = redis.call('ZCARD', KEYS[2])
+  while waiting > 0 do
     local heir = redis.call('ZPOPMIN', KEYS[2])[1]
-    if not heir then
-      redis.call('DEL', KEYS[1])
-      return nil
-    end
+    waiting = waiting - 1
     last = last or reserve(n, floor)
     redis.call('SET', KEYS[1], heir, 'PX', ttl)
     if heir == me then
-      return heir, last
+      return heir, last, waiting
     end
     local manager, cycle = signed(heir)
     if manager then
-      local grant = string.format('g %s %.0f %d %s %d ', cycle, last, n, ttl, redis.call('ZCARD', KEYS[2]))
-      if redis.call('PUBLISH', channel .. manager, grant .. key) > 0 then
-        return heir, last
+      local grant = string.format('g %s %.0f %d %s %d ', cycle, last, n, ttl, waiting)
+      if tell(channel .. manager, grant .. key) > 0 then
+        return heir, last, waiting
       end
     end
   end
+  redis.call('DEL', KEYS[1])
+  return nil
 end
 
 -- A place in the queue outlives those who wait by this much, in milliseconds, if all of them die.
@@ -84,7 +73,7 @@ local function acquire(me, ttl, n, floor, try, channel, key)
     if ahead == 0 or not new then
       local manager, cycle = signed(owner)
       if manager and string.byte(cycle, -1) % 2 == 0 then
-        redis.call('PUBLISH', channel .. manager, 'w ' .. cycle .. ' ' .. key)
+        tell(channel .. manager, 'w ' .. cycle .. ' ' .. key)
       end
     end
     return queued(mark, owner, ahead)
@@ -108,9 +97,9 @@ local function acquire(me, ttl, n, floor, try, channel, key)
     return {1, reserve(n, floor), 0, 0}
   end
   join(me, floor)
-  local heir, last = pass_on(me, ttl, n, floor, channel, key)
+  local heir, last, waiting = pass_on(me, ttl, n, floor, channel, key)
   if heir == me then
-    return {1, last, redis.call('ZCARD', KEYS[2]), 0}
+    return {1, last, waiting, 0}
   end
   return queued(last, heir, redis.call('ZRANK', KEYS[2], me))
 end

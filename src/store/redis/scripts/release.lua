@@ -14,8 +14,8 @@ if next == '' then
   return {1}
 end
 join(next, floor)
-local heir, last = pass_on(next, ttl, n, floor, channel, key)
+local heir, last, waiting = pass_on(next, ttl, n, floor, channel, key)
 if heir == next then
-  return {1, 1, last, redis.call('ZCARD', KEYS[2]), 0}
+  return {1, 1, last, waiting, 0}
 end
 return {1, unpack(queued(last, heir, redis.call('ZRANK', KEYS[2], next)))}

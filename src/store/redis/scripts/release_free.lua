@@ -2,7 +2,8 @@
 --
 -- KEYS: 1 lease, 2 queue. ARGV: 1 signature.
 -- Replies: 1 released | 0 nothing was done, and release.lua has to look.
-if redis.call('GET', KEYS[1]) == ARGV[1] and redis.call('EXISTS', KEYS[2]) == 0 then
+if redis.call('GET', KEYS[1]) == ARGV[1]
+  and redis.call('EXISTS', KEYS[2]) == 0 then
   return redis.call('DEL', KEYS[1])
 end
 return 0

@@ -5,11 +5,15 @@
 local replies = {}
 for i = 1, #KEYS, 2 do
   local reply = 0
-  if redis.pcall('GET', KEYS[i]) == ARGV[i] then
+  local owner = redis.pcall('GET', KEYS[i])
+  if owner == ARGV[i] then
     if redis.call('PTTL', KEYS[i]) < tonumber(ARGV[i + 1]) then
       redis.call('PEXPIRE', KEYS[i], ARGV[i + 1])
     end
     reply = 1 + redis.call('EXISTS', KEYS[i + 1])
+  elseif type(owner) == 'table' and string.sub(owner.err, 1, 9) ~= 'WRONGTYPE' then
+    -- The server does not let us see whose it is (a permission was taken away): that is no loss yet.
+    return owner
   end
   replies[#replies + 1] = reply
 end

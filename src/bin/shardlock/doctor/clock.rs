@@ -1,0 +1,114 @@
+//! Whether clocks agree.
+
+use std::time::Duration;
+
+use super::facts::{Clock, Seen, Server};
+use super::finding::Finding;
+
+const CHECK: &str = "clock";
+
+/// From which difference on, in milliseconds, a warning is due.
+const DIFFERENCE_MOST_MS: u64 = 500;
+
+const MEND: &str =
+    "let chrony or ntpd set the clock of both machines, slewed and never stepped (chronyc tracking, timedatectl)";
+
+/// A server's clock against that of this machine.
+pub(super) fn against_ours(seen: &Seen) -> Option<Finding> {
+    let clock = seen.clock.as_ref().ok()?;
+    let found = format!("{} this machine's", difference(clock));
+    // What the round trip leaves open is for the server.
+    let certain = clock.ahead_ms.unsigned_abs().saturating_sub(millis(clock.unsure));
+    Some(if certain <= DIFFERENCE_MOST_MS {
+        Finding::ok(CHECK, found)
+    } else {
+        Finding::warning(
+            CHECK,
+            found,
+            "no lock depends on this, but one of the two clocks is wrong: a server's clock that is put right by a jump ends leases too soon or too \
+             late, and tokens after a failover or a loss of data grow only where the clocks of servers are close",
+            MEND,
+        )
+    })
+}
+
+/// The clocks of the servers of one shard against one another.
+pub(super) fn among<'a>(servers: impl IntoIterator<Item = &'a Server>) -> Option<Finding> {
+    const CHECK: &str = "clocks";
+    let mut clocks: Vec<(&str, Clock)> = servers
+        .into_iter()
+        .filter_map(|server| Some((server.place.as_str(), *server.seen.as_ref().ok()?.clock.as_ref().ok()?)))
+        .collect();
+    clocks.sort_by_key(|(_, clock)| clock.ahead_ms);
+    let [(slowest, behind), .., (fastest, ahead)] = clocks[..] else {
+        return None;
+    };
+    let apart = behind.ahead_ms.abs_diff(ahead.ahead_ms);
+    let certain = apart.saturating_sub(millis(behind.unsure + ahead.unsure));
+    Some(if certain <= DIFFERENCE_MOST_MS {
+        Finding::ok(CHECK, format!("{apart} ms apart at most"))
+    } else {
+        Finding::warning(
+            CHECK,
+            format!("{fastest} is {apart} ms ahead of {slowest}"),
+            "tokens start from a server's clock when another one takes over, so they grow through a failover only where the clocks of servers are \
+             close",
+            MEND,
+        )
+    })
+}
+
+fn millis(time: Duration) -> u64 {
+    u64::try_from(time.as_millis()).unwrap_or(u64::MAX)
+}
+
+fn difference(clock: &Clock) -> String {
+    match clock.ahead_ms {
+        0 => "within a millisecond of".to_owned(),
+        ahead @ 1.. => format!("{ahead} ms ahead of"),
+        behind => format!("{} ms behind", behind.unsigned_abs()),
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::doctor::finding::Level;
+
+    fn seen(ahead_ms: i64, unsure_ms: u64) -> Seen {
+        let mut seen = Seen::good("", &[]);
+        seen.clock = Ok(Clock {
+            ahead_ms,
+            unsure: Duration::from_millis(unsure_ms),
+        });
+        seen
+    }
+
+    #[test]
+    fn a_clock_is_wrong_only_beyond_what_the_round_trip_leaves_open() {
+        let level = |ahead, unsure| against_ours(&seen(ahead, unsure)).unwrap().level;
+        assert_eq!(level(500, 0), Level::Ok);
+        assert_eq!(level(-501, 0), Level::Warning);
+        assert_eq!(level(700, 200), Level::Ok);
+        let found = against_ours(&seen(-501, 0)).unwrap().found;
+        assert_eq!(found, "501 ms behind this machine's");
+    }
+
+    #[test]
+    fn servers_are_compared_with_one_another() {
+        let server = |place: &str, ahead| Server {
+            place: place.to_owned(),
+            has_login: false,
+            encrypted: false,
+            seen: Ok(seen(ahead, 0)),
+        };
+        assert_eq!(among(&[server("a:1", 0)]), None);
+        // Both are close to ours, but not to one another.
+        let finding = among(&[server("a:1", 300), server("b:1", -300), server("c:1", 0)]).unwrap();
+        assert_eq!(
+            (finding.level, finding.found.as_str()),
+            (Level::Warning, "a:1 is 600 ms ahead of b:1")
+        );
+        assert_eq!(among(&[server("a:1", 300), server("b:1", 0)]).unwrap().level, Level::Ok);
+    }
+}

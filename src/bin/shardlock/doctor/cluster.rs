@@ -1,0 +1,405 @@
+//! A Redis Cluster.
+
+use std::collections::{BTreeMap, BTreeSet};
+
+use deadpool_redis::redis::cmd;
+use futures_util::future::join_all;
+use shardlock::{Endpoint, SLOTS, ServerUrl};
+
+use super::facts::{Info, Server, Trouble};
+use super::finding::{Finding, Level};
+use super::look::{Asking, ask, look};
+use super::report::{ServerReport, ShardReport};
+use super::server::{Expected, checked};
+use super::{Kind, clock, reach};
+
+/// What one node says of the cluster.
+#[derive(Debug, Clone, Default)]
+struct View {
+    info: Info,
+    nodes: Vec<Node>,
+    settings: BTreeMap<String, String>,
+    /// Why the nodes are not known.
+    refused: Option<String>,
+}
+
+/// A node as another one, or it itself, sees it.
+#[derive(Debug, Clone, PartialEq, Eq)]
+struct Node {
+    id: String,
+    /// `host:port`
+    place: String,
+    flags: String,
+    /// The id of its primary, if it is a replica.
+    primary: Option<String>,
+    slots: u32,
+    ranges: Vec<String>,
+}
+
+/// How many nodes are looked at.
+const NODES_MOST: usize = 256;
+
+pub(super) async fn examine(endpoint: &Endpoint, asking: &Asking<'_>, fingerprint: &str, report: &mut ShardReport) {
+    let seeds = endpoint.servers();
+    let views = join_all(seeds.iter().map(|seed| view(seed, asking))).await;
+    let found = views.iter().flatten().find(|view| !view.nodes.is_empty()).cloned();
+    let level = if found.is_some() { Level::Warning } else { Level::Error };
+    for (seed, view) in seeds.iter().zip(&views) {
+        if let Err(trouble) = view {
+            report.servers.push(unreachable(seed, trouble, level));
+        }
+    }
+    let Some(first) = found else {
+        report.findings.extend(refused(views.iter().flatten()));
+        // Those that answer are no nodes of a cluster, which the check of their mode says, or don't tell.
+        let expected = expected(asking, fingerprint, None);
+        for (seed, _) in seeds.iter().zip(&views).filter(|(_, view)| view.is_ok()) {
+            let server = look(seed, Kind::Cluster, asking).await;
+            report.servers.push(checked(&server, &expected));
+        }
+        return;
+    };
+    let known: Vec<&Node> = first
+        .nodes
+        .iter()
+        .filter(|node| !["noaddr", "handshake"].iter().any(|flag| has(node, flag)))
+        .take(NODES_MOST)
+        .collect();
+    let looking = known.iter().filter_map(|node| {
+        let server = endpoint.server_at(&node.place)?;
+        Some(async move { (look(&server, Kind::Cluster, asking).await, view(&server, asking).await) })
+    });
+    let looked = join_all(looking).await;
+    let views: Vec<(&str, &View)> = looked
+        .iter()
+        .filter_map(|(server, view)| Some((server.place.as_str(), view.as_ref().ok()?)))
+        .collect();
+    report.findings.extend(state(&views));
+    report.findings.push(coverage(&first));
+    report.findings.extend(agreement(&views));
+    report.findings.extend(failing(&first));
+    report.findings.push(replicas(&first));
+    report.findings.extend(full_coverage(&views));
+    report
+        .findings
+        .extend(clock::among(looked.iter().map(|(server, _)| server)));
+    for ((server, _), node) in looked.iter().zip(&known) {
+        let primary = node.primary.as_ref().map(|id| {
+            let primary = first.nodes.iter().find(|node| node.id == *id);
+            primary.map_or_else(|| id.clone(), |primary| primary.place.clone())
+        });
+        report
+            .servers
+            .push(checked(server, &expected(asking, fingerprint, primary)));
+    }
+}
+
+fn expected<'a>(asking: &Asking<'a>, fingerprint: &'a str, replica_of: Option<String>) -> Expected<'a> {
+    Expected {
+        kind: Kind::Cluster,
+        config: asking.config,
+        fingerprint,
+        unreachable: if replica_of.is_some() {
+            Level::Warning
+        } else {
+            Level::Error
+        },
+        replica_of,
+    }
+}
+
+fn unreachable(seed: &ServerUrl, trouble: &Trouble, level: Level) -> ServerReport {
+    let server = Server {
+        place: seed.place().to_owned(),
+        has_login: seed.as_str().contains('@'),
+        encrypted: seed.is_encrypted(),
+        seen: Err(trouble.clone()),
+    };
+    ServerReport {
+        place: server.place.clone(),
+        part: "node of the URL",
+        findings: vec![reach::unreachable(&server, trouble, level)],
+    }
+}
+
+async fn view(server: &ServerUrl, asking: &Asking<'_>) -> Result<View, Trouble> {
+    let mut connection = asking.connect(server).await?;
+    // A server that is no node of a cluster refuses these; that it is none is said by the check of its mode.
+    let info: String = ask(&mut connection, cmd("CLUSTER").arg("INFO"))
+        .await
+        .unwrap_or_default();
+    let nodes: Result<String, String> = ask(&mut connection, cmd("CLUSTER").arg("NODES")).await;
+    let mut settings = BTreeMap::new();
+    let setting = "cluster-require-full-coverage";
+    if let Ok(pair) = ask::<BTreeMap<String, String>>(&mut connection, cmd("CONFIG").arg("GET").arg(setting)).await {
+        settings.extend(pair);
+    }
+    Ok(View {
+        info: Info::parse(&info),
+        nodes: nodes
+            .iter()
+            .flat_map(|nodes| nodes.lines())
+            .filter_map(|line| node(line, server))
+            .collect(),
+        settings,
+        refused: nodes.err(),
+    })
+}
+
+/// Reads a line of `CLUSTER NODES`.
+fn node(line: &str, asked: &ServerUrl) -> Option<Node> {
+    let mut fields = line.split_whitespace();
+    let (id, address, flags, primary) = (fields.next()?, fields.next()?, fields.next()?, fields.next()?);
+    let (place, rest) = address.split_once('@').unwrap_or((address, ""));
+    let (host, port) = place.rsplit_once(':')?;
+    // A certificate is for a name, where there is one.
+    let name = rest
+        .split(',')
+        .nth(1)
+        .filter(|name| asked.is_encrypted() && !name.is_empty());
+    let place = match (name.unwrap_or(host), flags.split(',').any(|flag| flag == "myself")) {
+        // A node that nobody has met yet does not know its own address.
+        ("", true) => asked.place().to_owned(),
+        (host, _) => super::facts::place(host, port),
+    };
+    let ranges: Vec<String> = fields
+        .skip(4)
+        .filter(|slots| !slots.starts_with('['))
+        .map(str::to_owned)
+        .collect();
+    let slots = ranges.iter().filter_map(|range| {
+        let (first, last) = range.split_once('-').unwrap_or((range, range));
+        Some(last.parse::<u32>().ok()?.checked_sub(first.parse().ok()?)? + 1)
+    });
+    Some(Node {
+        id: id.to_owned(),
+        place,
+        flags: flags.to_owned(),
+        primary: (primary != "-").then(|| primary.to_owned()),
+        slots: slots.sum(),
+        ranges,
+    })
+}
+
+fn has(node: &Node, flag: &str) -> bool {
+    node.flags.split(',').any(|known| known == flag)
+}
+
+/// That nothing is known of the cluster as a whole.
+fn refused<'a>(mut views: impl Iterator<Item = &'a View>) -> Option<Finding> {
+    let reason = views.find_map(|view| view.refused.as_ref())?;
+    Some(Finding::note(
+        "cluster",
+        format!("CLUSTER NODES is refused: {reason}"),
+        "the slots, the other nodes and their replicas can't be looked at, so nothing is said of them",
+        "ACL SETUSER <user> +cluster|nodes +cluster|info on each node, or look by hand: redis-cli --cluster check <node>",
+    ))
+}
+
+fn state(views: &[(&str, &View)]) -> Option<Finding> {
+    const CHECK: &str = "cluster_state";
+    let bad: Vec<&str> = views
+        .iter()
+        .filter(|(_, view)| view.info.get(CHECK).is_some_and(|state| state != "ok"))
+        .map(|(place, _)| *place)
+        .collect();
+    if views.is_empty() {
+        return None;
+    }
+    Some(if bad.is_empty() {
+        Finding::ok(CHECK, "ok on all nodes that answer")
+    } else {
+        Finding::error(
+            CHECK,
+            format!("fail, say {}", bad.join(", ")),
+            "nodes in this state refuse requests (CLUSTERDOWN), so locks fail",
+            "redis-cli --cluster check <node> says what is missing; redis-cli --cluster fix <node> gives slots that nobody owns to a node",
+        )
+    })
+}
+
+fn coverage(view: &View) -> Finding {
+    const CHECK: &str = "slots";
+    let owned: u32 = view
+        .nodes
+        .iter()
+        .filter(|node| node.primary.is_none() && !has(node, "fail"))
+        .map(|node| node.slots)
+        .sum();
+    let found = format!("{owned} of {SLOTS} are owned by a primary that works");
+    if owned >= u32::from(SLOTS) {
+        Finding::ok(CHECK, found)
+    } else {
+        Finding::error(
+            CHECK,
+            found,
+            "keys whose slot has no owner can't be locked",
+            "bring the primaries back that failed, or give the slots to another: redis-cli --cluster fix <node>",
+        )
+    }
+}
+
+/// Whether all nodes hold the same nodes for the owners of the same slots.
+fn agreement(views: &[(&str, &View)]) -> Option<Finding> {
+    const CHECK: &str = "nodes-agree";
+    let mut said: BTreeMap<Vec<(&str, &[String])>, Vec<&str>> = BTreeMap::new();
+    for (place, view) in views {
+        let mut owners: Vec<_> = view
+            .nodes
+            .iter()
+            .filter(|node| node.slots > 0)
+            .map(|node| (node.id.as_str(), &node.ranges[..]))
+            .collect();
+        owners.sort_unstable();
+        said.entry(owners).or_default().push(place);
+    }
+    if views.is_empty() {
+        return None;
+    }
+    Some(if said.len() == 1 {
+        Finding::ok(CHECK, "all nodes that answer name the same owners of the slots")
+    } else {
+        let parties: Vec<_> = said.values().map(|places| places.join(", ")).collect();
+        Finding::warning(
+            CHECK,
+            format!(
+                "different owners of the slots are named by {}",
+                parties.join(" and by ")
+            ),
+            "while slots move this passes within moments; a cluster that stays split locks one key on two servers",
+            "if it does not pass: redis-cli --cluster check <node>, and see that the nodes reach one another's bus (the port 10000 above)",
+        )
+    })
+}
+
+fn failing(view: &View) -> Option<Finding> {
+    let failing: Vec<_> = view
+        .nodes
+        .iter()
+        .filter(|node| has(node, "fail") || has(node, "fail?"))
+        .map(|node| format!("{} ({})", node.place, node.flags))
+        .collect();
+    (!failing.is_empty()).then(|| {
+        Finding::warning(
+            "nodes",
+            format!("{} failed or may have", failing.join(", ")),
+            "its slots are, or were until a replica took over, without an owner; and there is one node less",
+            "start it again, or CLUSTER FORGET <id> on each node if it is gone for good",
+        )
+    })
+}
+
+fn replicas(view: &View) -> Finding {
+    const CHECK: &str = "replicas-per-primary";
+    let works = |node: &&Node| !has(node, "fail") && !has(node, "noaddr");
+    let followed: BTreeSet<&str> = view
+        .nodes
+        .iter()
+        .filter(works)
+        .filter_map(|node| node.primary.as_deref())
+        .collect();
+    let primaries: Vec<&Node> = view.nodes.iter().filter(works).filter(|node| node.slots > 0).collect();
+    let alone: Vec<&str> = primaries
+        .iter()
+        .filter(|node| !followed.contains(node.id.as_str()))
+        .map(|node| node.place.as_str())
+        .collect();
+    if alone.is_empty() {
+        return Finding::ok(CHECK, format!("each of {} primaries has one or more", primaries.len()));
+    }
+    Finding::warning(
+        CHECK,
+        format!("none for {}", alone.join(", ")),
+        "when such a primary fails nothing takes over, and its keys can't be locked",
+        "redis-cli --cluster add-node <new node> <node> --cluster-slave --cluster-master-id <id>",
+    )
+}
+
+fn full_coverage(views: &[(&str, &View)]) -> Option<Finding> {
+    const CHECK: &str = "cluster-require-full-coverage";
+    let strict: Vec<&str> = views
+        .iter()
+        .filter(|(_, view)| view.settings.get(CHECK).is_some_and(|value| value == "yes"))
+        .map(|(place, _)| *place)
+        .collect();
+    (!strict.is_empty()).then(|| {
+        Finding::note(
+            CHECK,
+            format!("yes on {}", strict.join(", ")),
+            "one part of the cluster that is down stops the locks of all other parts as well",
+            "CONFIG SET cluster-require-full-coverage no on each node",
+        )
+    })
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn view(lines: &str) -> View {
+        let endpoint = Endpoint::parse("redis+cluster://asked:1").unwrap();
+        let asked = endpoint.servers().remove(0);
+        View {
+            info: Info::parse("cluster_state:ok\n"),
+            nodes: lines.lines().filter_map(|line| node(line, &asked)).collect(),
+            ..View::default()
+        }
+    }
+
+    const WHOLE: &str = "\
+        aa 10.0.0.1:6379@16379 myself,master - 0 0 1 connected 0-8190 8191 [93-<-bb]\n\
+        bb 10.0.0.2:6379@16379,host-b master - 0 0 2 connected 8192-16383\n\
+        cc 10.0.0.3:6379@16379 slave aa 0 0 1 connected\n\
+        dd ::1:6379@16379 slave bb 0 0 2 connected\n";
+
+    #[test]
+    fn lines_of_nodes_are_read() {
+        let nodes = view(WHOLE).nodes;
+        let slots: Vec<_> = nodes.iter().map(|node| (node.place.as_str(), node.slots)).collect();
+        let expected = [
+            ("10.0.0.1:6379", 8192),
+            ("10.0.0.2:6379", 8192),
+            ("10.0.0.3:6379", 0),
+            ("[::1]:6379", 0),
+        ];
+        assert_eq!(slots, expected);
+        assert_eq!(nodes[2].primary.as_deref(), Some("aa"));
+        assert_eq!(
+            view("aa :6379@16379 myself,master - 0 0 0 connected").nodes[0].place,
+            "asked:1"
+        );
+    }
+
+    #[test]
+    fn all_slots_need_an_owner_that_works() {
+        assert_eq!(coverage(&view(WHOLE)).level, Level::Ok);
+        let failed = WHOLE.replace("host-b master", "host-b master,fail");
+        assert_eq!(coverage(&view(&failed)).level, Level::Error);
+        assert_eq!(failing(&view(&failed)).unwrap().level, Level::Warning);
+        assert_eq!(failing(&view(WHOLE)), None);
+    }
+
+    #[test]
+    fn each_primary_needs_a_replica() {
+        assert_eq!(replicas(&view(WHOLE)).level, Level::Ok);
+        let finding = replicas(&view(&WHOLE.replace("slave bb", "slave,fail bb")));
+        assert_eq!(
+            (finding.level, finding.found.as_str()),
+            (Level::Warning, "none for 10.0.0.2:6379")
+        );
+    }
+
+    #[test]
+    fn nodes_must_agree_and_be_in_a_good_state() {
+        let (one, mut other) = (view(WHOLE), view(&WHOLE.replace("0-8190 8191", "0-8190")));
+        assert_eq!(agreement(&[("a", &one), ("b", &one)]).unwrap().level, Level::Ok);
+        assert_eq!(agreement(&[("a", &one), ("b", &other)]).unwrap().level, Level::Warning);
+        assert_eq!(state(&[("a", &one)]).unwrap().level, Level::Ok);
+        other.info = Info::parse("cluster_state:fail\n");
+        assert_eq!(state(&[("a", &one), ("b", &other)]).unwrap().level, Level::Error);
+        other
+            .settings
+            .insert("cluster-require-full-coverage".to_owned(), "yes".to_owned());
+        assert_eq!(full_coverage(&[("a", &one), ("b", &other)]).unwrap().found, "yes on b");
+    }
+}

@@ -1,0 +1,279 @@
+//! What there is to know of a Redis server, as it was told. Checks read it; `look` gathers it.
+
+use std::collections::BTreeMap;
+use std::time::Duration;
+
+/// A server and what was learned of it.
+#[derive(Debug, Clone)]
+pub(super) struct Server {
+    /// `host:port`
+    pub(super) place: String,
+    /// Whether the URL has a password.
+    pub(super) has_login: bool,
+    pub(super) encrypted: bool,
+    pub(super) seen: Result<Seen, Trouble>,
+}
+
+/// Why nothing was learned.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub(super) struct Trouble {
+    pub(super) kind: TroubleKind,
+    /// In the words of whoever said no.
+    pub(super) reason: String,
+}
+
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(super) enum TroubleKind {
+    /// There is no connection.
+    Unreachable,
+    /// There was no answer in time.
+    Silent,
+    /// The server wants another password, or one at all.
+    Login,
+    /// The server does not let us choose the database.
+    Database,
+    /// The encryption did not come about.
+    Encryption,
+    /// The server answers, but not as it should.
+    Answer,
+}
+
+/// What a server told. A part that it refused is an `Err` with the server's words.
+#[derive(Debug, Clone)]
+pub(super) struct Seen {
+    pub(super) round_trips: RoundTrips,
+    pub(super) info: Result<Info, String>,
+    /// What `CONFIG GET` says.
+    pub(super) settings: Result<BTreeMap<String, String>, String>,
+    pub(super) clock: Result<Clock, String>,
+    /// The fingerprint that is stored, or nothing where there is none. `MOVED` where another node of a cluster has it.
+    pub(super) map: Result<Option<String>, String>,
+    /// The name of the user of the ACL.
+    pub(super) user: String,
+    /// What the user may not do of what is needed.
+    pub(super) denied: Vec<Denied>,
+    /// How many commands were tried for that.
+    pub(super) tried: usize,
+    /// What the server said to one of them if it takes no writes now. Known only where the commands themselves were tried.
+    pub(super) refuses_writes: Option<String>,
+}
+
+impl Seen {
+    /// A value that both `INFO` and `CONFIG GET` may know, so that it is known where one of them is not permitted.
+    pub(super) fn value<'a>(&'a self, setting: &str, info: &str) -> Option<&'a str> {
+        self.setting(setting).or_else(|| self.info(info))
+    }
+
+    pub(super) fn setting(&self, name: &str) -> Option<&str> {
+        self.settings.as_ref().ok()?.get(name).map(String::as_str)
+    }
+
+    pub(super) fn info(&self, name: &str) -> Option<&str> {
+        self.info.as_ref().ok()?.get(name)
+    }
+
+    pub(super) fn number(&self, name: &str) -> Option<u64> {
+        self.info(name)?.parse().ok()
+    }
+
+    pub(super) fn is_replica(&self) -> bool {
+        self.info("role") == Some("slave")
+    }
+
+    /// Where the primary of this replica is, or nothing if it is none.
+    pub(super) fn primary(&self) -> Option<String> {
+        let host = self.info("master_host").filter(|_| self.is_replica())?;
+        Some(place(host, self.info("master_port")?))
+    }
+
+    pub(super) fn replicas(&self) -> Vec<Replica> {
+        self.info.as_ref().map_or_else(|_| Vec::new(), Info::replicas)
+    }
+}
+
+/// `host:port`, with brackets where the host is an IPv6 address.
+pub(super) fn place(host: &str, port: &str) -> String {
+    if host.contains(':') {
+        format!("[{host}]:{port}")
+    } else {
+        format!("{host}:{port}")
+    }
+}
+
+/// How long answers took.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(super) struct RoundTrips {
+    pub(super) count: usize,
+    pub(super) least: Duration,
+    pub(super) median: Duration,
+    pub(super) most: Duration,
+}
+
+impl RoundTrips {
+    /// Nothing if there was none.
+    pub(super) fn of(mut times: Vec<Duration>) -> Option<Self> {
+        times.sort_unstable();
+        Some(Self {
+            count: times.len(),
+            least: *times.first()?,
+            median: times[times.len() / 2],
+            most: *times.last()?,
+        })
+    }
+}
+
+/// How a server's clock differs from that of this machine.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(super) struct Clock {
+    /// The server's time less ours, in milliseconds.
+    pub(super) ahead_ms: i64,
+    /// By how much that may be wrong: half of the round trip.
+    pub(super) unsure: Duration,
+}
+
+/// A command that the user may not run, or not on this.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub(super) struct Denied {
+    /// Such as `set` or `cluster|slots`.
+    pub(super) command: String,
+    pub(super) lack: Lack,
+}
+
+/// Which permission is missing.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub(super) enum Lack {
+    Command,
+    /// The pattern of keys that the rule must have.
+    Keys(String),
+    /// The pattern of channels that the rule must have.
+    Channels(String),
+}
+
+/// The reply to `INFO`.
+#[derive(Debug, Clone, Default)]
+pub(super) struct Info(BTreeMap<String, String>);
+
+/// A replica as its primary sees it.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub(super) struct Replica {
+    pub(super) place: String,
+    pub(super) state: String,
+    /// Seconds since its last sign of life.
+    pub(super) lag: u64,
+    /// How many bytes it is behind.
+    pub(super) behind: u64,
+}
+
+impl Info {
+    /// Lines of `name:value`; others are left out.
+    pub(super) fn parse(text: &str) -> Self {
+        let pairs = text.lines().filter_map(|line| line.trim_end().split_once(':'));
+        Self(pairs.map(|(name, value)| (name.to_owned(), value.to_owned())).collect())
+    }
+
+    pub(super) fn get(&self, name: &str) -> Option<&str> {
+        self.0.get(name).map(String::as_str)
+    }
+
+    fn replicas(&self) -> Vec<Replica> {
+        let number = |name: &str| self.get(name).and_then(|value| value.parse::<u64>().ok());
+        let written = number("master_repl_offset").unwrap_or_default();
+        let count = number("connected_slaves").unwrap_or_default();
+        // The count is the server's word; there are lines for those only that are there.
+        (0..count)
+            .map_while(|index| self.get(&format!("slave{index}")))
+            .map(|line| {
+                let field = |name: &str| {
+                    let mut fields = line.split(',').filter_map(|field| field.split_once('='));
+                    fields.find(|(known, _)| *known == name).map_or("", |(_, value)| value)
+                };
+                let offset = field("offset").parse().unwrap_or(0);
+                Replica {
+                    place: place(field("ip"), field("port")),
+                    state: field("state").to_owned(),
+                    lag: field("lag").parse().unwrap_or(0),
+                    behind: written.saturating_sub(offset),
+                }
+            })
+            .collect()
+    }
+}
+
+#[cfg(test)]
+impl Seen {
+    /// A server that is as it should be, with more lines of `INFO` and settings, which override the others.
+    pub(super) fn good(info: &str, settings: &[(&str, &str)]) -> Self {
+        let usual = [
+            ("maxmemory-policy", "noeviction"),
+            ("maxmemory", "0"),
+            ("appendonly", "yes"),
+            ("appendfsync", "everysec"),
+            ("no-appendfsync-on-rewrite", "no"),
+            ("save", ""),
+            (
+                "client-output-buffer-limit",
+                "normal 0 0 0 slave 268435456 67108864 60 pubsub 33554432 8388608 60",
+            ),
+            ("timeout", "0"),
+            ("tcp-keepalive", "300"),
+            ("maxclients", "10000"),
+            ("min-replicas-to-write", "0"),
+        ];
+        let usual_info = "redis_version:7.0.15\nredis_mode:standalone\nuptime_in_seconds:100000\nrun_id:aaa\nconnected_clients:3\nrole:master\n\
+             connected_slaves:0\nmaster_repl_offset:1000\nevicted_keys:0\nrejected_connections:0\ncluster_enabled:0\n";
+        let pairs = usual.iter().chain(settings);
+        Self {
+            round_trips: RoundTrips {
+                count: 20,
+                least: Duration::from_micros(80),
+                median: Duration::from_micros(100),
+                most: Duration::from_micros(200),
+            },
+            info: Ok(Info::parse(&format!("{usual_info}{info}"))),
+            settings: Ok(pairs
+                .map(|&(name, value)| (name.to_owned(), value.to_owned()))
+                .collect()),
+            clock: Ok(Clock {
+                ahead_ms: 0,
+                unsure: Duration::from_micros(50),
+            }),
+            map: Ok(None),
+            user: "default".to_owned(),
+            denied: Vec::new(),
+            tried: 18,
+            refuses_writes: None,
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn replicas_are_read_from_the_lines_of_their_primary() {
+        let info = "role:master\r\nconnected_slaves:2\r\nslave0:ip=10.0.0.2,port=6379,state=online,offset=90,lag=1\r\n\
+                    slave1:ip=::1,port=7,state=wait_bgsave,offset=0,lag=0\r\nmaster_repl_offset:100\r\n";
+        let replicas = Seen::good(info, &[]).replicas();
+        let [first, second] = &replicas[..] else {
+            panic!("{replicas:?}")
+        };
+        assert_eq!(
+            (first.place.as_str(), first.lag, first.behind),
+            ("10.0.0.2:6379", 1, 10)
+        );
+        assert_eq!(
+            (second.place.as_str(), second.state.as_str()),
+            ("[::1]:7", "wait_bgsave")
+        );
+    }
+
+    #[test]
+    fn the_median_lies_between_the_least_and_the_most() {
+        let of = |millis: &[u64]| RoundTrips::of(millis.iter().map(|&millis| Duration::from_millis(millis)).collect());
+        let times = of(&[3, 1, 9]).unwrap();
+        let millis = [times.least, times.median, times.most].map(|time| time.as_millis());
+        assert_eq!((times.count, millis), (3, [1, 3, 9]));
+        assert_eq!(of(&[]), None);
+    }
+}

@@ -1,0 +1,309 @@
+//! Asks a Redis server for what the checks want to know. Nothing is written to it.
+
+use std::collections::BTreeMap;
+use std::time::{Duration, Instant, SystemTime, UNIX_EPOCH};
+
+use anyhow::Context;
+use deadpool_redis::redis::aio::MultiplexedConnection;
+use deadpool_redis::redis::{
+    AsyncConnectionConfig, Client, ClientTlsConfig, Cmd, ErrorKind, FromRedisValue, Pipeline, RedisError,
+    TlsCertificates, Value, cmd, from_redis_value, pipe,
+};
+use shardlock::{Config, ServerUrl};
+
+use super::Kind;
+use super::facts::{Clock, Denied, Info, RoundTrips, Seen, Server, Trouble, TroubleKind};
+use super::permissions::{self, Need};
+
+/// How many round trips are measured, if they fit into the time limit.
+const PINGS: usize = 20;
+/// How often the clock is read; the answer that came soonest counts.
+const CLOCK_READINGS: usize = 5;
+
+/// The settings that some check reads.
+const SETTINGS: [&str; 11] = [
+    "maxmemory-policy",
+    "maxmemory",
+    "appendonly",
+    "appendfsync",
+    "no-appendfsync-on-rewrite",
+    "save",
+    "client-output-buffer-limit",
+    "timeout",
+    "tcp-keepalive",
+    "maxclients",
+    "min-replicas-to-write",
+];
+
+/// How servers are asked.
+#[derive(Debug)]
+pub(super) struct Asking<'a> {
+    pub(super) config: &'a Config,
+    certificates: TlsCertificates,
+}
+
+impl<'a> Asking<'a> {
+    /// # Errors
+    ///
+    /// A file for encrypted connections can't be read.
+    pub(super) fn new(config: &'a Config) -> anyhow::Result<Self> {
+        let read = |setting: &str, path: &Option<std::path::PathBuf>| match path {
+            None => Ok(None),
+            Some(path) => std::fs::read(path)
+                .map(Some)
+                .with_context(|| format!("{setting} is {}, which can't be read", path.display())),
+        };
+        let client_tls = match (read("tls_cert", &config.tls_cert)?, read("tls_key", &config.tls_key)?) {
+            (Some(client_cert), Some(client_key)) => Some(ClientTlsConfig {
+                client_cert,
+                client_key,
+            }),
+            _ => None,
+        };
+        let root_cert = read("tls_ca", &config.tls_ca)?;
+        if rustls::crypto::CryptoProvider::get_default().is_none() {
+            // Somebody else may have chosen one in this very moment; that one stays.
+            rustls::crypto::ring::default_provider().install_default().ok();
+        }
+        Ok(Self {
+            config,
+            certificates: TlsCertificates { client_tls, root_cert },
+        })
+    }
+
+    pub(super) fn timeout(&self) -> Duration {
+        self.config.store_timeout
+    }
+
+    /// The contents of `tls_ca`.
+    #[cfg(feature = "etcd")]
+    pub(super) fn authorities(&self) -> Option<&[u8]> {
+        self.certificates.root_cert.as_deref()
+    }
+
+    /// The contents of `tls_cert` and `tls_key`.
+    #[cfg(feature = "etcd")]
+    pub(super) fn identity(&self) -> Option<(&[u8], &[u8])> {
+        let client = self.certificates.client_tls.as_ref()?;
+        Some((&client.client_cert, &client.client_key))
+    }
+
+    fn client(&self, server: &ServerUrl) -> Result<Client, Trouble> {
+        let client = if server.is_encrypted() {
+            Client::build_with_tls(server.as_str(), self.certificates.clone())
+        } else {
+            Client::open(server.as_str())
+        };
+        // The error of the client library may quote the URL, and with it the password.
+        client.map_err(|_| Trouble {
+            kind: TroubleKind::Encryption,
+            reason: "the client library takes neither the URL nor the files of tls_ca, tls_cert and tls_key".to_owned(),
+        })
+    }
+
+    pub(super) async fn connect(&self, server: &ServerUrl) -> Result<MultiplexedConnection, Trouble> {
+        let client = self.client(server)?;
+        let config = AsyncConnectionConfig::new()
+            .set_connection_timeout(Some(self.timeout()))
+            .set_response_timeout(Some(self.timeout()));
+        client
+            .get_multiplexed_async_connection_with_config(&config)
+            .await
+            .map_err(|error| trouble(&error, server))
+    }
+}
+
+fn trouble(error: &RedisError, server: &ServerUrl) -> Trouble {
+    let reason = error.to_string();
+    let is_about_certificates =
+        server.is_encrypted() && (reason.contains("ertificate") || reason.contains("handshake"));
+    let kind = match error.kind() {
+        ErrorKind::AuthenticationFailed => TroubleKind::Login,
+        _ if reason.contains("refused to switch database") => TroubleKind::Database,
+        _ if matches!(error.code(), Some("NOAUTH" | "WRONGPASS" | "NOPERM")) => TroubleKind::Login,
+        _ if is_about_certificates || error.kind() == ErrorKind::InvalidClientConfig => TroubleKind::Encryption,
+        _ if error.is_timeout() => TroubleKind::Silent,
+        ErrorKind::Io => TroubleKind::Unreachable,
+        _ => TroubleKind::Answer,
+    };
+    Trouble { kind, reason }
+}
+
+/// Looks at one server. Each step has the time limit that requests have.
+pub(super) async fn look(server: &ServerUrl, kind: Kind, asking: &Asking<'_>) -> Server {
+    Server {
+        place: server.place().to_owned(),
+        has_login: server.as_str().contains('@'),
+        encrypted: server.is_encrypted(),
+        seen: see(server, kind, asking).await,
+    }
+}
+
+async fn see(server: &ServerUrl, kind: Kind, asking: &Asking<'_>) -> Result<Seen, Trouble> {
+    let mut connection = asking.connect(server).await?;
+    let round_trips = round_trips(&mut connection, asking.timeout())
+        .await
+        .map_err(|error| trouble(&error, server))?;
+    let info: Result<String, String> = ask(&mut connection, &command("INFO")).await;
+    let user: Result<String, String> = ask(&mut connection, cmd("ACL").arg("WHOAMI")).await;
+    let map = ask(&mut connection, cmd("GET").arg(asking.config.map_key())).await;
+    let settings = settings(&mut connection).await;
+    let clock = clock(&mut connection).await;
+    // A server that does not tell has no users, or this one may not ask: the URL knows.
+    let user = user.unwrap_or_else(|_| user_of(server));
+    let needs = permissions::needs(&asking.config.namespace, kind, asking.config.min_replicas_acked);
+    let (denied, refuses_writes) = denied(&mut connection, &user, &needs, server, asking).await?;
+    Ok(Seen {
+        round_trips,
+        info: info.map(|text| Info::parse(&text)),
+        settings,
+        clock,
+        map,
+        user,
+        denied,
+        tried: needs.len(),
+        refuses_writes,
+    })
+}
+
+fn user_of(server: &ServerUrl) -> String {
+    let url = url::Url::parse(server.as_str()).ok();
+    let user = url.map(|url| {
+        percent_encoding::percent_decode_str(url.username())
+            .decode_utf8_lossy()
+            .into_owned()
+    });
+    user.filter(|user| !user.is_empty())
+        .unwrap_or_else(|| "default".to_owned())
+}
+
+fn command(name: &str) -> Cmd {
+    cmd(name)
+}
+
+/// One question; what the server says against it in words.
+pub(super) async fn ask<T: FromRedisValue>(connection: &mut MultiplexedConnection, command: &Cmd) -> Result<T, String> {
+    command.query_async(connection).await.map_err(|error| error.to_string())
+}
+
+/// Replies of a pipeline, each with its own error.
+async fn ask_all(
+    connection: &mut MultiplexedConnection,
+    commands: &Pipeline,
+    count: usize,
+) -> Result<Vec<Result<Value, RedisError>>, RedisError> {
+    let replies = connection.send_packed_commands(commands, 0, count).await?;
+    Ok(replies.into_iter().map(Value::extract_error).collect())
+}
+
+async fn round_trips(connection: &mut MultiplexedConnection, limit: Duration) -> Result<RoundTrips, RedisError> {
+    let began = Instant::now();
+    let mut times = Vec::with_capacity(PINGS);
+    while times.len() < PINGS && (times.is_empty() || began.elapsed() < limit) {
+        let sent = Instant::now();
+        let reply: Result<Value, _> = cmd("PING").query_async(connection).await;
+        match reply {
+            // A user who may not PING has an answer all the same.
+            Err(error) if error.code() != Some("NOPERM") => return Err(error),
+            _ => times.push(sent.elapsed()),
+        }
+    }
+    // There is one at least.
+    RoundTrips::of(times).ok_or_else(|| RedisError::from(std::io::Error::other("no round trip was measured")))
+}
+
+/// By one command each, since servers before 7.0 take one name at a time.
+async fn settings(connection: &mut MultiplexedConnection) -> Result<BTreeMap<String, String>, String> {
+    let mut commands = pipe();
+    for name in SETTINGS {
+        commands.cmd("CONFIG").arg("GET").arg(name);
+    }
+    let replies = ask_all(connection, &commands, SETTINGS.len()).await;
+    let mut settings = BTreeMap::new();
+    for reply in replies.map_err(|error| error.to_string())? {
+        let pair: BTreeMap<String, String> = reply
+            .and_then(|value| Ok(from_redis_value(value)?))
+            .map_err(|error| error.to_string())?;
+        settings.extend(pair);
+    }
+    Ok(settings)
+}
+
+async fn clock(connection: &mut MultiplexedConnection) -> Result<Clock, String> {
+    let mut best: Option<Clock> = None;
+    for _ in 0..CLOCK_READINGS {
+        let (before, sent) = (since_epoch(), Instant::now());
+        let (seconds, micros): (i64, i64) = ask(connection, &command("TIME")).await?;
+        let round_trip = sent.elapsed();
+        let ours_us = (before + round_trip / 2).as_micros() as i64;
+        let ahead_us = seconds.saturating_mul(1_000_000).saturating_add(micros) - ours_us;
+        let reading = Clock {
+            ahead_ms: ahead_us / 1000,
+            unsure: round_trip / 2,
+        };
+        if best.is_none_or(|best| reading.unsure < best.unsure) {
+            best = Some(reading);
+        }
+    }
+    best.ok_or_else(|| "the clock was not read".to_owned())
+}
+
+fn since_epoch() -> Duration {
+    // A machine whose clock is before 1970 has other worries; its difference is shown as what it is.
+    SystemTime::now().duration_since(UNIX_EPOCH).unwrap_or_default()
+}
+
+/// What a server says that takes no writes. It says so after it has looked at the ACL, and before it looks at arguments.
+const NO_WRITES: [&str; 4] = ["READONLY", "OOM", "MISCONF", "NOREPLICAS"];
+
+/// Which of the needs the user is not permitted, and what the server says if it takes no writes.
+async fn denied(
+    connection: &mut MultiplexedConnection,
+    user: &str,
+    needs: &[Need],
+    server: &ServerUrl,
+    asking: &Asking<'_>,
+) -> Result<(Vec<Denied>, Option<String>), Trouble> {
+    let failed = |error: RedisError| trouble(&error, server);
+    let dry_run = |words: &[String]| {
+        let mut command = cmd("ACL");
+        command.arg("DRYRUN").arg(user).arg(words);
+        command
+    };
+    let may_rehearse: Result<Value, _> = ask(connection, &dry_run(&["PING".to_owned()])).await;
+    let mut commands = pipe();
+    if may_rehearse.is_ok() {
+        for need in needs {
+            commands.add_command(dry_run(&need.words));
+        }
+        let replies = ask_all(connection, &commands, needs.len()).await.map_err(failed)?;
+        let pairs = needs.iter().zip(&replies);
+        let denied = pairs.filter_map(|(need, reply)| need.rehearsed(reply));
+        return Ok((denied.collect(), None));
+    }
+    let (alone, together): (Vec<&Need>, Vec<&Need>) = needs.iter().partition(|need| need.subscribes());
+    for need in &together {
+        commands.add_command(in_words(need));
+    }
+    let replies = ask_all(connection, &commands, together.len()).await.map_err(failed)?;
+    let errors = replies.iter().filter_map(|reply| reply.as_ref().err());
+    let refuses_writes = errors
+        .filter_map(|error| Some((error.code()?, error)))
+        .find(|(code, _)| NO_WRITES.contains(code))
+        .map(|(code, error)| format!("{code}: {}", error.detail().unwrap_or_default()));
+    let pairs = together.iter().zip(&replies);
+    let mut denied: Vec<_> = pairs.filter_map(|(need, reply)| need.tried(reply)).collect();
+    for need in alone {
+        // A connection that has subscribed is of no use for commands.
+        let mut connection = asking.connect(server).await?;
+        let reply = connection.send_packed_command(&in_words(need)).await;
+        denied.extend(need.tried(&reply.and_then(Value::extract_error)));
+    }
+    Ok((denied, refuses_writes))
+}
+
+fn in_words(need: &Need) -> Cmd {
+    let mut command = Cmd::new();
+    command.arg(&need.words);
+    command
+}

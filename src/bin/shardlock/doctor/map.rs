@@ -1,0 +1,113 @@
+//! Whether a shard belongs to this configuration's map.
+
+use std::collections::BTreeMap;
+
+use shardlock::{Endpoint, ShardConfig};
+
+use super::Kind;
+use super::facts::Seen;
+use super::finding::Finding;
+
+/// `ours` is what a manager of this configuration would store under `key`.
+pub(super) fn fingerprint(seen: &Seen, kind: Kind, ours: &str, key: &str) -> Option<Finding> {
+    const CHECK: &str = "shard-map";
+    let theirs = match &seen.map {
+        Ok(Some(theirs)) => theirs,
+        Ok(None) => return Some(Finding::ok(CHECK, "none is stored yet; the first manager stores it")),
+        // The permission is another check's matter, and in a cluster some other node has the key.
+        Err(_) => return None,
+    };
+    // A quorum may store more after it, such as its longest TTL, which a manager compares.
+    let more = theirs.strip_prefix(ours).filter(|more| more.starts_with(' '));
+    if theirs == ours || (kind == Kind::Redlock && more.is_some()) {
+        return Some(Finding::ok(CHECK, format!("as configured: {theirs}")));
+    }
+    let version = |text: &str| text.split(' ').next().unwrap_or_default().to_owned();
+    if version(theirs) != version(ours) {
+        return Some(Finding::error(
+            CHECK,
+            format!("stored by another version of shardlock: {theirs:?}, where this one stores {ours:?}"),
+            "versions that differ in how they store locks would not see one another's, so a manager is refused",
+            "use the same version everywhere, or a namespace of its own for this one (the setting namespace)",
+        ));
+    }
+    Some(Finding::error(
+        CHECK,
+        format!("{theirs:?} is stored, but this configuration has {ours:?}"),
+        "with different maps one key is locked in two places at a time, so a manager is refused",
+        format!(
+            "give the same shards with the same names in the same order in every process, or another namespace; if the change is meant, stop all \
+             processes that lock here and then DEL {key} on each server"
+        ),
+    ))
+}
+
+/// Whether two shards are the same place, by their names and URLs.
+pub(super) fn places(shards: &[ShardConfig]) -> Option<Finding> {
+    const CHECK: &str = "shards";
+    let mut seen: BTreeMap<String, &str> = BTreeMap::new();
+    for shard in shards {
+        let endpoint = Endpoint::parse(&shard.url).ok()?;
+        // Whoever logs in, it is the same place.
+        let shown = endpoint.to_string();
+        let place = shown.split_once("://").map_or("", |(_, rest)| rest);
+        let place = place.rsplit_once('@').map_or(place, |(_, place)| place).to_owned();
+        if let Some(other) = seen.insert(place, &shard.name) {
+            return Some(Finding::error(
+                CHECK,
+                format!("{other} and {} are the same place, {shown}", shard.name),
+                "each shard must have a server, or a database of it, of its own: a manager is refused by the shard map of the other",
+                "correct one of the two URLs, or leave one of the shards out, in every process",
+            ));
+        }
+    }
+    (shards.len() > 1).then(|| Finding::ok(CHECK, format!("{} shards, each at a place of its own", shards.len())))
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::doctor::finding::Level;
+
+    const OURS: &str = "v1 a:0-8191,b:8192-16383 here=a";
+
+    fn found(theirs: Option<&str>, kind: Kind) -> Finding {
+        let mut seen = Seen::good("", &[]);
+        seen.map = Ok(theirs.map(str::to_owned));
+        fingerprint(&seen, kind, OURS, "lock:%map").unwrap()
+    }
+
+    #[test]
+    fn another_map_is_an_error_that_shows_both() {
+        assert_eq!(found(None, Kind::Single).level, Level::Ok);
+        assert_eq!(found(Some(OURS), Kind::Single).level, Level::Ok);
+        let other = found(Some("v1 a:0-16383 here=a"), Kind::Single);
+        assert_eq!(other.level, Level::Error);
+        assert!(other.found.contains("a:0-16383") && other.found.contains("b:8192-16383"));
+        assert!(other.mend.unwrap().contains("DEL lock:%map"));
+    }
+
+    #[test]
+    fn another_version_is_told_apart() {
+        let finding = found(Some("v2 a:0-8191,b:8192-16383 here=a"), Kind::Single);
+        assert!(finding.level == Level::Error && finding.found.contains("another version"));
+    }
+
+    #[test]
+    fn two_shards_must_not_be_the_same_place() {
+        let level = |urls: &[&str]| {
+            let shards: Vec<_> = urls.iter().map(|url| ShardConfig::new("a", *url)).collect();
+            places(&shards).map(|finding| finding.level)
+        };
+        assert_eq!(level(&["redis://a"]), None);
+        assert_eq!(level(&["redis://a", "redis://b", "redis://a/1"]), Some(Level::Ok));
+        assert_eq!(level(&["redis://a", "redis://u:s3cret@a:6379/0"]), Some(Level::Error));
+    }
+
+    #[test]
+    fn a_quorum_may_store_more() {
+        let more = format!("{OURS} redlock_max_ttl=10s");
+        assert_eq!(found(Some(&more), Kind::Redlock).level, Level::Ok);
+        assert_eq!(found(Some(&more), Kind::Single).level, Level::Error);
+    }
+}

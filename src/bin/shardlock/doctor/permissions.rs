@@ -1,0 +1,272 @@
+//! What a user of the ACL must be permitted, how that is found out, and what to say.
+//!
+//! # Implementation details
+//!
+//! Each command that the stores send is here once, in a form that changes nothing even where it is permitted: a read, a change
+//! of what is not there, or an argument that the server refuses, which it does only after it has looked at the ACL. The same words go to
+//! `ACL DRYRUN` where that is permitted, so that nothing is logged there; else they are sent as they are.
+
+use deadpool_redis::redis::{RedisError, Value};
+
+use super::Kind;
+use super::facts::{Denied, Lack, Seen};
+use super::finding::Finding;
+
+/// A command that is needed.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub(super) struct Need {
+    pub(super) words: Vec<String>,
+    /// As the ACL names it.
+    command: String,
+    /// What the rule must have for its key or channel.
+    pattern: Pattern,
+}
+
+#[derive(Debug, Clone, PartialEq, Eq)]
+enum Pattern {
+    None,
+    Keys(String),
+    Channels(String),
+}
+
+impl Need {
+    fn new(words: &str, place: Option<&str>, pattern: Pattern) -> Self {
+        let words: Vec<String> = words
+            .split(' ')
+            .map(|word| if word == "@" { place.unwrap_or_default() } else { word }.to_owned())
+            .collect();
+        let command = match &words[..] {
+            [first, second, ..] if first == "CLUSTER" => format!("{first}|{second}"),
+            _ => words[0].clone(),
+        };
+        Self {
+            command: command.to_lowercase(),
+            words,
+            pattern,
+        }
+    }
+
+    /// Whether trying it must not be done on a connection that carries other commands.
+    pub(super) fn subscribes(&self) -> bool {
+        self.command.ends_with("subscribe")
+    }
+
+    /// What is missing, by the words of a refusal.
+    fn denied(&self, words: &str) -> Denied {
+        let lack = match &self.pattern {
+            Pattern::Channels(pattern) if words.contains("channel") => Lack::Channels(pattern.clone()),
+            Pattern::Keys(pattern) if words.contains("key") => Lack::Keys(pattern.clone()),
+            _ => Lack::Command,
+        };
+        Denied {
+            command: self.command.clone(),
+            lack,
+        }
+    }
+
+    /// What the reply to the command itself says.
+    pub(super) fn tried(&self, reply: &Result<Value, RedisError>) -> Option<Denied> {
+        match reply {
+            Err(error) if error.code() == Some("NOPERM") => Some(self.denied(error.detail().unwrap_or_default())),
+            // Any other error comes after the look at the ACL.
+            _ => None,
+        }
+    }
+
+    /// What the reply to `ACL DRYRUN` says: `OK`, or what is missing, as text.
+    pub(super) fn rehearsed(&self, reply: &Result<Value, RedisError>) -> Option<Denied> {
+        match reply {
+            Ok(Value::BulkString(text)) => Some(self.denied(&String::from_utf8_lossy(text))),
+            // A server that does not know the command can't forbid it; running it is another check's matter.
+            _ => None,
+        }
+    }
+}
+
+/// What the stores of this kind send.
+pub(super) fn needs(namespace: &str, kind: Kind, min_replicas_acked: u32) -> Vec<Need> {
+    let leases = Pattern::Keys(format!("~{}*", escaped(namespace)));
+    let queues = Pattern::Keys(format!("~{{{}*", escaped(namespace)));
+    let channels = Pattern::Channels(format!("&{}in:*", escaped(namespace)));
+    // A percent sign in a lock's name is encoded, so no lock is called like this.
+    let lease = format!("{namespace}%doctor");
+    let queue = format!("{{{namespace}%doctor}}:q");
+    let inbox = format!("{namespace}in:%doctor");
+    let of_leases = [
+        "GET @",
+        "SET @ x NX XX",
+        "INCRBY @ x",
+        "PTTL @",
+        "PEXPIRE @ x",
+        "EXISTS @",
+        "DEL @",
+    ];
+    let of_queues = [
+        "EXISTS @",
+        "PEXPIRE @ x",
+        "ZADD @ x x",
+        "ZCARD @",
+        "ZPOPMIN @ x",
+        "ZRANGE @ 0 0",
+        "ZRANK @ x",
+        "ZREM @ x",
+    ];
+    let mut needs = Vec::new();
+    for words in ["TIME", "EVAL return -1", "EVALSHA 0 -1"] {
+        needs.push(Need::new(words, None, Pattern::None));
+    }
+    needs.extend(of_leases.map(|words| Need::new(words, Some(&lease), leases.clone())));
+    needs.extend(of_queues.map(|words| Need::new(words, Some(&queue), queues.clone())));
+    let pubsub = match kind {
+        Kind::Cluster => ["SPUBLISH @ x", "SSUBSCRIBE @"],
+        _ => ["PUBLISH @ x", "SUBSCRIBE @"],
+    };
+    needs.extend(pubsub.map(|words| Need::new(words, Some(&inbox), channels.clone())));
+    let mut more = |words| needs.push(Need::new(words, None, Pattern::None));
+    match kind {
+        Kind::Cluster => ["CLUSTER SLOTS", "ASKING", "PING"].into_iter().for_each(&mut more),
+        Kind::Redlock => more("INFO server"),
+        Kind::Sentinel => more("ROLE"),
+        Kind::Single => {}
+    }
+    if min_replicas_acked > 0 && kind != Kind::Redlock {
+        more("WAIT 0 1");
+    }
+    needs
+}
+
+/// With a backslash before what is special in a pattern.
+fn escaped(text: &str) -> String {
+    let mut pattern = String::new();
+    for char in text.chars() {
+        if matches!(char, '*' | '?' | '[' | ']' | '^' | '\\') {
+            pattern.push('\\');
+        }
+        pattern.push(char);
+    }
+    pattern
+}
+
+/// Whether the user may do all that is needed.
+pub(super) fn permitted(seen: &Seen) -> Finding {
+    const CHECK: &str = "acl";
+    let (user, denied) = (&seen.user, &seen.denied);
+    if denied.is_empty() {
+        return Finding::ok(
+            CHECK,
+            format!("user {user} may do all of the {} things needed", seen.tried),
+        );
+    }
+    let (mut commands, mut patterns) = (Vec::new(), Vec::new());
+    for Denied { command, lack } in denied {
+        let (list, rule) = match lack {
+            Lack::Command => (&mut commands, format!("+{command}")),
+            Lack::Keys(pattern) | Lack::Channels(pattern) => (&mut patterns, pattern.clone()),
+        };
+        if !list.contains(&rule) {
+            list.push(rule);
+        }
+    }
+    let mut missing = Vec::new();
+    if !commands.is_empty() {
+        let names: Vec<_> = commands
+            .iter()
+            .map(|rule| rule.trim_start_matches('+').to_uppercase().replace('|', " "))
+            .collect();
+        missing.push(format!("may not run {}", names.join(", ")));
+    }
+    if !patterns.is_empty() {
+        let names: Vec<_> = patterns
+            .iter()
+            .map(|rule| match rule.split_at(1) {
+                ("&", pattern) => format!("channels {pattern}"),
+                (_, pattern) => format!("keys {pattern}"),
+            })
+            .collect();
+        missing.push(format!("has no access to {}", names.join(", ")));
+    }
+    commands.append(&mut patterns);
+    Finding::error(
+        CHECK,
+        format!("user {user} {}", missing.join(" and ")),
+        "locks fail, or are handed over unheard, when this is needed",
+        format!(
+            "ACL SETUSER {user} {}    (then ACL SAVE, or the same in the server's configuration)",
+            commands.join(" ")
+        ),
+    )
+}
+
+/// Whether anybody who reaches the server can free locks.
+pub(super) fn access(place: &str, has_login: bool, seen: &Seen) -> Option<Finding> {
+    const CHECK: &str = "access";
+    if has_login {
+        return Some(Finding::ok(CHECK, format!("as user {} with a password", seen.user)));
+    }
+    let why = "whoever reaches the server can free and take every lock";
+    let mend = "set a password (requirepass, or a user of the ACL) on the server and put it into the URL: redis://user:password@host";
+    let found = format!("no password, as user {}", seen.user);
+    Some(match is_loopback(place) {
+        true => Finding::note(CHECK, found, why, mend),
+        false => Finding::warning(CHECK, found, why, mend),
+    })
+}
+
+pub(super) fn is_loopback(place: &str) -> bool {
+    place.starts_with("127.") || place.starts_with("localhost:") || place.starts_with("[::1]:")
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::doctor::finding::Level;
+
+    #[test]
+    fn each_kind_needs_its_own_commands() {
+        let commands = |kind, acked| -> Vec<String> {
+            let needs = needs("lock:", kind, acked);
+            needs.into_iter().map(|need| need.command).collect()
+        };
+        let single = commands(Kind::Single, 0);
+        assert!(single.contains(&"publish".to_owned()) && !single.contains(&"wait".to_owned()));
+        assert!(commands(Kind::Single, 1).contains(&"wait".to_owned()));
+        let cluster = commands(Kind::Cluster, 0);
+        assert!(cluster.contains(&"ssubscribe".to_owned()) && cluster.contains(&"cluster|slots".to_owned()));
+        assert!(commands(Kind::Redlock, 1).contains(&"info".to_owned()));
+    }
+
+    #[test]
+    fn what_is_missing_is_named_with_the_rule_that_adds_it() {
+        let mut seen = Seen::good("", &[]);
+        assert_eq!(permitted(&seen).level, Level::Ok);
+        seen.user = "locks".to_owned();
+        for need in needs("a*b:", Kind::Single, 0) {
+            let words = match need.words[0].as_str() {
+                "SET" => "User locks has no permissions to run the 'set' command",
+                "ZADD" => "User locks has no permissions to access the '{a*b:%doctor}:q' key",
+                "PUBLISH" => "this user has no permissions to access one of the channels used as arguments",
+                _ => continue,
+            };
+            seen.denied.push(need.denied(words));
+        }
+        let finding = permitted(&seen);
+        assert_eq!(
+            finding.found,
+            "user locks may not run SET and has no access to keys {a\\*b:*, channels a\\*b:in:*"
+        );
+        assert!(
+            finding
+                .mend
+                .unwrap()
+                .starts_with("ACL SETUSER locks +set ~{a\\*b:* &a\\*b:in:* ")
+        );
+    }
+
+    #[test]
+    fn a_server_without_a_password_is_worse_where_others_can_reach_it() {
+        let level = |place, login| access(place, login, &Seen::good("", &[])).unwrap().level;
+        assert_eq!(level("127.0.0.1:1", false), Level::Note);
+        assert_eq!(level("10.0.0.1:1", false), Level::Warning);
+        assert_eq!(level("10.0.0.1:1", true), Level::Ok);
+    }
+}

@@ -1,0 +1,137 @@
+//! What a server forgets when it restarts.
+
+use super::Kind;
+use super::facts::Seen;
+use super::finding::Finding;
+
+const CHECK: &str = "persistence";
+const MEND: &str = "CONFIG SET appendonly yes, CONFIG SET appendfsync everysec (or always), then CONFIG REWRITE or the same in redis.conf";
+
+pub(super) fn persistence(seen: &Seen, kind: Kind) -> Option<Finding> {
+    let file = match seen.setting("appendonly") {
+        Some(value) => value == "yes",
+        None => seen.info("aof_enabled")? == "1",
+    };
+    if !file {
+        let snapshots = seen.setting("save").filter(|save| !save.is_empty());
+        let (found, forgets) = match snapshots {
+            Some(save) => (
+                format!("appendonly no, snapshots (save {save})"),
+                "a restart forgets the locks since the last snapshot, so their keys can be had a second time",
+            ),
+            None => (
+                "appendonly no, no snapshots".to_owned(),
+                "a restart forgets all locks, so keys that are held can be had a second time",
+            ),
+        };
+        return Some(match kind {
+            // The rule that a restarted node has no vote is made for this.
+            Kind::Redlock => Finding::note(
+                CHECK,
+                found,
+                format!(
+                    "{forgets}; that is why a node that restarted has no vote until redlock_max_ttl has passed, so this is safe here"
+                ),
+                format!("nothing has to be done; with {MEND} a restarted node knows its leases sooner"),
+            ),
+            _ => Finding::warning(
+                CHECK,
+                found,
+                format!("{forgets} (tokens grow even so)"),
+                format!("{MEND}; else keep a crashed server down for longer than the longest TTL"),
+            ),
+        });
+    }
+    let Some(sync) = seen.setting("appendfsync") else {
+        return Some(Finding::ok(CHECK, "appendonly yes; appendfsync is not known"));
+    };
+    let found = format!("appendonly yes, appendfsync {sync}");
+    let pauses = seen.setting("no-appendfsync-on-rewrite") == Some("yes");
+    Some(match (sync, pauses) {
+        ("always", _) | ("everysec", false) if kind == Kind::Redlock || sync == "always" => Finding::ok(CHECK, found),
+        ("everysec", false) => Finding::ok(
+            CHECK,
+            format!("{found}: a crash of the machine forgets about a second, one of the server nothing"),
+        ),
+        _ if kind == Kind::Redlock => Finding::note(
+            CHECK,
+            found,
+            "a crash of the machine forgets leases; a node that restarted has no vote until redlock_max_ttl has passed, so this is safe here",
+            "nothing has to be done",
+        ),
+        ("everysec", true) => Finding::warning(
+            CHECK,
+            format!("{found}, no-appendfsync-on-rewrite yes"),
+            "while the file is rewritten nothing is synced, so a crash of the machine may forget half a minute of locks",
+            "CONFIG SET no-appendfsync-on-rewrite no",
+        ),
+        _ => Finding::warning(
+            CHECK,
+            found,
+            "when to write is left to the operating system, so a crash of the machine may forget half a minute of locks",
+            "CONFIG SET appendfsync everysec (or always)",
+        ),
+    })
+}
+
+/// Whether writing to the disk fails, which makes a server refuse commands.
+pub(super) fn disk(seen: &Seen) -> Option<Finding> {
+    let failed = [
+        ("aof_last_write_status", "the append-only file can't be written"),
+        ("rdb_last_bgsave_status", "the last snapshot failed"),
+    ];
+    let (_, what) = failed
+        .into_iter()
+        .find(|(name, _)| seen.info(name).is_some_and(|status| status != "ok"))?;
+    Some(Finding::error(
+        "disk",
+        what,
+        "the server refuses writes until the disk works again (MISCONF), so locks fail",
+        "look for a full or broken disk, and at the server's log; BGSAVE tries a snapshot again",
+    ))
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::doctor::finding::Level;
+
+    fn found(kind: Kind, settings: &[(&str, &str)]) -> Finding {
+        persistence(&Seen::good("", settings), kind).unwrap()
+    }
+
+    #[test]
+    fn a_single_server_without_a_file_is_warned_of_and_a_node_of_a_quorum_is_not() {
+        let off = &[("appendonly", "no")][..];
+        let finding = found(Kind::Single, off);
+        assert_eq!(finding.level, Level::Warning);
+        assert!(finding.why.unwrap().contains("a restart forgets all locks"));
+        assert!(finding.mend.unwrap().contains("CONFIG SET appendonly yes"));
+        let snapshots = found(Kind::Sentinel, &[("appendonly", "no"), ("save", "3600 1")]);
+        assert!(snapshots.level == Level::Warning && snapshots.why.unwrap().contains("since the last snapshot"));
+        assert_eq!(found(Kind::Redlock, off).level, Level::Note);
+    }
+
+    #[test]
+    fn how_the_file_is_synced_matters() {
+        for (sync, pause, level) in [
+            ("always", "no", Level::Ok),
+            ("everysec", "no", Level::Ok),
+            ("everysec", "yes", Level::Warning),
+            ("no", "no", Level::Warning),
+        ] {
+            let settings = [("appendfsync", sync), ("no-appendfsync-on-rewrite", pause)];
+            assert_eq!(found(Kind::Single, &settings).level, level, "{sync} {pause}");
+            assert!(found(Kind::Redlock, &settings).level <= Level::Note, "{sync} {pause}");
+        }
+    }
+
+    #[test]
+    fn a_disk_that_fails_is_an_error() {
+        assert_eq!(disk(&Seen::good("aof_last_write_status:ok\n", &[])), None);
+        assert_eq!(
+            disk(&Seen::good("rdb_last_bgsave_status:err\n", &[])).unwrap().level,
+            Level::Error
+        );
+    }
+}

@@ -1,0 +1,189 @@
+//! A quorum of independent primaries.
+
+use std::collections::BTreeMap;
+use std::time::Duration;
+
+use futures_util::future::join_all;
+use shardlock::Endpoint;
+
+use super::facts::{Seen, Server};
+use super::finding::{Finding, Level};
+use super::look::{Asking, look};
+use super::report::ShardReport;
+use super::server::{Expected, checked};
+use super::{Kind, clock};
+
+pub(super) async fn examine(endpoint: &Endpoint, asking: &Asking<'_>, fingerprint: &str, report: &mut ShardReport) {
+    let nodes = endpoint.servers();
+    let nodes = join_all(nodes.iter().map(|node| look(node, Kind::Redlock, asking))).await;
+    let expected = Expected {
+        kind: Kind::Redlock,
+        config: asking.config,
+        fingerprint,
+        replica_of: None,
+        unreachable: Level::Warning,
+    };
+    report.findings.push(majority(&nodes));
+    report.findings.extend(evenness(nodes.len()));
+    report.findings.push(independence(&nodes));
+    report.findings.extend(clock::among(&nodes));
+    for node in &nodes {
+        let mut checked = checked(node, &expected);
+        if let Ok(seen) = &node.seen {
+            checked.findings.extend(vote(seen, asking.config.redlock_max_ttl));
+        }
+        report.servers.push(checked);
+    }
+}
+
+/// Whether enough nodes answer.
+fn majority(nodes: &[Server]) -> Finding {
+    const CHECK: &str = "majority";
+    let reached = nodes.iter().filter(|node| node.seen.is_ok()).count();
+    let majority = nodes.len() / 2 + 1;
+    let found = format!("{reached} of {} nodes answer, {majority} are needed", nodes.len());
+    if reached < majority {
+        return Finding::error(
+            CHECK,
+            found,
+            "no lock of this shard can be had without a majority",
+            "bring the nodes below back that can't be reached",
+        );
+    }
+    match reached - majority {
+        0 if reached < nodes.len() => Finding::warning(
+            CHECK,
+            found,
+            "if one more node fails, no lock of this shard can be had",
+            "bring the nodes below back that can't be reached",
+        ),
+        _ => Finding::ok(CHECK, found),
+    }
+}
+
+fn evenness(count: usize) -> Option<Finding> {
+    count.is_multiple_of(2).then(|| {
+        Finding::note(
+            "node-count",
+            format!("{count} nodes"),
+            format!("as many of them may fail as of {}: the last one only costs", count - 1),
+            "use an odd number of nodes",
+        )
+    })
+}
+
+/// Whether the nodes are different servers that do not copy one another.
+fn independence(nodes: &[Server]) -> Finding {
+    const CHECK: &str = "independent";
+    let mut by_run: BTreeMap<&str, Vec<&str>> = BTreeMap::new();
+    for node in nodes {
+        if let Some(run) = node.seen.as_ref().ok().and_then(|seen| seen.info("run_id")) {
+            by_run.entry(run).or_default().push(&node.place);
+        }
+    }
+    let mend = "put an independent primary of its own in each place of the URL, in every process";
+    if let Some(same) = by_run.values().find(|places| places.len() > 1) {
+        return Finding::error(
+            CHECK,
+            format!("{} are the same server", same.join(" and ")),
+            "it has a vote for each of its names, so one server that fails or forgets decides",
+            mend,
+        );
+    }
+    let copy = nodes.iter().find_map(|node| {
+        let primary = node.seen.as_ref().ok()?.primary()?;
+        Some((node, primary))
+    });
+    match copy {
+        Some((node, primary)) => Finding::error(
+            CHECK,
+            format!("{} is a replica of {primary}", node.place),
+            "the nodes of a quorum must be independent: a replica refuses writes and fails with its primary",
+            mend,
+        ),
+        None => Finding::ok(CHECK, "no node is another one, or a replica"),
+    }
+}
+
+/// Whether the node may vote already.
+fn vote(seen: &Seen, longest_ttl: Duration) -> Option<Finding> {
+    const CHECK: &str = "vote";
+    let uptime = Duration::from_secs(seen.number("uptime_in_seconds")?);
+    let found = format!("up for {}", humantime::format_duration(uptime));
+    // The server rounds down.
+    Some(match longest_ttl.checked_sub(uptime) {
+        Some(left) if left > Duration::ZERO => Finding::warning(
+            CHECK,
+            format!("{found}, less than redlock_max_ttl ({longest_ttl:?}): it has no vote yet"),
+            "it may have forgotten leases when it restarted; until then one node less may fail",
+            format!("wait {left:?}; find out why it restarted, if that was not meant"),
+        ),
+        _ => Finding::ok(CHECK, found),
+    })
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::doctor::facts::{Trouble, TroubleKind};
+
+    fn node(place: &str, info: &str) -> Server {
+        Server {
+            place: place.to_owned(),
+            has_login: false,
+            encrypted: false,
+            seen: Ok(Seen::good(&format!("run_id:{place}\n{info}"), &[])),
+        }
+    }
+
+    fn dead(place: &str) -> Server {
+        let trouble = Trouble {
+            kind: TroubleKind::Unreachable,
+            reason: String::new(),
+        };
+        Server {
+            seen: Err(trouble),
+            ..node(place, "")
+        }
+    }
+
+    #[test]
+    fn a_majority_is_needed_and_one_more_is_better() {
+        let level = |alive: usize, of: usize| {
+            let nodes: Vec<_> = (0..of)
+                .map(|index| if index < alive { node("a", "") } else { dead("b") })
+                .collect();
+            majority(&nodes).level
+        };
+        assert_eq!(level(3, 3), Level::Ok);
+        assert_eq!(level(2, 3), Level::Warning);
+        assert_eq!(level(1, 3), Level::Error);
+        assert_eq!(level(4, 5), Level::Ok);
+        assert_eq!(evenness(4).unwrap().level, Level::Note);
+        assert_eq!(evenness(5), None);
+    }
+
+    #[test]
+    fn nodes_must_be_servers_of_their_own() {
+        assert_eq!(independence(&[node("a", ""), node("b", "")]).level, Level::Ok);
+        let twice = independence(&[node("a", ""), node("b", "run_id:a\n")]);
+        assert_eq!(
+            (twice.level, twice.found.as_str()),
+            (Level::Error, "a and b are the same server")
+        );
+        let replica = "role:slave\nmaster_host:a\nmaster_port:1\n";
+        let copy = independence(&[node("a:1", ""), node("b:1", replica)]);
+        assert_eq!(
+            (copy.level, copy.found.as_str()),
+            (Level::Error, "b:1 is a replica of a:1")
+        );
+    }
+
+    #[test]
+    fn a_node_that_just_started_has_no_vote() {
+        let seen = |seconds: u64| Seen::good(&format!("uptime_in_seconds:{seconds}\n"), &[]);
+        let finding = vote(&seen(3), Duration::from_secs(10)).unwrap();
+        assert!(finding.level == Level::Warning && finding.mend.unwrap().starts_with("wait 7s"));
+        assert_eq!(vote(&seen(10), Duration::from_secs(10)).unwrap().level, Level::Ok);
+    }
+}

@@ -1,0 +1,271 @@
+//! Primaries and replicas.
+
+use super::Kind;
+use super::facts::Seen;
+use super::finding::Finding;
+
+/// How long a replica may give no sign of life, in seconds; the server's own default for `min-replicas-max-lag`.
+const LAG_MOST: u64 = 10;
+
+/// Whether the server takes writes.
+pub(super) fn role(seen: &Seen, kind: Kind) -> Option<Finding> {
+    const CHECK: &str = "role";
+    match seen.info("role")? {
+        "master" => return Some(Finding::ok(CHECK, "primary")),
+        "slave" => {}
+        other => {
+            let why = "locks need a server that takes writes";
+            return Some(Finding::error(CHECK, other, why, "use the URL of a primary"));
+        }
+    }
+    let primary = seen.primary().unwrap_or_else(|| "another server".to_owned());
+    let found = format!("replica of {primary}");
+    Some(match kind {
+        Kind::Redlock => Finding::error(
+            CHECK,
+            found,
+            "the nodes of a quorum must be independent: a replica refuses writes and fails with its primary",
+            "REPLICAOF NO ONE on this server, or put an independent one in its place in the URL, in every process",
+        ),
+        _ => Finding::error(
+            CHECK,
+            found,
+            "a replica refuses writes (READONLY), so locks fail",
+            format!(
+                "use the primary's URL, redis://{primary}; with sentinels, redis+sentinel:// follows the primary wherever it goes"
+            ),
+        ),
+    })
+}
+
+/// Whether the server takes writes, where it does not tell its role.
+pub(super) fn writes(seen: &Seen) -> Option<Finding> {
+    let said = seen.refuses_writes.as_ref().filter(|_| seen.info.is_err())?;
+    Some(Finding::error(
+        "writes",
+        said,
+        "the server takes no writes now, so locks fail",
+        "READONLY: this is a replica, use the URL of its primary; OOM: CONFIG SET maxmemory to more; MISCONF: its disk is full or broken; \
+         NOREPLICAS: it wants more replicas (min-replicas-to-write)",
+    ))
+}
+
+/// Whether a server that ought to be a replica is one, and hears its primary.
+pub(super) fn replica(seen: &Seen, expected_primary: &str) -> Option<Finding> {
+    const CHECK: &str = "role";
+    seen.info("role")?;
+    let Some(primary) = seen.primary() else {
+        return Some(Finding::error(
+            CHECK,
+            format!("a primary of its own, though it is said to be a replica of {expected_primary}"),
+            "two primaries at a time can give one key to two holders; this should pass within moments after a failover",
+            format!(
+                "if it does not pass: REPLICAOF {} on this server",
+                expected_primary.replace(':', " ")
+            ),
+        ));
+    };
+    let found = format!("replica of {primary}");
+    Some(if seen.info("master_link_status") == Some("up") {
+        Finding::ok(CHECK, found)
+    } else {
+        Finding::warning(
+            CHECK,
+            format!("{found}, to which its link is down"),
+            "it has no new locks; if it were promoted now, it would have forgotten them",
+            "look at its log; masterauth and masteruser must fit the primary, and its address be reachable from there",
+        )
+    })
+}
+
+/// How many replicas there are and how well they follow.
+pub(super) fn replicas(seen: &Seen, kind: Kind) -> Option<Finding> {
+    const CHECK: &str = "replicas";
+    if seen.info("role")? != "master" {
+        return None;
+    }
+    let replicas = seen.replicas();
+    if kind == Kind::Redlock {
+        return (!replicas.is_empty()).then(|| {
+            Finding::note(
+                CHECK,
+                format!("{} connected", replicas.len()),
+                "a replica of a quorum's node is of no use for locks, and one that is promoted would have forgotten leases",
+                "see to it that nothing promotes it under the node's address",
+            )
+        });
+    }
+    if replicas.is_empty() {
+        let (found, why) = ("none connected", "while this server is down, its keys can't be locked");
+        return Some(match kind {
+            Kind::Single | Kind::Redlock => Finding::note(
+                CHECK,
+                found,
+                why,
+                "nothing has to be done; redis+sentinel://, redis+cluster:// and redlock:// go on when a server fails",
+            ),
+            Kind::Sentinel | Kind::Cluster => Finding::warning(
+                CHECK,
+                found,
+                format!("{why}: there is none to be promoted"),
+                "start a replica: REPLICAOF <primary's host> <port>; in a cluster, redis-cli --cluster add-node ... --cluster-slave",
+            ),
+        });
+    }
+    let late = replicas
+        .iter()
+        .find(|replica| replica.state != "online" || replica.lag > LAG_MOST);
+    let most = replicas.iter().map(|replica| replica.behind).max().unwrap_or(0);
+    Some(match late {
+        None => Finding::ok(
+            CHECK,
+            format!("{} connected, at most {most} bytes behind", replicas.len()),
+        ),
+        Some(replica) => Finding::warning(
+            CHECK,
+            format!(
+                "{} is {}, its last sign of life {} s ago, {} bytes behind",
+                replica.place, replica.state, replica.lag, replica.behind
+            ),
+            "a replica that is promoted lacks the locks that it has not received",
+            "look at the replica's log, its load and the network between the two",
+        ),
+    })
+}
+
+/// Whether the primary itself refuses writes without replicas.
+pub(super) fn min_replicas_to_write(seen: &Seen, kind: Kind) -> Option<Finding> {
+    const CHECK: &str = "min-replicas-to-write";
+    if seen.is_replica() || kind == Kind::Redlock {
+        return None;
+    }
+    let least: u64 = seen.setting(CHECK)?.parse().ok()?;
+    let good = seen
+        .number("min_slaves_good_slaves")
+        .unwrap_or(seen.replicas().len() as u64);
+    let found = format!("{least}, {good} in step");
+    if least > good {
+        return Some(Finding::error(
+            CHECK,
+            found,
+            "the server refuses all writes (NOREPLICAS), so locks fail",
+            format!("bring {least} replicas into step, or CONFIG SET min-replicas-to-write {good}"),
+        ));
+    }
+    if least == 0 && kind != Kind::Single {
+        return Some(Finding::note(
+            CHECK,
+            "0",
+            "a primary that is cut off from its replicas goes on granting locks which a promoted replica grants as well",
+            "CONFIG SET min-replicas-to-write 1, CONFIG SET min-replicas-max-lag 10 on each server; that narrows the gap, and does not close it",
+        ));
+    }
+    (least > 0).then(|| Finding::ok(CHECK, found))
+}
+
+/// Whether `min_replicas_acked` of the configuration can be met.
+pub(super) fn acknowledgements(seen: &Seen, kind: Kind, acked: u32) -> Option<Finding> {
+    const CHECK: &str = "min_replicas_acked";
+    if acked == 0 || kind == Kind::Redlock || seen.info("role")? != "master" {
+        return None;
+    }
+    let online = seen
+        .replicas()
+        .iter()
+        .filter(|replica| replica.state == "online")
+        .count();
+    let found = format!("{acked}, with {online} replicas online");
+    Some(if online as u64 >= u64::from(acked) {
+        Finding::ok(CHECK, found)
+    } else {
+        Finding::error(
+            CHECK,
+            found,
+            "a lock counts only when so many replicas have confirmed it, so every lock fails",
+            format!(
+                "start more replicas, or set min_replicas_acked = {online} (SHARDLOCK_MIN_REPLICAS_ACKED={online})"
+            ),
+        )
+    })
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::doctor::finding::Level;
+
+    const REPLICA: &str = "role:slave\nmaster_host:10.0.0.1\nmaster_port:6379\nmaster_link_status:up\n";
+    const TWO: &str = "connected_slaves:2\nslave0:ip=a,port=1,state=online,offset=1000,lag=0\n\
+                       slave1:ip=b,port=1,state=online,offset=900,lag=1\nmin_slaves_good_slaves:2\n";
+
+    fn seen(info: &str) -> Seen {
+        Seen::good(info, &[])
+    }
+
+    #[test]
+    fn a_replica_given_as_shard_is_an_error_that_names_the_primary() {
+        assert_eq!(role(&seen(""), Kind::Single).unwrap().level, Level::Ok);
+        let finding = role(&seen(REPLICA), Kind::Single).unwrap();
+        assert_eq!(finding.level, Level::Error);
+        assert!(finding.mend.unwrap().contains("redis://10.0.0.1:6379"));
+        let node = role(&seen(REPLICA), Kind::Redlock).unwrap();
+        assert!(node.level == Level::Error && node.why.unwrap().contains("independent"));
+    }
+
+    #[test]
+    fn a_server_that_takes_no_writes_is_known_without_its_role() {
+        let mut seen = seen("");
+        seen.refuses_writes = Some("READONLY: You can't write".to_owned());
+        assert_eq!(writes(&seen), None);
+        seen.info = Err("NoPerm".to_owned());
+        assert_eq!(writes(&seen).unwrap().level, Level::Error);
+    }
+
+    #[test]
+    fn a_replica_must_hear_its_primary() {
+        let level = |info: &str| replica(&seen(info), "10.0.0.1:6379").unwrap().level;
+        assert_eq!(level(REPLICA), Level::Ok);
+        assert_eq!(level(&format!("{REPLICA}master_link_status:down\n")), Level::Warning);
+        assert_eq!(level(""), Level::Error);
+    }
+
+    #[test]
+    fn replicas_are_of_use_where_one_can_be_promoted() {
+        let level = |info: &str, kind| replicas(&seen(info), kind).map(|finding| finding.level);
+        assert_eq!(level("", Kind::Single), Some(Level::Note));
+        assert_eq!(level("", Kind::Sentinel), Some(Level::Warning));
+        assert_eq!(level("", Kind::Redlock), None);
+        assert_eq!(level(TWO, Kind::Cluster), Some(Level::Ok));
+        assert_eq!(level(TWO, Kind::Redlock), Some(Level::Note));
+        assert_eq!(
+            level(&TWO.replace("lag=1", "lag=11"), Kind::Single),
+            Some(Level::Warning)
+        );
+        assert_eq!(
+            level(&TWO.replacen("online", "wait_bgsave", 1), Kind::Single),
+            Some(Level::Warning)
+        );
+    }
+
+    #[test]
+    fn more_acknowledgements_than_replicas_can_never_be_met() {
+        let level = |acked| acknowledgements(&seen(TWO), Kind::Single, acked).map(|finding| finding.level);
+        assert_eq!(
+            (level(0), level(2), level(3)),
+            (None, Some(Level::Ok), Some(Level::Error))
+        );
+        assert_eq!(acknowledgements(&seen(TWO), Kind::Redlock, 3), None);
+    }
+
+    #[test]
+    fn a_primary_that_refuses_writes_for_want_of_replicas_is_an_error() {
+        let level = |least, kind| {
+            let seen = Seen::good(TWO, &[("min-replicas-to-write", least)]);
+            min_replicas_to_write(&seen, kind).map(|finding| finding.level)
+        };
+        assert_eq!(level("3", Kind::Single), Some(Level::Error));
+        assert_eq!(level("2", Kind::Sentinel), Some(Level::Ok));
+        assert_eq!(level("0", Kind::Sentinel), Some(Level::Note));
+        assert_eq!(level("0", Kind::Single), None);
+    }
+}

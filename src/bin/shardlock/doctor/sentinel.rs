@@ -1,0 +1,331 @@
+//! A primary that sentinels watch.
+
+use std::collections::{BTreeMap, BTreeSet};
+use std::time::Duration;
+
+use deadpool_redis::redis::cmd;
+use futures_util::future::join_all;
+use shardlock::{Config, Endpoint, ServerUrl};
+
+use super::facts::{Server, Trouble, place};
+use super::finding::{Finding, Level};
+use super::look::{Asking, ask, look};
+use super::report::{ServerReport, ShardReport};
+use super::server::{Expected, checked};
+use super::{Kind, clock, reach};
+
+/// What one sentinel says of the primary. A part that it refused is an `Err` with its words.
+#[derive(Debug, Clone)]
+struct View {
+    /// Where the primary is, or nothing if the sentinel does not know the name.
+    primary: Result<Option<String>, String>,
+    /// The fields of `SENTINEL MASTER`.
+    fields: BTreeMap<String, String>,
+    replicas: Vec<String>,
+    /// Whether enough sentinels can agree on a failover.
+    quorum: Result<String, String>,
+}
+
+/// Fewer than three can't outvote one that is cut off.
+const SENTINELS_LEAST: usize = 3;
+
+/// How many replicas are looked at.
+const REPLICAS_MOST: usize = 16;
+
+pub(super) async fn examine(endpoint: &Endpoint, asking: &Asking<'_>, fingerprint: &str, report: &mut ShardReport) {
+    let name = endpoint.primary_name().unwrap_or_default();
+    let sentinels = endpoint.servers();
+    let views = join_all(sentinels.iter().map(|sentinel| view(sentinel, name, asking))).await;
+    let answers = views.iter().filter(|view| view.is_ok()).count();
+    for (sentinel, view) in sentinels.iter().zip(&views) {
+        let findings = match view {
+            Ok(view) => of_sentinel(view, name, sentinels.len()),
+            Err(trouble) => {
+                let level = if answers == 0 { Level::Error } else { Level::Warning };
+                let server = Server {
+                    place: sentinel.place().to_owned(),
+                    has_login: sentinel.as_str().contains('@'),
+                    encrypted: sentinel.is_encrypted(),
+                    seen: Err(trouble.clone()),
+                };
+                vec![reach::unreachable(&server, trouble, level)]
+            }
+        };
+        report.servers.push(ServerReport {
+            place: sentinel.place().to_owned(),
+            part: "sentinel",
+            findings,
+        });
+    }
+    let views: Vec<View> = views.into_iter().flatten().collect();
+    report.findings.extend(agreement(&views, name));
+    report.findings.extend(failover_time(&views, asking.config));
+    let Some(primary) = views.iter().find_map(|view| view.primary.clone().ok().flatten()) else {
+        return;
+    };
+    let replicas: BTreeSet<&String> = views
+        .iter()
+        .flat_map(|view| &view.replicas)
+        .take(REPLICAS_MOST)
+        .collect();
+    let places =
+        std::iter::once((&primary, None)).chain(replicas.into_iter().map(|place| (place, Some(primary.clone()))));
+    let looking = places.filter_map(|(place, replica_of)| {
+        let server = endpoint.server_at(place)?;
+        Some(async move { (look(&server, Kind::Sentinel, asking).await, replica_of) })
+    });
+    let servers = join_all(looking).await;
+    report
+        .findings
+        .extend(clock::among(servers.iter().map(|(server, _)| server)));
+    for (server, replica_of) in servers {
+        let expected = Expected {
+            kind: Kind::Sentinel,
+            config: asking.config,
+            fingerprint,
+            unreachable: if replica_of.is_some() {
+                Level::Warning
+            } else {
+                Level::Error
+            },
+            replica_of,
+        };
+        report.servers.push(checked(&server, &expected));
+    }
+}
+
+async fn view(sentinel: &ServerUrl, name: &str, asking: &Asking<'_>) -> Result<View, Trouble> {
+    let mut connection = asking.connect(sentinel).await?;
+    let question = |what: &str| {
+        let mut command = cmd("SENTINEL");
+        command.arg(what).arg(name);
+        command
+    };
+    let address: Result<Option<(String, String)>, _> = ask(&mut connection, &question("GET-MASTER-ADDR-BY-NAME")).await;
+    // What a sentinel does not tell of a name that it does not know is said by its first answer.
+    let fields = ask(&mut connection, &question("MASTER")).await.unwrap_or_default();
+    let replicas: Vec<BTreeMap<String, String>> = ask(&mut connection, &question("REPLICAS")).await.unwrap_or_default();
+    let quorum = ask(&mut connection, &question("CKQUORUM")).await;
+    Ok(View {
+        primary: address.map(|address| address.map(|(host, port)| place(&host, &port))),
+        fields,
+        replicas: replicas
+            .iter()
+            .filter_map(|replica| Some(place(replica.get("ip")?, replica.get("port")?)))
+            .collect(),
+        quorum,
+    })
+}
+
+/// What is to be said of one sentinel that answers.
+fn of_sentinel(view: &View, name: &str, named: usize) -> Vec<Finding> {
+    const CHECK: &str = "primary";
+    let primary = match &view.primary {
+        Ok(Some(primary)) => primary,
+        Ok(None) => {
+            return vec![Finding::error(
+                CHECK,
+                format!("no primary called {name:?} is known"),
+                "the shard can't be found",
+                "correct the name in the URL (redis+sentinel://host,.../name; SENTINEL MASTERS lists the names), or SENTINEL MONITOR <name> <host> \
+                 <port> <quorum> on this sentinel",
+            )];
+        }
+        Err(reason) => {
+            return vec![Finding::error(
+                CHECK,
+                format!("not told: {reason}"),
+                "the shard can't be found",
+                "if the sentinel asks for a password, put it into the URL: ?sentinel_user=...&sentinel_password=...; if this is no sentinel, name \
+                 one (port 26379)",
+            )];
+        }
+    };
+    let mut findings = Vec::new();
+    let flags = view.fields.get("flags").map_or("", String::as_str);
+    findings.push(if flags.contains("down") {
+        Finding::error(
+            CHECK,
+            format!("{primary}, which it holds to be down ({flags})"),
+            "a failover is due or on its way; until it is done, locks of this shard fail",
+            "look whether the primary runs and can be reached from the sentinel; if no failover comes, see quorum",
+        )
+    } else {
+        Finding::ok(CHECK, primary)
+    });
+    findings.push(match &view.quorum {
+        Ok(words) => Finding::ok("quorum", words),
+        Err(reason) if not_permitted(reason) => Finding::note(
+            "quorum",
+            format!("SENTINEL CKQUORUM is refused: {reason}"),
+            "whether a failover is possible, and the replicas, can't be looked at, so nothing is said of them",
+            "ACL SETUSER <user> +sentinel|ckquorum +sentinel|master +sentinel|replicas on the sentinel, or look by hand",
+        ),
+        Err(reason) => Finding::error(
+            "quorum",
+            reason,
+            "too few sentinels can agree on a failover, so a primary that fails stays down",
+            "start the sentinels that are missing, or SENTINEL SET <name> quorum <fewer>",
+        ),
+    });
+    let others = view
+        .fields
+        .get("num-other-sentinels")
+        .and_then(|others| others.parse::<usize>().ok());
+    if let Some(all) = others.map(|others| others + 1) {
+        findings.push(if all < SENTINELS_LEAST {
+            Finding::warning(
+                "sentinels",
+                format!("{all} watch this primary"),
+                "there is no majority left for a failover when one of them fails",
+                "start three or more, on machines that do not fail together",
+            )
+        } else if all > named {
+            Finding::note(
+                "sentinels",
+                format!("{all} watch this primary, {named} are in the URL"),
+                "a process that starts while those of the URL are down does not find the primary",
+                "name all of them in the URL",
+            )
+        } else {
+            Finding::ok("sentinels", format!("{all} watch this primary"))
+        });
+    }
+    findings
+}
+
+fn not_permitted(reason: &str) -> bool {
+    reason.starts_with("NoPerm")
+}
+
+/// Whether all sentinels that answer name the same primary.
+fn agreement(views: &[View], name: &str) -> Option<Finding> {
+    const CHECK: &str = "sentinels-agree";
+    let told: BTreeSet<&String> = views
+        .iter()
+        .filter_map(|view| view.primary.as_ref().ok()?.as_ref())
+        .collect();
+    let mut told_in_order = told.iter();
+    let first = told_in_order.next()?;
+    Some(if told_in_order.next().is_none() {
+        Finding::ok(CHECK, format!("{name} is at {first}"))
+    } else {
+        let all: Vec<_> = told.iter().map(|place| place.as_str()).collect();
+        Finding::error(
+            CHECK,
+            format!("{name} is said to be at {}", all.join(" and at ")),
+            "processes that ask different sentinels lock one key on two servers",
+            "if this does not pass within moments: see that the sentinels reach one another, watch the same primary, and call each other by addresses \
+             that all can reach (sentinel announce-ip)",
+        )
+    })
+}
+
+/// Whether requests wait for as long as a failover takes at least.
+fn failover_time(views: &[View], config: &Config) -> Option<Finding> {
+    const CHECK: &str = "down-after";
+    let longest = views
+        .iter()
+        .filter_map(|view| view.fields.get("down-after-milliseconds")?.parse::<u64>().ok())
+        .max()?;
+    let down_after = Duration::from_millis(longest);
+    let found = format!("down-after-milliseconds {longest}, ttl {:?}", config.ttl);
+    Some(if down_after < config.ttl {
+        Finding::ok(CHECK, found)
+    } else {
+        Finding::note(
+            CHECK,
+            found,
+            "a failover takes longer than a lease lasts, so all locks of this shard are lost in one",
+            format!(
+                "SENTINEL SET <name> down-after-milliseconds {} on each sentinel, or set ttl to more than {down_after:?} and the seconds that a \
+                 failover takes",
+                (config.ttl.as_millis() / 2).max(1)
+            ),
+        )
+    })
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn view(primary: Option<&str>, fields: &[(&str, &str)]) -> View {
+        let fields = [
+            ("flags", "master"),
+            ("num-other-sentinels", "2"),
+            ("down-after-milliseconds", "5000"),
+        ]
+        .iter()
+        .chain(fields)
+        .map(|&(name, value)| (name.to_owned(), value.to_owned()))
+        .collect();
+        View {
+            primary: Ok(primary.map(str::to_owned)),
+            fields,
+            replicas: Vec::new(),
+            quorum: Ok("OK 3 usable Sentinels.".to_owned()),
+        }
+    }
+
+    fn levels(view: &View, named: usize) -> Vec<(&'static str, Level)> {
+        let findings = of_sentinel(view, "m", named);
+        findings
+            .into_iter()
+            .map(|finding| (finding.check, finding.level))
+            .collect()
+    }
+
+    #[test]
+    fn a_sentinel_must_know_the_primary_and_hold_it_to_be_up() {
+        let good = [("primary", Level::Ok), ("quorum", Level::Ok), ("sentinels", Level::Ok)];
+        assert_eq!(levels(&view(Some("a:1"), &[]), 3), good);
+        assert_eq!(levels(&view(None, &[]), 3), [("primary", Level::Error)]);
+        let down = view(Some("a:1"), &[("flags", "s_down,o_down,master")]);
+        assert_eq!(levels(&down, 3)[0], ("primary", Level::Error));
+        let refused = View {
+            primary: Err("NOAUTH".to_owned()),
+            ..view(None, &[])
+        };
+        let finding = of_sentinel(&refused, "m", 3).remove(0);
+        assert!(finding.mend.unwrap().contains("sentinel_password"));
+    }
+
+    #[test]
+    fn a_failover_needs_a_quorum_and_three_sentinels() {
+        let few = View {
+            quorum: Err("NOQUORUM 1 usable Sentinels.".to_owned()),
+            ..view(Some("a:1"), &[("num-other-sentinels", "1")])
+        };
+        assert_eq!(
+            levels(&few, 2)[1..],
+            [("quorum", Level::Error), ("sentinels", Level::Warning)]
+        );
+        assert_eq!(levels(&view(Some("a:1"), &[]), 1)[2], ("sentinels", Level::Note));
+        let refused = View {
+            quorum: Err("NoPerm: this user has no permissions".to_owned()),
+            ..view(Some("a:1"), &[])
+        };
+        assert_eq!(levels(&refused, 3)[1], ("quorum", Level::Note));
+    }
+
+    #[test]
+    fn sentinels_must_agree() {
+        let level = |places: &[&str]| {
+            let views: Vec<_> = places.iter().map(|place| view(Some(place), &[])).collect();
+            agreement(&views, "m").map(|finding| finding.level)
+        };
+        assert_eq!(level(&["a:1", "a:1"]), Some(Level::Ok));
+        assert_eq!(level(&["a:1", "b:1"]), Some(Level::Error));
+        assert_eq!(level(&[]), None);
+    }
+
+    #[test]
+    fn a_failover_that_takes_longer_than_a_lease_is_told() {
+        let level = |millis| {
+            let views = [view(Some("a:1"), &[("down-after-milliseconds", millis)])];
+            failover_time(&views, &Config::default()).unwrap().level
+        };
+        assert_eq!((level("5000"), level("30000")), (Level::Ok, Level::Note));
+    }
+}

@@ -1,0 +1,77 @@
+//! All checks of one server that keeps locks.
+
+use shardlock::Config;
+
+use super::facts::{Seen, Server};
+use super::finding::{Finding, Level};
+use super::report::ServerReport;
+use super::{Kind, clock, connections, map, memory, permissions, persistence, reach, replication, timing};
+
+/// What a server is expected to be.
+#[derive(Debug, Clone)]
+pub(super) struct Expected<'a> {
+    pub(super) kind: Kind,
+    pub(super) config: &'a Config,
+    /// What the shard must have stored.
+    pub(super) fingerprint: &'a str,
+    /// Where its primary is, if it is a replica.
+    pub(super) replica_of: Option<String>,
+    /// How bad it is if it can't be reached.
+    pub(super) unreachable: Level,
+}
+
+pub(super) fn checked(server: &Server, expected: &Expected<'_>) -> ServerReport {
+    let findings = match &server.seen {
+        Err(trouble) => vec![reach::unreachable(server, trouble, expected.unreachable)],
+        Ok(seen) => findings(server, seen, expected),
+    };
+    let part = match (&expected.replica_of, expected.kind) {
+        (Some(_), _) => "replica",
+        (None, Kind::Redlock) => "node",
+        (None, _) => "primary",
+    };
+    ServerReport {
+        place: server.place.clone(),
+        part,
+        findings,
+    }
+}
+
+fn findings(server: &Server, seen: &Seen, expected: &Expected<'_>) -> Vec<Finding> {
+    let &Expected {
+        kind,
+        config,
+        fingerprint,
+        ..
+    } = expected;
+    let role = match &expected.replica_of {
+        Some(primary) => replication::replica(seen, primary),
+        None => replication::role(seen, kind),
+    };
+    let mut findings = vec![reach::reachable(seen), timing::measured(&seen.round_trips, config)];
+    findings.extend(reach::version(seen));
+    findings.extend(reach::mode(seen, kind));
+    findings.extend(role);
+    if expected.replica_of.is_none() {
+        findings.extend(replication::writes(seen));
+    }
+    findings.extend(permissions::access(&server.place, server.has_login, seen));
+    findings.push(permissions::permitted(seen));
+    findings.extend(map::fingerprint(seen, kind, fingerprint, &config.map_key()));
+    findings.extend(memory::policy(seen));
+    findings.extend(memory::room(seen));
+    findings.extend(persistence::persistence(seen, kind));
+    findings.extend(persistence::disk(seen));
+    findings.extend(connections::pubsub_limits(seen));
+    findings.extend(connections::idle_timeout(seen));
+    findings.extend(connections::keepalive(seen));
+    findings.extend(connections::clients(seen));
+    if expected.replica_of.is_none() {
+        findings.extend(replication::replicas(seen, kind));
+        findings.extend(replication::min_replicas_to_write(seen, kind));
+        findings.extend(replication::acknowledgements(seen, kind, config.min_replicas_acked));
+    }
+    findings.extend(clock::against_ours(seen));
+    findings.extend(reach::not_looked_at(seen));
+    findings
+}

@@ -1,0 +1,149 @@
+//! Whether leases last long enough for what goes to and fro.
+
+use std::time::Duration;
+
+use shardlock::Config;
+
+use super::facts::RoundTrips;
+use super::finding::Finding;
+use super::reach::short;
+
+/// So many round trips must fit into a TTL, or a slow moment ends leases.
+const ROUND_TRIPS_PER_TTL: u32 = 20;
+/// With fewer than this, not even a renewal and its repetition fit.
+const ROUND_TRIPS_PER_TTL_LEAST: u32 = 4;
+/// So many round trips must fit into the time limit of a request. The median counts, since one slow answer proves nothing.
+const ROUND_TRIPS_PER_TIMEOUT: u32 = 5;
+
+/// Of the settings alone.
+pub(super) fn settings(config: &Config) -> Finding {
+    let Config { ttl, store_timeout, .. } = *config;
+    let interval = ttl.mul_f64(config.renew_fraction);
+    let found = format!("ttl {ttl:?}, renewed every {interval:?}, store_timeout {store_timeout:?}");
+    let left = ttl.saturating_sub(interval);
+    if store_timeout >= ttl {
+        Finding::warning(
+            "ttl",
+            found,
+            "a shard may take longer to answer than a lease lasts, so one answer that is late loses the lock, and a new one may be over when it comes",
+            format!(
+                "set store_timeout to less than the ttl, such as {:?}, or raise ttl",
+                (ttl / 4).max(Duration::from_millis(10))
+            ),
+        )
+    } else if store_timeout * 2 > left {
+        Finding::note(
+            "ttl",
+            found,
+            "a lease does not outlast two renewals that get no answer in time",
+            format!("set store_timeout to {:?} or less, or raise ttl", left / 2),
+        )
+    } else {
+        Finding::ok("ttl", found)
+    }
+}
+
+/// Of the settings against what was measured.
+pub(super) fn measured(times: &RoundTrips, config: &Config) -> Finding {
+    const CHECK: &str = "ttl-round-trip";
+    let (median, most) = (times.median, times.most);
+    let interval = config.ttl.mul_f64(config.renew_fraction);
+    let fit = (config.ttl.as_secs_f64() / median.as_secs_f64().max(1e-9)) as u64;
+    let found = format!(
+        "{fit} round trips of {} fit into the ttl of {:?}",
+        short(median),
+        config.ttl
+    );
+    let enough = median * ROUND_TRIPS_PER_TTL;
+    if config.ttl < median * ROUND_TRIPS_PER_TTL_LEAST {
+        return Finding::error(
+            CHECK,
+            found,
+            "a lease is over before it can be renewed, so locks are lost while they are in use",
+            format!(
+                "set ttl to {} or more, or bring the process nearer to the server",
+                short(enough)
+            ),
+        );
+    }
+    if config.ttl < enough || interval < median * 2 {
+        return Finding::warning(
+            CHECK,
+            format!("{found}; renewals are due every {interval:?}"),
+            "a slow moment of the network or the server is enough to lose locks that are in use",
+            format!(
+                "set ttl to {} or more, or bring the process nearer to the server",
+                short(enough.max(median.mul_f64(2.0 / config.renew_fraction)))
+            ),
+        );
+    }
+    if config.store_timeout < median * ROUND_TRIPS_PER_TIMEOUT {
+        return Finding::warning(
+            CHECK,
+            format!(
+                "a round trip takes {}, with store_timeout {:?}",
+                short(median),
+                config.store_timeout
+            ),
+            "requests are given up as unavailable where the server is only a little slow",
+            format!(
+                "set store_timeout to {} or more, and less than the ttl",
+                short(median * ROUND_TRIPS_PER_TIMEOUT)
+            ),
+        );
+    }
+    if config.store_timeout < most * 2 {
+        return Finding::note(
+            CHECK,
+            format!(
+                "one round trip took {}, with store_timeout {:?}",
+                short(most),
+                config.store_timeout
+            ),
+            "if this happens often, requests are given up as unavailable; one alone may be this machine's doing",
+            "see whether the server or this machine is overloaded: redis-cli --latency, SLOWLOG GET, LATENCY DOCTOR",
+        );
+    }
+    Finding::ok(CHECK, found)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::doctor::finding::Level;
+
+    fn config(ttl_ms: u64, timeout_ms: u64) -> Config {
+        let mut config = Config::default();
+        config.ttl = Duration::from_millis(ttl_ms);
+        config.store_timeout = Duration::from_millis(timeout_ms);
+        config
+    }
+
+    #[test]
+    fn a_request_must_not_take_longer_than_a_lease_lasts() {
+        let level = |ttl, timeout| settings(&config(ttl, timeout)).level;
+        assert_eq!(level(10_000, 1_000), Level::Ok);
+        assert_eq!(level(1_000, 500), Level::Note);
+        assert_eq!(level(1_000, 1_000), Level::Warning);
+        assert_eq!(settings(&Config::default()).level, Level::Ok);
+    }
+
+    #[test]
+    fn many_round_trips_must_fit_into_a_ttl() {
+        let level = |ttl, timeout, median, most| {
+            let times = RoundTrips {
+                count: 20,
+                least: Duration::ZERO,
+                median: Duration::from_millis(median),
+                most: Duration::from_millis(most),
+            };
+            measured(&times, &config(ttl, timeout)).level
+        };
+        assert_eq!(level(10_000, 1_000, 1, 3), Level::Ok);
+        assert_eq!(level(200, 50, 1, 3), Level::Ok);
+        assert_eq!(level(200, 50, 11, 11), Level::Warning);
+        assert_eq!(level(200, 50, 51, 51), Level::Error);
+        assert_eq!(level(10_000, 20, 5, 5), Level::Warning);
+        assert_eq!(level(10_000, 20, 1, 11), Level::Note);
+    }
+}

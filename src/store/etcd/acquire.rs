@@ -1,0 +1,364 @@
+//! Taking a key, or a place in its line.
+
+use std::sync::Arc;
+use std::time::Duration;
+
+use etcd_client::{Compare, CompareOp, LeaseGrantOptions, PutOptions, Txn, TxnOp, TxnResponse};
+
+use super::Shared;
+use super::cycles::Lease;
+use super::fault::Fault;
+use super::line::{self, Line, Member, first_in, floor_of, tokens_of};
+use super::link::Link;
+use super::names::member;
+use super::waits::Wait;
+use crate::clock::Moment;
+use crate::identity::parse_signature;
+use crate::key::LockKey;
+use crate::protocol::{Acquire, AcquireReply, Answer, Ask, Cycle, Place};
+use crate::store::StoreError;
+
+/// How often a lease that ended under a request is made anew.
+const LEASES_PER_REQUEST: usize = 3;
+/// When a waiting cycle looks again unasked. The watch tells it of the end of who stands before it, however that comes about; this is for what
+/// nobody thought of.
+const LOOK_AGAIN: Duration = Duration::from_secs(10);
+
+/// One cycle of one key, and what its requests say.
+#[derive(Debug, Clone)]
+pub(super) struct Contender {
+    pub(super) key: LockKey,
+    pub(super) cycle: Cycle,
+    pub(super) ttl: Duration,
+    pub(super) tokens: u32,
+    /// What the names of all contenders begin with.
+    pub(super) prefix: String,
+    pub(super) name: String,
+}
+
+impl Contender {
+    pub(super) fn new(shared: &Shared, key: &LockKey, cycle: Cycle, ttl: Duration, tokens: u32) -> Self {
+        Self {
+            prefix: shared.names.prefix(key),
+            name: shared.names.cycle(key, cycle),
+            key: key.clone(),
+            cycle,
+            ttl,
+            tokens,
+        }
+    }
+
+    /// Makes its key. The value says how many tokens go with the key's revision.
+    pub(super) fn put(&self, lease: Lease) -> TxnOp {
+        let options = PutOptions::new().with_lease(lease.id);
+        TxnOp::put(self.name.as_str(), self.tokens.to_string(), Some(options))
+    }
+
+    /// Puts its key again, for another revision. It keeps its place and its lease.
+    pub(super) fn put_again(&self) -> TxnOp {
+        let options = PutOptions::new().with_ignore_lease();
+        TxnOp::put(self.name.as_str(), self.tokens.to_string(), Some(options))
+    }
+
+    /// Whether its key is not there yet.
+    pub(super) fn is_new(&self) -> Compare {
+        Compare::create_revision(self.name.as_str(), CompareOp::Equal, 0)
+    }
+}
+
+pub(super) async fn acquire(
+    shared: Arc<Shared>,
+    link: Arc<Link>,
+    request: Acquire,
+) -> Result<Answer<AcquireReply>, StoreError> {
+    let Acquire {
+        key,
+        cycle,
+        ask,
+        ttl,
+        tokens,
+    } = request;
+    let contender = Contender::new(&shared, &key, cycle, ttl, tokens);
+    let floor = shared.floor();
+    let answer = |(sent_at, reply)| Answer {
+        sent_at,
+        ttl,
+        floor,
+        reply,
+    };
+    if ask == Ask::Try && shared.cycles.lease(cycle).is_none() && is_taken(&shared, &link, &contender).await? {
+        // Nothing was asked for, so there is nothing to give back.
+        return Ok(answer((Moment::now(), AcquireReply::Busy)));
+    }
+    shared.cycles.open(cycle, ttl, Moment::now());
+    let taken = match ask {
+        Ask::Join => join(&shared, &link, &contender).await,
+        Ask::Free | Ask::Try => take(&shared, &link, &contender, ask).await,
+    };
+    taken.map(answer).map_err(Fault::into_store_error)
+}
+
+/// Whether somebody has the key or waits for it.
+async fn is_taken(shared: &Shared, link: &Link, contender: &Contender) -> Result<bool, StoreError> {
+    let look = async |mut client: etcd_client::Client| {
+        let only_first = line::in_order().with_limit(1);
+        client.get(contender.prefix.as_str(), Some(only_first)).await
+    };
+    let (found, _) = link.request(look).await.map_err(Fault::into_store_error)?;
+    shared.saw(found.header());
+    Ok(line::first(&found).is_some())
+}
+
+/// Takes the key if nobody has it or waits for it.
+async fn take(shared: &Shared, link: &Link, contender: &Contender, ask: Ask) -> Result<(Moment, AcquireReply), Fault> {
+    let Ran { sent_at, reply, .. } = under_a_lease(shared, link, contender, |lease| {
+        Txn::new()
+            .when([Compare::create_revision(contender.prefix.as_str(), CompareOp::Equal, 0).with_prefix()])
+            .and_then([contender.put(lease), Line::read_first(&contender.prefix)])
+            .or_else([Line::read_first(&contender.prefix)])
+    })
+    .await?;
+    let line = Line::in_reply(&reply)?;
+    let first_is_ours = line.members.first().is_some_and(|first| first.is(&contender.name));
+    if reply.succeeded() {
+        return Ok((sent_at, granted(shared, contender, &line)?));
+    }
+    if first_is_ours {
+        // An earlier request of this cycle took it; its reply was lost.
+        return join(shared, link, contender).await;
+    }
+    shared.revokes.add(shared.cycles.close(contender.cycle));
+    let reply = match ask {
+        Ask::Try => AcquireReply::Busy,
+        Ask::Free | Ask::Join => AcquireReply::Taken,
+    };
+    Ok((sent_at, reply))
+}
+
+/// Takes the key, extends it, or joins the line.
+pub(super) async fn join(shared: &Shared, link: &Link, contender: &Contender) -> Result<(Moment, AcquireReply), Fault> {
+    let ran = under_a_lease(shared, link, contender, |lease| {
+        Txn::new()
+            .when([contender.is_new()])
+            .and_then([contender.put(lease), Line::read(&contender.prefix)])
+            .or_else([contender.put_again(), Line::read(&contender.prefix)])
+    })
+    .await?;
+    let line = Line::in_reply(&ran.reply)?;
+    let reply = judge(shared, link, contender, &line, ran.lease).await?;
+    Ok((ran.sent_at, reply))
+}
+
+/// Sees to it that the key is under this lease, and not under an earlier one of its cycle, which then is revoked. A lease lasts as long as whoever made
+/// it wanted; only a move changes a key's, and only from the one that it was seen to have: so a move that is executed late moves nothing.
+pub(super) async fn move_to(
+    shared: &Shared,
+    link: &Link,
+    contender: &Contender,
+    lease: Lease,
+    seen: &Member,
+) -> Result<(), Fault> {
+    if seen.lease != lease.id {
+        let Some(current) = shared.cycles.lease(contender.cycle) else {
+            return Err(released_meanwhile());
+        };
+        if current.id != lease.id {
+            // Another request asked for a longer one meanwhile. It was granted after we sent ours, so what it has moved lasts long enough.
+            return if seen.lease == current.id {
+                Ok(())
+            } else {
+                Err(Fault::LeaseGone)
+            };
+        }
+        let name = contender.name.as_str();
+        let send = async |mut client: etcd_client::Client| {
+            let kept = [
+                Compare::create_revision(name, CompareOp::Equal, seen.create_revision),
+                Compare::lease(name, CompareOp::Equal, seen.lease),
+            ];
+            let options = PutOptions::new().with_lease(lease.id).with_ignore_value();
+            let moving = Txn::new()
+                .when(kept)
+                .and_then([TxnOp::put(name, "", Some(options))])
+                .or_else([Line::read_one(name)]);
+            client.txn(moving).await
+        };
+        let (reply, _) = link.request(send).await?;
+        shared.saw(reply.header());
+        let is_there = reply.succeeded()
+            || first_in(reply.op_responses().first())
+                .is_some_and(|now| now.create_revision == seen.create_revision && now.lease == lease.id);
+        if !is_there {
+            return Err(Fault::LeaseGone);
+        }
+    }
+    shared.revokes.add(shared.cycles.moved(contender.cycle, lease));
+    Ok(())
+}
+
+/// A transaction that ran under a lease.
+pub(super) struct Ran {
+    /// Before the lease was granted or renewed.
+    pub(super) sent_at: Moment,
+    pub(super) lease: Lease,
+    pub(super) reply: TxnResponse,
+    /// Whether it was sent more than once, so that it may have been executed before.
+    pub(super) repeated: bool,
+}
+
+/// Runs a transaction that needs the lease of the cycle, and makes sure that the lease was granted or renewed after the moment that
+/// is returned.
+pub(super) async fn under_a_lease(
+    shared: &Shared,
+    link: &Link,
+    contender: &Contender,
+    transaction: impl Fn(Lease) -> Txn,
+) -> Result<Ran, Fault> {
+    let mut last = Fault::LeaseGone;
+    for _ in 0..LEASES_PER_REQUEST {
+        // Before the lease is looked up: one that takes its place is granted after that.
+        let sent_at = Moment::now();
+        // A release of the cycle came between: nothing of it may be made again.
+        let Some(lease) = shared.cycles.lease(contender.cycle) else {
+            return Err(released_meanwhile());
+        };
+        let ran = if lease.granted {
+            let (kept, ran) = tokio::join!(
+                keep(shared, link, contender.cycle, lease),
+                run(shared, link, &transaction, lease)
+            );
+            kept.and(ran)
+        } else {
+            match grant(shared, link, contender.cycle, lease).await {
+                Ok(()) => run(shared, link, &transaction, lease).await,
+                Err(fault) => Err(fault),
+            }
+        };
+        match ran {
+            Ok((reply, repeated)) => {
+                return Ok(Ran {
+                    sent_at,
+                    lease,
+                    reply,
+                    repeated,
+                });
+            }
+            Err(fault @ Fault::LeaseGone) => {
+                shared.cycles.unleased(contender.cycle, lease);
+                last = fault;
+            }
+            Err(fault) => return Err(fault),
+        }
+    }
+    Err(last)
+}
+
+async fn run(
+    shared: &Shared,
+    link: &Link,
+    transaction: &impl Fn(Lease) -> Txn,
+    lease: Lease,
+) -> Result<(TxnResponse, bool), Fault> {
+    let send = async |mut client: etcd_client::Client| client.txn(transaction(lease)).await;
+    let (reply, repeated) = link.request(send).await?;
+    shared.saw(reply.header());
+    Ok((reply, repeated))
+}
+
+/// Makes the lease, or renews one that an earlier request has made.
+async fn grant(shared: &Shared, link: &Link, cycle: Cycle, lease: Lease) -> Result<(), Fault> {
+    let sent_at = Moment::now();
+    let secs = i64::try_from(lease.secs).unwrap_or(i64::MAX);
+    let make = async |mut client: etcd_client::Client| {
+        let options = LeaseGrantOptions::new().with_id(lease.id);
+        client.lease_grant(secs, Some(options)).await
+    };
+    match link.request(make).await {
+        Ok(_) => {
+            shared.cycles.leased(cycle, lease, sent_at);
+            Ok(())
+        }
+        Err(Fault::LeaseThere) => keep(shared, link, cycle, lease).await,
+        Err(fault) => Err(fault),
+    }
+}
+
+/// Renews the lease. An answer says that it was there.
+pub(super) async fn keep(shared: &Shared, link: &Link, cycle: Cycle, lease: Lease) -> Result<(), Fault> {
+    let sent_at = Moment::now();
+    let keep = async |mut client: etcd_client::Client| client.lease_keep_alive(lease.id).await;
+    link.request(keep).await?;
+    shared.cycles.leased(cycle, lease, sent_at);
+    Ok(())
+}
+
+/// What the line says to a contender that was put into it.
+pub(super) async fn judge(
+    shared: &Shared,
+    link: &Link,
+    contender: &Contender,
+    line: &Line,
+    lease: Lease,
+) -> Result<AcquireReply, Fault> {
+    let ahead = line.place(&contender.name).ok_or_else(line::unexpected)?;
+    move_to(shared, link, contender, lease, &line.members[ahead]).await?;
+    let (Some(owner), Some(before)) = (line.members.first(), ahead.checked_sub(1).map(|at| &line.members[at])) else {
+        return granted(shared, contender, line);
+    };
+    let is_new = line.members[ahead].create_revision == line.revision;
+    shared.waits.add(
+        contender.cycle,
+        Wait::new(contender.key.clone(), lease, before.name.clone(), line.revision),
+    );
+    if shared.cycles.lease(contender.cycle).is_none() {
+        // The release did not find the wait yet.
+        shared.waits.remove(contender.cycle);
+        return Err(released_meanwhile());
+    }
+    if ahead == 1 || !is_new {
+        tell_owner(shared, link, contender, &member(&contender.prefix, &owner.name), lease).await;
+    }
+    Ok(AcquireReply::Queued(Place {
+        mark: floor_of(u64::try_from(line.revision).unwrap_or(0)),
+        owner_ttl: Some(LOOK_AGAIN),
+        // The watch tells of the end of whatever stands there.
+        owner_foreign: false,
+        ahead: ahead as u64,
+    }))
+}
+
+fn granted(shared: &Shared, contender: &Contender, line: &Line) -> Result<AcquireReply, Fault> {
+    let mine = line.members.first().ok_or_else(line::unexpected)?;
+    let tokens = tokens_of(line.revision, contender.tokens)?;
+    shared.waits.remove(contender.cycle);
+    Ok(AcquireReply::Granted {
+        tokens,
+        queued: line.members.len() as u64 - 1,
+        extended: shared.cycles.owns(contender.cycle, mine.create_revision),
+    })
+}
+
+/// Leaves a note for an owner that does not reckon with rivals. It goes with the lease of who waits.
+async fn tell_owner(shared: &Shared, link: &Link, contender: &Contender, owner: &str, lease: Lease) {
+    let Some((manager, cycle)) = parse_signature(owner) else {
+        return;
+    };
+    if cycle.expects_rivals() || manager == shared.names.manager().as_str() {
+        return;
+    }
+    let note = shared.names.note(manager, cycle, &contender.key, contender.cycle);
+    let leave = async |mut client: etcd_client::Client| {
+        let options = PutOptions::new().with_lease(lease.id);
+        client.put(note.as_str(), "", Some(options)).await
+    };
+    if let Err(fault) = link.request(leave).await {
+        // The owner's next renewal says it, too.
+        tracing::debug!(%note, ?fault, "could not leave a note for the owner of a key");
+    }
+}
+
+fn released_meanwhile() -> Fault {
+    Fault::Other(StoreError::Unavailable(
+        "this cycle was given back while it was asked for".into(),
+    ))
+}

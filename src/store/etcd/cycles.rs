@@ -1,0 +1,260 @@
+//! What this manager knows of its own cycles: under which etcd leases their keys are, and which it holds.
+//!
+//! # Implementation details
+//!
+//! An etcd lease has a number that its maker may choose, and a lifetime in whole seconds that can't be changed. The number is made of the
+//! cycle and the seconds. So a request that is repeated names the same lease and no grant is made twice; and whoever gives a cycle back can
+//! name every lease it ever had, also where the reply to its grant never came. A cycle that is asked for with a longer TTL gets another lease, to
+//! which its key moves.
+//!
+//! A record lives from the first acquire of a cycle to its release. One that was never released goes when its lease has long run out.
+
+use std::collections::HashMap;
+use std::time::Duration;
+
+use parking_lot::Mutex;
+
+use crate::clock::Moment;
+use crate::protocol::Cycle;
+
+#[derive(Debug)]
+pub(super) struct Cycles {
+    /// Makes the numbers of this manager's leases its own.
+    seed: u64,
+    records: Mutex<Records>,
+}
+
+#[derive(Debug)]
+struct Records {
+    by_cycle: HashMap<Cycle, Record>,
+    /// At how many records those that ran out are looked for.
+    prune_at: usize,
+}
+
+#[derive(Debug)]
+struct Record {
+    /// The lifetime of the current lease.
+    secs: u64,
+    /// Whether etcd has said that it has the lease.
+    granted: bool,
+    /// The lifetimes of earlier leases that were not revoked yet.
+    older: Vec<u64>,
+    /// The create revision of the key with which the cycle became the owner.
+    owns: Option<i64>,
+    /// When the lease was last asked for or renewed.
+    renewed_at: Moment,
+}
+
+/// The etcd lease of a cycle.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(super) struct Lease {
+    pub(super) id: i64,
+    pub(super) secs: u64,
+    /// Whether etcd has said that it has it.
+    pub(super) granted: bool,
+}
+
+impl Lease {
+    /// A lease that etcd named and of which there is no record.
+    pub(super) const fn of_nobody(id: i64) -> Self {
+        Self {
+            id,
+            secs: PRUNE_SLACK.as_secs(),
+            granted: true,
+        }
+    }
+}
+
+/// Fewer records are not worth looking through.
+const PRUNE_AT_MIN: usize = 1024;
+/// By how much longer than its lease a record is kept: longer than any TTL that etcd gives instead of a shorter one.
+const PRUNE_SLACK: Duration = Duration::from_secs(60);
+
+impl Cycles {
+    pub(super) fn new() -> Self {
+        Self {
+            seed: rand::random(),
+            records: Mutex::new(Records {
+                by_cycle: HashMap::new(),
+                prune_at: PRUNE_AT_MIN,
+            }),
+        }
+    }
+
+    /// The number of the lease of a cycle with this lifetime.
+    fn lease_id(&self, cycle: Cycle, secs: u64) -> i64 {
+        let number = mix(mix(self.seed ^ cycle.0) ^ secs);
+        // Etcd chooses itself where it is asked for zero.
+        i64::try_from(number >> 1).unwrap_or(i64::MAX).max(1)
+    }
+
+    /// The lease under which the cycle is to be, for at least this TTL. Never a shorter one than before: its owner counts on what it was told.
+    pub(super) fn open(&self, cycle: Cycle, ttl: Duration, now: Moment) -> Lease {
+        let secs = whole_secs(ttl);
+        let mut records = self.records.lock();
+        records.prune(now);
+        let record = records.by_cycle.entry(cycle).or_insert_with(|| Record {
+            secs,
+            granted: false,
+            older: Vec::new(),
+            owns: None,
+            renewed_at: now,
+        });
+        if secs > record.secs {
+            record.older.push(std::mem::replace(&mut record.secs, secs));
+            record.granted = false;
+        }
+        self.lease_of(cycle, record)
+    }
+
+    /// The lease of a cycle that was not released yet.
+    pub(super) fn lease(&self, cycle: Cycle) -> Option<Lease> {
+        let records = self.records.lock();
+        let record = records.by_cycle.get(&cycle)?;
+        Some(self.lease_of(cycle, record))
+    }
+
+    fn lease_of(&self, cycle: Cycle, record: &Record) -> Lease {
+        Lease {
+            id: self.lease_id(cycle, record.secs),
+            secs: record.secs,
+            granted: record.granted,
+        }
+    }
+
+    /// Etcd has that lease, as of a request that was sent at `sent_at`.
+    pub(super) fn leased(&self, cycle: Cycle, lease: Lease, sent_at: Moment) {
+        self.change(cycle, |record| {
+            if record.secs == lease.secs {
+                record.granted = true;
+            }
+            record.renewed_at = record.renewed_at.max(sent_at);
+        });
+    }
+
+    /// Etcd does not have that lease any more.
+    pub(super) fn unleased(&self, cycle: Cycle, lease: Lease) {
+        self.change(cycle, |record| {
+            if record.secs == lease.secs {
+                record.granted = false;
+            }
+        });
+    }
+
+    /// The cycle is the owner by a key of that create revision. Says whether it was already.
+    pub(super) fn owns(&self, cycle: Cycle, create_revision: i64) -> bool {
+        let mut before = None;
+        self.change(cycle, |record| before = record.owns.replace(create_revision));
+        before == Some(create_revision)
+    }
+
+    /// With which create revision the cycle became the owner.
+    pub(super) fn owned(&self, cycle: Cycle) -> Option<i64> {
+        self.records.lock().by_cycle.get(&cycle)?.owns
+    }
+
+    /// The key of the cycle is under this lease: the earlier ones, which are to be revoked.
+    pub(super) fn moved(&self, cycle: Cycle, lease: Lease) -> Vec<Lease> {
+        let mut older = Vec::new();
+        self.change(cycle, |record| {
+            let is_older = |&mut secs: &mut u64| secs < lease.secs;
+            older = record.older.extract_if(.., is_older).collect();
+        });
+        older.into_iter().map(|secs| self.earlier(cycle, secs)).collect()
+    }
+
+    /// The cycle is over: all leases that it may have.
+    pub(super) fn close(&self, cycle: Cycle) -> Vec<Lease> {
+        let Some(record) = self.records.lock().by_cycle.remove(&cycle) else {
+            return Vec::new();
+        };
+        let all = record.older.iter().copied().chain([record.secs]);
+        all.map(|secs| self.earlier(cycle, secs)).collect()
+    }
+
+    fn earlier(&self, cycle: Cycle, secs: u64) -> Lease {
+        Lease {
+            id: self.lease_id(cycle, secs),
+            secs,
+            granted: true,
+        }
+    }
+
+    fn change(&self, cycle: Cycle, change: impl FnOnce(&mut Record)) {
+        if let Some(record) = self.records.lock().by_cycle.get_mut(&cycle) {
+            change(record);
+        }
+    }
+}
+
+impl Records {
+    fn prune(&mut self, now: Moment) {
+        if self.by_cycle.len() < self.prune_at {
+            return;
+        }
+        self.by_cycle
+            .retain(|_, record| now.since(record.renewed_at) <= Duration::from_secs(record.secs) + PRUNE_SLACK);
+        self.prune_at = (self.by_cycle.len() * 2).max(PRUNE_AT_MIN);
+    }
+}
+
+/// The shortest lifetime in whole seconds that is no shorter than the TTL.
+fn whole_secs(ttl: Duration) -> u64 {
+    (ttl.as_secs() + u64::from(ttl.subsec_nanos() > 0)).max(1)
+}
+
+/// The finalizer of SplitMix64: a permutation, so different cycles of a manager have different numbers.
+const fn mix(number: u64) -> u64 {
+    let number = number.wrapping_add(0x9e37_79b9_7f4a_7c15);
+    let number = (number ^ (number >> 30)).wrapping_mul(0xbf58_476d_1ce4_e5b9);
+    let number = (number ^ (number >> 27)).wrapping_mul(0x94d0_49bb_1331_11eb);
+    number ^ (number >> 31)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    const NOW: Moment = Moment::from_nanos(1_000_000_000_000);
+
+    #[test]
+    fn a_longer_ttl_needs_another_lease_and_a_shorter_one_does_not() {
+        let cycles = Cycles::new();
+        let first = cycles.open(Cycle(2), Duration::from_millis(1_500), NOW);
+        assert_eq!((first.secs, first.granted), (2, false));
+        cycles.leased(Cycle(2), first, NOW);
+        let same = cycles.open(Cycle(2), Duration::from_millis(100), NOW);
+        assert_eq!((same.id, same.granted), (first.id, true));
+        let longer = cycles.open(Cycle(2), Duration::from_secs(9), NOW);
+        assert_eq!((longer.secs, longer.granted), (9, false));
+        // The reply to the first grant says nothing of the second.
+        cycles.leased(Cycle(2), first, NOW);
+        assert!(!cycles.lease(Cycle(2)).unwrap().granted);
+
+        let ids = |leases: Vec<Lease>| leases.iter().map(|lease| lease.id).collect::<Vec<_>>();
+        assert_eq!(ids(cycles.close(Cycle(2))), [first.id, longer.id]);
+        assert_eq!(cycles.lease(Cycle(2)), None);
+        assert!(cycles.close(Cycle(2)).is_empty());
+    }
+
+    #[test]
+    fn ownership_lasts_as_long_as_the_key() {
+        let cycles = Cycles::new();
+        cycles.open(Cycle(2), Duration::from_secs(1), NOW);
+        assert!(!cycles.owns(Cycle(2), 7));
+        assert!(cycles.owns(Cycle(2), 7));
+        assert!(!cycles.owns(Cycle(2), 9), "it was made anew");
+        assert_eq!(cycles.owned(Cycle(2)), Some(9));
+    }
+
+    #[test]
+    fn records_of_cycles_that_ran_out_go() {
+        let cycles = Cycles::new();
+        for cycle in 0..PRUNE_AT_MIN as u64 {
+            cycles.open(Cycle(cycle), Duration::from_secs(1), NOW);
+        }
+        cycles.open(Cycle(5_000), Duration::from_secs(1), NOW + Duration::from_secs(62));
+        assert_eq!(cycles.lease(Cycle(1)), None);
+        assert!(cycles.lease(Cycle(5_000)).is_some());
+    }
+}

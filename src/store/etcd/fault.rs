@@ -1,0 +1,112 @@
+//! What etcd's refusals mean, in words.
+
+use std::error::Error as _;
+
+use etcd_client::Error;
+
+use crate::store::StoreError;
+
+/// Why a request to etcd had no reply, or one that says no.
+#[derive(Debug, Clone)]
+pub(super) enum Fault {
+    /// The etcd lease that was named does not exist (any more).
+    LeaseGone,
+    /// The etcd lease that was to be made is there already.
+    LeaseThere,
+    Other(StoreError),
+}
+
+impl From<StoreError> for Fault {
+    fn from(error: StoreError) -> Self {
+        Self::Other(error)
+    }
+}
+
+impl Fault {
+    /// For a request to which a lease is nothing but what it asks for.
+    pub(super) fn into_store_error(self) -> StoreError {
+        match self {
+            Self::LeaseGone => {
+                StoreError::Unavailable("etcd ended the lease of this cycle meanwhile; try again".into())
+            }
+            Self::LeaseThere => StoreError::Unavailable("etcd has another lease of the same number; try again".into()),
+            Self::Other(error) => error,
+        }
+    }
+
+    /// Whether another server, or the same one a little later, may say something else.
+    pub(super) fn is_passing(&self) -> bool {
+        matches!(self, Self::Other(StoreError::Unavailable(_)))
+    }
+}
+
+/// The numbers of gRPC's status codes.
+mod code {
+    pub(super) const INVALID_ARGUMENT: i32 = 3;
+    pub(super) const NOT_FOUND: i32 = 5;
+    pub(super) const PERMISSION_DENIED: i32 = 7;
+    pub(super) const RESOURCE_EXHAUSTED: i32 = 8;
+    pub(super) const FAILED_PRECONDITION: i32 = 9;
+    pub(super) const UNIMPLEMENTED: i32 = 12;
+    pub(super) const UNAUTHENTICATED: i32 = 16;
+}
+
+/// What an error of the client library means to a store with this namespace.
+pub(super) fn fault(error: &Error, namespace: &str) -> Fault {
+    let refused = |reason: String| Fault::Other(StoreError::Refused(reason.into()));
+    let words = words(error);
+    let status = match error {
+        Error::GRpcStatus(status) => status,
+        Error::LeaseKeepAliveError(reason) if reason == "lease not found" => return Fault::LeaseGone,
+        Error::InvalidArgs(_) | Error::InvalidUri(_) | Error::InvalidMetadataValue(_) => return refused(words),
+        _ => return Fault::Other(StoreError::Unavailable(words.into())),
+    };
+    let message = status.message();
+    match i32::from(status.code()) {
+        code::NOT_FOUND if message.contains("lease not found") => Fault::LeaseGone,
+        code::FAILED_PRECONDITION if message.contains("lease already exists") => Fault::LeaseThere,
+        code::FAILED_PRECONDITION if message.contains("authentication is not enabled") => {
+            refused(format!("{words}; leave the user and the password out of the URL"))
+        }
+        code::PERMISSION_DENIED => refused(format!(
+            "{words}; the user needs readwrite on all keys that begin with {namespace:?}: \
+             `etcdctl role grant-permission ROLE --prefix=true readwrite {namespace}`"
+        )),
+        code::INVALID_ARGUMENT if message.contains("user name is empty") => refused(format!(
+            "{words}; name a user and its password: etcd://USER:PASSWORD@HOST"
+        )),
+        code::INVALID_ARGUMENT if message.contains("authentication failed") => {
+            refused(format!("{words}; check the user and the password in the URL"))
+        }
+        // Another request with a newer token follows.
+        code::INVALID_ARGUMENT if message.contains("revision of auth store is old") => {
+            Fault::Other(StoreError::Unavailable(words.into()))
+        }
+        code::RESOURCE_EXHAUSTED if message.contains("space exceeded") => refused(format!(
+            "{words}; compact and defragment etcd, raise its quota, then `etcdctl alarm disarm`"
+        )),
+        code::INVALID_ARGUMENT | code::UNIMPLEMENTED | code::UNAUTHENTICATED => refused(words),
+        _ => Fault::Other(StoreError::Unavailable(words.into())),
+    }
+}
+
+/// The error and what caused it.
+fn words(error: &Error) -> String {
+    let mut words = match error {
+        Error::GRpcStatus(status) => status.message().to_owned(),
+        other => other.to_string(),
+    };
+    let mut source = match error {
+        Error::GRpcStatus(status) => status.source(),
+        Error::TransportError(error) => error.source(),
+        _ => None,
+    };
+    while let Some(cause) = source {
+        let cause_words = cause.to_string();
+        if !words.contains(&cause_words) {
+            words = format!("{words}: {cause_words}");
+        }
+        source = cause.source();
+    }
+    words
+}

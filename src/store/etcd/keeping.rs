@@ -1,0 +1,154 @@
+//! What the background does with etcd's leases: those of cycles that wait are kept alive, those of cycles that are over are revoked.
+
+use std::collections::VecDeque;
+use std::sync::Arc;
+use std::time::Duration;
+
+use futures_util::StreamExt;
+use futures_util::stream::FuturesUnordered;
+use parking_lot::Mutex;
+use tokio::sync::mpsc::UnboundedSender;
+use tokio::sync::{Notify, futures::Notified};
+
+use super::Shared;
+use super::acquire::keep;
+use super::cycles::Lease;
+use super::fault::Fault;
+use crate::clock::Moment;
+use crate::protocol::Push;
+
+/// How many requests of each kind are under way at a time.
+pub(super) const AT_A_TIME: usize = 64;
+/// The pause before a lease that could not be revoked is tried again.
+const PAUSE: Duration = Duration::from_millis(100);
+/// How many leases may wait to be revoked. Those beyond run out by themselves.
+const REVOKES_MAX: usize = 100_000;
+/// The longest time between two looks at what waits, so that a clock that was moved or a machine that slept delays nothing for long.
+const LOOK_EVERY_MAX: Duration = Duration::from_secs(60);
+
+/// Keeps the leases of waiting cycles alive.
+pub(super) async fn keep_waiting(shared: Arc<Shared>, pushes: UnboundedSender<Push>) {
+    loop {
+        let added = shared.waits.added.notified();
+        let now = Moment::now();
+        let (due, next) = shared.waits.due(now);
+        if due.is_empty() {
+            match next {
+                Some(next) => {
+                    let pause = next.since(now).min(LOOK_EVERY_MAX);
+                    tokio::select! {
+                        () = added => {}
+                        () = tokio::time::sleep(pause) => {}
+                    }
+                }
+                None => added.await,
+            }
+            continue;
+        }
+        futures_util::stream::iter(due)
+            .for_each_concurrent(AT_A_TIME, async |(cycle, key, lease)| {
+                let limit = shared.timeout.min(Duration::from_secs(lease.secs) / 4);
+                match tokio::time::timeout(limit, keep(&shared, &shared.background, cycle, lease)).await {
+                    Err(_) | Ok(Ok(())) => {}
+                    Ok(Err(Fault::LeaseGone)) => {
+                        shared.cycles.unleased(cycle, lease);
+                        // Its place is lost; it asks for another. A receiver that is gone needs no pushes.
+                        pushes.send(Push::Turn { key, cycle }).ok();
+                    }
+                    // It is tried again when it is due, before the lease ends.
+                    Ok(Err(fault)) => tracing::debug!(shard = %shared.shard, ?fault, "a waiting lease was not renewed"),
+                }
+            })
+            .await;
+    }
+}
+
+/// Leases that nobody needs any more. Where one is not revoked, it runs out; so this is order, not safety, and bounded.
+#[derive(Debug, Default)]
+pub(super) struct Revokes {
+    waiting: Mutex<VecDeque<(Lease, Moment)>>,
+    added: Notify,
+    /// How many are on their way.
+    running: std::sync::atomic::AtomicUsize,
+    done: Notify,
+}
+
+use std::sync::atomic::Ordering;
+
+impl Revokes {
+    pub(super) fn add(&self, leases: Vec<Lease>) {
+        if leases.is_empty() {
+            return;
+        }
+        let now = Moment::now();
+        let mut waiting = self.waiting.lock();
+        for lease in leases {
+            if waiting.len() < REVOKES_MAX {
+                waiting.push_back((lease, now + Duration::from_secs(lease.secs)));
+            }
+        }
+        drop(waiting);
+        self.added.notify_one();
+    }
+
+    fn next(&self) -> Option<(Lease, Moment)> {
+        let mut waiting = self.waiting.lock();
+        let next = waiting.pop_front()?;
+        // Under the lock, so that nobody sees neither.
+        self.running.fetch_add(1, Ordering::SeqCst);
+        Some(next)
+    }
+
+    fn is_idle(&self) -> bool {
+        let waiting = self.waiting.lock();
+        waiting.is_empty() && self.running.load(Ordering::SeqCst) == 0
+    }
+
+    /// Waits until nothing is left to revoke.
+    pub(super) async fn settle(&self) {
+        loop {
+            let done: Notified<'_> = self.done.notified();
+            if self.is_idle() {
+                return;
+            }
+            done.await;
+        }
+    }
+}
+
+/// Revokes what is to be revoked.
+pub(super) async fn revoke_all(shared: Arc<Shared>) {
+    let revokes = &shared.revokes;
+    let mut running = FuturesUnordered::new();
+    loop {
+        while running.len() < AT_A_TIME
+            && let Some((lease, until)) = revokes.next()
+        {
+            running.push(revoke(&shared, lease, until));
+        }
+        tokio::select! {
+            () = revokes.added.notified() => {}
+            Some(()) = running.next(), if !running.is_empty() => {
+                revokes.running.fetch_sub(1, Ordering::SeqCst);
+                revokes.done.notify_one();
+            }
+        }
+    }
+}
+
+async fn revoke(shared: &Shared, lease: Lease, until: Moment) {
+    loop {
+        let send = async |mut client: etcd_client::Client| client.lease_revoke(lease.id).await;
+        let revoked = tokio::time::timeout(shared.timeout, shared.background.request(send)).await;
+        match revoked {
+            Ok(Ok(_) | Err(Fault::LeaseGone)) => return,
+            // It runs out by itself.
+            _ if Moment::now() >= until => return,
+            Ok(Err(fault)) if !fault.is_passing() => {
+                tracing::warn!(shard = %shared.shard, ?fault, "a lease could not be revoked; it is left to run out");
+                return;
+            }
+            _ => tokio::time::sleep(PAUSE).await,
+        }
+    }
+}

@@ -1,0 +1,141 @@
+//! The line of a key: its cycles in the order in which their keys were made, the owner first.
+
+use etcd_client::{GetOptions, GetResponse, KeyValue, SortOrder, SortTarget, TxnOp, TxnOpResponse, TxnResponse};
+
+use super::fault::Fault;
+use crate::fence::TokenBlock;
+use crate::store::StoreError;
+
+/// Tokens of one revision. A revision is spent on one request, so its tokens are too.
+const TOKENS_PER_REVISION: u64 = 1 << 16;
+
+/// Who stands before whom, as one transaction saw it.
+#[derive(Debug)]
+pub(super) struct Line {
+    pub(super) members: Vec<Member>,
+    pub(super) revision: i64,
+}
+
+#[derive(Debug)]
+pub(super) struct Member {
+    pub(super) name: Vec<u8>,
+    pub(super) create_revision: i64,
+    /// The number of its lease; zero for none.
+    pub(super) lease: i64,
+}
+
+impl Line {
+    /// Reads the whole line.
+    pub(super) fn read(prefix: &str) -> TxnOp {
+        TxnOp::get(prefix, Some(in_order()))
+    }
+
+    /// Reads the first in the line.
+    pub(super) fn read_first(prefix: &str) -> TxnOp {
+        TxnOp::get(prefix, Some(in_order().with_limit(1)))
+    }
+
+    /// Reads one member.
+    pub(super) fn read_one(name: &str) -> TxnOp {
+        TxnOp::get(name, Some(GetOptions::new().with_keys_only()))
+    }
+
+    /// The line in the last reply of a transaction.
+    pub(super) fn in_reply(reply: &TxnResponse) -> Result<Self, Fault> {
+        match reply.op_responses().pop() {
+            Some(TxnOpResponse::Get(found)) => Ok(Self {
+                members: found.kvs().iter().map(Member::of).collect(),
+                revision: revision(reply)?,
+            }),
+            _ => Err(unexpected()),
+        }
+    }
+
+    /// Where somebody stands, counted from the owner.
+    pub(super) fn place(&self, name: &str) -> Option<usize> {
+        self.members.iter().position(|member| member.name == name.as_bytes())
+    }
+}
+
+impl Member {
+    pub(super) fn of(kv: &KeyValue) -> Self {
+        Self {
+            name: kv.key().to_vec(),
+            create_revision: kv.create_revision(),
+            lease: kv.lease(),
+        }
+    }
+
+    pub(super) fn is(&self, name: &str) -> bool {
+        self.name == name.as_bytes()
+    }
+}
+
+/// The members of a line without their values, the owner first.
+pub(super) fn in_order() -> GetOptions {
+    GetOptions::new()
+        .with_prefix()
+        .with_keys_only()
+        .with_sort(SortTarget::Create, SortOrder::Ascend)
+}
+
+/// The first in one of the replies of a transaction.
+pub(super) fn first_in(reply: Option<&TxnOpResponse>) -> Option<Member> {
+    match reply {
+        Some(TxnOpResponse::Get(found)) => first(found),
+        _ => None,
+    }
+}
+
+/// The first in a reply.
+pub(super) fn first(found: &GetResponse) -> Option<Member> {
+    found.kvs().first().map(Member::of)
+}
+
+pub(super) fn revision(reply: &TxnResponse) -> Result<i64, Fault> {
+    reply.header().map(|header| header.revision()).ok_or_else(unexpected)
+}
+
+pub(super) fn unexpected() -> Fault {
+    Fault::Other(StoreError::Refused(
+        "etcd's reply to a transaction is of an unknown form".into(),
+    ))
+}
+
+/// The first tokens of a revision.
+pub(super) fn tokens_of(revision: i64, count: u32) -> Result<TokenBlock, Fault> {
+    let count = count.clamp(1, TOKENS_PER_REVISION as u32);
+    let below = u64::try_from(revision)
+        .ok()
+        .and_then(|revision| revision.checked_mul(TOKENS_PER_REVISION))
+        .and_then(|below| below.checked_add(u64::from(count)));
+    match below {
+        Some(last) => Ok(TokenBlock::ending_at(last, count)),
+        None => Err(Fault::Other(StoreError::Refused(
+            format!("revision {revision} of etcd is beyond what tokens are made for").into(),
+        ))),
+    }
+}
+
+/// Every token of a later revision is above this.
+pub(super) const fn floor_of(revision: u64) -> u64 {
+    revision.saturating_add(1).saturating_mul(TOKENS_PER_REVISION)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn tokens_of_later_revisions_are_larger_however_many_there_are() {
+        let full = tokens_of(7, u32::MAX).unwrap();
+        assert_eq!(full.remaining(), TOKENS_PER_REVISION);
+        assert_eq!(full.last(), floor_of(7));
+        assert!(tokens_of(8, 1).unwrap().first() > full.last());
+        assert_eq!(tokens_of(8, 0).unwrap().remaining(), 1);
+        assert_eq!(tokens_of(8, 3).unwrap().first(), tokens_of(8, 1).unwrap().first());
+        assert!(tokens_of(i64::MAX, 1).is_err() && tokens_of(-1, 1).is_err());
+        // A double holds the tokens of a hundred billion revisions exactly.
+        assert!(floor_of(100_000_000_000) < 1 << 53);
+    }
+}

@@ -1,0 +1,273 @@
+//! A connection to one of etcd's servers, replaced by one to the next when it is of no more use.
+
+use std::future::Future;
+use std::sync::Arc;
+use std::sync::atomic::{AtomicU64, AtomicUsize, Ordering};
+use std::time::Duration;
+
+use etcd_client::{Client, Compare, CompareOp, ConnectOptions, Txn, TxnOp, TxnOpResponse};
+use parking_lot::Mutex;
+
+use super::fault::{Fault, fault};
+use crate::clock::Moment;
+use crate::store::StoreError;
+use crate::telemetry::ShardMetrics;
+
+/// The servers of one etcd, and how to talk to them.
+pub(super) struct Servers {
+    /// As URLs.
+    pub(super) endpoints: Vec<String>,
+    /// As `host:port`, for errors.
+    pub(super) places: Vec<String>,
+    pub(super) options: ConnectOptions,
+    /// Whether connections are encrypted and we show no certificate.
+    pub(super) shows_no_certificate: bool,
+    pub(super) namespace: String,
+    pub(super) map_key: String,
+    pub(super) map: String,
+    /// The time limit of a request, as its sender sets it.
+    pub(super) timeout: Duration,
+    pub(super) metrics: Arc<ShardMetrics>,
+    /// The largest revision that any reply has named.
+    pub(super) revision: AtomicU64,
+}
+
+/// See the module. All servers answer alike, so one connection at a time is enough: HTTP/2 carries any number of requests side by side.
+pub(super) struct Link {
+    pub(super) servers: Arc<Servers>,
+    current: Mutex<Option<Live>>,
+    /// Which server is the next to be tried.
+    next: AtomicUsize,
+    /// How many connections were opened.
+    opened: AtomicU64,
+    /// Held while connecting, so that a hundred tasks that find the connection broken make one new one.
+    connecting: tokio::sync::Mutex<()>,
+}
+
+/// A connection and which one it is.
+#[derive(Clone)]
+pub(super) struct Live {
+    pub(super) client: Client,
+    generation: u64,
+    opened_at: Moment,
+    /// Which server it is to.
+    index: usize,
+}
+
+/// The pause before a request is sent again, growing.
+const PAUSE_MIN: Duration = Duration::from_millis(5);
+const PAUSE_MAX: Duration = Duration::from_millis(100);
+
+impl Servers {
+    pub(super) fn saw(&self, revision: i64) {
+        self.revision
+            .fetch_max(u64::try_from(revision).unwrap_or(0), Ordering::AcqRel);
+    }
+
+    /// What to do about a failure to connect whose words don't say it. A server that misses a certificate may only close the connection.
+    fn hint(&self, failed: &str) -> &'static str {
+        if failed.contains("UnknownIssuer") {
+            return "; set tls_ca to the file with the certificate of the authority that signed etcd's";
+        }
+        let is_told_no = ["connection closed", "fatal alert"]
+            .iter()
+            .any(|words| failed.contains(words));
+        if self.shows_no_certificate && is_told_no {
+            return "; where etcd wants a certificate of its clients, set tls_cert and tls_key";
+        }
+        ""
+    }
+
+    /// How long one server is waited for before another is asked: whoever asks has time for two.
+    fn attempt_max(&self) -> Option<Duration> {
+        (self.endpoints.len() > 1).then(|| self.timeout.mul_f64(0.4))
+    }
+
+    pub(super) fn fault(&self, error: &etcd_client::Error) -> Fault {
+        fault(error, &self.namespace)
+    }
+}
+
+impl Link {
+    pub(super) fn new(servers: &Arc<Servers>) -> Self {
+        Self {
+            // Managers that begin with different servers share the load out.
+            next: AtomicUsize::new(rand::random::<u16>().into()),
+            servers: Arc::clone(servers),
+            current: Mutex::new(None),
+            opened: AtomicU64::new(0),
+            connecting: tokio::sync::Mutex::new(()),
+        }
+    }
+
+    /// The connection; a new one if there is none.
+    pub(super) async fn get(&self) -> Result<Live, StoreError> {
+        let live = self.current.lock().clone();
+        match live {
+            Some(live) => Ok(live),
+            None => Box::pin(self.connect()).await,
+        }
+    }
+
+    /// Tries one server after the other.
+    async fn connect(&self) -> Result<Live, StoreError> {
+        let _only_one = self.connecting.lock().await;
+        if let Some(live) = self.current.lock().clone() {
+            return Ok(live);
+        }
+        let servers = &*self.servers;
+        let count = servers.endpoints.len();
+        // All of them together within the time that a request has.
+        let each = servers.timeout.mul_f64(0.9) / u32::try_from(count).unwrap_or(1);
+        let mut reasons = Vec::new();
+        for _ in 0..count {
+            let index = self.next.load(Ordering::Relaxed) % count;
+            let failed = match tokio::time::timeout(each, self.open(index)).await {
+                Ok(Ok(client)) => {
+                    servers.metrics.connects.increment(1);
+                    let generation = self.opened.fetch_add(1, Ordering::Relaxed);
+                    let live = Live {
+                        client,
+                        generation,
+                        opened_at: Moment::now(),
+                        index,
+                    };
+                    *self.current.lock() = Some(live.clone());
+                    return Ok(live);
+                }
+                Ok(Err(StoreError::Unavailable(reason))) => reason.to_string(),
+                // Another server would say the same.
+                Ok(Err(error)) => return Err(error),
+                Err(_) => format!("no answer within {each:?}"),
+            };
+            let hint = servers.hint(&failed);
+            reasons.push(format!("{}: {failed}{hint}", servers.places[index]));
+            self.next.fetch_add(1, Ordering::Relaxed);
+        }
+        Err(StoreError::Unavailable(reasons.join("; ").into()))
+    }
+
+    /// Opens a connection. Once for each: whether all managers have one map, which also tells whether the server has a majority behind it.
+    async fn open(&self, index: usize) -> Result<Client, StoreError> {
+        let servers = &*self.servers;
+        let failed = |error: &etcd_client::Error| servers.fault(error).into_store_error();
+        let endpoint = [servers.endpoints[index].as_str()];
+        let connected = Client::connect(endpoint, Some(servers.options.clone())).await;
+        let mut client = connected.map_err(|error| failed(&error))?;
+        let (map_key, map) = (servers.map_key.as_str(), servers.map.as_str());
+        let greeting = Txn::new()
+            .when([Compare::create_revision(map_key, CompareOp::Equal, 0)])
+            .and_then([TxnOp::put(map_key, map, None)])
+            .or_else([TxnOp::get(map_key, None)]);
+        let reply = client.txn(greeting).await.map_err(|error| failed(&error))?;
+        if !reply.succeeded() {
+            let theirs = match reply.op_responses().first() {
+                Some(TxnOpResponse::Get(found)) => found.kvs().first().map(|kv| kv.value().to_vec()),
+                _ => None,
+            };
+            let theirs = String::from_utf8_lossy(&theirs.unwrap_or_default()).into_owned();
+            if theirs != servers.map {
+                return Err(StoreError::MapMismatch {
+                    ours: servers.map.clone(),
+                    theirs,
+                    map_key: servers.map_key.clone(),
+                });
+            }
+        }
+        servers.saw(reply.header().map_or(0, etcd_client::ResponseHeader::revision));
+        Ok(client)
+    }
+
+    /// That connection is of no more use; the next is one to another server.
+    pub(super) fn broken(&self, broken: &Live) {
+        let mut current = self.current.lock();
+        if current
+            .as_ref()
+            .is_some_and(|live| live.generation == broken.generation)
+        {
+            *current = None;
+            self.next.fetch_add(1, Ordering::Relaxed);
+        }
+    }
+
+    /// Nobody has answered since that moment: the connection is of no more use, unless it is a newer one.
+    pub(super) fn give_up_since(&self, since: Moment) {
+        let live = self.current.lock().clone();
+        if let Some(live) = live.filter(|live| live.opened_at <= since) {
+            self.broken(&live);
+        }
+    }
+
+    /// Sends a request, and sends it again to another server where one gives no answer or one that passes. It has to be one that does no
+    /// harm when it is executed twice. Says also whether it was sent more than once.
+    pub(super) async fn request<T, F>(&self, send: impl Fn(Client) -> F) -> Result<(T, bool), Fault>
+    where
+        F: Future<Output = Result<T, etcd_client::Error>>,
+    {
+        let started = Moment::now();
+        let mut pause = PAUSE_MIN;
+        let mut repeated = false;
+        loop {
+            let fault = match self.get().await {
+                Ok(live) => {
+                    let mut pending = Pending {
+                        link: self,
+                        live: &live,
+                        since: Moment::now(),
+                        answered: false,
+                    };
+                    let attempt = async { Some(send(live.client.clone()).await) };
+                    let too_long = async {
+                        match self.servers.attempt_max() {
+                            Some(limit) => tokio::time::sleep(limit).await,
+                            None => std::future::pending().await,
+                        }
+                        None
+                    };
+                    let reply = tokio::select! { reply = attempt => reply, none = too_long => none };
+                    pending.answered = true;
+                    match reply {
+                        None => {
+                            repeated = true;
+                            self.broken(&live);
+                            let place = &self.servers.places[live.index];
+                            Fault::Other(StoreError::Unavailable(format!("{place}: no answer").into()))
+                        }
+                        Some(Ok(reply)) => return Ok((reply, repeated)),
+                        Some(Err(error)) => {
+                            let fault = self.servers.fault(&error);
+                            if fault.is_passing() {
+                                repeated = true;
+                                self.broken(&live);
+                            }
+                            fault
+                        }
+                    }
+                }
+                Err(error) => Fault::Other(error),
+            };
+            // The rest of the sender's time is for the answer.
+            if !fault.is_passing() || (Moment::now().since(started) + pause) * 2 > self.servers.timeout {
+                return Err(fault);
+            }
+            tokio::time::sleep(pause).await;
+            pause = (pause * 2).min(PAUSE_MAX);
+        }
+    }
+}
+
+/// A request under way. Where its sender gives up after most of its time, the server hangs or is cut off: the next request goes to another.
+struct Pending<'a> {
+    link: &'a Link,
+    live: &'a Live,
+    since: Moment,
+    answered: bool,
+}
+
+impl Drop for Pending<'_> {
+    fn drop(&mut self) {
+        if !self.answered && Moment::now().since(self.since) * 2 >= self.link.servers.timeout {
+            self.link.broken(self.live);
+        }
+    }
+}

@@ -1,0 +1,208 @@
+//! Etcd as a lease store.
+//!
+//! # Implementation details
+//!
+//! A cycle that wants a key puts a key of its own under the lock's prefix, attached to an etcd lease of its own. The one with the smallest create
+//! revision is the owner, so the line is first come, first served, and who comes next is known to all. Who is not first watches the one before it and nobody
+//! else, so the end of one key wakes one manager. However many tasks of a process wait, one key stands there for them.
+//!
+//! Every answer that makes a cycle the owner, or extends what it owns, comes from a transaction that has put the cycle's key (again), and so has a
+//! revision of its own; its tokens are the 65,536 numbers of that revision. A revision is never used twice and later owners have later ones,
+//! so tokens grow. An etcd that was restored from an old backup has smaller revisions than this manager has seen: then every acquire
+//! fails, until the managers are started anew.
+//!
+//! An etcd lease lives for whole seconds, and never less than etcd's minimum, which is about one and a half election timeouts. Validity is counted by
+//! the TTL that was asked for, which is never longer; so a dead holder's key is there for a moment longer than its TTL says.
+//!
+//! What may go wrong, and why it does no harm:
+//! - A request that is executed after the release of its cycle finds that the lease is gone, since every release revokes it, and puts nothing.
+//! - A lease that ends takes its key along. A key that is made anew has another create revision, so neither a renewal nor an extension takes it for the old one.
+//! - A leader that was deposed and does not know it yet may answer to a renewal for as long as an election takes. Etcd's new leader
+//!   gives every lease its whole time anew, so a holder that can't reach it is late by no more than that; fencing tokens are for such moments.
+//!
+//! Connections: those that the program's tasks use live on the program's runtime, one for the background on its thread. Each is to
+//! one of the servers and is replaced by one to the next when it breaks or gives no answer ([`link`]).
+
+mod acquire;
+mod cycles;
+mod fault;
+mod inspect;
+mod keeping;
+mod line;
+mod link;
+mod names;
+mod options;
+mod release;
+mod renew;
+#[cfg(test)]
+mod tests;
+mod waits;
+mod watch;
+
+use std::pin::Pin;
+use std::sync::Arc;
+use std::sync::atomic::{AtomicU64, Ordering};
+use std::time::Duration;
+
+use etcd_client::DeleteOptions;
+use tokio::sync::mpsc;
+
+use crate::error::LockError;
+use crate::key::{LockKey, Slot};
+use crate::protocol::{Acquire, AcquireReply, Answer, Push, Release, ReleaseReply, RenewReply, Renewal};
+use crate::store::{Inspection, Lane, LeaseStore, StoreFuture, StoreOptions};
+use crate::telemetry::ShardMetrics;
+use cycles::Cycles;
+use fault::Fault;
+use keeping::Revokes;
+use link::{Link, Servers};
+use names::Names;
+use waits::Waits;
+
+/// See the module.
+pub(crate) struct EtcdStore {
+    callers: Vec<Arc<Link>>,
+    shared: Arc<Shared>,
+}
+
+/// What the requests of a store share.
+struct Shared {
+    names: Names,
+    /// The name of the shard, for logs.
+    shard: Arc<str>,
+    servers: Arc<Servers>,
+    timeout: Duration,
+    background: Arc<Link>,
+    cycles: Cycles,
+    waits: Waits,
+    revokes: Revokes,
+    metrics: Arc<ShardMetrics>,
+}
+
+impl Shared {
+    /// Every token issued from now on is above this.
+    fn floor(&self) -> u64 {
+        match self.servers.revision.load(Ordering::Acquire) {
+            0 => 0,
+            revision => line::floor_of(revision),
+        }
+    }
+
+    fn saw(&self, header: Option<&etcd_client::ResponseHeader>) {
+        self.servers
+            .saw(header.map_or(0, etcd_client::ResponseHeader::revision));
+    }
+}
+
+impl EtcdStore {
+    /// Prepares a store; nothing is sent yet.
+    ///
+    /// # Errors
+    ///
+    /// A file for encrypted connections can't be read.
+    pub(crate) fn new(
+        hosts: &[String],
+        login: Option<&(String, String)>,
+        tls: bool,
+        options: StoreOptions,
+    ) -> Result<Self, LockError> {
+        let names = Names::new(&options.namespace, options.manager);
+        let scheme = if tls { "https" } else { "http" };
+        let servers = Arc::new(Servers {
+            endpoints: hosts.iter().map(|host| format!("{scheme}://{host}")).collect(),
+            places: hosts.to_vec(),
+            options: options::connect_options(login, tls, &options.tls, options.timeout)?,
+            shows_no_certificate: tls && options.tls.client.is_none(),
+            namespace: options.namespace,
+            map_key: names.map(),
+            map: options.map,
+            timeout: options.timeout,
+            metrics: Arc::clone(&options.metrics),
+            revision: AtomicU64::new(0),
+        });
+        let link = || Arc::new(Link::new(&servers));
+        let shared = Arc::new(Shared {
+            names,
+            shard: options.shard,
+            timeout: options.timeout,
+            background: link(),
+            cycles: Cycles::new(),
+            waits: Waits::default(),
+            revokes: Revokes::default(),
+            metrics: options.metrics,
+            servers: Arc::clone(&servers),
+        });
+        let callers = (0..options.connections.max(1)).map(|_| link()).collect();
+        Ok(Self { callers, shared })
+    }
+
+    fn link(&self, lane: Lane, slot: Slot) -> Arc<Link> {
+        match lane {
+            Lane::Caller => Arc::clone(&self.callers[usize::from(slot.number()) % self.callers.len()]),
+            Lane::Background => Arc::clone(&self.shared.background),
+        }
+    }
+}
+
+impl LeaseStore for EtcdStore {
+    fn connect(&self) -> StoreFuture<()> {
+        let callers = self.callers.clone();
+        Box::pin(async move {
+            for link in &callers {
+                link.get().await?;
+            }
+            Ok(())
+        })
+    }
+
+    fn acquire(&self, request: Acquire) -> StoreFuture<Answer<AcquireReply>> {
+        let link = self.link(Lane::Caller, request.key.slot());
+        Box::pin(acquire::acquire(Arc::clone(&self.shared), link, request))
+    }
+
+    fn release(&self, lane: Lane, request: Release) -> StoreFuture<Answer<ReleaseReply>> {
+        let link = self.link(lane, request.key.slot());
+        Box::pin(release::release(Arc::clone(&self.shared), link, request))
+    }
+
+    fn renew(&self, batch: Vec<Renewal>, limit: Duration) -> StoreFuture<Vec<Option<RenewReply>>> {
+        Box::pin(renew::renew(Arc::clone(&self.shared), batch, limit))
+    }
+
+    fn inspect(&self, key: LockKey) -> StoreFuture<Inspection> {
+        let link = self.link(Lane::Caller, key.slot());
+        Box::pin(inspect::inspect(Arc::clone(&self.shared), link, key))
+    }
+
+    fn erase(&self) -> StoreFuture<u64> {
+        let shared = Arc::clone(&self.shared);
+        let link = Arc::clone(&self.callers[0]);
+        Box::pin(async move {
+            let all = || Some(DeleteOptions::new().with_prefix());
+            let delete = async |mut client: etcd_client::Client| client.delete(shared.names.namespace(), all()).await;
+            let (deleted, _) = link.request(delete).await.map_err(Fault::into_store_error)?;
+            Ok(u64::try_from(deleted.deleted()).unwrap_or(0))
+        })
+    }
+
+    fn settle(&self) -> StoreFuture<()> {
+        let shared = Arc::clone(&self.shared);
+        Box::pin(async move {
+            shared.revokes.settle().await;
+            Ok(())
+        })
+    }
+
+    fn listen(&self, pushes: mpsc::UnboundedSender<Push>) -> Pin<Box<dyn Future<Output = ()> + Send>> {
+        let shared = Arc::clone(&self.shared);
+        Box::pin(async move {
+            let receiver = pushes.clone();
+            tokio::select! {
+                () = watch::watch(Arc::clone(&shared), pushes.clone()) => {}
+                () = keeping::keep_waiting(Arc::clone(&shared), pushes) => {}
+                () = keeping::revoke_all(shared) => {}
+                () = receiver.closed() => {}
+            }
+        })
+    }
+}

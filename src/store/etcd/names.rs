@@ -1,0 +1,135 @@
+//! The etcd keys of a lock.
+
+use percent_encoding::{AsciiSet, CONTROLS, percent_decode, utf8_percent_encode};
+
+use crate::identity::ManagerId;
+use crate::key::LockKey;
+use crate::protocol::Cycle;
+
+/// How the keys of one namespace are called, for one manager.
+///
+/// | what | name |
+/// |---|---|
+/// | a cycle that holds K or waits for it | `lock:K/<manager>:<cycle>` |
+/// | a note that a cycle's rivals wait | `lock:%in/<manager>/<cycle>/K/<who waits>` |
+/// | shard map | `lock:%map` |
+///
+/// In K a slash, a percent sign and whatever is not printable ASCII are percent-encoded. So what belongs to one key has a prefix that no
+/// other key's begins with, and no key is called like a note or the map.
+#[derive(Debug, Clone)]
+pub(super) struct Names {
+    namespace: String,
+    manager: ManagerId,
+}
+
+const ENCODED: &AsciiSet = &CONTROLS.add(b'/').add(b'%');
+
+impl Names {
+    pub(super) fn new(namespace: &str, manager: ManagerId) -> Self {
+        Self {
+            namespace: namespace.to_owned(),
+            manager,
+        }
+    }
+
+    /// What the names of all keys begin with.
+    pub(super) fn namespace(&self) -> &str {
+        &self.namespace
+    }
+
+    pub(super) fn manager(&self) -> &ManagerId {
+        &self.manager
+    }
+
+    /// What the names of all cycles of a key begin with.
+    pub(super) fn prefix(&self, key: &LockKey) -> String {
+        format!("{}{}/", self.namespace, utf8_percent_encode(key.as_str(), ENCODED))
+    }
+
+    /// One of this manager's cycles.
+    pub(super) fn cycle(&self, key: &LockKey, cycle: Cycle) -> String {
+        let mut name = self.prefix(key);
+        name.push_str(&self.manager.sign(cycle).to_string());
+        name
+    }
+
+    pub(super) fn map(&self) -> String {
+        format!("{}%map", self.namespace)
+    }
+
+    /// What the names of all notes for this manager begin with.
+    pub(super) fn inbox(&self) -> String {
+        format!("{}%in/{}/", self.namespace, self.manager)
+    }
+
+    /// The note by which a waiting cycle of this manager tells an owner of its rival.
+    pub(super) fn note(&self, owner: &str, owned: Cycle, key: &LockKey, waiting: Cycle) -> String {
+        format!(
+            "{}%in/{owner}/{owned}/{}/{}",
+            self.namespace,
+            utf8_percent_encode(key.as_str(), ENCODED),
+            self.manager.sign(waiting)
+        )
+    }
+
+    /// The key and the cycle that a note in this manager's inbox is about, or `None` if it is none of this form.
+    pub(super) fn read_note(&self, name: &[u8]) -> Option<(LockKey, Cycle)> {
+        let note = std::str::from_utf8(name).ok()?.strip_prefix(&self.inbox())?;
+        let mut parts = note.splitn(3, '/');
+        let (cycle, key) = (parts.next()?, parts.next()?);
+        parts.next()?;
+        let key = percent_decode(key.as_bytes()).decode_utf8().ok()?;
+        Some((LockKey::new(&key).ok()?, Cycle(cycle.parse().ok()?)))
+    }
+}
+
+/// Who stands in a name that begins with a key's prefix.
+pub(super) fn member(prefix: &str, name: &[u8]) -> String {
+    String::from_utf8_lossy(name.get(prefix.len()..).unwrap_or_default()).into_owned()
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn names(random: u64) -> Names {
+        Names::new("lock:", ManagerId::of("h", 1, random))
+    }
+
+    fn key(text: &str) -> LockKey {
+        LockKey::new(text).unwrap()
+    }
+
+    #[test]
+    fn no_key_has_a_prefix_that_anothers_begins_with() {
+        let names = names(0);
+        let keys = ["a", "a/", "a/b", "a%", "%in", "%map", "a\u{0}", "ä", "a b", "{a}"];
+        for one in keys {
+            for other in keys.into_iter().filter(|&other| other != one) {
+                let (one, other) = (names.prefix(&key(one)), names.prefix(&key(other)));
+                assert!(!one.starts_with(&other), "{one} {other}");
+            }
+            assert!(!names.map().starts_with(&names.prefix(&key(one))));
+            assert!(!names.inbox().starts_with(&names.prefix(&key(one))));
+            assert!(!names.prefix(&key(one)).starts_with(&names.inbox()));
+        }
+        assert_eq!(names.prefix(&key("a/b%")), "lock:a%2Fb%25/");
+    }
+
+    #[test]
+    fn a_note_is_read_as_it_was_written() {
+        let (owner, rival) = (names(1), names(2));
+        for text in ["k", "a/b %2F", "ä\n"] {
+            let note = rival.note(owner.manager().as_str(), Cycle(4), &key(text), Cycle(7));
+            assert_eq!(owner.read_note(note.as_bytes()), Some((key(text), Cycle(4))));
+            assert_eq!(rival.read_note(note.as_bytes()), None);
+        }
+        for other in [
+            "lock:%in/",
+            "lock:%in/h-1-0000000000000001/x/k/s",
+            "lock:%in/h-1-0000000000000001/4/k",
+        ] {
+            assert_eq!(owner.read_note(other.as_bytes()), None, "{other}");
+        }
+    }
+}

@@ -1,0 +1,146 @@
+//! Giving a key, or a place in its line, back.
+
+use std::sync::Arc;
+
+use etcd_client::{DeleteOptions, Txn, TxnOp, TxnOpResponse};
+
+use super::Shared;
+use super::acquire::{Contender, judge, under_a_lease};
+use super::cycles::Lease;
+use super::fault::Fault;
+use super::line::{Line, first_in};
+use super::link::Link;
+use crate::clock::Moment;
+use crate::protocol::{Answer, Release, ReleaseReply};
+use crate::store::StoreError;
+
+/// Revokes the leases of a cycle when its release has ended, in whatever way: nothing that was sent for the cycle can come to anything after that,
+/// since every key needs its lease. Not before, or the release would not find what it is asked about.
+struct RevokeAtTheEnd<'a> {
+    shared: &'a Shared,
+    leases: Vec<Lease>,
+}
+
+impl Drop for RevokeAtTheEnd<'_> {
+    fn drop(&mut self) {
+        self.shared.revokes.add(std::mem::take(&mut self.leases));
+    }
+}
+
+pub(super) async fn release(
+    shared: Arc<Shared>,
+    link: Arc<Link>,
+    request: Release,
+) -> Result<Answer<ReleaseReply>, StoreError> {
+    let Release {
+        key,
+        cycle,
+        requeue,
+        nobody_waits: _,
+        ttl,
+        tokens,
+    } = request;
+    // What the server says of the cycle from now on, nobody needs to know.
+    shared.waits.remove(cycle);
+    let mut end = RevokeAtTheEnd {
+        leases: shared.cycles.close(cycle),
+        shared: &shared,
+    };
+    let floor = shared.floor();
+    let leaving = Contender::new(&shared, &key, cycle, ttl, tokens);
+    let released = match requeue {
+        None => leave(&shared, &link, &leaving, &mut end).await,
+        Some(next) => {
+            let next = Contender::new(&shared, &key, next, ttl, tokens);
+            leave_and_join(&shared, &link, &leaving, &next, &mut end).await
+        }
+    };
+    let (sent_at, reply) = released.map_err(Fault::into_store_error)?;
+    Ok(Answer {
+        sent_at,
+        ttl,
+        floor,
+        reply,
+    })
+}
+
+async fn leave(
+    shared: &Shared,
+    link: &Link,
+    leaving: &Contender,
+    end: &mut RevokeAtTheEnd<'_>,
+) -> Result<(Moment, ReleaseReply), Fault> {
+    let sent_at = Moment::now();
+    let send = async |mut client: etcd_client::Client| {
+        client
+            .txn(Txn::new().and_then([Line::read_first(&leaving.prefix), delete(leaving)]))
+            .await
+    };
+    let (reply, repeated) = link.request(send).await?;
+    shared.saw(reply.header());
+    let replies = reply.op_responses();
+    let first_is_ours = first_in(replies.first()).is_some_and(|first| first.is(&leaving.name));
+    end.also(replies.get(1));
+    let reply = ReleaseReply {
+        // An earlier attempt, whose reply was lost, may have done it: that the key is gone is no loss then.
+        held: first_is_ours || repeated,
+        requeued: None,
+    };
+    Ok((sent_at, reply))
+}
+
+async fn leave_and_join(
+    shared: &Shared,
+    link: &Link,
+    leaving: &Contender,
+    next: &Contender,
+    end: &mut RevokeAtTheEnd<'_>,
+) -> Result<(Moment, ReleaseReply), Fault> {
+    shared.cycles.open(next.cycle, next.ttl, Moment::now());
+    // Its place is behind all others: they were there before this transaction.
+    let ran = under_a_lease(shared, link, next, |lease| {
+        let beside = |put| {
+            [
+                Line::read_first(&leaving.prefix),
+                delete(leaving),
+                put,
+                Line::read(&next.prefix),
+            ]
+        };
+        Txn::new()
+            .when([next.is_new()])
+            .and_then(beside(next.put(lease)))
+            .or_else(beside(next.put_again()))
+    })
+    .await?;
+    let replies = ran.reply.op_responses();
+    let first_is_ours = first_in(replies.first()).is_some_and(|first| first.is(&leaving.name));
+    end.also(replies.get(1));
+    let line = Line::in_reply(&ran.reply)?;
+    let requeued = judge(shared, link, next, &line, ran.lease).await?;
+    let reply = ReleaseReply {
+        held: first_is_ours || ran.repeated,
+        requeued: Some(requeued),
+    };
+    Ok((ran.sent_at, reply))
+}
+
+fn delete(leaving: &Contender) -> TxnOp {
+    let options = DeleteOptions::new().with_prev_key();
+    TxnOp::delete(leaving.name.as_str(), Some(options))
+}
+
+impl RevokeAtTheEnd<'_> {
+    /// The key was under a lease of which there was no record.
+    fn also(&mut self, deleted: Option<&TxnOpResponse>) {
+        let Some(TxnOpResponse::Delete(deleted)) = deleted else {
+            return;
+        };
+        let ids = deleted.prev_kvs().iter().map(etcd_client::KeyValue::lease);
+        for id in ids.filter(|&id| id != 0) {
+            if self.leases.iter().all(|lease| lease.id != id) {
+                self.leases.push(Lease::of_nobody(id));
+            }
+        }
+    }
+}

@@ -1,0 +1,287 @@
+//! The store alone, request by request, on a real etcd: what is repeated, what is late, what nobody remembers.
+
+use tokio::sync::mpsc;
+
+use super::*;
+use crate::identity::ManagerId;
+use crate::protocol::{Ask, Cycle};
+use crate::store::support::etcd::{Etcd, LEASE_MIN};
+
+const TTL: Duration = Duration::from_secs(10);
+
+struct Bench {
+    etcd: Etcd,
+    key: LockKey,
+}
+
+impl Bench {
+    async fn new() -> Self {
+        Self {
+            etcd: Etcd::start().await,
+            key: LockKey::new("k").unwrap(),
+        }
+    }
+
+    /// The store of a manager, with its background at work.
+    fn store(&self, manager: u64) -> (EtcdStore, mpsc::UnboundedReceiver<Push>) {
+        let mut options = StoreOptions::for_tests(ManagerId::of("h", 1, manager));
+        options.timeout = Duration::from_secs(5);
+        let hosts: Vec<String> = vec![self.etcd.hosts()];
+        let store = EtcdStore::new(&hosts, None, false, options).unwrap();
+        let (sender, receiver) = mpsc::unbounded_channel();
+        tokio::spawn(store.listen(sender));
+        (store, receiver)
+    }
+
+    fn acquire(&self, cycle: u64, ask: Ask, ttl: Duration) -> Acquire {
+        Acquire {
+            key: self.key.clone(),
+            cycle: Cycle(cycle),
+            ask,
+            ttl,
+            tokens: 10,
+        }
+    }
+
+    fn release(&self, cycle: u64, requeue: Option<u64>) -> Release {
+        Release {
+            key: self.key.clone(),
+            cycle: Cycle(cycle),
+            requeue: requeue.map(Cycle),
+            nobody_waits: false,
+            ttl: TTL,
+            tokens: 10,
+        }
+    }
+
+    async fn join(&self, store: &EtcdStore, cycle: u64) -> AcquireReply {
+        store.acquire(self.acquire(cycle, Ask::Join, TTL)).await.unwrap().reply
+    }
+
+    /// The lease of the only key of a lock.
+    async fn only_lease(&self) -> i64 {
+        let all = etcd_client::GetOptions::new().with_prefix();
+        let found = self.etcd.client().await.get("lock:k/", Some(all)).await.unwrap();
+        assert_eq!(found.kvs().len(), 1);
+        found.kvs()[0].lease()
+    }
+}
+
+#[track_caller]
+fn tokens(reply: AcquireReply) -> (u64, u64, bool) {
+    match reply {
+        AcquireReply::Granted { tokens, extended, .. } => (tokens.first(), tokens.last(), extended),
+        other => panic!("{other:?} is no grant"),
+    }
+}
+
+#[tokio::test]
+async fn a_repeated_acquire_is_the_same_cycle_with_later_tokens() {
+    let bench = Bench::new().await;
+    let (store, _pushes) = bench.store(1);
+    for ask in [Ask::Free, Ask::Try, Ask::Join] {
+        let cycle = 10 * (ask as u64 + 1);
+        let (_, mut last, extended) = tokens(store.acquire(bench.acquire(cycle, ask, TTL)).await.unwrap().reply);
+        assert!(!extended);
+        for again in [ask, Ask::Join, Ask::Free] {
+            let answer = store.acquire(bench.acquire(cycle, again, TTL)).await.unwrap();
+            let (first, end, extended) = tokens(answer.reply);
+            assert!(extended && first > last && first > answer.floor && end == first + 9);
+            last = end;
+        }
+        assert_eq!((bench.etcd.lock_keys().await.len(), bench.etcd.leases().await), (1, 1));
+        let released = store.release(Lane::Caller, bench.release(cycle, None)).await.unwrap();
+        assert!(released.reply.held);
+        let released = store
+            .release(Lane::Background, bench.release(cycle, None))
+            .await
+            .unwrap();
+        assert!(!released.reply.held);
+        store.settle().await.unwrap();
+        assert_eq!((bench.etcd.lock_keys().await.len(), bench.etcd.leases().await), (0, 0));
+    }
+}
+
+#[tokio::test]
+async fn what_is_executed_after_the_release_of_its_cycle_comes_to_nothing() {
+    let bench = Bench::new().await;
+    let (store, _pushes) = bench.store(1);
+    bench.join(&store, 2).await;
+    let lease = bench.only_lease().await;
+    store.release(Lane::Caller, bench.release(2, None)).await.unwrap();
+    store.settle().await.unwrap();
+    // A transaction of the cycle that was on its way all the time.
+    let attached = etcd_client::PutOptions::new().with_lease(lease);
+    let late = bench.etcd.client().await.put("lock:k/late", "1", Some(attached)).await;
+    assert!(late.is_err());
+    // One under the same number of a lease would be another cycle's.
+    bench.join(&store, 4).await;
+    assert_ne!(bench.only_lease().await, lease);
+}
+
+#[tokio::test]
+async fn a_cycle_that_nobody_remembers_is_found_on_the_server() {
+    let bench = Bench::new().await;
+    let (store, _pushes) = bench.store(1);
+    bench.join(&store, 2).await;
+    let (forgetful, _pushes) = bench.store(1);
+    let released = forgetful.release(Lane::Caller, bench.release(2, None)).await.unwrap();
+    assert!(released.reply.held);
+    forgetful.settle().await.unwrap();
+    assert_eq!((bench.etcd.lock_keys().await.len(), bench.etcd.leases().await), (0, 0));
+}
+
+#[tokio::test]
+async fn a_lease_that_ended_takes_the_lock_along() {
+    let bench = Bench::new().await;
+    let (store, _pushes) = bench.store(1);
+    bench.join(&store, 2).await;
+    let lease = bench.only_lease().await;
+    bench.etcd.client().await.lease_revoke(lease).await.unwrap();
+    let renewal = Renewal {
+        key: bench.key.clone(),
+        cycle: Cycle(2),
+        ttl: TTL,
+    };
+    let replies = store.renew(vec![renewal], TTL).await.unwrap();
+    assert_eq!(replies, [Some(RenewReply::NotOurs)]);
+    // It may be had again, but not as if it had been had all the time.
+    let (_, _, extended) = tokens(bench.join(&store, 2).await);
+    assert!(!extended);
+    let (_, _, extended) = tokens(bench.join(&store, 2).await);
+    assert!(extended);
+}
+
+#[tokio::test]
+async fn a_key_moves_to_a_longer_lease_and_never_back() {
+    let bench = Bench::new().await;
+    let (store, _pushes) = bench.store(1);
+    bench.join(&store, 2).await;
+    let short = bench.only_lease().await;
+    let renewal = |ttl| Renewal {
+        key: bench.key.clone(),
+        cycle: Cycle(2),
+        ttl,
+    };
+    let extended = [Some(RenewReply::Extended { wanted: false })];
+    assert_eq!(store.renew(vec![renewal(TTL * 2)], TTL).await.unwrap(), extended);
+    let middle = bench.only_lease().await;
+    assert_ne!(middle, short);
+    let (_, _, extended_then) = tokens(store.acquire(bench.acquire(2, Ask::Join, TTL * 3)).await.unwrap().reply);
+    assert!(extended_then);
+    let long = bench.only_lease().await;
+    assert!(long != middle && long != short);
+    assert_eq!(store.renew(vec![renewal(TTL)], TTL).await.unwrap(), extended);
+    bench.join(&store, 2).await;
+    assert_eq!(bench.only_lease().await, long);
+    store.settle().await.unwrap();
+    assert_eq!(bench.etcd.leases().await, 1);
+    store.release(Lane::Caller, bench.release(2, None)).await.unwrap();
+    store.settle().await.unwrap();
+    assert_eq!(bench.etcd.leases().await, 0);
+}
+
+/// An extension was on its way with the first lease of its cycle when a renewal moved the key to a longer one. It took the other lease for a strange
+/// one and moved the key back, to a lease that was about to be revoked: the key was gone while its manager went on.
+#[tokio::test]
+async fn a_request_that_began_under_an_earlier_lease_does_not_move_the_key_back() {
+    let bench = Bench::new().await;
+    let (store, _pushes) = bench.store(1);
+    bench.join(&store, 2).await;
+    let shared = &store.shared;
+    let before = shared.cycles.lease(Cycle(2)).unwrap();
+    store.acquire(bench.acquire(2, Ask::Join, TTL * 2)).await.unwrap();
+    let after = bench.only_lease().await;
+    let contender = acquire::Contender::new(shared, &bench.key, Cycle(2), TTL, 1);
+    let reply = bench
+        .etcd
+        .client()
+        .await
+        .get(contender.name.as_str(), None)
+        .await
+        .unwrap();
+    let seen = line::first(&reply).unwrap();
+    acquire::move_to(shared, &shared.background, &contender, before, &seen)
+        .await
+        .unwrap();
+    assert_eq!(bench.only_lease().await, after);
+    // Nor does a move that is executed late.
+    let late = line::Member {
+        lease: before.id,
+        ..seen
+    };
+    let current = shared.cycles.lease(Cycle(2)).unwrap();
+    acquire::move_to(shared, &shared.background, &contender, current, &late)
+        .await
+        .unwrap();
+    assert_eq!(bench.only_lease().await, after);
+}
+
+#[tokio::test]
+async fn a_requeue_gives_the_lock_to_the_next_and_joins_behind_all() {
+    let bench = Bench::new().await;
+    let (ours, _our_pushes) = bench.store(1);
+    let (theirs, mut pushes) = bench.store(2);
+    assert_eq!(pushes.recv().await, Some(Push::Resubscribed { slot: None }));
+    let (_, last, _) = tokens(bench.join(&ours, 3).await);
+    let AcquireReply::Queued(place) = bench.join(&theirs, 3).await else {
+        panic!("it is taken")
+    };
+    assert_eq!(place.ahead, 1);
+    assert!(place.mark >= last);
+    let answer = ours.release(Lane::Caller, bench.release(3, Some(5))).await.unwrap();
+    assert!(answer.reply.held);
+    let Some(AcquireReply::Queued(ours_now)) = answer.reply.requeued else {
+        panic!("{answer:?}")
+    };
+    assert_eq!(ours_now.ahead, 1);
+    let turn = Push::Turn {
+        key: bench.key.clone(),
+        cycle: Cycle(3),
+    };
+    assert_eq!(pushes.recv().await, Some(turn));
+    let (first, ..) = tokens(bench.join(&theirs, 3).await);
+    assert!(first > place.mark);
+    // Alone, it is the next.
+    theirs.release(Lane::Caller, bench.release(3, None)).await.unwrap();
+    let answer = ours.release(Lane::Caller, bench.release(5, Some(7))).await.unwrap();
+    let (later, ..) = tokens(answer.reply.requeued.unwrap());
+    assert!(answer.reply.held && later > first);
+    assert_eq!(bench.etcd.lock_keys().await.len(), 1);
+}
+
+#[tokio::test]
+async fn a_waiting_cycle_whose_lease_ended_is_told_to_ask_again() {
+    let bench = Bench::new().await;
+    let (ours, _our_pushes) = bench.store(1);
+    let (theirs, mut pushes) = bench.store(2);
+    assert_eq!(pushes.recv().await, Some(Push::Resubscribed { slot: None }));
+    bench.join(&ours, 3).await;
+    let request = bench.acquire(3, Ask::Join, LEASE_MIN);
+    theirs.acquire(request.clone()).await.unwrap();
+    let all = etcd_client::GetOptions::new().with_prefix();
+    let found = bench
+        .etcd
+        .client()
+        .await
+        .get("lock:k/h-1-0000000000000002", Some(all))
+        .await
+        .unwrap();
+    bench
+        .etcd
+        .client()
+        .await
+        .lease_revoke(found.kvs()[0].lease())
+        .await
+        .unwrap();
+    let turn = Push::Turn {
+        key: bench.key.clone(),
+        cycle: Cycle(3),
+    };
+    assert_eq!(pushes.recv().await, Some(turn));
+    let again = theirs.acquire(request).await.unwrap().reply;
+    assert!(
+        matches!(again, AcquireReply::Queued(place) if place.ahead == 1),
+        "{again:?}"
+    );
+}

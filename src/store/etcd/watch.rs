@@ -1,0 +1,227 @@
+//! One stream of watches: this manager's inbox, and for every cycle that waits the key of who stands before it.
+//!
+//! # Implementation details
+//!
+//! A watch on a key before ours begins right after the revision in which that key was seen, so no deletion is missed, whenever the watch
+//! comes about. When the key goes, by a release, by the end of its lease or by hand, it may be our turn, and the queue asks again;
+//! nothing but the reply makes it the owner. The end of one key so wakes one manager.
+//!
+//! A stream that broke is opened again, to another server. What waits is watched again then and asks again, too: its watch may begin at a
+//! revision that etcd has compacted meanwhile.
+
+use std::collections::HashMap;
+use std::sync::Arc;
+use std::time::Duration;
+
+use etcd_client::{EventType, WatchFilterType, WatchOptions, WatchRequestSender, WatchResponse, WatchResponseStream};
+use parking_lot::Mutex;
+use tokio::sync::mpsc::UnboundedSender;
+
+use super::Shared;
+use super::waits::Wait;
+use crate::key::LockKey;
+use crate::protocol::{Cycle, Push};
+use crate::store::StoreError;
+
+/// The number of the inbox's watch.
+const INBOX: i64 = 1;
+/// The first and the longest pause before another attempt to watch.
+const PAUSE_MIN: Duration = Duration::from_millis(5);
+const PAUSE_MAX: Duration = Duration::from_secs(1);
+
+/// The watches of one stream. Whoever is asked to watch counts them, since etcd's own numbers come only with its reply.
+#[derive(Debug)]
+struct Watches {
+    by_number: HashMap<i64, (Cycle, LockKey)>,
+    by_cycle: HashMap<Cycle, i64>,
+    last: i64,
+}
+
+/// Why a stream ended.
+enum End {
+    /// Nobody receives pushes any more.
+    Unheard,
+    /// It broke, or etcd refused the inbox.
+    Broken(String),
+}
+
+/// Watches until nobody receives.
+pub(super) async fn watch(shared: Arc<Shared>, pushes: UnboundedSender<Push>) {
+    let mut pause = PAUSE_MIN;
+    loop {
+        let opened = tokio::time::timeout(shared.timeout, open(&shared)).await;
+        let broken = match opened {
+            Ok(Ok((live, sender, stream))) => {
+                let mut confirmed = false;
+                let end = follow(&shared, sender, stream, &pushes, &mut confirmed).await;
+                shared.waits.unwatch();
+                shared.background.broken(&live);
+                if confirmed {
+                    pause = PAUSE_MIN;
+                    if pushes.send(Push::Disconnected).is_err() {
+                        return;
+                    }
+                }
+                match end {
+                    End::Unheard => return,
+                    End::Broken(reason) => reason,
+                }
+            }
+            Ok(Err(reason)) => reason,
+            Err(_) => format!("no answer within {:?}", shared.timeout),
+        };
+        tracing::warn!(shard = %shared.shard, reason = %broken, "the watch of etcd ended; watching again");
+        tokio::select! {
+            () = tokio::time::sleep(pause) => {}
+            () = pushes.closed() => return,
+        }
+        pause = (pause * 2).min(PAUSE_MAX);
+    }
+}
+
+async fn open(shared: &Shared) -> Result<(super::link::Live, WatchRequestSender, WatchResponseStream), String> {
+    let live = shared.background.get().await.map_err(|error| match error {
+        StoreError::Unavailable(reason) | StoreError::Refused(reason) => reason.to_string(),
+        StoreError::MapMismatch { map_key, .. } => format!("another shard map is at {map_key}"),
+    })?;
+    let options = WatchOptions::new()
+        .with_prefix()
+        .with_watch_id(INBOX)
+        .with_filters([WatchFilterType::NoDelete]);
+    match live.client.clone().watch(shared.names.inbox(), Some(options)).await {
+        Ok(stream) => {
+            let (sender, stream) = stream.split();
+            Ok((live, sender, stream))
+        }
+        Err(error) => {
+            shared.background.broken(&live);
+            Err(error.to_string())
+        }
+    }
+}
+
+async fn follow(
+    shared: &Shared,
+    sender: WatchRequestSender,
+    stream: WatchResponseStream,
+    pushes: &UnboundedSender<Push>,
+    confirmed: &mut bool,
+) -> End {
+    let watches = Mutex::new(Watches {
+        by_number: HashMap::new(),
+        by_cycle: HashMap::new(),
+        last: INBOX,
+    });
+    shared.waits.watch();
+    // Side by side: asking for watches may have to wait until etcd has told what it had to.
+    tokio::select! {
+        end = ask(shared, sender, &watches) => end,
+        end = receive(shared, stream, &watches, pushes, confirmed) => end,
+        () = pushes.closed() => End::Unheard,
+    }
+}
+
+/// Asks for what has to be watched, and that it be no more.
+async fn ask(shared: &Shared, mut sender: WatchRequestSender, watches: &Mutex<Watches>) -> End {
+    loop {
+        shared.waits.changed.notified().await;
+        for (cycle, wait) in shared.waits.changes() {
+            let before = watches.lock().forget(cycle);
+            let mut asked = Ok(());
+            if let Some(number) = before {
+                asked = sender.cancel(number).await;
+            }
+            if let (Ok(()), Some(wait)) = (&asked, wait) {
+                let options = WatchOptions::new()
+                    .with_start_revision(wait.seen_at + 1)
+                    .with_watch_id(watches.lock().number(cycle, &wait))
+                    .with_filters([WatchFilterType::NoPut]);
+                asked = sender.watch(wait.before, Some(options)).await;
+            }
+            if let Err(error) = asked {
+                return End::Broken(error.to_string());
+            }
+        }
+    }
+}
+
+async fn receive(
+    shared: &Shared,
+    mut stream: WatchResponseStream,
+    watches: &Mutex<Watches>,
+    pushes: &UnboundedSender<Push>,
+    confirmed: &mut bool,
+) -> End {
+    loop {
+        let told = match stream.message().await {
+            Ok(Some(told)) => told,
+            Ok(None) => return End::Broken("etcd closed the stream".to_owned()),
+            Err(error) => return End::Broken(error.to_string()),
+        };
+        let pushed = if told.watch_id() == INBOX || told.watch_id() < 0 {
+            if told.canceled() {
+                return End::Broken(format!("etcd refused the watch: {}", told.cancel_reason()));
+            }
+            if told.created() && !*confirmed {
+                *confirmed = true;
+                shared.metrics.subscriptions.increment(1);
+                pushes.send(Push::Resubscribed { slot: None })
+            } else {
+                notes(shared, &told).try_for_each(|push| pushes.send(push))
+            }
+        } else {
+            match ended(&told, watches) {
+                Some(push) => pushes.send(push),
+                None => Ok(()),
+            }
+        };
+        if pushed.is_err() {
+            return End::Unheard;
+        }
+    }
+}
+
+/// What the notes say that were put into the inbox.
+fn notes<'a>(shared: &'a Shared, told: &'a WatchResponse) -> impl Iterator<Item = Push> + 'a {
+    told.events().iter().filter_map(|event| {
+        let name = event.kv()?.key();
+        let note = shared.names.read_note(name);
+        if note.is_none() {
+            let name = String::from_utf8_lossy(name);
+            tracing::warn!(%name, "a note in the inbox is not of this version's form");
+        }
+        let (key, cycle) = note?;
+        Some(Push::Wanted { key, cycle })
+    })
+}
+
+/// The key that was watched is gone, or etcd will not tell of it: the cycle asks again.
+fn ended(told: &WatchResponse, watches: &Mutex<Watches>) -> Option<Push> {
+    let gone = told
+        .events()
+        .iter()
+        .any(|event| event.event_type() == EventType::Delete);
+    if !gone && !told.canceled() {
+        return None;
+    }
+    // One that was cancelled by us is not there any more.
+    let (cycle, key) = watches.lock().by_number.get(&told.watch_id())?.clone();
+    Some(Push::Turn { key, cycle })
+}
+
+impl Watches {
+    /// A number for a new watch.
+    fn number(&mut self, cycle: Cycle, wait: &Wait) -> i64 {
+        self.last += 1;
+        self.by_number.insert(self.last, (cycle, wait.key.clone()));
+        self.by_cycle.insert(cycle, self.last);
+        self.last
+    }
+
+    /// The number of the watch that is to be cancelled, if there is one.
+    fn forget(&mut self, cycle: Cycle) -> Option<i64> {
+        let number = self.by_cycle.remove(&cycle)?;
+        self.by_number.remove(&number);
+        Some(number)
+    }
+}

@@ -1,0 +1,103 @@
+//! What requests know of the inboxes: whether the one of a slot is subscribed, and asking for it.
+
+use std::hash::{BuildHasher, RandomState};
+use std::sync::atomic::{AtomicU32, AtomicU64, Ordering};
+
+use parking_lot::Mutex;
+use tokio::sync::{mpsc, oneshot};
+
+use super::topology::Place;
+use crate::clock::Moment;
+use crate::key::{SLOTS, Slot};
+use crate::store::StoreError;
+
+/// The side of the inboxes that requests use; the listener has the other.
+pub(super) struct Inbox {
+    /// For each slot, where its inbox is subscribed and confirmed, as a number; zero if it is not.
+    places: Box<[AtomicU64]>,
+    /// For each slot, when it was last asked for, in seconds since `born`.
+    used: Box<[AtomicU32]>,
+    born: Moment,
+    /// Turns a place into a number. That two have the same is less likely than a flipped bit, and would only delay a correction.
+    hasher: RandomState,
+    wishes: mpsc::UnboundedSender<Wish>,
+    /// Taken by the listener.
+    receiver: Mutex<Option<mpsc::UnboundedReceiver<Wish>>>,
+}
+
+/// What a request wants of the listener.
+#[derive(Debug)]
+pub(super) enum Wish {
+    /// To be told when the inbox of the slot is subscribed.
+    Subscribed { slot: Slot, done: oneshot::Sender<()> },
+    /// The slot's owner is not where its inbox is subscribed.
+    Elsewhere { slot: Slot },
+}
+
+impl Inbox {
+    pub(super) fn new() -> Self {
+        let (wishes, receiver) = mpsc::unbounded_channel();
+        Self {
+            places: (0..SLOTS).map(|_| AtomicU64::new(0)).collect(),
+            used: (0..SLOTS).map(|_| AtomicU32::new(0)).collect(),
+            born: Moment::now(),
+            hasher: RandomState::new(),
+            wishes,
+            receiver: Mutex::new(Some(receiver)),
+        }
+    }
+
+    /// Returns when the inbox of the slot is subscribed and the node has confirmed it.
+    ///
+    /// # Errors
+    ///
+    /// Nobody listens any more: the manager is ending.
+    pub(super) async fn ready(&self, slot: Slot) -> Result<(), StoreError> {
+        self.used[usize::from(slot.number())].store(self.now(), Ordering::Release);
+        if self.is_subscribed(slot) {
+            return Ok(());
+        }
+        let gone = || StoreError::Unavailable("the manager does not listen any more".into());
+        let (done, told) = oneshot::channel();
+        let wish = Wish::Subscribed { slot, done };
+        self.wishes.send(wish).map_err(|_| gone())?;
+        told.await.map_err(|_| gone())
+    }
+
+    /// The owner of the slot has answered. Somebody who waits there has to listen there.
+    pub(super) fn waits_at(&self, slot: Slot, place: &Place) {
+        let subscribed = self.places[usize::from(slot.number())].load(Ordering::Acquire);
+        if subscribed != 0 && subscribed != self.number(place) {
+            // Where nobody listens any more, the manager is ending.
+            self.wishes.send(Wish::Elsewhere { slot }).ok();
+        }
+    }
+
+    pub(super) fn is_subscribed(&self, slot: Slot) -> bool {
+        self.places[usize::from(slot.number())].load(Ordering::Acquire) != 0
+    }
+
+    pub(super) fn set_place(&self, slot: Slot, place: Option<&Place>) {
+        let number = place.map_or(0, |place| self.number(place));
+        self.places[usize::from(slot.number())].store(number, Ordering::Release);
+    }
+
+    /// For how many seconds nobody has asked for the slot's inbox.
+    pub(super) fn idle_seconds(&self, slot: Slot) -> u32 {
+        let used = self.used[usize::from(slot.number())].load(Ordering::Acquire);
+        self.now().saturating_sub(used)
+    }
+
+    pub(super) fn take_receiver(&self) -> Option<mpsc::UnboundedReceiver<Wish>> {
+        self.receiver.lock().take()
+    }
+
+    fn number(&self, place: &Place) -> u64 {
+        self.hasher.hash_one(&**place) | 1
+    }
+
+    fn now(&self) -> u32 {
+        let elapsed = Moment::now().since(self.born).as_secs();
+        u32::try_from(elapsed).unwrap_or(u32::MAX)
+    }
+}

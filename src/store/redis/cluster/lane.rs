@@ -1,0 +1,139 @@
+//! The command connections of one lane, and reading the map of slots through them.
+
+use std::collections::HashMap;
+use std::sync::Arc;
+use std::sync::atomic::{AtomicUsize, Ordering};
+
+use deadpool_redis::redis::{RedisError, cmd};
+use futures_util::future::select_ok;
+use parking_lot::Mutex;
+
+use super::super::reply::error_in_words;
+use super::Shared;
+use super::node::Node;
+use super::topology::{Place, Range, ranges};
+use crate::key::Slot;
+use crate::store::StoreError;
+
+/// How many nodes are asked for the map at a time; the first good answer counts.
+const ASKED_AT_A_TIME: usize = 8;
+
+/// See the module. Its connections belong to the runtime of the threads that use it.
+pub(super) struct Lane {
+    pub(super) shared: Arc<Shared>,
+    /// How many connections each node gets. A slot always uses the same one, which keeps the order of its requests.
+    per_node: usize,
+    nodes: Mutex<HashMap<Place, Vec<Arc<Node>>>>,
+    /// Held while the map is read, so that a hundred tasks that find it wrong read it once. One per lane: a task of a blocked
+    /// runtime must not keep renewals waiting.
+    reading: tokio::sync::Mutex<()>,
+    next_asked: AtomicUsize,
+}
+
+impl Lane {
+    pub(super) fn new(shared: &Arc<Shared>, per_node: usize) -> Self {
+        Self {
+            shared: Arc::clone(shared),
+            per_node: per_node.max(1),
+            nodes: Mutex::new(HashMap::new()),
+            reading: tokio::sync::Mutex::new(()),
+            next_asked: AtomicUsize::new(0),
+        }
+    }
+
+    /// The connection of a slot to that node.
+    pub(super) fn node(&self, place: &Place, slot: Slot) -> Result<Arc<Node>, StoreError> {
+        let mut nodes = self.nodes.lock();
+        if let Some(nodes) = nodes.get(place) {
+            return Ok(Arc::clone(&nodes[usize::from(slot.number()) % nodes.len()]));
+        }
+        let shared = &self.shared;
+        let made: Option<Vec<Arc<Node>>> = (0..self.per_node)
+            .map(|_| Node::new(place, &shared.info, shared.patience, None, &shared.metrics).map(Arc::new))
+            .collect();
+        let made = made.ok_or_else(|| StoreError::Refused(format!("{place:?} is no place of a node").into()))?;
+        let node = Arc::clone(&made[usize::from(slot.number()) % made.len()]);
+        nodes.insert(Arc::clone(place), made);
+        Ok(node)
+    }
+
+    /// Reads the map anew, unless somebody did since it had that version.
+    ///
+    /// # Errors
+    ///
+    /// No node gave one.
+    pub(super) async fn refresh(&self, version: u64) -> Result<(), StoreError> {
+        let _only_one = self.reading.lock().await;
+        let topology = &self.shared.topology;
+        if topology.version() != version {
+            return Ok(());
+        }
+        let mut places = topology.places();
+        for seed in &self.shared.seeds {
+            if !places.contains(seed) {
+                places.push(Arc::clone(seed));
+            }
+        }
+        // Each time in another order: a node that answers first may be the one that knows least.
+        let first = self.next_asked.fetch_add(1, Ordering::Relaxed) % places.len().max(1);
+        places.rotate_left(first);
+        let mut failed: Option<StoreError> = None;
+        for some in places.chunks(ASKED_AT_A_TIME) {
+            let asking = some.iter().map(|place| Box::pin(self.ask_for_map(place)));
+            match select_ok(asking).await {
+                Ok((ranges, _)) => {
+                    topology.replace(&ranges);
+                    let owners = topology.places();
+                    self.nodes
+                        .lock()
+                        .retain(|place, _| owners.contains(place) || self.shared.seeds.contains(place));
+                    return Ok(());
+                }
+                // One that says no explains more than one that can't be reached.
+                Err(error) if matches!(error, StoreError::Refused(_)) || failed.is_none() => failed = Some(error),
+                Err(_) => {}
+            }
+        }
+        Err(failed.unwrap_or_else(|| StoreError::Unavailable("no node is known".into())))
+    }
+
+    async fn ask_for_map(&self, place: &Place) -> Result<Vec<Range>, StoreError> {
+        let node = self.node(place, Slot::of(b""))?;
+        let asked = tokio::time::timeout(self.shared.patience, async {
+            let mut live = node.get().await?;
+            let reply = live.connection.send_packed_command(cmd("CLUSTER").arg("SLOTS")).await;
+            let reply = reply.and_then(deadpool_redis::redis::Value::extract_error);
+            if reply.as_ref().is_err_and(RedisError::is_unrecoverable_error) {
+                node.broken(live.generation());
+            }
+            reply
+        });
+        match asked.await {
+            Ok(Ok(reply)) => match ranges(&reply, place) {
+                Some(ranges) if !ranges.is_empty() => Ok(ranges),
+                Some(_) => Err(StoreError::Unavailable(
+                    format!("{place} knows of no slot that has an owner").into(),
+                )),
+                None => Err(StoreError::Refused(
+                    format!("unexpected reply of {place} to CLUSTER SLOTS: {reply:?}").into(),
+                )),
+            },
+            Ok(Err(error)) if error.to_string().contains("cluster support disabled") => Err(StoreError::Refused(
+                format!("{place} is no node of a Redis Cluster; a single server is a redis:// shard").into(),
+            )),
+            Ok(Err(error)) => Err(at_place(error_in_words(&error), place)),
+            Err(_) => Err(StoreError::Unavailable(
+                format!("{place} gave no answer within {:?}", self.shared.patience).into(),
+            )),
+        }
+    }
+}
+
+/// Says which node it was.
+pub(super) fn at_place(error: StoreError, place: &str) -> StoreError {
+    match error {
+        StoreError::Unavailable(reason) => StoreError::Unavailable(format!("{place}: {reason}").into()),
+        StoreError::Refused(reason) => StoreError::Refused(format!("{place}: {reason}").into()),
+        other => other,
+    }
+}

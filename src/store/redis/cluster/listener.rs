@@ -1,0 +1,462 @@
+//! The inboxes of a manager in a cluster: one sharded channel in each slot where it waits, on connections of their own.
+//!
+//! # Implementation details
+//!
+//! One task on the background thread owns all subscriptions. A request that may begin to wait in a slot first asks for its inbox
+//! ([`Inbox::ready`]) and is told when the slot's owner has *confirmed* it. What counts is the confirmation among the pushes of
+//! that connection, not the reply to the command: unasked messages may be taken for replies, but pushes come in the order in which the
+//! node made them, so that what the last one says of a channel is true. Each slot that is not confirmed has exactly one attempt under
+//! way, which is repeated until the confirmation came.
+//!
+//! A subscription is *lost* when its connection breaks, when the node ends it because the slot moved, when the map or a reply says
+//! that the slot's owner is another, and when it was idle for long and is given up. **No waiter is lost:** every loss is followed by
+//! `Resubscribed` of that slot, after the next confirmation (or, where that takes longer than a request may, without one, so that
+//! who waits asks and learns why). Whoever waits in the slot then, or has a request on its way, asks again. A request that was executed before the
+//! loss is thus repeated after the subscription is back, and one that is executed later is heard of. In between, the release script finds nobody listening and
+//! goes on to the next in the queue; the repeated request joins again.
+//!
+//! A node that hangs breaks no connection. So while something is subscribed, the map is read every few seconds, whoever else reads it; also when a
+//! renewal had no answer in its time, which may be too short to find out why.
+
+use std::collections::HashMap;
+use std::sync::Arc;
+use std::sync::atomic::Ordering;
+use std::time::Duration;
+
+use deadpool_redis::redis::{PushInfo, PushKind, RedisError, ServerErrorKind, Value, cmd};
+use futures_util::StreamExt;
+use futures_util::future::BoxFuture;
+use futures_util::stream::FuturesUnordered;
+use tokio::sync::{mpsc, oneshot};
+
+use super::super::reply;
+use super::Shared;
+use super::inbox::{Inbox, Wish};
+use super::lane::Lane;
+use super::node::{Heard, Node};
+use super::topology::{Place, redirected};
+use crate::clock::Moment;
+use crate::key::Slot;
+use crate::protocol::Push;
+
+/// The first and the longest pause between attempts to subscribe.
+const PAUSE_MIN: Duration = Duration::from_millis(5);
+const PAUSE_MAX: Duration = Duration::from_millis(250);
+/// How long after the reply its confirmation must have been read.
+const CONFIRMED_WITHIN: Duration = Duration::from_millis(20);
+/// How often subscriptions are compared with the map, and how often the map is read anew for it.
+const LOOK_EVERY: Duration = Duration::from_millis(500);
+const MAP_EVERY_LOOKS: u32 = 4;
+
+/// See the module.
+pub(super) struct Listener {
+    lane: Arc<Lane>,
+    shared: Arc<Shared>,
+    inbox: Arc<Inbox>,
+    pushes: mpsc::UnboundedSender<Push>,
+    ears: HashMap<Place, Arc<Node>>,
+    heard: mpsc::UnboundedSender<Heard>,
+    subscriptions: HashMap<Slot, Subscription>,
+    attempts: FuturesUnordered<BoxFuture<'static, (Slot, u64, Ended)>>,
+    next_attempt: u64,
+}
+
+struct Subscription {
+    /// Where it is confirmed.
+    at: Option<(Place, u64)>,
+    /// Whether it was confirmed before, so that pushes may have been missed.
+    lost: bool,
+    /// Who is told when it is confirmed.
+    waiting: Vec<oneshot::Sender<()>>,
+    /// The attempt under way, while it is not confirmed.
+    attempt: u64,
+    pause: Duration,
+    /// Since when it is not confirmed, or was last said to be in vain.
+    since: Moment,
+}
+
+/// How an attempt ended.
+enum Ended {
+    /// The confirmation is there, or about to be read.
+    Sent,
+    /// The slot is elsewhere.
+    Moved,
+    /// It has to be tried again.
+    Failed,
+    /// The subscription was given up.
+    Left,
+}
+
+/// The manager is gone.
+struct Gone;
+
+/// Listens until nobody receives.
+pub(super) async fn listen(
+    lane: Arc<Lane>,
+    shared: Arc<Shared>,
+    inbox: Arc<Inbox>,
+    pushes: mpsc::UnboundedSender<Push>,
+) {
+    // A store is listened to once.
+    let Some(mut wishes) = inbox.take_receiver() else {
+        return;
+    };
+    let mut pause = PAUSE_MIN;
+    while let Err(error) = lane.refresh(shared.topology.version()).await {
+        tracing::warn!(shard = %shared.shard, ?error, "the map of the cluster's slots could not be read");
+        tokio::select! {
+            () = tokio::time::sleep(pause) => {}
+            () = pushes.closed() => return,
+        }
+        pause = (pause * 2).min(PAUSE_MAX);
+    }
+    if pushes.send(Push::Resubscribed { slot: None }).is_err() {
+        return;
+    }
+    let (heard, mut hearing) = mpsc::unbounded_channel();
+    let mut listener = Listener {
+        lane,
+        shared,
+        inbox,
+        pushes: pushes.clone(),
+        ears: HashMap::new(),
+        heard,
+        subscriptions: HashMap::new(),
+        attempts: FuturesUnordered::new(),
+        next_attempt: 0,
+    };
+    let mut looks = tokio::time::interval(LOOK_EVERY);
+    looks.set_missed_tick_behavior(tokio::time::MissedTickBehavior::Delay);
+    let mut look = 0_u32;
+    let mut reading: Option<BoxFuture<'static, ()>> = None;
+    loop {
+        let is_reading = reading.is_some();
+        let done = tokio::select! {
+            () = pushes.closed() => return,
+            Some(heard) = hearing.recv() => listener.hear(heard),
+            Some(wish) = wishes.recv() => listener.wish(wish),
+            Some((slot, attempt, ended)) = listener.attempts.next(), if !listener.attempts.is_empty() => {
+                listener.ended(slot, attempt, ended)
+            }
+            () = async { match &mut reading { Some(reading) => reading.await, None => std::future::pending().await } }, if is_reading => {
+                reading = None;
+                listener.compare();
+                Ok(())
+            }
+            _ = looks.tick() => {
+                look = look.wrapping_add(1);
+                listener.compare();
+                listener.give_up_idle();
+                let is_due = look.is_multiple_of(MAP_EVERY_LOOKS) && !listener.subscriptions.is_empty();
+                let is_wanted = listener.shared.map_is_doubted.swap(false, Ordering::AcqRel);
+                if (is_due || is_wanted) && reading.is_none() {
+                    let (lane, version) = (Arc::clone(&listener.lane), listener.shared.topology.version());
+                    reading = Some(Box::pin(async move {
+                        if let Err(error) = lane.refresh(version).await {
+                            tracing::debug!(?error, "the map of the cluster's slots could not be read");
+                        }
+                    }));
+                }
+                listener.complain()
+            }
+        };
+        if done.is_err() {
+            return;
+        }
+    }
+}
+
+impl Listener {
+    fn push(&self, push: Push) -> Result<(), Gone> {
+        self.pushes.send(push).map_err(|_| Gone)
+    }
+
+    fn wish(&mut self, wish: Wish) -> Result<(), Gone> {
+        match wish {
+            Wish::Subscribed { slot, done } => match self.subscriptions.get_mut(&slot) {
+                // Whoever asked may have stopped waiting.
+                Some(Subscription { at: Some(_), .. }) => drop(done.send(())),
+                Some(subscription) => {
+                    subscription.waiting.retain(|waiting| !waiting.is_closed());
+                    subscription.waiting.push(done);
+                }
+                None => {
+                    let subscription = Subscription {
+                        at: None,
+                        lost: false,
+                        waiting: vec![done],
+                        attempt: 0,
+                        pause: PAUSE_MIN,
+                        since: Moment::now(),
+                    };
+                    self.subscriptions.insert(slot, subscription);
+                    self.attempt(slot, Duration::ZERO);
+                }
+            },
+            Wish::Elsewhere { slot } => {
+                let owner = self.shared.topology.owner(slot);
+                let at = self
+                    .subscriptions
+                    .get(&slot)
+                    .and_then(|subscription| subscription.at.as_ref());
+                if at.is_some_and(|(place, _)| Some(place) != owner.as_ref()) {
+                    self.lose(slot);
+                }
+            }
+        }
+        Ok(())
+    }
+
+    fn hear(&mut self, heard: Heard) -> Result<(), Gone> {
+        let Heard {
+            place,
+            generation,
+            push: PushInfo { kind, data },
+        } = heard;
+        let text = |index: usize| data.get(index).and_then(reply::as_text);
+        let slot = || text(0).map(|channel| Slot::of(channel.as_bytes()));
+        match kind {
+            PushKind::SMessage => {
+                let Some(message) = text(1) else { return Ok(()) };
+                match reply::push(&message) {
+                    // Whether enough replicas have the lease is known to nobody yet.
+                    Some(Push::Granted { key, grant }) if self.shared.min_replicas_acked > 0 => self.push(Push::Turn {
+                        key,
+                        cycle: grant.cycle,
+                    }),
+                    Some(push) => self.push(push),
+                    None => {
+                        tracing::warn!(shard = %self.shared.shard, %message, "a message in the inbox is not of this version's form");
+                        Ok(())
+                    }
+                }
+            }
+            PushKind::SSubscribe => match slot() {
+                Some(slot) => self.confirmed(slot, place, generation),
+                None => Ok(()),
+            },
+            PushKind::SUnsubscribe => {
+                let is_at = |subscription: &Subscription| subscription.at == Some((Arc::clone(&place), generation));
+                if let Some(slot) = slot()
+                    && self.subscriptions.get(&slot).is_some_and(is_at)
+                {
+                    self.lose(slot);
+                }
+                Ok(())
+            }
+            PushKind::Disconnection => {
+                if let Some(ear) = self.ears.get(&place) {
+                    ear.broken(generation);
+                }
+                let there = Some((place, generation));
+                let lost: Vec<Slot> = self
+                    .subscriptions
+                    .iter()
+                    .filter_map(|(slot, subscription)| (subscription.at == there).then_some(*slot))
+                    .collect();
+                lost.into_iter().for_each(|slot| self.lose(slot));
+                Ok(())
+            }
+            _ => Ok(()),
+        }
+    }
+
+    fn confirmed(&mut self, slot: Slot, place: Place, generation: u64) -> Result<(), Gone> {
+        let Some(subscription) = self.subscriptions.get_mut(&slot) else {
+            return Ok(());
+        };
+        self.inbox.set_place(slot, Some(&place));
+        subscription.at = Some((place, generation));
+        subscription.pause = PAUSE_MIN;
+        for done in subscription.waiting.drain(..) {
+            // It may have stopped waiting.
+            done.send(()).ok();
+        }
+        if std::mem::take(&mut subscription.lost) {
+            self.push(Push::Resubscribed { slot: Some(slot) })?;
+        }
+        Ok(())
+    }
+
+    /// The subscription of that slot is of no more use, and the next begins.
+    fn lose(&mut self, slot: Slot) {
+        if let Some(subscription) = self.subscriptions.get_mut(&slot) {
+            subscription.at = None;
+            subscription.lost = true;
+            subscription.since = Moment::now();
+            self.inbox.set_place(slot, None);
+            self.attempt(slot, Duration::ZERO);
+        }
+    }
+
+    /// Starts the attempt of a slot; an earlier one does not count any more.
+    fn attempt(&mut self, slot: Slot, pause: Duration) {
+        self.next_attempt += 1;
+        let number = self.next_attempt;
+        if let Some(subscription) = self.subscriptions.get_mut(&slot) {
+            subscription.attempt = number;
+        }
+        let owner = self.shared.topology.owner(slot);
+        let ear = owner.and_then(|place| self.ear(&place));
+        let (lane, inbox) = (Arc::clone(&self.lane), Arc::clone(&self.inbox));
+        self.attempts.push(Box::pin(async move {
+            if !pause.is_zero() {
+                tokio::time::sleep(pause).await;
+            }
+            if inbox.is_subscribed(slot) {
+                return (slot, number, Ended::Sent);
+            }
+            (slot, number, subscribe(&lane, ear, slot).await)
+        }));
+    }
+
+    fn ended(&mut self, slot: Slot, attempt: u64, ended: Ended) -> Result<(), Gone> {
+        let Some(subscription) = self.subscriptions.get_mut(&slot) else {
+            return Ok(());
+        };
+        if subscription.attempt != attempt || subscription.at.is_some() {
+            return Ok(());
+        }
+        let pause = subscription.pause;
+        match ended {
+            Ended::Sent => self.attempt(slot, CONFIRMED_WITHIN),
+            Ended::Moved | Ended::Failed => {
+                subscription.pause = (pause * 2).min(PAUSE_MAX);
+                self.attempt(slot, pause);
+            }
+            Ended::Left => {
+                if subscription.waiting.is_empty() {
+                    self.subscriptions.remove(&slot);
+                    // Somebody may have begun to wait just before.
+                    return self.push(Push::Resubscribed { slot: Some(slot) });
+                }
+                self.attempt(slot, Duration::ZERO);
+            }
+        }
+        Ok(())
+    }
+
+    fn ear(&mut self, place: &Place) -> Option<Arc<Node>> {
+        if let Some(ear) = self.ears.get(place) {
+            return Some(Arc::clone(ear));
+        }
+        let shared = &self.shared;
+        let heard = Some(self.heard.clone());
+        let ear = Node::new(place, &shared.info, shared.patience, heard, &shared.metrics)?;
+        let ear = Arc::new(ear);
+        self.ears.insert(Arc::clone(place), Arc::clone(&ear));
+        Some(ear)
+    }
+
+    /// Loses what is subscribed where its slot is not any more, and forgets connections to nodes that own nothing.
+    fn compare(&mut self) {
+        let topology = &self.shared.topology;
+        let moved: Vec<Slot> = self
+            .subscriptions
+            .iter()
+            .filter(
+                |(slot, subscription)| match (&subscription.at, topology.owner(**slot)) {
+                    (Some((place, _)), Some(owner)) => *place != owner,
+                    _ => false,
+                },
+            )
+            .map(|(slot, _)| *slot)
+            .collect();
+        moved.into_iter().for_each(|slot| self.lose(slot));
+        let owners = self.shared.topology.places();
+        self.ears.retain(|place, _| owners.contains(place));
+    }
+
+    /// Gives up what nobody has waited in for long, so that a manager of many keys does not listen everywhere.
+    fn give_up_idle(&mut self) {
+        let limit = self.shared.inbox_idle_seconds;
+        let idle: Vec<(Slot, Place)> = self
+            .subscriptions
+            .iter()
+            .filter(|(slot, _)| self.inbox.idle_seconds(**slot) >= limit)
+            .filter_map(|(slot, subscription)| Some((*slot, Arc::clone(&subscription.at.as_ref()?.0))))
+            .collect();
+        for (slot, place) in idle {
+            let ear = self.ear(&place);
+            self.next_attempt += 1;
+            let number = self.next_attempt;
+            if let Some(subscription) = self.subscriptions.get_mut(&slot) {
+                (subscription.at, subscription.lost, subscription.attempt) = (None, true, number);
+                subscription.since = Moment::now();
+            }
+            self.inbox.set_place(slot, None);
+            let shared = Arc::clone(&self.shared);
+            self.attempts.push(Box::pin(async move {
+                if let Some(ear) = ear {
+                    // Where it can't be said, the connection is on its way out, and the subscription with it.
+                    send(&shared, &ear, "SUNSUBSCRIBE", slot).await.ok();
+                }
+                (slot, number, Ended::Left)
+            }));
+        }
+    }
+
+    /// Where a slot's inbox can't be had for longer than a request may take, those who wait there ask, and learn why.
+    fn complain(&mut self) -> Result<(), Gone> {
+        let (now, limit) = (Moment::now(), self.shared.timeout);
+        let mut in_vain = Vec::new();
+        for (slot, subscription) in &mut self.subscriptions {
+            if subscription.at.is_none() && subscription.lost && now.since(subscription.since) >= limit {
+                subscription.since = now;
+                in_vain.push(*slot);
+            }
+        }
+        for slot in in_vain {
+            self.push(Push::Resubscribed { slot: Some(slot) })?;
+        }
+        Ok(())
+    }
+}
+
+/// Subscribes the inbox of a slot at its owner.
+async fn subscribe(lane: &Lane, ear: Option<Arc<Node>>, slot: Slot) -> Ended {
+    let (shared, version) = (&lane.shared, lane.shared.topology.version());
+    let Some(ear) = ear else {
+        lane.refresh(version).await.ok();
+        return Ended::Failed;
+    };
+    match send(shared, &ear, "SSUBSCRIBE", slot).await {
+        Ok(()) => Ended::Sent,
+        Err(error) => {
+            let moved = error.as_ref().and_then(RedisError::redirect_node);
+            // Of whichever slot the node speaks: the reply may be that to another request.
+            if let Some((place, number)) = moved
+                && let Some(place) = redirected(place, &ear.place)
+                && let Some(slot) = Slot::new(number)
+            {
+                shared.topology.moved(slot, place);
+                return Ended::Moved;
+            }
+            let kind = error.as_ref().map(RedisError::kind);
+            if kind == Some(ServerErrorKind::NoPerm.into()) {
+                tracing::warn!(shard = %shared.shard, %slot, ?error, "the inbox of a slot can't be subscribed");
+            }
+            // The map may be wrong; where it can't be read now, the next attempt finds out.
+            lane.refresh(version).await.ok();
+            Ended::Failed
+        }
+    }
+}
+
+/// Sends one command about the inbox of a slot. No error in an `Err` means that there was no answer in time.
+async fn send(shared: &Shared, ear: &Node, verb: &str, slot: Slot) -> Result<(), Option<RedisError>> {
+    let channel = shared.commands.names.inbox_in(slot, &shared.commands.manager);
+    let sending = async {
+        let mut live = ear.get().await?;
+        let reply = live.connection.send_packed_command(cmd(verb).arg(channel)).await;
+        let reply = reply.and_then(Value::extract_error);
+        if reply.as_ref().is_err_and(RedisError::is_unrecoverable_error) {
+            ear.broken(live.generation());
+        }
+        reply.map(drop)
+    };
+    match tokio::time::timeout(shared.patience, sending).await {
+        Ok(reply) => reply.map_err(Some),
+        Err(_) => Err(None),
+    }
+}

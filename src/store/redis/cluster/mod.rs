@@ -1,0 +1,389 @@
+//! A Redis Cluster as a lease store.
+//!
+//! # Implementation details
+//!
+//! Connections: for each of the two lanes its own to every node that is asked something (`lane`), for commands alone; and, on the background
+//! thread, one more to each node on which something is waited for (`listener`), for subscriptions alone. All share one map of the slots
+//! (`topology`), which every redirection corrects.
+//!
+//! The nodes are addressed here and not through the client library's cluster connection: that one never reads the map anew because a node is
+//! silent, so that a primary which hangs is asked for ever after its replica took over; while it reads the map, it waits for every node and
+//! sends nothing to any; and a request that it repeats by itself can't be told from one that was sent once.
+//!
+//! What differs from a single primary: a free key costs one script call in place of two plain commands, for which no inbox is needed; before
+//! a request may begin to wait, the inbox of its slot is subscribed and confirmed. The script reads the server's time for every
+//! token, since a replica that takes over may not have the last ones. A renewal that meets a slot on the move goes on lease by lease, without looking at
+//! the queues, so that a long move costs no lease.
+//!
+//! `min_replicas_acked` > 0 sends a `WAIT` with everything that makes a lease or makes it last longer; a grant that is pushed is only a reason to
+//! ask then.
+
+mod call;
+mod inbox;
+mod lane;
+mod listener;
+mod node;
+mod renewals;
+#[cfg(test)]
+pub(super) mod tests;
+mod topology;
+
+use std::pin::Pin;
+use std::sync::Arc;
+use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
+use std::time::Duration;
+
+use deadpool_redis::redis::{Cmd, ConnectionInfo, Value, cmd};
+use tokio::sync::mpsc;
+
+use super::client::connection_info;
+use super::commands::{Commands, erase};
+use super::reply::{acquired, as_text, error_in_words, inspected, released};
+use super::script::{LuaScript, Named, Scripts};
+use crate::clock::Moment;
+use crate::endpoint::ServerUrl;
+use crate::error::Invalid;
+use crate::key::{LockKey, SLOTS, Slot};
+use crate::protocol::{Acquire, AcquireReply, Answer, Ask, Push, Release, ReleaseReply, RenewReply, Renewal};
+use crate::store::{self, Inspection, LeaseStore, StoreError, StoreFuture, StoreOptions};
+use crate::telemetry::ShardMetrics;
+use call::{Call, Said, Unsaid};
+use inbox::Inbox;
+use lane::{Lane, at_place};
+use topology::{Place, Topology};
+
+/// After how long without anybody who begins to wait an inbox is given up.
+const INBOX_IDLE_SECONDS: u32 = 60;
+/// The longest that one node is waited for before the request is sent again, to whoever owns the slot by then.
+const PATIENCE_MAX: Duration = Duration::from_secs(1);
+
+/// The longest that replicas are waited for in one go, and the pause before they are again.
+const REPLICAS_WAIT_MAX: Duration = Duration::from_millis(100);
+const REPLICAS_PAUSE: Duration = Duration::from_millis(50);
+
+/// See the module.
+pub(crate) struct ClusterStore {
+    caller: Arc<Lane>,
+    background: Arc<Lane>,
+    inbox: Arc<Inbox>,
+    shared: Arc<Shared>,
+}
+
+/// What the connections of a store share.
+struct Shared {
+    commands: Commands,
+    scripts: Scripts,
+    topology: Topology,
+    seeds: Vec<Place>,
+    /// How to log in, and whether to encrypt; the same at every node.
+    info: ConnectionInfo,
+    shard: Arc<str>,
+    map: String,
+    /// Whether the shard's map was found to be ours.
+    is_checked: AtomicBool,
+    timeout: Duration,
+    /// How long one node is waited for.
+    patience: Duration,
+    /// Set by a renewal without an answer, to have the map read.
+    map_is_doubted: AtomicBool,
+    metrics: Arc<ShardMetrics>,
+    min_replicas_acked: u32,
+    inbox_idle_seconds: u32,
+    /// The largest token seen in each slot.
+    seen: Box<[AtomicU64]>,
+}
+
+impl ClusterStore {
+    /// Prepares a store; nothing is sent yet.
+    pub(crate) fn new(seeds: &[ServerUrl], options: StoreOptions) -> Result<Self, Invalid> {
+        Self::with_idle_limit(seeds, options, INBOX_IDLE_SECONDS)
+    }
+
+    fn with_idle_limit(seeds: &[ServerUrl], options: StoreOptions, inbox_idle_seconds: u32) -> Result<Self, Invalid> {
+        let unusable = || Invalid::new("url", "without a host", "of servers that the client library can use");
+        let info = connection_info(seeds.first().ok_or_else(unusable)?, &options.tls)?;
+        let shared = Arc::new(Shared {
+            commands: Commands::for_a_cluster(&options.namespace, options.manager),
+            scripts: Scripts::for_a_cluster(&options.namespace),
+            topology: Topology::new(),
+            seeds: seeds.iter().map(|seed| seed.place().into()).collect(),
+            info,
+            shard: options.shard,
+            map: options.map,
+            is_checked: AtomicBool::new(false),
+            timeout: options.timeout,
+            patience: (options.timeout / 2).min(PATIENCE_MAX),
+            map_is_doubted: AtomicBool::new(false),
+            metrics: options.metrics,
+            min_replicas_acked: options.min_replicas_acked,
+            inbox_idle_seconds,
+            seen: (0..SLOTS).map(|_| AtomicU64::new(0)).collect(),
+        });
+        Ok(Self {
+            caller: Arc::new(Lane::new(&shared, options.connections)),
+            background: Arc::new(Lane::new(&shared, 1)),
+            inbox: Arc::new(Inbox::new()),
+            shared,
+        })
+    }
+
+    fn lane(&self, lane: store::Lane) -> Arc<Lane> {
+        match lane {
+            store::Lane::Caller => Arc::clone(&self.caller),
+            store::Lane::Background => Arc::clone(&self.background),
+        }
+    }
+}
+
+impl Shared {
+    /// Every token of that slot that is issued from now on is above this.
+    fn floor(&self, slot: Slot) -> u64 {
+        self.seen[usize::from(slot.number())].load(Ordering::Acquire)
+    }
+
+    fn saw(&self, slot: Slot, reply: &AcquireReply) {
+        let token = match reply {
+            AcquireReply::Granted { tokens, .. } => tokens.last(),
+            AcquireReply::Queued(place) => place.mark,
+            AcquireReply::Taken | AcquireReply::Busy => return,
+        };
+        self.seen[usize::from(slot.number())].fetch_max(token, Ordering::AcqRel);
+    }
+
+    /// How long replicas are waited for at a time. Meanwhile nothing else is answered on that connection.
+    fn wait_for_replicas(&self) -> Duration {
+        (self.patience / 4).min(REPLICAS_WAIT_MAX)
+    }
+
+    /// Fewer replicas than wanted have a lease that was granted: it may be lost in a failover, and does not count.
+    fn too_few_acks(&self, reply: &AcquireReply, said: &Said) -> Option<StoreError> {
+        let wanted = self.min_replicas_acked;
+        let is_granted = matches!(reply, AcquireReply::Granted { .. });
+        (is_granted && said.acked < wanted).then(|| {
+            StoreError::Unavailable(
+                format!(
+                    "only {} of the {wanted} replicas of min_replicas_acked have the lease after {:?}, so it was given back; \
+                     check the replicas of that slot's primary, or lower min_replicas_acked",
+                    said.acked,
+                    self.timeout
+                )
+                .into(),
+            )
+        })
+    }
+}
+
+impl Lane {
+    /// Calls a script of a lock.
+    async fn script(
+        &self,
+        script: &LuaScript,
+        slot: Slot,
+        acks: u32,
+        fill: &(dyn Fn(&mut Cmd) + Send + Sync),
+    ) -> Result<Said, Unsaid> {
+        let command = |named: Named| script.command(named, fill);
+        self.call(Call {
+            slot,
+            command: &command,
+            acks,
+            stops_at_try_again: false,
+        })
+        .await
+    }
+
+    /// Sends a command of one key.
+    async fn single(&self, slot: Slot, command: &Cmd) -> Result<Value, StoreError> {
+        let said = self
+            .call(Call {
+                slot,
+                command: &|_| command.clone(),
+                acks: 0,
+                stops_at_try_again: false,
+            })
+            .await?;
+        Ok(said.value)
+    }
+
+    /// Whether all managers have one map; asked until it was answered once.
+    async fn check_map(&self) -> Result<(), StoreError> {
+        let shared = &*self.shared;
+        if shared.is_checked.load(Ordering::Acquire) {
+            return Ok(());
+        }
+        let map_key = shared.commands.names.map();
+        let slot = Slot::of(map_key.as_bytes());
+        let (mut set, mut get) = (cmd("SET"), cmd("GET"));
+        set.arg(&map_key).arg(&shared.map).arg("NX");
+        get.arg(&map_key);
+        self.single(slot, &set).await?;
+        let found = self.single(slot, &get).await?;
+        let Some(theirs) = as_text(&found) else {
+            return Err(StoreError::Refused(
+                format!("unexpected reply to GET {map_key}: {found:?}").into(),
+            ));
+        };
+        if theirs != shared.map {
+            return Err(StoreError::MapMismatch {
+                ours: shared.map.clone(),
+                theirs,
+                map_key,
+            });
+        }
+        shared.is_checked.store(true, Ordering::Release);
+        Ok(())
+    }
+}
+
+impl LeaseStore for ClusterStore {
+    fn connect(&self) -> StoreFuture<()> {
+        let lane = Arc::clone(&self.caller);
+        Box::pin(async move {
+            lane.refresh(0).await?;
+            lane.check_map().await
+        })
+    }
+
+    fn acquire(&self, request: Acquire) -> StoreFuture<Answer<AcquireReply>> {
+        let (lane, inbox) = (Arc::clone(&self.caller), Arc::clone(&self.inbox));
+        Box::pin(async move {
+            let shared = &*lane.shared;
+            lane.check_map().await?;
+            let slot = shared.commands.names.of(&request.key).slot;
+            let Acquire { ask, ttl, tokens, .. } = request;
+            // One who takes a free key with a single token asks again before it passes it on to a second task, and hears then of those
+            // who wait. With more, it has to be told.
+            if ask == Ask::Join || (ask == Ask::Free && tokens > 1) {
+                inbox.ready(slot).await?;
+            }
+            let started = Moment::now();
+            let (said, reply, floor) = loop {
+                let floor = shared.floor(slot);
+                let fill = |command: &mut Cmd| shared.commands.fill_acquire(command, &request, floor);
+                let said = lane
+                    .script(&shared.scripts.acquire, slot, shared.min_replicas_acked, &fill)
+                    .await?;
+                let reply = match (acquired(&said.value, tokens)?, ask) {
+                    (AcquireReply::Busy, Ask::Free) => AcquireReply::Taken,
+                    (reply, _) => reply,
+                };
+                shared.saw(slot, &reply);
+                let Some(error) = shared.too_few_acks(&reply, &said) else {
+                    break (said, reply, floor);
+                };
+                // A replica that took over is without one of its own for a moment. The lease is ours meanwhile, but does not count.
+                let waited = Moment::now().since(started) + REPLICAS_PAUSE + shared.wait_for_replicas();
+                if waited >= shared.timeout - shared.timeout / 20 {
+                    return Err(error);
+                }
+                tokio::time::sleep(REPLICAS_PAUSE).await;
+            };
+            if let (AcquireReply::Queued(_), Some(place)) = (&reply, &said.place) {
+                inbox.waits_at(slot, place);
+            }
+            Ok(Answer {
+                sent_at: said.sent_at,
+                ttl,
+                floor,
+                reply,
+            })
+        })
+    }
+
+    fn release(&self, lane: store::Lane, request: Release) -> StoreFuture<Answer<ReleaseReply>> {
+        let (lane, inbox) = (self.lane(lane), Arc::clone(&self.inbox));
+        Box::pin(async move {
+            let shared = &*lane.shared;
+            let slot = shared.commands.names.of(&request.key).slot;
+            let Release { ttl, tokens, .. } = request;
+            let floor = shared.floor(slot);
+            let answer = |said: &Said, reply| Answer {
+                sent_at: said.sent_at,
+                ttl,
+                floor,
+                reply,
+            };
+            let mut repeated = false;
+            if request.nobody_waits {
+                let fill = |command: &mut Cmd| shared.commands.fill_release_free(command, &request.key, request.cycle);
+                let said = lane.script(&shared.scripts.release_free, slot, 0, &fill).await?;
+                if said.value == Value::Int(1) {
+                    let reply = ReleaseReply {
+                        held: true,
+                        requeued: None,
+                    };
+                    return Ok(answer(&said, reply));
+                }
+                // Somebody waits after all, or it is not ours any more.
+                repeated = said.repeated;
+            }
+            if request.requeue.is_some() {
+                inbox.ready(slot).await?;
+            }
+            let acks = if request.requeue.is_some() {
+                shared.min_replicas_acked
+            } else {
+                0
+            };
+            let fill = |command: &mut Cmd| shared.commands.fill_release(command, &request, floor);
+            let said = lane.script(&shared.scripts.release, slot, acks, &fill).await?;
+            let mut reply = released(&said.value, request.requeue.is_some(), tokens)?;
+            // An earlier attempt, whose reply did not come, may have done it: that it is not ours any more is no loss then.
+            reply.held |= repeated || said.repeated;
+            if let Some(requeued) = reply.requeued {
+                shared.saw(slot, &requeued);
+                if shared.too_few_acks(&requeued, &said).is_some() {
+                    // It asks again, and so waits for the replicas again.
+                    reply.requeued = None;
+                }
+                if let (AcquireReply::Queued(_), Some(place)) = (&requeued, &said.place) {
+                    inbox.waits_at(slot, place);
+                }
+            }
+            Ok(answer(&said, reply))
+        })
+    }
+
+    fn renew(&self, batch: Vec<Renewal>, limit: Duration) -> StoreFuture<Vec<Option<RenewReply>>> {
+        let lane = Arc::clone(&self.background);
+        Box::pin(async move { Ok(renewals::renew(&lane, &batch, limit).await) })
+    }
+
+    fn inspect(&self, key: LockKey) -> StoreFuture<Inspection> {
+        let lane = Arc::clone(&self.caller);
+        Box::pin(async move {
+            let shared = &*lane.shared;
+            lane.check_map().await?;
+            let slot = shared.commands.names.of(&key).slot;
+            let commands = shared.commands.inspect(&key);
+            // Each by itself: a command of one key is answered also while the slot moves.
+            let asking = commands.cmd_iter().map(|command| lane.single(slot, command));
+            inspected(&futures_util::future::try_join_all(asking).await?)
+        })
+    }
+
+    fn erase(&self) -> StoreFuture<u64> {
+        let lane = Arc::clone(&self.caller);
+        Box::pin(async move {
+            let shared = &*lane.shared;
+            lane.refresh(shared.topology.version()).await?;
+            let mut count = 0;
+            for place in shared.topology.places() {
+                let in_words = |error| at_place(error_in_words(&error), &place);
+                // Any slot's connection to it will do.
+                let live = lane.node(&place, Slot::of(b""))?.get().await.map_err(in_words)?;
+                count += erase(live.connection, &shared.commands).await.map_err(in_words)?;
+            }
+            Ok(count)
+        })
+    }
+
+    fn slot_of(&self, key: &LockKey) -> Slot {
+        self.shared.commands.names.of(key).slot
+    }
+
+    fn listen(&self, pushes: mpsc::UnboundedSender<Push>) -> Pin<Box<dyn Future<Output = ()> + Send>> {
+        let (lane, shared) = (Arc::clone(&self.background), Arc::clone(&self.shared));
+        Box::pin(listener::listen(lane, shared, Arc::clone(&self.inbox), pushes))
+    }
+}

@@ -1,0 +1,149 @@
+//! One kept connection to one node, replaced when it breaks.
+
+use std::sync::Arc;
+use std::sync::atomic::{AtomicU64, Ordering};
+use std::time::Duration;
+
+use deadpool_redis::redis::aio::MultiplexedConnection;
+use deadpool_redis::redis::{
+    AsyncConnectionConfig, Client, ConnectionAddr, ConnectionInfo, ProtocolVersion, PushInfo, RedisError,
+};
+use parking_lot::Mutex;
+use tokio::sync::mpsc;
+
+use super::topology::Place;
+use crate::telemetry::ShardMetrics;
+
+/// How many requests may wait to be written before senders wait.
+const PIPELINE_BUFFER: usize = 1024;
+
+/// See the module.
+pub(super) struct Node {
+    pub(super) place: Place,
+    info: ConnectionInfo,
+    /// The longest time that connecting may take.
+    timeout: Duration,
+    /// Who hears what is pushed. Then the connection carries subscriptions alone, otherwise commands alone.
+    listener: Option<mpsc::UnboundedSender<Heard>>,
+    metrics: Arc<ShardMetrics>,
+    current: Mutex<Option<Live>>,
+    /// Held while connecting, so that a hundred tasks that find no connection make one.
+    connecting: tokio::sync::Mutex<()>,
+}
+
+/// A connection and which one it is.
+#[derive(Clone)]
+pub(super) struct Live {
+    pub(super) connection: MultiplexedConnection,
+    generation: u64,
+}
+
+/// What a node pushed, and through which connection.
+#[derive(Debug)]
+pub(super) struct Heard {
+    pub(super) place: Place,
+    pub(super) generation: u64,
+    pub(super) push: PushInfo,
+}
+
+impl Node {
+    /// Nothing is sent yet. `like` says how to log in and whether to encrypt. Nothing for a place that is none.
+    pub(super) fn new(
+        place: &Place,
+        like: &ConnectionInfo,
+        timeout: Duration,
+        listener: Option<mpsc::UnboundedSender<Heard>>,
+        metrics: &Arc<ShardMetrics>,
+    ) -> Option<Self> {
+        Some(Self {
+            place: Arc::clone(place),
+            info: at(place, like, listener.is_some())?,
+            timeout,
+            listener,
+            metrics: Arc::clone(metrics),
+            current: Mutex::new(None),
+            connecting: tokio::sync::Mutex::new(()),
+        })
+    }
+
+    /// The connection; a new one, if there is none.
+    pub(super) async fn get(&self) -> Result<Live, RedisError> {
+        let live = self.current.lock().clone();
+        match live {
+            Some(live) => Ok(live),
+            // On the heap: connecting is rare and would make the future of every request ten times as large.
+            None => Box::pin(self.connect()).await,
+        }
+    }
+
+    async fn connect(&self) -> Result<Live, RedisError> {
+        let _only_one = self.connecting.lock().await;
+        if let Some(live) = self.current.lock().clone() {
+            return Ok(live);
+        }
+        // Never used twice, also where a node is forgotten and found again.
+        static GENERATIONS: AtomicU64 = AtomicU64::new(0);
+        let generation = GENERATIONS.fetch_add(1, Ordering::Relaxed);
+        // No response timeout: each request is sent with one of its own.
+        let mut config = AsyncConnectionConfig::new()
+            .set_response_timeout(None)
+            .set_connection_timeout(Some(self.timeout))
+            .set_pipeline_buffer_size(PIPELINE_BUFFER);
+        if let Some(listener) = self.listener.clone() {
+            let place = Arc::clone(&self.place);
+            config = config.set_push_sender(move |push: PushInfo| {
+                listener.send(Heard {
+                    place: Arc::clone(&place),
+                    generation,
+                    push,
+                })
+            });
+        }
+        let client = Client::open(self.info.clone())?;
+        let connection = client.get_multiplexed_async_connection_with_config(&config).await?;
+        match self.listener {
+            Some(_) => self.metrics.subscriptions.increment(1),
+            None => self.metrics.connects.increment(1),
+        }
+        let live = Live { connection, generation };
+        *self.current.lock() = Some(live.clone());
+        Ok(live)
+    }
+
+    /// That connection is of no more use.
+    pub(super) fn broken(&self, generation: u64) {
+        let mut current = self.current.lock();
+        if current.as_ref().is_some_and(|live| live.generation == generation) {
+            *current = None;
+        }
+    }
+}
+
+impl Live {
+    pub(super) fn generation(&self) -> u64 {
+        self.generation
+    }
+}
+
+/// The same login and encryption at another place.
+fn at(place: &str, like: &ConnectionInfo, subscribes: bool) -> Option<ConnectionInfo> {
+    let (host, port) = place.rsplit_once(':')?;
+    let host = host.trim_start_matches('[').trim_end_matches(']').to_owned();
+    let port = port.parse().ok()?;
+    let addr = match like.addr() {
+        ConnectionAddr::TcpTls {
+            insecure, tls_params, ..
+        } => ConnectionAddr::TcpTls {
+            host,
+            port,
+            insecure: *insecure,
+            tls_params: tls_params.clone(),
+        },
+        _ => ConnectionAddr::Tcp(host, port),
+    };
+    let mut settings = like.redis_settings().clone();
+    if subscribes {
+        settings = settings.set_protocol(ProtocolVersion::RESP3);
+    }
+    Some(like.clone().set_addr(addr).set_redis_settings(settings))
+}

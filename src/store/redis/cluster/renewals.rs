@@ -1,0 +1,109 @@
+//! Renewing leases, whose slots are all over the cluster.
+
+use std::collections::HashMap;
+use std::sync::atomic::Ordering;
+use std::time::Duration;
+
+use deadpool_redis::redis::Cmd;
+use futures_util::StreamExt;
+use futures_util::stream;
+
+use super::super::reply::renewed;
+use super::super::script::Named;
+use super::call::{Call, Unsaid};
+use super::lane::Lane;
+use crate::key::Slot;
+use crate::protocol::{RenewReply, Renewal};
+use crate::store::StoreError;
+
+/// How many leases one call of the renewal script covers: few enough that others get a turn in between.
+const RENEWALS_PER_CALL: usize = 128;
+/// How many calls are on their way at a time.
+const CALLS_AT_A_TIME: usize = 256;
+
+/// Renews what is still ours. A slot whose node does not answer in time fails its own renewals and no others.
+pub(super) async fn renew(lane: &Lane, batch: &[Renewal], limit: Duration) -> Vec<Option<RenewReply>> {
+    let mut by_slot: HashMap<Slot, Vec<usize>> = HashMap::new();
+    for (index, renewal) in batch.iter().enumerate() {
+        let slot = lane.shared.commands.names.of(&renewal.key).slot;
+        by_slot.entry(slot).or_default().push(index);
+    }
+    let groups: Vec<(Slot, Vec<usize>)> = by_slot
+        .iter()
+        .flat_map(|(slot, indices)| indices.chunks(RENEWALS_PER_CALL).map(|group| (*slot, group.to_vec())))
+        .collect();
+    // Whoever asked stops waiting at the limit itself.
+    let deadline = tokio::time::Instant::now() + limit * 9 / 10;
+    let mut replies = vec![None; batch.len()];
+    let mut calls = stream::iter(groups)
+        .map(|(slot, group)| async move {
+            let renewed = tokio::time::timeout_at(deadline, renew_group(lane, slot, batch, &group)).await;
+            (slot, group, renewed)
+        })
+        .buffer_unordered(CALLS_AT_A_TIME);
+    while let Some((slot, group, renewed)) = calls.next().await {
+        match renewed {
+            Ok(Ok(renewed)) => {
+                for (index, reply) in group.iter().zip(renewed) {
+                    replies[*index] = reply;
+                }
+            }
+            Ok(Err(error)) => {
+                tracing::warn!(shard = %lane.shared.shard, %slot, ?error, leases = group.len(), "a renewal failed; it is tried again while the leases last");
+            }
+            Err(_) => {
+                lane.shared.map_is_doubted.store(true, Ordering::Release);
+                tracing::warn!(shard = %lane.shared.shard, %slot, ?limit, leases = group.len(), "a renewal had no answer in time; it is tried again while the leases last");
+            }
+        }
+    }
+    replies
+}
+
+/// Renews leases of one slot.
+async fn renew_group(
+    lane: &Lane,
+    slot: Slot,
+    batch: &[Renewal],
+    group: &[usize],
+) -> Result<Vec<Option<RenewReply>>, StoreError> {
+    let shared = &*lane.shared;
+    let renewals: Vec<Renewal> = group.iter().map(|&index| batch[index].clone()).collect();
+    let command = |named: Named| {
+        let fill = |command: &mut Cmd| shared.commands.fill_renew(command, &renewals);
+        shared.scripts.renew.command(named, fill)
+    };
+    let call = Call {
+        slot,
+        command: &command,
+        acks: shared.min_replicas_acked,
+        stops_at_try_again: true,
+    };
+    match lane.call(call).await {
+        Ok(said) if said.acked < shared.min_replicas_acked => Ok(vec![None; group.len()]),
+        Ok(said) => Ok(renewed(&said.value, group.len())?.into_iter().map(Some).collect()),
+        Err(Unsaid::Failed(error)) => Err(error),
+        Err(Unsaid::TryAgain) => {
+            let alone = renewals.iter().map(|renewal| renew_alone(lane, slot, renewal));
+            let replies: Vec<Option<RenewReply>> = futures_util::future::join_all(alone).await;
+            Ok(replies)
+        }
+    }
+}
+
+/// Renews one lease while its slot moves.
+async fn renew_alone(lane: &Lane, slot: Slot, renewal: &Renewal) -> Option<RenewReply> {
+    let shared = &*lane.shared;
+    let fill = |command: &mut Cmd| shared.commands.fill_renew_alone(command, renewal);
+    let acks = shared.min_replicas_acked;
+    let said = match lane.script(&shared.scripts.renew_alone, slot, acks, &fill).await {
+        Ok(said) if said.acked >= acks => said,
+        Ok(_) => return None,
+        Err(unsaid) => {
+            let error = StoreError::from(unsaid);
+            tracing::debug!(shard = %shared.shard, %slot, ?error, "a lease whose slot moves could not be renewed yet");
+            return None;
+        }
+    };
+    renewed(&said.value, 1).ok()?.pop()
+}

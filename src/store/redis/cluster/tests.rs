@@ -1,0 +1,97 @@
+//! What takes too long to be seen from outside, and what the comparison with the reference needs to see and to set.
+
+use std::sync::atomic::Ordering;
+use std::time::Duration;
+
+use tokio::sync::mpsc;
+
+use super::ClusterStore;
+use crate::endpoint::{Endpoint, EndpointKind};
+use crate::identity::ManagerId;
+use crate::key::{LockKey, SLOTS, Slot};
+use crate::protocol::{Acquire, AcquireReply, Ask, Cycle, Push};
+use crate::store::redis::Compared;
+use crate::store::{LeaseStore, StoreOptions, support};
+
+fn store(url: &str, manager: ManagerId, inbox_idle_seconds: u32) -> ClusterStore {
+    let options = StoreOptions {
+        timeout: Duration::from_secs(10),
+        ..StoreOptions::for_tests(manager)
+    };
+    let endpoint = Endpoint::parse(url).unwrap();
+    let EndpointKind::Cluster { seeds } = endpoint.kind() else {
+        panic!("{endpoint} is no cluster")
+    };
+    ClusterStore::with_idle_limit(seeds, options, inbox_idle_seconds).unwrap()
+}
+
+/// A store as the product makes it, connected, whose inboxes are the comparison's matter.
+pub(crate) async fn for_comparison(url: &str, manager: &ManagerId) -> ClusterStore {
+    let store = store(&url.replace("redis://", "redis+cluster://"), manager.clone(), 60);
+    store.connect().await.unwrap();
+    for number in 0..SLOTS {
+        let slot = Slot::new(number).unwrap();
+        store.inbox.set_place(slot, store.shared.topology.owner(slot).as_ref());
+    }
+    store
+}
+
+impl Compared for ClusterStore {
+    fn set_floor(&self, key: &LockKey, floor: u64) {
+        let slot = self.slot_of(key);
+        self.shared.seen[usize::from(slot.number())].store(floor, Ordering::Release);
+    }
+
+    fn lease_name(&self, key: &LockKey) -> String {
+        self.shared.commands.names.of(key).lease().to_string()
+    }
+
+    fn inboxes(&self, keys: &[LockKey]) -> Vec<String> {
+        let commands = &self.shared.commands;
+        let inbox = |key| commands.names.inbox_in(self.slot_of(key), &commands.manager);
+        let mut inboxes: Vec<String> = keys.iter().map(inbox).collect();
+        inboxes.dedup();
+        inboxes
+    }
+}
+
+async fn acquire(store: &ClusterStore, ask: Ask) -> AcquireReply {
+    let request = Acquire {
+        key: LockKey::new("k").unwrap(),
+        cycle: Cycle(1),
+        ask,
+        ttl: Duration::from_secs(600),
+        tokens: 1,
+    };
+    store.acquire(request).await.unwrap().reply
+}
+
+#[tokio::test]
+async fn an_inbox_that_is_idle_is_given_up_and_who_waits_there_is_told_to_ask() {
+    let cluster = support::Cluster::start(3, 0);
+    let of = |random, idle| store(&cluster.url(), ManagerId::of("h", 1, random), idle);
+    let (holder, waiter) = (of(1, 60), of(2, 1));
+    for store in [&holder, &waiter] {
+        store.connect().await.unwrap();
+    }
+    let (sender, mut pushes) = mpsc::unbounded_channel();
+    let listening = tokio::spawn(waiter.listen(sender));
+    assert_eq!(pushes.recv().await, Some(Push::Resubscribed { slot: None }));
+    // A free key needs no inbox; waiting does.
+    assert!(matches!(
+        acquire(&holder, Ask::Free).await,
+        AcquireReply::Granted { .. }
+    ));
+    assert!(matches!(acquire(&waiter, Ask::Free).await, AcquireReply::Taken));
+    assert_eq!(cluster.shard_channels(), [""; 0]);
+    for _ in 0..2 {
+        assert!(matches!(acquire(&waiter, Ask::Join).await, AcquireReply::Queued(_)));
+        assert_eq!(cluster.shard_channels().len(), 1);
+        let slot = Some(waiter.slot_of(&LockKey::new("k").unwrap()));
+        let told = tokio::time::timeout(support::PATIENCE, pushes.recv()).await.unwrap();
+        assert_eq!(told, Some(Push::Resubscribed { slot }));
+        assert_eq!(cluster.shard_channels(), [""; 0]);
+    }
+    drop(pushes);
+    listening.await.unwrap();
+}

@@ -1,0 +1,142 @@
+//! Which node owns which slot, as far as this manager knows.
+
+use std::sync::Arc;
+use std::sync::atomic::{AtomicU64, Ordering};
+
+use deadpool_redis::redis::Value;
+use parking_lot::RwLock;
+
+use super::super::reply::{as_int, as_text};
+use crate::key::{SLOTS, Slot};
+
+/// `host:port` of a node.
+pub(super) type Place = Arc<str>;
+
+/// The map that both lanes and the inbox share. It may be wrong at any time: whoever uses it is corrected by the node that it
+/// leads to, and corrects it.
+pub(super) struct Topology {
+    owners: RwLock<Box<[Option<Place>]>>,
+    /// How often the whole map was read.
+    version: AtomicU64,
+}
+
+impl Topology {
+    pub(super) fn new() -> Self {
+        Self {
+            owners: RwLock::new((0..SLOTS).map(|_| None).collect()),
+            version: AtomicU64::new(0),
+        }
+    }
+
+    pub(super) fn owner(&self, slot: Slot) -> Option<Place> {
+        self.owners.read()[usize::from(slot.number())].clone()
+    }
+
+    pub(super) fn version(&self) -> u64 {
+        self.version.load(Ordering::Acquire)
+    }
+
+    /// A node has said that the slot is elsewhere.
+    pub(super) fn moved(&self, slot: Slot, place: Place) {
+        self.owners.write()[usize::from(slot.number())] = Some(place);
+    }
+
+    /// A node has said where all slots are.
+    pub(super) fn replace(&self, ranges: &[Range]) {
+        let mut owners = self.owners.write();
+        owners.fill(None);
+        for range in ranges {
+            owners[usize::from(range.first)..=usize::from(range.last)].fill(Some(Arc::clone(&range.owner)));
+        }
+        self.version.fetch_add(1, Ordering::AcqRel);
+    }
+
+    /// The nodes that own slots, each once.
+    pub(super) fn places(&self) -> Vec<Place> {
+        let mut places: Vec<Place> = Vec::new();
+        for owner in self.owners.read().iter().flatten() {
+            if places.last() != Some(owner) && !places.contains(owner) {
+                places.push(Arc::clone(owner));
+            }
+        }
+        places
+    }
+}
+
+/// Slots in a row with one owner.
+#[derive(Debug, PartialEq, Eq)]
+pub(super) struct Range {
+    first: u16,
+    last: u16,
+    owner: Place,
+}
+
+/// Reads the reply to `CLUSTER SLOTS`. A node that does not know how it is called says nothing for its host: it is the one that was
+/// `asked`.
+pub(super) fn ranges(reply: &Value, asked: &str) -> Option<Vec<Range>> {
+    let Value::Array(ranges) = reply else { return None };
+    ranges.iter().map(|range| read_range(range, asked)).collect()
+}
+
+fn read_range(range: &Value, asked: &str) -> Option<Range> {
+    let Value::Array(parts) = range else { return None };
+    let [first, last, Value::Array(primary), ..] = &parts[..] else {
+        return None;
+    };
+    let slot = |value| as_int(value).and_then(|number| u16::try_from(number).ok());
+    let (first, last) = (slot(first)?, slot(last)?);
+    let port = primary.get(1).and_then(as_int)?;
+    let host = primary.first().and_then(as_text).unwrap_or_default();
+    (first <= last && last < SLOTS).then(|| Range {
+        first,
+        last,
+        owner: place_of(&host, port, asked),
+    })
+}
+
+/// The host is put in brackets if it is an IPv6 address, as in a URL.
+fn place_of(host: &str, port: i64, asked: &str) -> Place {
+    let own = asked.rsplit_once(':').map_or(asked, |(host, _)| host);
+    match host {
+        "" | "?" => format!("{own}:{port}").into(),
+        host if host.contains(':') && !host.starts_with('[') => format!("[{host}]:{port}").into(),
+        host => format!("{host}:{port}").into(),
+    }
+}
+
+/// Where a `MOVED` or `ASK` leads: `host:port` as the server wrote it, without a host if it does not know its own.
+pub(super) fn redirected(place: &str, asked: &str) -> Option<Place> {
+    let (host, port) = place.rsplit_once(':')?;
+    Some(place_of(host, port.parse().ok()?, asked))
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn node(host: &[u8], port: i64) -> Value {
+        Value::Array(vec![Value::BulkString(host.to_vec()), Value::Int(port)])
+    }
+
+    #[test]
+    fn ranges_are_read_whatever_the_nodes_say_of_their_hosts() {
+        let range = |first, last, primary| Value::Array(vec![Value::Int(first), Value::Int(last), primary]);
+        let reply = Value::Array(vec![
+            range(0, 99, node(b"10.0.0.1", 1)),
+            range(100, 100, node(b"", 2)),
+            range(101, 200, node(b"?", 3)),
+            range(201, 202, node(b"::1", 4)),
+            range(203, 16383, Value::Array(vec![Value::Nil, Value::Int(5)])),
+        ]);
+        let topology = Topology::new();
+        topology.replace(&ranges(&reply, "[::2]:9").unwrap());
+        let places: Vec<String> = topology.places().iter().map(ToString::to_string).collect();
+        assert_eq!(places, ["10.0.0.1:1", "[::2]:2", "[::2]:3", "[::1]:4", "[::2]:5"]);
+        for nonsense in [range(5, 4, node(b"a", 1)), range(0, 16384, node(b"a", 1)), Value::Nil] {
+            assert_eq!(ranges(&Value::Array(vec![nonsense]), "a:1"), None);
+        }
+        assert_eq!(redirected("10.0.0.1:7", "a:1").as_deref(), Some("10.0.0.1:7"));
+        assert_eq!(redirected(":7", "a:1").as_deref(), Some("a:7"));
+        assert_eq!(redirected("nowhere", "a:1"), None);
+    }
+}

@@ -1,0 +1,90 @@
+//! Following the primary: every sentinel is listened to, and the first that tells of a switch makes all connections leave the old server.
+//!
+//! # Implementation details
+//!
+//! A server that crashed breaks its connections, and one that was demoted says READONLY. But one whose machine vanished, or that hangs, does
+//! neither; and after an orderly failover the old primary takes writes, which will be lost, for ten seconds until Sentinel demotes
+//! it. So only what the sentinels say makes all managers go over to the new primary at the same time.
+//!
+//! All of them are listened to, since the one that shares a machine with the primary dies with it. The one that told first is asked first
+//! then: the others learn of the switch up to two seconds later.
+
+use std::sync::Arc;
+use std::time::Duration;
+
+use futures_util::StreamExt;
+
+use super::Shared;
+use super::link::Link;
+use super::sentinels::Sentinels;
+use super::source::Source;
+use crate::store::StoreError;
+
+/// The first and the longest pause before another attempt to listen to a sentinel.
+const PAUSE_MIN: Duration = Duration::from_millis(5);
+const PAUSE_MAX: Duration = Duration::from_secs(1);
+
+/// Follows the primary for as long as it is polled.
+pub(super) async fn follow(shared: Arc<Shared>, links: Vec<Arc<Link>>) {
+    let Source::Sentinels(sentinels) = &shared.source else {
+        return std::future::pending().await;
+    };
+    let listening = (0..sentinels.count()).map(|index| listen(&shared, &links, sentinels, index));
+    futures_util::future::join_all(listening).await;
+}
+
+async fn listen(shared: &Shared, links: &[Arc<Link>], sentinels: &Sentinels, index: usize) {
+    let mut pause = PAUSE_MIN;
+    let mut is_told = false;
+    loop {
+        let heard = hear(shared, links, sentinels, index, || pause = PAUSE_MIN).await;
+        match heard {
+            Ok(()) => is_told = false,
+            // A sentinel may be down for long: once is enough.
+            Err(StoreError::Unavailable(error) | StoreError::Refused(error)) if !is_told => {
+                is_told = true;
+                let place = sentinels.place(index);
+                tracing::warn!(shard = %shared.shard, sentinel = place, %error, "a sentinel can't be listened to; it is tried again");
+            }
+            Err(_) => {}
+        }
+        tokio::time::sleep(pause).await;
+        pause = (pause * 2).min(PAUSE_MAX);
+    }
+}
+
+/// Listens to one sentinel until the connection breaks.
+async fn hear(
+    shared: &Shared,
+    links: &[Arc<Link>],
+    sentinels: &Sentinels,
+    index: usize,
+    subscribed: impl FnOnce(),
+) -> Result<(), StoreError> {
+    let switches = sentinels.subscribe(index).await?;
+    subscribed();
+    let mut messages = switches.into_on_message();
+    // A switch may have been missed before.
+    let server = sentinels.ask(index).await?;
+    let is_elsewhere = |link: &Arc<Link>| link.is_elsewhere(server.place());
+    if links.iter().any(is_elsewhere) || shared.moves.is_inbox_elsewhere(server.place()) {
+        go_to(server.place(), shared, links);
+    }
+    while let Some(message) = messages.next().await {
+        let text = String::from_utf8_lossy(message.get_payload_bytes());
+        if let Some(place) = sentinels.switched(&text) {
+            sentinels.ask_first(index);
+            tracing::info!(shard = %shared.shard, sentinel = sentinels.place(index), primary = %place, "a sentinel says that the primary is another server");
+            go_to(&place, shared, links);
+        }
+    }
+    Ok(())
+}
+
+fn go_to(place: &str, shared: &Shared, links: &[Arc<Link>]) {
+    // First, so that a connection that is being made at this moment is made again.
+    shared.moves.switched(place);
+    for link in links {
+        link.leave_unless_at(place);
+    }
+}

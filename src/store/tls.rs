@@ -1,0 +1,191 @@
+//! The files for encrypted connections, and what goes wrong in a handshake, in words.
+//!
+//! Every kind of store reads its certificates here, so that a file that is missing or unfit is the same error everywhere, before
+//! anything is sent. The contents of the files are never shown.
+
+use std::fmt;
+use std::path::Path;
+
+use rustls::crypto::{CryptoProvider, ring};
+use rustls::pki_types::pem::PemObject;
+use rustls::pki_types::{CertificateDer, PrivateKeyDer};
+use rustls::sign::CertifiedKey;
+use rustls::{AlertDescription, CertificateError, InvalidMessage, RootCertStore};
+
+use super::{NOT_ENCRYPTED, TlsFiles};
+use crate::error::Invalid;
+
+/// The contents of [`TlsFiles`], which were found to be fit for use. `Debug` hides them.
+#[derive(Clone, Default)]
+pub(in crate::store) struct TlsPem {
+    /// Who is trusted to sign certificates of servers; the system's authorities if there is none.
+    pub(in crate::store) ca: Option<Vec<u8>>,
+    pub(in crate::store) client: Option<ClientPem>,
+}
+
+/// The certificate to show to servers, and its key.
+#[derive(Clone)]
+pub(in crate::store) struct ClientPem {
+    pub(in crate::store) certificate: Vec<u8>,
+    pub(in crate::store) key: Vec<u8>,
+}
+
+impl fmt::Debug for TlsPem {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.debug_struct("TlsPem")
+            .field("ca", &self.ca.is_some())
+            .field("client", &self.client.is_some())
+            .finish()
+    }
+}
+
+impl TlsPem {
+    /// Reads the files. Also sees to it that there is somebody to encrypt.
+    ///
+    /// # Errors
+    ///
+    /// Which setting names a file that can't be read or is of no use, and why.
+    pub(in crate::store) fn read(files: &TlsFiles) -> Result<Self, Invalid> {
+        install_provider();
+        let ca = files.ca.as_deref().map(read_authorities).transpose()?;
+        let client = match &files.client {
+            Some((certificate, key)) => Some(read_client(certificate, key)?),
+            None => None,
+        };
+        Ok(Self { ca, client })
+    }
+}
+
+/// rustls panics where several providers of cryptography are linked and the program has chosen none. Ours is only chosen if the
+/// program has not.
+fn install_provider() {
+    if CryptoProvider::get_default().is_none() {
+        // If the program has chosen one in this very moment, that one stays.
+        ring::default_provider().install_default().ok();
+    }
+}
+
+fn read_file(setting: &'static str, path: &Path, bound: &str) -> Result<Vec<u8>, Invalid> {
+    std::fs::read(path).map_err(|error| Invalid::new(setting, path.display().to_string(), format!("{bound} ({error})")))
+}
+
+const AUTHORITIES: &str = "a readable PEM file with the certificates of the authorities that sign those of servers";
+const CERTIFICATE: &str =
+    "a readable PEM file with the certificate to show to servers, followed by those that lead to its authority";
+const KEY: &str = "a readable PEM file with the private key of tls_cert, not encrypted";
+
+fn certificates(
+    setting: &'static str,
+    path: &Path,
+    pem: &[u8],
+    bound: &str,
+) -> Result<Vec<CertificateDer<'static>>, Invalid> {
+    let unfit = |why: String| Invalid::new(setting, path.display().to_string(), format!("{bound} ({why})"));
+    let found = CertificateDer::pem_slice_iter(pem)
+        .collect::<Result<Vec<_>, _>>()
+        .map_err(|_| unfit("it is damaged".to_owned()))?;
+    if found.is_empty() {
+        return Err(unfit("there is no `BEGIN CERTIFICATE` in it".to_owned()));
+    }
+    Ok(found)
+}
+
+fn read_authorities(path: &Path) -> Result<Vec<u8>, Invalid> {
+    let pem = read_file("tls_ca", path, AUTHORITIES)?;
+    let mut store = RootCertStore::empty();
+    for certificate in certificates("tls_ca", path, &pem, AUTHORITIES)? {
+        store
+            .add(certificate)
+            .map_err(|error| Invalid::new("tls_ca", path.display().to_string(), format!("{AUTHORITIES} ({error})")))?;
+    }
+    Ok(pem)
+}
+
+fn read_client(certificate_path: &Path, key_path: &Path) -> Result<ClientPem, Invalid> {
+    let certificate = read_file("tls_cert", certificate_path, CERTIFICATE)?;
+    let chain = certificates("tls_cert", certificate_path, &certificate, CERTIFICATE)?;
+    let key = read_file("tls_key", key_path, KEY)?;
+    // The errors of the parser are left out, since they may quote the file.
+    let unfit = |why: &str| Invalid::new("tls_key", key_path.display().to_string(), format!("{KEY} ({why})"));
+    let parsed =
+        PrivateKeyDer::from_pem_slice(&key).map_err(|_| unfit("there is no private key in it that can be read"))?;
+    CertifiedKey::from_der(chain, parsed, &ring::default_provider()).map_err(|error| match error {
+        rustls::Error::InconsistentKeys(_) => unfit(&format!(
+            "it does not belong to the certificate in {}",
+            certificate_path.display()
+        )),
+        rustls::Error::InvalidCertificate(_) => Invalid::new(
+            "tls_cert",
+            certificate_path.display().to_string(),
+            format!("{CERTIFICATE} (its first certificate can't be read)"),
+        ),
+        _ => unfit("it is of no kind that can be used; use an RSA, ECDSA or Ed25519 key"),
+    })?;
+    Ok(ClientPem { certificate, key })
+}
+
+/// What to do about a handshake that failed. Nothing for what may pass by itself.
+pub(in crate::store) fn advice(error: &rustls::Error) -> Option<&'static str> {
+    use rustls::Error;
+    Some(match error {
+        Error::InvalidCertificate(error) => match error {
+            CertificateError::UnknownIssuer => {
+                "the server's certificate is signed by an authority that is not trusted; set tls_ca to the PEM file of that authority"
+            }
+            CertificateError::NotValidForName | CertificateError::NotValidForNameContext { .. } => {
+                "the server's certificate is for another host; write the URL with a name that the certificate has, or give the \
+                 server a certificate with this one"
+            }
+            CertificateError::Expired | CertificateError::ExpiredContext { .. } => {
+                "the server's certificate has expired; renew it, or correct this machine's clock"
+            }
+            CertificateError::NotValidYet | CertificateError::NotValidYetContext { .. } => {
+                "the server's certificate is not valid yet; correct this machine's clock, or wait"
+            }
+            _ => "the server's certificate is not acceptable; give the server another, or set tls_ca to its authority",
+        },
+        Error::AlertReceived(AlertDescription::CertificateRequired) => {
+            "the server asks for a certificate; set tls_cert and tls_key"
+        }
+        Error::AlertReceived(AlertDescription::UnknownCA) => {
+            "the server does not trust the authority of our certificate; set tls_cert to one whose authority it trusts"
+        }
+        Error::AlertReceived(
+            AlertDescription::BadCertificate
+            | AlertDescription::UnsupportedCertificate
+            | AlertDescription::CertificateUnknown
+            | AlertDescription::AccessDenied
+            | AlertDescription::DecryptError,
+        ) => "the server does not accept our certificate; check tls_cert",
+        Error::AlertReceived(AlertDescription::CertificateExpired | AlertDescription::CertificateRevoked) => {
+            "the server says that our certificate is not valid any more; renew the one in tls_cert"
+        }
+        Error::AlertReceived(AlertDescription::HandshakeFailure) => {
+            "the server refused the handshake; if it asks for a certificate, set tls_cert and tls_key"
+        }
+        Error::AlertReceived(AlertDescription::ProtocolVersion) | Error::PeerIncompatible(_) => {
+            "the server and we have no version of TLS in common; allow TLS 1.2 or 1.3 there"
+        }
+        Error::InvalidMessage(InvalidMessage::InvalidContentType | InvalidMessage::MessageTooLarge) => NOT_ENCRYPTED,
+        _ => return None,
+    })
+}
+
+/// The error of TLS in an error of input or output, wherever it is.
+pub(in crate::store) fn cause<'a>(error: &'a (dyn std::error::Error + 'static)) -> Option<&'a rustls::Error> {
+    let mut next = Some(error);
+    while let Some(error) = next {
+        // The client library keeps it shared.
+        if let Some(shared) = error.downcast_ref::<std::sync::Arc<dyn std::error::Error + Send + Sync>>() {
+            return cause(&**shared);
+        }
+        if let Some(error) = error.downcast_ref::<rustls::Error>() {
+            return Some(error);
+        }
+        next = match error.downcast_ref::<std::io::Error>().and_then(std::io::Error::get_ref) {
+            Some(inner) => Some(inner),
+            None => error.source(),
+        };
+    }
+    None
+}

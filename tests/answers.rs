@@ -1,0 +1,128 @@
+//! What a server answers when it can't or won't: each has an error of its own, and the lock is had as soon as the trouble is over.
+
+// A test is over when its surroundings fail.
+#![allow(clippy::expect_used, clippy::panic, clippy::unwrap_used)]
+
+mod support;
+mod support_locks;
+
+use shardlock::{LockError, LockManager};
+use support::ClientType;
+use support_locks::{TestStore, lock, on_each_store, until};
+
+/// Asks for a lock until the server is in trouble, and returns the error. A server gets into trouble a moment after it was told to.
+async fn error(locks: &LockManager) -> LockError {
+    let mut seen = None;
+    until("the server is in trouble", async || match locks.lock("k").await {
+        Ok(guard) => {
+            // Whatever the answer is, the release is repeated until it is done.
+            drop(guard);
+            false
+        }
+        Err(error) => {
+            seen = Some(error);
+            true
+        }
+    })
+    .await;
+    seen.expect("just seen")
+}
+
+#[track_caller]
+fn assert_says(error: &LockError, words: &[&str]) {
+    let text = error.to_string();
+    assert!(text.contains("\"k\""), "{text}");
+    for word in words {
+        assert!(text.contains(word), "{word}: {text}");
+    }
+}
+
+/// The trouble is over: the lock is had again, and nothing of the refused requests is left.
+async fn is_well_again(store: &TestStore, locks: &LockManager) {
+    until("the lock is had again", async || match locks.lock("k").await {
+        Ok(guard) => guard.release().await.is_ok(),
+        Err(error) => {
+            assert!(error.is_retryable(), "{error}");
+            false
+        }
+    })
+    .await;
+    store.is_clean().await;
+}
+
+on_each_store! {
+    on(redis, own);
+
+    async fn a_server_without_memory_or_for_reading_only_says_what_to_do(store: &TestStore) {
+        let (server, locks) = (store.server(), store.manager().await);
+        let held = lock(&locks, "held").await;
+        let no_replicas = ["CONFIG", "SET", "min-replicas-to-write", "1"];
+        let replicas = ["CONFIG", "SET", "min-replicas-to-write", "0"];
+        let no_memory = ["CONFIG", "SET", "maxmemory", "1"];
+        let memory = ["CONFIG", "SET", "maxmemory", "0"];
+        let replica = ["REPLICAOF", "127.0.0.1", "1"];
+        let primary = ["REPLICAOF", "NO", "ONE"];
+        for (change, back, words) in [
+            (&no_replicas[..], &replicas[..], "does not accept writes"),
+            (&no_memory[..], &memory[..], "maxmemory"),
+            (&replica[..], &primary[..], "connect to the primary"),
+        ] {
+            server.command(change);
+            let error = locks.lock("k").await.expect_err("the server says no");
+            assert!(matches!(error, LockError::Refused { .. }), "{error}");
+            assert_says(&error, &[words]);
+            server.command(back);
+            lock(&locks, "k").await.release().await.expect("release");
+        }
+        held.release().await.expect("those troubles were short");
+        store.is_clean().await;
+    }
+
+    async fn a_server_that_loads_its_data_is_unavailable_until_it_is_done(store: &TestStore) {
+        let (server, locks) = (store.server(), store.manager().await);
+        lock(&locks, "k").await.release().await.expect("release");
+        // Some two seconds, in which the server answers nothing but that it is loading.
+        server.command(&["CONFIG", "SET", "key-load-delay", "1000"]);
+        server.command(&["CONFIG", "SET", "loading-process-events-interval-bytes", "1024"]);
+        server.command(&["DEBUG", "POPULATE", "2000"]);
+        let error = std::thread::scope(|scope| {
+            scope.spawn(|| server.command(&["DEBUG", "RELOAD"]));
+            tokio::task::block_in_place(|| tokio::runtime::Handle::current().block_on(error(&locks)))
+        });
+        assert!(matches!(error, LockError::Unavailable { .. }) && error.is_retryable(), "{error}");
+        assert_says(&error, &["not ready", "loading"]);
+        is_well_again(store, &locks).await;
+    }
+
+    async fn a_server_that_is_busy_with_a_script_is_unavailable_until_that_ends(store: &TestStore) {
+        let (server, locks) = (store.server(), store.manager().await);
+        lock(&locks, "k").await.release().await.expect("release");
+        server.command(&["CONFIG", "SET", "lua-time-limit", "10"]);
+        let client = redis::Client::open(server.url()).expect("a good address");
+        let mut stranger = client.get_connection().expect("connect");
+        let script = std::thread::spawn(move || {
+            let mut endless = redis::cmd("EVAL");
+            endless.arg("while true do end").arg(0).exec(&mut stranger)
+        });
+        let error = error(&locks).await;
+        assert!(matches!(error, LockError::Unavailable { .. }) && error.is_retryable(), "{error}");
+        assert_says(&error, &["busy with a script", "BUSY"]);
+        server.command(&["SCRIPT", "KILL"]);
+        script.join().expect("a thread").expect_err("it was killed");
+        is_well_again(store, &locks).await;
+    }
+
+    async fn a_server_that_wants_a_password_from_now_on_says_so(store: &TestStore) {
+        let (server, locks) = (store.server(), store.manager().await);
+        lock(&locks, "k").await.release().await.expect("release");
+        server.command(&["CONFIG", "SET", "requirepass", "new"]);
+        // Connections that are there already stay trusted.
+        lock(&locks, "k").await.release().await.expect("release");
+        server.client_kill(ClientType::Normal);
+        let error = error(&locks).await;
+        assert!(matches!(error, LockError::Refused { .. }) && !error.is_retryable(), "{error}");
+        assert_says(&error, &["check the user and the password"]);
+        server.command(&["CONFIG", "SET", "requirepass", ""]);
+        is_well_again(store, &locks).await;
+    }
+}

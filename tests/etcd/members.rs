@@ -1,0 +1,162 @@
+//! Members that come, go and hang, and an etcd that loses what it knew.
+
+use super::*;
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn a_member_that_is_gone_does_not_matter() {
+    let etcd = Etcd::start_members(3).await;
+    let (ours, theirs) = (manager(&etcd).await, manager(&etcd).await);
+    for number in 0..3 {
+        let guard = lock(&ours, "k").await;
+        let waiting = tokio::spawn({
+            let theirs = theirs.clone();
+            async move { lock(&theirs, "k").await }
+        });
+        until_queued(&ours, "k", 1).await;
+        // The leader is among them once.
+        etcd.kill(number);
+        let token = guard.token();
+        until("a leader is there", async || ours.inspect("k").await.is_ok()).await;
+        assert!(guard.is_valid());
+        guard.release().await.unwrap();
+        let guard = soon("the hand-off", waiting).await.unwrap();
+        assert!(guard.token() > token);
+        // One that connects while a member is down.
+        let third = manager(&etcd).await;
+        assert!(third.try_lock("k").await.unwrap().is_none());
+        guard.release().await.unwrap();
+        lock(&third, "k").await.release().await.unwrap();
+        etcd.restart(number).await;
+    }
+    until_nothing_is_left(&etcd).await;
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn nobody_holds_a_lock_beside_another_while_members_come_and_go() {
+    let etcd = Etcd::start_members(3).await;
+    let last = Arc::new(AtomicU64::new(0));
+    let over = Arc::new(AtomicBool::new(false));
+    let mut tasks = Vec::new();
+    for _ in 0..4 {
+        let locks = builder(&etcd).max_burst(4).connect().await.unwrap();
+        for _ in 0..2 {
+            let (locks, last, over) = (locks.clone(), Arc::clone(&last), Arc::clone(&over));
+            tasks.push(tokio::spawn(async move {
+                let mut count = 0;
+                while !over.load(Ordering::SeqCst) {
+                    // While a leader is elected there may be no answer in time.
+                    let Ok(guard) = locks.lock("k").timeout(PATIENCE).await else {
+                        continue;
+                    };
+                    let token = guard.token().get();
+                    let before = last.swap(token, Ordering::SeqCst);
+                    tokio::task::yield_now().await;
+                    let after = last.load(Ordering::SeqCst);
+                    if guard.is_valid() {
+                        assert!(before < token, "{before} before {token}");
+                        assert_eq!(after, token);
+                        count += 1;
+                    }
+                    guard.release().await.ok();
+                }
+                count
+            }));
+        }
+    }
+    let locks = manager(&etcd).await;
+    for number in [0, 1, 2] {
+        let before = last.load(Ordering::SeqCst);
+        etcd.kill(number);
+        until("others take turns meanwhile", async || {
+            last.load(Ordering::SeqCst) > before + (1 << 20)
+        })
+        .await;
+        etcd.restart(number).await;
+        until("etcd answers", async || locks.inspect("k").await.is_ok()).await;
+    }
+    over.store(true, Ordering::SeqCst);
+    for task in tasks {
+        let count: u32 = soon("every task ends", task).await.unwrap();
+        assert!(count > 0, "every task had the lock");
+    }
+    until_nothing_is_left(&etcd).await;
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn a_leader_that_hangs_is_left_while_locks_are_held_and_waited_for() {
+    let etcd = Etcd::start_members(3).await;
+    let (ours, theirs) = (manager(&etcd).await, manager(&etcd).await);
+    let guard = lock(&ours, "k").await;
+    let waiting = tokio::spawn({
+        let theirs = theirs.clone();
+        async move { lock(&theirs, "k").await }
+    });
+    until_queued(&ours, "k", 1).await;
+    let leader = etcd.leader().await;
+    etcd.stop(leader);
+    // Longer than a lease lasts: it must have been renewed by way of another member.
+    tokio::time::sleep(Duration::from_secs(12)).await;
+    assert!(guard.is_valid(), "the lease was renewed");
+    guard.release().await.unwrap();
+    let guard = soon("the hand-off", waiting).await.unwrap();
+    guard.release().await.unwrap();
+    etcd.cont(leader);
+    until_nothing_is_left(&etcd).await;
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn an_etcd_that_was_restored_from_an_old_backup_gives_no_lock() {
+    let etcd = Etcd::start().await;
+    let locks = manager(&etcd).await;
+    etcd.kill(0);
+    let backup = etcd.back_up(0);
+    etcd.restart(0).await;
+    let mut last = None;
+    for _ in 0..3 {
+        let guard = lock(&locks, "k").await;
+        last = Some(guard.token());
+        guard.release().await.unwrap();
+    }
+    etcd.kill(0);
+    etcd.restore(0, &backup);
+    etcd.restart(0).await;
+    let error = locks.lock("k").await.unwrap_err();
+    assert!(matches!(error, LockError::TokenRegression { .. }), "{error}");
+    // A new manager has seen nothing that speaks against it: that is what the resource's own check of tokens is for.
+    let guard = lock(&manager(&etcd).await, "k").await;
+    assert!(Some(guard.token()) < last);
+    guard.release().await.unwrap();
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn waits_survive_a_compaction() {
+    let etcd = Etcd::start().await;
+    let (ours, theirs) = (manager(&etcd).await, manager(&etcd).await);
+    let guard = lock(&ours, "k").await;
+    let waiting = tokio::spawn({
+        let theirs = theirs.clone();
+        async move { lock(&theirs, "k").await }
+    });
+    until_queued(&ours, "k", 1).await;
+    let mut client = etcd.client().await;
+    let revision = client
+        .put("other", "", None)
+        .await
+        .unwrap()
+        .header()
+        .unwrap()
+        .revision();
+    client.compact(revision, None).await.unwrap();
+    // Its connections break, and whoever waits begins at a revision that is gone.
+    etcd.restart(0).await;
+    client = etcd.client().await;
+    until("both managers are there again", async || {
+        ours.inspect("k").await.is_ok() && theirs.inspect("k").await.is_ok()
+    })
+    .await;
+    assert!(guard.is_valid());
+    client.put("other", "", None).await.unwrap();
+    guard.release().await.unwrap();
+    soon("the hand-off", waiting).await.unwrap().release().await.unwrap();
+    until_nothing_is_left(&etcd).await;
+}

@@ -1,0 +1,302 @@
+//! The rules in `config/acl.conf`: with all of them everything works, and without any single one an error names it.
+
+use std::collections::BTreeSet;
+use std::sync::Arc;
+use std::time::Duration;
+
+use shardlock::{LockError, LockManager};
+use tokio::sync::Semaphore;
+use tokio::task::JoinSet;
+
+use crate::support::{PATIENCE, RedisServer};
+use crate::support_locks::{SHORT_TTL, soon, until, until_queued};
+
+const FILE: &str = concat!(env!("CARGO_MANIFEST_DIR"), "/config/acl.conf");
+const USER: &str = "shardlock";
+const PASSWORD: &str = "change-me";
+
+/// The words of the file's user after its name.
+fn rules() -> Vec<String> {
+    let text = std::fs::read_to_string(FILE).expect("read the file");
+    let mut lines = text.lines().filter_map(|line| line.strip_prefix("user "));
+    let (line, more) = (lines.next().expect("a user"), lines.next());
+    assert_eq!(more, None, "there is one user in the file");
+    let mut words = line.split(' ').map(str::to_owned);
+    assert_eq!(words.next().as_deref(), Some(USER));
+    words.collect()
+}
+
+/// Those of the rules that permit something.
+fn permissions(rules: &[String]) -> Vec<String> {
+    let permits = |rule: &&String| rule.starts_with(['+', '~', '&']);
+    rules.iter().filter(permits).cloned().collect()
+}
+
+fn set_user(server: &RedisServer, rules: &[String]) {
+    let mut command = vec!["ACL", "SETUSER", USER, "reset"];
+    command.extend(rules.iter().map(String::as_str));
+    server.command(&command);
+}
+
+fn url(server: &RedisServer) -> String {
+    format!("redis://{USER}:{PASSWORD}@{}", server.address())
+}
+
+/// What went wrong in a run.
+#[derive(Clone, Default)]
+struct Errors(Arc<parking_lot::Mutex<Vec<LockError>>>);
+
+impl Errors {
+    fn note<T>(&self, result: Result<T, LockError>) -> Option<T> {
+        result.map_err(|error| self.0.lock().push(error)).ok()
+    }
+
+    /// The rules that they name as missing.
+    fn named(&self) -> BTreeSet<String> {
+        let named = |error: &LockError| {
+            let text = error.to_string();
+            let (_, rest) = text.split_once("the user lacks the permission ")?;
+            Some(rest.split(';').next()?.to_owned())
+        };
+        self.0.lock().iter().filter_map(named).collect()
+    }
+
+    fn all(&self) -> Vec<String> {
+        self.0.lock().iter().map(ToString::to_string).collect()
+    }
+}
+
+/// A limit that only a lock that can't be had any more reaches.
+const WAIT: Duration = Duration::from_secs(4);
+
+async fn lock_and_release(locks: LockManager, key: &'static str, errors: Errors) {
+    if let Some(guard) = errors.note(locks.lock(key).timeout(WAIT).await) {
+        errors.note(guard.release().await);
+    }
+}
+
+/// Everything that a product of locks does, as that user.
+async fn whole_range(server: &RedisServer, namespace: &str) -> Errors {
+    let errors = Errors::default();
+    let builder = || {
+        LockManager::builder()
+            .shard(url(server))
+            .namespace(namespace)
+            .ttl(SHORT_TTL)
+            .max_burst(1)
+            .store_timeout(Duration::from_secs(5))
+    };
+    let Some(one) = errors.note(builder().connect().await) else {
+        return errors;
+    };
+    let Some(other) = errors.note(builder().connect().await) else {
+        return errors;
+    };
+    // The free path, and its way back.
+    lock_and_release(one.clone(), "free", errors.clone()).await;
+    // Held for several renewals, refused to a try, looked at by everybody, and handed over.
+    if let Some(guard) = errors.note(one.lock("held").timeout(WAIT).await) {
+        errors.note(other.try_lock("held").await);
+        let waiting = tokio::spawn(lock_and_release(other.clone(), "held", errors.clone()));
+        let lost = tokio::time::timeout(2 * SHORT_TTL, guard.lost()).await.is_ok();
+        errors.note(other.inspect("held").await);
+        let released = errors.note(guard.release().await);
+        assert!(!lost || released.is_none());
+        soon("who waited", waiting).await.expect("a task");
+    }
+    // Several in each process, which take turns.
+    let mut tasks = JoinSet::new();
+    for _ in 0..8 {
+        for locks in [&one, &other] {
+            tasks.spawn(lock_and_release(locks.clone(), "contended", errors.clone()));
+        }
+    }
+    while let Some(ended) = soon("the tasks", tasks.join_next()).await {
+        ended.expect("a task");
+    }
+    // Somebody who knows nothing of queues holds it for a while.
+    let foreign = format!("{namespace}foreign");
+    server.command(&["SET", &foreign, "somebody else", "PX", "200"]);
+    lock_and_release(one.clone(), "foreign", errors.clone()).await;
+    one.shutdown().await;
+    other.shutdown().await;
+    errors
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn with_the_rules_of_the_file_everything_works() {
+    // As the file says: by including it.
+    let server = RedisServer::start_with(&["--include", FILE]);
+    let errors = whole_range(&server, "lock:").await;
+    assert_eq!(errors.all(), [""; 0]);
+    #[cfg(feature = "cli")]
+    for args in [&["exec", "k", "true"][..], &["inspect", "k"]] {
+        let mut command = crate::tool::bare(args);
+        command.env("SHARDLOCK_SHARDS", url(&server));
+        let ended = crate::tool::run(command);
+        assert_eq!((ended.code, ended.stderr.as_str()), (0, ""), "{ended:?}");
+    }
+    let mut denied: Vec<redis::Value> = server.query(&["ACL", "LOG"]);
+    // Servers from 7.2 on are told the client library's name, which does not matter; the file says so.
+    denied.retain(|entry| !format!("{entry:?}").contains("client|setinfo"));
+    assert!(denied.is_empty(), "{denied:?}");
+}
+
+/// What the file lists to be added: the lines that are nothing but rules.
+fn additions() -> Vec<Vec<String>> {
+    let text = std::fs::read_to_string(FILE).expect("read the file");
+    let (_, more) = text.split_once("---- What to add").expect("the part with more");
+    let lines = more.lines().filter_map(|line| line.strip_prefix("#   "));
+    let rules = lines.filter(|line| line.split(' ').all(|word| word.starts_with('+')));
+    rules.map(|line| line.split(' ').map(str::to_owned).collect()).collect()
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn what_the_file_adds_is_known_to_the_server_and_another_database_needs_its_rule() {
+    let server = RedisServer::start();
+    let additions = additions();
+    assert!(additions.len() >= 6, "{additions:?}");
+    // Older servers know no CLIENT SETINFO, and say so.
+    let is_known = |rule: &String| rule != "+client|setinfo" || server.version() >= (7, 2);
+    for rules in &additions {
+        set_user(
+            &server,
+            &rules.iter().filter(|rule| is_known(rule)).cloned().collect::<Vec<_>>(),
+        );
+    }
+    let select = vec!["+select".to_owned()];
+    assert!(additions.contains(&select));
+    set_user(&server, &rules());
+    let other_database = || LockManager::builder().shard(format!("{}/1", url(&server)));
+    let error = other_database().connect().await.expect_err("it may not SELECT");
+    assert!(matches!(error, LockError::Refused { .. }), "{error:?}");
+    assert!(error.to_string().contains("lacks the permission +select;"), "{error}");
+    set_user(&server, &[rules(), select].concat());
+    let locks = other_database().connect().await.expect("connect");
+    let guard = locks.lock("k").timeout(PATIENCE).await.expect("lock");
+    guard.release().await.expect("release");
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn the_rules_serve_another_namespace_once_it_is_put_in() {
+    let server = RedisServer::start();
+    let rules: Vec<String> = rules().iter().map(|rule| rule.replace("lock:", "jobs/")).collect();
+    set_user(&server, &rules);
+    assert_eq!(whole_range(&server, "jobs/").await.all(), [""; 0]);
+    for missing in ["~{jobs/*", "~jobs/*", "&jobs/in:*"] {
+        let fewer: Vec<String> = rules.iter().filter(|rule| *rule != missing).cloned().collect();
+        assert_eq!(fewer.len() + 1, rules.len());
+        set_user(&server, &fewer);
+        let errors = whole_range(&server, "jobs/").await;
+        assert_eq!(
+            errors.named(),
+            BTreeSet::from([missing.to_owned()]),
+            "{:#?}",
+            errors.all()
+        );
+    }
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn without_any_one_of_the_rules_an_error_names_it() {
+    let rules = rules();
+    let permissions = permissions(&rules);
+    assert!(permissions.len() > 20, "{permissions:?}");
+    let turns = Arc::new(Semaphore::new(4));
+    let mut runs = JoinSet::new();
+    for missing in permissions {
+        let fewer: Vec<String> = rules.iter().filter(|rule| **rule != missing).cloned().collect();
+        let turns = Arc::clone(&turns);
+        runs.spawn(async move {
+            let _turn = turns.acquire().await.expect("turns");
+            let server = RedisServer::start();
+            set_user(&server, &fewer);
+            let errors = tokio::time::timeout(3 * PATIENCE, whole_range(&server, "lock:")).await;
+            let errors = errors.unwrap_or_else(|_| panic!("without {missing} something hangs"));
+            assert_eq!(
+                errors.named(),
+                BTreeSet::from([missing.clone()]),
+                "without {missing}: {:#?}",
+                errors.all()
+            );
+        });
+    }
+    while let Some(ended) = runs.join_next().await {
+        ended.expect("a run");
+    }
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn a_subscription_that_is_refused_is_told_at_once() {
+    let server = RedisServer::start();
+    for missing in ["+subscribe", "&lock:in:*"] {
+        let fewer: Vec<String> = rules().into_iter().filter(|rule| rule != missing).collect();
+        set_user(&server, &fewer);
+        let started = std::time::Instant::now();
+        let builder = LockManager::builder()
+            .shard(url(&server))
+            .store_timeout(Duration::from_secs(30));
+        let error = soon("an error", builder.connect())
+            .await
+            .expect_err("it may not listen");
+        assert!(started.elapsed() < Duration::from_secs(10), "{:?}", started.elapsed());
+        assert!(
+            matches!(error, LockError::Refused { step: "subscribe", .. }),
+            "{error:?}"
+        );
+        assert!(error.to_string().contains(missing), "{error}");
+    }
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn a_permission_that_is_taken_away_and_given_back_leaves_nobody_behind() {
+    let server = RedisServer::start();
+    let all = rules();
+    set_user(&server, &all);
+    let builder = || {
+        LockManager::builder()
+            .shard(url(&server))
+            .store_timeout(Duration::from_secs(10))
+    };
+    let (one, other) = (
+        builder().connect().await.expect("connect"),
+        builder().connect().await.expect("connect"),
+    );
+    let guard = one.lock("k").timeout(PATIENCE).await.expect("lock");
+    let waiting = tokio::spawn({
+        let other = other.clone();
+        async move { other.lock("k").timeout(PATIENCE).await }
+    });
+    until_queued(&one, "k", 1).await;
+    // The server cuts off who listens where it may not any more.
+    server.command(&["ACL", "SETUSER", USER, "resetchannels"]);
+    until("the inboxes are closed", async || server.channels().is_empty()).await;
+    assert!(guard.is_valid());
+    server.command(&["ACL", "SETUSER", USER, "&lock:in:*"]);
+    until("the inboxes are back", async || server.channels().len() == 2).await;
+    guard.release().await.expect("release");
+    let guard = soon("the lock", waiting).await.expect("a task").expect("lock");
+    guard.release().await.expect("release");
+}
+
+/// Without a permission to look, nobody can say that a lease is lost: it holds for as long as it was extended.
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn a_renewal_that_may_not_look_is_no_loss_yet() {
+    let server = RedisServer::start();
+    set_user(&server, &rules());
+    let ttl = Duration::from_secs(5);
+    let builder = LockManager::builder().shard(url(&server)).ttl(ttl).renew_fraction(0.02);
+    let locks = builder.connect().await.expect("connect");
+    let guard = locks.lock("k").timeout(PATIENCE).await.expect("lock");
+    server.command(&["ACL", "SETUSER", USER, "-get"]);
+    let denied = || {
+        let log = format!("{:?}", server.command(&["ACL", "LOG"]));
+        log.matches("\"get\"").count() + log.matches("bulk-string('get')").count()
+    };
+    until("renewals are refused", async || denied() > 0).await;
+    assert!(guard.is_valid());
+    server.command(&["ACL", "SETUSER", USER, "+get"]);
+    let renewed = tokio::time::timeout(2 * ttl, guard.lost()).await;
+    assert!(renewed.is_err(), "{renewed:?}");
+    guard.release().await.expect("release");
+}

@@ -1,0 +1,29 @@
+//! Encrypted connections, users with few permissions, and passwords that stay secret.
+
+// A test is over when its surroundings fail.
+#![allow(clippy::expect_used, clippy::panic, clippy::unwrap_used)]
+
+#[path = "../support/mod.rs"]
+mod support;
+#[path = "../support_locks/mod.rs"]
+mod support_locks;
+#[cfg(feature = "cli")]
+#[path = "../tool/mod.rs"]
+mod tool;
+
+mod acl;
+mod secrets;
+#[cfg(feature = "tls")]
+mod tls;
+mod witness;
+
+/// Tests whose subject is a process of its own; see `support::worker`.
+#[cfg(feature = "tls")]
+#[test]
+fn worker_entry() {
+    let Some(me) = support::worker::current() else { return };
+    match me.name() {
+        "chooser" => tls::choose_and_lock(&me),
+        name => panic!("no worker is called {name}"),
+    }
+}

@@ -1,0 +1,215 @@
+//! Passwords are in no log, error, `Debug` or metric.
+
+use std::time::Duration;
+
+use shardlock::{Builder, Config, Endpoint, LockManager, ShardConfig};
+
+use crate::support::{ClientType, PATIENCE, RedisServer};
+use crate::support_locks::{SHORT_TTL, soon, until, until_queued};
+use crate::witness::Witness;
+
+/// What must not be seen anywhere, whether as it stands in a URL or decoded.
+const SECRET: &str = "hunter2";
+/// A right and a wrong password, as in a URL and as the server is told. Each contains the secret.
+const RIGHT: (&str, &str) = ("right-hunter2%40%2F%3A", "right-hunter2@/:");
+const WRONG: &str = "wrong-hunter2%3F%23";
+
+#[track_caller]
+fn assert_secret_is_kept(what: &str, text: &str) {
+    if let Some(at) = text.find(SECRET) {
+        let from = text[..at].rfind('\n').map_or(0, |line| line + 1);
+        let to = text[at..].find('\n').map_or(text.len(), |line| at + line);
+        panic!("{what}: {}", &text[from..to]);
+    }
+}
+
+/// The URLs of all kinds whose servers do not exist, or refuse.
+fn hopeless_urls(server: &RedisServer) -> Vec<String> {
+    let (place, dead) = (server.address(), "127.0.0.1:1");
+    let login = format!("user:{WRONG}");
+    let mut urls = vec![
+        format!("redis://:{WRONG}@{place}"),
+        format!("redis://{login}@{place}/3"),
+        format!("redis://{login}@{dead}"),
+        format!("redis://{login}@lock.invalid:6379"),
+        format!("redis+sentinel://{login}@{dead}/mymaster?sentinel_user=u&sentinel_password={WRONG}"),
+        format!("redis+sentinel://{login}@{place}/mymaster?sentinel_password={WRONG}"),
+        format!("redis+cluster://{login}@{dead},lock.invalid"),
+        format!("redis+cluster://{login}@{place}"),
+        format!("redlock://{login}@{dead},127.0.0.1:2,{place}"),
+        format!("etcd://{login}@{dead}"),
+        // Such as people write them by mistake.
+        format!("redis://:{SECRET}"),
+        format!("redis://{SECRET}@{place}"),
+        format!("redis://user:{SECRET}@{place}:x"),
+        format!("redis://user:{SECRET}/#@{place}"),
+        format!("redis://user:{SECRET}@{place}/no-number"),
+        format!("redis://user:{SECRET} @{place}"),
+        format!("redis:/user:{SECRET}@{place}"),
+        format!("reddis://user:{SECRET}@{place}"),
+        format!("redis+sentinel://{dead}/mymaster?sentinel_pasword={SECRET}"),
+        format!("redis+sentinel://{dead}/mymaster?sentinel_password={SECRET}&x={SECRET}"),
+        format!("redlock://user:{SECRET}@{dead}"),
+    ];
+    for scheme in ["rediss", "rediss+sentinel", "rediss+cluster", "redlocks", "etcds"] {
+        let path = if scheme.contains("sentinel") { "/mymaster" } else { "" };
+        let hosts = if scheme == "redlocks" {
+            format!("{dead},127.0.0.1:2,{place}")
+        } else {
+            place.clone()
+        };
+        urls.push(format!("{scheme}://{login}@{hosts}{path}"));
+    }
+    urls
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn no_password_is_heard_or_seen_anywhere() {
+    let witness = Witness::called();
+    let server = RedisServer::start_with(&["--requirepass", RIGHT.1]);
+
+    for url in hopeless_urls(&server) {
+        match Endpoint::parse(&url) {
+            Ok(endpoint) => witness.note(&(endpoint.to_string(), endpoint, ShardConfig::new("a", url.as_str()))),
+            Err(error) => witness.note(&(error.to_string(), error)),
+        }
+        let builder = LockManager::builder()
+            .named_shard("a", url.as_str())
+            .store_timeout(Duration::from_millis(300));
+        witness.note(&builder);
+        let error = soon("an error", builder.connect()).await.expect_err("it is hopeless");
+        witness.note(&(error.to_string(), &error));
+        assert_secret_is_kept(
+            &format!("an error about {}", url.replace(SECRET, "***")),
+            &witness.heard(),
+        );
+
+        let mut config = Config::default();
+        let variable = ("SHARDLOCK_SHARDS".to_owned(), url.clone());
+        match config.apply_variables([variable]) {
+            Ok(()) => witness.note(&(&config, Builder::new().config(config.clone()).build_config())),
+            Err(error) => witness.note(&(error.to_string(), error)),
+        }
+        #[cfg(feature = "file")]
+        for toml in [
+            format!("shards = [\"{url}\"]"),
+            format!("shards = \"{url}\""),
+            format!("shards = [{url}]"),
+            format!("[[shards]]\nname = \"a\"\nurl = \"{url}\"\nmore = 1"),
+            format!("shards = [\"{url}\"]\nttl = 1"),
+        ] {
+            match Config::from_toml(&toml) {
+                Ok(config) => witness.note(&config),
+                Err(error) => witness.note(&(error.to_string(), error)),
+            }
+        }
+    }
+
+    // A life with the right password, with its troubles.
+    let url = format!("redis://:{}@{}", RIGHT.0, server.address());
+    let builder = || {
+        LockManager::builder()
+            .named_shard("main", &url)
+            .ttl(SHORT_TTL)
+            .store_timeout(Duration::from_millis(500))
+    };
+    let (one, other) = (
+        builder().connect().await.expect("connect"),
+        builder().connect().await.expect("connect"),
+    );
+    witness.note(&(&one, one.shard_map(), one.id(), builder()));
+    let guard = one.lock("k").timeout(PATIENCE).await.expect("lock");
+    witness.note(&(&guard, one.inspect("k").await, one.lock("k")));
+    let waiting = tokio::spawn({
+        let other = other.clone();
+        async move { other.lock("k").timeout(PATIENCE).await }
+    });
+    until_queued(&one, "k", 1).await;
+    server.client_kill(ClientType::PubSub);
+    server.client_kill(ClientType::Normal);
+    witness.note(&guard.release().await);
+    if let Ok(guard) = soon("the lock", waiting).await.expect("a task") {
+        witness.note(&guard.release().await);
+    }
+    // The password is changed, and everybody is cut off.
+    server.command(&["CONFIG", "SET", "requirepass", "another"]);
+    server.client_kill(ClientType::PubSub);
+    server.client_kill(ClientType::Normal);
+    until("a refusal", async || match one.lock("k").timeout(PATIENCE).await {
+        Ok(_) => false,
+        Err(error) => {
+            witness.note(&(error.to_string(), &error));
+            error.to_string().contains("password")
+        }
+    })
+    .await;
+    until("the refusal of the inbox", async || {
+        witness.heard().contains("the inbox is refused")
+    })
+    .await;
+    server.kill();
+    let error = one.lock("k").timeout(PATIENCE).await.expect_err("no server");
+    witness.note(&(error.to_string(), &error));
+    one.shutdown().await;
+    other.shutdown().await;
+
+    let heard = witness.heard();
+    // It has listened to all of them.
+    for sign in ["shardlock::", "main", "redis://:***@", "lock.invalid"] {
+        assert!(heard.contains(sign), "{sign}: {heard}");
+    }
+    assert_secret_is_kept("in what was heard", &heard);
+}
+
+#[cfg(feature = "cli")]
+mod tool {
+    use super::*;
+    use crate::tool::{Ended, bare, run};
+
+    #[track_caller]
+    fn is_kept(command: std::process::Command) -> Ended {
+        let what = format!("{:?}", command.get_args().collect::<Vec<_>>());
+        let ended = run(command);
+        assert_secret_is_kept(&what, &ended.stdout);
+        assert_secret_is_kept(&what, &ended.stderr);
+        ended
+    }
+
+    #[test]
+    fn the_tool_shows_no_password_whatever_it_is_asked_and_however_much_it_logs() {
+        let server = RedisServer::start_with(&["--requirepass", RIGHT.1]);
+        let right = format!("redis://:{}@{}", RIGHT.0, server.address());
+        let mut urls = hopeless_urls(&server);
+        urls.push(right.clone());
+        let commands: [&[&str]; 7] = [
+            &["--help"],
+            &["inspect", "--help"],
+            &["exec", "--help"],
+            &["demo", "--help"],
+            &["slot", "k"],
+            &["inspect", "k"],
+            &["exec", "k", "true"],
+        ];
+        for url in &urls {
+            for args in commands {
+                if url != &right && args != ["inspect", "k"] {
+                    continue;
+                }
+                let mut command = bare(args);
+                command.envs([
+                    ("SHARDLOCK_SHARDS", url.as_str()),
+                    ("SHARDLOCK_LOG", "trace"),
+                    ("SHARDLOCK_STORE_TIMEOUT", "300ms"),
+                ]);
+                let ended = is_kept(command);
+                assert_eq!(ended.code == 0, url == &right, "{ended:?}");
+            }
+            // On the command line it is its user's own business, which the help says; it is not repeated even so.
+            let mut command = bare(&["inspect", "k", "--set", "store_timeout=300ms", "--shard", url]);
+            command.env("SHARDLOCK_LOG", "trace");
+            assert_eq!(is_kept(command).code == 0, url == &right);
+        }
+        let help = run(bare(&["exec", "--help"])).stdout;
+        assert!(help.contains("can see a password that stands here"), "{help}");
+    }
+}

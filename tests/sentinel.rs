@@ -1,0 +1,482 @@
+//! A primary that sentinels watch: it is found, followed through failovers, and its replicas can be waited for.
+
+// A test is over when its surroundings fail.
+#![allow(clippy::expect_used, clippy::panic, clippy::unwrap_used)]
+
+mod support;
+mod support_locks;
+#[cfg(feature = "cli")]
+mod tool;
+
+use std::future::IntoFuture;
+use std::sync::Arc;
+use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
+use std::time::{Duration, Instant};
+
+use parking_lot::Mutex;
+use shardlock::{LockError, LockGuard, LockManager, LossReason};
+use support::PATIENCE;
+use support::sentinel::{NAME, Watched, in_step};
+use support_locks::{hand_off, lock, lock_in_time, lock_keys, soon, until, until_queued, waiting};
+use tokio::task::JoinSet;
+
+/// Long enough that no test waits for its end by mistake.
+const LONG_TTL: Duration = Duration::from_secs(60);
+
+async fn connect(watched: &Watched) -> LockManager {
+    LockManager::connect(&watched.url()).await.expect("connect")
+}
+
+async fn connect_for_long(watched: &Watched) -> LockManager {
+    let builder = LockManager::builder().shard(watched.url()).ttl(LONG_TTL);
+    builder.connect().await.expect("connect")
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn locks_and_hand_offs_work_on_the_primary_that_sentinels_name() {
+    let watched = Watched::start(1);
+    let (one, other) = (connect(&watched).await, connect(&watched).await);
+    for _ in 0..20 {
+        hand_off(&one, &other, "k").await;
+        hand_off(&other, &one, "k").await;
+    }
+    let guard = lock(&one, "k").await;
+    assert!(other.try_lock("k").await.expect("try").is_none());
+    guard.release().await.expect("release");
+    assert_eq!(
+        watched.primary().channels().len(),
+        2 + 1,
+        "two inboxes, and the sentinels' own channel"
+    );
+    assert_eq!(lock_keys(watched.primary()), [""; 0]);
+}
+
+/// What all tasks of a load share.
+#[derive(Default)]
+struct Ledger {
+    holders: AtomicU64,
+    largest: Mutex<u64>,
+    /// How many locks each task has had since the last look.
+    turns: Vec<AtomicU64>,
+    /// Set while leases may be lost, and so two may hold the lock.
+    is_lenient: AtomicBool,
+    is_over: AtomicBool,
+}
+
+impl Ledger {
+    async fn turns(&self, least: u64) {
+        for turns in &self.turns {
+            turns.store(0, Ordering::SeqCst);
+        }
+        until("every task has had its turns", async || {
+            self.turns.iter().all(|turns| turns.load(Ordering::SeqCst) >= least)
+        })
+        .await;
+    }
+
+    /// One task: locks and gives back until it is over. Everything that fails may be tried again.
+    async fn work(&self, task: usize, locks: &LockManager) {
+        while !self.is_over.load(Ordering::SeqCst) {
+            let guard = match locks.lock("k").timeout(PATIENCE).await {
+                Ok(guard) => guard,
+                Err(error) => {
+                    assert!(error.is_retryable() && !error.is_timeout(), "{error}");
+                    continue;
+                }
+            };
+            self.hold(&guard).await;
+            self.turns[task].fetch_add(1, Ordering::SeqCst);
+            if let Err(error) = guard.release().await {
+                assert!(error.is_retryable() || error.is_lost(), "{error}");
+            }
+        }
+    }
+
+    async fn hold(&self, guard: &LockGuard) {
+        let others = self.holders.fetch_add(1, Ordering::SeqCst);
+        let is_lenient = || self.is_lenient.load(Ordering::SeqCst);
+        assert!(others == 0 || is_lenient(), "two holders");
+        {
+            let (token, mut largest) = (guard.token().get(), self.largest.lock());
+            assert!(token > *largest || is_lenient(), "{token} after {largest}");
+            *largest = token.max(*largest);
+        }
+        tokio::task::yield_now().await;
+        assert!(guard.is_valid() || is_lenient());
+        self.holders.fetch_sub(1, Ordering::SeqCst);
+    }
+}
+
+/// Two orderly failovers, there and back, while nine tasks of three managers want one lock.
+async fn failovers_under_load(min_replicas_acked: u32) {
+    const TASKS: usize = 9;
+    let watched = Watched::start(1);
+    let ledger = Arc::new(Ledger {
+        turns: (0..TASKS).map(|_| AtomicU64::new(0)).collect(),
+        ..Ledger::default()
+    });
+    let mut managers = Vec::new();
+    for _ in 0..3 {
+        let builder = LockManager::builder().shard(watched.url()).ttl(Duration::from_secs(2));
+        let builder = builder.min_replicas_acked(min_replicas_acked);
+        managers.push(builder.connect().await.expect("connect"));
+    }
+    let mut tasks = JoinSet::new();
+    for task in 0..TASKS {
+        let (ledger, locks) = (Arc::clone(&ledger), managers[task % 3].clone());
+        tasks.spawn(async move { ledger.work(task, &locks).await });
+    }
+    ledger.turns(20).await;
+    for _ in 0..2 {
+        let old = watched.primary();
+        ledger.is_lenient.store(min_replicas_acked == 0, Ordering::SeqCst);
+        let new = watched.failover();
+        until("the inboxes have moved", async || {
+            old.channels().iter().all(|channel| !channel.starts_with("lock:in:"))
+        })
+        .await;
+        if min_replicas_acked > 0 {
+            // The old primary has to become a replica first, without which nothing is confirmed. That would take eight seconds.
+            watched.publish_every(Duration::from_millis(500));
+            until("the new primary has a replica", async || in_step(new) == 1).await;
+        }
+        // Whoever got the lock from the old primary in the last moment has given it back by then.
+        ledger.turns(5).await;
+        ledger.is_lenient.store(false, Ordering::SeqCst);
+        ledger.turns(20).await;
+        watched.publish_every(Duration::from_millis(500));
+        watched.has_replicas(1);
+    }
+    ledger.is_over.store(true, Ordering::SeqCst);
+    while let Some(ended) = soon("the tasks", tasks.join_next()).await {
+        ended.expect("a task");
+    }
+    for (locks, next) in [(0, 1), (1, 2), (2, 0)] {
+        hand_off(&managers[locks], &managers[next], "after").await;
+    }
+    let primary = watched.primary();
+    until("nothing is left", async || lock_keys(primary).is_empty()).await;
+}
+
+/// With every lease on the replica before it counts, an orderly failover loses none, though the old primary goes on taking writes.
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn with_confirmed_leases_a_failover_under_load_never_shows_two_holders() {
+    failovers_under_load(1).await;
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn after_a_failover_under_load_everybody_is_served_with_growing_tokens() {
+    failovers_under_load(0).await;
+}
+
+/// The sentinels leave the old primary as it is for eight seconds and more, taking writes that will be lost.
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn an_orderly_failover_is_followed_at_once_and_keeps_what_is_held_and_who_waits() {
+    let watched = Watched::start(1);
+    let (one, other) = (connect_for_long(&watched).await, connect_for_long(&watched).await);
+    let (held, kept) = (lock(&one, "held").await, lock(&other, "kept").await);
+    let waiting = waiting(&other, "held");
+    until_queued(&one, "held", 1).await;
+    watched.has_replicas(1);
+    let old = watched.primary();
+    let new = watched.failover();
+    until("the inboxes have moved", async || {
+        new.channels().len() >= 3 && old.channels().iter().all(|channel| !channel.starts_with("lock:in:"))
+    })
+    .await;
+    let role: Vec<redis::Value> = old.query(&["ROLE"]);
+    assert_eq!(role[0], redis::Value::BulkString("master".into()), "still");
+
+    assert!(held.is_valid() && kept.is_valid());
+    let token = held.token();
+    let released = Instant::now();
+    held.release().await.expect("it is held on the new primary");
+    let handed = soon("the hand-off", waiting).await.expect("a task");
+    assert!(handed.token() > token);
+    assert!(released.elapsed() < Duration::from_secs(5), "{:?}", released.elapsed());
+    handed.release().await.expect("release");
+    kept.release().await.expect("release");
+    hand_off(&one, &other, "k").await;
+    hand_off(&other, &one, "k").await;
+    assert_eq!(lock_keys(new), [""; 0]);
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn after_the_primary_was_killed_locks_and_hand_offs_work_on_the_promoted_replica() {
+    let watched = Watched::start(2);
+    let (one, other) = (connect(&watched).await, connect(&watched).await);
+    let mut largest = lock_in_time(&one, "k").await;
+    let held = lock(&one, "held").await;
+    watched.has_replicas(2);
+    let old = watched.primary();
+    old.kill();
+    let error = one.lock("k").await.expect_err("nobody is promoted yet");
+    assert!(matches!(error, LockError::Unavailable { .. }), "{error}");
+    assert!(error.to_string().contains(&old.address()), "{error}");
+    for locks in [&one, &other] {
+        let token = lock_in_time(locks, "k").await;
+        assert!(token > largest, "{token} after {largest}");
+        largest = token;
+    }
+    watched.switched(old.port());
+    hand_off(&one, &other, "k").await;
+    // The replica had it.
+    assert!(held.is_valid());
+    assert!(other.try_lock("held").await.expect("try").is_none());
+    held.release().await.expect("it is held on the new primary");
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn a_primary_that_hangs_is_left_as_soon_as_the_sentinels_say_so() {
+    let watched = Watched::start(1);
+    let (one, other) = (connect_for_long(&watched).await, connect_for_long(&watched).await);
+    let held = lock(&one, "held").await;
+    let token = held.token();
+    watched.has_replicas(1);
+    let old = watched.primary();
+    old.stop();
+    let new = watched.switched(old.port());
+    let switched = Instant::now();
+    let guard = soon("a lock", one.lock("k").into_future()).await;
+    // A request that was sent before the switch may still fail; the next may not.
+    let guard = match guard {
+        Ok(guard) => guard,
+        Err(error) => {
+            assert!(error.is_retryable(), "{error}");
+            one.lock("k").await.expect("on the new primary")
+        }
+    };
+    assert!(guard.token() > token);
+    guard.release().await.expect("release");
+    until("the inboxes have moved", async || {
+        let inboxes = |channel: &&String| channel.starts_with("lock:in:");
+        new.channels().iter().filter(inboxes).count() == 2
+    })
+    .await;
+    assert!(switched.elapsed() < Duration::from_secs(5), "{:?}", switched.elapsed());
+    let waiting = waiting(&other, "held");
+    until_queued(&one, "held", 1).await;
+    held.release().await.expect("it is held on the new primary");
+    let handed = soon("the hand-off", waiting).await.expect("a task");
+    handed.release().await.expect("release");
+
+    // Awake again it is demoted, which takes eight seconds without failing otherwise, and nobody goes back.
+    watched.publish_every(Duration::from_millis(250));
+    old.cont();
+    watched.has_replicas(1);
+    hand_off(&one, &other, "k").await;
+    assert_eq!(lock_keys(new), [""; 0]);
+}
+
+/// The counter on the promoted replica is an old one: a plain INCR would issue the same tokens again.
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn tokens_grow_though_nothing_was_replicated_before_the_failover() {
+    let watched = Watched::start(1);
+    let (one, other) = (connect(&watched).await, connect(&watched).await);
+    let mut largest = lock_in_time(&one, "k").await;
+    watched.has_replicas(1);
+    let old = watched.primary();
+    let counter = old
+        .keys()
+        .into_iter()
+        .find(|key| key.contains("%fence"))
+        .expect("a counter");
+    let replica = watched.replicas()[0];
+    watched.cut_replication();
+    let stale: u64 = replica.query(&["GET", &counter]);
+    assert!(stale >= largest);
+    for _ in 0..50 {
+        largest = largest.max(lock_in_time(&one, "k").await);
+    }
+    let lost = lock(&one, "lost").await;
+    old.kill();
+    let new = watched.switched(old.port());
+    assert_eq!(new.port(), replica.port());
+    let after: u64 = new.query(&["GET", &counter]);
+    assert!(after < largest, "{after} is no old counter");
+    // This one has never seen the tokens that were lost.
+    let newcomer = connect(&watched).await;
+    for locks in [&newcomer, &other, &one, &newcomer] {
+        let token = lock_in_time(locks, "k").await;
+        assert!(token > largest, "{token} after {largest}");
+        largest = token;
+    }
+    // The lease was lost with the primary, and its holder is told at the next renewal, long before the TTL of ten seconds.
+    assert_eq!(soon("the loss", lost.lost()).await, LossReason::Taken);
+    let token = lost.token();
+    assert!(lost.release().await.expect_err("it was lost").is_lost());
+    let guard = lock(&other, "lost").await;
+    assert!(guard.token() > token);
+    guard.release().await.expect("release");
+}
+
+/// A failover by hand, which no sentinel tells of: what finds out is a request.
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn a_server_that_says_it_is_a_replica_is_left_by_commands_and_inbox() {
+    let watched = Watched::start(1);
+    let (one, other) = (connect(&watched).await, connect(&watched).await);
+    hand_off(&one, &other, "k").await;
+    let token = lock_in_time(&one, "k").await;
+    watched.has_replicas(1);
+    let (old, new) = (watched.primary(), watched.replicas()[0]);
+    new.command(&["REPLICAOF", "NO", "ONE"]);
+    old.command(&["REPLICAOF", "127.0.0.1", &new.port().to_string()]);
+    let error = one.lock("k").await.expect_err("the sentinels still name the old one");
+    assert!(error.is_retryable(), "{error}");
+    assert!(error.to_string().contains("is a replica of"), "{error}");
+    let mut inboxes = Vec::new();
+    let is_there = |inboxes: &[String], locks: &LockManager| inboxes.iter().any(|channel| channel.contains(locks.id()));
+    until("the inbox has left it", async || {
+        inboxes = old.channels();
+        !is_there(&inboxes, &one)
+    })
+    .await;
+    // No request of the other's has found out, so it shows that nothing else has cut the inboxes.
+    assert!(is_there(&inboxes, &other), "{inboxes:?}");
+    assert!(lock_in_time(&one, "k").await > token);
+    lock_in_time(&other, "k").await;
+    hand_off(&one, &other, "k").await;
+    hand_off(&other, &one, "k").await;
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn replicas_and_sentinels_are_refused_as_primaries() {
+    let watched = Watched::start(1);
+    let (primary, replica) = (watched.primary(), watched.replicas()[0]);
+    let error = LockManager::connect(&replica.url()).await.expect_err("it is a replica");
+    assert!(matches!(error, LockError::Refused { step: "connect", .. }), "{error}");
+    for part in ["is a replica of", &primary.address(), "connect to the primary"] {
+        assert!(error.to_string().contains(part), "{error}");
+    }
+    let sentinel = watched.sentinels()[0].address();
+    let error = LockManager::connect(&format!("redis://{sentinel}"))
+        .await
+        .expect_err("it is a sentinel");
+    assert!(matches!(error, LockError::Refused { .. }), "{error}");
+    assert!(
+        error.to_string().contains(&format!("redis+sentinel://{sentinel}/NAME")),
+        "{error}"
+    );
+    assert_eq!(lock_keys(primary), [""; 0]);
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn a_name_that_sentinels_do_not_know_is_said_in_words() {
+    let watched = Watched::start(0);
+    let url = watched.url().replace(NAME, "another");
+    let error = LockManager::connect(&url).await.expect_err("nobody knows it");
+    assert!(matches!(error, LockError::Refused { step: "connect", .. }), "{error}");
+    assert!(
+        error.to_string().contains("knows no primary called \"another\""),
+        "{error}"
+    );
+}
+
+/// The user and the password before the hosts are the primary's; the sentinels have their own. These sentinels name hosts, not addresses.
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn sentinels_and_the_primary_each_get_their_own_password() {
+    let lines = [
+        "requirepass hunter2-s",
+        "sentinel sentinel-pass hunter2-s",
+        "sentinel resolve-hostnames yes",
+        "sentinel announce-hostnames yes",
+        "sentinel auth-pass mymaster hunter2-p",
+    ];
+    let watched = Watched::start_with(0, &["--requirepass", "hunter2-p"], &lines);
+    let plain = watched.url();
+    let with_login = plain.replace("://", "://:hunter2-p@");
+    let right = format!("{with_login}?sentinel_password=hunter2-s");
+    let locks = LockManager::connect(&right).await.expect("connect");
+    lock_in_time(&locks, "k").await;
+    for (wrong, words) in [
+        (with_login.clone(), "no sentinel names the primary"),
+        (
+            format!("{with_login}?sentinel_password=hunter2-x"),
+            "no sentinel names the primary",
+        ),
+        (
+            format!("{plain}?sentinel_password=hunter2-s"),
+            "check the user and the password",
+        ),
+        (right.replace("2-p", "2-x"), "check the user and the password"),
+    ] {
+        let error = LockManager::connect(&wrong).await.expect_err("a wrong password");
+        assert!(matches!(error, LockError::Refused { step: "connect", .. }), "{error}");
+        assert!(error.to_string().contains(words), "{error}");
+        assert!(
+            error.to_string().contains("password") && !error.to_string().contains("hunter2"),
+            "{error}"
+        );
+    }
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn sentinels_that_are_down_or_hang_are_passed_over() {
+    let watched = Watched::start(1);
+    watched.sentinels()[0].stop();
+    let started = Instant::now();
+    let locks = connect(&watched).await;
+    assert!(started.elapsed() < Duration::from_secs(1), "{:?}", started.elapsed());
+    let token = lock_in_time(&locks, "k").await;
+    watched.sentinels()[0].cont();
+    watched.sentinels()[0].kill();
+    let other = connect(&watched).await;
+    watched.has_replicas(1);
+    let old = watched.primary();
+    old.kill();
+    watched.switched(old.port());
+    assert!(lock_in_time(&other, "k").await > token);
+    hand_off(&locks, &other, "k").await;
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn with_all_sentinels_down_existing_connections_go_on_and_new_ones_say_so() {
+    let watched = Watched::start(0);
+    let (one, other) = (connect(&watched).await, connect(&watched).await);
+    let url = watched.url();
+    for sentinel in watched.sentinels() {
+        sentinel.kill();
+    }
+    for _ in 0..20 {
+        hand_off(&one, &other, "k").await;
+        hand_off(&other, &one, "k").await;
+    }
+    let started = Instant::now();
+    let error = LockManager::connect(&url).await.expect_err("nobody can be asked");
+    assert!(started.elapsed() < Duration::from_secs(1), "{:?}", started.elapsed());
+    assert!(
+        matches!(error, LockError::Unavailable { step: "connect", .. }),
+        "{error}"
+    );
+    for sentinel in watched.sentinels() {
+        assert!(error.to_string().contains(&sentinel.address()), "{error}");
+    }
+}
+
+#[cfg(feature = "cli")]
+#[test]
+fn the_tool_takes_the_url_of_sentinels() {
+    let watched = Watched::start(1);
+    let tool = |args: &[&str]| {
+        let mut command = tool::bare(args);
+        command.env("SHARDLOCK_SHARDS", watched.url());
+        tool::run(command)
+    };
+    let held = tool(&["exec", "k", "sh", "-c", "echo $LOCK_TOKEN"]);
+    assert_eq!(held.code, 0, "{held:?}");
+    let token: u64 = held.stdout.trim().parse().expect("a token");
+    let old = watched.primary();
+    watched.has_replicas(1);
+    old.kill();
+    watched.switched(old.port());
+    let held = tool(&["exec", "k", "sh", "-c", "echo $LOCK_TOKEN"]);
+    assert_eq!(held.code, 0, "{held:?}");
+    let later: u64 = held.stdout.trim().parse().expect("a token");
+    assert!(later > token, "{later} after {token}");
+    let seen = tool(&["inspect", "k"]);
+    assert_eq!(seen.code, 0, "{seen:?}");
+    assert!(
+        seen.stdout.contains("nobody") && seen.stdout.contains(&later.to_string()),
+        "{seen:?}"
+    );
+}

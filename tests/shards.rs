@@ -1,0 +1,116 @@
+//! Several shards in one manager: what happens to one is nothing to the others.
+
+// A test is over when its surroundings fail.
+#![allow(clippy::expect_used, clippy::panic, clippy::unwrap_used)]
+
+mod support;
+mod support_locks;
+
+use std::collections::BTreeMap;
+use std::future::IntoFuture;
+use std::time::{Duration, Instant};
+
+use futures_util::future::try_join_all;
+use futures_util::{StreamExt, TryStreamExt, stream};
+use shardlock::{LockError, LockKey, LockManager, LossReason};
+use support::RedisServer;
+use support_locks::{TestStore, lock, on_each_store, soon, until_queued};
+
+/// A few keys of each shard.
+fn keys(locks: &LockManager) -> BTreeMap<usize, Vec<String>> {
+    let mut keys = BTreeMap::<_, Vec<_>>::new();
+    for key in (0..200).map(|number| format!("key-{number}")) {
+        let shard = locks.shard_map().index(LockKey::new(&key).expect("a good key").slot());
+        let of_shard = keys.entry(shard).or_default();
+        if of_shard.len() < 4 {
+            of_shard.push(key);
+        }
+    }
+    keys
+}
+
+on_each_store! {
+    async fn shards_of_any_kinds_serve_one_manager(store: &TestStore) {
+        let shards = [RedisServer::start(), RedisServer::start()];
+        let builder = || shards.iter().fold(store.builder(), |builder, shard| builder.shard(shard.url()));
+        let (locks, others) = (builder().connect().await.expect("connect"), builder().connect().await.expect("connect"));
+        let keys = keys(&locks);
+        assert!(keys.len() >= 3 && keys.values().all(|keys| keys.len() == 4), "{keys:?}");
+        let keys: Vec<_> = keys.into_values().flatten().collect();
+        let guards = try_join_all(keys.iter().map(|key| locks.lock(key).into_future())).await.expect("lock");
+        let waiting: Vec<_> = keys.iter().map(|key| tokio::spawn(others.lock(key).into_future())).collect();
+        for key in &keys {
+            until_queued(&locks, key, 1).await;
+        }
+        for guard in guards {
+            guard.release().await.expect("release");
+        }
+        for task in waiting {
+            let guard = soon("the waiter", task).await.expect("a task").expect("lock");
+            guard.release().await.expect("release");
+        }
+        for key in &keys {
+            until_queued(&locks, key, 0).await;
+        }
+        store.is_clean().await;
+    }
+
+    async fn leases_are_renewed_in_time_while_another_shard_does_not_answer(store: &TestStore) {
+        let silent = RedisServer::start();
+        let ttl = store.short_ttl().max(Duration::from_millis(700));
+        // An answer may take longer than a lease lasts, so whoever waited for the silent one would be too late.
+        let builder = store.builder().shard(silent.url()).ttl(ttl).store_timeout(4 * ttl);
+        let locks = builder.connect().await.expect("connect");
+        let mut keys = keys(&locks);
+        let (_, theirs) = keys.pop_last().expect("the last shard is the silent one");
+        let guards = try_join_all(keys.values().flatten().map(|key| locks.lock(key).into_future())).await.expect("lock");
+        let lost = lock(&locks, &theirs[0]).await;
+        silent.stop();
+        let stopped = Instant::now();
+        assert_eq!(soon("the loss", lost.lost()).await, LossReason::Expired);
+        assert!(stopped.elapsed() <= ttl + Duration::from_millis(400), "{:?}", stopped.elapsed());
+        let asking = tokio::spawn(locks.lock(&theirs[1]).into_future());
+        while stopped.elapsed() < 4 * ttl {
+            for guard in &guards {
+                assert!(guard.is_valid(), "{} after {:?}", guard.key(), stopped.elapsed());
+            }
+            tokio::time::sleep(Duration::from_millis(5)).await;
+        }
+        // The others also still lock and unlock.
+        for guard in guards {
+            let key = guard.key().to_owned();
+            guard.release().await.expect("it was held all the time");
+            lock(&locks, &key).await.release().await.expect("release");
+        }
+        let error = soon("an error", asking).await.expect("a task").expect_err("it does not answer");
+        assert!(matches!(error, LockError::Unavailable { .. }), "{error}");
+        silent.cont();
+        store.is_clean().await;
+    }
+}
+
+on_each_store! {
+    on(redis, own);
+
+    async fn fifty_thousand_leases_are_renewed_within_their_interval(store: &TestStore) {
+        // Renewals are due every three seconds. All of them are one batch, which takes a loaded machine more than the usual store timeout.
+        let ttl = Duration::from_secs(30);
+        let builder = store.builder().ttl(ttl).store_timeout(Duration::from_secs(3));
+        let locks = builder.connect().await.expect("connect");
+        let locking = stream::iter(0..50_000).map(|number| locks.lock(format!("key-{number}")).into_future());
+        let guards: Vec<_> = locking.buffer_unordered(1000).try_collect().await.expect("lock");
+        let began = Instant::now();
+        let mut least = ttl;
+        while began.elapsed() < ttl / 8 {
+            // Looking at all of them would take the processor from those who renew.
+            let seen = guards.iter().step_by(100).map(|guard| guard.remaining()).min().expect("some");
+            least = seen.min(least);
+            tokio::time::sleep(Duration::from_millis(50)).await;
+        }
+        // One interval passes until a renewal is due, and it is done before another has passed.
+        assert!(least > ttl * 8 / 10 - Duration::from_millis(200), "{least:?}");
+        let releasing = stream::iter(guards).map(|guard| guard.release());
+        releasing.buffer_unordered(1000).try_collect::<Vec<_>>().await.expect("they were held all the time");
+        store.is_clean().await;
+    }
+}

@@ -1,0 +1,159 @@
+//! A certificate authority of a test's own, and servers that speak TLS.
+
+use std::fs;
+use std::path::{Path, PathBuf};
+use std::process::{Command, Stdio};
+use std::sync::OnceLock;
+
+use rcgen::{
+    BasicConstraints, CertificateParams, DnType, ExtendedKeyUsagePurpose, IsCa, Issuer, KeyPair, date_time_ymd,
+};
+use tempfile::TempDir;
+
+use super::server::{RedisServer, binary, free_port};
+
+/// An authority with a directory in which it puts what it issues. The directory goes with it.
+pub struct Authority {
+    dir: TempDir,
+    issuer: Issuer<'static, KeyPair>,
+}
+
+/// A certificate and its key, as PEM files.
+#[derive(Clone, Debug)]
+pub struct Identity {
+    pub certificate: PathBuf,
+    pub key: PathBuf,
+}
+
+impl Authority {
+    /// A new one that nobody trusts yet.
+    pub fn new() -> Self {
+        let dir = tempfile::Builder::new()
+            .prefix("shardlock-authority-")
+            .tempdir()
+            .expect("make a directory");
+        let mut params = CertificateParams::new(Vec::new()).expect("parameters");
+        params.is_ca = IsCa::Ca(BasicConstraints::Unconstrained);
+        // Two authorities of one name would be taken for each other.
+        let name = format!("the authority of {}", dir.path().display());
+        params.distinguished_name.push(DnType::CommonName, name);
+        let key = KeyPair::generate().expect("a key");
+        let certificate = params.self_signed(&key).expect("a certificate");
+        fs::write(dir.path().join("ca.pem"), certificate.pem()).expect("write");
+        let issuer = Issuer::new(params, key);
+        Self { dir, issuer }
+    }
+
+    /// The file with the authority's own certificate.
+    pub fn ca(&self) -> PathBuf {
+        self.dir.path().join("ca.pem")
+    }
+
+    pub fn dir(&self) -> &Path {
+        self.dir.path()
+    }
+
+    /// A certificate for these host names or addresses, good for servers and clients.
+    pub fn issue(&self, name: &str, hosts: &[&str]) -> Identity {
+        self.issue_until(name, hosts, 2200)
+    }
+
+    /// One that is not valid any more.
+    pub fn issue_expired(&self, name: &str, hosts: &[&str]) -> Identity {
+        self.issue_until(name, hosts, 2001)
+    }
+
+    fn issue_until(&self, name: &str, hosts: &[&str], year: i32) -> Identity {
+        let hosts: Vec<String> = hosts.iter().map(|&host| host.to_owned()).collect();
+        let mut params = CertificateParams::new(hosts).expect("parameters");
+        params.distinguished_name.push(DnType::CommonName, name);
+        params.not_before = date_time_ymd(2000, 1, 1);
+        params.not_after = date_time_ymd(year, 1, 1);
+        params.extended_key_usages = vec![ExtendedKeyUsagePurpose::ServerAuth, ExtendedKeyUsagePurpose::ClientAuth];
+        let key = KeyPair::generate().expect("a key");
+        let certificate = params.signed_by(&key, &self.issuer).expect("a certificate");
+        let identity = Identity {
+            certificate: self.dir.path().join(format!("{name}.pem")),
+            key: self.dir.path().join(format!("{name}.key")),
+        };
+        fs::write(&identity.certificate, certificate.pem()).expect("write");
+        fs::write(&identity.key, key.serialize_pem()).expect("write");
+        identity
+    }
+}
+
+/// A server with a plain port for the test and one with TLS.
+pub struct TlsServer {
+    pub server: RedisServer,
+    pub tls_port: u16,
+}
+
+impl TlsServer {
+    /// Starts it with that certificate. With `demanding`, clients have to show one of the authority.
+    ///
+    /// A server that was built without TLS gets it put in front.
+    #[track_caller]
+    pub fn start(authority: &Authority, identity: &Identity, demanding: bool, more: &[&str]) -> Self {
+        let tls_port = free_port();
+        if !has_tls() {
+            let server = RedisServer::start_with(more);
+            #[cfg(feature = "tls")]
+            super::tls_front::carry(
+                tls_port,
+                server.port(),
+                &identity.certificate,
+                &identity.key,
+                demanding.then(|| authority.ca()).as_deref(),
+            );
+            return Self { server, tls_port };
+        }
+        let port = tls_port.to_string();
+        let path = |path: &Path| path.to_str().expect("a path in UTF-8").to_owned();
+        let (certificate, key, ca) = (path(&identity.certificate), path(&identity.key), path(&authority.ca()));
+        let clients = if demanding { "yes" } else { "no" };
+        let mut args = vec!["--tls-port", &port, "--tls-auth-clients", clients];
+        args.extend([
+            "--tls-cert-file",
+            &certificate,
+            "--tls-key-file",
+            &key,
+            "--tls-ca-cert-file",
+            &ca,
+        ]);
+        args.extend(more);
+        Self {
+            server: RedisServer::start_with(&args),
+            tls_port,
+        }
+    }
+
+    /// `rediss://host:port` with that host.
+    pub fn url(&self, host: &str) -> String {
+        format!("rediss://{host}:{}", self.tls_port)
+    }
+}
+
+/// Whether the server was built with TLS. Without a certificate it ends at its start, and says which of the two it lacks.
+pub fn has_tls() -> bool {
+    static HAS_TLS: OnceLock<bool> = OnceLock::new();
+    *HAS_TLS.get_or_init(|| {
+        let mut command = Command::new(&binary().path);
+        command.args([
+            "--port",
+            "0",
+            "--bind",
+            "127.0.0.1",
+            "--tls-port",
+            &free_port().to_string(),
+        ]);
+        let output = command.stdin(Stdio::null()).output().expect("start a server");
+        let said = String::from_utf8_lossy(&output.stdout);
+        assert!(
+            !output.status.success(),
+            "a server without a certificate goes on: {said}"
+        );
+        let lacks_tls = said.contains("Failed finding TLS support");
+        assert!(lacks_tls || said.contains("No tls-cert-file configured"), "{said}");
+        !lacks_tls
+    })
+}
