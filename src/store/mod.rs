@@ -5,6 +5,7 @@ mod conformance;
 #[cfg(feature = "etcd")]
 mod etcd;
 pub(crate) mod memory;
+pub(crate) mod quorum;
 pub(crate) mod redis;
 #[cfg(test)]
 #[path = "../../tests/support/mod.rs"]
@@ -21,7 +22,7 @@ use std::time::Duration;
 use tokio::sync::mpsc;
 
 use crate::endpoint::{Endpoint, EndpointKind};
-use crate::error::{Invalid, LockError};
+use crate::error::LockError;
 use crate::fence::FencingToken;
 use crate::identity::ManagerId;
 use crate::key::{LockKey, Slot};
@@ -117,6 +118,7 @@ pub(crate) fn open(endpoint: &Endpoint, options: StoreOptions) -> Result<Arc<dyn
     Ok(match endpoint.kind() {
         EndpointKind::Redis(server) => Arc::new(redis::primary::RedisStore::new(server, options)?),
         EndpointKind::Memory { name } => Arc::new(memory::MemoryStore::open(name, options)),
+        EndpointKind::Redlock { nodes } => Arc::new(quorum::QuorumStore::new(nodes, &options)?),
         EndpointKind::Sentinel {
             sentinels,
             primary,
@@ -131,7 +133,7 @@ pub(crate) fn open(endpoint: &Endpoint, options: StoreOptions) -> Result<Arc<dyn
         // Parsing refuses it.
         #[cfg(not(feature = "etcd"))]
         EndpointKind::Etcd { .. } => {
-            return Err(Invalid::new(
+            return Err(crate::error::Invalid::new(
                 "url",
                 endpoint.to_string(),
                 "of a kind that was built in (feature `etcd`)",
@@ -139,9 +141,6 @@ pub(crate) fn open(endpoint: &Endpoint, options: StoreOptions) -> Result<Arc<dyn
             .into());
         }
         EndpointKind::Cluster { seeds } => Arc::new(redis::cluster::ClusterStore::new(seeds, options)?),
-        EndpointKind::Redlock { .. } => {
-            return Err(Invalid::new("url", endpoint.to_string(), "of a kind that is built already").into());
-        }
     })
 }
 

@@ -5,6 +5,7 @@
 
 mod class;
 mod manager;
+mod node;
 mod shard;
 mod table;
 mod tally;
@@ -13,6 +14,7 @@ use metrics::{Unit, describe_counter, describe_gauge, describe_histogram};
 
 pub(crate) use class::{ClassMetrics, Classes, Ending};
 pub(crate) use manager::{Limit, ManagerMetrics};
+pub(crate) use node::NodeMetrics;
 pub(crate) use shard::{RequestKind, ShardMetrics};
 #[cfg(feature = "admin")]
 pub(crate) use table::HOT_KEY;

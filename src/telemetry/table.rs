@@ -155,6 +155,12 @@ metrics! {
     ABANDONED = "shardlock_abandoned_cycles_total", Counter, Count, ["shard"],
         "cycles released in the background after their outcome was unknown or unwanted",
         "growing: requests time out or are cancelled under way; raise store_timeout, or look at the shard";
+    QUORUM_VOTES = "shardlock_quorum_votes_total", Counter, Count, ["shard", "node", "outcome"],
+        "answers of a quorum's nodes to claims: given, refused or unanswered; there for redlock:// shards",
+        "refused: another holder, or a lease that a node still has of a dead one; unanswered by one node: see that node";
+    QUORUM_SUSPECTS = "shardlock_quorum_suspects", Gauge, Count, ["shard", "node"],
+        "1 for a node of a quorum that is down or has no vote, otherwise 0; there for redlock:// shards",
+        "one: see that node before the next one goes; a majority: no lock of the shard can be had";
     CLOCK_JUMPS = "shardlock_server_clock_jumps_total", Counter, Count, ["shard"],
         "steps of the server's clock, seen against this process's monotonic clock",
         "no lock depends on it, but expiry on a Redis server does: a jump forward ends leases early; make NTP slew, and see the host";

@@ -16,6 +16,7 @@ pub mod lasting;
 pub mod other_clock;
 pub mod process;
 pub mod proxy;
+pub mod quorum;
 pub mod sentinel;
 pub mod server;
 pub mod tls;
@@ -25,6 +26,7 @@ pub mod wait;
 pub mod worker;
 
 pub use cluster::Cluster;
+pub use quorum::Quorum;
 pub use server::{ClientType, RedisServer};
 pub use wait::{PATIENCE, eventually, wait_until};
 pub use worker::Worker;

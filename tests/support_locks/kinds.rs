@@ -13,7 +13,7 @@ use super::SHORT_TTL;
 #[cfg(feature = "etcd")]
 use crate::support::etcd::{Etcd, LEASE_MIN};
 use crate::support::sentinel::Watched;
-use crate::support::{ClientType, Cluster, RedisServer, lasting};
+use crate::support::{ClientType, Cluster, Quorum, RedisServer, lasting, quorum};
 
 /// What a shard is, or what all shards of a manager are.
 #[derive(Clone, Copy, Debug, Eq, PartialEq)]
@@ -26,6 +26,8 @@ pub enum Kind {
     Sentinel,
     /// A cluster of three primaries.
     Cluster,
+    /// A quorum of five nodes.
+    Redlock,
     /// One member.
     #[cfg(feature = "etcd")]
     Etcd,
@@ -45,10 +47,10 @@ pub enum Kind {
 /// | `free_path` | those that take a key that nobody seems to want without a look at its queue |
 /// | `counted` | those whose servers count nothing but what managers and tests send, and for which a lock is one script call |
 macro_rules! tests_on {
-    ($how:ident all) => { $crate::support_locks::tests_on! { $how memory redis sentinel cluster etcd mixed } };
-    ($how:ident servers) => { $crate::support_locks::tests_on! { $how redis sentinel cluster etcd } };
-    ($how:ident pausable) => { $crate::support_locks::tests_on! { $how redis etcd } };
-    ($how:ident redis_nodes) => { $crate::support_locks::tests_on! { $how redis sentinel cluster } };
+    ($how:ident all) => { $crate::support_locks::tests_on! { $how memory redis sentinel cluster redlock etcd mixed } };
+    ($how:ident servers) => { $crate::support_locks::tests_on! { $how redis sentinel cluster redlock etcd } };
+    ($how:ident pausable) => { $crate::support_locks::tests_on! { $how redis redlock etcd } };
+    ($how:ident redis_nodes) => { $crate::support_locks::tests_on! { $how redis sentinel cluster redlock } };
     ($how:ident foreign) => { $crate::support_locks::tests_on! { $how redis sentinel cluster } };
     ($how:ident free_path) => { $crate::support_locks::tests_on! { $how redis sentinel } };
     ($how:ident counted) => { $crate::support_locks::tests_on! { $how redis } };
@@ -57,6 +59,7 @@ macro_rules! tests_on {
     ($how:ident redis) => { $crate::support_locks::tests_on! { $how on_redis: Redis } };
     ($how:ident sentinel) => { $crate::support_locks::tests_on! { $how on_sentinel: Sentinel } };
     ($how:ident cluster) => { $crate::support_locks::tests_on! { $how on_cluster: Cluster } };
+    ($how:ident redlock) => { $crate::support_locks::tests_on! { $how on_redlock: Redlock } };
     ($how:ident etcd) => {
         #[cfg(feature = "etcd")]
         mod etcd {
@@ -82,11 +85,12 @@ pub(crate) use tests_on;
 
 impl Kind {
     /// All kinds, by the names that workers are told.
-    const ALL: &[(&'static str, Self)] = &[
+    pub const ALL: &[(&'static str, Self)] = &[
         ("memory", Self::Memory),
         ("redis", Self::Redis),
         ("sentinel", Self::Sentinel),
         ("cluster", Self::Cluster),
+        ("redlock", Self::Redlock),
         #[cfg(feature = "etcd")]
         ("etcd", Self::Etcd),
         ("mixed", Self::Mixed),
@@ -112,6 +116,7 @@ impl Kind {
             Self::Redis => Arc::new(RedisServer::start()),
             Self::Sentinel => Arc::new(Watched::start(1)),
             Self::Cluster => Arc::new(Cluster::start(3, 0)),
+            Self::Redlock => Arc::new(Quorum::start(5)),
             #[cfg(feature = "etcd")]
             Self::Etcd => Arc::new(at_once(Etcd::start())),
             Self::Mixed => Arc::new(Mixed(MIX.map(Self::start))),
@@ -135,6 +140,8 @@ impl Kind {
     /// What managers of this kind need besides the address.
     pub fn settings(self, builder: Builder) -> Builder {
         match self {
+            // A node has no vote before the longest TTL has passed, so a test waits for no longer than it must.
+            Self::Redlock | Self::Mixed => builder.ttl(quorum::MAX_TTL).redlock_max_ttl(quorum::MAX_TTL),
             _ => builder,
         }
     }
@@ -168,11 +175,16 @@ impl Kind {
         }
     }
 
+    /// Whether a release may reach some of the servers a moment after it is over.
+    pub fn tidies_up_later(self) -> bool {
+        matches!(self, Self::Redlock | Self::Mixed)
+    }
+
     /// How many keys a process can use in a test of some seconds.
     pub fn many_keys(self) -> usize {
         match self {
             Self::Memory | Self::Redis | Self::Mixed => 100_000,
-            Self::Sentinel | Self::Cluster => 20_000,
+            Self::Sentinel | Self::Cluster | Self::Redlock => 20_000,
             #[cfg(feature = "etcd")]
             Self::Etcd => 1_000,
         }
@@ -348,6 +360,22 @@ impl Servers for Cluster {
     }
 }
 
+impl Servers for Quorum {
+    fn urls(&self, _test: u32) -> Vec<String> {
+        vec![self.url()]
+    }
+
+    fn nodes(&self) -> Vec<&RedisServer> {
+        Quorum::nodes(self).iter().collect()
+    }
+
+    fn restart(&self) {
+        let count = Quorum::nodes(self).len();
+        Quorum::nodes(self).iter().for_each(RedisServer::restart);
+        (0..count).for_each(|node| self.wait_for_vote(node));
+    }
+}
+
 #[cfg(feature = "etcd")]
 impl Servers for Etcd {
     fn urls(&self, _test: u32) -> Vec<String> {
@@ -421,7 +449,7 @@ impl Servers for Memory {
 }
 
 /// The kinds of a mixed store's shards.
-const MIX: [Kind; 3] = [Kind::Redis, Kind::Cluster, Kind::Memory];
+const MIX: [Kind; 4] = [Kind::Redis, Kind::Cluster, Kind::Redlock, Kind::Memory];
 
 /// A shard of each of those kinds.
 struct Mixed([Arc<dyn Servers>; MIX.len()]);

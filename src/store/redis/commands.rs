@@ -134,6 +134,16 @@ impl Commands {
         command.arg(millis(renewal.ttl));
     }
 
+    /// The keys and arguments of claim.lua.
+    pub(super) fn fill_claim(&self, command: &mut Cmd, claim: &super::primary::Claim, floor: u64) {
+        let names = self.names.of(&claim.key);
+        command.arg(2);
+        names.lease().write(command);
+        names.counter().write(command);
+        self.write_signature(command, claim.cycle);
+        command.arg(millis(claim.ttl)).arg(claim.at_least).arg(floor);
+    }
+
     /// What is asked to look at a key: its lease, what is left of it, the length and the head of its queue, the counter.
     pub(super) fn inspect(&self, key: &LockKey) -> Pipeline {
         let names = self.names.of(key);

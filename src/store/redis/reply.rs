@@ -27,14 +27,14 @@ pub(super) fn as_text(value: &Value) -> Option<String> {
     }
 }
 
-fn ints(value: &Value) -> Option<Vec<i64>> {
+pub(super) fn ints(value: &Value) -> Option<Vec<i64>> {
     match value {
         Value::Array(values) => values.iter().map(as_int).collect(),
         _ => None,
     }
 }
 
-fn unexpected(what: &str, value: &Value) -> StoreError {
+pub(super) fn unexpected(what: &str, value: &Value) -> StoreError {
     StoreError::Refused(format!("unexpected reply to {what}: {value:?}; is every manager of the same version?").into())
 }
 

@@ -39,6 +39,10 @@ impl LuaScript {
         }
     }
 
+    pub(super) const fn text(&self) -> &'static str {
+        self.code
+    }
+
     /// Calls it by its hash, and by its text where the server does not know it (any more). Being idempotent for a cycle,
     /// it could even run twice. `fill` writes the number of keys, the keys and the arguments.
     pub(super) async fn call(
@@ -133,6 +137,8 @@ pub(super) struct Scripts {
     pub(super) release_free: LuaScript,
     pub(super) release: LuaScript,
     pub(super) renew: LuaScript,
+    /// Takes another node of a quorum than the door.
+    pub(super) claim: LuaScript,
     /// For a lease whose slot is being moved.
     pub(super) renew_alone: LuaScript,
 }
@@ -166,6 +172,7 @@ impl Scripts {
             release: script(release),
             renew: script(include_str!("scripts/renew.lua")),
             renew_alone: script(include_str!("scripts/renew_alone.lua")),
+            claim: script(include_str!("scripts/claim.lua")),
         }
     }
 }

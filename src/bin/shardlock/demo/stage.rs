@@ -1,7 +1,7 @@
 //! What the demo sets up, and how all of it is removed.
 
 use anyhow::{Context, bail};
-use shardlock::{Endpoint, LockManager};
+use shardlock::{Builder, Config, Endpoint};
 
 use super::DemoArgs;
 use super::crew::Crew;
@@ -14,6 +14,18 @@ const SERVERS: usize = 3;
 
 /// How often a namespace is erased, at most, until there is nothing left in it.
 const ERASURES_MAX: u32 = 20;
+
+/// What managers of the demo are made of: the settings of the environment, such as certificates, and shards and names of the demo's own.
+pub(super) fn builder(shards: &[String], names: &Names) -> anyhow::Result<Builder> {
+    let mut config = Config::default();
+    config.apply_env()?;
+    let builder = Builder::new()
+        .config(config)
+        .shards([])
+        .namespace(names.namespace())
+        .store_timeout(probe::SERVER_TIMEOUT);
+    Ok(shards.iter().fold(builder, |builder, url| builder.shard(url)))
+}
 
 /// What there is to be removed. It is filled step by step, so that a demo which is stopped half-way knows what it has.
 #[derive(Debug, Default)]
@@ -104,11 +116,7 @@ impl Stage {
 
     /// Until there is nothing left, since a command that a killed worker had sent may be carried out a moment later.
     async fn erase_locks(&self) -> anyhow::Result<()> {
-        let builder = LockManager::builder()
-            .namespace(Names::new(&self.prefix).namespace())
-            .store_timeout(probe::SERVER_TIMEOUT);
-        let builder = self.given.iter().fold(builder, |builder, url| builder.shard(url));
-        let locks = builder.connect().await?;
+        let locks = builder(&self.given, &Names::new(&self.prefix))?.connect().await?;
         for _ in 0..ERASURES_MAX {
             if locks.erase_namespace().await? == 0 {
                 return Ok(());

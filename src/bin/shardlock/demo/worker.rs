@@ -17,8 +17,9 @@ use tokio::task::JoinSet;
 use tokio::time::Instant;
 
 use super::jobs::Mix;
-use super::probe::{self, SERVER_TIMEOUT};
+use super::probe;
 use super::protocol::{Answer, Names, Order, Setup, Worked};
+use super::stage::builder;
 use super::{coupons, jobs};
 
 /// How often a worker tells how far it is.
@@ -76,10 +77,7 @@ impl Workplace {
         let admin = crate::metrics::bind(address)?;
         let metrics = Box::new(admin.renderer());
         let names = Names::new(&setup.prefix);
-        let builder = LockManager::builder()
-            .namespace(names.namespace())
-            .store_timeout(SERVER_TIMEOUT);
-        let builder = setup.shards.iter().fold(builder, |builder, url| builder.shard(url));
+        let builder = builder(&setup.shards, &names)?;
         let locks = builder.connect().await?;
         Ok(Self {
             _serving: admin.serve(&locks)?,

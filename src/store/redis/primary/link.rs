@@ -12,6 +12,7 @@ use parking_lot::Mutex;
 use super::super::client::{connection_info, with_reason};
 use super::super::reply::{as_text, role, server_time};
 use super::Shared;
+use crate::clock::Moment;
 use crate::endpoint::ServerUrl;
 use crate::fence::FencingToken;
 use crate::store::StoreError;
@@ -197,6 +198,11 @@ impl Link {
         true
     }
 
+    /// The connection, if there is one, is of no more use.
+    pub(super) fn leave(&self) {
+        *self.current.lock() = None;
+    }
+
     /// Whether the connection, if there is one, leads to another place.
     pub(super) fn is_elsewhere(&self, place: &str) -> bool {
         self.current
@@ -221,7 +227,14 @@ impl Link {
         greeting.cmd("TIME");
         greeting.cmd("SET").arg(&map_key).arg(&shared.map).arg("NX");
         greeting.cmd("GET").arg(&map_key);
-        let replies = connection.send_packed_commands(&greeting, 0, 4).await;
+        let count = 4 + shared.tenure.as_ref().map_or(0, |_| {
+            greeting.cmd("INFO").arg("server");
+            // A claim is not waited for once others have decided, so nobody would send it again by its text.
+            greeting.cmd("SCRIPT").arg("LOAD").arg(shared.scripts.claim.text());
+            2
+        });
+        let asked_at = Moment::now();
+        let replies = connection.send_packed_commands(&greeting, 0, count).await;
         let replies = replies.map_err(|error| shared.source.in_words(&error))?;
         // First, since a replica has nothing but errors for the rest.
         if let Some(Ok(answer)) = replies.first().cloned().map(Value::extract_error) {
@@ -230,7 +243,7 @@ impl Link {
         let replies = shared.commands.permissions.without_errors(&greeting, replies);
         let replies = replies.map_err(|error| shared.source.in_words(&error))?;
         let (time, theirs) = match &replies[..] {
-            [_, time, _, map] => (server_time(time), as_text(map)),
+            [_, time, _, map, ..] => (server_time(time), as_text(map)),
             _ => (None, None),
         };
         let (Some((seconds, micros)), Some(theirs)) = (time, theirs) else {
@@ -244,6 +257,10 @@ impl Link {
                 theirs,
                 map_key,
             });
+        }
+        if let Some(tenure) = &shared.tenure {
+            let info = replies.get(4).and_then(as_text);
+            tenure.learn(asked_at, info.as_deref())?;
         }
         shared
             .floor

@@ -15,6 +15,7 @@
 //! Replication is asynchronous, so a failover may lose a lease that was just given. Its holder learns of it at its next renewal, within a tenth
 //! of the TTL; until then two may hold the lock, and the tokens tell them apart. `confirm` is the remedy for who needs more.
 
+mod claim;
 mod confirm;
 mod follow;
 mod inbox;
@@ -43,6 +44,8 @@ use crate::key::{LockKey, SLOTS, Slot};
 use crate::protocol::{Acquire, AcquireReply, Answer, Ask, Push, Release, ReleaseReply, RenewReply, Renewal};
 use crate::store::{Inspection, Lane, LeaseStore, ServerTime, StoreError, StoreFuture, StoreOptions, TlsFiles};
 use crate::telemetry::ShardMetrics;
+use claim::Tenure;
+pub(crate) use claim::{Claim, Claimed};
 use confirm::Confirm;
 use link::{Link, Live};
 use moves::Moves;
@@ -73,6 +76,8 @@ pub(super) struct Shared {
     floor: AtomicU64,
     /// The largest token seen in each slot.
     seen: Box<[AtomicU64]>,
+    /// Whether it runs for long enough to have a vote, where it is a node of a quorum.
+    tenure: Option<Tenure>,
 }
 
 /// How many leases one call of the renewal script covers: few enough that others get a turn in between.
@@ -83,7 +88,13 @@ const RECONNECTS_PER_REQUEST: usize = 2;
 impl RedisStore {
     /// Prepares a store on the server at that address; nothing is sent yet.
     pub(crate) fn new(server: &ServerUrl, options: StoreOptions) -> Result<Self, Invalid> {
-        Self::from_source(Source::Fixed(server.clone()), options)
+        Self::from_source(Source::Fixed(server.clone()), options, None)
+    }
+
+    /// Prepares a store that is one node of a quorum.
+    pub(crate) fn node(server: &ServerUrl, options: StoreOptions) -> Result<Self, Invalid> {
+        let tenure = Tenure::new(options.redlock_max_ttl);
+        Self::from_source(Source::Fixed(server.clone()), options, Some(tenure))
     }
 
     /// Prepares a store on the primary that sentinels know by that name; nothing is sent yet.
@@ -95,10 +106,10 @@ impl RedisStore {
     ) -> Result<Self, Invalid> {
         let (servers, name) = (sentinels.to_vec(), primary.to_owned());
         let sentinels = Sentinels::new(servers, name, access.clone(), options.tls.clone(), options.timeout);
-        Self::from_source(Source::Sentinels(sentinels), options)
+        Self::from_source(Source::Sentinels(sentinels), options, None)
     }
 
-    fn from_source(source: Source, options: StoreOptions) -> Result<Self, Invalid> {
+    fn from_source(source: Source, options: StoreOptions, tenure: Option<Tenure>) -> Result<Self, Invalid> {
         source.check(&options.tls)?;
         let shared = Arc::new(Shared {
             shard: options.shard,
@@ -113,6 +124,7 @@ impl RedisStore {
             confirm: Confirm::new(options.min_replicas_acked, options.timeout),
             floor: AtomicU64::new(0),
             seen: (0..SLOTS).map(|_| AtomicU64::new(0)).collect(),
+            tenure,
         });
         let link = || Arc::new(Link::new(&shared));
         Ok(Self {
@@ -368,17 +380,27 @@ impl LeaseStore for RedisStore {
                 link.is_ended_by(&error, &live);
                 shared.source.in_words(&error)
             };
+            // A server that is busy answers some of many calls in time: those leases are renewed, and only the others are asked for again.
+            let each = limit.mul_f64(if shared.confirm.is_some() { 0.5 } else { 0.8 });
             let calls = batch.chunks(RENEWALS_PER_CALL).map(|part| {
                 let (mut connection, shared) = (live.connection.clone(), &shared);
                 async move {
                     let fill = |command: &mut Cmd| shared.commands.fill_renew(command, part);
-                    let call = shared.scripts.renew.call(&mut connection, fill).await;
-                    call.map(|value| renewed(&value, part.len()))
+                    let call = shared.scripts.renew.call(&mut connection, fill);
+                    let value = tokio::time::timeout(each, call).await.ok()?;
+                    Some(value.map(|value| renewed(&value, part.len())))
                 }
             });
             let mut replies = Vec::with_capacity(batch.len());
-            for part in futures_util::future::join_all(calls).await {
-                replies.extend(part.map_err(in_words)??.into_iter().map(Some));
+            let answers = futures_util::future::join_all(calls).await;
+            if answers.iter().all(Option::is_none) {
+                return Err(StoreError::Unavailable(format!("no answer within {each:?}").into()));
+            }
+            for (part, answer) in batch.chunks(RENEWALS_PER_CALL).zip(answers) {
+                match answer {
+                    Some(answer) => replies.extend(answer.map_err(in_words)??.into_iter().map(Some)),
+                    None => replies.extend(part.iter().map(|_| None)),
+                }
             }
             let mut connection = live.connection.clone();
             if replies.contains(&Some(RenewReply::NotOurs)) {

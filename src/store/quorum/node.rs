@@ -1,0 +1,136 @@
+//! One node of a quorum: a primary, and what is known of its state.
+
+use std::collections::BTreeMap;
+use std::sync::atomic::{AtomicU64, Ordering};
+use std::time::Duration;
+
+use parking_lot::Mutex;
+
+use crate::clock::Moment;
+use crate::protocol::{Cycle, Release};
+use crate::store::redis::primary::RedisStore;
+use crate::telemetry::NodeMetrics;
+
+/// See the module.
+pub(super) struct Node {
+    pub(super) store: RedisStore,
+    /// `host:port`
+    pub(super) place: String,
+    pub(super) metrics: NodeMetrics,
+    /// Since when it is marked down, in nanoseconds; zero while it is not.
+    down_since: AtomicU64,
+    why: Mutex<String>,
+    /// How often it was found down: a probe that was under way meanwhile proves nothing.
+    downs: AtomicU64,
+    /// Releases that had no answer, and when the leases have run out anyway, by their cycles.
+    owed: Mutex<BTreeMap<Cycle, (Moment, Release)>>,
+}
+
+/// The most releases that are kept for a node that does not answer; what is beyond runs out by its TTL.
+const OWED_MAX: usize = 10_000;
+
+impl Node {
+    pub(super) fn new(store: RedisStore, place: &str, metrics: NodeMetrics) -> Self {
+        Self {
+            store,
+            place: place.to_owned(),
+            metrics,
+            down_since: AtomicU64::new(0),
+            why: Mutex::new(String::new()),
+            downs: AtomicU64::new(0),
+            owed: Mutex::new(BTreeMap::new()),
+        }
+    }
+
+    pub(super) fn is_up(&self) -> bool {
+        self.down_since.load(Ordering::Acquire) == 0
+    }
+
+    /// Whether it may be the door.
+    pub(super) fn is_usable(&self) -> bool {
+        self.is_up() && self.store.has_vote()
+    }
+
+    /// Nobody waits for it until a probe has found it alive. Returns whether it was up.
+    pub(super) fn mark_down(&self, why: &str) -> bool {
+        let now = Moment::now().as_nanos().max(1);
+        let mut words = self.why.lock();
+        self.downs.fetch_add(1, Ordering::AcqRel);
+        let was_up = self
+            .down_since
+            .compare_exchange(0, now, Ordering::AcqRel, Ordering::Acquire)
+            .is_ok();
+        if was_up {
+            why.clone_into(&mut words);
+            self.metrics.suspect.set(1.0);
+        }
+        was_up
+    }
+
+    /// How often it was found down, for [`mark_up`](Self::mark_up).
+    pub(super) fn downs(&self) -> u64 {
+        self.downs.load(Ordering::Acquire)
+    }
+
+    /// It answered a probe that began when it had been found down so often. If it was found down again meanwhile, that stands.
+    pub(super) fn mark_up(&self, downs: u64) {
+        let _words = self.why.lock();
+        if self.downs() != downs {
+            return;
+        }
+        self.down_since.store(0, Ordering::Release);
+        self.metrics.suspect.set(if self.store.has_vote() { 0.0 } else { 1.0 });
+    }
+
+    /// For errors: what is wrong with it, if anything is.
+    pub(super) fn trouble(&self) -> Option<String> {
+        if !self.is_up() {
+            Some(format!("{}: {}", self.place, self.why.lock()))
+        } else if !self.store.has_vote() {
+            Some(format!(
+                "{}: no vote yet, since it has not been running for redlock_max_ttl",
+                self.place
+            ))
+        } else {
+            None
+        }
+    }
+
+    /// Remembers a release that had no answer, which the tidy worker repeats until the leases have run out.
+    pub(super) fn owe(&self, release: Release, longest: Duration) {
+        let now = Moment::now();
+        let release = Release {
+            requeue: None,
+            nobody_waits: false,
+            ..release
+        };
+        let mut owed = self.owed.lock();
+        // The numbers of cycles grow, so the first is about the oldest.
+        while owed
+            .first_key_value()
+            .is_some_and(|(_, (end, _))| *end < now || owed.len() >= OWED_MAX)
+        {
+            owed.pop_first();
+        }
+        owed.insert(release.cycle, (now + longest, release));
+    }
+
+    /// What it is owed, which stays owed until it is `paid`.
+    pub(super) fn owed(&self) -> Vec<(Moment, Release)> {
+        self.owed.lock().values().cloned().collect()
+    }
+
+    pub(super) fn owes_nothing(&self) -> bool {
+        self.owed.lock().is_empty()
+    }
+
+    /// That release was answered, or the lease has run out.
+    pub(super) fn paid(&self, release: &Release) {
+        self.owed.lock().remove(&release.cycle);
+    }
+
+    /// Whether a release of that cycle is still to come: what the node says of the cycle until then does not count.
+    pub(super) fn owes(&self, cycle: Cycle) -> bool {
+        self.owed.lock().contains_key(&cycle)
+    }
+}

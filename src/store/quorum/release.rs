@@ -1,0 +1,164 @@
+//! Giving a lease back: the others first, the door last, since it passes the lock on.
+
+use std::sync::Arc;
+use std::sync::atomic::Ordering;
+
+use futures_util::StreamExt;
+use futures_util::stream::FuturesUnordered;
+use tokio::time::timeout;
+
+use super::node::Node;
+use super::tally::majority;
+use super::{Quorum, outage};
+use crate::clock::Moment;
+use crate::protocol::{Answer, Release, ReleaseReply};
+use crate::store::{Lane, LeaseStore, StoreError, StoreFuture};
+
+/// A release that a node has to get. Where this is dropped before the node answered, it is owed.
+struct Debt {
+    quorum: Arc<Quorum>,
+    node: Arc<Node>,
+    release: Option<Release>,
+}
+
+impl Debt {
+    fn new(quorum: &Arc<Quorum>, node: &Arc<Node>, release: Release) -> Self {
+        quorum.releasing.fetch_add(1, Ordering::AcqRel);
+        Self {
+            quorum: Arc::clone(quorum),
+            node: Arc::clone(node),
+            release: Some(release),
+        }
+    }
+}
+
+impl Drop for Debt {
+    fn drop(&mut self) {
+        if let Some(release) = self.release.take() {
+            self.node.owe(release, self.quorum.max_ttl);
+        }
+        self.quorum.releasing.fetch_sub(1, Ordering::AcqRel);
+    }
+}
+
+/// A release under way at a node.
+struct Sent {
+    debt: Debt,
+    reply: StoreFuture<Answer<ReleaseReply>>,
+}
+
+/// Waits for it; what stays without an answer is owed, and what was refused as well: a node that is loading, or has no memory left, may
+/// do it later.
+async fn settle(sent: Sent) -> Option<Answer<ReleaseReply>> {
+    let Sent { mut debt, reply } = sent;
+    match timeout(debt.quorum.node_limit, reply).await {
+        Ok(Ok(answer)) => {
+            debt.release = None;
+            return Some(answer);
+        }
+        Ok(Err(error)) => {
+            if let Some(why) = outage(&error) {
+                debt.quorum.down(&debt.node, why);
+            }
+        }
+        Err(_) => debt.quorum.down(&debt.node, "no answer in time"),
+    }
+    None
+}
+
+pub(super) async fn release(
+    quorum: Arc<Quorum>,
+    lane: Lane,
+    request: Release,
+) -> Result<Answer<ReleaseReply>, StoreError> {
+    quorum.held.lock().remove(&request.cycle);
+    let slot = quorum.slot(&request.key);
+    let sent_at = Moment::now();
+    let needed = majority(quorum.nodes.len());
+    if quorum.door(slot).is_none() {
+        // It is repeated in the background if this is in vain.
+        quorum.wait_for_majority(sent_at + quorum.majority_limit).await?;
+    }
+    let first_door = quorum.door(slot).map(Arc::clone);
+    let plain = Release {
+        requeue: None,
+        ..request.clone()
+    };
+    let is_door = |node: &Arc<Node>| first_door.as_ref().is_some_and(|door| Arc::ptr_eq(door, node));
+    let others = quorum.nodes.iter().filter(|node| !is_door(node));
+    // From here on, so that it gets the release as well if this is dropped midway.
+    let mut at_door = first_door.as_ref().map(|door| Debt::new(&quorum, door, plain.clone()));
+    let mut answered = 0;
+    let mut not_ours = 0;
+    {
+        let mut under_way: FuturesUnordered<_> = send(&quorum, lane, others, &plain)
+            .map(|sent| Box::pin(settle(sent)))
+            .collect();
+        // The door's next owner needs a majority that is free.
+        while answered + 1 < needed {
+            let Some(answer) = under_way.next().await else { break };
+            if let Some(answer) = answer {
+                answered += 1;
+                not_ours += usize::from(!answer.reply.held);
+            }
+        }
+        // Each ends within the limit for a node. They stay on the runtime on which they began; if that ends first, they are owed.
+        for rest in under_way {
+            drop(tokio::spawn(rest));
+        }
+    }
+    while let Some(debt) = at_door {
+        let node = Arc::clone(&debt.node);
+        let reply = node.store.release(lane, request.clone());
+        if let Some(Answer { ttl, floor, reply, .. }) = settle(Sent { debt, reply }).await {
+            not_ours += usize::from(!reply.held);
+            if answered + 1 < needed {
+                return Err(quorum.no_majority());
+            }
+            let reply = ReleaseReply {
+                // A node may have missed the claim; that it was lost is known when so many say no that no majority can have had it.
+                held: quorum.nodes.len() - not_ours >= needed,
+                // A grant of the door alone is no lock: the queue asks again, which claims the others.
+                requeued: reply
+                    .requeued
+                    .filter(|reply| !matches!(reply, crate::protocol::AcquireReply::Granted { .. })),
+            };
+            return Ok(Answer {
+                sent_at,
+                ttl,
+                floor,
+                reply,
+            });
+        }
+        at_door = quorum
+            .door(slot)
+            .filter(|next| !Arc::ptr_eq(next, &node))
+            .map(|next| Debt::new(&quorum, next, plain.clone()));
+    }
+    Err(quorum.no_majority())
+}
+
+/// Releases a cycle at every node after it lost, and waits for those that answer.
+pub(super) async fn give_up(quorum: &Arc<Quorum>, release: Release) {
+    let sent = send(quorum, Lane::Caller, quorum.nodes.iter(), &release);
+    futures_util::future::join_all(sent.map(settle)).await;
+}
+
+/// Nodes that are down are not waited for: they are owed it.
+fn send<'a>(
+    quorum: &'a Arc<Quorum>,
+    lane: Lane,
+    nodes: impl Iterator<Item = &'a Arc<Node>>,
+    release: &'a Release,
+) -> impl Iterator<Item = Sent> {
+    nodes.filter_map(move |node| {
+        if !node.is_up() {
+            node.owe(release.clone(), quorum.max_ttl);
+            return None;
+        }
+        Some(Sent {
+            debt: Debt::new(quorum, node, release.clone()),
+            reply: node.store.release(lane, release.clone()),
+        })
+    })
+}

@@ -1,0 +1,132 @@
+//! Extending leases at all nodes at once.
+
+use std::sync::Arc;
+use std::time::Duration;
+
+use futures_util::StreamExt;
+use futures_util::stream::FuturesUnordered;
+use tokio::time::timeout;
+
+use super::Quorum;
+use super::node::Node;
+use super::tally::{Standing, Tally, Vote};
+use crate::protocol::{Release, RenewReply, Renewal};
+use crate::store::redis::primary::Claim;
+use crate::store::{LeaseStore, StoreError};
+
+/// The votes about one lease.
+struct Lease {
+    tally: Tally,
+    wanted: bool,
+    /// The nodes that do not have it.
+    lacking: Vec<Arc<Node>>,
+}
+
+pub(super) async fn renew(
+    quorum: Arc<Quorum>,
+    batch: Vec<Renewal>,
+    limit: Duration,
+) -> Result<Vec<Option<RenewReply>>, StoreError> {
+    let count = quorum.nodes.len();
+    let mut leases: Vec<Lease> = batch
+        .iter()
+        .map(|_| Lease {
+            tally: Tally::new(count),
+            wanted: false,
+            lacking: Vec::new(),
+        })
+        .collect();
+    let limit = limit.min(quorum.node_limit.max(limit / 2));
+    let mut asked = FuturesUnordered::new();
+    // Also those that are marked down: that is how the program's tasks find them, whose runtime may be what stands still.
+    for node in &quorum.nodes {
+        let reply = node.store.renew(batch.clone(), limit);
+        // A release that executes after the renewal may be paid by the time that its reply is looked at.
+        let owed: Vec<bool> = batch.iter().map(|renewal| node.owes(renewal.cycle)).collect();
+        asked.push(async move { (node, owed, timeout(limit, reply).await) });
+    }
+    // Once all is decided, the others have a moment to say at which of them a lease is missing.
+    let mut patience = limit;
+    loop {
+        if leases.iter().all(|lease| lease.tally.standing() != Standing::Open) {
+            patience = patience.min(limit / 4);
+        }
+        let Ok(Some((node, owed, replies))) = timeout(patience, asked.next()).await else {
+            break;
+        };
+        let replies = match replies {
+            Ok(Ok(replies)) => replies,
+            Ok(Err(_)) | Err(_) => Vec::new(),
+        };
+        let has_vote = node.store.has_vote();
+        let replies = replies.into_iter().chain(std::iter::repeat(None)).zip(owed);
+        for ((lease, renewal), (reply, was_owed)) in leases.iter_mut().zip(&batch).zip(replies) {
+            let reply = reply.filter(|_| !was_owed && !node.owes(renewal.cycle));
+            if reply == Some(RenewReply::NotOurs) {
+                lease.lacking.push(Arc::clone(node));
+            }
+            // What a node without a vote says is not counted, but it is given the lease.
+            let reply = reply.filter(|_| has_vote);
+            lease.tally.count(match reply {
+                Some(RenewReply::Extended { wanted }) => {
+                    lease.wanted |= wanted;
+                    Vote::Given { counter: 0, kept: true }
+                }
+                Some(RenewReply::NotOurs) => Vote::Refused,
+                None => Vote::Missing,
+            });
+        }
+    }
+    for (lease, renewal) in leases.iter().zip(&batch) {
+        match lease.tally.standing() {
+            Standing::Won(_) => {
+                quorum.reconfirm(renewal.cycle);
+                lease.lacking.iter().for_each(|node| restore(&quorum, node, renewal));
+            }
+            Standing::Lost { .. } if lease.tally.is_refused() => drop(quorum.held.lock().remove(&renewal.cycle)),
+            Standing::Lost { .. } | Standing::Open => {}
+        }
+    }
+    let reply = |lease: &Lease| match lease.tally.standing() {
+        Standing::Won(_) => Some(RenewReply::Extended { wanted: lease.wanted }),
+        // Only those who said that it is not ours prove that it is lost.
+        Standing::Lost { .. } if lease.tally.is_refused() => Some(RenewReply::NotOurs),
+        Standing::Lost { .. } | Standing::Open => None,
+    };
+    Ok(leases.iter().map(reply).collect())
+}
+
+/// Claims a lease that a majority has at a node that lacks it, since it restarted or missed the claim. Otherwise a lease that lives through
+/// one restart after another would lose its majority.
+///
+/// The claim may meet the release of the same cycle. A release that came before is known by then, and one that comes while the claim is
+/// under way may be executed before it, so the node is owed another, which comes after it on the same connection.
+fn restore(quorum: &Arc<Quorum>, node: &Arc<Node>, renewal: &Renewal) {
+    let (quorum, node, renewal) = (Arc::clone(quorum), Arc::clone(node), renewal.clone());
+    drop(tokio::spawn(async move {
+        if !quorum.holds(renewal.cycle) {
+            return;
+        }
+        let claim = Claim {
+            key: renewal.key.clone(),
+            cycle: renewal.cycle,
+            ttl: renewal.ttl,
+            // The floor is above all tokens that were seen.
+            at_least: 0,
+        };
+        if let Ok(Err(error)) = timeout(quorum.node_limit, node.store.claim(claim)).await {
+            tracing::debug!(node = %node.place, key = %renewal.key, ?error, "a lease is not restored; the next renewal tries again");
+        }
+        if !quorum.holds(renewal.cycle) {
+            let release = Release {
+                key: renewal.key,
+                cycle: renewal.cycle,
+                requeue: None,
+                nobody_waits: false,
+                ttl: renewal.ttl,
+                tokens: 1,
+            };
+            node.owe(release, quorum.max_ttl);
+        }
+    }));
+}

@@ -1,0 +1,145 @@
+//! Counting votes. Nothing is sent here, so every case can be tried.
+
+/// What one node has said.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(super) enum Vote {
+    /// Ours, and was before if it is `kept`; its counter was this.
+    Given { counter: u64, kept: bool },
+    /// Another's.
+    Refused,
+    /// No answer will come, or one that does not count.
+    Missing,
+}
+
+/// Where a vote stands.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(super) enum Standing {
+    Open,
+    /// A majority gave it; the largest of their counters.
+    Won(u64),
+    /// A majority is impossible; whether others hold what is missing.
+    Lost {
+        refused: bool,
+    },
+}
+
+/// The votes of `nodes` nodes.
+#[derive(Debug)]
+pub(super) struct Tally {
+    nodes: usize,
+    given: usize,
+    kept: usize,
+    refused: usize,
+    missing: usize,
+    counter: u64,
+}
+
+/// More than half, so that any two majorities share a node.
+pub(super) const fn majority(nodes: usize) -> usize {
+    nodes / 2 + 1
+}
+
+impl Tally {
+    pub(super) const fn new(nodes: usize) -> Self {
+        Self {
+            nodes,
+            given: 0,
+            kept: 0,
+            refused: 0,
+            missing: 0,
+            counter: 0,
+        }
+    }
+
+    pub(super) fn count(&mut self, vote: Vote) -> Standing {
+        match vote {
+            Vote::Given { counter, kept } => {
+                self.given += 1;
+                self.kept += usize::from(kept);
+                self.counter = self.counter.max(counter);
+            }
+            Vote::Refused => self.refused += 1,
+            Vote::Missing => self.missing += 1,
+        }
+        self.standing()
+    }
+
+    /// Whether those who refused alone make a majority impossible.
+    pub(super) const fn is_refused(&self) -> bool {
+        self.nodes - self.refused < majority(self.nodes)
+    }
+
+    /// Whether a majority had it before, too.
+    pub(super) const fn is_kept(&self) -> bool {
+        self.kept >= majority(self.nodes)
+    }
+
+    /// Whether votes to come could make that so.
+    pub(super) const fn may_be_kept(&self) -> bool {
+        let to_come = self.nodes - self.given - self.refused - self.missing;
+        !self.is_kept() && self.kept + to_come >= majority(self.nodes)
+    }
+
+    pub(super) const fn standing(&self) -> Standing {
+        let needed = majority(self.nodes);
+        if self.given >= needed {
+            Standing::Won(self.counter)
+        } else if self.nodes - self.refused - self.missing < needed {
+            Standing::Lost {
+                refused: self.refused > 0,
+            }
+        } else {
+            Standing::Open
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    /// Every mix of votes for 3 to 7 nodes, in every order that differs.
+    #[test]
+    fn a_vote_is_won_exactly_if_a_majority_gave_it() {
+        for nodes in 3..=7_usize {
+            for code in 0..3_usize.pow(u32::try_from(nodes).unwrap()) {
+                let votes: Vec<Vote> = (0..nodes)
+                    .map(|node| match code / 3_usize.pow(u32::try_from(node).unwrap()) % 3 {
+                        0 => Vote::Given {
+                            counter: node as u64,
+                            kept: node % 2 == 0,
+                        },
+                        1 => Vote::Refused,
+                        _ => Vote::Missing,
+                    })
+                    .collect();
+                let mut tally = Tally::new(nodes);
+                let given = votes.iter().filter(|vote| matches!(vote, Vote::Given { .. })).count();
+                for &vote in &votes {
+                    tally.count(vote);
+                }
+                let kept = votes
+                    .iter()
+                    .filter(|vote| matches!(vote, Vote::Given { kept: true, .. }))
+                    .count();
+                assert_eq!(tally.is_kept(), kept * 2 > nodes);
+                assert!(!tally.may_be_kept());
+                match tally.standing() {
+                    Standing::Won(counter) => {
+                        assert!(given * 2 > nodes);
+                        let largest = votes.iter().filter_map(|vote| match vote {
+                            Vote::Given { counter, .. } => Some(*counter),
+                            _ => None,
+                        });
+                        assert_eq!(Some(counter), largest.max());
+                    }
+                    Standing::Lost { refused } => {
+                        assert!(given * 2 <= nodes);
+                        assert_eq!(refused, votes.contains(&Vote::Refused));
+                    }
+                    Standing::Open => panic!("all have voted: {votes:?}"),
+                }
+            }
+        }
+    }
+}

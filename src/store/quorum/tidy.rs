@@ -1,0 +1,146 @@
+//! The worker in the background: pushes of all nodes, probes of those that are down, and what is left of earlier requests.
+
+use std::sync::Arc;
+use std::sync::atomic::Ordering;
+use std::time::Duration;
+
+use futures_util::StreamExt;
+use futures_util::future::join_all;
+use futures_util::stream::FuturesUnordered;
+use tokio::sync::mpsc;
+use tokio::time::timeout;
+
+use super::Quorum;
+use super::node::Node;
+use super::tally::majority;
+use crate::clock::Moment;
+use crate::protocol::Push;
+use crate::store::{Lane, LeaseStore, StoreError};
+
+/// The pause between two looks at all nodes.
+const PROBE_PAUSE: Duration = Duration::from_millis(100);
+/// The pause between two looks at what is under way while the manager ends.
+const SETTLE_PAUSE: Duration = Duration::from_millis(2);
+
+/// Runs until nobody receives the pushes.
+pub(super) async fn listen(quorum: Arc<Quorum>, pushes: mpsc::UnboundedSender<Push>) {
+    let (sender, mut inboxes) = mpsc::unbounded_channel();
+    let mut listeners = FuturesUnordered::new();
+    for (index, node) in quorum.nodes.iter().enumerate() {
+        let (own, mut received) = mpsc::unbounded_channel();
+        let sender = sender.clone();
+        let listening = node.store.listen(own);
+        listeners.push(async move {
+            let forward = async move {
+                while let Some(push) = received.recv().await {
+                    if sender.send((index, push)).is_err() {
+                        return;
+                    }
+                }
+            };
+            tokio::join!(listening, forward);
+        });
+    }
+    let probes = probe(&quorum);
+    tokio::pin!(probes);
+    let mut subscribed = vec![false; quorum.nodes.len()];
+    let mut started = false;
+    loop {
+        let push = tokio::select! {
+            () = pushes.closed() => return,
+            () = &mut probes => return,
+            Some(()) = listeners.next() => continue,
+            () = quorum.door_lost.notified() => match started {
+                true => Push::Resubscribed { slot: None },
+                // Before the start nothing waits.
+                false => continue,
+            },
+            Some((index, push)) = inboxes.recv() => match push {
+                // The door is one node of many: only a reply to a request makes an owner.
+                Push::Granted { key, grant } => Push::Turn { key, cycle: grant.cycle },
+                Push::Resubscribed { slot } => {
+                    subscribed[index] = true;
+                    let count = subscribed.iter().filter(|&&subscribed| subscribed).count();
+                    if !started && count < majority(quorum.nodes.len()) {
+                        continue;
+                    }
+                    started = true;
+                    Push::Resubscribed { slot }
+                }
+                // The inbox alone may be cut off: look again at once, and when it is back.
+                Push::Disconnected => {
+                    subscribed[index] = false;
+                    Push::Resubscribed { slot: None }
+                }
+                other => other,
+            },
+        };
+        if pushes.send(push).is_err() {
+            return;
+        }
+    }
+}
+
+/// Looks at all nodes again and again.
+async fn probe(quorum: &Arc<Quorum>) {
+    loop {
+        join_all(quorum.nodes.iter().map(|node| look(quorum, node))).await;
+        tokio::time::sleep(PROBE_PAUSE).await;
+    }
+}
+
+async fn look(quorum: &Quorum, node: &Node) {
+    let downs = node.downs();
+    match timeout(quorum.node_limit, node.store.ping()).await {
+        Ok(Ok(())) => {}
+        Ok(Err(error)) => return quorum.down(node, super::outage(&error).unwrap_or("it refuses to be a node")),
+        Err(_) => {
+            // The way may be gone without a word: the next probe takes another.
+            node.store.leave_background();
+            return quorum.down(node, "no answer to a probe in time");
+        }
+    }
+    if !node.is_up() && timeout(quorum.node_limit, node.store.ping_callers()).await.is_err() {
+        // The server is well, and the connections of the program are not.
+        node.store.leave_callers();
+        return;
+    }
+    if pay(quorum, node).await {
+        node.mark_up(downs);
+    }
+}
+
+/// Repeats the releases that had no answer. Returns whether the node answered.
+async fn pay(quorum: &Quorum, node: &Node) -> bool {
+    for (end, release) in node.owed() {
+        let mut done = Moment::now() > end;
+        // The caller's connection has what was sent of the cycle before; the other one works if the program's runtime is gone.
+        for lane in [Lane::Caller, Lane::Background] {
+            if !done {
+                match timeout(quorum.node_limit, node.store.release(lane, release.clone())).await {
+                    Ok(Ok(_)) => done = true,
+                    // It is tried again until the lease has run out.
+                    Ok(Err(StoreError::Refused(_) | StoreError::MapMismatch { .. })) => break,
+                    Ok(Err(StoreError::Unavailable(_))) | Err(_) if lane == Lane::Background => return false,
+                    Ok(Err(StoreError::Unavailable(_))) | Err(_) => {}
+                }
+            }
+        }
+        if done {
+            node.paid(&release);
+        }
+    }
+    true
+}
+
+/// Waits until no release is under way, and all nodes that are up have what they are owed.
+pub(super) async fn settle(quorum: &Quorum) {
+    loop {
+        let up = || quorum.nodes.iter().filter(|node| node.is_up());
+        join_all(up().map(|node| pay(quorum, node))).await;
+        if quorum.releasing.load(Ordering::Acquire) == 0 && up().all(|node| node.owes_nothing()) {
+            return;
+        }
+        tokio::time::sleep(SETTLE_PAUSE).await;
+    }
+}

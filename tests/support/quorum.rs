@@ -1,0 +1,53 @@
+//! Independent Redis servers, as the nodes of a quorum.
+
+use std::time::Duration;
+
+use super::server::RedisServer;
+use super::wait::{PATIENCE, wait_until};
+
+/// The longest TTL that managers of these nodes may use, and so how long a node must have been running before it has a vote.
+pub const MAX_TTL: Duration = Duration::from_secs(3);
+
+/// Nodes of a quorum. Each can be stopped, killed and restarted as a [`RedisServer`].
+pub struct Quorum {
+    nodes: Vec<RedisServer>,
+}
+
+impl Quorum {
+    /// Starts so many nodes and waits until each has a vote.
+    #[track_caller]
+    pub fn start(count: usize) -> Self {
+        let starting: Vec<_> = (0..count).map(|_| std::thread::spawn(RedisServer::start)).collect();
+        let nodes = starting
+            .into_iter()
+            .map(|node| node.join().expect("start a node"))
+            .collect();
+        let quorum = Self { nodes };
+        (0..count).for_each(|node| quorum.wait_for_vote(node));
+        quorum
+    }
+
+    /// `redlock://127.0.0.1:<port>,...`
+    pub fn url(&self) -> String {
+        let places: Vec<_> = self.nodes.iter().map(RedisServer::address).collect();
+        format!("redlock://{}", places.join(","))
+    }
+
+    /// The nodes, in the order of the URL.
+    pub fn nodes(&self) -> &[RedisServer] {
+        &self.nodes
+    }
+
+    /// Waits until the node has been running for so long that it has a vote.
+    #[track_caller]
+    pub fn wait_for_vote(&self, node: usize) {
+        let has_vote = || {
+            let info: String = self.nodes[node].query(&["INFO", "server"]);
+            let uptime = info.lines().find_map(|line| line.strip_prefix("uptime_in_seconds:"));
+            let uptime: u64 = uptime.expect("an uptime").trim().parse().expect("a number");
+            // A manager that asked in another moment of a second may count up to a second more.
+            Duration::from_secs(uptime) > MAX_TTL + Duration::from_secs(1)
+        };
+        wait_until("the node has a vote", PATIENCE, has_vote);
+    }
+}
