@@ -11,6 +11,7 @@ use std::sync::atomic::{AtomicU64, Ordering};
 use std::time::{Duration, Instant};
 
 use criterion::{Criterion, Throughput};
+use metrics_exporter_prometheus::PrometheusBuilder;
 use redis::IntoConnectionInfo;
 use redis::aio::MultiplexedConnection;
 use redis::io::tcp::TcpSettings;
@@ -175,6 +176,53 @@ fn fan_in() -> Comparison {
     }
 }
 
+/// The fan-in again: what the metrics cost where a recorder takes them.
+///
+/// Handles that were made without a recorder do nothing for ever, so the manager without goes first.
+fn metrics_on_fan_in() -> Comparison {
+    let (runtime, server, without) = setting();
+    let exporter = PrometheusBuilder::new()
+        .set_buckets(&[1e-5, 1e-4, 1e-3, 1e-2, 0.1, 1.0, 10.0])
+        .expect("buckets")
+        .install_recorder()
+        .expect("no recorder before");
+    let with = runtime
+        .block_on(
+            LockManager::builder()
+                .named_shard("with", server.url())
+                .namespace("with:")
+                .connect(),
+        )
+        .expect("a manager");
+    runtime.spawn(async move {
+        loop {
+            tokio::time::sleep(Duration::from_secs(1)).await;
+            exporter.run_upkeep();
+        }
+    });
+    let side = |locks: LockManager| -> Side {
+        let runtime = Arc::clone(&runtime);
+        Box::new(move |operations| {
+            runtime.block_on(share(1000, operations, |_, count| {
+                let locks = locks.clone();
+                async move {
+                    for _ in 0..count {
+                        let guard = locks.lock("hot").await.expect("a lock");
+                        guard.release().await.expect("a release");
+                    }
+                }
+            }))
+        })
+    };
+    Comparison {
+        name: "metrics with the exporter, 1000 tasks, 1 key",
+        ours: side(with),
+        limit_name: "without a recorder",
+        limit: side(without),
+        _server: server,
+    }
+}
+
 /// Many tasks, each with a key of its own.
 fn own_keys() -> Comparison {
     let (runtime, server, locks) = setting();
@@ -265,7 +313,13 @@ fn in_a_task(runtime: &Runtime, task: impl Future<Output = Duration> + Send + 's
 
 fn main() {
     let mut criterion = Criterion::default().configure_from_args();
-    let comparisons = [(fan_in(), 200_000), (own_keys(), 20_000), (one_task(), 1_000)];
+    let comparisons = [
+        (fan_in(), 200_000),
+        (own_keys(), 20_000),
+        (one_task(), 1_000),
+        // Last: from then on there is a recorder.
+        (metrics_on_fan_in(), 200_000),
+    ];
     for (comparison, _) in &comparisons {
         comparison.bench(&mut criterion);
     }

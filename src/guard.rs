@@ -30,12 +30,21 @@ pub struct LockGuard {
     /// `None` for the default class.
     class: Option<Arc<ClassMetrics>>,
     since: Moment,
+    /// Whether its times are among those that are recorded.
+    is_recorded: bool,
+    /// As long as the guard.
+    span: tracing::Span,
     /// Whether it was given back already.
     released: bool,
 }
 
 impl LockGuard {
-    pub(crate) fn new(entry: Arc<Entry>, granted: Granted, class: Option<Arc<ClassMetrics>>) -> Self {
+    pub(crate) fn new(
+        entry: Arc<Entry>,
+        granted: Granted,
+        class: Option<Arc<ClassMetrics>>,
+        is_recorded: bool,
+    ) -> Self {
         let Granted { at, lease, token, .. } = granted;
         Self {
             entry,
@@ -43,8 +52,16 @@ impl LockGuard {
             token,
             class,
             since: at,
+            is_recorded,
+            span: tracing::Span::none(),
             released: false,
         }
+    }
+
+    /// Opens the span that lasts as long as the guard, under the current one. Where nobody listens at that level, nothing is formatted.
+    pub(crate) fn open_span(&mut self) {
+        self.span =
+            tracing::debug_span!("hold", key = %self.entry.key, shard = %self.entry.shard.name, token = %self.token);
     }
 
     /// The key.
@@ -136,10 +153,14 @@ impl LockGuard {
     }
 
     fn give_back(&mut self) -> (bool, Option<Request>) {
+        self.span = tracing::Span::none();
         self.released = true;
         let now = Moment::now();
-        let class = self.class.as_ref().unwrap_or(&self.entry.shard.class);
-        class.hold.record(now.since(self.since).as_secs_f64());
+        if self.is_recorded {
+            let class = self.class.as_ref().unwrap_or(&self.entry.shard.class);
+            class.held(now.since(self.since));
+            self.entry.shard.metrics.validity_left.record(self.lease.part_left(now));
+        }
         self.entry.released(self.lease.cycle, self.token, now)
     }
 

@@ -17,16 +17,19 @@ use crate::protocol::Cycle;
 pub(crate) struct Lease {
     pub(crate) cycle: Cycle,
     valid_until: AtomicU64,
+    /// The TTL that it was last given, in nanoseconds.
+    ttl: AtomicU64,
     /// 0, or 1 + the index of the reason in [`LossReason::ALL`].
     lost: AtomicU8,
     told: Notify,
 }
 
 impl Lease {
-    pub(crate) fn new(cycle: Cycle, valid_until: Moment) -> Self {
+    pub(crate) fn new(cycle: Cycle, valid_until: Moment, ttl: Duration) -> Self {
         Self {
             cycle,
             valid_until: AtomicU64::new(valid_until.as_nanos()),
+            ttl: AtomicU64::new(nanos(ttl)),
             lost: AtomicU8::new(0),
             told: Notify::new(),
         }
@@ -37,7 +40,8 @@ impl Lease {
     }
 
     /// Moves the end of the validity on; never back, since an older renewal's reply may come after a newer one's.
-    pub(crate) fn extend(&self, valid_until: Moment) {
+    pub(crate) fn extend(&self, valid_until: Moment, ttl: Duration) {
+        self.ttl.store(nanos(ttl), Ordering::Relaxed);
         self.valid_until.fetch_max(valid_until.as_nanos(), Ordering::AcqRel);
     }
 
@@ -77,6 +81,12 @@ impl Lease {
         }
     }
 
+    /// What is left of the validity at `now`, as a part of the TTL.
+    pub(crate) fn part_left(&self, now: Moment) -> f64 {
+        let ttl = Duration::from_nanos(self.ttl.load(Ordering::Relaxed));
+        (self.remaining(now).as_secs_f64() / ttl.as_secs_f64()).min(1.0)
+    }
+
     /// Waits for the loss.
     pub(crate) async fn lost(&self) -> LossReason {
         loop {
@@ -90,4 +100,8 @@ impl Lease {
             told.await;
         }
     }
+}
+
+fn nanos(duration: Duration) -> u64 {
+    u64::try_from(duration.as_nanos()).unwrap_or(u64::MAX)
 }

@@ -1,15 +1,19 @@
 //! A client-side, sharded lock manager on Redis, for many workers that fight over the same keys.
 
+#[cfg(feature = "admin")]
+pub mod admin;
 mod clock;
 mod config;
 mod endpoint;
 mod error;
 mod fence;
 mod guard;
+mod heat;
 mod identity;
 mod key;
 mod lease;
 mod manager;
+mod notice;
 mod protocol;
 mod queue;
 mod request;
@@ -19,6 +23,7 @@ mod shard;
 mod simulation;
 mod store;
 mod telemetry;
+mod view;
 mod watchdog;
 
 pub use config::{Builder, Config, ShardConfig};
@@ -31,4 +36,5 @@ pub use manager::LockManager;
 pub use request::{LockFuture, LockRequest, TryLockFuture, TryLockRequest};
 pub use router::ShardMap;
 pub use store::{Holder, Inspection};
-pub use telemetry::{METRICS, MetricKind};
+pub use telemetry::{METRICS, Metric, MetricKind, MetricUnit};
+pub use view::{HeldLock, HotKey, HotKeyHolder, ShardState};

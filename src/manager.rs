@@ -11,15 +11,18 @@ use crate::config::{Builder, Config, ShardConfig};
 use crate::endpoint::Endpoint;
 use crate::error::LockError;
 use crate::guard::LockGuard;
+use crate::heat::HotKeys;
 use crate::identity::ManagerId;
 use crate::key::LockKey;
+use crate::notice::Notices;
 use crate::protocol::Cycles;
 use crate::queue::Rules;
 use crate::request::{LockRequest, TryLockRequest};
 use crate::router::ShardMap;
 use crate::shard::{Background, Job, Limits, Load, Parts, Shard, Unheard};
 use crate::store::{self, Inspection, LeaseStore, StoreError, StoreOptions, TlsFiles};
-use crate::telemetry::{self, ClassMetrics, Classes, ShardMetrics};
+use crate::telemetry::{self, ClassMetrics, Classes, ManagerMetrics, ShardMetrics};
+use crate::view::{self, HeldLock, HotKey, ShardState};
 
 /// Locks, spread over shards. Cheap to clone; make one per process and share it.
 ///
@@ -40,16 +43,19 @@ use crate::telemetry::{self, ClassMetrics, Classes, ShardMetrics};
 /// ```
 #[derive(Clone)]
 pub struct LockManager {
-    inner: Arc<Inner>,
+    pub(crate) inner: Arc<Inner>,
 }
 
 /// What all handles of a manager share.
 pub(crate) struct Inner {
     pub(crate) config: Config,
-    pub(crate) classes: Classes,
+    pub(crate) metrics: Arc<ManagerMetrics>,
+    pub(crate) hot: Arc<HotKeys>,
+    pub(crate) notices: Arc<Notices>,
+    pub(crate) shards: Vec<Arc<Shard>>,
     id: ManagerId,
     map: ShardMap,
-    shards: Vec<Arc<Shard>>,
+    connected_at: Moment,
     jobs: mpsc::UnboundedSender<Job>,
 }
 
@@ -85,8 +91,10 @@ impl LockManager {
         let opened = reachable(futures_util::future::try_join_all(opening).await?)?;
         let connected: Vec<bool> = opened.iter().map(|opened| opened.unavailable.is_none()).collect();
 
-        let class = Arc::new(ClassMetrics::new(&config.class));
-        let classes = Classes::new(&config.class, config.max_classes);
+        let metrics = Arc::new(ManagerMetrics::new(Classes::new(&config.class, config.max_classes)));
+        let hot = Arc::new(HotKeys::new(config.hot_keys));
+        let notices = Arc::new(Notices::new(config.slow_wait, config.long_hold));
+        let manager_metrics = &metrics;
         let (jobs, receiver) = mpsc::unbounded_channel();
         let (cycles, load) = (Arc::new(Cycles::default()), Arc::new(Load::default()));
         let rules = Rules {
@@ -105,9 +113,12 @@ impl LockManager {
             .into_iter()
             .zip(&config.shards)
             .map(|(opened, shard)| {
-                let Opened { store, metrics, .. } = opened;
+                let Opened {
+                    store, metrics, kind, ..
+                } = opened;
                 Shard::new(Parts {
                     name: shard.name.as_str().into(),
+                    kind,
                     store,
                     id: id.clone(),
                     rules: rules.clone(),
@@ -116,8 +127,11 @@ impl LockManager {
                     timeout: config.store_timeout,
                     default_ttl: config.ttl,
                     metrics,
-                    class: Arc::clone(&class),
+                    class: Arc::clone(manager_metrics.classes.default_class()),
                     load: Arc::clone(&load),
+                    manager: Arc::clone(manager_metrics),
+                    hot: Arc::clone(&hot),
+                    notices: Arc::clone(&notices),
                     jobs: jobs.clone(),
                 })
             })
@@ -127,10 +141,13 @@ impl LockManager {
         let manager = Self {
             inner: Arc::new(Inner {
                 config,
-                classes,
+                metrics,
+                hot,
+                notices,
+                shards,
                 id,
                 map,
-                shards,
+                connected_at: Moment::now(),
                 jobs,
             }),
         };
@@ -159,12 +176,14 @@ impl LockManager {
 
     /// Asks for a lock and waits for it: see [`LockRequest`], which can be given a TTL, a time limit and more before it is awaited.
     #[inline]
+    #[track_caller]
     pub fn lock(&self, key: impl AsRef<str>) -> LockRequest {
         LockRequest::new(Arc::clone(&self.inner), key.as_ref())
     }
 
     /// Asks for a lock and comes back at once, with `None` where it is held or somebody waits for it. A try never joins a queue and never passes anybody in
     /// it.
+    #[track_caller]
     pub fn try_lock(&self, key: impl AsRef<str>) -> TryLockRequest {
         TryLockRequest::new(self.lock(key))
     }
@@ -174,12 +193,14 @@ impl LockManager {
     /// # Errors
     ///
     /// See [`LockRequest::with`].
-    pub async fn with_lock<T>(
+    #[track_caller]
+    pub fn with_lock<T>(
         &self,
         key: impl AsRef<str>,
         body: impl AsyncFnOnce(&LockGuard) -> T,
-    ) -> Result<T, LockError> {
-        self.lock(key).with(body).await
+    ) -> impl Future<Output = Result<T, LockError>> {
+        // No async function, since those do not know who called them.
+        self.lock(key).with(body)
     }
 
     /// Looks at who holds a key and who waits for it, without changing the lock.
@@ -192,6 +213,33 @@ impl LockManager {
         self.inner.shard(&key).inspect(&key).await
     }
 
+    /// The keys with the most contention in this process, the hottest first: at most as many as the setting `hot_keys` says. Locks that are had without contention
+    /// are not counted.
+    ///
+    /// It goes through all keys that are in use, so ask once a second rather than once a lock.
+    #[must_use]
+    pub fn hot_keys(&self) -> Vec<HotKey> {
+        view::hot_keys(&self.inner)
+    }
+
+    /// All guards of this manager that are out, the oldest first. It goes through all keys that are in use.
+    #[must_use]
+    pub fn held(&self) -> Vec<HeldLock> {
+        view::held(&self.inner, usize::MAX).1
+    }
+
+    /// The shards in their order, and how they are.
+    #[must_use]
+    pub fn shards(&self) -> Vec<ShardState> {
+        view::shards(&self.inner)
+    }
+
+    /// For how long this manager has been connected.
+    #[must_use]
+    pub fn uptime(&self) -> Duration {
+        self.inner.uptime()
+    }
+
     /// Which shard owns which keys.
     #[must_use]
     pub fn shard_map(&self) -> &ShardMap {
@@ -201,7 +249,7 @@ impl LockManager {
     /// The name under which this manager holds leases: `host-pid-random`.
     #[must_use]
     pub fn id(&self) -> &str {
-        self.inner.id.as_str()
+        self.inner.id()
     }
 
     /// Removes everything that the namespace has in its shards, and says how many keys there were: leases, queues, counters and the shard
@@ -267,6 +315,7 @@ impl Builder {
 struct Opened {
     store: Arc<dyn LeaseStore>,
     metrics: Arc<ShardMetrics>,
+    kind: Arc<str>,
     /// Why it is not connected. It connects when it is first used, if it can by then.
     unavailable: Option<LockError>,
 }
@@ -320,17 +369,40 @@ async fn open(shard: &ShardConfig, config: &Config, id: &ManagerId, map: String)
         Err(error @ StoreError::Unavailable(_)) => Some(in_words(error)),
         Err(error) => return Err(in_words(error)),
     };
+    metrics.set_up(unavailable.is_none());
     Ok(Opened {
         store,
         metrics,
+        kind: endpoint.scheme().into(),
         unavailable,
     })
 }
 
 impl Inner {
+    /// Tells the recorder what was counted since it was told the last time.
+    #[cfg(feature = "admin")]
+    pub(crate) fn tell_metrics(&self) {
+        crate::shard::pulse::tell(&self.shards, &self.metrics);
+    }
+
+    /// Whether it was shut down.
+    #[cfg(feature = "admin")]
+    pub(crate) fn is_closed(&self) -> bool {
+        let shard = self.shards.first();
+        shard.is_some_and(|shard| shard.load.closed.load(std::sync::atomic::Ordering::Relaxed))
+    }
+
+    pub(crate) fn id(&self) -> &str {
+        self.id.as_str()
+    }
+
+    pub(crate) fn uptime(&self) -> Duration {
+        Moment::now().since(self.connected_at)
+    }
+
     /// The metrics of requests that name no class; those of every shard are the same.
     pub(crate) fn default_class(&self) -> &Arc<ClassMetrics> {
-        &self.shards[0].class
+        self.metrics.classes.default_class()
     }
 
     pub(crate) fn shard(&self, key: &LockKey) -> &Arc<Shard> {

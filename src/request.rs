@@ -2,6 +2,7 @@
 
 use std::fmt;
 use std::future::{Future, IntoFuture};
+use std::panic::Location;
 use std::pin::Pin;
 use std::sync::Arc;
 use std::sync::atomic::Ordering;
@@ -16,10 +17,11 @@ use crate::error::{Invalid, LockError, LossReason};
 use crate::guard::LockGuard;
 use crate::key::LockKey;
 use crate::manager::Inner;
+use crate::notice::Waited;
 use crate::queue::{WaiterId, Want};
-use crate::shard::{Driven, Entry, Job, Settled};
+use crate::shard::{Asked, Driven, Entry, Job, Settled};
 use crate::store::Lane;
-use crate::telemetry::{ClassMetrics, Ending};
+use crate::telemetry::{ClassMetrics, Ending, Limit};
 
 /// A request for a lock. Set what differs from the manager's configuration, then await it:
 ///
@@ -50,6 +52,7 @@ pub struct LockRequest {
     manager: Arc<Inner>,
     key: Result<LockKey, Box<Invalid>>,
     terms: Terms,
+    caller: &'static Location<'static>,
 }
 
 /// A request for a lock that comes back with `None` rather than wait. See [`LockManager::try_lock`](crate::LockManager::try_lock).
@@ -68,6 +71,7 @@ struct Terms {
 
 impl LockRequest {
     #[inline]
+    #[track_caller]
     pub(crate) fn new(manager: Arc<Inner>, key: &str) -> Self {
         let terms = Terms {
             ttl: None,
@@ -79,6 +83,7 @@ impl LockRequest {
             manager,
             key: LockKey::new(key).map_err(Box::new),
             terms,
+            caller: Location::caller(),
         }
     }
 
@@ -135,8 +140,13 @@ impl LockRequest {
     /// The future of this request.
     #[inline]
     fn start(self, only_try: bool) -> Acquiring {
-        let Self { manager, key, terms } = self;
-        let class = manager.classes.get(terms.class.as_deref());
+        let Self {
+            manager,
+            key,
+            terms,
+            caller,
+        } = self;
+        let class = manager.metrics.classes.get(terms.class.as_deref());
         // No time to wait is a try.
         let no_wait = terms.timeout.is_some_and(|limit| limit.is_zero());
         let want = Want {
@@ -161,7 +171,11 @@ impl LockRequest {
             want,
             limit: terms.timeout.filter(|_| !only_try),
             class,
-            asked_at: Moment::default(),
+            asked: Asked {
+                at: Moment::default(),
+                caller,
+            },
+            span: tracing::Span::none(),
             place: None,
             timer: None,
             ended: false,
@@ -178,7 +192,8 @@ struct Acquiring {
     limit: Option<Duration>,
     /// `None` for the default class.
     class: Option<Arc<ClassMetrics>>,
-    asked_at: Moment,
+    asked: Asked,
+    span: tracing::Span,
     place: Option<Place>,
     /// Made when there is something to wait for, since most requests end before.
     timer: Option<Pin<Box<Sleep>>>,
@@ -214,11 +229,11 @@ impl Acquiring {
                 limit,
             })
         } else {
-            shard.want(key, self.want, cx.waker(), self.asked_at)
+            shard.want(key, self.want, cx.waker(), self.asked.at)
         };
         match joined {
             Ok((entry, id, request)) => {
-                shard.metrics.waiters.increment(1);
+                shard.metrics.waiter_came();
                 let driving = request.map(|request| drive(&entry, request));
                 Ok(Place {
                     entry,
@@ -237,15 +252,15 @@ impl Acquiring {
     /// Waits in line within the limit. `None` if it was a try and the key is held or wanted.
     fn poll_place(&mut self, cx: &mut Context<'_>) -> Poll<Result<Option<LockGuard>, LockError>> {
         let settled = match &mut self.place {
-            Some(place) => place.poll(cx),
+            Some(place) => place.poll(cx, self.asked),
             None => {
-                self.asked_at = Moment::now();
+                self.asked.at = Moment::now();
                 let place = self.join(cx)?;
                 let place = self.place.insert(place);
                 // Without a request of its own there is nothing to do: the waker is registered, and whatever happened
                 // since has woken it.
                 if place.driving.is_some() || self.want.only_try {
-                    place.poll(cx)
+                    place.poll(cx, self.asked)
                 } else {
                     Poll::Pending
                 }
@@ -260,7 +275,7 @@ impl Acquiring {
             }
             (Poll::Pending, _) => return Poll::Pending,
         };
-        Poll::Ready(Err(self.timed_out(now.since(self.asked_at))))
+        Poll::Ready(Err(self.timed_out(now.since(self.asked.at))))
     }
 
     fn settled(&mut self, settled: Settled) -> Result<Option<LockGuard>, LockError> {
@@ -271,10 +286,13 @@ impl Acquiring {
                     return Err(LockError::Closed);
                 };
                 let entry = Arc::clone(&place.entry);
-                let class = self.class();
-                class.ended(Ending::Acquired(granted.path));
-                class.wait.record(granted.at.since(self.asked_at).as_secs_f64());
-                Ok(Some(LockGuard::new(entry, granted, self.class.take())))
+                let waited = granted.at.since(self.asked.at);
+                let shard = &entry.shard;
+                shard
+                    .notices
+                    .waited(waited, &entry.key, &shard.name, self.asked.caller, Waited::Acquired);
+                let is_recorded = self.class().acquired(granted.path, waited);
+                Ok(Some(LockGuard::new(entry, granted, self.class.take(), is_recorded)))
             }
             Settled::Busy if self.limit.is_some() => Err(self.timed_out(Duration::ZERO)),
             Settled::Busy => {
@@ -287,6 +305,17 @@ impl Acquiring {
 
     fn class(&self) -> &ClassMetrics {
         self.class.as_ref().unwrap_or_else(|| self.manager.default_class())
+    }
+
+    #[cold]
+    fn tell_of(&self, error: &LockError) {
+        if let Some(limit) = Limit::of(error) {
+            self.manager.metrics.rejected(limit);
+        }
+        if let (LockError::Timeout { waited, shard, .. }, Some(key)) = (error, &self.key) {
+            let notices = &self.manager.notices;
+            notices.waited(*waited, key, shard, self.asked.caller, Waited::TimedOut);
+        }
     }
 
     fn timed_out(&self, waited: Duration) -> LockError {
@@ -309,10 +338,26 @@ impl Future for Acquiring {
     type Output = Result<Option<LockGuard>, LockError>;
 
     fn poll(mut self: Pin<&mut Self>, cx: &mut Context<'_>) -> Poll<Self::Output> {
-        let result = std::task::ready!(self.poll_place(cx));
+        if self.place.is_none()
+            && let Some(key) = &self.key
+        {
+            // Where nobody listens at that level, the key is not formatted.
+            self.span = tracing::debug_span!("acquire", %key, only_try = self.want.only_try);
+        }
+        let span = std::mem::replace(&mut self.span, tracing::Span::none());
+        let polled = span.in_scope(|| self.poll_place(cx));
+        let Poll::Ready(mut result) = polled else {
+            self.span = span;
+            return Poll::Pending;
+        };
+        drop(span);
+        if let Ok(Some(guard)) = &mut result {
+            guard.open_span();
+        }
         self.ended = true;
         if let Err(error) = &result {
             self.class().ended(Ending::of(error));
+            self.tell_of(error);
         }
         // The place is given up now, not when the future is dropped.
         self.place = None;
@@ -324,12 +369,19 @@ impl Drop for Acquiring {
     fn drop(&mut self) {
         if !self.ended && self.place.is_some() {
             self.class().ended(Ending::Cancelled);
+            if let (Some(place), Some(key)) = (&self.place, &self.key) {
+                let waited = Moment::now().since(self.asked.at);
+                let shard = &place.entry.shard;
+                shard
+                    .notices
+                    .waited(waited, key, &shard.name, self.asked.caller, Waited::Cancelled);
+            }
         }
     }
 }
 
 impl Place {
-    fn poll(&mut self, cx: &mut Context<'_>) -> Poll<Settled> {
+    fn poll(&mut self, cx: &mut Context<'_>, asked: Asked) -> Poll<Settled> {
         while let Some(driving) = &mut self.driving {
             let Poll::Ready(driven) = driving.as_mut().poll(cx) else {
                 break;
@@ -347,7 +399,7 @@ impl Place {
                 None => {}
             }
         }
-        let settled = std::task::ready!(self.entry.poll(self.id, cx.waker()));
+        let settled = std::task::ready!(self.entry.poll(self.id, cx.waker(), asked));
         self.collected = true;
         Poll::Ready(settled)
     }
@@ -362,7 +414,7 @@ impl Drop for Place {
     fn drop(&mut self) {
         let shard = &self.entry.shard;
         shard.load.waiters.fetch_sub(1, Ordering::Relaxed);
-        shard.metrics.waiters.decrement(1);
+        shard.metrics.waiter_went();
         if !self.collected {
             self.entry.give_up(self.id);
         }

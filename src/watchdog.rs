@@ -10,6 +10,8 @@
 use std::sync::Arc;
 use std::time::Duration;
 
+use tracing::Instrument;
+
 use crate::clock::Moment;
 use crate::protocol::{RenewReply, Renewal};
 use crate::shard::{Entry, Shard};
@@ -51,7 +53,8 @@ fn look(shard: &Arc<Shard>) {
         });
     }
     if !due.is_empty() {
-        tokio::task::spawn_local(renew(Arc::clone(shard), due));
+        let span = tracing::debug_span!("renew", shard = %shard.name, leases = due.len());
+        tokio::task::spawn_local(renew(Arc::clone(shard), due).instrument(span));
     }
 }
 
@@ -68,6 +71,7 @@ async fn renew(shard: Arc<Shard>, due: Vec<(Arc<Entry>, Renewal)>) {
     shard
         .metrics
         .request(RequestKind::Renew, Moment::now().since(sent_at), replies.is_ok());
+    shard.note_reach(&replies);
     let replies = match replies {
         Ok(replies) => replies,
         Err(error) => {
@@ -79,7 +83,10 @@ async fn renew(shard: Arc<Shard>, due: Vec<(Arc<Entry>, Renewal)>) {
     for ((entry, renewal), reply) in due.into_iter().zip(replies) {
         match reply {
             Some(RenewReply::Extended { .. }) => shard.metrics.renewed.increment(1),
-            Some(RenewReply::NotOurs) => shard.metrics.renewed_not_ours.increment(1),
+            Some(RenewReply::NotOurs) => {
+                tracing::debug!(key = %entry.key, shard = %shard.name, "a lease is not ours any more");
+                shard.metrics.renewed_not_ours.increment(1);
+            }
             None => shard.metrics.renewal_failed.increment(1),
         }
         entry.in_background(|queue, cx| queue.renewed(renewal.cycle, renewal.ttl, sent_at, reply, cx));

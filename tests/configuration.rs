@@ -5,7 +5,7 @@ use std::time::Duration;
 use shardlock::{Builder, Config, Endpoint, Invalid, ShardConfig};
 
 /// For every setting, a value that is not its default.
-const SAMPLES: [(&str, &str); 20] = [
+const SAMPLES: [(&str, &str); 24] = [
     ("shards", "a=redis://:s3cret@a:1/2,memory://b"),
     ("namespace", "jobs/"),
     ("ttl", "5s"),
@@ -21,6 +21,10 @@ const SAMPLES: [(&str, &str); 20] = [
     ("max_keys", "7"),
     ("class", "batch"),
     ("max_classes", "8"),
+    ("hot_keys", "9"),
+    ("hot_key_metrics", "true"),
+    ("slow_wait", "11s"),
+    ("long_hold", "12s"),
     ("min_replicas_acked", "1"),
     ("redlock_max_ttl", "20s"),
     ("tls_ca", "ca.pem"),
@@ -46,6 +50,10 @@ fn from_code() -> Result<Config, Invalid> {
         .max_keys(7)
         .class("batch")
         .max_classes(8)
+        .hot_keys(9)
+        .hot_key_metrics(true)
+        .slow_wait(Duration::from_secs(11))
+        .long_hold(Duration::from_secs(12))
         .min_replicas_acked(1)
         .redlock_max_ttl(Duration::from_secs(20))
         .tls_ca("ca.pem")
@@ -250,9 +258,12 @@ mod file {
         let quoted: String = SAMPLES.map(|(name, value)| format!("{name} = {value:?}\n")).concat();
         assert_eq!(Config::from_toml(&quoted).unwrap(), from_code().unwrap());
         let typed: String = SAMPLES
-            .map(|(name, value)| match value.parse::<f64>() {
-                Ok(_) => format!("{name} = {value}\n"),
-                Err(_) => format!("{name} = {value:?}\n"),
+            .map(|(name, value)| {
+                if value.parse::<f64>().is_ok() || value.parse::<bool>().is_ok() {
+                    format!("{name} = {value}\n")
+                } else {
+                    format!("{name} = {value:?}\n")
+                }
             })
             .concat();
         assert_ne!(typed, quoted);

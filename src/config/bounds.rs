@@ -182,6 +182,21 @@ fn or_none(mut problem: Problem) -> Problem {
     problem
 }
 
+/// On or off.
+pub(super) struct Switch;
+
+impl Bounds for Switch {
+    type Value = bool;
+
+    fn parse(&self, text: &str) -> Result<bool, Problem> {
+        text.parse().map_err(|_| Problem::new(echo(text), "true or false"))
+    }
+
+    fn check(&self, _: &bool) -> Result<(), Problem> {
+        Ok(())
+    }
+}
+
 /// 1 to `most` bytes, all of them allowed.
 pub(super) struct Text {
     pub(super) most: usize,

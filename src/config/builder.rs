@@ -142,6 +142,30 @@ impl Builder {
         self
     }
 
+    /// Sets [`Config::hot_keys`].
+    pub fn hot_keys(mut self, count: usize) -> Self {
+        self.config.hot_keys = count;
+        self
+    }
+
+    /// Sets [`Config::hot_key_metrics`].
+    pub fn hot_key_metrics(mut self, on: bool) -> Self {
+        self.config.hot_key_metrics = on;
+        self
+    }
+
+    /// Sets [`Config::slow_wait`]; takes a duration or `None`.
+    pub fn slow_wait(mut self, bound: impl Into<Option<Duration>>) -> Self {
+        self.config.slow_wait = bound.into();
+        self
+    }
+
+    /// Sets [`Config::long_hold`]; takes a duration or `None`.
+    pub fn long_hold(mut self, bound: impl Into<Option<Duration>>) -> Self {
+        self.config.long_hold = bound.into();
+        self
+    }
+
     /// Sets [`Config::min_replicas_acked`].
     pub fn min_replicas_acked(mut self, count: u32) -> Self {
         self.config.min_replicas_acked = count;

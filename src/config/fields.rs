@@ -4,7 +4,7 @@
 use std::time::Duration;
 
 use super::Config;
-use super::bounds::{Bounds, File, OrNone, Problem, Shards, Text, Within};
+use super::bounds::{Bounds, File, OrNone, Problem, Shards, Switch, Text, Within};
 
 /// One setting.
 pub(super) struct Field {
@@ -121,6 +121,26 @@ pub(super) static FIELDS: &[Field] = &[
         "the class under which metrics count requests that name none"
     ),
     field!(max_classes, Within(1, 1000), "how many classes metrics tell apart"),
+    field!(
+        hot_keys,
+        Within(1, 1024),
+        "how many of the keys with the most contention are known by name"
+    ),
+    field!(
+        hot_key_metrics,
+        Switch,
+        "whether the admin endpoint has a metric for each of the hot keys: true or false"
+    ),
+    field!(
+        slow_wait,
+        MAX_HOLD,
+        "from which time on a wait for a lock is logged, or none"
+    ),
+    field!(
+        long_hold,
+        MAX_HOLD,
+        "from which time on a guard that is held is logged, or none"
+    ),
     field!(
         min_replicas_acked,
         Within(0, 16),

@@ -105,6 +105,22 @@ pub struct Config {
     /// can't flood the metrics store. Default: 32.
     pub max_classes: usize,
 
+    /// How many of the keys with the most contention are known by name ([`LockManager::hot_keys`](crate::LockManager::hot_keys)): 1 to 1024. Each
+    /// takes some 200 bytes. Default: 64.
+    pub hot_keys: usize,
+
+    /// Whether the admin endpoint's page of metrics has a series for each of these keys, with the key as a label. It is for keys that are not secret, and
+    /// for a metrics store that can take series that come and go. Default: `false`.
+    pub hot_key_metrics: bool,
+
+    /// From which time on a wait is logged as slow, with the place in the program that asked for the lock: 1 ms to 365 days, or `None` for never. Each
+    /// place is logged once in ten seconds at most. Default: 10 s.
+    pub slow_wait: Option<Duration>,
+
+    /// From which time on a guard is logged as held for long, while it still is, with the place in the program that asked for the lock: 1 ms to 365 days, or
+    /// `None` for never. Each place is logged once in ten seconds at most. Default: `None`.
+    pub long_hold: Option<Duration>,
+
     /// How many replicas must have confirmed a lease (by `WAIT`) before it counts, when it is taken and at each renewal: 0 to 16. With fewer, a
     /// lock fails with [`LockError::Unavailable`](crate::LockError::Unavailable), and one that is held is lost when its lease ends. For
     /// `redis://`, `redis+sentinel://` and `redis+cluster://`; a lock then costs a round trip to a replica, and it can only be forgotten in a
@@ -145,6 +161,10 @@ impl Default for Config {
             max_keys: 1_000_000,
             class: "default".to_owned(),
             max_classes: 32,
+            hot_keys: 64,
+            hot_key_metrics: false,
+            slow_wait: Some(Duration::from_secs(10)),
+            long_hold: None,
             min_replicas_acked: 0,
             redlock_max_ttl: Duration::from_secs(10),
             tls_ca: None,
@@ -349,6 +369,10 @@ mod tests {
             ("max_keys", &["1", "10000000"], &["0", "10000001"]),
             ("class", &["a", "a_b-9"], &["", "A", "a b", "ä", "a.b"]),
             ("max_classes", &["1", "1000"], &["0", "1001"]),
+            ("hot_keys", &["1", "1024"], &["0", "1025"]),
+            ("hot_key_metrics", &["true", "false"], &["", "1", "yes", "True", "none"]),
+            ("slow_wait", &["none", "1ms", "365d"], &["0s", "366d", "never"]),
+            ("long_hold", &["none", "1ms", "365d"], &["0s", "366d", "never"]),
             ("min_replicas_acked", &["0", "16"], &["17", "-1"]),
             ("redlock_max_ttl", &["50ms", "24h"], &["49ms", "25h"]),
             ("tls_ca", &["none", "/etc/ca.pem"], &[""]),

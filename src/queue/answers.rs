@@ -146,7 +146,10 @@ impl<W> Queue<W> {
             }
             Phase::Held(held) if held.lease.cycle == grant.cycle => {}
             Phase::Releasing { cycle } if *cycle == grant.cycle => {}
-            _ => effects.abandon(grant.cycle),
+            _ => {
+                effects.stale_grant = true;
+                effects.abandon(grant.cycle);
+            }
         }
         effects
     }

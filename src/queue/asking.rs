@@ -170,6 +170,7 @@ impl<W> Queue<W> {
             },
         );
         if grant.tokens.first() <= mark {
+            effects.stale_grant = true;
             return;
         }
         if (asked_at + grant.ttl).since(cx.now) * 2 <= grant.ttl {

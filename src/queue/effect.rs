@@ -17,6 +17,32 @@ pub(crate) struct Effects<W> {
     pub(crate) wake: Wake<W>,
     /// A guard has lost its lease, and why.
     pub(crate) lost: Option<LossReason>,
+    /// A tenure of the lease ended; it served so many guards.
+    pub(crate) served: Option<u32>,
+    /// The lease was given up for another process while local waiters were left, since that bound was reached.
+    pub(crate) yielded: Option<Bound>,
+    /// A grant was of no use: its cycle was over, or it had run out.
+    pub(crate) stale_grant: bool,
+}
+
+/// What bounds the bypass of other processes.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(crate) enum Bound {
+    Burst,
+    Slice,
+}
+
+impl Bound {
+    /// In the order of their numbers.
+    pub(crate) const ALL: [Self; 2] = [Self::Burst, Self::Slice];
+
+    /// The name of its setting.
+    pub(crate) const fn as_str(self) -> &'static str {
+        match self {
+            Self::Burst => "max_burst",
+            Self::Slice => "max_slice",
+        }
+    }
 }
 
 /// A request for the key, to be answered by [`Queue::replied`](super::Queue::replied),
@@ -56,6 +82,9 @@ impl<W> Effects<W> {
             abandoned: [None, None],
             wake: Wake::None,
             lost: None,
+            served: None,
+            yielded: None,
+            stale_grant: false,
         }
     }
 

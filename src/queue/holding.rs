@@ -37,7 +37,7 @@ impl<W> Queue<W> {
         // The owner of an odd cycle is not told of rivals, so it reckons with them.
         let rivals = self.rivals_seen || cycle.expects_rivals();
         self.phase = Phase::Held(Held {
-            lease: Arc::new(Lease::new(cycle, valid_until)),
+            lease: Arc::new(Lease::new(cycle, valid_until, ttl)),
             tokens,
             spare: TokenBlock::EMPTY,
             left_when_asked: 0,
@@ -47,6 +47,7 @@ impl<W> Queue<W> {
             in_doubt: false,
             rivals,
             served: 0,
+            served_in_all: 0,
             since: cx.now,
             renew_at: sent_at + cx.rules.renew_every(ttl),
             renewing: false,
@@ -69,7 +70,8 @@ impl<W> Queue<W> {
                 queued,
                 extended: true,
             } if tokens.first() > answer.floor => {
-                held.lease.extend(answer.sent_at + answer.ttl - drift(answer.ttl));
+                held.lease
+                    .extend(answer.sent_at + answer.ttl - drift(answer.ttl), answer.ttl);
                 held.used_in_a_round_trip = held.left_when_asked.saturating_sub(held.tokens.remaining());
                 held.add_tokens(tokens);
                 if queued > 0 {
@@ -101,7 +103,8 @@ impl<W> Queue<W> {
         if self.waiters.is_empty() {
             return self.release(cycle, cx, effects);
         }
-        if held.must_yield(cx) {
+        if let Some(bound) = held.reached_bound(cx) {
+            effects.yielded = Some(bound);
             return self.requeue(cycle, cx, effects);
         }
         self.serve(Path::LocalHandOff, cx, effects);
@@ -127,6 +130,7 @@ impl<W> Queue<W> {
         let Some(waiter) = self.waiters.get_mut(id) else { return };
         self.ttl = waiter.want.ttl;
         held.served = held.served.saturating_add(1);
+        held.served_in_all = held.served_in_all.saturating_add(1);
         let hold_until = waiter.want.max_hold.map(|longest| cx.now + longest);
         held.holder = Some(Holder {
             token,
@@ -165,6 +169,7 @@ impl<W> Queue<W> {
 
     pub(super) fn release(&mut self, cycle: Cycle, cx: Context<'_>, effects: &mut Effects<W>) {
         self.settle_doubt(cycle, effects);
+        self.end_tenure(effects);
         let nobody_waits = matches!(&self.phase, Phase::Held(Held { rivals: false, .. }));
         self.phase = Phase::Releasing { cycle };
         effects.request(Request::Release {
@@ -178,6 +183,7 @@ impl<W> Queue<W> {
 
     pub(super) fn requeue(&mut self, cycle: Cycle, cx: Context<'_>, effects: &mut Effects<W>) {
         self.settle_doubt(cycle, effects);
+        self.end_tenure(effects);
         let next = cx.open_cycle(self.rivals_seen);
         self.phase = Phase::Asking(Asking::new(next, Ask::Join, Some(cycle)));
         effects.request(Request::Release {
@@ -215,9 +221,17 @@ impl<W> Queue<W> {
             }
             self.waiters.return_to_front(id);
         }
+        self.end_tenure(effects);
         self.phase = Phase::Idle;
         self.rivals_seen = true;
         self.ask(cx, effects);
+    }
+
+    /// Says how many guards the lease has served, which ends now, if there is one.
+    pub(super) const fn end_tenure(&self, effects: &mut Effects<W>) {
+        if let Phase::Held(held) = &self.phase {
+            effects.served = Some(held.served_in_all);
+        }
     }
 
     pub(super) fn fail_all(&mut self, outcome: &Outcome, effects: &mut Effects<W>) {

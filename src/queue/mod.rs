@@ -33,14 +33,16 @@ mod waiters;
 
 use std::time::Duration;
 
-pub(crate) use effect::{Effects, Request, Wake};
+pub(crate) use effect::{Bound, Effects, Request, Wake};
 #[cfg(test)]
 pub(crate) use terms::Flaw;
 pub(crate) use terms::{Context, Granted, Outcome, Path, Rules, Want};
 pub(crate) use waiters::WaiterId;
 
+use crate::clock::Moment;
 use crate::error::{LockError, LossReason};
 use crate::fence::FencingToken;
+use crate::lease::Lease;
 use crate::protocol::Cycle;
 use phase::{Held, Phase, Queued};
 use waiters::Waiters;
@@ -58,6 +60,7 @@ pub(crate) fn drift(ttl: Duration) -> Duration {
 #[derive(Debug)]
 struct Waiter<W> {
     want: Want,
+    since: Moment,
     /// How to tell the waiter that its outcome is there. Taken when it is told.
     waker: Option<W>,
     outcome: Option<Outcome>,
@@ -102,6 +105,23 @@ impl<W> Queue<W> {
         self.waiters.len()
     }
 
+    /// The first who waits has waited since then.
+    pub(crate) fn waiting_since(&self) -> Option<Moment> {
+        let first = self.waiters.first().and_then(|id| self.waiters.get(id));
+        first.map(|first| first.since)
+    }
+
+    /// Whether whoever comes now has to wait for somebody.
+    pub(crate) const fn is_contended(&self) -> bool {
+        matches!(self.phase, Phase::Held(_) | Phase::Queued(_)) || self.waiters.len() > 1
+    }
+
+    /// The lease that is ours, and the token of the guard under it, if one is out.
+    pub(crate) fn lease(&self) -> Option<(&Lease, Option<FencingToken>)> {
+        let Phase::Held(held) = &self.phase else { return None };
+        Some((&held.lease, held.holder.as_ref().map(|holder| holder.token)))
+    }
+
     /// Whether other managers were seen to want the key in the last tenure.
     pub(crate) const fn rivals_seen(&self) -> bool {
         self.rivals_seen
@@ -121,6 +141,7 @@ impl<W> Queue<W> {
         let settled = refused.is_some();
         let id = self.waiters.push_back(Waiter {
             want,
+            since: cx.now,
             waker,
             outcome: refused,
         });
@@ -230,6 +251,7 @@ impl<W> Queue<W> {
                 let cycle = held.lease.cycle;
                 if held.extending {
                     effects.abandon(cycle);
+                    self.end_tenure(&mut effects);
                     self.phase = Phase::Idle;
                 } else {
                     self.release(cycle, cx, &mut effects);

@@ -3,6 +3,7 @@
 use std::sync::Arc;
 
 use super::BLOCK_MIN;
+use super::effect::Bound;
 use super::terms::Context;
 use super::waiters::WaiterId;
 use crate::clock::Moment;
@@ -70,6 +71,8 @@ pub(super) struct Held {
     /// Whether remote waiters are known, and from when on bypass counts.
     pub(super) rivals: bool,
     pub(super) served: u32,
+    /// How many guards were served in all, before rivals were known as well.
+    pub(super) served_in_all: u32,
     pub(super) since: Moment,
     pub(super) renew_at: Moment,
     pub(super) renewing: bool,
@@ -108,7 +111,19 @@ impl Held {
     }
 
     pub(super) fn must_yield(&self, cx: Context<'_>) -> bool {
-        self.rivals && (self.served >= cx.rules.max_burst || cx.now.since(self.since) >= cx.rules.max_slice)
+        self.reached_bound(cx).is_some()
+    }
+
+    pub(super) fn reached_bound(&self, cx: Context<'_>) -> Option<Bound> {
+        if !self.rivals {
+            None
+        } else if self.served >= cx.rules.max_burst {
+            Some(Bound::Burst)
+        } else if cx.now.since(self.since) >= cx.rules.max_slice {
+            Some(Bound::Slice)
+        } else {
+            None
+        }
     }
 
     /// A later block than those that are there. It never comes before the spare one: tokens must grow.

@@ -86,7 +86,7 @@ impl<W> Queue<W> {
         }
         match reply {
             Some(RenewReply::Extended { wanted }) => {
-                held.lease.extend(sent_at + ttl - drift(ttl));
+                held.lease.extend(sent_at + ttl - drift(ttl), ttl);
                 held.renew_at = sent_at + cx.rules.renew_every(ttl);
                 if wanted {
                     held.meet_rivals(cx.now);

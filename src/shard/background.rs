@@ -11,7 +11,7 @@ use std::time::Duration;
 use tokio::sync::{mpsc, oneshot};
 use tokio::task::{JoinSet, LocalSet};
 
-use super::{Entry, Job, Shard};
+use super::{Entry, Job, Shard, pulse, server_clock};
 use crate::clock::Moment;
 use crate::key::{LockKey, Slot};
 use crate::protocol::{Cycle, Push, Release};
@@ -75,6 +75,11 @@ async fn run(
         services.spawn_local(shard.store.listen(sender));
         services.spawn_local(receive(Arc::clone(shard), receiver, tell));
         services.spawn_local(keep_alive(Arc::clone(shard)));
+        services.spawn_local(server_clock::watch(Arc::clone(shard)));
+    }
+    let metrics = shards.first().map(|shard| Arc::clone(&shard.manager));
+    if let Some(metrics) = &metrics {
+        services.spawn_local(pulse::pulse(Rc::clone(&shards), Arc::clone(metrics)));
     }
     drop(tell);
     let count = connected.iter().filter(|&&connected| connected).count();
@@ -97,6 +102,10 @@ async fn run(
         let ending = leaving || !closing.is_empty();
         if ending && work.is_empty() && jobs.is_empty() && shards.iter().all(|shard| shard.is_idle()) {
             settle(&shards).await;
+            if let Some(metrics) = &metrics {
+                // The next beat may never come.
+                pulse::tell(&shards, metrics);
+            }
             for done in closing.drain(..) {
                 // Whoever asked may have stopped waiting.
                 done.send(()).ok();
@@ -208,15 +217,19 @@ const ABANDON_PAUSE_MAX: Duration = Duration::from_secs(1);
 async fn receive(shard: Arc<Shard>, mut pushes: mpsc::UnboundedReceiver<Push>, mut subscribed: Option<Heard>) {
     let mut refused: Option<Arc<str>> = None;
     let mut cut_off: Option<tokio::task::AbortHandle> = None;
+    let mut is_cut_off = false;
     while let Some(push) = pushes.recv().await {
         match push {
             Push::Granted { key, grant } => match shard.table.get(&key) {
                 Some(entry) => entry.in_background(|queue, cx| queue.granted(grant, cx)),
                 // Nobody wants the key any more.
-                None => shard.send(Job::Release {
-                    key,
-                    cycle: grant.cycle,
-                }),
+                None => {
+                    shard.metrics.stale_grants.increment(1);
+                    shard.send(Job::Release {
+                        key,
+                        cycle: grant.cycle,
+                    });
+                }
             },
             Push::Turn { key, cycle } => match shard.table.get(&key) {
                 Some(entry) => entry.in_background(|queue, _| queue.turn(cycle)),
@@ -234,6 +247,9 @@ async fn receive(shard: Arc<Shard>, mut pushes: mpsc::UnboundedReceiver<Push>, m
                 if let Some(timer) = cut_off.take() {
                     timer.abort();
                 }
+                if std::mem::take(&mut is_cut_off) {
+                    shard.metrics.reconnects.increment(1);
+                }
                 if let Some(tell) = subscribed.take() {
                     // The manager may have given up connecting.
                     tell.send(Ok(())).ok();
@@ -243,6 +259,7 @@ async fn receive(shard: Arc<Shard>, mut pushes: mpsc::UnboundedReceiver<Push>, m
             }
             // Whoever waits would wait in vain if the server is gone: after the time limit of a request, ask, and so find out.
             Push::Disconnected => {
+                is_cut_off = true;
                 let shard = Arc::clone(&shard);
                 let task = tokio::task::spawn_local(async move {
                     tokio::time::sleep(shard.timeout).await;

@@ -114,6 +114,7 @@ impl Entry {
         unanswered.armed = false;
         let reply = reply.unwrap_or_else(|_| Err(shard.no_answer()));
         shard.metrics.request(kind, Moment::now().since(started), reply.is_ok());
+        shard.note_reach(&reply);
         reply.map_err(|error| shard.error(error, kind.step(), Some(&self.key), started))
     }
 }

@@ -1,8 +1,10 @@
 //! One key of a shard: its queue, and what carries out what the queue wants.
 
 use std::fmt;
+use std::panic::Location;
 use std::sync::Arc;
 use std::task::{Poll, Waker};
+use std::time::Duration;
 
 use parking_lot::Mutex;
 
@@ -10,9 +12,10 @@ use super::{Job, Shard};
 use crate::clock::Moment;
 use crate::error::LockError;
 use crate::fence::FencingToken;
+use crate::heat::Heat;
 use crate::key::LockKey;
 use crate::protocol::Cycle;
-use crate::queue::{Context, Effects, Granted, Outcome, Queue, Request, WaiterId, Wake, Want};
+use crate::queue::{Context, Effects, Granted, Outcome, Path, Queue, Request, WaiterId, Wake, Want};
 
 /// See the module. The mutex is never held across an `await`, nor while a waiter is woken.
 pub(crate) struct Entry {
@@ -25,6 +28,44 @@ struct State {
     queue: Queue<Waker>,
     /// Taken out of the table, since nothing was left to do. Whoever still has it looks for the new one.
     removed: bool,
+    /// What was noted of contention since it was last handed over to the manager.
+    heat: Option<Box<Heat>>,
+    /// Who collected the last guard. Whether it is still out says the queue.
+    holding: Option<Holding>,
+}
+
+/// Who asked for a lock, and when.
+#[derive(Debug, Clone, Copy)]
+pub(crate) struct Asked {
+    pub(crate) at: Moment,
+    pub(crate) caller: &'static Location<'static>,
+}
+
+#[derive(Debug, Clone, Copy)]
+struct Holding {
+    token: FencingToken,
+    since: Moment,
+    caller: &'static Location<'static>,
+}
+
+/// What a look at a key shows.
+#[derive(Debug)]
+pub(crate) struct Seen {
+    pub(crate) held: Option<SeenHeld>,
+    pub(crate) waiting: usize,
+    /// For how long the first who waits has waited; zero if nobody does.
+    pub(crate) longest_wait: Duration,
+}
+
+/// A guard that is out.
+#[derive(Debug)]
+pub(crate) struct SeenHeld {
+    pub(crate) cycle: Cycle,
+    pub(crate) token: FencingToken,
+    pub(crate) age: Duration,
+    pub(crate) remaining: Duration,
+    /// Who asked for it; nothing while it is on its way to the task.
+    pub(crate) caller: Option<&'static Location<'static>>,
 }
 
 /// What a request for a lock came to, as far as this process is concerned.
@@ -50,11 +91,36 @@ impl fmt::Debug for Entry {
     }
 }
 
+impl State {
+    /// Notes who has the lock from now on, and what contention there was. Gives what is to be handed over, when it is much.
+    fn note(&mut self, outcome: &Outcome, asked: Asked) -> Option<Box<Heat>> {
+        match outcome {
+            Outcome::Granted(granted) => {
+                self.holding = Some(Holding {
+                    token: granted.token,
+                    since: granted.at,
+                    caller: asked.caller,
+                });
+                if granted.path == Path::Uncontended {
+                    return None;
+                }
+                let heat = self.heat.get_or_insert_default();
+                heat.waited(granted.at.since(asked.at));
+            }
+            Outcome::Busy => self.heat.get_or_insert_default().in_vain(),
+            Outcome::Failed(_) | Outcome::TooLate | Outcome::Regressed { .. } => return None,
+        }
+        self.heat.take_if(|heat| heat.is_much())
+    }
+}
+
 impl Entry {
     pub(super) fn new(key: LockKey, shard: &Arc<Shard>) -> Arc<Self> {
         let state = Mutex::new(State {
             queue: Queue::new(),
             removed: false,
+            heat: None,
+            holding: None,
         });
         Arc::new(Self {
             key,
@@ -88,7 +154,7 @@ impl Entry {
     }
 
     /// Takes the outcome if it is there; otherwise the waker is told when it is.
-    pub(crate) fn poll(self: &Arc<Self>, id: WaiterId, waker: &Waker) -> Poll<Settled> {
+    pub(crate) fn poll(self: &Arc<Self>, id: WaiterId, waker: &Waker, asked: Asked) -> Poll<Settled> {
         let mut state = self.state.lock();
         let Some(outcome) = state.queue.collect(id) else {
             if !state.queue.waker(id).is_some_and(|known| known.will_wake(waker)) {
@@ -96,7 +162,11 @@ impl Entry {
             }
             return Poll::Pending;
         };
+        let much = state.note(&outcome, asked);
         self.remove_if_unused(state);
+        if let Some(heat) = much {
+            self.shard.hot.add(&self.shard.name, &self.key, &heat);
+        }
         Poll::Ready(self.settle(outcome))
     }
 
@@ -107,7 +177,45 @@ impl Entry {
 
     /// A waiter goes away.
     pub(crate) fn give_up(self: &Arc<Self>, id: WaiterId) {
+        let mut state = self.state.lock();
+        if state.queue.is_contended() && !state.queue.is_settled(id) {
+            state.heat.get_or_insert_default().in_vain();
+        }
+        drop(state);
         self.in_background(|queue, cx| queue.give_up(id, cx));
+    }
+
+    /// Who holds it and who waits.
+    pub(crate) fn look(&self, now: Moment) -> Seen {
+        let state = self.state.lock();
+        let lease = state.queue.lease();
+        let held = lease.and_then(|(lease, token)| {
+            let token = token?;
+            let holding = state.holding.filter(|holding| holding.token == token);
+            Some(SeenHeld {
+                cycle: lease.cycle,
+                token,
+                age: holding.map_or(Duration::ZERO, |holding| now.since(holding.since)),
+                remaining: lease.remaining(now),
+                caller: holding.map(|holding| holding.caller),
+            })
+        });
+        Seen {
+            held,
+            waiting: state.queue.waiting(),
+            longest_wait: state
+                .queue
+                .waiting_since()
+                .map_or(Duration::ZERO, |since| now.since(since)),
+        }
+    }
+
+    /// Hands over to the manager what was noted of contention.
+    pub(crate) fn tell_heat(&self) {
+        let heat = self.state.lock().heat.take();
+        if let Some(heat) = heat {
+            self.shard.hot.add(&self.shard.name, &self.key, &heat);
+        }
     }
 
     /// A guard is given back. Says whether it was still the holder's, and what is to be sent.
@@ -152,8 +260,8 @@ impl Entry {
         let held = state.queue.holds();
         let (result, mut effects) = event(&mut state.queue, cx);
         match (held, state.queue.holds()) {
-            (false, true) => self.shard.metrics.leases.increment(1),
-            (true, false) => self.shard.metrics.leases.decrement(1),
+            (false, true) => self.shard.metrics.lease_came(),
+            (true, false) => self.shard.metrics.lease_went(),
             _ => {}
         }
         let look_at = state.queue.look_at();
@@ -176,7 +284,11 @@ impl Entry {
         }
         state.removed = true;
         let rivals_seen = state.queue.rivals_seen();
+        let heat = state.heat.take();
         drop(state);
+        if let Some(heat) = heat {
+            self.shard.hot.add(&self.shard.name, &self.key, &heat);
+        }
         self.shard.forget(self, rivals_seen);
     }
 
@@ -186,6 +298,9 @@ impl Entry {
             abandoned,
             wake,
             lost,
+            served,
+            yielded,
+            stale_grant,
         } = effects;
         match wake {
             Wake::None => {}
@@ -193,6 +308,15 @@ impl Entry {
             Wake::Many(wakers) => wakers.into_iter().for_each(Waker::wake),
         }
         self.abandon(abandoned);
+        if let Some(guards) = served {
+            self.shard.metrics.served(guards);
+        }
+        if let Some(bound) = yielded {
+            self.shard.metrics.yielded(bound);
+        }
+        if stale_grant {
+            self.shard.metrics.stale_grants.increment(1);
+        }
         if let Some(reason) = lost {
             self.shard.metrics.lost(reason);
             tracing::warn!(shard = %self.shard.name, %reason, "a lock was lost");
@@ -214,7 +338,7 @@ impl Entry {
         let (key, shard) = (|| self.key.to_string(), || self.shard.name.to_string());
         match outcome {
             Outcome::Granted(granted) => {
-                self.shard.metrics.handed_off(granted.path);
+                self.shard.metrics.acquired(granted.path);
                 Settled::Granted(granted)
             }
             Outcome::Busy => Settled::Busy,

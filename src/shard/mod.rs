@@ -12,8 +12,12 @@
 mod background;
 mod drive;
 mod entry;
+pub(crate) mod pulse;
 mod rivals;
+mod server_clock;
 mod table;
+#[cfg(test)]
+mod tests;
 mod watch;
 
 use std::fmt;
@@ -26,16 +30,18 @@ use tokio::sync::mpsc;
 
 pub(crate) use background::{Background, Unheard};
 pub(crate) use drive::Driven;
-pub(crate) use entry::{Entry, Settled};
+pub(crate) use entry::{Asked, Entry, Settled};
 
 use crate::clock::Moment;
 use crate::error::LockError;
+use crate::heat::HotKeys;
 use crate::identity::ManagerId;
 use crate::key::LockKey;
+use crate::notice::Notices;
 use crate::protocol::{Cycle, Cycles};
 use crate::queue::{Request, Rules, WaiterId, Want};
 use crate::store::{Inspection, LeaseStore, StoreError};
-use crate::telemetry::{ClassMetrics, ShardMetrics};
+use crate::telemetry::{ClassMetrics, ManagerMetrics, ShardMetrics};
 use rivals::Rivals;
 use table::Table;
 use watch::Watch;
@@ -43,6 +49,8 @@ use watch::Watch;
 /// See the module.
 pub(crate) struct Shard {
     pub(crate) name: Arc<str>,
+    /// The scheme of its URL.
+    pub(crate) kind: Arc<str>,
     pub(crate) store: Arc<dyn LeaseStore>,
     pub(crate) id: ManagerId,
     pub(crate) rules: Rules,
@@ -55,8 +63,11 @@ pub(crate) struct Shard {
     pub(crate) metrics: Arc<ShardMetrics>,
     /// The metrics of requests that name no class.
     pub(crate) class: Arc<ClassMetrics>,
-    /// Shared by all shards of a manager.
+    /// Shared by all shards of a manager, as all below.
     pub(crate) load: Arc<Load>,
+    pub(crate) manager: Arc<ManagerMetrics>,
+    pub(crate) hot: Arc<HotKeys>,
+    pub(crate) notices: Arc<Notices>,
     table: Table,
     rivals: Rivals,
     pub(crate) watch: Watch,
@@ -109,6 +120,7 @@ pub(crate) enum Job {
 /// What a shard is made of.
 pub(crate) struct Parts {
     pub(crate) name: Arc<str>,
+    pub(crate) kind: Arc<str>,
     pub(crate) store: Arc<dyn LeaseStore>,
     pub(crate) id: ManagerId,
     pub(crate) rules: Rules,
@@ -119,6 +131,9 @@ pub(crate) struct Parts {
     pub(crate) metrics: Arc<ShardMetrics>,
     pub(crate) class: Arc<ClassMetrics>,
     pub(crate) load: Arc<Load>,
+    pub(crate) manager: Arc<ManagerMetrics>,
+    pub(crate) hot: Arc<HotKeys>,
+    pub(crate) notices: Arc<Notices>,
     pub(crate) jobs: mpsc::UnboundedSender<Job>,
 }
 
@@ -126,6 +141,7 @@ impl Shard {
     pub(crate) fn new(parts: Parts) -> Arc<Self> {
         let Parts {
             name,
+            kind,
             store,
             id,
             rules,
@@ -136,10 +152,14 @@ impl Shard {
             metrics,
             class,
             load,
+            manager,
+            hot,
+            notices,
             jobs,
         } = parts;
         Arc::new(Self {
             name,
+            kind,
             store,
             id,
             rules,
@@ -150,6 +170,9 @@ impl Shard {
             metrics,
             class,
             load,
+            manager,
+            hot,
+            notices,
             table: Table::default(),
             rivals: Rivals::default(),
             watch: Watch::default(),
@@ -231,6 +254,11 @@ impl Shard {
         }
     }
 
+    /// That key, if it is wanted, held or on its way.
+    pub(crate) fn entry(&self, key: &LockKey) -> Option<Arc<Entry>> {
+        self.table.get(key)
+    }
+
     /// All keys that are wanted, held or on their way.
     pub(crate) fn entries(&self) -> Vec<Arc<Entry>> {
         self.table.all()
@@ -266,6 +294,11 @@ impl Shard {
         if self.jobs.send(job).is_err() {
             tracing::warn!(shard = %self.name, "the background thread is gone; a lease is left to run out");
         }
+    }
+
+    /// Whether the store could be reached; one that says no has been.
+    pub(crate) fn note_reach<T>(&self, reply: &Result<T, StoreError>) {
+        self.metrics.set_up(!matches!(reply, Err(StoreError::Unavailable(_))));
     }
 
     pub(crate) fn no_answer(&self) -> StoreError {

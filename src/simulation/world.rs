@@ -291,6 +291,7 @@ impl World {
             abandoned,
             wake,
             lost,
+            ..
         } = effects;
         if let Some(look_at) = look_at {
             self.look_at(m, look_at);

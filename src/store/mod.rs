@@ -58,6 +58,12 @@ pub(crate) trait LeaseStore: Send + Sync + 'static {
     /// Removes all keys of the namespace, those of others as well, and says how many there were.
     fn erase(&self) -> StoreFuture<u64>;
 
+    /// What time it is on the shard's server, if the store has one server that tells, and so whether it can be reached. Asked every few seconds on
+    /// the watchdog's thread.
+    fn server_time(&self) -> StoreFuture<Option<ServerTime>> {
+        Box::pin(std::future::ready(Ok(None)))
+    }
+
     /// Where a key belongs inside of the store, for [`Push::Resubscribed`].
     fn slot_of(&self, key: &LockKey) -> Slot {
         key.slot()
@@ -145,6 +151,14 @@ pub(crate) enum Lane {
     Caller,
     /// The connection of the watchdog's thread, which works even if the program's runtime is blocked.
     Background,
+}
+
+/// What time it is on a server. No lock decision uses it.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(crate) struct ServerTime {
+    pub(crate) since_epoch: Duration,
+    /// Which connection it came by: another one may lead to another server.
+    pub(crate) connection: u64,
 }
 
 /// Why a request had no answer, or one that helps nobody.

@@ -25,13 +25,16 @@ fn metrics_are_served_at_the_address_that_is_told() {
 
     let mut page = String::new();
     wait_until("the acquisition is on the page", PATIENCE, || {
-        page = get(address);
+        page = get(address, "/metrics");
         page.contains("outcome=\"acquired\"")
     });
     let bucket = page
         .lines()
         .find(|line| line.contains("_seconds_bucket") && line.contains("le=\"60\""));
     assert!(bucket.is_some(), "{page}");
+    // The same address has all of the admin endpoint.
+    assert!(get(address, "/held").contains("\"key\":\"k\""));
+    assert!(get(address, "/readyz").contains("\"ready\":true"));
     drop(stdin);
     assert_eq!(tool.end().code, 0);
 }
@@ -44,12 +47,12 @@ fn a_command_does_not_inherit_the_address() {
     assert_eq!(crate::tool::run(command).stdout, "<>\n");
 }
 
-fn get(address: &str) -> String {
+fn get(address: &str, path: &str) -> String {
     let mut stream = TcpStream::connect(address).unwrap();
     stream.set_read_timeout(Some(PATIENCE)).unwrap();
     write!(
         stream,
-        "GET /metrics HTTP/1.1\r\nHost: {address}\r\nConnection: close\r\n\r\n"
+        "GET {path} HTTP/1.1\r\nHost: {address}\r\nConnection: close\r\n\r\n"
     )
     .unwrap();
     let mut page = String::new();

@@ -1,6 +1,7 @@
 //! A worker process: does what the lines on its standard input say.
 
 use std::io::{BufRead, Write};
+use std::net::{Ipv4Addr, SocketAddr};
 use std::sync::Arc;
 use std::sync::atomic::{AtomicU64, Ordering};
 use std::time::Duration;
@@ -8,8 +9,8 @@ use std::time::Duration;
 use anyhow::{Context, ensure};
 use deadpool_redis::redis::aio::MultiplexedConnection;
 use futures_util::future::try_join_all;
-use metrics_exporter_prometheus::{PrometheusBuilder, PrometheusHandle};
 use serde::de::DeserializeOwned;
+use shardlock::admin::AdminServer;
 use shardlock::{LockKey, LockManager};
 use tokio::sync::mpsc;
 use tokio::task::JoinSet;
@@ -24,15 +25,6 @@ use super::{coupons, jobs};
 /// How often a worker tells how far it is.
 const PROGRESS_EVERY: Duration = Duration::from_millis(100);
 
-/// How often the recorder of the metrics sums up what it has, so that it does not grow.
-const UPKEEP_EVERY: Duration = Duration::from_secs(1);
-
-/// Buckets in seconds, from 10 microseconds to a minute.
-const BUCKETS: [f64; 21] = [
-    1e-5, 2e-5, 5e-5, 1e-4, 2e-4, 5e-4, 1e-3, 2e-3, 5e-3, 1e-2, 2e-2, 5e-2, 0.1, 0.2, 0.5, 1.0, 2.0, 5.0, 10.0, 30.0,
-    60.0,
-];
-
 /// What the tasks of a worker share.
 pub(super) struct Workplace {
     pub(super) locks: LockManager,
@@ -41,7 +33,10 @@ pub(super) struct Workplace {
     pub(super) mix: Mix,
     /// Connections for the data, apart from those of the lock: one for each shard, in their order, or one for all.
     data: Vec<MultiplexedConnection>,
-    metrics: PrometheusHandle,
+    /// The page of metrics.
+    metrics: Box<dyn Fn(&LockManager) -> String + Send + Sync>,
+    /// Until the worker leaves.
+    _serving: AdminServer,
     tasks: u32,
     /// How many customers or jobs are through.
     through: AtomicU64,
@@ -78,11 +73,15 @@ async fn serve(orders: &mut mpsc::UnboundedReceiver<String>) -> anyhow::Result<(
 impl Workplace {
     async fn open(setup: &Setup) -> anyhow::Result<Self> {
         // Before the manager: metrics that were made without a recorder count nothing.
-        let metrics = install_recorder(setup)?;
+        let address = setup.metrics.unwrap_or(SocketAddr::from((Ipv4Addr::LOCALHOST, 0)));
+        let admin = crate::metrics::bind(address)?;
+        let metrics = Box::new(admin.renderer());
         let names = Names::new(&setup.prefix);
         let builder = builder(&setup.shards, &names)?;
+        let locks = builder.connect().await?;
         Ok(Self {
-            locks: builder.connect().await?,
+            _serving: admin.serve(&locks)?,
+            locks,
             names,
             think: setup.think,
             mix: Mix::new(setup.keys)?,
@@ -123,12 +122,12 @@ impl Workplace {
                 Ok(Answer::Done)
             }
             Order::Work { seconds } => {
-                let before = Counters::read(&self.metrics);
+                let before = Counters::read(&(self.metrics)(&self.locks));
                 let until = Instant::now() + seconds;
                 let tallies = self
                     .with_all_tasks(|place| async move { jobs::work(&place, until).await })
                     .await?;
-                let counted = Counters::read(&self.metrics);
+                let counted = Counters::read(&(self.metrics)(&self.locks));
                 let mut worked = jobs::sum(tallies)?;
                 counted.since(before).fill(&mut worked);
                 Ok(Answer::Worked(Box::new(worked)))
@@ -170,17 +169,16 @@ impl Workplace {
 struct Counters([u64; 4]);
 
 impl Counters {
-    fn read(metrics: &PrometheusHandle) -> Self {
-        let text = metrics.render();
+    fn read(text: &str) -> Self {
         let by_path = |path: &str| {
             let path = format!("path=\"{path}\"");
-            sum_of(&text, "shardlock_acquisitions_total{", &[r#"class="jobs""#, &path])
+            sum_of(text, "shardlock_acquisitions_total{", &[r#"class="jobs""#, &path])
         };
         Self([
             by_path("uncontended"),
             by_path("local"),
             by_path("remote"),
-            sum_of(&text, "shardlock_store_requests_total{", &[]),
+            sum_of(text, "shardlock_store_requests_total{", &[]),
         ])
     }
 
@@ -203,29 +201,6 @@ fn sum_of(text: &str, name: &str, labels: &[&str]) -> u64 {
         .filter(|line| line.starts_with(name) && labels.iter().all(|label| line.contains(label)))
         .filter_map(|line| line.rsplit_once(' ')?.1.parse::<u64>().ok())
         .sum()
-}
-
-fn install_recorder(setup: &Setup) -> anyhow::Result<PrometheusHandle> {
-    let builder = PrometheusBuilder::new().set_buckets(&BUCKETS)?;
-    let Some(address) = setup.metrics else {
-        let handle = builder.install_recorder()?;
-        let upkeep = handle.clone();
-        tokio::spawn(async move {
-            loop {
-                tokio::time::sleep(UPKEEP_EVERY).await;
-                upkeep.run_upkeep();
-            }
-        });
-        return Ok(handle);
-    };
-    let (recorder, exporter) = builder
-        .with_http_listener(address)
-        .build()
-        .with_context(|| format!("metrics can't be served on {address}"))?;
-    let handle = recorder.handle();
-    metrics::set_global_recorder(recorder).context("the metrics' recorder can't be set")?;
-    tokio::spawn(exporter);
-    Ok(handle)
 }
 
 /// Reads the orders on a thread of their own. When they end without the order to leave, the demo is gone, and so is

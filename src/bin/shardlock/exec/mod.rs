@@ -153,14 +153,16 @@ pub(crate) async fn run(args: Args) -> Result<u8, Failure> {
     let config = args.config()?;
     // From here on no signal ends the tool before it has cleaned up.
     let mut signals = Signals::listen().map_err(Failure::system)?;
-    args.metrics
-        .install()
-        .map_err(|error| Failure::new(exit::UNAVAILABLE, error))?;
+    let unserved = |error: anyhow::Error| Failure::new(exit::UNAVAILABLE, error);
+    let admin = args.metrics.bind().map_err(unserved)?;
 
     let locks = tokio::select! {
         connected = Builder::new().config(config).connect() => connected?,
         signal = signals.ending() => return Ok(exit::by_signal(signal.as_raw())),
     };
+    let serving = admin.map(|admin| admin.serve(&locks)).transpose();
+    // Until the end.
+    let _serving = serving.map_err(|error| unserved(error.into()))?;
     // Dropping the request gives the place in the queue up; the shutdown waits until the server has said so.
     let obtained = tokio::select! {
         obtained = obtain(&locks, &key, args.nonblock) => obtained.map_err(Failure::from),

@@ -40,7 +40,7 @@ struct Current {
 #[derive(Clone)]
 pub(super) struct Live {
     pub(super) connection: MultiplexedConnection,
-    generation: u64,
+    pub(super) generation: u64,
 }
 
 /// How many requests may wait to be written before senders wait: enough for thousands of tasks that ask at once.

@@ -1,0 +1,272 @@
+//! What is on each page.
+
+use std::fmt::Write;
+use std::time::Duration;
+
+use hyper::StatusCode;
+use serde::Serialize;
+
+use super::Renderer;
+use crate::manager::Inner;
+use crate::telemetry::{HOT_KEY, METRICS};
+use crate::view;
+
+/// How many held locks are shown at most.
+const HELD_MAX: usize = 1000;
+
+/// A page.
+pub(super) struct Page {
+    pub(super) status: StatusCode,
+    pub(super) content_type: &'static str,
+    pub(super) body: String,
+}
+
+impl Page {
+    pub(super) fn text(status: StatusCode, body: &str) -> Self {
+        Self {
+            status,
+            content_type: "text/plain; charset=utf-8",
+            body: body.to_owned(),
+        }
+    }
+
+    fn json(status: StatusCode, body: &impl Serialize) -> Self {
+        match serde_json::to_string(body) {
+            Ok(body) => Self {
+                status,
+                content_type: "application/json",
+                body,
+            },
+            Err(error) => Self::text(StatusCode::INTERNAL_SERVER_ERROR, &error.to_string()),
+        }
+    }
+}
+
+/// The page at that path. The manager is nothing once it is gone.
+pub(super) fn page(path: &str, renderer: &Renderer, manager: Option<&Inner>) -> Page {
+    match (path, manager) {
+        ("/metrics", _) => Page {
+            status: StatusCode::OK,
+            content_type: "text/plain; version=0.0.4; charset=utf-8",
+            body: metrics(renderer, manager),
+        },
+        ("/healthz", _) => Page::text(StatusCode::OK, "ok"),
+        ("/readyz", Some(manager)) => ready(manager),
+        ("/hot", Some(manager)) => Page::json(StatusCode::OK, &Hot::of(manager)),
+        ("/held", Some(manager)) => Page::json(StatusCode::OK, &Held::of(manager)),
+        ("/shards", Some(manager)) => Page::json(StatusCode::OK, &Shards::of(manager)),
+        ("/readyz" | "/hot" | "/held" | "/shards", None) => {
+            Page::text(StatusCode::SERVICE_UNAVAILABLE, "the lock manager is gone\n")
+        }
+        _ => Page::text(
+            StatusCode::NOT_FOUND,
+            "there are /metrics, /healthz, /readyz, /hot, /held and /shards\n",
+        ),
+    }
+}
+
+/// What the recorder has, and the hot keys where they are wanted as metrics. They are written here, since a recorder could not be told to
+/// forget those that are not hot any more.
+pub(super) fn metrics(renderer: &Renderer, manager: Option<&Inner>) -> String {
+    if let Some(manager) = manager {
+        manager.tell_metrics();
+    }
+    let mut page = (renderer.render)();
+    if let Some(manager) = manager.filter(|manager| manager.config.hot_key_metrics)
+        && let Some(metric) = METRICS.iter().find(|metric| metric.name == HOT_KEY)
+    {
+        // Writing to a text can't fail.
+        writeln!(page, "# HELP {HOT_KEY} {}\n# TYPE {HOT_KEY} gauge", metric.meaning).ok();
+        for hot in view::hot_keys(manager) {
+            let (key, shard) = (escaped(&hot.key), escaped(&hot.shard));
+            writeln!(page, "{HOT_KEY}{{key=\"{key}\",shard=\"{shard}\"}} {}", hot.contended).ok();
+        }
+        page.push('\n');
+    }
+    page
+}
+
+/// As the text format wants the value of a label.
+fn escaped(value: &str) -> String {
+    value.replace('\\', "\\\\").replace('"', "\\\"").replace('\n', "\\n")
+}
+
+/// Milliseconds, to the microsecond.
+fn ms(time: Duration) -> f64 {
+    time.as_micros() as f64 / 1e3
+}
+
+#[derive(Serialize)]
+struct Ready<'a> {
+    ready: bool,
+    shards: Vec<ReadyShard<'a>>,
+}
+
+#[derive(Serialize)]
+struct ReadyShard<'a> {
+    name: &'a str,
+    up: bool,
+}
+
+fn ready(manager: &Inner) -> Page {
+    let shards: Vec<_> = manager
+        .shards
+        .iter()
+        .map(|shard| ReadyShard {
+            name: &shard.name,
+            up: shard.metrics.is_up(),
+        })
+        .collect();
+    let ready = !manager.is_closed() && shards.iter().all(|shard| shard.up);
+    let status = if ready {
+        StatusCode::OK
+    } else {
+        StatusCode::SERVICE_UNAVAILABLE
+    };
+    Page::json(status, &Ready { ready, shards })
+}
+
+#[derive(Serialize)]
+struct Hot {
+    keys: Vec<HotKey>,
+    k: usize,
+}
+
+#[derive(Serialize)]
+struct HotKey {
+    key: String,
+    shard: String,
+    contended: u64,
+    acquired: u64,
+    error: u64,
+    waiters: usize,
+    holder: Option<Holder>,
+    wait_ms: Waits,
+}
+
+#[derive(Serialize)]
+struct Holder {
+    held_ms: f64,
+    token: u64,
+}
+
+#[derive(Serialize)]
+struct Waits {
+    p50: f64,
+    p99: f64,
+    max: f64,
+}
+
+impl Hot {
+    fn of(manager: &Inner) -> Self {
+        let keys = view::hot_keys(manager).into_iter().map(|hot| HotKey {
+            key: hot.key,
+            shard: hot.shard,
+            contended: hot.contended,
+            acquired: hot.acquired,
+            error: hot.error,
+            waiters: hot.waiters,
+            holder: hot.holder.map(|holder| Holder {
+                held_ms: ms(holder.held),
+                token: holder.token.get(),
+            }),
+            wait_ms: Waits {
+                p50: ms(hot.wait_p50),
+                p99: ms(hot.wait_p99),
+                max: ms(hot.wait_max),
+            },
+        });
+        Self {
+            keys: keys.collect(),
+            k: manager.config.hot_keys,
+        }
+    }
+}
+
+#[derive(Serialize)]
+struct Held {
+    total: usize,
+    held: Vec<HeldLock>,
+}
+
+#[derive(Serialize)]
+struct HeldLock {
+    key: String,
+    shard: String,
+    owner: String,
+    token: u64,
+    age_ms: f64,
+    remaining_ms: f64,
+    waiters: usize,
+    caller: Option<String>,
+}
+
+impl Held {
+    fn of(manager: &Inner) -> Self {
+        let (total, held) = view::held(manager, HELD_MAX);
+        let held = held.into_iter().map(|lock| HeldLock {
+            key: lock.key,
+            shard: lock.shard,
+            owner: lock.owner,
+            token: lock.token.get(),
+            age_ms: ms(lock.age),
+            remaining_ms: ms(lock.remaining),
+            waiters: lock.waiters,
+            caller: lock.caller,
+        });
+        Self {
+            total,
+            held: held.collect(),
+        }
+    }
+}
+
+#[derive(Serialize)]
+struct Shards {
+    shards: Vec<ShardState>,
+    manager: String,
+    uptime_s: f64,
+}
+
+#[derive(Serialize)]
+struct ShardState {
+    name: String,
+    kind: String,
+    up: bool,
+    leases: usize,
+    waiters: usize,
+    acquired: u64,
+    local: u64,
+    remote: u64,
+    round_trip_ms: RoundTrips,
+}
+
+#[derive(Serialize)]
+struct RoundTrips {
+    p50: f64,
+    p99: f64,
+}
+
+impl Shards {
+    fn of(manager: &Inner) -> Self {
+        let shards = view::shards(manager).into_iter().map(|shard| ShardState {
+            name: shard.name,
+            kind: shard.kind,
+            up: shard.is_up,
+            leases: shard.leases,
+            waiters: shard.waiters,
+            acquired: shard.acquired,
+            local: shard.local,
+            remote: shard.remote,
+            round_trip_ms: RoundTrips {
+                p50: ms(shard.round_trip_p50),
+                p99: ms(shard.round_trip_p99),
+            },
+        });
+        Self {
+            shards: shards.collect(),
+            manager: manager.id().to_owned(),
+            uptime_s: (manager.uptime().as_secs_f64() * 1e3).round() / 1e3,
+        }
+    }
+}

@@ -1,0 +1,184 @@
+//! The server: a thread of its own with a runtime of its own, so that it answers even if the program's runtime is stuck.
+//!
+//! # Implementation details
+//!
+//! Everything about a connection is bounded: how many there are, the size of what they say, how long they may take. Each carries one request.
+
+use std::convert::Infallible;
+use std::net::SocketAddr;
+use std::sync::{Arc, Weak};
+use std::time::Duration;
+
+use http_body_util::Full;
+use hyper::body::{Bytes, Incoming};
+use hyper::header::{ALLOW, CACHE_CONTROL, CONTENT_TYPE, HOST, HeaderValue};
+use hyper::server::conn::http1;
+use hyper::service::service_fn;
+use hyper::{Method, Request, Response, StatusCode};
+use hyper_util::rt::{TokioIo, TokioTimer};
+use tokio::net::{TcpListener, TcpStream};
+use tokio::sync::{Semaphore, oneshot};
+
+use super::pages::{self, Page};
+use super::{AdminError, Renderer};
+use crate::manager::Inner;
+
+/// How many connections there may be at a time; others wait to be accepted.
+const CONNECTIONS_MAX: usize = 32;
+/// How long a request may take to arrive.
+const HEADER_TIME_MAX: Duration = Duration::from_secs(5);
+/// How long a connection may last.
+const CONNECTION_TIME_MAX: Duration = Duration::from_secs(15);
+/// How large the head of a request may be, in bytes, and how many fields it may have.
+const HEAD_BYTES_MAX: usize = 16 * 1024;
+const FIELDS_MAX: usize = 64;
+/// How often the recorder sums up what it has, so that it does not grow.
+const UPKEEP_EVERY: Duration = Duration::from_secs(1);
+/// How long to wait where no connection can be accepted, for want of file descriptors for example.
+const ACCEPT_PAUSE: Duration = Duration::from_millis(100);
+
+/// An endpoint that answers until this is dropped.
+#[derive(Debug)]
+#[must_use = "the endpoint is gone as soon as this is dropped"]
+pub struct AdminServer {
+    address: SocketAddr,
+    /// Dropping it ends the thread.
+    _stop: oneshot::Sender<Infallible>,
+}
+
+impl AdminServer {
+    /// Where it answers.
+    #[must_use]
+    pub const fn address(&self) -> SocketAddr {
+        self.address
+    }
+}
+
+/// What the connections share.
+struct Shared {
+    renderer: Renderer,
+    manager: Weak<Inner>,
+    is_loopback: bool,
+}
+
+pub(super) fn start(
+    listener: std::net::TcpListener,
+    address: SocketAddr,
+    renderer: Renderer,
+    manager: Weak<Inner>,
+) -> Result<AdminServer, AdminError> {
+    let (stop, stopped) = oneshot::channel();
+    listener.set_nonblocking(true).map_err(AdminError::Thread)?;
+    let runtime = tokio::runtime::Builder::new_current_thread()
+        .enable_all()
+        .build()
+        .map_err(AdminError::Thread)?;
+    let shared = Arc::new(Shared {
+        renderer,
+        manager,
+        is_loopback: address.ip().is_loopback(),
+    });
+    let serve = move || {
+        runtime.block_on(async {
+            match TcpListener::from_std(listener) {
+                Ok(listener) => tokio::select! {
+                    () = accept(listener, Arc::clone(&shared)) => {}
+                    () = keep_up(&shared) => {}
+                    _ = stopped => {}
+                },
+                Err(error) => tracing::error!(%error, "the admin endpoint can't listen"),
+            }
+        });
+    };
+    std::thread::Builder::new()
+        .name("shardlock-admin".into())
+        .spawn(serve)
+        .map_err(AdminError::Thread)?;
+    Ok(AdminServer { address, _stop: stop })
+}
+
+async fn keep_up(shared: &Shared) {
+    loop {
+        tokio::time::sleep(UPKEEP_EVERY).await;
+        (shared.renderer.upkeep)();
+    }
+}
+
+async fn accept(listener: TcpListener, shared: Arc<Shared>) {
+    let room = Arc::new(Semaphore::new(CONNECTIONS_MAX));
+    loop {
+        // It is never closed.
+        let Ok(place) = Arc::clone(&room).acquire_owned().await else {
+            return;
+        };
+        match listener.accept().await {
+            Ok((stream, _)) => {
+                let shared = Arc::clone(&shared);
+                tokio::spawn(async move {
+                    let _place = place;
+                    serve_one(stream, shared).await;
+                });
+            }
+            Err(error) => {
+                tracing::debug!(%error, "the admin endpoint could not accept a connection");
+                tokio::time::sleep(ACCEPT_PAUSE).await;
+            }
+        }
+    }
+}
+
+async fn serve_one(stream: TcpStream, shared: Arc<Shared>) {
+    let service = service_fn(move |request| {
+        let response = answer(&request, &shared);
+        async move { Ok::<_, Infallible>(response) }
+    });
+    let connection = http1::Builder::new()
+        .timer(TokioTimer::new())
+        .header_read_timeout(HEADER_TIME_MAX)
+        .keep_alive(false)
+        .max_buf_size(HEAD_BYTES_MAX)
+        .max_headers(FIELDS_MAX)
+        .serve_connection(TokioIo::new(stream), service);
+    match tokio::time::timeout(CONNECTION_TIME_MAX, connection).await {
+        Ok(Ok(())) => {}
+        // The other side's mistakes are no business of our log.
+        Ok(Err(error)) => tracing::debug!(%error, "a connection to the admin endpoint failed"),
+        Err(_) => tracing::debug!("a connection to the admin endpoint took too long"),
+    }
+}
+
+fn answer(request: &Request<Incoming>, shared: &Shared) -> Response<Full<Bytes>> {
+    let page = if !matches!(*request.method(), Method::GET | Method::HEAD) {
+        Page::text(StatusCode::METHOD_NOT_ALLOWED, "only GET and HEAD are answered\n")
+    } else if shared.is_loopback && !names_this_machine(request) {
+        // A web page elsewhere, whose name was made to lead here, must not read it through the browser of this machine's user.
+        Page::text(StatusCode::FORBIDDEN, "the host must be an IP address or localhost\n")
+    } else {
+        pages::page(
+            request.uri().path(),
+            &shared.renderer,
+            shared.manager.upgrade().as_deref(),
+        )
+    };
+    let mut response = Response::new(Full::new(Bytes::from(page.body)));
+    *response.status_mut() = page.status;
+    let fields = response.headers_mut();
+    fields.insert(CONTENT_TYPE, HeaderValue::from_static(page.content_type));
+    fields.insert(CACHE_CONTROL, HeaderValue::from_static("no-store"));
+    if page.status == StatusCode::METHOD_NOT_ALLOWED {
+        fields.insert(ALLOW, HeaderValue::from_static("GET, HEAD"));
+    }
+    response
+}
+
+fn names_this_machine(request: &Request<Incoming>) -> bool {
+    let Some(host) = request.headers().get(HOST) else {
+        return true;
+    };
+    let Ok(authority) = host.to_str().unwrap_or_default().parse::<hyper::http::uri::Authority>() else {
+        return false;
+    };
+    let host = authority.host();
+    let is_address = host.trim_matches(['[', ']']).parse::<std::net::IpAddr>().is_ok();
+    is_address || host.eq_ignore_ascii_case("localhost")
+}

@@ -1,0 +1,144 @@
+//! Which keys are contended, and how long their waiters wait.
+//!
+//! # Implementation details
+//!
+//! Only an acquisition that met contention costs anything: it is noted in the key's own entry ([`Heat`]), under the mutex that is held there anyway, and so
+//! without another lock. The entry hands over what it has noted to the manager's sketch ([`HotKeys`]) when it leaves
+//! the table, when it has noted much, and when somebody looks. Neither grows: the sketch has a fixed number of places.
+
+mod sketch;
+mod times;
+
+use std::sync::Arc;
+use std::time::Duration;
+
+use parking_lot::Mutex;
+
+pub(crate) use times::{Times, Waits};
+
+use crate::clock::Moment;
+use crate::key::LockKey;
+use sketch::Sketch;
+
+/// What was noted of one key.
+#[derive(Debug, Clone, Default)]
+pub(crate) struct Heat {
+    contended: u64,
+    acquired: u64,
+    waits: Waits,
+}
+
+/// How many contended requests an entry notes before it hands over.
+const NOTED_MAX: u64 = 4096;
+/// After this time, what was counted before weighs half.
+const HALF_LIFE: Duration = Duration::from_secs(300);
+
+impl Heat {
+    /// A request had to wait for so long before it got the lock.
+    pub(crate) fn waited(&mut self, time: Duration) {
+        self.contended += 1;
+        self.acquired += 1;
+        self.waits.add(time);
+    }
+
+    /// A request found the key held or wanted and did not get the lock.
+    pub(crate) const fn in_vain(&mut self) {
+        self.contended += 1;
+    }
+
+    /// Whether it is time to hand it over.
+    pub(crate) const fn is_much(&self) -> bool {
+        self.contended >= NOTED_MAX
+    }
+}
+
+/// The hottest keys of a manager.
+#[derive(Debug)]
+pub(crate) struct HotKeys {
+    state: Mutex<State>,
+}
+
+#[derive(Debug)]
+struct State {
+    sketch: Sketch<(Arc<str>, LockKey), Known>,
+    halved_at: Moment,
+}
+
+/// What is known of a key since it has its place.
+#[derive(Debug, Default)]
+struct Known {
+    acquired: u64,
+    waits: Waits,
+}
+
+/// One of the hottest keys.
+#[derive(Debug, Clone)]
+pub(crate) struct Hot {
+    pub(crate) shard: Arc<str>,
+    pub(crate) key: LockKey,
+    pub(crate) contended: u64,
+    pub(crate) error: u64,
+    pub(crate) acquired: u64,
+    pub(crate) wait_p50: Duration,
+    pub(crate) wait_p99: Duration,
+    pub(crate) wait_max: Duration,
+}
+
+impl HotKeys {
+    /// Keeps that many keys.
+    pub(crate) fn new(most: usize) -> Self {
+        Self {
+            state: Mutex::new(State {
+                sketch: Sketch::new(most),
+                halved_at: Moment::now(),
+            }),
+        }
+    }
+
+    /// Takes over what an entry has noted.
+    pub(crate) fn add(&self, shard: &Arc<str>, key: &LockKey, heat: &Heat) {
+        let mut state = self.state.lock();
+        let known = state.sketch.add(&(Arc::clone(shard), key.clone()), heat.contended);
+        known.acquired = known.acquired.saturating_add(heat.acquired);
+        known.waits.merge(&heat.waits);
+    }
+
+    /// Time passes.
+    pub(crate) fn age(&self, now: Moment) {
+        let mut state = self.state.lock();
+        if now.since(state.halved_at) >= HALF_LIFE {
+            state.halved_at = now;
+            state.sketch.halve(|known| {
+                known.acquired /= 2;
+                known.waits.halve();
+            });
+        }
+    }
+
+    /// All that are kept, the hottest first.
+    pub(crate) fn hottest(&self) -> Vec<Hot> {
+        let state = self.state.lock();
+        let mut hot: Vec<Hot> = state
+            .sketch
+            .kept()
+            .map(|kept| Hot {
+                shard: Arc::clone(&kept.key.0),
+                key: kept.key.1.clone(),
+                contended: kept.count,
+                error: kept.error,
+                acquired: kept.value.acquired,
+                wait_p50: kept.value.waits.quantile(0.5),
+                wait_p99: kept.value.waits.quantile(0.99),
+                wait_max: kept.value.waits.max(),
+            })
+            .collect();
+        drop(state);
+        hot.sort_by(|one, other| {
+            other
+                .contended
+                .cmp(&one.contended)
+                .then_with(|| one.key.cmp(&other.key))
+        });
+        hot
+    }
+}

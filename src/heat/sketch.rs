@@ -1,0 +1,225 @@
+//! The keys that are contended most, found in a memory that does not grow with the number of keys.
+//!
+//! # Implementation details
+//!
+//! This is the *space-saving* algorithm (A. Metwally, D. Agrawal, A. El Abbadi: Efficient Computation of Frequent and Top-k
+//! Elements in Data Streams, ICDT 2005), with weights. A key that is kept is counted. One that is not takes the place of the key with the smallest
+//! count, and begins with that count, which is kept as the bound of its error. So a count is never too small; it is too
+//! large by no more than its error, and no error is larger than the sum of all weights divided by the number of places; and every key
+//! whose true count is larger than that quotient is kept.
+//!
+//! Places are in a heap, smallest count first, so that finding whom to replace costs O(log n) moves.
+
+use std::collections::HashMap;
+use std::hash::Hash;
+
+use foldhash::fast::RandomState;
+
+/// See the module. `V` is what is known of a key since it has its place.
+#[derive(Debug)]
+pub(super) struct Sketch<K, V> {
+    capacity: usize,
+    places: Vec<Place<K, V>>,
+    /// Indexes of places; no count is smaller than that of its parent.
+    heap: Vec<usize>,
+    index: HashMap<K, usize, RandomState>,
+}
+
+#[derive(Debug)]
+struct Place<K, V> {
+    key: K,
+    count: u64,
+    error: u64,
+    /// Where it is in the heap.
+    at: usize,
+    value: V,
+}
+
+/// A key that is kept.
+#[derive(Debug)]
+pub(super) struct Kept<'a, K, V> {
+    pub(super) key: &'a K,
+    /// At least how often it was seen, and at most `error` too many.
+    pub(super) count: u64,
+    pub(super) error: u64,
+    pub(super) value: &'a V,
+}
+
+impl<K: Clone + Eq + Hash, V: Default> Sketch<K, V> {
+    pub(super) fn new(capacity: usize) -> Self {
+        Self {
+            capacity: capacity.max(1),
+            places: Vec::new(),
+            heap: Vec::new(),
+            index: HashMap::default(),
+        }
+    }
+
+    /// The key was seen so many times. Gives what is known of it.
+    pub(super) fn add(&mut self, key: &K, weight: u64) -> &mut V {
+        let place = match self.index.get(key) {
+            Some(&place) => place,
+            None if self.places.len() < self.capacity => self.take_free_place(key),
+            None => self.replace_smallest(key),
+        };
+        self.places[place].count = self.places[place].count.saturating_add(weight);
+        self.sink(self.places[place].at);
+        &mut self.places[place].value
+    }
+
+    fn take_free_place(&mut self, key: &K) -> usize {
+        let place = self.places.len();
+        self.places.push(Place {
+            key: key.clone(),
+            count: 0,
+            error: 0,
+            at: self.heap.len(),
+            value: V::default(),
+        });
+        self.heap.push(place);
+        self.index.insert(key.clone(), place);
+        self.rise(self.heap.len() - 1);
+        place
+    }
+
+    fn replace_smallest(&mut self, key: &K) -> usize {
+        let place = self.heap[0];
+        let smallest = &mut self.places[place];
+        let old = std::mem::replace(&mut smallest.key, key.clone());
+        smallest.error = smallest.count;
+        smallest.value = V::default();
+        self.index.remove(&old);
+        self.index.insert(key.clone(), place);
+        place
+    }
+
+    /// Keeps a half of every count, so that what is long past weighs little. The order stays, and so do the bounds, relative to halved true counts
+    /// (rounding down aside, by which an error is never made too small).
+    pub(super) fn halve(&mut self, mut each: impl FnMut(&mut V)) {
+        for place in &mut self.places {
+            place.count = place.count.div_ceil(2);
+            place.error = place.error.div_ceil(2);
+            each(&mut place.value);
+        }
+    }
+
+    /// All that are kept, in no order.
+    pub(super) fn kept(&self) -> impl Iterator<Item = Kept<'_, K, V>> {
+        self.places.iter().map(|place| Kept {
+            key: &place.key,
+            count: place.count,
+            error: place.error,
+            value: &place.value,
+        })
+    }
+
+    fn count_at(&self, at: usize) -> u64 {
+        self.places[self.heap[at]].count
+    }
+
+    fn swap(&mut self, one: usize, other: usize) {
+        self.heap.swap(one, other);
+        self.places[self.heap[one]].at = one;
+        self.places[self.heap[other]].at = other;
+    }
+
+    /// Its count has grown.
+    fn sink(&mut self, mut at: usize) {
+        loop {
+            let children = [2 * at + 1, 2 * at + 2]
+                .into_iter()
+                .filter(|&child| child < self.heap.len());
+            let Some(smaller) = children.min_by_key(|&child| self.count_at(child)) else {
+                return;
+            };
+            if self.count_at(at) <= self.count_at(smaller) {
+                return;
+            }
+            self.swap(at, smaller);
+            at = smaller;
+        }
+    }
+
+    /// It is new, at the end.
+    fn rise(&mut self, mut at: usize) {
+        while at > 0 && self.count_at(at) < self.count_at((at - 1) / 2) {
+            self.swap(at, (at - 1) / 2);
+            at = (at - 1) / 2;
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use std::collections::HashMap;
+
+    use proptest::prelude::*;
+
+    use super::*;
+
+    proptest! {
+        #[test]
+        fn the_bounds_of_the_paper_hold(
+            capacity in 1_usize..12,
+            stream in proptest::collection::vec((0_u32..40, 1_u64..9), 0..400),
+        ) {
+            let mut sketch: Sketch<u32, u64> = Sketch::new(capacity);
+            let mut exact: HashMap<u32, u64> = HashMap::new();
+            let mut sum = 0;
+            for &(key, weight) in &stream {
+                *sketch.add(&key, weight) += weight;
+                *exact.entry(key).or_default() += weight;
+                sum += weight;
+            }
+            let kept: HashMap<_, _> = sketch.kept().map(|kept| (*kept.key, (kept.count, kept.error, *kept.value))).collect();
+            prop_assert_eq!(kept.len(), exact.len().min(capacity));
+            // The sum of all counts is that of all weights.
+            prop_assert_eq!(kept.values().map(|&(count, ..)| count).sum::<u64>(), sum);
+            let bound = sum / capacity as u64;
+            for (key, &(count, error, since)) in &kept {
+                let truth = exact[key];
+                prop_assert!(truth <= count, "{} is below {}", count, truth);
+                prop_assert!(count - error <= truth, "{} - {} is above {}", count, error, truth);
+                prop_assert!(error <= bound, "{} is above {}", error, bound);
+                // What is known of it covers the time since it got its place.
+                prop_assert_eq!(since, count - error);
+            }
+            for (key, &truth) in &exact {
+                prop_assert!(truth <= bound || kept.contains_key(key), "{} with {} of {} is not kept", key, truth, sum);
+            }
+        }
+
+        #[test]
+        fn the_hot_ones_are_found_among_many(seed in 0_u64..1000) {
+            let mut sketch: Sketch<u64, ()> = Sketch::new(8);
+            let mut state = seed;
+            for turn in 0..20_000_u64 {
+                state = state.wrapping_mul(6_364_136_223_846_793_005).wrapping_add(1_442_695_040_888_963_407);
+                // Three keys have a fifth each; the rest is spread over a thousand.
+                let key = if turn % 5 < 3 { turn % 5 } else { 10 + (state >> 33) % 1000 };
+                sketch.add(&key, 1);
+            }
+            let mut kept: Vec<_> = sketch.kept().map(|kept| (kept.count, *kept.key)).collect();
+            kept.sort_unstable();
+            let mut hottest: Vec<_> = kept.iter().rev().take(3).map(|&(_, key)| key).collect();
+            hottest.sort_unstable();
+            prop_assert_eq!(hottest, [0, 1, 2]);
+        }
+
+        #[test]
+        fn halving_keeps_order_and_bounds(stream in proptest::collection::vec(0_u32..20, 0..300)) {
+            let mut sketch: Sketch<u32, ()> = Sketch::new(5);
+            for key in &stream {
+                sketch.add(key, 1);
+            }
+            let before: HashMap<_, _> = sketch.kept().map(|kept| (*kept.key, kept.count)).collect();
+            sketch.halve(|()| {});
+            for kept in sketch.kept() {
+                prop_assert_eq!(kept.count, before[kept.key].div_ceil(2));
+                prop_assert!(kept.error <= kept.count);
+            }
+            sketch.add(&99, 1);
+            prop_assert!(sketch.kept().any(|kept| *kept.key == 99));
+        }
+    }
+}

@@ -1,0 +1,119 @@
+//! How long things took, in a few hundred bytes.
+
+use std::sync::atomic::{AtomicU64, Ordering};
+use std::time::Duration;
+
+/// Each bucket ends at twice the end of the one before it; the first at a microsecond, the last but one at more than a minute.
+const BUCKETS: usize = 28;
+
+fn bucket_of(time: Duration) -> usize {
+    let micros = u64::try_from(time.as_micros()).unwrap_or(u64::MAX);
+    ((u64::BITS - micros.leading_zeros()) as usize).min(BUCKETS - 1)
+}
+
+/// Where so many of all lie below, at most twice the true value; within a bucket all are taken to lie evenly.
+fn quantile(counts: &[u64; BUCKETS], part: f64) -> Duration {
+    let all: u64 = counts.iter().sum();
+    let wanted = part * all as f64;
+    let mut below = 0.0;
+    for (bucket, &count) in counts.iter().enumerate() {
+        let count = count as f64;
+        if count > 0.0 && below + count >= wanted {
+            let end = (1_u64 << bucket) as f64;
+            let start = if bucket == 0 { 0.0 } else { end / 2.0 };
+            return Duration::from_secs_f64((start + (end - start) * ((wanted - below) / count).max(0.0)) / 1e6);
+        }
+        below += count;
+    }
+    Duration::ZERO
+}
+
+/// Times of one owner.
+#[derive(Debug, Clone, Default)]
+pub(crate) struct Waits {
+    counts: [u32; BUCKETS],
+    max: Duration,
+}
+
+impl Waits {
+    pub(crate) fn add(&mut self, time: Duration) {
+        let count = &mut self.counts[bucket_of(time)];
+        *count = count.saturating_add(1);
+        self.max = self.max.max(time);
+    }
+
+    pub(super) fn merge(&mut self, other: &Self) {
+        for (count, more) in self.counts.iter_mut().zip(&other.counts) {
+            *count = count.saturating_add(*more);
+        }
+        self.max = self.max.max(other.max);
+    }
+
+    pub(super) fn halve(&mut self) {
+        self.counts.iter_mut().for_each(|count| *count /= 2);
+        if self.counts == [0; BUCKETS] {
+            self.max = Duration::ZERO;
+        }
+    }
+
+    /// The time below which this part of all lies; never above the longest.
+    pub(super) fn quantile(&self, part: f64) -> Duration {
+        quantile(&self.counts.map(u64::from), part).min(self.max)
+    }
+
+    pub(super) const fn max(&self) -> Duration {
+        self.max
+    }
+}
+
+/// Times that many threads add to.
+#[derive(Debug, Default)]
+pub(crate) struct Times([AtomicU64; BUCKETS]);
+
+impl Times {
+    pub(crate) fn add(&self, time: Duration) {
+        self.0[bucket_of(time)].fetch_add(1, Ordering::Relaxed);
+    }
+
+    /// The time below which this part of all lies; zero if there is none.
+    pub(crate) fn quantile(&self, part: f64) -> Duration {
+        quantile(
+            &std::array::from_fn(|bucket| self.0[bucket].load(Ordering::Relaxed)),
+            part,
+        )
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use proptest::prelude::*;
+
+    use super::*;
+
+    #[test]
+    fn nothing_took_no_time() {
+        assert_eq!(Times::default().quantile(0.99), Duration::ZERO);
+        assert_eq!(Waits::default().quantile(0.99), Duration::ZERO);
+    }
+
+    proptest! {
+        #[test]
+        fn a_quantile_is_within_a_factor_of_two(mut micros in proptest::collection::vec(1_u64..60_000_000, 1..200), part in 0.01_f64..1.0) {
+            let mut waits = Waits::default();
+            let times = Times::default();
+            for &time in &micros {
+                waits.add(Duration::from_micros(time));
+                times.add(Duration::from_micros(time));
+            }
+            micros.sort_unstable();
+            let rank = ((part * micros.len() as f64).ceil() as usize).clamp(1, micros.len());
+            let exact = micros[rank - 1] as f64;
+            let found = waits.quantile(part).as_secs_f64() * 1e6;
+            prop_assert!(found <= exact * 2.0 + 1.0 && found >= exact / 2.0 - 1.0, "{} for {}", found, exact);
+            prop_assert!(waits.quantile(part) <= waits.max());
+            prop_assert_eq!(waits.max(), Duration::from_micros(micros[micros.len() - 1]));
+            let shared = times.quantile(part).as_secs_f64() * 1e6;
+            prop_assert!(shared <= exact * 2.0 + 1.0 && shared >= exact / 2.0 - 1.0);
+        }
+    }
+}

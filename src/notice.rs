@@ -1,0 +1,179 @@
+//! What is logged about slow waits and long holds, and how often at most.
+
+use std::collections::HashMap;
+use std::panic::Location;
+use std::time::Duration;
+
+use parking_lot::Mutex;
+
+use crate::clock::Moment;
+use crate::key::LockKey;
+
+/// How often one place in the program is logged at most.
+const INTERVAL: Duration = Duration::from_secs(10);
+/// How many places are told apart; all further ones count as one.
+const PLACES_MAX: usize = 64;
+
+/// What became of a request that waited.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(crate) enum Waited {
+    Acquired,
+    TimedOut,
+    Cancelled,
+}
+
+impl Waited {
+    const fn as_str(self) -> &'static str {
+        match self {
+            Self::Acquired => "acquired",
+            Self::TimedOut => "timeout",
+            Self::Cancelled => "cancelled",
+        }
+    }
+}
+
+/// Logs what takes too long, for a whole manager.
+#[derive(Debug)]
+pub(crate) struct Notices {
+    slow_wait: Option<Duration>,
+    long_hold: Option<Duration>,
+    waits: Throttle,
+    holds: Throttle,
+}
+
+impl Notices {
+    pub(crate) fn new(slow_wait: Option<Duration>, long_hold: Option<Duration>) -> Self {
+        Self {
+            slow_wait,
+            long_hold,
+            waits: Throttle::default(),
+            holds: Throttle::default(),
+        }
+    }
+
+    /// A request waited for so long, and then had its lock or gave up.
+    pub(crate) fn waited(
+        &self,
+        time: Duration,
+        key: &LockKey,
+        shard: &str,
+        caller: &'static Location<'static>,
+        outcome: Waited,
+    ) {
+        if self.slow_wait.is_some_and(|bound| time >= bound) {
+            self.slow_wait(time, key, shard, caller, outcome);
+        }
+    }
+
+    #[cold]
+    fn slow_wait(
+        &self,
+        time: Duration,
+        key: &LockKey,
+        shard: &str,
+        caller: &'static Location<'static>,
+        outcome: Waited,
+    ) {
+        if let Some(held_back) = self.waits.pass(caller, Moment::now()) {
+            let outcome = outcome.as_str();
+            tracing::warn!(%shard, %caller, waited = ?time, outcome, held_back, "a lock was waited for long");
+            tracing::debug!(%key, %shard, %caller, waited = ?time, "the lock that was waited for long");
+        }
+    }
+
+    /// From which age on a guard is held for long.
+    pub(crate) const fn long_hold(&self) -> Option<Duration> {
+        self.long_hold
+    }
+
+    /// A guard is held for so long, and still is.
+    pub(crate) fn held_long(&self, time: Duration, key: &LockKey, shard: &str, caller: &'static Location<'static>) {
+        if let Some(held_back) = self.holds.pass(caller, Moment::now()) {
+            tracing::warn!(%shard, %caller, held = ?time, held_back, "a lock is held for long, and still is");
+            tracing::debug!(%key, %shard, %caller, held = ?time, "the lock that is held for long");
+        }
+    }
+}
+
+/// Lets through what is told about one place once in an interval.
+#[derive(Debug, Default)]
+struct Throttle {
+    places: Mutex<HashMap<Option<&'static Location<'static>>, Place>>,
+}
+
+#[derive(Debug)]
+struct Place {
+    told_at: Moment,
+    held_back: u64,
+}
+
+impl Throttle {
+    /// How many were held back since the last one that was let through, if this one is let through.
+    fn pass(&self, caller: &'static Location<'static>, now: Moment) -> Option<u64> {
+        let mut places = self.places.lock();
+        let is_told_apart = places.contains_key(&Some(caller)) || places.len() < PLACES_MAX;
+        match places.entry(is_told_apart.then_some(caller)) {
+            std::collections::hash_map::Entry::Vacant(entry) => {
+                entry.insert(Place {
+                    told_at: now,
+                    held_back: 0,
+                });
+                Some(0)
+            }
+            std::collections::hash_map::Entry::Occupied(mut entry) => {
+                let place = entry.get_mut();
+                if now.since(place.told_at) < INTERVAL {
+                    place.held_back += 1;
+                    return None;
+                }
+                place.told_at = now;
+                Some(std::mem::take(&mut place.held_back))
+            }
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn each_place_is_let_through_once_in_an_interval() {
+        let throttle = Throttle::default();
+        let (here, there) = (Location::caller(), other());
+        let start = Moment::default() + Duration::from_secs(1);
+        assert_eq!(throttle.pass(here, start), Some(0));
+        assert_eq!(throttle.pass(there, start), Some(0));
+        for _ in 0..5 {
+            assert_eq!(throttle.pass(here, start + INTERVAL - Duration::from_nanos(1)), None);
+        }
+        assert_eq!(throttle.pass(here, start + INTERVAL), Some(5));
+        assert_eq!(throttle.pass(here, start + INTERVAL * 2), Some(0));
+    }
+
+    fn other() -> &'static Location<'static> {
+        Location::caller()
+    }
+
+    #[test]
+    fn the_rate_is_bounded_however_many_places_there_are() {
+        let throttle = Throttle::default();
+        let now = Moment::default() + Duration::from_secs(1);
+        let mut passed = 0;
+        for _ in 0..10_000 {
+            // A place of its own each: the address is what tells them apart only if line and column do.
+            passed += u64::from(throttle.pass(Location::caller(), now).is_some());
+        }
+        assert_eq!(passed, 1);
+        throttle.places.lock().extend((0..PLACES_MAX).map(|_| {
+            (
+                None,
+                Place {
+                    told_at: now,
+                    held_back: 0,
+                },
+            )
+        }));
+        assert!(throttle.places.lock().len() <= PLACES_MAX + 1);
+    }
+}

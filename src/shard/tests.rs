@@ -1,0 +1,177 @@
+//! What only a store that misbehaves can show.
+
+use std::pin::Pin;
+use std::sync::atomic::{AtomicU64, Ordering};
+use std::task::Waker;
+
+use metrics_exporter_prometheus::PrometheusBuilder;
+
+use super::*;
+use crate::fence::TokenBlock;
+use crate::heat::HotKeys;
+use crate::notice::Notices;
+use crate::protocol::{Acquire, AcquireReply, Answer, Push, Release, ReleaseReply, RenewReply, Renewal};
+use crate::store::{Lane, ServerTime, StoreFuture};
+use crate::telemetry::Classes;
+
+/// It grants everything with tokens below what it has promised, and its clock jumps.
+#[derive(Default)]
+struct BadStore {
+    looks: AtomicU64,
+}
+
+fn done<T: Send + 'static>(value: T) -> StoreFuture<T> {
+    Box::pin(std::future::ready(Ok(value)))
+}
+
+fn answer<R>(ttl: Duration, reply: R) -> Answer<R> {
+    Answer {
+        sent_at: Moment::now(),
+        ttl,
+        floor: 1000,
+        reply,
+    }
+}
+
+impl LeaseStore for BadStore {
+    fn connect(&self) -> StoreFuture<()> {
+        done(())
+    }
+
+    fn acquire(&self, request: Acquire) -> StoreFuture<Answer<AcquireReply>> {
+        let reply = AcquireReply::Granted {
+            tokens: TokenBlock::ending_at(500, 1),
+            queued: 0,
+            extended: false,
+        };
+        done(answer(request.ttl, reply))
+    }
+
+    fn release(&self, _lane: Lane, request: Release) -> StoreFuture<Answer<ReleaseReply>> {
+        let reply = ReleaseReply {
+            held: true,
+            requeued: None,
+        };
+        done(answer(request.ttl, reply))
+    }
+
+    fn renew(&self, batch: Vec<Renewal>, _limit: Duration) -> StoreFuture<Vec<Option<RenewReply>>> {
+        done(vec![None; batch.len()])
+    }
+
+    fn inspect(&self, _key: LockKey) -> StoreFuture<Inspection> {
+        Box::pin(std::future::pending())
+    }
+
+    fn erase(&self) -> StoreFuture<u64> {
+        done(0)
+    }
+
+    fn server_time(&self) -> StoreFuture<Option<ServerTime>> {
+        let look = self.looks.fetch_add(1, Ordering::Relaxed);
+        let ours = Duration::from_nanos(Moment::now().as_nanos());
+        // An hour goes by between the second and the third look.
+        let ahead = Duration::from_secs(if look < 2 { 0 } else { 3600 });
+        done(Some(ServerTime {
+            since_epoch: Duration::from_secs(1_700_000_000) + ours + ahead,
+            connection: 0,
+        }))
+    }
+
+    fn listen(&self, _pushes: mpsc::UnboundedSender<Push>) -> Pin<Box<dyn Future<Output = ()> + Send>> {
+        Box::pin(std::future::pending())
+    }
+}
+
+fn bad_shard() -> (Arc<Shard>, mpsc::UnboundedReceiver<Job>) {
+    let (jobs, receiver) = mpsc::unbounded_channel();
+    let manager = Arc::new(ManagerMetrics::new(Classes::new("default", 1)));
+    let shard = Shard::new(Parts {
+        name: "bad".into(),
+        kind: "bad".into(),
+        store: Arc::new(BadStore::default()),
+        id: ManagerId::new(),
+        rules: Rules {
+            max_burst: 1,
+            max_slice: Duration::ZERO,
+            renew_fraction: 0.1,
+            flaw: None,
+        },
+        cycles: Arc::new(Cycles::default()),
+        limits: Limits {
+            waiters_per_key: 1,
+            waiters: 1,
+            keys: 1,
+        },
+        timeout: Duration::from_secs(1),
+        default_ttl: Duration::from_secs(1),
+        metrics: Arc::new(ShardMetrics::new("bad")),
+        class: Arc::clone(manager.classes.default_class()),
+        load: Arc::new(Load::default()),
+        manager,
+        hot: Arc::new(HotKeys::new(1)),
+        notices: Arc::new(Notices::new(None, None)),
+        jobs,
+    });
+    (shard, receiver)
+}
+
+#[tokio::test(start_paused = true)]
+async fn a_token_that_goes_back_is_refused_and_counted_and_a_clock_that_jumps_is_counted() {
+    let recorder = PrometheusBuilder::new().build_recorder();
+    let page = || recorder.handle().render();
+    let (shard, _jobs) = metrics::with_local_recorder(&recorder, bad_shard);
+    assert!(page().contains("shardlock_token_regressions_total{shard=\"bad\"} 0"));
+    assert!(page().contains("shardlock_server_clock_jumps_total{shard=\"bad\"} 0"));
+
+    let want = Want {
+        ttl: Duration::from_secs(1),
+        max_hold: None,
+        only_try: false,
+        expects_rivals: false,
+    };
+    let key = LockKey::new("k").unwrap();
+    let (entry, id, request) = shard.want(&key, want, Waker::noop(), Moment::now()).unwrap();
+    let mut next = request;
+    while let Some(request) = next {
+        next = entry.drive(request, Lane::Caller).await.next;
+    }
+    let asked = Asked {
+        at: Moment::now(),
+        caller: std::panic::Location::caller(),
+    };
+    let settled = entry.poll(id, Waker::noop(), asked);
+    let std::task::Poll::Ready(Settled::Failed(error)) = settled else {
+        panic!("{settled:?}")
+    };
+    assert!(
+        matches!(
+            *error,
+            LockError::TokenRegression {
+                token: 500,
+                floor: 1000,
+                ..
+            }
+        ),
+        "{error}"
+    );
+    assert!(
+        page().contains("shardlock_token_regressions_total{shard=\"bad\"} 1"),
+        "{}",
+        page()
+    );
+
+    let watching = tokio::spawn(server_clock::watch(Arc::clone(&shard)));
+    // Time is the test's: each look comes when nothing else is left to do.
+    while !page().contains("shardlock_server_clock_jumps_total{shard=\"bad\"} 1") {
+        assert!(!watching.is_finished());
+        tokio::time::sleep(Duration::from_secs(1)).await;
+    }
+    let drift = page();
+    let drift = drift
+        .lines()
+        .find(|line| line.starts_with("shardlock_server_clock_drift_seconds{"));
+    let drift: f64 = drift.unwrap().rsplit_once(' ').unwrap().1.parse().unwrap();
+    assert!((drift - 3600.0).abs() < 1.0, "{drift}");
+    watching.abort();
+}

@@ -1,0 +1,229 @@
+//! Metrics by class: what requests for locks came to.
+
+use std::sync::Arc;
+use std::time::Duration;
+
+use dashmap::DashMap;
+use metrics::{Histogram, counter, histogram};
+
+use super::table::{ACQUISITIONS, HOLD, WAIT};
+use super::tally::{Tally, Thinning};
+use crate::error::LockError;
+use crate::queue::Path;
+
+/// The class that counts everything beyond the limit of `max_classes`.
+const OTHER_CLASS: &str = "other";
+
+/// How a request ended.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(crate) enum Ending {
+    Acquired(Path),
+    Busy,
+    Timeout,
+    QueueFull,
+    Unavailable,
+    Refused,
+    Closed,
+    Cancelled,
+}
+
+impl Ending {
+    /// The place in [`ALL`](Self::ALL).
+    const fn index(self) -> usize {
+        match self {
+            Self::Acquired(Path::Uncontended) => 0,
+            Self::Acquired(Path::LocalHandOff) => 1,
+            Self::Acquired(Path::RemoteGrant) => 2,
+            Self::Busy => 3,
+            Self::Timeout => 4,
+            Self::QueueFull => 5,
+            Self::Unavailable => 6,
+            Self::Refused => 7,
+            Self::Closed => 8,
+            Self::Cancelled => 9,
+        }
+    }
+
+    const ALL: [Self; 10] = [
+        Self::Acquired(Path::Uncontended),
+        Self::Acquired(Path::LocalHandOff),
+        Self::Acquired(Path::RemoteGrant),
+        Self::Busy,
+        Self::Timeout,
+        Self::QueueFull,
+        Self::Unavailable,
+        Self::Refused,
+        Self::Closed,
+        Self::Cancelled,
+    ];
+
+    pub(crate) const fn of(error: &LockError) -> Self {
+        match error {
+            LockError::Timeout { .. } => Self::Timeout,
+            LockError::QueueFull { .. } | LockError::TooManyWaiters { .. } | LockError::TooManyKeys { .. } => {
+                Self::QueueFull
+            }
+            LockError::Unavailable { .. } => Self::Unavailable,
+            LockError::Closed => Self::Closed,
+            LockError::Invalid(_)
+            | LockError::Refused { .. }
+            | LockError::ShardMapMismatch { .. }
+            | LockError::Lost { .. }
+            | LockError::TokenRegression { .. } => Self::Refused,
+        }
+    }
+
+    const fn labels(self) -> (&'static str, &'static str) {
+        match self {
+            Self::Acquired(Path::Uncontended) => ("acquired", "uncontended"),
+            Self::Acquired(Path::LocalHandOff) => ("acquired", "local"),
+            Self::Acquired(Path::RemoteGrant) => ("acquired", "remote"),
+            Self::Busy => ("busy", "none"),
+            Self::Timeout => ("timeout", "none"),
+            Self::QueueFull => ("queue_full", "none"),
+            Self::Unavailable => ("unavailable", "none"),
+            Self::Refused => ("refused", "none"),
+            Self::Closed => ("closed", "none"),
+            Self::Cancelled => ("cancelled", "none"),
+        }
+    }
+}
+
+/// The metrics of one class of locks.
+#[derive(Debug)]
+pub(crate) struct ClassMetrics {
+    endings: [Tally; Ending::ALL.len()],
+    /// Of the locks that were acquired.
+    thinning: Thinning,
+    wait: Histogram,
+    hold: Histogram,
+}
+
+impl ClassMetrics {
+    pub(crate) fn new(class: &str) -> Self {
+        let class = class.to_owned();
+        Self {
+            endings: Ending::ALL.map(|ending| {
+                let (outcome, path) = ending.labels();
+                Tally::new(counter!(ACQUISITIONS, "class" => class.clone(), "outcome" => outcome, "path" => path))
+            }),
+            thinning: Thinning::default(),
+            wait: histogram!(WAIT, "class" => class.clone()),
+            hold: histogram!(HOLD, "class" => class),
+        }
+    }
+
+    pub(crate) fn ended(&self, ending: Ending) {
+        self.endings[ending.index()].add();
+    }
+
+    /// A lock was had. Says whether its times are among those that are recorded.
+    pub(crate) fn acquired(&self, path: Path, waited: Duration) -> bool {
+        let number = self.endings[Ending::Acquired(path).index()].add();
+        let is_recorded = self.thinning.takes(number);
+        if is_recorded {
+            self.wait.record(waited.as_secs_f64());
+        }
+        is_recorded
+    }
+
+    pub(crate) fn held(&self, time: Duration) {
+        self.hold.record(time.as_secs_f64());
+    }
+
+    fn tell(&self) {
+        self.endings.iter().for_each(Tally::tell);
+    }
+
+    fn adjust(&self, elapsed: Duration) {
+        let acquired = Ending::ALL.iter().zip(&self.endings);
+        let acquired = acquired.filter(|(ending, _)| matches!(ending, Ending::Acquired(_)));
+        self.thinning
+            .adjust(acquired.map(|(_, tally)| tally.count()).sum(), elapsed);
+    }
+}
+
+/// The classes of a manager; beyond the limit all share one.
+#[derive(Debug)]
+pub(crate) struct Classes {
+    known: DashMap<String, Arc<ClassMetrics>>,
+    max: usize,
+    default_name: String,
+    default: Arc<ClassMetrics>,
+    other: Arc<ClassMetrics>,
+}
+
+impl Classes {
+    pub(crate) fn new(default: &str, max: usize) -> Self {
+        Self {
+            known: DashMap::new(),
+            max,
+            default_name: default.to_owned(),
+            default: Arc::new(ClassMetrics::new(default)),
+            other: Arc::new(ClassMetrics::new(OTHER_CLASS)),
+        }
+    }
+
+    /// The metrics of requests that name no class.
+    pub(crate) const fn default_class(&self) -> &Arc<ClassMetrics> {
+        &self.default
+    }
+
+    /// Tells the recorder what is new.
+    pub(crate) fn tell(&self) {
+        self.each(ClassMetrics::tell);
+    }
+
+    /// Adjusts which times are recorded to how many there were in this time.
+    pub(crate) fn adjust(&self, elapsed: Duration) {
+        self.each(|class| class.adjust(elapsed));
+    }
+
+    fn each(&self, act: impl Fn(&ClassMetrics)) {
+        act(&self.default);
+        act(&self.other);
+        self.known.iter().for_each(|class| act(&class));
+    }
+
+    /// `None` for the default class, whose metrics every shard has.
+    pub(crate) fn get(&self, class: Option<&str>) -> Option<Arc<ClassMetrics>> {
+        let class = class.filter(|&class| class != self.default_name)?;
+        if let Some(known) = self.known.get(class) {
+            return Some(Arc::clone(&known));
+        }
+        if self.known.len() >= self.max {
+            return Some(Arc::clone(&self.other));
+        }
+        let entry = self
+            .known
+            .entry(class.to_owned())
+            .or_insert_with(|| Arc::new(ClassMetrics::new(class)));
+        Some(Arc::clone(&entry))
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn each_ending_has_its_place() {
+        for (place, ending) in Ending::ALL.into_iter().enumerate() {
+            assert_eq!(ending.index(), place, "{ending:?}");
+        }
+    }
+
+    #[test]
+    fn beyond_the_limit_all_classes_are_one() {
+        let classes = Classes::new("default", 2);
+        assert!(classes.get(None).is_none() && classes.get(Some("default")).is_none());
+        let first = classes.get(Some("a")).unwrap();
+        classes.get(Some("b")).unwrap();
+        for number in 0..1000 {
+            let beyond = classes.get(Some(&format!("c{number}"))).unwrap();
+            assert!(Arc::ptr_eq(&beyond, &classes.other));
+        }
+        assert!(Arc::ptr_eq(&first, &classes.get(Some("a")).unwrap()));
+        assert_eq!(classes.known.len(), 2);
+    }
+}

@@ -1,0 +1,64 @@
+//! Metrics of a manager as a whole.
+
+use std::time::Duration;
+
+use metrics::{Counter, Histogram, counter, histogram};
+
+use super::class::Classes;
+use super::table::{REJECTIONS, STALL, STALLS};
+use crate::error::LockError;
+
+/// A limit that a request was refused for.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(crate) enum Limit {
+    WaitersPerKey,
+    Waiters,
+    Keys,
+}
+
+impl Limit {
+    const ALL: [(Self, &'static str); 3] = [
+        (Self::WaitersPerKey, "max_waiters_per_key"),
+        (Self::Waiters, "max_waiters"),
+        (Self::Keys, "max_keys"),
+    ];
+
+    /// The limit that an error is about, if it is about one.
+    pub(crate) const fn of(error: &LockError) -> Option<Self> {
+        match error {
+            LockError::QueueFull { .. } => Some(Self::WaitersPerKey),
+            LockError::TooManyWaiters { .. } => Some(Self::Waiters),
+            LockError::TooManyKeys { .. } => Some(Self::Keys),
+            _ => None,
+        }
+    }
+}
+
+/// See the module.
+#[derive(Debug)]
+pub(crate) struct ManagerMetrics {
+    pub(crate) classes: Classes,
+    rejections: [Counter; Limit::ALL.len()],
+    stalls: Counter,
+    stall: Histogram,
+}
+
+impl ManagerMetrics {
+    pub(crate) fn new(classes: Classes) -> Self {
+        Self {
+            classes,
+            rejections: Limit::ALL.map(|(_, limit)| counter!(REJECTIONS, "limit" => limit)),
+            stalls: counter!(STALLS),
+            stall: histogram!(STALL),
+        }
+    }
+
+    pub(crate) fn rejected(&self, limit: Limit) {
+        self.rejections[limit as usize].increment(1);
+    }
+
+    pub(crate) fn stalled(&self, late: Duration) {
+        self.stalls.increment(1);
+        self.stall.record(late.as_secs_f64());
+    }
+}

@@ -1,0 +1,233 @@
+//! Metrics by shard.
+
+use std::sync::atomic::{AtomicBool, AtomicU64, AtomicUsize, Ordering};
+use std::time::Duration;
+
+use metrics::{Counter, Gauge, Histogram, counter, gauge, histogram};
+
+use super::table::{
+    ABANDONED, BATCH, BYPASS, CLOCK_DRIFT, CLOCK_JUMPS, CONNECTS, HAND_OFFS, LEASES, LOST, OLDEST_LEASE, OLDEST_WAITER,
+    RECONNECTS, RENEWAL_LAG, RENEWALS, REQUESTS, ROUND_TRIP, SHARD_UP, STALE_GRANTS, TOKEN_REGRESSIONS, VALIDITY_LEFT,
+    WAITERS,
+};
+use super::tally::{Measured, Tally};
+use crate::error::LossReason;
+use crate::heat::Times;
+use crate::queue::{Bound, Path};
+
+/// The kinds of requests to a store.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(crate) enum RequestKind {
+    AcquireFreely,
+    Acquire,
+    Try,
+    Release,
+    Requeue,
+    Renew,
+}
+
+impl RequestKind {
+    const ALL: [(Self, &'static str); 6] = [
+        (Self::AcquireFreely, "acquire_free"),
+        (Self::Acquire, "acquire"),
+        (Self::Try, "try"),
+        (Self::Release, "release"),
+        (Self::Requeue, "requeue"),
+        (Self::Renew, "renew"),
+    ];
+
+    /// The word for it in errors.
+    pub(crate) const fn step(self) -> &'static str {
+        match self {
+            Self::AcquireFreely | Self::Acquire | Self::Try => "acquire",
+            Self::Release | Self::Requeue => "release",
+            Self::Renew => "renew",
+        }
+    }
+}
+
+/// The metrics of one shard.
+#[derive(Debug)]
+pub(crate) struct ShardMetrics {
+    pub(crate) renewed: Counter,
+    pub(crate) renewed_not_ours: Counter,
+    pub(crate) renewal_failed: Counter,
+    pub(crate) renewal_lag: Histogram,
+    pub(crate) connects: Counter,
+    pub(crate) subscriptions: Counter,
+    pub(crate) reconnects: Counter,
+    pub(crate) token_regressions: Counter,
+    pub(crate) stale_grants: Counter,
+    pub(crate) abandoned: Counter,
+    batches: Measured,
+    pub(crate) validity_left: Histogram,
+    pub(crate) clock_jumps: Counter,
+    pub(crate) clock_drift: Gauge,
+    pub(crate) oldest_lease: Gauge,
+    pub(crate) oldest_waiter: Gauge,
+    waiting: AtomicUsize,
+    waiters: Gauge,
+    held: AtomicUsize,
+    leases: Gauge,
+    uncontended: AtomicU64,
+    local: Tally,
+    remote: Tally,
+    bypass: [Counter; Bound::ALL.len()],
+    lost: [Counter; LossReason::ALL.len()],
+    requests: [RequestMetrics; RequestKind::ALL.len()],
+    /// Of all requests, for who asks the manager itself.
+    round_trips: Times,
+    is_up: AtomicBool,
+    up: Gauge,
+}
+
+#[derive(Debug)]
+struct RequestMetrics {
+    answered: Measured,
+    failed: Counter,
+}
+
+impl ShardMetrics {
+    pub(crate) fn new(shard: &str) -> Self {
+        let shard = || shard.to_owned();
+        let lost = |reason: LossReason| counter!(LOST, "shard" => shard(), "reason" => reason.as_str());
+        Self {
+            waiting: AtomicUsize::new(0),
+            waiters: gauge!(WAITERS, "shard" => shard()),
+            held: AtomicUsize::new(0),
+            leases: gauge!(LEASES, "shard" => shard()),
+            oldest_lease: gauge!(OLDEST_LEASE, "shard" => shard()),
+            oldest_waiter: gauge!(OLDEST_WAITER, "shard" => shard()),
+            uncontended: AtomicU64::new(0),
+            local: Tally::new(counter!(HAND_OFFS, "shard" => shard(), "kind" => "local")),
+            remote: Tally::new(counter!(HAND_OFFS, "shard" => shard(), "kind" => "remote")),
+            // What counts them is of use to nobody but the thinning.
+            batches: Measured::new(Counter::noop(), histogram!(BATCH, "shard" => shard())),
+            bypass: Bound::ALL.map(|bound| counter!(BYPASS, "shard" => shard(), "limit" => bound.as_str())),
+            lost: LossReason::ALL.map(lost),
+            validity_left: histogram!(VALIDITY_LEFT, "shard" => shard()),
+            renewed: counter!(RENEWALS, "shard" => shard(), "outcome" => "extended"),
+            renewed_not_ours: counter!(RENEWALS, "shard" => shard(), "outcome" => "not_ours"),
+            renewal_failed: counter!(RENEWALS, "shard" => shard(), "outcome" => "failed"),
+            renewal_lag: histogram!(RENEWAL_LAG, "shard" => shard()),
+            connects: counter!(CONNECTS, "shard" => shard(), "kind" => "command"),
+            subscriptions: counter!(CONNECTS, "shard" => shard(), "kind" => "subscription"),
+            reconnects: counter!(RECONNECTS, "shard" => shard()),
+            token_regressions: counter!(TOKEN_REGRESSIONS, "shard" => shard()),
+            stale_grants: counter!(STALE_GRANTS, "shard" => shard()),
+            abandoned: counter!(ABANDONED, "shard" => shard()),
+            clock_jumps: counter!(CLOCK_JUMPS, "shard" => shard()),
+            clock_drift: gauge!(CLOCK_DRIFT, "shard" => shard()),
+            requests: RequestKind::ALL.map(|(_, request)| {
+                let requests =
+                    |outcome| counter!(REQUESTS, "shard" => shard(), "request" => request, "outcome" => outcome);
+                let round_trip = histogram!(ROUND_TRIP, "shard" => shard(), "request" => request);
+                RequestMetrics {
+                    answered: Measured::new(requests("answered"), round_trip),
+                    failed: requests("failed"),
+                }
+            }),
+            round_trips: Times::default(),
+            is_up: AtomicBool::new(false),
+            up: gauge!(SHARD_UP, "shard" => shard()),
+        }
+    }
+
+    pub(crate) fn waiter_came(&self) {
+        self.waiting.fetch_add(1, Ordering::Relaxed);
+    }
+
+    pub(crate) fn waiter_went(&self) {
+        self.waiting.fetch_sub(1, Ordering::Relaxed);
+    }
+
+    pub(crate) fn lease_came(&self) {
+        self.held.fetch_add(1, Ordering::Relaxed);
+    }
+
+    pub(crate) fn lease_went(&self) {
+        self.held.fetch_sub(1, Ordering::Relaxed);
+    }
+
+    pub(crate) fn waiters(&self) -> usize {
+        self.waiting.load(Ordering::Relaxed)
+    }
+
+    pub(crate) fn leases(&self) -> usize {
+        self.held.load(Ordering::Relaxed)
+    }
+
+    pub(crate) fn lost(&self, reason: LossReason) {
+        if let Some(index) = LossReason::ALL.iter().position(|&known| known == reason) {
+            self.lost[index].increment(1);
+        }
+    }
+
+    /// A lease was given back after it served so many guards.
+    pub(crate) fn served(&self, guards: u32) {
+        self.batches.add(f64::from(guards));
+    }
+
+    pub(crate) fn yielded(&self, bound: Bound) {
+        self.bypass[bound as usize].increment(1);
+    }
+
+    pub(crate) fn request(&self, kind: RequestKind, took: Duration, answered: bool) {
+        let request = &self.requests[kind as usize];
+        if answered {
+            request.answered.add(took.as_secs_f64());
+            self.round_trips.add(took);
+        } else {
+            request.failed.increment(1);
+        }
+    }
+
+    /// Whether the last request was answered.
+    pub(crate) fn is_up(&self) -> bool {
+        self.is_up.load(Ordering::Relaxed)
+    }
+
+    pub(crate) fn set_up(&self, up: bool) {
+        // Reading first keeps the cache line with everybody, since it seldom changes.
+        if self.is_up() != up {
+            self.is_up.store(up, Ordering::Relaxed);
+            self.up.set(if up { 1.0 } else { 0.0 });
+        }
+    }
+
+    pub(crate) fn acquired(&self, path: Path) {
+        match path {
+            Path::Uncontended => self.uncontended.fetch_add(1, Ordering::Relaxed),
+            Path::LocalHandOff => self.local.add(),
+            Path::RemoteGrant => self.remote.add(),
+        };
+    }
+
+    /// How many locks were had: all, by local hand-off, by remote grant.
+    pub(crate) fn acquisitions(&self) -> [u64; 3] {
+        let (local, remote) = (self.local.count(), self.remote.count());
+        [self.uncontended.load(Ordering::Relaxed) + local + remote, local, remote]
+    }
+
+    /// The times of round trips to the store: the median and the 99th percentile.
+    pub(crate) fn round_trips(&self) -> [Duration; 2] {
+        [self.round_trips.quantile(0.5), self.round_trips.quantile(0.99)]
+    }
+
+    /// Tells the recorder what is new.
+    pub(crate) fn tell(&self) {
+        self.local.tell();
+        self.remote.tell();
+        self.requests.iter().for_each(|request| request.answered.tell());
+        self.waiters.set(self.waiters() as f64);
+        self.leases.set(self.leases() as f64);
+    }
+
+    /// Adjusts which times are recorded to how many there were in this time.
+    pub(crate) fn adjust(&self, elapsed: Duration) {
+        self.requests
+            .iter()
+            .for_each(|request| request.answered.adjust(elapsed));
+        self.batches.adjust(elapsed);
+    }
+}

@@ -1,0 +1,343 @@
+//! The admin endpoint: what it shows, and what it bears.
+
+// A test is over when its surroundings fail.
+#![allow(clippy::expect_used, clippy::panic, clippy::unwrap_used)]
+
+mod support;
+mod support_locks;
+
+use std::future::IntoFuture;
+use std::io::{Read, Write};
+use std::net::{SocketAddr, TcpStream};
+use std::time::{Duration, Instant};
+
+use serde_json::Value;
+use shardlock::admin::{Admin, AdminError, AdminServer};
+use shardlock::{Builder, LockManager};
+use support::{PATIENCE, RedisServer, wait_until};
+use support_locks::{lock, poll_once};
+
+/// An endpoint on a free port for a manager of these settings. What it renders of its own is the test's.
+async fn serve(builder: Builder) -> (LockManager, AdminServer) {
+    let admin = Admin::bind_with(([127, 0, 0, 1], 0).into(), || "# of the recorder\n".to_owned()).unwrap();
+    let locks = builder.connect().await.unwrap();
+    let server = admin.serve(&locks).unwrap();
+    (locks, server)
+}
+
+/// Says these bytes and gives all that comes back.
+fn say(address: SocketAddr, bytes: &[u8]) -> String {
+    let mut stream = TcpStream::connect(address).unwrap();
+    stream.set_read_timeout(Some(PATIENCE)).unwrap();
+    // The server may close before it has read all.
+    stream.write_all(bytes).ok();
+    let mut answer = Vec::new();
+    stream.read_to_end(&mut answer).ok();
+    String::from_utf8(answer).unwrap()
+}
+
+/// The status and the body of a page.
+fn get(address: SocketAddr, path: &str) -> (u16, String) {
+    let answer = say(
+        address,
+        format!("GET {path} HTTP/1.1\r\nHost: {address}\r\n\r\n").as_bytes(),
+    );
+    let (head, body) = answer
+        .split_once("\r\n\r\n")
+        .unwrap_or_else(|| panic!("no page: {answer:?}"));
+    let status = head.split(' ').nth(1).unwrap().parse().unwrap();
+    (status, body.to_owned())
+}
+
+fn json(address: SocketAddr, path: &str) -> Value {
+    let (status, body) = get(address, path);
+    assert_eq!(status, 200, "{path}: {body}");
+    serde_json::from_str(&body).unwrap_or_else(|error| panic!("{path}: {error}: {body}"))
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn readiness_follows_the_shards_and_health_does_not() {
+    let (one, two) = (RedisServer::start(), RedisServer::start());
+    let builder = LockManager::builder()
+        .named_shard("one", one.url())
+        .named_shard("two", two.url());
+    let (locks, admin) = serve(builder).await;
+    let (status, body) = get(admin.address(), "/readyz");
+    assert_eq!(status, 200, "{body}");
+    let ready: Value = serde_json::from_str(&body).unwrap();
+    let both_up =
+        serde_json::json!({"ready": true, "shards": [{"name": "one", "up": true}, {"name": "two", "up": true}]});
+    assert_eq!(ready, both_up);
+    two.kill();
+    let mut body = String::new();
+    wait_until("a dead shard is told", PATIENCE, || {
+        let (status, said) = get(admin.address(), "/readyz");
+        body = said;
+        status == 503
+    });
+    let ready: Value = serde_json::from_str(&body).unwrap();
+    assert_eq!(ready["ready"], false);
+    assert_eq!(ready["shards"][0]["up"], true);
+    assert_eq!(ready["shards"][1]["up"], false);
+    assert_eq!(get(admin.address(), "/healthz"), (200, "ok".to_owned()));
+    two.restart();
+    wait_until("it is back", PATIENCE, || get(admin.address(), "/readyz").0 == 200);
+    locks.shutdown().await;
+    assert_eq!(get(admin.address(), "/readyz").0, 503);
+    drop(locks);
+    wait_until("the endpoint does not keep the manager", PATIENCE, || {
+        get(admin.address(), "/held").0 == 503
+    });
+    assert_eq!(get(admin.address(), "/healthz").0, 200);
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn what_is_held_is_shown_oldest_first_with_its_place_and_what_waits() {
+    let (locks, admin) = serve(LockManager::builder().named_shard("m", "memory://admin-held")).await;
+    let line = line!() + 1;
+    let old = locks.lock("old").await.unwrap();
+    let young = lock(&locks, "young \"quoted\"").await;
+    let mut waiting = Box::pin(locks.lock("old").into_future());
+    assert!(poll_once(&mut waiting).is_none());
+    let held = json(admin.address(), "/held");
+    assert_eq!(held["total"], 2);
+    let (first, second) = (&held["held"][0], &held["held"][1]);
+    assert_eq!(
+        (&first["key"], &second["key"]),
+        (&"old".into(), &"young \"quoted\"".into())
+    );
+    assert_eq!(first["token"], old.token().get());
+    assert_eq!(first["owner"], old.owner());
+    assert_eq!(
+        (&first["shard"], &first["waiters"], &second["waiters"]),
+        (&"m".into(), &1.into(), &0.into())
+    );
+    assert!(first["age_ms"].as_f64().unwrap() >= second["age_ms"].as_f64().unwrap());
+    assert!(first["remaining_ms"].as_f64().unwrap() > 1000.0);
+    let place = first["caller"].as_str().unwrap();
+    assert!(place.starts_with(&format!("tests/admin.rs:{line}:")), "{place}");
+    assert_eq!(locks.held().len(), 2);
+    drop(waiting);
+    old.release().await.unwrap();
+    young.release().await.unwrap();
+    assert_eq!(
+        json(admin.address(), "/held"),
+        serde_json::json!({"total": 0, "held": []})
+    );
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn the_truly_hot_keys_are_shown_among_many_and_uncontended_ones_never() {
+    let builder = LockManager::builder()
+        .named_shard("m", "memory://admin-hot")
+        .hot_keys(8)
+        .hot_key_metrics(true);
+    let (locks, admin) = serve(builder).await;
+    for number in 0..500 {
+        lock(&locks, &format!("cold-{number}")).await.release().await.unwrap();
+    }
+    assert_eq!(json(admin.address(), "/hot"), serde_json::json!({"keys": [], "k": 8}));
+    // A hundred keys are contended once each, two of them often.
+    for number in 0..100 {
+        let key = format!("warm-{number}");
+        let guard = lock(&locks, &key).await;
+        assert!(locks.try_lock(&key).await.unwrap().is_none());
+        guard.release().await.unwrap();
+    }
+    for (key, tries) in [("hot", 300), ("hotter", 700)] {
+        let guard = lock(&locks, key).await;
+        for _ in 0..tries {
+            assert!(locks.try_lock(key).await.unwrap().is_none());
+        }
+        guard.release().await.unwrap();
+    }
+    let guard = lock(&locks, "hot").await;
+    let mut waiting = Box::pin(locks.lock("hot").into_future());
+    assert!(poll_once(&mut waiting).is_none());
+    let start = Instant::now();
+    wait_until("the wait is long", PATIENCE, || {
+        start.elapsed() > Duration::from_millis(100)
+    });
+    guard.release().await.unwrap();
+    let guard = waiting.await.unwrap();
+    let mut waiting = Box::pin(locks.lock("hot").into_future());
+    assert!(poll_once(&mut waiting).is_none());
+
+    let hot = json(admin.address(), "/hot");
+    let keys = hot["keys"].as_array().unwrap();
+    assert_eq!(keys.len(), 8);
+    for (key, name, truth) in [(&keys[0], "hotter", 700), (&keys[1], "hot", 301)] {
+        assert_eq!(key["key"], name);
+        let (contended, error) = (key["contended"].as_u64().unwrap(), key["error"].as_u64().unwrap());
+        assert!(contended >= truth && contended - error <= truth, "{key}");
+    }
+    let hot = &keys[1];
+    assert_eq!(
+        (&hot["shard"], &hot["waiters"], &hot["acquired"]),
+        (&"m".into(), &1.into(), &1.into())
+    );
+    assert_eq!(hot["holder"]["token"], guard.token().get());
+    let wait = |part: &str| hot["wait_ms"][part].as_f64().unwrap();
+    assert!(
+        wait("max") >= 100.0 && wait("p99") <= wait("max") && wait("p50") >= 50.0,
+        "{hot}"
+    );
+    assert_eq!(keys[0]["holder"], Value::Null);
+
+    let (_, page) = get(admin.address(), "/metrics");
+    let series: Vec<_> = page
+        .lines()
+        .filter(|line| line.starts_with("shardlock_hot_key_contention{"))
+        .collect();
+    assert_eq!(series.len(), 8, "{page}");
+    assert!(
+        series[0].starts_with("shardlock_hot_key_contention{key=\"hotter\",shard=\"m\"} "),
+        "{page}"
+    );
+    drop(waiting);
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn the_shards_are_shown_with_their_figures_and_without_addresses() {
+    let server = RedisServer::start_with(&["--requirepass", "s3cret"]);
+    let url = format!("redis://:s3cret@{}", server.address());
+    let builder = LockManager::builder()
+        .named_shard("one", &url)
+        .named_shard("m", "memory://admin-shards");
+    let (locks, admin) = serve(builder).await;
+    for number in 0..50 {
+        lock(&locks, &number.to_string()).await.release().await.unwrap();
+    }
+    let shards = json(admin.address(), "/shards");
+    assert_eq!(shards["manager"], locks.id());
+    assert!(shards["uptime_s"].as_f64().unwrap() >= 0.0);
+    let (one, memory) = (&shards["shards"][0], &shards["shards"][1]);
+    assert_eq!(
+        (&one["name"], &one["kind"], &one["up"]),
+        (&"one".into(), &"redis".into(), &true.into())
+    );
+    assert_eq!((&memory["name"], &memory["kind"]), (&"m".into(), &"memory".into()));
+    let acquired = |shard: &Value| shard["acquired"].as_u64().unwrap();
+    assert_eq!(acquired(one) + acquired(memory), 50);
+    assert!(acquired(one) > 0 && one["round_trip_ms"]["p99"].as_f64().unwrap() > 0.0);
+    let guard = lock(&locks, "k").await;
+    for path in ["/metrics", "/readyz", "/hot", "/held", "/shards", "/nothing"] {
+        let (_, body) = get(admin.address(), path);
+        assert!(
+            !body.contains("s3cret") && !body.contains(&server.port().to_string()),
+            "{path}: {body}"
+        );
+    }
+    guard.release().await.unwrap();
+}
+
+#[tokio::test]
+async fn only_reading_is_answered_and_only_for_names_of_this_machine() {
+    let (_locks, admin) = serve(LockManager::builder().shard("memory://admin-limits")).await;
+    let address = admin.address();
+    let status = |request: &str| {
+        say(address, request.as_bytes())
+            .lines()
+            .next()
+            .unwrap_or_default()
+            .to_owned()
+    };
+    assert_eq!(
+        status("GET /nothing HTTP/1.1\r\nHost: localhost\r\n\r\n"),
+        "HTTP/1.1 404 Not Found"
+    );
+    assert_eq!(
+        status("POST /held HTTP/1.1\r\nHost: localhost\r\nContent-Length: 0\r\n\r\n"),
+        "HTTP/1.1 405 Method Not Allowed"
+    );
+    assert_eq!(
+        status("GET /held HTTP/1.1\r\nHost: evil.example:9187\r\n\r\n"),
+        "HTTP/1.1 403 Forbidden"
+    );
+    assert_eq!(
+        status("GET /held HTTP/1.1\r\nHost: LOCALHOST:9187\r\n\r\n"),
+        "HTTP/1.1 200 OK"
+    );
+    assert_eq!(
+        status("GET /held HTTP/1.1\r\nHost: [::1]:9187\r\n\r\n"),
+        "HTTP/1.1 200 OK"
+    );
+    assert_eq!(status("GET /held?a=b HTTP/1.0\r\n\r\n"), "HTTP/1.0 200 OK");
+    let head = say(address, b"HEAD /healthz HTTP/1.1\r\nHost: localhost\r\n\r\n");
+    assert!(head.starts_with("HTTP/1.1 200") && head.ends_with("\r\n\r\n"), "{head}");
+    // What is no request, or too much of one, ends.
+    assert!(!status("nonsense\r\n\r\n").contains("200"));
+    let large = format!(
+        "GET /healthz HTTP/1.1\r\nHost: localhost\r\nX: {}\r\n\r\n",
+        "x".repeat(100_000)
+    );
+    assert!(!status(&large).contains("200"));
+    let many = format!(
+        "GET /healthz HTTP/1.1\r\nHost: localhost\r\n{}\r\n",
+        "X: y\r\n".repeat(200)
+    );
+    assert!(!status(&many).contains("200"));
+    assert_eq!(get(address, "/healthz").0, 200);
+}
+
+#[tokio::test]
+async fn connections_that_say_nothing_do_not_keep_others_out_for_long() {
+    let (_locks, admin) = serve(LockManager::builder().shard("memory://admin-idle")).await;
+    let idle: Vec<_> = (0..40).map(|_| TcpStream::connect(admin.address()).unwrap()).collect();
+    // They are ended after five seconds, 32 at a time.
+    assert_eq!(get(admin.address(), "/healthz").0, 200);
+    drop(idle);
+}
+
+#[tokio::test]
+async fn an_address_that_is_taken_is_a_clear_error_and_a_dropped_endpoint_gives_it_back() {
+    let (locks, admin) = serve(LockManager::builder().shard("memory://admin-address")).await;
+    let address = admin.address();
+    let error = Admin::bind_with(address, String::new).unwrap_err();
+    assert!(
+        matches!(error, AdminError::Bind { .. }) && error.to_string().contains(&address.to_string()),
+        "{error}"
+    );
+    drop(admin);
+    wait_until("the address is free", PATIENCE, || {
+        Admin::bind_with(address, String::new).is_ok()
+    });
+    drop(locks);
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn the_recorder_that_it_installs_has_all_metrics_with_buckets_and_help() {
+    let admin = Admin::bind(([127, 0, 0, 1], 0).into()).unwrap();
+    // There is one recorder in a process.
+    assert!(matches!(
+        Admin::bind(([127, 0, 0, 1], 0).into()),
+        Err(AdminError::RecorderTaken)
+    ));
+    let locks = LockManager::connect("memory://admin-metrics").await.unwrap();
+    let server = admin.serve(&locks).unwrap();
+    lock(&locks, "k").await.release().await.unwrap();
+    let (status, page) = get(server.address(), "/metrics");
+    assert_eq!(status, 200);
+    for metric in shardlock::METRICS
+        .iter()
+        .filter(|metric| !metric.labels.contains(&"key"))
+    {
+        assert!(
+            page.contains(&format!("# HELP {} {}", metric.name, metric.meaning)),
+            "{}",
+            metric.name
+        );
+        if let Some(last) = metric.buckets().last() {
+            let bucket = format!("le=\"{last}\"");
+            let name = format!("{}_bucket{{", metric.name);
+            assert!(
+                page.lines()
+                    .any(|line| line.starts_with(&name) && line.contains(&bucket)),
+                "{name} {bucket}"
+            );
+        }
+    }
+    // Told before the page is made, not a beat later.
+    let acquired = "shardlock_acquisitions_total{class=\"default\",outcome=\"acquired\",path=\"uncontended\"} 1";
+    assert!(page.contains(acquired), "{page}");
+}

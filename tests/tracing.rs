@@ -1,0 +1,273 @@
+//! Spans and what is logged of slow waits and long holds.
+
+// A test is over when its surroundings fail.
+#![allow(clippy::expect_used, clippy::panic, clippy::unwrap_used)]
+
+mod support;
+mod support_locks;
+
+use std::fmt::Debug;
+use std::future::IntoFuture;
+use std::sync::Arc;
+use std::sync::atomic::{AtomicU64, Ordering};
+use std::time::Duration;
+
+use parking_lot::Mutex;
+use shardlock::{LockError, LockManager};
+use support::{PATIENCE, RedisServer, eventually};
+use support_locks::{lock, until_queued};
+use tracing::field::{Field, Visit};
+use tracing::level_filters::LevelFilter;
+use tracing::span::{Attributes, Id, Record};
+use tracing::{Event, Metadata, Subscriber};
+
+/// Keeps what it is told, as text.
+#[derive(Clone)]
+struct Listener {
+    level: LevelFilter,
+    next: Arc<AtomicU64>,
+    said: Arc<Mutex<Vec<String>>>,
+    open: Arc<Mutex<Vec<(u64, String, usize)>>>,
+}
+
+struct Text(String);
+
+impl Visit for Text {
+    fn record_debug(&mut self, field: &Field, value: &dyn Debug) {
+        self.0.push_str(&format!(" {}={value:?}", field.name()));
+    }
+}
+
+impl Listener {
+    fn new(level: LevelFilter) -> Self {
+        Self {
+            level,
+            next: Arc::new(AtomicU64::new(1)),
+            said: Arc::default(),
+            open: Arc::default(),
+        }
+    }
+
+    fn lines(&self, part: &str) -> Vec<String> {
+        self.said
+            .lock()
+            .iter()
+            .filter(|line| line.contains(part))
+            .cloned()
+            .collect()
+    }
+}
+
+impl Subscriber for Listener {
+    fn enabled(&self, metadata: &Metadata<'_>) -> bool {
+        metadata.target().starts_with("shardlock") && *metadata.level() <= self.level
+    }
+
+    fn max_level_hint(&self) -> Option<LevelFilter> {
+        Some(self.level)
+    }
+
+    fn new_span(&self, span: &Attributes<'_>) -> Id {
+        let mut text = Text(String::new());
+        span.record(&mut text);
+        let id = self.next.fetch_add(1, Ordering::Relaxed);
+        let name = span.metadata().name().to_owned();
+        self.said.lock().push(format!("span {name}{}", text.0));
+        self.open.lock().push((id, name, 1));
+        Id::from_u64(id)
+    }
+
+    fn record(&self, _: &Id, _: &Record<'_>) {}
+    fn record_follows_from(&self, _: &Id, _: &Id) {}
+
+    fn event(&self, event: &Event<'_>) {
+        let mut text = Text(String::new());
+        event.record(&mut text);
+        self.said.lock().push(format!("{}{}", event.metadata().level(), text.0));
+    }
+
+    fn enter(&self, _: &Id) {}
+    fn exit(&self, _: &Id) {}
+
+    fn clone_span(&self, id: &Id) -> Id {
+        if let Some(span) = self.open.lock().iter_mut().find(|span| span.0 == id.into_u64()) {
+            span.2 += 1;
+        }
+        id.clone()
+    }
+
+    fn try_close(&self, id: Id) -> bool {
+        let mut open = self.open.lock();
+        let Some(index) = open.iter().position(|span| span.0 == id.into_u64()) else {
+            return false;
+        };
+        open[index].2 -= 1;
+        let is_over = open[index].2 == 0;
+        if is_over {
+            let (_, name, _) = open.remove(index);
+            self.said.lock().push(format!("end of {name}"));
+        }
+        is_over
+    }
+}
+
+/// One listener for the process, since the background thread of a manager hears only that one; tests tell their lines apart by their keys and shards.
+fn listener() -> &'static Listener {
+    static LISTENER: std::sync::OnceLock<Listener> = std::sync::OnceLock::new();
+    LISTENER.get_or_init(|| {
+        let listener = Listener::new(LevelFilter::DEBUG);
+        tracing::subscriber::set_global_default(listener.clone()).expect("no other");
+        listener
+    })
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn acquiring_holding_and_renewing_are_spans() {
+    let listener = listener();
+    let locks = LockManager::builder()
+        .named_shard("spans", "memory://tracing-spans")
+        .ttl(Duration::from_millis(100));
+    let locks = locks.connect().await.unwrap();
+    let guard = lock(&locks, "in-a-span").await;
+    let token = guard.token();
+    assert_eq!(
+        listener.lines("span acquire key=in-a-span"),
+        ["span acquire key=in-a-span only_try=false"]
+    );
+    assert_eq!(
+        listener.lines("span hold key=in-a-span"),
+        [format!("span hold key=in-a-span shard=spans token={token}")]
+    );
+    eventually("it is renewed", PATIENCE, || {
+        !listener.lines("span renew shard=spans leases=1").is_empty()
+    })
+    .await;
+    guard.release().await.unwrap();
+    let ended = |name: &str| !listener.lines(&format!("end of {name}")).is_empty();
+    eventually("all have ended", PATIENCE, || {
+        ["acquire", "hold", "renew"].into_iter().all(ended)
+    })
+    .await;
+}
+
+#[test]
+fn no_key_is_told_above_debug() {
+    let listener = Listener::new(LevelFilter::INFO);
+    let runtime = tokio::runtime::Builder::new_current_thread()
+        .enable_all()
+        .build()
+        .unwrap();
+    tracing::subscriber::with_default(listener.clone(), || {
+        runtime.block_on(async {
+            let locks = LockManager::builder()
+                .shard("memory://tracing-quiet")
+                .slow_wait(Duration::from_millis(1));
+            let locks = locks.connect().await.unwrap();
+            let guard = lock(&locks, "secret-key").await;
+            let error = locks
+                .lock("secret-key")
+                .timeout(Duration::from_millis(20))
+                .await
+                .unwrap_err();
+            assert!(error.is_timeout());
+            guard.release().await.unwrap();
+        });
+    });
+    let said = listener.said.lock();
+    assert_eq!(said.len(), 1, "{said:?}");
+    assert!(
+        said[0].starts_with("WARN") && !said[0].contains("secret-key"),
+        "{said:?}"
+    );
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn a_slow_wait_is_logged_with_its_place_and_seldom() {
+    let listener = listener();
+    let server = RedisServer::start();
+    let locks = LockManager::builder()
+        .named_shard("slow", server.url())
+        .slow_wait(Duration::from_millis(30));
+    let locks = locks.connect().await.unwrap();
+    let warnings = || {
+        // On a loaded machine the lock that nobody holds may be slow as well.
+        let mut warnings = listener.lines("WARN message=a lock was waited for long shard=slow");
+        warnings.retain(|line| line.contains("caller=tests/tracing.rs:"));
+        warnings
+    };
+    let guard = lock(&locks, "slow-wait").await;
+    let line = line!() + 2;
+    for _ in 0..20 {
+        let waited = locks.lock("slow-wait").timeout(Duration::from_millis(40)).await;
+        assert!(matches!(waited, Err(LockError::Timeout { .. })));
+    }
+    let warned = warnings();
+    assert_eq!(warned.len(), 1, "{warned:?}");
+    assert!(
+        warned[0].contains(&format!("caller=tests/tracing.rs:{line}:")),
+        "{warned:?}"
+    );
+    assert!(
+        warned[0].contains("held_back=0") && !warned[0].contains("slow-wait"),
+        "{warned:?}"
+    );
+    // Another place is told apart. This one gets its lock in the end, from another manager.
+    let other = LockManager::builder()
+        .named_shard("slow", server.url())
+        .slow_wait(Duration::from_millis(30));
+    let other = other.connect().await.unwrap();
+    let waiting = tokio::spawn(async move { other.with_lock("slow-wait", async |_| ()).await });
+    until_queued(&locks, "slow-wait", 1).await;
+    tokio::time::sleep(Duration::from_millis(40)).await;
+    guard.release().await.unwrap();
+    waiting.await.unwrap().unwrap();
+    let warned = warnings();
+    assert_eq!(warned.len(), 2, "{warned:?}");
+    assert!(
+        warned[1].contains("acquired") && warned[1].contains("caller=tests/tracing.rs:"),
+        "{warned:?}"
+    );
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn a_slow_wait_that_is_cancelled_is_logged_too() {
+    let listener = listener();
+    let locks = LockManager::builder()
+        .named_shard("cancelled", "memory://tracing-cancelled")
+        .slow_wait(Duration::from_millis(1));
+    let locks = locks.connect().await.unwrap();
+    let guard = lock(&locks, "k").await;
+    let waited = tokio::time::timeout(Duration::from_millis(20), locks.lock("k").into_future()).await;
+    assert!(waited.is_err());
+    let warned = listener.lines("WARN message=a lock was waited for long shard=cancelled caller=tests/tracing.rs:");
+    assert!(
+        warned.len() == 1 && warned[0].contains("outcome=\"cancelled\""),
+        "{warned:?}"
+    );
+    guard.release().await.unwrap();
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn a_long_hold_is_told_while_it_lasts() {
+    let listener = listener();
+    let locks = LockManager::builder()
+        .named_shard("long", "memory://tracing-long")
+        .long_hold(Duration::from_millis(50));
+    let locks = locks.connect().await.unwrap();
+    let line = line!() + 1;
+    let guard = locks.lock("long-hold").await.unwrap();
+    let warned = || listener.lines("WARN message=a lock is held for long, and still is shard=long");
+    eventually("it is told", PATIENCE, || !warned().is_empty()).await;
+    assert!(guard.is_valid());
+    assert!(
+        warned()[0].contains(&format!("caller=tests/tracing.rs:{line}:")),
+        "{:?}",
+        warned()
+    );
+    assert!(
+        !listener
+            .lines("DEBUG message=the lock that is held for long key=long-hold")
+            .is_empty()
+    );
+    guard.release().await.unwrap();
+}
