@@ -12,12 +12,13 @@ demo: cargo ## Show workers of several processes fighting over the same keys on 
 	@$(with_server) cargo run --release --locked --features cli -- demo
 
 test: cargo protoc ## Run all tests, against real servers.
-	@server=$$(scripts/ensure-server) && etcd=$$(scripts/ensure-etcd) && \
-	SHARDLOCK_REDIS_SERVER=$$server SHARDLOCK_ETCD_SERVER=$$etcd cargo test --locked --all-features --no-fail-fast
+	@server=$$(scripts/ensure-server) && etcd=$$(scripts/ensure-etcd) && prometheus=$$(scripts/ensure-prometheus) && \
+	SHARDLOCK_REDIS_SERVER=$$server SHARDLOCK_ETCD_SERVER=$$etcd SHARDLOCK_PROMETHEUS=$$prometheus cargo test --locked --all-features --no-fail-fast
 
 # TESTS chooses among them, as in TESTS="--test basics --test order".
 test-servers: cargo protoc ## Run all tests against each server: the default, Valkey 9, Redis 8.
-	@etcd=$$(scripts/ensure-etcd) && export SHARDLOCK_ETCD_SERVER=$$etcd; failed=; for server in "" valkey redis8; do \
+	@etcd=$$(scripts/ensure-etcd) && prometheus=$$(scripts/ensure-prometheus) || exit; \
+	export SHARDLOCK_ETCD_SERVER=$$etcd SHARDLOCK_PROMETHEUS=$$prometheus; failed=; for server in "" valkey redis8; do \
 		name=$${server:-default}; \
 		path=$$(scripts/ensure-server $$server) || { failed="$$failed $$name (not to be had)"; continue; }; \
 		echo "== $$name: $$("$$path" --version)"; \

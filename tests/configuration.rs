@@ -165,6 +165,8 @@ fn variables_of_others_are_passed_over() {
         "SHARDLOCK_METRICS",
         "SHARDLOCK_REDIS_SERVER",
         "SHARDLOCK_ETCD_SERVER",
+        "SHARDLOCK_PROMETHEUS",
+        "SHARDLOCK_PYTHON",
         "SHARDLOCKS",
         "TTL",
         "PATH",

@@ -6,11 +6,13 @@ use crate::error::Invalid;
 const PREFIX: &str = "SHARDLOCK_";
 
 /// Variables that have our prefix but are not settings of a manager: the command-line tool and its tests read them.
-const NOT_SETTINGS: [&str; 5] = [
+const NOT_SETTINGS: [&str; 7] = [
     "SHARDLOCK_CONFIG",
     "SHARDLOCK_ETCD_SERVER",
     "SHARDLOCK_LOG",
     "SHARDLOCK_METRICS",
+    "SHARDLOCK_PROMETHEUS",
+    "SHARDLOCK_PYTHON",
     "SHARDLOCK_REDIS_SERVER",
 ];
 
@@ -29,8 +31,8 @@ impl Config {
     /// Sets what the environment sets: `SHARDLOCK_` and the name of a setting in upper case, as in `SHARDLOCK_TTL=10s`,
     /// with values as for [`Config::set`].
     ///
-    /// `SHARDLOCK_CONFIG`, `SHARDLOCK_LOG`, `SHARDLOCK_METRICS`, `SHARDLOCK_REDIS_SERVER` and `SHARDLOCK_ETCD_SERVER` belong to the
-    /// command-line tool and the tests, and are passed over.
+    /// `SHARDLOCK_CONFIG`, `SHARDLOCK_LOG`, `SHARDLOCK_METRICS`, `SHARDLOCK_REDIS_SERVER`, `SHARDLOCK_ETCD_SERVER`, `SHARDLOCK_PROMETHEUS` and
+    /// `SHARDLOCK_PYTHON` belong to the command-line tool and the tests, and are passed over.
     ///
     /// # Errors
     ///

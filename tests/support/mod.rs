@@ -15,6 +15,7 @@ pub mod directory;
 pub mod etcd;
 pub mod other_clock;
 pub mod process;
+pub mod prometheus;
 pub mod proxy;
 pub mod quorum;
 pub mod sentinel;
