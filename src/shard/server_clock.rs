@@ -1,56 +1,82 @@
-//! Steps of the clock of a shard's server, seen against our monotonic clock.
+//! Looks at a shard every few seconds: whether it can be reached, and whether the clocks of its servers have jumped.
 //!
-//! No lock decision uses a server's time of day; but a Redis server ends leases by it, so a step is something to know.
+//! No lock decision uses a server's time of day; but a Redis server ends leases by it, so a step is something to know. It is seen against our
+//! monotonic clock.
 
+use std::collections::HashMap;
 use std::sync::Arc;
 use std::time::Duration;
 
 use super::Shard;
 use crate::clock::Moment;
-use crate::store::{ServerTime, StoreError};
+use crate::store::{Look, ServerTime};
 
-/// How often a server is asked for its time.
+/// How often a shard is looked at.
 const LOOK_EVERY: Duration = Duration::from_secs(3);
 /// The smallest step that is one, beyond what the round trips leave open.
 const STEP_MIN: Duration = Duration::from_millis(200);
 
-/// Asks the server for its time every few seconds, and so also finds out whether it is there when nobody else asks.
+/// Looks for as long as the thread lives, also while nobody locks.
 pub(super) async fn watch(shard: Arc<Shard>) {
-    let mut clock = ServerClock::default();
+    let mut clocks = Clocks::default();
     loop {
         tokio::time::sleep(LOOK_EVERY).await;
-        let sent_at = Moment::now();
-        let answer = tokio::time::timeout(shard.timeout, shard.store.server_time()).await;
-        match answer.unwrap_or_else(|_| Err(shard.no_answer())) {
-            Ok(Some(time)) => {
-                shard.metrics.set_up(true);
-                let seen = clock.saw(time, sent_at, Moment::now());
-                shard.metrics.clock_drift.set(seen.drift);
-                if let Some(step) = seen.step {
-                    shard.metrics.clock_jumps.increment(1);
-                    tracing::warn!(shard = %shard.name, seconds = step, "the server's clock has jumped; leases on it may end early or late");
-                }
-            }
-            // This store can't tell.
-            Ok(None) => return,
-            Err(error) => {
-                shard.metrics.set_up(!matches!(error, StoreError::Unavailable(_)));
-                tracing::debug!(shard = %shard.name, ?error, "the server did not tell its time");
-            }
+        let look = tokio::time::timeout(shard.timeout, shard.store.look()).await;
+        let look = look.unwrap_or_else(|_| Look {
+            reached: Err(shard.no_answer()),
+            times: Vec::new(),
+        });
+        shard.note_reach(&look.reached);
+        if let Err(error) = &look.reached {
+            tracing::debug!(shard = %shard.name, ?error, "the shard could not be looked at");
+        }
+        for (server, seconds) in clocks.saw(&look) {
+            shard.metrics.clock_jumps.increment(1);
+            tracing::warn!(shard = %shard.name, %server, seconds, "the server's clock has jumped; leases on it may end early or late");
+        }
+        if let Some(drift) = clocks.largest_drift() {
+            shard.metrics.clock_drift.set(drift);
         }
     }
 }
 
-/// What is known of a server's clock.
+/// What is known of the clocks of a shard's servers, by their places.
 #[derive(Debug, Default)]
-struct ServerClock {
-    known: Option<Known>,
+struct Clocks(HashMap<Arc<str>, ServerClock>);
+
+impl Clocks {
+    /// By how many seconds which servers' clocks have jumped since they were last seen.
+    fn saw(&mut self, look: &Look) -> Vec<(Arc<str>, f64)> {
+        if look.reached.is_ok() {
+            // Those that told nothing though all is well are of the shard no more, or were replaced.
+            let is_there = |server: &Arc<str>| look.times.iter().any(|time| time.server == *server);
+            self.0.retain(|server, _| is_there(server));
+        }
+        let steps = look.times.iter().filter_map(|time| {
+            let step = match self.0.get_mut(&time.server) {
+                Some(clock) => clock.saw(time),
+                None => {
+                    self.0.insert(Arc::clone(&time.server), ServerClock::first_seen(time));
+                    None
+                }
+            };
+            Some((Arc::clone(&time.server), step?))
+        });
+        steps.collect()
+    }
+
+    /// How far the clock that has moved the most has gone ahead of ours since it was first seen, in seconds.
+    fn largest_drift(&self) -> Option<f64> {
+        let drifts = self.0.values().map(|clock| clock.last - clock.first);
+        drifts.max_by(|one, other| one.abs().total_cmp(&other.abs()))
+    }
 }
 
+/// What is known of a server's clock.
 #[derive(Debug, Clone, Copy)]
-struct Known {
+struct ServerClock {
     connection: u64,
-    /// How far its clock was ahead of ours at the first look, in seconds.
+    /// How far it was ahead of ours at the first look, in seconds.
     first: f64,
     last: f64,
     last_at: Moment,
@@ -58,88 +84,126 @@ struct Known {
     doubt: f64,
 }
 
-#[derive(Debug, Clone, Copy, PartialEq)]
-struct Seen {
-    /// How far it has gone ahead of ours since the first look, in seconds.
-    drift: f64,
-    /// By how much it has jumped since the last look, if it has.
-    step: Option<f64>,
-}
-
 impl ServerClock {
-    fn saw(&mut self, time: ServerTime, sent_at: Moment, received_at: Moment) -> Seen {
-        let round_trip = received_at.since(sent_at);
-        let ours = Duration::from_nanos(sent_at.as_nanos()) + round_trip / 2;
+    fn first_seen(time: &ServerTime) -> Self {
+        let round_trip = time.received_at.since(time.sent_at);
+        let ours = Duration::from_nanos(time.sent_at.as_nanos()) + round_trip / 2;
         let offset = time.since_epoch.as_secs_f64() - ours.as_secs_f64();
-        let doubt = round_trip.as_secs_f64() / 2.0;
-        let before = self.known.filter(|known| known.connection == time.connection);
-        // Another connection may lead to another server, whose clock is another: nothing can be said of a step.
-        let first = before.map_or(offset, |known| known.first);
-        let step = before.and_then(|known| {
-            // A clock that is 1 % too fast is one for the drift.
-            let slack = received_at.since(known.last_at).as_secs_f64() / 100.0;
-            let step = offset - known.last;
-            (step.abs() > STEP_MIN.as_secs_f64() + doubt + known.doubt + slack).then_some(step)
-        });
-        self.known = Some(Known {
+        Self {
             connection: time.connection,
-            first,
+            first: offset,
             last: offset,
-            last_at: received_at,
-            doubt,
-        });
-        Seen {
-            drift: offset - first,
-            step,
+            last_at: time.received_at,
+            doubt: round_trip.as_secs_f64() / 2.0,
         }
+    }
+
+    /// By how many seconds it has jumped since the last look, if it has.
+    fn saw(&mut self, time: &ServerTime) -> Option<f64> {
+        let before = std::mem::replace(self, Self::first_seen(time));
+        // Another connection may lead to another server, whose clock is another: nothing can be said of a step.
+        if self.connection != before.connection {
+            return None;
+        }
+        self.first = before.first;
+        // A clock that is 1 % too fast is one for the drift.
+        let slack = self.last_at.since(before.last_at).as_secs_f64() / 100.0;
+        let step = self.last - before.last;
+        (step.abs() > STEP_MIN.as_secs_f64() + self.doubt + before.doubt + slack).then_some(step)
     }
 }
 
 #[cfg(test)]
 mod tests {
     use super::*;
+    use crate::store::StoreError;
 
     const EPOCH: f64 = 1_767_225_600.0;
 
-    /// One look, at so many seconds on our clock, at a server clock that is so far ahead.
-    fn look(clock: &mut ServerClock, connection: u64, at: f64, ahead: f64, round_trip: f64) -> Seen {
+    /// What a server tells at so many seconds on our clock, whose own is so far ahead.
+    fn told(server: &str, connection: u64, at: f64, ahead: f64, round_trip: f64) -> ServerTime {
         let moment = |seconds: f64| Moment::default() + Duration::from_secs_f64(seconds);
-        let time = ServerTime {
-            since_epoch: Duration::from_secs_f64(EPOCH + at + ahead),
+        ServerTime {
+            server: server.into(),
             connection,
-        };
-        clock.saw(time, moment(at - round_trip / 2.0), moment(at + round_trip / 2.0))
+            since_epoch: Duration::from_secs_f64(EPOCH + at + ahead),
+            sent_at: moment(at - round_trip / 2.0),
+            received_at: moment(at + round_trip / 2.0),
+        }
+    }
+
+    fn all_is_well(times: Vec<ServerTime>) -> Look {
+        Look { reached: Ok(()), times }
+    }
+
+    /// One look at one server: the step that was seen, and the drift.
+    fn look(clocks: &mut Clocks, connection: u64, at: f64, ahead: f64, round_trip: f64) -> (Option<f64>, f64) {
+        let steps = clocks.saw(&all_is_well(vec![told("a:1", connection, at, ahead, round_trip)]));
+        (steps.first().map(|(_, step)| *step), clocks.largest_drift().unwrap())
     }
 
     #[test]
     fn a_step_in_either_direction_is_seen_once() {
-        let mut clock = ServerClock::default();
-        assert_eq!(look(&mut clock, 0, 10.0, 0.0, 0.001).step, None);
-        assert_eq!(look(&mut clock, 0, 13.0, 0.001, 0.001).step, None);
-        let jumped = look(&mut clock, 0, 16.0, 3600.0, 0.001);
-        assert!((jumped.step.unwrap() - 3600.0).abs() < 0.1 && (jumped.drift - 3600.0).abs() < 0.1);
-        assert_eq!(look(&mut clock, 0, 19.0, 3600.0, 0.001).step, None);
-        assert!((look(&mut clock, 0, 22.0, 3599.5, 0.001).step.unwrap() + 0.5).abs() < 0.1);
+        let mut clocks = Clocks::default();
+        assert_eq!(look(&mut clocks, 0, 10.0, 0.0, 0.001).0, None);
+        assert_eq!(look(&mut clocks, 0, 13.0, 0.001, 0.001).0, None);
+        let (step, drift) = look(&mut clocks, 0, 16.0, 3600.0, 0.001);
+        assert!((step.unwrap() - 3600.0).abs() < 0.1 && (drift - 3600.0).abs() < 0.1);
+        assert_eq!(look(&mut clocks, 0, 19.0, 3600.0, 0.001).0, None);
+        assert!((look(&mut clocks, 0, 22.0, 3599.5, 0.001).0.unwrap() + 0.5).abs() < 0.1);
     }
 
     #[test]
     fn a_slow_answer_or_a_fast_clock_is_no_step() {
-        let mut clock = ServerClock::default();
-        look(&mut clock, 0, 10.0, 0.0, 0.001);
+        let mut clocks = Clocks::default();
+        look(&mut clocks, 0, 10.0, 0.0, 0.001);
         // The answer waited for half a second on one of the ways, so the clock seems to be off by a quarter.
-        assert_eq!(look(&mut clock, 0, 13.0, 0.25, 0.5).step, None);
-        assert_eq!(look(&mut clock, 0, 16.0, 0.0, 0.001).step, None);
+        assert_eq!(look(&mut clocks, 0, 13.0, 0.25, 0.5).0, None);
+        assert_eq!(look(&mut clocks, 0, 16.0, 0.0, 0.001).0, None);
         // Slewed by half a percent for five minutes.
-        let seen = look(&mut clock, 0, 316.0, 1.5, 0.001);
-        assert!(seen.step.is_none() && (seen.drift - 1.5).abs() < 0.01, "{seen:?}");
+        let (step, drift) = look(&mut clocks, 0, 316.0, 1.5, 0.001);
+        assert!(step.is_none() && (drift - 1.5).abs() < 0.01, "{step:?} {drift}");
     }
 
     #[test]
-    fn another_server_is_a_new_beginning() {
-        let mut clock = ServerClock::default();
-        look(&mut clock, 0, 10.0, 0.0, 0.001);
-        let seen = look(&mut clock, 1, 13.0, 7.0, 0.001);
-        assert_eq!(seen.step, None);
-        assert!(seen.drift.abs() < 0.01);
+    fn another_connection_or_server_is_a_new_beginning() {
+        let mut clocks = Clocks::default();
+        look(&mut clocks, 0, 10.0, 0.0, 0.001);
+        let (step, drift) = look(&mut clocks, 1, 13.0, 7.0, 0.001);
+        assert!(step.is_none() && drift.abs() < 0.01, "{step:?} {drift}");
+        // Numbers of connections are a store's own, so two servers may have the same.
+        let other = all_is_well(vec![told("b:1", 1, 16.0, -7.0, 0.001)]);
+        assert_eq!(clocks.saw(&other), []);
+        assert!(clocks.largest_drift().unwrap().abs() < 0.01);
+        // The first one is back, with another clock; nothing is known of it any more.
+        assert_eq!(look(&mut clocks, 1, 19.0, 9.0, 0.001).0, None);
+    }
+
+    #[test]
+    fn each_server_is_measured_by_itself_and_the_largest_drift_is_told() {
+        let mut clocks = Clocks::default();
+        let three = |at: f64, ahead: [f64; 3]| {
+            let names = ["a:1", "b:1", "c:1"];
+            let times = names.iter().zip(ahead);
+            all_is_well(times.map(|(name, ahead)| told(name, 0, at, ahead, 0.001)).collect())
+        };
+        assert_eq!(clocks.saw(&three(10.0, [0.0, 30.0, -30.0])), []);
+        assert!(clocks.largest_drift().unwrap().abs() < 0.01, "they differ, and go alike");
+        let steps = clocks.saw(&three(13.0, [0.01, 30.0, -35.0]));
+        let [(server, step)] = &steps[..] else { panic!("{steps:?}") };
+        assert!(&**server == "c:1" && (step + 5.0).abs() < 0.01, "{steps:?}");
+        assert!((clocks.largest_drift().unwrap() + 5.0).abs() < 0.01);
+    }
+
+    #[test]
+    fn a_server_that_is_away_for_a_while_is_remembered() {
+        let mut clocks = Clocks::default();
+        look(&mut clocks, 0, 10.0, 0.0, 0.001);
+        let away = Look {
+            reached: Err(StoreError::Unavailable("away".into())),
+            times: Vec::new(),
+        };
+        assert_eq!(clocks.saw(&away), []);
+        assert!((look(&mut clocks, 0, 19.0, 60.0, 0.001).0.unwrap() - 60.0).abs() < 0.1);
     }
 }

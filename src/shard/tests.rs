@@ -11,7 +11,7 @@ use crate::fence::TokenBlock;
 use crate::heat::HotKeys;
 use crate::notice::Notices;
 use crate::protocol::{Acquire, AcquireReply, Answer, Push, Release, ReleaseReply, RenewReply, Renewal};
-use crate::store::{Lane, ServerTime, StoreFuture};
+use crate::store::{Lane, Look, ServerTime, StoreFuture};
 use crate::telemetry::Classes;
 
 /// It grants everything with tokens below what it has promised, and its clock jumps.
@@ -67,14 +67,20 @@ impl LeaseStore for BadStore {
         done(0)
     }
 
-    fn server_time(&self) -> StoreFuture<Option<ServerTime>> {
+    fn look(&self) -> Pin<Box<dyn Future<Output = Look> + Send>> {
         let look = self.looks.fetch_add(1, Ordering::Relaxed);
-        let ours = Duration::from_nanos(Moment::now().as_nanos());
+        let now = Moment::now();
         // An hour goes by between the second and the third look.
         let ahead = Duration::from_secs(if look < 2 { 0 } else { 3600 });
-        done(Some(ServerTime {
-            since_epoch: Duration::from_secs(1_700_000_000) + ours + ahead,
-            connection: 0,
+        Box::pin(std::future::ready(Look {
+            reached: Ok(()),
+            times: vec![ServerTime {
+                server: "bad:1".into(),
+                connection: 0,
+                since_epoch: Duration::from_secs(1_700_000_000) + Duration::from_nanos(now.as_nanos()) + ahead,
+                sent_at: now,
+                received_at: now,
+            }],
         }))
     }
 

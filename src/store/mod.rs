@@ -21,6 +21,7 @@ use std::time::Duration;
 
 use tokio::sync::mpsc;
 
+use crate::clock::Moment;
 use crate::endpoint::{Endpoint, EndpointKind};
 use crate::error::LockError;
 use crate::fence::FencingToken;
@@ -58,11 +59,9 @@ pub(crate) trait LeaseStore: Send + Sync + 'static {
     /// Removes all keys of the namespace, those of others as well, and says how many there were.
     fn erase(&self) -> StoreFuture<u64>;
 
-    /// What time it is on the shard's server, if the store has one server that tells, and so whether it can be reached. Asked every few seconds on
-    /// the watchdog's thread.
-    fn server_time(&self) -> StoreFuture<Option<ServerTime>> {
-        Box::pin(std::future::ready(Ok(None)))
-    }
+    /// Looks whether locks can be had though nobody asks for one, and what time it is on the servers. Takes next to nothing from them, changes
+    /// nothing, and is done every few seconds on the watchdog's thread, which waits no longer than for a request.
+    fn look(&self) -> Pin<Box<dyn Future<Output = Look> + Send>>;
 
     /// Where a key belongs inside of the store, for [`Push::Resubscribed`].
     fn slot_of(&self, key: &LockKey) -> Slot {
@@ -153,12 +152,26 @@ pub(crate) enum Lane {
     Background,
 }
 
+/// What a look at a store has shown.
+#[derive(Debug)]
+pub(crate) struct Look {
+    /// Whether a request for any key of the shard could be answered.
+    pub(crate) reached: Result<(), StoreError>,
+    /// The times of those servers that were reached, if they tell.
+    pub(crate) times: Vec<ServerTime>,
+}
+
 /// What time it is on a server. No lock decision uses it.
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+#[derive(Debug, Clone, PartialEq, Eq)]
 pub(crate) struct ServerTime {
-    pub(crate) since_epoch: Duration,
-    /// Which connection it came by: another one may lead to another server.
+    /// Where it is: `host:port`.
+    pub(crate) server: Arc<str>,
+    /// Which connection to it that came by: behind another one may be another machine.
     pub(crate) connection: u64,
+    pub(crate) since_epoch: Duration,
+    /// When it was asked and when it had answered.
+    pub(crate) sent_at: Moment,
+    pub(crate) received_at: Moment,
 }
 
 /// Why a request had no answer, or one that helps nobody.

@@ -44,13 +44,13 @@ use std::sync::Arc;
 use std::sync::atomic::{AtomicU64, Ordering};
 use std::time::Duration;
 
-use etcd_client::DeleteOptions;
+use etcd_client::{DeleteOptions, GetOptions};
 use tokio::sync::mpsc;
 
 use crate::error::LockError;
 use crate::key::{LockKey, Slot};
 use crate::protocol::{Acquire, AcquireReply, Answer, Push, Release, ReleaseReply, RenewReply, Renewal};
-use crate::store::{Inspection, Lane, LeaseStore, StoreFuture, StoreOptions};
+use crate::store::{Inspection, Lane, LeaseStore, Look, StoreFuture, StoreOptions};
 use crate::telemetry::ShardMetrics;
 use cycles::Cycles;
 use fault::Fault;
@@ -182,6 +182,22 @@ impl LeaseStore for EtcdStore {
             let delete = async |mut client: etcd_client::Client| client.delete(shared.names.namespace(), all()).await;
             let (deleted, _) = link.request(delete).await.map_err(Fault::into_store_error)?;
             Ok(u64::try_from(deleted.deleted()).unwrap_or(0))
+        })
+    }
+
+    fn look(&self) -> Pin<Box<dyn Future<Output = Look> + Send>> {
+        let shared = Arc::clone(&self.shared);
+        Box::pin(async move {
+            // A read like this is answered only with a majority behind it.
+            let key = shared.servers.map_key.as_str();
+            let read =
+                async |mut client: etcd_client::Client| client.get(key, Some(GetOptions::new().with_keys_only())).await;
+            let read = shared.background.request(read).await;
+            Look {
+                reached: read.map(drop).map_err(Fault::into_store_error),
+                // Etcd does not tell its time, and counts leases by a monotonic clock.
+                times: Vec::new(),
+            }
         })
     }
 

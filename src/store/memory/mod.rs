@@ -16,7 +16,7 @@ use crate::fence::FencingToken;
 use crate::identity::ManagerId;
 use crate::key::LockKey;
 use crate::protocol::{Acquire, AcquireReply, Answer, Ask, Push, Release, ReleaseReply, RenewReply, Renewal};
-use crate::store::{Inspection, Lane, LeaseStore, StoreError, StoreFuture, StoreOptions};
+use crate::store::{Inspection, Lane, LeaseStore, Look, StoreError, StoreFuture, StoreOptions};
 
 /// The leases of all managers of this process that connected to one name.
 #[derive(Debug, Default)]
@@ -176,6 +176,14 @@ impl LeaseStore for MemoryStore {
         let mut memory = self.memory.lock();
         let had_map = u64::from(memory.map.take().is_some());
         done(had_map + memory.core.flush())
+    }
+
+    fn look(&self) -> Pin<Box<dyn Future<Output = Look> + Send>> {
+        // It has no server whose clock could be another.
+        Box::pin(std::future::ready(Look {
+            reached: Ok(()),
+            times: Vec::new(),
+        }))
     }
 
     fn listen(&self, pushes: mpsc::UnboundedSender<Push>) -> Pin<Box<dyn Future<Output = ()> + Send>> {

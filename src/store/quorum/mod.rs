@@ -43,7 +43,7 @@ use crate::error::Invalid;
 use crate::key::{LockKey, Slot};
 use crate::protocol::{Acquire, AcquireReply, Answer, Cycle, Push, Release, ReleaseReply, RenewReply, Renewal};
 use crate::store::redis::primary::RedisStore;
-use crate::store::{Inspection, Lane, LeaseStore, StoreError, StoreFuture, StoreOptions};
+use crate::store::{Inspection, Lane, LeaseStore, Look, StoreError, StoreFuture, StoreOptions};
 use crate::telemetry::NodeMetrics;
 use node::Node;
 use tally::majority;
@@ -284,6 +284,24 @@ impl LeaseStore for QuorumStore {
                 count += erased.map_err(|(node, error)| at_node(&node.place, error))?;
             }
             Ok(count)
+        })
+    }
+
+    fn look(&self) -> Pin<Box<dyn Future<Output = Look> + Send>> {
+        let quorum = Arc::clone(&self.quorum);
+        Box::pin(async move {
+            // The nodes are asked all the time by the tidy worker, which knows who is up; a node that does not answer in time tells no time.
+            let up = quorum.nodes.iter().filter(|node| node.is_up());
+            let asking = up.map(|node| tokio::time::timeout(quorum.node_limit, node.store.time()));
+            let deadline = Moment::now() + quorum.majority_limit;
+            let (times, reached) = tokio::join!(
+                futures_util::future::join_all(asking),
+                quorum.wait_for_majority(deadline)
+            );
+            Look {
+                reached,
+                times: times.into_iter().flatten().flatten().collect(),
+            }
         })
     }
 

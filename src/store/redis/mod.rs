@@ -12,6 +12,7 @@ mod permission;
 pub(crate) mod primary;
 mod reply;
 mod script;
+mod time;
 
 /// What the comparison with the reference needs to see and to set of a store.
 #[cfg(test)]

@@ -51,8 +51,12 @@ impl LockNames<'_> {
     }
 
     pub(crate) fn counter(&self) -> Name<'_> {
-        Name([self.namespace, "%fence:{", "", "}"], Some(slot_tags::tag(self.slot)))
+        counter(self.namespace, self.slot)
     }
+}
+
+fn counter(namespace: &str, slot: Slot) -> Name<'_> {
+    Name([namespace, "%fence:{", "", "}"], Some(slot_tags::tag(slot)))
 }
 
 /// A key's name in parts, with a number before the last of them.
@@ -104,6 +108,11 @@ impl Names {
             tagged: tag.is_some(),
             slot,
         }
+    }
+
+    /// The counter of a slot, whichever locks it has.
+    pub(crate) fn counter_of(&self, slot: Slot) -> Name<'_> {
+        counter(&self.namespace, slot)
     }
 
     pub(crate) fn map(&self) -> String {

@@ -22,6 +22,7 @@ mod call;
 mod inbox;
 mod lane;
 mod listener;
+mod look;
 mod node;
 mod renewals;
 #[cfg(test)]
@@ -45,7 +46,7 @@ use crate::endpoint::ServerUrl;
 use crate::error::Invalid;
 use crate::key::{LockKey, SLOTS, Slot};
 use crate::protocol::{Acquire, AcquireReply, Answer, Ask, Push, Release, ReleaseReply, RenewReply, Renewal};
-use crate::store::{self, Inspection, LeaseStore, StoreError, StoreFuture, StoreOptions};
+use crate::store::{self, Inspection, LeaseStore, Look, StoreError, StoreFuture, StoreOptions};
 use crate::telemetry::ShardMetrics;
 use call::{Call, Said, Unsaid};
 use inbox::Inbox;
@@ -376,6 +377,11 @@ impl LeaseStore for ClusterStore {
             }
             Ok(count)
         })
+    }
+
+    fn look(&self) -> Pin<Box<dyn Future<Output = Look> + Send>> {
+        let lane = Arc::clone(&self.background);
+        Box::pin(async move { look::look(&lane).await })
     }
 
     fn slot_of(&self, key: &LockKey) -> Slot {

@@ -51,6 +51,20 @@ impl Topology {
         self.version.fetch_add(1, Ordering::AcqRel);
     }
 
+    /// Each node that owns slots with the first of them, and the first slot that nobody owns, if there is one.
+    pub(super) fn parts(&self) -> Vec<(Option<Place>, Slot)> {
+        let mut parts: Vec<(Option<Place>, Slot)> = Vec::new();
+        let owners = self.owners.read();
+        for (owner, slot) in owners.iter().zip((0..SLOTS).filter_map(Slot::new)) {
+            let is_owners = |(known, _): &(Option<Place>, Slot)| known == owner;
+            // Slots in a row mostly have one owner.
+            if !parts.last().is_some_and(is_owners) && !parts.iter().any(is_owners) {
+                parts.push((owner.clone(), slot));
+            }
+        }
+        parts
+    }
+
     /// The nodes that own slots, each once.
     pub(super) fn places(&self) -> Vec<Place> {
         let mut places: Vec<Place> = Vec::new();

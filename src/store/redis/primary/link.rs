@@ -203,6 +203,13 @@ impl Link {
         *self.current.lock() = None;
     }
 
+    /// Where that connection leads, if it is still the one in use.
+    pub(super) fn place(&self, live: &Live) -> Option<String> {
+        let current = self.current.lock();
+        let current = current.as_ref().filter(|current| current.live.generation == live.generation);
+        current.map(|current| current.place.clone())
+    }
+
     /// Whether the connection, if there is one, leads to another place.
     pub(super) fn is_elsewhere(&self, place: &str) -> bool {
         self.current

@@ -25,6 +25,7 @@ mod moves;
 mod probe;
 mod sentinels;
 mod source;
+mod time;
 
 use std::pin::Pin;
 use std::sync::Arc;
@@ -35,14 +36,14 @@ use deadpool_redis::redis::{Cmd, RedisError, RedisResult, Value, cmd};
 use tokio::sync::mpsc;
 
 use super::commands::{Commands, erase};
-use super::reply::{acquired, acquired_freely, inspected, released, renewed, role, server_time};
+use super::reply::{acquired, acquired_freely, inspected, released, renewed, role};
 use super::script::Scripts;
 use crate::clock::Moment;
 use crate::endpoint::{Access, ServerUrl};
 use crate::error::Invalid;
 use crate::key::{LockKey, SLOTS, Slot};
 use crate::protocol::{Acquire, AcquireReply, Answer, Ask, Push, Release, ReleaseReply, RenewReply, Renewal};
-use crate::store::{Inspection, Lane, LeaseStore, ServerTime, StoreError, StoreFuture, StoreOptions, TlsFiles};
+use crate::store::{Inspection, Lane, LeaseStore, Look, StoreError, StoreFuture, StoreOptions, TlsFiles};
 use crate::telemetry::ShardMetrics;
 use claim::Tenure;
 pub(crate) use claim::{Claim, Claimed};
@@ -473,22 +474,14 @@ impl LeaseStore for RedisStore {
         })
     }
 
-    fn server_time(&self) -> StoreFuture<Option<ServerTime>> {
-        let shared = Arc::clone(&self.shared);
-        let link = Arc::clone(&self.background);
+    fn look(&self) -> Pin<Box<dyn Future<Output = Look> + Send>> {
+        let time = self.time();
         Box::pin(async move {
-            let mut live = link.get().await?;
-            let reply = cmd("TIME").query_async::<Value>(&mut live.connection).await;
-            let reply = reply.map_err(|error| {
-                link.is_ended_by(&error, &live);
-                shared.source.in_words(&error)
-            })?;
-            let (seconds, micros) = server_time(&reply)
-                .ok_or_else(|| StoreError::Refused(format!("unexpected reply to TIME: {reply:?}").into()))?;
-            Ok(Some(ServerTime {
-                since_epoch: Duration::from_secs(seconds) + Duration::from_micros(micros),
-                connection: live.generation,
-            }))
+            let (reached, times) = match time.await {
+                Ok(time) => (Ok(()), vec![time]),
+                Err(error) => (Err(error), Vec::new()),
+            };
+            Look { reached, times }
         })
     }
 

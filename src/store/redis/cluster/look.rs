@@ -1,0 +1,57 @@
+//! Whether every part of the cluster answers, and what time it is on its primaries.
+
+use deadpool_redis::redis::{RedisError, cmd};
+use futures_util::future::join_all;
+
+use super::super::time;
+use super::lane::Lane;
+use super::topology::Place;
+use crate::key::Slot;
+use crate::store::{Look, ServerTime, StoreError};
+
+/// Reads one key of each primary, as a request for a lock there would; it is sent on to wherever the slot is by now.
+pub(super) async fn look(lane: &Lane) -> Look {
+    let topology = &lane.shared.topology;
+    if topology.version() == 0
+        && let Err(error) = lane.refresh(0).await
+    {
+        return Look {
+            reached: Err(error),
+            times: Vec::new(),
+        };
+    }
+    let parts = topology.parts().into_iter().map(|(owner, slot)| async move {
+        let mut read = cmd("EXISTS");
+        lane.shared.commands.names.counter_of(slot).write(&mut read);
+        let time = async {
+            match &owner {
+                Some(owner) => time_of(lane, owner, slot).await,
+                None => None,
+            }
+        };
+        let (read, time) = tokio::join!(lane.single(slot, &read), time);
+        (read.map(drop), time)
+    });
+    let (reached, times): (Vec<_>, Vec<_>) = join_all(parts).await.into_iter().unzip();
+    Look {
+        reached: reached.into_iter().collect(),
+        times: times.into_iter().flatten().collect(),
+    }
+}
+
+/// Why a node does not answer is found out by the read beside it.
+async fn time_of(lane: &Lane, place: &Place, slot: Slot) -> Option<ServerTime> {
+    let node = lane.node(place, slot).ok()?;
+    let asked = async {
+        let mut live = node.get().await?;
+        let generation = live.generation();
+        let time = time::ask(&mut live.connection, place.clone(), generation).await;
+        if time.as_ref().is_err_and(RedisError::is_unrecoverable_error) {
+            node.broken(generation);
+        }
+        time
+    };
+    let time: Result<Result<ServerTime, StoreError>, RedisError> =
+        tokio::time::timeout(lane.shared.patience, asked).await.ok()?;
+    time.ok()?.ok()
+}

@@ -1,0 +1,32 @@
+//! What time it is on the primary.
+
+use std::sync::Arc;
+
+use super::super::time;
+use super::RedisStore;
+use crate::store::{ServerTime, StoreError, StoreFuture};
+
+impl RedisStore {
+    /// Asks for the time on the connection of the background, and so whether the primary can be reached.
+    pub(crate) fn time(&self) -> StoreFuture<ServerTime> {
+        let (shared, link) = (Arc::clone(&self.shared), Arc::clone(&self.background));
+        Box::pin(async move {
+            let mut live = link.get().await?;
+            let limit = shared.timeout.mul_f64(0.9);
+            let place = link.place(&live).unwrap_or_default();
+            let asking = time::ask(&mut live.connection, place.into(), live.generation);
+            match tokio::time::timeout(limit, asking).await {
+                Ok(Ok(time)) => time,
+                Ok(Err(error)) => {
+                    link.is_ended_by(&error, &live);
+                    Err(shared.source.in_words(&error))
+                }
+                Err(_) => {
+                    // The way may be gone without a word: the next look takes another.
+                    link.broken(&live);
+                    Err(StoreError::Unavailable(format!("no answer within {limit:?}").into()))
+                }
+            }
+        })
+    }
+}
