@@ -14,8 +14,8 @@ use std::time::{Duration, Instant};
 use serde_json::Value;
 use shardlock::admin::{Admin, AdminError, AdminServer};
 use shardlock::{Builder, LockManager};
-use support::{PATIENCE, RedisServer, wait_until};
-use support_locks::{lock, poll_once};
+use support::{PATIENCE, RedisServer, wait_until, worker};
+use support_locks::{TestStore, lock, on_each_store, poll_once, until};
 
 /// An endpoint on a free port for a manager of these settings. What it renders of its own is the test's.
 async fn serve(builder: Builder) -> (LockManager, AdminServer) {
@@ -89,6 +89,42 @@ async fn readiness_follows_the_shards_and_health_does_not() {
         get(admin.address(), "/held").0 == 503
     });
     assert_eq!(get(admin.address(), "/healthz").0, 200);
+}
+
+#[test]
+fn worker_entry() {
+    if let Some(me) = worker::current() {
+        panic!("no worker is called {}", me.name());
+    }
+}
+
+/// How often a shard is looked at, the time limit of a look, and what a loaded machine may need besides.
+const KNOWN_WITHIN: Duration = Duration::from_secs(3 + 1 + 6);
+
+on_each_store! { on(servers, own);
+    async fn a_shard_that_is_down_while_nobody_locks_is_not_ready(store: &TestStore) {
+        let (locks, admin) = serve(store.builder().store_timeout(Duration::from_secs(1))).await;
+        let is_ready = || get(admin.address(), "/readyz").0 == 200;
+        assert!(is_ready() && locks.shards()[0].is_up);
+        // It stays so for longer than a look takes to come.
+        let still = tokio::time::Instant::now() + Duration::from_secs(4);
+        while tokio::time::Instant::now() < still {
+            assert!(is_ready());
+            tokio::time::sleep(Duration::from_millis(50)).await;
+        }
+
+        store.servers().kill_all();
+        let killed = Instant::now();
+        until("it is said to be down", async || !locks.shards()[0].is_up).await;
+        assert!(killed.elapsed() < KNOWN_WITHIN, "{:?}", killed.elapsed());
+        assert_eq!(get(admin.address(), "/readyz").0, 503);
+
+        store.servers().restart_all();
+        until("it is ready again", async || is_ready()).await;
+        assert!(locks.shards()[0].is_up);
+        // And that is true.
+        lock(&locks, "k").await.release().await.expect("release");
+    }
 }
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]

@@ -1,4 +1,4 @@
-//! Machines whose clocks differ: nothing is decided by the time of day.
+//! Machines whose clocks differ: nothing is decided by the time of day, and what a server's clock does is told.
 #![cfg(target_os = "linux")]
 // A test is over when its surroundings fail.
 #![allow(clippy::expect_used, clippy::panic, clippy::unwrap_used)]
@@ -8,9 +8,12 @@ mod support_locks;
 
 use std::time::{Duration, Instant, SystemTime, UNIX_EPOCH};
 
-use support::other_clock::OtherClock;
-use support::worker;
-use support_locks::{LOCKER, Locker, TestStore, obey, on_each_store, until_queued};
+use metrics_exporter_prometheus::{PrometheusBuilder, PrometheusHandle};
+use shardlock::{Builder, LockManager};
+use support::other_clock::{self, OtherClock};
+use support::sentinel::Watched;
+use support::{Cluster, Quorum, RedisServer, quorum, worker};
+use support_locks::{LOCKER, Locker, TestStore, obey, on_each_store, until, until_queued};
 
 #[test]
 fn worker_entry() {
@@ -85,4 +88,109 @@ on_each_store! {
         let bound = store.kind().dead_within(store.short_ttl()) + Duration::from_millis(400);
         assert!(killed.elapsed() < bound, "{:?}", killed.elapsed());
     }
+}
+
+/// A manager whose metrics the test reads.
+struct Measured {
+    locks: LockManager,
+    page: PrometheusHandle,
+}
+
+impl Measured {
+    /// It has to be made on the only thread of its runtime, since other tests have recorders of their own.
+    async fn connect(builder: Builder) -> Self {
+        let recorder = PrometheusBuilder::new().build_recorder();
+        let page = recorder.handle();
+        let _ours = metrics::set_default_local_recorder(&recorder);
+        let locks = builder.connect().await.expect("connect");
+        Self { locks, page }
+    }
+
+    fn value(&self, name: &str) -> f64 {
+        let page = self.page.render();
+        let mut lines = page.lines().filter(|line| line.split('{').next() == Some(name));
+        let value = lines.next().expect("a series").rsplit_once(' ').expect("a value").1;
+        value.parse().expect("a number")
+    }
+
+    fn jumps(&self) -> f64 {
+        self.value("shardlock_server_clock_jumps_total")
+    }
+
+    fn drift(&self) -> f64 {
+        self.value("shardlock_server_clock_drift_seconds")
+    }
+
+    /// Waits until so many jumps were counted, and the largest drift is about that.
+    async fn until_told(&self, jumps: u32, drift: f64) {
+        until(
+            &format!("{jumps} jumps and a drift of {drift} s are told"),
+            async || (self.jumps(), self.drift().round()) == (f64::from(jumps), drift),
+        )
+        .await;
+    }
+}
+
+/// Waits until a server whose number of `TIME` commands was this has been asked for its time by a look, and not for the first time.
+async fn until_looked_at(servers: &[&RedisServer]) {
+    let before: Vec<u64> = servers.iter().map(|server| server.calls("time")).collect();
+    until("the clocks are known", async || {
+        let now = servers.iter().map(|server| server.calls("time"));
+        // One may be on its way, and a new connection asks as well.
+        now.zip(&before).all(|(now, before)| now >= before + 3)
+    })
+    .await;
+}
+
+/// Steps of two servers' clocks, one after the other, forth and back.
+async fn steps_are_told(measured: &Measured, servers: &[&RedisServer]) {
+    until_looked_at(servers).await;
+    assert_eq!(measured.jumps(), 0.0);
+    other_clock::set(servers[0].dir(), 5);
+    measured.until_told(1, 5.0).await;
+    // What moved less does not hide what moved more.
+    other_clock::set(servers[1].dir(), -4);
+    measured.until_told(2, 5.0).await;
+    other_clock::set(servers[0].dir(), 0);
+    measured.until_told(3, -4.0).await;
+    assert!(measured.locks.shards()[0].is_up);
+}
+
+#[tokio::test]
+async fn a_clock_of_a_clusters_node_that_jumps_is_told() {
+    let clock = OtherClock::build();
+    let cluster = Cluster::start_in(3, 0, &clock.settable(), &[]);
+    let measured = Measured::connect(LockManager::builder().shard(cluster.url())).await;
+    let nodes: Vec<&RedisServer> = cluster.nodes().iter().collect();
+    steps_are_told(&measured, &nodes).await;
+}
+
+#[tokio::test]
+async fn a_clock_of_a_quorums_node_that_jumps_is_told() {
+    let clock = OtherClock::build();
+    let nodes = Quorum::start_in(3, &clock.settable());
+    let builder = LockManager::builder().shard(nodes.url());
+    let builder = builder.ttl(quorum::MAX_TTL).redlock_max_ttl(quorum::MAX_TTL);
+    let measured = Measured::connect(builder).await;
+    let nodes: Vec<&RedisServer> = nodes.nodes().iter().collect();
+    steps_are_told(&measured, &nodes).await;
+}
+
+#[tokio::test]
+async fn a_failover_to_a_server_with_another_clock_is_no_jump() {
+    let clock = OtherClock::build();
+    let watched = Watched::start_in(1, &clock.settable(), &[], &[]);
+    let measured = Measured::connect(LockManager::builder().shard(watched.url())).await;
+    let replica = watched.replicas()[0];
+    other_clock::set(replica.dir(), 30);
+    until_looked_at(&[watched.primary()]).await;
+    other_clock::set(watched.primary().dir(), 5);
+    measured.until_told(1, 5.0).await;
+
+    let primary = watched.failover();
+    assert_eq!(primary.port(), replica.port());
+    measured.until_told(1, 0.0).await;
+    // It is measured from there on.
+    other_clock::set(primary.dir(), 37);
+    measured.until_told(2, 7.0).await;
 }

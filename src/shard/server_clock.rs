@@ -188,9 +188,14 @@ mod tests {
             all_is_well(times.map(|(name, ahead)| told(name, 0, at, ahead, 0.001)).collect())
         };
         assert_eq!(clocks.saw(&three(10.0, [0.0, 30.0, -30.0])), []);
-        assert!(clocks.largest_drift().unwrap().abs() < 0.01, "they differ, and go alike");
+        assert!(
+            clocks.largest_drift().unwrap().abs() < 0.01,
+            "they differ, and go alike"
+        );
         let steps = clocks.saw(&three(13.0, [0.01, 30.0, -35.0]));
-        let [(server, step)] = &steps[..] else { panic!("{steps:?}") };
+        let [(server, step)] = &steps[..] else {
+            panic!("{steps:?}")
+        };
         assert!(&**server == "c:1" && (step + 5.0).abs() < 0.01, "{steps:?}");
         assert!((clocks.largest_drift().unwrap() + 5.0).abs() < 0.01);
     }

@@ -58,6 +58,12 @@ impl Cluster {
     /// Starts a cluster whose nodes get more arguments.
     #[track_caller]
     pub fn start_with(primaries: usize, replicas: usize, args: &[&str]) -> Self {
+        Self::start_in(primaries, replicas, &[], args)
+    }
+
+    /// [`start_with`](Self::start_with), with these variables in the environment of each node.
+    #[track_caller]
+    pub fn start_in(primaries: usize, replicas: usize, vars: &[(&str, String)], args: &[&str]) -> Self {
         let mut all = vec![
             "--cluster-enabled",
             "yes",
@@ -74,7 +80,7 @@ impl Cluster {
         all.extend(args);
         let leave = Leave::get();
         let count = primaries + replicas;
-        let nodes: Vec<RedisServer> = (0..count).map(|_| RedisServer::start_with(&all)).collect();
+        let nodes: Vec<RedisServer> = (0..count).map(|_| RedisServer::start_in(vars, &all)).collect();
         let cluster = Self {
             nodes,
             primaries,

@@ -1,5 +1,6 @@
-//! Workers whose wall clock differs from the test's.
+//! Workers and servers whose wall clock differs from the test's.
 
+use std::fs;
 use std::path::Path;
 use std::process::Command;
 
@@ -12,6 +13,8 @@ pub struct OtherClock {
 }
 
 const LIBRARY: &str = "other_clock.so";
+/// In the directory in which a process runs: by how many seconds its clock is ahead.
+const FILE: &str = "other-clock";
 
 impl OtherClock {
     #[track_caller]
@@ -33,13 +36,26 @@ impl OtherClock {
 
     /// The variables for a worker whose wall clock is that much ahead, or behind.
     pub fn ahead_by(&self, seconds: i64) -> [(&'static str, String); 2] {
-        let library = self.dir.path().join(LIBRARY);
-        [
-            (
-                "LD_PRELOAD",
-                library.into_os_string().into_string().expect("a path in UTF-8"),
-            ),
-            ("OTHER_CLOCK_SECONDS", seconds.to_string()),
-        ]
+        [self.preload(), ("OTHER_CLOCK_SECONDS", seconds.to_string())]
     }
+
+    /// The variables for a process whose wall clock can be [`set`] at any time. It is right until then.
+    pub fn settable(&self) -> [(&'static str, String); 2] {
+        [self.preload(), ("OTHER_CLOCK_FILE", FILE.to_owned())]
+    }
+
+    fn preload(&self) -> (&'static str, String) {
+        let library = self.dir.path().join(LIBRARY).into_os_string();
+        ("LD_PRELOAD", library.into_string().expect("a path in UTF-8"))
+    }
+}
+
+/// Sets the wall clock of the process that runs in that directory, which was started as [`OtherClock::settable`]: so many seconds ahead of
+/// the right time.
+#[track_caller]
+pub fn set(dir: &Path, seconds: i64) {
+    // Whoever reads meanwhile finds the old number or the new one.
+    let new = dir.join("other-clock.new");
+    fs::write(&new, seconds.to_string()).expect("write a file");
+    fs::rename(new, dir.join(FILE)).expect("rename a file");
 }

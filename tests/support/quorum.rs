@@ -17,7 +17,17 @@ impl Quorum {
     /// Starts so many nodes and waits until each has a vote.
     #[track_caller]
     pub fn start(count: usize) -> Self {
-        let starting: Vec<_> = (0..count).map(|_| std::thread::spawn(RedisServer::start)).collect();
+        Self::start_in(count, &[])
+    }
+
+    /// [`start`](Self::start), with these variables in the environment of each node.
+    #[track_caller]
+    pub fn start_in(count: usize, vars: &[(&'static str, String)]) -> Self {
+        let start = |_| {
+            let vars = vars.to_vec();
+            std::thread::spawn(move || RedisServer::start_in(&vars, &[]))
+        };
+        let starting: Vec<_> = (0..count).map(start).collect();
         let nodes = starting
             .into_iter()
             .map(|node| node.join().expect("start a node"))

@@ -48,14 +48,21 @@ impl Watched {
     /// [`start`](Self::start) with more arguments for the first server, and more lines for the configurations of the sentinels.
     #[track_caller]
     pub fn start_with(replicas: usize, args: &[&str], lines: &[&str]) -> Self {
-        let mut servers = vec![RedisServer::start_with(
+        Self::start_in(replicas, &[], args, lines)
+    }
+
+    /// [`start_with`](Self::start_with), with these variables in the environment of all servers but the sentinels.
+    #[track_caller]
+    pub fn start_in(replicas: usize, vars: &[(&str, String)], args: &[&str], lines: &[&str]) -> Self {
+        let mut servers = vec![RedisServer::start_in(
+            vars,
             &[&["--repl-diskless-sync-delay", "0"], args].concat(),
         )];
         let port = servers[0].port().to_string();
         for _ in 0..replicas {
             // It may be a primary itself later.
             let args = ["--repl-diskless-sync-delay", "0", "--replicaof", "127.0.0.1", &port];
-            servers.push(RedisServer::start_with(&args));
+            servers.push(RedisServer::start_in(vars, &args));
         }
         wait_until("the replicas are in step", PATIENCE, || {
             in_step(&servers[0]) == replicas
@@ -78,6 +85,11 @@ impl Watched {
         let watched = Self { servers, sentinels };
         watched.publish_every(PUBLISH_PERIOD);
         watched
+    }
+
+    /// All servers that keep data.
+    pub fn servers(&self) -> &[RedisServer] {
+        &self.servers
     }
 
     /// How often sentinels tell one another what they know.

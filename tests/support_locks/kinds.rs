@@ -268,6 +268,16 @@ pub trait Servers: Send + Sync {
         }
     }
 
+    /// Nothing that keeps leases answers any more, until [`restart_all`](Self::restart_all).
+    fn kill_all(&self) {
+        self.kill();
+    }
+
+    /// Ends [`kill_all`](Self::kill_all).
+    fn restart_all(&self) {
+        self.restart();
+    }
+
     /// How often scripts were called on all servers, since they began or were told to count anew.
     fn script_calls(&self) -> u64 {
         self.nodes().into_iter().map(RedisServer::script_calls).sum()
@@ -347,6 +357,15 @@ impl Servers for Watched {
         // The sentinels' own.
         names.retain(|name| !name.starts_with("__sentinel__:"));
         names
+    }
+
+    fn kill_all(&self) {
+        // Without any replica, nobody can take over.
+        self.servers().iter().for_each(RedisServer::kill);
+    }
+
+    fn restart_all(&self) {
+        self.servers().iter().for_each(RedisServer::restart);
     }
 }
 

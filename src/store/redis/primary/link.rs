@@ -206,7 +206,9 @@ impl Link {
     /// Where that connection leads, if it is still the one in use.
     pub(super) fn place(&self, live: &Live) -> Option<String> {
         let current = self.current.lock();
-        let current = current.as_ref().filter(|current| current.live.generation == live.generation);
+        let current = current
+            .as_ref()
+            .filter(|current| current.live.generation == live.generation);
         current.map(|current| current.place.clone())
     }
 
