@@ -78,7 +78,8 @@ pub struct ShardState {
     pub name: String,
     /// The scheme of its URL, such as `redis` or `memory`.
     pub kind: String,
-    /// Whether the last request was answered. A single Redis primary is asked every few seconds even if nobody locks.
+    /// Whether the last request was answered. Every shard is asked every few seconds even if nobody locks: its primary, each primary of a
+    /// cluster, a majority of a quorum or of etcd.
     pub is_up: bool,
     /// How many leases this process holds there.
     pub leases: usize,

@@ -15,7 +15,7 @@ use serde_json::Value;
 use shardlock::admin::{Admin, AdminError, AdminServer};
 use shardlock::{Builder, LockManager};
 use support::{PATIENCE, RedisServer, wait_until, worker};
-use support_locks::{TestStore, lock, on_each_store, poll_once, until};
+use support_locks::{TestStore, lock, lock_in_time, on_each_store, poll_once, until};
 
 /// An endpoint on a free port for a manager of these settings. What it renders of its own is the test's.
 async fn serve(builder: Builder) -> (LockManager, AdminServer) {
@@ -98,17 +98,19 @@ fn worker_entry() {
     }
 }
 
-/// How often a shard is looked at, the time limit of a look, and what a loaded machine may need besides.
-const KNOWN_WITHIN: Duration = Duration::from_secs(3 + 1 + 6);
+/// Longer than a loaded machine keeps a server that is well from answering.
+const LOOK_LIMIT: Duration = Duration::from_secs(5);
+/// How often a shard is looked at, the time limit of a look, and what such a machine may need besides.
+const KNOWN_WITHIN: Duration = Duration::from_secs(3 + 5 + 5);
 
 on_each_store! { on(servers, own);
     async fn a_shard_that_is_down_while_nobody_locks_is_not_ready(store: &TestStore) {
-        let (locks, admin) = serve(store.builder().store_timeout(Duration::from_secs(1))).await;
+        let (locks, admin) = serve(store.builder().store_timeout(LOOK_LIMIT)).await;
         let is_ready = || get(admin.address(), "/readyz").0 == 200;
         assert!(is_ready() && locks.shards()[0].is_up);
         // It stays so for longer than a look takes to come.
-        let still = tokio::time::Instant::now() + Duration::from_secs(4);
-        while tokio::time::Instant::now() < still {
+        let still = Instant::now() + Duration::from_secs(4);
+        while Instant::now() < still {
             assert!(is_ready());
             tokio::time::sleep(Duration::from_millis(50)).await;
         }
@@ -121,9 +123,8 @@ on_each_store! { on(servers, own);
 
         store.servers().restart_all();
         until("it is ready again", async || is_ready()).await;
-        assert!(locks.shards()[0].is_up);
         // And that is true.
-        lock(&locks, "k").await.release().await.expect("release");
+        assert!(lock_in_time(&locks, "k").await > 0);
     }
 }
 

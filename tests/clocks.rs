@@ -8,12 +8,11 @@ mod support_locks;
 
 use std::time::{Duration, Instant, SystemTime, UNIX_EPOCH};
 
-use metrics_exporter_prometheus::{PrometheusBuilder, PrometheusHandle};
-use shardlock::{Builder, LockManager};
+use shardlock::LockManager;
 use support::other_clock::{self, OtherClock};
 use support::sentinel::Watched;
 use support::{Cluster, Quorum, RedisServer, quorum, worker};
-use support_locks::{LOCKER, Locker, TestStore, obey, on_each_store, until, until_queued};
+use support_locks::{LOCKER, Locker, Measured, TestStore, obey, on_each_store, until, until_queued};
 
 #[test]
 fn worker_entry() {
@@ -90,45 +89,20 @@ on_each_store! {
     }
 }
 
-/// A manager whose metrics the test reads.
-struct Measured {
-    locks: LockManager,
-    page: PrometheusHandle,
+/// Waits until so many jumps were counted, and the largest drift is about that.
+async fn until_told(measured: &Measured, jumps: u32, drift: f64) {
+    until(
+        &format!("{jumps} jumps and a drift of {drift} s are told"),
+        async || {
+            let told = measured.value("shardlock_server_clock_drift_seconds").round();
+            (jumps_of(measured), told) == (f64::from(jumps), drift)
+        },
+    )
+    .await;
 }
 
-impl Measured {
-    /// It has to be made on the only thread of its runtime, since other tests have recorders of their own.
-    async fn connect(builder: Builder) -> Self {
-        let recorder = PrometheusBuilder::new().build_recorder();
-        let page = recorder.handle();
-        let _ours = metrics::set_default_local_recorder(&recorder);
-        let locks = builder.connect().await.expect("connect");
-        Self { locks, page }
-    }
-
-    fn value(&self, name: &str) -> f64 {
-        let page = self.page.render();
-        let mut lines = page.lines().filter(|line| line.split('{').next() == Some(name));
-        let value = lines.next().expect("a series").rsplit_once(' ').expect("a value").1;
-        value.parse().expect("a number")
-    }
-
-    fn jumps(&self) -> f64 {
-        self.value("shardlock_server_clock_jumps_total")
-    }
-
-    fn drift(&self) -> f64 {
-        self.value("shardlock_server_clock_drift_seconds")
-    }
-
-    /// Waits until so many jumps were counted, and the largest drift is about that.
-    async fn until_told(&self, jumps: u32, drift: f64) {
-        until(
-            &format!("{jumps} jumps and a drift of {drift} s are told"),
-            async || (self.jumps(), self.drift().round()) == (f64::from(jumps), drift),
-        )
-        .await;
-    }
+fn jumps_of(measured: &Measured) -> f64 {
+    measured.value("shardlock_server_clock_jumps_total")
 }
 
 /// Waits until a server whose number of `TIME` commands was this has been asked for its time by a look, and not for the first time.
@@ -145,14 +119,14 @@ async fn until_looked_at(servers: &[&RedisServer]) {
 /// Steps of two servers' clocks, one after the other, forth and back.
 async fn steps_are_told(measured: &Measured, servers: &[&RedisServer]) {
     until_looked_at(servers).await;
-    assert_eq!(measured.jumps(), 0.0);
+    assert_eq!(jumps_of(measured), 0.0);
     other_clock::set(servers[0].dir(), 5);
-    measured.until_told(1, 5.0).await;
+    until_told(measured, 1, 5.0).await;
     // What moved less does not hide what moved more.
     other_clock::set(servers[1].dir(), -4);
-    measured.until_told(2, 5.0).await;
+    until_told(measured, 2, 5.0).await;
     other_clock::set(servers[0].dir(), 0);
-    measured.until_told(3, -4.0).await;
+    until_told(measured, 3, -4.0).await;
     assert!(measured.locks.shards()[0].is_up);
 }
 
@@ -185,12 +159,12 @@ async fn a_failover_to_a_server_with_another_clock_is_no_jump() {
     other_clock::set(replica.dir(), 30);
     until_looked_at(&[watched.primary()]).await;
     other_clock::set(watched.primary().dir(), 5);
-    measured.until_told(1, 5.0).await;
+    until_told(&measured, 1, 5.0).await;
 
     let primary = watched.failover();
     assert_eq!(primary.port(), replica.port());
-    measured.until_told(1, 0.0).await;
+    until_told(&measured, 1, 0.0).await;
     // It is measured from there on.
     other_clock::set(primary.dir(), 37);
-    measured.until_told(2, 7.0).await;
+    until_told(&measured, 2, 7.0).await;
 }

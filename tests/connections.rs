@@ -16,7 +16,7 @@ use std::time::{Duration, Instant};
 use shardlock::{LockError, LockManager, LossReason};
 use support::proxy::Proxy;
 use support::{ClientType, RedisServer};
-use support_locks::{TestStore, lock, lock_keys, on_each_store, soon, until, until_queued};
+use support_locks::{Kind, Measured, TestStore, hand_off, lock, lock_keys, on_each_store, soon, until, until_queued};
 use tokio::task::JoinSet;
 
 on_each_store! {
@@ -175,6 +175,20 @@ on_each_store! {
             until("the inboxes are back", async || servers.inboxes(store.namespace()) == inboxes).await;
         }
         assert_eq!(store.lock_keys(), [""; 0]);
+    }
+
+    async fn a_subscription_that_is_cut_off_and_made_again_is_counted(store: &TestStore) {
+        let measured = Measured::connect(store.builder()).await;
+        let reconnects = || measured.value("shardlock_subscription_reconnects_total");
+        // In a cluster, who has waited listens.
+        hand_off(&store.manager().await, &measured.locks, "k").await;
+        assert_eq!(reconnects(), 0.0);
+        store.servers().cut(ClientType::PubSub);
+        // Of a quorum, each node has one.
+        let cut = if store.kind() == Kind::Redlock { 5.0 } else { 1.0 };
+        until("it is counted", async || reconnects() == cut).await;
+        hand_off(&store.manager().await, &measured.locks, "k").await;
+        assert_eq!(reconnects(), cut);
     }
 
     async fn a_broken_command_connection_is_replaced_unseen(store: &TestStore) {

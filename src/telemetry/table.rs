@@ -144,7 +144,8 @@ metrics! {
         "time of an answered round trip to the store",
         "high on one shard: its server or the way to it is slow (SLOWLOG, fsync, CPU); high on all: this process is short of CPU";
     SHARD_UP = "shardlock_shard_up", Gauge, Count, ["shard"],
-        "1 if the last request to the shard was answered, 0 if not",
+        "1 if the last request to the shard was answered, 0 if not; asked every 3 s even if nobody locks: the primary, each primary of a cluster, a majority of a \
+         quorum or of etcd",
         "0: its keys can't be locked; check the server and the network, and see `shardlock doctor`";
     TOKEN_REGRESSIONS = "shardlock_token_regressions_total", Counter, Count, ["shard"],
         "tokens that were not above earlier ones and so refused",
@@ -162,10 +163,12 @@ metrics! {
         "1 for a node of a quorum that is down or has no vote, otherwise 0; there for redlock:// shards",
         "one: see that node before the next one goes; a majority: no lock of the shard can be had";
     CLOCK_JUMPS = "shardlock_server_clock_jumps_total", Counter, Count, ["shard"],
-        "steps of the server's clock, seen against this process's monotonic clock",
-        "no lock depends on it, but expiry on a Redis server does: a jump forward ends leases early; make NTP slew, and see the host";
+        "steps of the clocks of the shard's servers (the primary, each primary of a cluster, each node of a quorum), seen against this process's monotonic \
+         clock; stays 0 for etcd:// and memory://, which tell no time",
+        "no lock depends on it, but expiry on a Redis server does: a jump forward ends leases early; the log names the server: make NTP slew, and see the host";
     CLOCK_DRIFT = "shardlock_server_clock_drift_seconds", Gauge, Seconds, ["shard"],
-        "how far the server's clock has gone ahead of this process's monotonic clock since the first look at this server",
+        "how far the server's clock has gone ahead of this process's monotonic clock since the first look at this server; of several servers, the one that has \
+         moved the most; stays 0 for etcd:// and memory://",
         "growing steadily by more than 1 %: the allowance for drift does not hold; mend the clock of one of the two hosts";
     STALLS = "shardlock_runtime_stalls_total", Counter, Count, [],
         "times that the background thread woke more than 100 ms late",

@@ -19,9 +19,11 @@ use crate::support::{PATIENCE, RedisServer, Worker, worker};
 
 mod kinds;
 mod locker;
+mod measured;
 pub(crate) use kinds::tests_on;
 pub use kinds::{Kind, Servers};
 pub use locker::{LOCKER, Locker, obey};
+pub use measured::Measured;
 
 /// A lease that lives long enough for a loaded machine and short enough to wait for its end.
 pub const SHORT_TTL: Duration = Duration::from_millis(400);

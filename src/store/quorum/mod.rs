@@ -44,7 +44,7 @@ use crate::key::{LockKey, Slot};
 use crate::protocol::{Acquire, AcquireReply, Answer, Cycle, Push, Release, ReleaseReply, RenewReply, Renewal};
 use crate::store::redis::primary::RedisStore;
 use crate::store::{Inspection, Lane, LeaseStore, Look, StoreError, StoreFuture, StoreOptions};
-use crate::telemetry::NodeMetrics;
+use crate::telemetry::{NodeMetrics, ShardMetrics};
 use node::Node;
 use tally::majority;
 
@@ -69,6 +69,7 @@ struct Quorum {
     held: parking_lot::Mutex<HashMap<Cycle, Moment>>,
     /// How many releases are on their way.
     releasing: AtomicUsize,
+    metrics: Arc<ShardMetrics>,
 }
 
 /// At each multiple of so many leases, those that have run out are looked for.
@@ -109,6 +110,7 @@ impl QuorumStore {
                 door_lost: Notify::new(),
                 held: parking_lot::Mutex::new(HashMap::new()),
                 releasing: AtomicUsize::new(0),
+                metrics: Arc::clone(&options.metrics),
             }),
         })
     }

@@ -44,6 +44,7 @@ pub(super) async fn listen(quorum: Arc<Quorum>, pushes: mpsc::UnboundedSender<Pu
     let probes = probe(&quorum);
     tokio::pin!(probes);
     let mut subscribed = vec![false; quorum.nodes.len()];
+    let mut cut_off = vec![false; quorum.nodes.len()];
     let mut started = false;
     loop {
         let push = tokio::select! {
@@ -60,6 +61,9 @@ pub(super) async fn listen(quorum: Arc<Quorum>, pushes: mpsc::UnboundedSender<Pu
                 Push::Granted { key, grant } => Push::Turn { key, cycle: grant.cycle },
                 Push::Resubscribed { slot } => {
                     subscribed[index] = true;
+                    if std::mem::take(&mut cut_off[index]) {
+                        quorum.metrics.reconnects.increment(1);
+                    }
                     let count = subscribed.iter().filter(|&&subscribed| subscribed).count();
                     if !started && count < majority(quorum.nodes.len()) {
                         continue;
@@ -70,6 +74,7 @@ pub(super) async fn listen(quorum: Arc<Quorum>, pushes: mpsc::UnboundedSender<Pu
                 // The inbox alone may be cut off: look again at once, and when it is back.
                 Push::Disconnected => {
                     subscribed[index] = false;
+                    cut_off[index] = true;
                     Push::Resubscribed { slot: None }
                 }
                 other => other,

@@ -59,6 +59,8 @@ pub(super) struct Listener {
     subscriptions: HashMap<Slot, Subscription>,
     attempts: FuturesUnordered<BoxFuture<'static, (Slot, u64, Ended)>>,
     next_attempt: u64,
+    /// How many connections with subscriptions broke, and none of those is back yet.
+    cut_off: u64,
 }
 
 struct Subscription {
@@ -124,6 +126,7 @@ pub(super) async fn listen(
         subscriptions: HashMap::new(),
         attempts: FuturesUnordered::new(),
         next_attempt: 0,
+        cut_off: 0,
     };
     let mut looks = tokio::time::interval(LOOK_EVERY);
     looks.set_missed_tick_behavior(tokio::time::MissedTickBehavior::Delay);
@@ -254,6 +257,7 @@ impl Listener {
                     .iter()
                     .filter_map(|(slot, subscription)| (subscription.at == there).then_some(*slot))
                     .collect();
+                self.cut_off += u64::from(!lost.is_empty());
                 lost.into_iter().for_each(|slot| self.lose(slot));
                 Ok(())
             }
@@ -265,6 +269,9 @@ impl Listener {
         let Some(subscription) = self.subscriptions.get_mut(&slot) else {
             return Ok(());
         };
+        // Of a connection with many subscriptions, the first that is back tells.
+        let back = std::mem::take(&mut self.cut_off);
+        self.shared.metrics.reconnects.increment(back);
         self.inbox.set_place(slot, Some(&place));
         subscription.at = Some((place, generation));
         subscription.pause = PAUSE_MIN;

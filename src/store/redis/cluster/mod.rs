@@ -4,7 +4,8 @@
 //!
 //! Connections: for each of the two lanes its own to every node that is asked something (`lane`), for commands alone; and, on the background
 //! thread, one more to each node on which something is waited for (`listener`), for subscriptions alone. All share one map of the slots
-//! (`topology`), which every redirection corrects.
+//! (`topology`), which every redirection corrects. The look that is taken every few seconds (`look`) asks each primary on the background's
+//! lane.
 //!
 //! The nodes are addressed here and not through the client library's cluster connection: that one never reads the map anew because a node is
 //! silent, so that a primary which hangs is asked for ever after its replica took over; while it reads the map, it waits for every node and

@@ -1,0 +1,32 @@
+//! A manager whose metrics a test reads.
+
+use metrics_exporter_prometheus::{PrometheusBuilder, PrometheusHandle};
+use shardlock::{Builder, LockManager};
+
+/// See the module. Its metrics are its own, whatever else runs in the process.
+pub struct Measured {
+    pub locks: LockManager,
+    page: PrometheusHandle,
+}
+
+impl Measured {
+    /// Connects. A test awaits this itself, and in no task, since the recorder is that of its thread.
+    pub async fn connect(builder: Builder) -> Self {
+        let recorder = PrometheusBuilder::new().build_recorder();
+        let page = recorder.handle();
+        let _ours = metrics::set_default_local_recorder(&recorder);
+        let locks = builder.connect().await.expect("connect");
+        Self { locks, page }
+    }
+
+    /// The value of the one series of that name.
+    #[track_caller]
+    pub fn value(&self, name: &str) -> f64 {
+        let page = self.page.render();
+        let lines = page.lines().filter(|line| line.split('{').next() == Some(name));
+        let lines: Vec<_> = lines.collect();
+        let [line] = lines[..] else { panic!("{name}: {lines:?}") };
+        let value = line.rsplit_once(' ').expect("a value").1;
+        value.parse().expect("a number")
+    }
+}
