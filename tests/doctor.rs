@@ -229,7 +229,7 @@ fn a_password_that_is_missing_or_wrong_is_an_error_that_does_not_show_it() {
     assert!(!said.json.to_string().contains("s3cret"));
 }
 
-const RULES: &str = "on >s3cret ~lock:* ~{lock:* &lock:in:* +@all -@dangerous";
+const RULES: &str = "on >s3cret ~lock:* ~{lock:* &lock:in:* +@all -@dangerous +role";
 
 #[test]
 fn a_permission_that_is_missing_is_named_with_the_command_that_gives_it() {

@@ -4,19 +4,19 @@ use std::collections::BTreeSet;
 use std::sync::Arc;
 use std::time::Duration;
 
-use shardlock::{LockError, LockManager};
+use shardlock::{Builder, LockError, LockManager};
 use tokio::sync::Semaphore;
 use tokio::task::JoinSet;
 
 use crate::support::{PATIENCE, RedisServer};
-use crate::support_locks::{SHORT_TTL, soon, until, until_queued};
+use crate::support_locks::{SHORT_TTL, Servers, soon, until, until_queued};
 
 const FILE: &str = concat!(env!("CARGO_MANIFEST_DIR"), "/config/acl.conf");
-const USER: &str = "shardlock";
-const PASSWORD: &str = "change-me";
+pub(crate) const USER: &str = "shardlock";
+pub(crate) const PASSWORD: &str = "change-me";
 
 /// The words of the file's user after its name.
-fn rules() -> Vec<String> {
+pub(crate) fn rules() -> Vec<String> {
     let text = std::fs::read_to_string(FILE).expect("read the file");
     let mut lines = text.lines().filter_map(|line| line.strip_prefix("user "));
     let (line, more) = (lines.next().expect("a user"), lines.next());
@@ -32,7 +32,7 @@ fn permissions(rules: &[String]) -> Vec<String> {
     rules.iter().filter(permits).cloned().collect()
 }
 
-fn set_user(server: &RedisServer, rules: &[String]) {
+pub(crate) fn set_user(server: &RedisServer, rules: &[String]) {
     let mut command = vec!["ACL", "SETUSER", USER, "reset"];
     command.extend(rules.iter().map(String::as_str));
     server.command(&command);
@@ -44,7 +44,7 @@ fn url(server: &RedisServer) -> String {
 
 /// What went wrong in a run.
 #[derive(Clone, Default)]
-struct Errors(Arc<parking_lot::Mutex<Vec<LockError>>>);
+pub(crate) struct Errors(Arc<parking_lot::Mutex<Vec<LockError>>>);
 
 impl Errors {
     fn note<T>(&self, result: Result<T, LockError>) -> Option<T> {
@@ -61,7 +61,7 @@ impl Errors {
         self.0.lock().iter().filter_map(named).collect()
     }
 
-    fn all(&self) -> Vec<String> {
+    pub(crate) fn all(&self) -> Vec<String> {
         self.0.lock().iter().map(ToString::to_string).collect()
     }
 }
@@ -77,11 +77,19 @@ async fn lock_and_release(locks: LockManager, key: &'static str, errors: Errors)
 
 /// Everything that a product of locks does, as that user.
 async fn whole_range(server: &RedisServer, namespace: &str) -> Errors {
+    let builder = || LockManager::builder().shard(url(server)).namespace(namespace);
+    whole_range_of(builder, server, namespace).await
+}
+
+/// The same with managers of any kind of shard.
+pub(crate) async fn whole_range_of(
+    builder: impl Fn() -> Builder,
+    servers: &(impl Servers + ?Sized),
+    namespace: &str,
+) -> Errors {
     let errors = Errors::default();
     let builder = || {
-        LockManager::builder()
-            .shard(url(server))
-            .namespace(namespace)
+        builder()
             .ttl(SHORT_TTL)
             .max_burst(1)
             .store_timeout(Duration::from_secs(5))
@@ -115,8 +123,11 @@ async fn whole_range(server: &RedisServer, namespace: &str) -> Errors {
         ended.expect("a task");
     }
     // Somebody who knows nothing of queues holds it for a while.
-    let foreign = format!("{namespace}foreign");
-    server.command(&["SET", &foreign, "somebody else", "PX", "200"]);
+    servers.overwrite(
+        &format!("{namespace}foreign"),
+        "somebody else",
+        Duration::from_millis(200),
+    );
     lock_and_release(one.clone(), "foreign", errors.clone()).await;
     one.shutdown().await;
     other.shutdown().await;
@@ -143,7 +154,7 @@ async fn with_the_rules_of_the_file_everything_works() {
 }
 
 /// What the file lists to be added: the lines that are nothing but rules.
-fn additions() -> Vec<Vec<String>> {
+pub(crate) fn additions() -> Vec<Vec<String>> {
     let text = std::fs::read_to_string(FILE).expect("read the file");
     let (_, more) = text.split_once("---- What to add").expect("the part with more");
     let lines = more.lines().filter_map(|line| line.strip_prefix("#   "));

@@ -12,6 +12,8 @@ mod support_locks;
 mod tool;
 
 mod acl;
+#[cfg(feature = "cli")]
+mod needs;
 mod secrets;
 #[cfg(feature = "tls")]
 mod tls;

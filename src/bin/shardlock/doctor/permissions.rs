@@ -12,6 +12,9 @@ use super::Kind;
 use super::facts::{Denied, Lack, Seen};
 use super::finding::Finding;
 
+/// Commands of which the ACL knows the subcommands by themselves.
+const WITH_SUBCOMMANDS: [&str; 3] = ["CLUSTER", "PUBSUB", "SCRIPT"];
+
 /// A command that is needed.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub(super) struct Need {
@@ -36,7 +39,7 @@ impl Need {
             .map(|word| if word == "@" { place.unwrap_or_default() } else { word }.to_owned())
             .collect();
         let command = match &words[..] {
-            [first, second, ..] if first == "CLUSTER" => format!("{first}|{second}"),
+            [first, second, ..] if WITH_SUBCOMMANDS.contains(&first.as_str()) => format!("{first}|{second}"),
             _ => words[0].clone(),
         };
         Self {
@@ -92,15 +95,7 @@ pub(super) fn needs(namespace: &str, kind: Kind, min_replicas_acked: u32) -> Vec
     let lease = format!("{namespace}%doctor");
     let queue = format!("{{{namespace}%doctor}}:q");
     let inbox = format!("{namespace}in:%doctor");
-    let of_leases = [
-        "GET @",
-        "SET @ x NX XX",
-        "INCRBY @ x",
-        "PTTL @",
-        "PEXPIRE @ x",
-        "EXISTS @",
-        "DEL @",
-    ];
+    let of_leases = ["GET @", "SET @ x NX XX", "PTTL @", "PEXPIRE @ x", "EXISTS @", "DEL @"];
     let of_queues = [
         "EXISTS @",
         "PEXPIRE @ x",
@@ -117,18 +112,27 @@ pub(super) fn needs(namespace: &str, kind: Kind, min_replicas_acked: u32) -> Vec
     }
     needs.extend(of_leases.map(|words| Need::new(words, Some(&lease), leases.clone())));
     needs.extend(of_queues.map(|words| Need::new(words, Some(&queue), queues.clone())));
-    let pubsub = match kind {
-        Kind::Cluster => ["SPUBLISH @ x", "SSUBSCRIBE @"],
-        _ => ["PUBLISH @ x", "SUBSCRIBE @"],
-    };
-    needs.extend(pubsub.map(|words| Need::new(words, Some(&inbox), channels.clone())));
-    let mut more = |words| needs.push(Need::new(words, None, Pattern::None));
-    match kind {
-        Kind::Cluster => ["CLUSTER SLOTS", "ASKING", "PING"].into_iter().for_each(&mut more),
-        Kind::Redlock => more("INFO server"),
-        Kind::Sentinel => more("ROLE"),
-        Kind::Single => {}
+    // In a cluster the script counts by itself, from the server's time on.
+    if kind != Kind::Cluster {
+        needs.push(Need::new("INCRBY @ x", Some(&lease), leases.clone()));
     }
+    let pubsub = match kind {
+        Kind::Cluster => &["SPUBLISH @ x", "SSUBSCRIBE @"][..],
+        _ => &["PUBLISH @ x", "SUBSCRIBE @"],
+    };
+    needs.extend(
+        pubsub
+            .iter()
+            .map(|words| Need::new(words, Some(&inbox), channels.clone())),
+    );
+    let mut more = |words| needs.push(Need::new(words, None, Pattern::None));
+    let of_kind = match kind {
+        Kind::Cluster => &["CLUSTER SLOTS", "ASKING", "PUBSUB SHARDNUMSUB", "SUNSUBSCRIBE"][..],
+        // The text is none of a script.
+        Kind::Redlock => &["ROLE", "INFO server", "PING", "SCRIPT LOAD ("],
+        Kind::Sentinel | Kind::Single => &["ROLE"],
+    };
+    of_kind.iter().copied().for_each(&mut more);
     if min_replicas_acked > 0 && kind != Kind::Redlock {
         more("WAIT 0 1");
     }
@@ -230,9 +234,12 @@ mod tests {
         let single = commands(Kind::Single, 0);
         assert!(single.contains(&"publish".to_owned()) && !single.contains(&"wait".to_owned()));
         assert!(commands(Kind::Single, 1).contains(&"wait".to_owned()));
+        assert!(single.contains(&"role".to_owned()));
         let cluster = commands(Kind::Cluster, 0);
+        assert!(cluster.contains(&"pubsub|shardnumsub".to_owned()) && !cluster.contains(&"role".to_owned()));
         assert!(cluster.contains(&"ssubscribe".to_owned()) && cluster.contains(&"cluster|slots".to_owned()));
-        assert!(commands(Kind::Redlock, 1).contains(&"info".to_owned()));
+        let node = commands(Kind::Redlock, 1);
+        assert!(node.contains(&"info".to_owned()) && node.contains(&"script|load".to_owned()));
     }
 
     #[test]
