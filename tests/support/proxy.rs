@@ -3,8 +3,9 @@
 use std::io::{self, Read, Write};
 use std::net::{Ipv4Addr, Shutdown, SocketAddr, TcpListener, TcpStream};
 use std::sync::Arc;
-use std::sync::atomic::{AtomicBool, Ordering};
+use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 use std::thread;
+use std::time::Duration;
 
 use parking_lot::{Condvar, Mutex};
 
@@ -19,12 +20,17 @@ pub struct Proxy {
 struct Gate {
     closed: Mutex<bool>,
     opened: Condvar,
+    /// For how long everything is late, in milliseconds.
+    late: AtomicU64,
 }
 
 impl Gate {
     fn pass(&self) {
         let mut closed = self.closed.lock();
         self.opened.wait_while(&mut closed, |closed| *closed);
+        drop(closed);
+        // The way is as long as that.
+        thread::sleep(Duration::from_millis(self.late.load(Ordering::Relaxed)));
     }
 
     fn set(&self, closed: bool) {
@@ -64,6 +70,12 @@ impl Proxy {
     /// Nothing that the server says comes through, until [`let_through`](Self::let_through).
     pub fn hold_back(&self) {
         self.replies.set(true);
+    }
+
+    /// From now on everything that the server says comes later by that.
+    pub fn slow_down(&self, late: Duration) {
+        let millis = u64::try_from(late.as_millis()).expect("a short time");
+        self.replies.late.store(millis, Ordering::Relaxed);
     }
 
     /// Also what was held back.

@@ -5,13 +5,17 @@ use std::collections::BTreeMap;
 use shardlock::{Endpoint, ShardConfig};
 
 use super::Kind;
-use super::facts::Seen;
 use super::finding::Finding;
 
-/// `ours` is what a manager of this configuration would store under `key`.
-pub(super) fn fingerprint(seen: &Seen, kind: Kind, ours: &str, key: &str) -> Option<Finding> {
+/// `ours` is what a manager of this configuration would store where `stored` was found, and `remove` is how that is deleted.
+pub(super) fn fingerprint(
+    stored: &Result<Option<String>, String>,
+    kind: Kind,
+    ours: &str,
+    remove: &str,
+) -> Option<Finding> {
     const CHECK: &str = "shard-map";
-    let theirs = match &seen.map {
+    let theirs = match stored {
         Ok(Some(theirs)) => theirs,
         Ok(None) => return Some(Finding::ok(CHECK, "none is stored yet; the first manager stores it")),
         // The permission is another check's matter, and in a cluster some other node has the key.
@@ -37,7 +41,7 @@ pub(super) fn fingerprint(seen: &Seen, kind: Kind, ours: &str, key: &str) -> Opt
         "with different maps one key is locked in two places at a time, so a manager is refused",
         format!(
             "give the same shards with the same names in the same order in every process, or another namespace; if the change is meant, stop all \
-             processes that lock here and then DEL {key} on each server"
+             processes that lock here and then {remove}"
         ),
     ))
 }
@@ -72,9 +76,8 @@ mod tests {
     const OURS: &str = "v1 a:0-8191,b:8192-16383 here=a";
 
     fn found(theirs: Option<&str>, kind: Kind) -> Finding {
-        let mut seen = Seen::good("", &[]);
-        seen.map = Ok(theirs.map(str::to_owned));
-        fingerprint(&seen, kind, OURS, "lock:%map").unwrap()
+        let stored = Ok(theirs.map(str::to_owned));
+        fingerprint(&stored, kind, OURS, "DEL lock:%map").unwrap()
     }
 
     #[test]

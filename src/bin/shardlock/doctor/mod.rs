@@ -115,7 +115,7 @@ async fn examine(shard: &ShardConfig, fingerprint: &str, asking: &Asking<'_>) ->
         "redis+cluster" | "rediss+cluster" => cluster::examine(&endpoint, asking, fingerprint, &mut report).await,
         "redlock" | "redlocks" => redlock::examine(&endpoint, asking, fingerprint, &mut report).await,
         #[cfg(feature = "etcd")]
-        "etcd" | "etcds" => etcd::examine(&endpoint, asking, &mut report).await,
+        "etcd" | "etcds" => etcd::examine(&endpoint, asking, fingerprint, &mut report).await,
         "memory" => report.findings.push(memory_only()),
         other => report.findings.push(Finding::note(
             "kind",

@@ -57,7 +57,8 @@ fn findings(server: &Server, seen: &Seen, expected: &Expected<'_>) -> Vec<Findin
     }
     findings.extend(permissions::access(&server.place, server.has_login, seen));
     findings.push(permissions::permitted(seen));
-    findings.extend(map::fingerprint(seen, kind, fingerprint, &config.map_key()));
+    let remove = format!("DEL {} on each server", config.map_key());
+    findings.extend(map::fingerprint(&seen.map, kind, fingerprint, &remove));
     findings.extend(memory::policy(seen));
     findings.extend(memory::room(seen));
     findings.extend(persistence::persistence(seen, kind));

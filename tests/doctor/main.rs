@@ -3,16 +3,25 @@
 // A test is over when its surroundings fail.
 #![allow(clippy::expect_used, clippy::panic, clippy::unwrap_used)]
 
+#[path = "../support/mod.rs"]
 mod support;
+#[path = "../tool/mod.rs"]
 mod tool;
+
+#[cfg(target_os = "linux")]
+mod clocks;
+#[cfg(feature = "etcd")]
+mod etcd;
+mod nodes;
+mod said;
+mod sentinel;
 
 use std::collections::BTreeMap;
 use std::fs;
-use std::net::{Ipv4Addr, TcpListener};
-use std::process::Command;
 
 use serde_json::Value;
 
+use said::{command, doctor};
 use support::{PATIENCE, RedisServer, wait_until};
 use tool::{Holder, bare, run};
 
@@ -21,86 +30,6 @@ const GOOD: [&str; 2] = ["--appendonly", "yes"];
 
 fn good_and(more: &[&str]) -> RedisServer {
     RedisServer::start_with(&[&GOOD, more].concat())
-}
-
-/// What the doctor says.
-struct Said {
-    code: i32,
-    json: Value,
-}
-
-/// Runs the doctor with these shards and arguments.
-#[track_caller]
-fn doctor(shards: &[&str], args: &[&str]) -> Said {
-    let ended = run(command(shards, &[&["--json"], args].concat()));
-    let json: Value = serde_json::from_str(&ended.stdout).unwrap_or_else(|error| panic!("{error}: {ended:?}"));
-    assert_eq!(json["exit_code"], ended.code, "{ended:?}");
-    Said { code: ended.code, json }
-}
-
-fn command(shards: &[&str], args: &[&str]) -> Command {
-    let mut command = bare(&["doctor"]);
-    command.args(args).env("SHARDLOCK_SHARDS", shards.join(" "));
-    command
-}
-
-impl Said {
-    /// All findings, as where, check and the finding itself.
-    fn all(&self) -> Vec<(&str, &str, &Value)> {
-        let mut lists = vec![("settings", &self.json["settings"])];
-        for shard in self.json["shards"].as_array().unwrap() {
-            lists.push((shard["name"].as_str().unwrap(), &shard["findings"]));
-            for server in shard["servers"].as_array().unwrap() {
-                lists.push((server["server"].as_str().unwrap(), &server["findings"]));
-            }
-        }
-        lists
-            .into_iter()
-            .flat_map(|(place, findings)| findings.as_array().unwrap().iter().map(move |finding| (place, finding)))
-            .map(|(place, finding)| (place, finding["check"].as_str().unwrap(), finding))
-            .collect()
-    }
-
-    /// The one finding of this check.
-    #[track_caller]
-    fn one(&self, check: &str) -> &Value {
-        self.at(None, check)
-    }
-
-    /// The one finding of this check at this place.
-    #[track_caller]
-    fn at(&self, place: Option<&str>, check: &str) -> &Value {
-        let found: Vec<_> = self
-            .all()
-            .into_iter()
-            .filter(|(at, name, _)| *name == check && place.is_none_or(|place| place == *at))
-            .collect();
-        let [(_, _, finding)] = &found[..] else {
-            panic!("{} findings of {check}: {:#}", found.len(), self.json)
-        };
-        finding
-    }
-
-    /// What is worse than a note, as check and level.
-    fn complaints(&self) -> BTreeMap<String, String> {
-        self.all()
-            .into_iter()
-            .filter(|(_, _, finding)| finding["level"] == "warning" || finding["level"] == "error")
-            .map(|(_, check, finding)| (check.to_owned(), finding["level"].as_str().unwrap().to_owned()))
-            .collect()
-    }
-
-    /// That this is all there is to complain of, with these words on why or how to mend it.
-    #[track_caller]
-    fn complains_only(&self, check: &str, level: &str, words: &[&str]) {
-        let expected = BTreeMap::from([(check.to_owned(), level.to_owned())]);
-        assert_eq!(self.complaints(), expected, "{:#}", self.json);
-        assert_eq!(self.code, if level == "error" { 2 } else { 1 });
-        let text = self.one(check).to_string();
-        for word in words {
-            assert!(text.contains(word), "no {word:?} in {text}");
-        }
-    }
 }
 
 #[test]
@@ -381,128 +310,6 @@ fn a_lease_that_is_shorter_than_the_answers_may_take_is_warned_of() {
     let server = good_and(&[]);
     let said = doctor(&[&server.url()], &["--set", "ttl=1s", "--set", "store_timeout=2s"]);
     said.complains_only("ttl", "warning", &["ttl 1s", "set store_timeout to less than the ttl"]);
-}
-
-#[test]
-fn nodes_of_a_quorum_must_be_alive_in_majority_and_independent() {
-    let nodes: Vec<RedisServer> = (0..3).map(|_| good_and(&[])).collect();
-    let url = |nodes: &[&RedisServer]| {
-        let places: Vec<_> = nodes.iter().map(|node| node.address()).collect();
-        format!("redlock://{}", places.join(","))
-    };
-    let all: Vec<&RedisServer> = nodes.iter().collect();
-    // They have been up for less than that.
-    let said = doctor(&[&url(&all)], &["--set", "redlock_max_ttl=1h"]);
-    assert_eq!(
-        said.complaints(),
-        BTreeMap::from([("vote".to_owned(), "warning".to_owned())])
-    );
-    let vote = said.at(Some(&nodes[0].address()), "vote");
-    assert!(vote["found"].as_str().unwrap().contains("it has no vote yet"), "{vote}");
-    for check in ["majority", "independent", "clocks"] {
-        assert_eq!(said.one(check)["level"], "ok", "{:#}", said.json);
-    }
-    assert_eq!(said.at(Some(&nodes[2].address()), "persistence")["level"], "ok");
-
-    // One server by two names.
-    let twice = format!("{},localhost:{}", url(&all[..2]), nodes[0].port());
-    let said = doctor(&[&twice], &[]);
-    assert_eq!(said.code, 2);
-    assert!(
-        said.one("independent")["found"]
-            .as_str()
-            .unwrap()
-            .ends_with("are the same server")
-    );
-
-    let port = nodes[0].port().to_string();
-    nodes[1].command(&["REPLICAOF", "127.0.0.1", &port]);
-    let said = doctor(&[&url(&all)], &[]);
-    let expected = format!("{} is a replica of {}", nodes[1].address(), nodes[0].address());
-    assert_eq!(said.one("independent")["found"], expected.as_str());
-    assert_eq!(said.at(Some(&nodes[1].address()), "role")["level"], "error");
-    nodes[1].command(&["REPLICAOF", "NO", "ONE"]);
-
-    nodes[1].kill();
-    let said = doctor(&[&url(&all)], &[]);
-    assert_eq!(
-        (said.code, &said.one("majority")["level"]),
-        (1, &"warning".into()),
-        "{:#}",
-        said.json
-    );
-    nodes[2].kill();
-    let said = doctor(&[&url(&all)], &[]);
-    assert_eq!((said.code, &said.one("majority")["level"]), (2, &"error".into()));
-    assert_eq!(said.one("majority")["found"], "1 of 3 nodes answer, 2 are needed");
-}
-
-#[test]
-fn a_cluster_of_which_a_part_is_missing_is_an_error() {
-    let cluster = ["--cluster-enabled", "yes", "--cluster-node-timeout", "1000"];
-    let (first, second) = (good_and(&cluster), good_and(&cluster));
-    let url = format!("redis+cluster://{},{}", first.address(), second.address());
-    first.command(&["CLUSTER", "ADDSLOTSRANGE", "0", "8191"]);
-    second.command(&["CLUSTER", "ADDSLOTSRANGE", "8192", "16383"]);
-    second.command(&["CLUSTER", "SET-CONFIG-EPOCH", "2"]);
-    first.command(&["CLUSTER", "MEET", "127.0.0.1", &second.port().to_string()]);
-    wait_until("both nodes own all slots together", PATIENCE, || {
-        [&first, &second].iter().all(|node| {
-            let info: String = node.query(&["CLUSTER", "INFO"]);
-            info.contains("cluster_state:ok")
-        })
-    });
-    let said = doctor(&[&url], &[]);
-    for check in ["cluster_state", "slots", "nodes-agree"] {
-        assert_eq!(said.one(check)["level"], "ok", "{:#}", said.json);
-    }
-    assert_eq!(said.one("replicas-per-primary")["level"], "warning");
-    assert_eq!(said.one("cluster-require-full-coverage")["level"], "note");
-    assert_eq!(said.at(Some(&second.address()), "mode")["level"], "ok");
-    assert_eq!(said.code, 1, "{:#}", said.json);
-
-    // A node of a cluster is no server on its own, and the other way about.
-    let alone = doctor(&[&first.url()], &[]);
-    alone.complains_only("mode", "error", &["redis+cluster://"]);
-    let plain = good_and(&[]);
-    let said = doctor(&[&format!("redis+cluster://{}", plain.address())], &[]);
-    assert_eq!(said.one("mode")["level"], "error", "{:#}", said.json);
-    assert!(
-        said.one("mode")["mend"]
-            .as_str()
-            .unwrap()
-            .contains("use redis:// for this server")
-    );
-
-    second.kill();
-    wait_until("the cluster is down", PATIENCE, || {
-        let info: String = first.query(&["CLUSTER", "INFO"]);
-        info.contains("cluster_state:fail")
-    });
-    let said = doctor(&[&url], &[]);
-    assert_eq!(said.code, 2);
-    assert_eq!(said.one("cluster_state")["level"], "error");
-    assert!(
-        said.one("cluster_state")["mend"]
-            .as_str()
-            .unwrap()
-            .contains("redis-cli --cluster check")
-    );
-    assert_eq!(said.at(Some(&first.address()), "reachable")["level"], "ok");
-}
-
-#[test]
-fn sentinels_that_do_not_answer_are_an_error() {
-    let listener = TcpListener::bind((Ipv4Addr::LOCALHOST, 0)).unwrap();
-    let place = listener.local_addr().unwrap();
-    drop(listener);
-    let said = doctor(&[&format!("redis+sentinel://{place}/m")], &[]);
-    said.complains_only("reachable", "error", &[&format!("-p {} ping", place.port())]);
-
-    // A server that is no sentinel.
-    let server = good_and(&[]);
-    let said = doctor(&[&format!("redis+sentinel://{}/m", server.address())], &[]);
-    said.complains_only("primary", "error", &["if this is no sentinel, name one"]);
 }
 
 #[test]

@@ -1,0 +1,210 @@
+//! Asks a member for what the checks want to know. Nothing is written to it.
+
+use std::time::Instant;
+
+use etcd_client::{
+    AlarmAction, AlarmType, Certificate, Client, Compare, CompareOp, ConnectOptions, Error, GetOptions, Identity,
+    TlsOptions, Txn, TxnOp,
+};
+use shardlock::ServerUrl;
+
+use super::super::facts::{RoundTrips, Trouble, TroubleKind};
+use super::super::look::Asking;
+
+/// What a member tells. A part that it refused is an `Err` with its words.
+#[derive(Debug, Clone)]
+pub(super) struct Member {
+    pub(super) round_trips: RoundTrips,
+    pub(super) version: String,
+    /// The id of the leader, or zero if there is none.
+    pub(super) leader: u64,
+    pub(super) bytes: i64,
+    /// How many members the cluster has; zero where the member did not tell.
+    pub(super) members: usize,
+    /// Errors and alarms, in words.
+    pub(super) alarms: Vec<String>,
+    /// The name in the URL.
+    pub(super) user: Option<String>,
+    /// Whether it was shown a certificate, if it asked for one.
+    pub(super) shows_certificate: bool,
+    /// The fingerprint that is stored, or nothing where there is none. A member tells it only with a majority behind it.
+    pub(super) map: Result<Option<String>, String>,
+    /// What it says if the user may not do what locks need.
+    pub(super) denied: Option<String>,
+}
+
+/// How many round trips are measured, if they fit into the time limit.
+const READS: usize = 20;
+
+/// The number of gRPC's status for who is not permitted something.
+const PERMISSION_DENIED: i32 = 7;
+
+pub(super) async fn look(server: &ServerUrl, asking: &Asking<'_>) -> Result<Member, Trouble> {
+    let user = user(server)?;
+    // A member that misses a certificate may say so only by closing the connection.
+    let without_a_word = |trouble: Trouble| match trouble.kind {
+        TroubleKind::Unreachable | TroubleKind::Answer
+            if server.is_encrypted() && trouble.reason.contains("connection closed") =>
+        {
+            Trouble {
+                kind: TroubleKind::Encryption,
+                ..trouble
+            }
+        }
+        _ => trouble,
+    };
+    let connected = in_time(asking, connect(server, user.as_ref(), asking)).await;
+    let mut client = connected.map_err(without_a_word)?;
+    let began = Instant::now();
+    let status = in_time(asking, client.status()).await.map_err(without_a_word)?;
+    let mut round_trips = vec![began.elapsed()];
+    // Who may not ask for members or alarms still sees the member's own errors.
+    let members = in_time(asking, client.member_list()).await;
+    let mut alarms = status.errors().to_vec();
+    if let Ok(reply) = in_time(asking, client.alarm(AlarmAction::Get, AlarmType::None, None)).await {
+        alarms.extend(reply.alarms().iter().map(|alarm| format!("alarm {:?}", alarm.alarm())));
+    }
+    let map_key = asking.config.map_key();
+    let map = in_time(asking, client.get(map_key.as_str(), None)).await;
+    let map = map.map(|found| {
+        let stored = found.kvs().first();
+        stored.map(|stored| String::from_utf8_lossy(stored.value()).into_owned())
+    });
+    let denied = match &map {
+        // Without a majority there is no other answer.
+        Ok(_) => may_lock(&mut client, asking).await,
+        Err(trouble) => Some(trouble)
+            .filter(|trouble| trouble.kind == TroubleKind::Login)
+            .cloned(),
+    };
+    if map.is_ok() {
+        round_trips.clear();
+        while round_trips.len() < READS && (round_trips.is_empty() || began.elapsed() < asking.timeout()) {
+            let sent = Instant::now();
+            let keys = Some(GetOptions::new().with_keys_only());
+            in_time(asking, client.get(map_key.as_str(), keys)).await?;
+            round_trips.push(sent.elapsed());
+        }
+    }
+    Ok(Member {
+        // There is one at least.
+        round_trips: RoundTrips::of(round_trips).ok_or_else(|| Trouble {
+            kind: TroubleKind::Answer,
+            reason: "no round trip was measured".to_owned(),
+        })?,
+        version: status.version().to_owned(),
+        leader: status.leader(),
+        bytes: status.db_size(),
+        members: members.map_or(0, |list| list.members().len()),
+        alarms,
+        user: user.map(|(name, _)| name),
+        shows_certificate: server.is_encrypted() && asking.identity().is_some(),
+        map: map.map_err(|trouble| trouble.reason),
+        denied: denied.map(|trouble| trouble.reason),
+    })
+}
+
+/// Asks for what no condition lets happen: whether it is permitted is looked at first.
+async fn may_lock(client: &mut Client, asking: &Asking<'_>) -> Option<Trouble> {
+    let key = format!("{}%doctor", asking.config.namespace);
+    let never = Compare::create_revision(key.as_str(), CompareOp::Less, 0);
+    let all = GetOptions::new().with_prefix().with_limit(1).with_keys_only();
+    let question = Txn::new().when([never]).and_then([
+        TxnOp::put(key.as_str(), "", None),
+        TxnOp::get(asking.config.namespace.as_str(), Some(all)),
+    ]);
+    let trouble = in_time(asking, client.txn(question)).await.err()?;
+    Some(trouble).filter(|trouble| trouble.kind == TroubleKind::Login)
+}
+
+/// The name and the password in the URL.
+fn user(server: &ServerUrl) -> Result<Option<(String, String)>, Trouble> {
+    let url = url::Url::parse(server.as_str()).map_err(|error| Trouble {
+        kind: TroubleKind::Answer,
+        // The URL itself is in none of these errors.
+        reason: error.to_string(),
+    })?;
+    let decoded = |text: &str| {
+        percent_encoding::percent_decode_str(text)
+            .decode_utf8_lossy()
+            .into_owned()
+    };
+    Ok(url
+        .password()
+        .map(|password| (decoded(url.username()), decoded(password))))
+}
+
+async fn connect(
+    server: &ServerUrl,
+    user: Option<&(String, String)>,
+    asking: &Asking<'_>,
+) -> Result<Client, etcd_client::Error> {
+    let mut options = ConnectOptions::new().with_connect_timeout(asking.timeout());
+    if let Some((name, password)) = user {
+        options = options.with_user(name, password);
+    }
+    let scheme = if server.is_encrypted() { "https" } else { "http" };
+    if server.is_encrypted() {
+        let mut tls = TlsOptions::new();
+        if let Some(ca) = asking.authorities() {
+            tls = tls.ca_certificate(Certificate::from_pem(ca));
+        }
+        if let Some((certificate, key)) = asking.identity() {
+            tls = tls.identity(Identity::from_pem(certificate, key));
+        }
+        options = options.with_tls(tls);
+    }
+    let address = format!("{scheme}://{}", server.place());
+    Client::connect([address], Some(options)).await
+}
+
+/// One question, for no longer than a request may take.
+async fn in_time<T>(asking: &Asking<'_>, question: impl Future<Output = Result<T, Error>>) -> Result<T, Trouble> {
+    let limit = asking.timeout();
+    match tokio::time::timeout(limit, question).await {
+        Ok(answer) => answer.map_err(|error| trouble(&error)),
+        Err(_) => Err(Trouble {
+            kind: TroubleKind::Silent,
+            reason: format!("no answer within {limit:?}"),
+        }),
+    }
+}
+
+fn trouble(error: &Error) -> Trouble {
+    let mut reason = match error {
+        Error::GRpcStatus(status) => status.message().to_owned(),
+        other => other.to_string(),
+    };
+    // What the client library does not pass on as a cause is where the reason stands.
+    let mut cause = match error {
+        Error::GRpcStatus(status) => std::error::Error::source(status),
+        Error::TransportError(error) => std::error::Error::source(error),
+        other => std::error::Error::source(other),
+    };
+    while let Some(error) = cause {
+        let words = error.to_string();
+        if !reason.contains(&words) {
+            reason = format!("{reason}: {words}");
+        }
+        cause = error.source();
+    }
+    let about_users = [
+        "authentication failed",
+        "user name is empty",
+        "authentication is not enabled",
+        "invalid auth token",
+    ];
+    let kind = match error {
+        Error::GRpcStatus(status) if i32::from(status.code()) == PERMISSION_DENIED => TroubleKind::Login,
+        _ if about_users.iter().any(|words| reason.contains(words)) => TroubleKind::Login,
+        _ if ["ertificate", "fatal alert", "UnknownIssuer"]
+            .iter()
+            .any(|words| reason.contains(words)) =>
+        {
+            TroubleKind::Encryption
+        }
+        Error::GRpcStatus(_) => TroubleKind::Answer,
+        _ => TroubleKind::Unreachable,
+    };
+    Trouble { kind, reason }
+}

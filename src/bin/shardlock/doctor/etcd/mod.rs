@@ -1,0 +1,306 @@
+//! etcd.
+
+mod look;
+
+use std::collections::BTreeSet;
+use std::time::Duration;
+
+use futures_util::future::join_all;
+use shardlock::{Config, Endpoint};
+
+use super::facts::{Trouble, TroubleKind};
+use super::finding::{Finding, Level};
+use super::look::Asking;
+use super::memory::size;
+use super::permissions::is_loopback;
+use super::reach::short;
+use super::report::{ServerReport, ShardReport};
+use super::{Kind, map, timing};
+use look::{Member, look};
+
+/// What etcd gives in place of shorter leases, unless its election timeout was changed.
+const LEASE_LEAST: Duration = Duration::from_secs(2);
+
+type Seen = Result<Member, Trouble>;
+
+pub(super) async fn examine(endpoint: &Endpoint, asking: &Asking<'_>, fingerprint: &str, report: &mut ShardReport) {
+    let servers = endpoint.servers();
+    let seen = join_all(servers.iter().map(|server| look(server, asking))).await;
+    report.findings.push(majority(&seen));
+    report.findings.extend(leader(&seen));
+    report
+        .findings
+        .extend(shard_map(&seen, fingerprint, &asking.config.map_key()));
+    report.findings.push(lease(asking.config));
+    let all_are_silent = seen.iter().all(Result::is_err);
+    for (server, member) in servers.iter().zip(&seen) {
+        let level = if all_are_silent { Level::Error } else { Level::Warning };
+        let findings = match member {
+            Ok(member) => of_member(server.place(), member, asking.config),
+            Err(trouble) => vec![unreachable(server.place(), trouble, level)],
+        };
+        report.servers.push(ServerReport {
+            place: server.place().to_owned(),
+            part: "member",
+            findings,
+        });
+    }
+}
+
+/// Whether so many members answer that locks can be had, and more can fail.
+fn majority(seen: &[Seen]) -> Finding {
+    const CHECK: &str = "majority";
+    let reached = seen.iter().filter(|member| member.is_ok()).count();
+    let told = seen.iter().flatten().map(|member| member.members).max();
+    let all = told.filter(|&all| all > 0).unwrap_or(seen.len());
+    let found = format!(
+        "{reached} of the URL's {} members answer, {all} are in the cluster",
+        seen.len()
+    );
+    let health = "see whether the members run and can be reached: etcdctl endpoint health";
+    // One that says no has asked the others.
+    let is_answered = |member: &Member| member.map.is_ok() || member.denied.is_some();
+    if reached == 0 {
+        return Finding::error(CHECK, found, "no lock of this shard can be had", health);
+    }
+    if !seen.iter().flatten().any(is_answered) {
+        return Finding::error(
+            CHECK,
+            format!("{found}, and none of them has a majority behind it"),
+            "no lock of this shard can be had",
+            health,
+        );
+    }
+    if reached < seen.len() {
+        return Finding::warning(
+            CHECK,
+            found,
+            "there may be no majority left if more of them fail",
+            health,
+        );
+    }
+    if all < 3 {
+        return Finding::note(
+            CHECK,
+            found,
+            "fewer than three members survive no failure",
+            "use three or five members: etcdctl member add",
+        );
+    }
+    Finding::ok(CHECK, found)
+}
+
+fn leader(seen: &[Seen]) -> Option<Finding> {
+    const CHECK: &str = "leader";
+    let leaders: BTreeSet<u64> = seen.iter().flatten().map(|member| member.leader).collect();
+    if leaders.is_empty() {
+        return None;
+    }
+    Some(match (leaders.len(), leaders.contains(&0)) {
+        (1, false) => Finding::ok(CHECK, "all members that answer follow the same one"),
+        _ => Finding::error(
+            CHECK,
+            "there is none, or members follow different ones",
+            "without a leader that a majority follows, no lock of this shard can be had",
+            "if this does not pass within moments, see whether a majority of the members runs and reach one another: etcdctl endpoint status",
+        ),
+    })
+}
+
+/// All members have the same, so the first that tells is enough.
+fn shard_map(seen: &[Seen], fingerprint: &str, key: &str) -> Option<Finding> {
+    let told = seen.iter().flatten().find(|member| member.map.is_ok())?;
+    map::fingerprint(&told.map, Kind::Single, fingerprint, &format!("etcdctl del {key}"))
+}
+
+/// Whether leases can be as short as the settings say.
+fn lease(config: &Config) -> Finding {
+    const CHECK: &str = "lease-ttl";
+    let found = format!("ttl {:?}", config.ttl);
+    if config.ttl >= LEASE_LEAST {
+        return Finding::ok(CHECK, found);
+    }
+    Finding::warning(
+        CHECK,
+        found,
+        format!(
+            "etcd gives no lease shorter than one and a half of its election timeouts, {LEASE_LEAST:?} unless that was changed: the locks of a \
+             process that died stay taken for so long"
+        ),
+        format!("set ttl to {LEASE_LEAST:?} or more; a shorter --election-timeout of etcd's makes shorter leases"),
+    )
+}
+
+/// Why a member could not be looked at.
+fn unreachable(place: &str, trouble: &Trouble, level: Level) -> Finding {
+    let Trouble { kind, reason } = trouble;
+    let health = format!("etcdctl --endpoints {place} endpoint health");
+    let (found, mend) = match kind {
+        TroubleKind::Login if reason.contains("not enabled") => (
+            format!("the login was refused: {reason}"),
+            "leave the user and the password out of the URL, or etcdctl auth enable".to_owned(),
+        ),
+        TroubleKind::Login => (
+            format!("the login was refused: {reason}"),
+            "correct the user and the password in the shard's URL (etcd://user:password@host; characters such as @ and / as %40 and %2F), or \
+             etcdctl user passwd <user>"
+                .to_owned(),
+        ),
+        TroubleKind::Encryption => (
+            format!("no encrypted connection: {reason}"),
+            "set tls_ca to the PEM file of the authority that signed etcd's certificate, and name the host in the URL as the certificate does; where \
+             etcd asks for a certificate, set tls_cert and tls_key"
+                .to_owned(),
+        ),
+        TroubleKind::Silent => (
+            format!("connected or connecting, but no answer in time: {reason}"),
+            format!("see whether the member hangs or is overloaded ({health}), or raise store_timeout"),
+        ),
+        TroubleKind::Unreachable | TroubleKind::Database | TroubleKind::Answer => (
+            format!("no answer: {reason}"),
+            format!("{health}; see whether the URL needs TLS (etcds:// and tls_ca)"),
+        ),
+    };
+    let why = "with a majority of the members down, locks of this shard fail";
+    Finding::new("reachable", level, found, why, mend)
+}
+
+fn of_member(place: &str, member: &Member, config: &Config) -> Vec<Finding> {
+    let mut findings = vec![
+        Finding::ok(
+            "reachable",
+            format!("a round trip takes {}", short(member.round_trips.median)),
+        ),
+        timing::measured(&member.round_trips, config),
+    ];
+    let mut numbers = member.version.split('.').map(|part| part.parse::<u32>().unwrap_or(0));
+    let version = (numbers.next().unwrap_or(0), numbers.next().unwrap_or(0));
+    findings.push(if version >= (3, 4) {
+        Finding::ok("version", format!("etcd {}", member.version))
+    } else {
+        Finding::warning(
+            "version",
+            format!("etcd {}", member.version),
+            "shardlock is tested with 3.4 and later",
+            "upgrade etcd to 3.4 or later",
+        )
+    });
+    findings.push(access(place, member));
+    findings.extend(permitted(member, &config.namespace));
+    let found = format!("{} on disk", size(member.bytes.max(0) as u64));
+    findings.push(if member.alarms.is_empty() {
+        Finding::ok("alarms", found)
+    } else {
+        Finding::error(
+            "alarms",
+            format!("{}; {found}", member.alarms.join(", ")),
+            "etcd takes no writes while it has an alarm (NOSPACE: its quota is used up), so locks fail",
+            "etcdctl compact <revision>, etcdctl defrag, then etcdctl alarm disarm; raise --quota-backend-bytes; set --auto-compaction-retention",
+        )
+    });
+    findings
+}
+
+/// Whether anybody who reaches the member can free locks.
+fn access(place: &str, member: &Member) -> Finding {
+    const CHECK: &str = "access";
+    let why = "whoever reaches the member can free and take every lock";
+    let mend = "etcdctl auth enable, with a user that is put into the URL: etcd://user:password@host; or --client-cert-auth with etcds://, tls_cert and tls_key";
+    match (&member.user, member.shows_certificate) {
+        (Some(user), _) => Finding::ok(CHECK, format!("as user {user} with a password")),
+        (None, true) => Finding::ok(CHECK, "with a certificate"),
+        (None, false) if is_loopback(place) => Finding::note(CHECK, "no password and no certificate", why, mend),
+        (None, false) => Finding::warning(CHECK, "no password and no certificate", why, mend),
+    }
+}
+
+/// Whether the user may do what locks need. Without a majority nobody knows.
+fn permitted(member: &Member, namespace: &str) -> Option<Finding> {
+    const CHECK: &str = "acl";
+    let user = member.user.as_deref().unwrap_or("without a name");
+    let Some(refusal) = &member.denied else {
+        let found = format!("user {user} may read and write all keys that begin with {namespace:?}");
+        return member.map.is_ok().then(|| Finding::ok(CHECK, found));
+    };
+    let mend = match member.user {
+        Some(_) => format!("etcdctl role grant-permission <role of {user}> --prefix=true readwrite {namespace}"),
+        None => "put a user and its password into the shard's URL: etcd://user:password@host".to_owned(),
+    };
+    Some(Finding::error(
+        CHECK,
+        format!("user {user} may not read and write all keys that begin with {namespace:?}: {refusal}"),
+        "locks fail",
+        mend,
+    ))
+}
+
+#[cfg(test)]
+mod tests {
+    use super::super::facts::RoundTrips;
+    use super::*;
+
+    fn member() -> Member {
+        let times = vec![Duration::from_millis(1)];
+        Member {
+            round_trips: RoundTrips::of(times).unwrap(),
+            version: "3.4.23".to_owned(),
+            leader: 7,
+            bytes: 0,
+            members: 3,
+            alarms: Vec::new(),
+            user: None,
+            shows_certificate: false,
+            map: Ok(None),
+            denied: None,
+        }
+    }
+
+    fn dead(kind: TroubleKind, reason: &str) -> Trouble {
+        Trouble {
+            kind,
+            reason: reason.to_owned(),
+        }
+    }
+
+    #[test]
+    fn members_must_answer_and_follow_one_leader() {
+        let refused = Err(dead(TroubleKind::Unreachable, "refused"));
+        let level = |seen: &[_]| majority(seen).level;
+        assert_eq!(level(&[Ok(member()), Ok(member()), Ok(member())]), Level::Ok);
+        assert_eq!(level(&[Ok(member()), refused.clone()]), Level::Warning);
+        let alone = Member {
+            map: Err("no answer".to_owned()),
+            ..member()
+        };
+        assert_eq!(level(&[Ok(alone), refused.clone(), refused.clone()]), Level::Error);
+        assert_eq!(level(&[refused]), Level::Error);
+        let lost = Member { leader: 0, ..member() };
+        assert_eq!(leader(&[Ok(member())]).unwrap().level, Level::Ok);
+        assert_eq!(leader(&[Ok(member()), Ok(lost)]).unwrap().level, Level::Error);
+    }
+
+    #[test]
+    fn alarms_and_old_versions_are_told() {
+        let bad = Member {
+            version: "3.3.0".to_owned(),
+            alarms: vec!["alarm Nospace".to_owned()],
+            ..member()
+        };
+        let levels = |member| -> Vec<_> {
+            let findings = of_member("127.0.0.1:1", &member, &Config::default()).into_iter();
+            let bad = findings.filter(|finding| finding.level > Level::Note);
+            bad.map(|finding| (finding.check, finding.level)).collect()
+        };
+        assert_eq!(levels(member()), []);
+        assert_eq!(levels(bad), [("version", Level::Warning), ("alarms", Level::Error)]);
+    }
+
+    #[test]
+    fn each_trouble_has_its_own_way_out() {
+        let mend = |kind, reason| unreachable("a:1", &dead(kind, reason), Level::Error).mend.unwrap();
+        assert!(mend(TroubleKind::Login, "authentication failed").contains("correct the user"));
+        assert!(mend(TroubleKind::Login, "authentication is not enabled").contains("leave the user"));
+        assert!(mend(TroubleKind::Encryption, "UnknownIssuer").contains("tls_ca"));
+        assert!(mend(TroubleKind::Unreachable, "refused").contains("etcds://"));
+    }
+}

@@ -1,0 +1,148 @@
+//! Shards of several servers that share the keys or the votes.
+
+use std::collections::BTreeMap;
+
+use crate::good_and;
+use crate::said::doctor;
+use crate::support::{PATIENCE, RedisServer, wait_until};
+
+#[test]
+fn nodes_of_a_quorum_must_be_alive_in_majority_and_independent() {
+    let nodes: Vec<RedisServer> = (0..3).map(|_| good_and(&[])).collect();
+    let url = |nodes: &[&RedisServer]| {
+        let places: Vec<_> = nodes.iter().map(|node| node.address()).collect();
+        format!("redlock://{}", places.join(","))
+    };
+    let all: Vec<&RedisServer> = nodes.iter().collect();
+    // They have been up for less than that.
+    let said = doctor(&[&url(&all)], &["--set", "redlock_max_ttl=1h"]);
+    assert_eq!(
+        said.complaints(),
+        BTreeMap::from([("vote".to_owned(), "warning".to_owned())])
+    );
+    let vote = said.at(Some(&nodes[0].address()), "vote");
+    assert!(vote["found"].as_str().unwrap().contains("it has no vote yet"), "{vote}");
+    for check in ["majority", "independent", "clocks"] {
+        assert_eq!(said.one(check)["level"], "ok", "{:#}", said.json);
+    }
+    assert_eq!(said.at(Some(&nodes[2].address()), "persistence")["level"], "ok");
+
+    // One server by two names.
+    let twice = format!("{},localhost:{}", url(&all[..2]), nodes[0].port());
+    let said = doctor(&[&twice], &[]);
+    assert_eq!(said.code, 2);
+    assert!(
+        said.one("independent")["found"]
+            .as_str()
+            .unwrap()
+            .ends_with("are the same server")
+    );
+
+    let port = nodes[0].port().to_string();
+    nodes[1].command(&["REPLICAOF", "127.0.0.1", &port]);
+    let said = doctor(&[&url(&all)], &[]);
+    let expected = format!("{} is a replica of {}", nodes[1].address(), nodes[0].address());
+    assert_eq!(said.one("independent")["found"], expected.as_str());
+    assert_eq!(said.at(Some(&nodes[1].address()), "role")["level"], "error");
+    nodes[1].command(&["REPLICAOF", "NO", "ONE"]);
+
+    nodes[1].kill();
+    let said = doctor(&[&url(&all)], &[]);
+    assert_eq!(
+        (said.code, &said.one("majority")["level"]),
+        (1, &"warning".into()),
+        "{:#}",
+        said.json
+    );
+    nodes[2].kill();
+    let said = doctor(&[&url(&all)], &[]);
+    assert_eq!((said.code, &said.one("majority")["level"]), (2, &"error".into()));
+    assert_eq!(said.one("majority")["found"], "1 of 3 nodes answer, 2 are needed");
+}
+
+#[test]
+fn a_cluster_of_which_a_part_is_missing_is_an_error() {
+    let cluster = ["--cluster-enabled", "yes", "--cluster-node-timeout", "1000"];
+    let (first, second) = (good_and(&cluster), good_and(&cluster));
+    let url = format!("redis+cluster://{},{}", first.address(), second.address());
+    first.command(&["CLUSTER", "ADDSLOTSRANGE", "0", "8191"]);
+    second.command(&["CLUSTER", "ADDSLOTSRANGE", "8192", "16383"]);
+    second.command(&["CLUSTER", "SET-CONFIG-EPOCH", "2"]);
+    first.command(&["CLUSTER", "MEET", "127.0.0.1", &second.port().to_string()]);
+    wait_until("both nodes own all slots together", PATIENCE, || {
+        [&first, &second].iter().all(|node| {
+            let info: String = node.query(&["CLUSTER", "INFO"]);
+            info.contains("cluster_state:ok")
+        })
+    });
+    let said = doctor(&[&url], &[]);
+    for check in ["cluster_state", "slots", "nodes-agree"] {
+        assert_eq!(said.one(check)["level"], "ok", "{:#}", said.json);
+    }
+    assert_eq!(said.one("replicas-per-primary")["level"], "warning");
+    assert_eq!(said.one("cluster-require-full-coverage")["level"], "note");
+    assert_eq!(said.at(Some(&second.address()), "mode")["level"], "ok");
+    assert_eq!(said.code, 1, "{:#}", said.json);
+
+    // A node of a cluster is no server on its own, and the other way about.
+    let alone = doctor(&[&first.url()], &[]);
+    alone.complains_only("mode", "error", &["redis+cluster://"]);
+    let plain = good_and(&[]);
+    let said = doctor(&[&format!("redis+cluster://{}", plain.address())], &[]);
+    assert_eq!(said.one("mode")["level"], "error", "{:#}", said.json);
+    assert!(
+        said.one("mode")["mend"]
+            .as_str()
+            .unwrap()
+            .contains("use redis:// for this server")
+    );
+
+    second.kill();
+    wait_until("the cluster is down", PATIENCE, || {
+        let info: String = first.query(&["CLUSTER", "INFO"]);
+        info.contains("cluster_state:fail")
+    });
+    let said = doctor(&[&url], &[]);
+    assert_eq!(said.code, 2);
+    assert_eq!(said.one("cluster_state")["level"], "error");
+    assert!(
+        said.one("cluster_state")["mend"]
+            .as_str()
+            .unwrap()
+            .contains("redis-cli --cluster check")
+    );
+    assert_eq!(said.at(Some(&first.address()), "reachable")["level"], "ok");
+}
+
+#[test]
+fn what_a_node_of_a_quorum_forgets_is_no_danger_and_is_told() {
+    let nodes: Vec<RedisServer> = (0..3).map(|_| good_and(&[])).collect();
+    let places: Vec<_> = nodes.iter().map(RedisServer::address).collect();
+    let url = format!("redlock://{}", places.join(","));
+    nodes[1].command(&["CONFIG", "SET", "appendfsync", "no"]);
+    nodes[2].command(&["CONFIG", "SET", "appendonly", "no"]);
+    let said = doctor(&[&url], &["--set", "redlock_max_ttl=1h"]);
+    let found = |node: &RedisServer| said.at(Some(&node.address()), "persistence").clone();
+    assert_eq!(found(&nodes[0])["level"], "ok");
+    for (node, words) in [(&nodes[1], "appendfsync no"), (&nodes[2], "appendonly no")] {
+        let finding = found(node);
+        assert_eq!(finding["level"], "note", "{finding}");
+        assert!(finding["found"].as_str().unwrap().contains(words), "{finding}");
+        let why = finding["why"].as_str().unwrap();
+        assert!(why.contains("no vote until redlock_max_ttl has passed"), "{finding}");
+    }
+    // A server that is alone has nobody to ask.
+    let said = doctor(&[&nodes[1].url()], &[]);
+    said.complains_only("persistence", "warning", &["CONFIG SET appendfsync everysec"]);
+}
+
+#[test]
+fn nodes_of_another_map_are_told_one_by_one() {
+    let nodes: Vec<RedisServer> = (0..3).map(|_| good_and(&[])).collect();
+    let places: Vec<_> = nodes.iter().map(RedisServer::address).collect();
+    nodes[1].command(&["SET", "lock:%map", "v1 a:0-8191,b:8192-16383 here=a; node 2 of 3"]);
+    let said = doctor(&[&format!("redlock://{}", places.join(","))], &[]);
+    assert_eq!(said.code, 2, "{:#}", said.json);
+    let level = |node: &RedisServer| said.at(Some(&node.address()), "shard-map")["level"].clone();
+    assert_eq!((level(&nodes[0]), level(&nodes[1])), ("ok".into(), "error".into()));
+}

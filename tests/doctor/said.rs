@@ -1,0 +1,88 @@
+//! Running the doctor, and reading what it says.
+
+use std::collections::BTreeMap;
+use std::process::Command;
+
+use serde_json::Value;
+
+use crate::tool::{bare, run};
+
+/// What the doctor says.
+pub(crate) struct Said {
+    pub(crate) code: i32,
+    pub(crate) json: Value,
+}
+
+/// Runs the doctor with these shards and arguments.
+#[track_caller]
+pub(crate) fn doctor(shards: &[&str], args: &[&str]) -> Said {
+    let ended = run(command(shards, &[&["--json"], args].concat()));
+    let json: Value = serde_json::from_str(&ended.stdout).unwrap_or_else(|error| panic!("{error}: {ended:?}"));
+    assert_eq!(json["exit_code"], ended.code, "{ended:?}");
+    Said { code: ended.code, json }
+}
+
+pub(crate) fn command(shards: &[&str], args: &[&str]) -> Command {
+    let mut command = bare(&["doctor"]);
+    command.args(args).env("SHARDLOCK_SHARDS", shards.join(" "));
+    command
+}
+
+impl Said {
+    /// All findings, as where, check and the finding itself.
+    pub(crate) fn all(&self) -> Vec<(&str, &str, &Value)> {
+        let mut lists = vec![("settings", &self.json["settings"])];
+        for shard in self.json["shards"].as_array().unwrap() {
+            lists.push((shard["name"].as_str().unwrap(), &shard["findings"]));
+            for server in shard["servers"].as_array().unwrap() {
+                lists.push((server["server"].as_str().unwrap(), &server["findings"]));
+            }
+        }
+        lists
+            .into_iter()
+            .flat_map(|(place, findings)| findings.as_array().unwrap().iter().map(move |finding| (place, finding)))
+            .map(|(place, finding)| (place, finding["check"].as_str().unwrap(), finding))
+            .collect()
+    }
+
+    /// The one finding of this check.
+    #[track_caller]
+    pub(crate) fn one(&self, check: &str) -> &Value {
+        self.at(None, check)
+    }
+
+    /// The one finding of this check at this place.
+    #[track_caller]
+    pub(crate) fn at(&self, place: Option<&str>, check: &str) -> &Value {
+        let found: Vec<_> = self
+            .all()
+            .into_iter()
+            .filter(|(at, name, _)| *name == check && place.is_none_or(|place| place == *at))
+            .collect();
+        let [(_, _, finding)] = &found[..] else {
+            panic!("{} findings of {check}: {:#}", found.len(), self.json)
+        };
+        finding
+    }
+
+    /// What is worse than a note, as check and level.
+    pub(crate) fn complaints(&self) -> BTreeMap<String, String> {
+        self.all()
+            .into_iter()
+            .filter(|(_, _, finding)| finding["level"] == "warning" || finding["level"] == "error")
+            .map(|(_, check, finding)| (check.to_owned(), finding["level"].as_str().unwrap().to_owned()))
+            .collect()
+    }
+
+    /// That this is all there is to complain of, with these words on why or how to mend it.
+    #[track_caller]
+    pub(crate) fn complains_only(&self, check: &str, level: &str, words: &[&str]) {
+        let expected = BTreeMap::from([(check.to_owned(), level.to_owned())]);
+        assert_eq!(self.complaints(), expected, "{:#}", self.json);
+        assert_eq!(self.code, if level == "error" { 2 } else { 1 });
+        let text = self.one(check).to_string();
+        for word in words {
+            assert!(text.contains(word), "no {word:?} in {text}");
+        }
+    }
+}

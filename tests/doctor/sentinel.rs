@@ -1,0 +1,163 @@
+//! A primary that sentinels watch.
+
+use std::collections::BTreeMap;
+use std::net::{Ipv4Addr, TcpListener};
+
+use crate::good_and;
+use crate::said::{Said, doctor};
+use crate::support::sentinel::{NAME, Watched};
+use crate::support::{PATIENCE, RedisServer, wait_until};
+
+#[test]
+fn sentinels_that_do_not_answer_are_an_error() {
+    let listener = TcpListener::bind((Ipv4Addr::LOCALHOST, 0)).unwrap();
+    let place = listener.local_addr().unwrap();
+    drop(listener);
+    let said = doctor(&[&format!("redis+sentinel://{place}/m")], &[]);
+    said.complains_only("reachable", "error", &[&format!("-p {} ping", place.port())]);
+
+    // A server that is no sentinel.
+    let server = good_and(&[]);
+    let said = doctor(&[&format!("redis+sentinel://{}/m", server.address())], &[]);
+    said.complains_only("primary", "error", &["if this is no sentinel, name one"]);
+}
+
+/// All of them as they should be.
+fn good(replicas: usize) -> Watched {
+    let watched = Watched::start(replicas);
+    for server in watched.servers() {
+        server.command(&["CONFIG", "SET", "appendonly", "yes"]);
+    }
+    watched.has_replicas(replicas);
+    watched
+}
+
+/// Waits until the doctor says so.
+#[track_caller]
+fn says(watched: &Watched, what: &str, mut condition: impl FnMut(&Said) -> bool) -> Said {
+    let mut said = None;
+    wait_until(what, PATIENCE, || {
+        let now = doctor(&[&watched.url()], &[]);
+        let met = condition(&now);
+        said = Some(now);
+        met
+    });
+    said.unwrap()
+}
+
+#[test]
+fn a_good_primary_with_a_replica_and_its_sentinels_have_nothing_to_complain_of() {
+    let watched = good(1);
+    let before = watched.primary().dbsize();
+    let said = says(&watched, "all is well", |said| said.code == 0);
+    assert_eq!(said.complaints(), BTreeMap::new(), "{:#}", said.json);
+    let (primary, replica) = (watched.primary().address(), watched.replicas()[0].address());
+    for (place, check) in [
+        (&primary, "role"),
+        (&primary, "replicas"),
+        (&primary, "persistence"),
+        (&primary, "acl"),
+        (&primary, "shard-map"),
+        (&primary, "ttl-round-trip"),
+        (&replica, "role"),
+        (&watched.sentinels()[2].address(), "primary"),
+        (&watched.sentinels()[2].address(), "quorum"),
+        (&watched.sentinels()[2].address(), "sentinels"),
+    ] {
+        assert_eq!(
+            said.at(Some(place), check)["level"],
+            "ok",
+            "{place} {check}: {:#}",
+            said.json
+        );
+    }
+    for check in ["sentinels-agree", "down-after", "clocks"] {
+        assert_eq!(said.one(check)["level"], "ok", "{:#}", said.json);
+    }
+    let parts: Vec<_> = said.json["shards"][0]["servers"]
+        .as_array()
+        .unwrap()
+        .iter()
+        .map(|server| &server["part"])
+        .collect();
+    assert_eq!(parts, ["sentinel", "sentinel", "sentinel", "primary", "replica"]);
+    assert_eq!(watched.primary().dbsize(), before);
+}
+
+#[test]
+fn a_name_that_no_sentinel_knows_is_an_error() {
+    let watched = good(1);
+    let url = watched.url().replace(NAME, "nobody");
+    let said = doctor(&[&url], &[]);
+    assert_eq!(
+        (said.code, said.complaints()),
+        (2, BTreeMap::from([("primary".to_owned(), "error".to_owned())]))
+    );
+    for sentinel in watched.sentinels() {
+        let text = said.at(Some(&sentinel.address()), "primary").to_string();
+        assert!(
+            text.contains("nobody") && text.contains("correct the name in the URL"),
+            "{text}"
+        );
+    }
+}
+
+#[test]
+fn too_few_sentinels_for_a_failover_are_an_error() {
+    let watched = good(1);
+    for sentinel in &watched.sentinels()[1..] {
+        sentinel.kill();
+    }
+    // The one that is left has to find out.
+    let left = watched.sentinels()[0].address();
+    let said = says(&watched, "a majority is missing", |said| {
+        said.at(Some(&left), "quorum")["level"] == "error"
+    });
+    assert_eq!(said.code, 2);
+    let text = said.at(Some(&left), "quorum").to_string();
+    assert!(
+        text.contains("NOQUORUM") && text.contains("start the sentinels that are missing"),
+        "{text}"
+    );
+    for sentinel in &watched.sentinels()[1..] {
+        assert_eq!(said.at(Some(&sentinel.address()), "reachable")["level"], "warning");
+    }
+    // The primary itself is well.
+    assert_eq!(said.at(Some(&watched.primary().address()), "reachable")["level"], "ok");
+}
+
+#[test]
+fn a_primary_without_replicas_is_warned_of() {
+    let watched = good(1);
+    let (primary, replica) = (watched.primary().address(), watched.replicas()[0].address());
+    watched.replicas()[0].kill();
+    let said = says(&watched, "the replica is missing", |said| {
+        said.at(Some(&primary), "replicas")["level"] == "warning"
+    });
+    assert_eq!(said.code, 1, "{:#}", said.json);
+    let text = said.at(Some(&primary), "replicas").to_string();
+    assert!(text.contains("none connected") && text.contains("REPLICAOF"), "{text}");
+    assert_eq!(said.at(Some(&replica), "reachable")["level"], "warning");
+
+    // One that is to confirm each lock makes every lock fail.
+    let said = doctor(&[&watched.url()], &["--set", "min_replicas_acked=1"]);
+    assert_eq!(
+        (said.code, &said.at(Some(&primary), "min_replicas_acked")["level"]),
+        (2, &"error".into())
+    );
+}
+
+#[test]
+fn a_primary_that_is_down_without_anybody_to_take_over_is_an_error() {
+    let watched = good(1);
+    let primary = watched.primary().address();
+    watched.servers().iter().for_each(RedisServer::kill);
+    let sentinel = watched.sentinels()[0].address();
+    let said = says(&watched, "the sentinel knows that it is down", |said| {
+        said.at(Some(&sentinel), "primary")["level"] == "error"
+    });
+    assert_eq!(said.code, 2);
+    let text = said.at(Some(&sentinel), "primary").to_string();
+    assert!(text.contains("which it holds to be down"), "{text}");
+    assert_eq!(said.at(Some(&primary), "reachable")["level"], "error");
+}
