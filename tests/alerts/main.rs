@@ -1,0 +1,79 @@
+//! The rules for Prometheus in `config/prometheus`: accepted by promtool, tested there, and about metrics that there are.
+
+// A test is over when its surroundings fail.
+#![allow(clippy::expect_used, clippy::panic, clippy::unwrap_used)]
+
+#[path = "../support/mod.rs"]
+mod support;
+#[path = "../support_locks/mod.rs"]
+mod support_locks;
+
+mod cases;
+mod page;
+mod promql;
+mod rules;
+mod vocabulary;
+
+use std::fs::File;
+use std::path::{Path, PathBuf};
+use std::process::{Command, Stdio};
+
+use rules::{ALERTS, RECORDS};
+
+/// A file of `config/prometheus`.
+fn file(name: &str) -> PathBuf {
+    Path::new(env!("CARGO_MANIFEST_DIR"))
+        .join("config/prometheus")
+        .join(name)
+}
+
+/// What promtool says to these arguments and this input. It must be content.
+fn promtool(args: &[&str], input: Option<File>) -> String {
+    let output = Command::new(support::prometheus::promtool())
+        .args(args)
+        .current_dir(file(""))
+        .stdin(input.map_or_else(Stdio::null, Stdio::from))
+        .output()
+        .unwrap();
+    let said = String::from_utf8_lossy(&output.stdout) + String::from_utf8_lossy(&output.stderr);
+    assert!(output.status.success(), "promtool {args:?}: {}\n{said}", output.status);
+    said.into_owned()
+}
+
+#[test]
+fn the_configuration_is_valid_and_loads_the_rules() {
+    let said = promtool(&["check", "config", "prometheus.yml"], None);
+    assert!(said.contains("2 rule files found"), "{said}");
+    assert!(!said.contains("WARNING"), "{said}");
+    for name in [RECORDS, ALERTS] {
+        let checked = format!("Checking {}", name);
+        assert!(said.contains(&checked), "{said}");
+        promtool(&["check", "rules", "--lint=all", "--lint-fatal", name], None);
+    }
+}
+
+#[test]
+fn every_alert_says_how_bad_it_is_and_what_to_do() {
+    for rule in rules::alerts() {
+        let severity = rule.label("severity");
+        assert!(["critical", "warning"].contains(&severity.as_str()), "{rule:?}");
+        for (annotation, least) in [("summary", 20), ("description", 40), ("action", 100)] {
+            assert!(
+                rule.annotation(annotation).len() >= least,
+                "{rule:?} has no {annotation}"
+            );
+        }
+    }
+}
+
+#[test]
+fn the_readme_lists_the_alerts() {
+    let readme = include_str!("../../README.md");
+    for rule in rules::alerts() {
+        assert!(
+            readme.contains(&format!("`{}`", rule.name)),
+            "README.md says nothing of {}",
+            rule.name
+        );
+    }
+}

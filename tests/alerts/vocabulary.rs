@@ -1,0 +1,147 @@
+//! Every name in the rules and in their tests is one that shardlock has: metrics, labels, values of labels.
+//!
+//! A rule with a misspelt name is valid, and silent for ever; and so may be its unit test, which makes series of its own.
+
+use std::collections::BTreeSet;
+
+use shardlock::{METRICS, MetricKind};
+
+use crate::page::Page;
+use crate::promql::{self, Selector};
+use crate::rules::{self, Rule};
+
+/// Labels whose values are words of shardlock, not names that somebody gave.
+const WORDED: [&str; 7] = ["outcome", "path", "kind", "reason", "request", "limit", "le"];
+
+/// The labels of a series with this name, as Prometheus has it; `None` if there is no such series.
+pub(crate) fn labels(name: &str) -> Option<BTreeSet<&str>> {
+    if let Some((level, _)) = name.split_once(':') {
+        let is_recorded = rules::records().iter().any(|rule| rule.name == name);
+        return is_recorded.then(|| level.split('_').collect());
+    }
+    METRICS.iter().find_map(|metric| {
+        let suffix = name.strip_prefix(metric.name)?;
+        let is_series = match metric.kind {
+            MetricKind::Histogram => ["_bucket", "_sum", "_count"].contains(&suffix),
+            _ => suffix.is_empty(),
+        };
+        let le = (suffix == "_bucket").then_some("le");
+        let scraped = ["job", "instance"].into_iter().chain(le);
+        is_series.then(|| metric.labels.iter().copied().chain(scraped).collect())
+    })
+}
+
+/// The names of the metrics behind an expression, those that recording rules read included.
+pub(crate) fn metrics_behind(expr: &str) -> BTreeSet<String> {
+    let mut found = BTreeSet::new();
+    for selector in promql::names(expr).selectors {
+        match rules::records().iter().find(|rule| rule.name == selector.metric) {
+            Some(rule) => found.extend(metrics_behind(&rule.expr)),
+            None => {
+                found.insert(selector.metric);
+            }
+        }
+    }
+    found
+}
+
+fn all_rules() -> impl Iterator<Item = &'static Rule> {
+    rules::records().iter().chain(rules::alerts())
+}
+
+/// Asserts that the series and the labels are there, and the values too, as far as shardlock chooses them.
+fn check(selector: &Selector, page: &Page, place: &str) {
+    let labels = labels(&selector.metric).unwrap_or_else(|| panic!("{place}: there is no {}", selector.metric));
+    for matcher in &selector.matchers {
+        let label = matcher.label.as_str();
+        assert!(
+            labels.contains(label),
+            "{place}: {} has no label {label}",
+            selector.metric
+        );
+        if !WORDED.contains(&label) {
+            continue;
+        }
+        for behind in metrics_behind(&selector.metric) {
+            let values = page.values(&behind, label);
+            // A recording rule may read several metrics, not all of them with this label.
+            let is_read = values.is_empty() && behind != selector.metric;
+            for value in matcher.value.split('|') {
+                assert!(
+                    is_read || values.contains(value),
+                    "{place}: {behind} has no series with {label}={value:?}, only {values:?}"
+                );
+            }
+        }
+    }
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn rules_and_their_tests_are_about_series_that_there_are() {
+    let page = Page::of_a_load().await;
+    for rule in all_rules() {
+        let names = promql::names(&rule.expr);
+        assert!(!names.selectors.is_empty(), "{rule:?}");
+        let mut known = BTreeSet::new();
+        for selector in &names.selectors {
+            check(selector, page, &rule.name);
+            known.extend(labels(&selector.metric).unwrap());
+        }
+        for label in &names.groupings {
+            assert!(
+                known.contains(label.as_str()),
+                "{}: nothing in it has a label {label}",
+                rule.name
+            );
+        }
+    }
+    for name in ["alerts.test.yml", "recording.test.yml"] {
+        let document = rules::document(name);
+        for series in rules::list(&document, "tests")
+            .iter()
+            .flat_map(|test| rules::list(test, "input_series"))
+        {
+            let series = rules::text(series, "series");
+            let names = promql::names(series);
+            let [selector] = names.selectors.as_slice() else {
+                panic!("{name}: {series} is no series");
+            };
+            check(selector, page, name);
+            let given: BTreeSet<_> = selector.matchers.iter().map(|matcher| matcher.label.as_str()).collect();
+            assert_eq!(
+                Some(given),
+                labels(&selector.metric),
+                "{name}: {series} has other labels than in reality"
+            );
+        }
+    }
+}
+
+#[test]
+fn what_operators_read_names_metrics_and_alerts_that_there_are() {
+    let alerts: BTreeSet<_> = rules::alerts().iter().map(|rule| rule.name.as_str()).collect();
+    for rule in rules::alerts() {
+        let words = rule
+            .texts()
+            .flat_map(|text| text.split(|char: char| !char.is_ascii_alphanumeric() && char != '_' && char != ':'));
+        for word in words.map(|word| word.trim_matches(':')) {
+            if word.starts_with("shardlock_") || word.starts_with("job_") {
+                let is_histogram = METRICS.iter().any(|metric| metric.name == word);
+                assert!(
+                    is_histogram || labels(word).is_some(),
+                    "{}: there is no metric {word}",
+                    rule.name
+                );
+            }
+            let is_alert = word
+                .strip_prefix("Lock")
+                .is_some_and(|rest| rest.starts_with(|char: char| char.is_ascii_uppercase()))
+                && word != "LockError";
+            assert!(
+                !is_alert || alerts.contains(word),
+                "{}: there is no alert {word}",
+                rule.name
+            );
+        }
+    }
+}
