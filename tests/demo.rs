@@ -8,7 +8,6 @@ mod support;
 use std::fs::{self, File};
 use std::io::{BufRead, BufReader, Read, Seek, Write};
 use std::net::TcpStream;
-use std::path::Path;
 use std::process::{Command, Stdio};
 use std::thread::{self, JoinHandle};
 use std::time::Duration;
@@ -79,19 +78,7 @@ impl Demo {
 
     /// The process ids of its children and of theirs, each with its command line.
     fn descendants(&self) -> Vec<(Pid, String)> {
-        let mut found = vec![];
-        let mut parents = vec![self.process.pid()];
-        while let Some(parent) = parents.pop() {
-            for (child, its_parent) in processes() {
-                if its_parent == parent {
-                    let words = fs::read(format!("/proc/{child}/cmdline")).unwrap_or_default();
-                    let words = String::from_utf8_lossy(&words).replace('\0', " ");
-                    found.push((Pid::from_raw(child as i32).unwrap(), words));
-                    parents.push(child);
-                }
-            }
-        }
-        found
+        self.process.descendants()
     }
 
     /// Waits for its end, and sees that nothing is left of it: neither these processes nor a file.
@@ -140,19 +127,6 @@ fn read_on_a_thread(mut from: impl Read + Send + 'static) -> JoinHandle<String> 
         from.read_to_string(&mut text).unwrap();
         text
     })
-}
-
-/// All processes of the machine, each with its parent.
-fn processes() -> Vec<(u32, u32)> {
-    let numbers = fs::read_dir("/proc").unwrap();
-    let pids = numbers.filter_map(|entry| entry.ok()?.file_name().to_str()?.parse().ok());
-    pids.filter_map(|pid: u32| Some((pid, parent_of(pid)?))).collect()
-}
-
-fn parent_of(pid: u32) -> Option<u32> {
-    let status = fs::read_to_string(Path::new("/proc").join(pid.to_string()).join("status")).ok()?;
-    let parent = status.lines().find_map(|line| line.strip_prefix("PPid:"))?;
-    parent.trim().parse().ok()
 }
 
 #[test]

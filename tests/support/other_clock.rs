@@ -1,5 +1,7 @@
-//! Workers whose wall clock differs from the test's.
+//! Workers and servers whose wall clock differs from the test's.
 
+use std::fs::OpenOptions;
+use std::io::Write;
 use std::path::Path;
 use std::process::Command;
 
@@ -12,6 +14,7 @@ pub struct OtherClock {
 }
 
 const LIBRARY: &str = "other_clock.so";
+const SECONDS: &str = "seconds";
 
 impl OtherClock {
     #[track_caller]
@@ -33,13 +36,37 @@ impl OtherClock {
 
     /// The variables for a worker whose wall clock is that much ahead, or behind.
     pub fn ahead_by(&self, seconds: i64) -> [(&'static str, String); 2] {
-        let library = self.dir.path().join(LIBRARY);
         [
-            (
-                "LD_PRELOAD",
-                library.into_os_string().into_string().expect("a path in UTF-8"),
-            ),
+            ("LD_PRELOAD", self.path(LIBRARY)),
             ("OTHER_CLOCK_SECONDS", seconds.to_string()),
         ]
+    }
+
+    /// The variables for a process whose wall clock is right until [`jump_to`](Self::jump_to) is called.
+    #[track_caller]
+    pub fn jumping(&self) -> [(&'static str, String); 2] {
+        self.jump_to(0);
+        [
+            ("LD_PRELOAD", self.path(LIBRARY)),
+            ("OTHER_CLOCK_FILE", self.path(SECONDS)),
+        ]
+    }
+
+    /// From now on, the wall clocks of the processes with the variables of [`jumping`](Self::jumping) are that much ahead, or behind.
+    #[track_caller]
+    pub fn jump_to(&self, seconds: i64) {
+        // In place: the processes have mapped the file.
+        let options = OpenOptions::new()
+            .create(true)
+            .write(true)
+            .truncate(false)
+            .open(self.path(SECONDS));
+        let written = options.and_then(|mut file| file.write_all(&seconds.to_ne_bytes()));
+        written.expect("write the seconds");
+    }
+
+    fn path(&self, name: &str) -> String {
+        let path = self.dir.path().join(name);
+        path.into_os_string().into_string().expect("a path in UTF-8")
     }
 }

@@ -35,6 +35,8 @@ pub(super) const PORTS_TRIED_MAX: u32 = 20;
 pub struct RedisServer {
     port: u16,
     args: Vec<String>,
+    /// Variables of its environment besides our own.
+    vars: Vec<(String, String)>,
     dir: TempDir,
     /// Nothing while the server is down.
     process: Mutex<Option<Process>>,
@@ -63,15 +65,26 @@ impl RedisServer {
     /// with the password of a `--requirepass`; [`url`](Self::url) leaves it out.
     #[track_caller]
     pub fn start_with(args: &[&str]) -> Self {
+        Self::start_in(args, &[])
+    }
+
+    /// [`start_with`](Self::start_with), with these variables in the server's environment.
+    #[track_caller]
+    pub fn start_in(args: &[&str], vars: &[(&str, String)]) -> Self {
         let args: Vec<String> = args.iter().map(|&arg| arg.to_owned()).collect();
+        let vars: Vec<(String, String)> = vars
+            .iter()
+            .map(|(name, value)| ((*name).to_owned(), value.clone()))
+            .collect();
         let dir = directory("server");
         for _ in 0..PORTS_TRIED_MAX {
             let port = free_port();
-            if let Some((process, control)) = launch(port, &args, dir.path()) {
+            if let Some((process, control)) = launch(port, &args, &vars, dir.path()) {
                 let (process, control) = (Mutex::new(Some(process)), Mutex::new(Some(control)));
                 return Self {
                     port,
                     args,
+                    vars,
                     dir,
                     process,
                     control,
@@ -132,7 +145,7 @@ impl RedisServer {
     #[track_caller]
     pub fn restart(&self) {
         self.kill();
-        let (process, control) = launch(self.port, &self.args, self.dir.path())
+        let (process, control) = launch(self.port, &self.args, &self.vars, self.dir.path())
             .unwrap_or_else(|| panic!("port {} was taken while the server was down", self.port));
         *self.process.lock() = Some(process);
         *self.control.lock() = Some(control);
@@ -298,7 +311,7 @@ impl RedisServer {
 
 /// Starts a server on this port and waits until it answers. Nothing if the port is taken.
 #[track_caller]
-fn launch(port: u16, args: &[String], dir: &Path) -> Option<(Process, Connection)> {
+fn launch(port: u16, args: &[String], vars: &[(String, String)], dir: &Path) -> Option<(Process, Connection)> {
     let log_file = File::create(dir.join(LOG)).expect("make a log file");
     let mut command = Command::new(&binary().path);
     command
@@ -320,7 +333,7 @@ fn launch(port: u16, args: &[String], dir: &Path) -> Option<(Process, Connection
     if binary().version >= (7, 0) {
         command.args(["--enable-debug-command", "yes"]);
     }
-    command.args(args);
+    command.args(args).envs(vars.iter().map(|(name, value)| (name, value)));
     let mut process = Process::spawn(command).expect("start a server");
 
     let deadline = Instant::now() + PATIENCE;
