@@ -6,44 +6,44 @@ use std::path::{Path, PathBuf};
 use serde_json::Value;
 
 /// Where the dashboard is.
-pub fn folder() -> PathBuf {
+pub(crate) fn folder() -> PathBuf {
     Path::new(env!("CARGO_MANIFEST_DIR")).join("grafana")
 }
 
-pub fn file() -> PathBuf {
+pub(crate) fn file() -> PathBuf {
     folder().join("dashboards/shardlock.json")
 }
 
-pub struct Board {
-    pub panels: Vec<Panel>,
-    pub variables: Vec<Variable>,
+pub(crate) struct Board {
+    pub(crate) panels: Vec<Panel>,
+    pub(crate) variables: Vec<Variable>,
 }
 
 /// A panel that is no row.
-pub struct Panel {
-    pub title: String,
-    pub description: String,
-    pub targets: Vec<Target>,
+pub(crate) struct Panel {
+    pub(crate) title: String,
+    pub(crate) description: String,
+    pub(crate) targets: Vec<Target>,
 }
 
 /// One thing that a panel asks.
-pub struct Target {
-    pub expression: String,
-    pub legend: String,
+pub(crate) struct Target {
+    pub(crate) expression: String,
+    pub(crate) legend: String,
 }
 
 /// A variable that is asked of Prometheus: `label_values(series, label)`.
-pub struct Variable {
-    pub name: String,
-    pub series: String,
-    pub label: String,
+pub(crate) struct Variable {
+    pub(crate) name: String,
+    pub(crate) series: String,
+    pub(crate) label: String,
 }
 
 /// What variables stand for: a text for each name without its dollar sign.
-pub type Choice = BTreeMap<&'static str, String>;
+pub(crate) type Choice = BTreeMap<&'static str, String>;
 
 impl Board {
-    pub fn read() -> Self {
+    pub(crate) fn read() -> Self {
         let text = std::fs::read_to_string(file()).expect("the dashboard can be read");
         let document: Value = serde_json::from_str(&text).expect("the dashboard is JSON");
         let panels = list(&document["panels"]).filter(|panel| panel["type"] != "row");
@@ -55,7 +55,7 @@ impl Board {
     }
 
     #[track_caller]
-    pub fn panel(&self, title: &str) -> &Panel {
+    pub(crate) fn panel(&self, title: &str) -> &Panel {
         let found = self.panels.iter().find(|panel| panel.title == title);
         found.unwrap_or_else(|| panic!("no panel is called {title:?}"))
     }
@@ -94,7 +94,7 @@ impl Variable {
 
 /// The expression with values for the variables, as Grafana would send it.
 #[track_caller]
-pub fn filled(expression: &str, choice: &Choice) -> String {
+pub(crate) fn filled(expression: &str, choice: &Choice) -> String {
     let mut filled = expression.to_owned();
     // The longest first: `$__range` must not be taken for the beginning of another.
     let mut names: Vec<_> = choice.iter().collect();

@@ -5,6 +5,7 @@
 #![allow(clippy::expect_used, clippy::panic, clippy::unwrap_used)]
 
 mod board;
+mod command;
 mod faults;
 mod metrics;
 mod model;

@@ -3,7 +3,7 @@
 use std::collections::BTreeSet;
 
 use crate::board::{Board, Choice, filled};
-use crate::faults::FAULTS;
+use crate::faults::{FAULTS, QUIET, Sign};
 use crate::scene::Scene;
 use crate::support::prometheus::{Prometheus, Sample};
 
@@ -15,11 +15,6 @@ fn are_above_zero(samples: &[Sample]) -> bool {
     samples
         .iter()
         .any(|sample| sample.value.is_finite() && sample.value > 0.0)
-}
-
-/// Panels that are 0, or next to it, unless there is a fault.
-fn shows_a_fault(title: &str) -> bool {
-    FAULTS.iter().any(|fault| fault.shown_by.contains(&title))
 }
 
 #[test]
@@ -59,7 +54,7 @@ fn every_panel_and_every_variable_has_data_under_load() {
 fn has_data(board: &Board, scene: &Scene, choice: &Choice) {
     for panel in &board.panels {
         for target in &panel.targets {
-            if shows_a_fault(&panel.title) {
+            if QUIET.contains(&panel.title.as_str()) {
                 scene.until(&panel.title, target, choice, are_numbers);
             } else {
                 scene.until(&panel.title, target, choice, are_above_zero);
@@ -73,38 +68,52 @@ fn a_panel_that_shows_faults_shows_them() {
     let (board, scene) = (Board::read(), Scene::start());
     let choice = Scene::everything();
     for fault in FAULTS {
+        if fault.is_unmistakable {
+            for sign in fault.shown_by {
+                let panel = board.panel(sign.panel);
+                let before = panel.targets.iter().flat_map(|target| scene.ask(target, &choice));
+                assert_eq!(
+                    before.filter(|sample| is_sign(sign, sample)).count(),
+                    0,
+                    "{}",
+                    sign.panel
+                );
+            }
+        }
         if !fault.is_repeated {
             (fault.inject)(&scene);
         }
-        for title in fault.shown_by {
-            for target in &board.panel(title).targets {
-                scene.until(&format!("{title}, when {}", fault.what), target, &choice, |samples| {
+        for sign in fault.shown_by {
+            for target in &board.panel(sign.panel).targets {
+                let what = format!("{}, when {}", sign.panel, fault.what);
+                scene.until(&what, target, &choice, |samples| {
                     if fault.is_repeated {
                         (fault.inject)(&scene);
                     }
-                    are_above_zero(samples)
+                    samples.iter().any(|sample| is_sign(sign, sample))
                 });
             }
         }
         (fault.mend)(&scene);
     }
-    // What the faults have left is there by its name.
-    let lost = |samples: &[Sample]| {
-        samples
-            .iter()
-            .any(|sample| sample.labels["reason"] == "taken" && sample.value > 0.0)
-    };
-    let total = crate::board::Target {
-        expression: "sum by (reason) (shardlock_lost_total)".to_owned(),
-        legend: String::new(),
-    };
-    scene.until("the reason", &total, &choice, lost);
-    // Nothing that was mended is down any more.
     let all_up = |samples: &[Sample]| samples.len() == 3 && samples.iter().all(|sample| sample.value == 1.0);
-    scene.until(
-        "the shards are up again",
-        &board.panel("Shards up").targets[0],
-        &choice,
-        all_up,
-    );
+    let up = &board.panel("Shards up").targets[0];
+    scene.until("what was mended is up again", up, &choice, all_up);
+}
+
+fn is_sign(sign: &Sign, sample: &Sample) -> bool {
+    let has = |(name, value): &(&str, &str)| sample.labels.get(*name).is_some_and(|found| found == value);
+    sign.labels.iter().all(has) && (sign.is_bad)(sample.value)
+}
+
+#[test]
+fn every_panel_that_is_quiet_while_all_is_well_is_seen_with_a_fault() {
+    let shown = |title: &&str| {
+        FAULTS
+            .iter()
+            .any(|fault| fault.shown_by.iter().any(|sign| sign.panel == *title))
+    };
+    for title in QUIET {
+        assert!(shown(title), "{title}");
+    }
 }

@@ -19,20 +19,20 @@ use crate::support::{PATIENCE, Quorum, RedisServer, quorum, wait_until};
 const SHOWN_WITHIN: Duration = PATIENCE;
 
 /// Two Redis servers and a quorum, two processes that fight over locks on them, and who measures that.
-pub struct Scene {
-    pub prometheus: Prometheus,
+pub(crate) struct Scene {
+    pub(crate) prometheus: Prometheus,
     /// A server whose clock can jump.
-    pub first: RedisServer,
-    pub second: RedisServer,
-    pub quorum: Quorum,
-    pub clock: OtherClock,
+    pub(crate) first: RedisServer,
+    pub(crate) second: RedisServer,
+    pub(crate) quorum: Quorum,
+    pub(crate) clock: OtherClock,
     load: Process,
     dir: TempDir,
 }
 
 impl Scene {
     #[track_caller]
-    pub fn start() -> Self {
+    pub(crate) fn start() -> Self {
         let clock = OtherClock::build();
         let (first, second) = (RedisServer::start_in(&[], &clock.jumping()), RedisServer::start());
         let quorum = Quorum::start(3);
@@ -58,7 +58,7 @@ impl Scene {
     }
 
     /// What all variables stand for as long as nobody has chosen anything.
-    pub fn everything() -> Choice {
+    pub(crate) fn everything() -> Choice {
         let names = ["job", "instance", "class", "shard"];
         let mut choice: Choice = names.into_iter().map(|name| (name, ".*".to_owned())).collect();
         // At least four times the interval, as Grafana has it; more, since scrapes come late where there is much else to do.
@@ -69,13 +69,13 @@ impl Scene {
 
     /// What this asks has now.
     #[track_caller]
-    pub fn ask(&self, target: &Target, choice: &Choice) -> Vec<Sample> {
+    pub(crate) fn ask(&self, target: &Target, choice: &Choice) -> Vec<Sample> {
         self.prometheus.query(&filled(&target.expression, choice))
     }
 
     /// Waits until what it asks is as wanted.
     #[track_caller]
-    pub fn until(&self, what: &str, target: &Target, choice: &Choice, wanted: impl Fn(&[Sample]) -> bool) {
+    pub(crate) fn until(&self, what: &str, target: &Target, choice: &Choice, wanted: impl Fn(&[Sample]) -> bool) {
         let expression = filled(&target.expression, choice);
         let deadline = Instant::now() + SHOWN_WITHIN;
         loop {
@@ -94,7 +94,7 @@ impl Scene {
 
     /// A process of the load.
     #[track_caller]
-    pub fn worker(&self) -> Pid {
+    pub(crate) fn worker(&self) -> Pid {
         let workers = self.load.descendants();
         workers.first().expect("the load has workers").0
     }

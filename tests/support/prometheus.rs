@@ -45,7 +45,7 @@ pub fn promtool() -> PathBuf {
 pub struct Prometheus {
     port: u16,
     _process: Process,
-    dir: TempDir,
+    _dir: TempDir,
 }
 
 /// A series of an answer, at one moment.
@@ -83,7 +83,7 @@ impl Prometheus {
                 return Self {
                     port,
                     _process: process,
-                    dir,
+                    _dir: dir,
                 };
             }
         }
@@ -93,33 +93,38 @@ impl Prometheus {
     /// What the expression is now. An expression that is wrong is a panic.
     #[track_caller]
     pub fn query(&self, expression: &str) -> Vec<Sample> {
-        let answer = self.ask("/api/v1/query", &[("query", expression)]);
-        let result = answer["result"].as_array().expect("a vector");
-        result.iter().map(Sample::read).collect()
+        query(self.port, expression)
     }
 
     /// The values of a label that series have which this selects.
     #[track_caller]
     pub fn label_values(&self, series: &str, label: &str) -> Vec<String> {
-        let answer = self.ask(&format!("/api/v1/label/{label}/values"), &[("match[]", series)]);
+        let answer = ask(
+            self.port,
+            &format!("/api/v1/label/{label}/values"),
+            &[("match[]", series)],
+        );
         let values = answer.as_array().expect("a list").iter();
         values.map(|value| value.as_str().expect("a text").to_owned()).collect()
     }
+}
 
-    #[track_caller]
-    fn ask(&self, path: &str, parameters: &[(&str, &str)]) -> Value {
-        let mut query = url::form_urlencoded::Serializer::new(String::new());
-        query.extend_pairs(parameters);
-        let body = get(self.port, &format!("{path}?{}", query.finish())).expect("Prometheus answers");
-        let mut answer: Value = serde_json::from_str(&body).expect("JSON");
-        assert_eq!(
-            answer["status"],
-            "success",
-            "{parameters:?}: {body}\n{}",
-            log(self.dir.path())
-        );
-        answer["data"].take()
-    }
+/// What the expression is now for the Prometheus on this port of 127.0.0.1. An expression that is wrong is a panic.
+#[track_caller]
+pub fn query(port: u16, expression: &str) -> Vec<Sample> {
+    let answer = ask(port, "/api/v1/query", &[("query", expression)]);
+    let result = answer["result"].as_array().expect("a vector");
+    result.iter().map(Sample::read).collect()
+}
+
+#[track_caller]
+fn ask(port: u16, path: &str, parameters: &[(&str, &str)]) -> Value {
+    let mut query = url::form_urlencoded::Serializer::new(String::new());
+    query.extend_pairs(parameters);
+    let body = get(port, &format!("{path}?{}", query.finish())).expect("Prometheus answers");
+    let mut answer: Value = serde_json::from_str(&body).expect("JSON");
+    assert_eq!(answer["status"], "success", "{parameters:?}: {body}");
+    answer["data"].take()
 }
 
 impl Sample {
