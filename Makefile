@@ -1,5 +1,5 @@
 .DEFAULT_GOAL := help
-.PHONY: help demo test test-servers lint bench clean
+.PHONY: help demo dashboard test test-servers lint bench clean
 
 # Every target that needs a server starts its own; this finds or installs the binary.
 with_server = server=$$(scripts/ensure-server) && SHARDLOCK_REDIS_SERVER=$$server
@@ -11,14 +11,18 @@ help: ## Say what can be made.
 demo: cargo ## Show workers of several processes fighting over the same keys on a real server.
 	@$(with_server) cargo run --release --locked --features cli -- demo
 
+dashboard: cargo ## Keep a load and a Prometheus running for the dashboard of grafana/, and say how to point a Grafana at it.
+	@$(with_server) && SHARDLOCK_PROMETHEUS=$$(scripts/ensure-prometheus) && export SHARDLOCK_REDIS_SERVER SHARDLOCK_PROMETHEUS && \
+	cargo build --release --locked --features cli && exec scripts/dashboard target/release/shardlock
+
 test: cargo protoc ## Run all tests, against real servers.
-	@server=$$(scripts/ensure-server) && etcd=$$(scripts/ensure-etcd) && prometheus=$$(scripts/ensure-prometheus) && \
-	SHARDLOCK_REDIS_SERVER=$$server SHARDLOCK_ETCD_SERVER=$$etcd SHARDLOCK_PROMETHEUS=$$prometheus cargo test --locked --all-features --no-fail-fast
+	@server=$$(scripts/ensure-server) && etcd=$$(scripts/ensure-etcd) && prometheus=$$(scripts/ensure-prometheus) && python=$$(scripts/ensure-grafana-model) && \
+	SHARDLOCK_REDIS_SERVER=$$server SHARDLOCK_ETCD_SERVER=$$etcd SHARDLOCK_PROMETHEUS=$$prometheus SHARDLOCK_PYTHON=$$python cargo test --locked --all-features --no-fail-fast
 
 # TESTS chooses among them, as in TESTS="--test basics --test order".
 test-servers: cargo protoc ## Run all tests against each server: the default, Valkey 9, Redis 8.
-	@etcd=$$(scripts/ensure-etcd) && prometheus=$$(scripts/ensure-prometheus) || exit; \
-	export SHARDLOCK_ETCD_SERVER=$$etcd SHARDLOCK_PROMETHEUS=$$prometheus; failed=; for server in "" valkey redis8; do \
+	@etcd=$$(scripts/ensure-etcd) && prometheus=$$(scripts/ensure-prometheus) && python=$$(scripts/ensure-grafana-model) || exit; \
+	export SHARDLOCK_ETCD_SERVER=$$etcd SHARDLOCK_PROMETHEUS=$$prometheus SHARDLOCK_PYTHON=$$python; failed=; for server in "" valkey redis8; do \
 		name=$${server:-default}; \
 		path=$$(scripts/ensure-server $$server) || { failed="$$failed $$name (not to be had)"; continue; }; \
 		echo "== $$name: $$("$$path" --version)"; \

@@ -6,8 +6,8 @@
 mod support;
 
 use std::fs::{self, File};
-use std::io::{BufRead, BufReader, Read, Seek};
-use std::path::Path;
+use std::io::{BufRead, BufReader, Read, Seek, Write};
+use std::net::TcpStream;
 use std::process::{Command, Stdio};
 use std::thread::{self, JoinHandle};
 use std::time::Duration;
@@ -34,6 +34,9 @@ struct Demo {
     stderr: File,
 }
 
+/// What a load with two worker processes has: three more servers, which are a quorum.
+const CHILDREN_OF_A_LOAD: usize = CHILDREN + 3;
+
 /// How a demo ended.
 struct Ended {
     code: Option<i32>,
@@ -44,11 +47,15 @@ struct Ended {
 impl Demo {
     /// Starts a small demo and waits until it is set up.
     fn start(args: &[&str]) -> Self {
+        Self::start_with(&[&["--json"], args].concat())
+    }
+
+    fn start_with(args: &[&str]) -> Self {
         let temp = tempfile::tempdir().unwrap();
         let stderr = tempfile::tempfile().unwrap();
         let mut command = Command::new(env!("CARGO_BIN_EXE_shardlock"));
         command
-            .args(["demo", "--json", "--processes", "2", "--tasks", "32", "--keys", "50"])
+            .args(["demo", "--processes", "2", "--tasks", "32", "--keys", "50"])
             .args(args)
             .env("TMPDIR", temp.path())
             .stdin(Stdio::null())
@@ -71,19 +78,7 @@ impl Demo {
 
     /// The process ids of its children and of theirs, each with its command line.
     fn descendants(&self) -> Vec<(Pid, String)> {
-        let mut found = vec![];
-        let mut parents = vec![self.process.pid()];
-        while let Some(parent) = parents.pop() {
-            for (child, its_parent) in processes() {
-                if its_parent == parent {
-                    let words = fs::read(format!("/proc/{child}/cmdline")).unwrap_or_default();
-                    let words = String::from_utf8_lossy(&words).replace('\0', " ");
-                    found.push((Pid::from_raw(child as i32).unwrap(), words));
-                    parents.push(child);
-                }
-            }
-        }
-        found
+        self.process.descendants()
     }
 
     /// Waits for its end, and sees that nothing is left of it: neither these processes nor a file.
@@ -132,19 +127,6 @@ fn read_on_a_thread(mut from: impl Read + Send + 'static) -> JoinHandle<String> 
         from.read_to_string(&mut text).unwrap();
         text
     })
-}
-
-/// All processes of the machine, each with its parent.
-fn processes() -> Vec<(u32, u32)> {
-    let numbers = fs::read_dir("/proc").unwrap();
-    let pids = numbers.filter_map(|entry| entry.ok()?.file_name().to_str()?.parse().ok());
-    pids.filter_map(|pid: u32| Some((pid, parent_of(pid)?))).collect()
-}
-
-fn parent_of(pid: u32) -> Option<u32> {
-    let status = fs::read_to_string(Path::new("/proc").join(pid.to_string()).join("status")).ok()?;
-    let parent = status.lines().find_map(|line| line.strip_prefix("PPid:"))?;
-    parent.trim().parse().ok()
 }
 
 #[test]
@@ -215,6 +197,56 @@ fn a_demo_that_is_interrupted_leaves_nothing() {
     let ended = demo.end_without_a_trace(&descendants);
     assert_eq!(ended.code, Some(130), "{}", ended.stderr);
     assert!(ended.stderr.contains("stopped by SIGINT"), "{}", ended.stderr);
+}
+
+#[test]
+fn a_load_goes_on_until_it_is_stopped_and_says_where_its_metrics_are() {
+    let place = tempfile::tempdir().unwrap();
+    let file = place.path().join("targets.json");
+    let demo = Demo::start_with(&["--load", "--targets", file.to_str().unwrap()]);
+    let descendants = demo.descendants();
+    assert_eq!(descendants.len(), CHILDREN_OF_A_LOAD, "{descendants:?}");
+
+    let groups: Value = serde_json::from_str(&fs::read_to_string(&file).unwrap()).unwrap();
+    let targets = groups[0]["targets"].as_array().unwrap();
+    assert_eq!((groups.as_array().unwrap().len(), targets.len()), (1, 2), "{groups}");
+    for target in targets {
+        let address = target.as_str().unwrap();
+        wait_until("locks of every class are had and handed over", DEMO_TIMEOUT, || {
+            let page = get(address, "/metrics");
+            let classes = ["jobs", "sale", "reports", "cron", "default"];
+            let is_had = |class: &str| counted(&page, &[&format!("class=\"{class}\",outcome=\"acquired\"")]) > 0.0;
+            let is_handed =
+                |kind: &str| counted(&page, &["shardlock_hand_offs_total{", &format!("kind=\"{kind}\"")]) > 0.0;
+            classes.into_iter().all(is_had)
+                && ["local", "remote"].into_iter().all(is_handed)
+                && counted(&page, &["outcome=\"timeout\""]) > 0.0
+        });
+    }
+    demo.process.signal(Signal::INT);
+    let ended = demo.end_without_a_trace(&descendants);
+    assert_eq!(ended.code, Some(130), "{}", ended.stderr);
+    assert_eq!(fs::read_dir(place.path()).unwrap().count(), 0);
+}
+
+/// What is at the path of an endpoint.
+fn get(address: &str, path: &str) -> String {
+    let mut stream = TcpStream::connect(address).unwrap();
+    stream.set_read_timeout(Some(DEMO_TIMEOUT)).unwrap();
+    write!(stream, "GET {path} HTTP/1.0\r\nHost: localhost\r\n\r\n").unwrap();
+    let mut response = String::new();
+    stream.read_to_string(&mut response).unwrap();
+    let (head, body) = response.split_once("\r\n\r\n").unwrap();
+    assert!(head.contains(" 200 "), "{head}");
+    body.to_owned()
+}
+
+/// The sum over the lines that have all of these texts.
+fn counted(page: &str, texts: &[&str]) -> f64 {
+    let lines = page.lines().filter(|line| texts.iter().all(|text| line.contains(text)));
+    lines
+        .filter_map(|line| line.rsplit_once(' ')?.1.parse::<f64>().ok())
+        .sum()
 }
 
 #[test]

@@ -1,5 +1,6 @@
 //! Child processes that never outlive the test process, however that one ends.
 
+use std::fs;
 use std::io;
 use std::os::unix::process::CommandExt;
 use std::process::{Child, ChildStdin, ChildStdout, Command, ExitStatus};
@@ -80,6 +81,22 @@ impl Process {
         self.child.try_wait().expect("ask for a child's end")
     }
 
+    /// The process ids of its children and of theirs, each with its command line (on Linux).
+    #[track_caller]
+    pub fn descendants(&self) -> Vec<(Pid, String)> {
+        let mut found = vec![];
+        let mut parents = vec![self.pid()];
+        while let Some(parent) = parents.pop() {
+            for child in children(parent) {
+                let words = fs::read(format!("/proc/{child}/cmdline")).unwrap_or_default();
+                let words = String::from_utf8_lossy(&words).replace('\0', " ");
+                found.push((Pid::from_raw(child as i32).expect("not 0"), words));
+                parents.push(child);
+            }
+        }
+        found
+    }
+
     /// Waits for the end, and panics if it does not come within the time given.
     #[track_caller]
     pub fn wait(&mut self, within: Duration) -> ExitStatus {
@@ -99,6 +116,19 @@ impl Drop for Process {
         drop(self.child.kill());
         drop(self.child.wait());
     }
+}
+
+fn children(of: u32) -> Vec<u32> {
+    let numbers = fs::read_dir("/proc").expect("there is /proc");
+    let pids = numbers.filter_map(|entry| entry.ok()?.file_name().to_str()?.parse().ok());
+    pids.filter(|&pid: &u32| parent(pid) == Some(of)).collect()
+}
+
+fn parent(of: u32) -> Option<u32> {
+    // It may have ended meanwhile.
+    let status = fs::read_to_string(format!("/proc/{of}/status")).ok()?;
+    let parent = status.lines().find_map(|line| line.strip_prefix("PPid:"))?;
+    parent.trim().parse().ok()
 }
 
 type Job = (Command, mpsc::Sender<io::Result<Child>>);

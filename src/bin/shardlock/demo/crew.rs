@@ -1,5 +1,6 @@
 //! The worker processes, as the demo sees them.
 
+use std::net::SocketAddr;
 use std::process::Stdio;
 use std::sync::atomic::{AtomicU64, Ordering};
 
@@ -51,10 +52,14 @@ impl Crew {
         Ok(())
     }
 
-    /// Waits until all workers are connected.
-    pub(super) async fn ready(&mut self) -> anyhow::Result<()> {
-        try_join_all(self.members.iter_mut().map(|member| member.answer(|_| {}))).await?;
-        Ok(())
+    /// Waits until all workers are connected. Returns where each serves its metrics.
+    pub(super) async fn ready(&mut self) -> anyhow::Result<Vec<SocketAddr>> {
+        let answers = try_join_all(self.members.iter_mut().map(|member| member.answer(|_| {}))).await?;
+        let addresses = answers.into_iter().map(|answer| match answer {
+            Answer::Ready { metrics } => Ok(metrics),
+            other => bail!("a worker process was to say that it is ready, and said {other:?}"),
+        });
+        addresses.collect()
     }
 
     /// Gives all workers an order, as near to at once as can be, and waits for their answers. `progress` hears the sum

@@ -27,7 +27,7 @@ impl Mix {
         Ok(Self(WeightedIndex::new(weights).context("there are no keys")?))
     }
 
-    fn next_rank(&self) -> usize {
+    pub(super) fn next_rank(&self) -> usize {
         self.0.sample(&mut rand::rng()) + 1
     }
 }

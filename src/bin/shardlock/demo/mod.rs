@@ -8,6 +8,7 @@
 //! | `server`, `crew` | the throw-away servers; the worker processes, as the parent sees them |
 //! | `child`, `worker` | what the child processes run |
 //! | `coupons`, `jobs` | the work itself: look here for how the lock is used |
+//! | `load`, `targets` | what runs in place of the acts with `--load`; where Prometheus finds the workers |
 //! | `figures` | the result: whether it is right, as a table, as JSON |
 
 mod child;
@@ -15,17 +16,20 @@ mod coupons;
 mod crew;
 mod figures;
 mod jobs;
+mod load;
 mod play;
 mod probe;
 mod protocol;
 mod server;
 mod signals;
 mod stage;
+mod targets;
 mod worker;
 
 use std::fmt::Display;
 use std::io::Write;
 use std::net::SocketAddr;
+use std::path::PathBuf;
 use std::time::Duration;
 
 use anyhow::Context;
@@ -73,6 +77,17 @@ pub(crate) struct DemoArgs {
     /// Where the first worker process serves its metrics. Without it, on a free port of 127.0.0.1
     #[arg(long, value_name = "ADDRESS")]
     metrics: Option<SocketAddr>,
+
+    /// Keeps up a load of several classes of work until it is stopped, in place of the demo: for a dashboard, for
+    /// `shardlock top`, to try out faults. It has hot keys, timeouts, refusals and long holds on purpose. Where no shard is given,
+    /// a quorum of three more servers is one of its shards
+    #[arg(long, conflicts_with_all = ["json", "seconds", "coupons", "think"])]
+    load: bool,
+
+    /// Writes where the workers serve their metrics to this file, as `file_sd_configs` of Prometheus reads it. It is removed
+    /// at the end
+    #[arg(long, value_name = "FILE")]
+    targets: Option<PathBuf>,
 
     /// Ends the output with the figures as one line of JSON
     #[arg(long)]

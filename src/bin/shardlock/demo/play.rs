@@ -1,7 +1,7 @@
 //! The three acts: the promotion without the lock, the promotion with it, the jobs.
 
 use std::io::Write;
-use std::net::{Ipv4Addr, SocketAddr};
+use std::net::SocketAddr;
 use std::time::{Duration, Instant};
 
 use deadpool_redis::redis::aio::MultiplexedConnection;
@@ -14,8 +14,7 @@ use shardlock::Endpoint;
 use super::DemoArgs;
 use super::figures::{Claims, Jobs, Outcome, rounded};
 use super::probe::{self, Calls};
-use super::protocol::{Answer, Names, Order, Setup};
-use super::server::free_port;
+use super::protocol::{Answer, Load, Names, Order, Setup};
 use super::stage::Stage;
 
 /// How many counters are read in one go.
@@ -26,11 +25,6 @@ pub(super) async fn play(args: &DemoArgs, stage: &mut Stage) -> anyhow::Result<O
     stage.set_up(args).await?;
     let shards = stage.shards();
     let data = try_join_all(stage.data().iter().map(|url| probe::connect(url))).await?;
-    let metrics = match args.metrics {
-        Some(address) if address.port() != 0 => address,
-        Some(address) => SocketAddr::new(address.ip(), free_port()?),
-        None => SocketAddr::from((Ipv4Addr::LOCALHOST, free_port()?)),
-    };
     for worker in 0..args.processes {
         let setup = Setup {
             worker: worker + 1,
@@ -40,12 +34,21 @@ pub(super) async fn play(args: &DemoArgs, stage: &mut Stage) -> anyhow::Result<O
             tasks: args.tasks,
             think: args.think,
             keys: args.keys,
-            metrics: (worker == 0).then_some(metrics),
+            metrics: args.metrics.filter(|_| worker == 0),
+            load: args.load.then(|| Load {
+                are_servers_ours: stage.are_servers_ours(),
+            }),
         };
         stage.crew.hire(&setup).await?;
     }
-    stage.crew.ready().await?;
-    introduce(args, &shards, metrics)?;
+    let metrics = stage.crew.ready().await?;
+    if let Some(file) = &args.targets {
+        stage.publish(file, &metrics)?;
+    }
+    introduce(args, &shards, &metrics)?;
+    if args.load {
+        return Err(keep_up_load(args, stage).await);
+    }
 
     let names = Names::new(stage.prefix());
     let mut first = data[0].clone();
@@ -63,9 +66,13 @@ pub(super) async fn play(args: &DemoArgs, stage: &mut Stage) -> anyhow::Result<O
     })
 }
 
-fn introduce(args: &DemoArgs, shards: &[String], metrics: SocketAddr) -> anyhow::Result<()> {
+fn introduce(args: &DemoArgs, shards: &[String], metrics: &[SocketAddr]) -> anyhow::Result<()> {
     let where_locks_are = if args.shards.is_empty() {
-        format!("{} throw-away Redis servers", shards.len())
+        let (plain, quorum) = match (args.load, shards) {
+            (true, [plain @ .., _]) => (plain.len(), " and a quorum of more"),
+            _ => (shards.len(), ""),
+        };
+        format!("{plain} throw-away Redis servers{quorum}")
     } else {
         let endpoints: Result<Vec<_>, _> = shards.iter().map(|url| Endpoint::parse(url)).collect();
         endpoints?
@@ -77,11 +84,31 @@ fn introduce(args: &DemoArgs, shards: &[String], metrics: SocketAddr) -> anyhow:
     let mut out = std::io::stdout().lock();
     writeln!(
         out,
-        "{} processes with {} tasks each, on {where_locks_are}\n\
-         metrics of the first process, while it runs: http://{metrics}/metrics",
+        "{} processes with {} tasks each, on {where_locks_are}",
         args.processes, args.tasks
     )?;
+    if args.load {
+        for (number, address) in (1..).zip(metrics) {
+            writeln!(out, "metrics of process {number}: http://{address}/metrics")?;
+        }
+        writeln!(out, "the load goes on until it is stopped, by Ctrl-C for example")?;
+    } else if let Some(first) = metrics.first() {
+        writeln!(
+            out,
+            "metrics of the first process, while it runs: http://{first}/metrics"
+        )?;
+    }
     Ok(out.flush()?)
+}
+
+/// Has all workers keep up the load. It ends with an error alone: a signal ends it from outside.
+async fn keep_up_load(args: &DemoArgs, stage: &mut Stage) -> anyhow::Error {
+    let bar = ProgressBar::new_spinner().with_finish(ProgressFinish::AndClear);
+    let tell = |locks| bar.set_message(format!("{} locks in {} processes", HumanCount(locks), args.processes));
+    match stage.crew.order(Order::Load, tell).await {
+        Ok(_) => anyhow::anyhow!("the workers have ended the load of themselves"),
+        Err(error) => error,
+    }
 }
 
 async fn promotion(

@@ -19,23 +19,42 @@ pub(super) struct Setup {
     pub(super) tasks: u32,
     pub(super) think: Duration,
     pub(super) keys: u32,
-    /// Where to serve metrics, if at all.
+    /// Where to serve metrics, if not at a free port of 127.0.0.1.
     pub(super) metrics: Option<SocketAddr>,
+    /// Whether the worker is hired for the load alone.
+    pub(super) load: Option<Load>,
+}
+
+/// How a worker is set up that is hired for the load alone.
+#[derive(Debug, Clone, Copy, Serialize, Deserialize)]
+pub(super) struct Load {
+    /// Whether the demo has started the servers, and so decides on the TTL.
+    pub(super) are_servers_ours: bool,
 }
 
 /// What a worker is told to do. Each order has one answer, after any number of [`Answer::Progress`].
 #[derive(Debug, Clone, Copy, Serialize, Deserialize)]
 #[serde(rename_all = "snake_case")]
 pub(super) enum Order {
-    Claim { locked: bool },
-    Work { seconds: Duration },
+    Claim {
+        locked: bool,
+    },
+    Work {
+        seconds: Duration,
+    },
+    /// Has no answer: it ends with the worker.
+    Load,
     Leave,
 }
 
 #[derive(Debug, Clone, Serialize, Deserialize)]
 #[serde(rename_all = "snake_case")]
 pub(super) enum Answer {
-    /// It is connected, or has done what it was told and has nothing to tell.
+    /// It is connected, and serves its metrics here.
+    Ready {
+        metrics: SocketAddr,
+    },
+    /// It has done what it was told and has nothing to tell.
     Done,
     /// So many customers or jobs are through.
     Progress(u64),

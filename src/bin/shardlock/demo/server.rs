@@ -96,7 +96,7 @@ fn url(port: u16) -> String {
 }
 
 /// A port that is free now.
-pub(super) fn free_port() -> anyhow::Result<u16> {
+fn free_port() -> anyhow::Result<u16> {
     let is_free = |port: &u16| TcpListener::bind((Ipv4Addr::LOCALHOST, *port)).is_ok();
     let mut random = rand::rng();
     (0..PORTS.len())

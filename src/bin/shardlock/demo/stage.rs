@@ -1,16 +1,28 @@
 //! What the demo sets up, and how all of it is removed.
 
+use std::net::SocketAddr;
+use std::path::Path;
+use std::time::Duration;
+
 use anyhow::{Context, bail};
 use shardlock::{Builder, Config, Endpoint};
 
 use super::DemoArgs;
 use super::crew::Crew;
+use super::load;
 use super::probe;
 use super::protocol::Names;
 use super::server::Servers;
+use super::targets::Targets;
 
 /// How many servers are started where none are given.
 const SERVERS: usize = 3;
+
+/// How many more the load has, as the nodes of a quorum.
+const NODES: usize = 3;
+
+/// Servers tell their age in whole seconds.
+const VOTE_SLACK: Duration = Duration::from_secs(2);
 
 /// How often a namespace is erased, at most, until there is nothing left in it.
 const ERASURES_MAX: u32 = 20;
@@ -19,11 +31,7 @@ const ERASURES_MAX: u32 = 20;
 pub(super) fn builder(shards: &[String], names: &Names) -> anyhow::Result<Builder> {
     let mut config = Config::default();
     config.apply_env()?;
-    let builder = Builder::new()
-        .config(config)
-        .shards([])
-        .namespace(names.namespace())
-        .store_timeout(probe::SERVER_TIMEOUT);
+    let builder = Builder::new().config(config).shards([]).namespace(names.namespace());
     Ok(shards.iter().fold(builder, |builder, url| builder.shard(url)))
 }
 
@@ -37,6 +45,9 @@ pub(super) struct Stage {
     are_plain: bool,
     /// What all of the demo's keys begin with: like no other's, so that all keys that begin with it can be removed.
     prefix: String,
+    /// Whether there is nothing but load, whose keys protect no data.
+    is_load: bool,
+    targets: Option<Targets>,
     pub(super) crew: Crew,
 }
 
@@ -55,12 +66,19 @@ impl Stage {
         }
         self.are_plain = schemes.iter().all(|scheme| scheme == "redis" || scheme == "rediss");
         let started = match (args.shards.is_empty(), self.are_plain) {
+            (true, _) if args.load => SERVERS + NODES,
             (true, _) => SERVERS,
             (false, true) => 0,
-            (false, false) => 1,
+            // The load protects nothing.
+            (false, false) => usize::from(!args.load),
         };
+        self.is_load = args.load;
         if started > 0 {
             self.servers.insert(Servers::new()?).start(started).await?;
+            if args.load {
+                // Until then no node has a vote, and the load would begin with failures that are none.
+                tokio::time::sleep(load::TTL + VOTE_SLACK).await;
+            }
         }
         self.given.clone_from(&args.shards);
         Ok(())
@@ -72,15 +90,23 @@ impl Stage {
 
     /// The URLs of the shards, in their order.
     pub(super) fn shards(&self) -> Vec<String> {
-        if self.given.is_empty() {
-            self.started()
-        } else {
-            self.given.clone()
+        if !self.given.is_empty() {
+            return self.given.clone();
         }
+        let mut shards = self.started();
+        if self.is_load {
+            let nodes = shards.split_off(SERVERS);
+            let nodes: Vec<_> = nodes.iter().filter_map(|url| url.strip_prefix("redis://")).collect();
+            shards.push(format!("redlock://{}", nodes.join(",")));
+        }
+        shards
     }
 
-    /// The URLs of the servers for the data: one for each shard, or one for all.
+    /// The URLs of the servers for the data: one for each shard, or one for all. The load has none.
     pub(super) fn data(&self) -> Vec<String> {
+        if self.is_load {
+            return Vec::new();
+        }
         if self.are_plain && !self.given.is_empty() {
             return self.given.clone();
         }
@@ -91,8 +117,20 @@ impl Stage {
         self.servers.iter().flat_map(Servers::urls).collect()
     }
 
+    /// Whether the servers go with the demo.
+    pub(super) fn are_servers_ours(&self) -> bool {
+        self.given.is_empty()
+    }
+
+    /// Tells Prometheus where the workers serve their metrics, until the stage is cleared.
+    pub(super) fn publish(&mut self, file: &Path, workers: &[SocketAddr]) -> anyhow::Result<()> {
+        self.targets = Some(Targets::write(file, workers)?);
+        Ok(())
+    }
+
     /// Stops the workers, then removes the keys from servers that stay and stops those that don't.
     pub(super) async fn clear(mut self) -> anyhow::Result<()> {
+        drop(self.targets.take());
         self.crew.kill().await?;
         if let Some(servers) = self.servers.take() {
             servers.stop().await?;
@@ -116,7 +154,8 @@ impl Stage {
 
     /// Until there is nothing left, since a command that a killed worker had sent may be carried out a moment later.
     async fn erase_locks(&self) -> anyhow::Result<()> {
-        let locks = builder(&self.given, &Names::new(&self.prefix))?.connect().await?;
+        let builder = builder(&self.given, &Names::new(&self.prefix))?;
+        let locks = builder.store_timeout(probe::SERVER_TIMEOUT).connect().await?;
         for _ in 0..ERASURES_MAX {
             if locks.erase_namespace().await? == 0 {
                 return Ok(());

@@ -11,7 +11,7 @@ use deadpool_redis::redis::aio::MultiplexedConnection;
 use futures_util::future::try_join_all;
 use serde::de::DeserializeOwned;
 use shardlock::admin::AdminServer;
-use shardlock::{LockKey, LockManager};
+use shardlock::{Builder, Config, LockKey, LockManager};
 use tokio::sync::mpsc;
 use tokio::task::JoinSet;
 use tokio::time::Instant;
@@ -20,7 +20,7 @@ use super::jobs::Mix;
 use super::probe;
 use super::protocol::{Answer, Names, Order, Setup, Worked};
 use super::stage::builder;
-use super::{coupons, jobs};
+use super::{coupons, jobs, load};
 
 /// How often a worker tells how far it is.
 const PROGRESS_EVERY: Duration = Duration::from_millis(100);
@@ -36,7 +36,9 @@ pub(super) struct Workplace {
     /// The page of metrics.
     metrics: Box<dyn Fn(&LockManager) -> String + Send + Sync>,
     /// Until the worker leaves.
-    _serving: AdminServer,
+    serving: AdminServer,
+    /// How long leases last.
+    pub(super) ttl: Duration,
     tasks: u32,
     /// How many customers or jobs are through.
     through: AtomicU64,
@@ -55,7 +57,9 @@ pub(super) async fn run() -> anyhow::Result<u8> {
 async fn serve(orders: &mut mpsc::UnboundedReceiver<String>) -> anyhow::Result<()> {
     let setup: Setup = hear(orders).await?;
     let place = Arc::new(Workplace::open(&setup).await?);
-    tell(&Answer::Done)?;
+    tell(&Answer::Ready {
+        metrics: place.serving.address(),
+    })?;
     loop {
         let order: Order = hear(orders).await?;
         place.through.store(0, Ordering::Relaxed);
@@ -77,10 +81,12 @@ impl Workplace {
         let admin = crate::metrics::bind(address)?;
         let metrics = Box::new(admin.renderer());
         let names = Names::new(&setup.prefix);
-        let builder = builder(&setup.shards, &names)?;
-        let locks = builder.connect().await?;
+        let config = config(setup, &names)?;
+        let ttl = config.ttl;
+        let locks = Builder::new().config(config).connect().await?;
         Ok(Self {
-            _serving: admin.serve(&locks)?,
+            serving: admin.serve(&locks)?,
+            ttl,
             locks,
             names,
             think: setup.think,
@@ -132,6 +138,11 @@ impl Workplace {
                 counted.since(before).fill(&mut worked);
                 Ok(Answer::Worked(Box::new(worked)))
             }
+            Order::Load => {
+                let tasks = (0..self.tasks).map(|task| load::run(Arc::clone(self), task));
+                tasks.collect::<JoinSet<_>>().join_all().await;
+                Ok(Answer::Done)
+            }
             Order::Leave => {
                 self.locks.shutdown().await;
                 Ok(Answer::Done)
@@ -162,6 +173,17 @@ impl Workplace {
             }
         }
     }
+}
+
+/// The settings of the worker's manager.
+fn config(setup: &Setup, names: &Names) -> anyhow::Result<Config> {
+    let builder = builder(&setup.shards, names)?;
+    let Some(load) = setup.load else {
+        return Ok(builder.store_timeout(probe::SERVER_TIMEOUT).build_config()?);
+    };
+    let mut config = builder.build_config()?;
+    load::settings(&mut config, setup.tasks, load.are_servers_ours);
+    Ok(config)
 }
 
 /// What the lock manager itself counted.

@@ -1,0 +1,95 @@
+"""Loads a dashboard through the kept model of Grafana's schema, and says what the model does not know.
+
+The model passes over what it does not know when it reads, so what was read is written again: a field that is gone then, or another one, was
+misspelt. Where the model is open, which is where a panel's kind decides, the kind must be one that it knows.
+"""
+
+import enum
+import json
+import types
+import typing
+
+from grafana_foundation_sdk.cog import plugins, runtime
+from grafana_foundation_sdk.cog.encoder import JSONEncoder
+from grafana_foundation_sdk.models import dashboard
+
+# The form in which Grafana keeps the query of a variable for Prometheus, where the model takes anything.
+VARIABLE_QUERY = {"qryType", "query", "refId"}
+# What in a panel the model passes on as it is. It is not used, so that it need not be checked.
+UNCHECKED = {"links", "transformations", "libraryPanel"}
+
+
+def plain(model: object) -> object:
+    """The model as JSON has it."""
+    return json.loads(json.dumps(model, cls=JSONEncoder))
+
+
+def mistakes(document: dict) -> list[str]:
+    """What in the document is not as Grafana's model has it, each with its place."""
+    plugins.register_default_plugins()
+    try:
+        model = dashboard.Dashboard.from_json(document)
+        found = list(differences(document, plain(model), "dashboard"))
+    except (AttributeError, KeyError, TypeError, ValueError) as error:
+        return [f"Grafana's model can't read it: {type(error).__name__}: {error}"]
+    found += wrong_words(model, "dashboard")
+    found += wrong_open_parts(document)
+    return found
+
+
+def differences(given: object, kept: object, place: str) -> typing.Iterator[str]:
+    """What the model does not keep of what it is given. What it adds are its defaults."""
+    if isinstance(given, dict) and isinstance(kept, dict):
+        for name, value in given.items():
+            if name in kept:
+                yield from differences(value, kept[name], f"{place}.{name}")
+            else:
+                yield f"{place}.{name}: Grafana's model has no such field"
+    elif isinstance(given, list) and isinstance(kept, list) and len(given) == len(kept):
+        for number, (one, other) in enumerate(zip(given, kept)):
+            yield from differences(one, other, f"{place}[{number}]")
+    elif given != kept:
+        yield f"{place}: {given!r} is {kept!r} in Grafana's model"
+
+
+def wrong_words(value: object, place: str) -> list[str]:
+    """Where one of a set of words is wanted, and another one is there. The model reads any."""
+    if isinstance(value, (list, tuple)):
+        return [wrong for number, one in enumerate(value) for wrong in wrong_words(one, f"{place}[{number}]")]
+    if isinstance(value, dict):
+        return [wrong for name, one in value.items() for wrong in wrong_words(one, f"{place}.{name}")]
+    if not type(value).__module__.startswith("grafana_foundation_sdk.") or isinstance(value, enum.Enum):
+        return []
+    found = []
+    hints = typing.get_type_hints(type(value))
+    for name, part in vars(value).items():
+        here = f"{place}.{name}"
+        kinds = [kind for kind in alternatives(hints.get(name)) if isinstance(kind, type) and issubclass(kind, enum.Enum)]
+        for kind in kinds:
+            if part is not None and part not in [member.value for member in kind]:
+                words = ", ".join(str(member.value) for member in kind)
+                found.append(f"{here}: {part!r} is none of {words}")
+        found += wrong_words(part, here)
+    return found
+
+
+def alternatives(hint: object) -> tuple:
+    is_union = typing.get_origin(hint) in (typing.Union, types.UnionType)
+    return typing.get_args(hint) if is_union else (hint,)
+
+
+def wrong_open_parts(document: dict) -> list[str]:
+    found = []
+    for panel in document.get("panels", []):
+        place = f"panel {panel.get('title')!r}"
+        if panel["type"] != "row" and runtime.panelcfg_config(panel["type"]) is None:
+            found.append(f"{place}: the model knows no kind of panel called {panel['type']!r}")
+        found += [f"{place}: {name} is not checked by the model" for name in UNCHECKED if panel.get(name)]
+        for target in panel.get("targets", []):
+            # Without it the model takes a query for one of an unknown kind, in which everything is right.
+            if target.get("datasource", {}).get("type") != "prometheus":
+                found.append(f"{place}: a query that is not for prometheus")
+    for variable in document.get("templating", {}).get("list", []):
+        if variable["type"] == "query" and set(variable["query"]) != VARIABLE_QUERY:
+            found.append(f"variable {variable['name']}: its query has {sorted(variable['query'])} and not {sorted(VARIABLE_QUERY)}")
+    return found

@@ -1,0 +1,57 @@
+//! Where the workers serve their metrics, in a file that Prometheus reads (`file_sd_configs`) and looks at again when it changes.
+
+use std::fs;
+use std::io;
+use std::net::SocketAddr;
+use std::path::{Path, PathBuf};
+
+use anyhow::Context;
+use serde::Serialize;
+
+/// One entry of such a file.
+#[derive(Debug, Serialize)]
+struct Group<'a> {
+    targets: &'a [SocketAddr],
+}
+
+/// The file, removed when it is dropped.
+#[derive(Debug)]
+pub(super) struct Targets {
+    path: PathBuf,
+}
+
+impl Targets {
+    /// Writes the file. Whoever looks meanwhile sees all of it or nothing.
+    ///
+    /// # Errors
+    ///
+    /// The file can't be written.
+    pub(super) fn write(path: &Path, workers: &[SocketAddr]) -> anyhow::Result<Self> {
+        let text = serde_json::to_vec(&[Group { targets: workers }])?;
+        let written = || -> io::Result<()> {
+            let directory = path.parent().filter(|parent| !parent.as_os_str().is_empty());
+            let name = format!(".shardlock-targets-{}", std::process::id());
+            let beside = directory.unwrap_or(Path::new(".")).join(name);
+            let moved = fs::write(&beside, text).and_then(|()| fs::rename(&beside, path));
+            if moved.is_err() {
+                // It may not even be there; what counts is why.
+                fs::remove_file(&beside).ok();
+            }
+            moved
+        };
+        written().with_context(|| format!("{} can't be written", path.display()))?;
+        Ok(Self { path: path.to_owned() })
+    }
+}
+
+impl Drop for Targets {
+    fn drop(&mut self) {
+        match fs::remove_file(&self.path) {
+            Err(error) if error.kind() != io::ErrorKind::NotFound => {
+                super::complain(format_args!("{} can't be removed: {error}", self.path.display()));
+            }
+            // Whoever removed it already did what we would have.
+            _ => {}
+        }
+    }
+}

@@ -1,0 +1,80 @@
+//! `make dashboard`, but for the building: what it starts is there, and nothing of it is left.
+
+use std::io::{BufRead, BufReader, Read};
+use std::path::Path;
+use std::process::{Command, Stdio};
+
+use rustix::process::{Signal, test_kill_process};
+use tempfile::TempDir;
+
+use crate::support::process::Process;
+use crate::support::{PATIENCE, prometheus, server, wait_until};
+
+/// The command. It can't clear up when it is killed, so a test that fails has it end.
+struct Running {
+    process: Process,
+    temp: TempDir,
+}
+
+impl Drop for Running {
+    fn drop(&mut self) {
+        if self.process.ended().is_none() {
+            self.process.signal(Signal::TERM);
+            self.process.wait(PATIENCE);
+        }
+    }
+}
+
+/// Starts it, and waits until it says where Prometheus is. Returns the port.
+#[track_caller]
+fn start() -> (Running, u16) {
+    let temp = tempfile::tempdir().unwrap();
+    let script = Path::new(env!("CARGO_MANIFEST_DIR")).join("scripts/dashboard");
+    let mut command = Command::new(script);
+    command
+        .arg(env!("CARGO_BIN_EXE_shardlock"))
+        .args(["--processes", "2", "--tasks", "16"])
+        .env("SHARDLOCK_REDIS_SERVER", &server::binary().path)
+        .env("SHARDLOCK_PROMETHEUS", prometheus::binary())
+        .env("SCRAPE_INTERVAL", prometheus::Prometheus::SCRAPE_INTERVAL)
+        .env("TMPDIR", temp.path())
+        .stdin(Stdio::null())
+        .stdout(Stdio::piped());
+    let mut process = Process::spawn(command).expect("start scripts/dashboard");
+    let mut said = BufReader::new(process.take_stdout().expect("it is piped"));
+    let running = Running { process, temp };
+    let port = loop {
+        let mut line = String::new();
+        assert_ne!(said.read_line(&mut line).unwrap(), 0, "it has ended");
+        if let Some(port) = line.trim_end().strip_prefix("Prometheus: http://127.0.0.1:") {
+            break port.parse().unwrap();
+        }
+    };
+    std::thread::spawn(move || {
+        // So that it never waits for a reader. What it says is for a person.
+        drop(said.read_to_string(&mut String::new()));
+    });
+    (running, port)
+}
+
+#[test]
+fn it_measures_a_load_until_it_is_stopped_and_leaves_nothing() {
+    let (mut running, port) = start();
+    wait_until("Prometheus has measured locks", PATIENCE, || {
+        let locks = prometheus::query(port, "sum(shardlock_acquisitions_total{job=\"shardlock\"})");
+        locks.iter().any(|sample| sample.value > 0.0)
+    });
+    let descendants = running.process.descendants();
+    let count = |word: &str| descendants.iter().filter(|(_, words)| words.contains(word)).count();
+    assert_eq!(
+        (count("prometheus.yml"), count("demo --load")),
+        (1, 1),
+        "{descendants:?}"
+    );
+    running.process.signal(Signal::INT);
+    assert_eq!(running.process.wait(PATIENCE).code(), Some(130));
+    for (pid, words) in &descendants {
+        assert!(test_kill_process(*pid).is_err(), "{words} still runs");
+    }
+    assert_eq!(std::fs::read_dir(running.temp.path()).unwrap().count(), 0);
+}

@@ -1,0 +1,74 @@
+//! The dashboard is as Grafana's kept model wants it, and a misspelt field is an error.
+
+use std::path::{Path, PathBuf};
+use std::process::{Command, Output};
+
+use serde_json::{Value, json};
+
+use crate::board;
+
+/// The Python that has the model.
+fn python() -> PathBuf {
+    let path = std::env::var_os("SHARDLOCK_PYTHON").filter(|path| !path.is_empty());
+    path.map(PathBuf::from).unwrap_or_else(|| {
+        panic!(
+            "SHARDLOCK_PYTHON is not set: `make test` sets it to the Python that scripts/ensure-grafana-model prints"
+        )
+    })
+}
+
+fn check(file: Option<&Path>) -> Output {
+    let mut command = Command::new(python());
+    command
+        .arg("-B")
+        .arg(board::folder().join("dashboard.py"))
+        .arg("--check")
+        .args(file);
+    command.output().expect("run Python")
+}
+
+#[test]
+fn the_dashboard_is_as_the_model_wants_it_and_as_it_is_made() {
+    let output = check(None);
+    assert!(output.status.success(), "{}", String::from_utf8_lossy(&output.stderr));
+}
+
+#[test]
+fn a_misspelt_field_is_an_error_that_says_where() {
+    let board: Value = serde_json::from_str(&std::fs::read_to_string(board::file()).unwrap()).unwrap();
+    let panels = board["panels"].as_array().unwrap();
+    let place = |kind: &str| panels.iter().position(|panel| panel["type"] == kind).unwrap();
+    let (stat, lines) = (place("stat"), place("timeseries"));
+    let at = |panel: usize, rest: &str| format!("/panels/{panel}{rest}");
+    let mistakes: Vec<(String, &str, Value)> = vec![
+        (String::new(), "refresch", json!("10s")),
+        (at(stat, ""), "descripton", json!("text")),
+        (at(stat, "/options"), "grafMode", json!("area")),
+        (at(stat, "/options/reduceOptions"), "calc", json!(["last"])),
+        (at(lines, "/fieldConfig/defaults"), "unti", json!("s")),
+        (at(lines, "/fieldConfig/defaults/custom"), "lineWdth", json!(1)),
+        (at(lines, "/options/legend"), "displaymode", json!("list")),
+        (at(lines, "/targets/0"), "legend", json!("text")),
+        (at(lines, "/gridPos"), "width", json!(8)),
+        ("/templating/list/1".to_owned(), "include_all", json!(true)),
+        ("/templating/list/1/query".to_owned(), "querry", json!("text")),
+        // A field that there is, with a word that there is not.
+        (at(lines, "/fieldConfig/defaults/custom"), "drawStyle", json!("bar")),
+        (at(stat, "/options"), "colorMode", json!("valeu")),
+        (at(stat, ""), "type", json!("statt")),
+    ];
+    let temp = tempfile::tempdir().unwrap();
+    for (pointer, name, value) in mistakes {
+        let mut wrong = board.clone();
+        wrong.pointer_mut(&pointer).expect("a place")[name] = value.clone();
+        let file = temp.path().join("wrong.json");
+        std::fs::write(&file, serde_json::to_string_pretty(&wrong).unwrap()).unwrap();
+        let output = check(Some(&file));
+        let said = String::from_utf8_lossy(&output.stderr);
+        assert!(!output.status.success(), "{pointer}/{name} = {value} was not found");
+        // What is read in one go with it may be named in its place.
+        let is_named = said.contains(name) || said.contains(value.as_str().unwrap_or(name));
+        let by_model = said.lines().any(|line| !line.contains("dashboard.py makes"));
+        assert!(is_named && by_model, "{pointer}/{name} = {value}: {said}");
+    }
+}

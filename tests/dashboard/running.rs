@@ -1,0 +1,119 @@
+//! What the panels and the variables have while the load runs.
+
+use std::collections::BTreeSet;
+
+use crate::board::{Board, Choice, filled};
+use crate::faults::{FAULTS, QUIET, Sign};
+use crate::scene::Scene;
+use crate::support::prometheus::{Prometheus, Sample};
+
+fn are_numbers(samples: &[Sample]) -> bool {
+    !samples.is_empty() && samples.iter().any(|sample| sample.value.is_finite())
+}
+
+fn are_above_zero(samples: &[Sample]) -> bool {
+    samples
+        .iter()
+        .any(|sample| sample.value.is_finite() && sample.value > 0.0)
+}
+
+#[test]
+fn every_panel_and_every_variable_has_data_under_load() {
+    let (board, scene) = (Board::read(), Scene::start());
+    has_data(&board, &scene, &Scene::everything());
+
+    // As Grafana writes several values, and one.
+    let mut some = Scene::everything();
+    let instance = scene
+        .prometheus
+        .label_values("shardlock_shard_up", "instance")
+        .remove(0);
+    some.insert("job", format!("({})", Prometheus::JOB));
+    some.insert("instance", instance.replace('.', r"\\."));
+    some.insert("class", "(jobs|sale)".to_owned());
+    some.insert("shard", "(shard-0|shard-1|shard-2)".to_owned());
+    has_data(&board, &scene, &some);
+
+    for variable in &board.variables {
+        let values = scene
+            .prometheus
+            .label_values(&filled(&variable.series, &Scene::everything()), &variable.label);
+        let values: BTreeSet<_> = values.iter().map(String::as_str).collect();
+        let is_right = match variable.name.as_str() {
+            "job" => values == BTreeSet::from([Prometheus::JOB]),
+            "instance" => values.len() == 2,
+            "class" => values == BTreeSet::from(["cron", "default", "jobs", "other", "reports", "sale"]),
+            "shard" => values == BTreeSet::from(["shard-0", "shard-1", "shard-2"]),
+            name => panic!("the test does not know the variable {name}"),
+        };
+        assert!(is_right, "{}: {values:?}", variable.name);
+    }
+}
+
+#[track_caller]
+fn has_data(board: &Board, scene: &Scene, choice: &Choice) {
+    for panel in &board.panels {
+        for target in &panel.targets {
+            if QUIET.contains(&panel.title.as_str()) {
+                scene.until(&panel.title, target, choice, are_numbers);
+            } else {
+                scene.until(&panel.title, target, choice, are_above_zero);
+            }
+        }
+    }
+}
+
+#[test]
+fn a_panel_that_shows_faults_shows_them() {
+    let (board, scene) = (Board::read(), Scene::start());
+    let choice = Scene::everything();
+    for fault in FAULTS {
+        if fault.is_unmistakable {
+            for sign in fault.shown_by {
+                let panel = board.panel(sign.panel);
+                let before = panel.targets.iter().flat_map(|target| scene.ask(target, &choice));
+                assert_eq!(
+                    before.filter(|sample| is_sign(sign, sample)).count(),
+                    0,
+                    "{}",
+                    sign.panel
+                );
+            }
+        }
+        if !fault.is_repeated {
+            (fault.inject)(&scene);
+        }
+        for sign in fault.shown_by {
+            for target in &board.panel(sign.panel).targets {
+                let what = format!("{}, when {}", sign.panel, fault.what);
+                scene.until(&what, target, &choice, |samples| {
+                    if fault.is_repeated {
+                        (fault.inject)(&scene);
+                    }
+                    samples.iter().any(|sample| is_sign(sign, sample))
+                });
+            }
+        }
+        (fault.mend)(&scene);
+    }
+    let all_up = |samples: &[Sample]| samples.len() == 3 && samples.iter().all(|sample| sample.value == 1.0);
+    let up = &board.panel("Shards up").targets[0];
+    scene.until("what was mended is up again", up, &choice, all_up);
+}
+
+fn is_sign(sign: &Sign, sample: &Sample) -> bool {
+    let has = |(name, value): &(&str, &str)| sample.labels.get(*name).is_some_and(|found| found == value);
+    sign.labels.iter().all(has) && (sign.is_bad)(sample.value)
+}
+
+#[test]
+fn every_panel_that_is_quiet_while_all_is_well_is_seen_with_a_fault() {
+    let shown = |title: &&str| {
+        FAULTS
+            .iter()
+            .any(|fault| fault.shown_by.iter().any(|sign| sign.panel == *title))
+    };
+    for title in QUIET {
+        assert!(shown(title), "{title}");
+    }
+}

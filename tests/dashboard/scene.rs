@@ -1,0 +1,127 @@
+//! The demo's load on servers of the test, scraped by a real Prometheus.
+
+use std::fs::{self, File};
+use std::path::Path;
+use std::process::{Command, Stdio};
+use std::time::{Duration, Instant};
+
+use rustix::process::Pid;
+use tempfile::TempDir;
+
+use crate::board::{Choice, Target, filled};
+use crate::support::directory::directory;
+use crate::support::other_clock::OtherClock;
+use crate::support::process::Process;
+use crate::support::prometheus::{Prometheus, Sample};
+use crate::support::{PATIENCE, Quorum, RedisServer, quorum, wait_until};
+
+/// Longer than a fault takes to show on a machine that is busy.
+const SHOWN_WITHIN: Duration = PATIENCE;
+
+/// Two Redis servers and a quorum, two processes that fight over locks on them, and who measures that.
+pub(crate) struct Scene {
+    pub(crate) prometheus: Prometheus,
+    /// A server whose clock can jump.
+    pub(crate) first: RedisServer,
+    pub(crate) second: RedisServer,
+    pub(crate) quorum: Quorum,
+    load: Process,
+    dir: TempDir,
+}
+
+impl Scene {
+    #[track_caller]
+    pub(crate) fn start() -> Self {
+        // It is loaded at the start and not needed any more after that.
+        let clock = OtherClock::build();
+        let (first, second) = (RedisServer::start_in(&clock.settable(), &[]), RedisServer::start());
+        let quorum = Quorum::start(3);
+        let dir = directory("load");
+        let targets = dir.path().join("targets.json");
+        let load = start_load(dir.path(), &targets, &[first.url(), second.url(), quorum.url()]);
+        let prometheus = Prometheus::start(&targets);
+        let scene = Self {
+            prometheus,
+            first,
+            second,
+            quorum,
+            load,
+            dir,
+        };
+        wait_until("both processes are scraped", SHOWN_WITHIN, || {
+            let up = scene.prometheus.query("up == 1");
+            assert!(scene.is_alive(), "{}", scene.log());
+            up.len() == 2
+        });
+        scene
+    }
+
+    /// What all variables stand for as long as nobody has chosen anything.
+    pub(crate) fn everything() -> Choice {
+        let names = ["job", "instance", "class", "shard"];
+        let mut choice: Choice = names.into_iter().map(|name| (name, ".*".to_owned())).collect();
+        // At least four times the interval, as Grafana has it; more, since scrapes come late where there is much else to do.
+        choice.insert("__rate_interval", "5s".to_owned());
+        choice.insert("__range", "5m".to_owned());
+        choice
+    }
+
+    /// What this asks has now.
+    #[track_caller]
+    pub(crate) fn ask(&self, target: &Target, choice: &Choice) -> Vec<Sample> {
+        self.prometheus.query(&filled(&target.expression, choice))
+    }
+
+    /// Waits until what it asks is as wanted.
+    #[track_caller]
+    pub(crate) fn until(&self, what: &str, target: &Target, choice: &Choice, wanted: impl Fn(&[Sample]) -> bool) {
+        let expression = filled(&target.expression, choice);
+        let deadline = Instant::now() + SHOWN_WITHIN;
+        loop {
+            let samples = self.prometheus.query(&expression);
+            if wanted(&samples) {
+                return;
+            }
+            assert!(
+                Instant::now() < deadline,
+                "{what}: {expression} was {samples:?} after {SHOWN_WITHIN:?}\n{}",
+                self.log()
+            );
+            std::thread::sleep(Duration::from_millis(50));
+        }
+    }
+
+    /// A process of the load.
+    #[track_caller]
+    pub(crate) fn worker(&self) -> Pid {
+        let workers = self.load.descendants();
+        workers.first().expect("the load has workers").0
+    }
+
+    fn is_alive(&self) -> bool {
+        !self.load.descendants().is_empty()
+    }
+
+    fn log(&self) -> String {
+        fs::read_to_string(self.dir.path().join(LOG)).unwrap_or_default()
+    }
+}
+
+const LOG: &str = "load.log";
+
+#[track_caller]
+fn start_load(dir: &Path, targets: &Path, shards: &[String]) -> Process {
+    let log = File::create(dir.join(LOG)).expect("make a log file");
+    let mut command = Command::new(env!("CARGO_BIN_EXE_shardlock"));
+    let ttl = format!("{}ms", quorum::MAX_TTL.as_millis());
+    command
+        .args(["demo", "--load", "--processes", "2", "--tasks", "16", "--targets"])
+        .arg(targets)
+        .args(shards.iter().flat_map(|url| ["--shard", url]))
+        .env("SHARDLOCK_TTL", &ttl)
+        .env("SHARDLOCK_REDLOCK_MAX_TTL", &ttl)
+        .stdin(Stdio::null())
+        .stdout(log.try_clone().expect("share the log file"))
+        .stderr(log);
+    Process::spawn(command).expect("start the load")
+}
