@@ -4,10 +4,11 @@ use anyhow::{Context, bail};
 use shardlock::{Builder, Config, Endpoint};
 
 use super::DemoArgs;
-use super::crew::Crew;
 use super::probe;
 use super::protocol::Names;
-use super::server::Servers;
+use crate::load::crew::Crew;
+use crate::load::server::Servers;
+use crate::load::usage::SERVER_TIMEOUT;
 
 /// How many servers are started where none are given.
 const SERVERS: usize = 3;
@@ -23,12 +24,12 @@ pub(super) fn builder(shards: &[String], names: &Names) -> anyhow::Result<Builde
         .config(config)
         .shards([])
         .namespace(names.namespace())
-        .store_timeout(probe::SERVER_TIMEOUT);
+        .store_timeout(SERVER_TIMEOUT);
     Ok(shards.iter().fold(builder, |builder, url| builder.shard(url)))
 }
 
 /// What there is to be removed. It is filled step by step, so that a demo which is stopped half-way knows what it has.
-#[derive(Debug, Default)]
+#[derive(Debug)]
 pub(super) struct Stage {
     servers: Option<Servers>,
     /// Shards of somebody else, on which the keys with the prefix must be removed.
@@ -41,6 +42,16 @@ pub(super) struct Stage {
 }
 
 impl Stage {
+    pub(super) fn new() -> Self {
+        Self {
+            servers: None,
+            given: Vec::new(),
+            are_plain: false,
+            prefix: String::new(),
+            crew: Crew::of("demo"),
+        }
+    }
+
     /// Starts servers: for everything unless shards are given, or for the data if those can't have them.
     pub(super) async fn set_up(&mut self, args: &DemoArgs) -> anyhow::Result<()> {
         self.prefix = format!("demo:{}-{:016x}:", std::process::id(), rand::random::<u64>());
