@@ -102,7 +102,7 @@ impl Outcome {
         let waits = corrected(&measured_waits, cycle);
         let figures = Figures {
             locks,
-            seconds: rounded(seconds, 3),
+            seconds: rounded(seconds, 6),
             locks_per_s: rounded(locks as f64 / seconds.max(f64::EPSILON), 1),
             per_process: PerProcess::of(&processes),
             per_task: PerTask {
