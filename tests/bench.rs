@@ -279,8 +279,9 @@ fn an_interrupt_ends_it_early_with_what_was_measured() {
         .stdout(File::create(&stdout).unwrap())
         .stderr(terminal.open());
     let mut bench = Process::spawn(command).unwrap();
-    // The bar is there when the window is open.
-    wait_until("it measures", PATIENCE, || terminal.shows("s left"));
+    // The bar is there when the window is open, and moves.
+    let measures = || (500..600).any(|left| terminal.shows(&format!("{left} s left")));
+    wait_until("it has measured for a second", PATIENCE, measures);
     bench.signal(Signal::INT);
     let status = bench.wait(PATIENCE);
     assert_eq!(status.code(), Some(130));
