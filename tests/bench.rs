@@ -14,7 +14,7 @@ use std::sync::{Arc, Mutex};
 use std::thread;
 
 use roxmltree::Document;
-use rustix::process::Signal;
+use rustix::process::{Signal, kill_process};
 use rustix::pty::{OpenptFlags, grantpt, openpt, ptsname, unlockpt};
 use serde_json::Value;
 use support::process::Process;
@@ -315,6 +315,21 @@ fn a_server_that_goes_away_makes_locks_fail_and_the_exit_code_tell() {
     assert_eq!(ended.code, 1, "{ended:?}");
     assert!(ended.stderr.contains("locks failed (unavailable)"), "{ended:?}");
     assert!(ended.stderr.contains("may be left on the given shards"), "{ended:?}");
+}
+
+#[test]
+fn a_worker_that_dies_ends_it_with_an_error_that_says_so() {
+    let server = RedisServer::start();
+    let mut command = bare(&["bench", "--processes", "2", "--tasks", "2", "--duration", "10m"]);
+    command.args(["--shard", &server.url()]);
+    let mut bench = Run::start(command);
+    wait_until("locks are had", PATIENCE, || server.script_calls() > 0);
+    let worker = bench.children().into_iter().next().unwrap();
+    kill_process(worker, Signal::KILL).unwrap();
+    let ended = bench.end();
+    assert_eq!(ended.code, 1, "{ended:?}");
+    assert!(ended.stderr.contains("died in the middle of the bench"), "{ended:?}");
+    assert_eq!(server.keys(), [""; 0]);
 }
 
 #[test]

@@ -26,7 +26,7 @@ pub(crate) struct Options {
 
     /// Any other setting of a configuration file, such as store_timeout=5s
     #[arg(long = "set", value_name = "SETTING=VALUE")]
-    settings: Vec<String>,
+    pub(crate) settings: Vec<String>,
 }
 
 impl Options {

@@ -180,7 +180,7 @@ impl Outcome {
         let (wait, as_measured) = (figures.wait_ms, Wait::of(&self.measured_waits));
         row("wait, median", format!("{:.3} ms", wait.p50))?;
         row("wait, 99th percentile", format!("{:.3} ms", wait.p99))?;
-        row("  of the locks that were had", format!("{:.3} ms", as_measured.p99))?;
+        row("  without the correction", format!("{:.3} ms", as_measured.p99))?;
         row("wait, longest", format!("{:.3} ms", wait.max))?;
         if let Some(mean) = figures.hold_ms.mean {
             row("hold, mean", format!("{mean:.3} ms"))?;

@@ -45,7 +45,7 @@ pub(super) async fn play(
     };
     let before = usage(servers.as_deref()).await;
     stage.crew.order::<()>(&Order::Open, |_| {}).await?;
-    let signal = wait(args.duration, signals).await?;
+    let signal = wait(args.duration, stage, signals).await?;
     let after = usage(servers.as_deref()).await;
     let used = after.zip(before).map(|(after, before)| after.since(before));
     let measured: Vec<Measured> = tokio::select! {
@@ -113,7 +113,7 @@ async fn usage(servers: Option<&[MultiplexedConnection]>) -> Option<Usage> {
 }
 
 /// The window, or as much of it as a signal leaves.
-async fn wait(duration: Duration, signals: &mut Signals) -> anyhow::Result<Option<Caught>> {
+async fn wait(duration: Duration, stage: &mut Stage, signals: &mut Signals) -> anyhow::Result<Option<Caught>> {
     let began = Instant::now();
     let bar = bar(millis(duration), "{bar:40} {msg}")?;
     loop {
@@ -128,5 +128,6 @@ async fn wait(duration: Duration, signals: &mut Signals) -> anyhow::Result<Optio
             signal = signals.next() => return Ok(Some(signal)),
             () = tokio::time::sleep(left.min(PROGRESS_EVERY)) => {}
         }
+        stage.crew.look().await?;
     }
 }

@@ -91,6 +91,20 @@ impl Crew {
         .await
     }
 
+    /// Looks whether all are there, between orders.
+    ///
+    /// # Errors
+    ///
+    /// One has ended, and why, if it said so.
+    pub(crate) async fn look(&mut self) -> anyhow::Result<()> {
+        for member in &mut self.members {
+            if member.process.try_wait()?.is_some() {
+                return member.answer::<()>(|_| {}).await;
+            }
+        }
+        Ok(())
+    }
+
     /// Lets the workers shut their managers down by this order, and waits until they are gone.
     pub(crate) async fn dismiss(&mut self, leave: &impl Serialize) -> anyhow::Result<()> {
         self.order::<()>(leave, |_| {}).await?;
