@@ -20,7 +20,7 @@ mod beside;
 #[path = "../tests/support/mod.rs"]
 mod support;
 
-use beside::{Raw, in_words};
+use beside::{Raw, TIMEOUT, in_words};
 use support::{RedisServer, Worker, worker};
 
 const PROCESSES: [usize; 6] = [2, 4, 8, 16, 32, 64];
@@ -30,6 +30,9 @@ const TURNS: usize = 3;
 const TURN: Duration = Duration::from_millis(500);
 
 const HOLD: Duration = Duration::from_millis(1);
+
+/// How far the numbers of messages in two turns are apart: more than a turn can have.
+const MESSAGES_PER_TURN: usize = 1_000_000;
 
 const URL: &str = "LOCKTEST_URL";
 const NUMBER: &str = "LOCKTEST_NUMBER";
@@ -74,10 +77,13 @@ fn measure(count: usize) {
         assert_eq!(worker.line(), "connected");
     }
     let (mut locks, mut messages) = (vec![], vec![]);
-    for _ in 0..TURNS {
+    for number in 1..=TURNS {
         locks.extend(passed_on(&turn(&mut workers, "locks"), |_, _| true));
         // A message that was missed would leave a gap.
-        messages.extend(passed_on(&turn(&mut workers, "ring"), |one, next| next == one + 1));
+        messages.extend(passed_on(
+            &turn(&mut workers, &format!("ring {}", number * MESSAGES_PER_TURN)),
+            |one, next| next == one + 1,
+        ));
     }
     for worker in &mut workers {
         assert!(worker.wait().success());
@@ -137,7 +143,8 @@ async fn obey(me: &worker::Current) {
         me.var(COUNT).parse().expect("a number"),
     );
     let url = me.var(URL);
-    let locks = LockManager::connect(&url).await.expect("a manager");
+    let locks = LockManager::builder().shard(&url).store_timeout(TIMEOUT).connect();
+    let locks = locks.await.expect("a manager");
     let client = redis::Client::open(url.as_str()).expect("a client");
     let connection = Raw::connect_to(&url).await.connection;
     let mut inbox = client.get_async_pubsub().await.expect("a subscriber");
@@ -146,10 +153,12 @@ async fn obey(me: &worker::Current) {
     let next = ((number + 1) % count).to_string();
     me.say("connected");
     while let Some(what) = me.hear() {
-        let seen = match what.as_str() {
-            "locks" => contend(&locks).await,
-            "ring" => pass(&mut inbox, connection.clone(), &next, number == 0).await,
-            other => panic!("{other:?} is not what it does"),
+        let seen = match what.strip_prefix("ring ") {
+            None => contend(&locks).await,
+            Some(first) => {
+                let first = first.parse().expect("a number");
+                pass(&mut inbox, connection.clone(), &next, number == 0, first).await
+            }
         };
         let words: Vec<String> = seen.iter().flatten().map(u64::to_string).collect();
         me.say(words.join(" "));
@@ -174,11 +183,12 @@ async fn pass(
     mut connection: MultiplexedConnection,
     next: &str,
     begins: bool,
+    first: u64,
 ) -> Seen {
     let mut seen = Seen::new();
     let began = Instant::now();
     if begins {
-        let _: u64 = connection.publish(next, 1).await.expect("publish");
+        let _: u64 = connection.publish(next, first).await.expect("publish");
     }
     while let Some(left) = TURN.checked_sub(began.elapsed()) {
         let Ok(Some(message)) = tokio::time::timeout(left, inbox.next()).await else {
@@ -186,6 +196,10 @@ async fn pass(
         };
         let had = now_ns();
         let message: u64 = message.get_payload().expect("a number");
+        if message < first {
+            // It was on its way when the turn before ended.
+            continue;
+        }
         tokio::time::sleep(HOLD).await;
         seen.push([message, had, now_ns()]);
         let _: u64 = connection.publish(next, message + 1).await.expect("publish");

@@ -16,7 +16,7 @@ mod beside;
 #[path = "../tests/support/mod.rs"]
 mod support;
 
-use beside::Raw;
+use beside::{Raw, TIMEOUT};
 use support::RedisServer;
 
 const LEASES: [usize; 3] = [1_000, 10_000, 100_000];
@@ -59,6 +59,7 @@ async fn measure(count: usize, exporter: &PrometheusHandle) {
     let locks = LockManager::builder()
         .named_shard(&shard, server.url())
         .ttl(TTL)
+        .store_timeout(TIMEOUT)
         .connect();
     let locks = locks.await.expect("a manager");
     let guards = hold(&locks, count).await;

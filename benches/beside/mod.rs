@@ -10,9 +10,9 @@ use std::sync::Arc;
 use std::time::{Duration, Instant};
 
 use criterion::{Criterion, Throughput};
-use redis::IntoConnectionInfo;
 use redis::aio::MultiplexedConnection;
 use redis::io::tcp::TcpSettings;
+use redis::{AsyncConnectionConfig, IntoConnectionInfo};
 use shardlock::LockManager;
 use tokio::runtime::Runtime;
 
@@ -20,6 +20,9 @@ use crate::support::RedisServer;
 
 /// How often both sides are measured in turn, since the speed of a shared machine drifts.
 const ROUNDS: usize = 15;
+
+/// How long a server may take: long, since the figures are about a machine that answers at all.
+pub const TIMEOUT: Duration = Duration::from_secs(5);
 
 /// One of the two sides of a comparison: does so many operations and says how long they took.
 pub type Side = Box<dyn Fn(u64) -> Duration>;
@@ -115,7 +118,12 @@ pub fn setting() -> (Arc<Runtime>, RedisServer, LockManager) {
     let runtime = Runtime::new().expect("a runtime");
     let server = RedisServer::start();
     let locks = runtime
-        .block_on(LockManager::connect(&server.url()))
+        .block_on(
+            LockManager::builder()
+                .shard(server.url())
+                .store_timeout(TIMEOUT)
+                .connect(),
+        )
         .expect("a manager");
     (Arc::new(runtime), server, locks)
 }
@@ -142,7 +150,9 @@ impl Raw {
         let info = url.into_connection_info().expect("a URL");
         let info = info.set_tcp_settings(TcpSettings::default().set_nodelay(true));
         let client = redis::Client::open(info).expect("a client");
-        let connection = client.get_multiplexed_async_connection().await.expect("a connection");
+        let config = AsyncConnectionConfig::new().set_response_timeout(Some(TIMEOUT));
+        let connection = client.get_multiplexed_async_connection_with_config(&config);
+        let connection = connection.await.expect("a connection");
         Self {
             connection,
             release: Arc::new(redis::Script::new(COMPARE_AND_DELETE)),
