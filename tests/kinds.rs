@@ -76,6 +76,21 @@ on_each_store! { on(servers);
         assert_eq!(left, [""; 0]);
     }
 
+    async fn the_bench_asks_the_servers_for_what_they_did_and_leaves_nothing(store: &TestStore) {
+        let ended = run(with_settings(store, &["bench", "--json", "--processes", "2", "--tasks", "2", "--keys", "20", "--duration", "500ms"]));
+        assert_eq!(ended.code, 0, "{}{}", ended.stdout, ended.stderr);
+        let figures: Value = serde_json::from_str(&ended.stdout).expect("JSON");
+        let number = |pointer: &str| figures.pointer(pointer).and_then(Value::as_f64).expect("a number");
+        assert!(number("/locks") > 0.0, "{figures}");
+        if store.urls().iter().any(|url| url.starts_with("etcd")) {
+            assert!(figures["server"]["scripts_per_lock"].is_null(), "{figures}");
+        } else {
+            assert!(number("/server/scripts_per_lock") > 0.5, "{figures}");
+        }
+        let left: Vec<_> = store.servers().names().into_iter().filter(|name| name.contains("bench:")).collect();
+        assert_eq!(left, [""; 0]);
+    }
+
     async fn an_erased_namespace_is_as_new_but_for_its_tokens(store: &TestStore) {
         let locks = store.manager().await;
         let guard = lock(&locks, "k").await;

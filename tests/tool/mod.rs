@@ -8,7 +8,7 @@ use std::path::{Path, PathBuf};
 use std::process::{ChildStdin, Command, Stdio};
 use std::time::Duration;
 
-use rustix::process::Signal;
+use rustix::process::{Pid, Signal};
 use tempfile::TempDir;
 
 use crate::support::process::Process;
@@ -77,6 +77,14 @@ impl Run {
     /// SIGKILL, then reaps.
     pub fn kill(&mut self) {
         self.process.kill();
+    }
+
+    /// The processes that it has started and that run.
+    pub fn children(&self) -> Vec<Pid> {
+        let pid = self.process.pid();
+        let children = fs::read_to_string(format!("/proc/{pid}/task/{pid}/children")).expect("read its children");
+        let pids = children.split_whitespace().map(|pid| pid.parse().expect("a number"));
+        pids.filter_map(Pid::from_raw).collect()
     }
 
     pub fn is_running(&mut self) -> bool {

@@ -1,10 +1,12 @@
 //! The command-line tool: thin over the library.
 
+mod bench;
 mod demo;
 mod doctor;
 mod exec;
 mod exit;
 mod inspect;
+mod load;
 mod metrics;
 mod output;
 mod shards;
@@ -42,8 +44,9 @@ enum Command {
     Doctor(doctor::Args),
     Slot(slot::Args),
     Demo(demo::DemoArgs),
+    Bench(bench::Args),
     #[command(hide = true)]
-    DemoChild(demo::ChildArgs),
+    Child(load::child::ChildArgs),
 }
 
 fn main() -> ExitCode {
@@ -71,9 +74,8 @@ fn run(command: Command) -> Result<u8, Failure> {
         Command::Doctor(args) => on_this_thread(doctor::run(args)),
         Command::Slot(args) => slot::run(args),
         Command::Demo(args) => on_this_thread(async { demo::run(args).await.map_err(|error| Failure::new(1, error)) }),
-        Command::DemoChild(args) => {
-            on_this_thread(async { demo::child(args).await.map_err(|error| Failure::new(1, error)) })
-        }
+        Command::Bench(args) => on_this_thread(bench::run(args)),
+        Command::Child(args) => load::child::run(args),
     }
 }
 

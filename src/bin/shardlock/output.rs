@@ -4,7 +4,6 @@ use std::fmt::Display;
 use std::io::{self, Write};
 
 use anyhow::Context;
-use serde_json::Value;
 
 use crate::exit::Failure;
 
@@ -19,7 +18,7 @@ pub(crate) struct Form {
 
 impl Form {
     /// Prints an answer in the form that is wanted.
-    pub(crate) fn print(&self, json: &Value, human: &str) -> Result<(), Failure> {
+    pub(crate) fn print(&self, json: &impl Display, human: &str) -> Result<(), Failure> {
         let mut out = io::stdout().lock();
         let written = if self.json {
             writeln!(out, "{json}")

@@ -3,12 +3,13 @@
 use std::path::PathBuf;
 
 use anyhow::anyhow;
+use serde::{Deserialize, Serialize};
 use shardlock::Config;
 
 use crate::exit::Failure;
 
 /// Where the settings come from, besides the environment.
-#[derive(Debug, Clone, clap::Args)]
+#[derive(Debug, Clone, clap::Args, Serialize, Deserialize)]
 #[command(next_help_heading = "Shards")]
 #[group(skip)]
 pub(crate) struct Options {
@@ -25,7 +26,7 @@ pub(crate) struct Options {
 
     /// Any other setting of a configuration file, such as store_timeout=5s
     #[arg(long = "set", value_name = "SETTING=VALUE")]
-    settings: Vec<String>,
+    pub(crate) settings: Vec<String>,
 }
 
 impl Options {

@@ -8,8 +8,8 @@ use indicatif::HumanCount;
 use serde::Serialize;
 
 use super::jobs::SIGNIFICANT_DIGITS;
-use super::probe::Calls;
 use super::protocol::Worked;
+use crate::load::usage::Usage;
 
 /// All figures of the demo. The names of the fields are those in the JSON.
 #[derive(Debug, Serialize)]
@@ -80,7 +80,7 @@ impl Jobs {
         (shards, keys): (usize, u32),
         workers: &[Worked],
         counted: u64,
-        calls: Option<Calls>,
+        calls: Option<Usage>,
         took: Duration,
     ) -> anyhow::Result<Self> {
         let mut waits = Histogram::<u64>::new(SIGNIFICANT_DIGITS)?;

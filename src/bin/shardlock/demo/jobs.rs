@@ -2,35 +2,21 @@
 //!
 //! Nothing here is atomic on the server, so that two holders at the same time would lose an update sooner or later.
 
-use anyhow::Context;
 use deadpool_redis::redis::cmd;
 use hdrhistogram::Histogram;
-use rand::distr::Distribution;
-use rand::distr::weighted::WeightedIndex;
 use tokio::time::Instant;
 
 use super::protocol::Worked;
 use super::worker::Workplace;
 
-/// How skewed the keys are: the weight of the key of rank n is 1 / n to this power.
-const ZIPF_EXPONENT: f64 = 1.1;
+/// What the metrics count jobs under.
+pub(super) const CLASS: &str = "jobs";
+
+/// How skewed the keys are.
+pub(super) const ZIPF_EXPONENT: f64 = 1.1;
 
 /// How exact the histograms of the waits are.
 pub(super) const SIGNIFICANT_DIGITS: u8 = 3;
-
-/// Which keys jobs want: a few of them very often.
-pub(super) struct Mix(WeightedIndex<f64>);
-
-impl Mix {
-    pub(super) fn new(keys: u32) -> anyhow::Result<Self> {
-        let weights = (1..=keys).map(|rank| f64::from(rank).powf(-ZIPF_EXPONENT));
-        Ok(Self(WeightedIndex::new(weights).context("there are no keys")?))
-    }
-
-    pub(super) fn next_rank(&self) -> usize {
-        self.0.sample(&mut rand::rng()) + 1
-    }
-}
 
 /// What one task did.
 pub(super) struct Tally {
@@ -50,7 +36,7 @@ pub(super) async fn work(place: &Workplace, until: Instant) -> anyhow::Result<Ta
         let rank = place.mix.next_rank();
         let key = format!("job:{rank}");
         let asked_at = Instant::now();
-        let guard = place.locks.lock(&key).class("jobs").await?;
+        let guard = place.locks.lock(&key).class(CLASS).await?;
         let waited = asked_at.elapsed().as_micros();
         // Not `saturating_record`: that never makes the histogram wider.
         tally.waits.record(u64::try_from(waited)?)?;

@@ -5,28 +5,22 @@
 //! |---|---|
 //! | `play` | the three acts, in order, and what they come to |
 //! | `stage` | what the demo sets up: servers, worker processes, keys; and how all of it is removed |
-//! | `server`, `crew` | the throw-away servers; the worker processes, as the parent sees them |
-//! | `child`, `worker` | what the child processes run |
+//! | `worker` | what the worker processes run |
 //! | `coupons`, `jobs` | the work itself: look here for how the lock is used |
-//! | `load`, `targets` | what runs in place of the acts with `--load`; where Prometheus finds the workers |
+//! | `classes`, `targets` | what runs in place of the acts with `--load`; where Prometheus finds the workers |
 //! | `figures` | the result: whether it is right, as a table, as JSON |
 
-mod child;
+mod classes;
 mod coupons;
-mod crew;
 mod figures;
 mod jobs;
-mod load;
 mod play;
 mod probe;
 mod protocol;
-mod server;
-mod signals;
 mod stage;
 mod targets;
 mod worker;
 
-use std::fmt::Display;
 use std::io::Write;
 use std::net::SocketAddr;
 use std::path::PathBuf;
@@ -36,10 +30,11 @@ use anyhow::Context;
 use clap::Args;
 use clap::builder::RangedI64ValueParser;
 
-pub(crate) use child::{ChildArgs, run as child};
+use crate::load::signals::Signals;
+use crate::output::complain;
 use figures::Outcome;
-use signals::Signals;
 use stage::Stage;
+pub(crate) use worker::run as work;
 
 /// Shows on real servers what goes wrong without the lock, that it does not with it, and what the lock costs
 #[derive(Debug, Clone, Args)]
@@ -125,7 +120,7 @@ fn parse_seconds(text: &str) -> anyhow::Result<Duration> {
 /// 128 and its number.
 pub(crate) async fn run(args: DemoArgs) -> anyhow::Result<u8> {
     let mut signals = Signals::listen().context("signals can't be handled")?;
-    let mut stage = Stage::default();
+    let mut stage = Stage::new();
     let played = tokio::select! {
         biased;
         signal = signals.next() => Err(signal),
@@ -165,10 +160,4 @@ fn report(args: &DemoArgs, outcome: &Outcome) -> anyhow::Result<u8> {
         complain(format_args!("wrong: {line}"));
     }
     Ok(u8::from(!wrong.is_empty()))
-}
-
-/// Writes a line to standard error. Unlike `eprintln!` it does not panic where that is closed: there is still much to
-/// clear up.
-fn complain(message: impl Display) {
-    writeln!(std::io::stderr(), "shardlock: {message}").ok();
 }

@@ -2,20 +2,21 @@
 
 use std::io::Write;
 use std::net::SocketAddr;
-use std::time::{Duration, Instant};
+use std::time::Instant;
 
 use deadpool_redis::redis::aio::MultiplexedConnection;
 use deadpool_redis::redis::{cmd, pipe};
 use futures_util::future::try_join_all;
-use indicatif::{HumanCount, ProgressBar, ProgressFinish, ProgressStyle};
+use indicatif::{HumanCount, ProgressBar, ProgressFinish};
 
 use shardlock::Endpoint;
 
 use super::DemoArgs;
 use super::figures::{Claims, Jobs, Outcome, rounded};
-use super::probe::{self, Calls};
-use super::protocol::{Answer, Load, Names, Order, Setup};
+use super::protocol::{Load, Names, Order, Setup, Worked};
 use super::stage::Stage;
+use crate::load::progress::{bar, millis};
+use crate::load::usage::{self, Usage};
 
 /// How many counters are read in one go.
 const COUNTERS_PER_READ: usize = 1000;
@@ -24,10 +25,9 @@ const COUNTERS_PER_READ: usize = 1000;
 pub(super) async fn play(args: &DemoArgs, stage: &mut Stage) -> anyhow::Result<Outcome> {
     stage.set_up(args).await?;
     let shards = stage.shards();
-    let data = try_join_all(stage.data().iter().map(|url| probe::connect(url))).await?;
+    let data = try_join_all(stage.data().iter().map(|url| usage::connect(url))).await?;
     for worker in 0..args.processes {
         let setup = Setup {
-            worker: worker + 1,
             shards: shards.clone(),
             data: stage.data(),
             prefix: stage.prefix().to_owned(),
@@ -41,7 +41,7 @@ pub(super) async fn play(args: &DemoArgs, stage: &mut Stage) -> anyhow::Result<O
         };
         stage.crew.hire(&setup).await?;
     }
-    let metrics = stage.crew.ready().await?;
+    let metrics: Vec<SocketAddr> = stage.crew.ready().await?;
     if let Some(file) = &args.targets {
         stage.publish(file, &metrics)?;
     }
@@ -55,7 +55,7 @@ pub(super) async fn play(args: &DemoArgs, stage: &mut Stage) -> anyhow::Result<O
     let unlocked = promotion(args, stage, &names, &mut first, false).await?;
     let locked = promotion(args, stage, &names, &mut first, true).await?;
     let jobs = jobs(args, stage, &names, &data, shards.len()).await?;
-    stage.crew.dismiss().await?;
+    stage.crew.dismiss(&Order::Leave).await?;
     Ok(Outcome {
         processes: args.processes,
         tasks_per_process: args.tasks,
@@ -105,7 +105,7 @@ fn introduce(args: &DemoArgs, shards: &[String], metrics: &[SocketAddr]) -> anyh
 async fn keep_up_load(args: &DemoArgs, stage: &mut Stage) -> anyhow::Error {
     let bar = ProgressBar::new_spinner().with_finish(ProgressFinish::AndClear);
     let tell = |locks| bar.set_message(format!("{} locks in {} processes", HumanCount(locks), args.processes));
-    match stage.crew.order(Order::Load, tell).await {
+    match stage.crew.order::<()>(&Order::Load, tell).await {
         Ok(_) => anyhow::anyhow!("the workers have ended the load of themselves"),
         Err(error) => error,
     }
@@ -130,7 +130,7 @@ async fn promotion(
     let started = Instant::now();
     stage
         .crew
-        .order(Order::Claim { locked }, |customers| bar.set_position(customers))
+        .order::<()>(&Order::Claim { locked }, |customers| bar.set_position(customers))
         .await?;
     let took = started.elapsed();
 
@@ -155,10 +155,10 @@ async fn jobs(
     shards: usize,
 ) -> anyhow::Result<Jobs> {
     let locks_are_there = stage.data() == stage.shards();
-    let calls = async || -> anyhow::Result<Option<Calls>> {
+    let calls = async || -> anyhow::Result<Option<Usage>> {
         // Servers that only have the data know nothing of the lock.
         if locks_are_there {
-            Ok(Some(Calls::count(data).await?))
+            Ok(Some(Usage::of_all(data).await?))
         } else {
             Ok(None)
         }
@@ -171,17 +171,10 @@ async fn jobs(
         bar.set_message(format!("{} done", HumanCount(jobs)));
         bar.set_position(millis(started.elapsed()));
     };
-    let answers = stage.crew.order(order, tell).await?;
+    let worked: Vec<Worked> = stage.crew.order(&order, tell).await?;
     let took = started.elapsed();
     let calls = calls().await?.zip(before).map(|(after, before)| after.since(before));
 
-    let worked: Vec<_> = answers
-        .into_iter()
-        .filter_map(|answer| match answer {
-            Answer::Worked(worked) => Some(*worked),
-            _ => None,
-        })
-        .collect();
     let mut counted = 0;
     // A counter lives on one server only; the others have nothing under its name.
     for connection in data {
@@ -202,16 +195,4 @@ async fn sum_of_counters(mut connection: MultiplexedConnection, names: &Names, k
         sum += counters.into_iter().flatten().sum::<u64>();
     }
     Ok(sum)
-}
-
-/// A progress bar, which shows only on a terminal and is cleared when it is dropped.
-fn bar(length: u64, template: &str) -> anyhow::Result<ProgressBar> {
-    let style = ProgressStyle::with_template(template)?;
-    Ok(ProgressBar::new(length)
-        .with_style(style)
-        .with_finish(ProgressFinish::AndClear))
-}
-
-fn millis(time: Duration) -> u64 {
-    u64::try_from(time.as_millis()).unwrap_or(u64::MAX)
 }

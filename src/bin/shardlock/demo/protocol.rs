@@ -1,5 +1,4 @@
-//! What the demo and its workers say to each other: one JSON value a line, orders on the worker's standard input,
-//! answers on its standard output.
+//! What the demo and its workers say to each other.
 
 use std::net::SocketAddr;
 use std::time::Duration;
@@ -10,7 +9,6 @@ use serde::{Deserialize, Serialize};
 /// may hold a password.
 #[derive(Debug, Clone, Serialize, Deserialize)]
 pub(super) struct Setup {
-    pub(super) worker: u32,
     pub(super) shards: Vec<String>,
     /// The servers for the data: one for each shard, or one for all.
     pub(super) data: Vec<String>,
@@ -32,7 +30,7 @@ pub(super) struct Load {
     pub(super) are_servers_ours: bool,
 }
 
-/// What a worker is told to do. Each order has one answer, after any number of [`Answer::Progress`].
+/// What a worker is told to do. The answer to [`Order::Work`] is a [`Worked`], the others have nothing to tell.
 #[derive(Debug, Clone, Copy, Serialize, Deserialize)]
 #[serde(rename_all = "snake_case")]
 pub(super) enum Order {
@@ -45,21 +43,6 @@ pub(super) enum Order {
     /// Has no answer: it ends with the worker.
     Load,
     Leave,
-}
-
-#[derive(Debug, Clone, Serialize, Deserialize)]
-#[serde(rename_all = "snake_case")]
-pub(super) enum Answer {
-    /// It is connected, and serves its metrics here.
-    Ready {
-        metrics: SocketAddr,
-    },
-    /// It has done what it was told and has nothing to tell.
-    Done,
-    /// So many customers or jobs are through.
-    Progress(u64),
-    Worked(Box<Worked>),
-    Failed(String),
 }
 
 /// What a worker counted during the jobs.

@@ -8,12 +8,13 @@ use anyhow::{Context, bail};
 use shardlock::{Builder, Config, Endpoint};
 
 use super::DemoArgs;
-use super::crew::Crew;
-use super::load;
+use super::classes;
 use super::probe;
 use super::protocol::Names;
-use super::server::Servers;
 use super::targets::Targets;
+use crate::load::crew::Crew;
+use crate::load::server::Servers;
+use crate::load::usage::SERVER_TIMEOUT;
 
 /// How many servers are started where none are given.
 const SERVERS: usize = 3;
@@ -36,7 +37,7 @@ pub(super) fn builder(shards: &[String], names: &Names) -> anyhow::Result<Builde
 }
 
 /// What there is to be removed. It is filled step by step, so that a demo which is stopped half-way knows what it has.
-#[derive(Debug, Default)]
+#[derive(Debug)]
 pub(super) struct Stage {
     servers: Option<Servers>,
     /// Shards of somebody else, on which the keys with the prefix must be removed.
@@ -52,6 +53,18 @@ pub(super) struct Stage {
 }
 
 impl Stage {
+    pub(super) fn new() -> Self {
+        Self {
+            servers: None,
+            given: Vec::new(),
+            are_plain: false,
+            prefix: String::new(),
+            is_load: false,
+            targets: None,
+            crew: Crew::of("demo"),
+        }
+    }
+
     /// Starts servers: for everything unless shards are given, or for the data if those can't have them.
     pub(super) async fn set_up(&mut self, args: &DemoArgs) -> anyhow::Result<()> {
         self.prefix = format!("demo:{}-{:016x}:", std::process::id(), rand::random::<u64>());
@@ -77,7 +90,7 @@ impl Stage {
             self.servers.insert(Servers::new()?).start(started).await?;
             if args.load {
                 // Until then no node has a vote, and the load would begin with failures that are none.
-                tokio::time::sleep(load::TTL + VOTE_SLACK).await;
+                tokio::time::sleep(classes::TTL + VOTE_SLACK).await;
             }
         }
         self.given.clone_from(&args.shards);
@@ -155,7 +168,7 @@ impl Stage {
     /// Until there is nothing left, since a command that a killed worker had sent may be carried out a moment later.
     async fn erase_locks(&self) -> anyhow::Result<()> {
         let builder = builder(&self.given, &Names::new(&self.prefix))?;
-        let locks = builder.store_timeout(probe::SERVER_TIMEOUT).connect().await?;
+        let locks = builder.store_timeout(SERVER_TIMEOUT).connect().await?;
         for _ in 0..ERASURES_MAX {
             if locks.erase_namespace().await? == 0 {
                 return Ok(());

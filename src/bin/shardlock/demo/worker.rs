@@ -1,26 +1,27 @@
 //! A worker process: does what the lines on its standard input say.
 
-use std::io::{BufRead, Write};
 use std::net::{Ipv4Addr, SocketAddr};
 use std::sync::Arc;
 use std::sync::atomic::{AtomicU64, Ordering};
 use std::time::Duration;
 
-use anyhow::{Context, ensure};
+use anyhow::Context;
 use deadpool_redis::redis::aio::MultiplexedConnection;
 use futures_util::future::try_join_all;
-use serde::de::DeserializeOwned;
 use shardlock::admin::AdminServer;
 use shardlock::{Builder, Config, LockKey, LockManager};
-use tokio::sync::mpsc;
 use tokio::task::JoinSet;
 use tokio::time::Instant;
 
-use super::jobs::Mix;
-use super::probe;
-use super::protocol::{Answer, Names, Order, Setup, Worked};
+use super::jobs::ZIPF_EXPONENT;
+use super::protocol::{Names, Order, Setup, Worked};
 use super::stage::builder;
-use super::{coupons, jobs, load};
+use super::{classes, coupons, jobs};
+use crate::exit::Failure;
+use crate::load::counters::Counters;
+use crate::load::mix::Mix;
+use crate::load::orders::{Answer, Orders, obey, tell};
+use crate::load::usage;
 
 /// How often a worker tells how far it is.
 const PROGRESS_EVERY: Duration = Duration::from_millis(100);
@@ -45,29 +46,22 @@ pub(super) struct Workplace {
 }
 
 /// Does what it is told, until it is told to leave. What fails is told, too.
-pub(super) async fn run() -> anyhow::Result<u8> {
-    let mut orders = listen()?;
-    let served = serve(&mut orders).await;
-    if let Err(error) = &served {
-        tell(&Answer::Failed(format!("{error:#}")))?;
-    }
-    Ok(u8::from(served.is_err()))
+pub(crate) fn run() -> Result<u8, Failure> {
+    crate::on_this_thread(async { obey(serve).await.map_err(|error| Failure::new(1, error)) })
 }
 
-async fn serve(orders: &mut mpsc::UnboundedReceiver<String>) -> anyhow::Result<()> {
-    let setup: Setup = hear(orders).await?;
+async fn serve(orders: &mut Orders) -> anyhow::Result<()> {
+    let setup: Setup = orders.next().await?;
     let place = Arc::new(Workplace::open(&setup).await?);
-    tell(&Answer::Ready {
-        metrics: place.serving.address(),
-    })?;
+    tell(&Answer::Done(place.serving.address()))?;
     loop {
-        let order: Order = hear(orders).await?;
+        let order: Order = orders.next().await?;
         place.through.store(0, Ordering::Relaxed);
         let answer = tokio::select! {
             answer = place.carry_out(order) => answer?,
             error = place.tell_progress() => return Err(error),
         };
-        tell(&answer)?;
+        tell(&Answer::Done(answer))?;
         if matches!(order, Order::Leave) {
             return Ok(());
         }
@@ -90,8 +84,8 @@ impl Workplace {
             locks,
             names,
             think: setup.think,
-            mix: Mix::new(setup.keys)?,
-            data: try_join_all(setup.data.iter().map(|url| probe::connect(url))).await?,
+            mix: Mix::zipf(setup.keys, ZIPF_EXPONENT)?,
+            data: try_join_all(setup.data.iter().map(|url| usage::connect(url))).await?,
             metrics,
             tasks: setup.tasks,
             through: AtomicU64::new(0),
@@ -120,32 +114,35 @@ impl Workplace {
         self.through.fetch_add(1, Ordering::Relaxed);
     }
 
-    async fn carry_out(self: &Arc<Self>, order: Order) -> anyhow::Result<Answer> {
+    async fn carry_out(self: &Arc<Self>, order: Order) -> anyhow::Result<Option<Worked>> {
         match order {
             Order::Claim { locked } => {
                 self.with_all_tasks(|place| async move { coupons::claim(&place, locked).await })
                     .await?;
-                Ok(Answer::Done)
+                Ok(None)
             }
             Order::Work { seconds } => {
-                let before = Counters::read(&(self.metrics)(&self.locks));
+                let count = || Counters::read(&(self.metrics)(&self.locks), jobs::CLASS);
+                let before = count();
                 let until = Instant::now() + seconds;
                 let tallies = self
                     .with_all_tasks(|place| async move { jobs::work(&place, until).await })
                     .await?;
-                let counted = Counters::read(&(self.metrics)(&self.locks));
+                let counted = count().since(before);
                 let mut worked = jobs::sum(tallies)?;
-                counted.since(before).fill(&mut worked);
-                Ok(Answer::Worked(Box::new(worked)))
+                (worked.uncontended, worked.local, worked.remote) =
+                    (counted.uncontended, counted.local, counted.remote);
+                worked.store_requests = counted.store_requests;
+                Ok(Some(worked))
             }
             Order::Load => {
-                let tasks = (0..self.tasks).map(|task| load::run(Arc::clone(self), task));
+                let tasks = (0..self.tasks).map(|task| classes::run(Arc::clone(self), task));
                 tasks.collect::<JoinSet<_>>().join_all().await;
-                Ok(Answer::Done)
+                Ok(None)
             }
             Order::Leave => {
                 self.locks.shutdown().await;
-                Ok(Answer::Done)
+                Ok(None)
             }
         }
     }
@@ -168,7 +165,7 @@ impl Workplace {
     async fn tell_progress(&self) -> anyhow::Error {
         loop {
             tokio::time::sleep(PROGRESS_EVERY).await;
-            if let Err(error) = tell(&Answer::Progress(self.through.load(Ordering::Relaxed))) {
+            if let Err(error) = tell(&Answer::<()>::Progress(self.through.load(Ordering::Relaxed))) {
                 return error;
             }
         }
@@ -179,78 +176,9 @@ impl Workplace {
 fn config(setup: &Setup, names: &Names) -> anyhow::Result<Config> {
     let builder = builder(&setup.shards, names)?;
     let Some(load) = setup.load else {
-        return Ok(builder.store_timeout(probe::SERVER_TIMEOUT).build_config()?);
+        return Ok(builder.store_timeout(usage::SERVER_TIMEOUT).build_config()?);
     };
     let mut config = builder.build_config()?;
-    load::settings(&mut config, setup.tasks, load.are_servers_ours);
+    classes::settings(&mut config, setup.tasks, load.are_servers_ours);
     Ok(config)
-}
-
-/// What the lock manager itself counted.
-#[derive(Debug, Clone, Copy)]
-struct Counters([u64; 4]);
-
-impl Counters {
-    fn read(text: &str) -> Self {
-        let by_path = |path: &str| {
-            let path = format!("path=\"{path}\"");
-            sum_of(text, "shardlock_acquisitions_total{", &[r#"class="jobs""#, &path])
-        };
-        Self([
-            by_path("uncontended"),
-            by_path("local"),
-            by_path("remote"),
-            sum_of(text, "shardlock_store_requests_total{", &[]),
-        ])
-    }
-
-    fn since(self, earlier: Self) -> Self {
-        Self(std::array::from_fn(|index| {
-            self.0[index].saturating_sub(earlier.0[index])
-        }))
-    }
-
-    fn fill(self, worked: &mut Worked) {
-        let Self([uncontended, local, remote, store_requests]) = self;
-        (worked.uncontended, worked.local, worked.remote) = (uncontended, local, remote);
-        worked.store_requests = store_requests;
-    }
-}
-
-/// The sum of a counter's lines with these labels, in the text that Prometheus reads.
-fn sum_of(text: &str, name: &str, labels: &[&str]) -> u64 {
-    text.lines()
-        .filter(|line| line.starts_with(name) && labels.iter().all(|label| line.contains(label)))
-        .filter_map(|line| line.rsplit_once(' ')?.1.parse::<u64>().ok())
-        .sum()
-}
-
-/// Reads the orders on a thread of their own. When they end without the order to leave, the demo is gone, and so is
-/// this process, at once: its locks run out.
-fn listen() -> anyhow::Result<mpsc::UnboundedReceiver<String>> {
-    let (sender, orders) = mpsc::unbounded_channel();
-    let read = move || {
-        for line in std::io::stdin().lock().lines().map_while(Result::ok) {
-            if sender.send(line).is_err() {
-                return;
-            }
-        }
-        std::process::exit(1);
-    };
-    std::thread::Builder::new().name("orders".to_owned()).spawn(read)?;
-    Ok(orders)
-}
-
-async fn hear<T: DeserializeOwned>(orders: &mut mpsc::UnboundedReceiver<String>) -> anyhow::Result<T> {
-    let line = orders.recv().await.context("there are no more orders")?;
-    serde_json::from_str(&line).context("an order can't be read")
-}
-
-fn tell(answer: &Answer) -> anyhow::Result<()> {
-    let mut line = serde_json::to_vec(answer)?;
-    ensure!(!line.contains(&b'\n'), "an answer is one line");
-    line.push(b'\n');
-    let mut out = std::io::stdout().lock();
-    out.write_all(&line)?;
-    Ok(out.flush()?)
 }

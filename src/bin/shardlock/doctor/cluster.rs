@@ -122,6 +122,22 @@ fn unreachable(seed: &ServerUrl, trouble: &Trouble, level: Level) -> ServerRepor
     }
 }
 
+/// The primaries with slots, as the first node that answers sees them.
+pub(super) async fn primaries(endpoint: &Endpoint, asking: &Asking<'_>) -> anyhow::Result<Vec<ServerUrl>> {
+    for seed in endpoint.servers() {
+        // The next one may know.
+        let Ok(view) = view(&seed, asking).await else {
+            continue;
+        };
+        let primaries = view.nodes.iter().filter(|node| node.slots > 0);
+        let servers: Vec<_> = primaries.filter_map(|node| endpoint.server_at(&node.place)).collect();
+        if !servers.is_empty() {
+            return Ok(servers);
+        }
+    }
+    anyhow::bail!("no node of {endpoint} says which others there are")
+}
+
 async fn view(server: &ServerUrl, asking: &Asking<'_>) -> Result<View, Trouble> {
     let mut connection = asking.connect(server).await?;
     // A server that is no node of a cluster refuses these; that it is none is said by the check of its mode.

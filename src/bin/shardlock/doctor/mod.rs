@@ -18,6 +18,7 @@ mod map;
 mod memory;
 mod permissions;
 mod persistence;
+mod primaries;
 mod reach;
 mod redlock;
 mod replication;
@@ -35,6 +36,7 @@ use crate::exit::Failure;
 use crate::{output, shards};
 use finding::{Finding, Level};
 use look::{Asking, look};
+pub(crate) use primaries::connect_to_primaries;
 use report::{Paint, Report, ShardReport};
 use server::{Expected, checked};
 

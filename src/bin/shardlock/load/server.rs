@@ -13,7 +13,7 @@ use deadpool_redis::redis::cmd;
 use rand::Rng;
 use tokio::process::Child;
 
-use super::{child, probe};
+use super::{child, usage};
 
 /// Ports below the usual ephemeral ranges, where a client that connects to a server which is not up yet could be given
 /// the server's own port as its source port, and so be connected to itself.
@@ -33,7 +33,7 @@ const BINARY_VARIABLE: &str = "SHARDLOCK_REDIS_SERVER";
 
 /// Servers that run. Dropping them kills them, but [`Servers::stop`] also sees that they are gone.
 #[derive(Debug)]
-pub(super) struct Servers {
+pub(crate) struct Servers {
     servers: Vec<Server>,
     dir: Directory,
 }
@@ -46,7 +46,7 @@ struct Server {
 
 impl Servers {
     /// A place for servers, none of which runs yet.
-    pub(super) fn new() -> anyhow::Result<Self> {
+    pub(crate) fn new() -> anyhow::Result<Self> {
         Ok(Self {
             servers: Vec::new(),
             dir: Directory::new()?,
@@ -54,7 +54,7 @@ impl Servers {
     }
 
     /// Starts this many more servers. Those that have started are kept if a later one fails.
-    pub(super) async fn start(&mut self, count: usize) -> anyhow::Result<()> {
+    pub(crate) async fn start(&mut self, count: usize) -> anyhow::Result<()> {
         let binary = find_binary()?;
         for _ in 0..count {
             let server = self.start_one(&binary).await?;
@@ -63,7 +63,7 @@ impl Servers {
         Ok(())
     }
 
-    pub(super) fn urls(&self) -> impl Iterator<Item = String> {
+    pub(crate) fn urls(&self) -> impl Iterator<Item = String> {
         self.servers.iter().map(|server| url(server.port))
     }
 
@@ -81,7 +81,7 @@ impl Servers {
     }
 
     /// Kills the servers, which have nothing to save, and removes their directory. Done when they are gone.
-    pub(super) async fn stop(mut self) -> anyhow::Result<()> {
+    pub(crate) async fn stop(mut self) -> anyhow::Result<()> {
         for server in &mut self.servers {
             child::end(&mut server.process)
                 .await
@@ -96,7 +96,7 @@ fn url(port: u16) -> String {
 }
 
 /// A port that is free now.
-fn free_port() -> anyhow::Result<u16> {
+pub(crate) fn free_port() -> anyhow::Result<u16> {
     let is_free = |port: &u16| TcpListener::bind((Ipv4Addr::LOCALHOST, *port)).is_ok();
     let mut random = rand::rng();
     (0..PORTS.len())
@@ -149,7 +149,7 @@ async fn launch(binary: &Path, port: u16, dir: &Path) -> anyhow::Result<Option<C
 
 /// The process id of the server on this port, if it answers.
 async fn answering_process(port: u16) -> Option<u32> {
-    let mut connection = probe::connect(&url(port)).await.ok()?;
+    let mut connection = usage::connect(&url(port)).await.ok()?;
     let info: String = cmd("INFO").arg("server").query_async(&mut connection).await.ok()?;
     info.lines()
         .find_map(|line| line.strip_prefix("process_id:")?.parse().ok())
@@ -178,7 +178,7 @@ struct Directory {
 
 impl Directory {
     fn new() -> anyhow::Result<Self> {
-        let name = format!("shardlock-demo-{}-{:08x}", std::process::id(), rand::random::<u32>());
+        let name = format!("shardlock-servers-{}-{:08x}", std::process::id(), rand::random::<u32>());
         let path = std::env::temp_dir().join(name);
         DirBuilder::new()
             .mode(0o700)
@@ -191,7 +191,7 @@ impl Directory {
 impl Drop for Directory {
     fn drop(&mut self) {
         if let Err(error) = fs::remove_dir_all(&self.path) {
-            super::complain(format_args!("{} can't be removed: {error}", self.path.display()));
+            crate::output::complain(format_args!("{} can't be removed: {error}", self.path.display()));
         }
     }
 }

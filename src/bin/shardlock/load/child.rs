@@ -1,4 +1,4 @@
-//! The hidden command by which the demo starts its child processes, so that none of them outlives it.
+//! The hidden command by which the demo and the bench start their child processes, so that none of them outlives them.
 //!
 //! A worker runs in it. A server replaces it: what the kernel was told before the exec still holds after it, which
 //! would otherwise need unsafe code between fork and exec.
@@ -10,12 +10,13 @@ use anyhow::Context;
 use clap::{Args, Subcommand};
 use tokio::process::{Child, Command};
 
-use super::worker;
+use crate::exit::Failure;
+use crate::{bench, demo};
 
-/// Runs a child process of the demo, which alone starts it
+/// Runs a child process of the demo or the bench, which alone start it
 #[derive(Debug, Clone, Args)]
 pub(crate) struct ChildArgs {
-    /// The process id of the demo.
+    /// The process id of the parent.
     parent: u32,
     #[command(subcommand)]
     role: Role,
@@ -23,8 +24,10 @@ pub(crate) struct ChildArgs {
 
 #[derive(Debug, Clone, Subcommand)]
 enum Role {
-    /// Works as the lines on its standard input say.
-    Worker,
+    /// Works for the demo as the lines on its standard input say.
+    DemoWorker,
+    /// Works for the bench as the lines on its standard input say.
+    BenchWorker,
     /// Becomes a program.
     Server {
         #[arg(trailing_var_arg = true, allow_hyphen_values = true, required = true)]
@@ -38,35 +41,39 @@ enum Role {
 ///
 /// If the parent is gone, if the server can't be started, or if the worker failed before it could say so in its
 /// answers.
-pub(crate) async fn run(args: ChildArgs) -> anyhow::Result<u8> {
-    tie_to(args.parent)?;
+pub(crate) fn run(args: ChildArgs) -> Result<u8, Failure> {
+    let failed = |error| Failure::new(1, error);
+    tie_to(args.parent).map_err(failed)?;
     match args.role {
-        Role::Worker => worker::run().await,
+        Role::DemoWorker => demo::work(),
+        Role::BenchWorker => bench::work(),
         Role::Server { program } => {
-            let (name, rest) = program.split_first().context("no program is named")?;
+            let (name, rest) = program.split_first().context("no program is named").map_err(failed)?;
             let error = std::process::Command::new(name).args(rest).exec();
-            Err(error).with_context(|| format!("{} can't be started", name.display()))
+            Err(error)
+                .with_context(|| format!("{} can't be started", name.display()))
+                .map_err(failed)
         }
     }
 }
 
-/// The command that starts this program again as a child of the demo, killed and reaped when it is dropped.
+/// The command that starts this program again as a child of this process, killed and reaped when it is dropped.
 ///
-/// It gets a process group of its own, so that a Ctrl-C in the terminal reaches the demo alone, which then stops its
-/// children in the right order. It must be started from a thread that lasts as long as the demo, since Linux sends the
+/// It gets a process group of its own, so that a Ctrl-C in the terminal reaches the parent alone, which then stops its
+/// children in the right order. It must be started from a thread that lasts as long as the process, since Linux sends the
 /// death signal when that *thread* ends: the main thread does.
-pub(super) fn command(role: &str) -> anyhow::Result<Command> {
+pub(crate) fn command(role: &str) -> anyhow::Result<Command> {
     let program = std::env::current_exe().context("this program can't find itself")?;
     let mut command = Command::new(program);
     command
-        .args(["demo-child", &std::process::id().to_string(), role])
+        .args(["child", &std::process::id().to_string(), role])
         .process_group(0)
         .kill_on_drop(true);
     Ok(command)
 }
 
 /// Kills a child that was started so, unless it has ended already. Done when it is gone.
-pub(super) async fn end(process: &mut Child) -> std::io::Result<()> {
+pub(crate) async fn end(process: &mut Child) -> std::io::Result<()> {
     // One that has been waited for has no id any more, and can't be killed.
     if process.id().is_some() {
         process.kill().await?;
@@ -75,15 +82,15 @@ pub(super) async fn end(process: &mut Child) -> std::io::Result<()> {
 }
 
 /// Has the kernel kill this process when its parent dies. Elsewhere than on Linux, a worker ends with its standard
-/// input, and a server outlives a demo that was killed by SIGKILL.
+/// input, and a server outlives a parent that was killed by SIGKILL.
 fn tie_to(parent: u32) -> anyhow::Result<()> {
     #[cfg(target_os = "linux")]
     {
         use rustix::process::{Signal, set_parent_process_death_signal};
-        set_parent_process_death_signal(Some(Signal::KILL)).context("the kernel does not tell when the demo ends")?;
+        set_parent_process_death_signal(Some(Signal::KILL)).context("the kernel does not tell when the parent ends")?;
     }
     // It may have died just before; then no signal would ever come.
     let now = rustix::process::getppid().map(|pid| pid.as_raw_nonzero().get().unsigned_abs());
-    anyhow::ensure!(now == Some(parent), "only the demo itself starts this command");
+    anyhow::ensure!(now == Some(parent), "only this program itself starts this command");
     Ok(())
 }

@@ -1,9 +1,9 @@
-//! The signals that end the demo early.
+//! The signals that end a run early.
 
 use tokio::signal::unix::{Signal, SignalKind, signal};
 
-/// Listens from its making on, so that no signal kills the demo before it could clear up.
-pub(super) struct Signals {
+/// Listens from its making on, so that no signal kills the process before it could clear up.
+pub(crate) struct Signals {
     hangup: Signal,
     interrupt: Signal,
     terminate: Signal,
@@ -11,14 +11,14 @@ pub(super) struct Signals {
 
 /// A signal that came.
 #[derive(Debug, Clone, Copy)]
-pub(super) struct Caught {
-    pub(super) name: &'static str,
+pub(crate) struct Caught {
+    pub(crate) name: &'static str,
     /// 128 and the signal's number, as shells have it.
-    pub(super) exit_code: u8,
+    pub(crate) exit_code: u8,
 }
 
 impl Signals {
-    pub(super) fn listen() -> std::io::Result<Self> {
+    pub(crate) fn listen() -> std::io::Result<Self> {
         Ok(Self {
             hangup: signal(SignalKind::hangup())?,
             interrupt: signal(SignalKind::interrupt())?,
@@ -26,7 +26,7 @@ impl Signals {
         })
     }
 
-    pub(super) async fn next(&mut self) -> Caught {
+    pub(crate) async fn next(&mut self) -> Caught {
         let (name, exit_code) = tokio::select! {
             _ = self.hangup.recv() => ("SIGHUP", 129),
             _ = self.interrupt.recv() => ("SIGINT", 130),

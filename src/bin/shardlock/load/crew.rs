@@ -1,27 +1,30 @@
 //! The worker processes, as the demo sees them.
 
-use std::net::SocketAddr;
 use std::process::Stdio;
 use std::sync::atomic::{AtomicU64, Ordering};
 
 use anyhow::{Context, anyhow, bail};
 use futures_util::future::try_join_all;
 use serde::Serialize;
+use serde::de::DeserializeOwned;
 use tokio::io::{AsyncBufReadExt, AsyncWriteExt, BufReader, Lines};
 use tokio::process::{Child, ChildStdin, ChildStdout};
 
 use super::child;
-use super::protocol::{Answer, Order, Setup};
+use super::orders::Answer;
 
 /// All worker processes. Dropping them kills them.
-#[derive(Debug, Default)]
-pub(super) struct Crew {
+#[derive(Debug)]
+pub(crate) struct Crew {
+    /// What they work for, as in the role of the child: `demo` or `bench`.
+    work: &'static str,
     members: Vec<Member>,
 }
 
 #[derive(Debug)]
 struct Member {
     number: u32,
+    work: &'static str,
     process: Child,
     orders: ChildStdin,
     answers: Lines<BufReader<ChildStdout>>,
@@ -30,9 +33,17 @@ struct Member {
 }
 
 impl Crew {
-    /// Starts one more worker. It is connected when the next [`Crew::ready`] is.
-    pub(super) async fn hire(&mut self, setup: &Setup) -> anyhow::Result<()> {
-        let mut process = child::command("worker")?
+    /// Nobody yet.
+    pub(crate) const fn of(work: &'static str) -> Self {
+        Self {
+            work,
+            members: Vec::new(),
+        }
+    }
+
+    /// Starts one more worker with this as the first line of its input. It is connected when the next [`Crew::ready`] is.
+    pub(crate) async fn hire(&mut self, setup: &impl Serialize) -> anyhow::Result<()> {
+        let mut process = child::command(&format!("{}-worker", self.work))?
             .stdin(Stdio::piped())
             .stdout(Stdio::piped())
             .spawn()
@@ -41,7 +52,8 @@ impl Crew {
             bail!("a worker process has no pipes");
         };
         let mut member = Member {
-            number: setup.worker,
+            number: self.members.len() as u32 + 1,
+            work: self.work,
             process,
             orders,
             answers: BufReader::new(answers).lines(),
@@ -52,22 +64,21 @@ impl Crew {
         Ok(())
     }
 
-    /// Waits until all workers are connected. Returns where each serves its metrics.
-    pub(super) async fn ready(&mut self) -> anyhow::Result<Vec<SocketAddr>> {
-        let answers = try_join_all(self.members.iter_mut().map(|member| member.answer(|_| {}))).await?;
-        let addresses = answers.into_iter().map(|answer| match answer {
-            Answer::Ready { metrics } => Ok(metrics),
-            other => bail!("a worker process was to say that it is ready, and said {other:?}"),
-        });
-        addresses.collect()
+    /// Waits until all workers are connected. Returns what each says of itself.
+    pub(crate) async fn ready<T: DeserializeOwned>(&mut self) -> anyhow::Result<Vec<T>> {
+        try_join_all(self.members.iter_mut().map(|member| member.answer(|_| {}))).await
     }
 
     /// Gives all workers an order, as near to at once as can be, and waits for their answers. `progress` hears the sum
     /// of what they tell meanwhile.
-    pub(super) async fn order(&mut self, order: Order, progress: impl Fn(u64)) -> anyhow::Result<Vec<Answer>> {
+    pub(crate) async fn order<T: DeserializeOwned>(
+        &mut self,
+        order: &impl Serialize,
+        progress: impl Fn(u64),
+    ) -> anyhow::Result<Vec<T>> {
         for member in &mut self.members {
             member.progress = 0;
-            member.send(&order).await?;
+            member.send(order).await?;
         }
         let sum = AtomicU64::new(0);
         let (sum, progress) = (&sum, &progress);
@@ -79,9 +90,23 @@ impl Crew {
         .await
     }
 
-    /// Lets the workers shut their managers down, and waits until they are gone.
-    pub(super) async fn dismiss(&mut self) -> anyhow::Result<()> {
-        self.order(Order::Leave, |_| {}).await?;
+    /// Looks whether all are there, between orders.
+    ///
+    /// # Errors
+    ///
+    /// One has ended, and why, if it said so.
+    pub(crate) async fn look(&mut self) -> anyhow::Result<()> {
+        for member in &mut self.members {
+            if member.process.try_wait()?.is_some() {
+                return member.answer::<()>(|_| {}).await;
+            }
+        }
+        Ok(())
+    }
+
+    /// Lets the workers shut their managers down by this order, and waits until they are gone.
+    pub(crate) async fn dismiss(&mut self, leave: &impl Serialize) -> anyhow::Result<()> {
+        self.order::<()>(leave, |_| {}).await?;
         for mut member in self.members.drain(..) {
             let status = member.process.wait().await?;
             if !status.success() {
@@ -92,7 +117,7 @@ impl Crew {
     }
 
     /// Kills whoever is still there. Done when they are gone.
-    pub(super) async fn kill(&mut self) -> anyhow::Result<()> {
+    pub(crate) async fn kill(&mut self) -> anyhow::Result<()> {
         for mut member in self.members.drain(..) {
             child::end(&mut member.process)
                 .await
@@ -113,7 +138,7 @@ impl Member {
     }
 
     /// The answer to the last order; `progress` hears how much more was done before it.
-    async fn answer(&mut self, progress: impl Fn(u64)) -> anyhow::Result<Answer> {
+    async fn answer<T: DeserializeOwned>(&mut self, progress: impl Fn(u64)) -> anyhow::Result<T> {
         loop {
             let Some(line) = self.answers.next_line().await? else {
                 return Err(self.death().await);
@@ -124,7 +149,7 @@ impl Member {
                     self.progress = total;
                 }
                 Answer::Failed(reason) => bail!("worker process {}: {reason}", self.number),
-                answer => return Ok(answer),
+                Answer::Done(answer) => return Ok(answer),
             }
         }
     }
@@ -133,6 +158,10 @@ impl Member {
     async fn death(&mut self) -> anyhow::Error {
         let status = self.process.wait().await;
         let how = status.map_or_else(|error| error.to_string(), |status| status.to_string());
-        anyhow!("worker process {} died in the middle of the demo: {how}", self.number)
+        anyhow!(
+            "worker process {} died in the middle of the {}: {how}",
+            self.number,
+            self.work
+        )
     }
 }

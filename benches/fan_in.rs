@@ -1,0 +1,120 @@
+//! Many tasks of one process on one key, nothing done under the lock, beside `tokio::sync::Mutex`; and what the metrics cost there.
+
+// What fails here ends the run.
+#![allow(clippy::expect_used, clippy::panic, clippy::unwrap_used)]
+
+use std::sync::Arc;
+use std::sync::atomic::{AtomicU64, Ordering};
+use std::time::Duration;
+
+use metrics_exporter_prometheus::PrometheusBuilder;
+use shardlock::LockManager;
+
+#[path = "beside/mod.rs"]
+mod beside;
+#[path = "../tests/support/mod.rs"]
+mod support;
+
+use beside::{Comparison, Side, criterion, setting, share};
+
+fn fan_in(tasks: u64, operations: u64) -> Comparison {
+    let (runtime, server, locks) = setting();
+    let (mutex, last) = (Arc::new(tokio::sync::Mutex::new(0_u64)), Arc::new(AtomicU64::new(0)));
+    let of_the_limit = Arc::clone(&runtime);
+    let limit = move |operations| {
+        of_the_limit.block_on(share(tasks, operations, |_, count| {
+            let mutex = Arc::clone(&mutex);
+            async move {
+                for _ in 0..count {
+                    *mutex.lock().await += 1;
+                }
+            }
+        }))
+    };
+    let ours = move |operations| {
+        runtime.block_on(share(tasks, operations, |_, count| {
+            let (locks, last) = (locks.clone(), Arc::clone(&last));
+            async move {
+                for _ in 0..count {
+                    let guard = locks.lock("hot").await.expect("a lock");
+                    let token = guard.token().get();
+                    assert!(last.swap(token, Ordering::Relaxed) < token, "tokens must grow");
+                    guard.release().await.expect("a release");
+                }
+            }
+        }))
+    };
+    Comparison {
+        name: format!("fan-in, {tasks} tasks, 1 key"),
+        ours: Box::new(ours),
+        limit_name: "tokio::sync::Mutex",
+        limit: Box::new(limit),
+        operations,
+        server: Some(server),
+    }
+}
+
+/// The fan-in again: what the metrics cost where a recorder takes them.
+///
+/// Handles that were made without a recorder do nothing for ever, so the manager without goes first.
+fn metrics_on_fan_in() -> Comparison {
+    let (runtime, server, without) = setting();
+    let exporter = PrometheusBuilder::new()
+        .set_buckets(&[1e-5, 1e-4, 1e-3, 1e-2, 0.1, 1.0, 10.0])
+        .expect("buckets")
+        .install_recorder()
+        .expect("no recorder before");
+    let with = runtime
+        .block_on(
+            LockManager::builder()
+                .named_shard("with", server.url())
+                .namespace("with:")
+                .connect(),
+        )
+        .expect("a manager");
+    runtime.spawn(async move {
+        loop {
+            tokio::time::sleep(Duration::from_secs(1)).await;
+            exporter.run_upkeep();
+        }
+    });
+    let side = |locks: LockManager| -> Side {
+        let runtime = Arc::clone(&runtime);
+        Box::new(move |operations| {
+            runtime.block_on(share(1000, operations, |_, count| {
+                let locks = locks.clone();
+                async move {
+                    for _ in 0..count {
+                        let guard = locks.lock("hot").await.expect("a lock");
+                        guard.release().await.expect("a release");
+                    }
+                }
+            }))
+        })
+    };
+    Comparison {
+        name: "metrics with the exporter, 1000 tasks, 1 key".to_owned(),
+        ours: side(with),
+        limit_name: "without a recorder",
+        limit: side(without),
+        operations: 200_000,
+        server: Some(server),
+    }
+}
+
+fn main() {
+    let mut criterion = criterion();
+    for (tasks, operations) in [
+        // Alone it has nobody to hand the lock to, so each is two round trips.
+        (1, 200),
+        (10, 20_000),
+        (100, 50_000),
+        (1_000, 200_000),
+        (10_000, 400_000),
+    ] {
+        fan_in(tasks, operations).run(&mut criterion);
+    }
+    // Last: from then on there is a recorder.
+    metrics_on_fan_in().run(&mut criterion);
+    criterion.final_summary();
+}

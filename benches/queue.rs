@@ -1,0 +1,159 @@
+//! The queue of a key alone, without a clock, tasks or a store: a guard is given back, the next waiter has it, and the one before
+//! waits again; beside a `VecDeque` that turns.
+//!
+//! The queue is not part of the library's interface, so its source is part of this program.
+
+// Not all of the source is of use here, and nothing of this is an interface.
+#![allow(dead_code, unreachable_pub, unused_imports, missing_docs)]
+// What fails here ends the run.
+#![allow(clippy::expect_used, clippy::panic, clippy::unwrap_used)]
+
+use std::collections::VecDeque;
+use std::hint::black_box;
+use std::time::{Duration, Instant};
+
+#[path = "beside/mod.rs"]
+mod beside;
+#[path = "../src/clock.rs"]
+mod clock;
+#[path = "../src/error.rs"]
+mod error;
+#[path = "../src/fence.rs"]
+mod fence;
+#[path = "../src/key.rs"]
+mod key;
+#[path = "../src/lease.rs"]
+mod lease;
+#[path = "../src/protocol.rs"]
+mod protocol;
+#[path = "../src/queue/mod.rs"]
+mod queue;
+#[path = "../tests/support/mod.rs"]
+mod support;
+
+use beside::{Comparison, Side, criterion};
+use clock::Moment;
+use error::LockError;
+use fence::TokenBlock;
+use protocol::{AcquireReply, Answer, Cycles};
+use queue::{Context, Outcome, Queue, Request, Rules, WaiterId, Want};
+
+const WANT: Want = Want {
+    ttl: Duration::from_secs(10),
+    max_hold: None,
+    only_try: false,
+    expects_rivals: false,
+};
+
+/// A queue with so many waiters, the lease, and tokens for longer than any run.
+struct Line {
+    queue: Queue<usize>,
+    rules: Rules,
+    cycles: Cycles,
+    ids: VecDeque<WaiterId>,
+}
+
+const NOW: Moment = Moment::from_nanos(1_000_000_000);
+
+impl Line {
+    fn of(waiters: usize) -> Self {
+        let mut line = Self {
+            queue: Queue::new(),
+            rules: Rules {
+                max_burst: 64,
+                max_slice: Duration::from_millis(10),
+                renew_fraction: 0.1,
+                #[cfg(test)]
+                flaw: None,
+            },
+            cycles: Cycles::default(),
+            ids: VecDeque::new(),
+        };
+        let cx = Context {
+            now: NOW,
+            rules: &line.rules,
+            cycles: &line.cycles,
+        };
+        let mut request = None;
+        for waiter in 0..waiters {
+            let (id, effects) = line.queue.want(WANT, Some(waiter), cx);
+            line.ids.push_back(id);
+            request = request.or(effects.request);
+        }
+        let Some(Request::Acquire { cycle, .. }) = request else {
+            panic!("the first waiter made no request");
+        };
+        let reply = AcquireReply::Granted {
+            tokens: TokenBlock::ending_at(u64::from(u32::MAX), u32::MAX),
+            queued: 0,
+            extended: false,
+        };
+        let answer = Answer {
+            reply,
+            sent_at: NOW,
+            floor: 0,
+            ttl: WANT.ttl,
+        };
+        drop(line.queue.replied(cycle, answer, cx));
+        line
+    }
+
+    /// The first has the lock, gives it back, and waits again.
+    fn turn(&mut self) {
+        let cx = Context {
+            now: NOW,
+            rules: &self.rules,
+            cycles: &self.cycles,
+        };
+        let id = self.ids.pop_front().expect("a waiter");
+        let Some(Outcome::Granted(granted)) = self.queue.collect(id) else {
+            panic!("the first in line does not have the lock");
+        };
+        let (id, _) = self.queue.want(WANT, Some(0), cx);
+        self.ids.push_back(id);
+        let (was_held, effects) = self.queue.released(granted.lease.cycle, granted.token, cx);
+        assert!(was_held);
+        drop(black_box(effects));
+    }
+}
+
+fn turning(waiters: usize) -> Side {
+    Box::new(move |operations| {
+        let mut line = Line::of(waiters);
+        let start = Instant::now();
+        for _ in 0..operations {
+            line.turn();
+        }
+        start.elapsed()
+    })
+}
+
+fn turning_deque(waiters: usize) -> Side {
+    Box::new(move |operations| {
+        let mut line: VecDeque<[usize; 12]> = (0..waiters).map(|waiter| [waiter; 12]).collect();
+        let start = Instant::now();
+        for _ in 0..operations {
+            let first = black_box(line.pop_front().expect("a waiter"));
+            line.push_back(first);
+        }
+        start.elapsed()
+    })
+}
+
+fn main() {
+    let mut criterion = criterion();
+    for waiters in [2, 1_000, 100_000] {
+        let comparison = Comparison {
+            name: format!("a turn of a queue of {waiters}"),
+            ours: turning(waiters),
+            limit_name: "VecDeque",
+            limit: turning_deque(waiters),
+            operations: 200_000,
+            server: None,
+        };
+        comparison.run(&mut criterion);
+    }
+    criterion.final_summary();
+    // Errors are part of the source, too.
+    let _: Option<LockError> = None;
+}

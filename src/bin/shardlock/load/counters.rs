@@ -1,0 +1,72 @@
+//! What the lock manager of this process has counted, from its page of metrics.
+
+use serde::{Deserialize, Serialize};
+
+/// How many locks were had by which path, and what for.
+#[derive(Debug, Clone, Copy, Default, PartialEq, Eq, Serialize, Deserialize)]
+pub(crate) struct Counters {
+    pub(crate) uncontended: u64,
+    pub(crate) local: u64,
+    pub(crate) remote: u64,
+    /// Round trips to the stores, renewals included.
+    pub(crate) store_requests: u64,
+}
+
+impl Counters {
+    /// Reads the text that Prometheus reads. Only locks of this class count, but all requests.
+    pub(crate) fn read(text: &str, class: &str) -> Self {
+        let class = format!("class=\"{class}\"");
+        let by_path = |path: &str| {
+            let path = format!("path=\"{path}\"");
+            sum_of(text, "shardlock_acquisitions_total{", &[&class, &path])
+        };
+        Self {
+            uncontended: by_path("uncontended"),
+            local: by_path("local"),
+            remote: by_path("remote"),
+            store_requests: sum_of(text, "shardlock_store_requests_total{", &[]),
+        }
+    }
+
+    pub(crate) const fn since(self, earlier: Self) -> Self {
+        Self {
+            uncontended: self.uncontended.saturating_sub(earlier.uncontended),
+            local: self.local.saturating_sub(earlier.local),
+            remote: self.remote.saturating_sub(earlier.remote),
+            store_requests: self.store_requests.saturating_sub(earlier.store_requests),
+        }
+    }
+
+    pub(crate) const fn locks(self) -> u64 {
+        self.uncontended + self.local + self.remote
+    }
+}
+
+/// The sum of a counter's lines with these labels.
+fn sum_of(text: &str, name: &str, labels: &[&str]) -> u64 {
+    text.lines()
+        .filter(|line| line.starts_with(name) && labels.iter().all(|label| line.contains(label)))
+        .filter_map(|line| line.rsplit_once(' ')?.1.parse::<u64>().ok())
+        .sum()
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn only_lines_with_all_labels_count() {
+        let text = "# HELP shardlock_acquisitions_total ...\n\
+            shardlock_acquisitions_total{class=\"jobs\",outcome=\"acquired\",path=\"local\"} 3\n\
+            shardlock_acquisitions_total{class=\"other\",outcome=\"acquired\",path=\"local\"} 4\n\
+            shardlock_acquisitions_total{class=\"jobs\",outcome=\"timeout\",path=\"none\"} 5\n\
+            shardlock_store_requests_total{shard=\"a\"} 6\nshardlock_store_requests_total{shard=\"b\"} 7\n";
+        let counters = Counters::read(text, "jobs");
+        let expected = Counters {
+            local: 3,
+            store_requests: 13,
+            ..Counters::default()
+        };
+        assert_eq!((counters, counters.locks()), (expected, 3));
+    }
+}

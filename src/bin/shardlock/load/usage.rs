@@ -1,0 +1,119 @@
+//! What a Redis server says that it was asked to do, by its own counters.
+
+use std::time::Duration;
+
+use anyhow::Context;
+use deadpool_redis::redis::aio::MultiplexedConnection;
+use deadpool_redis::redis::{AsyncConnectionConfig, Client, cmd};
+use shardlock::Endpoint;
+
+/// How long a server may take to answer: much longer than it should, since the load fills the machine.
+pub(crate) const SERVER_TIMEOUT: Duration = Duration::from_secs(5);
+
+/// A plain connection.
+pub(crate) async fn connect(url: &str) -> anyhow::Result<MultiplexedConnection> {
+    let endpoint = Endpoint::parse(url)?;
+    // The error of the client library may quote the URL, and with it the password.
+    let client = Client::open(url)
+        .ok()
+        .with_context(|| format!("{endpoint} is no redis:// URL, and the workers are processes of their own"))?;
+    let config = AsyncConnectionConfig::new()
+        .set_connection_timeout(Some(SERVER_TIMEOUT))
+        .set_response_timeout(Some(SERVER_TIMEOUT));
+    client
+        .get_multiplexed_async_connection_with_config(&config)
+        .await
+        .with_context(|| format!("{endpoint} can't be reached"))
+}
+
+/// How often servers were called, and how long they worked, since their start. Calls from within scripts are among them.
+#[derive(Debug, Clone, Copy, Default, PartialEq, Eq)]
+pub(crate) struct Usage {
+    pub(crate) scripts: u64,
+    pub(crate) publishes: u64,
+    /// The time on a processor, in microseconds.
+    pub(crate) cpu_us: u64,
+}
+
+/// The commands that run a script or a function.
+const SCRIPTS: [&str; 6] = ["eval", "eval_ro", "evalsha", "evalsha_ro", "fcall", "fcall_ro"];
+
+const PUBLISHES: [&str; 2] = ["publish", "spublish"];
+
+impl Usage {
+    /// The sum over the servers.
+    pub(crate) async fn of_all(connections: &[MultiplexedConnection]) -> anyhow::Result<Self> {
+        let mut sum = Self::default();
+        for connection in connections {
+            let mut connection = connection.clone();
+            let mut texts = Vec::new();
+            // One section a command, since servers before 7.0 take one.
+            for section in ["commandstats", "cpu"] {
+                let text: String = cmd("INFO").arg(section).query_async(&mut connection).await?;
+                texts.push(text);
+            }
+            let one = Self::parse(&texts.concat());
+            sum.scripts += one.scripts;
+            sum.publishes += one.publishes;
+            sum.cpu_us += one.cpu_us;
+        }
+        Ok(sum)
+    }
+
+    pub(crate) const fn since(self, earlier: Self) -> Self {
+        // A server that was restarted counts from 0.
+        Self {
+            scripts: self.scripts.saturating_sub(earlier.scripts),
+            publishes: self.publishes.saturating_sub(earlier.publishes),
+            cpu_us: self.cpu_us.saturating_sub(earlier.cpu_us),
+        }
+    }
+
+    /// Reads the sections `commandstats` and `cpu` of INFO.
+    fn parse(text: &str) -> Self {
+        let calls = |names: &[&str]| names.iter().map(|name| calls_in(text, name)).sum();
+        let seconds = ["used_cpu_user:", "used_cpu_sys:"]
+            .iter()
+            .map(|name| seconds_in(text, name));
+        Self {
+            scripts: calls(&SCRIPTS),
+            publishes: calls(&PUBLISHES),
+            cpu_us: seconds.map(|seconds| (seconds * 1e6) as u64).sum(),
+        }
+    }
+}
+
+/// The calls of one command, from a line such as `cmdstat_evalsha:calls=12,usec=345,...`.
+fn calls_in(stats: &str, command: &str) -> u64 {
+    let calls = stats.lines().find_map(|line| {
+        let rest = line.strip_prefix("cmdstat_")?.strip_prefix(command)?;
+        rest.strip_prefix(":calls=")?.split(',').next()?.parse().ok()
+    });
+    calls.unwrap_or(0)
+}
+
+fn seconds_in(stats: &str, name: &str) -> f64 {
+    let seconds = stats
+        .lines()
+        .find_map(|line| line.strip_prefix(name)?.trim().parse().ok());
+    seconds.unwrap_or(0.0)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn calls_are_those_of_exactly_these_commands_and_times_are_summed() {
+        let stats = "# Commandstats\r\ncmdstat_evalsha:calls=12,usec=345\r\ncmdstat_eval:calls=3,usec=1\r\n\
+            cmdstat_spublish:calls=2,usec=1\r\n# CPU\r\nused_cpu_sys:0.25\r\nused_cpu_user:1.500001\r\nused_cpu_sys_children:9\r\n";
+        assert_eq!(calls_in(stats, "eval"), 3);
+        assert_eq!(calls_in(stats, "publish"), 0);
+        let usage = Usage {
+            scripts: 15,
+            publishes: 2,
+            cpu_us: 1_750_001,
+        };
+        assert_eq!(Usage::parse(stats), usage);
+    }
+}
