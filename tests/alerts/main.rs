@@ -5,8 +5,6 @@
 
 #[path = "../support/mod.rs"]
 mod support;
-#[path = "../support_locks/mod.rs"]
-mod support_locks;
 
 mod cases;
 mod page;
