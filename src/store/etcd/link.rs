@@ -69,9 +69,15 @@ impl Servers {
         if failed.contains("UnknownIssuer") {
             return "; set tls_ca to the file with the certificate of the authority that signed etcd's";
         }
-        let is_told_no = ["connection closed", "fatal alert"]
-            .iter()
-            .any(|words| failed.contains(words));
+        let is_told_no = [
+            "connection closed",
+            "stream closed",
+            "broken pipe",
+            "reset by peer",
+            "fatal alert",
+        ]
+        .iter()
+        .any(|words| failed.contains(words));
         if self.shows_no_certificate && is_told_no {
             return "; where etcd wants a certificate of its clients, set tls_cert and tls_key";
         }

@@ -53,17 +53,17 @@ impl Commands {
     }
 
     /// The two commands of the free path.
-    pub(super) fn take_freely(&self, key: &LockKey, cycle: Cycle, ttl: Duration, tokens: u32) -> Pipeline {
-        let names = self.names.of(key);
+    pub(super) fn take_freely(&self, request: &Acquire) -> Pipeline {
+        let names = self.names.of(&request.key);
         let mut set = Cmd::with_capacity(6, 128);
         set.arg("SET");
         names.lease().write(&mut set);
-        self.write_signature(&mut set, cycle);
-        set.arg("NX").arg("PX").arg(millis(ttl));
+        self.write_signature(&mut set, request.cycle);
+        set.arg("NX").arg("PX").arg(millis(request.ttl));
         let mut count = Cmd::with_capacity(3, 64);
         count.arg("INCRBY");
         names.counter().write(&mut count);
-        count.arg(tokens);
+        count.arg(request.tokens);
         let mut commands = Pipeline::with_capacity(2);
         commands.add_command(set).add_command(count);
         commands

@@ -6,12 +6,12 @@ use deadpool_redis::redis::cmd;
 use futures_util::future::join_all;
 use shardlock::{Endpoint, SLOTS, ServerUrl};
 
-use super::facts::{Info, Server, Trouble};
+use super::facts::{Info, Trouble};
 use super::finding::{Finding, Level};
 use super::look::{Asking, ask, look};
-use super::report::{ServerReport, ShardReport};
-use super::server::{Expected, checked};
-use super::{Kind, clock, reach};
+use super::report::ShardReport;
+use super::server::{Expected, checked, unreachable};
+use super::{Kind, clock};
 
 /// What one node says of the cluster.
 #[derive(Debug, Clone, Default)]
@@ -46,13 +46,15 @@ pub(super) async fn examine(endpoint: &Endpoint, asking: &Asking<'_>, fingerprin
     let level = if found.is_some() { Level::Warning } else { Level::Error };
     for (seed, view) in seeds.iter().zip(&views) {
         if let Err(trouble) = view {
-            report.servers.push(unreachable(seed, trouble, level));
+            report
+                .servers
+                .push(unreachable(seed, "node of the URL", trouble, level));
         }
     }
     let Some(first) = found else {
         report.findings.extend(refused(views.iter().flatten()));
         // Those that answer are no nodes of a cluster, which the check of their mode says, or don't tell.
-        let expected = expected(asking, fingerprint, None);
+        let expected = Expected::one_of(Kind::Cluster, asking.config, fingerprint, None);
         for (seed, _) in seeds.iter().zip(&views).filter(|(_, view)| view.is_ok()) {
             let server = look(seed, Kind::Cluster, asking).await;
             report.servers.push(checked(&server, &expected));
@@ -88,37 +90,8 @@ pub(super) async fn examine(endpoint: &Endpoint, asking: &Asking<'_>, fingerprin
             let primary = first.nodes.iter().find(|node| node.id == *id);
             primary.map_or_else(|| id.clone(), |primary| primary.place.clone())
         });
-        report
-            .servers
-            .push(checked(server, &expected(asking, fingerprint, primary)));
-    }
-}
-
-fn expected<'a>(asking: &Asking<'a>, fingerprint: &'a str, replica_of: Option<String>) -> Expected<'a> {
-    Expected {
-        kind: Kind::Cluster,
-        config: asking.config,
-        fingerprint,
-        unreachable: if replica_of.is_some() {
-            Level::Warning
-        } else {
-            Level::Error
-        },
-        replica_of,
-    }
-}
-
-fn unreachable(seed: &ServerUrl, trouble: &Trouble, level: Level) -> ServerReport {
-    let server = Server {
-        place: seed.place().to_owned(),
-        has_login: seed.as_str().contains('@'),
-        encrypted: seed.is_encrypted(),
-        seen: Err(trouble.clone()),
-    };
-    ServerReport {
-        place: server.place.clone(),
-        part: "node of the URL",
-        findings: vec![reach::unreachable(&server, trouble, level)],
+        let expected = Expected::one_of(Kind::Cluster, asking.config, fingerprint, primary);
+        report.servers.push(checked(server, &expected));
     }
 }
 

@@ -7,12 +7,12 @@ use deadpool_redis::redis::cmd;
 use futures_util::future::join_all;
 use shardlock::{Config, Endpoint, ServerUrl};
 
-use super::facts::{Server, Trouble, place};
+use super::facts::{Trouble, place};
 use super::finding::{Finding, Level};
 use super::look::{Asking, ask, look};
 use super::report::{ServerReport, ShardReport};
-use super::server::{Expected, checked};
-use super::{Kind, clock, reach};
+use super::server::{Expected, checked, unreachable};
+use super::{Kind, clock};
 
 /// What one sentinel says of the primary. A part that it refused is an `Err` with its words.
 #[derive(Debug, Clone)]
@@ -38,23 +38,14 @@ pub(super) async fn examine(endpoint: &Endpoint, asking: &Asking<'_>, fingerprin
     let views = join_all(sentinels.iter().map(|sentinel| view(sentinel, name, asking))).await;
     let answers = views.iter().filter(|view| view.is_ok()).count();
     for (sentinel, view) in sentinels.iter().zip(&views) {
-        let findings = match view {
-            Ok(view) => of_sentinel(view, name, sentinels.len()),
-            Err(trouble) => {
-                let level = if answers == 0 { Level::Error } else { Level::Warning };
-                let server = Server {
-                    place: sentinel.place().to_owned(),
-                    has_login: sentinel.as_str().contains('@'),
-                    encrypted: sentinel.is_encrypted(),
-                    seen: Err(trouble.clone()),
-                };
-                vec![reach::unreachable(&server, trouble, level)]
-            }
-        };
-        report.servers.push(ServerReport {
-            place: sentinel.place().to_owned(),
-            part: "sentinel",
-            findings,
+        let level = if answers == 0 { Level::Error } else { Level::Warning };
+        report.servers.push(match view {
+            Ok(view) => ServerReport {
+                place: sentinel.place().to_owned(),
+                part: "sentinel",
+                findings: of_sentinel(view, name, sentinels.len()),
+            },
+            Err(trouble) => unreachable(sentinel, "sentinel", trouble, level),
         });
     }
     let views: Vec<View> = views.into_iter().flatten().collect();
@@ -79,17 +70,7 @@ pub(super) async fn examine(endpoint: &Endpoint, asking: &Asking<'_>, fingerprin
         .findings
         .extend(clock::among(servers.iter().map(|(server, _)| server)));
     for (server, replica_of) in servers {
-        let expected = Expected {
-            kind: Kind::Sentinel,
-            config: asking.config,
-            fingerprint,
-            unreachable: if replica_of.is_some() {
-                Level::Warning
-            } else {
-                Level::Error
-            },
-            replica_of,
-        };
+        let expected = Expected::one_of(Kind::Sentinel, asking.config, fingerprint, replica_of);
         report.servers.push(checked(&server, &expected));
     }
 }

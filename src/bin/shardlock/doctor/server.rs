@@ -1,8 +1,8 @@
 //! All checks of one server that keeps locks.
 
-use shardlock::Config;
+use shardlock::{Config, ServerUrl};
 
-use super::facts::{Seen, Server};
+use super::facts::{Seen, Server, Trouble};
 use super::finding::{Finding, Level};
 use super::report::ServerReport;
 use super::{Kind, clock, connections, map, memory, permissions, persistence, reach, replication, timing};
@@ -18,6 +18,39 @@ pub(super) struct Expected<'a> {
     pub(super) replica_of: Option<String>,
     /// How bad it is if it can't be reached.
     pub(super) unreachable: Level,
+}
+
+impl<'a> Expected<'a> {
+    /// A server of a shard that others belong to as well: a primary, or the replica of the one at that place, which may be away.
+    pub(super) fn one_of(kind: Kind, config: &'a Config, fingerprint: &'a str, replica_of: Option<String>) -> Self {
+        let unreachable = match replica_of {
+            Some(_) => Level::Warning,
+            None => Level::Error,
+        };
+        Self {
+            kind,
+            config,
+            fingerprint,
+            replica_of,
+            unreachable,
+        }
+    }
+}
+
+/// A server that could not even be asked who else there is.
+pub(super) fn unreachable(server: &ServerUrl, part: &'static str, trouble: &Trouble, level: Level) -> ServerReport {
+    let server = Server {
+        place: server.place().to_owned(),
+        has_login: server.as_str().contains('@'),
+        encrypted: server.is_encrypted(),
+        seen: Err(trouble.clone()),
+    };
+    let findings = vec![reach::unreachable(&server, trouble, level)];
+    ServerReport {
+        place: server.place,
+        part,
+        findings,
+    }
 }
 
 pub(super) fn checked(server: &Server, expected: &Expected<'_>) -> ServerReport {

@@ -189,26 +189,19 @@ impl Shared {
         request: &Acquire,
         floor: u64,
     ) -> RedisResult<Result<AcquireReply, StoreError>> {
-        let &Acquire {
-            ref key,
-            cycle,
-            ask,
-            ttl,
-            tokens,
-        } = request;
         if let Some(confirm) = &self.confirm {
             // On the heap, so that it does not make the future of every request larger.
             return Box::pin(self.ask_confirmed(confirm, live, request, floor)).await;
         }
-        if ask == Ask::Free {
-            let commands = self.commands.take_freely(key, cycle, ttl, tokens);
+        if request.ask == Ask::Free {
+            let commands = self.commands.take_freely(request);
             let replies = live.connection.send_packed_commands(&commands, 0, 2).await?;
             let replies = self.commands.permissions.without_errors(&commands, replies)?;
-            return Ok(acquired_freely(&replies, tokens));
+            return Ok(acquired_freely(&replies, request.tokens));
         }
         let fill = |command: &mut Cmd| self.commands.fill_acquire(command, request, floor);
         let value = self.scripts.acquire.call(&mut live.connection, fill).await?;
-        Ok(acquired(&value, tokens))
+        Ok(acquired(&value, request.tokens))
     }
 
     /// The same with a wait for replicas right behind it. A lease that they did not confirm is an error.
@@ -219,21 +212,14 @@ impl Shared {
         request: &Acquire,
         floor: u64,
     ) -> RedisResult<Result<AcquireReply, StoreError>> {
-        let &Acquire {
-            ref key,
-            cycle,
-            ask,
-            ttl,
-            tokens,
-        } = request;
         let wait = confirm.next();
-        let (reply, acked) = if ask == Ask::Free {
-            let mut commands = self.commands.take_freely(key, cycle, ttl, tokens);
+        let (reply, acked) = if request.ask == Ask::Free {
+            let mut commands = self.commands.take_freely(request);
             commands.add_command(wait.command());
             let mut replies = live.connection.send_packed_commands(&commands, 0, 3).await?;
             let acked = replies.pop().unwrap_or(Value::Nil);
             let replies = self.commands.permissions.without_errors(&commands, replies)?;
-            (acquired_freely(&replies, tokens), acked)
+            (acquired_freely(&replies, request.tokens), acked)
         } else {
             let fill = |command: &mut Cmd| self.commands.fill_acquire(command, request, floor);
             let call = self
@@ -241,7 +227,7 @@ impl Shared {
                 .acquire
                 .call_before(&wait.command(), &mut live.connection, fill)
                 .await?;
-            (acquired(&call.0, tokens), call.1)
+            (acquired(&call.0, request.tokens), call.1)
         };
         let reply = match reply {
             Ok(reply) => reply,
@@ -251,7 +237,7 @@ impl Shared {
             return Ok(Ok(reply));
         }
         // Its tokens were issued, whatever becomes of the lease.
-        self.saw(self.commands.names.of(key).slot, &reply);
+        self.saw(self.commands.names.of(&request.key).slot, &reply);
         // An error of the wait itself may mean that the server is no primary any more.
         let acked = acked.extract_error()?;
         Ok(confirm.judge(wait, &acked).map(|()| reply))

@@ -36,6 +36,9 @@ pub(super) struct Member {
 /// How many round trips are measured, if they fit into the time limit.
 const READS: usize = 20;
 
+/// How a connection that the other side has ended is told, by the moment in which that is noticed.
+const CLOSED: [&str; 4] = ["connection closed", "stream closed", "broken pipe", "reset by peer"];
+
 /// The number of gRPC's status for who is not permitted something.
 const PERMISSION_DENIED: i32 = 7;
 
@@ -44,7 +47,7 @@ pub(super) async fn look(server: &ServerUrl, asking: &Asking<'_>) -> Result<Memb
     // A member that misses a certificate may say so only by closing the connection.
     let without_a_word = |trouble: Trouble| match trouble.kind {
         TroubleKind::Unreachable | TroubleKind::Answer
-            if server.is_encrypted() && trouble.reason.contains("connection closed") =>
+            if server.is_encrypted() && CLOSED.iter().any(|words| trouble.reason.contains(words)) =>
         {
             Trouble {
                 kind: TroubleKind::Encryption,
