@@ -13,7 +13,7 @@ demo: cargo ## Show workers of several processes fighting over the same keys on 
 
 dashboard: cargo ## Keep a load and a Prometheus running for the dashboard of grafana/, and say how to point a Grafana at it.
 	@$(with_server) && SHARDLOCK_PROMETHEUS=$$(scripts/ensure-prometheus) && export SHARDLOCK_REDIS_SERVER SHARDLOCK_PROMETHEUS && \
-	cargo build --release --locked --features cli && exec scripts/dashboard target/release/shardlock
+	cargo build --release --locked --features cli && exec scripts/dashboard target/release/shardlock --tasks 16
 
 test: cargo protoc ## Run all tests, against real servers.
 	@server=$$(scripts/ensure-server) && etcd=$$(scripts/ensure-etcd) && prometheus=$$(scripts/ensure-prometheus) && python=$$(scripts/ensure-grafana-model) && \

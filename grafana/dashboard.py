@@ -3,6 +3,8 @@
 
   dashboard.py --write         writes the dashboard anew
   dashboard.py --check [FILE]  whether that file, or the dashboard as it is kept, is as Grafana's model wants it and as it is made here
+  dashboard.py --provisioning [DIRECTORY]
+                               whether its files, or those that are kept, have only what Grafana knows
 """
 
 import json
@@ -19,6 +21,7 @@ import panels
 import provisioning
 
 FILE = Path(__file__).parent / "dashboards" / "shardlock.json"
+PROVISIONING = Path(__file__).parent / "provisioning"
 # That of Grafana 11.0.
 SCHEMA_VERSION = 39
 SOURCE = dashboard.DataSourceRef(type_val="prometheus", uid="${datasource}")
@@ -144,9 +147,13 @@ def main(arguments: list[str]) -> int:
             FILE.write_text(text())
             return 0
         case ["--check"]:
-            wrong = check(FILE) + provisioning.mistakes(FILE.parent.parent / "provisioning")
+            wrong = check(FILE)
         case ["--check", file]:
             wrong = check(Path(file))
+        case ["--provisioning"]:
+            wrong = provisioning.mistakes(PROVISIONING)
+        case ["--provisioning", directory]:
+            wrong = provisioning.mistakes(Path(directory))
         case _:
             print(__doc__, file=sys.stderr)
             return 2

@@ -17,19 +17,19 @@ fn python() -> PathBuf {
     })
 }
 
-fn check(file: Option<&Path>) -> Output {
+fn check(what: &str, at: Option<&Path>) -> Output {
     let mut command = Command::new(python());
     command
         .arg("-B")
         .arg(board::folder().join("dashboard.py"))
-        .arg("--check")
-        .args(file);
+        .arg(what)
+        .args(at);
     command.output().expect("run Python")
 }
 
 #[test]
 fn the_dashboard_is_as_the_model_wants_it_and_as_it_is_made() {
-    let output = check(None);
+    let output = check("--check", None);
     assert!(output.status.success(), "{}", String::from_utf8_lossy(&output.stderr));
 }
 
@@ -63,12 +63,40 @@ fn a_misspelt_field_is_an_error_that_says_where() {
         wrong.pointer_mut(&pointer).expect("a place")[name] = value.clone();
         let file = temp.path().join("wrong.json");
         std::fs::write(&file, serde_json::to_string_pretty(&wrong).unwrap()).unwrap();
-        let output = check(Some(&file));
+        let output = check("--check", Some(&file));
         let said = String::from_utf8_lossy(&output.stderr);
         assert!(!output.status.success(), "{pointer}/{name} = {value} was not found");
         // What is read in one go with it may be named in its place.
         let is_named = said.contains(name) || said.contains(value.as_str().unwrap_or(name));
         let by_model = said.lines().any(|line| !line.contains("dashboard.py makes"));
         assert!(is_named && by_model, "{pointer}/{name} = {value}: {said}");
+    }
+}
+
+#[test]
+fn the_provisioning_files_have_what_grafana_knows_and_a_misspelt_field_is_an_error() {
+    let output = check("--provisioning", None);
+    assert!(output.status.success(), "{}", String::from_utf8_lossy(&output.stderr));
+
+    let kept = board::folder().join("provisioning");
+    for (file, right, wrong) in [
+        ("datasources/prometheus.yml", "timeInterval:", "timeIntervall:"),
+        ("datasources/prometheus.yml", "isDefault:", "default:"),
+        ("dashboards/shardlock.yml", "path:", "paht:"),
+        ("dashboards/shardlock.yml", "providers:", "provider:"),
+    ] {
+        let temp = tempfile::tempdir().unwrap();
+        for name in ["datasources/prometheus.yml", "dashboards/shardlock.yml"] {
+            let text = std::fs::read_to_string(kept.join(name)).unwrap();
+            let text = if name == file { text.replace(right, wrong) } else { text };
+            std::fs::create_dir_all(temp.path().join(name).parent().unwrap()).unwrap();
+            std::fs::write(temp.path().join(name), text).unwrap();
+        }
+        let output = check("--provisioning", Some(temp.path()));
+        let said = String::from_utf8_lossy(&output.stderr);
+        assert!(
+            !output.status.success() && said.contains(wrong.trim_end_matches(':')),
+            "{file}, {wrong}: {said}"
+        );
     }
 }
