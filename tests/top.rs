@@ -1,0 +1,1 @@
+//! `shardlock top`.
