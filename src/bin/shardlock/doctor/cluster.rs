@@ -146,6 +146,19 @@ async fn view(server: &ServerUrl, asking: &Asking<'_>) -> Result<View, Trouble> 
     })
 }
 
+/// Where the primaries of the cluster are that this node knows and that are not said to be down.
+pub(crate) async fn primaries(node: &ServerUrl, asking: &Asking<'_>) -> Result<Vec<String>, String> {
+    let view = view(node, asking).await.map_err(|trouble| trouble.reason)?;
+    if let Some(reason) = view.refused {
+        return Err(format!("CLUSTER NODES is refused: {reason}"));
+    }
+    let primaries = view
+        .nodes
+        .into_iter()
+        .filter(|node| has(node, "master") && !has(node, "fail") && node.slots > 0);
+    Ok(primaries.map(|node| node.place).collect())
+}
+
 /// Reads a line of `CLUSTER NODES`.
 fn node(line: &str, asked: &ServerUrl) -> Option<Node> {
     let mut fields = line.split_whitespace();

@@ -33,9 +33,12 @@ use shardlock::{Endpoint, ShardConfig};
 
 use crate::exit::Failure;
 use crate::{output, shards};
+pub(crate) use cluster::primaries;
 use finding::{Finding, Level};
-use look::{Asking, look};
+use look::look;
+pub(crate) use look::{Asking, ask};
 use report::{Paint, Report, ShardReport};
+pub(crate) use sentinel::primary;
 use server::{Expected, checked};
 
 /// Check the configuration against the servers, and say what is wrong and how to mend it

@@ -94,6 +94,13 @@ pub(super) async fn examine(endpoint: &Endpoint, asking: &Asking<'_>, fingerprin
     }
 }
 
+/// Where the primary is that this sentinel knows by the name.
+pub(crate) async fn primary(sentinel: &ServerUrl, name: &str, asking: &Asking<'_>) -> Result<String, String> {
+    let view = view(sentinel, name, asking).await.map_err(|trouble| trouble.reason)?;
+    view.primary?
+        .ok_or_else(|| format!("{} knows no primary called {name}", sentinel.place()))
+}
+
 async fn view(sentinel: &ServerUrl, name: &str, asking: &Asking<'_>) -> Result<View, Trouble> {
     let mut connection = asking.connect(sentinel).await?;
     let question = |what: &str| {
