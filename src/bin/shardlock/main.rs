@@ -11,6 +11,10 @@ mod shards;
 mod slot;
 mod top;
 
+#[cfg(test)]
+#[path = "../../../tests/support/mod.rs"]
+mod support;
+
 use std::process::ExitCode;
 
 use anyhow::{Context, anyhow};

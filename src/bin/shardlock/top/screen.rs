@@ -1,6 +1,7 @@
 //! The terminal, from when it is taken until it is given back as it was: at the end, after an error, in a panic, and before standing in the background.
 
 use std::io::{self, Stdout, stdout};
+use std::sync::atomic::{AtomicBool, Ordering};
 
 use anyhow::Context;
 use crossterm::cursor::Show;
@@ -54,13 +55,20 @@ impl Drop for Screen {
     }
 }
 
+/// Whether the terminal is ours. To give it back twice would put the cursor where it was before, over what was written since.
+static TAKEN: AtomicBool = AtomicBool::new(false);
+
 fn enter() -> io::Result<()> {
+    TAKEN.store(true, Ordering::Relaxed);
     enable_raw_mode()?;
     execute!(stdout(), EnterAlternateScreen)
 }
 
 /// What fails here can't be helped: the terminal is gone then.
 fn leave() {
+    if !TAKEN.swap(false, Ordering::Relaxed) {
+        return;
+    }
     disable_raw_mode().ok();
     execute!(stdout(), LeaveAlternateScreen, Show).ok();
 }
@@ -72,4 +80,37 @@ fn give_back_in_a_panic() {
         leave();
         said_before(panic);
     }));
+}
+
+#[cfg(test)]
+mod tests {
+    use super::Screen;
+    use crate::support::Terminal;
+
+    const ON_A_TERMINAL: &str = "LOCKTEST_PANIC_ON_TERMINAL";
+
+    /// It is the process on the terminal in the second run, and then the test.
+    #[test]
+    fn a_panic_gives_the_terminal_back_before_it_is_told() {
+        if std::env::var_os(ON_A_TERMINAL).is_some() {
+            let _screen = Screen::take().unwrap();
+            panic!("said in a panic");
+        }
+        let mut command = std::process::Command::new("sh");
+        // A line is read in between, so that the modes can be seen before.
+        command
+            .args(["-c", "echo ready; read line; \"$0\" --exact top::screen::tests::a_panic_gives_the_terminal_back_before_it_is_told --nocapture; echo over"])
+            .arg(std::env::current_exe().unwrap())
+            .env(ON_A_TERMINAL, "yes")
+            .env("RUST_BACKTRACE", "0");
+        let mut terminal = Terminal::open(command, 24, 80);
+        terminal.shows("ready");
+        let modes = terminal.modes();
+        terminal.types("go\n");
+        terminal.shows("said in a panic");
+        terminal.shows("over");
+        assert!(terminal.written().contains("\x1b[?1049h"));
+        assert!(!terminal.screen().alternate_screen() && !terminal.screen().hide_cursor());
+        assert_eq!(terminal.modes(), modes);
+    }
 }

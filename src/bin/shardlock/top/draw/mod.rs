@@ -14,6 +14,7 @@ use ratatui::text::{Line, Span};
 use ratatui::widgets::Widget;
 
 use super::model::{Away, Model, Rows, View};
+use super::source::process_of;
 use table::Layout;
 use words::{Cut, fit, plain};
 
@@ -36,10 +37,10 @@ pub(super) fn frame(buffer: &mut Buffer, area: Rect, model: &mut Model, setting:
     let rows = model.rows();
     let mut lines = vec![title(model, setting, area.width, now)];
     // On a low screen the table comes first.
-    if area.height >= 8 {
+    if area.height >= 8 && !model.helping {
         lines.push(state(model, now));
     }
-    if area.height >= 6 {
+    if area.height >= 6 && !model.helping {
         lines.push(views(model, &rows));
     }
     let below = if area.height >= 5 { BELOW } else { 0 };
@@ -71,27 +72,15 @@ fn title(model: &Model, setting: Setting, width: u16, now: Instant) -> Line<'sta
     } else {
         Span::raw(format!("every {} ", humantime::format_duration(setting.interval)))
     };
-    let who = match model.processes() {
-        [process] => {
-            let mut who = process.label.clone();
-            if let Some(look) = process.look() {
-                if let Some(manager) = &look.manager {
-                    who += &format!("  {}", super::source::process_of(manager));
-                }
-                if let Some(uptime) = look.uptime {
-                    who += &format!(", up {}", words::time(uptime));
-                }
-            }
-            who
-        }
-        processes => match model.away(now).count() {
-            0 => format!("{} processes", processes.len()),
-            away => format!("{} processes, {away} away", processes.len()),
-        },
-    };
     let left = "shardlock top  ";
     let room = usize::from(width).saturating_sub(left.len() + right.width() + 2);
-    let who = fit(&plain(&who), room, Cut::Tail);
+    let (label, more) = who(model, now);
+    let whole = plain(&(label.clone() + &more));
+    let who = if words::width(&whole) <= room {
+        whole
+    } else {
+        fit(&plain(&label), room, Cut::Tail)
+    };
     let blank = room.saturating_sub(words::width(&who)) + 1;
     Line::from(vec![
         Span::raw(" "),
@@ -100,6 +89,25 @@ fn title(model: &Model, setting: Setting, width: u16, now: Instant) -> Line<'sta
         Span::raw(" ".repeat(blank)),
         right,
     ])
+}
+
+/// Who is looked at, and what else there is to say of it.
+fn who(model: &Model, now: Instant) -> (String, String) {
+    let [process] = model.processes() else {
+        let count = model.processes().len();
+        let more = match model.away(now).count() {
+            0 => String::new(),
+            away => format!(", {away} away"),
+        };
+        return (format!("{count} processes"), more);
+    };
+    let look = process.look();
+    let manager = look.and_then(|look| look.manager.as_deref());
+    let mut more = manager.map_or_else(String::new, |manager| format!("  {}", process_of(manager)));
+    if let Some(uptime) = look.and_then(|look| look.uptime) {
+        more += &format!(", up {}", words::time(uptime));
+    }
+    (process.label.clone(), more)
 }
 
 /// Who is away, what is to be known, or the whole in numbers.

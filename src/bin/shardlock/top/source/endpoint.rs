@@ -65,16 +65,17 @@ impl FromStr for Address {
         }
         let bad = || format!("{text:?} is not HOST:PORT, such as {usual}");
         let authority: Authority = place.parse().map_err(|_| bad())?;
-        if authority.as_str().contains('@') || authority.host().is_empty() {
+        let (host, rest) = place.split_at_checked(authority.host().len()).ok_or_else(bad)?;
+        if host.is_empty() || host != authority.host() {
             return Err(bad());
         }
-        let port = match authority.port() {
-            Some(_) => authority.port_u16().filter(|port| *port != 0).ok_or_else(bad)?,
-            None if authority.as_str().ends_with(':') => return Err(bad()),
-            None => usual.port,
+        let port = match rest.strip_prefix(':') {
+            Some(port) => port.parse().ok().filter(|port| *port != 0).ok_or_else(bad)?,
+            None if rest.is_empty() => usual.port,
+            None => return Err(bad()),
         };
         Ok(Self {
-            host: authority.host().to_owned(),
+            host: host.to_owned(),
             port,
         })
     }
