@@ -21,7 +21,7 @@ impl Window {
         self.0.has_shown(text);
     }
 
-    fn types(&mut self, text: &str) {
+    fn types(&self, text: &str) {
         self.0.types(text);
     }
 }

@@ -72,8 +72,8 @@ impl Terminal {
     }
 
     #[track_caller]
-    pub fn types(&mut self, text: &str) {
-        self.keyboard.write_all(text.as_bytes()).expect("type");
+    pub fn types(&self, text: &str) {
+        (&self.keyboard).write_all(text.as_bytes()).expect("type");
     }
 
     /// Gives the window another size, of which the kernel tells the process.

@@ -195,7 +195,7 @@ fn a_small_screen_keeps_what_matters_most() {
         "  1 hot keys 3   2 held 2   3 shards 2",
         "KEY                       WAITERS    P99",
         "coupon:123                     12  340ms",
-        "tenant:7f3c…1:settlement        3  340ms",
+        "tenant:7f3c9…:settlement        3  340ms",
         "鍵:1                            0  340ms",
     ];
     shows(&mut model, now, (40, 7), &top, &KEYS[..40]);

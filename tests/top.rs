@@ -1,1 +1,0 @@
-//! `shardlock top`.
