@@ -112,7 +112,7 @@ fn another_size_of_the_window_is_filled_at_once() {
     let load = Load::start(&server, true);
     let terminal = top(&[&load.address]);
     terminal.until("all is known", |lines| row(lines, STUCK).is_some());
-    terminal.resize(40, 140);
+    terminal.resize(40, 160);
     let lines = terminal.until("it is larger", |lines| lines[39].starts_with(" q quit"));
     assert!(has(&lines, "CONTENDED") && has(&lines, crate::load::LONG), "{lines:#?}");
     terminal.resize(8, 40);

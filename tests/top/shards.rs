@@ -35,11 +35,11 @@ fn held_keys_their_holders_and_queues_are_seen_without_an_endpoint() {
     terminal.types("2");
     let lines = terminal.until("all that is held", |lines| keys(lines).len() >= 3);
     assert!(
-        has(&lines, "odd {key} 100%") && has(&lines, "another library"),
+        has(&lines, "odd {key} 100%") && has(&lines, "another…ibrary"),
         "{lines:#?}"
     );
     assert!(
-        row(&lines, "foreign").is_some_and(|row| row.contains(&"no")),
+        row(&lines, "foreign").is_some_and(|row| row[3..5] == ["no", "end"]),
         "{lines:#?}"
     );
     terminal.types("3");
@@ -58,7 +58,7 @@ fn a_search_looks_at_no_more_keys_than_it_may_and_goes_on_where_it_ended() {
     let _holders = ["a", "b", "c"].map(|key| Holder::of(&server, key));
     server.command(&["CONFIG", "RESETSTAT"]);
     let terminal = live(&server, &["--scan", "1000", "--view", "held"]);
-    terminal.shows("not all were looked at; n goes on");
+    terminal.shows("not all keys were looked at, n goes on");
     assert_eq!(server.calls("scan"), 5);
     // Refreshes search nothing.
     let inspected = server.calls("eval") + server.calls("evalsha") + server.calls("get");
@@ -67,17 +67,15 @@ fn a_search_looks_at_no_more_keys_than_it_may_and_goes_on_where_it_ended() {
         server.calls("ping") > 0 || inspected < server.calls("eval") + server.calls("evalsha") + server.calls("get")
     });
     assert_eq!(server.calls("scan"), 5);
-    let mut searches = 5;
+    let mut searches = 1;
     while keys(&terminal.lines()).len() < 3 {
+        let before = server.calls("scan");
         terminal.types("n");
-        searches += 5;
-        terminal.until("it has searched", |_| {
-            server.calls("scan") >= searches || server.calls("scan") % 5 != 0
-        });
+        searches += 1;
+        terminal.until("it has searched", |_| server.calls("scan") > before);
         assert!(searches < 1000, "{:#?}", terminal.lines());
     }
-    // 20,000 keys in steps of 200 are 100, and the last step of all may be followed by new rounds.
-    assert!(server.calls("scan") <= searches, "{}", server.calls("scan"));
+    assert!(server.calls("scan") <= 5 * searches, "{}", server.calls("scan"));
     assert_eq!(server.calls("keys"), 0);
 }
 

@@ -21,7 +21,7 @@ const DRAW_EVERY: Duration = Duration::from_secs(1);
 /// Shows the model until somebody wants it to end. Returns the code to exit with.
 pub(super) async fn show(mut model: Model, mut asking: Asking, setting: Setting) -> Result<u8, Failure> {
     let mut signals = Signals::listen().map_err(Failure::system)?;
-    let mut screen = Screen::take().map_err(Failure::system)?;
+    let (mut screen, _taken) = Screen::take().map_err(Failure::system)?;
     let mut events = EventStream::new();
     let mut beat = tokio::time::interval(DRAW_EVERY);
     beat.set_missed_tick_behavior(MissedTickBehavior::Delay);
@@ -57,11 +57,7 @@ fn draw(screen: &mut Screen, model: &mut Model, setting: Setting) -> anyhow::Res
         let area = frame.area();
         draw::frame(frame.buffer_mut(), area, model, setting, Instant::now());
     };
-    screen
-        .terminal()
-        .draw(draw)
-        .context("the terminal can't be written to")?;
-    Ok(())
+    screen.draw(draw)
 }
 
 /// The signals that end a program.

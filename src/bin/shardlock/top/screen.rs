@@ -6,33 +6,56 @@ use std::sync::atomic::{AtomicBool, Ordering};
 use anyhow::Context;
 use crossterm::cursor::Show;
 use crossterm::execute;
-use crossterm::terminal::{EnterAlternateScreen, LeaveAlternateScreen, disable_raw_mode, enable_raw_mode};
-use ratatui::Terminal;
+use crossterm::terminal::{
+    Clear, ClearType, EnterAlternateScreen, LeaveAlternateScreen, disable_raw_mode, enable_raw_mode, size,
+};
 use ratatui::backend::CrosstermBackend;
+use ratatui::layout::Rect;
+use ratatui::{Frame, Terminal, TerminalOptions, Viewport};
 use rustix::process::{Signal, getpid, kill_process};
 
-/// A terminal of ours. Dropping it gives it back.
+/// A terminal of ours, to draw on.
+///
+/// # Implementation details
+///
+/// Its size is followed here, by another [`Terminal`] for each. The library's own way is to ask a terminal where its cursor is, whose answer comes
+/// among the keys: it takes seconds where a terminal gives none.
 pub(super) struct Screen {
     terminal: Terminal<CrosstermBackend<Stdout>>,
+    size: (u16, u16),
+}
+
+/// The terminal is ours while this lives.
+pub(super) struct Taken(());
+
+impl Drop for Taken {
+    fn drop(&mut self) {
+        leave();
+    }
 }
 
 impl Screen {
     /// # Errors
     ///
     /// The terminal refuses; it is as it was then.
-    pub(super) fn take() -> anyhow::Result<Self> {
+    pub(super) fn take() -> anyhow::Result<(Self, Taken)> {
         give_back_in_a_panic();
-        match enter().and_then(|()| Terminal::new(CrosstermBackend::new(stdout()))) {
-            Ok(terminal) => Ok(Self { terminal }),
-            Err(error) => {
-                leave();
-                Err(error).context("the terminal can't be used")
-            }
-        }
+        let taken = Taken(());
+        let screen = enter().and_then(|()| fresh()).context("the terminal can't be used")?;
+        Ok((screen, taken))
     }
 
-    pub(super) fn terminal(&mut self) -> &mut Terminal<CrosstermBackend<Stdout>> {
-        &mut self.terminal
+    /// # Errors
+    ///
+    /// The terminal is gone.
+    pub(super) fn draw(&mut self, draw: impl FnOnce(&mut Frame<'_>)) -> anyhow::Result<()> {
+        let drawn = match size() {
+            Ok(now) if now != self.size => fresh().map(|fresh| *self = fresh),
+            asked => asked.map(drop),
+        };
+        drawn
+            .and_then(|()| self.terminal.draw(draw).map(drop))
+            .context("the terminal can't be written to")
     }
 
     /// Stands in the background until the shell brings us back.
@@ -44,15 +67,21 @@ impl Screen {
         leave();
         kill_process(getpid(), Signal::TSTP).context("can't stand in the background")?;
         enter()
-            .and_then(|()| self.terminal.clear())
+            .and_then(|()| fresh())
+            .map(|fresh| *self = fresh)
             .context("the terminal can't be used")
     }
 }
 
-impl Drop for Screen {
-    fn drop(&mut self) {
-        leave();
-    }
+/// An empty screen of the size that the terminal has now.
+fn fresh() -> io::Result<Screen> {
+    let (columns, rows) = size()?;
+    execute!(stdout(), Clear(ClearType::All))?;
+    let viewport = Viewport::Fixed(Rect::new(0, 0, columns, rows));
+    Ok(Screen {
+        terminal: Terminal::with_options(CrosstermBackend::new(stdout()), TerminalOptions { viewport })?,
+        size: (columns, rows),
+    })
 }
 
 /// Whether the terminal is ours. To give it back twice would put the cursor where it was before, over what was written since.
@@ -93,7 +122,7 @@ mod tests {
     #[test]
     fn a_panic_gives_the_terminal_back_before_it_is_told() {
         if std::env::var_os(ON_A_TERMINAL).is_some() {
-            let _screen = Screen::take().unwrap();
+            let _taken = Screen::take().unwrap();
             panic!("said in a panic");
         }
         let mut command = std::process::Command::new("sh");

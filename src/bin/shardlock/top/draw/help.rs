@@ -13,7 +13,7 @@ const HELP: &[(&str, &str)] = &[
     ("arrows  page", "move through the rows"),
     ("q  ctrl-c", "quit"),
     ("", ""),
-    ("HOLDER", "the process, as host-pid; elsewhere: none that is looked at"),
+    ("HOLDER", "the process, as host-pid; not here: none of those looked at"),
     ("AGE  LEFT", "for how long it is held; until when without a renewal"),
     ("WAITERS", "tasks that wait; with --shard, processes that wait"),
     ("P50 P99", "waits of those who got it, right within a factor of two"),

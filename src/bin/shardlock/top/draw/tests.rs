@@ -147,7 +147,7 @@ fn hot_keys_on_a_screen_of_80_by_24() {
         "  1 hot keys 3   2 held 2   3 shards 2",
         "KEY                        HOLDER             AGE  WAITERS    P50    P99 CONT/S▼",
         "coupon:123                 vm-7            3.00ms       12 1.50ms  340ms     250",
-        "tenant:7f3c9a…1:settlement elsewhere            -        3 1.50ms  340ms     8.0",
+        "tenant:7f3c9a…1:settlement not here             -        3 1.50ms  340ms     8.0",
         "鍵:1                       -                    -        0 1.50ms  340ms       0",
     ];
     shows(&mut model, now, (80, 24), &top, KEYS);

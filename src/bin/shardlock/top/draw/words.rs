@@ -78,7 +78,7 @@ pub(super) fn plain(text: &str) -> String {
         char.is_control() || matches!(char, '\u{200e}' | '\u{200f}' | '\u{202a}'..='\u{202e}' | '\u{2066}'..='\u{2069}')
     };
     text.chars()
-        .map(|char| if is_harmful(char) { '\u{fffd}' } else { char })
+        .map(|char| if is_harmful(char) { '?' } else { char })
         .collect()
 }
 
@@ -178,6 +178,6 @@ mod tests {
 
     #[test]
     fn what_would_move_the_cursor_is_not_shown() {
-        assert_eq!(plain("a\x1b[2J\u{202e}b\n"), "a\u{fffd}[2J\u{fffd}b\u{fffd}");
+        assert_eq!(plain("a\x1b[2J\u{202e}b\n"), "a?[2J?b?");
     }
 }

@@ -2,7 +2,7 @@
 //!
 //! What can be added up is. Quantiles can't: of those the largest is shown, that of the process that fares worst.
 
-use std::collections::BTreeMap;
+use std::collections::{BTreeMap, HashSet};
 use std::time::Duration;
 
 use super::process::Process;
@@ -50,12 +50,13 @@ pub(in crate::top) struct ShardRow {
     pub(in crate::top) stale: bool,
 }
 
-/// Somebody else than the processes that are looked at: they wait, but none of them has it.
-pub(in crate::top) const ELSEWHERE: &str = "elsewhere";
+/// Tasks wait, but none of the processes that are looked at has a guard: another process holds it, or it is just being handed over.
+pub(in crate::top) const NOT_HERE: &str = "not here";
 
 pub(super) fn hot(processes: &[Process]) -> Vec<HotRow> {
     let mut rows: BTreeMap<(&str, &str), HotRow> = BTreeMap::new();
     for process in processes {
+        wanted(process, &mut rows);
         for hot in process.look().into_iter().flat_map(|look| &look.hot) {
             let row = rows.entry((&hot.shard, &hot.key)).or_default();
             row.key.clone_from(&hot.key);
@@ -78,9 +79,35 @@ pub(super) fn hot(processes: &[Process]) -> Vec<HotRow> {
     }
     let mut rows: Vec<_> = rows.into_values().collect();
     for row in rows.iter_mut().filter(|row| row.holder.is_none() && row.waiters > 0) {
-        row.holder = Some(ELSEWHERE.to_owned());
+        row.holder = Some(NOT_HERE.to_owned());
     }
     rows
+}
+
+/// A process counts those who wait when they are done with that. Where nobody is yet, since the lock is held for long, the key is not hot, but it is what
+/// matters most.
+fn wanted<'a>(process: &'a Process, rows: &mut BTreeMap<(&'a str, &'a str), HotRow>) {
+    let Some(look) = process.look() else { return };
+    let known: HashSet<(&str, &str)> = look
+        .hot
+        .iter()
+        .map(|hot| (hot.shard.as_str(), hot.key.as_str()))
+        .collect();
+    for held in look.held.iter().filter(|held| held.waiters > 0) {
+        let place = (held.shard.as_str(), held.key.as_str());
+        if known.contains(&place) {
+            continue;
+        }
+        let row = rows.entry(place).or_default();
+        row.key.clone_from(&held.key);
+        row.shard.clone_from(&held.shard);
+        row.waiters += held.waiters;
+        row.stale |= process.is_stale();
+        if row.age.is_none_or(|age| held.age < age) {
+            row.holder = Some(held.who.clone());
+            row.age = Some(held.age);
+        }
+    }
 }
 
 pub(super) fn held(processes: &[Process]) -> Vec<HeldRow> {

@@ -129,12 +129,9 @@ impl Model {
             }
         }
         sums.shards = shards.len();
-        sums.held = self
-            .processes
-            .iter()
-            .filter_map(Process::look)
-            .map(|look| look.held_total)
-            .sum();
+        let looks = self.processes.iter().filter_map(Process::look);
+        let untold: usize = looks.map(|look| look.held_total.saturating_sub(look.held.len())).sum();
+        sums.held = merge::held(&self.processes).len() + untold;
         sums
     }
 

@@ -76,7 +76,7 @@ fn a_key_of_several_processes_is_one_row() {
     assert_eq!((rows[0].holder.as_deref(), rows[0].age), (Some("two"), Some(age(7))));
     assert_eq!(rows[0].waits.unwrap().p99, Duration::from_millis(90));
     // It waits, and none of the two has it.
-    assert_eq!(rows[1].holder.as_deref(), Some("elsewhere"));
+    assert_eq!(rows[1].holder.as_deref(), Some("not here"));
 }
 
 #[test]
@@ -111,6 +111,21 @@ fn a_held_lock_counts_those_who_wait_in_other_processes() {
         with_hot(vec![hot("k", 1, 4, None, 1)]),
     ]);
     assert_eq!(model.rows().held[0].waiters, 5);
+}
+
+#[test]
+fn a_key_that_is_held_so_long_that_nobody_got_it_yet_is_shown_among_the_hot_ones() {
+    let model = told(vec![Look {
+        held: vec![held("k", "one", 60_000, 7)],
+        ..with_hot(vec![hot("other", 1, 0, None, 1)])
+    }]);
+    let rows = model.rows().hot;
+    let stuck = rows.iter().find(|row| row.key == "k").unwrap();
+    assert_eq!(
+        (stuck.waiters, stuck.holder.as_deref(), stuck.waits),
+        (1, Some("one"), None)
+    );
+    assert_eq!(model.sums().held, 1);
 }
 
 #[test]

@@ -117,14 +117,15 @@ impl Shards {
         let new = self.keys.len() - before;
         self.found = match troubles.into_iter().next() {
             Some(trouble) => Some(trouble),
-            None if more => Some(format!("{new} keys found, but not all were looked at; n goes on")),
+            None if more => Some(format!("found {new} more; not all keys were looked at, n goes on")),
             None => None,
         };
     }
 
     pub(super) async fn look(&mut self) -> Look {
         let questions: Vec<LockKey> = self.keys.keys().cloned().collect();
-        let (locks, now) = (&self.locks, Instant::now());
+        let now = Instant::now();
+        let locks = &self.locks;
         let answers: Vec<_> = stream::iter(questions)
             .map(|key| async move {
                 let seen = locks.inspect(&key).await;
@@ -139,6 +140,11 @@ impl Shards {
         for (key, seen) in answers {
             let seen = match seen {
                 Ok(seen) => seen,
+                // It was found, but is no lease.
+                Err(LockError::Refused { .. }) if self.keys.get(&key).is_some_and(|known| !known.named) => {
+                    self.keys.remove(&key);
+                    continue;
+                }
                 Err(error) => {
                     failure.get_or_insert_with(|| error.to_string());
                     continue;
