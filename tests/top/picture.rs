@@ -6,7 +6,8 @@ use std::fs;
 use vt100::{Cell, Color, Screen};
 
 use crate::load::{HOT, Load, STUCK, WAITING};
-use crate::support::RedisServer;
+use crate::support::{RedisServer, Terminal};
+use crate::tool::bare;
 use crate::{has, row, top};
 
 /// Names the file to which the picture is written, if it is wanted.
@@ -29,14 +30,15 @@ fn processes_are_shown_as_one_and_one_that_dies_is_named() {
     );
     if let Ok(file) = std::env::var(FILE) {
         // After some seconds the rates are steady.
-        let (terminal, mut frames) = (top(&[&one.address, "--admin", &two.address, "--interval", "1s"]), 0);
+        let args = ["top", &one.address, &two.address];
+        let (terminal, mut frames) = (Terminal::open(bare(&args), 18, 80), 0);
         let mut last = Vec::new();
         terminal.until("it has settled", |lines| {
             if lines != last {
                 last = lines.to_vec();
                 frames += 1;
             }
-            frames > 30
+            frames > 16
         });
         fs::write(file, svg(&terminal.screen())).unwrap();
     }
