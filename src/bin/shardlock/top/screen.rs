@@ -132,7 +132,7 @@ mod tests {
             .arg(std::env::current_exe().unwrap())
             .env(ON_A_TERMINAL, "yes")
             .env("RUST_BACKTRACE", "0");
-        let mut terminal = Terminal::open(command, 24, 80);
+        let terminal = Terminal::open(command, 24, 80);
         terminal.shows("ready");
         let modes = terminal.modes();
         terminal.types("go\n");
