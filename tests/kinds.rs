@@ -59,6 +59,26 @@ on_each_store! { on(servers);
         store.is_clean().await;
     }
 
+    async fn what_is_held_in_the_shards_is_seen_without_an_endpoint(store: &TestStore) {
+        let locks = store.manager().await;
+        let (taken, other) = (lock(&locks, "taken").await, lock(&locks, "{tag} 100%").await);
+        let is_etcd = store.urls().iter().any(|url| url.starts_with("etcd"));
+        let searched = run(with_settings(store, &["top", "--once", "--interval", "100ms"]));
+        let named = run(with_settings(store, &["top", "--once", "--interval", "100ms", "--key", "taken", "--key", "{tag} 100%"]));
+        let holder = locks.id().rsplit_once('-').expect("host-pid-random").0;
+        for (ended, is_seen) in [(searched, !is_etcd), (named, true)] {
+            assert_eq!(ended.code, 0, "{ended:?}");
+            for key in ["taken ", "{tag} 100% "] {
+                let line = ended.stdout.lines().find(|line| line.starts_with(key));
+                assert_eq!(line.is_some_and(|line| line.contains(holder)), is_seen, "{ended:?}");
+            }
+            let says_why = ended.stdout.contains("keys of etcd:// can't be searched; name them with --key");
+            assert_eq!(says_why, !is_seen, "{ended:?}");
+        }
+        taken.release().await.expect("release");
+        other.release().await.expect("release");
+    }
+
     async fn the_demo_comes_to_its_result_and_leaves_nothing(store: &TestStore) {
         let small = ["demo", "--json", "--processes", "2", "--tasks", "8", "--keys", "20", "--seconds", "0.5"];
         let shards = store.urls().iter().flat_map(|url| ["--shard", url]);

@@ -17,6 +17,7 @@ pub(crate) use overrides::check_overrides;
 
 use crate::endpoint::{Endpoint, EndpointKind, redact};
 use crate::error::Invalid;
+use crate::key::LockKey;
 use crate::router::ShardMap;
 use crate::store::redis::names::Names;
 use bounds::Problem;
@@ -237,6 +238,12 @@ impl Config {
     #[must_use]
     pub fn map_key(&self) -> String {
         Names::new(&self.namespace).map()
+    }
+
+    /// The key whose lease has this name in Redis, or nothing if it is no lease of this namespace. For tools that find keys at a server.
+    #[must_use]
+    pub fn key_of_lease(&self, name: &str) -> Option<LockKey> {
+        Names::new(&self.namespace).key_of_lease(name)
     }
 
     /// Sets one value by its name, from text: `set("ttl", "10s")`.
@@ -473,6 +480,9 @@ mod tests {
         config.set("shards", "a=memory://x,b=memory://y").unwrap();
         assert_eq!(config.fingerprints()[1], "v1 a:0-8191,b:8192-16383 here=b");
         assert_eq!(config.map_key(), "lock:%map");
+        let key = |name| config.key_of_lease(name).map(|key| key.to_string());
+        assert_eq!(key("lock:100%25"), Some("100%".to_owned()));
+        assert_eq!(key("lock:%map"), None);
     }
 
     #[test]

@@ -20,6 +20,7 @@ pub mod proxy;
 pub mod quorum;
 pub mod sentinel;
 pub mod server;
+pub mod terminal;
 pub mod tls;
 #[cfg(feature = "tls")]
 mod tls_front;
@@ -30,5 +31,6 @@ pub use cluster::Cluster;
 pub use directory::directory;
 pub use quorum::Quorum;
 pub use server::{ClientType, RedisServer};
+pub use terminal::Terminal;
 pub use wait::{PATIENCE, eventually, wait_until};
 pub use worker::Worker;

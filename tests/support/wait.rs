@@ -5,7 +5,7 @@ use std::time::{Duration, Instant};
 /// How long to wait for what must happen: long enough for a loaded machine, since only a failure takes that long.
 pub const PATIENCE: Duration = Duration::from_secs(20);
 
-const POLL: Duration = Duration::from_millis(2);
+pub(super) const POLL: Duration = Duration::from_millis(2);
 
 /// Blocks the thread until the condition holds, and panics with `what` when it does not within the time given.
 ///

@@ -11,6 +11,11 @@ mod metrics;
 mod output;
 mod shards;
 mod slot;
+mod top;
+
+#[cfg(test)]
+#[path = "../../../tests/support/mod.rs"]
+mod support;
 
 use std::process::ExitCode;
 
@@ -42,6 +47,7 @@ enum Command {
     Exec(exec::Args),
     Inspect(inspect::Args),
     Doctor(doctor::Args),
+    Top(top::Args),
     Slot(slot::Args),
     Demo(demo::DemoArgs),
     Bench(bench::Args),
@@ -58,7 +64,7 @@ fn main() -> ExitCode {
             return if error.use_stderr() { exit::USAGE } else { exit::OK }.into();
         }
     };
-    match log_to_stderr().and_then(|()| run(cli.command)) {
+    match log_to_stderr(&cli.command).and_then(|()| run(cli.command)) {
         Ok(code) => code.into(),
         Err(failure) => {
             output::complain(format_args!("{:#}", failure.error));
@@ -72,6 +78,7 @@ fn run(command: Command) -> Result<u8, Failure> {
         Command::Exec(args) => on_this_thread(exec::run(args)),
         Command::Inspect(args) => on_this_thread(inspect::run(args)),
         Command::Doctor(args) => on_this_thread(doctor::run(args)),
+        Command::Top(args) => on_this_thread(top::run(args)),
         Command::Slot(args) => slot::run(args),
         Command::Demo(args) => on_this_thread(async { demo::run(args).await.map_err(|error| Failure::new(1, error)) }),
         Command::Bench(args) => on_this_thread(bench::run(args)),
@@ -90,8 +97,8 @@ fn on_this_thread(command: impl Future<Output = Result<u8, Failure>>) -> Result<
         .block_on(command)
 }
 
-fn log_to_stderr() -> Result<(), Failure> {
-    let level = match std::env::var("SHARDLOCK_LOG") {
+fn log_to_stderr(command: &Command) -> Result<(), Failure> {
+    let mut level = match std::env::var("SHARDLOCK_LOG") {
         Ok(level) => level.parse().map_err(|_| {
             Failure::config(anyhow!(
                 "SHARDLOCK_LOG is {level:?}, but must be one of off, error, warn, info, debug, trace"
@@ -99,6 +106,9 @@ fn log_to_stderr() -> Result<(), Failure> {
         })?,
         Err(_) => LevelFilter::WARN,
     };
+    if matches!(command, Command::Top(args) if args.owns_stderr()) {
+        level = LevelFilter::OFF;
+    }
     tracing_subscriber::fmt()
         .with_writer(std::io::stderr)
         .with_max_level(level)

@@ -115,6 +115,16 @@ impl Names {
         counter(&self.namespace, slot)
     }
 
+    /// The key whose lease is called so; nothing for what is no lease of this namespace.
+    pub(crate) fn key_of_lease(&self, lease: &str) -> Option<LockKey> {
+        let name = lease.strip_prefix(&self.namespace)?;
+        let decoded = percent_encoding::percent_decode_str(name).decode_utf8().ok()?;
+        let key = LockKey::new(&decoded).ok()?;
+        // A queue, a counter or the map decodes to a key that would be called otherwise.
+        let is_its_lease = self.of(&key).name == name;
+        is_its_lease.then_some(key)
+    }
+
     pub(crate) fn map(&self) -> String {
         format!("{}%map", self.namespace)
     }
@@ -265,6 +275,19 @@ mod tests {
         #[test]
         fn all_keys_of_a_lock_share_a_slot(key in "[a-b{}%: é\\\\]{1,10}") {
             prop_assert!(all_in_one_slot(&names(&key)));
+        }
+
+        #[test]
+        fn a_lease_leads_back_to_its_key_and_nothing_else_to_any(key in "[a-b{}%: é2357BDmapqfence]{1,12}") {
+            let (all, own) = (names(&key), Names::new("lock:"));
+            let found = own.key_of_lease(&all.lease);
+            prop_assert_eq!(found.as_ref().map(LockKey::as_str), Some(key.as_str()));
+            for other in [&all.queue, &all.counter, &own.map(), &key] {
+                prop_assert!(own.key_of_lease(other).is_none_or(|found| names(found.as_str()).lease == *other));
+            }
+            for other in [&all.queue, &all.counter, &own.map()] {
+                prop_assert_eq!(own.key_of_lease(other), None);
+            }
         }
 
         /// No two names of different locks are the same, whatever their kind.

@@ -95,22 +95,6 @@ pub(super) async fn examine(endpoint: &Endpoint, asking: &Asking<'_>, fingerprin
     }
 }
 
-/// The primaries with slots, as the first node that answers sees them.
-pub(super) async fn primaries(endpoint: &Endpoint, asking: &Asking<'_>) -> anyhow::Result<Vec<ServerUrl>> {
-    for seed in endpoint.servers() {
-        // The next one may know.
-        let Ok(view) = view(&seed, asking).await else {
-            continue;
-        };
-        let primaries = view.nodes.iter().filter(|node| node.slots > 0);
-        let servers: Vec<_> = primaries.filter_map(|node| endpoint.server_at(&node.place)).collect();
-        if !servers.is_empty() {
-            return Ok(servers);
-        }
-    }
-    anyhow::bail!("no node of {endpoint} says which others there are")
-}
-
 async fn view(server: &ServerUrl, asking: &Asking<'_>) -> Result<View, Trouble> {
     let mut connection = asking.connect(server).await?;
     // A server that is no node of a cluster refuses these; that it is none is said by the check of its mode.
@@ -133,6 +117,19 @@ async fn view(server: &ServerUrl, asking: &Asking<'_>) -> Result<View, Trouble> 
         settings,
         refused: nodes.err(),
     })
+}
+
+/// Where the primaries of the cluster are that this node knows and that are not said to be down.
+pub(super) async fn primaries(node: &ServerUrl, asking: &Asking<'_>) -> Result<Vec<String>, String> {
+    let view = view(node, asking).await.map_err(|trouble| trouble.reason)?;
+    if let Some(reason) = view.refused {
+        return Err(format!("CLUSTER NODES is refused: {reason}"));
+    }
+    let primaries = view
+        .nodes
+        .into_iter()
+        .filter(|node| has(node, "master") && !has(node, "fail") && node.slots > 0);
+    Ok(primaries.map(|node| node.place).collect())
 }
 
 /// Reads a line of `CLUSTER NODES`.

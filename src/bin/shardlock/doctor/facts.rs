@@ -16,10 +16,10 @@ pub(super) struct Server {
 
 /// Why nothing was learned.
 #[derive(Debug, Clone, PartialEq, Eq)]
-pub(super) struct Trouble {
+pub(crate) struct Trouble {
     pub(super) kind: TroubleKind,
     /// In the words of whoever said no.
-    pub(super) reason: String,
+    pub(crate) reason: String,
 }
 
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]

@@ -37,7 +37,7 @@ const SETTINGS: [&str; 11] = [
 
 /// How servers are asked.
 #[derive(Debug)]
-pub(super) struct Asking<'a> {
+pub(crate) struct Asking<'a> {
     pub(super) config: &'a Config,
     certificates: TlsCertificates,
 }
@@ -46,7 +46,7 @@ impl<'a> Asking<'a> {
     /// # Errors
     ///
     /// A file for encrypted connections can't be read.
-    pub(super) fn new(config: &'a Config) -> anyhow::Result<Self> {
+    pub(crate) fn new(config: &'a Config) -> anyhow::Result<Self> {
         let read = |setting: &str, path: &Option<std::path::PathBuf>| match path {
             None => Ok(None),
             Some(path) => std::fs::read(path)
@@ -71,7 +71,7 @@ impl<'a> Asking<'a> {
         })
     }
 
-    pub(super) fn timeout(&self) -> Duration {
+    pub(crate) fn timeout(&self) -> Duration {
         self.config.store_timeout
     }
 
@@ -101,7 +101,7 @@ impl<'a> Asking<'a> {
         })
     }
 
-    pub(super) async fn connect(&self, server: &ServerUrl) -> Result<MultiplexedConnection, Trouble> {
+    pub(crate) async fn connect(&self, server: &ServerUrl) -> Result<MultiplexedConnection, Trouble> {
         let client = self.client(server)?;
         let config = AsyncConnectionConfig::new()
             .set_connection_timeout(Some(self.timeout()))
@@ -182,7 +182,7 @@ fn command(name: &str) -> Cmd {
 }
 
 /// One question; what the server says against it in words.
-pub(super) async fn ask<T: FromRedisValue>(connection: &mut MultiplexedConnection, command: &Cmd) -> Result<T, String> {
+pub(crate) async fn ask<T: FromRedisValue>(connection: &mut MultiplexedConnection, command: &Cmd) -> Result<T, String> {
     command.query_async(connection).await.map_err(|error| error.to_string())
 }
 

@@ -35,8 +35,9 @@ use shardlock::{Endpoint, ShardConfig};
 use crate::exit::Failure;
 use crate::{output, shards};
 use finding::{Finding, Level};
-use look::{Asking, look};
-pub(crate) use primaries::connect_to_primaries;
+use look::look;
+pub(crate) use look::{Asking, ask};
+pub(crate) use primaries::{connect_to_primaries, primaries};
 use report::{Paint, Report, ShardReport};
 use server::{Expected, checked};
 

@@ -1,15 +1,45 @@
-//! The servers of shards that keep leases now, for commands that ask them for what they did.
+//! The servers of shards that keep leases now, for commands that ask them what they did or have.
 
 use std::collections::BTreeMap;
 
-use anyhow::{Context, anyhow};
+use anyhow::{Context, anyhow, bail};
 use deadpool_redis::redis::aio::MultiplexedConnection;
 use shardlock::{Config, Endpoint, ServerUrl};
 
 use super::look::Asking;
 use super::{cluster, sentinel};
 
-/// A connection to each: servers that stand alone, nodes of a quorum, primaries that sentinels name, primaries of a cluster with slots.
+/// Those of one shard: the server that stands alone, nodes of a quorum, the primary that a sentinel names, primaries of a cluster with slots.
+/// Nothing if the shard is not on Redis.
+///
+/// # Errors
+///
+/// Nobody says which they are. The reason is that of the last one that was asked.
+pub(crate) async fn primaries(endpoint: &Endpoint, asking: &Asking<'_>) -> anyhow::Result<Option<Vec<ServerUrl>>> {
+    match endpoint.scheme() {
+        "redis" | "rediss" | "redlock" | "redlocks" => return Ok(Some(endpoint.servers())),
+        "redis+sentinel" | "rediss+sentinel" | "redis+cluster" | "rediss+cluster" => {}
+        _ => return Ok(None),
+    }
+    let mut trouble = "the URL names no server".to_owned();
+    // The first that answers knows.
+    for server in endpoint.servers() {
+        let places = match endpoint.primary_name() {
+            Some(name) => sentinel::primary(&server, name, asking).await.map(|place| vec![place]),
+            None => cluster::primaries(&server, asking).await,
+        };
+        match places {
+            Ok(places) => {
+                let servers = places.iter().filter_map(|place| endpoint.server_at(place));
+                return Ok(Some(servers.collect()));
+            }
+            Err(reason) => trouble = format!("{}: {reason}", server.place()),
+        }
+    }
+    bail!("{trouble}")
+}
+
+/// A connection to each of all shards.
 /// Nothing if a shard is not on Redis.
 ///
 /// # Errors
@@ -21,11 +51,8 @@ pub(crate) async fn connect_to_primaries(config: &Config) -> anyhow::Result<Opti
     let mut servers: BTreeMap<String, ServerUrl> = BTreeMap::new();
     for shard in &config.shards {
         let endpoint = Endpoint::parse(&shard.url)?;
-        let found = match endpoint.scheme() {
-            "redis" | "rediss" | "redlock" | "redlocks" => endpoint.servers(),
-            "redis+sentinel" | "rediss+sentinel" => vec![sentinel::primary(&endpoint, &asking).await?],
-            "redis+cluster" | "rediss+cluster" => cluster::primaries(&endpoint, &asking).await?,
-            _ => return Ok(None),
+        let Some(found) = primaries(&endpoint, &asking).await? else {
+            return Ok(None);
         };
         servers.extend(found.into_iter().map(|server| (server.place().to_owned(), server)));
     }

@@ -75,20 +75,11 @@ pub(super) async fn examine(endpoint: &Endpoint, asking: &Asking<'_>, fingerprin
     }
 }
 
-/// Where the first sentinel that knows says that the primary is.
-pub(super) async fn primary(endpoint: &Endpoint, asking: &Asking<'_>) -> anyhow::Result<ServerUrl> {
-    let name = endpoint.primary_name().unwrap_or_default();
-    for sentinel in endpoint.servers() {
-        // The next one may know.
-        let Ok(view) = view(&sentinel, name, asking).await else {
-            continue;
-        };
-        let place = view.primary.ok().flatten();
-        if let Some(server) = place.and_then(|place| endpoint.server_at(&place)) {
-            return Ok(server);
-        }
-    }
-    anyhow::bail!("no sentinel of {endpoint} says where {name:?} is")
+/// Where the primary is that this sentinel knows by the name.
+pub(super) async fn primary(sentinel: &ServerUrl, name: &str, asking: &Asking<'_>) -> Result<String, String> {
+    let view = view(sentinel, name, asking).await.map_err(|trouble| trouble.reason)?;
+    view.primary?
+        .ok_or_else(|| format!("{} knows no primary called {name}", sentinel.place()))
 }
 
 async fn view(sentinel: &ServerUrl, name: &str, asking: &Asking<'_>) -> Result<View, Trouble> {

@@ -1,0 +1,18 @@
+//! The colours. Each also differs without colours, or says nothing that words do not say as well.
+
+use ratatui::style::{Color, Modifier, Style};
+
+pub(super) const TITLE: Style = Style::new().add_modifier(Modifier::BOLD);
+pub(super) const HEADER: Style = Style::new().fg(Color::Cyan).add_modifier(Modifier::BOLD);
+pub(super) const TAB: Style = Style::new();
+pub(super) const TAB_SHOWN: Style = Style::new().add_modifier(Modifier::REVERSED);
+pub(super) const TROUBLE: Style = Style::new().fg(Color::Red).add_modifier(Modifier::BOLD);
+pub(super) const NOTE: Style = Style::new().fg(Color::Yellow);
+pub(super) const PAUSED: Style = Style::new().fg(Color::Yellow).add_modifier(Modifier::REVERSED);
+pub(super) const FAINT: Style = Style::new().add_modifier(Modifier::DIM);
+
+/// A row of what was said by somebody who says nothing now.
+pub(super) const STALE: Style = FAINT;
+/// A key that tasks wait for, or a shard that does not answer.
+pub(super) const WANTED: Style = Style::new().fg(Color::Yellow);
+pub(super) const DOWN: Style = TROUBLE;

@@ -1,0 +1,151 @@
+//! A table in as many columns as there is room for.
+
+use ratatui::style::{Modifier, Style};
+use ratatui::text::{Line, Span};
+
+use super::style;
+use super::words::{Cut, fit, plain, width};
+use crate::top::model::{By, Order};
+
+/// A column of a table.
+#[derive(Debug)]
+pub(super) struct Column {
+    pub(super) by: By,
+    pub(super) title: &'static str,
+    pub(super) room: Room,
+    /// It is left out where the screen is narrower.
+    pub(super) from_width: u16,
+    pub(super) cut: Cut,
+}
+
+/// How wide a column is.
+#[derive(Debug, Clone, Copy)]
+pub(super) enum Room {
+    /// Numbers, to the right.
+    Number(u16),
+    Text(u16),
+    /// So many parts of what the others leave.
+    Share(u16),
+}
+
+/// A row: its cells in the order of all columns, whether they are shown or not.
+#[derive(Debug)]
+pub(super) struct Row {
+    pub(super) cells: Vec<String>,
+    pub(super) style: Style,
+}
+
+/// The columns that are shown, each with its width.
+#[derive(Debug)]
+pub(super) struct Layout<'a> {
+    columns: Vec<(usize, &'a Column, usize)>,
+}
+
+impl<'a> Layout<'a> {
+    /// For a screen so wide.
+    pub(super) fn of_screen(columns: &'a [Column], screen: u16) -> Self {
+        let shown = |column: &&Column| column.from_width <= screen;
+        let fixed: u16 = columns
+            .iter()
+            .filter(shown)
+            .map(|column| match column.room {
+                Room::Number(width) | Room::Text(width) => width + 1,
+                Room::Share(_) => 1,
+            })
+            .sum();
+        let shares: u16 = columns.iter().filter(shown).map(|column| column.room.shares()).sum();
+        let rest = usize::from((screen + 1).saturating_sub(fixed));
+        let mut left = rest;
+        let mut widths: Vec<_> = columns
+            .iter()
+            .enumerate()
+            .filter(|(_, column)| shown(column))
+            .map(|(place, column)| match column.room {
+                Room::Number(width) | Room::Text(width) => (place, column, usize::from(width)),
+                Room::Share(parts) => {
+                    let width = rest * usize::from(parts) / usize::from(shares.max(1));
+                    left -= width;
+                    (place, column, width)
+                }
+            })
+            .collect();
+        // What division has left over is the first one's.
+        if let Some((.., width)) = widths.iter_mut().find(|(_, column, _)| column.room.shares() > 0) {
+            *width += left;
+        }
+        Self { columns: widths }
+    }
+
+    /// As wide as the longest cells, with nothing left out.
+    pub(super) fn of_contents(columns: &'a [Column], rows: &[Row]) -> Self {
+        let columns = columns.iter().enumerate().map(|(place, column)| {
+            let cells = rows.iter().filter_map(|row| row.cells.get(place));
+            let longest = cells.map(|cell| width(&plain(cell))).max().unwrap_or_default();
+            // The sign of the order needs a place.
+            (place, column, longest.max(width(column.title) + 1))
+        });
+        Self {
+            columns: columns.collect(),
+        }
+    }
+
+    /// The columns that are shown.
+    pub(super) fn shown(&self) -> Vec<By> {
+        self.columns.iter().map(|(_, column, _)| column.by).collect()
+    }
+
+    pub(super) fn header(&self, order: Order) -> Line<'static> {
+        let cells = self.columns.iter().map(|(_, column, width)| {
+            let is_sorted = column.by == order.by;
+            let sign = match (is_sorted, order.largest_first) {
+                (false, _) => "",
+                (true, true) => "▼",
+                (true, false) => "▲",
+            };
+            let style = if is_sorted {
+                style::HEADER.add_modifier(Modifier::UNDERLINED)
+            } else {
+                style::HEADER
+            };
+            (padded(&format!("{}{sign}", column.title), column, *width), style)
+        });
+        line(cells, style::HEADER)
+    }
+
+    pub(super) fn line(&self, row: &Row) -> Line<'static> {
+        let cells = self.columns.iter().map(|(place, column, width)| {
+            let cell = row.cells.get(*place).map(|cell| plain(cell)).unwrap_or_default();
+            (padded(&cell, column, *width), Style::new())
+        });
+        line(cells, row.style)
+    }
+}
+
+impl Room {
+    const fn shares(self) -> u16 {
+        match self {
+            Self::Share(parts) => parts,
+            Self::Number(_) | Self::Text(_) => 0,
+        }
+    }
+}
+
+fn padded(cell: &str, column: &Column, columns: usize) -> String {
+    let cell = fit(cell, columns, column.cut);
+    let blank = " ".repeat(columns - width(&cell).min(columns));
+    match column.room {
+        Room::Number(_) => blank + &cell,
+        Room::Text(_) | Room::Share(_) => cell + &blank,
+    }
+}
+
+fn line(cells: impl Iterator<Item = (String, Style)>, whole: Style) -> Line<'static> {
+    let mut spans = Vec::new();
+    for (cell, style) in cells {
+        if !spans.is_empty() {
+            spans.push(Span::raw(" "));
+        }
+        spans.push(Span::styled(cell, style));
+    }
+    Line::from(spans).style(whole)
+}

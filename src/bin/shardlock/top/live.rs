@@ -1,0 +1,92 @@
+//! The view on a terminal: waits for keys, for what the sources say, for signals and for the next second, and draws.
+
+use std::time::{Duration, Instant};
+
+use anyhow::Context;
+use crossterm::event::{Event, EventStream};
+use futures_util::StreamExt;
+use tokio::signal::unix::{Signal, SignalKind, signal};
+use tokio::time::MissedTickBehavior;
+
+use super::draw::{self, Setting};
+use super::keys::{self, Action};
+use super::model::Model;
+use super::screen::Screen;
+use super::source::Asking;
+use crate::exit::{self, Failure};
+
+/// How often to draw although nothing came, for the ages of what is stale.
+const DRAW_EVERY: Duration = Duration::from_secs(1);
+
+/// Shows the model until somebody wants it to end. Returns the code to exit with.
+pub(super) async fn show(mut model: Model, mut asking: Asking, setting: Setting) -> Result<u8, Failure> {
+    let mut signals = Signals::listen().map_err(Failure::system)?;
+    let (mut screen, _taken) = Screen::take().map_err(Failure::system)?;
+    let mut events = EventStream::new();
+    let mut beat = tokio::time::interval(DRAW_EVERY);
+    beat.set_missed_tick_behavior(MissedTickBehavior::Delay);
+    loop {
+        draw(&mut screen, &mut model, setting).map_err(Failure::system)?;
+        tokio::select! {
+            event = events.next() => match event {
+                Some(Ok(Event::Key(key))) => match keys::action(&key, model.writing) {
+                    Some(Action::Quit) => return Ok(exit::OK),
+                    Some(Action::Suspend) => screen.suspend().map_err(Failure::system)?,
+                    Some(action) => {
+                        model.act(action);
+                        asking.wish(model.wish());
+                    }
+                    None => {}
+                },
+                // The next frame has the new size.
+                Some(Ok(_)) => {}
+                // The terminal is gone.
+                Some(Err(error)) => return Err(Failure::system(error)),
+                None => return Ok(exit::OK),
+            },
+            // The sources are asked until the end, so there is always another answer.
+            Some(answer) = asking.next() => model.take(answer),
+            number = signals.next() => return Ok(exit::by_signal(number)),
+            _ = beat.tick() => {}
+        }
+    }
+}
+
+fn draw(screen: &mut Screen, model: &mut Model, setting: Setting) -> anyhow::Result<()> {
+    let draw = |frame: &mut ratatui::Frame<'_>| {
+        let area = frame.area();
+        draw::frame(frame.buffer_mut(), area, model, setting, Instant::now());
+    };
+    screen.draw(draw)
+}
+
+/// The signals that end a program.
+struct Signals([(Signal, i32); 4]);
+
+impl Signals {
+    fn listen() -> anyhow::Result<Self> {
+        let listen = |kind: SignalKind| {
+            let number = kind.as_raw_value();
+            signal(kind)
+                .map(|signal| (signal, number))
+                .context("signals can't be handled")
+        };
+        Ok(Self([
+            listen(SignalKind::terminate())?,
+            listen(SignalKind::interrupt())?,
+            listen(SignalKind::hangup())?,
+            listen(SignalKind::quit())?,
+        ]))
+    }
+
+    /// The number of the next one.
+    async fn next(&mut self) -> i32 {
+        let Self([(one, first), (two, second), (three, third), (four, fourth)]) = self;
+        tokio::select! {
+            _ = one.recv() => *first,
+            _ = two.recv() => *second,
+            _ = three.recv() => *third,
+            _ = four.recv() => *fourth,
+        }
+    }
+}

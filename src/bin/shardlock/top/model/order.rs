@@ -1,0 +1,235 @@
+//! By which column the rows of each view are sorted.
+
+use std::cmp::Ordering;
+
+use super::merge::{HeldRow, HotRow, ShardRow};
+
+/// What is shown.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, clap::ValueEnum)]
+pub(in crate::top) enum View {
+    /// The keys with the most contention
+    Hot,
+    /// The locks that are held, the oldest first
+    Held,
+    /// The shards
+    Shards,
+}
+
+impl View {
+    pub(in crate::top) const ALL: [Self; 3] = [Self::Hot, Self::Held, Self::Shards];
+}
+
+/// A column by which rows can be sorted.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(in crate::top) enum By {
+    Name,
+    Shard,
+    Kind,
+    Holder,
+    Age,
+    Left,
+    Waiters,
+    P50,
+    P99,
+    Rate,
+    Contended,
+    Token,
+    Caller,
+    State,
+    Leases,
+    Local,
+    Remote,
+}
+
+impl By {
+    /// Whether the largest comes first where nobody has asked for the contrary.
+    const fn largest_first(self) -> bool {
+        !matches!(
+            self,
+            Self::Name | Self::Shard | Self::Kind | Self::Holder | Self::Caller | Self::State | Self::Left
+        )
+    }
+}
+
+/// The order of one view.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(in crate::top) struct Order {
+    pub(in crate::top) by: By,
+    pub(in crate::top) largest_first: bool,
+}
+
+impl Order {
+    pub(super) const fn of(by: By) -> Self {
+        Self {
+            by,
+            largest_first: by.largest_first(),
+        }
+    }
+
+    pub(super) const fn usual(view: View) -> Self {
+        Self::of(match view {
+            View::Hot => By::Rate,
+            View::Held => By::Age,
+            View::Shards => By::Name,
+        })
+    }
+
+    pub(super) const fn reversed(self) -> Self {
+        Self {
+            largest_first: !self.largest_first,
+            ..self
+        }
+    }
+
+    /// The order by the next of these columns.
+    pub(super) fn next(self, columns: &[By]) -> Self {
+        let place = columns.iter().position(|by| *by == self.by);
+        let next = place.map_or(0, |place| (place + 1) % columns.len().max(1));
+        columns.get(next).map_or(self, |by| Self::of(*by))
+    }
+
+    /// Rows that are alike in the column stay in the order of what matters next, and then of their names, so that they do not jump.
+    pub(super) fn sort<R: Sortable>(self, rows: &mut [R]) {
+        rows.sort_by(|one, other| {
+            let order = one.compare(other, self.by);
+            let order = if self.largest_first { order.reverse() } else { order };
+            order.then_with(|| R::tie(one, other))
+        });
+    }
+}
+
+/// A row that can be sorted, and found by a text.
+pub(super) trait Sortable {
+    fn compare(&self, other: &Self, by: By) -> Ordering;
+    fn tie(one: &Self, other: &Self) -> Ordering;
+    /// What a filter looks at.
+    fn texts(&self) -> [&str; 3];
+
+    /// Whether the text is part of it; upper and lower case are the same.
+    fn matches(&self, lower_case: &str) -> bool {
+        self.texts().iter().any(|text| text.to_lowercase().contains(lower_case))
+    }
+}
+
+fn floats(one: Option<f64>, other: Option<f64>) -> Ordering {
+    // What is not known comes after everything, like the smallest.
+    one.unwrap_or(-1.0).total_cmp(&other.unwrap_or(-1.0))
+}
+
+impl Sortable for HotRow {
+    fn compare(&self, other: &Self, by: By) -> Ordering {
+        match by {
+            By::Name => self.key.cmp(&other.key),
+            By::Shard => self.shard.cmp(&other.shard),
+            By::Holder => self.holder.cmp(&other.holder),
+            By::Age => self.age.cmp(&other.age),
+            By::Waiters => self.waiters.cmp(&other.waiters),
+            By::P50 => self
+                .waits
+                .map(|waits| waits.p50)
+                .cmp(&other.waits.map(|waits| waits.p50)),
+            By::P99 => self
+                .waits
+                .map(|waits| waits.p99)
+                .cmp(&other.waits.map(|waits| waits.p99)),
+            By::Contended => self.contended.cmp(&other.contended),
+            _ => floats(self.rate, other.rate),
+        }
+    }
+
+    fn tie(one: &Self, other: &Self) -> Ordering {
+        let by_weight = (other.contended, other.waiters).cmp(&(one.contended, one.waiters));
+        by_weight.then_with(|| (&one.key, &one.shard).cmp(&(&other.key, &other.shard)))
+    }
+
+    fn texts(&self) -> [&str; 3] {
+        [&self.key, &self.shard, self.holder.as_deref().unwrap_or_default()]
+    }
+}
+
+impl Sortable for HeldRow {
+    fn compare(&self, other: &Self, by: By) -> Ordering {
+        match by {
+            By::Name => self.key.cmp(&other.key),
+            By::Shard => self.shard.cmp(&other.shard),
+            By::Holder => self.who.cmp(&other.who),
+            // What has no end comes after all ends.
+            By::Left => {
+                let left = |row: &Self| (row.remaining.is_none(), row.remaining);
+                left(self).cmp(&left(other))
+            }
+            By::Waiters => self.waiters.cmp(&other.waiters),
+            By::Token => self.token.cmp(&other.token),
+            By::Caller => self.caller.cmp(&other.caller),
+            _ => self.age.cmp(&other.age),
+        }
+    }
+
+    fn tie(one: &Self, other: &Self) -> Ordering {
+        (&one.key, &one.shard).cmp(&(&other.key, &other.shard))
+    }
+
+    fn texts(&self) -> [&str; 3] {
+        [&self.key, &self.who, self.caller.as_deref().unwrap_or_default()]
+    }
+}
+
+impl Sortable for ShardRow {
+    fn compare(&self, other: &Self, by: By) -> Ordering {
+        let rate = |row: &Self, of: fn(super::LockRates) -> f64| row.rates.map(of);
+        match by {
+            By::Kind => self.kind.cmp(&other.kind),
+            By::State => (self.up * other.of.max(1)).cmp(&(other.up * self.of.max(1))),
+            By::Leases => self.leases.cmp(&other.leases),
+            By::Waiters => self.waiters.cmp(&other.waiters),
+            By::Rate => floats(rate(self, |rates| rates.acquired), rate(other, |rates| rates.acquired)),
+            By::Local => floats(rate(self, |rates| rates.local), rate(other, |rates| rates.local)),
+            By::Remote => floats(rate(self, |rates| rates.remote), rate(other, |rates| rates.remote)),
+            By::P50 => self.round_trips.p50.cmp(&other.round_trips.p50),
+            By::P99 => self.round_trips.p99.cmp(&other.round_trips.p99),
+            _ => natural(&self.name, &other.name),
+        }
+    }
+
+    fn tie(one: &Self, other: &Self) -> Ordering {
+        natural(&one.name, &other.name)
+    }
+
+    fn texts(&self) -> [&str; 3] {
+        [&self.name, &self.kind, ""]
+    }
+}
+
+/// `shard-2` comes before `shard-10`.
+fn natural(one: &str, other: &str) -> Ordering {
+    let parts = |name: &str| {
+        let stem = name.trim_end_matches(|char: char| char.is_ascii_digit()).len();
+        let (stem, number) = name.split_at(stem);
+        (stem.to_owned(), number.parse::<u64>().ok(), name.to_owned())
+    };
+    parts(one).cmp(&parts(other))
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn numbers_at_the_end_of_names_are_compared_as_numbers() {
+        let mut names = ["shard-10", "shard-2", "eu", "shard-1", "9"];
+        names.sort_by(|one, other| natural(one, other));
+        assert_eq!(names, ["9", "eu", "shard-1", "shard-2", "shard-10"]);
+    }
+
+    #[test]
+    fn the_order_goes_through_the_columns_and_comes_round() {
+        let columns = [By::Name, By::Age];
+        let order = Order::of(By::Name);
+        assert!(!order.largest_first);
+        let next = order.next(&columns);
+        assert_eq!((next.by, next.largest_first), (By::Age, true));
+        assert_eq!(next.reversed().next(&columns), order);
+        // A column that is not shown any more gives way to the first.
+        assert_eq!(Order::of(By::Token).next(&columns).by, By::Name);
+    }
+}

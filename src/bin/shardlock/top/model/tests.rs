@@ -1,0 +1,237 @@
+//! Merging, sorting, filtering, pausing.
+
+use std::time::Duration;
+
+use super::*;
+use crate::top::source::{Age, HeldLock, Holder, HotKey, Look, Quantiles, Shard};
+
+fn age(ms: u64) -> Age {
+    Age {
+        time: Duration::from_millis(ms),
+        at_least: false,
+    }
+}
+
+fn hot(key: &str, contended: u64, waiters: usize, holder: Option<(&str, u64)>, p99_ms: u64) -> HotKey {
+    HotKey {
+        key: key.to_owned(),
+        shard: "s".to_owned(),
+        contended: Some(contended),
+        waiters,
+        holder: holder.map(|(who, ms)| Holder {
+            who: who.to_owned(),
+            age: age(ms),
+        }),
+        waits: Some(Quantiles {
+            p50: Duration::from_millis(1),
+            p99: Duration::from_millis(p99_ms),
+        }),
+    }
+}
+
+fn held(key: &str, who: &str, ms: u64, token: u64) -> HeldLock {
+    HeldLock {
+        key: key.to_owned(),
+        shard: "s".to_owned(),
+        who: who.to_owned(),
+        age: age(ms),
+        remaining: None,
+        waiters: 1,
+        token: Some(token),
+        caller: None,
+    }
+}
+
+fn told(looks: Vec<Look>) -> Model {
+    let labels = (0..looks.len()).map(|number| format!("p{number}"));
+    let mut model = Model::new(labels, View::Hot);
+    let at = Instant::now();
+    for (source, look) in looks.into_iter().enumerate() {
+        model.take(Answer {
+            source,
+            look: Ok(look),
+            at,
+        });
+    }
+    model
+}
+
+fn with_hot(hot: Vec<HotKey>) -> Look {
+    Look { hot, ..Look::default() }
+}
+
+fn keys(model: &Model) -> Vec<String> {
+    model.rows().hot.into_iter().map(|row| row.key).collect()
+}
+
+#[test]
+fn a_key_of_several_processes_is_one_row() {
+    let model = told(vec![
+        with_hot(vec![hot("k", 10, 2, None, 5)]),
+        with_hot(vec![hot("k", 30, 3, Some(("two", 7)), 90), hot("other", 5, 1, None, 1)]),
+    ]);
+    let rows = model.rows().hot;
+    assert_eq!(rows.len(), 2);
+    assert_eq!((rows[0].key.as_str(), rows[0].contended, rows[0].waiters), ("k", 40, 5));
+    assert_eq!((rows[0].holder.as_deref(), rows[0].age), (Some("two"), Some(age(7))));
+    assert_eq!(rows[0].waits.unwrap().p99, Duration::from_millis(90));
+    // It waits, and none of the two has it.
+    assert_eq!(rows[1].holder.as_deref(), Some("not here"));
+}
+
+#[test]
+fn of_two_who_say_that_they_have_it_the_later_one_does() {
+    let model = told(vec![
+        Look {
+            held: vec![held("k", "one", 500, 7)],
+            held_total: 1,
+            ..with_hot(vec![hot("k", 1, 0, Some(("one", 500)), 1)])
+        },
+        Look {
+            held: vec![held("k", "two", 3, 8)],
+            held_total: 1,
+            ..with_hot(vec![hot("k", 1, 0, Some(("two", 3)), 1)])
+        },
+    ]);
+    let rows = model.rows();
+    assert_eq!(rows.hot[0].holder.as_deref(), Some("two"));
+    assert_eq!(
+        (rows.held.len(), rows.held[0].who.as_str(), rows.held[0].waiters),
+        (1, "two", 2)
+    );
+}
+
+#[test]
+fn a_held_lock_counts_those_who_wait_in_other_processes() {
+    let model = told(vec![
+        Look {
+            held: vec![held("k", "one", 500, 7)],
+            ..Look::default()
+        },
+        with_hot(vec![hot("k", 1, 4, None, 1)]),
+    ]);
+    assert_eq!(model.rows().held[0].waiters, 5);
+}
+
+#[test]
+fn a_key_that_is_held_so_long_that_nobody_got_it_yet_is_shown_among_the_hot_ones() {
+    let model = told(vec![Look {
+        held: vec![held("k", "one", 60_000, 7)],
+        ..with_hot(vec![hot("other", 1, 0, None, 1)])
+    }]);
+    let rows = model.rows().hot;
+    let stuck = rows.iter().find(|row| row.key == "k").unwrap();
+    assert_eq!(
+        (stuck.waiters, stuck.holder.as_deref(), stuck.waits),
+        (1, Some("one"), None)
+    );
+    assert_eq!(model.sums().held, 1);
+}
+
+#[test]
+fn a_shard_is_up_as_far_as_processes_see_it_so() {
+    let shard = |up| Look {
+        shards: vec![Shard {
+            name: "s".to_owned(),
+            up,
+            leases: 3,
+            ..Shard::default()
+        }],
+        ..Look::default()
+    };
+    let model = told(vec![shard(true), shard(false), shard(true)]);
+    let rows = model.rows().shards;
+    assert_eq!((rows.len(), rows[0].up, rows[0].of, rows[0].leases), (1, 2, 3, 9));
+    assert_eq!((model.sums().shards_up, model.sums().shards), (0, 1));
+}
+
+#[test]
+fn rows_are_sorted_by_any_column_and_the_other_way_round() {
+    let mut model = told(vec![with_hot(vec![
+        hot("b", 10, 1, None, 300),
+        hot("a", 20, 9, Some(("x", 50)), 1),
+        hot("c", 15, 5, None, 20),
+    ])]);
+    // Rates are not known after one look, so the counts decide.
+    assert_eq!(keys(&model), ["a", "c", "b"]);
+    model.has_columns(vec![By::Name, By::Waiters, By::P99]);
+    model.act(Action::NextColumn);
+    assert_eq!(
+        (model.order(View::Hot).by, keys(&model)),
+        (By::Name, ["a", "b", "c"].map(String::from).to_vec())
+    );
+    model.act(Action::Reverse);
+    assert_eq!(keys(&model), ["c", "b", "a"]);
+    model.act(Action::NextColumn);
+    assert_eq!(keys(&model), ["a", "c", "b"]);
+    model.act(Action::NextColumn);
+    assert_eq!(keys(&model), ["b", "c", "a"]);
+    // The other views have orders of their own.
+    assert_eq!(model.order(View::Held).by, By::Age);
+}
+
+#[test]
+fn a_filter_finds_keys_and_holders_in_any_case() {
+    let mut model = told(vec![with_hot(vec![
+        hot("Coupon:1", 3, 0, Some(("vm-7", 1)), 1),
+        hot("job:1", 2, 0, None, 1),
+    ])]);
+    let write = |model: &mut Model, text: &str| {
+        model.act(Action::Filter(Edit::Begin));
+        for char in text.chars() {
+            model.act(Action::Filter(Edit::Add(char)));
+        }
+        model.act(Action::Filter(Edit::Keep));
+    };
+    write(&mut model, "COUP");
+    assert_eq!(keys(&model), ["Coupon:1"]);
+    assert!(!model.writing);
+    model.act(Action::Filter(Edit::Remove));
+    write(&mut model, "x");
+    assert!(keys(&model).is_empty());
+    model.act(Action::Escape);
+    write(&mut model, "vm-7");
+    assert_eq!(keys(&model), ["Coupon:1"]);
+    model.act(Action::Escape);
+    assert_eq!(keys(&model).len(), 2);
+}
+
+#[test]
+fn a_filter_has_an_end() {
+    let mut model = told(vec![]);
+    model.act(Action::Filter(Edit::Begin));
+    for _ in 0..FILTER_CHARS_MAX + 10 {
+        model.act(Action::Filter(Edit::Add('é')));
+    }
+    assert_eq!(model.filter().chars().count(), FILTER_CHARS_MAX);
+}
+
+#[test]
+fn a_paused_view_takes_nothing_and_asks_for_nothing() {
+    let mut model = told(vec![with_hot(vec![hot("k", 1, 0, None, 1)])]);
+    model.act(Action::Pause);
+    assert!(model.wish().paused);
+    let look = Ok(with_hot(vec![]));
+    model.take(Answer {
+        source: 0,
+        look,
+        at: Instant::now(),
+    });
+    assert_eq!(keys(&model), ["k"]);
+    model.act(Action::Pause);
+    assert!(!model.wish().paused);
+}
+
+#[test]
+fn scrolling_stays_within_the_rows() {
+    let mut model = told(vec![]);
+    assert_eq!(model.first_row(100, 10), 0);
+    model.act(Action::Move(Motion::PageDown));
+    assert_eq!(model.first_row(100, 10), 9);
+    model.act(Action::Move(Motion::Last));
+    assert_eq!(model.first_row(100, 10), 90);
+    model.act(Action::Move(Motion::Up));
+    assert_eq!(model.first_row(100, 10), 89);
+    // Fewer rows than there were.
+    assert_eq!(model.first_row(5, 10), 0);
+}

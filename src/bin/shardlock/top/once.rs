@@ -1,0 +1,55 @@
+//! One frame of plain text, for scripts, files and pipes.
+
+use std::io::{self, Write};
+use std::time::Instant;
+
+use anyhow::{Context, anyhow};
+
+use super::draw;
+use super::model::{Model, View};
+use super::source::Asking;
+use crate::exit::{self, Failure};
+use crate::output;
+
+/// How often each source is asked: rates need two looks.
+const LOOKS: usize = 2;
+
+/// Prints these views. Sources that say nothing are complained about, and make the exit code that of what can't be reached.
+pub(super) async fn print(mut model: Model, mut asking: Asking, views: &[View]) -> Result<u8, Failure> {
+    let count = model.processes().len();
+    let mut missing = vec![LOOKS; count];
+    while missing.iter().any(|looks| *looks > 0)
+        && let Some(answer) = asking.next().await
+    {
+        if let Some(looks) = missing.get_mut(answer.source) {
+            // One that is away is not waited for.
+            *looks = if answer.look.is_ok() {
+                looks.saturating_sub(1)
+            } else {
+                0
+            };
+        }
+        model.take(answer);
+    }
+    let now = Instant::now();
+    let away: Vec<String> = model
+        .away(now)
+        .map(|away| format!("{} is away: {}", away.label, away.reason))
+        .collect();
+    if away.len() == count {
+        return Err(Failure::new(exit::UNAVAILABLE, anyhow!(away.join("; "))));
+    }
+    let mut out = io::stdout().lock();
+    let text = draw::text(&model, views, now);
+    match out.write_all(text.as_bytes()).and_then(|()| out.flush()) {
+        // A reader such as `head` that has seen enough is no error.
+        Err(error) if error.kind() != io::ErrorKind::BrokenPipe => {
+            Err(error)
+                .context("the answer could not be written")
+                .map_err(Failure::system)?;
+        }
+        _ => {}
+    }
+    away.iter().for_each(output::complain);
+    Ok(if away.is_empty() { exit::OK } else { exit::UNAVAILABLE })
+}

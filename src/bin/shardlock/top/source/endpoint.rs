@@ -1,0 +1,175 @@
+//! The admin endpoint of a process, over HTTP.
+
+use std::fmt;
+use std::str::FromStr;
+use std::time::Duration;
+
+use http_body_util::{BodyExt, Empty, Limited};
+use hyper::body::Bytes;
+use hyper::client::conn::http1;
+use hyper::header::{CONNECTION, HOST};
+use hyper::http::uri::Authority;
+use hyper::{Request, StatusCode};
+use hyper_util::rt::TokioIo;
+use serde::de::DeserializeOwned;
+use shardlock::admin::DEFAULT_ADDRESS;
+use tokio::net::TcpStream;
+use tokio::task::JoinSet;
+
+use super::{Look, pages};
+
+/// How long an answer may take, connecting included.
+const TIME_MAX: Duration = Duration::from_secs(2);
+/// How large a page may be, in bytes: a thousand held locks with the longest keys are a quarter of it.
+const PAGE_BYTES_MAX: usize = 8 * 1024 * 1024;
+/// How much of a refusal is shown, in characters.
+const REFUSAL_CHARS_MAX: usize = 120;
+
+/// Where an admin endpoint is.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub(in crate::top) struct Address {
+    host: String,
+    port: u16,
+}
+
+impl Address {
+    /// Where processes have it that do not say otherwise.
+    pub(in crate::top) fn usual() -> Self {
+        Self {
+            host: DEFAULT_ADDRESS.ip().to_string(),
+            port: DEFAULT_ADDRESS.port(),
+        }
+    }
+}
+
+impl fmt::Display for Address {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        write!(f, "{}:{}", self.host, self.port)
+    }
+}
+
+impl FromStr for Address {
+    type Err = String;
+
+    /// `HOST:PORT`; a port alone is one of this machine, a host alone has the usual port. What the tool prints, `http://HOST:PORT/metrics`, is
+    /// understood as well.
+    fn from_str(text: &str) -> Result<Self, String> {
+        if text.starts_with("https://") {
+            return Err("an admin endpoint speaks plain HTTP; give HOST:PORT".to_owned());
+        }
+        let place = text.strip_prefix("http://").unwrap_or(text);
+        let place = place.split_once('/').map_or(place, |(place, _)| place);
+        let usual = Self::usual();
+        if let Ok(port) = place.strip_prefix(':').unwrap_or(place).parse() {
+            return Ok(Self { port, ..usual });
+        }
+        let bad = || format!("{text:?} is not HOST:PORT, such as {usual}");
+        let authority: Authority = place.parse().map_err(|_| bad())?;
+        let (host, rest) = place.split_at_checked(authority.host().len()).ok_or_else(bad)?;
+        if host.is_empty() || host != authority.host() {
+            return Err(bad());
+        }
+        let port = match rest.strip_prefix(':') {
+            Some(port) => port.parse().ok().filter(|port| *port != 0).ok_or_else(bad)?,
+            None if rest.is_empty() => usual.port,
+            None => return Err(bad()),
+        };
+        Ok(Self {
+            host: host.to_owned(),
+            port,
+        })
+    }
+}
+
+/// A process that is asked at its admin endpoint.
+#[derive(Debug)]
+pub(in crate::top) struct Endpoint {
+    address: Address,
+}
+
+impl Endpoint {
+    pub(in crate::top) const fn new(address: Address) -> Self {
+        Self { address }
+    }
+
+    pub(super) fn label(&self) -> String {
+        self.address.to_string()
+    }
+
+    pub(super) async fn look(&self) -> Result<Look, String> {
+        let asking = async { tokio::try_join!(self.page("/hot"), self.page("/held"), self.page("/shards")) };
+        match tokio::time::timeout(TIME_MAX, asking).await {
+            Ok(pages) => pages.map(|(hot, held, shards)| pages::read(hot, held, shards)),
+            Err(_) => Err(format!("no answer within {}", humantime::format_duration(TIME_MAX))),
+        }
+    }
+
+    async fn page<T: DeserializeOwned>(&self, path: &str) -> Result<T, String> {
+        let (status, body) = self.get(path).await?;
+        if status != StatusCode::OK {
+            let said = String::from_utf8_lossy(&body);
+            let said: String = said
+                .lines()
+                .next()
+                .unwrap_or_default()
+                .chars()
+                .take(REFUSAL_CHARS_MAX)
+                .collect();
+            return Err(format!("{path} says {}: {said}", status.as_u16()));
+        }
+        serde_json::from_slice(&body).map_err(|error| format!("{path} is not what an admin endpoint says: {error}"))
+    }
+
+    async fn get(&self, path: &str) -> Result<(StatusCode, Bytes), String> {
+        let host = self.address.host.trim_matches(['[', ']']);
+        let stream = TcpStream::connect((host, self.address.port))
+            .await
+            .map_err(|error| in_words(&error))?;
+        let (mut sender, connection) = http1::handshake(TokioIo::new(stream))
+            .await
+            .map_err(|error| error.to_string())?;
+        // It ends with this request, whatever way that ends. What it fails with is told by the request as well.
+        let mut carrier = JoinSet::new();
+        carrier.spawn(connection);
+        let request = Request::get(path)
+            .header(HOST, self.address.to_string())
+            .header(CONNECTION, "close")
+            .body(Empty::<Bytes>::new())
+            .map_err(|error| error.to_string())?;
+        let response = sender.send_request(request).await.map_err(|error| error.to_string())?;
+        let status = response.status();
+        let body = Limited::new(response.into_body(), PAGE_BYTES_MAX);
+        let body = body.collect().await.map_err(|error| format!("{path}: {error}"))?;
+        Ok((status, body.to_bytes()))
+    }
+}
+
+/// Without the number that the system gives the error.
+fn in_words(error: &std::io::Error) -> String {
+    let text = error.to_string();
+    let words = text.split(" (os error").next().unwrap_or_default();
+    words.to_lowercase()
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn an_address_may_leave_out_what_is_usual() {
+        let read = |text: &str| text.parse::<Address>().unwrap().to_string();
+        assert_eq!(read("10.0.0.1:80"), "10.0.0.1:80");
+        assert_eq!(read("10.0.0.1"), "10.0.0.1:9187");
+        assert_eq!(read("9100"), "127.0.0.1:9100");
+        assert_eq!(read(":9100"), "127.0.0.1:9100");
+        assert_eq!(read("[::1]:9100"), "[::1]:9100");
+        assert_eq!(read("http://app-1:9100/metrics"), "app-1:9100");
+    }
+
+    #[test]
+    fn what_is_no_address_is_refused() {
+        for text in ["", "https://a:1", "a:b", "a:", "a:0", "a:70000", "user@a:1", "a b"] {
+            assert!(text.parse::<Address>().is_err(), "{text:?}");
+        }
+    }
+}

@@ -1,0 +1,190 @@
+//! The JSON of the admin endpoint, as far as it is shown. Fields that a newer version adds are passed over.
+
+use std::time::Duration;
+
+use serde::Deserialize;
+
+use super::{Age, HeldLock, Holder, HotKey, Locks, Look, Quantiles, Shard, process_of};
+
+/// `/hot`
+#[derive(Debug, Deserialize)]
+pub(super) struct HotPage {
+    keys: Vec<HotEntry>,
+}
+
+#[derive(Debug, Deserialize)]
+struct HotEntry {
+    key: String,
+    shard: String,
+    contended: u64,
+    waiters: usize,
+    holder: Option<HotHolder>,
+    wait_ms: QuantilesMs,
+}
+
+#[derive(Debug, Deserialize)]
+struct HotHolder {
+    held_ms: f64,
+}
+
+#[derive(Debug, Deserialize)]
+struct QuantilesMs {
+    p50: f64,
+    p99: f64,
+}
+
+/// `/held`
+#[derive(Debug, Deserialize)]
+pub(super) struct HeldPage {
+    total: usize,
+    held: Vec<HeldEntry>,
+}
+
+#[derive(Debug, Deserialize)]
+struct HeldEntry {
+    key: String,
+    shard: String,
+    owner: String,
+    token: u64,
+    age_ms: f64,
+    remaining_ms: f64,
+    waiters: usize,
+    caller: Option<String>,
+}
+
+/// `/shards`
+#[derive(Debug, Deserialize)]
+pub(super) struct ShardsPage {
+    shards: Vec<ShardEntry>,
+    manager: String,
+    uptime_s: f64,
+}
+
+#[derive(Debug, Deserialize)]
+struct ShardEntry {
+    name: String,
+    kind: String,
+    up: bool,
+    leases: usize,
+    waiters: usize,
+    acquired: u64,
+    local: u64,
+    remote: u64,
+    round_trip_ms: QuantilesMs,
+}
+
+/// What is no duration, such as one below zero, is none.
+fn seconds(seconds: f64) -> Duration {
+    Duration::try_from_secs_f64(seconds).unwrap_or_default()
+}
+
+fn ms(ms: f64) -> Duration {
+    seconds(ms / 1e3)
+}
+
+impl QuantilesMs {
+    fn read(&self) -> Quantiles {
+        Quantiles {
+            p50: ms(self.p50),
+            p99: ms(self.p99),
+        }
+    }
+}
+
+const fn exactly(time: Duration) -> Age {
+    Age { time, at_least: false }
+}
+
+/// The three pages together.
+pub(super) fn read(hot: HotPage, held: HeldPage, shards: ShardsPage) -> Look {
+    let process = process_of(&shards.manager);
+    let hot = hot.keys.into_iter().map(|hot| HotKey {
+        holder: hot.holder.map(|holder| Holder {
+            who: process.to_owned(),
+            age: exactly(ms(holder.held_ms)),
+        }),
+        waits: Some(hot.wait_ms.read()),
+        key: hot.key,
+        shard: hot.shard,
+        contended: Some(hot.contended),
+        waiters: hot.waiters,
+    });
+    let locks = held.held.into_iter().map(|lock| HeldLock {
+        who: process_of(&lock.owner).to_owned(),
+        key: lock.key,
+        shard: lock.shard,
+        age: exactly(ms(lock.age_ms)),
+        remaining: Some(ms(lock.remaining_ms)),
+        waiters: lock.waiters,
+        token: Some(lock.token),
+        caller: lock.caller,
+    });
+    Look {
+        hot: hot.collect(),
+        held: locks.collect(),
+        held_total: held.total,
+        shards: shards.shards.iter().map(shard).collect(),
+        uptime: Some(seconds(shards.uptime_s)),
+        manager: Some(shards.manager),
+        note: None,
+    }
+}
+
+fn shard(shard: &ShardEntry) -> Shard {
+    Shard {
+        name: shard.name.clone(),
+        kind: shard.kind.clone(),
+        up: shard.up,
+        leases: shard.leases,
+        waiters: shard.waiters,
+        locks: Some(Locks {
+            acquired: shard.acquired,
+            local: shard.local,
+            remote: shard.remote,
+        }),
+        round_trips: shard.round_trip_ms.read(),
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn page<T: for<'a> Deserialize<'a>>(json: &str) -> T {
+        serde_json::from_str(json).unwrap()
+    }
+
+    #[test]
+    fn the_pages_of_a_process_are_read_and_unknown_fields_passed_over() {
+        let look = read(
+            page(
+                r#"{"keys":[{"key":"k","shard":"s","contended":7,"acquired":5,"error":1,"waiters":2,
+                     "holder":{"held_ms":1.5,"token":9},"wait_ms":{"p50":0.25,"p99":2.0,"max":3.0},"new":[]}],"k":64}"#,
+            ),
+            page(
+                r#"{"total":3,"held":[{"key":"k","shard":"s","owner":"vm-1-0123456789abcdef:4","token":9,"age_ms":1.5,
+                     "remaining_ms":-1.0,"waiters":2,"caller":null}]}"#,
+            ),
+            page(
+                r#"{"shards":[{"name":"s","kind":"redis","up":true,"leases":1,"waiters":2,"acquired":30,"local":20,"remote":5,
+                     "round_trip_ms":{"p50":0.1,"p99":0.2}}],"manager":"vm-1-0123456789abcdef","uptime_s":61.5}"#,
+            ),
+        );
+        let age = exactly(Duration::from_micros(1500));
+        assert_eq!(
+            look.hot[0].holder,
+            Some(Holder {
+                who: "vm-1".to_owned(),
+                age
+            })
+        );
+        assert_eq!(look.hot[0].waits.map(|waits| waits.p99), Some(Duration::from_millis(2)));
+        assert_eq!((look.held_total, look.held[0].age), (3, age));
+        assert_eq!(
+            (look.held[0].who.as_str(), look.held[0].remaining),
+            ("vm-1", Some(Duration::ZERO))
+        );
+        assert_eq!(look.shards[0].locks.map(|locks| locks.local), Some(20));
+        assert_eq!(look.uptime, Some(Duration::from_millis(61_500)));
+    }
+}

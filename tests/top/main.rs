@@ -1,0 +1,56 @@
+//! `shardlock top` as a real process on a real terminal, beside real processes that fight over the same keys.
+
+// A test is over when its surroundings fail.
+#![allow(clippy::expect_used, clippy::panic, clippy::unwrap_used)]
+
+#[path = "../support/mod.rs"]
+mod support;
+#[path = "../tool/mod.rs"]
+mod tool;
+
+mod endpoints;
+mod live;
+mod load;
+mod once;
+mod picture;
+mod shards;
+
+use support::{Terminal, worker};
+use tool::bare;
+
+#[test]
+fn worker_entry() {
+    if let Some(me) = worker::current() {
+        match me.name() {
+            "load" => load::run(&me),
+            name => panic!("no worker is called {name}"),
+        }
+    }
+}
+
+/// The tool with these arguments on a terminal of 80 by 24.
+#[track_caller]
+fn top(args: &[&str]) -> Terminal {
+    let args = [&["top", "--interval", "100ms"], args].concat();
+    Terminal::open(bare(&args), 24, 80)
+}
+
+/// The words of the row that begins with this key.
+fn row<'a>(lines: &'a [String], key: &str) -> Option<Vec<&'a str>> {
+    let words = lines.iter().map(|line| line.split_whitespace().collect::<Vec<_>>());
+    words.into_iter().find(|words| words.first() == Some(&key))
+}
+
+/// Whether some line has this text.
+fn has(lines: &[String], text: &str) -> bool {
+    lines.iter().any(|line| line.contains(text))
+}
+
+/// The first column of the rows of the table.
+fn keys(lines: &[String]) -> Vec<String> {
+    let table = lines.iter().skip_while(|line| !line.starts_with("KEY")).skip(1);
+    let rows = table.take_while(|line| !line.is_empty() && !line.starts_with(' '));
+    rows.filter_map(|line| line.split_whitespace().next())
+        .map(str::to_owned)
+        .collect()
+}
