@@ -153,6 +153,10 @@ pub(super) async fn work(load: Arc<Load>, number: usize) {
         let wanted_at = Instant::now();
         task.wanted_at = Some(wanted_at);
         let locked = task.load.locks.lock(&name).await;
+        if task.load.is_in(Phase::Over) {
+            // Had too late: it counts as one that still waits.
+            break;
+        }
         task.wanted_at = None;
         let released = match locked {
             Ok(guard) => {
