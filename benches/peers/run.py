@@ -78,6 +78,8 @@ def run_once(contestant, load, command, binaries, options):
 
 
 def measure(contestants, loads, options, keep):
+    # Before the builds, which are work of our own.
+    load_average = round(os.getloadavg()[0], 2)
     missing = {}
     binaries = {}
     for kind, script in (("redis", "ensure-server"), ("etcd", "ensure-etcd")):
@@ -93,7 +95,7 @@ def measure(contestants, loads, options, keep):
     for name, why in missing.items():
         keep({"contestant": name, "load": None, "missing": why})
     seed = options.seed if options.seed is not None else random.randrange(2**32)
-    keep({"about": about(options, seed, binaries)})
+    keep({"about": about(options, seed, binaries, load_average)})
     runs = [(c, l) for c in contestants if c.name not in missing for l in loads if l.free or not c.free_only]
     runs = [run for _ in range(options.repeat) for run in random.Random(seed).sample(runs, len(runs))]
     shutil.rmtree(options.work / "runs", ignore_errors=True)
@@ -113,7 +115,7 @@ def measure(contestants, loads, options, keep):
     say(f"{len(runs)} runs in {(time.monotonic() - began) / 60:.1f} minutes")
 
 
-def about(options, seed, binaries):
+def about(options, seed, binaries, load_average):
     versions = []
     for kind, server in (("redis", Redis), ("etcd", Etcd)):
         if binaries.get(kind):
@@ -123,7 +125,7 @@ def about(options, seed, binaries):
     return {
         "date": time.strftime("%Y-%m-%d"),
         "cores": os.cpu_count(),
-        "load_average": round(os.getloadavg()[0], 2),
+        "load_average": load_average,
         "servers": versions,
         "command": " ".join(["benches/peers/run.py", *sys.argv[1:]]),
         "seconds": options.seconds,

@@ -9,11 +9,16 @@ import { parseArgs } from "node:util";
 import Redis from "ioredis";
 import Redlock from "redlock";
 
-const names = ["process", "processes", "tasks", "keys", "hold-us", "ttl-ms", "retry-min-us", "retry-max-us", "pool", "warmup-ms"];
+const defaults = {
+  process: 0, processes: 1, tasks: 1, keys: 1, "hold-us": 0, "ttl-ms": 30_000, "retry-min-us": 0, "retry-max-us": 0, pool: 0,
+  "warmup-ms": 1_000,
+};
+const number = (name) => [name, { type: "string", default: String(defaults[name]) }];
+const text = (name) => [name, { type: "string", default: "" }];
 const { values } = parseArgs({
-  options: Object.fromEntries([...names, "server", "peer"].map((name) => [name, { type: "string", default: "0" }])),
+  options: Object.fromEntries([...Object.keys(defaults).map(number), ...["server", "peer"].map(text)]),
 });
-const option = Object.fromEntries(names.map((name) => [name, Number(values[name])]));
+const option = Object.fromEntries(Object.keys(defaults).map((name) => [name, Number(values[name])]));
 
 const [host, port] = values.server.split(":");
 // One connection: ioredis pipelines what the tasks send at the same time by itself.
