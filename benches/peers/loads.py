@@ -42,12 +42,12 @@ class Contestant:
     warmup_s: float = 0  # at least
     arguments: tuple = ()  # more, only for ours
 
-    def worker_arguments(self, load, retry_us=None):
+    def worker_arguments(self, load, retry_us=None, pool=None):
         arguments = ["--peer", self.name]
         retry = retry_us or self.retry_us.get(load.name) or self.retry_us.get("")
         if retry:
             arguments += ["--retry-min-us", str(retry[0]), "--retry-max-us", str(retry[1])]
-        pool = self.pool.get(load.name) or self.pool.get("")
+        pool = pool or self.pool.get(load.name) or self.pool.get("")
         return arguments + (["--pool", str(pool)] if pool else [])
 
 

@@ -35,6 +35,7 @@ def parse():
     parser.add_argument("--list", action="store_true", help="print the names and end")
     parser.add_argument("--seed", type=int, help="of the random order")
     parser.add_argument("--retry-us", help="MIN:MAX between two tries for all who try again, instead of the chosen, to find the best")
+    parser.add_argument("--pool", type=int, help="connections for all who have a pool, instead of the chosen, to find the best")
     parser.add_argument("--out", type=pathlib.Path, default=build.ROOT / "benches", help="where RESULTS.md and plots/ are")
     parser.add_argument("--work", type=pathlib.Path, default=build.ROOT / "target" / "peers", help="where everything is built")
     parser.add_argument("--dry", action="store_true", help="write no table and no plots, only the lines")
@@ -72,7 +73,7 @@ def run_once(contestant, load, command, binaries, options):
             return run_ours([*command, *counts, *times, *shard, *contestant.arguments], folder, options.seconds, warmup)
         retry = tuple(int(us) for us in options.retry_us.split(":")) if options.retry_us else None
         arguments = [*counts, "--hold-us", str(load.hold_us), "--server", server.address, "--warmup-ms", str(int(warmup * 1e3))]
-        arguments += contestant.worker_arguments(load, retry)
+        arguments += contestant.worker_arguments(load, retry, options.pool)
         commands = [[*command, *arguments, "--process", str(process)] for process in range(load.processes)]
         return run_workers(commands, server, folder, options.seconds, warmup)
 

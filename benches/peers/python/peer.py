@@ -3,7 +3,8 @@
 A worker is one process of a load. It warms up, prints "ready", is told on its standard input when the measured time begins and ends
 ("go START END", milliseconds since 1970), and prints what it counted as one line of JSON. README.md, one folder up, has more.
 
-The asynchronous lock: with the global interpreter lock, threads of one process only add switches.
+Many tasks use the asynchronous lock: with the global interpreter lock, threads of one process only add switches. A process with one task
+uses the blocking one, which costs less.
 """
 
 import argparse
@@ -12,9 +13,11 @@ import json
 import os
 import random
 import sys
+import threading
 import time
 
-import redis.asyncio as redis
+import redis
+import redis.asyncio
 
 now = time.monotonic
 
@@ -44,13 +47,31 @@ class Tally:
             self.first_error = self.first_error or f"{type(error).__name__}: {error}"
 
 
+class Blocking:
+    """A blocking lock in a coroutine that has a thread for itself."""
+
+    def __init__(self, lock):
+        self.lock = lock
+
+    async def acquire(self):
+        self.lock.acquire()
+
+    async def release(self):
+        self.lock.release()
+
+
 class Work:
     def __init__(self, options):
         self.options = options
         host, port = options.server.split(":")
+        self.alone = options.tasks == 1
+        if self.alone:
+            self.client = redis.Redis(host=host, port=int(port))
+            return
         # A pool that makes its callers wait: the plain one refuses a task that finds no connection.
-        pool = redis.BlockingConnectionPool(host=host, port=int(port), max_connections=options.pool or 50, timeout=None)
-        self.client = redis.Redis(connection_pool=pool)
+        wide = options.pool or 50
+        pool = redis.asyncio.BlockingConnectionPool(host=host, port=int(port), max_connections=wide, timeout=None)
+        self.client = redis.asyncio.Redis(connection_pool=pool)
 
     def lock(self, key):
         options = self.options
@@ -59,7 +80,16 @@ class Work:
             # Its loop sleeps the same each time; what is random is random between locks.
             sleep["sleep"] = random.uniform(options.retry_min_us, options.retry_max_us) / 1e6
         # The token of a task is the task's own lock's: nothing of it is a thread's.
-        return self.client.lock(key, timeout=options.ttl_ms / 1e3, thread_local=False, **sleep)
+        lock = self.client.lock(key, timeout=options.ttl_ms / 1e3, thread_local=False, **sleep)
+        return Blocking(lock) if self.alone else lock
+
+    def run(self, *loop):
+        """The loop of a task, to be awaited until it ends; it runs from now on."""
+        if not self.alone:
+            return asyncio.create_task(self.loop(*loop))
+        thread = threading.Thread(target=lambda: asyncio.run(self.loop(*loop)), daemon=True)
+        thread.start()
+        return asyncio.to_thread(thread.join)
 
     async def loop(self, key_of, hold, start, end, tally):
         while now() < end:
@@ -109,7 +139,7 @@ class Work:
         async def each(tasks, key):
             start = now()
             end = start + options.warmup_ms / 2e3
-            await asyncio.gather(*(self.loop(lambda t=t: key(t), 0, start, end, Tally()) for t in range(tasks)))
+            await asyncio.gather(*[self.run(lambda t=t: key(t), 0, start, end, Tally()) for t in range(tasks)])
 
         await each(options.tasks, lambda task: f"warm:{options.process}:{task}")
         await each(min(options.tasks, 8), lambda _: f"warm:{options.process}")
@@ -125,7 +155,7 @@ class Work:
             else:
                 key_of = lambda: f"bench:{random.randrange(options.keys)}"
             tallies.append(Tally())
-            running.append(asyncio.create_task(self.loop(key_of, options.hold_us / 1e6, start, end, tallies[-1])))
+            running.append(self.run(key_of, options.hold_us / 1e6, start, end, tallies[-1]))
         await asyncio.sleep(max(0, end - now()))
         return report(tallies, end)
 

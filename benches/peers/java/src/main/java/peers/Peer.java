@@ -8,6 +8,9 @@ import java.util.ArrayList;
 import java.util.HashMap;
 import java.util.List;
 import java.util.Map;
+import java.util.concurrent.CompletableFuture;
+import java.util.concurrent.Executors;
+import java.util.concurrent.ScheduledExecutorService;
 import java.util.concurrent.ThreadLocalRandom;
 import java.util.concurrent.TimeUnit;
 import java.util.concurrent.locks.LockSupport;
@@ -24,11 +27,13 @@ import org.redisson.config.Config;
  * and ends ("go START END", milliseconds since 1970), and prints what it counted as one line of JSON. README.md, three folders up,
  * has more.
  *
- * <p>Each task is a thread, as a lock of Redisson belongs to a thread.
+ * <p>Many tasks use the asynchronous calls, whose holder is a number instead of a thread: a thousand threads that wait are slower.
+ * A process with one task uses the blocking ones, in a thread of its own.
  */
 public final class Peer {
     private final Map<String, String> options = new HashMap<>();
     private final RedissonClient client;
+    private final ScheduledExecutorService timer = Executors.newScheduledThreadPool(2);
     private final boolean fair;
     private final int process;
     private final int processes;
@@ -97,7 +102,12 @@ public final class Peer {
         List<Thread> all = new ArrayList<>();
         for (int task = 0; task < threads; task++) {
             String key = oneKey ? "warm:" + process : "warm:" + process + ":" + task;
-            all.add(spawn(() -> loop(() -> key, 0, start, start + nanos, new Tally())));
+            long holder = task + 1;
+            if (tasks > 1) {
+                all.add(spawn(() -> loopAsync(holder, () -> key, 0, start, start + nanos, new Tally()).join()));
+            } else {
+                all.add(spawn(() -> loop(() -> key, 0, start, start + nanos, new Tally())));
+            }
         }
         for (Thread thread : all) {
             thread.join();
@@ -121,6 +131,11 @@ public final class Peer {
             String own = "bench:" + (process * tasks + task);
             Supplier<String> next =
                     keys == processes * tasks ? () -> own : () -> "bench:" + ThreadLocalRandom.current().nextInt(keys);
+            if (tasks > 1) {
+                long holder = task + 1;
+                timer.schedule(() -> loopAsync(holder, next, hold, start, end, tally), start - System.nanoTime(), TimeUnit.NANOSECONDS);
+                continue;
+            }
             spawn(() -> {
                 sleepUntil(start);
                 loop(next, hold, start, end, tally);
@@ -128,6 +143,52 @@ public final class Peer {
         }
         sleepUntil(end);
         return Tally.report(tallies, end);
+    }
+
+    /** The same with the asynchronous calls. */
+    private CompletableFuture<Void> loopAsync(
+            long holder, Supplier<String> next, long hold, long start, long end, Tally tally) {
+        var done = new CompletableFuture<Void>();
+        begin(holder, next, hold, start, end, tally, done);
+        return done;
+    }
+
+    private void begin(
+            long holder, Supplier<String> next, long hold, long start, long end, Tally tally, CompletableFuture<Void> done) {
+        if (System.nanoTime() >= end) {
+            done.complete(null);
+            return;
+        }
+        long since = System.nanoTime();
+        tally.waitsSince(since);
+        String key = next.get();
+        RLock lock = fair ? client.getFairLock(key) : client.getLock(key);
+        // As lock() without a lease time.
+        lock.lockAsync(holder).whenComplete((nothing, failed) -> {
+            if (failed != null) {
+                tally.failed(new RuntimeException(failed), end);
+                begin(holder, next, hold, start, end, tally, done);
+                return;
+            }
+            long entered = System.nanoTime();
+            Runnable leave = () -> {
+                long left = System.nanoTime();
+                lock.unlockAsync(holder).whenComplete((gone, refused) -> {
+                    if (refused != null) {
+                        tally.failed(new RuntimeException(refused), end);
+                    } else if (!tally.locked(since, entered, left, System.nanoTime(), start, end)) {
+                        done.complete(null);
+                        return;
+                    }
+                    begin(holder, next, hold, start, end, tally, done);
+                });
+            };
+            if (hold > 0) {
+                timer.schedule(leave, hold, TimeUnit.NANOSECONDS);
+            } else {
+                leave.run();
+            }
+        });
     }
 
     private void loop(Supplier<String> next, long hold, long start, long end, Tally tally) {
