@@ -8,7 +8,7 @@ import xml.etree.ElementTree
 
 import plots
 import results
-from aggregate import aggregate, bucket, bucket_top, jain, middle, percentile
+from aggregate import aggregate, bucket, bucket_bottom, bucket_top, corrected, jain, middle, percentile
 from servers import difference
 
 HERE = pathlib.Path(__file__).resolve().parent
@@ -54,6 +54,41 @@ class Histogram(unittest.TestCase):
         self.assertEqual(percentile(waits, 1), 100)
         self.assertEqual(percentile({bucket(7): 1}, 0.01), 7)
         self.assertIsNone(percentile({}, 0.5))
+
+
+class CoordinatedOmission(unittest.TestCase):
+    @staticmethod
+    def one_by_one(waits, interval):
+        added = dict(waits)
+        for at, count in waits.items():
+            wait = bucket_top(at) - interval
+            while wait >= interval:
+                added[bucket(int(wait))] = added.get(bucket(int(wait)), 0) + count
+                wait -= interval
+        return added
+
+    def test_a_long_wait_counts_as_often_as_it_hid_others(self):
+        # 90 locks of a lucky task, and one that its neighbour waited for all the time.
+        waits = {bucket(10): 90, bucket(1_000): 1}
+        added = corrected(waits, 10)
+        self.assertEqual(sum(added.values()), 90 + 100)
+        self.assertGreater(percentile(added, 0.74), 450)
+        self.assertEqual(percentile(waits, 0.9), 10)
+
+    def test_it_adds_what_adding_one_by_one_does(self):
+        for interval in (7, 10.5, 1_000 / 3, 128, 5_000.25):
+            waits = {bucket(us): n for n, us in enumerate([0, 3, 127, 128, 129, 700, 4_321, 65_000], 1)}
+            self.assertEqual(corrected(waits, interval), self.one_by_one(waits, interval), interval)
+
+    def test_waits_that_take_turns_stay_as_they_are(self):
+        waits = {bucket(900): 500, bucket(1_100): 500}
+        self.assertEqual(corrected(waits, 1_000), waits)
+        self.assertEqual(corrected({}, 1_000), {})
+
+    def test_a_bucket_begins_where_the_one_before_ends(self):
+        for at in range(1_500):
+            self.assertEqual(bucket(bucket_bottom(at)), at)
+            self.assertEqual(bucket(bucket_bottom(at + 1) - 1), at)
 
 
 class Aggregation(unittest.TestCase):

@@ -13,11 +13,10 @@ import (
 // report is what the runner adds up over all processes of a load.
 type report struct {
 	Tasks []uint64 `json:"tasks"`
-	// Waits by bucket, see bucket.
-	Waits map[string]uint64 `json:"waits"`
-	// The longest wait of all, also of those who got nothing.
-	WaitMaxUs uint64 `json:"wait_max_us"`
-	HoldSumUs uint64 `json:"hold_sum_us"`
+	// Waits by bucket, see bucket; also of those who got nothing until the end.
+	Waits     map[string]uint64 `json:"waits"`
+	WaitMaxUs uint64            `json:"wait_max_us"`
+	HoldSumUs uint64            `json:"hold_sum_us"`
 	// When the last lock was released, counted from the start.
 	LastUs     uint64 `json:"last_us"`
 	Errors     uint64 `json:"errors"`
@@ -135,6 +134,7 @@ func (w *work) loop(l locker, next func() string, hold time.Duration, start, end
 			release, err = l.lock(ctx, key)
 		}
 		entered := time.Now()
+		t.waited(since, min(entered.Sub(since), end.Sub(since)))
 		if hold > 0 {
 			time.Sleep(hold)
 		}
@@ -146,24 +146,25 @@ func (w *work) loop(l locker, next func() string, hold time.Duration, start, end
 			continue
 		}
 		if released.After(end) {
-			// The wait was over in time, the lock was not: it does not count, but a long wait is not hidden.
-			if entered.Before(end) {
-				t.mu.Lock()
-				t.waitMaxUs = max(t.waitMaxUs, micros(entered.Sub(since)))
-				t.since = time.Time{}
-				t.mu.Unlock()
-			}
 			return
 		}
-		wait := micros(entered.Sub(since))
 		t.mu.Lock()
 		t.locks++
-		t.waits[min(bucket(wait), buckets-1)]++
-		t.waitMaxUs = max(t.waitMaxUs, wait)
 		t.holdSumUs += micros(left.Sub(entered))
 		t.lastUs = micros(released.Sub(start))
-		t.since = time.Time{}
 		t.mu.Unlock()
+	}
+}
+
+// waited counts a wait once, be it at its end or at the end of all.
+func (t *tally) waited(since time.Time, wait time.Duration) {
+	t.mu.Lock()
+	defer t.mu.Unlock()
+	if t.since.Equal(since) {
+		us := micros(wait)
+		t.waits[min(bucket(us), buckets-1)]++
+		t.waitMaxUs = max(t.waitMaxUs, us)
+		t.since = time.Time{}
 	}
 }
 
@@ -173,14 +174,17 @@ func (w *work) report(tallies []tally, end time.Time) report {
 	for i := range tallies {
 		t := &tallies[i]
 		t.mu.Lock()
+		since := t.since
+		t.mu.Unlock()
+		if !since.IsZero() {
+			t.waited(since, end.Sub(since))
+		}
+		t.mu.Lock()
 		r.Tasks = append(r.Tasks, t.locks)
 		for b, n := range t.waits {
 			waits[b] += uint64(n)
 		}
 		r.WaitMaxUs = max(r.WaitMaxUs, t.waitMaxUs)
-		if !t.since.IsZero() && t.since.Before(end) {
-			r.WaitMaxUs = max(r.WaitMaxUs, micros(end.Sub(t.since)))
-		}
 		r.HoldSumUs += t.holdSumUs
 		r.LastUs = max(r.LastUs, t.lastUs)
 		r.Errors += t.errors

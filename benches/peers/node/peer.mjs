@@ -49,6 +49,16 @@ function tally() {
   return { locks: 0, waits: new Map(), waitMax: 0, holdSum: 0, last: 0, errors: 0, firstError: "", since: null };
 }
 
+// Counts a wait once, be it at its end or at the end of all.
+function waited(counted, until) {
+  if (counted.since === null) return;
+  const wait = micros(until - counted.since);
+  const at = bucket(Math.min(wait, 2 ** 32 - 1));
+  counted.waits.set(at, (counted.waits.get(at) ?? 0) + 1);
+  counted.waitMax = Math.max(counted.waitMax, wait);
+  counted.since = null;
+}
+
 async function loop(next, hold, start, end, counted) {
   const fail = async (error) => {
     if (performance.now() < end) {
@@ -59,8 +69,7 @@ async function loop(next, hold, start, end, counted) {
     await sleep(1);
   };
   while (performance.now() < end) {
-    const since = performance.now();
-    counted.since = since;
+    counted.since = performance.now();
     const key = next();
     let lock;
     while (lock === undefined) {
@@ -72,6 +81,7 @@ async function loop(next, hold, start, end, counted) {
       }
     }
     const entered = performance.now();
+    waited(counted, Math.min(entered, end));
     if (hold > 0) await sleep(hold);
     const left = performance.now();
     try {
@@ -81,22 +91,10 @@ async function loop(next, hold, start, end, counted) {
       continue;
     }
     const released = performance.now();
-    const wait = micros(entered - since);
-    if (released > end) {
-      // The wait was over in time, the lock was not: it does not count, but a long wait is not hidden.
-      if (entered < end) {
-        counted.waitMax = Math.max(counted.waitMax, wait);
-        counted.since = null;
-      }
-      return;
-    }
+    if (released > end) return;
     counted.locks += 1;
-    const at = bucket(Math.min(wait, 2 ** 32 - 1));
-    counted.waits.set(at, (counted.waits.get(at) ?? 0) + 1);
-    counted.waitMax = Math.max(counted.waitMax, wait);
     counted.holdSum += micros(left - entered);
     counted.last = micros(released - start);
-    counted.since = null;
   }
 }
 
@@ -114,16 +112,16 @@ async function warmUp() {
 
 function report(tallies, end) {
   const waits = {};
+  for (const counted of tallies) waited(counted, end);
   for (const { waits: counts } of tallies) {
     for (const [at, count] of counts) waits[at] = (waits[at] ?? 0) + count;
   }
   const most = (values) => values.reduce((a, b) => Math.max(a, b), 0);
   const sum = (values) => values.reduce((a, b) => a + b, 0);
-  const waiting = (t) => (t.since === null ? 0 : micros(end - t.since));
   return {
     tasks: tallies.map((t) => t.locks),
     waits,
-    wait_max_us: most(tallies.map((t) => Math.max(t.waitMax, waiting(t)))),
+    wait_max_us: most(tallies.map((t) => t.waitMax)),
     hold_sum_us: sum(tallies.map((t) => t.holdSum)),
     last_us: most(tallies.map((t) => t.last)),
     errors: sum(tallies.map((t) => t.errors)),

@@ -41,6 +41,15 @@ class Tally:
         self.first_error = ""
         self.since = None  # since when the task waits, if it does
 
+    def waited(self, until):
+        """Counts a wait once, be it at its end or at the end of all."""
+        since, self.since = self.since, None
+        if since is not None:
+            wait = micros(until - since)
+            at = bucket(wait)
+            self.waits[at] = self.waits.get(at, 0) + 1
+            self.wait_max = max(self.wait_max, wait)
+
     def fail(self, error, end):
         if now() < end:
             self.errors += 1
@@ -93,7 +102,7 @@ class Work:
 
     async def loop(self, key_of, hold, start, end, tally):
         while now() < end:
-            since = tally.since = now()
+            tally.since = now()
             lock = self.lock(key_of())
             while True:
                 try:
@@ -106,6 +115,7 @@ class Work:
                 if now() >= end:
                     return
             entered = now()
+            tally.waited(min(entered, end))
             if hold:
                 await asyncio.sleep(hold)
             left = now()
@@ -116,20 +126,11 @@ class Work:
                 await asyncio.sleep(0.001)
                 continue
             released = now()
-            wait = micros(entered - since)
             if released > end:
-                # The wait was over in time, the lock was not: it does not count, but a long wait is not hidden.
-                if entered < end:
-                    tally.wait_max = max(tally.wait_max, wait)
-                    tally.since = None
                 return
             tally.locks += 1
-            at = bucket(wait)
-            tally.waits[at] = tally.waits.get(at, 0) + 1
-            tally.wait_max = max(tally.wait_max, wait)
             tally.hold_sum += micros(left - entered)
             tally.last = micros(released - start)
-            tally.since = None
 
     async def warm_up(self):
         """Opens the connections and runs the code that waits, on keys of this process alone, so that nothing of it is left when the
@@ -163,13 +164,13 @@ class Work:
 def report(tallies, end):
     waits = {}
     for tally in tallies:
+        tally.waited(end)
         for at, count in tally.waits.items():
             waits[at] = waits.get(at, 0) + count
-    waiting = [micros(end - t.since) for t in tallies if t.since is not None]
     return {
         "tasks": [t.locks for t in tallies],
         "waits": waits,
-        "wait_max_us": max([t.wait_max for t in tallies] + waiting),
+        "wait_max_us": max(t.wait_max for t in tallies),
         "hold_sum_us": sum(t.hold_sum for t in tallies),
         "last_us": max(t.last for t in tallies),
         "errors": sum(t.errors for t in tallies),

@@ -42,6 +42,15 @@ impl Tally {
             since: None,
         }))
     }
+
+    /// Counts a wait once, be it at its end or at the end of all.
+    fn waited(&mut self, since: Instant, until: Instant) {
+        if self.since.take_if(|waits| *waits == since).is_some() {
+            let wait = micros(until.saturating_duration_since(since));
+            self.waits[bucket(wait).min(BUCKETS - 1)] += 1;
+            self.wait_max_us = self.wait_max_us.max(wait);
+        }
+    }
 }
 
 /// Opens the connections and runs the code that waits, on keys of this process alone, so that nothing of it is left when the
@@ -115,6 +124,7 @@ async fn run(
             }
         };
         let entered = Instant::now();
+        locked(tally).waited(since, entered.min(end));
         if !hold.is_zero() {
             tokio::time::sleep(hold).await;
         }
@@ -124,22 +134,13 @@ async fn run(
             continue;
         }
         let released = Instant::now();
-        let wait = micros(entered - since);
-        let mut tally = locked(tally);
         if released > end {
-            // The wait was over in time, the lock was not: it does not count, but a long wait is not hidden.
-            if entered < end {
-                tally.wait_max_us = tally.wait_max_us.max(wait);
-                tally.since = None;
-            }
             return;
         }
+        let mut tally = locked(tally);
         tally.locks += 1;
-        tally.waits[bucket(wait).min(BUCKETS - 1)] += 1;
-        tally.wait_max_us = tally.wait_max_us.max(wait);
         tally.hold_sum_us += micros(left - entered);
         tally.last_us = micros(released - start);
-        tally.since = None;
     }
 }
 
@@ -158,15 +159,15 @@ fn report(tallies: &[Shared], end: Instant) -> String {
     let (mut wait_max, mut hold_sum, mut last, mut errors) = (0, 0, 0, 0);
     let mut first_error = None;
     for tally in tallies {
-        let tally = locked(tally);
+        let mut tally = locked(tally);
+        if let Some(since) = tally.since {
+            tally.waited(since, end);
+        }
         tasks.push(tally.locks);
         for (bucket, count) in tally.waits.iter().enumerate().filter(|(_, count)| **count > 0) {
             *waits.entry(bucket).or_default() += u64::from(*count);
         }
-        let waiting = tally
-            .since
-            .map_or(0, |since| micros(end.saturating_duration_since(since)));
-        wait_max = wait_max.max(tally.wait_max_us).max(waiting);
+        wait_max = wait_max.max(tally.wait_max_us);
         hold_sum += tally.hold_sum_us;
         last = last.max(tally.last_us);
         errors += tally.errors;

@@ -159,8 +159,7 @@ public final class Peer {
             done.complete(null);
             return;
         }
-        long since = System.nanoTime();
-        tally.waitsSince(since);
+        tally.waitsSince(System.nanoTime());
         String key = next.get();
         RLock lock = fair ? client.getFairLock(key) : client.getLock(key);
         // As lock() without a lease time.
@@ -171,12 +170,13 @@ public final class Peer {
                 return;
             }
             long entered = System.nanoTime();
+            tally.waited(Math.min(entered, end));
             Runnable leave = () -> {
                 long left = System.nanoTime();
                 lock.unlockAsync(holder).whenComplete((gone, refused) -> {
                     if (refused != null) {
                         tally.failed(new RuntimeException(refused), end);
-                    } else if (!tally.locked(since, entered, left, System.nanoTime(), start, end)) {
+                    } else if (!tally.locked(entered, left, System.nanoTime(), start, end)) {
                         done.complete(null);
                         return;
                     }
@@ -193,8 +193,7 @@ public final class Peer {
 
     private void loop(Supplier<String> next, long hold, long start, long end, Tally tally) {
         while (System.nanoTime() < end) {
-            long since = System.nanoTime();
-            tally.waitsSince(since);
+            tally.waitsSince(System.nanoTime());
             String key = next.get();
             RLock lock = fair ? client.getFairLock(key) : client.getLock(key);
             while (true) {
@@ -210,6 +209,7 @@ public final class Peer {
                 }
             }
             long entered = System.nanoTime();
+            tally.waited(Math.min(entered, end));
             if (hold > 0) {
                 sleepUntil(entered + hold);
             }
@@ -220,7 +220,7 @@ public final class Peer {
                 tally.failed(e, end);
                 continue;
             }
-            if (!tally.locked(since, entered, left, System.nanoTime(), start, end)) {
+            if (!tally.locked(entered, left, System.nanoTime(), start, end)) {
                 return;
             }
         }

@@ -17,9 +17,12 @@ final class Tally {
     private boolean waiting;
     private long since;
 
+    /** Begins a wait, or goes on with one that an error interrupted. */
     synchronized void waitsSince(long nanoTime) {
-        waiting = true;
-        since = nanoTime;
+        if (!waiting) {
+            waiting = true;
+            since = nanoTime;
+        }
     }
 
     void failed(RuntimeException error, long end) {
@@ -35,23 +38,24 @@ final class Tally {
         Peer.sleepUntil(System.nanoTime() + 1_000_000);
     }
 
+    /** Counts a wait once, be it at its end or at the end of all. */
+    synchronized void waited(long until) {
+        if (waiting) {
+            long wait = Math.max(0, until - since) / 1000;
+            waits[Math.min(bucket(wait), BUCKETS - 1)]++;
+            waitMaxUs = Math.max(waitMaxUs, wait);
+            waiting = false;
+        }
+    }
+
     /** Counts a lock, or tells with false that it came after the end. */
-    synchronized boolean locked(long since, long entered, long left, long released, long start, long end) {
-        long wait = (entered - since) / 1000;
+    synchronized boolean locked(long entered, long left, long released, long start, long end) {
         if (released > end) {
-            // The wait was over in time, the lock was not: it does not count, but a long wait is not hidden.
-            if (entered < end) {
-                waitMaxUs = Math.max(waitMaxUs, wait);
-                waiting = false;
-            }
             return false;
         }
         locks++;
-        waits[Math.min(bucket(wait), BUCKETS - 1)]++;
-        waitMaxUs = Math.max(waitMaxUs, wait);
         holdSumUs += (left - entered) / 1000;
         lastUs = (released - start) / 1000;
-        waiting = false;
         return true;
     }
 
@@ -74,6 +78,7 @@ final class Tally {
         String firstError = "";
         for (Tally tally : tallies) {
             synchronized (tally) {
+                tally.waited(end);
                 tasks.append(tasks.isEmpty() ? "" : ",").append(tally.locks);
                 for (int i = 0; i < BUCKETS; i++) {
                     if (tally.waits[i] > 0) {
@@ -81,9 +86,6 @@ final class Tally {
                     }
                 }
                 waitMax = Math.max(waitMax, tally.waitMaxUs);
-                if (tally.waiting) {
-                    waitMax = Math.max(waitMax, (end - tally.since) / 1000);
-                }
                 holdSum += tally.holdSumUs;
                 last = Math.max(last, tally.lastUs);
                 errors += tally.errors;
