@@ -25,6 +25,8 @@ func openRueidislock(o options) (peer, error) {
 		// Recommended for servers from 7.0.5 on.
 		NoLoopTracking: true,
 		KeyValidity:    o.ttl,
+		// There is no next key to try. With its default of 20 ms, one slower answer leaves a waiter that nobody wakes any more.
+		TryNextAfter: time.Second,
 	})
 	if err != nil {
 		return nil, err

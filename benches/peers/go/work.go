@@ -5,6 +5,7 @@ import (
 	"fmt"
 	"math/bits"
 	"math/rand/v2"
+	"os"
 	"strconv"
 	"sync"
 	"time"
@@ -69,22 +70,29 @@ func newWork(p peer, o options) (*work, error) {
 // the measured time begins.
 func (w *work) warmUp() {
 	half := w.o.warmup / 2
-	w.each(len(w.lockers), func(task int) {
+	w.each(len(w.lockers), half+5*time.Second, func(task int) {
 		key := fmt.Sprintf("warm:%d:%d", w.o.process, task)
 		w.loop(w.lockers[task], func() string { return key }, 0, time.Now(), time.Now().Add(half), &tally{})
 	})
-	w.each(min(len(w.lockers), 8), func(task int) {
+	w.each(min(len(w.lockers), 8), half+5*time.Second, func(task int) {
 		key := fmt.Sprintf("warm:%d", w.o.process)
 		w.loop(w.lockers[task], func() string { return key }, 0, time.Now(), time.Now().Add(half), &tally{})
 	})
 }
 
-func (w *work) each(tasks int, f func(task int)) {
+func (w *work) each(tasks int, limit time.Duration, f func(task int)) {
 	var all sync.WaitGroup
 	for task := range tasks {
 		all.Go(func() { f(task) })
 	}
-	all.Wait()
+	done := make(chan struct{})
+	go func() { all.Wait(); close(done) }()
+	select {
+	case <-done:
+	case <-time.After(limit):
+		// Its key is nobody else's, so a waiter that is never woken does not disturb; that it happens is worth knowing.
+		fmt.Fprintln(os.Stderr, "a waiter of the warm-up was not served in", limit)
+	}
 }
 
 func (w *work) measure(start, end time.Time) report {
