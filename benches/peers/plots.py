@@ -3,7 +3,7 @@
 import math
 from html import escape
 
-LEFT, RIGHT, WIDTH, BAR, GAP = 170, 90, 860, 15, 5
+LEFT, RIGHT, WIDTH, BAR, GAP = 170, 150, 920, 15, 5
 STYLE = """
   .page { fill: #ffffff; stroke: #d0d7de } text { fill: #1f2328; font: 12px system-ui, sans-serif }
   .title { font-size: 16px; font-weight: 600 } .panel { font-size: 13px; font-weight: 600 } .tick { fill: #656d76; font-size: 10px }
