@@ -1,5 +1,5 @@
 .DEFAULT_GOAL := help
-.PHONY: help demo dashboard test test-servers lint bench clean
+.PHONY: help demo dashboard test test-servers lint bench bench-peers clean
 
 # Every target that needs a server starts its own; this finds or installs the binary.
 with_server = server=$$(scripts/ensure-server) && SHARDLOCK_REDIS_SERVER=$$server
@@ -42,6 +42,12 @@ lint: cargo protoc ## Check format, lints with each feature alone and all togeth
 
 bench: cargo protoc ## Measure.
 	@$(with_server) cargo bench --locked --all-features
+
+# PEERS chooses and sets, as in PEERS="--only rslock,fan-in-8 --seconds 2 --repeat 1"; benches/peers/run.py --help tells more.
+bench-peers: ## Measure beside the peers, each under the same loads; writes benches/RESULTS.md and its plots.
+	@command -v python3 >/dev/null || { echo "python3 is not on the PATH: install Python 3.9 or later" >&2; exit 1; }
+	@cd benches/peers && python3 -B -m unittest -q
+	@python3 -B benches/peers/run.py $(PEERS)
 
 clean: ## Remove what was built and any server that was installed here.
 	rm -rf target .servers

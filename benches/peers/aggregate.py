@@ -1,0 +1,119 @@
+"""From what the workers counted to the one line that each run is."""
+
+import math
+
+
+def bucket(us):
+    """The histogram's bucket of a wait, as in each worker: exact below 128 us, then 64 buckets for each doubling."""
+    if us < 128:
+        return us
+    shift = us.bit_length() - 7
+    return shift * 64 + (us >> shift)
+
+
+def bucket_top(at):
+    """The longest wait of a bucket."""
+    if at < 128:
+        return at
+    shift = at // 64 - 1
+    return ((at - shift * 64 + 1) << shift) - 1
+
+
+def percentile(waits, share):
+    """The wait, in microseconds, that this share of the waits does not exceed, from counts by bucket; None without any."""
+    total = sum(waits.values())
+    if not total:
+        return None
+    need = max(1, -(-total * share // 1))
+    for at in sorted(waits):
+        need -= waits[at]
+        if need <= 0:
+            return bucket_top(at)
+    return bucket_top(max(waits))
+
+
+def bucket_bottom(at):
+    """The shortest wait of a bucket."""
+    return bucket_top(at - 1) + 1 if at else 0
+
+
+def corrected(waits, interval):
+    """The waits, with those added that tasks would have had while they waited for longer than the interval, in microseconds.
+
+    A load that asks again only when it is served hides the waits of those who starve: each is one sample beside thousands of a lucky
+    neighbour's. The interval is the mean time between two locks of a task; who waits for longer would have wanted the lock again each
+    interval, and would have waited for an interval less each time. `shardlock bench` counts the same.
+    """
+    added = dict(waits)
+    if not waits:
+        return added
+    for at, count in waits.items():
+        wait = bucket_top(at)
+        # Of the waits wait - n * interval, n = 1, 2, ..., as long as they are an interval long: how many are in each bucket.
+        for target in range(bucket(int(interval)), at + 1):
+            least, most = max(bucket_bottom(target), interval), bucket_top(target) + 1
+            first = max(1, math.floor((wait - most) / interval) + 1)
+            number = math.floor((wait - least) / interval) - first + 1
+            if number > 0:
+                added[target] = added.get(target, 0) + number * count
+    return added
+
+
+def jain(counts):
+    """Jain's index: 1 if all have the same, 1/n if one has all."""
+    squares = sum(n * n for n in counts)
+    return sum(counts) ** 2 / (len(counts) * squares) if squares else None
+
+
+def spread(counts):
+    index = jain(counts)
+    return {"min": min(counts), "max": max(counts), "jain": None if index is None else round(index, 4)}
+
+
+def aggregate(reports, seconds, server):
+    """One run's line from the reports of its processes and the server's counters over the measured time."""
+    waits = {}
+    for report in reports:
+        for at, count in report["waits"].items():
+            waits[int(at)] = waits.get(int(at), 0) + count
+    processes = [sum(report["tasks"]) for report in reports]
+    tasks = [locks for report in reports for locks in report["tasks"]]
+    locks = sum(processes)
+    if locks:
+        waits = corrected(waits, seconds * 1e6 * len(tasks) / locks)
+    wait_max = max(report["wait_max_us"] for report in reports)
+
+    def ms(us):
+        return None if us is None else round(min(us, wait_max) / 1e3, 3)
+
+    def per_lock(count):
+        return None if count is None or not locks else round(count / locks, 3)
+
+    line = {
+        "locks": locks,
+        "seconds": seconds,
+        "locks_per_s": round(locks / seconds, 1),
+        "per_process": spread(processes),
+        "per_task": spread(tasks),
+        "wait_ms": {"p50": ms(percentile(waits, 0.5)), "p99": ms(percentile(waits, 0.99)), "max": ms(wait_max)},
+        "hold_ms": {"mean": round(sum(r["hold_sum_us"] for r in reports) / locks / 1e3, 3) if locks else None},
+        "server": {f"{name}_per_lock": per_lock(server.get(name)) for name in ("scripts", "publishes", "commands", "cpu_us")},
+    }
+    errors = sum(report["errors"] for report in reports)
+    if errors:
+        first = next(report["first_error"] for report in reports if report.get("first_error"))
+        line["errors"] = {"count": errors, "first": first}
+    # Nobody got the lock for a good part of the time: a peer that hangs need not say so.
+    idle = seconds - max(report["last_us"] for report in reports) / 1e6
+    if idle > max(1.0, seconds / 4):
+        line["stalled_s"] = round(idle, 2)
+    return line
+
+
+def middle(lines):
+    """The median of several runs by locks per second, the lower of two, with the range of all."""
+    ordered = sorted(lines, key=lambda line: line["locks_per_s"])
+    median = dict(ordered[(len(ordered) - 1) // 2])
+    median["runs"] = len(ordered)
+    median["locks_per_s_range"] = [ordered[0]["locks_per_s"], ordered[-1]["locks_per_s"]]
+    return median

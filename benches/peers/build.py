@@ -1,0 +1,98 @@
+"""Builds what this machine can build. All of it goes into one folder; languages' own caches of packages apart."""
+
+import pathlib
+import shutil
+import subprocess
+import sys
+
+HERE = pathlib.Path(__file__).resolve().parent
+ROOT = HERE.parent.parent
+
+
+class CannotBuild(Exception):
+    """What is missing or failed, and what to do."""
+
+
+def tool(name, hint):
+    path = shutil.which(name)
+    if not path:
+        raise CannotBuild(f"{name} is not on the PATH: install {hint}")
+    return path
+
+
+def do(command, cwd, log):
+    with open(log, "ab") as out:
+        out.write(f"$ {' '.join(map(str, command))}\n".encode())
+        out.flush()
+        code = subprocess.run(command, cwd=cwd, stdin=subprocess.DEVNULL, stdout=out, stderr=subprocess.STDOUT).returncode
+    if code:
+        last = log.read_text(errors="replace").strip().splitlines()[-3:]
+        raise CannotBuild(f"{pathlib.Path(command[0]).name} ended with {code}, see {log}: {' / '.join(last)}")
+
+
+def go(folder, log):
+    # What go.sum does not have is not used.
+    do([tool("go", "Go 1.26 or later"), "build", "-mod=readonly", "-trimpath", "-o", folder / "peers", "."], HERE / "go", log)
+    return [folder / "peers"]
+
+
+def rust(folder, log):
+    do([tool("cargo", "Rust 1.88 or later"), "build", "--release", "--locked", "--target-dir", folder], HERE / "rust", log)
+    return [folder / "release" / "shardlock-peers"]
+
+
+def java(folder, log):
+    java, javac = tool("java", "a JDK, 17 or later"), tool("javac", "a JDK, 17 or later")
+    maven = tool("mvn", "Maven, which fetches Redisson")
+    for old in ("lib", "classes"):
+        shutil.rmtree(folder / old, ignore_errors=True)
+    do([maven, "-q", "-B", "dependency:copy-dependencies", f"-DoutputDirectory={folder / 'lib'}"], HERE / "java", log)
+    sources = sorted((HERE / "java").rglob("*.java"))
+    do([javac, "--release", "17", "-d", folder / "classes", "-cp", f"{folder / 'lib'}/*", *sources], HERE / "java", log)
+    # Forty of them must fit beside each other.
+    return [java, "-Xmx512m", "-cp", f"{folder / 'classes'}:{folder / 'lib'}/*", "peers.Peer"]
+
+
+def node(folder, log):
+    node, npm = tool("node", "Node.js 18 or later"), tool("npm", "npm")
+    for name in ("package.json", "package-lock.json", "peer.mjs"):
+        shutil.copy(HERE / "node" / name, folder / name)
+    do([npm, "ci", "--ignore-scripts", "--no-audit", "--no-fund"], folder, log)
+    return [node, folder / "peer.mjs"]
+
+
+def python(folder, log):
+    venv = folder / "bin" / "python"
+    if not venv.exists():
+        do([sys.executable, "-m", "venv", folder], HERE, log)
+    do([venv, "-m", "pip", "install", "-q", "--only-binary", ":all:", "-r", HERE / "python" / "requirements.txt"], HERE, log)
+    return [venv, HERE / "python" / "peer.py"]
+
+
+def shardlock(_folder, log):
+    binary = ROOT / "target" / "release" / "shardlock"
+    do([tool("cargo", "Rust 1.88 or later"), "build", "--release", "--locked", "--features", "cli"], ROOT, log)
+    told = subprocess.run([binary, "bench", "--help"], stdin=subprocess.DEVNULL, capture_output=True, text=True)
+    if told.returncode:
+        raise CannotBuild(f"{binary} has no subcommand bench")
+    return [binary, "bench"]
+
+
+PROGRAMS = {"shardlock": shardlock, "rust": rust, "go": go, "java": java, "python": python, "node": node}
+
+
+def build(names, folder, say):
+    """The command of each program that can be had, and for each other why not."""
+    commands, missing = {}, {}
+    for name in names:
+        own = folder / name
+        own.mkdir(parents=True, exist_ok=True)
+        log = folder / f"{name}.log"
+        log.unlink(missing_ok=True)
+        say(f"building {name}")
+        try:
+            commands[name] = [str(word) for word in PROGRAMS[name](own, log)]
+        except CannotBuild as why:
+            missing[name] = str(why)
+            say(f"NOT BUILT {name}: {why}")
+    return commands, missing

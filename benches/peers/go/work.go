@@ -1,0 +1,214 @@
+package main
+
+import (
+	"context"
+	"fmt"
+	"math/bits"
+	"math/rand/v2"
+	"os"
+	"strconv"
+	"sync"
+	"time"
+)
+
+// report is what the runner adds up over all processes of a load.
+type report struct {
+	Tasks []uint64 `json:"tasks"`
+	// Waits by bucket, see bucket; also of those who got nothing until the end.
+	Waits     map[string]uint64 `json:"waits"`
+	WaitMaxUs uint64            `json:"wait_max_us"`
+	HoldSumUs uint64            `json:"hold_sum_us"`
+	// When the last lock was released, counted from the start.
+	LastUs     uint64 `json:"last_us"`
+	Errors     uint64 `json:"errors"`
+	FirstError string `json:"first_error,omitempty"`
+}
+
+// bucket is the histogram's: exact below 128 us, then 64 buckets for each doubling. The runner knows it too.
+func bucket(us uint64) int {
+	if us < 128 {
+		return int(us)
+	}
+	shift := bits.Len64(us) - 7
+	return shift*64 + int(us>>shift)
+}
+
+const buckets = 64*26 + 128
+
+type tally struct {
+	// Guards all below: the task writes, and the end of the measured time reads while some tasks still wait.
+	mu         sync.Mutex
+	locks      uint64
+	waits      [buckets]uint32
+	waitMaxUs  uint64
+	holdSumUs  uint64
+	lastUs     uint64
+	errors     uint64
+	firstError string
+	// Since when the task waits, if it does.
+	since time.Time
+}
+
+type work struct {
+	o       options
+	lockers []locker
+}
+
+func newWork(p peer, o options) (*work, error) {
+	w := &work{o: o}
+	for range o.tasks {
+		l, err := p.task(context.Background())
+		if err != nil {
+			return nil, err
+		}
+		w.lockers = append(w.lockers, l)
+	}
+	return w, nil
+}
+
+// warmUp opens the connections and runs the code that waits, on keys of this process alone, so that nothing of it is left when
+// the measured time begins.
+func (w *work) warmUp() {
+	half := w.o.warmup / 2
+	w.each(len(w.lockers), half+5*time.Second, func(task int) {
+		key := fmt.Sprintf("warm:%d:%d", w.o.process, task)
+		w.loop(w.lockers[task], func() string { return key }, 0, time.Now(), time.Now().Add(half), &tally{})
+	})
+	w.each(min(len(w.lockers), 8), half+5*time.Second, func(task int) {
+		key := fmt.Sprintf("warm:%d", w.o.process)
+		w.loop(w.lockers[task], func() string { return key }, 0, time.Now(), time.Now().Add(half), &tally{})
+	})
+}
+
+func (w *work) each(tasks int, limit time.Duration, f func(task int)) {
+	var all sync.WaitGroup
+	for task := range tasks {
+		all.Go(func() { f(task) })
+	}
+	done := make(chan struct{})
+	go func() { all.Wait(); close(done) }()
+	select {
+	case <-done:
+	case <-time.After(limit):
+		// Its key is nobody else's, so a waiter that is never woken does not disturb; that it happens is worth knowing.
+		fmt.Fprintln(os.Stderr, "a waiter of the warm-up was not served in", limit)
+	}
+}
+
+func (w *work) measure(start, end time.Time) report {
+	// The wall clock is the same for all processes of the load; from here on only the monotonic one counts.
+	now := time.Now()
+	start, end = now.Add(start.Sub(now)), now.Add(end.Sub(now))
+	time.Sleep(time.Until(start))
+	tallies := make([]tally, len(w.lockers))
+	for task, l := range w.lockers {
+		next := func() string { return "bench:" + strconv.Itoa(rand.IntN(w.o.keys)) }
+		if w.o.keys == w.o.processes*w.o.tasks {
+			key := "bench:" + strconv.Itoa(w.o.process*w.o.tasks+task)
+			next = func() string { return key }
+		}
+		go w.loop(l, next, w.o.hold, start, end, &tallies[task])
+	}
+	time.Sleep(time.Until(end))
+	return w.report(tallies, end)
+}
+
+func (w *work) loop(l locker, next func() string, hold time.Duration, start, end time.Time, t *tally) {
+	ctx := context.Background()
+	fail := func(err error) {
+		t.mu.Lock()
+		if time.Now().Before(end) {
+			t.errors++
+			if t.firstError == "" {
+				t.firstError = err.Error()
+			}
+		}
+		t.mu.Unlock()
+		// A peer that fails at once must not keep the machine busy with failing.
+		time.Sleep(time.Millisecond)
+	}
+	for time.Now().Before(end) {
+		since := time.Now()
+		t.mu.Lock()
+		t.since = since
+		t.mu.Unlock()
+		key := next()
+		release, err := l.lock(ctx, key)
+		for err != nil {
+			fail(err)
+			if !time.Now().Before(end) {
+				return
+			}
+			release, err = l.lock(ctx, key)
+		}
+		entered := time.Now()
+		t.waited(since, min(entered.Sub(since), end.Sub(since)))
+		if hold > 0 {
+			time.Sleep(hold)
+		}
+		left := time.Now()
+		err = release(ctx)
+		released := time.Now()
+		if err != nil {
+			fail(err)
+			continue
+		}
+		if released.After(end) {
+			return
+		}
+		t.mu.Lock()
+		t.locks++
+		t.holdSumUs += micros(left.Sub(entered))
+		t.lastUs = micros(released.Sub(start))
+		t.mu.Unlock()
+	}
+}
+
+// waited counts a wait once, be it at its end or at the end of all.
+func (t *tally) waited(since time.Time, wait time.Duration) {
+	t.mu.Lock()
+	defer t.mu.Unlock()
+	if t.since.Equal(since) {
+		us := micros(wait)
+		t.waits[min(bucket(us), buckets-1)]++
+		t.waitMaxUs = max(t.waitMaxUs, us)
+		t.since = time.Time{}
+	}
+}
+
+func (w *work) report(tallies []tally, end time.Time) report {
+	r := report{Waits: map[string]uint64{}}
+	var waits [buckets]uint64
+	for i := range tallies {
+		t := &tallies[i]
+		t.mu.Lock()
+		since := t.since
+		t.mu.Unlock()
+		if !since.IsZero() {
+			t.waited(since, end.Sub(since))
+		}
+		t.mu.Lock()
+		r.Tasks = append(r.Tasks, t.locks)
+		for b, n := range t.waits {
+			waits[b] += uint64(n)
+		}
+		r.WaitMaxUs = max(r.WaitMaxUs, t.waitMaxUs)
+		r.HoldSumUs += t.holdSumUs
+		r.LastUs = max(r.LastUs, t.lastUs)
+		r.Errors += t.errors
+		if r.FirstError == "" {
+			r.FirstError = t.firstError
+		}
+		t.mu.Unlock()
+	}
+	for b, n := range waits {
+		if n > 0 {
+			r.Waits[strconv.Itoa(b)] = n
+		}
+	}
+	return r
+}
+
+func micros(d time.Duration) uint64 {
+	return uint64(max(d, 0) / time.Microsecond)
+}

@@ -1,0 +1,234 @@
+package peers;
+
+import java.io.BufferedReader;
+import java.io.IOException;
+import java.io.InputStreamReader;
+import java.nio.charset.StandardCharsets;
+import java.util.ArrayList;
+import java.util.HashMap;
+import java.util.List;
+import java.util.Map;
+import java.util.concurrent.CompletableFuture;
+import java.util.concurrent.Executors;
+import java.util.concurrent.ScheduledExecutorService;
+import java.util.concurrent.ThreadLocalRandom;
+import java.util.concurrent.TimeUnit;
+import java.util.concurrent.locks.LockSupport;
+import java.util.function.Supplier;
+import org.redisson.Redisson;
+import org.redisson.api.RLock;
+import org.redisson.api.RedissonClient;
+import org.redisson.config.Config;
+
+/**
+ * Redisson's RLock and RFairLock under the loads of shardlock's bench.
+ *
+ * <p>A worker is one process of a load. It warms up, prints "ready", is told on its standard input when the measured time begins
+ * and ends ("go START END", milliseconds since 1970), and prints what it counted as one line of JSON. README.md, three folders up,
+ * has more.
+ *
+ * <p>Many tasks use the asynchronous calls, whose holder is a number instead of a thread: a thousand threads that wait are slower.
+ * A process with one task uses the blocking ones, in a thread of its own.
+ */
+public final class Peer {
+    private final Map<String, String> options = new HashMap<>();
+    private final RedissonClient client;
+    private final ScheduledExecutorService timer = Executors.newScheduledThreadPool(2);
+    private final boolean fair;
+    private final int process;
+    private final int processes;
+    private final int tasks;
+    private final int keys;
+
+    private Peer(String[] args) {
+        for (int i = 0; i + 1 < args.length; i += 2) {
+            options.put(args[i], args[i + 1]);
+        }
+        process = number("--process", 0);
+        processes = number("--processes", 1);
+        tasks = number("--tasks", 1);
+        keys = number("--keys", 1);
+        fair = switch (options.getOrDefault("--peer", "")) {
+            case "redisson" -> false;
+            case "redisson-fair" -> true;
+            default -> throw new IllegalArgumentException("--peer is redisson or redisson-fair");
+        };
+        Config config = new Config();
+        // One process is one client, with the library's own pools: 64 connections and 50 for subscriptions, 5 each.
+        var server = config.useSingleServer().setAddress("redis://" + options.get("--server"));
+        int pool = number("--pool", 0);
+        if (pool > 0) {
+            server.setConnectionPoolSize(pool).setConnectionMinimumIdleSize(Math.min(pool, 24));
+        }
+        client = Redisson.create(config);
+    }
+
+    private int number(String name, int otherwise) {
+        String value = options.get(name);
+        return value == null ? otherwise : Integer.parseInt(value);
+    }
+
+    public static void main(String[] args) throws Exception {
+        Peer peer = new Peer(args);
+        peer.warmUp();
+        System.out.println("ready");
+        String line = new BufferedReader(new InputStreamReader(System.in, StandardCharsets.UTF_8)).readLine();
+        String[] words = line == null ? new String[0] : line.split(" ");
+        if (words.length != 3 || !words[0].equals("go")) {
+            throw new IOException("expected go START END, got " + line);
+        }
+        // The wall clock is the same for all processes of the load; from here on only the monotonic one counts.
+        long offset = System.nanoTime() - TimeUnit.MILLISECONDS.toNanos(System.currentTimeMillis());
+        long start = TimeUnit.MILLISECONDS.toNanos(Long.parseLong(words[1])) + offset;
+        long end = TimeUnit.MILLISECONDS.toNanos(Long.parseLong(words[2])) + offset;
+        System.out.println(peer.measure(start, end));
+        System.out.flush();
+        // What still waits is ended with the process.
+        Runtime.getRuntime().halt(0);
+    }
+
+    /**
+     * Opens the connections, lets the compiler see the code, and runs what waits, on keys of this process alone, so that nothing of
+     * it is left when the measured time begins.
+     */
+    private void warmUp() throws InterruptedException {
+        long half = TimeUnit.MILLISECONDS.toNanos(number("--warmup-ms", 1000)) / 2;
+        warmUp(tasks, half, false);
+        warmUp(Math.min(tasks, 8), half, true);
+    }
+
+    private void warmUp(int threads, long nanos, boolean oneKey) throws InterruptedException {
+        long start = System.nanoTime();
+        List<Thread> all = new ArrayList<>();
+        for (int task = 0; task < threads; task++) {
+            String key = oneKey ? "warm:" + process : "warm:" + process + ":" + task;
+            long holder = task + 1;
+            if (tasks > 1) {
+                all.add(spawn(() -> loopAsync(holder, () -> key, 0, start, start + nanos, new Tally()).join()));
+            } else {
+                all.add(spawn(() -> loop(() -> key, 0, start, start + nanos, new Tally())));
+            }
+        }
+        for (Thread thread : all) {
+            thread.join();
+        }
+    }
+
+    private static Thread spawn(Runnable task) {
+        // A thousand of them: a small stack is enough.
+        Thread thread = new Thread(null, task, "task", 256 * 1024);
+        thread.setDaemon(true);
+        thread.start();
+        return thread;
+    }
+
+    private String measure(long start, long end) {
+        List<Tally> tallies = new ArrayList<>();
+        long hold = TimeUnit.MICROSECONDS.toNanos(number("--hold-us", 0));
+        for (int task = 0; task < tasks; task++) {
+            Tally tally = new Tally();
+            tallies.add(tally);
+            String own = "bench:" + (process * tasks + task);
+            Supplier<String> next =
+                    keys == processes * tasks ? () -> own : () -> "bench:" + ThreadLocalRandom.current().nextInt(keys);
+            if (tasks > 1) {
+                long holder = task + 1;
+                timer.schedule(() -> loopAsync(holder, next, hold, start, end, tally), start - System.nanoTime(), TimeUnit.NANOSECONDS);
+                continue;
+            }
+            spawn(() -> {
+                sleepUntil(start);
+                loop(next, hold, start, end, tally);
+            });
+        }
+        sleepUntil(end);
+        return Tally.report(tallies, end);
+    }
+
+    /** The same with the asynchronous calls. */
+    private CompletableFuture<Void> loopAsync(
+            long holder, Supplier<String> next, long hold, long start, long end, Tally tally) {
+        var done = new CompletableFuture<Void>();
+        begin(holder, next, hold, start, end, tally, done);
+        return done;
+    }
+
+    private void begin(
+            long holder, Supplier<String> next, long hold, long start, long end, Tally tally, CompletableFuture<Void> done) {
+        if (System.nanoTime() >= end) {
+            done.complete(null);
+            return;
+        }
+        tally.waitsSince(System.nanoTime());
+        String key = next.get();
+        RLock lock = fair ? client.getFairLock(key) : client.getLock(key);
+        // As lock() without a lease time.
+        lock.lockAsync(holder).whenComplete((nothing, failed) -> {
+            if (failed != null) {
+                tally.failed(new RuntimeException(failed), end);
+                begin(holder, next, hold, start, end, tally, done);
+                return;
+            }
+            long entered = System.nanoTime();
+            tally.waited(Math.min(entered, end));
+            Runnable leave = () -> {
+                long left = System.nanoTime();
+                lock.unlockAsync(holder).whenComplete((gone, refused) -> {
+                    if (refused != null) {
+                        tally.failed(new RuntimeException(refused), end);
+                    } else if (!tally.locked(entered, left, System.nanoTime(), start, end)) {
+                        done.complete(null);
+                        return;
+                    }
+                    begin(holder, next, hold, start, end, tally, done);
+                });
+            };
+            if (hold > 0) {
+                timer.schedule(leave, hold, TimeUnit.NANOSECONDS);
+            } else {
+                leave.run();
+            }
+        });
+    }
+
+    private void loop(Supplier<String> next, long hold, long start, long end, Tally tally) {
+        while (System.nanoTime() < end) {
+            tally.waitsSince(System.nanoTime());
+            String key = next.get();
+            RLock lock = fair ? client.getFairLock(key) : client.getLock(key);
+            while (true) {
+                try {
+                    // Without a lease time, as its documents begin with: its watchdog renews what is held for long.
+                    lock.lock();
+                    break;
+                } catch (RuntimeException e) {
+                    tally.failed(e, end);
+                }
+                if (System.nanoTime() >= end) {
+                    return;
+                }
+            }
+            long entered = System.nanoTime();
+            tally.waited(Math.min(entered, end));
+            if (hold > 0) {
+                sleepUntil(entered + hold);
+            }
+            long left = System.nanoTime();
+            try {
+                lock.unlock();
+            } catch (RuntimeException e) {
+                tally.failed(e, end);
+                continue;
+            }
+            if (!tally.locked(entered, left, System.nanoTime(), start, end)) {
+                return;
+            }
+        }
+    }
+
+    static void sleepUntil(long nanoTime) {
+        for (long left = nanoTime - System.nanoTime(); left > 0; left = nanoTime - System.nanoTime()) {
+            LockSupport.parkNanos(left);
+        }
+    }
+}

@@ -1,0 +1,117 @@
+package peers;
+
+import java.util.List;
+import java.util.TreeMap;
+
+/** What one task counted. The task writes, and the end of the measured time reads while some tasks still wait. */
+final class Tally {
+    private static final int BUCKETS = 64 * 26 + 128;
+
+    private final int[] waits = new int[BUCKETS];
+    private long locks;
+    private long waitMaxUs;
+    private long holdSumUs;
+    private long lastUs;
+    private long errors;
+    private String firstError;
+    private boolean waiting;
+    private long since;
+
+    /** Begins a wait, or goes on with one that an error interrupted. */
+    synchronized void waitsSince(long nanoTime) {
+        if (!waiting) {
+            waiting = true;
+            since = nanoTime;
+        }
+    }
+
+    void failed(RuntimeException error, long end) {
+        synchronized (this) {
+            if (System.nanoTime() < end) {
+                errors++;
+                if (firstError == null) {
+                    firstError = error.toString();
+                }
+            }
+        }
+        // A peer that fails at once must not keep the machine busy with failing.
+        Peer.sleepUntil(System.nanoTime() + 1_000_000);
+    }
+
+    /** Counts a wait once, be it at its end or at the end of all. */
+    synchronized void waited(long until) {
+        if (waiting) {
+            long wait = Math.max(0, until - since) / 1000;
+            waits[Math.min(bucket(wait), BUCKETS - 1)]++;
+            waitMaxUs = Math.max(waitMaxUs, wait);
+            waiting = false;
+        }
+    }
+
+    /** Counts a lock, or tells with false that it came after the end. */
+    synchronized boolean locked(long entered, long left, long released, long start, long end) {
+        if (released > end) {
+            return false;
+        }
+        locks++;
+        holdSumUs += (left - entered) / 1000;
+        lastUs = (released - start) / 1000;
+        return true;
+    }
+
+    /** The histogram's: exact below 128 us, then 64 buckets for each doubling. The runner knows it too. */
+    private static int bucket(long us) {
+        if (us < 128) {
+            return (int) us;
+        }
+        int shift = 64 - Long.numberOfLeadingZeros(us) - 7;
+        return shift * 64 + (int) (us >> shift);
+    }
+
+    static String report(List<Tally> tallies, long end) {
+        StringBuilder tasks = new StringBuilder();
+        var waits = new TreeMap<Integer, Long>();
+        long waitMax = 0;
+        long holdSum = 0;
+        long last = 0;
+        long errors = 0;
+        String firstError = "";
+        for (Tally tally : tallies) {
+            synchronized (tally) {
+                tally.waited(end);
+                tasks.append(tasks.isEmpty() ? "" : ",").append(tally.locks);
+                for (int i = 0; i < BUCKETS; i++) {
+                    if (tally.waits[i] > 0) {
+                        waits.merge(i, (long) tally.waits[i], Long::sum);
+                    }
+                }
+                waitMax = Math.max(waitMax, tally.waitMaxUs);
+                holdSum += tally.holdSumUs;
+                last = Math.max(last, tally.lastUs);
+                errors += tally.errors;
+                if (firstError.isEmpty() && tally.firstError != null) {
+                    firstError = tally.firstError;
+                }
+            }
+        }
+        StringBuilder buckets = new StringBuilder();
+        waits.forEach((at, count) ->
+                buckets.append(buckets.isEmpty() ? "" : ",").append('"').append(at).append("\":").append(count));
+        return "{\"tasks\":[" + tasks + "],\"waits\":{" + buckets + "},\"wait_max_us\":" + waitMax + ",\"hold_sum_us\":" + holdSum
+                + ",\"last_us\":" + last + ",\"errors\":" + errors + ",\"first_error\":" + jsonString(firstError) + "}";
+    }
+
+    private static String jsonString(String text) {
+        StringBuilder json = new StringBuilder("\"");
+        for (char c : text.toCharArray()) {
+            if (c == '"' || c == '\\') {
+                json.append('\\').append(c);
+            } else if (c < ' ') {
+                json.append(String.format("\\u%04x", (int) c));
+            } else {
+                json.append(c);
+            }
+        }
+        return json.append('"').toString();
+    }
+}

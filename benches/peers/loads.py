@@ -1,0 +1,67 @@
+"""The loads, and who runs under them with which settings."""
+
+from dataclasses import dataclass, field
+
+
+@dataclass(frozen=True, eq=False)
+class Load:
+    name: str
+    title: str
+    processes: int
+    tasks: int  # of each process
+    keys: int
+    hold_us: int = 0
+
+    @property
+    def free(self):
+        """Whether each task has a key of its own, so that nobody waits."""
+        return self.keys == self.processes * self.tasks
+
+
+LOADS = [
+    Load("one-task", "One task, one key", 1, 1, 1),
+    Load("free-200", "200 tasks, 200 keys, one process", 1, 200, 200),
+    Load("fan-in-1", "One key, 1 process x 1,000 tasks, no hold", 1, 1000, 1),
+    Load("fan-in-8", "One key, 8 processes x 128 tasks, no hold", 8, 128, 1),
+    Load("convoy-40", "One key, 40 processes x 1 task, 5 ms hold", 40, 1, 1, 5_000),
+]
+
+
+@dataclass(frozen=True, eq=False)
+class Contestant:
+    name: str
+    title: str
+    program: str  # which of build.PROGRAMS runs it
+    role: str = "peer"  # or "ours", or "limit"
+    server: str = "redis"
+    free_only: bool = False  # it cannot wait
+    # How long a waiter sleeps between two tries, (shortest, longest) in microseconds, by load; "" is for all others. No entry: the
+    # library's own.
+    retry_us: dict = field(default_factory=dict)
+    pool: dict = field(default_factory=dict)  # connections, by load
+    warmup_s: float = 0  # at least
+    arguments: tuple = ()  # more, only for ours
+
+    def worker_arguments(self, load, retry_us=None, pool=None):
+        arguments = ["--peer", self.name]
+        retry = retry_us or self.retry_us.get(load.name) or self.retry_us.get("")
+        if retry:
+            arguments += ["--retry-min-us", str(retry[0]), "--retry-max-us", str(retry[1])]
+        pool = pool or self.pool.get(load.name) or self.pool.get("")
+        return arguments + (["--pool", str(pool)] if pool else [])
+
+
+CONTESTANTS = [
+    Contestant("shardlock", "shardlock", "shardlock", role="ours"),
+    Contestant("shardlock-linger", "shardlock, linger 1 s", "shardlock", role="ours", arguments=("--linger", "1s")),
+    Contestant("raw", "raw commands", "rust", role="limit", free_only=True),
+    Contestant("redisson", "Redisson RLock", "java", warmup_s=4),
+    Contestant("redisson-fair", "Redisson RFairLock", "java", warmup_s=4),
+    Contestant("rueidislock", "rueidislock", "go"),
+    Contestant("redsync", "redsync", "go"),
+    Contestant("redislock", "redislock", "go"),
+    Contestant("rslock", "rslock", "rust"),
+    Contestant("redis-py", "redis-py", "python"),
+    Contestant("node-redlock", "node-redlock", "node"),
+    Contestant("etcd", "etcd mutex", "go", server="etcd"),
+]

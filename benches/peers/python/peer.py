@@ -1,0 +1,204 @@
+"""redis-py's lock under the loads of shardlock's bench.
+
+A worker is one process of a load. It warms up, prints "ready", is told on its standard input when the measured time begins and ends
+("go START END", milliseconds since 1970), and prints what it counted as one line of JSON. README.md, one folder up, has more.
+
+Many tasks use the asynchronous lock: with the global interpreter lock, threads of one process only add switches. A process with one task
+uses the blocking one, which costs less.
+"""
+
+import argparse
+import asyncio
+import json
+import os
+import random
+import sys
+import threading
+import time
+
+import redis
+import redis.asyncio
+
+now = time.monotonic
+
+
+def bucket(us):
+    """The histogram's: exact below 128 us, then 64 buckets for each doubling. The runner knows it too."""
+    if us < 128:
+        return us
+    shift = us.bit_length() - 7
+    return shift * 64 + (us >> shift)
+
+
+def micros(seconds):
+    return max(0, int(seconds * 1e6))
+
+
+class Tally:
+    def __init__(self):
+        self.locks = self.wait_max = self.hold_sum = self.last = self.errors = 0
+        self.waits = {}
+        self.first_error = ""
+        self.since = None  # since when the task waits, if it does
+
+    def waited(self, until):
+        """Counts a wait once, be it at its end or at the end of all."""
+        since, self.since = self.since, None
+        if since is not None:
+            wait = micros(until - since)
+            at = bucket(wait)
+            self.waits[at] = self.waits.get(at, 0) + 1
+            self.wait_max = max(self.wait_max, wait)
+
+    def fail(self, error, end):
+        if now() < end:
+            self.errors += 1
+            self.first_error = self.first_error or f"{type(error).__name__}: {error}"
+
+
+class Blocking:
+    """A blocking lock in a coroutine that has a thread for itself."""
+
+    def __init__(self, lock):
+        self.lock = lock
+
+    async def acquire(self):
+        self.lock.acquire()
+
+    async def release(self):
+        self.lock.release()
+
+
+class Work:
+    def __init__(self, options):
+        self.options = options
+        host, port = options.server.split(":")
+        self.alone = options.tasks == 1
+        if self.alone:
+            self.client = redis.Redis(host=host, port=int(port))
+            return
+        # A pool that makes its callers wait: the plain one refuses a task that finds no connection.
+        wide = options.pool or 50
+        pool = redis.asyncio.BlockingConnectionPool(host=host, port=int(port), max_connections=wide, timeout=None)
+        self.client = redis.asyncio.Redis(connection_pool=pool)
+
+    def lock(self, key):
+        options = self.options
+        sleep = {}
+        if options.retry_max_us:
+            # Its loop sleeps the same each time; what is random is random between locks.
+            sleep["sleep"] = random.uniform(options.retry_min_us, options.retry_max_us) / 1e6
+        # The token of a task is the task's own lock's: nothing of it is a thread's.
+        lock = self.client.lock(key, timeout=options.ttl_ms / 1e3, thread_local=False, **sleep)
+        return Blocking(lock) if self.alone else lock
+
+    def run(self, *loop):
+        """The loop of a task, to be awaited until it ends; it runs from now on."""
+        if not self.alone:
+            return asyncio.create_task(self.loop(*loop))
+        thread = threading.Thread(target=lambda: asyncio.run(self.loop(*loop)), daemon=True)
+        thread.start()
+        return asyncio.to_thread(thread.join)
+
+    async def loop(self, key_of, hold, start, end, tally):
+        while now() < end:
+            tally.since = now()
+            lock = self.lock(key_of())
+            while True:
+                try:
+                    await lock.acquire()
+                    break
+                except Exception as error:  # whatever it is, it is reported as the peer's
+                    tally.fail(error, end)
+                    # A peer that fails at once must not keep the machine busy with failing.
+                    await asyncio.sleep(0.001)
+                if now() >= end:
+                    return
+            entered = now()
+            tally.waited(min(entered, end))
+            if hold:
+                await asyncio.sleep(hold)
+            left = now()
+            try:
+                await lock.release()
+            except Exception as error:  # as above
+                tally.fail(error, end)
+                await asyncio.sleep(0.001)
+                continue
+            released = now()
+            if released > end:
+                return
+            tally.locks += 1
+            tally.hold_sum += micros(left - entered)
+            tally.last = micros(released - start)
+
+    async def warm_up(self):
+        """Opens the connections and runs the code that waits, on keys of this process alone, so that nothing of it is left when the
+        measured time begins."""
+        options = self.options
+
+        async def each(tasks, key):
+            start = now()
+            end = start + options.warmup_ms / 2e3
+            await asyncio.gather(*[self.run(lambda t=t: key(t), 0, start, end, Tally()) for t in range(tasks)])
+
+        await each(options.tasks, lambda task: f"warm:{options.process}:{task}")
+        await each(min(options.tasks, 8), lambda _: f"warm:{options.process}")
+
+    async def measure(self, start, end):
+        options = self.options
+        await asyncio.sleep(max(0, start - now()))
+        tallies, running = [], []
+        for task in range(options.tasks):
+            own = f"bench:{options.process * options.tasks + task}"
+            if options.keys == options.processes * options.tasks:
+                key_of = lambda own=own: own
+            else:
+                key_of = lambda: f"bench:{random.randrange(options.keys)}"
+            tallies.append(Tally())
+            running.append(self.run(key_of, options.hold_us / 1e6, start, end, tallies[-1]))
+        await asyncio.sleep(max(0, end - now()))
+        return report(tallies, end)
+
+
+def report(tallies, end):
+    waits = {}
+    for tally in tallies:
+        tally.waited(end)
+        for at, count in tally.waits.items():
+            waits[at] = waits.get(at, 0) + count
+    return {
+        "tasks": [t.locks for t in tallies],
+        "waits": waits,
+        "wait_max_us": max(t.wait_max for t in tallies),
+        "hold_sum_us": sum(t.hold_sum for t in tallies),
+        "last_us": max(t.last for t in tallies),
+        "errors": sum(t.errors for t in tallies),
+        "first_error": next((t.first_error for t in tallies if t.first_error), ""),
+    }
+
+
+async def main():
+    parser = argparse.ArgumentParser()
+    parser.add_argument("--server", required=True)
+    for name in ["--process", "--hold-us", "--retry-min-us", "--retry-max-us", "--pool"]:
+        parser.add_argument(name, type=int, default=0)
+    for name in ["--processes", "--tasks", "--keys"]:
+        parser.add_argument(name, type=int, default=1)
+    parser.add_argument("--ttl-ms", type=int, default=30_000)
+    parser.add_argument("--warmup-ms", type=int, default=1_000)
+    parser.add_argument("--peer")
+    work = Work(parser.parse_args())
+    await work.warm_up()
+    print("ready", flush=True)
+    line = (await asyncio.to_thread(sys.stdin.readline)).split()
+    if len(line) != 3 or line[0] != "go":
+        raise SystemExit(f"expected go START END, got {line}")
+    # The wall clock is the same for all processes of the load; from here on only the monotonic one counts.
+    start, end = (now() + (int(ms) / 1e3 - time.time()) for ms in line[1:])
+    print(json.dumps(await work.measure(start, end)), flush=True)
+    # What still waits is ended with the process.
+    os._exit(0)
+
+
+asyncio.run(main())
