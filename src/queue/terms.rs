@@ -64,11 +64,34 @@ impl Context<'_> {
     }
 }
 
+/// For how long a lease is kept without a guard: up to an hour, in microseconds, so that it takes little room in each waiter.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(crate) struct Linger(u32);
+
+impl Linger {
+    pub(crate) const NONE: Self = Self(0);
+
+    /// What is longer than can be said is cut; the settings' bounds are below that.
+    pub(crate) fn new(time: Duration) -> Self {
+        Self(u32::try_from(time.as_micros()).unwrap_or(u32::MAX))
+    }
+
+    pub(crate) const fn is_none(self) -> bool {
+        self.0 == 0
+    }
+
+    pub(super) const fn time(self) -> Duration {
+        Duration::from_micros(self.0 as u64)
+    }
+}
+
 /// What a task wants.
 #[derive(Debug, Clone, Copy)]
 pub(crate) struct Want {
     pub(crate) ttl: Duration,
     pub(crate) max_hold: Option<Duration>,
+    /// For how long the lease is kept when its guard is gone and nobody wants it.
+    pub(crate) linger: Linger,
     /// Whether to come back with nothing rather than wait.
     pub(crate) only_try: bool,
     /// Whether there is reason to think that other managers want the key, so that the free path is not worth a try.
@@ -84,6 +107,8 @@ pub(crate) enum Path {
     LocalHandOff,
     /// After waiting in the store's queue.
     RemoteGrant,
+    /// Under a lease that this process had kept, without the network.
+    Lingering,
 }
 
 /// What a waiter got.

@@ -107,7 +107,7 @@ fn bad_shard() -> (Arc<Shard>, mpsc::UnboundedReceiver<Job>) {
         default_ttl: Duration::from_secs(1),
         metrics: Arc::new(ShardMetrics::new("bad")),
         class: Arc::clone(manager.classes.default_class()),
-        load: Arc::new(Load::default()),
+        load: Arc::new(Load::new(Box::default())),
         manager,
         hot: Arc::new(HotKeys::new(1)),
         notices: Arc::new(Notices::new(None, None)),
