@@ -76,6 +76,11 @@ impl Linger {
         Self(u32::try_from(time.as_micros()).unwrap_or(u32::MAX))
     }
 
+    #[cfg(test)]
+    pub(super) const fn of_millis(millis: u32) -> Self {
+        Self(millis * 1_000)
+    }
+
     pub(crate) const fn is_none(self) -> bool {
         self.0 == 0
     }

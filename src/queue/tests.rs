@@ -3,6 +3,7 @@
 mod exhaustive;
 mod giving_up;
 mod handing_on;
+mod lingering;
 mod remote;
 mod trouble;
 
@@ -47,6 +48,7 @@ const fn at(millis: u64) -> Moment {
 const WANT: Want = Want {
     ttl: TTL,
     max_hold: None,
+    linger: Linger::NONE,
     only_try: false,
     expects_rivals: false,
 };
@@ -172,11 +174,8 @@ impl Bench {
         self.event(|queue, _| ((), queue.turn(cycle))).1
     }
 
-    fn wanted(&mut self, cycle: Cycle) {
-        self.event(|queue, cx| {
-            queue.wanted(cycle, cx);
-            ((), Effects::none())
-        });
+    fn wanted(&mut self, cycle: Cycle) -> Seen {
+        self.event(|queue, cx| ((), queue.wanted(cycle, cx))).1
     }
 
     fn failed(&mut self, cycle: Cycle) -> Seen {
@@ -197,6 +196,10 @@ impl Bench {
 
     fn close(&mut self) -> Seen {
         self.event(|queue, cx| ((), queue.close(cx))).1
+    }
+
+    fn let_go(&mut self) -> Seen {
+        self.event(|queue, cx| ((), queue.let_go(cx))).1
     }
 
     fn renewed(&mut self, cycle: Cycle, sent_at: Moment, reply: Option<RenewReply>) -> Seen {

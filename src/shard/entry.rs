@@ -157,12 +157,7 @@ impl Entry {
 
     /// A task wants the key. `None` if this entry is not in the table any more. The request that comes back is the caller's
     /// to carry out.
-    pub(super) fn want(
-        self: &Arc<Self>,
-        want: Want,
-        waker: Waker,
-        now: Moment,
-    ) -> Option<Result<Wanted, LockError>> {
+    pub(super) fn want(self: &Arc<Self>, want: Want, waker: Waker, now: Moment) -> Option<Result<Wanted, LockError>> {
         let cx = self.context(now);
         let mut state = self.state.lock();
         if state.removed {
