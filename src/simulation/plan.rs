@@ -186,6 +186,10 @@ impl Plan {
         self.ttls.iter().max().copied().unwrap_or_default()
     }
 
+    pub(super) fn longest_linger(&self) -> Duration {
+        self.lingers.iter().max().copied().unwrap_or_default()
+    }
+
     /// The time within which everything must have come to its end once the faults have ended: each holder and each dead owner may
     /// take its time, one after the other, though hardly all of them do.
     pub(super) fn patience(&self) -> Nanos {

@@ -153,6 +153,8 @@ impl World {
             }
             return self.end_promptly(limit);
         }
+        // What is kept ends in its own time.
+        let limit = limit + nanos(self.plan.longest_linger());
         self.end(limit)?;
         self.a_newcomer_is_served(limit)
     }
