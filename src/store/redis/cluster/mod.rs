@@ -348,9 +348,7 @@ impl LeaseStore for ClusterStore {
 
     fn renew(&self, batch: Vec<Renewal>, limit: Duration) -> StoreFuture<Vec<Option<RenewReply>>> {
         let (lane, inbox) = (Arc::clone(&self.background), Arc::clone(&self.inbox));
-        Box::pin(async move {
-            Ok(renewals::renew(&lane, &inbox, &batch, limit).await)
-        })
+        Box::pin(async move { Ok(renewals::renew(&lane, &inbox, &batch, limit).await) })
     }
 
     fn inspect(&self, key: LockKey) -> StoreFuture<Inspection> {

@@ -23,12 +23,7 @@ const RENEWALS_PER_CALL: usize = 128;
 const CALLS_AT_A_TIME: usize = 256;
 
 /// Renews what is still ours. A slot whose node does not answer in time fails its own renewals and no others.
-pub(super) async fn renew(
-    lane: &Lane,
-    inbox: &Inbox,
-    batch: &[Renewal],
-    limit: Duration,
-) -> Vec<Option<RenewReply>> {
+pub(super) async fn renew(lane: &Lane, inbox: &Inbox, batch: &[Renewal], limit: Duration) -> Vec<Option<RenewReply>> {
     let mut by_slot: HashMap<Slot, Vec<usize>> = HashMap::new();
     for (index, renewal) in batch.iter().enumerate() {
         let slot = lane.shared.commands.names.of(&renewal.key).slot;
