@@ -398,7 +398,8 @@ async fn new_keys_take_the_place_of_what_is_kept() {
     .await;
     for key in 0..100 {
         use_once(&locks, &format!("k{key}")).await;
-        assert!(kept(&locks) <= 8, "{}", kept(&locks));
+        // No more than four, and one that is just given back.
+        assert!(kept(&locks) <= 5, "{}", kept(&locks));
     }
     until("there is room", async || kept(&locks) <= 4).await;
     let mut guards = Vec::new();

@@ -106,7 +106,7 @@ impl<W> Queue<W> {
     pub(super) fn pass_on(&mut self, cx: Context<'_>, effects: &mut Effects<W>) {
         let Phase::Held(held) = &mut self.phase else { return };
         held.tenant = Tenant::Nobody;
-        if self.waiters.is_empty() && held.may_linger() && !self.keeps_nothing {
+        if self.waiters.is_empty() && held.may_linger() && !self.keeps_nothing && cx.room.is_left() {
             return self.linger(cx, effects);
         }
         if held.extending && (self.waiters.is_empty() || held.must_yield(cx)) {

@@ -36,7 +36,7 @@ use std::time::Duration;
 pub(crate) use effect::{Bound, Effects, Request, Wake};
 #[cfg(test)]
 pub(crate) use terms::Flaw;
-pub(crate) use terms::{Context, Granted, Linger, Outcome, Path, Rules, Want};
+pub(crate) use terms::{Context, Granted, Linger, Outcome, Path, Room, Rules, Want};
 pub(crate) use waiters::WaiterId;
 
 use crate::clock::Moment;

@@ -1,6 +1,7 @@
 //! What goes into the queue of a key and what comes out: settings, wishes, outcomes.
 
 use std::sync::Arc;
+use std::sync::atomic::{AtomicUsize, Ordering};
 use std::time::Duration;
 
 use crate::clock::Moment;
@@ -52,6 +53,33 @@ pub(crate) struct Context<'a> {
     pub(crate) now: Moment,
     pub(crate) rules: &'a Rules,
     pub(crate) cycles: &'a Cycles,
+    pub(crate) room: Room<'a>,
+}
+
+/// Whether there is room for a lease that nobody holds, looked at only where one is to be kept.
+#[derive(Debug, Clone, Copy)]
+pub(crate) struct Room<'a> {
+    /// How many keys there are in all, which may change at any time, and how many there may be.
+    pub(crate) keys: &'a AtomicUsize,
+    pub(crate) limit: usize,
+}
+
+impl Room<'_> {
+    pub(super) fn is_left(self) -> bool {
+        self.keys.load(Ordering::Relaxed) <= self.limit
+    }
+}
+
+#[cfg(test)]
+impl Room<'static> {
+    /// For queues that are alone.
+    pub(crate) const ENDLESS: Self = {
+        static NO_KEYS: AtomicUsize = AtomicUsize::new(0);
+        Self {
+            keys: &NO_KEYS,
+            limit: usize::MAX,
+        }
+    };
 }
 
 impl Context<'_> {

@@ -7,6 +7,7 @@ mod lingering;
 mod remote;
 mod trouble;
 
+use std::sync::atomic::AtomicUsize;
 use std::time::Duration;
 
 use super::*;
@@ -21,6 +22,8 @@ struct Bench {
     rules: Rules,
     cycles: Cycles,
     now: Moment,
+    /// How many keys there are besides; there may be ten.
+    keys: AtomicUsize,
 }
 
 /// What an event led to, in short.
@@ -114,6 +117,7 @@ impl Bench {
             },
             cycles: Cycles::default(),
             now: at(1_000),
+            keys: AtomicUsize::new(0),
         }
     }
 
@@ -126,6 +130,10 @@ impl Bench {
             now: self.now,
             rules: &self.rules,
             cycles: &self.cycles,
+            room: Room {
+                keys: &self.keys,
+                limit: 10,
+            },
         };
         let (result, effects) = happens(&mut self.queue, cx);
         let seen = Seen {

@@ -421,6 +421,7 @@ impl Entry {
             now,
             rules: &self.shard.rules,
             cycles: &self.shard.cycles,
+            room: self.shard.room(),
         }
     }
 }

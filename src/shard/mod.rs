@@ -40,7 +40,7 @@ use crate::identity::ManagerId;
 use crate::key::LockKey;
 use crate::notice::Notices;
 use crate::protocol::{Cycle, Cycles};
-use crate::queue::{Request, Rules, Want};
+use crate::queue::{Request, Room, Rules, Want};
 use crate::store::{Inspection, LeaseStore, StoreError};
 use crate::telemetry::{ClassMetrics, ManagerMetrics, ShardMetrics};
 use rivals::Rivals;
@@ -244,14 +244,22 @@ impl Shard {
         }
     }
 
-    /// Refuses one key too many, over all shards. Keys that are kept idle are not too many: they make room, which takes them a moment, and
-    /// in that moment there may be twice as many.
+    /// Whether a lease that nobody holds may be kept.
+    pub(crate) fn room(&self) -> Room<'_> {
+        Room {
+            keys: &self.load.keys,
+            limit: self.limits.keys,
+        }
+    }
+
+    /// Refuses one key too many, over all shards. Keys that are kept idle are not too many: they make room. That takes them a moment, in
+    /// which none is added to them ([`room`](Self::room)), so that there are never more than twice as many keys.
     fn check_keys(&self, entry: &Arc<Entry>) -> Result<(), LockError> {
         let (used, limit) = (self.load.keys.load(Ordering::Relaxed), self.limits.keys);
         if used <= limit {
             return Ok(());
         }
-        if used <= 2 * limit && used.saturating_sub(self.load.spare()) <= limit {
+        if used.saturating_sub(self.load.spare()) <= limit {
             if !self.load.makes_room.swap(true, Ordering::SeqCst) {
                 self.send(Job::MakeRoom);
             }

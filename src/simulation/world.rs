@@ -18,7 +18,7 @@ use super::tasks::{Step, Task};
 use crate::identity::ManagerId;
 use crate::key::LockKey;
 use crate::protocol::{Ask, Cycles, Push};
-use crate::queue::{Context, Effects, Flaw, Queue, Request};
+use crate::queue::{Context, Effects, Flaw, Queue, Request, Room};
 use crate::store::Lane;
 use crate::store::memory::MemoryCore;
 
@@ -281,6 +281,7 @@ impl World {
             now: manager.clock.at(self.now),
             rules: &self.plan.rules,
             cycles: &manager.cycles,
+            room: Room::ENDLESS,
         };
         let queue = &mut manager.queues[k];
         let lingered = queue.lingers_until().is_some();

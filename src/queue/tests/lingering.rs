@@ -281,6 +281,23 @@ fn the_last_guard_says_for_how_long() {
 }
 
 #[test]
+fn nothing_is_kept_where_there_is_no_room() {
+    let mut bench = Bench::new();
+    let cycle = keep(&mut bench, 1, 64);
+    *bench.keys.get_mut() = 11;
+    let (id, _) = bench.want_as(0, KEPT);
+    let guard = bench.guard(id);
+    assert_eq!(bench.release_held(&guard).releases(), (cycle, None));
+    // What is kept already makes room when it is told to.
+    let mut bench = Bench::new();
+    let cycle = keep(&mut bench, 1, 64);
+    assert_eq!(bench.let_go().releases(), (cycle, None));
+    assert!(bench.queue.is_spare());
+    bench.released_remotely(cycle, None);
+    assert!(bench.queue.is_unused());
+}
+
+#[test]
 fn it_goes_to_a_try_and_tasks_line_up_behind_its_guard() {
     let mut bench = Bench::new();
     keep(&mut bench, 1, 64);
