@@ -81,16 +81,11 @@ impl DerefMut for Locker {
     }
 }
 
-/// The worker's side: hears `lock` and says the token when it has the lock, hears `release` and says `released`. Leases are kept for
-/// `LOCKTEST_LINGER` milliseconds, if that is set.
+/// The worker's side: hears `lock` and says the token when it has the lock, hears `release` and says `released`.
 #[tokio::main]
 pub async fn obey(me: &worker::Current) {
     let ttl = Duration::from_millis(me.var("LOCKTEST_TTL").parse().expect("milliseconds"));
-    let mut builder = builder_of(me).ttl(ttl);
-    if let Ok(linger) = std::env::var("LOCKTEST_LINGER") {
-        builder = builder.linger(Duration::from_millis(linger.parse().expect("milliseconds")));
-    }
-    let locks = builder.connect().await.expect("connect");
+    let locks = builder_of(me).ttl(ttl).connect().await.expect("connect");
     me.say("connected");
     let mut held = None;
     loop {
