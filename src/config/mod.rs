@@ -87,6 +87,11 @@ pub struct Config {
     ///   next renewal of the lease makes up for it: after `renew_fraction` of the TTL.
     /// - When the process dies, its keys stay locked until their leases end, those that nobody held included.
     ///
+    /// And what it costs this process: a release does not ask the server, so it can't say that an administrator took the lock since the last renewal, and
+    /// until the next one the lease goes on serving guards. Should the server have lost its data, their tokens are smaller than those that other
+    /// processes got meanwhile, and a resource that compares them refuses them. In the moment before this process hears that another one waits, a
+    /// lock or a try of its own may still pass that one.
+    ///
     /// A key that another process wanted while this one held it is not kept, nor is the next lease of it that this process gets.
     pub linger: Duration,
 
