@@ -26,19 +26,24 @@ fn worker_entry() {
     }
 }
 
+/// A builder for managers that bear with servers which start and share a busy machine.
+fn patient(store: &TestStore) -> Builder {
+    store.builder().store_timeout(Duration::from_secs(5))
+}
+
 async fn connect(builder: Builder) -> LockManager {
     builder.connect().await.expect("connect")
 }
 
 /// A manager that keeps leases for longer than the test lasts.
 async fn keeper(store: &TestStore) -> LockManager {
-    connect(store.builder().linger(LONG)).await
+    connect(patient(store).linger(LONG)).await
 }
 
 /// A manager whose renewals are too seldom to tell it that somebody waits, where the kind allows for leases of ten minutes. With those it
 /// takes minutes until a renewal is due.
 fn seldom_renewed(store: &TestStore) -> Builder {
-    let builder = store.builder().renew_fraction(0.5);
+    let builder = patient(store).renew_fraction(0.5);
     if has_short_leases(store) {
         builder
     } else {
@@ -116,7 +121,7 @@ on_each_store! {
 
     async fn who_waits_in_another_process_gets_it_at_once(store: &TestStore) {
         let one = connect(seldom_renewed(store).linger(LONG)).await;
-        let other = store.manager().await;
+        let other = connect(patient(store)).await;
         let mut last = 0;
         for _ in 0..5 {
             let token = use_until_kept(&one, "k").await;
@@ -131,7 +136,7 @@ on_each_store! {
     }
 
     async fn a_try_in_another_process_finds_it_held_and_leaves_it(store: &TestStore) {
-        let (one, other) = (keeper(store).await, store.manager().await);
+        let (one, other) = (keeper(store).await, connect(patient(store)).await);
         use_once(&one, "k").await;
         for _ in 0..3 {
             assert!(other.try_lock("k").await.expect("try").is_none());
@@ -144,7 +149,7 @@ on_each_store! {
 
     async fn it_ends_in_its_time_and_leaves_nothing(store: &TestStore) {
         let linger = Duration::from_millis(400);
-        let locks = connect(store.builder().linger(linger)).await;
+        let locks = connect(patient(store).linger(linger)).await;
         let started = Instant::now();
         use_once(&locks, "k").await;
         until("it ends", async || kept(&locks) == 0).await;
@@ -154,8 +159,8 @@ on_each_store! {
     }
 
     async fn it_is_renewed_for_as_long_as_it_stays(store: &TestStore) {
-        let locks = connect(store.builder().ttl(store.short_ttl()).linger(LONG)).await;
-        let other = store.manager().await;
+        let locks = connect(patient(store).ttl(store.short_ttl()).linger(LONG)).await;
+        let other = connect(patient(store)).await;
         use_once(&locks, "k").await;
         let lease = owner(&other, "k").await;
         let deadline = Instant::now() + 3 * store.kind().dead_within(store.short_ttl());
@@ -169,7 +174,7 @@ on_each_store! {
     }
 
     async fn a_request_may_ask_for_another_time_than_the_manager(store: &TestStore) {
-        let locks = store.manager().await;
+        let locks = connect(patient(store)).await;
         locks.lock("k").linger(LONG).await.expect("lock").release().await.expect("release");
         assert!(owner(&locks, "k").await.is_some());
         // The last guard's counts.
@@ -186,7 +191,7 @@ on_each_store! {
     }
 
     async fn a_shutdown_gives_it_back_at_once(store: &TestStore) {
-        let (one, other) = (connect(seldom_renewed(store).linger(LONG)).await, store.manager().await);
+        let (one, other) = (connect(seldom_renewed(store).linger(LONG)).await, connect(patient(store)).await);
         use_once(&one, "k").await;
         one.shutdown().await;
         store.is_empty(&other, "k").await;
@@ -194,7 +199,7 @@ on_each_store! {
     }
 
     async fn the_end_of_the_last_handle_gives_it_back_at_once(store: &TestStore) {
-        let (one, other) = (connect(seldom_renewed(store).linger(LONG)).await, store.manager().await);
+        let (one, other) = (connect(seldom_renewed(store).linger(LONG)).await, connect(patient(store)).await);
         use_once(&one, "idle").await;
         let guard = lock(&one, "held").await;
         drop(one);
@@ -228,7 +233,7 @@ on_each_store! {
     }
 
     async fn tasks_and_managers_that_all_keep_leases_exclude_one_another(store: &TestStore) {
-        let managers = [keeper(store).await, connect(store.builder().linger(Duration::from_millis(5))).await];
+        let managers = [keeper(store).await, connect(patient(store).linger(Duration::from_millis(5))).await];
         let shared = std::sync::Arc::new(std::sync::Mutex::new((false, 0_u64)));
         let mut tasks = tokio::task::JoinSet::new();
         for task in 0..8 {
@@ -265,7 +270,7 @@ on_each_store! {
         let ttl = 2 * store.short_ttl();
         let mut lockers = store.lockers_with(1, ttl, &[("LOCKTEST_LINGER", "3600000")]);
         let token = use_by(&mut lockers[0]);
-        let locks = store.manager().await;
+        let locks = connect(patient(store)).await;
         let waiter = waiting(&locks, "k");
         // It is told of who waits, and gives it back.
         soon("the lock", waiter).await.expect("a task").release().await.expect("release");
@@ -285,11 +290,11 @@ on_each_store! {
     }
 
     async fn one_that_an_administrator_deleted_goes_to_nobody_and_is_no_loss(store: &TestStore) {
-        let locks = connect(store.builder().ttl(store.short_ttl()).linger(LONG)).await;
+        let locks = connect(patient(store).ttl(store.short_ttl()).linger(LONG)).await;
         let token = use_once(&locks, "k").await;
         store.servers().delete(&store.lease("k"));
         until("the next renewal finds out", async || kept(&locks) == 0).await;
-        let other = store.manager().await;
+        let other = connect(patient(store)).await;
         let guard = lock(&other, "k").await;
         assert!(guard.token().get() > token);
         assert!(locks.try_lock("k").await.expect("try").is_none());
@@ -353,7 +358,7 @@ on_each_store! {
 
     /// As if the message to the process that keeps the lease had been lost: somebody stands in the queue, and it was not told.
     async fn a_renewal_makes_up_for_a_message_that_was_lost(store: &TestStore) {
-        let locks = connect(store.builder().ttl(Duration::from_secs(2)).linger(LONG)).await;
+        let locks = connect(patient(store).ttl(Duration::from_secs(2)).linger(LONG)).await;
         use_once(&locks, "k").await;
         let nobody = "nowhere-1-0123456789abcdef:7";
         store.servers().command(&["ZADD", "{lock:k}:q", "1", nobody]);
@@ -377,7 +382,7 @@ on_each_store! {
 
     /// Another library's client can't ask for the key: it finds it taken until the time is over.
     async fn another_librarys_client_finds_it_taken(store: &TestStore) {
-        let locks = connect(store.builder().linger(Duration::from_millis(300))).await;
+        let locks = connect(patient(store).linger(Duration::from_millis(300))).await;
         use_once(&locks, "k").await;
         let take = || store.servers().command(&["SET", "lock:k", "theirs", "NX", "PX", "60000"]);
         assert_eq!(take(), redis::Value::Nil);
@@ -417,7 +422,7 @@ async fn new_keys_take_the_place_of_what_is_kept() {
 async fn a_busy_keeper_does_not_starve_others() {
     let store = TestStore::shared(support_locks::Kind::Redis);
     let one = connect(seldom_renewed(&store).linger(LONG)).await;
-    let other = store.manager().await;
+    let other = connect(patient(&store)).await;
     let busy = {
         let one = one.clone();
         tokio::spawn(async move {
