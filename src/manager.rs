@@ -16,7 +16,7 @@ use crate::identity::ManagerId;
 use crate::key::LockKey;
 use crate::notice::Notices;
 use crate::protocol::Cycles;
-use crate::queue::Rules;
+use crate::queue::{Linger, Rules};
 use crate::request::{LockRequest, TryLockRequest};
 use crate::router::ShardMap;
 use crate::shard::{Background, Job, Limits, Load, Parts, Shard, Unheard};
@@ -49,6 +49,8 @@ pub struct LockManager {
 /// What all handles of a manager share.
 pub(crate) struct Inner {
     pub(crate) config: Config,
+    /// Of requests that do not say otherwise.
+    pub(crate) linger: Linger,
     pub(crate) metrics: Arc<ManagerMetrics>,
     pub(crate) hot: Arc<HotKeys>,
     pub(crate) notices: Arc<Notices>,
@@ -96,7 +98,8 @@ impl LockManager {
         let notices = Arc::new(Notices::new(config.slow_wait, config.long_hold));
         let manager_metrics = &metrics;
         let (jobs, receiver) = mpsc::unbounded_channel();
-        let (cycles, load) = (Arc::new(Cycles::default()), Arc::new(Load::default()));
+        let shard_metrics = opened.iter().map(|opened| Arc::clone(&opened.metrics)).collect();
+        let (cycles, load) = (Arc::new(Cycles::default()), Arc::new(Load::new(shard_metrics)));
         let rules = Rules {
             max_burst: config.max_burst,
             max_slice: config.max_slice,
@@ -140,6 +143,7 @@ impl LockManager {
         // From here on, dropping it ends the background thread.
         let manager = Self {
             inner: Arc::new(Inner {
+                linger: Linger::new(config.linger),
                 config,
                 metrics,
                 hot,
@@ -182,7 +186,8 @@ impl LockManager {
     }
 
     /// Asks for a lock and comes back at once, with `None` where it is held or somebody waits for it. A try never joins a queue and never passes anybody in
-    /// it.
+    /// it. A lease that another process keeps without a guard ([`Config::linger`](crate::Config::linger)) counts as held, and a try does not make
+    /// that process give it back.
     #[track_caller]
     pub fn try_lock(&self, key: impl AsRef<str>) -> TryLockRequest {
         TryLockRequest::new(self.lock(key))
@@ -222,7 +227,8 @@ impl LockManager {
         view::hot_keys(&self.inner)
     }
 
-    /// All guards of this manager that are out, the oldest first. It goes through all keys that are in use.
+    /// All guards of this manager that are out, the oldest first. Leases that linger have none and are not among them. It goes through all keys that
+    /// are in use.
     #[must_use]
     pub fn held(&self) -> Vec<HeldLock> {
         view::held(&self.inner, usize::MAX).1
@@ -271,7 +277,7 @@ impl LockManager {
         Ok(count)
     }
 
-    /// Gives everything back: guards that are out are lost, waiters and all later requests get [`LockError::Closed`]. Returns when the
+    /// Gives everything back: guards that are out are lost, leases that linger are given back at once, waiters and all later requests get [`LockError::Closed`]. Returns when the
     /// servers have said that it is done, or after twice the `store_timeout`, when what is left runs out by itself. Other
     /// handles of this manager are shut down with it.
     ///

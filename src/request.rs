@@ -18,7 +18,7 @@ use crate::guard::LockGuard;
 use crate::key::LockKey;
 use crate::manager::Inner;
 use crate::notice::Waited;
-use crate::queue::{WaiterId, Want};
+use crate::queue::{Linger, WaiterId, Want};
 use crate::shard::{Asked, Driven, Entry, Job, Settled};
 use crate::store::Lane;
 use crate::telemetry::{ClassMetrics, Ending, Limit};
@@ -66,6 +66,7 @@ struct Terms {
     ttl: Option<Duration>,
     timeout: Option<Duration>,
     max_hold: Option<Duration>,
+    linger: Option<Duration>,
     class: Option<Arc<str>>,
 }
 
@@ -77,6 +78,7 @@ impl LockRequest {
             ttl: None,
             timeout: manager.config.timeout,
             max_hold: manager.config.max_hold,
+            linger: None,
             class: None,
         };
         Self {
@@ -102,6 +104,13 @@ impl LockRequest {
     /// For how long the lease is renewed: a guard that is held for longer is lost.
     pub const fn max_hold(mut self, longest: Duration) -> Self {
         self.terms.max_hold = Some(longest);
+        self
+    }
+
+    /// For how long the lease stays with this process once its guard is gone and nobody waits for the key: 0 to 1 h, instead of the manager's
+    /// [`linger`](crate::Config::linger), where it is said what that means for others. Of the guards of one lease, the last one's counts.
+    pub const fn linger(mut self, time: Duration) -> Self {
+        self.terms.linger = Some(time);
         self
     }
 
@@ -152,13 +161,14 @@ impl LockRequest {
         let want = Want {
             ttl: terms.ttl.unwrap_or(manager.config.ttl),
             max_hold: terms.max_hold,
+            linger: terms.linger.map_or(manager.linger, Linger::new),
             only_try: only_try || no_wait,
             expects_rivals: false,
         };
         let (key, invalid) = match key {
             Ok(key) => (
                 Some(key),
-                check_overrides(terms.ttl, terms.timeout, terms.max_hold)
+                check_overrides(terms.ttl, terms.timeout, terms.max_hold, terms.linger)
                     .err()
                     .map(Box::new),
             ),
@@ -212,7 +222,8 @@ struct Place {
 }
 
 impl Acquiring {
-    fn join(&self, cx: &Context<'_>) -> Result<Place, LockError> {
+    /// A place in line, and whether its outcome is there already.
+    fn join(&self, cx: &Context<'_>) -> Result<(Place, bool), LockError> {
         if let Some(invalid) = &self.invalid {
             return Err(LockError::Invalid((**invalid).clone()));
         }
@@ -232,15 +243,16 @@ impl Acquiring {
             shard.want(key, self.want, cx.waker(), self.asked.at)
         };
         match joined {
-            Ok((entry, id, request)) => {
+            Ok((entry, wanted)) => {
                 shard.metrics.waiter_came();
-                let driving = request.map(|request| drive(&entry, request));
-                Ok(Place {
+                let driving = wanted.request.map(|request| drive(&entry, request));
+                let place = Place {
                     entry,
-                    id,
+                    id: wanted.id,
                     driving,
                     collected: false,
-                })
+                };
+                Ok((place, wanted.is_settled))
             }
             Err(error) => {
                 shard.load.waiters.fetch_sub(1, Ordering::Relaxed);
@@ -255,11 +267,11 @@ impl Acquiring {
             Some(place) => place.poll(cx, self.asked),
             None => {
                 self.asked.at = Moment::now();
-                let place = self.join(cx)?;
+                let (place, is_settled) = self.join(cx)?;
                 let place = self.place.insert(place);
-                // Without a request of its own there is nothing to do: the waker is registered, and whatever happened
-                // since has woken it.
-                if place.driving.is_some() || self.want.only_try {
+                // Without an outcome or a request of its own there is nothing to do: the waker is registered, and whatever
+                // happened since has woken it.
+                if place.driving.is_some() || is_settled {
                     place.poll(cx, self.asked)
                 } else {
                     Poll::Pending
@@ -488,6 +500,12 @@ impl TryLockRequest {
     /// See [`LockRequest::max_hold`].
     pub const fn max_hold(mut self, longest: Duration) -> Self {
         self.0.terms.max_hold = Some(longest);
+        self
+    }
+
+    /// See [`LockRequest::linger`].
+    pub const fn linger(mut self, time: Duration) -> Self {
+        self.0.terms.linger = Some(time);
         self
     }
 

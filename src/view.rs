@@ -83,6 +83,8 @@ pub struct ShardState {
     pub is_up: bool,
     /// How many leases this process holds there.
     pub leases: usize,
+    /// How many of them it keeps without a guard ([`Config::linger`](crate::Config::linger)), or is just giving back after that.
+    pub lingering: usize,
     /// How many tasks of this process wait there.
     pub waiters: usize,
     /// How many locks were had there.
@@ -165,6 +167,7 @@ pub(crate) fn shards(manager: &Inner) -> Vec<ShardState> {
             kind: shard.kind.to_string(),
             is_up: metrics.is_up(),
             leases: metrics.leases(),
+            lingering: metrics.lingering(),
             waiters: metrics.waiters(),
             acquired,
             local,

@@ -5,13 +5,14 @@ use std::time::Duration;
 use shardlock::{Builder, Config, Endpoint, Invalid, ShardConfig};
 
 /// For every setting, a value that is not its default.
-const SAMPLES: [(&str, &str); 24] = [
+const SAMPLES: [(&str, &str); 25] = [
     ("shards", "a=redis://:s3cret@a:1/2,memory://b"),
     ("namespace", "jobs/"),
     ("ttl", "5s"),
     ("renew_fraction", "0.25"),
     ("timeout", "1500ms"),
     ("max_hold", "2m"),
+    ("linger", "3s"),
     ("store_timeout", "250ms"),
     ("connections", "2"),
     ("max_burst", "3"),
@@ -41,6 +42,7 @@ fn from_code() -> Result<Config, Invalid> {
         .renew_fraction(0.25)
         .timeout(Duration::from_millis(1500))
         .max_hold(Duration::from_secs(120))
+        .linger(Duration::from_secs(3))
         .store_timeout(Duration::from_millis(250))
         .connections(2)
         .max_burst(3)

@@ -126,7 +126,7 @@ async fn every_series_is_there_from_the_start_at_zero() {
     there(
         "shardlock_acquisitions_total",
         "path",
-        &["uncontended", "local", "remote"],
+        &["uncontended", "local", "remote", "lingering"],
     );
     there(
         "shardlock_lost_total",

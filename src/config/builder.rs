@@ -88,6 +88,12 @@ impl Builder {
         self
     }
 
+    /// Sets [`Config::linger`]; zero is off.
+    pub fn linger(mut self, time: Duration) -> Self {
+        self.config.linger = time;
+        self
+    }
+
     /// Sets [`Config::store_timeout`].
     pub fn store_timeout(mut self, timeout: Duration) -> Self {
         self.config.store_timeout = timeout;

@@ -51,6 +51,8 @@ pub(super) const TTL: Within<Duration> = Within(ms(50), secs(DAY));
 pub(super) const TIMEOUT: OrNone<Within<Duration>> = OrNone(Within(Duration::ZERO, secs(365 * DAY)));
 pub(super) const MAX_HOLD: OrNone<Within<Duration>> = OrNone(Within(ms(1), secs(365 * DAY)));
 
+pub(super) const LINGER: Within<Duration> = Within(Duration::ZERO, secs(3600));
+
 const NAMESPACE: Text = Text {
     most: 64,
     // A brace would change which part of a key decides on its slot; % is what keys with braces are encoded with.
@@ -80,6 +82,11 @@ pub(super) static FIELDS: &[Field] = &[
     ),
     field!(timeout, TIMEOUT, "how long a request waits for its lock, or none"),
     field!(max_hold, MAX_HOLD, "for how long a guard is kept alive, or none"),
+    field!(
+        linger,
+        LINGER,
+        "for how long a lease stays with the process when its last guard is gone and nobody wants it"
+    ),
     field!(
         store_timeout,
         Within(ms(10), secs(60)),
@@ -113,7 +120,7 @@ pub(super) static FIELDS: &[Field] = &[
     field!(
         max_keys,
         Within(1, 10_000_000),
-        "how many keys a process may hold or wait for at a time"
+        "how many keys a process may hold or wait for at a time; those that linger make room"
     ),
     field!(
         class,

@@ -3,7 +3,7 @@
 use std::time::Duration;
 
 use super::bounds::Bounds;
-use super::fields::{MAX_HOLD, TIMEOUT, TTL};
+use super::fields::{LINGER, MAX_HOLD, TIMEOUT, TTL};
 use crate::error::Invalid;
 
 /// Checks what a request sets for itself.
@@ -11,9 +11,13 @@ pub(crate) fn check_overrides(
     ttl: Option<Duration>,
     timeout: Option<Duration>,
     max_hold: Option<Duration>,
+    linger: Option<Duration>,
 ) -> Result<(), Invalid> {
     if let Some(ttl) = ttl {
         TTL.check(&ttl).map_err(|problem| problem.of("ttl"))?;
+    }
+    if let Some(linger) = linger {
+        LINGER.check(&linger).map_err(|problem| problem.of("linger"))?;
     }
     TIMEOUT.check(&timeout).map_err(|problem| problem.of("timeout"))?;
     MAX_HOLD.check(&max_hold).map_err(|problem| problem.of("max_hold"))

@@ -32,7 +32,7 @@ impl<W> Queue<W> {
     ) -> Effects<W> {
         let mut effects = Effects::none();
         match &mut self.phase {
-            Phase::Releasing { cycle: current } if *current == cycle => {
+            Phase::Releasing { cycle: current, .. } if *current == cycle => {
                 self.phase = Phase::Idle;
                 self.ask(cx, &mut effects);
             }
@@ -74,12 +74,12 @@ impl<W> Queue<W> {
             Phase::Held(held) if held.lease.cycle == cycle && held.extending => {
                 held.extending = false;
                 held.in_doubt = true;
-                if held.holder.is_none() {
+                if held.guard().is_none() {
                     self.fail_all(&Outcome::Failed(Box::new(error.clone())), &mut effects);
                     self.pass_on(cx, &mut effects);
                 }
             }
-            Phase::Releasing { cycle: current } if *current == cycle => {
+            Phase::Releasing { cycle: current, .. } if *current == cycle => {
                 effects.abandon(cycle);
                 self.phase = Phase::Idle;
                 self.ask(cx, &mut effects);
@@ -108,11 +108,11 @@ impl<W> Queue<W> {
             Phase::Held(held) if held.lease.cycle == cycle && held.extending => {
                 held.extending = false;
                 held.in_doubt = true;
-                if held.holder.is_none() {
+                if held.guard().is_none() {
                     self.pass_on(cx, &mut effects);
                 }
             }
-            Phase::Releasing { cycle: current } if *current == cycle => {
+            Phase::Releasing { cycle: current, .. } if *current == cycle => {
                 effects.abandon(cycle);
                 self.phase = Phase::Idle;
                 self.ask(cx, &mut effects);
@@ -145,7 +145,7 @@ impl<W> Queue<W> {
                 self.enter(grant, mark, asked_at, cx, &mut effects);
             }
             Phase::Held(held) if held.lease.cycle == grant.cycle => {}
-            Phase::Releasing { cycle } if *cycle == grant.cycle => {}
+            Phase::Releasing { cycle, .. } if *cycle == grant.cycle => {}
             _ => {
                 effects.stale_grant = true;
                 effects.abandon(grant.cycle);
@@ -162,22 +162,21 @@ impl<W> Queue<W> {
             // It may have been executed before the turn came.
             Phase::Asking(asking) if asking.cycle == cycle => asking.missed_pushes = true,
             Phase::Held(held) if held.lease.cycle == cycle => {}
-            Phase::Releasing { cycle: current } if *current == cycle => {}
+            Phase::Releasing { cycle: current, .. } if *current == cycle => {}
             _ => effects.abandon(cycle),
         }
         effects
     }
 
-    /// Somebody began to wait for what we hold.
-    pub(crate) fn wanted(&mut self, cycle: Cycle, cx: Context<'_>) {
+    /// Somebody began to wait for what we hold. Where it is only kept, it is given back at once.
+    pub(crate) fn wanted(&mut self, cycle: Cycle, cx: Context<'_>) -> Effects<W> {
+        let mut effects = Effects::none();
         match &mut self.phase {
-            Phase::Held(held) if held.lease.cycle == cycle => {
-                held.meet_rivals(cx.now);
-                self.rivals_seen = true;
-            }
+            Phase::Held(held) if held.lease.cycle == cycle => self.meet_rivals(cx, &mut effects),
             Phase::Asking(asking) if asking.cycle == cycle => asking.wanted = true,
             _ => {}
         }
+        effects
     }
 
     /// Pushes may have been missed: whoever waits in the store's queue asks again.

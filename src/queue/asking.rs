@@ -67,8 +67,14 @@ impl<W> Queue<W> {
         if let Some(first) = self.waiters.first().and_then(|id| self.waiters.get(id)) {
             self.ttl = first.want.ttl;
         }
-        // A block of one where nobody else waits.
+        let lingers = self
+            .waiters
+            .first()
+            .and_then(|id| self.waiters.get(id))
+            .is_some_and(|first| !first.want.linger.is_none());
+        // A block of one where nobody else waits, unless the lease is to be kept for those who come later.
         let tokens = match self.waiters.len() as u64 {
+            0 | 1 if lingers => BLOCK_MIN,
             0 | 1 => 1,
             waiting => (2 * waiting).clamp(BLOCK_MIN, BLOCK_MAX),
         };
@@ -111,11 +117,7 @@ impl<W> Queue<W> {
             AcquireReply::Busy => {
                 self.rivals_seen = true;
                 self.phase = Phase::Idle;
-                while let Some(id) = self.waiters.first()
-                    && self.waiters.get(id).is_some_and(|waiter| waiter.want.only_try)
-                {
-                    self.settle(id, Outcome::Busy, effects);
-                }
+                self.refuse_tries(effects);
                 self.ask(cx, effects);
             }
         }

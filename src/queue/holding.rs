@@ -4,10 +4,10 @@ use std::sync::Arc;
 use std::time::Duration;
 
 use super::effect::{Effects, Request};
-use super::phase::{Asking, Held, Holder, Phase};
-use super::terms::{Context, Granted, Outcome, Path};
+use super::phase::{Asking, Held, Holder, Phase, Tenant};
+use super::terms::{Context, Granted, Linger, Outcome, Path};
 use super::waiters::WaiterId;
-use super::{BLOCK_MAX, BLOCK_MIN, Queue, drift};
+use super::{BLOCK_LINGERING, BLOCK_MAX, BLOCK_MIN, Queue, drift};
 use crate::clock::Moment;
 use crate::error::LossReason;
 use crate::fence::TokenBlock;
@@ -42,7 +42,8 @@ impl<W> Queue<W> {
             spare: TokenBlock::EMPTY,
             left_when_asked: 0,
             used_in_a_round_trip: 0,
-            holder: None,
+            tenant: Tenant::Nobody,
+            linger: Linger::NONE,
             extending: false,
             in_doubt: false,
             rivals,
@@ -74,12 +75,13 @@ impl<W> Queue<W> {
                     .extend(answer.sent_at + answer.ttl - drift(answer.ttl), answer.ttl);
                 held.used_in_a_round_trip = held.left_when_asked.saturating_sub(held.tokens.remaining());
                 held.add_tokens(tokens);
-                if queued > 0 {
-                    held.meet_rivals(cx.now);
-                    self.rivals_seen = true;
-                }
-                if held.holder.is_none() {
+                if matches!(held.tenant, Tenant::Nobody) {
+                    if queued > 0 {
+                        self.meet_rivals(cx, effects);
+                    }
                     self.pass_on(cx, effects);
+                } else if queued > 0 {
+                    self.meet_rivals(cx, effects);
                 }
             }
             // The lease was gone, and somebody else may have had it since. This cycle may have taken it again or begun to
@@ -92,9 +94,21 @@ impl<W> Queue<W> {
         }
     }
 
-    /// The holder is gone: the next local waiter, another process, or nobody.
+    /// Others wait for what we hold. What is only kept is theirs.
+    pub(super) fn meet_rivals(&mut self, cx: Context<'_>, effects: &mut Effects<W>) {
+        let Phase::Held(held) = &mut self.phase else { return };
+        held.meet_rivals(cx.now);
+        self.rivals_seen = true;
+        self.end_linger(cx, effects);
+    }
+
+    /// The holder is gone: the next local waiter, another process, or nobody, in which case the lease may be kept for a while.
     pub(super) fn pass_on(&mut self, cx: Context<'_>, effects: &mut Effects<W>) {
-        let Phase::Held(held) = &self.phase else { return };
+        let Phase::Held(held) = &mut self.phase else { return };
+        held.tenant = Tenant::Nobody;
+        if self.waiters.is_empty() && held.may_linger() && !self.keeps_nothing && cx.room.is_left() {
+            return self.linger(cx, effects);
+        }
         if held.extending && (self.waiters.is_empty() || held.must_yield(cx)) {
             // Its reply has to come first, or it could take the lease again after the release.
             return;
@@ -104,10 +118,48 @@ impl<W> Queue<W> {
             return self.release(cycle, cx, effects);
         }
         if let Some(bound) = held.reached_bound(cx) {
+            // A try that waits for an extension must not wait for others as well.
+            self.refuse_tries(effects);
+            if self.waiters.is_empty() {
+                return self.release(cycle, cx, effects);
+            }
             effects.yielded = Some(bound);
             return self.requeue(cycle, cx, effects);
         }
         self.serve(Path::LocalHandOff, cx, effects);
+    }
+
+    /// Keeps the lease for the next task of this process. Sees to it that there are tokens for some of them: they are to need no message.
+    fn linger(&mut self, cx: Context<'_>, effects: &mut Effects<W>) {
+        let Phase::Held(held) = &mut self.phase else { return };
+        let until = cx.now + held.linger.time();
+        held.tenant = Tenant::Lingering { until };
+        if held.is_low_on_tokens(cx) {
+            self.extend(effects);
+        }
+    }
+
+    /// A task wants what is kept.
+    pub(super) fn resume(&mut self, cx: Context<'_>, effects: &mut Effects<W>) {
+        let Phase::Held(held) = &mut self.phase else { return };
+        if held.lease.loss_at(cx.now).is_some() {
+            // Nobody noticed yet that its time has passed, and somebody else may have the key.
+            return self.lose(LossReason::Expired, cx, effects);
+        }
+        held.tenant = Tenant::Nobody;
+        self.serve(Path::Lingering, cx, effects);
+    }
+
+    /// What is kept, if it is, is given back.
+    pub(super) fn end_linger(&mut self, cx: Context<'_>, effects: &mut Effects<W>) {
+        let Phase::Held(held) = &mut self.phase else { return };
+        if held.lingers_until().is_some() {
+            held.linger = Linger::NONE;
+            self.pass_on(cx, effects);
+            if let Phase::Releasing { lingered, .. } = &mut self.phase {
+                *lingered = true;
+            }
+        }
     }
 
     /// Gives the lease, which nobody has, to the first waiter.
@@ -119,7 +171,8 @@ impl<W> Queue<W> {
         let Phase::Held(held) = &mut self.phase else { return };
         // Renewals keep the validity near the whole TTL; where it is short, they fail, and the lease is not worth passing on.
         let long_enough = held.lease.remaining(cx.now) * 4 >= self.ttl;
-        let token = if long_enough || path != Path::LocalHandOff {
+        let is_older = matches!(path, Path::LocalHandOff | Path::Lingering);
+        let token = if long_enough || !is_older {
             held.take_token()
         } else {
             None
@@ -132,7 +185,8 @@ impl<W> Queue<W> {
         held.served = held.served.saturating_add(1);
         held.served_in_all = held.served_in_all.saturating_add(1);
         let hold_until = waiter.want.max_hold.map(|longest| cx.now + longest);
-        held.holder = Some(Holder {
+        held.linger = waiter.want.linger;
+        held.tenant = Tenant::Guard(Holder {
             token,
             waiter: Some(id),
             hold_until,
@@ -158,7 +212,11 @@ impl<W> Queue<W> {
         }
         held.extending = true;
         held.left_when_asked = held.tokens.remaining();
-        let tokens = waiting.max(16 * held.used_in_a_round_trip).clamp(BLOCK_MIN, BLOCK_MAX) as u32;
+        let least = match held.tenant {
+            Tenant::Lingering { .. } => BLOCK_LINGERING,
+            Tenant::Nobody | Tenant::Guard(_) => BLOCK_MIN,
+        };
+        let tokens = waiting.max(16 * held.used_in_a_round_trip).clamp(least, BLOCK_MAX) as u32;
         effects.request(Request::Acquire {
             cycle: held.lease.cycle,
             ask: Ask::Join,
@@ -171,7 +229,7 @@ impl<W> Queue<W> {
         self.settle_doubt(cycle, effects);
         self.end_tenure(effects);
         let nobody_waits = matches!(&self.phase, Phase::Held(Held { rivals: false, .. }));
-        self.phase = Phase::Releasing { cycle };
+        self.phase = Phase::Releasing { cycle, lingered: false };
         effects.request(Request::Release {
             cycle,
             requeue: None,
@@ -206,11 +264,19 @@ impl<W> Queue<W> {
     pub(super) fn lose(&mut self, reason: LossReason, cx: Context<'_>, effects: &mut Effects<W>) {
         let Phase::Held(held) = &mut self.phase else { return };
         held.lease.lose(reason);
+        let holder = match std::mem::replace(&mut held.tenant, Tenant::Nobody) {
+            Tenant::Guard(holder) => Some(holder),
+            Tenant::Nobody => None,
+            Tenant::Lingering { .. } => {
+                // A renewal may have been executed whose reply never came, and no guard will give the lease back.
+                effects.abandon(held.lease.cycle);
+                None
+            }
+        };
         if held.extending || held.in_doubt {
             // An extension may still execute, and take the key or a place in the queue for a cycle that nobody knows any more.
             effects.abandon(held.lease.cycle);
         }
-        let holder = held.holder.take();
         if holder.as_ref().is_some_and(|holder| holder.waiter.is_none()) {
             effects.lost = Some(reason);
         }
@@ -237,6 +303,15 @@ impl<W> Queue<W> {
     pub(super) fn fail_all(&mut self, outcome: &Outcome, effects: &mut Effects<W>) {
         while let Some(id) = self.waiters.first() {
             self.settle(id, outcome.clone(), effects);
+        }
+    }
+
+    /// The tries at the head of the line find the key wanted by others.
+    pub(super) fn refuse_tries(&mut self, effects: &mut Effects<W>) {
+        while let Some(id) = self.waiters.first()
+            && self.waiters.get(id).is_some_and(|waiter| waiter.want.only_try)
+        {
+            self.settle(id, Outcome::Busy, effects);
         }
     }
 

@@ -36,7 +36,7 @@ use std::time::Duration;
 pub(crate) use effect::{Bound, Effects, Request, Wake};
 #[cfg(test)]
 pub(crate) use terms::Flaw;
-pub(crate) use terms::{Context, Granted, Outcome, Path, Rules, Want};
+pub(crate) use terms::{Context, Granted, Linger, Outcome, Path, Room, Rules, Want};
 pub(crate) use waiters::WaiterId;
 
 use crate::clock::Moment;
@@ -44,12 +44,14 @@ use crate::error::{LockError, LossReason};
 use crate::fence::FencingToken;
 use crate::lease::Lease;
 use crate::protocol::Cycle;
-use phase::{Held, Phase, Queued};
+use phase::{Held, Phase, Queued, Tenant};
 use waiters::Waiters;
 
 /// Bounds for the size of a block of tokens.
 const BLOCK_MIN: u64 = 64;
 const BLOCK_MAX: u64 = 1 << 16;
+/// What an extension brings at least where the lease is kept: a message for every thousand locks is none.
+const BLOCK_LINGERING: u64 = 1024;
 
 /// What must be taken off a TTL because two clocks do not run equally fast, and for the granularity of timers: the
 /// allowance of the Redlock description, 1 % and 2 ms.
@@ -77,6 +79,8 @@ pub(crate) struct Queue<W> {
     rivals_seen: bool,
     /// Set by a shutdown: whoever still comes is refused.
     closed: bool,
+    /// Set when nobody will want the key any more: a lease that has no guard is given back at once.
+    keeps_nothing: bool,
 }
 
 impl<W> Queue<W> {
@@ -87,6 +91,7 @@ impl<W> Queue<W> {
             ttl: Duration::from_secs(1),
             rivals_seen: false,
             closed: false,
+            keeps_nothing: false,
         }
     }
 
@@ -111,15 +116,37 @@ impl<W> Queue<W> {
         first.map(|first| first.since)
     }
 
+    /// Until when the lease is kept without a guard, if it is.
+    pub(crate) const fn lingers_until(&self) -> Option<Moment> {
+        match &self.phase {
+            Phase::Held(held) => held.lingers_until(),
+            _ => None,
+        }
+    }
+
+    /// Whether the lease is kept without a guard, or is just given back after that, and nobody here wants it.
+    pub(crate) const fn is_spare(&self) -> bool {
+        match &self.phase {
+            Phase::Held(held) => held.lingers_until().is_some(),
+            Phase::Releasing { lingered, .. } => *lingered && self.waiters.is_empty(),
+            Phase::Idle | Phase::Asking(_) | Phase::Queued(_) => false,
+        }
+    }
+
     /// Whether whoever comes now has to wait for somebody.
     pub(crate) const fn is_contended(&self) -> bool {
-        matches!(self.phase, Phase::Held(_) | Phase::Queued(_)) || self.waiters.len() > 1
+        let is_taken = match &self.phase {
+            Phase::Held(held) => held.lingers_until().is_none(),
+            Phase::Queued(_) => true,
+            Phase::Idle | Phase::Asking(_) | Phase::Releasing { .. } => false,
+        };
+        is_taken || self.waiters.len() > 1
     }
 
     /// The lease that is ours, and the token of the guard under it, if one is out.
     pub(crate) fn lease(&self) -> Option<(&Lease, Option<FencingToken>)> {
         let Phase::Held(held) = &self.phase else { return None };
-        Some((&held.lease, held.holder.as_ref().map(|holder| holder.token)))
+        Some((&held.lease, held.guard().map(|holder| holder.token)))
     }
 
     /// Whether other managers were seen to want the key in the last tenure.
@@ -151,16 +178,27 @@ impl<W> Queue<W> {
                 // It may be asleep by the time it could look; a try looks at once.
                 effects.wake(self.waiters.get_mut(id).and_then(|waiter| waiter.waker.take()));
             }
-        } else if matches!(self.phase, Phase::Idle) {
-            self.rivals_seen |= want.expects_rivals;
-            self.ask(cx, &mut effects);
+            return (id, effects);
+        }
+        match &self.phase {
+            Phase::Idle => {
+                self.rivals_seen |= want.expects_rivals;
+                self.ask(cx, &mut effects);
+            }
+            Phase::Held(held) if held.lingers_until().is_some() => self.resume(cx, &mut effects),
+            _ => {}
         }
         (id, effects)
     }
 
     /// A try neither waits behind a local task nor passes one.
     fn is_free_for_a_try(&self) -> bool {
-        matches!(self.phase, Phase::Idle | Phase::Releasing { .. }) && self.waiters.is_empty()
+        let is_free = match &self.phase {
+            Phase::Idle | Phase::Releasing { .. } => true,
+            Phase::Held(held) => held.lingers_until().is_some(),
+            Phase::Asking(_) | Phase::Queued(_) => false,
+        };
+        is_free && self.waiters.is_empty()
     }
 
     /// Whether the outcome is there.
@@ -173,7 +211,8 @@ impl<W> Queue<W> {
     pub(crate) fn collect(&mut self, id: WaiterId) -> Option<Outcome> {
         self.waiters.get(id)?.outcome.as_ref()?;
         if let Phase::Held(Held {
-            holder: Some(holder), ..
+            tenant: Tenant::Guard(holder),
+            ..
         }) = &mut self.phase
             && holder.waiter == Some(id)
         {
@@ -199,8 +238,7 @@ impl<W> Queue<W> {
         let mut effects = Effects::none();
         self.waiters.remove(id);
         match &mut self.phase {
-            Phase::Held(held) if held.holder.as_ref().is_some_and(|holder| holder.waiter == Some(id)) => {
-                held.holder = None;
+            Phase::Held(held) if held.guard().is_some_and(|holder| holder.waiter == Some(id)) => {
                 self.pass_on(cx, &mut effects);
             }
             Phase::Queued(Queued { cycle, .. }) if self.waiters.is_empty() => {
@@ -225,7 +263,7 @@ impl<W> Queue<W> {
             effects.abandon(cycle);
             return (false, effects);
         }
-        if held.holder.as_ref().is_none_or(|holder| holder.token != token) {
+        if held.guard().is_none_or(|holder| holder.token != token) {
             return (false, effects);
         }
         if held.lease.loss_at(cx.now).is_some() {
@@ -234,20 +272,32 @@ impl<W> Queue<W> {
             effects.abandon(cycle);
             return (false, effects);
         }
-        held.holder = None;
         self.pass_on(cx, &mut effects);
         (true, effects)
+    }
+
+    /// Gives back what is kept, if it is, to make room.
+    pub(crate) fn let_go(&mut self, cx: Context<'_>) -> Effects<W> {
+        let mut effects = Effects::none();
+        self.end_linger(cx, &mut effects);
+        effects
+    }
+
+    /// Nobody will want the key any more, though a guard may still be out: nothing is kept from now on.
+    pub(crate) fn keep_nothing(&mut self, cx: Context<'_>) -> Effects<W> {
+        self.keeps_nothing = true;
+        self.let_go(cx)
     }
 
     /// The manager is shut down: whoever waits is refused, whoever holds has lost, and the store is told.
     pub(crate) fn close(&mut self, cx: Context<'_>) -> Effects<W> {
         let mut effects = Effects::none();
-        self.closed = true;
+        (self.closed, self.keeps_nothing) = (true, true);
         self.fail_all(&Outcome::Failed(Box::new(LockError::Closed)), &mut effects);
         match &mut self.phase {
             Phase::Held(held) => {
                 held.lease.lose(LossReason::Closed);
-                effects.lost = held.holder.is_some().then_some(LossReason::Closed);
+                effects.lost = held.guard().is_some().then_some(LossReason::Closed);
                 let cycle = held.lease.cycle;
                 if held.extending {
                     effects.abandon(cycle);

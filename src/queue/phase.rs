@@ -4,7 +4,7 @@ use std::sync::Arc;
 
 use super::BLOCK_MIN;
 use super::effect::Bound;
-use super::terms::Context;
+use super::terms::{Context, Linger};
 use super::waiters::WaiterId;
 use crate::clock::Moment;
 use crate::fence::{FencingToken, TokenBlock};
@@ -22,7 +22,11 @@ pub(super) enum Phase {
     /// The lease is ours.
     Held(Held),
     /// A release is on its way; who comes now waits for its reply, so that one request follows the other.
-    Releasing { cycle: Cycle },
+    Releasing {
+        cycle: Cycle,
+        /// Whether the lease was kept idle before.
+        lingered: bool,
+    },
 }
 
 #[derive(Debug)]
@@ -63,7 +67,9 @@ pub(super) struct Held {
     pub(super) left_when_asked: u64,
     /// How many tokens are used up in a round trip, as last seen.
     pub(super) used_in_a_round_trip: u64,
-    pub(super) holder: Option<Holder>,
+    pub(super) tenant: Tenant,
+    /// For how long the lease is kept when the guard under it is gone: what the last one that was served asked for.
+    pub(super) linger: Linger,
     /// An acquire that extends the lease and brings more tokens is on its way.
     pub(super) extending: bool,
     /// An extension had no reply: it may execute after the release, which therefore has to be repeated.
@@ -76,6 +82,17 @@ pub(super) struct Held {
     pub(super) since: Moment,
     pub(super) renew_at: Moment,
     pub(super) renewing: bool,
+}
+
+/// Who is under a lease that is ours.
+#[derive(Debug)]
+pub(super) enum Tenant {
+    /// Nobody yet, or nobody any more: the reply to an extension decides on what follows.
+    Nobody,
+    /// A guard, be it on its way to its task.
+    Guard(Holder),
+    /// Nobody, and nobody is known to want it: it is kept for the next task of this process.
+    Lingering { until: Moment },
 }
 
 #[derive(Debug)]
@@ -103,6 +120,28 @@ impl Asking {
 }
 
 impl Held {
+    /// The guard that is out.
+    pub(super) const fn guard(&self) -> Option<&Holder> {
+        match &self.tenant {
+            Tenant::Guard(holder) => Some(holder),
+            Tenant::Nobody | Tenant::Lingering { .. } => None,
+        }
+    }
+
+    /// Until when it is kept idle, if it is.
+    pub(super) const fn lingers_until(&self) -> Option<Moment> {
+        match self.tenant {
+            Tenant::Lingering { until } => Some(until),
+            Tenant::Nobody | Tenant::Guard(_) => None,
+        }
+    }
+
+    /// Whether it may be kept idle: nobody else waits, as far as is known; its cycle is an even one, so that we are told when somebody begins
+    /// to; and no request is in doubt, for which the release has to be repeated.
+    pub(super) const fn may_linger(&self) -> bool {
+        !self.linger.is_none() && !self.rivals && !self.in_doubt
+    }
+
     /// Bypass counts from the moment at which rivals are known.
     pub(super) fn meet_rivals(&mut self, now: Moment) {
         if !self.rivals {

@@ -1,6 +1,7 @@
 //! What goes into the queue of a key and what comes out: settings, wishes, outcomes.
 
 use std::sync::Arc;
+use std::sync::atomic::{AtomicUsize, Ordering};
 use std::time::Duration;
 
 use crate::clock::Moment;
@@ -52,6 +53,33 @@ pub(crate) struct Context<'a> {
     pub(crate) now: Moment,
     pub(crate) rules: &'a Rules,
     pub(crate) cycles: &'a Cycles,
+    pub(crate) room: Room<'a>,
+}
+
+/// Whether there is room for a lease that nobody holds, looked at only where one is to be kept.
+#[derive(Debug, Clone, Copy)]
+pub(crate) struct Room<'a> {
+    /// How many keys there are in all, which may change at any time, and how many there may be.
+    pub(crate) keys: &'a AtomicUsize,
+    pub(crate) limit: usize,
+}
+
+impl Room<'_> {
+    pub(super) fn is_left(self) -> bool {
+        self.keys.load(Ordering::Relaxed) <= self.limit
+    }
+}
+
+#[cfg(test)]
+impl Room<'static> {
+    /// For queues that are alone.
+    pub(crate) const ENDLESS: Self = {
+        static NO_KEYS: AtomicUsize = AtomicUsize::new(0);
+        Self {
+            keys: &NO_KEYS,
+            limit: usize::MAX,
+        }
+    };
 }
 
 impl Context<'_> {
@@ -64,11 +92,39 @@ impl Context<'_> {
     }
 }
 
+/// For how long a lease is kept without a guard: up to an hour, in microseconds, so that it takes little room in each waiter.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(crate) struct Linger(u32);
+
+impl Linger {
+    pub(crate) const NONE: Self = Self(0);
+
+    /// What is longer than can be said is cut; the settings' bounds are below that.
+    pub(crate) fn new(time: Duration) -> Self {
+        Self(u32::try_from(time.as_micros()).unwrap_or(u32::MAX))
+    }
+
+    #[cfg(test)]
+    pub(super) const fn of_millis(millis: u32) -> Self {
+        Self(millis * 1_000)
+    }
+
+    pub(crate) const fn is_none(self) -> bool {
+        self.0 == 0
+    }
+
+    pub(super) const fn time(self) -> Duration {
+        Duration::from_micros(self.0 as u64)
+    }
+}
+
 /// What a task wants.
 #[derive(Debug, Clone, Copy)]
 pub(crate) struct Want {
     pub(crate) ttl: Duration,
     pub(crate) max_hold: Option<Duration>,
+    /// For how long the lease is kept when its guard is gone and nobody wants it.
+    pub(crate) linger: Linger,
     /// Whether to come back with nothing rather than wait.
     pub(crate) only_try: bool,
     /// Whether there is reason to think that other managers want the key, so that the free path is not worth a try.
@@ -84,6 +140,8 @@ pub(crate) enum Path {
     LocalHandOff,
     /// After waiting in the store's queue.
     RemoteGrant,
+    /// Under a lease that this process had kept, without the network.
+    Lingering,
 }
 
 /// What a waiter got.

@@ -3,9 +3,11 @@
 mod exhaustive;
 mod giving_up;
 mod handing_on;
+mod lingering;
 mod remote;
 mod trouble;
 
+use std::sync::atomic::AtomicUsize;
 use std::time::Duration;
 
 use super::*;
@@ -20,6 +22,8 @@ struct Bench {
     rules: Rules,
     cycles: Cycles,
     now: Moment,
+    /// How many keys there are besides; there may be ten.
+    keys: AtomicUsize,
 }
 
 /// What an event led to, in short.
@@ -47,6 +51,7 @@ const fn at(millis: u64) -> Moment {
 const WANT: Want = Want {
     ttl: TTL,
     max_hold: None,
+    linger: Linger::NONE,
     only_try: false,
     expects_rivals: false,
 };
@@ -112,6 +117,7 @@ impl Bench {
             },
             cycles: Cycles::default(),
             now: at(1_000),
+            keys: AtomicUsize::new(0),
         }
     }
 
@@ -124,6 +130,10 @@ impl Bench {
             now: self.now,
             rules: &self.rules,
             cycles: &self.cycles,
+            room: Room {
+                keys: &self.keys,
+                limit: 10,
+            },
         };
         let (result, effects) = happens(&mut self.queue, cx);
         let seen = Seen {
@@ -172,11 +182,8 @@ impl Bench {
         self.event(|queue, _| ((), queue.turn(cycle))).1
     }
 
-    fn wanted(&mut self, cycle: Cycle) {
-        self.event(|queue, cx| {
-            queue.wanted(cycle, cx);
-            ((), Effects::none())
-        });
+    fn wanted(&mut self, cycle: Cycle) -> Seen {
+        self.event(|queue, cx| ((), queue.wanted(cycle, cx))).1
     }
 
     fn failed(&mut self, cycle: Cycle) -> Seen {
@@ -197,6 +204,10 @@ impl Bench {
 
     fn close(&mut self) -> Seen {
         self.event(|queue, cx| ((), queue.close(cx))).1
+    }
+
+    fn let_go(&mut self) -> Seen {
+        self.event(|queue, cx| ((), queue.let_go(cx))).1
     }
 
     fn renewed(&mut self, cycle: Cycle, sent_at: Moment, reply: Option<RenewReply>) -> Seen {

@@ -3,21 +3,28 @@
 use std::time::Duration;
 
 use super::effect::Effects;
-use super::phase::Phase;
+use super::phase::{Phase, Tenant};
 use super::terms::Context;
 use super::{Queue, drift};
 use crate::clock::Moment;
 use crate::error::LossReason;
 use crate::protocol::{Cycle, RenewReply};
 
+/// A lease that is kept may be given back earlier by one part in so many of the time.
+const LINGER_EARLY: u32 = 8;
+
 impl<W> Queue<W> {
     /// When something is due next.
     pub(crate) fn look_at(&self) -> Option<Moment> {
         match &self.phase {
             Phase::Held(held) => {
-                let hold_until = held.holder.as_ref().and_then(|holder| holder.hold_until);
+                let ends_at = match &held.tenant {
+                    Tenant::Guard(holder) => holder.hold_until,
+                    Tenant::Lingering { until } => Some(*until),
+                    Tenant::Nobody => None,
+                };
                 let renew_at = (!held.renewing).then_some(held.renew_at);
-                [Some(held.lease.valid_until()), hold_until, renew_at]
+                [Some(held.lease.valid_until()), ends_at, renew_at]
                     .into_iter()
                     .flatten()
                     .min()
@@ -32,15 +39,20 @@ impl<W> Queue<W> {
         let mut effects = Effects::none();
         match &mut self.phase {
             Phase::Held(held) => {
-                let over = held
-                    .holder
-                    .as_ref()
+                let held_for_too_long = held
+                    .guard()
                     .and_then(|holder| holder.hold_until)
                     .is_some_and(|until| cx.now >= until);
+                // What would end soon ends now, so that a hundred thousand that end one after the other cost few looks.
+                let kept_for_long_enough = held
+                    .lingers_until()
+                    .is_some_and(|until| cx.now + held.linger.time() / LINGER_EARLY >= until);
                 if cx.now >= held.lease.valid_until() {
                     self.lose(LossReason::Expired, cx, &mut effects);
-                } else if over {
+                } else if held_for_too_long {
                     self.lose(LossReason::MaxHold, cx, &mut effects);
+                } else if kept_for_long_enough {
+                    self.end_linger(cx, &mut effects);
                 }
             }
             Phase::Queued(queued) if cx.now >= queued.ask_again_at => self.ask_again(&mut effects),
@@ -89,8 +101,7 @@ impl<W> Queue<W> {
                 held.lease.extend(sent_at + ttl - drift(ttl), ttl);
                 held.renew_at = sent_at + cx.rules.renew_every(ttl);
                 if wanted {
-                    held.meet_rivals(cx.now);
-                    self.rivals_seen = true;
+                    self.meet_rivals(cx, &mut effects);
                 }
             }
             Some(RenewReply::NotOurs) => self.lose(LossReason::Taken, cx, &mut effects),

@@ -11,7 +11,7 @@ use std::time::Duration;
 use tokio::sync::{mpsc, oneshot};
 use tokio::task::{JoinSet, LocalSet};
 
-use super::{Entry, Job, Shard, pulse, server_clock};
+use super::{Entry, Job, Shard, pulse, room, server_clock};
 use crate::clock::Moment;
 use crate::key::{LockKey, Slot};
 use crate::protocol::{Cycle, Push, Release};
@@ -127,8 +127,9 @@ async fn run(
                     close(&shards);
                     closing.push(done);
                 }
+                Some(Job::MakeRoom) => room::make(&shards),
                 Some(Job::Leave) | None => {
-                    shards.iter().for_each(|shard| shard.load.ending.store(true, Ordering::SeqCst));
+                    leave(&shards);
                     leaving = true;
                 }
                 Some(Job::Look) => {}
@@ -237,10 +238,7 @@ async fn receive(shard: Arc<Shard>, mut pushes: mpsc::UnboundedReceiver<Push>, m
             },
             Push::Wanted { key, cycle } => {
                 if let Some(entry) = shard.table.get(&key) {
-                    entry.in_background(|queue, cx| {
-                        queue.wanted(cycle, cx);
-                        crate::queue::Effects::none()
-                    });
+                    entry.in_background(|queue, cx| queue.wanted(cycle, cx));
                 }
             }
             Push::Resubscribed { slot } => {
@@ -295,6 +293,16 @@ fn ask_again(shard: &Arc<Shard>, slot: Option<Slot>) {
     for entry in shard.table.all() {
         if slot.is_none_or(|slot| shard.store.slot_of(&entry.key) == slot) {
             entry.in_background(|queue, _| queue.resubscribed());
+        }
+    }
+}
+
+/// Nobody can want a key any more: what is kept for that is given back, and what guards still hold is not kept after them.
+fn leave(shards: &[Arc<Shard>]) {
+    for shard in shards {
+        shard.load.ending.store(true, Ordering::SeqCst);
+        for entry in shard.table.all() {
+            entry.in_background(|queue, cx| queue.keep_nothing(cx));
         }
     }
 }

@@ -34,6 +34,22 @@ struct State {
     holding: Option<Holding>,
 }
 
+/// What of a queue is counted.
+#[derive(Debug, Clone, Copy)]
+struct Standing {
+    holds: bool,
+    is_spare: bool,
+}
+
+impl Standing {
+    const fn of(queue: &Queue<Waker>) -> Self {
+        Self {
+            holds: queue.holds(),
+            is_spare: queue.is_spare(),
+        }
+    }
+}
+
 /// Who asked for a lock, and when.
 #[derive(Debug, Clone, Copy)]
 pub(crate) struct Asked {
@@ -55,6 +71,16 @@ pub(crate) struct Seen {
     pub(crate) waiting: usize,
     /// For how long the first who waits has waited; zero if nobody does.
     pub(crate) longest_wait: Duration,
+}
+
+/// A task's place in line.
+#[derive(Debug)]
+pub(crate) struct Wanted {
+    pub(crate) id: WaiterId,
+    /// To be carried out by whoever asked.
+    pub(crate) request: Option<Request>,
+    /// The outcome is there already. Nobody will be woken for it.
+    pub(crate) is_settled: bool,
 }
 
 /// A guard that is out.
@@ -101,7 +127,7 @@ impl State {
                     since: granted.at,
                     caller: asked.caller,
                 });
-                if granted.path == Path::Uncontended {
+                if matches!(granted.path, Path::Uncontended | Path::Lingering) {
                     return None;
                 }
                 let heat = self.heat.get_or_insert_default();
@@ -131,12 +157,7 @@ impl Entry {
 
     /// A task wants the key. `None` if this entry is not in the table any more. The request that comes back is the caller's
     /// to carry out.
-    pub(super) fn want(
-        self: &Arc<Self>,
-        want: Want,
-        waker: Waker,
-        now: Moment,
-    ) -> Option<Result<(WaiterId, Option<Request>), LockError>> {
+    pub(super) fn want(self: &Arc<Self>, want: Want, waker: Waker, now: Moment) -> Option<Result<Wanted, LockError>> {
         let cx = self.context(now);
         let mut state = self.state.lock();
         if state.removed {
@@ -148,9 +169,25 @@ impl Entry {
             let (key, limit) = (self.key.to_string(), self.shard.limits.waiters_per_key);
             return Some(Err(LockError::QueueFull { key, waiting, limit }));
         }
-        let (id, effects) = state.queue.want(want, Some(waker), cx);
+        let before = Standing::of(&state.queue);
+        let (id, mut effects) = state.queue.want(want, Some(waker), cx);
+        let is_settled = state.queue.is_settled(id);
+        if is_settled {
+            // Whoever asks looks at once.
+            effects.wake = Wake::None;
+        }
+        let look_at = before.is_spare.then(|| state.queue.look_at()).flatten();
+        self.count(before, &state.queue);
         drop(state);
-        Some(Ok((id, self.carry_out(effects))))
+        if let Some(look_at) = look_at {
+            self.shard.watch.look_at(look_at);
+        }
+        let request = self.carry_out(effects);
+        Some(Ok(Wanted {
+            id,
+            request,
+            is_settled,
+        }))
     }
 
     /// Takes the outcome if it is there; otherwise the waker is told when it is.
@@ -210,6 +247,11 @@ impl Entry {
         }
     }
 
+    /// Until when its lease is kept without a guard, if it is.
+    pub(super) fn lingers_until(&self) -> Option<Moment> {
+        self.state.lock().queue.lingers_until()
+    }
+
     /// Hands over to the manager what was noted of contention.
     pub(crate) fn tell_heat(&self) {
         let heat = self.state.lock().heat.take();
@@ -257,13 +299,9 @@ impl Entry {
     ) -> (R, Option<Request>) {
         let cx = self.context(now);
         let mut state = self.state.lock();
-        let held = state.queue.holds();
+        let before = Standing::of(&state.queue);
         let (result, mut effects) = event(&mut state.queue, cx);
-        match (held, state.queue.holds()) {
-            (false, true) => self.shard.metrics.lease_came(),
-            (true, false) => self.shard.metrics.lease_went(),
-            _ => {}
-        }
+        self.count(before, &state.queue);
         let look_at = state.queue.look_at();
         if effects.abandoned.iter().any(Option::is_some) {
             drop(state);
@@ -276,6 +314,22 @@ impl Entry {
             self.shard.watch.look_at(look_at);
         }
         (result, self.carry_out(effects))
+    }
+
+    /// Counts what an event has changed.
+    fn count(&self, before: Standing, queue: &Queue<Waker>) {
+        let metrics = &self.shard.metrics;
+        let after = Standing::of(queue);
+        match (before.holds, after.holds) {
+            (false, true) => metrics.lease_came(),
+            (true, false) => metrics.lease_went(),
+            _ => {}
+        }
+        match (before.is_spare, after.is_spare) {
+            (false, true) => metrics.lease_lingers(),
+            (true, false) => metrics.lease_lingers_no_more(),
+            _ => {}
+        }
     }
 
     fn remove_if_unused(self: &Arc<Self>, mut state: parking_lot::MutexGuard<'_, State>) {
@@ -367,6 +421,7 @@ impl Entry {
             now,
             rules: &self.shard.rules,
             cycles: &self.shard.cycles,
+            room: self.shard.room(),
         }
     }
 }

@@ -14,6 +14,7 @@ mod drive;
 mod entry;
 pub(crate) mod pulse;
 mod rivals;
+mod room;
 mod server_clock;
 mod table;
 #[cfg(test)]
@@ -30,7 +31,7 @@ use tokio::sync::mpsc;
 
 pub(crate) use background::{Background, Unheard};
 pub(crate) use drive::Driven;
-pub(crate) use entry::{Asked, Entry, Settled};
+pub(crate) use entry::{Asked, Entry, Settled, Wanted};
 
 use crate::clock::Moment;
 use crate::error::LockError;
@@ -39,7 +40,7 @@ use crate::identity::ManagerId;
 use crate::key::LockKey;
 use crate::notice::Notices;
 use crate::protocol::{Cycle, Cycles};
-use crate::queue::{Request, Rules, WaiterId, Want};
+use crate::queue::{Request, Room, Rules, Want};
 use crate::store::{Inspection, LeaseStore, StoreError};
 use crate::telemetry::{ClassMetrics, ManagerMetrics, ShardMetrics};
 use rivals::Rivals;
@@ -92,14 +93,37 @@ pub(crate) struct Limits {
 }
 
 /// How much a manager has taken on, and whether it takes on more.
-#[derive(Debug, Default)]
+#[derive(Debug)]
 pub(crate) struct Load {
     pub(crate) waiters: AtomicUsize,
     /// How many entries the tables of all shards have.
     keys: AtomicUsize,
+    /// What each shard counts.
+    shards: Box<[Arc<ShardMetrics>]>,
+    /// Whether the background thread was told that there is too little room.
+    makes_room: AtomicBool,
     pub(crate) closed: AtomicBool,
     /// Whether the background thread waits for the last key to be given back.
     pub(crate) ending: AtomicBool,
+}
+
+impl Load {
+    /// Nothing yet, of the shards that count by these.
+    pub(crate) fn new(shards: Box<[Arc<ShardMetrics>]>) -> Self {
+        Self {
+            waiters: AtomicUsize::new(0),
+            keys: AtomicUsize::new(0),
+            shards,
+            makes_room: AtomicBool::new(false),
+            closed: AtomicBool::new(false),
+            ending: AtomicBool::new(false),
+        }
+    }
+
+    /// How many keys have nothing but a lease that is kept idle, or was until just now.
+    fn spare(&self) -> usize {
+        self.shards.iter().map(|shard| shard.lingering()).sum()
+    }
 }
 
 /// Work for the background thread.
@@ -113,6 +137,8 @@ pub(crate) enum Job {
     Close { done: tokio::sync::oneshot::Sender<()> },
     /// No handle of the manager is left: end when nothing is left to do.
     Leave,
+    /// There are more keys than the limit allows, among them some that are kept idle: give those back.
+    MakeRoom,
     /// A key was given back by a task of the program: look whether that was the last.
     Look,
 }
@@ -191,7 +217,7 @@ impl Shard {
         mut want: Want,
         waker: &Waker,
         now: Moment,
-    ) -> Result<(Arc<Entry>, WaiterId, Option<Request>), LockError> {
+    ) -> Result<(Arc<Entry>, Wanted), LockError> {
         loop {
             let mut is_new = false;
             let entry = self.table.get_or_insert(key, || {
@@ -210,7 +236,7 @@ impl Shard {
                 return Err(LockError::Closed);
             }
             match entry.want(want, waker.clone(), now) {
-                Some(Ok((id, request))) => return Ok((entry, id, request)),
+                Some(Ok(wanted)) => return Ok((entry, wanted)),
                 Some(Err(error)) => return Err(error),
                 // It was on its way out of the table; whoever takes it out may not have come to it yet.
                 None => self.remove(&entry),
@@ -218,17 +244,32 @@ impl Shard {
         }
     }
 
-    /// Refuses one key too many, over all shards.
+    /// Whether a lease that nobody holds may be kept.
+    pub(crate) fn room(&self) -> Room<'_> {
+        Room {
+            keys: &self.load.keys,
+            limit: self.limits.keys,
+        }
+    }
+
+    /// Refuses one key too many, over all shards. Keys that are kept idle are not too many: they make room. That takes them a moment, in
+    /// which none is added to them ([`room`](Self::room)), so that there are never more than twice as many keys.
     fn check_keys(&self, entry: &Arc<Entry>) -> Result<(), LockError> {
-        let used = self.load.keys.load(Ordering::Relaxed);
-        if used <= self.limits.keys {
+        let (used, limit) = (self.load.keys.load(Ordering::Relaxed), self.limits.keys);
+        if used <= limit {
+            return Ok(());
+        }
+        if used.saturating_sub(self.load.spare()) <= limit {
+            if !self.load.makes_room.swap(true, Ordering::SeqCst) {
+                self.send(Job::MakeRoom);
+            }
             return Ok(());
         }
         self.forget_new(entry, true);
         Err(LockError::TooManyKeys {
             key: entry.key.to_string(),
             used: used - 1,
-            limit: self.limits.keys,
+            limit,
         })
     }
 

@@ -113,7 +113,7 @@ fn bad_shard() -> (Arc<Shard>, mpsc::UnboundedReceiver<Job>) {
         default_ttl: Duration::from_secs(1),
         metrics: Arc::new(ShardMetrics::new("bad")),
         class: Arc::clone(manager.classes.default_class()),
-        load: Arc::new(Load::default()),
+        load: Arc::new(Load::new(Box::default())),
         manager,
         hot: Arc::new(HotKeys::new(1)),
         notices: Arc::new(Notices::new(None, None)),
@@ -133,12 +133,13 @@ async fn a_token_that_goes_back_is_refused_and_counted_and_a_clock_that_jumps_is
     let want = Want {
         ttl: Duration::from_secs(1),
         max_hold: None,
+        linger: crate::queue::Linger::NONE,
         only_try: false,
         expects_rivals: false,
     };
     let key = LockKey::new("k").unwrap();
-    let (entry, id, request) = shard.want(&key, want, Waker::noop(), Moment::now()).unwrap();
-    let mut next = request;
+    let (entry, wanted) = shard.want(&key, want, Waker::noop(), Moment::now()).unwrap();
+    let (id, mut next) = (wanted.id, wanted.request);
     while let Some(request) = next {
         next = entry.drive(request, Lane::Caller).await.next;
     }

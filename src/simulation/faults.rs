@@ -24,6 +24,10 @@ pub(super) enum Fault {
     LoseSubscription,
     /// The manager is shut down.
     Shutdown,
+    /// The last handle of the manager is dropped: nobody asks any more, and what is held is given back in its time.
+    Leave,
+    /// Something that is kept is given back to make room.
+    Evict(usize),
     /// Another library takes the key, if it is free, and gives it back or not.
     ForeignTakes(usize),
     ForeignGives(usize),
@@ -51,7 +55,14 @@ impl World {
         self.draw(self.plan.stalls, |world, _| Fault::Stall(world.some_lane()));
         self.draw(self.plan.slow_times, |_, _| Fault::SlowTime);
         self.draw(self.plan.subscription_losses, |_, _| Fault::LoseSubscription);
-        self.draw(self.plan.shutdowns, |_, _| Fault::Shutdown);
+        self.draw(self.plan.shutdowns, |world, _| {
+            if world.chance(0.7) {
+                Fault::Shutdown
+            } else {
+                Fault::Leave
+            }
+        });
+        self.draw(self.plan.evictions, |_, k| Fault::Evict(k));
         self.draw(self.plan.foreigners, |_, k| Fault::ForeignTakes(k));
         self.draw(self.plan.forgettings, |world, k| match world.between(0, 2) {
             0 => Fault::Flush,
@@ -109,6 +120,11 @@ impl World {
             }
             Fault::LoseSubscription => self.lose_subscription(m),
             Fault::Shutdown => self.shut_down(m),
+            Fault::Leave => {
+                self.managers[m].is_left = true;
+                self.leave(m);
+            }
+            Fault::Evict(k) => self.event_in_background(m, k, |queue, cx| queue.let_go(cx)),
             Fault::ForeignTakes(k) => self.foreign_takes(m, k),
             Fault::ForeignGives(k) => {
                 if self.core.owner(&self.keys[k], Moment::from_nanos(self.now)).as_deref() == Some(FOREIGN) {
@@ -161,6 +177,14 @@ impl World {
         self.managers[m].is_closed = true;
         for k in 0..self.keys.len() {
             self.event_in_background(m, k, |queue, cx| queue.close(cx));
+        }
+    }
+
+    /// Nothing is kept any more. Who waits still gets what it waits for; a task of the product that waits has a handle, but that makes no
+    /// difference to the queue.
+    pub(super) fn leave(&mut self, m: usize) {
+        for k in 0..self.keys.len() {
+            self.event_in_background(m, k, |queue, cx| queue.keep_nothing(cx));
         }
     }
 

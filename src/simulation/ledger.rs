@@ -243,5 +243,24 @@ impl World {
                 return self.ledger.breach_of_safety(what);
             }
         }
+        self.check_kept_leases(k);
+    }
+
+    /// The same for a lease that is kept without a guard: the next task gets it without a question.
+    fn check_kept_leases(&mut self, k: usize) {
+        let now = Moment::from_nanos(self.now);
+        for (m, manager) in self.managers.iter().enumerate().filter(|(_, manager)| manager.is_alive) {
+            let queue = &manager.queues[k];
+            let kept = queue.lingers_until().and_then(|_| queue.lease());
+            let Some((lease, _)) = kept.filter(|(lease, _)| lease.loss_at(manager.clock.at(self.now)).is_none()) else {
+                continue;
+            };
+            let owner = self.core.owner(&self.keys[k], now);
+            if owner.as_deref() != Some(manager.id.sign(lease.cycle).to_string().as_str()) {
+                let cycle = lease.cycle;
+                let what = format!("k{k} m{m} keeps its lease of cycle {cycle}, but the lease is {owner:?}");
+                return self.ledger.breach_of_safety(what);
+            }
+        }
     }
 }

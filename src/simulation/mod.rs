@@ -86,6 +86,20 @@ fn without_faults_nobody_waits_for_a_ttl() {
     );
 }
 
+/// Where a manager does not hear that its lease is wanted, its next renewal says it: nobody waits for the end of what is kept, nor for
+/// that of a lease.
+#[test]
+fn renewals_make_up_for_lost_messages() {
+    let stats = run_all(seeds(600), Variant::Unheard, None).unwrap_or_else(|failure| panic!("{failure}"));
+    println!("{stats:?}");
+    assert!(stats.lingering > 500 && stats.pushes_lost > 200, "{stats:?}");
+    assert_eq!(
+        (stats.lost, stats.failed, stats.left_to_run_out),
+        (0, 0, 0),
+        "{stats:?}"
+    );
+}
+
 /// Where the store forgets, two may hold at once; but tokens grow with the order in which the store issued them.
 #[test]
 fn tokens_grow_even_if_the_store_forgets() {

@@ -15,8 +15,10 @@ pub(super) enum Variant {
     Faults,
     /// The store is flushed and leases are deleted or overwritten, too.
     Forgetting,
-    /// No faults, and leases that last so long that waiting for the end of one is seen.
+    /// No faults, and leases that last, or are kept, for so long that waiting for the end of one is seen.
     Prompt,
+    /// The same, but half of the messages that say that a lease is wanted are lost, and renewals make up for them.
+    Unheard,
 }
 
 #[derive(Debug)]
@@ -29,6 +31,10 @@ pub(super) struct Plan {
     pub(super) tasks: usize,
     /// What tasks and managers choose their TTLs from.
     pub(super) ttls: Vec<Duration>,
+    /// What tasks choose from for how long a lease is kept; zero is not at all.
+    pub(super) lingers: Vec<Duration>,
+    /// Whether half of the messages that say that a lease is wanted are lost.
+    pub(super) misses_wanted: bool,
     /// The time limit of a request.
     pub(super) timeout: Duration,
     /// When the faults end and no task wants anything new.
@@ -57,6 +63,8 @@ pub(super) struct Plan {
     pub(super) slow_times: u32,
     pub(super) subscription_losses: u32,
     pub(super) shutdowns: u32,
+    /// How often something that is kept is given back to make room.
+    pub(super) evictions: u32,
     pub(super) foreigners: u32,
     pub(super) forgettings: u32,
     /// Whether commands of a broken connection may still execute, out of order with those of the next.
@@ -82,6 +90,7 @@ impl Plan {
         let (pauses, task_pauses, crashes) = (some(4, 0.5), some(2, 0.2), some(1, 0.2));
         let (resets, stalls, subscription_losses) = (some(3, 0.3), some(3, 0.3), some(3, 0.35));
         let (shutdowns, foreigners, slow_times) = (some(1, 0.1), some(3, 0.2), some(1, 0.2));
+        let evictions = some(4, 0.2);
         let forgettings = if variant == Variant::Forgetting {
             some(6, 0.9)
         } else {
@@ -91,6 +100,12 @@ impl Plan {
         let (slow_chance, refuse_chance) = (chance(0.6, 0.02), chance(0.15, 0.02));
         let (try_chance, max_hold_chance) = (chance(0.3, 0.15), chance(0.25, 0.2));
         let (give_up_chance, long_hold_chance) = (chance(0.5, 0.15), chance(0.5, 0.08));
+        let lingers = match rng.random_range(0..4) {
+            0 => vec![Duration::ZERO],
+            1 => vec![Duration::ZERO, base / 4, base * 3],
+            2 => vec![base / 10, base, base * 8],
+            _ => vec![base * 20],
+        };
         let plan = Self {
             variant,
             rules: Rules {
@@ -103,6 +118,8 @@ impl Plan {
             keys: [1, 1, 2, 3][rng.random_range(0..4)],
             tasks: rng.random_range(1..=5),
             ttls,
+            lingers,
+            misses_wanted: variant == Variant::Unheard,
             timeout: base.mul_f64([0.3, 0.8, 2.5][rng.random_range(0..3)]),
             faults_end: nanos(base) * rng.random_range(6..=16),
             message_max: nanos(base) / rng.random_range(40..=150),
@@ -124,22 +141,26 @@ impl Plan {
             slow_times,
             subscription_losses,
             shutdowns,
+            evictions,
             foreigners,
             forgettings,
             ghosts: rng.random_bool(0.3),
         };
-        if variant == Variant::Prompt {
-            plan.without_faults()
-        } else {
-            plan
+        match variant {
+            Variant::Faults | Variant::Forgetting => plan,
+            Variant::Prompt => plan.without_faults(1_000),
+            // Renewals come ten times in a TTL, so a wait for the end of one is seen, too.
+            Variant::Unheard => plan.without_faults(10),
         }
     }
 
     /// Only what tasks do on their own is left: they still give up, drop requests and try.
-    fn without_faults(self) -> Self {
-        let ttls = self.ttls.iter().map(|&ttl| ttl * 1_000).collect();
+    fn without_faults(self, longer: u32) -> Self {
+        let ttls = self.ttls.iter().map(|&ttl| ttl * longer).collect();
+        let lingers = self.lingers.iter().map(|&linger| linger * 1_000).collect();
         Self {
             ttls,
+            lingers,
             timeout: self.ttls[0] * 1_000,
             slow_chance: 0.0,
             refuse_chance: 0.0,
@@ -153,6 +174,7 @@ impl Plan {
             slow_times: 0,
             subscription_losses: 0,
             shutdowns: 0,
+            evictions: 0,
             foreigners: 0,
             forgettings: 0,
             ghosts: false,
@@ -164,11 +186,20 @@ impl Plan {
         self.ttls.iter().max().copied().unwrap_or_default()
     }
 
+    pub(super) fn longest_linger(&self) -> Duration {
+        self.lingers.iter().max().copied().unwrap_or_default()
+    }
+
     /// The time within which everything must have come to its end once the faults have ended: each holder and each dead owner may
     /// take its time, one after the other, though hardly all of them do.
     pub(super) fn patience(&self) -> Nanos {
         if self.variant == Variant::Prompt {
             let one = self.hold_max + 10 * self.message_max + 1_000_000;
+            return one * (self.managers * self.tasks + 2) as Nanos;
+        }
+        if self.variant == Variant::Unheard {
+            let renewal = nanos(self.rules.renew_every(self.longest_ttl()));
+            let one = self.hold_max + 10 * self.message_max + 1_000_000 + renewal * 3 / 2;
             return one * (self.managers * self.tasks + 2) as Nanos;
         }
         let one = self.long_hold_max + self.slow_max + nanos(self.timeout) + 2 * nanos(self.longest_ttl());

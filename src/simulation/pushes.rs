@@ -3,11 +3,12 @@
 
 use std::collections::BTreeSet;
 
+use rand::Rng;
+
 use super::background::Job;
 use super::clock::{Nanos, nanos};
 use super::world::{Event, Part, World};
 use crate::protocol::Push;
-use crate::queue::Effects;
 
 /// A manager's subscription, as the chain of connections that replaced one another.
 #[derive(Debug)]
@@ -70,7 +71,8 @@ impl World {
 
     pub(super) fn push_comes(&mut self, m: usize, generation: usize, push: Push) {
         let inbox = &self.managers[m].inbox;
-        if inbox.generation != generation || !inbox.is_subscribed {
+        let is_missed = matches!(push, Push::Wanted { .. }) && self.plan.misses_wanted && self.rng.random_bool(0.5);
+        if is_missed || inbox.generation != generation || !inbox.is_subscribed {
             self.stats.pushes_lost += 1;
             return self.note(|_| format!("m{m} {push:?} is lost"));
         }
@@ -90,10 +92,10 @@ impl World {
                     return;
                 };
                 self.ledger.hears_of_rivals(m, k, cycle);
-                self.event_in_background(m, k, |queue, cx| {
-                    queue.wanted(cycle, cx);
-                    Effects::none()
-                });
+                if self.managers[m].queues[k].lingers_until().is_some() {
+                    self.stats.handed_over += 1;
+                }
+                self.event_in_background(m, k, |queue, cx| queue.wanted(cycle, cx));
             }
             Push::Turn { .. } | Push::Resubscribed { .. } | Push::Disconnected | Push::Refused { .. } => {}
         }

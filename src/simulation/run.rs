@@ -19,6 +19,10 @@ pub(super) struct Stats {
     pub(super) uncontended: u64,
     pub(super) local_hand_offs: u64,
     pub(super) remote_grants: u64,
+    /// Locks that were had under a lease that was kept, leases that were kept until another manager wanted them, and such that were lost.
+    pub(super) lingering: u64,
+    pub(super) handed_over: u64,
+    pub(super) lost_idle: u64,
     pub(super) busy: u64,
     pub(super) cancelled: u64,
     pub(super) dropped: u64,
@@ -44,6 +48,9 @@ impl Stats {
             (&mut self.uncontended, other.uncontended),
             (&mut self.local_hand_offs, other.local_hand_offs),
             (&mut self.remote_grants, other.remote_grants),
+            (&mut self.lingering, other.lingering),
+            (&mut self.handed_over, other.handed_over),
+            (&mut self.lost_idle, other.lost_idle),
             (&mut self.busy, other.busy),
             (&mut self.cancelled, other.cancelled),
             (&mut self.dropped, other.dropped),
@@ -69,6 +76,9 @@ impl Stats {
             ("uncontended", self.uncontended, 2_000),
             ("local hand-offs", self.local_hand_offs, 2_000),
             ("remote grants", self.remote_grants, 2_000),
+            ("locks under kept leases", self.lingering, 2_000),
+            ("kept leases that others wanted", self.handed_over, 500),
+            ("kept leases that were lost", self.lost_idle, 200),
             ("busy tries", self.busy, 500),
             ("cancelled waits", self.cancelled, 500),
             ("dropped requests", self.dropped, 200),
@@ -137,9 +147,14 @@ impl World {
             }
         }
         self.stats.patience_needed = self.now.saturating_sub(self.plan.faults_end) * 100 / patience;
-        if self.plan.variant == Variant::Prompt {
+        if matches!(self.plan.variant, Variant::Prompt | Variant::Unheard) {
+            for m in 0..self.managers.len() {
+                self.leave(m);
+            }
             return self.end_promptly(limit);
         }
+        // What is kept ends in its own time.
+        let limit = limit + nanos(self.plan.longest_linger());
         self.end(limit)?;
         self.a_newcomer_is_served(limit)
     }

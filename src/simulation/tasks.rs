@@ -9,7 +9,7 @@ use super::network::{Driver, Order};
 use super::world::{Event, Part, World};
 use crate::fence::FencingToken;
 use crate::lease::Lease;
-use crate::queue::{Effects, Granted, Outcome, Path, Request, WaiterId, Want};
+use crate::queue::{Effects, Granted, Linger, Outcome, Path, Request, WaiterId, Want};
 use crate::store::Lane;
 
 #[derive(Debug, Default)]
@@ -87,16 +87,19 @@ impl World {
     }
 
     fn task_starts(&mut self, m: usize, task: usize) {
-        if self.in_calm() || self.managers[m].is_closed {
+        if self.in_calm() || self.managers[m].is_closed || self.managers[m].is_left {
             return;
         }
         let k = self.between(0, self.keys.len() as u64 - 1) as usize;
         let which = self.between(0, self.plan.ttls.len() as u64 - 1) as usize;
+        let linger = self.between(0, self.plan.lingers.len() as u64 - 1) as usize;
+        let linger = Linger::new(self.plan.lingers[linger]);
         let max_hold = self.chance(self.plan.max_hold_chance);
         let only_try = self.chance(self.plan.try_chance);
         let manager = &self.managers[m];
         let want = Want {
             ttl: self.plan.ttls[which],
+            linger,
             max_hold: max_hold.then(|| Duration::from_nanos(self.plan.hold_max / 2)),
             only_try,
             expects_rivals: manager.queues[k].is_unused() && manager.rivals[k],
@@ -210,6 +213,7 @@ impl World {
             Path::Uncontended => self.stats.uncontended += 1,
             Path::LocalHandOff => self.stats.local_hand_offs += 1,
             Path::RemoteGrant => self.stats.remote_grants += 1,
+            Path::Lingering => self.stats.lingering += 1,
         }
         self.check_order(m, k, order);
         self.guard_begins(m, k, &lease, token);

@@ -18,7 +18,7 @@ use super::tasks::{Step, Task};
 use crate::identity::ManagerId;
 use crate::key::LockKey;
 use crate::protocol::{Ask, Cycles, Push};
-use crate::queue::{Context, Effects, Flaw, Queue, Request};
+use crate::queue::{Context, Effects, Flaw, Queue, Request, Room};
 use crate::store::Lane;
 use crate::store::memory::MemoryCore;
 
@@ -50,6 +50,8 @@ pub(super) struct Manager {
     pub(super) tasks: Vec<Task>,
     pub(super) is_alive: bool,
     pub(super) is_closed: bool,
+    /// No task starts any more.
+    pub(super) is_left: bool,
     pub(super) lanes: [Connection; 2],
     pub(super) inbox: Inbox,
     /// The server's time at the last connect, and the largest token seen of each key's slot.
@@ -161,6 +163,7 @@ impl World {
             tasks: (0..self.plan.tasks).map(|_| Task::default()).collect(),
             is_alive: true,
             is_closed: false,
+            is_left: false,
             lanes: [Connection::default(), Connection::default()],
             inbox: Inbox::default(),
             floor: self.server_time(),
@@ -278,10 +281,13 @@ impl World {
             now: manager.clock.at(self.now),
             rules: &self.plan.rules,
             cycles: &manager.cycles,
+            room: Room::ENDLESS,
         };
         let queue = &mut manager.queues[k];
+        let lingered = queue.lingers_until().is_some();
         let (result, effects) = happens(queue, cx);
         let look_at = queue.look_at();
+        let lost_idle = lingered && !queue.holds() && !queue.is_spare();
         if queue.is_unused() {
             manager.rivals[k] = queue.rivals_seen();
             *queue = Queue::new();
@@ -302,7 +308,14 @@ impl World {
         for cycle in abandoned.into_iter().flatten() {
             self.job(m, Job::Abandon { k, cycle });
         }
+        if lost_idle {
+            self.stats.lost_idle += 1;
+        }
         if let Some(reason) = lost {
+            if lingered {
+                self.ledger
+                    .breach(format!("m{m} k{k} a loss is told of a lease without a guard"));
+            }
             self.stats.lost += 1;
             self.note(|_| format!("m{m} k{k} a guard is lost: {reason}"));
         }

@@ -34,20 +34,22 @@ impl Ending {
             Self::Acquired(Path::Uncontended) => 0,
             Self::Acquired(Path::LocalHandOff) => 1,
             Self::Acquired(Path::RemoteGrant) => 2,
-            Self::Busy => 3,
-            Self::Timeout => 4,
-            Self::QueueFull => 5,
-            Self::Unavailable => 6,
-            Self::Refused => 7,
-            Self::Closed => 8,
-            Self::Cancelled => 9,
+            Self::Acquired(Path::Lingering) => 3,
+            Self::Busy => 4,
+            Self::Timeout => 5,
+            Self::QueueFull => 6,
+            Self::Unavailable => 7,
+            Self::Refused => 8,
+            Self::Closed => 9,
+            Self::Cancelled => 10,
         }
     }
 
-    const ALL: [Self; 10] = [
+    const ALL: [Self; 11] = [
         Self::Acquired(Path::Uncontended),
         Self::Acquired(Path::LocalHandOff),
         Self::Acquired(Path::RemoteGrant),
+        Self::Acquired(Path::Lingering),
         Self::Busy,
         Self::Timeout,
         Self::QueueFull,
@@ -78,6 +80,7 @@ impl Ending {
             Self::Acquired(Path::Uncontended) => ("acquired", "uncontended"),
             Self::Acquired(Path::LocalHandOff) => ("acquired", "local"),
             Self::Acquired(Path::RemoteGrant) => ("acquired", "remote"),
+            Self::Acquired(Path::Lingering) => ("acquired", "lingering"),
             Self::Busy => ("busy", "none"),
             Self::Timeout => ("timeout", "none"),
             Self::QueueFull => ("queue_full", "none"),

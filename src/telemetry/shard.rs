@@ -6,9 +6,9 @@ use std::time::Duration;
 use metrics::{Counter, Gauge, Histogram, counter, gauge, histogram};
 
 use super::table::{
-    ABANDONED, BATCH, BYPASS, CLOCK_DRIFT, CLOCK_JUMPS, CONNECTS, HAND_OFFS, LEASES, LOST, OLDEST_LEASE, OLDEST_WAITER,
-    RECONNECTS, RENEWAL_LAG, RENEWALS, REQUESTS, ROUND_TRIP, SHARD_UP, STALE_GRANTS, TOKEN_REGRESSIONS, VALIDITY_LEFT,
-    WAITERS,
+    ABANDONED, BATCH, BYPASS, CLOCK_DRIFT, CLOCK_JUMPS, CONNECTS, HAND_OFFS, LEASES, LINGERING_LEASES, LOST,
+    OLDEST_LEASE, OLDEST_WAITER, RECONNECTS, RENEWAL_LAG, RENEWALS, REQUESTS, ROUND_TRIP, SHARD_UP, STALE_GRANTS,
+    TOKEN_REGRESSIONS, VALIDITY_LEFT, WAITERS,
 };
 use super::tally::{Measured, Tally};
 use crate::error::LossReason;
@@ -69,7 +69,10 @@ pub(crate) struct ShardMetrics {
     waiters: Gauge,
     held: AtomicUsize,
     leases: Gauge,
+    lingering: AtomicUsize,
+    lingering_leases: Gauge,
     uncontended: AtomicU64,
+    from_lingering: AtomicU64,
     local: Tally,
     remote: Tally,
     bypass: [Counter; Bound::ALL.len()],
@@ -96,9 +99,12 @@ impl ShardMetrics {
             waiters: gauge!(WAITERS, "shard" => shard()),
             held: AtomicUsize::new(0),
             leases: gauge!(LEASES, "shard" => shard()),
+            lingering: AtomicUsize::new(0),
+            lingering_leases: gauge!(LINGERING_LEASES, "shard" => shard()),
             oldest_lease: gauge!(OLDEST_LEASE, "shard" => shard()),
             oldest_waiter: gauge!(OLDEST_WAITER, "shard" => shard()),
             uncontended: AtomicU64::new(0),
+            from_lingering: AtomicU64::new(0),
             local: Tally::new(counter!(HAND_OFFS, "shard" => shard(), "kind" => "local")),
             remote: Tally::new(counter!(HAND_OFFS, "shard" => shard(), "kind" => "remote")),
             // What counts them is of use to nobody but the thinning.
@@ -149,12 +155,26 @@ impl ShardMetrics {
         self.held.fetch_sub(1, Ordering::Relaxed);
     }
 
+    /// A lease is kept without a guard from now on.
+    pub(crate) fn lease_lingers(&self) {
+        self.lingering.fetch_add(1, Ordering::Relaxed);
+    }
+
+    /// It has a guard, is lost, or was given back.
+    pub(crate) fn lease_lingers_no_more(&self) {
+        self.lingering.fetch_sub(1, Ordering::Relaxed);
+    }
+
     pub(crate) fn waiters(&self) -> usize {
         self.waiting.load(Ordering::Relaxed)
     }
 
     pub(crate) fn leases(&self) -> usize {
         self.held.load(Ordering::Relaxed)
+    }
+
+    pub(crate) fn lingering(&self) -> usize {
+        self.lingering.load(Ordering::Relaxed)
     }
 
     pub(crate) fn lost(&self, reason: LossReason) {
@@ -198,6 +218,7 @@ impl ShardMetrics {
     pub(crate) fn acquired(&self, path: Path) {
         match path {
             Path::Uncontended => self.uncontended.fetch_add(1, Ordering::Relaxed),
+            Path::Lingering => self.from_lingering.fetch_add(1, Ordering::Relaxed),
             Path::LocalHandOff => self.local.add(),
             Path::RemoteGrant => self.remote.add(),
         };
@@ -206,7 +227,8 @@ impl ShardMetrics {
     /// How many locks were had: all, by local hand-off, by remote grant.
     pub(crate) fn acquisitions(&self) -> [u64; 3] {
         let (local, remote) = (self.local.count(), self.remote.count());
-        [self.uncontended.load(Ordering::Relaxed) + local + remote, local, remote]
+        let others = self.uncontended.load(Ordering::Relaxed) + self.from_lingering.load(Ordering::Relaxed);
+        [others + local + remote, local, remote]
     }
 
     /// The times of round trips to the store: the median and the 99th percentile.
@@ -221,6 +243,7 @@ impl ShardMetrics {
         self.requests.iter().for_each(|request| request.answered.tell());
         self.waiters.set(self.waiters() as f64);
         self.leases.set(self.leases() as f64);
+        self.lingering_leases.set(self.lingering() as f64);
     }
 
     /// Adjusts which times are recorded to how many there were in this time.

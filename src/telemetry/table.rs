@@ -86,7 +86,7 @@ macro_rules! metrics {
 metrics! {
     ACQUISITIONS = "shardlock_acquisitions_total", Counter, Count, ["class", "outcome", "path"],
         "lock requests that ended, by outcome (acquired, busy, timeout, queue_full, unavailable, refused, closed, cancelled) and, where acquired, the path: \
-         uncontended, local (from a task of this process) or remote (from another process)",
+         uncontended, local (from a task of this process), remote (from another process) or lingering (under a lease that this process had kept idle)",
         "a growing part of timeout means contention: see the hot keys; unavailable or refused: see the shard's requests and the log";
     WAIT = "shardlock_wait_seconds", Histogram, Seconds, ["class"],
         "time from a lock request to its guard",
@@ -98,8 +98,11 @@ metrics! {
         "tasks of this process that wait for a lock",
         "growing without end: locks are asked for faster than they are given back; shed load or split hot keys";
     LEASES = "shardlock_leases", Gauge, Count, ["shard"],
-        "leases that this process holds",
+        "leases that this process holds, those that linger included",
         "growing without end: guards are kept and never dropped; see the held locks, oldest first";
+    LINGERING_LEASES = "shardlock_lingering_leases", Gauge, Count, ["shard"],
+        "leases without a guard that this process keeps for its next lock of the key, or is just giving back after that; 0 unless linger is set",
+        "many, and few locks with the path lingering: keys are not locked again in time; each costs renewals and makes tries elsewhere fail, so lower linger, or set it for some requests only";
     OLDEST_WAITER = "shardlock_oldest_waiter_seconds", Gauge, Seconds, ["shard"],
         "for how long the task that has waited longest has waited; 0 if none waits",
         "above the usual hold time times the length of the line: the holder is stuck; see who holds the key";
@@ -110,7 +113,7 @@ metrics! {
         "locks passed to a waiter: local (same process) or remote (another process)",
         "many remote ones cost a network trip each: send the jobs of one key to one process, or raise max_burst";
     BATCH = "shardlock_local_batch_size", Histogram, Count, ["shard"],
-        "guards that were served under one lease before it was given back",
+        "guards that were served under one lease before it was given back, those included that came while it lingered",
         "near 1 under contention: merging does not help here, since the waiters are in different processes";
     BYPASS = "shardlock_bypass_limits_total", Counter, Count, ["shard", "limit"],
         "leases passed to another process since max_burst or max_slice was reached while local tasks still waited",

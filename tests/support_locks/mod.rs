@@ -189,9 +189,14 @@ fn next_number() -> u32 {
     NEXT.fetch_add(1, Ordering::Relaxed)
 }
 
+/// With `LOCKTEST_LINGER` in the environment, leases are kept for so many milliseconds.
 fn builder<'a>(kind: Kind, urls: impl Iterator<Item = &'a str>, namespace: &str) -> Builder {
     let builder = LockManager::builder().namespace(namespace);
-    kind.settings(urls.fold(builder, |builder, url| builder.shard(url)))
+    let builder = kind.settings(urls.fold(builder, |builder, url| builder.shard(url)));
+    match std::env::var("LOCKTEST_LINGER") {
+        Ok(millis) => builder.linger(Duration::from_millis(millis.parse().expect("milliseconds"))),
+        Err(_) => builder,
+    }
 }
 
 /// A builder for a manager of the store that the test has given to this worker.

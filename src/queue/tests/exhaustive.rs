@@ -22,10 +22,14 @@ enum Step {
     Wanted,
     /// So much time passes that every lease has ended.
     Expire,
+    /// A lease that is kept has been kept for long enough; it has to make room; a renewal says that others want it, or has no reply.
+    LingerEnds,
+    LetGo,
+    RenewedWanted,
     Close,
 }
 
-const STEPS: [Step; 20] = [
+const STEPS: [Step; 23] = [
     Step::Want(0),
     Step::Want(1),
     Step::Try(0),
@@ -45,25 +49,68 @@ const STEPS: [Step; 20] = [
     Step::Resubscribed,
     Step::Wanted,
     Step::Expire,
+    Step::LingerEnds,
+    Step::LetGo,
+    Step::RenewedWanted,
     Step::Close,
 ];
 
 /// How many steps are tried after each of the beginnings.
 const DEPTH: usize = 5;
 
+/// Whether leases are kept, and how many tokens come with one at the most.
+#[derive(Debug, Clone, Copy)]
+struct Keeping {
+    linger: Linger,
+    tokens_max: u32,
+}
+
+const NOTHING_KEPT: Keeping = Keeping {
+    linger: Linger::NONE,
+    tokens_max: u32::MAX,
+};
+
+/// Longer than most runs, and shorter than a lease.
+const KEPT: Keeping = Keeping {
+    linger: Linger::of_millis(500),
+    tokens_max: u32::MAX,
+};
+
+/// Each lock needs an extension.
+const KEPT_WITHOUT_TOKENS: Keeping = Keeping { tokens_max: 1, ..KEPT };
+
 /// Where runs begin: at nothing; with one that holds and one that waits; with two in the store's queue; with an extension under
-/// way for one that waits.
-const BEGINNINGS: [&[Step]; 4] = [
-    &[],
-    &[Step::Want(0), Step::Granted, Step::Collect(0), Step::Want(1)],
-    &[Step::Want(0), Step::NoneLeft, Step::Queued, Step::Want(1)],
-    &[
-        Step::Want(0),
-        Step::Granted,
-        Step::Collect(0),
-        Step::Want(1),
-        Step::Release(0),
-    ],
+/// way for one that waits. The same where leases are kept, and with one that is kept, with tokens and while there are none.
+const BEGINNINGS: [(Keeping, &[Step]); 8] = [
+    (NOTHING_KEPT, &[]),
+    (
+        NOTHING_KEPT,
+        &[Step::Want(0), Step::Granted, Step::Collect(0), Step::Want(1)],
+    ),
+    (
+        NOTHING_KEPT,
+        &[Step::Want(0), Step::NoneLeft, Step::Queued, Step::Want(1)],
+    ),
+    (
+        NOTHING_KEPT,
+        &[
+            Step::Want(0),
+            Step::Granted,
+            Step::Collect(0),
+            Step::Want(1),
+            Step::Release(0),
+        ],
+    ),
+    (KEPT, &[]),
+    (KEPT, &[Step::Want(0), Step::Granted, Step::Collect(0), Step::Want(1)]),
+    (
+        KEPT,
+        &[Step::Want(0), Step::Granted, Step::Collect(0), Step::Release(0)],
+    ),
+    (
+        KEPT_WITHOUT_TOKENS,
+        &[Step::Want(0), Step::Granted, Step::Collect(0), Step::Release(0)],
+    ),
 ];
 
 /// A queue and what its surroundings know of it.
@@ -75,10 +122,11 @@ struct Small {
     last_token: u64,
     counter: u64,
     closed: bool,
+    keeping: Keeping,
 }
 
 impl Small {
-    fn new() -> Self {
+    fn new(keeping: Keeping) -> Self {
         let mut bench = Bench::new();
         bench.rules.max_burst = 2;
         Self {
@@ -89,6 +137,7 @@ impl Small {
             last_token: 0,
             counter: 100,
             closed: false,
+            keeping,
         }
     }
 
@@ -111,6 +160,7 @@ impl Small {
                 }
                 let want = Want {
                     only_try: matches!(step, Step::Try(_)),
+                    linger: self.keeping.linger,
                     ..WANT
                 };
                 let (id, seen) = self.bench.want_as(task as u32, want);
@@ -169,11 +219,42 @@ impl Small {
             }
             Step::Wanted => {
                 let Some(cycle) = self.current() else { return false };
-                self.bench.wanted(cycle);
+                let seen = self.bench.wanted(cycle);
+                self.follow(&seen);
             }
             Step::Expire => {
+                let was_kept = self.bench.queue.lingers_until().is_some();
                 self.bench.pass(TTL);
                 let seen = self.bench.tick();
+                assert!(
+                    !was_kept || seen.lost.is_none(),
+                    "nobody is told of the loss of what nobody held"
+                );
+                self.follow(&seen);
+            }
+            Step::LingerEnds => {
+                let Some(until) = self.bench.queue.lingers_until() else {
+                    return false;
+                };
+                self.bench.now = until.max(self.bench.now);
+                let seen = self.bench.tick();
+                assert_eq!(self.bench.queue.lingers_until(), None);
+                self.follow(&seen);
+            }
+            Step::LetGo => {
+                if self.bench.queue.lingers_until().is_none() {
+                    return false;
+                }
+                let seen = self.bench.let_go();
+                self.follow(&seen);
+            }
+            Step::RenewedWanted => {
+                let Some(cycle) = self.current().filter(|_| self.bench.queue.holds()) else {
+                    return false;
+                };
+                let seen = self
+                    .bench
+                    .renewed(cycle, self.bench.now, Some(RenewReply::Extended { wanted: true }));
                 self.follow(&seen);
             }
             Step::Close => {
@@ -193,7 +274,9 @@ impl Small {
             return false;
         };
         let (first, last) = match request {
-            Request::Acquire { tokens, .. } | Request::Release { tokens, .. } => self.block(u64::from(tokens)),
+            Request::Acquire { tokens, .. } | Request::Release { tokens, .. } => {
+                self.block(u64::from(tokens.min(self.keeping.tokens_max)))
+            }
         };
         let is_extension = self.bench.queue.holds();
         let reply = match (step, request) {
@@ -242,7 +325,7 @@ impl Small {
             Phase::Asking(asking) => Some(asking.cycle),
             Phase::Queued(queued) => Some(queued.cycle),
             Phase::Held(held) => Some(held.lease.cycle),
-            Phase::Releasing { cycle } => Some(*cycle),
+            Phase::Releasing { cycle, .. } => Some(*cycle),
         }
     }
 
@@ -273,7 +356,7 @@ impl Small {
         };
         assert_eq!(needs_request, self.under_way.is_some(), "{phase:?}");
         let holder = match phase {
-            Phase::Held(held) => held.holder.as_ref(),
+            Phase::Held(held) => held.guard(),
             _ => None,
         };
         for id in self.waiting.iter().flatten() {
@@ -291,7 +374,7 @@ impl Small {
             .count();
         assert_eq!(in_line, queue.waiting(), "nobody is forgotten");
         if in_line > 0 {
-            let served = matches!(phase, Phase::Held(held) if held.holder.is_some());
+            let served = matches!(phase, Phase::Held(held) if held.guard().is_some());
             let looked_after = needs_request || served || matches!(phase, Phase::Queued(_));
             assert!(looked_after, "somebody waits for nothing: {phase:?}");
         }
@@ -304,6 +387,10 @@ impl Small {
             queue.is_unused(),
             matches!(phase, Phase::Idle) && self.waiting == [None; 2]
         );
+        if queue.lingers_until().is_some() {
+            assert!(in_line == 0 && !self.closed, "what is kept goes to who wants it");
+            assert!(!queue.rivals_seen(), "what others want is not kept");
+        }
         if let Phase::Held(_) | Phase::Queued(_) = phase {
             assert!(queue.look_at().is_some(), "somebody has to look");
         }
@@ -316,9 +403,12 @@ impl Small {
             self.step(Step::Release(task));
             self.check();
         }
-        for _ in 0..4 {
-            if self.under_way.is_none() {
+        for _ in 0..6 {
+            if self.under_way.is_none() && !self.step(Step::LingerEnds) {
                 break;
+            }
+            if self.under_way.is_none() {
+                continue;
             }
             let answered = self.step(Step::Granted) || self.step(Step::NoneLeft);
             assert!(answered, "{:?}", self.under_way);
@@ -328,8 +418,8 @@ impl Small {
     }
 }
 
-fn replay(steps: &[Step]) -> (Small, bool) {
-    let mut small = Small::new();
+fn replay(keeping: Keeping, steps: &[Step]) -> (Small, bool) {
+    let mut small = Small::new(keeping);
     let mut made_sense = true;
     for &step in steps {
         made_sense = small.step(step);
@@ -339,12 +429,12 @@ fn replay(steps: &[Step]) -> (Small, bool) {
 }
 
 /// Goes through all runs that begin like this one and have this many steps more.
-fn explore(steps: &mut Vec<Step>, more: usize) -> u64 {
+fn explore(keeping: Keeping, steps: &mut Vec<Step>, more: usize) -> u64 {
     let mut count = 0;
     for step in STEPS {
         steps.push(step);
         let result = std::panic::catch_unwind(|| {
-            let (mut small, made_sense) = replay(steps);
+            let (mut small, made_sense) = replay(keeping, steps);
             if made_sense {
                 small.wind_up();
             }
@@ -352,9 +442,9 @@ fn explore(steps: &mut Vec<Step>, more: usize) -> u64 {
         });
         match result {
             Ok(false) => {}
-            Ok(true) if more > 1 => count += 1 + explore(steps, more - 1),
+            Ok(true) if more > 1 => count += 1 + explore(keeping, steps, more - 1),
             Ok(true) => count += 1,
-            Err(_) => panic!("after {steps:?}"),
+            Err(_) => panic!("after {steps:?} with {keeping:?}"),
         }
         steps.pop();
     }
@@ -364,7 +454,8 @@ fn explore(steps: &mut Vec<Step>, more: usize) -> u64 {
 #[test]
 fn all_short_runs_keep_the_rules() {
     let counts = std::thread::scope(|scope| {
-        let explorers = BEGINNINGS.map(|beginning| scope.spawn(|| explore(&mut beginning.to_vec(), DEPTH)));
+        let explorers =
+            BEGINNINGS.map(|(keeping, steps)| scope.spawn(move || explore(keeping, &mut steps.to_vec(), DEPTH)));
         explorers.map(|explorer| explorer.join().unwrap())
     });
     println!("{counts:?} runs");

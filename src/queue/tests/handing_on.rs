@@ -196,7 +196,7 @@ fn bypass_counts_from_the_moment_at_which_rivals_are_known() {
             guard = bench.guard(id);
         }
         match how {
-            "wanted" => bench.wanted(cycle),
+            "wanted" => assert_eq!(bench.wanted(cycle), NOTHING),
             "renewal" => {
                 let reply = RenewReply::Extended { wanted: true };
                 bench.renewed(cycle, bench.now, Some(reply));
@@ -231,7 +231,7 @@ fn rivals_that_are_told_of_before_the_reply_count() {
     bench.rules.max_burst = 1;
     let (id, seen) = bench.want(0);
     let cycle = seen.asks().0;
-    bench.wanted(cycle);
+    assert_eq!(bench.wanted(cycle), NOTHING);
     bench.want(1);
     bench.reply(cycle, granted(1, 2));
     let guard = bench.guard(id);

@@ -2,6 +2,7 @@
 
 use std::hash::{BuildHasher, RandomState};
 use std::sync::atomic::{AtomicU32, AtomicU64, Ordering};
+use std::time::Duration;
 
 use parking_lot::Mutex;
 use tokio::sync::{mpsc, oneshot};
@@ -15,7 +16,7 @@ use crate::store::StoreError;
 pub(super) struct Inbox {
     /// For each slot, where its inbox is subscribed and confirmed, as a number; zero if it is not.
     places: Box<[AtomicU64]>,
-    /// For each slot, when it was last asked for, in seconds since `born`.
+    /// For each slot, when it was last asked for, or until when a lease there lasts, in seconds since `born`.
     used: Box<[AtomicU32]>,
     born: Moment,
     /// Turns a place into a number. That two have the same is less likely than a flipped bit, and would only delay a correction.
@@ -53,7 +54,7 @@ impl Inbox {
     ///
     /// Nobody listens any more: the manager is ending.
     pub(super) async fn ready(&self, slot: Slot) -> Result<(), StoreError> {
-        self.used[usize::from(slot.number())].store(self.now(), Ordering::Release);
+        self.used[usize::from(slot.number())].fetch_max(self.now(), Ordering::AcqRel);
         if self.is_subscribed(slot) {
             return Ok(());
         }
@@ -62,6 +63,16 @@ impl Inbox {
         let wish = Wish::Subscribed { slot, done };
         self.wishes.send(wish).map_err(|_| gone())?;
         told.await.map_err(|_| gone())
+    }
+
+    /// A lease of that slot lasts for so long: its inbox, if there is one, is not idle before.
+    pub(super) fn keep_for(&self, slot: Slot, ttl: Duration) {
+        if self.is_subscribed(slot) {
+            let until = self
+                .now()
+                .saturating_add(u32::try_from(ttl.as_secs()).unwrap_or(u32::MAX));
+            self.used[usize::from(slot.number())].fetch_max(until, Ordering::AcqRel);
+        }
     }
 
     /// The owner of the slot has answered. Somebody who waits there has to listen there.

@@ -255,7 +255,7 @@ impl LeaseStore for ClusterStore {
             let Acquire { ask, ttl, tokens, .. } = request;
             // One who takes a free key with a single token asks again before it passes it on to a second task, and hears then of those
             // who wait. With more, it has to be told.
-            if ask == Ask::Join || (ask == Ask::Free && tokens > 1) {
+            if ask == Ask::Join || tokens > 1 {
                 inbox.ready(slot).await?;
             }
             let started = Moment::now();
@@ -280,8 +280,10 @@ impl LeaseStore for ClusterStore {
                 }
                 tokio::time::sleep(REPLICAS_PAUSE).await;
             };
-            if let (AcquireReply::Queued(_), Some(place)) = (&reply, &said.place) {
-                inbox.waits_at(slot, place);
+            match (&reply, &said.place) {
+                (AcquireReply::Queued(_), Some(place)) => inbox.waits_at(slot, place),
+                (AcquireReply::Granted { .. }, _) => inbox.keep_for(slot, ttl),
+                _ => {}
             }
             Ok(Answer {
                 sent_at: said.sent_at,
@@ -347,8 +349,8 @@ impl LeaseStore for ClusterStore {
     }
 
     fn renew(&self, batch: Vec<Renewal>, limit: Duration) -> StoreFuture<Vec<Option<RenewReply>>> {
-        let lane = Arc::clone(&self.background);
-        Box::pin(async move { Ok(renewals::renew(&lane, &batch, limit).await) })
+        let (lane, inbox) = (Arc::clone(&self.background), Arc::clone(&self.inbox));
+        Box::pin(async move { Ok(renewals::renew(&lane, &inbox, &batch, limit).await) })
     }
 
     fn inspect(&self, key: LockKey) -> StoreFuture<Inspection> {

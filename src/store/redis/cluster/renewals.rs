@@ -11,6 +11,7 @@ use futures_util::stream;
 use super::super::reply::renewed;
 use super::super::script::Named;
 use super::call::{Call, Unsaid};
+use super::inbox::Inbox;
 use super::lane::Lane;
 use crate::key::Slot;
 use crate::protocol::{RenewReply, Renewal};
@@ -22,10 +23,12 @@ const RENEWALS_PER_CALL: usize = 128;
 const CALLS_AT_A_TIME: usize = 256;
 
 /// Renews what is still ours. A slot whose node does not answer in time fails its own renewals and no others.
-pub(super) async fn renew(lane: &Lane, batch: &[Renewal], limit: Duration) -> Vec<Option<RenewReply>> {
+pub(super) async fn renew(lane: &Lane, inbox: &Inbox, batch: &[Renewal], limit: Duration) -> Vec<Option<RenewReply>> {
     let mut by_slot: HashMap<Slot, Vec<usize>> = HashMap::new();
     for (index, renewal) in batch.iter().enumerate() {
         let slot = lane.shared.commands.names.of(&renewal.key).slot;
+        // Whoever holds a lease for long, or keeps it without a guard, is still to be told that somebody waits.
+        inbox.keep_for(slot, renewal.ttl);
         by_slot.entry(slot).or_default().push(index);
     }
     let groups: Vec<(Slot, Vec<usize>)> = by_slot

@@ -1,0 +1,442 @@
+//! Leases that stay with their process when nobody holds or wants them: what that saves, and what it means for others.
+
+// A test is over when its surroundings fail.
+#![allow(clippy::expect_used, clippy::panic, clippy::unwrap_used)]
+
+mod support;
+mod support_locks;
+
+use std::time::{Duration, Instant};
+
+use shardlock::{Builder, LockError, LockGuard, LockManager};
+use support::{PATIENCE, worker};
+use support_locks::{
+    LOCKER, Locker, TestStore, lock, obey, on_each_store, poll_once, soon, until, until_queued, waiting,
+};
+
+/// Longer than any test lasts.
+const LONG: Duration = Duration::from_secs(3600);
+
+#[test]
+fn worker_entry() {
+    let Some(me) = worker::current() else { return };
+    match me.name() {
+        LOCKER => obey(&me),
+        name => panic!("no worker is called {name}"),
+    }
+}
+
+/// A builder for managers that bear with servers which start and share a busy machine.
+fn patient(store: &TestStore) -> Builder {
+    store.builder().store_timeout(Duration::from_secs(5))
+}
+
+async fn connect(builder: Builder) -> LockManager {
+    builder.connect().await.expect("connect")
+}
+
+/// A manager that keeps leases for longer than the test lasts.
+async fn keeper(store: &TestStore) -> LockManager {
+    connect(patient(store).linger(LONG)).await
+}
+
+/// A manager whose renewals are too seldom to tell it that somebody waits, where the kind allows for leases of ten minutes. With those it
+/// takes minutes until a renewal is due.
+fn seldom_renewed(store: &TestStore) -> Builder {
+    let builder = patient(store).renew_fraction(0.5);
+    if has_short_leases(store) {
+        builder
+    } else {
+        builder.ttl(Duration::from_secs(600))
+    }
+}
+
+/// A quorum's leases are no longer than the time for which a node that restarted has no vote.
+fn has_short_leases(store: &TestStore) -> bool {
+    store.kind().tidies_up_later()
+}
+
+/// How many leases the manager keeps without a guard.
+fn kept(locks: &LockManager) -> usize {
+    locks.shards().iter().map(|shard| shard.lingering).sum()
+}
+
+/// Who holds the key, as the store has it.
+async fn owner(locks: &LockManager, key: &str) -> Option<String> {
+    let seen = locks.inspect(key).await.expect("inspect");
+    seen.holder.map(|holder| holder.owner)
+}
+
+/// Locks and gives back. Returns the token.
+async fn use_once(locks: &LockManager, key: &str) -> u64 {
+    let guard = lock(locks, key).await;
+    let token = guard.token().get();
+    guard.release().await.expect("release");
+    token
+}
+
+/// Locks and gives back until the lease stays: after one that another manager wanted, the next is not kept.
+async fn use_until_kept(locks: &LockManager, key: &str) -> u64 {
+    let mut token = 0;
+    until("the lease is kept", async || {
+        token = use_once(locks, key).await;
+        kept(locks) > 0
+    })
+    .await;
+    token
+}
+
+/// Has it lock and give back.
+fn use_by(locker: &mut Locker) -> u64 {
+    let token = locker.lock();
+    locker.release();
+    token
+}
+
+on_each_store! {
+    async fn the_lease_stays_and_the_next_guard_has_a_larger_token_under_it(store: &TestStore) {
+        let locks = keeper(store).await;
+        let mut last = use_once(&locks, "k").await;
+        let lease = owner(&locks, "k").await.expect("it is kept");
+        for round in 0..200 {
+            let guard = match round % 2 {
+                0 => lock(&locks, "k").await,
+                _ => locks.try_lock("k").await.expect("try").expect("it is ours"),
+            };
+            assert_eq!(guard.owner(), lease, "round {round}");
+            assert!(guard.token().get() > last && guard.is_valid());
+            last = guard.token().get();
+            // Given back by a release or by a drop.
+            match round % 3 {
+                0 => drop(guard),
+                _ => guard.release().await.expect("release"),
+            }
+        }
+        assert_eq!(owner(&locks, "k").await.as_ref(), Some(&lease));
+        assert_eq!((kept(&locks), locks.held().len()), (1, 0), "no guard is out");
+        let guard = lock(&locks, "k").await;
+        assert_eq!((kept(&locks), locks.held().len()), (0, 1));
+        drop(guard);
+    }
+
+    async fn who_waits_in_another_process_gets_it_at_once(store: &TestStore) {
+        let one = connect(seldom_renewed(store).linger(LONG)).await;
+        let other = connect(patient(store)).await;
+        let mut last = 0;
+        for _ in 0..5 {
+            let token = use_until_kept(&one, "k").await;
+            assert!(token > last);
+            let started = Instant::now();
+            last = use_once(&other, "k").await;
+            assert!(last > token, "{last} after {token}");
+            let limit = if has_short_leases(store) { Duration::from_secs(3) } else { PATIENCE };
+            assert!(started.elapsed() < limit, "{:?}", started.elapsed());
+            until("nothing is kept", async || kept(&one) == 0).await;
+        }
+    }
+
+    async fn a_try_in_another_process_finds_it_held_and_leaves_it(store: &TestStore) {
+        let (one, other) = (keeper(store).await, connect(patient(store)).await);
+        use_once(&one, "k").await;
+        for _ in 0..3 {
+            assert!(other.try_lock("k").await.expect("try").is_none());
+        }
+        assert_eq!(kept(&one), 1);
+        let wait = other.lock("k").timeout(Duration::ZERO).await;
+        assert!(matches!(wait, Err(LockError::Timeout { .. })), "{wait:?}");
+        assert_eq!(kept(&one), 1);
+    }
+
+    async fn it_ends_in_its_time_and_leaves_nothing(store: &TestStore) {
+        let linger = Duration::from_millis(400);
+        let locks = connect(patient(store).linger(linger)).await;
+        let started = Instant::now();
+        use_once(&locks, "k").await;
+        until("it ends", async || kept(&locks) == 0).await;
+        assert!(started.elapsed() >= linger * 7 / 8, "{:?}", started.elapsed());
+        store.is_empty(&locks, "k").await;
+        assert!(locks.shards().iter().all(|shard| shard.leases == 0));
+    }
+
+    async fn it_is_renewed_for_as_long_as_it_stays(store: &TestStore) {
+        let locks = connect(patient(store).ttl(store.short_ttl()).linger(LONG)).await;
+        let other = connect(patient(store)).await;
+        use_once(&locks, "k").await;
+        let lease = owner(&other, "k").await;
+        let deadline = Instant::now() + 3 * store.kind().dead_within(store.short_ttl());
+        while Instant::now() < deadline {
+            assert!(other.try_lock("k").await.expect("try").is_none());
+            tokio::time::sleep(Duration::from_millis(10)).await;
+        }
+        let guard = lock(&locks, "k").await;
+        assert_eq!(Some(guard.owner()), lease);
+        guard.release().await.expect("it was ours all the time");
+    }
+
+    async fn a_request_may_ask_for_another_time_than_the_manager(store: &TestStore) {
+        let locks = connect(patient(store)).await;
+        locks.lock("k").linger(LONG).await.expect("lock").release().await.expect("release");
+        assert!(owner(&locks, "k").await.is_some());
+        // The last guard's counts.
+        use_once(&locks, "k").await;
+        store.is_empty(&locks, "k").await;
+        locks.try_lock("k").linger(LONG).await.expect("try").expect("free").release().await.expect("release");
+        assert!(owner(&locks, "k").await.is_some());
+
+        let keeper = keeper(store).await;
+        keeper.lock("other").linger(Duration::ZERO).await.expect("lock").release().await.expect("release");
+        assert_eq!(owner(&keeper, "other").await, None);
+        let error = keeper.lock("k").linger(LONG + Duration::from_secs(1)).await.expect_err("too long");
+        assert!(error.to_string().contains("linger is 3601s, but must be from 0s to 1h"), "{error}");
+    }
+
+    async fn a_shutdown_gives_it_back_at_once(store: &TestStore) {
+        let (one, other) = (connect(seldom_renewed(store).linger(LONG)).await, connect(patient(store)).await);
+        use_once(&one, "k").await;
+        one.shutdown().await;
+        store.is_empty(&other, "k").await;
+        assert!(matches!(one.lock("k").await, Err(LockError::Closed)));
+    }
+
+    async fn the_end_of_the_last_handle_gives_it_back_at_once(store: &TestStore) {
+        let (one, other) = (connect(seldom_renewed(store).linger(LONG)).await, connect(patient(store)).await);
+        use_once(&one, "idle").await;
+        let guard = lock(&one, "held").await;
+        drop(one);
+        store_has_no(&other, "idle").await;
+        assert!(guard.is_valid());
+        // What a guard still holds then is not kept after it.
+        drop(guard);
+        store_has_no(&other, "held").await;
+        store.is_clean().await;
+    }
+
+    async fn tasks_that_give_up_do_not_end_it(store: &TestStore) {
+        let locks = keeper(store).await;
+        let guard = lock(&locks, "k").await;
+        let lease = guard.owner();
+        let gone: Vec<_> = (0..10).map(|_| waiting(&locks, "k")).collect();
+        tokio::task::yield_now().await;
+        gone.iter().for_each(tokio::task::JoinHandle::abort);
+        for gone in gone {
+            assert!(gone.await.expect_err("it was aborted").is_cancelled());
+        }
+        drop(guard);
+        for _ in 0..10 {
+            // Dropped before it is polled, and right after it had the lock.
+            drop(Box::pin(std::future::IntoFuture::into_future(locks.lock("k"))));
+            let mut locking = Box::pin(std::future::IntoFuture::into_future(locks.lock("k")));
+            let guard: Option<Result<LockGuard, LockError>> = poll_once(&mut locking);
+            assert_eq!(guard.expect("at once").expect("lock").owner(), lease);
+        }
+        assert_eq!((kept(&locks), owner(&locks, "k").await), (1, Some(lease)));
+    }
+
+    async fn tasks_and_managers_that_all_keep_leases_exclude_one_another(store: &TestStore) {
+        let managers = [keeper(store).await, connect(patient(store).linger(Duration::from_millis(5))).await];
+        let shared = std::sync::Arc::new(std::sync::Mutex::new((false, 0_u64)));
+        let mut tasks = tokio::task::JoinSet::new();
+        for task in 0..8 {
+            let (locks, shared) = (managers[task % 2].clone(), std::sync::Arc::clone(&shared));
+            tasks.spawn(async move {
+                for _ in 0..25 {
+                    let guard = lock(&locks, "k").await;
+                    {
+                        let mut shared = shared.lock().unwrap();
+                        assert!(!shared.0, "two guards");
+                        assert!(guard.token().get() > shared.1, "tokens grow");
+                        *shared = (true, guard.token().get());
+                    }
+                    tokio::task::yield_now().await;
+                    shared.lock().unwrap().0 = false;
+                    guard.release().await.expect("release");
+                }
+            });
+        }
+        while let Some(ended) = soon("the tasks", tasks.join_next()).await {
+            ended.expect("a task");
+        }
+    }
+}
+
+async fn store_has_no(locks: &LockManager, key: &str) {
+    until("it is given back", async || owner(locks, key).await.is_none()).await;
+}
+
+on_each_store! {
+    on(servers);
+
+    async fn the_key_of_a_killed_process_that_kept_it_is_locked_until_its_lease_ends(store: &TestStore) {
+        let ttl = 2 * store.short_ttl();
+        let mut lockers = store.lockers_with(1, ttl, &[("LOCKTEST_LINGER", "3600000")]);
+        let token = use_by(&mut lockers[0]);
+        let locks = connect(patient(store)).await;
+        let waiter = waiting(&locks, "k");
+        // It is told of who waits, and gives it back.
+        soon("the lock", waiter).await.expect("a task").release().await.expect("release");
+        until("it is kept again", async || {
+            use_by(&mut lockers[0]);
+            owner(&locks, "k").await.is_some()
+        })
+        .await;
+        lockers[0].kill();
+        let killed = Instant::now();
+        assert!(locks.try_lock("k").await.expect("try").is_none(), "nobody knows yet");
+        let guard = lock(&locks, "k").await;
+        assert!(guard.token().get() > token);
+        // It was renewed a tenth of its TTL before at the latest.
+        assert!(killed.elapsed() > ttl / 2, "{:?}", killed.elapsed());
+        guard.release().await.expect("release");
+    }
+
+    async fn one_that_an_administrator_deleted_goes_to_nobody_and_is_no_loss(store: &TestStore) {
+        let locks = connect(patient(store).ttl(store.short_ttl()).linger(LONG)).await;
+        let token = use_once(&locks, "k").await;
+        store.servers().delete(&store.lease("k"));
+        until("the next renewal finds out", async || kept(&locks) == 0).await;
+        let other = connect(patient(store)).await;
+        let guard = lock(&other, "k").await;
+        assert!(guard.token().get() > token);
+        assert!(locks.try_lock("k").await.expect("try").is_none());
+        guard.release().await.expect("it was held");
+    }
+
+    async fn two_processes_that_keep_leases_take_turns(store: &TestStore) {
+        let mut lockers = store.lockers_with(2, Duration::from_secs(3), &[("LOCKTEST_LINGER", "3600000")]);
+        let mut last = 0;
+        for round in 0..20 {
+            let token = use_by(&mut lockers[round % 2]);
+            assert!(token > last, "{token} after {last}");
+            last = token;
+        }
+        // Also where each locks several times before the other wants it.
+        for round in 0..12 {
+            let token = use_by(&mut lockers[round / 4 % 2]);
+            assert!(token > last, "{token} after {last}");
+            last = token;
+        }
+    }
+}
+
+on_each_store! {
+    on(pausable, own);
+
+    async fn the_next_lock_needs_no_server(store: &TestStore) {
+        let locks = keeper(store).await;
+        use_once(&locks, "k").await;
+        store.servers().stand_still();
+        for _ in 0..20 {
+            let mut locking = Box::pin(std::future::IntoFuture::into_future(locks.lock("k")));
+            let guard = poll_once(&mut locking).expect("at once").expect("lock");
+            soon("the release", guard.release()).await.expect("release");
+        }
+        store.servers().go_on();
+    }
+}
+
+on_each_store! {
+    on(redis sentinel cluster, own);
+
+    async fn a_thousand_locks_cost_a_few_calls(store: &TestStore) {
+        let locks = connect(seldom_renewed(store).linger(LONG)).await;
+        use_once(&locks, "k").await;
+        store.servers().count_anew();
+        for _ in 0..40 {
+            use_once(&locks, "k").await;
+        }
+        assert_eq!(store.servers().script_calls(), 0);
+        for _ in 0..1_000 {
+            use_once(&locks, "k").await;
+        }
+        let calls = store.servers().script_calls();
+        assert!((1..=3).contains(&calls), "{calls} calls, which bring more tokens");
+    }
+}
+
+on_each_store! {
+    on(redis, own);
+
+    /// As if the message to the process that keeps the lease had been lost: somebody stands in the queue, and it was not told.
+    async fn a_renewal_makes_up_for_a_message_that_was_lost(store: &TestStore) {
+        let locks = connect(patient(store).ttl(Duration::from_secs(2)).linger(LONG)).await;
+        use_once(&locks, "k").await;
+        let nobody = "nowhere-1-0123456789abcdef:7";
+        store.servers().command(&["ZADD", "{lock:k}:q", "1", nobody]);
+        until("the lease is given back", async || kept(&locks) == 0).await;
+        // Nobody listens there, so it goes to nobody.
+        store.is_empty(&locks, "k").await;
+    }
+
+    async fn plain_commands_take_and_give_back_nothing(store: &TestStore) {
+        let server = store.server();
+        let locks = connect(seldom_renewed(store).linger(LONG)).await;
+        use_once(&locks, "k").await;
+        server.reset_stats();
+        for _ in 0..40 {
+            use_once(&locks, "k").await;
+        }
+        let mut commands = server.commands();
+        commands.retain(|name, _| name != "info" && !name.starts_with("config"));
+        assert_eq!(commands, std::collections::BTreeMap::new());
+    }
+
+    /// Another library's client can't ask for the key: it finds it taken until the time is over.
+    async fn another_librarys_client_finds_it_taken(store: &TestStore) {
+        let locks = connect(patient(store).linger(Duration::from_millis(300))).await;
+        use_once(&locks, "k").await;
+        let take = || store.servers().command(&["SET", "lock:k", "theirs", "NX", "PX", "60000"]);
+        assert_eq!(take(), redis::Value::Nil);
+        until("it ends", async || take() == redis::Value::Okay).await;
+        assert!(locks.try_lock("k").await.expect("try").is_none());
+    }
+}
+
+/// What is kept makes room for new keys; what is held does not.
+#[tokio::test]
+async fn new_keys_take_the_place_of_what_is_kept() {
+    let locks = connect(
+        LockManager::builder()
+            .shard("memory://linger-room")
+            .max_keys(4)
+            .linger(LONG),
+    )
+    .await;
+    for key in 0..100 {
+        use_once(&locks, &format!("k{key}")).await;
+        // No more than four, and one that is just given back.
+        assert!(kept(&locks) <= 5, "{}", kept(&locks));
+    }
+    until("there is room", async || kept(&locks) <= 4).await;
+    let mut guards = Vec::new();
+    for key in 0..4 {
+        guards.push(lock(&locks, &format!("held{key}")).await);
+    }
+    until("nothing is kept", async || kept(&locks) == 0).await;
+    let error = locks.lock("one too many").await.expect_err("the limit");
+    assert!(matches!(error, LockError::TooManyKeys { limit: 4, .. }), "{error}");
+    drop(guards);
+}
+
+/// A process that waits is told of and gets the key, while tasks of the one that keeps it come again and again.
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn a_busy_keeper_does_not_starve_others() {
+    let store = TestStore::shared(support_locks::Kind::Redis);
+    let one = connect(seldom_renewed(&store).linger(LONG)).await;
+    let other = connect(patient(&store)).await;
+    let busy = {
+        let one = one.clone();
+        tokio::spawn(async move {
+            loop {
+                use_once(&one, "k").await;
+                tokio::task::yield_now().await;
+            }
+        })
+    };
+    for _ in 0..20 {
+        use_once(&other, "k").await;
+    }
+    busy.abort();
+    assert!(busy.await.expect_err("it goes on for ever").is_cancelled());
+    // A guard that was out when it ended is dropped with it.
+    until_queued(&other, "k", 0).await;
+}
