@@ -39,11 +39,11 @@ use source::{Address, Asking, Endpoint, Shards, Source, Wanted};
 #[command(after_help = AFTER_HELP)]
 pub(crate) struct Args {
     /// The admin endpoint of a process, as HOST:PORT; several are shown as one
-    #[arg(value_name = "ADDR", conflicts_with_all = ["shards", "config"])]
+    #[arg(value_name = "ADDR", conflicts_with = "shards")]
     addresses: Vec<Address>,
 
     /// The same, as an option
-    #[arg(long = "admin", value_name = "ADDR", conflicts_with_all = ["shards", "config"])]
+    #[arg(long = "admin", value_name = "ADDR", conflicts_with = "shards")]
     admin: Vec<Address>,
 
     /// How long to wait between two looks
