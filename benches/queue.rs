@@ -36,11 +36,12 @@ use clock::Moment;
 use error::LockError;
 use fence::TokenBlock;
 use protocol::{AcquireReply, Answer, Cycles};
-use queue::{Context, Outcome, Queue, Request, Rules, WaiterId, Want};
+use queue::{Context, Linger, Outcome, Queue, Request, Room, Rules, WaiterId, Want};
 
 const WANT: Want = Want {
     ttl: Duration::from_secs(10),
     max_hold: None,
+    linger: Linger::NONE,
     only_try: false,
     expects_rivals: false,
 };
@@ -73,6 +74,7 @@ impl Line {
             now: NOW,
             rules: &line.rules,
             cycles: &line.cycles,
+            room: Room::ENDLESS,
         };
         let mut request = None;
         for waiter in 0..waiters {
@@ -104,6 +106,7 @@ impl Line {
             now: NOW,
             rules: &self.rules,
             cycles: &self.cycles,
+            room: Room::ENDLESS,
         };
         let id = self.ids.pop_front().expect("a waiter");
         let Some(Outcome::Granted(granted)) = self.queue.collect(id) else {

@@ -346,11 +346,20 @@ SATURATION = Row(
             "Waiters",
             "Tasks that wait for a lock. Growing without end: locks are asked for faster than they are given back. Shed load, or split the hot keys.",
             [(f"sum by (shard) (shardlock_waiters{{{SHARD}}})", "{{shard}}")],
+            width=6,
         ),
         Panel(
             "Leases held",
             "Leases that the processes hold. Growing without end: guards are kept and never dropped. /held of the admin endpoint lists them, the oldest first.",
             [(f"sum by (shard) (shardlock_leases{{{SHARD}}})", "{{shard}}")],
+            width=6,
+        ),
+        Panel(
+            "Leases that linger",
+            "Leases that processes keep although no guard is out, for their next lock of the key. Near max_keys: shorten linger, so that room is not made one key at a time. "
+            "Whoever else tries such a key finds it held.",
+            [(f"sum by (shard) (shardlock_lingering_leases{{{SHARD}}})", "{{shard}}")],
+            width=6,
         ),
         Panel(
             "Requests refused at a limit",
@@ -358,6 +367,7 @@ SATURATION = Row(
             "the hot key, or raise the limit if there is memory.",
             [(total(rate("shardlock_rejections_total", PROCESS), "limit"), "{{limit}}")],
             unit=units.RequestsPerSecond,
+            width=6,
         ),
         Panel(
             "Longest wait now",

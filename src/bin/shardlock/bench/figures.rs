@@ -323,8 +323,12 @@ impl Args {
         } else {
             format!("held for {}", humantime::format_duration(self.hold))
         };
+        let linger = match self.linger {
+            Some(linger) if !linger.is_zero() => format!(", leases kept for {}", humantime::format_duration(linger)),
+            _ => String::new(),
+        };
         format!(
-            "{} x {}, {keys}, {hold}",
+            "{} x {}, {keys}, {hold}{linger}",
             counted(self.processes.into(), "process", "processes"),
             counted(self.tasks.into(), "task", "tasks"),
         )

@@ -66,6 +66,11 @@ pub(crate) struct Args {
     #[arg(long, value_name = "ZIPF", value_parser = parse_skew)]
     skew: Option<f64>,
 
+    /// Keep a lease with its process for so long when its last guard is gone and nobody waits for it, such as 1s. Without it, as
+    /// the configuration has it
+    #[arg(long, value_name = "DURATION", value_parser = parse_linger)]
+    linger: Option<Duration>,
+
     /// Write a picture of the distribution of the waits, in SVG
     #[arg(long, value_name = "FILE")]
     plot: Option<PathBuf>,
@@ -89,7 +94,7 @@ With --json, one object:
   locks, seconds, locks_per_s   what was had in the window
   per_process, per_task         the least and the most; jain is 1 if all processes had as many, and 1/processes if one had all
   wait_ms, hold_ms              waits for locks; how long they were held, as measured
-  handoffs                      locks from a task of the same process, from another process, and of free keys
+  handoffs                      locks from a task of the same process or under a lease that lingered, from another process, and of free keys
   server                        by the servers' own count, for each lock; null for shards that are not Redis
 
 Exit code:
@@ -103,6 +108,8 @@ Exit code:
 const KEYS_MAX: u32 = 1_000_000;
 
 const HOLD_MAX: Duration = Duration::from_secs(60);
+/// As for the setting.
+const LINGER_MAX: Duration = Duration::from_secs(3600);
 const DURATION_MIN: Duration = Duration::from_millis(100);
 const DURATION_MAX: Duration = Duration::from_secs(3600);
 const SKEW_MAX: f64 = 10.0;
@@ -115,6 +122,12 @@ fn parse_hold(text: &str) -> anyhow::Result<Duration> {
     let hold = humantime::parse_duration(text)?;
     ensure!(hold <= HOLD_MAX, "at most {HOLD_MAX:?}");
     Ok(hold)
+}
+
+fn parse_linger(text: &str) -> anyhow::Result<Duration> {
+    let linger = humantime::parse_duration(text)?;
+    ensure!(linger <= LINGER_MAX, "at most {LINGER_MAX:?}");
+    Ok(linger)
 }
 
 fn parse_duration(text: &str) -> anyhow::Result<Duration> {

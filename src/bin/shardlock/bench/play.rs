@@ -90,6 +90,7 @@ async fn prepare(
             tasks: args.tasks,
             wanted,
             hold: args.hold,
+            linger: args.linger,
             threads: processors / args.processes as usize,
         };
         stage.crew.hire(&setup).await?;

@@ -18,6 +18,8 @@ pub(super) struct Setup {
     pub(super) tasks: u32,
     pub(super) wanted: Wanted,
     pub(super) hold: Duration,
+    /// In place of what the settings say.
+    pub(super) linger: Option<Duration>,
     /// How many threads its tasks run on.
     pub(super) threads: usize,
 }

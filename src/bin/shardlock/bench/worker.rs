@@ -152,5 +152,6 @@ fn config(setup: &Setup) -> anyhow::Result<Config> {
         config.set("shards", &setup.started.join(" "))?;
     }
     config.namespace.clone_from(&setup.namespace);
+    config.linger = setup.linger.unwrap_or(config.linger);
     Ok(config)
 }

@@ -21,6 +21,8 @@ const REPORTS: u32 = 8;
 const CRON_JOBS: u32 = 4;
 /// How many users there are, each with a key that hardly anybody else wants.
 const USERS: u32 = 100_000;
+/// A user who was there a moment ago may well come again, and to the same process.
+const USER_LINGERS: Duration = Duration::from_secs(1);
 
 /// How patient a customer is, in milliseconds: some give up before it is their turn.
 const PATIENCE_MS: std::ops::RangeInclusive<u64> = 1..=200;
@@ -117,7 +119,7 @@ async fn once(place: &Workplace, work: Work) -> Result<(), LockError> {
         }
         Work::User => {
             let key = format!("user:{}", random(1..=USERS));
-            let guard = locks.lock(&key).timeout(place.ttl).await?;
+            let guard = locks.lock(&key).timeout(place.ttl).linger(USER_LINGERS).await?;
             hold(guard, micros(WORK_US)).await
         }
     }

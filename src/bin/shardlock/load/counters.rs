@@ -22,7 +22,8 @@ impl Counters {
         };
         Self {
             uncontended: by_path("uncontended"),
-            local: by_path("local"),
+            // A lease that lingered passes between tasks of one process as well, if with a pause.
+            local: by_path("local") + by_path("lingering"),
             remote: by_path("remote"),
             store_requests: sum_of(text, "shardlock_store_requests_total{", &[]),
         }
