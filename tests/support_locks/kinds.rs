@@ -175,9 +175,15 @@ impl Kind {
         }
     }
 
-    /// Whether a release may reach some of the servers a moment after it is over.
+    /// Whether a release may reach some of the servers, or take along all that belongs to it, a moment after it is over.
     pub fn tidies_up_later(self) -> bool {
-        matches!(self, Self::Redlock | Self::Mixed)
+        match self {
+            Self::Redlock | Self::Mixed => true,
+            // A note of a waiting cycle goes with the cycle's lease, which is revoked in the background.
+            #[cfg(feature = "etcd")]
+            Self::Etcd => true,
+            _ => false,
+        }
     }
 
     /// How many keys a process can use in a test of some seconds.

@@ -92,10 +92,9 @@ mod tests {
         let corrected = corrected(&waits, Duration::from_nanos(100));
         assert_eq!(waits.value_at_quantile(0.9), 100);
         assert_eq!(corrected.len(), 90 + 100);
-        assert!(
-            (4_700..5_000).contains(&corrected.value_at_quantile(0.74)),
-            "{corrected:?}"
-        );
+        // Of the 190, in their order, the 141st is the 50th of those above 100.
+        let within = corrected.value_at_quantile(0.74);
+        assert!((5_000..5_200).contains(&within), "{within}");
         assert_eq!(corrected.max(), waits.max());
     }
 
