@@ -45,7 +45,7 @@ fn fan_in(tasks: u64, operations: u64) -> Comparison {
         }))
     };
     Comparison {
-        name: format!("fan-in, {tasks} tasks, 1 key"),
+        name: format!("one key, tasks: {tasks}"),
         ours: Box::new(ours),
         limit_name: "tokio::sync::Mutex",
         limit: Box::new(limit),
@@ -93,7 +93,7 @@ fn metrics_on_fan_in() -> Comparison {
         })
     };
     Comparison {
-        name: "metrics with the exporter, 1000 tasks, 1 key".to_owned(),
+        name: "metrics with the exporter, one key, tasks: 1000".to_owned(),
         ours: side(with),
         limit_name: "without a recorder",
         limit: side(without),

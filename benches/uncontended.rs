@@ -43,7 +43,7 @@ fn own_keys(tasks: u64, operations: u64) -> Comparison {
         }))
     };
     Comparison {
-        name: format!("{tasks} tasks, {tasks} keys"),
+        name: format!("a key each, tasks: {tasks}"),
         ours: Box::new(ours),
         limit_name: RAW_CYCLE,
         limit: Box::new(limit),

@@ -60,7 +60,7 @@ impl Comparison {
             rounds[rounds.len() / 2][of]
         });
         println!(
-            "= {}: {} a lock, {} {}: {ratio:.2} times its time, {:.2} of its rate\n",
+            "= {}: {} each, {} {}: {ratio:.2} times its time, {:.2} of its rate\n",
             self.name,
             in_words(ours),
             self.limit_name,
