@@ -34,9 +34,10 @@ async fn look_without_end(me: &worker::Current) {
     let ttl = Duration::from_millis(me.var("LOCKTEST_TTL").parse().expect("milliseconds"));
     let locks = builder_of(me).ttl(ttl).connect().await.expect("connect");
     let guard = lock(&locks, "k").await;
+    // Before it is said, since the pause may come with the next instruction.
+    let mut last = Instant::now();
     me.say(guard.token().to_string());
     // The runtime's other worker and the background thread go on meanwhile.
-    let mut last = Instant::now();
     loop {
         let valid = guard.is_valid();
         let now = Instant::now();
