@@ -83,7 +83,7 @@ on_each_store! {
         let guard = soon("the hand-off", waiting).await.expect("a task");
         assert!(started.elapsed() < Duration::from_secs(5), "{:?}", started.elapsed());
         guard.release().await.expect("release");
-        assert_eq!(store.lock_keys(), [""; 0]);
+        store.is_tidy().await;
     }
 
     async fn a_stall_shorter_than_the_store_timeout_strands_nobody(store: &TestStore) {
@@ -105,7 +105,7 @@ on_each_store! {
             servers.go_on();
             soon("the release", releasing).await.expect("a task").expect("release");
         }
-        assert_eq!(store.lock_keys(), [""; 0]);
+        store.is_tidy().await;
     }
 }
 
@@ -174,7 +174,7 @@ on_each_store! {
             guard.release().await.expect("release");
             until("the inboxes are back", async || servers.inboxes(store.namespace()) == inboxes).await;
         }
-        assert_eq!(store.lock_keys(), [""; 0]);
+        store.is_tidy().await;
     }
 
     async fn a_subscription_that_is_cut_off_and_made_again_is_counted(store: &TestStore) {

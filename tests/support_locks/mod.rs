@@ -177,6 +177,11 @@ impl TestStore {
             seen.holder.is_none() && seen.queue_length == 0
         })
         .await;
+        self.is_tidy().await;
+    }
+
+    /// After the last release nothing but counters and the shard map is on a server: at once, or soon where the kind tidies up later.
+    pub async fn is_tidy(&self) {
         if self.kind.tidies_up_later() {
             return self.is_clean().await;
         }

@@ -250,6 +250,7 @@ impl LeaseStore for ClusterStore {
         let (lane, inbox) = (Arc::clone(&self.caller), Arc::clone(&self.inbox));
         Box::pin(async move {
             let shared = &*lane.shared;
+            let started = Moment::now();
             lane.check_map().await?;
             let slot = shared.commands.names.of(&request.key).slot;
             let Acquire { ask, ttl, tokens, .. } = request;
@@ -258,7 +259,6 @@ impl LeaseStore for ClusterStore {
             if ask == Ask::Join || tokens > 1 {
                 inbox.ready(slot).await?;
             }
-            let started = Moment::now();
             let (said, reply, floor) = loop {
                 let floor = shared.floor(slot);
                 let fill = |command: &mut Cmd| shared.commands.fill_acquire(command, &request, floor);
@@ -273,9 +273,10 @@ impl LeaseStore for ClusterStore {
                 let Some(error) = shared.too_few_acks(&reply, &said) else {
                     break (said, reply, floor);
                 };
-                // A replica that took over is without one of its own for a moment. The lease is ours meanwhile, but does not count.
+                // A replica that took over is without one of its own for a moment. The lease is ours meanwhile, but does not count. Whoever asked
+                // gives up at the time limit, and is to hear why before that.
                 let waited = Moment::now().since(started) + REPLICAS_PAUSE + shared.wait_for_replicas();
-                if waited >= shared.timeout - shared.timeout / 20 {
+                if waited >= shared.timeout - shared.timeout / 10 {
                     return Err(error);
                 }
                 tokio::time::sleep(REPLICAS_PAUSE).await;
