@@ -282,7 +282,10 @@ on_each_store! {
     }
 
     async fn a_loss_is_told_before_the_lease_can_be_anybody_elses(store: &TestStore) {
-        let (one, other) = (store.short_lived_manager().await, store.short_lived_manager().await);
+        let one = store.short_lived_manager().await;
+        // The stall may begin before it has heard that it is in line.
+        let patient = store.builder().ttl(store.short_ttl()).store_timeout(PATIENCE);
+        let other = patient.connect().await.expect("connect");
         let guard = lock(&one, "k").await;
         let waiting = tokio::spawn({
             let other = other.clone();

@@ -351,9 +351,11 @@ async fn tell_owner(shared: &Shared, link: &Link, contender: &Contender, owner: 
         let options = PutOptions::new().with_lease(lease.id);
         client.put(note.as_str(), "", Some(options)).await
     };
-    if let Err(fault) = link.request(leave).await {
-        // The owner's next renewal says it, too.
-        tracing::debug!(%note, ?fault, "could not leave a note for the owner of a key");
+    // The place in line is had already, and is not worth losing for want of a note: the owner's next renewal says it, too.
+    match tokio::time::timeout(shared.timeout / 4, link.request(leave)).await {
+        Ok(Ok(_)) => {}
+        Ok(Err(fault)) => tracing::debug!(%note, ?fault, "could not leave a note for the owner of a key"),
+        Err(_) => tracing::debug!(%note, "no answer to a note for the owner of a key"),
     }
 }
 
