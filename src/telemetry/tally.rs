@@ -5,7 +5,8 @@
 //! A recorder's counter costs two atomic operations, and its histogram reads a clock and fills a list. With a million local
 //! hand-offs a second that would be most of their cost. So what happens at every lock is counted by one relaxed addition; the
 //! background thread passes on to the recorder what is new since the last time, ten times a second. Of a distribution, an even part
-//! is recorded: everything while there is less than [`SAMPLES_PER_SECOND`] to record, one in so many beyond that.
+//! is recorded: everything while there is less than [`SAMPLES_PER_SECOND`] to record, one in so many beyond that. A burst after a
+//! rest is not known to be one until the next look; so whenever [`SAMPLES_AT_ONCE`] were recorded since, only half as many are from then on.
 
 use std::sync::atomic::{AtomicU64, Ordering};
 use std::time::Duration;
@@ -51,18 +52,31 @@ impl Tally {
     }
 }
 
+/// How many values are recorded between two looks before the part is halved: as many as there would be at that rate, ten times a second.
+const SAMPLES_AT_ONCE: u64 = SAMPLES_PER_SECOND / 10;
+
 /// Which of the values that come are recorded: an even part, so that the shape of the distribution stays.
 #[derive(Debug, Default)]
 pub(crate) struct Thinning {
     /// A number that has one of these bits is passed over.
     mask: AtomicU64,
+    /// How many were recorded since the mask was set.
+    taken: AtomicU64,
     seen: AtomicU64,
 }
 
 impl Thinning {
     /// Whether the value of that number is recorded.
     pub(crate) fn takes(&self, number: u64) -> bool {
-        number & self.mask.load(Ordering::Relaxed) == 0
+        let mask = self.mask.load(Ordering::Relaxed);
+        if number & mask != 0 {
+            return false;
+        }
+        if self.taken.fetch_add(1, Ordering::Relaxed) + 1 == SAMPLES_AT_ONCE {
+            self.taken.store(0, Ordering::Relaxed);
+            self.mask.store(mask << 1 | 1, Ordering::Relaxed);
+        }
+        true
     }
 
     /// Adjusts to how many there were since the last time.
@@ -71,6 +85,7 @@ impl Thinning {
         let room = (SAMPLES_PER_SECOND as f64 * elapsed.as_secs_f64()).max(1.0) as u64;
         let stride = new.div_ceil(room).max(1).next_power_of_two();
         self.mask.store(stride - 1, Ordering::Relaxed);
+        self.taken.store(0, Ordering::Relaxed);
     }
 }
 
@@ -114,7 +129,7 @@ mod tests {
     fn takes_all_while_there_are_few_and_an_even_part_of_many() {
         let thinning = Thinning::default();
         let taken = |count| (0..count).filter(|&number| thinning.takes(number)).count() as u64;
-        assert_eq!(taken(100_000), 100_000);
+        assert_eq!(taken(SAMPLES_AT_ONCE), SAMPLES_AT_ONCE);
         thinning.adjust(SAMPLES_PER_SECOND / 10, Duration::from_millis(100));
         assert_eq!(taken(1024), 1024);
         thinning.adjust(
@@ -127,5 +142,17 @@ mod tests {
             Duration::from_millis(100),
         );
         assert_eq!(taken(1024), 1024);
+    }
+
+    #[test]
+    fn takes_fewer_and_fewer_of_a_burst_before_the_next_look() {
+        let thinning = Thinning::default();
+        let taken = (0..100 * SAMPLES_AT_ONCE)
+            .filter(|&number| thinning.takes(number))
+            .count() as u64;
+        // All of the first, half of the next two, a quarter of the next four, ...
+        assert!((6 * SAMPLES_AT_ONCE..8 * SAMPLES_AT_ONCE).contains(&taken), "{taken}");
+        thinning.adjust(0, Duration::from_millis(100));
+        assert!((0..SAMPLES_AT_ONCE).all(|number| thinning.takes(number)));
     }
 }
