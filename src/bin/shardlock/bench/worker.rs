@@ -42,7 +42,7 @@ async fn serve(orders: &mut Orders) -> anyhow::Result<()> {
 
 /// Follows the orders; tasks run on `others`, or here.
 async fn follow(orders: &mut Orders, setup: &Setup, others: Option<tokio::runtime::Handle>) -> anyhow::Result<()> {
-    let mut worker = Worker::open(setup).await?;
+    let mut worker = Worker::open(setup, others.as_ref()).await?;
     tell(&Answer::Done(()))?;
     loop {
         let order: Order = orders.next().await?;
@@ -74,13 +74,21 @@ struct Worker {
 }
 
 impl Worker {
-    async fn open(setup: &Setup) -> anyhow::Result<Self> {
+    /// Its manager lives where its tasks run.
+    async fn open(setup: &Setup, others: Option<&tokio::runtime::Handle>) -> anyhow::Result<Self> {
         // Before the manager: metrics that were made without a recorder count nothing.
         let admin = crate::metrics::bind(SocketAddr::from((Ipv4Addr::LOCALHOST, 0)))?;
         let metrics = Box::new(admin.renderer());
         let config = config(setup)?;
         let class = config.class.clone();
-        let locks = Builder::new().config(config).connect().await?;
+        let connecting = Builder::new().config(config).connect();
+        let locks = match others {
+            Some(others) => others
+                .spawn(connecting)
+                .await
+                .context("connecting ended in a panic")??,
+            None => connecting.await?,
+        };
         Ok(Self {
             _serving: admin.serve(&locks)?,
             load: Arc::new(Load::new(
