@@ -1,4 +1,4 @@
-//! The background thread of a manager: pushes, renewals, and whatever no task of the program waits for.
+//! The background thread of a manager: renewals, and whatever no task of the program waits for.
 //!
 //! It has a runtime of its own with one thread, so that leases are renewed and losses are told even if every worker of the
 //! program's runtime is blocked. It ends when no handle of the manager is left and every key has been given back.
@@ -8,13 +8,15 @@ use std::sync::Arc;
 use std::sync::atomic::Ordering;
 use std::time::Duration;
 
+use tokio::runtime::Handle;
 use tokio::sync::{mpsc, oneshot};
 use tokio::task::{JoinSet, LocalSet};
 
+use super::inbox::{Unheard, hear};
 use super::{Entry, Job, Shard, pulse, room, server_clock};
 use crate::clock::Moment;
-use crate::key::{LockKey, Slot};
-use crate::protocol::{Cycle, Push, Release};
+use crate::key::LockKey;
+use crate::protocol::{Cycle, Release};
 use crate::queue::Request;
 use crate::store::{Lane, StoreError};
 use crate::watchdog::keep_alive;
@@ -26,19 +28,9 @@ pub(crate) struct Background {
     pub(crate) listening: oneshot::Receiver<Result<(), Unheard>>,
 }
 
-/// A server does not let us listen.
-#[derive(Debug)]
-pub(crate) struct Unheard {
-    /// Which shard it is.
-    pub(crate) shard: Arc<Shard>,
-    pub(crate) reason: Arc<str>,
-}
-
-/// How a first subscription ended.
-type Heard = mpsc::UnboundedSender<Result<(), Unheard>>;
-
 impl Background {
-    /// Starts the thread. Only the inboxes of shards that are `connected` are waited for.
+    /// Starts the thread. Only the inboxes of shards that are `connected` are waited for. What runs on the runtime of the program runs
+    /// on the one that this is called on.
     ///
     /// # Errors
     ///
@@ -50,10 +42,11 @@ impl Background {
     ) -> std::io::Result<Self> {
         let (tell, listening) = oneshot::channel();
         let connected = connected.to_vec();
+        let program = Handle::try_current().ok();
         // The runtime is made on its thread: it must not be dropped on one of the program's.
         std::thread::Builder::new().name("shardlock".into()).spawn(move || {
             match tokio::runtime::Builder::new_current_thread().enable_all().build() {
-                Ok(runtime) => LocalSet::new().block_on(&runtime, run(shards.into(), connected, jobs, tell)),
+                Ok(runtime) => LocalSet::new().block_on(&runtime, run(shards.into(), connected, jobs, program, tell)),
                 Err(error) => tracing::error!(%error, "the background thread could not start its runtime"),
             }
         })?;
@@ -65,15 +58,14 @@ async fn run(
     shards: Rc<[Arc<Shard>]>,
     connected: Vec<bool>,
     mut jobs: mpsc::UnboundedReceiver<Job>,
+    program: Option<Handle>,
     listening: oneshot::Sender<Result<(), Unheard>>,
 ) {
     let mut services = JoinSet::new();
     let (tell, mut told) = mpsc::unbounded_channel();
     for (shard, &is_connected) in shards.iter().zip(&connected) {
         let tell = is_connected.then(|| tell.clone());
-        let (sender, receiver) = mpsc::unbounded_channel();
-        services.spawn_local(shard.store.listen(sender));
-        services.spawn_local(receive(Arc::clone(shard), receiver, tell));
+        services.spawn_local(hear(Arc::clone(shard), tell, program.clone()));
         services.spawn_local(keep_alive(Arc::clone(shard)));
         services.spawn_local(server_clock::watch(Arc::clone(shard)));
     }
@@ -151,7 +143,7 @@ async fn settle(shards: &[Arc<Shard>]) {
 }
 
 /// A task of this thread can only end by itself or by a bug.
-fn report_panic(ended: Result<(), tokio::task::JoinError>) {
+pub(super) fn report_panic(ended: Result<(), tokio::task::JoinError>) {
     if let Err(error) = ended {
         tracing::error!(%error, "a task of the background thread panicked; please report this");
     }
@@ -213,89 +205,6 @@ async fn abandon(shard: Arc<Shard>, key: LockKey, cycle: Cycle) {
 
 const ABANDON_PAUSE_MIN: Duration = Duration::from_millis(20);
 const ABANDON_PAUSE_MAX: Duration = Duration::from_secs(1);
-
-/// Hands pushes to the queues they are for.
-async fn receive(shard: Arc<Shard>, mut pushes: mpsc::UnboundedReceiver<Push>, mut subscribed: Option<Heard>) {
-    let mut refused: Option<Arc<str>> = None;
-    let mut cut_off: Option<tokio::task::AbortHandle> = None;
-    let mut is_cut_off = false;
-    while let Some(push) = pushes.recv().await {
-        match push {
-            Push::Granted { key, grant } => match shard.table.get(&key) {
-                Some(entry) => entry.in_background(|queue, cx| queue.granted(grant, cx)),
-                // Nobody wants the key any more.
-                None => {
-                    shard.metrics.stale_grants.increment(1);
-                    shard.send(Job::Release {
-                        key,
-                        cycle: grant.cycle,
-                    });
-                }
-            },
-            Push::Turn { key, cycle } => match shard.table.get(&key) {
-                Some(entry) => entry.in_background(|queue, _| queue.turn(cycle)),
-                None => shard.send(Job::Release { key, cycle }),
-            },
-            Push::Wanted { key, cycle } => {
-                if let Some(entry) = shard.table.get(&key) {
-                    entry.in_background(|queue, cx| queue.wanted(cycle, cx));
-                }
-            }
-            Push::Resubscribed { slot } => {
-                if let Some(timer) = cut_off.take() {
-                    timer.abort();
-                }
-                if std::mem::take(&mut is_cut_off) {
-                    shard.metrics.reconnects.increment(1);
-                }
-                if let Some(tell) = subscribed.take() {
-                    // The manager may have given up connecting.
-                    tell.send(Ok(())).ok();
-                }
-                refused = None;
-                ask_again(&shard, slot);
-            }
-            // Whoever waits would wait in vain if the server is gone: after the time limit of a request, ask, and so find out.
-            Push::Disconnected => {
-                is_cut_off = true;
-                let shard = Arc::clone(&shard);
-                let task = tokio::task::spawn_local(async move {
-                    tokio::time::sleep(shard.timeout).await;
-                    ask_again(&shard, None);
-                });
-                cut_off = Some(task.abort_handle());
-            }
-            Push::Refused { reason } => {
-                if let Some(tell) = subscribed.take() {
-                    let unheard = Unheard {
-                        shard: Arc::clone(&shard),
-                        reason: Arc::clone(&reason),
-                    };
-                    // The manager may have given up connecting.
-                    tell.send(Err(unheard)).ok();
-                }
-                // The store tries again every second: once for each reason is enough.
-                if refused.as_ref() != Some(&reason) {
-                    tracing::error!(
-                        shard = %shard.name,
-                        %reason,
-                        "the inbox is refused, so locks are handed over only when their leases run out"
-                    );
-                    refused = Some(reason);
-                }
-            }
-        }
-    }
-}
-
-/// Asks again for all keys that wait, or those of one slot, at once; the connection pipelines them.
-fn ask_again(shard: &Arc<Shard>, slot: Option<Slot>) {
-    for entry in shard.table.all() {
-        if slot.is_none_or(|slot| shard.store.slot_of(&entry.key) == slot) {
-            entry.in_background(|queue, _| queue.resubscribed());
-        }
-    }
-}
 
 /// Nobody can want a key any more: what is kept for that is given back, and what guards still hold is not kept after them.
 fn leave(shards: &[Arc<Shard>]) {

@@ -12,6 +12,7 @@
 mod background;
 mod drive;
 mod entry;
+mod inbox;
 pub(crate) mod pulse;
 mod rivals;
 mod room;
@@ -29,9 +30,10 @@ use std::time::Duration;
 
 use tokio::sync::mpsc;
 
-pub(crate) use background::{Background, Unheard};
+pub(crate) use background::Background;
 pub(crate) use drive::Driven;
 pub(crate) use entry::{Asked, Entry, Settled, Wanted};
+pub(crate) use inbox::Unheard;
 
 use crate::clock::Moment;
 use crate::error::LockError;

@@ -1,0 +1,139 @@
+//! What a store pushes, and where it is heard.
+//!
+//! # Implementation details
+//!
+//! Pushes are heard on the runtime that the manager was connected on, so that a grant wakes no other thread than that of the task that it is
+//! for: a hop between threads costs about as much as the way from the server. Once that runtime is gone, the background thread hears them.
+//!
+//! Where that runtime stands still, its tasks could not have taken a grant anyway. What else may wait in the inbox is that another process wants
+//! a key: the next renewal, which does not need that runtime, tells the same.
+
+use std::sync::Arc;
+
+use tokio::runtime::Handle;
+use tokio::sync::mpsc;
+use tokio::task::JoinSet;
+
+use super::background::report_panic;
+use super::{Job, Shard};
+use crate::key::Slot;
+use crate::protocol::Push;
+
+/// How a first subscription ended.
+pub(super) type Heard = mpsc::UnboundedSender<Result<(), Unheard>>;
+
+/// A server does not let us listen.
+#[derive(Debug)]
+pub(crate) struct Unheard {
+    /// Which shard it is.
+    pub(crate) shard: Arc<Shard>,
+    pub(crate) reason: Arc<str>,
+}
+
+/// Hears what the shard's store pushes for as long as it is polled; on the program's runtime while there is one.
+pub(super) async fn hear(shard: Arc<Shard>, subscribed: Option<Heard>, program: Option<Handle>) {
+    if let Some(program) = program {
+        // Dropping the set ends what it has.
+        let mut there = JoinSet::new();
+        there.spawn_on(listen(Arc::clone(&shard), subscribed.clone()), &program);
+        match there.join_next().await {
+            Some(Err(ended)) if ended.is_cancelled() => {
+                tracing::debug!(shard = %shard.name, "the runtime of the program is gone; the background thread listens from now on");
+            }
+            Some(ended) => report_panic(ended),
+            None => {}
+        }
+    }
+    listen(shard, subscribed).await;
+}
+
+async fn listen(shard: Arc<Shard>, subscribed: Option<Heard>) {
+    let (sender, receiver) = mpsc::unbounded_channel();
+    tokio::join!(
+        shard.store.listen(sender),
+        receive(Arc::clone(&shard), receiver, subscribed)
+    );
+}
+
+/// Hands pushes to the queues they are for.
+async fn receive(shard: Arc<Shard>, mut pushes: mpsc::UnboundedReceiver<Push>, mut subscribed: Option<Heard>) {
+    let mut refused: Option<Arc<str>> = None;
+    let mut cut_off: Option<tokio::task::AbortHandle> = None;
+    let mut is_cut_off = false;
+    while let Some(push) = pushes.recv().await {
+        match push {
+            Push::Granted { key, grant } => match shard.table.get(&key) {
+                Some(entry) => entry.in_background(|queue, cx| queue.granted(grant, cx)),
+                // Nobody wants the key any more.
+                None => {
+                    shard.metrics.stale_grants.increment(1);
+                    shard.send(Job::Release {
+                        key,
+                        cycle: grant.cycle,
+                    });
+                }
+            },
+            Push::Turn { key, cycle } => match shard.table.get(&key) {
+                Some(entry) => entry.in_background(|queue, _| queue.turn(cycle)),
+                None => shard.send(Job::Release { key, cycle }),
+            },
+            Push::Wanted { key, cycle } => {
+                if let Some(entry) = shard.table.get(&key) {
+                    entry.in_background(|queue, cx| queue.wanted(cycle, cx));
+                }
+            }
+            Push::Resubscribed { slot } => {
+                if let Some(timer) = cut_off.take() {
+                    timer.abort();
+                }
+                if std::mem::take(&mut is_cut_off) {
+                    shard.metrics.reconnects.increment(1);
+                }
+                if let Some(tell) = subscribed.take() {
+                    // The manager may have given up connecting.
+                    tell.send(Ok(())).ok();
+                }
+                refused = None;
+                ask_again(&shard, slot);
+            }
+            // Whoever waits would wait in vain if the server is gone: after the time limit of a request, ask, and so find out.
+            Push::Disconnected => {
+                is_cut_off = true;
+                let shard = Arc::clone(&shard);
+                let task = tokio::spawn(async move {
+                    tokio::time::sleep(shard.timeout).await;
+                    ask_again(&shard, None);
+                });
+                cut_off = Some(task.abort_handle());
+            }
+            Push::Refused { reason } => {
+                if let Some(tell) = subscribed.take() {
+                    let unheard = Unheard {
+                        shard: Arc::clone(&shard),
+                        reason: Arc::clone(&reason),
+                    };
+                    // The manager may have given up connecting.
+                    tell.send(Err(unheard)).ok();
+                }
+                // The store tries again every second: once for each reason is enough.
+                if refused.as_ref() != Some(&reason) {
+                    tracing::error!(
+                        shard = %shard.name,
+                        %reason,
+                        "the inbox is refused, so locks are handed over only when their leases run out"
+                    );
+                    refused = Some(reason);
+                }
+            }
+        }
+    }
+}
+
+/// Asks again for all keys that wait, or those of one slot, at once; the connection pipelines them.
+fn ask_again(shard: &Arc<Shard>, slot: Option<Slot>) {
+    for entry in shard.table.all() {
+        if slot.is_none_or(|slot| shard.store.slot_of(&entry.key) == slot) {
+            entry.in_background(|queue, _| queue.resubscribed());
+        }
+    }
+}
