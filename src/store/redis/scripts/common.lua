@@ -38,10 +38,11 @@ end
 local QUEUE_GRACE = 60000
 
 -- The reply of one who waits: 2, mark, remaining TTL of the owner (-1: endless), whether the owner is foreign, who is ahead.
-local function queued(mark, owner, ahead)
+local function queued(mark, foreign, ahead)
   local left = redis.call('PTTL', KEYS[1])
-  redis.call('PEXPIRE', KEYS[2], math.max(left, 0) + QUEUE_GRACE)
-  return {2, mark, left, signed(owner) and 0 or 1, ahead}
+  -- Numbers are written here: the server would do it with 17 digits, which takes several times as long.
+  redis.call('PEXPIRE', KEYS[2], string.format('%d', math.max(left, 0) + QUEUE_GRACE))
+  return {2, mark, left, foreign and 1 or 0, ahead}
 end
 
 -- Joins the queue unless it is in it. Returns its mark, and how many are ahead; the third says whether it was new.
@@ -69,14 +70,12 @@ local function acquire(me, ttl, n, floor, try, channel, key)
       return {0}
     end
     local mark, ahead, new = join(me, floor)
+    local manager, cycle = signed(owner)
     -- The owner of an even cycle does not reckon with rivals: it is told when the first comes, and again when one asks again.
-    if ahead == 0 or not new then
-      local manager, cycle = signed(owner)
-      if manager and string.byte(cycle, -1) % 2 == 0 then
-        tell(channel .. manager, 'w ' .. cycle .. ' ' .. key)
-      end
+    if manager and (ahead == 0 or not new) and string.byte(cycle, -1) % 2 == 0 then
+      tell(channel .. manager, 'w ' .. cycle .. ' ' .. key)
     end
-    return queued(mark, owner, ahead)
+    return queued(mark, not manager, ahead)
   end
   local head = redis.call('ZRANGE', KEYS[2], 0, 0)[1]
   if not head or head == me then
@@ -101,5 +100,5 @@ local function acquire(me, ttl, n, floor, try, channel, key)
   if heir == me then
     return {1, last, waiting, 0}
   end
-  return queued(last, heir, redis.call('ZRANK', KEYS[2], me))
+  return queued(last, not signed(heir), redis.call('ZRANK', KEYS[2], me))
 end

@@ -18,4 +18,4 @@ local heir, last, waiting = pass_on(next, ttl, n, floor, channel, key)
 if heir == next then
   return {1, 1, last, waiting, 0}
 end
-return {1, unpack(queued(last, heir, redis.call('ZRANK', KEYS[2], next)))}
+return {1, unpack(queued(last, not signed(heir), redis.call('ZRANK', KEYS[2], next)))}
