@@ -14,10 +14,21 @@ use std::error::Error;
 use std::sync::Arc;
 use std::time::{Duration, SystemTime, UNIX_EPOCH};
 use tokio::io::{AsyncBufReadExt, BufReader};
+use tokio::runtime::Builder;
 
-#[tokio::main]
-async fn main() -> Result<(), Box<dyn Error + Send + Sync>> {
+fn main() -> Result<(), Box<dyn Error + Send + Sync>> {
     let options = Options::parse(std::env::args().skip(1))?;
+    let runtime = match options.threads {
+        1 => Builder::new_current_thread().enable_all().build()?,
+        threads => Builder::new_multi_thread().worker_threads(threads).enable_all().build()?,
+    };
+    runtime.block_on(async {
+        // Where its tasks run.
+        tokio::spawn(run(options)).await?
+    })
+}
+
+async fn run(options: Options) -> Result<(), Box<dyn Error + Send + Sync>> {
     let peer = Arc::new(Peer::open(&options).await?);
     work::warm_up(&peer, &options).await;
     println!("ready");

@@ -15,6 +15,7 @@ pub struct Options {
     /// Longest time between two tries; none: the library's own.
     pub retry_max: Option<Duration>,
     pub warmup: Duration,
+    pub threads: usize,
 }
 
 impl Options {
@@ -30,6 +31,7 @@ impl Options {
             ttl: Duration::from_secs(30),
             retry_max: None,
             warmup: Duration::from_secs(1),
+            threads: std::thread::available_parallelism().map_or(1, usize::from),
         };
         while let Some(name) = args.next() {
             let value = args.next().ok_or_else(|| format!("{name} has no value"))?;
@@ -46,6 +48,7 @@ impl Options {
                 // The library draws from zero on.
                 "--retry-min-us" | "--pool" => drop(number()?),
                 "--retry-max-us" => options.retry_max = Some(Duration::from_micros(number()?)).filter(|d| !d.is_zero()),
+                "--threads" => options.threads = number()?.max(1) as usize,
                 "--warmup-ms" => options.warmup = Duration::from_millis(number()?),
                 _ => return Err(format!("there is no argument {name}")),
             }
