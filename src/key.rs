@@ -28,12 +28,11 @@ impl Slot {
         if number < SLOTS { Some(Self(number)) } else { None }
     }
 
-    /// The slot of a text without a hash tag that is given in parts.
-    pub(crate) fn of_parts(parts: &[&[u8]]) -> Self {
+    /// The slot of a text without a hash tag that is given in two parts.
+    pub(crate) fn of_parts(first: &[u8], second: &[u8]) -> Self {
         let mut state = crc16::State::<crc16::XMODEM>::new();
-        for part in parts {
-            state.update(part);
-        }
+        state.update(first);
+        state.update(second);
         Self(state.get() & (SLOTS - 1))
     }
 
@@ -52,8 +51,8 @@ impl fmt::Display for Slot {
 
 /// The part between the first `{` and the first `}` after it, unless it is empty or there is none.
 pub(crate) fn hash_tag(key: &[u8]) -> Option<&[u8]> {
-    let open = key.iter().position(|&byte| byte == b'{')?;
-    let length = key[open + 1..].iter().position(|&byte| byte == b'}')?;
+    let open = memchr::memchr(b'{', key)?;
+    let length = memchr::memchr(b'}', &key[open + 1..])?;
     (length > 0).then(|| &key[open + 1..open + 1 + length])
 }
 

@@ -52,8 +52,8 @@ impl Entry {
                     Ask::Join => RequestKind::Acquire,
                     Ask::Try => RequestKind::Try,
                 };
-                let answer = self.send(cycle, kind, self.shard.store.acquire(acquire)).await;
-                let ((), next) = self.with(|queue, cx| match answer {
+                let (answer, now) = self.send(cycle, kind, self.shard.store.acquire(acquire)).await;
+                let ((), next) = self.at(now, |queue, cx| match answer {
                     Ok(answer) => ((), queue.replied(cycle, answer, cx)),
                     Err(error) => ((), queue.failed(cycle, &error, cx)),
                 });
@@ -81,8 +81,8 @@ impl Entry {
                 };
                 // What takes something keeps to the caller's lane, and so to its order.
                 let lane = if requeue.is_some() { Lane::Caller } else { lane };
-                let answer = self.send(cycle, kind, self.shard.store.release(lane, release)).await;
-                let (released, next) = self.with(|queue, cx| match answer {
+                let (answer, now) = self.send(cycle, kind, self.shard.store.release(lane, release)).await;
+                let (released, next) = self.at(now, |queue, cx| match answer {
                     Ok(answer) => (Ok(answer.reply.held), queue.released_remotely(cycle, answer, cx)),
                     Err(error) => {
                         let effects = queue.failed(cycle, &error, cx);
@@ -97,12 +97,13 @@ impl Entry {
         }
     }
 
+    /// The answer, and when it came.
     async fn send<T>(
         self: &Arc<Self>,
         cycle: Cycle,
         kind: RequestKind,
         request: crate::store::StoreFuture<T>,
-    ) -> Result<T, crate::LockError> {
+    ) -> (Result<T, crate::LockError>, Moment) {
         let shard = &self.shard;
         let mut unanswered = Unanswered {
             entry: self,
@@ -113,9 +114,11 @@ impl Entry {
         let reply = tokio::time::timeout(shard.timeout, request).await;
         unanswered.armed = false;
         let reply = reply.unwrap_or_else(|_| Err(shard.no_answer()));
-        shard.metrics.request(kind, Moment::now().since(started), reply.is_ok());
+        let now = Moment::now();
+        shard.metrics.request(kind, now.since(started), reply.is_ok());
         shard.note_reach(&reply);
-        reply.map_err(|error| shard.error(error, kind.step(), Some(&self.key), started))
+        let answer = reply.map_err(|error| shard.error(error, kind.step(), Some(&self.key), started));
+        (answer, now)
     }
 }
 

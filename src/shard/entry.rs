@@ -275,7 +275,7 @@ impl Entry {
         self: &Arc<Self>,
         event: impl FnOnce(&mut Queue<Waker>, Context<'_>) -> Effects<Waker>,
     ) {
-        let ((), request) = self.with(|queue, cx| ((), event(queue, cx)));
+        let ((), request) = self.at(Moment::now(), |queue, cx| ((), event(queue, cx)));
         if let Some(request) = request {
             self.shard.send(Job::Request {
                 entry: Arc::clone(self),
@@ -284,15 +284,8 @@ impl Entry {
         }
     }
 
-    /// Lets an event happen and carries out what it leads to, but for the request, which is the caller's.
-    pub(crate) fn with<R>(
-        self: &Arc<Self>,
-        event: impl FnOnce(&mut Queue<Waker>, Context<'_>) -> (R, Effects<Waker>),
-    ) -> (R, Option<Request>) {
-        self.at(Moment::now(), event)
-    }
-
-    fn at<R>(
+    /// Lets an event happen at that moment and carries out what it leads to, but for the request, which is the caller's.
+    pub(super) fn at<R>(
         self: &Arc<Self>,
         now: Moment,
         event: impl FnOnce(&mut Queue<Waker>, Context<'_>) -> (R, Effects<Waker>),

@@ -1,10 +1,11 @@
 //! From a URL to what the client library takes: where, who, and with which certificates.
 
 use std::future::Future;
+use std::io;
 use std::time::Duration;
 
 use deadpool_redis::redis::io::tcp::TcpSettings;
-use deadpool_redis::redis::io::tcp::socket2::TcpKeepalive;
+use deadpool_redis::redis::io::tcp::socket2::{SockRef, TcpKeepalive};
 #[cfg(feature = "tls")]
 use deadpool_redis::redis::{Client, ClientTlsConfig, TlsCertificates};
 use deadpool_redis::redis::{ConnectionAddr, ConnectionInfo, IntoConnectionInfo, RedisResult};
@@ -42,12 +43,22 @@ pub(in crate::store) fn connection_info(server: &ServerUrl, tls: &TlsFiles) -> R
     };
     #[cfg(not(feature = "tls"))]
     let info = server.as_str().into_connection_info().map_err(|_| unusable())?;
-    let keepalive = TcpKeepalive::new()
+    // As in `prepare`.
+    Ok(info.set_tcp_settings(TcpSettings::default().set_nodelay(true).set_keepalive(keepalive())))
+}
+
+fn keepalive() -> TcpKeepalive {
+    TcpKeepalive::new()
         .with_time(KEEPALIVE_AFTER)
         .with_interval(KEEPALIVE_EVERY)
-        .with_retries(KEEPALIVE_PROBES);
+        .with_retries(KEEPALIVE_PROBES)
+}
+
+/// Gives a stream that was opened here the same settings as the client library's have.
+pub(super) fn prepare(stream: &TcpStream) -> io::Result<()> {
     // A request is small and must not wait until it is worth a packet.
-    Ok(info.set_tcp_settings(TcpSettings::default().set_nodelay(true).set_keepalive(keepalive)))
+    stream.set_nodelay(true)?;
+    SockRef::from(stream).set_tcp_keepalive(&keepalive())
 }
 
 /// The certificates as the client library takes them, for what does not take a [`ConnectionInfo`].
@@ -131,7 +142,7 @@ fn client_hello() -> Vec<u8> {
 }
 
 /// What a server says first to these bytes. Nothing that is secret is sent.
-async fn first_byte(host: &str, port: u16, bytes: &[u8]) -> std::io::Result<u8> {
+async fn first_byte(host: &str, port: u16, bytes: &[u8]) -> io::Result<u8> {
     let mut stream = TcpStream::connect((host, port)).await?;
     stream.write_all(bytes).await?;
     stream.read_u8().await

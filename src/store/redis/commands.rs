@@ -9,7 +9,7 @@ use deadpool_redis::redis::{Cmd, Pipeline, RedisError, RedisWrite, cmd, pipe};
 use super::names::Names;
 use super::permission::Permissions;
 use crate::identity::{ManagerId, Signature};
-use crate::key::LockKey;
+use crate::key::{LockKey, Slot};
 use crate::protocol::{Acquire, Ask, Cycle, Release, Renewal};
 use crate::store::INSPECTED_QUEUE_MAX;
 
@@ -52,8 +52,8 @@ impl Commands {
         }
     }
 
-    /// The two commands of the free path.
-    pub(super) fn take_freely(&self, request: &Acquire) -> Pipeline {
+    /// The two commands of the free path, for a key of that slot.
+    pub(super) fn take_freely(&self, request: &Acquire, slot: Slot) -> Pipeline {
         let names = self.names.of(&request.key);
         let mut set = Cmd::with_capacity(6, 128);
         set.arg("SET");
@@ -62,7 +62,7 @@ impl Commands {
         set.arg("NX").arg("PX").arg(millis(request.ttl));
         let mut count = Cmd::with_capacity(3, 64);
         count.arg("INCRBY");
-        names.counter().write(&mut count);
+        self.names.counter_of(slot).write(&mut count);
         count.arg(request.tokens);
         let mut commands = Pipeline::with_capacity(2);
         commands.add_command(set).add_command(count);
@@ -179,7 +179,7 @@ impl Commands {
     fn write_inbox_prefix(&self, command: &mut Cmd, key: &LockKey) {
         match &self.inboxes {
             Inboxes::One(prefix) => command.write_arg(prefix.as_bytes()),
-            Inboxes::PerSlot => self.names.inbox_prefix_in(self.names.of(key).slot).write(command),
+            Inboxes::PerSlot => self.names.inbox_prefix_in(self.names.of(key).slot()).write(command),
         }
     }
 

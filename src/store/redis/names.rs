@@ -34,8 +34,6 @@ pub(crate) struct LockNames<'a> {
     name: Cow<'a, str>,
     /// Whether the key has a hash tag of its own.
     tagged: bool,
-    /// The slot of all keys of the lock.
-    pub(crate) slot: Slot,
 }
 
 impl LockNames<'_> {
@@ -51,7 +49,16 @@ impl LockNames<'_> {
     }
 
     pub(crate) fn counter(&self) -> Name<'_> {
-        counter(self.namespace, self.slot)
+        counter(self.namespace, self.slot())
+    }
+
+    /// The slot of all keys of the lock.
+    pub(crate) fn slot(&self) -> Slot {
+        match self.tagged {
+            // A percent sign in it is encoded in the name as well.
+            true => Slot::of(self.name.as_bytes()),
+            false => Slot::of_parts(self.namespace.as_bytes(), self.name.as_bytes()),
+        }
     }
 }
 
@@ -69,9 +76,10 @@ impl Name<'_> {
         let Self([first, second, third, last], number) = self;
         let mut writer = command.writer_for_next_arg();
         let mut write = |part: &str| writer.write_all(part.as_bytes());
-        let number = number.map(|number| number.to_string());
+        let mut digits = itoa::Buffer::new();
+        let number = number.map_or("", |number| digits.format(number));
         // A buffer in memory takes everything.
-        [*first, second, third, number.as_deref().unwrap_or(""), last]
+        [*first, second, third, number, last]
             .into_iter()
             .try_for_each(&mut write)
             .ok();
@@ -95,18 +103,20 @@ impl Names {
     }
 
     pub(crate) fn of<'a>(&'a self, key: &'a LockKey) -> LockNames<'a> {
-        let tag = hash_tag(key.as_str().as_bytes());
-        let name = encode(key.as_str(), tag.is_some());
-        let slot = match tag {
-            // A percent sign in it is encoded in the name as well.
-            Some(_) => Slot::of(name.as_bytes()),
-            None => Slot::of_parts(&[self.namespace.as_bytes(), name.as_bytes()]),
-        };
+        let namespace = &self.namespace;
+        let name = key.as_str();
+        if memchr::memchr3(b'%', b'{', b'}', name.as_bytes()).is_none() {
+            return LockNames {
+                namespace,
+                name: name.into(),
+                tagged: false,
+            };
+        }
+        let tagged = hash_tag(name.as_bytes()).is_some();
         LockNames {
-            namespace: &self.namespace,
-            name,
-            tagged: tag.is_some(),
-            slot,
+            namespace,
+            name: encode(name, tagged).into(),
+            tagged,
         }
     }
 
@@ -168,11 +178,7 @@ impl Names {
     }
 }
 
-fn encode(key: &str, tagged: bool) -> Cow<'_, str> {
-    let is_reserved = |char: char| char == '%' || (!tagged && (char == '{' || char == '}'));
-    if !key.contains(is_reserved) {
-        return key.into();
-    }
+fn encode(key: &str, tagged: bool) -> String {
     let mut name = String::with_capacity(key.len() + 8);
     for char in key.chars() {
         match char {
@@ -182,7 +188,7 @@ fn encode(key: &str, tagged: bool) -> Cow<'_, str> {
             _ => name.push(char),
         }
     }
-    name.into()
+    name
 }
 
 /// A short text for each slot that hashes to it, so that a slot's counter lives in the slot.
@@ -236,7 +242,7 @@ mod tests {
             lease,
             queue,
             counter,
-            slot: names.slot,
+            slot: names.slot(),
         }
     }
 

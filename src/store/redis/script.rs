@@ -1,7 +1,7 @@
 //! The Lua scripts, and how one is called.
 
 use deadpool_redis::redis::aio::MultiplexedConnection;
-use deadpool_redis::redis::{Cmd, ErrorKind, Pipeline, RedisError, RedisResult, Script, ServerErrorKind, Value};
+use deadpool_redis::redis::{Cmd, ErrorKind, Pipeline, RedisError, RedisResult, Script, ServerErrorKind, Value, cmd};
 
 use super::permission::Permissions;
 
@@ -53,6 +53,21 @@ impl LuaScript {
         let by_hash = self.command(Named::ByHash, &fill);
         let reply = connection.send_packed_command(&by_hash).await;
         match reply.and_then(Value::extract_error) {
+            Err(error) => Box::pin(self.failed(error, by_hash, connection, fill)).await,
+            reply => reply,
+        }
+    }
+
+    /// The same, so that whomever the script tells something hears of it before the caller does, where the server keeps the order of Redis'
+    /// `putClientInPendingWriteQueue` (networking.c): clients are written to in the reverse of the order in which they first had a reply.
+    pub(super) async fn call_told_last(
+        &self,
+        connection: &mut MultiplexedConnection,
+        fill: impl Fn(&mut Cmd),
+    ) -> RedisResult<Value> {
+        let by_hash = self.command(Named::ByHash, &fill);
+        let (_, reply) = call_both(&cmd("PING"), &by_hash, connection).await?;
+        match reply.extract_error() {
             Err(error) => Box::pin(self.failed(error, by_hash, connection, fill)).await,
             reply => reply,
         }

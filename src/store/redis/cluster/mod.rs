@@ -252,7 +252,7 @@ impl LeaseStore for ClusterStore {
             let shared = &*lane.shared;
             let started = Moment::now();
             lane.check_map().await?;
-            let slot = shared.commands.names.of(&request.key).slot;
+            let slot = shared.commands.names.of(&request.key).slot();
             let Acquire { ask, ttl, tokens, .. } = request;
             // One who takes a free key with a single token asks again before it passes it on to a second task, and hears then of those
             // who wait. With more, it has to be told.
@@ -299,7 +299,7 @@ impl LeaseStore for ClusterStore {
         let (lane, inbox) = (self.lane(lane), Arc::clone(&self.inbox));
         Box::pin(async move {
             let shared = &*lane.shared;
-            let slot = shared.commands.names.of(&request.key).slot;
+            let slot = shared.commands.names.of(&request.key).slot();
             let Release { ttl, tokens, .. } = request;
             let floor = shared.floor(slot);
             let answer = |said: &Said, reply| Answer {
@@ -359,7 +359,7 @@ impl LeaseStore for ClusterStore {
         Box::pin(async move {
             let shared = &*lane.shared;
             lane.check_map().await?;
-            let slot = shared.commands.names.of(&key).slot;
+            let slot = shared.commands.names.of(&key).slot();
             let commands = shared.commands.inspect(&key);
             // Each by itself: a command of one key is answered also while the slot moves.
             let asking = commands.cmd_iter().map(|command| lane.single(slot, command));
@@ -389,7 +389,7 @@ impl LeaseStore for ClusterStore {
     }
 
     fn slot_of(&self, key: &LockKey) -> Slot {
-        self.shared.commands.names.of(key).slot
+        self.shared.commands.names.of(key).slot()
     }
 
     fn listen(&self, pushes: mpsc::UnboundedSender<Push>) -> Pin<Box<dyn Future<Output = ()> + Send>> {

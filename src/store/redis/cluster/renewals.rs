@@ -26,7 +26,7 @@ const CALLS_AT_A_TIME: usize = 256;
 pub(super) async fn renew(lane: &Lane, inbox: &Inbox, batch: &[Renewal], limit: Duration) -> Vec<Option<RenewReply>> {
     let mut by_slot: HashMap<Slot, Vec<usize>> = HashMap::new();
     for (index, renewal) in batch.iter().enumerate() {
-        let slot = lane.shared.commands.names.of(&renewal.key).slot;
+        let slot = lane.shared.commands.names.of(&renewal.key).slot();
         // Whoever holds a lease for long, or keeps it without a guard, is still to be told that somebody waits.
         inbox.keep_for(slot, renewal.ttl);
         by_slot.entry(slot).or_default().push(index);

@@ -97,7 +97,7 @@ impl RedisStore {
     /// the connection.
     pub(crate) fn claim(&self, claim: Claim) -> StoreFuture<Claimed> {
         let shared = Arc::clone(&self.shared);
-        let slot = shared.commands.names.of(&claim.key).slot;
+        let slot = shared.commands.names.of(&claim.key).slot();
         let link = self.link(Lane::Caller, slot);
         Box::pin(async move {
             let mut attempts = Attempts::default();

@@ -5,13 +5,16 @@ use std::sync::atomic::{AtomicU64, Ordering};
 use std::time::{Duration, Instant};
 
 use deadpool_redis::redis::aio::MultiplexedConnection;
-use deadpool_redis::redis::{AsyncConnectionConfig, ConnectionInfo, ErrorKind, RedisError, Value, pipe};
+use deadpool_redis::redis::{
+    AsyncConnectionConfig, ConnectionAddr, ConnectionInfo, ErrorKind, RedisError, Value, pipe,
+};
 use deadpool_redis::{Connection, Manager, Pool};
 use parking_lot::Mutex;
 
 use super::super::client::{connection_info, with_reason};
 use super::super::reply::{as_text, role, server_time};
 use super::Shared;
+use super::plain::{self, Traffic, UnderWay};
 use crate::clock::Moment;
 use crate::endpoint::ServerUrl;
 use crate::fence::FencingToken;
@@ -28,6 +31,7 @@ pub(super) struct Link {
     connecting: tokio::sync::Mutex<Option<StoreError>>,
     /// How many attempts failed.
     failed: AtomicU64,
+    traffic: Traffic,
 }
 
 struct Current {
@@ -58,7 +62,13 @@ impl Link {
             opened: AtomicU64::new(0),
             connecting: tokio::sync::Mutex::new(None),
             failed: AtomicU64::new(0),
+            traffic: Traffic::default(),
         }
+    }
+
+    /// A request is under way for as long as that lives.
+    pub(super) fn enter(&self) -> UnderWay {
+        self.traffic.enter()
     }
 
     /// The connection; a new one if there is none.
@@ -144,6 +154,9 @@ impl Link {
         let info = info.map_err(|error| StoreError::Refused(error.to_string().into()))?;
         let pool = pool(&info, shared)?;
         let connecting = async {
+            if let ConnectionAddr::Tcp(host, port) = info.addr() {
+                return plain::connect((host, *port), &info, settings(shared), shared.timeout, &self.traffic).await;
+            }
             let connection = pool.get().await.map_err(|error| match error {
                 deadpool_redis::PoolError::Backend(error) => error,
                 other => (ErrorKind::Client, "the pool gave no connection", other.to_string()).into(),
@@ -278,15 +291,20 @@ impl Link {
     }
 }
 
+/// What the client library is told of a connection.
+fn settings(shared: &Shared) -> AsyncConnectionConfig {
+    // No response timeout: the time limit of a request is its sender's, whatever runtime the sender lives on.
+    AsyncConnectionConfig::new()
+        .set_response_timeout(None)
+        .set_connection_timeout(Some(shared.timeout))
+        .set_pipeline_buffer_size(PIPELINE_BUFFER)
+}
+
 /// A pool for the one connection that is taken out of it.
 fn pool(info: &ConnectionInfo, shared: &Shared) -> Result<Pool, StoreError> {
     let unusable = |error: &dyn std::fmt::Display| StoreError::Refused(error.to_string().into());
-    // No response timeout: the time limit of a request is its sender's, whatever runtime the sender lives on.
-    let config = AsyncConnectionConfig::new()
-        .set_response_timeout(None)
-        .set_connection_timeout(Some(shared.timeout))
-        .set_pipeline_buffer_size(PIPELINE_BUFFER);
-    let manager = Manager::new_with_config(info.clone(), config).map_err(|error| shared.source.in_words(&error))?;
+    let manager =
+        Manager::new_with_config(info.clone(), settings(shared)).map_err(|error| shared.source.in_words(&error))?;
     Pool::builder(manager)
         .max_size(1)
         .build()

@@ -12,6 +12,10 @@
 //! A connection ends when it breaks, when its server says that it is no primary, or when a sentinel says so (`moves`). The request that found
 //! out is sent again on a new one, which is safe since it is idempotent for its cycle; the inbox goes along, and whoever waits asks again.
 //!
+//! A server writes the replies of one turn of its event loop in the reverse of the order in which their clients had the first of them. A release that
+//! hands the lock over follows a PING, so that its own client is the first of them, and the grant is written before its reply: otherwise
+//! the releasing process, which often asks for the lock again, would be awake before the one that has it.
+//!
 //! Replication is asynchronous, so a failover may lose a lease that was just given. Its holder learns of it at its next renewal, within a tenth
 //! of the TTL; until then two may hold the lock, and the tokens tell them apart. `confirm` is the remedy for who needs more.
 
@@ -21,6 +25,7 @@ mod follow;
 mod inbox;
 mod link;
 mod moves;
+mod plain;
 #[cfg(test)]
 mod probe;
 mod sentinels;
@@ -160,18 +165,28 @@ impl Shared {
         self.seen[usize::from(slot.number())].fetch_max(token, Ordering::AcqRel);
     }
 
-    /// A connection that gives no answer to a release for half of the time that it has is taken for broken, so that it is sent again on
-    /// another. The client library may write a request to a connection that was closed in the same moment, and then wait for ever. An acquire is
-    /// not sent again: if it was executed and only its answer stays away, the release that undoes it goes the same way.
-    async fn in_time<T>(&self, asking: impl Future<Output = RedisResult<T>>) -> RedisResult<T> {
-        let limit = self.timeout / 2;
-        match tokio::time::timeout(limit, asking).await {
-            Ok(answer) => answer,
-            Err(_) => {
-                let silent = std::io::ErrorKind::BrokenPipe;
-                Err(std::io::Error::new(silent, format!("no answer within {limit:?}")).into())
-            }
+    /// For how long a release waits for its answer: half of the time that it has. A connection that is silent for longer is taken for broken, so
+    /// that it is sent again on another. The client library may write a request to a connection that was closed in the same moment, and then
+    /// wait for ever. An acquire is not sent again: if it was executed and only its answer stays away, the release that undoes it
+    /// goes the same way.
+    fn patience(&self) -> Duration {
+        self.timeout / 2
+    }
+
+    /// The error of a connection that gave no answer for so long.
+    fn silence(&self) -> RedisError {
+        let limit = self.patience();
+        std::io::Error::new(std::io::ErrorKind::BrokenPipe, format!("no answer within {limit:?}")).into()
+    }
+
+    /// Releases once, on that connection; with the short script where nobody is thought to wait.
+    async fn give_back(&self, live: &mut Live, request: &Release, free: bool, floor: u64) -> RedisResult<Value> {
+        if free {
+            let fill = |command: &mut Cmd| self.commands.fill_release_free(command, &request.key, request.cycle);
+            return self.scripts.release_free.call(&mut live.connection, fill).await;
         }
+        let fill = |command: &mut Cmd| self.commands.fill_release(command, request, floor);
+        self.scripts.release.call_told_last(&mut live.connection, fill).await
     }
 
     /// How often the primary has become another server, where it can.
@@ -187,14 +202,15 @@ impl Shared {
         &self,
         live: &mut Live,
         request: &Acquire,
+        slot: Slot,
         floor: u64,
     ) -> RedisResult<Result<AcquireReply, StoreError>> {
         if let Some(confirm) = &self.confirm {
             // On the heap, so that it does not make the future of every request larger.
-            return Box::pin(self.ask_confirmed(confirm, live, request, floor)).await;
+            return Box::pin(self.ask_confirmed(confirm, live, request, slot, floor)).await;
         }
         if request.ask == Ask::Free {
-            let commands = self.commands.take_freely(request);
+            let commands = self.commands.take_freely(request, slot);
             let replies = live.connection.send_packed_commands(&commands, 0, 2).await?;
             let replies = self.commands.permissions.without_errors(&commands, replies)?;
             return Ok(acquired_freely(&replies, request.tokens));
@@ -210,11 +226,12 @@ impl Shared {
         confirm: &Confirm,
         live: &mut Live,
         request: &Acquire,
+        slot: Slot,
         floor: u64,
     ) -> RedisResult<Result<AcquireReply, StoreError>> {
         let wait = confirm.next();
         let (reply, acked) = if request.ask == Ask::Free {
-            let mut commands = self.commands.take_freely(request);
+            let mut commands = self.commands.take_freely(request, slot);
             commands.add_command(wait.command());
             let mut replies = live.connection.send_packed_commands(&commands, 0, 3).await?;
             let acked = replies.pop().unwrap_or(Value::Nil);
@@ -237,7 +254,7 @@ impl Shared {
             return Ok(Ok(reply));
         }
         // Its tokens were issued, whatever becomes of the lease.
-        self.saw(self.commands.names.of(&request.key).slot, &reply);
+        self.saw(slot, &reply);
         // An error of the wait itself may mean that the server is no primary any more.
         let acked = acked.extract_error()?;
         Ok(confirm.judge(wait, &acked).map(|()| reply))
@@ -273,16 +290,17 @@ impl LeaseStore for RedisStore {
 
     fn acquire(&self, request: Acquire) -> StoreFuture<Answer<AcquireReply>> {
         let shared = Arc::clone(&self.shared);
-        let slot = shared.commands.names.of(&request.key).slot;
+        let slot = shared.commands.names.of(&request.key).slot();
         let link = self.link(Lane::Caller, slot);
         Box::pin(async move {
+            let _under_way = link.enter();
             let mut request = request;
             let mut attempts = Attempts::default();
             loop {
                 let mut live = link.get().await?;
                 let (floor, switches) = (shared.floor(slot), shared.switches());
                 let sent_at = Moment::now();
-                match shared.ask(&mut live, &request, floor).await {
+                match shared.ask(&mut live, &request, slot, floor).await {
                     // What a server says that was replaced meanwhile is of no worth.
                     Ok(_) if shared.switches() != switches => attempts.was_in_vain(None)?,
                     Ok(reply) => {
@@ -307,9 +325,10 @@ impl LeaseStore for RedisStore {
 
     fn release(&self, lane: Lane, request: Release) -> StoreFuture<Answer<ReleaseReply>> {
         let shared = Arc::clone(&self.shared);
-        let slot = shared.commands.names.of(&request.key).slot;
+        let slot = shared.commands.names.of(&request.key).slot();
         let link = self.link(lane, slot);
         Box::pin(async move {
+            let _under_way = link.enter();
             let Release { ttl, tokens, .. } = request;
             let mut attempts = Attempts::default();
             let mut free = request.nobody_waits;
@@ -317,43 +336,23 @@ impl LeaseStore for RedisStore {
                 let mut live = link.get().await?;
                 let (floor, switches) = (shared.floor(slot), shared.switches());
                 let sent_at = Moment::now();
-                let mut reply = None;
-                if free {
-                    free = false;
-                    let fill =
-                        |command: &mut Cmd| shared.commands.fill_release_free(command, &request.key, request.cycle);
-                    match shared
-                        .in_time(shared.scripts.release_free.call(&mut live.connection, fill))
-                        .await
-                    {
-                        Ok(Value::Int(1)) => {
-                            reply = Some(ReleaseReply {
-                                held: true,
-                                requeued: None,
-                            });
-                        }
-                        // Somebody waits after all, or it is not ours any more.
-                        Ok(_) => {}
-                        Err(error) => {
-                            attempts.failed(&shared, &link, &live, &error)?;
-                            continue;
-                        }
+                let asking = shared.give_back(&mut live, &request, free, floor);
+                let answer = tokio::time::timeout(shared.patience(), asking).await;
+                let mut reply = match answer.unwrap_or_else(|_| Err(shared.silence())) {
+                    Ok(Value::Int(1)) if free => ReleaseReply {
+                        held: true,
+                        requeued: None,
+                    },
+                    // Somebody waits after all, or it is not ours any more.
+                    Ok(_) if free => {
+                        free = false;
+                        continue;
                     }
-                }
-                let mut reply = match reply {
-                    Some(reply) => reply,
-                    None => {
-                        let fill = |command: &mut Cmd| shared.commands.fill_release(command, &request, floor);
-                        match shared
-                            .in_time(shared.scripts.release.call(&mut live.connection, fill))
-                            .await
-                        {
-                            Ok(value) => released(&value, request.requeue.is_some(), tokens)?,
-                            Err(error) => {
-                                attempts.failed(&shared, &link, &live, &error)?;
-                                continue;
-                            }
-                        }
+                    Ok(value) => released(&value, request.requeue.is_some(), tokens)?,
+                    Err(error) => {
+                        free = false;
+                        attempts.failed(&shared, &link, &live, &error)?;
+                        continue;
                     }
                 };
                 if shared.switches() != switches {
@@ -436,7 +435,7 @@ impl LeaseStore for RedisStore {
 
     fn inspect(&self, key: LockKey) -> StoreFuture<Inspection> {
         let shared = Arc::clone(&self.shared);
-        let link = self.link(Lane::Caller, shared.commands.names.of(&key).slot);
+        let link = self.link(Lane::Caller, shared.commands.names.of(&key).slot());
         Box::pin(async move {
             let mut live = link.get().await?;
             let commands = shared.commands.inspect(&key);
@@ -472,7 +471,7 @@ impl LeaseStore for RedisStore {
     }
 
     fn slot_of(&self, key: &LockKey) -> Slot {
-        self.shared.commands.names.of(key).slot
+        self.shared.commands.names.of(key).slot()
     }
 
     fn listen(&self, pushes: mpsc::UnboundedSender<Push>) -> Pin<Box<dyn Future<Output = ()> + Send>> {

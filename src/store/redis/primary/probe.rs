@@ -31,7 +31,7 @@ impl RedisStore {
 
 impl Compared for RedisStore {
     fn set_floor(&self, key: &LockKey, floor: u64) {
-        let slot = self.shared.commands.names.of(key).slot;
+        let slot = self.shared.commands.names.of(key).slot();
         self.shared.floor.store(floor, Ordering::Release);
         self.shared.seen[usize::from(slot.number())].store(0, Ordering::Release);
     }

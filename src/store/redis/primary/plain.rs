@@ -1,0 +1,125 @@
+//! An unencrypted connection, whose driver waits until the tasks that have something to send have sent it.
+//!
+//! # Implementation details
+//!
+//! A connection has a task that writes what others hand to it: its driver. A runtime with several threads runs a task that was just woken before all
+//! others (`lifo_slot` in tokio's `scheduler/multi_thread/worker.rs`), so that the driver would write after each request, with one
+//! system call for each on both sides. It goes to the end of the line once instead, and finds what all tasks before it have asked for. Where
+//! nothing else is to be done, that takes a tenth of a microsecond.
+//!
+//! The client library spawns the drivers of the connections that it opens, so this one is opened here. It has no way to be given an encrypted
+//! stream of its own making; those are opened by it (`link`).
+
+use std::future::Future;
+use std::io;
+use std::pin::Pin;
+use std::sync::Arc;
+use std::sync::atomic::{AtomicUsize, Ordering};
+use std::task::{Context, Poll};
+use std::time::Duration;
+
+use deadpool_redis::redis::aio::MultiplexedConnection;
+use deadpool_redis::redis::{AsyncConnectionConfig, ConnectionInfo, RedisResult};
+use tokio::net::TcpStream;
+
+use super::super::client::prepare;
+
+/// How many requests are under way on a connection.
+#[derive(Debug, Default, Clone)]
+pub(super) struct Traffic(Arc<AtomicUsize>);
+
+/// One of them, until it is dropped.
+#[derive(Debug)]
+pub(super) struct UnderWay(Traffic);
+
+/// From how many requests on it is worth to wait for more.
+const CROWD: usize = 4;
+
+impl Traffic {
+    pub(super) fn enter(&self) -> UnderWay {
+        self.0.fetch_add(1, Ordering::Relaxed);
+        UnderWay(self.clone())
+    }
+
+    fn is_dense(&self) -> bool {
+        self.0.load(Ordering::Relaxed) >= CROWD
+    }
+}
+
+impl Drop for UnderWay {
+    fn drop(&mut self) {
+        self.0.0.fetch_sub(1, Ordering::Relaxed);
+    }
+}
+
+/// Connects, and starts the driver on the current runtime.
+pub(super) async fn connect(
+    (host, port): (&str, u16),
+    info: &ConnectionInfo,
+    config: AsyncConnectionConfig,
+    timeout: Duration,
+    traffic: &Traffic,
+) -> RedisResult<MultiplexedConnection> {
+    let connecting = async {
+        let stream = TcpStream::connect((host, port)).await?;
+        prepare(&stream)?;
+        let (connection, driver) =
+            MultiplexedConnection::new_with_config(info.redis_settings(), stream, config).await?;
+        tokio::spawn(LastInLine {
+            driver: Box::pin(driver),
+            traffic: traffic.clone(),
+            has_waited: false,
+        });
+        Ok(connection)
+    };
+    let silent = |_| io::Error::new(io::ErrorKind::TimedOut, format!("no answer within {timeout:?}"));
+    tokio::time::timeout(timeout, connecting).await.map_err(silent)?
+}
+
+/// A task that lets all who are in line go first whenever it is woken while traffic is dense. It ends when all handles of its connection are gone.
+struct LastInLine<F> {
+    driver: Pin<Box<F>>,
+    traffic: Traffic,
+    has_waited: bool,
+}
+
+impl<F: Future> Future for LastInLine<F> {
+    type Output = F::Output;
+
+    fn poll(mut self: Pin<&mut Self>, cx: &mut Context<'_>) -> Poll<F::Output> {
+        self.has_waited = !self.has_waited && self.traffic.is_dense();
+        if self.has_waited {
+            // Whoever wakes itself goes to the end of the line.
+            cx.waker().wake_by_ref();
+            return Poll::Pending;
+        }
+        self.driver.as_mut().poll(cx)
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use std::cell::Cell;
+
+    use super::*;
+
+    #[tokio::test]
+    async fn what_is_ready_goes_first_while_traffic_is_dense() {
+        let traffic = Traffic::default();
+        let mut requests = vec![];
+        for seen_by_count in [0, 0, 0, 0, 2] {
+            let others = Cell::new(0);
+            let one = || async { others.set(others.get() + 1) };
+            let last = LastInLine {
+                driver: Box::pin(async { others.get() }),
+                traffic: traffic.clone(),
+                has_waited: false,
+            };
+            let (seen, ..) = tokio::join!(biased; last, one(), one());
+            assert_eq!(seen, seen_by_count, "{} requests under way", requests.len());
+            requests.push(traffic.enter());
+        }
+        drop(requests);
+        assert!(!traffic.is_dense());
+    }
+}
