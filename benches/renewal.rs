@@ -1,5 +1,7 @@
 //! Many leases that are held at once: how punctually they are renewed, and what that costs the server, beside a pipeline of bare
-//! PEXPIREs on as many keys.
+//! PEXPIREs on as many keys; and what becomes of them where one of three servers stops.
+//!
+//! `cargo bench --bench renewal -- --long` holds the largest number for five minutes, and nothing else.
 
 // What fails here ends the run.
 #![allow(clippy::expect_used, clippy::panic, clippy::unwrap_used)]
@@ -24,8 +26,12 @@ const LEASES: [usize; 3] = [1_000, 10_000, 100_000];
 /// The default; a lease is renewed each second.
 const TTL: Duration = Duration::from_secs(10);
 
-/// How long the leases are held.
+/// How long the leases are held, and for how long in the long run.
 const HELD_FOR: Duration = Duration::from_secs(6);
+const HELD_FOR_LONG: Duration = Duration::from_secs(300);
+
+/// For how long one of three servers is stopped.
+const STOPPED_FOR: Duration = Duration::from_secs(20);
 
 /// How many keys are locked at a time.
 const AT_ONCE: usize = 256;
@@ -43,17 +49,23 @@ fn main() {
         .install_recorder()
         .expect("no recorder before");
     let runtime = Runtime::new().expect("a runtime");
-    println!("leases of {TTL:?} that are held for {HELD_FOR:?}:");
+    let is_long = std::env::args().any(|argument| argument == "--long");
+    let (counts, held_for) = match is_long {
+        true => (&LEASES[2..], HELD_FOR_LONG),
+        false => (&LEASES[..], HELD_FOR),
+    };
+    println!("leases of {TTL:?} that are held for {held_for:?}:");
     println!(
         "  {:>8}{:>12}{:>8}{:>16}{:>16}{:>22}{:>22}",
         "leases", "renewals", "lost", "lag p99, up to", "server's core", "server us / renewal", "server us / PEXPIRE"
     );
-    for count in LEASES {
-        runtime.block_on(measure(count, &exporter));
+    for &count in counts {
+        runtime.block_on(measure(count, held_for, &exporter));
     }
+    runtime.block_on(stop_one_of_three(LEASES[2]));
 }
 
-async fn measure(count: usize, exporter: &PrometheusHandle) {
+async fn measure(count: usize, held_for: Duration, exporter: &PrometheusHandle) {
     let server = RedisServer::start();
     let shard = format!("of{count}");
     let locks = LockManager::builder()
@@ -66,7 +78,7 @@ async fn measure(count: usize, exporter: &PrometheusHandle) {
 
     let seen = || Seen::read(&exporter.render(), &shard);
     let (before, cpu_before, began) = (seen(), cpu_us(&server), Instant::now());
-    tokio::time::sleep(HELD_FOR).await;
+    tokio::time::sleep(held_for).await;
     let (took, cpu) = (began.elapsed(), cpu_us(&server) - cpu_before);
     // Counts are told to the recorder once a second.
     let renewals = seen().renewals - before.renewals;
@@ -83,6 +95,34 @@ async fn measure(count: usize, exporter: &PrometheusHandle) {
         format!("{:.2}", cpu as f64 / renewals.max(1.0)),
         format!("{raw:.2}"),
     );
+}
+
+/// As many leases on three servers, of which one stands still for two TTLs.
+async fn stop_one_of_three(count: usize) {
+    let servers = [RedisServer::start(), RedisServer::start(), RedisServer::start()];
+    let connecting = servers
+        .iter()
+        .enumerate()
+        .fold(LockManager::builder().ttl(TTL), |builder, (number, server)| {
+            builder.named_shard(format!("server{number}"), server.url())
+        });
+    let locks = connecting.connect().await.expect("a manager");
+    let guards = hold(&locks, count).await;
+    servers[0].stop();
+    tokio::time::sleep(STOPPED_FOR).await;
+    let lost = |stopped: bool| {
+        let there = guards.iter().filter(|guard| (guard.shard() == "server0") == stopped);
+        let (lost, held): (Vec<_>, Vec<_>) = there.partition(|guard| !guard.is_valid());
+        format!("{} of {}", lost.len(), lost.len() + held.len())
+    };
+    println!(
+        "{count} leases on three servers, one of which stands still for {STOPPED_FOR:?}: lost on it {}, on the other two {}",
+        lost(true),
+        lost(false)
+    );
+    servers[0].cont();
+    drop(guards);
+    locks.shutdown().await;
 }
 
 async fn hold(locks: &LockManager, count: usize) -> Vec<LockGuard> {

@@ -12,7 +12,7 @@ use std::time::{Duration, Instant};
 
 use shardlock::{LockError, LossReason};
 use support::{PATIENCE, wait_until, worker};
-use support_locks::{TestStore, builder_of, lock, on_each_store, poll_once, soon, until, until_queued};
+use support_locks::{TestStore, builder_of, hand_off, lock, on_each_store, poll_once, soon, until, until_queued};
 use tokio::runtime::{Builder, Runtime};
 use tokio::task::JoinSet;
 
@@ -126,6 +126,10 @@ fn end_a_runtime_from_outside(store: &TestStore, end: impl FnOnce(Runtime)) {
         store.is_empty(&survivor, "other").await;
         // The manager itself does not depend on the runtime on which it was made.
         lock(&locks, "k").await.release().await.expect("on another runtime");
+        // Its inbox was heard on the runtime that is gone, and is heard elsewhere now: the lock is handed over long before the TTL has passed.
+        let started = Instant::now();
+        hand_off(&survivor, &locks, "other").await;
+        assert!(started.elapsed() < Duration::from_secs(5), "{:?}", started.elapsed());
         store.is_empty(&survivor, "k").await;
     });
 }

@@ -73,6 +73,9 @@ def run_once(contestant, load, command, binaries, options):
             return run_ours([*command, *counts, *times, *shard, *contestant.arguments], folder, options.seconds, warmup)
         retry = tuple(int(us) for us in options.retry_us.split(":")) if options.retry_us else None
         arguments = [*counts, "--hold-us", str(load.hold_us), "--server", server.address, "--warmup-ms", str(int(warmup * 1e3))]
+        if contestant.program == "rust":
+            # As many as ours has.
+            arguments += ["--threads", str(max(1, (os.cpu_count() or 1) // load.processes))]
         arguments += contestant.worker_arguments(load, retry, options.pool)
         commands = [[*command, *arguments, "--process", str(process)] for process in range(load.processes)]
         return run_workers(commands, server, folder, options.seconds, warmup)

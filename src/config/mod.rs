@@ -84,8 +84,8 @@ pub struct Config {
     /// What it costs others:
     /// - A try in another process finds the key held, although no guard is out, and does not end that. So does `SET NX` of
     ///   another library's client, which has no way to ask for it.
-    /// - A process that waits gets the key a message later than if it were free. Should that message be lost with its connection, the
-    ///   next renewal of the lease makes up for it: after `renew_fraction` of the TTL.
+    /// - A process that waits gets the key a message later than if it were free. Should that message be lost with its connection, or the runtime that
+    ///   this manager was connected on stand still, the next renewal of the lease makes up for it: after `renew_fraction` of the TTL.
     /// - When the process dies, its keys stay locked until their leases end, those that nobody held included.
     ///
     /// And what it costs this process: a release does not ask the server, so it can't say that an administrator took the lock since the last renewal, and

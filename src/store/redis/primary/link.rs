@@ -6,9 +6,9 @@ use std::time::{Duration, Instant};
 
 use deadpool_redis::redis::aio::MultiplexedConnection;
 use deadpool_redis::redis::{
-    AsyncConnectionConfig, ConnectionAddr, ConnectionInfo, ErrorKind, RedisError, Value, pipe,
+    AsyncConnectionConfig, ConnectionAddr, ConnectionInfo, ErrorKind, RedisError, RedisResult, Value, pipe,
 };
-use deadpool_redis::{Connection, Manager, Pool};
+use deadpool_redis::{Connection, Manager, Pool, PoolError};
 use parking_lot::Mutex;
 
 use super::super::client::{connection_info, with_reason};
@@ -20,7 +20,7 @@ use crate::endpoint::ServerUrl;
 use crate::fence::FencingToken;
 use crate::store::StoreError;
 
-/// A connection, checked out of a pool once and kept: a check-out per request would cost a round trip each.
+/// A connection, opened once and kept: checking one out of a pool for each request would cost a round trip each.
 pub(super) struct Link {
     shared: Arc<Shared>,
     current: Mutex<Option<Current>>,
@@ -152,16 +152,13 @@ impl Link {
         let switches = shared.moves.switches();
         let info = connection_info(server, &shared.tls);
         let info = info.map_err(|error| StoreError::Refused(error.to_string().into()))?;
-        let pool = pool(&info, shared)?;
         let connecting = async {
-            if let ConnectionAddr::Tcp(host, port) = info.addr() {
-                return plain::connect((host, *port), &info, settings(shared), shared.timeout, &self.traffic).await;
+            match info.addr() {
+                ConnectionAddr::Tcp(host, port) => {
+                    plain::connect((host, *port), &info, settings(shared), shared.timeout, &self.traffic).await
+                }
+                _ => pooled(&info, settings(shared)).await,
             }
-            let connection = pool.get().await.map_err(|error| match error {
-                deadpool_redis::PoolError::Backend(error) => error,
-                other => (ErrorKind::Client, "the pool gave no connection", other.to_string()).into(),
-            })?;
-            Ok(Connection::take(connection))
         };
         let mut connection = with_reason(&info, shared.timeout, connecting).await?;
         self.greet(&mut connection, server.place()).await?;
@@ -300,13 +297,16 @@ fn settings(shared: &Shared) -> AsyncConnectionConfig {
         .set_pipeline_buffer_size(PIPELINE_BUFFER)
 }
 
-/// A pool for the one connection that is taken out of it.
-fn pool(info: &ConnectionInfo, shared: &Shared) -> Result<Pool, StoreError> {
-    let unusable = |error: &dyn std::fmt::Display| StoreError::Refused(error.to_string().into());
-    let manager =
-        Manager::new_with_config(info.clone(), settings(shared)).map_err(|error| shared.source.in_words(&error))?;
-    Pool::builder(manager)
+/// A connection that the client library opens: out of a pool that has only this one.
+async fn pooled(info: &ConnectionInfo, settings: AsyncConnectionConfig) -> RedisResult<MultiplexedConnection> {
+    let unusable = |reason: String| RedisError::from((ErrorKind::Client, "the pool gave no connection", reason));
+    let pool = Pool::builder(Manager::new_with_config(info.clone(), settings)?)
         .max_size(1)
         .build()
-        .map_err(|error| unusable(&error))
+        .map_err(|error| unusable(error.to_string()))?;
+    match pool.get().await {
+        Ok(connection) => Ok(Connection::take(connection)),
+        Err(PoolError::Backend(error)) => Err(error),
+        Err(other) => Err(unusable(other.to_string())),
+    }
 }

@@ -4,8 +4,8 @@
 //!
 //! A connection has a task that writes what others hand to it: its driver. A runtime with several threads runs a task that was just woken before all
 //! others (`lifo_slot` in tokio's `scheduler/multi_thread/worker.rs`), so that the driver would write after each request, with one
-//! system call for each on both sides. It goes to the end of the line once instead, and finds what all tasks before it have asked for. Where
-//! nothing else is to be done, that takes a tenth of a microsecond.
+//! system call for each on both sides. While several requests are under way it goes to the end of the line once instead, and finds what all tasks
+//! before it have asked for. For one request alone that would only be a detour: another thread may be woken for what is in line.
 //!
 //! The client library spawns the drivers of the connections that it opens, so this one is opened here. It has no way to be given an encrypted
 //! stream of its own making; those are opened by it (`link`).
