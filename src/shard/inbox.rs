@@ -2,11 +2,12 @@
 //!
 //! # Implementation details
 //!
-//! Pushes are heard on the runtime that the manager was connected on, so that a grant wakes no other thread than that of the task that it is
-//! for: a hop between threads costs about as much as the way from the server. Once that runtime is gone, the background thread hears them.
+//! Pushes are handed on, and where the store can do so heard, on the runtime that the manager was connected on, so that a grant wakes no other thread
+//! than that of the task that it is for: a hop between threads costs about as much as the way from the server. Once that runtime is gone, the
+//! background thread does both. What a store does besides (following a failover, keeping places in a line) stays on that thread at all times.
 //!
-//! Where that runtime stands still, its tasks could not have taken a grant anyway. What else may wait in the inbox is that another process wants
-//! a key: the next renewal, which does not need that runtime, tells the same.
+//! Where the program's runtime stands still, its tasks could not have taken a grant anyway. What else may wait in the inbox is that another process
+//! wants a key: the next renewal, which does not need that runtime, tells the same.
 
 use std::sync::Arc;
 
@@ -33,24 +34,22 @@ pub(crate) struct Unheard {
 /// Hears what the shard's store pushes for as long as it is polled; on the program's runtime while there is one.
 pub(super) async fn hear(shard: Arc<Shard>, subscribed: Option<Heard>, program: Option<Handle>) {
     if let Some(program) = program {
+        let (sender, receiver) = mpsc::unbounded_channel();
         // Dropping the set ends what it has.
         let mut there = JoinSet::new();
-        there.spawn_on(listen(Arc::clone(&shard), subscribed.clone()), &program);
-        match there.join_next().await {
-            Some(Err(ended)) if ended.is_cancelled() => {
-                tracing::debug!(shard = %shard.name, "the runtime of the program is gone; the background thread listens from now on");
-            }
-            Some(ended) => report_panic(ended),
-            None => {}
+        there.spawn_on(receive(Arc::clone(&shard), receiver, subscribed.clone()), &program);
+        tokio::select! {
+            () = shard.store.listen(sender, Some(program)) => {}
+            Some(ended) = there.join_next() => match ended {
+                Err(ended) if ended.is_cancelled() => {}
+                ended => report_panic(ended),
+            },
         }
+        tracing::debug!(shard = %shard.name, "the runtime of the program is gone; the background thread listens from now on");
     }
-    listen(shard, subscribed).await;
-}
-
-async fn listen(shard: Arc<Shard>, subscribed: Option<Heard>) {
     let (sender, receiver) = mpsc::unbounded_channel();
     tokio::join!(
-        shard.store.listen(sender),
+        shard.store.listen(sender, None),
         receive(Arc::clone(&shard), receiver, subscribed)
     );
 }

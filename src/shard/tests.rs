@@ -84,7 +84,11 @@ impl LeaseStore for BadStore {
         }))
     }
 
-    fn listen(&self, _pushes: mpsc::UnboundedSender<Push>) -> Pin<Box<dyn Future<Output = ()> + Send>> {
+    fn listen(
+        &self,
+        _pushes: mpsc::UnboundedSender<Push>,
+        _: Option<tokio::runtime::Handle>,
+    ) -> Pin<Box<dyn Future<Output = ()> + Send>> {
         Box::pin(std::future::pending())
     }
 }

@@ -19,6 +19,7 @@ use std::pin::Pin;
 use std::sync::Arc;
 use std::time::Duration;
 
+use tokio::runtime::Handle;
 use tokio::sync::mpsc;
 
 use crate::clock::Moment;
@@ -73,8 +74,14 @@ pub(crate) trait LeaseStore: Send + Sync + 'static {
         Box::pin(std::future::ready(Ok(())))
     }
 
-    /// Receives pushes and hands them on until the receiver is gone. Reconnects by itself.
-    fn listen(&self, pushes: mpsc::UnboundedSender<Push>) -> Pin<Box<dyn Future<Output = ()> + Send>>;
+    /// Receives pushes and hands them on until the receiver is gone. Reconnects by itself. Polled on the watchdog's thread, where it also does what else
+    /// must go on; with a handle, the inbox itself may be heard on that runtime, where whoever waits for a push is, and it ends when the
+    /// runtime is gone.
+    fn listen(
+        &self,
+        pushes: mpsc::UnboundedSender<Push>,
+        program: Option<Handle>,
+    ) -> Pin<Box<dyn Future<Output = ()> + Send>>;
 }
 
 /// What a store is given besides its address.

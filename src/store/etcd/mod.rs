@@ -45,6 +45,7 @@ use std::sync::atomic::{AtomicU64, Ordering};
 use std::time::Duration;
 
 use etcd_client::{DeleteOptions, GetOptions};
+use tokio::runtime::Handle;
 use tokio::sync::mpsc;
 
 use crate::error::LockError;
@@ -209,7 +210,11 @@ impl LeaseStore for EtcdStore {
         })
     }
 
-    fn listen(&self, pushes: mpsc::UnboundedSender<Push>) -> Pin<Box<dyn Future<Output = ()> + Send>> {
+    fn listen(
+        &self,
+        pushes: mpsc::UnboundedSender<Push>,
+        _: Option<Handle>,
+    ) -> Pin<Box<dyn Future<Output = ()> + Send>> {
         let shared = Arc::clone(&self.shared);
         Box::pin(async move {
             let receiver = pushes.clone();

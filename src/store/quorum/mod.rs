@@ -35,6 +35,7 @@ use std::sync::Arc;
 use std::sync::atomic::AtomicUsize;
 use std::time::Duration;
 
+use tokio::runtime::Handle;
 use tokio::sync::{Notify, mpsc};
 
 use crate::clock::Moment;
@@ -319,7 +320,11 @@ impl LeaseStore for QuorumStore {
         })
     }
 
-    fn listen(&self, pushes: mpsc::UnboundedSender<Push>) -> Pin<Box<dyn Future<Output = ()> + Send>> {
+    fn listen(
+        &self,
+        pushes: mpsc::UnboundedSender<Push>,
+        _: Option<Handle>,
+    ) -> Pin<Box<dyn Future<Output = ()> + Send>> {
         Box::pin(tidy::listen(Arc::clone(&self.quorum), pushes))
     }
 }

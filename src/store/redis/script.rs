@@ -60,13 +60,14 @@ impl LuaScript {
 
     /// The same, so that whomever the script tells something hears of it before the caller does, where the server keeps the order of Redis'
     /// `putClientInPendingWriteQueue` (networking.c): clients are written to in the reverse of the order in which they first had a reply.
+    /// So the caller gets one before; `TIME` is what every user may send who may connect.
     pub(super) async fn call_told_last(
         &self,
         connection: &mut MultiplexedConnection,
         fill: impl Fn(&mut Cmd),
     ) -> RedisResult<Value> {
         let by_hash = self.command(Named::ByHash, &fill);
-        let (_, reply) = call_both(&cmd("PING"), &by_hash, connection).await?;
+        let (_, reply) = call_both(&cmd("TIME"), &by_hash, connection).await?;
         match reply.extract_error() {
             Err(error) => Box::pin(self.failed(error, by_hash, connection, fill)).await,
             reply => reply,

@@ -36,6 +36,7 @@ use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 use std::time::Duration;
 
 use deadpool_redis::redis::{Cmd, ConnectionInfo, Value, cmd};
+use tokio::runtime::Handle;
 use tokio::sync::mpsc;
 
 use super::client::connection_info;
@@ -392,7 +393,11 @@ impl LeaseStore for ClusterStore {
         self.shared.commands.names.of(key).slot()
     }
 
-    fn listen(&self, pushes: mpsc::UnboundedSender<Push>) -> Pin<Box<dyn Future<Output = ()> + Send>> {
+    fn listen(
+        &self,
+        pushes: mpsc::UnboundedSender<Push>,
+        _: Option<Handle>,
+    ) -> Pin<Box<dyn Future<Output = ()> + Send>> {
         let (lane, shared) = (Arc::clone(&self.background), Arc::clone(&self.shared));
         Box::pin(listener::listen(lane, shared, Arc::clone(&self.inbox), pushes))
     }

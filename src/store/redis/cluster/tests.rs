@@ -75,7 +75,7 @@ async fn an_inbox_that_is_idle_is_given_up_and_who_waits_there_is_told_to_ask() 
         store.connect().await.unwrap();
     }
     let (sender, mut pushes) = mpsc::unbounded_channel();
-    let listening = tokio::spawn(waiter.listen(sender));
+    let listening = tokio::spawn(waiter.listen(sender, None));
     assert_eq!(pushes.recv().await, Some(Push::Resubscribed { slot: None }));
     // A free key needs no inbox; waiting does.
     assert!(matches!(

@@ -6,7 +6,9 @@ use std::time::Duration;
 use deadpool_redis::redis::aio::PubSub;
 use deadpool_redis::redis::{Client, cmd};
 use futures_util::StreamExt;
+use tokio::runtime::Handle;
 use tokio::sync::mpsc;
+use tokio::task::JoinSet;
 
 use super::super::client::connection_info;
 use super::super::reply::{push, role};
@@ -18,9 +20,24 @@ use crate::store::StoreError;
 const PAUSE_MIN: Duration = Duration::from_millis(5);
 const PAUSE_MAX: Duration = Duration::from_secs(1);
 
+/// Listens on that runtime until it is gone; here without one.
+pub(super) async fn listen_on(program: Option<Handle>, shared: Arc<Shared>, pushes: mpsc::UnboundedSender<Push>) {
+    let Some(program) = program else {
+        return listen(shared, pushes).await;
+    };
+    // Dropping the set ends what it has.
+    let mut there = JoinSet::new();
+    there.spawn_on(listen(Arc::clone(&shared), pushes), &program);
+    if let Some(Err(ended)) = there.join_next().await
+        && ended.is_panic()
+    {
+        tracing::error!(shard = %shared.shard, %ended, "listening to the inbox ended in a panic; please report this");
+    }
+}
+
 /// Listens until nobody receives. After every successful subscription `Resubscribed` comes first: what was pushed before
 /// it may be lost.
-pub(super) async fn listen(shared: Arc<Shared>, pushes: mpsc::UnboundedSender<Push>) {
+async fn listen(shared: Arc<Shared>, pushes: mpsc::UnboundedSender<Push>) {
     let channel = shared.commands.names.inbox(&shared.commands.manager);
     let mut moves = shared.moves.listen();
     let mut pause = PAUSE_MIN;

@@ -13,7 +13,7 @@
 //! out is sent again on a new one, which is safe since it is idempotent for its cycle; the inbox goes along, and whoever waits asks again.
 //!
 //! A server writes the replies of one turn of its event loop in the reverse of the order in which their clients had the first of them. A release that
-//! hands the lock over follows a PING, so that its own client is the first of them, and the grant is written before its reply: otherwise
+//! hands the lock over follows another command, so that its own client is the first of them, and the grant is written before its reply: otherwise
 //! the releasing process, which often asks for the lock again, would be awake before the one that has it.
 //!
 //! Replication is asynchronous, so a failover may lose a lease that was just given. Its holder learns of it at its next renewal, within a tenth
@@ -38,6 +38,7 @@ use std::sync::atomic::{AtomicU64, Ordering};
 use std::time::Duration;
 
 use deadpool_redis::redis::{Cmd, RedisError, RedisResult, Value, cmd};
+use tokio::runtime::Handle;
 use tokio::sync::mpsc;
 
 use super::commands::{Commands, erase};
@@ -474,14 +475,18 @@ impl LeaseStore for RedisStore {
         self.shared.commands.names.of(key).slot()
     }
 
-    fn listen(&self, pushes: mpsc::UnboundedSender<Push>) -> Pin<Box<dyn Future<Output = ()> + Send>> {
+    fn listen(
+        &self,
+        pushes: mpsc::UnboundedSender<Push>,
+        program: Option<Handle>,
+    ) -> Pin<Box<dyn Future<Output = ()> + Send>> {
         let shared = Arc::clone(&self.shared);
-        let listening = inbox::listen(Arc::clone(&shared), pushes);
-        if !shared.source.follows() {
-            return Box::pin(listening);
-        }
         let links = self.callers.iter().chain([&self.background]).map(Arc::clone).collect();
         Box::pin(async move {
+            let listening = inbox::listen_on(program, Arc::clone(&shared), pushes);
+            if !shared.source.follows() {
+                return listening.await;
+            }
             tokio::select! {
                 () = listening => {}
                 () = follow::follow(shared, links) => {}
