@@ -12,7 +12,7 @@
 use std::sync::Arc;
 
 use tokio::runtime::Handle;
-use tokio::sync::mpsc;
+use tokio::sync::{Mutex, mpsc};
 use tokio::task::JoinSet;
 
 use super::background::report_panic;
@@ -33,29 +33,31 @@ pub(crate) struct Unheard {
 
 /// Hears what the shard's store pushes for as long as it is polled; on the program's runtime while there is one.
 pub(super) async fn hear(shard: Arc<Shard>, subscribed: Option<Heard>, program: Option<Handle>) {
-    if let Some(program) = program {
-        let (sender, receiver) = mpsc::unbounded_channel();
-        // Dropping the set ends what it has.
-        let mut there = JoinSet::new();
-        there.spawn_on(receive(Arc::clone(&shard), receiver, subscribed.clone()), &program);
-        tokio::select! {
-            () = shard.store.listen(sender, Some(program)) => {}
-            Some(ended) = there.join_next() => match ended {
-                Err(ended) if ended.is_cancelled() => {}
-                ended => report_panic(ended),
-            },
-        }
-        tracing::debug!(shard = %shard.name, "the runtime of the program is gone; the background thread listens from now on");
-    }
     let (sender, receiver) = mpsc::unbounded_channel();
-    tokio::join!(
-        shard.store.listen(sender, None),
-        receive(Arc::clone(&shard), receiver, subscribed)
-    );
+    let pushes = Arc::new(Mutex::new(receiver));
+    let receiving = async {
+        let receive = || receive(Arc::clone(&shard), Arc::clone(&pushes), subscribed.clone());
+        if let Some(program) = &program {
+            // Dropping the set ends what it has.
+            let mut there = JoinSet::new();
+            there.spawn_on(receive(), program);
+            match there.join_next().await {
+                Some(Err(ended)) if ended.is_cancelled() => {
+                    tracing::debug!(shard = %shard.name, "the runtime of the program is gone; the background thread goes on");
+                }
+                Some(ended) => report_panic(ended),
+                None => {}
+            }
+        }
+        receive().await;
+    };
+    tokio::join!(shard.store.listen(sender, program.clone()), receiving);
 }
 
 /// Hands pushes to the queues they are for.
-async fn receive(shard: Arc<Shard>, mut pushes: mpsc::UnboundedReceiver<Push>, mut subscribed: Option<Heard>) {
+async fn receive(shard: Arc<Shard>, pushes: Arc<Mutex<mpsc::UnboundedReceiver<Push>>>, mut subscribed: Option<Heard>) {
+    // For as long as this lives, which nobody else does meanwhile.
+    let mut pushes = pushes.lock().await;
     let mut refused: Option<Arc<str>> = None;
     let mut cut_off: Option<tokio::task::AbortHandle> = None;
     let mut is_cut_off = false;

@@ -75,8 +75,7 @@ pub(crate) trait LeaseStore: Send + Sync + 'static {
     }
 
     /// Receives pushes and hands them on until the receiver is gone. Reconnects by itself. Polled on the watchdog's thread, where it also does what else
-    /// must go on; with a handle, the inbox itself may be heard on that runtime, where whoever waits for a push is, and it ends when the
-    /// runtime is gone.
+    /// must go on; with a handle, the inbox itself may be heard on that runtime, where whoever waits for a push is, for as long as there is one.
     fn listen(
         &self,
         pushes: mpsc::UnboundedSender<Push>,

@@ -20,19 +20,21 @@ use crate::store::StoreError;
 const PAUSE_MIN: Duration = Duration::from_millis(5);
 const PAUSE_MAX: Duration = Duration::from_secs(1);
 
-/// Listens on that runtime until it is gone; here without one.
+/// Listens on that runtime while there is one, and here once it is gone.
 pub(super) async fn listen_on(program: Option<Handle>, shared: Arc<Shared>, pushes: mpsc::UnboundedSender<Push>) {
-    let Some(program) = program else {
-        return listen(shared, pushes).await;
-    };
-    // Dropping the set ends what it has.
-    let mut there = JoinSet::new();
-    there.spawn_on(listen(Arc::clone(&shared), pushes), &program);
-    if let Some(Err(ended)) = there.join_next().await
-        && ended.is_panic()
-    {
-        tracing::error!(shard = %shared.shard, %ended, "listening to the inbox ended in a panic; please report this");
+    if let Some(program) = program {
+        // Dropping the set ends what it has.
+        let mut there = JoinSet::new();
+        there.spawn_on(listen(Arc::clone(&shared), pushes.clone()), &program);
+        match there.join_next().await {
+            Some(Err(ended)) if ended.is_cancelled() => {}
+            Some(Err(ended)) => {
+                tracing::error!(shard = %shared.shard, %ended, "listening to the inbox ended in a panic; please report this");
+            }
+            Some(Ok(())) | None => return,
+        }
     }
+    listen(shared, pushes).await;
 }
 
 /// Listens until nobody receives. After every successful subscription `Resubscribed` comes first: what was pushed before
