@@ -14,6 +14,7 @@ mod key;
 mod lease;
 mod manager;
 mod notice;
+mod program;
 mod protocol;
 mod queue;
 mod request;

@@ -85,9 +85,8 @@ on_each_store! {
     async fn the_least_lucky_of_many_processes_gets_nearly_what_the_luckiest_gets(store: &TestStore) {
         let shares = shares(store, &[1; 12]).await;
         let (least, most) = (shares.iter().min().expect("some"), shares.iter().max().expect("some"));
-        // On an idle machine they differ by one or two; a process that gets no processor for a while misses some turns. How many turns there are is the
-        // machine's affair: enough that a share means something.
-        assert!(*least >= 5 && *least * 10 >= *most * 7, "{shares:?}");
+        // On an idle machine they differ by one or two; a process that gets no processor for a while misses some turns.
+        assert!(*least >= 10 && *least * 10 >= *most * 7, "{shares:?}");
     }
 
     async fn a_process_with_one_task_is_not_starved_by_one_with_many(store: &TestStore) {

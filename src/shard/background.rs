@@ -143,7 +143,7 @@ async fn settle(shards: &[Arc<Shard>]) {
 }
 
 /// A task of this thread can only end by itself or by a bug.
-pub(super) fn report_panic(ended: Result<(), tokio::task::JoinError>) {
+fn report_panic(ended: Result<(), tokio::task::JoinError>) {
     if let Err(error) = ended {
         tracing::error!(%error, "a task of the background thread panicked; please report this");
     }

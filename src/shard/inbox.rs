@@ -13,11 +13,10 @@ use std::sync::Arc;
 
 use tokio::runtime::Handle;
 use tokio::sync::{Mutex, mpsc};
-use tokio::task::JoinSet;
 
-use super::background::report_panic;
 use super::{Job, Shard};
 use crate::key::Slot;
+use crate::program::run_there;
 use crate::protocol::Push;
 
 /// How a first subscription ended.
@@ -35,23 +34,11 @@ pub(crate) struct Unheard {
 pub(super) async fn hear(shard: Arc<Shard>, subscribed: Option<Heard>, program: Option<Handle>) {
     let (sender, receiver) = mpsc::unbounded_channel();
     let pushes = Arc::new(Mutex::new(receiver));
-    let receiving = async {
-        let receive = || receive(Arc::clone(&shard), Arc::clone(&pushes), subscribed.clone());
-        if let Some(program) = &program {
-            // Dropping the set ends what it has.
-            let mut there = JoinSet::new();
-            there.spawn_on(receive(), program);
-            match there.join_next().await {
-                Some(Err(ended)) if ended.is_cancelled() => {
-                    tracing::debug!(shard = %shard.name, "the runtime of the program is gone; the background thread goes on");
-                }
-                Some(ended) => report_panic(ended),
-                None => {}
-            }
-        }
-        receive().await;
-    };
-    tokio::join!(shard.store.listen(sender, program.clone()), receiving);
+    let receive = || receive(Arc::clone(&shard), Arc::clone(&pushes), subscribed.clone());
+    tokio::join!(
+        shard.store.listen(sender, program.clone()),
+        run_there(program.as_ref(), receive)
+    );
 }
 
 /// Hands pushes to the queues they are for.

@@ -6,9 +6,7 @@ use std::time::Duration;
 use deadpool_redis::redis::aio::PubSub;
 use deadpool_redis::redis::{Client, cmd};
 use futures_util::StreamExt;
-use tokio::runtime::Handle;
 use tokio::sync::mpsc;
-use tokio::task::JoinSet;
 
 use super::super::client::connection_info;
 use super::super::reply::{push, role};
@@ -20,26 +18,9 @@ use crate::store::StoreError;
 const PAUSE_MIN: Duration = Duration::from_millis(5);
 const PAUSE_MAX: Duration = Duration::from_secs(1);
 
-/// Listens on that runtime while there is one, and here once it is gone.
-pub(super) async fn listen_on(program: Option<Handle>, shared: Arc<Shared>, pushes: mpsc::UnboundedSender<Push>) {
-    if let Some(program) = program {
-        // Dropping the set ends what it has.
-        let mut there = JoinSet::new();
-        there.spawn_on(listen(Arc::clone(&shared), pushes.clone()), &program);
-        match there.join_next().await {
-            Some(Err(ended)) if ended.is_cancelled() => {}
-            Some(Err(ended)) => {
-                tracing::error!(shard = %shared.shard, %ended, "listening to the inbox ended in a panic; please report this");
-            }
-            Some(Ok(())) | None => return,
-        }
-    }
-    listen(shared, pushes).await;
-}
-
 /// Listens until nobody receives. After every successful subscription `Resubscribed` comes first: what was pushed before
 /// it may be lost.
-async fn listen(shared: Arc<Shared>, pushes: mpsc::UnboundedSender<Push>) {
+pub(super) async fn listen(shared: Arc<Shared>, pushes: mpsc::UnboundedSender<Push>) {
     let channel = shared.commands.names.inbox(&shared.commands.manager);
     let mut moves = shared.moves.listen();
     let mut pause = PAUSE_MIN;

@@ -48,6 +48,7 @@ use crate::clock::Moment;
 use crate::endpoint::{Access, ServerUrl};
 use crate::error::Invalid;
 use crate::key::{LockKey, SLOTS, Slot};
+use crate::program::run_there;
 use crate::protocol::{Acquire, AcquireReply, Answer, Ask, Push, Release, ReleaseReply, RenewReply, Renewal};
 use crate::store::{Inspection, Lane, LeaseStore, Look, StoreError, StoreFuture, StoreOptions, TlsFiles};
 use crate::telemetry::ShardMetrics;
@@ -483,13 +484,13 @@ impl LeaseStore for RedisStore {
         let shared = Arc::clone(&self.shared);
         let links = self.callers.iter().chain([&self.background]).map(Arc::clone).collect();
         Box::pin(async move {
-            let listening = inbox::listen_on(program, Arc::clone(&shared), pushes);
+            let listening = run_there(program.as_ref(), || inbox::listen(Arc::clone(&shared), pushes.clone()));
             if !shared.source.follows() {
                 return listening.await;
             }
             tokio::select! {
                 () = listening => {}
-                () = follow::follow(shared, links) => {}
+                () = follow::follow(Arc::clone(&shared), links) => {}
             }
         })
     }
