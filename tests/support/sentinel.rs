@@ -197,6 +197,11 @@ impl Watched {
 pub fn in_step(primary: &RedisServer) -> usize {
     // Something that they have to acknowledge, and that leaves nothing behind.
     primary.command(&["PUBLISH", "in-step", ""]);
+    // Before the first replica asked, nothing is kept for any; all that are online would count as having acknowledged that.
+    let replication: String = primary.query(&["INFO", "replication"]);
+    if replication.lines().any(|line| line == "master_repl_offset:0") {
+        return 0;
+    }
     // A server that is no primary, or not yet, refuses.
     primary.try_query(&["WAIT", "100", "50"]).unwrap_or_default()
 }
