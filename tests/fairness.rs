@@ -7,13 +7,13 @@ mod support;
 mod support_locks;
 
 use std::sync::Arc;
-use std::sync::atomic::{AtomicBool, Ordering};
+use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 use std::time::Duration;
 
 use parking_lot::Mutex;
 use shardlock::Builder;
-use support::worker;
-use support_locks::{TestStore, builder_of, lock, on_each_store, poll_once, soon, until_queued};
+use support::worker::{self, Worker};
+use support_locks::{TestStore, builder_of, lock, on_each_store, poll_once, soon, until, until_queued};
 use tokio::task::JoinSet;
 
 #[test]
@@ -25,39 +25,49 @@ fn worker_entry() {
     }
 }
 
-/// Locks again and again in so many tasks until it is told to stop, and says how often it had the lock.
+/// Locks again and again in so many tasks until it is told to stop. Says how often it had the lock whenever it is asked.
 #[tokio::main]
 async fn contend(me: &worker::Current) {
     let locks = builder_of(me).connect().await.expect("connect");
     let tasks: usize = me.var("LOCKTEST_TASKS").parse().expect("a number");
     let over = Arc::new(AtomicBool::new(false));
+    let had = Arc::new(AtomicU64::new(0));
     let mut contending = JoinSet::new();
     for _ in 0..tasks {
-        let (locks, over) = (locks.clone(), Arc::clone(&over));
+        let (locks, over, had) = (locks.clone(), Arc::clone(&over), Arc::clone(&had));
         contending.spawn(async move {
-            let mut had = 0;
             while !over.load(Ordering::Relaxed) {
                 let guard = lock(&locks, "k").await;
-                had += 1;
+                had.fetch_add(1, Ordering::Relaxed);
                 // The work that is done under the lock.
                 tokio::time::sleep(Duration::from_millis(1)).await;
                 guard.release().await.expect("release");
             }
-            had
         });
     }
     let told = tokio::task::spawn_blocking({
-        let me = me.clone();
-        move || me.hear()
+        let (me, had) = (me.clone(), Arc::clone(&had));
+        move || {
+            while me.hear().expect("the test tells when to stop") == COUNT {
+                me.say(had.load(Ordering::Relaxed).to_string());
+            }
+        }
     });
     told.await.expect("listen");
     over.store(true, Ordering::Relaxed);
-    let mut had: u64 = 0;
     while let Some(ended) = contending.join_next().await {
-        had += ended.expect("a task");
+        ended.expect("a task");
     }
-    me.say(had.to_string());
+    me.say(had.load(Ordering::Relaxed).to_string());
 }
+
+/// What a contender is asked for the number of its turns by.
+const COUNT: &str = "count";
+
+/// For how long processes contend at least, and how many turns all of them together must have had then: what each of them got means nothing
+/// where a machine, or a server, does only few in that time.
+const CONTEND: Duration = Duration::from_secs(2);
+const TURNS_MIN: u64 = 400;
 
 /// How often each process had the lock while they contended for it with so many tasks each.
 async fn shares(store: &TestStore, tasks: &[usize]) -> Vec<u64> {
@@ -69,9 +79,18 @@ async fn shares(store: &TestStore, tasks: &[usize]) -> Vec<u64> {
         .collect();
     until_queued(&watcher, "k", tasks.len() as u64).await;
     guard.release().await.expect("release");
-    tokio::time::sleep(Duration::from_secs(2)).await;
-    for contender in &mut contenders {
-        contender.send("stop");
+    until("there were enough turns", async || {
+        tokio::time::sleep(CONTEND).await;
+        turns_of(&mut contenders, COUNT).iter().sum::<u64>() >= TURNS_MIN
+    })
+    .await;
+    turns_of(&mut contenders, "stop")
+}
+
+/// Says this to all of them, and hears how often each had the lock.
+fn turns_of(contenders: &mut [Worker], line: &str) -> Vec<u64> {
+    for contender in &mut *contenders {
+        contender.send(line);
     }
     contenders
         .iter()
