@@ -1,5 +1,6 @@
 //! The command-line tool: thin over the library.
 
+mod asking;
 mod bench;
 mod demo;
 mod doctor;

@@ -10,7 +10,7 @@ use super::figures::Outcome;
 use super::keys::Wanted;
 use super::protocol::{Measured, Order, Setup};
 use super::stage::Stage;
-use crate::doctor;
+use crate::asking::connect_to_primaries;
 use crate::load::progress::{bar, millis};
 use crate::load::signals::{Caught, Signals};
 use crate::load::usage::Usage;
@@ -65,7 +65,7 @@ async fn prepare(
     stage: &mut Stage,
 ) -> anyhow::Result<Option<Vec<MultiplexedConnection>>> {
     let started = stage.set_up(&mut config).await?;
-    let servers = doctor::connect_to_primaries(&config).await.unwrap_or_else(|error| {
+    let servers = connect_to_primaries(&config).await.unwrap_or_else(|error| {
         complain(format_args!(
             "the servers can't be asked for what they did, so that is left out: {error:#}"
         ));

@@ -6,12 +6,13 @@ use deadpool_redis::redis::cmd;
 use futures_util::future::join_all;
 use shardlock::{Endpoint, SLOTS, ServerUrl};
 
-use super::facts::{Info, Trouble};
+use super::facts::Info;
 use super::finding::{Finding, Level};
-use super::look::{Asking, ask, look};
+use super::look::look;
 use super::report::ShardReport;
 use super::server::{Expected, checked, unreachable};
 use super::{Kind, clock};
+use crate::asking::{Asking, Node, Trouble, ask, nodes};
 
 /// What one node says of the cluster.
 #[derive(Debug, Clone, Default)]
@@ -21,19 +22,6 @@ struct View {
     settings: BTreeMap<String, String>,
     /// Why the nodes are not known.
     refused: Option<String>,
-}
-
-/// A node as another one, or it itself, sees it.
-#[derive(Debug, Clone, PartialEq, Eq)]
-struct Node {
-    id: String,
-    /// `host:port`
-    place: String,
-    flags: String,
-    /// The id of its primary, if it is a replica.
-    primary: Option<String>,
-    slots: u32,
-    ranges: Vec<String>,
 }
 
 /// How many nodes are looked at.
@@ -64,7 +52,7 @@ pub(super) async fn examine(endpoint: &Endpoint, asking: &Asking<'_>, fingerprin
     let known: Vec<&Node> = first
         .nodes
         .iter()
-        .filter(|node| !["noaddr", "handshake"].iter().any(|flag| has(node, flag)))
+        .filter(|node| !["noaddr", "handshake"].iter().any(|flag| node.has(flag)))
         .take(NODES_MOST)
         .collect();
     let looking = known.iter().filter_map(|node| {
@@ -101,7 +89,7 @@ async fn view(server: &ServerUrl, asking: &Asking<'_>) -> Result<View, Trouble> 
     let info: String = ask(&mut connection, cmd("CLUSTER").arg("INFO"))
         .await
         .unwrap_or_default();
-    let nodes: Result<String, String> = ask(&mut connection, cmd("CLUSTER").arg("NODES")).await;
+    let nodes = nodes(&mut connection, server).await;
     let mut settings = BTreeMap::new();
     let setting = "cluster-require-full-coverage";
     if let Ok(pair) = ask::<BTreeMap<String, String>>(&mut connection, cmd("CONFIG").arg("GET").arg(setting)).await {
@@ -109,66 +97,10 @@ async fn view(server: &ServerUrl, asking: &Asking<'_>) -> Result<View, Trouble> 
     }
     Ok(View {
         info: Info::parse(&info),
-        nodes: nodes
-            .iter()
-            .flat_map(|nodes| nodes.lines())
-            .filter_map(|line| node(line, server))
-            .collect(),
+        refused: nodes.as_ref().err().cloned(),
+        nodes: nodes.unwrap_or_default(),
         settings,
-        refused: nodes.err(),
     })
-}
-
-/// Where the primaries of the cluster are that this node knows and that are not said to be down.
-pub(super) async fn primaries(node: &ServerUrl, asking: &Asking<'_>) -> Result<Vec<String>, String> {
-    let view = view(node, asking).await.map_err(|trouble| trouble.reason)?;
-    if let Some(reason) = view.refused {
-        return Err(format!("CLUSTER NODES is refused: {reason}"));
-    }
-    let primaries = view
-        .nodes
-        .into_iter()
-        .filter(|node| has(node, "master") && !has(node, "fail") && node.slots > 0);
-    Ok(primaries.map(|node| node.place).collect())
-}
-
-/// Reads a line of `CLUSTER NODES`.
-fn node(line: &str, asked: &ServerUrl) -> Option<Node> {
-    let mut fields = line.split_whitespace();
-    let (id, address, flags, primary) = (fields.next()?, fields.next()?, fields.next()?, fields.next()?);
-    let (place, rest) = address.split_once('@').unwrap_or((address, ""));
-    let (host, port) = place.rsplit_once(':')?;
-    // A certificate is for a name, where there is one.
-    let name = rest
-        .split(',')
-        .nth(1)
-        .filter(|name| asked.is_encrypted() && !name.is_empty());
-    let place = match (name.unwrap_or(host), flags.split(',').any(|flag| flag == "myself")) {
-        // A node that nobody has met yet does not know its own address.
-        ("", true) => asked.place().to_owned(),
-        (host, _) => super::facts::place(host, port),
-    };
-    let ranges: Vec<String> = fields
-        .skip(4)
-        .filter(|slots| !slots.starts_with('['))
-        .map(str::to_owned)
-        .collect();
-    let slots = ranges.iter().filter_map(|range| {
-        let (first, last) = range.split_once('-').unwrap_or((range, range));
-        Some(last.parse::<u32>().ok()?.checked_sub(first.parse().ok()?)? + 1)
-    });
-    Some(Node {
-        id: id.to_owned(),
-        place,
-        flags: flags.to_owned(),
-        primary: (primary != "-").then(|| primary.to_owned()),
-        slots: slots.sum(),
-        ranges,
-    })
-}
-
-fn has(node: &Node, flag: &str) -> bool {
-    node.flags.split(',').any(|known| known == flag)
 }
 
 /// That nothing is known of the cluster as a whole.
@@ -209,7 +141,7 @@ fn coverage(view: &View) -> Finding {
     let owned: u32 = view
         .nodes
         .iter()
-        .filter(|node| node.primary.is_none() && !has(node, "fail"))
+        .filter(|node| node.primary.is_none() && !node.has("fail"))
         .map(|node| node.slots)
         .sum();
     let found = format!("{owned} of {SLOTS} are owned by a primary that works");
@@ -262,7 +194,7 @@ fn failing(view: &View) -> Option<Finding> {
     let failing: Vec<_> = view
         .nodes
         .iter()
-        .filter(|node| has(node, "fail") || has(node, "fail?"))
+        .filter(|node| node.has("fail") || node.has("fail?"))
         .map(|node| format!("{} ({})", node.place, node.flags))
         .collect();
     (!failing.is_empty()).then(|| {
@@ -277,7 +209,7 @@ fn failing(view: &View) -> Option<Finding> {
 
 fn replicas(view: &View) -> Finding {
     const CHECK: &str = "replicas-per-primary";
-    let works = |node: &&Node| !has(node, "fail") && !has(node, "noaddr");
+    let works = |node: &&Node| !node.has("fail") && !node.has("noaddr");
     let followed: BTreeSet<&str> = view
         .nodes
         .iter()
@@ -327,7 +259,7 @@ mod tests {
         let asked = endpoint.servers().remove(0);
         View {
             info: Info::parse("cluster_state:ok\n"),
-            nodes: lines.lines().filter_map(|line| node(line, &asked)).collect(),
+            nodes: Node::read_all(lines, &asked),
             ..View::default()
         }
     }
@@ -337,24 +269,6 @@ mod tests {
         bb 10.0.0.2:6379@16379,host-b master - 0 0 2 connected 8192-16383\n\
         cc 10.0.0.3:6379@16379 slave aa 0 0 1 connected\n\
         dd ::1:6379@16379 slave bb 0 0 2 connected\n";
-
-    #[test]
-    fn lines_of_nodes_are_read() {
-        let nodes = view(WHOLE).nodes;
-        let slots: Vec<_> = nodes.iter().map(|node| (node.place.as_str(), node.slots)).collect();
-        let expected = [
-            ("10.0.0.1:6379", 8192),
-            ("10.0.0.2:6379", 8192),
-            ("10.0.0.3:6379", 0),
-            ("[::1]:6379", 0),
-        ];
-        assert_eq!(slots, expected);
-        assert_eq!(nodes[2].primary.as_deref(), Some("aa"));
-        assert_eq!(
-            view("aa :6379@16379 myself,master - 0 0 0 connected").nodes[0].place,
-            "asked:1"
-        );
-    }
 
     #[test]
     fn all_slots_need_an_owner_that_works() {

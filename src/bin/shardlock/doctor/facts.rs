@@ -3,6 +3,8 @@
 use std::collections::BTreeMap;
 use std::time::Duration;
 
+use crate::asking::{Trouble, place};
+
 /// A server and what was learned of it.
 #[derive(Debug, Clone)]
 pub(super) struct Server {
@@ -12,30 +14,6 @@ pub(super) struct Server {
     pub(super) has_login: bool,
     pub(super) encrypted: bool,
     pub(super) seen: Result<Seen, Trouble>,
-}
-
-/// Why nothing was learned.
-#[derive(Debug, Clone, PartialEq, Eq)]
-pub(crate) struct Trouble {
-    pub(super) kind: TroubleKind,
-    /// In the words of whoever said no.
-    pub(crate) reason: String,
-}
-
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub(super) enum TroubleKind {
-    /// There is no connection.
-    Unreachable,
-    /// There was no answer in time.
-    Silent,
-    /// The server wants another password, or one at all.
-    Login,
-    /// The server does not let us choose the database.
-    Database,
-    /// The encryption did not come about.
-    Encryption,
-    /// The server answers, but not as it should.
-    Answer,
 }
 
 /// What a server told. A part that it refused is an `Err` with the server's words.
@@ -88,15 +66,6 @@ impl Seen {
 
     pub(super) fn replicas(&self) -> Vec<Replica> {
         self.info.as_ref().map_or_else(|_| Vec::new(), Info::replicas)
-    }
-}
-
-/// `host:port`, with brackets where the host is an IPv6 address.
-pub(super) fn place(host: &str, port: &str) -> String {
-    if host.contains(':') {
-        format!("[{host}]:{port}")
-    } else {
-        format!("{host}:{port}")
     }
 }
 

@@ -3,17 +3,14 @@
 use std::collections::BTreeMap;
 use std::time::{Duration, Instant, SystemTime, UNIX_EPOCH};
 
-use anyhow::Context;
 use deadpool_redis::redis::aio::MultiplexedConnection;
-use deadpool_redis::redis::{
-    AsyncConnectionConfig, Client, ClientTlsConfig, Cmd, ErrorKind, FromRedisValue, Pipeline, RedisError,
-    TlsCertificates, Value, cmd, from_redis_value, pipe,
-};
-use shardlock::{Config, ServerUrl};
+use deadpool_redis::redis::{Cmd, Pipeline, RedisError, Value, cmd, from_redis_value, pipe};
+use shardlock::ServerUrl;
 
 use super::Kind;
-use super::facts::{Clock, Denied, Info, RoundTrips, Seen, Server, Trouble, TroubleKind};
+use super::facts::{Clock, Denied, Info, RoundTrips, Seen, Server};
 use super::permissions::{self, Need};
+use crate::asking::{Asking, Trouble, ask};
 
 /// How many round trips are measured, if they fit into the time limit.
 const PINGS: usize = 20;
@@ -35,100 +32,6 @@ const SETTINGS: [&str; 11] = [
     "min-replicas-to-write",
 ];
 
-/// How servers are asked.
-#[derive(Debug)]
-pub(crate) struct Asking<'a> {
-    pub(super) config: &'a Config,
-    certificates: TlsCertificates,
-}
-
-impl<'a> Asking<'a> {
-    /// # Errors
-    ///
-    /// A file for encrypted connections can't be read.
-    pub(crate) fn new(config: &'a Config) -> anyhow::Result<Self> {
-        let read = |setting: &str, path: &Option<std::path::PathBuf>| match path {
-            None => Ok(None),
-            Some(path) => std::fs::read(path)
-                .map(Some)
-                .with_context(|| format!("{setting} is {}, which can't be read", path.display())),
-        };
-        let client_tls = match (read("tls_cert", &config.tls_cert)?, read("tls_key", &config.tls_key)?) {
-            (Some(client_cert), Some(client_key)) => Some(ClientTlsConfig {
-                client_cert,
-                client_key,
-            }),
-            _ => None,
-        };
-        let root_cert = read("tls_ca", &config.tls_ca)?;
-        if rustls::crypto::CryptoProvider::get_default().is_none() {
-            // Somebody else may have chosen one in this very moment; that one stays.
-            rustls::crypto::ring::default_provider().install_default().ok();
-        }
-        Ok(Self {
-            config,
-            certificates: TlsCertificates { client_tls, root_cert },
-        })
-    }
-
-    pub(crate) fn timeout(&self) -> Duration {
-        self.config.store_timeout
-    }
-
-    /// The contents of `tls_ca`.
-    #[cfg(feature = "etcd")]
-    pub(super) fn authorities(&self) -> Option<&[u8]> {
-        self.certificates.root_cert.as_deref()
-    }
-
-    /// The contents of `tls_cert` and `tls_key`.
-    #[cfg(feature = "etcd")]
-    pub(super) fn identity(&self) -> Option<(&[u8], &[u8])> {
-        let client = self.certificates.client_tls.as_ref()?;
-        Some((&client.client_cert, &client.client_key))
-    }
-
-    fn client(&self, server: &ServerUrl) -> Result<Client, Trouble> {
-        let client = if server.is_encrypted() {
-            Client::build_with_tls(server.as_str(), self.certificates.clone())
-        } else {
-            Client::open(server.as_str())
-        };
-        // The error of the client library may quote the URL, and with it the password.
-        client.map_err(|_| Trouble {
-            kind: TroubleKind::Encryption,
-            reason: "the client library takes neither the URL nor the files of tls_ca, tls_cert and tls_key".to_owned(),
-        })
-    }
-
-    pub(crate) async fn connect(&self, server: &ServerUrl) -> Result<MultiplexedConnection, Trouble> {
-        let client = self.client(server)?;
-        let config = AsyncConnectionConfig::new()
-            .set_connection_timeout(Some(self.timeout()))
-            .set_response_timeout(Some(self.timeout()));
-        client
-            .get_multiplexed_async_connection_with_config(&config)
-            .await
-            .map_err(|error| trouble(&error, server))
-    }
-}
-
-fn trouble(error: &RedisError, server: &ServerUrl) -> Trouble {
-    let reason = error.to_string();
-    let is_about_certificates =
-        server.is_encrypted() && (reason.contains("ertificate") || reason.contains("handshake"));
-    let kind = match error.kind() {
-        ErrorKind::AuthenticationFailed => TroubleKind::Login,
-        _ if reason.contains("refused to switch database") => TroubleKind::Database,
-        _ if matches!(error.code(), Some("NOAUTH" | "WRONGPASS" | "NOPERM")) => TroubleKind::Login,
-        _ if is_about_certificates || error.kind() == ErrorKind::InvalidClientConfig => TroubleKind::Encryption,
-        _ if error.is_timeout() => TroubleKind::Silent,
-        ErrorKind::Io => TroubleKind::Unreachable,
-        _ => TroubleKind::Answer,
-    };
-    Trouble { kind, reason }
-}
-
 /// Looks at one server. Each step has the time limit that requests have.
 pub(super) async fn look(server: &ServerUrl, kind: Kind, asking: &Asking<'_>) -> Server {
     Server {
@@ -143,7 +46,7 @@ async fn see(server: &ServerUrl, kind: Kind, asking: &Asking<'_>) -> Result<Seen
     let mut connection = asking.connect(server).await?;
     let round_trips = round_trips(&mut connection, asking.timeout())
         .await
-        .map_err(|error| trouble(&error, server))?;
+        .map_err(|error| Trouble::of(&error, server))?;
     let info: Result<String, String> = ask(&mut connection, &command("INFO")).await;
     let user: Result<String, String> = ask(&mut connection, cmd("ACL").arg("WHOAMI")).await;
     let map = ask(&mut connection, cmd("GET").arg(asking.config.map_key())).await;
@@ -179,11 +82,6 @@ fn user_of(server: &ServerUrl) -> String {
 
 fn command(name: &str) -> Cmd {
     cmd(name)
-}
-
-/// One question; what the server says against it in words.
-pub(crate) async fn ask<T: FromRedisValue>(connection: &mut MultiplexedConnection, command: &Cmd) -> Result<T, String> {
-    command.query_async(connection).await.map_err(|error| error.to_string())
 }
 
 /// Replies of a pipeline, each with its own error.
@@ -264,7 +162,7 @@ async fn denied(
     server: &ServerUrl,
     asking: &Asking<'_>,
 ) -> Result<(Vec<Denied>, Option<String>), Trouble> {
-    let failed = |error: RedisError| trouble(&error, server);
+    let failed = |error: RedisError| Trouble::of(&error, server);
     let dry_run = |words: &[String]| {
         let mut command = cmd("ACL");
         command.arg("DRYRUN").arg(user).arg(words);

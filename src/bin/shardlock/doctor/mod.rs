@@ -18,7 +18,6 @@ mod map;
 mod memory;
 mod permissions;
 mod persistence;
-mod primaries;
 mod reach;
 mod redlock;
 mod replication;
@@ -32,12 +31,11 @@ use std::io::{IsTerminal, stdout};
 use futures_util::{StreamExt, stream};
 use shardlock::{Endpoint, ShardConfig};
 
+use crate::asking::Asking;
 use crate::exit::Failure;
 use crate::{output, shards};
 use finding::{Finding, Level};
 use look::look;
-pub(crate) use look::{Asking, ask};
-pub(crate) use primaries::{connect_to_primaries, primaries};
 use report::{Paint, Report, ShardReport};
 use server::{Expected, checked};
 

@@ -3,8 +3,9 @@
 use std::time::Duration;
 
 use super::Kind;
-use super::facts::{Seen, Server, Trouble, TroubleKind};
+use super::facts::{Seen, Server};
 use super::finding::{Finding, Level};
+use crate::asking::{Trouble, TroubleKind};
 
 const CHECK: &str = "reachable";
 

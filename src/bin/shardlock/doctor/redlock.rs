@@ -8,10 +8,11 @@ use shardlock::Endpoint;
 
 use super::facts::{Seen, Server};
 use super::finding::{Finding, Level};
-use super::look::{Asking, look};
+use super::look::look;
 use super::report::ShardReport;
 use super::server::{Expected, checked};
 use super::{Kind, clock};
+use crate::asking::Asking;
 
 pub(super) async fn examine(endpoint: &Endpoint, asking: &Asking<'_>, fingerprint: &str, report: &mut ShardReport) {
     let nodes = endpoint.servers();
@@ -125,7 +126,7 @@ fn vote(seen: &Seen, longest_ttl: Duration) -> Option<Finding> {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::doctor::facts::{Trouble, TroubleKind};
+    use crate::asking::{Trouble, TroubleKind};
 
     fn node(place: &str, info: &str) -> Server {
         Server {

@@ -7,12 +7,12 @@ use deadpool_redis::redis::cmd;
 use futures_util::future::join_all;
 use shardlock::{Config, Endpoint, ServerUrl};
 
-use super::facts::{Trouble, place};
 use super::finding::{Finding, Level};
-use super::look::{Asking, ask, look};
+use super::look::look;
 use super::report::{ServerReport, ShardReport};
 use super::server::{Expected, checked, unreachable};
 use super::{Kind, clock};
+use crate::asking::{Asking, Trouble, ask, place, primary_named};
 
 /// What one sentinel says of the primary. A part that it refused is an `Err` with its words.
 #[derive(Debug, Clone)]
@@ -75,13 +75,6 @@ pub(super) async fn examine(endpoint: &Endpoint, asking: &Asking<'_>, fingerprin
     }
 }
 
-/// Where the primary is that this sentinel knows by the name.
-pub(super) async fn primary(sentinel: &ServerUrl, name: &str, asking: &Asking<'_>) -> Result<String, String> {
-    let view = view(sentinel, name, asking).await.map_err(|trouble| trouble.reason)?;
-    view.primary?
-        .ok_or_else(|| format!("{} knows no primary called {name}", sentinel.place()))
-}
-
 async fn view(sentinel: &ServerUrl, name: &str, asking: &Asking<'_>) -> Result<View, Trouble> {
     let mut connection = asking.connect(sentinel).await?;
     let question = |what: &str| {
@@ -89,13 +82,13 @@ async fn view(sentinel: &ServerUrl, name: &str, asking: &Asking<'_>) -> Result<V
         command.arg(what).arg(name);
         command
     };
-    let address: Result<Option<(String, String)>, _> = ask(&mut connection, &question("GET-MASTER-ADDR-BY-NAME")).await;
+    let primary = primary_named(&mut connection, name).await;
     // What a sentinel does not tell of a name that it does not know is said by its first answer.
     let fields = ask(&mut connection, &question("MASTER")).await.unwrap_or_default();
     let replicas: Vec<BTreeMap<String, String>> = ask(&mut connection, &question("REPLICAS")).await.unwrap_or_default();
     let quorum = ask(&mut connection, &question("CKQUORUM")).await;
     Ok(View {
-        primary: address.map(|address| address.map(|(host, port)| place(&host, &port))),
+        primary,
         fields,
         replicas: replicas
             .iter()

@@ -2,10 +2,11 @@
 
 use shardlock::{Config, ServerUrl};
 
-use super::facts::{Seen, Server, Trouble};
+use super::facts::{Seen, Server};
 use super::finding::{Finding, Level};
 use super::report::ServerReport;
 use super::{Kind, clock, connections, map, memory, permissions, persistence, reach, replication, timing};
+use crate::asking::Trouble;
 
 /// What a server is expected to be.
 #[derive(Debug, Clone)]

@@ -8,8 +8,8 @@ use etcd_client::{
 };
 use shardlock::ServerUrl;
 
-use super::super::facts::{RoundTrips, Trouble, TroubleKind};
-use super::super::look::Asking;
+use super::super::facts::RoundTrips;
+use crate::asking::{Asking, Trouble, TroubleKind};
 
 /// What a member tells. A part that it refused is an `Err` with its words.
 #[derive(Debug, Clone)]

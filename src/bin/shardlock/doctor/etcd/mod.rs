@@ -8,14 +8,13 @@ use std::time::Duration;
 use futures_util::future::join_all;
 use shardlock::{Config, Endpoint};
 
-use super::facts::{Trouble, TroubleKind};
 use super::finding::{Finding, Level};
-use super::look::Asking;
 use super::memory::size;
 use super::permissions::is_loopback;
 use super::reach::short;
 use super::report::{ServerReport, ShardReport};
 use super::{Kind, map, timing};
+use crate::asking::{Asking, Trouble, TroubleKind};
 use look::{Member, look};
 
 /// What etcd gives in place of shorter leases, unless its election timeout was changed.

@@ -7,7 +7,7 @@ use std::time::{Duration, Instant};
 use deadpool_redis::redis::cmd;
 use shardlock::{Config, Endpoint, LockKey, ServerUrl};
 
-use crate::doctor::{Asking, ask, primaries};
+use crate::asking::{Asking, ask, primaries};
 
 /// How many of its keys a server looks at in one step, which takes it well under a millisecond.
 const STEP: u64 = 200;

@@ -4,10 +4,10 @@ use std::collections::BTreeMap;
 
 use anyhow::{Context, anyhow, bail};
 use deadpool_redis::redis::aio::MultiplexedConnection;
+use deadpool_redis::redis::cmd;
 use shardlock::{Config, Endpoint, ServerUrl};
 
-use super::look::Asking;
-use super::{cluster, sentinel};
+use super::{Asking, ask, nodes, place};
 
 /// Those of one shard: the server that stands alone, nodes of a quorum, the primary that a sentinel names, primaries of a cluster with slots.
 /// Nothing if the shard is not on Redis.
@@ -25,8 +25,8 @@ pub(crate) async fn primaries(endpoint: &Endpoint, asking: &Asking<'_>) -> anyho
     // The first that answers knows.
     for server in endpoint.servers() {
         let places = match endpoint.primary_name() {
-            Some(name) => sentinel::primary(&server, name, asking).await.map(|place| vec![place]),
-            None => cluster::primaries(&server, asking).await,
+            Some(name) => of_sentinel(&server, name, asking).await.map(|place| vec![place]),
+            None => of_cluster(&server, asking).await,
         };
         match places {
             Ok(places) => {
@@ -37,6 +37,33 @@ pub(crate) async fn primaries(endpoint: &Endpoint, asking: &Asking<'_>) -> anyho
         }
     }
     bail!("{trouble}")
+}
+
+/// Where the primary is that this sentinel knows by the name.
+async fn of_sentinel(sentinel: &ServerUrl, name: &str, asking: &Asking<'_>) -> Result<String, String> {
+    let mut connection = asking.connect(sentinel).await.map_err(|trouble| trouble.reason)?;
+    primary_named(&mut connection, name)
+        .await?
+        .ok_or_else(|| format!("{} knows no primary called {name}", sentinel.place()))
+}
+
+/// The answer of a sentinel to where the primary of that name is. Nothing if it does not know the name.
+pub(crate) async fn primary_named(sentinel: &mut MultiplexedConnection, name: &str) -> Result<Option<String>, String> {
+    let question = cmd("SENTINEL").arg("GET-MASTER-ADDR-BY-NAME").arg(name).to_owned();
+    let address: Option<(String, String)> = ask(sentinel, &question).await?;
+    Ok(address.map(|(host, port)| place(&host, &port)))
+}
+
+/// Where the primaries of the cluster are that this node knows and that are not said to be down.
+async fn of_cluster(node: &ServerUrl, asking: &Asking<'_>) -> Result<Vec<String>, String> {
+    let mut connection = asking.connect(node).await.map_err(|trouble| trouble.reason)?;
+    let known = nodes(&mut connection, node)
+        .await
+        .map_err(|reason| format!("CLUSTER NODES is refused: {reason}"))?;
+    let primaries = known
+        .into_iter()
+        .filter(|node| node.has("master") && !node.has("fail") && node.slots > 0);
+    Ok(primaries.map(|node| node.place).collect())
 }
 
 /// A connection to each of all shards.

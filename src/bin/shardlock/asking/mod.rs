@@ -1,0 +1,108 @@
+//! Asking the servers of shards directly, for commands that look at them without a manager.
+
+mod nodes;
+mod primaries;
+mod trouble;
+
+use std::time::Duration;
+
+use anyhow::Context;
+use deadpool_redis::redis::aio::MultiplexedConnection;
+use deadpool_redis::redis::{AsyncConnectionConfig, Client, ClientTlsConfig, Cmd, FromRedisValue, TlsCertificates};
+use shardlock::{Config, ServerUrl};
+
+pub(crate) use nodes::{Node, nodes};
+pub(crate) use primaries::{connect_to_primaries, primaries, primary_named};
+pub(crate) use trouble::{Trouble, TroubleKind};
+
+/// How servers are asked.
+#[derive(Debug)]
+pub(crate) struct Asking<'a> {
+    pub(crate) config: &'a Config,
+    certificates: TlsCertificates,
+}
+
+impl<'a> Asking<'a> {
+    /// # Errors
+    ///
+    /// A file for encrypted connections can't be read.
+    pub(crate) fn new(config: &'a Config) -> anyhow::Result<Self> {
+        let read = |setting: &str, path: &Option<std::path::PathBuf>| match path {
+            None => Ok(None),
+            Some(path) => std::fs::read(path)
+                .map(Some)
+                .with_context(|| format!("{setting} is {}, which can't be read", path.display())),
+        };
+        let client_tls = match (read("tls_cert", &config.tls_cert)?, read("tls_key", &config.tls_key)?) {
+            (Some(client_cert), Some(client_key)) => Some(ClientTlsConfig {
+                client_cert,
+                client_key,
+            }),
+            _ => None,
+        };
+        let root_cert = read("tls_ca", &config.tls_ca)?;
+        if rustls::crypto::CryptoProvider::get_default().is_none() {
+            // Somebody else may have chosen one in this very moment; that one stays.
+            rustls::crypto::ring::default_provider().install_default().ok();
+        }
+        Ok(Self {
+            config,
+            certificates: TlsCertificates { client_tls, root_cert },
+        })
+    }
+
+    pub(crate) fn timeout(&self) -> Duration {
+        self.config.store_timeout
+    }
+
+    /// The contents of `tls_ca`.
+    #[cfg(feature = "etcd")]
+    pub(crate) fn authorities(&self) -> Option<&[u8]> {
+        self.certificates.root_cert.as_deref()
+    }
+
+    /// The contents of `tls_cert` and `tls_key`.
+    #[cfg(feature = "etcd")]
+    pub(crate) fn identity(&self) -> Option<(&[u8], &[u8])> {
+        let client = self.certificates.client_tls.as_ref()?;
+        Some((&client.client_cert, &client.client_key))
+    }
+
+    fn client(&self, server: &ServerUrl) -> Result<Client, Trouble> {
+        let client = if server.is_encrypted() {
+            Client::build_with_tls(server.as_str(), self.certificates.clone())
+        } else {
+            Client::open(server.as_str())
+        };
+        // The error of the client library may quote the URL, and with it the password.
+        client.map_err(|_| Trouble {
+            kind: TroubleKind::Encryption,
+            reason: "the client library takes neither the URL nor the files of tls_ca, tls_cert and tls_key".to_owned(),
+        })
+    }
+
+    pub(crate) async fn connect(&self, server: &ServerUrl) -> Result<MultiplexedConnection, Trouble> {
+        let client = self.client(server)?;
+        let config = AsyncConnectionConfig::new()
+            .set_connection_timeout(Some(self.timeout()))
+            .set_response_timeout(Some(self.timeout()));
+        client
+            .get_multiplexed_async_connection_with_config(&config)
+            .await
+            .map_err(|error| Trouble::of(&error, server))
+    }
+}
+
+/// One question; what the server says against it in words.
+pub(crate) async fn ask<T: FromRedisValue>(connection: &mut MultiplexedConnection, command: &Cmd) -> Result<T, String> {
+    command.query_async(connection).await.map_err(|error| error.to_string())
+}
+
+/// `host:port`, with brackets where the host is an IPv6 address.
+pub(crate) fn place(host: &str, port: &str) -> String {
+    if host.contains(':') {
+        format!("[{host}]:{port}")
+    } else {
+        format!("{host}:{port}")
+    }
+}

@@ -1,0 +1,99 @@
+//! What a node of a Redis Cluster says of itself and the others.
+
+use deadpool_redis::redis::aio::MultiplexedConnection;
+use deadpool_redis::redis::cmd;
+use shardlock::ServerUrl;
+
+use super::ask;
+
+/// A node as another one, or it itself, sees it.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub(crate) struct Node {
+    pub(crate) id: String,
+    /// `host:port`
+    pub(crate) place: String,
+    pub(crate) flags: String,
+    /// The id of its primary, if it is a replica.
+    pub(crate) primary: Option<String>,
+    pub(crate) slots: u32,
+    pub(crate) ranges: Vec<String>,
+}
+
+impl Node {
+    /// Reads an answer to `CLUSTER NODES`. Lines that are none are passed over.
+    pub(crate) fn read_all(lines: &str, asked: &ServerUrl) -> Vec<Self> {
+        lines.lines().filter_map(|line| read(line, asked)).collect()
+    }
+
+    /// Whether it has this flag.
+    pub(crate) fn has(&self, flag: &str) -> bool {
+        self.flags.split(',').any(|known| known == flag)
+    }
+}
+
+/// All nodes that the one which is asked knows.
+pub(crate) async fn nodes(connection: &mut MultiplexedConnection, asked: &ServerUrl) -> Result<Vec<Node>, String> {
+    let lines: String = ask(connection, cmd("CLUSTER").arg("NODES")).await?;
+    Ok(Node::read_all(&lines, asked))
+}
+
+fn read(line: &str, asked: &ServerUrl) -> Option<Node> {
+    let mut fields = line.split_whitespace();
+    let (id, address, flags, primary) = (fields.next()?, fields.next()?, fields.next()?, fields.next()?);
+    let (place, rest) = address.split_once('@').unwrap_or((address, ""));
+    let (host, port) = place.rsplit_once(':')?;
+    // A certificate is for a name, where there is one.
+    let name = rest
+        .split(',')
+        .nth(1)
+        .filter(|name| asked.is_encrypted() && !name.is_empty());
+    let place = match (name.unwrap_or(host), flags.split(',').any(|flag| flag == "myself")) {
+        // A node that nobody has met yet does not know its own address.
+        ("", true) => asked.place().to_owned(),
+        (host, _) => super::place(host, port),
+    };
+    let ranges: Vec<String> = fields
+        .skip(4)
+        .filter(|slots| !slots.starts_with('['))
+        .map(str::to_owned)
+        .collect();
+    let slots = ranges.iter().filter_map(|range| {
+        let (first, last) = range.split_once('-').unwrap_or((range, range));
+        Some(last.parse::<u32>().ok()?.checked_sub(first.parse().ok()?)? + 1)
+    });
+    Some(Node {
+        id: id.to_owned(),
+        place,
+        flags: flags.to_owned(),
+        primary: (primary != "-").then(|| primary.to_owned()),
+        slots: slots.sum(),
+        ranges,
+    })
+}
+
+#[cfg(test)]
+mod tests {
+    use shardlock::Endpoint;
+
+    use super::*;
+
+    const LINES: &str = "\
+        aa 10.0.0.1:6379@16379 myself,master - 0 0 1 connected 0-8190 8191 [93-<-bb]\n\
+        bb 10.0.0.2:6379@16379,host-b master - 0 0 2 connected 8192-16383\n\
+        cc ::1:6379@16379 slave aa 0 0 1 connected\n";
+
+    #[test]
+    fn lines_of_nodes_are_read() {
+        let asked = Endpoint::parse("redis+cluster://asked:1").unwrap().servers().remove(0);
+        let nodes = Node::read_all(LINES, &asked);
+        let slots: Vec<_> = nodes.iter().map(|node| (node.place.as_str(), node.slots)).collect();
+        assert_eq!(
+            slots,
+            [("10.0.0.1:6379", 8192), ("10.0.0.2:6379", 8192), ("[::1]:6379", 0)]
+        );
+        assert_eq!(nodes[2].primary.as_deref(), Some("aa"));
+        assert!(nodes[0].has("master") && !nodes[0].has("mast"));
+        let unmet = Node::read_all("aa :6379@16379 myself,master - 0 0 0 connected", &asked);
+        assert_eq!(unmet[0].place, "asked:1");
+    }
+}
