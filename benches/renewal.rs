@@ -1,7 +1,7 @@
 //! Many leases that are held at once: how punctually they are renewed, and what that costs the server, beside a pipeline of bare
 //! PEXPIREs on as many keys; and what becomes of them where one of three servers stops.
 //!
-//! `cargo bench --bench renewal -- --long` holds the largest number for five minutes, and nothing else.
+//! `cargo bench --bench renewal -- --long` holds only the largest number, and for five minutes; one of three servers stops then as well.
 
 // What fails here ends the run.
 #![allow(clippy::expect_used, clippy::panic, clippy::unwrap_used)]
@@ -80,7 +80,7 @@ async fn measure(count: usize, held_for: Duration, exporter: &PrometheusHandle) 
     let (before, cpu_before, began) = (seen(), cpu_us(&server), Instant::now());
     tokio::time::sleep(held_for).await;
     let (took, cpu) = (began.elapsed(), cpu_us(&server) - cpu_before);
-    // Counts are told to the recorder once a second.
+    // Counts are told to the recorder ten times a second.
     let renewals = seen().renewals - before.renewals;
     let lost = guards.iter().filter(|guard| !guard.is_valid()).count();
     let lag = seen().lag_since(&before);

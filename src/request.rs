@@ -38,7 +38,8 @@ use crate::telemetry::{ClassMetrics, Ending, Limit};
 ///
 /// Awaiting gives [`LockError::Invalid`] for a key or a duration outside its bounds, [`LockError::Timeout`] when the wait limit has passed,
 /// [`LockError::QueueFull`], [`LockError::TooManyWaiters`] or [`LockError::TooManyKeys`] when a limit was reached, [`LockError::Unavailable`]
-/// when the shard can't be reached, [`LockError::Refused`] when it says no, and [`LockError::Closed`] after a shutdown.
+/// when the shard can't be reached, [`LockError::Refused`] when it says no, [`LockError::ShardMapMismatch`] when it has another shard map by now,
+/// [`LockError::TokenRegression`] when it issued a token that is not above earlier ones, and [`LockError::Closed`] after a shutdown.
 ///
 /// # Cancel safety
 ///

@@ -15,7 +15,7 @@ use std::time::Duration;
 use parking_lot::Mutex;
 use shardlock::{LockError, LockManager};
 use support::{PATIENCE, RedisServer, eventually};
-use support_locks::{lock, until_queued};
+use support_locks::{hand_off, lock, until_queued};
 use tracing::field::{Field, Visit};
 use tracing::level_filters::LevelFilter;
 use tracing::span::{Attributes, Id, Record};
@@ -270,4 +270,26 @@ async fn a_long_hold_is_told_while_it_lasts() {
             .is_empty()
     );
     guard.release().await.unwrap();
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn what_is_not_a_push_is_told_and_shown_at_debug_only() {
+    let listener = listener();
+    let server = RedisServer::start();
+    let locks = LockManager::builder().named_shard("strange", server.url());
+    let locks = locks.connect().await.unwrap();
+    eventually("the inbox is heard", PATIENCE, || !server.channels().is_empty()).await;
+    server.command(&["PUBLISH", &server.channels()[0], "not a push about secret-key"]);
+    let told = || listener.lines("message=the message that is not of this version's form shard=strange");
+    eventually("it is told", PATIENCE, || !told().is_empty()).await;
+    assert!(
+        told()[0].starts_with("DEBUG") && told()[0].contains("secret-key"),
+        "{told:?}",
+        told = told()
+    );
+    let warned = listener.lines("WARN message=a message in the inbox is not of this version's form");
+    assert!(warned.len() == 1 && !warned[0].contains("secret-key"), "{warned:?}");
+    // And pushes are heard after it.
+    let other = LockManager::connect(&server.url()).await.unwrap();
+    hand_off(&other, &locks, "k").await;
 }

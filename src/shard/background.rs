@@ -186,8 +186,9 @@ async fn abandon(shard: Arc<Shard>, key: LockKey, cycle: Cycle) {
                 Ok(Ok(_)) => return,
                 // It would say no again.
                 Ok(Err(error @ (StoreError::Refused(_) | StoreError::MapMismatch { .. }))) => {
-                    let error = shard.error(error, "release", Some(&key), started);
+                    let error = shard.error(error, "release", None, started);
                     tracing::warn!(%error, "a cycle could not be released; its lease, if it has one, is left to run out");
+                    tracing::debug!(%key, "the key of the cycle that could not be released");
                     return;
                 }
                 Ok(Err(StoreError::Unavailable(_))) | Err(_) => {}

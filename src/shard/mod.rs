@@ -3,8 +3,8 @@
 //! # Implementation details
 //!
 //! A task that wants a key, or gives one back, carries its own request out where it can (`request`), so that the shortest way
-//! costs no hop between tasks. Everything else is a [`Job`] for the background thread (`background`): pushes, renewals, releases of
-//! dropped guards, requests whose task went away. Both let events happen to the same queue under the entry's mutex.
+//! costs no hop between tasks. Pushes come through `inbox`. Everything else is a [`Job`] for the background thread (`background`): renewals, releases of
+//! dropped guards, requests whose task went away. All let events happen to the same queue under the entry's mutex.
 //!
 //! An entry leaves the table in the moment in which nothing is wanted, held or on its way for its key. It is marked under its
 //! mutex first, so that a task that found it just before looks again.

@@ -83,6 +83,12 @@ pub(crate) trait LeaseStore: Send + Sync + 'static {
     ) -> Pin<Box<dyn Future<Output = ()> + Send>>;
 }
 
+/// Says in the log that something is in the inbox which can't be read. It may name a key, so what it is stands there at the level of debug.
+pub(crate) fn tell_unreadable(shard: &str, message: &str) {
+    tracing::warn!(%shard, "a message in the inbox is not of this version's form; the level of debug shows it");
+    tracing::debug!(%shard, message, "the message that is not of this version's form");
+}
+
 /// What a store is given besides its address.
 #[derive(Debug, Clone)]
 pub(crate) struct StoreOptions {

@@ -1,4 +1,4 @@
-//! The options that say which shards there are and how to use them; every command has them.
+//! The options that say which shards there are and how to use them; every command but `demo` has them.
 
 use std::path::PathBuf;
 

@@ -21,7 +21,7 @@ use super::Shared;
 use super::waits::Wait;
 use crate::key::LockKey;
 use crate::protocol::{Cycle, Push};
-use crate::store::StoreError;
+use crate::store::{StoreError, tell_unreadable};
 
 /// The number of the inbox's watch.
 const INBOX: i64 = 1;
@@ -187,8 +187,7 @@ fn notes<'a>(shared: &'a Shared, told: &'a WatchResponse) -> impl Iterator<Item 
         let name = event.kv()?.key();
         let note = shared.names.read_note(name);
         if note.is_none() {
-            let name = String::from_utf8_lossy(name);
-            tracing::warn!(%name, "a note in the inbox is not of this version's form");
+            tell_unreadable(&shared.shard, &String::from_utf8_lossy(name));
         }
         let (key, cycle) = note?;
         Some(Push::Wanted { key, cycle })

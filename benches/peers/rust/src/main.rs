@@ -1,8 +1,8 @@
 //! rslock, and the raw commands as the limit, under the loads of shardlock's bench.
 //!
 //! A worker is one process of a load. It warms up, prints "ready", is told on its standard input when the measured time begins
-//! and ends ("go START END", milliseconds since 1970), and prints what it counted as one line of JSON. README.md, one folder up,
-//! has more.
+//! and ends ("go START END", milliseconds since 1970), and prints what it counted as one line of JSON. README.md in
+//! benches/peers has more.
 
 mod options;
 mod peer;

@@ -38,6 +38,7 @@ use super::topology::{Place, redirected};
 use crate::clock::Moment;
 use crate::key::Slot;
 use crate::protocol::Push;
+use crate::store::tell_unreadable;
 
 /// The first and the longest pause between attempts to subscribe.
 const PAUSE_MIN: Duration = Duration::from_millis(5);
@@ -229,7 +230,7 @@ impl Listener {
                     }),
                     Some(push) => self.push(push),
                     None => {
-                        tracing::warn!(shard = %self.shared.shard, %message, "a message in the inbox is not of this version's form");
+                        tell_unreadable(&self.shared.shard, &message);
                         Ok(())
                     }
                 }

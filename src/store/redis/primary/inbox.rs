@@ -12,7 +12,7 @@ use super::super::client::connection_info;
 use super::super::reply::{push, role};
 use super::Shared;
 use crate::protocol::Push;
-use crate::store::StoreError;
+use crate::store::{StoreError, tell_unreadable};
 
 /// The first and the longest pause before another attempt to subscribe.
 const PAUSE_MIN: Duration = Duration::from_millis(5);
@@ -48,9 +48,7 @@ pub(super) async fn listen(shared: Arc<Shared>, pushes: mpsc::UnboundedSender<Pu
                                 return;
                             }
                         }
-                        None => {
-                            tracing::warn!(%channel, message = %text, "a message in the inbox is not of this version's form")
-                        }
+                        None => tell_unreadable(&shared.shard, &text),
                     }
                 }
                 if pushes.send(Push::Disconnected).is_err() {

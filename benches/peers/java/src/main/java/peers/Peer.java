@@ -24,8 +24,8 @@ import org.redisson.config.Config;
  * Redisson's RLock and RFairLock under the loads of shardlock's bench.
  *
  * <p>A worker is one process of a load. It warms up, prints "ready", is told on its standard input when the measured time begins
- * and ends ("go START END", milliseconds since 1970), and prints what it counted as one line of JSON. README.md, three folders up,
- * has more.
+ * and ends ("go START END", milliseconds since 1970), and prints what it counted as one line of JSON. README.md in
+ * benches/peers has more.
  *
  * <p>Many tasks use the asynchronous calls, whose holder is a number instead of a thread: a thousand threads that wait are slower.
  * A process with one task uses the blocking ones, in a thread of its own.
