@@ -8,8 +8,8 @@ mod support_locks;
 
 use std::time::{Duration, Instant};
 
-use shardlock::{LockError, LossReason};
-use support::{PATIENCE, eventually, worker};
+use shardlock::{LockError, LockManager, LossReason};
+use support::{PATIENCE, RedisServer, eventually, worker};
 use support_locks::{LOCKER, TestStore, lock, obey, on_each_store, poll_once, soon, until_queued};
 
 #[test]
@@ -315,4 +315,21 @@ on_each_store! {
         next.release().await.expect("release");
         assert!(guard.release().await.expect_err("it was lost").is_lost());
     }
+}
+
+/// The server was away for longer than the TTL that leases have by default; this one lasts for an hour.
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn a_long_lease_that_could_not_be_given_back_is_given_back_when_the_server_is_there_again() {
+    let server = RedisServer::start_with(&["--appendonly", "yes", "--appendfsync", "always"]);
+    let ttl = Duration::from_millis(200);
+    let builder = LockManager::builder().shard(server.url()).ttl(ttl);
+    let locks = builder.connect().await.expect("connect");
+    let guard = locks.lock("k").ttl(Duration::from_secs(3600)).await.expect("lock");
+    server.kill();
+    drop(guard);
+    // The time during which it is tried in vain.
+    tokio::time::sleep(3 * ttl).await;
+    server.restart();
+    let other = LockManager::connect(&server.url()).await.expect("connect");
+    lock(&other, "k").await.release().await.expect("release");
 }

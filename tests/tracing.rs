@@ -290,6 +290,7 @@ async fn what_is_not_a_push_is_told_and_shown_at_debug_only() {
     let warned = listener.lines("WARN message=a message in the inbox is not of this version's form");
     assert!(warned.len() == 1 && !warned[0].contains("secret-key"), "{warned:?}");
     // And pushes are heard after it.
-    let other = LockManager::connect(&server.url()).await.unwrap();
+    let other = LockManager::builder().named_shard("strange", server.url());
+    let other = other.connect().await.unwrap();
     hand_off(&other, &locks, "k").await;
 }

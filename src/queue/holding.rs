@@ -266,19 +266,17 @@ impl<W> Queue<W> {
         held.lease.lose(reason);
         let holder = match std::mem::replace(&mut held.tenant, Tenant::Nobody) {
             Tenant::Guard(holder) => Some(holder),
-            Tenant::Nobody => None,
-            Tenant::Lingering { .. } => {
-                // A renewal may have been executed whose reply never came, and no guard will give the lease back.
-                effects.abandon(held.lease.cycle);
-                None
-            }
+            Tenant::Nobody | Tenant::Lingering { .. } => None,
         };
-        if held.extending || held.in_doubt {
-            // An extension may still execute, and take the key or a place in the queue for a cycle that nobody knows any more.
-            effects.abandon(held.lease.cycle);
-        }
-        if holder.as_ref().is_some_and(|holder| holder.waiter.is_none()) {
+        let is_out = holder.as_ref().is_some_and(|holder| holder.waiter.is_none());
+        if is_out {
             effects.lost = Some(reason);
+        }
+        // A guard that is out gives the lease back when it goes; without one nobody would. The store may still have it: it was held for too
+        // long, or a renewal was executed whose reply never came. An extension may even execute yet, and take the key or a place in the
+        // queue for a cycle that nobody knows any more.
+        if !is_out || held.extending || held.in_doubt {
+            effects.abandon(held.lease.cycle);
         }
         if let Some(id) = holder.and_then(|holder| holder.waiter) {
             // It has not collected its guard yet, and would get a lost one: it is the first to wait again.

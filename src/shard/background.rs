@@ -162,13 +162,13 @@ async fn carry_out(entry: Arc<Entry>, request: Request) {
     }
 }
 
-/// Releases a cycle that is over until the store has answered, or the lease it may have has run out.
+/// Releases a cycle that is over until the store has answered, or the lease it may have has run out. A manager that ends does not wait for the
+/// leases that last longest.
 ///
 /// First on the caller's lane, where an acquire of that cycle may still be under way: the release arrives after it. Then
 /// on the background's, which works even if the program's runtime is gone.
 async fn abandon(shard: Arc<Shard>, key: LockKey, cycle: Cycle) {
     let started = Moment::now();
-    let ttl = shard.default_ttl;
     for lane in [Lane::Caller, Lane::Background] {
         let mut pause = ABANDON_PAUSE_MIN;
         loop {
@@ -177,7 +177,7 @@ async fn abandon(shard: Arc<Shard>, key: LockKey, cycle: Cycle) {
                 cycle,
                 requeue: None,
                 nobody_waits: false,
-                ttl,
+                ttl: shard.default_ttl,
                 tokens: shard.rules.max_burst,
             };
             let answer = tokio::time::timeout(shard.timeout, shard.store.release(lane, release)).await;
@@ -194,11 +194,16 @@ async fn abandon(shard: Arc<Shard>, key: LockKey, cycle: Cycle) {
                 Ok(Err(StoreError::Unavailable(_))) | Err(_) => {}
             }
             let waited = Moment::now().since(started);
-            if lane == Lane::Caller || waited >= ttl {
+            let patience = match shard.load.ending.load(Ordering::SeqCst) {
+                true => shard.default_ttl,
+                false => shard.longest_ttl(),
+            };
+            if lane == Lane::Caller || waited >= patience {
                 break;
             }
             tokio::time::sleep(pause).await;
-            pause = (pause * 2).min(ABANDON_PAUSE_MAX);
+            // A server that was away for hours is not asked every second for each key.
+            pause = (pause * 2).min(ABANDON_PAUSE_MAX.max(waited / 16));
         }
     }
     tracing::warn!(shard = %shard.name, "a cycle could not be released; its lease, if it has one, is left to run out");

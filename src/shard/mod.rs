@@ -24,7 +24,7 @@ mod watch;
 
 use std::fmt;
 use std::sync::Arc;
-use std::sync::atomic::{AtomicBool, AtomicUsize, Ordering};
+use std::sync::atomic::{AtomicBool, AtomicU64, AtomicUsize, Ordering};
 use std::task::Waker;
 use std::time::Duration;
 
@@ -63,6 +63,8 @@ pub(crate) struct Shard {
     pub(crate) timeout: Duration,
     /// The lifetime of a lease that is granted on while a cycle is abandoned.
     pub(crate) default_ttl: Duration,
+    /// The longest lifetime that was asked for, in microseconds: no lease lasts longer.
+    longest_ttl: AtomicU64,
     pub(crate) metrics: Arc<ShardMetrics>,
     /// The metrics of requests that name no class.
     pub(crate) class: Arc<ClassMetrics>,
@@ -195,6 +197,7 @@ impl Shard {
             limits,
             timeout,
             default_ttl,
+            longest_ttl: AtomicU64::new(0),
             metrics,
             class,
             load,
@@ -220,6 +223,10 @@ impl Shard {
         waker: &Waker,
         now: Moment,
     ) -> Result<(Arc<Entry>, Wanted), LockError> {
+        if want.ttl > self.default_ttl {
+            self.longest_ttl
+                .fetch_max(want.ttl.as_micros() as u64, Ordering::Relaxed);
+        }
         loop {
             let mut is_new = false;
             let entry = self.table.get_or_insert(key, || {
@@ -244,6 +251,12 @@ impl Shard {
                 None => self.remove(&entry),
             }
         }
+    }
+
+    /// For how long a lease may last that nobody prolongs.
+    fn longest_ttl(&self) -> Duration {
+        self.default_ttl
+            .max(Duration::from_micros(self.longest_ttl.load(Ordering::Relaxed)))
     }
 
     /// Whether a lease that nobody holds may be kept.

@@ -126,6 +126,36 @@ fn max_hold_ends_a_guard_that_is_kept_alive() {
     assert_eq!(bench.release(&guard).1.abandoned, [guard.lease.cycle]);
 }
 
+/// Its task was not polled for so long, as one whose runtime is blocked. Whoever asks next would wait for the end of a lease that nobody holds.
+#[test]
+fn the_lease_of_a_guard_that_was_never_collected_is_given_back() {
+    for reply in [None, Some(RenewReply::Extended { wanted: false })] {
+        let mut bench = Bench::new();
+        let want = Want {
+            max_hold: reply.is_none().then_some(ms(70)),
+            ..WANT
+        };
+        let (id, seen) = bench.want_as(0, want);
+        let cycle = seen.asks().0;
+        bench.reply(cycle, granted(1, 1));
+        let sent_at = bench.now;
+        let seen = match reply {
+            None => {
+                bench.pass(ms(70));
+                bench.tick()
+            }
+            // The server had prolonged it when that was told too late.
+            reply => {
+                bench.pass(TTL);
+                bench.renewed(cycle, sent_at, reply)
+            }
+        };
+        assert_eq!((&seen.abandoned[..], seen.lost), (&[cycle][..], None));
+        bench.reply(seen.asks().0, granted(2, 2));
+        assert_eq!(bench.guard(id).token.get(), 2);
+    }
+}
+
 #[test]
 fn max_hold_counts_for_each_guard() {
     let mut bench = Bench::new();
