@@ -67,6 +67,10 @@ impl LockManager {
     /// `redis://[[user]:password@]host[:port][/db]` is a Redis or Valkey primary, `rediss://` the same through TLS; `memory://[name]` lives inside
     /// this process. [`Endpoint`] lists them all.
     ///
+    /// Connect on the runtime whose tasks will lock: hand-offs from other processes are heard there, so that one wakes no other thread. Should that
+    /// runtime end, a thread of the manager hears them. Should it stand still while tasks of another one wait, those get the lock when the lease of its last
+    /// owner ends.
+    ///
     /// # Errors
     ///
     /// [`LockError::Invalid`] for a URL that is none, [`LockError::Unavailable`] if the shard can't be reached within `store_timeout`,

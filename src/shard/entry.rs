@@ -177,8 +177,10 @@ impl Entry {
             effects.wake = Wake::None;
         }
         let look_at = before.is_spare.then(|| state.queue.look_at()).flatten();
-        self.count(before, &state.queue);
+        let after = Standing::of(&state.queue);
+        self.count(before, after);
         drop(state);
+        self.count_spare(before, after);
         if let Some(look_at) = look_at {
             self.shard.watch.look_at(look_at);
         }
@@ -294,7 +296,8 @@ impl Entry {
         let mut state = self.state.lock();
         let before = Standing::of(&state.queue);
         let (result, mut effects) = event(&mut state.queue, cx);
-        self.count(before, &state.queue);
+        let after = Standing::of(&state.queue);
+        self.count(before, after);
         let look_at = state.queue.look_at();
         if effects.abandoned.iter().any(Option::is_some) {
             drop(state);
@@ -303,25 +306,31 @@ impl Entry {
             state = self.state.lock();
         }
         self.remove_if_unused(state);
+        self.count_spare(before, after);
         if let Some(look_at) = look_at {
             self.shard.watch.look_at(look_at);
         }
         (result, self.carry_out(effects))
     }
 
-    /// Counts what an event has changed.
-    fn count(&self, before: Standing, queue: &Queue<Waker>) {
+    /// Counts what an event has changed, under the mutex of the entry.
+    fn count(&self, before: Standing, after: Standing) {
         let metrics = &self.shard.metrics;
-        let after = Standing::of(queue);
         match (before.holds, after.holds) {
             (false, true) => metrics.lease_came(),
             (true, false) => metrics.lease_went(),
             _ => {}
         }
-        match (before.is_spare, after.is_spare) {
-            (false, true) => metrics.lease_lingers(),
-            (true, false) => metrics.lease_lingers_no_more(),
-            _ => {}
+        if !before.is_spare && after.is_spare {
+            metrics.lease_lingers();
+        }
+    }
+
+    /// Counts that the key is not spare any more; once it has left the table if it does, since until then it would seem to be in use where
+    /// the limit of keys is checked.
+    fn count_spare(&self, before: Standing, after: Standing) {
+        if before.is_spare && !after.is_spare {
+            self.shard.metrics.lease_lingers_no_more();
         }
     }
 

@@ -6,8 +6,8 @@
 //! than that of the task that it is for: a hop between threads costs about as much as the way from the server. Once that runtime is gone, the
 //! background thread does both. What a store does besides (following a failover, keeping places in a line) stays on that thread at all times.
 //!
-//! Where the program's runtime stands still, its tasks could not have taken a grant anyway. What else may wait in the inbox is that another process
-//! wants a key: the next renewal, which does not need that runtime, tells the same.
+//! Where the program's runtime stands still, its tasks could not have taken a grant anyway; those of another runtime ask again when the lease of the
+//! owner ends. What else may wait in the inbox is that another process wants a key: the next renewal, which does not need that runtime, tells the same.
 
 use std::sync::Arc;
 

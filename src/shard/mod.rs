@@ -274,7 +274,10 @@ impl Shard {
         if used <= limit {
             return Ok(());
         }
-        if used.saturating_sub(self.load.spare()) <= limit {
+        // The spare ones first: what leaves the table meanwhile was spare, and would be missing among them.
+        let spare = self.load.spare();
+        let used = self.load.keys.load(Ordering::Relaxed);
+        if used.saturating_sub(spare) <= limit {
             if !self.load.makes_room.swap(true, Ordering::SeqCst) {
                 self.send(Job::MakeRoom);
             }

@@ -84,7 +84,7 @@ impl World {
         if abandon.lane == Lane::Caller {
             let lane = Lane::Background;
             self.release_abandoned(m, Abandon { lane, ..abandon });
-        } else if waited < self.plan.ttls[0] {
+        } else if waited < self.plan.ttls.iter().copied().max().unwrap_or_default() {
             let at = self.now + super::clock::nanos(abandon.pause);
             let pause = (abandon.pause * 2).min(PAUSE_MAX);
             let again = Abandon { pause, ..abandon };

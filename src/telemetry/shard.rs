@@ -162,7 +162,8 @@ impl ShardMetrics {
 
     /// It has a guard, is lost, or was given back.
     pub(crate) fn lease_lingers_no_more(&self) {
-        self.lingering.fetch_sub(1, Ordering::Relaxed);
+        // Whoever does not count it any more sees what came before this.
+        self.lingering.fetch_sub(1, Ordering::Release);
     }
 
     pub(crate) fn waiters(&self) -> usize {
@@ -174,7 +175,7 @@ impl ShardMetrics {
     }
 
     pub(crate) fn lingering(&self) -> usize {
-        self.lingering.load(Ordering::Relaxed)
+        self.lingering.load(Ordering::Acquire)
     }
 
     pub(crate) fn lost(&self, reason: LossReason) {

@@ -10,6 +10,7 @@ use deadpool_redis::redis::{
 };
 use deadpool_redis::{Connection, Manager, Pool, PoolError};
 use parking_lot::Mutex;
+use tokio::runtime::Handle;
 
 use super::super::client::{connection_info, with_reason};
 use super::super::reply::{as_text, role, server_time};
@@ -18,6 +19,7 @@ use super::plain::{self, Traffic, UnderWay};
 use crate::clock::Moment;
 use crate::endpoint::ServerUrl;
 use crate::fence::FencingToken;
+use crate::program::done_there;
 use crate::store::StoreError;
 
 /// A connection, opened once and kept: checking one out of a pool for each request would cost a round trip each.
@@ -32,6 +34,8 @@ pub(super) struct Link {
     /// How many attempts failed.
     failed: AtomicU64,
     traffic: Traffic,
+    /// The runtime on which the tasks are that use it, where its driver belongs. Nothing if they are wherever it is opened.
+    home: Option<Handle>,
 }
 
 struct Current {
@@ -55,7 +59,7 @@ const FAILOVER_PAUSE_MIN: Duration = Duration::from_millis(10);
 const FAILOVER_PAUSE_MAX: Duration = Duration::from_millis(100);
 
 impl Link {
-    pub(super) fn new(shared: &Arc<Shared>) -> Self {
+    pub(super) fn new(shared: &Arc<Shared>, home: Option<Handle>) -> Self {
         Self {
             shared: Arc::clone(shared),
             current: Mutex::new(None),
@@ -63,6 +67,7 @@ impl Link {
             connecting: tokio::sync::Mutex::new(None),
             failed: AtomicU64::new(0),
             traffic: Traffic::default(),
+            home,
         }
     }
 
@@ -152,14 +157,18 @@ impl Link {
         let switches = shared.moves.switches();
         let info = connection_info(server, &shared.tls);
         let info = info.map_err(|error| StoreError::Refused(error.to_string().into()))?;
-        let connecting = async {
-            match info.addr() {
-                ConnectionAddr::Tcp(host, port) => {
-                    plain::connect((host, *port), &info, settings(shared), shared.timeout, &self.traffic).await
+        let connecting = done_there(self.home.as_ref(), shared.timeout / 2, || {
+            let (info, settings, timeout, traffic) =
+                (info.clone(), settings(shared), shared.timeout, self.traffic.clone());
+            async move {
+                match info.addr() {
+                    ConnectionAddr::Tcp(host, port) => {
+                        plain::connect((host, *port), &info, settings, timeout, &traffic).await
+                    }
+                    _ => pooled(&info, settings).await,
                 }
-                _ => pooled(&info, settings(shared)).await,
             }
-        };
+        });
         let mut connection = with_reason(&info, shared.timeout, connecting).await?;
         self.greet(&mut connection, server.place()).await?;
         shared.metrics.connects.increment(1);

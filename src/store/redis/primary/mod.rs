@@ -134,10 +134,10 @@ impl RedisStore {
             seen: (0..SLOTS).map(|_| AtomicU64::new(0)).collect(),
             tenure,
         });
-        let link = || Arc::new(Link::new(&shared));
+        let callers = (0..options.connections.max(1)).map(|_| Link::new(&shared, Handle::try_current().ok()));
         Ok(Self {
-            callers: (0..options.connections.max(1)).map(|_| link()).collect(),
-            background: link(),
+            callers: callers.map(Arc::new).collect(),
+            background: Arc::new(Link::new(&shared, None)),
             shared,
         })
     }

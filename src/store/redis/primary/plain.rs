@@ -12,6 +12,7 @@
 
 use std::future::Future;
 use std::io;
+use std::net::SocketAddr;
 use std::pin::Pin;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicUsize, Ordering};
@@ -20,7 +21,8 @@ use std::time::Duration;
 
 use deadpool_redis::redis::aio::MultiplexedConnection;
 use deadpool_redis::redis::{AsyncConnectionConfig, ConnectionInfo, RedisResult};
-use tokio::net::TcpStream;
+use futures_util::future::select_ok;
+use tokio::net::{TcpStream, lookup_host};
 
 use super::super::client::prepare;
 
@@ -54,14 +56,14 @@ impl Drop for UnderWay {
 
 /// Connects, and starts the driver on the current runtime.
 pub(super) async fn connect(
-    (host, port): (&str, u16),
+    place: (&str, u16),
     info: &ConnectionInfo,
     config: AsyncConnectionConfig,
     timeout: Duration,
     traffic: &Traffic,
 ) -> RedisResult<MultiplexedConnection> {
     let connecting = async {
-        let stream = TcpStream::connect((host, port)).await?;
+        let stream = reach(lookup_host(place).await?).await?;
         prepare(&stream)?;
         let (connection, driver) =
             MultiplexedConnection::new_with_config(info.redis_settings(), stream, config).await?;
@@ -74,6 +76,18 @@ pub(super) async fn connect(
     };
     let silent = |_| io::Error::new(io::ErrorKind::TimedOut, format!("no answer within {timeout:?}"));
     tokio::time::timeout(timeout, connecting).await.map_err(silent)?
+}
+
+/// A stream to that address of a server which answers first, as the client library has it: one of them may swallow whatever is sent to it.
+async fn reach(addresses: impl Iterator<Item = SocketAddr>) -> io::Result<TcpStream> {
+    let reaching: Vec<_> = addresses.map(|address| Box::pin(TcpStream::connect(address))).collect();
+    if reaching.is_empty() {
+        return Err(io::Error::new(
+            io::ErrorKind::NotFound,
+            "the name of the server has no address",
+        ));
+    }
+    select_ok(reaching).await.map(|(stream, _)| stream)
 }
 
 /// A task that lets all who are in line go first whenever it is woken while traffic is dense. It ends when all handles of its connection are gone.
@@ -100,8 +114,33 @@ impl<F: Future> Future for LastInLine<F> {
 #[cfg(test)]
 mod tests {
     use std::cell::Cell;
+    use std::task::Waker;
+
+    use deadpool_redis::redis::io::tcp::socket2::SockRef;
 
     use super::*;
+
+    #[tokio::test]
+    async fn an_address_that_swallows_everything_does_not_keep_from_the_others() {
+        let listen = || std::net::TcpListener::bind("127.0.0.1:0").unwrap();
+        let (silent, open) = (listen(), listen());
+        let [hole, good] = [&silent, &open].map(|listener| listener.local_addr().unwrap());
+        // A place for one that nobody accepts: the system drops what others send until there is room.
+        SockRef::from(&silent).listen(0).unwrap();
+        let _takes_it = std::net::TcpStream::connect(hole).unwrap();
+        let mut swallowed = Box::pin(reach([hole].into_iter()));
+        assert!(
+            swallowed
+                .as_mut()
+                .poll(&mut Context::from_waker(Waker::noop()))
+                .is_pending()
+        );
+        let stream = reach([hole, good, hole].into_iter()).await.unwrap();
+        assert_eq!(stream.peer_addr().unwrap(), good);
+        drop(open);
+        assert!(reach([good].into_iter()).await.is_err());
+        assert!(reach(std::iter::empty()).await.is_err());
+    }
 
     #[tokio::test]
     async fn what_is_ready_goes_first_while_traffic_is_dense() {
