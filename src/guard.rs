@@ -10,6 +10,7 @@ use crate::fence::FencingToken;
 use crate::lease::Lease;
 use crate::queue::{Granted, Request};
 use crate::shard::{Entry, Job};
+use crate::span::DebugSpan;
 use crate::store::Lane;
 use crate::telemetry::ClassMetrics;
 
@@ -33,7 +34,7 @@ pub struct LockGuard {
     /// Whether its times are among those that are recorded.
     is_recorded: bool,
     /// As long as the guard.
-    span: tracing::Span,
+    span: DebugSpan,
     /// Whether it was given back already.
     released: bool,
 }
@@ -53,15 +54,16 @@ impl LockGuard {
             class,
             since: at,
             is_recorded,
-            span: tracing::Span::none(),
+            span: DebugSpan::default(),
             released: false,
         }
     }
 
     /// Opens the span that lasts as long as the guard, under the current one. Where nobody listens at that level, nothing is formatted.
     pub(crate) fn open_span(&mut self) {
-        self.span =
-            tracing::debug_span!("hold", key = %self.entry.key, shard = %self.entry.shard.name, token = %self.token);
+        self.span = DebugSpan::open(
+            || tracing::debug_span!("hold", key = %self.entry.key, shard = %self.entry.shard.name, token = %self.token),
+        );
     }
 
     /// The key.
@@ -154,7 +156,7 @@ impl LockGuard {
     }
 
     fn give_back(&mut self) -> (bool, Option<Request>) {
-        self.span = tracing::Span::none();
+        self.span = DebugSpan::default();
         self.released = true;
         let now = Moment::now();
         if self.is_recorded {

@@ -22,6 +22,7 @@ mod router;
 mod shard;
 #[cfg(test)]
 mod simulation;
+mod span;
 mod store;
 mod telemetry;
 mod view;

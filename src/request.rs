@@ -20,6 +20,7 @@ use crate::manager::Inner;
 use crate::notice::Waited;
 use crate::queue::{Linger, WaiterId, Want};
 use crate::shard::{Asked, Driven, Entry, Job, Settled};
+use crate::span::DebugSpan;
 use crate::store::Lane;
 use crate::telemetry::{ClassMetrics, Ending, Limit};
 
@@ -186,7 +187,7 @@ impl LockRequest {
                 at: Moment::default(),
                 caller,
             },
-            span: tracing::Span::none(),
+            span: DebugSpan::default(),
             place: None,
             timer: None,
             ended: false,
@@ -204,7 +205,7 @@ struct Acquiring {
     /// `None` for the default class.
     class: Option<Arc<ClassMetrics>>,
     asked: Asked,
-    span: tracing::Span,
+    span: DebugSpan,
     place: Option<Place>,
     /// Made when there is something to wait for, since most requests end before.
     timer: Option<Pin<Box<Sleep>>>,
@@ -354,10 +355,10 @@ impl Future for Acquiring {
         if self.place.is_none()
             && let Some(key) = &self.key
         {
-            // Where nobody listens at that level, the key is not formatted.
-            self.span = tracing::debug_span!("acquire", %key, only_try = self.want.only_try);
+            let only_try = self.want.only_try;
+            self.span = DebugSpan::open(|| tracing::debug_span!("acquire", %key, only_try));
         }
-        let span = std::mem::replace(&mut self.span, tracing::Span::none());
+        let span = std::mem::take(&mut self.span);
         let polled = span.in_scope(|| self.poll_place(cx));
         let Poll::Ready(mut result) = polled else {
             self.span = span;

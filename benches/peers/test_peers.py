@@ -9,6 +9,7 @@ import xml.etree.ElementTree
 import plots
 import results
 from aggregate import aggregate, bucket, bucket_bottom, bucket_top, corrected, jain, middle, percentile
+from loads import LOADS
 from servers import difference
 
 HERE = pathlib.Path(__file__).resolve().parent
@@ -162,6 +163,13 @@ class Document(unittest.TestCase):
         rows = [line for line in text.splitlines() if line.startswith("|")]
         for table in ([r for r in rows if r.count("|") < 5], [r for r in rows if r.count("|") >= 5]):
             self.assertEqual(len({len(re.findall(r"(?<!\\)\|", row)) for row in table}), 1, table)
+
+    def test_a_hold_says_what_part_of_the_time_it_is(self):
+        line = {"locks_per_s": 160.0, "hold_ms": {"mean": 6.0}}
+        convoy, fan_in = (next(load for load in LOADS if load.name == name) for name in ("convoy-40", "fan-in-8"))
+        self.assertEqual(results.held(convoy, line), "6.00 (0.96)")
+        self.assertEqual(results.held(fan_in, line), "–")
+        self.assertEqual(results.held(convoy, {"locks_per_s": 0.0}), "–")
 
     def test_what_was_written_by_hand_stays(self):
         with tempfile.TemporaryDirectory() as folder:

@@ -131,8 +131,10 @@ pub(crate) struct Want {
     pub(crate) expects_rivals: bool,
 }
 
-/// How a lock was had.
+/// How a lock was had. As large as the place that it has in [`Granted`] in any case: an outcome is copied in whole words then, where a single
+/// byte and what lies unused behind it took several steps that wait for each other.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
+#[repr(usize)]
 pub(crate) enum Path {
     /// The key was free.
     Uncontended,
