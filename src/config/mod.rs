@@ -272,8 +272,8 @@ impl Config {
 
     /// Sets one value by its name, from text: `set("ttl", "10s")`.
     ///
-    /// Durations are written like `500ms`, `10s` or `2m`; `timeout`, `max_hold`, `slow_wait`, `long_hold` and the files of `tls_` may be `none`. `shards` is a list of
-    /// `url` or `name=url`, separated by commas or spaces; it replaces the shards that were there.
+    /// Durations are written like `500ms`, `10s` or `2m`; `timeout`, `max_hold`, `slow_wait`, `long_hold` and the files of `tls_` may be
+    /// `none`. `shards` is a list of `url` or `name=url`, separated by commas or spaces; it replaces the shards that were there.
     ///
     /// # Errors
     ///

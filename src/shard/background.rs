@@ -202,8 +202,7 @@ async fn abandon(shard: Arc<Shard>, key: LockKey, cycle: Cycle) {
                 break;
             }
             tokio::time::sleep(pause).await;
-            // A server that was away for hours is not asked every second for each key.
-            pause = (pause * 2).min(ABANDON_PAUSE_MAX.max(waited / 16));
+            pause = (pause * 2).min((waited / 16).clamp(ABANDON_PAUSE_MAX, ABANDON_PAUSE_LATER));
         }
     }
     tracing::warn!(shard = %shard.name, "a cycle could not be released; its lease, if it has one, is left to run out");
@@ -211,6 +210,8 @@ async fn abandon(shard: Arc<Shard>, key: LockKey, cycle: Cycle) {
 
 const ABANDON_PAUSE_MIN: Duration = Duration::from_millis(20);
 const ABANDON_PAUSE_MAX: Duration = Duration::from_secs(1);
+/// The longest after a while: a server that is away for hours is not asked every second for each key. The end of the manager waits for it.
+const ABANDON_PAUSE_LATER: Duration = Duration::from_secs(4);
 
 /// Nobody can want a key any more: what is kept for that is given back, and what guards still hold is not kept after them.
 fn leave(shards: &[Arc<Shard>]) {
