@@ -194,9 +194,10 @@ async fn abandon(shard: Arc<Shard>, key: LockKey, cycle: Cycle) {
                 Ok(Err(StoreError::Unavailable(_))) | Err(_) => {}
             }
             let waited = Moment::now().since(started);
-            let patience = match shard.load.ending.load(Ordering::SeqCst) {
-                true => shard.default_ttl,
-                false => shard.longest_ttl(),
+            let patience = if shard.load.ending.load(Ordering::SeqCst) {
+                shard.default_ttl
+            } else {
+                shard.longest_ttl()
             };
             if lane == Lane::Caller || waited >= patience {
                 break;

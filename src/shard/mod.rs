@@ -63,7 +63,7 @@ pub(crate) struct Shard {
     pub(crate) timeout: Duration,
     /// The lifetime of a lease that is granted on while a cycle is abandoned.
     pub(crate) default_ttl: Duration,
-    /// The longest lifetime that was asked for, in microseconds: no lease lasts longer.
+    /// The longest lifetime that was asked for, or the default one, in microseconds: no lease lasts longer.
     longest_ttl: AtomicU64,
     pub(crate) metrics: Arc<ShardMetrics>,
     /// The metrics of requests that name no class.
@@ -167,6 +167,11 @@ pub(crate) struct Parts {
     pub(crate) jobs: mpsc::UnboundedSender<Job>,
 }
 
+/// A lifetime, which is a day at most.
+const fn in_micros(ttl: Duration) -> u64 {
+    ttl.as_micros() as u64
+}
+
 impl Shard {
     pub(crate) fn new(parts: Parts) -> Arc<Self> {
         let Parts {
@@ -197,7 +202,7 @@ impl Shard {
             limits,
             timeout,
             default_ttl,
-            longest_ttl: AtomicU64::new(0),
+            longest_ttl: AtomicU64::new(in_micros(default_ttl)),
             metrics,
             class,
             load,
@@ -223,9 +228,9 @@ impl Shard {
         waker: &Waker,
         now: Moment,
     ) -> Result<(Arc<Entry>, Wanted), LockError> {
-        if want.ttl > self.default_ttl {
-            self.longest_ttl
-                .fetch_max(want.ttl.as_micros() as u64, Ordering::Relaxed);
+        // Seldom true, so that tasks of several threads do not write to one place.
+        if want.ttl > self.longest_ttl() {
+            self.longest_ttl.fetch_max(in_micros(want.ttl), Ordering::Relaxed);
         }
         loop {
             let mut is_new = false;
@@ -255,8 +260,7 @@ impl Shard {
 
     /// For how long a lease may last that nobody prolongs.
     fn longest_ttl(&self) -> Duration {
-        self.default_ttl
-            .max(Duration::from_micros(self.longest_ttl.load(Ordering::Relaxed)))
+        Duration::from_micros(self.longest_ttl.load(Ordering::Relaxed))
     }
 
     /// Whether a lease that nobody holds may be kept.

@@ -19,7 +19,7 @@ use super::plain::{self, Traffic, UnderWay};
 use crate::clock::Moment;
 use crate::endpoint::ServerUrl;
 use crate::fence::FencingToken;
-use crate::program::done_there;
+use crate::program::soon_there;
 use crate::store::StoreError;
 
 /// A connection, opened once and kept: checking one out of a pool for each request would cost a round trip each.
@@ -157,7 +157,7 @@ impl Link {
         let switches = shared.moves.switches();
         let info = connection_info(server, &shared.tls);
         let info = info.map_err(|error| StoreError::Refused(error.to_string().into()))?;
-        let connecting = done_there(self.home.as_ref(), shared.timeout / 2, || {
+        let connecting = soon_there(self.home.as_ref(), shared.timeout / 2, || {
             let (info, settings, timeout, traffic) =
                 (info.clone(), settings(shared), shared.timeout, self.traffic.clone());
             async move {
