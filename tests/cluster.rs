@@ -315,20 +315,30 @@ async fn a_slot_half_way_between_two_nodes_is_asked_again_until_it_is_there() {
         cluster.script_calls() - calls
     );
 
-    // CLUSTERDOWN: nobody owns a slot, and so no slot is served.
-    cluster.nodes()[2].command(&["CLUSTER", "DELSLOTS", &slot(&key_on(&cluster, 2)).to_string()]);
-    until("a node is down", async || {
-        let info: String = cluster.nodes()[2].query(&["CLUSTER", "INFO"]);
-        info.contains("cluster_state:fail")
+    // CLUSTERDOWN: nobody owns a slot, and so no slot is served. All nodes are told: one that is not still leads to its last owner.
+    let unowned = key_on(&cluster, 2);
+    let down = names()
+        .find(|key| slot(key) != slot(&unowned) && cluster.owner(slot(key)) == 2)
+        .expect("some key");
+    for node in cluster.nodes() {
+        node.command(&["CLUSTER", "DELSLOTS", &slot(&unowned).to_string()]);
+    }
+    until("all nodes are down", async || {
+        cluster.nodes().iter().all(|node| {
+            let info: String = node.query(&["CLUSTER", "INFO"]);
+            info.contains("cluster_state:fail")
+        })
     })
     .await;
-    let down = names().find(|key| slot(key) > 2 * 16384 / 3 + 1).expect("a key");
-    let error = impatient.lock(&down).await.expect_err("the cluster is down");
-    assert!(
-        matches!(error, LockError::Unavailable { .. }) && error.is_retryable(),
-        "{error}"
-    );
-    assert!(error.to_string().contains("ClusterDown"), "{error}");
+    let no_owner = format!("slot {} has no owner", slot(&unowned));
+    for (key, words) in [(down, "ClusterDown"), (unowned, no_owner.as_str())] {
+        let error = impatient.lock(&key).await.expect_err("the cluster is down");
+        assert!(
+            matches!(error, LockError::Unavailable { .. }) && error.is_retryable(),
+            "{error}"
+        );
+        assert!(error.to_string().contains(words), "{error}");
+    }
 }
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
