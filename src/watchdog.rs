@@ -83,10 +83,12 @@ async fn renew(shard: Arc<Shard>, due: Vec<(Arc<Entry>, Renewal)>) {
     for ((entry, renewal), reply) in due.into_iter().zip(replies) {
         match reply {
             Some(RenewReply::Extended { .. }) => shard.metrics.renewed.increment(1),
-            Some(RenewReply::NotOurs) => {
+            // What was given back meanwhile is not ours either, as it should be.
+            Some(RenewReply::NotOurs) if entry.holds(renewal.cycle) => {
                 tracing::debug!(key = %entry.key, shard = %shard.name, "a lease is not ours any more");
                 shard.metrics.renewed_not_ours.increment(1);
             }
+            Some(RenewReply::NotOurs) => {}
             None => shard.metrics.renewal_failed.increment(1),
         }
         entry.in_background(|queue, cx| queue.renewed(renewal.cycle, renewal.ttl, sent_at, reply, cx));

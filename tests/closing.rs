@@ -295,7 +295,7 @@ on_each_store! {
     on(pausable, own);
 
     async fn a_shutdown_without_its_servers_ends_in_time(store: &TestStore) {
-        let locks = store.builder().store_timeout(Duration::from_millis(200)).connect().await.expect("connect");
+        let locks = store.builder().store_timeout(Duration::from_millis(600)).connect().await.expect("connect");
         let guard = lock(&locks, "k").await;
         let waiting = tokio::spawn(locks.lock("k").into_future());
         store.servers().stand_still();

@@ -113,7 +113,7 @@ on_each_store! {
 on_each_store! { on(redis etcd, own);
     async fn a_server_that_does_not_answer_is_an_error_after_the_store_timeout(store: &TestStore) {
         let servers = store.servers();
-        let limit = Duration::from_millis(300);
+        let limit = Duration::from_secs(1);
         let builder = store.builder().store_timeout(limit);
         let locks = builder.connect().await.expect("connect");
         lock(&locks, "k").await.release().await.expect("release");

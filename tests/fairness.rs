@@ -61,8 +61,9 @@ async fn contend(me: &worker::Current) {
     me.say(had.load(Ordering::Relaxed).to_string());
 }
 
-/// What a contender is asked for the number of its turns by.
+/// What a contender is asked for the number of its turns by, and what it is stopped by.
 const COUNT: &str = "count";
+const STOP: &str = "stop";
 
 /// For how long processes contend at least, and how many turns all of them together must have had then: what each of them got means nothing
 /// where a machine, or a server, does only few in that time.
@@ -79,12 +80,16 @@ async fn shares(store: &TestStore, tasks: &[usize]) -> Vec<u64> {
         .collect();
     until_queued(&watcher, "k", tasks.len() as u64).await;
     guard.release().await.expect("release");
+    // While all contend: whoever is the last to stop has the key for itself.
+    let mut shares = Vec::new();
     until("there were enough turns", async || {
         tokio::time::sleep(CONTEND).await;
-        turns_of(&mut contenders, COUNT).iter().sum::<u64>() >= TURNS_MIN
+        shares = turns_of(&mut contenders, COUNT);
+        shares.iter().sum::<u64>() >= TURNS_MIN
     })
     .await;
-    turns_of(&mut contenders, "stop")
+    turns_of(&mut contenders, STOP);
+    shares
 }
 
 /// Says this to all of them, and hears how often each had the lock.

@@ -382,7 +382,7 @@ on_each_store! {
 
     /// Another library's client can't ask for the key: it finds it taken until the time is over.
     async fn another_librarys_client_finds_it_taken(store: &TestStore) {
-        let locks = connect(patient(store).linger(Duration::from_millis(300))).await;
+        let locks = connect(patient(store).linger(Duration::from_secs(2))).await;
         use_once(&locks, "k").await;
         let take = || store.servers().command(&["SET", "lock:k", "theirs", "NX", "PX", "60000"]);
         assert_eq!(take(), redis::Value::Nil);

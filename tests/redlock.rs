@@ -392,7 +392,8 @@ fn percentile(times: &mut [Duration], part: f64) -> Duration {
 /// Takes turns between quorums so that a moment in which the machine is slow meets all of them.
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn two_silent_or_dead_nodes_do_not_slow_the_others() {
-    const ROUNDS: usize = 400;
+    // So many that a few moments in which the machine is slow are not what the 99th percentile is made of.
+    const ROUNDS: usize = 1600;
     let quorums = [Quorum::start(5), Quorum::start(5), Quorum::start(5)];
     let mut managers = Vec::new();
     for quorum in &quorums {

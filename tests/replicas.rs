@@ -9,7 +9,7 @@ mod support_locks;
 use std::future::IntoFuture;
 use std::time::{Duration, Instant};
 
-use shardlock::{LockError, LockManager, LossReason};
+use shardlock::{Builder, LockError, LockManager, LossReason};
 use support::RedisServer;
 use support::sentinel::{Watched, in_step};
 use support_locks::{lock, lock_in_time, lock_keys, soon, until, until_queued, waiting};
@@ -17,9 +17,17 @@ use support_locks::{lock, lock_in_time, lock_keys, soon, until, until_queued, wa
 /// Long enough that no test waits for its end by mistake.
 const LONG_TTL: Duration = Duration::from_secs(60);
 
+/// Replicas are waited for nearly as long, and the server looks at what is over ten times a second: there is room for that, and for a machine
+/// that is slow.
+const STORE_TIMEOUT: Duration = Duration::from_secs(2);
+
+fn confirmed(url: &str) -> Builder {
+    let builder = LockManager::builder().shard(url).store_timeout(STORE_TIMEOUT);
+    builder.min_replicas_acked(1)
+}
+
 async fn connect_confirmed(url: &str) -> LockManager {
-    let builder = LockManager::builder().shard(url).min_replicas_acked(1);
-    builder.connect().await.expect("connect")
+    confirmed(url).connect().await.expect("connect")
 }
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
@@ -37,7 +45,7 @@ async fn with_too_few_replicas_nothing_is_locked_and_nothing_is_left() {
         for part in ["only 0 of 1 replicas confirmed", "min_replicas_acked = 1"] {
             assert!(error.to_string().contains(part), "{error}");
         }
-        assert!(started.elapsed() < Duration::from_secs(1), "{:?}", started.elapsed());
+        assert!(started.elapsed() < STORE_TIMEOUT, "{:?}", started.elapsed());
         until("nothing is left", async || lock_keys(&primary).is_empty()).await;
     };
     // By the free path, and by script, since the key is known to be wanted by others then.
@@ -112,8 +120,7 @@ async fn a_lock_that_was_handed_over_is_on_the_replica_before_it_is_entered() {
 async fn a_lock_that_comes_back_to_its_own_process_is_confirmed_as_well() {
     let watched = Watched::start(1);
     let url = watched.url();
-    let builder = LockManager::builder().shard(&url).min_replicas_acked(1).max_burst(1);
-    let one = builder.connect().await.expect("connect");
+    let one = confirmed(&url).max_burst(1).connect().await.expect("connect");
     let other = connect_confirmed(&url).await;
     let (primary, replica) = (watched.primary(), watched.replicas()[0]);
     for is_up in [true, false] {

@@ -133,6 +133,19 @@ async fn connections_are_seen_and_cut_by_their_type() {
         .exec(&mut commands)
         .expect("the other connection lives");
 
+    redis::cmd("CLIENT")
+        .arg("SETNAME")
+        .arg("spared-1")
+        .exec(&mut commands)
+        .expect("a name");
+    server.client_kill_but(ClientType::Normal, "spared-");
+    redis::cmd("PING").exec(&mut commands).expect("who is spared lives");
+    server.client_kill_but(ClientType::Normal, "another-");
+    redis::cmd("PING")
+        .exec(&mut commands)
+        .expect_err("the connection was cut");
+
+    let mut commands = client.get_connection().expect("connect");
     assert_eq!(server.client_kill(ClientType::Normal), 1);
     redis::cmd("PING")
         .exec(&mut commands)

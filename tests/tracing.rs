@@ -126,7 +126,7 @@ async fn acquiring_holding_and_renewing_are_spans() {
     let listener = listener();
     let locks = LockManager::builder()
         .named_shard("spans", "memory://tracing-spans")
-        .ttl(Duration::from_millis(100));
+        .ttl(Duration::from_secs(1));
     let locks = locks.connect().await.unwrap();
     let guard = lock(&locks, "in-a-span").await;
     let token = guard.token();
@@ -174,11 +174,14 @@ fn no_key_is_told_above_debug() {
         });
     });
     let said = listener.said.lock();
-    assert_eq!(said.len(), 1, "{said:?}");
     assert!(
-        said[0].starts_with("WARN") && !said[0].contains("secret-key"),
+        said.iter()
+            .all(|line| line.starts_with("WARN") && !line.contains("secret-key")),
         "{said:?}"
     );
+    // Where the machine was slow, the first request was, too; it has another place.
+    let of_the_second = said.iter().filter(|line| line.contains("caller=tests/tracing.rs:"));
+    assert_eq!(of_the_second.count(), 1, "{said:?}");
 }
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]

@@ -249,6 +249,12 @@ impl Entry {
         }
     }
 
+    /// Whether the lease of that cycle is still ours, as far as is known here.
+    pub(crate) fn holds(&self, cycle: Cycle) -> bool {
+        let state = self.state.lock();
+        state.queue.lease().is_some_and(|(lease, _)| lease.cycle == cycle)
+    }
+
     /// Until when its lease is kept without a guard, if it is.
     pub(super) fn lingers_until(&self) -> Option<Moment> {
         self.state.lock().queue.lingers_until()

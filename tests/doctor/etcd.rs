@@ -154,7 +154,7 @@ async fn another_shard_map_is_an_error_that_shows_both() {
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn a_ttl_that_etcd_does_not_give_is_warned_of() {
     let etcd = Etcd::start().await;
-    let said = examine(&etcd.url(), &["--set", "ttl=1500ms", "--set", "store_timeout=300ms"]);
+    let said = examine(&etcd.url(), &["--set", "ttl=1500ms", "--set", "store_timeout=650ms"]);
     said.complains_only("lease-ttl", "warning", &["ttl 1.5s", "set ttl to 2s or more"]);
 }
 

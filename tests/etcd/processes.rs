@@ -26,7 +26,8 @@ async fn the_tool_runs_commands_under_a_lock_and_shows_it() {
     assert_eq!(ended.code, 0, "{ended:?}");
     let theirs: u64 = ended.stdout.trim().parse().unwrap_or_else(|_| panic!("{ended:?}"));
     assert!(theirs > token);
-    // The tool ends when it has given everything back.
+    // The tool ends when it has given everything back; what is ours is given back here.
+    locks.shutdown().await;
     assert_eq!((etcd.lock_keys().await.len(), etcd.leases().await), (0, 0));
 }
 

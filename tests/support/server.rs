@@ -53,6 +53,15 @@ pub enum ClientType {
     PubSub,
 }
 
+impl ClientType {
+    const fn name(self) -> &'static str {
+        match self {
+            Self::Normal => "normal",
+            Self::PubSub => "pubsub",
+        }
+    }
+}
+
 impl RedisServer {
     /// Starts a server and waits until it answers.
     #[track_caller]
@@ -288,11 +297,22 @@ impl RedisServer {
     /// Cuts all connections of this type except the one that asks, and returns how many there were.
     #[track_caller]
     pub fn client_kill(&self, kind: ClientType) -> u64 {
-        let kind = match kind {
-            ClientType::Normal => "normal",
-            ClientType::PubSub => "pubsub",
-        };
-        self.query(&["CLIENT", "KILL", "TYPE", kind, "SKIPME", "yes"])
+        self.query(&["CLIENT", "KILL", "TYPE", kind.name(), "SKIPME", "yes"])
+    }
+
+    /// Cuts the connections of this type except the one that asks and those whose names begin like that.
+    #[track_caller]
+    pub fn client_kill_but(&self, kind: ClientType, spared: &str) {
+        let list: String = self.query(&["CLIENT", "LIST", "TYPE", kind.name()]);
+        for client in list.lines() {
+            let field = |name| client.split(' ').find_map(|field| field.strip_prefix(name));
+            if field("name=").is_some_and(|name| name.starts_with(spared)) {
+                continue;
+            }
+            let id = field("id=").expect("every client has one");
+            // None, where it has gone by itself.
+            self.query::<u64>(&["CLIENT", "KILL", "ID", id, "SKIPME", "yes"]);
+        }
     }
 
     #[track_caller]

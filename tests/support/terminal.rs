@@ -162,15 +162,42 @@ const fn size(rows: u16, columns: u16) -> Winsize {
     }
 }
 
+/// What comes between these is shown at once, so that nobody sees half a frame: "synchronized output", DEC private mode 2026.
+const FRAME_BEGINS: &[u8] = b"\x1b[?2026h";
+const FRAME_ENDS: &[u8] = b"\x1b[?2026l";
+
 /// Collects what is shown until the terminal is closed.
 fn watch(control: OwnedFd, shown: Arc<Mutex<Shown>>) {
     thread::spawn(move || {
         let mut control = File::from(control);
         let mut buffer = [0; 4096];
+        let mut held_back = Vec::new();
         while let Ok(count @ 1..) = control.read(&mut buffer) {
             let mut shown = shown.lock().expect("no test panics while it looks");
-            shown.screen.process(&buffer[..count]);
             shown.written.extend_from_slice(&buffer[..count]);
+            held_back.extend_from_slice(&buffer[..count]);
+            let whole: Vec<u8> = held_back.drain(..end_of_whole(&held_back)).collect();
+            shown.screen.process(&whole);
         }
     });
+}
+
+/// Where in the output a frame begins that has not ended yet, or may begin once more of it is there.
+fn end_of_whole(output: &[u8]) -> usize {
+    let find = |from: usize, what: &[u8]| {
+        let at = output[from..].windows(what.len()).position(|seen| seen == what);
+        at.map(|at| from + at)
+    };
+    let mut whole = 0;
+    while let Some(begin) = find(whole, FRAME_BEGINS) {
+        match find(begin, FRAME_ENDS) {
+            Some(end) => whole = end + FRAME_ENDS.len(),
+            None => return begin,
+        }
+    }
+    let cut_short = (1..FRAME_BEGINS.len()).rev().map(|length| &FRAME_BEGINS[..length]);
+    let cut_short = cut_short
+        .filter(|part| output[whole..].ends_with(part))
+        .map(<[u8]>::len);
+    output.len() - cut_short.max().unwrap_or(0)
 }

@@ -365,6 +365,11 @@ impl Servers for Watched {
         names
     }
 
+    fn cut(&self, connections: ClientType) {
+        // A primary that the sentinels have lost is one that they replace.
+        self.primary().client_kill_but(connections, "sentinel-");
+    }
+
     fn kill_all(&self) {
         // Without any replica, nobody can take over.
         self.servers().iter().for_each(RedisServer::kill);

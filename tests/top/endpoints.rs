@@ -6,6 +6,7 @@ use std::thread;
 
 use crate::load::{HOT, Load, STUCK};
 use crate::support::RedisServer;
+use crate::support::server::free_port;
 use crate::{has, row, top};
 
 #[test]
@@ -39,9 +40,7 @@ fn an_endpoint_that_goes_away_leaves_its_rows_and_is_seen_again_when_it_is_back(
 #[test]
 fn an_endpoint_that_was_never_there_is_waited_for() {
     let server = RedisServer::start();
-    let port = TcpListener::bind("127.0.0.1:0").unwrap();
-    let address = port.local_addr().unwrap().to_string();
-    drop(port);
+    let address = format!("127.0.0.1:{}", free_port());
     let terminal = top(&["--admin", &address]);
     let lines = terminal.shows(" is away for ");
     assert!(

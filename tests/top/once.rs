@@ -1,9 +1,8 @@
 //! One frame of plain text.
 
-use std::net::TcpListener;
-
 use crate::has;
 use crate::load::{HOT, LONG, Load, QUIET, STUCK};
+use crate::support::server::free_port;
 use crate::support::{PATIENCE, RedisServer, wait_until};
 use crate::tool::{bare, run};
 
@@ -12,8 +11,7 @@ fn lines(text: &str) -> Vec<String> {
 }
 
 fn nobody() -> String {
-    let port = TcpListener::bind("127.0.0.1:0").unwrap();
-    port.local_addr().unwrap().to_string()
+    format!("127.0.0.1:{}", free_port())
 }
 
 #[test]

@@ -5,10 +5,11 @@ use std::sync::atomic::{AtomicBool, Ordering};
 
 use anyhow::Context;
 use crossterm::cursor::Show;
-use crossterm::execute;
 use crossterm::terminal::{
-    Clear, ClearType, EnterAlternateScreen, LeaveAlternateScreen, disable_raw_mode, enable_raw_mode, size,
+    BeginSynchronizedUpdate, Clear, ClearType, EndSynchronizedUpdate, EnterAlternateScreen, LeaveAlternateScreen,
+    disable_raw_mode, enable_raw_mode, size,
 };
+use crossterm::{execute, queue};
 use ratatui::backend::CrosstermBackend;
 use ratatui::layout::Rect;
 use ratatui::{Frame, Terminal, TerminalOptions, Viewport};
@@ -45,17 +46,22 @@ impl Screen {
         Ok((screen, taken))
     }
 
+    /// Shows a frame as a whole, where the terminal knows how: it is written in several parts.
+    ///
     /// # Errors
     ///
     /// The terminal is gone.
     pub(super) fn draw(&mut self, draw: impl FnOnce(&mut Frame<'_>)) -> anyhow::Result<()> {
-        let drawn = match size() {
-            Ok(now) if now != self.size => fresh().map(|fresh| *self = fresh),
-            asked => asked.map(drop),
+        let draw_whole = || {
+            queue!(stdout(), BeginSynchronizedUpdate)?;
+            let now = size()?;
+            if now != self.size {
+                *self = fresh()?;
+            }
+            self.terminal.draw(draw)?;
+            execute!(stdout(), EndSynchronizedUpdate)
         };
-        drawn
-            .and_then(|()| self.terminal.draw(draw).map(drop))
-            .context("the terminal can't be written to")
+        draw_whole().context("the terminal can't be written to")
     }
 
     /// Stands in the background until the shell brings us back.
@@ -99,7 +105,8 @@ fn leave() {
         return;
     }
     disable_raw_mode().ok();
-    execute!(stdout(), LeaveAlternateScreen, Show).ok();
+    // A panic may have come in the middle of a frame.
+    execute!(stdout(), EndSynchronizedUpdate, LeaveAlternateScreen, Show).ok();
 }
 
 /// Else what the panic says would be lost with the screen.

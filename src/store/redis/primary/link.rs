@@ -120,6 +120,8 @@ impl Link {
         let until = Instant::now() + shared.timeout * 3 / 4;
         let mut pause = FAILOVER_PAUSE_MIN;
         let mut moves = shared.moves.listen();
+        // Where we were last, and why that was of no use.
+        let mut in_vain: Option<(String, Arc<str>)> = None;
         loop {
             moves.catch_up();
             let server = shared.source.locate().await?;
@@ -129,21 +131,26 @@ impl Link {
                 // Wherever this one leads, it may be the wrong place.
                 () = moves.news() => continue,
             };
-            let silent = || StoreError::Unavailable(format!("{} does not answer", server.place()).into());
-            let error = match opened.unwrap_or_else(|_| Err(silent())) {
-                Err(StoreError::Unavailable(error)) => error,
-                opened => return opened,
+            let place = server.place();
+            let error = match opened {
+                Ok(Err(StoreError::Unavailable(error))) => error,
+                Ok(opened) => return opened,
+                // There was hardly any time left for this attempt; what the one before it came to says more.
+                Err(_) => match in_vain.take() {
+                    Some((known, error)) if known == place => error,
+                    _ => format!("{place} does not answer").into(),
+                },
             };
             if moves.has_news() {
                 continue;
             }
             shared.source.doubt();
             if Instant::now() + pause >= until {
-                let place = server.place();
                 return Err(StoreError::Unavailable(
                     format!("the sentinels name {place} as the primary: {error}").into(),
                 ));
             }
+            in_vain = Some((place.to_owned(), error));
             tokio::select! {
                 () = tokio::time::sleep(pause) => {}
                 () = moves.news() => {}
