@@ -18,7 +18,7 @@ dashboard: cargo ## Keep a load and a Prometheus running for the dashboard of gr
 test: cargo protoc ## Run all tests, against real servers.
 	@server=$$(scripts/ensure-server) && etcd=$$(scripts/ensure-etcd) && prometheus=$$(scripts/ensure-prometheus) && python=$$(scripts/ensure-grafana-model) && \
 	SHARDLOCK_REDIS_SERVER=$$server SHARDLOCK_ETCD_SERVER=$$etcd SHARDLOCK_PROMETHEUS=$$prometheus SHARDLOCK_PYTHON=$$python cargo test --locked --all-features --no-fail-fast && \
-	$(with_leases_kept)
+	$(with_leases_kept) && (cd benches/peers && $$python -B -m unittest -q)
 
 # The behaviours of single locks once more, with leases that stay with their process for a moment. What is left out is what linger
 # changes: tests/README.md says why.

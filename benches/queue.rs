@@ -162,6 +162,4 @@ fn main() {
         comparison.run(&mut criterion);
     }
     criterion.final_summary();
-    // Errors are part of the source, too.
-    let _: Option<LockError> = None;
 }

@@ -12,6 +12,7 @@ use std::os::unix::ffi::OsStrExt;
 use std::path::Path;
 use std::sync::{Arc, Mutex};
 use std::thread;
+use std::time::Duration;
 
 use roxmltree::Document;
 use rustix::process::{Signal, kill_process};
@@ -33,6 +34,7 @@ fn figures(args: &[&str]) -> Value {
 
 #[track_caller]
 fn consistent(line: &str) -> Value {
+    assert_eq!(shape(line), LINE);
     let figures: Value = serde_json::from_str(line).unwrap();
     let locks = number(&figures, "/locks");
     assert!(locks > 0.0, "{figures}");
@@ -52,6 +54,24 @@ fn consistent(line: &str) -> Value {
     let waits = ["p50", "p99", "max"].map(|wait| number(&figures, &format!("/wait_ms/{wait}")));
     assert!(waits[0] > 0.0 && waits.is_sorted(), "{figures}");
     figures
+}
+
+/// What scripts read, with `#` for each number and each null.
+const LINE: &str = concat!(
+    r##"{"locks":#,"seconds":#,"locks_per_s":#,"per_process":{"min":#,"max":#,"jain":#},"per_task":{"min":#,"max":#},"##,
+    r##""wait_ms":{"p50":#,"p99":#,"max":#},"hold_ms":{"mean":#},"handoffs":{"local":#,"remote":#,"uncontended":#},"##,
+    r##""server":{"scripts_per_lock":#,"publishes_per_lock":#,"cpu_us_per_lock":#}}"##,
+);
+
+fn shape(line: &str) -> String {
+    let mut parts = line.split(':');
+    let mut shape = parts.next().unwrap_or_default().to_owned();
+    for part in parts {
+        let rest = part.trim_start_matches(|c: char| c.is_ascii_alphanumeric() || "+-.".contains(c));
+        shape.push_str(if rest.len() < part.len() { ":#" } else { ":" });
+        shape.push_str(rest);
+    }
+    shape
 }
 
 #[track_caller]
@@ -87,6 +107,19 @@ fn tasks_of_a_process_hand_on_without_the_server() {
     assert!(number(&figures, "/handoffs/local") > 0.9 * locks, "{figures}");
     assert!(number(&figures, "/server/scripts_per_lock") < 0.2, "{figures}");
     assert!(number(&figures, "/per_task/min") > 0.0, "{figures}");
+}
+
+#[test]
+fn leases_that_linger_cost_the_server_next_to_nothing() {
+    let own_keys = ["--processes", "1", "--tasks", "4", "--keys", "4"];
+    let figures = figures(&[&own_keys[..], &["--linger", "10s", "--duration", "1s"]].concat());
+    // Taken from the process itself, which counts as a hand-off there.
+    assert_eq!(
+        number(&figures, "/handoffs/local"),
+        number(&figures, "/locks"),
+        "{figures}"
+    );
+    assert!(number(&figures, "/server/scripts_per_lock") < 0.01, "{figures}");
 }
 
 #[test]
@@ -315,6 +348,36 @@ fn a_server_that_goes_away_makes_locks_fail_and_the_exit_code_tell() {
     assert_eq!(ended.code, 1, "{ended:?}");
     assert!(ended.stderr.contains("locks failed (unavailable)"), "{ended:?}");
     assert!(ended.stderr.contains("may be left on the given shards"), "{ended:?}");
+}
+
+/// Otherwise the longest waits would be missing: those of a server that gave no answer for a while.
+#[test]
+fn a_wait_goes_on_through_errors() {
+    const STANDSTILL: Duration = Duration::from_secs(3);
+    let server = RedisServer::start();
+    let before = server.calls("info");
+    let mut command = bare(&["bench", "--json", "--processes", "1", "--tasks", "2", "--keys", "2"]);
+    command.args(["--duration", "6s", "--set", "store_timeout=500ms"]);
+    command.args(["--shard", &server.url()]);
+    let mut bench = Run::start(command);
+    // It asks the server for its counters when the window opens; we do in order to see that.
+    let mut ours = 0;
+    wait_until("it measures", PATIENCE, || {
+        ours += 1;
+        server.calls("info") > before + ours
+    });
+    server.stop();
+    thread::sleep(STANDSTILL);
+    server.cont();
+    let ended = bench.end();
+    assert_eq!(ended.code, 1, "locks failed: {ended:?}");
+    let figures = consistent(ended.stdout.trim_end());
+    // A task that was just giving its lock back learns first, after half a second, that there is no answer.
+    let longest = STANDSTILL - Duration::from_secs(1);
+    assert!(
+        number(&figures, "/wait_ms/max") >= longest.as_millis() as f64,
+        "{figures}"
+    );
 }
 
 #[test]

@@ -40,8 +40,9 @@ pub struct Comparison {
 }
 
 impl Comparison {
-    /// Both sides by criterion, and then in turn: the median of the ratios of neighbours, and of the times.
-    pub fn run(self, criterion: &mut Criterion) {
+    /// Both sides by criterion, and then in turn: the median of the ratios of neighbours, and of the times. Returns how many nanoseconds one of
+    /// ours takes.
+    pub fn run(self, criterion: &mut Criterion) -> f64 {
         let mut group = criterion.benchmark_group(&self.name);
         group.throughput(Throughput::Elements(1));
         group.bench_function(self.limit_name, |bencher| bencher.iter_custom(&self.limit));
@@ -67,6 +68,7 @@ impl Comparison {
             in_words(limit),
             1.0 / ratio,
         );
+        ours
     }
 }
 
@@ -106,6 +108,12 @@ where
         task.await.expect("a task of the bench");
     }
     start.elapsed()
+}
+
+/// The time that so many operations would have taken if each had taken the median of these.
+pub fn as_the_median(mut times: Vec<Duration>) -> Duration {
+    times.sort_unstable();
+    times[times.len() / 2] * u32::try_from(times.len()).expect("so many fit into a round")
 }
 
 /// Where programs lock: in a task, not on the thread that started the runtime.

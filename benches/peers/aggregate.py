@@ -101,7 +101,7 @@ def aggregate(reports, seconds, server):
     }
     errors = sum(report["errors"] for report in reports)
     if errors:
-        first = next(report["first_error"] for report in reports if report.get("first_error"))
+        first = next((report["first_error"] for report in reports if report.get("first_error")), "without a text")
         line["errors"] = {"count": errors, "first": first}
     # Nobody got the lock for a good part of the time: a peer that hangs need not say so.
     idle = seconds - max(report["last_us"] for report in reports) / 1e6
@@ -111,7 +111,7 @@ def aggregate(reports, seconds, server):
 
 
 def middle(lines):
-    """The median of several runs by locks per second, the lower of two, with the range of all."""
+    """The median of several runs by locks per second, with the range of all. Where failures leave an even number, the lower of the two."""
     ordered = sorted(lines, key=lambda line: line["locks_per_s"])
     median = dict(ordered[(len(ordered) - 1) // 2])
     median["runs"] = len(ordered)

@@ -10,7 +10,11 @@ ROOT = HERE.parent.parent
 
 
 class CannotBuild(Exception):
-    """What is missing or failed, and what to do."""
+    """What is missing or failed, and what to do. What was printed last may name folders of this machine: it is only shown."""
+
+    def __init__(self, why, last=""):
+        super().__init__(why)
+        self.last = last
 
 
 def tool(name, hint):
@@ -27,7 +31,7 @@ def do(command, cwd, log):
         code = subprocess.run(command, cwd=cwd, stdin=subprocess.DEVNULL, stdout=out, stderr=subprocess.STDOUT).returncode
     if code:
         last = log.read_text(errors="replace").strip().splitlines()[-3:]
-        raise CannotBuild(f"{pathlib.Path(command[0]).name} ended with {code}, see {log}: {' / '.join(last)}")
+        raise CannotBuild(f"{pathlib.Path(command[0]).name} ended with {code}", f" (see {log}): {' / '.join(last)}")
 
 
 def go(folder, log):
@@ -70,12 +74,9 @@ def python(folder, log):
 
 
 def shardlock(_folder, log):
-    binary = ROOT / "target" / "release" / "shardlock"
-    do([tool("cargo", "Rust 1.88 or later"), "build", "--release", "--locked", "--features", "cli"], ROOT, log)
-    told = subprocess.run([binary, "bench", "--help"], stdin=subprocess.DEVNULL, capture_output=True, text=True)
-    if told.returncode:
-        raise CannotBuild(f"{binary} has no subcommand bench")
-    return [binary, "bench"]
+    target = ROOT / "target"
+    do([tool("cargo", "Rust 1.88 or later"), "build", "--release", "--locked", "--features", "cli", "--target-dir", target], ROOT, log)
+    return [target / "release" / "shardlock", "bench"]
 
 
 PROGRAMS = {"shardlock": shardlock, "rust": rust, "go": go, "java": java, "python": python, "node": node}
@@ -94,5 +95,5 @@ def build(names, folder, say):
             commands[name] = [str(word) for word in PROGRAMS[name](own, log)]
         except CannotBuild as why:
             missing[name] = str(why)
-            say(f"NOT BUILT {name}: {why}")
+            say(f"NOT BUILT {name}: {why}{why.last}")
     return commands, missing

@@ -8,7 +8,7 @@ from loads import CONTESTANTS, LOADS
 
 BEGIN = "<!-- peers: begin, written by make bench-peers -->"
 END = "<!-- peers: end -->"
-HEADER = "# Results\n\nWhat was measured, with the command and the machine.\n"
+HEADER = "# Results\n\nWhat was measured, with the command, the machine and the date.\n"
 
 
 class Outcome:
@@ -136,7 +136,8 @@ def section(lines):
     about = next(line["about"] for line in lines if "about" in line)
     out = ["## Beside the peers", ""]
     out.append(
-        f"`{about['command']}` on {about['date']}, {about['cores']} cores, {' and '.join(about['servers'])} on the same machine, a fresh "
+        f"`{about['command']}` on {about['date']}, {about['machine']}, {about['cores']} cores, {' and '.join(about['servers'])} on the same "
+        f"machine, {', '.join(about['languages'])}, a fresh "
         f"server for each run, {about['seconds']:g} s measured after the warm-up, the median of {about['repeat']} "
         f"run{'s' if about['repeat'] > 1 else ''} in random order (seed {about['seed']})."
     )

@@ -8,7 +8,9 @@ import argparse
 import json
 import os
 import pathlib
+import platform
 import random
+import re
 import shutil
 import signal
 import subprocess
@@ -41,8 +43,8 @@ def parse():
     parser.add_argument("--dry", action="store_true", help="write no table and no plots, only the lines")
     parser.add_argument("--from", dest="kept", type=pathlib.Path, help="run nothing; write the table from the lines of this file")
     options = parser.parse_args()
-    if options.seconds <= 0 or options.repeat < 1:
-        parser.error("--seconds is more than 0 and --repeat at least 1")
+    if options.seconds <= 0 or options.repeat < 1 or options.repeat % 2 == 0:
+        parser.error("--seconds is more than 0, and --repeat odd, so that the median is one of the runs")
     return options, parser
 
 
@@ -92,10 +94,6 @@ def measure(contestants, loads, options, keep):
             missing.update({c.name: why for c in contestants if why and c.server == kind})
     commands, unbuilt = build.build(sorted({c.program for c in contestants}), options.work, say)
     missing.update({c.name: unbuilt[c.program] for c in contestants if c.program in unbuilt})
-    if "shardlock" in commands and any(c.arguments for c in contestants):
-        told = subprocess.run([*commands["shardlock"], "--help"], capture_output=True, text=True).stdout
-        missing.update({c.name: f"shardlock bench has no {c.arguments[0]}" for c in contestants
-                        if c.arguments and c.arguments[0] not in told})  # fmt: skip
     for name, why in missing.items():
         keep({"contestant": name, "load": None, "missing": why})
     seed = options.seed if options.seed is not None else random.randrange(2**32)
@@ -111,12 +109,24 @@ def measure(contestants, loads, options, keep):
             told = f"{line['locks_per_s']:,.0f} locks/s, wait p99 {line['wait_ms']['p99']} ms, max {line['wait_ms']['max']} ms"
             if "errors" in line:
                 told += f", {line['errors']['count']} errors: {line['errors']['first']}"
-        except (Failed, RuntimeError) as error:
+        # What keeps one run from its end must not end the others.
+        except (Failed, RuntimeError, OSError, ValueError) as error:
             line, told = {"failed": str(error)}, f"FAILED: {error}"
         keep({"contestant": contestant.name, "load": load.name, **line})
         left = (time.monotonic() - began) / (done + 1) * (len(runs) - done - 1)
         say(f"[{done + 1}/{len(runs)}, about {left / 60:.0f} min left] {load.name} {contestant.name}: {told}")
     say(f"{len(runs)} runs in {(time.monotonic() - began) / 60:.1f} minutes")
+
+
+def languages():
+    """The versions of what the peers are built with and run on."""
+    found = []
+    for command in (["rustc", "--version"], ["go", "version"], ["java", "--version"], ["node", "--version"]):
+        if shutil.which(command[0]):
+            told = subprocess.run(command, stdin=subprocess.DEVNULL, capture_output=True, text=True).stdout
+            version = re.search(r"\d+(\.\d+)+", told)
+            found += [f"{command[0]} {version[0]}"] if version else []
+    return [*found, f"Python {platform.python_version()}"]
 
 
 def about(options, seed, binaries, load_average):
@@ -129,6 +139,8 @@ def about(options, seed, binaries, load_average):
     return {
         "date": time.strftime("%Y-%m-%d"),
         "cores": os.cpu_count(),
+        "machine": f"{platform.system()} on {platform.machine()}",
+        "languages": languages(),
         "load_average": load_average,
         "servers": versions,
         "command": " ".join(["benches/peers/run.py", *sys.argv[1:]]),

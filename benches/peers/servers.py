@@ -45,7 +45,8 @@ class Server:
             except (OSError, urllib.error.URLError) as error:
                 if self.process.poll() is not None or time.monotonic() > deadline:
                     log = pathlib.Path(self.folder, "log").read_text(errors="replace")[-500:]
-                    raise RuntimeError(f"{self.process.args[0]} did not start on {self.address}: {error}\n{log}") from error
+                    name = pathlib.Path(self.process.args[0]).name
+                    raise RuntimeError(f"{name} did not start on {self.address}: {error}\n{log}") from error
                 time.sleep(0.02)
 
     def stop(self):

@@ -142,7 +142,7 @@ class Document(unittest.TestCase):
             return {"contestant": contestant, "load": load, **aggregate([report([locks, locks // 2], [200] * 9)] * 8, 2.0, {"cpu_us": locks})}
 
         about = {"command": "run.py", "date": "2026-11-24", "cores": 2, "servers": ["Redis 7.0.15"], "seconds": 2, "repeat": 1, "seed": 1,
-                 "load_average": 0.1}  # fmt: skip
+                 "load_average": 0.1, "machine": "Linux on x86_64", "languages": ["go 1.26"]}  # fmt: skip
         return [
             {"about": about},
             {"contestant": "etcd", "load": None, "missing": "no etcd here"},

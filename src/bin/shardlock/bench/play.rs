@@ -91,7 +91,7 @@ async fn prepare(
             wanted,
             hold: args.hold,
             linger: args.linger,
-            threads: processors / args.processes as usize,
+            threads: (processors / args.processes as usize).max(1),
         };
         stage.crew.hire(&setup).await?;
     }

@@ -145,21 +145,26 @@ pub(super) async fn work(load: Arc<Load>, number: usize) {
         counts: Counts::default(),
         wanted_at: None,
     };
-    let mut name = String::new();
+    let (mut key, mut name) = (0, String::new());
     let mut cycles = 0_u64;
     while !task.load.is_in(Phase::Over) {
-        let key = task.load.keys.next(number);
-        task.load.keys.name(key, &mut name);
-        let wanted_at = Instant::now();
-        task.wanted_at = Some(wanted_at);
+        let wanted_at = match task.wanted_at {
+            // It came to an error. The wish is the same, and its wait goes on.
+            Some(wanted_at) => wanted_at,
+            None => {
+                key = task.load.keys.next(number);
+                task.load.keys.name(key, &mut name);
+                *task.wanted_at.insert(Instant::now())
+            }
+        };
         let locked = task.load.locks.lock(&name).await;
         if task.load.is_in(Phase::Over) {
             // Had too late: it counts as one that still waits.
             break;
         }
-        task.wanted_at = None;
         let released = match locked {
             Ok(guard) => {
+                task.wanted_at = None;
                 let had_at = Instant::now();
                 if task.load.is_in(Phase::Measured) {
                     task.counts.locks += 1;
