@@ -35,19 +35,16 @@ class Contestant:
     role: str = "peer"  # or "ours", or "limit"
     server: str = "redis"
     free_only: bool = False  # it cannot wait
-    # How long a waiter sleeps between two tries, (shortest, longest) in microseconds, by load; "" is for all others. No entry: the
-    # library's own.
-    retry_us: dict = field(default_factory=dict)
-    pool: dict = field(default_factory=dict)  # connections, by load
+    pool: dict = field(default_factory=dict)  # connections, by load; no entry: the library's own number
     warmup_s: float = 0  # at least
     arguments: tuple = ()  # more, only for ours
 
     def worker_arguments(self, load, retry_us=None, pool=None):
         arguments = ["--peer", self.name]
-        retry = retry_us or self.retry_us.get(load.name) or self.retry_us.get("")
-        if retry:
-            arguments += ["--retry-min-us", str(retry[0]), "--retry-max-us", str(retry[1])]
-        pool = pool or self.pool.get(load.name) or self.pool.get("")
+        # How long a waiter sleeps between two tries, (shortest, longest) in microseconds, where it is not the library's own.
+        if retry_us:
+            arguments += ["--retry-min-us", str(retry_us[0]), "--retry-max-us", str(retry_us[1])]
+        pool = pool or self.pool.get(load.name)
         return arguments + (["--pool", str(pool)] if pool else [])
 
 
@@ -61,7 +58,7 @@ CONTESTANTS = [
     Contestant("redsync", "redsync", "go"),
     Contestant("redislock", "redislock", "go"),
     Contestant("rslock", "rslock", "rust"),
-    Contestant("redis-py", "redis-py", "python"),
+    Contestant("redis-py", "redis-py", "python", pool={"free-200": 200}),
     Contestant("node-redlock", "node-redlock", "node"),
     Contestant("etcd", "etcd mutex", "go", server="etcd"),
 ]
