@@ -52,10 +52,22 @@ fn look(shard: &Arc<Shard>) {
             effects
         });
     }
-    if !due.is_empty() {
-        let span = tracing::debug_span!("renew", shard = %shard.name, leases = due.len());
-        tokio::task::spawn_local(renew(Arc::clone(shard), due).instrument(span));
+    for batch in batches(due, |(_, renewal)| renewal.ttl) {
+        let span = tracing::debug_span!("renew", shard = %shard.name, leases = batch.len());
+        tokio::task::spawn_local(renew(Arc::clone(shard), batch).instrument(span));
     }
+}
+
+/// Parts in which no TTL is more than twice the shortest: a batch waits for its answer for a part of its shortest TTL, which may be too short a time for
+/// any answer, and must not be so for leases that could bear more.
+fn batches<T>(mut due: Vec<T>, ttl: impl Fn(&T) -> Duration) -> Vec<Vec<T>> {
+    due.sort_by_key(&ttl);
+    let mut batches = Vec::new();
+    while let Some(shortest) = due.first().map(&ttl) {
+        let longer = due.split_off(due.partition_point(|one| ttl(one) <= 2 * shortest));
+        batches.push(std::mem::replace(&mut due, longer));
+    }
+    batches
 }
 
 /// Renews a batch and tells the queues.
@@ -92,5 +104,27 @@ async fn renew(shard: Arc<Shard>, due: Vec<(Arc<Entry>, Renewal)>) {
             None => shard.metrics.renewal_failed.increment(1),
         }
         entry.in_background(|queue, cx| queue.renewed(renewal.cycle, renewal.ttl, sent_at, reply, cx));
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn leases_that_can_wait_are_not_in_a_batch_with_those_that_cannot() {
+        let millis = |ttls: &[u64]| ttls.iter().copied().map(Duration::from_millis).collect::<Vec<_>>();
+        let of = |ttls: &[u64]| batches(millis(ttls), |&ttl| ttl);
+        assert!(of(&[]).is_empty());
+        assert_eq!(of(&[10_000; 3]), [millis(&[10_000; 3])]);
+        assert_eq!(
+            of(&[10_000, 150, 300, 301, 150, 20_000, 20_001]),
+            [
+                millis(&[150, 150, 300]),
+                millis(&[301]),
+                millis(&[10_000, 20_000]),
+                millis(&[20_001])
+            ]
+        );
     }
 }

@@ -6,9 +6,11 @@
 mod support;
 mod support_locks;
 
+use std::time::Duration;
+
 use shardlock::{LockError, LockManager};
 use support::ClientType;
-use support_locks::{TestStore, lock, on_each_store, until};
+use support_locks::{TestStore, lock, on_each_store, soon, until};
 
 /// Asks for a lock until the server is in trouble, and returns the error. A server gets into trouble a moment after it was told to.
 async fn error(locks: &LockManager) -> LockError {
@@ -110,6 +112,23 @@ on_each_store! {
         server.command(&["SCRIPT", "KILL"]);
         script.join().expect("a thread").expect_err("it was killed");
         is_well_again(store, &locks).await;
+    }
+
+    async fn a_release_that_is_refused_for_a_while_is_repeated(store: &TestStore) {
+        let (server, locks, other) = (store.server(), store.manager().await, store.manager().await);
+        // For longer than anybody waits here.
+        let guard = locks.lock("k").ttl(Duration::from_secs(3600)).await.expect("lock");
+        server.command(&["CONFIG", "SET", "min-replicas-to-write", "1"]);
+        guard.release().await.expect_err("the server takes no writes");
+        let refusals = || {
+            let errors: String = server.query(&["INFO", "errorstats"]);
+            let count = errors.lines().find_map(|line| line.strip_prefix("errorstat_NOREPLICAS:count="));
+            count.map_or(0, |count| count.trim().parse::<u64>().expect("a number"))
+        };
+        // That of the guard, and those in the background.
+        until("it was refused again and again", async || refusals() >= 4).await;
+        server.command(&["CONFIG", "SET", "min-replicas-to-write", "0"]);
+        soon("the lock", lock(&other, "k")).await.release().await.expect("release");
     }
 
     async fn a_server_that_wants_a_password_from_now_on_says_so(store: &TestStore) {

@@ -16,7 +16,9 @@ use std::time::{Duration, Instant};
 use shardlock::{LockError, LockManager, LossReason};
 use support::proxy::Proxy;
 use support::{ClientType, RedisServer};
-use support_locks::{Kind, Measured, TestStore, hand_off, lock, lock_keys, on_each_store, soon, until, until_queued};
+use support_locks::{
+    Kind, Measured, TestStore, hand_off, lock, lock_keys, on_each_store, poll_once, soon, until, until_queued,
+};
 use tokio::task::JoinSet;
 
 on_each_store! {
@@ -359,6 +361,39 @@ async fn a_port_that_says_nothing_is_an_error_after_the_store_timeout() {
         "{error}"
     );
     assert!(error.to_string().contains(&address.to_string()), "{error}");
+}
+
+/// A task may have begun a request and be busy with something else, as in a `select!` whose other arm has begun to wait.
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn a_request_that_nobody_polls_keeps_nobody_from_connecting() {
+    let server = RedisServer::start();
+    let locks = LockManager::connect(&server.url()).await.expect("connect");
+    server.kill();
+    locks.lock("{one}x").await.expect_err("nobody answers");
+    // Of one slot, and so of one connection.
+    let mut begun = Box::pin(locks.lock("{one}a").into_future());
+    assert!(poll_once(&mut begun).is_none());
+    server.restart();
+    lock(&locks, "{one}b").await.release().await.expect("release");
+    drop(begun);
+    until("nothing is left", async || lock_keys(&server).is_empty()).await;
+}
+
+/// Something on the way has forgotten the connections, and neither side is told.
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn a_lease_outlives_connections_that_fall_silent() {
+    let server = RedisServer::start();
+    let proxy = Proxy::start(server.address());
+    let ttl = Duration::from_secs(2);
+    let locks = LockManager::builder().shard(proxy.url()).ttl(ttl);
+    let locks = locks.connect().await.expect("connect");
+    for _ in 0..2 {
+        let guard = lock(&locks, "k").await;
+        proxy.silence();
+        let lost = tokio::time::timeout(2 * ttl, guard.lost()).await;
+        assert!(lost.is_err() && guard.is_valid(), "{lost:?}");
+        guard.release().await.expect("on a new connection");
+    }
 }
 
 /// The server does what it is told, and its answers come late or never.

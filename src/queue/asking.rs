@@ -17,7 +17,8 @@ const TOO_LATE_MAX: u32 = 3;
 const SPREAD: Duration = Duration::from_millis(2);
 /// How often the first in the queue looks at an owner who will not tell us of its release.
 const FOREIGN_OWNER_LOOK: Duration = Duration::from_millis(400);
-/// The longest time between two looks at the store while waiting.
+/// The longest time between two looks at the store while waiting: whoever holds the key next, and dies, may have a lease that is shorter than the one
+/// seen last; and each look keeps the store's queue.
 const LOOK_MAX: Duration = Duration::from_secs(10);
 
 impl<W> Queue<W> {
@@ -133,7 +134,7 @@ impl<W> Queue<W> {
         let ahead = u32::try_from(place.ahead).unwrap_or(u32::MAX);
         let spread = SPREAD.saturating_mul(ahead.saturating_add(1)).min(LOOK_MAX / 4);
         let look_in = match (place.owner_ttl, place.owner_foreign) {
-            (Some(ttl), false) => ttl + spread,
+            (Some(ttl), false) => ttl.min(LOOK_MAX) + spread,
             (Some(ttl), true) => {
                 ttl.min(FOREIGN_OWNER_LOOK.saturating_mul(ahead.saturating_add(1)).min(LOOK_MAX)) + spread
             }

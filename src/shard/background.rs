@@ -13,7 +13,7 @@ use tokio::sync::{mpsc, oneshot};
 use tokio::task::{JoinSet, LocalSet};
 
 use super::inbox::{Unheard, hear};
-use super::{Entry, Job, Shard, pulse, room, server_clock};
+use super::{Entry, Job, Load, Shard, pulse, room, server_clock};
 use crate::clock::Moment;
 use crate::key::LockKey;
 use crate::protocol::{Cycle, Release};
@@ -163,12 +163,13 @@ async fn carry_out(entry: Arc<Entry>, request: Request) {
 }
 
 /// Releases a cycle that is over until the store has answered, or the lease it may have has run out. A manager that ends does not wait for the
-/// leases that last longest.
+/// leases that last longest, and of many that have to be released again some are left to run out.
 ///
 /// First on the caller's lane, where an acquire of that cycle may still be under way: the release arrives after it. Then
 /// on the background's, which works even if the program's runtime is gone.
 async fn abandon(shard: Arc<Shard>, key: LockKey, cycle: Cycle) {
     let started = Moment::now();
+    let (mut refusal, mut owed) = (None, None);
     for lane in [Lane::Caller, Lane::Background] {
         let mut pause = ABANDON_PAUSE_MIN;
         loop {
@@ -184,29 +185,73 @@ async fn abandon(shard: Arc<Shard>, key: LockKey, cycle: Cycle) {
             match answer {
                 // Requests on one lane keep their order, so nothing of this cycle can come after it.
                 Ok(Ok(_)) => return,
-                // It would say no again.
-                Ok(Err(error @ (StoreError::Refused(_) | StoreError::MapMismatch { .. }))) => {
-                    let error = shard.error(error, "release", None, started);
-                    tracing::warn!(%error, "a cycle could not be released; its lease, if it has one, is left to run out");
-                    tracing::debug!(%key, "the key of the cycle that could not be released");
-                    return;
-                }
-                Ok(Err(StoreError::Unavailable(_))) | Err(_) => {}
+                // Some refusals pass: a server may take no writes while its replicas are away or its disk is full.
+                Ok(Err(error)) => refusal = Some(error).filter(|error| !matches!(error, StoreError::Unavailable(_))),
+                Err(_) => refusal = None,
+            }
+            if lane == Lane::Caller {
+                break;
             }
             let waited = Moment::now().since(started);
-            let patience = if shard.load.ending.load(Ordering::SeqCst) {
-                shard.default_ttl
-            } else {
-                shard.longest_ttl()
+            let is_ending = shard.load.ending.load(Ordering::SeqCst);
+            let patience = match (is_ending, &refusal) {
+                (true, Some(_)) => Duration::ZERO,
+                (true, None) => shard.default_ttl,
+                (false, _) => shard.longest_ttl(),
             };
-            if lane == Lane::Caller || waited >= patience {
+            owed = owed.or_else(|| Owed::note(&shard.load));
+            if waited >= patience {
                 break;
+            }
+            if owed.is_none() {
+                return;
+            }
+            if refusal.is_some() {
+                pause = pause.max(ABANDON_PAUSE_MAX);
             }
             tokio::time::sleep(pause).await;
             pause = (pause * 2).min((waited / 16).clamp(ABANDON_PAUSE_MAX, ABANDON_PAUSE_LATER));
         }
     }
-    tracing::warn!(shard = %shard.name, "a cycle could not be released; its lease, if it has one, is left to run out");
+    let error = refusal.unwrap_or_else(|| shard.no_answer());
+    let error = shard.error(error, "release", None, started);
+    tracing::warn!(%error, "a cycle could not be released; its lease, if it has one, is left to run out");
+    tracing::debug!(%key, "the key of the cycle that could not be released");
+}
+
+/// One of the cycles that are released again and again, until it is dropped.
+struct Owed(Arc<Load>);
+
+/// How many there are at most. More of them would keep the background thread from what it is there for.
+const OWED_MAX: usize = 10_000;
+
+impl Owed {
+    /// `None` if there are as many as there may be, which is told once until there are few again.
+    fn note(load: &Arc<Load>) -> Option<Self> {
+        let may = |owed: usize| (owed < OWED_MAX).then_some(owed + 1);
+        if load
+            .owed
+            .fetch_update(Ordering::Relaxed, Ordering::Relaxed, may)
+            .is_ok()
+        {
+            return Some(Self(Arc::clone(load)));
+        }
+        if !load.owes_too_many.swap(true, Ordering::Relaxed) {
+            tracing::warn!(
+                limit = OWED_MAX,
+                "too many cycles wait to be released; the leases that further ones may have are left to run out"
+            );
+        }
+        None
+    }
+}
+
+impl Drop for Owed {
+    fn drop(&mut self) {
+        if self.0.owed.fetch_sub(1, Ordering::Relaxed) <= OWED_MAX / 2 {
+            self.0.owes_too_many.store(false, Ordering::Relaxed);
+        }
+    }
 }
 
 const ABANDON_PAUSE_MIN: Duration = Duration::from_millis(20);
@@ -231,5 +276,23 @@ fn close(shards: &[Arc<Shard>]) {
         for entry in shard.table.all() {
             entry.in_background(|queue, cx| queue.close(cx));
         }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn what_is_owed_has_a_limit_and_room_again() {
+        let load = Arc::new(Load::new(Box::default()));
+        let mut owed: Vec<Owed> = std::iter::from_fn(|| Owed::note(&load)).collect();
+        assert_eq!(owed.len(), OWED_MAX);
+        assert!(load.owes_too_many.load(Ordering::Relaxed));
+        owed.pop();
+        owed.extend(Owed::note(&load));
+        assert_eq!(owed.len(), OWED_MAX);
+        owed.truncate(OWED_MAX / 2 - 1);
+        assert!(!load.owes_too_many.load(Ordering::Relaxed));
     }
 }

@@ -102,6 +102,10 @@ pub(crate) struct Load {
     pub(crate) waiters: AtomicUsize,
     /// How many entries the tables of all shards have.
     keys: AtomicUsize,
+    /// How many cycles are over and could not be released yet.
+    owed: AtomicUsize,
+    /// Whether it was told that there are too many of them.
+    owes_too_many: AtomicBool,
     /// What each shard counts.
     shards: Box<[Arc<ShardMetrics>]>,
     /// Whether the background thread was told that there is too little room.
@@ -117,6 +121,8 @@ impl Load {
         Self {
             waiters: AtomicUsize::new(0),
             keys: AtomicUsize::new(0),
+            owed: AtomicUsize::new(0),
+            owes_too_many: AtomicBool::new(false),
             shards,
             makes_room: AtomicBool::new(false),
             closed: AtomicBool::new(false),

@@ -20,17 +20,22 @@ pub struct Proxy {
 struct Gate {
     closed: Mutex<bool>,
     opened: Condvar,
+    /// How many connections there were, and how many of them, the first, are silent for ever.
+    joined: AtomicU64,
+    silent: AtomicU64,
     /// For how long everything is late, in milliseconds.
     late: AtomicU64,
 }
 
 impl Gate {
-    fn pass(&self) {
+    /// Waits until it is open. Says whether what comes from that connection passes at all.
+    fn pass(&self, connection: u64) -> bool {
         let mut closed = self.closed.lock();
         self.opened.wait_while(&mut closed, |closed| *closed);
         drop(closed);
         // The way is as long as that.
         thread::sleep(Duration::from_millis(self.late.load(Ordering::Relaxed)));
+        connection > self.silent.load(Ordering::Relaxed)
     }
 
     fn set(&self, closed: bool) {
@@ -72,6 +77,12 @@ impl Proxy {
         self.replies.set(true);
     }
 
+    /// Nothing comes any more on the connections that are there now, which do not end: as where something on the way has forgotten them.
+    pub fn silence(&self) {
+        let joined = self.replies.joined.load(Ordering::Relaxed);
+        self.replies.silent.store(joined, Ordering::Relaxed);
+    }
+
     /// From now on everything that the server says comes later by that.
     pub fn slow_down(&self, late: Duration) {
         let millis = u64::try_from(late.as_millis()).expect("a short time");
@@ -99,18 +110,18 @@ fn join(client: TcpStream, server: &str, replies: &Arc<Gate>) -> io::Result<()> 
         stream.set_nodelay(true)?;
     }
     let (from_client, from_server) = (client.try_clone()?, server.try_clone()?);
-    thread::spawn(move || copy(from_client, server, || {}));
+    thread::spawn(move || copy(from_client, server, || true));
     let replies = Arc::clone(replies);
-    thread::spawn(move || copy(from_server, client, || replies.pass()));
+    let number = replies.joined.fetch_add(1, Ordering::Relaxed) + 1;
+    thread::spawn(move || copy(from_server, client, || replies.pass(number)));
     Ok(())
 }
 
 /// Until either side ends, and then the other ends, too.
-fn copy(mut from: TcpStream, mut to: TcpStream, gate: impl Fn()) {
+fn copy(mut from: TcpStream, mut to: TcpStream, gate: impl Fn() -> bool) {
     let mut buffer = vec![0; 64 * 1024];
     while let Ok(length @ 1..) = from.read(&mut buffer) {
-        gate();
-        if to.write_all(&buffer[..length]).is_err() {
+        if gate() && to.write_all(&buffer[..length]).is_err() {
             break;
         }
     }

@@ -24,6 +24,10 @@ use crate::store::{NOT_ENCRYPTED, StoreError, TlsFiles};
 const KEEPALIVE_AFTER: Duration = Duration::from_secs(10);
 const KEEPALIVE_EVERY: Duration = Duration::from_secs(3);
 const KEEPALIVE_PROBES: u32 = 3;
+/// How long the other machine may leave unacknowledged what was sent to it: as long as it may leave all questions unanswered, since there are none while
+/// something was sent. Linux would go on for a quarter of an hour; other systems decide by themselves.
+#[cfg(any(target_os = "linux", target_os = "android"))]
+const UNACKNOWLEDGED_MAX: Duration = Duration::from_secs(10 + 3 * 3);
 
 /// How to reach a server. Nothing is sent.
 ///
@@ -44,7 +48,10 @@ pub(in crate::store) fn connection_info(server: &ServerUrl, tls: &TlsFiles) -> R
     #[cfg(not(feature = "tls"))]
     let info = server.as_str().into_connection_info().map_err(|_| unusable())?;
     // As in `prepare`.
-    Ok(info.set_tcp_settings(TcpSettings::default().set_nodelay(true).set_keepalive(keepalive())))
+    let settings = TcpSettings::default().set_nodelay(true).set_keepalive(keepalive());
+    #[cfg(any(target_os = "linux", target_os = "android"))]
+    let settings = settings.set_user_timeout(UNACKNOWLEDGED_MAX);
+    Ok(info.set_tcp_settings(settings))
 }
 
 fn keepalive() -> TcpKeepalive {
@@ -58,7 +65,10 @@ fn keepalive() -> TcpKeepalive {
 pub(super) fn prepare(stream: &TcpStream) -> io::Result<()> {
     // A request is small and must not wait until it is worth a packet.
     stream.set_nodelay(true)?;
-    SockRef::from(stream).set_tcp_keepalive(&keepalive())
+    let socket = SockRef::from(stream);
+    #[cfg(any(target_os = "linux", target_os = "android"))]
+    socket.set_tcp_user_timeout(Some(UNACKNOWLEDGED_MAX))?;
+    socket.set_tcp_keepalive(&keepalive())
 }
 
 /// The certificates as the client library takes them, for what does not take a [`ConnectionInfo`].

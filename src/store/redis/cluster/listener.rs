@@ -359,19 +359,21 @@ impl Listener {
     /// Loses what is subscribed where its slot is not any more, and forgets connections to nodes that own nothing.
     fn compare(&mut self) {
         let topology = &self.shared.topology;
+        let owners = topology.places();
         let moved: Vec<Slot> = self
             .subscriptions
             .iter()
             .filter(
                 |(slot, subscription)| match (&subscription.at, topology.owner(**slot)) {
                     (Some((place, _)), Some(owner)) => *place != owner,
-                    _ => false,
+                    // Its connection is forgotten below, which tells nobody.
+                    (Some((place, _)), None) => !owners.contains(place),
+                    (None, _) => false,
                 },
             )
             .map(|(slot, _)| *slot)
             .collect();
         moved.into_iter().for_each(|slot| self.lose(slot));
-        let owners = self.shared.topology.places();
         self.ears.retain(|place, _| owners.contains(place));
     }
 

@@ -95,3 +95,31 @@ async fn an_inbox_that_is_idle_is_given_up_and_who_waits_there_is_told_to_ask() 
     drop(pushes);
     listening.await.unwrap();
 }
+
+#[tokio::test]
+async fn an_inbox_at_a_node_that_a_map_left_out_is_made_again() {
+    let cluster = support::Cluster::start(3, 0);
+    let of = |random| store(&cluster.url(), ManagerId::of("h", 1, random), 60);
+    let (holder, waiter) = (of(1), of(2));
+    for store in [&holder, &waiter] {
+        store.connect().await.unwrap();
+    }
+    let (sender, mut pushes) = mpsc::unbounded_channel();
+    let listening = tokio::spawn(waiter.listen(sender, None));
+    assert_eq!(pushes.recv().await, Some(Push::Resubscribed { slot: None }));
+    assert!(matches!(
+        acquire(&holder, Ask::Free).await,
+        AcquireReply::Granted { .. }
+    ));
+    assert!(matches!(acquire(&waiter, Ask::Join).await, AcquireReply::Queued(_)));
+    let inbox = cluster.shard_channels();
+    assert_eq!(inbox.len(), 1);
+    // A node that has just joined knows of few others.
+    waiter.shared.topology.replace(&[]);
+    let slot = Some(waiter.slot_of(&LockKey::new("k").unwrap()));
+    let told = tokio::time::timeout(support::PATIENCE, pushes.recv()).await.unwrap();
+    assert_eq!(told, Some(Push::Resubscribed { slot }));
+    assert_eq!(cluster.shard_channels(), inbox);
+    drop(pushes);
+    listening.await.unwrap();
+}

@@ -152,7 +152,7 @@ impl RedisStore {
     }
 }
 
-async fn answers(shared: &Shared, link: &Link) -> Result<(), StoreError> {
+async fn answers(shared: &Shared, link: &Arc<Link>) -> Result<(), StoreError> {
     let mut attempts = Attempts::default();
     loop {
         let mut live = link.get().await?;

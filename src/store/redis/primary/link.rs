@@ -77,13 +77,24 @@ impl Link {
     }
 
     /// The connection; a new one if there is none.
-    pub(super) async fn get(&self) -> Result<Live, StoreError> {
-        let live = self.live();
-        match live {
+    pub(super) async fn get(self: &Arc<Self>) -> Result<Live, StoreError> {
+        match self.live() {
             Some(live) => Ok(live),
             // On the heap: connecting is rare and would make the future of every request ten times as large.
-            None => Box::pin(self.connect()).await,
+            None => Box::pin(self.connect_apart()).await,
         }
+    }
+
+    /// Connects on a task of its own. Whoever asked may not be polled for long, as in a `select!` whose other arm has begun to wait, and would
+    /// keep all others from connecting.
+    async fn connect_apart(self: &Arc<Self>) -> Result<Live, StoreError> {
+        let link = Arc::clone(self);
+        let connecting = tokio::spawn(async move { link.connect().await });
+        connecting.await.unwrap_or_else(|error| {
+            Err(StoreError::Unavailable(
+                format!("connecting came to no end: {error}").into(),
+            ))
+        })
     }
 
     fn live(&self) -> Option<Live> {

@@ -384,6 +384,7 @@ impl LeaseStore for RedisStore {
         let link = Arc::clone(&self.background);
         Box::pin(async move {
             let live = link.get().await?;
+            let switches = shared.switches();
             let in_words = |error: RedisError| {
                 link.is_ended_by(&error, &live);
                 shared.source.in_words(&error)
@@ -402,6 +403,10 @@ impl LeaseStore for RedisStore {
             let mut replies = Vec::with_capacity(batch.len());
             let answers = futures_util::future::join_all(calls).await;
             if answers.iter().all(Option::is_none) {
+                if each >= shared.patience() {
+                    // As long as a release waits for its answer.
+                    link.broken(&live);
+                }
                 return Err(StoreError::Unavailable(format!("no answer within {each:?}").into()));
             }
             for (part, answer) in batch.chunks(RENEWALS_PER_CALL).zip(answers) {
@@ -430,6 +435,10 @@ impl LeaseStore for RedisStore {
                         .iter_mut()
                         .for_each(|reply| *reply = reply.filter(|reply| *reply == RenewReply::NotOurs));
                 }
+            }
+            if shared.switches() != switches {
+                // What a server says that was replaced meanwhile is of no worth.
+                replies.fill(None);
             }
             Ok(replies)
         })
@@ -507,7 +516,7 @@ struct Attempts {
 impl Attempts {
     /// A connection that broke, or leads to no primary any more, is replaced, and the request sent again: the store takes two requests of
     /// one cycle for one. Everything else is the error of the request.
-    fn failed(&mut self, shared: &Shared, link: &Link, live: &Live, error: &RedisError) -> Result<(), StoreError> {
+    fn failed(&mut self, shared: &Shared, link: &Arc<Link>, live: &Live, error: &RedisError) -> Result<(), StoreError> {
         if link.is_ended_by(error, live) && (shared.source.follows() || error.is_unrecoverable_error()) {
             self.count += 1;
             // A server that answered that it is no primary has done nothing.
