@@ -6,19 +6,17 @@
 use std::rc::Rc;
 use std::sync::Arc;
 use std::sync::atomic::Ordering;
-use std::time::Duration;
 
 use tokio::runtime::Handle;
 use tokio::sync::{mpsc, oneshot};
 use tokio::task::{JoinSet, LocalSet};
 
+use super::abandon::abandon;
 use super::inbox::{Unheard, hear};
-use super::{Entry, Job, Load, Shard, pulse, room, server_clock};
-use crate::clock::Moment;
+use super::{Entry, Job, Shard, pulse, room, server_clock};
 use crate::key::LockKey;
-use crate::protocol::{Cycle, Release};
 use crate::queue::Request;
-use crate::store::{Lane, StoreError};
+use crate::store::Lane;
 use crate::watchdog::keep_alive;
 
 /// The thread, and how to reach it.
@@ -162,103 +160,6 @@ async fn carry_out(entry: Arc<Entry>, request: Request) {
     }
 }
 
-/// Releases a cycle that is over until the store has answered, or the lease it may have has run out. A manager that ends does not wait for the
-/// leases that last longest, and of many that have to be released again some are left to run out.
-///
-/// First on the caller's lane, where an acquire of that cycle may still be under way: the release arrives after it. Then
-/// on the background's, which works even if the program's runtime is gone.
-async fn abandon(shard: Arc<Shard>, key: LockKey, cycle: Cycle) {
-    let started = Moment::now();
-    let (mut refusal, mut owed) = (None, None);
-    for lane in [Lane::Caller, Lane::Background] {
-        let mut pause = ABANDON_PAUSE_MIN;
-        loop {
-            let release = Release {
-                key: key.clone(),
-                cycle,
-                requeue: None,
-                nobody_waits: false,
-                ttl: shard.default_ttl,
-                tokens: shard.rules.max_burst,
-            };
-            let answer = tokio::time::timeout(shard.timeout, shard.store.release(lane, release)).await;
-            match answer {
-                // Requests on one lane keep their order, so nothing of this cycle can come after it.
-                Ok(Ok(_)) => return,
-                // Some refusals pass: a server may take no writes while its replicas are away or its disk is full.
-                Ok(Err(error)) => refusal = Some(error).filter(|error| !matches!(error, StoreError::Unavailable(_))),
-                Err(_) => refusal = None,
-            }
-            if lane == Lane::Caller {
-                break;
-            }
-            let waited = Moment::now().since(started);
-            let is_ending = shard.load.ending.load(Ordering::SeqCst);
-            let patience = match (is_ending, &refusal) {
-                (true, Some(_)) => Duration::ZERO,
-                (true, None) => shard.default_ttl,
-                (false, _) => shard.longest_ttl(),
-            };
-            owed = owed.or_else(|| Owed::note(&shard.load));
-            if waited >= patience {
-                break;
-            }
-            if owed.is_none() {
-                return;
-            }
-            if refusal.is_some() {
-                pause = pause.max(ABANDON_PAUSE_MAX);
-            }
-            tokio::time::sleep(pause).await;
-            pause = (pause * 2).min((waited / 16).clamp(ABANDON_PAUSE_MAX, ABANDON_PAUSE_LATER));
-        }
-    }
-    let error = refusal.unwrap_or_else(|| shard.no_answer());
-    let error = shard.error(error, "release", None, started);
-    tracing::warn!(%error, "a cycle could not be released; its lease, if it has one, is left to run out");
-    tracing::debug!(%key, "the key of the cycle that could not be released");
-}
-
-/// One of the cycles that are released again and again, until it is dropped.
-struct Owed(Arc<Load>);
-
-/// How many there are at most. More of them would keep the background thread from what it is there for.
-const OWED_MAX: usize = 10_000;
-
-impl Owed {
-    /// `None` if there are as many as there may be, which is told once until there are few again.
-    fn note(load: &Arc<Load>) -> Option<Self> {
-        let may = |owed: usize| (owed < OWED_MAX).then_some(owed + 1);
-        if load
-            .owed
-            .fetch_update(Ordering::Relaxed, Ordering::Relaxed, may)
-            .is_ok()
-        {
-            return Some(Self(Arc::clone(load)));
-        }
-        if !load.owes_too_many.swap(true, Ordering::Relaxed) {
-            tracing::warn!(
-                limit = OWED_MAX,
-                "too many cycles wait to be released; the leases that further ones may have are left to run out"
-            );
-        }
-        None
-    }
-}
-
-impl Drop for Owed {
-    fn drop(&mut self) {
-        if self.0.owed.fetch_sub(1, Ordering::Relaxed) <= OWED_MAX / 2 {
-            self.0.owes_too_many.store(false, Ordering::Relaxed);
-        }
-    }
-}
-
-const ABANDON_PAUSE_MIN: Duration = Duration::from_millis(20);
-const ABANDON_PAUSE_MAX: Duration = Duration::from_secs(1);
-/// The longest after a while: a server that is away for hours is not asked every second for each key. The end of the manager waits for it.
-const ABANDON_PAUSE_LATER: Duration = Duration::from_secs(4);
-
 /// Nobody can want a key any more: what is kept for that is given back, and what guards still hold is not kept after them.
 fn leave(shards: &[Arc<Shard>]) {
     for shard in shards {
@@ -276,23 +177,5 @@ fn close(shards: &[Arc<Shard>]) {
         for entry in shard.table.all() {
             entry.in_background(|queue, cx| queue.close(cx));
         }
-    }
-}
-
-#[cfg(test)]
-mod tests {
-    use super::*;
-
-    #[test]
-    fn what_is_owed_has_a_limit_and_room_again() {
-        let load = Arc::new(Load::new(Box::default()));
-        let mut owed: Vec<Owed> = std::iter::from_fn(|| Owed::note(&load)).collect();
-        assert_eq!(owed.len(), OWED_MAX);
-        assert!(load.owes_too_many.load(Ordering::Relaxed));
-        owed.pop();
-        owed.extend(Owed::note(&load));
-        assert_eq!(owed.len(), OWED_MAX);
-        owed.truncate(OWED_MAX / 2 - 1);
-        assert!(!load.owes_too_many.load(Ordering::Relaxed));
     }
 }

@@ -9,6 +9,7 @@
 //! An entry leaves the table in the moment in which nothing is wanted, held or on its way for its key. It is marked under its
 //! mutex first, so that a task that found it just before looks again.
 
+mod abandon;
 mod background;
 mod drive;
 mod entry;

@@ -27,7 +27,8 @@ const KEEPALIVE_PROBES: u32 = 3;
 /// How long the other machine may leave unacknowledged what was sent to it: as long as it may leave all questions unanswered, since there are none while
 /// something was sent. Linux would go on for a quarter of an hour; other systems decide by themselves.
 #[cfg(any(target_os = "linux", target_os = "android"))]
-const UNACKNOWLEDGED_MAX: Duration = Duration::from_secs(10 + 3 * 3);
+const UNACKNOWLEDGED_MAX: Duration =
+    Duration::from_secs(KEEPALIVE_AFTER.as_secs() + KEEPALIVE_PROBES as u64 * KEEPALIVE_EVERY.as_secs());
 
 /// How to reach a server. Nothing is sent.
 ///

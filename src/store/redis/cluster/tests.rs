@@ -66,22 +66,31 @@ async fn acquire(store: &ClusterStore, ask: Ask) -> AcquireReply {
     store.acquire(request).await.unwrap().reply
 }
 
-#[tokio::test]
-async fn an_inbox_that_is_idle_is_given_up_and_who_waits_there_is_told_to_ask() {
-    let cluster = support::Cluster::start(3, 0);
+/// A store that listens, of which another one has the key.
+async fn waiter_of_a_held_key(
+    cluster: &support::Cluster,
+    inbox_idle_seconds: u32,
+) -> (ClusterStore, mpsc::UnboundedReceiver<Push>, tokio::task::JoinHandle<()>) {
     let of = |random, idle| store(&cluster.url(), ManagerId::of("h", 1, random), idle);
-    let (holder, waiter) = (of(1, 60), of(2, 1));
+    let (holder, waiter) = (of(1, 60), of(2, inbox_idle_seconds));
     for store in [&holder, &waiter] {
         store.connect().await.unwrap();
     }
     let (sender, mut pushes) = mpsc::unbounded_channel();
     let listening = tokio::spawn(waiter.listen(sender, None));
     assert_eq!(pushes.recv().await, Some(Push::Resubscribed { slot: None }));
-    // A free key needs no inbox; waiting does.
     assert!(matches!(
         acquire(&holder, Ask::Free).await,
         AcquireReply::Granted { .. }
     ));
+    (waiter, pushes, listening)
+}
+
+#[tokio::test]
+async fn an_inbox_that_is_idle_is_given_up_and_who_waits_there_is_told_to_ask() {
+    let cluster = support::Cluster::start(3, 0);
+    let (waiter, mut pushes, listening) = waiter_of_a_held_key(&cluster, 1).await;
+    // A free key needs no inbox; waiting does.
     assert!(matches!(acquire(&waiter, Ask::Free).await, AcquireReply::Taken));
     assert_eq!(cluster.shard_channels(), [""; 0]);
     for _ in 0..2 {
@@ -99,18 +108,7 @@ async fn an_inbox_that_is_idle_is_given_up_and_who_waits_there_is_told_to_ask() 
 #[tokio::test]
 async fn an_inbox_at_a_node_that_a_map_left_out_is_made_again() {
     let cluster = support::Cluster::start(3, 0);
-    let of = |random| store(&cluster.url(), ManagerId::of("h", 1, random), 60);
-    let (holder, waiter) = (of(1), of(2));
-    for store in [&holder, &waiter] {
-        store.connect().await.unwrap();
-    }
-    let (sender, mut pushes) = mpsc::unbounded_channel();
-    let listening = tokio::spawn(waiter.listen(sender, None));
-    assert_eq!(pushes.recv().await, Some(Push::Resubscribed { slot: None }));
-    assert!(matches!(
-        acquire(&holder, Ask::Free).await,
-        AcquireReply::Granted { .. }
-    ));
+    let (waiter, mut pushes, listening) = waiter_of_a_held_key(&cluster, 60).await;
     assert!(matches!(acquire(&waiter, Ask::Join).await, AcquireReply::Queued(_)));
     let inbox = cluster.shard_channels();
     assert_eq!(inbox.len(), 1);

@@ -146,7 +146,7 @@ impl Link {
             let error = match opened {
                 Ok(Err(StoreError::Unavailable(error))) => error,
                 Ok(opened) => return opened,
-                // There was hardly any time left for this attempt; what the one before it came to says more.
+                // What the attempt before it came to says more than silence.
                 Err(_) => match in_vain.take() {
                     Some((known, error)) if known == place => error,
                     _ => format!("{place} does not answer").into(),

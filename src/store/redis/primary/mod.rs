@@ -516,7 +516,7 @@ struct Attempts {
 impl Attempts {
     /// A connection that broke, or leads to no primary any more, is replaced, and the request sent again: the store takes two requests of
     /// one cycle for one. Everything else is the error of the request.
-    fn failed(&mut self, shared: &Shared, link: &Arc<Link>, live: &Live, error: &RedisError) -> Result<(), StoreError> {
+    fn failed(&mut self, shared: &Shared, link: &Link, live: &Live, error: &RedisError) -> Result<(), StoreError> {
         if link.is_ended_by(error, live) && (shared.source.follows() || error.is_unrecoverable_error()) {
             self.count += 1;
             // A server that answered that it is no primary has done nothing.
