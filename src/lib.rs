@@ -2,6 +2,7 @@
 
 #[cfg(feature = "admin")]
 pub mod admin;
+mod backoff;
 mod clock;
 mod config;
 mod endpoint;

@@ -5,6 +5,7 @@ use std::sync::atomic::Ordering;
 use std::time::Duration;
 
 use super::{Load, Shard};
+use crate::backoff::Backoff;
 use crate::clock::Moment;
 use crate::key::LockKey;
 use crate::protocol::{Cycle, Release};
@@ -39,7 +40,7 @@ pub(super) async fn abandon(shard: Arc<Shard>, key: LockKey, cycle: Cycle) {
     if matches!(release(Lane::Caller).await, Ok(Ok(_))) {
         return;
     }
-    let (mut pause, mut owed) = (PAUSE_MIN, None);
+    let (mut backoff, mut owed) = (Backoff::new(PAUSE_MIN, PAUSE_MAX), None);
     let error = loop {
         let error = match release(Lane::Background).await {
             Ok(Ok(_)) => return,
@@ -60,12 +61,10 @@ pub(super) async fn abandon(shard: Arc<Shard>, key: LockKey, cycle: Cycle) {
         if owed.is_none() {
             return;
         }
-        if is_refused {
-            // That passes, if it does, where replicas come back or a disk has room again.
-            pause = pause.max(PAUSE_MAX);
-        }
-        tokio::time::sleep(pause).await;
-        pause = (pause * 2).min((waited / 16).clamp(PAUSE_MAX, PAUSE_LATER));
+        // What was refused may be accepted once replicas are back or a disk has room again, which takes a while.
+        let bound = if is_refused { PAUSE_MAX } else { PAUSE_MIN };
+        backoff.set_limits(bound, (waited / 16).clamp(PAUSE_MAX, PAUSE_LATER));
+        backoff.wait().await;
     };
     let error = shard.error(error, "release", None, started);
     tracing::warn!(%error, "a cycle could not be released; its lease, if it has one, is left to run out");

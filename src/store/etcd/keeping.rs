@@ -14,13 +14,15 @@ use super::Shared;
 use super::acquire::keep;
 use super::cycles::Lease;
 use super::fault::Fault;
+use crate::backoff::Backoff;
 use crate::clock::Moment;
 use crate::protocol::Push;
 
 /// How many requests of each kind are under way at a time.
 pub(super) const AT_A_TIME: usize = 64;
-/// The pause before a lease that could not be revoked is tried again.
-const PAUSE: Duration = Duration::from_millis(100);
+/// The first and the longest pause before a lease that could not be revoked is tried again.
+const PAUSE_MIN: Duration = Duration::from_millis(100);
+const PAUSE_MAX: Duration = Duration::from_secs(1);
 /// How many leases may wait to be revoked. Those beyond run out by themselves.
 const REVOKES_MAX: usize = 100_000;
 /// The longest time between two looks at what waits, so that a clock that was moved or a machine that slept delays nothing for long.
@@ -137,6 +139,7 @@ pub(super) async fn revoke_all(shared: Arc<Shared>) {
 }
 
 async fn revoke(shared: &Shared, lease: Lease, until: Moment) {
+    let mut backoff = Backoff::new(PAUSE_MIN, PAUSE_MAX);
     loop {
         let send = async |mut client: etcd_client::Client| client.lease_revoke(lease.id).await;
         let revoked = tokio::time::timeout(shared.timeout, shared.background.request(send)).await;
@@ -148,7 +151,7 @@ async fn revoke(shared: &Shared, lease: Lease, until: Moment) {
                 tracing::warn!(shard = %shared.shard, ?fault, "a lease could not be revoked; it is left to run out");
                 return;
             }
-            _ => tokio::time::sleep(PAUSE).await,
+            _ => backoff.wait().await,
         }
     }
 }

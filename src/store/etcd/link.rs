@@ -9,6 +9,7 @@ use etcd_client::{Client, Compare, CompareOp, ConnectOptions, Txn, TxnOp, TxnOpR
 use parking_lot::Mutex;
 
 use super::fault::{Fault, fault};
+use crate::backoff::Backoff;
 use crate::clock::Moment;
 use crate::store::StoreError;
 use crate::telemetry::ShardMetrics;
@@ -211,7 +212,7 @@ impl Link {
         F: Future<Output = Result<T, etcd_client::Error>>,
     {
         let started = Moment::now();
-        let mut pause = PAUSE_MIN;
+        let mut backoff = Backoff::new(PAUSE_MIN, PAUSE_MAX);
         let mut repeated = false;
         loop {
             let fault = match self.get().await {
@@ -252,12 +253,12 @@ impl Link {
                 }
                 Err(error) => Fault::Other(error),
             };
+            let pause = backoff.next_delay();
             // The rest of the sender's time is for the answer.
             if !fault.is_passing() || (Moment::now().since(started) + pause) * 2 > self.servers.timeout {
                 return Err(fault);
             }
             tokio::time::sleep(pause).await;
-            pause = (pause * 2).min(PAUSE_MAX);
         }
     }
 }

@@ -19,6 +19,7 @@ use tokio::sync::mpsc::UnboundedSender;
 
 use super::Shared;
 use super::waits::Wait;
+use crate::backoff::Backoff;
 use crate::key::LockKey;
 use crate::protocol::{Cycle, Push};
 use crate::store::{StoreError, tell_unreadable};
@@ -47,7 +48,7 @@ enum End {
 
 /// Watches until nobody receives.
 pub(super) async fn watch(shared: Arc<Shared>, pushes: UnboundedSender<Push>) {
-    let mut pause = PAUSE_MIN;
+    let mut backoff = Backoff::new(PAUSE_MIN, PAUSE_MAX);
     loop {
         let opened = tokio::time::timeout(shared.timeout, open(&shared)).await;
         let broken = match opened {
@@ -57,7 +58,7 @@ pub(super) async fn watch(shared: Arc<Shared>, pushes: UnboundedSender<Push>) {
                 shared.waits.unwatch();
                 shared.background.broken(&live);
                 if confirmed {
-                    pause = PAUSE_MIN;
+                    backoff.reset();
                     if pushes.send(Push::Disconnected).is_err() {
                         return;
                     }
@@ -72,10 +73,9 @@ pub(super) async fn watch(shared: Arc<Shared>, pushes: UnboundedSender<Push>) {
         };
         tracing::warn!(shard = %shared.shard, reason = %broken, "the watch of etcd ended; watching again");
         tokio::select! {
-            () = tokio::time::sleep(pause) => {}
+            () = backoff.wait() => {}
             () = pushes.closed() => return,
         }
-        pause = (pause * 2).min(PAUSE_MAX);
     }
 }
 

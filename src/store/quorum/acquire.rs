@@ -10,7 +10,8 @@ use tokio::time::timeout;
 use super::node::Node;
 use super::release::give_up;
 use super::tally::{Standing, Tally, Vote};
-use super::{MAJORITY_PAUSE, Quorum, outage};
+use super::{MAJORITY_PAUSE, MAJORITY_PAUSE_MAX, Quorum, outage};
+use crate::backoff::Backoff;
 use crate::clock::Moment;
 use crate::fence::TokenBlock;
 use crate::protocol::{Acquire, AcquireReply, Answer, Ask, Place, Release};
@@ -53,10 +54,11 @@ impl Drop for LeftBehind {
 /// Tries until a majority has answered, for about half of the time that whoever asks has: most outages are short.
 pub(super) async fn acquire(quorum: Arc<Quorum>, request: Acquire) -> Result<Answer<AcquireReply>, StoreError> {
     let deadline = Moment::now() + quorum.majority_limit;
+    let mut backoff = Backoff::new(MAJORITY_PAUSE, MAJORITY_PAUSE_MAX);
     loop {
         quorum.wait_for_majority(deadline).await?;
         match attempt(&quorum, &request).await {
-            Err(StoreError::Unavailable(_)) if Moment::now() < deadline => tokio::time::sleep(MAJORITY_PAUSE).await,
+            Err(StoreError::Unavailable(_)) if Moment::now() < deadline => backoff.wait().await,
             ended => return ended,
         }
     }

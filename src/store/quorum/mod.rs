@@ -78,6 +78,8 @@ const HELD_BETWEEN_LOOKS: usize = 1024;
 
 /// How often a request that waits for a majority looks at what is known of the nodes. Nothing is sent for it.
 const MAJORITY_PAUSE: Duration = Duration::from_millis(10);
+/// The longest pause before a request that found no majority is sent again.
+const MAJORITY_PAUSE_MAX: Duration = Duration::from_millis(100);
 
 /// A node that says nothing for so long is down.
 const NODE_LIMIT_MAX: Duration = Duration::from_millis(250);

@@ -9,7 +9,8 @@ use tokio::time::timeout;
 
 use super::node::Node;
 use super::tally::majority;
-use super::{MAJORITY_PAUSE, Quorum, outage};
+use super::{MAJORITY_PAUSE, MAJORITY_PAUSE_MAX, Quorum, outage};
+use crate::backoff::Backoff;
 use crate::clock::Moment;
 use crate::protocol::{Answer, Release, ReleaseReply};
 use crate::store::{Lane, LeaseStore, StoreError, StoreFuture};
@@ -74,11 +75,12 @@ pub(super) async fn release(
 ) -> Result<Answer<ReleaseReply>, StoreError> {
     let deadline = Moment::now() + quorum.majority_limit;
     let mut is_repeated = false;
+    let mut backoff = Backoff::new(MAJORITY_PAUSE, MAJORITY_PAUSE_MAX);
     loop {
         match attempt(&quorum, lane, request.clone(), deadline).await {
             Err(StoreError::Unavailable(_)) if Moment::now() < deadline => {
                 is_repeated = true;
-                tokio::time::sleep(MAJORITY_PAUSE).await;
+                backoff.wait().await;
             }
             Ok(mut answer) => {
                 // An earlier attempt may have done it: that it is not ours any more is no loss then.

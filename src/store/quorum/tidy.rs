@@ -13,12 +13,13 @@ use tokio::time::timeout;
 use super::Quorum;
 use super::node::Node;
 use super::tally::majority;
+use crate::backoff::Backoff;
 use crate::clock::Moment;
 use crate::protocol::Push;
 use crate::store::{Lane, LeaseStore, StoreError};
 
-/// The pause between two looks at all nodes.
-const PROBE_PAUSE: Duration = Duration::from_millis(100);
+/// The longest pause between two looks at all nodes; the shortest is the half of it.
+const PROBE_PAUSE: Duration = Duration::from_millis(130);
 /// The pause between two looks at what is under way while the manager ends.
 const SETTLE_PAUSE: Duration = Duration::from_millis(2);
 
@@ -88,9 +89,10 @@ pub(super) async fn listen(quorum: Arc<Quorum>, pushes: mpsc::UnboundedSender<Pu
 
 /// Looks at all nodes again and again.
 async fn probe(quorum: &Arc<Quorum>) {
+    let mut backoff = Backoff::new(PROBE_PAUSE, PROBE_PAUSE);
     loop {
         join_all(quorum.nodes.iter().map(|node| look(quorum, node))).await;
-        tokio::time::sleep(PROBE_PAUSE).await;
+        backoff.wait().await;
     }
 }
 

@@ -21,6 +21,7 @@ use super::super::reply::{as_int, error_in_words};
 use super::super::script::Named;
 use super::lane::{Lane, at_place};
 use super::topology::{Place, redirected};
+use crate::backoff::Backoff;
 use crate::clock::Moment;
 use crate::key::Slot;
 use crate::store::StoreError;
@@ -87,7 +88,8 @@ impl Lane {
         let deadline = Moment::now() + shared.timeout - shared.timeout / 20;
         let mut named = Named::ByHash;
         let mut asking: Option<Place> = None;
-        let (mut pause, mut redirections, mut repeated) = (PAUSE_MIN, 0, false);
+        let mut backoff = Backoff::new(PAUSE_MIN, PAUSE_MAX);
+        let (mut redirections, mut repeated) = (0, false);
         loop {
             let version = shared.topology.version();
             let place = asking.clone().or_else(|| shared.topology.owner(call.slot));
@@ -163,11 +165,11 @@ impl Lane {
                     }
                 }
             };
+            let pause = backoff.next_delay();
             if Moment::now() + pause >= deadline {
                 return Err(Unsaid::Failed(in_vain(&trouble, shared.timeout)));
             }
             tokio::time::sleep(pause).await;
-            pause = (pause * 2).min(PAUSE_MAX);
         }
     }
 

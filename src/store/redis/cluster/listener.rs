@@ -35,6 +35,7 @@ use super::inbox::{Inbox, Wish};
 use super::lane::Lane;
 use super::node::{Heard, Node};
 use super::topology::{Place, redirected};
+use crate::backoff::Backoff;
 use crate::clock::Moment;
 use crate::key::Slot;
 use crate::protocol::Push;
@@ -73,7 +74,7 @@ struct Subscription {
     waiting: Vec<oneshot::Sender<()>>,
     /// The attempt under way, while it is not confirmed.
     attempt: u64,
-    pause: Duration,
+    backoff: Backoff,
     /// Since when it is not confirmed, or was last said to be in vain.
     since: Moment,
 }
@@ -104,14 +105,13 @@ pub(super) async fn listen(
     let Some(mut wishes) = inbox.take_receiver() else {
         return;
     };
-    let mut pause = PAUSE_MIN;
+    let mut backoff = Backoff::new(PAUSE_MIN, PAUSE_MAX);
     while let Err(error) = lane.refresh(shared.topology.version()).await {
         tracing::warn!(shard = %shared.shard, ?error, "the map of the cluster's slots could not be read");
         tokio::select! {
-            () = tokio::time::sleep(pause) => {}
+            () = backoff.wait() => {}
             () = pushes.closed() => return,
         }
-        pause = (pause * 2).min(PAUSE_MAX);
     }
     if pushes.send(Push::Resubscribed { slot: None }).is_err() {
         return;
@@ -190,7 +190,7 @@ impl Listener {
                         lost: false,
                         waiting: vec![done],
                         attempt: 0,
-                        pause: PAUSE_MIN,
+                        backoff: Backoff::new(PAUSE_MIN, PAUSE_MAX),
                         since: Moment::now(),
                     };
                     self.subscriptions.insert(slot, subscription);
@@ -275,7 +275,7 @@ impl Listener {
         self.shared.metrics.reconnects.increment(back);
         self.inbox.set_place(slot, Some(&place));
         subscription.at = Some((place, generation));
-        subscription.pause = PAUSE_MIN;
+        subscription.backoff.reset();
         for done in subscription.waiting.drain(..) {
             // It may have stopped waiting.
             done.send(()).ok();
@@ -325,11 +325,10 @@ impl Listener {
         if subscription.attempt != attempt || subscription.at.is_some() {
             return Ok(());
         }
-        let pause = subscription.pause;
         match ended {
             Ended::Sent => self.attempt(slot, CONFIRMED_WITHIN),
             Ended::Moved | Ended::Failed => {
-                subscription.pause = (pause * 2).min(PAUSE_MAX);
+                let pause = subscription.backoff.next_delay();
                 self.attempt(slot, pause);
             }
             Ended::Left => {

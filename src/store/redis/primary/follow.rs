@@ -18,6 +18,7 @@ use super::Shared;
 use super::link::Link;
 use super::sentinels::Sentinels;
 use super::source::Source;
+use crate::backoff::Backoff;
 use crate::store::StoreError;
 
 /// The first and the longest pause before another attempt to listen to a sentinel.
@@ -34,10 +35,10 @@ pub(super) async fn follow(shared: Arc<Shared>, links: Vec<Arc<Link>>) {
 }
 
 async fn listen(shared: &Shared, links: &[Arc<Link>], sentinels: &Sentinels, index: usize) {
-    let mut pause = PAUSE_MIN;
+    let mut backoff = Backoff::new(PAUSE_MIN, PAUSE_MAX);
     let mut is_told = false;
     loop {
-        let heard = hear(shared, links, sentinels, index, || pause = PAUSE_MIN).await;
+        let heard = hear(shared, links, sentinels, index, || backoff.reset()).await;
         match heard {
             Ok(()) => is_told = false,
             // A sentinel may be down for long: once is enough.
@@ -48,8 +49,7 @@ async fn listen(shared: &Shared, links: &[Arc<Link>], sentinels: &Sentinels, ind
             }
             Err(_) => {}
         }
-        tokio::time::sleep(pause).await;
-        pause = (pause * 2).min(PAUSE_MAX);
+        backoff.wait().await;
     }
 }
 

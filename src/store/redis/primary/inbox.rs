@@ -11,6 +11,7 @@ use tokio::sync::mpsc;
 use super::super::client::connection_info;
 use super::super::reply::{push, role};
 use super::Shared;
+use crate::backoff::Backoff;
 use crate::protocol::Push;
 use crate::store::{StoreError, tell_unreadable};
 
@@ -23,12 +24,12 @@ const PAUSE_MAX: Duration = Duration::from_secs(1);
 pub(super) async fn listen(shared: Arc<Shared>, pushes: mpsc::UnboundedSender<Push>) {
     let channel = shared.commands.names.inbox(&shared.commands.manager);
     let mut moves = shared.moves.listen();
-    let mut pause = PAUSE_MIN;
+    let mut backoff = Backoff::new(PAUSE_MIN, PAUSE_MAX);
     while !pushes.is_closed() {
         moves.catch_up();
         match tokio::time::timeout(shared.timeout, subscribe(&shared, &channel)).await {
             Ok(Ok((inbox, place))) => {
-                pause = PAUSE_MIN;
+                backoff.reset();
                 shared.metrics.subscriptions.increment(1);
                 if pushes.send(Push::Resubscribed { slot: None }).is_err() {
                     return;
@@ -74,12 +75,11 @@ pub(super) async fn listen(shared: Arc<Shared>, pushes: mpsc::UnboundedSender<Pu
             }
         }
         tokio::select! {
-            () = tokio::time::sleep(pause) => {}
+            () = backoff.wait() => {}
             // It is known where the primary is now.
             () = moves.news() => {}
             () = pushes.closed() => return,
         }
-        pause = (pause * 2).min(PAUSE_MAX);
     }
 }
 

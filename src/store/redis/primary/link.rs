@@ -16,6 +16,7 @@ use super::super::client::{connection_info, with_reason};
 use super::super::reply::{as_text, role, server_time};
 use super::Shared;
 use super::plain::{self, Traffic, UnderWay};
+use crate::backoff::Backoff;
 use crate::clock::Moment;
 use crate::endpoint::ServerUrl;
 use crate::fence::FencingToken;
@@ -129,7 +130,7 @@ impl Link {
             return self.open(&shared.source.locate().await?).await;
         }
         let until = Instant::now() + shared.timeout * 3 / 4;
-        let mut pause = FAILOVER_PAUSE_MIN;
+        let mut backoff = Backoff::new(FAILOVER_PAUSE_MIN, FAILOVER_PAUSE_MAX);
         let mut moves = shared.moves.listen();
         // Where we were last, and why that was of no use.
         let mut in_vain: Option<(String, Arc<str>)> = None;
@@ -156,6 +157,7 @@ impl Link {
                 continue;
             }
             shared.source.doubt();
+            let pause = backoff.next_delay();
             if Instant::now() + pause >= until {
                 return Err(StoreError::Unavailable(
                     format!("the sentinels name {place} as the primary: {error}").into(),
@@ -166,7 +168,6 @@ impl Link {
                 () = tokio::time::sleep(pause) => {}
                 () = moves.news() => {}
             }
-            pause = (pause * 2).min(FAILOVER_PAUSE_MAX);
         }
     }
 

@@ -1,0 +1,108 @@
+//! The delay between two attempts at the same thing: it doubles, and every delay is random.
+
+use std::time::Duration;
+
+use rand::Rng;
+
+/// Delays for attempts that fail one after the other.
+///
+/// The bound of a delay doubles with each attempt, up to a limit. The delay itself is drawn evenly from the half of the shortest bound to the
+/// present one ("full jitter"), so that the processes that lost the same server at the same moment do not come back to it at the same moment.
+#[derive(Debug, Clone)]
+pub(crate) struct Backoff {
+    min: Duration,
+    max: Duration,
+    bound: Duration,
+}
+
+impl Backoff {
+    /// The first delay is at most `min`, a later one at most `max`.
+    pub(crate) fn new(min: Duration, max: Duration) -> Self {
+        Self { min, max, bound: min }
+    }
+
+    /// An attempt succeeded: the next delay is a first one.
+    pub(crate) fn reset(&mut self) {
+        self.bound = self.min;
+    }
+
+    /// From now on no delay is longer than that, and the next one's bound at least `bound`.
+    pub(crate) fn set_limits(&mut self, bound: Duration, max: Duration) {
+        self.max = max;
+        self.bound = self.bound.max(bound).min(max);
+    }
+
+    /// The next delay.
+    pub(crate) fn next_delay(&mut self) -> Duration {
+        let bound = self.bound;
+        self.bound = bound.saturating_mul(2).min(self.max);
+        rand::rng().random_range(self.min.min(bound) / 2..=bound)
+    }
+
+    /// Sleeps for the next delay.
+    pub(crate) async fn wait(&mut self) {
+        tokio::time::sleep(self.next_delay()).await;
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    const MIN: Duration = Duration::from_millis(5);
+    const MAX: Duration = Duration::from_secs(1);
+
+    /// Delays of attempts that fail one after the other.
+    fn delays(count: usize) -> Vec<Duration> {
+        let mut backoff = Backoff::new(MIN, MAX);
+        (0..count).map(|_| backoff.next_delay()).collect()
+    }
+
+    #[test]
+    fn delays_grow_within_their_bounds() {
+        for _ in 0..100 {
+            for (attempt, delay) in delays(12).into_iter().enumerate() {
+                let bound = (MIN * 2_u32.pow(attempt as u32)).min(MAX);
+                assert!((MIN / 2..=bound).contains(&delay), "attempt {attempt}: {delay:?}");
+            }
+        }
+    }
+
+    #[test]
+    fn a_thousand_processes_do_not_come_back_together() {
+        // A server that was away for about two seconds.
+        let mut tenths = [0; 100];
+        for _ in 0..1000 {
+            let mut at = Duration::ZERO;
+            let mut backoff = Backoff::new(MIN, MAX);
+            while at < Duration::from_secs(2) {
+                at += backoff.next_delay();
+            }
+            tenths[at.as_millis() as usize / 100] += 1;
+        }
+        assert!(tenths.iter().all(|&count| count < 300), "{tenths:?}");
+    }
+
+    #[test]
+    fn success_begins_anew() {
+        let mut backoff = Backoff::new(MIN, MAX);
+        for _ in 0..20 {
+            backoff.next_delay();
+        }
+        backoff.reset();
+        assert!(backoff.next_delay() <= MIN);
+    }
+
+    #[test]
+    fn limits_hold_from_the_next_delay() {
+        let mut backoff = Backoff::new(MIN, MAX);
+        backoff.set_limits(MAX, MAX * 4);
+        assert_eq!(backoff.bound, MAX);
+        for _ in 0..20 {
+            backoff.next_delay();
+        }
+        assert_eq!(backoff.bound, MAX * 4);
+        backoff.set_limits(Duration::ZERO, MAX);
+        assert_eq!(backoff.bound, MAX);
+    }
+}
