@@ -21,6 +21,7 @@ pub(crate) struct Lease {
     ttl: AtomicU64,
     /// 0, or 1 + the index of the reason in [`LossReason::ALL`].
     lost: AtomicU8,
+    /// Notified once, after the loss is set.
     told: Notify,
 }
 
@@ -45,17 +46,19 @@ impl Lease {
         self.valid_until.fetch_max(valid_until.as_nanos(), Ordering::AcqRel);
     }
 
-    /// Ends the lease. Only the first reason counts. Says whether this was the first.
-    pub(crate) fn lose(&self, reason: LossReason) -> bool {
+    /// Ends the lease: from now on it is not valid. Only the first reason counts. Wakes nobody, since the caller holds the
+    /// mutex of the key: [`notify_of_loss`](Self::notify_of_loss) must follow once that is released.
+    pub(crate) fn lose(&self, reason: LossReason) {
         let code = LossReason::ALL.iter().position(|&known| known == reason).unwrap_or(0) as u8 + 1;
-        let first = self
-            .lost
+        // A later reason changes nothing.
+        self.lost
             .compare_exchange(0, code, Ordering::AcqRel, Ordering::Acquire)
-            .is_ok();
-        if first {
-            self.told.notify_waiters();
-        }
-        first
+            .ok();
+    }
+
+    /// Wakes the tasks that wait for the loss. A waker is foreign code: no lock may be held.
+    pub(crate) fn notify_of_loss(&self) {
+        self.told.notify_waiters();
     }
 
     /// Why the lease was ended, if it was.

@@ -36,21 +36,18 @@ fn look(shard: &Arc<Shard>) {
     shard.watch.reset();
     let mut due: Vec<(Arc<Entry>, Renewal)> = Vec::new();
     for entry in shard.entries() {
+        let mut renewal = None;
         entry.in_background(|queue, cx| {
             let effects = queue.tick(cx);
-            if let Some((cycle, ttl, late)) = queue.renewal(cx) {
-                shard.metrics.renewal_lag.record(late.as_secs_f64());
-                due.push((
-                    Arc::clone(&entry),
-                    Renewal {
-                        key: entry.key.clone(),
-                        cycle,
-                        ttl,
-                    },
-                ));
-            }
+            renewal = queue.renewal(cx);
             effects
         });
+        if let Some((cycle, ttl, late)) = renewal {
+            // Not under the mutex of the key: the recorder is foreign code.
+            shard.metrics.renewal_lag.record(late.as_secs_f64());
+            let key = entry.key.clone();
+            due.push((entry, Renewal { key, cycle, ttl }));
+        }
     }
     for batch in batches(due, |(_, renewal)| renewal.ttl) {
         let span = tracing::debug_span!("renew", shard = %shard.name, leases = batch.len());

@@ -6,6 +6,9 @@
 mod support;
 mod support_locks;
 
+use std::future::{Future, IntoFuture};
+use std::sync::{Arc, mpsc};
+use std::task::{Context, Wake, Waker};
 use std::time::{Duration, Instant};
 
 use shardlock::{LockError, LockManager, LossReason};
@@ -332,4 +335,84 @@ async fn a_long_lease_that_could_not_be_given_back_is_given_back_when_the_server
     server.restart();
     let other = LockManager::connect(&server.url()).await.expect("connect");
     lock(&other, "k").await.release().await.expect("release");
+}
+
+/// A waker that asks the manager something when it is called and when it is dropped, as foreign code may.
+struct Asking {
+    locks: LockManager,
+    asked: mpsc::Sender<&'static str>,
+}
+
+impl Asking {
+    fn waker(locks: &LockManager) -> (Waker, mpsc::Receiver<&'static str>) {
+        let (asked, answers) = mpsc::channel();
+        let locks = locks.clone();
+        (Waker::from(Arc::new(Self { locks, asked })), answers)
+    }
+
+    fn ask(&self, when: &'static str) {
+        drop(self.locks.held());
+        self.asked.send(when).ok();
+    }
+}
+
+impl Wake for Asking {
+    fn wake(self: Arc<Self>) {
+        self.ask("called");
+    }
+}
+
+impl Drop for Asking {
+    fn drop(&mut self) {
+        self.ask("dropped");
+    }
+}
+
+/// The wakers of `lost()` were called under the mutex of the key: one that asked the manager anything waited for that mutex for ever, on the
+/// thread that renews all leases of the process.
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn waker_of_a_loss_may_ask_the_manager() {
+    let ttl = Duration::from_millis(500);
+    let builder = LockManager::builder().shard("memory://wakers-of-losses").ttl(ttl);
+    let locks = builder.connect().await.expect("connect");
+    let other = lock(&locks, "other").await;
+    let capped = locks.lock("capped").max_hold(ttl / 5).await.expect("lock");
+    let (waker, answers) = Asking::waker(&locks);
+    let mut lost = Box::pin(capped.lost());
+    assert!(lost.as_mut().poll(&mut Context::from_waker(&waker)).is_pending());
+    assert_eq!(answers.recv_timeout(PATIENCE), Ok("called"));
+    assert_eq!(poll_once(&mut lost), Some(LossReason::MaxHold));
+    tokio::time::sleep(2 * ttl).await;
+    assert!(other.is_valid(), "renewals go on");
+
+    let (waker, answers) = Asking::waker(&locks);
+    let mut lost = Box::pin(other.lost());
+    assert!(lost.as_mut().poll(&mut Context::from_waker(&waker)).is_pending());
+    soon("the shutdown", locks.shutdown()).await;
+    assert_eq!(answers.recv_timeout(PATIENCE), Ok("called"));
+    assert_eq!(poll_once(&mut lost), Some(LossReason::Closed));
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn waker_that_is_replaced_or_given_up_may_ask_the_manager() {
+    let locks = LockManager::connect("memory://wakers-that-end").await.expect("connect");
+    let guard = lock(&locks, "k").await;
+    let (ended, told) = mpsc::channel();
+    // On a thread of its own, which would wait for ever for a mutex that it holds itself.
+    std::thread::spawn(move || {
+        let mut waiting = Box::pin(locks.lock("k").into_future());
+        let (first, answers_of_first) = Asking::waker(&locks);
+        assert!(waiting.as_mut().poll(&mut Context::from_waker(&first)).is_pending());
+        drop(first);
+        assert!(answers_of_first.try_recv().is_err(), "the line keeps it");
+        let (second, answers_of_second) = Asking::waker(&locks);
+        assert!(waiting.as_mut().poll(&mut Context::from_waker(&second)).is_pending());
+        drop(second);
+        let replaced = answers_of_first.try_recv();
+        drop(waiting);
+        ended.send((replaced, answers_of_second.try_recv())).ok();
+    });
+    let both = told.recv_timeout(PATIENCE).expect("the thread comes to an end");
+    assert_eq!(both, (Ok("dropped"), Ok("dropped")));
+    guard.release().await.expect("release");
 }

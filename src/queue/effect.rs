@@ -1,8 +1,10 @@
 //! What the queue of a key wants done.
 
+use std::sync::Arc;
 use std::time::Duration;
 
 use crate::error::LossReason;
+use crate::lease::Lease;
 use crate::protocol::{Ask, Cycle};
 
 /// What an event led to. The queue has already taken it into account; the shard only has to carry it out.
@@ -15,6 +17,10 @@ pub(crate) struct Effects<W> {
     pub(crate) abandoned: [Option<Cycle>; 2],
     /// The waiters whose outcome is there to be collected.
     pub(crate) wake: Wake<W>,
+    /// The waker of a waiter that does not need it, to be dropped. Dropping a waker runs foreign code, as calling it does.
+    pub(crate) discarded: Option<W>,
+    /// A lease that has ended. It is invalid already; the tasks that wait for its loss must be notified.
+    pub(crate) ended: Option<Arc<Lease>>,
     /// A guard has lost its lease, and why.
     pub(crate) lost: Option<LossReason>,
     /// A tenure of the lease ended; it served so many guards.
@@ -81,6 +87,8 @@ impl<W> Effects<W> {
             request: None,
             abandoned: [None, None],
             wake: Wake::None,
+            discarded: None,
+            ended: None,
             lost: None,
             served: None,
             yielded: None,

@@ -264,6 +264,7 @@ impl<W> Queue<W> {
     pub(super) fn lose(&mut self, reason: LossReason, cx: Context<'_>, effects: &mut Effects<W>) {
         let Phase::Held(held) = &mut self.phase else { return };
         held.lease.lose(reason);
+        effects.ended = Some(Arc::clone(&held.lease));
         let holder = match std::mem::replace(&mut held.tenant, Tenant::Nobody) {
             Tenant::Guard(holder) => Some(holder),
             Tenant::Nobody | Tenant::Lingering { .. } => None,

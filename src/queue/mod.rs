@@ -5,7 +5,8 @@
 //! Events come in as method calls (a task wants the key, gives up, releases; a reply, a grant, a renewal came; time
 //! passed), effects come out ([`Effects`]: a request to send, cycles to clean up, waiters to wake). Nothing in here reads
 //! a clock, knows a task or talks to a store, so that the same code runs in the product, in the exhaustive tests and in the
-//! simulation.
+//! simulation. No waker and no notifier is called or dropped in here, since the caller holds the mutex of the key: wakers
+//! leave through the effects, to be called or dropped after the mutex is released.
 //!
 //! A manager is at most one contender for a key: however many tasks wait, one *cycle* stands in the store's queue. When
 //! the lease is there, local waiters get it one after the other, in the order in which they came, each with a token of
@@ -31,6 +32,7 @@ mod tests;
 mod time;
 mod waiters;
 
+use std::sync::Arc;
 use std::time::Duration;
 
 pub(crate) use effect::{Bound, Effects, Request, Wake};
@@ -166,6 +168,18 @@ impl<W> Queue<W> {
             None
         };
         let settled = refused.is_some();
+        // A waiter whose outcome is there keeps no waker.
+        let waker = if !settled {
+            waker
+        } else if want.only_try {
+            // A try looks at once.
+            effects.discarded = waker;
+            None
+        } else {
+            // It may be asleep by the time it could look.
+            effects.wake(waker);
+            None
+        };
         let id = self.waiters.push_back(Waiter {
             want,
             since: cx.now,
@@ -174,10 +188,6 @@ impl<W> Queue<W> {
         });
         if settled {
             self.waiters.detach(id);
-            if !want.only_try {
-                // It may be asleep by the time it could look; a try looks at once.
-                effects.wake(self.waiters.get_mut(id).and_then(|waiter| waiter.waker.take()));
-            }
             return (id, effects);
         }
         match &self.phase {
@@ -218,13 +228,17 @@ impl<W> Queue<W> {
         {
             holder.waiter = None;
         }
-        self.waiters.remove(id)?.outcome
+        let waiter = self.waiters.remove(id)?;
+        debug_assert!(waiter.waker.is_none(), "a settled waiter still has its waker");
+        waiter.outcome
     }
 
-    /// Replaces the waker of a waiter.
-    pub(crate) fn set_waker(&mut self, id: WaiterId, waker: W) {
-        if let Some(waiter) = self.waiters.get_mut(id) {
-            waiter.waker = Some(waker);
+    /// Replaces the waker of a waiter. Returns the one that is not needed any more.
+    #[must_use = "a waker must not be dropped under the mutex of the key"]
+    pub(crate) fn set_waker(&mut self, id: WaiterId, waker: W) -> Option<W> {
+        match self.waiters.get_mut(id) {
+            Some(waiter) => waiter.waker.replace(waker),
+            None => Some(waker),
         }
     }
 
@@ -236,7 +250,7 @@ impl<W> Queue<W> {
     /// A waiter goes away without collecting. Where the lock was already its own, it is passed on.
     pub(crate) fn give_up(&mut self, id: WaiterId, cx: Context<'_>) -> Effects<W> {
         let mut effects = Effects::none();
-        self.waiters.remove(id);
+        effects.discarded = self.waiters.remove(id).and_then(|waiter| waiter.waker);
         match &mut self.phase {
             Phase::Held(held) if held.guard().is_some_and(|holder| holder.waiter == Some(id)) => {
                 self.pass_on(cx, &mut effects);
@@ -297,6 +311,7 @@ impl<W> Queue<W> {
         match &mut self.phase {
             Phase::Held(held) => {
                 held.lease.lose(LossReason::Closed);
+                effects.ended = Some(Arc::clone(&held.lease));
                 effects.lost = held.guard().is_some().then_some(LossReason::Closed);
                 let cycle = held.lease.cycle;
                 if held.extending {

@@ -17,7 +17,8 @@ use crate::key::LockKey;
 use crate::protocol::Cycle;
 use crate::queue::{Context, Effects, Granted, Outcome, Path, Queue, Request, WaiterId, Wake, Want};
 
-/// See the module. The mutex is never held across an `await`, nor while a waiter is woken.
+/// See the module. The mutex is never held across an `await`, nor while a waker is called or dropped: a waker is foreign
+/// code, which may ask this very manager something.
 pub(crate) struct Entry {
     pub(crate) key: LockKey,
     pub(crate) shard: Arc<Shard>,
@@ -172,10 +173,6 @@ impl Entry {
         let before = Standing::of(&state.queue);
         let (id, mut effects) = state.queue.want(want, Some(waker), cx);
         let is_settled = state.queue.is_settled(id);
-        if is_settled {
-            // Whoever asks looks at once.
-            effects.wake = Wake::None;
-        }
         let look_at = before.is_spare.then(|| state.queue.look_at()).flatten();
         let after = Standing::of(&state.queue);
         self.count(before, after);
@@ -183,6 +180,10 @@ impl Entry {
         self.count_spare(before, after);
         if let Some(look_at) = look_at {
             self.shard.watch.look_at(look_at);
+        }
+        if is_settled {
+            // The task that asks looks at once.
+            effects.wake = Wake::None;
         }
         let request = self.carry_out(effects);
         Some(Ok(Wanted {
@@ -196,9 +197,13 @@ impl Entry {
     pub(crate) fn poll(self: &Arc<Self>, id: WaiterId, waker: &Waker, asked: Asked) -> Poll<Settled> {
         let mut state = self.state.lock();
         let Some(outcome) = state.queue.collect(id) else {
-            if !state.queue.waker(id).is_some_and(|known| known.will_wake(waker)) {
-                state.queue.set_waker(id, waker.clone());
-            }
+            let replaced = match state.queue.waker(id) {
+                Some(known) if known.will_wake(waker) => None,
+                _ => state.queue.set_waker(id, waker.clone()),
+            };
+            drop(state);
+            // Not before the mutex is released: the end of a waker may run code of the caller's executor.
+            drop(replaced);
             return Poll::Pending;
         };
         let much = state.note(&outcome, asked);
@@ -359,6 +364,8 @@ impl Entry {
             request,
             abandoned,
             wake,
+            discarded,
+            ended,
             lost,
             served,
             yielded,
@@ -368,6 +375,10 @@ impl Entry {
             Wake::None => {}
             Wake::One(waker) => waker.wake(),
             Wake::Many(wakers) => wakers.into_iter().for_each(Waker::wake),
+        }
+        drop(discarded);
+        if let Some(lease) = ended {
+            lease.notify_of_loss();
         }
         self.abandon(abandoned);
         if let Some(guards) = served {

@@ -174,7 +174,7 @@ impl World {
         let (outcome, _) = self.event(m, k, |queue, _| {
             let outcome = queue.collect(id);
             if outcome.is_none() {
-                queue.set_waker(id, task);
+                let _number = queue.set_waker(id, task);
             }
             (outcome, Effects::none())
         });

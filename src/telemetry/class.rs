@@ -185,7 +185,9 @@ impl Classes {
     fn each(&self, act: impl Fn(&ClassMetrics)) {
         act(&self.default);
         act(&self.other);
-        self.known.iter().for_each(|class| act(&class));
+        // Copied first: the recorder is foreign code and must not be called while a part of the map is locked.
+        let known: Vec<Arc<ClassMetrics>> = self.known.iter().map(|class| Arc::clone(&class)).collect();
+        known.iter().for_each(|class| act(class));
     }
 
     /// `None` for the default class, whose metrics every shard has.
@@ -197,10 +199,9 @@ impl Classes {
         if self.known.len() >= self.max {
             return Some(Arc::clone(&self.other));
         }
-        let entry = self
-            .known
-            .entry(class.to_owned())
-            .or_insert_with(|| Arc::new(ClassMetrics::new(class)));
+        // Made before the map is locked, since that calls the recorder. If another task makes it first, that one's counts.
+        let made = Arc::new(ClassMetrics::new(class));
+        let entry = self.known.entry(class.to_owned()).or_insert(made);
         Some(Arc::clone(&entry))
     }
 }

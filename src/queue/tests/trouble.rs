@@ -43,7 +43,7 @@ fn one_that_was_woken_with_a_lost_lease_is_the_first_to_wait_again() {
     let seen = bench.tick();
     assert_eq!(seen.lost, None, "nobody had a guard");
     assert!(!bench.queue.is_settled(ids[0]));
-    bench.queue.set_waker(ids[0], 1);
+    assert_eq!(bench.queue.set_waker(ids[0], 1), None);
     assert_eq!(bench.reply(seen.asks().0, granted(100, 164)).woken, [1]);
     assert_eq!(bench.guard(ids[0]).token.get(), 100);
 }

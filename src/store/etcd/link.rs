@@ -139,7 +139,8 @@ impl Link {
                         opened_at: Moment::now(),
                         index,
                     };
-                    *self.current.lock() = Some(live.clone());
+                    let earlier = self.current.lock().replace(live.clone());
+                    drop(earlier);
                     return Ok(live);
                 }
                 Ok(Err(StoreError::Unavailable(reason))) => reason.to_string(),
@@ -187,14 +188,15 @@ impl Link {
 
     /// That connection is of no more use; the next is one to another server.
     pub(super) fn broken(&self, broken: &Live) {
-        let mut current = self.current.lock();
-        if current
-            .as_ref()
-            .is_some_and(|live| live.generation == broken.generation)
-        {
-            *current = None;
+        let ended = self
+            .current
+            .lock()
+            .take_if(|live| live.generation == broken.generation);
+        if ended.is_some() {
             self.next.fetch_add(1, Ordering::Relaxed);
         }
+        // Not under the mutex: the end of a connection wakes the task that drives it.
+        drop(ended);
     }
 
     /// Nobody has answered since that moment: the connection is of no more use, unless it is a newer one.

@@ -28,14 +28,19 @@ struct Memory {
 }
 
 impl Memory {
-    /// Hands out what the core wants pushed.
-    fn deliver(&mut self) {
-        for (manager, push) in self.core.outbox.drain(..) {
-            if let Some(inbox) = self.inboxes.get(&manager) {
-                // A receiver that went away can't be told; its manager does not live any more.
-                inbox.send(push).ok();
-            }
-        }
+    /// What the core wants pushed, and where to.
+    fn take_pushes(&mut self) -> Vec<(mpsc::UnboundedSender<Push>, Push)> {
+        let outbox = self.core.outbox.drain(..);
+        let addressed = outbox.filter_map(|(manager, push)| Some((self.inboxes.get(&manager)?.clone(), push)));
+        addressed.collect()
+    }
+}
+
+/// Hands out pushes. Sending wakes the receiver, so the mutex of the memory must not be held.
+fn deliver(pushes: Vec<(mpsc::UnboundedSender<Push>, Push)>) {
+    for (inbox, push) in pushes {
+        // If the receiver is gone, so is its manager.
+        inbox.send(push).ok();
     }
 }
 
@@ -125,7 +130,9 @@ impl LeaseStore for MemoryStore {
             Ask::Join => memory.core.acquire(&key, &me, false, terms),
             Ask::Try => memory.core.acquire(&key, &me, true, terms),
         };
-        memory.deliver();
+        let pushes = memory.take_pushes();
+        drop(memory);
+        deliver(pushes);
         done(Answer {
             sent_at: now,
             ttl,
@@ -150,7 +157,9 @@ impl LeaseStore for MemoryStore {
         let reply = memory
             .core
             .release(&key, &self.manager.sign(cycle).to_string(), next.as_deref(), terms);
-        memory.deliver();
+        let pushes = memory.take_pushes();
+        drop(memory);
+        deliver(pushes);
         done(Answer {
             sent_at: now,
             ttl,
@@ -194,7 +203,10 @@ impl LeaseStore for MemoryStore {
     ) -> Pin<Box<dyn Future<Output = ()> + Send>> {
         let mut memory = self.memory.lock();
         memory.core.listen(self.manager.as_str(), true);
-        memory.inboxes.insert(self.manager.as_str().to_owned(), pushes.clone());
+        let earlier = memory.inboxes.insert(self.manager.as_str().to_owned(), pushes.clone());
+        // Both may wake a receiver.
+        drop(memory);
+        drop(earlier);
         // A receiver that is gone already needs no pushes.
         pushes.send(Push::Resubscribed { slot: None }).ok();
         Box::pin(std::future::pending())
@@ -205,6 +217,9 @@ impl Drop for MemoryStore {
     fn drop(&mut self) {
         let mut memory = self.memory.lock();
         memory.core.listen(self.manager.as_str(), false);
-        memory.inboxes.remove(self.manager.as_str());
+        let inbox = memory.inboxes.remove(self.manager.as_str());
+        // The end of the last sender wakes the receiver.
+        drop(memory);
+        drop(inbox);
     }
 }

@@ -84,9 +84,10 @@ impl Lane {
                 Ok((ranges, _)) => {
                     topology.replace(&ranges);
                     let owners = topology.places();
-                    self.nodes
-                        .lock()
-                        .retain(|place, _| owners.contains(place) || self.shared.seeds.contains(place));
+                    let is_gone = |place: &Place| !owners.contains(place) && !self.shared.seeds.contains(place);
+                    let gone: Vec<_> = self.nodes.lock().extract_if(|place, _| is_gone(place)).collect();
+                    // Not under the mutex: the end of a connection wakes its driver.
+                    drop(gone);
                     return Ok(());
                 }
                 // One that says no explains more than one that can't be reached.

@@ -106,16 +106,16 @@ impl Node {
             None => self.metrics.connects.increment(1),
         }
         let live = Live { connection, generation };
-        *self.current.lock() = Some(live.clone());
+        let earlier = self.current.lock().replace(live.clone());
+        drop(earlier);
         Ok(live)
     }
 
     /// That connection is of no more use.
     pub(super) fn broken(&self, generation: u64) {
-        let mut current = self.current.lock();
-        if current.as_ref().is_some_and(|live| live.generation == generation) {
-            *current = None;
-        }
+        let ended = self.current.lock().take_if(|live| live.generation == generation);
+        // Not under the mutex: the end of a connection wakes its driver.
+        drop(ended);
     }
 }
 

@@ -198,11 +198,12 @@ impl Link {
         if shared.moves.switches() != switches {
             return Err(StoreError::Unavailable("the primary became another server".into()));
         }
-        *current = Some(Current {
+        let earlier = current.replace(Current {
             live: live.clone(),
             place: server.place().to_owned(),
         });
         drop(current);
+        drop(earlier);
         if shared.source.follows() {
             shared.moves.settled(server.place());
         }
@@ -211,9 +212,10 @@ impl Link {
 
     /// That connection is of no more use.
     pub(super) fn broken(&self, broken: &Live) {
-        self.current
-            .lock()
-            .take_if(|current| current.live.generation == broken.generation);
+        let of_this = |current: &mut Current| current.live.generation == broken.generation;
+        let ended = self.current.lock().take_if(of_this);
+        // Not under the mutex: the end of a connection wakes its driver.
+        drop(ended);
     }
 
     /// Whether that error means that the connection is of no more use, which it isn't from now on: it broke, or leads to a server that
@@ -238,7 +240,8 @@ impl Link {
 
     /// The connection, if there is one, is of no more use.
     pub(super) fn leave(&self) {
-        *self.current.lock() = None;
+        let ended = self.current.lock().take();
+        drop(ended);
     }
 
     /// Where that connection leads, if it is still the one in use.
@@ -260,7 +263,8 @@ impl Link {
 
     /// The primary is at that place now.
     pub(super) fn leave_unless_at(&self, place: &str) {
-        self.current.lock().take_if(|current| current.place != place);
+        let ended = self.current.lock().take_if(|current| current.place != place);
+        drop(ended);
     }
 
     /// Once per connection: whether it is a primary at all, the floor below which the counters of this server must not be, and whether all
