@@ -42,7 +42,8 @@ impl FencingToken {
     /// Times before 2025 give zero, which is below every token.
     #[must_use]
     pub const fn from_server_time(seconds: u64, micros: u64) -> u64 {
-        seconds.saturating_sub(EPOCH_SECONDS) * 8_000_000 + micros * 8
+        let whole = seconds.saturating_sub(EPOCH_SECONDS).saturating_mul(8_000_000);
+        whole.saturating_add(micros.saturating_mul(8))
     }
 }
 
@@ -71,11 +72,15 @@ pub(crate) struct TokenBlock {
 impl TokenBlock {
     pub(crate) const EMPTY: Self = Self { next: 1, last: 0 };
 
-    /// The block of `count` tokens whose largest is `last`.
+    /// The block of `count` tokens whose largest is `last`. Empty for the largest number there is, which no store issues but
+    /// anybody may write into a message.
     pub(crate) const fn ending_at(last: u64, count: u32) -> Self {
-        Self {
-            next: (last + 1).saturating_sub(count as u64),
-            last,
+        match last.checked_add(1) {
+            Some(end) => Self {
+                next: end.saturating_sub(count as u64),
+                last,
+            },
+            None => Self::EMPTY,
         }
     }
 
@@ -115,6 +120,26 @@ mod tests {
         assert_eq!(taken, [10, 11, 12]);
         assert_eq!(block.remaining(), 0);
         assert_eq!(TokenBlock::EMPTY.remaining(), 0);
+    }
+
+    /// Numbers come from servers and from anybody who can publish to an inbox.
+    #[test]
+    fn block_of_any_numbers_counts_without_overflow() {
+        for last in [0, 1, 63, i64::MAX as u64, u64::MAX - 1, u64::MAX] {
+            for count in [0, 1, 64, u32::MAX] {
+                let mut block = TokenBlock::ending_at(last, count);
+                let remaining = block.remaining();
+                assert!(remaining <= u64::from(count), "{last} {count}");
+                let taken: Vec<_> = std::iter::from_fn(|| block.take()).take(65).collect();
+                assert!(taken.is_sorted_by(|one, next| one < next), "{last} {count}");
+                assert!(taken.iter().all(|token| token.get() <= last), "{last} {count}");
+            }
+        }
+        assert_eq!(TokenBlock::ending_at(u64::MAX, 64), TokenBlock::EMPTY);
+        assert_eq!(
+            FencingToken::from_server_time(i64::MAX as u64, i64::MAX as u64),
+            u64::MAX
+        );
     }
 
     #[test]

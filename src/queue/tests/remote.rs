@@ -39,6 +39,20 @@ fn rule_2_an_old_grant_that_ran_out_is_ignored() {
     assert_eq!(bench.grant(grant(cycle, 14, 14)).woken, [0]);
 }
 
+/// Anybody who can publish to the inbox chooses the numbers of a message.
+#[test]
+fn grant_of_the_largest_number_is_ignored() {
+    let mut bench = Bench::new();
+    let (id, cycle) = bench.stand_in_queue(10);
+    let forged = Grant {
+        tokens: TokenBlock::ending_at(u64::MAX, 64),
+        ..grant(cycle, 11, 12)
+    };
+    assert_eq!(bench.grant(forged), NOTHING);
+    assert!(!bench.queue.is_settled(id));
+    assert_eq!(bench.grant(grant(cycle, 11, 12)).woken, [0]);
+}
+
 #[test]
 fn rule_3_a_late_grant_is_asked_about() {
     let mut bench = Bench::new();

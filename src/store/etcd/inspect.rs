@@ -46,7 +46,7 @@ pub(super) async fn inspect(shared: Arc<Shared>, link: Arc<Link>, key: LockKey) 
             is_manager,
             owner: name,
         }),
-        queue_length: u64::try_from(found.count() - 1).unwrap_or(0),
+        queue_length: u64::try_from(found.count().saturating_sub(1)).unwrap_or(0),
         queue: members.map(|waiting| member(&prefix, waiting.key())).collect(),
         last_token: tokens
             .filter(|_| is_manager)

@@ -188,10 +188,7 @@ impl Link {
 
     /// That connection is of no more use; the next is one to another server.
     pub(super) fn broken(&self, broken: &Live) {
-        let ended = self
-            .current
-            .lock()
-            .take_if(|live| live.generation == broken.generation);
+        let ended = self.current.lock().take_if(|live| live.generation == broken.generation);
         if ended.is_some() {
             self.next.fetch_add(1, Ordering::Relaxed);
         }

@@ -133,7 +133,7 @@ async fn ask(shared: &Shared, mut sender: WatchRequestSender, watches: &Mutex<Wa
             }
             if let (Ok(()), Some(wait)) = (&asked, wait) {
                 let options = WatchOptions::new()
-                    .with_start_revision(wait.seen_at + 1)
+                    .with_start_revision(wait.seen_at.saturating_add(1))
                     .with_watch_id(watches.lock().number(cycle, &wait))
                     .with_filters([WatchFilterType::NoPut]);
                 asked = sender.watch(wait.before, Some(options)).await;

@@ -140,7 +140,7 @@ async fn attempt(quorum: &Arc<Quorum>, request: &Acquire) -> Result<Answer<Acqui
         && counter >= block.first()
     {
         // Others have given out what this block holds, or more: a block above, known to a majority before anybody sees it.
-        last = counter + u64::from(tokens);
+        last = counter.saturating_add(u64::from(tokens));
         standing = claim(quorum, None, request, last, Tally::new(quorum.nodes.len()), false)
             .await
             .0;
