@@ -45,8 +45,7 @@ lint: cargo protoc ## Check format, lints with each feature alone and all togeth
 	@set -e; for f in $(features); do set -x; cargo clippy --locked --all-targets --features $$f -- -D warnings; { set +x; } 2>/dev/null; done
 	cargo clippy --locked --all-targets --all-features -- -D warnings
 	RUSTDOCFLAGS="-D warnings" cargo doc --locked --no-deps --all-features
-	@if cargo deny --version >/dev/null 2>&1; then cargo deny --locked check bans licenses sources; \
-	else echo "cargo-deny is not installed: bans, licenses and sources are not checked"; fi
+	@deny=$$(scripts/ensure-cargo-deny) && set -x && $$deny --locked check bans licenses sources
 
 bench: cargo protoc ## Measure.
 	@$(with_server) cargo bench --locked --all-features
