@@ -3,6 +3,7 @@
 mod support;
 
 use std::net::TcpStream;
+use std::os::unix::fs::PermissionsExt;
 use std::os::unix::process::ExitStatusExt;
 use std::panic::{AssertUnwindSafe, catch_unwind};
 use std::thread;
@@ -32,6 +33,42 @@ fn worker_entry() {
 
 fn is_up(address: &str) -> bool {
     TcpStream::connect(address).is_ok()
+}
+
+/// New machines in a cloud hold apt's locks for minutes while they install updates.
+#[test]
+fn installing_a_server_waits_while_another_process_holds_the_lock_of_apt() {
+    const LOCKED: &str = "E: Could not get lock /var/lib/apt/lists/lock. It is held by process 7 (apt-get)";
+    let temp = tempfile::tempdir().expect("a directory");
+    let apt_get = temp.path().join("apt-get");
+    // The lock is free at the third call, unless it is held for ever.
+    let script = format!(
+        "#!/bin/sh\necho call >>\"$0.calls\"\n\
+         if [ \"$1\" != forever ] && [ \"$(wc -l <\"$0.calls\")\" -ge 3 ]; then echo installed; exit 0; fi\n\
+         echo '{LOCKED}' >&2\necho 'E: Unable to lock directory /var/lib/apt/lists/' >&2\nexit 100\n"
+    );
+    std::fs::write(&apt_get, script).expect("write");
+    std::fs::set_permissions(&apt_get, std::fs::Permissions::from_mode(0o755)).expect("permissions");
+    let run = |argument: &str, wait: &str| {
+        let script = "set -euo pipefail; say() { echo \"say: $*\" >&2; }; source scripts/packages.sh
+            as_root() { \"$@\" >&2 </dev/null; }; apt_get \"$1\"";
+        let path = format!("{}:{}", temp.path().display(), std::env::var("PATH").expect("a PATH"));
+        let mut bash = std::process::Command::new("bash");
+        bash.args(["-c", script, "bash", argument])
+            .current_dir(env!("CARGO_MANIFEST_DIR"))
+            .env("PATH", path)
+            .env("SHARDLOCK_APT_WAIT", wait);
+        let output = bash.output().expect("bash");
+        let text = String::from_utf8(output.stderr).expect("text");
+        (output.status.code(), text)
+    };
+    let (code, text) = run("install", "60");
+    assert_eq!(code, Some(0), "{text}");
+    let waiting = format!("say: another process holds a lock of apt; waiting for it, for up to 60 s: {LOCKED}");
+    assert_eq!(text.lines().collect::<Vec<_>>(), [waiting.as_str(), "installed"]);
+    let (code, text) = run("forever", "0");
+    assert_eq!(code, Some(100), "{text}");
+    assert!(text.contains("still held after 0 s"), "{text}");
 }
 
 #[test]
