@@ -8,6 +8,7 @@ mod config;
 mod endpoint;
 mod error;
 mod fence;
+mod foreign;
 mod guard;
 mod heat;
 mod identity;

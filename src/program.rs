@@ -8,6 +8,10 @@ use tokio::task::JoinSet;
 
 /// Runs a future on the program's runtime; and another one here, from the beginning, without such a runtime or once it is gone. Dropping this
 /// ends it wherever it runs.
+///
+/// # Panics
+///
+/// If the future does, wherever it runs.
 pub(crate) async fn run_there<F, T>(program: Option<&Handle>, make: impl Fn() -> F) -> T
 where
     F: Future<Output = T> + Send + 'static,
@@ -23,7 +27,9 @@ where
                 tracing::debug!("the runtime of the program is gone; what ran there goes on elsewhere");
             }
             Some(Err(error)) => {
-                tracing::error!(%error, "a task on the program's runtime panicked; please report this");
+                if let Ok(panic) = error.try_into_panic() {
+                    std::panic::resume_unwind(panic);
+                }
             }
             None => {}
         }

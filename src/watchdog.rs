@@ -10,6 +10,7 @@
 use std::sync::Arc;
 use std::time::Duration;
 
+use tokio::task::JoinSet;
 use tracing::Instrument;
 
 use crate::clock::Moment;
@@ -22,16 +23,32 @@ use crate::telemetry::RequestKind;
 const LOOK_EVERY_MIN: Duration = Duration::from_millis(1);
 
 /// Keeps the leases of a shard alive for as long as the background thread lives.
+///
+/// # Panics
+///
+/// If a renewal does: its leases would never be renewed again.
 pub(crate) async fn keep_alive(shard: Arc<Shard>) {
+    let mut renewals = JoinSet::new();
     loop {
-        shard.watch.due().await;
-        look(&shard);
+        tokio::select! {
+            () = shard.watch.due() => {}
+            Some(ended) = renewals.join_next(), if !renewals.is_empty() => {
+                if let Err(error) = ended && let Ok(panic) = error.try_into_panic() {
+                    std::panic::resume_unwind(panic);
+                }
+                continue;
+            }
+        }
+        for batch in look(&shard) {
+            let span = tracing::debug_span!("renew", shard = %shard.name, leases = batch.len());
+            renewals.spawn_local(renew(Arc::clone(&shard), batch).instrument(span));
+        }
         tokio::time::sleep(LOOK_EVERY_MIN).await;
     }
 }
 
-/// Lets time pass for every key, and renews what is due.
-fn look(shard: &Arc<Shard>) {
+/// Lets time pass for every key. Returns what is due for renewal, in batches.
+fn look(shard: &Arc<Shard>) -> Vec<Vec<(Arc<Entry>, Renewal)>> {
     // First, so that what a task tells during the look is not forgotten.
     shard.watch.reset();
     let mut due: Vec<(Arc<Entry>, Renewal)> = Vec::new();
@@ -49,10 +66,7 @@ fn look(shard: &Arc<Shard>) {
             due.push((entry, Renewal { key, cycle, ttl }));
         }
     }
-    for batch in batches(due, |(_, renewal)| renewal.ttl) {
-        let span = tracing::debug_span!("renew", shard = %shard.name, leases = batch.len());
-        tokio::task::spawn_local(renew(Arc::clone(shard), batch).instrument(span));
-    }
+    batches(due, |(_, renewal)| renewal.ttl)
 }
 
 /// Parts in which no TTL is more than twice the shortest: a batch waits for its answer for a part of its shortest TTL, which may be too short a time for

@@ -7,6 +7,7 @@ mod support;
 mod support_locks;
 
 use std::future::{Future, IntoFuture};
+use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Arc, mpsc};
 use std::task::{Context, Wake, Waker};
 use std::time::{Duration, Instant};
@@ -391,6 +392,84 @@ async fn waker_of_a_loss_may_ask_the_manager() {
     soon("the shutdown", locks.shutdown()).await;
     assert_eq!(answers.recv_timeout(PATIENCE), Ok("called"));
     assert_eq!(poll_once(&mut lost), Some(LossReason::Closed));
+}
+
+/// A recorder whose metrics panic from some moment on.
+#[derive(Clone, Default)]
+struct Failing(Arc<AtomicBool>);
+
+impl Failing {
+    fn check(&self) {
+        assert!(!self.0.load(Ordering::SeqCst), "a recorder that fails");
+    }
+}
+
+impl metrics::CounterFn for Failing {
+    fn increment(&self, _value: u64) {
+        self.check();
+    }
+
+    fn absolute(&self, _value: u64) {
+        self.check();
+    }
+}
+
+impl metrics::GaugeFn for Failing {
+    fn increment(&self, _value: f64) {
+        self.check();
+    }
+
+    fn decrement(&self, _value: f64) {
+        self.check();
+    }
+
+    fn set(&self, _value: f64) {
+        self.check();
+    }
+}
+
+impl metrics::HistogramFn for Failing {
+    fn record(&self, _value: f64) {
+        self.check();
+    }
+}
+
+impl metrics::Recorder for Failing {
+    fn describe_counter(&self, _: metrics::KeyName, _: Option<metrics::Unit>, _: metrics::SharedString) {}
+
+    fn describe_gauge(&self, _: metrics::KeyName, _: Option<metrics::Unit>, _: metrics::SharedString) {}
+
+    fn describe_histogram(&self, _: metrics::KeyName, _: Option<metrics::Unit>, _: metrics::SharedString) {}
+
+    fn register_counter(&self, _: &metrics::Key, _: &metrics::Metadata<'_>) -> metrics::Counter {
+        metrics::Counter::from_arc(Arc::new(self.clone()))
+    }
+
+    fn register_gauge(&self, _: &metrics::Key, _: &metrics::Metadata<'_>) -> metrics::Gauge {
+        metrics::Gauge::from_arc(Arc::new(self.clone()))
+    }
+
+    fn register_histogram(&self, _: &metrics::Key, _: &metrics::Metadata<'_>) -> metrics::Histogram {
+        metrics::Histogram::from_arc(Arc::new(self.clone()))
+    }
+}
+
+/// Its panic ended the renewal that it was called in, and so, without a word, the renewals of those leases for ever.
+#[tokio::test]
+async fn recorder_that_panics_costs_no_lock() {
+    let recorder = Failing::default();
+    let _for_this_thread = metrics::set_default_local_recorder(&recorder);
+    let ttl = Duration::from_millis(500);
+    let builder = LockManager::builder().shard("memory://failing-recorder").ttl(ttl);
+    let locks = builder.connect().await.expect("connect");
+    let guard = lock(&locks, "k").await;
+    recorder.0.store(true, Ordering::SeqCst);
+    let lost = tokio::time::timeout(4 * ttl, guard.lost()).await;
+    assert!(lost.is_err() && guard.is_valid(), "{lost:?}");
+    let mut next = Box::pin(async { lock(&locks, "k").await });
+    assert!(poll_once(&mut next).is_none());
+    guard.release().await.expect("release");
+    soon("the next", next).await.release().await.expect("release");
 }
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]

@@ -2,7 +2,13 @@
 //!
 //! It has a runtime of its own with one thread, so that leases are renewed and losses are told even if every worker of the
 //! program's runtime is blocked. It ends when no handle of the manager is left and every key has been given back.
+//!
+//! After a panic of a service or a job the manager is closed, as by a shutdown: leases that nobody renews any more must not look
+//! held, and nothing is known of a key whose event was left half done. Panics of foreign code end before they get here
+//! ([`foreign`](crate::foreign)).
 
+use std::any::Any;
+use std::panic::{AssertUnwindSafe, catch_unwind};
 use std::rc::Rc;
 use std::sync::Arc;
 use std::sync::atomic::Ordering;
@@ -14,6 +20,7 @@ use tokio::task::{JoinSet, LocalSet};
 use super::abandon::abandon;
 use super::inbox::{Unheard, hear};
 use super::{Entry, Job, Shard, pulse, room, server_clock};
+use crate::foreign::SUBSCRIBER;
 use crate::key::LockKey;
 use crate::queue::Request;
 use crate::store::Lane;
@@ -43,9 +50,15 @@ impl Background {
         let program = Handle::try_current().ok();
         // The runtime is made on its thread: it must not be dropped on one of the program's.
         std::thread::Builder::new().name("shardlock".into()).spawn(move || {
-            match tokio::runtime::Builder::new_current_thread().enable_all().build() {
-                Ok(runtime) => LocalSet::new().block_on(&runtime, run(shards.into(), connected, jobs, program, tell)),
+            let shards: Rc<[Arc<Shard>]> = shards.into();
+            let work = || match tokio::runtime::Builder::new_current_thread().enable_all().build() {
+                Ok(runtime) => {
+                    LocalSet::new().block_on(&runtime, run(Rc::clone(&shards), connected, jobs, program, tell));
+                }
                 Err(error) => tracing::error!(%error, "the background thread could not start its runtime"),
+            };
+            if let Err(panic) = catch_unwind(AssertUnwindSafe(work)) {
+                end_after(&shards, &*panic);
             }
         })?;
         Ok(Self { listening })
@@ -124,8 +137,8 @@ async fn run(
                 }
                 Some(Job::Look) => {}
             },
-            Some(ended) = work.join_next(), if !work.is_empty() => report_panic(ended),
-            Some(ended) = services.join_next(), if !services.is_empty() => report_panic(ended),
+            Some(ended) = work.join_next(), if !work.is_empty() => check(ended, &shards),
+            Some(ended) = services.join_next(), if !services.is_empty() => check(ended, &shards),
         }
     }
 }
@@ -140,11 +153,28 @@ async fn settle(shards: &[Arc<Shard>]) {
     futures_util::future::join_all(settling).await;
 }
 
-/// A task of this thread can only end by itself or by a bug.
-fn report_panic(ended: Result<(), tokio::task::JoinError>) {
-    if let Err(error) = ended {
-        tracing::error!(%error, "a task of the background thread panicked; please report this");
+/// A task of this thread ends by itself, or it panics. What it was there for, such as renewals, is not done any more then, and what
+/// it left half done is not known: the manager ends, and its users learn of it.
+fn check(ended: Result<(), tokio::task::JoinError>, shards: &[Arc<Shard>]) {
+    if let Err(error) = ended
+        && let Ok(panic) = error.try_into_panic()
+    {
+        end_after(shards, &*panic);
     }
+}
+
+/// Ends the manager after a panic: guards are lost, waiters and later requests are refused.
+fn end_after(shards: &[Arc<Shard>], panic: &(dyn Any + Send)) {
+    let message = panic.downcast_ref::<&str>().copied();
+    let message = message.or_else(|| panic.downcast_ref::<String>().map(String::as_str));
+    SUBSCRIBER.call(|| {
+        tracing::error!(
+            panic = message.unwrap_or("without a message"),
+            "the background thread panicked, so the manager ends: its locks are lost and all requests are refused; \
+             connect a new one, and please report this"
+        );
+    });
+    close(shards);
 }
 
 fn shard_of(shards: &[Arc<Shard>], key: &LockKey) -> Option<Arc<Shard>> {
@@ -175,7 +205,13 @@ fn close(shards: &[Arc<Shard>]) {
         shard.load.closed.store(true, Ordering::SeqCst);
         shard.load.ending.store(true, Ordering::SeqCst);
         for entry in shard.table.all() {
-            entry.in_background(|queue, cx| queue.close(cx));
+            // A panic at one key leaves no other one open.
+            let close = || entry.in_background(|queue, cx| queue.close(cx));
+            if catch_unwind(AssertUnwindSafe(close)).is_err() {
+                SUBSCRIBER.call(|| {
+                    tracing::error!(shard = %shard.name, "closing a key panicked; its lease is left to run out");
+                });
+            }
         }
     }
 }

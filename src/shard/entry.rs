@@ -12,6 +12,7 @@ use super::{Job, Shard};
 use crate::clock::Moment;
 use crate::error::LockError;
 use crate::fence::FencingToken;
+use crate::foreign::WAKERS;
 use crate::heat::Heat;
 use crate::key::LockKey;
 use crate::protocol::Cycle;
@@ -373,12 +374,14 @@ impl Entry {
         } = effects;
         match wake {
             Wake::None => {}
-            Wake::One(waker) => waker.wake(),
-            Wake::Many(wakers) => wakers.into_iter().for_each(Waker::wake),
+            Wake::One(waker) => WAKERS.call(|| waker.wake()),
+            Wake::Many(wakers) => wakers.into_iter().for_each(|waker| WAKERS.call(|| waker.wake())),
         }
-        drop(discarded);
+        if discarded.is_some() {
+            WAKERS.call(|| drop(discarded));
+        }
         if let Some(lease) = ended {
-            lease.notify_of_loss();
+            WAKERS.call(|| lease.notify_of_loss());
         }
         self.abandon(abandoned);
         if let Some(guards) = served {

@@ -14,10 +14,22 @@ use crate::protocol::{Acquire, AcquireReply, Answer, Push, Release, ReleaseReply
 use crate::store::{Lane, Look, ServerTime, StoreFuture};
 use crate::telemetry::Classes;
 
-/// It grants everything with tokens below what it has promised, and its clock jumps.
-#[derive(Default)]
+/// It grants everything, and its clock jumps.
 struct BadStore {
+    /// The token that it grants. It has promised more than 1000.
+    token: u64,
     looks: AtomicU64,
+}
+
+const PROMISED: u64 = 1000;
+
+impl BadStore {
+    fn granting(token: u64) -> Self {
+        Self {
+            token,
+            looks: AtomicU64::new(0),
+        }
+    }
 }
 
 fn done<T: Send + 'static>(value: T) -> StoreFuture<T> {
@@ -28,7 +40,7 @@ fn answer<R>(ttl: Duration, reply: R) -> Answer<R> {
     Answer {
         sent_at: Moment::now(),
         ttl,
-        floor: 1000,
+        floor: PROMISED,
         reply,
     }
 }
@@ -40,7 +52,7 @@ impl LeaseStore for BadStore {
 
     fn acquire(&self, request: Acquire) -> StoreFuture<Answer<AcquireReply>> {
         let reply = AcquireReply::Granted {
-            tokens: TokenBlock::ending_at(500, 1),
+            tokens: TokenBlock::ending_at(self.token, 1),
             queued: 0,
             extended: false,
         };
@@ -55,8 +67,8 @@ impl LeaseStore for BadStore {
         done(answer(request.ttl, reply))
     }
 
-    fn renew(&self, batch: Vec<Renewal>, _limit: Duration) -> StoreFuture<Vec<Option<RenewReply>>> {
-        done(vec![None; batch.len()])
+    fn renew(&self, _batch: Vec<Renewal>, _limit: Duration) -> StoreFuture<Vec<Option<RenewReply>>> {
+        panic!("a renewal that panics")
     }
 
     fn inspect(&self, _key: LockKey) -> StoreFuture<Inspection> {
@@ -93,13 +105,13 @@ impl LeaseStore for BadStore {
     }
 }
 
-fn bad_shard() -> (Arc<Shard>, mpsc::UnboundedReceiver<Job>) {
+fn bad_shard(store: BadStore) -> (Arc<Shard>, mpsc::UnboundedReceiver<Job>) {
     let (jobs, receiver) = mpsc::unbounded_channel();
     let manager = Arc::new(ManagerMetrics::new(Classes::new("default", 1)));
     let shard = Shard::new(Parts {
         name: "bad".into(),
         kind: "bad".into(),
-        store: Arc::new(BadStore::default()),
+        store: Arc::new(store),
         id: ManagerId::new(),
         rules: Rules {
             max_burst: 1,
@@ -126,14 +138,7 @@ fn bad_shard() -> (Arc<Shard>, mpsc::UnboundedReceiver<Job>) {
     (shard, receiver)
 }
 
-#[tokio::test(start_paused = true)]
-async fn a_token_that_goes_back_is_refused_and_counted_and_a_clock_that_jumps_is_counted() {
-    let recorder = PrometheusBuilder::new().build_recorder();
-    let page = || recorder.handle().render();
-    let (shard, _jobs) = metrics::with_local_recorder(&recorder, bad_shard);
-    assert!(page().contains("shardlock_token_regressions_total{shard=\"bad\"} 0"));
-    assert!(page().contains("shardlock_server_clock_jumps_total{shard=\"bad\"} 0"));
-
+fn want(shard: &Arc<Shard>) -> Result<(Arc<Entry>, Wanted), LockError> {
     let want = Want {
         ttl: Duration::from_secs(1),
         max_hold: None,
@@ -141,17 +146,58 @@ async fn a_token_that_goes_back_is_refused_and_counted_and_a_clock_that_jumps_is
         only_try: false,
         expects_rivals: false,
     };
-    let key = LockKey::new("k").unwrap();
-    let (entry, wanted) = shard.want(&key, want, Waker::noop(), Moment::now()).unwrap();
-    let (id, mut next) = (wanted.id, wanted.request);
+    shard.want(&LockKey::new("k").unwrap(), want, Waker::noop(), Moment::now())
+}
+
+/// Wants the key and carries out what follows from that.
+async fn ask(shard: &Arc<Shard>) -> (Arc<Entry>, crate::queue::WaiterId) {
+    let (entry, wanted) = want(shard).unwrap();
+    let mut next = wanted.request;
     while let Some(request) = next {
         next = entry.drive(request, Lane::Caller).await.next;
     }
-    let asked = Asked {
+    (entry, wanted.id)
+}
+
+fn asked() -> Asked {
+    Asked {
         at: Moment::now(),
         caller: std::panic::Location::caller(),
+    }
+}
+
+/// A renewal that panicked was forgotten: its leases looked held until they ran out, and were then had again and lost again.
+#[tokio::test]
+async fn manager_ends_visibly_after_a_panic_in_its_background_thread() {
+    let (shard, jobs) = bad_shard(BadStore::granting(2000));
+    let _background = Background::start(vec![Arc::clone(&shard)], &[false], jobs).unwrap();
+    let (entry, holder) = ask(&shard).await;
+    let settled = entry.poll(holder, Waker::noop(), asked());
+    let std::task::Poll::Ready(Settled::Granted(granted)) = settled else {
+        panic!("{settled:?}")
     };
-    let settled = entry.poll(id, Waker::noop(), asked);
+    let (_, waiter) = ask(&shard).await;
+    let lost = tokio::time::timeout(Duration::from_secs(30), granted.lease.lost()).await;
+    assert_eq!(lost, Ok(crate::error::LossReason::Closed));
+    let refused = entry.poll(waiter, Waker::noop(), asked());
+    let std::task::Poll::Ready(Settled::Failed(error)) = refused else {
+        panic!("{refused:?}")
+    };
+    assert!(matches!(*error, LockError::Closed), "{error}");
+    let later = want(&shard).map(|_| ());
+    assert!(matches!(later, Err(LockError::Closed)), "{later:?}");
+}
+
+#[tokio::test(start_paused = true)]
+async fn a_token_that_goes_back_is_refused_and_counted_and_a_clock_that_jumps_is_counted() {
+    let recorder = PrometheusBuilder::new().build_recorder();
+    let page = || recorder.handle().render();
+    let (shard, _jobs) = metrics::with_local_recorder(&recorder, || bad_shard(BadStore::granting(500)));
+    assert!(page().contains("shardlock_token_regressions_total{shard=\"bad\"} 0"));
+    assert!(page().contains("shardlock_server_clock_jumps_total{shard=\"bad\"} 0"));
+
+    let (entry, id) = ask(&shard).await;
+    let settled = entry.poll(id, Waker::noop(), asked());
     let std::task::Poll::Ready(Settled::Failed(error)) = settled else {
         panic!("{settled:?}")
     };

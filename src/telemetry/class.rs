@@ -3,8 +3,8 @@
 use std::sync::Arc;
 use std::time::Duration;
 
+use super::recorder::{Histogram, counter, histogram};
 use dashmap::DashMap;
-use metrics::{Histogram, counter, histogram};
 
 use super::table::{ACQUISITIONS, HOLD, WAIT};
 use super::tally::{Tally, Thinning};

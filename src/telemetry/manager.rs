@@ -2,7 +2,7 @@
 
 use std::time::Duration;
 
-use metrics::{Counter, Histogram, counter, histogram};
+use super::recorder::{Counter, Histogram, counter, histogram};
 
 use super::class::Classes;
 use super::table::{REJECTIONS, STALL, STALLS};

@@ -6,6 +6,7 @@
 mod class;
 mod manager;
 mod node;
+mod recorder;
 mod shard;
 mod table;
 mod tally;

@@ -1,6 +1,6 @@
 //! Metrics by node of a quorum.
 
-use metrics::{Counter, Gauge, counter, gauge};
+use super::recorder::{Counter, Gauge, counter, gauge};
 
 use super::table::{QUORUM_SUSPECTS, QUORUM_VOTES};
 

@@ -3,7 +3,7 @@
 use std::sync::atomic::{AtomicBool, AtomicU64, AtomicUsize, Ordering};
 use std::time::Duration;
 
-use metrics::{Counter, Gauge, Histogram, counter, gauge, histogram};
+use super::recorder::{Counter, Gauge, Histogram, counter, gauge, histogram};
 
 use super::table::{
     ABANDONED, BATCH, BYPASS, CLOCK_DRIFT, CLOCK_JUMPS, CONNECTS, HAND_OFFS, LEASES, LINGERING_LEASES, LOST,

@@ -11,7 +11,7 @@
 use std::sync::atomic::{AtomicU64, Ordering};
 use std::time::Duration;
 
-use metrics::{Counter, Histogram};
+use super::recorder::{Counter, Histogram};
 
 /// Up to how many values a second a histogram takes them all.
 const SAMPLES_PER_SECOND: u64 = 20_000;
