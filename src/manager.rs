@@ -268,17 +268,22 @@ impl LockManager {
     ///
     /// # Errors
     ///
-    /// [`LockError::Unavailable`] or [`LockError::Refused`] if a shard gives no answer; a part may have been removed then.
+    /// [`LockError::Unavailable`] or [`LockError::Refused`] if a shard gives no answer or refuses to remove a key. Everything else has been removed
+    /// then, on the other shards as well.
     ///
     /// # Cancel safety
     ///
     /// A part may have been removed if it is dropped.
     pub async fn erase_namespace(&self) -> Result<u64, LockError> {
-        let mut count = 0;
+        let (mut count, mut failed) = (0, None);
         for shard in &self.inner.shards {
-            count += shard.erase().await?;
+            match shard.erase().await {
+                Ok(erased) => count += erased,
+                // The other shards are erased even so.
+                Err(error) => failed = failed.or(Some(error)),
+            }
         }
-        Ok(count)
+        failed.map_or(Ok(count), Err)
     }
 
     /// Gives everything back: guards that are out are lost, leases that linger are given back at once, waiters and all later requests get [`LockError::Closed`]. Returns when the

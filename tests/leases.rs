@@ -13,6 +13,7 @@ use std::task::{Context, Wake, Waker};
 use std::time::{Duration, Instant};
 
 use shardlock::{LockError, LockManager, LossReason};
+use support::filter::{Filter, Verdict, is_of_several_slots};
 use support::{PATIENCE, RedisServer, eventually, worker};
 use support_locks::{LOCKER, TestStore, lock, obey, on_each_store, poll_once, soon, until, until_queued};
 
@@ -494,4 +495,87 @@ async fn waker_that_is_replaced_or_given_up_may_ask_the_manager() {
     let both = told.recv_timeout(PATIENCE).expect("the thread comes to an end");
     assert_eq!(both, (Ok("dropped"), Ok("dropped")));
     guard.release().await.expect("release");
+}
+
+/// Locks that many keys, and holds them for two TTLs.
+async fn are_held(locks: &LockManager, count: usize) {
+    let mut guards = Vec::new();
+    for number in 0..count {
+        guards.push(lock(locks, &format!("k{number}")).await);
+    }
+    let lost = futures_util::future::select_all(guards.iter().map(|guard| Box::pin(guard.lost())));
+    let lost = tokio::time::timeout(2 * MANY_TTL, lost).await;
+    assert_eq!(lost.map(|(reason, number, _)| (reason, number)).ok(), None);
+    for guard in guards {
+        guard.release().await.expect("it was held all the time");
+    }
+}
+
+/// Long enough for the renewals that find out what a proxy takes.
+const MANY_TTL: Duration = Duration::from_secs(2);
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn locks_stay_held_behind_a_proxy_that_refuses_scripts_of_several_slots() {
+    let server = RedisServer::start();
+    let proxy = Filter::start(server.address(), |command| match is_of_several_slots(command) {
+        true => Verdict::Refuse("CROSSSLOT Keys in request don't hash to the same slot"),
+        false => Verdict::Pass,
+    });
+    let builder = LockManager::builder().shard(proxy.url()).ttl(MANY_TTL);
+    let locks = builder.connect().await.expect("connect");
+    are_held(&locks, 20).await;
+    // The connection remembers: later calls have one slot each.
+    assert_eq!(proxy.stopped(), 1);
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn locks_stay_held_behind_a_proxy_that_hangs_up_on_scripts_of_several_slots() {
+    let server = RedisServer::start();
+    let proxy = Filter::start(server.address(), |command| match is_of_several_slots(command) {
+        true => Verdict::HangUp,
+        false => Verdict::Pass,
+    });
+    let builder = LockManager::builder().shard(proxy.url()).ttl(MANY_TTL);
+    let locks = builder.connect().await.expect("connect");
+    are_held(&locks, 20).await;
+    assert!(proxy.stopped() <= 4, "{}", proxy.stopped());
+}
+
+on_each_store! {
+    on(redis_nodes, own);
+
+    async fn a_key_that_the_user_may_not_access_any_more_costs_no_other_lock(store: &TestStore) {
+        let ttl = Duration::from_millis(1500);
+        let locks = store.builder().ttl(ttl).connect().await.expect("connect");
+        // With a tag of their own, so that a cluster renews them in one call.
+        let mut kept = Vec::new();
+        for number in 0..10 {
+            kept.push(lock(&locks, &format!("{{t}}a{number}")).await);
+        }
+        let forbidden = lock(&locks, "{t}b").await;
+        for node in store.servers().nodes() {
+            node.command(&["ACL", "SETUSER", "default", "resetkeys", "~lock:%*", "~lock:{t}a*", "~lock:%q:{t}a*"]);
+        }
+        assert_eq!(soon("the loss", forbidden.lost()).await, LossReason::Expired);
+        let lost = futures_util::future::select_all(kept.iter().map(|guard| Box::pin(guard.lost())));
+        assert!(tokio::time::timeout(2 * ttl, lost).await.is_err(), "another lock was lost");
+        for guard in kept {
+            guard.release().await.expect("it was held all the time");
+        }
+    }
+
+    async fn a_key_that_may_not_be_removed_keeps_no_other_one_when_a_namespace_is_erased(store: &TestStore) {
+        let locks = store.manager().await;
+        let mut guards = Vec::new();
+        for key in ["a", "b", "c", "d", "e"] {
+            guards.push(lock(&locks, key).await);
+        }
+        for node in store.servers().nodes() {
+            node.command(&["ACL", "SETUSER", "default", "resetkeys", "%R~*", "%W~lock:%*", "%W~lock:a", "%W~lock:c", "%W~lock:d", "%W~lock:e"]);
+        }
+        let error = locks.erase_namespace().await.expect_err("one key may not be removed");
+        assert!(matches!(error, LockError::Refused { step: "erase", .. }), "{error}");
+        let left = store.servers().nodes().into_iter().flat_map(RedisServer::keys);
+        assert!(left.clone().all(|key| key == "lock:b"), "{:?}", left.collect::<Vec<_>>());
+    }
 }

@@ -13,6 +13,7 @@ pub mod cluster;
 pub mod directory;
 #[cfg(feature = "etcd")]
 pub mod etcd;
+pub mod filter;
 pub mod other_clock;
 pub mod process;
 pub mod prometheus;

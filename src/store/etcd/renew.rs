@@ -55,7 +55,7 @@ pub(super) async fn renew(
         .collect::<Vec<_>>();
     let looking: Vec<_> = renewing
         .chunks(READS_PER_TRANSACTION)
-        .map(|part| tokio::time::timeout(limit, look(&shared, part)))
+        .map(|part| tokio::time::timeout(limit, look_divided(&shared, part)))
         .collect();
     let looking = futures_util::future::join_all(looking);
     let started = Moment::now();
@@ -129,6 +129,31 @@ async fn extend(shared: &Shared, contender: &Contender, owned: Option<i64>) -> R
             move_to(shared, &shared.background, contender, ran.lease, &seen).await
         }
         _ => Err(Fault::LeaseGone),
+    }
+}
+
+/// Looks at all of them, and in parts if the look is refused, so that a key that the user may not read costs no other lease.
+async fn look_divided(shared: &Shared, part: &[Renewing]) -> Result<Vec<Option<RenewReply>>, Fault> {
+    let mut seen = Vec::with_capacity(part.len());
+    let (mut parts, mut refused) = (vec![part], None);
+    // The parts come off in the order of the leases.
+    while let Some(part) = parts.pop() {
+        match look(shared, part).await {
+            Ok(some) => seen.extend(some),
+            Err(Fault::Other(StoreError::Refused(_))) if part.len() > 1 => {
+                let (first, second) = part.split_at(part.len() / 2);
+                parts.extend([second, first]);
+            }
+            Err(fault @ Fault::Other(StoreError::Refused(_))) => {
+                seen.push(None);
+                refused = Some(fault);
+            }
+            Err(fault) => return Err(fault),
+        }
+    }
+    match refused {
+        Some(fault) if seen.iter().all(Option::is_none) => Err(fault),
+        _ => Ok(seen),
     }
 }
 

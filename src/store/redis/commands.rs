@@ -6,6 +6,7 @@ use std::time::Duration;
 use deadpool_redis::redis::aio::ConnectionLike;
 use deadpool_redis::redis::{Cmd, Pipeline, RedisError, RedisWrite, cmd, pipe};
 
+use super::batch::may_concern_some_keys;
 use super::names::Names;
 use super::permission::Permissions;
 use crate::identity::{ManagerId, Signature};
@@ -113,9 +114,13 @@ impl Commands {
     }
 
     /// The keys and arguments of renew.lua.
-    pub(super) fn fill_renew(&self, command: &mut Cmd, renewals: &[Renewal]) {
+    pub(super) fn fill_renew<'a>(
+        &self,
+        command: &mut Cmd,
+        renewals: impl ExactSizeIterator<Item = &'a Renewal> + Clone,
+    ) {
         command.arg(renewals.len() * 2);
-        for renewal in renewals {
+        for renewal in renewals.clone() {
             let names = self.names.of(&renewal.key);
             names.lease().write(command);
             names.queue().write(command);
@@ -194,17 +199,23 @@ impl Commands {
     }
 }
 
-/// Removes all keys of the namespace from one server.
+/// Removes all keys of the namespace from one server. A key that the server refuses to remove does not keep the others; its error comes at the end.
 pub(super) async fn erase(mut connection: impl ConnectionLike, commands: &Commands) -> Result<u64, RedisError> {
-    let (mut cursor, mut count) = (0, 0);
+    let (mut cursor, mut count, mut refused) = (0, 0, None);
     loop {
         let (next, found): (u64, Vec<Vec<u8>>) = commands.scan(cursor).query_async(&mut connection).await?;
         for key in found.iter().filter(|key| commands.names.is_ours(key)) {
             // One by one: in a cluster they need not share a slot.
-            count += cmd("DEL").arg(key).query_async::<u64>(&mut connection).await?;
+            let mut delete = cmd("DEL");
+            delete.arg(key);
+            match delete.query_async::<u64>(&mut connection).await {
+                Ok(deleted) => count += deleted,
+                Err(error) if error.is_unrecoverable_error() || !may_concern_some_keys(&error) => return Err(error),
+                Err(error) => refused = refused.or_else(|| Some(commands.permissions.of_command(error, &delete))),
+            }
         }
         if next == 0 {
-            return Ok(count);
+            return refused.map_or(Ok(count), Err);
         }
         cursor = next;
     }

@@ -4,6 +4,7 @@
 //! the server; `scripts/*.lua` hold the protocol. All are idempotent for a cycle. What is said to a server and what it says is the same
 //! whichever way a server is found: `names`, `commands`, `script` and `reply`.
 
+mod batch;
 mod client;
 pub(crate) mod cluster;
 mod commands;

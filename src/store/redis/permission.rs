@@ -109,6 +109,15 @@ pub(super) fn in_words(error: &RedisError) -> Option<String> {
     })
 }
 
+/// Whether a refusal is about a command, whatever its keys are.
+pub(super) fn is_about_a_command(error: &RedisError) -> bool {
+    let named = error.detail().and_then(|detail| detail.strip_prefix(LACKS));
+    match named {
+        Some(rule) => rule.starts_with('+'),
+        None => matches!(refused(error), Some(Refused::Command(_) | Refused::CommandInScript(_))),
+    }
+}
+
 fn unnamed(what: &str, error: &RedisError) -> String {
     format!("the user lacks a permission {what}; compare its rules with config/acl.conf: {error}")
 }

@@ -373,14 +373,18 @@ impl LeaseStore for ClusterStore {
         Box::pin(async move {
             let shared = &*lane.shared;
             lane.refresh(shared.topology.version()).await?;
-            let mut count = 0;
+            let (mut count, mut failed) = (0, None);
             for place in shared.topology.places() {
-                let in_words = |error| at_place(error_in_words(&error), &place);
                 // Any slot's connection to it will do.
-                let live = lane.node(&place, Slot::of(b""))?.get().await.map_err(in_words)?;
-                count += erase(live.connection, &shared.commands).await.map_err(in_words)?;
+                let node = lane.node(&place, Slot::of(b""))?;
+                let erased = async { erase(node.get().await?.connection, &shared.commands).await };
+                match erased.await {
+                    Ok(erased) => count += erased,
+                    // The other nodes are erased even so.
+                    Err(error) => failed = failed.or_else(|| Some(at_place(error_in_words(&error), &place))),
+                }
             }
-            Ok(count)
+            failed.map_or(Ok(count), Err)
         })
     }
 

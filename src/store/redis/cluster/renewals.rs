@@ -8,6 +8,7 @@ use deadpool_redis::redis::Cmd;
 use futures_util::StreamExt;
 use futures_util::stream;
 
+use super::super::batch::{self as batches, Part};
 use super::super::reply::renewed;
 use super::super::script::Named;
 use super::call::{Call, Unsaid};
@@ -63,17 +64,55 @@ pub(super) async fn renew(lane: &Lane, inbox: &Inbox, batch: &[Renewal], limit: 
     replies
 }
 
-/// Renews leases of one slot.
+/// Renews leases of one slot. A call that is refused is sent again in parts until those that the node refuses are alone.
 async fn renew_group(
     lane: &Lane,
     slot: Slot,
     batch: &[Renewal],
     group: &[usize],
 ) -> Result<Vec<Option<RenewReply>>, StoreError> {
+    let mut replies = vec![None; group.len()];
+    // Places in the group.
+    let mut parts: Vec<Part> = vec![(0..group.len()).collect()];
+    let (mut refused, mut count) = (None, 0_usize);
+    while !parts.is_empty() {
+        let calls = parts.into_iter().map(|part| async {
+            let renewals: Vec<&Renewal> = part.iter().map(|&item| &batch[group[item]]).collect();
+            (renew_part(lane, slot, &renewals).await, part)
+        });
+        let answers = futures_util::future::join_all(calls).await;
+        parts = Vec::new();
+        for (answer, part) in answers {
+            match answer {
+                Ok(renewed) => part
+                    .iter()
+                    .zip(renewed)
+                    .for_each(|(&item, reply)| replies[item] = reply),
+                Err(StoreError::Refused(_)) if part.len() > 1 => parts.extend(batches::halves(part)),
+                Err(error @ StoreError::Refused(_)) => {
+                    count += 1;
+                    refused = refused.or_else(|| Some((part.first().map(|&item| &batch[group[item]].key), error)));
+                }
+                Err(error) => return Err(error),
+            }
+        }
+    }
+    match refused {
+        Some((_, error)) if count == group.len() => Err(error),
+        Some((key, error)) => {
+            let key = key.map(tracing::field::display);
+            tracing::warn!(shard = %lane.shared.shard, %slot, key, ?error, leases = count, "some renewals were refused; they are tried again while the leases last");
+            Ok(replies)
+        }
+        None => Ok(replies),
+    }
+}
+
+/// Renews leases of one slot in one call.
+async fn renew_part(lane: &Lane, slot: Slot, renewals: &[&Renewal]) -> Result<Vec<Option<RenewReply>>, StoreError> {
     let shared = &*lane.shared;
-    let renewals: Vec<Renewal> = group.iter().map(|&index| batch[index].clone()).collect();
     let command = |named: Named| {
-        let fill = |command: &mut Cmd| shared.commands.fill_renew(command, &renewals);
+        let fill = |command: &mut Cmd| shared.commands.fill_renew(command, renewals.iter().copied());
         shared.scripts.renew.command(named, fill)
     };
     let call = Call {
@@ -83,8 +122,8 @@ async fn renew_group(
         stops_at_try_again: true,
     };
     match lane.call(call).await {
-        Ok(said) if said.acked < shared.min_replicas_acked => Ok(vec![None; group.len()]),
-        Ok(said) => Ok(renewed(&said.value, group.len())?.into_iter().map(Some).collect()),
+        Ok(said) if said.acked < shared.min_replicas_acked => Ok(vec![None; renewals.len()]),
+        Ok(said) => Ok(renewed(&said.value, renewals.len())?.into_iter().map(Some).collect()),
         Err(Unsaid::Failed(error)) => Err(error),
         Err(Unsaid::TryAgain) => {
             let alone = renewals.iter().map(|renewal| renew_alone(lane, slot, renewal));

@@ -28,6 +28,7 @@ mod moves;
 mod plain;
 #[cfg(test)]
 mod probe;
+mod renewals;
 mod sentinels;
 mod source;
 mod time;
@@ -37,12 +38,12 @@ use std::sync::Arc;
 use std::sync::atomic::{AtomicU64, Ordering};
 use std::time::Duration;
 
-use deadpool_redis::redis::{Cmd, RedisError, RedisResult, Value, cmd};
+use deadpool_redis::redis::{Cmd, RedisError, RedisResult, Value};
 use tokio::runtime::Handle;
 use tokio::sync::mpsc;
 
 use super::commands::{Commands, erase};
-use super::reply::{acquired, acquired_freely, inspected, released, renewed, role};
+use super::reply::{acquired, acquired_freely, inspected, released};
 use super::script::Scripts;
 use crate::clock::Moment;
 use crate::endpoint::{Access, ServerUrl};
@@ -57,6 +58,7 @@ pub(crate) use claim::{Claim, Claimed};
 use confirm::Confirm;
 use link::{Link, Live};
 use moves::Moves;
+use renewals::Habit;
 use sentinels::Sentinels;
 use source::Source;
 
@@ -82,14 +84,13 @@ pub(super) struct Shared {
     confirm: Option<Confirm>,
     /// The largest of the servers' times at the connects, as a token: counters below it were lost.
     floor: AtomicU64,
+    renewal_habit: Habit,
     /// The largest token seen in each slot.
     seen: Box<[AtomicU64]>,
     /// Whether it runs for long enough to have a vote, where it is a node of a quorum.
     tenure: Option<Tenure>,
 }
 
-/// How many leases one call of the renewal script covers: few enough that others get a turn in between.
-const RENEWALS_PER_CALL: usize = 128;
 /// How often a request is sent again on a new connection when the old one turned out to be broken.
 const RECONNECTS_PER_REQUEST: usize = 2;
 
@@ -132,6 +133,7 @@ impl RedisStore {
             confirm: Confirm::new(options.min_replicas_acked, options.timeout),
             floor: AtomicU64::new(0),
             seen: (0..SLOTS).map(|_| AtomicU64::new(0)).collect(),
+            renewal_habit: Habit::default(),
             tenure,
         });
         let callers = (0..options.connections.max(1)).map(|_| Link::new(&shared, Handle::try_current().ok()));
@@ -384,63 +386,7 @@ impl LeaseStore for RedisStore {
         let link = Arc::clone(&self.background);
         Box::pin(async move {
             let live = link.get().await?;
-            let switches = shared.switches();
-            let in_words = |error: RedisError| {
-                link.is_ended_by(&error, &live);
-                shared.source.in_words(&error)
-            };
-            // A server that is busy answers some of many calls in time: those leases are renewed, and only the others are asked for again.
-            let each = limit.mul_f64(if shared.confirm.is_some() { 0.5 } else { 0.8 });
-            let calls = batch.chunks(RENEWALS_PER_CALL).map(|part| {
-                let (mut connection, shared) = (live.connection.clone(), &shared);
-                async move {
-                    let fill = |command: &mut Cmd| shared.commands.fill_renew(command, part);
-                    let call = shared.scripts.renew.call(&mut connection, fill);
-                    let value = tokio::time::timeout(each, call).await.ok()?;
-                    Some(value.map(|value| renewed(&value, part.len())))
-                }
-            });
-            let mut replies = Vec::with_capacity(batch.len());
-            let answers = futures_util::future::join_all(calls).await;
-            if answers.iter().all(Option::is_none) {
-                if each >= shared.patience() {
-                    // As long as a release waits for its answer.
-                    link.broken(&live);
-                }
-                return Err(StoreError::Unavailable(format!("no answer within {each:?}").into()));
-            }
-            for (part, answer) in batch.chunks(RENEWALS_PER_CALL).zip(answers) {
-                match answer {
-                    Some(answer) => replies.extend(answer.map_err(in_words)??.into_iter().map(Some)),
-                    None => replies.extend(part.iter().map(|_| None)),
-                }
-            }
-            let mut connection = live.connection.clone();
-            if replies.contains(&Some(RenewReply::NotOurs)) {
-                // Where nothing is to be written, a server that was demoted meanwhile does not say so. What it does not know, the new
-                // primary may.
-                let answer = cmd("ROLE").query_async(&mut connection).await.map_err(in_words)?;
-                if let Err(error) = shared.source.accept(&role(&answer)?, "the server") {
-                    link.broken(&live);
-                    return Err(error);
-                }
-            }
-            if let Some(confirm) = &shared.confirm {
-                let wait = confirm.within(limit);
-                let acked = connection.send_packed_command(&wait.command()).await;
-                let acked = acked.and_then(Value::extract_error).map_err(in_words)?;
-                if let Err(error) = confirm.judge(wait, &acked) {
-                    tracing::warn!(shard = %shared.shard, ?error, leases = batch.len(), "a renewal does not count; it is tried again while the leases last");
-                    replies
-                        .iter_mut()
-                        .for_each(|reply| *reply = reply.filter(|reply| *reply == RenewReply::NotOurs));
-                }
-            }
-            if shared.switches() != switches {
-                // What a server says that was replaced meanwhile is of no worth.
-                replies.fill(None);
-            }
-            Ok(replies)
+            renewals::renew(&shared, &link, &live, &batch, limit).await
         })
     }
 

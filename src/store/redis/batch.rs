@@ -1,0 +1,102 @@
+//! Batches of which a server, or a proxy in front of it, refuses some: how they are divided, so that one refused item does not fail the others.
+
+use std::collections::BTreeMap;
+
+use deadpool_redis::redis::{ErrorKind, RedisError, ServerErrorKind};
+
+use super::permission;
+
+/// Indices into a batch, of items that are sent in one call.
+pub(super) type Part = Vec<usize>;
+
+/// Whether a refused call may succeed for some of its keys alone. Everything else that a server refuses, it refuses whatever the keys are, so
+/// dividing the call would only multiply the requests.
+pub(super) fn may_concern_some_keys(error: &RedisError) -> bool {
+    if permission::is_about_a_command(error) {
+        return false;
+    }
+    match error.kind() {
+        ErrorKind::Server(kind) => !matches!(
+            kind,
+            ServerErrorKind::BusyLoading
+                | ServerErrorKind::NoScript
+                | ServerErrorKind::ClusterDown
+                | ServerErrorKind::MasterDown
+                | ServerErrorKind::ReadOnly
+        ),
+        ErrorKind::Extension => !matches!(
+            error.code(),
+            Some("OOM" | "MISCONF" | "NOREPLICAS" | "NOAUTH" | "WRONGPASS" | "BUSY" | "UNBLOCKED" | "DENIED")
+        ),
+        _ => false,
+    }
+}
+
+/// Whether the keys of a call have to be of one slot, which they were not.
+pub(super) fn wants_one_slot(error: &RedisError) -> bool {
+    error.kind() == ErrorKind::Server(ServerErrorKind::CrossSlot)
+}
+
+/// The two halves of a part that has more than one item.
+pub(super) fn halves(mut part: Part) -> [Part; 2] {
+    let second = part.split_off(part.len() / 2);
+    [part, second]
+}
+
+/// The items of each slot, in parts of at most `most`.
+pub(super) fn by_slot<S: Ord>(
+    items: impl IntoIterator<Item = usize>,
+    slot: impl Fn(usize) -> S,
+    most: usize,
+) -> Vec<Part> {
+    let mut slots: BTreeMap<S, Part> = BTreeMap::new();
+    for item in items {
+        slots.entry(slot(item)).or_default().push(item);
+    }
+    let parts = slots.into_values();
+    parts
+        .flat_map(|part| part.chunks(most).map(<[usize]>::to_vec).collect::<Vec<_>>())
+        .collect()
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn parts_have_each_item_once_and_no_more_than_they_may() {
+        assert_eq!(halves(vec![1, 2, 3]), [vec![1], vec![2, 3]]);
+        assert_eq!(
+            by_slot(0..7, |item| item % 2, 3),
+            [vec![0, 2, 4], vec![6], vec![1, 3, 5]]
+        );
+    }
+
+    #[test]
+    fn only_refusals_that_may_be_about_keys_are_worth_another_attempt() {
+        let error = |kind, text: &str| RedisError::from((kind, "an error", text.to_owned()));
+        let server = |kind| error(ErrorKind::Server(kind), "words");
+        for kind in [
+            ServerErrorKind::CrossSlot,
+            ServerErrorKind::NoPerm,
+            ServerErrorKind::ResponseError,
+        ] {
+            assert!(may_concern_some_keys(&server(kind)), "{kind:?}");
+        }
+        for kind in [
+            ServerErrorKind::ReadOnly,
+            ServerErrorKind::BusyLoading,
+            ServerErrorKind::ClusterDown,
+        ] {
+            assert!(!may_concern_some_keys(&server(kind)), "{kind:?}");
+        }
+        let no_command = "this user has no permissions to run the 'evalsha' command";
+        assert!(!may_concern_some_keys(&error(
+            ErrorKind::Server(ServerErrorKind::NoPerm),
+            no_command
+        )));
+        assert!(!may_concern_some_keys(
+            &std::io::Error::from(std::io::ErrorKind::BrokenPipe).into()
+        ));
+    }
+}

@@ -1,0 +1,242 @@
+//! Renewing leases, many in one call.
+//!
+//! # Implementation details
+//!
+//! The leases of one call are of many slots. A server, or a proxy in front of it, may refuse a call because of some of its keys: one that the user may
+//! not access, or keys of several slots where one address leads to a cluster. Such a call is divided and sent again until the leases that
+//! are refused are alone; the others are renewed. A connection that refused several slots once has calls of one slot each from then
+//! on. A proxy may also close the connection in place of an answer: when that happened twice in a row, the next connection begins with calls of one slot.
+
+use std::sync::Arc;
+use std::time::Duration;
+
+use deadpool_redis::redis::{Cmd, RedisError, Value, cmd};
+use futures_util::StreamExt;
+use parking_lot::Mutex;
+use tokio::time::{Instant, timeout_at};
+
+use super::super::batch::{self, Part};
+use super::super::reply::{renewed, role};
+use super::Shared;
+use super::link::{Link, Live};
+use crate::protocol::{RenewReply, Renewal};
+use crate::store::StoreError;
+
+/// How many leases one call of the renewal script covers: few enough that others get a turn in between.
+const RENEWALS_PER_CALL: usize = 128;
+/// How many calls are on their way at a time.
+const CALLS_AT_A_TIME: usize = 1024;
+/// After how many batches without an answer, at the end of each of which the connection broke, the next has one slot in a call.
+const BREAKS_MAX: u8 = 2;
+
+/// What calls a connection for renewals takes, as far as that is known.
+#[derive(Default)]
+pub(super) struct Habit(Mutex<Known>);
+
+#[derive(Default)]
+struct Known {
+    /// Of which connection: which link, and its how many-th.
+    connection: (usize, u64),
+    by_slot: bool,
+    /// How many connections in a row broke under a batch of several slots.
+    breaks: u8,
+}
+
+impl Habit {
+    fn is_by_slot(&self, connection: (usize, u64)) -> bool {
+        let mut known = self.0.lock();
+        if known.connection != connection {
+            known.connection = connection;
+            known.by_slot = known.breaks >= BREAKS_MAX;
+            if known.by_slot {
+                // The connection after this one is tried with a whole batch again.
+                known.breaks = BREAKS_MAX - 1;
+            }
+        }
+        known.by_slot
+    }
+
+    fn wants_one_slot(&self) {
+        self.0.lock().by_slot = true;
+    }
+
+    fn broke(&self) {
+        let mut known = self.0.lock();
+        if !known.by_slot {
+            known.breaks = (known.breaks + 1).min(BREAKS_MAX);
+        }
+    }
+
+    fn answered(&self) {
+        let mut known = self.0.lock();
+        if !known.by_slot {
+            known.breaks = 0;
+        }
+    }
+}
+
+/// Renews what is still ours, on that connection.
+pub(super) async fn renew(
+    shared: &Shared,
+    link: &Arc<Link>,
+    live: &Live,
+    batch: &[Renewal],
+    limit: Duration,
+) -> Result<Vec<Option<RenewReply>>, StoreError> {
+    let switches = shared.switches();
+    let in_words = |error: RedisError| {
+        link.is_ended_by(&error, live);
+        shared.source.in_words(&error)
+    };
+    let mut replies = send(shared, link, live, batch, limit).await?;
+    let mut connection = live.connection.clone();
+    if replies.contains(&Some(RenewReply::NotOurs)) {
+        // Where nothing is to be written, a server that was demoted meanwhile does not say so. What it does not know, the new
+        // primary may.
+        let answer = cmd("ROLE").query_async(&mut connection).await.map_err(in_words)?;
+        if let Err(error) = shared.source.accept(&role(&answer)?, "the server") {
+            link.broken(live);
+            return Err(error);
+        }
+    }
+    if let Some(confirm) = &shared.confirm {
+        let wait = confirm.within(limit);
+        let acked = connection.send_packed_command(&wait.command()).await;
+        let acked = acked.and_then(Value::extract_error).map_err(in_words)?;
+        if let Err(error) = confirm.judge(wait, &acked) {
+            tracing::warn!(shard = %shared.shard, ?error, leases = batch.len(), "a renewal does not count; it is tried again while the leases last");
+            replies
+                .iter_mut()
+                .for_each(|reply| *reply = reply.filter(|reply| *reply == RenewReply::NotOurs));
+        }
+    }
+    if shared.switches() != switches {
+        // What a server says that was replaced meanwhile is of no worth.
+        replies.fill(None);
+    }
+    Ok(replies)
+}
+
+/// Sends the calls, and those that are refused again in parts. An error if no lease has a reply.
+async fn send(
+    shared: &Shared,
+    link: &Arc<Link>,
+    live: &Live,
+    batch: &[Renewal],
+    limit: Duration,
+) -> Result<Vec<Option<RenewReply>>, StoreError> {
+    // A server that is busy answers some of many calls in time: those leases are renewed, and only the others are asked for again.
+    let each = limit.mul_f64(if shared.confirm.is_some() { 0.5 } else { 0.8 });
+    let deadline = Instant::now() + each;
+    let slot = |item: usize| shared.commands.names.of(&batch[item].key).slot().number();
+    let divided = |part: Part| batch::by_slot(part, slot, RENEWALS_PER_CALL);
+    let all: Part = (0..batch.len()).collect();
+    let mut parts = match shared
+        .renewal_habit
+        .is_by_slot((Arc::as_ptr(link).addr(), live.generation))
+    {
+        true => divided(all),
+        false => all.chunks(RENEWALS_PER_CALL).map(<[usize]>::to_vec).collect(),
+    };
+    let mut replies = vec![None; batch.len()];
+    let (mut answered, mut failed, mut refused) = (false, None, Refused::default());
+    while !parts.is_empty() {
+        let calls: Vec<_> = parts
+            .into_iter()
+            .map(|part| async move {
+                let answer = timeout_at(deadline, call(shared, live, batch, &part)).await;
+                (part, answer.ok())
+            })
+            .collect();
+        let answers: Vec<_> = futures_util::stream::iter(calls)
+            .buffered(CALLS_AT_A_TIME)
+            .collect()
+            .await;
+        parts = Vec::new();
+        for (part, answer) in answers {
+            match answer {
+                // It had no answer in time.
+                None => {}
+                Some(Ok(value)) => {
+                    answered = true;
+                    let values = renewed(&value, part.len())?;
+                    part.iter()
+                        .zip(values)
+                        .for_each(|(&item, reply)| replies[item] = Some(reply));
+                }
+                Some(Err(error)) if link.is_ended_by(&error, live) => failed = Some(error),
+                Some(Err(error)) => {
+                    answered = true;
+                    if part.len() == 1 || !batch::may_concern_some_keys(&error) {
+                        refused.note(&part, error);
+                        continue;
+                    }
+                    if batch::wants_one_slot(&error) {
+                        let by_slot = divided(part);
+                        if by_slot.len() > 1 {
+                            shared.renewal_habit.wants_one_slot();
+                            parts.extend(by_slot);
+                        } else {
+                            parts.extend(by_slot.into_iter().flat_map(batch::halves));
+                        }
+                    } else {
+                        parts.extend(batch::halves(part));
+                    }
+                }
+            }
+        }
+        if failed.is_some() {
+            break;
+        }
+    }
+    if answered {
+        shared.renewal_habit.answered();
+    } else if failed.is_some() && batch.len() > 1 {
+        shared.renewal_habit.broke();
+    }
+    let has_some = replies.iter().any(Option::is_some);
+    match (failed, refused.first) {
+        // A server that is none to talk to any more may have answered some calls before it became that.
+        (Some(error), _) if !has_some || shared.source.is_left_by(&error) => Err(shared.source.in_words(&error)),
+        (None, Some((_, error))) if !has_some => Err(shared.source.in_words(&error)),
+        (None, None) if !answered => {
+            if each >= shared.patience() {
+                // As long as a release waits for its answer.
+                link.broken(live);
+            }
+            Err(StoreError::Unavailable(format!("no answer within {each:?}").into()))
+        }
+        (_, Some((item, error))) => {
+            let (error, leases, key) = (shared.source.in_words(&error), refused.count, &batch[item].key);
+            tracing::warn!(shard = %shared.shard, %key, ?error, leases, "some renewals were refused; they are tried again while the leases last");
+            Ok(replies)
+        }
+        _ => Ok(replies),
+    }
+}
+
+/// The leases that are not renewed by themselves either.
+#[derive(Default)]
+struct Refused {
+    count: usize,
+    first: Option<(usize, RedisError)>,
+}
+
+impl Refused {
+    fn note(&mut self, part: &[usize], error: RedisError) {
+        self.count += part.len();
+        if let (None, [item, ..]) = (&self.first, part) {
+            self.first = Some((*item, error));
+        }
+    }
+}
+
+async fn call(shared: &Shared, live: &Live, batch: &[Renewal], part: &[usize]) -> Result<Value, RedisError> {
+    let mut connection = live.connection.clone();
+    let fill = |command: &mut Cmd| {
+        shared
+            .commands
+            .fill_renew(command, part.iter().map(|&item| &batch[item]))
+    };
+    shared.scripts.renew.call(&mut connection, fill).await
+}

@@ -1,0 +1,163 @@
+//! A proxy that understands the protocol (RESP2), and decides of each command whether the server gets it: as proxies of clusters and those with few commands do.
+
+use std::io::{self, BufRead, BufReader, Read, Write};
+use std::net::{Ipv4Addr, Shutdown, SocketAddr, TcpListener, TcpStream};
+use std::sync::Arc;
+use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
+use std::thread;
+
+/// What becomes of a command.
+#[derive(Clone, Copy, Debug, Eq, PartialEq)]
+pub enum Verdict {
+    Pass,
+    /// The client gets this error.
+    Refuse(&'static str),
+    /// The connection is closed.
+    HangUp,
+}
+
+/// Its threads end with the connections, and the one that accepts them with the value that stands for the proxy.
+pub struct Filter {
+    address: SocketAddr,
+    stopped: Arc<AtomicU64>,
+    over: Arc<AtomicBool>,
+}
+
+type Judge = dyn Fn(&[Vec<u8>]) -> Verdict + Send + Sync;
+
+impl Filter {
+    /// Stands in front of the server at `address`.
+    #[track_caller]
+    pub fn start(server: String, judge: impl Fn(&[Vec<u8>]) -> Verdict + Send + Sync + 'static) -> Self {
+        let listener = TcpListener::bind((Ipv4Addr::LOCALHOST, 0)).expect("a port");
+        let address = listener.local_addr().expect("an address");
+        let (stopped, over) = (Arc::<AtomicU64>::default(), Arc::<AtomicBool>::default());
+        let judge: Arc<Judge> = Arc::new(judge);
+        thread::spawn({
+            let (stopped, over) = (Arc::clone(&stopped), Arc::clone(&over));
+            move || {
+                for client in listener.incoming() {
+                    if over.load(Ordering::Relaxed) {
+                        return;
+                    }
+                    let (server, judge, stopped) = (server.clone(), Arc::clone(&judge), Arc::clone(&stopped));
+                    // A connection that breaks is over, on both sides.
+                    thread::spawn(move || drop(client.and_then(|client| serve(&client, &server, &*judge, &stopped))));
+                }
+            }
+        });
+        Self { address, stopped, over }
+    }
+
+    /// `127.0.0.1:<port>`
+    pub fn address(&self) -> String {
+        self.address.to_string()
+    }
+
+    /// `redis://127.0.0.1:<port>`
+    pub fn url(&self) -> String {
+        format!("redis://{}", self.address)
+    }
+
+    /// How many commands did not pass.
+    pub fn stopped(&self) -> u64 {
+        self.stopped.load(Ordering::Relaxed)
+    }
+}
+
+impl Drop for Filter {
+    fn drop(&mut self) {
+        self.over.store(true, Ordering::Relaxed);
+        // Wakes the one that accepts; it may be gone already.
+        drop(TcpStream::connect(self.address));
+    }
+}
+
+/// Whether the keys of a script call are of more than one slot of a cluster.
+pub fn is_of_several_slots(command: &[Vec<u8>]) -> bool {
+    if !command[0].eq_ignore_ascii_case(b"EVAL") && !command[0].eq_ignore_ascii_case(b"EVALSHA") {
+        return false;
+    }
+    let count: usize = String::from_utf8_lossy(&command[2]).parse().expect("a number of keys");
+    let slots = command[3..3 + count]
+        .iter()
+        .map(|key| crc16::State::<crc16::XMODEM>::calculate(tag(key)) % 16_384);
+    let mut slots: Vec<_> = slots.collect();
+    slots.dedup();
+    slots.len() > 1
+}
+
+fn tag(key: &[u8]) -> &[u8] {
+    let tagged = key.iter().position(|&byte| byte == b'{').and_then(|start| {
+        let rest = &key[start + 1..];
+        let end = rest.iter().position(|&byte| byte == b'}')?;
+        (end > 0).then(|| &rest[..end])
+    });
+    tagged.unwrap_or(key)
+}
+
+fn serve(client: &TcpStream, server: &str, judge: &Judge, stopped: &AtomicU64) -> io::Result<()> {
+    let server = TcpStream::connect(server)?;
+    let served = exchange(client, &server, judge, stopped);
+    for stream in [client, &server] {
+        // The other side may have ended it.
+        drop(stream.shutdown(Shutdown::Both));
+    }
+    served
+}
+
+fn exchange(client: &TcpStream, server: &TcpStream, judge: &Judge, stopped: &AtomicU64) -> io::Result<()> {
+    for stream in [client, server] {
+        stream.set_nodelay(true)?;
+    }
+    let (mut commands, mut replies) = (BufReader::new(client), BufReader::new(server));
+    let (mut to_client, mut to_server) = (client, server);
+    loop {
+        let (mut raw, mut words) = (Vec::new(), Vec::new());
+        read_value(&mut commands, &mut raw, &mut words)?;
+        match judge(&words) {
+            Verdict::Pass => {}
+            verdict => {
+                stopped.fetch_add(1, Ordering::Relaxed);
+                let Verdict::Refuse(error) = verdict else { return Ok(()) };
+                to_client.write_all(format!("-{error}\r\n").as_bytes())?;
+                continue;
+            }
+        }
+        to_server.write_all(&raw)?;
+        if words[0].eq_ignore_ascii_case(b"SUBSCRIBE") {
+            // From here on the server speaks when it likes, and the client says no more.
+            io::copy(&mut replies, &mut to_client)?;
+            return Ok(());
+        }
+        raw.clear();
+        read_value(&mut replies, &mut raw, &mut Vec::new())?;
+        to_client.write_all(&raw)?;
+    }
+}
+
+/// Reads one value: its bytes as they came, and the strings in it.
+fn read_value(from: &mut impl BufRead, raw: &mut Vec<u8>, words: &mut Vec<Vec<u8>>) -> io::Result<()> {
+    let start = raw.len();
+    if from.read_until(b'\n', raw)? == 0 {
+        return Err(io::ErrorKind::UnexpectedEof.into());
+    }
+    let number = || {
+        String::from_utf8_lossy(&raw[start + 1..])
+            .trim()
+            .parse::<i64>()
+            .unwrap_or(0)
+    };
+    match raw[start] {
+        b'*' => (0..number()).try_for_each(|_| read_value(from, raw, words)),
+        b'$' if number() >= 0 => {
+            let mut bytes = vec![0; usize::try_from(number()).expect("a length") + 2];
+            from.read_exact(&mut bytes)?;
+            raw.extend_from_slice(&bytes);
+            bytes.truncate(bytes.len() - 2);
+            words.push(bytes);
+            Ok(())
+        }
+        _ => Ok(()),
+    }
+}
