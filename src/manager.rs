@@ -163,7 +163,8 @@ impl LockManager {
         Ok(manager)
     }
 
-    /// Waits until every inbox is subscribed: a lock that is waited for before that could be handed over unheard.
+    /// Waits until the connections for renewals are open and every inbox is subscribed: a lock that is waited for before that could be handed over
+    /// unheard.
     async fn listening(&self, background: std::io::Result<Background>) -> Result<(), LockError> {
         let started = Moment::now();
         let shard = &self.inner.shards[0];
@@ -171,9 +172,7 @@ impl LockManager {
         let background = background.map_err(|error| failed(format!("no background thread: {error}")))?;
         match tokio::time::timeout(self.inner.config.store_timeout, background.listening).await {
             Ok(Ok(Ok(()))) => Ok(()),
-            Ok(Ok(Err(Unheard { shard, reason }))) => {
-                Err(shard.error(StoreError::Refused(reason), "subscribe", None, started))
-            }
+            Ok(Ok(Err(Unheard { shard, step, error }))) => Err(shard.error(error, step, None, started)),
             Ok(Err(_)) => Err(failed("the background thread could not start its runtime".to_owned())),
             Err(_) => Err(failed(format!(
                 "the inbox could not be subscribed within store_timeout ({:?})",

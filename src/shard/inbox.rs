@@ -18,27 +18,46 @@ use super::{Job, Shard};
 use crate::key::Slot;
 use crate::program::run_there;
 use crate::protocol::Push;
+use crate::store::StoreError;
 
 /// How a first subscription ended.
 pub(super) type Heard = mpsc::UnboundedSender<Result<(), Unheard>>;
 
-/// A server does not let us listen.
+/// A server does not let us listen, or open a connection for renewals.
 #[derive(Debug)]
 pub(crate) struct Unheard {
     /// Which shard it is.
     pub(crate) shard: Arc<Shard>,
-    pub(crate) reason: Arc<str>,
+    pub(crate) step: &'static str,
+    pub(crate) error: StoreError,
 }
 
 /// Hears what the shard's store pushes for as long as it is polled; on the program's runtime while there is one.
 pub(super) async fn hear(shard: Arc<Shard>, subscribed: Option<Heard>, program: Option<Handle>) {
     let (sender, receiver) = mpsc::unbounded_channel();
     let pushes = Arc::new(Mutex::new(receiver));
+    if let Some(tell) = &subscribed {
+        connect(&shard, tell).await;
+    }
     let receive = || receive(Arc::clone(&shard), Arc::clone(&pushes), subscribed.clone());
     tokio::join!(
         shard.store.listen(sender, program.clone()),
         run_there(program.as_ref(), receive)
     );
+}
+
+/// Opens the connections that renewals need. A manager that can't have them has no locks to renew.
+async fn connect(shard: &Arc<Shard>, tell: &Heard) {
+    let connected = tokio::time::timeout(shard.timeout, shard.store.connect_background()).await;
+    if let Err(error) = connected.unwrap_or_else(|_| Err(shard.no_answer())) {
+        let unheard = Unheard {
+            shard: Arc::clone(shard),
+            step: "connect",
+            error,
+        };
+        // The manager may have given up connecting.
+        tell.send(Err(unheard)).ok();
+    }
 }
 
 /// Hands pushes to the queues they are for.
@@ -98,7 +117,8 @@ async fn receive(shard: Arc<Shard>, pushes: Arc<Mutex<mpsc::UnboundedReceiver<Pu
                 if let Some(tell) = subscribed.take() {
                     let unheard = Unheard {
                         shard: Arc::clone(&shard),
-                        reason: Arc::clone(&reason),
+                        step: "subscribe",
+                        error: StoreError::Refused(Arc::clone(&reason)),
                     };
                     // The manager may have given up connecting.
                     tell.send(Err(unheard)).ok();

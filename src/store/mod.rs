@@ -44,6 +44,12 @@ pub(crate) trait LeaseStore: Send + Sync + 'static {
     /// used, if it can by then.
     fn connect(&self) -> StoreFuture<()>;
 
+    /// Opens the connections of the background's lane, on the thread of the caller, which is the watchdog's. No lock is granted before: a server that
+    /// takes no further connection would otherwise be found out at the first renewal.
+    fn connect_background(&self) -> StoreFuture<()> {
+        Box::pin(std::future::ready(Ok(())))
+    }
+
     /// Asks for a lease. Repeating it for the same cycle does no harm.
     fn acquire(&self, request: Acquire) -> StoreFuture<Answer<AcquireReply>>;
 
@@ -160,7 +166,8 @@ pub(crate) fn open(endpoint: &Endpoint, options: StoreOptions) -> Result<Arc<dyn
 pub(crate) enum Lane {
     /// The connections that the tasks of the program use; their I/O runs on the program's runtime.
     Caller,
-    /// The connection of the watchdog's thread, which works even if the program's runtime is blocked.
+    /// The connection of the watchdog's thread, which works even if the program's runtime is blocked. While it can't be opened, an open one of the
+    /// callers' is used.
     Background,
 }
 

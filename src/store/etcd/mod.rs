@@ -156,6 +156,11 @@ impl LeaseStore for EtcdStore {
         })
     }
 
+    fn connect_background(&self) -> StoreFuture<()> {
+        let link = Arc::clone(&self.shared.background);
+        Box::pin(async move { link.get().await.map(drop) })
+    }
+
     fn acquire(&self, request: Acquire) -> StoreFuture<Answer<AcquireReply>> {
         let link = self.link(Lane::Caller, request.key.slot());
         Box::pin(acquire::acquire(Arc::clone(&self.shared), link, request))

@@ -241,6 +241,26 @@ impl LeaseStore for QuorumStore {
         })
     }
 
+    fn connect_background(&self) -> StoreFuture<()> {
+        let quorum = Arc::clone(&self.quorum);
+        Box::pin(async move {
+            let connects = quorum.nodes.iter().filter(|node| node.is_up()).map(|node| {
+                let limit = quorum.connect_limit;
+                async move { (node, tokio::time::timeout(limit, node.store.connect_background()).await) }
+            });
+            for (node, connected) in futures_util::future::join_all(connects).await {
+                match connected {
+                    Ok(Ok(())) => {}
+                    Ok(Err(error)) => {
+                        tracing::warn!(node = %node.place, ?error, "no connection for renewals to a node; those of the requests are used until there is one")
+                    }
+                    Err(_) => quorum.down(node, "no answer while connecting"),
+                }
+            }
+            Ok(())
+        })
+    }
+
     fn acquire(&self, request: Acquire) -> StoreFuture<Answer<AcquireReply>> {
         Box::pin(acquire::acquire(Arc::clone(&self.quorum), request))
     }

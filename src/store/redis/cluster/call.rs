@@ -179,13 +179,18 @@ impl Lane {
             Err(error) => return Attempt::NotSent(error),
         };
         let patience = self.shared.patience;
-        let mut live = match tokio::time::timeout(patience, node.get()).await {
-            Ok(Ok(live)) => live,
-            Ok(Err(error)) => return Attempt::NotSent(at_place(error_in_words(&error), place)),
+        let connected = match tokio::time::timeout(patience, node.get()).await {
+            Ok(Ok(live)) => Ok((node, live)),
+            Ok(Err(error)) => Err(at_place(error_in_words(&error), place)),
             Err(_) => {
                 let reason = format!("{place} did not let us connect within {patience:?}");
-                return Attempt::NotSent(StoreError::Unavailable(reason.into()));
+                Err(StoreError::Unavailable(reason.into()))
             }
+        };
+        let connected = connected.or_else(|error| self.substitute(place, call.slot).ok_or(error));
+        let (node, mut live) = match connected {
+            Ok(connected) => connected,
+            Err(error) => return Attempt::NotSent(error),
         };
         let generation = live.generation();
         let command = (call.command)(named);

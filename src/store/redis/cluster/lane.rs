@@ -10,7 +10,7 @@ use parking_lot::Mutex;
 
 use super::super::reply::error_in_words;
 use super::Shared;
-use super::node::Node;
+use super::node::{Live, Node};
 use super::topology::{Place, Range, ranges};
 use crate::key::Slot;
 use crate::store::StoreError;
@@ -28,6 +28,8 @@ pub(super) struct Lane {
     /// runtime must not keep renewals waiting.
     reading: tokio::sync::Mutex<()>,
     next_asked: AtomicUsize,
+    /// Whose connections are used while this one can't open its own.
+    substitute: Option<Arc<Lane>>,
 }
 
 impl Lane {
@@ -38,7 +40,29 @@ impl Lane {
             nodes: Mutex::new(HashMap::new()),
             reading: tokio::sync::Mutex::new(()),
             next_asked: AtomicUsize::new(0),
+            substitute: None,
         }
+    }
+
+    /// The same, with another lane whose open connections are used while a node takes none of this one.
+    pub(super) fn with_substitute(self, substitute: &Arc<Self>) -> Self {
+        Self {
+            substitute: Some(Arc::clone(substitute)),
+            ..self
+        }
+    }
+
+    /// The substitute's connection of a slot to that node, if it has an open one.
+    pub(super) fn substitute(&self, place: &Place, slot: Slot) -> Option<(Arc<Node>, Live)> {
+        let node = self.substitute.as_ref()?.known_node(place, slot)?;
+        let live = node.live()?;
+        Some((node, live))
+    }
+
+    fn known_node(&self, place: &Place, slot: Slot) -> Option<Arc<Node>> {
+        let nodes = self.nodes.lock();
+        let nodes = nodes.get(place)?;
+        nodes.get(usize::from(slot.number()) % nodes.len()).map(Arc::clone)
     }
 
     /// The connection of a slot to that node.

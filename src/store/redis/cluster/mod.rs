@@ -122,9 +122,10 @@ impl ClusterStore {
             inbox_idle_seconds,
             seen: (0..SLOTS).map(|_| AtomicU64::new(0)).collect(),
         });
+        let caller = Arc::new(Lane::new(&shared, options.connections));
         Ok(Self {
-            caller: Arc::new(Lane::new(&shared, options.connections)),
-            background: Arc::new(Lane::new(&shared, 1)),
+            background: Arc::new(Lane::new(&shared, 1).with_substitute(&caller)),
+            caller,
             inbox: Arc::new(Inbox::new()),
             shared,
         })
@@ -244,6 +245,28 @@ impl LeaseStore for ClusterStore {
         Box::pin(async move {
             lane.refresh(0).await?;
             lane.check_map().await
+        })
+    }
+
+    fn connect_background(&self) -> StoreFuture<()> {
+        let lane = Arc::clone(&self.background);
+        Box::pin(async move {
+            let shared = &*lane.shared;
+            let opening = shared.topology.places().into_iter().map(|place| {
+                let lane = &lane;
+                async move {
+                    let opened = match lane.node(&place, Slot::of(b"")) {
+                        Ok(node) => node.get().await.map(drop).map_err(|error| error_in_words(&error)),
+                        Err(error) => Err(error),
+                    };
+                    if let Err(error) = opened {
+                        // A node may be away; what belongs to it can't be locked either, and its successor gets a connection when it is known.
+                        tracing::warn!(shard = %shared.shard, node = %place, ?error, "no connection for renewals to a node; those of the requests are used until there is one");
+                    }
+                }
+            });
+            futures_util::future::join_all(opening).await;
+            Ok(())
         })
     }
 

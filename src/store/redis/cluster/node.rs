@@ -68,12 +68,16 @@ impl Node {
 
     /// The connection; a new one, if there is none.
     pub(super) async fn get(&self) -> Result<Live, RedisError> {
-        let live = self.current.lock().clone();
-        match live {
+        match self.live() {
             Some(live) => Ok(live),
             // On the heap: connecting is rare and would make the future of every request ten times as large.
             None => Box::pin(self.connect()).await,
         }
+    }
+
+    /// The connection, if there is one.
+    pub(super) fn live(&self) -> Option<Live> {
+        self.current.lock().clone()
     }
 
     async fn connect(&self) -> Result<Live, RedisError> {

@@ -125,8 +125,12 @@ impl RedisStore {
 
     /// Whether it answers on the connection of the background.
     pub(crate) fn ping(&self) -> StoreFuture<()> {
-        let (shared, link) = (Arc::clone(&self.shared), Arc::clone(&self.background));
-        Box::pin(async move { answers(&shared, &link).await })
+        let (shared, background) = (Arc::clone(&self.shared), self.background());
+        Box::pin(async move {
+            // Another connection takes the place of the background's where that can't be opened.
+            let (link, _) = background.get(shared.timeout / 3).await?;
+            answers(&shared, &link).await
+        })
     }
 
     /// Whether it answers on all connections of the callers.

@@ -98,7 +98,8 @@ impl Link {
         })
     }
 
-    fn live(&self) -> Option<Live> {
+    /// The connection, if there is one.
+    pub(super) fn live(&self) -> Option<Live> {
         self.current.lock().as_ref().map(|current| current.live.clone())
     }
 

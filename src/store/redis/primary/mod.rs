@@ -19,6 +19,7 @@
 //! Replication is asynchronous, so a failover may lose a lease that was just given. Its holder learns of it at its next renewal, within a tenth
 //! of the TTL; until then two may hold the lock, and the tokens tell them apart. `confirm` is the remedy for who needs more.
 
+mod background;
 mod claim;
 mod confirm;
 mod follow;
@@ -53,6 +54,7 @@ use crate::program::run_there;
 use crate::protocol::{Acquire, AcquireReply, Answer, Ask, Push, Release, ReleaseReply, RenewReply, Renewal};
 use crate::store::{Inspection, Lane, LeaseStore, Look, StoreError, StoreFuture, StoreOptions, TlsFiles};
 use crate::telemetry::ShardMetrics;
+use background::Background;
 use claim::Tenure;
 pub(crate) use claim::{Claim, Claimed};
 use confirm::Confirm;
@@ -82,9 +84,9 @@ pub(super) struct Shared {
     metrics: Arc<ShardMetrics>,
     /// Whether replicas must have a lease before it counts.
     confirm: Option<Confirm>,
+    renewal_habit: Habit,
     /// The largest of the servers' times at the connects, as a token: counters below it were lost.
     floor: AtomicU64,
-    renewal_habit: Habit,
     /// The largest token seen in each slot.
     seen: Box<[AtomicU64]>,
     /// Whether it runs for long enough to have a vote, where it is a node of a quorum.
@@ -131,9 +133,9 @@ impl RedisStore {
             scripts: Scripts::for_a_primary(&options.namespace),
             metrics: options.metrics,
             confirm: Confirm::new(options.min_replicas_acked, options.timeout),
+            renewal_habit: Habit::default(),
             floor: AtomicU64::new(0),
             seen: (0..SLOTS).map(|_| AtomicU64::new(0)).collect(),
-            renewal_habit: Habit::default(),
             tenure,
         });
         let callers = (0..options.connections.max(1)).map(|_| Link::new(&shared, Handle::try_current().ok()));
@@ -142,6 +144,14 @@ impl RedisStore {
             background: Arc::new(Link::new(&shared, None)),
             shared,
         })
+    }
+
+    /// For what is asked of the server as a whole, on the watchdog's thread.
+    fn background(&self) -> Background {
+        Background {
+            own: Arc::clone(&self.background),
+            others: self.callers.clone(),
+        }
     }
 
     /// A key's requests share a connection, which keeps their order.
@@ -292,6 +302,11 @@ impl LeaseStore for RedisStore {
         })
     }
 
+    fn connect_background(&self) -> StoreFuture<()> {
+        let link = Arc::clone(&self.background);
+        Box::pin(async move { link.get().await.map(drop) })
+    }
+
     fn acquire(&self, request: Acquire) -> StoreFuture<Answer<AcquireReply>> {
         let shared = Arc::clone(&self.shared);
         let slot = shared.commands.names.of(&request.key).slot();
@@ -330,14 +345,24 @@ impl LeaseStore for RedisStore {
     fn release(&self, lane: Lane, request: Release) -> StoreFuture<Answer<ReleaseReply>> {
         let shared = Arc::clone(&self.shared);
         let slot = shared.commands.names.of(&request.key).slot();
-        let link = self.link(lane, slot);
+        let mut link = self.link(lane, slot);
+        // The one that has the requests for this key.
+        let other = (lane == Lane::Background).then(|| self.link(Lane::Caller, slot));
         Box::pin(async move {
             let _under_way = link.enter();
             let Release { ttl, tokens, .. } = request;
             let mut attempts = Attempts::default();
             let mut free = request.nobody_waits;
             loop {
-                let mut live = link.get().await?;
+                let mut live = match (link.get().await, &other) {
+                    (Ok(live), _) => live,
+                    (Err(error), Some(other)) => {
+                        let live = other.live().ok_or(error)?;
+                        link = Arc::clone(other);
+                        live
+                    }
+                    (Err(error), None) => return Err(error),
+                };
                 let (floor, switches) = (shared.floor(slot), shared.switches());
                 let sent_at = Moment::now();
                 let asking = shared.give_back(&mut live, &request, free, floor);
@@ -383,9 +408,9 @@ impl LeaseStore for RedisStore {
 
     fn renew(&self, batch: Vec<Renewal>, limit: Duration) -> StoreFuture<Vec<Option<RenewReply>>> {
         let shared = Arc::clone(&self.shared);
-        let link = Arc::clone(&self.background);
+        let background = self.background();
         Box::pin(async move {
-            let live = link.get().await?;
+            let (link, live) = background.get(limit / 3).await?;
             renewals::renew(&shared, &link, &live, &batch, limit).await
         })
     }

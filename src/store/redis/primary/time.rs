@@ -9,9 +9,9 @@ use crate::store::{ServerTime, StoreError, StoreFuture};
 impl RedisStore {
     /// Asks for the time on the connection of the background, and so whether the primary can be reached.
     pub(crate) fn time(&self) -> StoreFuture<ServerTime> {
-        let (shared, link) = (Arc::clone(&self.shared), Arc::clone(&self.background));
+        let (shared, background) = (Arc::clone(&self.shared), self.background());
         Box::pin(async move {
-            let mut live = link.get().await?;
+            let (link, mut live) = background.get(shared.timeout / 3).await?;
             let limit = shared.timeout.mul_f64(0.9);
             let place = link.place(&live).unwrap_or_default();
             let asking = time::ask(&mut live.connection, place.into(), live.generation);
