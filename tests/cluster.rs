@@ -11,6 +11,7 @@ mod tool;
 use std::time::{Duration, Instant};
 
 use shardlock::{Builder, LockError, LockGuard, LockManager, LossReason, Slot};
+use support::proxy::Proxy;
 use support::{ClientType, Cluster, RedisServer};
 use support_locks::{lock, soon, until, until_queued};
 
@@ -263,6 +264,59 @@ async fn a_primary_that_hangs_is_left_when_its_replica_takes_over() {
     let next = waiting(&other, &key);
     until_queued(&one, &key, 1).await;
     hand_over(guard, next).await.release().await.expect("release");
+}
+
+/// A proxy before the only node of a cluster, which sends everybody through it, and a manager behind it.
+async fn behind_a_proxy(cluster: &Cluster, ttl: Duration) -> (Proxy, LockManager) {
+    let node = &cluster.nodes()[0];
+    let proxy = Proxy::start(node.address());
+    let port = proxy.port().to_string();
+    node.command(&["CONFIG", "SET", "cluster-announce-port", &port]);
+    let builder = LockManager::builder()
+        .shard(format!("redis+cluster://127.0.0.1:{port}"))
+        .ttl(ttl);
+    let locks = builder.connect().await.expect("connect");
+    (proxy, locks)
+}
+
+/// A proxy that has forgotten its connections acknowledges what is sent on them, so none of them breaks.
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn connections_that_fall_silent_are_replaced_and_a_held_lock_stays_held() {
+    let cluster = Cluster::start(1, 0);
+    // Renewals of the shortest one have less time than a request.
+    for ttl in [1, 3].map(Duration::from_secs) {
+        let (proxy, locks) = behind_a_proxy(&cluster, ttl).await;
+        for _ in 0..2 {
+            let guard = lock(&locks, "held").await;
+            proxy.silence();
+            until("another lock can be had", async || locks.lock("other").await.is_ok()).await;
+            let lost = tokio::time::timeout(2 * ttl, guard.lost()).await;
+            assert!(lost.is_err() && guard.is_valid(), "{ttl:?}: {lost:?}");
+            guard.release().await.expect("on a new connection");
+        }
+    }
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn a_subscription_that_falls_silent_is_made_anew() {
+    let cluster = Cluster::start(1, 0);
+    let node = &cluster.nodes()[0];
+    let (proxy, waiter) = behind_a_proxy(&cluster, Duration::from_secs(30)).await;
+    let holder = connect(&cluster).await;
+    let guard = lock(&holder, "k").await;
+    let next = waiting(&waiter, "k");
+    until_queued(&holder, "k", 1).await;
+    let before = node.subscribers();
+    assert_eq!(before.len(), 1);
+    proxy.silence();
+    until("the inbox is subscribed once more", async || {
+        let now = node.subscribers();
+        now.len() == 1 && now != before
+    })
+    .await;
+    let started = Instant::now();
+    hand_over(guard, next).await.release().await.expect("release");
+    assert!(started.elapsed() < Duration::from_secs(5), "{:?}", started.elapsed());
 }
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]

@@ -384,16 +384,42 @@ async fn a_request_that_nobody_polls_keeps_nobody_from_connecting() {
 async fn a_lease_outlives_connections_that_fall_silent() {
     let server = RedisServer::start();
     let proxy = Proxy::start(server.address());
-    let ttl = Duration::from_secs(2);
-    let locks = LockManager::builder().shard(proxy.url()).ttl(ttl);
-    let locks = locks.connect().await.expect("connect");
-    for _ in 0..2 {
-        let guard = lock(&locks, "k").await;
-        proxy.silence();
-        let lost = tokio::time::timeout(2 * ttl, guard.lost()).await;
-        assert!(lost.is_err() && guard.is_valid(), "{lost:?}");
-        guard.release().await.expect("on a new connection");
+    // Renewals of the shorter one have less time than a request.
+    for ttl in [1, 2].map(Duration::from_secs) {
+        let locks = LockManager::builder().shard(proxy.url()).ttl(ttl);
+        let locks = locks.connect().await.expect("connect");
+        for _ in 0..2 {
+            let guard = lock(&locks, "k").await;
+            proxy.silence();
+            let lost = tokio::time::timeout(2 * ttl, guard.lost()).await;
+            assert!(lost.is_err() && guard.is_valid(), "{ttl:?}: {lost:?}");
+            guard.release().await.expect("on a new connection");
+        }
     }
+}
+
+/// A waiter's commands are answered, and what is published reaches nobody: it would look for the lock by itself every ten seconds at most, for ever.
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn an_inbox_that_falls_silent_is_subscribed_anew() {
+    let server = RedisServer::start();
+    let proxy = Proxy::start(server.address());
+    let holder = LockManager::connect(&server.url()).await.expect("connect");
+    let waiter = LockManager::connect(&proxy.url()).await.expect("connect");
+    let before = server.subscribers();
+    assert_eq!(before.len(), 2);
+    proxy.silence();
+    until("the inbox is subscribed once more", async || {
+        let now = server.subscribers();
+        now.len() == 2 && now != before
+    })
+    .await;
+    until("commands are answered again", async || {
+        waiter.inspect("k").await.is_ok()
+    })
+    .await;
+    let started = Instant::now();
+    hand_off(&holder, &waiter, "k").await;
+    assert!(started.elapsed() < Duration::from_secs(5), "{:?}", started.elapsed());
 }
 
 /// The server does what it is told, and its answers come late or never.

@@ -67,6 +67,11 @@ impl Proxy {
         Self { address, replies, over }
     }
 
+    /// The port on 127.0.0.1 at which it accepts.
+    pub fn port(&self) -> u16 {
+        self.address.port()
+    }
+
     /// `redis://127.0.0.1:<port>`
     pub fn url(&self) -> String {
         format!("redis://{}", self.address)

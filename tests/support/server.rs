@@ -294,6 +294,16 @@ impl RedisServer {
         list.lines().count() - 1
     }
 
+    /// The numbers of the connections that are subscribed to something, which are never used twice, sorted.
+    #[track_caller]
+    pub fn subscribers(&self) -> Vec<u64> {
+        let list: String = self.query(&["CLIENT", "LIST", "TYPE", "pubsub"]);
+        let number = |line: &str| line.strip_prefix("id=")?.split(' ').next()?.parse().ok();
+        let mut numbers: Vec<u64> = list.lines().filter_map(number).collect();
+        numbers.sort_unstable();
+        numbers
+    }
+
     /// Cuts all connections of this type except the one that asks, and returns how many there were.
     #[track_caller]
     pub fn client_kill(&self, kind: ClientType) -> u64 {

@@ -7,6 +7,9 @@
 //! again after a pause that grows, with the map read anew where it may be wrong. So a request goes on until the store's time limit, across a failover
 //! if that is long enough. Everything that is sent is idempotent for its cycle, so asking again does no harm.
 //!
+//! A connection that gave no answer for that long is replaced. The server may be fine and the connection not: a proxy that has forgotten it still
+//! acknowledges what is sent on it, so it never breaks.
+//!
 //! The requests of a key keep their order: they use one connection to a node, on which a request that nobody waits for any more is executed
 //! before those after it. Only a slot that changes its owner in between can part them, and then the old owner has
 //! refused, or executed, what it got before the new one answers. A request of a dead primary may have been executed and forgotten;
@@ -31,6 +34,8 @@ const PAUSE_MIN: Duration = Duration::from_millis(2);
 const PAUSE_MAX: Duration = Duration::from_millis(100);
 /// How many redirections in a row are followed without a pause: two nodes may send one to each other until they agree.
 const REDIRECTIONS_AT_ONCE: usize = 4;
+/// A connection is not replaced for a shorter silence, also if the sender has no more time.
+const SILENCE_MIN: Duration = Duration::from_millis(100);
 
 /// What is asked, and of which slot's owner.
 pub(super) struct Call<'a> {
@@ -41,6 +46,8 @@ pub(super) struct Call<'a> {
     pub(super) acks: u32,
     /// Whether `TRYAGAIN` is an answer.
     pub(super) stops_at_try_again: bool,
+    /// How long the sender waits, if that is shorter than the store's time limit.
+    pub(super) limit: Option<Duration>,
 }
 
 /// The answer.
@@ -85,7 +92,8 @@ impl Lane {
     /// Asks until there is an answer, or the store's time limit is nearly over.
     pub(super) async fn call(&self, call: Call<'_>) -> Result<Said, Unsaid> {
         let shared = &*self.shared;
-        let deadline = Moment::now() + shared.timeout - shared.timeout / 20;
+        let started = Moment::now();
+        let deadline = started + call.limit.unwrap_or(shared.timeout - shared.timeout / 20);
         let mut named = Named::ByHash;
         let mut asking: Option<Place> = None;
         let mut backoff = Backoff::new(PAUSE_MIN, PAUSE_MAX);
@@ -103,7 +111,8 @@ impl Lane {
                 Some(place) => {
                     let was_asking = asking.take().is_some();
                     let sent_at = Moment::now();
-                    match self.attempt(&place, &call, named, was_asking).await {
+                    let patience = shared.patience.min(deadline.since(sent_at));
+                    match self.attempt(&place, &call, named, was_asking, patience).await {
                         Attempt::Said(value, acked) => {
                             return Ok(Said {
                                 value,
@@ -121,7 +130,6 @@ impl Lane {
                         Attempt::Silent => {
                             repeated = true;
                             self.refresh_in_vain(version).await;
-                            let patience = shared.patience;
                             StoreError::Unavailable(format!("{place} gave no answer within {patience:?}").into())
                         }
                         Attempt::Failed(error) => {
@@ -167,18 +175,17 @@ impl Lane {
             };
             let pause = backoff.next_delay();
             if Moment::now() + pause >= deadline {
-                return Err(Unsaid::Failed(in_vain(&trouble, shared.timeout)));
+                return Err(Unsaid::Failed(in_vain(&trouble, Moment::now().since(started))));
             }
             tokio::time::sleep(pause).await;
         }
     }
 
-    async fn attempt(&self, place: &Place, call: &Call<'_>, named: Named, asking: bool) -> Attempt {
+    async fn attempt(&self, place: &Place, call: &Call<'_>, named: Named, asking: bool, patience: Duration) -> Attempt {
         let node = match self.node(place, call.slot) {
             Ok(node) => node,
             Err(error) => return Attempt::NotSent(error),
         };
-        let patience = self.shared.patience;
         let connected = match tokio::time::timeout(patience, node.get()).await {
             Ok(Ok(live)) => Ok((node, live)),
             Ok(Err(error)) => Err(at_place(error_in_words(&error), place)),
@@ -238,7 +245,12 @@ impl Lane {
                 }
                 Attempt::Failed(error)
             }
-            Err(_) => Attempt::Silent,
+            Err(_) => {
+                if patience >= SILENCE_MIN {
+                    node.broken(generation);
+                }
+                Attempt::Silent
+            }
         }
     }
 
@@ -272,10 +284,10 @@ fn is_cut_short(error: &RedisError) -> bool {
     error.to_string().contains("access a non local key")
 }
 
-fn in_vain(trouble: &StoreError, timeout: Duration) -> StoreError {
+fn in_vain(trouble: &StoreError, waited: Duration) -> StoreError {
     let reason: Arc<str> = match trouble {
         StoreError::Unavailable(reason) | StoreError::Refused(reason) => Arc::clone(reason),
         StoreError::MapMismatch { .. } => return trouble.clone(),
     };
-    StoreError::Unavailable(format!("no answer within store_timeout ({timeout:?}), the last time: {reason}").into())
+    StoreError::Unavailable(format!("no answer within {waited:.1?}, the last time: {reason}").into())
 }

@@ -4,13 +4,13 @@ use std::collections::HashMap;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicUsize, Ordering};
 
-use deadpool_redis::redis::{RedisError, cmd};
+use deadpool_redis::redis::cmd;
 use futures_util::future::select_ok;
 use parking_lot::Mutex;
 
 use super::super::reply::error_in_words;
 use super::Shared;
-use super::node::{Live, Node};
+use super::node::{Live, Node, Silent};
 use super::topology::{Place, Range, ranges};
 use crate::key::Slot;
 use crate::store::StoreError;
@@ -124,16 +124,7 @@ impl Lane {
 
     async fn ask_for_map(&self, place: &Place) -> Result<Vec<Range>, StoreError> {
         let node = self.node(place, Slot::of(b""))?;
-        let asked = tokio::time::timeout(self.shared.patience, async {
-            let mut live = node.get().await?;
-            let reply = live.connection.send_packed_command(cmd("CLUSTER").arg("SLOTS")).await;
-            let reply = reply.and_then(deadpool_redis::redis::Value::extract_error);
-            if reply.as_ref().is_err_and(RedisError::is_unrecoverable_error) {
-                node.broken(live.generation());
-            }
-            reply
-        });
-        match asked.await {
+        match node.ask(cmd("CLUSTER").arg("SLOTS"), self.shared.patience).await {
             Ok(Ok(reply)) => match ranges(&reply, place) {
                 Some(ranges) if !ranges.is_empty() => Ok(ranges),
                 Some(_) => Err(StoreError::Unavailable(
@@ -147,7 +138,7 @@ impl Lane {
                 format!("{place} is no node of a Redis Cluster; a single server is a redis:// shard").into(),
             )),
             Ok(Err(error)) => Err(at_place(error_in_words(&error), place)),
-            Err(_) => Err(StoreError::Unavailable(
+            Err(Silent) => Err(StoreError::Unavailable(
                 format!("{place} gave no answer within {:?}", self.shared.patience).into(),
             )),
         }

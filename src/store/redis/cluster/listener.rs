@@ -15,7 +15,8 @@
 //! loss is thus repeated after the subscription is back, and one that is executed later is heard of. In between, the release script finds nobody listening and
 //! goes on to the next in the queue; the repeated request joins again.
 //!
-//! A node that hangs breaks no connection. So while something is subscribed, the map is read every few seconds, whoever else reads it; also when a
+//! A node that hangs breaks no connection, and neither does a proxy that has forgotten one. So each connection with subscriptions is asked every few
+//! seconds, by subscribing once more what is subscribed already; one that does not answer is replaced. While something is subscribed, the map is read every few seconds, whoever else reads it; also when a
 //! renewal had no answer in its time, which may be too short to find out why.
 
 use std::collections::HashMap;
@@ -23,7 +24,7 @@ use std::sync::Arc;
 use std::sync::atomic::Ordering;
 use std::time::Duration;
 
-use deadpool_redis::redis::{PushInfo, PushKind, RedisError, ServerErrorKind, Value, cmd};
+use deadpool_redis::redis::{PushInfo, PushKind, RedisError, ServerErrorKind, cmd};
 use futures_util::StreamExt;
 use futures_util::future::BoxFuture;
 use futures_util::stream::FuturesUnordered;
@@ -33,7 +34,7 @@ use super::super::reply;
 use super::Shared;
 use super::inbox::{Inbox, Wish};
 use super::lane::Lane;
-use super::node::{Heard, Node};
+use super::node::{Heard, Node, Silent};
 use super::topology::{Place, redirected};
 use crate::backoff::Backoff;
 use crate::clock::Moment;
@@ -49,6 +50,8 @@ const CONFIRMED_WITHIN: Duration = Duration::from_millis(20);
 /// How often subscriptions are compared with the map, and how often the map is read anew for it.
 const LOOK_EVERY: Duration = Duration::from_millis(500);
 const MAP_EVERY_LOOKS: u32 = 4;
+/// How often each connection with subscriptions must answer.
+const CHECK_EVERY_LOOKS: u32 = 4;
 
 /// See the module.
 pub(super) struct Listener {
@@ -61,6 +64,8 @@ pub(super) struct Listener {
     subscriptions: HashMap<Slot, Subscription>,
     attempts: FuturesUnordered<BoxFuture<'static, (Slot, u64, Ended)>>,
     next_attempt: u64,
+    /// The connections that are being asked whether they still answer. Gives those that do not.
+    checks: FuturesUnordered<BoxFuture<'static, Option<(Place, u64)>>>,
     /// How many connections with subscriptions broke, and none of those is back yet.
     cut_off: u64,
 }
@@ -127,6 +132,7 @@ pub(super) async fn listen(
         subscriptions: HashMap::new(),
         attempts: FuturesUnordered::new(),
         next_attempt: 0,
+        checks: FuturesUnordered::new(),
         cut_off: 0,
     };
     let mut looks = tokio::time::interval(LOOK_EVERY);
@@ -142,6 +148,12 @@ pub(super) async fn listen(
             Some((slot, attempt, ended)) = listener.attempts.next(), if !listener.attempts.is_empty() => {
                 listener.ended(slot, attempt, ended)
             }
+            Some(silent) = listener.checks.next(), if !listener.checks.is_empty() => {
+                if let Some((place, generation)) = silent {
+                    listener.cut(&place, generation);
+                }
+                Ok(())
+            }
             () = async { match &mut reading { Some(reading) => reading.await, None => std::future::pending().await } }, if is_reading => {
                 reading = None;
                 listener.compare();
@@ -151,6 +163,9 @@ pub(super) async fn listen(
                 look = look.wrapping_add(1);
                 listener.compare();
                 listener.give_up_idle();
+                if look.is_multiple_of(CHECK_EVERY_LOOKS) && listener.checks.is_empty() {
+                    listener.check();
+                }
                 let is_due = look.is_multiple_of(MAP_EVERY_LOOKS) && !listener.subscriptions.is_empty();
                 let is_wanted = listener.shared.map_is_doubted.swap(false, Ordering::AcqRel);
                 if (is_due || is_wanted) && reading.is_none() {
@@ -249,20 +264,51 @@ impl Listener {
                 Ok(())
             }
             PushKind::Disconnection => {
-                if let Some(ear) = self.ears.get(&place) {
-                    ear.broken(generation);
-                }
-                let there = Some((place, generation));
-                let lost: Vec<Slot> = self
-                    .subscriptions
-                    .iter()
-                    .filter_map(|(slot, subscription)| (subscription.at == there).then_some(*slot))
-                    .collect();
-                self.cut_off += u64::from(!lost.is_empty());
-                lost.into_iter().for_each(|slot| self.lose(slot));
+                self.cut(&place, generation);
                 Ok(())
             }
             _ => Ok(()),
+        }
+    }
+
+    /// That connection is gone, or of no more use, and all subscriptions on it.
+    fn cut(&mut self, place: &Place, generation: u64) {
+        if let Some(ear) = self.ears.get(place) {
+            ear.broken(generation);
+        }
+        let there = Some((Arc::clone(place), generation));
+        let lost: Vec<Slot> = self
+            .subscriptions
+            .iter()
+            .filter_map(|(slot, subscription)| (subscription.at == there).then_some(*slot))
+            .collect();
+        self.cut_off += u64::from(!lost.is_empty());
+        lost.into_iter().for_each(|slot| self.lose(slot));
+    }
+
+    /// Asks every connection with subscriptions for an answer.
+    fn check(&mut self) {
+        let confirmed = self.subscriptions.iter().filter_map(|(slot, subscription)| {
+            let (place, generation) = subscription.at.as_ref()?;
+            Some(((Arc::clone(place), *generation), *slot))
+        });
+        // One slot of each will do.
+        let asked: HashMap<(Place, u64), Slot> = confirmed.collect();
+        for ((place, generation), slot) in asked {
+            let Some(ear) = self.ears.get(&place).map(Arc::clone) else {
+                continue;
+            };
+            let shared = Arc::clone(&self.shared);
+            self.checks.push(Box::pin(async move {
+                if ear.generation() != Some(generation) {
+                    // It was found out otherwise.
+                    return Some((place, generation));
+                }
+                let answer = send(&shared, &ear, "SSUBSCRIBE", slot).await;
+                answer
+                    .is_err_and(|error| error.is_none())
+                    .then_some((place, generation))
+            }));
         }
     }
 
@@ -455,17 +501,8 @@ async fn subscribe(lane: &Lane, ear: Option<Arc<Node>>, slot: Slot) -> Ended {
 /// Sends one command about the inbox of a slot. No error in an `Err` means that there was no answer in time.
 async fn send(shared: &Shared, ear: &Node, verb: &str, slot: Slot) -> Result<(), Option<RedisError>> {
     let channel = shared.commands.names.inbox_in(slot, &shared.commands.manager);
-    let sending = async {
-        let mut live = ear.get().await?;
-        let reply = live.connection.send_packed_command(cmd(verb).arg(channel)).await;
-        let reply = reply.and_then(Value::extract_error);
-        if reply.as_ref().is_err_and(RedisError::is_unrecoverable_error) {
-            ear.broken(live.generation());
-        }
-        reply.map(drop)
-    };
-    match tokio::time::timeout(shared.patience, sending).await {
-        Ok(reply) => reply.map_err(Some),
-        Err(_) => Err(None),
+    match ear.ask(cmd(verb).arg(channel), shared.patience).await {
+        Ok(reply) => reply.map(drop).map_err(Some),
+        Err(Silent) => Err(None),
     }
 }

@@ -192,6 +192,7 @@ impl Lane {
             command: &command,
             acks,
             stops_at_try_again: false,
+            limit: None,
         })
         .await
     }
@@ -204,6 +205,7 @@ impl Lane {
                 command: &|_| command.clone(),
                 acks: 0,
                 stops_at_try_again: false,
+                limit: None,
             })
             .await?;
         Ok(said.value)

@@ -6,7 +6,8 @@ use std::time::Duration;
 
 use deadpool_redis::redis::aio::MultiplexedConnection;
 use deadpool_redis::redis::{
-    AsyncConnectionConfig, Client, ConnectionAddr, ConnectionInfo, ProtocolVersion, PushInfo, RedisError,
+    AsyncConnectionConfig, Client, Cmd, ConnectionAddr, ConnectionInfo, ProtocolVersion, PushInfo, RedisError,
+    RedisResult, Value,
 };
 use parking_lot::Mutex;
 use tokio::sync::mpsc;
@@ -30,6 +31,10 @@ pub(super) struct Node {
     /// Held while connecting, so that a hundred tasks that find no connection make one.
     connecting: tokio::sync::Mutex<()>,
 }
+
+/// There was no answer in time.
+#[derive(Debug)]
+pub(super) struct Silent;
 
 /// A connection and which one it is.
 #[derive(Clone)]
@@ -113,6 +118,31 @@ impl Node {
         let earlier = self.current.lock().replace(live.clone());
         drop(earlier);
         Ok(live)
+    }
+
+    /// Sends a command and waits for its answer, connecting included. A connection that breaks or gives no answer in that time is replaced.
+    pub(super) async fn ask(&self, command: &Cmd, patience: Duration) -> Result<RedisResult<Value>, Silent> {
+        let until = tokio::time::Instant::now() + patience;
+        let mut live = match tokio::time::timeout_at(until, self.get()).await {
+            Ok(Ok(live)) => live,
+            Ok(Err(error)) => return Ok(Err(error)),
+            Err(_) => return Err(Silent),
+        };
+        let answer = tokio::time::timeout_at(until, live.connection.send_packed_command(command)).await;
+        let answer = answer.map(|answer| answer.and_then(Value::extract_error));
+        let is_ended = match &answer {
+            Ok(answer) => answer.as_ref().is_err_and(RedisError::is_unrecoverable_error),
+            Err(_) => true,
+        };
+        if is_ended {
+            self.broken(live.generation);
+        }
+        answer.map_err(|_| Silent)
+    }
+
+    /// Which connection there is, if there is one.
+    pub(super) fn generation(&self) -> Option<u64> {
+        self.current.lock().as_ref().map(|live| live.generation)
     }
 
     /// That connection is of no more use.

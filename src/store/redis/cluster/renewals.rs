@@ -36,12 +36,13 @@ pub(super) async fn renew(lane: &Lane, inbox: &Inbox, batch: &[Renewal], limit: 
         .iter()
         .flat_map(|(slot, indices)| indices.chunks(RENEWALS_PER_CALL).map(|group| (*slot, group.to_vec())))
         .collect();
-    // Whoever asked stops waiting at the limit itself.
-    let deadline = tokio::time::Instant::now() + limit * 9 / 10;
+    // The sender stops waiting at the limit itself, and the last attempt of a call ends before the call does.
+    let (now, share) = (tokio::time::Instant::now(), limit / 10);
+    let (deadline, until) = (now + share * 9, now + share * 8);
     let mut replies = vec![None; batch.len()];
     let mut calls = stream::iter(groups)
         .map(|(slot, group)| async move {
-            let renewed = tokio::time::timeout_at(deadline, renew_group(lane, slot, batch, &group)).await;
+            let renewed = tokio::time::timeout_at(deadline, renew_group(lane, slot, batch, &group, until)).await;
             (slot, group, renewed)
         })
         .buffer_unordered(CALLS_AT_A_TIME);
@@ -70,6 +71,7 @@ async fn renew_group(
     slot: Slot,
     batch: &[Renewal],
     group: &[usize],
+    until: tokio::time::Instant,
 ) -> Result<Vec<Option<RenewReply>>, StoreError> {
     let mut replies = vec![None; group.len()];
     // Places in the group.
@@ -78,7 +80,7 @@ async fn renew_group(
     while !parts.is_empty() {
         let calls = parts.into_iter().map(|part| async {
             let renewals: Vec<&Renewal> = part.iter().map(|&item| &batch[group[item]]).collect();
-            (renew_part(lane, slot, &renewals).await, part)
+            (renew_part(lane, slot, &renewals, until).await, part)
         });
         let answers = futures_util::future::join_all(calls).await;
         parts = Vec::new();
@@ -109,7 +111,12 @@ async fn renew_group(
 }
 
 /// Renews leases of one slot in one call.
-async fn renew_part(lane: &Lane, slot: Slot, renewals: &[&Renewal]) -> Result<Vec<Option<RenewReply>>, StoreError> {
+async fn renew_part(
+    lane: &Lane,
+    slot: Slot,
+    renewals: &[&Renewal],
+    until: tokio::time::Instant,
+) -> Result<Vec<Option<RenewReply>>, StoreError> {
     let shared = &*lane.shared;
     let command = |named: Named| {
         let fill = |command: &mut Cmd| shared.commands.fill_renew(command, renewals.iter().copied());
@@ -120,6 +127,7 @@ async fn renew_part(lane: &Lane, slot: Slot, renewals: &[&Renewal]) -> Result<Ve
         command: &command,
         acks: shared.min_replicas_acked,
         stops_at_try_again: true,
+        limit: Some(until.saturating_duration_since(tokio::time::Instant::now())),
     };
     match lane.call(call).await {
         Ok(said) if said.acked < shared.min_replicas_acked => Ok(vec![None; renewals.len()]),

@@ -1,9 +1,15 @@
 //! The manager's inbox: a connection that does nothing but listen.
+//!
+//! # Implementation details
+//!
+//! A proxy that has forgotten a connection still acknowledges what is sent on it, and a server whose machine vanished says nothing: neither breaks it.
+//! Nothing comes from a healthy inbox for hours either, so it is asked every few seconds, by subscribing once more to the channel that is
+//! subscribed already. That needs no further permission, and an answer is all that counts. An inbox that does not answer is replaced.
 
 use std::sync::Arc;
 use std::time::Duration;
 
-use deadpool_redis::redis::aio::PubSub;
+use deadpool_redis::redis::aio::{PubSub, PubSubSink};
 use deadpool_redis::redis::{Client, cmd};
 use futures_util::StreamExt;
 use tokio::sync::mpsc;
@@ -18,6 +24,11 @@ use crate::store::{StoreError, tell_unreadable};
 /// The first and the longest pause before another attempt to subscribe.
 const PAUSE_MIN: Duration = Duration::from_millis(5);
 const PAUSE_MAX: Duration = Duration::from_secs(1);
+/// How often the inbox must answer.
+const CHECK_EVERY: Duration = Duration::from_secs(2);
+/// In how many parts the answer is waited for. A runtime that was blocked for longer than a part finds its time over before it has read the answer
+/// that is there.
+const CHECK_PARTS: u32 = 4;
 
 /// Listens until nobody receives. After every successful subscription `Resubscribed` comes first: what was pushed before
 /// it may be lost.
@@ -34,11 +45,14 @@ pub(super) async fn listen(shared: Arc<Shared>, pushes: mpsc::UnboundedSender<Pu
                 if pushes.send(Push::Resubscribed { slot: None }).is_err() {
                     return;
                 }
-                let mut messages = inbox.into_on_message();
+                let (sink, mut messages) = inbox.split();
+                let silent = silence(sink, &channel, shared.patience());
+                tokio::pin!(silent);
                 loop {
                     let message = tokio::select! {
                         message = messages.next() => message,
                         () = moves.must_leave(&place) => None,
+                        () = &mut silent => None,
                         () = pushes.closed() => return,
                     };
                     let Some(message) = message else { break };
@@ -79,6 +93,30 @@ pub(super) async fn listen(shared: Arc<Shared>, pushes: mpsc::UnboundedSender<Pu
             // It is known where the primary is now.
             () = moves.news() => {}
             () = pushes.closed() => return,
+        }
+    }
+}
+
+/// Returns when the inbox does not answer any more.
+async fn silence(mut sink: PubSubSink, channel: &str, patience: Duration) {
+    loop {
+        tokio::time::sleep(CHECK_EVERY).await;
+        let answer = sink.subscribe(channel);
+        tokio::pin!(answer);
+        let mut answered = false;
+        for _ in 0..CHECK_PARTS {
+            match tokio::time::timeout(patience / CHECK_PARTS, &mut answer).await {
+                Ok(Ok(())) => {
+                    answered = true;
+                    break;
+                }
+                // It broke.
+                Ok(Err(_)) => return,
+                Err(_) => {}
+            }
+        }
+        if !answered {
+            return;
         }
     }
 }

@@ -421,7 +421,9 @@ impl LeaseStore for RedisStore {
         Box::pin(async move {
             let mut live = link.get().await?;
             let commands = shared.commands.inspect(&key);
-            let replies = live.connection.send_packed_commands(&commands, 0, 5).await;
+            let asking = live.connection.send_packed_commands(&commands, 0, 5);
+            let replies = tokio::time::timeout(shared.patience(), asking).await;
+            let replies = replies.unwrap_or_else(|_| Err(shared.silence()));
             let replies = replies.and_then(|replies| shared.commands.permissions.without_errors(&commands, replies));
             let replies = replies.map_err(|error| {
                 link.is_ended_by(&error, &live);

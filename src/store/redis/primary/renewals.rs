@@ -26,6 +26,8 @@ use crate::store::StoreError;
 const RENEWALS_PER_CALL: usize = 128;
 /// How many calls are on their way at a time.
 const CALLS_AT_A_TIME: usize = 1024;
+/// A connection is not replaced for a shorter silence, also if the leases leave no more time.
+const SILENCE_MIN: Duration = Duration::from_millis(100);
 /// After how many batches without an answer, at the end of each of which the connection broke, the next has one slot in a call.
 const BREAKS_MAX: u8 = 2;
 
@@ -200,8 +202,8 @@ async fn send(
         (Some(error), _) if !has_some || shared.source.is_left_by(&error) => Err(shared.source.in_words(&error)),
         (None, Some((_, error))) if !has_some => Err(shared.source.in_words(&error)),
         (None, None) if !answered => {
-            if each >= shared.patience() {
-                // As long as a release waits for its answer.
+            if each >= shared.patience().min(SILENCE_MIN) {
+                // The lease may be too short for another look at the same connection.
                 link.broken(live);
             }
             Err(StoreError::Unavailable(format!("no answer within {each:?}").into()))
