@@ -341,3 +341,29 @@ on_each_store! {
         assert_eq!(left(), [""; 0]);
     }
 }
+
+/// Nothing of a lock needs an address.
+#[cfg(unix)]
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn locks_work_through_a_unix_socket() {
+    let server = RedisServer::start_with(&["--unixsocket", "s", "--requirepass", "s3cret"]);
+    let url = format!("unix://{}?pass=s3cret&db=1", server.dir().join("s").display());
+    let connect = || LockManager::builder().shard(&url).connect();
+    let (one, other) = (connect().await.expect("connect"), connect().await.expect("connect"));
+    let guard = lock(&one, "k").await;
+    let waiting = tokio::spawn(async move { lock(&other, "k").await });
+    until_queued(&one, "k", 1).await;
+    guard.release().await.expect("release");
+    soon("the hand-off", waiting)
+        .await
+        .expect("a task")
+        .release()
+        .await
+        .expect("release");
+
+    let error = LockManager::connect("unix:///no/such/socket")
+        .await
+        .expect_err("nobody listens there");
+    assert!(matches!(error, LockError::Unavailable { .. }), "{error}");
+    assert!(error.to_string().contains("/no/such/socket"), "{error}");
+}

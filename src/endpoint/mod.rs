@@ -2,6 +2,7 @@
 
 mod redact;
 mod servers;
+mod socket;
 
 use std::fmt;
 use std::str::FromStr;
@@ -21,19 +22,22 @@ const MEMORY_NAME_BYTES_MAX: usize = 64;
 /// The longest name of a primary that sentinels watch, in bytes.
 const PRIMARY_NAME_BYTES_MAX: usize = 64;
 
-const SUPPORTED: &str = "supported: redis://, redis+sentinel://, redis+cluster://, redlock://, etcd://, memory://; rediss://, \
-     rediss+sentinel://, rediss+cluster://, redlocks:// and etcds:// with TLS";
+const SUPPORTED: &str = "supported: redis://, redis+unix://, redis+sentinel://, redis+cluster://, redlock://, etcd://, memory://; rediss://, \
+     rediss+sentinel://, rediss+cluster://, redlocks:// and etcds:// with TLS; valkey in place of redis";
 
 /// The parsed URL of a shard.
 ///
 /// | URL | store |
 /// |---|---|
 /// | `redis://[[user]:password@]host[:port][/database]` | a Redis (or Valkey) primary; port 6379 and database 0 unless named |
+/// | `redis+unix:///path[?db=number&user=name&pass=password]` | the same through a Unix socket; `unix://` is another name |
 /// | `redis+sentinel://[[user]:password@]host[:port],.../name[/database]` | the primary that Sentinel knows by that name; the hosts are sentinels, port 26379 unless named |
 /// | `redis+cluster://[[user]:password@]host[:port],...` | a Redis Cluster; the hosts are some of its nodes |
 /// | `redlock://[[user]:password@]host[:port],...[/database]` | a quorum of 3 to 15 independent primaries |
 /// | `etcd://[user:password@]host[:port],...` | etcd, port 2379 unless named; with the feature `etcd` |
 /// | `memory://[name]` | a store inside this process |
+///
+/// `valkey` may stand in place of `redis` in each of them; `Display` and [`scheme`](Self::scheme) have `redis`.
 ///
 /// `rediss://`, `rediss+sentinel://`, `rediss+cluster://`, `redlocks://` and `etcds://` are the same through TLS, with the feature `tls`. The
 /// user and the password are those of the Redis servers, or of etcd; sentinels are asked without unless `?sentinel_password=` (and
@@ -103,7 +107,7 @@ impl Endpoint {
         let Some((scheme, rest)) = split_scheme(text) else {
             return Err(invalid(&format!("a URL; {SUPPORTED}")));
         };
-        let scheme = scheme.to_ascii_lowercase();
+        let scheme = canonical(scheme);
         let tls = matches!(
             scheme.as_str(),
             "rediss" | "rediss+sentinel" | "rediss+cluster" | "redlocks" | "etcds"
@@ -121,6 +125,8 @@ impl Endpoint {
         match scheme.as_str() {
             "memory" => Self::parse_memory(text, rest),
             "redis" | "rediss" => Ok(parts(&Rules::REDIS)?.into_single()),
+            "redis+unix" => socket::parse(rest).map_err(|bound| invalid(&bound)),
+            "rediss+unix" => Err(invalid("redis+unix://: a socket of this machine has no TLS")),
             "redis+sentinel" | "rediss+sentinel" => parts(&Rules::SENTINEL)?
                 .into_sentinel(PRIMARY_NAME_BYTES_MAX)
                 .map_err(|bound| invalid(&bound)),
@@ -219,6 +225,18 @@ impl fmt::Debug for Endpoint {
 /// Whether names of shards and of stores in memory may have this byte.
 pub(crate) fn is_name_byte(byte: u8) -> bool {
     byte.is_ascii_alphanumeric() || matches!(byte, b'.' | b'_' | b'-')
+}
+
+/// In lower case, with the name that the rest of the program knows.
+fn canonical(scheme: &str) -> String {
+    let scheme = scheme.to_ascii_lowercase();
+    if scheme == "unix" {
+        return "redis+unix".to_owned();
+    }
+    match scheme.strip_prefix("valkey") {
+        Some(rest) if ["", "s"].contains(&rest.split('+').next().unwrap_or_default()) => format!("redis{rest}"),
+        _ => scheme,
+    }
 }
 
 fn split_scheme(text: &str) -> Option<(&str, &str)> {
@@ -352,6 +370,71 @@ mod tests {
     }
 
     #[test]
+    fn valkey_is_another_name_of_redis() {
+        for (text, shown) in [
+            ("valkey://u:s3cret@host/3", "redis://u:***@host:6379/3"),
+            ("VALKEY+sentinel://a,b/m", "redis+sentinel://a:26379,b:26379/m/0"),
+            ("valkey+cluster://a,b", "redis+cluster://a:6379,b:6379"),
+            ("valkey+unix:///run/valkey.sock", "redis+unix:///run/valkey.sock?db=0"),
+        ] {
+            assert_eq!(parsed(text).to_string(), shown, "{text}");
+        }
+        if cfg!(feature = "tls") {
+            assert_eq!(parsed("valkeys://host").to_string(), "rediss://host:6379/0");
+            assert_eq!(parsed("valkeys+cluster://a").scheme(), "rediss+cluster");
+        }
+        assert!(refusal("valkeyx://host").contains("a URL of a known kind"));
+    }
+
+    #[test]
+    fn sockets_are_named_by_their_paths_and_log_in_by_the_query() {
+        for (text, shown) in [
+            ("redis+unix:///run/redis.sock", "redis+unix:///run/redis.sock?db=0"),
+            ("unix:///run/redis.sock?db=3", "redis+unix:///run/redis.sock?db=3"),
+            (
+                "unix:///a%20b/s?user=u&pass=s3cret",
+                "redis+unix:///a%20b/s?db=0&user=u&pass=***",
+            ),
+            ("unix:///s?pass=s3cret", "redis+unix:///s?db=0&pass=***"),
+        ] {
+            let endpoint = parsed(text);
+            assert_eq!(endpoint.to_string(), shown, "{text}");
+            assert!(!format!("{endpoint:?} {:?}", endpoint.servers()).contains("s3cret"));
+        }
+        let server = parsed("unix:///a%20b/s?user=u&pass=s3%26cret&db=2").servers().remove(0);
+        assert_eq!(server.place(), "/a b/s");
+        assert!(server.has_login() && !server.is_encrypted());
+        let info = server.as_str().into_connection_info().unwrap();
+        assert_eq!(info.addr().to_string(), "/a b/s");
+        assert_eq!(info.redis_settings().username(), Some("u"));
+        assert_eq!(info.redis_settings().password(), Some("s3&cret"));
+        assert_eq!(info.redis_settings().db(), 2);
+        // A server with an address of the same shard.
+        assert_eq!(server.at("10.0.0.1:7").as_str(), "redis://u:s3%26cret@10.0.0.1:7/2");
+        for (text, bound) in [
+            ("unix://run/redis.sock", "three slashes"),
+            ("unix://user:s3cret@/run/redis.sock", "three slashes"),
+            ("unix://", "three slashes"),
+            ("unix:///", "the path of a socket"),
+            ("unix:///run/", "the path of a socket"),
+            ("unix:///s?db=x", "a database from 0"),
+            ("unix:///s?user=u", "pass beside user"),
+            ("unix:///s?password=s3cret", "nothing but db, user and pass"),
+            ("unix:///s?pass=s3cret&pass=s3cret", "nothing but db, user and pass"),
+            ("unix:///s#s3cret", "nothing but db, user and pass"),
+            (
+                "rediss+unix:///s",
+                if cfg!(feature = "tls") { "has no TLS" } else { "" },
+            ),
+        ] {
+            let message = refusal(text);
+            assert!(message.contains(bound) && !message.contains("s3cret"), "{message}");
+        }
+        let long = format!("unix:///{}", "s".repeat(107));
+        assert!(refusal(&long).contains("at most 107 bytes"));
+    }
+
+    #[test]
     fn kinds_that_are_not_built_or_not_known_are_refused_by_name() {
         for (scheme, feature, is_built) in [
             ("rediss", "tls", cfg!(feature = "tls")),
@@ -366,7 +449,7 @@ mod tests {
                 }
             }
         }
-        assert!(refusal("http://host").contains("supported: redis://, redis+sentinel://"));
+        assert!(refusal("http://host").contains("supported: redis://, redis+unix://, redis+sentinel://"));
         assert!(refusal("localhost:6379").contains("url is localhost:6379, but must be a URL"));
     }
 

@@ -13,7 +13,10 @@ const SENTINEL_PORT: u16 = 26379;
 const ETCD_PORT: u16 = 2379;
 
 /// The largest number that the server's `databases` setting allows for.
-const DATABASE_MAX: u32 = i32::MAX as u32;
+pub(super) const DATABASE_MAX: u32 = i32::MAX as u32;
+
+/// How the URL of a socket begins.
+pub(super) const SOCKET: &str = "redis+unix://";
 
 /// The most hosts of one URL.
 const HOSTS_MAX: usize = 32;
@@ -24,7 +27,7 @@ const REDLOCK_NODES: (usize, usize) = (3, 15);
 #[derive(Clone, PartialEq, Eq)]
 pub struct ServerUrl {
     url: String,
-    /// The same as `host:port`, which may be shown.
+    /// The same as `host:port`, or the path of a socket, which may be shown.
     place: String,
 }
 
@@ -35,7 +38,7 @@ impl ServerUrl {
         &self.url
     }
 
-    /// `host:port`
+    /// `host:port`, or the path of a Unix socket.
     #[must_use]
     pub fn place(&self) -> &str {
         &self.place
@@ -48,6 +51,33 @@ impl ServerUrl {
     }
 
     /// The URL of a member of etcd.
+    /// Whether it is a Unix socket of this machine.
+    #[must_use]
+    pub fn is_socket(&self) -> bool {
+        self.url.starts_with(SOCKET)
+    }
+
+    /// Whether there is a password in the URL.
+    #[must_use]
+    pub fn has_login(&self) -> bool {
+        match self.url.strip_prefix(SOCKET) {
+            Some(rest) => rest.contains("&pass="),
+            None => self.url.contains('@'),
+        }
+    }
+
+    /// The URL of a server behind a socket. `login` is percent-encoded.
+    pub(super) fn of_socket(path: &str, encoded_path: &str, login: Option<(&str, &str)>, database: u32) -> Self {
+        let login = login.map_or_else(String::new, |(user, password)| match user {
+            "" => format!("&pass={password}"),
+            user => format!("&user={user}&pass={password}"),
+        });
+        Self {
+            url: format!("{SOCKET}{encoded_path}?db={database}{login}"),
+            place: path.to_owned(),
+        }
+    }
+
     pub(super) fn of_etcd(place: &str, login: Option<&(String, String)>, tls: bool) -> Self {
         let encode = |text| percent_encoding::utf8_percent_encode(text, percent_encoding::NON_ALPHANUMERIC);
         let login = login.map_or_else(String::new, |(user, password)| {
@@ -69,6 +99,22 @@ impl ServerUrl {
         };
         let start = end - self.place.len();
         Self {
+        if let Some(rest) = self.url.strip_prefix(SOCKET) {
+            let value = |name: &str| {
+                let pairs = rest.split_once('?').map_or("", |(_, query)| query).split('&');
+                pairs
+                    .filter_map(|pair| pair.split_once('='))
+                    .find(|(known, _)| *known == name)
+            };
+            let login = value("pass").map_or_else(String::new, |(_, password)| {
+                format!("{}:{password}@", value("user").map_or("", |(_, user)| user))
+            });
+            let database = value("db").map_or("0", |(_, database)| database);
+            return Self {
+                url: format!("redis://{login}{place}/{database}"),
+                place: place.to_owned(),
+            };
+        }
             url: format!("{}{place}{}", &self.url[..start], &self.url[end..]),
             place: place.to_owned(),
         }
@@ -381,7 +427,7 @@ fn bound_of(error: url::ParseError, form: &str) -> String {
     }
 }
 
-fn parse_database(path: &str) -> Option<u32> {
+pub(super) fn parse_database(path: &str) -> Option<u32> {
     let number = path.strip_prefix('/').unwrap_or(path);
     if number.is_empty() {
         return Some(0);

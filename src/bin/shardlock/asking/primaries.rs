@@ -17,7 +17,7 @@ use super::{Asking, ask, nodes, place};
 /// Nobody says which they are. The reason is that of the last one that was asked.
 pub(crate) async fn primaries(endpoint: &Endpoint, asking: &Asking<'_>) -> anyhow::Result<Option<Vec<ServerUrl>>> {
     match endpoint.scheme() {
-        "redis" | "rediss" | "redlock" | "redlocks" => return Ok(Some(endpoint.servers())),
+        "redis" | "rediss" | "redis+unix" | "redlock" | "redlocks" => return Ok(Some(endpoint.servers())),
         "redis+sentinel" | "rediss+sentinel" | "redis+cluster" | "rediss+cluster" => {}
         _ => return Ok(None),
     }

@@ -36,7 +36,7 @@ const SETTINGS: [&str; 11] = [
 pub(super) async fn look(server: &ServerUrl, kind: Kind, asking: &Asking<'_>) -> Server {
     Server {
         place: server.place().to_owned(),
-        has_login: server.as_str().contains('@'),
+        has_login: server.has_login(),
         encrypted: server.is_encrypted(),
         seen: see(server, kind, asking).await,
     }

@@ -111,7 +111,7 @@ async fn examine(shard: &ShardConfig, fingerprint: &str, asking: &Asking<'_>) ->
         ..ShardReport::default()
     };
     match endpoint.scheme() {
-        "redis" | "rediss" => examine_single(&endpoint, asking, fingerprint, &mut report).await,
+        "redis" | "rediss" | "redis+unix" => examine_single(&endpoint, asking, fingerprint, &mut report).await,
         "redis+sentinel" | "rediss+sentinel" => sentinel::examine(&endpoint, asking, fingerprint, &mut report).await,
         "redis+cluster" | "rediss+cluster" => cluster::examine(&endpoint, asking, fingerprint, &mut report).await,
         "redlock" | "redlocks" => redlock::examine(&endpoint, asking, fingerprint, &mut report).await,

@@ -217,7 +217,11 @@ pub(super) fn access(place: &str, has_login: bool, seen: &Seen) -> Option<Findin
 }
 
 pub(super) fn is_loopback(place: &str) -> bool {
-    place.starts_with("127.") || place.starts_with("localhost:") || place.starts_with("[::1]:")
+    // A path is that of a socket.
+    place.starts_with('/')
+        || place.starts_with("127.")
+        || place.starts_with("localhost:")
+        || place.starts_with("[::1]:")
 }
 
 #[cfg(test)]

@@ -40,7 +40,10 @@ pub(super) fn unreachable(server: &Server, trouble: &Trouble, level: Level) -> F
     let place = &server.place;
     let Trouble { kind, reason } = trouble;
     let why = "locks whose keys belong to this shard fail while enough of its servers do not answer";
-    let (host, port) = place.rsplit_once(':').unwrap_or((place, "6379"));
+    let redis_cli = match place.rsplit_once(':') {
+        Some((host, port)) if !place.starts_with('/') => format!("redis-cli -h {host} -p {port}"),
+        _ => format!("redis-cli -s {place}"),
+    };
     let other_scheme = match server.encrypted {
         true => "if the port does not speak TLS, write a URL without it (redis:// in place of rediss:// and so on)",
         false => "if the port speaks TLS, write a URL with it (rediss:// in place of redis:// and so on)",
@@ -49,13 +52,13 @@ pub(super) fn unreachable(server: &Server, trouble: &Trouble, level: Level) -> F
         TroubleKind::Unreachable => (
             format!("no connection: {reason}"),
             format!(
-                "see whether the server runs and listens there (`redis-cli -h {host} -p {port} ping`; settings bind, port, protected-mode), and \
+                "see whether the server runs and listens there (`{redis_cli} ping`; settings bind, port, protected-mode), and \
                  whether a firewall lets this machine through; {other_scheme}"
             ),
         ),
         TroubleKind::Silent => (
             format!("connected or connecting, but no answer in time: {reason}"),
-            format!("see whether the server hangs or is overloaded (`redis-cli -h {host} -p {port} --latency`), or raise store_timeout; {other_scheme}"),
+            format!("see whether the server hangs or is overloaded (`{redis_cli} --latency`), or raise store_timeout; {other_scheme}"),
         ),
         TroubleKind::Login if server.has_login => (
             format!("the login was refused: {reason}"),

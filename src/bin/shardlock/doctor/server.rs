@@ -42,7 +42,7 @@ impl<'a> Expected<'a> {
 pub(super) fn unreachable(server: &ServerUrl, part: &'static str, trouble: &Trouble, level: Level) -> ServerReport {
     let server = Server {
         place: server.place().to_owned(),
-        has_login: server.as_str().contains('@'),
+        has_login: server.has_login(),
         encrypted: server.is_encrypted(),
         seen: Err(trouble.clone()),
     };

@@ -1,0 +1,63 @@
+//! URLs of Unix sockets: `redis+unix:///path?db=number&user=name&pass=password`, as redis-rs has them.
+
+use super::servers::{DATABASE_MAX, SOCKET, ServerUrl, parse_database};
+use super::{Endpoint, EndpointKind};
+
+const FORM: &str = "redis+unix:///path[?db=number&user=name&pass=password]";
+
+/// What systems have room for.
+const PATH_BYTES_MAX: usize = 107;
+
+/// Parses what comes after the `://`.
+///
+/// # Errors
+///
+/// What the URL must be.
+pub(super) fn parse(rest: &str) -> Result<Endpoint, String> {
+    if !rest.starts_with('/') {
+        return Err(format!("{FORM} with three slashes, and the login after the ?"));
+    }
+    let (encoded_path, query) = match rest.split_once(['?', '#']) {
+        Some((path, query)) => (path, query.split('&').collect()),
+        None => (rest, Vec::new()),
+    };
+    let unexpected = || format!("{FORM} with nothing but db, user and pass after the ?, each once");
+    if rest.contains('#') {
+        return Err(unexpected());
+    }
+    let (mut database, mut user, mut password) = (None, None, None);
+    for pair in query {
+        let (name, value) = pair.split_once('=').ok_or_else(unexpected)?;
+        let known = match name {
+            "db" => &mut database,
+            "user" => &mut user,
+            "pass" => &mut password,
+            _ => return Err(unexpected()),
+        };
+        if value.is_empty() || known.replace(value).is_some() {
+            return Err(unexpected());
+        }
+    }
+    let database = parse_database(database.unwrap_or_default())
+        .ok_or_else(|| format!("{FORM} with a database from 0 to {DATABASE_MAX}"))?;
+    let login = match (user, password) {
+        (user, Some(password)) => Some((user.unwrap_or_default(), password)),
+        (Some(_), None) => return Err(format!("{FORM} with pass beside user")),
+        (None, None) => None,
+    };
+    let decoded = percent_encoding::percent_decode_str(encoded_path).decode_utf8();
+    let path = decoded.map_err(|_| format!("{FORM} with a path in UTF-8"))?;
+    if path.ends_with('/') || path.len() > PATH_BYTES_MAX {
+        return Err(format!(
+            "{FORM} with the path of a socket, at most {PATH_BYTES_MAX} bytes"
+        ));
+    }
+    let server = ServerUrl::of_socket(&path, encoded_path, login, database);
+    let shown_login = match login {
+        Some(("", _)) => "&pass=***".to_owned(),
+        Some((user, _)) => format!("&user={user}&pass=***"),
+        None => String::new(),
+    };
+    let shown = format!("{SOCKET}{encoded_path}?db={database}{shown_login}");
+    Ok(Endpoint::new(EndpointKind::Redis(server), shown))
+}
