@@ -124,6 +124,13 @@ fn read_client(certificate_path: &Path, key_path: &Path) -> Result<ClientPem, In
     Ok(ClientPem { certificate, key })
 }
 
+const NOT_ACCEPTABLE: &str =
+    "the server's certificate is not acceptable; give the server another, or set tls_ca to its authority";
+const SELF_SIGNED_AUTHORITY: &str = "the server shows the certificate of an authority (CA:TRUE, as `openssl req -x509` makes them) as its own; make it anew with \
+     `-addext basicConstraints=critical,CA:FALSE` and leave tls_ca at it, or have the authority sign one for the server";
+const VERSION_1: &str = "the server's certificate is of X.509 version 1; make it anew with extensions, which need version 3: `openssl x509 -req ... -extfile FILE` \
+     where FILE has `subjectAltName=DNS:` and the host of the URL";
+
 /// What to do about a handshake that failed. Nothing for what may pass by itself.
 pub(in crate::store) fn advice(error: &rustls::Error) -> Option<&'static str> {
     use rustls::Error;
@@ -142,7 +149,12 @@ pub(in crate::store) fn advice(error: &rustls::Error) -> Option<&'static str> {
             CertificateError::NotValidYet | CertificateError::NotValidYetContext { .. } => {
                 "the server's certificate is not valid yet; correct this machine's clock, or wait"
             }
-            _ => "the server's certificate is not acceptable; give the server another, or set tls_ca to its authority",
+            CertificateError::Other(error) => match error.0.to_string().as_str() {
+                "CaUsedAsEndEntity" => SELF_SIGNED_AUTHORITY,
+                "UnsupportedCertVersion" => VERSION_1,
+                _ => NOT_ACCEPTABLE,
+            },
+            _ => NOT_ACCEPTABLE,
         },
         Error::AlertReceived(AlertDescription::CertificateRequired) => {
             "the server asks for a certificate; set tls_cert and tls_key"
@@ -188,4 +200,41 @@ pub(in crate::store) fn cause<'a>(error: &'a (dyn std::error::Error + 'static)) 
         };
     }
     None
+}
+
+#[cfg(test)]
+mod tests {
+    use std::sync::Arc;
+
+    use rustls::client::WebPkiServerVerifier;
+    use rustls::client::danger::ServerCertVerifier;
+    use rustls::pki_types::{ServerName, UnixTime};
+
+    use super::*;
+
+    /// Signed by itself, and of X.509 version 1, as `openssl x509 -req -signkey` makes them without extensions; valid until 2126.
+    const OF_VERSION_1: &str = "\
+-----BEGIN CERTIFICATE-----\n\
+MIIBJTCBywIUGzzC2sqB1AhV5vrwrFiHs/pzaTUwCgYIKoZIzj0EAwIwFDESMBAG\n\
+A1UEAwwJbG9jYWxob3N0MCAXDTI2MTEyOTEwMDQyN1oYDzIxMjYxMTA1MTAwNDI3\n\
+WjAUMRIwEAYDVQQDDAlsb2NhbGhvc3QwWTATBgcqhkjOPQIBBggqhkjOPQMBBwNC\n\
+AASPDVfrAfRFhIsuF5eKrwbDwKs7q45oO5auXk/RhxQ3p7VY3WdNv7bMVeX+1Oj6\n\
+LnOZOt8ZZhTBBPXCVoPLUPH6MAoGCCqGSM49BAMCA0kAMEYCIQDLgqUyS2ZIq/5p\n\
+NRx1Zzen/vAPbb1f9e6Uq1X45e4UMQIhAPUnmcGbLK9vKiEvaj+WvH4txKQEzz12\n\
+2GByvWqNr5+E\n\
+-----END CERTIFICATE-----";
+
+    #[test]
+    fn certificate_of_version_1_is_refused_with_advice_that_names_the_version() {
+        install_provider();
+        let certificate = CertificateDer::from_pem_slice(OF_VERSION_1.as_bytes()).unwrap();
+        let mut roots = RootCertStore::empty();
+        roots.add(certificate.clone()).unwrap();
+        let verifier = WebPkiServerVerifier::builder(Arc::new(roots)).build().unwrap();
+        let host = ServerName::try_from("localhost").unwrap();
+        let error = verifier
+            .verify_server_cert(&certificate, &[], &host, &[], UnixTime::now())
+            .unwrap_err();
+        assert_eq!(advice(&error), Some(VERSION_1), "{error:?}");
+    }
 }

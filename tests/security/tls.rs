@@ -307,3 +307,29 @@ pub(crate) fn choose_and_lock(me: &worker::Current) {
     let chosen = rustls::crypto::CryptoProvider::get_default().expect("a choice");
     me.say(format!("locked with {} cipher suite", chosen.cipher_suites.len()));
 }
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn a_certificate_that_signs_itself_works_as_that_of_a_server_and_not_as_that_of_an_authority() {
+    let authority = Authority::new();
+    let own = authority.self_signed("own", &HOSTS, true);
+    let server = TlsServer::start(&authority, &own, false, &[]);
+    let text = refused(
+        "an authority as a server",
+        builder(&server.url("localhost"), &own.certificate),
+    )
+    .await;
+    assert!(text.contains("basicConstraints=critical,CA:FALSE"), "{text}");
+    #[cfg(feature = "cli")]
+    {
+        let mut command = crate::tool::bare(&["doctor"]);
+        command.env("SHARDLOCK_SHARDS", server.url("localhost"));
+        command.env("SHARDLOCK_TLS_CA", &own.certificate);
+        let ended = crate::tool::run(command);
+        assert!(ended.stdout.contains("basicConstraints=critical,CA:FALSE"), "{ended:?}");
+    }
+
+    // What the advice says works.
+    let own = authority.self_signed("alone", &HOSTS, false);
+    let server = TlsServer::start(&authority, &own, false, &[]);
+    works(&server, || builder(&server.url("localhost"), &own.certificate)).await;
+}

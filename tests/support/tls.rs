@@ -63,6 +63,20 @@ impl Authority {
         self.issue_until(name, hosts, 2001)
     }
 
+    /// One that signs itself, for these hosts; as that of an authority, or of a server alone.
+    pub fn self_signed(&self, name: &str, hosts: &[&str], is_ca: bool) -> Identity {
+        let hosts: Vec<String> = hosts.iter().map(|&host| host.to_owned()).collect();
+        let mut params = CertificateParams::new(hosts).expect("parameters");
+        params.distinguished_name.push(DnType::CommonName, name);
+        params.is_ca = match is_ca {
+            true => IsCa::Ca(BasicConstraints::Unconstrained),
+            false => IsCa::ExplicitNoCa,
+        };
+        let key = KeyPair::generate().expect("a key");
+        let certificate = params.self_signed(&key).expect("a certificate");
+        self.write(name, &certificate.pem(), &key)
+    }
+
     fn issue_until(&self, name: &str, hosts: &[&str], year: i32) -> Identity {
         let hosts: Vec<String> = hosts.iter().map(|&host| host.to_owned()).collect();
         let mut params = CertificateParams::new(hosts).expect("parameters");
@@ -72,11 +86,15 @@ impl Authority {
         params.extended_key_usages = vec![ExtendedKeyUsagePurpose::ServerAuth, ExtendedKeyUsagePurpose::ClientAuth];
         let key = KeyPair::generate().expect("a key");
         let certificate = params.signed_by(&key, &self.issuer).expect("a certificate");
+        self.write(name, &certificate.pem(), &key)
+    }
+
+    fn write(&self, name: &str, certificate: &str, key: &KeyPair) -> Identity {
         let identity = Identity {
             certificate: self.dir.path().join(format!("{name}.pem")),
             key: self.dir.path().join(format!("{name}.key")),
         };
-        fs::write(&identity.certificate, certificate.pem()).expect("write");
+        fs::write(&identity.certificate, certificate).expect("write");
         fs::write(&identity.key, key.serialize_pem()).expect("write");
         identity
     }

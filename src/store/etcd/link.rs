@@ -67,6 +67,12 @@ impl Servers {
 
     /// What to do about a failure to connect whose words don't say it. A server that misses a certificate may only close the connection.
     fn hint(&self, failed: &str) -> &'static str {
+        if failed.contains("CaUsedAsEndEntity") {
+            return "; etcd shows the certificate of an authority (CA:TRUE) as its own: make one for it that the authority signs";
+        }
+        if failed.contains("UnsupportedCertVersion") {
+            return "; etcd's certificate is of X.509 version 1: make it anew with extensions, which need version 3";
+        }
         if failed.contains("UnknownIssuer") {
             return "; set tls_ca to the file with the certificate of the authority that signed etcd's";
         }

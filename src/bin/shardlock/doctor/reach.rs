@@ -75,6 +75,18 @@ pub(super) fn unreachable(server: &Server, trouble: &Trouble, level: Level) -> F
             "ACL SETUSER <user> +select, or leave the database out of the URL (redis://host/1); the server's setting databases says how many there are"
                 .to_owned(),
         ),
+        TroubleKind::Encryption if reason.contains("CaUsedAsEndEntity") => (
+            format!("no encrypted connection: the server shows the certificate of an authority (CA:TRUE) as its own: {reason}"),
+            "make the certificate anew with `openssl req -x509 ... -addext basicConstraints=critical,CA:FALSE` and set tls_ca to it, or have the authority sign \
+             one for the server"
+                .to_owned(),
+        ),
+        TroubleKind::Encryption if reason.contains("UnsupportedCertVersion") => (
+            format!("no encrypted connection: the server's certificate is of X.509 version 1: {reason}"),
+            "make the certificate anew with extensions, which need version 3: `openssl x509 -req ... -extfile FILE` where FILE has `subjectAltName=DNS:` and \
+             the host of the URL"
+                .to_owned(),
+        ),
         TroubleKind::Encryption => (
             format!("no encrypted connection: {reason}"),
             "set tls_ca to the PEM file of the authority that signed the server's certificate, and name the host in the URL as the certificate \
