@@ -369,6 +369,7 @@ async fn open(shard: &ShardConfig, config: &Config, id: &ManagerId, map: String)
         timeout: limit,
         min_replicas_acked: config.min_replicas_acked,
         redlock_max_ttl: config.redlock_max_ttl,
+        check_role: config.check_role,
         tls: TlsFiles {
             ca: config.tls_ca.clone(),
             client: config.tls_cert.clone().zip(config.tls_key.clone()),

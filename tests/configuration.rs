@@ -5,7 +5,7 @@ use std::time::Duration;
 use shardlock::{Builder, Config, Endpoint, Invalid, ShardConfig};
 
 /// For every setting, a value that is not its default.
-const SAMPLES: [(&str, &str); 25] = [
+const SAMPLES: [(&str, &str); 26] = [
     ("shards", "a=redis://:s3cret@a:1/2,memory://b"),
     ("namespace", "jobs/"),
     ("ttl", "5s"),
@@ -28,6 +28,7 @@ const SAMPLES: [(&str, &str); 25] = [
     ("long_hold", "12s"),
     ("min_replicas_acked", "1"),
     ("redlock_max_ttl", "20s"),
+    ("check_role", "false"),
     ("tls_ca", "ca.pem"),
     ("tls_cert", "me.pem"),
     ("tls_key", "me.key"),
@@ -58,6 +59,7 @@ fn from_code() -> Result<Config, Invalid> {
         .long_hold(Duration::from_secs(12))
         .min_replicas_acked(1)
         .redlock_max_ttl(Duration::from_secs(20))
+        .check_role(false)
         .tls_ca("ca.pem")
         .tls_cert("me.pem")
         .tls_key("me.key")

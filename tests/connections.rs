@@ -14,8 +14,9 @@ use std::sync::atomic::{AtomicBool, Ordering};
 use std::time::{Duration, Instant};
 
 use shardlock::{LockError, LockManager, LossReason};
+use support::filter::{Filter, Verdict};
 use support::proxy::Proxy;
-use support::{ClientType, RedisServer};
+use support::{ClientType, Cluster, RedisServer};
 use support_locks::{
     Kind, Measured, TestStore, hand_off, lock, lock_keys, on_each_store, poll_once, soon, until, until_queued,
 };
@@ -248,6 +249,70 @@ on_each_store! {
     }
 }
 
+/// Cuts the connections whose names end like that, and returns how many there were.
+fn cut_named(server: &RedisServer, purpose: &str) -> usize {
+    let ids = named(server, purpose);
+    for id in &ids {
+        server.command(&["CLIENT", "KILL", "ID", id]);
+    }
+    ids.len()
+}
+
+/// The numbers of those connections.
+fn named(server: &RedisServer, purpose: &str) -> Vec<String> {
+    let list: String = server.query(&["CLIENT", "LIST"]);
+    let field = |client: &str, name| {
+        client
+            .split(' ')
+            .find_map(|field| field.strip_prefix(name).map(str::to_owned))
+    };
+    let is_it = |client: &&str| {
+        let name = field(client, "name=").unwrap_or_default();
+        name.starts_with("shardlock:") && name.ends_with(purpose)
+    };
+    list.lines()
+        .filter(is_it)
+        .filter_map(|client| field(client, "id="))
+        .collect()
+}
+
+on_each_store! {
+    on(redis_nodes, own);
+
+    async fn a_server_that_takes_no_more_connections_costs_no_lock_and_says_so(store: &TestStore) {
+        let nodes = store.servers().nodes();
+        let ttl = Duration::from_secs(1);
+        let locks = store.builder().ttl(ttl).connections(1).connect().await.expect("connect");
+        let guard = lock(&locks, "k").await;
+        for node in &nodes {
+            // There are more than that already, and they stay.
+            node.command(&["CONFIG", "SET", "maxclients", "1"]);
+        }
+        let held = async |what: &str| {
+            let lost = tokio::time::timeout(2 * ttl, guard.lost()).await;
+            assert!(lost.is_err() && guard.is_valid(), "{what}: {lost:?}");
+        };
+        held("the connection for renewals is open").await;
+
+        let error = store.builder().connect().await.expect_err("no more connections");
+        assert!(error.to_string().contains("max number of clients"), "{error}");
+        assert!(error.is_retryable(), "{error}");
+
+        let cut: usize = nodes.iter().map(|node| cut_named(node, ":renewals")).sum();
+        assert_eq!(cut, nodes.len());
+        held("another connection takes its place").await;
+
+        for node in &nodes {
+            node.command(&["CONFIG", "SET", "maxclients", "10000"]);
+        }
+        until("there is one for renewals again", async || {
+            nodes.iter().any(|node| !named(node, ":renewals").is_empty())
+        })
+        .await;
+        guard.release().await.expect("it was held all the time");
+    }
+}
+
 /// The error of connecting there, which has to come at once and must not show a password.
 async fn refused(url: &str) -> LockError {
     let started = Instant::now();
@@ -331,18 +396,135 @@ async fn a_port_that_speaks_something_else_is_said_in_words() {
     let address = listener.local_addr().expect("an address");
     std::thread::spawn(move || {
         for stream in listener.incoming() {
-            let mut stream = stream.expect("a connection");
-            // The client may be gone by then.
-            drop(stream.read(&mut [0; 64]));
-            drop(stream.write_all(b"HTTP/1.1 400 Bad Request\r\n\r\n"));
+            std::thread::spawn(move || {
+                let mut stream = stream.expect("a connection");
+                // The client may be gone by then.
+                drop(stream.read(&mut [0; 64]));
+                drop(stream.write_all(b"HTTP/1.1 400 Bad Request\r\n\r\n"));
+            });
         }
     });
     let error = refused(&format!("redis://{address}")).await;
+    assert!(matches!(error, LockError::Refused { .. }), "{error}");
+    for part in [&address.to_string(), "no Redis server", "HTTP/1.1 400 Bad Request"] {
+        assert!(error.to_string().contains(part), "{error}");
+    }
+}
+
+/// As servers of HTTP do, which wait for the end of the headers, and as those do that speak first.
+#[tokio::test]
+async fn a_port_that_waits_for_another_protocol_or_speaks_first_is_reported_before_the_time_limit() {
+    for (greeting, end, reply) in [
+        ("", "\r\n\r\n", "HTTP/1.1 400 Bad Request\r\n\r\n"),
+        ("SSH-2.0-OpenSSH_9.2\r\n", "", ""),
+    ] {
+        let listener = TcpListener::bind(("127.0.0.1", 0)).expect("a port");
+        let url = format!("redis://{}", listener.local_addr().expect("an address"));
+        std::thread::spawn(move || {
+            for stream in listener.incoming() {
+                std::thread::spawn(move || {
+                    let mut stream = stream.expect("a connection");
+                    drop(stream.write_all(greeting.as_bytes()));
+                    let (mut all, mut some) = (Vec::new(), [0; 64]);
+                    while let Ok(count @ 1..) = stream.read(&mut some) {
+                        all.extend_from_slice(&some[..count]);
+                        if !end.is_empty() && all.ends_with(end.as_bytes()) {
+                            drop(stream.write_all(reply.as_bytes()));
+                            return;
+                        }
+                    }
+                });
+            }
+        });
+        let error = refused(&url).await;
+        let said = [greeting, reply].concat();
+        assert!(matches!(error, LockError::Refused { .. }), "{error}");
+        assert!(error.to_string().contains(said.trim()), "{error}");
+    }
+}
+
+#[tokio::test]
+async fn a_proxy_that_hangs_up_on_commands_is_reported_with_all_of_them() {
+    let server = RedisServer::start();
+    let proxy = Filter::start(server.address(), |command| {
+        let lacks: [&[u8]; 4] = [b"CLIENT", b"ROLE", b"TIME", b"SUBSCRIBE"];
+        match lacks.contains(&&*command[0].to_ascii_uppercase()) {
+            true => Verdict::HangUp,
+            false => Verdict::Pass,
+        }
+    });
+    let error = refused(&proxy.url()).await;
+    assert!(matches!(error, LockError::Refused { step: "connect", .. }), "{error}");
     assert!(
-        matches!(error, LockError::Unavailable { .. } | LockError::Refused { .. }),
+        error
+            .to_string()
+            .contains("closes the connection at CLIENT, ROLE, TIME, SUBSCRIBE:"),
         "{error}"
     );
-    assert!(error.to_string().contains(&address.to_string()), "{error}");
+}
+
+#[tokio::test]
+async fn a_server_too_old_for_waiting_is_refused_at_connect() {
+    let server = RedisServer::start_with(&["--rename-command", "ZPOPMIN", ""]);
+    let error = refused(&server.url()).await;
+    assert!(matches!(error, LockError::Refused { step: "connect", .. }), "{error}");
+    assert!(
+        error.to_string().contains("lacks ZPOPMIN") && error.to_string().contains("Redis 5.0"),
+        "{error}"
+    );
+}
+
+#[tokio::test]
+async fn a_server_without_role_is_refused_unless_it_is_not_to_be_asked() {
+    let server = RedisServer::start_with(&["--rename-command", "ROLE", ""]);
+    let error = refused(&server.url()).await;
+    assert!(matches!(error, LockError::Refused { step: "connect", .. }), "{error}");
+    assert!(error.to_string().contains("set check_role = false"), "{error}");
+    let builder = LockManager::builder()
+        .shard(server.url())
+        .ttl(Duration::from_millis(500));
+    let locks = builder.check_role(false).connect().await.expect("connect");
+    let guard = lock(&locks, "k").await;
+    let other = lock(&locks, "other").await;
+    // Also the renewal that finds a lease gone asks for no role.
+    server.command(&["DEL", "lock:k"]);
+    assert_eq!(soon("the loss", guard.lost()).await, LossReason::Taken);
+    other.release().await.expect("release");
+}
+
+#[tokio::test]
+async fn a_cluster_too_old_for_waiting_is_refused_at_connect() {
+    let cluster = Cluster::start(1, 0);
+    let node = cluster.nodes()[0].address();
+    let proxy = Filter::start(node, |command| match &command[0][..] {
+        // As Redis 6.2 does.
+        b"PUBSUB" => {
+            Verdict::Refuse("ERR Unknown subcommand or wrong number of arguments for 'SHARDNUMSUB'. Try PUBSUB HELP.")
+        }
+        _ => Verdict::Pass,
+    });
+    // The node leads back to the proxy.
+    let port = proxy.address().rsplit_once(':').expect("a port").1.to_owned();
+    cluster.nodes()[0].command(&["CONFIG", "SET", "cluster-announce-port", &port]);
+    let error = refused(&format!("redis+cluster://{}", proxy.address())).await;
+    assert!(matches!(error, LockError::Refused { step: "connect", .. }), "{error}");
+    assert!(
+        error.to_string().contains("no sharded channels") && error.to_string().contains("Redis 7.0"),
+        "{error}"
+    );
+}
+
+#[tokio::test]
+async fn connections_have_names_that_say_what_they_are_for() {
+    let server = RedisServer::start();
+    let locks = LockManager::builder()
+        .shard(server.url())
+        .connections(2)
+        .connect()
+        .await
+        .expect("connect");
+    assert_eq!(named(&server, &format!(":{}:requests", locks.id())).len(), 2);
+    assert_eq!(named(&server, &format!(":{}:renewals", locks.id())).len(), 1);
 }
 
 #[tokio::test]

@@ -184,6 +184,12 @@ impl Builder {
         self
     }
 
+    /// Sets [`Config::check_role`].
+    pub fn check_role(mut self, check: bool) -> Self {
+        self.config.check_role = check;
+        self
+    }
+
     /// Sets [`Config::tls_ca`].
     pub fn tls_ca(mut self, file: impl Into<PathBuf>) -> Self {
         self.config.tls_ca = Some(file.into());

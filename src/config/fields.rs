@@ -159,6 +159,11 @@ pub(super) static FIELDS: &[Field] = &[
         "the longest TTL in a redlock:// shard, for which a node that restarted has no vote"
     ),
     field!(
+        check_role,
+        Switch,
+        "whether a Redis server is asked by ROLE whether it is a primary: true or false"
+    ),
+    field!(
         tls_ca,
         OrNone(File),
         "a PEM file with the authorities that sign servers' certificates, or none"

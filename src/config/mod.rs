@@ -156,6 +156,11 @@ pub struct Config {
     /// 10 s.
     pub redlock_max_ttl: Duration,
 
+    /// Whether a Redis server is asked by `ROLE` whether it is a primary, at each connect. `false` is for servers and proxies that lack the command
+    /// (Redis Enterprise, Envoy) and whose address always leads to a primary: a replica is then noticed only by its refusal to write, and a lease that a
+    /// demoted server has forgotten counts as lost. For the Redis servers of all kinds but `redis+cluster://`, which are not asked. Default: `true`.
+    pub check_role: bool,
+
     /// A PEM file with the authorities that sign the certificates of servers, or `None` for those of the system. For URLs with TLS, as the two
     /// below. Default: `None`.
     pub tls_ca: Option<PathBuf>,
@@ -192,6 +197,7 @@ impl Default for Config {
             long_hold: None,
             min_replicas_acked: 0,
             redlock_max_ttl: Duration::from_secs(10),
+            check_role: true,
             tls_ca: None,
             tls_cert: None,
             tls_key: None,
@@ -403,6 +409,7 @@ mod tests {
             ("max_classes", &["1", "1000"], &["0", "1001"]),
             ("hot_keys", &["1", "1024"], &["0", "1025"]),
             ("hot_key_metrics", &["true", "false"], &["", "1", "yes", "True", "none"]),
+            ("check_role", &["true", "false"], &["", "1", "yes", "True", "none"]),
             ("slow_wait", &["none", "1ms", "365d"], &["0s", "366d", "never"]),
             ("long_hold", &["none", "1ms", "365d"], &["0s", "366d", "never"]),
             ("min_replicas_acked", &["0", "16"], &["17", "-1"]),

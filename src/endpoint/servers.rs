@@ -1,8 +1,9 @@
 //! URLs of one or more servers: who, where, and what comes after.
 
 use std::fmt;
+use std::time::Duration;
 
-use deadpool_redis::redis::IntoConnectionInfo;
+use deadpool_redis::redis::{IntoConnectionInfo, RedisError};
 use url::Url;
 
 use super::{Endpoint, EndpointKind, is_name_byte};
@@ -50,7 +51,12 @@ impl ServerUrl {
         self.url.starts_with("rediss://") || self.url.starts_with("etcds://")
     }
 
-    /// The URL of a member of etcd.
+    /// Why a connection to it ended in its first steps with that error; asks the server where the error says too little. For the tool.
+    #[doc(hidden)]
+    pub async fn why_not_connected(&self, error: &RedisError, timeout: Duration) -> String {
+        crate::store::redis::why_not_connected(self, error, timeout).await
+    }
+
     /// Whether it is a Unix socket of this machine.
     #[must_use]
     pub fn is_socket(&self) -> bool {
@@ -78,6 +84,7 @@ impl ServerUrl {
         }
     }
 
+    /// The URL of a member of etcd.
     pub(super) fn of_etcd(place: &str, login: Option<&(String, String)>, tls: bool) -> Self {
         let encode = |text| percent_encoding::utf8_percent_encode(text, percent_encoding::NON_ALPHANUMERIC);
         let login = login.map_or_else(String::new, |(user, password)| {
@@ -92,13 +99,6 @@ impl ServerUrl {
 
     /// The same with another place.
     pub(super) fn at(&self, place: &str) -> Self {
-        // The login is percent-encoded, so the last slash is the one before the database; without it, the place comes last.
-        let end = match self.url.rfind('/') {
-            Some(slash) if !self.url[..slash].ends_with('/') => slash,
-            _ => self.url.len(),
-        };
-        let start = end - self.place.len();
-        Self {
         if let Some(rest) = self.url.strip_prefix(SOCKET) {
             let value = |name: &str| {
                 let pairs = rest.split_once('?').map_or("", |(_, query)| query).split('&');
@@ -115,6 +115,13 @@ impl ServerUrl {
                 place: place.to_owned(),
             };
         }
+        // The login is percent-encoded, so the last slash is the one before the database; without it, the place comes last.
+        let end = match self.url.rfind('/') {
+            Some(slash) if !self.url[..slash].ends_with('/') => slash,
+            _ => self.url.len(),
+        };
+        let start = end - self.place.len();
+        Self {
             url: format!("{}{place}{}", &self.url[..start], &self.url[end..]),
             place: place.to_owned(),
         }

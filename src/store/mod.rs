@@ -111,6 +111,8 @@ pub(crate) struct StoreOptions {
     pub(crate) min_replicas_acked: u32,
     /// The longest TTL of a lease in a quorum, after which a node that restarted has a vote again.
     pub(crate) redlock_max_ttl: Duration,
+    /// Whether servers are asked what they are.
+    pub(crate) check_role: bool,
     pub(crate) tls: TlsFiles,
     pub(crate) metrics: Arc<ShardMetrics>,
 }
@@ -284,6 +286,7 @@ impl StoreOptions {
             timeout: Duration::from_secs(1),
             min_replicas_acked: 0,
             redlock_max_ttl: Duration::from_secs(10),
+            check_role: true,
             tls: TlsFiles::default(),
             metrics: Arc::new(ShardMetrics::new("test")),
         }

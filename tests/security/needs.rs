@@ -78,7 +78,7 @@ impl Subject<'_> {
             .iter()
             .flat_map(|server| server.query::<Vec<redis::Value>>(&["ACL", "LOG"]));
         let entries = logs.map(|entry| format!("{entry:?}"));
-        entries.filter(|entry| !entry.contains("client|setinfo")).collect()
+        entries.filter(|entry| !entry.contains("client|set")).collect()
     }
 
     /// `added` is what the file names for this kind, and `never` what it has for other kinds alone.

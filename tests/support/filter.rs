@@ -115,6 +115,14 @@ fn exchange(client: &TcpStream, server: &TcpStream, judge: &Judge, stopped: &Ato
     loop {
         let (mut raw, mut words) = (Vec::new(), Vec::new());
         read_value(&mut commands, &mut raw, &mut words)?;
+        if raw[0] != b'*' {
+            // A command as people type it; a blank line is none.
+            words = raw.split(u8::is_ascii_whitespace).map(<[u8]>::to_vec).collect();
+            words.retain(|word| !word.is_empty());
+            if words.is_empty() {
+                continue;
+            }
+        }
         match judge(&words) {
             Verdict::Pass => {}
             verdict => {

@@ -8,13 +8,14 @@ use deadpool_redis::redis::io::tcp::TcpSettings;
 use deadpool_redis::redis::io::tcp::socket2::{SockRef, TcpKeepalive};
 #[cfg(feature = "tls")]
 use deadpool_redis::redis::{Client, ClientTlsConfig, TlsCertificates};
-use deadpool_redis::redis::{ConnectionAddr, ConnectionInfo, IntoConnectionInfo, RedisResult};
-use tokio::io::{AsyncReadExt, AsyncWriteExt};
+use deadpool_redis::redis::{Cmd, ConnectionAddr, ConnectionInfo, IntoConnectionInfo, RedisError, RedisResult, cmd};
 use tokio::net::TcpStream;
 
+use super::refusal;
 use super::reply::error_in_words;
 use crate::endpoint::ServerUrl;
 use crate::error::Invalid;
+use crate::identity::ManagerId;
 #[cfg(feature = "tls")]
 use crate::store::tls::TlsPem;
 use crate::store::{NOT_ENCRYPTED, StoreError, TlsFiles};
@@ -52,7 +53,11 @@ pub(in crate::store) fn connection_info(server: &ServerUrl, tls: &TlsFiles) -> R
     let settings = TcpSettings::default().set_nodelay(true).set_keepalive(keepalive());
     #[cfg(any(target_os = "linux", target_os = "android"))]
     let settings = settings.set_user_timeout(UNACKNOWLEDGED_MAX);
-    Ok(info.set_tcp_settings(settings))
+    let login = info
+        .redis_settings()
+        .clone()
+        .set_lib_name(LIBRARY, env!("CARGO_PKG_VERSION"));
+    Ok(info.set_tcp_settings(settings).set_redis_settings(login))
 }
 
 fn keepalive() -> TcpKeepalive {
@@ -89,72 +94,82 @@ pub(in crate::store) fn certificates(files: &TlsFiles) -> Result<TlsCertificates
     })
 }
 
-/// After which time a handshake is suspected to be stuck: longer than one takes, unless the server is far away or busy.
-const HANDSHAKE_PATIENCE: Duration = Duration::from_millis(200);
+/// What the server is told of the client library: its name (`CLIENT SETINFO`, from Redis 7.2 on).
+const LIBRARY: &str = "shardlock";
 
-/// Connects, and finds out why where that fails because one side speaks TLS and the other does not. A server that does not speak
-/// TLS waits for the end of what it takes for a command, for ever; one that does hangs up on a plain client without a word.
+/// What a connection is for, which its name says.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(in crate::store) enum Purpose {
+    /// What tasks of the program ask for.
+    Requests,
+    /// Renewals, and what else the watchdog's thread sends.
+    Renewals,
+    /// Subscriptions.
+    Inbox,
+}
+
+/// Gives the connection a name that `CLIENT LIST` shows: `shardlock:<manager>:requests` and so on. A user who may not, or a proxy that does not know
+/// the command, goes without.
+pub(super) fn named(manager: &ManagerId, purpose: Purpose) -> Cmd {
+    let purpose = match purpose {
+        Purpose::Requests => "requests",
+        Purpose::Renewals => "renewals",
+        Purpose::Inbox => "inbox",
+    };
+    let mut name = cmd("CLIENT");
+    name.arg("SETNAME")
+        .arg(format!("shardlock:{}:{purpose}", manager.as_str()));
+    name
+}
+
+/// Connects, and finds out why where that fails without saying so: see [`refusal`]. A server that does not speak TLS waits for the end of what it takes
+/// for a command, for ever; so do other servers that are none of Redis.
 pub(in crate::store) async fn with_reason<T>(
     info: &ConnectionInfo,
     timeout: Duration,
     connecting: impl Future<Output = RedisResult<T>>,
 ) -> Result<T, StoreError> {
-    let patience = HANDSHAKE_PATIENCE.min(timeout / 4);
     match info.addr() {
         ConnectionAddr::TcpTls { host, port, .. } => {
             let suspect = async {
-                tokio::time::sleep(patience).await;
-                if !matches!(first_byte(host, *port, b"PING\r\n").await, Ok(b'+' | b'-')) {
+                tokio::time::sleep(refusal::PATIENCE.min(timeout / 4)).await;
+                if !refusal::answers_plainly(host, *port).await {
                     // The time limit for connecting decides.
                     std::future::pending::<()>().await;
                 }
             };
             tokio::select! {
                 biased;
-                connected = connecting => connected.map_err(|error| error_in_words(&error)),
+                connected = connecting => connected.map_err(|error| refusal::explained_with_tls(&error)),
                 () = suspect => Err(StoreError::Refused(NOT_ENCRYPTED.into())),
             }
         }
         ConnectionAddr::Tcp(host, port) => {
-            let error = match connecting.await {
-                Ok(connected) => return Ok(connected),
-                Err(error) if !error.is_connection_dropped() => return Err(error_in_words(&error)),
-                Err(error) => error,
+            let suspect = async {
+                tokio::time::sleep(timeout / 2).await;
+                match refusal::is_of_another_kind(host, *port, refusal::PATIENCE.min(timeout / 4)).await {
+                    Some(error) => error,
+                    None => std::future::pending().await,
+                }
             };
-            match tokio::time::timeout(patience, first_byte(host, *port, &client_hello())).await {
-                Ok(Ok(TLS_ALERT | TLS_HANDSHAKE)) => Err(StoreError::Refused(format!("{ENCRYPTED}: {error}").into())),
-                // No answer, or no more than silence: it may be anything.
-                _ => Err(error_in_words(&error)),
+            tokio::select! {
+                biased;
+                connected = connecting => match connected {
+                    Ok(connected) => Ok(connected),
+                    Err(error) => Err(refusal::explained(&error, host, *port, timeout).await),
+                },
+                error = suspect => Err(error),
             }
         }
         _ => connecting.await.map_err(|error| error_in_words(&error)),
     }
 }
 
-const ENCRYPTED: &str = "the port speaks TLS; use a URL with TLS (rediss:// and its like), or the server's plain port";
-const TLS_ALERT: u8 = 21;
-const TLS_HANDSHAKE: u8 = 22;
-
-/// The least that can be said to begin with TLS 1.2: one cipher suite, no session, no compression, and zeros for what would be random.
-/// Whoever speaks TLS answers, be it with a refusal.
-fn client_hello() -> Vec<u8> {
-    let (record, handshake) = ([TLS_HANDSHAKE, 3, 1, 0, 45], [1, 0, 0, 41]);
-    let (version, random_and_session) = ([3, 3], [0; 33]);
-    let (cipher_suites, compressions) = ([0, 2, 0xc0, 0x2f], [1, 0]);
-    [
-        &record[..],
-        &handshake,
-        &version,
-        &random_and_session,
-        &cipher_suites,
-        &compressions,
-    ]
-    .concat()
-}
-
-/// What a server says first to these bytes. Nothing that is secret is sent.
-async fn first_byte(host: &str, port: u16, bytes: &[u8]) -> io::Result<u8> {
-    let mut stream = TcpStream::connect((host, port)).await?;
-    stream.write_all(bytes).await?;
-    stream.read_u8().await
+/// What an error of a connection that was just made means.
+pub(super) async fn explained(info: &ConnectionInfo, timeout: Duration, error: &RedisError) -> StoreError {
+    match info.addr() {
+        ConnectionAddr::TcpTls { .. } => refusal::explained_with_tls(error),
+        ConnectionAddr::Tcp(host, port) => refusal::explained(error, host, *port, timeout).await,
+        _ => error_in_words(error),
+    }
 }

@@ -4,6 +4,13 @@
 //! the server; `scripts/*.lua` hold the protocol. All are idempotent for a cycle. What is said to a server and what it says is the same
 //! whichever way a server is found: `names`, `commands`, `script` and `reply`.
 
+use std::time::Duration;
+
+use deadpool_redis::redis::{IntoConnectionInfo, RedisError};
+
+use super::StoreError;
+use crate::endpoint::ServerUrl;
+
 mod batch;
 mod client;
 pub(crate) mod cluster;
@@ -11,9 +18,22 @@ mod commands;
 pub(crate) mod names;
 mod permission;
 pub(crate) mod primary;
+mod refusal;
 mod reply;
 mod script;
 mod time;
+
+/// See [`ServerUrl::why_not_connected`].
+pub(crate) async fn why_not_connected(server: &ServerUrl, error: &RedisError, timeout: Duration) -> String {
+    let explained = match server.as_str().into_connection_info() {
+        Ok(info) => client::explained(&info, timeout, error).await,
+        Err(_) => reply::error_in_words(error),
+    };
+    match explained {
+        StoreError::Unavailable(reason) | StoreError::Refused(reason) => reason.to_string(),
+        StoreError::MapMismatch { .. } => error.to_string(),
+    }
+}
 
 /// What the comparison with the reference needs to see and to set of a store.
 #[cfg(test)]

@@ -8,7 +8,9 @@ use std::time::Duration;
 
 use anyhow::Context;
 use deadpool_redis::redis::aio::MultiplexedConnection;
-use deadpool_redis::redis::{AsyncConnectionConfig, Client, ClientTlsConfig, Cmd, FromRedisValue, TlsCertificates};
+use deadpool_redis::redis::{
+    AsyncConnectionConfig, Client, ClientTlsConfig, Cmd, FromRedisValue, RedisError, TlsCertificates,
+};
 use shardlock::{Config, ServerUrl};
 
 pub(crate) use nodes::{Node, nodes};
@@ -86,10 +88,19 @@ impl<'a> Asking<'a> {
         let config = AsyncConnectionConfig::new()
             .set_connection_timeout(Some(self.timeout()))
             .set_response_timeout(Some(self.timeout()));
-        client
-            .get_multiplexed_async_connection_with_config(&config)
-            .await
-            .map_err(|error| Trouble::of(&error, server))
+        match client.get_multiplexed_async_connection_with_config(&config).await {
+            Ok(connection) => Ok(connection),
+            Err(error) => Err(self.trouble(&error, server).await),
+        }
+    }
+
+    /// What an error means that ended the first steps of a connection to that server, asked for where it says too little.
+    pub(crate) async fn trouble(&self, error: &RedisError, server: &ServerUrl) -> Trouble {
+        let mut trouble = Trouble::of(error, server);
+        if matches!(trouble.kind, TroubleKind::Unreachable | TroubleKind::Answer) {
+            trouble.reason = server.why_not_connected(error, self.timeout()).await;
+        }
+        trouble
     }
 }
 

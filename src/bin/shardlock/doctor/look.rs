@@ -44,9 +44,10 @@ pub(super) async fn look(server: &ServerUrl, kind: Kind, asking: &Asking<'_>) ->
 
 async fn see(server: &ServerUrl, kind: Kind, asking: &Asking<'_>) -> Result<Seen, Trouble> {
     let mut connection = asking.connect(server).await?;
-    let round_trips = round_trips(&mut connection, asking.timeout())
-        .await
-        .map_err(|error| Trouble::of(&error, server))?;
+    let round_trips = match round_trips(&mut connection, asking.timeout()).await {
+        Ok(round_trips) => round_trips,
+        Err(error) => return Err(asking.trouble(&error, server).await),
+    };
     let info: Result<String, String> = ask(&mut connection, &command("INFO")).await;
     let user: Result<String, String> = ask(&mut connection, cmd("ACL").arg("WHOAMI")).await;
     let map = ask(&mut connection, cmd("GET").arg(asking.config.map_key())).await;

@@ -188,10 +188,10 @@ impl Lane {
         };
         let connected = match tokio::time::timeout(patience, node.get()).await {
             Ok(Ok(live)) => Ok((node, live)),
-            Ok(Err(error)) => Err(at_place(error_in_words(&error), place)),
+            Ok(Err(error)) => Err(self.not_connected(error, place)),
             Err(_) => {
-                let reason = format!("{place} did not let us connect within {patience:?}");
-                Err(StoreError::Unavailable(reason.into()))
+                let error = StoreError::Unavailable(format!("no connection within {patience:?}").into());
+                Err(self.not_connected(error, place))
             }
         };
         let connected = connected.or_else(|error| self.substitute(place, call.slot).ok_or(error));

@@ -4,13 +4,14 @@ use std::collections::HashMap;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicUsize, Ordering};
 
-use deadpool_redis::redis::cmd;
+use deadpool_redis::redis::{Cmd, cmd};
 use futures_util::future::select_ok;
 use parking_lot::Mutex;
 
+use super::super::client::{Purpose, named};
 use super::super::reply::error_in_words;
 use super::Shared;
-use super::node::{Live, Node, Silent};
+use super::node::{Live, Node, Unasked};
 use super::topology::{Place, Range, ranges};
 use crate::key::Slot;
 use crate::store::StoreError;
@@ -23,6 +24,7 @@ pub(super) struct Lane {
     pub(super) shared: Arc<Shared>,
     /// How many connections each node gets. A slot always uses the same one, which keeps the order of its requests.
     per_node: usize,
+    purpose: Purpose,
     nodes: Mutex<HashMap<Place, Vec<Arc<Node>>>>,
     /// Held while the map is read, so that a hundred tasks that find it wrong read it once. One per lane: a task of a blocked
     /// runtime must not keep renewals waiting.
@@ -33,10 +35,11 @@ pub(super) struct Lane {
 }
 
 impl Lane {
-    pub(super) fn new(shared: &Arc<Shared>, per_node: usize) -> Self {
+    pub(super) fn new(shared: &Arc<Shared>, per_node: usize, purpose: Purpose) -> Self {
         Self {
             shared: Arc::clone(shared),
             per_node: per_node.max(1),
+            purpose,
             nodes: Mutex::new(HashMap::new()),
             reading: tokio::sync::Mutex::new(()),
             next_asked: AtomicUsize::new(0),
@@ -59,6 +62,22 @@ impl Lane {
         Some((node, live))
     }
 
+    /// The error of connecting to a node, with where its address comes from if that is not the URL.
+    pub(super) fn not_connected(&self, error: StoreError, place: &Place) -> StoreError {
+        if self.shared.seeds.contains(place) {
+            return at_place(error, place);
+        }
+        let announced = format!(
+            "{place}, which is not in the URL but an address that the nodes of the cluster announce (cluster-announce-ip, \
+             cluster-announce-port, cluster-announce-hostname)"
+        );
+        at_place(error, &announced)
+    }
+
+    fn name(&self) -> Cmd {
+        named(&self.shared.commands.manager, self.purpose)
+    }
+
     fn known_node(&self, place: &Place, slot: Slot) -> Option<Arc<Node>> {
         let nodes = self.nodes.lock();
         let nodes = nodes.get(place)?;
@@ -73,7 +92,7 @@ impl Lane {
         }
         let shared = &self.shared;
         let made: Option<Vec<Arc<Node>>> = (0..self.per_node)
-            .map(|_| Node::new(place, &shared.info, shared.patience, None, &shared.metrics).map(Arc::new))
+            .map(|_| Node::new(place, &shared.info, shared.patience, None, self.name(), &shared.metrics).map(Arc::new))
             .collect();
         let made = made.ok_or_else(|| StoreError::Refused(format!("{place:?} is no place of a node").into()))?;
         let node = Arc::clone(&made[usize::from(slot.number()) % made.len()]);
@@ -138,7 +157,8 @@ impl Lane {
                 format!("{place} is no node of a Redis Cluster; a single server is a redis:// shard").into(),
             )),
             Ok(Err(error)) => Err(at_place(error_in_words(&error), place)),
-            Err(Silent) => Err(StoreError::Unavailable(
+            Err(Unasked::NotConnected(error)) => Err(self.not_connected(error, place)),
+            Err(Unasked::Silent) => Err(StoreError::Unavailable(
                 format!("{place} gave no answer within {:?}", self.shared.patience).into(),
             )),
         }

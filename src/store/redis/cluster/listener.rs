@@ -30,11 +30,12 @@ use futures_util::future::BoxFuture;
 use futures_util::stream::FuturesUnordered;
 use tokio::sync::{mpsc, oneshot};
 
+use super::super::client::{Purpose, named};
 use super::super::reply;
 use super::Shared;
 use super::inbox::{Inbox, Wish};
 use super::lane::Lane;
-use super::node::{Heard, Node, Silent};
+use super::node::{Heard, Node, Unasked};
 use super::topology::{Place, redirected};
 use crate::backoff::Backoff;
 use crate::clock::Moment;
@@ -395,7 +396,8 @@ impl Listener {
         }
         let shared = &self.shared;
         let heard = Some(self.heard.clone());
-        let ear = Node::new(place, &shared.info, shared.patience, heard, &shared.metrics)?;
+        let name = named(&shared.commands.manager, Purpose::Inbox);
+        let ear = Node::new(place, &shared.info, shared.patience, heard, name, &shared.metrics)?;
         let ear = Arc::new(ear);
         self.ears.insert(Arc::clone(place), Arc::clone(&ear));
         Some(ear)
@@ -503,6 +505,7 @@ async fn send(shared: &Shared, ear: &Node, verb: &str, slot: Slot) -> Result<(),
     let channel = shared.commands.names.inbox_in(slot, &shared.commands.manager);
     match ear.ask(cmd(verb).arg(channel), shared.patience).await {
         Ok(reply) => reply.map(drop).map_err(Some),
-        Err(Silent) => Err(None),
+        // Why there is no connection, the requests find out.
+        Err(Unasked::NotConnected(_) | Unasked::Silent) => Err(None),
     }
 }

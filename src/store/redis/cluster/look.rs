@@ -7,7 +7,7 @@ use super::super::time;
 use super::lane::Lane;
 use super::topology::Place;
 use crate::key::Slot;
-use crate::store::{Look, ServerTime, StoreError};
+use crate::store::{Look, ServerTime};
 
 /// Reads one key of each primary, as a request for a lock there would; it is sent on to wherever the slot is by now.
 pub(super) async fn look(lane: &Lane) -> Look {
@@ -43,15 +43,13 @@ pub(super) async fn look(lane: &Lane) -> Look {
 async fn time_of(lane: &Lane, place: &Place, slot: Slot) -> Option<ServerTime> {
     let node = lane.node(place, slot).ok()?;
     let asked = async {
-        let mut live = node.get().await?;
+        let mut live = node.get().await.ok()?;
         let generation = live.generation();
         let time = time::ask(&mut live.connection, place.clone(), generation).await;
         if time.as_ref().is_err_and(RedisError::is_unrecoverable_error) {
             node.broken(generation);
         }
-        time
+        time.ok()?.ok()
     };
-    let time: Result<Result<ServerTime, StoreError>, RedisError> =
-        tokio::time::timeout(lane.shared.patience, asked).await.ok()?;
-    time.ok()?.ok()
+    tokio::time::timeout(lane.shared.patience, asked).await.ok()?
 }

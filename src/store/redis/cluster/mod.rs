@@ -39,7 +39,7 @@ use deadpool_redis::redis::{Cmd, ConnectionInfo, Value, cmd};
 use tokio::runtime::Handle;
 use tokio::sync::mpsc;
 
-use super::client::connection_info;
+use super::client::{Purpose, connection_info};
 use super::commands::{Commands, erase};
 use super::reply::{acquired, as_text, error_in_words, inspected, released};
 use super::script::{LuaScript, Named, Scripts};
@@ -122,9 +122,9 @@ impl ClusterStore {
             inbox_idle_seconds,
             seen: (0..SLOTS).map(|_| AtomicU64::new(0)).collect(),
         });
-        let caller = Arc::new(Lane::new(&shared, options.connections));
+        let caller = Arc::new(Lane::new(&shared, options.connections, Purpose::Requests));
         Ok(Self {
-            background: Arc::new(Lane::new(&shared, 1).with_substitute(&caller)),
+            background: Arc::new(Lane::new(&shared, 1, Purpose::Renewals).with_substitute(&caller)),
             caller,
             inbox: Arc::new(Inbox::new()),
             shared,
@@ -211,6 +211,17 @@ impl Lane {
         Ok(said.value)
     }
 
+    /// Whether the nodes have sharded channels. A script that finds somebody waiting would fail otherwise.
+    async fn check_channels(&self, slot: Slot) -> Result<(), StoreError> {
+        match self.single(slot, cmd("PUBSUB").arg("SHARDNUMSUB")).await {
+            Err(StoreError::Refused(reason)) if reason.to_lowercase().contains("unknown") => Err(StoreError::Refused(
+                format!("the nodes have no sharded channels, without which no lock can be waited for; use Redis 7.0 or later, or Valkey: {reason}").into(),
+            )),
+            // Whatever else it says, it says to a request as well.
+            _ => Ok(()),
+        }
+    }
+
     /// Whether all managers have one map; asked until it was answered once.
     async fn check_map(&self) -> Result<(), StoreError> {
         let shared = &*self.shared;
@@ -219,6 +230,7 @@ impl Lane {
         }
         let map_key = shared.commands.names.map();
         let slot = Slot::of(map_key.as_bytes());
+        self.check_channels(slot).await?;
         let (mut set, mut get) = (cmd("SET"), cmd("GET"));
         set.arg(&map_key).arg(&shared.map).arg("NX");
         get.arg(&map_key);
@@ -258,7 +270,7 @@ impl LeaseStore for ClusterStore {
                 let lane = &lane;
                 async move {
                     let opened = match lane.node(&place, Slot::of(b"")) {
-                        Ok(node) => node.get().await.map(drop).map_err(|error| error_in_words(&error)),
+                        Ok(node) => node.get().await.map(drop),
                         Err(error) => Err(error),
                     };
                     if let Err(error) = opened {
@@ -402,11 +414,14 @@ impl LeaseStore for ClusterStore {
             for place in shared.topology.places() {
                 // Any slot's connection to it will do.
                 let node = lane.node(&place, Slot::of(b""))?;
-                let erased = async { erase(node.get().await?.connection, &shared.commands).await };
+                let erased = async {
+                    let erased = erase(node.get().await?.connection, &shared.commands).await;
+                    erased.map_err(|error| error_in_words(&error))
+                };
                 match erased.await {
                     Ok(erased) => count += erased,
                     // The other nodes are erased even so.
-                    Err(error) => failed = failed.or_else(|| Some(at_place(error_in_words(&error), &place))),
+                    Err(error) => failed = failed.or_else(|| Some(at_place(error, &place))),
                 }
             }
             failed.map_or(Ok(count), Err)

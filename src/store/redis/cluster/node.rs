@@ -12,7 +12,10 @@ use deadpool_redis::redis::{
 use parking_lot::Mutex;
 use tokio::sync::mpsc;
 
+use super::super::client::with_reason;
+use super::super::reply::error_in_words;
 use super::topology::Place;
+use crate::store::StoreError;
 use crate::telemetry::ShardMetrics;
 
 /// How many requests may wait to be written before senders wait.
@@ -22,6 +25,8 @@ const PIPELINE_BUFFER: usize = 1024;
 pub(super) struct Node {
     pub(super) place: Place,
     info: ConnectionInfo,
+    /// Gives the connection its name.
+    name: Cmd,
     /// The longest time that connecting may take.
     timeout: Duration,
     /// Who hears what is pushed. Then the connection carries subscriptions alone, otherwise commands alone.
@@ -32,9 +37,13 @@ pub(super) struct Node {
     connecting: tokio::sync::Mutex<()>,
 }
 
-/// There was no answer in time.
+/// Why there is no answer, not even an error.
 #[derive(Debug)]
-pub(super) struct Silent;
+pub(super) enum Unasked {
+    NotConnected(StoreError),
+    /// It did not come in time.
+    Silent,
+}
 
 /// A connection and which one it is.
 #[derive(Clone)]
@@ -58,11 +67,13 @@ impl Node {
         like: &ConnectionInfo,
         timeout: Duration,
         listener: Option<mpsc::UnboundedSender<Heard>>,
+        name: Cmd,
         metrics: &Arc<ShardMetrics>,
     ) -> Option<Self> {
         Some(Self {
             place: Arc::clone(place),
             info: at(place, like, listener.is_some())?,
+            name,
             timeout,
             listener,
             metrics: Arc::clone(metrics),
@@ -72,7 +83,7 @@ impl Node {
     }
 
     /// The connection; a new one, if there is none.
-    pub(super) async fn get(&self) -> Result<Live, RedisError> {
+    pub(super) async fn get(&self) -> Result<Live, StoreError> {
         match self.live() {
             Some(live) => Ok(live),
             // On the heap: connecting is rare and would make the future of every request ten times as large.
@@ -85,7 +96,7 @@ impl Node {
         self.current.lock().clone()
     }
 
-    async fn connect(&self) -> Result<Live, RedisError> {
+    async fn connect(&self) -> Result<Live, StoreError> {
         let _only_one = self.connecting.lock().await;
         if let Some(live) = self.current.lock().clone() {
             return Ok(live);
@@ -108,8 +119,11 @@ impl Node {
                 })
             });
         }
-        let client = Client::open(self.info.clone())?;
-        let connection = client.get_multiplexed_async_connection_with_config(&config).await?;
+        let client = Client::open(self.info.clone()).map_err(|error| error_in_words(&error))?;
+        let connecting = client.get_multiplexed_async_connection_with_config(&config);
+        let mut connection = with_reason(&self.info, self.timeout, connecting).await?;
+        // Not every user may; and a connection that broke meanwhile is found out by the first request.
+        drop(connection.send_packed_command(&self.name).await);
         match self.listener {
             Some(_) => self.metrics.subscriptions.increment(1),
             None => self.metrics.connects.increment(1),
@@ -121,12 +135,12 @@ impl Node {
     }
 
     /// Sends a command and waits for its answer, connecting included. A connection that breaks or gives no answer in that time is replaced.
-    pub(super) async fn ask(&self, command: &Cmd, patience: Duration) -> Result<RedisResult<Value>, Silent> {
+    pub(super) async fn ask(&self, command: &Cmd, patience: Duration) -> Result<RedisResult<Value>, Unasked> {
         let until = tokio::time::Instant::now() + patience;
         let mut live = match tokio::time::timeout_at(until, self.get()).await {
             Ok(Ok(live)) => live,
-            Ok(Err(error)) => return Ok(Err(error)),
-            Err(_) => return Err(Silent),
+            Ok(Err(error)) => return Err(Unasked::NotConnected(error)),
+            Err(_) => return Err(Unasked::Silent),
         };
         let answer = tokio::time::timeout_at(until, live.connection.send_packed_command(command)).await;
         let answer = answer.map(|answer| answer.and_then(Value::extract_error));
@@ -137,7 +151,7 @@ impl Node {
         if is_ended {
             self.broken(live.generation);
         }
-        answer.map_err(|_| Silent)
+        answer.map_err(|_| Unasked::Silent)
     }
 
     /// Which connection there is, if there is one.

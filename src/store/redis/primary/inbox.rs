@@ -10,11 +10,11 @@ use std::sync::Arc;
 use std::time::Duration;
 
 use deadpool_redis::redis::aio::{PubSub, PubSubSink};
-use deadpool_redis::redis::{Client, cmd};
+use deadpool_redis::redis::{Client, ConnectionAddr, cmd};
 use futures_util::StreamExt;
 use tokio::sync::mpsc;
 
-use super::super::client::connection_info;
+use super::super::client::{connection_info, with_reason};
 use super::super::reply::{push, role};
 use super::Shared;
 use crate::backoff::Backoff;
@@ -131,10 +131,15 @@ async fn subscribe(shared: &Shared, channel: &str) -> Result<(PubSub, String), S
             .in_words(&shared.commands.permissions.of_subscription(error))
     };
     let info = connection_info(&server, &shared.tls).map_err(|error| StoreError::Refused(error.to_string().into()))?;
-    let client = Client::open(info).map_err(in_words)?;
-    let mut inbox = client.get_async_pubsub().await.map_err(in_words)?;
+    let address = *shared.address.lock();
+    let info = match address {
+        Some(address) => info.set_addr(ConnectionAddr::Tcp(address.ip().to_string(), address.port())),
+        None => info,
+    };
+    let client = Client::open(info.clone()).map_err(in_words)?;
+    let mut inbox = with_reason(&info, shared.timeout, client.get_async_pubsub()).await?;
     inbox.subscribe(channel).await.map_err(in_words)?;
-    if shared.source.follows() {
+    if shared.check_role && shared.source.follows() {
         // What is published on the new primary reaches the subscribers of a demoted one as well, but does not count as received: others would be
         // preferred for ever. A connection that listens can't be asked, so another one is; a demotion after that is told by the sentinels.
         let mut asking = client.get_multiplexed_async_connection().await.map_err(in_words)?;

@@ -1,18 +1,19 @@
 //! One long-lived connection to the primary that is replaced when it breaks, or when the primary is another server.
 
+use std::net::SocketAddr;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicU64, Ordering};
 use std::time::{Duration, Instant};
 
 use deadpool_redis::redis::aio::MultiplexedConnection;
 use deadpool_redis::redis::{
-    AsyncConnectionConfig, ConnectionAddr, ConnectionInfo, ErrorKind, RedisError, RedisResult, Value, pipe,
+    AsyncConnectionConfig, Cmd, ConnectionAddr, ConnectionInfo, ErrorKind, RedisError, RedisResult, Value, cmd, pipe,
 };
 use deadpool_redis::{Connection, Manager, Pool, PoolError};
 use parking_lot::Mutex;
 use tokio::runtime::Handle;
 
-use super::super::client::{connection_info, with_reason};
+use super::super::client::{Purpose, connection_info, explained, named, with_reason};
 use super::super::reply::{as_text, role, server_time};
 use super::Shared;
 use super::plain::{self, Traffic, UnderWay};
@@ -37,6 +38,7 @@ pub(super) struct Link {
     traffic: Traffic,
     /// The runtime on which the tasks are that use it, where its driver belongs. Nothing if they are wherever it is opened.
     home: Option<Handle>,
+    purpose: Purpose,
 }
 
 struct Current {
@@ -60,7 +62,7 @@ const FAILOVER_PAUSE_MIN: Duration = Duration::from_millis(10);
 const FAILOVER_PAUSE_MAX: Duration = Duration::from_millis(100);
 
 impl Link {
-    pub(super) fn new(shared: &Arc<Shared>, home: Option<Handle>) -> Self {
+    pub(super) fn new(shared: &Arc<Shared>, home: Option<Handle>, purpose: Purpose) -> Self {
         Self {
             shared: Arc::clone(shared),
             current: Mutex::new(None),
@@ -69,6 +71,7 @@ impl Link {
             failed: AtomicU64::new(0),
             traffic: Traffic::default(),
             home,
+            purpose,
         }
     }
 
@@ -147,6 +150,11 @@ impl Link {
             let place = server.place();
             let error = match opened {
                 Ok(Err(StoreError::Unavailable(error))) => error,
+                Ok(Err(StoreError::Refused(reason))) => {
+                    return Err(StoreError::Refused(
+                        format!("the sentinels name {place} as the primary: {reason}").into(),
+                    ));
+                }
                 Ok(opened) => return opened,
                 // What the attempt before it came to says more than silence.
                 Err(_) => match in_vain.take() {
@@ -174,23 +182,54 @@ impl Link {
 
     async fn open(&self, server: &ServerUrl) -> Result<Live, StoreError> {
         let shared = &*self.shared;
-        let switches = shared.moves.switches();
         let info = connection_info(server, &shared.tls);
         let info = info.map_err(|error| StoreError::Refused(error.to_string().into()))?;
+        let refused = match (self.open_at(server, &info, None).await, info.addr()) {
+            (Err(error @ StoreError::Refused(_)), ConnectionAddr::Tcp(host, port)) if !shared.source.follows() => {
+                (error, plain::addresses(host, *port).await)
+            }
+            (Ok(live), _) => {
+                *shared.address.lock() = None;
+                return Ok(live);
+            }
+            (failed, _) => return failed,
+        };
+        // A name may have the addresses of several servers, of which one is the primary.
+        let (error, addresses) = refused;
+        if addresses.len() > 1 {
+            for address in addresses {
+                if let Ok(live) = self.open_at(server, &info, Some(address)).await {
+                    // The inbox has to go there, too.
+                    *shared.address.lock() = Some(address);
+                    return Ok(live);
+                }
+            }
+        }
+        Err(error)
+    }
+
+    async fn open_at(
+        &self,
+        server: &ServerUrl,
+        info: &ConnectionInfo,
+        only: Option<SocketAddr>,
+    ) -> Result<Live, StoreError> {
+        let shared = &*self.shared;
+        let switches = shared.moves.switches();
         let connecting = soon_there(self.home.as_ref(), shared.timeout / 2, || {
             let (info, settings, timeout, traffic) =
                 (info.clone(), settings(shared), shared.timeout, self.traffic.clone());
             async move {
                 match info.addr() {
                     ConnectionAddr::Tcp(host, port) => {
-                        plain::connect((host, *port), &info, settings, timeout, &traffic).await
+                        plain::connect((host, *port), only, &info, settings, timeout, &traffic).await
                     }
                     _ => pooled(&info, settings).await,
                 }
             }
         });
-        let mut connection = with_reason(&info, shared.timeout, connecting).await?;
-        self.greet(&mut connection, server.place()).await?;
+        let mut connection = with_reason(info, shared.timeout, connecting).await?;
+        self.greet(&mut connection, server.place(), info).await?;
         shared.metrics.connects.increment(1);
         let generation = self.opened.fetch_add(1, Ordering::Relaxed);
         let live = Live { connection, generation };
@@ -271,29 +310,50 @@ impl Link {
     /// Once per connection: whether it is a primary at all, the floor below which the counters of this server must not be, and whether all
     /// managers have one map. All are done again for every connection, since the server behind it may be another one, or have
     /// lost its data.
-    async fn greet(&self, connection: &mut MultiplexedConnection, place: &str) -> Result<(), StoreError> {
+    async fn greet(
+        &self,
+        connection: &mut MultiplexedConnection,
+        place: &str,
+        info: &ConnectionInfo,
+    ) -> Result<(), StoreError> {
         let shared = &*self.shared;
         let map_key = shared.commands.names.map();
         let mut greeting = pipe();
-        greeting.cmd("ROLE");
+        // Something has to stand in its place.
+        greeting.cmd(if shared.check_role { "ROLE" } else { "TIME" });
         greeting.cmd("TIME");
         greeting.cmd("SET").arg(&map_key).arg(&shared.map).arg("NX");
         greeting.cmd("GET").arg(&map_key);
-        let count = 4 + shared.tenure.as_ref().map_or(0, |_| {
+        if shared.tenure.is_some() {
             greeting.cmd("INFO").arg("server");
             // A claim is not waited for once others have decided, so nobody would send it again by its text.
             greeting.cmd("SCRIPT").arg("LOAD").arg(shared.scripts.claim.text());
-            2
-        });
+        }
+        // What comes last is looked at by itself.
+        greeting.add_command(named(&shared.commands.manager, self.purpose));
+        greeting.add_command(needed_to_wait(&map_key));
         let asked_at = Moment::now();
-        let replies = connection.send_packed_commands(&greeting, 0, count).await;
-        let replies = replies.map_err(|error| shared.source.in_words(&error))?;
+        let replies = connection.send_packed_commands(&greeting, 0, greeting.len()).await;
+        let mut replies = match replies {
+            Ok(replies) => replies,
+            Err(error) => return Err(explained(info, shared.timeout, &error).await),
+        };
+        let popped = replies.pop();
+        // Not every user may give a name.
+        replies.pop();
         // First, since a replica has nothing but errors for the rest.
-        if let Some(Ok(answer)) = replies.first().cloned().map(Value::extract_error) {
-            shared.source.accept(&role(&answer)?, place)?;
+        match replies.first().cloned().map(Value::extract_error) {
+            Some(Ok(answer)) if shared.check_role => shared.source.accept(&role(&answer)?, place)?,
+            Some(Err(error)) if shared.check_role && is_unknown_command(&error) => {
+                return Err(StoreError::Refused(
+                    format!("the server lacks ROLE, which tells a primary from a replica; if this address always leads to a primary, set check_role = false: {error}").into(),
+                ));
+            }
+            _ => {}
         }
         let replies = shared.commands.permissions.without_errors(&greeting, replies);
         let replies = replies.map_err(|error| shared.source.in_words(&error))?;
+        popped.map_or(Ok(()), knows_what_is_needed_to_wait)?;
         let (time, theirs) = match &replies[..] {
             [_, time, _, map, ..] => (server_time(time), as_text(map)),
             _ => (None, None),
@@ -318,6 +378,28 @@ impl Link {
             .floor
             .fetch_max(FencingToken::from_server_time(seconds, micros), Ordering::AcqRel);
         Ok(())
+    }
+}
+
+/// The newest of the commands that the scripts need, and only if somebody waits; of a queue that is not there, and none of its members.
+fn needed_to_wait(map_key: &str) -> Cmd {
+    let mut pop = cmd("ZPOPMIN");
+    pop.arg(format!("{{{map_key}}}:q")).arg(0);
+    pop
+}
+
+fn is_unknown_command(error: &RedisError) -> bool {
+    error.to_string().to_lowercase().contains("unknown command")
+}
+
+/// A server without it would be found out by the first hand-off.
+fn knows_what_is_needed_to_wait(popped: Value) -> Result<(), StoreError> {
+    match popped.extract_error() {
+        Err(error) if is_unknown_command(&error) => Err(StoreError::Refused(
+            format!("the server lacks ZPOPMIN, without which no lock can be waited for; use Redis 5.0 or later, or Valkey: {error}").into(),
+        )),
+        // Whatever else it says, it says to a request as well.
+        _ => Ok(()),
     }
 }
 

@@ -34,15 +34,18 @@ mod sentinels;
 mod source;
 mod time;
 
+use std::net::SocketAddr;
 use std::pin::Pin;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicU64, Ordering};
 use std::time::Duration;
 
 use deadpool_redis::redis::{Cmd, RedisError, RedisResult, Value};
+use parking_lot::Mutex;
 use tokio::runtime::Handle;
 use tokio::sync::mpsc;
 
+use super::client::Purpose;
 use super::commands::{Commands, erase};
 use super::reply::{acquired, acquired_freely, inspected, released};
 use super::script::Scripts;
@@ -77,6 +80,8 @@ pub(super) struct Shared {
     source: Source,
     tls: TlsFiles,
     moves: Moves,
+    /// The only one of several addresses of the server's name that led to a primary, if one was looked for.
+    address: Mutex<Option<SocketAddr>>,
     commands: Commands,
     map: String,
     timeout: Duration,
@@ -85,6 +90,8 @@ pub(super) struct Shared {
     /// Whether replicas must have a lease before it counts.
     confirm: Option<Confirm>,
     renewal_habit: Habit,
+    /// Whether servers are asked what they are.
+    check_role: bool,
     /// The largest of the servers' times at the connects, as a token: counters below it were lost.
     floor: AtomicU64,
     /// The largest token seen in each slot.
@@ -127,6 +134,7 @@ impl RedisStore {
             source,
             tls: options.tls,
             moves: Moves::new(),
+            address: Mutex::new(None),
             commands: Commands::new(&options.namespace, options.manager),
             map: options.map,
             timeout: options.timeout,
@@ -134,14 +142,16 @@ impl RedisStore {
             metrics: options.metrics,
             confirm: Confirm::new(options.min_replicas_acked, options.timeout),
             renewal_habit: Habit::default(),
+            check_role: options.check_role,
             floor: AtomicU64::new(0),
             seen: (0..SLOTS).map(|_| AtomicU64::new(0)).collect(),
             tenure,
         });
-        let callers = (0..options.connections.max(1)).map(|_| Link::new(&shared, Handle::try_current().ok()));
+        let callers =
+            (0..options.connections.max(1)).map(|_| Link::new(&shared, Handle::try_current().ok(), Purpose::Requests));
         Ok(Self {
             callers: callers.map(Arc::new).collect(),
-            background: Arc::new(Link::new(&shared, None)),
+            background: Arc::new(Link::new(&shared, None, Purpose::Renewals)),
             shared,
         })
     }

@@ -34,6 +34,9 @@ pub(super) struct Traffic(Arc<AtomicUsize>);
 #[derive(Debug)]
 pub(super) struct UnderWay(Traffic);
 
+/// How many addresses of one name are looked at.
+const ADDRESSES_MAX: usize = 16;
+
 /// From how many requests on it is worth to wait for more.
 const CROWD: usize = 4;
 
@@ -54,16 +57,20 @@ impl Drop for UnderWay {
     }
 }
 
-/// Connects, and starts the driver on the current runtime.
+/// Connects, and starts the driver on the current runtime; to that address `only`, if there is one.
 pub(super) async fn connect(
     place: (&str, u16),
+    only: Option<SocketAddr>,
     info: &ConnectionInfo,
     config: AsyncConnectionConfig,
     timeout: Duration,
     traffic: &Traffic,
 ) -> RedisResult<MultiplexedConnection> {
     let connecting = async {
-        let stream = reach(lookup_host(place).await?).await?;
+        let stream = match only {
+            Some(address) => reach(std::iter::once(address)).await?,
+            None => reach(resolve(place).await?.into_iter()).await?,
+        };
         prepare(&stream)?;
         let (connection, driver) =
             MultiplexedConnection::new_with_config(info.redis_settings(), stream, config).await?;
@@ -76,6 +83,27 @@ pub(super) async fn connect(
     };
     let silent = |_| io::Error::new(io::ErrorKind::TimedOut, format!("no answer within {timeout:?}"));
     tokio::time::timeout(timeout, connecting).await.map_err(silent)?
+}
+
+async fn resolve(place: (&str, u16)) -> io::Result<Vec<SocketAddr>> {
+    #[cfg(test)]
+    if let Some(known) = tests::NAMES.lock().get(place.0) {
+        return Ok(known.clone());
+    }
+    Ok(lookup_host(place).await?.collect())
+}
+
+/// The addresses of a name that has several, for one that is no address itself.
+pub(super) async fn addresses(host: &str, port: u16) -> Vec<SocketAddr> {
+    // Where that fails, connecting says why.
+    let found = resolve((host, port)).await.unwrap_or_default();
+    let mut addresses: Vec<SocketAddr> = Vec::new();
+    for address in found.into_iter().take(ADDRESSES_MAX) {
+        if !addresses.contains(&address) {
+            addresses.push(address);
+        }
+    }
+    addresses
 }
 
 /// A stream to that address of a server which answers first, as the client library has it: one of them may swallow whatever is sent to it.
@@ -114,11 +142,58 @@ impl<F: Future> Future for LastInLine<F> {
 #[cfg(test)]
 mod tests {
     use std::cell::Cell;
+    use std::collections::BTreeMap;
     use std::task::Waker;
 
     use deadpool_redis::redis::io::tcp::socket2::SockRef;
 
     use super::*;
+    use crate::identity::ManagerId;
+    use crate::key::LockKey;
+    use crate::protocol::{Acquire, AcquireReply, Ask, Cycle, Push};
+    use crate::store::redis::primary::RedisStore;
+    use crate::store::support::RedisServer;
+    use crate::store::{LeaseStore, StoreOptions};
+
+    /// Names that no system knows.
+    pub(super) static NAMES: parking_lot::Mutex<BTreeMap<&str, Vec<SocketAddr>>> =
+        parking_lot::Mutex::new(BTreeMap::new());
+
+    /// As those of services without an address of their own have, in any order.
+    #[tokio::test]
+    async fn name_whose_first_address_is_that_of_a_replica_leads_to_the_primary() {
+        let primary = RedisServer::start();
+        let replica = RedisServer::start_with(&["--replicaof", "127.0.0.1", &primary.port().to_string()]);
+        let address = |server: &RedisServer| server.address().parse().unwrap();
+        NAMES
+            .lock()
+            .insert("replica-first.test", vec![address(&replica), address(&primary)]);
+        let url = crate::Endpoint::parse("redis://replica-first.test:1")
+            .unwrap()
+            .servers()
+            .remove(0);
+        let options = StoreOptions {
+            timeout: Duration::from_secs(10),
+            ..StoreOptions::for_tests(ManagerId::new())
+        };
+        let store = RedisStore::new(&url, options).unwrap();
+        store.connect().await.unwrap();
+        let request = Acquire {
+            key: LockKey::new("k").unwrap(),
+            cycle: Cycle(2),
+            ask: Ask::Free,
+            ttl: Duration::from_secs(10),
+            tokens: 1,
+        };
+        let answer = store.acquire(request).await.unwrap();
+        assert!(matches!(answer.reply, AcquireReply::Granted { .. }), "{answer:?}");
+        // The inbox as well.
+        let (pushes, mut pushed) = tokio::sync::mpsc::unbounded_channel();
+        let listening = tokio::spawn(store.listen(pushes, None));
+        assert!(matches!(pushed.recv().await, Some(Push::Resubscribed { .. })));
+        assert_eq!((primary.channels().len(), replica.channels().len()), (1, 0));
+        listening.abort();
+    }
 
     #[tokio::test]
     async fn an_address_that_swallows_everything_does_not_keep_from_the_others() {

@@ -92,7 +92,7 @@ pub(super) async fn renew(
     };
     let mut replies = send(shared, link, live, batch, limit).await?;
     let mut connection = live.connection.clone();
-    if replies.contains(&Some(RenewReply::NotOurs)) {
+    if shared.check_role && replies.contains(&Some(RenewReply::NotOurs)) {
         // Where nothing is to be written, a server that was demoted meanwhile does not say so. What it does not know, the new
         // primary may.
         let answer = cmd("ROLE").query_async(&mut connection).await.map_err(in_words)?;

@@ -9,7 +9,7 @@ use deadpool_redis::redis::{AsyncConnectionConfig, Client, cmd};
 use futures_util::StreamExt;
 use futures_util::stream::FuturesUnordered;
 
-use super::super::client::connection_info;
+use super::super::client::{connection_info, with_reason};
 use super::super::reply::error_in_words;
 use crate::endpoint::{Access, ServerUrl};
 use crate::error::Invalid;
@@ -112,8 +112,8 @@ impl Sentinels {
             .set_connection_timeout(Some(self.limit));
         let answer = tokio::time::timeout(self.limit, async {
             let client = self.client(index)?;
-            let connection = client.get_multiplexed_async_connection_with_config(&config).await;
-            let mut connection = connection.map_err(|error| error_in_words(&error))?;
+            let connecting = client.get_multiplexed_async_connection_with_config(&config);
+            let mut connection = with_reason(client.get_connection_info(), self.limit, connecting).await?;
             let mut question = cmd("SENTINEL");
             question.arg("GET-MASTER-ADDR-BY-NAME").arg(&self.name);
             let answer: Option<(String, String)> = question
