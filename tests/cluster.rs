@@ -569,3 +569,28 @@ async fn tokens_grow_after_a_replica_without_the_last_ones_took_over() {
     assert!(guard.token() > last, "{} after {last}", guard.token());
     guard.release().await.expect("release");
 }
+
+/// As with containers, whose nodes announce addresses that are reached only inside.
+#[tokio::test]
+async fn error_of_an_address_that_a_node_announces_says_where_it_comes_from() {
+    let cluster = Cluster::start(1, 0);
+    let node = &cluster.nodes()[0];
+    let port = support::free_port().to_string();
+    node.command(&["CONFIG", "SET", "cluster-announce-port", &port]);
+    let announced = format!("127.0.0.1:{port}");
+    until("the node announces it", async || {
+        let nodes: String = node.query(&["CLUSTER", "NODES"]);
+        nodes.contains(&format!(":{port}@"))
+    })
+    .await;
+    let error = LockManager::connect(&cluster.url())
+        .await
+        .expect_err("nobody listens there");
+    let text = error.to_string();
+    assert!(
+        text.contains(&format!(
+            "{announced}, which is not in the URL but an address that the nodes of the cluster announce"
+        )),
+        "{text}"
+    );
+}

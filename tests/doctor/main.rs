@@ -22,6 +22,7 @@ use std::fs;
 use serde_json::Value;
 
 use said::{command, doctor};
+use support::filter::{Filter, Verdict, is_of_several_slots};
 use support::{PATIENCE, RedisServer, wait_until};
 use tool::{Holder, bare, run};
 
@@ -389,4 +390,35 @@ fn what_is_wrong_with_the_call_or_the_settings_has_exit_codes_of_its_own() {
         help.contains("Exit code:") && help.contains("there are warnings"),
         "{help}"
     );
+}
+
+#[test]
+fn server_that_takes_no_more_connections_is_quoted() {
+    let server = good_and(&["--maxclients", "1"]);
+    let said = doctor(&[&server.url()], &[]);
+    said.complains_only("reachable", "error", &["max number of clients", "raise maxclients"]);
+}
+
+#[test]
+fn command_that_the_server_does_not_know_is_an_error() {
+    let server = good_and(&["--rename-command", "ZPOPMIN", ""]);
+    doctor(&[&server.url()], &[]).complains_only("commands", "error", &["does not know ZPOPMIN", "Redis 5.0"]);
+    let server = good_and(&["--rename-command", "ROLE", ""]);
+    let said = doctor(&[&server.url()], &[]);
+    said.complains_only("commands", "error", &["does not know ROLE", "check_role = false"]);
+    // What the doctor says mends it.
+    assert_eq!(doctor(&[&server.url()], &["--set", "check_role=false"]).code, 0);
+}
+
+#[test]
+fn proxy_that_refuses_scripts_of_several_slots_is_noted() {
+    let server = good_and(&[]);
+    let proxy = Filter::start(server.address(), |command| match is_of_several_slots(command) {
+        true => Verdict::Refuse("CROSSSLOT Keys in request don't hash to the same slot"),
+        false => Verdict::Pass,
+    });
+    let said = doctor(&[&proxy.url()], &[]);
+    let finding = said.one("several-slots");
+    assert_eq!((said.code, &finding["level"]), (0, &"note".into()), "{finding}");
+    assert!(finding["found"].as_str().unwrap().contains("CrossSlot"), "{finding}");
 }

@@ -4,7 +4,7 @@ use std::collections::BTreeMap;
 
 use crate::good_and;
 use crate::said::doctor;
-use crate::support::{PATIENCE, RedisServer, wait_until};
+use crate::support::{Cluster, PATIENCE, RedisServer, free_port, wait_until};
 
 #[test]
 fn nodes_of_a_quorum_must_be_alive_in_majority_and_independent() {
@@ -145,4 +145,23 @@ fn nodes_of_another_map_are_told_one_by_one() {
     assert_eq!(said.code, 2, "{:#}", said.json);
     let level = |node: &RedisServer| said.at(Some(&node.address()), "shard-map")["level"].clone();
     assert_eq!((level(&nodes[0]), level(&nodes[1])), ("ok".into(), "error".into()));
+}
+
+/// As with containers, whose nodes announce addresses that are reached only inside.
+#[test]
+fn address_that_a_node_announces_and_nobody_reaches_is_reported_as_announced() {
+    let cluster = Cluster::start(3, 0);
+    let node = &cluster.nodes()[0];
+    let port = free_port().to_string();
+    node.command(&["CONFIG", "SET", "cluster-announce-port", &port]);
+    let announced = format!("127.0.0.1:{port}");
+    wait_until("the node announces it", PATIENCE, || {
+        let nodes: String = node.query(&["CLUSTER", "NODES"]);
+        nodes.contains(&announced)
+    });
+    let said = doctor(&[&cluster.url()], &[]);
+    let finding = said.at(Some(&announced), "reachable").to_string();
+    for words in ["the nodes of the cluster announce it", "cluster-announce-port"] {
+        assert!(finding.contains(words), "{finding}");
+    }
 }

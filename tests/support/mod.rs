@@ -31,7 +31,7 @@ pub mod worker;
 pub use cluster::Cluster;
 pub use directory::directory;
 pub use quorum::Quorum;
-pub use server::{ClientType, RedisServer};
+pub use server::{ClientType, RedisServer, free_port};
 pub use terminal::Terminal;
 pub use wait::{PATIENCE, eventually, wait_until};
 pub use worker::Worker;

@@ -78,7 +78,8 @@ pub(super) async fn examine(endpoint: &Endpoint, asking: &Asking<'_>, fingerprin
             let primary = first.nodes.iter().find(|node| node.id == *id);
             primary.map_or_else(|| id.clone(), |primary| primary.place.clone())
         });
-        let expected = Expected::one_of(Kind::Cluster, asking.config, fingerprint, primary);
+        let mut expected = Expected::one_of(Kind::Cluster, asking.config, fingerprint, primary);
+        expected.announced = seeds.iter().all(|seed| seed.place() != server.place);
         report.servers.push(checked(server, &expected));
     }
 }

@@ -34,6 +34,10 @@ pub(super) struct Seen {
     pub(super) tried: usize,
     /// What the server said to one of them if it takes no writes now. Known only where the commands themselves were tried.
     pub(super) refuses_writes: Option<String>,
+    /// The commands that the server does not know, of those that were tried.
+    pub(super) lacking: Vec<String>,
+    /// What the server said to a script with keys of several slots, as renewals have them, if it refused it.
+    pub(super) refuses_several_slots: Option<String>,
 }
 
 impl Seen {
@@ -211,6 +215,8 @@ impl Seen {
             denied: Vec::new(),
             tried: 18,
             refuses_writes: None,
+            lacking: Vec::new(),
+            refuses_several_slots: None,
         }
     }
 }

@@ -55,8 +55,16 @@ async fn see(server: &ServerUrl, kind: Kind, asking: &Asking<'_>) -> Result<Seen
     let clock = clock(&mut connection).await;
     // A server that does not tell has no users, or this one may not ask: the URL knows.
     let user = user.unwrap_or_else(|_| user_of(server));
-    let needs = permissions::needs(&asking.config.namespace, kind, asking.config.min_replicas_acked);
-    let (denied, refuses_writes) = denied(&mut connection, &user, &needs, server, asking).await?;
+    let needs = permissions::needs(kind, asking.config);
+    let Tried {
+        denied,
+        refuses_writes,
+        lacking,
+    } = denied(&mut connection, &user, &needs, server, asking).await?;
+    let refuses_several_slots = match kind {
+        Kind::Cluster => None,
+        _ => refuses_several_slots(&mut connection, &asking.config.namespace).await,
+    };
     Ok(Seen {
         round_trips,
         info: info.map(|text| Info::parse(&text)),
@@ -67,7 +75,22 @@ async fn see(server: &ServerUrl, kind: Kind, asking: &Asking<'_>) -> Result<Seen
         denied,
         tried: needs.len(),
         refuses_writes,
+        lacking,
+        refuses_several_slots,
     })
+}
+
+/// Calls a script as a renewal of two locks does. One that the user may not call is another check's matter.
+async fn refuses_several_slots(connection: &mut MultiplexedConnection, namespace: &str) -> Option<String> {
+    let mut call = cmd("EVAL");
+    call.arg("return 1").arg(4);
+    for lock in ["%doctor", "%doctor2"] {
+        call.arg(format!("{namespace}{lock}"))
+            .arg(format!("{{{namespace}{lock}}}:q"));
+    }
+    let reply: Result<Value, RedisError> = call.query_async(connection).await;
+    let error = reply.err().filter(|error| error.code() != Some("NOPERM"))?;
+    Some(error.to_string())
 }
 
 fn user_of(server: &ServerUrl) -> String {
@@ -155,14 +178,21 @@ fn since_epoch() -> Duration {
 /// What a server says that takes no writes. It says so after it has looked at the ACL, and before it looks at arguments.
 const NO_WRITES: [&str; 4] = ["READONLY", "OOM", "MISCONF", "NOREPLICAS"];
 
-/// Which of the needs the user is not permitted, and what the server says if it takes no writes.
+/// What came of trying the needs.
+struct Tried {
+    denied: Vec<Denied>,
+    refuses_writes: Option<String>,
+    lacking: Vec<String>,
+}
+
+/// Which of the needs the user is not permitted or the server does not know, and what it says if it takes no writes.
 async fn denied(
     connection: &mut MultiplexedConnection,
     user: &str,
     needs: &[Need],
     server: &ServerUrl,
     asking: &Asking<'_>,
-) -> Result<(Vec<Denied>, Option<String>), Trouble> {
+) -> Result<Tried, Trouble> {
     let failed = |error: RedisError| Trouble::of(&error, server);
     let dry_run = |words: &[String]| {
         let mut command = cmd("ACL");
@@ -177,8 +207,12 @@ async fn denied(
         }
         let replies = ask_all(connection, &commands, needs.len()).await.map_err(failed)?;
         let pairs = needs.iter().zip(&replies);
-        let denied = pairs.filter_map(|(need, reply)| need.rehearsed(reply));
-        return Ok((denied.collect(), None));
+        let denied = pairs.clone().filter_map(|(need, reply)| need.rehearsed(reply));
+        return Ok(Tried {
+            denied: denied.collect(),
+            refuses_writes: None,
+            lacking: pairs.filter_map(|(need, reply)| need.unknown(reply)).collect(),
+        });
     }
     let (alone, together): (Vec<&Need>, Vec<&Need>) = needs.iter().partition(|need| need.subscribes());
     for need in &together {
@@ -191,14 +225,21 @@ async fn denied(
         .find(|(code, _)| NO_WRITES.contains(code))
         .map(|(code, error)| format!("{code}: {}", error.detail().unwrap_or_default()));
     let pairs = together.iter().zip(&replies);
-    let mut denied: Vec<_> = pairs.filter_map(|(need, reply)| need.tried(reply)).collect();
+    let mut denied: Vec<_> = pairs.clone().filter_map(|(need, reply)| need.tried(reply)).collect();
+    let mut lacking: Vec<_> = pairs.filter_map(|(need, reply)| need.unknown(reply)).collect();
     for need in alone {
         // A connection that has subscribed is of no use for commands.
         let mut connection = asking.connect(server).await?;
         let reply = connection.send_packed_command(&in_words(need)).await;
-        denied.extend(need.tried(&reply.and_then(Value::extract_error)));
+        let reply = reply.and_then(Value::extract_error);
+        denied.extend(need.tried(&reply));
+        lacking.extend(need.unknown(&reply));
     }
-    Ok((denied, refuses_writes))
+    Ok(Tried {
+        denied,
+        refuses_writes,
+        lacking,
+    })
 }
 
 fn in_words(need: &Need) -> Cmd {

@@ -135,6 +135,7 @@ async fn examine_single(endpoint: &Endpoint, asking: &Asking<'_>, fingerprint: &
         fingerprint,
         replica_of: None,
         unreachable: Level::Error,
+        announced: false,
     };
     for server in endpoint.servers() {
         let server = look(&server, Kind::Single, asking).await;

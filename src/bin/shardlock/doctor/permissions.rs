@@ -7,6 +7,7 @@
 //! `ACL DRYRUN` where that is permitted, so that nothing is logged there; else they are sent as they are.
 
 use deadpool_redis::redis::{RedisError, Value};
+use shardlock::Config;
 
 use super::Kind;
 use super::facts::{Denied, Lack, Seen};
@@ -76,6 +77,16 @@ impl Need {
         }
     }
 
+    /// The command, if the reply to it, or to rehearsing it, says that the server does not know it.
+    pub(super) fn unknown(&self, reply: &Result<Value, RedisError>) -> Option<String> {
+        let error = reply.as_ref().err()?.to_string().to_lowercase();
+        let name = self.command.to_uppercase().replace('|', " ");
+        let is_unknown = error.contains("unknown command")
+            || error.contains("unknown subcommand") && name.contains(' ')
+            || error.contains("command '") && error.contains("not found");
+        is_unknown.then_some(name)
+    }
+
     /// What the reply to `ACL DRYRUN` says: `OK`, or what is missing, as text.
     pub(super) fn rehearsed(&self, reply: &Result<Value, RedisError>) -> Option<Denied> {
         match reply {
@@ -87,7 +98,8 @@ impl Need {
 }
 
 /// What the stores of this kind send.
-pub(super) fn needs(namespace: &str, kind: Kind, min_replicas_acked: u32) -> Vec<Need> {
+pub(super) fn needs(kind: Kind, config: &Config) -> Vec<Need> {
+    let namespace = &config.namespace;
     let leases = Pattern::Keys(format!("~{}*", escaped(namespace)));
     let queues = Pattern::Keys(format!("~{{{}*", escaped(namespace)));
     let channels = Pattern::Channels(format!("&{}in:*", escaped(namespace)));
@@ -132,8 +144,9 @@ pub(super) fn needs(namespace: &str, kind: Kind, min_replicas_acked: u32) -> Vec
         Kind::Redlock => &["ROLE", "INFO server", "PING", "SCRIPT LOAD ("],
         Kind::Sentinel | Kind::Single => &["ROLE"],
     };
-    of_kind.iter().copied().for_each(&mut more);
-    if min_replicas_acked > 0 && kind != Kind::Redlock {
+    let is_needed = |words: &&str| config.check_role || *words != "ROLE";
+    of_kind.iter().copied().filter(is_needed).for_each(&mut more);
+    if config.min_replicas_acked > 0 && kind != Kind::Redlock {
         more("WAIT 0 1");
     }
     needs
@@ -201,6 +214,40 @@ pub(super) fn permitted(seen: &Seen) -> Finding {
     )
 }
 
+/// What the server does not know at all, whatever the user may do.
+pub(super) fn known(seen: &Seen) -> Option<Finding> {
+    let lacking = &seen.lacking;
+    if lacking.is_empty() {
+        return None;
+    }
+    let mend = match &lacking[..] {
+        [only] if only == "ROLE" => {
+            "if this address always leads to a primary: check_role = false (SHARDLOCK_CHECK_ROLE=false)"
+        }
+        _ => {
+            "connect to the Redis server itself if this is a proxy; else use a server that has them: Redis 5.0 or later, 7.0 or later for a cluster, or \
+             Valkey; see rename-command in its configuration"
+        }
+    };
+    Some(Finding::error(
+        "commands",
+        format!("the server does not know {}", lacking.join(", ")),
+        "locks fail, or are handed over unheard, when this is needed",
+        mend,
+    ))
+}
+
+/// Whether leases are renewed together.
+pub(super) fn several_slots(seen: &Seen) -> Option<Finding> {
+    let reason = seen.refuses_several_slots.as_ref()?;
+    Some(Finding::note(
+        "several-slots",
+        format!("a script with the keys of two locks is refused: {reason}"),
+        "this looks like a proxy in front of a cluster; leases are renewed by a call for each slot, which costs the server more",
+        "if clients reach the nodes, use redis+cluster://host,host,... with some of them",
+    ))
+}
+
 /// Whether anybody who reaches the server can free locks.
 pub(super) fn access(place: &str, has_login: bool, seen: &Seen) -> Option<Finding> {
     const CHECK: &str = "access";
@@ -232,7 +279,9 @@ mod tests {
     #[test]
     fn each_kind_needs_its_own_commands() {
         let commands = |kind, acked| -> Vec<String> {
-            let needs = needs("lock:", kind, acked);
+            let mut config = Config::default();
+            config.min_replicas_acked = acked;
+            let needs = needs(kind, &config);
             needs.into_iter().map(|need| need.command).collect()
         };
         let single = commands(Kind::Single, 0);
@@ -251,7 +300,9 @@ mod tests {
         let mut seen = Seen::good("", &[]);
         assert_eq!(permitted(&seen).level, Level::Ok);
         seen.user = "locks".to_owned();
-        for need in needs("a*b:", Kind::Single, 0) {
+        let mut config = Config::default();
+        "a*b:".clone_into(&mut config.namespace);
+        for need in needs(Kind::Single, &config) {
             let words = match need.words[0].as_str() {
                 "SET" => "User locks has no permissions to run the 'set' command",
                 "ZADD" => "User locks has no permissions to access the '{a*b:%doctor}:q' key",

@@ -101,6 +101,27 @@ pub(super) fn unreachable(server: &Server, trouble: &Trouble, level: Level) -> F
     Finding::new(CHECK, level, found, why, mend)
 }
 
+/// The same for a server whose address the URL does not name: it may be one that only the other servers can reach.
+pub(super) fn announced(server: &Server, trouble: &Trouble, level: Level, kind: Kind) -> Finding {
+    let mut finding = unreachable(server, trouble, level);
+    let (by, settings) = match kind {
+        Kind::Sentinel => (
+            "the sentinels",
+            "replica-announce-ip and replica-announce-port on the servers (and SENTINEL MONITOR the primary by an address that this machine reaches)",
+        ),
+        _ => (
+            "the nodes of the cluster",
+            "cluster-announce-ip (or cluster-announce-hostname) and cluster-announce-port on that node",
+        ),
+    };
+    finding.found = format!("{}; the address is not in the URL: {by} announce it", finding.found);
+    let mend = finding.mend.unwrap_or_default();
+    finding.mend = Some(format!(
+        "if this machine reaches the server only by another address (containers, NAT), set {settings}; else {mend}"
+    ));
+    finding
+}
+
 pub(super) fn version(seen: &Seen) -> Option<Finding> {
     const CHECK: &str = "version";
     // Valkey calls itself Redis 7.2.4 and tells its own version apart.

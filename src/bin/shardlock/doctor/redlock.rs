@@ -23,6 +23,7 @@ pub(super) async fn examine(endpoint: &Endpoint, asking: &Asking<'_>, fingerprin
         fingerprint,
         replica_of: None,
         unreachable: Level::Warning,
+        announced: false,
     };
     report.findings.push(majority(&nodes));
     report.findings.extend(evenness(nodes.len()));

@@ -70,7 +70,8 @@ pub(super) async fn examine(endpoint: &Endpoint, asking: &Asking<'_>, fingerprin
         .findings
         .extend(clock::among(servers.iter().map(|(server, _)| server)));
     for (server, replica_of) in servers {
-        let expected = Expected::one_of(Kind::Sentinel, asking.config, fingerprint, replica_of);
+        let mut expected = Expected::one_of(Kind::Sentinel, asking.config, fingerprint, replica_of);
+        expected.announced = true;
         report.servers.push(checked(&server, &expected));
     }
 }

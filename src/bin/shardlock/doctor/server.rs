@@ -19,6 +19,8 @@ pub(super) struct Expected<'a> {
     pub(super) replica_of: Option<String>,
     /// How bad it is if it can't be reached.
     pub(super) unreachable: Level,
+    /// Whether its address is not in the URL, but what other servers announce.
+    pub(super) announced: bool,
 }
 
 impl<'a> Expected<'a> {
@@ -34,6 +36,7 @@ impl<'a> Expected<'a> {
             fingerprint,
             replica_of,
             unreachable,
+            announced: false,
         }
     }
 }
@@ -56,6 +59,9 @@ pub(super) fn unreachable(server: &ServerUrl, part: &'static str, trouble: &Trou
 
 pub(super) fn checked(server: &Server, expected: &Expected<'_>) -> ServerReport {
     let findings = match &server.seen {
+        Err(trouble) if expected.announced => {
+            vec![reach::announced(server, trouble, expected.unreachable, expected.kind)]
+        }
         Err(trouble) => vec![reach::unreachable(server, trouble, expected.unreachable)],
         Ok(seen) => findings(server, seen, expected),
     };
@@ -91,6 +97,8 @@ fn findings(server: &Server, seen: &Seen, expected: &Expected<'_>) -> Vec<Findin
     }
     findings.extend(permissions::access(&server.place, server.has_login, seen));
     findings.push(permissions::permitted(seen));
+    findings.extend(permissions::known(seen));
+    findings.extend(permissions::several_slots(seen));
     let remove = format!("DEL {} on each server", config.map_key());
     findings.extend(map::fingerprint(&seen.map, kind, fingerprint, &remove));
     findings.extend(memory::policy(seen));
