@@ -583,9 +583,10 @@ async fn error_of_an_address_that_a_node_announces_says_where_it_comes_from() {
         nodes.contains(&format!(":{port}@"))
     })
     .await;
-    let error = LockManager::connect(&cluster.url())
-        .await
-        .expect_err("nobody listens there");
+    let builder = LockManager::builder()
+        .shard(cluster.url())
+        .store_timeout(Duration::from_secs(3));
+    let error = builder.connect().await.expect_err("nobody listens there");
     let text = error.to_string();
     assert!(
         text.contains(&format!(

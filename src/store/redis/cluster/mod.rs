@@ -199,21 +199,27 @@ impl Lane {
 
     /// Sends a command of one key.
     async fn single(&self, slot: Slot, command: &Cmd) -> Result<Value, StoreError> {
+        self.single_until(None, slot, command).await
+    }
+
+    async fn single_until(&self, deadline: Option<Moment>, slot: Slot, command: &Cmd) -> Result<Value, StoreError> {
         let said = self
             .call(Call {
                 slot,
                 command: &|_| command.clone(),
                 acks: 0,
                 stops_at_try_again: false,
-                limit: None,
+                limit: deadline.map(|deadline| deadline.since(Moment::now())),
             })
             .await?;
         Ok(said.value)
     }
 
     /// Whether the nodes have sharded channels. A script that finds somebody waiting would fail otherwise.
-    async fn check_channels(&self, slot: Slot) -> Result<(), StoreError> {
-        match self.single(slot, cmd("PUBSUB").arg("SHARDNUMSUB")).await {
+    async fn check_channels(&self, deadline: Option<Moment>, slot: Slot) -> Result<(), StoreError> {
+        let mut count = cmd("PUBSUB");
+        count.arg("SHARDNUMSUB");
+        match self.single_until(deadline, slot, &count).await {
             Err(StoreError::Refused(reason)) if reason.to_lowercase().contains("unknown") => Err(StoreError::Refused(
                 format!("the nodes have no sharded channels, without which no lock can be waited for; use Redis 7.0 or later, or Valkey: {reason}").into(),
             )),
@@ -223,19 +229,19 @@ impl Lane {
     }
 
     /// Whether all managers have one map; asked until it was answered once.
-    async fn check_map(&self) -> Result<(), StoreError> {
+    async fn check_map(&self, deadline: Option<Moment>) -> Result<(), StoreError> {
         let shared = &*self.shared;
         if shared.is_checked.load(Ordering::Acquire) {
             return Ok(());
         }
         let map_key = shared.commands.names.map();
         let slot = Slot::of(map_key.as_bytes());
-        self.check_channels(slot).await?;
+        self.check_channels(deadline, slot).await?;
         let (mut set, mut get) = (cmd("SET"), cmd("GET"));
         set.arg(&map_key).arg(&shared.map).arg("NX");
         get.arg(&map_key);
-        self.single(slot, &set).await?;
-        let found = self.single(slot, &get).await?;
+        self.single_until(deadline, slot, &set).await?;
+        let found = self.single_until(deadline, slot, &get).await?;
         let Some(theirs) = as_text(&found) else {
             return Err(StoreError::Refused(
                 format!("unexpected reply to GET {map_key}: {found:?}").into(),
@@ -257,8 +263,10 @@ impl LeaseStore for ClusterStore {
     fn connect(&self) -> StoreFuture<()> {
         let lane = Arc::clone(&self.caller);
         Box::pin(async move {
+            // What comes first takes some of the time that all of it has.
+            let deadline = Moment::now() + lane.shared.timeout.mul_f64(0.9);
             lane.refresh(0).await?;
-            lane.check_map().await
+            lane.check_map(Some(deadline)).await
         })
     }
 
@@ -289,7 +297,7 @@ impl LeaseStore for ClusterStore {
         Box::pin(async move {
             let shared = &*lane.shared;
             let started = Moment::now();
-            lane.check_map().await?;
+            lane.check_map(None).await?;
             let slot = shared.commands.names.of(&request.key).slot();
             let Acquire { ask, ttl, tokens, .. } = request;
             // One who takes a free key with a single token asks again before it passes it on to a second task, and hears then of those
@@ -396,7 +404,7 @@ impl LeaseStore for ClusterStore {
         let lane = Arc::clone(&self.caller);
         Box::pin(async move {
             let shared = &*lane.shared;
-            lane.check_map().await?;
+            lane.check_map(None).await?;
             let slot = shared.commands.names.of(&key).slot();
             let commands = shared.commands.inspect(&key);
             // Each by itself: a command of one key is answered also while the slot moves.
