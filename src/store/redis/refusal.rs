@@ -11,7 +11,7 @@ use std::io;
 use std::time::Duration;
 
 use deadpool_redis::redis::{ErrorKind, RedisError};
-use futures_util::future::join_all;
+use futures_util::future::{Either, join_all, join3, select};
 use tokio::io::{AsyncReadExt, AsyncWriteExt};
 use tokio::net::TcpStream;
 
@@ -20,6 +20,8 @@ use crate::store::StoreError;
 
 /// How long the answer to a question is waited for.
 pub(super) const PATIENCE: Duration = Duration::from_millis(200);
+/// How long a greeting is waited for where everything else is answered.
+const GREETING_PATIENCE: Duration = Duration::from_millis(20);
 /// How much of an answer is read, and how much of it is shown.
 const READ_MAX: usize = 256;
 const SHOWN_MAX: usize = 80;
@@ -47,14 +49,26 @@ pub(super) async fn explained(error: &RedisError, host: &str, port: u16, timeout
     }
     let limit = PATIENCE.min(timeout / 4);
     let hello = client_hello();
-    let (greeting, hello, line, pong) = tokio::join!(
+    let others = join3(
         answer(host, port, &[], limit),
         answer(host, port, &hello, limit),
         answer(host, port, PING_LINE, limit),
-        // Not every proxy understands a command as people type it.
-        answer(host, port, b"*1\r\n$4\r\nPING\r\n", limit),
     );
-    if let Some(words) = greeting.refusal() {
+    // Not every proxy understands a command as people type it.
+    let pong = answer(host, port, b"*1\r\n$4\r\nPING\r\n", limit);
+    let ((greeting, hello, line), pong) = match select(Box::pin(others), Box::pin(pong)).await {
+        Either::Left((others, pong)) => (others, pong.await),
+        // A server that is well says nothing to who asks nothing.
+        Either::Right((pong, others)) if pong.is_of_redis() => {
+            let others = tokio::time::timeout(GREETING_PATIENCE, others).await;
+            (others.unwrap_or_default(), pong)
+        }
+        Either::Right((pong, others)) => (others.await, pong),
+    };
+    if let Some(words) = greeting
+        .refusal()
+        .or_else(|| pong.refusal().filter(|words| is_of_connections(words)))
+    {
         return no_connection(words);
     }
     if let [TLS_ALERT | TLS_HANDSHAKE, ..] = hello.bytes[..] {
@@ -63,7 +77,7 @@ pub(super) async fn explained(error: &RedisError, host: &str, port: u16, timeout
     if let Some(line) = greeting.foreign().or_else(|| line.foreign()) {
         return not_redis(&line);
     }
-    if !pong.bytes.is_empty() {
+    if pong.is_of_redis() {
         let lacking = lacking(host, port, limit).await;
         if !lacking.is_empty() {
             return StoreError::Refused(
@@ -112,13 +126,21 @@ fn says_too_little(error: &RedisError) -> bool {
     error.kind() == ErrorKind::Parse || error.is_connection_dropped() && !error.is_connection_refusal()
 }
 
+const TOO_MANY: &str = "max number of clients";
+const PROTECTED: &str = "DENIED";
+
+/// Whether a server said that of a connection and not of what was asked on it.
+fn is_of_connections(words: &str) -> bool {
+    words.contains(TOO_MANY) || words.starts_with(PROTECTED)
+}
+
 /// A server whose first words are an error. Most of those pass: too many connections, a server that is about to end.
 fn no_connection(words: String) -> StoreError {
-    if words.starts_with("DENIED") {
+    if words.starts_with(PROTECTED) {
         let advice = "the server is in protected mode; give it a password, or `bind` and `protected-mode no` where only those who may reach it can";
         return StoreError::Refused(format!("{advice}: {words}").into());
     }
-    let advice = match words.contains("max number of clients") {
+    let advice = match words.contains(TOO_MANY) {
         true => "; raise maxclients, or see who has so many connections (CLIENT LIST)",
         false => "",
     };
@@ -145,6 +167,7 @@ async fn lacking(host: &str, port: u16, limit: Duration) -> Vec<&'static str> {
 }
 
 /// What came back within the limit.
+#[derive(Default)]
 struct Answer {
     bytes: Vec<u8>,
     /// Whether the other side closed the connection.
@@ -168,10 +191,16 @@ impl Answer {
         self.line().strip_prefix('-').map(str::to_owned)
     }
 
+    /// Whether it is a reply in Redis' protocol.
+    fn is_of_redis(&self) -> bool {
+        self.bytes
+            .first()
+            .is_some_and(|first| b"+-:$*%_#,(!=~>|".contains(first))
+    }
+
     /// The first line, if it is none of Redis' protocol.
     fn foreign(&self) -> Option<String> {
-        let first = self.bytes.first()?;
-        (!b"+-:$*%_#,(!=~>|".contains(first)).then(|| self.line())
+        (!self.bytes.is_empty() && !self.is_of_redis()).then(|| self.line())
     }
 }
 
