@@ -105,3 +105,43 @@ async fn encrypted_connections_need_the_right_files() {
         "{message}"
     );
 }
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn key_that_the_user_may_not_read_any_more_costs_no_other_lock() {
+    let etcd = Etcd::start().await;
+    let mut client = etcd.client().await;
+    for (user, role) in [("root", "root"), ("locker", "locks")] {
+        client.user_add(user, "s3cret", None).await.unwrap();
+        client.role_add(role).await.unwrap();
+        client.user_grant_role(user, role).await.unwrap();
+    }
+    for prefix in ["lock:%", "lock:a", "lock:b"] {
+        let some = etcd_client::Permission::read_write(prefix).with_prefix();
+        client.role_grant_permission("locks", some).await.unwrap();
+    }
+    client.auth_enable().await.unwrap();
+    let ttl = 2 * LEASE_MIN;
+    let builder = LockManager::builder().shard(format!("etcd://locker:s3cret@{}", etcd.hosts()));
+    let locks = builder.ttl(ttl).store_timeout(STORE_TIMEOUT).connect().await.unwrap();
+    let mut kept = Vec::new();
+    for number in 0..5 {
+        kept.push(lock(&locks, &format!("a{number}")).await);
+    }
+    let forbidden = lock(&locks, "b").await;
+
+    let login = etcd_client::ConnectOptions::new().with_user("root", "s3cret");
+    let root = etcd_client::Client::connect([format!("http://{}", etcd.hosts())], Some(login)).await;
+    let all_of_it = etcd_client::RoleRevokePermissionOptions::new().with_prefix();
+    let revoked = root
+        .unwrap()
+        .role_revoke_permission("locks", "lock:b", Some(all_of_it))
+        .await;
+    revoked.unwrap();
+    soon("the loss", forbidden.lost()).await;
+    let lost = futures_util::future::select_all(kept.iter().map(|guard| Box::pin(guard.lost())));
+    let lost = tokio::time::timeout(2 * ttl, lost).await;
+    assert_eq!(lost.map(|(reason, number, _)| (reason, number)).ok(), None);
+    for guard in kept {
+        guard.release().await.unwrap();
+    }
+}
