@@ -7,11 +7,13 @@ use etcd_client::{Compare, CompareOp, LeaseGrantOptions, PutOptions, Txn, TxnOp,
 
 use super::Shared;
 use super::cycles::Lease;
-use super::fault::Fault;
+use super::fault::{self, Fault};
 use super::line::{self, Line, Member, first_in, floor_of, tokens_of};
 use super::link::Link;
 use super::names::member;
+use super::term::{ConfirmedIn, RenewedIn};
 use super::waits::Wait;
+use crate::backoff::Backoff;
 use crate::clock::Moment;
 use crate::identity::parse_signature;
 use crate::key::LockKey;
@@ -20,6 +22,12 @@ use crate::store::StoreError;
 
 /// How often a lease that ended under a request is made anew.
 const LEASES_PER_REQUEST: usize = 3;
+/// The longest time since which a lease was last confirmed, as a part of its TTL and at all, for which a request does not renew it again.
+const AGE_PART: u32 = 10;
+const AGE_MAX: Duration = Duration::from_secs(1);
+/// The first and the longest pause before a lease that was not confirmed is renewed again.
+const PAUSE_MIN: Duration = Duration::from_millis(5);
+const PAUSE_MAX: Duration = Duration::from_millis(100);
 /// When a waiting cycle looks again unasked. The watch tells it of the end of who stands before it, however that comes about; this is for what
 /// nobody thought of.
 const LOOK_AGAIN: Duration = Duration::from_secs(10);
@@ -46,6 +54,11 @@ impl Contender {
             ttl,
             tokens,
         }
+    }
+
+    /// How long ago its lease may have been confirmed so that a request need not renew it.
+    pub(super) fn age_max(&self) -> Duration {
+        (self.ttl / AGE_PART).min(AGE_MAX)
     }
 
     /// Makes its key. The value says how many tokens go with the key's revision.
@@ -111,7 +124,7 @@ async fn is_taken(shared: &Shared, link: &Link, contender: &Contender) -> Result
 
 /// Takes the key if nobody has it or waits for it.
 async fn take(shared: &Shared, link: &Link, contender: &Contender, ask: Ask) -> Result<(Moment, AcquireReply), Fault> {
-    let Ran { sent_at, reply, .. } = under_a_lease(shared, link, contender, |lease| {
+    let Ran { sent_at, reply, .. } = under_a_lease(shared, link, contender, contender.age_max(), |lease| {
         Txn::new()
             .when([Compare::create_revision(contender.prefix.as_str(), CompareOp::Equal, 0).with_prefix()])
             .and_then([contender.put(lease), Line::read_first(&contender.prefix)])
@@ -137,7 +150,7 @@ async fn take(shared: &Shared, link: &Link, contender: &Contender, ask: Ask) -> 
 
 /// Takes the key, extends it, or joins the line.
 pub(super) async fn join(shared: &Shared, link: &Link, contender: &Contender) -> Result<(Moment, AcquireReply), Fault> {
-    let ran = under_a_lease(shared, link, contender, |lease| {
+    let ran = under_a_lease(shared, link, contender, contender.age_max(), |lease| {
         Txn::new()
             .when([contender.is_new()])
             .and_then([contender.put(lease), Line::read(&contender.prefix)])
@@ -146,7 +159,7 @@ pub(super) async fn join(shared: &Shared, link: &Link, contender: &Contender) ->
     .await?;
     let line = Line::in_reply(&ran.reply)?;
     let reply = judge(shared, link, contender, &line, ran.lease).await?;
-    Ok((ran.sent_at, reply))
+    Ok((ran.counted_from(&reply), reply))
 }
 
 /// Sees to it that the key is under this lease, and not under an earlier one of its cycle, which then is revoked. A lease lasts as long as whoever made
@@ -198,7 +211,9 @@ pub(super) async fn move_to(
 
 /// A transaction that ran under a lease.
 pub(super) struct Ran {
-    /// Before the lease was granted or renewed.
+    /// When it was begun.
+    pub(super) asked_at: Moment,
+    /// From when, at the earliest, the cluster counts the time of the lease.
     pub(super) sent_at: Moment,
     pub(super) lease: Lease,
     pub(super) reply: TxnResponse,
@@ -206,51 +221,90 @@ pub(super) struct Ran {
     pub(super) repeated: bool,
 }
 
-/// Runs a transaction that needs the lease of the cycle, and makes sure that the lease was granted or renewed after the moment that
-/// is returned.
+impl Ran {
+    /// The moment from which such a reply counts.
+    pub(super) const fn counted_from(&self, reply: &AcquireReply) -> Moment {
+        match reply {
+            AcquireReply::Granted { .. } => self.sent_at,
+            _ => self.asked_at,
+        }
+    }
+}
+
+/// Runs a transaction that needs the lease of the cycle, and makes sure that the cluster counts the time of the lease from the moment that is
+/// returned: one that is no longer ago than `age_max` when the transaction is begun.
 pub(super) async fn under_a_lease(
     shared: &Shared,
     link: &Link,
     contender: &Contender,
+    age_max: Duration,
     transaction: impl Fn(Lease) -> Txn,
 ) -> Result<Ran, Fault> {
-    let mut last = Fault::LeaseGone;
-    for _ in 0..LEASES_PER_REQUEST {
+    let cycle = contender.cycle;
+    let asked_at = Moment::now();
+    let mut backoff = Backoff::new(PAUSE_MIN, PAUSE_MAX);
+    let mut executed = false;
+    let mut ended = 0;
+    loop {
         // Before the lease is looked up: one that takes its place is granted after that.
-        let sent_at = Moment::now();
+        let now = Moment::now();
         // A release of the cycle came between: nothing of it may be made again.
-        let Some(lease) = shared.cycles.lease(contender.cycle) else {
+        let Some(lease) = shared.cycles.lease(cycle) else {
             return Err(released_meanwhile());
         };
-        let ran = if lease.granted {
-            let (kept, ran) = tokio::join!(
-                keep(shared, link, contender.cycle, lease),
-                run(shared, link, &transaction, lease)
-            );
-            kept.and(ran)
-        } else {
-            match grant(shared, link, contender.cycle, lease).await {
-                Ok(()) => run(shared, link, &transaction, lease).await,
-                Err(fault) => Err(fault),
+        let known = shared.cycles.confirmed_at(cycle, lease);
+        let (sent_at, ran) = match known.filter(|&at| now.since(at) <= age_max) {
+            Some(at) => (at, run(shared, link, &transaction, lease).await.map(|ran| (None, ran))),
+            None if lease.granted => {
+                let (kept, ran) = tokio::join!(
+                    keep_in_term(shared, link, cycle, lease),
+                    run(shared, link, &transaction, lease)
+                );
+                (now, kept.and_then(|kept| Ok((Some(kept), ran?))))
             }
+            None => match grant(shared, link, cycle, lease).await {
+                Ok(kept) => (now, run(shared, link, &transaction, lease).await.map(|ran| (kept, ran))),
+                Err(fault) => (now, Err(fault)),
+            },
         };
         match ran {
-            Ok((reply, repeated)) => {
-                return Ok(Ran {
-                    sent_at,
-                    lease,
-                    reply,
-                    repeated,
-                });
+            Ok((kept, (reply, repeated))) => {
+                executed |= repeated;
+                if kept.is_none_or(|kept| kept.is_confirmed_by(ConfirmedIn::of(reply.header()))) {
+                    shared.cycles.confirmed(cycle, lease, sent_at);
+                    return Ok(Ran {
+                        asked_at,
+                        sent_at,
+                        lease,
+                        reply,
+                        repeated: executed,
+                    });
+                }
+                executed = true;
+                // Another member may know the new leader already.
+                link.give_up_since(now);
+                let pause = backoff.next_delay();
+                if (Moment::now().since(asked_at) + pause) * 2 > shared.timeout {
+                    return Err(unconfirmed());
+                }
+                tokio::time::sleep(pause).await;
             }
             Err(fault @ Fault::LeaseGone) => {
-                shared.cycles.unleased(contender.cycle, lease);
-                last = fault;
+                shared.cycles.unleased(cycle, lease);
+                ended += 1;
+                if ended == LEASES_PER_REQUEST {
+                    return Err(fault);
+                }
             }
             Err(fault) => return Err(fault),
         }
     }
-    Err(last)
+}
+
+pub(super) fn unconfirmed() -> Fault {
+    Fault::Other(StoreError::Unavailable(
+        "etcd elected another leader meanwhile, which did not confirm the lease; try again".into(),
+    ))
 }
 
 async fn run(
@@ -265,8 +319,8 @@ async fn run(
     Ok((reply, repeated))
 }
 
-/// Makes the lease, or renews one that an earlier request has made.
-async fn grant(shared: &Shared, link: &Link, cycle: Cycle, lease: Lease) -> Result<(), Fault> {
+/// Makes the lease, or renews one that an earlier request has made: then the renewal must be confirmed.
+async fn grant(shared: &Shared, link: &Link, cycle: Cycle, lease: Lease) -> Result<Option<RenewedIn>, Fault> {
     let sent_at = Moment::now();
     let secs = i64::try_from(lease.secs).unwrap_or(i64::MAX);
     let make = async |mut client: etcd_client::Client| {
@@ -276,20 +330,41 @@ async fn grant(shared: &Shared, link: &Link, cycle: Cycle, lease: Lease) -> Resu
     match link.request(make).await {
         Ok(_) => {
             shared.cycles.leased(cycle, lease, sent_at);
-            Ok(())
+            Ok(None)
         }
-        Err(Fault::LeaseThere) => keep(shared, link, cycle, lease).await,
+        Err(Fault::LeaseThere) => keep_in_term(shared, link, cycle, lease).await.map(Some),
         Err(fault) => Err(fault),
     }
 }
 
-/// Renews the lease. An answer says that it was there.
+/// Renews the lease, as far as the member that answers knows. For a lease on which nobody counts: see [`keep_in_term`].
 pub(super) async fn keep(shared: &Shared, link: &Link, cycle: Cycle, lease: Lease) -> Result<(), Fault> {
     let sent_at = Moment::now();
     let keep = async |mut client: etcd_client::Client| client.lease_keep_alive(lease.id).await;
     link.request(keep).await?;
     shared.cycles.leased(cycle, lease, sent_at);
     Ok(())
+}
+
+/// Renews the lease, and says in which term.
+pub(super) async fn keep_in_term(shared: &Shared, link: &Link, cycle: Cycle, lease: Lease) -> Result<RenewedIn, Fault> {
+    let sent_at = Moment::now();
+    let keep = async |mut client: etcd_client::Client| {
+        // The client library hides the first reply, and with it the term.
+        let (mut keeper, mut replies) = client.lease_keep_alive(lease.id).await?;
+        keeper.keep_alive().await?;
+        let ended = || etcd_client::Error::LeaseKeepAliveError(fault::LEASE_NOT_FOUND.to_owned());
+        match replies.message().await? {
+            Some(reply) if reply.ttl() > 0 => Ok(RenewedIn::of(reply.header())),
+            Some(_) => Err(ended()),
+            None => Err(etcd_client::Error::LeaseKeepAliveError(
+                "etcd closed the stream of a renewal".to_owned(),
+            )),
+        }
+    };
+    let (renewed, _) = link.request(keep).await?;
+    shared.cycles.leased(cycle, lease, sent_at);
+    Ok(renewed)
 }
 
 /// What the line says to a contender that was put into it.

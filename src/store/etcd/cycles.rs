@@ -43,6 +43,8 @@ struct Record {
     owns: Option<i64>,
     /// When the lease was last asked for or renewed.
     renewed_at: Moment,
+    /// From when, at the earliest, the cluster counts the time of the current lease.
+    confirmed_at: Option<Moment>,
 }
 
 /// The etcd lease of a cycle.
@@ -99,10 +101,12 @@ impl Cycles {
             older: Vec::new(),
             owns: None,
             renewed_at: now,
+            confirmed_at: None,
         });
         if secs > record.secs {
             record.older.push(std::mem::replace(&mut record.secs, secs));
             record.granted = false;
+            record.confirmed_at = None;
         }
         self.lease_of(cycle, record)
     }
@@ -137,8 +141,34 @@ impl Cycles {
         self.change(cycle, |record| {
             if record.secs == lease.secs {
                 record.granted = false;
+                record.confirmed_at = None;
             }
         });
+    }
+
+    /// The cluster counts the time of that lease from that moment or a later one.
+    pub(super) fn confirmed(&self, cycle: Cycle, lease: Lease, at: Moment) {
+        self.change(cycle, |record| {
+            if record.secs == lease.secs {
+                record.confirmed_at = record.confirmed_at.max(Some(at));
+            }
+        });
+    }
+
+    /// From when, at the earliest, the cluster counts the time of that lease.
+    pub(super) fn confirmed_at(&self, cycle: Cycle, lease: Lease) -> Option<Moment> {
+        let records = self.records.lock();
+        let record = records.by_cycle.get(&cycle)?;
+        record.confirmed_at.filter(|_| record.secs == lease.secs)
+    }
+
+    /// Whether the key of the cycle may still be under an earlier lease.
+    pub(super) fn is_moving(&self, cycle: Cycle) -> bool {
+        let records = self.records.lock();
+        records
+            .by_cycle
+            .get(&cycle)
+            .is_some_and(|record| !record.older.is_empty())
     }
 
     /// The cycle is the owner by a key of that create revision. Says whether it was already.
@@ -230,6 +260,7 @@ mod tests {
         // The reply to the first grant says nothing of the second.
         cycles.leased(Cycle(2), first, NOW);
         assert!(!cycles.lease(Cycle(2)).unwrap().granted);
+        assert!(cycles.is_moving(Cycle(2)));
 
         let ids = |leases: Vec<Lease>| leases.iter().map(|lease| lease.id).collect::<Vec<_>>();
         assert_eq!(ids(cycles.close(Cycle(2))), [first.id, longer.id]);
@@ -245,6 +276,24 @@ mod tests {
         assert!(cycles.owns(Cycle(2), 7));
         assert!(!cycles.owns(Cycle(2), 9), "it was made anew");
         assert_eq!(cycles.owned(Cycle(2)), Some(9));
+    }
+
+    #[test]
+    fn what_is_confirmed_of_a_lease_ends_with_it() {
+        let cycles = Cycles::new();
+        let lease = cycles.open(Cycle(2), Duration::from_secs(1), NOW);
+        assert_eq!(cycles.confirmed_at(Cycle(2), lease), None);
+        let later = NOW + Duration::from_millis(1);
+        cycles.confirmed(Cycle(2), lease, later);
+        cycles.confirmed(Cycle(2), lease, NOW);
+        assert_eq!(cycles.confirmed_at(Cycle(2), lease), Some(later));
+        let longer = cycles.open(Cycle(2), Duration::from_secs(9), NOW);
+        assert_eq!(cycles.confirmed_at(Cycle(2), longer), None);
+        cycles.confirmed(Cycle(2), lease, NOW);
+        assert_eq!(cycles.confirmed_at(Cycle(2), longer), None);
+        cycles.confirmed(Cycle(2), longer, NOW);
+        cycles.unleased(Cycle(2), longer);
+        assert_eq!(cycles.confirmed_at(Cycle(2), longer), None);
     }
 
     #[test]

@@ -40,6 +40,9 @@ impl Fault {
     }
 }
 
+/// What the client library says where a keep-alive finds no lease.
+pub(super) const LEASE_NOT_FOUND: &str = "lease not found";
+
 /// The numbers of gRPC's status codes.
 mod code {
     pub(super) const INVALID_ARGUMENT: i32 = 3;
@@ -57,7 +60,7 @@ pub(super) fn fault(error: &Error, namespace: &str) -> Fault {
     let words = words(error);
     let status = match error {
         Error::GRpcStatus(status) => status,
-        Error::LeaseKeepAliveError(reason) if reason == "lease not found" => return Fault::LeaseGone,
+        Error::LeaseKeepAliveError(reason) if reason == LEASE_NOT_FOUND => return Fault::LeaseGone,
         Error::InvalidArgs(_) | Error::InvalidUri(_) | Error::InvalidMetadataValue(_) => return refused(words),
         _ => return Fault::Other(StoreError::Unavailable(words.into())),
     };

@@ -17,8 +17,8 @@
 //! What may go wrong, and why it does no harm:
 //! - A request that is executed after the release of its cycle finds that the lease is gone, since every release revokes it, and puts nothing.
 //! - A lease that ends takes its key along. A key that is made anew has another create revision, so neither a renewal nor an extension takes it for the old one.
-//! - A leader that was deposed and does not know it yet may answer to a renewal for as long as an election takes. Etcd's new leader
-//!   gives every lease its whole time anew, so a holder that can't reach it is late by no more than that; fencing tokens are for such moments.
+//! - A leader that was deposed and does not know it yet renews leases that its successor may have ended. A renewal counts only if a
+//!   majority confirms its term ([`term`]).
 //!
 //! Connections: those that the program's tasks use live on the program's runtime, one for the background on its thread. Each is to
 //! one of the servers and is replaced by one to the next when it breaks or gives no answer ([`link`]).
@@ -34,6 +34,7 @@ mod names;
 mod options;
 mod release;
 mod renew;
+mod term;
 #[cfg(test)]
 mod tests;
 mod waits;

@@ -98,7 +98,7 @@ async fn leave_and_join(
 ) -> Result<(Moment, ReleaseReply), Fault> {
     shared.cycles.open(next.cycle, next.ttl, Moment::now());
     // Its place is behind all others: they were there before this transaction.
-    let ran = under_a_lease(shared, link, next, |lease| {
+    let ran = under_a_lease(shared, link, next, next.age_max(), |lease| {
         let beside = |put| {
             [
                 Line::read_first(&leaving.prefix),
@@ -118,11 +118,12 @@ async fn leave_and_join(
     end.also(replies.get(1));
     let line = Line::in_reply(&ran.reply)?;
     let requeued = judge(shared, link, next, &line, ran.lease).await?;
+    let sent_at = ran.counted_from(&requeued);
     let reply = ReleaseReply {
         held: first_is_ours || ran.repeated,
         requeued: Some(requeued),
     };
-    Ok((ran.sent_at, reply))
+    Ok((sent_at, reply))
 }
 
 fn delete(leaving: &Contender) -> TxnOp {

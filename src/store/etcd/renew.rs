@@ -1,4 +1,10 @@
 //! Renewing what is held.
+//!
+//! # Implementation details
+//!
+//! Each etcd lease is kept alive, and one read for many keys shows whether each is still the owner's, and under which lease. Both are sent side by
+//! side. A renewal counts if the read confirms it ([`term`](super::term)). Where the two replies do not agree, because another leader was elected
+//! between them or the key moves to another lease, both are asked once more, at another member.
 
 use std::sync::Arc;
 use std::time::Duration;
@@ -7,10 +13,12 @@ use etcd_client::{Txn, TxnOpResponse};
 use futures_util::StreamExt;
 
 use super::Shared;
-use super::acquire::{Contender, keep, move_to, under_a_lease};
+use super::acquire::{Contender, keep_in_term, move_to, unconfirmed, under_a_lease};
+use super::cycles::Lease;
 use super::fault::Fault;
 use super::keeping::AT_A_TIME;
 use super::line::{Line, first, first_in};
+use super::term::{ConfirmedIn, RenewedIn};
 use crate::clock::Moment;
 use crate::protocol::{RenewReply, Renewal};
 use crate::store::StoreError;
@@ -19,14 +27,45 @@ use crate::store::StoreError;
 const READS_PER_TRANSACTION: usize = 100;
 /// The value beside a key whose lease was replaced; it only ever has to have a place.
 const NO_TOKENS: u32 = 1;
+/// How often a renewal is sent within one call until it is confirmed or refused.
+const ROUNDS: usize = 2;
 
 /// One renewal as far as it is known.
 struct Renewing {
     contender: Contender,
     /// With which create revision it became the owner.
     owned: Option<i64>,
-    kept: Option<Result<(), Fault>>,
-    seen: Option<RenewReply>,
+    verdict: Verdict,
+}
+
+/// What the replies to a renewal mean.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+enum Verdict {
+    Known(RenewReply),
+    /// There was no reply, or none that says anything of the lease.
+    Unanswered,
+    /// The replies do not agree.
+    Unconfirmed,
+}
+
+/// What became of the lease.
+enum Kept {
+    /// It was renewed.
+    Renewed(Lease, RenewedIn),
+    /// The key was moved to a lease whose time the cluster counts from after the renewal was begun.
+    Moved,
+    /// The cycle was released meanwhile, or its key is gone.
+    NotOurs,
+}
+
+/// What the line of the key has shown.
+enum Seen {
+    Ours {
+        lease: i64,
+        wanted: bool,
+        confirmed: ConfirmedIn,
+    },
+    NotOurs,
 }
 
 pub(super) async fn renew(
@@ -34,65 +73,122 @@ pub(super) async fn renew(
     batch: Vec<Renewal>,
     limit: Duration,
 ) -> Result<Vec<Option<RenewReply>>, StoreError> {
-    // Whoever asks waits no longer than the limit, and is to know by then what there is to know.
-    let limit = limit.mul_f64(0.9);
+    // The caller waits no longer than the limit, and needs by then what is known.
+    let until = Moment::now() + limit.mul_f64(0.9);
     let mut renewing: Vec<Renewing> = batch
         .iter()
         .map(|renewal| Renewing {
             contender: Contender::new(&shared, &renewal.key, renewal.cycle, renewal.ttl, NO_TOKENS),
             owned: shared.cycles.owned(renewal.cycle),
-            kept: None,
-            seen: None,
+            verdict: Verdict::Unanswered,
         })
         .collect();
-    let keeping: Vec<_> = renewing
-        .iter()
-        .enumerate()
-        .map(|(index, one)| keep_one(Arc::clone(&shared), one.contender.clone(), one.owned, limit, index))
-        .collect();
-    let keeping = futures_util::stream::iter(keeping)
-        .buffer_unordered(AT_A_TIME)
-        .collect::<Vec<_>>();
-    let looking: Vec<_> = renewing
-        .chunks(READS_PER_TRANSACTION)
-        .map(|part| tokio::time::timeout(limit, look_divided(&shared, part)))
-        .collect();
-    let looking = futures_util::future::join_all(looking);
-    let started = Moment::now();
-    let (kept, looks) = tokio::join!(keeping, looking);
-    if kept.iter().all(|(_, kept)| kept.is_none()) {
-        // The server hangs or is cut off: the next request goes to another.
-        shared.background.give_up_since(started);
-    }
     let mut failed = None;
-    for (index, kept) in kept {
-        renewing[index].kept = kept;
-    }
-    for (part, look) in renewing.chunks_mut(READS_PER_TRANSACTION).zip(looks) {
-        match look {
-            Ok(Ok(seen)) => part.iter_mut().zip(seen).for_each(|(one, seen)| one.seen = seen),
-            Ok(Err(fault)) => failed = Some(fault),
-            // It was not answered in time.
-            Err(_) => {}
+    let mut rest: Vec<&mut Renewing> = renewing.iter_mut().collect();
+    for round in 0..ROUNDS {
+        let started = Moment::now();
+        let left = until.since(started);
+        if rest.is_empty() || left.is_zero() {
+            break;
+        }
+        ask(&shared, &mut rest, left, &mut failed).await;
+        rest.retain(|one| one.verdict == Verdict::Unconfirmed);
+        if !rest.is_empty() {
+            tracing::debug!(shard = %shared.shard, round, leases = rest.len(), "renewals were not confirmed");
+            failed = Some(unconfirmed());
+            // Another member may know the new leader already.
+            shared.background.give_up_since(started);
         }
     }
-    let replies: Vec<Option<RenewReply>> = renewing.iter().map(|one| one.reply(&mut failed)).collect();
+    let replies: Vec<Option<RenewReply>> = renewing.iter().map(Renewing::reply).collect();
     match failed {
         Some(fault) if replies.iter().all(Option::is_none) => Err(fault.into_store_error()),
         _ => Ok(replies),
     }
 }
 
-impl Renewing {
-    fn reply(&self, failed: &mut Option<Fault>) -> Option<RenewReply> {
-        match (&self.kept, self.seen) {
-            (_, Some(RenewReply::NotOurs)) | (Some(Err(Fault::LeaseGone)), _) => Some(RenewReply::NotOurs),
-            (Some(Ok(())), seen) => seen,
-            (Some(Err(fault)), _) => {
-                *failed = Some(fault.clone());
-                None
+/// Renews all of them and looks at all of them.
+async fn ask(shared: &Arc<Shared>, renewing: &mut [&mut Renewing], limit: Duration, failed: &mut Option<Fault>) {
+    let keeping: Vec<_> = renewing
+        .iter()
+        .enumerate()
+        .map(|(index, one)| keep_one(Arc::clone(shared), one.contender.clone(), one.owned, limit, index))
+        .collect();
+    let keeping = futures_util::stream::iter(keeping)
+        .buffer_unordered(AT_A_TIME)
+        .collect::<Vec<_>>();
+    let looking: Vec<_> = renewing
+        .chunks(READS_PER_TRANSACTION)
+        .map(|part| tokio::time::timeout(limit, look_divided(shared, part)))
+        .collect();
+    let looking = futures_util::future::join_all(looking);
+    let started = Moment::now();
+    let (mut kept, looks) = tokio::join!(keeping, looking);
+    if kept.iter().all(|(_, kept)| kept.is_none()) {
+        // The server hangs or is cut off: the next request goes to another.
+        shared.background.give_up_since(started);
+    }
+    let mut seen = Vec::with_capacity(renewing.len());
+    for (part, look) in renewing.chunks(READS_PER_TRANSACTION).zip(looks) {
+        let of_part = match look {
+            Ok(Ok(of_part)) => of_part,
+            Ok(Err(fault)) => {
+                *failed = Some(fault);
+                Vec::new()
             }
-            (None, _) => None,
+            // It was not answered in time.
+            Err(_) => Vec::new(),
+        };
+        let missing = part.len().saturating_sub(of_part.len());
+        seen.extend(of_part.into_iter().chain(std::iter::repeat_with(|| None).take(missing)));
+    }
+    kept.sort_unstable_by_key(|&(index, _)| index);
+    for ((one, (_, kept)), seen) in renewing.iter_mut().zip(kept).zip(seen) {
+        let renewed = match &kept {
+            Some(Ok(Kept::Renewed(lease, _))) => Some(*lease),
+            _ => None,
+        };
+        one.verdict = verdict(kept, seen, failed);
+        if let (Some(lease), Verdict::Known(RenewReply::Extended { .. })) = (renewed, one.verdict) {
+            shared.cycles.confirmed(one.contender.cycle, lease, started);
+        }
+    }
+}
+
+fn verdict(kept: Option<Result<Kept, Fault>>, seen: Option<Seen>, failed: &mut Option<Fault>) -> Verdict {
+    let (lease, wanted, confirmed) = match seen {
+        Some(Seen::NotOurs) => return Verdict::Known(RenewReply::NotOurs),
+        Some(Seen::Ours {
+            lease,
+            wanted,
+            confirmed,
+        }) => (Some(lease), wanted, Some(confirmed)),
+        None => (None, false, None),
+    };
+    match (kept, lease, confirmed) {
+        (Some(Ok(Kept::NotOurs)), ..) => Verdict::Known(RenewReply::NotOurs),
+        (Some(Ok(Kept::Moved)), Some(_), _) => Verdict::Known(RenewReply::Extended { wanted }),
+        (Some(Ok(Kept::Renewed(kept, term))), Some(lease), Some(confirmed)) => {
+            match kept.id == lease && term.is_confirmed_by(confirmed) {
+                true => Verdict::Known(RenewReply::Extended { wanted }),
+                false => Verdict::Unconfirmed,
+            }
+        }
+        // A member that lags behind may not know of the lease yet, or the key moved to another one. If neither, a later look does not find the key.
+        (Some(Err(Fault::LeaseGone)), ..) => Verdict::Unconfirmed,
+        (Some(Err(fault)), ..) => {
+            *failed = Some(fault);
+            Verdict::Unanswered
+        }
+        (Some(Ok(_)) | None, ..) => Verdict::Unanswered,
+    }
+}
+
+impl Renewing {
+    fn reply(&self) -> Option<RenewReply> {
+        match self.verdict {
+            Verdict::Known(reply) => Some(reply),
+            Verdict::Unanswered | Verdict::Unconfirmed => None,
         }
     }
 }
@@ -103,37 +199,41 @@ async fn keep_one(
     owned: Option<i64>,
     limit: Duration,
     index: usize,
-) -> (usize, Option<Result<(), Fault>>) {
+) -> (usize, Option<Result<Kept, Fault>>) {
     let kept = tokio::time::timeout(limit, extend(&shared, &contender, owned)).await;
     (index, kept.ok())
 }
 
 /// Keeps the lease alive, or replaces it by one that is long enough.
-async fn extend(shared: &Shared, contender: &Contender, owned: Option<i64>) -> Result<(), Fault> {
-    if shared.cycles.lease(contender.cycle).is_none() {
-        return Err(Fault::LeaseGone);
+async fn extend(shared: &Shared, contender: &Contender, owned: Option<i64>) -> Result<Kept, Fault> {
+    let cycle = contender.cycle;
+    if shared.cycles.lease(cycle).is_none() {
+        return Ok(Kept::NotOurs);
     }
-    let lease = shared.cycles.open(contender.cycle, contender.ttl, Moment::now());
-    if lease.granted {
-        return keep(shared, &shared.background, contender.cycle, lease).await;
+    let lease = shared.cycles.open(cycle, contender.ttl, Moment::now());
+    // Until a move is known to be done, the key may be under the earlier lease, and it is that which would end.
+    if lease.granted && !shared.cycles.is_moving(cycle) {
+        let renewed = keep_in_term(shared, &shared.background, cycle, lease).await?;
+        return Ok(Kept::Renewed(lease, renewed));
     }
     let Some(owned) = owned else {
-        return Err(Fault::LeaseGone);
+        return Ok(Kept::NotOurs);
     };
-    let ran = under_a_lease(shared, &shared.background, contender, |_| {
+    let ran = under_a_lease(shared, &shared.background, contender, Duration::ZERO, |_| {
         Txn::new().and_then([Line::read_one(&contender.name)])
     })
     .await?;
     match first_in(ran.reply.op_responses().first()) {
         Some(seen) if seen.create_revision == owned => {
-            move_to(shared, &shared.background, contender, ran.lease, &seen).await
+            move_to(shared, &shared.background, contender, ran.lease, &seen).await?;
+            Ok(Kept::Moved)
         }
-        _ => Err(Fault::LeaseGone),
+        _ => Ok(Kept::NotOurs),
     }
 }
 
 /// Looks at all of them, and in parts if the look is refused, so that a key that the user may not read costs no other lease.
-async fn look_divided(shared: &Shared, part: &[Renewing]) -> Result<Vec<Option<RenewReply>>, Fault> {
+async fn look_divided(shared: &Shared, part: &[&mut Renewing]) -> Result<Vec<Option<Seen>>, Fault> {
     let mut seen = Vec::with_capacity(part.len());
     let (mut parts, mut refused) = (vec![part], None);
     // The parts come off in the order of the leases.
@@ -158,25 +258,75 @@ async fn look_divided(shared: &Shared, part: &[Renewing]) -> Result<Vec<Option<R
 }
 
 /// Whether each is still the owner, by the key with which it became that, and whether somebody waits.
-async fn look(shared: &Shared, part: &[Renewing]) -> Result<Vec<Option<RenewReply>>, Fault> {
+async fn look(shared: &Shared, part: &[&mut Renewing]) -> Result<Vec<Option<Seen>>, Fault> {
     let send = async |mut client: etcd_client::Client| {
         let reads: Vec<_> = part.iter().map(|one| Line::read_first(&one.contender.prefix)).collect();
         client.txn(Txn::new().and_then(reads)).await
     };
     let (reply, _) = shared.background.request(send).await?;
     shared.saw(reply.header());
+    let confirmed = ConfirmedIn::of(reply.header());
     let replies = reply.op_responses();
     let seen = part.iter().zip(&replies).map(|(one, reply)| {
         let TxnOpResponse::Get(found) = reply else { return None };
         let ours =
-            first(found).is_some_and(|first| first.is(&one.contender.name) && one.owned == Some(first.create_revision));
-        Some(if ours {
-            RenewReply::Extended {
+            first(found).filter(|first| first.is(&one.contender.name) && one.owned == Some(first.create_revision));
+        Some(match ours {
+            Some(first) => Seen::Ours {
+                lease: first.lease,
                 wanted: found.count() > 1,
-            }
-        } else {
-            RenewReply::NotOurs
+                confirmed,
+            },
+            None => Seen::NotOurs,
         })
     });
     Ok(seen.collect())
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    const LEASE: Lease = Lease {
+        id: 7,
+        secs: 10,
+        granted: true,
+    };
+
+    fn of(kept: Result<Kept, Fault>, seen: Option<Seen>) -> Verdict {
+        verdict(Some(kept), seen, &mut None)
+    }
+
+    fn renewed_in(term: u64) -> Result<Kept, Fault> {
+        Ok(Kept::Renewed(LEASE, RenewedIn(term)))
+    }
+
+    fn seen(lease: i64, term: u64) -> Option<Seen> {
+        Some(Seen::Ours {
+            lease,
+            wanted: true,
+            confirmed: ConfirmedIn(term),
+        })
+    }
+
+    #[test]
+    fn renewal_counts_if_the_read_is_of_its_lease_and_of_no_later_term() {
+        let extended = Verdict::Known(RenewReply::Extended { wanted: true });
+        assert_eq!(of(renewed_in(3), seen(LEASE.id, 3)), extended);
+        assert_eq!(of(renewed_in(2), seen(LEASE.id, 3)), Verdict::Unconfirmed);
+        assert_eq!(of(renewed_in(3), seen(8, 3)), Verdict::Unconfirmed);
+        assert_eq!(of(renewed_in(3), None), Verdict::Unanswered);
+        assert_eq!(of(Ok(Kept::Moved), seen(8, 3)), extended);
+    }
+
+    #[test]
+    fn only_a_read_refuses_a_renewal() {
+        let refused = Verdict::Known(RenewReply::NotOurs);
+        assert_eq!(of(renewed_in(3), Some(Seen::NotOurs)), refused);
+        assert_eq!(verdict(None, Some(Seen::NotOurs), &mut None), refused);
+        // A member that lags behind does not know of every lease.
+        assert_eq!(of(Err(Fault::LeaseGone), seen(LEASE.id, 3)), Verdict::Unconfirmed);
+        assert_eq!(of(Err(Fault::LeaseGone), None), Verdict::Unconfirmed);
+        assert_eq!(of(Ok(Kept::NotOurs), None), refused);
+    }
 }

@@ -1,5 +1,7 @@
 //! The store alone, request by request, on a real etcd: what is repeated, what is late, what nobody remembers.
 
+mod deposed;
+
 use tokio::sync::mpsc;
 
 use super::*;
