@@ -12,6 +12,7 @@ mod support_locks;
 mod tool;
 
 mod access;
+mod connections;
 mod costs;
 mod members;
 #[cfg(feature = "cli")]

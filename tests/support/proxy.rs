@@ -72,6 +72,16 @@ impl Proxy {
         self.address.port()
     }
 
+    /// `127.0.0.1:<port>`
+    pub fn address(&self) -> String {
+        self.address.to_string()
+    }
+
+    /// How many connections there were.
+    pub fn connections(&self) -> u64 {
+        self.replies.joined.load(Ordering::Relaxed)
+    }
+
     /// `redis://127.0.0.1:<port>`
     pub fn url(&self) -> String {
         format!("redis://{}", self.address)

@@ -16,7 +16,8 @@ use super::cycles::Lease;
 use super::fault::Fault;
 use crate::backoff::Backoff;
 use crate::clock::Moment;
-use crate::protocol::Push;
+use crate::key::LockKey;
+use crate::protocol::{Cycle, Push};
 
 /// How many requests of each kind are under way at a time.
 pub(super) const AT_A_TIME: usize = 64;
@@ -47,22 +48,34 @@ pub(super) async fn keep_waiting(shared: Arc<Shared>, pushes: UnboundedSender<Pu
             }
             continue;
         }
-        futures_util::stream::iter(due)
-            .for_each_concurrent(AT_A_TIME, async |(cycle, key, lease)| {
-                let limit = shared.timeout.min(Duration::from_secs(lease.secs) / 4);
-                match tokio::time::timeout(limit, keep(&shared, &shared.background, cycle, lease)).await {
-                    Err(_) | Ok(Ok(())) => {}
-                    Ok(Err(Fault::LeaseGone)) => {
-                        shared.cycles.unleased(cycle, lease);
-                        // Its place is lost; it asks for another. A receiver that is gone needs no pushes.
-                        pushes.send(Push::Turn { key, cycle }).ok();
-                    }
-                    // It is tried again when it is due, before the lease ends.
-                    Ok(Err(fault)) => tracing::debug!(shard = %shared.shard, ?fault, "a waiting lease was not renewed"),
-                }
-            })
+        let started = Moment::now();
+        let answered: Vec<bool> = futures_util::stream::iter(due)
+            .map(|(cycle, key, lease)| keep_one(&shared, &pushes, cycle, key, lease))
+            .buffer_unordered(AT_A_TIME)
+            .collect()
             .await;
+        if !answered.contains(&true) {
+            // The server hangs or is cut off: the next request goes to another, before the leases end.
+            shared.background.give_up_since(started);
+        }
     }
+}
+
+/// Keeps the lease of a waiting cycle alive. Returns whether there was an answer.
+async fn keep_one(shared: &Shared, pushes: &UnboundedSender<Push>, cycle: Cycle, key: LockKey, lease: Lease) -> bool {
+    let limit = shared.timeout.min(Duration::from_secs(lease.secs) / 4);
+    match tokio::time::timeout(limit, keep(shared, &shared.background, cycle, lease)).await {
+        Err(_) => return false,
+        Ok(Ok(())) => {}
+        Ok(Err(Fault::LeaseGone)) => {
+            shared.cycles.unleased(cycle, lease);
+            // Its place is lost; it asks for another. A receiver that is gone needs no pushes.
+            pushes.send(Push::Turn { key, cycle }).ok();
+        }
+        // It is tried again when it is due, before the lease ends.
+        Ok(Err(fault)) => tracing::debug!(shard = %shared.shard, ?fault, "a waiting lease was not renewed"),
+    }
+    true
 }
 
 /// Leases that nobody needs any more. Where one is not revoked, it runs out; so this is order, not safety, and bounded.

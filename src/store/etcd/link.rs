@@ -7,6 +7,7 @@ use std::time::Duration;
 
 use etcd_client::{Client, Compare, CompareOp, ConnectOptions, Txn, TxnOp, TxnOpResponse};
 use parking_lot::Mutex;
+use tokio::sync::Notify;
 
 use super::fault::{Fault, fault};
 use crate::backoff::Backoff;
@@ -41,6 +42,8 @@ pub(super) struct Link {
     next: AtomicUsize,
     /// How many connections were opened.
     opened: AtomicU64,
+    /// A connection was given up.
+    given_up: Notify,
     /// Held while connecting, so that a hundred tasks that find the connection broken make one new one.
     connecting: tokio::sync::Mutex<()>,
 }
@@ -91,9 +94,10 @@ impl Servers {
         ""
     }
 
-    /// How long one server is waited for before another is asked: whoever asks has time for two.
-    fn attempt_max(&self) -> Option<Duration> {
-        (self.endpoints.len() > 1).then(|| self.timeout.mul_f64(0.4))
+    /// How long one connection is waited for before another is tried: the sender has time for two. Also if there is only one address, since what
+    /// hangs may be the connection alone, or one of several members behind the address.
+    fn attempt_max(&self) -> Duration {
+        self.timeout.mul_f64(0.4)
     }
 
     pub(super) fn fault(&self, error: &etcd_client::Error) -> Fault {
@@ -109,6 +113,7 @@ impl Link {
             servers: Arc::clone(servers),
             current: Mutex::new(None),
             opened: AtomicU64::new(0),
+            given_up: Notify::new(),
             connecting: tokio::sync::Mutex::new(()),
         }
     }
@@ -197,9 +202,22 @@ impl Link {
         let ended = self.current.lock().take_if(|live| live.generation == broken.generation);
         if ended.is_some() {
             self.next.fetch_add(1, Ordering::Relaxed);
+            self.given_up.notify_waiters();
         }
         // Not under the mutex: the end of a connection wakes the task that drives it.
         drop(ended);
+    }
+
+    /// Waits until that connection was given up: what still goes on over it should go elsewhere.
+    pub(super) async fn is_left(&self, live: &Live) {
+        loop {
+            let given_up = self.given_up.notified();
+            let current = self.current.lock().as_ref().map(|live| live.generation);
+            if current != Some(live.generation) {
+                return;
+            }
+            given_up.await;
+        }
     }
 
     /// Nobody has answered since that moment: the connection is of no more use, unless it is a newer one.
@@ -228,25 +246,17 @@ impl Link {
                         since: Moment::now(),
                         answered: false,
                     };
-                    let attempt = async { Some(send(live.client.clone()).await) };
-                    let too_long = async {
-                        match self.servers.attempt_max() {
-                            Some(limit) => tokio::time::sleep(limit).await,
-                            None => std::future::pending().await,
-                        }
-                        None
-                    };
-                    let reply = tokio::select! { reply = attempt => reply, none = too_long => none };
+                    let reply = tokio::time::timeout(self.servers.attempt_max(), send(live.client.clone())).await;
                     pending.answered = true;
                     match reply {
-                        None => {
+                        Err(_) => {
                             repeated = true;
                             self.broken(&live);
                             let place = &self.servers.places[live.index];
                             Fault::Other(StoreError::Unavailable(format!("{place}: no answer").into()))
                         }
-                        Some(Ok(reply)) => return Ok((reply, repeated)),
-                        Some(Err(error)) => {
+                        Ok(Ok(reply)) => return Ok((reply, repeated)),
+                        Ok(Err(error)) => {
                             let fault = self.servers.fault(&error);
                             if fault.is_passing() {
                                 repeated = true;

@@ -6,7 +6,7 @@
 //! comes about. When the key goes, by a release, by the end of its lease or by hand, it may be our turn, and the queue asks again;
 //! nothing but the reply makes it the owner. The end of one key so wakes one manager.
 //!
-//! A stream that broke is opened again, to another server. What waits is watched again then and asks again, too: its watch may begin at a
+//! A stream that broke is opened again, to another server; so is one whose connection gave no answer to other requests. What waits is watched again then and asks again, too: its watch may begin at a
 //! revision that etcd has compacted meanwhile.
 
 use std::collections::HashMap;
@@ -54,7 +54,10 @@ pub(super) async fn watch(shared: Arc<Shared>, pushes: UnboundedSender<Push>) {
         let broken = match opened {
             Ok(Ok((live, sender, stream))) => {
                 let mut confirmed = false;
-                let end = follow(&shared, sender, stream, &pushes, &mut confirmed).await;
+                let end = tokio::select! {
+                    end = follow(&shared, sender, stream, &pushes, &mut confirmed) => end,
+                    () = shared.background.is_left(&live) => End::Broken("the connection gave no answer".to_owned()),
+                };
                 shared.waits.unwatch();
                 shared.background.broken(&live);
                 if confirmed {
