@@ -16,6 +16,7 @@ use std::time::{Duration, Instant};
 use parking_lot::Mutex;
 use shardlock::{LockError, LockGuard, LockManager, LossReason};
 use support::PATIENCE;
+use support::proxy::Proxy;
 use support::sentinel::{NAME, Watched, in_step};
 use support_locks::{hand_off, lock, lock_in_time, lock_keys, soon, until, until_queued, waiting};
 use tokio::task::JoinSet;
@@ -427,6 +428,46 @@ async fn sentinels_that_are_down_or_hang_are_passed_over() {
     watched.switched(old.port());
     assert!(lock_in_time(&other, "k").await > token);
     hand_off(&locks, &other, "k").await;
+}
+
+/// Something on the way has forgotten the subscription, and neither side learns of it.
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn subscription_to_a_sentinel_that_falls_silent_is_replaced() {
+    let watched = Watched::start(1);
+    let proxy = Proxy::start(watched.sentinels()[0].address());
+    // So long that only a sentinel's message makes the requests leave a primary that hangs.
+    let patience = Duration::from_secs(15);
+    let locks = LockManager::builder()
+        .shard(format!("redis+sentinel://{}/{NAME}", proxy.address()))
+        .ttl(LONG_TTL)
+        .store_timeout(patience);
+    let locks = locks.connect().await.expect("connect");
+    until("the sentinel is listened to", async || {
+        let clients: String = watched.sentinels()[0]
+            .try_query(&["CLIENT", "LIST"])
+            .expect("list clients");
+        clients.contains(" sub=1 ")
+    })
+    .await;
+    proxy.silence();
+    let silenced = proxy.connections();
+    // The first is the subscription, the second asks for a switch that was missed.
+    until("the sentinel is listened to anew", async || {
+        proxy.connections() >= silenced + 2
+    })
+    .await;
+    watched.has_replicas(1);
+    let old = watched.primary();
+    old.stop();
+    let new = watched.switched(old.port());
+    let switched = Instant::now();
+    // Nothing but a sentinel's message makes an inbox leave a server that hangs.
+    until("the inbox has moved", async || {
+        new.channels().iter().any(|channel| channel.starts_with("lock:in:"))
+    })
+    .await;
+    lock_in_time(&locks, "k").await;
+    assert!(switched.elapsed() < patience / 2, "{:?}", switched.elapsed());
 }
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]

@@ -6,6 +6,9 @@
 //! neither; and after an orderly failover the old primary takes writes, which will be lost, for ten seconds until Sentinel demotes
 //! it. So only what the sentinels say makes all managers go over to the new primary at the same time.
 //!
+//! A connection behind a proxy or a firewall that has forgotten it never ends by itself. So a sentinel that has sent nothing for a while is asked whether it
+//! still answers; if it does not, it is subscribed to anew and asked for the switch that was missed.
+//!
 //! All of them are listened to, since the one that shares a machine with the primary dies with it. The one that told first is asked first
 //! then: the others learn of the switch up to two seconds later.
 
@@ -61,16 +64,23 @@ async fn hear(
     index: usize,
     subscribed: impl FnOnce(),
 ) -> Result<(), StoreError> {
-    let switches = sentinels.subscribe(index).await?;
+    let (mut asking, mut messages) = sentinels.subscribe(index).await?.split();
     subscribed();
-    let mut messages = switches.into_on_message();
     // A switch may have been missed before.
     let server = sentinels.ask(index).await?;
     let is_elsewhere = |link: &Arc<Link>| link.is_elsewhere(server.place());
     if links.iter().any(is_elsewhere) || shared.moves.is_inbox_elsewhere(server.place()) {
         go_to(server.place(), shared, links);
     }
-    while let Some(message) = messages.next().await {
+    loop {
+        let message = tokio::select! {
+            message = messages.next() => message,
+            () = tokio::time::sleep(sentinels.check_every()) => {
+                sentinels.check_answers(&mut asking).await?;
+                continue;
+            }
+        };
+        let Some(message) = message else { return Ok(()) };
         let text = String::from_utf8_lossy(message.get_payload_bytes());
         if let Some(place) = sentinels.switched(&text) {
             sentinels.ask_first(index);
@@ -78,7 +88,6 @@ async fn hear(
             go_to(&place, shared, links);
         }
     }
-    Ok(())
 }
 
 fn go_to(place: &str, shared: &Shared, links: &[Arc<Link>]) {

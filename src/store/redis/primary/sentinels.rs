@@ -4,8 +4,8 @@ use std::net::IpAddr;
 use std::sync::atomic::{AtomicUsize, Ordering};
 use std::time::Duration;
 
-use deadpool_redis::redis::aio::PubSub;
-use deadpool_redis::redis::{AsyncConnectionConfig, Client, cmd};
+use deadpool_redis::redis::aio::{PubSub, PubSubSink};
+use deadpool_redis::redis::{AsyncConnectionConfig, Client, ErrorKind, Value, cmd};
 use futures_util::StreamExt;
 use futures_util::stream::FuturesUnordered;
 
@@ -35,6 +35,8 @@ pub(super) struct Sentinels {
 const SWITCHES: &str = "+switch-master";
 /// The longest [`Sentinels::patience`]: much longer than an answer takes within a data centre.
 const PATIENCE_MAX: Duration = Duration::from_millis(50);
+/// The least time after which a sentinel that has sent nothing is asked whether it still answers: short beside the time that a failover takes.
+const CHECK_EVERY_MIN: Duration = Duration::from_secs(1);
 
 impl Sentinels {
     /// `timeout` is the time limit of a request, within which all of them must have been asked.
@@ -172,6 +174,28 @@ impl Sentinels {
             ))
         };
         subscribed.await.unwrap_or_else(too_slow)
+    }
+
+    /// After which time without a message a subscription is checked.
+    pub(super) fn check_every(&self) -> Duration {
+        self.limit.max(CHECK_EVERY_MIN)
+    }
+
+    /// Checks that a subscribed connection still leads to its sentinel.
+    ///
+    /// # Errors
+    ///
+    /// There was no answer in time, or the connection broke.
+    pub(super) async fn check_answers(&self, subscribed: &mut PubSubSink) -> Result<(), StoreError> {
+        match tokio::time::timeout(self.limit, subscribed.ping::<Value>()).await {
+            Ok(Ok(_)) => Ok(()),
+            // A sentinel whose ACL forbids the command has answered.
+            Ok(Err(error)) if matches!(error.kind(), ErrorKind::Server(_)) => Ok(()),
+            Ok(Err(error)) => Err(error_in_words(&error)),
+            Err(_) => Err(StoreError::Unavailable(
+                format!("the subscription gave no answer within {:?}", self.limit).into(),
+            )),
+        }
     }
 
     /// Where our primary is from now on, if the message says that it is another server:
