@@ -27,6 +27,7 @@ mod simulation;
 mod span;
 mod store;
 mod telemetry;
+mod text;
 mod view;
 mod watchdog;
 
@@ -41,4 +42,5 @@ pub use request::{LockFuture, LockRequest, TryLockFuture, TryLockRequest};
 pub use router::ShardMap;
 pub use store::{Holder, Inspection};
 pub use telemetry::{METRICS, Metric, MetricKind, MetricUnit};
+pub use text::{must_be_escaped, printable};
 pub use view::{HeldLock, HotKey, HotKeyHolder, ShardState};

@@ -19,6 +19,7 @@ use crate::key::Slot;
 use crate::program::run_there;
 use crate::protocol::Push;
 use crate::store::StoreError;
+use crate::text::printable;
 
 /// How a first subscription ended.
 pub(super) type Heard = mpsc::UnboundedSender<Result<(), Unheard>>;
@@ -127,7 +128,7 @@ async fn receive(shard: Arc<Shard>, pushes: Arc<Mutex<mpsc::UnboundedReceiver<Pu
                 if refused.as_ref() != Some(&reason) {
                     tracing::error!(
                         shard = %shard.name,
-                        %reason,
+                        reason = %printable(&reason),
                         "the inbox is refused, so locks are handed over only when their leases run out"
                     );
                     refused = Some(reason);

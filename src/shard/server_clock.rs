@@ -10,6 +10,7 @@ use std::time::Duration;
 use super::Shard;
 use crate::clock::Moment;
 use crate::store::{Look, ServerTime};
+use crate::text::printable;
 
 /// How often a shard is looked at.
 const LOOK_EVERY: Duration = Duration::from_secs(3);
@@ -32,7 +33,7 @@ pub(super) async fn watch(shard: Arc<Shard>) {
         }
         for (server, seconds) in clocks.saw(&look) {
             shard.metrics.clock_jumps.increment(1);
-            tracing::warn!(shard = %shard.name, %server, seconds, "the server's clock has jumped; leases on it may end early or late");
+            tracing::warn!(shard = %shard.name, server = %printable(&server), seconds, "the server's clock has jumped; leases on it may end early or late");
         }
         if let Some(drift) = clocks.largest_drift() {
             shard.metrics.clock_drift.set(drift);

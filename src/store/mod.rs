@@ -13,6 +13,7 @@ mod support;
 #[cfg(feature = "tls")]
 mod tls;
 
+use std::borrow::Cow;
 use std::future::Future;
 use std::path::PathBuf;
 use std::pin::Pin;
@@ -220,24 +221,29 @@ impl StoreError {
         waited: Duration,
     ) -> LockError {
         let (shard, key) = (shard.to_owned(), key.map(ToString::to_string));
+        // Here is where the words of a server become part of messages.
+        let printable = |text: Arc<str>| match crate::text::printable(&text) {
+            Cow::Borrowed(_) => text,
+            Cow::Owned(escaped) => escaped.into(),
+        };
         match self {
             Self::Unavailable(reason) => LockError::Unavailable {
                 shard,
                 step,
                 key,
                 waited,
-                reason,
+                reason: printable(reason),
             },
             Self::Refused(reason) => LockError::Refused {
                 shard,
                 step,
                 key,
-                reason,
+                reason: printable(reason),
             },
             Self::MapMismatch { ours, theirs, map_key } => LockError::ShardMapMismatch {
                 shard,
                 ours,
-                theirs,
+                theirs: crate::text::printable(&theirs).into_owned(),
                 map_key,
             },
         }

@@ -4,7 +4,7 @@ use std::fmt::Write;
 use std::time::Duration;
 
 use serde_json::json;
-use shardlock::{Builder, Holder, Inspection, LockKey};
+use shardlock::{Builder, Holder, Inspection, LockKey, printable};
 
 use crate::exit::{self, Failure};
 use crate::{output, shards};
@@ -63,14 +63,15 @@ fn as_text(key: &LockKey, shard: &str, seen: &Inspection) -> String {
         |token| format!("{token} was the last one issued in the slot"),
     );
     let mut text = format!(
-        "key      {key}\nslot     {} on shard {shard}\nholder   {holder}\ntoken    {token}\n\
+        "key      {}\nslot     {} on shard {shard}\nholder   {holder}\ntoken    {token}\n\
          waiting  {}\n",
+        printable(key.as_str()),
         key.slot(),
         seen.queue_length,
     );
     for (place, owner) in seen.queue.iter().take(WAITERS_SHOWN).enumerate() {
         // Writing to a string can't fail.
-        writeln!(text, "{:>7}. {owner}", place + 1).ok();
+        writeln!(text, "{:>7}. {}", place + 1, printable(owner)).ok();
     }
     if seen.queue_length > WAITERS_SHOWN as u64 {
         text.push_str("         and more\n");
@@ -94,5 +95,5 @@ fn describe(holder: &Holder) -> String {
         }
         None => "its hold never ends by itself".to_owned(),
     };
-    format!("{}, {kind}; {end}", holder.owner)
+    format!("{}, {kind}; {end}", printable(&holder.owner))
 }

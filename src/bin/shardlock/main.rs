@@ -111,7 +111,7 @@ fn log_to_stderr(command: &Command) -> Result<(), Failure> {
         level = LevelFilter::OFF;
     }
     tracing_subscriber::fmt()
-        .with_writer(std::io::stderr)
+        .with_writer(|| output::LogLines)
         .with_max_level(level)
         // A standard error that is gone must not end the tool while it holds a lock.
         .log_internal_errors(false)

@@ -3,6 +3,7 @@
 use std::fmt::Write;
 
 use serde_json::{Value, json};
+use shardlock::printable;
 
 use super::finding::{Finding, Level};
 use crate::exit;
@@ -100,10 +101,10 @@ impl Report {
             text.push('\n');
         }
         for shard in &self.shards {
-            writeln!(text, "{}  {}", paint.bold(&shard.name), shard.url).ok();
+            writeln!(text, "{}  {}", paint.bold(&shard.name), printable(&shard.url)).ok();
             write_findings(&mut text, &shard.findings, 2, paint);
             for server in &shard.servers {
-                writeln!(text, "  {}  {}", paint.bold(&server.place), server.part).ok();
+                writeln!(text, "  {}  {}", paint.bold(&printable(&server.place)), server.part).ok();
                 write_findings(&mut text, &server.findings, 4, paint);
             }
             text.push('\n');
@@ -124,12 +125,12 @@ const CHECK_WIDTH: usize = 24;
 fn write_findings(text: &mut String, findings: &[Finding], indent: usize, paint: Paint) {
     for finding in findings {
         let level = paint.level(finding.level);
-        let (check, found) = (finding.check, &finding.found);
+        let (check, found) = (finding.check, printable(&finding.found));
         writeln!(text, "{:indent$}{level} {check:CHECK_WIDTH$} {found}", "").ok();
         let below = indent + LEVEL_WIDTH + 1;
         for (title, words) in [("why", &finding.why), ("mend", &finding.mend)] {
             if let Some(words) = words.as_ref().filter(|words| !words.is_empty()) {
-                writeln!(text, "{:below$}{title:<5} {words}", "").ok();
+                writeln!(text, "{:below$}{title:<5} {}", "", printable(words)).ok();
             }
         }
     }

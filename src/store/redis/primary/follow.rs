@@ -23,6 +23,7 @@ use super::sentinels::Sentinels;
 use super::source::Source;
 use crate::backoff::Backoff;
 use crate::store::StoreError;
+use crate::text::printable;
 
 /// The first and the longest pause before another attempt to listen to a sentinel.
 const PAUSE_MIN: Duration = Duration::from_millis(5);
@@ -48,7 +49,7 @@ async fn listen(shared: &Shared, links: &[Arc<Link>], sentinels: &Sentinels, ind
             Err(StoreError::Unavailable(error) | StoreError::Refused(error)) if !is_told => {
                 is_told = true;
                 let place = sentinels.place(index);
-                tracing::warn!(shard = %shared.shard, sentinel = place, %error, "a sentinel can't be listened to; it is tried again");
+                tracing::warn!(shard = %shared.shard, sentinel = place, error = %printable(&error), "a sentinel can't be listened to; it is tried again");
             }
             Err(_) => {}
         }
@@ -84,7 +85,7 @@ async fn hear(
         let text = String::from_utf8_lossy(message.get_payload_bytes());
         if let Some(place) = sentinels.switched(&text) {
             sentinels.ask_first(index);
-            tracing::info!(shard = %shared.shard, sentinel = sentinels.place(index), primary = %place, "a sentinel says that the primary is another server");
+            tracing::info!(shard = %shared.shard, sentinel = sentinels.place(index), primary = %printable(&place), "a sentinel says that the primary is another server");
             go_to(&place, shared, links);
         }
     }
