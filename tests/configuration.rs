@@ -6,7 +6,7 @@ use shardlock::{Builder, Config, Endpoint, Invalid, ShardConfig};
 
 /// For every setting, a value that is not its default.
 const SAMPLES: [(&str, &str); 26] = [
-    ("shards", "a=redis://:s3cret@a:1/2,memory://b"),
+    ("shards", "a=rediss://:s3cret@a:1/2,memory://b"),
     ("namespace", "jobs/"),
     ("ttl", "5s"),
     ("renew_fraction", "0.25"),
@@ -36,7 +36,7 @@ const SAMPLES: [(&str, &str); 26] = [
 
 fn from_code() -> Result<Config, Invalid> {
     Builder::new()
-        .named_shard("a", "redis://:s3cret@a:1/2")
+        .named_shard("a", "rediss://:s3cret@a:1/2")
         .shard("memory://b")
         .namespace("jobs/")
         .ttl(Duration::from_secs(5))
@@ -187,7 +187,7 @@ fn neither_a_configuration_nor_an_endpoint_shows_a_password() {
     let builder = Builder::new().config(config.clone());
     let endpoint: Endpoint = config.shards[0].url.parse().unwrap();
     let shown = format!("{config:?} {config:#?} {builder:?} {endpoint} {endpoint:?}");
-    assert!(shown.contains("redis://:***@a:1/2"), "{shown}");
+    assert!(shown.contains("rediss://:***@a:1/2"), "{shown}");
     assert!(!shown.contains("s3cret"), "{shown}");
 }
 

@@ -162,7 +162,7 @@ pub struct Config {
     pub check_role: bool,
 
     /// A PEM file with the authorities that sign the certificates of servers, or `None` for those of the system. For URLs with TLS, as the two
-    /// below. Default: `None`.
+    /// below: given without one, it is an error. Default: `None`.
     pub tls_ca: Option<PathBuf>,
 
     /// A PEM file with the certificate to show to servers, or `None` to show none. Default: `None`.
@@ -236,16 +236,50 @@ impl Config {
             }
             _ => {}
         }
-        let is_redlock = |shard: &ShardConfig| {
-            Endpoint::parse(&shard.url).is_ok_and(|endpoint| matches!(endpoint.kind(), EndpointKind::Redlock { .. }))
-        };
-        if self.ttl > self.redlock_max_ttl && self.shards.iter().any(is_redlock) {
+        let endpoints: Vec<Endpoint> = self
+            .shards
+            .iter()
+            .filter_map(|shard| Endpoint::parse(&shard.url).ok())
+            .collect();
+        let is_redlock = |endpoint: &Endpoint| matches!(endpoint.kind(), EndpointKind::Redlock { .. });
+        let has_redlock = endpoints.iter().any(is_redlock);
+        if self.ttl > self.redlock_max_ttl && has_redlock {
             let bound = format!("at least the ttl ({:?}) where a shard is redlock://", self.ttl);
             return Err(Invalid::new(
                 "redlock_max_ttl",
                 format!("{:?}", self.redlock_max_ttl),
                 bound,
             ));
+        }
+        if endpoints.is_empty() {
+            return Ok(());
+        }
+        // What no shard reads promises something that is not kept.
+        let replicates = |endpoint: &Endpoint| {
+            use EndpointKind::{Cluster, Redis, Sentinel};
+            matches!(endpoint.kind(), Redis(_) | Sentinel { .. } | Cluster { .. })
+        };
+        if self.min_replicas_acked > 0 && !endpoints.iter().any(replicates) {
+            return Err(Invalid::new(
+                "min_replicas_acked",
+                self.min_replicas_acked.to_string(),
+                "0 where no shard is redis://, redis+sentinel:// or redis+cluster://, the kinds with replicas",
+            ));
+        }
+        for (name, file) in [
+            ("tls_ca", &self.tls_ca),
+            ("tls_cert", &self.tls_cert),
+            ("tls_key", &self.tls_key),
+        ] {
+            if let Some(file) = file
+                && !endpoints.iter().any(Endpoint::is_encrypted)
+            {
+                return Err(Invalid::new(
+                    name,
+                    file.display().to_string(),
+                    "none where no shard's URL is one with TLS (rediss:// and its like)",
+                ));
+            }
         }
         Ok(())
     }
@@ -353,7 +387,7 @@ mod tests {
 
     fn one_shard() -> Config {
         let mut config = Config::default();
-        config.set("shards", "memory://").unwrap();
+        config.set("shards", "redis://a").unwrap();
         config
     }
 
@@ -485,6 +519,27 @@ mod tests {
             message(|config| config.namespace = "a{b".into()),
             "namespace is \"a{b\", but must be 1 to 64 bytes of printable ASCII without spaces, braces and %"
         );
+    }
+
+    #[test]
+    fn setting_that_no_shard_reads_is_refused() {
+        let refusal = |shards: &str, name: &str, value: &str| {
+            let mut config = Config::default();
+            config.set("shards", shards).unwrap();
+            config.set(name, value).unwrap();
+            config.validate().map_err(|error| error.to_string())
+        };
+        assert_eq!(
+            refusal("redis://a memory://", "tls_ca", "/a/ca.pem").unwrap_err(),
+            "tls_ca is /a/ca.pem, but must be none where no shard's URL is one with TLS (rediss:// and its like)"
+        );
+        assert_eq!(
+            refusal("memory://", "min_replicas_acked", "1").unwrap_err(),
+            "min_replicas_acked is 1, but must be 0 where no shard is redis://, redis+sentinel:// or redis+cluster://, the kinds with replicas"
+        );
+        assert_eq!(refusal("memory:// redis://a", "min_replicas_acked", "1"), Ok(()));
+        #[cfg(feature = "tls")]
+        assert_eq!(refusal("redis://a rediss://b", "tls_ca", "/a/ca.pem"), Ok(()));
     }
 
     #[test]

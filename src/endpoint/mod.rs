@@ -197,6 +197,14 @@ impl Endpoint {
         }
     }
 
+    /// Whether connections to its servers are encrypted.
+    pub(crate) fn is_encrypted(&self) -> bool {
+        matches!(
+            self.scheme(),
+            "rediss" | "rediss+sentinel" | "rediss+cluster" | "redlocks" | "etcds"
+        )
+    }
+
     pub(crate) fn kind(&self) -> &EndpointKind {
         &self.kind
     }
@@ -342,6 +350,20 @@ mod tests {
             ("redis+cluster://a,,b", "a host that is not empty"),
             ("redis+cluster://a,a:6379", "a:6379 stands there twice"),
             ("redlock://a,b", "with 3 to 15 hosts, not 2"),
+            ("redis+cluster://a,b/1", "without a database: a cluster has only 0"),
+            ("redis+cluster://a/0/x", "without a database: a cluster has only 0"),
+            (
+                "redis+sentinel://a/m?sentinel_password=s3cret&sentinel_password=x",
+                "with sentinel_password once",
+            ),
+            ("redis+sentinel://a/m/1/2", "a database from 0"),
+            ("redis://a//1", "a database from 0"),
+            ("redis://a/1/2", "a database from 0"),
+            ("redis://@a", "with a password before the @, or without an @"),
+            ("redis://:@a", "with a password before the @, or without an @"),
+            ("redlock://:@a,b,c", "with a password before the @, or without an @"),
+            ("redis://a?", "without a ? or # part"),
+            ("redis://a#b", "without a ? or # part"),
         ] {
             let message = refusal(text);
             assert!(message.contains(bound) && !message.contains("s3cret"), "{message}");
@@ -367,6 +389,21 @@ mod tests {
             assert_eq!(url(etcd.server_at("c:2")), "etcd://u:s3%40@c:2");
         }
         assert_eq!(format!("{:?}", single.servers()), "[ServerUrl(\"a:6379\")]");
+    }
+
+    #[cfg(feature = "etcd")]
+    #[test]
+    fn url_of_etcd_with_parts_that_nothing_reads_is_refused() {
+        for (text, bound) in [
+            ("etcd://a/1", "without a path"),
+            ("etcd://a,b/lock", "without a path"),
+            ("etcd://a?b=c", "without a ? or # part"),
+            ("etcd://:@a", "with a password before the @, or without an @"),
+        ] {
+            let message = refusal(text);
+            assert!(message.contains(bound), "{message}");
+        }
+        assert_eq!(parsed("etcd://a/").to_string(), "etcd://a:2379");
     }
 
     #[test]

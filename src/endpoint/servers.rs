@@ -154,14 +154,24 @@ impl Access {
     }
 }
 
+/// What the path of a URL may be.
+#[derive(Clone, Copy, PartialEq, Eq)]
+enum PathRule {
+    Database,
+    /// A cluster has no other database than 0, which may be named.
+    DatabaseZero,
+    /// The name of a primary comes first; whoever reads that checks it.
+    Name,
+    Nothing,
+}
+
 /// What a kind of URL looks like.
 pub(super) struct Rules {
     /// For errors.
     form: &'static str,
     port: u16,
     hosts: (usize, usize),
-    /// Whether the path is a database.
-    has_database: bool,
+    path: PathRule,
     /// What may stand in the query.
     query: &'static [&'static str],
 }
@@ -171,35 +181,35 @@ impl Rules {
         form: "redis://[user:password@]host[:port][/database]",
         port: REDIS_PORT,
         hosts: (1, 1),
-        has_database: true,
+        path: PathRule::Database,
         query: &[],
     };
     pub(super) const SENTINEL: Self = Self {
         form: "redis+sentinel://[user:password@]host[:port],.../name[/database]",
         port: SENTINEL_PORT,
         hosts: (1, HOSTS_MAX),
-        has_database: false,
+        path: PathRule::Name,
         query: &["sentinel_user", "sentinel_password"],
     };
     pub(super) const CLUSTER: Self = Self {
         form: "redis+cluster://[user:password@]host[:port],...",
         port: REDIS_PORT,
         hosts: (1, HOSTS_MAX),
-        has_database: false,
+        path: PathRule::DatabaseZero,
         query: &[],
     };
     pub(super) const REDLOCK: Self = Self {
         form: "redlock://[user:password@]host[:port],...[/database]",
         port: REDIS_PORT,
         hosts: REDLOCK_NODES,
-        has_database: true,
+        path: PathRule::Database,
         query: &[],
     };
     pub(super) const ETCD: Self = Self {
         form: "etcd://[user:password@]host[:port],...",
         port: ETCD_PORT,
         hosts: (1, HOSTS_MAX),
-        has_database: false,
+        path: PathRule::Nothing,
         query: &[],
     };
 }
@@ -232,6 +242,10 @@ impl Parts {
         }
         let (login, rest) = after_login.unwrap_or(("", rest));
         let (user, password) = login.split_once(':').unwrap_or((login, ""));
+        if after_login.is_some() && user.is_empty() && password.is_empty() {
+            // A password that was forgotten, or a variable that was not set.
+            return Err(format!("{form} with a password before the @, or without an @"));
+        }
         if password.is_empty() && !user.is_empty() {
             // The server would never be told the user, and what stands there is often meant as the password.
             return Err(format!(
@@ -243,9 +257,13 @@ impl Parts {
             Some((rest, query)) => (rest, parse_query(text, query, rules)?),
         };
         let (hosts, path) = rest.split_once('/').unwrap_or((rest, ""));
-        let database = match rules.has_database {
-            true => parse_database(path).ok_or_else(|| format!("{form} with a database from 0 to {DATABASE_MAX}"))?,
-            false => 0,
+        let database = match (rules.path, path) {
+            (PathRule::Database, path) => {
+                parse_database(path).ok_or_else(|| format!("{form} with a database from 0 to {DATABASE_MAX}"))?
+            }
+            (PathRule::DatabaseZero, "" | "0") | (PathRule::Nothing, "") | (PathRule::Name, _) => 0,
+            (PathRule::DatabaseZero, _) => return Err(format!("{form} without a database: a cluster has only 0")),
+            (PathRule::Nothing, _) => return Err(format!("{form} without a path")),
         };
         let mut places = Vec::new();
         for host in hosts.split(',') {
@@ -421,7 +439,13 @@ fn parse_query(text: &str, query: &str, rules: &Rules) -> Result<Vec<(String, St
         let (name, value) = pair.split_once('=')?;
         (rules.query.contains(&name) && !value.is_empty()).then(|| (name.to_owned(), value.to_owned()))
     });
-    pairs.collect::<Option<_>>().ok_or_else(unexpected)
+    let pairs: Vec<(String, String)> = pairs.collect::<Option<_>>().ok_or_else(unexpected)?;
+    for (index, (name, _)) in pairs.iter().enumerate() {
+        if pairs[..index].iter().any(|(earlier, _)| earlier == name) {
+            return Err(format!("with {name} once"));
+        }
+    }
+    Ok(pairs)
 }
 
 fn bound_of(error: url::ParseError, form: &str) -> String {
@@ -435,12 +459,11 @@ fn bound_of(error: url::ParseError, form: &str) -> String {
 }
 
 pub(super) fn parse_database(path: &str) -> Option<u32> {
-    let number = path.strip_prefix('/').unwrap_or(path);
-    if number.is_empty() {
+    if path.is_empty() {
         return Some(0);
     }
     // A plain parse would let "+1" pass.
-    let digits = number.bytes().all(|byte| byte.is_ascii_digit());
-    let database = number.parse().ok().filter(|_| digits)?;
+    let digits = path.bytes().all(|byte| byte.is_ascii_digit());
+    let database = path.parse().ok().filter(|_| digits)?;
     (database <= DATABASE_MAX).then_some(database)
 }

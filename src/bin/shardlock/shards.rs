@@ -37,12 +37,21 @@ impl Options {
             None => Config::default(),
         };
         config.apply_env().map_err(Failure::config)?;
-        for setting in &self.settings {
+        for (index, setting) in self.settings.iter().enumerate() {
             let (name, value) = setting.split_once('=').ok_or_else(|| {
                 Failure::usage(anyhow!(
                     "--set is {setting:?}, but must be SETTING=VALUE, such as store_timeout=5s"
                 ))
             })?;
+            let is_again = |earlier: &String| earlier.split_once('=').is_some_and(|(earlier, _)| earlier == name);
+            if self.settings[..index].iter().any(is_again) {
+                return Err(Failure::usage(anyhow!("--set names {name:?} twice")));
+            }
+            if name == "shards" && !self.shards.is_empty() {
+                return Err(Failure::usage(anyhow!(
+                    "the shards are given by --shard and by --set shards; use one of them"
+                )));
+            }
             config.set(name, value)?;
         }
         if !self.shards.is_empty() {

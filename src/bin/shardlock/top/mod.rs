@@ -62,9 +62,9 @@ pub(crate) struct Args {
     #[arg(long = "key", value_name = "KEY", value_parser = parse_key)]
     keys: Vec<LockKey>,
 
-    /// At the shards: of how many of a server's keys a search looks at the names, by SCAN; 0 for none
-    #[arg(long, value_name = "COUNT", default_value_t = 10_000, value_parser = clap::value_parser!(u64).range(..=10_000_000))]
-    scan: u64,
+    /// At the shards: of how many of a server's keys a search looks at the names, by SCAN; 0 for none [default: 10000]
+    #[arg(long, value_name = "COUNT", value_parser = clap::value_parser!(u64).range(..=10_000_000))]
+    scan: Option<u64>,
 
     #[command(flatten)]
     shards: shards::Options,
@@ -103,6 +103,9 @@ fn parse_key(text: &str) -> Result<LockKey, shardlock::Invalid> {
     LockKey::new(text)
 }
 
+/// Of how many keys of a server a search looks at the names unless it is told otherwise.
+const SCAN_DEFAULT: u64 = 10_000;
+
 /// How many endpoints are asked at most.
 const ENDPOINTS_MAX: usize = 256;
 
@@ -129,7 +132,7 @@ impl Args {
             if !config.shards.is_empty() {
                 let wanted = Wanted {
                     named: self.keys.clone(),
-                    budget: self.scan,
+                    budget: self.scan.unwrap_or(SCAN_DEFAULT),
                 };
                 let shards = Shards::connect(config, wanted).await?;
                 return Ok(vec![Source::Shards(Box::new(shards))]);
@@ -145,6 +148,11 @@ impl Args {
         if !self.keys.is_empty() {
             return Err(Failure::usage(anyhow!(
                 "--key is for looking at shards; at an endpoint, filter with / or leave it out"
+            )));
+        }
+        if self.scan.is_some() {
+            return Err(Failure::usage(anyhow!(
+                "--scan is for looking at shards; at an endpoint, leave it out"
             )));
         }
         Ok(addresses

@@ -58,7 +58,12 @@ impl FromStr for Address {
             return Err("an admin endpoint speaks plain HTTP; give HOST:PORT".to_owned());
         }
         let place = text.strip_prefix("http://").unwrap_or(text);
-        let place = place.split_once('/').map_or(place, |(place, _)| place);
+        let (place, path) = place.split_once('/').unwrap_or((place, ""));
+        if !["", "metrics"].contains(&path) {
+            return Err(format!(
+                "{text:?} has a path, but the pages of an admin endpoint are known; give HOST:PORT"
+            ));
+        }
         let usual = Self::usual();
         if let Ok(port) = place.strip_prefix(':').unwrap_or(place).parse() {
             return Ok(Self { port, ..usual });
