@@ -101,10 +101,12 @@ pub enum LockError {
         reason: Arc<str>,
     },
 
-    /// The shard was set up by a manager with another shard map. With two maps the same key would be locked in two places.
+    /// The shard was set up by a manager with another shard map. With two maps the same key would be locked in two places. The names of shards
+    /// do not count, only which slots each has ([`ShardMap::agree`](crate::ShardMap::agree)).
     #[error(
-        "shard {shard} is in use with another shard map: the server has `{theirs}`, this manager has `{ours}`; give every \
-         manager the same shards in the same order, or, once no manager with the old map runs, delete the key {map_key:?} there"
+        "shard {shard} is in use with another shard map: the server has `{theirs}` under the key {map_key:?}, this manager has `{ours}`; give \
+         every manager the same shards in the same order, or, if the change is meant, stop all managers and replace the map with \
+         `shardlock map set` (`shardlock map show` has the maps of all shards)"
     )]
     ShardMapMismatch {
         /// The name of the shard, as this manager calls it.
@@ -192,11 +194,14 @@ pub enum LossReason {
     MaxHold,
     /// The manager was shut down.
     Closed,
+    /// The shard has another shard map by now ([`LockError::ShardMapMismatch`]): managers with that map lock the key elsewhere. All locks on
+    /// the shard are lost together.
+    ShardMap,
 }
 
 impl LossReason {
     /// All reasons, in a fixed order.
-    pub const ALL: [Self; 4] = [Self::Expired, Self::Taken, Self::MaxHold, Self::Closed];
+    pub const ALL: [Self; 5] = [Self::Expired, Self::Taken, Self::MaxHold, Self::Closed, Self::ShardMap];
 
     /// The word for it that metrics and scripts see.
     #[must_use]
@@ -206,6 +211,7 @@ impl LossReason {
             Self::Taken => "taken",
             Self::MaxHold => "max_hold",
             Self::Closed => "closed",
+            Self::ShardMap => "shard_map",
         }
     }
 }
@@ -217,6 +223,7 @@ impl fmt::Display for LossReason {
             Self::Taken => "its lease was deleted or taken on the server",
             Self::MaxHold => "it was held for longer than max_hold",
             Self::Closed => "the lock manager was shut down",
+            Self::ShardMap => "its shard has another shard map by now; `shardlock map show` has both",
         })
     }
 }

@@ -19,7 +19,7 @@ use crate::protocol::Cycles;
 use crate::queue::{Linger, Rules};
 use crate::request::{LockRequest, TryLockRequest};
 use crate::router::ShardMap;
-use crate::shard::{Background, Job, Limits, Load, Parts, Shard, Unheard};
+use crate::shard::{Background, Job, Limits, Load, Maps, Parts, Shard, Unheard};
 use crate::store::{self, Inspection, LeaseStore, StoreError, StoreOptions, TlsFiles};
 use crate::telemetry::{self, ClassMetrics, Classes, ManagerMetrics, ShardMetrics};
 use crate::view::{self, HeldLock, HotKey, ShardState};
@@ -116,6 +116,9 @@ impl LockManager {
             waiters: config.max_waiters,
             keys: config.max_keys,
         };
+        let stores = opened.iter().zip(&config.shards);
+        let stores = stores.map(|(opened, shard)| (shard.name.as_str().into(), Arc::clone(&opened.store)));
+        let maps = Arc::new(Maps::new(stores.collect(), config.store_timeout));
         let shards: Vec<Arc<Shard>> = opened
             .into_iter()
             .zip(&config.shards)
@@ -127,6 +130,7 @@ impl LockManager {
                     name: shard.name.as_str().into(),
                     kind,
                     store,
+                    maps: Arc::clone(&maps),
                     id: id.clone(),
                     rules: rules.clone(),
                     cycles: Arc::clone(&cycles),

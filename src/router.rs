@@ -2,6 +2,7 @@
 
 use std::fmt;
 use std::ops::RangeInclusive;
+use std::time::Duration;
 
 use crate::key::{SLOTS, Slot};
 
@@ -58,6 +59,56 @@ impl ShardMap {
     pub(crate) fn fingerprint(&self, index: usize) -> String {
         format!("v{LAYOUT_VERSION} {self} here={}", self.names[index])
     }
+
+    /// The fingerprint of one node of a quorum, which also says which node it is and what all managers must agree on besides.
+    pub(crate) fn of_node(fingerprint: &str, number: usize, count: usize, longest_ttl: Duration) -> String {
+        format!("{fingerprint}; node {number} of {count}; redlock_max_ttl {longest_ttl:?}")
+    }
+
+    /// Whether two stored fingerprints ([`Config::fingerprints`](crate::Config::fingerprints)) lead every key to the same place: the version of
+    /// the layout, the slots of each shard, and which of the shards it is that stores them. The names of shards are for people and do not
+    /// count.
+    #[must_use]
+    pub fn agree(one: &str, other: &str) -> bool {
+        let parse = |text| Fingerprint::parse(text);
+        one == other || parse(one).is_some_and(|one| Some(one) == parse(other))
+    }
+}
+
+/// The parts of a stored fingerprint that decide where a key lives.
+#[derive(Debug, PartialEq, Eq)]
+struct Fingerprint<'a> {
+    version: &'a str,
+    /// The slots of each shard, as they are written.
+    slots: Vec<&'a str>,
+    here: usize,
+    /// What follows, such as which node of a quorum it is.
+    rest: &'a str,
+}
+
+impl<'a> Fingerprint<'a> {
+    /// Reads `v1 a:0-8191,b:8192-16383 here=b; more`. `None` for anything else.
+    fn parse(text: &'a str) -> Option<Self> {
+        let (version, rest) = text.split_once(' ')?;
+        let (map, rest) = rest.split_once(" here=")?;
+        let (here, rest) = rest.split_once(';').unwrap_or((rest, ""));
+        let shards: Vec<_> = map
+            .split(',')
+            .map(|shard| shard.rsplit_once(':'))
+            .collect::<Option<_>>()?;
+        let mut named = shards.iter().enumerate().filter(|(_, (name, _))| *name == here);
+        let (here, _) = named.next()?;
+        // A name that two shards have names neither.
+        if named.next().is_some() {
+            return None;
+        }
+        Some(Self {
+            version,
+            slots: shards.into_iter().map(|(_, slots)| slots).collect(),
+            here,
+            rest,
+        })
+    }
 }
 
 /// The place of a slot's shard among so many.
@@ -95,6 +146,36 @@ mod tests {
             map(3).fingerprint(1),
             "v1 shard-0:0-5461,shard-1:5462-10922,shard-2:10923-16383 here=shard-1"
         );
+    }
+
+    #[test]
+    fn fingerprints_agree_whatever_the_shards_are_called() {
+        const OURS: &str = "v1 a:0-8191,b:8192-16383 here=b";
+        for same in [
+            "v1 x:0-8191,y:8192-16383 here=y",
+            "v1 b:0-8191,a:8192-16383 here=a",
+            OURS,
+        ] {
+            assert!(ShardMap::agree(OURS, same), "{same}");
+        }
+        for other in [
+            "v2 a:0-8191,b:8192-16383 here=b",
+            "v1 a:0-8191,b:8192-16383 here=a",
+            "v1 a:0-8192,b:8193-16383 here=b",
+            "v1 b:0-16383 here=b",
+            "v1 b:0-8191,b:8192-16383 here=b",
+            "v1 a:0-8191,b:8192-16383 here=b; node 1 of 3",
+            "v1 a:0-8191,b:8192-16383",
+            "v1 a:0-8191,b:8192-16383 here=",
+            "",
+        ] {
+            assert!(!ShardMap::agree(OURS, other), "{other}");
+            assert!(!ShardMap::agree(other, OURS), "{other}");
+        }
+        let node = |name: &str, number: u8| format!("v1 {name}:0-16383 here={name}; node {number} of 3");
+        assert!(ShardMap::agree(&node("a", 1), &node("b", 1)));
+        assert!(!ShardMap::agree(&node("a", 1), &node("a", 2)));
+        assert!(ShardMap::agree("of another program", "of another program"));
     }
 
     proptest! {

@@ -95,6 +95,11 @@ async fn renew(shard: Arc<Shard>, due: Vec<(Arc<Entry>, Renewal)>) {
         .metrics
         .request(RequestKind::Renew, Moment::now().since(sent_at), replies.is_ok());
     shard.note_reach(&replies);
+    if shard.note_map(&replies) {
+        // Also what was acquired since that was first noticed.
+        shard.disown();
+        return;
+    }
     let replies = match replies {
         Ok(replies) => replies,
         Err(error) => {

@@ -6,12 +6,13 @@
 mod support;
 mod support_locks;
 
+use std::future::IntoFuture;
 use std::time::{Duration, Instant};
 
 use redis::Value;
-use shardlock::{LockError, LockManager, ShardConfig};
+use shardlock::{Builder, LockError, LockManager, LossReason, ShardConfig};
 use support::RedisServer;
-use support_locks::{Servers, TestStore, lock, on_each_store, soon, until_queued};
+use support_locks::{Servers, TestStore, lock, on_each_store, soon, until, until_queued};
 
 /// How other libraries give a lock back: only if the value is theirs.
 const RELEASE_IF_OURS: &str =
@@ -165,6 +166,11 @@ fn assert_is_told(error: &LockError) {
     assert!(!error.is_retryable());
 }
 
+/// The first lock of a manager stores its shard map.
+async fn lock_once(locks: &LockManager) {
+    lock(locks, "once").await.release().await.expect("release");
+}
+
 fn map_key(server: &RedisServer) -> String {
     server.query(&["GET", "lock:%map"])
 }
@@ -172,7 +178,7 @@ fn map_key(server: &RedisServer) -> String {
 #[tokio::test]
 async fn a_server_with_another_version_is_refused() {
     let server = RedisServer::start();
-    connect(&server).await;
+    lock_once(&connect(&server).await).await;
     let ours = map_key(&server);
     assert!(ours.starts_with("v1 "), "{ours}");
     let theirs = ours.replacen("v1 ", "v2 ", 1);
@@ -197,6 +203,7 @@ async fn managers_with_different_shards_are_refused_with_both_maps_in_the_messag
     };
     let both = shards(&[("a", &first), ("b", &second)]);
     let locks = both.clone().connect().await.expect("connect");
+    lock_once(&locks).await;
     let maps = [map_key(&first), map_key(&second)];
     assert!(maps[0].contains("a:0-8191,b:8192-16383"), "{maps:?}");
     assert_ne!(maps[0], maps[1]);
@@ -213,12 +220,6 @@ async fn managers_with_different_shards_are_refused_with_both_maps_in_the_messag
         .await
         .expect_err("swapped addresses");
     assert_differs(&error, "here=", "v1 a:0-8191,b:8192-16383");
-    let error = shards(&[("x", &first), ("b", &second)])
-        .connect()
-        .await
-        .expect_err("another name");
-    assert_differs(&error, "v1 x:0-8191", "v1 a:0-8191");
-
     assert_eq!([map_key(&first), map_key(&second)], maps, "nothing was overwritten");
     let same = both.connect().await.expect("the same map");
     let guard = lock(&locks, "k").await;
@@ -228,10 +229,135 @@ async fn managers_with_different_shards_are_refused_with_both_maps_in_the_messag
 
 #[tokio::test]
 async fn a_memory_with_other_shards_is_refused_too() {
-    let _first = LockManager::connect("memory://others-map").await.expect("connect");
-    let builder = LockManager::builder().named_shard("other", "memory://others-map");
-    let error = builder.connect().await.expect_err("another name");
-    assert_differs(&error, "v1 other:0-16383", "v1 shard-0:0-16383");
+    let first = LockManager::connect("memory://others-map").await.expect("connect");
+    lock_once(&first).await;
+    let builder = LockManager::builder()
+        .shard("memory://others-map")
+        .shard("memory://others-map-2");
+    let error = builder.connect().await.expect_err("another map");
+    assert_differs(&error, "v1 shard-0:0-8191,shard-1:8192-16383", "v1 shard-0:0-16383");
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn shards_with_other_names_and_the_same_slots_are_accepted() {
+    let (first, second) = (RedisServer::start(), RedisServer::start());
+    let named = |one: &str, other: &str| {
+        LockManager::builder()
+            .named_shard(one, first.url())
+            .named_shard(other, second.url())
+    };
+    let locks = named("a", "b").connect().await.expect("connect");
+    lock_once(&locks).await;
+    let maps = [map_key(&first), map_key(&second)];
+    for (one, other) in [("x", "y"), ("b", "a"), ("a", "b")] {
+        let renamed = named(one, other).connect().await.expect("the same slots");
+        let guard = lock(&locks, "k").await;
+        assert!(renamed.try_lock("k").await.expect("try").is_none());
+        guard.release().await.expect("release");
+        lock_once(&renamed).await;
+    }
+    assert_eq!([map_key(&first), map_key(&second)], maps, "nothing was overwritten");
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn refused_start_stores_no_map_where_there_was_none() {
+    let (used, fresh) = (RedisServer::start(), RedisServer::start());
+    lock_once(&connect(&used).await).await;
+    for _ in 0..20 {
+        let both = LockManager::builder().shard(fresh.url()).shard(used.url());
+        let error = both.connect().await.expect_err("the other one has another map");
+        assert!(matches!(error, LockError::ShardMapMismatch { .. }), "{error}");
+        assert!(error.to_string().contains("shardlock map set"), "{error}");
+        assert_eq!(fresh.keys(), [""; 0]);
+    }
+}
+
+/// Both read two servers without a map, and then store different ones in different orders.
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn one_of_two_maps_that_are_stored_at_once_wins_everywhere_or_neither_lasts() {
+    let (first, second) = (RedisServer::start(), RedisServer::start());
+    let shards = [[&first, &second], [&second, &first]];
+    for round in 0..20 {
+        let builders = shards.map(|shards| {
+            let builder = LockManager::builder().namespace(format!("race-{round}:"));
+            shards
+                .iter()
+                .fold(builder, |builder, server| builder.shard(server.url()))
+        });
+        let [one, other] = builders.clone().map(Builder::connect);
+        let (one, other) = (one.await.expect("no map yet"), other.await.expect("no map yet"));
+        let (one, other) = tokio::join!(one.try_lock("k"), other.try_lock("k"));
+        let winners = [&one, &other].into_iter().filter(|locked| locked.is_ok()).count();
+        assert!(winners <= 1, "{one:?} {other:?}");
+        for error in [one.err(), other.err()].into_iter().flatten() {
+            assert!(matches!(error, LockError::ShardMapMismatch { .. }), "{error}");
+        }
+        if winners == 0 {
+            // Nobody has a map, so either may store its own once the reservations are over.
+            until("a start with no other beside it", async || {
+                let Ok(locks) = builders[0].clone().connect().await else {
+                    return false;
+                };
+                locks.try_lock("k").await.is_ok()
+            })
+            .await;
+        }
+    }
+}
+
+on_each_store! {
+    async fn manager_that_only_looks_stores_no_map(store: &TestStore) {
+        let locks = store.manager().await;
+        assert_eq!(locks.inspect("k").await.expect("inspect").holder, None);
+        locks.shutdown().await;
+        assert!(store.servers().maps(store.namespace()).is_empty());
+    }
+}
+
+on_each_store! { on(servers);
+    async fn another_map_ends_all_locks_of_the_shard_at_once(store: &TestStore) {
+        let (locks, servers) = (store.manager().await, store.servers());
+        let (one, other) = (lock(&locks, "one").await, lock(&locks, "other").await);
+        let idle = store.manager().await;
+        lock_once(&idle).await;
+        let waiting = tokio::spawn(locks.lock("one").into_future());
+        until("a waiter", async || locks.shards()[0].waiters == 1).await;
+        servers.set_map(store.namespace(), Some("v1 a:0-8191,b:8192-16383 here=b"));
+        for guard in [one, other] {
+            let reason = soon("the loss", guard.lost()).await;
+            assert_eq!(reason, LossReason::ShardMap);
+            assert!(!guard.is_valid());
+            let error = guard.release().await.expect_err("it was lost");
+            assert!(matches!(error, LockError::Lost { reason: LossReason::ShardMap, .. }), "{error}");
+        }
+        let error = soon("the waiter", waiting).await.expect("a task").expect_err("another map");
+        assert_differs(&error, "0-16383", "v1 a:0-8191,b:8192-16383 here=b");
+        for locks in [&locks, &idle] {
+            until("the other map to be seen", async || locks.try_lock("two").await.is_err()).await;
+            let error = locks.lock("three").await.expect_err("another map");
+            assert_differs(&error, "0-16383", "v1 a:0-8191,b:8192-16383 here=b");
+        }
+        // A manager comes back once the map does.
+        servers.set_map(store.namespace(), None);
+        lock_once(&store.manager().await).await;
+        lock_once(&locks).await;
+    }
+
+    async fn map_that_was_deleted_beside_held_locks_is_stored_again(store: &TestStore) {
+        let (locks, servers) = (store.manager().await, store.servers());
+        let guard = lock(&locks, "k").await;
+        let mut maps = servers.maps(store.namespace());
+        assert!(!maps.is_empty());
+        maps.sort();
+        servers.set_map(store.namespace(), None);
+        until("the map to be back", async || {
+            let mut now = servers.maps(store.namespace());
+            now.sort();
+            now == maps
+        })
+        .await;
+        guard.release().await.expect("it was held all the time");
+    }
 }
 
 #[track_caller]

@@ -291,11 +291,30 @@ impl Config {
     }
 
     /// What each shard must have stored under [`map_key`](Self::map_key), in the order of the shards: the version of the layout and the whole
-    /// map. A manager writes it where there is nothing yet, and is refused where something else is. Nothing is sent.
+    /// map. The first lock of a manager writes it where there is nothing yet; a manager is refused where one is that does not
+    /// [agree](ShardMap::agree). Nothing is sent.
     #[must_use]
     pub fn fingerprints(&self) -> Vec<String> {
         let map = self.shard_map();
         (0..map.len()).map(|index| map.fingerprint(index)).collect()
+    }
+
+    /// The same for each server of one shard that stores it: one in all, or one for each node of a quorum in the order of its URL. Nothing for a shard
+    /// that there is not.
+    #[must_use]
+    pub fn fingerprints_at(&self, shard: usize) -> Vec<String> {
+        let Some(of_shard) = self.shards.get(shard) else {
+            return Vec::new();
+        };
+        let fingerprint = self.shard_map().fingerprint(shard);
+        match Endpoint::parse(&of_shard.url) {
+            Ok(endpoint) if matches!(endpoint.kind(), EndpointKind::Redlock { .. }) => {
+                let count = endpoint.servers().len();
+                let of_node = |number| ShardMap::of_node(&fingerprint, number, count, self.redlock_max_ttl);
+                (1..=count).map(of_node).collect()
+            }
+            _ => vec![fingerprint],
+        }
     }
 
     /// The name of the Redis key under which the shard map's fingerprint is stored.

@@ -292,6 +292,18 @@ impl<W> Queue<W> {
         self.ask(cx, effects);
     }
 
+    /// The shard belongs to managers with another shard map by now: a lease there excludes none of them, nor does a grant from those that
+    /// have not noticed yet.
+    pub(crate) fn disown(&mut self, cx: Context<'_>) -> Effects<W> {
+        let mut effects = Effects::none();
+        match &self.phase {
+            Phase::Held(_) => self.lose(LossReason::ShardMap, cx, &mut effects),
+            Phase::Queued(_) => self.ask_again(&mut effects),
+            Phase::Idle | Phase::Asking(_) | Phase::Releasing { .. } => {}
+        }
+        effects
+    }
+
     /// Says how many guards the lease has served, which ends now, if there is one.
     pub(super) const fn end_tenure(&self, effects: &mut Effects<W>) {
         if let Phase::Held(held) = &self.phase {

@@ -47,6 +47,10 @@ pub(super) async fn abandon(shard: Arc<Shard>, key: LockKey, cycle: Cycle) {
             Ok(Err(error)) => error,
             Err(_) => shard.no_answer(),
         };
+        if matches!(error, StoreError::MapMismatch { .. }) {
+            // Nobody of that map asks for the lease here, and this manager holds nothing there any more: it runs out.
+            return;
+        }
         let is_refused = !matches!(error, StoreError::Unavailable(_));
         let waited = Moment::now().since(started);
         let patience = match (shard.load.ending.load(Ordering::SeqCst), is_refused) {

@@ -52,7 +52,7 @@ impl Entry {
                     Ask::Join => RequestKind::Acquire,
                     Ask::Try => RequestKind::Try,
                 };
-                let (answer, now) = self.send(cycle, kind, self.shard.store.acquire(acquire)).await;
+                let (answer, now) = self.send(cycle, kind, self.shard.acquire(acquire)).await;
                 let ((), next) = self.at(now, |queue, cx| match answer {
                     Ok(answer) => ((), queue.replied(cycle, answer, cx)),
                     Err(error) => ((), queue.failed(cycle, &error, cx)),
@@ -117,6 +117,7 @@ impl Entry {
         let now = Moment::now();
         shard.metrics.request(kind, now.since(started), reply.is_ok());
         shard.note_reach(&reply);
+        shard.note_map(&reply);
         let answer = reply.map_err(|error| shard.error(error, kind.step(), Some(&self.key), started));
         (answer, now)
     }

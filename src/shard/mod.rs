@@ -14,6 +14,7 @@ mod background;
 mod drive;
 mod entry;
 mod inbox;
+mod map;
 pub(crate) mod pulse;
 mod rivals;
 mod room;
@@ -35,6 +36,7 @@ pub(crate) use background::Background;
 pub(crate) use drive::Driven;
 pub(crate) use entry::{Asked, Entry, Settled, Wanted};
 pub(crate) use inbox::Unheard;
+pub(crate) use map::Maps;
 
 use crate::clock::Moment;
 use crate::error::LockError;
@@ -56,6 +58,7 @@ pub(crate) struct Shard {
     /// The scheme of its URL.
     pub(crate) kind: Arc<str>,
     pub(crate) store: Arc<dyn LeaseStore>,
+    pub(crate) maps: Arc<Maps>,
     pub(crate) id: ManagerId,
     pub(crate) rules: Rules,
     pub(crate) cycles: Arc<Cycles>,
@@ -75,6 +78,8 @@ pub(crate) struct Shard {
     pub(crate) hot: Arc<HotKeys>,
     pub(crate) notices: Arc<Notices>,
     table: Table,
+    /// Whether it was found to have another shard map.
+    has_other_map: AtomicBool,
     rivals: Rivals,
     pub(crate) watch: Watch,
     jobs: mpsc::UnboundedSender<Job>,
@@ -159,6 +164,7 @@ pub(crate) struct Parts {
     pub(crate) name: Arc<str>,
     pub(crate) kind: Arc<str>,
     pub(crate) store: Arc<dyn LeaseStore>,
+    pub(crate) maps: Arc<Maps>,
     pub(crate) id: ManagerId,
     pub(crate) rules: Rules,
     pub(crate) cycles: Arc<Cycles>,
@@ -185,6 +191,7 @@ impl Shard {
             name,
             kind,
             store,
+            maps,
             id,
             rules,
             cycles,
@@ -203,6 +210,7 @@ impl Shard {
             name,
             kind,
             store,
+            maps,
             id,
             rules,
             cycles,
@@ -217,6 +225,7 @@ impl Shard {
             hot,
             notices,
             table: Table::default(),
+            has_other_map: AtomicBool::new(false),
             rivals: Rivals::default(),
             watch: Watch::default(),
             jobs,

@@ -28,6 +28,7 @@ pub(super) async fn watch(shard: Arc<Shard>) {
             times: Vec::new(),
         });
         shard.note_reach(&look.reached);
+        shard.note_map(&look.reached);
         if let Err(error) = &look.reached {
             tracing::debug!(shard = %shard.name, ?error, "the shard could not be looked at");
         }

@@ -108,10 +108,12 @@ impl LeaseStore for BadStore {
 fn bad_shard(store: BadStore) -> (Arc<Shard>, mpsc::UnboundedReceiver<Job>) {
     let (jobs, receiver) = mpsc::unbounded_channel();
     let manager = Arc::new(ManagerMetrics::new(Classes::new("default", 1)));
+    let store: Arc<dyn LeaseStore> = Arc::new(store);
     let shard = Shard::new(Parts {
         name: "bad".into(),
         kind: "bad".into(),
-        store: Arc::new(store),
+        store: Arc::clone(&store),
+        maps: Arc::new(Maps::new(vec![("bad".into(), store)], Duration::from_secs(1))),
         id: ManagerId::new(),
         rules: Rules {
             max_burst: 1,

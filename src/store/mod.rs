@@ -4,6 +4,7 @@
 mod conformance;
 #[cfg(feature = "etcd")]
 mod etcd;
+pub(crate) mod map;
 pub(crate) mod memory;
 pub(crate) mod quorum;
 pub(crate) mod redis;
@@ -31,6 +32,7 @@ use crate::identity::ManagerId;
 use crate::key::{LockKey, Slot};
 use crate::protocol::{Acquire, AcquireReply, Answer, Push, Release, ReleaseReply, RenewReply, Renewal};
 use crate::telemetry::ShardMetrics;
+pub(crate) use map::{MapState, MapStep};
 
 /// A request under way. Dropping it does not recall it: it may still be executed.
 pub(crate) type StoreFuture<T> = Pin<Box<dyn Future<Output = Result<T, StoreError>> + Send>>;
@@ -43,12 +45,30 @@ pub(crate) type StoreFuture<T> = Pin<Box<dyn Future<Output = Result<T, StoreErro
 pub(crate) trait LeaseStore: Send + Sync + 'static {
     /// Opens the connections of the caller's lane on the runtime of the caller. A store that could not be reached connects when it is first
     /// used, if it can by then.
+    ///
+    /// It fails if the shard has another shard map. Nothing is written: a shard without a map stays without one.
     fn connect(&self) -> StoreFuture<()>;
 
     /// Opens the connections of the background's lane, on the thread of the caller, which is the watchdog's. No lock is granted before: a server that
     /// takes no further connection would otherwise be found out at the first renewal.
     fn connect_background(&self) -> StoreFuture<()> {
         Box::pin(std::future::ready(Ok(())))
+    }
+
+    /// Whether the shard's map was seen to be this manager's, without which nothing is to be acquired.
+    fn has_map(&self) -> bool {
+        true
+    }
+
+    /// Whether the map stands at one place, so that it is stored there at once or not at all.
+    fn has_one_map(&self) -> bool {
+        true
+    }
+
+    /// One step on the way to a stored shard map ([`map`]).
+    fn map(&self, step: MapStep) -> StoreFuture<MapState> {
+        let _ = step;
+        Box::pin(std::future::ready(Ok(MapState::Ours)))
     }
 
     /// Asks for a lease. Repeating it for the same cycle does no harm.
@@ -205,6 +225,8 @@ pub(crate) enum StoreError {
     Refused(Arc<str>),
     /// The server has another shard map than this manager.
     MapMismatch {
+        /// Which shard it is, where another one was asked for something.
+        shard: Option<Arc<str>>,
         ours: String,
         theirs: String,
         map_key: String,
@@ -212,6 +234,21 @@ pub(crate) enum StoreError {
 }
 
 impl StoreError {
+    /// The same of another shard than the one that was asked for something.
+    pub(crate) fn at_shard(self, name: &Arc<str>) -> Self {
+        match self {
+            Self::MapMismatch {
+                ours, theirs, map_key, ..
+            } => Self::MapMismatch {
+                shard: Some(Arc::clone(name)),
+                ours,
+                theirs,
+                map_key,
+            },
+            other => other,
+        }
+    }
+
     /// The error for the user: on which shard, doing what, for which key.
     pub(crate) fn with_context(
         self,
@@ -240,8 +277,13 @@ impl StoreError {
                 key,
                 reason: printable(reason),
             },
-            Self::MapMismatch { ours, theirs, map_key } => LockError::ShardMapMismatch {
-                shard,
+            Self::MapMismatch {
+                shard: other,
+                ours,
+                theirs,
+                map_key,
+            } => LockError::ShardMapMismatch {
+                shard: other.map_or(shard, |other| other.to_string()),
                 ours,
                 theirs: crate::text::printable(&theirs).into_owned(),
                 map_key,

@@ -124,7 +124,7 @@ metrics! {
     LOST = "shardlock_lost_total", Counter, Count, ["shard", "reason"],
         "leases that were lost while a guard was out",
         "never normal: expired means that renewals failed or the process stood still for a TTL; taken, that somebody deleted the key or the server lost its data; \
-         max_hold, that a task was stuck";
+         max_hold, that a task was stuck; shard_map, that the shard map was replaced while managers ran";
     VALIDITY_LEFT = "shardlock_validity_left_ratio", Histogram, Ratio, ["shard"],
         "what was left of a lease's validity, as a part of its TTL, when its guard was released",
         "below 0.5: renewals come late or fail; raise the TTL before locks are lost";

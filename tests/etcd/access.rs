@@ -5,7 +5,8 @@ use super::*;
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn another_shard_map_is_refused() {
     let etcd = Etcd::start().await;
-    let _first = manager(&etcd).await;
+    let first = manager(&etcd).await;
+    first.lock("k").await.unwrap().release().await.unwrap();
     let error = LockManager::builder()
         .shard(etcd.url())
         .shard("memory://other-shard-of-etcd")

@@ -252,6 +252,22 @@ pub trait Servers: Send + Sync {
         self.command(&["SET", lease, owner, "PX", &ttl.as_millis().to_string()]);
     }
 
+    /// An administrator replaces the shard map of this namespace everywhere, or deletes it.
+    fn set_map(&self, namespace: &str, map: Option<&str>) {
+        let key = format!("{namespace}%map");
+        match map {
+            Some(map) => self.command(&["SET", &key, map]),
+            None => self.command(&["DEL", &key]),
+        };
+    }
+
+    /// What the servers have stored as the shard map of this namespace, each once.
+    fn maps(&self, namespace: &str) -> Vec<String> {
+        let key = format!("{namespace}%map");
+        let stored = |node: &&RedisServer| node.try_query::<Option<String>>(&["GET", &key]).ok().flatten();
+        self.nodes().iter().filter_map(stored).collect()
+    }
+
     /// All data are gone.
     fn flush(&self) {
         for node in self.nodes() {
@@ -433,6 +449,27 @@ impl Servers for Etcd {
                 .await
                 .expect("delete");
         });
+    }
+
+    fn set_map(&self, namespace: &str, map: Option<&str>) {
+        let key = format!("{namespace}%map");
+        at_once(async {
+            let mut client = self.client().await;
+            match map {
+                Some(map) => client.put(key, map, None).await.map(drop),
+                None => client.delete(key, None).await.map(drop),
+            }
+            .expect("etcd answers");
+        });
+    }
+
+    fn maps(&self, namespace: &str) -> Vec<String> {
+        let key = format!("{namespace}%map");
+        at_once(async {
+            let stored = self.client().await.get(key, None).await.expect("etcd answers");
+            let text = |kv: &etcd_client::KeyValue| kv.value_str().expect("text").to_owned();
+            stored.kvs().iter().map(text).collect()
+        })
     }
 
     fn flush(&self) {

@@ -5,14 +5,16 @@ use std::sync::Arc;
 use std::sync::atomic::{AtomicU64, AtomicUsize, Ordering};
 use std::time::Duration;
 
-use etcd_client::{Client, Compare, CompareOp, ConnectOptions, Txn, TxnOp, TxnOpResponse};
+use etcd_client::{Client, ConnectOptions};
 use parking_lot::Mutex;
 use tokio::sync::Notify;
 
 use super::fault::{Fault, fault};
+use super::map;
 use crate::backoff::Backoff;
 use crate::clock::Moment;
-use crate::store::StoreError;
+use crate::store::map::StoredMap;
+use crate::store::{MapState, MapStep, StoreError};
 use crate::telemetry::ShardMetrics;
 
 /// The servers of one etcd, and how to talk to them.
@@ -25,8 +27,7 @@ pub(super) struct Servers {
     /// Whether connections are encrypted and we show no certificate.
     pub(super) shows_no_certificate: bool,
     pub(super) namespace: String,
-    pub(super) map_key: String,
-    pub(super) map: String,
+    pub(super) map: StoredMap,
     /// The time limit of a request, as its sender sets it.
     pub(super) timeout: Duration,
     pub(super) metrics: Arc<ShardMetrics>,
@@ -173,25 +174,14 @@ impl Link {
         let endpoint = [servers.endpoints[index].as_str()];
         let connected = Client::connect(endpoint, Some(servers.options.clone())).await;
         let mut client = connected.map_err(|error| failed(&error))?;
-        let (map_key, map) = (servers.map_key.as_str(), servers.map.as_str());
-        let greeting = Txn::new()
-            .when([Compare::create_revision(map_key, CompareOp::Equal, 0)])
-            .and_then([TxnOp::put(map_key, map, None)])
-            .or_else([TxnOp::get(map_key, None)]);
-        let reply = client.txn(greeting).await.map_err(|error| failed(&error))?;
-        if !reply.succeeded() {
-            let theirs = match reply.op_responses().first() {
-                Some(TxnOpResponse::Get(found)) => found.kvs().first().map(|kv| kv.value().to_vec()),
-                _ => None,
-            };
-            let theirs = String::from_utf8_lossy(&theirs.unwrap_or_default()).into_owned();
-            if theirs != servers.map {
-                return Err(StoreError::MapMismatch {
-                    ours: servers.map.clone(),
-                    theirs,
-                    map_key: servers.map_key.clone(),
-                });
-            }
+        let reply = client
+            .get(servers.map.key(), None)
+            .await
+            .map_err(|error| failed(&error))?;
+        let was_set = servers.map.is_set();
+        if map::check(&servers.map, reply.kvs().first())? != MapState::Ours && was_set {
+            // Somebody has deleted it, while this manager may hold leases there.
+            map::step(servers, &client, MapStep::Confirm).await?;
         }
         servers.saw(reply.header().map_or(0, etcd_client::ResponseHeader::revision));
         Ok(client)

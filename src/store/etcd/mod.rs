@@ -30,6 +30,7 @@ mod inspect;
 mod keeping;
 mod line;
 mod link;
+mod map;
 mod names;
 mod options;
 mod release;
@@ -45,14 +46,15 @@ use std::sync::Arc;
 use std::sync::atomic::{AtomicU64, Ordering};
 use std::time::Duration;
 
-use etcd_client::{DeleteOptions, GetOptions};
+use etcd_client::DeleteOptions;
 use tokio::runtime::Handle;
 use tokio::sync::mpsc;
 
 use crate::error::LockError;
 use crate::key::{LockKey, Slot};
 use crate::protocol::{Acquire, AcquireReply, Answer, Push, Release, ReleaseReply, RenewReply, Renewal};
-use crate::store::{Inspection, Lane, LeaseStore, Look, StoreFuture, StoreOptions};
+use crate::store::map::StoredMap;
+use crate::store::{Inspection, Lane, LeaseStore, Look, MapState, MapStep, StoreFuture, StoreOptions};
 use crate::telemetry::ShardMetrics;
 use cycles::Cycles;
 use fault::Fault;
@@ -116,8 +118,7 @@ impl EtcdStore {
             options: options::connect_options(login, tls, &options.tls, options.timeout)?,
             shows_no_certificate: tls && options.tls.client.is_none(),
             namespace: options.namespace,
-            map_key: names.map(),
-            map: options.map,
+            map: StoredMap::new(options.map, names.map()),
             timeout: options.timeout,
             metrics: Arc::clone(&options.metrics),
             revision: AtomicU64::new(0),
@@ -162,6 +163,18 @@ impl LeaseStore for EtcdStore {
         Box::pin(async move { link.get().await.map(drop) })
     }
 
+    fn has_map(&self) -> bool {
+        self.shared.servers.map.is_set()
+    }
+
+    fn map(&self, step: MapStep) -> StoreFuture<MapState> {
+        let link = Arc::clone(&self.callers[0]);
+        Box::pin(async move {
+            let live = link.get().await?;
+            map::step(&link.servers, &live.client, step).await
+        })
+    }
+
     fn acquire(&self, request: Acquire) -> StoreFuture<Answer<AcquireReply>> {
         let link = self.link(Lane::Caller, request.key.slot());
         Box::pin(acquire::acquire(Arc::clone(&self.shared), link, request))
@@ -187,6 +200,7 @@ impl LeaseStore for EtcdStore {
         Box::pin(async move {
             let all = || Some(DeleteOptions::new().with_prefix());
             let delete = async |mut client: etcd_client::Client| client.delete(shared.names.namespace(), all()).await;
+            shared.servers.map.forget();
             let (deleted, _) = link.request(delete).await.map_err(Fault::into_store_error)?;
             Ok(u64::try_from(deleted.deleted()).unwrap_or(0))
         })
@@ -195,13 +209,13 @@ impl LeaseStore for EtcdStore {
     fn look(&self) -> Pin<Box<dyn Future<Output = Look> + Send>> {
         let shared = Arc::clone(&self.shared);
         Box::pin(async move {
-            // A read like this is answered only with a majority behind it.
-            let key = shared.servers.map_key.as_str();
-            let read =
-                async |mut client: etcd_client::Client| client.get(key, Some(GetOptions::new().with_keys_only())).await;
-            let read = shared.background.request(read).await;
+            let read = map::read(&shared.background).await;
+            if matches!(read, Ok(MapState::None | MapState::Reserved)) {
+                // The next lock stores it again, after a look at all shards.
+                shared.servers.map.forget();
+            }
             Look {
-                reached: read.map(drop).map_err(Fault::into_store_error),
+                reached: read.map(drop),
                 // Etcd does not tell its time, and counts leases by a monotonic clock.
                 times: Vec::new(),
             }

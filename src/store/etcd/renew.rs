@@ -18,10 +18,11 @@ use super::cycles::Lease;
 use super::fault::Fault;
 use super::keeping::AT_A_TIME;
 use super::line::{Line, first, first_in};
+use super::map;
 use super::term::{ConfirmedIn, RenewedIn};
 use crate::clock::Moment;
 use crate::protocol::{RenewReply, Renewal};
-use crate::store::StoreError;
+use crate::store::{MapState, MapStep, StoreError};
 
 /// How many keys one transaction reads: etcd allows 128 operations.
 const READS_PER_TRANSACTION: usize = 100;
@@ -84,6 +85,32 @@ pub(super) async fn renew(
         })
         .collect();
     let mut failed = None;
+    let reading = tokio::time::timeout(until.since(Moment::now()), map::read(&shared.background));
+    let renewed = renew_in_rounds(&shared, &mut renewing, until, &mut failed);
+    let (map, ()) = tokio::join!(reading, renewed);
+    let replies: Vec<Option<RenewReply>> = renewing.iter().map(Renewing::reply).collect();
+    match map {
+        Ok(Err(error @ StoreError::MapMismatch { .. })) => return Err(error),
+        Ok(Ok(MapState::None | MapState::Reserved)) if replies.iter().any(is_extended) => {
+            // Somebody has deleted it beside the leases, and must not store another one meanwhile.
+            let live = shared.background.get().await?;
+            let left = until.since(Moment::now());
+            let restoring = map::step(&shared.servers, &live.client, MapStep::Confirm);
+            if let Ok(Err(error @ StoreError::MapMismatch { .. })) = tokio::time::timeout(left, restoring).await {
+                return Err(error);
+            }
+        }
+        // Why it could not be read, the renewals themselves find out.
+        Ok(_) | Err(_) => {}
+    }
+    match failed {
+        Some(fault) if replies.iter().all(Option::is_none) => Err(fault.into_store_error()),
+        _ => Ok(replies),
+    }
+}
+
+/// Renews all of them, and those whose replies do not agree once more.
+async fn renew_in_rounds(shared: &Arc<Shared>, renewing: &mut [Renewing], until: Moment, failed: &mut Option<Fault>) {
     let mut rest: Vec<&mut Renewing> = renewing.iter_mut().collect();
     for round in 0..ROUNDS {
         let started = Moment::now();
@@ -91,20 +118,19 @@ pub(super) async fn renew(
         if rest.is_empty() || left.is_zero() {
             break;
         }
-        ask(&shared, &mut rest, left, &mut failed).await;
+        ask(shared, &mut rest, left, failed).await;
         rest.retain(|one| one.verdict == Verdict::Unconfirmed);
         if !rest.is_empty() {
             tracing::debug!(shard = %shared.shard, round, leases = rest.len(), "renewals were not confirmed");
-            failed = Some(unconfirmed());
+            *failed = Some(unconfirmed());
             // Another member may know the new leader already.
             shared.background.give_up_since(started);
         }
     }
-    let replies: Vec<Option<RenewReply>> = renewing.iter().map(Renewing::reply).collect();
-    match failed {
-        Some(fault) if replies.iter().all(Option::is_none) => Err(fault.into_store_error()),
-        _ => Ok(replies),
-    }
+}
+
+fn is_extended(reply: &Option<RenewReply>) -> bool {
+    matches!(reply, Some(RenewReply::Extended { .. }))
 }
 
 /// Renews all of them and looks at all of them.

@@ -17,7 +17,8 @@ use crate::fence::FencingToken;
 use crate::identity::ManagerId;
 use crate::key::LockKey;
 use crate::protocol::{Acquire, AcquireReply, Answer, Ask, Push, Release, ReleaseReply, RenewReply, Renewal};
-use crate::store::{Inspection, Lane, LeaseStore, Look, StoreError, StoreFuture, StoreOptions};
+use crate::store::map::StoredMap;
+use crate::store::{Inspection, Lane, LeaseStore, Look, MapState, MapStep, StoreFuture, StoreOptions};
 
 /// The leases of all managers of this process that connected to one name.
 #[derive(Debug, Default)]
@@ -53,10 +54,9 @@ fn memories() -> &'static Mutex<HashMap<String, Weak<Mutex<Memory>>>> {
 /// One manager's access to a memory.
 #[derive(Debug)]
 pub(crate) struct MemoryStore {
-    name: String,
     memory: Arc<Mutex<Memory>>,
     manager: ManagerId,
-    map: String,
+    map: StoredMap,
     floor: u64,
 }
 
@@ -68,10 +68,9 @@ impl MemoryStore {
         let memory = memories.get(name).and_then(Weak::upgrade).unwrap_or_default();
         memories.insert(name.to_owned(), Arc::downgrade(&memory));
         Self {
-            name: name.to_owned(),
             memory,
             manager: options.manager,
-            map: options.map,
+            map: StoredMap::new(options.map, format!("memory://{name}")),
             floor: server_time(),
         }
     }
@@ -100,17 +99,26 @@ fn done<T: Send + 'static>(reply: T) -> StoreFuture<T> {
 
 impl LeaseStore for MemoryStore {
     fn connect(&self) -> StoreFuture<()> {
-        let theirs = self.memory.lock().map.get_or_insert_with(|| self.map.clone()).clone();
-        let matches = if theirs == self.map {
-            Ok(())
-        } else {
-            Err(StoreError::MapMismatch {
-                ours: self.map.clone(),
-                theirs,
-                map_key: format!("memory://{}", self.name),
-            })
+        let checked = self.map.check(self.memory.lock().map.as_deref()).map(drop);
+        Box::pin(std::future::ready(checked))
+    }
+
+    fn has_map(&self) -> bool {
+        self.map.is_set()
+    }
+
+    fn map(&self, step: MapStep) -> StoreFuture<MapState> {
+        let mut memory = self.memory.lock();
+        let checked = self.map.check(memory.map.as_deref());
+        let checked = match (checked, step) {
+            // One step is enough here: nothing comes between the look and the write, and nothing outlives the process.
+            (Ok(MapState::None), MapStep::Confirm) => {
+                memory.map = Some(self.map.ours().to_owned());
+                self.map.check(memory.map.as_deref())
+            }
+            (checked, _) => checked,
         };
-        Box::pin(std::future::ready(matches))
+        Box::pin(std::future::ready(checked))
     }
 
     fn acquire(&self, request: Acquire) -> StoreFuture<Answer<AcquireReply>> {
@@ -171,6 +179,9 @@ impl LeaseStore for MemoryStore {
     fn renew(&self, batch: Vec<Renewal>, _limit: Duration) -> StoreFuture<Vec<Option<RenewReply>>> {
         let now = Moment::now();
         let mut memory = self.memory.lock();
+        if let Err(error) = self.map.check(memory.map.as_deref()) {
+            return Box::pin(std::future::ready(Err(error)));
+        }
         let renew = |renewal: Renewal| {
             let me = self.manager.sign(renewal.cycle).to_string();
             Some(memory.core.renew(&renewal.key, &me, now, renewal.ttl))
@@ -184,6 +195,7 @@ impl LeaseStore for MemoryStore {
 
     fn erase(&self) -> StoreFuture<u64> {
         let mut memory = self.memory.lock();
+        self.map.forget();
         let had_map = u64::from(memory.map.take().is_some());
         done(had_map + memory.core.flush())
     }
@@ -191,7 +203,7 @@ impl LeaseStore for MemoryStore {
     fn look(&self) -> Pin<Box<dyn Future<Output = Look> + Send>> {
         // It has no server whose clock could be another.
         Box::pin(std::future::ready(Look {
-            reached: Ok(()),
+            reached: self.map.look(self.memory.lock().map.as_deref()),
             times: Vec::new(),
         }))
     }

@@ -23,6 +23,7 @@
 //! Time limits live on the runtime on which a request began: what is left of a release goes on there as a task, and is owed if that ends.
 
 mod acquire;
+mod map;
 mod node;
 mod release;
 mod renew;
@@ -43,8 +44,9 @@ use crate::endpoint::ServerUrl;
 use crate::error::Invalid;
 use crate::key::{LockKey, Slot};
 use crate::protocol::{Acquire, AcquireReply, Answer, Cycle, Push, Release, ReleaseReply, RenewReply, Renewal};
+use crate::router::ShardMap;
 use crate::store::redis::primary::RedisStore;
-use crate::store::{Inspection, Lane, LeaseStore, Look, StoreError, StoreFuture, StoreOptions};
+use crate::store::{Inspection, Lane, LeaseStore, Look, MapState, MapStep, StoreError, StoreFuture, StoreOptions};
 use crate::telemetry::{NodeMetrics, ShardMetrics};
 use node::Node;
 use tally::majority;
@@ -90,10 +92,7 @@ impl QuorumStore {
         let node = |(index, server): (usize, &ServerUrl)| {
             let number = index + 1;
             let own = StoreOptions {
-                map: format!(
-                    "{}; node {number} of {count}; redlock_max_ttl {:?}",
-                    options.map, options.redlock_max_ttl
-                ),
+                map: ShardMap::of_node(&options.map, number, count, options.redlock_max_ttl),
                 ..options.clone()
             };
             let metrics = NodeMetrics::new(&options.shard, number);
@@ -261,6 +260,18 @@ impl LeaseStore for QuorumStore {
         })
     }
 
+    fn has_map(&self) -> bool {
+        map::has_map(&self.quorum)
+    }
+
+    fn has_one_map(&self) -> bool {
+        false
+    }
+
+    fn map(&self, step: MapStep) -> StoreFuture<MapState> {
+        Box::pin(map::step(Arc::clone(&self.quorum), step))
+    }
+
     fn acquire(&self, request: Acquire) -> StoreFuture<Answer<AcquireReply>> {
         Box::pin(acquire::acquire(Arc::clone(&self.quorum), request))
     }
@@ -317,16 +328,23 @@ impl LeaseStore for QuorumStore {
         Box::pin(async move {
             // The nodes are asked all the time by the tidy worker, which knows who is up; a node that does not answer in time tells no time.
             let up = quorum.nodes.iter().filter(|node| node.is_up());
-            let asking = up.map(|node| tokio::time::timeout(quorum.node_limit, node.store.time()));
+            let asking = up.map(|node| tokio::time::timeout(quorum.node_limit, node.store.look()));
             let deadline = Moment::now() + quorum.majority_limit;
-            let (times, reached) = tokio::join!(
+            let (looks, mut reached) = tokio::join!(
                 futures_util::future::join_all(asking),
                 quorum.wait_for_majority(deadline)
             );
-            Look {
-                reached,
-                times: times.into_iter().flatten().flatten().collect(),
+            let (mut times, mut foreign) = (Vec::new(), 0);
+            for look in looks.into_iter().flatten() {
+                times.extend(look.times);
+                if let Err(error @ StoreError::MapMismatch { .. }) = look.reached {
+                    foreign += 1;
+                    if foreign > quorum.nodes.len() - majority(quorum.nodes.len()) {
+                        reached = Err(error);
+                    }
+                }
             }
+            Look { reached, times }
         })
     }
 

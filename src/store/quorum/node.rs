@@ -1,7 +1,7 @@
 //! One node of a quorum: a primary, and what is known of its state.
 
 use std::collections::BTreeMap;
-use std::sync::atomic::{AtomicU64, Ordering};
+use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 use std::time::Duration;
 
 use parking_lot::Mutex;
@@ -22,6 +22,8 @@ pub(super) struct Node {
     why: Mutex<String>,
     /// How often it was found down: a probe that was under way meanwhile proves nothing.
     downs: AtomicU64,
+    /// Whether it has another shard map, as far as is known.
+    foreign: AtomicBool,
     /// Releases that had no answer, and when the leases have run out anyway, by their cycles.
     owed: Mutex<BTreeMap<Cycle, (Moment, Release)>>,
 }
@@ -38,12 +40,22 @@ impl Node {
             down_since: AtomicU64::new(0),
             why: Mutex::new(String::new()),
             downs: AtomicU64::new(0),
+            foreign: AtomicBool::new(false),
             owed: Mutex::new(BTreeMap::new()),
         }
     }
 
     pub(super) fn is_up(&self) -> bool {
         self.down_since.load(Ordering::Acquire) == 0
+    }
+
+    /// Whether it has another shard map, as far as is known.
+    pub(super) fn is_foreign(&self) -> bool {
+        self.foreign.load(Ordering::Acquire)
+    }
+
+    pub(super) fn set_foreign(&self, foreign: bool) {
+        self.foreign.store(foreign, Ordering::Release);
     }
 
     /// Whether it may be the door.

@@ -9,7 +9,7 @@ use tokio::time::timeout;
 
 use super::Quorum;
 use super::node::Node;
-use super::tally::{Standing, Tally, Vote};
+use super::tally::{Standing, Tally, Vote, majority};
 use crate::protocol::{Release, RenewReply, Renewal};
 use crate::store::redis::primary::Claim;
 use crate::store::{LeaseStore, StoreError};
@@ -45,6 +45,7 @@ pub(super) async fn renew(
         let owed: Vec<bool> = batch.iter().map(|renewal| node.owes(renewal.cycle)).collect();
         asked.push(async move { (node, owed, timeout(limit, reply).await) });
     }
+    let mut foreign = Vec::new();
     // Once all is decided, the others have a moment to say at which of them a lease is missing.
     let mut patience = limit;
     loop {
@@ -56,6 +57,15 @@ pub(super) async fn renew(
         };
         let replies = match replies {
             Ok(Ok(replies)) => replies,
+            Ok(Err(error @ StoreError::MapMismatch { .. })) => {
+                // A node of another map does not exclude its managers, whatever lease it has.
+                node.set_foreign(true);
+                foreign.push(error);
+                for lease in &mut leases {
+                    lease.tally.count(Vote::Refused);
+                }
+                continue;
+            }
             Ok(Err(_)) | Err(_) => Vec::new(),
         };
         let has_vote = node.store.has_vote();
@@ -76,6 +86,11 @@ pub(super) async fn renew(
                 None => Vote::Missing,
             });
         }
+    }
+    if let Some(error) = foreign.pop()
+        && foreign.len() + 1 > count - majority(count)
+    {
+        return Err(error);
     }
     for (lease, renewal) in leases.iter().zip(&batch) {
         match lease.tally.standing() {

@@ -41,14 +41,16 @@ use tokio::sync::mpsc;
 
 use super::client::{Purpose, connection_info};
 use super::commands::{Commands, erase};
-use super::reply::{acquired, as_text, error_in_words, inspected, released};
+use super::map;
+use super::reply::{acquired, error_in_words, inspected, released};
 use super::script::{LuaScript, Named, Scripts};
 use crate::clock::Moment;
 use crate::endpoint::ServerUrl;
 use crate::error::Invalid;
 use crate::key::{LockKey, SLOTS, Slot};
 use crate::protocol::{Acquire, AcquireReply, Answer, Ask, Push, Release, ReleaseReply, RenewReply, Renewal};
-use crate::store::{self, Inspection, LeaseStore, Look, StoreError, StoreFuture, StoreOptions};
+use crate::store::map::StoredMap;
+use crate::store::{self, Inspection, LeaseStore, Look, MapState, MapStep, StoreError, StoreFuture, StoreOptions};
 use crate::telemetry::ShardMetrics;
 use call::{Call, Said, Unsaid};
 use inbox::Inbox;
@@ -81,9 +83,7 @@ struct Shared {
     /// How to log in, and whether to encrypt; the same at every node.
     info: ConnectionInfo,
     shard: Arc<str>,
-    map: String,
-    /// Whether the shard's map was found to be ours.
-    is_checked: AtomicBool,
+    map: StoredMap,
     timeout: Duration,
     /// How long one node is waited for.
     patience: Duration,
@@ -105,15 +105,15 @@ impl ClusterStore {
     fn with_idle_limit(seeds: &[ServerUrl], options: StoreOptions, inbox_idle_seconds: u32) -> Result<Self, Invalid> {
         let unusable = || Invalid::new("url", "without a host", "of servers that the client library can use");
         let info = connection_info(seeds.first().ok_or_else(unusable)?, &options.tls)?;
+        let commands = Commands::for_a_cluster(&options.namespace, options.manager);
         let shared = Arc::new(Shared {
-            commands: Commands::for_a_cluster(&options.namespace, options.manager),
+            map: StoredMap::new(options.map, commands.names.map()),
+            commands,
             scripts: Scripts::for_a_cluster(&options.namespace),
             topology: Topology::new(),
             seeds: seeds.iter().map(|seed| seed.place().into()).collect(),
             info,
             shard: options.shard,
-            map: options.map,
-            is_checked: AtomicBool::new(false),
             timeout: options.timeout,
             patience: (options.timeout / 2).min(PATIENCE_MAX),
             map_is_doubted: AtomicBool::new(false),
@@ -228,34 +228,28 @@ impl Lane {
         }
     }
 
-    /// Whether all managers have one map; asked until it was answered once.
+    /// One step on the way to a stored shard map.
+    async fn map(&self, step: MapStep) -> Result<MapState, StoreError> {
+        self.map_until(None, step).await
+    }
+
+    async fn map_until(&self, deadline: Option<Moment>, step: MapStep) -> Result<MapState, StoreError> {
+        let map = &self.shared.map;
+        let slot = Slot::of(map.key().as_bytes());
+        map::step(map, step, &|command| {
+            Box::pin(async move { self.single_until(deadline, slot, &command).await })
+        })
+        .await
+    }
+
+    /// Whether the shard has no other map; asked until it was seen to have ours.
     async fn check_map(&self, deadline: Option<Moment>) -> Result<(), StoreError> {
-        let shared = &*self.shared;
-        if shared.is_checked.load(Ordering::Acquire) {
+        let map = &self.shared.map;
+        if map.is_set() {
             return Ok(());
         }
-        let map_key = shared.commands.names.map();
-        let slot = Slot::of(map_key.as_bytes());
-        self.check_channels(deadline, slot).await?;
-        let (mut set, mut get) = (cmd("SET"), cmd("GET"));
-        set.arg(&map_key).arg(&shared.map).arg("NX");
-        get.arg(&map_key);
-        self.single_until(deadline, slot, &set).await?;
-        let found = self.single_until(deadline, slot, &get).await?;
-        let Some(theirs) = as_text(&found) else {
-            return Err(StoreError::Refused(
-                format!("unexpected reply to GET {map_key}: {found:?}").into(),
-            ));
-        };
-        if theirs != shared.map {
-            return Err(StoreError::MapMismatch {
-                ours: shared.map.clone(),
-                theirs,
-                map_key,
-            });
-        }
-        shared.is_checked.store(true, Ordering::Release);
-        Ok(())
+        self.check_channels(deadline, Slot::of(map.key().as_bytes())).await?;
+        self.map_until(deadline, MapStep::Read).await.map(drop)
     }
 }
 
@@ -289,6 +283,18 @@ impl LeaseStore for ClusterStore {
             });
             futures_util::future::join_all(opening).await;
             Ok(())
+        })
+    }
+
+    fn has_map(&self) -> bool {
+        self.shared.map.is_set()
+    }
+
+    fn map(&self, step: MapStep) -> StoreFuture<MapState> {
+        let lane = Arc::clone(&self.caller);
+        Box::pin(async move {
+            lane.refresh(0).await?;
+            lane.map(step).await
         })
     }
 
@@ -397,7 +403,7 @@ impl LeaseStore for ClusterStore {
 
     fn renew(&self, batch: Vec<Renewal>, limit: Duration) -> StoreFuture<Vec<Option<RenewReply>>> {
         let (lane, inbox) = (Arc::clone(&self.background), Arc::clone(&self.inbox));
-        Box::pin(async move { Ok(renewals::renew(&lane, &inbox, &batch, limit).await) })
+        Box::pin(async move { renewals::renew(&lane, &inbox, &batch, limit).await })
     }
 
     fn inspect(&self, key: LockKey) -> StoreFuture<Inspection> {
@@ -418,6 +424,7 @@ impl LeaseStore for ClusterStore {
         Box::pin(async move {
             let shared = &*lane.shared;
             lane.refresh(shared.topology.version()).await?;
+            shared.map.forget();
             let (mut count, mut failed) = (0, None);
             for place in shared.topology.places() {
                 // Any slot's connection to it will do.
@@ -438,7 +445,16 @@ impl LeaseStore for ClusterStore {
 
     fn look(&self) -> Pin<Box<dyn Future<Output = Look> + Send>> {
         let lane = Arc::clone(&self.background);
-        Box::pin(async move { look::look(&lane).await })
+        Box::pin(async move {
+            let (mut look, map) = tokio::join!(look::look(&lane), lane.map(MapStep::Read));
+            match map {
+                Err(error @ StoreError::MapMismatch { .. }) if look.reached.is_ok() => look.reached = Err(error),
+                // The next lock stores it again, after a look at all shards.
+                Ok(MapState::None | MapState::Reserved) => lane.shared.map.forget(),
+                Ok(MapState::Ours) | Err(_) => {}
+            }
+            look
+        })
     }
 
     fn slot_of(&self, key: &LockKey) -> Slot {

@@ -16,7 +16,7 @@ use super::inbox::Inbox;
 use super::lane::Lane;
 use crate::key::Slot;
 use crate::protocol::{RenewReply, Renewal};
-use crate::store::StoreError;
+use crate::store::{MapState, MapStep, StoreError};
 
 /// How many leases one call of the renewal script covers: few enough that others get a turn in between.
 const RENEWALS_PER_CALL: usize = 128;
@@ -24,7 +24,16 @@ const RENEWALS_PER_CALL: usize = 128;
 const CALLS_AT_A_TIME: usize = 256;
 
 /// Renews what is still ours. A slot whose node does not answer in time fails its own renewals and no others.
-pub(super) async fn renew(lane: &Lane, inbox: &Inbox, batch: &[Renewal], limit: Duration) -> Vec<Option<RenewReply>> {
+///
+/// # Errors
+///
+/// The cluster has another shard map by now.
+pub(super) async fn renew(
+    lane: &Lane,
+    inbox: &Inbox,
+    batch: &[Renewal],
+    limit: Duration,
+) -> Result<Vec<Option<RenewReply>>, StoreError> {
     let mut by_slot: HashMap<Slot, Vec<usize>> = HashMap::new();
     for (index, renewal) in batch.iter().enumerate() {
         let slot = lane.shared.commands.names.of(&renewal.key).slot();
@@ -46,23 +55,44 @@ pub(super) async fn renew(lane: &Lane, inbox: &Inbox, batch: &[Renewal], limit: 
             (slot, group, renewed)
         })
         .buffer_unordered(CALLS_AT_A_TIME);
-    while let Some((slot, group, renewed)) = calls.next().await {
-        match renewed {
-            Ok(Ok(renewed)) => {
-                for (index, reply) in group.iter().zip(renewed) {
-                    replies[*index] = reply;
+    let check = tokio::time::timeout_at(deadline, lane.map(MapStep::Read));
+    let renewing = async {
+        while let Some((slot, group, renewed)) = calls.next().await {
+            match renewed {
+                Ok(Ok(renewed)) => {
+                    for (index, reply) in group.iter().zip(renewed) {
+                        replies[*index] = reply;
+                    }
+                }
+                Ok(Err(error)) => {
+                    tracing::warn!(shard = %lane.shared.shard, %slot, ?error, leases = group.len(), "a renewal failed; it is tried again while the leases last");
+                }
+                Err(_) => {
+                    lane.shared.map_is_doubted.store(true, Ordering::Release);
+                    tracing::warn!(shard = %lane.shared.shard, %slot, ?limit, leases = group.len(), "a renewal had no answer in time; it is tried again while the leases last");
                 }
             }
-            Ok(Err(error)) => {
-                tracing::warn!(shard = %lane.shared.shard, %slot, ?error, leases = group.len(), "a renewal failed; it is tried again while the leases last");
-            }
-            Err(_) => {
-                lane.shared.map_is_doubted.store(true, Ordering::Release);
-                tracing::warn!(shard = %lane.shared.shard, %slot, ?limit, leases = group.len(), "a renewal had no answer in time; it is tried again while the leases last");
+        }
+    };
+    let (map, ()) = tokio::join!(check, renewing);
+    drop(calls);
+    match map {
+        Ok(Err(error @ StoreError::MapMismatch { .. })) => return Err(error),
+        Ok(Ok(MapState::None | MapState::Reserved)) if replies.iter().any(is_extended) => {
+            // Somebody has deleted it beside the leases, and must not store another one meanwhile.
+            let restored = tokio::time::timeout_at(deadline, lane.map(MapStep::Confirm)).await;
+            if let Ok(Err(error @ StoreError::MapMismatch { .. })) = restored {
+                return Err(error);
             }
         }
+        // Why it could not be read, the renewals themselves find out.
+        Ok(_) | Err(_) => {}
     }
-    replies
+    Ok(replies)
+}
+
+fn is_extended(reply: &Option<RenewReply>) -> bool {
+    matches!(reply, Some(RenewReply::Extended { .. }))
 }
 
 /// Renews leases of one slot. A call that is refused is sent again in parts until those that the node refuses are alone.

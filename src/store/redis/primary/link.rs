@@ -14,6 +14,7 @@ use parking_lot::Mutex;
 use tokio::runtime::Handle;
 
 use super::super::client::{Purpose, connection_info, explained, named, with_reason};
+use super::super::map;
 use super::super::reply::{as_text, role, server_time};
 use super::Shared;
 use super::plain::{self, Traffic, UnderWay};
@@ -22,7 +23,7 @@ use crate::clock::Moment;
 use crate::endpoint::ServerUrl;
 use crate::fence::FencingToken;
 use crate::program::soon_there;
-use crate::store::StoreError;
+use crate::store::{MapState, MapStep, StoreError};
 
 /// A connection, opened once and kept: checking one out of a pool for each request would cost a round trip each.
 pub(super) struct Link {
@@ -317,13 +318,11 @@ impl Link {
         info: &ConnectionInfo,
     ) -> Result<(), StoreError> {
         let shared = &*self.shared;
-        let map_key = shared.commands.names.map();
         let mut greeting = pipe();
         // Something has to stand in its place.
         greeting.cmd(if shared.check_role { "ROLE" } else { "TIME" });
         greeting.cmd("TIME");
-        greeting.cmd("SET").arg(&map_key).arg(&shared.map).arg("NX");
-        greeting.cmd("GET").arg(&map_key);
+        greeting.add_command(map::read(&shared.map));
         if shared.tenure.is_some() {
             greeting.cmd("INFO").arg("server");
             // A claim is not waited for once others have decided, so nobody would send it again by its text.
@@ -331,7 +330,7 @@ impl Link {
         }
         // What comes last is looked at by itself.
         greeting.add_command(named(&shared.commands.manager, self.purpose));
-        greeting.add_command(needed_to_wait(&map_key));
+        greeting.add_command(needed_to_wait(shared.map.key()));
         let asked_at = Moment::now();
         let replies = connection.send_packed_commands(&greeting, 0, greeting.len()).await;
         let mut replies = match replies {
@@ -354,24 +353,22 @@ impl Link {
         let replies = shared.commands.permissions.without_errors(&greeting, replies);
         let replies = replies.map_err(|error| shared.source.in_words(&error))?;
         popped.map_or(Ok(()), knows_what_is_needed_to_wait)?;
-        let (time, theirs) = match &replies[..] {
-            [_, time, _, map, ..] => (server_time(time), as_text(map)),
-            _ => (None, None),
+        let (time, stored) = match &replies[..] {
+            [_, time, stored, ..] => (server_time(time), stored),
+            _ => (None, &Value::Nil),
         };
-        let (Some((seconds, micros)), Some(theirs)) = (time, theirs) else {
+        let Some((seconds, micros)) = time else {
             return Err(StoreError::Refused(
-                format!("unexpected replies to TIME and GET {map_key}: {replies:?}").into(),
+                format!("unexpected reply to TIME: {replies:?}").into(),
             ));
         };
-        if theirs != shared.map {
-            return Err(StoreError::MapMismatch {
-                ours: shared.map.clone(),
-                theirs,
-                map_key,
-            });
+        let was_set = shared.map.is_set();
+        if map::check(&shared.map, stored)? != MapState::Ours && was_set {
+            // The server has lost it, while this manager may hold leases there.
+            restore_map(shared, connection).await?;
         }
         if let Some(tenure) = &shared.tenure {
-            let info = replies.get(4).and_then(as_text);
+            let info = replies.get(3).and_then(as_text);
             tenure.learn(asked_at, info.as_deref())?;
         }
         shared
@@ -401,6 +398,22 @@ fn knows_what_is_needed_to_wait(popped: Value) -> Result<(), StoreError> {
         // Whatever else it says, it says to a request as well.
         _ => Ok(()),
     }
+}
+
+/// Stores the map that a server had and has no more.
+async fn restore_map(shared: &Shared, connection: &MultiplexedConnection) -> Result<(), StoreError> {
+    let send = |command: Cmd| {
+        let mut connection = connection.clone();
+        async move {
+            let reply = connection.send_packed_command(&command).await;
+            let reply = reply.and_then(Value::extract_error);
+            let reply = reply.map_err(|error| shared.commands.permissions.of_command(error, &command));
+            reply.map_err(|error| shared.source.in_words(&error))
+        }
+    };
+    map::step(&shared.map, MapStep::Confirm, &|command| Box::pin(send(command)))
+        .await
+        .map(drop)
 }
 
 /// What the client library is told of a connection.

@@ -47,6 +47,7 @@ use tokio::sync::mpsc;
 
 use super::client::Purpose;
 use super::commands::{Commands, erase};
+use super::map;
 use super::reply::{acquired, acquired_freely, inspected, released};
 use super::script::Scripts;
 use crate::clock::Moment;
@@ -55,7 +56,10 @@ use crate::error::Invalid;
 use crate::key::{LockKey, SLOTS, Slot};
 use crate::program::run_there;
 use crate::protocol::{Acquire, AcquireReply, Answer, Ask, Push, Release, ReleaseReply, RenewReply, Renewal};
-use crate::store::{Inspection, Lane, LeaseStore, Look, StoreError, StoreFuture, StoreOptions, TlsFiles};
+use crate::store::map::StoredMap;
+use crate::store::{
+    Inspection, Lane, LeaseStore, Look, MapState, MapStep, StoreError, StoreFuture, StoreOptions, TlsFiles,
+};
 use crate::telemetry::ShardMetrics;
 use background::Background;
 use claim::Tenure;
@@ -83,7 +87,7 @@ pub(super) struct Shared {
     /// The only one of several addresses of the server's name that led to a primary, if one was looked for.
     address: Mutex<Option<SocketAddr>>,
     commands: Commands,
-    map: String,
+    map: StoredMap,
     timeout: Duration,
     scripts: Scripts,
     metrics: Arc<ShardMetrics>,
@@ -129,14 +133,15 @@ impl RedisStore {
 
     fn from_source(source: Source, options: StoreOptions, tenure: Option<Tenure>) -> Result<Self, Invalid> {
         source.check(&options.tls)?;
+        let commands = Commands::new(&options.namespace, options.manager);
         let shared = Arc::new(Shared {
             shard: options.shard,
             source,
             tls: options.tls,
             moves: Moves::new(),
             address: Mutex::new(None),
-            commands: Commands::new(&options.namespace, options.manager),
-            map: options.map,
+            map: StoredMap::new(options.map, commands.names.map()),
+            commands,
             timeout: options.timeout,
             scripts: Scripts::for_a_primary(&options.namespace),
             metrics: options.metrics,
@@ -211,6 +216,17 @@ impl Shared {
         }
         let fill = |command: &mut Cmd| self.commands.fill_release(command, request, floor);
         self.scripts.release.call_told_last(&mut live.connection, fill).await
+    }
+
+    /// Sends a command about the shard map.
+    async fn map_command(&self, link: &Link, live: &Live, command: Cmd) -> Result<Value, StoreError> {
+        let mut connection = live.connection.clone();
+        let reply = connection.send_packed_command(&command).await;
+        let reply = reply.and_then(Value::extract_error).map_err(|error| {
+            link.is_ended_by(&error, live);
+            self.commands.permissions.of_command(error, &command)
+        });
+        reply.map_err(|error| self.source.in_words(&error))
     }
 
     /// How often the primary has become another server, where it can.
@@ -315,6 +331,21 @@ impl LeaseStore for RedisStore {
     fn connect_background(&self) -> StoreFuture<()> {
         let link = Arc::clone(&self.background);
         Box::pin(async move { link.get().await.map(drop) })
+    }
+
+    fn has_map(&self) -> bool {
+        self.shared.map.is_set()
+    }
+
+    fn map(&self, step: MapStep) -> StoreFuture<MapState> {
+        let (shared, link) = (Arc::clone(&self.shared), Arc::clone(&self.callers[0]));
+        Box::pin(async move {
+            let live = link.get().await?;
+            map::step(&shared.map, step, &|command| {
+                Box::pin(shared.map_command(&link, &live, command))
+            })
+            .await
+        })
     }
 
     fn acquire(&self, request: Acquire) -> StoreFuture<Answer<AcquireReply>> {
@@ -448,16 +479,18 @@ impl LeaseStore for RedisStore {
         let link = Arc::clone(&self.callers[0]);
         Box::pin(async move {
             let live = link.get().await?;
+            shared.map.forget();
             let erased = erase(live.connection, &shared.commands).await;
             erased.map_err(|error| shared.source.in_words(&error))
         })
     }
 
     fn look(&self) -> Pin<Box<dyn Future<Output = Look> + Send>> {
-        let time = self.time();
+        let (time, map) = (self.time(), self.look_at_map());
         Box::pin(async move {
-            let (reached, times) = match time.await {
-                Ok(time) => (Ok(()), vec![time]),
+            let (time, map) = tokio::join!(time, map);
+            let (reached, times) = match time {
+                Ok(time) => (map, vec![time]),
                 Err(error) => (Err(error), Vec::new()),
             };
             Look { reached, times }

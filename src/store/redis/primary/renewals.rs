@@ -13,14 +13,15 @@ use std::time::Duration;
 use deadpool_redis::redis::{Cmd, RedisError, Value, cmd};
 use futures_util::StreamExt;
 use parking_lot::Mutex;
-use tokio::time::{Instant, timeout_at};
+use tokio::time::{Instant, timeout, timeout_at};
 
 use super::super::batch::{self, Part};
+use super::super::map;
 use super::super::reply::{renewed, role};
 use super::Shared;
 use super::link::{Link, Live};
 use crate::protocol::{RenewReply, Renewal};
-use crate::store::StoreError;
+use crate::store::{MapState, MapStep, StoreError};
 
 /// How many leases one call of the renewal script covers: few enough that others get a turn in between.
 const RENEWALS_PER_CALL: usize = 128;
@@ -90,9 +91,23 @@ pub(super) async fn renew(
         link.is_ended_by(&error, live);
         shared.source.in_words(&error)
     };
-    let mut replies = send(shared, link, live, batch, limit).await?;
+    let reading = timeout(
+        limit.mul_f64(0.8),
+        shared.map_command(link, live, map::read(&shared.map)),
+    );
+    let (replies, stored) = tokio::join!(send(shared, link, live, batch, limit), reading);
+    let map = match stored {
+        Ok(Ok(stored)) => map::check(&shared.map, &stored),
+        // Why it could not be read, the renewals themselves find out.
+        Ok(Err(_)) | Err(_) => Ok(MapState::Ours),
+    };
+    let mut replies = match (replies, &map) {
+        (Err(error), Ok(_)) => return Err(error),
+        (Err(_), Err(_)) => Vec::new(),
+        (Ok(replies), _) => replies,
+    };
     let mut connection = live.connection.clone();
-    if shared.check_role && replies.contains(&Some(RenewReply::NotOurs)) {
+    if shared.check_role && (map.is_err() || replies.contains(&Some(RenewReply::NotOurs))) {
         // Where nothing is to be written, a server that was demoted meanwhile does not say so. What it does not know, the new
         // primary may.
         let answer = cmd("ROLE").query_async(&mut connection).await.map_err(in_words)?;
@@ -100,6 +115,10 @@ pub(super) async fn renew(
             link.broken(live);
             return Err(error);
         }
+    }
+    if map? != MapState::Ours && replies.iter().any(is_extended) {
+        // Somebody has deleted it beside the leases, and must not store another one meanwhile.
+        restore_map(shared, link, live, limit / 5).await?;
     }
     if let Some(confirm) = &shared.confirm {
         let wait = confirm.within(limit);
@@ -117,6 +136,27 @@ pub(super) async fn renew(
         replies.fill(None);
     }
     Ok(replies)
+}
+
+fn is_extended(reply: &Option<RenewReply>) -> bool {
+    matches!(reply, Some(RenewReply::Extended { .. }))
+}
+
+/// Stores the map again. If that has no answer, the next renewal tries again.
+///
+/// # Errors
+///
+/// There is another one by now.
+async fn restore_map(shared: &Shared, link: &Link, live: &Live, limit: Duration) -> Result<(), StoreError> {
+    let send = |command| Box::pin(shared.map_command(link, live, command)) as map::Reply<'_>;
+    match timeout(limit, map::step(&shared.map, MapStep::Confirm, &send)).await {
+        Ok(Ok(_)) => {
+            tracing::warn!(shard = %shared.shard, "the shard map was gone from the server and is stored again");
+            Ok(())
+        }
+        Ok(Err(error @ StoreError::MapMismatch { .. })) => Err(error),
+        Ok(Err(_)) | Err(_) => Ok(()),
+    }
 }
 
 /// Sends the calls, and those that are refused again in parts. An error if no lease has a reply.

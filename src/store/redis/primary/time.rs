@@ -2,7 +2,7 @@
 
 use std::sync::Arc;
 
-use super::super::time;
+use super::super::{map, time};
 use super::RedisStore;
 use crate::store::{ServerTime, StoreError, StoreFuture};
 
@@ -26,6 +26,22 @@ impl RedisStore {
                     link.broken(&live);
                     Err(StoreError::Unavailable(format!("no answer within {limit:?}").into()))
                 }
+            }
+        })
+    }
+
+    /// Whether the server has another shard map by now. Why it does not tell is found out by whoever asks for the time.
+    pub(super) fn look_at_map(&self) -> StoreFuture<()> {
+        let (shared, background) = (Arc::clone(&self.shared), self.background());
+        Box::pin(async move {
+            let (link, live) = background.get(shared.timeout / 3).await?;
+            let switches = shared.switches();
+            let limit = shared.timeout.mul_f64(0.9);
+            let asking = shared.map_command(&link, &live, map::read(&shared.map));
+            match tokio::time::timeout(limit, asking).await {
+                // What a server says that was replaced meanwhile is of no worth.
+                Ok(Ok(stored)) if shared.switches() == switches => map::look(&shared.map, &stored),
+                _ => Ok(()),
             }
         })
     }
