@@ -89,6 +89,38 @@ on_each_store! {
     }
 }
 
+/// Channels have no database, so both shards hear what is published for either.
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn shards_that_are_databases_of_one_server_leave_one_anothers_locks_alone() {
+    let server = RedisServer::start();
+    let builder = || {
+        let databases = ["0", "1"].map(|database| format!("{}/{database}", server.url()));
+        databases
+            .into_iter()
+            .fold(LockManager::builder(), |builder, url| builder.shard(url))
+    };
+    let (one, other) = (
+        builder().connect().await.expect("connect"),
+        builder().connect().await.expect("connect"),
+    );
+    for (_, of_shard) in keys(&one) {
+        for key in of_shard {
+            let mut guard = lock(&one, &key).await;
+            for round in 0..10 {
+                let to = if round % 2 == 0 { &other } else { &one };
+                let waiting = tokio::spawn(to.lock(&key).into_future());
+                until_queued(&one, &key, 1).await;
+                guard.release().await.expect("it was held all the time");
+                guard = soon("the waiter", waiting).await.expect("a task").expect("lock");
+                // What the other shard does with its copy of the grant, it does at once.
+                let inspected = one.inspect(&key).await.expect("inspect");
+                assert_eq!(inspected.holder.expect("a holder").owner, guard.owner());
+            }
+            guard.release().await.expect("it was held all the time");
+        }
+    }
+}
+
 on_each_store! {
     on(redis, own);
 

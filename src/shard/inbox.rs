@@ -70,6 +70,9 @@ async fn receive(shard: Arc<Shard>, pushes: Arc<Mutex<mpsc::UnboundedReceiver<Pu
     let mut is_cut_off = false;
     while let Some(push) = pushes.recv().await {
         match push {
+            // Channels have no database, so a shard that is another database of the same server hears this too; the key's own shard acts on it.
+            Push::Granted { ref key, .. } | Push::Turn { ref key, .. } | Push::Wanted { ref key, .. }
+                if !shard.owns(key) => {}
             Push::Granted { key, grant } => match shard.table.get(&key) {
                 Some(entry) => entry.in_background(|queue, cx| queue.granted(grant, cx)),
                 // Nobody wants the key any more.

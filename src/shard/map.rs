@@ -9,7 +9,9 @@ use futures_util::future::join_all;
 use tokio::sync::Mutex;
 
 use super::Shard;
+use crate::key::LockKey;
 use crate::protocol::{Acquire, AcquireReply, Answer};
+use crate::router::shard_index;
 use crate::store::{LeaseStore, MapStep, StoreError, StoreFuture};
 
 /// The stores of all shards of a manager, by their names, and the one task at a time that stores their map.
@@ -84,6 +86,13 @@ impl fmt::Debug for Maps {
 }
 
 impl Shard {
+    /// Whether keys of that slot belong to this shard.
+    pub(super) fn owns(&self, key: &LockKey) -> bool {
+        let stores = &self.maps.stores;
+        let owner = stores.get(shard_index(key.slot(), stores.len()));
+        owner.is_some_and(|(_, store)| Arc::ptr_eq(store, &self.store))
+    }
+
     /// Asks the store for a lease, once the shard is known to have this manager's map.
     pub(super) fn acquire(&self, request: Acquire) -> StoreFuture<Answer<AcquireReply>> {
         if self.store.has_map() {
