@@ -79,6 +79,73 @@ fn a_holder_of_another_library_is_told_apart() {
     assert!(text.contains("never ends"), "{text}");
 }
 
+/// What a hostile client may write: it would clear a screen, change its title and forge lines.
+const HOSTILE: &str = "x\u{1b}[2J\u{1b}]0;owned\u{7}\nforged   line\r\u{9b}31m\u{202e}y";
+
+/// Neither of the outputs has anything but printable characters and line ends, nor a line of the hostile value's own.
+#[track_caller]
+fn assert_printable(ended: &tool::Ended) {
+    for text in [&ended.stdout, &ended.stderr] {
+        let is_bad = |char: char| (char.is_control() && char != '\n') || char == '\u{202e}';
+        assert!(!text.contains(is_bad), "{ended:?}");
+        let mut lines = text.lines();
+        assert!(!lines.any(|line| line.starts_with("forged   line")), "{ended:?}");
+    }
+    let all = format!("{}{}", ended.stdout, ended.stderr);
+    assert!(all.contains("owned"), "the value is shown: {ended:?}");
+}
+
+#[test]
+fn values_of_a_server_can_not_reach_the_terminal_raw() {
+    let server = RedisServer::start();
+    server.command(&["SET", "lock:k", HOSTILE]);
+    server.command(&["ZADD", "{lock:k}:q", "1", HOSTILE]);
+    assert_printable(&run(tool(&server, &["inspect", "k"])));
+    let ended = run(tool(&server, &["inspect", "k", "--json"]));
+    assert_printable(&ended);
+    let seen: Value = serde_json::from_str(&ended.stdout).unwrap();
+    assert_eq!(
+        (&seen["holder"]["owner"], &seen["queue"][0]),
+        (&json!(HOSTILE), &json!(HOSTILE))
+    );
+    assert_printable(&run(tool(
+        &server,
+        &["top", "--once", "--interval", "100ms", "--key", "k"],
+    )));
+    assert_printable(&run(tool(&server, &["inspect", &format!("{HOSTILE}!")])));
+
+    server.command(&["SET", "lock:%map", HOSTILE]);
+    let set = ["map", "set", "--expect", "none"];
+    let commands: [&[&str]; 6] = [
+        &["exec", "k", "true"],
+        &["inspect", "k"],
+        &["doctor"],
+        &["map", "show"],
+        &["map", "show", "--json"],
+        &set,
+    ];
+    for args in commands {
+        assert_printable(&run(tool(&server, args)));
+    }
+}
+
+#[test]
+fn messages_of_a_server_can_not_forge_lines_of_the_log() {
+    let server = RedisServer::start();
+    let holder = Holder::of(&server, "k");
+    let mut command = tool(&server, &["exec", "k", "true"]);
+    command.env("SHARDLOCK_LOG", "debug");
+    let mut waiter = Run::start(command);
+    wait_until_waiting(&server, "k", 1);
+    for inbox in server.channels() {
+        server.command(&["PUBLISH", &inbox, HOSTILE]);
+    }
+    holder.go();
+    let ended = waiter.end();
+    assert!(ended.stderr.contains("not of this version's form"), "{ended:?}");
+    assert_printable(&ended);
+}
+
 #[test]
 fn a_server_that_is_gone_can_not_be_looked_at() {
     let server = RedisServer::start();
@@ -142,6 +209,36 @@ fn flags_override_the_environment_and_that_overrides_the_file() {
         ended.stderr.contains("tll") && ended.stderr.contains("line 1"),
         "{ended:?}"
     );
+}
+
+#[test]
+fn argument_that_nothing_would_read_is_an_error() {
+    let shard = "redis://127.0.0.1:1";
+    let wrong: [(&[&str], &str); 7] = [
+        (&["slot", "k", "--set", "ttl=1s", "--set", "ttl=2s"], "\"ttl\" twice"),
+        (
+            &["slot", "k", "--shard", shard, "--set", "shards=memory://"],
+            "--shard and by --set shards",
+        ),
+        (
+            &["slot", "k", "--shard", "redis+cluster://127.0.0.1:1/3"],
+            "without a database",
+        ),
+        (&["slot", "k", "--shard", "redis://:@127.0.0.1:1"], "before the @"),
+        (&["top", "--once", "http://127.0.0.1:1/other"], "has a path"),
+        (
+            &["top", "--once", "--scan", "5", "127.0.0.1:1"],
+            "--scan is for looking at shards",
+        ),
+        (
+            &["top", "--once", "--key", "k", "127.0.0.1:1"],
+            "--key is for looking at shards",
+        ),
+    ];
+    for (args, words) in wrong {
+        let ended = run(bare(args));
+        assert!(ended.code == 64 && ended.stderr.contains(words), "{args:?}: {ended:?}");
+    }
 }
 
 #[test]

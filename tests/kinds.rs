@@ -10,9 +10,9 @@ mod tool;
 use std::process::Command;
 
 use serde_json::Value;
-use shardlock::Config;
-use support::worker;
-use support_locks::{TestStore, lock, on_each_store};
+use shardlock::{Config, LossReason};
+use support::{RedisServer, worker};
+use support_locks::{TestStore, lock, on_each_store, soon, until};
 use tool::{bare, run};
 
 /// The settings of a manager of that store, as environment variables of the tool.
@@ -109,6 +109,81 @@ on_each_store! { on(servers);
         }
         let left: Vec<_> = store.servers().names().into_iter().filter(|name| name.contains("bench:")).collect();
         assert_eq!(left, [""; 0]);
+    }
+
+    async fn commands_that_only_look_store_no_map(store: &TestStore) {
+        let commands: [&[&str]; 6] = [
+            &["inspect", "k"],
+            &["map", "show"],
+            &["doctor"],
+            &["top", "--once", "--interval", "100ms"],
+            &["top", "--once", "--interval", "100ms", "--key", "k"],
+            &["slot", "k"],
+        ];
+        for args in commands {
+            let ended = run(with_settings(store, args));
+            assert!(ended.code <= 2, "{args:?}: {ended:?}");
+            assert!(store.servers().maps(store.namespace()).is_empty(), "{args:?}");
+        }
+        let ended = run(with_settings(store, &["exec", "k", "true"]));
+        assert_eq!(ended.code, 0, "{ended:?}");
+        assert!(!store.servers().maps(store.namespace()).is_empty());
+    }
+
+    async fn shard_map_is_replaced_when_nobody_uses_it(store: &TestStore) {
+        let locks = store.manager().await;
+        lock(&locks, "k").await.release().await.expect("release");
+        let old = store.servers().maps(store.namespace());
+        let shown = run(with_settings(store, &["map", "show", "--json"]));
+        let shown: Value = serde_json::from_str(&shown.stdout).expect("JSON");
+        assert_eq!(shown["agrees"], true, "{shown}");
+        assert_eq!(shown["shards"].as_array().expect("shards").len(), old.len(), "{shown}");
+
+        // One more shard is added.
+        let more = RedisServer::start();
+        let grown = |args: &[&str]| {
+            let mut command = with_settings(store, args);
+            command.env("SHARDLOCK_SHARDS", format!("{} {}", store.urls().join(" "), more.url()));
+            run(command)
+        };
+        let expected = "--expect 'v1 shard-0:0-16383'";
+        let shown = grown(&["map", "show"]);
+        assert_eq!(shown.code, 0, "{shown:?}");
+        assert!(shown.stdout.contains(expected) && shown.stdout.contains("stored      none"), "{shown:?}");
+        let set = ["map", "set", "--expect", "v1 shard-0:0-16383"];
+        let guard = lock(&locks, "k").await;
+        let refused = [
+            (grown(&["exec", "k", "true"]), 78, "`shardlock map set`"),
+            (grown(&["map", "set", "--expect", "v1 other:0-8191"]), 78, "which is not expected; nothing was written"),
+            (grown(&set), 69, "nothing was written"),
+        ];
+        for (ended, code, words) in refused {
+            assert!(ended.code == code && ended.stderr.contains(words), "{ended:?}");
+        }
+        assert_eq!(store.servers().maps(store.namespace()), old);
+        assert_eq!(more.keys(), [""; 0]);
+
+        guard.release().await.expect("it was held all the time");
+        locks.shutdown().await;
+        drop(locks);
+        until("nobody listens", async || grown(&set).code == 0).await;
+        let new = store.servers().maps(store.namespace());
+        assert!(new.len() == old.len() && new.iter().all(|map| map.starts_with("v1 shard-0:0-8191,shard-1:8192-16383 here=shard-0")), "{new:?}");
+        let again = grown(&set);
+        assert!(again.code == 0 && again.stdout.contains("nothing was written"), "{again:?}");
+        assert_eq!(grown(&["exec", "k", "true"]).code, 0);
+        assert_eq!(run(with_settings(store, &["exec", "k", "true"])).code, 78);
+    }
+
+    async fn forced_shard_map_ends_the_locks_of_those_that_run(store: &TestStore) {
+        let locks = store.manager().await;
+        let guard = lock(&locks, "k").await;
+        let more = RedisServer::start();
+        let mut command = with_settings(store, &["map", "set", "--force", "--expect", "v1 shard-0:0-16383"]);
+        command.env("SHARDLOCK_SHARDS", format!("{} {}", store.urls().join(" "), more.url()));
+        let ended = run(command);
+        assert_eq!(ended.code, 0, "{ended:?}");
+        assert_eq!(soon("the loss", guard.lost()).await, LossReason::ShardMap);
     }
 
     async fn an_erased_namespace_is_as_new_but_for_its_tokens(store: &TestStore) {

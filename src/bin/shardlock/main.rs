@@ -8,6 +8,7 @@ mod exec;
 mod exit;
 mod inspect;
 mod load;
+mod map;
 mod metrics;
 mod output;
 mod shards;
@@ -50,6 +51,7 @@ enum Command {
     Doctor(doctor::Args),
     Top(top::Args),
     Slot(slot::Args),
+    Map(map::Args),
     Demo(demo::DemoArgs),
     Bench(bench::Args),
     #[command(hide = true)]
@@ -81,6 +83,7 @@ fn run(command: Command) -> Result<u8, Failure> {
         Command::Doctor(args) => on_this_thread(doctor::run(args)),
         Command::Top(args) => on_this_thread(top::run(args)),
         Command::Slot(args) => slot::run(args),
+        Command::Map(args) => on_this_thread(map::run(args)),
         Command::Demo(args) => on_this_thread(async { demo::run(args).await.map_err(|error| Failure::new(1, error)) }),
         Command::Bench(args) => on_this_thread(bench::run(args)),
         Command::Child(args) => load::child::run(args),

@@ -2,28 +2,20 @@
 
 use std::collections::BTreeMap;
 
-use shardlock::{Endpoint, ShardConfig};
+use shardlock::{Endpoint, ShardConfig, ShardMap};
 
-use super::Kind;
 use super::finding::Finding;
 
-/// `ours` is what a manager of this configuration would store where `stored` was found, and `remove` is how that is deleted.
-pub(super) fn fingerprint(
-    stored: &Result<Option<String>, String>,
-    kind: Kind,
-    ours: &str,
-    remove: &str,
-) -> Option<Finding> {
+/// `ours` is what a manager of this configuration would store where `stored` was found.
+pub(super) fn fingerprint(stored: &Result<Option<String>, String>, ours: &str) -> Option<Finding> {
     const CHECK: &str = "shard-map";
     let theirs = match stored {
         Ok(Some(theirs)) => theirs,
-        Ok(None) => return Some(Finding::ok(CHECK, "none is stored yet; the first manager stores it")),
+        Ok(None) => return Some(Finding::ok(CHECK, "none is stored yet; the first lock stores it")),
         // The permission is another check's matter, and in a cluster some other node has the key.
         Err(_) => return None,
     };
-    // A quorum may store more after it, such as its longest TTL, which a manager compares.
-    let more = theirs.strip_prefix(ours).filter(|more| more.starts_with(' '));
-    if theirs == ours || (kind == Kind::Redlock && more.is_some()) {
+    if ShardMap::agree(ours, theirs) {
         return Some(Finding::ok(CHECK, format!("as configured: {theirs}")));
     }
     let version = |text: &str| text.split(' ').next().unwrap_or_default().to_owned();
@@ -40,8 +32,9 @@ pub(super) fn fingerprint(
         format!("{theirs:?} is stored, but this configuration has {ours:?}"),
         "with different maps one key is locked in two places at a time, so a manager is refused",
         format!(
-            "give the same shards with the same names in the same order in every process, or another namespace; if the change is meant, stop all \
-             processes that lock here and then {remove}"
+            "give the same shards in the same order in every process, or another namespace; if the change is meant, stop all processes that lock \
+             here and then `shardlock map set --expect '{}'`",
+            theirs.split(" here=").next().unwrap_or_default()
         ),
     ))
 }
@@ -75,24 +68,25 @@ mod tests {
 
     const OURS: &str = "v1 a:0-8191,b:8192-16383 here=a";
 
-    fn found(theirs: Option<&str>, kind: Kind) -> Finding {
+    fn found(theirs: Option<&str>) -> Finding {
         let stored = Ok(theirs.map(str::to_owned));
-        fingerprint(&stored, kind, OURS, "DEL lock:%map").unwrap()
+        fingerprint(&stored, OURS).unwrap()
     }
 
     #[test]
     fn another_map_is_an_error_that_shows_both() {
-        assert_eq!(found(None, Kind::Single).level, Level::Ok);
-        assert_eq!(found(Some(OURS), Kind::Single).level, Level::Ok);
-        let other = found(Some("v1 a:0-16383 here=a"), Kind::Single);
+        assert_eq!(found(None).level, Level::Ok);
+        assert_eq!(found(Some(OURS)).level, Level::Ok);
+        assert_eq!(found(Some("v1 x:0-8191,y:8192-16383 here=x")).level, Level::Ok);
+        let other = found(Some("v1 a:0-16383 here=a"));
         assert_eq!(other.level, Level::Error);
         assert!(other.found.contains("a:0-16383") && other.found.contains("b:8192-16383"));
-        assert!(other.mend.unwrap().contains("DEL lock:%map"));
+        assert!(other.mend.unwrap().contains("map set --expect 'v1 a:0-16383'"));
     }
 
     #[test]
     fn another_version_is_told_apart() {
-        let finding = found(Some("v2 a:0-8191,b:8192-16383 here=a"), Kind::Single);
+        let finding = found(Some("v2 a:0-8191,b:8192-16383 here=a"));
         assert!(finding.level == Level::Error && finding.found.contains("another version"));
     }
 
@@ -105,12 +99,5 @@ mod tests {
         assert_eq!(level(&["redis://a"]), None);
         assert_eq!(level(&["redis://a", "redis://b", "redis://a/1"]), Some(Level::Ok));
         assert_eq!(level(&["redis://a", "redis://u:s3cret@a:6379/0"]), Some(Level::Error));
-    }
-
-    #[test]
-    fn a_quorum_may_store_more() {
-        let more = format!("{OURS} redlock_max_ttl=10s");
-        assert_eq!(found(Some(&more), Kind::Redlock).level, Level::Ok);
-        assert_eq!(found(Some(&more), Kind::Single).level, Level::Error);
     }
 }

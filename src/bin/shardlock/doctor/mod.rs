@@ -10,7 +10,7 @@ mod clock;
 mod cluster;
 mod connections;
 #[cfg(feature = "etcd")]
-mod etcd;
+pub(crate) mod etcd;
 mod facts;
 mod finding;
 mod look;
@@ -83,12 +83,8 @@ pub(crate) async fn run(args: Args) -> Result<u8, Failure> {
     let config = args.shards.load_with_shards()?;
     config.validate().map_err(Failure::config)?;
     let asking = Asking::new(&config).map_err(Failure::config)?;
-    let fingerprints = config.fingerprints();
-    let looking = config
-        .shards
-        .iter()
-        .zip(&fingerprints)
-        .map(|(shard, fingerprint)| examine(shard, fingerprint, &asking));
+    let shards = config.shards.iter().enumerate();
+    let looking = shards.map(|(index, shard)| examine(shard, config.fingerprints_at(index), &asking));
     let shards: Vec<_> = stream::iter(looking).buffered(SHARDS_AT_ONCE).collect().await;
     let report = Report {
         settings: map::places(&config.shards)
@@ -103,8 +99,9 @@ pub(crate) async fn run(args: Args) -> Result<u8, Failure> {
     Ok(report.exit_code())
 }
 
-async fn examine(shard: &ShardConfig, fingerprint: &str, asking: &Asking<'_>) -> Result<ShardReport, Failure> {
+async fn examine(shard: &ShardConfig, fingerprints: Vec<String>, asking: &Asking<'_>) -> Result<ShardReport, Failure> {
     let endpoint = Endpoint::parse(&shard.url).map_err(Failure::config)?;
+    let fingerprint = fingerprints.first().map_or("", String::as_str);
     let mut report = ShardReport {
         name: shard.name.clone(),
         url: endpoint.to_string(),
@@ -114,7 +111,7 @@ async fn examine(shard: &ShardConfig, fingerprint: &str, asking: &Asking<'_>) ->
         "redis" | "rediss" | "redis+unix" => examine_single(&endpoint, asking, fingerprint, &mut report).await,
         "redis+sentinel" | "rediss+sentinel" => sentinel::examine(&endpoint, asking, fingerprint, &mut report).await,
         "redis+cluster" | "rediss+cluster" => cluster::examine(&endpoint, asking, fingerprint, &mut report).await,
-        "redlock" | "redlocks" => redlock::examine(&endpoint, asking, fingerprint, &mut report).await,
+        "redlock" | "redlocks" => redlock::examine(&endpoint, asking, &fingerprints, &mut report).await,
         #[cfg(feature = "etcd")]
         "etcd" | "etcds" => etcd::examine(&endpoint, asking, fingerprint, &mut report).await,
         "memory" => report.findings.push(memory_only()),

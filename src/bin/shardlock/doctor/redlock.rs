@@ -14,22 +14,28 @@ use super::server::{Expected, checked};
 use super::{Kind, clock};
 use crate::asking::Asking;
 
-pub(super) async fn examine(endpoint: &Endpoint, asking: &Asking<'_>, fingerprint: &str, report: &mut ShardReport) {
+/// There is a fingerprint for each node.
+pub(super) async fn examine(
+    endpoint: &Endpoint,
+    asking: &Asking<'_>,
+    fingerprints: &[String],
+    report: &mut ShardReport,
+) {
     let nodes = endpoint.servers();
     let nodes = join_all(nodes.iter().map(|node| look(node, Kind::Redlock, asking))).await;
-    let expected = Expected {
-        kind: Kind::Redlock,
-        config: asking.config,
-        fingerprint,
-        replica_of: None,
-        unreachable: Level::Warning,
-        announced: false,
-    };
     report.findings.push(majority(&nodes));
     report.findings.extend(evenness(nodes.len()));
     report.findings.push(independence(&nodes));
     report.findings.extend(clock::among(&nodes));
-    for node in &nodes {
+    for (node, fingerprint) in nodes.iter().zip(fingerprints) {
+        let expected = Expected {
+            kind: Kind::Redlock,
+            config: asking.config,
+            fingerprint,
+            replica_of: None,
+            unreachable: Level::Warning,
+            announced: false,
+        };
         let mut checked = checked(node, &expected);
         if let Ok(seen) = &node.seen {
             checked.findings.extend(vote(seen, asking.config.redlock_max_ttl));

@@ -99,8 +99,7 @@ fn findings(server: &Server, seen: &Seen, expected: &Expected<'_>) -> Vec<Findin
     findings.push(permissions::permitted(seen));
     findings.extend(permissions::known(seen));
     findings.extend(permissions::several_slots(seen));
-    let remove = format!("DEL {} on each server", config.map_key());
-    findings.extend(map::fingerprint(&seen.map, kind, fingerprint, &remove));
+    findings.extend(map::fingerprint(&seen.map, fingerprint));
     findings.extend(memory::policy(seen));
     findings.extend(memory::room(seen));
     findings.extend(persistence::persistence(seen, kind));

@@ -137,6 +137,12 @@ fn user(server: &ServerUrl) -> Result<Option<(String, String)>, Trouble> {
         .map(|password| (decoded(url.username()), decoded(password))))
 }
 
+/// A connection to a member, for other commands.
+pub(crate) async fn client(server: &ServerUrl, asking: &Asking<'_>) -> Result<Client, Trouble> {
+    let user = user(server)?;
+    in_time(asking, connect(server, user.as_ref(), asking)).await
+}
+
 async fn connect(
     server: &ServerUrl,
     user: Option<&(String, String)>,
@@ -162,7 +168,10 @@ async fn connect(
 }
 
 /// One question, for no longer than a request may take.
-async fn in_time<T>(asking: &Asking<'_>, question: impl Future<Output = Result<T, Error>>) -> Result<T, Trouble> {
+pub(crate) async fn in_time<T>(
+    asking: &Asking<'_>,
+    question: impl Future<Output = Result<T, Error>>,
+) -> Result<T, Trouble> {
     let limit = asking.timeout();
     match tokio::time::timeout(limit, question).await {
         Ok(answer) => answer.map_err(|error| trouble(&error)),

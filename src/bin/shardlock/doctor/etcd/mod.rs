@@ -13,9 +13,10 @@ use super::memory::size;
 use super::permissions::is_loopback;
 use super::reach::short;
 use super::report::{ServerReport, ShardReport};
-use super::{Kind, map, timing};
+use super::{map, timing};
 use crate::asking::{Asking, Trouble, TroubleKind};
 use look::{Member, look};
+pub(crate) use look::{client, in_time};
 
 /// What etcd gives in place of shorter leases, unless its election timeout was changed.
 const LEASE_LEAST: Duration = Duration::from_secs(2);
@@ -27,9 +28,7 @@ pub(super) async fn examine(endpoint: &Endpoint, asking: &Asking<'_>, fingerprin
     let seen = join_all(servers.iter().map(|server| look(server, asking))).await;
     report.findings.push(majority(&seen));
     report.findings.extend(leader(&seen));
-    report
-        .findings
-        .extend(shard_map(&seen, fingerprint, &asking.config.map_key()));
+    report.findings.extend(shard_map(&seen, fingerprint));
     report.findings.push(lease(asking.config));
     let all_are_silent = seen.iter().all(Result::is_err);
     for (server, member) in servers.iter().zip(&seen) {
@@ -107,9 +106,9 @@ fn leader(seen: &[Seen]) -> Option<Finding> {
 }
 
 /// All members have the same, so the first that tells is enough.
-fn shard_map(seen: &[Seen], fingerprint: &str, key: &str) -> Option<Finding> {
+fn shard_map(seen: &[Seen], fingerprint: &str) -> Option<Finding> {
     let told = seen.iter().flatten().find(|member| member.map.is_ok())?;
-    map::fingerprint(&told.map, Kind::Single, fingerprint, &format!("etcdctl del {key}"))
+    map::fingerprint(&told.map, fingerprint)
 }
 
 /// Whether leases can be as short as the settings say.

@@ -1,0 +1,274 @@
+//! The servers that store the map of a shard: finding them, and what can be done there.
+
+use std::time::{Duration, Instant};
+
+use anyhow::anyhow;
+use deadpool_redis::redis::aio::MultiplexedConnection;
+use deadpool_redis::redis::{Cmd, FromRedisValue, cmd};
+use shardlock::{Endpoint, ServerUrl, ShardConfig};
+
+use crate::asking::{Asking, ask, primaries};
+use crate::exit::{self, Failure};
+
+/// For how long one server is searched for leases.
+const SEARCH_MAX: Duration = Duration::from_secs(20);
+/// How many of its keys a server looks at in one step.
+const STEP: u64 = 1000;
+
+/// Replaces the map if it is still what it was, and returns whether it was: an empty text is none.
+const SWAP: &str =
+    "if (redis.call('GET', KEYS[1]) or '') ~= ARGV[1] then return 0 end redis.call('SET', KEYS[1], ARGV[2]) return 1";
+
+/// Where the map of a shard, or of a node of it, is stored.
+pub(super) struct Place {
+    kind: Kind,
+    label: String,
+}
+
+enum Kind {
+    Server(ServerUrl),
+    /// The primary that has the map's key, and all of them.
+    Cluster {
+        owner: ServerUrl,
+        primaries: Vec<ServerUrl>,
+    },
+    #[cfg(feature = "etcd")]
+    Etcd(Vec<ServerUrl>),
+}
+
+/// What is held or waited for.
+pub(super) enum Leases {
+    None,
+    Some {
+        example: String,
+        owner: String,
+    },
+    /// Not all keys could be looked at in time.
+    Unknown,
+}
+
+/// The places of one shard. A shard in memory has none.
+///
+/// # Errors
+///
+/// Nobody knows which servers they are.
+pub(super) async fn find(shard: &ShardConfig, asking: &Asking<'_>) -> Result<Vec<Place>, Failure> {
+    let unknown = |reason: anyhow::Error| {
+        let context = format!("shard {}: its servers can't be found", shard.name);
+        Failure::new(exit::UNAVAILABLE, reason.context(context))
+    };
+    let endpoint = Endpoint::parse(&shard.url).map_err(Failure::config)?;
+    #[cfg(feature = "etcd")]
+    if matches!(endpoint.scheme(), "etcd" | "etcds") {
+        let servers = endpoint.servers();
+        let places: Vec<_> = servers.iter().map(ServerUrl::place).collect();
+        return Ok(vec![Place {
+            label: places.join(","),
+            kind: Kind::Etcd(servers),
+        }]);
+    }
+    let Some(servers) = primaries(&endpoint, asking).await.map_err(unknown)? else {
+        return Ok(Vec::new());
+    };
+    if matches!(endpoint.scheme(), "redis+cluster" | "rediss+cluster") {
+        let owner = owner(&servers, asking)
+            .await
+            .map_err(|reason| unknown(anyhow!(reason)))?;
+        return Ok(vec![Place {
+            label: owner.place().to_owned(),
+            kind: Kind::Cluster {
+                owner,
+                primaries: servers,
+            },
+        }]);
+    }
+    let place = |server: ServerUrl| Place {
+        label: server.place().to_owned(),
+        kind: Kind::Server(server),
+    };
+    Ok(servers.into_iter().map(place).collect())
+}
+
+/// The node of a cluster that has the key of the map: the others send it on.
+async fn owner(primaries: &[ServerUrl], asking: &Asking<'_>) -> Result<ServerUrl, String> {
+    let mut trouble = "no primary has slots".to_owned();
+    for server in primaries {
+        match one(server, asking, cmd("GET").arg(asking.config.map_key())).await {
+            Ok::<Option<String>, _>(_) => return Ok(server.clone()),
+            Err(reason) => trouble = format!("{}: {reason}", server.place()),
+        }
+    }
+    Err(trouble)
+}
+
+impl Place {
+    /// `host:port`; in a cluster that of the node which has the map's key.
+    pub(super) fn label(&self) -> String {
+        self.label.clone()
+    }
+
+    pub(super) async fn read(&self, asking: &Asking<'_>) -> Result<Option<String>, String> {
+        let key = asking.config.map_key();
+        match &self.kind {
+            Kind::Server(server) | Kind::Cluster { owner: server, .. } => {
+                let stored: Option<Vec<u8>> = one(server, asking, cmd("GET").arg(key)).await?;
+                Ok(stored.map(|stored| String::from_utf8_lossy(&stored).into_owned()))
+            }
+            #[cfg(feature = "etcd")]
+            Kind::Etcd(servers) => super::etcd::read(servers, asking, &key).await,
+        }
+    }
+
+    /// Stores `new` if `old` is stored, or nothing for none.
+    pub(super) async fn swap(&self, asking: &Asking<'_>, old: Option<&str>, new: &str) -> Result<(), String> {
+        let key = asking.config.map_key();
+        let swapped = match &self.kind {
+            Kind::Server(server) | Kind::Cluster { owner: server, .. } => {
+                let mut swap = cmd("EVAL");
+                swap.arg(SWAP).arg(1).arg(key).arg(old.unwrap_or_default()).arg(new);
+                one::<bool>(server, asking, &swap).await?
+            }
+            #[cfg(feature = "etcd")]
+            Kind::Etcd(servers) => super::etcd::swap(servers, asking, &key, old, new).await?,
+        };
+        match swapped {
+            true => Ok(()),
+            false => Err("it was changed meanwhile".to_owned()),
+        }
+    }
+
+    /// The names of the managers that listen. Etcd has no such names, and in a cluster only those that have locked lately have them.
+    pub(super) async fn listeners(&self, asking: &Asking<'_>) -> Result<Vec<String>, String> {
+        let namespace = glob(&asking.config.namespace);
+        let (servers, list, pattern) = match &self.kind {
+            Kind::Server(server) => (std::slice::from_ref(server), "CHANNELS", format!("{namespace}in:*")),
+            Kind::Cluster { primaries, .. } => (&primaries[..], "SHARDCHANNELS", format!("{namespace}in:{{*}}:*")),
+            #[cfg(feature = "etcd")]
+            Kind::Etcd(_) => return Ok(Vec::new()),
+        };
+        let mut names = Vec::new();
+        for server in servers {
+            let mut channels = cmd("PUBSUB");
+            channels.arg(list).arg(&pattern);
+            let channels: Vec<Vec<u8>> = one(server, asking, &channels).await?;
+            let name = |channel: &Vec<u8>| {
+                let channel = String::from_utf8_lossy(channel);
+                channel.rsplit(':').next().unwrap_or_default().to_owned()
+            };
+            names.extend(channels.iter().map(name));
+        }
+        names.sort_unstable();
+        names.dedup();
+        Ok(names)
+    }
+
+    /// Whether a manager holds anything here or waits for it.
+    pub(super) async fn leases(&self, asking: &Asking<'_>) -> Result<Leases, String> {
+        let servers = match &self.kind {
+            Kind::Server(server) => std::slice::from_ref(server),
+            Kind::Cluster { primaries, .. } => primaries,
+            #[cfg(feature = "etcd")]
+            Kind::Etcd(servers) => return super::etcd::leases(servers, asking).await,
+        };
+        for server in servers {
+            match leases_at(server, asking).await? {
+                Leases::None => {}
+                found => return Ok(found),
+            }
+        }
+        Ok(Leases::None)
+    }
+}
+
+/// Looks through the keys of the namespace on one server.
+async fn leases_at(server: &ServerUrl, asking: &Asking<'_>) -> Result<Leases, String> {
+    let mut connection = connect(server, asking).await?;
+    let (began, mut cursor) = (Instant::now(), 0_u64);
+    loop {
+        let mut step = cmd("SCAN");
+        step.arg(cursor)
+            .arg("MATCH")
+            .arg(format!("{}*", glob(&asking.config.namespace)));
+        step.arg("COUNT").arg(STEP);
+        let (next, names): (u64, Vec<Vec<u8>>) = ask(&mut connection, &step).await?;
+        for name in &names {
+            let key = std::str::from_utf8(name)
+                .ok()
+                .and_then(|name| asking.config.key_of_lease(name));
+            let Some(key) = key else { continue };
+            // What is no string is no lease.
+            let owner: Option<Vec<u8>> = ask(&mut connection, cmd("GET").arg(name)).await.unwrap_or_default();
+            let owner = String::from_utf8_lossy(&owner.unwrap_or_default()).into_owned();
+            if is_manager(&owner) {
+                return Ok(Leases::Some {
+                    example: key.to_string(),
+                    owner,
+                });
+            }
+        }
+        cursor = next;
+        if cursor == 0 {
+            return Ok(Leases::None);
+        }
+        if began.elapsed() >= SEARCH_MAX {
+            return Ok(Leases::Unknown);
+        }
+    }
+}
+
+/// Whether that is how a manager signs: `host-pid-random:cycle`.
+fn is_manager(owner: &str) -> bool {
+    let digits = |text: &str, is: fn(&u8) -> bool| !text.is_empty() && text.as_bytes().iter().all(is);
+    let Some((manager, cycle)) = owner.rsplit_once(':') else {
+        return false;
+    };
+    let Some((_, random)) = manager.rsplit_once('-') else {
+        return false;
+    };
+    digits(cycle, u8::is_ascii_digit) && random.len() == 16 && digits(random, u8::is_ascii_hexdigit)
+}
+
+async fn connect(server: &ServerUrl, asking: &Asking<'_>) -> Result<MultiplexedConnection, String> {
+    asking.connect(server).await.map_err(|trouble| trouble.reason)
+}
+
+/// One question on a connection of its own.
+async fn one<T: FromRedisValue>(server: &ServerUrl, asking: &Asking<'_>, question: &Cmd) -> Result<T, String> {
+    ask(&mut connect(server, asking).await?, question).await
+}
+
+/// A text as it stands, in the server's glob style.
+fn glob(text: &str) -> String {
+    let mut pattern = String::with_capacity(text.len() + 4);
+    for char in text.chars() {
+        if matches!(char, '*' | '?' | '[' | ']' | '\\' | '^') {
+            pattern.push('\\');
+        }
+        pattern.push(char);
+    }
+    pattern
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn managers_are_known_by_their_signature() {
+        assert!(is_manager("vm-26421-405e0207d6084959:2"));
+        for other in [
+            "",
+            "their-own-value",
+            "redlock:17",
+            "vm-26421-405e:2",
+            "vm-26421-405e0207d6084959",
+        ] {
+            assert!(!is_manager(other), "{other}");
+        }
+    }
+
+    #[test]
+    fn a_namespace_is_matched_as_it_stands() {
+        assert_eq!(glob("a*[b]?\\"), "a\\*\\[b\\]\\?\\\\");
+    }
+}
