@@ -240,7 +240,7 @@ pub(super) fn text(model: &Model, views: &[View], now: Instant) -> String {
             .look()
             .and_then(|look| look.manager.as_deref())
             .unwrap_or_default();
-        format!("{} {manager}", plain(&process.label)).trim_end().to_owned()
+        plain(&format!("{} {manager}", process.label)).trim_end().to_owned()
     });
     let mut lines: Vec<String> = processes.collect();
     lines.push(state(model, now).to_string().trim().to_owned());

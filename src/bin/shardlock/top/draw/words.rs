@@ -3,6 +3,7 @@
 use std::time::Duration;
 
 use ratatui::text::Span;
+use shardlock::must_be_escaped;
 
 use crate::top::source::Age;
 
@@ -73,12 +74,10 @@ pub(super) fn width(text: &str) -> usize {
 }
 
 /// The text without what would move the cursor or turn the direction of writing: keys are whatever their owners call them.
+/// A mark each, since there is little room for escapes.
 pub(super) fn plain(text: &str) -> String {
-    let is_harmful = |char: char| {
-        char.is_control() || matches!(char, '\u{200e}' | '\u{200f}' | '\u{202a}'..='\u{202e}' | '\u{2066}'..='\u{2069}')
-    };
     text.chars()
-        .map(|char| if is_harmful(char) { '?' } else { char })
+        .map(|char| if must_be_escaped(char) { '?' } else { char })
         .collect()
 }
 
