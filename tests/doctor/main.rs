@@ -396,7 +396,11 @@ fn what_is_wrong_with_the_call_or_the_settings_has_exit_codes_of_its_own() {
 fn server_that_takes_no_more_connections_is_quoted() {
     let server = good_and(&["--maxclients", "1"]);
     let said = doctor(&[&server.url()], &[]);
-    said.complains_only("reachable", "error", &["max number of clients", "raise maxclients"]);
+    said.complains_only(
+        "reachable",
+        "error",
+        &["max number of clients", "CONFIG SET maxclients"],
+    );
 }
 
 #[test]

@@ -49,6 +49,15 @@ pub(super) fn unreachable(server: &Server, trouble: &Trouble, level: Level) -> F
         false => "if the port speaks TLS, write a URL with it (rediss:// in place of redis:// and so on)",
     };
     let (found, mend) = match kind {
+        TroubleKind::Unreachable if reason.contains("closes the connection at") => (
+            format!("no connection: {reason}"),
+            "put the address of the Redis server itself into the URL: twemproxy and proxies like it have no subscriptions".to_owned(),
+        ),
+        TroubleKind::Unreachable if reason.contains("max number of clients") => (
+            format!("no connection: {reason}"),
+            "CONFIG SET maxclients to more (each process needs the setting `connections` and two for each shard), or find who leaks connections: CLIENT LIST"
+                .to_owned(),
+        ),
         TroubleKind::Unreachable => (
             format!("no connection: {reason}"),
             format!(

@@ -223,6 +223,8 @@ impl Lane {
             Err(StoreError::Refused(reason)) if reason.to_lowercase().contains("unknown") => Err(StoreError::Refused(
                 format!("the nodes have no sharded channels, without which no lock can be waited for; use Redis 7.0 or later, or Valkey: {reason}").into(),
             )),
+            // It would have no answer to the next question either, and less time.
+            Err(error @ StoreError::Unavailable(_)) => Err(error),
             // Whatever else it says, it says to a request as well.
             _ => Ok(()),
         }
