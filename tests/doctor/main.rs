@@ -276,7 +276,10 @@ fn another_shard_map_is_an_error_that_shows_both() {
     said.complains_only(
         "shard-map",
         "error",
-        &["a:0-8191,b:8192-16383", "shard-0:0-16383", "DEL lock:%map"],
+        &[
+            "shard-0:0-16383",
+            "shardlock map set --expect 'v1 a:0-8191,b:8192-16383'",
+        ],
     );
     let said = doctor(&[&server.url()], &["--set", "namespace=other:"]);
     assert_eq!(said.code, 0, "{:#}", said.json);

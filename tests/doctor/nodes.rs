@@ -147,6 +147,22 @@ fn nodes_of_another_map_are_told_one_by_one() {
     assert_eq!((level(&nodes[0]), level(&nodes[1])), ("ok".into(), "error".into()));
 }
 
+#[test]
+fn map_of_a_quorum_in_use_is_the_configured_one_at_its_own_node_alone() {
+    let nodes: Vec<RedisServer> = (0..3).map(|_| good_and(&[])).collect();
+    let places: Vec<_> = nodes.iter().map(RedisServer::address).collect();
+    // Another name of the shard does not count, which node it is does.
+    for (node, number) in nodes.iter().zip([1, 2, 1]) {
+        let stored = format!("v1 main:0-16383 here=main; node {number} of 3; redlock_max_ttl 10s");
+        node.command(&["SET", "lock:%map", &stored]);
+    }
+    let said = doctor(&[&format!("redlock://{}", places.join(","))], &[]);
+    let levels = nodes
+        .iter()
+        .map(|node| said.at(Some(&node.address()), "shard-map")["level"].clone());
+    assert_eq!(levels.collect::<Vec<_>>(), ["ok", "ok", "error"], "{:#}", said.json);
+}
+
 /// As with containers, whose nodes announce addresses that are reached only inside.
 #[test]
 fn address_that_a_node_announces_and_nobody_reaches_is_reported_as_announced() {
