@@ -5,6 +5,7 @@ use std::collections::BTreeMap;
 use shardlock::{Endpoint, ShardConfig, ShardMap};
 
 use super::finding::Finding;
+use crate::map::expectation;
 
 /// `ours` is what a manager of this configuration would store where `stored` was found.
 pub(super) fn fingerprint(stored: &Result<Option<String>, String>, ours: &str) -> Option<Finding> {
@@ -33,8 +34,8 @@ pub(super) fn fingerprint(stored: &Result<Option<String>, String>, ours: &str) -
         "with different maps one key is locked in two places at a time, so a manager is refused",
         format!(
             "give the same shards in the same order in every process, or another namespace; if the change is meant, stop all processes that lock \
-             here and then `shardlock map set --expect '{}'`",
-            theirs.split(" here=").next().unwrap_or_default()
+             here and then `shardlock map set {}`",
+            expectation(theirs)
         ),
     ))
 }

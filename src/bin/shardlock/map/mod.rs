@@ -123,7 +123,33 @@ async fn look<'a>(config: &'a Config, asking: &Asking<'_>) -> Result<Vec<Seen<'a
     Ok(all)
 }
 
+/// The option for `map set` that expects what is stored, for an operator to copy. What no manager would store stays out of it: it
+/// might be meant for the shell.
+pub(crate) fn expectation(stored: &str) -> String {
+    let is_usual = |char: char| char.is_ascii_alphanumeric() || " .:,;_-=".contains(char);
+    match whole(stored) {
+        map if !map.is_empty() && map.chars().all(is_usual) => format!("--expect '{map}'"),
+        _ => "--expect OLD".to_owned(),
+    }
+}
+
 /// The map without which of the shards it is that stores it.
 fn whole(stored: &str) -> &str {
     stored.split_once(" here=").map_or(stored, |(map, _)| map)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::expectation;
+
+    #[test]
+    fn command_to_copy_has_nothing_that_a_shell_would_run() {
+        assert_eq!(
+            expectation("v1 a:0-8191,b:8192-16383 here=a; node 1 of 3"),
+            "--expect 'v1 a:0-8191,b:8192-16383'"
+        );
+        for hostile in ["", "x'; reboot; '", "$(reboot) here=a", "a\nreboot", "`reboot`"] {
+            assert_eq!(expectation(hostile), "--expect OLD", "{hostile}");
+        }
+    }
 }

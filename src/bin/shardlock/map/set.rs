@@ -7,7 +7,7 @@ use serde_json::json;
 use shardlock::printable;
 
 use super::places::Leases;
-use super::{NONE, Seen, SetArgs, look, whole};
+use super::{NONE, Seen, SetArgs, expectation, look, whole};
 use crate::asking::Asking;
 use crate::exit::{self, Failure};
 use crate::output;
@@ -77,8 +77,8 @@ fn check_stored(seen: &[Seen<'_>], expected: &[String]) -> Result<(), Failure> {
             Ok(Some(stored)) if is_expected(stored) => found_any = true,
             Ok(Some(stored)) => {
                 return Err(Failure::config(anyhow!(
-                    "{place} has `{stored}`, which is not expected; nothing was written; if that is the one to replace, add --expect '{}'",
-                    whole(stored)
+                    "{place} has `{stored}`, which is not expected; nothing was written; if that is the one to replace, add {}",
+                    expectation(stored)
                 )));
             }
         }

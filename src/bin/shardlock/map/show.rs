@@ -6,7 +6,7 @@ use std::fmt::Write;
 use serde_json::json;
 use shardlock::printable;
 
-use super::{NONE, Seen, ShowArgs, look, whole};
+use super::{NONE, Seen, ShowArgs, expectation, look, whole};
 use crate::asking::Asking;
 use crate::exit::{self, Failure};
 
@@ -73,10 +73,7 @@ fn as_text(seen: &[Seen<'_>], to_replace: &BTreeSet<String>) -> String {
         };
     }
     if !to_replace.is_empty() {
-        let expected: Vec<_> = to_replace
-            .iter()
-            .map(|map| format!("--expect '{}'", printable(map)))
-            .collect();
+        let expected: Vec<_> = to_replace.iter().map(|map| expectation(map)).collect();
         writeln!(
             text,
             "\nto replace it: stop all managers, run `shardlock map set {}` with these shards, start the managers with them",
