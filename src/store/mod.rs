@@ -91,7 +91,15 @@ pub(crate) trait LeaseStore: Send + Sync + 'static {
     /// nothing, and is done every few seconds on the watchdog's thread, which waits no longer than for a request.
     fn look(&self) -> Pin<Box<dyn Future<Output = Look> + Send>>;
 
-    /// Where a key belongs inside of the store, for [`Push::Resubscribed`].
+    /// How often it was seen that the keys of that slot may be on another server by now, or on one that was started anew, so that leases may be
+    /// forgotten: a connection broke, or a failover was announced. Read at every event of a key, so it costs a load or two. It changes after the
+    /// connections that it is about were left: a reply to a request that was made later is from whoever is asked now.
+    fn epoch(&self, slot: Slot) -> u32 {
+        let _ = slot;
+        0
+    }
+
+    /// Where a key belongs inside of the store, for [`Push::Resubscribed`] and [`epoch`](Self::epoch).
     fn slot_of(&self, key: &LockKey) -> Slot {
         key.slot()
     }

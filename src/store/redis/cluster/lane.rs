@@ -92,7 +92,18 @@ impl Lane {
         }
         let shared = &self.shared;
         let made: Option<Vec<Arc<Node>>> = (0..self.per_node)
-            .map(|_| Node::new(place, &shared.info, shared.patience, None, self.name(), &shared.metrics).map(Arc::new))
+            .map(|_| {
+                Node::new(
+                    place,
+                    &shared.info,
+                    shared.patience,
+                    None,
+                    self.name(),
+                    &shared.metrics,
+                    &shared.topology,
+                )
+                .map(Arc::new)
+            })
             .collect();
         let made = made.ok_or_else(|| StoreError::Refused(format!("{place:?} is no place of a node").into()))?;
         let node = Arc::clone(&made[usize::from(slot.number()) % made.len()]);

@@ -397,7 +397,15 @@ impl Listener {
         let shared = &self.shared;
         let heard = Some(self.heard.clone());
         let name = named(&shared.commands.manager, Purpose::Inbox);
-        let ear = Node::new(place, &shared.info, shared.patience, heard, name, &shared.metrics)?;
+        let ear = Node::new(
+            place,
+            &shared.info,
+            shared.patience,
+            heard,
+            name,
+            &shared.metrics,
+            &shared.topology,
+        )?;
         let ear = Arc::new(ear);
         self.ears.insert(Arc::clone(place), Arc::clone(&ear));
         Some(ear)

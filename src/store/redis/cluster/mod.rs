@@ -78,7 +78,7 @@ pub(crate) struct ClusterStore {
 struct Shared {
     commands: Commands,
     scripts: Scripts,
-    topology: Topology,
+    topology: Arc<Topology>,
     seeds: Vec<Place>,
     /// How to log in, and whether to encrypt; the same at every node.
     info: ConnectionInfo,
@@ -110,7 +110,7 @@ impl ClusterStore {
             map: StoredMap::new(options.map, commands.names.map()),
             commands,
             scripts: Scripts::for_a_cluster(&options.namespace),
-            topology: Topology::new(),
+            topology: Arc::new(Topology::new()),
             seeds: seeds.iter().map(|seed| seed.place().into()).collect(),
             info,
             shard: options.shard,
@@ -457,6 +457,10 @@ impl LeaseStore for ClusterStore {
             }
             look
         })
+    }
+
+    fn epoch(&self, slot: Slot) -> u32 {
+        self.shared.topology.epoch(slot)
     }
 
     fn slot_of(&self, key: &LockKey) -> Slot {

@@ -14,7 +14,7 @@ use tokio::sync::mpsc;
 
 use super::super::client::with_reason;
 use super::super::reply::error_in_words;
-use super::topology::Place;
+use super::topology::{Place, Topology};
 use crate::store::StoreError;
 use crate::telemetry::ShardMetrics;
 
@@ -32,6 +32,8 @@ pub(super) struct Node {
     /// Who hears what is pushed. Then the connection carries subscriptions alone, otherwise commands alone.
     listener: Option<mpsc::UnboundedSender<Heard>>,
     metrics: Arc<ShardMetrics>,
+    /// Who is told when a connection ends: the node may have forgotten leases.
+    topology: Arc<Topology>,
     current: Mutex<Option<Live>>,
     /// Held while connecting, so that a hundred tasks that find no connection make one.
     connecting: tokio::sync::Mutex<()>,
@@ -69,6 +71,7 @@ impl Node {
         listener: Option<mpsc::UnboundedSender<Heard>>,
         name: Cmd,
         metrics: &Arc<ShardMetrics>,
+        topology: &Arc<Topology>,
     ) -> Option<Self> {
         Some(Self {
             place: Arc::clone(place),
@@ -77,6 +80,7 @@ impl Node {
             timeout,
             listener,
             metrics: Arc::clone(metrics),
+            topology: Arc::clone(topology),
             current: Mutex::new(None),
             connecting: tokio::sync::Mutex::new(()),
         })
@@ -162,6 +166,9 @@ impl Node {
     /// That connection is of no more use.
     pub(super) fn broken(&self, generation: u64) {
         let ended = self.current.lock().take_if(|live| live.generation == generation);
+        if ended.is_some() {
+            self.topology.may_have_forgotten(&self.place);
+        }
         // Not under the mutex: the end of a connection wakes its driver.
         drop(ended);
     }

@@ -1,7 +1,7 @@
 //! Which node owns which slot, as far as this manager knows.
 
 use std::sync::Arc;
-use std::sync::atomic::{AtomicU64, Ordering};
+use std::sync::atomic::{AtomicU32, AtomicU64, Ordering};
 
 use deadpool_redis::redis::Value;
 use parking_lot::RwLock;
@@ -18,6 +18,8 @@ pub(super) struct Topology {
     owners: RwLock<Box<[Option<Place>]>>,
     /// How often the whole map was read.
     version: AtomicU64,
+    /// Of each slot, how often its owner may have forgotten leases: it became another node, or a connection to it broke.
+    epochs: Box<[AtomicU32]>,
 }
 
 impl Topology {
@@ -25,6 +27,21 @@ impl Topology {
         Self {
             owners: RwLock::new((0..SLOTS).map(|_| None).collect()),
             version: AtomicU64::new(0),
+            epochs: (0..SLOTS).map(|_| AtomicU32::new(0)).collect(),
+        }
+    }
+
+    /// See [`LeaseStore::epoch`](crate::store::LeaseStore::epoch).
+    pub(super) fn epoch(&self, slot: Slot) -> u32 {
+        self.epochs[usize::from(slot.number())].load(Ordering::Acquire)
+    }
+
+    /// A connection to that node broke: what leases its slots have is to be confirmed before they are passed on.
+    pub(super) fn may_have_forgotten(&self, place: &Place) {
+        for (owner, epoch) in self.owners.read().iter().zip(&self.epochs) {
+            if owner.as_ref() == Some(place) {
+                epoch.fetch_add(1, Ordering::AcqRel);
+            }
         }
     }
 
@@ -38,15 +55,25 @@ impl Topology {
 
     /// A node has said that the slot is elsewhere.
     pub(super) fn moved(&self, slot: Slot, place: Place) {
-        self.owners.write()[usize::from(slot.number())] = Some(place);
+        let index = usize::from(slot.number());
+        let before = self.owners.write()[index].replace(Arc::clone(&place));
+        if before != Some(place) {
+            self.epochs[index].fetch_add(1, Ordering::AcqRel);
+        }
     }
 
     /// A node has said where all slots are.
     pub(super) fn replace(&self, ranges: &[Range]) {
         let mut owners = self.owners.write();
+        let before = owners.clone();
         owners.fill(None);
         for range in ranges {
             owners[usize::from(range.first)..=usize::from(range.last)].fill(Some(Arc::clone(&range.owner)));
+        }
+        for ((before, after), epoch) in before.iter().zip(&*owners).zip(&self.epochs) {
+            if before != after {
+                epoch.fetch_add(1, Ordering::AcqRel);
+            }
         }
         self.version.fetch_add(1, Ordering::AcqRel);
     }
@@ -130,6 +157,29 @@ mod tests {
 
     fn node(host: &[u8], port: i64) -> Value {
         Value::Array(vec![Value::BulkString(host.to_vec()), Value::Int(port)])
+    }
+
+    #[test]
+    fn the_epoch_of_a_slot_changes_with_its_owner_and_with_a_connection_to_it() {
+        let range = |first, last, owner: &str| Range {
+            first,
+            last,
+            owner: owner.into(),
+        };
+        let topology = Topology::new();
+        let slots = [0, 1, 100].map(|number| Slot::new(number).unwrap());
+        let epochs = || slots.map(|slot| topology.epoch(slot));
+        topology.replace(&[range(0, 99, "a:1"), range(100, 16383, "b:1")]);
+        let [first, second, third] = epochs();
+        topology.replace(&[range(0, 0, "a:1"), range(1, 99, "a:1"), range(100, 16383, "b:1")]);
+        topology.moved(slots[1], "a:1".into());
+        assert_eq!(epochs(), [first, second, third], "nothing is elsewhere");
+        topology.moved(slots[1], "b:1".into());
+        assert_eq!(epochs(), [first, second + 1, third]);
+        topology.may_have_forgotten(&"b:1".into());
+        assert_eq!(epochs(), [first, second + 2, third + 1]);
+        topology.replace(&[range(0, 16383, "c:1")]);
+        assert_eq!(epochs(), [first + 1, second + 3, third + 2]);
     }
 
     #[test]

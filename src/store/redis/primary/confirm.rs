@@ -14,7 +14,11 @@
 //! A lease that was granted by somebody else's release was confirmed by nobody: the inbox makes a turn of such a grant, so that this manager asks,
 //! and confirms, itself. Releases are not confirmed: one that is not replicated only makes others wait for the end of the lease.
 //!
-//! The promise is worth as much as the choice of the replica that is promoted: one of those that confirmed. And the end of a lease is replicated as a
+//! The promise is worth as much as the choice of the replica that is promoted: one of those that confirmed. Where `n` is less than the number of replicas,
+//! it may be another one, even if none has failed: from the moment in which a replica is promoted to that in which the others are made to follow it, which
+//! may take a second, those still confirm what the old primary takes. With all of them that is not possible, since the promoted one has left.
+//! Whatever was forgotten: from the moment in which a manager knows of the switch, its leases are passed on when the new primary has confirmed them
+//! ([`LeaseStore::epoch`](crate::store::LeaseStore::epoch)). And the end of a lease is replicated as a
 //! time of day, so the clocks of the servers have to agree; one that is ahead ends leases earlier once it is the primary.
 //!
 //! On a connection that many tasks share, `WAIT` holds back whatever comes behind it. Where replicas answer, that is the time of one

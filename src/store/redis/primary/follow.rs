@@ -97,4 +97,5 @@ fn go_to(place: &str, shared: &Shared, links: &[Arc<Link>]) {
     for link in links {
         link.leave_unless_at(place);
     }
+    shared.may_have_forgotten();
 }

@@ -66,6 +66,8 @@ pub(super) async fn listen(shared: Arc<Shared>, pushes: mpsc::UnboundedSender<Pu
                         None => tell_unreadable(&shared.shard, &text),
                     }
                 }
+                // Where no request is under way, nobody else notices that the server is gone.
+                shared.may_have_forgotten();
                 if pushes.send(Push::Disconnected).is_err() {
                     return;
                 }

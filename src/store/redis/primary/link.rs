@@ -53,6 +53,9 @@ struct Current {
 pub(super) struct Live {
     pub(super) connection: MultiplexedConnection,
     pub(super) generation: u64,
+    /// How often the primary had become another server when it was opened. What is answered through it after one more time is of the old one, and no
+    /// more worth than the request.
+    pub(super) switches: u64,
 }
 
 /// How many requests may wait to be written before senders wait: enough for thousands of tasks that ask at once.
@@ -233,7 +236,11 @@ impl Link {
         self.greet(&mut connection, server.place(), info).await?;
         shared.metrics.connects.increment(1);
         let generation = self.opened.fetch_add(1, Ordering::Relaxed);
-        let live = Live { connection, generation };
+        let live = Live {
+            connection,
+            generation,
+            switches,
+        };
         let mut current = self.current.lock();
         // Under the mutex: a switch that is told after this look finds the connection here.
         if shared.moves.switches() != switches {
@@ -255,6 +262,9 @@ impl Link {
     pub(super) fn broken(&self, broken: &Live) {
         let of_this = |current: &mut Current| current.live.generation == broken.generation;
         let ended = self.current.lock().take_if(of_this);
+        if ended.is_some() {
+            self.shared.may_have_forgotten();
+        }
         // Not under the mutex: the end of a connection wakes its driver.
         drop(ended);
     }
@@ -269,12 +279,12 @@ impl Link {
         }
         let of_this = |current: &mut Current| current.live.generation == live.generation;
         let ended = self.current.lock().take_if(of_this);
-        if let Some(ended) = ended
-            && is_left
-            && shared.source.follows()
-        {
-            // The inbox must not stay there either.
-            shared.moves.left(&ended.place);
+        if let Some(ended) = ended {
+            shared.may_have_forgotten();
+            if is_left && shared.source.follows() {
+                // The inbox must not stay there either.
+                shared.moves.left(&ended.place);
+            }
         }
         true
     }
@@ -302,9 +312,14 @@ impl Link {
             .is_some_and(|current| current.place != place)
     }
 
-    /// The primary is at that place now.
+    /// The primary is at that place now. A connection that leads there already is one of after the switch, of which each sentinel tells.
     pub(super) fn leave_unless_at(&self, place: &str) {
-        let ended = self.current.lock().take_if(|current| current.place != place);
+        let mut current = self.current.lock();
+        let ended = current.take_if(|current| current.place != place);
+        if let Some(current) = &mut *current {
+            current.live.switches = self.shared.moves.switches();
+        }
+        drop(current);
         drop(ended);
     }
 

@@ -16,8 +16,9 @@
 //! hands the lock over follows another command, so that its own client is the first of them, and the grant is written before its reply: otherwise
 //! the releasing process, which often asks for the lock again, would be awake before the one that has it.
 //!
-//! Replication is asynchronous, so a failover may lose a lease that was just given. Its holder learns of it at its next renewal, within a tenth
-//! of the TTL; until then two may hold the lock, and the tokens tell them apart. `confirm` is the remedy for who needs more.
+//! Replication is asynchronous, so a failover may lose a lease that was just given. Its holder learns of it at its next renewal, which is sent when the
+//! inbox is subscribed on the new primary; until then two may hold the lock, and the tokens tell them apart. `confirm` is the remedy for who needs more.
+//! Whenever a connection ends, the epoch changes, and no lease is passed on before it was confirmed in that one.
 
 mod background;
 mod claim;
@@ -37,7 +38,7 @@ mod time;
 use std::net::SocketAddr;
 use std::pin::Pin;
 use std::sync::Arc;
-use std::sync::atomic::{AtomicU64, Ordering};
+use std::sync::atomic::{AtomicU32, AtomicU64, Ordering};
 use std::time::Duration;
 
 use deadpool_redis::redis::{Cmd, RedisError, RedisResult, Value};
@@ -102,6 +103,8 @@ pub(super) struct Shared {
     seen: Box<[AtomicU64]>,
     /// Whether it runs for long enough to have a vote, where it is a node of a quorum.
     tenure: Option<Tenure>,
+    /// See [`LeaseStore::epoch`].
+    epoch: AtomicU32,
 }
 
 /// How often a request is sent again on a new connection when the old one turned out to be broken.
@@ -151,6 +154,7 @@ impl RedisStore {
             floor: AtomicU64::new(0),
             seen: (0..SLOTS).map(|_| AtomicU64::new(0)).collect(),
             tenure,
+            epoch: AtomicU32::new(0),
         });
         let callers =
             (0..options.connections.max(1)).map(|_| Link::new(&shared, Handle::try_current().ok(), Purpose::Requests));
@@ -183,6 +187,12 @@ impl Shared {
     fn floor(&self, slot: Slot) -> u64 {
         let seen = self.seen[usize::from(slot.number())].load(Ordering::Acquire);
         seen.max(self.floor.load(Ordering::Acquire))
+    }
+
+    /// A connection broke, or the primary is another server: what a lease was is to be confirmed before it is passed on. To be called once nothing
+    /// more is sent to the server that it is about.
+    fn may_have_forgotten(&self) {
+        self.epoch.fetch_add(1, Ordering::AcqRel);
     }
 
     fn saw(&self, slot: Slot, reply: &AcquireReply) {
@@ -358,11 +368,11 @@ impl LeaseStore for RedisStore {
             let mut attempts = Attempts::default();
             loop {
                 let mut live = link.get().await?;
-                let (floor, switches) = (shared.floor(slot), shared.switches());
+                let floor = shared.floor(slot);
                 let sent_at = Moment::now();
                 match shared.ask(&mut live, &request, slot, floor).await {
                     // What a server says that was replaced meanwhile is of no worth.
-                    Ok(_) if shared.switches() != switches => attempts.was_in_vain(None)?,
+                    Ok(_) if shared.switches() != live.switches => attempts.was_in_vain(None)?,
                     Ok(reply) => {
                         let reply = reply?;
                         shared.saw(slot, &reply);
@@ -404,7 +414,7 @@ impl LeaseStore for RedisStore {
                     }
                     (Err(error), None) => return Err(error),
                 };
-                let (floor, switches) = (shared.floor(slot), shared.switches());
+                let floor = shared.floor(slot);
                 let sent_at = Moment::now();
                 let asking = shared.give_back(&mut live, &request, free, floor);
                 let answer = tokio::time::timeout(shared.patience(), asking).await;
@@ -425,7 +435,7 @@ impl LeaseStore for RedisStore {
                         continue;
                     }
                 };
-                if shared.switches() != switches {
+                if shared.switches() != live.switches {
                     // The new primary may still have the lease.
                     attempts.was_in_vain(Some(reply.held))?;
                     continue;
@@ -495,6 +505,10 @@ impl LeaseStore for RedisStore {
             };
             Look { reached, times }
         })
+    }
+
+    fn epoch(&self, _: Slot) -> u32 {
+        self.shared.epoch.load(Ordering::Acquire)
     }
 
     fn slot_of(&self, key: &LockKey) -> Slot {

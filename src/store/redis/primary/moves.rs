@@ -33,8 +33,7 @@ impl Moves {
         }
     }
 
-    /// How often the primary has become another server. A reply to a request that was sent before such a switch is of the old one, and no
-    /// more worth than the request.
+    /// How often the primary has become another server.
     pub(super) fn switches(&self) -> u64 {
         self.news.borrow().switches
     }

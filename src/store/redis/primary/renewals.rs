@@ -86,7 +86,6 @@ pub(super) async fn renew(
     batch: &[Renewal],
     limit: Duration,
 ) -> Result<Vec<Option<RenewReply>>, StoreError> {
-    let switches = shared.switches();
     let in_words = |error: RedisError| {
         link.is_ended_by(&error, live);
         shared.source.in_words(&error)
@@ -131,7 +130,7 @@ pub(super) async fn renew(
                 .for_each(|reply| *reply = reply.filter(|reply| *reply == RenewReply::NotOurs));
         }
     }
-    if shared.switches() != switches {
+    if shared.switches() != live.switches {
         // What a server says that was replaced meanwhile is of no worth.
         replies.fill(None);
     }
