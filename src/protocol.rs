@@ -53,6 +53,9 @@ pub(crate) enum Ask {
     Join,
     /// By script: take it, or leave no trace. Never passes anybody who waits.
     Try,
+    /// By script: more time and tokens for the lease that this cycle has. Where the store has forgotten it, nothing is taken: somebody else may
+    /// have had the key since, and a repetition could not be told from an extension.
+    Extend,
 }
 
 /// A request for a lease.

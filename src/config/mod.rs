@@ -89,8 +89,10 @@ pub struct Config {
     /// - When the process dies, its keys stay locked until their leases end, those that nobody held included.
     ///
     /// And what it costs this process: a release does not ask the server, so it can't say that an administrator took the lock since the last renewal, and
-    /// until the next one the lease goes on serving guards. Should the server have lost its data, their tokens are smaller than those that other
-    /// processes got meanwhile, and a resource that compares them refuses them. In the moment before this process hears that another one waits, a
+    /// until the next one the lease goes on serving guards. Their tokens are smaller than those that other processes got meanwhile, and a resource that
+    /// compares them refuses them. A server that is replaced (a failover) or started anew may have forgotten the lease as well: once a connection
+    /// to it broke, a failover was announced, or a renewal is overdue by half of its interval, the next lock waits for the server to confirm the lease, a
+    /// round trip; if it has not got it, that lock is asked for anew. In the moment before this process hears that another one waits, a
     /// lock or a try of its own may still pass that one.
     ///
     /// A key that another process wanted while this one held it is not kept, nor is the next lease of it that this process gets.
@@ -148,7 +150,9 @@ pub struct Config {
     /// How many replicas must have confirmed a lease (by `WAIT`) before it counts, when it is taken and at each renewal: 0 to 16. With fewer, a
     /// lock fails with [`LockError::Unavailable`](crate::LockError::Unavailable), and one that is held is lost when its lease ends. For
     /// `redis://`, `redis+sentinel://` and `redis+cluster://`; a lock then costs a round trip to a replica, and it can only be forgotten in a
-    /// failover if a replica is promoted that did not confirm. Default: 0.
+    /// failover if a replica is promoted that did not confirm. With as many as there are replicas that can't be, but nothing is locked while one of
+    /// them is down. With fewer it can: what one replica has confirmed another may lack, and for a moment after one was promoted, the others still
+    /// confirm what the old primary takes. A second holder may then enter until the first has reached the new primary. Default: 0.
     pub min_replicas_acked: u32,
 
     /// The longest TTL that a lock in a `redlock://` shard may have: 50 ms to 24 h, and no less than `ttl`. A node that restarted less than this ago

@@ -179,12 +179,13 @@ impl<W> Queue<W> {
         effects
     }
 
-    /// Pushes may have been missed: whoever waits in the store's queue asks again.
-    pub(crate) fn resubscribed(&mut self) -> Effects<W> {
+    /// Pushes may have been missed: whoever waits in the store's queue asks again. And the store may have forgotten a lease: a renewal says so.
+    pub(crate) fn resubscribed(&mut self, cx: Context<'_>) -> Effects<W> {
         let mut effects = Effects::none();
         match &mut self.phase {
             Phase::Asking(asking) => asking.missed_pushes = true,
             Phase::Queued(_) => self.ask_again(&mut effects),
+            Phase::Held(held) if held.confirmed_in != cx.epoch => held.renew_at = held.renew_at.min(cx.now),
             _ => {}
         }
         effects

@@ -39,6 +39,7 @@ impl<W> Queue<W> {
     /// Opens a cycle.
     pub(super) fn ask_as(&mut self, ask: Ask, expects_rivals: bool, cx: Context<'_>, effects: &mut Effects<W>) {
         let cycle = cx.open_cycle(expects_rivals);
+        self.asked_in = cx.epoch;
         self.phase = Phase::Asking(Asking::new(cycle, ask, None));
         let request = self.acquire(cycle, ask);
         effects.request(request);

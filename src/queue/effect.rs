@@ -55,7 +55,7 @@ impl Bound {
 /// [`Queue::released_remotely`](super::Queue::released_remotely) or [`Queue::failed`](super::Queue::failed).
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub(crate) enum Request {
-    /// Ask for the lease, or for more time and tokens where it is ours.
+    /// Ask for the lease, or for more time and tokens under it.
     Acquire {
         cycle: Cycle,
         ask: Ask,

@@ -52,6 +52,9 @@ impl<W> Queue<W> {
             since: cx.now,
             renew_at: sent_at + cx.rules.renew_every(ttl),
             renewing: false,
+            confirmed_in: self.asked_in,
+            renewing_in: self.asked_in,
+            confirmed_until: sent_at + cx.rules.confirmed_for(ttl),
         });
         self.serve(path, cx, effects);
     }
@@ -74,6 +77,9 @@ impl<W> Queue<W> {
                 held.lease
                     .extend(answer.sent_at + answer.ttl - drift(answer.ttl), answer.ttl);
                 held.used_in_a_round_trip = held.left_when_asked.saturating_sub(held.tokens.remaining());
+                held.confirm(self.asked_in, answer.sent_at, answer.ttl, cx);
+                // For the next guard that is enough, however long the answer took.
+                held.confirmed_until = held.confirmed_until.max(cx.now);
                 held.add_tokens(tokens);
                 if matches!(held.tenant, Tenant::Nobody) {
                     if queued > 0 {
@@ -84,8 +90,8 @@ impl<W> Queue<W> {
                     self.meet_rivals(cx, effects);
                 }
             }
-            // The lease was gone, and somebody else may have had it since. This cycle may have taken it again or begun to
-            // wait: it is over.
+            // The lease was gone, and somebody else may have had it since. Where the store takes it again for this cycle, or lets it wait, it is
+            // given back.
             _ => {
                 let cycle = held.lease.cycle;
                 self.lose(LossReason::Taken, cx, effects);
@@ -135,7 +141,7 @@ impl<W> Queue<W> {
         let until = cx.now + held.linger.time();
         held.tenant = Tenant::Lingering { until };
         if held.is_low_on_tokens(cx) {
-            self.extend(effects);
+            self.extend(cx, effects);
         }
     }
 
@@ -172,13 +178,10 @@ impl<W> Queue<W> {
         // Renewals keep the validity near the whole TTL; where it is short, they fail, and the lease is not worth passing on.
         let long_enough = held.lease.remaining(cx.now) * 4 >= self.ttl;
         let is_older = matches!(path, Path::LocalHandOff | Path::Lingering);
-        let token = if long_enough || !is_older {
-            held.take_token()
-        } else {
-            None
-        };
+        let is_good = !is_older || long_enough && held.is_confirmed(cx);
+        let token = if is_good { held.take_token() } else { None };
         let Some(token) = token else {
-            return self.extend(effects);
+            return self.extend(cx, effects);
         };
         let Some(waiter) = self.waiters.get_mut(id) else { return };
         self.ttl = waiter.want.ttl;
@@ -198,19 +201,19 @@ impl<W> Queue<W> {
             path,
         });
         if waiting > 1 && held.is_low_on_tokens(cx) {
-            self.extend(effects);
+            self.extend(cx, effects);
         }
         self.settle(id, outcome, effects);
     }
 
     /// Asks for more time and tokens under the lease that is ours.
-    pub(super) fn extend(&mut self, effects: &mut Effects<W>) {
+    pub(super) fn extend(&mut self, cx: Context<'_>, effects: &mut Effects<W>) {
         let waiting = self.waiters.len() as u64;
         let Phase::Held(held) = &mut self.phase else { return };
         if held.extending {
             return;
         }
-        held.extending = true;
+        (held.extending, self.asked_in) = (true, cx.epoch);
         held.left_when_asked = held.tokens.remaining();
         let least = match held.tenant {
             Tenant::Lingering { .. } => BLOCK_LINGERING,
@@ -219,7 +222,7 @@ impl<W> Queue<W> {
         let tokens = waiting.max(16 * held.used_in_a_round_trip).clamp(least, BLOCK_MAX) as u32;
         effects.request(Request::Acquire {
             cycle: held.lease.cycle,
-            ask: Ask::Join,
+            ask: Ask::Extend,
             ttl: self.ttl,
             tokens,
         });
@@ -243,6 +246,7 @@ impl<W> Queue<W> {
         self.settle_doubt(cycle, effects);
         self.end_tenure(effects);
         let next = cx.open_cycle(self.rivals_seen);
+        self.asked_in = cx.epoch;
         self.phase = Phase::Asking(Asking::new(next, Ask::Join, Some(cycle)));
         effects.request(Request::Release {
             cycle,

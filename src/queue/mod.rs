@@ -77,6 +77,8 @@ pub(crate) struct Queue<W> {
     waiters: Waiters<Waiter<W>>,
     /// The TTL of the next request: that of the waiter which is or was first.
     ttl: Duration,
+    /// The epoch in which the request under way, or the last one, was made.
+    asked_in: u32,
     /// Whether remote waiters were seen in the last tenure, so that the free path is not worth a try.
     rivals_seen: bool,
     /// Set by a shutdown: whoever still comes is refused.
@@ -91,6 +93,7 @@ impl<W> Queue<W> {
             phase: Phase::Idle,
             waiters: Waiters::new(),
             ttl: Duration::from_secs(1),
+            asked_in: 0,
             rivals_seen: false,
             closed: false,
             keeps_nothing: false,

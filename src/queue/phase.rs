@@ -1,9 +1,12 @@
 //! How far a key is: wanted, asked for, queued, held, given back.
 
 use std::sync::Arc;
+use std::time::Duration;
 
 use super::BLOCK_MIN;
 use super::effect::Bound;
+#[cfg(test)]
+use super::terms::Flaw;
 use super::terms::{Context, Linger};
 use super::waiters::WaiterId;
 use crate::clock::Moment;
@@ -82,6 +85,11 @@ pub(super) struct Held {
     pub(super) since: Moment,
     pub(super) renew_at: Moment,
     pub(super) renewing: bool,
+    /// The epoch of the request that confirmed the lease last, and that of the renewal under way, or the last one.
+    pub(super) confirmed_in: u32,
+    pub(super) renewing_in: u32,
+    /// Until when that is worth something: then a renewal is overdue, and the lease may be forgotten.
+    pub(super) confirmed_until: Moment,
 }
 
 /// Who is under a lease that is ours.
@@ -140,6 +148,26 @@ impl Held {
     /// to; and no request is in doubt, for which the release has to be repeated.
     pub(super) const fn may_linger(&self) -> bool {
         !self.linger.is_none() && !self.rivals && !self.in_doubt
+    }
+
+    /// Whether the store has confirmed the lease lately, and after the last event by which it may have forgotten it. Otherwise nobody else gets it
+    /// before the store was asked.
+    pub(super) fn is_confirmed(&self, cx: Context<'_>) -> bool {
+        #[cfg(test)]
+        if cx.rules.has(Flaw::BelievesOldServers) {
+            return true;
+        }
+        self.confirmed_in == cx.epoch && cx.now <= self.confirmed_until
+    }
+
+    /// The store has the lease: so it says to a request that was made in that epoch and sent at that moment. Tokens of an earlier epoch are not used
+    /// any more: a store that had forgotten the lease meanwhile, and was replaced in its turn, may have issued larger ones.
+    pub(super) fn confirm(&mut self, epoch: u32, sent_at: Moment, ttl: Duration, cx: Context<'_>) {
+        if self.confirmed_in != epoch {
+            self.confirmed_in = epoch;
+            (self.tokens, self.spare) = (TokenBlock::EMPTY, TokenBlock::EMPTY);
+        }
+        self.confirmed_until = self.confirmed_until.max(sent_at + cx.rules.confirmed_for(ttl));
     }
 
     /// Bypass counts from the moment at which rivals are known.

@@ -34,11 +34,18 @@ pub(crate) enum Flaw {
     CountsFromReceipt,
     /// A manager uses the same cycle again.
     ReusesCycles,
+    /// A lease that was confirmed by a server which was replaced since is passed on.
+    BelievesOldServers,
 }
 
 impl Rules {
     pub(crate) fn renew_every(&self, ttl: Duration) -> Duration {
         ttl.mul_f64(self.renew_fraction)
+    }
+
+    /// For how long after a confirmation by the store a lease is passed on without another one: until a renewal is overdue.
+    pub(crate) fn confirmed_for(&self, ttl: Duration) -> Duration {
+        self.renew_every(ttl) * 3 / 2
     }
 
     #[cfg(test)]
@@ -54,6 +61,8 @@ pub(crate) struct Context<'a> {
     pub(crate) rules: &'a Rules,
     pub(crate) cycles: &'a Cycles,
     pub(crate) room: Room<'a>,
+    /// See [`LeaseStore::epoch`](crate::store::LeaseStore::epoch).
+    pub(crate) epoch: u32,
 }
 
 /// Whether there is room for a lease that nobody holds, looked at only where one is to be kept.

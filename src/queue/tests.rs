@@ -24,6 +24,7 @@ struct Bench {
     now: Moment,
     /// How many keys there are besides; there may be ten.
     keys: AtomicUsize,
+    epoch: u32,
 }
 
 /// What an event led to, in short.
@@ -118,6 +119,7 @@ impl Bench {
             cycles: Cycles::default(),
             now: at(1_000),
             keys: AtomicUsize::new(0),
+            epoch: 0,
         }
     }
 
@@ -134,6 +136,7 @@ impl Bench {
                 keys: &self.keys,
                 limit: 10,
             },
+            epoch: self.epoch,
         };
         let (result, effects) = happens(&mut self.queue, cx);
         let seen = Seen {
@@ -195,7 +198,7 @@ impl Bench {
     }
 
     fn resubscribed(&mut self) -> Seen {
-        self.event(|queue, _| ((), queue.resubscribed())).1
+        self.event(|queue, cx| ((), queue.resubscribed(cx))).1
     }
 
     fn tick(&mut self) -> Seen {

@@ -12,6 +12,8 @@ use crate::protocol::{Cycle, RenewReply};
 
 /// A lease that is kept may be given back earlier by one part in so many of the time.
 const LINGER_EARLY: u32 = 8;
+/// The longest time until a renewal without an answer is sent again where the store may have forgotten the lease.
+const RENEW_AGAIN_MAX: Duration = Duration::from_secs(1);
 
 impl<W> Queue<W> {
     /// When something is due next.
@@ -70,7 +72,7 @@ impl<W> Queue<W> {
         if held.renewing || held.renew_at > cx.now + cx.rules.renew_every(self.ttl) / 2 {
             return None;
         }
-        held.renewing = true;
+        (held.renewing, held.renewing_in) = (true, cx.epoch);
         Some((held.lease.cycle, self.ttl, cx.now.since(held.renew_at)))
     }
 
@@ -99,13 +101,23 @@ impl<W> Queue<W> {
         match reply {
             Some(RenewReply::Extended { wanted }) => {
                 held.lease.extend(sent_at + ttl - drift(ttl), ttl);
+                held.confirm(held.renewing_in, sent_at, ttl, cx);
                 held.renew_at = sent_at + cx.rules.renew_every(ttl);
+                if held.confirmed_in != cx.epoch {
+                    held.renew_at = cx.now;
+                }
                 if wanted {
                     self.meet_rivals(cx, &mut effects);
                 }
             }
             Some(RenewReply::NotOurs) => self.lose(LossReason::Taken, cx, &mut effects),
-            None => held.renew_at = cx.now + cx.rules.renew_every(ttl) / 2,
+            // The store may be another one by now, which has not been asked yet.
+            None if held.renewing_in != cx.epoch => held.renew_at = cx.now,
+            None => {
+                let soon = cx.rules.renew_every(ttl) / 2;
+                let is_known = held.confirmed_in == cx.epoch;
+                held.renew_at = cx.now + if is_known { soon } else { soon.min(RENEW_AGAIN_MAX) };
+            }
         }
         effects
     }

@@ -49,7 +49,7 @@ impl Entry {
                 };
                 let kind = match ask {
                     Ask::Free => RequestKind::AcquireFreely,
-                    Ask::Join => RequestKind::Acquire,
+                    Ask::Join | Ask::Extend => RequestKind::Acquire,
                     Ask::Try => RequestKind::Try,
                 };
                 let (answer, now) = self.send(cycle, kind, self.shard.acquire(acquire)).await;

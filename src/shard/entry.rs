@@ -14,7 +14,7 @@ use crate::error::LockError;
 use crate::fence::FencingToken;
 use crate::foreign::WAKERS;
 use crate::heat::Heat;
-use crate::key::LockKey;
+use crate::key::{LockKey, Slot};
 use crate::protocol::Cycle;
 use crate::queue::{Context, Effects, Granted, Outcome, Path, Queue, Request, WaiterId, Wake, Want};
 
@@ -23,6 +23,8 @@ use crate::queue::{Context, Effects, Granted, Outcome, Path, Queue, Request, Wai
 pub(crate) struct Entry {
     pub(crate) key: LockKey,
     pub(crate) shard: Arc<Shard>,
+    /// Where it belongs inside of the store.
+    slot: Slot,
     state: Mutex<State>,
 }
 
@@ -151,6 +153,7 @@ impl Entry {
             holding: None,
         });
         Arc::new(Self {
+            slot: shard.store.slot_of(&key),
             key,
             shard: Arc::clone(shard),
             state,
@@ -444,6 +447,7 @@ impl Entry {
             rules: &self.shard.rules,
             cycles: &self.shard.cycles,
             room: self.shard.room(),
+            epoch: self.shard.store.epoch(self.slot),
         }
     }
 }

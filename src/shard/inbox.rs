@@ -145,7 +145,7 @@ async fn receive(shard: Arc<Shard>, pushes: Arc<Mutex<mpsc::UnboundedReceiver<Pu
 fn ask_again(shard: &Arc<Shard>, slot: Option<Slot>) {
     for entry in shard.table.all() {
         if slot.is_none_or(|slot| shard.store.slot_of(&entry.key) == slot) {
-            entry.in_background(|queue, _| queue.resubscribed());
+            entry.in_background(|queue, cx| queue.resubscribed(cx));
         }
     }
 }

@@ -35,6 +35,9 @@ pub(super) enum Fault {
     Flush,
     Delete(usize),
     Overwrite(usize),
+    /// The replica receives nothing more, and takes over some time later.
+    CutReplicaOff,
+    FailOver,
 }
 
 const FOREIGN: &str = "another-library";
@@ -69,6 +72,7 @@ impl World {
             1 => Fault::Delete(k),
             _ => Fault::Overwrite(k),
         });
+        self.draw(self.plan.failovers, |_, _| Fault::CutReplicaOff);
     }
 
     fn draw(&mut self, count: u32, mut fault: impl FnMut(&mut Self, usize) -> Fault) {
@@ -91,7 +95,10 @@ impl World {
 
     pub(super) fn fault_happens(&mut self, m: usize, fault: Fault) {
         if !self.managers[m].is_alive
-            && !matches!(fault, Fault::ForeignTakes(_) | Fault::ForeignGives(_) | Fault::Flush)
+            && !matches!(
+                fault,
+                Fault::ForeignTakes(_) | Fault::ForeignGives(_) | Fault::Flush | Fault::CutReplicaOff | Fault::FailOver
+            )
         {
             return;
         }
@@ -139,6 +146,12 @@ impl World {
                 self.stats.forgotten += 1;
                 self.core.delete(&self.keys[k]);
             }
+            Fault::CutReplicaOff => {
+                self.cut_replica_off();
+                let at = self.now + self.failover_delay();
+                self.outside(at, m, Event::Fault(Fault::FailOver));
+            }
+            Fault::FailOver => self.fail_over(),
             Fault::Overwrite(k) => {
                 self.stats.forgotten += 1;
                 let ends = Moment::from_nanos(self.now + nanos(self.plan.ttls[0]));

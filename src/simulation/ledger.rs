@@ -73,7 +73,7 @@ impl Ledger {
         self.breach.get_or_insert(Breach { what, is_unsafe });
     }
 
-    fn breach_of_safety(&mut self, what: String) {
+    pub(super) fn breach_of_safety(&mut self, what: String) {
         let is_unsafe = true;
         self.breach.get_or_insert(Breach { what, is_unsafe });
     }
@@ -110,6 +110,11 @@ impl Ledger {
     /// From now on this cycle's bypass is bounded.
     pub(super) fn hears_of_rivals(&mut self, m: usize, k: usize, cycle: Cycle) {
         self.bypass.entry((m, k, cycle)).or_default();
+    }
+
+    /// The largest token that a guard of that key has begun with.
+    pub(super) fn largest(&self, k: usize) -> u64 {
+        self.keys[k].largest
     }
 
     pub(super) fn manager_dies(&mut self, m: usize) {
@@ -202,7 +207,7 @@ impl World {
 
     /// No two guards of one key are valid at once.
     pub(super) fn check_guards(&mut self) {
-        if self.plan.variant == Variant::Forgetting {
+        if matches!(self.plan.variant, Variant::Forgetting | Variant::Failover) {
             return;
         }
         for k in 0..self.keys.len() {
@@ -227,7 +232,7 @@ impl World {
 
     /// While a guard is valid, its lease stands in the store.
     pub(super) fn check_leases(&mut self, k: usize) {
-        if self.plan.variant == Variant::Forgetting {
+        if matches!(self.plan.variant, Variant::Forgetting | Variant::Failover) {
             return;
         }
         let now = Moment::from_nanos(self.now);

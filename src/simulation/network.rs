@@ -14,6 +14,8 @@ use crate::store::memory::Terms;
 #[derive(Debug, Default)]
 pub(super) struct Connection {
     pub(super) generation: usize,
+    /// The connection that the manager knows of.
+    pub(super) noticed: usize,
     /// For each connection that broke: what arrives after that moment is lost.
     pub(super) lost_after: Vec<Nanos>,
     /// Commands and replies keep their order.
@@ -116,6 +118,9 @@ impl World {
     }
 
     fn transmit(&mut self, request: u64) {
+        if let Some(&InFlight { m, lane, .. }) = self.in_flight.get(&request) {
+            self.find_broken(m, lane);
+        }
         let delay = self.message_delay();
         let now = self.now;
         let Some(in_flight) = self.in_flight.get_mut(&request) else {
@@ -210,6 +215,7 @@ impl World {
                     Ask::Free => self.core.acquire_freely(key, &me, terms),
                     Ask::Join => self.core.acquire(key, &me, false, terms),
                     Ask::Try => self.core.acquire(key, &me, true, terms),
+                    Ask::Extend => self.core.acquire_more(key, &me, terms),
                 };
                 self.ledger.issues(command.m, command.k, cycle, &reply);
                 Reply::Acquired(reply)
@@ -381,12 +387,16 @@ impl World {
 
     /// The request is sent again on a new connection, as the store does it.
     pub(super) fn connection_breaks(&mut self, request: u64, generation: usize) {
+        let Some(&InFlight { m, lane, .. }) = self.in_flight.get(&request) else {
+            return;
+        };
         let floor = self.server_time();
+        self.managers[m].floor = self.managers[m].floor.max(floor);
+        self.find_broken(m, lane);
         let Some(in_flight) = self.in_flight.get_mut(&request) else {
             return;
         };
-        let manager = &mut self.managers[in_flight.m];
-        manager.floor = manager.floor.max(floor);
+        let manager = &self.managers[m];
         debug_assert!(manager.lanes[in_flight.lane as usize].generation > generation);
         in_flight.attempts += 1;
         let is_renewal = matches!(in_flight.order, Order::Renew { .. });

@@ -15,6 +15,8 @@ pub(super) enum Variant {
     Faults,
     /// The store is flushed and leases are deleted or overwritten, too.
     Forgetting,
+    /// Replicas that lack the last leases take over, too.
+    Failover,
     /// No faults, and leases that last, or are kept, for so long that waiting for the end of one is seen.
     Prompt,
     /// The same, but half of the messages that say that a lease is wanted are lost, and renewals make up for them.
@@ -67,6 +69,7 @@ pub(super) struct Plan {
     pub(super) evictions: u32,
     pub(super) foreigners: u32,
     pub(super) forgettings: u32,
+    pub(super) failovers: u32,
     /// Whether commands of a broken connection may still execute, out of order with those of the next.
     pub(super) ghosts: bool,
 }
@@ -96,6 +99,7 @@ impl Plan {
         } else {
             0
         };
+        let failovers = if variant == Variant::Failover { some(3, 0.95) } else { 0 };
         let mut chance = |often: f64, how_often: f64| if rng.random_bool(often) { how_often } else { 0.0 };
         let (slow_chance, refuse_chance) = (chance(0.6, 0.02), chance(0.15, 0.02));
         let (try_chance, max_hold_chance) = (chance(0.3, 0.15), chance(0.25, 0.2));
@@ -144,10 +148,11 @@ impl Plan {
             evictions,
             foreigners,
             forgettings,
-            ghosts: rng.random_bool(0.3),
+            failovers,
+            ghosts: rng.random_bool(0.3) && variant != Variant::Failover,
         };
         match variant {
-            Variant::Faults | Variant::Forgetting => plan,
+            Variant::Faults | Variant::Forgetting | Variant::Failover => plan,
             Variant::Prompt => plan.without_faults(1_000),
             // Renewals come ten times in a TTL, so a wait for the end of one is seen, too.
             Variant::Unheard => plan.without_faults(10),
@@ -177,6 +182,7 @@ impl Plan {
             evictions: 0,
             foreigners: 0,
             forgettings: 0,
+            failovers: 0,
             ghosts: false,
             ..self
         }

@@ -133,6 +133,7 @@ impl World {
                 self.tell_store_who_listens(m);
             }
             Subscription::Noticed => {
+                self.may_have_forgotten(m);
                 let generation = {
                     let inbox = &mut self.managers[m].inbox;
                     inbox.generation += 1;
@@ -175,7 +176,7 @@ impl World {
 
     fn ask_again(&mut self, m: usize) {
         for k in 0..self.keys.len() {
-            self.event_in_background(m, k, |queue, _| queue.resubscribed());
+            self.event_in_background(m, k, |queue, cx| queue.resubscribed(cx));
         }
     }
 

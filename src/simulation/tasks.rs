@@ -204,6 +204,7 @@ impl World {
     }
 
     fn task_has_it(&mut self, m: usize, k: usize, task: usize, order: u64, granted: Granted) {
+        self.check_after_failover(m, k, &granted);
         let Granted { lease, token, path, .. } = granted;
         if self.managers[m].is_closed {
             // The request says that the manager is closed, and there is no guard.

@@ -8,6 +8,7 @@ use rand::{Rng, SeedableRng};
 
 use super::background::{Abandon, Job};
 use super::clock::{DRIFT_MAX, LocalClock, Nanos};
+use super::failover::Replicas;
 use super::faults::Fault;
 use super::ledger::Ledger;
 use super::network::{Command, Connection, InFlight, Reply};
@@ -15,6 +16,7 @@ use super::plan::{Plan, Variant};
 use super::pushes::{Inbox, Subscription};
 use super::run::Stats;
 use super::tasks::{Step, Task};
+use crate::clock::Moment;
 use crate::identity::ManagerId;
 use crate::key::LockKey;
 use crate::protocol::{Ask, Cycles, Push};
@@ -27,6 +29,7 @@ pub(super) struct World {
     pub(super) rng: SmallRng,
     pub(super) plan: Plan,
     pub(super) core: MemoryCore,
+    pub(super) replicas: Replicas,
     pub(super) keys: Vec<LockKey>,
     pub(super) managers: Vec<Manager>,
     pub(super) in_flight: BTreeMap<u64, InFlight>,
@@ -57,6 +60,9 @@ pub(super) struct Manager {
     /// The server's time at the last connect, and the largest token seen of each key's slot.
     pub(super) floor: u64,
     pub(super) seen: Vec<u64>,
+    /// How often a connection was found broken; how many failovers there had been by the last time, and when the last of them was found out.
+    pub(super) epoch: u32,
+    pub(super) noticed: (u32, Moment),
     /// Until when each part of the process stands still.
     pub(super) blocked_until: [Nanos; PARTS],
     pub(super) next_look: Nanos,
@@ -129,6 +135,7 @@ impl World {
         let mut world = Self {
             now: 0,
             core: MemoryCore::default(),
+            replicas: Replicas::default(),
             managers: Vec::new(),
             in_flight: BTreeMap::new(),
             ledger: Ledger::new(keys.len()),
@@ -168,6 +175,8 @@ impl World {
             inbox: Inbox::default(),
             floor: self.server_time(),
             seen: vec![0; self.keys.len()],
+            epoch: 0,
+            noticed: (0, Moment::default()),
             blocked_until: [0; PARTS],
             next_look: Nanos::MAX,
             last_job: 0,
@@ -282,6 +291,7 @@ impl World {
             rules: &self.plan.rules,
             cycles: &manager.cycles,
             room: Room::ENDLESS,
+            epoch: manager.epoch,
         };
         let queue = &mut manager.queues[k];
         let lingered = queue.lingers_until().is_some();

@@ -99,7 +99,12 @@ fn lock() -> impl Strategy<Value = Lock> {
 }
 
 fn command() -> impl Strategy<Value = Command> {
-    let ask = prop_oneof![2 => Just(Ask::Free), 6 => Just(Ask::Join), 2 => Just(Ask::Try)];
+    let ask = prop_oneof![
+        2 => Just(Ask::Free),
+        6 => Just(Ask::Join),
+        2 => Just(Ask::Try),
+        2 => Just(Ask::Extend),
+    ];
     let owner = prop::sample::select(vec!["another-library", "h-1-zz:3", "550e8400-e29b-41d4"]);
     let lease = (0..KEYS.len(), 1..=CYCLES, ttl());
     prop_oneof![
@@ -231,6 +236,7 @@ impl Pair {
                     Ask::Free => self.core.acquire_freely(key, &me, terms(given)),
                     Ask::Join => self.core.acquire(key, &me, false, terms(given)),
                     Ask::Try => self.core.acquire(key, &me, true, terms(given)),
+                    Ask::Extend => self.core.acquire_more(key, &me, terms(given)),
                 })
             }
             Command::Release {

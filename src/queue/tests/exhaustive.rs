@@ -20,6 +20,8 @@ enum Step {
     Pushed,
     Resubscribed,
     Wanted,
+    /// The store may be another one from now on.
+    Moved,
     /// So much time passes that every lease has ended.
     Expire,
     /// A lease that is kept has been kept for long enough; it has to make room; a renewal says that others want it, or has no reply.
@@ -29,7 +31,7 @@ enum Step {
     Close,
 }
 
-const STEPS: [Step; 23] = [
+const STEPS: [Step; 24] = [
     Step::Want(0),
     Step::Want(1),
     Step::Try(0),
@@ -48,6 +50,7 @@ const STEPS: [Step; 23] = [
     Step::Pushed,
     Step::Resubscribed,
     Step::Wanted,
+    Step::Moved,
     Step::Expire,
     Step::LingerEnds,
     Step::LetGo,
@@ -165,6 +168,7 @@ impl Small {
                 };
                 let (id, seen) = self.bench.want_as(task as u32, want);
                 self.waiting[task] = Some(id);
+                self.check_confirmed(&seen);
                 self.follow(&seen);
             }
             Step::GiveUp(task) => {
@@ -192,6 +196,7 @@ impl Small {
                     return false;
                 };
                 let (_, seen) = self.bench.release(&guard);
+                self.check_confirmed(&seen);
                 self.follow(&seen);
             }
             Step::Granted | Step::Queued | Step::NoneLeft => return self.answer(step),
@@ -222,6 +227,7 @@ impl Small {
                 let seen = self.bench.wanted(cycle);
                 self.follow(&seen);
             }
+            Step::Moved => self.bench.epoch += 1,
             Step::Expire => {
                 let was_kept = self.bench.queue.lingers_until().is_some();
                 self.bench.pass(TTL);
@@ -283,7 +289,13 @@ impl Small {
             (Step::Granted, _) if is_extension => extended(first, last),
             (Step::Granted, _) => granted(first, last),
             (Step::NoneLeft, Request::Acquire { ask: Ask::Free, .. }) => AcquireReply::Taken,
-            (Step::NoneLeft, Request::Acquire { ask: Ask::Try, .. }) => AcquireReply::Busy,
+            (
+                Step::NoneLeft,
+                Request::Acquire {
+                    ask: Ask::Try | Ask::Extend,
+                    ..
+                },
+            ) => AcquireReply::Busy,
             (Step::Queued, Request::Acquire { ask: Ask::Join, .. } | Request::Release { requeue: Some(_), .. }) => {
                 queued(last)
             }
@@ -310,6 +322,16 @@ impl Small {
         };
         self.follow(&seen);
         true
+    }
+
+    /// Whoever has a guard without a request has it under a lease that the store has confirmed since it may have forgotten it.
+    fn check_confirmed(&self, seen: &Seen) {
+        if let Phase::Held(held) = &self.bench.queue.phase
+            && held.guard().is_some()
+            && !seen.woken.is_empty()
+        {
+            assert_eq!(held.confirmed_in, self.bench.epoch);
+        }
     }
 
     /// The next tokens of the store.

@@ -31,7 +31,7 @@ fn without_rivals_it_may_go_on_for_ever() {
     let mut guard = bench.hold(1, 1_000);
     for _ in 0..100 {
         let (id, _) = bench.want(1);
-        bench.pass(ms(2));
+        bench.pass(ms(1));
         assert_eq!(bench.release_held(&guard).request, None);
         guard = bench.guard(id);
     }
@@ -42,7 +42,7 @@ fn where_the_tokens_are_used_up_more_are_reserved_before_the_next_guard() {
     let (mut bench, guard, ids) = held_with_waiters(100, 100, 1);
     let seen = bench.release_held(&guard);
     let cycle = guard.lease.cycle;
-    assert_eq!(seen.asks(), (cycle, Ask::Join, 64));
+    assert_eq!(seen.asks(), (cycle, Ask::Extend, 64));
     assert!(seen.woken.is_empty(), "no token, no guard");
     let seen = bench.reply(cycle, extended(200, 263));
     assert_eq!(seen.woken, [1]);
@@ -55,7 +55,7 @@ fn tokens_are_reserved_in_the_background_before_they_run_out() {
     let cycle = guard.lease.cycle;
     let seen = bench.release_held(&guard);
     assert_eq!(seen.woken, [1], "the guard does not wait for the tokens");
-    assert_eq!(seen.asks(), (cycle, Ask::Join, 64));
+    assert_eq!(seen.asks(), (cycle, Ask::Extend, 64));
     let second = bench.guard(ids[0]);
     assert_eq!(bench.release_held(&second).request, None, "one request at a time");
     let third = bench.guard(ids[1]);
@@ -95,6 +95,67 @@ fn blocks_grow_with_what_is_used_up_in_a_round_trip() {
     assert_eq!(tokens, 176, "enough for sixteen such round trips of eleven");
 }
 
+#[test]
+fn a_lease_whose_renewal_is_overdue_is_passed_on_when_the_store_has_confirmed_it() {
+    let (mut bench, guard, ids) = held_with_waiters(100, 163, 2);
+    let cycle = guard.lease.cycle;
+    bench.pass(ms(150));
+    bench.release_held(&guard);
+    let second = bench.guard(ids[0]);
+    assert_eq!(second.token.get(), 101, "a renewal may be late by half of its interval");
+    bench.pass(ms(1));
+    let seen = bench.release_held(&second);
+    assert_eq!((seen.asks(), &seen.woken[..]), ((cycle, Ask::Extend, 64), &[][..]));
+    // However long the answer took: the next guard is served on it.
+    let sent_at = bench.now;
+    bench.pass(ms(200));
+    assert_eq!(bench.reply_to(sent_at, cycle, extended(200, 263)).woken, [2]);
+    assert_eq!(bench.guard(ids[1]).token.get(), 102);
+}
+
+#[test]
+fn after_a_change_of_servers_the_next_guard_waits_for_a_confirmation_and_has_a_newer_token() {
+    for by_renewal in [false, true] {
+        let (mut bench, guard, ids) = held_with_waiters(100, 163, 2);
+        let cycle = guard.lease.cycle;
+        bench.epoch += 1;
+        if by_renewal {
+            // The renewal that was under way, if one was, is worth nothing; the next is sent at once.
+            assert_eq!(bench.resubscribed(), NOTHING);
+            assert_eq!(bench.renewal(), Some(cycle));
+            bench.renewed(cycle, bench.now, Some(RenewReply::Extended { wanted: false }));
+        }
+        let seen = bench.release_held(&guard);
+        assert_eq!((seen.asks(), &seen.woken[..]), ((cycle, Ask::Extend, 64), &[][..]));
+        assert_eq!(bench.reply(cycle, extended(200, 263)).woken, [1]);
+        let second = bench.guard(ids[0]);
+        assert_eq!(second.token.get(), 200);
+        assert_eq!(bench.release_held(&second).request, None);
+        assert_eq!(bench.guard(ids[1]).token.get(), 201);
+    }
+}
+
+#[test]
+fn a_confirmation_of_before_the_change_of_servers_does_not_count() {
+    let (mut bench, guard, ids) = held_with_waiters(100, 163, 1);
+    let cycle = guard.lease.cycle;
+    bench.pass(ms(100));
+    assert_eq!(bench.renewal(), Some(cycle));
+    bench.epoch += 1;
+    bench.renewed(cycle, bench.now, Some(RenewReply::Extended { wanted: false }));
+    assert_eq!(bench.renewal(), Some(cycle), "another renewal follows at once");
+    bench.epoch += 1;
+    bench.renewed(cycle, bench.now, None);
+    assert_eq!(bench.renewal(), Some(cycle), "also after one without an answer");
+    let asks = (cycle, Ask::Extend, 64);
+    assert_eq!(bench.release_held(&guard).asks(), asks);
+    bench.epoch += 1;
+    // It may be an answer of the server that was left.
+    assert_eq!(bench.reply(cycle, extended(200, 263)).asks(), asks);
+    assert_eq!(bench.reply(cycle, extended(300, 363)).woken, [1]);
+    assert_eq!(bench.guard(ids[0]).token.get(), 300);
+}
+
 /// An extension may be under way although a spare block is there: it is also sent where little time is left. When its reply came
 /// just after the last token of the current block was used, the newest block was put before the spare one, and the guards
 /// after it had smaller tokens than those before.
@@ -103,7 +164,7 @@ fn tokens_grow_although_a_spare_block_is_there_when_another_comes() {
     let (mut bench, guard, ids) = held_with_waiters(100, 102, 4);
     let cycle = guard.lease.cycle;
     let sent_at = bench.now;
-    assert_eq!(bench.release_held(&guard).asks(), (cycle, Ask::Join, 64));
+    assert_eq!(bench.release_held(&guard).asks(), (cycle, Ask::Extend, 64));
     let second = bench.guard(ids[0]);
     assert_eq!(second.token.get(), 101);
     bench.reply_to(sent_at, cycle, extended(200, 263));
@@ -112,7 +173,7 @@ fn tokens_grow_although_a_spare_block_is_there_when_another_comes() {
     assert_eq!(third.token.get(), 102);
     // No renewal comes through for most of the TTL, so the lease is not worth passing on.
     bench.pass(ms(800));
-    assert_eq!(bench.release_held(&third).asks().1, Ask::Join);
+    assert_eq!(bench.release_held(&third).asks().1, Ask::Extend);
     bench.reply(cycle, extended(300, 300));
     let fourth = bench.guard(ids[2]);
     bench.release_held(&fourth);

@@ -56,7 +56,7 @@ fn tokens_are_asked_for_before_they_run_out() {
     assert_eq!(last, 48);
     let Some(Request::Acquire {
         cycle: asks,
-        ask: Ask::Join,
+        ask: Ask::Extend,
         tokens: 1024,
         ..
     }) = asked
@@ -86,11 +86,52 @@ fn without_tokens_the_next_task_waits_for_an_extension() {
     let (cycle, ..) = seen.asks();
     bench.reply(cycle, granted(1, 1));
     let guard = bench.guard(id);
-    assert_eq!(bench.release_held(&guard).asks(), (cycle, Ask::Join, 1024));
+    assert_eq!(bench.release_held(&guard).asks(), (cycle, Ask::Extend, 1024));
     let (id, seen) = bench.want_as(1, KEPT);
     assert_eq!(seen, NOTHING);
     assert_eq!(bench.reply(cycle, extended(10, 1033)).woken, [1]);
     assert_eq!(bench.guard(id).token.get(), 10);
+}
+
+#[test]
+fn after_a_change_of_servers_the_next_task_waits_until_the_store_has_confirmed_it() {
+    let mut bench = Bench::new();
+    let cycle = keep(&mut bench, 1, 64);
+    bench.epoch += 1;
+    let (id, seen) = bench.want_as(1, KEPT);
+    assert_eq!((seen.asks(), &seen.woken[..]), ((cycle, Ask::Extend, 64), &[][..]));
+    assert_eq!(bench.reply(cycle, extended(100, 163)).woken, [1]);
+    let guard = bench.guard(id);
+    assert_eq!(guard.token.get(), 100, "tokens of before are not used any more");
+    assert_eq!(bench.release_held(&guard), NOTHING);
+    let (id, seen) = bench.want_as(2, KEPT);
+    assert_eq!(seen.request, None, "once is enough");
+    assert_eq!(bench.guard(id).token.get(), 101);
+}
+
+#[test]
+fn what_the_store_has_forgotten_is_asked_for_anew() {
+    let mut bench = Bench::new();
+    let cycle = keep(&mut bench, 1, 64);
+    bench.epoch += 1;
+    let (id, _) = bench.want_as(1, KEPT);
+    let seen = bench.reply(cycle, AcquireReply::Busy);
+    let (next, ask, _) = seen.asks();
+    assert!(next > cycle && ask == Ask::Join);
+    assert_eq!((seen.lost, &seen.woken[..]), (None, &[][..]), "no guard was out");
+    assert_eq!(bench.reply(next, granted(100, 163)).woken, [1]);
+    assert_eq!(bench.guard(id).token.get(), 100);
+}
+
+#[test]
+fn a_lease_whose_renewal_is_overdue_is_confirmed_before_the_next_task_has_it() {
+    let mut bench = Bench::new();
+    let cycle = keep(&mut bench, 1, 64);
+    bench.pass(ms(151));
+    let (id, seen) = bench.want_as(1, KEPT);
+    assert_eq!((seen.asks(), &seen.woken[..]), ((cycle, Ask::Extend, 64), &[][..]));
+    assert_eq!(bench.reply(cycle, extended(100, 163)).woken, [1]);
+    assert_eq!(bench.guard(id).token.get(), 2);
 }
 
 #[test]

@@ -105,7 +105,7 @@ pub(super) async fn acquire(
     }
     shared.cycles.open(cycle, ttl, Moment::now());
     let taken = match ask {
-        Ask::Join => join(&shared, &link, &contender).await,
+        Ask::Join | Ask::Extend => join(&shared, &link, &contender).await,
         Ask::Free | Ask::Try => take(&shared, &link, &contender, ask).await,
     };
     taken.map(answer).map_err(Fault::into_store_error)
@@ -143,7 +143,7 @@ async fn take(shared: &Shared, link: &Link, contender: &Contender, ask: Ask) -> 
     shared.revokes.add(shared.cycles.close(contender.cycle));
     let reply = match ask {
         Ask::Try => AcquireReply::Busy,
-        Ask::Free | Ask::Join => AcquireReply::Taken,
+        Ask::Free | Ask::Join | Ask::Extend => AcquireReply::Taken,
     };
     Ok((sent_at, reply))
 }

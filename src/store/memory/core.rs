@@ -13,7 +13,7 @@ use crate::protocol::{AcquireReply, Grant, Place, Push, ReleaseReply, RenewReply
 use crate::store::{Holder, INSPECTED_QUEUE_MAX, Inspection};
 
 /// Leases, queues and counters, and who listens.
-#[derive(Debug, Default)]
+#[derive(Debug, Default, Clone)]
 pub(crate) struct MemoryCore {
     locks: HashMap<LockKey, Lock>,
     counters: HashMap<Slot, u64>,
@@ -22,14 +22,14 @@ pub(crate) struct MemoryCore {
     pub(crate) outbox: Vec<(String, Push)>,
 }
 
-#[derive(Debug, Default)]
+#[derive(Debug, Default, Clone)]
 struct Lock {
     lease: Option<LeaseRecord>,
     /// By the counter when it joined.
     queue: BTreeSet<(u64, String)>,
 }
 
-#[derive(Debug)]
+#[derive(Debug, Clone)]
 struct LeaseRecord {
     owner: String,
     ends: Option<Moment>,
@@ -53,6 +53,13 @@ impl MemoryCore {
         } else {
             self.listening.remove(manager);
         }
+    }
+
+    /// Nobody is subscribed any more, as on a server that has just taken over.
+    #[cfg(test)]
+    pub(crate) fn forget_listeners(&mut self) {
+        self.listening.clear();
+        self.outbox.clear();
     }
 
     /// The free path: `SET NX` and `INCRBY`.
@@ -103,6 +110,14 @@ impl MemoryCore {
             }
             None => self.acquire_unowned(key, me, only_try, terms),
         }
+    }
+
+    /// More time and tokens for a lease that is there.
+    pub(crate) fn acquire_more(&mut self, key: &LockKey, me: &str, terms: Terms) -> AcquireReply {
+        if self.owner(key, terms.now).is_none_or(|owner| owner != me) {
+            return AcquireReply::Busy;
+        }
+        self.acquire(key, me, false, terms)
     }
 
     fn acquire_unowned(&mut self, key: &LockKey, me: &str, only_try: bool, terms: Terms) -> AcquireReply {

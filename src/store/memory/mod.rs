@@ -137,6 +137,7 @@ impl LeaseStore for MemoryStore {
             Ask::Free => memory.core.acquire_freely(&key, &me, terms),
             Ask::Join => memory.core.acquire(&key, &me, false, terms),
             Ask::Try => memory.core.acquire(&key, &me, true, terms),
+            Ask::Extend => memory.core.acquire_more(&key, &me, terms),
         };
         let pushes = memory.take_pushes();
         drop(memory);

@@ -79,7 +79,11 @@ async fn attempt(quorum: &Arc<Quorum>, request: &Acquire) -> Result<Answer<Acqui
     let sent_at = Moment::now();
     let free = request.ask == Ask::Free;
     let at_door = Acquire {
-        ask: if free { Ask::Try } else { request.ask },
+        ask: match request.ask {
+            Ask::Free | Ask::Try => Ask::Try,
+            // A node that has lost the lease gets it again. Whether a majority kept it is what counts.
+            Ask::Join | Ask::Extend => Ask::Join,
+        },
         ..request.clone()
     };
     // Whoever holds the lease must not lose it by asking for more of it: then nothing is given back here, whatever comes of it.
@@ -162,7 +166,7 @@ async fn attempt(quorum: &Arc<Quorum>, request: &Acquire) -> Result<Answer<Acqui
     match (standing, request.ask) {
         (Standing::Lost { refused: true }, Ask::Free) => Ok(with(AcquireReply::Taken)),
         (Standing::Lost { refused: true }, Ask::Try) => Ok(with(AcquireReply::Busy)),
-        (Standing::Lost { refused: true }, Ask::Join) => Ok(with(AcquireReply::Queued(Place {
+        (Standing::Lost { refused: true }, Ask::Join | Ask::Extend) => Ok(with(AcquireReply::Queued(Place {
             mark: last,
             owner_ttl: Some(Duration::from_millis(rand::random_range(BACK_OFF_MILLIS))),
             owner_foreign: true,

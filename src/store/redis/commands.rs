@@ -80,7 +80,11 @@ impl Commands {
             tokens,
         } = request;
         self.write_terms(command, key, cycle, ttl, tokens, floor);
-        command.arg(if ask == Ask::Join { "join" } else { "try" });
+        command.arg(match ask {
+            Ask::Join => "join",
+            Ask::Free | Ask::Try => "try",
+            Ask::Extend => "extend",
+        });
         self.write_inbox_prefix(command, key);
         command.arg(key.as_str());
     }

@@ -1,0 +1,96 @@
+//! A failover: a replica that lacks the last leases takes the store's place, and every connection breaks.
+//!
+//! From the moment in which a manager has noticed, it gives out no guard under a lease that the new primary does not have, and no token that is not
+//! above all before it. What was given out before may be forgotten, so two may hold a key meanwhile.
+
+use super::clock::nanos;
+use super::world::World;
+use crate::clock::Moment;
+use crate::queue::Granted;
+use crate::store::Lane;
+use crate::store::memory::MemoryCore;
+
+/// What the replicas have, and how often one of them took over.
+#[derive(Debug, Default)]
+pub(super) struct Replicas {
+    /// As it was when the replica was cut off.
+    has: Option<MemoryCore>,
+    pub(super) failovers: u32,
+}
+
+impl World {
+    /// The replica receives nothing more from now on.
+    pub(super) fn cut_replica_off(&mut self) {
+        self.replicas.has = Some(self.core.clone());
+    }
+
+    /// The replica takes over with what it has.
+    pub(super) fn fail_over(&mut self) {
+        let Some(mut core) = self.replicas.has.take() else {
+            return;
+        };
+        // Nobody is subscribed there, and nothing is left to be pushed.
+        core.forget_listeners();
+        self.core = core;
+        self.replicas.failovers += 1;
+        self.stats.forgotten += 1;
+        for m in 0..self.managers.len() {
+            self.managers[m].inbox.known_to_server.clear();
+            if self.managers[m].is_alive {
+                self.reset(m, Lane::Caller);
+                self.reset(m, Lane::Background);
+                self.lose_subscription(m);
+            }
+        }
+    }
+
+    /// A manager finds a connection broken: it may be another server by now.
+    pub(super) fn may_have_forgotten(&mut self, m: usize) {
+        let (floor, failovers, now) = (self.server_time(), self.replicas.failovers, self.now);
+        let manager = &mut self.managers[m];
+        manager.epoch += 1;
+        manager.floor = manager.floor.max(floor);
+        if manager.noticed.0 != failovers {
+            manager.noticed = (failovers, manager.clock.at(now));
+        }
+    }
+
+    /// Before something is sent: on a broken connection that finds out.
+    pub(super) fn find_broken(&mut self, m: usize, lane: Lane) {
+        let connection = &mut self.managers[m].lanes[lane as usize];
+        if std::mem::replace(&mut connection.noticed, connection.generation) != connection.generation {
+            self.may_have_forgotten(m);
+        }
+    }
+
+    /// What a guard is under stands in the store, and its token is the largest, if its manager could know of the last failover when it was served.
+    pub(super) fn check_after_failover(&mut self, m: usize, k: usize, granted: &Granted) {
+        let Granted { lease, token, at, .. } = granted;
+        let (failovers, owner) = (
+            self.replicas.failovers,
+            self.core.owner(&self.keys[k], Moment::from_nanos(self.now)),
+        );
+        let manager = &self.managers[m];
+        let (noticed, noticed_at) = manager.noticed;
+        let is_valid = lease.loss_at(manager.clock.at(self.now)).is_none();
+        if failovers == 0 || noticed != failovers || noticed_at >= *at || !is_valid {
+            return;
+        }
+        let cycle = lease.cycle;
+        if owner.as_deref() != Some(manager.id.sign(cycle).to_string().as_str()) {
+            let what = format!("m{m} k{k} cycle {cycle} has a guard after a failover, but the lease is {owner:?}");
+            return self.ledger.breach_of_safety(what);
+        }
+        let largest = self.ledger.largest(k);
+        if token.get() <= largest {
+            let what = format!("m{m} k{k} a guard after a failover has token {token}, which is not above {largest}");
+            self.ledger.breach_of_safety(what);
+        }
+    }
+
+    /// From the cut to the failover: a moment, or many leases.
+    pub(super) fn failover_delay(&mut self) -> u64 {
+        let long = nanos(self.plan.longest_ttl());
+        self.between(0, long)
+    }
+}
