@@ -13,7 +13,7 @@ use std::time::{Duration, Instant};
 use shardlock::{Builder, LockError, LockGuard, LockManager, LossReason, Slot};
 use support::proxy::Proxy;
 use support::{ClientType, Cluster, RedisServer};
-use support_locks::{lock, soon, until, until_queued};
+use support_locks::{lock, lock_in_time, soon, until, until_queued};
 
 /// Longer than a failover takes.
 const PATIENT: Duration = Duration::from_secs(10);
@@ -244,6 +244,35 @@ async fn a_dead_primary_costs_nobody_a_lock_that_its_replica_has() {
     hand_over(guard, next).await.release().await.expect("release");
     kept.release().await.expect("release");
     is_empty(&cluster).await;
+}
+
+/// The renewal that would find out is minutes away.
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn a_lease_that_lingers_is_not_used_again_after_a_failover_that_lost_it() {
+    const LONG: Duration = Duration::from_secs(3600);
+    let cluster = Cluster::start(3, 3);
+    let other = connect(&cluster).await;
+    let keeper = LockManager::builder().shard(cluster.url()).ttl(LONG).linger(LONG);
+    let keeper = keeper.connect().await.expect("connect");
+    let key = key_on(&cluster, 0);
+    let token = lock_in_time(&keeper, &key).await;
+    assert_eq!(keeper.shards()[0].lingering, 1);
+    let (_, new) = cluster.fail_over(slot(&key));
+    // As if it had not been replicated.
+    cluster.nodes()[new].command(&["DEL", &format!("lock:{key}")]);
+    let mut guard = None;
+    until("the lock can be had again", async || {
+        guard = other.lock(&key).await.ok();
+        guard.is_some()
+    })
+    .await;
+    let guard = guard.expect("it is there");
+    assert!(guard.token().get() > token);
+    match keeper.try_lock(&key).await {
+        Ok(both) => assert!(both.is_none(), "two hold it: {guard:?}, {both:?}"),
+        Err(error) => assert!(error.is_retryable(), "{error}"),
+    }
+    guard.release().await.expect("it was held");
 }
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]

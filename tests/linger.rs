@@ -356,6 +356,26 @@ on_each_store! {
 on_each_store! {
     on(redis, own);
 
+    async fn it_is_not_used_again_after_a_server_that_lost_it_was_started_anew(store: &TestStore) {
+        let locks = connect(seldom_renewed(store).linger(LONG)).await;
+        let other = connect(patient(store)).await;
+        let token = use_once(&locks, "k").await;
+        store.server().restart();
+        let mut guard = None;
+        until("the server is there again", async || {
+            guard = other.lock("k").await.ok();
+            guard.is_some()
+        })
+        .await;
+        let guard = guard.expect("it is there");
+        assert!(guard.token().get() > token);
+        match locks.try_lock("k").await {
+            Ok(both) => assert!(both.is_none(), "two hold it: {guard:?}, {both:?}"),
+            Err(error) => assert!(error.is_retryable(), "{error}"),
+        }
+        guard.release().await.expect("it was held");
+    }
+
     /// As if the message to the process that keeps the lease had been lost: somebody stands in the queue, and it was not told.
     async fn a_renewal_makes_up_for_a_message_that_was_lost(store: &TestStore) {
         let locks = connect(patient(store).ttl(Duration::from_secs(2)).linger(LONG)).await;

@@ -311,6 +311,94 @@ async fn tokens_grow_though_nothing_was_replicated_before_the_failover() {
     guard.release().await.expect("release");
 }
 
+/// A manager that keeps leases, whose next renewal is minutes away, and which has one for `k`. Says the token of the last guard under it.
+async fn keeper(watched: &Watched) -> (LockManager, u64) {
+    const LONG: Duration = Duration::from_secs(3600);
+    let builder = LockManager::builder().shard(watched.url()).ttl(LONG).linger(LONG);
+    let locks = builder.connect().await.expect("connect");
+    let token = lock_in_time(&locks, "k").await;
+    assert_eq!(locks.shards()[0].lingering, 1);
+    (locks, token)
+}
+
+/// [`lock`], again and again while a failover is under way.
+async fn lock_at_last(locks: &LockManager, key: &str) -> LockGuard {
+    let mut guard = None;
+    until("the lock can be had again", async || {
+        guard = locks.lock(key).await.ok();
+        guard.is_some()
+    })
+    .await;
+    guard.expect("it is there")
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn a_lease_that_lingers_is_not_used_again_after_a_failover_that_lost_it() {
+    for hangs in [false, true] {
+        let watched = Watched::start(1);
+        let other = connect(&watched).await;
+        watched.has_replicas(1);
+        watched.cut_replication();
+        let (keeper, token) = keeper(&watched).await;
+        let old = watched.primary();
+        if hangs {
+            old.stop();
+        } else {
+            old.kill();
+        }
+        watched.switched(old.port());
+        let guard = lock_at_last(&other, "k").await;
+        assert!(guard.token().get() > token);
+        match keeper.try_lock("k").await {
+            Ok(both) => assert!(both.is_none(), "two hold it: {guard:?}, {both:?}"),
+            Err(error) => assert!(error.is_retryable(), "{error}"),
+        }
+        assert!(guard.is_valid());
+        let last = guard.token().get();
+        guard.release().await.expect("it was held");
+        let token = lock_in_time(&keeper, "k").await;
+        assert!(token > last, "{token} after {last}");
+    }
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn a_lease_that_lingers_goes_on_after_a_failover_that_kept_it() {
+    let watched = Watched::start(1);
+    let (keeper, mut token) = keeper(&watched).await;
+    let lease = keeper
+        .inspect("k")
+        .await
+        .expect("inspect")
+        .holder
+        .expect("it is kept")
+        .owner;
+    watched.has_replicas(1);
+    let old = watched.primary();
+    old.kill();
+    watched.switched(old.port());
+    for _ in 0..3 {
+        let guard = lock_at_last(&keeper, "k").await;
+        assert!(guard.token().get() > token, "{} after {token}", guard.token());
+        assert_eq!(guard.owner(), lease);
+        token = guard.token().get();
+        guard.release().await.expect("release");
+    }
+}
+
+/// A renewal is due in minutes.
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn who_holds_a_lock_that_a_failover_lost_is_told_when_the_new_primary_is_there() {
+    let watched = Watched::start(1);
+    watched.has_replicas(1);
+    watched.cut_replication();
+    let (keeper, _) = keeper(&watched).await;
+    let held = lock(&keeper, "k").await;
+    let old = watched.primary();
+    old.kill();
+    watched.switched(old.port());
+    assert_eq!(soon("the loss", held.lost()).await, LossReason::Taken);
+}
+
 /// A failover by hand, which no sentinel tells of: what finds out is a request.
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn a_server_that_says_it_is_a_replica_is_left_by_commands_and_inbox() {
