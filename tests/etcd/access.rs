@@ -42,7 +42,7 @@ async fn hosts_and_logins_that_are_wrong_are_told_in_words() {
     assert!(message.contains("leave the user and the password out"), "{message}");
 
     let mut client = etcd.client().await;
-    for user in ["root", "locker", "reader"] {
+    for user in ["root", "locker", "reader", "deaf"] {
         client.user_add(user, "s3cret", None).await.unwrap();
     }
     client.role_add("root").await.unwrap();
@@ -51,15 +51,26 @@ async fn hosts_and_logins_that_are_wrong_are_told_in_words() {
     let all = etcd_client::Permission::read_write("lock:").with_prefix();
     client.role_grant_permission("locks", all).await.unwrap();
     client.user_grant_role("locker", "locks").await.unwrap();
+    // All that a lock needs, but for the notes in the inbox.
+    client.role_add("some").await.unwrap();
+    for some in [
+        etcd_client::Permission::read_write("lock:%map"),
+        etcd_client::Permission::read_write("lock:k").with_prefix(),
+    ] {
+        client.role_grant_permission("some", some).await.unwrap();
+    }
+    client.user_grant_role("deaf", "some").await.unwrap();
     client.auth_enable().await.unwrap();
 
     let message = refusal("root:s3cret-wrong").await;
     assert!(message.contains("check the user and the password"), "{message}");
-    let message = refusal("reader:s3cret").await;
-    assert!(
-        message.contains("needs readwrite on all keys that begin with"),
-        "{message}"
-    );
+    for user in ["reader:s3cret", "deaf:s3cret"] {
+        let message = refusal(user).await;
+        assert!(
+            message.contains("needs readwrite on all keys that begin with"),
+            "{message}"
+        );
+    }
     let error = LockManager::connect(&etcd.url()).await.unwrap_err();
     assert!(error.to_string().contains("name a user and its password"), "{error}");
 

@@ -71,10 +71,7 @@ pub(super) fn fault(error: &Error, namespace: &str) -> Fault {
         code::FAILED_PRECONDITION if message.contains("authentication is not enabled") => {
             refused(format!("{words}; leave the user and the password out of the URL"))
         }
-        code::PERMISSION_DENIED => refused(format!(
-            "{words}; the user needs readwrite on all keys that begin with {namespace:?}: \
-             `etcdctl role grant-permission ROLE --prefix=true readwrite {namespace}`"
-        )),
+        code::PERMISSION_DENIED => refused(with_needs(&words, namespace)),
         code::INVALID_ARGUMENT if message.contains("user name is empty") => refused(format!(
             "{words}; name a user and its password: etcd://USER:PASSWORD@HOST"
         )),
@@ -91,6 +88,20 @@ pub(super) fn fault(error: &Error, namespace: &str) -> Fault {
         code::INVALID_ARGUMENT | code::UNIMPLEMENTED | code::UNAUTHENTICATED => refused(words),
         _ => Fault::Other(StoreError::Unavailable(words.into())),
     }
+}
+
+/// Why a watch was refused, if the user lacks a permission: etcd names that in words only.
+pub(super) fn missing_permission(reason: &str, namespace: &str) -> Option<String> {
+    reason
+        .contains("permission denied")
+        .then(|| with_needs(reason, namespace))
+}
+
+fn with_needs(refusal: &str, namespace: &str) -> String {
+    format!(
+        "{refusal}; the user needs readwrite on all keys that begin with {namespace:?}: \
+         `etcdctl role grant-permission ROLE --prefix=true readwrite {namespace}`"
+    )
 }
 
 /// The error and what caused it.

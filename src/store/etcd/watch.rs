@@ -17,8 +17,8 @@ use etcd_client::{EventType, WatchFilterType, WatchOptions, WatchRequestSender, 
 use parking_lot::Mutex;
 use tokio::sync::mpsc::UnboundedSender;
 
-use super::Shared;
 use super::waits::Wait;
+use super::{Shared, fault};
 use crate::backoff::Backoff;
 use crate::key::LockKey;
 use crate::protocol::{Cycle, Push};
@@ -42,8 +42,10 @@ struct Watches {
 enum End {
     /// Nobody receives pushes any more.
     Unheard,
-    /// It broke, or etcd refused the inbox.
+    /// It broke.
     Broken(String),
+    /// Etcd does not let this user watch the inbox.
+    Refused(String),
 }
 
 /// Watches until nobody receives.
@@ -59,7 +61,9 @@ pub(super) async fn watch(shared: Arc<Shared>, pushes: UnboundedSender<Push>) {
                     () = shared.background.is_left(&live) => End::Broken("the connection gave no answer".to_owned()),
                 };
                 shared.waits.unwatch();
-                shared.background.broken(&live);
+                if !matches!(end, End::Refused(_)) {
+                    shared.background.broken(&live);
+                }
                 if confirmed {
                     backoff.reset();
                     if pushes.send(Push::Disconnected).is_err() {
@@ -69,6 +73,15 @@ pub(super) async fn watch(shared: Arc<Shared>, pushes: UnboundedSender<Push>) {
                 match end {
                     End::Unheard => return,
                     End::Broken(reason) => reason,
+                    End::Refused(reason) => {
+                        // The receiver says so, once.
+                        let reason = reason.into();
+                        if pushes.send(Push::Refused { reason }).is_err() {
+                            return;
+                        }
+                        backoff.wait().await;
+                        continue;
+                    }
                 }
             }
             Ok(Err(reason)) => reason,
@@ -163,7 +176,11 @@ async fn receive(
         };
         let pushed = if told.watch_id() == INBOX || told.watch_id() < 0 {
             if told.canceled() {
-                return End::Broken(format!("etcd refused the watch: {}", told.cancel_reason()));
+                let reason = told.cancel_reason();
+                return match fault::missing_permission(reason, shared.names.namespace()) {
+                    Some(refusal) => End::Refused(refusal),
+                    None => End::Broken(format!("etcd ended the watch: {reason}")),
+                };
             }
             if told.created() && !*confirmed {
                 *confirmed = true;
