@@ -350,11 +350,20 @@ impl LeaseStore for RedisStore {
     fn map(&self, step: MapStep) -> StoreFuture<MapState> {
         let (shared, link) = (Arc::clone(&self.shared), Arc::clone(&self.callers[0]));
         Box::pin(async move {
-            let live = link.get().await?;
-            map::step(&shared.map, step, &|command| {
-                Box::pin(shared.map_command(&link, &live, command))
-            })
-            .await
+            let mut reconnects = 0;
+            loop {
+                let live = link.get().await?;
+                let send = |command| -> map::Reply<'_> { Box::pin(shared.map_command(&link, &live, command)) };
+                let done = map::step(&shared.map, step, &send).await;
+                let is_broken = link.live().is_none_or(|now| now.generation != live.generation);
+                match done {
+                    // Each step begins with what is stored, so it may be repeated.
+                    Err(StoreError::Unavailable(_)) if is_broken && reconnects < RECONNECTS_PER_REQUEST => {
+                        reconnects += 1;
+                    }
+                    done => return done,
+                }
+            }
         })
     }
 
