@@ -39,6 +39,13 @@ impl Backoff {
         rand::rng().random_range(self.min.min(bound) / 2..=bound)
     }
 
+    /// The delay after so many attempts that failed, for one who counts them itself.
+    pub(crate) fn delay_after(attempts: u32, min: Duration, max: Duration) -> Duration {
+        let doubled = 2_u32.saturating_pow(attempts.saturating_sub(1));
+        let bound = min.saturating_mul(doubled).min(max);
+        Self { min, max, bound }.next_delay()
+    }
+
     /// Sleeps for the next delay.
     pub(crate) async fn wait(&mut self) {
         tokio::time::sleep(self.next_delay()).await;
@@ -81,6 +88,21 @@ mod tests {
             tenths[at.as_millis() as usize / 100] += 1;
         }
         assert!(tenths.iter().all(|&count| count < 300), "{tenths:?}");
+    }
+
+    #[test]
+    fn attempts_may_be_counted_elsewhere() {
+        for (attempts, bound) in [
+            (0, MIN),
+            (1, MIN),
+            (2, MIN * 2),
+            (4, MIN * 8),
+            (40, MAX),
+            (u32::MAX, MAX),
+        ] {
+            let delay = Backoff::delay_after(attempts, MIN, MAX);
+            assert!((MIN / 2..=bound).contains(&delay), "attempt {attempts}: {delay:?}");
+        }
     }
 
     #[test]

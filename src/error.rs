@@ -156,6 +156,14 @@ fn on_key(key: &Option<String>) -> String {
 }
 
 impl LockError {
+    /// The same with the time that the request waited in all.
+    pub(crate) fn after(mut self, total: Duration) -> Self {
+        if let Self::Unavailable { waited, .. } = &mut self {
+            *waited = total;
+        }
+        self
+    }
+
     /// Whether the same request may succeed later with nothing changed by the caller.
     #[must_use]
     pub fn is_retryable(&self) -> bool {

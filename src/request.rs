@@ -18,7 +18,7 @@ use crate::guard::LockGuard;
 use crate::key::LockKey;
 use crate::manager::Inner;
 use crate::notice::Waited;
-use crate::queue::{Linger, WaiterId, Want};
+use crate::queue::{InOutage, Linger, WaiterId, Want};
 use crate::shard::{Asked, Driven, Entry, Job, Settled};
 use crate::span::DebugSpan;
 use crate::store::Lane;
@@ -39,8 +39,16 @@ use crate::telemetry::{ClassMetrics, Ending, Limit};
 ///
 /// Awaiting gives [`LockError::Invalid`] for a key or a duration outside its bounds, [`LockError::Timeout`] when the wait limit has passed,
 /// [`LockError::QueueFull`], [`LockError::TooManyWaiters`] or [`LockError::TooManyKeys`] when a limit was reached, [`LockError::Unavailable`]
-/// when the shard can't be reached, [`LockError::Refused`] when it says no, [`LockError::ShardMapMismatch`] when it has another shard map by now,
+/// when the shard can't be reached for as long as the request bears it (see below), [`LockError::Refused`] when it says no, [`LockError::ShardMapMismatch`] when it has another shard map by now,
 /// [`LockError::TokenRegression`] when it issued a token that is not above earlier ones, and [`LockError::Closed`] after a shutdown.
+///
+/// # Outages
+///
+/// A request with a [`timeout`](Self::timeout) survives an outage of its shard (a restart, a failover, a broken network) that is over before the
+/// limit: it is repeated with growing random delays. Without a timeout it fails once its requests to the shard have failed for
+/// [`store_timeout`](crate::Config::store_timeout), whether it has just begun or has waited for long. A try, and a request that is to
+/// [`fail_fast`](Self::fail_fast), fails with its first request that does. The error is [`LockError::Unavailable`] with the time that the
+/// request has waited in all. A shard that refuses ([`LockError::Refused`]) is not asked again.
 ///
 /// # Cancel safety
 ///
@@ -69,6 +77,7 @@ struct Terms {
     timeout: Option<Duration>,
     max_hold: Option<Duration>,
     linger: Option<Duration>,
+    fail_fast: bool,
     class: Option<Arc<str>>,
 }
 
@@ -81,6 +90,7 @@ impl LockRequest {
             timeout: manager.config.timeout,
             max_hold: manager.config.max_hold,
             linger: None,
+            fail_fast: false,
             class: None,
         };
         Self {
@@ -113,6 +123,14 @@ impl LockRequest {
     /// [`linger`](crate::Config::linger), where it is said what that means for others. Of the guards of one lease, the last one's counts.
     pub const fn linger(mut self, time: Duration) -> Self {
         self.terms.linger = Some(time);
+        self
+    }
+
+    /// Fails as soon as the shard can't be reached. Otherwise the request is repeated, with growing random delays, until its
+    /// [`timeout`](Self::timeout) is over, or, without one, until it has met with nothing but failures for
+    /// [`store_timeout`](crate::Config::store_timeout).
+    pub const fn fail_fast(mut self) -> Self {
+        self.terms.fail_fast = true;
         self
     }
 
@@ -165,6 +183,11 @@ impl LockRequest {
             max_hold: terms.max_hold,
             linger: terms.linger.map_or(manager.linger, Linger::new),
             only_try: only_try || no_wait,
+            in_outage: match terms.timeout {
+                _ if only_try || no_wait || terms.fail_fast => InOutage::Fail,
+                Some(_) => InOutage::UntilOwnLimit,
+                None => InOutage::UntilStoreTimeout,
+            },
             expects_rivals: false,
         };
         let (key, invalid) = match key {
@@ -289,7 +312,7 @@ impl Acquiring {
             }
             (Poll::Pending, _) => return Poll::Pending,
         };
-        Poll::Ready(Err(self.timed_out(now.since(self.asked.at))))
+        Poll::Ready(Err(self.gave_up(now.since(self.asked.at))))
     }
 
     fn settled(&mut self, settled: Settled) -> Result<Option<LockGuard>, LockError> {
@@ -330,6 +353,12 @@ impl Acquiring {
             let notices = &self.manager.notices;
             notices.waited(*waited, key, shard, self.asked.caller, Waited::TimedOut);
         }
+    }
+
+    /// The limit has passed: in an outage that is no matter of who holds the lock.
+    fn gave_up(&self, waited: Duration) -> LockError {
+        let trouble = self.place.as_ref().and_then(|place| place.entry.trouble());
+        trouble.map_or_else(|| self.timed_out(waited), |error| error.after(waited))
     }
 
     fn timed_out(&self, waited: Duration) -> LockError {

@@ -25,7 +25,7 @@ use tokio::task::JoinSet;
 on_each_store! {
     on(pausable, own);
 
-    async fn a_killed_server_is_an_error_at_once_and_a_loss_in_time_and_its_restart_mends_it(store: &TestStore) {
+    async fn a_killed_server_is_an_error_in_time_and_a_loss_in_time_and_its_restart_mends_it(store: &TestStore) {
         let servers = store.servers();
         let locks = store.short_lived_manager().await;
         let guard = lock(&locks, "k").await;
@@ -36,7 +36,7 @@ on_each_store! {
         let killed = Instant::now();
         servers.kill();
         for key in ["other", "more"] {
-            let error = soon("an error", locks.lock(key).into_future())
+            let error = soon("an error", locks.lock(key).fail_fast().into_future())
                 .await
                 .expect_err("no server");
             assert!(
@@ -87,6 +87,43 @@ on_each_store! {
         assert!(started.elapsed() < Duration::from_secs(5), "{:?}", started.elapsed());
         guard.release().await.expect("release");
         store.is_tidy().await;
+    }
+
+    async fn a_request_survives_an_outage_for_as_long_as_it_may_wait(store: &TestStore) {
+        let (servers, limit) = (store.servers(), Duration::from_secs(1));
+        let builder = || store.builder().store_timeout(limit);
+        let (locks, other) = (builder().connect().await.expect("connect"), builder().connect().await.expect("connect"));
+        let patient = |key: &'static str| {
+            let request = locks.lock(key).timeout(Duration::from_secs(60));
+            tokio::spawn(async move { request.await.map(drop) })
+        };
+        let guard = lock(&other, "k").await;
+        let queued = patient("k");
+        until_queued(&other, "k", 1).await;
+        servers.kill_all();
+        let killed = Instant::now();
+        let new = patient("new");
+
+        let unavailable = |error: LockError| match error {
+            LockError::Unavailable { waited, .. } => waited,
+            error => panic!("{error}"),
+        };
+        let error = soon("an error", locks.lock("a").into_future()).await.expect_err("no server");
+        assert!(unavailable(error) >= limit);
+        let error = soon("an error", locks.lock("b").timeout(2 * limit).into_future());
+        assert!(unavailable(error.await.expect_err("no server")) >= 2 * limit);
+        let asked = Instant::now();
+        let error = soon("an error", locks.lock("c").fail_fast().into_future()).await.expect_err("no server");
+        assert!(unavailable(error) <= asked.elapsed());
+        assert!(locks.try_lock("d").await.is_err());
+        assert!(killed.elapsed() >= 3 * limit);
+        assert!(!new.is_finished() && !queued.is_finished());
+
+        servers.restart_all();
+        soon("a new request", new).await.expect("a task").expect("after the outage");
+        drop(guard);
+        soon("a request that waited", queued).await.expect("a task").expect("after the outage");
+        store.is_clean().await;
     }
 
     async fn a_stall_shorter_than_the_store_timeout_strands_nobody(store: &TestStore) {

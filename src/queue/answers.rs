@@ -2,8 +2,9 @@
 
 use super::Queue;
 use super::effect::Effects;
+use super::outage::Outage;
 use super::phase::Phase;
-use super::terms::{Context, Outcome};
+use super::terms::Context;
 use crate::error::LockError;
 use crate::protocol::{AcquireReply, Answer, Cycle, Grant, ReleaseReply};
 
@@ -12,7 +13,10 @@ impl<W> Queue<W> {
     pub(crate) fn replied(&mut self, cycle: Cycle, answer: Answer<AcquireReply>, cx: Context<'_>) -> Effects<W> {
         let mut effects = Effects::none();
         match &mut self.phase {
-            Phase::Asking(asking) if asking.cycle == cycle => self.answered(answer, cx, &mut effects),
+            Phase::Asking(asking) if asking.cycle == cycle => {
+                self.trouble = None;
+                self.answered(answer, cx, &mut effects);
+            }
             Phase::Held(held) if held.lease.cycle == cycle && held.extending => self.extended(answer, cx, &mut effects),
             // Nobody waits for it any more; whatever it left in the store goes.
             _ => match answer.reply {
@@ -38,6 +42,7 @@ impl<W> Queue<W> {
             }
             Phase::Asking(asking) if asking.releases == Some(cycle) => {
                 asking.releases = None;
+                self.trouble = None;
                 match answer.reply.requeued {
                     Some(reply) => {
                         let Answer {
@@ -59,24 +64,37 @@ impl<W> Queue<W> {
         effects
     }
 
-    /// A request failed, or had no reply in time: what it did is unknown. Waiters that depend on it are told.
-    pub(crate) fn failed(&mut self, cycle: Cycle, error: &LockError, cx: Context<'_>) -> Effects<W> {
+    /// A request failed, or had no reply in time: what it did is unknown. Waiters that depend on it are told, but for those that bear an `outage`.
+    pub(crate) fn failed(
+        &mut self,
+        cycle: Cycle,
+        error: &LockError,
+        outage: Option<Outage>,
+        cx: Context<'_>,
+    ) -> Effects<W> {
         let mut effects = Effects::none();
         match &mut self.phase {
             Phase::Asking(asking) if asking.cycle == cycle || asking.releases == Some(cycle) => {
                 if let Some(released) = asking.releases {
                     effects.abandon(released);
                 }
-                effects.abandon(asking.cycle);
-                self.phase = Phase::Idle;
-                self.fail_all(&Outcome::Failed(Box::new(error.clone())), &mut effects);
+                let (cycle, was_queued) = (asking.cycle, asking.was_queued || asking.early.is_some());
+                self.suffer(error, outage, cx, &mut effects);
+                if self.waiters.is_empty() {
+                    effects.abandon(cycle);
+                    self.phase = Phase::Idle;
+                } else {
+                    self.phase = Phase::Retrying { cycle, was_queued };
+                }
             }
             Phase::Held(held) if held.lease.cycle == cycle && held.extending => {
                 held.extending = false;
                 held.in_doubt = true;
                 if held.guard().is_none() {
-                    self.fail_all(&Outcome::Failed(Box::new(error.clone())), &mut effects);
-                    self.pass_on(cx, &mut effects);
+                    self.suffer(error, outage, cx, &mut effects);
+                    // It has no token for those who are left: they begin anew.
+                    self.trouble = None;
+                    self.release(cycle, cx, &mut effects);
                 }
             }
             Phase::Releasing { cycle: current, .. } if *current == cycle => {
@@ -144,6 +162,8 @@ impl<W> Queue<W> {
                 let (mark, asked_at) = (queued.mark, queued.asked_at);
                 self.enter(grant, mark, asked_at, cx, &mut effects);
             }
+            // Its mark is not known, so only a reply can say whether it counts.
+            Phase::Retrying { cycle, .. } if *cycle == grant.cycle => self.ask_again(&mut effects),
             Phase::Held(held) if held.lease.cycle == grant.cycle => {}
             Phase::Releasing { cycle, .. } if *cycle == grant.cycle => {}
             _ => {
@@ -159,6 +179,7 @@ impl<W> Queue<W> {
         let mut effects = Effects::none();
         match &mut self.phase {
             Phase::Queued(queued) if queued.cycle == cycle => self.ask_again(&mut effects),
+            Phase::Retrying { cycle: current, .. } if *current == cycle => self.ask_again(&mut effects),
             // It may have been executed before the turn came.
             Phase::Asking(asking) if asking.cycle == cycle => asking.missed_pushes = true,
             Phase::Held(held) if held.lease.cycle == cycle => {}
@@ -184,7 +205,7 @@ impl<W> Queue<W> {
         let mut effects = Effects::none();
         match &mut self.phase {
             Phase::Asking(asking) => asking.missed_pushes = true,
-            Phase::Queued(_) => self.ask_again(&mut effects),
+            Phase::Queued(_) | Phase::Retrying { .. } => self.ask_again(&mut effects),
             Phase::Held(held) if held.confirmed_in != cx.epoch => held.renew_at = held.renew_at.min(cx.now),
             _ => {}
         }

@@ -56,6 +56,7 @@ impl<W> Queue<W> {
         let (cycle, was_queued, too_late) = match &self.phase {
             Phase::Queued(queued) => (queued.cycle, true, 0),
             Phase::Asking(asking) => (asking.cycle, asking.was_queued, asking.too_late),
+            Phase::Retrying { cycle, was_queued } => (*cycle, *was_queued, 0),
             _ => return,
         };
         let mut asking = Asking::new(cycle, ask, None);

@@ -302,7 +302,7 @@ impl<W> Queue<W> {
         let mut effects = Effects::none();
         match &self.phase {
             Phase::Held(_) => self.lose(LossReason::ShardMap, cx, &mut effects),
-            Phase::Queued(_) => self.ask_again(&mut effects),
+            Phase::Queued(_) | Phase::Retrying { .. } => self.ask_again(&mut effects),
             Phase::Idle | Phase::Asking(_) | Phase::Releasing { .. } => {}
         }
         effects

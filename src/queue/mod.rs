@@ -16,7 +16,8 @@
 //!
 //! At most one request for the key is on its way at any time, the renewals of the watchdog aside, which take nothing
 //! that is not ours. Its reply is told by [`Queue::replied`] or [`Queue::released_remotely`], and where there will be none, by
-//! [`Queue::failed`] or [`Queue::dropped`]. After those the store may know of cycles that are over; they are *abandoned*: released in the
+//! [`Queue::failed`] or [`Queue::dropped`]. A request that failed since the store can't be reached is repeated while a waiter is left that bears
+//! that (`outage`). After those the store may know of cycles that are over; they are *abandoned*: released in the
 //! background until an answer comes.
 //!
 //! Who may enter when a grant is pushed is decided by three rules, all in [`Queue::granted`].
@@ -25,6 +26,7 @@ mod answers;
 mod asking;
 mod effect;
 mod holding;
+mod outage;
 mod phase;
 mod terms;
 #[cfg(test)]
@@ -36,9 +38,10 @@ use std::sync::Arc;
 use std::time::Duration;
 
 pub(crate) use effect::{Bound, Effects, Request, Wake};
+pub(crate) use outage::Outage;
 #[cfg(test)]
 pub(crate) use terms::Flaw;
-pub(crate) use terms::{Context, Granted, Linger, Outcome, Path, Room, Rules, Want};
+pub(crate) use terms::{Context, Granted, InOutage, Linger, Outcome, Path, Room, Rules, Want};
 pub(crate) use waiters::WaiterId;
 
 use crate::clock::Moment;
@@ -46,6 +49,7 @@ use crate::error::{LockError, LossReason};
 use crate::fence::FencingToken;
 use crate::lease::Lease;
 use crate::protocol::Cycle;
+use outage::Trouble;
 use phase::{Held, Phase, Queued, Tenant};
 use waiters::Waiters;
 
@@ -79,6 +83,8 @@ pub(crate) struct Queue<W> {
     ttl: Duration,
     /// The epoch in which the request under way, or the last one, was made.
     asked_in: u32,
+    /// Set while requests of this key fail since the store can't be reached.
+    trouble: Option<Box<Trouble>>,
     /// Whether remote waiters were seen in the last tenure, so that the free path is not worth a try.
     rivals_seen: bool,
     /// Set by a shutdown: whoever still comes is refused.
@@ -94,6 +100,7 @@ impl<W> Queue<W> {
             waiters: Waiters::new(),
             ttl: Duration::from_secs(1),
             asked_in: 0,
+            trouble: None,
             rivals_seen: false,
             closed: false,
             keeps_nothing: false,
@@ -134,7 +141,7 @@ impl<W> Queue<W> {
         match &self.phase {
             Phase::Held(held) => held.lingers_until().is_some(),
             Phase::Releasing { lingered, .. } => *lingered && self.waiters.is_empty(),
-            Phase::Idle | Phase::Asking(_) | Phase::Queued(_) => false,
+            Phase::Idle | Phase::Asking(_) | Phase::Retrying { .. } | Phase::Queued(_) => false,
         }
     }
 
@@ -143,7 +150,7 @@ impl<W> Queue<W> {
         let is_taken = match &self.phase {
             Phase::Held(held) => held.lingers_until().is_none(),
             Phase::Queued(_) => true,
-            Phase::Idle | Phase::Asking(_) | Phase::Releasing { .. } => false,
+            Phase::Idle | Phase::Asking(_) | Phase::Retrying { .. } | Phase::Releasing { .. } => false,
         };
         is_taken || self.waiters.len() > 1
     }
@@ -168,7 +175,7 @@ impl<W> Queue<W> {
         } else if want.only_try && !self.is_free_for_a_try() {
             Some(Outcome::Busy)
         } else {
-            None
+            self.refused_by_outage(want.in_outage)
         };
         let settled = refused.is_some();
         // A waiter whose outcome is there keeps no waker.
@@ -199,7 +206,7 @@ impl<W> Queue<W> {
                 self.ask(cx, &mut effects);
             }
             Phase::Held(held) if held.lingers_until().is_some() => self.resume(cx, &mut effects),
-            _ => {}
+            _ => self.bear(want.in_outage, cx.now),
         }
         (id, effects)
     }
@@ -209,7 +216,7 @@ impl<W> Queue<W> {
         let is_free = match &self.phase {
             Phase::Idle | Phase::Releasing { .. } => true,
             Phase::Held(held) => held.lingers_until().is_some(),
-            Phase::Asking(_) | Phase::Queued(_) => false,
+            Phase::Asking(_) | Phase::Retrying { .. } | Phase::Queued(_) => false,
         };
         is_free && self.waiters.is_empty()
     }
@@ -261,6 +268,10 @@ impl<W> Queue<W> {
             Phase::Queued(Queued { cycle, .. }) if self.waiters.is_empty() => {
                 let cycle = *cycle;
                 self.release(cycle, cx, &mut effects);
+            }
+            Phase::Retrying { cycle, .. } if self.waiters.is_empty() => {
+                let cycle = *cycle;
+                self.stop_retrying(cycle, &mut effects);
             }
             // A request that is on its way finds nobody when its reply comes.
             _ => {}
@@ -328,6 +339,10 @@ impl<W> Queue<W> {
             Phase::Queued(Queued { cycle, .. }) => {
                 let cycle = *cycle;
                 self.release(cycle, cx, &mut effects);
+            }
+            Phase::Retrying { cycle, .. } => {
+                let cycle = *cycle;
+                self.stop_retrying(cycle, &mut effects);
             }
             Phase::Idle | Phase::Asking(_) | Phase::Releasing { .. } => {}
         }

@@ -20,6 +20,12 @@ pub(super) enum Phase {
     Idle,
     /// An acquire, or a release that requeues, is on its way.
     Asking(Asking),
+    /// The last acquire had no answer. It is sent again for the same cycle, which the store may know of.
+    Retrying {
+        cycle: Cycle,
+        /// Whether the cycle stood in the queue before.
+        was_queued: bool,
+    },
     /// The cycle stands in the store's queue.
     Queued(Queued),
     /// The lease is ours.

@@ -127,6 +127,17 @@ impl Linger {
     }
 }
 
+/// For how long a waiter bears that the store can't be reached.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(crate) enum InOutage {
+    /// It fails with the first request that does.
+    Fail,
+    /// For as long as the shard bears it.
+    UntilStoreTimeout,
+    /// Until its task gives up.
+    UntilOwnLimit,
+}
+
 /// What a task wants.
 #[derive(Debug, Clone, Copy)]
 pub(crate) struct Want {
@@ -136,6 +147,7 @@ pub(crate) struct Want {
     pub(crate) linger: Linger,
     /// Whether to come back with nothing rather than wait.
     pub(crate) only_try: bool,
+    pub(crate) in_outage: InOutage,
     /// Whether there is reason to think that other managers want the key, so that the free path is not worth a try.
     pub(crate) expects_rivals: bool,
 }

@@ -4,6 +4,7 @@ mod exhaustive;
 mod giving_up;
 mod handing_on;
 mod lingering;
+mod outage;
 mod remote;
 mod trouble;
 
@@ -54,6 +55,7 @@ const WANT: Want = Want {
     max_hold: None,
     linger: Linger::NONE,
     only_try: false,
+    in_outage: InOutage::Fail,
     expects_rivals: false,
 };
 
@@ -190,7 +192,14 @@ impl Bench {
     }
 
     fn failed(&mut self, cycle: Cycle) -> Seen {
-        self.event(|queue, cx| ((), queue.failed(cycle, &no_answer(), cx))).1
+        let now = self.now;
+        let outage = Outage {
+            since: now,
+            patience: ms(1_000),
+            retry_at: now + ms(10),
+        };
+        self.event(|queue, cx| ((), queue.failed(cycle, &no_answer(), Some(outage), cx)))
+            .1
     }
 
     fn dropped(&mut self, cycle: Cycle) -> Seen {

@@ -32,7 +32,8 @@ impl<W> Queue<W> {
                     .min()
             }
             Phase::Queued(queued) => Some(queued.ask_again_at),
-            Phase::Idle | Phase::Asking(_) | Phase::Releasing { .. } => None,
+            Phase::Asking(_) | Phase::Retrying { .. } => self.look_at_trouble(),
+            Phase::Idle | Phase::Releasing { .. } => None,
         }
     }
 
@@ -58,6 +59,7 @@ impl<W> Queue<W> {
                 }
             }
             Phase::Queued(queued) if cx.now >= queued.ask_again_at => self.ask_again(&mut effects),
+            Phase::Asking(_) | Phase::Retrying { .. } => self.tick_in_trouble(cx, &mut effects),
             _ => {}
         }
         effects

@@ -55,6 +55,13 @@ impl<T> Waiters<T> {
         (self.head != NONE).then_some(WaiterId(self.head))
     }
 
+    /// Those who stand in line, from the first to the last.
+    pub(crate) fn iter(&self) -> impl Iterator<Item = (WaiterId, &T)> {
+        let node = |index: u32| self.nodes.get(index as usize).map(|node| (index, node));
+        let nodes = std::iter::successors(node(self.head), move |(_, last)| node(last.next));
+        nodes.map(|(index, node)| (WaiterId(index), &node.value))
+    }
+
     pub(crate) fn get(&self, id: WaiterId) -> Option<&T> {
         self.nodes.get(id.0 as usize).map(|node| &node.value)
     }
@@ -164,6 +171,8 @@ mod tests {
                 }
                 prop_assert_eq!(line.len(), model.len());
                 prop_assert_eq!(line.first(), model.front().map(|entry| entry.0));
+                let all: Vec<_> = line.iter().map(|(id, value)| (id, *value)).collect();
+                prop_assert_eq!(all, Vec::from(model.clone()));
             }
             for entry in left {
                 prop_assert_eq!(line.remove(entry.0), Some(entry.1));

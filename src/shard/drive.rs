@@ -52,10 +52,13 @@ impl Entry {
                     Ask::Join | Ask::Extend => RequestKind::Acquire,
                     Ask::Try => RequestKind::Try,
                 };
-                let (answer, now) = self.send(cycle, kind, self.shard.acquire(acquire)).await;
+                let (answer, started, now) = self.send(cycle, kind, self.shard.acquire(acquire)).await;
                 let ((), next) = self.at(now, |queue, cx| match answer {
                     Ok(answer) => ((), queue.replied(cycle, answer, cx)),
-                    Err(error) => ((), queue.failed(cycle, &error, cx)),
+                    Err(error) => {
+                        let outage = self.shard.outage(&error, started, now, queue.failed_attempts());
+                        ((), queue.failed(cycle, &error, outage, cx))
+                    }
                 });
                 Driven { next, released: None }
             }
@@ -81,11 +84,12 @@ impl Entry {
                 };
                 // What takes something keeps to the caller's lane, and so to its order.
                 let lane = if requeue.is_some() { Lane::Caller } else { lane };
-                let (answer, now) = self.send(cycle, kind, self.shard.store.release(lane, release)).await;
+                let (answer, started, now) = self.send(cycle, kind, self.shard.store.release(lane, release)).await;
                 let (released, next) = self.at(now, |queue, cx| match answer {
                     Ok(answer) => (Ok(answer.reply.held), queue.released_remotely(cycle, answer, cx)),
                     Err(error) => {
-                        let effects = queue.failed(cycle, &error, cx);
+                        let outage = self.shard.outage(&error, started, now, queue.failed_attempts());
+                        let effects = queue.failed(cycle, &error, outage, cx);
                         (Err(error), effects)
                     }
                 });
@@ -97,13 +101,13 @@ impl Entry {
         }
     }
 
-    /// The answer, and when it came.
+    /// The answer, when it was asked for and when it came.
     async fn send<T>(
         self: &Arc<Self>,
         cycle: Cycle,
         kind: RequestKind,
         request: crate::store::StoreFuture<T>,
-    ) -> (Result<T, crate::LockError>, Moment) {
+    ) -> (Result<T, crate::LockError>, Moment, Moment) {
         let shard = &self.shard;
         let mut unanswered = Unanswered {
             entry: self,
@@ -119,7 +123,7 @@ impl Entry {
         shard.note_reach(&reply);
         shard.note_map(&reply);
         let answer = reply.map_err(|error| shard.error(error, kind.step(), Some(&self.key), started));
-        (answer, now)
+        (answer, started, now)
     }
 }
 

@@ -177,7 +177,9 @@ impl Entry {
         let before = Standing::of(&state.queue);
         let (id, mut effects) = state.queue.want(want, Some(waker), cx);
         let is_settled = state.queue.is_settled(id);
-        let look_at = before.is_spare.then(|| state.queue.look_at()).flatten();
+        // Where nothing is kept, and nothing is in trouble, a waiter changes nothing that is due.
+        let is_due = before.is_spare || state.queue.trouble().is_some();
+        let look_at = is_due.then(|| state.queue.look_at()).flatten();
         let after = Standing::of(&state.queue);
         self.count(before, after);
         drop(state);
@@ -215,7 +217,12 @@ impl Entry {
         if let Some(heat) = much {
             self.shard.hot.add(&self.shard.name, &self.key, &heat);
         }
-        Poll::Ready(self.settle(outcome))
+        Poll::Ready(self.settle(outcome, asked))
+    }
+
+    /// Why the store can't be reached, if it could not when it was last asked for this key.
+    pub(crate) fn trouble(&self) -> Option<LockError> {
+        self.state.lock().queue.trouble().cloned()
     }
 
     /// Whether the outcome is there.
@@ -413,7 +420,7 @@ impl Entry {
         }
     }
 
-    fn settle(&self, outcome: Outcome) -> Settled {
+    fn settle(&self, outcome: Outcome, asked: Asked) -> Settled {
         let (key, shard) = (|| self.key.to_string(), || self.shard.name.to_string());
         match outcome {
             Outcome::Granted(granted) => {
@@ -426,7 +433,7 @@ impl Entry {
                 shard: shard(),
                 step: "acquire",
                 key: Some(key()),
-                waited: std::time::Duration::ZERO,
+                waited: Moment::now().since(asked.at),
                 reason: "its replies take longer than the lease lasts; raise the ttl".into(),
             }),
             Outcome::Regressed { token, floor } => {

@@ -10,16 +10,21 @@
 //! owner ends. What else may wait in the inbox is that another process wants a key: the next renewal, which does not need that runtime, tells the same.
 
 use std::sync::Arc;
+use std::time::Duration;
 
 use tokio::runtime::Handle;
 use tokio::sync::{Mutex, mpsc};
 
 use super::{Job, Shard};
+use crate::backoff::Backoff;
 use crate::key::Slot;
 use crate::program::run_there;
 use crate::protocol::Push;
 use crate::store::StoreError;
 use crate::text::printable;
+
+/// How long after the inbox was cut off those who wait ask, at most; at least half of it.
+const CUT_OFF_MAX: Duration = Duration::from_millis(200);
 
 /// How a first subscription ended.
 pub(super) type Heard = mpsc::UnboundedSender<Result<(), Unheard>>;
@@ -107,12 +112,12 @@ async fn receive(shard: Arc<Shard>, pushes: Arc<Mutex<mpsc::UnboundedReceiver<Pu
                 refused = None;
                 ask_again(&shard, slot);
             }
-            // Whoever waits would wait in vain if the server is gone: after the time limit of a request, ask, and so find out.
+            // If the server is gone, nothing comes any more: those who wait ask, and so find out. An inbox that is back at once is as good.
             Push::Disconnected => {
                 is_cut_off = true;
                 let shard = Arc::clone(&shard);
                 let task = tokio::spawn(async move {
-                    tokio::time::sleep(shard.timeout).await;
+                    tokio::time::sleep(Backoff::delay_after(0, CUT_OFF_MAX, CUT_OFF_MAX)).await;
                     ask_again(&shard, None);
                 });
                 cut_off = Some(task.abort_handle());

@@ -38,6 +38,7 @@ pub(crate) use entry::{Asked, Entry, Settled, Wanted};
 pub(crate) use inbox::Unheard;
 pub(crate) use map::Maps;
 
+use crate::backoff::Backoff;
 use crate::clock::Moment;
 use crate::error::LockError;
 use crate::heat::HotKeys;
@@ -45,12 +46,19 @@ use crate::identity::ManagerId;
 use crate::key::LockKey;
 use crate::notice::Notices;
 use crate::protocol::{Cycle, Cycles};
-use crate::queue::{Request, Room, Rules, Want};
+use crate::queue::{Outage, Request, Room, Rules, Want};
 use crate::store::{Inspection, LeaseStore, StoreError};
 use crate::telemetry::{ClassMetrics, ManagerMetrics, ShardMetrics};
 use rivals::Rivals;
 use table::Table;
 use watch::Watch;
+
+/// The first and the longest delay before a key's request that could not be answered is sent again.
+const RETRY_MIN: Duration = Duration::from_millis(10);
+const RETRY_MAX: Duration = Duration::from_millis(500);
+/// By how much each key lengthens the longest one: a hundred thousand keys must not ask a server that is down all at the same time. A server that is
+/// back is known by the inbox as well, and then all ask at once.
+const RETRY_PER_KEY: Duration = Duration::from_micros(200);
 
 /// See the module.
 pub(crate) struct Shard {
@@ -378,6 +386,20 @@ impl Shard {
     /// Whether the store could be reached; one that says no has been.
     pub(crate) fn note_reach<T>(&self, reply: &Result<T, StoreError>) {
         self.metrics.set_up(!matches!(reply, Err(StoreError::Unavailable(_))));
+    }
+
+    /// What an error of a request means for those who wait for it: an outage, which some of them bear, or `None` if asking again would not help.
+    fn outage(&self, error: &LockError, started: Moment, now: Moment, attempts: u32) -> Option<Outage> {
+        if !matches!(error, LockError::Unavailable { .. }) {
+            return None;
+        }
+        let keys = u32::try_from(self.load.keys.load(Ordering::Relaxed)).unwrap_or(u32::MAX);
+        let longest = RETRY_MAX.max(RETRY_PER_KEY.saturating_mul(keys));
+        Some(Outage {
+            since: started,
+            patience: self.timeout,
+            retry_at: now + Backoff::delay_after(attempts.saturating_add(1), RETRY_MIN, longest),
+        })
     }
 
     pub(crate) fn no_answer(&self) -> StoreError {

@@ -146,6 +146,7 @@ fn want(shard: &Arc<Shard>) -> Result<(Arc<Entry>, Wanted), LockError> {
         max_hold: None,
         linger: crate::queue::Linger::NONE,
         only_try: false,
+        in_outage: crate::queue::InOutage::Fail,
         expects_rivals: false,
     };
     shard.want(&LockKey::new("k").unwrap(), want, Waker::noop(), Moment::now())

@@ -6,7 +6,7 @@ use super::world::{Event, Part, World};
 use crate::clock::Moment;
 use crate::error::LockError;
 use crate::protocol::{AcquireReply, Answer, Ask, Cycle, ReleaseReply, RenewReply};
-use crate::queue::Request;
+use crate::queue::{Outage, Request};
 use crate::store::Lane;
 use crate::store::memory::Terms;
 
@@ -319,7 +319,12 @@ impl World {
             Order::Queue(Request::Acquire { cycle, .. } | Request::Release { cycle, .. }) => {
                 self.stats.failed += 1;
                 let error = no_answer();
-                let ((), next) = self.event(m, k, |queue, cx| ((), queue.failed(cycle, &error, cx)));
+                let outage = Outage {
+                    since: sent_at,
+                    patience: self.plan.timeout,
+                    retry_at: self.managers[m].clock.at(self.now) + self.plan.timeout / 8,
+                };
+                let ((), next) = self.event(m, k, |queue, cx| ((), queue.failed(cycle, &error, Some(outage), cx)));
                 self.drive_on(m, k, in_flight.driver, next);
             }
         }

@@ -9,7 +9,7 @@ use super::network::{Driver, Order};
 use super::world::{Event, Part, World};
 use crate::fence::FencingToken;
 use crate::lease::Lease;
-use crate::queue::{Effects, Granted, Linger, Outcome, Path, Request, WaiterId, Want};
+use crate::queue::{Effects, Granted, InOutage, Linger, Outcome, Path, Request, WaiterId, Want};
 use crate::store::Lane;
 
 #[derive(Debug, Default)]
@@ -102,6 +102,12 @@ impl World {
             linger,
             max_hold: max_hold.then(|| Duration::from_nanos(self.plan.hold_max / 2)),
             only_try,
+            in_outage: match task % 3 {
+                _ if only_try => InOutage::Fail,
+                0 => InOutage::Fail,
+                1 => InOutage::UntilStoreTimeout,
+                _ => InOutage::UntilOwnLimit,
+            },
             expects_rivals: manager.queues[k].is_unused() && manager.rivals[k],
         };
         self.note(|_| format!("m{m} k{k} t{task} wants {want:?}"));

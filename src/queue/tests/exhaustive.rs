@@ -164,6 +164,11 @@ impl Small {
                 let want = Want {
                     only_try: matches!(step, Step::Try(_)),
                     linger: self.keeping.linger,
+                    in_outage: if task == 1 && step == Step::Want(task) {
+                        InOutage::UntilOwnLimit
+                    } else {
+                        InOutage::Fail
+                    },
                     ..WANT
                 };
                 let (id, seen) = self.bench.want_as(task as u32, want);
@@ -347,7 +352,7 @@ impl Small {
             Phase::Asking(asking) => Some(asking.cycle),
             Phase::Queued(queued) => Some(queued.cycle),
             Phase::Held(held) => Some(held.lease.cycle),
-            Phase::Releasing { cycle, .. } => Some(*cycle),
+            Phase::Retrying { cycle, .. } | Phase::Releasing { cycle, .. } => Some(*cycle),
         }
     }
 
@@ -374,7 +379,7 @@ impl Small {
         let needs_request = match phase {
             Phase::Asking(_) | Phase::Releasing { .. } => true,
             Phase::Held(held) => held.extending,
-            Phase::Idle | Phase::Queued(_) => false,
+            Phase::Idle | Phase::Retrying { .. } | Phase::Queued(_) => false,
         };
         assert_eq!(needs_request, self.under_way.is_some(), "{phase:?}");
         let holder = match phase {
@@ -397,7 +402,11 @@ impl Small {
         assert_eq!(in_line, queue.waiting(), "nobody is forgotten");
         if in_line > 0 {
             let served = matches!(phase, Phase::Held(held) if held.guard().is_some());
-            let looked_after = needs_request || served || matches!(phase, Phase::Queued(_));
+            let looked_after = needs_request || served || matches!(phase, Phase::Queued(_) | Phase::Retrying { .. });
+            assert_eq!(
+                matches!(phase, Phase::Retrying { .. }) && queue.look_at().is_none(),
+                false
+            );
             assert!(looked_after, "somebody waits for nothing: {phase:?}");
         }
         let valid = self.guards.iter().flatten().filter(|guard| {

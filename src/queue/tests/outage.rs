@@ -1,0 +1,142 @@
+//! What becomes of waiters while the store can't be reached.
+
+use super::*;
+
+/// Three waiters: one that bears nothing, one that bears what the shard does, and one that has a limit of its own.
+fn in_an_outage(bench: &mut Bench) -> ([WaiterId; 3], Cycle) {
+    let kinds = [InOutage::Fail, InOutage::UntilStoreTimeout, InOutage::UntilOwnLimit];
+    let mut wakers = 0..;
+    let waiters = kinds.map(|in_outage| {
+        let waker = wakers.next().unwrap();
+        let (id, seen) = bench.want_as(waker, Want { in_outage, ..WANT });
+        (id, seen)
+    });
+    let cycle = waiters[0].1.asks().0;
+    (waiters.map(|(id, _)| id), cycle)
+}
+
+#[track_caller]
+fn failed_after(outcome: Option<Outcome>) -> Duration {
+    match outcome {
+        Some(Outcome::Failed(error)) => match *error {
+            LockError::Unavailable { waited, .. } => waited,
+            error => panic!("{error}"),
+        },
+        outcome => panic!("{outcome:?}"),
+    }
+}
+
+#[test]
+fn waiters_bear_an_outage_for_as_long_as_each_wants_to() {
+    let mut bench = Bench::new();
+    let (ids, cycle) = in_an_outage(&mut bench);
+    bench.pass(ms(5));
+    let seen = bench.failed(cycle);
+    assert_eq!((seen.woken, seen.abandoned, seen.request), (vec![0], vec![], None));
+    assert_eq!(failed_after(bench.collect(ids[0])), ms(5));
+    // The same cycle is asked for again, no earlier than it is time.
+    assert_eq!(bench.tick(), NOTHING);
+    bench.pass(ms(10));
+    assert_eq!(bench.tick().asks().0, cycle);
+    // It hangs this time. The outage has lasted since the first request failed, which is what the second bears a second of.
+    bench.pass(ms(985));
+    assert_eq!(bench.tick(), NOTHING);
+    bench.pass(ms(5));
+    let seen = bench.tick();
+    assert_eq!((seen.woken, seen.abandoned), (vec![1], vec![]));
+    assert_eq!(failed_after(bench.collect(ids[1])), ms(1_005));
+    assert_eq!(bench.failed(cycle), NOTHING);
+    // The one that is left has no end but its own.
+    bench.pass(ms(60_000));
+    assert_eq!(bench.tick().asks().0, cycle);
+    bench.reply(cycle, granted(1, 64));
+    assert!(bench.guard(ids[2]).lease.loss_at(bench.now).is_none());
+    assert!(bench.queue.trouble().is_none());
+}
+
+#[test]
+fn what_becomes_due_in_an_outage_is_looked_at_in_time() {
+    let mut bench = Bench::new();
+    let (_, cycle) = in_an_outage(&mut bench);
+    bench.failed(cycle);
+    let grid = ms(17);
+    let retry_at = bench.queue.look_at().unwrap();
+    assert!(
+        retry_at >= bench.now + ms(10) && retry_at <= bench.now + ms(10) + grid,
+        "{retry_at:?}"
+    );
+    bench.now = retry_at;
+    bench.tick().asks();
+    // While it is asked again, the second waiter may lose its patience.
+    let deadline = bench.queue.look_at().unwrap();
+    assert!(deadline >= at(2_000) && deadline <= at(2_000) + grid, "{deadline:?}");
+}
+
+#[test]
+fn the_last_waiter_that_leaves_in_an_outage_leaves_nothing() {
+    let mut bench = Bench::new();
+    let (ids, cycle) = in_an_outage(&mut bench);
+    bench.failed(cycle);
+    assert_eq!(bench.give_up(ids[1]), NOTHING);
+    assert_eq!(bench.give_up(ids[2]).abandoned, [cycle]);
+    bench.collect(ids[0]);
+    assert!(bench.queue.is_unused() && bench.queue.look_at().is_none());
+}
+
+#[test]
+fn who_comes_during_an_outage_waits_or_is_told_at_once() {
+    let mut bench = Bench::new();
+    let (_, cycle) = in_an_outage(&mut bench);
+    bench.failed(cycle);
+    let (id, seen) = bench.want_as(7, WANT);
+    assert_eq!((seen.request, seen.woken), (None, vec![7]));
+    assert_eq!(failed_after(bench.collect(id)), Duration::ZERO);
+    let patient = Want {
+        in_outage: InOutage::UntilStoreTimeout,
+        ..WANT
+    };
+    bench.pass(ms(900));
+    let (late, _) = bench.want_as(8, patient);
+    bench.tick().asks();
+    bench.failed(cycle);
+    bench.pass(ms(100));
+    assert_eq!(bench.tick().woken, [1], "the one that came later bears it for longer");
+    assert!(bench.collect(late).is_none());
+}
+
+/// The request may have been executed: its cycle stands in the queue or has the lease, and its mark is not known.
+#[test]
+fn a_push_during_an_outage_makes_the_queue_ask_and_is_not_believed() {
+    for push in 0..3 {
+        let mut bench = Bench::new();
+        let (_, cycle) = in_an_outage(&mut bench);
+        bench.failed(cycle);
+        let seen = match push {
+            0 => bench.grant(grant(cycle, 5, 5)),
+            1 => bench.turn(cycle),
+            _ => bench.resubscribed(),
+        };
+        assert_eq!((seen.asks().0, seen.abandoned), (cycle, vec![]));
+        assert!(!bench.queue.holds());
+    }
+}
+
+#[test]
+fn a_refusal_is_no_outage_and_fails_all() {
+    let mut bench = Bench::new();
+    let (_, cycle) = in_an_outage(&mut bench);
+    let seen = bench
+        .event(|queue, cx| ((), queue.failed(cycle, &no_answer(), None, cx)))
+        .1;
+    assert_eq!((seen.woken, seen.abandoned), (vec![0, 1, 2], vec![cycle]));
+}
+
+#[test]
+fn a_shutdown_during_an_outage_refuses_all_and_leaves_nothing() {
+    let mut bench = Bench::new();
+    let (_, cycle) = in_an_outage(&mut bench);
+    bench.failed(cycle);
+    let seen = bench.close();
+    assert_eq!((seen.woken, seen.abandoned), (vec![1, 2], vec![cycle]));
+    assert_eq!(bench.tick(), NOTHING);
+}
