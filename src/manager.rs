@@ -99,7 +99,7 @@ impl LockManager {
 
         let metrics = Arc::new(ManagerMetrics::new(Classes::new(&config.class, config.max_classes)));
         let hot = Arc::new(HotKeys::new(config.hot_keys));
-        let notices = Arc::new(Notices::new(config.slow_wait, config.long_hold));
+        let notices = Arc::new(Notices::new(config.slow_wait, config.long_hold, config.log_keys));
         let manager_metrics = &metrics;
         let (jobs, receiver) = mpsc::unbounded_channel();
         let shard_metrics = opened.iter().map(|opened| Arc::clone(&opened.metrics)).collect();

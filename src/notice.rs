@@ -7,6 +7,7 @@ use std::time::Duration;
 use parking_lot::Mutex;
 
 use crate::clock::Moment;
+use crate::error::LossReason;
 use crate::key::LockKey;
 
 /// How often one place in the program is logged at most.
@@ -37,17 +38,22 @@ impl Waited {
 pub(crate) struct Notices {
     slow_wait: Option<Duration>,
     long_hold: Option<Duration>,
+    names_keys: bool,
     waits: Throttle,
     holds: Throttle,
+    stuck: Seldom,
 }
 
 impl Notices {
-    pub(crate) fn new(slow_wait: Option<Duration>, long_hold: Option<Duration>) -> Self {
+    /// With the keys in the lines if it `names_keys`.
+    pub(crate) fn new(slow_wait: Option<Duration>, long_hold: Option<Duration>, names_keys: bool) -> Self {
         Self {
             slow_wait,
             long_hold,
+            names_keys,
             waits: Throttle::default(),
             holds: Throttle::default(),
+            stuck: Seldom::default(),
         }
     }
 
@@ -75,8 +81,8 @@ impl Notices {
         outcome: Waited,
     ) {
         if let Some(held_back) = self.waits.pass(caller, Moment::now()) {
-            let outcome = outcome.as_str();
-            tracing::warn!(%shard, %caller, waited = ?time, outcome, held_back, "a lock was waited for long");
+            let (outcome, named) = (outcome.as_str(), self.key(key));
+            tracing::warn!(%shard, %caller, waited = ?time, outcome, held_back, key = named, "a lock was waited for long");
             tracing::debug!(%key, %shard, %caller, waited = ?time, "the lock that was waited for long");
         }
     }
@@ -89,8 +95,53 @@ impl Notices {
     /// A guard is held for so long, and still is.
     pub(crate) fn held_long(&self, time: Duration, key: &LockKey, shard: &str, caller: &'static Location<'static>) {
         if let Some(held_back) = self.holds.pass(caller, Moment::now()) {
-            tracing::warn!(%shard, %caller, held = ?time, held_back, "a lock is held for long, and still is");
+            let named = self.key(key);
+            tracing::warn!(%shard, %caller, held = ?time, held_back, key = named, "a lock is held for long, and still is");
             tracing::debug!(%key, %shard, %caller, held = ?time, "the lock that is held for long");
+        }
+    }
+
+    /// From which time on somebody waits for long.
+    pub(crate) const fn slow_wait_bound(&self) -> Option<Duration> {
+        self.slow_wait
+    }
+
+    /// Of so many keys of a shard for which somebody waits for long and still does, this is the one that is waited for the longest.
+    pub(crate) fn waits_long(&self, time: Duration, key: &LockKey, shard: &str, waiting: usize, keys: usize) {
+        if let Some(held_back) = self.stuck.pass(Moment::now()) {
+            let named = self.key(key);
+            tracing::warn!(%shard, waited = ?time, waiting, keys, held_back, key = named, "a lock is waited for long, and still is");
+            tracing::debug!(%key, %shard, waited = ?time, "the lock that is waited for long");
+        }
+    }
+
+    /// A guard was lost.
+    pub(crate) fn lost(&self, key: &LockKey, shard: &str, reason: LossReason) {
+        let named = self.key(key);
+        tracing::warn!(%shard, %reason, key = named, "a lock was lost");
+        tracing::debug!(%key, %shard, %reason, "the lock that was lost");
+    }
+
+    /// The key, if it may stand in a line that is not for debugging.
+    fn key<'a>(&self, key: &'a LockKey) -> Option<&'a str> {
+        self.names_keys.then(|| key.as_str())
+    }
+}
+
+/// Lets one thing through once in an interval.
+#[derive(Debug, Default)]
+pub(crate) struct Seldom(Mutex<Option<Place>>);
+
+impl Seldom {
+    /// How many were held back since the last one that was let through, if this one is let through.
+    pub(crate) fn pass(&self, now: Moment) -> Option<u64> {
+        let mut place = self.0.lock();
+        match &mut *place {
+            Some(place) => place.pass(now),
+            None => {
+                *place = Some(Place::new(now));
+                Some(0)
+            }
         }
     }
 }
@@ -107,6 +158,24 @@ struct Place {
     held_back: u64,
 }
 
+impl Place {
+    const fn new(now: Moment) -> Self {
+        Self {
+            told_at: now,
+            held_back: 0,
+        }
+    }
+
+    fn pass(&mut self, now: Moment) -> Option<u64> {
+        if now.since(self.told_at) < INTERVAL {
+            self.held_back += 1;
+            return None;
+        }
+        self.told_at = now;
+        Some(std::mem::take(&mut self.held_back))
+    }
+}
+
 impl Throttle {
     /// How many were held back since the last one that was let through, if this one is let through.
     fn pass(&self, caller: &'static Location<'static>, now: Moment) -> Option<u64> {
@@ -114,21 +183,10 @@ impl Throttle {
         let is_told_apart = places.contains_key(&Some(caller)) || places.len() < PLACES_MAX;
         match places.entry(is_told_apart.then_some(caller)) {
             std::collections::hash_map::Entry::Vacant(entry) => {
-                entry.insert(Place {
-                    told_at: now,
-                    held_back: 0,
-                });
+                entry.insert(Place::new(now));
                 Some(0)
             }
-            std::collections::hash_map::Entry::Occupied(mut entry) => {
-                let place = entry.get_mut();
-                if now.since(place.told_at) < INTERVAL {
-                    place.held_back += 1;
-                    return None;
-                }
-                place.told_at = now;
-                Some(std::mem::take(&mut place.held_back))
-            }
+            std::collections::hash_map::Entry::Occupied(mut entry) => entry.get_mut().pass(now),
         }
     }
 }

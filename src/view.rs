@@ -78,8 +78,9 @@ pub struct ShardState {
     pub name: String,
     /// The scheme of its URL, such as `redis` or `memory`.
     pub kind: String,
-    /// Whether the last request was answered. Every shard is asked every few seconds even if nobody locks: its primary, each primary of a
-    /// cluster, a majority of a quorum or of etcd.
+    /// Whether the last request was answered, and the shard takes locks. Every shard is asked every few seconds even if nobody locks: its primary,
+    /// each primary of a cluster, a majority of a quorum or of etcd. A Redis server is asked by a write that changes nothing, so one that is out
+    /// of memory, can't persist, lacks replicas or is a replica is down.
     pub is_up: bool,
     /// How many leases this process holds there.
     pub leases: usize,

@@ -104,7 +104,7 @@ async fn renew(shard: Arc<Shard>, due: Vec<(Arc<Entry>, Renewal)>) {
         Ok(replies) => replies,
         Err(error) => {
             let error = shard.error(error, RequestKind::Renew.step(), None, sent_at);
-            tracing::warn!(shard = %shard.name, %error, leases = due.len(), "a renewal failed; it is tried again while the leases last");
+            shard.renewal_failed(&error, due.len());
             vec![None; due.len()]
         }
     };

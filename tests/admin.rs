@@ -128,6 +128,35 @@ on_each_store! { on(servers, own);
     }
 }
 
+on_each_store! { on(redis_nodes, own);
+    /// Such a server answers everything but what a new lock needs: also renewals, and what is asked to see whether it is there.
+    async fn a_shard_that_refuses_locks_is_not_ready(store: &TestStore) {
+        let (locks, admin) = serve(store.builder()).await;
+        let is_ready = || get(admin.address(), "/readyz").0 == 200;
+        let held = lock(&locks, "held").await;
+        for setting in ["maxmemory", "min-replicas-to-write"] {
+            assert!(is_ready());
+            let set = |value| store.servers().command(&["CONFIG", "SET", setting, value]);
+            set("100");
+            until("it is not ready", async || !is_ready()).await;
+            assert!(!locks.shards()[0].is_up);
+            assert!(locks.try_lock("k").await.is_err());
+            // It stays so while renewals are answered.
+            let still = Instant::now() + Duration::from_secs(2);
+            while Instant::now() < still {
+                assert!(!is_ready());
+                tokio::time::sleep(Duration::from_millis(50)).await;
+            }
+            set("0");
+            until("it is ready again", async || is_ready()).await;
+            assert!(lock_in_time(&locks, "k").await > 0);
+            if setting == "maxmemory" {
+                assert!(held.is_valid(), "renewals need no memory");
+            }
+        }
+    }
+}
+
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn what_is_held_is_shown_oldest_first_with_its_place_and_what_waits() {
     let (locks, admin) = serve(LockManager::builder().named_shard("m", "memory://admin-held")).await;

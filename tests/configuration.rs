@@ -5,7 +5,7 @@ use std::time::Duration;
 use shardlock::{Builder, Config, Endpoint, Invalid, ShardConfig};
 
 /// For every setting, a value that is not its default.
-const SAMPLES: [(&str, &str); 26] = [
+const SAMPLES: [(&str, &str); 27] = [
     ("shards", "a=rediss://:s3cret@a:1/2,memory://b"),
     ("namespace", "jobs/"),
     ("ttl", "5s"),
@@ -26,6 +26,7 @@ const SAMPLES: [(&str, &str); 26] = [
     ("hot_key_metrics", "true"),
     ("slow_wait", "11s"),
     ("long_hold", "12s"),
+    ("log_keys", "false"),
     ("min_replicas_acked", "1"),
     ("redlock_max_ttl", "20s"),
     ("check_role", "false"),
@@ -57,6 +58,7 @@ fn from_code() -> Result<Config, Invalid> {
         .hot_key_metrics(true)
         .slow_wait(Duration::from_secs(11))
         .long_hold(Duration::from_secs(12))
+        .log_keys(false)
         .min_replicas_acked(1)
         .redlock_max_ttl(Duration::from_secs(20))
         .check_role(false)

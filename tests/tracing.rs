@@ -15,7 +15,7 @@ use std::time::Duration;
 use parking_lot::Mutex;
 use shardlock::{LockError, LockManager};
 use support::{PATIENCE, RedisServer, eventually};
-use support_locks::{hand_off, lock, until_queued};
+use support_locks::{hand_off, lock, until_queued, waiting};
 use tracing::field::{Field, Visit};
 use tracing::level_filters::LevelFilter;
 use tracing::span::{Attributes, Id, Record};
@@ -151,7 +151,7 @@ async fn acquiring_holding_and_renewing_are_spans() {
 }
 
 #[test]
-fn no_key_is_told_above_debug() {
+fn without_log_keys_no_key_is_told_above_debug() {
     let listener = Listener::new(LevelFilter::INFO);
     let runtime = tokio::runtime::Builder::new_current_thread()
         .enable_all()
@@ -161,6 +161,7 @@ fn no_key_is_told_above_debug() {
         runtime.block_on(async {
             let locks = LockManager::builder()
                 .shard("memory://tracing-quiet")
+                .log_keys(false)
                 .slow_wait(Duration::from_millis(1));
             let locks = locks.connect().await.unwrap();
             let guard = lock(&locks, "secret-key").await;
@@ -211,7 +212,7 @@ async fn a_slow_wait_is_logged_with_its_place_and_seldom() {
         "{warned:?}"
     );
     assert!(
-        warned[0].contains("held_back=0") && !warned[0].contains("slow-wait"),
+        warned[0].contains("held_back=0") && warned[0].contains("key=\"slow-wait\""),
         "{warned:?}"
     );
     // Another place is told apart. This one gets its lock in the end, from another manager.
@@ -248,6 +249,66 @@ async fn a_slow_wait_that_is_cancelled_is_logged_too() {
         "{warned:?}"
     );
     guard.release().await.unwrap();
+}
+
+/// A waiter that is stuck may never end its wait.
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn a_slow_wait_is_logged_while_it_lasts() {
+    let listener = listener();
+    let locks = LockManager::builder()
+        .named_shard("stuck", "memory://tracing-stuck")
+        .slow_wait(Duration::from_millis(50));
+    let locks = locks.connect().await.unwrap();
+    let guard = lock(&locks, "stuck-key").await;
+    let waiting = waiting(&locks, "stuck-key");
+    let warned = || listener.lines("WARN message=a lock is waited for long, and still is shard=stuck");
+    eventually("it is logged", PATIENCE, || !warned().is_empty()).await;
+    assert!(!waiting.is_finished());
+    let warned = warned();
+    assert!(
+        warned[0].contains("waiting=1") && warned[0].contains("key=\"stuck-key\""),
+        "{warned:?}"
+    );
+    guard.release().await.unwrap();
+    drop(waiting.await.unwrap());
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn an_outage_has_a_line_when_it_begins_and_one_when_it_is_over() {
+    let listener = listener();
+    let server = RedisServer::start();
+    let ttl = Duration::from_millis(500);
+    let locks = LockManager::builder().named_shard("away", server.url()).ttl(ttl);
+    let locks = locks.connect().await.unwrap();
+    let guard = lock(&locks, "held-in-outage").await;
+    let waiting = locks.lock("held-in-outage").timeout(Duration::from_secs(60));
+    let waiting = tokio::spawn(async move { waiting.await.unwrap() });
+    server.kill();
+    guard.lost().await;
+    // Requests, renewals, looks and the inbox all fail again and again.
+    for key in 0..10 {
+        locks.lock(&key.to_string()).timeout(ttl).await.unwrap_err();
+    }
+    server.restart();
+    drop(waiting.await.unwrap());
+    let back = || listener.lines("WARN message=the shard is back shard=away");
+    eventually("it is said to be back", PATIENCE, || !back().is_empty()).await;
+    let lines = listener.lines("shard=away");
+    let loud: Vec<_> = lines
+        .iter()
+        .filter(|line| line.starts_with("WARN") || line.starts_with("ERROR"))
+        .collect();
+    let [down, lost, back] = &loud[..] else {
+        panic!("{loud:#?}")
+    };
+    assert!(down.starts_with("WARN message=the shard is down"), "{down}");
+    assert!(lost.starts_with("WARN message=a lock was lost"), "{lost}");
+    assert!(lost.contains("key=\"held-in-outage\""), "{lost}");
+    assert!(
+        back.contains("down_for=") && back.contains("failed_requests="),
+        "{back}"
+    );
+    assert!(!loud.iter().any(|line| line.contains("Unavailable(")), "{loud:#?}");
 }
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]

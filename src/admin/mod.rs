@@ -4,7 +4,7 @@
 //! |---|---|
 //! | `/metrics` | all metrics ([`METRICS`]) as Prometheus reads them |
 //! | `/healthz` | `ok`: the process lives |
-//! | `/readyz` | 200 if all shards answered when last asked, else 503; JSON that says which did |
+//! | `/readyz` | 200 if all shards answered when last asked and take locks, else 503; JSON that says which do |
 //! | `/hot` | the keys with the most contention, as JSON ([`HotKey`](crate::HotKey)) |
 //! | `/held` | the guards that are out, the oldest first, at most 1000, as JSON ([`HeldLock`](crate::HeldLock)) |
 //! | `/shards` | the shards and how they are, as JSON ([`ShardState`](crate::ShardState)) |

@@ -172,6 +172,12 @@ impl Builder {
         self
     }
 
+    /// Sets [`Config::log_keys`].
+    pub fn log_keys(mut self, on: bool) -> Self {
+        self.config.log_keys = on;
+        self
+    }
+
     /// Sets [`Config::min_replicas_acked`].
     pub fn min_replicas_acked(mut self, count: u32) -> Self {
         self.config.min_replicas_acked = count;

@@ -149,6 +149,11 @@ pub(super) static FIELDS: &[Field] = &[
         "from which time on a guard that is held is logged, or none"
     ),
     field!(
+        log_keys,
+        Switch,
+        "whether log lines about lost locks, slow waits and long holds name the key: true or false"
+    ),
+    field!(
         min_replicas_acked,
         Within(0, 16),
         "how many replicas must have confirmed a lease before it counts"

@@ -67,7 +67,9 @@ impl Config {
             Value::String(text) => self.set(name, &text),
             Value::Integer(number) => self.set(name, &number.to_string()),
             Value::Float(number) => self.set(name, &number.to_string()),
-            Value::Boolean(on) if matches!(name, "hot_key_metrics" | "check_role") => self.set(name, &on.to_string()),
+            Value::Boolean(on) if matches!(name, "hot_key_metrics" | "check_role" | "log_keys") => {
+                self.set(name, &on.to_string())
+            }
             Value::Array(items) if name == "shards" => self
                 .change(|config| {
                     config.shards = items

@@ -98,7 +98,8 @@ pub struct Config {
     /// A key that another process wanted while this one held it is not kept, nor is the next lease of it that this process gets.
     pub linger: Duration,
 
-    /// How long a shard may take to answer before it counts as unavailable: 10 ms to 60 s. Default: 1 s.
+    /// How long a shard may take to answer before it counts as unavailable: 10 ms to 60 s. A request without a `timeout` bears an outage for as
+    /// long ([`LockRequest`](crate::LockRequest)). Default: 1 s.
     pub store_timeout: Duration,
 
     /// How many connections for commands are kept to each shard: 1 to 16. One carries some 100,000 locks a second.
@@ -146,6 +147,10 @@ pub struct Config {
     /// From which time on a guard is logged as held for long, while it still is, with the place in the program that asked for the lock: 1 ms to 365 days, or
     /// `None` for never. Each place is logged once in ten seconds at most. Default: `None`.
     pub long_hold: Option<Duration>,
+
+    /// Whether log lines about lost locks, slow waits and long holds name the key. Set it to `false` where keys are personal data or secret: then no line
+    /// above the level of debug has a key. Errors always name it. Default: `true`.
+    pub log_keys: bool,
 
     /// How many replicas must have confirmed a lease (by `WAIT`) before it counts, when it is taken and at each renewal: 0 to 16. With fewer, a
     /// lock fails with [`LockError::Unavailable`](crate::LockError::Unavailable), and one that is held is lost when its lease ends. For
@@ -199,6 +204,7 @@ impl Default for Config {
             hot_key_metrics: false,
             slow_wait: Some(Duration::from_secs(10)),
             long_hold: None,
+            log_keys: true,
             min_replicas_acked: 0,
             redlock_max_ttl: Duration::from_secs(10),
             check_role: true,
@@ -467,6 +473,7 @@ mod tests {
             ("hot_keys", &["1", "1024"], &["0", "1025"]),
             ("hot_key_metrics", &["true", "false"], &["", "1", "yes", "True", "none"]),
             ("check_role", &["true", "false"], &["", "1", "yes", "True", "none"]),
+            ("log_keys", &["true", "false"], &["", "1", "yes", "True", "none"]),
             ("slow_wait", &["none", "1ms", "365d"], &["0s", "366d", "never"]),
             ("long_hold", &["none", "1ms", "365d"], &["0s", "366d", "never"]),
             ("min_replicas_acked", &["0", "16"], &["17", "-1"]),

@@ -405,7 +405,7 @@ impl Entry {
         }
         if let Some(reason) = lost {
             self.shard.metrics.lost(reason);
-            tracing::warn!(shard = %self.shard.name, %reason, "a lock was lost");
+            self.shard.notices.lost(&self.key, &self.shard.name, reason);
         }
         request
     }

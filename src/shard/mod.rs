@@ -16,6 +16,7 @@ mod entry;
 mod inbox;
 mod map;
 pub(crate) mod pulse;
+mod reach;
 mod rivals;
 mod room;
 mod server_clock;
@@ -44,11 +45,12 @@ use crate::error::LockError;
 use crate::heat::HotKeys;
 use crate::identity::ManagerId;
 use crate::key::LockKey;
-use crate::notice::Notices;
+use crate::notice::{Notices, Seldom};
 use crate::protocol::{Cycle, Cycles};
 use crate::queue::{Outage, Request, Room, Rules, Want};
 use crate::store::{Inspection, LeaseStore, StoreError};
 use crate::telemetry::{ClassMetrics, ManagerMetrics, ShardMetrics};
+use reach::Reach;
 use rivals::Rivals;
 use table::Table;
 use watch::Watch;
@@ -89,6 +91,9 @@ pub(crate) struct Shard {
     /// Whether it was found to have another shard map.
     has_other_map: AtomicBool,
     rivals: Rivals,
+    reach: Reach,
+    /// Failed renewals that were logged, and those that were not.
+    pub(crate) failed_renewals: Seldom,
     pub(crate) watch: Watch,
     jobs: mpsc::UnboundedSender<Job>,
 }
@@ -235,6 +240,8 @@ impl Shard {
             table: Table::default(),
             has_other_map: AtomicBool::new(false),
             rivals: Rivals::default(),
+            reach: Reach::default(),
+            failed_renewals: Seldom::default(),
             watch: Watch::default(),
             jobs,
         })
@@ -383,9 +390,19 @@ impl Shard {
         }
     }
 
-    /// Whether the store could be reached; one that says no has been.
+    /// Notes whether the store answered.
     pub(crate) fn note_reach<T>(&self, reply: &Result<T, StoreError>) {
-        self.metrics.set_up(!matches!(reply, Err(StoreError::Unavailable(_))));
+        self.metrics.set_up(self.reach.note(&self.name, reply));
+    }
+
+    /// Notes whether the store answered a look, and would take a lock.
+    fn note_look(&self, reached: &Result<(), StoreError>) {
+        self.metrics.set_up(self.reach.looked(&self.name, reached));
+    }
+
+    /// Whether the shard is known to be down, which its outage has a line of its own for.
+    pub(crate) fn is_in_outage(&self) -> bool {
+        self.reach.is_troubled()
     }
 
     /// What an error of a request means for those who wait for it: an outage, which some of them bear, or `None` if asking again would not help.
@@ -400,6 +417,20 @@ impl Shard {
             patience: self.timeout,
             retry_at: now + Backoff::delay_after(attempts.saturating_add(1), RETRY_MIN, longest),
         })
+    }
+
+    /// Some leases could not be renewed. The outage of a shard has a line of its own.
+    pub(crate) fn renewal_failed(&self, error: &LockError, leases: usize) {
+        let suppressed = match self.is_in_outage() {
+            true => None,
+            false => self.failed_renewals.pass(Moment::now()),
+        };
+        match suppressed {
+            Some(suppressed) => {
+                tracing::warn!(shard = %self.name, %error, leases, suppressed, "leases could not be renewed; that is tried again while they last");
+            }
+            None => tracing::debug!(shard = %self.name, %error, leases, "leases could not be renewed"),
+        }
     }
 
     pub(crate) fn no_answer(&self) -> StoreError {

@@ -57,6 +57,8 @@ pub(crate) fn tell(shards: &[Arc<Shard>], metrics: &ManagerMetrics) {
 fn look(shard: &Arc<Shard>) {
     let now = Moment::now();
     let (mut oldest_lease, mut oldest_waiter) = (Duration::ZERO, Duration::ZERO);
+    let slow_wait = shard.notices.slow_wait_bound();
+    let (mut slow, mut slowest) = (0, None);
     for entry in shard.entries() {
         let seen = entry.look(now);
         if let Some(held) = &seen.held {
@@ -68,7 +70,18 @@ fn look(shard: &Arc<Shard>) {
                 shard.notices.held_long(held.age, &entry.key, &shard.name, caller);
             }
         }
+        if slow_wait.is_some_and(|bound| seen.longest_wait >= bound) {
+            slow += 1;
+            if seen.longest_wait > oldest_waiter {
+                slowest = Some((entry, seen.waiting));
+            }
+        }
         oldest_waiter = oldest_waiter.max(seen.longest_wait);
+    }
+    if let Some((entry, waiting)) = slowest {
+        shard
+            .notices
+            .waits_long(oldest_waiter, &entry.key, &shard.name, waiting, slow);
     }
     shard.metrics.oldest_lease.set(oldest_lease.as_secs_f64());
     shard.metrics.oldest_waiter.set(oldest_waiter.as_secs_f64());

@@ -1,4 +1,4 @@
-//! Looks at a shard every few seconds: whether it can be reached, and whether the clocks of its servers have jumped.
+//! Looks at a shard every few seconds: whether it takes locks, and whether the clocks of its servers have jumped.
 //!
 //! No lock decision uses a server's time of day; but a Redis server ends leases by it, so a step is something to know. It is seen against our
 //! monotonic clock.
@@ -14,6 +14,8 @@ use crate::text::printable;
 
 /// How often a shard is looked at.
 const LOOK_EVERY: Duration = Duration::from_secs(3);
+/// How soon after the last look a refused request leads to another.
+const LOOK_EVERY_MIN: Duration = Duration::from_millis(500);
 /// The smallest step that is one, beyond what the round trips leave open.
 const STEP_MIN: Duration = Duration::from_millis(200);
 
@@ -21,16 +23,20 @@ const STEP_MIN: Duration = Duration::from_millis(200);
 pub(super) async fn watch(shard: Arc<Shard>) {
     let mut clocks = Clocks::default();
     loop {
-        tokio::time::sleep(LOOK_EVERY).await;
+        tokio::time::sleep(LOOK_EVERY_MIN).await;
+        tokio::select! {
+            () = tokio::time::sleep(LOOK_EVERY - LOOK_EVERY_MIN) => {}
+            () = shard.reach.doubted.notified() => {}
+        }
         let look = tokio::time::timeout(shard.timeout, shard.store.look()).await;
         let look = look.unwrap_or_else(|_| Look {
             reached: Err(shard.no_answer()),
             times: Vec::new(),
         });
-        shard.note_reach(&look.reached);
+        shard.note_look(&look.reached);
         shard.note_map(&look.reached);
         if let Err(error) = &look.reached {
-            tracing::debug!(shard = %shard.name, ?error, "the shard could not be looked at");
+            tracing::debug!(shard = %shard.name, %error, "the shard could not be looked at");
         }
         for (server, seconds) in clocks.saw(&look) {
             shard.metrics.clock_jumps.increment(1);

@@ -134,7 +134,7 @@ fn bad_shard(store: BadStore) -> (Arc<Shard>, mpsc::UnboundedReceiver<Job>) {
         load: Arc::new(Load::new(Box::default())),
         manager,
         hot: Arc::new(HotKeys::new(1)),
-        notices: Arc::new(Notices::new(None, None)),
+        notices: Arc::new(Notices::new(None, None, true)),
         jobs,
     });
     (shard, receiver)

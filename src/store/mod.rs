@@ -15,6 +15,7 @@ mod support;
 mod tls;
 
 use std::borrow::Cow;
+use std::fmt;
 use std::future::Future;
 use std::path::PathBuf;
 use std::pin::Pin;
@@ -87,8 +88,8 @@ pub(crate) trait LeaseStore: Send + Sync + 'static {
     /// Removes all keys of the namespace, those of others as well, and says how many there were.
     fn erase(&self) -> StoreFuture<u64>;
 
-    /// Looks whether locks can be had though nobody asks for one, and what time it is on the servers. Takes next to nothing from them, changes
-    /// nothing, and is done every few seconds on the watchdog's thread, which waits no longer than for a request.
+    /// Looks whether locks can be had though nobody asks for one, which a server that is out of memory or a replica refuses, and what time it is on
+    /// the servers. Takes next to nothing from them, changes nothing, and is done every few seconds on the watchdog's thread, which waits no longer than for a request.
     fn look(&self) -> Pin<Box<dyn Future<Output = Look> + Send>>;
 
     /// How often it was seen that the keys of that slot may be on another server by now, or on one that was started anew, so that leases may be
@@ -239,6 +240,23 @@ pub(crate) enum StoreError {
         theirs: String,
         map_key: String,
     },
+}
+
+impl fmt::Display for StoreError {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        match self {
+            Self::Unavailable(reason) | Self::Refused(reason) => f.write_str(reason),
+            Self::MapMismatch {
+                ours, theirs, map_key, ..
+            } => {
+                let theirs = crate::text::printable(theirs);
+                write!(
+                    f,
+                    "the key {map_key:?} has the shard map `{theirs}`, this manager has `{ours}`"
+                )
+            }
+        }
+    }
 }
 
 impl StoreError {

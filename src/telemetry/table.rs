@@ -147,8 +147,8 @@ metrics! {
         "time of an answered round trip to the store",
         "high on one shard: its server or the way to it is slow (SLOWLOG, fsync, CPU); high on all: this process is short of CPU";
     SHARD_UP = "shardlock_shard_up", Gauge, Count, ["shard"],
-        "1 if the last request to the shard was answered, 0 if not; asked every 3 s even if nobody locks: the primary, each primary of a cluster, a majority of a \
-         quorum or of etcd",
+        "1 if the last request to the shard was answered and it takes locks, 0 if not; asked every 3 s even if nobody locks, by a write that changes nothing: \
+         the primary, each primary of a cluster, a majority of a quorum; by a read: a majority of etcd",
         "0: its keys can't be locked; check the server and the network, and see `shardlock doctor`";
     TOKEN_REGRESSIONS = "shardlock_token_regressions_total", Counter, Count, ["shard"],
         "tokens that were not above earlier ones and so refused",

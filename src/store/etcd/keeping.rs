@@ -161,7 +161,10 @@ async fn revoke(shared: &Shared, lease: Lease, until: Moment) {
             // It runs out by itself.
             _ if Moment::now() >= until => return,
             Ok(Err(fault)) if !fault.is_passing() => {
-                tracing::warn!(shard = %shared.shard, ?fault, "a lease could not be revoked; it is left to run out");
+                if let Some(suppressed) = shared.failed_revokes.pass(Moment::now()) {
+                    let error = fault.into_store_error();
+                    tracing::warn!(shard = %shared.shard, %error, suppressed, "an etcd lease could not be revoked, so a lock may stay taken until it runs out");
+                }
                 return;
             }
             _ => backoff.wait().await,

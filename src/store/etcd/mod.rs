@@ -52,6 +52,7 @@ use tokio::sync::mpsc;
 
 use crate::error::LockError;
 use crate::key::{LockKey, Slot};
+use crate::notice::Seldom;
 use crate::protocol::{Acquire, AcquireReply, Answer, Push, Release, ReleaseReply, RenewReply, Renewal};
 use crate::store::map::StoredMap;
 use crate::store::{Inspection, Lane, LeaseStore, Look, MapState, MapStep, StoreFuture, StoreOptions};
@@ -81,6 +82,9 @@ struct Shared {
     waits: Waits,
     revokes: Revokes,
     metrics: Arc<ShardMetrics>,
+    /// Lines about watches that ended, and about leases that could not be revoked.
+    ended_watches: Seldom,
+    failed_revokes: Seldom,
 }
 
 impl Shared {
@@ -133,6 +137,8 @@ impl EtcdStore {
             waits: Waits::default(),
             revokes: Revokes::default(),
             metrics: options.metrics,
+            ended_watches: Seldom::default(),
+            failed_revokes: Seldom::default(),
             servers: Arc::clone(&servers),
         });
         let callers = (0..options.connections.max(1)).map(|_| link()).collect();

@@ -20,6 +20,7 @@ use tokio::sync::mpsc::UnboundedSender;
 use super::waits::Wait;
 use super::{Shared, fault};
 use crate::backoff::Backoff;
+use crate::clock::Moment;
 use crate::key::LockKey;
 use crate::protocol::{Cycle, Push};
 use crate::store::{StoreError, tell_unreadable};
@@ -87,7 +88,15 @@ pub(super) async fn watch(shared: Arc<Shared>, pushes: UnboundedSender<Push>) {
             Ok(Err(reason)) => reason,
             Err(_) => format!("no answer within {:?}", shared.timeout),
         };
-        tracing::warn!(shard = %shared.shard, reason = %broken, "the watch of etcd ended; watching again");
+        // The outage of a shard has a line of its own.
+        match shared.ended_watches.pass(Moment::now()) {
+            Some(suppressed) if shared.metrics.is_up() => {
+                tracing::warn!(shard = %shared.shard, reason = %broken, suppressed, "the watch of etcd ended; it is opened again");
+            }
+            _ => {
+                tracing::debug!(shard = %shared.shard, reason = %broken, "the watch of etcd ended; it is opened again")
+            }
+        }
         tokio::select! {
             () = backoff.wait() => {}
             () = pushes.closed() => return,

@@ -327,22 +327,36 @@ impl LeaseStore for QuorumStore {
         let quorum = Arc::clone(&self.quorum);
         Box::pin(async move {
             // The nodes are asked all the time by the tidy worker, which knows who is up; a node that does not answer in time tells no time.
-            let up = quorum.nodes.iter().filter(|node| node.is_up());
-            let asking = up.map(|node| tokio::time::timeout(quorum.node_limit, node.store.look()));
+            let up: Vec<_> = quorum.nodes.iter().filter(|node| node.is_up()).collect();
+            let asking = up
+                .iter()
+                .map(|node| tokio::time::timeout(quorum.node_limit, node.store.look()));
             let deadline = Moment::now() + quorum.majority_limit;
             let (looks, mut reached) = tokio::join!(
                 futures_util::future::join_all(asking),
                 quorum.wait_for_majority(deadline)
             );
-            let (mut times, mut foreign) = (Vec::new(), 0);
-            for look in looks.into_iter().flatten() {
+            let (mut times, mut foreign, mut taking, mut refusal) = (Vec::new(), 0, 0, None);
+            for (node, look) in up.into_iter().zip(looks) {
+                // A node that gave no answer in time is found out by those who probe it.
+                let Ok(look) = look else { continue };
                 times.extend(look.times);
-                if let Err(error @ StoreError::MapMismatch { .. }) = look.reached {
-                    foreign += 1;
-                    if foreign > quorum.nodes.len() - majority(quorum.nodes.len()) {
-                        reached = Err(error);
+                match look.reached {
+                    Ok(()) => taking += 1,
+                    Err(error @ StoreError::MapMismatch { .. }) => {
+                        foreign += 1;
+                        if foreign > quorum.nodes.len() - majority(quorum.nodes.len()) {
+                            reached = Err(error);
+                        }
                     }
+                    Err(error @ StoreError::Refused(_)) => refusal = Some(at_node(&node.place, error)),
+                    Err(StoreError::Unavailable(_)) => {}
                 }
+            }
+            if let (Ok(()), Some(refusal)) = (&reached, refusal)
+                && taking < majority(quorum.nodes.len())
+            {
+                reached = Err(refusal);
             }
             Look { reached, times }
         })

@@ -33,6 +33,15 @@ enum Inboxes {
 }
 
 impl Commands {
+    /// A command that writes if a key is there that never is. So it changes nothing, and is refused if the server would refuse a lock: it is out of memory, can't
+    /// persist, has too few replicas, is a replica, or the user may not write there.
+    pub(super) fn write_nothing(&self, slot: Slot) -> Cmd {
+        let mut command = cmd("SET");
+        self.names.scratch_in(slot).write(&mut command);
+        command.arg("").arg("XX");
+        command
+    }
+
     pub(super) fn new(namespace: &str, manager: ManagerId) -> Self {
         let names = Names::new(namespace);
         Self {

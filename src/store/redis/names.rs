@@ -17,6 +17,7 @@ use crate::key::{LockKey, Slot, hash_tag};
 /// | queue | `{lock:K}:q`, or `lock:%q:K` where K has a hash tag of its own |
 /// | counter | `lock:%fence:{tag}`, one per slot; the tag is a short text of that slot |
 /// | shard map | `lock:%map` |
+/// | scratch | `lock:%scratch:{tag}`, which never exists |
 /// | inbox | channel `lock:in:<manager>`; in a cluster one in each slot, `lock:in:{tag}:<manager>` |
 ///
 /// A `%` in K, and its braces where they are no valid hash tag, are percent-encoded: so no lease is called like a queue, a counter or the
@@ -123,6 +124,11 @@ impl Names {
     /// The counter of a slot, whichever locks it has.
     pub(crate) fn counter_of(&self, slot: Slot) -> Name<'_> {
         counter(&self.namespace, slot)
+    }
+
+    /// A key in that slot that never exists, for asking whether the server takes writes.
+    pub(crate) fn scratch_in(&self, slot: Slot) -> Name<'_> {
+        Name([&self.namespace, "%scratch:{", "", "}"], Some(slot_tags::tag(slot)))
     }
 
     /// The key whose lease is called so; nothing for what is no lease of this namespace.

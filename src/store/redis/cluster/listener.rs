@@ -113,7 +113,7 @@ pub(super) async fn listen(
     };
     let mut backoff = Backoff::new(PAUSE_MIN, PAUSE_MAX);
     while let Err(error) = lane.refresh(shared.topology.version()).await {
-        tracing::warn!(shard = %shared.shard, ?error, "the map of the cluster's slots could not be read");
+        tracing::debug!(shard = %shared.shard, %error, "the map of the cluster's slots could not be read");
         tokio::select! {
             () = backoff.wait() => {}
             () = pushes.closed() => return,
@@ -498,8 +498,11 @@ async fn subscribe(lane: &Lane, ear: Option<Arc<Node>>, slot: Slot) -> Ended {
                 return Ended::Moved;
             }
             let kind = error.as_ref().map(RedisError::kind);
-            if kind == Some(ServerErrorKind::NoPerm.into()) {
-                tracing::warn!(shard = %shared.shard, %slot, ?error, "the inbox of a slot can't be subscribed");
+            if kind == Some(ServerErrorKind::NoPerm.into())
+                && let Some(error) = &error
+                && let Some(suppressed) = shared.refused_inboxes.pass(Moment::now())
+            {
+                tracing::warn!(shard = %shared.shard, %slot, %error, suppressed, "the inbox of a slot is refused, so locks there can't be waited for");
             }
             // The map may be wrong; where it can't be read now, the next attempt finds out.
             lane.refresh(version).await.ok();

@@ -1,6 +1,6 @@
-//! Whether every part of the cluster answers, and what time it is on its primaries.
+//! Whether every part of the cluster answers and takes locks, and what time it is on its primaries.
 
-use deadpool_redis::redis::{RedisError, cmd};
+use deadpool_redis::redis::RedisError;
 use futures_util::future::join_all;
 
 use super::super::time;
@@ -9,7 +9,7 @@ use super::topology::Place;
 use crate::key::Slot;
 use crate::store::{Look, ServerTime};
 
-/// Reads one key of each primary, as a request for a lock there would; it is sent on to wherever the slot is by now.
+/// Writes nothing to each primary, as a request for a lock there would write; it is sent on to wherever the slot is by now.
 pub(super) async fn look(lane: &Lane) -> Look {
     let topology = &lane.shared.topology;
     if topology.version() == 0
@@ -21,16 +21,15 @@ pub(super) async fn look(lane: &Lane) -> Look {
         };
     }
     let parts = topology.parts().into_iter().map(|(owner, slot)| async move {
-        let mut read = cmd("EXISTS");
-        lane.shared.commands.names.counter_of(slot).write(&mut read);
+        let write = lane.shared.commands.write_nothing(slot);
         let time = async {
             match &owner {
                 Some(owner) => time_of(lane, owner, slot).await,
                 None => None,
             }
         };
-        let (read, time) = tokio::join!(lane.single(slot, &read), time);
-        (read.map(drop), time)
+        let (written, time) = tokio::join!(lane.single(slot, &write), time);
+        (written.map(drop), time)
     });
     let (reached, times): (Vec<_>, Vec<_>) = join_all(parts).await.into_iter().unzip();
     Look {
@@ -39,7 +38,7 @@ pub(super) async fn look(lane: &Lane) -> Look {
     }
 }
 
-/// Why a node does not answer is found out by the read beside it.
+/// Why a node does not answer is found out by the write beside it.
 async fn time_of(lane: &Lane, place: &Place, slot: Slot) -> Option<ServerTime> {
     let node = lane.node(place, slot).ok()?;
     let asked = async {

@@ -48,6 +48,7 @@ use crate::clock::Moment;
 use crate::endpoint::ServerUrl;
 use crate::error::Invalid;
 use crate::key::{LockKey, SLOTS, Slot};
+use crate::notice::Seldom;
 use crate::protocol::{Acquire, AcquireReply, Answer, Ask, Push, Release, ReleaseReply, RenewReply, Renewal};
 use crate::store::map::StoredMap;
 use crate::store::{self, Inspection, LeaseStore, Look, MapState, MapStep, StoreError, StoreFuture, StoreOptions};
@@ -92,6 +93,9 @@ struct Shared {
     metrics: Arc<ShardMetrics>,
     min_replicas_acked: u32,
     inbox_idle_seconds: u32,
+    /// Lines about renewals that failed, and about inboxes that were refused.
+    failed_renewals: Seldom,
+    refused_inboxes: Seldom,
     /// The largest token seen in each slot.
     seen: Box<[AtomicU64]>,
 }
@@ -120,6 +124,8 @@ impl ClusterStore {
             metrics: options.metrics,
             min_replicas_acked: options.min_replicas_acked,
             inbox_idle_seconds,
+            failed_renewals: Seldom::default(),
+            refused_inboxes: Seldom::default(),
             seen: (0..SLOTS).map(|_| AtomicU64::new(0)).collect(),
         });
         let caller = Arc::new(Lane::new(&shared, options.connections, Purpose::Requests));

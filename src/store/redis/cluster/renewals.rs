@@ -14,6 +14,7 @@ use super::super::script::Named;
 use super::call::{Call, Unsaid};
 use super::inbox::Inbox;
 use super::lane::Lane;
+use crate::clock::Moment;
 use crate::key::Slot;
 use crate::protocol::{RenewReply, Renewal};
 use crate::store::{MapState, MapStep, StoreError};
@@ -64,12 +65,10 @@ pub(super) async fn renew(
                         replies[*index] = reply;
                     }
                 }
-                Ok(Err(error)) => {
-                    tracing::warn!(shard = %lane.shared.shard, %slot, ?error, leases = group.len(), "a renewal failed; it is tried again while the leases last");
-                }
+                Ok(Err(error)) => failed(lane, slot, group.len(), &error.to_string()),
                 Err(_) => {
                     lane.shared.map_is_doubted.store(true, Ordering::Release);
-                    tracing::warn!(shard = %lane.shared.shard, %slot, ?limit, leases = group.len(), "a renewal had no answer in time; it is tried again while the leases last");
+                    failed(lane, slot, group.len(), &format!("no answer within {limit:?}"));
                 }
             }
         }
@@ -93,6 +92,17 @@ pub(super) async fn renew(
 
 fn is_extended(reply: &Option<RenewReply>) -> bool {
     matches!(reply, Some(RenewReply::Extended { .. }))
+}
+
+/// Some leases of a slot could not be renewed. The outage of a shard has a line of its own.
+fn failed(lane: &Lane, slot: Slot, leases: usize, reason: &str) {
+    let shared = &lane.shared;
+    match shared.failed_renewals.pass(Moment::now()) {
+        Some(suppressed) if shared.metrics.is_up() => {
+            tracing::warn!(shard = %shared.shard, %slot, reason, leases, suppressed, "leases could not be renewed; that is tried again while they last");
+        }
+        _ => tracing::debug!(shard = %shared.shard, %slot, reason, leases, "leases could not be renewed"),
+    }
 }
 
 /// Renews leases of one slot. A call that is refused is sent again in parts until those that the node refuses are alone.
@@ -132,8 +142,9 @@ async fn renew_group(
     match refused {
         Some((_, error)) if count == group.len() => Err(error),
         Some((key, error)) => {
+            failed(lane, slot, count, &error.to_string());
             let key = key.map(tracing::field::display);
-            tracing::warn!(shard = %lane.shared.shard, %slot, key, ?error, leases = count, "some renewals were refused; they are tried again while the leases last");
+            tracing::debug!(shard = %lane.shared.shard, %slot, key, %error, "the renewal of this lease is refused");
             Ok(replies)
         }
         None => Ok(replies),
@@ -181,7 +192,7 @@ async fn renew_alone(lane: &Lane, slot: Slot, renewal: &Renewal) -> Option<Renew
         Ok(_) => return None,
         Err(unsaid) => {
             let error = StoreError::from(unsaid);
-            tracing::debug!(shard = %shared.shard, %slot, ?error, "a lease whose slot moves could not be renewed yet");
+            tracing::debug!(shard = %shared.shard, %slot, %error, "a lease whose slot moves could not be renewed yet");
             return None;
         }
     };

@@ -18,12 +18,15 @@ use super::super::client::{connection_info, with_reason};
 use super::super::reply::{push, role};
 use super::Shared;
 use crate::backoff::Backoff;
+use crate::clock::Moment;
 use crate::protocol::Push;
 use crate::store::{StoreError, tell_unreadable};
 
 /// The first and the longest pause before another attempt to subscribe.
 const PAUSE_MIN: Duration = Duration::from_millis(5);
 const PAUSE_MAX: Duration = Duration::from_secs(1);
+/// How long an inbox must be without a subscription before that is logged, if the shard is up otherwise.
+const LOGGED_AFTER: Duration = Duration::from_secs(5);
 /// How often the inbox must answer.
 const CHECK_EVERY: Duration = Duration::from_secs(2);
 /// In how many parts the answer is waited for. A runtime that was blocked for longer than a part finds its time over before it has read the answer
@@ -36,11 +39,13 @@ pub(super) async fn listen(shared: Arc<Shared>, pushes: mpsc::UnboundedSender<Pu
     let channel = shared.commands.names.inbox(&shared.commands.manager);
     let mut moves = shared.moves.listen();
     let mut backoff = Backoff::new(PAUSE_MIN, PAUSE_MAX);
+    let mut failed = Failed::default();
     while !pushes.is_closed() {
         moves.catch_up();
         match tokio::time::timeout(shared.timeout, subscribe(&shared, &channel)).await {
             Ok(Ok((inbox, place))) => {
                 backoff.reset();
+                failed = Failed::default();
                 shared.metrics.subscriptions.increment(1);
                 if pushes.send(Push::Resubscribed { slot: None }).is_err() {
                     return;
@@ -80,13 +85,11 @@ pub(super) async fn listen(shared: Arc<Shared>, pushes: mpsc::UnboundedSender<Pu
                             return;
                         }
                     }
-                    error => {
-                        tracing::warn!(shard = %shared.shard, %channel, ?error, "could not subscribe to the inbox");
-                    }
+                    error => failed.note(&shared, &error.to_string()),
                 }
             }
             Err(_) => {
-                tracing::warn!(shard = %shared.shard, %channel, timeout = ?shared.timeout, "subscribing to the inbox took too long");
+                failed.note(&shared, &format!("no answer within {:?}", shared.timeout));
                 shared.source.doubt();
             }
         }
@@ -95,6 +98,27 @@ pub(super) async fn listen(shared: Arc<Shared>, pushes: mpsc::UnboundedSender<Pu
             // It is known where the primary is now.
             () = moves.news() => {}
             () = pushes.closed() => return,
+        }
+    }
+}
+
+/// Attempts to subscribe that failed one after the other.
+#[derive(Default)]
+struct Failed {
+    since: Option<Moment>,
+    is_logged: bool,
+}
+
+impl Failed {
+    /// The outage of a shard has a line of its own. An inbox that can't be had though the shard is up has one as well, once that has lasted for a while.
+    fn note(&mut self, shared: &Shared, reason: &str) {
+        let now = Moment::now();
+        let since = *self.since.get_or_insert(now);
+        if !self.is_logged && shared.metrics.is_up() && now.since(since) >= LOGGED_AFTER {
+            self.is_logged = true;
+            tracing::warn!(shard = %shared.shard, reason, "the inbox can't be subscribed, so locks are handed over late; that is tried again");
+        } else {
+            tracing::debug!(shard = %shared.shard, reason, "the inbox can't be subscribed yet");
         }
     }
 }

@@ -55,6 +55,7 @@ use crate::clock::Moment;
 use crate::endpoint::{Access, ServerUrl};
 use crate::error::Invalid;
 use crate::key::{LockKey, SLOTS, Slot};
+use crate::notice::Seldom;
 use crate::program::run_there;
 use crate::protocol::{Acquire, AcquireReply, Answer, Ask, Push, Release, ReleaseReply, RenewReply, Renewal};
 use crate::store::map::StoredMap;
@@ -105,6 +106,8 @@ pub(super) struct Shared {
     tenure: Option<Tenure>,
     /// See [`LeaseStore::epoch`].
     epoch: AtomicU32,
+    /// Lines about renewals that were refused, or do not count.
+    failed_renewals: Seldom,
 }
 
 /// How often a request is sent again on a new connection when the old one turned out to be broken.
@@ -155,6 +158,7 @@ impl RedisStore {
             seen: (0..SLOTS).map(|_| AtomicU64::new(0)).collect(),
             tenure,
             epoch: AtomicU32::new(0),
+            failed_renewals: Seldom::default(),
         });
         let callers =
             (0..options.connections.max(1)).map(|_| Link::new(&shared, Handle::try_current().ok(), Purpose::Requests));
@@ -505,11 +509,11 @@ impl LeaseStore for RedisStore {
     }
 
     fn look(&self) -> Pin<Box<dyn Future<Output = Look> + Send>> {
-        let (time, map) = (self.time(), self.look_at_map());
+        let (time, map, takes_locks) = (self.time(), self.look_at_map(), self.takes_locks());
         Box::pin(async move {
-            let (time, map) = tokio::join!(time, map);
+            let (time, map, takes_locks) = tokio::join!(time, map, takes_locks);
             let (reached, times) = match time {
-                Ok(time) => (map, vec![time]),
+                Ok(time) => (map.and(takes_locks), vec![time]),
                 Err(error) => (Err(error), Vec::new()),
             };
             Look { reached, times }

@@ -20,6 +20,7 @@ use super::super::map;
 use super::super::reply::{renewed, role};
 use super::Shared;
 use super::link::{Link, Live};
+use crate::clock::Moment;
 use crate::protocol::{RenewReply, Renewal};
 use crate::store::{MapState, MapStep, StoreError};
 
@@ -124,7 +125,9 @@ pub(super) async fn renew(
         let acked = connection.send_packed_command(&wait.command()).await;
         let acked = acked.and_then(Value::extract_error).map_err(in_words)?;
         if let Err(error) = confirm.judge(wait, &acked) {
-            tracing::warn!(shard = %shared.shard, ?error, leases = batch.len(), "a renewal does not count; it is tried again while the leases last");
+            if let Some(suppressed) = shared.failed_renewals.pass(Moment::now()) {
+                tracing::warn!(shard = %shared.shard, %error, leases = batch.len(), suppressed, "renewed leases do not count; that is tried again while they last");
+            }
             replies
                 .iter_mut()
                 .for_each(|reply| *reply = reply.filter(|reply| *reply == RenewReply::NotOurs));
@@ -249,7 +252,10 @@ async fn send(
         }
         (_, Some((item, error))) => {
             let (error, leases, key) = (shared.source.in_words(&error), refused.count, &batch[item].key);
-            tracing::warn!(shard = %shared.shard, %key, ?error, leases, "some renewals were refused; they are tried again while the leases last");
+            if let Some(suppressed) = shared.failed_renewals.pass(Moment::now()) {
+                tracing::warn!(shard = %shared.shard, %error, leases, suppressed, "leases could not be renewed; that is tried again while they last");
+            }
+            tracing::debug!(shard = %shared.shard, %key, %error, "the renewal of this lease is refused");
             Ok(replies)
         }
         _ => Ok(replies),

@@ -2,11 +2,39 @@
 
 use std::sync::Arc;
 
+use deadpool_redis::redis::Value;
+
 use super::super::{map, time};
 use super::RedisStore;
+use crate::key::Slot;
 use crate::store::{ServerTime, StoreError, StoreFuture};
 
 impl RedisStore {
+    /// Whether the primary takes locks: by a write that changes nothing, on the connection of the background.
+    pub(crate) fn takes_locks(&self) -> StoreFuture<()> {
+        let (shared, background) = (Arc::clone(&self.shared), self.background());
+        Box::pin(async move {
+            let (link, mut live) = background.get(shared.timeout / 3).await?;
+            let limit = shared.timeout.mul_f64(0.9);
+            // Any slot will do.
+            let command = shared.commands.write_nothing(Slot::of(b""));
+            let asking = live.connection.send_packed_command(&command);
+            match tokio::time::timeout(limit, asking).await {
+                Ok(reply) => {
+                    let reply = reply.and_then(Value::extract_error).map_err(|error| {
+                        link.is_ended_by(&error, &live);
+                        shared.source.in_words(&error)
+                    });
+                    reply.map(drop)
+                }
+                Err(_) => {
+                    link.broken(&live);
+                    Err(StoreError::Unavailable(format!("no answer within {limit:?}").into()))
+                }
+            }
+        })
+    }
+
     /// Asks for the time on the connection of the background, and so whether the primary can be reached.
     pub(crate) fn time(&self) -> StoreFuture<ServerTime> {
         let (shared, background) = (Arc::clone(&self.shared), self.background());

@@ -1,0 +1,219 @@
+//! Whether a shard answers and takes locks, and what the log says of its outages.
+//!
+//! # Implementation details
+//!
+//! Replies come by the hundred thousand, so an answer costs one load of a flag while all is well. A shard that answers some requests and fails others, as
+//! a cluster with one node down does, stays in the same outage until nothing has failed for [`QUIET`]: each outage has one line when it begins and
+//! one when it is over. Where outages follow each other quickly, those that begin within [`SELDOM`] of the last line are only counted.
+//!
+//! A server that is out of memory, or writes nothing for another reason, still answers what only reads or renews. So whether it takes locks is known by
+//! the look that is taken every few seconds alone, and at once after a request was refused.
+
+use std::sync::Arc;
+use std::sync::atomic::{AtomicBool, Ordering};
+use std::time::Duration;
+
+use parking_lot::Mutex;
+use tokio::sync::Notify;
+
+use crate::clock::Moment;
+use crate::store::StoreError;
+
+/// How long nothing must have failed before an outage is over.
+const QUIET: Duration = Duration::from_secs(1);
+/// How often the beginning of an outage is logged at most.
+const SELDOM: Duration = Duration::from_secs(10);
+
+/// See the module.
+#[derive(Debug, Default)]
+pub(super) struct Reach {
+    /// Whether there is an outage that is not over.
+    is_troubled: AtomicBool,
+    /// Whether the last look was refused.
+    refuses: AtomicBool,
+    /// Wakes whoever looks.
+    pub(super) doubted: Notify,
+    log: Mutex<Log>,
+}
+
+#[derive(Debug, Default)]
+struct Log {
+    outage: Option<Outage>,
+    /// When the beginning of an outage was logged last.
+    logged_at: Option<Moment>,
+    /// How many outages were not logged since.
+    suppressed: u64,
+}
+
+#[derive(Debug)]
+struct Outage {
+    since: Moment,
+    failed_at: Moment,
+    /// Since when there are answers again.
+    answered_at: Option<Moment>,
+    failures: u64,
+    is_logged: bool,
+}
+
+/// A line of the log.
+#[derive(Debug, PartialEq)]
+enum Line {
+    Down { suppressed: u64 },
+    Up { down_for: Duration, failures: u64 },
+}
+
+impl Log {
+    fn failed(&mut self, now: Moment) -> Option<Line> {
+        let is_new = self.outage.is_none();
+        let outage = self.outage.get_or_insert(Outage {
+            since: now,
+            failed_at: now,
+            answered_at: None,
+            failures: 0,
+            is_logged: false,
+        });
+        outage.failed_at = now;
+        outage.answered_at = None;
+        outage.failures += 1;
+        if outage.is_logged {
+            return None;
+        }
+        if self.logged_at.is_some_and(|last| now.since(last) < SELDOM) {
+            self.suppressed += u64::from(is_new);
+            return None;
+        }
+        outage.is_logged = true;
+        self.logged_at = Some(now);
+        // This one may have been counted, too.
+        let suppressed = std::mem::take(&mut self.suppressed) - u64::from(!is_new);
+        Some(Line::Down { suppressed })
+    }
+
+    /// Returns whether there is no outage any more, and the line if there was one about its beginning.
+    fn answered(&mut self, now: Moment) -> (bool, Option<Line>) {
+        let Some(outage) = &mut self.outage else {
+            return (true, None);
+        };
+        let answered_at = *outage.answered_at.get_or_insert(now);
+        if now.since(outage.failed_at) < QUIET {
+            return (false, None);
+        }
+        let line = outage.is_logged.then(|| Line::Up {
+            down_for: answered_at.since(outage.since),
+            failures: outage.failures,
+        });
+        self.outage = None;
+        (true, line)
+    }
+}
+
+impl Reach {
+    /// A request, or a look, was answered or not. Returns whether the shard is up, as far as is known.
+    pub(super) fn note<T>(&self, shard: &Arc<str>, reply: &Result<T, StoreError>) -> bool {
+        match reply {
+            Ok(_) if !self.is_troubled.load(Ordering::Relaxed) => true,
+            Ok(_) => {
+                self.answered(shard);
+                !self.refuses.load(Ordering::Relaxed)
+            }
+            Err(StoreError::Unavailable(reason)) => {
+                self.failed(shard, reason);
+                false
+            }
+            // It may be about one key; a look tells.
+            Err(StoreError::Refused(_) | StoreError::MapMismatch { .. }) => {
+                self.doubted.notify_one();
+                !self.refuses.load(Ordering::Relaxed)
+            }
+        }
+    }
+
+    /// The look whose request is one that every lock needs.
+    pub(super) fn looked(&self, shard: &Arc<str>, reached: &Result<(), StoreError>) -> bool {
+        self.refuses
+            .store(matches!(reached, Err(StoreError::Refused(_))), Ordering::Relaxed);
+        match reached {
+            Err(StoreError::Refused(reason)) => {
+                self.failed(shard, reason);
+                false
+            }
+            reached => self.note(shard, reached),
+        }
+    }
+
+    /// Whether the shard does not answer, or refuses locks.
+    pub(super) fn is_troubled(&self) -> bool {
+        self.is_troubled.load(Ordering::Relaxed)
+    }
+
+    #[cold]
+    fn failed(&self, shard: &Arc<str>, reason: &str) {
+        let line = {
+            let mut log = self.log.lock();
+            self.is_troubled.store(true, Ordering::Relaxed);
+            log.failed(Moment::now())
+        };
+        if let Some(Line::Down { suppressed }) = line {
+            tracing::warn!(%shard, reason, suppressed, "the shard is down: its locks can't be acquired or renewed until it is back");
+        }
+    }
+
+    #[cold]
+    fn answered(&self, shard: &Arc<str>) {
+        // What refuses locks answers other requests all the time.
+        if self.refuses.load(Ordering::Relaxed) {
+            return;
+        }
+        let line = {
+            let mut log = self.log.lock();
+            let (is_over, line) = log.answered(Moment::now());
+            self.is_troubled.store(!is_over, Ordering::Relaxed);
+            line
+        };
+        if let Some(Line::Up { down_for, failures }) = line {
+            let down_for = humantime::format_duration(Duration::from_millis(
+                u64::try_from(down_for.as_millis()).unwrap_or(u64::MAX),
+            ));
+            // As loud as the line about its beginning, so that nobody sees only one of them.
+            tracing::warn!(%shard, %down_for, failed_requests = failures, "the shard is back");
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn at(millis: u64) -> Moment {
+        Moment::from_nanos(millis * 1_000_000)
+    }
+
+    #[test]
+    fn an_outage_has_one_line_when_it_begins_and_one_when_it_is_over() {
+        let mut log = Log::default();
+        assert_eq!(log.answered(at(0)), (true, None));
+        assert_eq!(log.failed(at(1_000)), Some(Line::Down { suppressed: 0 }));
+        for millis in (1_100..4_000).step_by(100) {
+            assert_eq!(log.failed(at(millis)), None);
+            // Another node answers.
+            assert_eq!(log.answered(at(millis)), (false, None));
+        }
+        assert_eq!(log.answered(at(4_000)), (false, None));
+        let (down_for, failures) = (Duration::from_millis(2_900), 30);
+        assert_eq!(log.answered(at(4_900)), (true, Some(Line::Up { down_for, failures })));
+        assert_eq!(log.answered(at(5_000)), (true, None));
+    }
+
+    #[test]
+    fn outages_that_follow_each_other_quickly_are_counted() {
+        let mut log = Log::default();
+        assert_eq!(log.failed(at(1_000)), Some(Line::Down { suppressed: 0 }));
+        for second in [3, 5, 7] {
+            assert!(log.answered(at(second * 1_000)).0);
+            assert_eq!(log.failed(at(second * 1_000 + 500)), None);
+        }
+        // The last of them goes on for so long that it is worth a line.
+        assert_eq!(log.failed(at(11_000)), Some(Line::Down { suppressed: 2 }));
+        assert!(matches!(log.answered(at(12_000)), (true, Some(Line::Up { .. }))));
+    }
+}
