@@ -416,7 +416,13 @@ mod tests {
 
     fn one_shard() -> Config {
         let mut config = Config::default();
-        config.set("shards", "redis://a").unwrap();
+        // One that reads every setting.
+        let url = if cfg!(feature = "tls") {
+            "rediss://a"
+        } else {
+            "redis://a"
+        };
+        config.set("shards", url).unwrap();
         config
     }
 
