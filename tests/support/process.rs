@@ -155,12 +155,30 @@ fn spawn_from_lasting_thread(command: Command) -> io::Result<Child> {
     child.recv().expect("the spawner answers")
 }
 
+/// Makes a child independent of whatever the tests were started from: it leads a session, so that there is no terminal,
+/// and no signal is ignored or blocked, as it would be beneath nohup(1) or in the background of a script.
 #[cfg(target_os = "linux")]
 fn tie_to_this_process(command: &mut Command) {
-    use rustix::process::{getpid, getppid, set_parent_process_death_signal};
+    use rustix::process::{getpid, getppid, set_parent_process_death_signal, setsid};
 
     let parent = getpid();
     let tie = move || {
+        // What a terminal is for leads its session already.
+        setsid().ok();
+        for signal in 1..=31 {
+            // SAFETY: the default has no handler that could run. KILL and STOP have no other, and are refused.
+            #[allow(unsafe_code)]
+            unsafe {
+                libc::signal(signal, libc::SIG_DFL);
+            }
+        }
+        // SAFETY: the set is written before it is read.
+        #[allow(unsafe_code)]
+        unsafe {
+            let mut none = std::mem::zeroed();
+            libc::sigemptyset(&raw mut none);
+            libc::sigprocmask(libc::SIG_SETMASK, &raw const none, std::ptr::null_mut());
+        }
         set_parent_process_death_signal(Some(Signal::KILL))?;
         // The parent may have died just before; then no signal would ever come.
         if getppid() == Some(parent) {
@@ -169,7 +187,7 @@ fn tie_to_this_process(command: &mut Command) {
             Err(io::ErrorKind::NotFound.into())
         }
     };
-    // SAFETY: between fork and exec the closure makes two system calls; it neither allocates nor locks.
+    // SAFETY: between fork and exec the closure makes system calls; it neither allocates nor locks.
     #[allow(unsafe_code)]
     unsafe {
         command.pre_exec(tie);

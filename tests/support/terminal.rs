@@ -5,6 +5,7 @@ use std::io::{self, Read, Write};
 use std::num::NonZero;
 use std::os::fd::{AsFd, OwnedFd};
 use std::os::unix::ffi::OsStrExt;
+use std::os::unix::fs::OpenOptionsExt;
 use std::os::unix::process::CommandExt;
 use std::path::Path;
 use std::process::{Command, Stdio};
@@ -43,7 +44,10 @@ impl Terminal {
         let name = ptsname(&control, Vec::new()).expect("ask the terminal's name");
         let name = Path::new(std::ffi::OsStr::from_bytes(name.as_bytes()));
         let terminal = || -> Stdio {
-            let opened = OpenOptions::new().read(true).write(true).open(name);
+            // A test process that leads a session must not become the one that the terminal controls.
+            let mut options = OpenOptions::new();
+            options.read(true).write(true).custom_flags(libc::O_NOCTTY);
+            let opened = options.open(name);
             opened.expect("open the terminal's other side").into()
         };
         command.stdin(terminal()).stdout(terminal()).stderr(terminal());
