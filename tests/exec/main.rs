@@ -14,3 +14,4 @@ mod metrics;
 mod outcome;
 mod signals;
 mod terminal;
+mod tree;

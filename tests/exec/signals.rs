@@ -7,7 +7,9 @@ use std::time::Instant;
 use rustix::process::Signal;
 
 use crate::support::{PATIENCE, RedisServer, wait_until};
-use crate::tool::{Notes, Run, SHORT_GRACE, bare, is_alive, is_held, run, tool, wait_until_dead};
+use crate::tool::{
+    Holder, Notes, Run, SHORT_GRACE, bare, is_alive, is_held, run, tool, wait_until_dead, wait_until_waiting,
+};
 
 /// Starts a script under the lock `k` that reads what `Run::take_stdin` gives.
 fn start(server: &RedisServer, notes: &Notes, options: &[&str], script: &str) -> Run {
@@ -146,20 +148,87 @@ fn the_command_dies_with_a_tool_that_is_killed_and_the_lock_is_free_within_its_t
 }
 
 #[test]
-fn a_signal_that_was_ignored_at_the_start_stays_ignored() {
+fn signals_that_were_ignored_at_the_start_stay_ignored() {
     let server = RedisServer::start();
     let notes = Notes::new();
-    let script = "trap '' HUP; exec \"$0\" exec k sh -c 'echo > ready; read line; exit 3'";
-    let tool_path = bare(&[]).get_program().to_owned();
-    let mut command = std::process::Command::new("sh");
-    command.args(["-c", script]).arg(tool_path);
-    command.env("SHARDLOCK_SHARDS", server.url());
-    command.current_dir(notes.dir()).stdin(Stdio::piped());
-    let mut tool = Run::start(command);
+    let script = "trap '' HUP INT QUIT; exec \"$0\" exec k sh -c 'echo > ready; read line; exit 3'";
+    let mut tool = Run::start(through_shell(&server, &notes, script));
     let stdin = tool.take_stdin();
     notes.line("ready");
-    tool.signal(Signal::HUP);
+    for signal in [Signal::HUP, Signal::INT, Signal::QUIT] {
+        tool.signal(signal);
+    }
     drop(stdin);
     let ended = tool.end();
     assert_eq!(ended.code, 3, "{ended:?}");
+}
+
+#[test]
+fn a_wait_ignores_the_signals_that_were_ignored_at_the_start() {
+    let server = RedisServer::start();
+    let notes = Notes::new();
+    let holder = Holder::of(&server, "k");
+    let mut waiter = Run::start(through_shell(
+        &server,
+        &notes,
+        "trap '' HUP INT; exec \"$0\" exec k echo ran",
+    ));
+    wait_until_waiting(&server, "k", 1);
+    waiter.signal(Signal::HUP);
+    waiter.signal(Signal::INT);
+    holder.go();
+    let ended = waiter.end();
+    assert_eq!((ended.code, ended.stdout.as_str()), (0, "ran\n"), "{ended:?}");
+}
+
+#[test]
+fn the_command_has_the_dispositions_that_the_tool_was_started_with() {
+    const SHOW: &str = "grep -E '^Sig(Ign|Blk|Cgt)' /proc/self/status";
+    let server = RedisServer::start();
+    let notes = Notes::new();
+    for ignored in ["HUP", "INT QUIT", "PIPE", "TTOU TTIN", "TERM USR1 USR2 WINCH CONT", ""] {
+        let trap = if ignored.is_empty() {
+            String::new()
+        } else {
+            format!("trap '' {ignored}; ")
+        };
+        let directly = run(through_shell(&server, &notes, &format!("{trap}exec {SHOW}")));
+        let under_lock = run(through_shell(
+            &server,
+            &notes,
+            &format!("{trap}exec \"$0\" exec k {SHOW}"),
+        ));
+        assert_eq!((directly.code, under_lock.code), (0, 0), "{under_lock:?}");
+        assert_eq!(directly.stdout, under_lock.stdout, "{ignored}");
+    }
+}
+
+/// As beneath `nohup make test &`, or in the background of a script.
+#[test]
+fn tests_of_the_tool_pass_with_signals_ignored() {
+    let tests = [
+        "conflict::a_signal_while_waiting_leaves_the_queue",
+        "signals::each_signal_is_forwarded_to_the_command",
+        "signals::the_lock_is_kept_until_the_command_is_gone",
+        "terminal::an_interrupt_from_the_keyboard_ends_the_command_and_its_script_hears_of_it",
+    ];
+    let mut command = std::process::Command::new("sh");
+    command
+        .args(["-c", "trap '' HUP INT QUIT TERM USR1 USR2; exec \"$@\"", "sh"])
+        .arg(std::env::current_exe().unwrap())
+        .arg("--exact")
+        .args(tests)
+        .stdin(Stdio::null());
+    let ended = run(command);
+    assert_eq!(ended.code, 0, "{ended:?}");
+    assert!(ended.stdout.contains("4 passed"), "{ended:?}");
+}
+
+/// A shell script whose `$0` is the tool.
+fn through_shell(server: &RedisServer, notes: &Notes, script: &str) -> std::process::Command {
+    let mut command = std::process::Command::new("sh");
+    command.args(["-c", script]).arg(bare(&[]).get_program());
+    command.env("SHARDLOCK_SHARDS", server.url());
+    command.current_dir(notes.dir()).stdin(Stdio::piped());
+    command
 }

@@ -69,6 +69,10 @@ impl Run {
         self.process.take_stdin()
     }
 
+    pub fn pid(&self) -> Pid {
+        Pid::from_raw(self.process.pid().cast_signed()).expect("not 0")
+    }
+
     #[track_caller]
     pub fn signal(&self, signal: Signal) {
         self.process.signal(signal);

@@ -3,6 +3,7 @@
 mod asking;
 mod bench;
 mod demo;
+mod disposition;
 mod doctor;
 mod exec;
 mod exit;
@@ -78,7 +79,7 @@ fn main() -> ExitCode {
 
 fn run(command: Command) -> Result<u8, Failure> {
     match command {
-        Command::Exec(args) => on_this_thread(exec::run(args)),
+        Command::Exec(args) => exec::run(args),
         Command::Inspect(args) => on_this_thread(inspect::run(args)),
         Command::Doctor(args) => on_this_thread(doctor::run(args)),
         Command::Top(args) => on_this_thread(top::run(args)),

@@ -2,45 +2,56 @@
 //!
 //! # Implementation details
 //!
-//! The child leads a process group, so that what it starts is signalled with it. Once the tool has asked the group to
-//! end, be it for a signal or because the lock is lost, a deadline runs: whatever of the group is alive then is killed,
-//! and only then does [`Child::outlive`] return. A child that ends by itself is done at once; what it left in the
-//! background is its own affair.
+//! Once the command was asked to end, be it for a signal or because the lock is lost, a deadline runs: what of it is
+//! alive then is killed, again and again until nothing is left, and only then does [`Child::outlive`] return. If the
+//! front was killed there is no grace. A command that ends by itself is done at once; what it left in the background is
+//! its own affair.
 //!
-//! On Linux the kernel kills the child should the tool be killed by a signal that can't be caught. Elsewhere such a
-//! child lives on, and its lock with it until the TTL has passed.
+//! Processes that run as another user can't be signalled unless the tool runs as root. That is reported, and the lock
+//! is kept until they have ended; if it is lost, they are reported to run without it.
 
 use std::ffi::OsStr;
 use std::io;
-use std::os::unix::process::ExitStatusExt;
+use std::os::unix::process::CommandExt;
 use std::pin::pin;
-use std::process::ExitStatus;
+use std::process::Command;
 use std::time::Duration;
 
-use anyhow::{Context, anyhow};
-use rustix::process::{
-    Pid, Signal, WaitId, WaitIdOptions, WaitOptions, getpid, getsid, kill_current_process_group, kill_process_group,
-    test_kill_process_group, waitid, waitpgid,
-};
+use anyhow::anyhow;
+use rustix::process::{Pid, Signal, WaitStatus, getpid, kill_process};
 use shardlock::LockGuard;
-use tokio::process::Command;
-use tokio::time::{Instant, sleep, sleep_until};
+use tokio::time::{Instant, sleep_until};
 
-use super::signals::{Signals, stop_this_process};
-use super::terminal::Terminal;
+use super::front::Keeper;
+use super::orders::{Order, Orders};
+use super::signals::Sender;
+use super::terminal::leads_our_session;
+use super::tree::{self, Group, Process, Tree};
+use crate::disposition;
 use crate::exit::{self, Failure};
 use crate::output;
 
 /// A command that runs.
-pub(super) struct Child {
-    process: tokio::process::Child,
-    /// Its process id and, since it leads it, its group's.
-    group: Pid,
-    terminal: Terminal,
-    /// When what is left of the group is killed, once it was asked to end.
-    deadline: Option<Instant>,
-    /// Whether that has been done.
-    killed: bool,
+pub(super) struct Child<'a> {
+    tree: Tree,
+    keeper: &'a Keeper,
+    /// The exit code for the end of the command itself.
+    ended: Option<u8>,
+    /// Since it was asked to end.
+    ending: Option<Ending>,
+    is_lost: bool,
+}
+
+/// How far a command is that was asked to end.
+struct Ending {
+    /// When what is left is killed.
+    deadline: Instant,
+    /// When there is something to do about it.
+    next: Instant,
+    /// When it was killed for the first time.
+    killed: Option<Instant>,
+    /// Whether it was reported that it can't be ended.
+    is_reported: bool,
 }
 
 /// How the command ended.
@@ -48,171 +59,213 @@ pub(super) struct Child {
 pub(super) enum Outcome {
     /// With this code, which is the tool's.
     Ended(u8),
-    /// It was ended since the lock was lost.
+    /// It was asked to end since the lock was lost.
     Lost,
 }
 
-impl Child {
+impl<'a> Child<'a> {
     /// Starts the command. To be called on the main thread: the death of the thread that starts a child is the child's.
-    pub(super) fn spawn(mut command: Command) -> io::Result<Self> {
-        command.process_group(0);
-        die_with_this_process(&mut command);
-        let terminal = Terminal::lend_to(&mut command);
-        let process = command.spawn()?;
-        let group = process
-            .id()
-            .and_then(|id| Pid::from_raw(id.cast_signed()))
-            .ok_or_else(|| io::Error::other("the command has no process id"))?;
+    pub(super) fn spawn(mut command: Command, keeper: &'a Keeper) -> io::Result<Self> {
+        let group = match &keeper.terminal {
+            Some(terminal) => Group::Shared(terminal.job),
+            None => Group::Own,
+        };
+        command.process_group(match group {
+            Group::Shared(job) => job.as_raw_nonzero().get(),
+            Group::Own => 0,
+        });
+        prepare(&mut command, keeper);
+        // Dropping it neither ends nor reaps the process.
+        let leader = Pid::from_child(&command.spawn()?);
         Ok(Self {
-            process,
-            group,
-            terminal,
-            deadline: None,
-            killed: false,
+            tree: Tree::new(leader, group),
+            keeper,
+            ended: None,
+            ending: None,
+            is_lost: false,
         })
     }
 
     /// Passes signals on, ends the command if the lock is lost, and returns when the command is gone.
-    pub(super) async fn outlive(
-        mut self,
-        guard: &LockGuard,
-        signals: &mut Signals,
-        grace: Duration,
-    ) -> anyhow::Result<Outcome> {
+    pub(super) async fn outlive(mut self, guard: &LockGuard, orders: &mut Orders, grace: Duration) -> Outcome {
         let mut lost = pin!(guard.lost());
-        let mut is_lost = false;
-        let status = loop {
-            let deadline = self.deadline;
+        let code = loop {
+            if let Some(code) = self.look() {
+                break code;
+            }
+            let next = self.ending.as_ref().map(|ending| ending.next);
             tokio::select! {
                 biased;
-                status = self.process.wait() => break status.context("the command can't be waited for")?,
-                reason = &mut lost, if !is_lost => {
-                    is_lost = true;
+                reason = &mut lost, if !self.is_lost => {
+                    self.is_lost = true;
                     output::complain(format_args!(
-                        "lock {:?} (token {}) was lost: {reason}; the command is ended", guard.key(), guard.token()
+                        "lock {:?} (token {}) was lost: {reason}; ending the command", guard.key(), guard.token()
                     ));
+                    // What could not be ended runs without the lock now.
+                    if let Some(ending) = &mut self.ending {
+                        ending.is_reported = false;
+                    }
                     self.end(Signal::TERM, grace);
                 }
-                signal = signals.next() => self.pass_on(signal, grace),
-                () = until(deadline), if !self.killed => self.kill(),
+                order = orders.next() => self.obey(order, grace),
+                () = until(next) => {}
             }
         };
-        self.terminal.take_back();
-        self.end_the_rest().await;
-        Ok(if is_lost {
+        if let Some(terminal) = &self.keeper.terminal {
+            terminal.take_back(|foreground| self.tree.is_in(foreground));
+        }
+        if self.is_lost {
             Outcome::Lost
         } else {
-            Outcome::Ended(code(status))
-        })
-    }
-
-    fn pass_on(&mut self, signal: Signal, grace: Duration) {
-        match signal {
-            Signal::TERM | Signal::INT | Signal::HUP => self.end(signal, grace),
-            Signal::CHILD => self.stop_with_it(),
-            Signal::CONT => {
-                self.terminal.lend_again(self.group);
-                self.signal(Signal::CONT);
-            }
-            other => self.signal(other),
+            Outcome::Ended(code)
         }
     }
 
-    /// Asks the group to end, and starts the grace unless it runs.
+    fn obey(&mut self, order: Order, grace: Duration) {
+        match order {
+            // Seen to by the look that follows.
+            Order::Child => {}
+            Order::End => {
+                tracing::warn!("the tool was killed; killing the command");
+                self.end(Signal::KILL, Duration::ZERO);
+            }
+            Order::Signal(signal @ (Signal::TERM | Signal::HUP), _)
+            | Order::Signal(signal @ Signal::INT, Sender::Process) => self.end(signal, grace),
+            Order::Signal(signal, Sender::Process) => self.tree.signal_group(signal),
+            Order::Signal(signal, Sender::Kernel) => {
+                tracing::trace!(?signal, "the terminal has sent it to the command, too");
+            }
+        }
+    }
+
+    /// Does what is due, and returns the exit code once the command is done with.
+    fn look(&mut self) -> Option<u8> {
+        let reaped = self.tree.reap();
+        self.ended = self.ended.or(reaped.ended.map(code));
+        if reaped.is_gone && self.ended.is_none() {
+            tracing::error!("the exit code of the command was lost");
+            self.ended = Some(exit::SYSTEM);
+        }
+        if let Some(signal) = reaped.stopped {
+            self.stop_with_it(signal);
+        }
+        let Some(ending) = &mut self.ending else {
+            return self.ended;
+        };
+        if reaped.is_gone {
+            return self.ended;
+        }
+        let now = Instant::now();
+        if now < ending.next {
+            return None;
+        }
+        if now < ending.deadline {
+            ending.next = ending.deadline;
+            return None;
+        }
+        let killed_for = now - *ending.killed.get_or_insert(now);
+        let has_failed = killed_for >= KILLED_FOR_MAX;
+        ending.next = now
+            + if has_failed {
+                LOOK_AT_WHAT_STAYS
+            } else {
+                LOOK_AT_THE_KILLED
+            };
+        let refused = self.tree.signal_all(Signal::KILL);
+        self.report(&refused, "runs as another user and can't be signalled");
+        if !has_failed {
+            return None;
+        }
+        self.report(&self.tree.processes(), "was killed, but has not ended");
+        // There is no lock to keep for what stays.
+        self.ended.filter(|_| self.is_lost)
+    }
+
+    /// Asks all of the command to end, and starts the grace unless it runs.
     fn end(&mut self, signal: Signal, grace: Duration) {
-        adopt_orphans();
-        self.signal(signal);
+        let now = Instant::now();
+        let ending = self.ending.get_or_insert(Ending {
+            deadline: now + grace,
+            next: now + grace,
+            killed: None,
+            is_reported: false,
+        });
+        if signal == Signal::KILL {
+            (ending.deadline, ending.next) = (now, now);
+            return;
+        }
+        let refused = self.tree.signal_all(signal);
         // What is stopped can't act on it.
-        self.signal(Signal::CONT);
-        self.deadline.get_or_insert_with(|| Instant::now() + grace);
+        self.tree.signal_all(Signal::CONT);
+        self.report(&refused, "runs as another user and can't be signalled");
     }
 
-    /// Where job control stopped the command, stops the tool, too, so that the shell that has started it goes on.
-    /// Nothing renews the lease meanwhile: it may be lost when both are continued.
-    ///
-    /// A command that was stopped by other means, by a debugger for example, keeps the lock.
-    fn stop_with_it(&mut self) {
-        let options = WaitIdOptions::STOPPED | WaitIdOptions::NOHANG;
-        let Ok(Some(status)) = waitid(WaitId::Pid(self.group), options) else {
+    /// Reports processes that do not end, once.
+    fn report(&mut self, processes: &[Process], why: &str) {
+        let Some(ending) = self.ending.as_mut().filter(|ending| !ending.is_reported) else {
             return;
         };
-        let job_control = [Signal::TSTP, Signal::TTIN, Signal::TTOU].map(Signal::as_raw);
-        let Some(signal) = status.stopping_signal().filter(|signal| job_control.contains(signal)) else {
+        if processes.is_empty() {
             return;
-        };
-        if getsid(None) == Ok(getpid()) {
-            // The tool leads its session, so there is no shell to continue it.
-            if signal == Signal::TSTP.as_raw() {
-                self.signal(Signal::CONT);
-            }
-        } else if self.terminal.is_lent() {
-            self.terminal.take_back();
-            // The terminal told the command's group only, not the script that may have started the tool.
-            kill_current_process_group(Signal::STOP).ok();
+        }
+        ending.is_reported = true;
+        let what_now = if self.is_lost {
+            "it runs on without the lock"
         } else {
-            stop_this_process();
-        }
-    }
-
-    /// Waits until what was asked to end is gone, and kills it at the deadline. Nothing tells of the end of processes
-    /// that are not the tool's children, so it has to look.
-    async fn end_the_rest(&mut self) {
-        let Some(deadline) = self.deadline else {
-            return;
+            "the lock is kept until it has ended"
         };
-        let give_up = deadline.max(Instant::now()) + KILLED_FOR_MAX;
-        loop {
-            // Adopted orphans count until they are reaped.
-            while let Ok(Some(_)) = waitpgid(self.group, WaitOptions::NOHANG) {}
-            if test_kill_process_group(self.group).is_err() {
-                return;
-            }
-            let now = Instant::now();
-            if now >= deadline && !self.killed {
-                self.kill();
-            }
-            if now >= give_up {
-                tracing::warn!(group = %self.group, "processes of the command can't be killed; the lock is given back");
-                return;
-            }
-            sleep(LOOK_AT_THE_REST).await;
+        let list = tree::list(processes);
+        output::complain(format_args!("{list} of the command {why}; {what_now}"));
+    }
+
+    /// If job control stopped the command, stops the front, too, so that the shell that has started it continues. The
+    /// lock is kept meanwhile.
+    fn stop_with_it(&mut self, signal: i32) {
+        let job_control = [Signal::TSTP, Signal::TTIN, Signal::TTOU].map(Signal::as_raw);
+        if !job_control.contains(&signal) {
+            // A debugger, for example, stops the command alone.
+            return;
         }
-    }
-
-    fn kill(&mut self) {
-        self.killed = true;
-        self.signal(Signal::KILL);
-    }
-
-    fn signal(&self, signal: Signal) {
-        if let Err(error) = kill_process_group(self.group, signal) {
-            tracing::debug!(?signal, %error, "the command's process group could not be signalled");
+        let front = self.keeper.front;
+        if leads_our_session(front) {
+            // The front leads its session, so there is no shell to continue it.
+            if signal == Signal::TSTP.as_raw() {
+                self.tree.signal_group(Signal::CONT);
+            }
+            return;
+        }
+        kill_process(front, Signal::STOP).ok();
+        // Both may have been continued in between, the front before it was stopped.
+        if !self.tree.is_stopped() {
+            kill_process(front, Signal::CONT).ok();
         }
     }
 }
 
-const LOOK_AT_THE_REST: Duration = Duration::from_millis(10);
+const LOOK_AT_THE_KILLED: Duration = Duration::from_millis(20);
+const LOOK_AT_WHAT_STAYS: Duration = Duration::from_secs(1);
 
-/// How long processes that were killed may take to be gone. One that waits for a device may take for ever.
+/// How long processes that were killed may take to be gone before it is reported. One that waits for a device may take
+/// for ever.
 const KILLED_FOR_MAX: Duration = Duration::from_secs(1);
 
-async fn until(deadline: Option<Instant>) {
-    match deadline {
-        Some(deadline) => sleep_until(deadline).await,
+async fn until(time: Option<Instant>) {
+    match time {
+        Some(time) => sleep_until(time).await,
         None => std::future::pending().await,
     }
 }
 
 /// The exit code of the tool for the end of the command.
-fn code(status: ExitStatus) -> u8 {
-    match (status.code(), status.signal()) {
+fn code(status: WaitStatus) -> u8 {
+    match (status.exit_status(), status.terminating_signal()) {
         (Some(code), _) => code as u8,
         (None, Some(signal)) => exit::by_signal(signal),
         (None, None) => exit::SYSTEM,
     }
 }
 
-/// The tool's end where the command could not be started, with the codes of shells.
+/// The tool's end if the command could not be started, with the codes of shells.
 pub(super) fn spawn_failure(program: &OsStr, error: io::Error) -> Failure {
     let (code, what) = match error.kind() {
         io::ErrorKind::NotFound => (exit::NOT_FOUND, "was not found"),
@@ -223,37 +276,40 @@ pub(super) fn spawn_failure(program: &OsStr, error: io::Error) -> Failure {
     Failure::new(code, anyhow!(error).context(format!("the command {program:?} {what}")))
 }
 
-/// Makes orphans of the command children of the tool from now on. They count as members of their group until their
-/// parent reaps them, and in many containers the first process, which would be that parent, never does.
-#[cfg(target_os = "linux")]
-fn adopt_orphans() {
-    // Without it, the worst is that the end of the command takes the whole grace.
-    rustix::process::set_child_subreaper(Some(getpid())).ok();
-}
-
-#[cfg(not(target_os = "linux"))]
-fn adopt_orphans() {}
-
-#[cfg(target_os = "linux")]
-fn die_with_this_process(command: &mut Command) {
-    use rustix::process::{getppid, set_parent_process_death_signal};
-
+/// Gives the command the dispositions of signals that the tool was started with, and ties it to this process.
+fn prepare(command: &mut Command, keeper: &Keeper) {
+    let ignored_pipe = disposition::is_ignored(Signal::PIPE);
+    let ignored_ttou = keeper.ignored_ttou;
     let parent = getpid();
-    let tie = move || {
-        set_parent_process_death_signal(Some(Signal::KILL))?;
-        // The tool may have been killed just before; then no signal would ever come.
-        if getppid() == Some(parent) {
-            Ok(())
-        } else {
-            Err(io::ErrorKind::BrokenPipe.into())
+    let prepare = move || {
+        // The standard library has just set it to the default.
+        if ignored_pipe {
+            disposition::ignore(Signal::PIPE);
         }
+        if !ignored_ttou {
+            disposition::set_default(Signal::TTOU);
+        }
+        die_with(parent)
     };
     #[expect(unsafe_code, reason = "only the child itself can ask for its parent's death signal")]
-    // SAFETY: between fork and exec the closure makes two system calls; it neither allocates nor locks.
+    // SAFETY: between fork and exec the closure makes a few system calls; it neither allocates nor locks.
     unsafe {
-        command.pre_exec(tie);
+        command.pre_exec(prepare);
+    }
+}
+
+#[cfg(target_os = "linux")]
+fn die_with(parent: Pid) -> io::Result<()> {
+    rustix::process::set_parent_process_death_signal(Some(Signal::KILL))?;
+    // The parent may have been killed just before; then no signal would ever come.
+    if rustix::process::getppid() == Some(parent) {
+        Ok(())
+    } else {
+        Err(io::ErrorKind::BrokenPipe.into())
     }
 }
 
 #[cfg(not(target_os = "linux"))]
-fn die_with_this_process(_command: &mut Command) {}
+fn die_with(_parent: Pid) -> io::Result<()> {
+    Ok(())
+}

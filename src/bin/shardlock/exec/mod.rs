@@ -1,10 +1,14 @@
 //! `shardlock exec`: a command that runs under a lock.
 
 mod child;
+mod front;
+mod orders;
 mod signals;
 mod terminal;
+mod tree;
 
 use std::ffi::{OsStr, OsString};
+use std::process::Command;
 use std::time::Duration;
 
 use anyhow::anyhow;
@@ -13,17 +17,27 @@ use shardlock::{Builder, Config, LockError, LockGuard, LockKey, LockManager};
 use crate::exit::{self, Failure};
 use crate::{metrics, output, shards};
 use child::{Child, Outcome};
-use signals::Signals;
+use front::{Keeper, Side};
+use orders::Orders;
 
 /// Run a command while holding a lock
 ///
-/// Waits for the lock, runs the command, and gives the lock back when the command is gone. The command has standard
-/// input, output and error of the tool and a process group of its own. It finds the lock in its environment: LOCK_KEY,
-/// LOCK_TOKEN (the fencing token, larger for every later holder) and LOCK_OWNER.
+/// Waits for the lock, runs the command, and releases the lock when the command is gone. The command has standard
+/// input, output and error of the tool. It finds the lock in its environment: LOCK_KEY, LOCK_TOKEN (the fencing token,
+/// larger for every later holder) and LOCK_OWNER.
 ///
-/// Signals that the tool gets reach the whole process group. TERM, INT and HUP are followed by KILL after --kill-after.
-/// The same is done when the lock is lost while the command runs. What the command leaves running in the background
-/// when it ends by itself runs on without the lock.
+/// Signals that the tool gets are passed on to the command's process group. TERM, INT and HUP reach all processes that
+/// the command has started, and are followed by KILL for those that are left after --kill-after. The same is done when
+/// the lock is lost while the command runs. What the command leaves running in the background when it ends by itself
+/// runs on without the lock.
+///
+/// If the tool is killed, all of them are killed at once and the lock is released when they are gone (on Linux). A
+/// second process of the tool, lock-keeper, sees to that. It can't signal processes that run as another user, such as
+/// those of sudo, unless it runs as root: it reports that and keeps the lock until they have ended. What a daemon runs on
+/// the command's behalf (docker run, systemd-run) is not among its processes.
+///
+/// The command is part of the tool's job in a terminal: it reads from it, ^C and ^Z reach it, and it keeps the lock while
+/// it is stopped. Without a terminal it has a process group of its own.
 #[derive(Debug, clap::Args)]
 #[command(
     override_usage = "shardlock exec [OPTIONS] <KEY> [--] <COMMAND> [ARGUMENTS]...",
@@ -88,7 +102,7 @@ Exit codes:
    69  a shard can't be reached, or refused
    71  the operating system refused something
    78  the environment, the configuration file or the shard map is wrong
-  117  the lock was lost before the command was done; the command was ended
+  117  the lock was lost before the command was done; the command was asked to end
   126  the command can't be executed
   127  the command was not found
 128+N  signal N came while the tool waited for the lock";
@@ -148,17 +162,27 @@ impl Args {
     }
 }
 
-pub(crate) async fn run(args: Args) -> Result<u8, Failure> {
-    let (key, program, arguments) = args.words()?;
+/// To be called while the process has one thread.
+pub(crate) fn run(args: Args) -> Result<u8, Failure> {
+    // What is wrong with these is reported by the process that the caller has started.
+    args.words()?;
     let config = args.config()?;
+    match front::split().map_err(Failure::system)? {
+        Side::Front(mut front) => front.run(),
+        Side::Keeper(keeper) => crate::on_this_thread(keep(args, config, keeper)),
+    }
+}
+
+async fn keep(args: Args, config: Config, keeper: Keeper) -> Result<u8, Failure> {
+    let (key, program, arguments) = args.words()?;
     // From here on no signal ends the tool before it has cleaned up.
-    let mut signals = Signals::listen().map_err(Failure::system)?;
+    let mut orders = Orders::listen(&keeper).map_err(Failure::system)?;
     let unserved = |error: anyhow::Error| Failure::new(exit::UNAVAILABLE, error);
     let admin = args.metrics.bind().map_err(unserved)?;
 
     let locks = tokio::select! {
         connected = Builder::new().config(config).connect() => connected?,
-        signal = signals.ending() => return Ok(exit::by_signal(signal.as_raw())),
+        code = orders.ending() => return Ok(code),
     };
     let serving = admin.map(|admin| admin.serve(&locks)).transpose();
     // Until the end.
@@ -166,12 +190,12 @@ pub(crate) async fn run(args: Args) -> Result<u8, Failure> {
     // Dropping the request gives the place in the queue up; the shutdown waits until the server has said so.
     let obtained = tokio::select! {
         obtained = obtain(&locks, &key, args.nonblock) => obtained.map_err(Failure::from),
-        signal = signals.ending() => Ok(Obtained::Interrupted(exit::by_signal(signal.as_raw()))),
+        code = orders.ending() => Ok(Obtained::Interrupted(code)),
     };
     let code = match obtained {
         Ok(Obtained::Lock(guard)) => {
             let child = command(program, arguments, &guard);
-            under_lock(guard, child, program, &mut signals, args.kill_after).await
+            under_lock(guard, child, program, &keeper, &mut orders, args.kill_after).await
         }
         Ok(Obtained::Not(reason)) => {
             if !args.quiet {
@@ -210,8 +234,8 @@ async fn obtain(locks: &LockManager, key: &LockKey, only_try: bool) -> Result<Ob
 }
 
 /// The command, with the lock in its environment. Under a lock within a lock, the inner one is seen.
-fn command(program: &OsStr, arguments: &[OsString], guard: &LockGuard) -> tokio::process::Command {
-    let mut command = tokio::process::Command::new(program);
+fn command(program: &OsStr, arguments: &[OsString], guard: &LockGuard) -> Command {
+    let mut command = Command::new(program);
     command
         .args(arguments)
         .env("LOCK_KEY", guard.key())
@@ -224,15 +248,16 @@ fn command(program: &OsStr, arguments: &[OsString], guard: &LockGuard) -> tokio:
 /// Runs the command and then, when it is gone, gives the lock back.
 async fn under_lock(
     guard: LockGuard,
-    command: tokio::process::Command,
+    command: Command,
     program: &OsStr,
-    signals: &mut Signals,
+    keeper: &Keeper,
+    orders: &mut Orders,
     grace: Duration,
 ) -> Result<u8, Failure> {
     let key = guard.key().to_owned();
     let outcome = if guard.is_valid() {
-        match Child::spawn(command) {
-            Ok(child) => child.outlive(&guard, signals, grace).await.map_err(Failure::system),
+        match Child::spawn(command, keeper) {
+            Ok(child) => Ok(child.outlive(&guard, orders, grace).await),
             Err(error) => Err(child::spawn_failure(program, error)),
         }
     } else {

@@ -1,15 +1,12 @@
 //! The signals that reach the tool.
 
-use std::future::poll_fn;
 use std::io;
-use std::task::Poll;
+use std::mem::MaybeUninit;
 
-use anyhow::Context;
 use rustix::process::{Signal, getpid, kill_process};
-use tokio::signal::unix::{self, SignalKind};
 
-/// All that are told to the command, and CHILD, which says that the command stopped or ended.
-const HEARD: [Signal; 10] = [
+/// All that are passed on to the command, and CHILD, which reports that a child stopped or ended.
+pub(super) const FORWARDED: [Signal; 10] = [
     Signal::TERM,
     Signal::INT,
     Signal::HUP,
@@ -22,64 +19,103 @@ const HEARD: [Signal; 10] = [
     Signal::CHILD,
 ];
 
-/// Listens to signals, from its making on: none that comes later is missed.
-pub(super) struct Signals {
-    streams: Vec<(Signal, unix::Signal)>,
+/// Where a signal comes from.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(super) enum Sender {
+    /// The kernel, for the terminal: a key was pressed, the window changed, the line was closed. It sends the same
+    /// signal to every process of the job.
+    Kernel,
+    /// A process. It may have sent it to this process alone.
+    Process,
 }
 
-impl Signals {
-    pub(super) fn listen() -> anyhow::Result<Self> {
-        let ignored = ignored();
-        let streams = HEARD
-            .into_iter()
-            // What was ignored when the tool was started, by nohup(1) for example, stays so for it and the command.
-            .filter(|&signal| signal == Signal::CHILD || ignored & (1 << (signal.as_raw() - 1)) == 0)
-            .map(|signal| Ok((signal, unix::signal(SignalKind::from_raw(signal.as_raw()))?)))
-            .collect::<io::Result<_>>()
-            .context("signals can't be listened to")?;
-        Ok(Self { streams })
+/// Signals that this thread fetches one by one.
+pub(super) struct Blocked {
+    blocked: libc::sigset_t,
+    before: libc::sigset_t,
+}
+
+impl Blocked {
+    /// Blocks them.
+    pub(super) fn block(signals: impl Iterator<Item = Signal>) -> io::Result<Self> {
+        let (mut blocked, mut before) = (MaybeUninit::uninit(), MaybeUninit::uninit());
+        #[expect(unsafe_code, reason = "no safe interface blocks signals")]
+        // SAFETY: both sets are written before they are read: the first by `sigemptyset`, the second if 0 is returned.
+        unsafe {
+            libc::sigemptyset(blocked.as_mut_ptr());
+            for signal in signals {
+                libc::sigaddset(blocked.as_mut_ptr(), signal.as_raw());
+            }
+            let error = libc::pthread_sigmask(libc::SIG_BLOCK, blocked.as_ptr(), before.as_mut_ptr());
+            if error != 0 {
+                return Err(io::Error::from_raw_os_error(error));
+            }
+            Ok(Self {
+                blocked: blocked.assume_init(),
+                before: before.assume_init(),
+            })
+        }
     }
 
-    /// The next signal.
-    ///
-    /// # Cancel safety
-    ///
-    /// None is lost if it is dropped.
-    pub(super) async fn next(&mut self) -> Signal {
-        poll_fn(|cx| {
-            let came = |(signal, stream): &mut (Signal, unix::Signal)| {
-                matches!(stream.poll_recv(cx), Poll::Ready(Some(()))).then_some(*signal)
-            };
-            self.streams
-                .iter_mut()
-                .find_map(came)
-                .map_or(Poll::Pending, Poll::Ready)
-        })
-        .await
+    /// Blocks what was blocked before, and nothing else.
+    pub(super) fn unblock(&self) -> io::Result<()> {
+        #[expect(unsafe_code, reason = "no safe interface unblocks signals")]
+        // SAFETY: the set was filled in by the kernel.
+        let error = unsafe { libc::pthread_sigmask(libc::SIG_SETMASK, &raw const self.before, std::ptr::null_mut()) };
+        if error == 0 {
+            Ok(())
+        } else {
+            Err(io::Error::from_raw_os_error(error))
+        }
     }
 
-    /// The next signal that asks the tool to end, while there is no command to tell it to.
-    pub(super) async fn ending(&mut self) -> Signal {
+    /// Waits for the next of the signals.
+    #[cfg(target_os = "linux")]
+    pub(super) fn next(&self) -> io::Result<(Signal, Sender)> {
         loop {
-            match self.next().await {
-                signal @ (Signal::TERM | Signal::INT | Signal::HUP | Signal::QUIT) => return signal,
-                Signal::TSTP => stop_this_process(),
-                signal => tracing::debug!(?signal, "there is no command yet to forward a signal to"),
+            let mut info = MaybeUninit::<libc::siginfo_t>::uninit();
+            #[expect(unsafe_code, reason = "no safe interface waits for signals")]
+            // SAFETY: the kernel fills in what it is given if it returns a signal.
+            let (number, code) = unsafe {
+                match libc::sigwaitinfo(&raw const self.blocked, info.as_mut_ptr()) {
+                    -1 => (-1, 0),
+                    number => (number, info.assume_init().si_code),
+                }
+            };
+            if number == -1 {
+                let error = io::Error::last_os_error();
+                // A debugger or a stop ends the wait.
+                if error.kind() != io::ErrorKind::Interrupted {
+                    return Err(error);
+                }
+            } else if let Some(signal) = Signal::from_named_raw(number) {
+                // Codes of processes are 0 or less.
+                let sender = if code > 0 { Sender::Kernel } else { Sender::Process };
+                return Ok((signal, sender));
+            }
+        }
+    }
+
+    /// Waits for the next of the signals. The system does not tell where it comes from.
+    #[cfg(not(target_os = "linux"))]
+    pub(super) fn next(&self) -> io::Result<(Signal, Sender)> {
+        loop {
+            let mut number = 0;
+            #[expect(unsafe_code, reason = "no safe interface waits for signals")]
+            // SAFETY: both are places of this function and this value.
+            let error = unsafe { libc::sigwait(&raw const self.blocked, &raw mut number) };
+            if error != 0 {
+                return Err(io::Error::from_raw_os_error(error));
+            }
+            if let Some(signal) = Signal::from_named_raw(number) {
+                return Ok((signal, Sender::Process));
             }
         }
     }
 }
 
-/// Does what TSTP would do if it were not listened to. Returns when the process was continued.
+/// Stops this process. Returns when it was continued.
 pub(super) fn stop_this_process() {
     // A process can always stop itself.
     kill_process(getpid(), Signal::STOP).ok();
-}
-
-/// The signals that are ignored, as a bit mask. Where the system does not tell, none is.
-fn ignored() -> u64 {
-    let status = std::fs::read_to_string("/proc/self/status").unwrap_or_default();
-    let mask = status.lines().find_map(|line| line.strip_prefix("SigIgn:"));
-    mask.and_then(|mask| u64::from_str_radix(mask.trim(), 16).ok())
-        .unwrap_or(0)
 }

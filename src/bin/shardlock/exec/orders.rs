@@ -1,0 +1,131 @@
+//! What the front tells the keeper: the signals that it got, a byte for each; and, by the end of the pipe, its own end.
+
+use std::os::fd::OwnedFd;
+
+use anyhow::Context;
+use rustix::process::{Pid, Signal};
+use tokio::io::AsyncReadExt;
+use tokio::net::unix::pipe::Receiver;
+use tokio::signal::unix::{self, SignalKind};
+
+use super::front::Keeper;
+use super::signals::{FORWARDED, Sender, stop_this_process};
+use super::terminal::leads_our_session;
+use crate::disposition;
+use crate::exit;
+
+/// What the keeper has to react to.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(super) enum Order {
+    /// The front got a signal.
+    Signal(Signal, Sender),
+    /// The front was killed.
+    End,
+    /// A child of the keeper ended or stopped.
+    Child,
+}
+
+/// The orders, from its making on: none that comes later is missed.
+pub(super) struct Orders {
+    pipe: Receiver,
+    has_ended: bool,
+    front: Pid,
+    children: unix::Signal,
+    /// Signals to the keeper itself have no effect: those to the front are the ones that count.
+    _unheard: Vec<unix::Signal>,
+}
+
+impl Orders {
+    pub(super) fn listen(keeper: &Keeper) -> anyhow::Result<Self> {
+        let pipe = keeper.orders.try_clone().context("the pipe can't be cloned")?;
+        let listen = |signal: Signal| unix::signal(SignalKind::from_raw(signal.as_raw()));
+        let unheard = FORWARDED
+            .into_iter()
+            // A handler would make what is ignored the default for the command.
+            .filter(|&signal| signal != Signal::CHILD && !disposition::is_ignored(signal));
+        Ok(Self {
+            pipe: Receiver::from_owned_fd(OwnedFd::from(pipe)).context("the pipe can't be read")?,
+            has_ended: false,
+            front: keeper.front,
+            children: listen(Signal::CHILD).context("signals can't be listened to")?,
+            _unheard: unheard
+                .map(listen)
+                .collect::<Result<_, _>>()
+                .context("signals can't be listened to")?,
+        })
+    }
+
+    /// The next order. After [`Order::End`] there is none but [`Order::Child`].
+    ///
+    /// # Cancel safety
+    ///
+    /// None is lost if it is dropped.
+    pub(super) async fn next(&mut self) -> Order {
+        loop {
+            let mut byte = [0];
+            tokio::select! {
+                _ = self.children.recv() => return Order::Child,
+                read = self.pipe.read(&mut byte), if !self.has_ended => match read {
+                    Ok(1) => match decode(byte[0]) {
+                        Some(order) => return order,
+                        None => tracing::debug!(byte = byte[0], "an order is not understood"),
+                    },
+                    // An error is no better than the end.
+                    _ => {
+                        self.has_ended = true;
+                        return Order::End;
+                    }
+                }
+            }
+        }
+    }
+
+    /// The exit code for the next order that asks the tool to end, while there is no command to pass signals on to.
+    pub(super) async fn ending(&mut self) -> u8 {
+        loop {
+            match self.next().await {
+                Order::Signal(signal @ (Signal::TERM | Signal::INT | Signal::HUP | Signal::QUIT), _) => {
+                    return exit::by_signal(signal.as_raw());
+                }
+                Order::End => return exit::by_signal(Signal::KILL.as_raw()),
+                // The front stops with this process. It has nobody to continue it if it leads its session.
+                Order::Signal(Signal::TSTP, _) if !leads_our_session(self.front) => stop_this_process(),
+                order => tracing::debug!(?order, "there is no command yet to pass it on to"),
+            }
+        }
+    }
+}
+
+const FROM_KERNEL: u8 = 0x80;
+
+/// The byte for a signal. Numbers of signals are below 128.
+pub(super) fn encode(signal: Signal, sender: Sender) -> u8 {
+    let from = match sender {
+        Sender::Kernel => FROM_KERNEL,
+        Sender::Process => 0,
+    };
+    signal.as_raw() as u8 | from
+}
+
+fn decode(byte: u8) -> Option<Order> {
+    let sender = if byte & FROM_KERNEL == 0 {
+        Sender::Process
+    } else {
+        Sender::Kernel
+    };
+    Signal::from_named_raw(i32::from(byte & !FROM_KERNEL)).map(|signal| Order::Signal(signal, sender))
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn each_forwarded_signal_comes_through_with_its_sender() {
+        for signal in FORWARDED {
+            for sender in [Sender::Kernel, Sender::Process] {
+                assert_eq!(decode(encode(signal, sender)), Some(Order::Signal(signal, sender)));
+            }
+        }
+    }
+}
