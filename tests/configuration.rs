@@ -150,7 +150,7 @@ fn an_error_in_the_environment_names_the_variable() {
         refusal("SHARDLOCK_TTL", "1ms"),
         "SHARDLOCK_TTL is 1ms, but must be from 50ms to 1d"
     );
-    assert!(refusal("SHARDLOCK_TTL", "").starts_with("SHARDLOCK_TTL is \"\", but must be a duration"));
+    assert!(refusal("SHARDLOCK_TTL", "soon").starts_with("SHARDLOCK_TTL is \"soon\", but must be a duration"));
     let url = refusal("SHARDLOCK_SHARDS", "memory://, redis://:s3cret@host:x");
     assert!(
         url.starts_with("SHARDLOCK_SHARDS[1].url is redis://:***@host:***, but must be "),
@@ -159,7 +159,45 @@ fn an_error_in_the_environment_names_the_variable() {
     let unknown = refusal("SHARDLOCK_TLL", "10s");
     let expected = "environment variable is \"SHARDLOCK_TLL\", but must be one of SHARDLOCK_SHARDS, ";
     assert!(unknown.starts_with(expected), "{unknown}");
-    assert!(refusal("SHARDLOCK_ttl", "10s").contains("must be one of"));
+    assert!(unknown.ends_with("; did you mean SHARDLOCK_TTL?"), "{unknown}");
+    assert!(refusal("SHARDLOCK_ttl", "10s").ends_with("; did you mean SHARDLOCK_TTL?"));
+    assert!(refusal("SHARDLOCK_METRIC", "127.0.0.1:1").ends_with("; did you mean SHARDLOCK_METRICS?"));
+    assert!(!refusal("SHARDLOCK_IMAGE_TAG", "1.2.3").contains("did you mean"));
+    // Almost as Kubernetes has it.
+    assert!(refusal("SHARDLOCK_PORT", "9187").contains("must be one of"));
+}
+
+#[test]
+fn variables_of_kubernetes_services_are_passed_over() {
+    let mut config = Config::default();
+    let services = [
+        ("SHARDLOCK_SERVICE_HOST", "10.96.0.12"),
+        ("SHARDLOCK_SERVICE_PORT", "9187"),
+        ("SHARDLOCK_SERVICE_PORT_METRICS", "9187"),
+        ("SHARDLOCK_PORT", "tcp://10.96.0.12:9187"),
+        ("SHARDLOCK_PORT_9187_TCP", "tcp://10.96.0.12:9187"),
+        ("SHARDLOCK_PORT_9187_TCP_ADDR", "10.96.0.12"),
+        ("SHARDLOCK_PORT_9187_TCP_PORT", "9187"),
+        ("SHARDLOCK_PORT_9187_TCP_PROTO", "tcp"),
+        ("SHARDLOCK_REDIS_SERVICE_HOST", "fd00::13"),
+        ("SHARDLOCK_REDIS_PORT", "tcp://[fd00::13]:6379"),
+    ];
+    let variables = services.map(|(name, value)| (name.to_owned(), value.to_owned()));
+    config
+        .apply_variables(variables.into_iter().chain([variable("ttl", "5s")]))
+        .unwrap();
+    let mut expected = Config::default();
+    expected.set("ttl", "5s").unwrap();
+    assert_eq!(config, expected);
+}
+
+#[test]
+fn variables_without_a_value_count_as_unset() {
+    let mut config = Config::default();
+    let names = Config::fields().map(|(name, _)| variable(name, ""));
+    let unknown = ("SHARDLOCK_TLL".to_owned(), String::new());
+    config.apply_variables(names.chain([unknown])).unwrap();
+    assert_eq!(config, Config::default());
 }
 
 #[test]

@@ -1,5 +1,7 @@
 //! Settings from the environment.
 
+use super::kubernetes::is_service_variable;
+use super::nearest::did_you_mean;
 use super::{Config, bounds};
 use crate::error::Invalid;
 
@@ -32,17 +34,20 @@ impl Config {
     /// with values as for [`Config::set`].
     ///
     /// `SHARDLOCK_CONFIG`, `SHARDLOCK_LOG`, `SHARDLOCK_METRICS`, `SHARDLOCK_REDIS_SERVER`, `SHARDLOCK_ETCD_SERVER`, `SHARDLOCK_PROMETHEUS` and
-    /// `SHARDLOCK_PYTHON` belong to the command-line tool and the tests, and are passed over.
+    /// `SHARDLOCK_PYTHON` belong to the command-line tool and the tests, and are passed over. So are variables without a
+    /// value, as in `SHARDLOCK_TTL=`, and those that Kubernetes adds for Services with such a name, as in
+    /// `SHARDLOCK_PORT=tcp://10.96.0.12:9187` or `SHARDLOCK_REDIS_SERVICE_HOST=10.96.0.13`.
     ///
     /// # Errors
     ///
     /// [`Invalid`], with the name of the variable, if a value can't be read or is outside its bounds, or if
-    /// another variable starts with `SHARDLOCK_`: it is most likely misspelt. Nothing has been changed then.
+    /// another variable starts with `SHARDLOCK_`: it is most likely misspelt, and the nearest known name is suggested.
+    /// Nothing has been changed then.
     pub fn apply_env(&mut self) -> Result<(), Invalid> {
         let mut variables = Vec::new();
         for (name, value) in std::env::vars_os() {
             let name = name.to_string_lossy();
-            if !name.starts_with(PREFIX) {
+            if !name.starts_with(PREFIX) || NOT_SETTINGS.contains(&&*name) {
                 continue;
             }
             let value = value
@@ -62,15 +67,22 @@ impl Config {
     pub fn apply_variables(&mut self, variables: impl IntoIterator<Item = (String, String)>) -> Result<(), Invalid> {
         let mut ours: Vec<_> = variables
             .into_iter()
-            .filter(|(name, _)| name.starts_with(PREFIX) && !NOT_SETTINGS.contains(&&**name))
+            .filter(|(name, value)| name.starts_with(PREFIX) && !NOT_SETTINGS.contains(&&**name) && !value.is_empty())
             .collect();
         // The environment has no order; with several mistakes, the same one is named each time.
         ours.sort();
         let mut changed = self.clone();
         for (variable, value) in &ours {
             let Some(name) = setting(variable) else {
+                if is_service_variable(variable, value) {
+                    continue;
+                }
                 let known: Vec<_> = Self::fields().map(|(name, _)| variable_of(name)).collect();
-                let bound = format!("one of {}, {}", known.join(", "), NOT_SETTINGS.join(", "));
+                let all = known.iter().map(String::as_str).chain(NOT_SETTINGS);
+                // What all have in common says nothing of how near they are.
+                let meant = did_you_mean(&variable[PREFIX.len()..], all.map(|name| &name[PREFIX.len()..]));
+                let meant = meant.replacen("mean ", &format!("mean {PREFIX}"), 1);
+                let bound = format!("one of {}, {}{meant}", known.join(", "), NOT_SETTINGS.join(", "));
                 return Err(Invalid::new("environment variable", bounds::echo(variable), bound));
             };
             changed.set(name, value).map_err(|invalid| {

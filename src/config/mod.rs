@@ -6,6 +6,8 @@ mod env;
 mod fields;
 #[cfg(feature = "file")]
 mod file;
+mod kubernetes;
+mod nearest;
 mod overrides;
 
 use std::fmt;
@@ -351,7 +353,8 @@ impl Config {
     pub fn set(&mut self, name: &str, value: &str) -> Result<(), Invalid> {
         let Some(field) = Field::named(name) else {
             let known: Vec<_> = FIELDS.iter().map(|field| field.name).collect();
-            let bound = format!("one of {}", known.join(", "));
+            let meant = nearest::did_you_mean(name, known.iter().copied());
+            let bound = format!("one of {}{meant}", known.join(", "));
             return Err(Invalid::new("setting", bounds::echo(name), bound));
         };
         self.change(|config| (field.set)(config, value).and_then(|()| (field.check)(config)))
@@ -595,6 +598,7 @@ mod tests {
         );
         let unknown = message("tll", "10s");
         assert!(unknown.starts_with("setting is \"tll\", but must be one of shards, namespace, ttl, "));
+        assert!(unknown.ends_with("; did you mean ttl?"), "{unknown}");
     }
 
     #[test]

@@ -1,0 +1,64 @@
+//! The name that was most likely meant by one that is unknown.
+
+/// Which of the known names is nearest to this one, if one is near enough to be meant. Case does not count.
+pub(super) fn nearest<'a>(name: &str, known: impl Iterator<Item = &'a str>) -> Option<&'a str> {
+    const CHARS_MAX: usize = 100;
+    let name: Vec<char> = name.to_lowercase().chars().take(CHARS_MAX).collect();
+    // A third of the letters may be wrong.
+    let distance_max = name.len().div_ceil(3).min(6);
+    known
+        .map(|known| {
+            (
+                distance(&name, &known.to_lowercase().chars().collect::<Vec<_>>()),
+                known,
+            )
+        })
+        .filter(|&(distance, _)| distance <= distance_max)
+        .min_by_key(|&(distance, _)| distance)
+        .map(|(_, known)| known)
+}
+
+/// How many letters have to be inserted, removed, replaced or swapped with the next to make one of the other.
+fn distance(a: &[char], b: &[char]) -> usize {
+    let mut rows: Vec<Vec<usize>> = vec![(0..=b.len()).collect()];
+    for i in 1..=a.len() {
+        let mut row = vec![i];
+        for j in 1..=b.len() {
+            let replaced = rows[i - 1][j - 1] + usize::from(a[i - 1] != b[j - 1]);
+            let mut least = replaced.min(rows[i - 1][j] + 1).min(row[j - 1] + 1);
+            if i > 1 && j > 1 && a[i - 1] == b[j - 2] && a[i - 2] == b[j - 1] {
+                least = least.min(rows[i - 2][j - 2] + 1);
+            }
+            row.push(least);
+        }
+        rows.push(row);
+    }
+    rows[a.len()][b.len()]
+}
+
+/// A sentence that names it, to end an error with.
+pub(super) fn did_you_mean<'a>(name: &str, known: impl Iterator<Item = &'a str>) -> String {
+    nearest(name, known).map_or_else(String::new, |nearest| format!("; did you mean {nearest}?"))
+}
+
+#[cfg(test)]
+mod tests {
+    use super::nearest;
+
+    #[test]
+    fn a_misspelt_name_has_a_nearest_one_and_a_strange_name_has_none() {
+        let known = ["ttl", "timeout", "max_hold", "max_keys", "shards"];
+        for (name, expected) in [
+            ("tll", Some("ttl")),
+            ("TTL", Some("ttl")),
+            ("tiemout", Some("timeout")),
+            ("shard", Some("shards")),
+            ("max-hold", Some("max_hold")),
+            ("maxkeys", Some("max_keys")),
+            ("image_tag", None),
+            ("", None),
+        ] {
+            assert_eq!(nearest(name, known.into_iter()), expected, "{name}");
+        }
+    }
+}
