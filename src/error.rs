@@ -13,7 +13,7 @@ use crate::fence::FencingToken;
 #[non_exhaustive]
 pub enum LockError {
     /// A value is outside its bounds. Nothing was sent. Fix the value.
-    #[error("{0}")]
+    #[error(transparent)]
     Invalid(#[from] Invalid),
 
     /// The wait limit of this request passed. The place in the queue has been given up; asking again joins at the end.

@@ -45,7 +45,7 @@ pub const DEFAULT_ADDRESS: SocketAddr = SocketAddr::V4(SocketAddrV4::new(Ipv4Add
 #[non_exhaustive]
 pub enum AdminError {
     /// The address can't be listened at. Give another one, or end what has it.
-    #[error("the admin endpoint can't listen at {address}: {source}; give it another address")]
+    #[error("the admin endpoint can't listen at {address}; give it another address")]
     Bind {
         /// The address.
         address: SocketAddr,
@@ -58,8 +58,8 @@ pub enum AdminError {
     )]
     RecorderTaken,
     /// The system gives no thread for it.
-    #[error("the admin endpoint has no thread: {0}")]
-    Thread(std::io::Error),
+    #[error("the admin endpoint has no thread")]
+    Thread(#[source] std::io::Error),
 }
 
 /// What renders the metrics, and what it needs now and then so that it does not grow.

@@ -22,7 +22,7 @@ mod support;
 
 use std::process::ExitCode;
 
-use anyhow::{Context, anyhow};
+use anyhow::Context;
 use clap::{Parser, Subcommand};
 use tracing_subscriber::filter::LevelFilter;
 
@@ -40,8 +40,10 @@ const ENVIRONMENT: &str = "\
 Environment:
   SHARDLOCK_<SETTING>  any setting of a configuration file, in upper case: SHARDLOCK_SHARDS, SHARDLOCK_TTL, ...
   SHARDLOCK_CONFIG     the configuration file
-  SHARDLOCK_METRICS    where to serve metrics, as with --metrics
+  SHARDLOCK_METRICS    where to serve metrics, as with --metrics; exec runs its command even if it can't
   SHARDLOCK_LOG        what to log on standard error: off, error, warn (the default), info, debug or trace
+
+A variable without a value counts as unset, and those that Kubernetes adds for Services are ignored.
 
 Flags override the environment, and the environment overrides the file.";
 
@@ -68,10 +70,11 @@ fn main() -> ExitCode {
             return if error.use_stderr() { exit::USAGE } else { exit::OK }.into();
         }
     };
-    match log_to_stderr(&cli.command).and_then(|()| run(cli.command)) {
+    log_to_stderr(&cli.command);
+    match run(cli.command) {
         Ok(code) => code.into(),
         Err(failure) => {
-            output::complain(format_args!("{:#}", failure.error));
+            output::complain(output::in_one_line(&failure.error));
             failure.code.into()
         }
     }
@@ -102,15 +105,18 @@ fn on_this_thread(command: impl Future<Output = Result<u8, Failure>>) -> Result<
         .block_on(command)
 }
 
-fn log_to_stderr(command: &Command) -> Result<(), Failure> {
-    let mut level = match std::env::var("SHARDLOCK_LOG") {
-        Ok(level) => level.parse().map_err(|_| {
-            Failure::config(anyhow!(
-                "SHARDLOCK_LOG is {level:?}, but must be one of off, error, warn, info, debug, trace"
-            ))
-        })?,
-        Err(_) => LevelFilter::WARN,
-    };
+fn log_to_stderr(command: &Command) {
+    let text = std::env::var_os("SHARDLOCK_LOG").filter(|text| !text.is_empty());
+    let mut level = text.map_or(LevelFilter::WARN, |text| {
+        let level = text.to_str().and_then(|text| text.parse().ok());
+        level.unwrap_or_else(|| {
+            // No reason to keep a command from running.
+            output::complain(format_args!(
+                "SHARDLOCK_LOG is {text:?}, but must be one of off, error, warn, info, debug, trace; logging warnings"
+            ));
+            LevelFilter::WARN
+        })
+    });
     if matches!(command, Command::Top(args) if args.owns_stderr()) {
         level = LevelFilter::OFF;
     }
@@ -120,7 +126,6 @@ fn log_to_stderr(command: &Command) -> Result<(), Failure> {
         // A standard error that is gone must not end the tool while it holds a lock.
         .log_internal_errors(false)
         .init();
-    Ok(())
 }
 
 #[cfg(test)]

@@ -89,3 +89,35 @@ mod tests {
         assert_eq!(serde_json::from_str::<serde_json::Value>(&line).unwrap(), value);
     }
 }
+
+/// An error with its causes in one line. What one of them repeats is left out.
+pub(crate) fn in_one_line(error: &anyhow::Error) -> String {
+    let mut line = String::new();
+    for cause in error.chain() {
+        let cause = cause.to_string();
+        if line.is_empty() {
+            line = cause;
+        } else if !line.contains(&cause) {
+            line = format!("{line}: {cause}");
+        }
+    }
+    line
+}
+
+#[cfg(test)]
+mod tests {
+    use anyhow::anyhow;
+
+    use super::in_one_line;
+
+    #[test]
+    fn a_cause_that_was_named_is_not_repeated() {
+        let error = anyhow!("connection refused")
+            .context("a:1 can't be reached: connection refused")
+            .context("no server");
+        assert_eq!(
+            in_one_line(&error),
+            "no server: a:1 can't be reached: connection refused"
+        );
+    }
+}
