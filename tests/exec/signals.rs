@@ -203,6 +203,22 @@ fn the_command_has_the_dispositions_that_the_tool_was_started_with() {
     }
 }
 
+#[test]
+fn a_load_keeps_ignored_what_was_ignored_at_the_start() {
+    let server = RedisServer::start();
+    let notes = Notes::new();
+    let script = "trap '' HUP; exec \"$0\" demo --seconds 30 --shard \"$SHARDLOCK_SHARDS\"";
+    let mut demo = Run::start(through_shell(&server, &notes, script));
+    wait_until("locks are waited for", PATIENCE, || {
+        server.keys().iter().any(|key| key.ends_with(":q"))
+    });
+    let status = fs::read_to_string(format!("/proc/{}/status", demo.pid())).unwrap();
+    let ignored = status.lines().find_map(|line| line.strip_prefix("SigIgn:")).unwrap();
+    assert_eq!(u64::from_str_radix(ignored.trim(), 16).unwrap() & 1, 1, "{status}");
+    demo.signal(Signal::TERM);
+    assert_eq!(demo.end().code, 143);
+}
+
 /// As beneath `nohup make test &`, or in the background of a script.
 #[test]
 fn tests_of_the_tool_pass_with_signals_ignored() {

@@ -1,13 +1,17 @@
 //! The signals that end a run early.
 
-use tokio::signal::unix::{Signal, SignalKind, signal};
+use std::future::poll_fn;
+use std::task::Poll;
 
-/// Listens from its making on, so that no signal kills the process before it could clear up.
-pub(crate) struct Signals {
-    hangup: Signal,
-    interrupt: Signal,
-    terminate: Signal,
-}
+use rustix::process::Signal;
+use tokio::signal::unix::{self, SignalKind};
+
+use crate::disposition;
+use crate::exit;
+
+/// Listens from its making on, so that no signal kills the process before it could clear up. What was ignored when the
+/// tool was started, by nohup(1) for example, stays so.
+pub(crate) struct Signals(Vec<(Caught, unix::Signal)>);
 
 /// A signal that came.
 #[derive(Debug, Clone, Copy)]
@@ -17,21 +21,32 @@ pub(crate) struct Caught {
     pub(crate) exit_code: u8,
 }
 
+const ENDING: [(Signal, &str); 3] = [
+    (Signal::HUP, "SIGHUP"),
+    (Signal::INT, "SIGINT"),
+    (Signal::TERM, "SIGTERM"),
+];
+
 impl Signals {
     pub(crate) fn listen() -> std::io::Result<Self> {
-        Ok(Self {
-            hangup: signal(SignalKind::hangup())?,
-            interrupt: signal(SignalKind::interrupt())?,
-            terminate: signal(SignalKind::terminate())?,
-        })
+        let listened_to = ENDING
+            .into_iter()
+            .filter(|&(signal, _)| !disposition::is_ignored(signal));
+        let listen = |(signal, name): (Signal, _)| {
+            let exit_code = exit::by_signal(signal.as_raw());
+            let stream = unix::signal(SignalKind::from_raw(signal.as_raw()))?;
+            Ok((Caught { name, exit_code }, stream))
+        };
+        listened_to.map(listen).collect::<std::io::Result<_>>().map(Self)
     }
 
     pub(crate) async fn next(&mut self) -> Caught {
-        let (name, exit_code) = tokio::select! {
-            _ = self.hangup.recv() => ("SIGHUP", 129),
-            _ = self.interrupt.recv() => ("SIGINT", 130),
-            _ = self.terminate.recv() => ("SIGTERM", 143),
-        };
-        Caught { name, exit_code }
+        poll_fn(|cx| {
+            let came = |(caught, stream): &mut (Caught, unix::Signal)| {
+                matches!(stream.poll_recv(cx), Poll::Ready(Some(()))).then_some(*caught)
+            };
+            self.0.iter_mut().find_map(came).map_or(Poll::Pending, Poll::Ready)
+        })
+        .await
     }
 }

@@ -1,5 +1,7 @@
 //! The view on a terminal: waits for keys, for what the sources say, for signals and for the next second, and draws.
 
+use std::future::poll_fn;
+use std::task::Poll;
 use std::time::{Duration, Instant};
 
 use anyhow::Context;
@@ -13,6 +15,7 @@ use super::keys::{self, Action};
 use super::model::Model;
 use super::screen::Screen;
 use super::source::Asking;
+use crate::disposition;
 use crate::exit::{self, Failure};
 
 /// How often to draw although nothing came, for the ages of what is stale.
@@ -60,33 +63,32 @@ fn draw(screen: &mut Screen, model: &mut Model, setting: Setting) -> anyhow::Res
     screen.draw(draw)
 }
 
-/// The signals that end a program.
-struct Signals([(Signal, i32); 4]);
+/// The signals that end a program, but for those that were ignored when it was started.
+struct Signals(Vec<(Signal, i32)>);
 
 impl Signals {
     fn listen() -> anyhow::Result<Self> {
-        let listen = |kind: SignalKind| {
-            let number = kind.as_raw_value();
-            signal(kind)
+        use rustix::process::Signal;
+
+        let ending = [Signal::TERM, Signal::INT, Signal::HUP, Signal::QUIT];
+        let listened_to = ending.into_iter().filter(|&signal| !disposition::is_ignored(signal));
+        let listen = |signal: Signal| {
+            let number = signal.as_raw();
+            self::signal(SignalKind::from_raw(number))
                 .map(|signal| (signal, number))
                 .context("signals can't be handled")
         };
-        Ok(Self([
-            listen(SignalKind::terminate())?,
-            listen(SignalKind::interrupt())?,
-            listen(SignalKind::hangup())?,
-            listen(SignalKind::quit())?,
-        ]))
+        listened_to.map(listen).collect::<anyhow::Result<_>>().map(Self)
     }
 
     /// The number of the next one.
     async fn next(&mut self) -> i32 {
-        let Self([(one, first), (two, second), (three, third), (four, fourth)]) = self;
-        tokio::select! {
-            _ = one.recv() => *first,
-            _ = two.recv() => *second,
-            _ = three.recv() => *third,
-            _ = four.recv() => *fourth,
-        }
+        poll_fn(|cx| {
+            let came = |(signal, number): &mut (Signal, i32)| {
+                matches!(signal.poll_recv(cx), Poll::Ready(Some(()))).then_some(*number)
+            };
+            self.0.iter_mut().find_map(came).map_or(Poll::Pending, Poll::Ready)
+        })
+        .await
     }
 }
