@@ -1,11 +1,11 @@
 //! Metrics while a command runs.
 
 use std::io::{Read, Write};
-use std::net::TcpStream;
+use std::net::{TcpListener, TcpStream};
 use std::process::Stdio;
 
 use crate::support::{PATIENCE, RedisServer, wait_until};
-use crate::tool::{Notes, Run, tool};
+use crate::tool::{Notes, Run, run, tool};
 
 #[test]
 fn metrics_are_served_at_the_address_that_is_told() {
@@ -44,7 +44,38 @@ fn a_command_does_not_inherit_the_address() {
     let server = RedisServer::start();
     let mut command = tool(&server, &["exec", "k", "sh", "-c", "echo \"<$SHARDLOCK_METRICS>\""]);
     command.env("SHARDLOCK_METRICS", "127.0.0.1:0");
-    assert_eq!(crate::tool::run(command).stdout, "<>\n");
+    assert_eq!(run(command).stdout, "<>\n");
+}
+
+/// Of the jobs of one machine, which share the environment, only the first one has the port.
+#[test]
+fn a_taken_address_of_the_environment_does_not_keep_the_command_from_running() {
+    let server = RedisServer::start();
+    let taken = TcpListener::bind("127.0.0.1:0").unwrap();
+    let taken = taken.local_addr().unwrap().to_string();
+    for address in [taken.as_str(), "metrics:9187", ":9187"] {
+        let mut command = tool(&server, &["exec", "k", "echo", "ran"]);
+        command.env("SHARDLOCK_METRICS", address);
+        let ended = run(command);
+        assert_eq!((ended.code, ended.stdout.as_str()), (0, "ran\n"), "{ended:?}");
+        assert!(ended.stderr.contains(address), "{ended:?}");
+        assert!(
+            ended.stderr.contains("continuing without metrics (SHARDLOCK_METRICS)"),
+            "{ended:?}"
+        );
+        assert_eq!(
+            ended.stderr.matches("in use").count(),
+            usize::from(address == taken),
+            "{ended:?}"
+        );
+    }
+    // What is asked for on the command line is there, or nothing is.
+    for (address, code) in [(taken.as_str(), 69), ("metrics:9187", 64)] {
+        let ended = run(tool(&server, &["exec", "--metrics", address, "k", "echo", "ran"]));
+        assert_eq!((ended.code, ended.stdout.as_str()), (code, ""), "{ended:?}");
+        assert!(ended.stderr.contains("--metrics"), "{ended:?}");
+        assert!(ended.stderr.matches("in use").count() <= 1, "{ended:?}");
+    }
 }
 
 fn get(address: &str, path: &str) -> String {

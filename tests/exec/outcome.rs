@@ -5,8 +5,8 @@ use std::io::Write;
 use std::os::unix::fs::PermissionsExt;
 use std::process::Stdio;
 
-use crate::support::RedisServer;
-use crate::tool::{Notes, Run, bare, is_held, run, tool};
+use crate::support::{PATIENCE, RedisServer, wait_until};
+use crate::tool::{Holder, Notes, Run, bare, is_held, run, tool};
 
 #[test]
 fn the_exit_code_of_the_command_comes_through() {
@@ -155,4 +155,85 @@ fn errors_before_the_command_have_codes_of_their_own() {
     assert_eq!(ended.code, 69, "{ended:?}");
     assert!(ended.stderr.contains(&server.address()), "{ended:?}");
     assert!(!ran.exists());
+}
+
+#[test]
+fn variables_without_a_value_count_as_unset() {
+    let server = RedisServer::start();
+    for name in [
+        "SHARDLOCK_METRICS",
+        "SHARDLOCK_LOG",
+        "SHARDLOCK_CONFIG",
+        "SHARDLOCK_TTL",
+    ] {
+        let mut command = tool(&server, &["exec", "k", "echo", "ran"]);
+        command.env(name, "");
+        let ended = run(command);
+        assert_eq!(
+            (ended.code, ended.stdout.as_str(), ended.stderr.as_str()),
+            (0, "ran\n", ""),
+            "{name}: {ended:?}"
+        );
+    }
+}
+
+#[test]
+fn a_level_of_logging_that_is_not_known_does_not_keep_the_command_from_running() {
+    let server = RedisServer::start();
+    let mut command = tool(&server, &["exec", "k", "echo", "ran"]);
+    command.env("SHARDLOCK_LOG", "verbose");
+    let ended = run(command);
+    assert_eq!((ended.code, ended.stdout.as_str()), (0, "ran\n"), "{ended:?}");
+    assert!(ended.stderr.contains("SHARDLOCK_LOG is \"verbose\""), "{ended:?}");
+}
+
+#[test]
+fn a_pod_beside_services_with_our_name_runs_its_command() {
+    let server = RedisServer::start();
+    let mut command = tool(&server, &["exec", "k", "echo", "ran"]);
+    command
+        .env("SHARDLOCK_SERVICE_HOST", "10.96.0.12")
+        .env("SHARDLOCK_PORT", "tcp://10.96.0.12:9187")
+        .env("SHARDLOCK_PORT_9187_TCP_PROTO", "tcp")
+        .env("SHARDLOCK_REDIS_SERVICE_HOST", "10.96.0.13");
+    let ended = run(command);
+    assert_eq!((ended.code, ended.stdout.as_str()), (0, "ran\n"), "{ended:?}");
+}
+
+#[test]
+fn the_command_does_not_inherit_a_password() {
+    let server = RedisServer::start();
+    server.command(&["CONFIG", "SET", "requirepass", "s3cret"]);
+    let with_password = server.url().replace("redis://", "redis://:s3cret@");
+    let show = ["k", "sh", "-c", "echo \"<$SHARDLOCK_SHARDS>\""];
+    let with = |options: &[&str]| {
+        let mut command = bare(&[&["exec"], options, &show].concat());
+        command.env("SHARDLOCK_SHARDS", &with_password);
+        run(command)
+    };
+    assert_eq!(with(&[]).stdout, "<>\n");
+    assert_eq!(with(&["--inherit-password"]).stdout, format!("<{with_password}>\n"));
+
+    // One that needs it learns why it is not there.
+    let mut command = bare(&["exec", "k"]);
+    command.arg(bare(&[]).get_program()).args(["inspect", "k"]);
+    command.env("SHARDLOCK_SHARDS", &with_password);
+    let ended = run(command);
+    assert_eq!(ended.code, 64, "{ended:?}");
+    assert!(ended.stderr.contains("--inherit-password"), "{ended:?}");
+}
+
+#[test]
+fn a_wait_is_logged_while_it_lasts() {
+    let server = RedisServer::start();
+    let holder = Holder::of(&server, "busy");
+    let mut command = tool(&server, &["exec", "busy", "echo", "ran"]);
+    command.env("SHARDLOCK_LOG", "info");
+    let mut waiter = Run::start(command);
+    wait_until("it is logged", PATIENCE, || {
+        waiter.stderr().contains("waiting for the lock key=\"busy\"")
+    });
+    holder.go();
+    let ended = waiter.end();
+    assert_eq!((ended.code, ended.stdout.as_str()), (0, "ran\n"), "{ended:?}");
 }

@@ -20,8 +20,8 @@ pub(crate) struct Options {
     #[arg(long = "shard", value_name = "[NAME=]URL")]
     shards: Vec<String>,
 
-    /// A configuration file in TOML
-    #[arg(long, value_name = "FILE", env = "SHARDLOCK_CONFIG")]
+    /// A configuration file in TOML; without it, the one that SHARDLOCK_CONFIG names
+    #[arg(long, value_name = "FILE")]
     config: Option<PathBuf>,
 
     /// Any other setting of a configuration file, such as store_timeout=5s
@@ -32,8 +32,9 @@ pub(crate) struct Options {
 impl Options {
     /// The settings: the file's, overridden by the environment's, overridden by those of the command line.
     pub(crate) fn load(&self) -> Result<Config, Failure> {
-        let mut config = match &self.config {
-            Some(path) => Config::from_file(path).map_err(Failure::config)?,
+        let of_environment = || std::env::var_os("SHARDLOCK_CONFIG").filter(|path| !path.is_empty());
+        let mut config = match self.config.clone().or_else(|| of_environment().map(PathBuf::from)) {
+            Some(path) => Config::from_file(&path).map_err(Failure::config)?,
             None => Config::default(),
         };
         config.apply_env().map_err(Failure::config)?;
@@ -64,11 +65,50 @@ impl Options {
     pub(crate) fn load_with_shards(&self) -> Result<Config, Failure> {
         let config = self.load()?;
         if config.shards.is_empty() {
+            let is_nested = std::env::var_os("LOCK_OWNER").is_some();
+            let hint = if is_nested {
+                "; a command that runs under a lock does not inherit a SHARDLOCK_SHARDS with a password, unless \
+                 `shardlock exec` has --inherit-password"
+            } else {
+                ""
+            };
             return Err(Failure::usage(anyhow!(
                 "no shard is given; say --shard redis://HOST:PORT, or set SHARDLOCK_SHARDS, or name a file with \
-                 --config"
+                 --config{hint}"
             )));
         }
         Ok(config)
+    }
+}
+
+/// The variable with the shards.
+pub(crate) const VARIABLE: &str = "SHARDLOCK_SHARDS";
+
+/// Whether there is a password in the variable.
+pub(crate) fn variable_has_password() -> bool {
+    std::env::var_os(VARIABLE).is_some_and(|text| text.to_str().is_none_or(has_password))
+}
+
+fn has_password(text: &str) -> bool {
+    let mut config = Config::default();
+    // The debug format puts asterisks in place of each secret. What can't be read may have one.
+    config.set("shards", text).is_err() || format!("{:?}", config.shards).contains("***")
+}
+
+#[cfg(test)]
+mod tests {
+    use super::has_password;
+
+    #[test]
+    fn a_password_is_found_in_any_shard() {
+        for (text, expected) in [
+            ("redis://a:1", false),
+            ("one=redis://a:1/2, two=redis://b", false),
+            ("redis://:s3cret@a", true),
+            ("redis://user:s3cret@a", true),
+            ("redis://a, redlock://user:s3cret@b,c,d", true),
+        ] {
+            assert_eq!(has_password(text), expected, "{text}");
+        }
     }
 }

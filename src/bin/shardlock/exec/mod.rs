@@ -7,9 +7,10 @@ mod signals;
 mod terminal;
 mod tree;
 
+use std::convert::Infallible;
 use std::ffi::{OsStr, OsString};
 use std::process::Command;
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
 use anyhow::anyhow;
 use shardlock::{Builder, Config, LockError, LockGuard, LockKey, LockManager};
@@ -87,6 +88,12 @@ pub(crate) struct Args {
     #[arg(short, long)]
     quiet: bool,
 
+    /// Leave SHARDLOCK_SHARDS in the environment of the command even if there is a password in it
+    ///
+    /// Without it the variable is removed then, and a `shardlock` that the command runs needs its own, or a file.
+    #[arg(long)]
+    inherit_password: bool,
+
     #[command(flatten)]
     metrics: metrics::Options,
 
@@ -108,7 +115,7 @@ Exit codes:
 128+N  signal N came while the tool waited for the lock";
 
 /// Flags take plain numbers as seconds, as flock(1) does. The settings check the rest.
-fn seconds_or_duration(text: &str) -> Result<String, std::convert::Infallible> {
+fn seconds_or_duration(text: &str) -> Result<String, Infallible> {
     let seconds = text
         .parse()
         .ok()
@@ -184,17 +191,22 @@ async fn keep(args: Args, config: Config, keeper: Keeper) -> Result<u8, Failure>
         connected = Builder::new().config(config).connect() => connected?,
         code = orders.ending() => return Ok(code),
     };
-    let serving = admin.map(|admin| admin.serve(&locks)).transpose();
+    let serving = admin.map(|admin| args.metrics.serve(admin, &locks)).transpose();
     // Until the end.
-    let _serving = serving.map_err(|error| unserved(error.into()))?;
+    let _serving = serving.map_err(unserved)?;
     // Dropping the request gives the place in the queue up; the shutdown waits until the server has said so.
     let obtained = tokio::select! {
         obtained = obtain(&locks, &key, args.nonblock) => obtained.map_err(Failure::from),
         code = orders.ending() => Ok(Obtained::Interrupted(code)),
+        never = log_the_wait(&key) => match never {},
     };
     let code = match obtained {
         Ok(Obtained::Lock(guard)) => {
-            let child = command(program, arguments, &guard);
+            tracing::info!(key = guard.key(), token = %guard.token(), "the lock was acquired");
+            let mut child = command(program, arguments, &guard);
+            if !args.inherit_password && shards::variable_has_password() {
+                child.env_remove(shards::VARIABLE);
+            }
             under_lock(guard, child, program, &keeper, &mut orders, args.kill_after).await
         }
         Ok(Obtained::Not(reason)) => {
@@ -208,6 +220,20 @@ async fn keep(args: Args, config: Config, keeper: Keeper) -> Result<u8, Failure>
     };
     locks.shutdown().await;
     code
+}
+
+/// Logs that the tool waits, ever more seldom.
+async fn log_the_wait(key: &LockKey) -> Infallible {
+    const FIRST: Duration = Duration::from_secs(1);
+    const PAUSE_MAX: Duration = Duration::from_secs(60);
+    let started = Instant::now();
+    let mut pause = FIRST;
+    tracing::debug!(key = key.as_str(), "requesting the lock");
+    loop {
+        tokio::time::sleep(pause).await;
+        tracing::info!(key = key.as_str(), waited = ?started.elapsed(), "waiting for the lock");
+        pause = (pause * 2).min(PAUSE_MAX);
+    }
 }
 
 /// What became of the request.
