@@ -23,6 +23,13 @@ use crate::telemetry::ClassMetrics;
 /// the old holder.
 ///
 /// A guard can be moved to another task or thread and released there.
+///
+/// # At the end of the program
+///
+/// Dropping a guard does not wait: a thread of the manager sends the release afterwards. If the process ends right after the drop, because
+/// `main` returns or `std::process::exit` is called, the release is often not sent, and the key stays locked until its TTL has passed.
+/// Await [`release`](Self::release), or [`LockManager::shutdown`](crate::LockManager::shutdown), which also waits for the releases of
+/// guards that were dropped before.
 #[must_use = "the lock is given back as soon as the guard is dropped"]
 pub struct LockGuard {
     entry: Arc<Entry>,

@@ -39,8 +39,14 @@ use crate::view::{self, HeldLock, HotKey, ShardState};
 /// let guard = locks.lock("coupon:123").await?;
 /// println!("token {}", guard.token());
 /// guard.release().await?;
+/// locks.shutdown().await;
 /// # Ok(()) }
 /// ```
+///
+/// # At the end of the program
+///
+/// Await [`shutdown`](Self::shutdown) as the last thing that a program does with its manager. Dropping the last handle does not wait, so a
+/// process that ends right after it may leave locks that were just dropped, or leases that linger, to run out with their TTL.
 #[derive(Clone)]
 pub struct LockManager {
     pub(crate) inner: Arc<Inner>,
@@ -290,7 +296,7 @@ impl LockManager {
     }
 
     /// Gives everything back: guards that are out are lost, leases that linger are given back at once, waiters and all later requests get [`LockError::Closed`]. Returns when the
-    /// servers have said that it is done, or after twice the `store_timeout`, when what is left runs out by itself. Other
+    /// servers have said that it is done, for guards that were dropped before as well, or after twice the `store_timeout`, when what is left runs out by itself. Other
     /// handles of this manager are shut down with it.
     ///
     /// # Cancel safety

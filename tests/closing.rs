@@ -233,6 +233,21 @@ on_each_store! {
         store.is_empty(&others, "k").await;
     }
 
+    /// What a program relies on that drops its guards and ends after the shutdown.
+    async fn a_shutdown_waits_for_the_releases_of_guards_that_were_dropped_before(store: &TestStore) {
+        let (locks, others) = (store.manager().await, store.manager().await);
+        let mut guards = vec![];
+        for key in ["a", "b", "c"] {
+            guards.push(lock(&locks, key).await);
+        }
+        drop(guards);
+        locks.shutdown().await;
+        for key in ["a", "b", "c"] {
+            let guard = others.try_lock(key).await.expect("try");
+            guard.expect("it is free").release().await.expect("release");
+        }
+    }
+
     async fn a_guard_outlives_the_handles_of_its_manager(store: &TestStore) {
         let (locks, others) = (store.short_lived_manager().await, store.short_lived_manager().await);
         let guard = lock(&locks, "k").await;
