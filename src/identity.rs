@@ -57,8 +57,8 @@ pub(crate) struct Signature<'a> {
 
 impl Signature<'_> {
     /// Its two parts, between which a colon stands.
-    pub(crate) fn parts(&self) -> (&str, u64) {
-        (self.manager.as_str(), self.cycle.0)
+    pub(crate) fn parts(&self) -> (&str, Cycle) {
+        (self.manager.as_str(), self.cycle)
     }
 }
 
@@ -87,10 +87,10 @@ pub(crate) fn parse_signature(signature: &str) -> Option<(&str, Cycle)> {
         && host
             .bytes()
             .all(|byte| byte.is_ascii_alphanumeric() || byte == b'.' || byte == b'-');
-    if !(named && digits(pid) && hex && digits(cycle)) {
+    if !(named && digits(pid) && hex) {
         return None;
     }
-    Some((manager, Cycle(cycle.parse().ok()?)))
+    Some((manager, Cycle::parse(cycle)?))
 }
 
 #[cfg(test)]
@@ -102,13 +102,13 @@ mod tests {
         let id = ManagerId::of("my host_1.example", 42, 0xabc);
         assert_eq!(id.as_str(), "my-host-1.example-42-0000000000000abc");
         assert_eq!(
-            parse_signature(&id.sign(Cycle(7)).to_string()),
-            Some((id.as_str(), Cycle(7)))
+            parse_signature(&id.sign(Cycle::of(7)).to_string()),
+            Some((id.as_str(), Cycle::of(7)))
         );
         let own = ManagerId::new();
         assert_eq!(
-            parse_signature(&own.sign(Cycle(1)).to_string()),
-            Some((own.as_str(), Cycle(1)))
+            parse_signature(&own.sign(Cycle::of(1)).to_string()),
+            Some((own.as_str(), Cycle::of(1)))
         );
     }
 

@@ -5,6 +5,7 @@ pub mod admin;
 mod backoff;
 mod clock;
 mod config;
+mod cycle;
 mod endpoint;
 mod error;
 mod fence;

@@ -2,47 +2,13 @@
 //!
 //! Every store speaks these, whatever it is made of, so that the queue of a key never knows which store it talks to.
 
-use std::fmt;
 use std::sync::Arc;
-use std::sync::atomic::{AtomicU64, Ordering};
 use std::time::Duration;
 
 use crate::clock::Moment;
+pub(crate) use crate::cycle::{Cycle, Cycles};
 use crate::fence::TokenBlock;
 use crate::key::{LockKey, Slot};
-
-/// One stretch of a manager wanting and holding a key. A manager never uses a number twice, so a command that executes
-/// late can only concern the cycle that it was sent for.
-///
-/// An *odd* number says that its manager reckons with remote waiters from the start and bounds its bypass; the owner of an
-/// *even* one has to be told (`wanted`) when somebody begins to wait.
-#[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Hash)]
-pub(crate) struct Cycle(pub(crate) u64);
-
-impl Cycle {
-    /// Whether the owner bounds its bypass without being told that somebody waits.
-    pub(crate) const fn expects_rivals(self) -> bool {
-        self.0 % 2 == 1
-    }
-}
-
-impl fmt::Display for Cycle {
-    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        self.0.fmt(f)
-    }
-}
-
-/// Where the cycles of one manager come from.
-#[derive(Debug, Default)]
-pub(crate) struct Cycles(AtomicU64);
-
-impl Cycles {
-    /// A number that was never used before.
-    pub(crate) fn open(&self, expects_rivals: bool) -> Cycle {
-        let pair = self.0.fetch_add(1, Ordering::Relaxed) + 1;
-        Cycle(pair * 2 + u64::from(expects_rivals))
-    }
-}
 
 /// How a lease is asked for.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -78,10 +44,15 @@ pub(crate) struct Release {
     pub(crate) requeue: Option<Cycle>,
     /// Whether nobody is known to wait, so that the short way back is worth a try.
     pub(crate) nobody_waits: bool,
-    /// The lifetime of the lease that the next owner gets.
-    pub(crate) ttl: Duration,
     /// How many tokens the next owner gets.
     pub(crate) tokens: u32,
+}
+
+impl Release {
+    /// How long the lease lasts that the request may give to the cycle that it requeues.
+    pub(crate) fn ttl(&self) -> Duration {
+        self.requeue.map_or(Duration::ZERO, Cycle::ttl)
+    }
 }
 
 /// What a store says to an [`Acquire`].
@@ -114,6 +85,9 @@ pub(crate) struct Place {
     pub(crate) owner_foreign: bool,
     /// How many cycles are before us.
     pub(crate) ahead: u64,
+    /// Whether the inbox of this manager is subscribed on the server that replied. Otherwise no grant
+    /// arrives, and the cycle has to ask again by itself.
+    pub(crate) is_reached: bool,
 }
 
 /// What a store says to a [`Release`].
@@ -157,13 +131,23 @@ pub(crate) struct Answer<R> {
     pub(crate) reply: R,
 }
 
-/// The store's message that a queued cycle now has the lease.
+/// The store's message that a queued cycle now has the lease, for the TTL of that cycle.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub(crate) struct Grant {
     pub(crate) cycle: Cycle,
     pub(crate) tokens: TokenBlock,
-    pub(crate) ttl: Duration,
     pub(crate) queued: u64,
+}
+
+impl Push {
+    /// The cycle that a message is about.
+    pub(crate) const fn cycle(&self) -> Option<Cycle> {
+        match self {
+            Self::Granted { grant, .. } => Some(grant.cycle),
+            Self::Turn { cycle, .. } | Self::Wanted { cycle, .. } => Some(*cycle),
+            Self::Resubscribed { .. } | Self::Disconnected | Self::Refused { .. } => None,
+        }
+    }
 }
 
 /// What a store tells a manager unasked.

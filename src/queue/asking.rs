@@ -17,6 +17,9 @@ const TOO_LATE_MAX: u32 = 3;
 const SPREAD: Duration = Duration::from_millis(2);
 /// How often the first in the queue looks at an owner who will not tell us of its release.
 const FOREIGN_OWNER_LOOK: Duration = Duration::from_millis(400);
+/// How often a cycle asks again whose grant would not reach this manager. The script leaves it a
+/// second when it is its turn.
+const UNREACHED_LOOK: Duration = Duration::from_millis(250);
 /// The longest time between two looks at the store while waiting: whoever holds the key next, and dies, may have a lease that is shorter than the one
 /// seen last; and each look keeps the store's queue.
 const LOOK_MAX: Duration = Duration::from_secs(10);
@@ -38,7 +41,8 @@ impl<W> Queue<W> {
 
     /// Opens a cycle.
     pub(super) fn ask_as(&mut self, ask: Ask, expects_rivals: bool, cx: Context<'_>, effects: &mut Effects<W>) {
-        let cycle = cx.open_cycle(expects_rivals);
+        self.take_ttl_of_first();
+        let cycle = cx.open_cycle(expects_rivals, self.ttl);
         self.asked_in = cx.epoch;
         self.phase = Phase::Asking(Asking::new(cycle, ask, None));
         let request = self.acquire(cycle, ask);
@@ -66,10 +70,15 @@ impl<W> Queue<W> {
         effects.request(request);
     }
 
-    pub(super) fn acquire(&mut self, cycle: Cycle, ask: Ask) -> Request {
+    /// A lease lasts as long as the first waiter asked for.
+    pub(super) fn take_ttl_of_first(&mut self) {
         if let Some(first) = self.waiters.first().and_then(|id| self.waiters.get(id)) {
             self.ttl = first.want.ttl;
         }
+    }
+
+    pub(super) fn acquire(&mut self, cycle: Cycle, ask: Ask) -> Request {
+        self.take_ttl_of_first();
         let lingers = self
             .waiters
             .first()
@@ -136,6 +145,10 @@ impl<W> Queue<W> {
         let ahead = u32::try_from(place.ahead).unwrap_or(u32::MAX);
         let spread = SPREAD.saturating_mul(ahead.saturating_add(1)).min(LOOK_MAX / 4);
         let look_in = match (place.owner_ttl, place.owner_foreign) {
+            (owner_ttl, _) if !place.is_reached => {
+                let look = UNREACHED_LOOK.min(cycle.ttl() / 4);
+                owner_ttl.map_or(look, |ttl| look.min(ttl + SPREAD))
+            }
             (Some(ttl), false) => ttl.min(LOOK_MAX) + spread,
             (Some(ttl), true) => {
                 ttl.min(FOREIGN_OWNER_LOOK.saturating_mul(ahead.saturating_add(1)).min(LOOK_MAX)) + spread
@@ -178,13 +191,14 @@ impl<W> Queue<W> {
             effects.stale_grant = true;
             return;
         }
-        if (asked_at + grant.ttl).since(cx.now) * 2 <= grant.ttl {
+        let ttl = grant.cycle.ttl();
+        if (asked_at + ttl).since(cx.now) * 2 <= ttl {
             return self.ask_again(effects);
         }
         self.hold(
             grant.cycle,
             grant.tokens,
-            grant.ttl,
+            ttl,
             asked_at,
             Path::RemoteGrant,
             cx,

@@ -68,7 +68,6 @@ pub(crate) enum Request {
         requeue: Option<Cycle>,
         /// Whether nobody is known to wait in the store.
         nobody_waits: bool,
-        ttl: Duration,
         tokens: u32,
     },
 }

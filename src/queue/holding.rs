@@ -237,7 +237,6 @@ impl<W> Queue<W> {
             cycle,
             requeue: None,
             nobody_waits,
-            ttl: self.ttl,
             tokens: cx.rules.max_burst,
         });
     }
@@ -245,14 +244,14 @@ impl<W> Queue<W> {
     pub(super) fn requeue(&mut self, cycle: Cycle, cx: Context<'_>, effects: &mut Effects<W>) {
         self.settle_doubt(cycle, effects);
         self.end_tenure(effects);
-        let next = cx.open_cycle(self.rivals_seen);
+        self.take_ttl_of_first();
+        let next = cx.open_cycle(self.rivals_seen, self.ttl);
         self.asked_in = cx.epoch;
         self.phase = Phase::Asking(Asking::new(next, Ask::Join, Some(cycle)));
         effects.request(Request::Release {
             cycle,
             requeue: Some(next),
             nobody_waits: false,
-            ttl: self.ttl,
             tokens: cx.rules.max_burst,
         });
     }

@@ -92,12 +92,13 @@ impl Room<'static> {
 }
 
 impl Context<'_> {
-    pub(super) fn open_cycle(&self, expects_rivals: bool) -> Cycle {
+    /// A new cycle, for leases of that TTL.
+    pub(super) fn open_cycle(&self, expects_rivals: bool, ttl: Duration) -> Cycle {
         #[cfg(test)]
         if self.rules.has(Flaw::ReusesCycles) {
-            return Cycle(1);
+            return Cycle::of(1);
         }
-        self.cycles.open(expects_rivals)
+        self.cycles.open(expects_rivals, ttl)
     }
 }
 

@@ -86,6 +86,7 @@ const fn queued(mark: u64) -> AcquireReply {
         owner_ttl: Some(ms(500)),
         owner_foreign: false,
         ahead: 0,
+        is_reached: true,
     })
 }
 
@@ -93,7 +94,6 @@ const fn grant(cycle: Cycle, first: u64, last: u64) -> Grant {
     Grant {
         cycle,
         tokens: tokens(first, last),
-        ttl: TTL,
         queued: 0,
     }
 }

@@ -31,7 +31,6 @@ pub(super) async fn abandon(shard: Arc<Shard>, key: LockKey, cycle: Cycle) {
             cycle,
             requeue: None,
             nobody_waits: false,
-            ttl: shard.default_ttl,
             tokens: shard.rules.max_burst,
         };
         tokio::time::timeout(shard.timeout, shard.store.release(lane, release))

@@ -66,7 +66,6 @@ impl Entry {
                 cycle,
                 requeue,
                 nobody_waits,
-                ttl,
                 tokens,
             } => {
                 let release = Release {
@@ -74,7 +73,6 @@ impl Entry {
                     cycle,
                     requeue,
                     nobody_waits,
-                    ttl,
                     tokens,
                 };
                 let kind = if requeue.is_some() {

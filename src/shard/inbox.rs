@@ -73,7 +73,19 @@ async fn receive(shard: Arc<Shard>, pushes: Arc<Mutex<mpsc::UnboundedReceiver<Pu
     let mut refused: Option<Arc<str>> = None;
     let mut cut_off: Option<tokio::task::AbortHandle> = None;
     let mut is_cut_off = false;
+    let mut is_forgery_reported = false;
     while let Some(push) = pushes.recv().await {
+        if push.cycle().is_some_and(|cycle| !shard.cycles.has_opened(cycle)) {
+            if !std::mem::replace(&mut is_forgery_reported, true) {
+                tracing::error!(
+                    shard = %shard.name,
+                    "a message in the inbox of this manager was not made by another manager and is ignored, as \
+                     will be others of its kind: another client of the server publishes to channels of locks; \
+                     take that permission away from it (see the ACL in config/acl.conf)"
+                );
+            }
+            continue;
+        }
         match push {
             // Channels have no database, so a shard that is another database of the same server hears this too; the key's own shard acts on it.
             Push::Granted { ref key, .. } | Push::Turn { ref key, .. } | Push::Wanted { ref key, .. }

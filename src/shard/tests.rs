@@ -64,7 +64,7 @@ impl LeaseStore for BadStore {
             held: true,
             requeued: None,
         };
-        done(answer(request.ttl, reply))
+        done(answer(request.ttl(), reply))
     }
 
     fn renew(&self, _batch: Vec<Renewal>, _limit: Duration) -> StoreFuture<Vec<Option<RenewReply>>> {

@@ -67,7 +67,6 @@ impl World {
             cycle: abandon.cycle,
             requeue: None,
             nobody_waits: false,
-            ttl: self.plan.ttls[0],
             tokens: self.plan.rules.max_burst,
         };
         self.send(

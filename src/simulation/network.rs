@@ -223,10 +223,10 @@ impl World {
             Order::Queue(Request::Release {
                 cycle,
                 requeue,
-                ttl,
                 tokens,
                 ..
             }) => {
+                let ttl = requeue.map_or(std::time::Duration::ZERO, Cycle::ttl);
                 let (me, terms) = (manager.id.sign(cycle).to_string(), terms(ttl, tokens));
                 let next = requeue.map(|cycle| manager.id.sign(cycle).to_string());
                 let reply = self.core.release(key, &me, next.as_deref(), terms);
@@ -284,11 +284,10 @@ impl World {
                 self.drive_on(m, k, in_flight.driver, next);
             }
             (
-                Order::Queue(Request::Release {
-                    cycle, requeue, ttl, ..
-                }),
+                Order::Queue(Request::Release { cycle, requeue, .. }),
                 Reply::Released(reply),
             ) => {
+                let ttl = requeue.map_or(std::time::Duration::ZERO, Cycle::ttl);
                 if let (Some(next), Some(reply)) = (requeue, &reply.requeued) {
                     self.ledger.hears_of_rivals_in(m, k, next, reply, true);
                 }

@@ -227,7 +227,7 @@ impl World {
     fn a_newcomer_is_served(&mut self, limit: Nanos) -> Result<(), Breach> {
         let newcomer = ManagerId::of("sim", 1, 99);
         self.core.listen(newcomer.as_str(), true);
-        let me = newcomer.sign(Cycle(2)).to_string();
+        let me = newcomer.sign(Cycle::of(2)).to_string();
         for k in 0..self.keys.len() {
             let terms = self.newcomers_terms();
             let reply = self.core.acquire(&self.keys[k], &me, false, terms);

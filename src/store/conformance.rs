@@ -24,8 +24,8 @@ const MANAGERS: usize = 3;
 const CYCLES: u64 = 5;
 /// Two keys that share a slot, and so a counter, and one with what has to be encoded.
 const KEYS: [&str; 3] = ["{s}one", "{s}two", "a } key 100%"];
-/// 2050 on the server's clock, as a token.
-const FLOOR: u64 = 25 * 365 * 24 * 3600 * 8_000_000;
+/// 2035 on the server's clock, as a token.
+const FLOOR: u64 = 10 * 365 * 24 * 3600 * 8_000_000;
 /// By how much remaining times may differ. All TTLs differ by more.
 const SLACK: Duration = Duration::from_secs(40);
 
@@ -81,6 +81,11 @@ enum Reply {
     Released(ReleaseReply),
     Renewed(Vec<RenewReply>),
     None,
+}
+
+/// Cycles have different TTLs.
+fn numbered(cycle: u64) -> Cycle {
+    Cycle::with_ttl(cycle, Duration::from_secs(100 + 50 * cycle))
 }
 
 fn ttl() -> impl Strategy<Value = Duration> {
@@ -217,14 +222,14 @@ impl Pair {
     /// Lets the reference do it.
     fn refer(&mut self, command: &Command) -> Reply {
         let now = Moment::default();
-        let terms = |given: &Given| Terms {
+        let terms = |given: Given| Terms {
             now,
             server_time: 0,
             ttl: given.ttl,
             tokens: given.tokens,
             floor: given.floor,
         };
-        let sign = |manager: usize, cycle: u64| self.managers[manager].sign(Cycle(cycle)).to_string();
+        let sign = |manager: usize, cycle: u64| self.managers[manager].sign(numbered(cycle)).to_string();
         match command {
             Command::Acquire {
                 lock,
@@ -233,10 +238,10 @@ impl Pair {
             } => {
                 let (key, me) = (&self.keys[lock.key], sign(lock.manager, lock.cycle));
                 Reply::Acquired(match ask {
-                    Ask::Free => self.core.acquire_freely(key, &me, terms(given)),
-                    Ask::Join => self.core.acquire(key, &me, false, terms(given)),
-                    Ask::Try => self.core.acquire(key, &me, true, terms(given)),
-                    Ask::Extend => self.core.acquire_more(key, &me, terms(given)),
+                    Ask::Free => self.core.acquire_freely(key, &me, terms(*given)),
+                    Ask::Join => self.core.acquire(key, &me, false, terms(*given)),
+                    Ask::Try => self.core.acquire(key, &me, true, terms(*given)),
+                    Ask::Extend => self.core.acquire_more(key, &me, terms(*given)),
                 })
             }
             Command::Release {
@@ -246,10 +251,10 @@ impl Pair {
             } => {
                 let next = requeue.map(|next| sign(lock.manager, next));
                 let me = sign(lock.manager, lock.cycle);
-                Reply::Released(
-                    self.core
-                        .release(&self.keys[lock.key], &me, next.as_deref(), terms(given)),
-                )
+                // A lease that is passed on has the TTL of the cycle that gets it.
+                let ttl = requeue.map_or(Duration::ZERO, |next| numbered(next).ttl());
+                let terms = terms(Given { ttl, ..*given });
+                Reply::Released(self.core.release(&self.keys[lock.key], &me, next.as_deref(), terms))
             }
             Command::Renew { manager, leases } => {
                 let mut replies = Vec::new();
@@ -280,7 +285,7 @@ impl Pair {
                 store.set_floor(&key, terms.floor);
                 let request = Acquire {
                     key,
-                    cycle: Cycle(lock.cycle),
+                    cycle: numbered(lock.cycle),
                     ask,
                     ttl: terms.ttl,
                     tokens: terms.tokens,
@@ -293,11 +298,10 @@ impl Pair {
                 store.set_floor(&key, terms.floor);
                 let request = Release {
                     key,
-                    cycle: Cycle(lock.cycle),
-                    requeue: requeue.map(Cycle),
+                    cycle: numbered(lock.cycle),
+                    requeue: requeue.map(numbered),
                     // Right or wrong, it must make no difference.
                     nobody_waits: requeue.is_none() && lock.cycle % 2 == 0,
-                    ttl: terms.ttl,
                     tokens: terms.tokens,
                 };
                 // Either lane will do.
@@ -311,7 +315,7 @@ impl Pair {
             Command::Renew { manager, ref leases } => {
                 let renewal = |&(key, cycle, ttl): &(usize, u64, Duration)| Renewal {
                     key: self.keys[key].clone(),
-                    cycle: Cycle(cycle),
+                    cycle: numbered(cycle),
                     ttl,
                 };
                 let batch = leases.iter().map(renewal).collect();

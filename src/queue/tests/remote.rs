@@ -19,7 +19,7 @@ fn a_grant_lets_the_first_waiter_enter_at_once_counted_from_the_request() {
 #[test]
 fn rule_1_a_grant_for_another_cycle_is_given_back() {
     let mut bench = Bench::new();
-    let stale = Cycle(99);
+    let stale = Cycle::of(99);
     assert_eq!(bench.grant(grant(stale, 1, 1)).abandoned, [stale], "nothing is wanted");
     let (id, _) = bench.stand_in_queue(10);
     assert_eq!(bench.grant(grant(stale, 11, 11)).abandoned, [stale]);
@@ -128,6 +128,7 @@ fn those_further_back_look_later_and_foreign_owners_are_looked_at_more_often() {
             owner_ttl,
             owner_foreign,
             ahead,
+            is_reached: true,
         };
         bench.reply(cycle, AcquireReply::Queued(place));
         assert_eq!(bench.queue.look_at(), Some(bench.now + ms(look_in)), "{place:?}");
@@ -201,7 +202,7 @@ fn a_turn_whose_request_fails_is_told_and_cleaned_up() {
 #[test]
 fn the_turn_of_a_cycle_that_is_over_is_given_back() {
     let mut bench = Bench::new();
-    let stale = Cycle(99);
+    let stale = Cycle::of(99);
     assert_eq!(bench.turn(stale).abandoned, [stale], "nothing is wanted");
     let (id, cycle) = bench.stand_in_queue(10);
     assert_eq!(bench.turn(stale).abandoned, [stale]);
@@ -255,7 +256,7 @@ fn a_try_whose_reply_comes_too_late_stays_a_try() {
 #[test]
 fn a_reply_that_nobody_waits_for_is_cleaned_up() {
     let mut bench = Bench::new();
-    let old = Cycle(50);
+    let old = Cycle::of(50);
     assert_eq!(bench.reply(old, granted(1, 1)).abandoned, [old]);
     assert_eq!(bench.reply(old, queued(1)).abandoned, [old]);
     assert_eq!(bench.reply(old, AcquireReply::Busy), NOTHING);

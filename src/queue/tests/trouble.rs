@@ -104,7 +104,7 @@ fn a_renewal_that_is_refused_or_too_late_loses_the_lease() {
 fn a_renewal_of_an_earlier_cycle_says_nothing_of_this_one() {
     let mut bench = Bench::new();
     let guard = bench.hold(1, 1);
-    assert_eq!(bench.renewed(Cycle(900), bench.now, Some(RenewReply::NotOurs)), NOTHING);
+    assert_eq!(bench.renewed(Cycle::of(900), bench.now, Some(RenewReply::NotOurs)), NOTHING);
     assert!(guard.lease.loss().is_none());
 }
 
@@ -276,7 +276,7 @@ fn a_failed_extension_fails_only_those_who_wait_for_it() {
 #[test]
 fn a_failure_of_an_earlier_request_changes_nothing() {
     let mut bench = Bench::new();
-    assert_eq!(bench.failed(Cycle(50)), NOTHING);
+    assert_eq!(bench.failed(Cycle::of(50)), NOTHING);
     let (_, cycle) = bench.stand_in_queue(1);
     assert_eq!(bench.failed(cycle), NOTHING, "it was answered");
     assert_eq!(bench.dropped(cycle), NOTHING);

@@ -398,6 +398,7 @@ pub(super) async fn judge(
         owner_ttl: Some(LOOK_AGAIN),
         // The watch tells of the end of whatever stands there.
         owner_foreign: false,
+        is_reached: true,
         ahead: ahead as u64,
     }))
 }

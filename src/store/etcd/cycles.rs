@@ -85,7 +85,7 @@ impl Cycles {
 
     /// The number of the lease of a cycle with this lifetime.
     fn lease_id(&self, cycle: Cycle, secs: u64) -> i64 {
-        let number = mix(mix(self.seed ^ cycle.0) ^ secs);
+        let number = mix(mix(self.seed ^ cycle.number()) ^ secs);
         // Etcd chooses itself where it is asked for zero.
         i64::try_from(number >> 1).unwrap_or(i64::MAX).max(1)
     }
@@ -250,60 +250,60 @@ mod tests {
     #[test]
     fn a_longer_ttl_needs_another_lease_and_a_shorter_one_does_not() {
         let cycles = Cycles::new();
-        let first = cycles.open(Cycle(2), Duration::from_millis(1_500), NOW);
+        let first = cycles.open(Cycle::of(2), Duration::from_millis(1_500), NOW);
         assert_eq!((first.secs, first.granted), (2, false));
-        cycles.leased(Cycle(2), first, NOW);
-        let same = cycles.open(Cycle(2), Duration::from_millis(100), NOW);
+        cycles.leased(Cycle::of(2), first, NOW);
+        let same = cycles.open(Cycle::of(2), Duration::from_millis(100), NOW);
         assert_eq!((same.id, same.granted), (first.id, true));
-        let longer = cycles.open(Cycle(2), Duration::from_secs(9), NOW);
+        let longer = cycles.open(Cycle::of(2), Duration::from_secs(9), NOW);
         assert_eq!((longer.secs, longer.granted), (9, false));
         // The reply to the first grant says nothing of the second.
-        cycles.leased(Cycle(2), first, NOW);
-        assert!(!cycles.lease(Cycle(2)).unwrap().granted);
-        assert!(cycles.is_moving(Cycle(2)));
+        cycles.leased(Cycle::of(2), first, NOW);
+        assert!(!cycles.lease(Cycle::of(2)).unwrap().granted);
+        assert!(cycles.is_moving(Cycle::of(2)));
 
         let ids = |leases: Vec<Lease>| leases.iter().map(|lease| lease.id).collect::<Vec<_>>();
-        assert_eq!(ids(cycles.close(Cycle(2))), [first.id, longer.id]);
-        assert_eq!(cycles.lease(Cycle(2)), None);
-        assert!(cycles.close(Cycle(2)).is_empty());
+        assert_eq!(ids(cycles.close(Cycle::of(2))), [first.id, longer.id]);
+        assert_eq!(cycles.lease(Cycle::of(2)), None);
+        assert!(cycles.close(Cycle::of(2)).is_empty());
     }
 
     #[test]
     fn ownership_lasts_as_long_as_the_key() {
         let cycles = Cycles::new();
-        cycles.open(Cycle(2), Duration::from_secs(1), NOW);
-        assert!(!cycles.owns(Cycle(2), 7));
-        assert!(cycles.owns(Cycle(2), 7));
-        assert!(!cycles.owns(Cycle(2), 9), "it was made anew");
-        assert_eq!(cycles.owned(Cycle(2)), Some(9));
+        cycles.open(Cycle::of(2), Duration::from_secs(1), NOW);
+        assert!(!cycles.owns(Cycle::of(2), 7));
+        assert!(cycles.owns(Cycle::of(2), 7));
+        assert!(!cycles.owns(Cycle::of(2), 9), "it was made anew");
+        assert_eq!(cycles.owned(Cycle::of(2)), Some(9));
     }
 
     #[test]
     fn what_is_confirmed_of_a_lease_ends_with_it() {
         let cycles = Cycles::new();
-        let lease = cycles.open(Cycle(2), Duration::from_secs(1), NOW);
-        assert_eq!(cycles.confirmed_at(Cycle(2), lease), None);
+        let lease = cycles.open(Cycle::of(2), Duration::from_secs(1), NOW);
+        assert_eq!(cycles.confirmed_at(Cycle::of(2), lease), None);
         let later = NOW + Duration::from_millis(1);
-        cycles.confirmed(Cycle(2), lease, later);
-        cycles.confirmed(Cycle(2), lease, NOW);
-        assert_eq!(cycles.confirmed_at(Cycle(2), lease), Some(later));
-        let longer = cycles.open(Cycle(2), Duration::from_secs(9), NOW);
-        assert_eq!(cycles.confirmed_at(Cycle(2), longer), None);
-        cycles.confirmed(Cycle(2), lease, NOW);
-        assert_eq!(cycles.confirmed_at(Cycle(2), longer), None);
-        cycles.confirmed(Cycle(2), longer, NOW);
-        cycles.unleased(Cycle(2), longer);
-        assert_eq!(cycles.confirmed_at(Cycle(2), longer), None);
+        cycles.confirmed(Cycle::of(2), lease, later);
+        cycles.confirmed(Cycle::of(2), lease, NOW);
+        assert_eq!(cycles.confirmed_at(Cycle::of(2), lease), Some(later));
+        let longer = cycles.open(Cycle::of(2), Duration::from_secs(9), NOW);
+        assert_eq!(cycles.confirmed_at(Cycle::of(2), longer), None);
+        cycles.confirmed(Cycle::of(2), lease, NOW);
+        assert_eq!(cycles.confirmed_at(Cycle::of(2), longer), None);
+        cycles.confirmed(Cycle::of(2), longer, NOW);
+        cycles.unleased(Cycle::of(2), longer);
+        assert_eq!(cycles.confirmed_at(Cycle::of(2), longer), None);
     }
 
     #[test]
     fn records_of_cycles_that_ran_out_go() {
         let cycles = Cycles::new();
         for cycle in 0..PRUNE_AT_MIN as u64 {
-            cycles.open(Cycle(cycle), Duration::from_secs(1), NOW);
+            cycles.open(Cycle::of(cycle), Duration::from_secs(1), NOW);
         }
-        cycles.open(Cycle(5_000), Duration::from_secs(1), NOW + Duration::from_secs(62));
-        assert_eq!(cycles.lease(Cycle(1)), None);
-        assert!(cycles.lease(Cycle(5_000)).is_some());
+        cycles.open(Cycle::of(5_000), Duration::from_secs(1), NOW + Duration::from_secs(62));
+        assert_eq!(cycles.lease(Cycle::of(1)), None);
+        assert!(cycles.lease(Cycle::of(5_000)).is_some());
     }
 }

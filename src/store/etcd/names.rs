@@ -79,7 +79,7 @@ impl Names {
         let (cycle, key) = (parts.next()?, parts.next()?);
         parts.next()?;
         let key = percent_decode(key.as_bytes()).decode_utf8().ok()?;
-        Some((LockKey::new(&key).ok()?, Cycle(cycle.parse().ok()?)))
+        Some((LockKey::new(&key).ok()?, Cycle::parse(cycle)?))
     }
 }
 
@@ -120,8 +120,8 @@ mod tests {
     fn a_note_is_read_as_it_was_written() {
         let (owner, rival) = (names(1), names(2));
         for text in ["k", "a/b %2F", "ä\n"] {
-            let note = rival.note(owner.manager().as_str(), Cycle(4), &key(text), Cycle(7));
-            assert_eq!(owner.read_note(note.as_bytes()), Some((key(text), Cycle(4))));
+            let note = rival.note(owner.manager().as_str(), Cycle::of(4), &key(text), Cycle::of(7));
+            assert_eq!(owner.read_note(note.as_bytes()), Some((key(text), Cycle::of(4))));
             assert_eq!(rival.read_note(note.as_bytes()), None);
         }
         for other in [

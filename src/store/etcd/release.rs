@@ -32,12 +32,12 @@ pub(super) async fn release(
     link: Arc<Link>,
     request: Release,
 ) -> Result<Answer<ReleaseReply>, StoreError> {
+    let ttl = request.ttl();
     let Release {
         key,
         cycle,
         requeue,
         nobody_waits: _,
-        ttl,
         tokens,
     } = request;
     // What the server says of the cycle from now on, nobody needs to know.
@@ -47,11 +47,11 @@ pub(super) async fn release(
         shared: &shared,
     };
     let floor = shared.floor();
-    let leaving = Contender::new(&shared, &key, cycle, ttl, tokens);
+    let leaving = Contender::new(&shared, &key, cycle, cycle.ttl(), tokens);
     let released = match requeue {
         None => leave(&shared, &link, &leaving, &mut end).await,
         Some(next) => {
-            let next = Contender::new(&shared, &key, next, ttl, tokens);
+            let next = Contender::new(&shared, &key, next, next.ttl(), tokens);
             leave_and_join(&shared, &link, &leaving, &next, &mut end).await
         }
     };

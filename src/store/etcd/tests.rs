@@ -38,7 +38,7 @@ impl Bench {
     fn acquire(&self, cycle: u64, ask: Ask, ttl: Duration) -> Acquire {
         Acquire {
             key: self.key.clone(),
-            cycle: Cycle(cycle),
+            cycle: Cycle::of(cycle),
             ask,
             ttl,
             tokens: 10,
@@ -48,10 +48,9 @@ impl Bench {
     fn release(&self, cycle: u64, requeue: Option<u64>) -> Release {
         Release {
             key: self.key.clone(),
-            cycle: Cycle(cycle),
-            requeue: requeue.map(Cycle),
+            cycle: Cycle::of(cycle),
+            requeue: requeue.map(Cycle::of),
             nobody_waits: false,
-            ttl: TTL,
             tokens: 10,
         }
     }
@@ -142,7 +141,7 @@ async fn a_lease_that_ended_takes_the_lock_along() {
     bench.etcd.client().await.lease_revoke(lease).await.unwrap();
     let renewal = Renewal {
         key: bench.key.clone(),
-        cycle: Cycle(2),
+        cycle: Cycle::of(2),
         ttl: TTL,
     };
     let replies = store.renew(vec![renewal], TTL).await.unwrap();
@@ -162,7 +161,7 @@ async fn a_key_moves_to_a_longer_lease_and_never_back() {
     let short = bench.only_lease().await;
     let renewal = |ttl| Renewal {
         key: bench.key.clone(),
-        cycle: Cycle(2),
+        cycle: Cycle::of(2),
         ttl,
     };
     let extended = [Some(RenewReply::Extended { wanted: false })];
@@ -191,10 +190,10 @@ async fn a_request_that_began_under_an_earlier_lease_does_not_move_the_key_back(
     let (store, _pushes) = bench.store(1);
     bench.join(&store, 2).await;
     let shared = &store.shared;
-    let before = shared.cycles.lease(Cycle(2)).unwrap();
+    let before = shared.cycles.lease(Cycle::of(2)).unwrap();
     store.acquire(bench.acquire(2, Ask::Join, TTL * 2)).await.unwrap();
     let after = bench.only_lease().await;
-    let contender = acquire::Contender::new(shared, &bench.key, Cycle(2), TTL, 1);
+    let contender = acquire::Contender::new(shared, &bench.key, Cycle::of(2), TTL, 1);
     let reply = bench
         .etcd
         .client()
@@ -212,7 +211,7 @@ async fn a_request_that_began_under_an_earlier_lease_does_not_move_the_key_back(
         lease: before.id,
         ..seen
     };
-    let current = shared.cycles.lease(Cycle(2)).unwrap();
+    let current = shared.cycles.lease(Cycle::of(2)).unwrap();
     acquire::move_to(shared, &shared.background, &contender, current, &late)
         .await
         .unwrap();
@@ -239,7 +238,7 @@ async fn a_requeue_gives_the_lock_to_the_next_and_joins_behind_all() {
     assert_eq!(ours_now.ahead, 1);
     let turn = Push::Turn {
         key: bench.key.clone(),
-        cycle: Cycle(3),
+        cycle: Cycle::of(3),
     };
     assert_eq!(pushes.recv().await, Some(turn));
     let (first, ..) = tokens(bench.join(&theirs, 3).await);
@@ -278,7 +277,7 @@ async fn a_waiting_cycle_whose_lease_ended_is_told_to_ask_again() {
         .unwrap();
     let turn = Push::Turn {
         key: bench.key.clone(),
-        cycle: Cycle(3),
+        cycle: Cycle::of(3),
     };
     assert_eq!(pushes.recv().await, Some(turn));
     let again = theirs.acquire(request).await.unwrap().reply;

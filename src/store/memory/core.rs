@@ -9,7 +9,7 @@ use crate::clock::Moment;
 use crate::fence::{FencingToken, TokenBlock};
 use crate::identity::parse_signature;
 use crate::key::{LockKey, Slot};
-use crate::protocol::{AcquireReply, Grant, Place, Push, ReleaseReply, RenewReply};
+use crate::protocol::{AcquireReply, Cycle, Grant, Place, Push, ReleaseReply, RenewReply};
 use crate::store::{Holder, INSPECTED_QUEUE_MAX, Inspection};
 
 /// Leases, queues and counters, and who listens.
@@ -17,7 +17,13 @@ use crate::store::{Holder, INSPECTED_QUEUE_MAX, Inspection};
 pub(crate) struct MemoryCore {
     locks: HashMap<LockKey, Lock>,
     counters: HashMap<Slot, u64>,
+    /// The managers whose inboxes are subscribed here.
     listening: HashSet<String>,
+    /// The managers whose inboxes are subscribed at a replica: messages reach them, uncounted.
+    listening_at_replica: HashSet<String>,
+    /// A deliberate mistake: a message that nobody is counted for is taken for one that nobody received.
+    #[cfg(test)]
+    pub(crate) counts_receivers: bool,
     /// Pushes to be delivered: to which manager, and what.
     pub(crate) outbox: Vec<(String, Push)>,
 }
@@ -25,9 +31,20 @@ pub(crate) struct MemoryCore {
 #[derive(Debug, Default, Clone)]
 struct Lock {
     lease: Option<LeaseRecord>,
-    /// By the counter when it joined.
-    queue: BTreeSet<(u64, String)>,
+    queue: BTreeSet<Member>,
 }
+
+/// A cycle in a queue, in the order of the counter when it joined.
+#[derive(Debug, Clone, PartialEq, Eq, PartialOrd, Ord)]
+struct Member {
+    joined_at: u64,
+    owner: String,
+    /// Whether the inbox of its manager was subscribed here when it last asked.
+    is_reached: bool,
+}
+
+/// How long a lease waits for the next request of an owner that can't be notified of it.
+const UNNOTIFIED_LEASE: Duration = Duration::from_secs(1);
 
 #[derive(Debug, Clone)]
 struct LeaseRecord {
@@ -62,6 +79,16 @@ impl MemoryCore {
         self.outbox.clear();
     }
 
+    /// The inbox of a manager is subscribed at a replica from now on, or not any more.
+    #[cfg(test)]
+    pub(crate) fn listen_at_replica(&mut self, manager: &str, listens: bool) {
+        if listens {
+            self.listening_at_replica.insert(manager.to_owned());
+        } else {
+            self.listening_at_replica.remove(manager);
+        }
+    }
+
     /// The free path: `SET NX` and `INCRBY`.
     pub(crate) fn acquire_freely(&mut self, key: &LockKey, me: &str, terms: Terms) -> AcquireReply {
         let taken = self.owner(key, terms.now).is_some();
@@ -93,12 +120,12 @@ impl MemoryCore {
             }
             Some(_) if only_try => AcquireReply::Busy,
             Some(owner) => {
-                let (mark, ahead, new) = self.join(key, me, terms);
+                let (mark, ahead, new, is_reached) = self.join(key, me, terms);
                 if (ahead == 0 || !new)
                     && let Some((manager, cycle)) = parse_signature(&owner)
                     && !cycle.expects_rivals()
                 {
-                    self.push(
+                    self.notify(
                         manager,
                         Push::Wanted {
                             key: key.clone(),
@@ -106,7 +133,7 @@ impl MemoryCore {
                         },
                     );
                 }
-                self.queued(key, mark, ahead, terms.now)
+                self.queued(key, mark, ahead, is_reached, terms.now)
             }
             None => self.acquire_unowned(key, me, only_try, terms),
         }
@@ -125,7 +152,7 @@ impl MemoryCore {
             .locks
             .get(key)
             .and_then(|lock| lock.queue.first())
-            .map(|(_, member)| member.clone());
+            .map(|member| member.owner.clone());
         if head.as_deref().is_none_or(|head| head == me) {
             let tokens = self.reserve(key, terms);
             self.leave(key, me);
@@ -148,8 +175,8 @@ impl MemoryCore {
                 extended: false,
             };
         }
-        self.join(key, me, terms);
-        self.passed_on(key, me, terms)
+        let (.., is_reached) = self.join(key, me, terms);
+        self.passed_on(key, me, is_reached, terms)
     }
 
     /// Gives the lease or the place back, and joins the tail with `next` first.
@@ -166,8 +193,8 @@ impl MemoryCore {
                 None
             }
             (true, Some(next)) => {
-                self.join(key, next, terms);
-                Some(self.passed_on(key, next, terms))
+                let (.., is_reached) = self.join(key, next, terms);
+                Some(self.passed_on(key, next, is_reached, terms))
             }
         };
         self.forget_if_unused(key);
@@ -198,7 +225,7 @@ impl MemoryCore {
                 .into_iter()
                 .flatten()
                 .take(INSPECTED_QUEUE_MAX)
-                .map(|(_, member)| member.clone())
+                .map(|member| member.owner.clone())
                 .collect(),
             last_token: self.counters.get(&key.slot()).copied().and_then(FencingToken::new),
         }
@@ -279,22 +306,35 @@ impl MemoryCore {
         TokenBlock::ending_at(*counter, terms.tokens)
     }
 
-    /// Joins unless it is in the queue already: its mark, how many are ahead, and whether it is new.
-    fn join(&mut self, key: &LockKey, me: &str, terms: Terms) -> (u64, u64, bool) {
+    /// Joins unless it is in the queue already: its mark, how many are ahead, whether it is new, and
+    /// whether a grant would reach it.
+    fn join(&mut self, key: &LockKey, me: &str, terms: Terms) -> (u64, u64, bool, bool) {
         let mark = self.reserve(key, Terms { tokens: 1, ..terms }).last();
+        let is_reached = parse_signature(me).is_some_and(|(manager, _)| self.listening.contains(manager));
         let queue = &mut self.locks.entry(key.clone()).or_default().queue;
-        match queue.iter().position(|(_, member)| member == me) {
-            Some(ahead) => (mark, ahead as u64, false),
+        let place = queue.iter().enumerate().find(|(_, member)| member.owner == me);
+        match place.map(|(ahead, member)| (ahead, member.clone())) {
+            Some((ahead, member)) => {
+                if !is_reached && member.is_reached {
+                    queue.remove(&member);
+                    queue.insert(Member { is_reached, ..member });
+                }
+                (mark, ahead as u64, false, is_reached)
+            }
             None => {
-                queue.insert((mark, me.to_owned()));
-                (mark, queue.len() as u64 - 1, true)
+                queue.insert(Member {
+                    joined_at: mark,
+                    owner: me.to_owned(),
+                    is_reached,
+                });
+                (mark, queue.len() as u64 - 1, true, is_reached)
             }
         }
     }
 
     fn leave(&mut self, key: &LockKey, me: &str) {
         if let Some(lock) = self.locks.get_mut(key) {
-            lock.queue.retain(|(_, member)| member != me);
+            lock.queue.retain(|member| member.owner != me);
         }
         self.forget_if_unused(key);
     }
@@ -309,8 +349,8 @@ impl MemoryCore {
         }
     }
 
-    /// Passes on to the head of the queue, in which `me` stands, and says what became of `me`.
-    fn passed_on(&mut self, key: &LockKey, me: &str, terms: Terms) -> AcquireReply {
+    /// Passes on to the head of the queue, in which `me` is, and returns what became of `me`.
+    fn passed_on(&mut self, key: &LockKey, me: &str, is_reached: bool, terms: Terms) -> AcquireReply {
         match self.pass_on(key, Some(me), terms) {
             Some((heir, tokens)) if heir == me => AcquireReply::Granted {
                 tokens,
@@ -321,61 +361,98 @@ impl MemoryCore {
                 let ahead = self
                     .locks
                     .get(key)
-                    .and_then(|lock| lock.queue.iter().position(|(_, member)| member == me));
-                self.queued(key, tokens.last(), ahead.unwrap_or_default() as u64, terms.now)
+                    .and_then(|lock| lock.queue.iter().position(|member| member.owner == me));
+                let ahead = ahead.unwrap_or_default() as u64;
+                self.queued(key, tokens.last(), ahead, is_reached, terms.now)
             }
             None => AcquireReply::Busy,
         }
     }
 
-    /// Makes the first in the queue who listens the owner and tells it; `me` is told by the reply instead.
+    /// Makes the first in the queue the owner and notifies it. Where nothing reaches its inbox, the next
+    /// one is tried, and nothing was sent. `me` learns of it by the reply instead, and has the TTL of its
+    /// request; any other has the TTL of its cycle.
     fn pass_on(&mut self, key: &LockKey, me: Option<&str>, terms: Terms) -> Option<(String, TokenBlock)> {
-        let mut tokens = None;
-        while let Some((_, heir)) = self.locks.get_mut(key).and_then(|lock| lock.queue.pop_first()) {
-            let tokens = *tokens.get_or_insert_with(|| self.reserve(key, terms));
-            self.set_owner(key, &heir, terms);
-            if me == Some(heir.as_str()) {
-                return Some((heir, tokens));
+        while let Some(heir) = self.locks.get_mut(key).and_then(|lock| lock.queue.pop_first()) {
+            let signature = heir.owner.clone();
+            let Some((manager, cycle)) = parse_signature(&signature) else {
+                continue;
+            };
+            if me == Some(heir.owner.as_str()) {
+                let tokens = self.reserve(key, terms);
+                self.set_owner(key, &heir.owner, terms);
+                return Some((heir.owner, tokens));
             }
-            if let Some((manager, cycle)) = parse_signature(&heir) {
-                let grant = Grant {
-                    cycle,
-                    tokens,
-                    ttl: terms.ttl,
-                    queued: self.queue_length(key),
-                };
-                if self.push(
-                    manager,
-                    Push::Granted {
-                        key: key.clone(),
-                        grant,
-                    },
-                ) {
-                    return Some((heir, tokens));
+            let own_terms = Terms {
+                ttl: cycle.ttl(),
+                ..terms
+            };
+            #[cfg(test)]
+            if self.counts_receivers {
+                if let Some(tokens) = self.grant_and_count(key, manager, cycle, own_terms) {
+                    return Some((heir.owner, tokens));
                 }
+                continue;
+            }
+            if self.listening.contains(manager) {
+                let tokens = self.reserve(key, terms);
+                self.set_owner(key, &heir.owner, own_terms);
+                self.notify_of_grant(key, manager, cycle, tokens);
+                return Some((heir.owner, tokens));
+            }
+            if !heir.is_reached {
+                let ttl = own_terms.ttl.min(UNNOTIFIED_LEASE);
+                self.set_owner(key, &heir.owner, Terms { ttl, ..terms });
+                let tokens = self.reserve(key, Terms { tokens: 1, ..terms });
+                return Some((heir.owner, tokens));
             }
         }
         self.delete(key);
         None
     }
 
-    fn queued(&self, key: &LockKey, mark: u64, ahead: u64, now: Moment) -> AcquireReply {
+    fn notify_of_grant(&mut self, key: &LockKey, manager: &str, cycle: Cycle, tokens: TokenBlock) {
+        let grant = Grant {
+            cycle,
+            tokens,
+            queued: self.queue_length(key),
+        };
+        let key = key.clone();
+        self.notify(manager, Push::Granted { key, grant });
+    }
+
+    /// The mistake of [`counts_receivers`](Self::counts_receivers).
+    #[cfg(test)]
+    fn grant_and_count(&mut self, key: &LockKey, manager: &str, cycle: Cycle, terms: Terms) -> Option<TokenBlock> {
+        let counter = self.counters.get(&key.slot()).copied().unwrap_or_default();
+        let tokens = self.reserve(key, terms);
+        let owner = format!("{manager}:{cycle}");
+        self.set_owner(key, &owner, terms);
+        self.notify_of_grant(key, manager, cycle, tokens);
+        if self.listening.contains(manager) {
+            return Some(tokens);
+        }
+        // The next one gets the same tokens.
+        self.counters.insert(key.slot(), counter);
+        None
+    }
+
+    fn queued(&self, key: &LockKey, mark: u64, ahead: u64, is_reached: bool, now: Moment) -> AcquireReply {
         let lease = self.locks.get(key).and_then(|lock| lock.lease.as_ref());
         AcquireReply::Queued(Place {
             mark,
             owner_ttl: lease.and_then(|lease| lease.ends).map(|ends| ends.since(now)),
             owner_foreign: lease.is_some_and(|lease| parse_signature(&lease.owner).is_none()),
             ahead,
+            is_reached,
         })
     }
 
-    /// Whether anybody received it.
-    fn push(&mut self, manager: &str, push: Push) -> bool {
-        let heard = self.listening.contains(manager);
-        if heard {
+    /// Sends a manager a message, wherever its inbox is subscribed.
+    fn notify(&mut self, manager: &str, push: Push) {
+        if self.listening.contains(manager) || self.listening_at_replica.contains(manager) {
             self.outbox.push((manager.to_owned(), push));
         }
-        heard
     }
 }
 
@@ -386,6 +463,8 @@ mod tests {
     /// A guard with a TTL of a second was handed on to a task that wanted 100 ms. The renewal for that task ended the lease
     /// in the store after 100 ms, while the manager, which had been promised a second, went on to count on that: paused
     /// for a moment, it was a second holder. The same happens where the grant came from a manager with a longer TTL.
+    const OWNER: &str = "h-1-0000000000000000:2-1000-00000000";
+
     #[test]
     fn a_shorter_ttl_does_not_shorten_a_lease() {
         let mut core = MemoryCore::default();
@@ -398,13 +477,13 @@ mod tests {
             floor: 0,
         };
         let at = |millis: u64| Moment::from_nanos(millis * 1_000_000);
-        core.acquire(&key, "h-1-0000000000000000:2", false, terms(1_000));
+        core.acquire(&key, OWNER, false, terms(1_000));
 
-        core.renew(&key, "h-1-0000000000000000:2", at(50), Duration::from_millis(100));
-        core.acquire(&key, "h-1-0000000000000000:2", false, terms(100));
+        core.renew(&key, OWNER, at(50), Duration::from_millis(100));
+        core.acquire(&key, OWNER, false, terms(100));
         assert!(core.owner(&key, at(999)).is_some());
 
-        core.renew(&key, "h-1-0000000000000000:2", at(999), Duration::from_millis(100));
+        core.renew(&key, OWNER, at(999), Duration::from_millis(100));
         assert!(core.owner(&key, at(1_098)).is_some());
         assert!(core.owner(&key, at(1_099)).is_none());
     }

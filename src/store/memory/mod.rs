@@ -151,12 +151,12 @@ impl LeaseStore for MemoryStore {
     }
 
     fn release(&self, _lane: Lane, request: Release) -> StoreFuture<Answer<ReleaseReply>> {
+        let ttl = request.ttl();
         let Release {
             key,
             cycle,
             requeue,
             nobody_waits: _,
-            ttl,
             tokens,
         } = request;
         let now = Moment::now();

@@ -171,6 +171,8 @@ async fn attempt(quorum: &Arc<Quorum>, request: &Acquire) -> Result<Answer<Acqui
             owner_ttl: Some(Duration::from_millis(rand::random_range(BACK_OFF_MILLIS))),
             owner_foreign: true,
             ahead: 0,
+            // Another attempt is due soon anyway.
+            is_reached: true,
         }))),
         (Standing::Lost { .. } | Standing::Open, _) => Err(quorum.no_majority()),
         (Standing::Won(_), _) => Err(StoreError::Unavailable(
@@ -189,7 +191,6 @@ fn back(request: &Acquire) -> Release {
         cycle: request.cycle,
         requeue: None,
         nobody_waits: false,
-        ttl: request.ttl,
         tokens: request.tokens,
     }
 }

@@ -138,7 +138,6 @@ fn restore(quorum: &Arc<Quorum>, node: &Arc<Node>, renewal: &Renewal) {
                 cycle: renewal.cycle,
                 requeue: None,
                 nobody_waits: false,
-                ttl: renewal.ttl,
                 tokens: 1,
             };
             node.owe(release, quorum.max_ttl);

@@ -88,7 +88,8 @@ impl Commands {
             ttl,
             tokens,
         } = request;
-        self.write_terms(command, key, cycle, ttl, tokens, floor);
+        self.write_keys(command, key, cycle);
+        command.arg(millis(ttl)).arg(tokens).arg(floor);
         command.arg(match ask {
             Ask::Join => "join",
             Ask::Free | Ask::Try => "try",
@@ -104,11 +105,11 @@ impl Commands {
             ref key,
             cycle,
             requeue,
-            ttl,
             tokens,
             ..
         } = request;
-        self.write_terms(command, key, cycle, ttl, tokens, floor);
+        self.write_keys(command, key, cycle);
+        command.arg(tokens).arg(floor);
         self.write_inbox_prefix(command, key);
         command.arg(key.as_str());
         match requeue {
@@ -183,15 +184,14 @@ impl Commands {
         scan
     }
 
-    /// The keys that the scripts of a lock have, and the first of their arguments: signature, TTL, tokens and floor.
-    fn write_terms(&self, command: &mut Cmd, key: &LockKey, cycle: Cycle, ttl: Duration, tokens: u32, floor: u64) {
+    /// The keys that the scripts of a lock have, and the first of their arguments: the signature.
+    fn write_keys(&self, command: &mut Cmd, key: &LockKey, cycle: Cycle) {
         let names = self.names.of(key);
         command.arg(3);
         names.lease().write(command);
         names.queue().write(command);
         names.counter().write(command);
         self.write_signature(command, cycle);
-        command.arg(millis(ttl)).arg(tokens).arg(floor);
     }
 
     fn write_inbox_prefix(&self, command: &mut Cmd, key: &LockKey) {
@@ -206,9 +206,10 @@ impl Commands {
         let signature: Signature<'_> = self.manager.sign(cycle);
         let (manager, cycle) = signature.parts();
         let mut writer = command.writer_for_next_arg();
-        let parts = [manager.as_bytes(), b":", &cycle.to_string().into_bytes()];
         // A buffer in memory takes everything.
-        parts.into_iter().try_for_each(|part| writer.write_all(part)).ok();
+        writer.write_all(manager.as_bytes()).ok();
+        writer.write_all(b":").ok();
+        cycle.write_to(&mut writer).ok();
     }
 }
 

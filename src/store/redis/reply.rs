@@ -81,11 +81,12 @@ fn acquire_reply(numbers: &[i64], tokens: u32) -> Option<AcquireReply> {
             queued: queued.try_into().ok()?,
             extended: extended == 1,
         },
-        [2, mark, left, foreign, ahead] => AcquireReply::Queued(Place {
+        [2, mark, left, foreign, ahead, reached] => AcquireReply::Queued(Place {
             mark: mark.try_into().ok()?,
             owner_ttl: u64::try_from(left).ok().map(Duration::from_millis),
             owner_foreign: foreign == 1,
             ahead: ahead.try_into().ok()?,
+            is_reached: reached == 1,
         }),
         _ => return None,
     })
@@ -172,19 +173,19 @@ pub(super) fn inspected(replies: &[Value]) -> Result<Inspection, StoreError> {
     })
 }
 
-/// A message in the inbox: `g <cycle> <largest token> <tokens> <ttl in ms> <queue length> <key>` or `w <cycle> <key>`.
+/// A message in the inbox: `g <cycle> <largest token> <tokens> <queue length> <key>` or `w <cycle> <key>`.
 pub(super) fn push(message: &str) -> Option<Push> {
     let (kind, rest) = message.split_once(' ')?;
     match kind {
         "g" => {
-            let mut parts = rest.splitn(6, ' ');
+            let mut parts = rest.splitn(5, ' ');
+            let cycle = Cycle::parse(parts.next()?)?;
             let mut number = || parts.next()?.parse::<u64>().ok();
-            let (cycle, last, count, ttl, queued) = (number()?, number()?, number()?, number()?, number()?);
+            let (last, count, queued) = (number()?, number()?, number()?);
             let key = LockKey::new(parts.next()?).ok()?;
             let grant = Grant {
-                cycle: Cycle(cycle),
+                cycle,
                 tokens: TokenBlock::ending_at(last, count.try_into().ok()?),
-                ttl: Duration::from_millis(ttl),
                 queued,
             };
             Some(Push::Granted { key, grant })
@@ -193,7 +194,7 @@ pub(super) fn push(message: &str) -> Option<Push> {
             let (cycle, key) = rest.split_once(' ')?;
             Some(Push::Wanted {
                 key: LockKey::new(key).ok()?,
-                cycle: Cycle(cycle.parse().ok()?),
+                cycle: Cycle::parse(cycle)?,
             })
         }
         _ => None,
@@ -255,23 +256,25 @@ mod tests {
     fn pushes_are_read_and_nonsense_is_not() {
         let key = LockKey::new("a key with spaces").unwrap();
         let grant = Grant {
-            cycle: Cycle(5),
+            cycle: Cycle::of(5),
             tokens: TokenBlock::ending_at(90, 8),
-            ttl: Duration::from_millis(1500),
             queued: 3,
         };
         assert_eq!(
-            push("g 5 90 8 1500 3 a key with spaces"),
+            push(&format!("g {} 90 8 3 a key with spaces", Cycle::of(5))),
             Some(Push::Granted {
                 key: key.clone(),
                 grant
             })
         );
         assert_eq!(
-            push("w 4 a key with spaces"),
-            Some(Push::Wanted { key, cycle: Cycle(4) })
+            push(&format!("w {} a key with spaces", Cycle::of(4))),
+            Some(Push::Wanted {
+                key,
+                cycle: Cycle::of(4)
+            })
         );
-        for nonsense in ["", "g", "g 1 2 3", "x 1 k", "w x k", "w 1 ", "g 1 2 3 4 5 "] {
+        for nonsense in ["", "g", "g 1 2 3", "x 1 k", "w x k", "w 1 k", "g 1 2 3 4 k", "g 1-1-00000000 2 3 4 "] {
             assert_eq!(push(nonsense), None, "{nonsense:?}");
         }
     }

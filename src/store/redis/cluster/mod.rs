@@ -360,7 +360,7 @@ impl LeaseStore for ClusterStore {
         Box::pin(async move {
             let shared = &*lane.shared;
             let slot = shared.commands.names.of(&request.key).slot();
-            let Release { ttl, tokens, .. } = request;
+            let (ttl, tokens) = (request.ttl(), request.tokens);
             let floor = shared.floor(slot);
             let answer = |said: &Said, reply| Answer {
                 sent_at: said.sent_at,

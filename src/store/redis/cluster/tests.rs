@@ -58,7 +58,7 @@ impl Compared for ClusterStore {
 async fn acquire(store: &ClusterStore, ask: Ask) -> AcquireReply {
     let request = Acquire {
         key: LockKey::new("k").unwrap(),
-        cycle: Cycle(1),
+        cycle: Cycle::of(1),
         ask,
         ttl: Duration::from_secs(600),
         tokens: 1,

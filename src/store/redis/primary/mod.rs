@@ -414,7 +414,7 @@ impl LeaseStore for RedisStore {
         let other = (lane == Lane::Background).then(|| self.link(Lane::Caller, slot));
         Box::pin(async move {
             let _under_way = link.enter();
-            let Release { ttl, tokens, .. } = request;
+            let (ttl, tokens) = (request.ttl(), request.tokens);
             let mut attempts = Attempts::default();
             let mut free = request.nobody_waits;
             loop {

@@ -1,12 +1,14 @@
 -- What is particular to a cluster.
 
--- Sends a manager a message. Returns how many received it. Whoever listens on a replica gets what is published here as well, but is not
--- counted: who is not counted must not be told, or both it and the next would take the lease for theirs.
-local function tell(inbox, message)
-  if redis.call('PUBSUB', 'SHARDNUMSUB', inbox)[2] == 0 then
-    return 0
-  end
-  return redis.call('SPUBLISH', inbox, message)
+-- Whether an inbox is subscribed on this very node. The count that SPUBLISH returns does not tell:
+-- subscribers at replicas receive the message as well, uncounted.
+local function is_subscribed(inbox)
+  return redis.call('PUBSUB', 'SHARDNUMSUB', inbox)[2] > 0
+end
+
+-- Sends a manager a message.
+local function notify(inbox, message)
+  redis.call('SPUBLISH', inbox, message)
 end
 
 -- Reserves n numbers and returns the largest. A replica that takes over may have missed the last of them, and no client can tell when: so

@@ -1,33 +1,51 @@
--- Shared by acquire.lua and release.lua, which come after it in the same script. Before it comes single.lua or cluster.lua,
--- with tell() and reserve().
+-- Shared by acquire.lua and release.lua, which come after it in the same script. Before it comes
+-- single.lua or cluster.lua, with is_subscribed(), notify() and reserve().
 --
--- KEYS: 1 lease, 2 queue (sorted set of signatures, score = the counter when it joined), 3 counter of the slot.
+-- KEYS: 1 lease, 2 queue (sorted set of signatures, score = the counter when it joined, plus a half
+-- if its inbox was not subscribed here), 3 counter of the slot.
 
--- The manager and the cycle of a signature; nil for a value that another library wrote.
+-- The manager, the cycle and the TTL of a signature; nil for a value that another library wrote. A
+-- signature is `<manager>:<cycle>`, a cycle `<number>-<ttl>-<code>`.
 local function signed(signature)
-  return string.match(signature, '^([%w%.%-]+%-%d+%-%x%x%x%x%x%x%x%x%x%x%x%x%x%x%x%x):(%d+)$')
+  return string.match(signature,
+    '^([%w%.%-]+%-%d+%-%x%x%x%x%x%x%x%x%x%x%x%x%x%x%x%x):(%d+%-(%d+)%-%x%x%x%x%x%x%x%x)$')
 end
 
--- Makes the first in the queue the owner and tells it; goes on to the next where nobody listens (a dead process).
--- `me` is told by the reply instead. Returns the new owner, its largest token and how many still wait; deletes the lease where nobody
--- is left. Looks at the queue no more once it is empty: in a slot of a cluster that is being moved, a key that is gone can't be asked for.
-local function pass_on(me, ttl, n, floor, channel, key)
-  local last
+-- Whether the owner of a cycle asked to be notified when somebody begins to wait: its number is even.
+local function wants_notice(cycle)
+  return tonumber(string.match(cycle, '(%d)%-')) % 2 == 0
+end
+
+-- A manager whose inbox is not subscribed on this server asks again and again instead, every quarter
+-- of a second. When it is its turn, the lease waits for its next request for this long at most, in
+-- milliseconds.
+local UNNOTIFIED_LEASE = 1000
+
+-- Makes the first in the queue the owner and notifies it. Where nothing reaches its inbox, the next
+-- one is tried: nothing was published then, and no token reserved, so the one that was passed over can
+-- never enter. `me` learns of it by the reply instead; its lease lasts for `my_ttl`, any other for the
+-- TTL of its cycle. Returns the new owner, its largest token and how many still wait; deletes the lease
+-- if nobody is left. Looks at the queue no more once it is empty: in a slot of a cluster that is being
+-- moved, a key that is gone can't be asked for.
+local function pass_on(me, my_ttl, n, floor, channel, key)
   local waiting = redis.call('ZCARD', KEYS[2])
   while waiting > 0 do
-    local heir = redis.call('ZPOPMIN', KEYS[2])[1]
+    local popped = redis.call('ZPOPMIN', KEYS[2])
+    local heir, score = popped[1], popped[2]
     waiting = waiting - 1
-    last = last or reserve(n, floor)
-    redis.call('SET', KEYS[1], heir, 'PX', ttl)
+    local manager, cycle, ttl = signed(heir)
     if heir == me then
+      local last = reserve(n, floor)
+      redis.call('SET', KEYS[1], heir, 'PX', my_ttl)
       return heir, last, waiting
-    end
-    local manager, cycle = signed(heir)
-    if manager then
-      local grant = string.format('g %s %.0f %d %s %d ', cycle, last, n, ttl, waiting)
-      if tell(channel .. manager, grant .. key) > 0 then
-        return heir, last, waiting
-      end
+    elseif manager and is_subscribed(channel .. manager) then
+      local last = reserve(n, floor)
+      redis.call('SET', KEYS[1], heir, 'PX', ttl)
+      notify(channel .. manager, string.format('g %s %.0f %d %d ', cycle, last, n, waiting) .. key)
+      return heir, last, waiting
+    elseif manager and string.find(score, '.5', 1, true) then
+      redis.call('SET', KEYS[1], heir, 'PX', math.min(UNNOTIFIED_LEASE, tonumber(ttl)))
+      return heir, reserve(1, floor), waiting
     end
   end
   redis.call('DEL', KEYS[1])
@@ -37,21 +55,30 @@ end
 -- A place in the queue outlives those who wait by this much, in milliseconds, if all of them die.
 local QUEUE_GRACE = 60000
 
--- The reply of one who waits: 2, mark, remaining TTL of the owner (-1: endless), whether the owner is foreign, who is ahead.
-local function queued(mark, foreign, ahead)
+-- The reply to a cycle that waits: 2, mark, remaining TTL of the owner (-1: endless), whether the
+-- owner is foreign, how many are ahead, whether a grant would reach it.
+local function queued(mark, foreign, ahead, reached)
   local left = redis.call('PTTL', KEYS[1])
   -- Numbers are written here: the server would do it with 17 digits, which takes several times as long.
   redis.call('PEXPIRE', KEYS[2], string.format('%d', math.max(left, 0) + QUEUE_GRACE))
-  return {2, mark, left, foreign and 1 or 0, ahead}
+  return {2, mark, left, foreign and 1 or 0, ahead, reached and 1 or 0}
 end
 
--- Joins the queue unless it is in it. Returns its mark, and how many are ahead; the third says whether it was new.
-local function join(me, floor)
+-- Joins the queue unless it is in it. Returns its mark, how many are ahead, whether it was new, and
+-- whether a grant would reach it.
+local function join(me, floor, channel)
   local mark = reserve(1, floor)
-  if redis.call('ZADD', KEYS[2], 'NX', string.format('%.0f', mark), me) == 1 then
-    return mark, redis.call('ZCARD', KEYS[2]) - 1, true
+  local reached = is_subscribed(channel .. signed(me))
+  if redis.call('ZADD', KEYS[2], 'NX', string.format(reached and '%.0f' or '%.1f', reached and mark or mark + 0.5), me) == 1 then
+    return mark, redis.call('ZCARD', KEYS[2]) - 1, true, reached
   end
-  return mark, redis.call('ZRANK', KEYS[2], me), false
+  if not reached then
+    local score = redis.call('ZSCORE', KEYS[2], me)
+    if not string.find(score, '.5', 1, true) then
+      redis.call('ZADD', KEYS[2], 'XX', score .. '.5', me)
+    end
+  end
+  return mark, redis.call('ZRANK', KEYS[2], me), false, reached
 end
 
 -- Takes the lease, extends it, or joins the queue; a try does not join.
@@ -69,13 +96,13 @@ local function acquire(me, ttl, n, floor, try, channel, key)
     if try then
       return {0}
     end
-    local mark, ahead, new = join(me, floor)
+    local mark, ahead, new, reached = join(me, floor, channel)
     local manager, cycle = signed(owner)
-    -- The owner of an even cycle does not reckon with rivals: it is told when the first comes, and again when one asks again.
-    if manager and (ahead == 0 or not new) and string.byte(cycle, -1) % 2 == 0 then
-      tell(channel .. manager, 'w ' .. cycle .. ' ' .. key)
+    -- When the first comes, and again when one asks again.
+    if manager and (ahead == 0 or not new) and wants_notice(cycle) then
+      notify(channel .. manager, 'w ' .. cycle .. ' ' .. key)
     end
-    return queued(mark, not manager, ahead)
+    return queued(mark, not manager, ahead, reached)
   end
   local head = redis.call('ZRANGE', KEYS[2], 0, 0)[1]
   if not head or head == me then
@@ -88,17 +115,17 @@ local function acquire(me, ttl, n, floor, try, channel, key)
   end
   -- The owner died and somebody is before us.
   if try then
-    local heir = pass_on(nil, ttl, n, floor, channel, key)
+    local heir = pass_on(nil, nil, n, floor, channel, key)
     if heir then
       return {0}
     end
     redis.call('SET', KEYS[1], me, 'PX', ttl)
     return {1, reserve(n, floor), 0, 0}
   end
-  join(me, floor)
+  local _, _, _, reached = join(me, floor, channel)
   local heir, last, waiting = pass_on(me, ttl, n, floor, channel, key)
   if heir == me then
     return {1, last, waiting, 0}
   end
-  return queued(last, not signed(heir), redis.call('ZRANK', KEYS[2], me))
+  return queued(last, false, redis.call('ZRANK', KEYS[2], me), reached)
 end

@@ -1,6 +1,8 @@
--- ARGV: 1 signature, 2 ttl in ms and 3 tokens of the next owner, 4 floor, 5 channel prefix, 6 key, 7 next signature or ''
--- Replies: {1 if it was ours, else 0, and where a next signature was given, the reply of its acquire}
-local me, ttl, n, floor, channel, key, next = ARGV[1], ARGV[2], tonumber(ARGV[3]), tonumber(ARGV[4]), ARGV[5], ARGV[6], ARGV[7]
+-- ARGV: 1 signature, 2 tokens of the next owner, 3 floor, 4 channel prefix, 5 key, 6 next signature or ''
+-- Replies: {1 if it was ours, else 0, and with a next signature the reply of its acquire}
+local me, n, floor, channel, key, next = ARGV[1], tonumber(ARGV[2]), tonumber(ARGV[3]), ARGV[4], ARGV[5], ARGV[6]
+-- The TTL of a cycle is part of its signature.
+local _, _, ttl = signed(next)
 if redis.call('GET', KEYS[1]) ~= me then
   -- It can't be in the queue and own the lease.
   redis.call('ZREM', KEYS[2], me)
@@ -10,12 +12,12 @@ if redis.call('GET', KEYS[1]) ~= me then
   return {0, unpack(acquire(next, ttl, n, floor, false, channel, key))}
 end
 if next == '' then
-  pass_on(nil, ttl, n, floor, channel, key)
+  pass_on(nil, nil, n, floor, channel, key)
   return {1}
 end
-join(next, floor)
+local _, _, _, reached = join(next, floor, channel)
 local heir, last, waiting = pass_on(next, ttl, n, floor, channel, key)
 if heir == next then
   return {1, 1, last, waiting, 0}
 end
-return {1, unpack(queued(last, not signed(heir), redis.call('ZRANK', KEYS[2], next)))}
+return {1, unpack(queued(last, false, redis.call('ZRANK', KEYS[2], next), reached))}

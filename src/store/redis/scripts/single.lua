@@ -1,8 +1,14 @@
 -- What is particular to a single primary.
 
--- Sends a manager a message. Returns how many received it.
-local function tell(inbox, message)
-  return redis.call('PUBLISH', inbox, message)
+-- Whether an inbox is subscribed on this very server. The count that PUBLISH returns does not tell:
+-- subscribers at replicas receive the message as well, uncounted.
+local function is_subscribed(inbox)
+  return redis.call('PUBSUB', 'NUMSUB', inbox)[2] > 0
+end
+
+-- Sends a manager a message.
+local function notify(inbox, message)
+  redis.call('PUBLISH', inbox, message)
 end
 
 -- Reserves n numbers and returns the largest. A counter below the caller's floor was lost (a flush, a restart without

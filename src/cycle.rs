@@ -1,0 +1,184 @@
+//! Cycles: the attempts of a manager to get and hold a key.
+
+use std::fmt;
+use std::hash::{DefaultHasher, Hasher};
+use std::io::{self, Write};
+use std::sync::atomic::{AtomicU64, Ordering};
+use std::time::Duration;
+
+/// One attempt of a manager to get and hold a key, from the request to the release. A manager never
+/// uses a number twice, so a command that executes late can only concern the cycle that it was sent
+/// for.
+///
+/// In a store a cycle is written as `<number>-<ttl in ms>-<code>`: whoever passes the lease on reads
+/// from it how long the lease of this cycle lasts, and nobody can guess it (see [`Cycles`]).
+///
+/// An *odd* number means that its manager expects remote waiters from the start and bounds its
+/// bypass; the owner of an *even* one is notified (`wanted`) when another manager begins to wait.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Hash)]
+pub(crate) struct Cycle {
+    number: u64,
+    ttl_ms: u32,
+    code: u32,
+}
+
+impl Cycle {
+    /// Whether the owner bounds its bypass without a notification that somebody waits.
+    pub(crate) const fn expects_rivals(self) -> bool {
+        self.number % 2 == 1
+    }
+
+    pub(crate) const fn number(self) -> u64 {
+        self.number
+    }
+
+    /// How long the lease lasts that is passed on to this cycle.
+    pub(crate) const fn ttl(self) -> Duration {
+        Duration::from_millis(self.ttl_ms as u64)
+    }
+
+    /// Reads what [`Display`](fmt::Display) wrote. The same rule stands in the Lua scripts.
+    pub(crate) fn parse(text: &str) -> Option<Self> {
+        let (number, rest) = text.split_once('-')?;
+        let (ttl, code) = rest.split_once('-')?;
+        let digits = |text: &str| !text.is_empty() && text.bytes().all(|byte| byte.is_ascii_digit());
+        let hex = code.len() == CODE_DIGITS && code.bytes().all(|byte| byte.is_ascii_hexdigit());
+        if !(digits(number) && digits(ttl) && hex) {
+            return None;
+        }
+        Some(Self {
+            number: number.parse().ok()?,
+            ttl_ms: ttl.parse().ok()?,
+            code: u32::from_str_radix(code, 16).ok()?,
+        })
+    }
+}
+
+impl Cycle {
+    /// Writes the same as [`Display`](fmt::Display), for the hot path, where formatting is slow.
+    pub(crate) fn write_to(self, writer: &mut impl Write) -> io::Result<()> {
+        let mut digits = itoa::Buffer::new();
+        writer.write_all(digits.format(self.number).as_bytes())?;
+        writer.write_all(b"-")?;
+        writer.write_all(digits.format(self.ttl_ms).as_bytes())?;
+        writer.write_all(b"-")?;
+        let mut code = [0; CODE_DIGITS];
+        for (index, digit) in code.iter_mut().rev().enumerate() {
+            let nibble = (self.code >> (4 * index)) & 0xf;
+            *digit = b"0123456789abcdef"[nibble as usize];
+        }
+        writer.write_all(&code)
+    }
+}
+
+/// The digits of the last part of a cycle.
+const CODE_DIGITS: usize = 8;
+
+impl fmt::Display for Cycle {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        write!(f, "{}-{}-{:08x}", self.number, self.ttl_ms, self.code)
+    }
+}
+
+/// Where the cycles of one manager come from.
+///
+/// A client that may publish to the inbox of a manager, but not read the keys of the locks, could
+/// otherwise make up a grant for a cycle that waits. So each cycle has a code that only its manager
+/// can compute: a hash with a secret that never leaves the process.
+#[derive(Debug, Default)]
+pub(crate) struct Cycles {
+    next: AtomicU64,
+    secret: [u64; 2],
+}
+
+impl Cycles {
+    /// For a manager with that secret.
+    pub(crate) const fn with_secret(secret: [u64; 2]) -> Self {
+        Self {
+            next: AtomicU64::new(0),
+            secret,
+        }
+    }
+
+    /// A cycle that was never used before, for leases of that TTL.
+    pub(crate) fn open(&self, expects_rivals: bool, ttl: Duration) -> Cycle {
+        let pair = self.next.fetch_add(1, Ordering::Relaxed) + 1;
+        let number = pair * 2 + u64::from(expects_rivals);
+        let ttl_ms = u32::try_from(ttl.as_millis()).unwrap_or(u32::MAX).max(1);
+        Cycle {
+            number,
+            ttl_ms,
+            code: self.code(number, ttl_ms),
+        }
+    }
+
+    /// Whether that cycle is one of this manager's. A cycle that is not was forged.
+    pub(crate) fn has_opened(&self, cycle: Cycle) -> bool {
+        cycle.code == self.code(cycle.number, cycle.ttl_ms)
+    }
+
+    /// SipHash with the secret on both sides of what it protects.
+    fn code(&self, number: u64, ttl_ms: u32) -> u32 {
+        let mut hasher = DefaultHasher::new();
+        hasher.write_u64(self.secret[0]);
+        hasher.write_u64(number);
+        hasher.write_u32(ttl_ms);
+        hasher.write_u64(self.secret[1]);
+        (hasher.finish() >> 32) as u32
+    }
+}
+
+#[cfg(test)]
+impl Cycle {
+    /// A cycle with that number, a TTL of a second, and the code that a manager without a secret gives.
+    pub(crate) fn of(number: u64) -> Self {
+        Self::with_ttl(number, Duration::from_secs(1))
+    }
+
+    pub(crate) fn with_ttl(number: u64, ttl: Duration) -> Self {
+        let ttl_ms = u32::try_from(ttl.as_millis()).unwrap();
+        Self {
+            number,
+            ttl_ms,
+            code: Cycles::default().code(number, ttl_ms),
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn cycle_is_read_as_it_was_written() {
+        let cycles = Cycles::with_secret([7, 8]);
+        let cycle = cycles.open(true, Duration::from_millis(1_500));
+        assert_eq!((cycle.number(), cycle.ttl()), (3, Duration::from_millis(1_500)));
+        assert!(cycle.expects_rivals());
+        assert_eq!(Cycle::parse(&cycle.to_string()), Some(cycle));
+        let mut written = Vec::new();
+        cycle.write_to(&mut written).unwrap();
+        assert_eq!(String::from_utf8(written).unwrap(), cycle.to_string());
+        for nonsense in ["", "3", "3-1500", "3-1500-12", "3-x-00000000", "-1-1500-00000000", "3-1500-0000000g"] {
+            assert_eq!(Cycle::parse(nonsense), None, "{nonsense:?}");
+        }
+        let too_large = format!("{}0-1-00000000", u64::MAX);
+        assert_eq!(Cycle::parse(&too_large), None);
+    }
+
+    #[test]
+    fn cycle_of_another_manager_or_with_another_ttl_is_not_ours() {
+        let cycles = Cycles::with_secret([7, 8]);
+        let cycle = cycles.open(false, Duration::from_secs(1));
+        assert!(cycles.has_opened(cycle));
+        assert!(!Cycles::with_secret([7, 9]).has_opened(cycle));
+        assert!(!cycles.has_opened(Cycle {
+            ttl_ms: 3_600_000,
+            ..cycle
+        }));
+        assert!(!cycles.has_opened(Cycle {
+            number: cycle.number + 2,
+            ..cycle
+        }));
+    }
+}
