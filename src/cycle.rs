@@ -159,7 +159,15 @@ mod tests {
         let mut written = Vec::new();
         cycle.write_to(&mut written).unwrap();
         assert_eq!(String::from_utf8(written).unwrap(), cycle.to_string());
-        for nonsense in ["", "3", "3-1500", "3-1500-12", "3-x-00000000", "-1-1500-00000000", "3-1500-0000000g"] {
+        for nonsense in [
+            "",
+            "3",
+            "3-1500",
+            "3-1500-12",
+            "3-x-00000000",
+            "-1-1500-00000000",
+            "3-1500-0000000g",
+        ] {
             assert_eq!(Cycle::parse(nonsense), None, "{nonsense:?}");
         }
         let too_large = format!("{}0-1-00000000", u64::MAX);

@@ -109,7 +109,10 @@ impl LockManager {
         let manager_metrics = &metrics;
         let (jobs, receiver) = mpsc::unbounded_channel();
         let shard_metrics = opened.iter().map(|opened| Arc::clone(&opened.metrics)).collect();
-        let (cycles, load) = (Arc::new(Cycles::with_secret(rand::random())), Arc::new(Load::new(shard_metrics)));
+        let (cycles, load) = (
+            Arc::new(Cycles::with_secret(rand::random())),
+            Arc::new(Load::new(shard_metrics)),
+        );
         let rules = Rules {
             max_burst: config.max_burst,
             max_slice: config.max_slice,

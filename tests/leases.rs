@@ -94,6 +94,23 @@ on_each_store! {
         }
     }
 
+    /// A lease that was passed on once had the TTL of the one that released it: after a holder with ten minutes, the key of one that asked
+    /// for a second and was killed stayed locked for ten minutes.
+    async fn lease_that_is_passed_on_lasts_as_long_as_its_new_owner_asked_for(store: &TestStore) {
+        let (long, short) = (store.manager().await, store.short_lived_manager().await);
+        let guard = lock(&long, "k").await;
+        let waiting = tokio::spawn(async move { lock(&short, "k").await });
+        until_queued(&long, "k", 1).await;
+        guard.release().await.expect("release");
+        let guard = soon("the waiter", waiting).await.expect("a task");
+        let holder = long.inspect("k").await.expect("inspect").holder.expect("a holder");
+        assert_eq!(holder.owner, guard.owner());
+        // What is shorter than a second is rounded up by some stores.
+        let longest = store.short_ttl().max(Duration::from_secs(2));
+        assert!(holder.remaining.is_none_or(|remaining| remaining <= longest), "{holder:?}");
+        guard.release().await.expect("release");
+    }
+
     async fn a_guard_that_is_dropped_gives_its_lock_back(store: &TestStore) {
         let (one, other) = (store.manager().await, store.manager().await);
         // With the default TTL of 10 seconds: nobody waits for its end.

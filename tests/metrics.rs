@@ -243,12 +243,15 @@ async fn a_subscription_that_is_cut_off_and_a_grant_for_nobody_are_counted() {
 
     assert_eq!(sum("shardlock_stale_grants_total", &ours), 0.0);
     let inbox = server.channels().pop().expect("an inbox");
-    let told: i64 = server.query(&["PUBLISH", &inbox, "g 990 90 8 1500 0 nobody-wants-it"]);
-    assert_eq!(told, 1);
+    let guard = lock(&locks, "k").await;
+    let (_, over) = server.owners().pop().expect("a lease");
+    guard.release().await.unwrap();
+    let grant = |key: &str| server.query::<i64>(&["PUBLISH", &inbox, &format!("g {over} 90 8 0 {key}")]);
+    assert_eq!(grant("nobody-wants-it"), 1);
     becomes("shardlock_stale_grants_total", &ours, |value| value == 1.0).await;
     // One for a key that is in use, but for a cycle that is over.
     let guard = lock(&locks, "k").await;
-    let _: i64 = server.query(&["PUBLISH", &inbox, "g 992 90 8 1500 0 k"]);
+    grant("k");
     becomes("shardlock_stale_grants_total", &ours, |value| value == 2.0).await;
     assert!(guard.is_valid());
     guard.release().await.unwrap();

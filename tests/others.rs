@@ -367,3 +367,35 @@ fn assert_differs(error: &LockError, ours: &str, theirs: &str) {
     assert!(text.contains(ours) && text.contains(theirs), "{text}");
     assert!(!error.is_retryable());
 }
+
+/// Whoever may publish on a server once could make a manager believe that it had the lock: a grant named a cycle, which
+/// was a small number, and the TTL that it claimed was believed.
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn grant_that_another_client_makes_up_lets_nobody_in() {
+    const FORGED: u64 = 1 << 60;
+    let server = RedisServer::start();
+    let (holder, waiter) = (connect(&server).await, connect(&server).await);
+    let guard = lock(&holder, "k").await;
+    let waiting = tokio::spawn(async move { lock(&waiter, "k").await });
+    until_queued(&holder, "k", 1).await;
+    let seen_by_all = server.channels();
+    assert_eq!(seen_by_all.len(), 2);
+    for inbox in &seen_by_all {
+        for number in 0..20 {
+            for grant in [
+                format!("g {number} {FORGED} 64 3600000 0 k"),
+                format!("g {number}-10000-00000000 {FORGED} 64 0 k"),
+                format!("g {number}-3600000-00000000 {FORGED} 64 0 k"),
+            ] {
+                assert_eq!(server.query::<u64>(&["PUBLISH", inbox, &grant]), 1);
+            }
+        }
+    }
+    // Messages keep their order, so the true grant comes after those.
+    guard.release().await.expect("release");
+    let guard = soon("the waiter", waiting).await.expect("a task");
+    assert!(guard.token().get() < FORGED, "{:?}", guard.token());
+    let holder = holder.inspect("k").await.expect("inspect").holder.expect("a holder");
+    assert_eq!(holder.owner, guard.owner());
+    guard.release().await.expect("release");
+}

@@ -6,13 +6,18 @@
 mod support;
 mod support_locks;
 
+use std::collections::HashSet;
 use std::future::IntoFuture;
+use std::sync::Arc;
+use std::sync::atomic::{AtomicBool, Ordering};
 use std::time::{Duration, Instant};
 
+use parking_lot::Mutex;
 use shardlock::{Builder, LockError, LockManager, LossReason};
-use support::RedisServer;
+use support::proxy::Proxy;
 use support::sentinel::{Watched, in_step};
-use support_locks::{lock, lock_in_time, lock_keys, soon, until, until_queued, waiting};
+use support::{ClientType, RedisServer};
+use support_locks::{hand_off, lock, lock_in_time, lock_keys, soon, until, until_queued, waiting};
 
 /// Long enough that no test waits for its end by mistake.
 const LONG_TTL: Duration = Duration::from_secs(60);
@@ -180,4 +185,101 @@ async fn a_lock_whose_renewals_no_replica_confirms_is_lost_in_time() {
     let cut = Instant::now();
     assert_eq!(soon("the loss", guard.lost()).await, LossReason::Expired);
     assert!(cut.elapsed() < ttl + Duration::from_millis(500), "{:?}", cut.elapsed());
+}
+
+/// Many turns of several managers, in which nobody may be beside another and no token may come twice.
+struct Turns {
+    taken: AtomicBool,
+    tokens: Mutex<HashSet<u64>>,
+}
+
+impl Turns {
+    const OF_EACH: usize = 12;
+
+    async fn take(self: Arc<Self>, locks: LockManager) {
+        for _ in 0..Self::OF_EACH {
+            let guard = lock(&locks, "k").await;
+            assert!(!self.taken.swap(true, Ordering::SeqCst), "two hold it");
+            assert!(self.tokens.lock().insert(guard.token().get()), "a token came twice");
+            tokio::time::sleep(Duration::from_millis(2)).await;
+            assert!(guard.is_valid());
+            self.taken.store(false, Ordering::SeqCst);
+            guard.release().await.expect("release");
+        }
+    }
+}
+
+/// What is published on a primary reaches subscribers at its replicas as well, but PUBLISH does not count them. After a switch-over behind
+/// one address, a manager whose inbox was still connected to the old primary was granted the lock and passed over at the same time,
+/// and the next one had it too, with the same token.
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn manager_whose_inbox_is_at_a_replica_is_served_and_never_beside_another() {
+    let primary = RedisServer::start_with(&["--repl-diskless-sync-delay", "0"]);
+    let port = primary.port().to_string();
+    let replica = RedisServer::start_with(&["--replicaof", "127.0.0.1", &port]);
+    until("the replica is in step", async || in_step(&primary) == 1).await;
+    let address = Proxy::start(primary.address());
+    let connect = async |url: String| LockManager::connect(&url).await.expect("connect");
+    let misled = connect(address.url()).await;
+    let others = [connect(primary.url()).await, connect(primary.url()).await];
+
+    address.lead_to(replica.address());
+    primary.client_kill(ClientType::PubSub);
+    until("its inbox is elsewhere", async || replica.channels().len() == 1).await;
+    until("the others listen again", async || primary.channels().len() == 2).await;
+
+    let turns = Arc::new(Turns {
+        taken: AtomicBool::new(false),
+        tokens: Mutex::default(),
+    });
+    let tasks =
+        [&misled, &misled, &others[0], &others[1]].map(|locks| tokio::spawn(Arc::clone(&turns).take(locks.clone())));
+    for task in tasks {
+        soon("all turns", task).await.expect("a task");
+    }
+
+    address.lead_to(primary.address());
+    until("its inbox is at the primary again", async || {
+        primary.channels().len() == 3
+    })
+    .await;
+    until("and not at the replica", async || replica.channels().is_empty()).await;
+    // A hand-off that takes less than it takes to ask again: there is no need to ask.
+    for (from, to) in [(&others[0], &misled), (&misled, &others[0])] {
+        hand_off(from, to, "k").await;
+    }
+}
+
+/// After a planned switch-over behind one address, all that was connected to the old primary moves to the new one.
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn connections_follow_an_address_that_leads_to_another_primary() {
+    let old = RedisServer::start_with(&["--repl-diskless-sync-delay", "0"]);
+    let port = old.port().to_string();
+    let new = RedisServer::start_with(&["--replicaof", "127.0.0.1", &port, "--repl-diskless-sync-delay", "0"]);
+    until("the replica is in step", async || in_step(&old) == 1).await;
+    let address = Proxy::start(old.address());
+    let managers = [
+        LockManager::connect(&address.url()).await.expect("connect"),
+        LockManager::connect(&address.url()).await.expect("connect"),
+    ];
+    hand_off(&managers[0], &managers[1], "k").await;
+
+    new.command(&["REPLICAOF", "NO", "ONE"]);
+    address.lead_to(new.address());
+    let port = new.port().to_string();
+    old.command(&["REPLICAOF", "127.0.0.1", &port]);
+    until("the old primary is a replica", async || in_step(&new) == 1).await;
+
+    let turns = Arc::new(Turns {
+        taken: AtomicBool::new(false),
+        tokens: Mutex::default(),
+    });
+    let tasks =
+        [&managers[0], &managers[1], &managers[0]].map(|locks| tokio::spawn(Arc::clone(&turns).take(locks.clone())));
+    for task in tasks {
+        soon("all turns", task).await.expect("a task");
+    }
+    until("the inboxes are at the new primary", async || new.channels().len() == 2).await;
+    until("and not at the old one", async || old.channels().is_empty()).await;
+    hand_off(&managers[0], &managers[1], "k").await;
 }

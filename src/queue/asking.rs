@@ -195,15 +195,7 @@ impl<W> Queue<W> {
         if (asked_at + ttl).since(cx.now) * 2 <= ttl {
             return self.ask_again(effects);
         }
-        self.hold(
-            grant.cycle,
-            grant.tokens,
-            ttl,
-            asked_at,
-            Path::RemoteGrant,
-            cx,
-            effects,
-        );
+        self.hold(grant.cycle, grant.tokens, ttl, asked_at, Path::RemoteGrant, cx, effects);
     }
 
     /// The reply says that the lease is ours, but its time has passed on the way.

@@ -36,6 +36,8 @@ pub(crate) enum Flaw {
     ReusesCycles,
     /// A lease that was confirmed by a server which was replaced since is passed on.
     BelievesOldServers,
+    /// The store passes on what it has granted to the next one if it counts no receiver of the grant.
+    CountsReceivers,
 }
 
 impl Rules {

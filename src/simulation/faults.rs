@@ -22,6 +22,8 @@ pub(super) enum Fault {
     /// Every message of all managers takes about as long as a lease lasts, for some time.
     SlowTime,
     LoseSubscription,
+    /// The inbox is subscribed at a replica for some time.
+    ListenElsewhere,
     /// The manager is shut down.
     Shutdown,
     /// The last handle of the manager is dropped: nobody asks any more, and what is held is given back in its time.
@@ -58,6 +60,7 @@ impl World {
         self.draw(self.plan.stalls, |world, _| Fault::Stall(world.some_lane()));
         self.draw(self.plan.slow_times, |_, _| Fault::SlowTime);
         self.draw(self.plan.subscription_losses, |_, _| Fault::LoseSubscription);
+        self.draw(self.plan.inboxes_elsewhere, |_, _| Fault::ListenElsewhere);
         self.draw(self.plan.shutdowns, |world, _| {
             if world.chance(0.7) {
                 Fault::Shutdown
@@ -126,6 +129,7 @@ impl World {
                 self.slow_until = self.now + self.between(0, nanos(self.plan.ttls[0]) * 8);
             }
             Fault::LoseSubscription => self.lose_subscription(m),
+            Fault::ListenElsewhere => self.listen_elsewhere(m),
             Fault::Shutdown => self.shut_down(m),
             Fault::Leave => {
                 self.managers[m].is_left = true;
@@ -161,7 +165,7 @@ impl World {
     }
 
     /// From a moment to a few TTLs, but not beyond the end of the faults by much.
-    fn some_time(&mut self) -> Nanos {
+    pub(super) fn some_time(&mut self) -> Nanos {
         let long = nanos(self.plan.longest_ttl()) * 5 / 2;
         self.between(0, long)
     }
@@ -177,6 +181,7 @@ impl World {
         self.ledger.manager_dies(m);
         self.in_flight.retain(|_, in_flight| in_flight.m != m);
         let long = self.plan.slow_max;
+        self.managers[m].inbox.is_at_replica = false;
         let connections: Vec<usize> = self.managers[m].inbox.known_to_server.iter().copied().collect();
         for generation in connections {
             // The server may take a dead machine for alive for some time.

@@ -151,6 +151,15 @@ fn believing_confirmations_of_another_server_is_caught() {
     assert_caught(Flaw::BelievesOldServers, Variant::Failover, 1_000);
 }
 
+/// The release script once published a grant, and passed the lease on to the next waiter if PUBLISH
+/// counted no receiver. But subscribers at replicas receive what is published on a primary, uncounted:
+/// after a switch-over behind one address, a manager whose inbox was still at the old primary entered, and
+/// so did the next one, with the same tokens.
+#[test]
+fn counting_the_receivers_of_a_grant_is_caught() {
+    assert_caught(Flaw::CountsReceivers, Variant::Faults, 2_000);
+}
+
 #[test]
 fn a_seed_gives_the_same_run_every_time() {
     let runs = [(); 2].map(|()| run(7, Variant::Faults, None, false).map(|stats| format!("{stats:?}")));

@@ -221,10 +221,7 @@ impl World {
                 Reply::Acquired(reply)
             }
             Order::Queue(Request::Release {
-                cycle,
-                requeue,
-                tokens,
-                ..
+                cycle, requeue, tokens, ..
             }) => {
                 let ttl = requeue.map_or(std::time::Duration::ZERO, Cycle::ttl);
                 let (me, terms) = (manager.id.sign(cycle).to_string(), terms(ttl, tokens));
@@ -283,10 +280,7 @@ impl World {
                 let ((), next) = self.event(m, k, |queue, cx| ((), queue.replied(cycle, answer, cx)));
                 self.drive_on(m, k, in_flight.driver, next);
             }
-            (
-                Order::Queue(Request::Release { cycle, requeue, .. }),
-                Reply::Released(reply),
-            ) => {
+            (Order::Queue(Request::Release { cycle, requeue, .. }), Reply::Released(reply)) => {
                 let ttl = requeue.map_or(std::time::Duration::ZERO, Cycle::ttl);
                 if let (Some(next), Some(reply)) = (requeue, &reply.requeued) {
                     self.ledger.hears_of_rivals_in(m, k, next, reply, true);

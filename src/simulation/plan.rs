@@ -64,6 +64,7 @@ pub(super) struct Plan {
     pub(super) stalls: u32,
     pub(super) slow_times: u32,
     pub(super) subscription_losses: u32,
+    pub(super) inboxes_elsewhere: u32,
     pub(super) shutdowns: u32,
     /// How often something that is kept is given back to make room.
     pub(super) evictions: u32,
@@ -94,6 +95,7 @@ impl Plan {
         let (resets, stalls, subscription_losses) = (some(3, 0.3), some(3, 0.3), some(3, 0.35));
         let (shutdowns, foreigners, slow_times) = (some(1, 0.1), some(3, 0.2), some(1, 0.2));
         let evictions = some(4, 0.2);
+        let inboxes_elsewhere = if variant == Variant::Faults { some(3, 0.3) } else { 0 };
         let forgettings = if variant == Variant::Forgetting {
             some(6, 0.9)
         } else {
@@ -144,6 +146,7 @@ impl Plan {
             stalls,
             slow_times,
             subscription_losses,
+            inboxes_elsewhere,
             shutdowns,
             evictions,
             foreigners,
@@ -178,6 +181,7 @@ impl Plan {
             stalls: 0,
             slow_times: 0,
             subscription_losses: 0,
+            inboxes_elsewhere: 0,
             shutdowns: 0,
             evictions: 0,
             foreigners: 0,

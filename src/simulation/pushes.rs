@@ -20,6 +20,9 @@ pub(super) struct Inbox {
     last_delivery: Nanos,
     /// Whether the newest connection is subscribed as far as the manager knows.
     is_subscribed: bool,
+    /// Whether the newest connection leads to a replica: the store does not know of it, and still all
+    /// that is published comes through it.
+    pub(super) is_at_replica: bool,
 }
 
 impl Default for Inbox {
@@ -29,6 +32,7 @@ impl Default for Inbox {
             known_to_server: BTreeSet::from([0]),
             last_delivery: 0,
             is_subscribed: true,
+            is_at_replica: false,
         }
     }
 }
@@ -46,6 +50,8 @@ pub(super) enum Subscription {
     Confirmed,
     /// The time limit of a request has passed since the connection was lost.
     CutOff(usize),
+    /// The manager finds out that the newest connection leads to a replica, and leaves it.
+    LeavesReplica,
 }
 
 impl World {
@@ -63,7 +69,9 @@ impl World {
             let inbox = &mut self.managers[m].inbox;
             inbox.last_delivery = inbox.last_delivery.max(self.now + delay);
             // Where only dead connections are left, the message goes to the newest of them, and is lost.
-            let generation = inbox.known_to_server.last().copied().unwrap_or(usize::MAX);
+            let known = inbox.known_to_server.last().copied();
+            let at_replica = inbox.is_at_replica.then_some(inbox.generation);
+            let generation = at_replica.or(known).unwrap_or(usize::MAX);
             let at = inbox.last_delivery;
             self.inside(at, m, Part::Pushes, Event::Pushed { generation, push });
         }
@@ -108,6 +116,7 @@ impl World {
             return;
         }
         inbox.is_subscribed = false;
+        inbox.is_at_replica = false;
         let generation = inbox.generation;
         let long = self.plan.slow_max;
         let (server, client) = match self.between(0, 2) {
@@ -124,6 +133,20 @@ impl World {
             Event::Subscription(Subscription::Noticed),
         );
         self.note(|_| format!("m{m} the subscription is dead"));
+    }
+
+    /// The address of the store leads the inbox to a replica, while commands still go to the primary.
+    pub(super) fn listen_elsewhere(&mut self, m: usize) {
+        let inbox = &mut self.managers[m].inbox;
+        if !inbox.is_subscribed || inbox.is_at_replica {
+            return;
+        }
+        inbox.is_at_replica = true;
+        inbox.known_to_server.clear();
+        self.tell_store_who_listens(m);
+        let until = self.now + self.some_time();
+        let leaves = Event::Subscription(Subscription::LeavesReplica);
+        self.inside(until, m, Part::Pushes, leaves);
     }
 
     pub(super) fn subscription_goes_on(&mut self, m: usize, step: Subscription) {
@@ -165,6 +188,14 @@ impl World {
                 self.note(|_| format!("m{m} is subscribed again"));
                 self.ask_again(m);
             }
+            Subscription::LeavesReplica => {
+                let inbox = &mut self.managers[m].inbox;
+                if std::mem::take(&mut inbox.is_at_replica) {
+                    inbox.is_subscribed = false;
+                    self.tell_store_who_listens(m);
+                    self.subscription_goes_on(m, Subscription::Noticed);
+                }
+            }
             Subscription::CutOff(generation) => {
                 let inbox = &self.managers[m].inbox;
                 if inbox.generation == generation && !inbox.is_subscribed {
@@ -184,5 +215,7 @@ impl World {
         let manager = &self.managers[m];
         self.core
             .listen(manager.id.as_str(), !manager.inbox.known_to_server.is_empty());
+        self.core
+            .listen_at_replica(manager.id.as_str(), manager.inbox.is_at_replica);
     }
 }

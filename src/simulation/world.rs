@@ -134,7 +134,7 @@ impl World {
             .collect();
         let mut world = Self {
             now: 0,
-            core: MemoryCore::default(),
+            core: MemoryCore::with_flaw(plan.rules.flaw),
             replicas: Replicas::default(),
             managers: Vec::new(),
             in_flight: BTreeMap::new(),

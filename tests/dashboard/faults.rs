@@ -93,10 +93,12 @@ pub(crate) const FAULTS: &[Fault] = &[
         shown_by: &[above_zero("Stale grants", &[("shard", "shard-1")])],
         inject: |scene| {
             // They are gone for a moment after they were cut off.
-            for inbox in scene.second.channels() {
-                scene
-                    .second
-                    .command(&["PUBLISH", &inbox, "g 990 90 8 1500 0 nobody-wants-it"]);
+            for (manager, cycle) in scene.second.owners() {
+                let (inbox, grant) = (
+                    format!("lock:in:{manager}"),
+                    format!("g {cycle} 90 8 0 nobody-wants-it"),
+                );
+                scene.second.command(&["PUBLISH", &inbox, &grant]);
             }
         },
         is_repeated: true,

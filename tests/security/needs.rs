@@ -178,7 +178,7 @@ async fn on_nodes_of_a_cluster() {
         "+pubsub|shardnumsub",
     ];
     // Its inboxes are sharded channels, whoever owns a slot is a primary, and counters begin at the server's time.
-    let of_others = ["+publish", "+subscribe", "+role", "+incrby"];
+    let of_others = ["+publish", "+pubsub|numsub", "+subscribe", "+role", "+incrby"];
     // The first is sent when a slot moves, which follows; the other after a minute in which nobody waits.
     subject.agrees(&added, &of_others, &["+asking", "+sunsubscribe"]).await;
 

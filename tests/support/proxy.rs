@@ -13,6 +13,7 @@ use parking_lot::{Condvar, Mutex};
 pub struct Proxy {
     address: SocketAddr,
     replies: Arc<Gate>,
+    server: Arc<Mutex<String>>,
     over: Arc<AtomicBool>,
 }
 
@@ -51,20 +52,27 @@ impl Proxy {
         let listener = TcpListener::bind((Ipv4Addr::LOCALHOST, 0)).expect("a port");
         let address = listener.local_addr().expect("an address");
         let (replies, over) = (Arc::<Gate>::default(), Arc::<AtomicBool>::default());
+        let server = Arc::new(Mutex::new(server));
         thread::spawn({
-            let (replies, over) = (Arc::clone(&replies), Arc::clone(&over));
+            let (replies, over, server) = (Arc::clone(&replies), Arc::clone(&over), Arc::clone(&server));
             move || {
                 for client in listener.incoming() {
                     if over.load(Ordering::Relaxed) {
                         return;
                     }
                     // Whoever can't be served sees its connection end.
+                    let server = server.lock().clone();
                     let joined = client.and_then(|client| join(client, &server, &replies));
                     joined.unwrap_or_else(|error| eprintln!("proxy: {error}"));
                 }
             }
         });
-        Self { address, replies, over }
+        Self {
+            address,
+            replies,
+            server,
+            over,
+        }
     }
 
     /// The port on 127.0.0.1 at which it accepts.
@@ -85,6 +93,11 @@ impl Proxy {
     /// `redis://127.0.0.1:<port>`
     pub fn url(&self) -> String {
         format!("redis://{}", self.address)
+    }
+
+    /// New connections lead to the server at that address; those that are there now stay where they are.
+    pub fn lead_to(&self, server: String) {
+        *self.server.lock() = server;
     }
 
     /// Nothing that the server says comes through, until [`let_through`](Self::let_through).

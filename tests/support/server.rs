@@ -269,6 +269,23 @@ impl RedisServer {
         keys
     }
 
+    /// The manager and the cycle of each lease, as it is stored.
+    #[track_caller]
+    pub fn owners(&self) -> Vec<(String, String)> {
+        let leases = self
+            .keys()
+            .into_iter()
+            .filter(|key| key.starts_with("lock:") && !key.starts_with("lock:%"));
+        leases
+            .filter_map(|lease| self.query::<Option<String>>(&["GET", &lease]))
+            .filter_map(|owner| {
+                owner
+                    .rsplit_once(':')
+                    .map(|(manager, cycle)| (manager.to_owned(), cycle.to_owned()))
+            })
+            .collect()
+    }
+
     /// How many keys there are.
     #[track_caller]
     pub fn dbsize(&self) -> u64 {

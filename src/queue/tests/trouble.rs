@@ -104,7 +104,10 @@ fn a_renewal_that_is_refused_or_too_late_loses_the_lease() {
 fn a_renewal_of_an_earlier_cycle_says_nothing_of_this_one() {
     let mut bench = Bench::new();
     let guard = bench.hold(1, 1);
-    assert_eq!(bench.renewed(Cycle::of(900), bench.now, Some(RenewReply::NotOurs)), NOTHING);
+    assert_eq!(
+        bench.renewed(Cycle::of(900), bench.now, Some(RenewReply::NotOurs)),
+        NOTHING
+    );
     assert!(guard.lease.loss().is_none());
 }
 

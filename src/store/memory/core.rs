@@ -10,6 +10,8 @@ use crate::fence::{FencingToken, TokenBlock};
 use crate::identity::parse_signature;
 use crate::key::{LockKey, Slot};
 use crate::protocol::{AcquireReply, Cycle, Grant, Place, Push, ReleaseReply, RenewReply};
+#[cfg(test)]
+use crate::queue::Flaw;
 use crate::store::{Holder, INSPECTED_QUEUE_MAX, Inspection};
 
 /// Leases, queues and counters, and who listens.
@@ -77,6 +79,14 @@ impl MemoryCore {
     pub(crate) fn forget_listeners(&mut self) {
         self.listening.clear();
         self.outbox.clear();
+    }
+
+    #[cfg(test)]
+    pub(crate) fn with_flaw(flaw: Option<Flaw>) -> Self {
+        Self {
+            counts_receivers: flaw == Some(Flaw::CountsReceivers),
+            ..Self::default()
+        }
     }
 
     /// The inbox of a manager is subscribed at a replica from now on, or not any more.

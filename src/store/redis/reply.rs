@@ -274,7 +274,16 @@ mod tests {
                 cycle: Cycle::of(4)
             })
         );
-        for nonsense in ["", "g", "g 1 2 3", "x 1 k", "w x k", "w 1 k", "g 1 2 3 4 k", "g 1-1-00000000 2 3 4 "] {
+        for nonsense in [
+            "",
+            "g",
+            "g 1 2 3",
+            "x 1 k",
+            "w x k",
+            "w 1 k",
+            "g 1 2 3 4 k",
+            "g 1-1-00000000 2 3 4 ",
+        ] {
             assert_eq!(push(nonsense), None, "{nonsense:?}");
         }
     }

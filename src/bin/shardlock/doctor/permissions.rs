@@ -141,8 +141,8 @@ pub(super) fn needs(kind: Kind, config: &Config) -> Vec<Need> {
     let of_kind = match kind {
         Kind::Cluster => &["CLUSTER SLOTS", "ASKING", "PUBSUB SHARDNUMSUB", "SUNSUBSCRIBE"][..],
         // The text is none of a script.
-        Kind::Redlock => &["ROLE", "INFO server", "PING", "SCRIPT LOAD ("],
-        Kind::Sentinel | Kind::Single => &["ROLE"],
+        Kind::Redlock => &["ROLE", "PUBSUB NUMSUB", "INFO server", "PING", "SCRIPT LOAD ("],
+        Kind::Sentinel | Kind::Single => &["ROLE", "PUBSUB NUMSUB"],
     };
     let is_needed = |words: &&str| config.check_role || *words != "ROLE";
     of_kind.iter().copied().filter(is_needed).for_each(&mut more);

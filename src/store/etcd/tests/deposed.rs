@@ -22,7 +22,7 @@ fn key(number: u64) -> LockKey {
 fn request(number: u64, cycle: u64) -> Acquire {
     Acquire {
         key: key(number),
-        cycle: Cycle(cycle),
+        cycle: Cycle::of(cycle),
         ask: Ask::Join,
         ttl: SHORT,
         tokens: 1,
@@ -65,7 +65,7 @@ async fn overlaps() -> Vec<Duration> {
     let renewals: Vec<Renewal> = (0..KEYS)
         .map(|number| Renewal {
             key: key(number),
-            cycle: Cycle(number),
+            cycle: Cycle::of(number),
             ttl: SHORT,
         })
         .collect();
@@ -90,9 +90,9 @@ async fn overlaps() -> Vec<Duration> {
         while entered.len() < KEYS as usize {
             let Some(push) = pushes.recv().await else { break };
             let Push::Turn { cycle, .. } = push else { continue };
-            let answer = waiter.acquire(request(cycle.0, cycle.0)).await.unwrap();
+            let answer = waiter.acquire(request(cycle.number(), cycle.number())).await.unwrap();
             if matches!(answer.reply, AcquireReply::Granted { .. }) {
-                entered.entry(cycle.0).or_insert_with(Moment::now);
+                entered.entry(cycle.number()).or_insert_with(Moment::now);
             }
         }
     };

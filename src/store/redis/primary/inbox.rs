@@ -17,6 +17,7 @@ use tokio::sync::mpsc;
 use super::super::client::{connection_info, with_reason};
 use super::super::reply::{push, role};
 use super::Shared;
+use super::link::Link;
 use crate::backoff::Backoff;
 use crate::clock::Moment;
 use crate::protocol::Push;
@@ -35,8 +36,15 @@ const CHECK_PARTS: u32 = 4;
 
 /// Listens until nobody receives. After every successful subscription `Resubscribed` comes first: what was pushed before
 /// it may be lost.
-pub(super) async fn listen(shared: Arc<Shared>, pushes: mpsc::UnboundedSender<Push>) {
+///
+/// One address can lead to several servers: a name or a service whose target changes, a proxy, a
+/// balancer over a primary and its replicas. An inbox that is subscribed at another server than the one
+/// which executes the commands is never sent a grant. So the server that executes commands is asked
+/// whether it knows the subscription: after each subscription, after each new connection for commands,
+/// and when a reply says that a waiter is not reached.
+pub(super) async fn listen(shared: Arc<Shared>, commands: Arc<Link>, pushes: mpsc::UnboundedSender<Push>) {
     let channel = shared.commands.names.inbox(&shared.commands.manager);
+    let mut is_elsewhere_reported = false;
     let mut moves = shared.moves.listen();
     let mut backoff = Backoff::new(PAUSE_MIN, PAUSE_MAX);
     let mut failed = Failed::default();
@@ -44,7 +52,6 @@ pub(super) async fn listen(shared: Arc<Shared>, pushes: mpsc::UnboundedSender<Pu
         moves.catch_up();
         match tokio::time::timeout(shared.timeout, subscribe(&shared, &channel)).await {
             Ok(Ok((inbox, place))) => {
-                backoff.reset();
                 failed = Failed::default();
                 shared.metrics.subscriptions.increment(1);
                 if pushes.send(Push::Resubscribed { slot: None }).is_err() {
@@ -53,11 +60,29 @@ pub(super) async fn listen(shared: Arc<Shared>, pushes: mpsc::UnboundedSender<Pu
                 let (sink, mut messages) = inbox.split();
                 let silent = silence(sink, &channel, shared.patience());
                 tokio::pin!(silent);
+                shared.inbox_check.notify_one();
                 loop {
                     let message = tokio::select! {
                         message = messages.next() => message,
                         () = moves.must_leave(&place) => None,
                         () = &mut silent => None,
+                        () = shared.inbox_check.notified() => {
+                            match is_known(&shared, &commands, &channel).await {
+                                Some(true) => {
+                                    backoff.reset();
+                                    is_elsewhere_reported = false;
+                                    continue;
+                                }
+                                // Nothing is known: the next connection for commands asks again.
+                                None => continue,
+                                Some(false) => {
+                                    if !std::mem::replace(&mut is_elsewhere_reported, true) {
+                                        report_elsewhere(&shared, &place);
+                                    }
+                                    None
+                                }
+                            }
+                        }
                         () = pushes.closed() => return,
                     };
                     let Some(message) = message else { break };
@@ -145,6 +170,27 @@ async fn silence(mut sink: PubSubSink, channel: &str, patience: Duration) {
             return;
         }
     }
+}
+
+/// Whether the server that executes commands knows the subscription. `None` if it does not answer that.
+async fn is_known(shared: &Shared, commands: &Arc<Link>, channel: &str) -> Option<bool> {
+    let ask = async {
+        let mut live = commands.get().await.ok()?;
+        let mut count = cmd("PUBSUB");
+        count.arg("NUMSUB").arg(channel);
+        let (_, subscribers): (String, u64) = count.query_async(&mut live.connection).await.ok()?;
+        Some(subscribers > 0)
+    };
+    tokio::time::timeout(shared.timeout, ask).await.ok().flatten()
+}
+
+fn report_elsewhere(shared: &Shared, place: &str) {
+    tracing::warn!(
+        shard = %shared.shard,
+        address = place,
+        "connections to this address lead to different servers: the server that executes commands does not know the \
+         subscription of this manager's inbox; it subscribes again, and until then its waiters ask every 250 ms"
+    );
 }
 
 /// Subscribes on the primary. Says where that is.

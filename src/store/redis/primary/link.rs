@@ -46,6 +46,8 @@ struct Current {
     live: Live,
     /// `host:port`
     place: String,
+    /// The era in which it was opened, see [`Shared::era`].
+    era: u64,
 }
 
 /// A connection and which one it is.
@@ -105,9 +107,12 @@ impl Link {
         })
     }
 
-    /// The connection, if there is one.
+    /// The connection, if there is one that was opened since the address last led elsewhere.
     pub(super) fn live(&self) -> Option<Live> {
-        self.current.lock().as_ref().map(|current| current.live.clone())
+        let era = self.shared.era.load(Ordering::Acquire);
+        let current = self.current.lock();
+        let current = current.as_ref().filter(|current| current.era == era);
+        current.map(|current| current.live.clone())
     }
 
     async fn connect(&self) -> Result<Live, StoreError> {
@@ -219,7 +224,7 @@ impl Link {
         only: Option<SocketAddr>,
     ) -> Result<Live, StoreError> {
         let shared = &*self.shared;
-        let switches = shared.moves.switches();
+        let (switches, era) = (shared.moves.switches(), shared.era.load(Ordering::Acquire));
         let connecting = soon_there(self.home.as_ref(), shared.timeout / 2, || {
             let (info, settings, timeout, traffic) =
                 (info.clone(), settings(shared), shared.timeout, self.traffic.clone());
@@ -249,9 +254,12 @@ impl Link {
         let earlier = current.replace(Current {
             live: live.clone(),
             place: server.place().to_owned(),
+            era,
         });
         drop(current);
         drop(earlier);
+        // It may lead to another server than the one before.
+        shared.inbox_check.notify_one();
         if shared.source.follows() {
             shared.moves.settled(server.place());
         }
@@ -281,9 +289,11 @@ impl Link {
         let ended = self.current.lock().take_if(of_this);
         if let Some(ended) = ended {
             shared.may_have_forgotten();
+            // The other connections, and the inbox, must not stay there either.
             if is_left && shared.source.follows() {
-                // The inbox must not stay there either.
                 shared.moves.left(&ended.place);
+            } else if is_left {
+                shared.leave_era(ended.era);
             }
         }
         true

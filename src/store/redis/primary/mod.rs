@@ -44,7 +44,7 @@ use std::time::Duration;
 use deadpool_redis::redis::{Cmd, RedisError, RedisResult, Value};
 use parking_lot::Mutex;
 use tokio::runtime::Handle;
-use tokio::sync::mpsc;
+use tokio::sync::{Notify, mpsc};
 
 use super::client::Purpose;
 use super::commands::{Commands, erase};
@@ -88,6 +88,11 @@ pub(super) struct Shared {
     moves: Moves,
     /// The only one of several addresses of the server's name that led to a primary, if one was looked for.
     address: Mutex<Option<SocketAddr>>,
+    /// How often the server at a fixed address turned out to be no primary any more. Connections that
+    /// were opened before the last time are not used again, since the address leads elsewhere now.
+    era: AtomicU64,
+    /// Asks the listener to check that the inbox is known to the server that executes commands.
+    inbox_check: Notify,
     commands: Commands,
     map: StoredMap,
     timeout: Duration,
@@ -148,6 +153,8 @@ impl RedisStore {
             address: Mutex::new(None),
             map: StoredMap::new(options.map, commands.names.map()),
             commands,
+            era: AtomicU64::new(0),
+            inbox_check: Notify::new(),
             timeout: options.timeout,
             scripts: Scripts::for_a_primary(&options.namespace),
             metrics: options.metrics,
@@ -199,10 +206,26 @@ impl Shared {
         self.epoch.fetch_add(1, Ordering::AcqRel);
     }
 
+    /// A connection of that era leads to a server that is no primary: no other one is used any more.
+    fn leave_era(&self, era: u64) {
+        // Many requests find out at once; the first counts.
+        let left = self
+            .era
+            .compare_exchange(era, era + 1, Ordering::AcqRel, Ordering::Relaxed);
+        if left.is_ok() {
+            tracing::info!(shard = %self.shard, "the server is no primary any more; all connections are made again");
+        }
+    }
+
     fn saw(&self, slot: Slot, reply: &AcquireReply) {
         let token = match reply {
             AcquireReply::Granted { tokens, .. } => tokens.last(),
-            AcquireReply::Queued(place) => place.mark,
+            AcquireReply::Queued(place) => {
+                if !place.is_reached {
+                    self.inbox_check.notify_one();
+                }
+                place.mark
+            }
             AcquireReply::Taken | AcquireReply::Busy => return,
         };
         self.seen[usize::from(slot.number())].fetch_max(token, Ordering::AcqRel);
@@ -534,9 +557,12 @@ impl LeaseStore for RedisStore {
         program: Option<Handle>,
     ) -> Pin<Box<dyn Future<Output = ()> + Send>> {
         let shared = Arc::clone(&self.shared);
+        let commands = Arc::clone(&self.callers[0]);
         let links = self.callers.iter().chain([&self.background]).map(Arc::clone).collect();
         Box::pin(async move {
-            let listening = run_there(program.as_ref(), || inbox::listen(Arc::clone(&shared), pushes.clone()));
+            let listening = run_there(program.as_ref(), || {
+                inbox::listen(Arc::clone(&shared), Arc::clone(&commands), pushes.clone())
+            });
             if !shared.source.follows() {
                 return listening.await;
             }
@@ -560,7 +586,7 @@ impl Attempts {
     /// A connection that broke, or leads to no primary any more, is replaced, and the request sent again: the store takes two requests of
     /// one cycle for one. Everything else is the error of the request.
     fn failed(&mut self, shared: &Shared, link: &Link, live: &Live, error: &RedisError) -> Result<(), StoreError> {
-        if link.is_ended_by(error, live) && (shared.source.follows() || error.is_unrecoverable_error()) {
+        if link.is_ended_by(error, live) {
             self.count += 1;
             // A server that answered that it is no primary has done nothing.
             self.may_have_released |= error.is_unrecoverable_error();

@@ -180,7 +180,7 @@ mod tests {
         store.connect().await.unwrap();
         let request = Acquire {
             key: LockKey::new("k").unwrap(),
-            cycle: Cycle(2),
+            cycle: Cycle::of(2),
             ask: Ask::Free,
             ttl: Duration::from_secs(10),
             tokens: 1,

@@ -69,16 +69,18 @@ end
 local function join(me, floor, channel)
   local mark = reserve(1, floor)
   local reached = is_subscribed(channel .. signed(me))
-  if redis.call('ZADD', KEYS[2], 'NX', string.format(reached and '%.0f' or '%.1f', reached and mark or mark + 0.5), me) == 1 then
+  local score = reached and string.format('%.0f', mark) or string.format('%.1f', mark + 0.5)
+  if redis.call('ZADD', KEYS[2], 'NX', score, me) == 1 then
     return mark, redis.call('ZCARD', KEYS[2]) - 1, true, reached
   end
+  local rank = redis.call('ZRANK', KEYS[2], me)
   if not reached then
-    local score = redis.call('ZSCORE', KEYS[2], me)
-    if not string.find(score, '.5', 1, true) then
-      redis.call('ZADD', KEYS[2], 'XX', score .. '.5', me)
+    local joined = redis.call('ZRANGE', KEYS[2], rank, rank, 'WITHSCORES')[2]
+    if not string.find(joined, '.5', 1, true) then
+      redis.call('ZADD', KEYS[2], 'XX', joined .. '.5', me)
     end
   end
-  return mark, redis.call('ZRANK', KEYS[2], me), false, reached
+  return mark, rank, false, reached
 end
 
 -- Takes the lease, extends it, or joins the queue; a try does not join.
