@@ -77,19 +77,6 @@ pub(crate) fn complain(message: impl Display) {
     writeln!(io::stderr(), "shardlock: {}", printable(&message.to_string())).ok();
 }
 
-#[cfg(test)]
-mod tests {
-    use super::*;
-
-    #[test]
-    fn json_with_control_characters_stays_the_same_json() {
-        let value = serde_json::json!({ "a": "\u{1b}[2J\n\u{9b}\u{7f}\u{202e}é🔒" });
-        let line = json_line(&value.to_string());
-        assert!(!line.contains(must_be_escaped), "{line}");
-        assert_eq!(serde_json::from_str::<serde_json::Value>(&line).unwrap(), value);
-    }
-}
-
 /// An error with its causes in one line. What one of them repeats is left out.
 pub(crate) fn in_one_line(error: &anyhow::Error) -> String {
     let mut line = String::new();
@@ -108,7 +95,15 @@ pub(crate) fn in_one_line(error: &anyhow::Error) -> String {
 mod tests {
     use anyhow::anyhow;
 
-    use super::in_one_line;
+    use super::*;
+
+    #[test]
+    fn json_with_control_characters_stays_the_same_json() {
+        let value = serde_json::json!({ "a": "\u{1b}[2J\n\u{9b}\u{7f}\u{202e}é🔒" });
+        let line = json_line(&value.to_string());
+        assert!(!line.contains(must_be_escaped), "{line}");
+        assert_eq!(serde_json::from_str::<serde_json::Value>(&line).unwrap(), value);
+    }
 
     #[test]
     fn a_cause_that_was_named_is_not_repeated() {
