@@ -78,6 +78,11 @@ impl StoredMap {
         self.is_set.load(Ordering::Acquire)
     }
 
+    /// It is to be there: if it is not when the server is next connected to, it is stored.
+    pub(crate) fn expect(&self) {
+        self.is_set.store(true, Ordering::Release);
+    }
+
     /// It was erased, or nothing is known of it any more.
     pub(crate) fn forget(&self) {
         self.is_set.store(false, Ordering::Release);

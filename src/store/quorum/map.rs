@@ -7,24 +7,35 @@ use tokio::time::timeout;
 
 use super::tally::majority;
 use super::{Quorum, outage};
+use crate::clock::Moment;
 use crate::store::{LeaseStore, MapState, MapStep, StoreError};
 
-/// Whether a majority has this manager's map, and every node that can be reached has it or another one.
+/// Whether a majority has this manager's map. A node that lacks it gets it when it is connected to, or with a renewal.
 pub(super) fn has_map(quorum: &Quorum) -> bool {
     let set = quorum.nodes.iter().filter(|node| node.store.has_map()).count();
     set >= majority(quorum.nodes.len())
-        && quorum
-            .nodes
-            .iter()
-            .all(|node| node.store.has_map() || node.is_foreign() || !node.is_up())
 }
 
-/// Carries out one step at all nodes that answer. A node that is away gets the map once it is back.
+/// Carries out one step, again if nodes fall silent meanwhile.
 ///
 /// # Errors
 ///
 /// There is no majority; or a node has another map, unless all others have this one and are a majority.
 pub(super) async fn step(quorum: Arc<Quorum>, step: MapStep) -> Result<MapState, StoreError> {
+    let deadline = Moment::now() + quorum.majority_limit;
+    loop {
+        quorum.wait_for_majority(deadline).await?;
+        if let Some(state) = step_once(&quorum, step).await? {
+            return Ok(state);
+        }
+        if Moment::now() >= deadline {
+            return Err(quorum.no_majority());
+        }
+    }
+}
+
+/// Carries out one step at all nodes that answer. Nothing if they are no majority.
+async fn step_once(quorum: &Quorum, step: MapStep) -> Result<Option<MapState>, StoreError> {
     let limit = quorum.node_limit;
     let asked = quorum.nodes.iter().filter(|node| node.is_up());
     let asked = asked.map(|node| async move { (node, timeout(limit, node.store.map(step)).await) });
@@ -50,9 +61,14 @@ pub(super) async fn step(quorum: Arc<Quorum>, step: MapStep) -> Result<MapState,
     let is_majority = states.len() >= majority(quorum.nodes.len());
     match foreign {
         Some(error) if !is_ours || !is_majority => Err(error),
-        _ if !is_majority => Err(quorum.no_majority()),
-        _ if is_ours => Ok(MapState::Ours),
-        _ if states.contains(&MapState::None) => Ok(MapState::None),
-        _ => Ok(MapState::Reserved),
+        _ if !is_majority => Ok(None),
+        _ if is_ours => {
+            // One that is away stores it once it is back.
+            let others = quorum.nodes.iter().filter(|node| !node.is_foreign());
+            others.for_each(|node| node.store.expect_map());
+            Ok(Some(MapState::Ours))
+        }
+        _ if states.contains(&MapState::None) => Ok(Some(MapState::None)),
+        _ => Ok(Some(MapState::Reserved)),
     }
 }

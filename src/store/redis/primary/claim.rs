@@ -82,6 +82,11 @@ impl Tenure {
 }
 
 impl RedisStore {
+    /// The other nodes have the shard map, so this one is to have it as well, unless it has another one.
+    pub(crate) fn expect_map(&self) {
+        self.shared.map.expect();
+    }
+
     /// Whether the node runs for so long that it can't have forgotten a lease. Ask after a reply: the connection that it came on
     /// was greeted before, so a start that the reply comes after is known.
     pub(crate) fn has_vote(&self) -> bool {
