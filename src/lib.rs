@@ -29,6 +29,7 @@ mod span;
 mod store;
 mod telemetry;
 mod text;
+mod time_limit;
 mod view;
 mod watchdog;
 

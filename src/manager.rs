@@ -22,6 +22,7 @@ use crate::router::ShardMap;
 use crate::shard::{Background, Job, Limits, Load, Maps, Parts, Shard, Unheard};
 use crate::store::{self, Inspection, LeaseStore, StoreError, StoreOptions, TlsFiles};
 use crate::telemetry::{self, ClassMetrics, Classes, ManagerMetrics, ShardMetrics};
+use crate::time_limit::within;
 use crate::view::{self, HeldLock, HotKey, ShardState};
 
 /// Locks, spread over shards. Cheap to clone; make one per process and share it.
@@ -71,7 +72,10 @@ impl LockManager {
     /// Connects to one shard with the default configuration. [`builder`](Self::builder) takes more.
     ///
     /// `redis://[[user]:password@]host[:port][/db]` is a Redis or Valkey primary, `rediss://` the same through TLS; `memory://[name]` lives inside
-    /// this process. [`Endpoint`] lists them all.
+    /// this process, and without a name it is this manager's alone. [`Endpoint`] lists them all.
+    ///
+    /// In tests with tokio's paused clock (`#[tokio::test(start_paused = true)]`) use `memory://`. Leases run on the clock of the
+    /// machine all the same, and so do the time limits of requests to a store; only `timeout` of a request follows the paused clock.
     ///
     /// Connect on the runtime whose tasks will lock: hand-offs from other processes are heard there, so that one wakes no other thread. Should that
     /// runtime end, a thread of the manager hears them. Should it stand still while tasks of another one wait, those get the lock when the lease of its last
@@ -183,7 +187,7 @@ impl LockManager {
         let shard = &self.inner.shards[0];
         let failed = |reason: String| shard.error(StoreError::Unavailable(reason.into()), "subscribe", None, started);
         let background = background.map_err(|error| failed(format!("no background thread: {error}")))?;
-        match tokio::time::timeout(self.inner.config.store_timeout, background.listening).await {
+        match within(started, self.inner.config.store_timeout, background.listening).await {
             Ok(Ok(Ok(()))) => Ok(()),
             Ok(Ok(Err(Unheard { shard, step, error }))) => Err(shard.error(error, step, None, started)),
             Ok(Err(_)) => Err(failed("the background thread could not start its runtime".to_owned())),
@@ -314,7 +318,7 @@ impl LockManager {
                 .store_timeout
                 .saturating_mul(2)
                 .max(Duration::from_millis(100));
-            if tokio::time::timeout(limit, told).await.is_err() {
+            if within(Moment::now(), limit, told).await.is_err() {
                 tracing::warn!(
                     ?limit,
                     "not everything could be given back in time; it is left to run out"
@@ -391,7 +395,7 @@ async fn open(shard: &ShardConfig, config: &Config, id: &ManagerId, map: String)
     };
     let store = store::open(&endpoint, options)?;
     let no_answer = || StoreError::Unavailable(format!("no answer within store_timeout ({limit:?})").into());
-    let connected = tokio::time::timeout(limit, store.connect()).await;
+    let connected = within(started, limit, store.connect()).await;
     let unavailable = match connected.unwrap_or_else(|_| Err(no_answer())) {
         Ok(()) => None,
         Err(error @ StoreError::Unavailable(_)) => Some(in_words(error)),

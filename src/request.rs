@@ -38,7 +38,7 @@ use crate::telemetry::{ClassMetrics, Ending, Limit};
 /// # Errors
 ///
 /// Awaiting gives [`LockError::Invalid`] for a key or a duration outside its bounds, [`LockError::Timeout`] when the wait limit has passed,
-/// [`LockError::QueueFull`], [`LockError::TooManyWaiters`] or [`LockError::TooManyKeys`] when a limit was reached, [`LockError::Unavailable`]
+/// [`LockError::QueueFull`], [`LockError::TooManyWaiters`], [`LockError::TooManyKeys`] or [`LockError::TooManyLeases`] when a limit was reached, [`LockError::Unavailable`]
 /// when the shard can't be reached for as long as the request bears it (see below), [`LockError::Refused`] when it says no, [`LockError::ShardMapMismatch`] when it has another shard map by now,
 /// [`LockError::TokenRegression`] when it issued a token that is not above earlier ones, and [`LockError::Closed`] after a shutdown.
 ///
@@ -308,7 +308,16 @@ impl Acquiring {
             (Poll::Pending, Some(limit)) if !self.want.only_try => {
                 let timer = self.timer.get_or_insert_with(|| Box::pin(tokio::time::sleep(limit)));
                 std::task::ready!(timer.as_mut().poll(cx));
-                Moment::now()
+                let now = Moment::now();
+                // Too early by the clock of the machine: tokio's is paused, and jumped although the store has yet to answer.
+                if now.since(self.asked.at) < limit
+                    && self.place.as_ref().is_some_and(|place| place.entry.awaits_store())
+                {
+                    self.timer = None;
+                    cx.waker().wake_by_ref();
+                    return Poll::Pending;
+                }
+                now
             }
             (Poll::Pending, _) => return Poll::Pending,
         };

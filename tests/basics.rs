@@ -367,3 +367,54 @@ async fn locks_work_through_a_unix_socket() {
     assert!(matches!(error, LockError::Unavailable { .. }), "{error}");
     assert!(error.to_string().contains("/no/such/socket"), "{error}");
 }
+
+/// Tests of one process that run side by side with `memory://` shared its keys.
+#[tokio::test(start_paused = true)]
+async fn memory_without_a_name_is_one_managers_own() {
+    let connect = async |url: &str| LockManager::connect(url).await.expect("connect");
+    let (one, other) = (connect("memory://").await, connect("memory://").await);
+    let (first, second) = (lock(&one, "k").await, lock(&other, "k").await);
+    assert!(first.is_valid() && second.is_valid());
+    let (one, other) = (connect("memory://by-name").await, connect("memory://by-name").await);
+    let first = lock(&one, "k").await;
+    assert!(other.try_lock("k").await.expect("a try").is_none());
+    first.release().await.expect("release");
+    lock(&other, "k").await.release().await.expect("release");
+}
+
+/// With tokio's clock paused, which jumps to the next timer when a runtime is idle, connecting ran into its time limit at once.
+async fn works_with_a_paused_clock(url: &str) {
+    let locks = LockManager::connect(url).await.expect("connect");
+    lock(&locks, "free").await.release().await.expect("release");
+    let guard = lock(&locks, "k").await;
+    let next = tokio::spawn({
+        let locks = locks.clone();
+        async move { locks.lock("k").timeout(Duration::from_secs(60)).await }
+    });
+    tokio::time::sleep(Duration::from_secs(5)).await;
+    assert!(guard.is_valid() && !next.is_finished());
+    guard.release().await.expect("release");
+    let next = next.await.expect("a task").expect("the lock");
+    let started = tokio::time::Instant::now();
+    let late = locks
+        .lock("k")
+        .timeout(Duration::from_secs(2))
+        .await
+        .expect_err("it is held");
+    assert!(
+        late.is_timeout() && started.elapsed() >= Duration::from_secs(2),
+        "{late}"
+    );
+    drop(next);
+    locks.shutdown().await;
+}
+
+#[tokio::test(start_paused = true)]
+async fn memory_works_with_a_paused_clock() {
+    works_with_a_paused_clock("memory://").await;
+}
+
+#[tokio::test(start_paused = true)]
+async fn redis_works_with_a_paused_clock() {
+    works_with_a_paused_clock(&support::RedisServer::start().url()).await;
+}

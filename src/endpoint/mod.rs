@@ -35,7 +35,7 @@ const SUPPORTED: &str = "supported: redis://, redis+unix://, redis+sentinel://, 
 /// | `redis+cluster://[[user]:password@]host[:port],...` | a Redis Cluster; the hosts are some of its nodes |
 /// | `redlock://[[user]:password@]host[:port],...[/database]` | a quorum of 3 to 15 independent primaries |
 /// | `etcd://[user:password@]host[:port],...` | etcd, port 2379 unless named; with the feature `etcd` |
-/// | `memory://[name]` | a store inside this process |
+/// | `memory://[name]` | a store inside this process: all managers that name it share it, and without a name each has its own |
 ///
 /// `valkey` may stand in place of `redis` in each of them; `Display` and [`scheme`](Self::scheme) have `redis`.
 ///

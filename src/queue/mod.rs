@@ -117,6 +117,20 @@ impl<W> Queue<W> {
         matches!(self.phase, Phase::Held(_))
     }
 
+    /// Whether the reply to a request decides on what follows.
+    pub(crate) const fn awaits_store(&self) -> bool {
+        match &self.phase {
+            Phase::Asking(_) | Phase::Releasing { .. } => true,
+            Phase::Held(held) => held.extending,
+            Phase::Idle | Phase::Queued(_) | Phase::Retrying { .. } => false,
+        }
+    }
+
+    /// The TTL that the lease is renewed with.
+    pub(crate) const fn ttl(&self) -> Duration {
+        self.ttl
+    }
+
     /// How many tasks wait.
     pub(crate) const fn waiting(&self) -> usize {
         self.waiters.len()

@@ -8,6 +8,7 @@ use crate::protocol::{Acquire, Ask, Cycle, Release};
 use crate::queue::Request;
 use crate::store::Lane;
 use crate::telemetry::RequestKind;
+use crate::time_limit::within;
 
 /// Tells the queue that nobody waits for the reply any more, if the request is dropped under way.
 struct Unanswered<'a> {
@@ -113,7 +114,7 @@ impl Entry {
             armed: true,
         };
         let started = Moment::now();
-        let reply = tokio::time::timeout(shard.timeout, request).await;
+        let reply = within(started, shard.timeout, request).await;
         unanswered.armed = false;
         let reply = reply.unwrap_or_else(|_| Err(shard.no_answer()));
         let now = Moment::now();

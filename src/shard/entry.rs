@@ -230,6 +230,11 @@ impl Entry {
         self.state.lock().queue.is_settled(id)
     }
 
+    /// Whether the answer to a request decides on what follows.
+    pub(crate) fn awaits_store(&self) -> bool {
+        self.state.lock().queue.awaits_store()
+    }
+
     /// A waiter goes away.
     pub(crate) fn give_up(self: &Arc<Self>, id: WaiterId) {
         let mut state = self.state.lock();

@@ -51,6 +51,14 @@ fn memories() -> &'static Mutex<HashMap<String, Weak<Mutex<Memory>>>> {
     MEMORIES.get_or_init(Mutex::default)
 }
 
+fn shared(name: &str) -> Arc<Mutex<Memory>> {
+    let mut memories = memories().lock();
+    memories.retain(|_, memory| memory.strong_count() > 0);
+    let memory = memories.get(name).and_then(Weak::upgrade).unwrap_or_default();
+    memories.insert(name.to_owned(), Arc::downgrade(&memory));
+    memory
+}
+
 /// One manager's access to a memory.
 #[derive(Debug)]
 pub(crate) struct MemoryStore {
@@ -61,12 +69,9 @@ pub(crate) struct MemoryStore {
 }
 
 impl MemoryStore {
-    /// The memory of that name, which all managers of this process share.
+    /// The memory of that name, which all managers of this process share. One without a name is the manager's own.
     pub(crate) fn open(name: &str, options: StoreOptions) -> Self {
-        let mut memories = memories().lock();
-        memories.retain(|_, memory| memory.strong_count() > 0);
-        let memory = memories.get(name).and_then(Weak::upgrade).unwrap_or_default();
-        memories.insert(name.to_owned(), Arc::downgrade(&memory));
+        let memory = if name.is_empty() { Arc::default() } else { shared(name) };
         Self {
             memory,
             manager: options.manager,

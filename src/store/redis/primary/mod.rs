@@ -63,6 +63,7 @@ use crate::store::{
     Inspection, Lane, LeaseStore, Look, MapState, MapStep, StoreError, StoreFuture, StoreOptions, TlsFiles,
 };
 use crate::telemetry::ShardMetrics;
+use crate::time_limit::within;
 use background::Background;
 use claim::Tenure;
 pub(crate) use claim::{Claim, Claimed};
@@ -453,7 +454,7 @@ impl LeaseStore for RedisStore {
                 let floor = shared.floor(slot);
                 let sent_at = Moment::now();
                 let asking = shared.give_back(&mut live, &request, free, floor);
-                let answer = tokio::time::timeout(shared.patience(), asking).await;
+                let answer = within(sent_at, shared.patience(), asking).await;
                 let mut reply = match answer.unwrap_or_else(|_| Err(shared.silence())) {
                     Ok(Value::Int(1)) if free => ReleaseReply {
                         held: true,

@@ -25,6 +25,8 @@ use futures_util::future::select_ok;
 use tokio::net::{TcpStream, lookup_host};
 
 use super::super::client::prepare;
+use crate::clock::Moment;
+use crate::time_limit::within;
 
 /// How many requests are under way on a connection.
 #[derive(Debug, Default, Clone)]
@@ -82,7 +84,7 @@ pub(super) async fn connect(
         Ok(connection)
     };
     let silent = |_| io::Error::new(io::ErrorKind::TimedOut, format!("no answer within {timeout:?}"));
-    tokio::time::timeout(timeout, connecting).await.map_err(silent)?
+    within(Moment::now(), timeout, connecting).await.map_err(silent)?
 }
 
 async fn resolve(place: (&str, u16)) -> io::Result<Vec<SocketAddr>> {

@@ -1,0 +1,68 @@
+//! Time limits that hold by the clock of the machine.
+
+use std::future::Future;
+use std::pin::pin;
+use std::time::Duration;
+
+use crate::clock::Moment;
+
+/// How far tokio's clock goes at a time, where it is found to be paused.
+const STEP: Duration = Duration::from_millis(1);
+/// After this time it is looked whether it is paused. Most requests are answered before.
+const SUSPECT_AFTER: Duration = Duration::from_millis(2);
+
+/// The time limit of a future has passed.
+#[derive(Debug)]
+pub(crate) struct Elapsed;
+
+/// Waits for a future until the limit has passed since `started`.
+///
+/// The clock of a tokio runtime can be paused for a test. It then jumps to the next timer whenever the runtime has nothing else to do,
+/// although a server or another thread has yet to answer. So a timer that fires too early by the clock of the machine does not count, and
+/// from then on tokio's clock goes as fast as the machine's while this waits.
+pub(crate) async fn within<T>(started: Moment, limit: Duration, future: impl Future<Output = T>) -> Result<T, Elapsed> {
+    let left = || limit.saturating_sub(Moment::now().since(started));
+    let mut future = pin!(future);
+    let (first, first_left) = (Moment::now(), left().min(SUSPECT_AFTER));
+    if let Ok(done) = tokio::time::timeout(first_left, future.as_mut()).await {
+        return Ok(done);
+    }
+    if Moment::now().since(first) >= first_left
+        && let Ok(done) = tokio::time::timeout(left(), future.as_mut()).await
+    {
+        return Ok(done);
+    }
+    while !left().is_zero() {
+        // The clock does not jump while such a task runs.
+        let nap = tokio::task::spawn_blocking(|| std::thread::sleep(STEP));
+        tokio::select! {
+            done = future.as_mut() => return Ok(done),
+            _ = nap => {}
+        }
+        if let Ok(done) = tokio::time::timeout(STEP, future.as_mut()).await {
+            return Ok(done);
+        }
+    }
+    Err(Elapsed)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[tokio::test(start_paused = true)]
+    async fn limit_holds_by_the_clock_of_the_machine_while_that_of_tokio_is_paused() {
+        let started = Moment::now();
+        let (done, told) = tokio::sync::oneshot::channel();
+        std::thread::spawn(move || {
+            std::thread::sleep(Duration::from_millis(50));
+            done.send(()).ok();
+        });
+        assert!(within(started, Duration::from_secs(60), told).await.is_ok());
+        assert!(Moment::now().since(started) >= Duration::from_millis(50));
+
+        let (started, limit) = (Moment::now(), Duration::from_millis(30));
+        assert!(within(started, limit, std::future::pending::<()>()).await.is_err());
+        assert!(Moment::now().since(started) >= limit);
+    }
+}
