@@ -71,6 +71,20 @@ pub enum LockError {
         limit: usize,
     },
 
+    /// The shard holds more leases than it can renew in time at the moment, so no further key is let in: those that are held would be lost. Release
+    /// some, use longer TTLs or more shards, or try again later.
+    #[error(
+        "shard {shard} holds {leases} leases, more than it renews in time, so {key:?} was refused; release some, or use longer ttls or more shards"
+    )]
+    TooManyLeases {
+        /// The key that was wanted.
+        key: String,
+        /// The name of the shard.
+        shard: String,
+        /// How many leases it holds.
+        leases: usize,
+    },
+
     /// The shard could not be reached, or did not answer in time. Whether a command took effect is unknown; it is undone in
     /// the background. Try again later.
     #[error("shard {shard} is unavailable ({step}{}, after {waited:.3?}): {reason}; retry, or check the server", on_key(.key))]
@@ -173,6 +187,7 @@ impl LockError {
                 | Self::QueueFull { .. }
                 | Self::TooManyWaiters { .. }
                 | Self::TooManyKeys { .. }
+                | Self::TooManyLeases { .. }
                 | Self::Unavailable { .. }
         )
     }

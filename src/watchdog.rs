@@ -4,22 +4,24 @@
 //!
 //! It runs on the background thread and sleeps until something is due ([`Watch`](crate::shard::Shard)). A look goes through
 //! all keys of the shard: time passes for each of them, and all leases that are due for renewal, or soon will be, go
-//! out in one batch, so that a hundred thousand leases cost one look and a few hundred script calls in each tenth of their TTL.
-//! Batches do not wait for one another: one that hangs does not delay the next.
+//! out in batches, so that a hundred thousand leases cost one look and a few hundred script calls in each tenth of their TTL.
+//! Batches do not wait for one another: one that hangs does not delay the next. Only where there are more than a server answers in
+//! time do they wait here ([`Backlog`]).
 
 use std::sync::Arc;
 use std::time::Duration;
 
 use tokio::task::JoinSet;
+use tokio::time::Instant;
 use tracing::Instrument;
 
 use crate::clock::Moment;
 use crate::protocol::{RenewReply, Renewal};
-use crate::shard::{Entry, Shard};
+use crate::shard::{Backlog, Due, Entry, STRAIN_MIN, Shard};
 use crate::store::StoreError;
 use crate::telemetry::RequestKind;
 
-/// The shortest time between two looks, so that a thousand keys that are due one after the other cost few looks.
+/// The shortest time between two looks.
 const LOOK_EVERY_MIN: Duration = Duration::from_millis(1);
 
 /// Keeps the leases of a shard alive for as long as the background thread lives.
@@ -29,60 +31,81 @@ const LOOK_EVERY_MIN: Duration = Duration::from_millis(1);
 /// If a renewal does: its leases would never be renewed again.
 pub(crate) async fn keep_alive(shard: Arc<Shard>) {
     let mut renewals = JoinSet::new();
+    let mut backlog = Backlog::new();
+    let mut next_look = Instant::now();
     loop {
         tokio::select! {
-            () = shard.watch.due() => {}
-            Some(ended) = renewals.join_next(), if !renewals.is_empty() => {
-                if let Err(error) = ended && let Ok(panic) = error.try_into_panic() {
+            () = due(&shard, next_look) => {
+                let began = Instant::now();
+                let (due, shortest) = look(&shard);
+                backlog.add(due);
+                next_look = Instant::now() + pause(began.elapsed(), shortest);
+            }
+            Some(ended) = renewals.join_next(), if !renewals.is_empty() => match ended {
+                Ok(in_time) => backlog.ended(in_time),
+                Err(error) => if let Ok(panic) = error.try_into_panic() {
                     std::panic::resume_unwind(panic);
                 }
-                continue;
             }
         }
-        for batch in look(&shard) {
+        while let Some(batch) = backlog.next(Moment::now()) {
             let span = tracing::debug_span!("renew", shard = %shard.name, leases = batch.len());
+            let batch = batch.into_iter().map(|due| due.what).collect();
             renewals.spawn_local(renew(Arc::clone(&shard), batch).instrument(span));
         }
-        tokio::time::sleep(LOOK_EVERY_MIN).await;
+        shard.set_strained(backlog.is_strained(Moment::now()) && shard.metrics.leases() >= STRAIN_MIN);
     }
 }
 
-/// Lets time pass for every key. Returns what is due for renewal, in batches.
-fn look(shard: &Arc<Shard>) -> Vec<Vec<(Arc<Entry>, Renewal)>> {
+/// Waits until something is due, but not for a look before that moment.
+async fn due(shard: &Shard, next_look: Instant) {
+    tokio::time::sleep_until(next_look).await;
+    shard.watch.due().await;
+}
+
+/// How long to wait after a look that took so long: looks at many keys must leave most of the time to the renewals that they find. But no
+/// longer than the shortest TTL that was seen can bear.
+fn pause(took: Duration, shortest: Duration) -> Duration {
+    LOOK_EVERY_MIN.max((4 * took).min(shortest / 20))
+}
+
+/// Lets time pass for every key. Returns what is due for renewal, and the shortest TTL of all leases.
+fn look(shard: &Arc<Shard>) -> (Vec<Due<(Arc<Entry>, Renewal)>>, Duration) {
     // First, so that what a task tells during the look is not forgotten.
     shard.watch.reset();
-    let mut due: Vec<(Arc<Entry>, Renewal)> = Vec::new();
+    let (mut all_due, mut shortest) = (Vec::new(), Duration::MAX);
     for entry in shard.entries() {
         let mut renewal = None;
         entry.in_background(|queue, cx| {
             let effects = queue.tick(cx);
             renewal = queue.renewal(cx);
+            if queue.holds() {
+                shortest = shortest.min(queue.ttl());
+            }
             effects
         });
         if let Some((cycle, ttl, late)) = renewal {
             // Not under the mutex of the key: the recorder is foreign code.
             shard.metrics.renewal_lag.record(late.as_secs_f64());
+            let left = ttl.mul_f64(1.0 - shard.rules.renew_fraction).saturating_sub(late);
             let key = entry.key.clone();
-            due.push((entry, Renewal { key, cycle, ttl }));
+            all_due.push(Due {
+                what: (entry, Renewal { key, cycle, ttl }),
+                ttl,
+                ends_at: Moment::now() + left,
+            });
         }
     }
-    batches(due, |(_, renewal)| renewal.ttl)
+    (all_due, shortest)
 }
 
-/// Parts in which no TTL is more than twice the shortest: a batch waits for its answer for a part of its shortest TTL, which may be too short a time for
-/// any answer, and must not be so for leases that could bear more.
-fn batches<T>(mut due: Vec<T>, ttl: impl Fn(&T) -> Duration) -> Vec<Vec<T>> {
-    due.sort_by_key(&ttl);
-    let mut batches = Vec::new();
-    while let Some(shortest) = due.first().map(&ttl) {
-        let longer = due.split_off(due.partition_point(|one| ttl(one) <= 2 * shortest));
-        batches.push(std::mem::replace(&mut due, longer));
+/// Renews a batch and tells the queues. Returns whether the store answered for all of it in time.
+async fn renew(shard: Arc<Shard>, mut due: Vec<(Arc<Entry>, Renewal)>) -> bool {
+    // It may have waited for its turn.
+    due.retain(|(entry, renewal)| entry.holds(renewal.cycle));
+    if due.is_empty() {
+        return true;
     }
-    batches
-}
-
-/// Renews a batch and tells the queues.
-async fn renew(shard: Arc<Shard>, due: Vec<(Arc<Entry>, Renewal)>) {
     let sent_at = Moment::now();
     let batch: Vec<Renewal> = due.iter().map(|(_, renewal)| renewal.clone()).collect();
     // A batch that hangs must leave time for another before the first lease of it ends.
@@ -108,6 +131,7 @@ async fn renew(shard: Arc<Shard>, due: Vec<(Arc<Entry>, Renewal)>) {
             vec![None; due.len()]
         }
     };
+    let in_time = replies.iter().all(Option::is_some);
     for ((entry, renewal), reply) in due.into_iter().zip(replies) {
         match reply {
             Some(RenewReply::Extended { .. }) => shard.metrics.renewed.increment(1),
@@ -121,26 +145,5 @@ async fn renew(shard: Arc<Shard>, due: Vec<(Arc<Entry>, Renewal)>) {
         }
         entry.in_background(|queue, cx| queue.renewed(renewal.cycle, renewal.ttl, sent_at, reply, cx));
     }
-}
-
-#[cfg(test)]
-mod tests {
-    use super::*;
-
-    #[test]
-    fn leases_that_can_wait_are_not_in_a_batch_with_those_that_cannot() {
-        let millis = |ttls: &[u64]| ttls.iter().copied().map(Duration::from_millis).collect::<Vec<_>>();
-        let of = |ttls: &[u64]| batches(millis(ttls), |&ttl| ttl);
-        assert!(of(&[]).is_empty());
-        assert_eq!(of(&[10_000; 3]), [millis(&[10_000; 3])]);
-        assert_eq!(
-            of(&[10_000, 150, 300, 301, 150, 20_000, 20_001]),
-            [
-                millis(&[150, 150, 300]),
-                millis(&[301]),
-                millis(&[10_000, 20_000]),
-                millis(&[20_001])
-            ]
-        );
-    }
+    in_time
 }

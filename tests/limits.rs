@@ -186,3 +186,9 @@ async fn what_a_request_asks_for_is_checked_against_the_bounds_of_the_configurat
         .await
         .unwrap();
 }
+
+/// As many leases as one shard can renew: with more, leases were lost rather than new ones refused.
+#[tokio::test]
+async fn keys_are_limited_to_what_a_shard_renews_unless_a_setting_says_otherwise() {
+    assert_eq!(shardlock::Config::default().max_keys, 100_000);
+}

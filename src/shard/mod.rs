@@ -11,6 +11,7 @@
 
 mod abandon;
 mod background;
+mod backlog;
 mod drive;
 mod entry;
 mod inbox;
@@ -34,6 +35,7 @@ use std::time::Duration;
 use tokio::sync::mpsc;
 
 pub(crate) use background::Background;
+pub(crate) use backlog::{Backlog, Due, STRAIN_MIN};
 pub(crate) use drive::Driven;
 pub(crate) use entry::{Asked, Entry, Settled, Wanted};
 pub(crate) use inbox::Unheard;
@@ -50,6 +52,7 @@ use crate::protocol::{Cycle, Cycles};
 use crate::queue::{Outage, Request, Room, Rules, Want};
 use crate::store::{Inspection, LeaseStore, StoreError};
 use crate::telemetry::{ClassMetrics, ManagerMetrics, ShardMetrics};
+use crate::time_limit::within;
 use reach::Reach;
 use rivals::Rivals;
 use table::Table;
@@ -95,6 +98,8 @@ pub(crate) struct Shard {
     /// Failed renewals that were logged, and those that were not.
     pub(crate) failed_renewals: Seldom,
     pub(crate) watch: Watch,
+    /// Whether it holds more leases than it can renew in time.
+    is_strained: AtomicBool,
     jobs: mpsc::UnboundedSender<Job>,
 }
 
@@ -243,6 +248,7 @@ impl Shard {
             reach: Reach::default(),
             failed_renewals: Seldom::default(),
             watch: Watch::default(),
+            is_strained: AtomicBool::new(false),
             jobs,
         })
     }
@@ -273,6 +279,7 @@ impl Shard {
             });
             if is_new {
                 self.check_keys(&entry)?;
+                self.check_strain(&entry)?;
                 want.expects_rivals = self.rivals.seen(key);
             }
             // Looked at after the entry is in the table: a shutdown either finds it there or was seen here.
@@ -326,6 +333,37 @@ impl Shard {
         })
     }
 
+    /// Refuses a further key while the leases that are held can't be renewed in time: rather no new lock than the loss of old ones.
+    fn check_strain(&self, entry: &Arc<Entry>) -> Result<(), LockError> {
+        if !self.is_strained.load(Ordering::Relaxed) {
+            return Ok(());
+        }
+        let leases = self.metrics.leases();
+        if leases < STRAIN_MIN {
+            // Most were given back since, and there may be no renewal that would show it.
+            return Ok(());
+        }
+        self.forget_new(entry, true);
+        Err(LockError::TooManyLeases {
+            key: entry.key.to_string(),
+            shard: self.name.to_string(),
+            leases,
+        })
+    }
+
+    /// Whether it holds more leases than it can renew in time.
+    pub(crate) fn set_strained(&self, is_strained: bool) {
+        if self.is_strained.swap(is_strained, Ordering::Relaxed) == is_strained {
+            return;
+        }
+        let (shard, leases) = (&self.name, self.metrics.leases());
+        if is_strained {
+            tracing::warn!(%shard, leases, "more leases are held than are renewed in time; new keys are refused until renewals keep up");
+        } else {
+            tracing::info!(%shard, leases, "renewals keep up again; new keys are taken");
+        }
+    }
+
     /// Takes an entry that was made for nothing out of the table, unless somebody uses it by now.
     fn forget_new(&self, entry: &Arc<Entry>, is_new: bool) {
         if is_new {
@@ -377,7 +415,7 @@ impl Shard {
 
     pub(crate) async fn inspect(&self, key: &LockKey) -> Result<Inspection, LockError> {
         let started = Moment::now();
-        let inspection = tokio::time::timeout(self.timeout, self.store.inspect(key.clone())).await;
+        let inspection = within(started, self.timeout, self.store.inspect(key.clone())).await;
         inspection
             .unwrap_or_else(|_| Err(self.no_answer()))
             .map_err(|error| self.error(error, "inspect", Some(key), started))

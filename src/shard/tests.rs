@@ -125,7 +125,7 @@ fn bad_shard(store: BadStore) -> (Arc<Shard>, mpsc::UnboundedReceiver<Job>) {
         limits: Limits {
             waiters_per_key: 1,
             waiters: 1,
-            keys: 1,
+            keys: 3,
         },
         timeout: Duration::from_secs(1),
         default_ttl: Duration::from_secs(1),
@@ -140,16 +140,17 @@ fn bad_shard(store: BadStore) -> (Arc<Shard>, mpsc::UnboundedReceiver<Job>) {
     (shard, receiver)
 }
 
+const WANT: Want = Want {
+    ttl: Duration::from_secs(1),
+    max_hold: None,
+    linger: crate::queue::Linger::NONE,
+    only_try: false,
+    in_outage: crate::queue::InOutage::Fail,
+    expects_rivals: false,
+};
+
 fn want(shard: &Arc<Shard>) -> Result<(Arc<Entry>, Wanted), LockError> {
-    let want = Want {
-        ttl: Duration::from_secs(1),
-        max_hold: None,
-        linger: crate::queue::Linger::NONE,
-        only_try: false,
-        in_outage: crate::queue::InOutage::Fail,
-        expects_rivals: false,
-    };
-    shard.want(&LockKey::new("k").unwrap(), want, Waker::noop(), Moment::now())
+    shard.want(&LockKey::new("k").unwrap(), WANT, Waker::noop(), Moment::now())
 }
 
 /// Wants the key and carries out what follows from that.
@@ -189,6 +190,34 @@ async fn manager_ends_visibly_after_a_panic_in_its_background_thread() {
     assert!(matches!(*error, LockError::Closed), "{error}");
     let later = want(&shard).map(|_| ());
     assert!(matches!(later, Err(LockError::Closed)), "{later:?}");
+}
+
+/// A million leases were taken, and most of them lost.
+#[tokio::test]
+async fn shard_that_renews_too_late_keeps_its_keys_and_takes_no_new_ones() {
+    let (shard, _jobs) = bad_shard(BadStore::granting(2000));
+    let (entry, holder) = ask(&shard).await;
+    let settled = entry.poll(holder, Waker::noop(), asked());
+    assert!(
+        matches!(settled, std::task::Poll::Ready(Settled::Granted(_))),
+        "{settled:?}"
+    );
+    shard.set_strained(true);
+    assert!(want(&shard).is_ok(), "that key is held");
+    let other = LockKey::new("other").unwrap();
+    let wanted = |shard: &Arc<Shard>| shard.want(&other, WANT, Waker::noop(), Moment::now()).map(|_| ());
+    assert!(wanted(&shard).is_ok(), "one lease is no strain");
+    (0..STRAIN_MIN).for_each(|_| shard.metrics.lease_came());
+    let other = LockKey::new("another").unwrap();
+    let wanted = |shard: &Arc<Shard>| shard.want(&other, WANT, Waker::noop(), Moment::now()).map(|_| ());
+    let refused = wanted(&shard);
+    assert!(
+        matches!(refused, Err(LockError::TooManyLeases { leases, .. }) if leases > STRAIN_MIN),
+        "{refused:?}"
+    );
+    assert_eq!(shard.table.len(), 2);
+    shard.set_strained(false);
+    assert!(wanted(&shard).is_ok());
 }
 
 #[tokio::test(start_paused = true)]

@@ -62,9 +62,10 @@ impl Ending {
     pub(crate) const fn of(error: &LockError) -> Self {
         match error {
             LockError::Timeout { .. } => Self::Timeout,
-            LockError::QueueFull { .. } | LockError::TooManyWaiters { .. } | LockError::TooManyKeys { .. } => {
-                Self::QueueFull
-            }
+            LockError::QueueFull { .. }
+            | LockError::TooManyWaiters { .. }
+            | LockError::TooManyKeys { .. }
+            | LockError::TooManyLeases { .. } => Self::QueueFull,
             LockError::Unavailable { .. } => Self::Unavailable,
             LockError::Closed => Self::Closed,
             LockError::Invalid(_)

@@ -14,13 +14,15 @@ pub(crate) enum Limit {
     WaitersPerKey,
     Waiters,
     Keys,
+    Renewals,
 }
 
 impl Limit {
-    const ALL: [(Self, &'static str); 3] = [
+    const ALL: [(Self, &'static str); 4] = [
         (Self::WaitersPerKey, "max_waiters_per_key"),
         (Self::Waiters, "max_waiters"),
         (Self::Keys, "max_keys"),
+        (Self::Renewals, "renewals"),
     ];
 
     /// The limit that an error is about, if it is about one.
@@ -29,6 +31,7 @@ impl Limit {
             LockError::QueueFull { .. } => Some(Self::WaitersPerKey),
             LockError::TooManyWaiters { .. } => Some(Self::Waiters),
             LockError::TooManyKeys { .. } => Some(Self::Keys),
+            LockError::TooManyLeases { .. } => Some(Self::Renewals),
             _ => None,
         }
     }

@@ -121,6 +121,7 @@ fn kind(error: &LockError) -> &'static str {
         LockError::QueueFull { .. } => "queue full",
         LockError::TooManyWaiters { .. } => "too many waiters",
         LockError::TooManyKeys { .. } => "too many keys",
+        LockError::TooManyLeases { .. } => "too many leases",
         LockError::Unavailable { .. } => "unavailable",
         LockError::Refused { .. } => "refused",
         LockError::Lost { .. } => "lost",

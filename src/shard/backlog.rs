@@ -1,0 +1,189 @@
+//! The renewals of a shard that are due, in the order in which they are sent.
+//!
+//! # Implementation details
+//!
+//! A server renews some 100,000 leases a second, and slower the more else it has to do. What is sent beyond that waits at the server,
+//! runs into its time limit there, is executed nevertheless and sent again: the more there is to renew, the less is renewed in time. So no more
+//! batches are under way than are answered in time, and the others wait here, those whose leases end first in front. The number of batches under
+//! way is halved when one runs into its time limit, and grows by one with each that is answered.
+//!
+//! If batches are sent when a good part of their leases' time is gone, the shard holds more than it can renew ([`Backlog::is_strained`]),
+//! and takes on no further keys until it keeps up again.
+
+use std::collections::BTreeMap;
+use std::time::Duration;
+
+use crate::clock::Moment;
+
+/// How many leases a batch has at most.
+const BATCH_MAX: usize = 1024;
+/// How many batches are under way at most, and at least: if one node of several gives no answer, the leases of the others must still be
+/// renewed in time.
+const UNDER_WAY_MAX: usize = 64;
+const UNDER_WAY_MIN: usize = 24;
+/// With fewer leases, a renewal is late for other reasons than their number.
+pub(crate) const STRAIN_MIN: usize = 8 * BATCH_MAX;
+
+/// A lease to renew.
+pub(crate) struct Due<T> {
+    pub(crate) what: T,
+    pub(crate) ttl: Duration,
+    /// When it ends, about.
+    pub(crate) ends_at: Moment,
+}
+
+/// See the module.
+pub(crate) struct Backlog<T> {
+    /// By the end of the lease in it that ends first, and a number, since two may end in the same moment.
+    waiting: BTreeMap<(Moment, u64), Vec<Due<T>>>,
+    next_number: u64,
+    /// Whether the last batch was sent late.
+    is_late: bool,
+    under_way: usize,
+    under_way_max: usize,
+}
+
+impl<T> Backlog<T> {
+    pub(crate) const fn new() -> Self {
+        Self {
+            waiting: BTreeMap::new(),
+            next_number: 0,
+            is_late: false,
+            under_way: 0,
+            under_way_max: UNDER_WAY_MAX,
+        }
+    }
+
+    /// Adds what is due, in batches.
+    pub(crate) fn add(&mut self, due: Vec<Due<T>>) {
+        for batch in batches(due) {
+            let Some(ends_at) = batch.iter().map(|due| due.ends_at).min() else {
+                continue;
+            };
+            self.waiting.insert((ends_at, self.next_number), batch);
+            self.next_number += 1;
+        }
+    }
+
+    /// The next batch to be sent, unless as many as may be are under way. It is under way until it is [`ended`](Self::ended).
+    pub(crate) fn next(&mut self, now: Moment) -> Option<Vec<Due<T>>> {
+        if self.under_way >= self.under_way_max {
+            return None;
+        }
+        let (_, batch) = self.waiting.pop_first()?;
+        self.is_late = is_late(&batch, now);
+        self.under_way += 1;
+        Some(batch)
+    }
+
+    /// A batch was answered, in time or not.
+    pub(crate) fn ended(&mut self, in_time: bool) {
+        self.under_way = self.under_way.saturating_sub(1);
+        self.under_way_max = if in_time {
+            (self.under_way_max + 1).min(UNDER_WAY_MAX)
+        } else {
+            (self.under_way_max / 2).max(UNDER_WAY_MIN)
+        };
+    }
+
+    /// Whether the last batch was sent late, or the next one is late by now.
+    pub(crate) fn is_strained(&self, now: Moment) -> bool {
+        self.is_late || self.waiting.values().next().is_some_and(|batch| is_late(batch, now))
+    }
+}
+
+/// Whether more than a third of the time of a lease is gone, of which a tenth passes in any case.
+fn is_late<T>(batch: &[Due<T>], now: Moment) -> bool {
+    batch.iter().any(|due| due.ends_at.since(now) * 3 < due.ttl * 2)
+}
+
+/// Parts of limited size in which no TTL is more than twice the shortest: a batch waits for its answer for a part of its shortest TTL, which
+/// may be too short a time for any answer, and must not be so for leases that could bear more.
+fn batches<T>(mut due: Vec<Due<T>>) -> Vec<Vec<Due<T>>> {
+    due.sort_by_key(|due| due.ttl);
+    let mut batches = Vec::new();
+    while let Some(shortest) = due.first().map(|due| due.ttl) {
+        let alike = due.partition_point(|due| due.ttl <= 2 * shortest).min(BATCH_MAX);
+        let rest = due.split_off(alike);
+        batches.push(std::mem::replace(&mut due, rest));
+    }
+    batches
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    const TTL: Duration = Duration::from_secs(10);
+
+    fn at(millis: u64) -> Moment {
+        Moment::from_nanos(millis * 1_000_000)
+    }
+
+    fn due(ttl: Duration, ends_at: Moment) -> Due<()> {
+        Due { what: (), ttl, ends_at }
+    }
+
+    fn many(count: usize, ends_at: Moment) -> Vec<Due<()>> {
+        std::iter::repeat_with(|| due(TTL, ends_at)).take(count).collect()
+    }
+
+    #[test]
+    fn leases_that_can_wait_are_not_in_a_batch_with_those_that_cannot() {
+        let of = |ttls: &[u64]| -> Vec<Vec<u64>> {
+            let ttl = |&millis: &u64| due(Duration::from_millis(millis), at(0));
+            let millis = |batch: Vec<Due<()>>| batch.iter().map(|due| due.ttl.as_millis() as u64).collect();
+            batches(ttls.iter().map(ttl).collect())
+                .into_iter()
+                .map(millis)
+                .collect()
+        };
+        assert!(of(&[]).is_empty());
+        assert_eq!(of(&[10_000; 3]), [[10_000; 3]]);
+        assert_eq!(
+            of(&[10_000, 150, 300, 301, 150, 20_000, 20_001]),
+            [vec![150, 150, 300], vec![301], vec![10_000, 20_000], vec![20_001]]
+        );
+        let sizes: Vec<usize> = batches(many(2 * BATCH_MAX + 1, at(0))).iter().map(Vec::len).collect();
+        assert_eq!(sizes, [BATCH_MAX, BATCH_MAX, 1]);
+    }
+
+    #[test]
+    fn batches_under_way_are_limited_to_what_is_answered_in_time() {
+        let mut backlog = Backlog::new();
+        backlog.add(many(200 * BATCH_MAX, at(0)));
+        let send = |backlog: &mut Backlog<()>| std::iter::from_fn(|| backlog.next(at(0))).count();
+        assert_eq!(send(&mut backlog), UNDER_WAY_MAX);
+        backlog.ended(false);
+        assert_eq!(send(&mut backlog), 0);
+        (1..UNDER_WAY_MAX).for_each(|_| backlog.ended(false));
+        assert_eq!(send(&mut backlog), UNDER_WAY_MIN);
+        backlog.ended(true);
+        assert_eq!(send(&mut backlog), 2);
+    }
+
+    #[test]
+    fn leases_that_end_first_are_renewed_first() {
+        let mut backlog = Backlog::new();
+        for ends_at in [3, 1, 2, 1] {
+            backlog.add(many(1, at(ends_at)));
+        }
+        let order: Vec<Moment> = std::iter::from_fn(|| backlog.next(at(0)))
+            .map(|batch| batch[0].ends_at)
+            .collect();
+        assert_eq!(order, [at(1), at(1), at(2), at(3)]);
+    }
+
+    #[test]
+    fn batches_that_are_sent_late_are_a_strain() {
+        let mut backlog = Backlog::new();
+        backlog.add(many(1, at(12_000)));
+        assert!(!backlog.is_strained(at(5_000)));
+        assert!(backlog.is_strained(at(6_000)), "it waits");
+        assert!(backlog.next(at(6_000)).is_some());
+        assert!(backlog.is_strained(at(6_000)), "it was late");
+        backlog.add(many(1, at(20_000)));
+        assert!(backlog.next(at(11_000)).is_some());
+        assert!(!backlog.is_strained(at(11_000)));
+    }
+}
