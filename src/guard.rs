@@ -123,7 +123,8 @@ impl LockGuard {
 
     /// Gives the lock back: to the next task of this process, to the next process, or to nobody. Returns when the server has said that it is done; where
     /// the lock goes to another task of this process, or the lease stays with this process for a while ([`LockRequest::linger`](crate::LockRequest::linger)), no
-    /// message is waited for and it returns at once: then it does not know of a loss that the next renewal would have told.
+    /// message is waited for and it returns at once: then it does not know of a loss that the next renewal would have told. So it does if its connection
+    /// turns out to belong to a runtime that runs nothing; the lock is then given back in the background.
     ///
     /// # Errors
     ///

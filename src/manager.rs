@@ -15,6 +15,7 @@ use crate::heat::HotKeys;
 use crate::identity::ManagerId;
 use crate::key::LockKey;
 use crate::notice::Notices;
+use crate::program::Runtimes;
 use crate::protocol::Cycles;
 use crate::queue::{Linger, Rules};
 use crate::request::{LockRequest, TryLockRequest};
@@ -77,9 +78,9 @@ impl LockManager {
     /// In tests with tokio's paused clock (`#[tokio::test(start_paused = true)]`) use `memory://`. Leases run on the clock of the
     /// machine all the same, and so do the time limits of requests to a store; only `timeout` of a request follows the paused clock.
     ///
-    /// Connect on the runtime whose tasks will lock: hand-offs from other processes are heard there, so that one wakes no other thread. Should that
-    /// runtime end, a thread of the manager hears them. Should it stand still while tasks of another one wait, those get the lock when the lease of its last
-    /// owner ends.
+    /// Connect on the runtime whose tasks will lock: its connections are driven there and hand-offs from other processes arrive there, so that one wakes
+    /// no other thread. Should that runtime end, or run nothing while tasks of another one wait, a thread of the manager does both from then on: after a
+    /// third of a second if it has no threads of its own and nobody is inside its `block_on`, after a second if all its threads are blocked.
     ///
     /// # Errors
     ///
@@ -99,11 +100,12 @@ impl LockManager {
         telemetry::describe();
         let id = ManagerId::new();
         let map = config.shard_map();
+        let runtimes = Runtimes::here();
         let opening = config
             .shards
             .iter()
             .enumerate()
-            .map(|(index, shard)| open(shard, &config, &id, map.fingerprint(index)));
+            .map(|(index, shard)| open(shard, &config, &id, map.fingerprint(index), &runtimes));
         let opened = reachable(futures_util::future::try_join_all(opening).await?)?;
         let connected: Vec<bool> = opened.iter().map(|opened| opened.unavailable.is_none()).collect();
 
@@ -156,6 +158,7 @@ impl LockManager {
                     manager: Arc::clone(manager_metrics),
                     hot: Arc::clone(&hot),
                     notices: Arc::clone(&notices),
+                    runtimes: Arc::clone(&runtimes),
                     jobs: jobs.clone(),
                 })
             })
@@ -364,7 +367,13 @@ fn reachable(opened: Vec<Opened>) -> Result<Vec<Opened>, LockError> {
 }
 
 /// Opens the store of a shard.
-async fn open(shard: &ShardConfig, config: &Config, id: &ManagerId, map: String) -> Result<Opened, LockError> {
+async fn open(
+    shard: &ShardConfig,
+    config: &Config,
+    id: &ManagerId,
+    map: String,
+    runtimes: &Arc<Runtimes>,
+) -> Result<Opened, LockError> {
     let metrics = Arc::new(ShardMetrics::new(&shard.name));
     let started = Moment::now();
     let endpoint = Endpoint::parse(&shard.url)?;
@@ -392,6 +401,7 @@ async fn open(shard: &ShardConfig, config: &Config, id: &ManagerId, map: String)
             client: config.tls_cert.clone().zip(config.tls_key.clone()),
         },
         metrics: Arc::clone(&metrics),
+        runtimes: Arc::clone(runtimes),
     };
     let store = store::open(&endpoint, options)?;
     let no_answer = || StoreError::Unavailable(format!("no answer within store_timeout ({limit:?})").into());

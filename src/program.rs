@@ -1,69 +1,222 @@
-//! The runtime of the program: having something done there, and here where that can't be.
+//! The runtimes that a manager's work runs on: the program's and its own.
+//!
+//! # Implementation details
+//!
+//! A task that waits for a task of another runtime waits for a hop between threads, too. So what serves the program's tasks (the drivers
+//! of connections, the inbox) runs on the runtime that the manager was connected on: its *home*. But nothing runs there once that runtime
+//! has ended, while all its workers are blocked, or, if it has no workers of its own, while no thread is inside its `block_on`; and tasks of
+//! other runtimes may ask for locks at any time. So while anybody waits, the background thread looks whether home runs what it is given
+//! ([`Runtimes::watch`]). If it does not, the work moves to the background thread's runtime, which runs as long as the manager, and
+//! stays there; connections that are opened after home runs again belong there again.
 
 use std::future::Future;
+use std::pin::pin;
+use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
+use std::sync::{Arc, OnceLock};
 use std::time::Duration;
 
-use tokio::runtime::Handle;
-use tokio::task::JoinSet;
+use tokio::runtime::{Handle, RuntimeFlavor};
+use tokio::sync::Notify;
+use tokio::task::{JoinHandle, JoinSet};
 
-/// Runs a future on the program's runtime; and another one here, from the beginning, without such a runtime or once it is gone. Dropping this
-/// ends it wherever it runs.
-///
-/// # Panics
-///
-/// If the future does, wherever it runs.
-pub(crate) async fn run_there<F, T>(program: Option<&Handle>, make: impl Fn() -> F) -> T
-where
-    F: Future<Output = T> + Send + 'static,
-    T: Send + 'static,
-{
-    if let Some(program) = program {
-        // Dropping the set ends what it has.
-        let mut there = JoinSet::new();
-        there.spawn_on(make(), program);
-        match there.join_next().await {
-            Some(Ok(done)) => return done,
-            Some(Err(ended)) if ended.is_cancelled() => {
-                tracing::debug!("the runtime of the program is gone; what ran there goes on elsewhere");
-            }
-            Some(Err(error)) => {
-                if let Ok(panic) = error.try_into_panic() {
-                    std::panic::resume_unwind(panic);
-                }
-            }
-            None => {}
-        }
-    }
-    make().await
+/// See the module.
+#[derive(Debug)]
+pub(crate) struct Runtimes {
+    home: Option<Handle>,
+    /// Set when the background thread runs. What happens before that happens inside the call that connects.
+    background: OnceLock<Handle>,
+    /// Whether home did not run what it was given, and has not run it since.
+    is_stuck: AtomicBool,
+    /// How often home was found stuck.
+    moves: AtomicU64,
+    moved: Notify,
 }
 
-/// The same for something that ends soon, so that what it starts belongs there. Where that takes longer, perhaps because the program's runtime
-/// stands still, another one begins here as well, and whichever is done first counts.
-pub(crate) async fn soon_there<F, T>(program: Option<&Handle>, patience: Duration, make: impl Fn() -> F) -> T
-where
-    F: Future<Output = T> + Send + 'static,
-    T: Send + 'static,
-{
-    let there = run_there(program, &make);
-    if program.is_none() {
-        return there.await;
+/// How often the background thread looks whether home runs; more often if requests have little time.
+const LOOK_EVERY: Duration = Duration::from_millis(100);
+/// How many naps of the background thread home may take to run what it is given. Several short ones, so that a pause of the whole process,
+/// which ends one of them early, is not taken for one of home. A runtime with threads of its own runs everything sooner or later, and is left
+/// only when it is blocked for long.
+const NAPS_MAX: u32 = 3;
+const NAPS_MAX_OF_WORKERS: u32 = 10;
+
+impl Runtimes {
+    /// Home is the runtime that this is called on.
+    pub(crate) fn here() -> Arc<Self> {
+        Self::with_home(Handle::try_current().ok())
     }
-    let here = async {
-        tokio::time::sleep(patience).await;
+
+    fn with_home(home: Option<Handle>) -> Arc<Self> {
+        Arc::new(Self {
+            home,
+            background: OnceLock::new(),
+            is_stuck: AtomicBool::new(false),
+            moves: AtomicU64::new(0),
+            moved: Notify::new(),
+        })
+    }
+
+    /// The background thread runs on that runtime.
+    pub(crate) fn set_background(&self, background: Handle) {
+        // There is one background thread for each manager.
+        self.background.set(background).ok();
+    }
+
+    /// Home, unless it is stuck.
+    fn home(&self) -> Option<&Handle> {
+        self.home.as_ref().filter(|_| !self.is_stuck.load(Ordering::Acquire))
+    }
+
+    /// How often work has moved away from home.
+    pub(crate) fn moves(&self) -> u64 {
+        self.moves.load(Ordering::Acquire)
+    }
+
+    /// Waits until work has moved away from home more often than that.
+    pub(crate) async fn moved_since(&self, moves: u64) {
+        loop {
+            let mut moved = pin!(self.moved.notified());
+            // Registered before the look, so that a move between the look and the wait is not missed.
+            moved.as_mut().enable();
+            if self.moves() > moves {
+                return;
+            }
+            moved.await;
+        }
+    }
+
+    /// Runs a future at home; and another one here, from the beginning, without a home, or once it has ended or is stuck. Dropping this
+    /// ends it wherever it runs.
+    ///
+    /// # Panics
+    ///
+    /// If the future does, wherever it runs.
+    pub(crate) async fn run<F, T>(&self, make: impl Fn() -> F) -> T
+    where
+        F: Future<Output = T> + Send + 'static,
+        T: Send + 'static,
+    {
+        let moves = self.moves();
+        if let Some(home) = self.home() {
+            tokio::select! {
+                done = run_on(home, make()) => match done {
+                    Some(done) => return done,
+                    None => tracing::debug!("the program's runtime has ended; its work goes on elsewhere"),
+                },
+                () = self.moved_since(moves) => tracing::debug!("the program's runtime runs nothing; its work goes on elsewhere"),
+            }
+        }
         make().await
-    };
-    tokio::select! {
-        done = there => done,
-        done = here => done,
+    }
+
+    /// Opens a connection: runs a future at home, where what it starts then belongs. If that takes longer than `patience`, or home has ended or
+    /// is stuck, another one begins on the background thread as well, and the first that is done counts.
+    ///
+    /// # Panics
+    ///
+    /// If the future does, wherever it runs.
+    pub(crate) async fn open<F, T>(&self, patience: Duration, make: impl Fn() -> F) -> T
+    where
+        F: Future<Output = T> + Send + 'static,
+        T: Send + 'static,
+    {
+        let moves = self.moves();
+        let elsewhere = async {
+            if let Some(background) = self.background.get()
+                && let Some(done) = run_on(background, make()).await
+            {
+                return done;
+            }
+            make().await
+        };
+        let Some(home) = self.home() else {
+            return elsewhere.await;
+        };
+        let mut there = pin!(run_on(home, make()));
+        tokio::select! {
+            done = &mut there => match done {
+                Some(done) => return done,
+                None => return elsewhere.await,
+            },
+            () = tokio::time::sleep(patience) => {}
+            () = self.moved_since(moves) => {}
+        }
+        let mut elsewhere = pin!(elsewhere);
+        tokio::select! {
+            Some(done) = there => done,
+            done = &mut elsewhere => done,
+        }
+    }
+
+    /// Runs a future on the background thread, or here before that runs, to its end, whatever becomes of the task that asked for it.
+    pub(crate) fn spawn<T>(&self, future: impl Future<Output = T> + Send + 'static) -> JoinHandle<T>
+    where
+        T: Send + 'static,
+    {
+        match self.background.get() {
+            Some(background) => background.spawn(future),
+            None => tokio::spawn(future),
+        }
+    }
+
+    /// Looks whether home runs what it is given, for as long as home exists, whenever somebody `waits` for requests that have so much time. Calls
+    /// `leave` each time when home turns out to be stuck, before anybody is notified.
+    pub(crate) async fn watch(&self, timeout: Duration, waits: impl Fn() -> bool, leave: impl Fn()) {
+        let Some(home) = &self.home else { return };
+        let nap = LOOK_EVERY.min(timeout / 8);
+        let naps_max = match home.runtime_flavor() {
+            RuntimeFlavor::CurrentThread => NAPS_MAX,
+            _ => NAPS_MAX_OF_WORKERS,
+        };
+        loop {
+            tokio::time::sleep(nap).await;
+            if !waits() {
+                continue;
+            }
+            let mut probe = pin!(run_on(home, async {}));
+            let mut naps = 0;
+            let ran = loop {
+                tokio::select! {
+                    ran = &mut probe => break ran,
+                    () = tokio::time::sleep(nap) => {}
+                }
+                naps += 1;
+                if naps == naps_max {
+                    tracing::warn!(
+                        "the runtime that the manager was connected on runs nothing; the manager's own thread does its work"
+                    );
+                    self.is_stuck.store(true, Ordering::Release);
+                    leave();
+                    self.moves.fetch_add(1, Ordering::AcqRel);
+                    self.moved.notify_waiters();
+                }
+            };
+            if ran.is_none() {
+                // It has ended. Connections and tasks there have ended with it.
+                return;
+            }
+            self.is_stuck.store(false, Ordering::Release);
+        }
+    }
+}
+
+/// Runs a future on that runtime. `None` if the runtime ends before.
+async fn run_on<T: Send + 'static>(runtime: &Handle, future: impl Future<Output = T> + Send + 'static) -> Option<T> {
+    // Dropping the set ends what it has.
+    let mut set = JoinSet::new();
+    set.spawn_on(future, runtime);
+    match set.join_next().await? {
+        Ok(done) => Some(done),
+        Err(error) => match error.try_into_panic() {
+            Ok(panic) => std::panic::resume_unwind(panic),
+            Err(_) => None,
+        },
     }
 }
 
 #[cfg(test)]
 mod tests {
-    use std::sync::Arc;
-
     use tokio::runtime::{Builder, Runtime};
-    use tokio::sync::Notify;
 
     use super::*;
 
@@ -80,34 +233,47 @@ mod tests {
             .unwrap()
     }
 
+    fn current_thread() -> Runtime {
+        Builder::new_current_thread().enable_all().build().unwrap()
+    }
+
     async fn where_am_i() -> Option<String> {
         std::thread::current().name().map(str::to_owned)
     }
 
     #[test]
-    fn it_is_soon_there_while_there_is_such_a_runtime_and_it_runs() {
+    fn connection_is_opened_at_home_while_that_runs() {
         let program = named("program");
-        let here = Builder::new_current_thread().enable_all().build().unwrap();
+        let here = current_thread();
         let our_name = here.block_on(where_am_i());
-        let handle = program.handle().clone();
-        let done = |patience| here.block_on(soon_there(Some(&handle), patience, where_am_i));
+        let runtimes = Runtimes::with_home(Some(program.handle().clone()));
+        let done = |patience| here.block_on(runtimes.open(patience, where_am_i));
         assert_eq!(done(LONG).as_deref(), Some("program"));
-        // Its only thread stands still until this is told to end.
+        // Its only thread is blocked until this is told to end.
         let (end, until) = std::sync::mpsc::channel::<()>();
         program.spawn(async move { until.recv().ok() });
         assert_eq!(done(Duration::from_millis(20)), our_name);
+        let background = named("background");
+        runtimes.set_background(background.handle().clone());
+        assert_eq!(done(Duration::from_millis(20)).as_deref(), Some("background"));
         drop(end);
         assert_eq!(done(LONG).as_deref(), Some("program"));
         drop(program);
+        assert_eq!(done(LONG).as_deref(), Some("background"));
+        drop(background);
         assert_eq!(done(LONG), our_name);
-        assert_eq!(here.block_on(soon_there(None, LONG, where_am_i)), our_name);
+        assert_eq!(
+            here.block_on(Runtimes::with_home(None).open(LONG, where_am_i)),
+            our_name
+        );
     }
 
     /// A server that takes long to answer has as much time as before.
     #[test]
-    fn what_is_slow_there_is_not_broken_off() {
+    fn what_is_slow_at_home_is_not_broken_off() {
         let program = named("program");
-        let here = Builder::new_current_thread().enable_all().build().unwrap();
+        let here = current_thread();
+        let runtimes = Runtimes::with_home(Some(program.handle().clone()));
         let begun = Arc::new(Notify::new());
         let make = || {
             let begun = Arc::clone(&begun);
@@ -122,7 +288,37 @@ mod tests {
                 name
             }
         };
-        let done = here.block_on(soon_there(Some(program.handle()), Duration::from_millis(1), make));
+        let done = here.block_on(runtimes.open(Duration::from_millis(1), make));
         assert_eq!(done.as_deref(), Some("program"));
+    }
+
+    /// A runtime without threads of its own runs nothing between two calls of `block_on`.
+    #[test]
+    fn work_leaves_a_home_that_is_idle_only_while_somebody_waits() {
+        let (idle, here) = (current_thread(), current_thread());
+        let our_name = here.block_on(where_am_i());
+        let runtimes = Runtimes::with_home(Some(idle.handle().clone()));
+        let (waits, left) = (AtomicBool::new(false), AtomicU64::new(0));
+        let watching = || {
+            runtimes.watch(
+                LONG,
+                || waits.load(Ordering::SeqCst),
+                || {
+                    left.fetch_add(1, Ordering::SeqCst);
+                },
+            )
+        };
+        let unneeded = async { tokio::time::timeout(10 * LOOK_EVERY, watching()).await };
+        assert!(here.block_on(unneeded).is_err());
+        assert_eq!((runtimes.moves(), left.load(Ordering::SeqCst)), (0, 0));
+        waits.store(true, Ordering::SeqCst);
+        let moved = async {
+            tokio::select! {
+                () = watching() => None,
+                name = runtimes.run(where_am_i) => name,
+            }
+        };
+        assert_eq!(here.block_on(moved), our_name);
+        assert_eq!((runtimes.moves(), left.load(Ordering::SeqCst)), (1, 1));
     }
 }

@@ -121,7 +121,7 @@ async fn renew(shard: Arc<Shard>, mut due: Vec<(Arc<Entry>, Renewal)>) -> bool {
     if shard.note_map(&replies) {
         // Also what was acquired since that was first noticed.
         shard.disown();
-        return;
+        return true;
     }
     let replies = match replies {
         Ok(replies) => replies,

@@ -134,7 +134,45 @@ fn end_a_runtime_from_outside(store: &TestStore, end: impl FnOnce(Runtime)) {
     });
 }
 
+/// The runtime that the manager was connected on has no threads of its own, and nobody is inside its `block_on`.
+fn use_an_idle_runtimes_manager(store: &TestStore) {
+    let builder = || store.builder().store_timeout(Duration::from_secs(5));
+    let idle = Builder::new_current_thread().enable_all().build().expect("a runtime");
+    let locks = idle.block_on(builder().connect()).expect("connect");
+    let guard = idle.block_on(lock(&locks, "held"));
+    let busy = runtime();
+    let other = busy.block_on(builder().connect()).expect("connect");
+    busy.block_on(async {
+        guard.release().await.expect("it was held all the time");
+        lock(&locks, "k").await.release().await.expect("release");
+        // With a TTL of ten seconds: its inbox is heard.
+        let started = Instant::now();
+        hand_off(&other, &locks, "k").await;
+        hand_off(&locks, &other, "k").await;
+        assert!(started.elapsed() < Duration::from_secs(5), "{:?}", started.elapsed());
+        for key in ["held", "k"] {
+            store.is_empty(&other, key).await;
+        }
+    });
+    // What it did not run meanwhile does no harm when it does.
+    idle.block_on(async {
+        lock(&locks, "k").await.release().await.expect("release");
+        hand_off(&other, &locks, "k").await;
+        store.is_empty(&other, "k").await;
+    });
+    drop(idle);
+    busy.block_on(async {
+        lock(&locks, "k").await.release().await.expect("release");
+        hand_off(&other, &locks, "k").await;
+    });
+}
+
 on_each_store! {
+    /// Connections and the inbox were bound to a runtime that ran nothing: every lock from another one failed after `store_timeout`.
+    async fn manager_works_while_the_runtime_that_connected_is_idle(store: &TestStore) {
+        thread::scope(|scope| scope.spawn(|| use_an_idle_runtimes_manager(store)).join()).expect("a thread");
+    }
+
     async fn a_runtime_that_is_dropped_gives_its_locks_back(store: &TestStore) {
         end_a_runtime(store, drop);
     }

@@ -13,7 +13,6 @@ use std::rc::Rc;
 use std::sync::Arc;
 use std::sync::atomic::Ordering;
 
-use tokio::runtime::Handle;
 use tokio::sync::{mpsc, oneshot};
 use tokio::task::{JoinSet, LocalSet};
 
@@ -34,8 +33,7 @@ pub(crate) struct Background {
 }
 
 impl Background {
-    /// Starts the thread. Only the inboxes of shards that are `connected` are waited for. What runs on the runtime of the program runs
-    /// on the one that this is called on.
+    /// Starts the thread. Only the inboxes of shards that are `connected` are waited for.
     ///
     /// # Errors
     ///
@@ -47,13 +45,15 @@ impl Background {
     ) -> std::io::Result<Self> {
         let (tell, listening) = oneshot::channel();
         let connected = connected.to_vec();
-        let program = Handle::try_current().ok();
         // The runtime is made on its thread: it must not be dropped on one of the program's.
         std::thread::Builder::new().name("shardlock".into()).spawn(move || {
             let shards: Rc<[Arc<Shard>]> = shards.into();
             let work = || match tokio::runtime::Builder::new_current_thread().enable_all().build() {
                 Ok(runtime) => {
-                    LocalSet::new().block_on(&runtime, run(Rc::clone(&shards), connected, jobs, program, tell));
+                    shards
+                        .iter()
+                        .for_each(|shard| shard.runtimes.set_background(runtime.handle().clone()));
+                    LocalSet::new().block_on(&runtime, run(Rc::clone(&shards), connected, jobs, tell));
                 }
                 Err(error) => tracing::error!(%error, "the background thread could not start its runtime"),
             };
@@ -69,14 +69,13 @@ async fn run(
     shards: Rc<[Arc<Shard>]>,
     connected: Vec<bool>,
     mut jobs: mpsc::UnboundedReceiver<Job>,
-    program: Option<Handle>,
     listening: oneshot::Sender<Result<(), Unheard>>,
 ) {
     let mut services = JoinSet::new();
     let (tell, mut told) = mpsc::unbounded_channel();
     for (shard, &is_connected) in shards.iter().zip(&connected) {
         let tell = is_connected.then(|| tell.clone());
-        services.spawn_local(hear(Arc::clone(shard), tell, program.clone()));
+        services.spawn_local(hear(Arc::clone(shard), tell));
         services.spawn_local(keep_alive(Arc::clone(shard)));
         services.spawn_local(server_clock::watch(Arc::clone(shard)));
     }
@@ -84,6 +83,7 @@ async fn run(
     if let Some(metrics) = &metrics {
         services.spawn_local(pulse::pulse(Rc::clone(&shards), Arc::clone(metrics)));
     }
+    services.spawn_local(look_after_home(Rc::clone(&shards)));
     drop(tell);
     let count = connected.iter().filter(|&&connected| connected).count();
     services.spawn_local(async move {
@@ -141,6 +141,13 @@ async fn run(
             Some(ended) = services.join_next(), if !services.is_empty() => check(ended, &shards),
         }
     }
+}
+
+/// Looks whether the program's runtime runs, and leaves it if it does not.
+async fn look_after_home(shards: Rc<[Arc<Shard>]>) {
+    let Some(first) = shards.first() else { return };
+    let leave = || shards.iter().for_each(|shard| shard.store.leave_home());
+    first.runtimes.watch(first.timeout, || first.load.waits(), leave).await;
 }
 
 /// Lets every store tidy up, for as long as a request may take.

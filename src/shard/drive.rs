@@ -1,14 +1,16 @@
 //! Carrying out one request of a queue and telling the queue how it ended.
 
 use std::sync::Arc;
+use std::sync::atomic::Ordering;
+use std::time::Duration;
 
-use super::Entry;
+use super::{Entry, Load, Shard};
 use crate::clock::Moment;
 use crate::protocol::{Acquire, Ask, Cycle, Release};
 use crate::queue::Request;
-use crate::store::Lane;
+use crate::store::{Lane, StoreError, StoreFuture};
 use crate::telemetry::RequestKind;
-use crate::time_limit::within;
+use crate::time_limit::{Elapsed, within};
 
 /// Tells the queue that nobody waits for the reply any more, if the request is dropped under way.
 struct Unanswered<'a> {
@@ -53,7 +55,10 @@ impl Entry {
                     Ask::Join | Ask::Extend => RequestKind::Acquire,
                     Ask::Try => RequestKind::Try,
                 };
-                let (answer, started, now) = self.send(cycle, kind, self.shard.acquire(acquire)).await;
+                let sent = self.send(cycle, kind, self.shard.acquire(acquire)).await;
+                let Some((answer, started, now)) = sent else {
+                    return Driven::ELSEWHERE;
+                };
                 let ((), next) = self.at(now, |queue, cx| match answer {
                     Ok(answer) => ((), queue.replied(cycle, answer, cx)),
                     Err(error) => {
@@ -83,7 +88,10 @@ impl Entry {
                 };
                 // What takes something keeps to the caller's lane, and so to its order.
                 let lane = if requeue.is_some() { Lane::Caller } else { lane };
-                let (answer, started, now) = self.send(cycle, kind, self.shard.store.release(lane, release)).await;
+                let sent = self.send(cycle, kind, self.shard.store.release(lane, release)).await;
+                let Some((answer, started, now)) = sent else {
+                    return Driven::ELSEWHERE;
+                };
                 let (released, next) = self.at(now, |queue, cx| match answer {
                     Ok(answer) => (Ok(answer.reply.held), queue.released_remotely(cycle, answer, cx)),
                     Err(error) => {
@@ -100,13 +108,14 @@ impl Entry {
         }
     }
 
-    /// The answer, when it was asked for and when it came.
+    /// The answer, when it was asked for and when it came. Nothing if the request was given up since the runtime that carried it runs nothing: the queue
+    /// sees to it, as if it had been dropped, and sends another one.
     async fn send<T>(
         self: &Arc<Self>,
         cycle: Cycle,
         kind: RequestKind,
-        request: crate::store::StoreFuture<T>,
-    ) -> (Result<T, crate::LockError>, Moment, Moment) {
+        request: StoreFuture<T>,
+    ) -> Option<(Result<T, crate::LockError>, Moment, Moment)> {
         let shard = &self.shard;
         let mut unanswered = Unanswered {
             entry: self,
@@ -114,7 +123,11 @@ impl Entry {
             armed: true,
         };
         let started = Moment::now();
-        let reply = within(started, shard.timeout, request).await;
+        let (mut request, moves) = (request, shard.runtimes.moves());
+        let reply = match tokio::time::timeout(QUICK.min(shard.timeout), &mut request).await {
+            Ok(reply) => Ok(reply),
+            Err(_) => Box::pin(wait_longer(shard, started, moves, request)).await?,
+        };
         unanswered.armed = false;
         let reply = reply.unwrap_or_else(|_| Err(shard.no_answer()));
         let now = Moment::now();
@@ -122,7 +135,48 @@ impl Entry {
         shard.note_reach(&reply);
         shard.note_map(&reply);
         let answer = reply.map_err(|error| shard.error(error, kind.step(), Some(&self.key), started));
-        (answer, started, now)
+        Some((answer, started, now))
+    }
+}
+
+/// Most requests are answered in this time.
+const QUICK: Duration = Duration::from_millis(2);
+/// After this time without an answer, at the latest, it is looked whether the program's runtime runs.
+const SLOW: Duration = Duration::from_millis(250);
+
+/// Waits on for a request that is not answered quickly. Nothing if work has moved away from the program's runtime meanwhile, and with it the request's
+/// connection.
+async fn wait_longer<T>(
+    shard: &Shard,
+    started: Moment,
+    moves: u64,
+    request: StoreFuture<T>,
+) -> Option<Result<Result<T, StoreError>, Elapsed>> {
+    let moved = async {
+        tokio::time::sleep(SLOW.min(shard.timeout / 4)).await;
+        let _slow = Slow::count(&shard.load);
+        shard.runtimes.moved_since(moves).await;
+    };
+    tokio::select! {
+        biased;
+        reply = within(started, shard.timeout, request) => Some(reply),
+        () = moved => None,
+    }
+}
+
+/// A request that has not been answered for a while, until it is dropped.
+struct Slow<'a>(&'a Load);
+
+impl<'a> Slow<'a> {
+    fn count(load: &'a Load) -> Self {
+        load.slow.fetch_add(1, Ordering::Relaxed);
+        Self(load)
+    }
+}
+
+impl Drop for Slow<'_> {
+    fn drop(&mut self) {
+        self.0.slow.fetch_sub(1, Ordering::Relaxed);
     }
 }
 
@@ -133,4 +187,12 @@ pub(crate) struct Driven {
     pub(crate) next: Option<Request>,
     /// For a release: whether the lease was still ours, or why that is not known.
     pub(crate) released: Option<Result<bool, crate::LockError>>,
+}
+
+impl Driven {
+    /// The request was given up, and the background sees to what follows.
+    const ELSEWHERE: Self = Self {
+        next: None,
+        released: None,
+    };
 }

@@ -3,22 +3,20 @@
 //! # Implementation details
 //!
 //! Pushes are handed on, and where the store can do so heard, on the runtime that the manager was connected on, so that a grant wakes no other thread
-//! than that of the task that it is for: a hop between threads costs about as much as the way from the server. Once that runtime is gone, the
-//! background thread does both. What a store does besides (following a failover, keeping places in a line) stays on that thread at all times.
-//!
-//! Where the program's runtime stands still, its tasks could not have taken a grant anyway; those of another runtime ask again when the lease of the
-//! owner ends. What else may wait in the inbox is that another process wants a key: the next renewal, which does not need that runtime, tells the same.
+//! than that of the task that it is for: a hop between threads costs about as much as the way from the server. Once that runtime is gone, or runs
+//! nothing while somebody waits, the background thread does both ([`program`](crate::program)). What a store does besides (following a failover, keeping
+//! places in a line) stays on that thread at all times.
 
+use std::future::poll_fn;
 use std::sync::Arc;
 use std::time::Duration;
 
-use tokio::runtime::Handle;
-use tokio::sync::{Mutex, mpsc};
+use parking_lot::Mutex;
+use tokio::sync::mpsc;
 
 use super::{Job, Shard};
 use crate::backoff::Backoff;
 use crate::key::Slot;
-use crate::program::run_there;
 use crate::protocol::Push;
 use crate::store::StoreError;
 use crate::text::printable;
@@ -39,17 +37,14 @@ pub(crate) struct Unheard {
 }
 
 /// Hears what the shard's store pushes for as long as it is polled; on the program's runtime while there is one.
-pub(super) async fn hear(shard: Arc<Shard>, subscribed: Option<Heard>, program: Option<Handle>) {
+pub(super) async fn hear(shard: Arc<Shard>, subscribed: Option<Heard>) {
     let (sender, receiver) = mpsc::unbounded_channel();
     let pushes = Arc::new(Mutex::new(receiver));
     if let Some(tell) = &subscribed {
         connect(&shard, tell).await;
     }
     let receive = || receive(Arc::clone(&shard), Arc::clone(&pushes), subscribed.clone());
-    tokio::join!(
-        shard.store.listen(sender, program.clone()),
-        run_there(program.as_ref(), receive)
-    );
+    tokio::join!(shard.store.listen(sender), shard.runtimes.run(receive));
 }
 
 /// Opens the connections that renewals need. A manager that can't have them has no locks to renew.
@@ -66,15 +61,20 @@ async fn connect(shard: &Arc<Shard>, tell: &Heard) {
     }
 }
 
+/// The next push. Locked for one look at a time: where the program's runtime runs nothing, the task there that waits for the next push keeps doing so, and the
+/// one that takes its place must not wait for it.
+async fn next(pushes: &Mutex<mpsc::UnboundedReceiver<Push>>) -> Option<Push> {
+    // The wakers that replace each other here are those of these two tasks, which run no foreign code.
+    poll_fn(|cx| pushes.lock().poll_recv(cx)).await
+}
+
 /// Hands pushes to the queues they are for.
 async fn receive(shard: Arc<Shard>, pushes: Arc<Mutex<mpsc::UnboundedReceiver<Push>>>, mut subscribed: Option<Heard>) {
-    // For as long as this lives, which nobody else does meanwhile.
-    let mut pushes = pushes.lock().await;
     let mut refused: Option<Arc<str>> = None;
     let mut cut_off: Option<tokio::task::AbortHandle> = None;
     let mut is_cut_off = false;
     let mut is_forgery_reported = false;
-    while let Some(push) = pushes.recv().await {
+    while let Some(push) = next(&pushes).await {
         if push.cycle().is_some_and(|cycle| !shard.cycles.has_opened(cycle)) {
             if !std::mem::replace(&mut is_forgery_reported, true) {
                 tracing::error!(
@@ -128,7 +128,8 @@ async fn receive(shard: Arc<Shard>, pushes: Arc<Mutex<mpsc::UnboundedReceiver<Pu
             Push::Disconnected => {
                 is_cut_off = true;
                 let shard = Arc::clone(&shard);
-                let task = tokio::spawn(async move {
+                let runtimes = Arc::clone(&shard.runtimes);
+                let task = runtimes.spawn(async move {
                     tokio::time::sleep(Backoff::delay_after(0, CUT_OFF_MAX, CUT_OFF_MAX)).await;
                     ask_again(&shard, None);
                 });

@@ -99,10 +99,11 @@ impl Shard {
             return self.store.acquire(request);
         }
         let (maps, store) = (Arc::clone(&self.maps), Arc::clone(&self.store));
+        let runtimes = Arc::clone(&self.runtimes);
         Box::pin(async move {
             let own = Arc::clone(&store);
-            // On a task of its own: a request that is polled no more must not keep all others from it.
-            let storing = tokio::spawn(async move { maps.store_for(&own).await });
+            // On a task of its own, on the background thread: a request that is polled no more must not keep all others from it.
+            let storing = runtimes.spawn(async move { maps.store_for(&own).await });
             storing.await.unwrap_or_else(|error| {
                 let reason = format!("the shard map was not stored: {error}");
                 Err(StoreError::Unavailable(reason.into()))

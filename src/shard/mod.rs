@@ -48,6 +48,7 @@ use crate::heat::HotKeys;
 use crate::identity::ManagerId;
 use crate::key::LockKey;
 use crate::notice::{Notices, Seldom};
+use crate::program::Runtimes;
 use crate::protocol::{Cycle, Cycles};
 use crate::queue::{Outage, Request, Room, Rules, Want};
 use crate::store::{Inspection, LeaseStore, StoreError};
@@ -90,6 +91,7 @@ pub(crate) struct Shard {
     pub(crate) manager: Arc<ManagerMetrics>,
     pub(crate) hot: Arc<HotKeys>,
     pub(crate) notices: Arc<Notices>,
+    pub(crate) runtimes: Arc<Runtimes>,
     table: Table,
     /// Whether it was found to have another shard map.
     has_other_map: AtomicBool,
@@ -124,6 +126,8 @@ pub(crate) struct Limits {
 #[derive(Debug)]
 pub(crate) struct Load {
     pub(crate) waiters: AtomicUsize,
+    /// How many requests to a store have not been answered for a while.
+    pub(crate) slow: AtomicUsize,
     /// How many entries the tables of all shards have.
     keys: AtomicUsize,
     /// How many cycles are over and could not be released yet.
@@ -144,6 +148,7 @@ impl Load {
     pub(crate) fn new(shards: Box<[Arc<ShardMetrics>]>) -> Self {
         Self {
             waiters: AtomicUsize::new(0),
+            slow: AtomicUsize::new(0),
             keys: AtomicUsize::new(0),
             owed: AtomicUsize::new(0),
             owes_too_many: AtomicBool::new(false),
@@ -152,6 +157,11 @@ impl Load {
             closed: AtomicBool::new(false),
             ending: AtomicBool::new(false),
         }
+    }
+
+    /// Whether anybody waits for anything.
+    pub(crate) fn waits(&self) -> bool {
+        self.waiters.load(Ordering::Relaxed) > 0 || self.slow.load(Ordering::Relaxed) > 0
     }
 
     /// How many keys have nothing but a lease that is kept idle, or was until just now.
@@ -195,6 +205,7 @@ pub(crate) struct Parts {
     pub(crate) manager: Arc<ManagerMetrics>,
     pub(crate) hot: Arc<HotKeys>,
     pub(crate) notices: Arc<Notices>,
+    pub(crate) runtimes: Arc<Runtimes>,
     pub(crate) jobs: mpsc::UnboundedSender<Job>,
 }
 
@@ -222,6 +233,7 @@ impl Shard {
             manager,
             hot,
             notices,
+            runtimes,
             jobs,
         } = parts;
         Arc::new(Self {
@@ -242,6 +254,7 @@ impl Shard {
             manager,
             hot,
             notices,
+            runtimes,
             table: Table::default(),
             has_other_map: AtomicBool::new(false),
             rivals: Rivals::default(),

@@ -96,11 +96,7 @@ impl LeaseStore for BadStore {
         }))
     }
 
-    fn listen(
-        &self,
-        _pushes: mpsc::UnboundedSender<Push>,
-        _: Option<tokio::runtime::Handle>,
-    ) -> Pin<Box<dyn Future<Output = ()> + Send>> {
+    fn listen(&self, _pushes: mpsc::UnboundedSender<Push>) -> Pin<Box<dyn Future<Output = ()> + Send>> {
         Box::pin(std::future::pending())
     }
 }
@@ -135,6 +131,7 @@ fn bad_shard(store: BadStore) -> (Arc<Shard>, mpsc::UnboundedReceiver<Job>) {
         manager,
         hot: Arc::new(HotKeys::new(1)),
         notices: Arc::new(Notices::new(None, None, true)),
+        runtimes: crate::program::Runtimes::here(),
         jobs,
     });
     (shard, receiver)

@@ -22,7 +22,6 @@ use std::pin::Pin;
 use std::sync::Arc;
 use std::time::Duration;
 
-use tokio::runtime::Handle;
 use tokio::sync::mpsc;
 
 use crate::clock::Moment;
@@ -31,6 +30,7 @@ use crate::error::LockError;
 use crate::fence::FencingToken;
 use crate::identity::ManagerId;
 use crate::key::{LockKey, Slot};
+use crate::program::Runtimes;
 use crate::protocol::{Acquire, AcquireReply, Answer, Push, Release, ReleaseReply, RenewReply, Renewal};
 use crate::telemetry::ShardMetrics;
 pub(crate) use map::{MapState, MapStep};
@@ -112,11 +112,11 @@ pub(crate) trait LeaseStore: Send + Sync + 'static {
 
     /// Receives pushes and hands them on until the receiver is gone. Reconnects by itself. Polled on the watchdog's thread, where it also does what else
     /// must go on; with a handle, the inbox itself may be heard on that runtime, where whoever waits for a push is, for as long as there is one.
-    fn listen(
-        &self,
-        pushes: mpsc::UnboundedSender<Push>,
-        program: Option<Handle>,
-    ) -> Pin<Box<dyn Future<Output = ()> + Send>>;
+    fn listen(&self, pushes: mpsc::UnboundedSender<Push>) -> Pin<Box<dyn Future<Output = ()> + Send>>;
+
+    /// The program's runtime, on which the drivers of connections are, runs nothing: those connections are not used any more. Further ones
+    /// are opened where `StoreOptions::runtimes` leads by then.
+    fn leave_home(&self) {}
 }
 
 /// Says in the log that something is in the inbox which can't be read. It may name a key, so what it is stands there at the level of debug.
@@ -145,6 +145,8 @@ pub(crate) struct StoreOptions {
     pub(crate) check_role: bool,
     pub(crate) tls: TlsFiles,
     pub(crate) metrics: Arc<ShardMetrics>,
+    /// Where what serves the program's tasks runs.
+    pub(crate) runtimes: Arc<Runtimes>,
 }
 
 /// The files for encrypted connections.
@@ -196,7 +198,7 @@ pub(crate) fn open(endpoint: &Endpoint, options: StoreOptions) -> Result<Arc<dyn
 /// Which connection a request travels on.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub(crate) enum Lane {
-    /// The connections that the tasks of the program use; their I/O runs on the program's runtime.
+    /// The connections that the tasks of the program use; their I/O runs on the program's runtime, while that runs.
     Caller,
     /// The connection of the watchdog's thread, which works even if the program's runtime is blocked. While it can't be opened, an open one of the
     /// callers' is used.
@@ -363,6 +365,7 @@ impl StoreOptions {
             check_role: true,
             tls: TlsFiles::default(),
             metrics: Arc::new(ShardMetrics::new("test")),
+            runtimes: Runtimes::here(),
         }
     }
 }

@@ -1,8 +1,8 @@
 //! A connection to one of etcd's servers, replaced by one to the next when it is of no more use.
 
 use std::future::Future;
-use std::sync::Arc;
 use std::sync::atomic::{AtomicU64, AtomicUsize, Ordering};
+use std::sync::{Arc, Weak};
 use std::time::Duration;
 
 use etcd_client::{Client, ConnectOptions};
@@ -13,6 +13,7 @@ use super::fault::{Fault, fault};
 use super::map;
 use crate::backoff::Backoff;
 use crate::clock::Moment;
+use crate::program::Runtimes;
 use crate::store::map::StoredMap;
 use crate::store::{MapState, MapStep, StoreError};
 use crate::telemetry::ShardMetrics;
@@ -38,6 +39,10 @@ pub(super) struct Servers {
 /// See the module. All servers answer alike, so one connection at a time is enough: HTTP/2 carries any number of requests side by side.
 pub(super) struct Link {
     pub(super) servers: Arc<Servers>,
+    /// The runtimes, if the program's tasks use it: then its driver belongs at home. Otherwise it belongs where it is opened.
+    runtimes: Option<Arc<Runtimes>>,
+    /// For the task that connects.
+    me: Weak<Self>,
     current: Mutex<Option<Live>>,
     /// Which server is the next to be tried.
     next: AtomicUsize,
@@ -107,16 +112,18 @@ impl Servers {
 }
 
 impl Link {
-    pub(super) fn new(servers: &Arc<Servers>) -> Self {
-        Self {
+    pub(super) fn new(servers: &Arc<Servers>, runtimes: Option<Arc<Runtimes>>) -> Arc<Self> {
+        Arc::new_cyclic(|me| Self {
+            me: Weak::clone(me),
             // Managers that begin with different servers share the load out.
             next: AtomicUsize::new(rand::random::<u16>().into()),
             servers: Arc::clone(servers),
+            runtimes,
             current: Mutex::new(None),
             opened: AtomicU64::new(0),
             given_up: Notify::new(),
             connecting: tokio::sync::Mutex::new(()),
-        }
+        })
     }
 
     /// The connection; a new one if there is none.
@@ -124,8 +131,19 @@ impl Link {
         let live = self.current.lock().clone();
         match live {
             Some(live) => Ok(live),
-            None => Box::pin(self.connect()).await,
+            None => Box::pin(self.connect_apart()).await,
         }
+    }
+
+    /// Connects on a task of its own if the program's tasks use it: the one that asked may not be polled any more, and would keep all others from
+    /// connecting.
+    async fn connect_apart(&self) -> Result<Live, StoreError> {
+        let (Some(runtimes), Some(link)) = (&self.runtimes, self.me.upgrade()) else {
+            return self.connect().await;
+        };
+        let connecting = runtimes.spawn(async move { link.connect().await });
+        let failed = |error| StoreError::Unavailable(format!("connecting came to no end: {error}").into());
+        connecting.await.unwrap_or_else(|error| Err(failed(error)))
     }
 
     /// Tries one server after the other.
@@ -171,8 +189,14 @@ impl Link {
     async fn open(&self, index: usize) -> Result<Client, StoreError> {
         let servers = &*self.servers;
         let failed = |error: &etcd_client::Error| servers.fault(error).into_store_error();
-        let endpoint = [servers.endpoints[index].as_str()];
-        let connected = Client::connect(endpoint, Some(servers.options.clone())).await;
+        let open = || {
+            let (endpoint, options) = (servers.endpoints[index].clone(), servers.options.clone());
+            async move { Client::connect([endpoint], Some(options)).await }
+        };
+        let connected = match &self.runtimes {
+            Some(runtimes) => runtimes.open(servers.timeout / 4, open).await,
+            None => open().await,
+        };
         let mut client = connected.map_err(|error| failed(&error))?;
         let reply = client
             .get(servers.map.key(), None)
@@ -208,6 +232,15 @@ impl Link {
             }
             given_up.await;
         }
+    }
+
+    /// Whatever connection there is, it is not used any more.
+    pub(super) fn leave(&self) {
+        let ended = self.current.lock().take();
+        if ended.is_some() {
+            self.given_up.notify_waiters();
+        }
+        drop(ended);
     }
 
     /// Nobody has answered since that moment: the connection is of no more use, unless it is a newer one.

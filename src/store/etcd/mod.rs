@@ -47,7 +47,6 @@ use std::sync::atomic::{AtomicU64, Ordering};
 use std::time::Duration;
 
 use etcd_client::DeleteOptions;
-use tokio::runtime::Handle;
 use tokio::sync::mpsc;
 
 use crate::error::LockError;
@@ -127,12 +126,12 @@ impl EtcdStore {
             metrics: Arc::clone(&options.metrics),
             revision: AtomicU64::new(0),
         });
-        let link = || Arc::new(Link::new(&servers));
+        let link = |runtimes| Link::new(&servers, runtimes);
         let shared = Arc::new(Shared {
             names,
             shard: options.shard,
             timeout: options.timeout,
-            background: link(),
+            background: link(None),
             cycles: Cycles::new(),
             waits: Waits::default(),
             revokes: Revokes::default(),
@@ -141,7 +140,9 @@ impl EtcdStore {
             failed_revokes: Seldom::default(),
             servers: Arc::clone(&servers),
         });
-        let callers = (0..options.connections.max(1)).map(|_| link()).collect();
+        let callers = (0..options.connections.max(1))
+            .map(|_| link(Some(Arc::clone(&options.runtimes))))
+            .collect();
         Ok(Self { callers, shared })
     }
 
@@ -236,11 +237,7 @@ impl LeaseStore for EtcdStore {
         })
     }
 
-    fn listen(
-        &self,
-        pushes: mpsc::UnboundedSender<Push>,
-        _: Option<Handle>,
-    ) -> Pin<Box<dyn Future<Output = ()> + Send>> {
+    fn listen(&self, pushes: mpsc::UnboundedSender<Push>) -> Pin<Box<dyn Future<Output = ()> + Send>> {
         let shared = Arc::clone(&self.shared);
         Box::pin(async move {
             let receiver = pushes.clone();
@@ -251,5 +248,9 @@ impl LeaseStore for EtcdStore {
                 () = receiver.closed() => {}
             }
         })
+    }
+
+    fn leave_home(&self) {
+        self.callers.iter().for_each(|link| link.leave());
     }
 }

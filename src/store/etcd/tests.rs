@@ -31,7 +31,7 @@ impl Bench {
         let hosts: Vec<String> = vec![self.etcd.hosts()];
         let store = EtcdStore::new(&hosts, None, false, options).unwrap();
         let (sender, receiver) = mpsc::unbounded_channel();
-        tokio::spawn(store.listen(sender, None));
+        tokio::spawn(store.listen(sender));
         (store, receiver)
     }
 

@@ -8,7 +8,6 @@ use std::sync::{Arc, OnceLock, Weak};
 use std::time::{Duration, SystemTime, UNIX_EPOCH};
 
 use parking_lot::Mutex;
-use tokio::runtime::Handle;
 use tokio::sync::mpsc;
 
 pub(crate) use self::core::{MemoryCore, Terms};
@@ -214,11 +213,7 @@ impl LeaseStore for MemoryStore {
         }))
     }
 
-    fn listen(
-        &self,
-        pushes: mpsc::UnboundedSender<Push>,
-        _: Option<Handle>,
-    ) -> Pin<Box<dyn Future<Output = ()> + Send>> {
+    fn listen(&self, pushes: mpsc::UnboundedSender<Push>) -> Pin<Box<dyn Future<Output = ()> + Send>> {
         let mut memory = self.memory.lock();
         memory.core.listen(self.manager.as_str(), true);
         let earlier = memory.inboxes.insert(self.manager.as_str().to_owned(), pushes.clone());

@@ -36,7 +36,6 @@ use std::sync::Arc;
 use std::sync::atomic::AtomicUsize;
 use std::time::Duration;
 
-use tokio::runtime::Handle;
 use tokio::sync::{Notify, mpsc};
 
 use crate::clock::Moment;
@@ -374,11 +373,11 @@ impl LeaseStore for QuorumStore {
         })
     }
 
-    fn listen(
-        &self,
-        pushes: mpsc::UnboundedSender<Push>,
-        _: Option<Handle>,
-    ) -> Pin<Box<dyn Future<Output = ()> + Send>> {
+    fn listen(&self, pushes: mpsc::UnboundedSender<Push>) -> Pin<Box<dyn Future<Output = ()> + Send>> {
         Box::pin(tidy::listen(Arc::clone(&self.quorum), pushes))
+    }
+
+    fn leave_home(&self) {
+        self.quorum.nodes.iter().for_each(|node| node.store.leave_home());
     }
 }

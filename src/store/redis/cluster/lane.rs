@@ -14,6 +14,7 @@ use super::Shared;
 use super::node::{Live, Node, Unasked};
 use super::topology::{Place, Range, ranges};
 use crate::key::Slot;
+use crate::program::Runtimes;
 use crate::store::StoreError;
 
 /// How many nodes are asked for the map at a time; the first good answer counts.
@@ -25,6 +26,8 @@ pub(super) struct Lane {
     /// How many connections each node gets. A slot always uses the same one, which keeps the order of its requests.
     per_node: usize,
     purpose: Purpose,
+    /// The runtimes, if the program's tasks use it.
+    runtimes: Option<Arc<Runtimes>>,
     nodes: Mutex<HashMap<Place, Vec<Arc<Node>>>>,
     /// Held while the map is read, so that a hundred tasks that find it wrong read it once. One per lane: a task of a blocked
     /// runtime must not keep renewals waiting.
@@ -35,11 +38,17 @@ pub(super) struct Lane {
 }
 
 impl Lane {
-    pub(super) fn new(shared: &Arc<Shared>, per_node: usize, purpose: Purpose) -> Self {
+    pub(super) fn new(
+        shared: &Arc<Shared>,
+        per_node: usize,
+        purpose: Purpose,
+        runtimes: Option<Arc<Runtimes>>,
+    ) -> Self {
         Self {
             shared: Arc::clone(shared),
             per_node: per_node.max(1),
             purpose,
+            runtimes,
             nodes: Mutex::new(HashMap::new()),
             reading: tokio::sync::Mutex::new(()),
             next_asked: AtomicUsize::new(0),
@@ -84,16 +93,22 @@ impl Lane {
         nodes.get(usize::from(slot.number()) % nodes.len()).map(Arc::clone)
     }
 
+    /// No connection is used any more that was opened so far.
+    pub(super) fn leave(&self) {
+        let nodes: Vec<Arc<Node>> = self.nodes.lock().values().flatten().map(Arc::clone).collect();
+        nodes.iter().for_each(|node| node.leave());
+    }
+
     /// The connection of a slot to that node.
     pub(super) fn node(&self, place: &Place, slot: Slot) -> Result<Arc<Node>, StoreError> {
         let mut nodes = self.nodes.lock();
         if let Some(nodes) = nodes.get(place) {
             return Ok(Arc::clone(&nodes[usize::from(slot.number()) % nodes.len()]));
         }
-        let shared = &self.shared;
         let made: Option<Vec<Arc<Node>>> = (0..self.per_node)
             .map(|_| {
-                Node::new(
+                let shared = &self.shared;
+                let node = Node::new(
                     place,
                     &shared.info,
                     shared.patience,
@@ -101,8 +116,8 @@ impl Lane {
                     self.name(),
                     &shared.metrics,
                     &shared.topology,
-                )
-                .map(Arc::new)
+                );
+                node.map(|node| Arc::new(node.at_home(self.runtimes.clone())))
             })
             .collect();
         let made = made.ok_or_else(|| StoreError::Refused(format!("{place:?} is no place of a node").into()))?;

@@ -512,7 +512,7 @@ async fn subscribe(lane: &Lane, ear: Option<Arc<Node>>, slot: Slot) -> Ended {
 }
 
 /// Sends one command about the inbox of a slot. No error in an `Err` means that there was no answer in time.
-async fn send(shared: &Shared, ear: &Node, verb: &str, slot: Slot) -> Result<(), Option<RedisError>> {
+async fn send(shared: &Shared, ear: &Arc<Node>, verb: &str, slot: Slot) -> Result<(), Option<RedisError>> {
     let channel = shared.commands.names.inbox_in(slot, &shared.commands.manager);
     match ear.ask(cmd(verb).arg(channel), shared.patience).await {
         Ok(reply) => reply.map(drop).map_err(Some),

@@ -36,7 +36,6 @@ use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 use std::time::Duration;
 
 use deadpool_redis::redis::{Cmd, ConnectionInfo, Value, cmd};
-use tokio::runtime::Handle;
 use tokio::sync::mpsc;
 
 use super::client::{Purpose, connection_info};
@@ -128,9 +127,10 @@ impl ClusterStore {
             refused_inboxes: Seldom::default(),
             seen: (0..SLOTS).map(|_| AtomicU64::new(0)).collect(),
         });
-        let caller = Arc::new(Lane::new(&shared, options.connections, Purpose::Requests));
+        let runtimes = Some(options.runtimes);
+        let caller = Arc::new(Lane::new(&shared, options.connections, Purpose::Requests, runtimes));
         Ok(Self {
-            background: Arc::new(Lane::new(&shared, 1, Purpose::Renewals).with_substitute(&caller)),
+            background: Arc::new(Lane::new(&shared, 1, Purpose::Renewals, None).with_substitute(&caller)),
             caller,
             inbox: Arc::new(Inbox::new()),
             shared,
@@ -473,12 +473,12 @@ impl LeaseStore for ClusterStore {
         self.shared.commands.names.of(key).slot()
     }
 
-    fn listen(
-        &self,
-        pushes: mpsc::UnboundedSender<Push>,
-        _: Option<Handle>,
-    ) -> Pin<Box<dyn Future<Output = ()> + Send>> {
+    fn listen(&self, pushes: mpsc::UnboundedSender<Push>) -> Pin<Box<dyn Future<Output = ()> + Send>> {
         let (lane, shared) = (Arc::clone(&self.background), Arc::clone(&self.shared));
         Box::pin(listener::listen(lane, shared, Arc::clone(&self.inbox), pushes))
+    }
+
+    fn leave_home(&self) {
+        self.caller.leave();
     }
 }

@@ -15,6 +15,7 @@ use tokio::sync::mpsc;
 use super::super::client::with_reason;
 use super::super::reply::error_in_words;
 use super::topology::{Place, Topology};
+use crate::program::Runtimes;
 use crate::store::StoreError;
 use crate::telemetry::ShardMetrics;
 
@@ -34,6 +35,8 @@ pub(super) struct Node {
     metrics: Arc<ShardMetrics>,
     /// Who is told when a connection ends: the node may have forgotten leases.
     topology: Arc<Topology>,
+    /// The runtimes, if the program's tasks use it: then its driver belongs at home. Otherwise it belongs where it is opened.
+    runtimes: Option<Arc<Runtimes>>,
     current: Mutex<Option<Live>>,
     /// Held while connecting, so that a hundred tasks that find no connection make one.
     connecting: tokio::sync::Mutex<()>,
@@ -81,23 +84,41 @@ impl Node {
             listener,
             metrics: Arc::clone(metrics),
             topology: Arc::clone(topology),
+            runtimes: None,
             current: Mutex::new(None),
             connecting: tokio::sync::Mutex::new(()),
         })
     }
 
+    /// The same for the program's tasks: its driver belongs at home.
+    pub(super) fn at_home(self, runtimes: Option<Arc<Runtimes>>) -> Self {
+        Self { runtimes, ..self }
+    }
+
     /// The connection; a new one, if there is none.
-    pub(super) async fn get(&self) -> Result<Live, StoreError> {
+    pub(super) async fn get(self: &Arc<Self>) -> Result<Live, StoreError> {
         match self.live() {
             Some(live) => Ok(live),
             // On the heap: connecting is rare and would make the future of every request ten times as large.
-            None => Box::pin(self.connect()).await,
+            None => Box::pin(self.connect_apart()).await,
         }
     }
 
     /// The connection, if there is one.
     pub(super) fn live(&self) -> Option<Live> {
         self.current.lock().clone()
+    }
+
+    /// Connects on a task of its own if the program's tasks use it: the one that asked may not be polled any more, and would keep all others from
+    /// connecting.
+    async fn connect_apart(self: &Arc<Self>) -> Result<Live, StoreError> {
+        let Some(runtimes) = &self.runtimes else {
+            return self.connect().await;
+        };
+        let node = Arc::clone(self);
+        let connecting = runtimes.spawn(async move { node.connect().await });
+        let failed = |error| StoreError::Unavailable(format!("connecting came to no end: {error}").into());
+        connecting.await.unwrap_or_else(|error| Err(failed(error)))
     }
 
     async fn connect(&self) -> Result<Live, StoreError> {
@@ -124,7 +145,16 @@ impl Node {
             });
         }
         let client = Client::open(self.info.clone()).map_err(|error| error_in_words(&error))?;
-        let connecting = client.get_multiplexed_async_connection_with_config(&config);
+        let open = || {
+            let (client, config) = (client.clone(), config.clone());
+            async move { client.get_multiplexed_async_connection_with_config(&config).await }
+        };
+        let connecting = async {
+            match &self.runtimes {
+                Some(runtimes) => runtimes.open(self.timeout / 2, open).await,
+                None => open().await,
+            }
+        };
         let mut connection = with_reason(&self.info, self.timeout, connecting).await?;
         // Not every user may; and a connection that broke meanwhile is found out by the first request.
         drop(connection.send_packed_command(&self.name).await);
@@ -139,7 +169,11 @@ impl Node {
     }
 
     /// Sends a command and waits for its answer, connecting included. A connection that breaks or gives no answer in that time is replaced.
-    pub(super) async fn ask(&self, command: &Cmd, patience: Duration) -> Result<RedisResult<Value>, Unasked> {
+    pub(super) async fn ask(
+        self: &Arc<Self>,
+        command: &Cmd,
+        patience: Duration,
+    ) -> Result<RedisResult<Value>, Unasked> {
         let until = tokio::time::Instant::now() + patience;
         let mut live = match tokio::time::timeout_at(until, self.get()).await {
             Ok(Ok(live)) => live,
@@ -161,6 +195,15 @@ impl Node {
     /// Which connection there is, if there is one.
     pub(super) fn generation(&self) -> Option<u64> {
         self.current.lock().as_ref().map(|live| live.generation)
+    }
+
+    /// Whatever connection there is, it is not used any more.
+    pub(super) fn leave(&self) {
+        let ended = self.current.lock().take();
+        if ended.is_some() {
+            self.topology.may_have_forgotten(&self.place);
+        }
+        drop(ended);
     }
 
     /// That connection is of no more use.

@@ -77,7 +77,7 @@ async fn waiter_of_a_held_key(
         store.connect().await.unwrap();
     }
     let (sender, mut pushes) = mpsc::unbounded_channel();
-    let listening = tokio::spawn(waiter.listen(sender, None));
+    let listening = tokio::spawn(waiter.listen(sender));
     assert_eq!(pushes.recv().await, Some(Push::Resubscribed { slot: None }));
     assert!(matches!(
         acquire(&holder, Ask::Free).await,

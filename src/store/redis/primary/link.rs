@@ -11,7 +11,6 @@ use deadpool_redis::redis::{
 };
 use deadpool_redis::{Connection, Manager, Pool, PoolError};
 use parking_lot::Mutex;
-use tokio::runtime::Handle;
 
 use super::super::client::{Purpose, connection_info, explained, named, with_reason};
 use super::super::map;
@@ -22,7 +21,6 @@ use crate::backoff::Backoff;
 use crate::clock::Moment;
 use crate::endpoint::ServerUrl;
 use crate::fence::FencingToken;
-use crate::program::soon_there;
 use crate::store::{MapState, MapStep, StoreError};
 
 /// A connection, opened once and kept: checking one out of a pool for each request would cost a round trip each.
@@ -37,8 +35,6 @@ pub(super) struct Link {
     /// How many attempts failed.
     failed: AtomicU64,
     traffic: Traffic,
-    /// The runtime on which the tasks are that use it, where its driver belongs. Nothing if they are wherever it is opened.
-    home: Option<Handle>,
     purpose: Purpose,
 }
 
@@ -68,7 +64,7 @@ const FAILOVER_PAUSE_MIN: Duration = Duration::from_millis(10);
 const FAILOVER_PAUSE_MAX: Duration = Duration::from_millis(100);
 
 impl Link {
-    pub(super) fn new(shared: &Arc<Shared>, home: Option<Handle>, purpose: Purpose) -> Self {
+    pub(super) fn new(shared: &Arc<Shared>, purpose: Purpose) -> Self {
         Self {
             shared: Arc::clone(shared),
             current: Mutex::new(None),
@@ -76,7 +72,6 @@ impl Link {
             connecting: tokio::sync::Mutex::new(None),
             failed: AtomicU64::new(0),
             traffic: Traffic::default(),
-            home,
             purpose,
         }
     }
@@ -95,11 +90,11 @@ impl Link {
         }
     }
 
-    /// Connects on a task of its own. Whoever asked may not be polled for long, as in a `select!` whose other arm has begun to wait, and would
-    /// keep all others from connecting.
+    /// Connects on a task of its own, on the background thread. The task that asked may not be polled for long, as in a `select!` whose other arm
+    /// has begun to wait, or its runtime may run nothing; it would keep all others from connecting.
     async fn connect_apart(self: &Arc<Self>) -> Result<Live, StoreError> {
         let link = Arc::clone(self);
-        let connecting = tokio::spawn(async move { link.connect().await });
+        let connecting = self.shared.runtimes.spawn(async move { link.connect().await });
         connecting.await.unwrap_or_else(|error| {
             Err(StoreError::Unavailable(
                 format!("connecting came to no end: {error}").into(),
@@ -225,7 +220,7 @@ impl Link {
     ) -> Result<Live, StoreError> {
         let shared = &*self.shared;
         let (switches, era) = (shared.moves.switches(), shared.era.load(Ordering::Acquire));
-        let connecting = soon_there(self.home.as_ref(), shared.timeout / 2, || {
+        let open = || {
             let (info, settings, timeout, traffic) =
                 (info.clone(), settings(shared), shared.timeout, self.traffic.clone());
             async move {
@@ -236,7 +231,14 @@ impl Link {
                     _ => pooled(&info, settings).await,
                 }
             }
-        });
+        };
+        let connecting = async {
+            // Its driver belongs where the tasks are that use it.
+            match self.purpose {
+                Purpose::Requests => shared.runtimes.open(shared.timeout / 2, open).await,
+                _ => open().await,
+            }
+        };
         let mut connection = with_reason(info, shared.timeout, connecting).await?;
         self.greet(&mut connection, server.place(), info).await?;
         shared.metrics.connects.increment(1);

@@ -43,7 +43,6 @@ use std::time::Duration;
 
 use deadpool_redis::redis::{Cmd, RedisError, RedisResult, Value};
 use parking_lot::Mutex;
-use tokio::runtime::Handle;
 use tokio::sync::{Notify, mpsc};
 
 use super::client::Purpose;
@@ -56,7 +55,7 @@ use crate::endpoint::{Access, ServerUrl};
 use crate::error::Invalid;
 use crate::key::{LockKey, SLOTS, Slot};
 use crate::notice::Seldom;
-use crate::program::run_there;
+use crate::program::Runtimes;
 use crate::protocol::{Acquire, AcquireReply, Answer, Ask, Push, Release, ReleaseReply, RenewReply, Renewal};
 use crate::store::map::StoredMap;
 use crate::store::{
@@ -99,6 +98,7 @@ pub(super) struct Shared {
     timeout: Duration,
     scripts: Scripts,
     metrics: Arc<ShardMetrics>,
+    runtimes: Arc<Runtimes>,
     /// Whether replicas must have a lease before it counts.
     confirm: Option<Confirm>,
     renewal_habit: Habit,
@@ -159,6 +159,7 @@ impl RedisStore {
             timeout: options.timeout,
             scripts: Scripts::for_a_primary(&options.namespace),
             metrics: options.metrics,
+            runtimes: options.runtimes,
             confirm: Confirm::new(options.min_replicas_acked, options.timeout),
             renewal_habit: Habit::default(),
             check_role: options.check_role,
@@ -168,11 +169,10 @@ impl RedisStore {
             epoch: AtomicU32::new(0),
             failed_renewals: Seldom::default(),
         });
-        let callers =
-            (0..options.connections.max(1)).map(|_| Link::new(&shared, Handle::try_current().ok(), Purpose::Requests));
+        let callers = (0..options.connections.max(1)).map(|_| Link::new(&shared, Purpose::Requests));
         Ok(Self {
             callers: callers.map(Arc::new).collect(),
-            background: Arc::new(Link::new(&shared, None, Purpose::Renewals)),
+            background: Arc::new(Link::new(&shared, Purpose::Renewals)),
             shared,
         })
     }
@@ -552,18 +552,14 @@ impl LeaseStore for RedisStore {
         self.shared.commands.names.of(key).slot()
     }
 
-    fn listen(
-        &self,
-        pushes: mpsc::UnboundedSender<Push>,
-        program: Option<Handle>,
-    ) -> Pin<Box<dyn Future<Output = ()> + Send>> {
+    fn listen(&self, pushes: mpsc::UnboundedSender<Push>) -> Pin<Box<dyn Future<Output = ()> + Send>> {
         let shared = Arc::clone(&self.shared);
         let commands = Arc::clone(&self.callers[0]);
         let links = self.callers.iter().chain([&self.background]).map(Arc::clone).collect();
         Box::pin(async move {
-            let listening = run_there(program.as_ref(), || {
-                inbox::listen(Arc::clone(&shared), Arc::clone(&commands), pushes.clone())
-            });
+            let listening = shared
+                .runtimes
+                .run(|| inbox::listen(Arc::clone(&shared), Arc::clone(&commands), pushes.clone()));
             if !shared.source.follows() {
                 return listening.await;
             }
@@ -572,6 +568,11 @@ impl LeaseStore for RedisStore {
                 () = follow::follow(Arc::clone(&shared), links) => {}
             }
         })
+    }
+
+    fn leave_home(&self) {
+        self.callers.iter().for_each(|link| link.leave());
+        self.shared.may_have_forgotten();
     }
 }
 

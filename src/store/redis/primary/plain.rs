@@ -191,7 +191,7 @@ mod tests {
         assert!(matches!(answer.reply, AcquireReply::Granted { .. }), "{answer:?}");
         // The inbox as well.
         let (pushes, mut pushed) = tokio::sync::mpsc::unbounded_channel();
-        let listening = tokio::spawn(store.listen(pushes, None));
+        let listening = tokio::spawn(store.listen(pushes));
         assert!(matches!(pushed.recv().await, Some(Push::Resubscribed { .. })));
         assert_eq!((primary.channels().len(), replica.channels().len()), (1, 0));
         listening.abort();
