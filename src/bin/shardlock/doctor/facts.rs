@@ -189,6 +189,7 @@ impl Seen {
             ),
             ("timeout", "0"),
             ("tcp-keepalive", "300"),
+            ("acl-pubsub-default", "resetchannels"),
             ("maxclients", "10000"),
             ("min-replicas-to-write", "0"),
         ];

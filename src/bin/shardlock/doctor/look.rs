@@ -18,13 +18,14 @@ const PINGS: usize = 20;
 const CLOCK_READINGS: usize = 5;
 
 /// The settings that some check reads.
-const SETTINGS: [&str; 11] = [
+const SETTINGS: [&str; 12] = [
     "maxmemory-policy",
     "maxmemory",
     "appendonly",
     "appendfsync",
     "no-appendfsync-on-rewrite",
     "save",
+    "acl-pubsub-default",
     "client-output-buffer-limit",
     "timeout",
     "tcp-keepalive",

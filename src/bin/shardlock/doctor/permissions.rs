@@ -248,6 +248,21 @@ pub(super) fn several_slots(seen: &Seen) -> Option<Finding> {
     ))
 }
 
+/// Whether a new user of the server may publish to the inboxes of managers.
+pub(super) fn channels_of_others(seen: &Seen) -> Option<Finding> {
+    const CHECK: &str = "channels";
+    let found = format!("acl-pubsub-default {}", seen.setting("acl-pubsub-default")?);
+    if found.ends_with("resetchannels") {
+        return Some(Finding::ok(CHECK, found));
+    }
+    Some(Finding::note(
+        CHECK,
+        found,
+        "users that are not limited otherwise may publish to the inboxes of managers, which ignore what no manager made but have to read it",
+        "CONFIG SET acl-pubsub-default resetchannels, and ACL SETUSER other resetchannels for the users that there are",
+    ))
+}
+
 /// Whether anybody who reaches the server can free locks.
 pub(super) fn access(place: &str, has_login: bool, seen: &Seen) -> Option<Finding> {
     const CHECK: &str = "access";
@@ -322,6 +337,17 @@ mod tests {
                 .unwrap()
                 .starts_with("ACL SETUSER locks +set ~{a\\*b:* &a\\*b:in:* ")
         );
+    }
+
+    #[test]
+    fn server_where_new_users_may_publish_everywhere_is_noted() {
+        let level = |setting| {
+            channels_of_others(&Seen::good("", &[("acl-pubsub-default", setting)]))
+                .unwrap()
+                .level
+        };
+        assert_eq!(level("resetchannels"), Level::Ok);
+        assert_eq!(level("allchannels"), Level::Note);
     }
 
     #[test]

@@ -97,6 +97,7 @@ fn findings(server: &Server, seen: &Seen, expected: &Expected<'_>) -> Vec<Findin
     }
     findings.extend(permissions::access(&server.place, server.has_login, seen));
     findings.push(permissions::permitted(seen));
+    findings.extend(permissions::channels_of_others(seen));
     findings.extend(permissions::known(seen));
     findings.extend(permissions::several_slots(seen));
     findings.extend(map::fingerprint(&seen.map, fingerprint));
