@@ -8,7 +8,7 @@ use crate::key::{SLOTS, Slot};
 
 /// The version of the keys, scripts and messages that managers share through a store. Managers of different versions
 /// refuse one another rather than misunderstand one another.
-pub(crate) const LAYOUT_VERSION: u32 = 1;
+pub(crate) const LAYOUT_VERSION: u32 = 2;
 
 /// The named shards and their even, contiguous ranges of the 16384 slots, in the order in which they were given.
 #[derive(Debug, Clone, PartialEq, Eq)]
@@ -87,7 +87,7 @@ struct Fingerprint<'a> {
 }
 
 impl<'a> Fingerprint<'a> {
-    /// Reads `v1 a:0-8191,b:8192-16383 here=b; more`. `None` for anything else.
+    /// Reads `v2 a:0-8191,b:8192-16383 here=b; more`. `None` for anything else.
     fn parse(text: &'a str) -> Option<Self> {
         let (version, rest) = text.split_once(' ')?;
         let (map, rest) = rest.split_once(" here=")?;
@@ -144,35 +144,35 @@ mod tests {
         );
         assert_eq!(
             map(3).fingerprint(1),
-            "v1 shard-0:0-5461,shard-1:5462-10922,shard-2:10923-16383 here=shard-1"
+            "v2 shard-0:0-5461,shard-1:5462-10922,shard-2:10923-16383 here=shard-1"
         );
     }
 
     #[test]
     fn fingerprints_agree_whatever_the_shards_are_called() {
-        const OURS: &str = "v1 a:0-8191,b:8192-16383 here=b";
+        const OURS: &str = "v2 a:0-8191,b:8192-16383 here=b";
         for same in [
-            "v1 x:0-8191,y:8192-16383 here=y",
-            "v1 b:0-8191,a:8192-16383 here=a",
+            "v2 x:0-8191,y:8192-16383 here=y",
+            "v2 b:0-8191,a:8192-16383 here=a",
             OURS,
         ] {
             assert!(ShardMap::agree(OURS, same), "{same}");
         }
         for other in [
-            "v2 a:0-8191,b:8192-16383 here=b",
-            "v1 a:0-8191,b:8192-16383 here=a",
-            "v1 a:0-8192,b:8193-16383 here=b",
-            "v1 b:0-16383 here=b",
-            "v1 b:0-8191,b:8192-16383 here=b",
-            "v1 a:0-8191,b:8192-16383 here=b; node 1 of 3",
-            "v1 a:0-8191,b:8192-16383",
-            "v1 a:0-8191,b:8192-16383 here=",
+            "v3 a:0-8191,b:8192-16383 here=b",
+            "v2 a:0-8191,b:8192-16383 here=a",
+            "v2 a:0-8192,b:8193-16383 here=b",
+            "v2 b:0-16383 here=b",
+            "v2 b:0-8191,b:8192-16383 here=b",
+            "v2 a:0-8191,b:8192-16383 here=b; node 1 of 3",
+            "v2 a:0-8191,b:8192-16383",
+            "v2 a:0-8191,b:8192-16383 here=",
             "",
         ] {
             assert!(!ShardMap::agree(OURS, other), "{other}");
             assert!(!ShardMap::agree(other, OURS), "{other}");
         }
-        let node = |name: &str, number: u8| format!("v1 {name}:0-16383 here={name}; node {number} of 3");
+        let node = |name: &str, number: u8| format!("v2 {name}:0-16383 here={name}; node {number} of 3");
         assert!(ShardMap::agree(&node("a", 1), &node("b", 1)));
         assert!(!ShardMap::agree(&node("a", 1), &node("a", 2)));
         assert!(ShardMap::agree("of another program", "of another program"));

@@ -146,15 +146,15 @@ on_each_store! { on(servers);
             command.env("SHARDLOCK_SHARDS", format!("{} {}", store.urls().join(" "), more.url()));
             run(command)
         };
-        let expected = "--expect 'v1 shard-0:0-16383'";
+        let expected = "--expect 'v2 shard-0:0-16383'";
         let shown = grown(&["map", "show"]);
         assert_eq!(shown.code, 0, "{shown:?}");
         assert!(shown.stdout.contains(expected) && shown.stdout.contains("stored      none"), "{shown:?}");
-        let set = ["map", "set", "--expect", "v1 shard-0:0-16383"];
+        let set = ["map", "set", "--expect", "v2 shard-0:0-16383"];
         let guard = lock(&locks, "k").await;
         let refused = [
             (grown(&["exec", "k", "true"]), 78, "`shardlock map set`"),
-            (grown(&["map", "set", "--expect", "v1 other:0-8191"]), 78, "which is not expected; nothing was written"),
+            (grown(&["map", "set", "--expect", "v2 other:0-8191"]), 78, "which is not expected; nothing was written"),
             (grown(&set), 69, "nothing was written"),
         ];
         for (ended, code, words) in refused {
@@ -168,7 +168,7 @@ on_each_store! { on(servers);
         drop(locks);
         until("nobody listens", async || grown(&set).code == 0).await;
         let new = store.servers().maps(store.namespace());
-        assert!(new.len() == old.len() && new.iter().all(|map| map.starts_with("v1 shard-0:0-8191,shard-1:8192-16383 here=shard-0")), "{new:?}");
+        assert!(new.len() == old.len() && new.iter().all(|map| map.starts_with("v2 shard-0:0-8191,shard-1:8192-16383 here=shard-0")), "{new:?}");
         let again = grown(&set);
         assert!(again.code == 0 && again.stdout.contains("nothing was written"), "{again:?}");
         assert_eq!(grown(&["exec", "k", "true"]).code, 0);
@@ -179,7 +179,7 @@ on_each_store! { on(servers);
         let locks = store.manager().await;
         let guard = lock(&locks, "k").await;
         let more = RedisServer::start();
-        let mut command = with_settings(store, &["map", "set", "--force", "--expect", "v1 shard-0:0-16383"]);
+        let mut command = with_settings(store, &["map", "set", "--force", "--expect", "v2 shard-0:0-16383"]);
         command.env("SHARDLOCK_SHARDS", format!("{} {}", store.urls().join(" "), more.url()));
         let ended = run(command);
         assert_eq!(ended.code, 0, "{ended:?}");

@@ -180,8 +180,8 @@ async fn a_server_with_another_version_is_refused() {
     let server = RedisServer::start();
     lock_once(&connect(&server).await).await;
     let ours = map_key(&server);
-    assert!(ours.starts_with("v1 "), "{ours}");
-    let theirs = ours.replacen("v1 ", "v2 ", 1);
+    assert!(ours.starts_with("v2 "), "{ours}");
+    let theirs = ours.replacen("v2 ", "v3 ", 1);
     server.command(&["SET", "lock:%map", &theirs]);
     let error = LockManager::connect(&server.url()).await.expect_err("another version");
     assert_differs(&error, &ours, &theirs);
@@ -209,17 +209,17 @@ async fn managers_with_different_shards_are_refused_with_both_maps_in_the_messag
     assert_ne!(maps[0], maps[1]);
 
     let error = shards(&[("a", &first)]).connect().await.expect_err("one is missing");
-    assert_differs(&error, "v1 a:0-16383 here=a", &maps[0]);
+    assert_differs(&error, "v2 a:0-16383 here=a", &maps[0]);
     let error = shards(&[("b", &second), ("a", &first)])
         .connect()
         .await
         .expect_err("another order");
-    assert_differs(&error, "v1 b:0-8191,a:8192-16383", "v1 a:0-8191,b:8192-16383");
+    assert_differs(&error, "v2 b:0-8191,a:8192-16383", "v2 a:0-8191,b:8192-16383");
     let error = shards(&[("a", &second), ("b", &first)])
         .connect()
         .await
         .expect_err("swapped addresses");
-    assert_differs(&error, "here=", "v1 a:0-8191,b:8192-16383");
+    assert_differs(&error, "here=", "v2 a:0-8191,b:8192-16383");
     assert_eq!([map_key(&first), map_key(&second)], maps, "nothing was overwritten");
     let same = both.connect().await.expect("the same map");
     let guard = lock(&locks, "k").await;
@@ -235,7 +235,7 @@ async fn a_memory_with_other_shards_is_refused_too() {
         .shard("memory://others-map")
         .shard("memory://others-map-2");
     let error = builder.connect().await.expect_err("another map");
-    assert_differs(&error, "v1 shard-0:0-8191,shard-1:8192-16383", "v1 shard-0:0-16383");
+    assert_differs(&error, "v2 shard-0:0-8191,shard-1:8192-16383", "v2 shard-0:0-16383");
 }
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
@@ -322,7 +322,7 @@ on_each_store! { on(servers);
         lock_once(&idle).await;
         let waiting = tokio::spawn(locks.lock("one").into_future());
         until("a waiter", async || locks.shards()[0].waiters == 1).await;
-        servers.set_map(store.namespace(), Some("v1 a:0-8191,b:8192-16383 here=b"));
+        servers.set_map(store.namespace(), Some("v2 a:0-8191,b:8192-16383 here=b"));
         for guard in [one, other] {
             let reason = soon("the loss", guard.lost()).await;
             assert_eq!(reason, LossReason::ShardMap);
@@ -331,11 +331,11 @@ on_each_store! { on(servers);
             assert!(matches!(error, LockError::Lost { reason: LossReason::ShardMap, .. }), "{error}");
         }
         let error = soon("the waiter", waiting).await.expect("a task").expect_err("another map");
-        assert_differs(&error, "0-16383", "v1 a:0-8191,b:8192-16383 here=b");
+        assert_differs(&error, "0-16383", "v2 a:0-8191,b:8192-16383 here=b");
         for locks in [&locks, &idle] {
             until("the other map to be seen", async || locks.try_lock("two").await.is_err()).await;
             let error = locks.lock("three").await.expect_err("another map");
-            assert_differs(&error, "0-16383", "v1 a:0-8191,b:8192-16383 here=b");
+            assert_differs(&error, "0-16383", "v2 a:0-8191,b:8192-16383 here=b");
         }
         // A manager comes back once the map does.
         servers.set_map(store.namespace(), None);

@@ -612,7 +612,7 @@ mod tests {
     fn fingerprints_are_what_shards_have_stored() {
         let mut config = Config::default();
         config.set("shards", "a=memory://x,b=memory://y").unwrap();
-        assert_eq!(config.fingerprints()[1], "v1 a:0-8191,b:8192-16383 here=b");
+        assert_eq!(config.fingerprints()[1], "v2 a:0-8191,b:8192-16383 here=b");
         assert_eq!(config.map_key(), "lock:%map");
         let key = |name| config.key_of_lease(name).map(|key| key.to_string());
         assert_eq!(key("lock:100%25"), Some("100%".to_owned()));

@@ -136,19 +136,19 @@ mod tests {
 
     #[test]
     fn reservation_of_the_same_map_is_no_map_and_no_mismatch() {
-        let map = StoredMap::new("v1 a:0-16383 here=a".to_owned(), "lock:%map".to_owned());
+        let map = StoredMap::new("v2 a:0-16383 here=a".to_owned(), "lock:%map".to_owned());
         assert_eq!(map.check(None).unwrap(), MapState::None);
         assert_eq!(
-            map.check(Some("v1 b:0-16383 here=b; reserved")).unwrap(),
+            map.check(Some("v2 b:0-16383 here=b; reserved")).unwrap(),
             MapState::Reserved
         );
         assert_eq!(map.check(Some(&map.reservation())).unwrap(), MapState::Reserved);
         assert!(!map.is_set());
-        assert_eq!(map.check(Some("v1 b:0-16383 here=b")).unwrap(), MapState::Ours);
+        assert_eq!(map.check(Some("v2 b:0-16383 here=b")).unwrap(), MapState::Ours);
         assert!(map.is_set());
         for other in [
-            "v1 a:0-8191,b:8192-16383 here=a",
-            "v1 a:0-8191,b:8192-16383 here=a; reserved",
+            "v2 a:0-8191,b:8192-16383 here=a",
+            "v2 a:0-8191,b:8192-16383 here=a; reserved",
             "",
         ] {
             let error = map.check(Some(other)).unwrap_err();

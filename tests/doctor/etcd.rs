@@ -51,7 +51,7 @@ async fn a_good_one_has_nothing_to_complain_of_and_is_left_as_it_is() {
     assert_eq!(said.code, 0, "{:#}", said.json);
     assert_eq!(
         said.one("shard-map")["found"],
-        "as configured: v1 shard-0:0-16383 here=shard-0"
+        "as configured: v2 shard-0:0-16383 here=shard-0"
     );
     assert!(guard.is_valid());
     guard.release().await.unwrap();
@@ -140,7 +140,7 @@ async fn an_alarm_is_an_error() {
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn another_shard_map_is_an_error_that_shows_both() {
     let etcd = Etcd::start().await;
-    let map = "v1 a:0-8191,b:8192-16383 here=a";
+    let map = "v2 a:0-8191,b:8192-16383 here=a";
     etcd.client().await.put("lock:%map", map, None).await.unwrap();
     let said = examine(&etcd.url(), &[]);
     said.complains_only(
@@ -148,7 +148,7 @@ async fn another_shard_map_is_an_error_that_shows_both() {
         "error",
         &[
             "shard-0:0-16383",
-            "shardlock map set --expect 'v1 a:0-8191,b:8192-16383'",
+            "shardlock map set --expect 'v2 a:0-8191,b:8192-16383'",
         ],
     );
     assert_eq!(examine(&etcd.url(), &["--set", "namespace=other:"]).code, 0);

@@ -82,7 +82,7 @@ fn locks_that_are_in_use_are_left_alone() {
         said.one("shard-map")["found"]
             .as_str()
             .unwrap()
-            .contains("as configured: v1 shard-0:0-16383")
+            .contains("as configured: v2 shard-0:0-16383")
     );
     assert_eq!(server.keys(), before);
     holder.go();
@@ -271,19 +271,19 @@ fn a_replica_given_as_shard_is_an_error_that_names_the_primary() {
 #[test]
 fn another_shard_map_is_an_error_that_shows_both() {
     let server = good_and(&[]);
-    server.command(&["SET", "lock:%map", "v1 a:0-8191,b:8192-16383 here=a"]);
+    server.command(&["SET", "lock:%map", "v2 a:0-8191,b:8192-16383 here=a"]);
     let said = doctor(&[&server.url()], &[]);
     said.complains_only(
         "shard-map",
         "error",
         &[
             "shard-0:0-16383",
-            "shardlock map set --expect 'v1 a:0-8191,b:8192-16383'",
+            "shardlock map set --expect 'v2 a:0-8191,b:8192-16383'",
         ],
     );
     let said = doctor(&[&server.url()], &["--set", "namespace=other:"]);
     assert_eq!(said.code, 0, "{:#}", said.json);
-    server.command(&["SET", "lock:%map", "v2 shard-0:0-16383 here=shard-0"]);
+    server.command(&["SET", "lock:%map", "v3 shard-0:0-16383 here=shard-0"]);
     let said = doctor(&[&server.url()], &[]);
     said.complains_only(
         "shard-map",

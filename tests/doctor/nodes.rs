@@ -140,7 +140,7 @@ fn what_a_node_of_a_quorum_forgets_is_no_danger_and_is_told() {
 fn nodes_of_another_map_are_told_one_by_one() {
     let nodes: Vec<RedisServer> = (0..3).map(|_| good_and(&[])).collect();
     let places: Vec<_> = nodes.iter().map(RedisServer::address).collect();
-    nodes[1].command(&["SET", "lock:%map", "v1 a:0-8191,b:8192-16383 here=a; node 2 of 3"]);
+    nodes[1].command(&["SET", "lock:%map", "v2 a:0-8191,b:8192-16383 here=a; node 2 of 3"]);
     let said = doctor(&[&format!("redlock://{}", places.join(","))], &[]);
     assert_eq!(said.code, 2, "{:#}", said.json);
     let level = |node: &RedisServer| said.at(Some(&node.address()), "shard-map")["level"].clone();
@@ -153,7 +153,7 @@ fn map_of_a_quorum_in_use_is_the_configured_one_at_its_own_node_alone() {
     let places: Vec<_> = nodes.iter().map(RedisServer::address).collect();
     // Another name of the shard does not count, which node it is does.
     for (node, number) in nodes.iter().zip([1, 2, 1]) {
-        let stored = format!("v1 main:0-16383 here=main; node {number} of 3; redlock_max_ttl 10s");
+        let stored = format!("v2 main:0-16383 here=main; node {number} of 3; redlock_max_ttl 10s");
         node.command(&["SET", "lock:%map", &stored]);
     }
     let said = doctor(&[&format!("redlock://{}", places.join(","))], &[]);

@@ -67,7 +67,7 @@ mod tests {
     use super::*;
     use crate::doctor::finding::Level;
 
-    const OURS: &str = "v1 a:0-8191,b:8192-16383 here=a";
+    const OURS: &str = "v2 a:0-8191,b:8192-16383 here=a";
 
     fn found(theirs: Option<&str>) -> Finding {
         let stored = Ok(theirs.map(str::to_owned));
@@ -78,16 +78,16 @@ mod tests {
     fn another_map_is_an_error_that_shows_both() {
         assert_eq!(found(None).level, Level::Ok);
         assert_eq!(found(Some(OURS)).level, Level::Ok);
-        assert_eq!(found(Some("v1 x:0-8191,y:8192-16383 here=x")).level, Level::Ok);
-        let other = found(Some("v1 a:0-16383 here=a"));
+        assert_eq!(found(Some("v2 x:0-8191,y:8192-16383 here=x")).level, Level::Ok);
+        let other = found(Some("v2 a:0-16383 here=a"));
         assert_eq!(other.level, Level::Error);
         assert!(other.found.contains("a:0-16383") && other.found.contains("b:8192-16383"));
-        assert!(other.mend.unwrap().contains("map set --expect 'v1 a:0-16383'"));
+        assert!(other.mend.unwrap().contains("map set --expect 'v2 a:0-16383'"));
     }
 
     #[test]
     fn another_version_is_told_apart() {
-        let finding = found(Some("v2 a:0-8191,b:8192-16383 here=a"));
+        let finding = found(Some("v3 a:0-8191,b:8192-16383 here=a"));
         assert!(finding.level == Level::Error && finding.found.contains("another version"));
     }
 

@@ -145,8 +145,8 @@ mod tests {
     #[test]
     fn command_to_copy_has_nothing_that_a_shell_would_run() {
         assert_eq!(
-            expectation("v1 a:0-8191,b:8192-16383 here=a; node 1 of 3"),
-            "--expect 'v1 a:0-8191,b:8192-16383'"
+            expectation("v2 a:0-8191,b:8192-16383 here=a; node 1 of 3"),
+            "--expect 'v2 a:0-8191,b:8192-16383'"
         );
         for hostile in ["", "x'; reboot; '", "$(reboot) here=a", "a\nreboot", "`reboot`"] {
             assert_eq!(expectation(hostile), "--expect OLD", "{hostile}");
