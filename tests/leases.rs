@@ -15,7 +15,7 @@ use std::time::{Duration, Instant};
 use shardlock::{LockError, LockManager, LossReason};
 use support::filter::{Filter, Verdict, is_of_several_slots};
 use support::{PATIENCE, RedisServer, eventually, worker};
-use support_locks::{LOCKER, TestStore, lock, obey, on_each_store, poll_once, soon, until, until_queued};
+use support_locks::{LOCKER, TestStore, lock, obey, on_each_store, poll_once, soon, until, until_queued, waiting};
 
 #[test]
 fn worker_entry() {
@@ -23,6 +23,28 @@ fn worker_entry() {
     match me.name() {
         LOCKER => obey(&me),
         name => panic!("no worker is called {name}"),
+    }
+}
+
+on_each_store! {
+    on(redis sentinel cluster, own);
+
+    /// Whoever waits would look at the key again after ten seconds; the holder is renewed every two.
+    async fn who_waits_for_a_key_that_was_deleted_has_it_when_the_holders_renewal_finds_out(store: &TestStore) {
+        let builder = || store.builder().ttl(Duration::from_secs(20)).store_timeout(Duration::from_secs(5));
+        let holder = builder().connect().await.expect("connect");
+        let other = builder().connect().await.expect("connect");
+        let guard = lock(&holder, "k").await;
+        let waiting = waiting(&other, "k");
+        until_queued(&holder, "k", 1).await;
+        store.servers().delete(&store.lease("k"));
+        let deleted = Instant::now();
+        let next = soon("the lock", waiting).await.expect("a task");
+        assert!(deleted.elapsed() < Duration::from_secs(6), "{:?}", deleted.elapsed());
+        assert!(next.token() > guard.token());
+        assert_eq!(soon("the loss", guard.lost()).await, LossReason::Taken);
+        assert!(guard.release().await.expect_err("it was lost").is_lost());
+        next.release().await.expect("it is held");
     }
 }
 

@@ -278,8 +278,8 @@ impl<W> Queue<W> {
         }
         // A guard that is out gives the lease back when it goes; without one nobody would. The store may still have it: it was held for too
         // long, or a renewal was executed whose reply never came. An extension may even execute yet, and take the key or a place in the
-        // queue for a cycle that nobody knows any more.
-        if !is_out || held.extending || held.in_doubt {
+        // queue for a cycle that nobody knows any more. And where the store has lost the lease, the release lets it serve those who wait there.
+        if !is_out || held.extending || held.in_doubt || reason == LossReason::Taken {
             effects.abandon(held.lease.cycle);
         }
         if let Some(id) = holder.and_then(|holder| holder.waiter) {

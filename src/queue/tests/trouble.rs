@@ -101,6 +101,19 @@ fn a_renewal_that_is_refused_or_too_late_loses_the_lease() {
 }
 
 #[test]
+fn a_lease_that_the_store_has_lost_is_released_so_that_others_are_served_there() {
+    let mut bench = Bench::new();
+    let (id, seen) = bench.want(0);
+    let cycle = seen.asks().0;
+    bench.reply(cycle, granted(1, 1));
+    let guard = bench.guard(id);
+    let seen = bench.renewed(cycle, bench.now, Some(RenewReply::NotOurs));
+    assert_eq!(seen.abandoned, [cycle], "though a guard is out");
+    let (held, seen) = bench.release(&guard);
+    assert_eq!((held, seen.request), (false, None));
+}
+
+#[test]
 fn a_renewal_of_an_earlier_cycle_says_nothing_of_this_one() {
     let mut bench = Bench::new();
     let guard = bench.hold(1, 1);

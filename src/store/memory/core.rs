@@ -191,12 +191,18 @@ impl MemoryCore {
 
     /// Gives the lease or the place back, and joins the tail with `next` first.
     pub(crate) fn release(&mut self, key: &LockKey, me: &str, next: Option<&str>, terms: Terms) -> ReleaseReply {
-        let held = self.owner(key, terms.now).is_some_and(|owner| owner == me);
+        let owner = self.owner(key, terms.now);
+        let held = owner.as_deref() == Some(me);
         if !held {
             self.leave(key, me);
         }
         let requeued = match (held, next) {
-            (false, None) => None,
+            (false, None) => {
+                if owner.is_none() {
+                    self.pass_on(key, None, terms);
+                }
+                None
+            }
             (false, Some(next)) => Some(self.acquire(key, next, false, terms)),
             (true, None) => {
                 self.pass_on(key, None, terms);

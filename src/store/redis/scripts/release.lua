@@ -3,10 +3,15 @@
 local me, n, floor, channel, key, next = ARGV[1], tonumber(ARGV[2]), tonumber(ARGV[3]), ARGV[4], ARGV[5], ARGV[6]
 -- The TTL of a cycle is part of its signature.
 local _, _, ttl = signed(next)
-if redis.call('GET', KEYS[1]) ~= me then
+local owner = redis.call('GET', KEYS[1])
+if owner ~= me then
   -- It can't be in the queue and own the lease.
   redis.call('ZREM', KEYS[2], me)
   if next == '' then
+    -- It was deleted, or has run out: whoever is first need not find out alone.
+    if not owner then
+      pass_on(nil, nil, n, floor, channel, key)
+    end
     return {0}
   end
   return {0, unpack(acquire(next, ttl, n, floor, false, channel, key))}
