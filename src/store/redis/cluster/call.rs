@@ -34,8 +34,8 @@ const PAUSE_MIN: Duration = Duration::from_millis(2);
 const PAUSE_MAX: Duration = Duration::from_millis(100);
 /// How many redirections in a row are followed without a pause: two nodes may send one to each other until they agree.
 const REDIRECTIONS_AT_ONCE: usize = 4;
-/// A connection is not replaced for a shorter silence, also if the sender has no more time.
-const SILENCE_MIN: Duration = Duration::from_millis(100);
+/// A connection is not replaced for a shorter silence, also if the sender has no more time: a server that is busy for a moment is none to leave.
+const SILENCE_MIN: Duration = Duration::from_millis(250);
 
 /// What is asked, and of which slot's owner.
 pub(super) struct Call<'a> {
@@ -111,7 +111,10 @@ impl Lane {
                 Some(place) => {
                     let was_asking = asking.take().is_some();
                     let sent_at = Moment::now();
-                    let patience = shared.patience.min(deadline.since(sent_at));
+                    let patience = match call.limit {
+                        Some(_) => shared.patience.min(deadline.since(sent_at)),
+                        None => shared.patience,
+                    };
                     match self.attempt(&place, &call, named, was_asking, patience).await {
                         Attempt::Said(value, acked) => {
                             return Ok(Said {
@@ -246,7 +249,7 @@ impl Lane {
                 Attempt::Failed(error)
             }
             Err(_) => {
-                if patience >= SILENCE_MIN {
+                if patience >= SILENCE_MIN.min(self.shared.patience) {
                     node.broken(generation);
                 }
                 Attempt::Silent

@@ -58,7 +58,7 @@ pub(super) async fn listen(shared: Arc<Shared>, commands: Arc<Link>, pushes: mps
                     return;
                 }
                 let (sink, mut messages) = inbox.split();
-                let silent = silence(sink, &channel, shared.patience());
+                let silent = silence(sink, &channel, shared.timeout);
                 tokio::pin!(silent);
                 shared.inbox_check.notify_one();
                 loop {

@@ -28,8 +28,8 @@ use crate::store::{MapState, MapStep, StoreError};
 const RENEWALS_PER_CALL: usize = 128;
 /// How many calls are on their way at a time.
 const CALLS_AT_A_TIME: usize = 1024;
-/// A connection is not replaced for a shorter silence, also if the leases leave no more time.
-const SILENCE_MIN: Duration = Duration::from_millis(100);
+/// A connection is not replaced for a shorter silence, also if the leases leave no more time: a server that is busy for a moment is none to leave.
+const SILENCE_MIN: Duration = Duration::from_millis(250);
 /// After how many batches without an answer, at the end of each of which the connection broke, the next has one slot in a call.
 const BREAKS_MAX: u8 = 2;
 
