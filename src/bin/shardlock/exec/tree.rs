@@ -125,9 +125,10 @@ impl Tree {
         self.group != Group::Own || rustix::process::test_kill_process_group(self.leader) == Err(Errno::SRCH)
     }
 
-    /// Whether one of its processes is in this group.
+    /// Whether one of its processes is in this group, be it one that only has to be reaped.
     pub(super) fn is_in(&self, group: Pid) -> bool {
-        self.processes().iter().any(|process| process.group == Some(group))
+        let mut processes = descendants(getpid(), &[]).into_iter();
+        processes.any(|process| process.group == Some(group))
     }
 
     /// Whether the command itself is stopped at the moment.
