@@ -24,7 +24,8 @@ use std::process::ExitCode;
 
 use anyhow::Context;
 use clap::{Parser, Subcommand};
-use tracing_subscriber::filter::LevelFilter;
+use tracing_subscriber::filter::{LevelFilter, filter_fn};
+use tracing_subscriber::prelude::*;
 
 use exit::Failure;
 
@@ -107,6 +108,7 @@ fn on_this_thread(command: impl Future<Output = Result<u8, Failure>>) -> Result<
 
 fn log_to_stderr(command: &Command) {
     let text = std::env::var_os("SHARDLOCK_LOG").filter(|text| !text.is_empty());
+    let is_default = text.is_none();
     let mut level = text.map_or(LevelFilter::WARN, |text| {
         let level = text.to_str().and_then(|text| text.parse().ok());
         level.unwrap_or_else(|| {
@@ -125,6 +127,11 @@ fn log_to_stderr(command: &Command) {
         .with_max_level(level)
         // A standard error that is gone must not end the tool while it holds a lock.
         .log_internal_errors(false)
+        .finish()
+        // The command's own error reports it, too, and one report is enough.
+        .with(filter_fn(move |event| {
+            !is_default || event.target() != "shardlock::manager" || event.fields().field("error").is_none()
+        }))
         .init();
 }
 
