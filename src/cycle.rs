@@ -112,6 +112,11 @@ impl Cycles {
         }
     }
 
+    /// No cycle has a larger number so far.
+    pub(crate) fn newest(&self) -> u64 {
+        self.next.load(Ordering::Acquire) * 2 + 1
+    }
+
     /// Whether that cycle is one of this manager's. A cycle that is not was forged.
     pub(crate) fn has_opened(&self, cycle: Cycle) -> bool {
         cycle.code == self.code(cycle.number, cycle.ttl_ms)

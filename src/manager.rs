@@ -151,6 +151,7 @@ impl LockManager {
                     cycles: Arc::clone(&cycles),
                     limits,
                     timeout: config.store_timeout,
+                    late_max: crate::store::LATE_MAX,
                     default_ttl: config.ttl,
                     metrics,
                     class: Arc::clone(manager_metrics.classes.default_class()),

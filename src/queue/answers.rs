@@ -189,13 +189,16 @@ impl<W> Queue<W> {
         effects
     }
 
-    /// Somebody began to wait for what we hold. Where it is only kept, it is given back at once.
+    /// Somebody began to wait for what we hold. Where it is only kept, it is given back at once. A cycle that is over holds it only because a request that was
+    /// given up long ago was executed late; it is released.
     pub(crate) fn wanted(&mut self, cycle: Cycle, cx: Context<'_>) -> Effects<W> {
         let mut effects = Effects::none();
+        let is_current = self.is_current(cycle);
         match &mut self.phase {
             Phase::Held(held) if held.lease.cycle == cycle => self.meet_rivals(cx, &mut effects),
             Phase::Asking(asking) if asking.cycle == cycle => asking.wanted = true,
-            _ => {}
+            _ if is_current => {}
+            _ => effects.abandon(cycle),
         }
         effects
     }

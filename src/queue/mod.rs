@@ -131,6 +131,18 @@ impl<W> Queue<W> {
         self.ttl
     }
 
+    /// Whether that cycle is under way here: asked for, queued, held, or being released.
+    pub(crate) fn is_current(&self, cycle: Cycle) -> bool {
+        match &self.phase {
+            Phase::Idle => false,
+            Phase::Asking(asking) => asking.cycle == cycle || asking.releases == Some(cycle),
+            Phase::Retrying { cycle: current, .. } => *current == cycle,
+            Phase::Queued(queued) => queued.cycle == cycle,
+            Phase::Held(held) => held.lease.cycle == cycle,
+            Phase::Releasing { cycle: current, .. } => *current == cycle,
+        }
+    }
+
     /// How many tasks wait.
     pub(crate) const fn waiting(&self) -> usize {
         self.waiters.len()

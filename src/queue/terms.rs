@@ -38,6 +38,8 @@ pub(crate) enum Flaw {
     BelievesOldServers,
     /// The store passes on what it has granted to the next one if it counts no receiver of the grant.
     CountsReceivers,
+    /// A cycle whose release was answered is never released again.
+    TrustsReleases,
 }
 
 impl Rules {
@@ -51,7 +53,7 @@ impl Rules {
     }
 
     #[cfg(test)]
-    pub(super) fn has(&self, flaw: Flaw) -> bool {
+    pub(crate) fn has(&self, flaw: Flaw) -> bool {
         self.flaw == Some(flaw)
     }
 }

@@ -16,7 +16,7 @@ use std::sync::atomic::Ordering;
 use tokio::sync::{mpsc, oneshot};
 use tokio::task::{JoinSet, LocalSet};
 
-use super::abandon::abandon;
+use super::abandon::{Work, clean};
 use super::inbox::{Unheard, hear};
 use super::{Entry, Job, Shard, pulse, room, server_clock};
 use crate::foreign::SUBSCRIBER;
@@ -73,11 +73,15 @@ async fn run(
 ) {
     let mut services = JoinSet::new();
     let (tell, mut told) = mpsc::unbounded_channel();
+    let mut cleaners = Vec::with_capacity(shards.len());
     for (shard, &is_connected) in shards.iter().zip(&connected) {
         let tell = is_connected.then(|| tell.clone());
         services.spawn_local(hear(Arc::clone(shard), tell));
         services.spawn_local(keep_alive(Arc::clone(shard)));
         services.spawn_local(server_clock::watch(Arc::clone(shard)));
+        let (cleaner, work) = mpsc::unbounded_channel();
+        services.spawn_local(clean(Arc::clone(shard), work));
+        cleaners.push(cleaner);
     }
     let metrics = shards.first().map(|shard| Arc::clone(&shard.manager));
     if let Some(metrics) = &metrics {
@@ -103,7 +107,8 @@ async fn run(
     let mut leaving = false;
     loop {
         let ending = leaving || !closing.is_empty();
-        if ending && work.is_empty() && jobs.is_empty() && shards.iter().all(|shard| shard.is_idle()) {
+        let owes_nothing = || shards.iter().all(|shard| shard.load.owes_nothing() && shard.is_idle());
+        if ending && work.is_empty() && jobs.is_empty() && owes_nothing() {
             settle(&shards).await;
             if let Some(metrics) = &metrics {
                 // The next beat may never come.
@@ -120,11 +125,15 @@ async fn run(
         tokio::select! {
             job = jobs.recv() => match job {
                 Some(Job::Request { entry, request }) => { work.spawn_local(carry_out(entry, request)); }
-                Some(Job::Release { key, cycle }) => {
-                    if let Some(shard) = shard_of(&shards, &key) {
+                Some(Job::Release(abandoned)) => {
+                    let index = index_of(&shards, &abandoned.key);
+                    if let Some(shard) = shards.get(index) {
                         shard.metrics.abandoned.increment(1);
-                        work.spawn_local(abandon(shard, key, cycle));
                     }
+                    hand_over(&cleaners, index, Work::Release(abandoned));
+                }
+                Some(Job::Doubt { key, cycle }) => {
+                    hand_over(&cleaners, index_of(&shards, &key), Work::Doubt { key, cycle });
                 }
                 Some(Job::Close { done }) => {
                     close(&shards);
@@ -184,9 +193,16 @@ fn end_after(shards: &[Arc<Shard>], panic: &(dyn Any + Send)) {
     close(shards);
 }
 
-fn shard_of(shards: &[Arc<Shard>], key: &LockKey) -> Option<Arc<Shard>> {
-    let index = crate::router::shard_index(key.slot(), shards.len());
-    shards.get(index).map(Arc::clone)
+fn index_of(shards: &[Arc<Shard>], key: &LockKey) -> usize {
+    crate::router::shard_index(key.slot(), shards.len())
+}
+
+fn hand_over(cleaners: &[mpsc::UnboundedSender<Work>], shard: usize, work: Work) {
+    let done = cleaners.get(shard).map(|cleaner| cleaner.send(work));
+    if !matches!(done, Some(Ok(()))) {
+        // Its panic was reported.
+        tracing::warn!("a lease can't be given back; it ends with its ttl");
+    }
 }
 
 /// Carries out a request and all that follow from it.

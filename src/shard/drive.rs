@@ -55,7 +55,7 @@ impl Entry {
                     Ask::Join | Ask::Extend => RequestKind::Acquire,
                     Ask::Try => RequestKind::Try,
                 };
-                let sent = self.send(cycle, kind, self.shard.acquire(acquire)).await;
+                let sent = self.send(cycle, kind, Some(cycle), self.shard.acquire(acquire)).await;
                 let Some((answer, started, now)) = sent else {
                     return Driven::ELSEWHERE;
                 };
@@ -88,7 +88,9 @@ impl Entry {
                 };
                 // What takes something keeps to the caller's lane, and so to its order.
                 let lane = if requeue.is_some() { Lane::Caller } else { lane };
-                let sent = self.send(cycle, kind, self.shard.store.release(lane, release)).await;
+                let sent = self
+                    .send(cycle, kind, requeue, self.shard.store.release(lane, release))
+                    .await;
                 let Some((answer, started, now)) = sent else {
                     return Driven::ELSEWHERE;
                 };
@@ -110,10 +112,14 @@ impl Entry {
 
     /// The answer, when it was asked for and when it came. Nothing if the request was given up since the runtime that carried it runs nothing: the queue
     /// sees to it, as if it had been dropped, and sends another one.
+    ///
+    /// It may be the answer to the second of two attempts, and the first be executed later than what follows: then the cycle that `takes` something is released
+    /// once more when it is over.
     async fn send<T>(
         self: &Arc<Self>,
         cycle: Cycle,
         kind: RequestKind,
+        takes: Option<Cycle>,
         request: StoreFuture<T>,
     ) -> Option<(Result<T, crate::LockError>, Moment, Moment)> {
         let shard = &self.shard;
@@ -134,6 +140,12 @@ impl Entry {
         shard.metrics.request(kind, now.since(started), reply.is_ok());
         shard.note_reach(&reply);
         shard.note_map(&reply);
+        if let Some(cycle) = takes
+            && reply.is_ok()
+            && shard.may_arrive_late(cycle, now)
+        {
+            shard.doubt(&self.key, cycle);
+        }
         let answer = reply.map_err(|error| shard.error(error, kind.step(), Some(&self.key), started));
         Some((answer, started, now))
     }

@@ -276,6 +276,11 @@ impl Entry {
         state.queue.lease().is_some_and(|(lease, _)| lease.cycle == cycle)
     }
 
+    /// Whether that cycle is under way here.
+    pub(super) fn is_current(&self, cycle: Cycle) -> bool {
+        self.state.lock().queue.is_current(cycle)
+    }
+
     /// Until when its lease is kept without a guard, if it is.
     pub(super) fn lingers_until(&self) -> Option<Moment> {
         self.state.lock().queue.lingers_until()
@@ -418,10 +423,7 @@ impl Entry {
     /// Has cycles that are over released in the background.
     fn abandon(&self, abandoned: impl IntoIterator<Item = Option<Cycle>>) {
         for cycle in abandoned.into_iter().flatten() {
-            self.shard.send(Job::Release {
-                key: self.key.clone(),
-                cycle,
-            });
+            self.shard.abandon(&self.key, cycle);
         }
     }
 

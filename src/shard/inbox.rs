@@ -14,7 +14,7 @@ use std::time::Duration;
 use parking_lot::Mutex;
 use tokio::sync::mpsc;
 
-use super::{Job, Shard};
+use super::Shard;
 use crate::backoff::Backoff;
 use crate::key::Slot;
 use crate::protocol::Push;
@@ -95,21 +95,18 @@ async fn receive(shard: Arc<Shard>, pushes: Arc<Mutex<mpsc::UnboundedReceiver<Pu
                 // Nobody wants the key any more.
                 None => {
                     shard.metrics.stale_grants.increment(1);
-                    shard.send(Job::Release {
-                        key,
-                        cycle: grant.cycle,
-                    });
+                    shard.abandon(&key, grant.cycle);
                 }
             },
             Push::Turn { key, cycle } => match shard.table.get(&key) {
                 Some(entry) => entry.in_background(|queue, _| queue.turn(cycle)),
-                None => shard.send(Job::Release { key, cycle }),
+                None => shard.abandon(&key, cycle),
             },
-            Push::Wanted { key, cycle } => {
-                if let Some(entry) = shard.table.get(&key) {
-                    entry.in_background(|queue, cx| queue.wanted(cycle, cx));
-                }
-            }
+            Push::Wanted { key, cycle } => match shard.table.get(&key) {
+                Some(entry) => entry.in_background(|queue, cx| queue.wanted(cycle, cx)),
+                // As for a cycle that is over.
+                None => shard.abandon(&key, cycle),
+            },
             Push::Resubscribed { slot } => {
                 if let Some(timer) = cut_off.take() {
                     timer.abort();

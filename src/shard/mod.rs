@@ -32,8 +32,10 @@ use std::sync::atomic::{AtomicBool, AtomicU64, AtomicUsize, Ordering};
 use std::task::Waker;
 use std::time::Duration;
 
+use parking_lot::Mutex;
 use tokio::sync::mpsc;
 
+use abandon::Abandoned;
 pub(crate) use background::Background;
 pub(crate) use backlog::{Backlog, Due, STRAIN_MIN};
 pub(crate) use drive::Driven;
@@ -79,6 +81,10 @@ pub(crate) struct Shard {
     pub(crate) limits: Limits,
     /// The time limit of a request.
     pub(crate) timeout: Duration,
+    /// How long after a connection was given up a request on it may be executed.
+    late_max: Duration,
+    /// When a connection was last given up, and the largest number of a cycle then.
+    newest_at_cut: Mutex<(Moment, u64)>,
     /// The lifetime of a lease that is granted on while a cycle is abandoned.
     pub(crate) default_ttl: Duration,
     /// The longest lifetime that was asked for, or the default one, in microseconds: no lease lasts longer.
@@ -130,7 +136,7 @@ pub(crate) struct Load {
     pub(crate) slow: AtomicUsize,
     /// How many entries the tables of all shards have.
     keys: AtomicUsize,
-    /// How many cycles are over and could not be released yet.
+    /// How many cycles are over and not released yet.
     owed: AtomicUsize,
     /// Whether it was told that there are too many of them.
     owes_too_many: AtomicBool,
@@ -164,6 +170,11 @@ impl Load {
         self.waiters.load(Ordering::Relaxed) > 0 || self.slow.load(Ordering::Relaxed) > 0
     }
 
+    /// Whether no cycle waits for its release.
+    fn owes_nothing(&self) -> bool {
+        self.owed.load(Ordering::Acquire) == 0
+    }
+
     /// How many keys have nothing but a lease that is kept idle, or was until just now.
     fn spare(&self) -> usize {
         self.shards.iter().map(|shard| shard.lingering()).sum()
@@ -176,7 +187,9 @@ pub(crate) enum Job {
     /// Carry out what a queue asks for.
     Request { entry: Arc<Entry>, request: Request },
     /// Release a cycle that is over until the store has answered.
-    Release { key: LockKey, cycle: Cycle },
+    Release(Abandoned),
+    /// Release a cycle once it is over and nothing of it can arrive late any more.
+    Doubt { key: LockKey, cycle: Cycle },
     /// Give everything back and refuse everything new; tell when it is done.
     Close { done: tokio::sync::oneshot::Sender<()> },
     /// No handle of the manager is left: end when nothing is left to do.
@@ -198,6 +211,7 @@ pub(crate) struct Parts {
     pub(crate) cycles: Arc<Cycles>,
     pub(crate) limits: Limits,
     pub(crate) timeout: Duration,
+    pub(crate) late_max: Duration,
     pub(crate) default_ttl: Duration,
     pub(crate) metrics: Arc<ShardMetrics>,
     pub(crate) class: Arc<ClassMetrics>,
@@ -226,6 +240,7 @@ impl Shard {
             cycles,
             limits,
             timeout,
+            late_max,
             default_ttl,
             metrics,
             class,
@@ -246,6 +261,7 @@ impl Shard {
             cycles,
             limits,
             timeout,
+            late_max,
             default_ttl,
             longest_ttl: AtomicU64::new(in_micros(default_ttl)),
             metrics,
@@ -255,6 +271,7 @@ impl Shard {
             hot,
             notices,
             runtimes,
+            newest_at_cut: Mutex::default(),
             table: Table::default(),
             has_other_map: AtomicBool::new(false),
             rivals: Rivals::default(),
@@ -432,6 +449,34 @@ impl Shard {
         inspection
             .unwrap_or_else(|_| Err(self.no_answer()))
             .map_err(|error| self.error(error, "inspect", Some(key), started))
+    }
+
+    /// Has a cycle that is over released in the background.
+    fn abandon(&self, key: &LockKey, cycle: Cycle) {
+        if let Some(abandoned) = Abandoned::new(&self.load, key, cycle) {
+            self.send(Job::Release(abandoned));
+        }
+    }
+
+    /// Whether a request of that cycle was sent on a connection that was given up so lately that it may be executed yet.
+    fn may_arrive_late(&self, cycle: Cycle, now: Moment) -> bool {
+        let Some(cut) = self.store.last_cut().filter(|cut| now.since(*cut) < self.late_max) else {
+            return false;
+        };
+        let mut newest = self.newest_at_cut.lock();
+        if newest.0 != cut {
+            // Those that were opened since are doubted as well, which does no harm.
+            *newest = (cut, self.cycles.newest());
+        }
+        cycle.number() <= newest.1
+    }
+
+    /// A request of that cycle may be executed after the cycle is over.
+    fn doubt(&self, key: &LockKey, cycle: Cycle) {
+        self.send(Job::Doubt {
+            key: key.clone(),
+            cycle,
+        });
     }
 
     pub(crate) fn send(&self, job: Job) {

@@ -102,9 +102,12 @@ impl LeaseStore for BadStore {
 }
 
 fn bad_shard(store: BadStore) -> (Arc<Shard>, mpsc::UnboundedReceiver<Job>) {
+    shard_on(Arc::new(store))
+}
+
+fn shard_on(store: Arc<dyn LeaseStore>) -> (Arc<Shard>, mpsc::UnboundedReceiver<Job>) {
     let (jobs, receiver) = mpsc::unbounded_channel();
     let manager = Arc::new(ManagerMetrics::new(Classes::new("default", 1)));
-    let store: Arc<dyn LeaseStore> = Arc::new(store);
     let shard = Shard::new(Parts {
         name: "bad".into(),
         kind: "bad".into(),
@@ -124,6 +127,7 @@ fn bad_shard(store: BadStore) -> (Arc<Shard>, mpsc::UnboundedReceiver<Job>) {
             keys: 3,
         },
         timeout: Duration::from_secs(1),
+        late_max: Duration::from_millis(50),
         default_ttl: Duration::from_secs(1),
         metrics: Arc::new(ShardMetrics::new("bad")),
         class: Arc::clone(manager.classes.default_class()),
@@ -260,4 +264,85 @@ async fn a_token_that_goes_back_is_refused_and_counted_and_a_clock_that_jumps_is
     let drift: f64 = drift.unwrap().rsplit_once(' ').unwrap().1.parse().unwrap();
     assert!((drift - 3600.0).abs() < 1.0, "{drift}");
     watching.abort();
+}
+
+/// Every release is answered, and a connection was given up just now.
+struct CutStore {
+    cut: Moment,
+    released: mpsc::UnboundedSender<(Cycle, Lane)>,
+}
+
+impl LeaseStore for CutStore {
+    fn connect(&self) -> StoreFuture<()> {
+        done(())
+    }
+
+    fn acquire(&self, request: Acquire) -> StoreFuture<Answer<AcquireReply>> {
+        done(answer(request.ttl, AcquireReply::Busy))
+    }
+
+    fn release(&self, lane: Lane, request: Release) -> StoreFuture<Answer<ReleaseReply>> {
+        self.released.send((request.cycle, lane)).unwrap();
+        let reply = ReleaseReply {
+            held: false,
+            requeued: None,
+        };
+        done(answer(request.ttl(), reply))
+    }
+
+    fn renew(&self, batch: Vec<Renewal>, _limit: Duration) -> StoreFuture<Vec<Option<RenewReply>>> {
+        done(vec![None; batch.len()])
+    }
+
+    fn inspect(&self, _key: LockKey) -> StoreFuture<Inspection> {
+        Box::pin(std::future::pending())
+    }
+
+    fn erase(&self) -> StoreFuture<u64> {
+        done(0)
+    }
+
+    fn look(&self) -> Pin<Box<dyn Future<Output = Look> + Send>> {
+        Box::pin(std::future::pending())
+    }
+
+    fn last_cut(&self) -> Option<Moment> {
+        Some(self.cut)
+    }
+
+    fn listen(&self, _pushes: mpsc::UnboundedSender<Push>) -> Pin<Box<dyn Future<Output = ()> + Send>> {
+        Box::pin(std::future::pending())
+    }
+}
+
+/// What was sent on a connection that was given up may be executed after the release was answered.
+#[tokio::test]
+async fn cycle_that_may_have_something_on_a_lost_connection_is_released_once_more() {
+    let (released, mut releases) = mpsc::unbounded_channel();
+    let cut = Moment::now();
+    let (shard, _jobs) = shard_on(Arc::new(CutStore { cut, released }));
+    let (work, cleaned) = mpsc::unbounded_channel();
+    let cleaning = tokio::spawn(abandon::clean(Arc::clone(&shard), cleaned));
+    let key = LockKey::new("k").unwrap();
+    let abandoned = abandon::Abandoned::new(&shard.load, &key, Cycle::of(3)).unwrap();
+    work.send(abandon::Work::Release(abandoned)).unwrap();
+    assert_eq!(releases.recv().await, Some((Cycle::of(3), Lane::Caller)));
+    assert_eq!(releases.recv().await, Some((Cycle::of(3), Lane::Caller)));
+    assert!(Moment::now().since(cut) >= shard.late_max);
+
+    // One that was answered on another connection, and one that comes long after the last loss.
+    let key = LockKey::new("other").unwrap();
+    work.send(abandon::Work::Doubt {
+        key: key.clone(),
+        cycle: Cycle::of(5),
+    })
+    .unwrap();
+    assert_eq!(releases.recv().await, Some((Cycle::of(5), Lane::Caller)));
+    let abandoned = abandon::Abandoned::new(&shard.load, &key, Cycle::of(7)).unwrap();
+    work.send(abandon::Work::Release(abandoned)).unwrap();
+    assert_eq!(releases.recv().await, Some((Cycle::of(7), Lane::Caller)));
+    drop(work);
+    cleaning.await.unwrap();
+    assert!(releases.try_recv().is_err());
+    assert!(shard.load.owes_nothing());
 }

@@ -7,7 +7,7 @@ use super::network::{Driver, Order};
 use super::world::{Event, Part, World};
 use crate::clock::Moment;
 use crate::protocol::Cycle;
-use crate::queue::Request;
+use crate::queue::{Flaw, Request};
 use crate::store::Lane;
 
 #[derive(Debug, Clone, Copy)]
@@ -24,6 +24,8 @@ pub(super) struct Abandon {
     started: Moment,
     lane: Lane,
     pause: Duration,
+    /// Nothing of it can arrive any more once it is released.
+    is_final: bool,
 }
 
 const PAUSE_MIN: Duration = Duration::from_millis(20);
@@ -47,19 +49,61 @@ impl World {
             }
             Job::Abandon { k, cycle } => {
                 self.stats.abandoned += 1;
-                let started = self.managers[m].clock.at(self.now);
-                self.release_abandoned(
-                    m,
-                    Abandon {
-                        k,
-                        cycle,
-                        started,
-                        lane: Lane::Caller,
-                        pause: PAUSE_MIN,
-                    },
-                );
+                self.abandon(m, k, cycle, false);
             }
         }
+    }
+
+    fn abandon(&mut self, m: usize, k: usize, cycle: Cycle, is_final: bool) {
+        let started = self.managers[m].clock.at(self.now);
+        self.release_abandoned(
+            m,
+            Abandon {
+                k,
+                cycle,
+                started,
+                lane: Lane::Caller,
+                pause: PAUSE_MIN,
+                is_final,
+            },
+        );
+    }
+
+    /// That proves that nothing of the cycle is left only where it came after everything else of the cycle.
+    pub(super) fn abandon_answered(&mut self, m: usize, abandon: Abandon) {
+        if !abandon.is_final && (abandon.lane != Lane::Caller || self.was_cut_lately(m)) {
+            self.doubt(m, abandon.k, abandon.cycle, false);
+        }
+    }
+
+    pub(super) fn was_cut_lately(&self, m: usize) -> bool {
+        let manager = &self.managers[m];
+        let now = manager.clock.at(self.now);
+        manager
+            .last_cut
+            .is_some_and(|cut| now.since(cut) < self.plan.late_max())
+    }
+
+    /// Something of that cycle may still arrive.
+    pub(super) fn doubt(&mut self, m: usize, k: usize, cycle: Cycle, is_postponed: bool) {
+        if self.plan.rules.has(Flaw::TrustsReleases) {
+            return;
+        }
+        self.stats.doubted += 1;
+        let clock = self.managers[m].clock;
+        let at = clock.when(clock.at(self.now) + self.plan.late_max());
+        self.inside(at, m, Part::Background, Event::Doubted { k, cycle, is_postponed });
+    }
+
+    /// Nothing of that cycle can arrive any more.
+    pub(super) fn doubt_ends(&mut self, m: usize, k: usize, cycle: Cycle, is_postponed: bool) {
+        if self.managers[m].queues[k].is_current(cycle) {
+            return;
+        }
+        if !is_postponed && self.was_cut_lately(m) {
+            return self.doubt(m, k, cycle, true);
+        }
+        self.abandon(m, k, cycle, true);
     }
 
     fn release_abandoned(&mut self, m: usize, abandon: Abandon) {

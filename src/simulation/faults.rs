@@ -124,6 +124,11 @@ impl World {
             Fault::Stall(lane) => {
                 let until = self.now + self.some_time();
                 self.managers[m].lanes[lane as usize].stalled_until = until;
+                if self.plan.ghosts && self.chance(0.6) {
+                    // The connection is taken for broken while it carries commands.
+                    let at = self.between(self.now, until.min(self.plan.faults_end));
+                    self.outside(at, m, Event::Fault(Fault::Reset(lane)));
+                }
             }
             Fault::SlowTime => {
                 self.slow_until = self.now + self.between(0, nanos(self.plan.ttls[0]) * 8);

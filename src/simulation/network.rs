@@ -16,12 +16,21 @@ pub(super) struct Connection {
     pub(super) generation: usize,
     /// The connection that the manager knows of.
     pub(super) noticed: usize,
-    /// For each connection that broke: what arrives after that moment is lost.
-    pub(super) lost_after: Vec<Nanos>,
+    /// What becomes of the commands on each connection that broke.
+    broken: Vec<Broken>,
     /// Commands and replies keep their order.
     last_arrival: Nanos,
     last_reply: Nanos,
     pub(super) stalled_until: Nanos,
+}
+
+/// What becomes of the commands that were on their way when their connection broke.
+#[derive(Debug, Clone, Copy)]
+enum Broken {
+    /// Those that arrive after that moment are lost.
+    LostAfter(Nanos),
+    /// Something in between has so many of them, and delivers them then. Their sender's system has discarded the others.
+    Late { at: Nanos, left: u32 },
 }
 
 /// Who waits for a reply.
@@ -165,10 +174,21 @@ impl World {
     /// A command reaches the server, which executes it, unless it was lost with its connection.
     pub(super) fn arrives(&mut self, command: Command) {
         let Command { request, m, k, .. } = command;
-        let connection = &self.managers[m].lanes[command.lane as usize];
-        let lost_after = connection.lost_after.get(command.generation);
-        if lost_after.is_some_and(|&moment| self.now > moment) {
-            return self.note(|_| format!("m{m} k{k} #{request} is lost"));
+        let now = self.now;
+        let connection = &mut self.managers[m].lanes[command.lane as usize];
+        match connection.broken.get_mut(command.generation) {
+            Some(Broken::Late { at, left: 1.. }) if now < *at => {
+                let at = *at;
+                // All that come then keep their order.
+                return self.outside(at, m, Event::Arrives(command));
+            }
+            Some(Broken::Late { left: left @ 1.., .. }) => {
+                *left -= 1;
+                self.stats.late += 1;
+            }
+            Some(Broken::LostAfter(moment)) if now <= *moment => {}
+            Some(_) => return self.note(|_| format!("m{m} k{k} #{request} is lost")),
+            None => {}
         }
         let reply = if !self.in_calm() && self.chance(self.plan.refuse_chance) {
             None
@@ -264,8 +284,18 @@ impl World {
         };
         let seen = &mut self.managers[m].seen[slot(k)];
         *seen = saw.max(*seen);
-        if let Driver::Abandon(_) = in_flight.driver {
-            return;
+        if let Driver::Abandon(abandon) = in_flight.driver {
+            return self.abandon_answered(m, abandon);
+        }
+        let takes = match in_flight.order {
+            Order::Queue(Request::Acquire { cycle, .. }) => Some(cycle),
+            Order::Queue(Request::Release { requeue, .. }) => requeue,
+            Order::Renew { .. } => None,
+        };
+        let newest = self.managers[m].newest_at_cut;
+        if let Some(cycle) = takes.filter(|cycle| cycle.number() <= newest && self.was_cut_lately(m)) {
+            // An earlier attempt may be executed yet.
+            self.doubt(m, k, cycle, false);
         }
         match (in_flight.order, reply) {
             (Order::Queue(Request::Acquire { cycle, ttl, .. }), Reply::Acquired(reply)) => {
@@ -355,17 +385,24 @@ impl World {
 
     /// A connection breaks: the commands on it are lost from some point on, and so are all replies.
     pub(super) fn reset(&mut self, m: usize, lane: Lane) {
-        let ghosts = if self.plan.ghosts && self.chance(0.5) {
-            self.stats.ghosts = true;
-            self.between(0, self.plan.slow_max)
-        } else {
-            0
-        };
         let now = self.now;
-        let connection = &mut self.managers[m].lanes[lane as usize];
+        let broken = if !self.plan.ghosts || self.chance(0.4) {
+            Broken::LostAfter(now)
+        } else if self.chance(0.4) {
+            Broken::LostAfter(now + self.between(0, self.plan.slow_max))
+        } else {
+            Broken::Late {
+                at: now + self.between(0, nanos(self.plan.late_max())),
+                left: self.between(1, 4) as u32,
+            }
+        };
+        let manager = &mut self.managers[m];
+        manager.last_cut = Some(manager.clock.at(now));
+        manager.newest_at_cut = manager.cycles.newest();
+        let connection = &mut manager.lanes[lane as usize];
         let generation = connection.generation;
         connection.generation += 1;
-        connection.lost_after.push(now + ghosts);
+        connection.broken.push(broken);
         (connection.last_arrival, connection.last_reply, connection.stalled_until) = (0, 0, 0);
         self.note(|_| format!("m{m} the connection of the {lane:?} lane breaks"));
         let waiting: Vec<(u64, Driver)> = self

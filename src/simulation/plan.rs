@@ -71,7 +71,7 @@ pub(super) struct Plan {
     pub(super) foreigners: u32,
     pub(super) forgettings: u32,
     pub(super) failovers: u32,
-    /// Whether commands of a broken connection may still execute, out of order with those of the next.
+    /// Whether commands of a broken connection may still execute, out of order with those of the next, and long after those.
     pub(super) ghosts: bool,
 }
 
@@ -194,6 +194,11 @@ impl Plan {
 
     pub(super) fn longest_ttl(&self) -> Duration {
         self.ttls.iter().max().copied().unwrap_or_default()
+    }
+
+    /// How long after a connection broke a command that was sent on it may be executed, or one that was sent on a connection that is slow.
+    pub(super) fn late_max(&self) -> Duration {
+        self.longest_ttl() * 4
     }
 
     pub(super) fn longest_linger(&self) -> Duration {

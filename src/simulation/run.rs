@@ -7,7 +7,7 @@ use super::ledger::Breach;
 use super::plan::Variant;
 use super::world::World;
 use crate::clock::Moment;
-use crate::identity::ManagerId;
+use crate::identity::{ManagerId, parse_signature};
 use crate::protocol::{AcquireReply, Cycle};
 use crate::queue::Flaw;
 use crate::store::memory::Terms;
@@ -36,7 +36,9 @@ pub(super) struct Stats {
     pub(super) resubscribed: u64,
     pub(super) crashes: u64,
     pub(super) forgotten: u64,
-    pub(super) ghosts: bool,
+    /// Commands that were executed long after their connection was given up, and cycles that were released once more for fear of such.
+    pub(super) late: u64,
+    pub(super) doubted: u64,
     /// How much of the patience was needed at most, in percent.
     pub(super) patience_needed: u64,
 }
@@ -64,6 +66,8 @@ impl Stats {
             (&mut self.resubscribed, other.resubscribed),
             (&mut self.crashes, other.crashes),
             (&mut self.forgotten, other.forgotten),
+            (&mut self.late, other.late),
+            (&mut self.doubted, other.doubted),
         ] {
             *sum += part;
         }
@@ -89,6 +93,8 @@ impl Stats {
             ("lost pushes", self.pushes_lost, 100),
             ("new subscriptions", self.resubscribed, 200),
             ("crashes", self.crashes, 100),
+            ("late commands", self.late, 100),
+            ("cycles that were released once more", self.doubted, 200),
         ] {
             assert!(count >= least, "{what}: only {count}\n{self:?}");
         }
@@ -98,6 +104,9 @@ impl Stats {
         );
     }
 }
+
+const LEASE_LEFT: &str = "a lease of a cycle that is over is left";
+const STORE_NOT_EMPTY: &str = "the store is not empty";
 
 /// A run in which something did not hold.
 #[derive(Debug)]
@@ -110,6 +119,13 @@ pub(super) struct Failure {
 impl Failure {
     pub(super) const fn is_unsafe(&self) -> bool {
         self.breach.is_unsafe
+    }
+
+    /// Whether the store knows of cycles that are over.
+    pub(super) fn is_something_left(&self) -> bool {
+        [LEASE_LEFT, STORE_NOT_EMPTY]
+            .iter()
+            .any(|what| self.breach.what.starts_with(what))
     }
 }
 
@@ -153,8 +169,8 @@ impl World {
             }
             return self.end_promptly(limit);
         }
-        // What is kept ends in its own time.
-        let limit = limit + nanos(self.plan.longest_linger());
+        // What is kept ends in its own time, and what is in doubt is released when nothing can arrive late any more.
+        let limit = limit + nanos(self.plan.longest_linger() + 3 * self.plan.late_max());
         self.end(limit)?;
         self.a_newcomer_is_served(limit)
     }
@@ -211,16 +227,28 @@ impl World {
         if living().any(|manager| manager.queues.iter().any(is_used)) || !self.in_flight.is_empty() {
             return Err(self.unended("a queue is left in use"));
         }
-        self.now += nanos(self.plan.longest_ttl()) * 4;
         let all_was_released = self.stats.crashes == 0
             && self.stats.left_to_run_out == 0
-            && !self.stats.ghosts
             // What a replica had may have been given back since.
             && self.replicas.failovers == 0;
+        if all_was_released && self.is_held_by_nobody() {
+            return Err(self.unended(LEASE_LEFT));
+        }
+        self.now += nanos(self.plan.longest_ttl()) * 4;
         if all_was_released && self.core.keys_in_use(Moment::from_nanos(self.now)) > 0 {
-            return Err(self.unended("the store is not empty"));
+            return Err(self.unended(STORE_NOT_EMPTY));
         }
         Ok(())
+    }
+
+    /// Whether a manager has a lease of which it knows nothing, since all its queues are unused.
+    fn is_held_by_nobody(&mut self) -> bool {
+        let now = Moment::from_nanos(self.now);
+        self.keys.iter().any(|key| {
+            let owner = self.core.owner(key, now);
+            let manager = owner.as_deref().and_then(parse_signature);
+            manager.is_some_and(|(manager, _)| self.managers.iter().any(|one| one.id.as_str() == manager))
+        })
     }
 
     /// Whatever was left behind, another manager gets every key, and leaves nothing.

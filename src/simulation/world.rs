@@ -19,7 +19,7 @@ use super::tasks::{Step, Task};
 use crate::clock::Moment;
 use crate::identity::ManagerId;
 use crate::key::LockKey;
-use crate::protocol::{Ask, Cycles, Push};
+use crate::protocol::{Ask, Cycle, Cycles, Push};
 use crate::queue::{Context, Effects, Flaw, Queue, Request, Room};
 use crate::store::Lane;
 use crate::store::memory::MemoryCore;
@@ -56,6 +56,10 @@ pub(super) struct Manager {
     /// No task starts any more.
     pub(super) is_left: bool,
     pub(super) lanes: [Connection; 2],
+    /// When one of those connections last broke.
+    pub(super) last_cut: Option<Moment>,
+    /// The largest number of a cycle then.
+    pub(super) newest_at_cut: u64,
     pub(super) inbox: Inbox,
     /// The server's time at the last connect, and the largest token seen of each key's slot.
     pub(super) floor: u64,
@@ -99,6 +103,12 @@ pub(super) enum Event {
     },
     Job(Job),
     AbandonAgain(Abandon),
+    /// Nothing of a cycle that was sent on another connection can arrive any more.
+    Doubted {
+        k: usize,
+        cycle: Cycle,
+        is_postponed: bool,
+    },
     Look {
         at: Nanos,
     },
@@ -172,6 +182,8 @@ impl World {
             is_closed: false,
             is_left: false,
             lanes: [Connection::default(), Connection::default()],
+            last_cut: None,
+            newest_at_cut: 0,
             inbox: Inbox::default(),
             floor: self.server_time(),
             seen: vec![0; self.keys.len()],
@@ -269,6 +281,7 @@ impl World {
             Event::Deadline { request } => self.deadline_passes(request),
             Event::Job(job) => self.job_starts(m, job),
             Event::AbandonAgain(abandon) => self.abandon_again(m, abandon),
+            Event::Doubted { k, cycle, is_postponed } => self.doubt_ends(m, k, cycle, is_postponed),
             Event::Look { at } => self.watchdog_looks(m, at),
             Event::Pushed { generation, push } => self.push_comes(m, generation, push),
             Event::Subscription(step) => self.subscription_goes_on(m, step),

@@ -105,6 +105,12 @@ pub(crate) trait LeaseStore: Send + Sync + 'static {
         key.slot()
     }
 
+    /// When one of the connections that requests travel on was last given up. What was sent on it may still be executed, until
+    /// [`LATE_MAX`] has passed; then a release that was answered on another connection is no proof that nothing of its cycle is left.
+    fn last_cut(&self) -> Option<Moment> {
+        None
+    }
+
     /// Waits until what is tidied up after releases that were answered is done. Asked once, before the background thread ends.
     fn settle(&self) -> StoreFuture<()> {
         Box::pin(std::future::ready(Ok(())))
@@ -195,6 +201,11 @@ pub(crate) fn open(endpoint: &Endpoint, options: StoreOptions) -> Result<Arc<dyn
     })
 }
 
+/// How long after a connection was given up a request that was sent on it may still be executed. The system discards what it has not sent, since it resets
+/// such a connection; but a proxy in between, or a machine that it runs on, delivers what it has accepted for about as long as a system repeats what was not
+/// acknowledged.
+pub(crate) const LATE_MAX: Duration = Duration::from_secs(20);
+
 /// Which connection a request travels on.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub(crate) enum Lane {
@@ -274,6 +285,14 @@ impl StoreError {
                 map_key,
             },
             other => other,
+        }
+    }
+
+    /// In a few words, without what was being done.
+    pub(crate) fn reason(&self) -> Arc<str> {
+        match self {
+            Self::Unavailable(reason) | Self::Refused(reason) => Arc::clone(reason),
+            Self::MapMismatch { .. } => "it has another shard map".into(),
         }
     }
 

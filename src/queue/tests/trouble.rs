@@ -249,6 +249,29 @@ fn a_request_without_an_answer_fails_those_who_wait_for_it() {
 }
 
 #[test]
+fn a_wanted_cycle_that_is_over_is_released_and_a_current_one_is_not() {
+    let mut bench = Bench::new();
+    let guard = bench.hold(1, 64);
+    let over = guard.lease.cycle;
+    assert_eq!(bench.release_held(&guard).releases(), (over, None));
+    assert_eq!(bench.wanted(over), NOTHING, "its release is on its way");
+    bench.released_remotely(over, None);
+    assert_eq!(bench.wanted(over).abandoned, [over], "nothing is wanted here");
+
+    // An acquire of it was executed late: the store takes it for the owner, whatever this manager does now.
+    let (_, seen) = bench.want(0);
+    let current = seen.asks().0;
+    assert_eq!(bench.wanted(over).abandoned, [over]);
+    assert_eq!(bench.wanted(current), NOTHING);
+    bench.reply(current, queued(100));
+    assert_eq!(bench.wanted(over).abandoned, [over]);
+    assert_eq!(bench.wanted(current), NOTHING, "its grant is on its way");
+    bench.grant(grant(current, 101, 164));
+    assert_eq!(bench.wanted(over).abandoned, [over]);
+    assert_eq!(bench.wanted(current), NOTHING);
+}
+
+#[test]
 fn a_failed_release_is_repeated_in_the_background() {
     let mut bench = Bench::new();
     let guard = bench.hold(1, 1);

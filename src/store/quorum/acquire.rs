@@ -75,6 +75,7 @@ async fn attempt(quorum: &Arc<Quorum>, request: &Acquire) -> Result<Answer<Acqui
             .into(),
         ));
     }
+    quorum.opened(request.cycle);
     let slot = quorum.slot(&request.key);
     let sent_at = Moment::now();
     let free = request.ask == Ask::Free;

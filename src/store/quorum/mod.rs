@@ -17,6 +17,9 @@
 //! it is sent until it is answered, so that a request which is dropped midway leaves nothing; at most 10,000 per node, and what is beyond
 //! runs out by its TTL. What a node says of a cycle that it is owed does not count.
 //!
+//! A claim that nobody waited for any more may be executed after the release of its cycle was answered, if the connection that it was sent on was given up in
+//! between. Such a release is repeated at that node when nothing can arrive late any more (`node`).
+//!
 //! A cycle that holds its lease (`held`) is never given up by a request that asks for more: until its holder knows of a loss, nobody else
 //! may have it. An extension counts only where a majority had the lease all the time. A renewal restores it at nodes that lack it.
 //!
@@ -33,7 +36,7 @@ mod tidy;
 use std::collections::HashMap;
 use std::pin::Pin;
 use std::sync::Arc;
-use std::sync::atomic::AtomicUsize;
+use std::sync::atomic::{AtomicU64, AtomicUsize, Ordering};
 use std::time::Duration;
 
 use tokio::sync::{Notify, mpsc};
@@ -69,6 +72,8 @@ struct Quorum {
     /// The cycles that hold a lease, as far as this manager knows, and when a majority last said so: no lease of any other is claimed
     /// again. Those that were lost without a release are forgotten when their leases have run out.
     held: parking_lot::Mutex<HashMap<Cycle, Moment>>,
+    /// The largest number of a cycle of which something was sent.
+    newest: AtomicU64,
     /// How many releases are on their way.
     releasing: AtomicUsize,
     metrics: Arc<ShardMetrics>,
@@ -110,6 +115,7 @@ impl QuorumStore {
                 majority_limit: options.timeout * 2 / 5,
                 door_lost: Notify::new(),
                 held: parking_lot::Mutex::new(HashMap::new()),
+                newest: AtomicU64::new(0),
                 releasing: AtomicUsize::new(0),
                 metrics: Arc::clone(&options.metrics),
             }),
@@ -163,6 +169,16 @@ impl Quorum {
             )
             .into(),
         )
+    }
+
+    /// Something of that cycle is about to be sent.
+    fn opened(&self, cycle: Cycle) {
+        self.newest.fetch_max(cycle.number(), Ordering::AcqRel);
+    }
+
+    /// The largest number of a cycle of which something was sent.
+    fn newest(&self) -> u64 {
+        self.newest.load(Ordering::Acquire)
     }
 
     /// Whether that cycle holds a lease, as far as it is known here.

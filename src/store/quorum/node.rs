@@ -1,6 +1,6 @@
 //! One node of a quorum: a primary, and what is known of its state.
 
-use std::collections::BTreeMap;
+use std::collections::{BTreeMap, VecDeque};
 use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 use std::time::Duration;
 
@@ -9,6 +9,7 @@ use parking_lot::Mutex;
 use crate::clock::Moment;
 use crate::protocol::{Cycle, Release};
 use crate::store::redis::primary::RedisStore;
+use crate::store::{LATE_MAX, LeaseStore};
 use crate::telemetry::NodeMetrics;
 
 /// See the module.
@@ -26,6 +27,25 @@ pub(super) struct Node {
     foreign: AtomicBool,
     /// Releases that had no answer, and when the leases have run out anyway, by their cycles.
     owed: Mutex<BTreeMap<Cycle, (Moment, Release)>>,
+    doubts: Mutex<Doubts>,
+}
+
+/// What may be executed here though it was sent long ago, on a connection that was given up: a claim that nobody waited for any more.
+#[derive(Default)]
+struct Doubts {
+    /// When a connection was last given up, and a number that no cycle is above of which something was sent on it.
+    cut: Option<(Moment, u64)>,
+    /// The releases that were answered since, when to repeat each, and when its lease has run out anyway. In the order of those moments.
+    repeats: VecDeque<Repeat>,
+}
+
+/// A release that is repeated when nothing of its cycle can arrive any more.
+#[derive(Clone)]
+pub(super) struct Repeat {
+    pub(super) due: Moment,
+    pub(super) end: Moment,
+    pub(super) release: Release,
+    is_postponed: bool,
 }
 
 /// The most releases that are kept for a node that does not answer; what is beyond runs out by its TTL.
@@ -42,6 +62,7 @@ impl Node {
             downs: AtomicU64::new(0),
             foreign: AtomicBool::new(false),
             owed: Mutex::new(BTreeMap::new()),
+            doubts: Mutex::new(Doubts::default()),
         }
     }
 
@@ -144,5 +165,61 @@ impl Node {
     /// Whether a release of that cycle is still to come: what the node says of the cycle until then does not count.
     pub(super) fn owes(&self, cycle: Cycle) -> bool {
         self.owed.lock().contains_key(&cycle)
+    }
+
+    /// That release was answered. A claim of its cycle may still arrive if a connection was given up since it was sent; then the release is repeated later.
+    /// `newest` is the largest number of a cycle so far.
+    pub(super) fn released(&self, release: &Release, newest: u64, longest: Duration) {
+        let now = Moment::now();
+        let Some(cut) = self.store.last_cut().filter(|cut| now.since(*cut) < LATE_MAX) else {
+            return;
+        };
+        let mut doubts = self.doubts.lock();
+        let newest = match doubts.cut {
+            Some((known, newest)) if known == cut => newest,
+            _ => doubts.cut.insert((cut, newest)).1,
+        };
+        if release.cycle.number() <= newest && doubts.repeats.len() < OWED_MAX {
+            let due = now + LATE_MAX;
+            doubts.repeats.push_back(Repeat {
+                due,
+                end: due + longest,
+                release: Release {
+                    requeue: None,
+                    nobody_waits: false,
+                    ..release.clone()
+                },
+                is_postponed: false,
+            });
+        }
+    }
+
+    /// The releases that are due to be repeated now, the first in the list.
+    pub(super) fn due_repeats(&self) -> Vec<Repeat> {
+        let now = Moment::now();
+        let is_cut = self.store.last_cut().is_some_and(|cut| now.since(cut) < LATE_MAX);
+        let mut doubts = self.doubts.lock();
+        let count = doubts.repeats.iter().take_while(|repeat| repeat.due <= now).count();
+        if is_cut {
+            // The connection that a claim was sent on may have been given up only then.
+            let (again, due): (Vec<_>, Vec<_>) = doubts.repeats.drain(..count).partition(|repeat| !repeat.is_postponed);
+            due.into_iter()
+                .rev()
+                .for_each(|repeat| doubts.repeats.push_front(repeat));
+            doubts.repeats.extend(again.into_iter().map(|repeat| Repeat {
+                due: now + LATE_MAX,
+                is_postponed: true,
+                ..repeat
+            }));
+        }
+        let due = doubts.repeats.iter().take_while(|repeat| repeat.due <= now);
+        due.cloned().collect()
+    }
+
+    /// As many of them were done.
+    pub(super) fn repeated(&self, count: usize) {
+        let mut doubts = self.doubts.lock();
+        let count = count.min(doubts.repeats.len());
+        doubts.repeats.drain(..count);
     }
 }

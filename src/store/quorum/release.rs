@@ -54,7 +54,10 @@ async fn settle(sent: Sent) -> Option<Answer<ReleaseReply>> {
     let Sent { mut debt, reply } = sent;
     match timeout(debt.quorum.node_limit, reply).await {
         Ok(Ok(answer)) => {
-            debt.release = None;
+            if let Some(release) = debt.release.take() {
+                let quorum = &debt.quorum;
+                debt.node.released(&release, quorum.newest(), quorum.max_ttl);
+            }
             return Some(answer);
         }
         Ok(Err(error)) => {
@@ -99,6 +102,9 @@ async fn attempt(
     deadline: Moment,
 ) -> Result<Answer<ReleaseReply>, StoreError> {
     quorum.held.lock().remove(&request.cycle);
+    if let Some(next) = request.requeue {
+        quorum.opened(next);
+    }
     let slot = quorum.slot(&request.key);
     let sent_at = Moment::now();
     let needed = majority(quorum.nodes.len());

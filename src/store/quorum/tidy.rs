@@ -119,13 +119,17 @@ async fn look(quorum: &Quorum, node: &Node) {
 
 /// Repeats the releases that had no answer. Returns whether the node answered.
 async fn pay(quorum: &Quorum, node: &Node) -> bool {
+    repeat(quorum, node).await;
     for (end, release) in node.owed() {
         let mut done = Moment::now() > end;
         // The caller's connection has what was sent of the cycle before; the other one works if the program's runtime is gone.
         for lane in [Lane::Caller, Lane::Background] {
             if !done {
                 match timeout(quorum.node_limit, node.store.release(lane, release.clone())).await {
-                    Ok(Ok(_)) => done = true,
+                    Ok(Ok(_)) => {
+                        node.released(&release, quorum.newest(), quorum.max_ttl);
+                        done = true;
+                    }
                     // It is tried again until the lease has run out.
                     Ok(Err(StoreError::Refused(_) | StoreError::MapMismatch { .. })) => break,
                     Ok(Err(StoreError::Unavailable(_))) | Err(_) if lane == Lane::Background => return false,
@@ -138,6 +142,20 @@ async fn pay(quorum: &Quorum, node: &Node) -> bool {
         }
     }
     true
+}
+
+/// Repeats the releases after which a claim may have arrived. One that has no answer is tried again with the next probe.
+async fn repeat(quorum: &Quorum, node: &Node) {
+    let mut done = 0;
+    for repeat in node.due_repeats() {
+        let releasing = node.store.release(Lane::Background, repeat.release);
+        let released = timeout(quorum.node_limit, releasing).await;
+        if !matches!(released, Ok(Ok(_))) && Moment::now() < repeat.end {
+            break;
+        }
+        done += 1;
+    }
+    node.repeated(done);
 }
 
 /// Waits until no release is under way, and all nodes that are up have what they are owed.

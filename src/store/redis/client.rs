@@ -31,6 +31,10 @@ const KEEPALIVE_PROBES: u32 = 3;
 const UNACKNOWLEDGED_MAX: Duration =
     Duration::from_secs(KEEPALIVE_AFTER.as_secs() + KEEPALIVE_PROBES as u64 * KEEPALIVE_EVERY.as_secs());
 
+/// A closed connection is reset. Otherwise the system would go on sending what is left of it, for as long as [`UNACKNOWLEDGED_MAX`]: an acquire could then
+/// be executed after the release of its cycle, which was sent on the next connection, had been answered.
+const RESET: Duration = Duration::ZERO;
+
 /// How to reach a server. Nothing is sent.
 ///
 /// # Errors
@@ -50,7 +54,10 @@ pub(in crate::store) fn connection_info(server: &ServerUrl, tls: &TlsFiles) -> R
     #[cfg(not(feature = "tls"))]
     let info = server.as_str().into_connection_info().map_err(|_| unusable())?;
     // As in `prepare`.
-    let settings = TcpSettings::default().set_nodelay(true).set_keepalive(keepalive());
+    let settings = TcpSettings::default()
+        .set_nodelay(true)
+        .set_keepalive(keepalive())
+        .set_linger_time(RESET);
     #[cfg(any(target_os = "linux", target_os = "android"))]
     let settings = settings.set_user_timeout(UNACKNOWLEDGED_MAX);
     let login = info
@@ -72,6 +79,7 @@ pub(super) fn prepare(stream: &TcpStream) -> io::Result<()> {
     // A request is small and must not wait until it is worth a packet.
     stream.set_nodelay(true)?;
     let socket = SockRef::from(stream);
+    socket.set_linger(Some(RESET))?;
     #[cfg(any(target_os = "linux", target_os = "android"))]
     socket.set_tcp_user_timeout(Some(UNACKNOWLEDGED_MAX))?;
     socket.set_tcp_keepalive(&keepalive())

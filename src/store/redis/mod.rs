@@ -15,6 +15,7 @@ mod batch;
 mod client;
 pub(crate) mod cluster;
 mod commands;
+mod cut;
 mod map;
 pub(crate) mod names;
 mod permission;

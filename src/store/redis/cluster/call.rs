@@ -202,7 +202,7 @@ impl Lane {
             Ok(connected) => connected,
             Err(error) => return Attempt::NotSent(error),
         };
-        let generation = live.generation();
+        let (generation, cut) = (live.generation(), live.cut.clone());
         let command = (call.command)(named);
         let sending = async {
             if !asking && call.acks == 0 {
@@ -239,7 +239,7 @@ impl Lane {
             let acked = acked.as_ref().and_then(as_int).and_then(|acked| acked.try_into().ok());
             Ok((value, acked.unwrap_or(0)))
         };
-        match tokio::time::timeout(patience, sending).await {
+        match tokio::time::timeout(patience, cut.or(sending)).await {
             Ok(Ok((value, acked))) => Attempt::Said(value, acked),
             Ok(Err(error)) => {
                 let error: RedisError = error;

@@ -473,6 +473,10 @@ impl LeaseStore for ClusterStore {
         self.shared.commands.names.of(key).slot()
     }
 
+    fn last_cut(&self) -> Option<Moment> {
+        self.shared.topology.cuts.last()
+    }
+
     fn listen(&self, pushes: mpsc::UnboundedSender<Push>) -> Pin<Box<dyn Future<Output = ()> + Send>> {
         let (lane, shared) = (Arc::clone(&self.background), Arc::clone(&self.shared));
         Box::pin(listener::listen(lane, shared, Arc::clone(&self.inbox), pushes))

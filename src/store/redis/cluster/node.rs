@@ -13,6 +13,7 @@ use parking_lot::Mutex;
 use tokio::sync::mpsc;
 
 use super::super::client::with_reason;
+use super::super::cut::{Cut, Ending};
 use super::super::reply::error_in_words;
 use super::topology::{Place, Topology};
 use crate::program::Runtimes;
@@ -37,7 +38,7 @@ pub(super) struct Node {
     topology: Arc<Topology>,
     /// The runtimes, if the program's tasks use it: then its driver belongs at home. Otherwise it belongs where it is opened.
     runtimes: Option<Arc<Runtimes>>,
-    current: Mutex<Option<Live>>,
+    current: Mutex<Option<Current>>,
     /// Held while connecting, so that a hundred tasks that find no connection make one.
     connecting: tokio::sync::Mutex<()>,
 }
@@ -50,11 +51,19 @@ pub(super) enum Unasked {
     Silent,
 }
 
+struct Current {
+    live: Live,
+    /// Closes the connection, whatever still waits for a reply on it.
+    _ending: Ending,
+}
+
 /// A connection and which one it is.
 #[derive(Clone)]
 pub(super) struct Live {
     pub(super) connection: MultiplexedConnection,
     generation: u64,
+    /// What ends requests on it.
+    pub(super) cut: Cut,
 }
 
 /// What a node pushed, and through which connection.
@@ -91,8 +100,9 @@ impl Node {
     }
 
     /// The same for the program's tasks: its driver belongs at home.
-    pub(super) fn at_home(self, runtimes: Option<Arc<Runtimes>>) -> Self {
-        Self { runtimes, ..self }
+    pub(super) fn at_home(mut self, runtimes: Option<Arc<Runtimes>>) -> Self {
+        self.runtimes = runtimes;
+        self
     }
 
     /// The connection; a new one, if there is none.
@@ -106,7 +116,7 @@ impl Node {
 
     /// The connection, if there is one.
     pub(super) fn live(&self) -> Option<Live> {
-        self.current.lock().clone()
+        self.current.lock().as_ref().map(|current| current.live.clone())
     }
 
     /// Connects on a task of its own if the program's tasks use it: the one that asked may not be polled any more, and would keep all others from
@@ -123,7 +133,7 @@ impl Node {
 
     async fn connect(&self) -> Result<Live, StoreError> {
         let _only_one = self.connecting.lock().await;
-        if let Some(live) = self.current.lock().clone() {
+        if let Some(live) = self.live() {
             return Ok(live);
         }
         // Never used twice, also where a node is forgotten and found again.
@@ -162,8 +172,16 @@ impl Node {
             Some(_) => self.metrics.subscriptions.increment(1),
             None => self.metrics.connects.increment(1),
         }
-        let live = Live { connection, generation };
-        let earlier = self.current.lock().replace(live.clone());
+        let cut = Cut::default();
+        let live = Live {
+            connection,
+            generation,
+            cut: cut.clone(),
+        };
+        let earlier = self.current.lock().replace(Current {
+            live: live.clone(),
+            _ending: Ending::Requests(cut),
+        });
         drop(earlier);
         Ok(live)
     }
@@ -180,7 +198,8 @@ impl Node {
             Ok(Err(error)) => return Err(Unasked::NotConnected(error)),
             Err(_) => return Err(Unasked::Silent),
         };
-        let answer = tokio::time::timeout_at(until, live.connection.send_packed_command(command)).await;
+        let (cut, connection) = (live.cut.clone(), &mut live.connection);
+        let answer = tokio::time::timeout_at(until, cut.or(connection.send_packed_command(command))).await;
         let answer = answer.map(|answer| answer.and_then(Value::extract_error));
         let is_ended = match &answer {
             Ok(answer) => answer.as_ref().is_err_and(RedisError::is_unrecoverable_error),
@@ -194,26 +213,39 @@ impl Node {
 
     /// Which connection there is, if there is one.
     pub(super) fn generation(&self) -> Option<u64> {
-        self.current.lock().as_ref().map(|live| live.generation)
+        self.current.lock().as_ref().map(|current| current.live.generation)
     }
 
     /// Whatever connection there is, it is not used any more.
     pub(super) fn leave(&self) {
-        let ended = self.current.lock().take();
-        if ended.is_some() {
-            self.topology.may_have_forgotten(&self.place);
-        }
-        drop(ended);
+        self.give_up(|_| true);
     }
 
     /// That connection is of no more use.
     pub(super) fn broken(&self, generation: u64) {
-        let ended = self.current.lock().take_if(|live| live.generation == generation);
+        self.give_up(|live| live.generation == generation);
+    }
+
+    /// Gives up the connection, if that is true of it, and closes it.
+    fn give_up(&self, is_meant: impl FnOnce(&Live) -> bool) {
+        let mut current = self.current.lock();
+        let ended = current.take_if(|current| is_meant(&current.live));
+        if ended.is_some() && self.listener.is_none() {
+            // Under the mutex: what is sent on the next connection comes after it.
+            self.topology.cuts.note();
+        }
+        drop(current);
         if ended.is_some() {
             self.topology.may_have_forgotten(&self.place);
         }
-        // Not under the mutex: the end of a connection wakes its driver.
+        // Not under the mutex: the end of a connection wakes those who wait for replies.
         drop(ended);
+    }
+}
+
+impl Drop for Node {
+    fn drop(&mut self) {
+        self.give_up(|_| true);
     }
 }
 

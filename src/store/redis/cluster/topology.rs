@@ -6,6 +6,7 @@ use std::sync::atomic::{AtomicU32, AtomicU64, Ordering};
 use deadpool_redis::redis::Value;
 use parking_lot::RwLock;
 
+use super::super::cut::Cuts;
 use super::super::reply::{as_int, as_text};
 use crate::key::{SLOTS, Slot};
 
@@ -20,6 +21,8 @@ pub(super) struct Topology {
     version: AtomicU64,
     /// Of each slot, how often its owner may have forgotten leases: it became another node, or a connection to it broke.
     epochs: Box<[AtomicU32]>,
+    /// When a connection with commands was last given up, at whichever node.
+    pub(super) cuts: Cuts,
 }
 
 impl Topology {
@@ -28,6 +31,7 @@ impl Topology {
             owners: RwLock::new((0..SLOTS).map(|_| None).collect()),
             version: AtomicU64::new(0),
             epochs: (0..SLOTS).map(|_| AtomicU32::new(0)).collect(),
+            cuts: Cuts::default(),
         }
     }
 

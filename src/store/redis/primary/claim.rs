@@ -7,7 +7,7 @@ use std::time::Duration;
 use deadpool_redis::redis::{Cmd, Value, cmd};
 
 use super::super::reply::{ints, unexpected};
-use super::link::Link;
+use super::link::{Link, Live};
 use super::{Attempts, RedisStore, Shared};
 use crate::clock::Moment;
 use crate::key::{LockKey, Slot};
@@ -111,7 +111,9 @@ impl RedisStore {
                 // Below what was seen before, a counter was lost.
                 let floor = shared.floor(slot);
                 let fill = |command: &mut Cmd| shared.commands.fill_claim(command, &claim, floor);
-                match shared.scripts.claim.call(&mut live.connection, fill).await {
+                let cut = live.cut();
+                let call = shared.scripts.claim.call(&mut live.connection, fill);
+                match Live::unless_cut(cut, call).await {
                     Ok(value) => {
                         return match ints(&value).as_deref() {
                             Some([0, _]) => Ok(Claimed::Refused),
@@ -155,7 +157,7 @@ impl RedisStore {
     }
 
     /// Nothing more is sent on the connections of the callers: their next requests make new ones. What was sent on the old ones may be
-    /// executed later than that, and then runs out by its TTL.
+    /// executed later than that.
     pub(crate) fn leave_callers(&self) {
         self.callers.iter().for_each(|link| link.leave());
     }
@@ -165,7 +167,8 @@ async fn answers(shared: &Shared, link: &Arc<Link>) -> Result<(), StoreError> {
     let mut attempts = Attempts::default();
     loop {
         let mut live = link.get().await?;
-        let pong = live.connection.send_packed_command(&cmd("PING")).await;
+        let (cut, ping) = (live.cut(), cmd("PING"));
+        let pong = Live::unless_cut(cut, live.connection.send_packed_command(&ping)).await;
         match pong.and_then(Value::extract_error) {
             Ok(_) => return Ok(()),
             Err(error) => attempts.failed(shared, link, &live, &error)?,

@@ -13,6 +13,7 @@ use deadpool_redis::{Connection, Manager, Pool, PoolError};
 use parking_lot::Mutex;
 
 use super::super::client::{Purpose, connection_info, explained, named, with_reason};
+use super::super::cut::{Cut, Ending};
 use super::super::map;
 use super::super::reply::{as_text, role, server_time};
 use super::Shared;
@@ -44,6 +45,8 @@ struct Current {
     place: String,
     /// The era in which it was opened, see [`Shared::era`].
     era: u64,
+    /// Closes the connection, whatever still waits for a reply on it.
+    _ending: Ending,
 }
 
 /// A connection and which one it is.
@@ -54,6 +57,25 @@ pub(super) struct Live {
     /// How often the primary had become another server when it was opened. What is answered through it after one more time is of the old one, and no
     /// more worth than the request.
     pub(super) switches: u64,
+    /// What ends requests on it. Nothing if they end with its driver.
+    cut: Option<Cut>,
+}
+
+impl Live {
+    /// A request on this connection, which fails as soon as the connection is given up.
+    pub(super) async fn unless_cut<T>(
+        cut: Option<Cut>,
+        request: impl Future<Output = RedisResult<T>>,
+    ) -> RedisResult<T> {
+        match cut {
+            Some(cut) => cut.or(request).await,
+            None => request.await,
+        }
+    }
+
+    pub(super) fn cut(&self) -> Option<Cut> {
+        self.cut.clone()
+    }
 }
 
 /// How many requests may wait to be written before senders wait: enough for thousands of tasks that ask at once.
@@ -228,7 +250,9 @@ impl Link {
                     ConnectionAddr::Tcp(host, port) => {
                         plain::connect((host, *port), only, &info, settings, timeout, &traffic).await
                     }
-                    _ => pooled(&info, settings).await,
+                    _ => pooled(&info, settings)
+                        .await
+                        .map(|connection| (connection, Ending::Requests(Cut::default()))),
                 }
             }
         };
@@ -239,7 +263,7 @@ impl Link {
                 _ => open().await,
             }
         };
-        let mut connection = with_reason(info, shared.timeout, connecting).await?;
+        let (mut connection, ending) = with_reason(info, shared.timeout, connecting).await?;
         self.greet(&mut connection, server.place(), info).await?;
         shared.metrics.connects.increment(1);
         let generation = self.opened.fetch_add(1, Ordering::Relaxed);
@@ -247,16 +271,22 @@ impl Link {
             connection,
             generation,
             switches,
+            cut: ending.cut(),
         };
         let mut current = self.current.lock();
         // Under the mutex: a switch that is told after this look finds the connection here.
         if shared.moves.switches() != switches {
             return Err(StoreError::Unavailable("the primary became another server".into()));
         }
+        if current.is_some() {
+            // One of an earlier era. As in `give_up`.
+            shared.cuts.note();
+        }
         let earlier = current.replace(Current {
             live: live.clone(),
             place: server.place().to_owned(),
             era,
+            _ending: ending,
         });
         drop(current);
         drop(earlier);
@@ -270,13 +300,19 @@ impl Link {
 
     /// That connection is of no more use.
     pub(super) fn broken(&self, broken: &Live) {
-        let of_this = |current: &mut Current| current.live.generation == broken.generation;
-        let ended = self.current.lock().take_if(of_this);
+        self.give_up(|current| current.live.generation == broken.generation);
+    }
+
+    /// Gives up the connection, if that is true of it, and closes it.
+    fn give_up(&self, is_meant: impl FnOnce(&Current) -> bool) -> Option<Current> {
+        let mut current = self.current.lock();
+        let ended = current.take_if(|current| is_meant(current));
         if ended.is_some() {
+            // Under the mutex: what is sent on the next connection comes after it.
+            self.shared.cuts.note();
             self.shared.may_have_forgotten();
         }
-        // Not under the mutex: the end of a connection wakes its driver.
-        drop(ended);
+        ended
     }
 
     /// Whether that error means that the connection is of no more use, which it isn't from now on: it broke, or leads to a server that
@@ -287,10 +323,8 @@ impl Link {
         if !is_left && !error.is_unrecoverable_error() {
             return false;
         }
-        let of_this = |current: &mut Current| current.live.generation == live.generation;
-        let ended = self.current.lock().take_if(of_this);
+        let ended = self.give_up(|current| current.live.generation == live.generation);
         if let Some(ended) = ended {
-            shared.may_have_forgotten();
             // The other connections, and the inbox, must not stay there either.
             if is_left && shared.source.follows() {
                 shared.moves.left(&ended.place);
@@ -303,8 +337,7 @@ impl Link {
 
     /// The connection, if there is one, is of no more use.
     pub(super) fn leave(&self) {
-        let ended = self.current.lock().take();
-        drop(ended);
+        self.give_up(|_| true);
     }
 
     /// Where that connection leads, if it is still the one in use.
@@ -328,6 +361,9 @@ impl Link {
     pub(super) fn leave_unless_at(&self, place: &str) {
         let mut current = self.current.lock();
         let ended = current.take_if(|current| current.place != place);
+        if ended.is_some() {
+            self.shared.cuts.note();
+        }
         if let Some(current) = &mut *current {
             current.live.switches = self.shared.moves.switches();
         }

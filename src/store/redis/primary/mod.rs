@@ -47,6 +47,7 @@ use tokio::sync::{Notify, mpsc};
 
 use super::client::Purpose;
 use super::commands::{Commands, erase};
+use super::cut::Cuts;
 use super::map;
 use super::reply::{acquired, acquired_freely, inspected, released};
 use super::script::Scripts;
@@ -99,6 +100,7 @@ pub(super) struct Shared {
     scripts: Scripts,
     metrics: Arc<ShardMetrics>,
     runtimes: Arc<Runtimes>,
+    cuts: Cuts,
     /// Whether replicas must have a lease before it counts.
     confirm: Option<Confirm>,
     renewal_habit: Habit,
@@ -160,6 +162,7 @@ impl RedisStore {
             scripts: Scripts::for_a_primary(&options.namespace),
             metrics: options.metrics,
             runtimes: options.runtimes,
+            cuts: Cuts::default(),
             confirm: Confirm::new(options.min_replicas_acked, options.timeout),
             renewal_habit: Habit::default(),
             check_role: options.check_role,
@@ -407,7 +410,8 @@ impl LeaseStore for RedisStore {
                 let mut live = link.get().await?;
                 let floor = shared.floor(slot);
                 let sent_at = Moment::now();
-                match shared.ask(&mut live, &request, slot, floor).await {
+                let asking = Live::unless_cut(live.cut(), shared.ask(&mut live, &request, slot, floor));
+                match asking.await {
                     // What a server says that was replaced meanwhile is of no worth.
                     Ok(_) if shared.switches() != live.switches => attempts.was_in_vain(None)?,
                     Ok(reply) => {
@@ -453,7 +457,7 @@ impl LeaseStore for RedisStore {
                 };
                 let floor = shared.floor(slot);
                 let sent_at = Moment::now();
-                let asking = shared.give_back(&mut live, &request, free, floor);
+                let asking = Live::unless_cut(live.cut(), shared.give_back(&mut live, &request, free, floor));
                 let answer = within(sent_at, shared.patience(), asking).await;
                 let mut reply = match answer.unwrap_or_else(|_| Err(shared.silence())) {
                     Ok(Value::Int(1)) if free => ReleaseReply {
@@ -550,6 +554,10 @@ impl LeaseStore for RedisStore {
 
     fn slot_of(&self, key: &LockKey) -> Slot {
         self.shared.commands.names.of(key).slot()
+    }
+
+    fn last_cut(&self) -> Option<Moment> {
+        self.shared.cuts.last()
     }
 
     fn listen(&self, pushes: mpsc::UnboundedSender<Push>) -> Pin<Box<dyn Future<Output = ()> + Send>> {

@@ -25,6 +25,7 @@ use futures_util::future::select_ok;
 use tokio::net::{TcpStream, lookup_host};
 
 use super::super::client::prepare;
+use super::super::cut::Ending;
 use crate::clock::Moment;
 use crate::time_limit::within;
 
@@ -59,7 +60,7 @@ impl Drop for UnderWay {
     }
 }
 
-/// Connects, and starts the driver on the current runtime; to that address `only`, if there is one.
+/// Connects, and starts the driver on the current runtime, to be ended by what comes with the connection; to that address `only`, if there is one.
 pub(super) async fn connect(
     place: (&str, u16),
     only: Option<SocketAddr>,
@@ -67,7 +68,7 @@ pub(super) async fn connect(
     config: AsyncConnectionConfig,
     timeout: Duration,
     traffic: &Traffic,
-) -> RedisResult<MultiplexedConnection> {
+) -> RedisResult<(MultiplexedConnection, Ending)> {
     let connecting = async {
         let stream = match only {
             Some(address) => reach(std::iter::once(address)).await?,
@@ -76,12 +77,12 @@ pub(super) async fn connect(
         prepare(&stream)?;
         let (connection, driver) =
             MultiplexedConnection::new_with_config(info.redis_settings(), stream, config).await?;
-        tokio::spawn(LastInLine {
+        let driver = tokio::spawn(LastInLine {
             driver: Box::pin(driver),
             traffic: traffic.clone(),
             has_waited: false,
         });
-        Ok(connection)
+        Ok((connection, Ending::Driver(driver.abort_handle())))
     };
     let silent = |_| io::Error::new(io::ErrorKind::TimedOut, format!("no answer within {timeout:?}"));
     within(Moment::now(), timeout, connecting).await.map_err(silent)?

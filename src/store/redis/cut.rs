@@ -1,0 +1,136 @@
+//! Connections that are given up: the requests on them end at once, so that the system can reset them, and the moment is kept.
+//!
+//! # Implementation details
+//!
+//! A request that was sent on a connection may be executed after that connection was given up and replaced. If it takes something, nobody knows of it: the
+//! release of its cycle went out on the next connection and was answered before. So a connection is *reset* when it is closed
+//! (`SO_LINGER` 0, see `client`), which discards what the system has not sent yet; and it is closed at once, which is what this module is for: the client
+//! library closes a connection when the last handle is dropped, and each request that waits for its reply has one.
+//!
+//! What has left this machine before may still arrive, from a proxy's buffer for example. So it is also remembered when a connection was last
+//! given up: until [`LATE_MAX`](crate::store::LATE_MAX) has passed, a release that was answered does not prove that nothing of its cycle is left.
+
+use std::future::Future;
+use std::io;
+use std::sync::Arc;
+use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
+
+use deadpool_redis::redis::{RedisError, RedisResult};
+use tokio::sync::Notify;
+use tokio::task::AbortHandle;
+
+use crate::clock::Moment;
+
+/// When one of a store's connections was last given up.
+#[derive(Debug, Default)]
+pub(super) struct Cuts {
+    /// In nanoseconds; zero if there was none.
+    last: AtomicU64,
+}
+
+impl Cuts {
+    /// One is given up now. To be called before another connection can take its place.
+    pub(super) fn note(&self) {
+        self.last.fetch_max(Moment::now().as_nanos(), Ordering::AcqRel);
+    }
+
+    pub(super) fn last(&self) -> Option<Moment> {
+        match self.last.load(Ordering::Acquire) {
+            0 => None,
+            nanos => Some(Moment::from_nanos(nanos)),
+        }
+    }
+}
+
+/// Ends a connection when it is dropped.
+#[derive(Debug)]
+pub(super) enum Ending {
+    /// By ending its driver, which is ours. All requests on it fail.
+    Driver(AbortHandle),
+    /// By having all requests on it fail and drop their handles, since the client library spawned the driver.
+    Requests(Cut),
+}
+
+impl Ending {
+    /// For requests on a connection of the client library.
+    pub(super) fn cut(&self) -> Option<Cut> {
+        match self {
+            Self::Driver(_) => None,
+            Self::Requests(cut) => Some(cut.clone()),
+        }
+    }
+}
+
+impl Drop for Ending {
+    fn drop(&mut self) {
+        match self {
+            Self::Driver(driver) => driver.abort(),
+            Self::Requests(cut) => cut.happen(),
+        }
+    }
+}
+
+/// Whether a connection of the client library was given up.
+#[derive(Debug, Clone, Default)]
+pub(super) struct Cut(Arc<State>);
+
+#[derive(Debug, Default)]
+struct State {
+    happened: AtomicBool,
+    notify: Notify,
+}
+
+impl Cut {
+    pub(super) fn happen(&self) {
+        self.0.happened.store(true, Ordering::SeqCst);
+        self.0.notify.notify_waiters();
+    }
+
+    /// The reply, or an error that says that the connection broke once it is given up.
+    pub(super) async fn or<T>(&self, reply: impl Future<Output = RedisResult<T>>) -> RedisResult<T> {
+        let notified = self.0.notify.notified();
+        if self.0.happened.load(Ordering::SeqCst) {
+            return Err(given_up());
+        }
+        tokio::select! {
+            biased;
+            reply = reply => reply,
+            () = notified => Err(given_up()),
+        }
+    }
+}
+
+fn given_up() -> RedisError {
+    io::Error::new(io::ErrorKind::BrokenPipe, "the connection was given up").into()
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[tokio::test]
+    async fn requests_end_once_their_connection_is_given_up() {
+        let ending = Ending::Requests(Cut::default());
+        let cut = ending.cut().unwrap();
+        assert_eq!(cut.or(async { Ok(1) }).await.unwrap(), 1);
+        let waiting = tokio::spawn({
+            let cut = cut.clone();
+            async move { cut.or(std::future::pending::<RedisResult<()>>()).await }
+        });
+        tokio::task::yield_now().await;
+        drop(ending);
+        assert!(waiting.await.unwrap().unwrap_err().is_unrecoverable_error());
+        let late = cut.or(std::future::pending::<RedisResult<()>>()).await;
+        assert!(late.unwrap_err().is_unrecoverable_error());
+    }
+
+    #[test]
+    fn the_last_cut_counts() {
+        let cuts = Cuts::default();
+        assert_eq!(cuts.last(), None);
+        cuts.note();
+        let first = cuts.last().unwrap();
+        cuts.note();
+        assert!(cuts.last().unwrap() >= first);
+    }
+}
