@@ -1,5 +1,6 @@
-//! A TCP proxy in front of a server, which can hold back what the server says while it goes on doing what it is told.
+//! A TCP proxy in front of a server, which can hold back what the server says while it goes on doing what it is told, or what it is told until much later.
 
+use std::collections::BTreeMap;
 use std::io::{self, Read, Write};
 use std::net::{Ipv4Addr, Shutdown, SocketAddr, TcpListener, TcpStream};
 use std::sync::Arc;
@@ -14,7 +15,38 @@ pub struct Proxy {
     address: SocketAddr,
     replies: Arc<Gate>,
     server: Arc<Mutex<String>>,
+    requests: Arc<Withheld>,
     over: Arc<AtomicBool>,
+}
+
+/// What clients have sent and the server has not received.
+#[derive(Default)]
+struct Withheld {
+    /// Of how many connections, the first.
+    count: AtomicU64,
+    /// By the numbers of their connections. Those whose clients have reset them are gone.
+    kept: Mutex<BTreeMap<u64, Kept>>,
+}
+
+struct Kept {
+    bytes: Vec<u8>,
+    server: TcpStream,
+}
+
+impl Withheld {
+    /// Says whether that part is kept.
+    fn keep(&self, connection: u64, bytes: &[u8], server: &TcpStream) -> bool {
+        if connection > self.count.load(Ordering::Relaxed) {
+            return false;
+        }
+        let mut kept = self.kept.lock();
+        let kept = kept.entry(connection).or_insert_with(|| Kept {
+            bytes: Vec::new(),
+            server: server.try_clone().expect("another handle of the stream"),
+        });
+        kept.bytes.extend_from_slice(bytes);
+        true
+    }
 }
 
 #[derive(Default)]
@@ -52,9 +84,10 @@ impl Proxy {
         let listener = TcpListener::bind((Ipv4Addr::LOCALHOST, 0)).expect("a port");
         let address = listener.local_addr().expect("an address");
         let (replies, over) = (Arc::<Gate>::default(), Arc::<AtomicBool>::default());
-        let server = Arc::new(Mutex::new(server));
+        let (server, requests) = (Arc::new(Mutex::new(server)), Arc::<Withheld>::default());
         thread::spawn({
             let (replies, over, server) = (Arc::clone(&replies), Arc::clone(&over), Arc::clone(&server));
+            let requests = Arc::clone(&requests);
             move || {
                 for client in listener.incoming() {
                     if over.load(Ordering::Relaxed) {
@@ -62,7 +95,7 @@ impl Proxy {
                     }
                     // Whoever can't be served sees its connection end.
                     let server = server.lock().clone();
-                    let joined = client.and_then(|client| join(client, &server, &replies));
+                    let joined = client.and_then(|client| join(client, &server, &replies, &requests));
                     joined.unwrap_or_else(|error| eprintln!("proxy: {error}"));
                 }
             }
@@ -71,6 +104,7 @@ impl Proxy {
             address,
             replies,
             server,
+            requests,
             over,
         }
     }
@@ -111,6 +145,32 @@ impl Proxy {
         self.replies.silent.store(joined, Ordering::Relaxed);
     }
 
+    /// What clients send on the connections that are there now is acknowledged, and does not reach the server until
+    /// [`deliver_late`](Self::deliver_late), as if the network were gone and their system tried again and again.
+    pub fn withhold(&self) {
+        let joined = self.replies.joined.load(Ordering::Relaxed);
+        self.requests.count.store(joined, Ordering::Relaxed);
+    }
+
+    /// How many bytes are withheld.
+    pub fn withheld(&self) -> usize {
+        self.requests.kept.lock().values().map(|kept| kept.bytes.len()).sum()
+    }
+
+    /// Delivers what was withheld, but for what was sent on a connection that its client has reset since; then ends the connections. Returns how the server
+    /// calls them: it has executed everything when it does not know them any more.
+    pub fn deliver_late(&self) -> Vec<SocketAddr> {
+        let kept = std::mem::take(&mut *self.requests.kept.lock());
+        let deliver = |mut kept: Kept| {
+            let known_as = kept.server.local_addr().ok()?;
+            kept.server.write_all(&kept.bytes).ok()?;
+            // It may have ended already.
+            kept.server.shutdown(Shutdown::Write).ok();
+            Some(known_as)
+        };
+        kept.into_values().filter_map(deliver).collect()
+    }
+
     /// From now on everything that the server says comes later by that.
     pub fn slow_down(&self, late: Duration) {
         let millis = u64::try_from(late.as_millis()).expect("a short time");
@@ -132,17 +192,40 @@ impl Drop for Proxy {
     }
 }
 
-fn join(client: TcpStream, server: &str, replies: &Arc<Gate>) -> io::Result<()> {
+fn join(client: TcpStream, server: &str, replies: &Arc<Gate>, requests: &Arc<Withheld>) -> io::Result<()> {
     let server = TcpStream::connect(server)?;
     for stream in [&client, &server] {
         stream.set_nodelay(true)?;
     }
     let (from_client, from_server) = (client.try_clone()?, server.try_clone()?);
-    thread::spawn(move || copy(from_client, server, || true));
-    let replies = Arc::clone(replies);
+    let (replies, requests) = (Arc::clone(replies), Arc::clone(requests));
     let number = replies.joined.fetch_add(1, Ordering::Relaxed) + 1;
+    thread::spawn(move || carry(from_client, server, &requests, number));
     thread::spawn(move || copy(from_server, client, || replies.pass(number)));
     Ok(())
+}
+
+/// What a client sends, until it ends the connection. Where something was withheld, the server does not learn of an orderly end.
+fn carry(mut client: TcpStream, mut server: TcpStream, requests: &Withheld, number: u64) {
+    let mut buffer = vec![0; 64 * 1024];
+    loop {
+        match client.read(&mut buffer) {
+            Ok(length @ 1..) => {
+                let bytes = &buffer[..length];
+                if !requests.keep(number, bytes, &server) && server.write_all(bytes).is_err() {
+                    break;
+                }
+            }
+            Ok(0) if requests.kept.lock().contains_key(&number) => return,
+            Ok(0) => break,
+            Err(_) => {
+                // Whatever its system has not sent is never sent.
+                requests.kept.lock().remove(&number);
+                break;
+            }
+        }
+    }
+    end([client, server]);
 }
 
 /// Until either side ends, and then the other ends, too.
@@ -153,7 +236,11 @@ fn copy(mut from: TcpStream, mut to: TcpStream, gate: impl Fn() -> bool) {
             break;
         }
     }
-    for stream in [from, to] {
+    end([from, to]);
+}
+
+fn end(streams: [TcpStream; 2]) {
+    for stream in streams {
         // The other side may have ended it.
         drop(stream.shutdown(Shutdown::Both));
     }
