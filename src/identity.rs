@@ -76,8 +76,24 @@ impl fmt::Display for ManagerId {
     }
 }
 
+/// The name of the manager ([`LockManager::id`](crate::LockManager::id)) in the owner of a lease, as
+/// [`LockGuard::owner`](crate::LockGuard::owner) and [`Holder`](crate::Holder) have it, or `None` if it is no manager's, but another
+/// library's. An owner as earlier versions wrote it is a manager's, too.
+#[must_use]
+pub fn manager_of(owner: &str) -> Option<&str> {
+    let (manager, cycle) = split(owner)?;
+    let is_cycle = !cycle.is_empty() && cycle.bytes().all(|byte| byte.is_ascii_hexdigit() || byte == b'-');
+    is_cycle.then_some(manager)
+}
+
 /// The manager and the cycle in a signature, or `None` if another library wrote it. The same rule stands in the Lua scripts.
 pub(crate) fn parse_signature(signature: &str) -> Option<(&str, Cycle)> {
+    let (manager, cycle) = split(signature)?;
+    Some((manager, Cycle::parse(cycle)?))
+}
+
+/// Splits at the colon after what may be the name of a manager.
+fn split(signature: &str) -> Option<(&str, &str)> {
     let (manager, cycle) = signature.rsplit_once(':')?;
     let (host_and_pid, random) = manager.rsplit_once('-')?;
     let (host, pid) = host_and_pid.rsplit_once('-')?;
@@ -87,10 +103,7 @@ pub(crate) fn parse_signature(signature: &str) -> Option<(&str, Cycle)> {
         && host
             .bytes()
             .all(|byte| byte.is_ascii_alphanumeric() || byte == b'.' || byte == b'-');
-    if !(named && digits(pid) && hex) {
-        return None;
-    }
-    Some((manager, Cycle::parse(cycle)?))
+    (named && digits(pid) && hex).then_some((manager, cycle))
 }
 
 #[cfg(test)]
@@ -110,6 +123,22 @@ mod tests {
             parse_signature(&own.sign(Cycle::of(1)).to_string()),
             Some((own.as_str(), Cycle::of(1)))
         );
+    }
+
+    #[test]
+    fn a_manager_is_found_in_its_signature_in_each_form_that_one_had() {
+        let id = ManagerId::new();
+        assert_eq!(manager_of(&id.sign(Cycle::of(7)).to_string()), Some(id.as_str()));
+        assert_eq!(manager_of(&format!("{}:7", id.as_str())), Some(id.as_str()));
+        for foreign in [
+            "",
+            "redlock:17",
+            "vm-26421-405e:2",
+            id.as_str(),
+            &format!("{}:", id.as_str()),
+        ] {
+            assert_eq!(manager_of(foreign), None, "{foreign}");
+        }
     }
 
     #[test]

@@ -38,6 +38,7 @@ pub use endpoint::{Endpoint, ServerUrl};
 pub use error::{Invalid, LockError, LossReason};
 pub use fence::FencingToken;
 pub use guard::LockGuard;
+pub use identity::manager_of;
 pub use key::{LockKey, SLOTS, Slot};
 pub use manager::LockManager;
 pub use request::{LockFuture, LockRequest, TryLockFuture, TryLockRequest};

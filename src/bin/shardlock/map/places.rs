@@ -5,7 +5,7 @@ use std::time::{Duration, Instant};
 use anyhow::anyhow;
 use deadpool_redis::redis::aio::MultiplexedConnection;
 use deadpool_redis::redis::{Cmd, FromRedisValue, cmd};
-use shardlock::{Endpoint, ServerUrl, ShardConfig};
+use shardlock::{Endpoint, ServerUrl, ShardConfig, manager_of};
 
 use crate::asking::{Asking, ask, primaries};
 use crate::exit::{self, Failure};
@@ -199,7 +199,7 @@ async fn leases_at(server: &ServerUrl, asking: &Asking<'_>) -> Result<Leases, St
             // What is no string is no lease.
             let owner: Option<Vec<u8>> = ask(&mut connection, cmd("GET").arg(name)).await.unwrap_or_default();
             let owner = String::from_utf8_lossy(&owner.unwrap_or_default()).into_owned();
-            if is_manager(&owner) {
+            if manager_of(&owner).is_some() {
                 return Ok(Leases::Some {
                     example: key.to_string(),
                     owner,
@@ -214,18 +214,6 @@ async fn leases_at(server: &ServerUrl, asking: &Asking<'_>) -> Result<Leases, St
             return Ok(Leases::Unknown);
         }
     }
-}
-
-/// Whether that is how a manager signs: `host-pid-random:cycle`.
-fn is_manager(owner: &str) -> bool {
-    let digits = |text: &str, is: fn(&u8) -> bool| !text.is_empty() && text.as_bytes().iter().all(is);
-    let Some((manager, cycle)) = owner.rsplit_once(':') else {
-        return false;
-    };
-    let Some((_, random)) = manager.rsplit_once('-') else {
-        return false;
-    };
-    digits(cycle, u8::is_ascii_digit) && random.len() == 16 && digits(random, u8::is_ascii_hexdigit)
 }
 
 async fn connect(server: &ServerUrl, asking: &Asking<'_>) -> Result<MultiplexedConnection, String> {
@@ -252,20 +240,6 @@ fn glob(text: &str) -> String {
 #[cfg(test)]
 mod tests {
     use super::*;
-
-    #[test]
-    fn managers_are_known_by_their_signature() {
-        assert!(is_manager("vm-26421-405e0207d6084959:2"));
-        for other in [
-            "",
-            "their-own-value",
-            "redlock:17",
-            "vm-26421-405e:2",
-            "vm-26421-405e0207d6084959",
-        ] {
-            assert!(!is_manager(other), "{other}");
-        }
-    }
 
     #[test]
     fn a_namespace_is_matched_as_it_stands() {

@@ -9,6 +9,7 @@ mod shards;
 
 use std::time::{Duration, Instant};
 
+use shardlock::manager_of;
 use tokio::sync::{mpsc, watch};
 use tokio::task::JoinSet;
 
@@ -97,10 +98,7 @@ pub(super) struct Locks {
 
 /// The process that signed a lease: `host-pid`, without what only tells managers and their cycles apart. What another library wrote stays whole.
 pub(super) fn process_of(owner: &str) -> &str {
-    let manager = match owner.rsplit_once(':') {
-        Some((manager, cycle)) if !cycle.is_empty() && cycle.bytes().all(|byte| byte.is_ascii_digit()) => manager,
-        _ => owner,
-    };
+    let manager = manager_of(owner).unwrap_or(owner);
     match manager.rsplit_once('-') {
         Some((process, random)) if random.len() == 16 && random.bytes().all(|byte| byte.is_ascii_hexdigit()) => process,
         _ => owner,
@@ -237,6 +235,7 @@ mod tests {
 
     #[test]
     fn an_owner_is_shortened_to_its_process_and_foreign_ones_are_left_alone() {
+        assert_eq!(process_of("vm-26421-405e0207d6084959:2-10000-0badcafe"), "vm-26421");
         assert_eq!(process_of("vm-26421-405e0207d6084959:2"), "vm-26421");
         assert_eq!(process_of("vm-26421-405e0207d6084959"), "vm-26421");
         for foreign in ["", "redlock:17", "a-b:c", "vm-26421-405e:2", "0123456789abcdef"] {
