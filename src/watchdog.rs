@@ -69,8 +69,11 @@ fn pause(took: Duration, shortest: Duration) -> Duration {
     LOOK_EVERY_MIN.max((4 * took).min(shortest / 20))
 }
 
+/// A lease that is due for renewal, and the key that it is of.
+type DueRenewal = Due<(Arc<Entry>, Renewal)>;
+
 /// Lets time pass for every key. Returns what is due for renewal, and the shortest TTL of all leases.
-fn look(shard: &Arc<Shard>) -> (Vec<Due<(Arc<Entry>, Renewal)>>, Duration) {
+fn look(shard: &Arc<Shard>) -> (Vec<DueRenewal>, Duration) {
     // First, so that what a task tells during the look is not forgotten.
     shard.watch.reset();
     let (mut all_due, mut shortest) = (Vec::new(), Duration::MAX);
