@@ -72,7 +72,7 @@ impl Permissions {
     ) -> RedisError {
         match refused(&error) {
             Some(Refused::CommandInScript(line)) => match command_in(code, line) {
-                Some(command) => lacking(&format!("+{}", command.to_lowercase()), &error),
+                Some(command) => lacking(&format!("+{command}"), &error),
                 None => error,
             },
             Some(Refused::Key) => match first_denied(keys(call), connection).await {
@@ -158,14 +158,22 @@ fn refused(error: &RedisError) -> Option<Refused<'_>> {
     text.contains("key").then_some(Refused::Key)
 }
 
-/// The command that a script calls in that line. An error that has no line comes from the call whose errors the script looks at itself.
-fn command_in(code: &str, line: Option<usize>) -> Option<&str> {
+/// The command that a script calls in that line, as the ACL names it. An error that has no line comes from the call whose errors the script
+/// looks at itself.
+fn command_in(code: &str, line: Option<usize>) -> Option<String> {
     let from = match line {
         Some(line) => code.lines().nth(line.checked_sub(1)?)?,
         None => &code[code.find("redis.pcall(")?..],
     };
     let (_, call) = from.split_once("call('")?;
-    call.split('\'').next()
+    let mut quoted = call.split('\'');
+    let command = quoted.next()?.to_lowercase();
+    if command != "pubsub" {
+        return Some(command);
+    }
+    // Its subcommands have rules of their own. A comma is between the two.
+    let subcommand = quoted.nth(1)?.to_lowercase();
+    Some(format!("{command}|{subcommand}"))
 }
 
 fn arguments(command: &Cmd) -> impl Iterator<Item = &[u8]> {
@@ -251,6 +259,14 @@ mod tests {
             assert!(words.starts_with("the user lacks the permission ~{jobs/*; "), "{words}");
         }
         assert_eq!(in_words(&error(ResponseError, "a key of another kind")), None);
+    }
+
+    #[test]
+    fn command_of_a_script_is_named_as_the_acl_names_it() {
+        let code = "local a = redis.call('GET', KEYS[1])\nreturn redis.call('PUBSUB', 'NUMSUB', a)[2] > 0\n";
+        assert_eq!(command_in(code, Some(1)).as_deref(), Some("get"));
+        assert_eq!(command_in(code, Some(2)).as_deref(), Some("pubsub|numsub"));
+        assert_eq!(command_in(code, Some(3)), None);
     }
 
     /// Up to Redis 7.0 the line is all that is known of a command in a script.
