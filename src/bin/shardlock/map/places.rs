@@ -196,8 +196,12 @@ async fn leases_at(server: &ServerUrl, asking: &Asking<'_>) -> Result<Leases, St
                 .ok()
                 .and_then(|name| asking.config.key_of_lease(name));
             let Some(key) = key else { continue };
-            // What is no string is no lease.
-            let owner: Option<Vec<u8>> = ask(&mut connection, cmd("GET").arg(name)).await.unwrap_or_default();
+            let owner: Option<Vec<u8>> = match ask(&mut connection, cmd("GET").arg(name)).await {
+                Ok(owner) => owner,
+                // What is no string is no lease.
+                Err(reason) if reason.contains("WRONGTYPE") => None,
+                Err(reason) => return Err(reason),
+            };
             let owner = String::from_utf8_lossy(&owner.unwrap_or_default()).into_owned();
             if manager_of(&owner).is_some() {
                 return Ok(Leases::Some {
