@@ -17,6 +17,8 @@ use std::time::{Duration, Instant};
 mod beside;
 #[path = "../src/clock.rs"]
 mod clock;
+#[path = "../src/cycle.rs"]
+mod cycle;
 #[path = "../src/error.rs"]
 mod error;
 #[path = "../src/fence.rs"]
@@ -37,7 +39,7 @@ use clock::Moment;
 use error::LockError;
 use fence::TokenBlock;
 use protocol::{AcquireReply, Answer, Cycles};
-use queue::{Context, Linger, Outcome, Queue, Request, Room, Rules, WaiterId, Want};
+use queue::{Context, InOutage, Linger, Outcome, Queue, Request, Room, Rules, WaiterId, Want};
 
 const WANT: Want = Want {
     ttl: Duration::from_secs(10),
@@ -45,6 +47,7 @@ const WANT: Want = Want {
     linger: Linger::NONE,
     only_try: false,
     expects_rivals: false,
+    in_outage: InOutage::Fail,
 };
 
 /// A queue with so many waiters, the lease, and tokens for longer than any run.
@@ -73,6 +76,7 @@ impl Line {
         };
         let cx = Context {
             now: NOW,
+            epoch: 0,
             rules: &line.rules,
             cycles: &line.cycles,
             room: Room::ENDLESS,
@@ -105,6 +109,7 @@ impl Line {
     fn turn(&mut self) {
         let cx = Context {
             now: NOW,
+            epoch: 0,
             rules: &self.rules,
             cycles: &self.cycles,
             room: Room::ENDLESS,
