@@ -287,7 +287,7 @@ async fn an_outage_has_a_line_when_it_begins_and_one_when_it_is_over() {
     guard.lost().await;
     // Requests, renewals, looks and the inbox all fail again and again.
     for key in 0..10 {
-        locks.lock(&key.to_string()).timeout(ttl).await.unwrap_err();
+        locks.lock(key.to_string()).timeout(ttl).await.unwrap_err();
     }
     server.restart();
     drop(waiting.await.unwrap());

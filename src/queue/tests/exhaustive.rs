@@ -403,10 +403,7 @@ impl Small {
         if in_line > 0 {
             let served = matches!(phase, Phase::Held(held) if held.guard().is_some());
             let looked_after = needs_request || served || matches!(phase, Phase::Queued(_) | Phase::Retrying { .. });
-            assert_eq!(
-                matches!(phase, Phase::Retrying { .. }) && queue.look_at().is_none(),
-                false
-            );
+            assert!(!matches!(phase, Phase::Retrying { .. }) || queue.look_at().is_some());
             assert!(looked_after, "somebody waits for nothing: {phase:?}");
         }
         let valid = self.guards.iter().flatten().filter(|guard| {
