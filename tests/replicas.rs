@@ -41,7 +41,7 @@ async fn with_too_few_replicas_nothing_is_locked_and_nothing_is_left() {
     let locks = connect_confirmed(&primary.url()).await;
     let no_replica = async |key: &str| {
         let started = Instant::now();
-        let error = locks.lock(key).await.expect_err("no replica has it");
+        let error = locks.lock(key).fail_fast().await.expect_err("no replica has it");
         assert!(
             matches!(error, LockError::Unavailable { step: "acquire", .. }),
             "{error}"
