@@ -299,8 +299,11 @@ impl Cleaner {
         self.failed.push(Reverse(failed));
     }
 
-    /// Logged once in a while: an outage may leave very many.
+    /// Logged once in a while: an outage may leave very many. Not while the shard is known to be down, which was logged.
     fn leave_to_run_out(&mut self, reason: &str) {
+        if self.shard.is_in_outage() {
+            return tracing::debug!(shard = %self.shard.name, reason, "a lease is left to run out during an outage");
+        }
         self.left_to_run_out += 1;
         let now = Moment::now();
         if self.complained_at.is_some_and(|at| now.since(at) < COMPLAIN_EVERY) {
