@@ -10,8 +10,8 @@ use std::time::Duration;
 /// uses a number twice, so a command that executes late can only concern the cycle that it was sent
 /// for.
 ///
-/// In a store a cycle is written as `<number>-<ttl in ms>-<code>`: whoever passes the lease on reads
-/// from it how long the lease of this cycle lasts, and nobody can guess it (see [`Cycles`]).
+/// In a store a cycle is written as `<number>-<ttl in ms>-<code>`. The manager that passes the lease
+/// on reads from it how long this cycle's lease lasts. Other clients can't guess it (see [`Cycles`]).
 ///
 /// An *odd* number means that its manager expects remote waiters from the start and bounds its
 /// bypass; the owner of an *even* one is notified (`wanted`) when another manager begins to wait.
