@@ -46,6 +46,24 @@ on_each_store! {
         assert!(guard.release().await.expect_err("it was lost").is_lost());
         next.release().await.expect("it is held");
     }
+
+    /// The queue is gone as well, so that no renewal finds out who waits: the look at the shard does, which is taken every three seconds.
+    async fn who_waits_on_a_server_that_was_emptied_asks_again_after_the_next_look(store: &TestStore) {
+        let builder = || store.builder().ttl(Duration::from_secs(20)).store_timeout(Duration::from_secs(5));
+        let holder = builder().connect().await.expect("connect");
+        let other = builder().connect().await.expect("connect");
+        let guard = lock(&holder, "k").await;
+        let waiting = waiting(&other, "k");
+        until_queued(&holder, "k", 1).await;
+        store.servers().flush();
+        let flushed = Instant::now();
+        let next = soon("the lock", waiting).await.expect("a task");
+        // It would have asked unasked after ten seconds.
+        assert!(flushed.elapsed() < Duration::from_secs(7), "{:?}", flushed.elapsed());
+        assert!(next.token() > guard.token());
+        assert_eq!(soon("the loss", guard.lost()).await, LossReason::Taken);
+        next.release().await.expect("it is held");
+    }
 }
 
 on_each_store! {

@@ -143,6 +143,14 @@ impl<W> Queue<W> {
         }
     }
 
+    /// The cycle that stands in the store's queue, if one does.
+    pub(crate) const fn queued_cycle(&self) -> Option<Cycle> {
+        match &self.phase {
+            Phase::Queued(queued) => Some(queued.cycle),
+            _ => None,
+        }
+    }
+
     /// How many tasks wait.
     pub(crate) const fn waiting(&self) -> usize {
         self.waiters.len()

@@ -281,6 +281,11 @@ impl Entry {
         self.state.lock().queue.is_current(cycle)
     }
 
+    /// The cycle that stands in the store's queue, if one does.
+    pub(super) fn queued_cycle(&self) -> Option<Cycle> {
+        self.state.lock().queue.queued_cycle()
+    }
+
     /// Until when its lease is kept without a guard, if it is.
     pub(super) fn lingers_until(&self) -> Option<Moment> {
         self.state.lock().queue.lingers_until()

@@ -157,7 +157,7 @@ async fn receive(shard: Arc<Shard>, pushes: Arc<Mutex<mpsc::UnboundedReceiver<Pu
 }
 
 /// Asks again for all keys that wait, or those of one slot, at once; the connection pipelines them.
-fn ask_again(shard: &Arc<Shard>, slot: Option<Slot>) {
+pub(super) fn ask_again(shard: &Arc<Shard>, slot: Option<Slot>) {
     for entry in shard.table.all() {
         if slot.is_none_or(|slot| shard.store.slot_of(&entry.key) == slot) {
             entry.in_background(|queue, cx| queue.resubscribed(cx));

@@ -16,6 +16,7 @@ mod drive;
 mod entry;
 mod inbox;
 mod map;
+mod places;
 pub(crate) mod pulse;
 mod reach;
 mod rivals;

@@ -1,4 +1,4 @@
-//! Looks at a shard every few seconds: whether it takes locks, and whether the clocks of its servers have jumped.
+//! Looks at a shard every few seconds: whether it takes locks, whether it still knows who waits, and whether the clocks of its servers have jumped.
 //!
 //! No lock decision uses a server's time of day; but a Redis server ends leases by it, so a step is something to know. It is seen against our
 //! monotonic clock.
@@ -7,7 +7,7 @@ use std::collections::HashMap;
 use std::sync::Arc;
 use std::time::Duration;
 
-use super::Shard;
+use super::{Shard, places};
 use crate::clock::Moment;
 use crate::store::{Look, ServerTime};
 use crate::text::printable;
@@ -41,6 +41,9 @@ pub(super) async fn watch(shard: Arc<Shard>) {
         for (server, seconds) in clocks.saw(&look) {
             shard.metrics.clock_jumps.increment(1);
             tracing::warn!(shard = %shard.name, server = %printable(&server), seconds, "the server's clock has jumped; leases on it may end early or late");
+        }
+        if look.reached.is_ok() {
+            places::check(&shard).await;
         }
         if let Some(drift) = clocks.largest_drift() {
             shard.metrics.clock_drift.set(drift);

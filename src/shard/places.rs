@@ -1,0 +1,43 @@
+//! Looks whether the places in the store's queues are still there.
+//!
+//! # Implementation details
+//!
+//! A command that empties a server, such as FLUSHALL, takes leases and queues together, and nobody is told: there is no holder's renewal that would find the
+//! queue and serve it. So every few seconds one key of those that wait is looked at. If the store knows nothing of its cycle any more, all keys of the
+//! shard that wait ask again.
+
+use std::sync::Arc;
+
+use super::Shard;
+use super::inbox::ask_again;
+use crate::protocol::Cycle;
+use crate::store::{INSPECTED_QUEUE_MAX, Inspection};
+
+/// Looks at one key that waits, another one each time.
+pub(super) async fn check(shard: &Arc<Shard>) {
+    let entries = shard.table.all();
+    let begin = rand::random_range(0..entries.len().max(1));
+    let (after, before) = entries.split_at(begin.min(entries.len()));
+    let mut queued = before
+        .iter()
+        .chain(after)
+        .filter_map(|entry| Some((entry, entry.queued_cycle()?)));
+    let Some((entry, cycle)) = queued.next() else { return };
+    // What can't be reached is not forgotten.
+    let Ok(seen) = shard.inspect(&entry.key).await else {
+        return;
+    };
+    // A grant that was on its way when the store was asked made it the holder there.
+    if is_forgotten(shard, cycle, &seen) && entry.queued_cycle() == Some(cycle) {
+        tracing::warn!(shard = %shard.name, "a place in the queue of a key is gone, as after a command that empties the server; all who wait ask again");
+        ask_again(shard, None);
+    }
+}
+
+/// Whether the store knows nothing of that cycle.
+fn is_forgotten(shard: &Shard, cycle: Cycle, seen: &Inspection) -> bool {
+    let ours = shard.sign(cycle);
+    let holds = seen.holder.as_ref().is_some_and(|holder| holder.owner == ours);
+    // Only the head of a long queue is told.
+    !holds && seen.queue.len() < INSPECTED_QUEUE_MAX && !seen.queue.contains(&ours)
+}
