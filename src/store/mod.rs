@@ -2,6 +2,7 @@
 
 #[cfg(test)]
 mod conformance;
+mod connecting;
 #[cfg(feature = "etcd")]
 mod etcd;
 pub(crate) mod map;

@@ -7,13 +7,14 @@ use std::time::Duration;
 
 use etcd_client::{Client, ConnectOptions};
 use parking_lot::Mutex;
-use tokio::sync::Notify;
+use tokio::sync::{Notify, Semaphore};
 
 use super::fault::{Fault, fault};
 use super::map;
 use crate::backoff::Backoff;
 use crate::clock::Moment;
 use crate::program::Runtimes;
+use crate::store::connecting::Connecting;
 use crate::store::map::StoredMap;
 use crate::store::{MapState, MapStep, StoreError};
 use crate::telemetry::ShardMetrics;
@@ -50,8 +51,9 @@ pub(super) struct Link {
     opened: AtomicU64,
     /// A connection was given up.
     given_up: Notify,
-    /// Held while connecting, so that a hundred tasks that find the connection broken make one new one.
-    connecting: tokio::sync::Mutex<()>,
+    connecting: Connecting<Live>,
+    /// A place for each request that may be under way.
+    places: Semaphore,
 }
 
 /// A connection and which one it is.
@@ -64,6 +66,8 @@ pub(super) struct Live {
     index: usize,
 }
 
+/// How many requests are under way on a connection at a time: each costs 40 KB of memory until it is answered, and etcd answers no faster for more.
+const UNDER_WAY_MAX: usize = 1_000;
 /// The pause before a request is sent again, growing.
 const PAUSE_MIN: Duration = Duration::from_millis(5);
 const PAUSE_MAX: Duration = Duration::from_millis(100);
@@ -122,7 +126,8 @@ impl Link {
             current: Mutex::new(None),
             opened: AtomicU64::new(0),
             given_up: Notify::new(),
-            connecting: tokio::sync::Mutex::new(()),
+            connecting: Connecting::default(),
+            places: Semaphore::new(UNDER_WAY_MAX),
         })
     }
 
@@ -135,20 +140,17 @@ impl Link {
         }
     }
 
-    /// Connects on a task of its own if the program's tasks use it: the one that asked may not be polled any more, and would keep all others from
-    /// connecting.
     async fn connect_apart(&self) -> Result<Live, StoreError> {
-        let (Some(runtimes), Some(link)) = (&self.runtimes, self.me.upgrade()) else {
-            return self.connect().await;
+        let Some(link) = self.me.upgrade() else {
+            return Err(StoreError::Unavailable("the manager has ended".into()));
         };
-        let connecting = runtimes.spawn(async move { link.connect().await });
-        let failed = |error| StoreError::Unavailable(format!("connecting came to no end: {error}").into());
-        connecting.await.unwrap_or_else(|error| Err(failed(error)))
+        self.connecting
+            .attempt(self.runtimes.as_deref(), || link.connect())
+            .await
     }
 
     /// Tries one server after the other.
-    async fn connect(&self) -> Result<Live, StoreError> {
-        let _only_one = self.connecting.lock().await;
+    async fn connect(self: Arc<Self>) -> Result<Live, StoreError> {
         if let Some(live) = self.current.lock().clone() {
             return Ok(live);
         }
@@ -269,7 +271,13 @@ impl Link {
                         since: Moment::now(),
                         answered: false,
                     };
-                    let reply = tokio::time::timeout(self.servers.attempt_max(), send(live.client.clone())).await;
+                    let reply = tokio::time::timeout(self.servers.attempt_max(), async {
+                        // Never closed.
+                        let _place = self.places.acquire().await;
+                        // On the heap, and only now: it is large.
+                        Box::pin(send(live.client.clone())).await
+                    });
+                    let reply = reply.await;
                     pending.answered = true;
                     match reply {
                         Err(_) => {

@@ -16,9 +16,12 @@ use super::super::client::with_reason;
 use super::super::cut::{Cut, Ending};
 use super::super::reply::error_in_words;
 use super::topology::{Place, Topology};
+use crate::clock::Moment;
 use crate::program::Runtimes;
 use crate::store::StoreError;
+use crate::store::connecting::Connecting;
 use crate::telemetry::ShardMetrics;
+use crate::time_limit::within;
 
 /// How many requests may wait to be written before senders wait.
 const PIPELINE_BUFFER: usize = 1024;
@@ -39,8 +42,7 @@ pub(super) struct Node {
     /// The runtimes, if the program's tasks use it: then its driver belongs at home. Otherwise it belongs where it is opened.
     runtimes: Option<Arc<Runtimes>>,
     current: Mutex<Option<Current>>,
-    /// Held while connecting, so that a hundred tasks that find no connection make one.
-    connecting: tokio::sync::Mutex<()>,
+    connecting: Connecting<Live>,
 }
 
 /// Why there is no answer, not even an error.
@@ -95,7 +97,7 @@ impl Node {
             topology: Arc::clone(topology),
             runtimes: None,
             current: Mutex::new(None),
-            connecting: tokio::sync::Mutex::new(()),
+            connecting: Connecting::default(),
         })
     }
 
@@ -119,20 +121,12 @@ impl Node {
         self.current.lock().as_ref().map(|current| current.live.clone())
     }
 
-    /// Connects on a task of its own if the program's tasks use it: the one that asked may not be polled any more, and would keep all others from
-    /// connecting.
     async fn connect_apart(self: &Arc<Self>) -> Result<Live, StoreError> {
-        let Some(runtimes) = &self.runtimes else {
-            return self.connect().await;
-        };
-        let node = Arc::clone(self);
-        let connecting = runtimes.spawn(async move { node.connect().await });
-        let failed = |error| StoreError::Unavailable(format!("connecting came to no end: {error}").into());
-        connecting.await.unwrap_or_else(|error| Err(failed(error)))
+        let connect = || Arc::clone(self).connect();
+        self.connecting.attempt(self.runtimes.as_deref(), connect).await
     }
 
-    async fn connect(&self) -> Result<Live, StoreError> {
-        let _only_one = self.connecting.lock().await;
+    async fn connect(self: Arc<Self>) -> Result<Live, StoreError> {
         if let Some(live) = self.live() {
             return Ok(live);
         }
@@ -166,8 +160,9 @@ impl Node {
             }
         };
         let mut connection = with_reason(&self.info, self.timeout, connecting).await?;
-        // Not every user may; and a connection that broke meanwhile is found out by the first request.
-        drop(connection.send_packed_command(&self.name).await);
+        // Not every user may; and a connection that broke meanwhile is found out by the first request, as is a server that hangs.
+        let naming = connection.send_packed_command(&self.name);
+        drop(within(Moment::now(), self.timeout, naming).await);
         match self.listener {
             Some(_) => self.metrics.subscriptions.increment(1),
             None => self.metrics.connects.increment(1),

@@ -22,7 +22,9 @@ use crate::backoff::Backoff;
 use crate::clock::Moment;
 use crate::endpoint::ServerUrl;
 use crate::fence::FencingToken;
+use crate::store::connecting::Connecting;
 use crate::store::{MapState, MapStep, StoreError};
+use crate::time_limit::within;
 
 /// A connection, opened once and kept: checking one out of a pool for each request would cost a round trip each.
 pub(super) struct Link {
@@ -30,11 +32,7 @@ pub(super) struct Link {
     current: Mutex<Option<Current>>,
     /// How many connections were opened.
     opened: AtomicU64,
-    /// Held while connecting, so that a hundred tasks that find the connection broken make one new one; with the error of the last
-    /// attempt, which is theirs, too.
-    connecting: tokio::sync::Mutex<Option<StoreError>>,
-    /// How many attempts failed.
-    failed: AtomicU64,
+    connecting: Connecting<Live>,
     traffic: Traffic,
     purpose: Purpose,
 }
@@ -91,8 +89,7 @@ impl Link {
             shared: Arc::clone(shared),
             current: Mutex::new(None),
             opened: AtomicU64::new(0),
-            connecting: tokio::sync::Mutex::new(None),
-            failed: AtomicU64::new(0),
+            connecting: Connecting::default(),
             traffic: Traffic::default(),
             purpose,
         }
@@ -112,16 +109,9 @@ impl Link {
         }
     }
 
-    /// Connects on a task of its own, on the background thread. The task that asked may not be polled for long, as in a `select!` whose other arm
-    /// has begun to wait, or its runtime may run nothing; it would keep all others from connecting.
     async fn connect_apart(self: &Arc<Self>) -> Result<Live, StoreError> {
-        let link = Arc::clone(self);
-        let connecting = self.shared.runtimes.spawn(async move { link.connect().await });
-        connecting.await.unwrap_or_else(|error| {
-            Err(StoreError::Unavailable(
-                format!("connecting came to no end: {error}").into(),
-            ))
-        })
+        let connect = || Arc::clone(self).connect();
+        self.connecting.attempt(Some(&self.shared.runtimes), connect).await
     }
 
     /// The connection, if there is one that was opened since the address last led elsewhere.
@@ -132,24 +122,11 @@ impl Link {
         current.map(|current| current.live.clone())
     }
 
-    async fn connect(&self) -> Result<Live, StoreError> {
-        let failed = self.failed.load(Ordering::Acquire);
-        let mut last_error = self.connecting.lock().await;
-        if let Some(live) = self.live() {
-            return Ok(live);
+    async fn connect(self: Arc<Self>) -> Result<Live, StoreError> {
+        match self.live() {
+            Some(live) => Ok(live),
+            None => self.find_primary().await,
         }
-        if let Some(error) = &*last_error
-            && self.failed.load(Ordering::Acquire) != failed
-        {
-            // It was tried while this task waited.
-            return Err(error.clone());
-        }
-        let connected = self.find_primary().await;
-        *last_error = connected.as_ref().err().cloned();
-        if connected.is_err() {
-            self.failed.fetch_add(1, Ordering::Release);
-        }
-        connected
     }
 
     /// Connects to the primary. While a failover is under way, the sentinels are asked again and again, for most of the time that a
@@ -264,7 +241,14 @@ impl Link {
             }
         };
         let (mut connection, ending) = with_reason(info, shared.timeout, connecting).await?;
-        self.greet(&mut connection, server.place(), info).await?;
+        // A server that hangs takes connections and answers nothing.
+        let greeted = within(
+            Moment::now(),
+            shared.timeout,
+            self.greet(&mut connection, server.place(), info),
+        )
+        .await;
+        greeted.unwrap_or_else(|_| Err(no_greeting(shared.timeout)))?;
         shared.metrics.connects.increment(1);
         let generation = self.opened.fetch_add(1, Ordering::Relaxed);
         let live = Live {
@@ -446,6 +430,12 @@ fn needed_to_wait(map_key: &str) -> Cmd {
     let mut pop = cmd("ZPOPMIN");
     pop.arg(format!("{{{map_key}}}:q")).arg(0);
     pop
+}
+
+fn no_greeting(timeout: Duration) -> StoreError {
+    StoreError::Unavailable(
+        format!("the server took the connection and answered nothing on it within store_timeout ({timeout:?})").into(),
+    )
 }
 
 fn is_unknown_command(error: &RedisError) -> bool {
