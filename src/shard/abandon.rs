@@ -3,7 +3,8 @@
 //! # Implementation details
 //!
 //! Each shard has a service for this on the background thread ([`clean`]). What an abandoned cycle costs is bounded: it is a key and a number in a list, of
-//! which there are at most [`OWED_MAX`]; at most [`AT_A_TIME`] of a shard are being released. What is beyond that is left to run out, as is a lease
+//! which there are at most [`OWED_MAX`]; at most [`AT_A_TIME_MAX`] of a shard are being released. That number is halved by each release without an answer and
+//! grows by one with each that is answered, so that a server that is back is not kept from new requests by old releases. What is beyond the limits is left to run out, as is a lease
 //! whose release fails until the longest TTL has passed.
 //!
 //! The first attempt travels on the caller's lane, where an acquire of that cycle may still be on its way: the release arrives after it. The next ones travel
@@ -35,8 +36,9 @@ const PAUSE_MAX: Duration = Duration::from_secs(1);
 const PAUSE_LATER: Duration = Duration::from_secs(4);
 /// How many cycles of a manager may wait for their release.
 const OWED_MAX: usize = 100_000;
-/// How many releases of a shard are sent at a time.
-const AT_A_TIME: usize = 1_000;
+/// How many releases of a shard are sent at a time, at most and at least: if one node of several gives no answer, the others must have some, too.
+const AT_A_TIME_MAX: usize = 1_000;
+const AT_A_TIME_MIN: usize = 64;
 /// How many cycles of a shard may wait to be released once more.
 const DOUBTED_MAX: usize = 10_000;
 /// How often it is logged that leases are left to run out.
@@ -120,6 +122,7 @@ struct Cleaner {
     failed: BinaryHeap<Reverse<Failed>>,
     /// In the order of their moments.
     doubted: VecDeque<Doubted>,
+    at_a_time: usize,
     left_to_run_out: u64,
     complained_at: Option<Moment>,
 }
@@ -131,12 +134,12 @@ pub(super) async fn clean(shard: Arc<Shard>, mut work: mpsc::UnboundedReceiver<W
     loop {
         let now = Moment::now();
         cleaner.take_doubted(now);
-        while under_way.len() < AT_A_TIME
+        while under_way.len() < cleaner.at_a_time
             && let Some(next) = cleaner.next(now)
         {
             under_way.push(Box::pin(attempt(Arc::clone(&cleaner.shard), next)));
         }
-        let pause = match under_way.len() < AT_A_TIME {
+        let pause = match under_way.len() < cleaner.at_a_time {
             true => cleaner.next_due().map(|due| due.since(now)),
             false => None,
         };
@@ -185,6 +188,7 @@ impl Cleaner {
             fresh: VecDeque::new(),
             failed: BinaryHeap::new(),
             doubted: VecDeque::new(),
+            at_a_time: AT_A_TIME_MAX,
             left_to_run_out: 0,
             complained_at: None,
         }
@@ -257,6 +261,10 @@ impl Cleaner {
 
     fn ended(&mut self, failed: Failed, released: Result<Lane, StoreError>) {
         let now = Moment::now();
+        match &released {
+            Err(StoreError::Unavailable(_)) => self.at_a_time = (self.at_a_time / 2).max(AT_A_TIME_MIN),
+            _ => self.at_a_time = (self.at_a_time + 1).min(AT_A_TIME_MAX),
+        }
         match released {
             Ok(lane) => {
                 let Abandoned {
