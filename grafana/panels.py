@@ -364,7 +364,8 @@ SATURATION = Row(
         Panel(
             "Requests refused at a limit",
             "max_waiters_per_key, max_waiters or max_keys was reached, and the request refused at once. The process is overloaded: shed load earlier, find "
-            "the hot key, or raise the limit if there is memory.",
+            "the hot key, or raise the limit if there is memory. `renewals`: more leases are held than are renewed in time. `outage`: many keys wait for a "
+            "shard that is down.",
             [(total(rate("shardlock_rejections_total", PROCESS), "limit"), "{{limit}}")],
             unit=units.RequestsPerSecond,
             width=6,

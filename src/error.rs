@@ -85,6 +85,21 @@ pub enum LockError {
         leases: usize,
     },
 
+    /// The shard is down, and so many keys wait for its return that no further one is let in. Try again later.
+    #[error(
+        "shard {shard} is down and {waiting} keys wait for its return (at most {limit} may), so {key:?} was refused; try again later, or check the server"
+    )]
+    ShardDown {
+        /// The key that was wanted.
+        key: String,
+        /// The name of its shard.
+        shard: String,
+        /// How many keys wait.
+        waiting: usize,
+        /// The limit that was reached.
+        limit: usize,
+    },
+
     /// The shard could not be reached, or did not answer in time. Whether a command took effect is unknown; it is undone in
     /// the background. Try again later.
     #[error("shard {shard} is unavailable ({step}{}, after {waited:.3?}): {reason}; retry, or check the server", on_key(.key))]
@@ -188,6 +203,7 @@ impl LockError {
                 | Self::TooManyWaiters { .. }
                 | Self::TooManyKeys { .. }
                 | Self::TooManyLeases { .. }
+                | Self::ShardDown { .. }
                 | Self::Unavailable { .. }
         )
     }

@@ -38,7 +38,7 @@ use crate::telemetry::{ClassMetrics, Ending, Limit};
 /// # Errors
 ///
 /// Awaiting gives [`LockError::Invalid`] for a key or a duration outside its bounds, [`LockError::Timeout`] when the wait limit has passed,
-/// [`LockError::QueueFull`], [`LockError::TooManyWaiters`], [`LockError::TooManyKeys`] or [`LockError::TooManyLeases`] when a limit was reached, [`LockError::Unavailable`]
+/// [`LockError::QueueFull`], [`LockError::TooManyWaiters`], [`LockError::TooManyKeys`], [`LockError::TooManyLeases`] or [`LockError::ShardDown`] when a limit was reached, [`LockError::Unavailable`]
 /// when the shard can't be reached for as long as the request bears it (see below), [`LockError::Refused`] when it says no, [`LockError::ShardMapMismatch`] when it has another shard map by now,
 /// [`LockError::TokenRegression`] when it issued a token that is not above earlier ones, and [`LockError::Closed`] after a shutdown.
 ///
@@ -49,6 +49,9 @@ use crate::telemetry::{ClassMetrics, Ending, Limit};
 /// [`store_timeout`](crate::Config::store_timeout), whether it has just begun or has waited for long. A try, and a request that is to
 /// [`fail_fast`](Self::fail_fast), fails with its first request that does. The error is [`LockError::Unavailable`] with the time that the
 /// request has waited in all. A shard that refuses ([`LockError::Refused`]) is not asked again.
+///
+/// While a shard is down, at most 10,000 keys of a manager wait for it. A request for one more is refused at once with
+/// [`LockError::ShardDown`], whatever its timeout, so that a program that asks for ever new keys does not grow without bound.
 ///
 /// # Cancel safety
 ///

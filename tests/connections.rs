@@ -10,7 +10,7 @@ use std::future::IntoFuture;
 use std::io::{Read, Write};
 use std::net::TcpListener;
 use std::sync::Arc;
-use std::sync::atomic::{AtomicBool, Ordering};
+use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 use std::time::{Duration, Instant};
 
 use shardlock::{Builder, LockError, LockManager, LossReason};
@@ -19,11 +19,114 @@ use support::proxy::Proxy;
 use support::quorum::MAX_TTL;
 #[cfg(feature = "tls")]
 use support::tls::{Authority, TlsServer};
-use support::{ClientType, Cluster, PATIENCE, Quorum, RedisServer};
+use support::{ClientType, Cluster, PATIENCE, Quorum, RedisServer, worker};
 use support_locks::{
-    Kind, Measured, TestStore, hand_off, lock, lock_keys, on_each_store, poll_once, soon, until, until_queued,
+    Kind, Measured, TestStore, builder_of, hand_off, lock, lock_keys, on_each_store, poll_once, soon, until,
+    until_queued,
 };
 use tokio::task::JoinSet;
+
+#[test]
+fn worker_entry() {
+    let Some(me) = worker::current() else { return };
+    match me.name() {
+        #[cfg(target_os = "linux")]
+        "asker" => ask_for_ever_new_keys(&me),
+        name => panic!("no worker is called {name}"),
+    }
+}
+
+/// More tasks than keys may wait for a shard that is down.
+#[cfg(target_os = "linux")]
+const ASKERS: usize = 12_000;
+#[cfg(target_os = "linux")]
+const PAUSE_AFTER_ERROR: Duration = Duration::from_millis(100);
+
+/// Asks for ever new keys while the servers hang, and says how many requests failed, how many of them were refused since too many keys waited, and by
+/// how much the memory of this process has grown. Then, how many milliseconds it took until a lock was had.
+#[cfg(target_os = "linux")]
+#[tokio::main]
+async fn ask_for_ever_new_keys(me: &worker::Current) {
+    let locks = builder_of(me)
+        .store_timeout(Duration::from_millis(500))
+        .connect()
+        .await
+        .expect("connect");
+    lock(&locks, "first").await.release().await.expect("release");
+    me.say("connected");
+    assert_eq!(me.hear().as_deref(), Some("begin"));
+    let before = resident_kib("VmRSS:");
+    let (failed, refused) = (Arc::new(AtomicU64::new(0)), Arc::new(AtomicU64::new(0)));
+    let mut askers = JoinSet::new();
+    for asker in 0..ASKERS {
+        let (locks, failed, refused) = (locks.clone(), Arc::clone(&failed), Arc::clone(&refused));
+        askers.spawn(async move {
+            for number in 0_u64.. {
+                match locks.lock(&format!("{asker}-{number}")).await {
+                    Ok(guard) => panic!("{guard:?} while all servers hang"),
+                    Err(LockError::ShardDown { limit, waiting, .. }) => {
+                        assert!(waiting >= limit, "{waiting} of {limit}");
+                        refused.fetch_add(1, Ordering::Relaxed);
+                    }
+                    Err(LockError::Unavailable { .. }) => {}
+                    Err(error) => panic!("{error}"),
+                }
+                failed.fetch_add(1, Ordering::Relaxed);
+                tokio::time::sleep(PAUSE_AFTER_ERROR).await;
+            }
+        });
+    }
+    until("enough requests have failed", async || {
+        while let Some(ended) = askers.try_join_next() {
+            ended.expect("an asker goes on");
+        }
+        failed.load(Ordering::Relaxed) >= 2 * ASKERS as u64
+    })
+    .await;
+    askers.shutdown().await;
+    me.say(&failed.load(Ordering::Relaxed).to_string());
+    me.say(&refused.load(Ordering::Relaxed).to_string());
+    me.say(&resident_kib("VmHWM:").saturating_sub(before).to_string());
+    assert_eq!(me.hear().as_deref(), Some("they go on"));
+    let begun = Instant::now();
+    let _last = lock(&locks, "last").await;
+    me.say(&begun.elapsed().as_millis().to_string());
+}
+
+/// The memory of this process, as Linux calls it there.
+#[cfg(target_os = "linux")]
+fn resident_kib(line: &str) -> u64 {
+    let status = std::fs::read_to_string("/proc/self/status").expect("Linux tells");
+    let value = status
+        .lines()
+        .find_map(|told| told.strip_prefix(line))
+        .expect("it is told");
+    value.trim().trim_end_matches("kB").trim().parse().expect("a number")
+}
+
+on_each_store! {
+    on(pausable cluster, own);
+
+    /// Each request left a task with a connection in the making behind: 66 KB.
+    #[cfg(target_os = "linux")]
+    async fn a_server_that_hangs_costs_bounded_memory_and_its_locks_are_had_soon_after(store: &TestStore) {
+        let mut asker = store.worker("asker", &[]);
+        assert_eq!(asker.line(), "connected");
+        let servers = store.keep_servers();
+        servers.stand_still();
+        asker.send("begin");
+        let number = || -> u64 { asker.line().parse().expect("a number") };
+        let (failed, refused, grown_kib) = (number(), number(), number());
+        println!("{failed} requests failed, {refused} of them at once; {grown_kib} KiB more");
+        assert!(refused > 0, "all {failed} keys waited");
+        assert!(grown_kib < 400 * 1024, "{grown_kib} KiB for {failed} requests");
+        servers.go_on();
+        asker.send("they go on");
+        let millis: u64 = asker.line().parse().expect("a number");
+        println!("the next lock after {millis} ms");
+        assert!(millis < 10_000, "{millis} ms");
+    }
+}
 
 on_each_store! {
     on(pausable, own);

@@ -69,6 +69,9 @@ const RETRY_MAX: Duration = Duration::from_millis(500);
 /// back is known by the inbox as well, and then all ask at once.
 const RETRY_PER_KEY: Duration = Duration::from_micros(200);
 
+/// How many keys may wait for a shard that is down.
+const WAIT_IN_OUTAGE_MAX: usize = 10_000;
+
 /// See the module.
 pub(crate) struct Shard {
     pub(crate) name: Arc<str>,
@@ -311,6 +314,7 @@ impl Shard {
             if is_new {
                 self.check_keys(&entry)?;
                 self.check_strain(&entry)?;
+                self.check_outage(&entry)?;
                 want.expects_rivals = self.rivals.seen(key);
             }
             // Looked at after the entry is in the table: a shutdown either finds it there or was seen here.
@@ -379,6 +383,24 @@ impl Shard {
             key: entry.key.to_string(),
             shard: self.name.to_string(),
             leases,
+        })
+    }
+
+    /// Refuses a further key while very many wait for a shard that is down: each costs memory here, and a request to the server when it is back.
+    fn check_outage(&self, entry: &Arc<Entry>) -> Result<(), LockError> {
+        if !self.is_in_outage() {
+            return Ok(());
+        }
+        let waiting = self.table.len().saturating_sub(self.metrics.leases());
+        if waiting <= WAIT_IN_OUTAGE_MAX {
+            return Ok(());
+        }
+        self.forget_new(entry, true);
+        Err(LockError::ShardDown {
+            key: entry.key.to_string(),
+            shard: self.name.to_string(),
+            waiting: waiting - 1,
+            limit: WAIT_IN_OUTAGE_MAX,
         })
     }
 

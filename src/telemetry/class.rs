@@ -66,7 +66,7 @@ impl Ending {
             | LockError::TooManyWaiters { .. }
             | LockError::TooManyKeys { .. }
             | LockError::TooManyLeases { .. } => Self::QueueFull,
-            LockError::Unavailable { .. } => Self::Unavailable,
+            LockError::Unavailable { .. } | LockError::ShardDown { .. } => Self::Unavailable,
             LockError::Closed => Self::Closed,
             LockError::Invalid(_)
             | LockError::Refused { .. }

@@ -15,14 +15,16 @@ pub(crate) enum Limit {
     Waiters,
     Keys,
     Renewals,
+    Outage,
 }
 
 impl Limit {
-    const ALL: [(Self, &'static str); 4] = [
+    const ALL: [(Self, &'static str); 5] = [
         (Self::WaitersPerKey, "max_waiters_per_key"),
         (Self::Waiters, "max_waiters"),
         (Self::Keys, "max_keys"),
         (Self::Renewals, "renewals"),
+        (Self::Outage, "outage"),
     ];
 
     /// The limit that an error is about, if it is about one.
@@ -32,6 +34,7 @@ impl Limit {
             LockError::TooManyWaiters { .. } => Some(Self::Waiters),
             LockError::TooManyKeys { .. } => Some(Self::Keys),
             LockError::TooManyLeases { .. } => Some(Self::Renewals),
+            LockError::ShardDown { .. } => Some(Self::Outage),
             _ => None,
         }
     }

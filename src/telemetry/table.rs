@@ -119,7 +119,7 @@ metrics! {
         "leases passed to another process since max_burst or max_slice was reached while local tasks still waited",
         "it is what keeps processes fair; if throughput matters more, raise the limit that is reached";
     REJECTIONS = "shardlock_rejections_total", Counter, Count, ["limit"],
-        "requests refused at once since max_waiters_per_key, max_waiters or max_keys was reached, or since more leases are held than renewals keep up with",
+        "requests refused at once since max_waiters_per_key, max_waiters or max_keys was reached, since more leases are held than renewals keep up with, or since many keys wait for a shard that is down",
         "the process is overloaded: shed load earlier, find the hot key, or raise the limit if there is memory";
     LOST = "shardlock_lost_total", Counter, Count, ["shard", "reason"],
         "leases that were lost while a guard was out",

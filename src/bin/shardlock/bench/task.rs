@@ -122,6 +122,7 @@ fn kind(error: &LockError) -> &'static str {
         LockError::TooManyWaiters { .. } => "too many waiters",
         LockError::TooManyKeys { .. } => "too many keys",
         LockError::TooManyLeases { .. } => "too many leases",
+        LockError::ShardDown { .. } => "shard down",
         LockError::Unavailable { .. } => "unavailable",
         LockError::Refused { .. } => "refused",
         LockError::Lost { .. } => "lost",
