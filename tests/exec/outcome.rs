@@ -2,6 +2,7 @@
 
 use std::fs;
 use std::io::Write;
+use std::net::TcpListener;
 use std::os::unix::fs::PermissionsExt;
 use std::process::Stdio;
 
@@ -155,6 +156,25 @@ fn errors_before_the_command_have_codes_of_their_own() {
     assert_eq!(ended.code, 69, "{ended:?}");
     assert_eq!(ended.stderr.matches(&server.address()).count(), 1, "{ended:?}");
     assert!(!ran.exists());
+}
+
+#[test]
+fn a_wait_that_begins_during_an_outage_survives_it() {
+    let server = RedisServer::start();
+    server.kill();
+    let nobody = TcpListener::bind(server.address()).expect("its port is free");
+    let mut waiting = Run::start(tool(&server, &["exec", "-w", "1h", "k", "echo", "ran"]));
+    // It has tried in vain once that is closed.
+    drop(nobody.accept().expect("the tool connects"));
+    drop(nobody);
+    server.restart();
+    let ended = waiting.end();
+    assert_eq!((ended.code, ended.stdout.as_str()), (0, "ran\n"), "{ended:?}");
+    assert!(ended.stderr.contains(&server.address()), "{ended:?}");
+
+    server.kill();
+    let ended = run(tool(&server, &["exec", "-w", "100ms", "k", "true"]));
+    assert_eq!(ended.code, 69, "{ended:?}");
 }
 
 #[test]

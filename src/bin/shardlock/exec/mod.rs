@@ -188,7 +188,7 @@ async fn keep(args: Args, config: Config, keeper: Keeper) -> Result<u8, Failure>
     let admin = args.metrics.bind().map_err(unserved)?;
 
     let locks = tokio::select! {
-        connected = Builder::new().config(config).connect() => connected?,
+        connected = connect(config, args.nonblock) => connected?,
         code = orders.ending() => return Ok(code),
     };
     let serving = admin.map(|admin| args.metrics.serve(admin, &locks)).transpose();
@@ -220,6 +220,34 @@ async fn keep(args: Args, config: Config, keeper: Keeper) -> Result<u8, Failure>
     };
     locks.shutdown().await;
     code
+}
+
+/// Connects. With a limit on the wait, that is tried until the limit has passed, so that an outage which is over before costs
+/// only time; the rest is for the lock.
+async fn connect(mut config: Config, only_try: bool) -> Result<LockManager, LockError> {
+    const PAUSE_MIN: Duration = Duration::from_millis(20);
+    const PAUSE_MAX: Duration = Duration::from_secs(1);
+    let started = Instant::now();
+    let limit = config.timeout.filter(|_| !only_try);
+    let mut bound = PAUSE_MIN;
+    loop {
+        let error = match Builder::new().config(config.clone()).connect().await {
+            Err(error @ LockError::Unavailable { .. }) => error,
+            connected => return connected,
+        };
+        // Random, so that the processes that lost a server at the same moment do not come back to it at the same moment.
+        let pause = rand::random_range(PAUSE_MIN / 2..=bound);
+        let left = limit.and_then(|limit| limit.checked_sub(started.elapsed() + pause));
+        let Some(left) = left.filter(|left| !left.is_zero()) else {
+            return Err(error);
+        };
+        if bound == PAUSE_MIN {
+            tracing::warn!(%error, limit = ?limit.unwrap_or_default(), "connecting is tried again until the limit has passed");
+        }
+        bound = (bound * 2).min(PAUSE_MAX);
+        tokio::time::sleep(pause).await;
+        config.timeout = Some(left);
+    }
 }
 
 /// Logs that the tool waits, ever more seldom.
