@@ -5,11 +5,11 @@ use std::fmt;
 use super::clock::{Nanos, nanos};
 use super::ledger::Breach;
 use super::plan::Variant;
+use super::story::Case;
 use super::world::World;
 use crate::clock::Moment;
 use crate::identity::{ManagerId, parse_signature};
 use crate::protocol::{AcquireReply, Cycle};
-use crate::queue::Flaw;
 use crate::store::memory::Terms;
 
 /// What happened in a run, to see that the runs are worth something.
@@ -111,7 +111,7 @@ const STORE_NOT_EMPTY: &str = "the store is not empty";
 /// A run in which something did not hold.
 #[derive(Debug)]
 pub(super) struct Failure {
-    seed: u64,
+    pub(super) case: Case,
     breach: Breach,
     trace: Vec<String>,
 }
@@ -119,6 +119,17 @@ pub(super) struct Failure {
 impl Failure {
     pub(super) const fn is_unsafe(&self) -> bool {
         self.breach.is_unsafe
+    }
+
+    /// What did not hold, without what stood where.
+    pub(super) fn kind(&self) -> String {
+        let first_line = self.breach.what.lines().next().unwrap_or_default();
+        first_line.chars().filter(|char| !char.is_ascii_digit()).collect()
+    }
+
+    /// How long the story is.
+    pub(super) const fn length(&self) -> usize {
+        self.trace.len()
     }
 
     /// Whether the store knows of cycles that are over.
@@ -134,17 +145,17 @@ impl fmt::Display for Failure {
         for line in &self.trace {
             writeln!(f, "{line}")?;
         }
-        write!(f, "seed {} {}", self.seed, self.breach.what)
+        write!(f, "{}: {}", self.case, self.breach.what)
     }
 }
 
-/// Runs one seed.
-pub(super) fn run(seed: u64, variant: Variant, flaw: Option<Flaw>, traced: bool) -> Result<Stats, Failure> {
-    let mut world = World::new(seed, variant, flaw, traced);
+/// Runs one case.
+pub(super) fn run(case: &Case, traced: bool) -> Result<Stats, Failure> {
+    let mut world = World::new(case, traced);
     match world.run() {
         Ok(()) => Ok(world.stats),
         Err(breach) => Err(Failure {
-            seed,
+            case: case.clone(),
             breach,
             trace: world.take_trace(),
         }),

@@ -12,15 +12,16 @@ use super::failover::Replicas;
 use super::faults::Fault;
 use super::ledger::Ledger;
 use super::network::{Command, Connection, InFlight, Reply};
-use super::plan::{Plan, Variant};
+use super::plan::Plan;
 use super::pushes::{Inbox, Subscription};
 use super::run::Stats;
+use super::story::Case;
 use super::tasks::{Step, Task};
 use crate::clock::Moment;
 use crate::identity::ManagerId;
 use crate::key::LockKey;
 use crate::protocol::{Ask, Cycle, Cycles, Push};
-use crate::queue::{Context, Effects, Flaw, Queue, Request, Room};
+use crate::queue::{Context, Effects, Queue, Request, Room};
 use crate::store::Lane;
 use crate::store::memory::MemoryCore;
 
@@ -135,9 +136,13 @@ struct Scheduled {
 }
 
 impl World {
-    pub(super) fn new(seed: u64, variant: Variant, flaw: Option<Flaw>, traced: bool) -> Self {
-        let mut rng = SmallRng::seed_from_u64(seed);
-        let plan = Plan::draw(&mut rng, variant, flaw);
+    pub(super) fn new(case: &Case, traced: bool) -> Self {
+        let mut rng = SmallRng::seed_from_u64(case.seed);
+        let mut plan = Plan::draw(&mut rng, case.variant, case.flaw);
+        case.simplify(&mut plan);
+        if case.salt > 0 {
+            rng = SmallRng::seed_from_u64(case.seed.wrapping_add(case.salt << 32));
+        }
         let keys: Vec<LockKey> = ["{s}one", "{s}two", "three"][..plan.keys]
             .iter()
             .filter_map(|name| LockKey::new(name).ok())
