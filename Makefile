@@ -1,5 +1,5 @@
 .DEFAULT_GOAL := help
-.PHONY: help demo dashboard test test-servers lint bench bench-peers clean
+.PHONY: help demo dashboard test test-servers soak reverts lint bench bench-peers clean
 
 # Every target that needs a server starts its own; this finds or installs the binary.
 with_server = server=$$(scripts/ensure-server) && SHARDLOCK_REDIS_SERVER=$$server
@@ -39,8 +39,18 @@ test-servers: cargo protoc ## Run all tests against each server: the default, Va
 	if [ -n "$$failed" ]; then echo "failed:$$failed" >&2; exit 1; fi; \
 	echo "the tests passed against all three servers"
 
+SECONDS_OF_SOAK = 3600
+soak: cargo ## Simulate seeds that were never run before, for an hour or SECONDS_OF_SOAK=N; a failure comes with its shortest story.
+	SIMULATION_SECONDS=$(SECONDS_OF_SOAK) SIMULATION_FROM=$${SIMULATION_FROM:-$$(date +%s)000} cargo test --release --locked --lib -- --exact simulation::soak --nocapture
+
+# FIXES chooses among them by parts of their names, as in FIXES="forged outage".
+reverts: cargo protoc ## Undo each fix of tests/reverts.toml in turn and show that a test fails without it.
+	@server=$$(scripts/ensure-server) && etcd=$$(scripts/ensure-etcd) && \
+	SHARDLOCK_REDIS_SERVER=$$server SHARDLOCK_ETCD_SERVER=$$etcd scripts/reverts $(FIXES)
+
 lint: cargo protoc ## Check format, lints with each feature alone and all together, documentation, dependencies.
 	cargo fmt --all -- --check
+	scripts/reverts --check
 	cargo clippy --locked --all-targets -- -D warnings
 	@set -e; for f in $(features); do set -x; cargo clippy --locked --all-targets --features $$f -- -D warnings; { set +x; } 2>/dev/null; done
 	cargo clippy --locked --all-targets --all-features -- -D warnings
