@@ -114,7 +114,16 @@ on_each_store! {
         let mut waiting = wait(store, &holder, LONG_TTL).await;
         server.reset_stats();
         tokio::time::sleep(Duration::from_secs(1)).await;
-        assert_eq!(commands(server), BTreeMap::new());
+        let mut sent = commands(server);
+        // Each manager looks at its shard every three seconds, and at its inbox every two, however many wait in it. That may fall
+        // into this time, once or, on a busy machine, twice.
+        let looks = 2 * 9;
+        for (command, in_one_look) in [("time", 1), ("set", 1), ("get", 3), ("pttl", 1), ("zcard", 1), ("zrange", 1), ("ping", 2)] {
+            if let Some(count) = sent.remove(command) {
+                assert!(count <= looks * in_one_look, "{count} times {command}");
+            }
+        }
+        assert_eq!(sent, BTreeMap::new());
         guard.release().await.expect("release");
         while let Some(ended) = soon("the waiters", waiting.join_next()).await {
             ended.expect("a task");
