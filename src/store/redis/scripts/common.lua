@@ -7,8 +7,17 @@
 -- The manager, the cycle and the TTL of a signature; nil for a value that another library wrote. A
 -- signature is `<manager>:<cycle>`, a cycle `<number>-<ttl>-<code>`.
 local function signed(signature)
-  return string.match(signature,
-    '^([%w%.%-]+%-%d+%-%x%x%x%x%x%x%x%x%x%x%x%x%x%x%x%x):(%d+%-(%d+)%-%x%x%x%x%x%x%x%x)$')
+  local manager, cycle, ttl = string.match(signature, '^([%w%.%-]+):(%d+%-(%d+)%-%x%x%x%x%x%x%x%x)$')
+  -- `<host>-<process id>-<16 digits>`, looked at from its end: one pattern for all would try each dash.
+  if manager and string.find(manager, '^%-%x%x%x%x%x%x%x%x%x%x%x%x%x%x%x%x$', -17)
+    and string.find(string.sub(manager, -29, -18), '.%-%d+$') then
+    return manager, cycle, ttl
+  end
+end
+
+-- The same of a member of the queue, where managers alone write.
+local function member(signature)
+  return string.match(signature, '^([^:]+):(%d+%-(%d+)%-%x+)$')
 end
 
 -- Whether the owner of a cycle asked to be notified when somebody begins to wait: its number is even.
@@ -33,7 +42,7 @@ local function pass_on(me, my_ttl, n, floor, channel, key)
     local popped = redis.call('ZPOPMIN', KEYS[2])
     local heir, score = popped[1], popped[2]
     waiting = waiting - 1
-    local manager, cycle, ttl = signed(heir)
+    local manager, cycle, ttl = member(heir)
     if heir == me then
       local last = reserve(n, floor)
       redis.call('SET', KEYS[1], heir, 'PX', my_ttl)
@@ -65,10 +74,10 @@ local function queued(mark, foreign, ahead, reached)
 end
 
 -- Joins the queue unless it is in it. Returns its mark, how many are ahead, whether it was new, and
--- whether a grant would reach it.
-local function join(me, floor, channel)
+-- whether a grant would reach its inbox.
+local function join(me, floor, inbox)
   local mark = reserve(1, floor)
-  local reached = is_subscribed(channel .. signed(me))
+  local reached = is_subscribed(inbox)
   local score = reached and string.format('%.0f', mark) or string.format('%.1f', mark + 0.5)
   if redis.call('ZADD', KEYS[2], 'NX', score, me) == 1 then
     return mark, redis.call('ZCARD', KEYS[2]) - 1, true, reached
@@ -98,7 +107,7 @@ local function acquire(me, ttl, n, floor, try, channel, key)
     if try then
       return {0}
     end
-    local mark, ahead, new, reached = join(me, floor, channel)
+    local mark, ahead, new, reached = join(me, floor, channel .. member(me))
     local manager, cycle = signed(owner)
     -- When the first comes, and again when one asks again.
     if manager and (ahead == 0 or not new) and wants_notice(cycle) then
@@ -124,7 +133,7 @@ local function acquire(me, ttl, n, floor, try, channel, key)
     redis.call('SET', KEYS[1], me, 'PX', ttl)
     return {1, reserve(n, floor), 0, 0}
   end
-  local _, _, _, reached = join(me, floor, channel)
+  local _, _, _, reached = join(me, floor, channel .. member(me))
   local heir, last, waiting = pass_on(me, ttl, n, floor, channel, key)
   if heir == me then
     return {1, last, waiting, 0}

@@ -2,7 +2,7 @@
 -- Replies: {1 if it was ours, else 0, and with a next signature the reply of its acquire}
 local me, n, floor, channel, key, next = ARGV[1], tonumber(ARGV[2]), tonumber(ARGV[3]), ARGV[4], ARGV[5], ARGV[6]
 -- The TTL of a cycle is part of its signature.
-local _, _, ttl = signed(next)
+local manager, _, ttl = member(next)
 local owner = redis.call('GET', KEYS[1])
 if owner ~= me then
   -- It can't be in the queue and own the lease.
@@ -20,7 +20,7 @@ if next == '' then
   pass_on(nil, nil, n, floor, channel, key)
   return {1}
 end
-local _, _, _, reached = join(next, floor, channel)
+local _, _, _, reached = join(next, floor, channel .. manager)
 local heir, last, waiting = pass_on(next, ttl, n, floor, channel, key)
 if heir == next then
   return {1, 1, last, waiting, 0}
