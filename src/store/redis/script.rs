@@ -161,9 +161,17 @@ pub(super) struct Scripts {
 
 /// The text of a script that begins with what is particular to a kind of server.
 macro_rules! script {
-    ($kind:literal, $name:literal) => {
+    ($kind:literal, "acquire") => {
+        script!(@ $kind, include_str!("scripts/acquire_own.lua"), "acquire")
+    };
+    ($kind:literal, "release") => {
+        script!(@ $kind, "", "release")
+    };
+    (@ $kind:literal, $first:expr, $name:literal) => {
         concat!(
             include_str!(concat!("scripts/", $kind, ".lua")),
+            include_str!("scripts/extend.lua"),
+            $first,
             include_str!("scripts/common.lua"),
             include_str!(concat!("scripts/", $name, ".lua"))
         )

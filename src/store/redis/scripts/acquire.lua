@@ -1,6 +1,3 @@
 -- ARGV: 1 signature, 2 ttl in ms, 3 tokens to reserve, 4 floor, 5 'join', 'try' or 'extend', 6 channel prefix, 7 key
 -- Replies: {0} busy | {1, largest token, queue length, had it before} | {2, mark, owner's ttl, foreign, ahead, reached}
-if ARGV[5] == 'extend' and redis.call('GET', KEYS[1]) ~= ARGV[1] then
-  return {0}
-end
-return acquire(ARGV[1], ARGV[2], tonumber(ARGV[3]), tonumber(ARGV[4]), ARGV[5] == 'try', ARGV[6], ARGV[7])
+return acquire(owner, ARGV[1], ARGV[2], tonumber(ARGV[3]), tonumber(ARGV[4]), ARGV[5] == 'try', ARGV[6], ARGV[7])

@@ -1,5 +1,5 @@
--- Shared by acquire.lua and release.lua, which come after it in the same script. Before it comes
--- single.lua or cluster.lua, with is_subscribed(), notify() and reserve().
+-- Shared by acquire.lua and release.lua, which come after it in the same script. Before it come
+-- single.lua or cluster.lua, with is_subscribed(), notify() and reserve(), and extend.lua.
 --
 -- KEYS: 1 lease, 2 queue (sorted set of signatures, score = the counter when it joined, plus a half
 -- if its inbox was not subscribed here), 3 counter of the slot.
@@ -33,11 +33,12 @@ local UNNOTIFIED_LEASE = 1000
 -- Makes the first in the queue the owner and notifies it. Where nothing reaches its inbox, the next
 -- one is tried: nothing was published then, and no token reserved, so the one that was passed over can
 -- never enter. `me` learns of it by the reply instead; its lease lasts for `my_ttl`, any other for the
--- TTL of its cycle. Returns the new owner, its largest token and how many still wait; deletes the lease
--- if nobody is left. Looks at the queue no more once it is empty: in a slot of a cluster that is being
--- moved, a key that is gone can't be asked for.
-local function pass_on(me, my_ttl, n, floor, channel, key)
-  local waiting = redis.call('ZCARD', KEYS[2])
+-- TTL of its cycle. `waiting` is the length of the queue, if that is known. Returns the new owner, its
+-- largest token, how many still wait and the TTL of its lease; deletes the lease if nobody is left. Looks
+-- at the queue no more once it is empty: in a slot of a cluster that is being moved, a key that is gone
+-- can't be asked for.
+local function pass_on(me, my_ttl, n, floor, channel, key, waiting)
+  waiting = waiting or redis.call('ZCARD', KEYS[2])
   while waiting > 0 do
     local popped = redis.call('ZPOPMIN', KEYS[2])
     local heir, score = popped[1], popped[2]
@@ -46,15 +47,16 @@ local function pass_on(me, my_ttl, n, floor, channel, key)
     if heir == me then
       local last = reserve(n, floor)
       redis.call('SET', KEYS[1], heir, 'PX', my_ttl)
-      return heir, last, waiting
+      return heir, last, waiting, my_ttl
     elseif manager and is_subscribed(channel .. manager) then
       local last = reserve(n, floor)
       redis.call('SET', KEYS[1], heir, 'PX', ttl)
       notify(channel .. manager, string.format('g %s %.0f %d %d ', cycle, last, n, waiting) .. key)
-      return heir, last, waiting
+      return heir, last, waiting, ttl
     elseif manager and string.find(score, '.5', 1, true) then
-      redis.call('SET', KEYS[1], heir, 'PX', math.min(UNNOTIFIED_LEASE, tonumber(ttl)))
-      return heir, reserve(1, floor), waiting
+      ttl = math.min(UNNOTIFIED_LEASE, tonumber(ttl))
+      redis.call('SET', KEYS[1], heir, 'PX', ttl)
+      return heir, reserve(1, floor), waiting, ttl
     end
   end
   redis.call('DEL', KEYS[1])
@@ -65,9 +67,9 @@ end
 local QUEUE_GRACE = 60000
 
 -- The reply to a cycle that waits: 2, mark, remaining TTL of the owner (-1: endless), whether the
--- owner is foreign, how many are ahead, whether a grant would reach it.
-local function queued(mark, foreign, ahead, reached)
-  local left = redis.call('PTTL', KEYS[1])
+-- owner is foreign, how many are ahead, whether a grant would reach it. `left` is that TTL, if it is known.
+local function queued(mark, foreign, ahead, reached, left)
+  left = left and tonumber(left) or redis.call('PTTL', KEYS[1])
   -- Numbers are written here: the server would do it with 17 digits, which takes several times as long.
   redis.call('PEXPIRE', KEYS[2], string.format('%d', math.max(left, 0) + QUEUE_GRACE))
   return {2, mark, left, foreign and 1 or 0, ahead, reached and 1 or 0}
@@ -93,15 +95,9 @@ local function join(me, floor, inbox)
 end
 
 -- Takes the lease, extends it, or joins the queue; a try does not join.
-local function acquire(me, ttl, n, floor, try, channel, key)
-  local owner = redis.call('GET', KEYS[1])
+local function acquire(owner, me, ttl, n, floor, try, channel, key)
   if owner == me then
-    local last = reserve(n, floor)
-    -- Never back: see renew.lua.
-    if redis.call('PTTL', KEYS[1]) < tonumber(ttl) then
-      redis.call('PEXPIRE', KEYS[1], ttl)
-    end
-    return {1, last, redis.call('ZCARD', KEYS[2]), 1}
+    return extend(ttl, n, floor)
   end
   if owner then
     if try then

@@ -14,15 +14,17 @@ if owner ~= me then
     end
     return {0}
   end
-  return {0, unpack(acquire(next, ttl, n, floor, false, channel, key))}
+  return {0, unpack(acquire(owner, next, ttl, n, floor, false, channel, key))}
 end
 if next == '' then
   pass_on(nil, nil, n, floor, channel, key)
   return {1}
 end
-local _, _, _, reached = join(next, floor, channel .. manager)
-local heir, last, waiting = pass_on(next, ttl, n, floor, channel, key)
+local _, ahead, new, reached = join(next, floor, channel .. manager)
+local heir, last, waiting, left = pass_on(next, ttl, n, floor, channel, key, new and ahead + 1)
 if heir == next then
   return {1, 1, last, waiting, 0}
 end
-return {1, unpack(queued(last, false, redis.call('ZRANK', KEYS[2], next), reached))}
+-- Whoever has just joined is the last.
+ahead = new and waiting - 1 or redis.call('ZRANK', KEYS[2], next)
+return {1, unpack(queued(last, false, ahead, reached, left))}

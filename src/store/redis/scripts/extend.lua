@@ -1,0 +1,11 @@
+-- Comes after single.lua or cluster.lua, with reserve(), and before common.lua.
+
+-- More time and tokens for the owner of the lease.
+local function extend(ttl, n, floor)
+  local last = reserve(n, floor)
+  -- Never back: see renew.lua.
+  if redis.call('PTTL', KEYS[1]) < tonumber(ttl) then
+    redis.call('PEXPIRE', KEYS[1], ttl)
+  end
+  return {1, last, redis.call('ZCARD', KEYS[2]), 1}
+end
