@@ -394,7 +394,8 @@ async fn grant_that_another_client_makes_up_lets_nobody_in() {
     // Messages keep their order, so the true grant comes after those.
     guard.release().await.expect("release");
     let guard = soon("the waiter", waiting).await.expect("a task");
-    assert!(guard.token().get() < FORGED, "{:?}", guard.token());
+    // The forged ones are the 64 up to that.
+    assert!(guard.token().get() < FORGED - 64, "{:?}", guard.token());
     let holder = holder.inspect("k").await.expect("inspect").holder.expect("a holder");
     assert_eq!(holder.owner, guard.owner());
     guard.release().await.expect("release");
