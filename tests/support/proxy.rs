@@ -36,10 +36,10 @@ struct Kept {
 impl Withheld {
     /// Says whether that part is kept.
     fn keep(&self, connection: u64, bytes: &[u8], server: &TcpStream) -> bool {
+        let mut kept = self.kept.lock();
         if connection > self.count.load(Ordering::Relaxed) {
             return false;
         }
-        let mut kept = self.kept.lock();
         let kept = kept.entry(connection).or_insert_with(|| Kept {
             bytes: Vec::new(),
             server: server.try_clone().expect("another handle of the stream"),
@@ -96,7 +96,11 @@ impl Proxy {
                     // Whoever can't be served sees its connection end.
                     let server = server.lock().clone();
                     let joined = client.and_then(|client| join(client, &server, &replies, &requests));
-                    joined.unwrap_or_else(|error| eprintln!("proxy: {error}"));
+                    joined.unwrap_or_else(|error| match error.kind() {
+                        // A server that is down.
+                        io::ErrorKind::ConnectionRefused => {}
+                        _ => eprintln!("proxy: {error}"),
+                    });
                 }
             }
         });
@@ -150,6 +154,25 @@ impl Proxy {
     pub fn withhold(&self) {
         let joined = self.replies.joined.load(Ordering::Relaxed);
         self.requests.count.store(joined, Ordering::Relaxed);
+    }
+
+    /// [`withhold`](Self::withhold), also for connections that are made from now on. [`heal`](Self::heal) ends it.
+    pub fn cut_off(&self) {
+        self.requests.count.store(u64::MAX, Ordering::Relaxed);
+    }
+
+    /// Nothing is withheld any more. What was is delivered late, or is lost, and its connections end.
+    pub fn heal(&self, delivers: bool) {
+        // Under the lock, so that nothing of a connection overtakes what it has sent before.
+        let mut kept = self.requests.kept.lock();
+        self.requests.count.store(0, Ordering::Relaxed);
+        for (_, mut kept) in std::mem::take(&mut *kept) {
+            // It may have ended already.
+            if delivers {
+                kept.server.write_all(&kept.bytes).ok();
+            }
+            kept.server.shutdown(Shutdown::Write).ok();
+        }
     }
 
     /// How many bytes are withheld.
