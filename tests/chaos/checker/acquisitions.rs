@@ -1,0 +1,140 @@
+//! From lines to acquisitions.
+
+use std::collections::HashMap;
+
+use super::super::clock::Nanos;
+use super::super::history::{Event, Line};
+
+#[derive(Clone, Debug)]
+pub struct Acquisition {
+    pub who: String,
+    pub number: u64,
+    pub key: String,
+    pub asked: Nanos,
+    pub limit: Nanos,
+    /// Nothing if the process died first, or waits still.
+    pub outcome: Option<Outcome>,
+}
+
+#[derive(Clone, Debug)]
+pub enum Outcome {
+    Granted(Hold),
+    Failed { at: Nanos, why: String },
+}
+
+#[derive(Clone, Debug)]
+pub struct Hold {
+    /// When the guard was there.
+    pub at: Nanos,
+    pub token: u64,
+    /// Readings of the guard: when, and for how long it was valid from then on.
+    pub readings: Vec<(Nanos, Nanos)>,
+    pub told: Option<(Nanos, String)>,
+    pub ending: Option<Nanos>,
+    pub ended: Option<(Nanos, String)>,
+}
+
+impl Hold {
+    /// Until when the holder could be sure to be the only one: never later than it really could.
+    pub fn until(&self) -> Nanos {
+        let claimed = self.claimed_until();
+        match (&self.ended, self.ending) {
+            // It was told that it had held the lock until then.
+            (Some((_, outcome)), Some(ending)) if outcome == "ok" => ending,
+            _ => {
+                let told = self.told.as_ref().map_or(Nanos::MAX, |(at, _)| *at);
+                claimed.min(told).min(self.ending.unwrap_or(Nanos::MAX))
+            }
+        }
+    }
+
+    /// The end of its validity as it was when it was last read, whatever happened then.
+    pub fn claimed_until(&self) -> Nanos {
+        let ends = self
+            .readings
+            .iter()
+            .filter(|(_, left)| *left > 0)
+            .map(|(at, left)| at + left);
+        ends.max().unwrap_or(self.at)
+    }
+
+    /// Whether it was valid when the guard was there.
+    pub fn was_valid(&self) -> bool {
+        self.readings[0].1 > 0
+    }
+}
+
+impl Acquisition {
+    pub fn hold(&self) -> Option<&Hold> {
+        match &self.outcome {
+            Some(Outcome::Granted(hold)) => Some(hold),
+            _ => None,
+        }
+    }
+
+    /// When it was over whether a guard comes.
+    pub fn answered(&self) -> Option<Nanos> {
+        match &self.outcome {
+            Some(Outcome::Granted(hold)) => Some(hold.at),
+            Some(Outcome::Failed { at, .. }) => Some(*at),
+            None => None,
+        }
+    }
+
+    /// What people see.
+    pub fn name(&self) -> String {
+        format!("{}#{}", self.who, self.number)
+    }
+}
+
+/// In the order in which they were asked for.
+pub fn collect(lines: &[Line]) -> Vec<Acquisition> {
+    let mut all: Vec<Acquisition> = Vec::new();
+    let mut places: HashMap<(&str, u64), usize> = HashMap::new();
+    for line in lines {
+        if let Event::Asked { key, limit } = &line.event {
+            let before = places.insert((&line.who, line.number), all.len());
+            assert!(before.is_none(), "a number was used twice: {line}");
+            all.push(Acquisition {
+                who: line.who.clone(),
+                number: line.number,
+                key: key.clone(),
+                asked: line.at,
+                limit: *limit,
+                outcome: None,
+            });
+        }
+    }
+    for line in lines {
+        let Some(&place) = places.get(&(line.who.as_str(), line.number)) else {
+            continue;
+        };
+        let outcome = &mut all[place].outcome;
+        match (&line.event, outcome) {
+            (Event::Granted { token, left }, outcome @ None) => {
+                *outcome = Some(Outcome::Granted(Hold {
+                    at: line.at,
+                    token: *token,
+                    readings: vec![(line.at, *left)],
+                    told: None,
+                    ending: None,
+                    ended: None,
+                }));
+            }
+            (Event::Failed { why }, outcome @ None) => {
+                let (at, why) = (line.at, why.clone());
+                *outcome = Some(Outcome::Failed { at, why });
+            }
+            (Event::Valid { left }, Some(Outcome::Granted(hold))) => hold.readings.push((line.at, *left)),
+            (Event::Told { reason }, Some(Outcome::Granted(hold))) => hold.told = Some((line.at, reason.clone())),
+            (Event::Ending { left }, Some(Outcome::Granted(hold))) => {
+                hold.readings.push((line.at, *left));
+                hold.ending = Some(line.at);
+            }
+            (Event::Ended { outcome }, Some(Outcome::Granted(hold))) => hold.ended = Some((line.at, outcome.clone())),
+            (Event::Asked { .. }, _) => {}
+            _ => panic!("out of order: {line}"),
+        }
+    }
+    all
+}

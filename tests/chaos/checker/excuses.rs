@@ -1,0 +1,63 @@
+//! What the documents exclude, each by its name, and only around the faults that it is about.
+
+use super::faults::Faults;
+use super::{Finding, Terms};
+
+pub struct Excuse {
+    pub name: &'static str,
+    /// Where it is said.
+    pub source: &'static str,
+    pub faults: &'static [&'static str],
+    pub violations: &'static [&'static str],
+    /// Whether it holds also if every replica has confirmed every lease.
+    also_confirmed: bool,
+}
+
+pub const EXCUSES: &[Excuse] = &[
+    Excuse {
+        name: "crash-without-persistence",
+        source: "README, kinds of shards: on a single primary without persistence a crash forgets all leases",
+        faults: &["crash-server"],
+        violations: &["overlap", "vanished"],
+        also_confirmed: true,
+    },
+    Excuse {
+        name: "failover-without-confirmation",
+        source: "README, kinds of shards: a failover can forget a lease that the promoted replica had not received, unless \
+                 min_replicas_acked is the number of replicas",
+        faults: &["switch-over", "failover", "crash-primary", "hung-primary"],
+        violations: &["overlap", "vanished"],
+        also_confirmed: false,
+    },
+    Excuse {
+        name: "deleted-by-hand",
+        source: "README, what is promised: a holder whose lease was deleted learns of it at its next renewal; linger: tokens until then \
+                 are smaller than later ones of others",
+        faults: &["delete-lease", "flush-all"],
+        violations: &["overlap", "vanished", "token-order"],
+        also_confirmed: true,
+    },
+    Excuse {
+        name: "server-clock-jump",
+        source: "README, what is promised: the server decides on the end of a lease by its own clock; tokens grow on servers whose \
+                 clocks agree",
+        faults: &["clock-jump"],
+        violations: &["overlap", "vanished", "token-order", "lost-in-health"],
+        also_confirmed: true,
+    },
+];
+
+impl Excuse {
+    pub fn of(finding: &Finding, faults: &Faults, terms: Terms) -> Option<&'static Self> {
+        EXCUSES.iter().find(|excuse| {
+            let applies =
+                excuse.violations.contains(&finding.violation) && (excuse.also_confirmed || !terms.is_confirmed);
+            // A holder believes in a lease that was forgotten for as long as it would have lasted.
+            applies
+                && faults.iter().any(|fault| {
+                    let last = fault.over.saturating_add(terms.ttl);
+                    excuse.faults.contains(&fault.name.as_str()) && fault.begun < finding.at && finding.at < last
+                })
+        })
+    }
+}

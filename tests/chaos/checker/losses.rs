@@ -1,0 +1,51 @@
+//! Losses: told in time, and not without a cause.
+
+use super::acquisitions::{Acquisition, Hold};
+use super::faults::Faults;
+use super::{Finding, Terms};
+
+pub fn check(acquisitions: &[Acquisition], faults: &Faults, terms: Terms, findings: &mut Vec<Finding>) {
+    for acquisition in acquisitions {
+        let Some(hold) = acquisition.hold() else { continue };
+        let mut find = |violation, at, words: String| {
+            findings.push(Finding {
+                violation,
+                at,
+                since: hold.at,
+                key: Some(acquisition.key.clone()),
+                words: format!("{} {words}", acquisition.name()),
+            });
+        };
+        if let Some(at) = told_late(acquisition, hold, faults) {
+            find(
+                "late-loss",
+                at,
+                format!("was valid until {} and not told by {at}", hold.claimed_until()),
+            );
+        }
+        let Some((at, reason)) = &hold.told else { continue };
+        match reason.as_str() {
+            "taken" => find(
+                "vanished",
+                *at,
+                "was told that its lease was deleted or taken".to_owned(),
+            ),
+            reason if faults.none_between(hold.at, *at, terms.settled()) => {
+                find("lost-in-health", *at, format!("was told {reason}"));
+            }
+            _ => {}
+        }
+    }
+}
+
+/// When it was, or was still not, if that was too late.
+fn told_late(acquisition: &Acquisition, hold: &Hold, faults: &Faults) -> Option<u64> {
+    let end = hold.claimed_until();
+    // A task that gives its guard back does not listen any more.
+    let known = hold.told.as_ref().map(|(at, _)| *at).or_else(|| {
+        let mut readings = hold.readings.iter().filter(|(at, _)| Some(*at) != hold.ending);
+        readings.rfind(|(at, left)| *at > end && *left == 0).map(|(at, _)| *at)
+    })?;
+    let late = known.saturating_sub(end);
+    (late > Terms::LOSS_SLACK + faults.still(&acquisition.who, end, known)).then_some(known)
+}

@@ -1,0 +1,126 @@
+//! Nobody is stuck.
+
+use std::collections::{HashMap, HashSet};
+
+use super::super::clock::{Nanos, SECOND};
+use super::super::history::{Event, Line};
+use super::acquisitions::{Acquisition, Outcome};
+use super::faults::Faults;
+use super::{Finding, Terms};
+
+/// Requests and releases end.
+pub fn check(acquisitions: &[Acquisition], lines: &[Line], faults: &Faults, terms: Terms, findings: &mut Vec<Finding>) {
+    let mut last_seen: HashMap<&str, Nanos> = HashMap::new();
+    let mut has_ended: HashSet<&str> = HashSet::new();
+    let end = lines.last().map_or(0, |line| line.at);
+    for line in lines {
+        last_seen.insert(&line.who, line.at);
+        if line.event == Event::Down {
+            has_ended.insert(&line.who);
+        }
+    }
+    for acquisition in acquisitions {
+        let who = acquisition.who.as_str();
+        // One that was killed was last seen with its last line; one that has ended has nothing that goes on.
+        let seen = match has_ended.contains(who) {
+            true => end,
+            false => last_seen[who],
+        };
+        let mut overdue = |violation, from: Nanos, to: Option<Nanos>, limit: Nanos| {
+            let to = to.unwrap_or(seen);
+            let lasted = to.saturating_sub(from);
+            let still = faults.still(who, from, to);
+            if lasted > limit + Terms::SLACK + still {
+                findings.push(Finding {
+                    violation,
+                    at: to,
+                    since: from,
+                    key: Some(acquisition.key.clone()),
+                    words: format!(
+                        "{} lasted {} ms, of which its process stood still for {} ms; its limit is {} ms",
+                        acquisition.name(),
+                        lasted / 1_000_000,
+                        still / 1_000_000,
+                        limit / 1_000_000
+                    ),
+                });
+            }
+        };
+        overdue(
+            "ask-overdue",
+            acquisition.asked,
+            acquisition.answered(),
+            acquisition.limit,
+        );
+        if let Some(hold) = acquisition.hold()
+            && let Some(ending) = hold.ending
+        {
+            overdue("release-overdue", ending, hold.ended.as_ref().map(|(at, _)| *at), 0);
+        }
+        if let Some(Outcome::Failed { at, why }) = &acquisition.outcome
+            && why == "timeout"
+            && at - acquisition.asked > FAIR
+            && !acquisition.key.starts_with("long")
+            && faults.none_between(at - FAIR, *at, terms.settled())
+        {
+            findings.push(Finding {
+                violation: "timeout-in-health",
+                at: *at,
+                since: acquisition.asked,
+                key: Some(acquisition.key.clone()),
+                words: format!(
+                    "{} waited for {} ms",
+                    acquisition.name(),
+                    (at - acquisition.asked) / 1_000_000
+                ),
+            });
+        }
+    }
+}
+
+/// In this time everybody has had a key that is held for moments.
+const FAIR: Nanos = 4 * SECOND;
+
+/// A key that somebody waits for is granted.
+pub fn check_key(of_key: &[&Acquisition], faults: &Faults, terms: Terms, findings: &mut Vec<Finding>) {
+    // When the number of those who wait, or of those who hold it, changes.
+    let mut changes: Vec<(Nanos, i64, i64)> = Vec::new();
+    for acquisition in of_key {
+        // Tries do not wait.
+        if acquisition.limit > 0
+            && let Some(answered) = acquisition.answered()
+        {
+            changes.push((acquisition.asked, 1, 0));
+            changes.push((answered, -1, 0));
+        }
+        if let Some(hold) = acquisition.hold() {
+            changes.push((hold.at, 0, 1));
+            changes.push((hold.ending.unwrap_or(hold.until()).max(hold.until()), 0, -1));
+        }
+    }
+    changes.sort_by_key(|(at, ..)| *at);
+    let (mut waiting, mut holding, mut idle_since) = (0, 0, None);
+    for (at, waits, holds) in changes {
+        let was_idle = waiting > 0 && holding == 0;
+        (waiting, holding) = (waiting + waits, holding + holds);
+        let is_idle = waiting > 0 && holding == 0;
+        match (was_idle, is_idle) {
+            (false, true) => idle_since = Some(at),
+            (true, false) => {
+                let since = idle_since.take().unwrap_or(at);
+                // A lease that nobody holds any more may have to run out first.
+                let within = terms.ttl + Terms::SLACK;
+                if at - since > within && faults.none_between(at - within, at, terms.settled()) {
+                    findings.push(Finding {
+                        violation: "key-stuck",
+                        at,
+                        since,
+                        key: Some(of_key[0].key.clone()),
+                        words: format!("was wanted and held by nobody for {} ms", (at - since) / 1_000_000),
+                    });
+                }
+            }
+            _ => {}
+        }
+    }
+}

@@ -1,0 +1,55 @@
+//! The lines of a history around a finding.
+
+use std::fmt::Write;
+
+use super::super::clock::{Nanos, SECOND};
+use super::super::history::{Event, Line};
+use super::Finding;
+
+/// How many lines of the key before and after, and for how long before faults are of interest.
+const LINES: usize = 24;
+const FAULTS_BEFORE: Nanos = 8 * SECOND;
+
+pub fn tell(finding: &Finding, lines: &[Line]) -> String {
+    let (start, key) = (finding.since.min(finding.at), finding.key.as_deref());
+    let mut of_key = std::collections::HashSet::new();
+    for line in lines {
+        if let Event::Asked { key: asked, .. } = &line.event
+            && Some(asked.as_str()) == key
+        {
+            of_key.insert((line.who.as_str(), line.number));
+        }
+    }
+    let is_fault = |line: &Line| matches!(line.event, Event::FaultBegun { .. } | Event::FaultOver);
+    let concerns = |line: &&Line| {
+        is_fault(line) && line.at + FAULTS_BEFORE > start && line.at < finding.at + SECOND
+            || of_key.contains(&(line.who.as_str(), line.number))
+            || matches!(line.event, Event::Left { .. })
+    };
+    let told: Vec<&Line> = lines.iter().filter(concerns).collect();
+    // Two neighbourhoods if much lies between them, and all faults.
+    let place = |at: Nanos| told.partition_point(|line| line.at < at);
+    let near = |index: usize, place: usize| index + LINES / 2 >= place && index < place + LINES / 2;
+    let (first, last) = (place(start), place(finding.at));
+    let mut story = format!(
+        "{} of key {} at {}: {}\n",
+        finding.violation,
+        key.unwrap_or("-"),
+        finding.at,
+        finding.words
+    );
+    let mut skipped = 0;
+    for (index, line) in told.iter().enumerate() {
+        if near(index, first) || near(index, last) || is_fault(line) {
+            if skipped > 0 {
+                writeln!(story, "    ... {skipped} lines").expect("a string");
+            }
+            skipped = 0;
+            let millis = (line.at as f64 - finding.at as f64) / 1e6;
+            writeln!(story, "  {millis:+12.3} ms  {line}").expect("a string");
+        } else if index > first && index < last {
+            skipped += 1;
+        }
+    }
+    story
+}

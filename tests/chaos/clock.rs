@@ -1,0 +1,19 @@
+//! The clock that all processes of a machine share.
+
+use std::time::Duration;
+
+use rustix::time::{ClockId, clock_gettime};
+
+/// Nanoseconds of `CLOCK_MONOTONIC`, which can be compared between processes.
+pub type Nanos = u64;
+
+pub fn now() -> Nanos {
+    let time = clock_gettime(ClockId::Monotonic);
+    time.tv_sec as u64 * 1_000_000_000 + time.tv_nsec as u64
+}
+
+pub fn nanos(duration: Duration) -> Nanos {
+    u64::try_from(duration.as_nanos()).expect("less than 584 years")
+}
+
+pub const SECOND: Nanos = 1_000_000_000;

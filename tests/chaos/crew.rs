@@ -1,0 +1,88 @@
+//! The workers of a round.
+
+use std::path::PathBuf;
+use std::time::Duration;
+
+use super::scene::Scene;
+use super::support::Worker;
+use super::support::worker;
+use super::worker::NAME;
+
+/// How many work at a time. Each has a place, which has its own way to the servers.
+pub const PLACES: usize = 3;
+
+pub struct Crew {
+    history: PathBuf,
+    seed: u64,
+    members: Vec<Member>,
+    /// How many there have been.
+    count: usize,
+}
+
+pub struct Member {
+    pub name: String,
+    pub worker: Worker,
+}
+
+impl Crew {
+    pub fn start(history: PathBuf, seed: u64, scene: &dyn Scene) -> Self {
+        let mut crew = Self {
+            history,
+            seed,
+            members: Vec::new(),
+            count: 0,
+        };
+        for place in 0..PLACES {
+            let member = crew.spawn(place, scene);
+            crew.members.push(member);
+        }
+        for member in &crew.members {
+            assert_eq!(member.worker.line(), "ready");
+        }
+        crew
+    }
+
+    fn spawn(&mut self, place: usize, scene: &dyn Scene) -> Member {
+        self.count += 1;
+        let name = format!("w{}", self.count);
+        let (url, seed) = (
+            scene.url(place),
+            self.seed.wrapping_mul(100).wrapping_add(self.count as u64),
+        );
+        let (ttl, longest) = (scene.ttl().as_millis(), scene.longest_ttl().as_millis());
+        let vars = [
+            ("LOCKTEST_WHO", name.clone()),
+            ("LOCKTEST_URL", url),
+            ("LOCKTEST_SEED", seed.to_string()),
+            ("LOCKTEST_TTL", ttl.to_string()),
+            ("LOCKTEST_LONGEST_TTL", longest.to_string()),
+            ("LOCKTEST_REPLICAS", scene.replicas_acked().to_string()),
+            ("LOCKTEST_HISTORY", self.history.display().to_string()),
+        ];
+        let vars: Vec<_> = vars.iter().map(|(name, value)| (*name, value.as_str())).collect();
+        let worker = worker::spawn(NAME, &vars);
+        Member { name, worker }
+    }
+
+    pub fn at(&mut self, place: usize) -> &mut Member {
+        &mut self.members[place]
+    }
+
+    /// SIGKILL. Somebody new takes the place.
+    pub fn replace(&mut self, place: usize, scene: &dyn Scene) {
+        self.members[place].worker.kill();
+        let member = self.spawn(place, scene);
+        assert_eq!(member.worker.line(), "ready");
+        self.members[place] = member;
+    }
+
+    /// Has all of them finish. Returns the names of those who do not.
+    pub fn end(mut self, within: Duration) -> Vec<String> {
+        for member in &mut self.members {
+            member.worker.send("end");
+        }
+        let ended = |member: &Member| member.worker.line_within(within).as_deref() == Some("ended");
+        let late = self.members.iter().filter(|member| !ended(member));
+        late.map(|member| member.name.clone()).collect()
+    }
+}

@@ -1,0 +1,188 @@
+//! What happened: one line for each event, in a file for each process.
+//!
+//! A line is written by one system call before the process continues, so that the history of a
+//! process that is killed has everything up to that moment. Each time is read *before* what it
+//! stands beside when that begins something or is a reading of a guard, and *after* it when it is
+//! an outcome. So a hold is never shorter than its history says.
+
+use std::fmt;
+use std::fs::{self, File, OpenOptions};
+use std::io::Write;
+use std::path::{Path, PathBuf};
+
+use super::clock::Nanos;
+
+/// One line.
+#[derive(Clone, Debug, Eq, PartialEq)]
+pub struct Line {
+    pub at: Nanos,
+    /// The process.
+    pub who: String,
+    /// The number of the acquisition or of the fault, unique within a process.
+    pub number: u64,
+    pub event: Event,
+}
+
+#[derive(Clone, Debug, Eq, PartialEq)]
+pub enum Event {
+    /// A lock was asked for, to be waited for no longer than that.
+    Asked {
+        key: String,
+        limit: Nanos,
+    },
+    /// The guard is there, and its remaining validity is that.
+    Granted {
+        token: u64,
+        left: Nanos,
+    },
+    /// Its remaining validity later on.
+    Valid {
+        left: Nanos,
+    },
+    /// `lost()` has returned.
+    Told {
+        reason: String,
+    },
+    /// The guard is about to be given back.
+    Ending {
+        left: Nanos,
+    },
+    /// The guard was given back: `ok`, `lost`, `error`, or `unknown` if nobody waited for the outcome.
+    Ended {
+        outcome: String,
+    },
+    /// No guard came: the reason.
+    Failed {
+        why: String,
+    },
+    /// The process has shut its manager down.
+    Down,
+    /// A fault begins, at a worker if `target` is one.
+    FaultBegun {
+        fault: String,
+        target: String,
+    },
+    FaultOver,
+    /// Something is still there after the end.
+    Left {
+        what: String,
+    },
+}
+
+impl fmt::Display for Line {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        write!(f, "{} {} {} ", self.at, self.who, self.number)?;
+        match &self.event {
+            Event::Asked { key, limit } => write!(f, "asked {key} {limit}"),
+            Event::Granted { token, left } => write!(f, "granted {token} {left}"),
+            Event::Valid { left } => write!(f, "valid {left}"),
+            Event::Told { reason } => write!(f, "told {reason}"),
+            Event::Ending { left } => write!(f, "ending {left}"),
+            Event::Ended { outcome } => write!(f, "ended {outcome}"),
+            Event::Failed { why } => write!(f, "failed {why}"),
+            Event::Down => f.write_str("down"),
+            Event::FaultBegun { fault, target } => write!(f, "fault {fault} {target}"),
+            Event::FaultOver => f.write_str("over"),
+            Event::Left { what } => write!(f, "left {what}"),
+        }
+    }
+}
+
+impl Line {
+    pub fn parse(line: &str) -> Option<Self> {
+        let mut words = line.splitn(5, ' ');
+        let at = words.next()?.parse().ok()?;
+        let who = words.next()?.to_owned();
+        let number = words.next()?.parse().ok()?;
+        let name = words.next()?;
+        let rest = words.next().unwrap_or_default();
+        let pair = || rest.split_once(' ');
+        let event = match name {
+            "asked" => {
+                let (key, limit) = pair()?;
+                Event::Asked {
+                    key: key.to_owned(),
+                    limit: limit.parse().ok()?,
+                }
+            }
+            "granted" => {
+                let (token, left) = pair()?;
+                Event::Granted {
+                    token: token.parse().ok()?,
+                    left: left.parse().ok()?,
+                }
+            }
+            "valid" => Event::Valid {
+                left: rest.parse().ok()?,
+            },
+            "told" => Event::Told {
+                reason: rest.to_owned(),
+            },
+            "ending" => Event::Ending {
+                left: rest.parse().ok()?,
+            },
+            "ended" => Event::Ended {
+                outcome: rest.to_owned(),
+            },
+            "failed" => Event::Failed { why: rest.to_owned() },
+            "down" => Event::Down,
+            "fault" => {
+                let (fault, target) = pair()?;
+                Event::FaultBegun {
+                    fault: fault.to_owned(),
+                    target: target.to_owned(),
+                }
+            }
+            "over" => Event::FaultOver,
+            "left" => Event::Left { what: rest.to_owned() },
+            _ => return None,
+        };
+        Some(Self { at, who, number, event })
+    }
+}
+
+/// The file of one process.
+pub struct Journal {
+    who: String,
+    file: File,
+}
+
+impl Journal {
+    pub fn create(dir: &Path, who: &str) -> Self {
+        let file = OpenOptions::new()
+            .create_new(true)
+            .append(true)
+            .open(path(dir, who))
+            .expect("make a history");
+        let who = who.to_owned();
+        Self { who, file }
+    }
+
+    /// One system call, which other threads do not get in between.
+    pub fn note(&self, at: Nanos, number: u64, event: Event) {
+        let who = self.who.clone();
+        let line = format!("{}\n", Line { at, who, number, event });
+        (&self.file).write_all(line.as_bytes()).expect("write the history");
+    }
+}
+
+fn path(dir: &Path, who: &str) -> PathBuf {
+    dir.join(format!("{who}.history"))
+}
+
+/// All lines of all processes, by time.
+pub fn read(dir: &Path) -> Vec<Line> {
+    let mut lines = Vec::new();
+    for entry in fs::read_dir(dir).expect("read a directory") {
+        let path = entry.expect("read a directory").path();
+        if path.extension().is_some_and(|extension| extension == "history") {
+            let text = fs::read_to_string(&path).expect("read a history");
+            // A killed process may have left a part of a line at the end.
+            let whole = text.rfind('\n').map_or(0, |end| end + 1);
+            let parse = |line| Line::parse(line).unwrap_or_else(|| panic!("{}: {line:?}", path.display()));
+            lines.extend(text[..whole].lines().map(parse));
+        }
+    }
+    lines.sort_by_key(|line| line.at);
+    lines
+}

@@ -1,0 +1,157 @@
+//! Real workers on real servers while everything goes wrong, and an independent judge of what they write down.
+//!
+//! Several processes fight for a few keys and write a history (`worker.rs`, `history.rs`). A round draws faults from a seed and lets
+//! them happen (`round.rs`, `faults.rs`, `scene/`). In the end the checker reads the histories (`checker/`): it knows what is promised and
+//! what the documents exclude, and nothing of how locks work.
+//!
+//! `make chaos` does the same for as long as it is asked to.
+
+// A test is over when its surroundings fail.
+#![allow(clippy::expect_used, clippy::panic, clippy::unwrap_used)]
+// A test binary exports nothing.
+#![allow(unreachable_pub)]
+
+#[path = "../support/mod.rs"]
+mod support;
+
+mod checker;
+mod clock;
+mod crew;
+mod faults;
+mod history;
+mod report;
+mod round;
+mod scene;
+mod worker;
+
+use std::env;
+use std::panic::{AssertUnwindSafe, catch_unwind};
+use std::time::{Duration, Instant};
+
+use parking_lot::Mutex;
+
+use report::Report;
+use round::Plan;
+
+#[test]
+fn worker_entry() {
+    let Some(me) = support::worker::current() else { return };
+    match me.name() {
+        worker::NAME => worker::fight(&me),
+        name => panic!("no worker is called {name}"),
+    }
+}
+
+/// One round at a time: each is a load of its own.
+static ONE: Mutex<()> = Mutex::new(());
+
+/// A round of a kind, and what it must have seen at least.
+fn withstands(kind: &str, seed: u64, seconds: u64, faults_min: u64, granted_min: u64) {
+    let _one = ONE.lock();
+    let plan = Plan {
+        kind,
+        seed,
+        lasts: Duration::from_secs(seconds),
+        calm: Duration::from_secs(5),
+        only: &[],
+    };
+    let outcome = plan.run();
+    let (faults, granted) = (outcome.faults.values().sum::<u64>(), outcome.verdict.granted);
+    let mut report = Report::default();
+    report.add(kind, outcome);
+    println!("seed {seed}\n{report}");
+    assert_eq!(report.violations(), 0, "{}", report.stories());
+    assert!(faults >= faults_min, "only {faults} faults");
+    assert!(granted >= granted_min, "only {granted} acquisitions");
+}
+
+#[test]
+fn one_address_with_a_replica_withstands_faults() {
+    withstands("redis", 1, 50, 12, 2_000);
+}
+
+#[test]
+fn sentinel_with_confirmed_leases_withstands_faults() {
+    withstands("sentinel", 1, 25, 5, 1_000);
+}
+
+#[test]
+fn cluster_withstands_faults() {
+    withstands("cluster", 1, 25, 5, 1_000);
+}
+
+#[test]
+fn redlock_withstands_faults() {
+    withstands("redlock", 1, 25, 5, 500);
+}
+
+#[cfg(feature = "etcd")]
+#[test]
+fn etcd_withstands_faults() {
+    withstands("etcd", 1, 25, 5, 500);
+}
+
+/// `make chaos`: rounds of each kind in turn for as long as it is asked to, and a report. Without `LOCKTEST_CHAOS_MINUTES` it does nothing.
+#[test]
+fn chaos_for_as_long_as_asked() {
+    let Ok(minutes) = env::var("LOCKTEST_CHAOS_MINUTES") else {
+        return;
+    };
+    let _one = ONE.lock();
+    let words = |name: &str| -> Vec<String> {
+        let value = env::var(name).unwrap_or_default();
+        value
+            .split([' ', ','])
+            .filter(|word| !word.is_empty())
+            .map(str::to_owned)
+            .collect()
+    };
+    let (mut kinds, only) = (words("LOCKTEST_CHAOS_KINDS"), words("LOCKTEST_CHAOS_FAULTS"));
+    if kinds.is_empty() {
+        kinds = scene::KINDS.iter().map(|kind| (*kind).to_owned()).collect();
+    }
+    let minutes: f64 = minutes.parse().expect("MINUTES is a number");
+    let first = match env::var("LOCKTEST_CHAOS_SEED") {
+        Ok(seed) if !seed.is_empty() => seed.parse().expect("SEED is a number"),
+        _ => clock::now() % 1_000_000,
+    };
+    let until = Instant::now() + Duration::from_secs_f64(minutes * 60.0);
+    let (mut report, mut broken_off) = (Report::default(), 0);
+    for number in 0.. {
+        let kind = &kinds[number as usize % kinds.len()];
+        let seed = first + number;
+        let left = until.saturating_duration_since(Instant::now());
+        if left.is_zero() {
+            break;
+        }
+        let plan = Plan {
+            kind,
+            seed,
+            lasts: left.min(Duration::from_secs(75)),
+            calm: Duration::from_secs(11),
+            only: &only,
+        };
+        let Ok(outcome) = catch_unwind(AssertUnwindSafe(|| plan.run())) else {
+            println!("{kind}, seed {seed}: broke off, the reason is above");
+            broken_off += 1;
+            continue;
+        };
+        println!(
+            "{kind}, seed {seed}: {} faults, {} acquisitions, {} violations",
+            outcome.faults.values().sum::<u64>(),
+            outcome.verdict.granted,
+            outcome.verdict.violations.len()
+        );
+        for violation in &outcome.verdict.violations {
+            println!("{kind}, seed {seed}: {}", violation.story);
+        }
+        report.add(kind, outcome);
+    }
+    println!("\nseeds from {first} on\n{report}");
+    assert_eq!(broken_off, 0, "rounds broke off");
+    assert_eq!(
+        report.violations(),
+        0,
+        "violations that the documents do not exclude; their stories are above"
+    );
+}

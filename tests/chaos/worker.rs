@@ -1,0 +1,266 @@
+//! A worker: a process with one manager and several tasks that fight for a few keys.
+
+use std::future::IntoFuture;
+use std::path::Path;
+use std::sync::Arc;
+use std::sync::Barrier;
+use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
+use std::time::{Duration, Instant};
+
+use rand::rngs::SmallRng;
+use rand::{Rng, SeedableRng};
+use shardlock::{LockError, LockGuard, LockManager};
+
+use super::clock::{nanos, now};
+use super::history::{Event, Journal};
+use super::support::{PATIENCE, worker};
+
+pub const NAME: &str = "chaos";
+
+/// Keys that are held for moments, and keys that are held for as long as a lease and longer.
+pub const QUICK_KEYS: usize = 10;
+pub const LONG_KEYS: usize = 2;
+
+const THREADS: usize = 2;
+const QUICK_TASKS: usize = 10;
+/// Between two looks at a guard that is held for long.
+const LOOK_EVERY: Duration = Duration::from_millis(20);
+
+pub fn keys() -> Vec<String> {
+    let quick = (0..QUICK_KEYS).map(|number| format!("quick{number}"));
+    quick
+        .chain((0..LONG_KEYS).map(|number| format!("long{number}")))
+        .collect()
+}
+
+struct Shared {
+    locks: LockManager,
+    journal: Journal,
+    numbers: AtomicU64,
+    over: AtomicBool,
+    ttl: Duration,
+}
+
+/// Runs until it hears `end`. `block <ms>` blocks all threads of its runtime for so long.
+pub fn fight(me: &worker::Current) {
+    let runtime = tokio::runtime::Builder::new_multi_thread()
+        .worker_threads(THREADS)
+        .enable_all()
+        .build()
+        .expect("a runtime");
+    let number = |name: &str| -> u64 { me.var(name).parse().expect("a number") };
+    let ttl = Duration::from_millis(number("LOCKTEST_TTL"));
+    let seed = number("LOCKTEST_SEED");
+    let journal = Journal::create(Path::new(&me.var("LOCKTEST_HISTORY")), &me.var("LOCKTEST_WHO"));
+    let shared = Arc::new(Shared {
+        locks: runtime.block_on(connect(me, ttl)),
+        journal,
+        numbers: AtomicU64::new(0),
+        over: AtomicBool::new(false),
+        ttl,
+    });
+    let tasks: Vec<_> = (0..QUICK_TASKS + LONG_KEYS)
+        .map(|task| {
+            let shared = Arc::clone(&shared);
+            let rng = SmallRng::seed_from_u64(seed.wrapping_mul(1_000).wrapping_add(task as u64));
+            runtime.spawn(async move {
+                match task < QUICK_TASKS {
+                    true => shared.be_quick(rng).await,
+                    false => shared.hold_long(rng).await,
+                }
+            })
+        })
+        .collect();
+    me.say("ready");
+    while let Some(line) = me.hear() {
+        match line.split_once(' ') {
+            Some(("block", millis)) => block(&runtime, Duration::from_millis(millis.parse().expect("a number"))),
+            None if line == "end" => break,
+            _ => panic!("a worker does not know {line:?}"),
+        }
+    }
+    shared.over.store(true, Ordering::Relaxed);
+    runtime.block_on(async {
+        for task in tasks {
+            task.await.expect("a task ends");
+        }
+        shared.locks.shutdown().await;
+    });
+    shared.journal.note(now(), 0, Event::Down);
+    me.say("ended");
+}
+
+async fn connect(me: &worker::Current, ttl: Duration) -> LockManager {
+    let replicas = me.var("LOCKTEST_REPLICAS").parse().expect("a number");
+    let mut builder = LockManager::builder()
+        .shard(me.var("LOCKTEST_URL"))
+        .ttl(ttl)
+        .min_replicas_acked(replicas);
+    if me.var("LOCKTEST_URL").starts_with("redlock") {
+        let longest = me.var("LOCKTEST_LONGEST_TTL").parse().expect("a number");
+        builder = builder.redlock_max_ttl(Duration::from_millis(longest));
+    }
+    let deadline = Instant::now() + PATIENCE;
+    loop {
+        // Where a fault has just ended, a server may still be busy with what follows from it.
+        match builder.clone().connect().await {
+            Ok(locks) => return locks,
+            Err(error) => assert!(Instant::now() < deadline, "{error}"),
+        }
+        tokio::time::sleep(Duration::from_millis(50)).await;
+    }
+}
+
+/// All threads of the runtime stand still at the same time.
+fn block(runtime: &tokio::runtime::Runtime, time: Duration) {
+    let all = Arc::new(Barrier::new(THREADS));
+    for _ in 0..THREADS {
+        let all = Arc::clone(&all);
+        runtime.spawn(async move {
+            all.wait();
+            std::thread::sleep(time);
+        });
+    }
+}
+
+impl Shared {
+    async fn be_quick(&self, mut rng: SmallRng) {
+        while !self.over.load(Ordering::Relaxed) {
+            // Skewed: the first keys are wanted more often.
+            let key = rng.random_range(0..QUICK_KEYS).min(rng.random_range(0..QUICK_KEYS));
+            let hold = match rng.random_range(0..100) {
+                0..60 => Duration::ZERO,
+                60..93 => Duration::from_micros(rng.random_range(100..3_000)),
+                _ => Duration::from_micros(rng.random_range(3_000..30_000)),
+            };
+            self.once(&mut rng, &format!("quick{key}"), hold).await;
+            if rng.random_bool(0.5) {
+                tokio::time::sleep(Duration::from_micros(rng.random_range(0..3_000))).await;
+            }
+        }
+    }
+
+    async fn hold_long(&self, mut rng: SmallRng) {
+        while !self.over.load(Ordering::Relaxed) {
+            let key = rng.random_range(0..LONG_KEYS);
+            let hold = self.ttl.mul_f64(rng.random_range(0.1..1.8));
+            self.once(&mut rng, &format!("long{key}"), hold).await;
+            tokio::time::sleep(Duration::from_millis(rng.random_range(0..200))).await;
+        }
+    }
+
+    /// One acquisition, or an attempt at one.
+    async fn once(&self, rng: &mut SmallRng, key: &str, hold: Duration) {
+        let number = self.numbers.fetch_add(1, Ordering::Relaxed) + 1;
+        let note = |at, event| self.journal.note(at, number, event);
+        let linger = match rng.random_bool(0.2) {
+            true => Duration::from_millis(rng.random_range(2..80)),
+            false => Duration::ZERO,
+        };
+        let asked = |limit| Event::Asked {
+            key: key.to_owned(),
+            limit: nanos(limit),
+        };
+        let got = match rng.random_range(0..10) {
+            0 => {
+                note(now(), asked(Duration::ZERO));
+                let request = self.locks.try_lock(key).linger(linger);
+                request
+                    .await
+                    .map_err(|error| word(&error))
+                    .and_then(|guard| guard.ok_or("held"))
+            }
+            1 => {
+                let limit = Duration::from_micros(rng.random_range(0..10_000));
+                note(now(), asked(limit));
+                let request = self.locks.lock(key).linger(linger).into_future();
+                match tokio::time::timeout(limit, request).await {
+                    Ok(got) => got.map_err(|error| word(&error)),
+                    Err(_) => Err("cancelled"),
+                }
+            }
+            _ => {
+                // From a few milliseconds to longer than most outages.
+                let limit = Duration::from_millis(2).mul_f64(2_f64.powf(rng.random_range(2.0..13.0)));
+                note(now(), asked(limit));
+                let request = self.locks.lock(key).timeout(limit).linger(linger);
+                request.await.map_err(|error| word(&error))
+            }
+        };
+        match got {
+            Ok(guard) => {
+                let at = now();
+                let (token, left) = (guard.token().get(), nanos(guard.remaining()));
+                note(at, Event::Granted { token, left });
+                self.hold(number, &guard, hold).await;
+                self.give_back(number, guard, rng.random_range(0..10)).await;
+            }
+            Err(why) => {
+                note(now(), Event::Failed { why: why.to_owned() });
+                if !matches!(why, "held" | "cancelled" | "timeout") {
+                    tokio::time::sleep(Duration::from_millis(rng.random_range(5..50))).await;
+                }
+            }
+        }
+    }
+
+    async fn hold(&self, number: u64, guard: &LockGuard, hold: Duration) {
+        let until = Instant::now() + hold;
+        loop {
+            let left = until.saturating_duration_since(Instant::now());
+            if left.is_zero() {
+                return;
+            }
+            match tokio::time::timeout(left.min(LOOK_EVERY), guard.lost()).await {
+                Ok(reason) => {
+                    let reason = reason.as_str().to_owned();
+                    return self.journal.note(now(), number, Event::Told { reason });
+                }
+                Err(_) => {
+                    let at = now();
+                    let left = nanos(guard.remaining());
+                    self.journal.note(at, number, Event::Valid { left });
+                }
+            }
+        }
+    }
+
+    async fn give_back(&self, number: u64, guard: LockGuard, how: u32) {
+        let at = now();
+        let left = nanos(guard.remaining());
+        self.journal.note(at, number, Event::Ending { left });
+        let outcome = match how {
+            0..6 => match guard.release().await {
+                Ok(()) => "ok",
+                Err(error) if error.is_lost() => "lost",
+                Err(_) => "error",
+            },
+            6..9 => {
+                drop(guard);
+                "unknown"
+            }
+            _ => {
+                // Polled once, or not even that.
+                drop(tokio::time::timeout(Duration::ZERO, guard.release()).await);
+                "unknown"
+            }
+        };
+        let outcome = outcome.to_owned();
+        self.journal.note(now(), number, Event::Ended { outcome });
+    }
+}
+
+fn word(error: &LockError) -> &'static str {
+    match error {
+        LockError::Timeout { .. } => "timeout",
+        LockError::Unavailable { .. } => "unavailable",
+        LockError::Refused { .. } => "refused",
+        LockError::Lost { .. } => "lost",
+        LockError::TokenRegression { .. } => "token-regression",
+        LockError::ShardDown { .. } => "shard-down",
+        LockError::TooManyLeases { .. } => "too-many-leases",
+        LockError::ShardMapMismatch { .. } => "shard-map",
+        LockError::Closed => "closed",
+        other => panic!("no task can get this: {other}"),
+    }
+}
