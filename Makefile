@@ -1,5 +1,5 @@
 .DEFAULT_GOAL := help
-.PHONY: help demo dashboard test test-servers soak reverts lint bench bench-peers clean
+.PHONY: help demo dashboard test test-servers soak chaos reverts lint bench bench-peers clean
 
 # Every target that needs a server starts its own; this finds or installs the binary.
 with_server = server=$$(scripts/ensure-server) && SHARDLOCK_REDIS_SERVER=$$server
@@ -42,6 +42,13 @@ test-servers: cargo protoc ## Run all tests against each server: the default, Va
 SECONDS_OF_SOAK = 3600
 soak: cargo ## Simulate seeds that were never run before, for an hour or SECONDS_OF_SOAK=N; a failure comes with its shortest story.
 	SIMULATION_SECONDS=$(SECONDS_OF_SOAK) SIMULATION_FROM=$${SIMULATION_FROM:-$$(date +%s)000} cargo test --release --locked --lib -- --exact simulation::soak --nocapture
+
+# MINUTES, SEED, KINDS="redis etcd" and FAULTS="switch-over late-requests" choose; docs/reliability.md says what it does.
+MINUTES ?= 60
+chaos: cargo protoc ## Fight for locks on servers of every kind while everything goes wrong, for MINUTES=60, and judge what happened.
+	@$(with_server) && SHARDLOCK_ETCD_SERVER=$$(scripts/ensure-etcd) && export SHARDLOCK_REDIS_SERVER SHARDLOCK_ETCD_SERVER && \
+	LOCKTEST_CHAOS_MINUTES=$(MINUTES) LOCKTEST_CHAOS_SEED=$(SEED) LOCKTEST_CHAOS_KINDS="$(KINDS)" LOCKTEST_CHAOS_FAULTS="$(FAULTS)" \
+	cargo test --locked --all-features --test chaos -- --exact chaos_for_as_long_as_asked --nocapture || exit 1
 
 # FIXES chooses among them by parts of their names, as in FIXES="forged outage".
 reverts: cargo protoc ## Undo each fix of tests/reverts.toml in turn and show that a test fails without it.
