@@ -5,6 +5,9 @@ use std::collections::BTreeMap;
 use super::super::clock::Nanos;
 use super::super::history::{Event, Line};
 
+/// The target of what stops the whole machine.
+pub const EVERYBODY: &str = "everybody";
+
 #[derive(Clone, Debug)]
 pub struct Fault {
     pub name: String,
@@ -19,7 +22,7 @@ pub struct Faults(Vec<Fault>);
 
 impl Faults {
     pub fn of(lines: &[Line]) -> Self {
-        let mut faults: BTreeMap<u64, Fault> = BTreeMap::new();
+        let mut faults: BTreeMap<(&str, u64), Fault> = BTreeMap::new();
         for line in lines {
             match &line.event {
                 Event::FaultBegun { fault, target } => {
@@ -29,9 +32,12 @@ impl Faults {
                         begun: line.at,
                         over: Nanos::MAX,
                     };
-                    faults.insert(line.number, fault);
+                    faults.insert((&line.who, line.number), fault);
                 }
-                Event::FaultOver => faults.get_mut(&line.number).expect("it began").over = line.at,
+                Event::FaultOver => {
+                    let fault = faults.get_mut(&(line.who.as_str(), line.number));
+                    fault.expect("it began").over = line.at;
+                }
                 _ => {}
             }
         }
@@ -50,9 +56,12 @@ impl Faults {
             .any(|fault| fault.begun < to && fault.over.saturating_add(settled) > from)
     }
 
-    /// For how long a process stood still, or its runtime did, in that time.
+    /// For how long a process stood still, or its runtime did, or the whole machine, in that time.
     pub fn still(&self, who: &str, from: Nanos, to: Nanos) -> Nanos {
-        let of_it = self.0.iter().filter(|fault| fault.target == who);
+        let of_it = self
+            .0
+            .iter()
+            .filter(|fault| fault.target == who || fault.target == EVERYBODY);
         of_it
             .map(|fault| fault.over.min(to).saturating_sub(fault.begun.max(from)))
             .sum()

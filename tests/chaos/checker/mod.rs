@@ -35,6 +35,7 @@ use super::clock::{Nanos, SECOND};
 use super::history::{Event, Line};
 
 pub use excuses::EXCUSES;
+pub use faults::EVERYBODY;
 
 /// What the checker has to know of the round.
 #[derive(Clone, Copy, Debug)]

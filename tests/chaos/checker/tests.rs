@@ -249,6 +249,7 @@ fn request_that_outlasts_its_limit_is_found() {
         6000 nemesis 1 over";
     assert_finds(text, &["ask-overdue"]);
     assert_finds(&text.replace("hung-server -", "stop-worker w1"), &[]);
+    assert_finds(&text.replace("hung-server -", "machine-stall everybody"), &[]);
 }
 
 #[test]

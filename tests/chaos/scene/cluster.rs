@@ -24,7 +24,7 @@ impl OfCluster {
         Self {
             // Two of three primaries are needed to replace the third.
             cluster: Cluster::start(3, 3),
-            is_confirmed: seed % 2 == 0,
+            is_confirmed: seed.is_multiple_of(2),
         }
     }
 

@@ -53,7 +53,7 @@ macro_rules! faults {
 impl Redis {
     pub fn start(seed: u64) -> Self {
         // A clock that can be shifted costs each command a look into a file.
-        let clock = (seed % 3 == 0).then(OtherClock::build);
+        let clock = seed.is_multiple_of(3).then(OtherClock::build);
         let vars = clock.as_ref().map(OtherClock::settable);
         let vars = vars.as_ref().map_or(&[][..], |vars| &vars[..]);
         let start = || RedisServer::start_in(vars, &["--repl-diskless-sync-delay", "0"]);
@@ -63,7 +63,7 @@ impl Redis {
             servers,
             primary: AtomicUsize::new(0),
             network,
-            is_confirmed: seed % 2 == 0,
+            is_confirmed: seed.is_multiple_of(2),
             clock,
         };
         scene.follow(1, 0);

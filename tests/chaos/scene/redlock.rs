@@ -46,7 +46,7 @@ macro_rules! faults {
 
 impl Redlock {
     pub fn start(seed: u64) -> Self {
-        let clock = (seed % 3 == 0).then(OtherClock::build);
+        let clock = seed.is_multiple_of(3).then(OtherClock::build);
         let vars = clock.as_ref().map(OtherClock::settable);
         let quorum = Quorum::start_in(3, vars.as_ref().map_or(&[][..], |vars| &vars[..]));
         let hosts: Vec<String> = quorum.nodes().iter().map(RedisServer::address).collect();

@@ -1,0 +1,66 @@
+//! Whether the machine itself stands still: then nobody can be expected to do anything in time.
+//!
+//! A virtual machine may be paused, or its processors given to others. A thread that does nothing but look at the clock
+//! notices it, and writes it down as a fault of everybody. What is a violation of safety stays one.
+
+use std::path::Path;
+use std::sync::Arc;
+use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
+use std::thread::{self, JoinHandle};
+use std::time::Duration;
+
+use super::checker::EVERYBODY;
+use super::clock::{Nanos, now};
+use super::history::{Event, Journal};
+
+const BEAT: Duration = Duration::from_millis(10);
+/// A loaded machine is late by less.
+const STALL: Nanos = 400_000_000;
+
+pub const NAME: &str = "machine-stall";
+
+/// How often it has stood still since this process began, and for how long in all.
+pub static STALLS: AtomicU64 = AtomicU64::new(0);
+pub static STALLED: AtomicU64 = AtomicU64::new(0);
+
+pub struct Watch {
+    over: Arc<AtomicBool>,
+    thread: Option<JoinHandle<()>>,
+}
+
+impl Watch {
+    pub fn start(history: &Path) -> Self {
+        let journal = Journal::create(history, "machine");
+        let over = Arc::<AtomicBool>::default();
+        let thread = thread::spawn({
+            let over = Arc::clone(&over);
+            move || {
+                let (mut last, mut number) = (now(), 0);
+                while !over.load(Ordering::Relaxed) {
+                    thread::sleep(BEAT);
+                    let at = now();
+                    if at - last > STALL {
+                        number += 1;
+                        let (fault, target) = (NAME.to_owned(), EVERYBODY.to_owned());
+                        journal.note(last, number, Event::FaultBegun { fault, target });
+                        journal.note(at, number, Event::FaultOver);
+                        STALLS.fetch_add(1, Ordering::Relaxed);
+                        STALLED.fetch_add(at - last, Ordering::Relaxed);
+                    }
+                    last = at;
+                }
+            }
+        });
+        let thread = Some(thread);
+        Self { over, thread }
+    }
+}
+
+impl Drop for Watch {
+    fn drop(&mut self) {
+        self.over.store(true, Ordering::Relaxed);
+        if let Some(thread) = self.thread.take() {
+            thread.join().expect("the thread ends");
+        }
+    }
+}
