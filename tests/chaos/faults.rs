@@ -86,6 +86,11 @@ impl Deck {
         Self { all, left: Vec::new() }
     }
 
+    /// Whether each has come as often as any other.
+    pub fn is_through(&self) -> bool {
+        self.left.is_empty()
+    }
+
     pub fn draw(&mut self, rng: &mut SmallRng) -> Fault {
         if self.left.is_empty() {
             self.left = self.all.clone();

@@ -24,8 +24,10 @@ const END_WITHIN: Duration = Duration::from_secs(30);
 pub struct Plan<'a> {
     pub kind: &'a str,
     pub seed: u64,
-    /// For how long there are faults.
-    pub lasts: Duration,
+    /// For how long there are faults; otherwise each comes once.
+    pub lasts: Option<Duration>,
+    /// How long the next fault comes after the one before at most.
+    pub pause: Duration,
     /// How long all is well at the end, and in between now and then.
     pub calm: Duration,
     /// Only these faults, by their names; all if there are none.
@@ -84,11 +86,11 @@ impl Plan<'_> {
         let faults: Vec<Fault> = scene.faults().to_vec();
         let wanted = |fault: &Fault| self.only.is_empty() || self.only.iter().any(|name| name == fault.name());
         let mut deck = Deck::new(faults.into_iter().filter(wanted).collect());
-        let until = Instant::now() + self.lasts;
+        let begun = Instant::now();
         let mut number = 0;
-        while Instant::now() < until {
+        while number == 0 || self.lasts.map_or(!deck.is_through(), |lasts| begun.elapsed() < lasts) {
             number += 1;
-            thread::sleep(some_time(rng, 200, 2_000));
+            thread::sleep(some_time(rng, 100, self.pause.as_millis() as u64));
             let (fault, place) = (deck.draw(rng), rng.random_range(0..PLACES));
             let target = match fault {
                 Fault::KillWorker | Fault::StopWorker | Fault::BlockRuntime => crew.at(place).name.clone(),
