@@ -50,7 +50,11 @@ impl Crew {
             self.seed.wrapping_mul(100).wrapping_add(self.count as u64),
         );
         let (ttl, longest) = (scene.ttl().as_millis(), scene.longest_ttl().as_millis());
+        // A late renewal shows what is believed until then.
+        let renew = if self.seed.is_multiple_of(4) { 0.1 } else { 0.4 };
         let vars = [
+            ("LOCKTEST_PLACE", place.to_string()),
+            ("LOCKTEST_RENEW", renew.to_string()),
             ("LOCKTEST_WHO", name.clone()),
             ("LOCKTEST_URL", url),
             ("LOCKTEST_SEED", seed.to_string()),

@@ -39,6 +39,8 @@ faults! {
     CrashServer = "crash-server",
     /// The address leads to the promoted replica, one client after the other; the old primary becomes its replica.
     SwitchOver = "switch-over",
+    /// The address leads one client's subscription to the replica for a while.
+    MisledInbox = "misled-inbox",
     /// SIGSTOP of a primary that others replace if it lasts.
     HungPrimary = "hung-primary",
     /// SIGKILL of such a primary, which comes back once a replica has taken over.

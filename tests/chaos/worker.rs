@@ -12,25 +12,30 @@ use rand::{Rng, SeedableRng};
 use shardlock::{LockError, LockGuard, LockManager};
 
 use super::clock::{nanos, now};
+use super::crew::PLACES;
 use super::history::{Event, Journal};
 use super::support::{PATIENCE, worker};
 
 pub const NAME: &str = "chaos";
 
-/// Keys that are held for moments, and keys that are held for as long as a lease and longer.
-pub const QUICK_KEYS: usize = 10;
-pub const LONG_KEYS: usize = 2;
+/// Keys that everybody wants for moments, keys that mostly one process wants and keeps, and keys that are held for as long
+/// as a lease and longer.
+const QUICK_KEYS: usize = 10;
+const HOME_KEYS: usize = 15;
+const LONG_KEYS: usize = 2;
 
 const THREADS: usize = 2;
-const QUICK_TASKS: usize = 10;
+const QUICK_TASKS: usize = 8;
+const HOME_TASKS: usize = 3;
+const HAVE_NO_LONG: usize = QUICK_TASKS + HOME_TASKS;
 /// Between two looks at a guard that is held for long.
 const LOOK_EVERY: Duration = Duration::from_millis(20);
 
 pub fn keys() -> Vec<String> {
     let quick = (0..QUICK_KEYS).map(|number| format!("quick{number}"));
-    quick
-        .chain((0..LONG_KEYS).map(|number| format!("long{number}")))
-        .collect()
+    let home = (0..HOME_KEYS).map(|number| format!("home{number}"));
+    let long = (0..LONG_KEYS).map(|number| format!("long{number}"));
+    quick.chain(home).chain(long).collect()
 }
 
 struct Shared {
@@ -39,6 +44,7 @@ struct Shared {
     numbers: AtomicU64,
     over: AtomicBool,
     ttl: Duration,
+    place: usize,
 }
 
 /// Runs until it hears `end`. `block <ms>` blocks all threads of its runtime for so long.
@@ -58,15 +64,17 @@ pub fn fight(me: &worker::Current) {
         numbers: AtomicU64::new(0),
         over: AtomicBool::new(false),
         ttl,
+        place: number("LOCKTEST_PLACE") as usize,
     });
-    let tasks: Vec<_> = (0..QUICK_TASKS + LONG_KEYS)
+    let tasks: Vec<_> = (0..QUICK_TASKS + HOME_TASKS + LONG_KEYS)
         .map(|task| {
             let shared = Arc::clone(&shared);
             let rng = SmallRng::seed_from_u64(seed.wrapping_mul(1_000).wrapping_add(task as u64));
             runtime.spawn(async move {
-                match task < QUICK_TASKS {
-                    true => shared.be_quick(rng).await,
-                    false => shared.hold_long(rng).await,
+                match task {
+                    0..QUICK_TASKS => shared.be_quick(rng).await,
+                    QUICK_TASKS..HAVE_NO_LONG => shared.be_at_home(rng).await,
+                    _ => shared.hold_long(rng).await,
                 }
             })
         })
@@ -95,6 +103,7 @@ async fn connect(me: &worker::Current, ttl: Duration) -> LockManager {
     let mut builder = LockManager::builder()
         .shard(me.var("LOCKTEST_URL"))
         .ttl(ttl)
+        .renew_fraction(me.var("LOCKTEST_RENEW").parse().expect("a number"))
         .min_replicas_acked(replicas);
     if me.var("LOCKTEST_URL").starts_with("redlock") {
         let longest = me.var("LOCKTEST_LONGEST_TTL").parse().expect("a number");
@@ -133,10 +142,31 @@ impl Shared {
                 60..93 => Duration::from_micros(rng.random_range(100..3_000)),
                 _ => Duration::from_micros(rng.random_range(3_000..30_000)),
             };
-            self.once(&mut rng, &format!("quick{key}"), hold).await;
+            let linger = Duration::from_millis(if rng.random_bool(0.2) {
+                rng.random_range(2..80)
+            } else {
+                0
+            });
+            self.once(&mut rng, &format!("quick{key}"), hold, linger).await;
             if rng.random_bool(0.5) {
                 tokio::time::sleep(Duration::from_micros(rng.random_range(0..3_000))).await;
             }
+        }
+    }
+
+    /// Keys of its own place most of the time, which are kept for as long as nobody else wants them.
+    async fn be_at_home(&self, mut rng: SmallRng) {
+        while !self.over.load(Ordering::Relaxed) {
+            let at_home = rng.random_bool(0.95);
+            let place = if at_home {
+                self.place
+            } else {
+                rng.random_range(0..PLACES)
+            };
+            let key = rng.random_range(0..HOME_KEYS / PLACES) * PLACES + place;
+            let linger = Duration::from_millis(if at_home { rng.random_range(100..2_000) } else { 0 });
+            self.once(&mut rng, &format!("home{key}"), Duration::ZERO, linger).await;
+            tokio::time::sleep(Duration::from_millis(rng.random_range(0..20))).await;
         }
     }
 
@@ -144,19 +174,15 @@ impl Shared {
         while !self.over.load(Ordering::Relaxed) {
             let key = rng.random_range(0..LONG_KEYS);
             let hold = self.ttl.mul_f64(rng.random_range(0.1..1.8));
-            self.once(&mut rng, &format!("long{key}"), hold).await;
+            self.once(&mut rng, &format!("long{key}"), hold, Duration::ZERO).await;
             tokio::time::sleep(Duration::from_millis(rng.random_range(0..200))).await;
         }
     }
 
     /// One acquisition, or an attempt at one.
-    async fn once(&self, rng: &mut SmallRng, key: &str, hold: Duration) {
+    async fn once(&self, rng: &mut SmallRng, key: &str, hold: Duration, linger: Duration) {
         let number = self.numbers.fetch_add(1, Ordering::Relaxed) + 1;
         let note = |at, event| self.journal.note(at, number, event);
-        let linger = match rng.random_bool(0.2) {
-            true => Duration::from_millis(rng.random_range(2..80)),
-            false => Duration::ZERO,
-        };
         let asked = |limit| Event::Asked {
             key: key.to_owned(),
             limit: nanos(limit),

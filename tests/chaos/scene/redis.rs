@@ -11,7 +11,7 @@ use super::super::crew::PLACES;
 use super::super::faults::{Fault, some_time};
 use super::super::support::other_clock::{self, OtherClock};
 use super::super::support::sentinel::in_step;
-use super::super::support::{PATIENCE, RedisServer, wait_until};
+use super::super::support::{ClientType, PATIENCE, RedisServer, wait_until};
 use super::network::Network;
 use super::{Scene, lock_keys, strike_nodes};
 
@@ -33,6 +33,7 @@ macro_rules! faults {
             Fault::HungServer,
             Fault::CrashServer,
             Fault::SwitchOver,
+            Fault::MisledInbox,
             Fault::PartitionReplies,
             Fault::PartitionRequests,
             Fault::PartitionBoth,
@@ -149,6 +150,14 @@ impl Scene for Redis {
                 self.is_in_step();
             }
             Fault::SwitchOver => self.switch_over(rng),
+            Fault::MisledInbox => {
+                let replica = &self.servers[1 - self.primary.load(Ordering::Relaxed)];
+                let way = &self.network.from(rng.random_range(0..PLACES))[0];
+                way.lead_to(replica.address());
+                self.primary().client_kill(ClientType::PubSub);
+                thread::sleep(some_time(rng, 300, 4_000));
+                way.lead_to(self.primary().address());
+            }
             Fault::ClockJump => {
                 let seconds = rng.random_range(1..4) * if rng.random_bool(0.5) { 1 } else { -1 };
                 other_clock::set(self.primary().dir(), seconds);
