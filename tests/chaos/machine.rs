@@ -14,8 +14,8 @@ use super::clock::{Nanos, now};
 use super::history::{Event, Journal};
 
 const BEAT: Duration = Duration::from_millis(10);
-/// A loaded machine is late by less.
-const STALL: Nanos = 400_000_000;
+/// A machine that has something left for those who are ready to run is late by less.
+const STALL: Nanos = 150_000_000;
 
 pub const NAME: &str = "machine-stall";
 
