@@ -11,7 +11,7 @@
 //! | `ask-overdue` | a request did not end within its limit |
 //! | `release-overdue` | a release did not end |
 //! | `key-stuck` | a key that nobody held was granted to none of those who waited |
-//! | `timeout-in-health` | a request waited in vain for long although nothing had happened |
+//! | `starved` | a request waited while hundreds of others were served, although nothing had happened |
 //! | `left-behind` | something was still on the servers, or running, after the end |
 
 mod acquisitions;
@@ -129,7 +129,7 @@ pub fn check(lines: &[Line], terms: Terms) -> Verdict {
         progress::check_key(of_key, &faults, terms, &mut findings);
     }
     losses::check(&acquisitions, &faults, terms, &mut findings);
-    progress::check(&acquisitions, lines, &faults, terms, &mut findings);
+    progress::check(&acquisitions, lines, &faults, &mut findings);
     for line in lines {
         if let Event::Left { what } = &line.event {
             findings.push(Finding {

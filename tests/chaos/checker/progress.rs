@@ -2,14 +2,14 @@
 
 use std::collections::{HashMap, HashSet};
 
-use super::super::clock::{Nanos, SECOND};
+use super::super::clock::Nanos;
 use super::super::history::{Event, Line};
-use super::acquisitions::{Acquisition, Outcome};
+use super::acquisitions::Acquisition;
 use super::faults::Faults;
 use super::{Finding, Terms};
 
 /// Requests and releases end.
-pub fn check(acquisitions: &[Acquisition], lines: &[Line], faults: &Faults, terms: Terms, findings: &mut Vec<Finding>) {
+pub fn check(acquisitions: &[Acquisition], lines: &[Line], faults: &Faults, findings: &mut Vec<Finding>) {
     let mut last_seen: HashMap<&str, Nanos> = HashMap::new();
     let mut has_ended: HashSet<&str> = HashSet::new();
     let end = lines.last().map_or(0, |line| line.at);
@@ -57,32 +57,32 @@ pub fn check(acquisitions: &[Acquisition], lines: &[Line], faults: &Faults, term
         {
             overdue("release-overdue", ending, hold.ended.as_ref().map(|(at, _)| *at), 0);
         }
-        if let Some(Outcome::Failed { at, why }) = &acquisition.outcome
-            && why == "timeout"
-            && at - acquisition.asked > FAIR
-            && !acquisition.key.starts_with("long")
-            && faults.none_between(at - FAIR, *at, terms.settled())
-        {
-            findings.push(Finding {
-                violation: "timeout-in-health",
-                at: *at,
-                since: acquisition.asked,
-                key: Some(acquisition.key.clone()),
-                words: format!(
-                    "{} waited for {} ms",
-                    acquisition.name(),
-                    (at - acquisition.asked) / 1_000_000
-                ),
-            });
-        }
     }
 }
 
-/// In this time everybody has had a key that is held for moments.
-const FAIR: Nanos = 4 * SECOND;
+/// How many may have a key before one who waits, at most: processes take turns, and each passes a lock on 64 times inside.
+const BEFORE_MAX: usize = 500;
 
-/// A key that somebody waits for is granted.
+/// A key that somebody waits for is granted, and not always to others.
 pub fn check_key(of_key: &[&Acquisition], faults: &Faults, terms: Terms, findings: &mut Vec<Finding>) {
+    let mut grants: Vec<Nanos> = of_key.iter().filter_map(|one| Some(one.hold()?.at)).collect();
+    grants.sort_unstable();
+    for acquisition in of_key {
+        let Some(answered) = acquisition.answered() else {
+            continue;
+        };
+        let before = |time: Nanos| grants.partition_point(|&at| at < time);
+        let others = before(answered) - before(acquisition.asked);
+        if others > BEFORE_MAX && faults.none_between(acquisition.asked, answered, terms.settled()) {
+            findings.push(Finding {
+                violation: "starved",
+                at: answered,
+                since: acquisition.asked,
+                key: Some(acquisition.key.clone()),
+                words: format!("{} saw {others} others served before it", acquisition.name()),
+            });
+        }
+    }
     // When the number of those who wait, or of those who hold it, changes.
     let mut changes: Vec<(Nanos, i64, i64)> = Vec::new();
     for acquisition in of_key {

@@ -294,13 +294,13 @@ fn key_that_is_granted_to_nobody_is_found() {
 #[test]
 fn request_that_starves_while_others_are_served_is_found() {
     let mut text = "0 w1 1 asked k 8000\n 8000 w1 1 failed timeout".to_owned();
-    for number in 1..80_u64 {
-        let at = number * 100;
+    for number in 1..600_u64 {
+        let at = number * 10;
         text += &format!(
             "\n {at} w2 {number} asked k 1000\n {at} w2 {number} granted {number} 900\n {at} w2 {number} ending 900\n {at} w2 {number} ended ok"
         );
     }
-    assert_finds(&text, &["timeout-in-health"]);
+    assert_finds(&text, &["starved"]);
 }
 
 #[test]
