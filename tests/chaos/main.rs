@@ -149,7 +149,7 @@ fn chaos_for_as_long_as_asked() {
             outcome.verdict.granted,
             outcome.verdict.violations.len()
         );
-        for violation in &outcome.verdict.violations {
+        for violation in outcome.verdict.violations.iter().chain(&outcome.verdict.worth_a_look) {
             println!("{kind}, seed {seed}: {}", violation.story);
         }
         report.add(kind, outcome);

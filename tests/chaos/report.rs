@@ -95,6 +95,11 @@ impl fmt::Display for Report {
         for (reason, count) in &all.verdict.told {
             writeln!(f, "  {reason:<24}{count:>8}")?;
         }
+        let unexplained = all.verdict.worth_a_look.len();
+        writeln!(
+            f,
+            "  of these without a fault for long (by an overloaded machine) {unexplained}"
+        )?;
         writeln!(f, "\nexcluded by the documents")?;
         for ((violation, excuse), count) in excused {
             writeln!(f, "  {violation:<14}{excuse:<34}{count:>8}")?;

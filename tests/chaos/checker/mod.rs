@@ -7,12 +7,14 @@
 //! | `token-order` | a later acquisition had a smaller token |
 //! | `late-loss` | a guard was no longer valid, and `lost()` had not returned |
 //! | `vanished` | a lease was deleted or taken on the server, and nothing that happened explains it |
-//! | `lost-in-health` | a lease was lost although nothing had happened for long |
 //! | `ask-overdue` | a request did not end within its limit |
 //! | `release-overdue` | a release did not end |
 //! | `key-stuck` | a key that nobody held was granted to none of those who waited |
 //! | `starved` | a request waited while hundreds of others were served, although nothing had happened |
 //! | `left-behind` | something was still on the servers, or running, after the end |
+//!
+//! `lost-in-health`, a lease that was not renewed in time although nothing had happened for long, is worth a look and no
+//! violation: servers that get too little of an overloaded machine answer too late.
 
 mod acquisitions;
 mod exclusion;
@@ -88,6 +90,8 @@ pub struct Verdict {
     /// By violation and excuse.
     pub excused: BTreeMap<(&'static str, &'static str), u64>,
     pub violations: Vec<Violation>,
+    /// What an overloaded machine explains as well as a fault of ours.
+    pub worth_a_look: Vec<Violation>,
 }
 
 impl Verdict {
@@ -96,6 +100,7 @@ impl Verdict {
         self.granted += other.granted;
         self.longest_wait = self.longest_wait.max(other.longest_wait);
         self.violations.extend(other.violations);
+        self.worth_a_look.extend(other.worth_a_look);
         for (why, count) in other.failed {
             *self.failed.entry(why).or_default() += count;
         }
@@ -145,10 +150,16 @@ pub fn check(lines: &[Line], terms: Terms) -> Verdict {
     for finding in findings {
         match Excuse::of(&finding, &faults, terms) {
             Some(excuse) => *verdict.excused.entry((finding.violation, excuse.name)).or_default() += 1,
-            None => verdict.violations.push(Violation {
-                story: story::tell(&finding, lines),
-                finding,
-            }),
+            None => {
+                let found = match finding.violation {
+                    "lost-in-health" => &mut verdict.worth_a_look,
+                    _ => &mut verdict.violations,
+                };
+                found.push(Violation {
+                    story: story::tell(&finding, lines),
+                    finding,
+                });
+            }
         }
     }
     verdict

@@ -227,7 +227,7 @@ fn lease_that_vanishes_without_a_cause_is_found() {
 }
 
 #[test]
-fn loss_while_all_is_well_is_found() {
+fn loss_while_all_is_well_is_worth_a_look() {
     let text = "
         0 nemesis 1 fault hung-server -
         500 nemesis 1 over
@@ -236,8 +236,13 @@ fn loss_while_all_is_well_is_found() {
         7901 w1 1 told expired
         7902 w1 1 ending 0
         7903 w1 1 ended lost";
-    assert_finds(text, &["lost-in-health"]);
-    assert_finds(&text.replace("500 nemesis", "5000 nemesis"), &[]);
+    let verdict = judge(text);
+    assert_eq!(found(&verdict), [""; 0]);
+    assert_eq!(verdict.worth_a_look.len(), 1);
+    assert_eq!(
+        judge(&text.replace("500 nemesis", "5000 nemesis")).worth_a_look.len(),
+        0
+    );
 }
 
 #[test]
