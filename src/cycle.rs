@@ -172,6 +172,10 @@ mod tests {
             "3-x-00000000",
             "-1-1500-00000000",
             "3-1500-0000000g",
+            // Rust's numbers may have a sign, those of the scripts may not.
+            "+3-1500-00000000",
+            "3-+1500-00000000",
+            "3-1500-+0000000",
         ] {
             assert_eq!(Cycle::parse(nonsense), None, "{nonsense:?}");
         }
@@ -185,6 +189,7 @@ mod tests {
         let cycle = cycles.open(false, Duration::from_secs(1));
         assert!(cycles.has_opened(cycle));
         assert!(!Cycles::with_secret([7, 9]).has_opened(cycle));
+        assert!(!Cycles::with_secret([6, 8]).has_opened(cycle));
         assert!(!cycles.has_opened(Cycle {
             ttl_ms: 3_600_000,
             ..cycle
@@ -193,5 +198,17 @@ mod tests {
             number: cycle.number + 2,
             ..cycle
         }));
+    }
+
+    /// Whoever compares a cycle with the newest one must not take it for one that is still to come.
+    #[test]
+    fn no_cycle_is_above_the_newest() {
+        let cycles = Cycles::default();
+        for expects_rivals in [false, true, false, true] {
+            let before = cycles.newest();
+            let cycle = cycles.open(expects_rivals, Duration::from_secs(1));
+            assert!(cycle.number() > before, "{cycle} {before}");
+            assert_eq!(cycles.newest(), cycle.number() | 1);
+        }
     }
 }

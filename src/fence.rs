@@ -118,6 +118,7 @@ mod tests {
         let mut block = TokenBlock::ending_at(12, 3);
         let taken: Vec<u64> = std::iter::from_fn(|| block.take()).map(FencingToken::get).collect();
         assert_eq!(taken, [10, 11, 12]);
+        assert_eq!((block.first(), block.last()), (13, 12));
         assert_eq!(block.remaining(), 0);
         assert_eq!(TokenBlock::EMPTY.remaining(), 0);
     }

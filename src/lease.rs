@@ -108,3 +108,83 @@ impl Lease {
 fn nanos(duration: Duration) -> u64 {
     u64::try_from(duration.as_nanos()).unwrap_or(u64::MAX)
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use tokio::task::yield_now;
+
+    const TTL: Duration = Duration::from_secs(1);
+
+    const fn at(millis: u64) -> Moment {
+        Moment::from_nanos(millis * 1_000_000)
+    }
+
+    fn lease(valid_until: Moment) -> Lease {
+        Lease::new(Cycle::of(2), valid_until, TTL)
+    }
+
+    #[test]
+    fn lease_is_valid_before_its_end_and_expired_from_then_on() {
+        let lease = lease(at(1_000));
+        assert_eq!((lease.loss_at(at(999)), lease.loss()), (None, None));
+        assert_eq!(lease.remaining(at(900)), Duration::from_millis(100));
+        for late in [1_000, 1_001] {
+            assert_eq!(lease.loss_at(at(late)), Some(LossReason::Expired));
+            assert_eq!(lease.remaining(at(late)), Duration::ZERO);
+        }
+    }
+
+    /// Replies of renewals may come in another order than they were sent in.
+    #[test]
+    fn end_of_a_lease_moves_on_and_never_back() {
+        let lease = lease(at(1_000));
+        lease.extend(at(1_500), TTL);
+        lease.extend(at(1_200), TTL);
+        assert_eq!(lease.valid_until(), at(1_500));
+    }
+
+    #[test]
+    fn first_loss_counts_and_nothing_is_left_after_it() {
+        for reason in LossReason::ALL {
+            let lease = lease(at(1_000));
+            lease.lose(reason);
+            lease.lose(LossReason::Closed);
+            lease.extend(at(2_000), TTL);
+            assert_eq!((lease.loss(), lease.loss_at(at(500))), (Some(reason), Some(reason)));
+            assert_eq!(lease.remaining(at(500)), Duration::ZERO);
+        }
+    }
+
+    /// Operators see how close a lease came to its end, in parts of the TTL that it was given last.
+    #[test]
+    fn part_that_is_left_is_of_the_last_ttl() {
+        let lease = lease(at(1_000));
+        assert!((lease.part_left(at(750)) - 0.25).abs() < 1e-9);
+        assert!(lease.part_left(at(1_000)).abs() < 1e-9);
+        lease.extend(at(4_000), Duration::from_secs(4));
+        assert!((lease.part_left(at(1_000)) - 0.75).abs() < 1e-9);
+        // A lease with a longer TTL was not shortened by one with a shorter TTL.
+        lease.extend(at(3_000), TTL);
+        assert!((lease.part_left(at(1_000)) - 1.0).abs() < 1e-9);
+        lease.lose(LossReason::Taken);
+        assert!(lease.part_left(at(1_000)).abs() < 1e-9);
+    }
+
+    #[tokio::test]
+    async fn tasks_that_wait_for_a_loss_sleep_until_they_are_notified_of_it() {
+        let lease = lease(Moment::now() + Duration::from_secs(3_600));
+        let waiting = async {
+            let (one, other) = tokio::join!(lease.lost(), lease.lost());
+            assert_eq!([one, other], [LossReason::Taken; 2]);
+        };
+        let losing = async {
+            yield_now().await;
+            lease.lose(LossReason::Taken);
+            lease.notify_of_loss();
+        };
+        let both = async { tokio::join!(waiting, losing) };
+        tokio::time::timeout(Duration::from_secs(20), both).await.unwrap();
+        assert_eq!(lease.lost().await, LossReason::Taken, "it is known already");
+    }
+}

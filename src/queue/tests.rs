@@ -1,11 +1,14 @@
 //! The queue as a specification: one test for each rule, and all short runs of events against the rules that always hold.
 
 mod exhaustive;
+mod extending;
 mod giving_up;
 mod handing_on;
+mod late;
 mod lingering;
 mod outage;
 mod remote;
+mod telling;
 mod trouble;
 
 use std::sync::atomic::AtomicUsize;
@@ -26,6 +29,17 @@ struct Bench {
     /// How many keys there are besides; there may be ten.
     keys: AtomicUsize,
     epoch: u32,
+    /// What the last event had for the metrics and for the tasks that wait for a loss.
+    told: Told,
+}
+
+/// What nobody waits for, but is counted or passed to others.
+#[derive(Debug, Default, PartialEq)]
+struct Told {
+    served: Option<u32>,
+    yielded: Option<Bound>,
+    ended: Option<Cycle>,
+    stale_grant: bool,
 }
 
 /// What an event led to, in short.
@@ -122,6 +136,7 @@ impl Bench {
             now: at(1_000),
             keys: AtomicUsize::new(0),
             epoch: 0,
+            told: Told::default(),
         }
     }
 
@@ -141,6 +156,12 @@ impl Bench {
             epoch: self.epoch,
         };
         let (result, effects) = happens(&mut self.queue, cx);
+        self.told = Told {
+            served: effects.served,
+            yielded: effects.yielded,
+            ended: effects.ended.map(|lease| lease.cycle),
+            stale_grant: effects.stale_grant,
+        };
         let seen = Seen {
             request: effects.request,
             abandoned: effects.abandoned.into_iter().flatten().collect(),
@@ -212,6 +233,11 @@ impl Bench {
 
     fn tick(&mut self) -> Seen {
         self.event(|queue, cx| ((), queue.tick(cx))).1
+    }
+
+    /// The shard belongs to managers with another shard map.
+    fn disown(&mut self) -> Seen {
+        self.event(|queue, cx| ((), queue.disown(cx))).1
     }
 
     fn close(&mut self) -> Seen {

@@ -21,7 +21,9 @@ fn the_next_task_gets_the_lock_without_a_message() {
         assert_eq!(guard.token.get(), 101 + number as u64);
         assert_eq!(guard.path, Path::LocalHandOff);
     }
-    assert_eq!(bench.release_held(&guard).releases(), (guard.lease.cycle, None));
+    let seen = bench.release_held(&guard);
+    assert_eq!(seen.releases(), (guard.lease.cycle, None));
+    assert_eq!(seen.abandoned, [], "one release is enough");
 }
 
 #[test]
@@ -298,6 +300,24 @@ fn rivals_that_are_told_of_before_the_reply_count() {
     let guard = bench.guard(id);
     assert!(bench.release_held(&guard).releases().1.is_some());
     assert!(bench.queue.rivals_seen());
+}
+
+#[test]
+fn rivals_that_the_reply_tells_of_count() {
+    let mut bench = Bench::new();
+    bench.rules.max_burst = 1;
+    let (id, seen) = bench.want(0);
+    let cycle = seen.asks().0;
+    bench.want(1);
+    let reply = AcquireReply::Granted {
+        tokens: tokens(1, 2),
+        queued: 1,
+        extended: false,
+    };
+    bench.reply(cycle, reply);
+    assert!(bench.queue.rivals_seen());
+    let guard = bench.guard(id);
+    assert!(bench.release_held(&guard).releases().1.is_some());
 }
 
 #[test]

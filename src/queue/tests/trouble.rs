@@ -11,6 +11,7 @@ fn a_lease_that_was_not_renewed_in_time_is_lost_and_the_waiters_start_anew() {
     assert!(guard.lease.loss_at(bench.now).is_some(), "even before anybody noticed");
     let seen = bench.tick();
     assert_eq!(seen.lost, Some(LossReason::Expired));
+    assert_eq!(seen.abandoned, [], "the guard gives it back when it goes");
     let (cycle, ask, _) = seen.asks();
     assert!(cycle > guard.lease.cycle && ask == Ask::Join);
     assert_eq!(guard.lease.loss(), Some(LossReason::Expired));
@@ -321,6 +322,27 @@ fn a_failure_of_an_earlier_request_changes_nothing() {
     assert_eq!(bench.dropped(cycle), NOTHING);
 }
 
+/// Its runtime was blocked for so long that the lease ran out and another task of the process got the key. The store may
+/// still know the earlier cycle, which nobody would release any more; and the present guard must keep its lock, even if
+/// a server without its data has given both the same token.
+#[test]
+fn guard_of_an_earlier_cycle_is_released_in_the_background_and_ends_no_later_one() {
+    for token in [1, 2] {
+        let mut bench = Bench::new();
+        let earlier = bench.hold(1, 1);
+        let (id, _) = bench.want(1);
+        bench.pass(TTL);
+        let next = bench.tick().asks().0;
+        bench.reply(next, granted(token, token));
+        let present = bench.guard(id);
+        let (held, seen) = bench.release(&earlier);
+        assert!(!held);
+        assert_eq!((seen.abandoned, seen.request), (vec![earlier.lease.cycle], None));
+        assert_eq!(present.lease.loss_at(bench.now), None);
+        assert_eq!(bench.release_held(&present).releases(), (next, None));
+    }
+}
+
 #[test]
 fn a_guard_of_the_same_cycle_that_was_given_back_before_is_not_held() {
     let mut bench = Bench::new();
@@ -389,4 +411,98 @@ fn a_shutdown_while_the_lease_is_extended_releases_it_in_the_background() {
     assert_eq!((seen.abandoned, seen.request), (vec![cycle], None));
     bench.collect(id);
     assert!(bench.queue.is_unused());
+}
+
+/// The shard has another map by now: a manager with that map may give the key to somebody else at another shard, so a lock here
+/// excludes nobody. Whoever waits asks again, and is told of the map.
+#[test]
+fn shard_with_another_map_ends_the_lease_and_lets_nobody_enter_by_a_grant() {
+    let mut bench = Bench::new();
+    let guard = bench.hold(1, 64);
+    let (id, _) = bench.want(1);
+    let seen = bench.disown();
+    assert_eq!(seen.lost, Some(LossReason::ShardMap));
+    assert_eq!(guard.lease.loss(), Some(LossReason::ShardMap));
+    assert!(seen.asks().0 > guard.lease.cycle);
+    assert!(!bench.queue.is_settled(id));
+    assert_eq!(bench.disown(), NOTHING, "a reply is awaited anyway");
+
+    let mut bench = Bench::new();
+    let (_, cycle) = bench.stand_in_queue(10);
+    assert_eq!(bench.disown().asks(), (cycle, Ask::Join, 1));
+}
+
+/// A process that dies keeps a key for as long as its TTL says. Each lease has the TTL of the task that gets it first, in the
+/// request, in the cycle that other managers read it from, and in the renewals.
+#[test]
+fn lease_lasts_as_long_as_the_task_that_has_it_asked_for() {
+    let ttl = TTL * 3;
+    let want = Want { ttl, ..WANT };
+    let asked = |seen: &Seen| match seen.request {
+        Some(Request::Acquire { cycle, ttl, .. }) => (cycle.ttl(), ttl),
+        _ => panic!("{seen:?}"),
+    };
+    // The first request.
+    let mut bench = Bench::new();
+    let (first, seen) = bench.want_as(0, want);
+    assert_eq!(asked(&seen), (ttl, ttl));
+    // One that is sent again for another task.
+    bench.want(1);
+    let cycle = seen.asks().0;
+    bench.reply(cycle, queued(10));
+    bench.give_up(first);
+    bench.pass(ms(502));
+    assert_eq!(asked(&bench.tick()), (ttl, TTL));
+
+    // A guard that follows another one, and the request by which the others join again.
+    let mut bench = Bench::new();
+    bench.rules.max_burst = 2;
+    let (id, cycle) = bench.stand_in_queue(10);
+    let (second, _) = bench.want_as(1, want);
+    bench.want_as(2, Want { ttl: TTL * 2, ..WANT });
+    bench.grant(grant(cycle, 11, 74));
+    assert_eq!(bench.queue.ttl(), TTL);
+    let guard = bench.guard(id);
+    bench.release_held(&guard);
+    assert_eq!(bench.queue.ttl(), ttl, "for renewals");
+    let guard = bench.guard(second);
+    let next = bench.release_held(&guard).releases().1.unwrap();
+    assert_eq!((next.ttl(), bench.queue.ttl()), (TTL * 2, TTL * 2));
+}
+
+/// After a change of servers a lease is confirmed before it is passed on; one that was asked for after the change is.
+#[test]
+fn lease_that_was_asked_for_after_a_change_of_servers_is_passed_on_without_a_message() {
+    for requeued in [false, true] {
+        let mut bench = Bench::new();
+        bench.rules.max_burst = 1;
+        let mut cycle = Cycle::of(0);
+        let mut id = None;
+        if requeued {
+            let (first, before) = bench.stand_in_queue(10);
+            id = Some(bench.want(1).0);
+            bench.grant(grant(before, 11, 11));
+            let guard = bench.guard(first);
+            bench.epoch += 1;
+            cycle = bench.release_held(&guard).releases().1.unwrap();
+            bench.rules.max_burst = 4;
+            bench.released_remotely(before, Some(granted(20, 84)));
+            assert!(cycle > before);
+        } else {
+            bench.epoch += 1;
+            let (first, seen) = bench.want(1);
+            cycle = cycle.max(seen.asks().0);
+            bench.reply(cycle, granted(20, 84));
+            id = id.or(Some(first));
+        }
+        let guard = bench.guard(id.unwrap());
+        let (next, _) = bench.want(2);
+        let seen = bench.release_held(&guard);
+        assert_eq!(
+            (seen.request, &seen.woken[..]),
+            (None, &[2][..]),
+            "requeued: {requeued}"
+        );
+        assert_eq!(bench.guard(next).lease.cycle, cycle);
+    }
 }

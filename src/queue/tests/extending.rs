@@ -1,0 +1,157 @@
+//! Extending a lease that is ours: which replies count, and how much validity they bring.
+
+use super::*;
+
+/// A guard whose release leaves a waiter without a token, so that the lease must be extended.
+fn extend(bench: &mut Bench) -> (Granted, WaiterId, Cycle) {
+    let guard = bench.hold(10, 10);
+    let (id, _) = bench.want(1);
+    let (cycle, ask, _) = bench.release_held(&guard).asks();
+    assert_eq!((cycle, ask), (guard.lease.cycle, Ask::Extend));
+    (guard, id, cycle)
+}
+
+/// A server that restarted without its data, but with the lease, counts from the beginning again. The next guard would
+/// have a smaller token than one before it, and a resource would refuse the guard that is entitled to write.
+#[test]
+fn extension_with_tokens_that_are_not_above_the_floor_loses_the_lease() {
+    for (first, floor, holds) in [(41, 40, true), (40, 40, false), (11, 40, false)] {
+        let mut bench = Bench::new();
+        let (guard, id, cycle) = extend(&mut bench);
+        let reply = Answer {
+            floor,
+            ..answer(bench.now, extended(first, first + 63))
+        };
+        let (_, seen) = bench.event(|queue, cx| ((), queue.replied(cycle, reply, cx)));
+        assert_eq!(bench.queue.is_settled(id), holds, "token {first}, floor {floor}");
+        if holds {
+            assert_eq!(bench.guard(id).token.get(), first);
+        } else {
+            assert_eq!(guard.lease.loss(), Some(LossReason::Taken));
+            assert_eq!(seen.abandoned, [cycle]);
+            assert!(seen.asks().0 > cycle, "the waiter begins anew");
+        }
+    }
+}
+
+/// The server counts the TTL from the moment at which it executes the extension, which may be just after it was sent. A
+/// guard that counted from the receipt of a slow reply would believe in its lock while the next process has it.
+#[test]
+fn validity_of_an_extension_counts_from_its_sending() {
+    let mut bench = Bench::new();
+    let (guard, id, cycle) = extend(&mut bench);
+    let sent_at = bench.now;
+    bench.pass(ms(400));
+    bench.reply_to(sent_at, cycle, extended(11, 74));
+    assert_eq!(guard.lease.valid_until(), sent_at + TTL - DRIFT);
+    assert_eq!(bench.guard(id).lease.valid_until(), sent_at + TTL - DRIFT);
+}
+
+/// Replies may come in another order than their requests were executed, and the store never shortens a lease. Moving the
+/// end of the validity back would end a guard that is entitled to its lock, as lost.
+#[test]
+fn reply_to_an_earlier_request_takes_no_validity_away() {
+    let mut bench = Bench::new();
+    let (guard, _, cycle) = extend(&mut bench);
+    let extension_sent_at = bench.now;
+    bench.pass(ms(100));
+    let renewal_sent_at = bench.now;
+    bench.renewed(cycle, renewal_sent_at, Some(RenewReply::Extended { wanted: false }));
+    bench.reply_to(extension_sent_at, cycle, extended(11, 74));
+    assert_eq!(guard.lease.valid_until(), renewal_sent_at + TTL - DRIFT);
+}
+
+/// The end of the validity passed before any timer fired, and another process may have had the key since. A reply that
+/// comes after that, of an extension that was executed in time, must not bring the lease back to life.
+#[test]
+fn late_reply_to_an_extension_does_not_revive_the_lease() {
+    let mut bench = Bench::new();
+    let (guard, id, cycle) = extend(&mut bench);
+    bench.pass(ms(500));
+    let sent_at = bench.now;
+    bench.now = guard.lease.valid_until();
+    let seen = bench.reply_to(sent_at, cycle, extended(11, 74));
+    assert_eq!(guard.lease.loss(), Some(LossReason::Expired));
+    assert!(!bench.queue.is_settled(id));
+    assert_eq!(seen.abandoned, [cycle], "the store still has it");
+    assert!(seen.asks().0 > cycle);
+}
+
+/// The same for a guard that is out while more tokens are fetched: it has reported its loss already, and stays lost.
+#[test]
+fn late_reply_to_an_extension_does_not_revive_a_guard() {
+    let mut bench = Bench::new();
+    let guard = bench.hold(1, 2);
+    let ids: Vec<_> = (1..=2).map(|waker| bench.want(waker).0).collect();
+    let cycle = bench.release_held(&guard).asks().0;
+    let second = bench.guard(ids[0]);
+    bench.pass(ms(500));
+    let sent_at = bench.now;
+    bench.now = second.lease.valid_until();
+    let seen = bench.reply_to(sent_at, cycle, extended(3, 66));
+    assert_eq!(seen.lost, Some(LossReason::Expired));
+    assert_eq!(seen.abandoned, [cycle], "the store still has it");
+    assert!(second.lease.loss_at(bench.now).is_some());
+}
+
+/// The reply to an extension is how an owner of an odd cycle learns who waits: its bypass is bounded from then on, whether a
+/// guard is out at that moment or not.
+#[test]
+fn extension_that_finds_rivals_bounds_the_bypass() {
+    for is_out in [false, true] {
+        let mut bench = Bench::new();
+        bench.rules.max_burst = 1;
+        let guard = bench.hold(1, if is_out { 2 } else { 1 });
+        let ids: Vec<_> = (1..=3).map(|waker| bench.want(waker).0).collect();
+        let cycle = bench.release_held(&guard).asks().0;
+        let reply = AcquireReply::Granted {
+            tokens: tokens(100, 163),
+            queued: 1,
+            extended: true,
+        };
+        let seen = bench.reply(cycle, reply);
+        assert!(bench.queue.rivals_seen());
+        let seen = if is_out {
+            let second = bench.guard(ids[0]);
+            bench.release_held(&second)
+        } else {
+            seen
+        };
+        let (released, next) = seen.releases();
+        assert_eq!(released, cycle, "is_out: {is_out}");
+        assert!(next.is_some_and(Cycle::expects_rivals));
+    }
+}
+
+/// A lease is passed on as long as a quarter of its time is left.
+#[test]
+fn lease_is_passed_on_until_less_than_a_quarter_of_its_time_is_left() {
+    for (passed, is_passed_on) in [(738, true), (739, false)] {
+        let mut bench = Bench::new();
+        bench.rules.renew_fraction = 0.9;
+        let guard = bench.hold(1, 64);
+        bench.want(1);
+        bench.pass(ms(passed));
+        let seen = bench.release_held(&guard);
+        assert_eq!(seen.request.is_none(), is_passed_on, "{passed}");
+        assert_eq!(!seen.woken.is_empty(), is_passed_on);
+    }
+}
+
+/// An extension that had no answer may be executed after the lease was passed on to another process. Then it would stand in
+/// that one's way, or in its queue, with a cycle that nobody knows any more.
+#[test]
+fn requeue_after_an_extension_without_an_answer_repeats_the_release() {
+    let mut bench = Bench::new();
+    bench.rules.max_slice = ms(10);
+    let guard = bench.hold(1, 2);
+    let ids: Vec<_> = (1..=2).map(|waker| bench.want(waker).0).collect();
+    let cycle = bench.release_held(&guard).asks().0;
+    let second = bench.guard(ids[0]);
+    bench.failed(cycle);
+    bench.wanted(cycle);
+    bench.pass(ms(10));
+    let seen = bench.release_held(&second);
+    assert!(seen.releases().1.is_some());
+    assert_eq!(seen.abandoned, [cycle]);
+}

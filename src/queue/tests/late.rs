@@ -1,0 +1,238 @@
+//! What comes late, for a cycle that is over: it changes nothing of the present one.
+
+use super::*;
+
+/// No cycle of a bench has this number.
+const OVER: u64 = 900;
+
+/// Whether it is as before: it made the queue do nothing, unless it was to release the cycle that is over.
+#[track_caller]
+fn assert_ignored(seen: &Seen, what: &str) {
+    assert_eq!((seen.request, seen.lost), (None, None), "{what}");
+    assert!(seen.woken.is_empty(), "{what}: {seen:?}");
+    assert!(
+        seen.abandoned.iter().all(|cycle| *cycle == Cycle::of(OVER)),
+        "{what}: {seen:?}"
+    );
+}
+
+/// Everything that may come of a request of that cycle.
+fn everything_late(bench: &mut Bench) {
+    let over = Cycle::of(OVER);
+    for reply in [granted(500, 563), extended(500, 563), queued(500)] {
+        let seen = bench.reply(over, reply);
+        assert_ignored(&seen, "a reply");
+        assert_eq!(seen.abandoned, [over], "the store has it");
+    }
+    for reply in [AcquireReply::Taken, AcquireReply::Busy] {
+        assert_eq!(bench.reply(over, reply), NOTHING);
+    }
+    assert_eq!(bench.released_remotely(over, None), NOTHING);
+    assert_eq!(bench.released_remotely(over, Some(granted(500, 563))), NOTHING);
+    assert_eq!(bench.failed(over), NOTHING);
+    assert_eq!(bench.dropped(over), NOTHING);
+    assert_eq!(bench.renewed(over, bench.now, Some(RenewReply::NotOurs)), NOTHING);
+    assert_eq!(
+        bench.renewed(over, bench.now, Some(RenewReply::Extended { wanted: true })),
+        NOTHING
+    );
+    let pushes: [fn(&mut Bench, Cycle) -> Seen; 3] = [
+        |bench, over| bench.grant(grant(over, 500, 563)),
+        |bench, over| bench.turn(over),
+        |bench, over| bench.wanted(over),
+    ];
+    for push in pushes {
+        let seen = push(bench, over);
+        assert_ignored(&seen, "a push");
+        assert_eq!(seen.abandoned, [over]);
+    }
+}
+
+/// A connection that was given up may still bring what was asked on it. If it were taken for an answer to the present request,
+/// a task would hold a lock that the store has given to nobody, or wait for a reply that has come already.
+#[test]
+fn answer_for_a_cycle_that_is_over_is_none_to_a_request_for_the_lease() {
+    let mut bench = Bench::new();
+    let (id, seen) = bench.want(0);
+    everything_late(&mut bench);
+    assert!(!bench.queue.is_settled(id) && bench.queue.awaits_store());
+    bench.reply(seen.asks().0, granted(1, 1));
+    assert_eq!(bench.guard(id).token.get(), 1);
+}
+
+#[test]
+fn answer_for_a_cycle_that_is_over_is_none_to_an_extension() {
+    let mut bench = Bench::new();
+    let guard = bench.hold(1, 1);
+    let (id, _) = bench.want(1);
+    let cycle = bench.release_held(&guard).asks().0;
+    let until = guard.lease.valid_until();
+    bench.pass(ms(100));
+    everything_late(&mut bench);
+    assert!(!bench.queue.is_settled(id) && bench.queue.awaits_store());
+    assert_eq!(guard.lease.valid_until(), until);
+    bench.reply(cycle, extended(2, 65));
+    assert_eq!(bench.guard(id).token.get(), 2);
+}
+
+#[test]
+fn answer_for_a_cycle_that_is_over_is_none_to_a_release() {
+    let mut bench = Bench::new();
+    let guard = bench.hold(1, 1);
+    bench.release_held(&guard);
+    everything_late(&mut bench);
+    assert!(bench.queue.awaits_store(), "its reply decides on what follows");
+    bench.want(1);
+    assert!(bench.released_remotely(guard.lease.cycle, None).asks().0 > guard.lease.cycle);
+}
+
+#[test]
+fn answer_for_a_cycle_that_is_over_is_none_to_a_release_that_joins_again() {
+    let mut bench = Bench::new();
+    bench.rules.max_burst = 1;
+    let (id, cycle) = bench.stand_in_queue(10);
+    let (other, _) = bench.want(1);
+    bench.grant(grant(cycle, 11, 11));
+    let guard = bench.guard(id);
+    let next = bench.release_held(&guard).releases().1.unwrap();
+    everything_late(&mut bench);
+    assert!(bench.queue.is_current(cycle) && bench.queue.is_current(next));
+    assert_eq!(bench.released_remotely(cycle, Some(granted(12, 12))).woken, [1]);
+    assert!(!bench.queue.is_current(cycle) && bench.queue.is_current(next));
+    assert_eq!(bench.guard(other).token.get(), 12);
+}
+
+#[test]
+fn answer_for_a_cycle_that_is_over_lets_nobody_enter_from_the_stores_queue() {
+    let mut bench = Bench::new();
+    let (id, cycle) = bench.stand_in_queue(10);
+    everything_late(&mut bench);
+    assert!(!bench.queue.is_settled(id));
+    assert_eq!(bench.queue.queued_cycle(), Some(cycle));
+    assert_eq!(bench.grant(grant(cycle, 11, 11)).woken, [0]);
+}
+
+#[test]
+fn answer_for_a_cycle_that_is_over_ends_no_guard() {
+    let mut bench = Bench::new();
+    let guard = bench.hold(1, 64);
+    everything_late(&mut bench);
+    let cycle = guard.lease.cycle;
+    // Nor does a failure of this cycle's own request, of which there is none.
+    assert_eq!(bench.failed(cycle), NOTHING);
+    assert_eq!(bench.dropped(cycle), NOTHING);
+    assert_eq!(bench.grant(grant(cycle, 500, 563)), NOTHING);
+    assert_eq!(guard.lease.loss_at(bench.now), None);
+    assert_eq!(bench.release_held(&guard).abandoned, [], "nothing is in doubt");
+}
+
+#[test]
+fn answer_that_leaves_nobody_waiting_leaves_nothing() {
+    let ends: [fn(&mut Bench, Cycle) -> Seen; 4] = [
+        |bench, cycle| bench.reply(cycle, AcquireReply::Taken),
+        |bench, cycle| bench.reply(cycle, AcquireReply::Busy),
+        |bench, cycle| bench.failed(cycle),
+        |bench, cycle| bench.dropped(cycle),
+    ];
+    for end in ends {
+        let mut bench = Bench::new();
+        let (id, seen) = bench.want(0);
+        bench.give_up(id);
+        assert_eq!(end(&mut bench, seen.asks().0).request, None);
+        assert!(bench.queue.is_unused());
+    }
+    let ends: [fn(&mut Bench, Cycle) -> Seen; 3] = [
+        |bench, cycle| bench.released_remotely(cycle, None),
+        |bench, cycle| bench.failed(cycle),
+        |bench, cycle| bench.dropped(cycle),
+    ];
+    for end in ends {
+        let mut bench = Bench::new();
+        let guard = bench.hold(1, 1);
+        bench.release_held(&guard);
+        assert_eq!(end(&mut bench, guard.lease.cycle).request, None);
+        assert!(bench.queue.is_unused());
+    }
+}
+
+/// A server without its data counts from the beginning: one waiter is told, and the others ask anew, with a cycle that the
+/// store's script gives tokens above the floor.
+#[test]
+fn waiters_behind_one_with_a_token_that_goes_back_ask_anew() {
+    let mut bench = Bench::new();
+    let (first, seen) = bench.want_as(
+        0,
+        Want {
+            expects_rivals: true,
+            ..WANT
+        },
+    );
+    let cycle = seen.asks().0;
+    let (second, _) = bench.want(1);
+    let below = Answer {
+        floor: 50,
+        ..answer(bench.now, granted(20, 30))
+    };
+    let (_, seen) = bench.event(|queue, cx| ((), queue.replied(cycle, below, cx)));
+    assert!(matches!(
+        bench.collect(first),
+        Some(Outcome::Regressed { token: 20, floor: 50 })
+    ));
+    assert_eq!(seen.abandoned, [cycle]);
+    let next = seen.asks().0;
+    assert!(next > cycle);
+    bench.reply(next, granted(51, 51));
+    assert_eq!(bench.guard(second).token.get(), 51);
+}
+
+/// A manager whose inbox is not heard must look for itself: often, since the lease waits for it a second at its turn, and
+/// more often if the leases are short.
+#[test]
+fn waiter_that_no_grant_reaches_looks_often() {
+    for (ttl, owner_ttl, look_in) in [
+        (ms(400), Some(ms(5_000)), 100),
+        (ms(400), Some(ms(50)), 52),
+        (ms(400), None, 100),
+        (ms(60_000), Some(ms(5_000)), 250),
+        (ms(60_000), None, 250),
+    ] {
+        let mut bench = Bench::new();
+        let want = Want {
+            ttl,
+            expects_rivals: true,
+            ..WANT
+        };
+        let cycle = bench.want_as(0, want).1.asks().0;
+        let place = Place {
+            mark: 10,
+            owner_ttl,
+            owner_foreign: false,
+            ahead: 0,
+            is_reached: false,
+        };
+        bench.reply(cycle, AcquireReply::Queued(place));
+        assert_eq!(
+            bench.queue.look_at(),
+            Some(bench.now + ms(look_in)),
+            "{ttl:?} {owner_ttl:?}"
+        );
+    }
+}
+
+/// However many are ahead: the next owner may die with a lease that is shorter than the one seen last.
+#[test]
+fn waiter_far_back_looks_in_bounded_time() {
+    for (ahead, look_in) in [(4_999, 12_500), (u64::MAX, 12_500)] {
+        let mut bench = Bench::new();
+        let (_, seen) = bench.want(0);
+        let place = Place {
+            mark: 10,
+            owner_ttl: Some(ms(3_600_000)),
+            owner_foreign: false,
+            ahead,
+            is_reached: true,
+        };
+        bench.reply(seen.asks().0, AcquireReply::Queued(place));
+        assert_eq!(bench.queue.look_at(), Some(bench.now + ms(look_in)), "{ahead}");
+    }
+}
