@@ -31,6 +31,8 @@ mod node;
 mod release;
 mod renew;
 mod tally;
+#[cfg(test)]
+mod tests;
 mod tidy;
 
 use std::collections::HashMap;

@@ -98,6 +98,21 @@ impl Tally {
 mod tests {
     use super::*;
 
+    /// What is known after some of the votes is what no vote to come can change.
+    fn assert_decided_in_time(tally: &Tally, votes: &[Vote], nodes: usize) {
+        let to_come = nodes - votes.len();
+        let count = |is_it: fn(&Vote) -> bool| votes.iter().filter(|vote| is_it(vote)).count();
+        let given = count(|vote| matches!(vote, Vote::Given { .. }));
+        let kept = count(|vote| matches!(vote, Vote::Given { kept: true, .. }));
+        let refused = count(|vote| *vote == Vote::Refused);
+        let is_open = given * 2 <= nodes && (given + to_come) * 2 > nodes;
+        assert_eq!(tally.standing() == Standing::Open, is_open, "{votes:?}");
+        assert_eq!(tally.is_kept(), kept * 2 > nodes, "{votes:?}");
+        let may_be_kept = kept * 2 <= nodes && (kept + to_come) * 2 > nodes;
+        assert_eq!(tally.may_be_kept(), may_be_kept, "{votes:?}");
+        assert_eq!(tally.is_refused(), (nodes - refused) * 2 <= nodes, "{votes:?}");
+    }
+
     /// Every mix of votes for 3 to 7 nodes, in every order that differs.
     #[test]
     fn a_vote_is_won_exactly_if_a_majority_gave_it() {
@@ -115,8 +130,9 @@ mod tests {
                     .collect();
                 let mut tally = Tally::new(nodes);
                 let given = votes.iter().filter(|vote| matches!(vote, Vote::Given { .. })).count();
-                for &vote in &votes {
+                for (counted, &vote) in votes.iter().enumerate() {
                     tally.count(vote);
+                    assert_decided_in_time(&tally, &votes[..=counted], nodes);
                 }
                 let kept = votes
                     .iter()

@@ -163,6 +163,25 @@ impl RedisStore {
     }
 }
 
+#[cfg(test)]
+impl RedisStore {
+    /// Gives or takes its vote, until a new connection tells of the server's age.
+    pub(crate) fn set_vote(&self, has: bool) {
+        let tenure = self.shared.tenure.as_ref().unwrap();
+        let from = if has { 0 } else { u64::MAX };
+        tenure.vote_from.store(from, Ordering::Release);
+        tenure.known.store(true, Ordering::Release);
+    }
+
+    pub(crate) fn queue_name(&self, key: &LockKey) -> String {
+        self.shared.commands.names.of(key).queue().to_string()
+    }
+
+    pub(crate) fn counter_name(&self, key: &LockKey) -> String {
+        self.shared.commands.names.of(key).counter().to_string()
+    }
+}
+
 async fn answers(shared: &Shared, link: &Arc<Link>) -> Result<(), StoreError> {
     let mut attempts = Attempts::default();
     loop {

@@ -1,0 +1,412 @@
+//! Whose answers count in a quorum, on real servers whose votes a test gives and takes.
+
+use std::sync::Arc;
+use std::time::Duration;
+
+use super::*;
+use crate::endpoint::{Endpoint, EndpointKind};
+use crate::fence::TokenBlock;
+use crate::identity::ManagerId;
+use crate::protocol::Ask;
+use crate::store::support::RedisServer;
+use crate::store::support::wait::{PATIENCE, eventually};
+
+const TTL: Duration = Duration::from_secs(5);
+/// 2035 on the servers' clocks, as a token: no counter is raised to their time.
+const FLOOR: u64 = 10 * 365 * 24 * 3600 * 8_000_000;
+/// The lease of the key [`key`] on a server.
+const LEASE: &str = "lock:k";
+
+fn key() -> LockKey {
+    LockKey::new("k").unwrap()
+}
+
+/// A quorum of three, in the order in which they are the door of the key. All have a vote.
+struct Bench {
+    store: QuorumStore,
+    nodes: [Arc<Node>; 3],
+    servers: [RedisServer; 3],
+    manager: ManagerId,
+}
+
+impl Bench {
+    async fn new() -> Self {
+        let mut servers: Vec<_> = (0..3).map(|_| RedisServer::start()).collect();
+        let places: Vec<_> = servers.iter().map(RedisServer::address).collect();
+        let endpoint = Endpoint::parse(&format!("redlock://{}", places.join(","))).unwrap();
+        let EndpointKind::Redlock { nodes } = endpoint.kind() else {
+            panic!("{endpoint} is no quorum")
+        };
+        let manager = ManagerId::of("h", 1, 1);
+        let options = StoreOptions {
+            timeout: PATIENCE,
+            ..StoreOptions::for_tests(manager.clone())
+        };
+        let mut store = QuorumStore::new(nodes, &options).unwrap();
+        let limits = Arc::get_mut(&mut store.quorum).unwrap();
+        // What a loaded machine answers late is no outage here; and what must fail need not be tried for long.
+        (limits.node_limit, limits.majority_limit) = (PATIENCE / 2, Duration::from_millis(200));
+        store.connect().await.unwrap();
+        // A connection that is opened later would tell of the servers' age.
+        store.connect_background().await.unwrap();
+        let quorum = &store.quorum;
+        let order: Vec<_> = quorum.order(quorum.slot(&key())).map(Arc::clone).collect();
+        let nodes: [Arc<Node>; 3] = order.try_into().unwrap_or_else(|_| panic!("not three nodes"));
+        let servers = [0, 1, 2].map(|index| {
+            let is_it = |server: &RedisServer| server.address() == nodes[index].place;
+            servers.swap_remove(servers.iter().position(is_it).unwrap())
+        });
+        nodes.iter().for_each(|node| node.store.set_vote(true));
+        Self {
+            store,
+            nodes,
+            servers,
+            manager,
+        }
+    }
+
+    /// Requests that find no majority are tried again for so long.
+    fn with_majority_limit(mut self, limit: Duration) -> Self {
+        Arc::get_mut(&mut self.store.quorum).unwrap().majority_limit = limit;
+        self
+    }
+
+    /// A node that does not answer for so long is down.
+    fn with_node_limit(mut self, limit: Duration) -> Self {
+        Arc::get_mut(&mut self.store.quorum).unwrap().node_limit = limit;
+        self
+    }
+
+    fn set_counter(&self, node: usize, count: u64) {
+        let name = self.nodes[node].store.counter_name(&key());
+        self.servers[node].command(&["SET", &name, &count.to_string()]);
+    }
+
+    async fn acquire(&self, cycle: u64, ask: Ask, ttl: Duration) -> Result<AcquireReply, StoreError> {
+        let request = Acquire {
+            key: key(),
+            cycle: Cycle::of(cycle),
+            ask,
+            ttl,
+            tokens: 4,
+        };
+        self.store.acquire(request).await.map(|answer| answer.reply)
+    }
+
+    /// Gets the lock for that cycle.
+    async fn hold(&self, cycle: u64) -> TokenBlock {
+        match self.acquire(cycle, Ask::Join, TTL).await {
+            Ok(AcquireReply::Granted { tokens, .. }) => tokens,
+            other => panic!("no lock but {other:?}"),
+        }
+    }
+
+    async fn renew(&self, cycle: u64) -> Option<RenewReply> {
+        let renewal = Renewal {
+            key: key(),
+            cycle: Cycle::of(cycle),
+            ttl: TTL,
+        };
+        self.store.renew(vec![renewal], TTL).await.unwrap()[0]
+    }
+
+    /// Who has the lease at that node.
+    fn owner(&self, node: usize) -> Option<String> {
+        self.servers[node].query(&["GET", LEASE])
+    }
+
+    fn signature(&self, cycle: u64) -> Option<String> {
+        Some(self.manager.sign(Cycle::of(cycle)).to_string())
+    }
+
+    /// The counter of the key's slot at that node.
+    fn counter(&self, node: usize) -> u64 {
+        let name = self.nodes[node].store.counter_name(&key());
+        self.servers[node]
+            .query::<Option<u64>>(&["GET", &name])
+            .unwrap_or_default()
+    }
+
+    /// Gives the lease at that node to somebody else.
+    fn take(&self, node: usize) {
+        self.servers[node].command(&["SET", LEASE, "another-library"]);
+    }
+}
+
+fn is_granted(reply: &Result<AcquireReply, StoreError>) -> bool {
+    matches!(reply, Ok(AcquireReply::Granted { .. }))
+}
+
+/// A node that restarted may have forgotten a lease that another manager still has. If its claim counted, two managers could
+/// each have a majority.
+#[tokio::test]
+async fn claim_at_a_node_without_a_vote_does_not_count() {
+    let bench = Bench::new().await;
+    bench.take(1);
+    bench.nodes[2].store.set_vote(false);
+    for (ask, cycle) in [(Ask::Free, 2), (Ask::Try, 4), (Ask::Join, 6)] {
+        let reply = bench.acquire(cycle, ask, TTL).await;
+        let is_right = match ask {
+            Ask::Free => matches!(reply, Ok(AcquireReply::Taken)),
+            Ask::Try => matches!(reply, Ok(AcquireReply::Busy)),
+            Ask::Join | Ask::Extend => matches!(reply, Ok(AcquireReply::Queued(_))),
+        };
+        assert!(is_right, "{ask:?}: {reply:?}");
+        assert_eq!([bench.owner(0), bench.owner(2)], [None, None], "nothing is left behind");
+    }
+    // With a vote it makes a majority.
+    bench.nodes[2].store.set_vote(true);
+    bench.hold(8).await;
+}
+
+/// The door restarts between the moment at which it is chosen and its answer. It may have forgotten the owner, so that answer
+/// is no vote; the next node is the door.
+#[tokio::test]
+async fn answer_of_a_door_that_has_lost_its_vote_does_not_count() {
+    let bench = Bench::new().await;
+    bench.take(2);
+    let door = &bench.servers[0];
+    door.stop();
+    let mut acquiring = std::pin::pin!(bench.acquire(2, Ask::Join, TTL));
+    tokio::select! {
+        biased;
+        reply = &mut acquiring => panic!("an answer of a stopped server: {reply:?}"),
+        () = tokio::task::yield_now() => {}
+    }
+    // The request is on its way.
+    bench.nodes[0].store.set_vote(false);
+    door.cont();
+    let reply = acquiring.await;
+    assert!(bench.nodes[0].owes(Cycle::of(2)), "it may have the lease");
+    assert!(
+        matches!(reply, Ok(AcquireReply::Queued(_))),
+        "the second node alone is no majority: {reply:?}"
+    );
+}
+
+/// The first node is asked, but does not lead to a lock: what it may have of the cycle is given back later, and until then what
+/// it says of it does not count. The second node takes its place.
+#[tokio::test]
+async fn node_that_refuses_is_passed_over_and_is_owed_a_release() {
+    let bench = Bench::new().await;
+    bench.servers[0].command(&["SET", &bench.nodes[0].store.queue_name(&key()), "not a queue"]);
+    bench.hold(2).await;
+    assert_eq!(bench.owner(1), bench.signature(2));
+    assert_eq!(bench.owner(2), bench.signature(2));
+    let owes = [0, 1, 2].map(|node| bench.nodes[node].owes(Cycle::of(2)));
+    assert_eq!(owes, [true, false, false]);
+    assert_eq!(bench.owner(0), None, "it is not claimed either");
+    assert!(bench.store.quorum.holds(Cycle::of(2)));
+}
+
+/// Most outages are short: whoever asks waits for a majority for some time, and not longer.
+#[tokio::test]
+async fn request_waits_for_a_majority_that_comes_back_in_time() {
+    let bench = Bench::new().await;
+    let set_votes = |has| bench.nodes[1..].iter().for_each(|node| node.store.set_vote(has));
+    set_votes(false);
+    let reply = bench.acquire(2, Ask::Join, TTL).await;
+    assert!(matches!(reply, Err(StoreError::Unavailable(_))), "{reply:?}");
+
+    let bench = bench.with_majority_limit(PATIENCE);
+    let (reply, ()) = tokio::join!(bench.acquire(4, Ask::Join, TTL), async {
+        tokio::task::yield_now().await;
+        bench.nodes[1..].iter().for_each(|node| node.store.set_vote(true));
+    });
+    assert!(is_granted(&reply), "{reply:?}");
+}
+
+/// The nodes count the TTL from the moment at which they are claimed. If the majority takes as long as the lease lasts, the
+/// first of them may have another owner by then.
+#[tokio::test]
+async fn majority_that_came_too_late_is_no_lock() {
+    let bench = Bench::new().await;
+    // Two milliseconds are taken off for clocks that run at different speeds, which leaves nothing of these.
+    for millis in [1, 2] {
+        let reply = bench.acquire(2, Ask::Join, Duration::from_millis(millis)).await;
+        assert!(matches!(reply, Err(StoreError::Unavailable(_))), "{reply:?}");
+    }
+    assert!(!bench.store.quorum.holds(Cycle::of(2)));
+    bench.hold(4).await;
+}
+
+/// Another manager had its tokens from another door, whose counter is ahead of this one's. Tokens of this door's counter would
+/// be below those that a resource has seen already, or the same.
+#[tokio::test]
+async fn tokens_are_above_the_counters_of_a_majority() {
+    for ahead in [1, 2, 1_000_000] {
+        let bench = Bench::new().await;
+        bench.set_counter(0, FLOOR);
+        for node in [1, 2] {
+            bench.set_counter(node, FLOOR + ahead);
+        }
+        let tokens = bench.hold(2).await;
+        assert_eq!((tokens.first(), tokens.last()), (FLOOR + ahead + 1, FLOOR + ahead + 4));
+        // Whoever asks next at another door has to learn of it from any majority.
+        let count = [0, 1, 2].map(|node| bench.counter(node));
+        let knowing = count.iter().filter(|&&count| count >= tokens.last()).count();
+        assert!(knowing >= 2, "{count:?}");
+    }
+}
+
+/// The next node becomes the door, and has lost its counter. The manager itself has seen larger tokens.
+#[tokio::test]
+async fn tokens_of_another_door_are_above_those_that_were_seen() {
+    let bench = Bench::new().await;
+    bench.set_counter(0, FLOOR);
+    let first = bench.hold(2).await;
+    for server in &bench.servers[1..] {
+        server.command(&["FLUSHALL"]);
+    }
+    bench.servers[0].command(&["DEL", LEASE]);
+    bench.nodes[0].store.set_vote(false);
+    let second = bench.hold(4).await;
+    assert!(second.first() > first.last(), "{first:?} {second:?}");
+}
+
+/// The vote of the door is counted once, however often it says that the lease is there.
+#[tokio::test]
+async fn door_alone_is_no_majority() {
+    let bench = Bench::new().await.with_node_limit(Duration::from_millis(200));
+    bench.servers[1].stop();
+    bench.servers[2].kill();
+    let reply = bench.acquire(2, Ask::Join, TTL).await;
+    assert!(matches!(reply, Err(StoreError::Unavailable(_))), "{reply:?}");
+    assert!(!bench.nodes[1].is_up() && !bench.nodes[2].is_up());
+    assert!(bench.nodes[1].owes(Cycle::of(2)) && bench.nodes[2].owes(Cycle::of(2)));
+    bench.servers[1].cont();
+}
+
+/// A task may be cancelled at any time. What it has sent is known, so that a release follows.
+#[tokio::test]
+async fn request_that_is_dropped_midway_owes_its_door_a_release() {
+    let bench = Bench::new().await;
+    bench.servers[0].stop();
+    tokio::select! {
+        biased;
+        reply = bench.acquire(2, Ask::Join, TTL) => panic!("an answer of a stopped server: {reply:?}"),
+        () = tokio::task::yield_now() => {}
+    }
+    bench.servers[0].cont();
+    assert_eq!(
+        [0, 1, 2].map(|node| bench.nodes[node].owes(Cycle::of(2))),
+        [true, false, false]
+    );
+}
+
+#[tokio::test]
+async fn key_that_has_another_owner_at_the_door_is_reported_as_each_request_needs_it() {
+    let bench = Bench::new().await;
+    bench.take(0);
+    assert!(matches!(
+        bench.acquire(2, Ask::Free, TTL).await,
+        Ok(AcquireReply::Taken)
+    ));
+    assert!(matches!(bench.acquire(4, Ask::Try, TTL).await, Ok(AcquireReply::Busy)));
+    let reply = bench.acquire(6, Ask::Join, TTL).await;
+    assert!(
+        matches!(reply, Ok(AcquireReply::Queued(place)) if place.owner_foreign),
+        "{reply:?}"
+    );
+    assert_eq!(
+        [1, 2].map(|node| bench.owner(node)),
+        [None, None],
+        "the others are not asked"
+    );
+}
+
+/// An extension that finds no majority is no reason to give back what the nodes have: the holder still counts on it, until it
+/// learns of the loss.
+#[tokio::test]
+async fn extension_that_finds_no_majority_gives_nothing_back() {
+    let bench = Bench::new().await;
+    bench.hold(2).await;
+    for node in [1, 2] {
+        bench.take(node);
+    }
+    let reply = bench.acquire(2, Ask::Extend, TTL).await;
+    assert!(!is_granted(&reply), "{reply:?}");
+    assert_eq!(bench.owner(0), bench.signature(2));
+}
+
+/// If each node refuses, the reason is what the program is told.
+#[tokio::test]
+async fn refusal_of_all_nodes_is_told_with_its_reason() {
+    let bench = Bench::new().await;
+    for (node, server) in bench.nodes.iter().zip(&bench.servers) {
+        server.command(&["SET", &node.store.queue_name(&key()), "not a queue"]);
+    }
+    let reply = bench.acquire(2, Ask::Join, TTL).await;
+    assert!(matches!(reply, Err(StoreError::Refused(_))), "{reply:?}");
+}
+
+/// A node that lost its data gets the lease again with the next renewal, and its counter must not begin again: it may be the
+/// door for the next manager.
+#[tokio::test]
+async fn restored_lease_brings_a_counter_that_is_not_below_earlier_tokens() {
+    let bench = Bench::new().await;
+    let tokens = bench.hold(2).await;
+    bench.servers[2].command(&["FLUSHALL"]);
+    assert_eq!(bench.renew(2).await, Some(RenewReply::Extended { wanted: false }));
+    eventually("the lease is restored", PATIENCE, || {
+        bench.owner(2) == bench.signature(2)
+    })
+    .await;
+    assert!(bench.counter(2) >= tokens.last(), "{} {tokens:?}", bench.counter(2));
+}
+
+/// Only a majority of nodes with a vote proves that a lease is still ours, and only refusals prove that it is not.
+#[tokio::test]
+async fn renewal_counts_no_node_without_a_vote() {
+    let bench = Bench::new().await;
+    bench.hold(2).await;
+    bench.take(1);
+    assert_eq!(bench.renew(2).await, Some(RenewReply::Extended { wanted: false }));
+    bench.nodes[2].store.set_vote(false);
+    assert_eq!(bench.renew(2).await, None, "one for, one against, one without a vote");
+    assert!(bench.store.quorum.holds(Cycle::of(2)));
+    bench.nodes[2].store.set_vote(true);
+    bench.take(2);
+    assert_eq!(bench.renew(2).await, Some(RenewReply::NotOurs));
+    assert!(!bench.store.quorum.holds(Cycle::of(2)));
+}
+
+/// A restart of the nodes one after the other may leave a lease that a majority has again, but did not have all the time:
+/// somebody else may have held the lock in between. Then the extension must say so, and the lock is lost.
+#[tokio::test]
+async fn extension_without_a_majority_that_kept_the_lease_is_none() {
+    let bench = Bench::new().await;
+    bench.hold(2).await;
+    for (lost, is_kept) in [
+        (&[1][..], true),
+        // The door answers first, and others may have had a majority without it.
+        (&[0], false),
+        (&[1, 2], false),
+        (&[0, 2], false),
+        (&[0, 1, 2], false),
+    ] {
+        for server in &bench.servers {
+            server.command(&["SET", LEASE, &bench.signature(2).unwrap(), "PX", "60000"]);
+        }
+        for &node in lost {
+            bench.servers[node].command(&["DEL", LEASE]);
+        }
+        let reply = bench.acquire(2, Ask::Extend, TTL).await;
+        let Ok(AcquireReply::Granted { extended, .. }) = reply else {
+            panic!("{lost:?}: no lease but {reply:?}")
+        };
+        assert_eq!(extended, is_kept, "{lost:?}");
+    }
+}
+
+/// A lease may last no longer than a node that restarted stays without a vote.
+#[tokio::test]
+async fn ttl_above_the_longest_is_refused_and_claims_nothing() {
+    let bench = Bench::new().await;
+    let longest = bench.store.quorum.max_ttl;
+    let reply = bench.acquire(2, Ask::Join, longest + Duration::from_millis(1)).await;
+    assert!(matches!(reply, Err(StoreError::Refused(_))), "{reply:?}");
+    assert_eq!([0, 1, 2].map(|node| bench.owner(node)), [None, None, None]);
+    let reply = bench.acquire(2, Ask::Join, longest).await;
+    assert!(is_granted(&reply), "{reply:?}");
+}
