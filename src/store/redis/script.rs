@@ -5,6 +5,9 @@ use deadpool_redis::redis::{Cmd, ErrorKind, Pipeline, RedisError, RedisResult, S
 
 use super::permission::Permissions;
 
+#[cfg(test)]
+mod tests;
+
 /// A script whose hash was computed once.
 #[derive(Debug)]
 pub(super) struct LuaScript {
@@ -159,32 +162,33 @@ pub(super) struct Scripts {
     pub(super) renew_alone: LuaScript,
 }
 
-/// The text of a script that begins with what is particular to a kind of server.
+/// The text of a script that is made of these files.
+#[cfg(not(test))]
 macro_rules! script {
-    ($kind:literal, "acquire") => {
-        script!(@ $kind, include_str!("scripts/acquire_own.lua"), "acquire")
+    ($($name:literal),+) => {
+        concat!($(include_str!(concat!("scripts/", $name, ".lua"))),+)
     };
-    ($kind:literal, "release") => {
-        script!(@ $kind, "", "release")
-    };
-    (@ $kind:literal, $first:expr, $name:literal) => {
-        concat!(
-            include_str!(concat!("scripts/", $kind, ".lua")),
-            include_str!("scripts/extend.lua"),
-            $first,
-            include_str!("scripts/common.lua"),
-            include_str!(concat!("scripts/", $name, ".lua"))
-        )
+}
+
+/// The same for tests, which can be run with other scripts than they were built with (`scripts/mutate-lua`).
+#[cfg(test)]
+macro_rules! script {
+    ($($name:literal),+) => {
+        tests::text(&[$(($name, include_str!(concat!("scripts/", $name, ".lua")))),+])
     };
 }
 
 impl Scripts {
     pub(super) fn for_a_primary(namespace: &str) -> Self {
-        Self::of(script!("single", "acquire"), script!("single", "release"), namespace)
+        let acquire = script!("single", "extend", "acquire_own", "common", "acquire");
+        let release = script!("single", "extend", "common", "release");
+        Self::of(acquire, release, namespace)
     }
 
     pub(super) fn for_a_cluster(namespace: &str) -> Self {
-        Self::of(script!("cluster", "acquire"), script!("cluster", "release"), namespace)
+        let acquire = script!("cluster", "extend", "acquire_own", "common", "acquire");
+        let release = script!("cluster", "extend", "common", "release");
+        Self::of(acquire, release, namespace)
     }
 
     fn of(acquire: &'static str, release: &'static str, namespace: &str) -> Self {
@@ -192,11 +196,11 @@ impl Scripts {
         let script = |code| LuaScript::new(code, &permissions);
         Self {
             acquire: script(acquire),
-            release_free: script(include_str!("scripts/release_free.lua")),
+            release_free: script(script!("release_free")),
             release: script(release),
-            renew: script(include_str!("scripts/renew.lua")),
-            renew_alone: script(include_str!("scripts/renew_alone.lua")),
-            claim: script(include_str!("scripts/claim.lua")),
+            renew: script(script!("renew")),
+            renew_alone: script(script!("renew_alone")),
+            claim: script(script!("claim")),
         }
     }
 }

@@ -1,0 +1,263 @@
+//! What the comparison with the reference (`store/conformance.rs`) can't see of the scripts: the votes of a quorum, the
+//! renewal in a slot that is being moved, and the ends of queues.
+
+use std::time::Duration;
+
+use redis::{FromRedisValue, Value};
+
+use super::Scripts;
+use crate::fence::FencingToken;
+use crate::identity::ManagerId;
+use crate::protocol::Cycle;
+use crate::store::support::RedisServer;
+
+/// The texts of these files, one behind the other: those that the tests were built with, or others from a directory that the
+/// environment names.
+pub(super) fn text(files: &[(&str, &'static str)]) -> &'static str {
+    let directory = std::env::var_os("SHARDLOCK_TEST_SCRIPTS");
+    let text = |&(name, built_in): &(&str, &'static str)| match &directory {
+        None => built_in.to_owned(),
+        Some(directory) => {
+            let path = std::path::Path::new(directory).join(name).with_extension("lua");
+            std::fs::read_to_string(&path).unwrap_or_else(|error| panic!("{}: {error}", path.display()))
+        }
+    };
+    files.iter().map(text).collect::<String>().leak()
+}
+
+/// 2035 on the server's clock, as a token.
+const FLOOR: u64 = 10 * 365 * 24 * 3600 * 8_000_000;
+/// How much of a remaining time may have passed before it is looked at. All times differ by more.
+const SLACK: u64 = 40_000;
+
+/// A server, and the names of one lock on it.
+struct Bench {
+    server: RedisServer,
+    scripts: Scripts,
+}
+
+impl Bench {
+    fn new() -> Self {
+        Self {
+            server: RedisServer::start(),
+            scripts: Scripts::for_a_primary("lock:"),
+        }
+    }
+
+    fn call<T: FromRedisValue>(&self, script: &str, keys: &[&str], args: &[&str]) -> T {
+        let count = keys.len().to_string();
+        self.server.query(&[&["EVAL", script, &count], keys, args].concat())
+    }
+
+    fn claim(&self, signature: &str, ttl: u64, least: u64, floor: u64) -> Vec<u64> {
+        let (ttl, least, floor) = (ttl.to_string(), least.to_string(), floor.to_string());
+        let args = [signature, &ttl, &least, &floor];
+        self.call(self.scripts.claim.text(), &["lease", "counter"], &args)
+    }
+
+    fn renew_alone(&self, signature: &str, ttl: u64) -> Vec<u64> {
+        self.call(
+            self.scripts.renew_alone.text(),
+            &["lease"],
+            &[signature, &ttl.to_string()],
+        )
+    }
+
+    /// A request that waits if the key is taken.
+    fn join(&self, signature: &str) -> Vec<u64> {
+        let args = [signature, "100000", "1", "0", "join", "inbox:", "key"];
+        let reply: Vec<i64> = self.call(self.scripts.acquire.text(), &["lease", "queue", "counter"], &args);
+        reply.into_iter().map(|number| number.max(0).unsigned_abs()).collect()
+    }
+
+    /// Makes that signature the owner; without an end if the TTL is `None`.
+    fn own(&self, signature: &str, ttl: Option<u64>) {
+        self.server.command(&["SET", "lease", signature]);
+        if let Some(ttl) = ttl {
+            self.server.command(&["PEXPIRE", "lease", &ttl.to_string()]);
+        }
+    }
+
+    fn owner(&self) -> Option<String> {
+        self.server.query(&["GET", "lease"])
+    }
+
+    fn counter(&self) -> u64 {
+        self.server
+            .query::<Option<u64>>(&["GET", "counter"])
+            .unwrap_or_default()
+    }
+
+    #[track_caller]
+    fn assert_left(&self, key: &str, expected: u64) {
+        let left: i64 = self.server.query(&["PTTL", key]);
+        let left = u64::try_from(left).unwrap_or_else(|_| panic!("{key} has no end: {left}"));
+        assert!(
+            left <= expected && expected - left < SLACK,
+            "{key}: {left} of {expected}"
+        );
+    }
+}
+
+fn signature(manager: u64, cycle: u64) -> String {
+    let cycle = Cycle::with_ttl(cycle, Duration::from_secs(100));
+    ManagerId::of("h", 1, manager).sign(cycle).to_string()
+}
+
+/// Each node of a quorum gives its vote to one owner, and says so to everybody else. A node that gave it to two would let
+/// two managers have a majority.
+#[test]
+fn claim_takes_a_free_lease_and_no_other_owners() {
+    let bench = Bench::new();
+    let (one, other) = (signature(1, 2), signature(2, 2));
+    assert_eq!(bench.claim(&one, 300_000, 7, 0), [1, 0, 0]);
+    assert_eq!(bench.owner().as_ref(), Some(&one));
+    bench.assert_left("lease", 300_000);
+    assert_eq!(bench.counter(), 7);
+
+    // Another cycle of the same manager is another owner as well.
+    for other in [other, signature(1, 4)] {
+        let reply = bench.claim(&other, 600_000, 9, FLOOR);
+        let [0, left] = reply[..] else { panic!("{reply:?}") };
+        assert!(left <= 300_000 && left > 300_000 - SLACK, "{left}");
+        assert_eq!(bench.owner().as_ref(), Some(&one));
+        bench.assert_left("lease", 300_000);
+        assert_eq!(bench.counter(), 7, "a refusal raises nothing");
+    }
+    // A lease of another library may have no end.
+    bench.own("another-library", None);
+    let reply: Vec<i64> = bench.call(
+        bench.scripts.claim.text(),
+        &["lease", "counter"],
+        &[&one, "1000", "9", "0"],
+    );
+    assert_eq!(reply, [0, -1]);
+    assert_eq!(bench.owner().as_deref(), Some("another-library"));
+}
+
+/// The owner counts on what it was told before, with whatever TTL it asked then. A claim that moved the end of its lease
+/// back would let the next manager in while the owner still believes in its lock.
+#[test]
+fn claim_of_the_owner_moves_the_end_of_its_lease_on_and_never_back() {
+    let bench = Bench::new();
+    let me = signature(1, 2);
+    for (left, ttl, expected) in [
+        (Some(100_000), 300_000, 300_000),
+        (Some(300_000), 100_000, 300_000),
+        (None, 100_000, 100_000),
+    ] {
+        bench.own(&me, left);
+        let reply = bench.claim(&me, ttl, 0, 0);
+        assert_eq!((reply[0], reply[2]), (1, 1), "it had the lease before: {reply:?}");
+        assert_eq!(bench.owner().as_ref(), Some(&me));
+        bench.assert_left("lease", expected);
+    }
+}
+
+/// The door issues tokens above all counters of a majority. A node whose counter was lost reports the larger of what
+/// managers have seen and of its own time, so that no later token is below an earlier one.
+#[test]
+fn claim_reports_a_counter_that_is_never_below_the_floor() {
+    let bench = Bench::new();
+    let me = signature(1, 2);
+    let claim = |least, floor| {
+        let reply = bench.claim(&me, 100_000, least, floor);
+        (reply[1], bench.counter())
+    };
+    // Without a floor the counter is what it is, and is raised to what the door issued.
+    assert_eq!(claim(500, 0), (0, 500));
+    assert_eq!(claim(400, 500), (500, 500), "never back");
+    assert_eq!(claim(600, 500), (500, 600));
+    // Below the floor it was lost: the server's time is above all that can have been issued.
+    let time: Vec<u64> = bench.server.query(&["TIME"]);
+    let before = FencingToken::from_server_time(time[0], time[1]);
+    let (counter, stored) = claim(700, 601);
+    let time: Vec<u64> = bench.server.query(&["TIME"]);
+    let after = FencingToken::from_server_time(time[0], time[1]);
+    assert!((before..=after).contains(&counter), "{before} {counter} {after}");
+    assert_eq!(stored, counter);
+    // A server whose clock is behind: the floor is above its time.
+    assert_eq!(claim(0, FLOOR), (FLOOR, FLOOR));
+    assert_eq!(claim(FLOOR + 64, FLOOR), (FLOOR, FLOOR + 64));
+}
+
+/// While a slot of a cluster is moved, a lease is renewed by a script of its own key alone, by the same rules.
+#[test]
+fn renewal_of_one_key_extends_the_owners_lease_alone_and_never_shortens_it() {
+    let bench = Bench::new();
+    let me = signature(1, 2);
+    for (left, ttl, expected) in [
+        (Some(100_000), 300_000, 300_000),
+        (Some(300_000), 100_000, 300_000),
+        (None, 100_000, 100_000),
+    ] {
+        bench.own(&me, left);
+        assert_eq!(bench.renew_alone(&me, ttl), [1]);
+        assert_eq!(bench.owner().as_ref(), Some(&me));
+        bench.assert_left("lease", expected);
+    }
+    // Another cycle of the same manager is another owner.
+    for other in [signature(1, 4), signature(2, 2)] {
+        bench.own(&other, Some(100_000));
+        assert_eq!(bench.renew_alone(&me, 300_000), [0]);
+        assert_eq!(bench.owner().as_ref(), Some(&other));
+        bench.assert_left("lease", 100_000);
+    }
+    bench.server.command(&["DEL", "lease"]);
+    assert_eq!(bench.renew_alone(&me, 300_000), [0]);
+    assert_eq!(bench.owner(), None, "a renewal takes nothing");
+    // A key of a wrong type is not ours.
+    bench.server.command(&["LPUSH", "lease", "value"]);
+    assert_eq!(bench.renew_alone(&me, 300_000), [0]);
+}
+
+/// An operator who takes a permission away must not end the locks of all that run: they are lost when their time is over.
+#[test]
+fn renewal_that_may_not_see_the_owner_is_an_error_and_no_loss() {
+    let bench = Bench::new();
+    let me = signature(1, 2);
+    bench.own(&me, Some(100_000));
+    bench.server.command(&[
+        "ACL", "SETUSER", "default", "-get", "+eval", "+pttl", "+pexpire", "+exists",
+    ]);
+    let renew = |script: &str, keys: &[&str]| {
+        let count = keys.len().to_string();
+        let words = [&["EVAL", script, &count], keys, &[&me, "300000"]].concat();
+        bench.server.try_query::<Value>(&words)
+    };
+    assert!(renew(bench.scripts.renew_alone.text(), &["lease"]).is_err());
+    assert!(renew(bench.scripts.renew.text(), &["lease", "queue"]).is_err());
+}
+
+/// If all who wait die, nobody ever takes their places away: the server does, a minute after the owner's lease has run out.
+/// As long as somebody waits, each look moves that on.
+#[test]
+fn queue_of_waiters_ends_a_minute_after_the_lease() {
+    let bench = Bench::new();
+    for ttl in [Some(100_000), Some(300_000), None] {
+        bench.server.command(&["DEL", "queue"]);
+        bench.own(&signature(1, 2), ttl);
+        assert_eq!(bench.join(&signature(2, 2))[0], 2);
+        bench.assert_left("queue", ttl.unwrap_or_default() + 60_000);
+        // Another look at a queue whose end is near.
+        bench.server.command(&["PEXPIRE", "queue", "1000"]);
+        assert_eq!(bench.join(&signature(2, 2))[0], 2);
+        bench.assert_left("queue", ttl.unwrap_or_default() + 60_000);
+    }
+}
+
+/// The lease is passed on to the first, and whoever gave it back waits behind: the queue is kept for the new lease.
+#[test]
+fn queue_that_an_owner_joins_again_ends_a_minute_after_the_next_lease() {
+    let bench = Bench::new();
+    bench.own(&signature(1, 2), Some(300_000));
+    bench.join(&signature(2, 3));
+    bench.join(&signature(3, 3));
+    let args = [&signature(1, 2), "1", "0", "inbox:", "key", &signature(1, 5)];
+    let reply: Vec<u64> = bench.call(bench.scripts.release.text(), &["lease", "queue", "counter"], &args);
+    assert_eq!(reply[..2], [1, 2], "it waits");
+    assert_eq!(bench.owner(), Some(signature(2, 3)));
+    // Nobody listens to the inbox of the next owner, so its lease is a short one until it asks.
+    bench.assert_left("lease", 1_000);
+    bench.assert_left("queue", 61_000);
+}
