@@ -71,13 +71,20 @@ fn seeds(usual: u64) -> std::ops::Range<u64> {
     }
 }
 
+/// Whether the usual seeds are run: of others, which may be few, nothing is known of how much they show.
+fn are_usual() -> bool {
+    std::env::var_os("SIMULATION_SEEDS").is_none()
+}
+
 /// All guarantees hold under every fault that leaves the store's data alone. And the faults do what they are for: all the
 /// ways to get and to lose a lock are seen many times.
 #[test]
 fn no_guarantee_is_broken_while_the_store_keeps_its_data() {
     let stats = run_all(seeds(6_500), Variant::Faults).unwrap_or_else(|failure| panic!("{failure}"));
     println!("{stats:?}");
-    stats.assert_rich();
+    if are_usual() {
+        stats.assert_rich();
+    }
 }
 
 /// Where nothing goes wrong, nobody ever waits for the end of a lease: every hand-off takes a few messages.
@@ -98,7 +105,10 @@ fn without_faults_nobody_waits_for_a_ttl() {
 fn renewals_make_up_for_lost_messages() {
     let stats = run_all(seeds(600), Variant::Unheard).unwrap_or_else(|failure| panic!("{failure}"));
     println!("{stats:?}");
-    assert!(stats.lingering > 500 && stats.pushes_lost > 200, "{stats:?}");
+    assert!(
+        !are_usual() || stats.lingering > 500 && stats.pushes_lost > 200,
+        "{stats:?}"
+    );
     assert_eq!(
         (stats.lost, stats.failed, stats.left_to_run_out),
         (0, 0, 0),
@@ -111,7 +121,7 @@ fn renewals_make_up_for_lost_messages() {
 fn tokens_grow_even_if_the_store_forgets() {
     let stats = run_all(seeds(1_000), Variant::Forgetting).unwrap_or_else(|failure| panic!("{failure}"));
     println!("{stats:?}");
-    assert!(stats.forgotten > 300, "{stats:?}");
+    assert!(!are_usual() || stats.forgotten > 300, "{stats:?}");
 }
 
 /// Where a replica without the last leases takes over, whoever could know of it gives out neither a lock that the new primary does not know nor a
@@ -120,7 +130,10 @@ fn tokens_grow_even_if_the_store_forgets() {
 fn after_a_failover_nothing_is_given_out_that_the_new_primary_does_not_know() {
     let stats = run_all(seeds(1_300), Variant::Failover).unwrap_or_else(|failure| panic!("{failure}"));
     println!("{stats:?}");
-    assert!(stats.forgotten > 500 && stats.lingering > 1_000, "{stats:?}");
+    assert!(
+        !are_usual() || stats.forgotten > 500 && stats.lingering > 1_000,
+        "{stats:?}"
+    );
 }
 
 /// The mistake is found within this many seeds, as a breach of exclusion or of the order of tokens.
