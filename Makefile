@@ -1,5 +1,5 @@
 .DEFAULT_GOAL := help
-.PHONY: help demo dashboard test test-servers soak chaos reverts lint bench bench-peers clean
+.PHONY: help demo dashboard test test-servers soak chaos reverts mutants lint bench bench-peers clean
 
 # Every target that needs a server starts its own; this finds or installs the binary.
 with_server = server=$$(scripts/ensure-server) && SHARDLOCK_REDIS_SERVER=$$server
@@ -54,6 +54,14 @@ chaos: cargo protoc ## Fight for locks on servers of every kind while everything
 reverts: cargo protoc ## Undo each fix of tests/reverts.toml in turn and show that a test fails without it.
 	@server=$$(scripts/ensure-server) && etcd=$$(scripts/ensure-etcd) && \
 	SHARDLOCK_REDIS_SERVER=$$server SHARDLOCK_ETCD_SERVER=$$etcd scripts/reverts $(FIXES)
+
+# MUTANTS chooses, as in MUTANTS="--file src/lease.rs"; `cargo mutants --help` tells more. What survives with a reason is in
+# .cargo/mutants.toml and src/store/redis/scripts/survivors.txt.
+mutants: cargo protoc ## Change the safety core in every small way, and see that a test fails for each.
+	@command -v python3 >/dev/null || { echo "python3 is not on the PATH: install Python 3.9 or later" >&2; exit 1; }
+	@cargo mutants --version >/dev/null 2>&1 || { echo "install it with: cargo install --locked cargo-mutants" >&2; exit 1; }
+	@$(with_server) && export SHARDLOCK_REDIS_SERVER && \
+	SIMULATION_SEEDS=0..200 cargo mutants --no-shuffle $(MUTANTS) && scripts/mutate-lua
 
 lint: cargo protoc ## Check format, lints with each feature alone and all together, documentation, dependencies.
 	cargo fmt --all -- --check
