@@ -5,7 +5,7 @@ use std::pin::Pin;
 
 use deadpool_redis::redis::{Cmd, Value, cmd};
 
-use super::reply::as_text;
+use super::reply::{as_text, shown};
 use crate::store::StoreError;
 use crate::store::map::{MAP_ATTEMPTS, MapState, MapStep, RESERVED_FOR, StoredMap};
 
@@ -37,7 +37,7 @@ fn stored(map: &StoredMap, reply: &Value) -> Result<Option<String>, StoreError> 
         (Value::Nil, _) => Ok(None),
         (_, Some(theirs)) => Ok(Some(theirs)),
         (_, None) => Err(StoreError::Refused(
-            format!("unexpected reply to GET {}: {reply:?}", map.key()).into(),
+            format!("unexpected reply to GET {}: {}", map.key(), shown(reply)).into(),
         )),
     }
 }

@@ -1,5 +1,6 @@
 //! Reading what the server says.
 
+use std::fmt::{self, Write};
 use std::time::Duration;
 
 use deadpool_redis::redis::{ErrorKind, RedisError, ServerErrorKind, Value};
@@ -10,6 +11,7 @@ use crate::identity::parse_signature;
 use crate::key::LockKey;
 use crate::protocol::{AcquireReply, Cycle, Grant, Place, Push, ReleaseReply, RenewReply};
 use crate::store::{Holder, Inspection, StoreError};
+use crate::text::printable;
 
 pub(super) fn as_int(value: &Value) -> Option<i64> {
     match value {
@@ -35,7 +37,43 @@ pub(super) fn ints(value: &Value) -> Option<Vec<i64>> {
 }
 
 pub(super) fn unexpected(what: &str, value: &Value) -> StoreError {
-    StoreError::Refused(format!("unexpected reply to {what}: {value:?}; is every manager of the same version?").into())
+    let shown = shown(value);
+    StoreError::Refused(format!("unexpected reply to {what}: {shown}; is every manager of the same version?").into())
+}
+
+/// What an error shows of a reply, which may be of any length and hold anything.
+pub(super) fn shown(value: &Value) -> String {
+    let mut shown = Cut(String::new());
+    match write!(shown, "{value:?}") {
+        Ok(()) => printable(&shown.0).into_owned(),
+        Err(fmt::Error) => format!("{}...", printable(&shown.0)),
+    }
+}
+
+/// The beginning of a text; what is beyond it is not written.
+struct Cut(String);
+
+impl Cut {
+    const BYTES_MAX: usize = 150;
+}
+
+impl Write for Cut {
+    fn write_str(&mut self, text: &str) -> fmt::Result {
+        let room = Self::BYTES_MAX - self.0.len();
+        let longest = room.min(text.len());
+        let end = (0..=longest).rev().find(|&at| text.is_char_boundary(at)).unwrap_or(0);
+        self.0.push_str(&text[..end]);
+        if end < text.len() { Err(fmt::Error) } else { Ok(()) }
+    }
+}
+
+/// What a server repeats of a command that it does not know.
+const ARGUMENTS: &str = "with args beginning with";
+
+/// An error as it may be shown. A server without HELLO or AUTH, such as one with renamed commands, repeats their arguments, and the password is one of them.
+pub(super) fn without_arguments(error: &str) -> &str {
+    let end = error.find(ARGUMENTS).unwrap_or(error.len());
+    error[..end].trim_end_matches([',', ' '])
 }
 
 /// Seconds and microseconds of a `TIME` reply.
@@ -201,14 +239,16 @@ pub(super) fn push(message: &str) -> Option<Push> {
     }
 }
 
-/// What an error means for the one who asked, in words that say what to do. The server's errors contain no password.
+/// What an error means for the one who asked, in words that say what to do. No password is in them.
 pub(super) fn error_in_words(error: &RedisError) -> StoreError {
     if let Some(words) = permission::in_words(error) {
-        return StoreError::Refused(words.into());
+        return StoreError::Refused(without_arguments(&words).into());
     }
+    let text = error.to_string();
+    let said = without_arguments(&text);
     #[cfg(feature = "tls")]
     if let Some(advice) = crate::store::tls::cause(error).and_then(crate::store::tls::advice) {
-        return StoreError::Refused(format!("{advice}: {error}").into());
+        return StoreError::Refused(format!("{advice}: {said}").into());
     }
     let advice = match error.kind() {
         ErrorKind::Server(kind) => match kind {
@@ -216,7 +256,7 @@ pub(super) fn error_in_words(error: &RedisError) -> StoreError {
             | ServerErrorKind::MasterDown
             | ServerErrorKind::ClusterDown
             | ServerErrorKind::TryAgain => {
-                return StoreError::Unavailable(format!("the server is not ready: {error}").into());
+                return StoreError::Unavailable(format!("the server is not ready: {said}").into());
             }
             ServerErrorKind::ReadOnly => "the server is a replica; connect to the primary",
             ServerErrorKind::Moved | ServerErrorKind::Ask | ServerErrorKind::CrossSlot => {
@@ -232,7 +272,7 @@ pub(super) fn error_in_words(error: &RedisError) -> StoreError {
             Some("OOM") => "the server is out of memory; raise maxmemory, and set maxmemory-policy noeviction",
             Some("NOAUTH" | "WRONGPASS") => "check the user and the password",
             Some("BUSY") => {
-                return StoreError::Unavailable(format!("the server is busy with a script: {error}").into());
+                return StoreError::Unavailable(format!("the server is busy with a script: {said}").into());
             }
             Some("MISCONF" | "NOREPLICAS") => "the server does not accept writes",
             _ => "the server answered with an error",
@@ -243,14 +283,52 @@ pub(super) fn error_in_words(error: &RedisError) -> StoreError {
         ErrorKind::Parse => {
             "the answer is not of Redis's protocol; if it is a TLS port, use a URL with TLS (rediss:// and its like)"
         }
-        _ => return StoreError::Unavailable(error.to_string().into()),
+        _ => return StoreError::Unavailable(said.into()),
     };
-    StoreError::Refused(format!("{advice}: {error}").into())
+    StoreError::Refused(format!("{advice}: {said}").into())
 }
 
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    #[test]
+    fn error_of_an_unknown_command_does_not_repeat_the_password() {
+        let said = "unknown command 'HELLO', with args beginning with: '3' 'AUTH' 'user' 's3cret'";
+        for error in [
+            (
+                ErrorKind::Server(ServerErrorKind::ResponseError),
+                "an error",
+                said.to_owned(),
+            ),
+            (
+                ErrorKind::Server(ServerErrorKind::NoPerm),
+                "an error",
+                format!("a key: {said}"),
+            ),
+        ] {
+            let (StoreError::Refused(words) | StoreError::Unavailable(words)) = error_in_words(&error.into()) else {
+                panic!("it is about no map")
+            };
+            assert!(
+                words.ends_with("unknown command 'HELLO'") && !words.contains("s3cret"),
+                "{words}"
+            );
+        }
+    }
+
+    #[test]
+    fn error_about_a_reply_shows_its_beginning_in_one_line() {
+        let long = shown(&Value::BulkString(vec![b'x'; 1 << 20]));
+        assert!(
+            long.len() < 200 && long.starts_with("bulk-string('\"xxx") && long.ends_with("x..."),
+            "{long}"
+        );
+        let cut = shown(&Value::SimpleString("é".repeat(200)));
+        assert!(cut.ends_with("é..."), "{cut}");
+        let hostile = deadpool_redis::redis::parse_redis_value(b"*1\r\n-ERR \x1b[2J\r\n").unwrap();
+        assert_eq!(shown(&hostile), r"array([Server error: `ERR: \u{1b}[2J`])");
+    }
 
     #[test]
     fn pushes_are_read_and_nonsense_is_not() {
