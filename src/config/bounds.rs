@@ -1,5 +1,6 @@
 //! What a value of each type may be: how it is read from text, and checked.
 
+use std::borrow::Cow;
 use std::collections::HashSet;
 use std::path::PathBuf;
 use std::time::Duration;
@@ -7,6 +8,7 @@ use std::time::Duration;
 use super::ShardConfig;
 use crate::endpoint::{Endpoint, is_name_byte, redact};
 use crate::error::Invalid;
+use crate::text::printable;
 
 /// An [`Invalid`] that does not know yet which field it is about: each source has its own name for that.
 #[derive(Debug)]
@@ -39,14 +41,23 @@ impl Problem {
 /// A value as it is shown in an error: quoted, cut, and without a password that was put into the wrong field.
 pub(super) fn echo(text: &str) -> String {
     const CHARS_MAX: usize = 80;
-    let shown = if text.contains("://") || text.contains('@') {
-        redact(text)
-    } else {
-        text.to_owned()
-    };
+    let shown = without_password(text);
     match shown.char_indices().nth(CHARS_MAX) {
         Some((end, _)) => format!("{:?}...", &shown[..end]),
         None => format!("{shown:?}"),
+    }
+}
+
+/// The same without quotes, for the name of a file.
+pub(super) fn plain(text: &str) -> String {
+    printable(&without_password(text)).into_owned()
+}
+
+fn without_password(text: &str) -> Cow<'_, str> {
+    if text.contains("://") || text.contains('@') {
+        redact(text).into()
+    } else {
+        text.into()
     }
 }
 

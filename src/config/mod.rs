@@ -295,7 +295,7 @@ impl Config {
             {
                 return Err(Invalid::new(
                     name,
-                    file.display().to_string(),
+                    bounds::plain(&file.display().to_string()),
                     "none where no shard's URL is one with TLS (rediss:// and its like)",
                 ));
             }
@@ -578,6 +578,11 @@ mod tests {
         assert_eq!(
             refusal("redis://a memory://", "tls_ca", "/a/ca.pem").unwrap_err(),
             "tls_ca is /a/ca.pem, but must be none where no shard's URL is one with TLS (rediss:// and its like)"
+        );
+        let misplaced = refusal("redis://a", "tls_ca", "redis://:s3cret@\u{1b}host").unwrap_err();
+        assert!(
+            misplaced.starts_with("tls_ca is redis://:***@\\u{1b}host, but must be"),
+            "{misplaced}"
         );
         assert_eq!(
             refusal("memory://", "min_replicas_acked", "1").unwrap_err(),
