@@ -4,6 +4,7 @@ use std::fmt;
 use std::ops::RangeInclusive;
 use std::time::Duration;
 
+use crate::endpoint::is_name_byte;
 use crate::key::{SLOTS, Slot};
 
 /// The version of the keys, scripts and messages that managers share through a store. Managers of different versions
@@ -94,7 +95,7 @@ impl<'a> Fingerprint<'a> {
         let (here, rest) = rest.split_once(';').unwrap_or((rest, ""));
         let shards: Vec<_> = map
             .split(',')
-            .map(|shard| shard.rsplit_once(':'))
+            .map(|shard| shard.rsplit_once(':').filter(|(name, _)| is_name(name)))
             .collect::<Option<_>>()?;
         let mut named = shards.iter().enumerate().filter(|(_, (name, _))| *name == here);
         let (here, _) = named.next()?;
@@ -109,6 +110,11 @@ impl<'a> Fingerprint<'a> {
             rest,
         })
     }
+}
+
+/// Whether a shard can have that name, wherever it was checked.
+fn is_name(name: &str) -> bool {
+    !name.is_empty() && name.bytes().all(is_name_byte)
 }
 
 /// The place of a slot's shard among so many.
@@ -167,6 +173,8 @@ mod tests {
             "v2 a:0-8191,b:8192-16383 here=b; node 1 of 3",
             "v2 a:0-8191,b:8192-16383",
             "v2 a:0-8191,b:8192-16383 here=",
+            "v2 :0-8191,b b:8192-16383 here=b b",
+            "v2 a:0-8191,:8192-16383 here=",
             "",
         ] {
             assert!(!ShardMap::agree(OURS, other), "{other}");
