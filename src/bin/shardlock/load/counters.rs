@@ -23,7 +23,7 @@ impl Counters {
         Self {
             uncontended: by_path("uncontended"),
             // A lease that lingered passes between tasks of one process as well, if with a pause.
-            local: by_path("local") + by_path("lingering"),
+            local: by_path("local").saturating_add(by_path("lingering")),
             remote: by_path("remote"),
             store_requests: sum_of(text, "shardlock_store_requests_total{", &[]),
         }
@@ -39,7 +39,7 @@ impl Counters {
     }
 
     pub(crate) const fn locks(self) -> u64 {
-        self.uncontended + self.local + self.remote
+        self.uncontended.saturating_add(self.local).saturating_add(self.remote)
     }
 }
 
@@ -48,7 +48,7 @@ fn sum_of(text: &str, name: &str, labels: &[&str]) -> u64 {
     text.lines()
         .filter(|line| line.starts_with(name) && labels.iter().all(|label| line.contains(label)))
         .filter_map(|line| line.rsplit_once(' ')?.1.parse::<u64>().ok())
-        .sum()
+        .fold(0, u64::saturating_add)
 }
 
 #[cfg(test)]
@@ -69,5 +69,14 @@ mod tests {
             ..Counters::default()
         };
         assert_eq!((counters, counters.locks()), (expected, 3));
+    }
+
+    #[test]
+    fn sum_of_large_counts_is_the_largest_number() {
+        let largest = u64::MAX;
+        let text = format!(
+            "shardlock_store_requests_total{{shard=\"a\"}} {largest}\nshardlock_store_requests_total{{shard=\"b\"}} 7\n"
+        );
+        assert_eq!(Counters::read(&text, "jobs").store_requests, largest);
     }
 }
