@@ -13,6 +13,8 @@ pub(crate) struct ManagerId(Arc<str>);
 const HOST_CHARS_MAX: usize = 64;
 /// The digits of the random part.
 const RANDOM_DIGITS: usize = 16;
+/// The most digits of the number of a process.
+const PID_DIGITS_MAX: usize = 10;
 
 impl ManagerId {
     /// A name for a new manager of this process.
@@ -97,7 +99,8 @@ fn split(signature: &str) -> Option<(&str, &str)> {
     let (manager, cycle) = signature.rsplit_once(':')?;
     let (host_and_pid, random) = manager.rsplit_once('-')?;
     let (host, pid) = host_and_pid.rsplit_once('-')?;
-    let digits = |text: &str| !text.is_empty() && text.bytes().all(|byte| byte.is_ascii_digit());
+    let digits =
+        |text: &str| (1..=PID_DIGITS_MAX).contains(&text.len()) && text.bytes().all(|byte| byte.is_ascii_digit());
     let hex = random.len() == RANDOM_DIGITS && random.bytes().all(|byte| byte.is_ascii_hexdigit());
     let named = !host.is_empty()
         && host
@@ -151,6 +154,7 @@ mod tests {
             "a-1-zz:1",
             "uuid:thread-1",
             "h-1-0000000000000abc:x",
+            "h-12345678901-0000000000000abc:2-1-00000000",
         ] {
             assert_eq!(parse_signature(foreign), None, "{foreign}");
         }
