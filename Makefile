@@ -1,5 +1,5 @@
 .DEFAULT_GOAL := help
-.PHONY: help demo dashboard test test-servers soak chaos reverts mutants lint bench bench-peers clean
+.PHONY: help demo dashboard test test-servers soak chaos reverts mutants fuzz lint bench bench-peers clean
 
 # Every target that needs a server starts its own; this finds or installs the binary.
 with_server = server=$$(scripts/ensure-server) && SHARDLOCK_REDIS_SERVER=$$server
@@ -71,6 +71,10 @@ lint: cargo protoc ## Check format, lints with each feature alone and all togeth
 	cargo clippy --locked --all-targets --all-features -- -D warnings
 	RUSTDOCFLAGS="-D warnings" cargo doc --locked --no-deps --all-features
 	@deny=$$(scripts/ensure-cargo-deny) && set -x && $$deny --locked check bans licenses sources
+
+# SECONDS is the time of each target, TARGETS chooses among them; fuzz/README.md says what they are.
+fuzz: cargo protoc ## Fuzz every parser of outside input, 600 s each; installs cargo-fuzz if it is missing.
+	@scripts/fuzz $(or $(SECONDS),600) $(TARGETS)
 
 bench: cargo protoc ## Measure.
 	@$(with_server) cargo bench --locked --all-features

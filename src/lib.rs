@@ -10,6 +10,9 @@ mod endpoint;
 mod error;
 mod fence;
 mod foreign;
+#[cfg(any(test, fuzzing))]
+#[doc(hidden)]
+pub mod fuzzing;
 mod guard;
 mod heat;
 mod identity;

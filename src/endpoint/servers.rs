@@ -98,7 +98,7 @@ impl ServerUrl {
     }
 
     /// The same with another place.
-    pub(super) fn at(&self, place: &str) -> Self {
+    pub(crate) fn at(&self, place: &str) -> Self {
         if let Some(rest) = self.url.strip_prefix(SOCKET) {
             let value = |name: &str| {
                 let pairs = rest.split_once('?').map_or("", |(_, query)| query).split('&');

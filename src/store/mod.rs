@@ -4,7 +4,7 @@
 mod conformance;
 mod connecting;
 #[cfg(feature = "etcd")]
-mod etcd;
+pub(crate) mod etcd;
 pub(crate) mod map;
 pub(crate) mod memory;
 pub(crate) mod quorum;

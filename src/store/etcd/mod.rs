@@ -26,6 +26,8 @@
 mod acquire;
 mod cycles;
 mod fault;
+#[cfg(any(test, fuzzing))]
+pub(crate) mod fuzzing;
 mod inspect;
 mod keeping;
 mod line;

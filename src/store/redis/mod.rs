@@ -16,6 +16,8 @@ mod client;
 pub(crate) mod cluster;
 mod commands;
 mod cut;
+#[cfg(any(test, fuzzing))]
+pub(crate) mod fuzzing;
 mod map;
 pub(crate) mod names;
 mod permission;

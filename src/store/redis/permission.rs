@@ -160,7 +160,7 @@ fn refused(error: &RedisError) -> Option<Refused<'_>> {
 
 /// The command that a script calls in that line, as the ACL names it. An error that has no line comes from the call whose errors the script
 /// looks at itself.
-fn command_in(code: &str, line: Option<usize>) -> Option<String> {
+pub(super) fn command_in(code: &str, line: Option<usize>) -> Option<String> {
     let from = match line {
         Some(line) => code.lines().nth(line.checked_sub(1)?)?,
         None => &code[code.find("redis.pcall(")?..],

@@ -17,6 +17,7 @@ use tokio::net::TcpStream;
 
 use super::reply::error_in_words;
 use crate::store::StoreError;
+use crate::text::must_be_escaped;
 
 /// How long the answer to a question is waited for.
 pub(super) const PATIENCE: Duration = Duration::from_millis(200);
@@ -168,26 +169,29 @@ async fn lacking(host: &str, port: u16, limit: Duration) -> Vec<&'static str> {
 
 /// What came back within the limit.
 #[derive(Default)]
-struct Answer {
-    bytes: Vec<u8>,
+pub(super) struct Answer {
+    pub(super) bytes: Vec<u8>,
     /// Whether the other side closed the connection.
-    ended: bool,
+    pub(super) ended: bool,
 }
 
 impl Answer {
-    fn line(&self) -> String {
+    pub(super) fn line(&self) -> String {
         let line = self
             .bytes
             .split(|byte| matches!(byte, b'\r' | b'\n'))
             .next()
             .unwrap_or_default();
         let text = String::from_utf8_lossy(line);
-        // It is shown: no control characters, and not too much.
-        text.chars().filter(|char| !char.is_control()).take(SHOWN_MAX).collect()
+        // It is shown: nothing that changes a terminal, and not too much.
+        text.chars()
+            .filter(|&char| !must_be_escaped(char))
+            .take(SHOWN_MAX)
+            .collect()
     }
 
     /// An error in Redis' protocol.
-    fn refusal(&self) -> Option<String> {
+    pub(super) fn refusal(&self) -> Option<String> {
         self.line().strip_prefix('-').map(str::to_owned)
     }
 
@@ -199,7 +203,7 @@ impl Answer {
     }
 
     /// The first line, if it is none of Redis' protocol.
-    fn foreign(&self) -> Option<String> {
+    pub(super) fn foreign(&self) -> Option<String> {
         (!self.bytes.is_empty() && !self.is_of_redis()).then(|| self.line())
     }
 }

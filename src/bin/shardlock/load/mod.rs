@@ -15,9 +15,23 @@
 pub(crate) mod child;
 pub(crate) mod counters;
 pub(crate) mod crew;
+#[cfg(test)]
+mod fuzzing;
 pub(crate) mod mix;
 pub(crate) mod orders;
 pub(crate) mod progress;
 pub(crate) mod server;
 pub(crate) mod signals;
 pub(crate) mod usage;
+
+#[cfg(test)]
+#[path = "../../../fuzzing/corpus.rs"]
+mod corpus;
+
+#[cfg(test)]
+mod tests {
+    #[test]
+    fn corpus_of_metrics_page_holds() {
+        super::corpus::run("metrics_page", super::fuzzing::metrics_page);
+    }
+}

@@ -20,6 +20,8 @@
 //! ask then.
 
 mod call;
+#[cfg(any(test, fuzzing))]
+pub(super) mod fuzzing;
 mod inbox;
 mod lane;
 mod listener;

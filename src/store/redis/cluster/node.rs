@@ -251,7 +251,7 @@ impl Live {
 }
 
 /// The same login and encryption at another place.
-fn at(place: &str, like: &ConnectionInfo, subscribes: bool) -> Option<ConnectionInfo> {
+pub(super) fn at(place: &str, like: &ConnectionInfo, subscribes: bool) -> Option<ConnectionInfo> {
     let (host, port) = place.rsplit_once(':')?;
     let host = host.trim_start_matches('[').trim_end_matches(']').to_owned();
     let port = port.parse().ok()?;

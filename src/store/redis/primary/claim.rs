@@ -76,7 +76,7 @@ impl Tenure {
         Ok(())
     }
 
-    fn has_vote(&self) -> bool {
+    pub(super) fn has_vote(&self) -> bool {
         self.known.load(Ordering::Acquire) && Moment::now().as_nanos() >= self.vote_from.load(Ordering::Acquire)
     }
 }

@@ -24,6 +24,8 @@ mod background;
 mod claim;
 mod confirm;
 mod follow;
+#[cfg(any(test, fuzzing))]
+pub(super) mod fuzzing;
 mod inbox;
 mod link;
 mod moves;

@@ -1,0 +1,22 @@
+//! What must hold for what the tool reads of processes. The target of `fuzz/` that runs it has this file and `counters.rs` as modules of its own.
+
+use super::counters::Counters;
+
+/// A page of metrics in Prometheus' text format.
+pub(crate) fn metrics_page(data: &[u8]) {
+    let text = String::from_utf8_lossy(data);
+    let class = text.lines().next().unwrap_or_default();
+    let counters = Counters::read(&text, class);
+    assert_eq!(counters.since(counters), Counters::default());
+    assert_eq!(counters.since(Counters::default()), counters);
+    assert!(counters.locks() >= counters.uncontended);
+    // One line more counts for what it says, and a comment for nothing.
+    let more = format!(
+        "{text}\nshardlock_acquisitions_total{{class=\"{class}\",outcome=\"acquired\",path=\"remote\"}} 2\n\
+         # shardlock_store_requests_total{{}} 3\nshardlock_store_requests_total{{shard=\"a\"}} 5\n"
+    );
+    let more = Counters::read(&more, class);
+    assert_eq!(more.store_requests, counters.store_requests.saturating_add(5));
+    assert_eq!(more.remote, counters.remote.saturating_add(2));
+    assert_eq!((more.uncontended, more.local), (counters.uncontended, counters.local));
+}

@@ -1,0 +1,38 @@
+//! Running the corpus of one target of `fuzz/`, for the tests of the library and of the tool.
+
+use std::fs;
+use std::panic::catch_unwind;
+use std::path::{Path, PathBuf};
+
+/// The folder of the targets; nothing in a package, which leaves it out.
+pub(crate) fn fuzz() -> Option<PathBuf> {
+    let root = Path::new(env!("CARGO_MANIFEST_DIR"));
+    (!root.join(".cargo_vcs_info.json").exists()).then(|| root.join("fuzz"))
+}
+
+/// Runs a target's corpus.
+pub(crate) fn run(target: &str, check: fn(&[u8])) {
+    let Some(fuzz) = fuzz() else { return };
+    let corpus = fuzz.join("corpus").join(target);
+    let inputs = names_in(&corpus);
+    assert!(!inputs.is_empty(), "{target} has no corpus");
+    for input in inputs {
+        let path = corpus.join(input);
+        let data = fs::read(&path).unwrap();
+        assert!(
+            catch_unwind(|| check(&data)).is_ok(),
+            "{} does not hold",
+            path.display()
+        );
+    }
+}
+
+/// What is in a folder, in order.
+pub(crate) fn names_in(folder: &Path) -> Vec<String> {
+    let entries = fs::read_dir(folder).unwrap_or_else(|error| panic!("{}: {error}", folder.display()));
+    let mut names: Vec<String> = entries
+        .map(|entry| entry.unwrap().file_name().into_string().unwrap())
+        .collect();
+    names.sort();
+    names
+}

@@ -1,0 +1,156 @@
+use std::time::Duration;
+
+use super::{head, text};
+use crate::cycle::{Cycle, Cycles};
+use crate::identity::{ManagerId, manager_of, parse_signature};
+
+/// Values of leases and members of queues: the signature `<manager>:<cycle>`, which anybody who can write to a store may have made.
+pub fn signatures(data: &[u8]) {
+    read(&text(data));
+    written(data);
+}
+
+fn read(text: &str) {
+    let parsed = parse_signature(text);
+    // The pattern takes quadratic time.
+    if text.len() <= 600 {
+        // The script does not know how many bits we have for its numbers.
+        let fits = |cycle: &str| {
+            let mut parts = cycle.split('-');
+            let number = parts.next().is_some_and(|number| number.parse::<u64>().is_ok());
+            number && parts.next().is_some_and(|ttl| ttl.parse::<u32>().is_ok())
+        };
+        let in_script = lua::is_signed(text.as_bytes())
+            .then(|| text.rsplit_once(':').unwrap())
+            .filter(|(_, cycle)| fits(cycle));
+        assert_eq!(
+            parsed.map(|(manager, _)| manager),
+            in_script.map(|(manager, _)| manager),
+            "the scripts and the manager have one rule"
+        );
+    }
+    match parsed {
+        Some((manager, cycle)) => {
+            assert_eq!(manager_of(text), Some(manager));
+            let written = format!("{manager}:{cycle}");
+            assert_eq!(parse_signature(&written), Some((manager, cycle)));
+            // What nobody writes, but is understood, has zeros or capital letters more.
+            let bare = |text: &str| text.to_ascii_lowercase().replace('0', "");
+            assert_eq!(bare(text), bare(&written));
+            let mut bytes = Vec::new();
+            cycle.write_to(&mut bytes).unwrap();
+            assert_eq!(bytes, cycle.to_string().as_bytes());
+        }
+        None => {
+            if let Some(manager) = manager_of(text) {
+                assert!(text.starts_with(&format!("{manager}:")));
+            }
+        }
+    }
+}
+
+fn written(data: &[u8]) {
+    let (numbers, rest) = head::<24>(data);
+    let part = |at: usize| u64::from_le_bytes(numbers[at..at + 8].try_into().unwrap());
+    let (number, random) = (part(0), part(8));
+    let (pid, ttl_ms) = (part(16) as u32, (part(16) >> 32) as u32);
+    let id = ManagerId::of(&text(rest), pid, random);
+    assert!(id.as_str().len() <= 64 + 1 + 10 + 1 + 16);
+    let cycles = Cycles::with_secret([number, random]);
+    let own = cycles.open(pid.is_multiple_of(2), Duration::from_millis(ttl_ms.into()));
+    let any = Cycle::parse(&format!("{number}-{ttl_ms}-{pid:08x}")).unwrap();
+    for cycle in [own, any] {
+        let signature = id.sign(cycle).to_string();
+        assert_eq!(parse_signature(&signature), Some((id.as_str(), cycle)));
+        assert_eq!(manager_of(&signature), Some(id.as_str()));
+    }
+    assert!(cycles.has_opened(own));
+    assert!(own.ttl() >= Duration::from_millis(1));
+}
+
+/// The script's rule for signatures, read from the script, and as much of Lua as it needs.
+mod lua {
+    use std::sync::OnceLock;
+
+    /// One character of a class, or at least one.
+    struct Item {
+        class: Vec<u8>,
+        many: bool,
+    }
+
+    /// The patterns of a signature, of the end of its manager, and of what is before that.
+    struct Rule {
+        signature: Vec<Item>,
+        random: Vec<Item>,
+        pid: Vec<Item>,
+    }
+
+    /// Whether the script takes it for a manager's.
+    pub(super) fn is_signed(text: &[u8]) -> bool {
+        static RULE: OnceLock<Rule> = OnceLock::new();
+        let rule = RULE.get_or_init(|| {
+            let script = include_str!("../store/redis/scripts/common.lua");
+            let between =
+                |start: &str, end: &str| items(script.split_once(start).unwrap().1.split_once(end).unwrap().0);
+            Rule {
+                signature: between("string.match(signature, '^", "$')"),
+                random: between("string.find(manager, '^", "$', -17)"),
+                pid: between("string.find(string.sub(manager, -29, -18), '", "$')"),
+            }
+        });
+        if !matches(&rule.signature, text) {
+            return false;
+        }
+        let manager = &text[..text.iter().rposition(|&byte| byte == b':').unwrap()];
+        let Some(middle) = manager.len().checked_sub(17) else {
+            return false;
+        };
+        let before = &manager[middle.saturating_sub(12)..middle];
+        let is_pid = |at: usize| matches(&rule.pid, &before[at..]);
+        matches(&rule.random, &manager[middle..]) && (0..=before.len()).any(is_pid)
+    }
+
+    fn items(pattern: &str) -> Vec<Item> {
+        let mut items = Vec::new();
+        let mut chars = pattern.chars().filter(|char| !"()".contains(*char)).peekable();
+        while let Some(char) = chars.next() {
+            let class = match char {
+                '[' => {
+                    let mut set = Vec::new();
+                    while let Some(char) = chars.next().filter(|&char| char != ']') {
+                        set.extend(match char {
+                            '%' => class(chars.next().unwrap()),
+                            char => vec![char as u8],
+                        });
+                    }
+                    set
+                }
+                '%' => class(chars.next().unwrap()),
+                '.' => (0..=u8::MAX).collect(),
+                char => vec![char as u8],
+            };
+            let many = chars.next_if_eq(&'+').is_some();
+            items.push(Item { class, many });
+        }
+        items
+    }
+
+    fn class(name: char) -> Vec<u8> {
+        let is_in: fn(&u8) -> bool = match name {
+            'w' => u8::is_ascii_alphanumeric,
+            'd' => u8::is_ascii_digit,
+            'x' => u8::is_ascii_hexdigit,
+            char => return vec![char as u8],
+        };
+        (0..=u8::MAX).filter(is_in).collect()
+    }
+
+    fn matches(pattern: &[Item], text: &[u8]) -> bool {
+        let Some((item, rest)) = pattern.split_first() else {
+            return text.is_empty();
+        };
+        let longest = text.iter().take_while(|byte| item.class.contains(byte)).count();
+        let longest = if item.many { longest } else { longest.min(1) };
+        (1..=longest).rev().any(|length| matches(rest, &text[length..]))
+    }
+}

@@ -1,0 +1,50 @@
+//! What must hold for what a primary and its sentinels say. See [`crate::fuzzing`].
+
+#![allow(clippy::expect_used, clippy::panic, clippy::unwrap_used)]
+
+use std::time::Duration;
+
+use deadpool_redis::redis::IntoConnectionInfo;
+
+use super::claim::Tenure;
+use super::sentinels::Sentinels;
+use crate::clock::Moment;
+use crate::endpoint::{Endpoint, EndpointKind};
+use crate::store::TlsFiles;
+
+/// A sentinel's message of a switch, and `INFO server`, by which a node of a quorum has a vote.
+pub(in crate::store::redis) fn places(text: &str) {
+    let endpoint = Endpoint::parse("redis+sentinel://u:p@a/m/3").unwrap();
+    let EndpointKind::Sentinel {
+        sentinels,
+        primary,
+        access,
+    } = endpoint.kind().clone()
+    else {
+        panic!("{endpoint} is watched")
+    };
+    let sentinels = Sentinels::new(
+        sentinels,
+        primary,
+        access.clone(),
+        TlsFiles::default(),
+        Duration::from_secs(1),
+    );
+    if let Some(place) = sentinels.switched(text) {
+        assert!(text.starts_with("m "));
+        let info = access.url(&place).as_str().into_connection_info();
+        // A host that no client takes, such as a wildcard address, is found out when it is connected to.
+        if let Ok(info) = info {
+            assert_eq!(info.addr().to_string(), place.replace(['[', ']'], ""));
+            assert_eq!(info.redis_settings().username(), Some("u"));
+            assert_eq!(info.redis_settings().password(), Some("p"));
+            assert_eq!(info.redis_settings().db(), 3);
+        }
+    }
+    let tenure = Tenure::new(Duration::from_secs(10));
+    let asked_at = Moment::from_nanos(1_000_000_000);
+    match tenure.learn(asked_at, Some(text)) {
+        Ok(()) => assert!(text.contains("uptime_in_seconds:")),
+        Err(_) => assert!(!tenure.has_vote()),
+    }
+}
