@@ -446,6 +446,13 @@ mod tests {
         assert_eq!(info.redis_settings().username(), Some("u"));
         assert_eq!(info.redis_settings().password(), Some("s3&cret"));
         assert_eq!(info.redis_settings().db(), 2);
+        // As in a URL with an address, a plus is none of the characters that are written otherwise.
+        let plus = parsed("unix:///s?user=a%2Fb&pass=a+b@").servers().remove(0);
+        for server in [&plus, &plus.at("10.0.0.1:7")] {
+            let info = server.as_str().into_connection_info().unwrap();
+            assert_eq!(info.redis_settings().username(), Some("a/b"));
+            assert_eq!(info.redis_settings().password(), Some("a+b@"));
+        }
         // A server with an address of the same shard.
         assert_eq!(server.at("10.0.0.1:7").as_str(), "redis://u:s3%26cret@10.0.0.1:7/2");
         for (text, bound) in [
@@ -459,6 +466,7 @@ mod tests {
             ("unix:///s?password=s3cret", "nothing but db, user and pass"),
             ("unix:///s?pass=s3cret&pass=s3cret", "nothing but db, user and pass"),
             ("unix:///s#s3cret", "nothing but db, user and pass"),
+            ("unix:///s?pass=s3cret%FF", "UTF-8 in the user and the password"),
             (
                 "rediss+unix:///s",
                 if cfg!(feature = "tls") { "has no TLS" } else { "" },

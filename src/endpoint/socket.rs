@@ -45,6 +45,18 @@ pub(super) fn parse(rest: &str) -> Result<Endpoint, String> {
         (Some(_), None) => return Err(format!("{FORM} with pass beside user")),
         (None, None) => None,
     };
+    // The client library would take a plus for a space and replace what is not UTF-8; and a URL with an address takes fewer characters as they are.
+    let encoded = |text: &str| {
+        let decoded = percent_encoding::percent_decode_str(text).decode_utf8().ok()?;
+        Some(percent_encoding::utf8_percent_encode(&decoded, percent_encoding::NON_ALPHANUMERIC).to_string())
+    };
+    let encoded_login = match login {
+        Some((user, password)) => encoded(user)
+            .zip(encoded(password))
+            .map(Some)
+            .ok_or_else(|| format!("{FORM} with UTF-8 in the user and the password"))?,
+        None => None,
+    };
     let decoded = percent_encoding::percent_decode_str(encoded_path).decode_utf8();
     let path = decoded.map_err(|_| format!("{FORM} with a path in UTF-8"))?;
     if path.ends_with('/') || path.len() > PATH_BYTES_MAX {
@@ -52,7 +64,10 @@ pub(super) fn parse(rest: &str) -> Result<Endpoint, String> {
             "{FORM} with the path of a socket, at most {PATH_BYTES_MAX} bytes"
         ));
     }
-    let server = ServerUrl::of_socket(&path, encoded_path, login, database);
+    let login_of_client = encoded_login
+        .as_ref()
+        .map(|(user, password)| (user.as_str(), password.as_str()));
+    let server = ServerUrl::of_socket(&path, encoded_path, login_of_client, database);
     let shown_login = match login {
         Some(("", _)) => "&pass=***".to_owned(),
         Some((user, _)) => format!("&user={user}&pass=***"),
