@@ -108,7 +108,9 @@ pub(super) fn tokens_of(revision: i64, count: u32) -> Result<TokenBlock, Fault> 
     let below = u64::try_from(revision)
         .ok()
         .and_then(|revision| revision.checked_mul(TOKENS_PER_REVISION))
-        .and_then(|below| below.checked_add(u64::from(count)));
+        .and_then(|below| below.checked_add(u64::from(count)))
+        // Of that one no block is made.
+        .filter(|&last| last < u64::MAX);
     match below {
         Some(last) => Ok(TokenBlock::ending_at(last, count)),
         None => Err(Fault::Other(StoreError::Refused(
@@ -135,6 +137,7 @@ mod tests {
         assert_eq!(tokens_of(8, 0).unwrap().remaining(), 1);
         assert_eq!(tokens_of(8, 3).unwrap().first(), tokens_of(8, 1).unwrap().first());
         assert!(tokens_of(i64::MAX, 1).is_err() && tokens_of(-1, 1).is_err());
+        assert!(tokens_of((1 << 48) - 1, 65_535).is_err());
         // A double holds the tokens of a hundred billion revisions exactly.
         assert!(floor_of(100_000_000_000) < 1 << 53);
     }
