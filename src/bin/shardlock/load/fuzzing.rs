@@ -5,7 +5,13 @@ use super::counters::Counters;
 /// A page of metrics in Prometheus' text format.
 pub(crate) fn metrics_page(data: &[u8]) {
     let text = String::from_utf8_lossy(data);
-    let class = text.lines().next().unwrap_or_default();
+    // With a quote in it, it could be taken for another label.
+    let is_legal = |class: &&str| {
+        class
+            .bytes()
+            .all(|byte| byte.is_ascii_alphanumeric() || matches!(byte, b'_' | b'-'))
+    };
+    let class = text.lines().next().filter(is_legal).unwrap_or("jobs");
     let counters = Counters::read(&text, class);
     assert_eq!(counters.since(counters), Counters::default());
     assert_eq!(counters.since(Counters::default()), counters);
