@@ -56,7 +56,9 @@ fn tenure_counts_guards_of_before_rivals_were_known() {
 /// Tasks that wait for the loss sleep until the lease that ended is notified, which is done outside the queue.
 #[test]
 fn lease_that_ends_is_told_with_its_cycle() {
-    let losses: [(&str, fn(&mut Bench, Cycle) -> Seen, LossReason); 4] = [
+    /// What ends the lease, and why it is lost then.
+    type Case = (&'static str, fn(&mut Bench, Cycle) -> Seen, LossReason);
+    let losses: [Case; 4] = [
         (
             "time",
             |bench, _| {
