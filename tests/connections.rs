@@ -62,7 +62,7 @@ async fn ask_for_ever_new_keys(me: &worker::Current) {
         let (locks, failed, refused) = (locks.clone(), Arc::clone(&failed), Arc::clone(&refused));
         askers.spawn(async move {
             for number in 0_u64.. {
-                match locks.lock(&format!("{asker}-{number}")).await {
+                match locks.lock(format!("{asker}-{number}")).await {
                     Ok(guard) => panic!("{guard:?} while all servers hang"),
                     Err(LockError::ShardDown { limit, waiting, .. }) => {
                         assert!(waiting >= limit, "{waiting} of {limit}");
@@ -84,13 +84,13 @@ async fn ask_for_ever_new_keys(me: &worker::Current) {
     })
     .await;
     askers.shutdown().await;
-    me.say(&failed.load(Ordering::Relaxed).to_string());
-    me.say(&refused.load(Ordering::Relaxed).to_string());
-    me.say(&resident_kib("VmHWM:").saturating_sub(before).to_string());
+    me.say(failed.load(Ordering::Relaxed).to_string());
+    me.say(refused.load(Ordering::Relaxed).to_string());
+    me.say(resident_kib("VmHWM:").saturating_sub(before).to_string());
     assert_eq!(me.hear().as_deref(), Some("they go on"));
     let begun = Instant::now();
     let _last = lock(&locks, "last").await;
-    me.say(&begun.elapsed().as_millis().to_string());
+    me.say(begun.elapsed().as_millis().to_string());
 }
 
 /// The memory of this process, as Linux calls it there.
