@@ -2,9 +2,10 @@
 //!
 //! # Implementation details
 //!
-//! A command that empties a server, such as FLUSHALL, takes leases and queues together, and nobody is told: there is no holder's renewal that would find the
-//! queue and serve it. So every few seconds one key of those that wait is looked at. If the store knows nothing of its cycle any more, all keys of the
-//! shard that wait ask again.
+//! A command that empties a server, such as FLUSHALL, deletes leases and queues together. The renewal of
+//! the holder then finds no queue to serve, and no waiter is notified. So every few seconds one waiting
+//! key is inspected. If the store does not know its cycle any more, all waiting keys of the shard ask
+//! again.
 
 use std::sync::Arc;
 

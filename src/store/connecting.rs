@@ -12,8 +12,9 @@ type Outcome<T> = Option<Result<T, StoreError>>;
 
 /// See the module.
 ///
-/// An attempt is a task of its own. The task that asked for it may not be polled any more, and would keep all others from connecting; and while a server
-/// hangs, a hundred thousand requests wait for one attempt and not for one each.
+/// An attempt is a task of its own. The task that asked for it may not be polled any more, and would
+/// keep all others from connecting. While a server hangs, all requests wait for one attempt instead of
+/// making one each.
 pub(super) struct Connecting<T> {
     attempt: Mutex<Option<watch::Receiver<Outcome<T>>>>,
 }
@@ -27,8 +28,8 @@ impl<T> Default for Connecting<T> {
 }
 
 impl<T: Clone + Send + Sync + 'static> Connecting<T> {
-    /// The outcome of the attempt that is under way, or of a new one if there is none. It is made on the background thread if the program's tasks use the
-    /// connection, otherwise on the runtime of the caller.
+    /// The outcome of the attempt that is under way, or of a new one if there is none. It is made on the
+    /// background thread if the program's tasks use the connection, otherwise on the caller's runtime.
     ///
     /// # Cancel safety
     ///
