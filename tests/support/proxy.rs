@@ -34,6 +34,11 @@ struct Kept {
 }
 
 impl Withheld {
+    /// Whether something of that connection is kept.
+    fn has(&self, connection: u64) -> bool {
+        self.kept.lock().contains_key(&connection)
+    }
+
     /// Says whether that part is kept.
     fn keep(&self, connection: u64, bytes: &[u8], server: &TcpStream) -> bool {
         let mut kept = self.kept.lock();
@@ -239,7 +244,17 @@ fn carry(mut client: TcpStream, mut server: TcpStream, requests: &Withheld, numb
                     break;
                 }
             }
-            Ok(0) if requests.kept.lock().contains_key(&number) => return,
+            Ok(0) if requests.has(number) => {
+                // An encrypted connection ends in order first, and is reset then. A read does not tell of that.
+                while matches!(client.take_error(), Ok(None)) {
+                    if !requests.has(number) {
+                        return;
+                    }
+                    thread::sleep(Duration::from_millis(1));
+                }
+                requests.kept.lock().remove(&number);
+                break;
+            }
             Ok(0) => break,
             Err(_) => {
                 // Whatever its system has not sent is never sent.
