@@ -48,8 +48,6 @@ fn worker_entry() {
 static ONE: Mutex<()> = Mutex::new(());
 
 /// A round of a kind in which each of its faults comes once, and how many acquisitions it must have seen.
-///
-/// Not of redlock, where a holder may be told of a loss that was none: see docs/reliability.md.
 fn withstands(kind: &str, seed: u64, granted_min: u64) {
     let _one = ONE.lock();
     let plan = Plan {
@@ -83,6 +81,11 @@ fn sentinel_with_confirmed_leases_withstands_each_fault() {
 #[test]
 fn cluster_with_confirmed_leases_withstands_each_fault() {
     withstands("cluster", 2, 2_000);
+}
+
+#[test]
+fn redlock_withstands_each_fault() {
+    withstands("redlock", 3, 1_000);
 }
 
 #[cfg(feature = "etcd")]

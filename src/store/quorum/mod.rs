@@ -21,11 +21,14 @@
 //! between. Such a release is repeated at that node when nothing can arrive late any more (`node`).
 //!
 //! A cycle that holds its lease (`held`) is never given up by a request that asks for more: until its holder knows of a loss, nobody else
-//! may have it. An extension counts only where a majority had the lease all the time. A renewal restores it at nodes that lack it.
+//! may have it. An extension counts only where a majority has had the lease all the time (`extend`). A renewal restores it at nodes that
+//! lack it.
 //!
 //! Time limits live on the runtime on which a request began: what is left of a release goes on there as a task, and is owed if that ends.
 
 mod acquire;
+mod claims;
+mod extend;
 mod map;
 mod node;
 mod release;
@@ -171,6 +174,19 @@ impl Quorum {
             )
             .into(),
         )
+    }
+
+    fn check_ttl(&self, ttl: Duration) -> Result<(), StoreError> {
+        if ttl <= self.max_ttl {
+            return Ok(());
+        }
+        Err(StoreError::Refused(
+            format!(
+                "ttl {ttl:?} is above redlock_max_ttl {:?}: a node that restarted might vote before such a lease ends; set a shorter ttl, or a longer redlock_max_ttl for all managers",
+                self.max_ttl
+            )
+            .into(),
+        ))
     }
 
     /// Something of that cycle is about to be sent.

@@ -11,7 +11,7 @@ use super::Quorum;
 use super::node::Node;
 use super::tally::{Standing, Tally, Vote, majority};
 use crate::protocol::{Release, RenewReply, Renewal};
-use crate::store::redis::primary::Claim;
+use crate::store::redis::primary::{Claim, ClaimKind};
 use crate::store::{LeaseStore, StoreError};
 
 /// The votes about one lease.
@@ -80,7 +80,7 @@ pub(super) async fn renew(
             lease.tally.count(match reply {
                 Some(RenewReply::Extended { wanted }) => {
                     lease.wanted |= wanted;
-                    Vote::Given { counter: 0, kept: true }
+                    Vote::Given { counter: 0 }
                 }
                 Some(RenewReply::NotOurs) => Vote::Refused,
                 None => Vote::Missing,
@@ -128,6 +128,7 @@ fn restore(quorum: &Arc<Quorum>, node: &Arc<Node>, renewal: &Renewal) {
             ttl: renewal.ttl,
             // The floor is above all tokens that were seen.
             at_least: 0,
+            kind: ClaimKind::Take,
         };
         if let Ok(Err(error)) = timeout(quorum.node_limit, node.store.claim(claim)).await {
             tracing::debug!(node = %node.place, key = %renewal.key, ?error, "a lease is not restored; the next renewal tries again");

@@ -3,9 +3,9 @@
 /// What one node has said.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub(super) enum Vote {
-    /// Ours, and was before if it is `kept`; its counter was this.
-    Given { counter: u64, kept: bool },
-    /// Another's.
+    /// Ours; its counter was this.
+    Given { counter: u64 },
+    /// Not ours.
     Refused,
     /// No answer will come, or one that does not count.
     Missing,
@@ -28,7 +28,6 @@ pub(super) enum Standing {
 pub(super) struct Tally {
     nodes: usize,
     given: usize,
-    kept: usize,
     refused: usize,
     missing: usize,
     counter: u64,
@@ -44,7 +43,6 @@ impl Tally {
         Self {
             nodes,
             given: 0,
-            kept: 0,
             refused: 0,
             missing: 0,
             counter: 0,
@@ -53,9 +51,8 @@ impl Tally {
 
     pub(super) fn count(&mut self, vote: Vote) -> Standing {
         match vote {
-            Vote::Given { counter, kept } => {
+            Vote::Given { counter } => {
                 self.given += 1;
-                self.kept += usize::from(kept);
                 self.counter = self.counter.max(counter);
             }
             Vote::Refused => self.refused += 1,
@@ -67,17 +64,6 @@ impl Tally {
     /// Whether those who refused alone make a majority impossible.
     pub(super) const fn is_refused(&self) -> bool {
         self.nodes - self.refused < majority(self.nodes)
-    }
-
-    /// Whether a majority had it before, too.
-    pub(super) const fn is_kept(&self) -> bool {
-        self.kept >= majority(self.nodes)
-    }
-
-    /// Whether votes to come could make that so.
-    pub(super) const fn may_be_kept(&self) -> bool {
-        let to_come = self.nodes - self.given - self.refused - self.missing;
-        !self.is_kept() && self.kept + to_come >= majority(self.nodes)
     }
 
     pub(super) const fn standing(&self) -> Standing {
@@ -103,13 +89,9 @@ mod tests {
         let to_come = nodes - votes.len();
         let count = |is_it: fn(&Vote) -> bool| votes.iter().filter(|vote| is_it(vote)).count();
         let given = count(|vote| matches!(vote, Vote::Given { .. }));
-        let kept = count(|vote| matches!(vote, Vote::Given { kept: true, .. }));
         let refused = count(|vote| *vote == Vote::Refused);
         let is_open = given * 2 <= nodes && (given + to_come) * 2 > nodes;
         assert_eq!(tally.standing() == Standing::Open, is_open, "{votes:?}");
-        assert_eq!(tally.is_kept(), kept * 2 > nodes, "{votes:?}");
-        let may_be_kept = kept * 2 <= nodes && (kept + to_come) * 2 > nodes;
-        assert_eq!(tally.may_be_kept(), may_be_kept, "{votes:?}");
         assert_eq!(tally.is_refused(), (nodes - refused) * 2 <= nodes, "{votes:?}");
     }
 
@@ -120,10 +102,7 @@ mod tests {
             for code in 0..3_usize.pow(u32::try_from(nodes).unwrap()) {
                 let votes: Vec<Vote> = (0..nodes)
                     .map(|node| match code / 3_usize.pow(u32::try_from(node).unwrap()) % 3 {
-                        0 => Vote::Given {
-                            counter: node as u64,
-                            kept: node % 2 == 0,
-                        },
+                        0 => Vote::Given { counter: node as u64 },
                         1 => Vote::Refused,
                         _ => Vote::Missing,
                     })
@@ -134,17 +113,11 @@ mod tests {
                     tally.count(vote);
                     assert_decided_in_time(&tally, &votes[..=counted], nodes);
                 }
-                let kept = votes
-                    .iter()
-                    .filter(|vote| matches!(vote, Vote::Given { kept: true, .. }))
-                    .count();
-                assert_eq!(tally.is_kept(), kept * 2 > nodes);
-                assert!(!tally.may_be_kept());
                 match tally.standing() {
                     Standing::Won(counter) => {
                         assert!(given * 2 > nodes);
                         let largest = votes.iter().filter_map(|vote| match vote {
-                            Vote::Given { counter, .. } => Some(*counter),
+                            Vote::Given { counter } => Some(*counter),
                             _ => None,
                         });
                         assert_eq!(Some(counter), largest.max());

@@ -9,6 +9,7 @@ use deadpool_redis::redis::{Cmd, Pipeline, RedisError, RedisWrite, cmd, pipe};
 use super::batch::may_concern_some_keys;
 use super::names::Names;
 use super::permission::Permissions;
+use super::primary::{Claim, ClaimKind};
 use crate::identity::{ManagerId, Signature};
 use crate::key::{LockKey, Slot};
 use crate::protocol::{Acquire, Ask, Cycle, Release, Renewal};
@@ -154,13 +155,17 @@ impl Commands {
     }
 
     /// The keys and arguments of claim.lua.
-    pub(super) fn fill_claim(&self, command: &mut Cmd, claim: &super::primary::Claim, floor: u64) {
+    pub(super) fn fill_claim(&self, command: &mut Cmd, claim: &Claim, floor: u64) {
         let names = self.names.of(&claim.key);
         command.arg(2);
         names.lease().write(command);
         names.counter().write(command);
         self.write_signature(command, claim.cycle);
         command.arg(millis(claim.ttl)).arg(claim.at_least).arg(floor);
+        command.arg(match claim.kind {
+            ClaimKind::Take => "take",
+            ClaimKind::Extend => "extend",
+        });
     }
 
     /// What is asked to look at a key: its lease, what is left of it, the length and the head of its queue, the counter.

@@ -22,14 +22,23 @@ pub(crate) struct Claim {
     pub(crate) ttl: Duration,
     /// What the counter becomes if it is smaller.
     pub(crate) at_least: u64,
+    pub(crate) kind: ClaimKind,
+}
+
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(crate) enum ClaimKind {
+    /// Takes the lease if it is free.
+    Take,
+    /// Extends the lease, and does nothing where it is not the cycle's already.
+    Extend,
 }
 
 /// What a node says to a claim.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub(crate) enum Claimed {
-    /// The lease is ours there, and was before if it is `kept`; the counter was this before the claim raised it.
-    Ours { counter: u64, kept: bool },
-    /// Another owner has it.
+    /// The lease is ours there; the counter was this before the claim raised it.
+    Ours { counter: u64 },
+    /// Another owner has it, or nobody has what was to be extended.
     Refused,
 }
 
@@ -117,8 +126,7 @@ impl RedisStore {
                     Ok(value) => {
                         return match ints(&value).as_deref() {
                             Some([0, _]) => Ok(Claimed::Refused),
-                            Some(&[1, counter, kept]) => Ok(Claimed::Ours {
-                                kept: kept == 1,
+                            Some(&[1, counter]) => Ok(Claimed::Ours {
                                 counter: counter.try_into().unwrap_or_default(),
                             }),
                             _ => Err(unexpected("a claim", &value)),

@@ -68,7 +68,7 @@ use crate::telemetry::ShardMetrics;
 use crate::time_limit::within;
 use background::Background;
 use claim::Tenure;
-pub(crate) use claim::{Claim, Claimed};
+pub(crate) use claim::{Claim, ClaimKind, Claimed};
 use confirm::Confirm;
 use link::{Link, Live};
 use moves::Moves;

@@ -1,0 +1,110 @@
+//! Claims: the votes of the nodes other than the door, and tokens above all that a majority knows.
+
+use std::sync::Arc;
+use std::time::Duration;
+
+use futures_util::StreamExt;
+use futures_util::stream::FuturesUnordered;
+use tokio::time::timeout;
+
+use super::node::Node;
+use super::tally::{Standing, Tally, Vote};
+use super::{Quorum, outage};
+use crate::clock::Moment;
+use crate::fence::TokenBlock;
+use crate::protocol::{Acquire, Ask};
+use crate::store::StoreError;
+use crate::store::redis::primary::{Claim, ClaimKind, Claimed};
+
+/// The votes so far, and the nodes that gave them.
+pub(super) struct Votes {
+    pub(super) tally: Tally,
+    pub(super) asked: Vec<Arc<Node>>,
+}
+
+/// Claims the nodes that have not voted. Where others have given out what the door's `tokens` hold, or more, the tokens
+/// are a block above, which a majority knows before anybody sees it.
+pub(super) async fn claim_rest(
+    quorum: &Quorum,
+    request: &Acquire,
+    votes: Votes,
+    tokens: TokenBlock,
+) -> (Tally, TokenBlock) {
+    let tally = claim(quorum, request, votes, tokens.last()).await;
+    let counter = match tally.standing() {
+        Standing::Won(counter) if counter >= tokens.first() => counter,
+        _ => return (tally, tokens),
+    };
+    let above = TokenBlock::ending_at(counter.saturating_add(u64::from(request.tokens)), request.tokens);
+    let votes = Votes {
+        tally: Tally::new(quorum.nodes.len()),
+        asked: Vec::new(),
+    };
+    (claim(quorum, request, votes, above.last()).await, above)
+}
+
+/// Returns as soon as it is decided. The claims that are under way then are dropped, not recalled: what was sent comes
+/// before a later release on the same connection, and what was not sent never is.
+async fn claim(quorum: &Quorum, request: &Acquire, votes: Votes, at_least: u64) -> Tally {
+    let Votes { mut tally, asked } = votes;
+    let mut claims = FuturesUnordered::new();
+    for node in &quorum.nodes {
+        if asked.iter().any(|asked| Arc::ptr_eq(asked, node)) {
+            continue;
+        }
+        if !node.is_up() || node.owes(request.cycle) {
+            tally.count(Vote::Missing);
+            continue;
+        }
+        let claim = Claim {
+            key: request.key.clone(),
+            cycle: request.cycle,
+            ttl: request.ttl,
+            at_least,
+            kind: match request.ask {
+                Ask::Extend => ClaimKind::Extend,
+                Ask::Free | Ask::Try | Ask::Join => ClaimKind::Take,
+            },
+        };
+        claims.push(async move { (node, timeout(quorum.node_limit, node.store.claim(claim)).await) });
+    }
+    while tally.standing() == Standing::Open {
+        let Some((node, claimed)) = claims.next().await else {
+            break;
+        };
+        let vote = match claimed {
+            // It is kept right for later, but does not count.
+            Ok(Ok(_)) if !node.store.has_vote() => Vote::Missing,
+            Ok(Ok(Claimed::Ours { counter })) => {
+                node.metrics.given.increment(1);
+                Vote::Given { counter }
+            }
+            Ok(Ok(Claimed::Refused)) => {
+                node.metrics.refused.increment(1);
+                Vote::Refused
+            }
+            Ok(Err(error)) => {
+                if let Some(why) = outage(&error) {
+                    quorum.down(node, why);
+                }
+                Vote::Missing
+            }
+            Err(_) => {
+                quorum.down(node, "no answer in time");
+                Vote::Missing
+            }
+        };
+        tally.count(vote);
+    }
+    tally
+}
+
+/// Whether nothing is left of a lease of that `ttl`, which the nodes count from the moment at which they are claimed.
+pub(super) fn is_late(sent_at: Moment, ttl: Duration) -> bool {
+    Moment::now().since(sent_at) + ttl / 100 + Duration::from_millis(2) >= ttl
+}
+
+pub(super) fn too_late(sent_at: Moment, ttl: Duration) -> StoreError {
+    let took = Moment::now().since(sent_at);
+    StoreError::Unavailable(format!("a majority took {took:?}, which leaves nothing of the ttl {ttl:?}").into())
+}

@@ -1,0 +1,126 @@
+//! More time and tokens for a lease that is held.
+//!
+//! An extension counts only where a majority has had the lease all the time: somebody else may have held the lock where it
+//! has not. So a node that lost the lease does not get it again here, or the next attempt would take it for one that kept
+//! it; the next renewal restores it (`renew`). Only nodes that say that the lease is not theirs prove a loss. A node that
+//! does not answer proves nothing: the lease stays as it is, and the request fails.
+
+use std::sync::Arc;
+
+use tokio::time::timeout;
+
+use super::claims::{Votes, claim_rest, is_late, too_late};
+use super::node::Node;
+use super::tally::{Standing, Tally, Vote};
+use super::{Quorum, outage};
+use crate::clock::Moment;
+use crate::fence::TokenBlock;
+use crate::protocol::{Acquire, AcquireReply, Answer};
+use crate::store::{LeaseStore, StoreError};
+
+/// Extends the lease at the first usable node that has it, which is its door, then at the others. Replies `Busy` if the
+/// lease is lost.
+pub(super) async fn extend(quorum: &Arc<Quorum>, request: &Acquire) -> Result<Answer<AcquireReply>, StoreError> {
+    let ttl = request.ttl;
+    let slot = quorum.slot(&request.key);
+    let sent_at = Moment::now();
+    let with = |floor, reply| Answer {
+        sent_at,
+        ttl,
+        floor,
+        reply,
+    };
+    let mut votes = Votes {
+        tally: Tally::new(quorum.nodes.len()),
+        asked: Vec::new(),
+    };
+    let mut refusal = None;
+    for node in quorum.order(slot) {
+        if !node.is_usable() || node.owes(request.cycle) {
+            continue;
+        }
+        votes.asked.push(Arc::clone(node));
+        match ask(quorum, node, request).await {
+            Ok(Some(Extension { tokens, queued, floor })) => {
+                votes.tally.count(Vote::Given { counter: 0 });
+                let (tally, tokens) = claim_rest(quorum, request, votes, tokens).await;
+                return match tally.standing() {
+                    Standing::Won(_) if is_late(sent_at, ttl) => Err(too_late(sent_at, ttl)),
+                    Standing::Won(_) => {
+                        quorum
+                            .nodes
+                            .iter()
+                            .for_each(|node| node.store.saw_token(slot, tokens.last()));
+                        quorum.reconfirm(request.cycle);
+                        let reply = AcquireReply::Granted {
+                            tokens,
+                            queued,
+                            extended: true,
+                        };
+                        Ok(with(floor, reply))
+                    }
+                    _ if tally.is_refused() => Ok(with(floor, AcquireReply::Busy)),
+                    Standing::Lost { .. } | Standing::Open => Err(quorum.no_majority()),
+                };
+            }
+            Ok(None) => votes.tally.count(Vote::Refused),
+            Err(error) => {
+                if outage(&error).is_none() {
+                    // It may be this node's trouble alone.
+                    refusal = Some(error);
+                }
+                votes.tally.count(Vote::Missing)
+            }
+        };
+        if votes.tally.is_refused() {
+            return Ok(with(0, AcquireReply::Busy));
+        }
+    }
+    Err(refusal.unwrap_or_else(|| quorum.no_majority()))
+}
+
+/// What the door says.
+struct Extension {
+    tokens: TokenBlock,
+    queued: u64,
+    floor: u64,
+}
+
+/// Asks one node; `None` if the lease is not ours there.
+async fn ask(quorum: &Quorum, node: &Node, request: &Acquire) -> Result<Option<Extension>, StoreError> {
+    let answer = match timeout(quorum.node_limit, node.store.acquire(request.clone())).await {
+        Ok(Ok(answer)) => answer,
+        Ok(Err(error)) => {
+            if let Some(why) = outage(&error) {
+                quorum.down(node, why);
+            }
+            return Err(error);
+        }
+        Err(_) => {
+            quorum.down(node, "no answer in time");
+            return Err(quorum.no_majority());
+        }
+    };
+    if !node.store.has_vote() {
+        // It restarted under way.
+        return Err(quorum.no_majority());
+    }
+    match answer.reply {
+        AcquireReply::Granted {
+            tokens,
+            queued,
+            extended: true,
+        } => {
+            node.metrics.given.increment(1);
+            Ok(Some(Extension {
+                tokens,
+                queued,
+                floor: answer.floor,
+            }))
+        }
+        _ => {
+            node.metrics.refused.increment(1);
+            Ok(None)
+        }
+    }
+}
