@@ -167,7 +167,7 @@ impl<W> Queue<W> {
             Phase::Held(held) if held.lease.cycle == grant.cycle => {}
             Phase::Releasing { cycle, .. } if *cycle == grant.cycle => {}
             _ => {
-                effects.stale_grant = true;
+                effects.rare().stale_grant = true;
                 effects.abandon(grant.cycle);
             }
         }

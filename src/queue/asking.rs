@@ -188,7 +188,7 @@ impl<W> Queue<W> {
             },
         );
         if grant.tokens.first() <= mark {
-            effects.stale_grant = true;
+            effects.rare().stale_grant = true;
             return;
         }
         let ttl = grant.cycle.ttl();

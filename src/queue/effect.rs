@@ -13,20 +13,27 @@ use crate::protocol::{Ask, Cycle};
 pub(crate) struct Effects<W> {
     /// The next request for this key. There is never more than one on its way.
     pub(crate) request: Option<Request>,
-    /// Cycles that are over, of which the store may still know something: release them in the background.
-    pub(crate) abandoned: [Option<Cycle>; 2],
     /// The waiters whose outcome is there to be collected.
     pub(crate) wake: Wake<W>,
     /// The waker of a waiter that does not need it, to be dropped. Dropping a waker runs foreign code, as calling it does.
     pub(crate) discarded: Option<W>,
-    /// A lease that has ended. It is invalid already; the tasks that wait for its loss must be notified.
-    pub(crate) ended: Option<Arc<Lease>>,
-    /// A guard has lost its lease, and why.
-    pub(crate) lost: Option<LossReason>,
     /// A tenure of the lease ended; it served so many guards.
     pub(crate) served: Option<u32>,
     /// The lease was given up for another process while local waiters were left, since that bound was reached.
     pub(crate) yielded: Option<Bound>,
+    /// What few events lead to, so that the effects of the others are small enough to be moved without a call.
+    pub(crate) rare: Option<Box<Rare>>,
+}
+
+/// The part of [`Effects`] that few events have.
+#[derive(Debug, Default)]
+pub(crate) struct Rare {
+    /// Cycles that are over, of which the store may still know something: release them in the background.
+    pub(crate) abandoned: [Option<Cycle>; 2],
+    /// A lease that has ended. It is invalid already; the tasks that wait for its loss must be notified.
+    pub(crate) ended: Option<Arc<Lease>>,
+    /// A guard has lost its lease, and why.
+    pub(crate) lost: Option<LossReason>,
     /// A grant was of no use: its cycle was over, or it had run out.
     pub(crate) stale_grant: bool,
 }
@@ -84,14 +91,11 @@ impl<W> Effects<W> {
     pub(crate) const fn none() -> Self {
         Self {
             request: None,
-            abandoned: [None, None],
             wake: Wake::None,
             discarded: None,
-            ended: None,
-            lost: None,
             served: None,
             yielded: None,
-            stale_grant: false,
+            rare: None,
         }
     }
 
@@ -104,11 +108,16 @@ impl<W> Effects<W> {
         self.request = Some(request);
     }
 
+    pub(super) fn rare(&mut self) -> &mut Rare {
+        self.rare.get_or_insert_default()
+    }
+
     pub(super) fn abandon(&mut self, cycle: Cycle) {
-        if self.abandoned.contains(&Some(cycle)) {
+        let abandoned = &mut self.rare().abandoned;
+        if abandoned.contains(&Some(cycle)) {
             return;
         }
-        match &mut self.abandoned {
+        match abandoned {
             [first @ None, _] => *first = Some(cycle),
             [_, second] => {
                 debug_assert!(second.is_none(), "more than two cycles abandoned at once");

@@ -267,14 +267,14 @@ impl<W> Queue<W> {
     pub(super) fn lose(&mut self, reason: LossReason, cx: Context<'_>, effects: &mut Effects<W>) {
         let Phase::Held(held) = &mut self.phase else { return };
         held.lease.lose(reason);
-        effects.ended = Some(Arc::clone(&held.lease));
+        effects.rare().ended = Some(Arc::clone(&held.lease));
         let holder = match std::mem::replace(&mut held.tenant, Tenant::Nobody) {
             Tenant::Guard(holder) => Some(holder),
             Tenant::Nobody | Tenant::Lingering { .. } => None,
         };
         let is_out = holder.as_ref().is_some_and(|holder| holder.waiter.is_none());
         if is_out {
-            effects.lost = Some(reason);
+            effects.rare().lost = Some(reason);
         }
         // A guard that is out gives the lease back when it goes; without one nobody would. The store may still have it: it was held for too
         // long, or a renewal was executed whose reply never came. An extension may even execute yet, and take the key or a place in the

@@ -37,7 +37,7 @@ mod waiters;
 use std::sync::Arc;
 use std::time::Duration;
 
-pub(crate) use effect::{Bound, Effects, Request, Wake};
+pub(crate) use effect::{Bound, Effects, Rare, Request, Wake};
 pub(crate) use outage::Outage;
 #[cfg(test)]
 pub(crate) use terms::Flaw;
@@ -359,8 +359,8 @@ impl<W> Queue<W> {
         match &mut self.phase {
             Phase::Held(held) => {
                 held.lease.lose(LossReason::Closed);
-                effects.ended = Some(Arc::clone(&held.lease));
-                effects.lost = held.guard().is_some().then_some(LossReason::Closed);
+                effects.rare().ended = Some(Arc::clone(&held.lease));
+                effects.rare().lost = held.guard().is_some().then_some(LossReason::Closed);
                 let cycle = held.lease.cycle;
                 if held.extending {
                     effects.abandon(cycle);

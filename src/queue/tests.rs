@@ -156,17 +156,18 @@ impl Bench {
             epoch: self.epoch,
         };
         let (result, effects) = happens(&mut self.queue, cx);
+        let rare = effects.rare.unwrap_or_default();
         self.told = Told {
             served: effects.served,
             yielded: effects.yielded,
-            ended: effects.ended.map(|lease| lease.cycle),
-            stale_grant: effects.stale_grant,
+            ended: rare.ended.map(|lease| lease.cycle),
+            stale_grant: rare.stale_grant,
         };
         let seen = Seen {
             request: effects.request,
-            abandoned: effects.abandoned.into_iter().flatten().collect(),
+            abandoned: rare.abandoned.into_iter().flatten().collect(),
             woken: effects.wake.into_iter().collect(),
-            lost: effects.lost,
+            lost: rare.lost,
         };
         (result, seen)
     }

@@ -16,7 +16,7 @@ use crate::foreign::WAKERS;
 use crate::heat::Heat;
 use crate::key::{LockKey, Slot};
 use crate::protocol::Cycle;
-use crate::queue::{Context, Effects, Granted, Outcome, Path, Queue, Request, WaiterId, Wake, Want};
+use crate::queue::{Context, Effects, Granted, Outcome, Path, Queue, Rare, Request, WaiterId, Wake, Want};
 
 /// See the module. The mutex is never held across an `await`, nor while a waker is called or dropped: a waker is foreign
 /// code, which may ask this very manager something.
@@ -336,10 +336,10 @@ impl Entry {
         let after = Standing::of(&state.queue);
         self.count(before, after);
         let look_at = state.queue.look_at();
-        if effects.abandoned.iter().any(Option::is_some) {
+        if let Some(rare) = &mut effects.rare {
             drop(state);
             // Before the entry leaves the table: a shutdown that found neither would be over before the cycle is given back.
-            self.abandon(std::mem::take(&mut effects.abandoned));
+            self.abandon(std::mem::take(&mut rare.abandoned));
             state = self.state.lock();
         }
         self.remove_if_unused(state);
@@ -388,14 +388,11 @@ impl Entry {
     fn carry_out(self: &Arc<Self>, effects: Effects<Waker>) -> Option<Request> {
         let Effects {
             request,
-            abandoned,
             wake,
             discarded,
-            ended,
-            lost,
             served,
             yielded,
-            stale_grant,
+            rare,
         } = effects;
         match wake {
             Wake::None => {}
@@ -405,16 +402,30 @@ impl Entry {
         if discarded.is_some() {
             WAKERS.call(|| drop(discarded));
         }
-        if let Some(lease) = ended {
-            WAKERS.call(|| lease.notify_of_loss());
+        if let Some(rare) = rare {
+            self.carry_out_rare(*rare);
         }
-        self.abandon(abandoned);
         if let Some(guards) = served {
             self.shard.metrics.served(guards);
         }
         if let Some(bound) = yielded {
             self.shard.metrics.yielded(bound);
         }
+        request
+    }
+
+    #[cold]
+    fn carry_out_rare(&self, rare: Rare) {
+        let Rare {
+            abandoned,
+            ended,
+            lost,
+            stale_grant,
+        } = rare;
+        if let Some(lease) = ended {
+            WAKERS.call(|| lease.notify_of_loss());
+        }
+        self.abandon(abandoned);
         if stale_grant {
             self.shard.metrics.stale_grants.increment(1);
         }
@@ -422,7 +433,6 @@ impl Entry {
             self.shard.metrics.lost(reason);
             self.shard.notices.lost(&self.key, &self.shard.name, reason);
         }
-        request
     }
 
     /// Has cycles that are over released in the background.

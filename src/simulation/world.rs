@@ -21,7 +21,7 @@ use crate::clock::Moment;
 use crate::identity::ManagerId;
 use crate::key::LockKey;
 use crate::protocol::{Ask, Cycle, Cycles, Push};
-use crate::queue::{Context, Effects, Queue, Request, Room};
+use crate::queue::{Context, Effects, Queue, Rare, Request, Room};
 use crate::store::Lane;
 use crate::store::memory::MemoryCore;
 
@@ -321,12 +321,9 @@ impl World {
             *queue = Queue::new();
         }
         let Effects {
-            request,
-            abandoned,
-            wake,
-            lost,
-            ..
+            request, wake, rare, ..
         } = effects;
+        let Rare { abandoned, lost, .. } = rare.map_or_else(Rare::default, |rare| *rare);
         if let Some(look_at) = look_at {
             self.look_at(m, look_at);
         }
