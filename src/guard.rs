@@ -145,7 +145,8 @@ impl LockGuard {
             self.hand_to_background(request);
             return Ok(());
         };
-        let driven = self.entry.drive(request, Lane::Caller).await;
+        // Boxed, since every release is moved a few times and most are over by now.
+        let driven = Box::pin(self.entry.drive(request, Lane::Caller)).await;
         self.hand_to_background(driven.next);
         match driven.released {
             Some(Ok(false)) => Err(self.lost_error(LossReason::Taken)),

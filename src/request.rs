@@ -64,7 +64,8 @@ use crate::telemetry::{ClassMetrics, Ending, Limit};
 pub struct LockRequest {
     manager: Arc<Inner>,
     key: Result<LockKey, Box<Invalid>>,
-    terms: Terms,
+    /// A pointer, since a request is moved a few times and most set nothing.
+    terms: Option<Box<Terms>>,
     caller: &'static Location<'static>,
 }
 
@@ -73,8 +74,8 @@ pub struct LockRequest {
 #[derive(Debug, Clone)]
 pub struct TryLockRequest(LockRequest);
 
-/// What a request asks for.
-#[derive(Debug, Clone)]
+/// What a request sets for itself.
+#[derive(Debug, Default, Clone)]
 struct Terms {
     ttl: Option<Duration>,
     timeout: Option<Duration>,
@@ -88,58 +89,54 @@ impl LockRequest {
     #[inline]
     #[track_caller]
     pub(crate) fn new(manager: Arc<Inner>, key: &str) -> Self {
-        let terms = Terms {
-            ttl: None,
-            timeout: manager.config.timeout,
-            max_hold: manager.config.max_hold,
-            linger: None,
-            fail_fast: false,
-            class: None,
-        };
         Self {
             manager,
             key: LockKey::new(key).map_err(Box::new),
-            terms,
+            terms: None,
             caller: Location::caller(),
         }
     }
 
+    fn terms(&mut self) -> &mut Terms {
+        self.terms.get_or_insert_default()
+    }
+
     /// How long the lease lasts without renewal: 50 ms to 24 h. After the death of its holder a key stays locked for up to this long.
-    pub const fn ttl(mut self, ttl: Duration) -> Self {
-        self.terms.ttl = Some(ttl);
+    pub fn ttl(mut self, ttl: Duration) -> Self {
+        self.terms().ttl = Some(ttl);
         self
     }
 
     /// How long to wait for the lock. Zero means one try.
-    pub const fn timeout(mut self, limit: Duration) -> Self {
-        self.terms.timeout = Some(limit);
+    pub fn timeout(mut self, limit: Duration) -> Self {
+        self.terms().timeout = Some(limit);
         self
     }
 
     /// For how long the lease is renewed: a guard that is held for longer is lost.
-    pub const fn max_hold(mut self, longest: Duration) -> Self {
-        self.terms.max_hold = Some(longest);
+    pub fn max_hold(mut self, longest: Duration) -> Self {
+        self.terms().max_hold = Some(longest);
         self
     }
 
     /// For how long the lease stays with this process once its guard is gone and nobody waits for the key: 0 to 1 h, instead of the manager's
     /// [`linger`](crate::Config::linger), where it is said what that means for others. Of the guards of one lease, the last one's counts.
-    pub const fn linger(mut self, time: Duration) -> Self {
-        self.terms.linger = Some(time);
+    pub fn linger(mut self, time: Duration) -> Self {
+        self.terms().linger = Some(time);
         self
     }
 
     /// Fails as soon as the shard can't be reached. Otherwise the request is repeated, with growing random delays, until its
     /// [`timeout`](Self::timeout) is over, or, without one, until it has met with nothing but failures for
     /// [`store_timeout`](crate::Config::store_timeout).
-    pub const fn fail_fast(mut self) -> Self {
-        self.terms.fail_fast = true;
+    pub fn fail_fast(mut self) -> Self {
+        self.terms().fail_fast = true;
         self
     }
 
     /// The class under which metrics count this request: few different values, never the key.
     pub fn class(mut self, class: &str) -> Self {
-        self.terms.class = Some(class.into());
+        self.terms().class = Some(class.into());
         self
     }
 
@@ -169,68 +166,49 @@ impl LockRequest {
         }
     }
 
-    /// The future of this request.
-    #[inline]
-    fn start(self, only_try: bool) -> Acquiring {
-        let Self {
-            manager,
-            key,
-            terms,
-            caller,
-        } = self;
-        let class = manager.metrics.classes.get(terms.class.as_deref());
-        // No time to wait is a try.
-        let no_wait = terms.timeout.is_some_and(|limit| limit.is_zero());
-        let want = Want {
-            ttl: terms.ttl.unwrap_or(manager.config.ttl),
-            max_hold: terms.max_hold,
-            linger: terms.linger.map_or(manager.linger, Linger::new),
-            only_try: only_try || no_wait,
-            in_outage: match terms.timeout {
-                _ if only_try || no_wait || terms.fail_fast => InOutage::Fail,
+    /// How long it waits at most.
+    fn limit(&self) -> Option<Duration> {
+        let own = self.terms.as_ref().and_then(|terms| terms.timeout);
+        own.or(self.manager.config.timeout)
+    }
+
+    /// What it asks for, in full.
+    fn want(&self, only_try: bool) -> Result<Want, Invalid> {
+        let config = &self.manager.config;
+        let mut want = Want {
+            ttl: config.ttl,
+            max_hold: config.max_hold,
+            linger: self.manager.linger,
+            only_try,
+            in_outage: match self.limit() {
+                _ if only_try => InOutage::Fail,
                 Some(_) => InOutage::UntilOwnLimit,
                 None => InOutage::UntilStoreTimeout,
             },
             expects_rivals: false,
         };
-        let (key, invalid) = match key {
-            Ok(key) => (
-                Some(key),
-                check_overrides(terms.ttl, terms.timeout, terms.max_hold, terms.linger)
-                    .err()
-                    .map(Box::new),
-            ),
-            Err(invalid) => (None, Some(invalid)),
-        };
-        Acquiring {
-            manager,
-            key,
-            invalid,
-            want,
-            limit: terms.timeout.filter(|_| !only_try),
-            class,
-            asked: Asked {
-                at: Moment::default(),
-                caller,
-            },
-            span: DebugSpan::default(),
-            place: None,
-            timer: None,
-            ended: false,
+        if let Some(terms) = &self.terms {
+            check_overrides(terms.ttl, terms.timeout, terms.max_hold, terms.linger)?;
+            want.ttl = terms.ttl.unwrap_or(want.ttl);
+            want.max_hold = terms.max_hold.or(want.max_hold);
+            want.linger = terms.linger.map_or(want.linger, Linger::new);
+            if terms.fail_fast {
+                want.in_outage = InOutage::Fail;
+            }
         }
+        Ok(want)
     }
 }
 
 /// The future of a request. It joins the line when it is first polled and leaves it when it is dropped.
+///
+/// It is moved a few times before that, so it holds little: what the request wants in full is worked out where it joins.
 struct Acquiring {
-    manager: Arc<Inner>,
-    key: Option<LockKey>,
-    invalid: Option<Box<Invalid>>,
-    want: Want,
-    limit: Option<Duration>,
+    request: LockRequest,
+    only_try: bool,
+    asked_at: Moment,
     /// `None` for the default class.
     class: Option<Arc<ClassMetrics>>,
-    asked: Asked,
     span: DebugSpan,
     place: Option<Place>,
     /// Made when there is something to wait for, since most requests end before.
@@ -250,15 +228,44 @@ struct Place {
 }
 
 impl Acquiring {
+    #[inline]
+    fn new(request: LockRequest, only_try: bool) -> Self {
+        Self {
+            request,
+            only_try,
+            asked_at: Moment::default(),
+            class: None,
+            span: DebugSpan::default(),
+            place: None,
+            timer: None,
+            ended: false,
+        }
+    }
+
+    fn key(&self) -> Option<&LockKey> {
+        self.request.key.as_ref().ok()
+    }
+
+    fn asked(&self) -> Asked {
+        Asked {
+            at: self.asked_at,
+            caller: self.request.caller,
+        }
+    }
+
+    /// Whether it comes back with nothing rather than wait. No time to wait is a try.
+    fn is_try(&self) -> bool {
+        self.only_try || self.request.limit().is_some_and(|limit| limit.is_zero())
+    }
+
     /// A place in line, and whether its outcome is there already.
     fn join(&self, cx: &Context<'_>) -> Result<(Place, bool), LockError> {
-        if let Some(invalid) = &self.invalid {
-            return Err(LockError::Invalid((**invalid).clone()));
-        }
-        let Some(key) = &self.key else {
-            return Err(LockError::Closed);
+        let key = match &self.request.key {
+            Ok(key) => key,
+            Err(invalid) => return Err(LockError::Invalid((**invalid).clone())),
         };
-        let shard = self.manager.shard(key);
+        let want = self.request.want(self.is_try())?;
+        let shard = self.request.manager.shard(key);
         let waiting = shard.load.waiters.fetch_add(1, Ordering::Relaxed);
         let limit = shard.limits.waiters;
         let joined = if waiting >= limit {
@@ -268,7 +275,7 @@ impl Acquiring {
                 limit,
             })
         } else {
-            shard.want(key, self.want, cx.waker(), self.asked.at)
+            shard.want(key, want, cx.waker(), self.asked_at)
         };
         match joined {
             Ok((entry, wanted)) => {
@@ -291,29 +298,31 @@ impl Acquiring {
 
     /// Waits in line within the limit. `None` if it was a try and the key is held or wanted.
     fn poll_place(&mut self, cx: &mut Context<'_>) -> Poll<Result<Option<LockGuard>, LockError>> {
+        let asked = self.asked();
         let settled = match &mut self.place {
-            Some(place) => place.poll(cx, self.asked),
+            Some(place) => place.poll(cx, asked),
             None => {
-                self.asked.at = Moment::now();
+                self.asked_at = Moment::now();
+                let asked = self.asked();
                 let (place, is_settled) = self.join(cx)?;
                 let place = self.place.insert(place);
                 // Without an outcome or a request of its own there is nothing to do: the waker is registered, and whatever
                 // happened since has woken it.
                 if place.driving.is_some() || is_settled {
-                    place.poll(cx, self.asked)
+                    place.poll(cx, asked)
                 } else {
                     Poll::Pending
                 }
             }
         };
-        let now = match (settled, self.limit) {
+        let now = match (settled, self.request.limit()) {
             (Poll::Ready(settled), _) => return Poll::Ready(self.settled(settled)),
-            (Poll::Pending, Some(limit)) if !self.want.only_try => {
+            (Poll::Pending, Some(limit)) if !self.is_try() => {
                 let timer = self.timer.get_or_insert_with(|| Box::pin(tokio::time::sleep(limit)));
                 std::task::ready!(timer.as_mut().poll(cx));
                 let now = Moment::now();
                 // Too early by the clock of the machine: tokio's is paused, and jumped although the store has yet to answer.
-                if now.since(self.asked.at) < limit
+                if now.since(self.asked_at) < limit
                     && self.place.as_ref().is_some_and(|place| place.entry.awaits_store())
                 {
                     self.timer = None;
@@ -324,7 +333,7 @@ impl Acquiring {
             }
             (Poll::Pending, _) => return Poll::Pending,
         };
-        Poll::Ready(Err(self.gave_up(now.since(self.asked.at))))
+        Poll::Ready(Err(self.gave_up(now.since(self.asked_at))))
     }
 
     fn settled(&mut self, settled: Settled) -> Result<Option<LockGuard>, LockError> {
@@ -335,15 +344,15 @@ impl Acquiring {
                     return Err(LockError::Closed);
                 };
                 let entry = Arc::clone(&place.entry);
-                let waited = granted.at.since(self.asked.at);
+                let waited = granted.at.since(self.asked_at);
                 let shard = &entry.shard;
                 shard
                     .notices
-                    .waited(waited, &entry.key, &shard.name, self.asked.caller, Waited::Acquired);
+                    .waited(waited, &entry.key, &shard.name, self.request.caller, Waited::Acquired);
                 let is_recorded = self.class().acquired(granted.path, waited);
                 Ok(Some(LockGuard::new(entry, granted, self.class.take(), is_recorded)))
             }
-            Settled::Busy if self.limit.is_some() => Err(self.timed_out(Duration::ZERO)),
+            Settled::Busy if !self.only_try => Err(self.timed_out(Duration::ZERO)),
             Settled::Busy => {
                 self.class().ended(Ending::Busy);
                 Ok(None)
@@ -353,17 +362,19 @@ impl Acquiring {
     }
 
     fn class(&self) -> &ClassMetrics {
-        self.class.as_ref().unwrap_or_else(|| self.manager.default_class())
+        self.class
+            .as_ref()
+            .unwrap_or_else(|| self.request.manager.default_class())
     }
 
     #[cold]
     fn tell_of(&self, error: &LockError) {
         if let Some(limit) = Limit::of(error) {
-            self.manager.metrics.rejected(limit);
+            self.request.manager.metrics.rejected(limit);
         }
-        if let (LockError::Timeout { waited, shard, .. }, Some(key)) = (error, &self.key) {
-            let notices = &self.manager.notices;
-            notices.waited(*waited, key, shard, self.asked.caller, Waited::TimedOut);
+        if let (LockError::Timeout { waited, shard, .. }, Some(key)) = (error, self.key()) {
+            let notices = &self.request.manager.notices;
+            notices.waited(*waited, key, shard, self.request.caller, Waited::TimedOut);
         }
     }
 
@@ -374,7 +385,7 @@ impl Acquiring {
     }
 
     fn timed_out(&self, waited: Duration) -> LockError {
-        let key = self.key.as_ref().map(ToString::to_string).unwrap_or_default();
+        let key = self.key().map(ToString::to_string).unwrap_or_default();
         let shard = self
             .place
             .as_ref()
@@ -384,7 +395,7 @@ impl Acquiring {
             key,
             shard,
             waited,
-            limit: self.limit.unwrap_or_default(),
+            limit: self.request.limit().unwrap_or_default(),
         }
     }
 }
@@ -393,11 +404,14 @@ impl Future for Acquiring {
     type Output = Result<Option<LockGuard>, LockError>;
 
     fn poll(mut self: Pin<&mut Self>, cx: &mut Context<'_>) -> Poll<Self::Output> {
-        if self.place.is_none()
-            && let Some(key) = &self.key
-        {
-            let only_try = self.want.only_try;
-            self.span = DebugSpan::open(|| tracing::debug_span!("acquire", %key, only_try));
+        if self.place.is_none() {
+            let class = self.request.terms.as_ref().and_then(|terms| terms.class.as_deref());
+            let class = self.request.manager.metrics.classes.get(class);
+            self.class = class;
+            if let Some(key) = self.key() {
+                let span = DebugSpan::open(|| tracing::debug_span!("acquire", %key, only_try = self.is_try()));
+                self.span = span;
+            }
         }
         let span = std::mem::take(&mut self.span);
         let polled = span.in_scope(|| self.poll_place(cx));
@@ -424,12 +438,12 @@ impl Drop for Acquiring {
     fn drop(&mut self) {
         if !self.ended && self.place.is_some() {
             self.class().ended(Ending::Cancelled);
-            if let (Some(place), Some(key)) = (&self.place, &self.key) {
-                let waited = Moment::now().since(self.asked.at);
+            if let (Some(place), Some(key)) = (&self.place, self.key()) {
+                let waited = Moment::now().since(self.asked_at);
                 let shard = &place.entry.shard;
                 shard
                     .notices
-                    .waited(waited, key, &shard.name, self.asked.caller, Waited::Cancelled);
+                    .waited(waited, key, &shard.name, self.request.caller, Waited::Cancelled);
             }
         }
     }
@@ -506,7 +520,7 @@ impl Future for TryLockFuture {
 impl fmt::Debug for LockFuture {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         f.debug_struct("LockFuture")
-            .field("key", &self.0.key)
+            .field("key", &self.0.request.key)
             .finish_non_exhaustive()
     }
 }
@@ -514,7 +528,7 @@ impl fmt::Debug for LockFuture {
 impl fmt::Debug for TryLockFuture {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         f.debug_struct("TryLockFuture")
-            .field("key", &self.0.key)
+            .field("key", &self.0.request.key)
             .finish_non_exhaustive()
     }
 }
@@ -525,7 +539,7 @@ impl IntoFuture for LockRequest {
 
     #[inline]
     fn into_future(self) -> LockFuture {
-        LockFuture(self.start(false))
+        LockFuture(Acquiring::new(self, false))
     }
 }
 
@@ -535,26 +549,26 @@ impl TryLockRequest {
     }
 
     /// See [`LockRequest::ttl`].
-    pub const fn ttl(mut self, ttl: Duration) -> Self {
-        self.0.terms.ttl = Some(ttl);
+    pub fn ttl(mut self, ttl: Duration) -> Self {
+        self.0.terms().ttl = Some(ttl);
         self
     }
 
     /// See [`LockRequest::max_hold`].
-    pub const fn max_hold(mut self, longest: Duration) -> Self {
-        self.0.terms.max_hold = Some(longest);
+    pub fn max_hold(mut self, longest: Duration) -> Self {
+        self.0.terms().max_hold = Some(longest);
         self
     }
 
     /// See [`LockRequest::linger`].
-    pub const fn linger(mut self, time: Duration) -> Self {
-        self.0.terms.linger = Some(time);
+    pub fn linger(mut self, time: Duration) -> Self {
+        self.0.terms().linger = Some(time);
         self
     }
 
     /// See [`LockRequest::class`].
     pub fn class(mut self, class: &str) -> Self {
-        self.0.terms.class = Some(class.into());
+        self.0.terms().class = Some(class.into());
         self
     }
 }
@@ -564,6 +578,6 @@ impl IntoFuture for TryLockRequest {
     type IntoFuture = TryLockFuture;
 
     fn into_future(self) -> TryLockFuture {
-        TryLockFuture(self.0.start(true))
+        TryLockFuture(Acquiring::new(self.0, true))
     }
 }

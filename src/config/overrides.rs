@@ -7,6 +7,7 @@ use super::fields::{LINGER, MAX_HOLD, TIMEOUT, TTL};
 use crate::error::Invalid;
 
 /// Checks what a request sets for itself.
+#[inline]
 pub(crate) fn check_overrides(
     ttl: Option<Duration>,
     timeout: Option<Duration>,
@@ -19,6 +20,12 @@ pub(crate) fn check_overrides(
     if let Some(linger) = linger {
         LINGER.check(&linger).map_err(|problem| problem.of("linger"))?;
     }
-    TIMEOUT.check(&timeout).map_err(|problem| problem.of("timeout"))?;
-    MAX_HOLD.check(&max_hold).map_err(|problem| problem.of("max_hold"))
+    // Most requests change nothing.
+    if timeout.is_some() {
+        TIMEOUT.check(&timeout).map_err(|problem| problem.of("timeout"))?;
+    }
+    if max_hold.is_some() {
+        MAX_HOLD.check(&max_hold).map_err(|problem| problem.of("max_hold"))?;
+    }
+    Ok(())
 }
