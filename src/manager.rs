@@ -1,6 +1,7 @@
 //! The lock manager: the way in.
 
 use std::fmt;
+use std::pin::pin;
 use std::sync::Arc;
 use std::time::Duration;
 
@@ -191,7 +192,7 @@ impl LockManager {
         let shard = &self.inner.shards[0];
         let failed = |reason: String| shard.error(StoreError::Unavailable(reason.into()), "subscribe", None, started);
         let background = background.map_err(|error| failed(format!("no background thread: {error}")))?;
-        match within(started, self.inner.config.store_timeout, background.listening).await {
+        match within(started, self.inner.config.store_timeout, pin!(background.listening)).await {
             Ok(Ok(Ok(()))) => Ok(()),
             Ok(Ok(Err(Unheard { shard, step, error }))) => Err(shard.error(error, step, None, started)),
             Ok(Err(_)) => Err(failed("the background thread could not start its runtime".to_owned())),
@@ -322,7 +323,7 @@ impl LockManager {
                 .store_timeout
                 .saturating_mul(2)
                 .max(Duration::from_millis(100));
-            if within(Moment::now(), limit, told).await.is_err() {
+            if within(Moment::now(), limit, pin!(told)).await.is_err() {
                 tracing::warn!(
                     ?limit,
                     "not everything could be given back in time; it is left to run out"
@@ -406,7 +407,7 @@ async fn open(
     };
     let store = store::open(&endpoint, options)?;
     let no_answer = || StoreError::Unavailable(format!("no answer within store_timeout ({limit:?})").into());
-    let connected = within(started, limit, store.connect()).await;
+    let connected = within(started, limit, store.connect().as_mut()).await;
     let unavailable = match connected.unwrap_or_else(|_| Err(no_answer())) {
         Ok(()) => None,
         Err(error @ StoreError::Unavailable(_)) => Some(in_words(error)),

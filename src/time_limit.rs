@@ -1,7 +1,7 @@
 //! Time limits that hold by the clock of the machine.
 
 use std::future::Future;
-use std::pin::pin;
+use std::pin::Pin;
 use std::time::Duration;
 
 use crate::clock::Moment;
@@ -20,9 +20,14 @@ pub(crate) struct Elapsed;
 /// The clock of a tokio runtime can be paused for a test. It then jumps to the next timer whenever the runtime has nothing else to do,
 /// although a server or another thread has yet to answer. So a timer that fires too early by the clock of the machine does not count, and
 /// from then on tokio's clock goes as fast as the machine's while this waits.
-pub(crate) async fn within<T>(started: Moment, limit: Duration, future: impl Future<Output = T>) -> Result<T, Elapsed> {
+///
+/// The future is pinned by the caller: one that is given away has room in both futures.
+pub(crate) async fn within<T>(
+    started: Moment,
+    limit: Duration,
+    mut future: Pin<&mut (impl Future<Output = T> + ?Sized)>,
+) -> Result<T, Elapsed> {
     let left = || limit.saturating_sub(Moment::now().since(started));
-    let mut future = pin!(future);
     let (first, first_left) = (Moment::now(), left().min(SUSPECT_AFTER));
     if let Ok(done) = tokio::time::timeout(first_left, future.as_mut()).await {
         return Ok(done);
@@ -48,6 +53,8 @@ pub(crate) async fn within<T>(started: Moment, limit: Duration, future: impl Fut
 
 #[cfg(test)]
 mod tests {
+    use std::pin::pin;
+
     use super::*;
 
     #[tokio::test(start_paused = true)]
@@ -58,11 +65,15 @@ mod tests {
             std::thread::sleep(Duration::from_millis(50));
             done.send(()).ok();
         });
-        assert!(within(started, Duration::from_secs(60), told).await.is_ok());
+        assert!(within(started, Duration::from_secs(60), pin!(told)).await.is_ok());
         assert!(Moment::now().since(started) >= Duration::from_millis(50));
 
         let (started, limit) = (Moment::now(), Duration::from_millis(30));
-        assert!(within(started, limit, std::future::pending::<()>()).await.is_err());
+        assert!(
+            within(started, limit, pin!(std::future::pending::<()>()))
+                .await
+                .is_err()
+        );
         assert!(Moment::now().since(started) >= limit);
     }
 }

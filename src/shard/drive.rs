@@ -162,7 +162,7 @@ async fn wait_longer<T>(
     shard: &Shard,
     started: Moment,
     moves: u64,
-    request: StoreFuture<T>,
+    mut request: StoreFuture<T>,
 ) -> Option<Result<Result<T, StoreError>, Elapsed>> {
     let moved = async {
         tokio::time::sleep(SLOW.min(shard.timeout / 4)).await;
@@ -171,7 +171,7 @@ async fn wait_longer<T>(
     };
     tokio::select! {
         biased;
-        reply = within(started, shard.timeout, request) => Some(reply),
+        reply = within(started, shard.timeout, request.as_mut()) => Some(reply),
         () = moved => None,
     }
 }

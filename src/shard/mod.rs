@@ -468,7 +468,8 @@ impl Shard {
 
     pub(crate) async fn inspect(&self, key: &LockKey) -> Result<Inspection, LockError> {
         let started = Moment::now();
-        let inspection = within(started, self.timeout, self.store.inspect(key.clone())).await;
+        let mut inspecting = self.store.inspect(key.clone());
+        let inspection = within(started, self.timeout, inspecting.as_mut()).await;
         inspection
             .unwrap_or_else(|_| Err(self.no_answer()))
             .map_err(|error| self.error(error, "inspect", Some(key), started))

@@ -12,6 +12,7 @@
 
 use std::future::Future;
 use std::io;
+use std::pin::Pin;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 
@@ -87,7 +88,7 @@ impl Cut {
     }
 
     /// The reply, or an error that says that the connection broke once it is given up.
-    pub(super) async fn or<T>(&self, reply: impl Future<Output = RedisResult<T>>) -> RedisResult<T> {
+    pub(super) async fn or<T>(&self, reply: Pin<&mut impl Future<Output = RedisResult<T>>>) -> RedisResult<T> {
         let notified = self.0.notify.notified();
         if self.0.happened.load(Ordering::SeqCst) {
             return Err(given_up());
@@ -106,21 +107,23 @@ fn given_up() -> RedisError {
 
 #[cfg(test)]
 mod tests {
+    use std::pin::pin;
+
     use super::*;
 
     #[tokio::test]
     async fn requests_end_once_their_connection_is_given_up() {
         let ending = Ending::Requests(Cut::default());
         let cut = ending.cut().unwrap();
-        assert_eq!(cut.or(async { Ok(1) }).await.unwrap(), 1);
+        assert_eq!(cut.or(pin!(async { Ok(1) })).await.unwrap(), 1);
         let waiting = tokio::spawn({
             let cut = cut.clone();
-            async move { cut.or(std::future::pending::<RedisResult<()>>()).await }
+            async move { cut.or(pin!(std::future::pending::<RedisResult<()>>())).await }
         });
         tokio::task::yield_now().await;
         drop(ending);
         assert!(waiting.await.unwrap().unwrap_err().is_unrecoverable_error());
-        let late = cut.or(std::future::pending::<RedisResult<()>>()).await;
+        let late = cut.or(pin!(std::future::pending::<RedisResult<()>>())).await;
         assert!(late.unwrap_err().is_unrecoverable_error());
     }
 

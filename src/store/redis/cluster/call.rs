@@ -15,6 +15,7 @@
 //! refused, or executed, what it got before the new one answers. A request of a dead primary may have been executed and forgotten;
 //! nobody takes its outcome for a lease then, since its reply did not come.
 
+use std::pin::pin;
 use std::sync::Arc;
 use std::time::Duration;
 
@@ -239,7 +240,7 @@ impl Lane {
             let acked = acked.as_ref().and_then(as_int).and_then(|acked| acked.try_into().ok());
             Ok((value, acked.unwrap_or(0)))
         };
-        match tokio::time::timeout(patience, cut.or(sending)).await {
+        match tokio::time::timeout(patience, cut.or(pin!(sending))).await {
             Ok(Ok((value, acked))) => Attempt::Said(value, acked),
             Ok(Err(error)) => {
                 let error: RedisError = error;

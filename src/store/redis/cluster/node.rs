@@ -1,5 +1,6 @@
 //! One kept connection to one node, replaced when it breaks.
 
+use std::pin::pin;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicU64, Ordering};
 use std::time::Duration;
@@ -162,7 +163,7 @@ impl Node {
         let mut connection = with_reason(&self.info, self.timeout, connecting).await?;
         // Not every user may; and a connection that broke meanwhile is found out by the first request, as is a server that hangs.
         let naming = connection.send_packed_command(&self.name);
-        drop(within(Moment::now(), self.timeout, naming).await);
+        drop(within(Moment::now(), self.timeout, pin!(naming)).await);
         match self.listener {
             Some(_) => self.metrics.subscriptions.increment(1),
             None => self.metrics.connects.increment(1),
@@ -194,7 +195,8 @@ impl Node {
             Err(_) => return Err(Unasked::Silent),
         };
         let (cut, connection) = (live.cut.clone(), &mut live.connection);
-        let answer = tokio::time::timeout_at(until, cut.or(connection.send_packed_command(command))).await;
+        let asking = pin!(connection.send_packed_command(command));
+        let answer = tokio::time::timeout_at(until, cut.or(asking)).await;
         let answer = answer.map(|answer| answer.and_then(Value::extract_error));
         let is_ended = match &answer {
             Ok(answer) => answer.as_ref().is_err_and(RedisError::is_unrecoverable_error),

@@ -1,5 +1,6 @@
 //! What a node of a quorum does beyond a lease store: it is claimed, and says whether it has a vote.
 
+use std::pin::pin;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicU64, Ordering};
 use std::time::Duration;
@@ -119,10 +120,13 @@ impl RedisStore {
                 let mut live = link.get().await?;
                 // Below what was seen before, a counter was lost.
                 let floor = shared.floor(slot);
-                let fill = |command: &mut Cmd| shared.commands.fill_claim(command, &claim, floor);
-                let cut = live.cut();
-                let call = shared.scripts.claim.call(&mut live.connection, fill);
-                match Live::unless_cut(cut, call).await {
+                let claimed = {
+                    let fill = |command: &mut Cmd| shared.commands.fill_claim(command, &claim, floor);
+                    let cut = live.cut();
+                    let call = pin!(shared.scripts.claim.call(&mut live.connection, fill));
+                    Live::unless_cut(cut, call).await
+                };
+                match claimed {
                     Ok(value) => {
                         return match ints(&value).as_deref() {
                             Some([0, _]) => Ok(Claimed::Refused),
@@ -195,7 +199,7 @@ async fn answers(shared: &Shared, link: &Arc<Link>) -> Result<(), StoreError> {
     loop {
         let mut live = link.get().await?;
         let (cut, ping) = (live.cut(), cmd("PING"));
-        let pong = Live::unless_cut(cut, live.connection.send_packed_command(&ping)).await;
+        let pong = Live::unless_cut(cut, pin!(live.connection.send_packed_command(&ping))).await;
         match pong.and_then(Value::extract_error) {
             Ok(_) => return Ok(()),
             Err(error) => attempts.failed(shared, link, &live, &error)?,

@@ -1,6 +1,7 @@
 //! One long-lived connection to the primary that is replaced when it breaks, or when the primary is another server.
 
 use std::net::SocketAddr;
+use std::pin::{Pin, pin};
 use std::sync::Arc;
 use std::sync::atomic::{AtomicU64, Ordering};
 use std::time::{Duration, Instant};
@@ -63,7 +64,7 @@ impl Live {
     /// A request on this connection, which fails as soon as the connection is given up.
     pub(super) async fn unless_cut<T>(
         cut: Option<Cut>,
-        request: impl Future<Output = RedisResult<T>>,
+        request: Pin<&mut impl Future<Output = RedisResult<T>>>,
     ) -> RedisResult<T> {
         match cut {
             Some(cut) => cut.or(request).await,
@@ -245,7 +246,7 @@ impl Link {
         let greeted = within(
             Moment::now(),
             shared.timeout,
-            self.greet(&mut connection, server.place(), info),
+            pin!(self.greet(&mut connection, server.place(), info)),
         )
         .await;
         greeted.unwrap_or_else(|_| Err(no_greeting(shared.timeout)))?;

@@ -38,7 +38,7 @@ mod source;
 mod time;
 
 use std::net::SocketAddr;
-use std::pin::Pin;
+use std::pin::{Pin, pin};
 use std::sync::Arc;
 use std::sync::atomic::{AtomicU32, AtomicU64, Ordering};
 use std::time::Duration;
@@ -412,8 +412,12 @@ impl LeaseStore for RedisStore {
                 let mut live = link.get().await?;
                 let floor = shared.floor(slot);
                 let sent_at = Moment::now();
-                let asking = Live::unless_cut(live.cut(), shared.ask(&mut live, &request, slot, floor));
-                match asking.await {
+                let asked = {
+                    let cut = live.cut();
+                    let asking = pin!(shared.ask(&mut live, &request, slot, floor));
+                    Live::unless_cut(cut, asking).await
+                };
+                match asked {
                     // What a server says that was replaced meanwhile is of no worth.
                     Ok(_) if shared.switches() != live.switches => attempts.was_in_vain(None)?,
                     Ok(reply) => {
@@ -459,8 +463,12 @@ impl LeaseStore for RedisStore {
                 };
                 let floor = shared.floor(slot);
                 let sent_at = Moment::now();
-                let asking = Live::unless_cut(live.cut(), shared.give_back(&mut live, &request, free, floor));
-                let answer = within(sent_at, shared.patience(), asking).await;
+                let answer = {
+                    let cut = live.cut();
+                    let asking = pin!(shared.give_back(&mut live, &request, free, floor));
+                    let asking = pin!(Live::unless_cut(cut, asking));
+                    within(sent_at, shared.patience(), asking).await
+                };
                 let mut reply = match answer.unwrap_or_else(|_| Err(shared.silence())) {
                     Ok(Value::Int(1)) if free => ReleaseReply {
                         held: true,

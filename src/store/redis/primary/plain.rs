@@ -13,7 +13,7 @@
 use std::future::Future;
 use std::io;
 use std::net::SocketAddr;
-use std::pin::Pin;
+use std::pin::{Pin, pin};
 use std::sync::Arc;
 use std::sync::atomic::{AtomicUsize, Ordering};
 use std::task::{Context, Poll};
@@ -85,7 +85,7 @@ pub(super) async fn connect(
         Ok((connection, Ending::Driver(driver.abort_handle())))
     };
     let silent = |_| io::Error::new(io::ErrorKind::TimedOut, format!("no answer within {timeout:?}"));
-    within(Moment::now(), timeout, connecting).await.map_err(silent)?
+    within(Moment::now(), timeout, pin!(connecting)).await.map_err(silent)?
 }
 
 async fn resolve(place: (&str, u16)) -> io::Result<Vec<SocketAddr>> {
