@@ -9,6 +9,7 @@
 
 use std::future::poll_fn;
 use std::sync::Arc;
+use std::task::Poll;
 use std::time::Duration;
 
 use parking_lot::Mutex;
@@ -39,7 +40,7 @@ pub(crate) struct Unheard {
 /// Hears what the shard's store pushes for as long as it is polled; on the program's runtime while there is one.
 pub(super) async fn hear(shard: Arc<Shard>, subscribed: Option<Heard>) {
     let (sender, receiver) = mpsc::unbounded_channel();
-    let pushes = Arc::new(Mutex::new(receiver));
+    let pushes = Arc::new(Pushes::new(receiver));
     if let Some(tell) = &subscribed {
         connect(&shard, tell).await;
     }
@@ -61,20 +62,51 @@ async fn connect(shard: &Arc<Shard>, tell: &Heard) {
     }
 }
 
-/// The next push. Locked for one look at a time: where the program's runtime runs nothing, the task there that waits for the next push keeps doing so, and the
-/// one that takes its place must not wait for it.
-async fn next(pushes: &Mutex<mpsc::UnboundedReceiver<Push>>) -> Option<Push> {
-    // The wakers that replace each other here are those of these two tasks, which run no foreign code.
-    poll_fn(|cx| pushes.lock().poll_recv(cx)).await
+/// The pushes of a store, and which task receives them: the one that began last.
+///
+/// Where the program's runtime runs nothing, the task there is ended and another one takes its place. The first may be in
+/// the middle of a look at that moment. If it became the one that is woken, the other would sleep for ever.
+struct Pushes(Mutex<Receiving>);
+
+struct Receiving {
+    receiver: mpsc::UnboundedReceiver<Push>,
+    begun: u64,
+}
+
+impl Pushes {
+    fn new(receiver: mpsc::UnboundedReceiver<Push>) -> Self {
+        Self(Mutex::new(Receiving { receiver, begun: 0 }))
+    }
+
+    /// A task begins to receive, in place of the one before it.
+    fn begin(&self) -> u64 {
+        let mut receiving = self.0.lock();
+        receiving.begun += 1;
+        receiving.begun
+    }
+
+    /// The next push, for the task with that number. Locked for one look at a time, since another task may take over.
+    async fn next(&self, task: u64) -> Option<Push> {
+        poll_fn(|cx| {
+            let mut receiving = self.0.lock();
+            if receiving.begun != task {
+                return Poll::Pending;
+            }
+            // The wakers that replace each other here are those of these tasks, which run no foreign code.
+            receiving.receiver.poll_recv(cx)
+        })
+        .await
+    }
 }
 
 /// Hands pushes to the queues they are for.
-async fn receive(shard: Arc<Shard>, pushes: Arc<Mutex<mpsc::UnboundedReceiver<Push>>>, mut subscribed: Option<Heard>) {
+async fn receive(shard: Arc<Shard>, pushes: Arc<Pushes>, mut subscribed: Option<Heard>) {
+    let me = pushes.begin();
     let mut refused: Option<Arc<str>> = None;
     let mut cut_off: Option<tokio::task::AbortHandle> = None;
     let mut is_cut_off = false;
     let mut is_forgery_reported = false;
-    while let Some(push) = next(&pushes).await {
+    while let Some(push) = pushes.next(me).await {
         if push.cycle().is_some_and(|cycle| !shard.cycles.has_opened(cycle)) {
             if !std::mem::replace(&mut is_forgery_reported, true) {
                 tracing::error!(
@@ -162,5 +194,42 @@ pub(super) fn ask_again(shard: &Arc<Shard>, slot: Option<Slot>) {
         if slot.is_none_or(|slot| shard.store.slot_of(&entry.key) == slot) {
             entry.in_background(|queue, cx| queue.resubscribed(cx));
         }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use std::sync::atomic::{AtomicBool, Ordering};
+    use std::task::{Context, Wake, Waker};
+
+    use super::*;
+
+    #[derive(Default)]
+    struct Woken(AtomicBool);
+
+    impl Wake for Woken {
+        fn wake(self: Arc<Self>) {
+            self.0.store(true, Ordering::SeqCst);
+        }
+    }
+
+    /// The task on the program's runtime was looking for a push while the background's began. Its waker was the last one
+    /// that the inbox knew, and died with it: no grant was heard any more.
+    #[test]
+    fn task_that_takes_over_is_woken_whatever_the_one_before_it_still_does() {
+        let (sender, receiver) = mpsc::unbounded_channel();
+        let pushes = Pushes::new(receiver);
+        let [first, second] = [(); 2].map(|()| pushes.begin());
+        let [mut late, mut next] = [first, second].map(|task| Box::pin(pushes.next(task)));
+        let [of_first, of_second] = [(); 2].map(|()| Arc::<Woken>::default());
+        let wakers = [&of_first, &of_second].map(|woken| Waker::from(Arc::clone(woken)));
+        assert!(next.as_mut().poll(&mut Context::from_waker(&wakers[1])).is_pending());
+        assert!(late.as_mut().poll(&mut Context::from_waker(&wakers[0])).is_pending());
+        drop(late);
+        sender.send(Push::Disconnected).unwrap();
+        let woken = [&of_first, &of_second].map(|woken| woken.0.load(Ordering::SeqCst));
+        assert_eq!(woken, [false, true]);
+        let polled = next.as_mut().poll(&mut Context::from_waker(&wakers[1]));
+        assert!(matches!(polled, Poll::Ready(Some(Push::Disconnected))));
     }
 }
