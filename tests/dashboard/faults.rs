@@ -98,7 +98,8 @@ pub(crate) const FAULTS: &[Fault] = &[
                     format!("lock:in:{manager}"),
                     format!("g {cycle} 90 8 0 nobody-wants-it"),
                 );
-                scene.second.command(&["PUBLISH", &inbox, &grant]);
+                let received: u64 = scene.second.query(&["PUBLISH", &inbox, &grant]);
+                println!("{received} connections received {grant:?} in {inbox}");
             }
         },
         is_repeated: true,
