@@ -113,12 +113,10 @@ fn tasks_of_a_process_hand_on_without_the_server() {
 fn leases_that_linger_cost_the_server_next_to_nothing() {
     let own_keys = ["--processes", "1", "--tasks", "4", "--keys", "4"];
     let figures = figures(&[&own_keys[..], &["--linger", "10s", "--duration", "1s"]].concat());
-    // Taken from the process itself, which counts as a hand-off there.
-    assert_eq!(
-        number(&figures, "/handoffs/local"),
-        number(&figures, "/locks"),
-        "{figures}"
-    );
+    // Taken from the process itself, which counts as a hand-off there; but for the first lock of each key, if that comes late
+    // enough to be counted.
+    let [local, locks] = ["/handoffs/local", "/locks"].map(|figure| number(&figures, figure));
+    assert!(locks - local <= 4.0 && local > 0.9 * locks, "{figures}");
     assert!(number(&figures, "/server/scripts_per_lock") < 0.01, "{figures}");
 }
 
