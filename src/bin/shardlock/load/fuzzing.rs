@@ -4,7 +4,8 @@ use super::counters::Counters;
 
 /// A page of metrics in Prometheus' text format.
 pub(crate) fn metrics_page(data: &[u8]) {
-    let text = String::from_utf8_lossy(data);
+    // A page ends with a whole line.
+    let text = format!("{}\n", String::from_utf8_lossy(data));
     // With a quote in it, it could be taken for another label.
     let is_legal = |class: &&str| {
         class
@@ -18,7 +19,7 @@ pub(crate) fn metrics_page(data: &[u8]) {
     assert!(counters.locks() >= counters.uncontended);
     // One line more counts for what it says, and a comment for nothing.
     let more = format!(
-        "{text}\nshardlock_acquisitions_total{{class=\"{class}\",outcome=\"acquired\",path=\"remote\"}} 2\n\
+        "{text}shardlock_acquisitions_total{{class=\"{class}\",outcome=\"acquired\",path=\"remote\"}} 2\n\
          # shardlock_store_requests_total{{}} 3\nshardlock_store_requests_total{{shard=\"a\"}} 5\n"
     );
     let more = Counters::read(&more, class);
