@@ -83,8 +83,8 @@ struct Fingerprint<'a> {
     /// The slots of each shard, as they are written.
     slots: Vec<&'a str>,
     here: usize,
-    /// What follows, such as which node of a quorum it is.
-    rest: &'a str,
+    /// What follows a semicolon, such as which node of a quorum it is.
+    rest: Option<&'a str>,
 }
 
 impl<'a> Fingerprint<'a> {
@@ -92,7 +92,10 @@ impl<'a> Fingerprint<'a> {
     fn parse(text: &'a str) -> Option<Self> {
         let (version, rest) = text.split_once(' ')?;
         let (map, rest) = rest.split_once(" here=")?;
-        let (here, rest) = rest.split_once(';').unwrap_or((rest, ""));
+        let (here, rest) = match rest.split_once(';') {
+            Some((here, rest)) => (here, Some(rest)),
+            None => (rest, None),
+        };
         let shards: Vec<_> = map
             .split(',')
             .map(|shard| shard.rsplit_once(':').filter(|(name, _)| is_name(name)))
