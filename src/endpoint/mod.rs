@@ -461,6 +461,7 @@ mod tests {
             ("unix://", "three slashes"),
             ("unix:///", "the path of a socket"),
             ("unix:///run/", "the path of a socket"),
+            ("unix:///run/s:", "does not end like a drive"),
             ("unix:///s?db=x", "a database from 0"),
             ("unix:///s?user=u", "pass beside user"),
             ("unix:///s?password=s3cret", "nothing but db, user and pass"),

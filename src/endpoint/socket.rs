@@ -64,6 +64,14 @@ pub(super) fn parse(rest: &str) -> Result<Endpoint, String> {
             "{FORM} with the path of a socket, at most {PATH_BYTES_MAX} bytes"
         ));
     }
+    if let [.., letter, b':' | b'|'] = path.as_bytes()
+        && letter.is_ascii_alphabetic()
+    {
+        // The client library takes that for a drive and connects to the path with a slash at its end.
+        return Err(format!(
+            "{FORM} with a path that does not end like a drive (a letter and a colon)"
+        ));
+    }
     let login_of_client = encoded_login
         .as_ref()
         .map(|(user, password)| (user.as_str(), password.as_str()));
