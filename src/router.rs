@@ -115,9 +115,12 @@ impl<'a> Fingerprint<'a> {
     }
 }
 
+/// The longest name of a shard, in bytes.
+pub(crate) const NAME_BYTES_MAX: usize = 32;
+
 /// Whether a shard can have that name, wherever it was checked.
 fn is_name(name: &str) -> bool {
-    !name.is_empty() && name.bytes().all(is_name_byte)
+    (1..=NAME_BYTES_MAX).contains(&name.len()) && name.bytes().all(is_name_byte)
 }
 
 /// The place of a slot's shard among so many.

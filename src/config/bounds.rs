@@ -8,6 +8,7 @@ use std::time::Duration;
 use super::ShardConfig;
 use crate::endpoint::{Endpoint, is_name_byte, redact};
 use crate::error::Invalid;
+use crate::router::NAME_BYTES_MAX;
 use crate::text::printable;
 
 /// An [`Invalid`] that does not know yet which field it is about: each source has its own name for that.
@@ -276,7 +277,7 @@ pub(super) struct Shards {
 }
 
 const SHARD_NAME: Text = Text {
-    most: 32,
+    most: NAME_BYTES_MAX,
     allowed: is_name_byte,
     words: "letters, digits, dots, _ and -",
 };

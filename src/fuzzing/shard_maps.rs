@@ -2,7 +2,7 @@ use std::time::Duration;
 
 use super::{lines, text};
 use crate::endpoint::is_name_byte;
-use crate::router::ShardMap;
+use crate::router::{NAME_BYTES_MAX, ShardMap};
 use crate::store::map::{MapState, StoredMap};
 
 /// The shard map as a server has it, which decides whether managers lock the same keys in the same places. The lines: two texts that
@@ -94,5 +94,5 @@ fn with_our_names(theirs: &str, ours: &str) -> String {
 }
 
 fn is_legal(name: &str) -> bool {
-    (1..=32).contains(&name.len()) && name.bytes().all(is_name_byte)
+    (1..=NAME_BYTES_MAX).contains(&name.len()) && name.bytes().all(is_name_byte)
 }
