@@ -192,7 +192,9 @@ impl Answer {
 
     /// An error in Redis' protocol.
     pub(super) fn refusal(&self) -> Option<String> {
-        self.line().strip_prefix('-').map(str::to_owned)
+        // The line leaves out control characters, which may come before the dash.
+        let is_error = self.bytes.starts_with(b"-");
+        self.line().strip_prefix('-').filter(|_| is_error).map(str::to_owned)
     }
 
     /// Whether it is a reply in Redis' protocol.
