@@ -63,7 +63,9 @@ fn parsed(text: &str) {
     let mut places: Vec<&str> = servers.iter().map(ServerUrl::place).collect();
     for server in &servers {
         let place = server.place();
-        assert!(!format!("{server:?}").contains("***"), "a place has no login");
+        // The path of a socket may have them itself.
+        let is_shown = format!("{server:?}").contains("***");
+        assert!(!is_shown || place.contains("***"), "a place has no login");
         if !server.is_socket() {
             let (host, port) = place.rsplit_once(':').unwrap();
             assert!(
