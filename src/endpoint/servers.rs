@@ -342,10 +342,19 @@ impl Parts {
                 .find(|(known, _)| known == name)
                 .map(|(_, value)| value.as_str())
         };
+        // Before the @ of a URL fewer characters may stand as they are than behind its question mark.
+        let encoded = |text: &str| {
+            let decoded = percent_encoding::percent_decode_str(text).decode_utf8();
+            let decoded = decoded.map_err(|_| format!("{form} with UTF-8 in sentinel_user and sentinel_password"))?;
+            let encoded = percent_encoding::utf8_percent_encode(&decoded, percent_encoding::NON_ALPHANUMERIC);
+            Ok::<_, String>(encoded.to_string())
+        };
         let sentinels = Access {
             tls: self.tls,
             login: match (given("sentinel_user"), given("sentinel_password")) {
-                (user, Some(password)) => format!("{}:{password}@", user.unwrap_or_default()),
+                (user, Some(password)) => {
+                    format!("{}:{}@", encoded(user.unwrap_or_default())?, encoded(password)?)
+                }
                 (Some(_), None) => return Err(format!("{form} with sentinel_password beside sentinel_user")),
                 (None, None) => String::new(),
             },
