@@ -93,7 +93,11 @@ pub(crate) const FAULTS: &[Fault] = &[
         shown_by: &[above_zero("Stale grants", &[("shard", "shard-1")])],
         inject: |scene| {
             // They are gone for a moment after they were cut off.
-            for (manager, cycle) in scene.second.owners() {
+            let owners = scene.second.owners();
+            if owners.is_empty() {
+                println!("no leases on the second server, which has {:?}", scene.second.keys());
+            }
+            for (manager, cycle) in owners {
                 let (inbox, grant) = (
                     format!("lock:in:{manager}"),
                     format!("g {cycle} 90 8 0 nobody-wants-it"),

@@ -5,6 +5,7 @@ use std::path::Path;
 use std::process::{Command, Stdio};
 use std::time::{Duration, Instant};
 
+use parking_lot::{Mutex, MutexGuard};
 use rustix::process::Pid;
 use tempfile::TempDir;
 
@@ -27,11 +28,16 @@ pub(crate) struct Scene {
     pub(crate) quorum: Quorum,
     load: Process,
     dir: TempDir,
+    _alone: MutexGuard<'static, ()>,
 }
+
+/// One at a time: each is a load for the whole machine.
+static ALONE: Mutex<()> = Mutex::new(());
 
 impl Scene {
     #[track_caller]
     pub(crate) fn start() -> Self {
+        let alone = ALONE.lock();
         // It is loaded at the start and not needed any more after that.
         let clock = OtherClock::build();
         let (first, second) = (RedisServer::start_in(&clock.settable(), &[]), RedisServer::start());
@@ -47,6 +53,7 @@ impl Scene {
             quorum,
             load,
             dir,
+            _alone: alone,
         };
         wait_until("both processes are scraped", SHOWN_WITHIN, || {
             let up = scene.prometheus.query("up == 1");
