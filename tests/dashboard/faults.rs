@@ -92,16 +92,22 @@ pub(crate) const FAULTS: &[Fault] = &[
         what: "a grant comes for nobody",
         shown_by: &[above_zero("Stale grants", &[("shard", "shard-1")])],
         inject: |scene| {
-            // They are gone for a moment after they were cut off.
-            let owners = scene.second.owners();
-            if owners.is_empty() {
-                println!("no leases on the second server, which has {:?}", scene.second.keys());
-            }
-            for (manager, cycle) in owners {
-                let (inbox, grant) = (
-                    format!("lock:in:{manager}"),
-                    format!("g {cycle} 90 8 0 nobody-wants-it"),
-                );
+            // The load has a namespace of its own, and its inboxes are gone for a moment after they were cut off.
+            let keys = scene.second.keys();
+            let Some((namespace, _)) = keys.iter().find_map(|key| key.split_once('%')) else {
+                return;
+            };
+            let leases = keys
+                .iter()
+                .filter(|key| key.starts_with(namespace) && !key.contains('%'));
+            for lease in leases {
+                let owner: Option<String> = scene.second.query(&["GET", lease]);
+                let Some((manager, cycle)) = owner.as_deref().and_then(|owner| owner.rsplit_once(':')) else {
+                    continue;
+                };
+                // A key of the same shard: what is pushed for another shard's key is not looked at.
+                let key = format!("nobody-wants-it-{{{}}}", &lease[namespace.len()..]);
+                let (inbox, grant) = (format!("{namespace}in:{manager}"), format!("g {cycle} 90 8 0 {key}"));
                 let received: u64 = scene.second.query(&["PUBLISH", &inbox, &grant]);
                 println!("{received} connections received {grant:?} in {inbox}");
             }
