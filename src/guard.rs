@@ -145,7 +145,7 @@ impl LockGuard {
             self.hand_to_background(request);
             return Ok(());
         };
-        // Boxed, since every release is moved a few times and most are over by now.
+        // Boxed to keep this future small: it is moved several times, and most releases send nothing.
         let driven = Box::pin(self.entry.drive(request, Lane::Caller)).await;
         self.hand_to_background(driven.next);
         match driven.released {

@@ -64,7 +64,7 @@ use crate::telemetry::{ClassMetrics, Ending, Limit};
 pub struct LockRequest {
     manager: Arc<Inner>,
     key: Result<LockKey, Box<Invalid>>,
-    /// A pointer, since a request is moved a few times and most set nothing.
+    /// Boxed to keep a request small: it is moved several times, and most set nothing.
     terms: Option<Box<Terms>>,
     caller: &'static Location<'static>,
 }

@@ -21,7 +21,7 @@ pub(crate) struct Elapsed;
 /// although a server or another thread has yet to answer. So a timer that fires too early by the clock of the machine does not count, and
 /// from then on tokio's clock goes as fast as the machine's while this waits.
 ///
-/// The future is pinned by the caller: one that is given away has room in both futures.
+/// The caller pins the future: passed by value, it would take up space in both futures.
 pub(crate) async fn within<T>(
     started: Moment,
     limit: Duration,

@@ -342,7 +342,7 @@ mod tests {
         assert_eq!(primary, "m");
         assert_eq!(sentinels[1].as_str(), "redis://:s%40@b:26379/0");
         assert_eq!(access.url("c:1").as_str(), "redis://u:p%2Fw@c:1/3");
-        // A slash may stand behind the question mark, and not before the @.
+        // A slash is allowed in the query, but not in the login part.
         let endpoint = parsed("redis+sentinel://a/m?sentinel_user=u&sentinel_password=a/b");
         assert_eq!(endpoint.servers()[0].as_str(), "redis://u:a%2Fb@a:26379/0");
         for (text, bound) in [

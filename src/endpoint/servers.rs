@@ -342,7 +342,7 @@ impl Parts {
                 .find(|(known, _)| known == name)
                 .map(|(_, value)| value.as_str())
         };
-        // Before the @ of a URL fewer characters may stand as they are than behind its question mark.
+        // The login part of a URL allows fewer unescaped characters than the query.
         let encoded = |text: &str| {
             let decoded = percent_encoding::percent_decode_str(text).decode_utf8();
             let decoded = decoded.map_err(|_| format!("{form} with UTF-8 in sentinel_user and sentinel_password"))?;

@@ -80,7 +80,7 @@ async fn attempt(quorum: &Arc<Quorum>, request: &Acquire) -> Result<Answer<Acqui
         },
         ..request.clone()
     };
-    // Whoever holds the lease must not lose it by asking again: then nothing is given back here, whatever comes of it.
+    // If the cycle already holds the lease, a failed request must not release it.
     let is_held = quorum.holds(request.cycle);
     let mut left_behind = LeftBehind {
         quorum: Arc::clone(quorum),

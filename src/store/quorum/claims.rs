@@ -73,7 +73,7 @@ async fn claim(quorum: &Quorum, request: &Acquire, votes: Votes, at_least: u64) 
             break;
         };
         let vote = match claimed {
-            // It is kept right for later, but does not count.
+            // The node has the lease now, but has no vote yet.
             Ok(Ok(_)) if !node.store.has_vote() => Vote::Missing,
             Ok(Ok(Claimed::Ours { counter })) => {
                 node.metrics.given.increment(1);

@@ -417,7 +417,7 @@ async fn extension_is_no_loss_while_a_majority_may_have_the_lease() {
         for (without, silent) in [(0, 1), (0, 2), (1, 0), (1, 2), (2, 0), (2, 1)] {
             let bench = Bench::new().await.with_node_limit(Duration::from_millis(200));
             bench.hold(2).await;
-            // Whoever claims returns at the second vote.
+            // A claim returns once two nodes have granted it.
             eventually("all have it", PATIENCE, || {
                 (0..3).all(|node| bench.owner(node) == bench.signature(2))
             })
