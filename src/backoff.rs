@@ -1,13 +1,14 @@
-//! The delay between two attempts at the same thing: it doubles, and every delay is random.
+//! Delays between retries: exponential, with random jitter.
 
 use std::time::Duration;
 
 use rand::Rng;
 
-/// Delays for attempts that fail one after the other.
+/// Delays for consecutive failed attempts.
 ///
-/// The bound of a delay doubles with each attempt, up to a limit. The delay itself is drawn evenly from the half of the shortest bound to the
-/// present one ("full jitter"), so that the processes that lost the same server at the same moment do not come back to it at the same moment.
+/// The bound of the delay doubles with each attempt, up to a limit. The delay itself is drawn
+/// uniformly from half the smallest bound to the current bound ("full jitter"), so that processes
+/// that lost the same server at the same time do not all return at the same time.
 #[derive(Debug, Clone)]
 pub(crate) struct Backoff {
     min: Duration,
@@ -16,17 +17,17 @@ pub(crate) struct Backoff {
 }
 
 impl Backoff {
-    /// The first delay is at most `min`, a later one at most `max`.
+    /// The first delay is at most `min`, later ones at most `max`.
     pub(crate) fn new(min: Duration, max: Duration) -> Self {
         Self { min, max, bound: min }
     }
 
-    /// An attempt succeeded: the next delay is a first one.
+    /// An attempt succeeded: start over with the first delay.
     pub(crate) fn reset(&mut self) {
         self.bound = self.min;
     }
 
-    /// From now on no delay is longer than that, and the next one's bound at least `bound`.
+    /// From now on, delays are at most `max`, and the bound of the next one is at least `bound`.
     pub(crate) fn set_limits(&mut self, bound: Duration, max: Duration) {
         self.max = max;
         self.bound = self.bound.max(bound).min(max);
@@ -39,7 +40,7 @@ impl Backoff {
         rand::rng().random_range(self.min.min(bound) / 2..=bound)
     }
 
-    /// The delay after so many attempts that failed, for one who counts them itself.
+    /// The delay after this many failed attempts, for callers that keep their own count.
     pub(crate) fn delay_after(attempts: u32, min: Duration, max: Duration) -> Duration {
         let doubled = 2_u32.saturating_pow(attempts.saturating_sub(1));
         let bound = min.saturating_mul(doubled).min(max);
@@ -59,7 +60,7 @@ mod tests {
     const MIN: Duration = Duration::from_millis(5);
     const MAX: Duration = Duration::from_secs(1);
 
-    /// Delays of attempts that fail one after the other.
+    /// Delays of consecutive failed attempts.
     fn delays(count: usize) -> Vec<Duration> {
         let mut backoff = Backoff::new(MIN, MAX);
         (0..count).map(|_| backoff.next_delay()).collect()
@@ -77,7 +78,7 @@ mod tests {
 
     #[test]
     fn a_thousand_processes_do_not_come_back_together() {
-        // A server that was away for about two seconds.
+        // The server was unavailable for about two seconds.
         let mut tenths = [0; 100];
         for _ in 0..1000 {
             let mut at = Duration::ZERO;

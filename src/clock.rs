@@ -1,31 +1,31 @@
-//! The local clock: monotonic, and running on while the machine sleeps.
+//! The local clock: monotonic, and running while the machine sleeps.
 
 use std::fmt;
 use std::ops::{Add, Sub};
 use std::time::Duration;
 
-/// A point on the local clock, in nanoseconds from an arbitrary start. It never goes back and is never compared with
-/// another machine's.
+/// A point on the local clock, in nanoseconds from an arbitrary start. Never goes back, and is
+/// never compared with the clock of another machine.
 #[derive(Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Hash, Default)]
 pub(crate) struct Moment(u64);
 
 impl Moment {
-    /// Now, on `CLOCK_BOOTTIME` where it exists: a lease runs out while a laptop sleeps or a virtual machine is
-    /// suspended to disk, and the clock of `std::time::Instant` stands still then.
+    /// Reads `CLOCK_BOOTTIME`. Leases expire while a laptop sleeps or a virtual machine is
+    /// suspended to disk, but the clock of `std::time::Instant` stops then.
     #[cfg(any(target_os = "linux", target_os = "android"))]
     pub(crate) fn now() -> Self {
         let time = rustix::time::clock_gettime(rustix::time::ClockId::Boottime);
         Self(time.tv_sec as u64 * 1_000_000_000 + time.tv_nsec as u64)
     }
 
-    /// Now, on the monotonic clock of the standard library.
+    /// Reads the monotonic clock of the standard library.
     #[cfg(not(any(target_os = "linux", target_os = "android")))]
     pub(crate) fn now() -> Self {
         use std::sync::OnceLock;
         use std::time::Instant;
         static START: OnceLock<Instant> = OnceLock::new();
         let start = *START.get_or_init(Instant::now);
-        // A second is added so that a moment can lie before the first call.
+        // One second is added so that a moment can lie before the first call.
         Self(start.elapsed().as_nanos() as u64 + 1_000_000_000)
     }
 

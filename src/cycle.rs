@@ -1,4 +1,4 @@
-//! Cycles: the attempts of a manager to get and hold a key.
+//! Cycles: a manager's attempts to acquire and hold a key.
 
 use std::fmt;
 use std::hash::{DefaultHasher, Hasher};
@@ -6,15 +6,16 @@ use std::io::{self, Write};
 use std::sync::atomic::{AtomicU64, Ordering};
 use std::time::Duration;
 
-/// One attempt of a manager to get and hold a key, from the request to the release. A manager never
-/// uses a number twice, so a command that executes late can only concern the cycle that it was sent
+/// One attempt of a manager to acquire and hold a key, from the request to the release. A manager
+/// never reuses a number, so a command that executes late can only affect the cycle it was sent
 /// for.
 ///
-/// In a store a cycle is written as `<number>-<ttl in ms>-<code>`. The manager that passes the lease
-/// on reads from it how long this cycle's lease lasts. Other clients can't guess it (see [`Cycles`]).
+/// In a store a cycle is written as `<number>-<ttl in ms>-<code>`. The TTL tells the manager that
+/// passes the lease on how long this cycle's lease lasts. Other clients cannot guess the code (see
+/// [`Cycles`]).
 ///
-/// An *odd* number means that its manager expects remote waiters from the start and bounds its
-/// bypass; the owner of an *even* one is notified (`wanted`) when another manager begins to wait.
+/// An *odd* number means that the manager expects remote waiters from the start and bounds its
+/// bypass. The owner of an *even* cycle is notified (`wanted`) when another manager begins to wait.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Hash)]
 pub(crate) struct Cycle {
     number: u64,
@@ -23,7 +24,7 @@ pub(crate) struct Cycle {
 }
 
 impl Cycle {
-    /// Whether the owner bounds its bypass without a notification that somebody waits.
+    /// Whether the owner bounds its bypass without being notified of a waiter.
     pub(crate) const fn expects_rivals(self) -> bool {
         self.number % 2 == 1
     }
@@ -32,12 +33,12 @@ impl Cycle {
         self.number
     }
 
-    /// How long the lease lasts that is passed on to this cycle.
+    /// How long the lease lasts when it is passed to this cycle.
     pub(crate) const fn ttl(self) -> Duration {
         Duration::from_millis(self.ttl_ms as u64)
     }
 
-    /// Reads what [`Display`](fmt::Display) wrote. The same rule stands in the Lua scripts.
+    /// Parses the output of [`Display`](fmt::Display). The Lua scripts apply the same rule.
     pub(crate) fn parse(text: &str) -> Option<Self> {
         let (number, rest) = text.split_once('-')?;
         let (ttl, code) = rest.split_once('-')?;
@@ -55,7 +56,8 @@ impl Cycle {
 }
 
 impl Cycle {
-    /// Writes the same as [`Display`](fmt::Display), for the hot path, where formatting is slow.
+    /// Writes the same text as [`Display`](fmt::Display). For the hot path, where formatting is
+    /// slow.
     pub(crate) fn write_to(self, writer: &mut impl Write) -> io::Result<()> {
         let mut digits = itoa::Buffer::new();
         writer.write_all(digits.format(self.number).as_bytes())?;
@@ -71,7 +73,7 @@ impl Cycle {
     }
 }
 
-/// The digits of the last part of a cycle.
+/// The number of digits of the code.
 const CODE_DIGITS: usize = 8;
 
 impl fmt::Display for Cycle {
@@ -80,11 +82,11 @@ impl fmt::Display for Cycle {
     }
 }
 
-/// Where the cycles of one manager come from.
+/// Creates the cycles of one manager.
 ///
-/// A client that may publish to the inbox of a manager, but not read the keys of the locks, could
-/// otherwise make up a grant for a cycle that waits. So each cycle has a code that only its manager
-/// can compute: a hash with a secret that never leaves the process.
+/// A client that may publish to a manager's inbox, but cannot read the lock keys, could otherwise
+/// forge a grant for a waiting cycle. So each cycle has a code that only its manager can compute: a
+/// hash with a secret that never leaves the process.
 #[derive(Debug, Default)]
 pub(crate) struct Cycles {
     next: AtomicU64,
@@ -92,7 +94,7 @@ pub(crate) struct Cycles {
 }
 
 impl Cycles {
-    /// For a manager with that secret.
+    /// For a manager with this secret.
     pub(crate) const fn with_secret(secret: [u64; 2]) -> Self {
         Self {
             next: AtomicU64::new(0),
@@ -100,7 +102,7 @@ impl Cycles {
         }
     }
 
-    /// A cycle that was never used before, for leases of that TTL.
+    /// A new cycle, for leases with this TTL.
     pub(crate) fn open(&self, expects_rivals: bool, ttl: Duration) -> Cycle {
         let pair = self.next.fetch_add(1, Ordering::Relaxed) + 1;
         let number = pair * 2 + u64::from(expects_rivals);
@@ -112,17 +114,17 @@ impl Cycles {
         }
     }
 
-    /// No cycle has a larger number so far.
+    /// An upper bound on the numbers of all cycles so far.
     pub(crate) fn newest(&self) -> u64 {
         self.next.load(Ordering::Acquire) * 2 + 1
     }
 
-    /// Whether that cycle is one of this manager's. A cycle that is not was forged.
+    /// Whether the cycle belongs to this manager. If not, it was forged.
     pub(crate) fn has_opened(&self, cycle: Cycle) -> bool {
         cycle.code == self.code(cycle.number, cycle.ttl_ms)
     }
 
-    /// SipHash with the secret on both sides of what it protects.
+    /// SipHash, with the secret on both sides of the protected data.
     fn code(&self, number: u64, ttl_ms: u32) -> u32 {
         let mut hasher = DefaultHasher::new();
         hasher.write_u64(self.secret[0]);
@@ -135,7 +137,7 @@ impl Cycles {
 
 #[cfg(test)]
 impl Cycle {
-    /// A cycle with that number, a TTL of a second, and the code that a manager without a secret gives.
+    /// A cycle with this number, a TTL of one second, and the code of a manager without a secret.
     pub(crate) fn of(number: u64) -> Self {
         Self::with_ttl(number, Duration::from_secs(1))
     }
@@ -172,7 +174,7 @@ mod tests {
             "3-x-00000000",
             "-1-1500-00000000",
             "3-1500-0000000g",
-            // Rust's numbers may have a sign, those of the scripts may not.
+            // Rust accepts a sign in numbers; the scripts do not.
             "+3-1500-00000000",
             "3-+1500-00000000",
             "3-1500-+0000000",
@@ -200,7 +202,7 @@ mod tests {
         }));
     }
 
-    /// Whoever compares a cycle with the newest one must not take it for one that is still to come.
+    /// Code that compares a cycle with the newest one must not mistake it for a future cycle.
     #[test]
     fn no_cycle_is_above_the_newest() {
         let cycles = Cycles::default();

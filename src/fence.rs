@@ -1,21 +1,25 @@
-//! Fencing tokens: numbers that only grow, one for every acquisition.
+//! Fencing tokens: numbers that increase with every acquisition.
 
 use std::fmt;
 use std::num::NonZeroU64;
 
 /// A number that is strictly larger for every later acquisition of a key.
 ///
-/// Send it along with each write that the lock protects, and let the resource refuse a write whose token is smaller
-/// than the largest it has seen. A holder that was paused past its lease can then do no harm, whatever it believes.
-/// See Martin Kleppmann, "How to do distributed locking" (2016), for the argument.
+/// Send the token along with each write that the lock protects, and have the resource reject a
+/// write whose token is smaller than the largest it has seen. A holder that was paused past its
+/// lease can then do no harm, whatever it believes. See Martin Kleppmann, "How to do distributed
+/// locking" (2016), for the argument.
 ///
-/// Tokens of different keys are not comparable. The unit is an eighth of a microsecond since 2025-01-01 on the clock of
-/// the server (see [`FencingToken::from_server_time`]), which keeps tokens growing after a server lost its counters; a
-/// token fits the 53 bits that a double holds exactly until 2060.
+/// Tokens of different keys are not comparable. The unit is an eighth of a microsecond since
+/// 2025-01-01 on the server's clock (see [`FencingToken::from_server_time`]), so tokens keep
+/// growing after a server has lost its counters. Until 2060 a token fits into the 53 bits that a
+/// double represents exactly.
 ///
-/// In etcd a token is the revision of the transaction that found its manager the owner, times 65,536, plus 1 to 65,536: revisions only grow, and
-/// each is spent on one request. An etcd that is restored from a backup goes back to old revisions; managers that have seen later ones
-/// refuse such tokens ([`LockError::TokenRegression`](crate::LockError::TokenRegression)) until they are started anew.
+/// In etcd, a token is the revision of the transaction that found its manager to be the owner,
+/// times 65,536, plus 1 to 65,536. Revisions only grow, and each is used for one request. An etcd
+/// restored from a backup returns to old revisions. Managers that have seen later ones reject such
+/// tokens ([`LockError::TokenRegression`](crate::LockError::TokenRegression)) until they are
+/// restarted.
 ///
 /// Tokens of one key must not be compared across a move of the key to a shard of another kind.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Hash)]
@@ -37,9 +41,10 @@ impl FencingToken {
         self.0.get()
     }
 
-    /// The token that belongs to a server's `TIME`: seconds since the Unix epoch and the microseconds in that second.
+    /// The number that corresponds to a server's `TIME`: seconds since the Unix epoch, and
+    /// microseconds within that second.
     ///
-    /// Times before 2025 give zero, which is below every token.
+    /// Returns zero, which is below every token, for times before 2025.
     #[must_use]
     pub const fn from_server_time(seconds: u64, micros: u64) -> u64 {
         let whole = seconds.saturating_sub(EPOCH_SECONDS).saturating_mul(8_000_000);
@@ -62,7 +67,7 @@ impl From<FencingToken> for u64 {
     }
 }
 
-/// A run of tokens that a store has issued to one cycle and that nobody else will ever get: `next ..= last`.
+/// A range of tokens that a store issued exclusively to one cycle: `next ..= last`.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub(crate) struct TokenBlock {
     next: u64,
@@ -72,8 +77,8 @@ pub(crate) struct TokenBlock {
 impl TokenBlock {
     pub(crate) const EMPTY: Self = Self { next: 1, last: 0 };
 
-    /// The block of `count` tokens whose largest is `last`. Empty for the largest number there is, which no store issues but
-    /// anybody may write into a message.
+    /// The block of `count` tokens that ends with `last`. Empty if `last` is the largest number
+    /// there is: no store issues it, but a forged message may contain it.
     pub(crate) const fn ending_at(last: u64, count: u32) -> Self {
         match last.checked_add(1) {
             Some(end) => Self {
@@ -84,7 +89,7 @@ impl TokenBlock {
         }
     }
 
-    /// The smallest token that is left, or one above the largest where none is.
+    /// The smallest remaining token, or one above the largest if none is left.
     pub(crate) const fn first(self) -> u64 {
         self.next
     }
@@ -93,12 +98,12 @@ impl TokenBlock {
         self.last
     }
 
-    /// How many tokens are left.
+    /// The number of remaining tokens.
     pub(crate) const fn remaining(self) -> u64 {
         (self.last + 1).saturating_sub(self.next)
     }
 
-    /// Takes the smallest token that is left.
+    /// Takes the smallest remaining token.
     pub(crate) fn take(&mut self) -> Option<FencingToken> {
         if self.next > self.last {
             return None;
@@ -123,7 +128,7 @@ mod tests {
         assert_eq!(TokenBlock::EMPTY.remaining(), 0);
     }
 
-    /// Numbers come from servers and from anybody who can publish to an inbox.
+    /// Numbers come from servers, and from any client that can publish to an inbox.
     #[test]
     fn block_of_any_numbers_counts_without_overflow() {
         for last in [0, 1, 63, i64::MAX as u64, u64::MAX - 1, u64::MAX] {

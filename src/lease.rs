@@ -1,4 +1,4 @@
-//! The part of a lease that guards look at: until when it is certainly ours, and whether it was lost.
+//! The part of a lease that guards see: how long it is certainly ours, and whether it was lost.
 
 use std::sync::atomic::{AtomicU8, AtomicU64, Ordering};
 use std::time::Duration;
@@ -9,19 +9,20 @@ use crate::clock::Moment;
 use crate::error::LossReason;
 use crate::protocol::Cycle;
 
-/// One cycle's hold of a key, shared by the queue, which extends and ends it, and by the guards under it.
+/// One cycle's hold of a key. Shared by the queue, which extends and ends it, and by the guards
+/// under it.
 ///
-/// Reading takes no lock. `is_valid` compares with the clock itself, so that it is right even where no timer could fire
-/// because the process stood still.
+/// Reads take no lock. `is_valid` compares with the clock itself, so it is correct even if no timer
+/// could fire because the process was paused.
 #[derive(Debug)]
 pub(crate) struct Lease {
     pub(crate) cycle: Cycle,
     valid_until: AtomicU64,
-    /// The TTL that it was last given, in nanoseconds.
+    /// The most recent TTL, in nanoseconds.
     ttl: AtomicU64,
     /// 0, or 1 + the index of the reason in [`LossReason::ALL`].
     lost: AtomicU8,
-    /// Notified once, after the loss is set.
+    /// Notified once, after `lost` is set.
     told: Notify,
 }
 
@@ -40,28 +41,30 @@ impl Lease {
         Moment::from_nanos(self.valid_until.load(Ordering::Acquire))
     }
 
-    /// Moves the end of the validity on; never back, since an older renewal's reply may come after a newer one's.
+    /// Extends the validity. Never shortens it, because the reply to an older renewal may arrive
+    /// after that to a newer one.
     pub(crate) fn extend(&self, valid_until: Moment, ttl: Duration) {
         self.ttl.store(nanos(ttl), Ordering::Relaxed);
         self.valid_until.fetch_max(valid_until.as_nanos(), Ordering::AcqRel);
     }
 
-    /// Ends the lease: from now on it is not valid. Only the first reason counts. Wakes nobody, since the caller holds the
-    /// mutex of the key: [`notify_of_loss`](Self::notify_of_loss) must follow once that is released.
+    /// Ends the lease: from now on it is invalid. Only the first reason is kept. Wakes no tasks,
+    /// because the caller holds the mutex of the key: [`notify_of_loss`](Self::notify_of_loss) must
+    /// be called once the mutex is released.
     pub(crate) fn lose(&self, reason: LossReason) {
         let code = LossReason::ALL.iter().position(|&known| known == reason).unwrap_or(0) as u8 + 1;
-        // A later reason changes nothing.
+        // Later reasons are ignored.
         self.lost
             .compare_exchange(0, code, Ordering::AcqRel, Ordering::Acquire)
             .ok();
     }
 
-    /// Wakes the tasks that wait for the loss. A waker is foreign code: no lock may be held.
+    /// Wakes the tasks that wait for the loss. Wakers are foreign code, so no lock may be held.
     pub(crate) fn notify_of_loss(&self) {
         self.told.notify_waiters();
     }
 
-    /// Why the lease was ended, if it was.
+    /// Why the lease ended, if it did.
     pub(crate) fn loss(&self) -> Option<LossReason> {
         match self.lost.load(Ordering::Acquire) {
             0 => None,
@@ -69,13 +72,13 @@ impl Lease {
         }
     }
 
-    /// Why the lease is of no use at `now`: it was ended, or its time has passed although nobody has noticed yet.
+    /// Why the lease is invalid at `now`, if it is: it was ended, or it has expired unnoticed.
     pub(crate) fn loss_at(&self, now: Moment) -> Option<LossReason> {
         self.loss()
             .or_else(|| (now >= self.valid_until()).then_some(LossReason::Expired))
     }
 
-    /// What is left of the validity at `now`; zero after a loss.
+    /// The remaining validity at `now`; zero after a loss.
     pub(crate) fn remaining(&self, now: Moment) -> Duration {
         if self.loss().is_some() {
             Duration::ZERO
@@ -84,7 +87,7 @@ impl Lease {
         }
     }
 
-    /// What is left of the validity at `now`, as a part of the TTL.
+    /// The remaining validity at `now` as a fraction of the TTL.
     pub(crate) fn part_left(&self, now: Moment) -> f64 {
         let ttl = Duration::from_nanos(self.ttl.load(Ordering::Relaxed));
         (self.remaining(now).as_secs_f64() / ttl.as_secs_f64()).min(1.0)
@@ -95,7 +98,8 @@ impl Lease {
         loop {
             let told = self.told.notified();
             tokio::pin!(told);
-            // Registered before the look, so that a loss between the look and the wait is not missed.
+            // Registered before the check, so that a loss between the check and the wait is not
+            // missed.
             told.as_mut().enable();
             if let Some(reason) = self.loss_at(Moment::now()) {
                 return reason;
@@ -135,7 +139,7 @@ mod tests {
         }
     }
 
-    /// Replies of renewals may come in another order than they were sent in.
+    /// Replies to renewals may arrive in a different order than the renewals were sent.
     #[test]
     fn end_of_a_lease_moves_on_and_never_back() {
         let lease = lease(at(1_000));
@@ -156,7 +160,7 @@ mod tests {
         }
     }
 
-    /// Operators see how close a lease came to its end, in parts of the TTL that it was given last.
+    /// Operators see how close a lease came to its end, as a fraction of its latest TTL.
     #[test]
     fn part_that_is_left_is_of_the_last_ttl() {
         let lease = lease(at(1_000));
@@ -164,7 +168,7 @@ mod tests {
         assert!(lease.part_left(at(1_000)).abs() < 1e-9);
         lease.extend(at(4_000), Duration::from_secs(4));
         assert!((lease.part_left(at(1_000)) - 0.75).abs() < 1e-9);
-        // A lease with a longer TTL was not shortened by one with a shorter TTL.
+        // An extension with a shorter TTL does not shorten the lease.
         lease.extend(at(3_000), TTL);
         assert!((lease.part_left(at(1_000)) - 1.0).abs() < 1e-9);
         lease.lose(LossReason::Taken);

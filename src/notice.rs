@@ -1,4 +1,4 @@
-//! What is logged about slow waits and long holds, and how often at most.
+//! Rate-limited log lines about slow waits, long holds and lost locks.
 
 use std::collections::HashMap;
 use std::panic::Location;
@@ -10,12 +10,12 @@ use crate::clock::Moment;
 use crate::error::LossReason;
 use crate::key::LockKey;
 
-/// How often one place in the program is logged at most.
+/// The shortest interval between two lines about the same call site.
 const INTERVAL: Duration = Duration::from_secs(10);
-/// How many places are told apart; all further ones count as one.
+/// How many call sites are distinguished. All others share one slot.
 const PLACES_MAX: usize = 64;
 
-/// What became of a request that waited.
+/// The outcome of a request that waited.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub(crate) enum Waited {
     Acquired,
@@ -33,7 +33,7 @@ impl Waited {
     }
 }
 
-/// Logs what takes too long, for a whole manager.
+/// Logs slow waits and long holds for a whole manager.
 #[derive(Debug)]
 pub(crate) struct Notices {
     slow_wait: Option<Duration>,
@@ -45,7 +45,7 @@ pub(crate) struct Notices {
 }
 
 impl Notices {
-    /// With the keys in the lines if it `names_keys`.
+    /// Lines include keys if `names_keys` is set.
     pub(crate) fn new(slow_wait: Option<Duration>, long_hold: Option<Duration>, names_keys: bool) -> Self {
         Self {
             slow_wait,
@@ -57,7 +57,7 @@ impl Notices {
         }
     }
 
-    /// A request waited for so long, and then had its lock or gave up.
+    /// A request waited for `time`, and then acquired its lock or gave up.
     pub(crate) fn waited(
         &self,
         time: Duration,
@@ -82,36 +82,37 @@ impl Notices {
     ) {
         if let Some(held_back) = self.waits.pass(caller, Moment::now()) {
             let (outcome, named) = (outcome.as_str(), self.key(key));
-            tracing::warn!(%shard, %caller, waited = ?time, outcome, held_back, key = named, "a lock was waited for long");
-            tracing::debug!(%key, %shard, %caller, waited = ?time, "the lock that was waited for long");
+            tracing::warn!(%shard, %caller, waited = ?time, outcome, held_back, key = named, "slow wait for a lock");
+            tracing::debug!(%key, %shard, %caller, waited = ?time, "the lock of the slow wait");
         }
     }
 
-    /// From which age on a guard is held for long.
+    /// The duration from which a guard counts as held for a long time.
     pub(crate) const fn long_hold(&self) -> Option<Duration> {
         self.long_hold
     }
 
-    /// A guard is held for so long, and still is.
+    /// A guard has been held for `time` and is still held.
     pub(crate) fn held_long(&self, time: Duration, key: &LockKey, shard: &str, caller: &'static Location<'static>) {
         if let Some(held_back) = self.holds.pass(caller, Moment::now()) {
             let named = self.key(key);
-            tracing::warn!(%shard, %caller, held = ?time, held_back, key = named, "a lock is held for long, and still is");
-            tracing::debug!(%key, %shard, %caller, held = ?time, "the lock that is held for long");
+            tracing::warn!(%shard, %caller, held = ?time, held_back, key = named, "a lock has been held for a long time");
+            tracing::debug!(%key, %shard, %caller, held = ?time, "the lock held for a long time");
         }
     }
 
-    /// From which time on somebody waits for long.
+    /// The duration from which a wait counts as slow.
     pub(crate) const fn slow_wait_bound(&self) -> Option<Duration> {
         self.slow_wait
     }
 
-    /// Of so many keys of a shard for which somebody waits for long and still does, this is the one that is waited for the longest.
+    /// Waiters of `keys` keys of a shard have been waiting for a long time. This is the key whose
+    /// waiter has waited longest.
     pub(crate) fn waits_long(&self, time: Duration, key: &LockKey, shard: &str, waiting: usize, keys: usize) {
         if let Some(held_back) = self.stuck.pass(Moment::now()) {
             let named = self.key(key);
-            tracing::warn!(%shard, waited = ?time, waiting, keys, held_back, key = named, "a lock is waited for long, and still is");
-            tracing::debug!(%key, %shard, waited = ?time, "the lock that is waited for long");
+            tracing::warn!(%shard, waited = ?time, waiting, keys, held_back, key = named, "slow wait for a lock, still waiting");
+            tracing::debug!(%key, %shard, waited = ?time, "the lock of the slow wait, still waiting");
         }
     }
 
@@ -122,18 +123,18 @@ impl Notices {
         tracing::debug!(%key, %shard, %reason, "the lock that was lost");
     }
 
-    /// The key, if it may stand in a line that is not for debugging.
+    /// The key, if lines above debug level may contain it.
     fn key<'a>(&self, key: &'a LockKey) -> Option<&'a str> {
         self.names_keys.then(|| key.as_str())
     }
 }
 
-/// Lets one thing through once in an interval.
+/// Passes one event per interval.
 #[derive(Debug, Default)]
 pub(crate) struct Seldom(Mutex<Option<Place>>);
 
 impl Seldom {
-    /// How many were held back since the last one that was let through, if this one is let through.
+    /// If the event passes, returns how many were suppressed since the last one that passed.
     pub(crate) fn pass(&self, now: Moment) -> Option<u64> {
         let mut place = self.0.lock();
         match &mut *place {
@@ -146,7 +147,7 @@ impl Seldom {
     }
 }
 
-/// Lets through what is told about one place once in an interval.
+/// Passes one event per call site and interval.
 #[derive(Debug, Default)]
 struct Throttle {
     places: Mutex<HashMap<Option<&'static Location<'static>>, Place>>,
@@ -177,7 +178,7 @@ impl Place {
 }
 
 impl Throttle {
-    /// How many were held back since the last one that was let through, if this one is let through.
+    /// If the event passes, returns how many were suppressed since the last one that passed.
     fn pass(&self, caller: &'static Location<'static>, now: Moment) -> Option<u64> {
         let mut places = self.places.lock();
         let is_told_apart = places.contains_key(&Some(caller)) || places.len() < PLACES_MAX;
@@ -219,7 +220,7 @@ mod tests {
         let now = Moment::default() + Duration::from_secs(1);
         let mut passed = 0;
         for _ in 0..10_000 {
-            // A place of its own each: the address is what tells them apart only if line and column do.
+            // All iterations share one call site: locations differ only by line and column.
             passed += u64::from(throttle.pass(Location::caller(), now).is_some());
         }
         assert_eq!(passed, 1);

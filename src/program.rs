@@ -1,13 +1,15 @@
-//! The runtimes that a manager's work runs on: the program's and its own.
+//! The runtimes that execute a manager's work: the application's and its own.
 //!
 //! # Implementation details
 //!
-//! A task that waits for a task of another runtime waits for a hop between threads, too. So what serves the program's tasks (the drivers
-//! of connections, the inbox) runs on the runtime that the manager was connected on: its *home*. But nothing runs there once that runtime
-//! has ended, while all its workers are blocked, or, if it has no workers of its own, while no thread is inside its `block_on`; and tasks of
-//! other runtimes may ask for locks at any time. So while anybody waits, the background thread looks whether home runs what it is given
-//! ([`Runtimes::watch`]). If it does not, the work moves to the background thread's runtime, which runs as long as the manager, and
-//! stays there; connections that are opened after home runs again belong there again.
+//! A task that waits for a task on another runtime also waits for a hop between threads. So the
+//! work that serves the application's tasks (connection drivers, the inbox) runs on the runtime on
+//! which the manager was connected, its *home*. Home makes no progress once it has shut down, while
+//! all its workers are blocked, or, if it has no workers of its own, while no thread is inside its
+//! `block_on`. But tasks on other runtimes may request locks at any time. So while any task waits,
+//! the background thread probes whether home makes progress ([`Runtimes::watch`]). If not, the work
+//! moves to the background thread's runtime, which lives as long as the manager, and stays there.
+//! Connections opened after home has recovered belong to home again.
 
 use std::future::Future;
 use std::pin::pin;
@@ -19,29 +21,31 @@ use tokio::runtime::{Handle, RuntimeFlavor};
 use tokio::sync::Notify;
 use tokio::task::{JoinHandle, JoinSet};
 
-/// See the module.
+/// See the module documentation.
 #[derive(Debug)]
 pub(crate) struct Runtimes {
     home: Option<Handle>,
-    /// Set when the background thread runs. What happens before that happens inside the call that connects.
+    /// Set when the background thread is running. Before that, all work happens within the call
+    /// that connects the manager.
     background: OnceLock<Handle>,
-    /// Whether home did not run what it was given, and has not run it since.
+    /// Whether a probe of home timed out and has not completed since.
     is_stuck: AtomicBool,
     /// How often home was found stuck.
     moves: AtomicU64,
     moved: Notify,
 }
 
-/// How often the background thread looks whether home runs; more often if requests have little time.
+/// How often the background thread probes home. More often if `store_timeout` is short.
 const LOOK_EVERY: Duration = Duration::from_millis(100);
-/// How many naps of the background thread home may take to run what it is given. Several short ones, so that a pause of the whole process,
-/// which ends one of them early, is not taken for one of home. A runtime with threads of its own runs everything sooner or later, and is left
-/// only when it is blocked for long.
+/// How many naps of the background thread a probe of home may take. There are several short ones
+/// because a pause of the whole process uses up only one of them, and so is not mistaken for a
+/// stuck home. A multi-threaded runtime executes everything eventually, and is only abandoned when
+/// it is blocked for long.
 const NAPS_MAX: u32 = 3;
 const NAPS_MAX_OF_WORKERS: u32 = 10;
 
 impl Runtimes {
-    /// Home is the runtime that this is called on.
+    /// Uses the current runtime as home.
     pub(crate) fn here() -> Arc<Self> {
         Self::with_home(Handle::try_current().ok())
     }
@@ -56,9 +60,9 @@ impl Runtimes {
         })
     }
 
-    /// The background thread runs on that runtime.
+    /// Sets the runtime of the background thread.
     pub(crate) fn set_background(&self, background: Handle) {
-        // There is one background thread for each manager.
+        // There is one background thread per manager.
         self.background.set(background).ok();
     }
 
@@ -72,11 +76,12 @@ impl Runtimes {
         self.moves.load(Ordering::Acquire)
     }
 
-    /// Waits until work has moved away from home more often than that.
+    /// Waits until work has moved away from home more than `moves` times.
     pub(crate) async fn moved_since(&self, moves: u64) {
         loop {
             let mut moved = pin!(self.moved.notified());
-            // Registered before the look, so that a move between the look and the wait is not missed.
+            // Registered before the check, so that a move between the check and the wait is not
+            // missed.
             moved.as_mut().enable();
             if self.moves() > moves {
                 return;
@@ -85,12 +90,13 @@ impl Runtimes {
         }
     }
 
-    /// Runs a future at home; and another one here, from the beginning, without a home, or once it has ended or is stuck. Dropping this
-    /// ends it wherever it runs.
+    /// Runs a future on home. If there is no home, or it shuts down or gets stuck, a fresh future
+    /// is created and polled in place. Dropping the returned future cancels the work wherever it
+    /// runs.
     ///
     /// # Panics
     ///
-    /// If the future does, wherever it runs.
+    /// Panics if the future does, wherever it runs.
     pub(crate) async fn run<F, T>(&self, make: impl Fn() -> F) -> T
     where
         F: Future<Output = T> + Send + 'static,
@@ -101,20 +107,21 @@ impl Runtimes {
             tokio::select! {
                 done = run_on(home, make()) => match done {
                     Some(done) => return done,
-                    None => tracing::debug!("the program's runtime has ended; its work goes on elsewhere"),
+                    None => tracing::debug!("the application's runtime has shut down; its work continues elsewhere"),
                 },
-                () = self.moved_since(moves) => tracing::debug!("the program's runtime runs nothing; its work goes on elsewhere"),
+                () = self.moved_since(moves) => tracing::debug!("the application's runtime is stuck; its work continues elsewhere"),
             }
         }
         make().await
     }
 
-    /// Opens a connection: runs a future at home, where what it starts then belongs. If that takes longer than `patience`, or home has ended or
-    /// is stuck, another one begins on the background thread as well, and the first that is done counts.
+    /// Opens a connection: runs a future on home, where the tasks it spawns then belong. If this
+    /// takes longer than `patience`, or if home is gone or stuck, a fresh future is also run on the
+    /// background thread, and the first to complete wins.
     ///
     /// # Panics
     ///
-    /// If the future does, wherever it runs.
+    /// Panics if the future does, wherever it runs.
     pub(crate) async fn open<F, T>(&self, patience: Duration, make: impl Fn() -> F) -> T
     where
         F: Future<Output = T> + Send + 'static,
@@ -148,7 +155,8 @@ impl Runtimes {
         }
     }
 
-    /// Runs a future on the background thread, or here before that runs, to its end, whatever becomes of the task that asked for it.
+    /// Runs a future to completion even if the task that requested it is cancelled. It runs on the
+    /// background thread, or on the current runtime before that has started.
     pub(crate) fn spawn<T>(&self, future: impl Future<Output = T> + Send + 'static) -> JoinHandle<T>
     where
         T: Send + 'static,
@@ -159,8 +167,9 @@ impl Runtimes {
         }
     }
 
-    /// Looks whether home runs what it is given, for as long as home exists, whenever somebody `waits` for requests that have so much time. Calls
-    /// `leave` each time when home turns out to be stuck, before anybody is notified.
+    /// Probes whether home makes progress, for as long as home exists, whenever `waits` returns
+    /// true. `timeout` is the time limit of requests. Calls `leave` each time home is found stuck,
+    /// before waiting tasks are notified.
     pub(crate) async fn watch(&self, timeout: Duration, waits: impl Fn() -> bool, leave: impl Fn()) {
         let Some(home) = &self.home else { return };
         let nap = LOOK_EVERY.min(timeout / 8);
@@ -182,9 +191,10 @@ impl Runtimes {
                 }
                 naps += 1;
                 if naps == naps_max {
-                    // On a machine that has too much to do, this is seen of a runtime that only waits for its turn.
+                    // On an overloaded machine, this also happens to a runtime that only waits to
+                    // be scheduled.
                     tracing::info!(
-                        "the runtime that the manager was connected on runs nothing; the manager's own thread does its work"
+                        "the runtime that the manager was connected on makes no progress; the manager's background thread does its work"
                     );
                     self.is_stuck.store(true, Ordering::Release);
                     leave();
@@ -193,7 +203,7 @@ impl Runtimes {
                 }
             };
             if ran.is_none() {
-                // It has ended. Connections and tasks there have ended with it.
+                // Home has shut down, and its connections and tasks with it.
                 return;
             }
             self.is_stuck.store(false, Ordering::Release);
@@ -201,9 +211,9 @@ impl Runtimes {
     }
 }
 
-/// Runs a future on that runtime. `None` if the runtime ends before.
+/// Runs a future on a runtime. Returns `None` if the runtime shuts down first.
 async fn run_on<T: Send + 'static>(runtime: &Handle, future: impl Future<Output = T> + Send + 'static) -> Option<T> {
-    // Dropping the set ends what it has.
+    // Dropping the set aborts its task.
     let mut set = JoinSet::new();
     set.spawn_on(future, runtime);
     match set.join_next().await? {
@@ -250,7 +260,7 @@ mod tests {
         let runtimes = Runtimes::with_home(Some(program.handle().clone()));
         let done = |patience| here.block_on(runtimes.open(patience, where_am_i));
         assert_eq!(done(LONG).as_deref(), Some("program"));
-        // Its only thread is blocked until this is told to end.
+        // The only worker is blocked until `end` is dropped.
         let (end, until) = std::sync::mpsc::channel::<()>();
         program.spawn(async move { until.recv().ok() });
         assert_eq!(done(Duration::from_millis(20)), our_name);
@@ -269,7 +279,7 @@ mod tests {
         );
     }
 
-    /// A server that takes long to answer has as much time as before.
+    /// A server that takes long to reply has as much time as before.
     #[test]
     fn what_is_slow_at_home_is_not_broken_off() {
         let program = named("program");
@@ -293,7 +303,7 @@ mod tests {
         assert_eq!(done.as_deref(), Some("program"));
     }
 
-    /// A runtime without threads of its own runs nothing between two calls of `block_on`.
+    /// A current-thread runtime runs nothing between two calls of `block_on`.
     #[test]
     fn work_leaves_a_home_that_is_idle_only_while_somebody_waits() {
         let (idle, here) = (current_thread(), current_thread());

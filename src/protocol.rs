@@ -1,6 +1,6 @@
-//! The words that managers and lease stores exchange: cycles, requests, replies and pushes.
+//! The vocabulary of managers and lease stores: cycles, requests, replies and pushes.
 //!
-//! Every store speaks these, whatever it is made of, so that the queue of a key never knows which store it talks to.
+//! All stores share it, so the queue of a key does not depend on the kind of store.
 
 use std::sync::Arc;
 use std::time::Duration;
@@ -10,17 +10,18 @@ pub(crate) use crate::cycle::{Cycle, Cycles};
 use crate::fence::TokenBlock;
 use crate::key::{LockKey, Slot};
 
-/// How a lease is asked for.
+/// How to acquire a lease.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub(crate) enum Ask {
-    /// By the two plain commands of the free path: nobody seems to want the key.
+    /// The fast path, with two plain commands: no other manager seems to want the key.
     Free,
-    /// By script: take it, or join the queue.
+    /// By script: acquire the lease, or join the queue.
     Join,
-    /// By script: take it, or leave no trace. Never passes anybody who waits.
+    /// By script: acquire the lease, or leave no trace. Never passes a waiter.
     Try,
-    /// By script: more time and tokens for the lease that this cycle has. Where the store has forgotten it, nothing is taken: somebody else may
-    /// have had the key since, and a repetition could not be told from an extension.
+    /// By script: more time and tokens for the lease that this cycle has. If the store has lost the
+    /// lease, nothing is acquired: another manager may have had the key since, and a second
+    /// acquisition could not be distinguished from an extension.
     Extend,
 }
 
@@ -35,79 +36,79 @@ pub(crate) struct Acquire {
     pub(crate) tokens: u32,
 }
 
-/// A request to give a lease, or a place in the queue, back.
+/// A request to release a lease or leave the queue.
 #[derive(Debug, Clone)]
 pub(crate) struct Release {
     pub(crate) key: LockKey,
     pub(crate) cycle: Cycle,
     /// The cycle that joins the tail of the queue before the lease is passed on.
     pub(crate) requeue: Option<Cycle>,
-    /// Whether nobody is known to wait, so that the short way back is worth a try.
+    /// Whether no waiter is known, in which case the short release is attempted first.
     pub(crate) nobody_waits: bool,
-    /// How many tokens the next owner gets.
+    /// How many tokens to reserve for the next owner.
     pub(crate) tokens: u32,
 }
 
 impl Release {
-    /// How long the lease lasts that the request may give to the cycle that it requeues.
+    /// The TTL of a lease that this request may give to the requeued cycle.
     pub(crate) fn ttl(&self) -> Duration {
         self.requeue.map_or(Duration::ZERO, Cycle::ttl)
     }
 }
 
-/// What a store says to an [`Acquire`].
+/// A store's reply to an [`Acquire`].
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub(crate) enum AcquireReply {
-    /// The lease is ours, for the TTL that was asked for.
+    /// The lease is ours, with the requested TTL.
     Granted {
         tokens: TokenBlock,
-        /// How many cycles wait.
+        /// The number of waiting cycles.
         queued: u64,
-        /// Whether this cycle had the lease before, so that nobody else can have had it since.
+        /// Whether this cycle already had the lease, so that no other cycle can have had it since.
         extended: bool,
     },
-    /// We are in the queue.
+    /// The cycle is in the queue.
     Queued(Place),
-    /// The free path found the key taken. Nothing was left behind.
+    /// The fast path found the key taken. Nothing was left behind.
     Taken,
-    /// A try found the key held or wanted by somebody. Nothing was left behind.
+    /// A try found the key held or wanted. Nothing was left behind.
     Busy,
 }
 
-/// A place in a key's queue.
+/// A position in a key's queue.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub(crate) struct Place {
-    /// The slot's counter when the reply was made: tokens of later grants are above it.
+    /// The slot's counter at the time of the reply. Tokens of later grants are larger.
     pub(crate) mark: u64,
-    /// What is left of the owner's lease; `None` if it never ends.
+    /// The remaining TTL of the owner's lease; `None` if it never ends.
     pub(crate) owner_ttl: Option<Duration>,
-    /// Whether the owner is no manager of ours, so that nobody will tell us of its release.
+    /// Whether the owner is not a shardlock manager, so that its release causes no notification.
     pub(crate) owner_foreign: bool,
-    /// How many cycles are before us.
+    /// The number of cycles ahead of this one.
     pub(crate) ahead: u64,
-    /// Whether the inbox of this manager is subscribed on the server that replied. Otherwise no grant
+    /// Whether the inbox of this manager is subscribed on the server that replied. If not, no grant
     /// arrives, and the cycle has to ask again by itself.
     pub(crate) is_reached: bool,
 }
 
-/// What a store says to a [`Release`].
+/// A store's reply to a [`Release`].
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub(crate) struct ReleaseReply {
     /// Whether the lease was still ours.
     pub(crate) held: bool,
-    /// The answer for the cycle that was requeued, as if it had sent an acquire.
+    /// The reply for the requeued cycle, as if it had sent an acquire.
     pub(crate) requeued: Option<AcquireReply>,
 }
 
-/// What a store says of one lease in a renewal.
+/// A store's reply about one lease in a renewal.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub(crate) enum RenewReply {
-    /// It was extended.
+    /// The lease was extended.
     Extended {
         /// Whether a cycle waits for it.
         wanted: bool,
     },
-    /// It is not ours any more.
+    /// The lease is no longer ours.
     NotOurs,
 }
 
@@ -119,19 +120,19 @@ pub(crate) struct Renewal {
     pub(crate) ttl: Duration,
 }
 
-/// A reply, with what is needed to judge it.
+/// A reply, with the data needed to judge it.
 #[derive(Debug, Clone, Copy)]
 pub(crate) struct Answer<R> {
     /// When the request was about to be sent, on the local clock.
     pub(crate) sent_at: Moment,
-    /// The lifetime that the request gave to a lease.
+    /// The TTL that the request gave to a lease.
     pub(crate) ttl: Duration,
-    /// Every token that is issued after that moment is above this.
+    /// Every token issued after `sent_at` is larger than this.
     pub(crate) floor: u64,
     pub(crate) reply: R,
 }
 
-/// The store's message that a queued cycle now has the lease, for the TTL of that cycle.
+/// The store's message that a queued cycle now has the lease, with the TTL of that cycle.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub(crate) struct Grant {
     pub(crate) cycle: Cycle,
@@ -150,31 +151,32 @@ impl Push {
     }
 }
 
-/// What a store tells a manager unasked.
+/// A message that a store sends to a manager unprompted.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub(crate) enum Push {
     Granted {
         key: LockKey,
         grant: Grant,
     },
-    /// It is this cycle's turn, as far as the store can tell without being asked: ask again.
+    /// The cycle may be at the head of the queue, as far as the store knows: ask again.
     Turn {
         key: LockKey,
         cycle: Cycle,
     },
-    /// Somebody began to wait for what this cycle holds.
+    /// Another manager began to wait for what this cycle holds.
     Wanted {
         key: LockKey,
         cycle: Cycle,
     },
-    /// Pushes may have been missed before this one: look again at everything that waits.
+    /// Earlier pushes may have been missed: ask again for everything that waits.
     Resubscribed {
-        /// Only keys of that slot of the store are concerned; `None` for all.
+        /// Limits this to keys of one slot of the store; `None` for all keys.
         slot: Option<Slot>,
     },
     /// No pushes arrive until `Resubscribed`.
     Disconnected,
-    /// The server does not let us listen, and says why; the store keeps trying. No pushes arrive until `Resubscribed`.
+    /// The server refuses the subscription, for this reason. The store keeps trying. No pushes
+    /// arrive until `Resubscribed`.
     Refused {
         reason: Arc<str>,
     },

@@ -1,14 +1,15 @@
-//! Spans at the level of debug, which cost next to nothing where nobody listens.
+//! Debug-level spans that cost next to nothing when no subscriber is interested.
 
 use tracing::Span;
 use tracing::level_filters::LevelFilter;
 
-/// A span, or nothing: a pointer, since it is moved with every request and every guard, and there is seldom one.
+/// An optional span. Boxed, because it is moved with every request and every guard, and is rarely
+/// present.
 #[derive(Debug, Default)]
 pub(crate) struct DebugSpan(Option<Box<Span>>);
 
 impl DebugSpan {
-    /// What is made, if anybody listens at that level at all.
+    /// Creates the span if any subscriber is interested in debug level.
     #[inline]
     pub(crate) fn open(make: impl FnOnce() -> Span) -> Self {
         if LevelFilter::current() < LevelFilter::DEBUG {

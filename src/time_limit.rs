@@ -1,4 +1,4 @@
-//! Time limits that hold by the clock of the machine.
+//! Time limits measured on the machine's clock.
 
 use std::future::Future;
 use std::pin::Pin;
@@ -6,20 +6,21 @@ use std::time::Duration;
 
 use crate::clock::Moment;
 
-/// How far tokio's clock goes at a time, where it is found to be paused.
+/// How far tokio's clock advances at a time if it is paused.
 const STEP: Duration = Duration::from_millis(1);
-/// After this time it is looked whether it is paused. Most requests are answered before.
+/// After this time, check whether tokio's clock is paused. Most requests complete sooner.
 const SUSPECT_AFTER: Duration = Duration::from_millis(2);
 
-/// The time limit of a future has passed.
+/// The time limit of a future has elapsed.
 #[derive(Debug)]
 pub(crate) struct Elapsed;
 
-/// Waits for a future until the limit has passed since `started`.
+/// Waits for a future until `limit` has passed since `started`.
 ///
-/// The clock of a tokio runtime can be paused for a test. It then jumps to the next timer whenever the runtime has nothing else to do,
-/// although a server or another thread has yet to answer. So a timer that fires too early by the clock of the machine does not count, and
-/// from then on tokio's clock goes as fast as the machine's while this waits.
+/// The clock of a tokio runtime can be paused in tests. It then jumps to the next timer whenever
+/// the runtime is idle, although a server or another thread has yet to reply. So a timer that fires
+/// too early by the machine's clock is ignored. From then on, tokio's clock advances at the speed
+/// of the machine's clock while this function waits.
 ///
 /// The caller pins the future: passed by value, it would take up space in both futures.
 pub(crate) async fn within<T>(
@@ -38,7 +39,7 @@ pub(crate) async fn within<T>(
         return Ok(done);
     }
     while !left().is_zero() {
-        // The clock does not jump while such a task runs.
+        // The clock does not jump while a blocking task is running.
         let nap = tokio::task::spawn_blocking(|| std::thread::sleep(STEP));
         tokio::select! {
             done = future.as_mut() => return Ok(done),

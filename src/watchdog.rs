@@ -1,12 +1,14 @@
-//! The watchdog of a shard: renews what is held, tells what is lost, and looks after what waits too long.
+//! The watchdog of a shard: renews held leases, reports lost ones, and rechecks waiters that are
+//! due.
 //!
 //! # Implementation details
 //!
-//! It runs on the background thread and sleeps until something is due ([`Watch`](crate::shard::Shard)). A look goes through
-//! all keys of the shard: time passes for each of them, and all leases that are due for renewal, or soon will be, go
-//! out in batches, so that a hundred thousand leases cost one look and a few hundred script calls in each tenth of their TTL.
-//! Batches do not wait for one another: one that hangs does not delay the next. Only where there are more than a server answers in
-//! time do they wait here ([`Backlog`]).
+//! The watchdog runs on the background thread and sleeps until something is due
+//! ([`Watch`](crate::shard::Shard)). Each pass goes through all keys of the shard and applies the
+//! passage of time to each. All leases that are due for renewal, or will be soon, are renewed in
+//! batches. So a hundred thousand leases cost one pass and a few hundred script calls per tenth of
+//! their TTL. Batches are independent: one that hangs does not delay the next. They only wait here
+//! if there are more than a server handles in time ([`Backlog`]).
 
 use std::sync::Arc;
 use std::time::Duration;
@@ -21,14 +23,14 @@ use crate::shard::{Backlog, Due, Entry, STRAIN_MIN, Shard};
 use crate::store::StoreError;
 use crate::telemetry::RequestKind;
 
-/// The shortest time between two looks.
+/// The shortest interval between two passes.
 const LOOK_EVERY_MIN: Duration = Duration::from_millis(1);
 
 /// Keeps the leases of a shard alive for as long as the background thread lives.
 ///
 /// # Panics
 ///
-/// If a renewal does: its leases would never be renewed again.
+/// Panics if a renewal does: its leases would never be renewed again.
 pub(crate) async fn keep_alive(shard: Arc<Shard>) {
     let mut renewals = JoinSet::new();
     let mut backlog = Backlog::new();
@@ -57,24 +59,25 @@ pub(crate) async fn keep_alive(shard: Arc<Shard>) {
     }
 }
 
-/// Waits until something is due, but not for a look before that moment.
+/// Waits until something is due, but at least until `next_look`.
 async fn due(shard: &Shard, next_look: Instant) {
     tokio::time::sleep_until(next_look).await;
     shard.watch.due().await;
 }
 
-/// How long to wait after a look that took so long: looks at many keys must leave most of the time to the renewals that they find. But no
-/// longer than the shortest TTL that was seen can bear.
+/// How long to pause after a pass: a pass over many keys must leave most of the time to the
+/// renewals it finds. The pause is limited to a fraction of the shortest TTL.
 fn pause(took: Duration, shortest: Duration) -> Duration {
     LOOK_EVERY_MIN.max((4 * took).min(shortest / 20))
 }
 
-/// A lease that is due for renewal, and the key that it is of.
+/// A lease that is due for renewal, and its key.
 type DueRenewal = Due<(Arc<Entry>, Renewal)>;
 
-/// Lets time pass for every key. Returns what is due for renewal, and the shortest TTL of all leases.
+/// Applies the passage of time to every key. Returns the leases due for renewal, and the shortest
+/// TTL of all leases.
 fn look(shard: &Arc<Shard>) -> (Vec<DueRenewal>, Duration) {
-    // First, so that what a task tells during the look is not forgotten.
+    // Reset first, so that deadlines set by tasks during the pass are kept.
     shard.watch.reset();
     let (mut all_due, mut shortest) = (Vec::new(), Duration::MAX);
     for entry in shard.entries() {
@@ -102,16 +105,17 @@ fn look(shard: &Arc<Shard>) -> (Vec<DueRenewal>, Duration) {
     (all_due, shortest)
 }
 
-/// Renews a batch and tells the queues. Returns whether the store answered for all of it in time.
+/// Renews a batch and reports the results to the queues. Returns whether the store replied for all
+/// of it in time.
 async fn renew(shard: Arc<Shard>, mut due: Vec<(Arc<Entry>, Renewal)>) -> bool {
-    // It may have waited for its turn.
+    // Leases may have been released while the batch waited for its turn.
     due.retain(|(entry, renewal)| entry.holds(renewal.cycle));
     if due.is_empty() {
         return true;
     }
     let sent_at = Moment::now();
     let batch: Vec<Renewal> = due.iter().map(|(_, renewal)| renewal.clone()).collect();
-    // A batch that hangs must leave time for another before the first lease of it ends.
+    // A batch that hangs must leave time for another attempt before its first lease ends.
     let shortest = batch.iter().map(|renewal| renewal.ttl).min().unwrap_or(shard.timeout);
     let limit = shard.timeout.min((shortest / 3).max(Duration::from_millis(10)));
     let replies = tokio::time::timeout(limit, shard.store.renew(batch, limit)).await;
@@ -122,7 +126,7 @@ async fn renew(shard: Arc<Shard>, mut due: Vec<(Arc<Entry>, Renewal)>) -> bool {
         .request(RequestKind::Renew, Moment::now().since(sent_at), replies.is_ok());
     shard.note_reach(&replies);
     if shard.note_map(&replies) {
-        // Also what was acquired since that was first noticed.
+        // This also covers leases acquired since the mismatch was first noticed.
         shard.disown();
         return true;
     }
@@ -138,9 +142,9 @@ async fn renew(shard: Arc<Shard>, mut due: Vec<(Arc<Entry>, Renewal)>) -> bool {
     for ((entry, renewal), reply) in due.into_iter().zip(replies) {
         match reply {
             Some(RenewReply::Extended { .. }) => shard.metrics.renewed.increment(1),
-            // What was given back meanwhile is not ours either, as it should be.
+            // A lease released in the meantime is reported as not ours, too. That is expected.
             Some(RenewReply::NotOurs) if entry.holds(renewal.cycle) => {
-                tracing::debug!(key = %entry.key, shard = %shard.name, "a lease is not ours any more");
+                tracing::debug!(key = %entry.key, shard = %shard.name, "a lease is no longer ours");
                 shard.metrics.renewed_not_ours.increment(1);
             }
             Some(RenewReply::NotOurs) => {}

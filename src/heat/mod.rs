@@ -2,9 +2,11 @@
 //!
 //! # Implementation details
 //!
-//! Only an acquisition that met contention costs anything: it is noted in the key's own entry ([`Heat`]), under the mutex that is held there anyway, and so
-//! without another lock. The entry hands over what it has noted to the manager's sketch ([`HotKeys`]) when it leaves
-//! the table, when it has noted much, and when somebody looks. Neither grows: the sketch has a fixed number of places.
+//! Only acquisitions that meet contention cost anything. Contention is recorded in the key's own
+//! entry ([`Heat`]), under a mutex that is held there anyway, so no further lock is needed. The
+//! entry flushes its record to the manager's sketch ([`HotKeys`]) when it leaves the table, when it
+//! has recorded enough, and when the hot keys are requested. Memory is bounded: the sketch has a
+//! fixed number of places.
 
 mod sketch;
 mod times;
@@ -20,7 +22,7 @@ use crate::clock::Moment;
 use crate::key::LockKey;
 use sketch::Sketch;
 
-/// What was noted of one key.
+/// The contention recorded for one key.
 #[derive(Debug, Clone, Default)]
 pub(crate) struct Heat {
     contended: u64,
@@ -28,25 +30,25 @@ pub(crate) struct Heat {
     waits: Waits,
 }
 
-/// How many contended requests an entry notes before it hands over.
+/// How many contended requests an entry records before it flushes them.
 const NOTED_MAX: u64 = 4096;
-/// After this time, what was counted before weighs half.
+/// The interval after which earlier counts are halved.
 const HALF_LIFE: Duration = Duration::from_secs(300);
 
 impl Heat {
-    /// A request had to wait for so long before it got the lock.
+    /// A request acquired the lock after waiting this long.
     pub(crate) fn waited(&mut self, time: Duration) {
         self.contended += 1;
         self.acquired += 1;
         self.waits.add(time);
     }
 
-    /// A request found the key held or wanted and did not get the lock.
+    /// A request found the key held or wanted and failed to acquire the lock.
     pub(crate) const fn in_vain(&mut self) {
         self.contended += 1;
     }
 
-    /// Whether it is time to hand it over.
+    /// Whether the record should be flushed.
     pub(crate) const fn is_much(&self) -> bool {
         self.contended >= NOTED_MAX
     }
@@ -64,7 +66,7 @@ struct State {
     halved_at: Moment,
 }
 
-/// What is known of a key since it has its place.
+/// What has been recorded for a key since it entered the sketch.
 #[derive(Debug, Default)]
 struct Known {
     acquired: u64,
@@ -85,7 +87,7 @@ pub(crate) struct Hot {
 }
 
 impl HotKeys {
-    /// Keeps that many keys.
+    /// Keeps at most `most` keys.
     pub(crate) fn new(most: usize) -> Self {
         Self {
             state: Mutex::new(State {
@@ -95,7 +97,7 @@ impl HotKeys {
         }
     }
 
-    /// Takes over what an entry has noted.
+    /// Adds the record of an entry.
     pub(crate) fn add(&self, shard: &Arc<str>, key: &LockKey, heat: &Heat) {
         let mut state = self.state.lock();
         let known = state.sketch.add(&(Arc::clone(shard), key.clone()), heat.contended);
@@ -103,7 +105,7 @@ impl HotKeys {
         known.waits.merge(&heat.waits);
     }
 
-    /// Time passes.
+    /// Halves all counts once per half-life.
     pub(crate) fn age(&self, now: Moment) {
         let mut state = self.state.lock();
         if now.since(state.halved_at) >= HALF_LIFE {
@@ -115,7 +117,7 @@ impl HotKeys {
         }
     }
 
-    /// All that are kept, the hottest first.
+    /// All kept keys, the hottest first.
     pub(crate) fn hottest(&self) -> Vec<Hot> {
         let state = self.state.lock();
         let mut hot: Vec<Hot> = state

@@ -1,26 +1,27 @@
-//! The keys that are contended most, found in a memory that does not grow with the number of keys.
+//! Finds the most contended keys in memory that does not grow with the number of keys.
 //!
 //! # Implementation details
 //!
-//! This is the *space-saving* algorithm (A. Metwally, D. Agrawal, A. El Abbadi: Efficient Computation of Frequent and Top-k
-//! Elements in Data Streams, ICDT 2005), with weights. A key that is kept is counted. One that is not takes the place of the key with the smallest
-//! count, and begins with that count, which is kept as the bound of its error. So a count is never too small; it is too
-//! large by no more than its error, and no error is larger than the sum of all weights divided by the number of places; and every key
-//! whose true count is larger than that quotient is kept.
+//! This is the *space-saving* algorithm with weights (A. Metwally, D. Agrawal, A. El Abbadi:
+//! Efficient Computation of Frequent and Top-k Elements in Data Streams, ICDT 2005). Kept keys are
+//! counted. A key that is not kept replaces the key with the smallest count. It starts from that
+//! count, which is also recorded as the bound of its error. So a count is never too small, and too
+//! large by at most its error. No error exceeds the sum of all weights divided by the number of
+//! places. Every key whose true count is larger than that quotient is kept.
 //!
-//! Places are in a heap, smallest count first, so that finding whom to replace costs O(log n) moves.
+//! Places are in a heap ordered by smallest count, so updating it takes O(log n) moves.
 
 use std::collections::HashMap;
 use std::hash::Hash;
 
 use foldhash::fast::RandomState;
 
-/// See the module. `V` is what is known of a key since it has its place.
+/// See the module documentation. `V` is what has been recorded for a key since it got its place.
 #[derive(Debug)]
 pub(super) struct Sketch<K, V> {
     capacity: usize,
     places: Vec<Place<K, V>>,
-    /// Indexes of places; no count is smaller than that of its parent.
+    /// A heap of indexes into `places`: no count is smaller than that of its parent.
     heap: Vec<usize>,
     index: HashMap<K, usize, RandomState>,
 }
@@ -30,7 +31,7 @@ struct Place<K, V> {
     key: K,
     count: u64,
     error: u64,
-    /// Where it is in the heap.
+    /// The position in the heap.
     at: usize,
     value: V,
 }
@@ -39,7 +40,7 @@ struct Place<K, V> {
 #[derive(Debug)]
 pub(super) struct Kept<'a, K, V> {
     pub(super) key: &'a K,
-    /// At least how often it was seen, and at most `error` too many.
+    /// An upper bound on how often the key was seen. Too large by at most `error`.
     pub(super) count: u64,
     pub(super) error: u64,
     pub(super) value: &'a V,
@@ -55,7 +56,7 @@ impl<K: Clone + Eq + Hash, V: Default> Sketch<K, V> {
         }
     }
 
-    /// The key was seen so many times. Gives what is known of it.
+    /// Adds `weight` to the count of the key. Returns its value.
     pub(super) fn add(&mut self, key: &K, weight: u64) -> &mut V {
         let place = match self.index.get(key) {
             Some(&place) => place,
@@ -93,8 +94,9 @@ impl<K: Clone + Eq + Hash, V: Default> Sketch<K, V> {
         place
     }
 
-    /// Keeps a half of every count, so that what is long past weighs little. The order stays, and so do the bounds, relative to halved true counts
-    /// (rounding down aside, by which an error is never made too small).
+    /// Halves every count, so that old contention carries little weight. The order is preserved. So
+    /// are the bounds, relative to halved true counts. Errors are rounded up, so they are never too
+    /// small.
     pub(super) fn halve(&mut self, mut each: impl FnMut(&mut V)) {
         for place in &mut self.places {
             place.count = place.count.div_ceil(2);
@@ -103,7 +105,7 @@ impl<K: Clone + Eq + Hash, V: Default> Sketch<K, V> {
         }
     }
 
-    /// All that are kept, in no order.
+    /// All kept keys in no particular order.
     pub(super) fn kept(&self) -> impl Iterator<Item = Kept<'_, K, V>> {
         self.places.iter().map(|place| Kept {
             key: &place.key,
@@ -123,7 +125,7 @@ impl<K: Clone + Eq + Hash, V: Default> Sketch<K, V> {
         self.places[self.heap[other]].at = other;
     }
 
-    /// Its count has grown.
+    /// Restores the heap after a count has grown.
     fn sink(&mut self, mut at: usize) {
         loop {
             let children = [2 * at + 1, 2 * at + 2]
@@ -140,7 +142,7 @@ impl<K: Clone + Eq + Hash, V: Default> Sketch<K, V> {
         }
     }
 
-    /// It is new, at the end.
+    /// Restores the heap after a place was added at the end.
     fn rise(&mut self, mut at: usize) {
         while at > 0 && self.count_at(at) < self.count_at((at - 1) / 2) {
             self.swap(at, (at - 1) / 2);
@@ -173,7 +175,7 @@ mod tests {
             }
             let kept: HashMap<_, _> = sketch.kept().map(|kept| (*kept.key, (kept.count, kept.error, *kept.value))).collect();
             prop_assert_eq!(kept.len(), exact.len().min(capacity));
-            // The sum of all counts is that of all weights.
+            // The sum of all counts equals the sum of all weights.
             prop_assert_eq!(kept.values().map(|&(count, ..)| count).sum::<u64>(), sum);
             let bound = sum / capacity as u64;
             for (key, &(count, error, since)) in &kept {
@@ -181,7 +183,7 @@ mod tests {
                 prop_assert!(truth <= count, "{} is below {}", count, truth);
                 prop_assert!(count - error <= truth, "{} - {} is above {}", count, error, truth);
                 prop_assert!(error <= bound, "{} is above {}", error, bound);
-                // What is known of it covers the time since it got its place.
+                // The value covers the time since the key got its place.
                 prop_assert_eq!(since, count - error);
             }
             for (key, &truth) in &exact {
@@ -195,7 +197,7 @@ mod tests {
             let mut state = seed;
             for turn in 0..20_000_u64 {
                 state = state.wrapping_mul(6_364_136_223_846_793_005).wrapping_add(1_442_695_040_888_963_407);
-                // Three keys have a fifth each; the rest is spread over a thousand.
+                // Three keys have a fifth each. The rest is spread over a thousand keys.
                 let key = if turn % 5 < 3 { turn % 5 } else { 10 + (state >> 33) % 1000 };
                 sketch.add(&key, 1);
             }

@@ -1,9 +1,10 @@
-//! How long things took, in a few hundred bytes.
+//! Histograms of durations, in a few hundred bytes.
 
 use std::sync::atomic::{AtomicU64, Ordering};
 use std::time::Duration;
 
-/// Each bucket ends at twice the end of the one before it; the first at a microsecond, the last but one at more than a minute.
+/// Each bucket ends at twice the end of the previous one: the first at a microsecond, the last but
+/// one at more than a minute.
 const BUCKETS: usize = 28;
 
 fn bucket_of(time: Duration) -> usize {
@@ -11,7 +12,8 @@ fn bucket_of(time: Duration) -> usize {
     ((u64::BITS - micros.leading_zeros()) as usize).min(BUCKETS - 1)
 }
 
-/// Where so many of all lie below, at most twice the true value; within a bucket all are taken to lie evenly.
+/// The duration below which `part` of all values lie, accurate to within a factor of two. Values
+/// are assumed to be spread evenly within a bucket.
 fn quantile(counts: &[u64; BUCKETS], part: f64) -> Duration {
     let all: u64 = counts.iter().sum();
     let wanted = part * all as f64;
@@ -28,7 +30,7 @@ fn quantile(counts: &[u64; BUCKETS], part: f64) -> Duration {
     Duration::ZERO
 }
 
-/// Times of one owner.
+/// A histogram with a single owner.
 #[derive(Debug, Clone, Default)]
 pub(crate) struct Waits {
     counts: [u32; BUCKETS],
@@ -56,7 +58,7 @@ impl Waits {
         }
     }
 
-    /// The time below which this part of all lies; never above the longest.
+    /// The duration below which `part` of all values lie. At most the maximum.
     pub(super) fn quantile(&self, part: f64) -> Duration {
         quantile(&self.counts.map(u64::from), part).min(self.max)
     }
@@ -66,7 +68,7 @@ impl Waits {
     }
 }
 
-/// Times that many threads add to.
+/// A histogram that many threads add to.
 #[derive(Debug, Default)]
 pub(crate) struct Times([AtomicU64; BUCKETS]);
 
@@ -75,7 +77,7 @@ impl Times {
         self.0[bucket_of(time)].fetch_add(1, Ordering::Relaxed);
     }
 
-    /// The time below which this part of all lies; zero if there is none.
+    /// The duration below which `part` of all values lie. Zero if there are none.
     pub(crate) fn quantile(&self, part: f64) -> Duration {
         quantile(
             &std::array::from_fn(|bucket| self.0[bucket].load(Ordering::Relaxed)),

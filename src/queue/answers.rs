@@ -1,4 +1,4 @@
-//! What the store says: replies, failures and pushes.
+//! Events from the store: replies, failures and pushes.
 
 use super::Queue;
 use super::effect::Effects;
@@ -9,7 +9,7 @@ use crate::error::LockError;
 use crate::protocol::{AcquireReply, Answer, Cycle, Grant, ReleaseReply};
 
 impl<W> Queue<W> {
-    /// The reply to an acquire came.
+    /// The reply to an acquire arrived.
     pub(crate) fn replied(&mut self, cycle: Cycle, answer: Answer<AcquireReply>, cx: Context<'_>) -> Effects<W> {
         let mut effects = Effects::none();
         match &mut self.phase {
@@ -18,7 +18,7 @@ impl<W> Queue<W> {
                 self.answered(answer, cx, &mut effects);
             }
             Phase::Held(held) if held.lease.cycle == cycle && held.extending => self.extended(answer, cx, &mut effects),
-            // Nobody waits for it any more; whatever it left in the store goes.
+            // No waiter is left for this cycle. Clean up whatever it left in the store.
             _ => match answer.reply {
                 AcquireReply::Granted { .. } | AcquireReply::Queued(_) => effects.abandon(cycle),
                 AcquireReply::Taken | AcquireReply::Busy => {}
@@ -27,7 +27,7 @@ impl<W> Queue<W> {
         effects
     }
 
-    /// The reply to a release came.
+    /// The reply to a release arrived.
     pub(crate) fn released_remotely(
         &mut self,
         cycle: Cycle,
@@ -64,7 +64,8 @@ impl<W> Queue<W> {
         effects
     }
 
-    /// A request failed, or had no reply in time: what it did is unknown. Waiters that depend on it are told, but for those that bear an `outage`.
+    /// A request failed or timed out, so its effect is unknown. Waiters that depend on it fail,
+    /// except those that tolerate an `outage`.
     pub(crate) fn failed(
         &mut self,
         cycle: Cycle,
@@ -92,7 +93,7 @@ impl<W> Queue<W> {
                 held.in_doubt = true;
                 if held.guard().is_none() {
                     self.suffer(error, outage, cx, &mut effects);
-                    // It has no token for those who are left: they begin anew.
+                    // There is no token for the remaining waiters; a new cycle serves them.
                     self.trouble = None;
                     self.release(cycle, cx, &mut effects);
                 }
@@ -107,8 +108,8 @@ impl<W> Queue<W> {
         effects
     }
 
-    /// The task that carried a request out went away before the reply came. Where others wait, the request is sent
-    /// again: the store takes two requests of one cycle for one.
+    /// The task that executed a request was cancelled before the reply arrived. If other waiters
+    /// are left, the request is sent again: the store treats two requests of one cycle as one.
     pub(crate) fn dropped(&mut self, cycle: Cycle, cx: Context<'_>) -> Effects<W> {
         let mut effects = Effects::none();
         match &mut self.phase {
@@ -142,11 +143,13 @@ impl<W> Queue<W> {
 
     /// A grant was pushed.
     ///
-    /// 1. Its cycle must be the current one; otherwise that cycle is released.
-    /// 2. Its tokens must be above the mark of the last "queued" reply, otherwise it is an old grant that ran out. A grant
-    ///    that overtakes that reply waits for it.
-    /// 3. Validity counts from the sending of the request that got the "queued" reply, since the grant was made after it. Where
-    ///    less than half of the TTL is left by that count, the store is asked again.
+    /// 1. Its cycle must be the current one. If not, the granted cycle is released.
+    /// 2. Its tokens must be above the enqueue mark of the last "queued" reply. If not, it is an
+    ///    old grant that has expired. A grant that overtakes the reply is kept until the reply
+    ///    arrives.
+    /// 3. Validity counts from when the request that got the "queued" reply was sent, because the
+    ///    grant was made after that. If at most half of the TTL is left by that count, the acquire
+    ///    is sent again.
     pub(crate) fn granted(&mut self, grant: Grant, cx: Context<'_>) -> Effects<W> {
         let mut effects = Effects::none();
         match &mut self.phase {
@@ -162,7 +165,7 @@ impl<W> Queue<W> {
                 let (mark, asked_at) = (queued.mark, queued.asked_at);
                 self.enter(grant, mark, asked_at, cx, &mut effects);
             }
-            // Its mark is not known, so only a reply can say whether it counts.
+            // The enqueue mark is unknown, so only a reply can confirm the grant.
             Phase::Retrying { cycle, .. } if *cycle == grant.cycle => self.ask_again(&mut effects),
             Phase::Held(held) if held.lease.cycle == grant.cycle => {}
             Phase::Releasing { cycle, .. } if *cycle == grant.cycle => {}
@@ -174,13 +177,14 @@ impl<W> Queue<W> {
         effects
     }
 
-    /// The store says that it may be the turn of a cycle: it asks again, and nothing but the reply makes it the holder.
+    /// The store reports that the cycle may be at the head of its queue. The acquire is sent again,
+    /// and only the reply to it makes the manager the holder.
     pub(crate) fn turn(&mut self, cycle: Cycle) -> Effects<W> {
         let mut effects = Effects::none();
         match &mut self.phase {
             Phase::Queued(queued) if queued.cycle == cycle => self.ask_again(&mut effects),
             Phase::Retrying { cycle: current, .. } if *current == cycle => self.ask_again(&mut effects),
-            // It may have been executed before the turn came.
+            // The request in flight may have been executed before the turn came.
             Phase::Asking(asking) if asking.cycle == cycle => asking.missed_pushes = true,
             Phase::Held(held) if held.lease.cycle == cycle => {}
             Phase::Releasing { cycle: current, .. } if *current == cycle => {}
@@ -189,8 +193,9 @@ impl<W> Queue<W> {
         effects
     }
 
-    /// Somebody began to wait for what we hold. Where it is only kept, it is given back at once. A cycle that is over holds it only because a request that was
-    /// given up long ago was executed late; it is released.
+    /// A remote waiter began to wait for what we hold. A lingering lease is released at once. A
+    /// cycle that is over can only hold the lease because a request given up long ago was executed
+    /// late; it is released too.
     pub(crate) fn wanted(&mut self, cycle: Cycle, cx: Context<'_>) -> Effects<W> {
         let mut effects = Effects::none();
         let is_current = self.is_current(cycle);
@@ -203,7 +208,8 @@ impl<W> Queue<W> {
         effects
     }
 
-    /// Pushes may have been missed: whoever waits in the store's queue asks again. And the store may have forgotten a lease: a renewal says so.
+    /// Pushes may have been missed, so a manager waiting in the store's queue sends its acquire
+    /// again. The store may also have lost a lease; a renewal finds out.
     pub(crate) fn resubscribed(&mut self, cx: Context<'_>) -> Effects<W> {
         let mut effects = Effects::none();
         match &mut self.phase {

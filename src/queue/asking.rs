@@ -1,4 +1,4 @@
-//! The steps from a wish to a lease.
+//! The steps from the first waiter to the lease.
 
 use std::time::Duration;
 
@@ -11,21 +11,23 @@ use super::{BLOCK_MAX, BLOCK_MIN, Queue};
 use crate::clock::Moment;
 use crate::protocol::{AcquireReply, Answer, Ask, Cycle, Grant, Place};
 
-/// After how many replies that came later than the lease lasts the waiters are told.
+/// How many replies may arrive after the lease has expired before the waiters fail.
 const TOO_LATE_MAX: u32 = 3;
-/// How long after the end of the owner's lease the first in the queue looks again, and by how much more each further one.
+/// How long after the expiry of the owner's lease the head of the queue asks again. Each position
+/// further back adds the same amount.
 const SPREAD: Duration = Duration::from_millis(2);
-/// How often the first in the queue looks at an owner who will not tell us of its release.
+/// How often the head of the queue checks on a foreign owner, which does not notify us when it
+/// releases.
 const FOREIGN_OWNER_LOOK: Duration = Duration::from_millis(400);
-/// How often a cycle asks again whose grant would not reach this manager. The script leaves it a
-/// second when it is its turn.
+/// How often a cycle asks again if grants cannot reach this manager. When its turn comes, the
+/// script reserves the lease for it for one second.
 const UNREACHED_LOOK: Duration = Duration::from_millis(250);
-/// The longest time between two looks at the store while waiting: whoever holds the key next, and dies, may have a lease that is shorter than the one
-/// seen last; and each look keeps the store's queue.
+/// The longest interval between two acquires while queued. The next holder may die with a shorter
+/// lease than the one last seen, and each acquire keeps the store's queue from expiring.
 const LOOK_MAX: Duration = Duration::from_secs(10);
 
 impl<W> Queue<W> {
-    /// Opens a cycle for the first waiter, if there is one.
+    /// Starts a cycle for the first waiter, if there is one.
     pub(super) fn ask(&mut self, cx: Context<'_>, effects: &mut Effects<W>) {
         let Some(first) = self.waiters.first().and_then(|id| self.waiters.get(id)) else {
             return;
@@ -35,11 +37,11 @@ impl<W> Queue<W> {
             (false, true) => Ask::Join,
             (false, false) => Ask::Free,
         };
-        // A try can't be queued, so the owner that it may become has to be told of rivals.
+        // A try cannot be queued, so as an owner it needs notifications of remote waiters.
         self.ask_as(ask, ask == Ask::Join, cx, effects);
     }
 
-    /// Opens a cycle.
+    /// Starts a cycle.
     pub(super) fn ask_as(&mut self, ask: Ask, expects_rivals: bool, cx: Context<'_>, effects: &mut Effects<W>) {
         self.take_ttl_of_first();
         let cycle = cx.open_cycle(expects_rivals, self.ttl);
@@ -49,7 +51,8 @@ impl<W> Queue<W> {
         effects.request(request);
     }
 
-    /// Sends the acquire of the current cycle again. For a try it stays one: it must not join the store's queue.
+    /// Sends the acquire of the current cycle again. A try remains a try: it must not join the
+    /// store's queue.
     pub(super) fn ask_again(&mut self, effects: &mut Effects<W>) {
         let first = self.waiters.first().and_then(|id| self.waiters.get(id));
         let ask = if first.is_some_and(|first| first.want.only_try) {
@@ -70,7 +73,7 @@ impl<W> Queue<W> {
         effects.request(request);
     }
 
-    /// A lease lasts as long as the first waiter asked for.
+    /// The lease gets the TTL requested by the first waiter.
     pub(super) fn take_ttl_of_first(&mut self) {
         if let Some(first) = self.waiters.first().and_then(|id| self.waiters.get(id)) {
             self.ttl = first.want.ttl;
@@ -84,7 +87,8 @@ impl<W> Queue<W> {
             .first()
             .and_then(|id| self.waiters.get(id))
             .is_some_and(|first| !first.want.linger.is_none());
-        // A block of one where nobody else waits, unless the lease is to be kept for those who come later.
+        // One token is enough if no other task waits, unless the lease is to linger for later
+        // tasks.
         let tokens = match self.waiters.len() as u64 {
             0 | 1 if lingers => BLOCK_MIN,
             0 | 1 => 1,
@@ -98,13 +102,13 @@ impl<W> Queue<W> {
         }
     }
 
-    /// The reply to the acquire that [`Phase::Asking`] waits for.
+    /// Handles the reply to the acquire that [`Phase::Asking`] waits for.
     pub(super) fn answered(&mut self, answer: Answer<AcquireReply>, cx: Context<'_>, effects: &mut Effects<W>) {
         let Phase::Asking(asking) = &mut self.phase else { return };
         let (cycle, ask, was_queued) = (asking.cycle, asking.ask, asking.was_queued || asking.early.is_some());
         match answer.reply {
             AcquireReply::Granted { tokens, .. } if tokens.first() <= answer.floor && ask == Ask::Free => {
-                // The counter was lost; the script raises it.
+                // The counter was lost. The script raises it.
                 self.ask_again(effects);
             }
             AcquireReply::Granted { tokens, .. } if tokens.first() <= answer.floor => {
@@ -121,7 +125,7 @@ impl<W> Queue<W> {
             }
             AcquireReply::Queued(place) => self.queued(answer.sent_at, place, cx, effects),
             AcquireReply::Taken => {
-                // That cycle left nothing behind. The next expects rivals: there is one.
+                // The cycle left nothing behind in the store. The next one expects remote waiters.
                 self.rivals_seen = true;
                 self.phase = Phase::Idle;
                 self.ask(cx, effects);
@@ -169,7 +173,7 @@ impl<W> Queue<W> {
         }
     }
 
-    /// A grant for the queued cycle: rules 2 and 3.
+    /// Applies rules 2 and 3 to a grant for the queued cycle.
     pub(super) fn enter(
         &mut self,
         grant: Grant,
@@ -198,7 +202,7 @@ impl<W> Queue<W> {
         self.hold(grant.cycle, grant.tokens, ttl, asked_at, Path::RemoteGrant, cx, effects);
     }
 
-    /// The reply says that the lease is ours, but its time has passed on the way.
+    /// The reply grants the lease, but it expired in transit.
     pub(super) fn come_too_late(&mut self, cycle: Cycle, effects: &mut Effects<W>) {
         let Phase::Asking(asking) = &mut self.phase else { return };
         asking.too_late += 1;

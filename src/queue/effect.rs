@@ -1,4 +1,4 @@
-//! What the queue of a key wants done.
+//! What the queue of a key asks its caller to do.
 
 use std::sync::Arc;
 use std::time::Duration;
@@ -7,38 +7,41 @@ use crate::error::LossReason;
 use crate::lease::Lease;
 use crate::protocol::{Ask, Cycle};
 
-/// What an event led to. The queue has already taken it into account; the shard only has to carry it out.
+/// The result of an event. The queue has already updated its own state; the shard has to carry out
+/// the rest.
 #[derive(Debug)]
 #[must_use = "an effect that is not carried out strands a waiter or a lease"]
 pub(crate) struct Effects<W> {
-    /// The next request for this key. There is never more than one on its way.
+    /// The next request for this key. At most one is in flight at a time.
     pub(crate) request: Option<Request>,
-    /// The waiters whose outcome is there to be collected.
+    /// The waiters whose outcome can be collected.
     pub(crate) wake: Wake<W>,
-    /// The waker of a waiter that does not need it, to be dropped. Dropping a waker runs foreign code, as calling it does.
+    /// A waker that is no longer needed and must be dropped outside the mutex. Like calling a
+    /// waker, dropping it runs foreign code.
     pub(crate) discarded: Option<W>,
-    /// A tenure of the lease ended; it served so many guards.
+    /// A hold of the lease ended. The value is the number of guards it served.
     pub(crate) served: Option<u32>,
-    /// The lease was given up for another process while local waiters were left, since that bound was reached.
+    /// The lease was passed to another process while local waiters were left, because this bound
+    /// was reached.
     pub(crate) yielded: Option<Bound>,
-    /// What few events lead to, so that the effects of the others are small enough to be moved without a call.
+    /// Effects of few events, boxed so that `Effects` is small enough to be moved without a call.
     pub(crate) rare: Option<Box<Rare>>,
 }
 
-/// The part of [`Effects`] that few events have.
+/// The part of [`Effects`] that few events need.
 #[derive(Debug, Default)]
 pub(crate) struct Rare {
-    /// Cycles that are over, of which the store may still know something: release them in the background.
+    /// Cycles that are over but that the store may still know. Release them in the background.
     pub(crate) abandoned: [Option<Cycle>; 2],
-    /// A lease that has ended. It is invalid already; the tasks that wait for its loss must be notified.
+    /// A lease that ended. It is already invalid; tasks that wait for its loss must be notified.
     pub(crate) ended: Option<Arc<Lease>>,
-    /// A guard has lost its lease, and why.
+    /// The reason why a guard lost its lease.
     pub(crate) lost: Option<LossReason>,
-    /// A grant was of no use: its cycle was over, or it had run out.
+    /// A grant was stale: its cycle was over, or the grant had expired.
     pub(crate) stale_grant: bool,
 }
 
-/// What bounds the bypass of other processes.
+/// A bound on the bypass of other processes.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub(crate) enum Bound {
     Burst,
@@ -46,10 +49,10 @@ pub(crate) enum Bound {
 }
 
 impl Bound {
-    /// In the order of their numbers.
+    /// Ordered by discriminant.
     pub(crate) const ALL: [Self; 2] = [Self::Burst, Self::Slice];
 
-    /// The name of its setting.
+    /// The name of the setting.
     pub(crate) const fn as_str(self) -> &'static str {
         match self {
             Self::Burst => "max_burst",
@@ -58,28 +61,29 @@ impl Bound {
     }
 }
 
-/// A request for the key, to be answered by [`Queue::replied`](super::Queue::replied),
-/// [`Queue::released_remotely`](super::Queue::released_remotely) or [`Queue::failed`](super::Queue::failed).
+/// A request for the key. Its result is reported with [`Queue::replied`](super::Queue::replied),
+/// [`Queue::released_remotely`](super::Queue::released_remotely) or
+/// [`Queue::failed`](super::Queue::failed).
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub(crate) enum Request {
-    /// Ask for the lease, or for more time and tokens under it.
+    /// Acquire the lease, or extend it and reserve more tokens.
     Acquire {
         cycle: Cycle,
         ask: Ask,
         ttl: Duration,
         tokens: u32,
     },
-    /// Give the lease or the place in the queue back; where `requeue` is set, join the tail with that cycle first.
+    /// Release the lease or leave the queue. If `requeue` is set, that cycle first joins the tail.
     Release {
         cycle: Cycle,
         requeue: Option<Cycle>,
-        /// Whether nobody is known to wait in the store.
+        /// Whether no waiter is known in the store.
         nobody_waits: bool,
         tokens: u32,
     },
 }
 
-/// None, one or many waiters; one without an allocation.
+/// Zero, one or many waiters. One needs no allocation.
 #[derive(Debug)]
 pub(crate) enum Wake<W> {
     None,

@@ -1,4 +1,4 @@
-//! The steps from a lease to its end: serving waiters, passing it on, giving it back, losing it.
+//! The steps from the lease to its end: serving waiters, passing it on, releasing it, losing it.
 
 use std::sync::Arc;
 use std::time::Duration;
@@ -15,7 +15,7 @@ use crate::lease::Lease;
 use crate::protocol::{AcquireReply, Answer, Ask, Cycle};
 
 impl<W> Queue<W> {
-    /// The lease is ours, counted from `sent_at`.
+    /// The lease is ours. Validity counts from `sent_at`.
     #[expect(
         clippy::too_many_arguments,
         reason = "the parts of one fact, named at both call sites"
@@ -34,7 +34,8 @@ impl<W> Queue<W> {
         if valid_until <= cx.now {
             return self.come_too_late(cycle, effects);
         }
-        // The owner of an odd cycle is not told of rivals, so it reckons with them.
+        // The owner of an odd cycle is not notified of remote waiters, so it assumes that there are
+        // some.
         let rivals = self.rivals_seen || cycle.expects_rivals();
         self.phase = Phase::Held(Held {
             lease: Arc::new(Lease::new(cycle, valid_until, ttl)),
@@ -59,7 +60,7 @@ impl<W> Queue<W> {
         self.serve(path, cx, effects);
     }
 
-    /// The reply to an acquire that extends the lease we hold.
+    /// Handles the reply to an acquire that extends our lease.
     pub(super) fn extended(&mut self, answer: Answer<AcquireReply>, cx: Context<'_>, effects: &mut Effects<W>) {
         let Phase::Held(held) = &mut self.phase else { return };
         held.extending = false;
@@ -78,7 +79,7 @@ impl<W> Queue<W> {
                     .extend(answer.sent_at + answer.ttl - drift(answer.ttl), answer.ttl);
                 held.used_in_a_round_trip = held.left_when_asked.saturating_sub(held.tokens.remaining());
                 held.confirm(self.asked_in, answer.sent_at, answer.ttl, cx);
-                // For the next guard that is enough, however long the answer took.
+                // This confirmation suffices for the next guard, no matter how long the reply took.
                 held.confirmed_until = held.confirmed_until.max(cx.now);
                 held.add_tokens(tokens);
                 if matches!(held.tenant, Tenant::Nobody) {
@@ -90,8 +91,8 @@ impl<W> Queue<W> {
                     self.meet_rivals(cx, effects);
                 }
             }
-            // The lease was gone, and somebody else may have had it since. Where the store takes it again for this cycle, or lets it wait, it is
-            // given back.
+            // The lease was gone, and another manager may have held the key since. If the store
+            // granted it to this cycle again or queued the cycle, the abandoned cycle is released.
             _ => {
                 let cycle = held.lease.cycle;
                 self.lose(LossReason::Taken, cx, effects);
@@ -100,7 +101,7 @@ impl<W> Queue<W> {
         }
     }
 
-    /// Others wait for what we hold. What is only kept is theirs.
+    /// Other managers wait for what we hold. A lingering lease is released to them.
     pub(super) fn meet_rivals(&mut self, cx: Context<'_>, effects: &mut Effects<W>) {
         let Phase::Held(held) = &mut self.phase else { return };
         held.meet_rivals(cx.now);
@@ -108,7 +109,8 @@ impl<W> Queue<W> {
         self.end_linger(cx, effects);
     }
 
-    /// The holder is gone: the next local waiter, another process, or nobody, in which case the lease may be kept for a while.
+    /// The guard is gone. The lease goes to the next local waiter or to another process, or
+    /// lingers, or is released.
     pub(super) fn pass_on(&mut self, cx: Context<'_>, effects: &mut Effects<W>) {
         let Phase::Held(held) = &mut self.phase else { return };
         held.tenant = Tenant::Nobody;
@@ -116,7 +118,8 @@ impl<W> Queue<W> {
             return self.linger(cx, effects);
         }
         if held.extending && (self.waiters.is_empty() || held.must_yield(cx)) {
-            // Its reply has to come first, or it could take the lease again after the release.
+            // An extension is in flight. Wait for its reply, or it could acquire the lease again
+            // after the release.
             return;
         }
         let cycle = held.lease.cycle;
@@ -124,7 +127,7 @@ impl<W> Queue<W> {
             return self.release(cycle, cx, effects);
         }
         if let Some(bound) = held.reached_bound(cx) {
-            // A try that waits for an extension must not wait for others as well.
+            // A try that waits for an extension must not wait for other managers as well.
             self.refuse_tries(effects);
             if self.waiters.is_empty() {
                 return self.release(cycle, cx, effects);
@@ -135,7 +138,8 @@ impl<W> Queue<W> {
         self.serve(Path::LocalHandOff, cx, effects);
     }
 
-    /// Keeps the lease for the next task of this process. Sees to it that there are tokens for some of them: they are to need no message.
+    /// Keeps the lease for the next local task. Reserves tokens in advance, so that later
+    /// acquisitions need no message.
     fn linger(&mut self, cx: Context<'_>, effects: &mut Effects<W>) {
         let Phase::Held(held) = &mut self.phase else { return };
         let until = cx.now + held.linger.time();
@@ -145,18 +149,18 @@ impl<W> Queue<W> {
         }
     }
 
-    /// A task wants what is kept.
+    /// A task wants the lingering lease.
     pub(super) fn resume(&mut self, cx: Context<'_>, effects: &mut Effects<W>) {
         let Phase::Held(held) = &mut self.phase else { return };
         if held.lease.loss_at(cx.now).is_some() {
-            // Nobody noticed yet that its time has passed, and somebody else may have the key.
+            // The lease expired unnoticed, and another manager may have the key.
             return self.lose(LossReason::Expired, cx, effects);
         }
         held.tenant = Tenant::Nobody;
         self.serve(Path::Lingering, cx, effects);
     }
 
-    /// What is kept, if it is, is given back.
+    /// Releases the lease if it is lingering.
     pub(super) fn end_linger(&mut self, cx: Context<'_>, effects: &mut Effects<W>) {
         let Phase::Held(held) = &mut self.phase else { return };
         if held.lingers_until().is_some() {
@@ -168,14 +172,15 @@ impl<W> Queue<W> {
         }
     }
 
-    /// Gives the lease, which nobody has, to the first waiter.
+    /// Serves the first waiter from a lease that has no guard.
     pub(super) fn serve(&mut self, path: Path, cx: Context<'_>, effects: &mut Effects<W>) {
         let Some(id) = self.waiters.first() else {
             return self.pass_on(cx, effects);
         };
         let waiting = self.waiters.len();
         let Phase::Held(held) = &mut self.phase else { return };
-        // Renewals keep the validity near the whole TTL; where it is short, they fail, and the lease is not worth passing on.
+        // Renewals keep the validity close to the full TTL. If little is left, renewals are failing
+        // and the lease should not be passed on.
         let long_enough = held.lease.remaining(cx.now) * 4 >= self.ttl;
         let is_older = matches!(path, Path::LocalHandOff | Path::Lingering);
         let is_good = !is_older || long_enough && held.is_confirmed(cx);
@@ -206,7 +211,7 @@ impl<W> Queue<W> {
         self.settle(id, outcome, effects);
     }
 
-    /// Asks for more time and tokens under the lease that is ours.
+    /// Requests more time and tokens under our lease.
     pub(super) fn extend(&mut self, cx: Context<'_>, effects: &mut Effects<W>) {
         let waiting = self.waiters.len() as u64;
         let Phase::Held(held) = &mut self.phase else { return };
@@ -256,14 +261,15 @@ impl<W> Queue<W> {
         });
     }
 
-    /// An extension whose reply never came may execute after the release that is sent now: the release is repeated.
+    /// An extension without a reply may execute after the release that is sent now, so the release
+    /// must be repeated.
     pub(super) fn settle_doubt(&self, cycle: Cycle, effects: &mut Effects<W>) {
         if matches!(&self.phase, Phase::Held(Held { in_doubt: true, .. })) {
             effects.abandon(cycle);
         }
     }
 
-    /// The lease is lost. The guard under it, if any, is an orphan from now on; whoever waits starts anew.
+    /// The lease is lost. A guard that is out keeps only its lost lease, and waiters start over.
     pub(super) fn lose(&mut self, reason: LossReason, cx: Context<'_>, effects: &mut Effects<W>) {
         let Phase::Held(held) = &mut self.phase else { return };
         held.lease.lose(reason);
@@ -276,14 +282,17 @@ impl<W> Queue<W> {
         if is_out {
             effects.rare().lost = Some(reason);
         }
-        // A guard that is out gives the lease back when it goes; without one nobody would. The store may still have it: it was held for too
-        // long, or a renewal was executed whose reply never came. An extension may even execute yet, and take the key or a place in the
-        // queue for a cycle that nobody knows any more. And where the store has lost the lease, the release lets it serve those who wait there.
+        // An outstanding guard releases the lease when it is dropped. Without one, schedule the
+        // release: the store may still have the lease, because it was held for too long or a
+        // renewal without a reply was executed. An extension in flight may still acquire the key,
+        // or a place in the queue, for this dead cycle. If the store has lost the lease, the
+        // release makes it serve its waiters.
         if !is_out || held.extending || held.in_doubt || reason == LossReason::Taken {
             effects.abandon(held.lease.cycle);
         }
         if let Some(id) = holder.and_then(|holder| holder.waiter) {
-            // It has not collected its guard yet, and would get a lost one: it is the first to wait again.
+            // The waiter has not collected its guard yet and would get a lost one. It returns to
+            // the front.
             if let Some(waiter) = self.waiters.get_mut(id) {
                 waiter.outcome = None;
             }
@@ -295,8 +304,8 @@ impl<W> Queue<W> {
         self.ask(cx, effects);
     }
 
-    /// The shard belongs to managers with another shard map by now: a lease there excludes none of them, nor does a grant from those that
-    /// have not noticed yet.
+    /// The shard now belongs to managers with another shard map. A lease there no longer excludes
+    /// them, nor does a grant from managers that have not noticed the change yet.
     pub(crate) fn disown(&mut self, cx: Context<'_>) -> Effects<W> {
         let mut effects = Effects::none();
         match &self.phase {
@@ -307,7 +316,7 @@ impl<W> Queue<W> {
         effects
     }
 
-    /// Says how many guards the lease has served, which ends now, if there is one.
+    /// Reports how many guards the lease has served, if one is held.
     pub(super) const fn end_tenure(&self, effects: &mut Effects<W>) {
         if let Phase::Held(held) = &self.phase {
             effects.served = Some(held.served_in_all);
@@ -320,7 +329,7 @@ impl<W> Queue<W> {
         }
     }
 
-    /// The tries at the head of the line find the key wanted by others.
+    /// Fails the tries at the front of the line, because other managers want the key.
     pub(super) fn refuse_tries(&mut self, effects: &mut Effects<W>) {
         while let Some(id) = self.waiters.first()
             && self.waiters.get(id).is_some_and(|waiter| waiter.want.only_try)
@@ -329,7 +338,7 @@ impl<W> Queue<W> {
         }
     }
 
-    /// Takes a waiter out of the line and tells it.
+    /// Takes a waiter out of the line and sets its outcome.
     pub(super) fn settle(&mut self, id: WaiterId, outcome: Outcome, effects: &mut Effects<W>) {
         self.waiters.detach(id);
         if let Some(waiter) = self.waiters.get_mut(id) {

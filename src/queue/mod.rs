@@ -2,25 +2,28 @@
 //!
 //! # Implementation details
 //!
-//! Events come in as method calls (a task wants the key, gives up, releases; a reply, a grant, a renewal came; time
-//! passed), effects come out ([`Effects`]: a request to send, cycles to clean up, waiters to wake). Nothing in here reads
-//! a clock, knows a task or talks to a store, so that the same code runs in the product, in the exhaustive tests and in the
-//! simulation. No waker and no notifier is called or dropped in here, since the caller holds the mutex of the key: wakers
-//! leave through the effects, to be called or dropped after the mutex is released.
+//! Events arrive as method calls: a task enqueues, cancels or releases; a reply, a grant or a
+//! renewal arrives; time passes. Each call returns [`Effects`]: a request to send, cycles to clean
+//! up, waiters to wake. The queue reads no clock, knows no tasks and talks to no store, so the same
+//! code runs in production, in the exhaustive tests and in the simulation. It never calls or drops
+//! a waker or a notifier, because the caller holds the mutex of the key. Wakers leave through the
+//! effects and are called or dropped after the mutex is released.
 //!
-//! A manager is at most one contender for a key: however many tasks wait, one *cycle* stands in the store's queue. When
-//! the lease is there, local waiters get it one after the other, in the order in which they came, each with a token of
-//! its own from the block that came with the lease. Once remote waiters are known, that goes on for `max_burst` guards or
-//! `max_slice`, whichever ends first; then the lease is released and the process joins the tail of the store's queue in the same
-//! request, so that bypass is bounded.
+//! A manager is at most one contender for a key: regardless of how many tasks wait, a single
+//! *cycle* represents them in the store's queue. Once the manager has the lease, local waiters are
+//! served in FIFO order. Each gets its own token from the block that came with the lease. When
+//! remote waiters are known, local hand-offs continue for at most `max_burst` guards or
+//! `max_slice`, whichever ends first. The lease is then released, and the same request enqueues the
+//! manager at the tail of the store's queue. This bounds bypass.
 //!
-//! At most one request for the key is on its way at any time, the renewals of the watchdog aside, which take nothing
-//! that is not ours. Its reply is told by [`Queue::replied`] or [`Queue::released_remotely`], and where there will be none, by
-//! [`Queue::failed`] or [`Queue::dropped`]. A request that failed since the store can't be reached is repeated while a waiter is left that bears
-//! that (`outage`). After those the store may know of cycles that are over; they are *abandoned*: released in the
-//! background until an answer comes.
+//! At most one request for the key is in flight at any time. Renewals by the watchdog do not count:
+//! they only extend what is already ours. The caller reports the reply with [`Queue::replied`] or
+//! [`Queue::released_remotely`], and the lack of one with [`Queue::failed`] or [`Queue::dropped`].
+//! If a request fails because the store is unreachable, it is retried while any waiter tolerates
+//! the outage (see `outage`). After a missing reply the store may still know cycles that are over.
+//! These are *abandoned*: released in the background until the store confirms.
 //!
-//! Who may enter when a grant is pushed is decided by three rules, all in [`Queue::granted`].
+//! Three rules decide whether a pushed grant makes the manager the holder. See [`Queue::granted`].
 
 mod answers;
 mod asking;
@@ -53,14 +56,15 @@ use outage::Trouble;
 use phase::{Held, Phase, Queued, Tenant};
 use waiters::Waiters;
 
-/// Bounds for the size of a block of tokens.
+/// Bounds on the size of a token block.
 const BLOCK_MIN: u64 = 64;
 const BLOCK_MAX: u64 = 1 << 16;
-/// What an extension brings at least where the lease is kept: a message for every thousand locks is none.
+/// The minimum number of tokens that an extension of a lingering lease reserves. One message per
+/// thousand acquisitions is negligible.
 const BLOCK_LINGERING: u64 = 1024;
 
-/// What must be taken off a TTL because two clocks do not run equally fast, and for the granularity of timers: the
-/// allowance of the Redlock description, 1 % and 2 ms.
+/// The safety margin subtracted from a TTL for clock drift and timer granularity: 1 % plus 2 ms, as
+/// in the Redlock specification.
 pub(crate) fn drift(ttl: Duration) -> Duration {
     ttl / 100 + Duration::from_millis(2)
 }
@@ -69,27 +73,28 @@ pub(crate) fn drift(ttl: Duration) -> Duration {
 struct Waiter<W> {
     want: Want,
     since: Moment,
-    /// How to tell the waiter that its outcome is there. Taken when it is told.
+    /// Wakes the waiter when its outcome is available. Taken at that point.
     waker: Option<W>,
     outcome: Option<Outcome>,
 }
 
-/// The queue of one key. `W` is what wakes a waiter.
+/// The queue of one key. `W` is the type of a waker.
 #[derive(Debug)]
 pub(crate) struct Queue<W> {
     phase: Phase,
     waiters: Waiters<Waiter<W>>,
-    /// The TTL of the next request: that of the waiter which is or was first.
+    /// The TTL of the next request: that of the first waiter, or of the last one that was first.
     ttl: Duration,
-    /// The epoch in which the request under way, or the last one, was made.
+    /// The epoch in which the current or most recent request was made.
     asked_in: u32,
-    /// Set while requests of this key fail since the store can't be reached.
+    /// Set while requests for this key fail because the store is unreachable.
     trouble: Option<Box<Trouble>>,
-    /// Whether remote waiters were seen in the last tenure, so that the free path is not worth a try.
+    /// Whether remote waiters were seen during the last hold, in which case the fast path is
+    /// skipped.
     rivals_seen: bool,
-    /// Set by a shutdown: whoever still comes is refused.
+    /// Set on shutdown: new waiters are refused.
     closed: bool,
-    /// Set when nobody will want the key any more: a lease that has no guard is given back at once.
+    /// Set when no task can want the key any more: a lease without a guard is released at once.
     keeps_nothing: bool,
 }
 
@@ -107,7 +112,7 @@ impl<W> Queue<W> {
         }
     }
 
-    /// Whether nothing would be lost if this were thrown away.
+    /// Whether this queue can be discarded without losing anything.
     pub(crate) fn is_unused(&self) -> bool {
         matches!(self.phase, Phase::Idle) && self.waiters.is_unused()
     }
@@ -117,7 +122,7 @@ impl<W> Queue<W> {
         matches!(self.phase, Phase::Held(_))
     }
 
-    /// Whether the reply to a request decides on what follows.
+    /// Whether a request is in flight whose reply determines what happens next.
     pub(crate) const fn awaits_store(&self) -> bool {
         match &self.phase {
             Phase::Asking(_) | Phase::Releasing { .. } => true,
@@ -126,12 +131,12 @@ impl<W> Queue<W> {
         }
     }
 
-    /// The TTL that the lease is renewed with.
+    /// The TTL used to renew the lease.
     pub(crate) const fn ttl(&self) -> Duration {
         self.ttl
     }
 
-    /// Whether that cycle is under way here: asked for, queued, held, or being released.
+    /// Whether `cycle` is in use here: being acquired, queued, held or being released.
     pub(crate) fn is_current(&self, cycle: Cycle) -> bool {
         match &self.phase {
             Phase::Idle => false,
@@ -143,7 +148,7 @@ impl<W> Queue<W> {
         }
     }
 
-    /// The cycle that stands in the store's queue, if one does.
+    /// The cycle that waits in the store's queue, if any.
     pub(crate) const fn queued_cycle(&self) -> Option<Cycle> {
         match &self.phase {
             Phase::Queued(queued) => Some(queued.cycle),
@@ -151,18 +156,18 @@ impl<W> Queue<W> {
         }
     }
 
-    /// How many tasks wait.
+    /// The number of waiting tasks.
     pub(crate) const fn waiting(&self) -> usize {
         self.waiters.len()
     }
 
-    /// The first who waits has waited since then.
+    /// When the first waiter enqueued.
     pub(crate) fn waiting_since(&self) -> Option<Moment> {
         let first = self.waiters.first().and_then(|id| self.waiters.get(id));
         first.map(|first| first.since)
     }
 
-    /// Until when the lease is kept without a guard, if it is.
+    /// When the linger period ends, if the lease is lingering.
     pub(crate) const fn lingers_until(&self) -> Option<Moment> {
         match &self.phase {
             Phase::Held(held) => held.lingers_until(),
@@ -170,7 +175,8 @@ impl<W> Queue<W> {
         }
     }
 
-    /// Whether the lease is kept without a guard, or is just given back after that, and nobody here wants it.
+    /// Whether the lease can be evicted, or is already being evicted: it lingers without a guard,
+    /// or is being released after lingering, and no local task wants it.
     pub(crate) const fn is_spare(&self) -> bool {
         match &self.phase {
             Phase::Held(held) => held.lingers_until().is_some(),
@@ -179,7 +185,7 @@ impl<W> Queue<W> {
         }
     }
 
-    /// Whether whoever comes now has to wait for somebody.
+    /// Whether a task that arrives now has to wait for another one.
     pub(crate) const fn is_contended(&self) -> bool {
         let is_taken = match &self.phase {
             Phase::Held(held) => held.lingers_until().is_none(),
@@ -189,19 +195,19 @@ impl<W> Queue<W> {
         is_taken || self.waiters.len() > 1
     }
 
-    /// The lease that is ours, and the token of the guard under it, if one is out.
+    /// The lease, if it is ours, and the token of the guard under it, if any.
     pub(crate) fn lease(&self) -> Option<(&Lease, Option<FencingToken>)> {
         let Phase::Held(held) = &self.phase else { return None };
         Some((&held.lease, held.guard().map(|holder| holder.token)))
     }
 
-    /// Whether other managers were seen to want the key in the last tenure.
+    /// Whether other managers were seen to want the key during the last hold.
     pub(crate) const fn rivals_seen(&self) -> bool {
         self.rivals_seen
     }
 
-    /// A task wants the key. Its outcome is there to be [`collect`](Self::collect)ed when its waker comes out of an
-    /// effect, or at once.
+    /// Enqueues a waiter. Its outcome can be [`collect`](Self::collect)ed when an effect returns
+    /// its waker, or immediately.
     pub(crate) fn want(&mut self, want: Want, waker: Option<W>, cx: Context<'_>) -> (WaiterId, Effects<W>) {
         let mut effects = Effects::none();
         let refused = if self.closed {
@@ -212,15 +218,15 @@ impl<W> Queue<W> {
             self.refused_by_outage(want.in_outage)
         };
         let settled = refused.is_some();
-        // A waiter whose outcome is there keeps no waker.
+        // A waiter that already has its outcome keeps no waker.
         let waker = if !settled {
             waker
         } else if want.only_try {
-            // A try looks at once.
+            // A try collects its outcome immediately.
             effects.discarded = waker;
             None
         } else {
-            // It may be asleep by the time it could look.
+            // The task may already be asleep, so it is woken.
             effects.wake(waker);
             None
         };
@@ -245,7 +251,7 @@ impl<W> Queue<W> {
         (id, effects)
     }
 
-    /// A try neither waits behind a local task nor passes one.
+    /// A try neither waits behind a local waiter nor passes one.
     fn is_free_for_a_try(&self) -> bool {
         let is_free = match &self.phase {
             Phase::Idle | Phase::Releasing { .. } => true,
@@ -255,12 +261,12 @@ impl<W> Queue<W> {
         is_free && self.waiters.is_empty()
     }
 
-    /// Whether the outcome is there.
+    /// Whether the outcome is available.
     pub(crate) fn is_settled(&self, id: WaiterId) -> bool {
         self.waiters.get(id).is_some_and(|waiter| waiter.outcome.is_some())
     }
 
-    /// Takes the outcome, if it is there. A guard that is handed out here is from then on ended by
+    /// Takes the outcome, if it is available. A guard handed out here must later be reported to
     /// [`released`](Self::released).
     pub(crate) fn collect(&mut self, id: WaiterId) -> Option<Outcome> {
         self.waiters.get(id)?.outcome.as_ref()?;
@@ -277,7 +283,7 @@ impl<W> Queue<W> {
         waiter.outcome
     }
 
-    /// Replaces the waker of a waiter. Returns the one that is not needed any more.
+    /// Replaces the waker of a waiter. Returns the waker that is no longer needed.
     #[must_use = "a waker must not be dropped under the mutex of the key"]
     pub(crate) fn set_waker(&mut self, id: WaiterId, waker: W) -> Option<W> {
         match self.waiters.get_mut(id) {
@@ -291,7 +297,7 @@ impl<W> Queue<W> {
         self.waiters.get(id)?.waker.as_ref()
     }
 
-    /// A waiter goes away without collecting. Where the lock was already its own, it is passed on.
+    /// A waiter leaves without collecting. If it already had the lock, the lock is passed on.
     pub(crate) fn give_up(&mut self, id: WaiterId, cx: Context<'_>) -> Effects<W> {
         let mut effects = Effects::none();
         effects.discarded = self.waiters.remove(id).and_then(|waiter| waiter.waker);
@@ -307,14 +313,14 @@ impl<W> Queue<W> {
                 let cycle = *cycle;
                 self.stop_retrying(cycle, &mut effects);
             }
-            // A request that is on its way finds nobody when its reply comes.
+            // If a request is in flight, its reply will find no waiter.
             _ => {}
         }
         effects
     }
 
-    /// A guard is given back. Says whether the lock was still its own; where it was not, nothing of a later holder's is
-    /// touched.
+    /// A guard was dropped. Returns whether it still had the lock; if it did not, a later holder is
+    /// not affected.
     pub(crate) fn released(&mut self, cycle: Cycle, token: FencingToken, cx: Context<'_>) -> (bool, Effects<W>) {
         let mut effects = Effects::none();
         let Phase::Held(held) = &mut self.phase else {
@@ -329,7 +335,7 @@ impl<W> Queue<W> {
             return (false, effects);
         }
         if held.lease.loss_at(cx.now).is_some() {
-            // Nobody noticed yet that its time has passed.
+            // The lease expired unnoticed.
             self.lose(LossReason::Expired, cx, &mut effects);
             effects.abandon(cycle);
             return (false, effects);
@@ -338,20 +344,22 @@ impl<W> Queue<W> {
         (true, effects)
     }
 
-    /// Gives back what is kept, if it is, to make room.
+    /// Releases the lease if it is lingering, to make room.
     pub(crate) fn let_go(&mut self, cx: Context<'_>) -> Effects<W> {
         let mut effects = Effects::none();
         self.end_linger(cx, &mut effects);
         effects
     }
 
-    /// Nobody will want the key any more, though a guard may still be out: nothing is kept from now on.
+    /// No task can want the key any more, although a guard may still be out. From now on the lease
+    /// never lingers.
     pub(crate) fn keep_nothing(&mut self, cx: Context<'_>) -> Effects<W> {
         self.keeps_nothing = true;
         self.let_go(cx)
     }
 
-    /// The manager is shut down: whoever waits is refused, whoever holds has lost, and the store is told.
+    /// The manager shuts down: waiters are refused, a holder loses its lease, and the store is sent
+    /// a release.
     pub(crate) fn close(&mut self, cx: Context<'_>) -> Effects<W> {
         let mut effects = Effects::none();
         (self.closed, self.keeps_nothing) = (true, true);

@@ -1,12 +1,14 @@
-//! What becomes of the waiters while the store can't be reached.
+//! What happens to waiters while the store is unreachable.
 //!
 //! # Implementation details
 //!
-//! A request without an answer, or without a connection, is sent again for the same cycle, which the store takes for one request, as long as a waiter
-//! is left that bears an outage for so long ([`InOutage`]). A grant that is pushed meanwhile only makes the queue ask: whether it counts is known by
-//! the mark of a reply that never came.
+//! A request without a reply or without a connection is sent again for the same cycle, as long as
+//! any waiter still tolerates the outage ([`InOutage`]). The store treats such requests as one. A
+//! grant pushed meanwhile only triggers an immediate retry: it can only be checked against an
+//! enqueue mark, and the reply with the mark never arrived.
 //!
-//! The delays grow and are random. They are the shard's matter, as is the time at which the outage began: the queue reads no clock and draws no numbers.
+//! Retry delays grow and are random. The shard computes them, and it records when the outage began:
+//! the queue reads no clock and draws no random numbers.
 
 use std::time::Duration;
 
@@ -18,33 +20,34 @@ use crate::clock::Moment;
 use crate::error::LockError;
 use crate::protocol::Cycle;
 
-/// That the store can't be reached, as the shard sees it.
+/// The store is unreachable, as seen by the shard.
 #[derive(Debug, Clone, Copy)]
 pub(crate) struct Outage {
-    /// Since when.
+    /// When the outage began.
     pub(crate) since: Moment,
-    /// How long a waiter without a limit of its own bears that.
+    /// How long a waiter without its own limit waits through an outage.
     pub(crate) patience: Duration,
-    /// When to ask again.
+    /// When to retry.
     pub(crate) retry_at: Moment,
 }
 
-/// The outage that the waiters of a key are in, from the first request that failed to the next that is answered.
+/// The outage that affects the waiters of a key, from the first failed request to the next reply.
 #[derive(Debug)]
 pub(super) struct Trouble {
     outage: Outage,
     error: LockError,
-    /// How many requests have failed.
+    /// The number of failed requests.
     attempts: u32,
-    /// When the next waiter has borne it for long enough.
+    /// When the next waiter runs out of patience.
     deadline: Option<Moment>,
 }
 
-/// Times are rounded up to multiples of this, 16.8 ms, so that thousands of keys in trouble cost few looks. A power of two.
+/// Deadlines are rounded up to multiples of this (16.8 ms, a power of two in nanoseconds), so that
+/// thousands of affected keys need few checks.
 const GRID: u64 = 1 << 24;
 
 impl Trouble {
-    /// Until when a waiter bears it that came at that moment. `None` if that is its own matter.
+    /// Until when a waiter that enqueued at `since` waits. `None` if the waiter has its own limit.
     fn bears_until(&self, waits: InOutage, since: Moment) -> Option<Moment> {
         match waits {
             InOutage::Fail => Some(since),
@@ -55,17 +58,18 @@ impl Trouble {
 }
 
 impl<W> Queue<W> {
-    /// How many requests have failed since the last that was answered.
+    /// The number of requests that failed since the last reply.
     pub(crate) fn failed_attempts(&self) -> u32 {
         self.trouble.as_ref().map_or(0, |trouble| trouble.attempts)
     }
 
-    /// Why there was no answer so far, if the last request had none.
+    /// Why the last request got no reply, if it failed.
     pub(crate) fn trouble(&self) -> Option<&LockError> {
         self.trouble.as_ref().map(|trouble| &trouble.error)
     }
 
-    /// A request failed. Those who do not bear that, or not any more, are told; the others wait on if the store can't be reached.
+    /// A request failed. Waiters that do not tolerate the outage, or no longer do, fail. The others
+    /// keep waiting if the store is unreachable.
     pub(super) fn suffer(
         &mut self,
         error: &LockError,
@@ -90,7 +94,7 @@ impl<W> Queue<W> {
         }
     }
 
-    /// Tells those who have borne the trouble for as long as they want to.
+    /// Fails the waiters that have run out of patience.
     pub(super) fn fail_impatient(&mut self, cx: Context<'_>, effects: &mut Effects<W>) {
         let Some(trouble) = &mut self.trouble else { return };
         trouble.deadline = None;
@@ -111,7 +115,7 @@ impl<W> Queue<W> {
         }
     }
 
-    /// What a waiter that comes during an outage is told at once, if it does not bear one.
+    /// The outcome for a waiter that arrives during an outage and does not tolerate one.
     pub(super) fn refused_by_outage(&self, in_outage: InOutage) -> Option<Outcome> {
         match (&self.phase, &self.trouble) {
             (Phase::Retrying { .. }, Some(trouble)) if in_outage == InOutage::Fail => {
@@ -122,7 +126,7 @@ impl<W> Queue<W> {
         }
     }
 
-    /// A waiter came.
+    /// Accounts for a new waiter.
     pub(super) fn bear(&mut self, in_outage: InOutage, since: Moment) {
         if let Some(trouble) = &mut self.trouble
             && let Some(until) = trouble.bears_until(in_outage, since)
@@ -131,12 +135,12 @@ impl<W> Queue<W> {
         }
     }
 
-    /// When the store is asked again, or the next waiter is told; later by less than the grid.
+    /// When the next retry is due or the next waiter fails, rounded up to the grid.
     pub(super) fn look_at_trouble(&self) -> Option<Moment> {
         let trouble = self.trouble.as_ref()?;
         let retry_at = matches!(self.phase, Phase::Retrying { .. }).then_some(trouble.outage.retry_at);
         let earliest = retry_at.into_iter().chain(trouble.deadline).min()?;
-        // In steps of its own for each process, since the moment at which the outage began is in it.
+        // The grid is shifted by the start of the outage, so each process has its own.
         let phase = trouble.outage.since.as_nanos() % GRID;
         let nanos = earliest.as_nanos().saturating_sub(phase);
         Some(Moment::from_nanos(
@@ -144,7 +148,7 @@ impl<W> Queue<W> {
         ))
     }
 
-    /// Time passed in an outage.
+    /// Time passed during an outage.
     pub(super) fn tick_in_trouble(&mut self, cx: Context<'_>, effects: &mut Effects<W>) {
         let Some(trouble) = &self.trouble else { return };
         let retry_at = trouble.outage.retry_at;
@@ -160,7 +164,7 @@ impl<W> Queue<W> {
         }
     }
 
-    /// Nobody waits any more. The store may know of the cycle.
+    /// No waiter is left. The store may still know the cycle.
     pub(super) fn stop_retrying(&mut self, cycle: Cycle, effects: &mut Effects<W>) {
         effects.abandon(cycle);
         self.phase = Phase::Idle;

@@ -1,4 +1,4 @@
-//! How far a key is: wanted, asked for, queued, held, given back.
+//! The phases of a key: idle, acquiring, queued, held, releasing.
 
 use std::sync::Arc;
 use std::time::Duration;
@@ -16,24 +16,24 @@ use crate::protocol::{Ask, Cycle, Grant};
 
 #[derive(Debug)]
 pub(super) enum Phase {
-    /// Nothing is wanted, or what is wanted waits for nothing but the next event.
+    /// No request is in flight and no lease is held.
     Idle,
-    /// An acquire, or a release that requeues, is on its way.
+    /// An acquire, or a release that requeues, is in flight.
     Asking(Asking),
-    /// The last acquire had no answer. It is sent again for the same cycle, which the store may know of.
+    /// The last acquire got no reply. It is retried with the same cycle, which the store may know.
     Retrying {
         cycle: Cycle,
-        /// Whether the cycle stood in the queue before.
+        /// Whether the cycle was in the queue before.
         was_queued: bool,
     },
-    /// The cycle stands in the store's queue.
+    /// The cycle is in the store's queue.
     Queued(Queued),
     /// The lease is ours.
     Held(Held),
-    /// A release is on its way; who comes now waits for its reply, so that one request follows the other.
+    /// A release is in flight. New waiters wait for its reply, so that requests stay in order.
     Releasing {
         cycle: Cycle,
-        /// Whether the lease was kept idle before.
+        /// Whether the lease was lingering before the release.
         lingered: bool,
     },
 }
@@ -46,13 +46,14 @@ pub(super) struct Asking {
     pub(super) releases: Option<Cycle>,
     /// A grant that overtook the reply.
     pub(super) early: Option<Grant>,
-    /// The owner was told of rivals before the reply came.
+    /// Whether a remote waiter was reported before the reply arrived.
     pub(super) wanted: bool,
-    /// Pushes may have been missed since the request was sent, so a "queued" reply is not to be trusted.
+    /// Pushes may have been missed since the request was sent, so a "queued" reply cannot be relied
+    /// on.
     pub(super) missed_pushes: bool,
-    /// Whether the cycle stood in the queue before.
+    /// Whether the cycle was in the queue before.
     pub(super) was_queued: bool,
-    /// How many replies came too late to be of use.
+    /// The number of replies that arrived after the lease had expired.
     pub(super) too_late: u32,
 }
 
@@ -60,9 +61,9 @@ pub(super) struct Asking {
 pub(super) struct Queued {
     pub(super) cycle: Cycle,
     pub(super) mark: u64,
-    /// When the request was sent whose reply said "queued": the grant was executed after that.
+    /// When the request that got the "queued" reply was sent. The grant is made after that.
     pub(super) asked_at: Moment,
-    /// When to look again unasked.
+    /// When to ask again without a push.
     pub(super) ask_again_at: Moment,
 }
 
@@ -70,49 +71,52 @@ pub(super) struct Queued {
 pub(super) struct Held {
     pub(super) lease: Arc<Lease>,
     pub(super) tokens: TokenBlock,
-    /// A later block, used when the first is empty.
+    /// A later block, used when the first one is empty.
     pub(super) spare: TokenBlock,
-    /// Remaining tokens when the last extension was sent.
+    /// The number of tokens left when the last extension was sent.
     pub(super) left_when_asked: u64,
-    /// How many tokens are used up in a round trip, as last seen.
+    /// The number of tokens used during the last round trip.
     pub(super) used_in_a_round_trip: u64,
     pub(super) tenant: Tenant,
-    /// For how long the lease is kept when the guard under it is gone: what the last one that was served asked for.
+    /// How long the lease lingers after the current guard, as requested by the waiter served last.
     pub(super) linger: Linger,
-    /// An acquire that extends the lease and brings more tokens is on its way.
+    /// An acquire that extends the lease and reserves more tokens is in flight.
     pub(super) extending: bool,
-    /// An extension had no reply: it may execute after the release, which therefore has to be repeated.
+    /// An extension got no reply. It may execute after the release, so the release has to be
+    /// repeated.
     pub(super) in_doubt: bool,
-    /// Whether remote waiters are known, and from when on bypass counts.
+    /// Whether remote waiters are known. Bypass is bounded from then on.
     pub(super) rivals: bool,
     pub(super) served: u32,
-    /// How many guards were served in all, before rivals were known as well.
+    /// The total number of guards served, including those before remote waiters were known.
     pub(super) served_in_all: u32,
     pub(super) since: Moment,
     pub(super) renew_at: Moment,
     pub(super) renewing: bool,
-    /// The epoch of the request that confirmed the lease last, and that of the renewal under way, or the last one.
+    /// The epoch of the request that last confirmed the lease, and of the current or last renewal.
     pub(super) confirmed_in: u32,
     pub(super) renewing_in: u32,
-    /// Until when that is worth something: then a renewal is overdue, and the lease may be forgotten.
+    /// Until when the confirmation counts. After that a renewal is overdue, and the store may have
+    /// lost the lease.
     pub(super) confirmed_until: Moment,
 }
 
-/// Who is under a lease that is ours.
+/// Who occupies our lease.
 #[derive(Debug)]
 pub(super) enum Tenant {
-    /// Nobody yet, or nobody any more: the reply to an extension decides on what follows.
+    /// No guard yet, or none any more: the reply to an extension determines what happens next.
     Nobody,
-    /// A guard, be it on its way to its task.
+    /// A guard, which may not have been collected by its task yet.
     Guard(Holder),
-    /// Nobody, and nobody is known to want it: it is kept for the next task of this process.
+    /// No guard, and no other task or manager is known to want the key. Kept for the next local
+    /// task.
     Lingering { until: Moment },
 }
 
 #[derive(Debug)]
 pub(super) struct Holder {
     pub(super) token: FencingToken,
-    /// The waiter, until it has collected its guard.
+    /// The waiter, until it collects the guard.
     pub(super) waiter: Option<WaiterId>,
     /// When `max_hold` ends.
     pub(super) hold_until: Option<Moment>,
@@ -134,7 +138,7 @@ impl Asking {
 }
 
 impl Held {
-    /// The guard that is out.
+    /// The guard under the lease, if any.
     pub(super) const fn guard(&self) -> Option<&Holder> {
         match &self.tenant {
             Tenant::Guard(holder) => Some(holder),
@@ -142,7 +146,7 @@ impl Held {
         }
     }
 
-    /// Until when it is kept idle, if it is.
+    /// When the linger period ends, if the lease is lingering.
     pub(super) const fn lingers_until(&self) -> Option<Moment> {
         match self.tenant {
             Tenant::Lingering { until } => Some(until),
@@ -150,14 +154,15 @@ impl Held {
         }
     }
 
-    /// Whether it may be kept idle: nobody else waits, as far as is known; its cycle is an even one, so that we are told when somebody begins
-    /// to; and no request is in doubt, for which the release has to be repeated.
+    /// Whether the lease may linger: the guard asked for it, no remote waiters are known, and no
+    /// extension is in doubt, for which the release would have to be repeated. The cycle is then
+    /// even, so the store notifies us when a remote waiter arrives.
     pub(super) const fn may_linger(&self) -> bool {
         !self.linger.is_none() && !self.rivals && !self.in_doubt
     }
 
-    /// Whether the store has confirmed the lease lately, and after the last event by which it may have forgotten it. Otherwise nobody else gets it
-    /// before the store was asked.
+    /// Whether the store confirmed the lease recently, and after the last event that may have made
+    /// it lose the lease. If not, the store has to be asked before the lease is passed on.
     pub(super) fn is_confirmed(&self, cx: Context<'_>) -> bool {
         #[cfg(test)]
         if cx.rules.has(Flaw::BelievesOldServers) {
@@ -166,8 +171,9 @@ impl Held {
         self.confirmed_in == cx.epoch && cx.now <= self.confirmed_until
     }
 
-    /// The store has the lease: so it says to a request that was made in that epoch and sent at that moment. Tokens of an earlier epoch are not used
-    /// any more: a store that had forgotten the lease meanwhile, and was replaced in its turn, may have issued larger ones.
+    /// The store confirmed the lease in reply to a request made in `epoch` and sent at `sent_at`.
+    /// Tokens from an earlier epoch are discarded: a store that had lost the lease in between, and
+    /// was replaced in turn, may have issued larger ones.
     pub(super) fn confirm(&mut self, epoch: u32, sent_at: Moment, ttl: Duration, cx: Context<'_>) {
         if self.confirmed_in != epoch {
             self.confirmed_in = epoch;
@@ -176,7 +182,7 @@ impl Held {
         self.confirmed_until = self.confirmed_until.max(sent_at + cx.rules.confirmed_for(ttl));
     }
 
-    /// Bypass counts from the moment at which rivals are known.
+    /// Starts to bound bypass, if remote waiters were not known before.
     pub(super) fn meet_rivals(&mut self, now: Moment) {
         if !self.rivals {
             (self.rivals, self.served, self.since) = (true, 1, now);
@@ -199,7 +205,8 @@ impl Held {
         }
     }
 
-    /// A later block than those that are there. It never comes before the spare one: tokens must grow.
+    /// Adds a block with larger tokens than those at hand. It is never used before the spare block,
+    /// because tokens must grow.
     pub(super) fn add_tokens(&mut self, tokens: TokenBlock) {
         if self.tokens.remaining() == 0 {
             self.tokens = std::mem::replace(&mut self.spare, TokenBlock::EMPTY);
@@ -218,7 +225,7 @@ impl Held {
         self.tokens.take()
     }
 
-    /// Whether the tokens may run out before a round trip is over.
+    /// Whether the tokens may run out within a round trip.
     pub(super) fn is_low_on_tokens(&self, cx: Context<'_>) -> bool {
         let left = self.tokens.remaining() + self.spare.remaining();
         let enough_for_the_tenure = self.rivals && left >= u64::from(cx.rules.max_burst.saturating_sub(self.served));

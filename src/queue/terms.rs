@@ -1,4 +1,4 @@
-//! What goes into the queue of a key and what comes out: settings, wishes, outcomes.
+//! Types that enter and leave the queue of a key: settings, options of a waiter, outcomes.
 
 use std::sync::Arc;
 use std::sync::atomic::{AtomicUsize, Ordering};
@@ -10,35 +10,35 @@ use crate::fence::FencingToken;
 use crate::lease::Lease;
 use crate::protocol::{Cycle, Cycles};
 
-/// The settings that the queue acts by.
+/// The settings of the queue.
 #[derive(Debug, Clone)]
 pub(crate) struct Rules {
-    /// How many guards one tenure of the lease may serve once remote waiters are known.
+    /// How many guards one hold of the lease may serve once remote waiters are known.
     pub(crate) max_burst: u32,
-    /// How long one tenure of the lease may go on once remote waiters are known.
+    /// How long one hold of the lease may last once remote waiters are known.
     pub(crate) max_slice: Duration,
-    /// How often a lease is renewed, as a part of its TTL.
+    /// The interval between renewals, as a fraction of the TTL.
     pub(crate) renew_fraction: f64,
-    /// Deliberate mistakes, to show that the simulation finds them.
+    /// Deliberate bugs, to verify that the simulation finds them.
     #[cfg(test)]
     pub(crate) flaw: Option<Flaw>,
 }
 
-/// A deliberate mistake.
+/// A deliberate bug.
 #[cfg(test)]
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub(crate) enum Flaw {
-    /// Old grants that ran out are believed.
+    /// Accepts old grants that have expired.
     IgnoresMarks,
-    /// The validity of a lease counts from the receipt of the grant.
+    /// Counts the validity of a lease from the receipt of the grant.
     CountsFromReceipt,
-    /// A manager uses the same cycle again.
+    /// Reuses the same cycle.
     ReusesCycles,
-    /// A lease that was confirmed by a server which was replaced since is passed on.
+    /// Passes on a lease confirmed by a server that has since been replaced.
     BelievesOldServers,
-    /// The store passes on what it has granted to the next one if it counts no receiver of the grant.
+    /// The store passes a granted lease to the next waiter if it counts no receivers of the grant.
     CountsReceivers,
-    /// A cycle whose release was answered is never released again.
+    /// Never repeats the release of a cycle whose release got a reply.
     TrustsReleases,
 }
 
@@ -47,7 +47,8 @@ impl Rules {
         ttl.mul_f64(self.renew_fraction)
     }
 
-    /// For how long after a confirmation by the store a lease is passed on without another one: until a renewal is overdue.
+    /// How long after a confirmation by the store the lease may be passed on without another one:
+    /// until a renewal is overdue.
     pub(crate) fn confirmed_for(&self, ttl: Duration) -> Duration {
         self.renew_every(ttl) * 3 / 2
     }
@@ -58,7 +59,7 @@ impl Rules {
     }
 }
 
-/// What comes with every event.
+/// Data that accompanies every event.
 #[derive(Debug, Clone, Copy)]
 pub(crate) struct Context<'a> {
     pub(crate) now: Moment,
@@ -69,10 +70,10 @@ pub(crate) struct Context<'a> {
     pub(crate) epoch: u32,
 }
 
-/// Whether there is room for a lease that nobody holds, looked at only where one is to be kept.
+/// The capacity for leases without a guard. Only checked when a lease is about to linger.
 #[derive(Debug, Clone, Copy)]
 pub(crate) struct Room<'a> {
-    /// How many keys there are in all, which may change at any time, and how many there may be.
+    /// The current number of keys in total, which may change at any time, and the limit.
     pub(crate) keys: &'a AtomicUsize,
     pub(crate) limit: usize,
 }
@@ -85,7 +86,7 @@ impl Room<'_> {
 
 #[cfg(test)]
 impl Room<'static> {
-    /// For queues that are alone.
+    /// For queues that are on their own.
     pub(crate) const ENDLESS: Self = {
         static NO_KEYS: AtomicUsize = AtomicUsize::new(0);
         Self {
@@ -96,7 +97,7 @@ impl Room<'static> {
 }
 
 impl Context<'_> {
-    /// A new cycle, for leases of that TTL.
+    /// Starts a new cycle for leases with that TTL.
     pub(super) fn open_cycle(&self, expects_rivals: bool, ttl: Duration) -> Cycle {
         #[cfg(test)]
         if self.rules.has(Flaw::ReusesCycles) {
@@ -106,14 +107,15 @@ impl Context<'_> {
     }
 }
 
-/// For how long a lease is kept without a guard: up to an hour, in microseconds, so that it takes little room in each waiter.
+/// How long a lease lingers without a guard: up to an hour, in microseconds, so that it takes
+/// little space in each waiter.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub(crate) struct Linger(u32);
 
 impl Linger {
     pub(crate) const NONE: Self = Self(0);
 
-    /// What is longer than can be said is cut; the settings' bounds are below that.
+    /// Saturates at the largest value that fits. The bounds of the settings are below that.
     pub(crate) fn new(time: Duration) -> Self {
         Self(u32::try_from(time.as_micros()).unwrap_or(u32::MAX))
     }
@@ -132,56 +134,57 @@ impl Linger {
     }
 }
 
-/// For how long a waiter bears that the store can't be reached.
+/// How long a waiter tolerates that the store is unreachable.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub(crate) enum InOutage {
-    /// It fails with the first request that does.
+    /// Fails on the first failed request.
     Fail,
-    /// For as long as the shard bears it.
+    /// Waits for `store_timeout`, counted from when it enqueued or when the outage began, whichever
+    /// is later.
     UntilStoreTimeout,
-    /// Until its task gives up.
+    /// Waits until its task gives up.
     UntilOwnLimit,
 }
 
-/// What a task wants.
+/// The options of a waiter.
 #[derive(Debug, Clone, Copy)]
 pub(crate) struct Want {
     pub(crate) ttl: Duration,
     pub(crate) max_hold: Option<Duration>,
-    /// For how long the lease is kept when its guard is gone and nobody wants it.
+    /// How long the lease lingers after the guard is dropped, if no task wants the key.
     pub(crate) linger: Linger,
-    /// Whether to come back with nothing rather than wait.
+    /// Whether to fail rather than wait.
     pub(crate) only_try: bool,
     pub(crate) in_outage: InOutage,
-    /// Whether there is reason to think that other managers want the key, so that the free path is not worth a try.
+    /// Whether other managers are likely to want the key, in which case the fast path is skipped.
     pub(crate) expects_rivals: bool,
 }
 
-/// How a lock was had. As large as the place that it has in [`Granted`] in any case: an outcome is copied in whole words then, where a single
-/// byte and what lies unused behind it took several steps that wait for each other.
+/// How a lock was acquired. As large as its padded place in [`Granted`], so that an outcome is
+/// copied in whole words. A single byte followed by padding took several dependent steps.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
 #[repr(usize)]
 pub(crate) enum Path {
     /// The key was free.
     Uncontended,
-    /// From another task of this process, without the network.
+    /// From another task of this process, without network traffic.
     LocalHandOff,
     /// After waiting in the store's queue.
     RemoteGrant,
-    /// Under a lease that this process had kept, without the network.
+    /// From a lease that lingered in this process, without network traffic.
     Lingering,
 }
 
-/// What a waiter got.
+/// What a waiter receives.
 #[derive(Debug, Clone)]
 pub(crate) enum Outcome {
     Granted(Granted),
     /// A try found the key held or wanted.
     Busy,
     Failed(Box<LockError>),
-    /// Replies came later than the lease lasts, several times in a row.
+    /// Replies arrived after the lease had expired, several times in a row.
     TooLate,
-    /// The store's token was not above what was seen before.
+    /// The store's token was not larger than one seen before.
     Regressed {
         token: u64,
         floor: u64,
@@ -190,7 +193,7 @@ pub(crate) enum Outcome {
 
 #[derive(Debug, Clone)]
 pub(crate) struct Granted {
-    /// When: from this moment on nobody else can have the lock.
+    /// When the lock was granted. From this moment on it is exclusive.
     pub(crate) at: Moment,
     pub(crate) lease: Arc<Lease>,
     pub(crate) token: FencingToken,

@@ -1,4 +1,5 @@
-//! The queue as a specification: one test for each rule, and all short runs of events against the rules that always hold.
+//! The queue as a specification: one test per rule, and all short runs of events against the
+//! invariants.
 
 mod exhaustive;
 mod extending;
@@ -19,21 +20,21 @@ use crate::clock::Moment;
 use crate::fence::TokenBlock;
 use crate::protocol::{AcquireReply, Answer, Ask, Cycles, Grant, Place, ReleaseReply, RenewReply};
 
-/// A queue with what its events need, and a clock that a test sets.
+/// A queue with everything its events need, and a clock set by the test.
 #[derive(Debug)]
 struct Bench {
     queue: Queue<u32>,
     rules: Rules,
     cycles: Cycles,
     now: Moment,
-    /// How many keys there are besides; there may be ten.
+    /// The number of other keys. The limit is ten.
     keys: AtomicUsize,
     epoch: u32,
-    /// What the last event had for the metrics and for the tasks that wait for a loss.
+    /// What the last event reported for metrics and for tasks that wait for a loss.
     told: Told,
 }
 
-/// What nobody waits for, but is counted or passed to others.
+/// Results that no waiter depends on, but that are counted or passed on.
 #[derive(Debug, Default, PartialEq)]
 struct Told {
     served: Option<u32>,
@@ -42,7 +43,7 @@ struct Told {
     stale_grant: bool,
 }
 
-/// What an event led to, in short.
+/// The effects of an event in brief.
 #[derive(Debug, PartialEq)]
 struct Seen {
     request: Option<Request>,
@@ -52,7 +53,7 @@ struct Seen {
 }
 
 const TTL: Duration = Duration::from_secs(1);
-/// What a validity is short of the TTL.
+/// The difference between TTL and validity.
 const DRIFT: Duration = Duration::from_millis(12);
 
 const fn ms(millis: u64) -> Duration {
@@ -63,7 +64,7 @@ const fn at(millis: u64) -> Moment {
     Moment::from_nanos(millis * 1_000_000)
 }
 
-/// What a plain task wants.
+/// A waiter with no special options.
 const WANT: Want = Want {
     ttl: TTL,
     max_hold: None,
@@ -93,7 +94,7 @@ const fn extended(first: u64, last: u64) -> AcquireReply {
     }
 }
 
-/// A place behind an owner whose lease lasts for another half of a second.
+/// A "queued" reply: the owner's lease lasts for another half second.
 const fn queued(mark: u64) -> AcquireReply {
     AcquireReply::Queued(Place {
         mark,
@@ -184,7 +185,7 @@ impl Bench {
         self.event(|queue, cx| ((), queue.give_up(id, cx))).1
     }
 
-    /// The reply to a request that was sent just now.
+    /// Replies to a request that was sent just now.
     fn reply(&mut self, cycle: Cycle, reply: AcquireReply) -> Seen {
         self.reply_to(self.now, cycle, reply)
     }
@@ -194,7 +195,7 @@ impl Bench {
         self.event(|queue, cx| ((), queue.replied(cycle, answer, cx))).1
     }
 
-    /// The reply to a release.
+    /// Replies to a release.
     fn released_remotely(&mut self, cycle: Cycle, requeued: Option<AcquireReply>) -> Seen {
         let answer = answer(self.now, ReleaseReply { held: true, requeued });
         self.event(|queue, cx| ((), queue.released_remotely(cycle, answer, cx)))
@@ -254,7 +255,7 @@ impl Bench {
             .1
     }
 
-    /// The cycle of the renewal that is due, if one is.
+    /// The cycle of the renewal that is due, if any.
     fn renewal(&mut self) -> Option<Cycle> {
         self.event(|queue, cx| (queue.renewal(cx), Effects::none()))
             .0
@@ -265,16 +266,16 @@ impl Bench {
         self.queue.collect(id)
     }
 
-    /// Collects a guard: its lease, its token, and how it was had.
+    /// Collects a guard, with its lease, its token and how it was acquired.
     #[track_caller]
     fn guard(&mut self, id: WaiterId) -> Granted {
         match self.collect(id) {
             Some(Outcome::Granted(granted)) => granted,
-            outcome => panic!("no guard but {outcome:?}"),
+            outcome => panic!("expected a guard, got {outcome:?}"),
         }
     }
 
-    /// Gives a guard back. Says whether it was held.
+    /// Releases a guard. Returns whether it still had the lock.
     fn release(&mut self, guard: &Granted) -> (bool, Seen) {
         let (cycle, token) = (guard.lease.cycle, guard.token);
         self.event(|queue, cx| queue.released(cycle, token, cx))
@@ -286,7 +287,8 @@ impl Bench {
         seen
     }
 
-    /// Gets the lock for one task by the free path. The key is free, and the store says so with these tokens.
+    /// Acquires the lock for one task on the fast path. The key is free, and the store issues these
+    /// tokens.
     fn hold(&mut self, first: u64, last: u64) -> Granted {
         let (id, seen) = self.want(0);
         let cycle = seen.asks().0;
@@ -294,7 +296,8 @@ impl Bench {
         self.guard(id)
     }
 
-    /// Waits for the lock in the store's queue, after a reply with this mark. Says who waits and with which cycle.
+    /// Waits for the lock in the store's queue, after a reply with this enqueue mark. Returns the
+    /// waiter and its cycle.
     fn stand_in_queue(&mut self, mark: u64) -> (WaiterId, Cycle) {
         let (id, seen) = self.want_as(
             0,
@@ -326,7 +329,7 @@ const NOTHING: Seen = Seen {
 };
 
 impl Seen {
-    /// The acquire that it asks to send: cycle, way, tokens.
+    /// The acquire among the effects: cycle, mode, tokens.
     #[track_caller]
     fn asks(&self) -> (Cycle, Ask, u32) {
         match self.request {
@@ -335,7 +338,7 @@ impl Seen {
         }
     }
 
-    /// The release that it asks to send: cycle, and the cycle that joins again.
+    /// The release among the effects: its cycle, and the cycle that is requeued.
     #[track_caller]
     fn releases(&self) -> (Cycle, Option<Cycle>) {
         match self.request {
@@ -359,7 +362,7 @@ fn who_finds_the_key_unused_asks_by_the_free_path() {
     assert_eq!(seen.woken, [7]);
     let guard = bench.guard(id);
     assert_eq!((guard.token.get(), guard.path), (100, Path::Uncontended));
-    // Counted from before the request was sent.
+    // Counted from when the request was sent.
     assert_eq!(guard.lease.valid_until(), sent_at + TTL - DRIFT);
 
     let seen = bench.release_held(&guard);
@@ -377,7 +380,7 @@ fn a_taken_key_is_asked_for_again_with_an_odd_cycle_by_script() {
     let (second, ask, _) = seen.asks();
     assert_eq!(ask, Ask::Join);
     assert!(second > first && second.expects_rivals());
-    assert!(seen.abandoned.is_empty(), "the free path leaves nothing behind");
+    assert!(seen.abandoned.is_empty(), "the fast path leaves nothing behind");
 }
 
 #[test]
@@ -403,7 +406,7 @@ fn a_lost_counter_on_the_free_path_is_raised_by_the_script() {
     };
     let (_, seen) = bench.event(|queue, cx| ((), queue.replied(cycle, below, cx)));
     assert_eq!(seen.asks(), (cycle, Ask::Join, 1));
-    // A script that does not raise it is refused: two holders could have the same token.
+    // If the script does not raise it, the token is refused: two holders could get the same one.
     let (_, seen) = bench.event(|queue, cx| ((), queue.replied(cycle, below, cx)));
     assert_eq!(seen.abandoned, [cycle]);
     assert!(matches!(

@@ -1,4 +1,4 @@
-//! What time brings: losses, renewals, another look at an owner.
+//! Timers: expiry, renewals, and rechecks while queued.
 
 use std::time::Duration;
 
@@ -10,13 +10,13 @@ use crate::clock::Moment;
 use crate::error::LossReason;
 use crate::protocol::{Cycle, RenewReply};
 
-/// A lease that is kept may be given back earlier by one part in so many of the time.
+/// A lingering lease may be released early by this fraction of its linger time (1/8).
 const LINGER_EARLY: u32 = 8;
-/// The longest time until a renewal without an answer is sent again where the store may have forgotten the lease.
+/// The longest delay before a failed renewal is retried if the store may have lost the lease.
 const RENEW_AGAIN_MAX: Duration = Duration::from_secs(1);
 
 impl<W> Queue<W> {
-    /// When something is due next.
+    /// When the next timer is due.
     pub(crate) fn look_at(&self) -> Option<Moment> {
         match &self.phase {
             Phase::Held(held) => {
@@ -37,7 +37,7 @@ impl<W> Queue<W> {
         }
     }
 
-    /// Time passed. Where a lease was lost by it, the lease says why.
+    /// Time passed. If this ends a lease, the lease records the reason.
     pub(crate) fn tick(&mut self, cx: Context<'_>) -> Effects<W> {
         let mut effects = Effects::none();
         match &mut self.phase {
@@ -46,7 +46,8 @@ impl<W> Queue<W> {
                     .guard()
                     .and_then(|holder| holder.hold_until)
                     .is_some_and(|until| cx.now >= until);
-                // What would end soon ends now, so that a hundred thousand that end one after the other cost few looks.
+                // End what would end soon, so that a hundred thousand staggered linger periods need
+                // few checks.
                 let kept_for_long_enough = held
                     .lingers_until()
                     .is_some_and(|until| cx.now + held.linger.time() / LINGER_EARLY >= until);
@@ -65,8 +66,8 @@ impl<W> Queue<W> {
         effects
     }
 
-    /// The renewal that is due, or soon will be, so that all of a shard go out together; from now on it counts as sent. Also
-    /// says how late it is.
+    /// Takes the renewal that is due or will be soon, so that all renewals of a shard are sent
+    /// together. It counts as sent from now on. The second duration is how late it is.
     pub(crate) fn renewal(&mut self, cx: Context<'_>) -> Option<(Cycle, Duration, Duration)> {
         let Phase::Held(held) = &mut self.phase else {
             return None;
@@ -78,7 +79,8 @@ impl<W> Queue<W> {
         Some((held.lease.cycle, self.ttl, cx.now.since(held.renew_at)))
     }
 
-    /// The reply to a renewal came; `None` if there was none, in which case it is tried again.
+    /// The reply to a renewal arrived. `None` means that there was none, and the renewal is
+    /// retried.
     pub(crate) fn renewed(
         &mut self,
         cycle: Cycle,
@@ -96,7 +98,7 @@ impl<W> Queue<W> {
         }
         held.renewing = false;
         if held.lease.loss_at(cx.now).is_some() {
-            // Told too late: the guard has said already that it is not valid any more.
+            // The reply came too late: the guard already reports its lease as invalid.
             self.lose(LossReason::Expired, cx, &mut effects);
             return effects;
         }
@@ -113,7 +115,8 @@ impl<W> Queue<W> {
                 }
             }
             Some(RenewReply::NotOurs) => self.lose(LossReason::Taken, cx, &mut effects),
-            // The store may be another one by now, which has not been asked yet.
+            // The store may have changed since the renewal was sent, and the new one has not been
+            // asked yet.
             None if held.renewing_in != cx.epoch => held.renew_at = cx.now,
             None => {
                 let soon = cx.rules.renew_every(ttl) / 2;

@@ -1,13 +1,14 @@
-//! The local waiters of one key in the order in which they came.
+//! The local waiters of one key in FIFO order.
 
 use slab::Slab;
 
-/// A waiter's place in a [`Waiters`], valid until it is removed.
+/// A handle to an element of [`Waiters`], valid until the element is removed.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
 pub(crate) struct WaiterId(u32);
 
-/// A FIFO from which any element can be taken in O(1): a doubly linked list whose nodes live in a slab, so that a waiter
-/// costs no allocation of its own. Nodes that left the line stay in the slab until their owner collects them.
+/// A FIFO queue from which any element can be removed in O(1). It is a doubly linked list whose
+/// nodes live in a slab, so a waiter needs no allocation of its own. Nodes that have left the line
+/// stay in the slab until their owner collects them.
 #[derive(Debug)]
 pub(crate) struct Waiters<T> {
     nodes: Slab<Node<T>>,
@@ -36,17 +37,17 @@ impl<T> Waiters<T> {
         }
     }
 
-    /// How many stand in line.
+    /// The number of elements in line.
     pub(crate) const fn len(&self) -> usize {
         self.in_line as usize
     }
 
-    /// Whether nobody stands in line.
+    /// Whether the line is empty.
     pub(crate) const fn is_empty(&self) -> bool {
         self.in_line == 0
     }
 
-    /// Whether nobody stands in line and nobody has left something to collect.
+    /// Whether the line is empty and no element waits to be collected.
     pub(crate) fn is_unused(&self) -> bool {
         self.nodes.is_empty()
     }
@@ -55,7 +56,7 @@ impl<T> Waiters<T> {
         (self.head != NONE).then_some(WaiterId(self.head))
     }
 
-    /// Those who stand in line, from the first to the last.
+    /// The elements in line, from first to last.
     pub(crate) fn iter(&self) -> impl Iterator<Item = (WaiterId, &T)> {
         let node = |index: u32| self.nodes.get(index as usize).map(|node| (index, node));
         let nodes = std::iter::successors(node(self.head), move |(_, last)| node(last.next));
@@ -70,7 +71,7 @@ impl<T> Waiters<T> {
         self.nodes.get_mut(id.0 as usize).map(|node| &mut node.value)
     }
 
-    /// Joins at the end of the line.
+    /// Appends to the end of the line.
     pub(crate) fn push_back(&mut self, value: T) -> WaiterId {
         let index = self.nodes.insert(Node {
             value,
@@ -82,19 +83,19 @@ impl<T> Waiters<T> {
         WaiterId(index)
     }
 
-    /// Puts one that had left the line back at its front.
+    /// Returns an element that had left the line to its front.
     pub(crate) fn return_to_front(&mut self, id: WaiterId) {
         if self.nodes.get(id.0 as usize).is_some_and(|node| !node.in_line) {
             self.link(id.0, NONE, self.head);
         }
     }
 
-    /// Takes it out of the line, if it is there; its value stays until it is removed.
+    /// Takes an element out of the line, if it is in line. Its value stays until it is removed.
     pub(crate) fn detach(&mut self, id: WaiterId) {
         self.unlink(id.0);
     }
 
-    /// Takes it out of the line, if it is there, and forgets it.
+    /// Takes an element out of the line, if it is in line, and removes it.
     pub(crate) fn remove(&mut self, id: WaiterId) -> Option<T> {
         self.unlink(id.0);
         self.nodes.try_remove(id.0 as usize).map(|node| node.value)
@@ -142,7 +143,8 @@ mod tests {
     use std::collections::VecDeque;
 
     proptest! {
-        /// Any run of joins, pops, returns and removals leaves the same line as a plain deque.
+        /// Any sequence of appends, pops, returns and removals produces the same line as a plain
+        /// deque.
         #[test]
         fn behaves_like_a_deque(steps in prop::collection::vec((0..4u8, any::<prop::sample::Index>()), 0..200)) {
             let mut line = Waiters::new();

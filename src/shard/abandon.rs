@@ -1,17 +1,23 @@
-//! Cycles that are over and that a store may still know of: each is released until the store has done it.
+//! Cycles that are over but may still exist in the store. Each is released until the store
+//! confirms.
 //!
 //! # Implementation details
 //!
-//! Each shard has a service for this on the background thread ([`clean`]). What an abandoned cycle costs is bounded: it is a key and a number in a list, of
-//! which there are at most [`OWED_MAX`]; at most [`AT_A_TIME_MAX`] of a shard are being released. That number is halved by each release without an answer and
-//! grows by one with each that is answered, so that a server that is back is not kept from new requests by old releases. What is beyond the limits is left to run out, as is a lease
-//! whose release fails until the longest TTL has passed.
+//! Each shard runs a service for this on the background thread ([`clean`]). The cost of abandoned
+//! cycles is bounded. Each is a key and a number in a list, and a manager keeps at most
+//! [`OWED_MAX`] of them. A shard sends at most [`AT_A_TIME_MAX`] releases at a time. This number is
+//! halved by each release without a reply and grows by one with each reply, so that old releases do
+//! not crowd out new requests when a server comes back. Cycles beyond the limits are left to
+//! expire. So is a lease whose release has failed for as long as the longest TTL.
 //!
-//! The first attempt travels on the caller's lane, where an acquire of that cycle may still be on its way: the release arrives after it. The next ones travel
-//! on the background's, which works even if the program's runtime is gone. A release that was answered there proves nothing about what is on its way
-//! elsewhere, and nor does one that was answered after a connection had been given up: an acquire may be executed after it and take the lease for a
-//! cycle that is over. Such a cycle is released once more when nothing of it can arrive any more ([`LATE_MAX`](crate::store::LATE_MAX)). The same is done
-//! for a cycle whose acquire was sent again on another connection and answered there.
+//! The first attempt uses the caller's lane, where an acquire of the same cycle may still be in
+//! flight: the release arrives after it. Further attempts use the background lane, which works even
+//! if the application's runtime is gone. But a reply on the background lane proves nothing about
+//! requests in flight elsewhere. Neither does a reply that arrives after a connection was given up.
+//! An acquire may execute later and acquire the lease for a cycle that is over. Such a cycle is
+//! released once more when no request of it can arrive any more
+//! ([`LATE_MAX`](crate::store::LATE_MAX)). The same applies to a cycle whose acquire was sent again
+//! on another connection and got its reply there.
 
 use std::cmp::{Ordering as Order, Reverse};
 use std::collections::{BinaryHeap, VecDeque};
@@ -32,16 +38,18 @@ use crate::store::{Lane, StoreError};
 
 const PAUSE_MIN: Duration = Duration::from_millis(20);
 const PAUSE_MAX: Duration = Duration::from_secs(1);
-/// The longest after a while: a server that is away for hours is not asked every second for each key. The end of the manager waits for it.
+/// The longest pause after a while: a server that is down for hours is not queried every second for
+/// each key. Kept short because a shutdown of the manager waits for it.
 const PAUSE_LATER: Duration = Duration::from_secs(4);
 /// How many cycles of a manager may wait for their release.
 const OWED_MAX: usize = 100_000;
-/// How many releases of a shard are sent at a time, at most and at least: if one node of several gives no answer, the others must have some, too.
+/// The largest and smallest number of releases that a shard sends at a time. If one of several
+/// nodes does not reply, the others still need a share.
 const AT_A_TIME_MAX: usize = 1_000;
 const AT_A_TIME_MIN: usize = 64;
 /// How many cycles of a shard may wait to be released once more.
 const DOUBTED_MAX: usize = 10_000;
-/// How often it is logged that leases are left to run out.
+/// How often it is logged that leases are left to expire.
 const COMPLAIN_EVERY: Duration = Duration::from_secs(10);
 
 /// A cycle that is over and has to be released.
@@ -50,13 +58,13 @@ pub(crate) struct Abandoned {
     pub(super) key: LockKey,
     pub(super) cycle: Cycle,
     since: Moment,
-    /// Whether nothing of it can arrive any more once it is released.
+    /// Whether no request of the cycle can arrive any more after its release.
     is_final: bool,
     _owed: Owed,
 }
 
 impl Abandoned {
-    /// `None` if too many wait already.
+    /// Returns `None` if too many cycles are waiting already.
     pub(super) fn new(load: &Arc<Load>, key: &LockKey, cycle: Cycle) -> Option<Self> {
         Some(Self {
             key: key.clone(),
@@ -68,25 +76,25 @@ impl Abandoned {
     }
 }
 
-/// What is left to do for a cycle.
+/// What remains to be done for a cycle.
 #[derive(Debug)]
 pub(super) enum Work {
     Release(Abandoned),
-    /// Release it once it is over and nothing of it can arrive any more.
+    /// Release the cycle once it is over and no request of it can arrive late.
     Doubt {
         key: LockKey,
         cycle: Cycle,
     },
 }
 
-/// One whose release failed.
+/// A cycle to be released, or one whose release failed.
 struct Failed {
     abandoned: Abandoned,
     backoff: Backoff,
     due: Moment,
 }
 
-/// Its order is that of the next attempts.
+/// Ordered by the time of the next attempt.
 impl Ord for Failed {
     fn cmp(&self, other: &Self) -> Order {
         (self.due, self.abandoned.cycle).cmp(&(other.due, other.abandoned.cycle))
@@ -107,7 +115,7 @@ impl PartialEq for Failed {
 
 impl Eq for Failed {}
 
-/// A cycle that is released once more.
+/// A cycle that will be released once more.
 struct Doubted {
     key: LockKey,
     cycle: Cycle,
@@ -120,14 +128,14 @@ struct Cleaner {
     shard: Arc<Shard>,
     fresh: VecDeque<Abandoned>,
     failed: BinaryHeap<Reverse<Failed>>,
-    /// In the order of their moments.
+    /// Ordered by due time.
     doubted: VecDeque<Doubted>,
     at_a_time: usize,
     left_to_run_out: u64,
     complained_at: Option<Moment>,
 }
 
-/// Releases the cycles that it is given, for as long as it is polled.
+/// Releases the cycles it receives, for as long as it is polled.
 pub(super) async fn clean(shard: Arc<Shard>, mut work: mpsc::UnboundedReceiver<Work>) {
     let mut cleaner = Cleaner::new(shard);
     let mut under_way = FuturesUnordered::new();
@@ -156,7 +164,7 @@ pub(super) async fn clean(shard: Arc<Shard>, mut work: mpsc::UnboundedReceiver<W
     }
 }
 
-/// Releases a cycle, unless the store does not do it now. Says on which lane it was answered.
+/// Tries to release a cycle once. Returns the lane on which the reply arrived.
 async fn attempt(shard: Arc<Shard>, failed: Failed) -> (Failed, Result<Lane, StoreError>) {
     let Abandoned { key, cycle, .. } = &failed.abandoned;
     let release = |lane| {
@@ -194,7 +202,7 @@ impl Cleaner {
         }
     }
 
-    /// The next one whose release is due.
+    /// The next cycle whose release is due.
     fn next(&mut self, now: Moment) -> Option<Failed> {
         if self.failed.peek().is_some_and(|Reverse(failed)| failed.due <= now) {
             return self.failed.pop().map(|Reverse(failed)| failed);
@@ -206,14 +214,14 @@ impl Cleaner {
         })
     }
 
-    /// When the next one is due, if none is.
+    /// When the next release or repetition is due.
     fn next_due(&self) -> Option<Moment> {
         let failed = self.failed.peek().map(|Reverse(failed)| failed.due);
         let doubted = self.doubted.front().map(|doubted| doubted.due);
         failed.into_iter().chain(doubted).min()
     }
 
-    /// Something of that cycle may still arrive.
+    /// A request of the cycle may still arrive.
     fn doubt(&mut self, key: LockKey, cycle: Cycle, is_postponed: bool) {
         if self.doubted.len() >= DOUBTED_MAX {
             return self.leave_to_run_out("too many requests were cut off at once");
@@ -226,7 +234,8 @@ impl Cleaner {
         });
     }
 
-    /// Nothing of these cycles can arrive any more. One that is still under way here is released as any other when it is over.
+    /// No request of these cycles can arrive any more. A cycle that is still in use here is
+    /// skipped: it is released as usual when it is over.
     fn take_doubted(&mut self, now: Moment) {
         while self.doubted.front().is_some_and(|doubted| doubted.due <= now)
             && let Some(doubted) = self.doubted.pop_front()
@@ -242,7 +251,7 @@ impl Cleaner {
                 continue;
             }
             if !is_postponed && self.was_cut_lately(now) {
-                // The connection that its acquire was sent on may have been given up only then.
+                // The connection used for its acquire may have been given up only after that.
                 self.doubt(key, cycle, true);
             } else if let Some(abandoned) = Abandoned::new(&self.shard.load, &key, cycle) {
                 self.fresh.push_back(Abandoned {
@@ -253,7 +262,7 @@ impl Cleaner {
         }
     }
 
-    /// Whether something that was sent on a connection before that was given up may still arrive.
+    /// Whether a request sent on a connection that was given up may still arrive.
     fn was_cut_lately(&self, now: Moment) -> bool {
         let is_recent = |cut| now.since(cut) < self.shard.late_max;
         self.shard.store.last_cut().is_some_and(is_recent)
@@ -281,10 +290,12 @@ impl Cleaner {
         }
     }
 
-    /// Tries again, unless its lease must have run out by now. A manager that ends does not wait for the leases that last longest.
+    /// Retries, unless the lease must have expired by now. A manager that shuts down does not wait
+    /// for the longest leases.
     fn not_released(&mut self, mut failed: Failed, error: &StoreError, now: Moment) {
         if matches!(error, StoreError::MapMismatch { .. }) {
-            // Nobody of that map asks for the lease here, and this manager holds nothing there any more: it runs out.
+            // Managers with the other map do not use this lease, and this manager holds nothing on
+            // the shard any more. The lease expires.
             return;
         }
         let is_refused = !matches!(error, StoreError::Unavailable(_));
@@ -295,10 +306,11 @@ impl Cleaner {
             (false, _) => self.shard.longest_ttl(),
         };
         if waited >= patience {
-            tracing::debug!(key = %failed.abandoned.key, "the key of a lease that could not be given back");
+            tracing::debug!(key = %failed.abandoned.key, "a lease of this key could not be released");
             return self.leave_to_run_out(&error.reason());
         }
-        // What was refused may be accepted once replicas are back or a disk has room again, which takes a while.
+        // A refused release may be accepted once replicas are back or a disk has space again, which
+        // takes a while.
         let bound = if is_refused { PAUSE_MAX } else { PAUSE_MIN };
         failed
             .backoff
@@ -307,10 +319,11 @@ impl Cleaner {
         self.failed.push(Reverse(failed));
     }
 
-    /// Logged once in a while: an outage may leave very many. Not while the shard is known to be down, which was logged.
+    /// Logged at most every [`COMPLAIN_EVERY`], because an outage may leave very many. During an
+    /// outage, which has its own log line, only at debug level.
     fn leave_to_run_out(&mut self, reason: &str) {
         if self.shard.is_in_outage() {
-            return tracing::debug!(shard = %self.shard.name, reason, "a lease is left to run out during an outage");
+            return tracing::debug!(shard = %self.shard.name, reason, "a lease is left to expire during an outage");
         }
         self.left_to_run_out += 1;
         let now = Moment::now();
@@ -324,17 +337,18 @@ impl Cleaner {
             shard = %self.shard.name,
             leases,
             %reason,
-            "leases of requests that failed could not be given back; those that exist end with their ttl"
+            "leases of failed requests could not be released; those that exist expire with their ttl"
         );
     }
 }
 
-/// One of the cycles that wait for their release, until it is dropped.
+/// Counts one cycle as waiting for its release until dropped.
 #[derive(Debug)]
 struct Owed(Arc<Load>);
 
 impl Owed {
-    /// `None` if there are as many as there may be, which is logged once until there are few again.
+    /// Returns `None` if the limit is reached. This is logged once, and again only after the number
+    /// has fallen to half the limit.
     fn note(load: &Arc<Load>) -> Option<Self> {
         let may = |owed: usize| (owed < OWED_MAX).then_some(owed + 1);
         if load.owed.fetch_update(Ordering::AcqRel, Ordering::Acquire, may).is_ok() {
@@ -343,7 +357,7 @@ impl Owed {
         if !load.owes_too_many.swap(true, Ordering::Relaxed) {
             tracing::warn!(
                 limit = OWED_MAX,
-                "too many leases wait to be given back; further ones are left to end with their ttl"
+                "too many leases wait to be released; further ones are left to expire with their ttl"
             );
         }
         None

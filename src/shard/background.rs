@@ -1,11 +1,13 @@
-//! The background thread of a manager: renewals, and whatever no task of the program waits for.
+//! The background thread of a manager: renewals, and all work that no task of the application waits
+//! for.
 //!
-//! It has a runtime of its own with one thread, so that leases are renewed and losses are told even if every worker of the
-//! program's runtime is blocked. It ends when no handle of the manager is left and every key has been given back.
+//! The thread has its own single-threaded runtime, so leases are renewed and losses reported even
+//! if every worker of the application's runtime is blocked. It exits when no handle of the manager
+//! is left and every key has been released.
 //!
-//! After a panic of a service or a job the manager is closed, as by a shutdown: leases that nobody renews any more must not look
-//! held, and nothing is known of a key whose event was left half done. Panics of foreign code end before they get here
-//! ([`foreign`](crate::foreign)).
+//! If a service or a job panics, the manager is closed as in a shutdown: leases that are no longer
+//! renewed must not look held, and the state of a key whose event was interrupted is unknown.
+//! Panics in foreign code are caught before they get here ([`foreign`](crate::foreign)).
 
 use std::any::Any;
 use std::panic::{AssertUnwindSafe, catch_unwind};
@@ -25,19 +27,20 @@ use crate::queue::Request;
 use crate::store::Lane;
 use crate::watchdog::keep_alive;
 
-/// The thread, and how to reach it.
+/// A handle to the background thread.
 #[derive(Debug)]
 pub(crate) struct Background {
-    /// Resolves when the inbox of every connected shard has been subscribed for the first time, or one of them was refused.
+    /// Resolves when the inbox of every connected shard has been subscribed for the first time, or
+    /// when one was refused.
     pub(crate) listening: oneshot::Receiver<Result<(), Unheard>>,
 }
 
 impl Background {
-    /// Starts the thread. Only the inboxes of shards that are `connected` are waited for.
+    /// Starts the thread. Only waits for the inboxes of shards that are `connected`.
     ///
     /// # Errors
     ///
-    /// The system does not give us a thread.
+    /// The system could not create a thread.
     pub(crate) fn start(
         shards: Vec<Arc<Shard>>,
         connected: &[bool],
@@ -45,7 +48,8 @@ impl Background {
     ) -> std::io::Result<Self> {
         let (tell, listening) = oneshot::channel();
         let connected = connected.to_vec();
-        // The runtime is made on its thread: it must not be dropped on one of the program's.
+        // The runtime is created on its own thread, because it must not be dropped on one of the
+        // application's.
         std::thread::Builder::new().name("shardlock".into()).spawn(move || {
             let shards: Rc<[Arc<Shard>]> = shards.into();
             let work = || match tokio::runtime::Builder::new_current_thread().enable_all().build() {
@@ -98,7 +102,7 @@ async fn run(
                 break;
             }
         }
-        // A manager that gave up connecting does not listen.
+        // The receiver is gone if the manager gave up connecting.
         listening.send(heard).ok();
     });
 
@@ -111,11 +115,11 @@ async fn run(
         if ending && work.is_empty() && jobs.is_empty() && owes_nothing() {
             settle(&shards).await;
             if let Some(metrics) = &metrics {
-                // The next beat may never come.
+                // There may be no further flush.
                 pulse::tell(&shards, metrics);
             }
             for done in closing.drain(..) {
-                // Whoever asked may have stopped waiting.
+                // The caller may have stopped waiting.
                 done.send(()).ok();
             }
             if leaving {
@@ -152,25 +156,25 @@ async fn run(
     }
 }
 
-/// Looks whether the program's runtime runs, and leaves it if it does not.
+/// Checks whether the application's runtime is making progress, and moves work away from it if not.
 async fn look_after_home(shards: Rc<[Arc<Shard>]>) {
     let Some(first) = shards.first() else { return };
     let leave = || shards.iter().for_each(|shard| shard.store.leave_home());
     first.runtimes.watch(first.timeout, || first.load.waits(), leave).await;
 }
 
-/// Lets every store tidy up, for as long as a request may take.
+/// Lets every store finish its cleanup, within the time limit of a request.
 async fn settle(shards: &[Arc<Shard>]) {
     let settling = shards.iter().map(|shard| async move {
         if tokio::time::timeout(shard.timeout, shard.store.settle()).await.is_err() {
-            tracing::warn!(shard = %shard.name, "the store did not tidy up in time; what is left runs out by itself");
+            tracing::warn!(shard = %shard.name, "the store did not finish its cleanup in time; what is left expires by itself");
         }
     });
     futures_util::future::join_all(settling).await;
 }
 
-/// A task of this thread ends by itself, or it panics. What it was there for, such as renewals, is not done any more then, and what
-/// it left half done is not known: the manager ends, and its users learn of it.
+/// A task of this thread has ended. If it panicked, its work, such as renewals, is no longer done,
+/// and its state is unknown. The manager is closed, so that its users notice.
 fn check(ended: Result<(), tokio::task::JoinError>, shards: &[Arc<Shard>]) {
     if let Err(error) = ended
         && let Ok(panic) = error.try_into_panic()
@@ -179,15 +183,15 @@ fn check(ended: Result<(), tokio::task::JoinError>, shards: &[Arc<Shard>]) {
     }
 }
 
-/// Ends the manager after a panic: guards are lost, waiters and later requests are refused.
+/// Closes the manager after a panic: guards are lost, waiters and later requests are refused.
 fn end_after(shards: &[Arc<Shard>], panic: &(dyn Any + Send)) {
     let message = panic.downcast_ref::<&str>().copied();
     let message = message.or_else(|| panic.downcast_ref::<String>().map(String::as_str));
     SUBSCRIBER.call(|| {
         tracing::error!(
             panic = message.unwrap_or("without a message"),
-            "the background thread panicked, so the manager ends: its locks are lost and all requests are refused; \
-             connect a new one, and please report this"
+            "the background thread panicked, so the manager is closed: its locks are lost and all requests are \
+             refused; connect a new manager, and please report this"
         );
     });
     close(shards);
@@ -200,12 +204,12 @@ fn index_of(shards: &[Arc<Shard>], key: &LockKey) -> usize {
 fn hand_over(cleaners: &[mpsc::UnboundedSender<Work>], shard: usize, work: Work) {
     let done = cleaners.get(shard).map(|cleaner| cleaner.send(work));
     if !matches!(done, Some(Ok(()))) {
-        // Its panic was reported.
-        tracing::warn!("a lease can't be given back; it ends with its ttl");
+        // The panic of the cleaner has been reported.
+        tracing::warn!("a lease cannot be released; it expires with its ttl");
     }
 }
 
-/// Carries out a request and all that follow from it.
+/// Executes a request and all that follow from it.
 async fn carry_out(entry: Arc<Entry>, request: Request) {
     let mut next = Some(request);
     while let Some(request) = next {
@@ -213,7 +217,7 @@ async fn carry_out(entry: Arc<Entry>, request: Request) {
     }
 }
 
-/// Nobody can want a key any more: what is kept for that is given back, and what guards still hold is not kept after them.
+/// No task can want a key any more: lingering leases are released, and held ones will not linger.
 fn leave(shards: &[Arc<Shard>]) {
     for shard in shards {
         shard.load.ending.store(true, Ordering::SeqCst);
@@ -228,11 +232,11 @@ fn close(shards: &[Arc<Shard>]) {
         shard.load.closed.store(true, Ordering::SeqCst);
         shard.load.ending.store(true, Ordering::SeqCst);
         for entry in shard.table.all() {
-            // A panic at one key leaves no other one open.
+            // A panic at one key must not leave others open.
             let close = || entry.in_background(|queue, cx| queue.close(cx));
             if catch_unwind(AssertUnwindSafe(close)).is_err() {
                 SUBSCRIBER.call(|| {
-                    tracing::error!(shard = %shard.name, "closing a key panicked; its lease is left to run out");
+                    tracing::error!(shard = %shard.name, "closing a key panicked; its lease is left to expire");
                 });
             }
         }

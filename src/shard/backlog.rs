@@ -2,39 +2,41 @@
 //!
 //! # Implementation details
 //!
-//! A server renews some 100,000 leases a second, and slower the more else it has to do. What is sent beyond that waits at the server,
-//! runs into its time limit there, is executed nevertheless and sent again: the more there is to renew, the less is renewed in time. So no more
-//! batches are under way than are answered in time, and the others wait here, those whose leases end first in front. The number of batches under
-//! way is halved when one runs into its time limit, and grows by one with each that is answered.
+//! A server renews some 100,000 leases per second, fewer under other load. Renewals sent beyond
+//! that queue up at the server, time out there, are executed anyway, and are sent again: the more
+//! renewals there are, the fewer succeed in time. So only as many batches are in flight as get a
+//! reply in time. The others wait here, ordered by when their leases end. The number of batches in
+//! flight is halved when one times out, and grows by one with each reply.
 //!
-//! If batches are sent when a good part of their leases' time is gone, the shard holds more than it can renew ([`Backlog::is_strained`]),
-//! and takes on no further keys until it keeps up again.
+//! If batches are sent when more than a third of a lease's time is gone, the shard holds more
+//! leases than it can renew ([`Backlog::is_strained`]), and accepts no new keys until it keeps up
+//! again.
 
 use std::collections::BTreeMap;
 use std::time::Duration;
 
 use crate::clock::Moment;
 
-/// How many leases a batch has at most.
+/// The maximum number of leases in a batch.
 const BATCH_MAX: usize = 1024;
-/// How many batches are under way at most, and at least: if one node of several gives no answer, the leases of the others must still be
-/// renewed in time.
+/// The largest and smallest limit on batches in flight. If one of several nodes does not reply, the
+/// leases on the others must still be renewed in time.
 const UNDER_WAY_MAX: usize = 64;
 const UNDER_WAY_MIN: usize = 24;
-/// With fewer leases, a renewal is late for other reasons than their number.
+/// With fewer leases, renewals are late for reasons other than their number.
 pub(crate) const STRAIN_MIN: usize = 8 * BATCH_MAX;
 
 /// A lease to renew.
 pub(crate) struct Due<T> {
     pub(crate) what: T,
     pub(crate) ttl: Duration,
-    /// When it ends, about.
+    /// The approximate time at which the lease ends.
     pub(crate) ends_at: Moment,
 }
 
-/// See the module.
+/// See the module documentation.
 pub(crate) struct Backlog<T> {
-    /// By the end of the lease in it that ends first, and a number, since two may end in the same moment.
+    /// Keyed by the earliest end of a lease in the batch, and a number to break ties.
     waiting: BTreeMap<(Moment, u64), Vec<Due<T>>>,
     next_number: u64,
     /// Whether the last batch was sent late.
@@ -54,7 +56,7 @@ impl<T> Backlog<T> {
         }
     }
 
-    /// Adds what is due, in batches.
+    /// Adds leases that are due, in batches.
     pub(crate) fn add(&mut self, due: Vec<Due<T>>) {
         for batch in batches(due) {
             let Some(ends_at) = batch.iter().map(|due| due.ends_at).min() else {
@@ -65,7 +67,8 @@ impl<T> Backlog<T> {
         }
     }
 
-    /// The next batch to be sent, unless as many as may be are under way. It is under way until it is [`ended`](Self::ended).
+    /// The next batch to send, unless the limit on batches in flight is reached. The batch is in
+    /// flight until [`ended`](Self::ended) is called.
     pub(crate) fn next(&mut self, now: Moment) -> Option<Vec<Due<T>>> {
         if self.under_way >= self.under_way_max {
             return None;
@@ -76,7 +79,7 @@ impl<T> Backlog<T> {
         Some(batch)
     }
 
-    /// A batch was answered, in time or not.
+    /// A batch got its reply or timed out.
     pub(crate) fn ended(&mut self, in_time: bool) {
         self.under_way = self.under_way.saturating_sub(1);
         self.under_way_max = if in_time {
@@ -92,13 +95,14 @@ impl<T> Backlog<T> {
     }
 }
 
-/// Whether more than a third of the time of a lease is gone, of which a tenth passes in any case.
+/// Whether more than a third of a lease's time is gone. A tenth of it passes in any case.
 fn is_late<T>(batch: &[Due<T>], now: Moment) -> bool {
     batch.iter().any(|due| due.ends_at.since(now) * 3 < due.ttl * 2)
 }
 
-/// Parts of limited size in which no TTL is more than twice the shortest: a batch waits for its answer for a part of its shortest TTL, which
-/// may be too short a time for any answer, and must not be so for leases that could bear more.
+/// Splits leases into batches of limited size in which no TTL is more than twice the shortest. A
+/// batch waits for its reply for a fraction of its shortest TTL. That may be too short for any
+/// reply, which must not affect leases that could wait longer.
 fn batches<T>(mut due: Vec<Due<T>>) -> Vec<Vec<Due<T>>> {
     due.sort_by_key(|due| due.ttl);
     let mut batches = Vec::new();

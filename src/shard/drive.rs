@@ -1,4 +1,4 @@
-//! Carrying out one request of a queue and telling the queue how it ended.
+//! Executes one request of a queue and reports the result to the queue.
 
 use std::sync::Arc;
 use std::sync::atomic::Ordering;
@@ -12,7 +12,7 @@ use crate::store::{Lane, StoreError, StoreFuture};
 use crate::telemetry::RequestKind;
 use crate::time_limit::{Elapsed, within};
 
-/// Tells the queue that nobody waits for the reply any more, if the request is dropped under way.
+/// Notifies the queue if the request is dropped before its reply arrives.
 struct Unanswered<'a> {
     entry: &'a Arc<Entry>,
     cycle: Cycle,
@@ -29,12 +29,13 @@ impl Drop for Unanswered<'_> {
 }
 
 impl Entry {
-    /// Sends a request and waits for its reply, for no longer than the store's time limit. Returns whether a release found the lease still
-    /// ours, where one was sent and answered, and the request that follows, which is the caller's to carry out.
+    /// Sends a request and waits for its reply, at most for the store's time limit. Returns the
+    /// follow-up request, which the caller has to execute, and, for a release that was sent,
+    /// whether the lease was still ours.
     ///
     /// # Cancel safety
     ///
-    /// Dropping it tells the queue, which asks again or cleans up in the background.
+    /// Dropping the future notifies the queue, which retries or cleans up in the background.
     pub(crate) async fn drive(self: &Arc<Self>, request: Request, lane: Lane) -> Driven {
         match request {
             Request::Acquire {
@@ -86,7 +87,8 @@ impl Entry {
                 } else {
                     RequestKind::Release
                 };
-                // What takes something keeps to the caller's lane, and so to its order.
+                // A request that acquires something stays on the caller's lane, which keeps it in
+                // order.
                 let lane = if requeue.is_some() { Lane::Caller } else { lane };
                 let sent = self
                     .send(cycle, kind, requeue, self.shard.store.release(lane, release))
@@ -110,11 +112,13 @@ impl Entry {
         }
     }
 
-    /// The answer, when it was asked for and when it came. Nothing if the request was given up since the runtime that carried it runs nothing: the queue
-    /// sees to it, as if it had been dropped, and sends another one.
+    /// Sends a request. Returns the reply, and when the request was sent and the reply arrived.
+    /// Returns `None` if the request was given up because the runtime executing it is blocked. The
+    /// queue then behaves as if the request had been dropped, and sends another one.
     ///
-    /// It may be the answer to the second of two attempts, and the first be executed later than what follows: then the cycle that `takes` something is released
-    /// once more when it is over.
+    /// The reply may be to the second of two attempts, and the first may execute later than what
+    /// follows. In that case the cycle in `takes`, which acquires something, is released once more
+    /// when it is over.
     async fn send<T>(
         self: &Arc<Self>,
         cycle: Cycle,
@@ -151,13 +155,14 @@ impl Entry {
     }
 }
 
-/// Most requests are answered in this time, also where hundreds are under way at a time.
+/// Most requests get their reply in this time, even with hundreds in flight.
 const QUICK: Duration = Duration::from_millis(50);
-/// After this time without an answer, at the latest, it is looked whether the program's runtime runs.
+/// How long after [`QUICK`] a request without a reply counts as slow, at most. The application's
+/// runtime is then checked for progress.
 const SLOW: Duration = Duration::from_millis(250);
 
-/// Waits on for a request that is not answered quickly. Nothing if work has moved away from the program's runtime meanwhile, and with it the request's
-/// connection.
+/// Keeps waiting for a slow request. Returns `None` if work has moved away from the application's
+/// runtime in the meantime, and with it the connection of the request.
 async fn wait_longer<T>(
     shard: &Shard,
     started: Moment,
@@ -176,7 +181,7 @@ async fn wait_longer<T>(
     }
 }
 
-/// A request that has not been answered for a while, until it is dropped.
+/// Counts a request as slow until dropped.
 struct Slow<'a>(&'a Load);
 
 impl<'a> Slow<'a> {
@@ -192,17 +197,17 @@ impl Drop for Slow<'_> {
     }
 }
 
-/// How a request ended.
+/// The result of a request.
 #[derive(Debug)]
 pub(crate) struct Driven {
-    /// The request that follows.
+    /// The follow-up request.
     pub(crate) next: Option<Request>,
-    /// For a release: whether the lease was still ours, or why that is not known.
+    /// For a release: whether the lease was still ours, or why that is unknown.
     pub(crate) released: Option<Result<bool, crate::LockError>>,
 }
 
 impl Driven {
-    /// The request was given up, and the background sees to what follows.
+    /// The request was given up, and the background thread handles what follows.
     const ELSEWHERE: Self = Self {
         next: None,
         released: None,

@@ -1,4 +1,4 @@
-//! One key of a shard: its queue, and what carries out what the queue wants.
+//! One key of a shard: its queue, and the code that carries out the queue's effects.
 
 use std::fmt;
 use std::panic::Location;
@@ -18,27 +18,28 @@ use crate::key::{LockKey, Slot};
 use crate::protocol::Cycle;
 use crate::queue::{Context, Effects, Granted, Outcome, Path, Queue, Rare, Request, WaiterId, Wake, Want};
 
-/// See the module. The mutex is never held across an `await`, nor while a waker is called or dropped: a waker is foreign
-/// code, which may ask this very manager something.
+/// See the module documentation. The mutex is never held across an `await`, nor while a waker is
+/// called or dropped: wakers are foreign code that may call back into this manager.
 pub(crate) struct Entry {
     pub(crate) key: LockKey,
     pub(crate) shard: Arc<Shard>,
-    /// Where it belongs inside of the store.
+    /// The slot of the key within the store.
     slot: Slot,
     state: Mutex<State>,
 }
 
 struct State {
     queue: Queue<Waker>,
-    /// Taken out of the table, since nothing was left to do. Whoever still has it looks for the new one.
+    /// Removed from the table because it had no work left. A task that still has this entry looks
+    /// up the new one.
     removed: bool,
-    /// What was noted of contention since it was last handed over to the manager.
+    /// Contention recorded since the last flush to the manager.
     heat: Option<Box<Heat>>,
-    /// Who collected the last guard. Whether it is still out says the queue.
+    /// Who collected the last guard. The queue knows whether that guard is still out.
     holding: Option<Holding>,
 }
 
-/// What of a queue is counted.
+/// The counted properties of a queue.
 #[derive(Debug, Clone, Copy)]
 struct Standing {
     holds: bool,
@@ -54,7 +55,7 @@ impl Standing {
     }
 }
 
-/// Who asked for a lock, and when.
+/// Who requested a lock, and when.
 #[derive(Debug, Clone, Copy)]
 pub(crate) struct Asked {
     pub(crate) at: Moment,
@@ -68,22 +69,22 @@ struct Holding {
     caller: &'static Location<'static>,
 }
 
-/// What a look at a key shows.
+/// A snapshot of a key.
 #[derive(Debug)]
 pub(crate) struct Seen {
     pub(crate) held: Option<SeenHeld>,
     pub(crate) waiting: usize,
-    /// For how long the first who waits has waited; zero if nobody does.
+    /// How long the first waiter has been waiting; zero if there is none.
     pub(crate) longest_wait: Duration,
 }
 
-/// A task's place in line.
+/// The result of enqueueing a waiter.
 #[derive(Debug)]
 pub(crate) struct Wanted {
     pub(crate) id: WaiterId,
-    /// To be carried out by whoever asked.
+    /// A request that the caller has to execute.
     pub(crate) request: Option<Request>,
-    /// The outcome is there already. Nobody will be woken for it.
+    /// The outcome is already available. The waker will not be called for it.
     pub(crate) is_settled: bool,
 }
 
@@ -94,11 +95,11 @@ pub(crate) struct SeenHeld {
     pub(crate) token: FencingToken,
     pub(crate) age: Duration,
     pub(crate) remaining: Duration,
-    /// Who asked for it; nothing while it is on its way to the task.
+    /// Who requested the guard; `None` until the task collects it.
     pub(crate) caller: Option<&'static Location<'static>>,
 }
 
-/// What a request for a lock came to, as far as this process is concerned.
+/// The outcome of a lock request, as far as this process is concerned.
 #[derive(Debug)]
 pub(crate) enum Settled {
     Granted(Granted),
@@ -122,7 +123,8 @@ impl fmt::Debug for Entry {
 }
 
 impl State {
-    /// Notes who has the lock from now on, and what contention there was. Gives what is to be handed over, when it is much.
+    /// Records the new holder, and contention. Returns the contention to flush when enough has
+    /// accumulated.
     fn note(&mut self, outcome: &Outcome, asked: Asked) -> Option<Box<Heat>> {
         match outcome {
             Outcome::Granted(granted) => {
@@ -160,8 +162,8 @@ impl Entry {
         })
     }
 
-    /// A task wants the key. `None` if this entry is not in the table any more. The request that comes back is the caller's
-    /// to carry out.
+    /// Enqueues a waiter. Returns `None` if this entry has been removed from the table. The caller
+    /// has to execute the returned request.
     pub(super) fn want(self: &Arc<Self>, want: Want, waker: Waker, now: Moment) -> Option<Result<Wanted, LockError>> {
         let cx = self.context(now);
         let mut state = self.state.lock();
@@ -169,7 +171,7 @@ impl Entry {
             return None;
         }
         let waiting = state.queue.waiting();
-        // A try waits behind nobody, so it needs no room: where others wait, it is told that the key is busy.
+        // A try never waits in line, so it needs no room. If others wait, it finds the key busy.
         if waiting >= self.shard.limits.waiters_per_key && !want.only_try {
             let (key, limit) = (self.key.to_string(), self.shard.limits.waiters_per_key);
             return Some(Err(LockError::QueueFull { key, waiting, limit }));
@@ -177,7 +179,7 @@ impl Entry {
         let before = Standing::of(&state.queue);
         let (id, mut effects) = state.queue.want(want, Some(waker), cx);
         let is_settled = state.queue.is_settled(id);
-        // Where nothing is kept, and nothing is in trouble, a waiter changes nothing that is due.
+        // Without a lingering lease or an outage, a new waiter changes no deadline.
         let is_due = before.is_spare || state.queue.trouble().is_some();
         let look_at = is_due.then(|| state.queue.look_at()).flatten();
         let after = Standing::of(&state.queue);
@@ -188,7 +190,7 @@ impl Entry {
             self.shard.watch.look_at(look_at);
         }
         if is_settled {
-            // The task that asks looks at once.
+            // The calling task collects immediately.
             effects.wake = Wake::None;
         }
         let request = self.carry_out(effects);
@@ -199,7 +201,7 @@ impl Entry {
         }))
     }
 
-    /// Takes the outcome if it is there; otherwise the waker is told when it is.
+    /// Takes the outcome if it is available. Otherwise registers the waker.
     pub(crate) fn poll(self: &Arc<Self>, id: WaiterId, waker: &Waker, asked: Asked) -> Poll<Settled> {
         let mut state = self.state.lock();
         let Some(outcome) = state.queue.collect(id) else {
@@ -208,7 +210,7 @@ impl Entry {
                 _ => state.queue.set_waker(id, waker.clone()),
             };
             drop(state);
-            // Not before the mutex is released: the end of a waker may run code of the caller's executor.
+            // Not under the mutex: dropping a waker may run code of the caller's executor.
             drop(replaced);
             return Poll::Pending;
         };
@@ -220,22 +222,22 @@ impl Entry {
         Poll::Ready(self.settle(outcome, asked))
     }
 
-    /// Why the store can't be reached, if it could not when it was last asked for this key.
+    /// Why the store is unreachable, if the last request for this key failed.
     pub(crate) fn trouble(&self) -> Option<LockError> {
         self.state.lock().queue.trouble().cloned()
     }
 
-    /// Whether the outcome is there.
+    /// Whether the outcome is available.
     pub(crate) fn is_settled(&self, id: WaiterId) -> bool {
         self.state.lock().queue.is_settled(id)
     }
 
-    /// Whether the answer to a request decides on what follows.
+    /// Whether a request is in flight whose reply determines what happens next.
     pub(crate) fn awaits_store(&self) -> bool {
         self.state.lock().queue.awaits_store()
     }
 
-    /// A waiter goes away.
+    /// A waiter gives up.
     pub(crate) fn give_up(self: &Arc<Self>, id: WaiterId) {
         let mut state = self.state.lock();
         if state.queue.is_contended() && !state.queue.is_settled(id) {
@@ -245,7 +247,7 @@ impl Entry {
         self.in_background(|queue, cx| queue.give_up(id, cx));
     }
 
-    /// Who holds it and who waits.
+    /// A snapshot of the holder and the waiters.
     pub(crate) fn look(&self, now: Moment) -> Seen {
         let state = self.state.lock();
         let lease = state.queue.lease();
@@ -270,28 +272,28 @@ impl Entry {
         }
     }
 
-    /// Whether the lease of that cycle is still ours, as far as is known here.
+    /// Whether the lease of that cycle is still ours, as far as is known locally.
     pub(crate) fn holds(&self, cycle: Cycle) -> bool {
         let state = self.state.lock();
         state.queue.lease().is_some_and(|(lease, _)| lease.cycle == cycle)
     }
 
-    /// Whether that cycle is under way here.
+    /// Whether that cycle is in use here.
     pub(super) fn is_current(&self, cycle: Cycle) -> bool {
         self.state.lock().queue.is_current(cycle)
     }
 
-    /// The cycle that stands in the store's queue, if one does.
+    /// The cycle that waits in the store's queue, if any.
     pub(super) fn queued_cycle(&self) -> Option<Cycle> {
         self.state.lock().queue.queued_cycle()
     }
 
-    /// Until when its lease is kept without a guard, if it is.
+    /// When the linger period ends, if the lease is lingering.
     pub(super) fn lingers_until(&self) -> Option<Moment> {
         self.state.lock().queue.lingers_until()
     }
 
-    /// Hands over to the manager what was noted of contention.
+    /// Flushes the recorded contention to the manager.
     pub(crate) fn tell_heat(&self) {
         let heat = self.state.lock().heat.take();
         if let Some(heat) = heat {
@@ -299,7 +301,7 @@ impl Entry {
         }
     }
 
-    /// A guard is given back. Says whether it was still the holder's, and what is to be sent.
+    /// Releases a guard. Returns whether it still had the lock, and the request to send.
     pub(crate) fn released(
         self: &Arc<Self>,
         cycle: Cycle,
@@ -309,7 +311,7 @@ impl Entry {
         self.at(now, |queue, cx| queue.released(cycle, token, cx))
     }
 
-    /// Lets an event happen and carries out what it leads to; requests go to the background.
+    /// Applies an event and carries out its effects. A request goes to the background thread.
     pub(crate) fn in_background(
         self: &Arc<Self>,
         event: impl FnOnce(&mut Queue<Waker>, Context<'_>) -> Effects<Waker>,
@@ -323,7 +325,8 @@ impl Entry {
         }
     }
 
-    /// Lets an event happen at that moment and carries out what it leads to, but for the request, which is the caller's.
+    /// Applies an event at the given time and carries out its effects. A request is returned to the
+    /// caller.
     pub(super) fn at<R>(
         self: &Arc<Self>,
         now: Moment,
@@ -338,7 +341,8 @@ impl Entry {
         let look_at = state.queue.look_at();
         if let Some(rare) = &mut effects.rare {
             drop(state);
-            // Before the entry leaves the table: a shutdown that found neither would be over before the cycle is given back.
+            // Before the entry leaves the table. Otherwise a shutdown could find neither the entry
+            // nor the pending release, and finish before the cycle is released.
             self.abandon(std::mem::take(&mut rare.abandoned));
             state = self.state.lock();
         }
@@ -350,7 +354,7 @@ impl Entry {
         (result, self.carry_out(effects))
     }
 
-    /// Counts what an event has changed, under the mutex of the entry.
+    /// Counts what an event has changed. Called under the mutex of the entry.
     fn count(&self, before: Standing, after: Standing) {
         let metrics = &self.shard.metrics;
         match (before.holds, after.holds) {
@@ -363,8 +367,8 @@ impl Entry {
         }
     }
 
-    /// Counts that the key is not spare any more; once it has left the table if it does, since until then it would seem to be in use where
-    /// the limit of keys is checked.
+    /// Counts that the key is no longer evictable. Called only after the key has left the table, if
+    /// it does: otherwise the check of the key limit would briefly count it as in use.
     fn count_spare(&self, before: Standing, after: Standing) {
         if before.is_spare && !after.is_spare {
             self.shard.metrics.lease_lingers_no_more();
@@ -435,7 +439,7 @@ impl Entry {
         }
     }
 
-    /// Has cycles that are over released in the background.
+    /// Schedules background releases for cycles that are over.
     fn abandon(&self, abandoned: impl IntoIterator<Item = Option<Cycle>>) {
         for cycle in abandoned.into_iter().flatten() {
             self.shard.abandon(&self.key, cycle);
@@ -456,7 +460,7 @@ impl Entry {
                 step: "acquire",
                 key: Some(key()),
                 waited: Moment::now().since(asked.at),
-                reason: "its replies take longer than the lease lasts; raise the ttl".into(),
+                reason: "replies take longer than the lease lasts; raise the ttl".into(),
             }),
             Outcome::Regressed { token, floor } => {
                 self.shard.metrics.token_regressions.increment(1);

@@ -1,11 +1,13 @@
-//! What a store pushes, and where it is heard.
+//! Receives what a store pushes.
 //!
 //! # Implementation details
 //!
-//! Pushes are handed on, and where the store can do so heard, on the runtime that the manager was connected on, so that a grant wakes no other thread
-//! than that of the task that it is for: a hop between threads costs about as much as the way from the server. Once that runtime is gone, or runs
-//! nothing while somebody waits, the background thread does both ([`program`](crate::program)). What a store does besides (following a failover, keeping
-//! places in a line) stays on that thread at all times.
+//! Pushes are dispatched on the runtime on which the manager was connected. Where the store
+//! supports it, they are also received there. A grant then wakes only the thread of the task it is
+//! for: a hop between threads costs about as much as the trip from the server. Once that runtime is
+//! gone, or makes no progress while a task waits, the background thread does both
+//! ([`program`](crate::program)). Other work of a store (following a failover, keeping its places
+//! in queues) always runs on that thread.
 
 use std::future::poll_fn;
 use std::sync::Arc;
@@ -22,22 +24,23 @@ use crate::protocol::Push;
 use crate::store::StoreError;
 use crate::text::printable;
 
-/// How long after the inbox was cut off those who wait ask, at most; at least half of it.
+/// The longest delay between losing the inbox and asking again. The delay is at least half of this.
 const CUT_OFF_MAX: Duration = Duration::from_millis(200);
 
-/// How a first subscription ended.
+/// Reports the result of the first subscription.
 pub(super) type Heard = mpsc::UnboundedSender<Result<(), Unheard>>;
 
-/// A server does not let us listen, or open a connection for renewals.
+/// A server refuses the subscription, or the connection for renewals.
 #[derive(Debug)]
 pub(crate) struct Unheard {
-    /// Which shard it is.
+    /// The shard that was refused.
     pub(crate) shard: Arc<Shard>,
     pub(crate) step: &'static str,
     pub(crate) error: StoreError,
 }
 
-/// Hears what the shard's store pushes for as long as it is polled; on the program's runtime while there is one.
+/// Receives pushes of the shard's store for as long as it is polled, on the application's runtime
+/// if there is one.
 pub(super) async fn hear(shard: Arc<Shard>, subscribed: Option<Heard>) {
     let (sender, receiver) = mpsc::unbounded_channel();
     let pushes = Arc::new(Pushes::new(receiver));
@@ -48,7 +51,7 @@ pub(super) async fn hear(shard: Arc<Shard>, subscribed: Option<Heard>) {
     tokio::join!(shard.store.listen(sender), shard.runtimes.run(receive));
 }
 
-/// Opens the connections that renewals need. A manager that can't have them has no locks to renew.
+/// Opens the connections needed for renewals. Without them the manager must not take locks.
 async fn connect(shard: &Arc<Shard>, tell: &Heard) {
     let connected = tokio::time::timeout(shard.timeout, shard.store.connect_background()).await;
     if let Err(error) = connected.unwrap_or_else(|_| Err(shard.no_answer())) {
@@ -62,10 +65,11 @@ async fn connect(shard: &Arc<Shard>, tell: &Heard) {
     }
 }
 
-/// The pushes of a store, and which task receives them: the one that began last.
+/// The pushes of a store, received by the task that began last.
 ///
-/// Where the program's runtime runs nothing, the task there is ended and another one takes its place. The first may be in
-/// the middle of a look at that moment. If it became the one that is woken, the other would sleep for ever.
+/// If the application's runtime is blocked, its task is ended and another one takes over. The first
+/// task may be in the middle of a poll at that moment. If its waker were registered last, the other
+/// task would sleep forever.
 struct Pushes(Mutex<Receiving>);
 
 struct Receiving {
@@ -78,28 +82,30 @@ impl Pushes {
         Self(Mutex::new(Receiving { receiver, begun: 0 }))
     }
 
-    /// A task begins to receive, in place of the one before it.
+    /// Begins receiving in place of the previous task. Returns the number of the new one.
     fn begin(&self) -> u64 {
         let mut receiving = self.0.lock();
         receiving.begun += 1;
         receiving.begun
     }
 
-    /// The next push, for the task with that number. Locked for one look at a time, since another task may take over.
+    /// The next push for the task with this number. The lock is held for one poll at a time,
+    /// because another task may take over.
     async fn next(&self, task: u64) -> Option<Push> {
         poll_fn(|cx| {
             let mut receiving = self.0.lock();
             if receiving.begun != task {
                 return Poll::Pending;
             }
-            // The wakers that replace each other here are those of these tasks, which run no foreign code.
+            // Replacing a waker here is safe: both belong to these tasks, which run no foreign
+            // code.
             receiving.receiver.poll_recv(cx)
         })
         .await
     }
 }
 
-/// Hands pushes to the queues they are for.
+/// Dispatches pushes to their queues.
 async fn receive(shard: Arc<Shard>, pushes: Arc<Pushes>, mut subscribed: Option<Heard>) {
     let me = pushes.begin();
     let mut refused: Option<Arc<str>> = None;
@@ -111,20 +117,21 @@ async fn receive(shard: Arc<Shard>, pushes: Arc<Pushes>, mut subscribed: Option<
             if !std::mem::replace(&mut is_forgery_reported, true) {
                 tracing::error!(
                     shard = %shard.name,
-                    "a message in the inbox of this manager was not made by another manager and is ignored, as \
-                     will be others of its kind: another client of the server publishes to channels of locks; \
-                     take that permission away from it (see the ACL in config/acl.conf)"
+                    "a message in the inbox of this manager was not sent by another manager and is ignored, as \
+                     others like it will be: another client of the server publishes to the channels of locks; \
+                     revoke that permission (see the ACL in config/acl.conf)"
                 );
             }
             continue;
         }
         match push {
-            // Channels have no database, so a shard that is another database of the same server hears this too; the key's own shard acts on it.
+            // Channels have no database, so a shard on another database of the same server receives
+            // this too. The shard of the key acts on it.
             Push::Granted { ref key, .. } | Push::Turn { ref key, .. } | Push::Wanted { ref key, .. }
                 if !shard.owns(key) => {}
             Push::Granted { key, grant } => match shard.table.get(&key) {
                 Some(entry) => entry.in_background(|queue, cx| queue.granted(grant, cx)),
-                // Nobody wants the key any more.
+                // No task wants the key any more.
                 None => {
                     shard.metrics.stale_grants.increment(1);
                     shard.abandon(&key, grant.cycle);
@@ -136,7 +143,7 @@ async fn receive(shard: Arc<Shard>, pushes: Arc<Pushes>, mut subscribed: Option<
             },
             Push::Wanted { key, cycle } => match shard.table.get(&key) {
                 Some(entry) => entry.in_background(|queue, cx| queue.wanted(cycle, cx)),
-                // As for a cycle that is over.
+                // The cycle is over.
                 None => shard.abandon(&key, cycle),
             },
             Push::Resubscribed { slot } => {
@@ -153,7 +160,8 @@ async fn receive(shard: Arc<Shard>, pushes: Arc<Pushes>, mut subscribed: Option<
                 refused = None;
                 ask_again(&shard, slot);
             }
-            // If the server is gone, nothing comes any more: those who wait ask, and so find out. An inbox that is back at once is as good.
+            // If the server is gone, no pushes arrive, so waiters ask again and get the error. If
+            // the inbox comes back first, `Resubscribed` does the same.
             Push::Disconnected => {
                 is_cut_off = true;
                 let shard = Arc::clone(&shard);
@@ -174,12 +182,12 @@ async fn receive(shard: Arc<Shard>, pushes: Arc<Pushes>, mut subscribed: Option<
                     // The manager may have given up connecting.
                     tell.send(Err(unheard)).ok();
                 }
-                // The store tries again every second: once for each reason is enough.
+                // The store retries every second. Log each reason once.
                 if refused.as_ref() != Some(&reason) {
                     tracing::error!(
                         shard = %shard.name,
                         reason = %printable(&reason),
-                        "the inbox is refused, so locks are handed over only when their leases run out"
+                        "the inbox is refused, so locks are handed over only when their leases expire"
                     );
                     refused = Some(reason);
                 }
@@ -188,7 +196,7 @@ async fn receive(shard: Arc<Shard>, pushes: Arc<Pushes>, mut subscribed: Option<
     }
 }
 
-/// Asks again for all keys that wait, or those of one slot, at once; the connection pipelines them.
+/// Makes all waiting keys, or those of one slot, ask again at once. The connection pipelines them.
 pub(super) fn ask_again(shard: &Arc<Shard>, slot: Option<Slot>) {
     for entry in shard.table.all() {
         if slot.is_none_or(|slot| shard.store.slot_of(&entry.key) == slot) {
@@ -213,8 +221,9 @@ mod tests {
         }
     }
 
-    /// The task on the program's runtime was looking for a push while the background's began. Its waker was the last one
-    /// that the inbox knew, and died with it: no grant was heard any more.
+    /// The task on the application's runtime was polling for a push while the background task
+    /// began. The inbox kept the waker of the former, which was then dropped, and no grant was
+    /// received any more.
     #[test]
     fn task_that_takes_over_is_woken_whatever_the_one_before_it_still_does() {
         let (sender, receiver) = mpsc::unbounded_channel();

@@ -1,4 +1,5 @@
-//! The shard map and the shard: it is stored before the first lock, at all shards or at none; and a shard that has another one is lost.
+//! The shard map: stored at all shards or at none before the first lock. A shard with another map
+//! is lost.
 
 use std::fmt;
 use std::sync::Arc;
@@ -14,10 +15,12 @@ use crate::protocol::{Acquire, AcquireReply, Answer};
 use crate::router::shard_index;
 use crate::store::{LeaseStore, MapStep, StoreError, StoreFuture};
 
-/// The stores of all shards of a manager, by their names, and the one task at a time that stores their map.
+/// The stores of all shards of a manager by name, and a lock so that one task at a time stores the
+/// map.
 pub(crate) struct Maps {
     stores: Vec<(Arc<str>, Arc<dyn LeaseStore>)>,
-    /// How long one step waits for the other shards, so that all steps fit into the time limit of a request.
+    /// How long one step waits for the other shards, chosen so that all steps fit into the time
+    /// limit of a request.
     step_limit: Duration,
     storing: Mutex<()>,
 }
@@ -31,15 +34,15 @@ impl Maps {
         }
     }
 
-    /// Sees to it that this shard has the map. No shard that answers may have another one then; a shard that does not answer is asked when
-    /// it is first used.
+    /// Ensures that this shard has the map. No shard that replies may have another one. A shard
+    /// that does not reply is checked when it is first used.
     ///
     /// # Errors
     ///
-    /// A shard has another map, or this one did not answer.
+    /// A shard has another map, or this shard did not reply.
     async fn store_for(&self, own: &Arc<dyn LeaseStore>) -> Result<(), StoreError> {
         let _only_one = self.storing.lock().await;
-        // One that is stored at one place can't be stored in part.
+        // A map stored in a single place cannot be stored partially.
         let is_atomic = self.stores.len() == 1 && own.has_one_map();
         let steps = [MapStep::Read, MapStep::Reserve, MapStep::Confirm];
         let mut answering: Vec<_> = self.stores.iter().collect();
@@ -63,7 +66,7 @@ impl Maps {
                     Ok(_) => answered.push((name, store)),
                     Err(error) if is_own => return Err(error),
                     Err(error @ StoreError::MapMismatch { .. }) => return Err(error.at_shard(name)),
-                    Err(error) => tracing::debug!(shard = %name, ?error, "a shard was not asked for its shard map"),
+                    Err(error) => tracing::debug!(shard = %name, ?error, "a shard did not answer about its shard map"),
                 }
             }
             answering.retain(|(_, store)| answered.iter().any(|(_, answered)| Arc::ptr_eq(store, answered)));
@@ -71,7 +74,7 @@ impl Maps {
         match own.has_map() {
             true => Ok(()),
             false => Err(StoreError::Unavailable(
-                "the shard map was changed while it was stored; try again".into(),
+                "the shard map changed while it was being stored; try again".into(),
             )),
         }
     }
@@ -86,14 +89,14 @@ impl fmt::Debug for Maps {
 }
 
 impl Shard {
-    /// Whether keys of that slot belong to this shard.
+    /// Whether the key belongs to this shard.
     pub(super) fn owns(&self, key: &LockKey) -> bool {
         let stores = &self.maps.stores;
         let owner = stores.get(shard_index(key.slot(), stores.len()));
         owner.is_some_and(|(_, store)| Arc::ptr_eq(store, &self.store))
     }
 
-    /// Asks the store for a lease, once the shard is known to have this manager's map.
+    /// Sends an acquire to the store, once the shard is known to have this manager's map.
     pub(super) fn acquire(&self, request: Acquire) -> StoreFuture<Answer<AcquireReply>> {
         if self.store.has_map() {
             return self.store.acquire(request);
@@ -102,7 +105,8 @@ impl Shard {
         let runtimes = Arc::clone(&self.runtimes);
         Box::pin(async move {
             let own = Arc::clone(&store);
-            // On a task of its own, on the background thread: a request that is polled no more must not keep all others from it.
+            // Spawned on the background thread: a request that is no longer polled must not block
+            // all others.
             let storing = runtimes.spawn(async move { maps.store_for(&own).await });
             storing.await.unwrap_or_else(|error| {
                 let reason = format!("the shard map was not stored: {error}");
@@ -112,12 +116,13 @@ impl Shard {
         })
     }
 
-    /// What the store answered says whether the shard has this manager's map. If it has another one, every lease on it is lost at once: managers
-    /// with that map may lock the same keys elsewhere. Returns whether that is so.
+    /// Checks the store's answer for a shard map mismatch. If the shard has another map, every
+    /// lease on it is lost at once, because managers with that map may lock the same keys
+    /// elsewhere. Returns whether that is the case.
     pub(crate) fn note_map<T>(&self, answer: &Result<T, StoreError>) -> bool {
         let error = match answer {
             Ok(_) => {
-                // Seldom true, so that tasks of several threads do not write to one place.
+                // Rarely true, so threads do not contend for the cache line.
                 if self.has_other_map.load(Ordering::Relaxed) && self.store.has_map() {
                     self.has_other_map.store(false, Ordering::Relaxed);
                 }
@@ -134,7 +139,7 @@ impl Shard {
         true
     }
 
-    /// Ends all that is held, and asks again for all that is waited for.
+    /// Ends all leases, and makes all waiting keys ask again.
     pub(crate) fn disown(&self) {
         for entry in self.entries() {
             entry.in_background(|queue, cx| queue.disown(cx));

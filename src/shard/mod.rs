@@ -1,13 +1,16 @@
-//! The driver of one shard: it owns the table of keys and turns what their queues want into requests.
+//! Drives one shard: owns the table of keys and turns the effects of their queues into requests.
 //!
 //! # Implementation details
 //!
-//! A task that wants a key, or gives one back, carries its own request out where it can (`request`), so that the shortest way
-//! costs no hop between tasks. Pushes come through `inbox`. Everything else is a [`Job`] for the background thread (`background`): renewals, releases of
-//! dropped guards, requests whose task went away. All let events happen to the same queue under the entry's mutex.
+//! A task that acquires or releases a key executes its own request where possible (`request`), so
+//! the common path needs no hop between tasks. Pushes arrive through `inbox`. Everything else is a
+//! [`Job`] for the background thread (`background`): renewals, releases of dropped guards, requests
+//! whose task was cancelled. All of them apply events to the same queue under the mutex of the
+//! entry.
 //!
-//! An entry leaves the table in the moment in which nothing is wanted, held or on its way for its key. It is marked under its
-//! mutex first, so that a task that found it just before looks again.
+//! An entry leaves the table as soon as its key has no waiter, no lease and no request in flight.
+//! It is first marked as removed under its mutex, so a task that found it just before looks it up
+//! again.
 
 mod abandon;
 mod background;
@@ -62,20 +65,21 @@ use rivals::Rivals;
 use table::Table;
 use watch::Watch;
 
-/// The first and the longest delay before a key's request that could not be answered is sent again.
+/// The first and the longest delay before a key retries a request that got no reply.
 const RETRY_MIN: Duration = Duration::from_millis(10);
 const RETRY_MAX: Duration = Duration::from_millis(500);
-/// By how much each key lengthens the longest one: a hundred thousand keys must not ask a server that is down all at the same time. A server that is
-/// back is known by the inbox as well, and then all ask at once.
+/// How much each key adds to the longest delay: a hundred thousand keys must not all query a server
+/// that is down at the same time. The inbox also notices when a server is back, and then all keys
+/// retry at once.
 const RETRY_PER_KEY: Duration = Duration::from_micros(200);
 
 /// How many keys may wait for a shard that is down.
 const WAIT_IN_OUTAGE_MAX: usize = 10_000;
 
-/// See the module.
+/// See the module documentation.
 pub(crate) struct Shard {
     pub(crate) name: Arc<str>,
-    /// The scheme of its URL.
+    /// The scheme of the shard's URL.
     pub(crate) kind: Arc<str>,
     pub(crate) store: Arc<dyn LeaseStore>,
     pub(crate) maps: Arc<Maps>,
@@ -85,32 +89,33 @@ pub(crate) struct Shard {
     pub(crate) limits: Limits,
     /// The time limit of a request.
     pub(crate) timeout: Duration,
-    /// How long after a connection was given up a request on it may be executed.
+    /// How long after its connection was given up a request may still be executed.
     late_max: Duration,
-    /// When a connection was last given up, and the largest number of a cycle then.
+    /// When a connection was last given up, and the largest cycle number at that time.
     newest_at_cut: Mutex<(Moment, u64)>,
-    /// The lifetime of a lease that is granted on while a cycle is abandoned.
+    /// The default TTL. Also how long a shutdown retries releases at an unreachable store.
     pub(crate) default_ttl: Duration,
-    /// The longest lifetime that was asked for, or the default one, in microseconds: no lease lasts longer.
+    /// The longest TTL requested so far, at least the default one, in microseconds. No lease lasts
+    /// longer.
     longest_ttl: AtomicU64,
     pub(crate) metrics: Arc<ShardMetrics>,
-    /// The metrics of requests that name no class.
+    /// The metrics of requests without a class.
     pub(crate) class: Arc<ClassMetrics>,
-    /// Shared by all shards of a manager, as all below.
+    /// This field and all below, up to `runtimes`, are shared by all shards of a manager.
     pub(crate) load: Arc<Load>,
     pub(crate) manager: Arc<ManagerMetrics>,
     pub(crate) hot: Arc<HotKeys>,
     pub(crate) notices: Arc<Notices>,
     pub(crate) runtimes: Arc<Runtimes>,
     table: Table,
-    /// Whether it was found to have another shard map.
+    /// Whether the shard was found to have another shard map.
     has_other_map: AtomicBool,
     rivals: Rivals,
     reach: Reach,
-    /// Failed renewals that were logged, and those that were not.
+    /// Rate limiter for log lines about failed renewals.
     pub(crate) failed_renewals: Seldom,
     pub(crate) watch: Watch,
-    /// Whether it holds more leases than it can renew in time.
+    /// Whether the shard holds more leases than it can renew in time.
     is_strained: AtomicBool,
     jobs: mpsc::UnboundedSender<Job>,
 }
@@ -124,7 +129,7 @@ impl fmt::Debug for Shard {
     }
 }
 
-/// How much a manager takes on.
+/// The limits of a manager.
 #[derive(Debug, Clone, Copy)]
 pub(crate) struct Limits {
     pub(crate) waiters_per_key: usize,
@@ -132,29 +137,29 @@ pub(crate) struct Limits {
     pub(crate) keys: usize,
 }
 
-/// How much a manager has taken on, and whether it takes on more.
+/// The current load of a manager, and whether it accepts more.
 #[derive(Debug)]
 pub(crate) struct Load {
     pub(crate) waiters: AtomicUsize,
-    /// How many requests to a store have not been answered for a while.
+    /// The number of store requests that have gone without a reply for a while.
     pub(crate) slow: AtomicUsize,
-    /// How many entries the tables of all shards have.
+    /// The number of entries in the tables of all shards.
     keys: AtomicUsize,
-    /// How many cycles are over and not released yet.
+    /// The number of cycles that are over and not yet released.
     owed: AtomicUsize,
-    /// Whether it was told that there are too many of them.
+    /// Whether it was logged that there are too many of these.
     owes_too_many: AtomicBool,
-    /// What each shard counts.
+    /// The metrics of each shard.
     shards: Box<[Arc<ShardMetrics>]>,
-    /// Whether the background thread was told that there is too little room.
+    /// Whether the background thread was asked to evict lingering leases.
     makes_room: AtomicBool,
     pub(crate) closed: AtomicBool,
-    /// Whether the background thread waits for the last key to be given back.
+    /// Whether the background thread is waiting for the last key to be released.
     pub(crate) ending: AtomicBool,
 }
 
 impl Load {
-    /// Nothing yet, of the shards that count by these.
+    /// No load yet, for shards with these metrics.
     pub(crate) fn new(shards: Box<[Arc<ShardMetrics>]>) -> Self {
         Self {
             waiters: AtomicUsize::new(0),
@@ -169,17 +174,17 @@ impl Load {
         }
     }
 
-    /// Whether anybody waits for anything.
+    /// Whether any task waits for a lock or for a slow request.
     pub(crate) fn waits(&self) -> bool {
         self.waiters.load(Ordering::Relaxed) > 0 || self.slow.load(Ordering::Relaxed) > 0
     }
 
-    /// Whether no cycle waits for its release.
+    /// Whether no release is pending.
     fn owes_nothing(&self) -> bool {
         self.owed.load(Ordering::Acquire) == 0
     }
 
-    /// How many keys have nothing but a lease that is kept idle, or was until just now.
+    /// The number of keys with only a lingering lease, or one that has just stopped lingering.
     fn spare(&self) -> usize {
         self.shards.iter().map(|shard| shard.lingering()).sum()
     }
@@ -188,23 +193,23 @@ impl Load {
 /// Work for the background thread.
 #[derive(Debug)]
 pub(crate) enum Job {
-    /// Carry out what a queue asks for.
+    /// Execute a request of a queue.
     Request { entry: Arc<Entry>, request: Request },
-    /// Release a cycle that is over until the store has answered.
+    /// Release a cycle that is over until the store confirms.
     Release(Abandoned),
-    /// Release a cycle once it is over and nothing of it can arrive late any more.
+    /// Release a cycle once it is over and no request of it can arrive late.
     Doubt { key: LockKey, cycle: Cycle },
-    /// Give everything back and refuse everything new; tell when it is done.
+    /// Release everything, refuse new requests, and signal when that is done.
     Close { done: tokio::sync::oneshot::Sender<()> },
-    /// No handle of the manager is left: end when nothing is left to do.
+    /// The last handle of the manager was dropped. Exit when no work is left.
     Leave,
-    /// There are more keys than the limit allows, among them some that are kept idle: give those back.
+    /// There are more keys than the limit, and some of their leases linger. Evict those.
     MakeRoom,
-    /// A key was given back by a task of the program: look whether that was the last.
+    /// A task of the application released a key. Check whether it was the last one.
     Look,
 }
 
-/// What a shard is made of.
+/// The parts of a shard.
 pub(crate) struct Parts {
     pub(crate) name: Arc<str>,
     pub(crate) kind: Arc<str>,
@@ -227,7 +232,7 @@ pub(crate) struct Parts {
     pub(crate) jobs: mpsc::UnboundedSender<Job>,
 }
 
-/// A lifetime, which is a day at most.
+/// A TTL in microseconds. TTLs are at most one day, so this does not overflow.
 const fn in_micros(ttl: Duration) -> u64 {
     ttl.as_micros() as u64
 }
@@ -287,11 +292,11 @@ impl Shard {
         })
     }
 
-    /// A task wants a key. The request that comes back is the caller's to carry out.
+    /// Enqueues a task for a key. The caller has to execute the returned request.
     ///
     /// # Errors
     ///
-    /// One of the limits was reached, or the manager is closed.
+    /// A limit was reached, or the manager is closed.
     pub(crate) fn want(
         self: &Arc<Self>,
         key: &LockKey,
@@ -299,7 +304,7 @@ impl Shard {
         waker: &Waker,
         now: Moment,
     ) -> Result<(Arc<Entry>, Wanted), LockError> {
-        // Seldom true, so that tasks of several threads do not write to one place.
+        // Rarely true, so threads do not contend for the cache line.
         if want.ttl > self.longest_ttl() {
             self.longest_ttl.fetch_max(in_micros(want.ttl), Ordering::Relaxed);
         }
@@ -307,7 +312,7 @@ impl Shard {
             let mut is_new = false;
             let entry = self.table.get_or_insert(key, || {
                 is_new = true;
-                // Before anybody else can find it, and so remove it.
+                // Count the entry before any other task can find and remove it.
                 self.load.keys.fetch_add(1, Ordering::Relaxed);
                 Entry::new(key.clone(), self)
             });
@@ -317,7 +322,8 @@ impl Shard {
                 self.check_outage(&entry)?;
                 want.expects_rivals = self.rivals.seen(key);
             }
-            // Looked at after the entry is in the table: a shutdown either finds it there or was seen here.
+            // Checked after the entry is in the table: a shutdown either finds the entry or is seen
+            // here.
             if self.load.closed.load(Ordering::SeqCst) {
                 self.forget_new(&entry, is_new);
                 return Err(LockError::Closed);
@@ -325,18 +331,18 @@ impl Shard {
             match entry.want(want, waker.clone(), now) {
                 Some(Ok(wanted)) => return Ok((entry, wanted)),
                 Some(Err(error)) => return Err(error),
-                // It was on its way out of the table; whoever takes it out may not have come to it yet.
+                // The entry is marked as removed, but may still be in the table.
                 None => self.remove(&entry),
             }
         }
     }
 
-    /// For how long a lease may last that nobody prolongs.
+    /// The longest time that a lease can last without a renewal.
     fn longest_ttl(&self) -> Duration {
         Duration::from_micros(self.longest_ttl.load(Ordering::Relaxed))
     }
 
-    /// Whether a lease that nobody holds may be kept.
+    /// The capacity for leases that linger.
     pub(crate) fn room(&self) -> Room<'_> {
         Room {
             keys: &self.load.keys,
@@ -344,14 +350,16 @@ impl Shard {
         }
     }
 
-    /// Refuses one key too many, over all shards. Keys that are kept idle are not too many: they make room. That takes them a moment, in
-    /// which none is added to them ([`room`](Self::room)), so that there are never more than twice as many keys.
+    /// Refuses a new key if the limit over all shards is reached. Lingering keys do not count: they
+    /// are evicted. Eviction takes a moment, during which no further leases start to linger
+    /// ([`room`](Self::room)), so there are never more than twice as many keys as the limit.
     fn check_keys(&self, entry: &Arc<Entry>) -> Result<(), LockError> {
         let (used, limit) = (self.load.keys.load(Ordering::Relaxed), self.limits.keys);
         if used <= limit {
             return Ok(());
         }
-        // The spare ones first: what leaves the table meanwhile was spare, and would be missing among them.
+        // Read `spare` first. A lingering key that leaves the table in between would otherwise be
+        // counted as used.
         let spare = self.load.spare();
         let used = self.load.keys.load(Ordering::Relaxed);
         if used.saturating_sub(spare) <= limit {
@@ -368,14 +376,16 @@ impl Shard {
         })
     }
 
-    /// Refuses a further key while the leases that are held can't be renewed in time: rather no new lock than the loss of old ones.
+    /// Refuses new keys while held leases cannot be renewed in time: it is better to grant no new
+    /// lock than to lose held ones.
     fn check_strain(&self, entry: &Arc<Entry>) -> Result<(), LockError> {
         if !self.is_strained.load(Ordering::Relaxed) {
             return Ok(());
         }
         let leases = self.metrics.leases();
         if leases < STRAIN_MIN {
-            // Most were given back since, and there may be no renewal that would show it.
+            // Most leases have been released since, and there may be no renewal that would clear
+            // the flag.
             return Ok(());
         }
         self.forget_new(entry, true);
@@ -386,7 +396,8 @@ impl Shard {
         })
     }
 
-    /// Refuses a further key while very many wait for a shard that is down: each costs memory here, and a request to the server when it is back.
+    /// Refuses new keys while very many keys wait for a shard that is down. Each one costs memory
+    /// here, and a request to the server when it is back.
     fn check_outage(&self, entry: &Arc<Entry>) -> Result<(), LockError> {
         if !self.is_in_outage() {
             return Ok(());
@@ -404,7 +415,7 @@ impl Shard {
         })
     }
 
-    /// Whether it holds more leases than it can renew in time.
+    /// Sets whether the shard holds more leases than it can renew in time.
     pub(crate) fn set_strained(&self, is_strained: bool) {
         if self.is_strained.swap(is_strained, Ordering::Relaxed) == is_strained {
             return;
@@ -413,18 +424,19 @@ impl Shard {
         if is_strained {
             tracing::warn!(%shard, leases, "more leases are held than are renewed in time; new keys are refused until renewals keep up");
         } else {
-            tracing::info!(%shard, leases, "renewals keep up again; new keys are taken");
+            tracing::info!(%shard, leases, "renewals keep up again; new keys are accepted");
         }
     }
 
-    /// Takes an entry that was made for nothing out of the table, unless somebody uses it by now.
+    /// Removes an entry that is not needed after all from the table, unless another task uses it by
+    /// now.
     fn forget_new(&self, entry: &Arc<Entry>, is_new: bool) {
         if is_new {
             entry.in_background(|_, _| crate::queue::Effects::none());
         }
     }
 
-    /// An entry has nothing left to do.
+    /// An entry has no work left.
     fn forget(&self, entry: &Arc<Entry>, rivals_seen: bool) {
         self.rivals.note(&entry.key, rivals_seen);
         self.remove(entry);
@@ -439,27 +451,27 @@ impl Shard {
         }
     }
 
-    /// That key, if it is wanted, held or on its way.
+    /// The entry of the key, if the key has a waiter, a lease or a request in flight.
     pub(crate) fn entry(&self, key: &LockKey) -> Option<Arc<Entry>> {
         self.table.get(key)
     }
 
-    /// All keys that are wanted, held or on their way.
+    /// All keys that have a waiter, a lease or a request in flight.
     pub(crate) fn entries(&self) -> Vec<Arc<Entry>> {
         self.table.all()
     }
 
-    /// What stands in the store for a cycle of this manager.
+    /// How the store records a cycle of this manager.
     pub(crate) fn sign(&self, cycle: Cycle) -> String {
         self.id.sign(cycle).to_string()
     }
 
-    /// Whether no key is wanted, held or on its way.
+    /// Whether no key has a waiter, a lease or a request in flight.
     pub(crate) fn is_idle(&self) -> bool {
         self.table.len() == 0
     }
 
-    /// Without a time limit: there may be millions of keys.
+    /// Removes all keys of the namespace. Has no time limit, because there may be millions of them.
     pub(crate) async fn erase(&self) -> Result<u64, LockError> {
         let started = Moment::now();
         let erased = self.store.erase().await;
@@ -475,27 +487,28 @@ impl Shard {
             .map_err(|error| self.error(error, "inspect", Some(key), started))
     }
 
-    /// Has a cycle that is over released in the background.
+    /// Schedules a background release of a cycle that is over.
     fn abandon(&self, key: &LockKey, cycle: Cycle) {
         if let Some(abandoned) = Abandoned::new(&self.load, key, cycle) {
             self.send(Job::Release(abandoned));
         }
     }
 
-    /// Whether a request of that cycle was sent on a connection that was given up so lately that it may be executed yet.
+    /// Whether a request of the cycle may have been sent on a connection that was given up so
+    /// recently that the server may still execute it.
     fn may_arrive_late(&self, cycle: Cycle, now: Moment) -> bool {
         let Some(cut) = self.store.last_cut().filter(|cut| now.since(*cut) < self.late_max) else {
             return false;
         };
         let mut newest = self.newest_at_cut.lock();
         if newest.0 != cut {
-            // Those that were opened since are doubted as well, which does no harm.
+            // This includes cycles opened since the cut, which is harmless.
             *newest = (cut, self.cycles.newest());
         }
         cycle.number() <= newest.1
     }
 
-    /// A request of that cycle may be executed after the cycle is over.
+    /// A request of the cycle may be executed after the cycle is over.
     fn doubt(&self, key: &LockKey, cycle: Cycle) {
         self.send(Job::Doubt {
             key: key.clone(),
@@ -504,28 +517,30 @@ impl Shard {
     }
 
     pub(crate) fn send(&self, job: Job) {
-        // The background thread outlives every entry; where it is gone, the process is ending, and leases run out by themselves.
+        // The background thread outlives every entry. If it is gone, the process is exiting and
+        // leases expire by themselves.
         if self.jobs.send(job).is_err() {
-            tracing::warn!(shard = %self.name, "the background thread is gone; a lease is left to run out");
+            tracing::warn!(shard = %self.name, "the background thread is gone; a lease is left to expire");
         }
     }
 
-    /// Notes whether the store answered.
+    /// Records whether the store replied.
     pub(crate) fn note_reach<T>(&self, reply: &Result<T, StoreError>) {
         self.metrics.set_up(self.reach.note(&self.name, reply));
     }
 
-    /// Notes whether the store answered a look, and would take a lock.
+    /// Records whether the health probe got a reply and locks can be acquired.
     fn note_look(&self, reached: &Result<(), StoreError>) {
         self.metrics.set_up(self.reach.looked(&self.name, reached));
     }
 
-    /// Whether the shard is known to be down, which its outage has a line of its own for.
+    /// Whether the shard is known to be down. Outages have their own log lines.
     pub(crate) fn is_in_outage(&self) -> bool {
         self.reach.is_troubled()
     }
 
-    /// What an error of a request means for those who wait for it: an outage, which some of them bear, or `None` if asking again would not help.
+    /// What an error of a request means for its waiters: an outage, which some of them tolerate, or
+    /// `None` if a retry would not help.
     fn outage(&self, error: &LockError, started: Moment, now: Moment, attempts: u32) -> Option<Outage> {
         if !matches!(error, LockError::Unavailable { .. }) {
             return None;
@@ -539,7 +554,8 @@ impl Shard {
         })
     }
 
-    /// Some leases could not be renewed. The outage of a shard has a line of its own.
+    /// Logs that leases could not be renewed. During an outage, whose own log line covers this,
+    /// only at debug level.
     pub(crate) fn renewal_failed(&self, error: &LockError, leases: usize) {
         let suppressed = match self.is_in_outage() {
             true => None,
@@ -547,9 +563,9 @@ impl Shard {
         };
         match suppressed {
             Some(suppressed) => {
-                tracing::warn!(shard = %self.name, %error, leases, suppressed, "leases could not be renewed; that is tried again while they last");
+                tracing::warn!(shard = %self.name, %error, leases, suppressed, "failed to renew leases; retrying until they expire");
             }
-            None => tracing::debug!(shard = %self.name, %error, leases, "leases could not be renewed"),
+            None => tracing::debug!(shard = %self.name, %error, leases, "failed to renew leases"),
         }
     }
 

@@ -1,11 +1,11 @@
-//! Looks whether the places in the store's queues are still there.
+//! Checks whether our entries in the store's queues still exist.
 //!
 //! # Implementation details
 //!
-//! A command that empties a server, such as FLUSHALL, deletes leases and queues together. The renewal of
-//! the holder then finds no queue to serve, and no waiter is notified. So every few seconds one waiting
-//! key is inspected. If the store does not know its cycle any more, all waiting keys of the shard ask
-//! again.
+//! A command that empties a server, such as FLUSHALL, deletes leases and queues together. The
+//! holder's renewal then finds no queue to serve, and no waiter is notified. So every few seconds
+//! one waiting key is inspected. If the store no longer knows its cycle, all waiting keys of the
+//! shard send their acquire again.
 
 use std::sync::Arc;
 
@@ -14,7 +14,7 @@ use super::inbox::ask_again;
 use crate::protocol::Cycle;
 use crate::store::{INSPECTED_QUEUE_MAX, Inspection};
 
-/// Looks at one key that waits, another one each time.
+/// Inspects one waiting key, chosen at random.
 pub(super) async fn check(shard: &Arc<Shard>) {
     let entries = shard.table.all();
     let begin = rand::random_range(0..entries.len().max(1));
@@ -24,21 +24,21 @@ pub(super) async fn check(shard: &Arc<Shard>) {
         .chain(after)
         .filter_map(|entry| Some((entry, entry.queued_cycle()?)));
     let Some((entry, cycle)) = queued.next() else { return };
-    // What can't be reached is not forgotten.
+    // If the shard is unreachable, nothing is known to be lost.
     let Ok(seen) = shard.inspect(&entry.key).await else {
         return;
     };
-    // A grant that was on its way when the store was asked made it the holder there.
+    // A grant in flight when the store was asked has made the cycle the holder there.
     if is_forgotten(shard, cycle, &seen) && entry.queued_cycle() == Some(cycle) {
-        tracing::warn!(shard = %shard.name, "a place in the queue of a key is gone, as after a command that empties the server; all who wait ask again");
+        tracing::warn!(shard = %shard.name, "an entry in the queue of a key is gone, as after a command that empties the server; all waiting keys ask again");
         ask_again(shard, None);
     }
 }
 
-/// Whether the store knows nothing of that cycle.
+/// Whether the store no longer knows the cycle.
 fn is_forgotten(shard: &Shard, cycle: Cycle, seen: &Inspection) -> bool {
     let ours = shard.sign(cycle);
     let holds = seen.holder.as_ref().is_some_and(|holder| holder.owner == ours);
-    // Only the head of a long queue is told.
+    // Only the head of a long queue is returned.
     !holds && seen.queue.len() < INSPECTED_QUEUE_MAX && !seen.queue.contains(&ours)
 }

@@ -1,5 +1,5 @@
-//! The pulse of the background thread: tells the recorder what was counted, looks at what is oldest, and notices when the thread
-//! itself stood still.
+//! Periodic work of the background thread: flushes metrics to the recorder, finds the oldest leases
+//! and waiters, and detects stalls of the thread itself.
 
 use std::rc::Rc;
 use std::sync::Arc;
@@ -9,14 +9,14 @@ use super::Shard;
 use crate::clock::Moment;
 use crate::telemetry::ManagerMetrics;
 
-/// How often the recorder is told what is new.
+/// How often new values are flushed to the recorder.
 const BEAT: Duration = Duration::from_millis(100);
-/// How late the timer may fire before that is a stall.
+/// How late the timer must fire to count as a stall.
 const STALL_MIN: Duration = Duration::from_millis(100);
-/// How often all keys are looked at; more seldom where a look takes more than a hundredth of that.
+/// How often all keys are inspected. Less often if one pass takes more than a hundredth of this.
 const LOOK_EVERY_MIN: Duration = Duration::from_secs(1);
 
-/// Beats for as long as the thread lives.
+/// Runs for as long as the thread lives.
 pub(super) async fn pulse(shards: Rc<[Arc<Shard>]>, metrics: Arc<ManagerMetrics>) {
     let mut last = Moment::now();
     let mut look_at = last;
@@ -29,7 +29,7 @@ pub(super) async fn pulse(shards: Rc<[Arc<Shard>]>, metrics: Arc<ManagerMetrics>
             metrics.stalled(late);
             tracing::warn!(
                 ?late,
-                "the background thread stood still; if that lasts for a TTL, locks are lost"
+                "the background thread stalled; if that lasts for a TTL, locks are lost"
             );
         }
         metrics.classes.adjust(elapsed);
@@ -42,18 +42,18 @@ pub(super) async fn pulse(shards: Rc<[Arc<Shard>]>, metrics: Arc<ManagerMetrics>
             }
             look_at = now + LOOK_EVERY_MIN.max(Moment::now().since(now) * 100);
         }
-        // What the beat itself took is no stall of anybody else.
+        // Do not count the time of this pass as a stall.
         last = Moment::now();
     }
 }
 
-/// Tells the recorder what is new.
+/// Flushes new values to the recorder.
 pub(crate) fn tell(shards: &[Arc<Shard>], metrics: &ManagerMetrics) {
     metrics.classes.tell();
     shards.iter().for_each(|shard| shard.metrics.tell());
 }
 
-/// Finds what is held and waited for the longest, and tells of guards that are held for too long.
+/// Finds the oldest lease and waiter, and logs guards that are held for too long.
 fn look(shard: &Arc<Shard>) {
     let now = Moment::now();
     let (mut oldest_lease, mut oldest_waiter) = (Duration::ZERO, Duration::ZERO);

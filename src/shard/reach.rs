@@ -1,13 +1,16 @@
-//! Whether a shard answers and takes locks, and what the log says of its outages.
+//! Whether a shard replies and accepts locks, and the log lines about its outages.
 //!
 //! # Implementation details
 //!
-//! Replies come by the hundred thousand, so an answer costs one load of a flag while all is well. A shard that answers some requests and fails others, as
-//! a cluster with one node down does, stays in the same outage until nothing has failed for [`QUIET`]: each outage has one line when it begins and
-//! one when it is over. Where outages follow each other quickly, those that begin within [`SELDOM`] of the last line are only counted.
+//! There may be hundreds of thousands of replies per second, so while all is well a reply costs
+//! only one load of a flag. A shard where some requests succeed and others fail, such as a cluster
+//! with one node down, remains in the same outage until nothing has failed for [`QUIET`]. Each
+//! outage has one log line when it begins and one when it is over. An outage that begins within
+//! [`SELDOM`] of the last such line is only counted, unless it outlasts that time.
 //!
-//! A server that is out of memory, or writes nothing for another reason, still answers what only reads or renews. So whether it takes locks is known by
-//! the look that is taken every few seconds alone, and at once after a request was refused.
+//! A server that is out of memory, or rejects writes for another reason, still replies to reads and
+//! renewals. So only the health probe reveals whether it accepts locks. The probe runs every few
+//! seconds, and soon after a request was refused.
 
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
@@ -19,19 +22,19 @@ use tokio::sync::Notify;
 use crate::clock::Moment;
 use crate::store::StoreError;
 
-/// How long nothing must have failed before an outage is over.
+/// How long no request may fail before an outage is over.
 const QUIET: Duration = Duration::from_secs(1);
-/// How often the beginning of an outage is logged at most.
+/// The shortest interval between two log lines about the beginning of an outage.
 const SELDOM: Duration = Duration::from_secs(10);
 
-/// See the module.
+/// See the module documentation.
 #[derive(Debug, Default)]
 pub(super) struct Reach {
-    /// Whether there is an outage that is not over.
+    /// Whether an outage is in progress.
     is_troubled: AtomicBool,
-    /// Whether the last look was refused.
+    /// Whether the last health probe was refused.
     refuses: AtomicBool,
-    /// Wakes whoever looks.
+    /// Triggers a health probe.
     pub(super) doubted: Notify,
     log: Mutex<Log>,
 }
@@ -39,9 +42,9 @@ pub(super) struct Reach {
 #[derive(Debug, Default)]
 struct Log {
     outage: Option<Outage>,
-    /// When the beginning of an outage was logged last.
+    /// When the beginning of an outage was last logged.
     logged_at: Option<Moment>,
-    /// How many outages were not logged since.
+    /// The number of outages not logged since.
     suppressed: u64,
 }
 
@@ -49,7 +52,7 @@ struct Log {
 struct Outage {
     since: Moment,
     failed_at: Moment,
-    /// Since when there are answers again.
+    /// The first reply since the last failure.
     answered_at: Option<Moment>,
     failures: u64,
     is_logged: bool,
@@ -84,12 +87,13 @@ impl Log {
         }
         outage.is_logged = true;
         self.logged_at = Some(now);
-        // This one may have been counted, too.
+        // This outage may have been counted as well.
         let suppressed = std::mem::take(&mut self.suppressed) - u64::from(!is_new);
         Some(Line::Down { suppressed })
     }
 
-    /// Returns whether there is no outage any more, and the line if there was one about its beginning.
+    /// Returns whether the outage is over or there is none, and the log line if its beginning was
+    /// logged.
     fn answered(&mut self, now: Moment) -> (bool, Option<Line>) {
         let Some(outage) = &mut self.outage else {
             return (true, None);
@@ -108,7 +112,8 @@ impl Log {
 }
 
 impl Reach {
-    /// A request, or a look, was answered or not. Returns whether the shard is up, as far as is known.
+    /// Records the result of a request or health probe. Returns whether the shard is up, as far as
+    /// is known.
     pub(super) fn note<T>(&self, shard: &Arc<str>, reply: &Result<T, StoreError>) -> bool {
         match reply {
             Ok(_) if !self.is_troubled.load(Ordering::Relaxed) => true,
@@ -120,7 +125,7 @@ impl Reach {
                 self.failed(shard, reason);
                 false
             }
-            // It may be about one key; a look tells.
+            // The refusal may concern a single key; a health probe finds out.
             Err(StoreError::Refused(_) | StoreError::MapMismatch { .. }) => {
                 self.doubted.notify_one();
                 !self.refuses.load(Ordering::Relaxed)
@@ -128,7 +133,7 @@ impl Reach {
         }
     }
 
-    /// The look whose request is one that every lock needs.
+    /// Records the result of a health probe, which executes a request that every lock needs.
     pub(super) fn looked(&self, shard: &Arc<str>, reached: &Result<(), StoreError>) -> bool {
         self.refuses
             .store(matches!(reached, Err(StoreError::Refused(_))), Ordering::Relaxed);
@@ -141,7 +146,7 @@ impl Reach {
         }
     }
 
-    /// Whether the shard does not answer, or refuses locks.
+    /// Whether the shard does not reply, or refuses locks.
     pub(super) fn is_troubled(&self) -> bool {
         self.is_troubled.load(Ordering::Relaxed)
     }
@@ -160,7 +165,7 @@ impl Reach {
 
     #[cold]
     fn answered(&self, shard: &Arc<str>) {
-        // What refuses locks answers other requests all the time.
+        // A server that refuses locks keeps replying to other requests.
         if self.refuses.load(Ordering::Relaxed) {
             return;
         }
@@ -174,7 +179,7 @@ impl Reach {
             let down_for = humantime::format_duration(Duration::from_millis(
                 u64::try_from(down_for.as_millis()).unwrap_or(u64::MAX),
             ));
-            // As loud as the line about its beginning, so that nobody sees only one of them.
+            // Same level as the line about the beginning, so that no filter shows only one of them.
             tracing::warn!(%shard, %down_for, failed_requests = failures, "the shard is back");
         }
     }
@@ -195,7 +200,7 @@ mod tests {
         assert_eq!(log.failed(at(1_000)), Some(Line::Down { suppressed: 0 }));
         for millis in (1_100..4_000).step_by(100) {
             assert_eq!(log.failed(at(millis)), None);
-            // Another node answers.
+            // Another node replies.
             assert_eq!(log.answered(at(millis)), (false, None));
         }
         assert_eq!(log.answered(at(4_000)), (false, None));
@@ -212,7 +217,7 @@ mod tests {
             assert!(log.answered(at(second * 1_000)).0);
             assert_eq!(log.failed(at(second * 1_000 + 500)), None);
         }
-        // The last of them goes on for so long that it is worth a line.
+        // The last outage outlasts the interval, so it is logged.
         assert_eq!(log.failed(at(11_000)), Some(Line::Down { suppressed: 2 }));
         assert!(matches!(log.answered(at(12_000)), (true, Some(Line::Up { .. }))));
     }

@@ -1,4 +1,4 @@
-//! Which keys other managers wanted lately, so that the free path is not tried in vain.
+//! Keys that other managers recently contended for, to avoid futile fast-path attempts.
 
 use std::hash::BuildHasher;
 use std::sync::atomic::{AtomicU64, Ordering};
@@ -7,15 +7,15 @@ use foldhash::fast::RandomState;
 
 use crate::key::LockKey;
 
-/// A small table of hashes, one per place: a newer key replaces an older one. It only saves work; being wrong costs one
-/// request more.
+/// A small table of hashes with one key per place: a newer key replaces an older one. It is only a
+/// hint; a wrong entry costs one extra request.
 #[derive(Debug)]
 pub(super) struct Rivals {
     hasher: RandomState,
     places: Box<[AtomicU64]>,
 }
 
-/// How many keys are remembered at most, 8 bytes each.
+/// The maximum number of keys remembered, at 8 bytes each.
 const PLACES: usize = 4096;
 
 impl Default for Rivals {
@@ -43,7 +43,8 @@ impl Rivals {
         if seen {
             place.store(hash, Ordering::Relaxed);
         } else if place.load(Ordering::Relaxed) == hash {
-            // A lost race means a key is forgotten or remembered once more; either only costs a request.
+            // If this races, a key is forgotten or remembered once too often, which costs one
+            // request.
             place.store(0, Ordering::Relaxed);
         }
     }

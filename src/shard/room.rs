@@ -1,4 +1,4 @@
-//! Making room: where new keys would pass the limit, leases that are kept idle are given back.
+//! Eviction: when new keys would exceed the limit, lingering leases are released.
 
 use std::sync::Arc;
 use std::sync::atomic::Ordering;
@@ -6,13 +6,15 @@ use std::sync::atomic::Ordering;
 use super::{Entry, Shard};
 use crate::clock::Moment;
 
-/// So much of the limit is made free at a time, so that not every new key costs a look at all.
+/// The fraction of the limit that is freed at a time (1/16), so that not every new key causes a
+/// scan.
 const PART: usize = 16;
 
-/// Gives back what is kept idle, what would end soonest first, until the keys are a part below the limit.
+/// Releases lingering leases, those that end soonest first, until the number of keys is that
+/// fraction below the limit.
 pub(super) fn make(shards: &[Arc<Shard>]) {
     let Some(first) = shards.first() else { return };
-    // First, so that who finds too little room from now on asks again.
+    // Reset first, so that a task that finds too little room from now on requests another eviction.
     first.load.makes_room.store(false, Ordering::SeqCst);
     let mut kept: Vec<(Moment, Arc<Entry>)> = Vec::new();
     for entry in shards.iter().flat_map(|shard| shard.table.all()) {

@@ -1,7 +1,8 @@
-//! Looks at a shard every few seconds: whether it takes locks, whether it still knows who waits, and whether the clocks of its servers have jumped.
+//! Probes a shard every few seconds: whether it accepts locks, whether it still knows its waiters,
+//! and whether the clocks of its servers have jumped.
 //!
-//! No lock decision uses a server's time of day; but a Redis server ends leases by it, so a step is something to know. It is seen against our
-//! monotonic clock.
+//! No lock decision uses a server's time of day. But a Redis server expires leases by it, so
+//! operators need to know about a jump. Jumps are measured against our monotonic clock.
 
 use std::collections::HashMap;
 use std::sync::Arc;
@@ -12,14 +13,14 @@ use crate::clock::Moment;
 use crate::store::{Look, ServerTime};
 use crate::text::printable;
 
-/// How often a shard is looked at.
+/// The interval between probes.
 const LOOK_EVERY: Duration = Duration::from_secs(3);
-/// How soon after the last look a refused request leads to another.
+/// The shortest interval between probes after a refused request.
 const LOOK_EVERY_MIN: Duration = Duration::from_millis(500);
-/// The smallest step that is one, beyond what the round trips leave open.
+/// The smallest change that counts as a jump, beyond the uncertainty from round trips.
 const STEP_MIN: Duration = Duration::from_millis(200);
 
-/// Looks for as long as the thread lives, also while nobody locks.
+/// Probes for as long as the thread lives, even if no locks are taken.
 pub(super) async fn watch(shard: Arc<Shard>) {
     let mut clocks = Clocks::default();
     loop {
@@ -36,7 +37,7 @@ pub(super) async fn watch(shard: Arc<Shard>) {
         shard.note_look(&look.reached);
         shard.note_map(&look.reached);
         if let Err(error) = &look.reached {
-            tracing::debug!(shard = %shard.name, %error, "the shard could not be looked at");
+            tracing::debug!(shard = %shard.name, %error, "the health probe of the shard failed");
         }
         for (server, seconds) in clocks.saw(&look) {
             shard.metrics.clock_jumps.increment(1);
@@ -51,15 +52,16 @@ pub(super) async fn watch(shard: Arc<Shard>) {
     }
 }
 
-/// What is known of the clocks of a shard's servers, by their places.
+/// What is known of the clocks of a shard's servers, by address.
 #[derive(Debug, Default)]
 struct Clocks(HashMap<Arc<str>, ServerClock>);
 
 impl Clocks {
-    /// By how many seconds which servers' clocks have jumped since they were last seen.
+    /// Returns which servers' clocks have jumped since the last probe, and by how many seconds.
     fn saw(&mut self, look: &Look) -> Vec<(Arc<str>, f64)> {
         if look.reached.is_ok() {
-            // Those that told nothing though all is well are of the shard no more, or were replaced.
+            // A server without a time in a successful probe no longer belongs to the shard, or was
+            // replaced.
             let is_there = |server: &Arc<str>| look.times.iter().any(|time| time.server == *server);
             self.0.retain(|server, _| is_there(server));
         }
@@ -76,7 +78,8 @@ impl Clocks {
         steps.collect()
     }
 
-    /// How far the clock that has moved the most has gone ahead of ours since it was first seen, in seconds.
+    /// The largest drift of a server's clock relative to ours since it was first seen, in seconds.
+    /// Positive if it has moved ahead.
     fn largest_drift(&self) -> Option<f64> {
         let drifts = self.0.values().map(|clock| clock.last - clock.first);
         drifts.max_by(|one, other| one.abs().total_cmp(&other.abs()))
@@ -87,11 +90,11 @@ impl Clocks {
 #[derive(Debug, Clone, Copy)]
 struct ServerClock {
     connection: u64,
-    /// How far it was ahead of ours at the first look, in seconds.
+    /// How far it was ahead of ours at the first probe, in seconds.
     first: f64,
     last: f64,
     last_at: Moment,
-    /// By how much the last one may be wrong.
+    /// The uncertainty of `last`, in seconds.
     doubt: f64,
 }
 
@@ -109,15 +112,16 @@ impl ServerClock {
         }
     }
 
-    /// By how many seconds it has jumped since the last look, if it has.
+    /// By how many seconds the clock has jumped since the last probe, if it has.
     fn saw(&mut self, time: &ServerTime) -> Option<f64> {
         let before = std::mem::replace(self, Self::first_seen(time));
-        // Another connection may lead to another server, whose clock is another: nothing can be said of a step.
+        // A new connection may lead to another server with a different clock, so a jump cannot be
+        // detected.
         if self.connection != before.connection {
             return None;
         }
         self.first = before.first;
-        // A clock that is 1 % too fast is one for the drift.
+        // A clock that runs up to 1 % fast or slow counts as drift.
         let slack = self.last_at.since(before.last_at).as_secs_f64() / 100.0;
         let step = self.last - before.last;
         (step.abs() > STEP_MIN.as_secs_f64() + self.doubt + before.doubt + slack).then_some(step)
@@ -131,7 +135,8 @@ mod tests {
 
     const EPOCH: f64 = 1_767_225_600.0;
 
-    /// What a server tells at so many seconds on our clock, whose own is so far ahead.
+    /// The time of a server at `at` seconds on our clock, if its own clock is `ahead` by that many
+    /// seconds.
     fn told(server: &str, connection: u64, at: f64, ahead: f64, round_trip: f64) -> ServerTime {
         let moment = |seconds: f64| Moment::default() + Duration::from_secs_f64(seconds);
         ServerTime {
@@ -147,7 +152,7 @@ mod tests {
         Look { reached: Ok(()), times }
     }
 
-    /// One look at one server: the step that was seen, and the drift.
+    /// Probes one server. Returns the detected jump and the drift.
     fn look(clocks: &mut Clocks, connection: u64, at: f64, ahead: f64, round_trip: f64) -> (Option<f64>, f64) {
         let steps = clocks.saw(&all_is_well(vec![told("a:1", connection, at, ahead, round_trip)]));
         (steps.first().map(|(_, step)| *step), clocks.largest_drift().unwrap())
@@ -168,7 +173,8 @@ mod tests {
     fn a_slow_answer_or_a_fast_clock_is_no_step() {
         let mut clocks = Clocks::default();
         look(&mut clocks, 0, 10.0, 0.0, 0.001);
-        // The answer waited for half a second on one of the ways, so the clock seems to be off by a quarter.
+        // The reply was delayed by half a second in one direction, so the clock seems to be off by
+        // a quarter.
         assert_eq!(look(&mut clocks, 0, 13.0, 0.25, 0.5).0, None);
         assert_eq!(look(&mut clocks, 0, 16.0, 0.0, 0.001).0, None);
         // Slewed by half a percent for five minutes.
@@ -182,11 +188,11 @@ mod tests {
         look(&mut clocks, 0, 10.0, 0.0, 0.001);
         let (step, drift) = look(&mut clocks, 1, 13.0, 7.0, 0.001);
         assert!(step.is_none() && drift.abs() < 0.01, "{step:?} {drift}");
-        // Numbers of connections are a store's own, so two servers may have the same.
+        // Connection numbers are local to a store, so two servers may have the same.
         let other = all_is_well(vec![told("b:1", 1, 16.0, -7.0, 0.001)]);
         assert_eq!(clocks.saw(&other), []);
         assert!(clocks.largest_drift().unwrap().abs() < 0.01);
-        // The first one is back, with another clock; nothing is known of it any more.
+        // The first server is back with another clock. It was forgotten in the meantime.
         assert_eq!(look(&mut clocks, 1, 19.0, 9.0, 0.001).0, None);
     }
 
@@ -201,7 +207,7 @@ mod tests {
         assert_eq!(clocks.saw(&three(10.0, [0.0, 30.0, -30.0])), []);
         assert!(
             clocks.largest_drift().unwrap().abs() < 0.01,
-            "they differ, and go alike"
+            "they differ, but run at the same rate"
         );
         let steps = clocks.saw(&three(13.0, [0.01, 30.0, -35.0]));
         let [(server, step)] = &steps[..] else {

@@ -1,7 +1,7 @@
-//! The table of the keys that a shard has something to do with.
+//! The table of the keys in use on a shard.
 //!
-//! Its references never leave this file: one that lives across an `await` would block every task that touches the same
-//! part of the table.
+//! References into the map never leave this file: one that lived across an `await` would block
+//! every task that touches the same part of the table.
 
 use std::sync::Arc;
 use std::sync::atomic::{AtomicUsize, Ordering};
@@ -15,7 +15,7 @@ use crate::key::LockKey;
 #[derive(Debug, Default)]
 pub(super) struct Table {
     entries: DashMap<LockKey, Arc<Entry>, RandomState>,
-    /// How many there are: counting them would lock every part of the table.
+    /// The number of entries. Counting them would lock every part of the table.
     count: AtomicUsize,
 }
 
@@ -24,7 +24,7 @@ impl Table {
         self.entries.get(key).map(|entry| Arc::clone(&entry))
     }
 
-    /// The entry of that key; a new one if there is none.
+    /// The entry of the key; inserts a new one if there is none.
     pub(super) fn get_or_insert(&self, key: &LockKey, new: impl FnOnce() -> Arc<Entry>) -> Arc<Entry> {
         if let Some(entry) = self.get(key) {
             return entry;
@@ -35,7 +35,7 @@ impl Table {
         }))
     }
 
-    /// Removes this very entry, if it is there. Says whether it was.
+    /// Removes exactly this entry. Returns whether it was in the table.
     pub(super) fn remove(&self, entry: &Arc<Entry>) -> bool {
         let removed = self.entries.remove_if(&entry.key, |_, there| Arc::ptr_eq(there, entry));
         if removed.is_some() {
@@ -48,7 +48,7 @@ impl Table {
         self.count.load(Ordering::SeqCst)
     }
 
-    /// Copies of all entries, so that no part of the table is locked while something is done with them.
+    /// Clones of all entries, so that no part of the table stays locked while they are used.
     pub(super) fn all(&self) -> Vec<Arc<Entry>> {
         self.entries.iter().map(|entry| Arc::clone(&entry)).collect()
     }

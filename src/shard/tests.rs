@@ -1,4 +1,4 @@
-//! What only a store that misbehaves can show.
+//! Behaviour that only a faulty store can reveal.
 
 use std::pin::Pin;
 use std::sync::atomic::{AtomicU64, Ordering};
@@ -14,9 +14,9 @@ use crate::protocol::{Acquire, AcquireReply, Answer, Push, Release, ReleaseReply
 use crate::store::{Lane, Look, ServerTime, StoreFuture};
 use crate::telemetry::Classes;
 
-/// It grants everything, and its clock jumps.
+/// A store that grants everything and whose clock jumps.
 struct BadStore {
-    /// The token that it grants. It has promised more than 1000.
+    /// The token that it grants. It has promised tokens above 1000.
     token: u64,
     looks: AtomicU64,
 }
@@ -82,7 +82,7 @@ impl LeaseStore for BadStore {
     fn look(&self) -> Pin<Box<dyn Future<Output = Look> + Send>> {
         let look = self.looks.fetch_add(1, Ordering::Relaxed);
         let now = Moment::now();
-        // An hour goes by between the second and the third look.
+        // The clock jumps by an hour between the second and the third probe.
         let ahead = Duration::from_secs(if look < 2 { 0 } else { 3600 });
         Box::pin(std::future::ready(Look {
             reached: Ok(()),
@@ -154,7 +154,7 @@ fn want(shard: &Arc<Shard>) -> Result<(Arc<Entry>, Wanted), LockError> {
     shard.want(&LockKey::new("k").unwrap(), WANT, Waker::noop(), Moment::now())
 }
 
-/// Wants the key and carries out what follows from that.
+/// Enqueues for the key and executes the requests that follow.
 async fn ask(shard: &Arc<Shard>) -> (Arc<Entry>, crate::queue::WaiterId) {
     let (entry, wanted) = want(shard).unwrap();
     let mut next = wanted.request;
@@ -171,7 +171,8 @@ fn asked() -> Asked {
     }
 }
 
-/// A renewal that panicked was forgotten: its leases looked held until they ran out, and were then had again and lost again.
+/// A panic in a renewal used to go unnoticed: its leases looked held until they expired, and were
+/// then acquired and lost again.
 #[tokio::test]
 async fn manager_ends_visibly_after_a_panic_in_its_background_thread() {
     let (shard, jobs) = bad_shard(BadStore::granting(2000));
@@ -193,7 +194,7 @@ async fn manager_ends_visibly_after_a_panic_in_its_background_thread() {
     assert!(matches!(later, Err(LockError::Closed)), "{later:?}");
 }
 
-/// A million leases were taken, and most of them lost.
+/// A million leases were taken, and most of them were lost.
 #[tokio::test]
 async fn shard_that_renews_too_late_keeps_its_keys_and_takes_no_new_ones() {
     let (shard, _jobs) = bad_shard(BadStore::granting(2000));
@@ -252,7 +253,7 @@ async fn a_token_that_goes_back_is_refused_and_counted_and_a_clock_that_jumps_is
     );
 
     let watching = tokio::spawn(server_clock::watch(Arc::clone(&shard)));
-    // Time is the test's: each look comes when nothing else is left to do.
+    // The test controls time: each probe happens when no other work is left.
     while !page().contains("shardlock_server_clock_jumps_total{shard=\"bad\"} 1") {
         assert!(!watching.is_finished());
         tokio::time::sleep(Duration::from_secs(1)).await;
@@ -266,7 +267,7 @@ async fn a_token_that_goes_back_is_refused_and_counted_and_a_clock_that_jumps_is
     watching.abort();
 }
 
-/// Every release is answered, and a connection was given up just now.
+/// Every release gets a reply, and a connection was given up just now.
 struct CutStore {
     cut: Moment,
     released: mpsc::UnboundedSender<(Cycle, Lane)>,
@@ -315,7 +316,7 @@ impl LeaseStore for CutStore {
     }
 }
 
-/// What was sent on a connection that was given up may be executed after the release was answered.
+/// A request sent on a connection that was given up may be executed after the reply to the release.
 #[tokio::test]
 async fn cycle_that_may_have_something_on_a_lost_connection_is_released_once_more() {
     let (released, mut releases) = mpsc::unbounded_channel();
@@ -330,7 +331,7 @@ async fn cycle_that_may_have_something_on_a_lost_connection_is_released_once_mor
     assert_eq!(releases.recv().await, Some((Cycle::of(3), Lane::Caller)));
     assert!(Moment::now().since(cut) >= shard.late_max);
 
-    // One that was answered on another connection, and one that comes long after the last loss.
+    // A cycle whose reply came on another connection, and one released long after the last loss.
     let key = LockKey::new("other").unwrap();
     work.send(abandon::Work::Doubt {
         key: key.clone(),

@@ -1,4 +1,4 @@
-//! When the watchdog looks next, and how it is told to look earlier.
+//! The next deadline of the watchdog.
 
 use std::sync::atomic::{AtomicU64, Ordering};
 
@@ -6,7 +6,8 @@ use tokio::sync::Notify;
 
 use crate::clock::Moment;
 
-/// The moment of the next look. Tasks move it forward without a lock; the watchdog alone moves it back.
+/// The time of the next pass of the watchdog. Tasks make it earlier without a lock; only the
+/// watchdog makes it later.
 #[derive(Debug)]
 pub(crate) struct Watch {
     next: AtomicU64,
@@ -23,7 +24,7 @@ impl Default for Watch {
 }
 
 impl Watch {
-    /// Something is due at that moment. Costs one load where the watchdog looks earlier anyway.
+    /// Something is due at `moment`. Costs a single load if the watchdog wakes up earlier anyway.
     pub(crate) fn look_at(&self, moment: Moment) {
         if moment.as_nanos() < self.next.load(Ordering::Acquire)
             && moment.as_nanos() < self.next.fetch_min(moment.as_nanos(), Ordering::AcqRel)
@@ -32,7 +33,7 @@ impl Watch {
         }
     }
 
-    /// Before a look at all keys: whatever is told from now on counts for the look after it.
+    /// Called before a pass over all keys. Deadlines set from now on count for the next pass.
     pub(crate) fn reset(&self) {
         self.next.store(u64::MAX, Ordering::Release);
     }
@@ -52,12 +53,13 @@ impl Watch {
             }
             tokio::select! {
                 () = nudged => {}
-                // The timer's clock may stand still while the machine sleeps, so it is not trusted for more than this.
+                // The timer's clock may stop while the machine sleeps, so it is not trusted for
+                // longer than this.
                 () = tokio::time::sleep(left.min(NAP_MAX)) => {}
             }
         }
     }
 }
 
-/// The longest nap between two looks at the clock that runs on during sleep.
+/// The longest sleep between two checks of the clock that keeps running while the machine sleeps.
 const NAP_MAX: std::time::Duration = std::time::Duration::from_millis(500);

@@ -1,4 +1,4 @@
-//! Metrics by class: what requests for locks came to.
+//! Metrics by class: outcomes of lock requests.
 
 use std::sync::Arc;
 use std::time::Duration;
@@ -11,10 +11,10 @@ use super::tally::{Tally, Thinning};
 use crate::error::LockError;
 use crate::queue::Path;
 
-/// The class that counts everything beyond the limit of `max_classes`.
+/// The class that counts all classes beyond `max_classes`.
 const OTHER_CLASS: &str = "other";
 
-/// How a request ended.
+/// The outcome of a request.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub(crate) enum Ending {
     Acquired(Path),
@@ -28,7 +28,7 @@ pub(crate) enum Ending {
 }
 
 impl Ending {
-    /// The place in [`ALL`](Self::ALL).
+    /// The index in [`ALL`](Self::ALL).
     const fn index(self) -> usize {
         match self {
             Self::Acquired(Path::Uncontended) => 0,
@@ -97,7 +97,7 @@ impl Ending {
 #[derive(Debug)]
 pub(crate) struct ClassMetrics {
     endings: [Tally; Ending::ALL.len()],
-    /// Of the locks that were acquired.
+    /// Samples the acquired locks.
     thinning: Thinning,
     wait: Histogram,
     hold: Histogram,
@@ -121,7 +121,7 @@ impl ClassMetrics {
         self.endings[ending.index()].add();
     }
 
-    /// A lock was had. Says whether its times are among those that are recorded.
+    /// A lock was acquired. Returns whether its durations are sampled.
     pub(crate) fn acquired(&self, path: Path, waited: Duration) -> bool {
         let number = self.endings[Ending::Acquired(path).index()].add();
         let is_recorded = self.thinning.takes(number);
@@ -147,7 +147,7 @@ impl ClassMetrics {
     }
 }
 
-/// The classes of a manager; beyond the limit all share one.
+/// The classes of a manager. All classes beyond the limit share one.
 #[derive(Debug)]
 pub(crate) struct Classes {
     known: DashMap<String, Arc<ClassMetrics>>,
@@ -168,17 +168,17 @@ impl Classes {
         }
     }
 
-    /// The metrics of requests that name no class.
+    /// The metrics of requests without a class.
     pub(crate) const fn default_class(&self) -> &Arc<ClassMetrics> {
         &self.default
     }
 
-    /// Tells the recorder what is new.
+    /// Flushes new values to the recorder.
     pub(crate) fn tell(&self) {
         self.each(ClassMetrics::tell);
     }
 
-    /// Adjusts which times are recorded to how many there were in this time.
+    /// Adjusts the sampling of durations to the rate during `elapsed`.
     pub(crate) fn adjust(&self, elapsed: Duration) {
         self.each(|class| class.adjust(elapsed));
     }
@@ -186,12 +186,13 @@ impl Classes {
     fn each(&self, act: impl Fn(&ClassMetrics)) {
         act(&self.default);
         act(&self.other);
-        // Copied first: the recorder is foreign code and must not be called while a part of the map is locked.
+        // Copy first: the recorder is foreign code and must not be called while part of the map is
+        // locked.
         let known: Vec<Arc<ClassMetrics>> = self.known.iter().map(|class| Arc::clone(&class)).collect();
         known.iter().for_each(|class| act(class));
     }
 
-    /// `None` for the default class, whose metrics every shard has.
+    /// Returns `None` for the default class, whose metrics every shard has.
     pub(crate) fn get(&self, class: Option<&str>) -> Option<Arc<ClassMetrics>> {
         let class = class.filter(|&class| class != self.default_name)?;
         if let Some(known) = self.known.get(class) {
@@ -200,7 +201,8 @@ impl Classes {
         if self.known.len() >= self.max {
             return Some(Arc::clone(&self.other));
         }
-        // Made before the map is locked, since that calls the recorder. If another task makes it first, that one's counts.
+        // Created before the map is locked, because this calls the recorder. If another task was
+        // faster, its metrics are used.
         let made = Arc::new(ClassMetrics::new(class));
         let entry = self.known.entry(class.to_owned()).or_insert(made);
         Some(Arc::clone(&entry))

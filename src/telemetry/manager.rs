@@ -8,7 +8,7 @@ use super::class::Classes;
 use super::table::{REJECTIONS, STALL, STALLS};
 use crate::error::LockError;
 
-/// A limit that a request was refused for.
+/// A limit because of which a request was refused.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub(crate) enum Limit {
     WaitersPerKey,
@@ -27,7 +27,7 @@ impl Limit {
         (Self::Outage, "outage"),
     ];
 
-    /// The limit that an error is about, if it is about one.
+    /// The limit that an error reports, if any.
     pub(crate) const fn of(error: &LockError) -> Option<Self> {
         match error {
             LockError::QueueFull { .. } => Some(Self::WaitersPerKey),
@@ -40,7 +40,7 @@ impl Limit {
     }
 }
 
-/// See the module.
+/// See the module documentation.
 #[derive(Debug)]
 pub(crate) struct ManagerMetrics {
     pub(crate) classes: Classes,

@@ -1,7 +1,8 @@
-//! Metrics, through the `metrics` facade: handles are made once per manager, and no label ever holds a key, unless a setting asks for the hottest ones.
+//! Metrics, through the `metrics` facade. Handles are created once per manager. No label ever
+//! contains a key, except those of the hottest keys if a setting enables them.
 //!
-//! Install a recorder before connecting: handles that were made without one do nothing for ever. The library never
-//! installs one itself, but for the admin endpoint, which is asked for.
+//! Install a recorder before connecting: handles created without one never record anything. The
+//! library itself installs a recorder only for the admin endpoint, on request.
 
 mod class;
 mod manager;
@@ -21,7 +22,7 @@ pub(crate) use shard::{RequestKind, ShardMetrics};
 pub(crate) use table::HOT_KEY;
 pub use table::{METRICS, Metric, MetricKind, MetricUnit};
 
-/// Tells the installed recorder what each metric means.
+/// Registers the description of each metric with the installed recorder.
 pub(crate) fn describe() {
     for metric in METRICS {
         let unit = match metric.unit {

@@ -14,7 +14,7 @@ pub(crate) struct NodeMetrics {
 }
 
 impl NodeMetrics {
-    /// Nodes are counted from 1, in the order of the URL.
+    /// Nodes are numbered from 1 in the order of the URL.
     pub(crate) fn new(shard: &str, node: usize) -> Self {
         let (shard, node) = (|| shard.to_owned(), || node.to_string());
         let votes =

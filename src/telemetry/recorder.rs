@@ -1,4 +1,5 @@
-//! The recorder's counters, gauges and histograms, whose panics end here: a recorder that fails must not cost any lock.
+//! Wrappers of the recorder's counters, gauges and histograms that catch panics: a faulty recorder
+//! must not affect any lock.
 
 use crate::foreign::RECORDER;
 
@@ -19,7 +20,7 @@ impl Counter {
         Self(counter)
     }
 
-    /// One that counts nothing.
+    /// A counter that records nothing.
     pub(crate) fn noop() -> Self {
         Self(metrics::Counter::noop())
     }
@@ -49,17 +50,17 @@ impl Histogram {
     }
 }
 
-/// As the macro of the same name of `metrics`.
+/// Like the macro of the same name in `metrics`.
 macro_rules! counter {
     ($($metric:tt)*) => { $crate::telemetry::recorder::Counter::new(::metrics::counter!($($metric)*)) };
 }
 
-/// As the macro of the same name of `metrics`.
+/// Like the macro of the same name in `metrics`.
 macro_rules! gauge {
     ($($metric:tt)*) => { $crate::telemetry::recorder::Gauge::new(::metrics::gauge!($($metric)*)) };
 }
 
-/// As the macro of the same name of `metrics`.
+/// Like the macro of the same name in `metrics`.
 macro_rules! histogram {
     ($($metric:tt)*) => { $crate::telemetry::recorder::Histogram::new(::metrics::histogram!($($metric)*)) };
 }

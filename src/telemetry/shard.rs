@@ -36,7 +36,7 @@ impl RequestKind {
         (Self::Renew, "renew"),
     ];
 
-    /// The word for it in errors.
+    /// The name of the step in errors.
     pub(crate) const fn step(self) -> &'static str {
         match self {
             Self::AcquireFreely | Self::Acquire | Self::Try => "acquire",
@@ -78,7 +78,7 @@ pub(crate) struct ShardMetrics {
     bypass: [Counter; Bound::ALL.len()],
     lost: [Counter; LossReason::ALL.len()],
     requests: [RequestMetrics; RequestKind::ALL.len()],
-    /// Of all requests, for who asks the manager itself.
+    /// Round trips of all requests, as reported by the manager itself.
     round_trips: Times,
     is_up: AtomicBool,
     up: Gauge,
@@ -107,7 +107,7 @@ impl ShardMetrics {
             from_lingering: AtomicU64::new(0),
             local: Tally::new(counter!(HAND_OFFS, "shard" => shard(), "kind" => "local")),
             remote: Tally::new(counter!(HAND_OFFS, "shard" => shard(), "kind" => "remote")),
-            // What counts them is of use to nobody but the thinning.
+            // This counter is only needed for sampling.
             batches: Measured::new(Counter::noop(), histogram!(BATCH, "shard" => shard())),
             bypass: Bound::ALL.map(|bound| counter!(BYPASS, "shard" => shard(), "limit" => bound.as_str())),
             lost: LossReason::ALL.map(lost),
@@ -155,14 +155,14 @@ impl ShardMetrics {
         self.held.fetch_sub(1, Ordering::Relaxed);
     }
 
-    /// A lease is kept without a guard from now on.
+    /// A lease begins to linger.
     pub(crate) fn lease_lingers(&self) {
         self.lingering.fetch_add(1, Ordering::Relaxed);
     }
 
-    /// It has a guard, is lost, or was given back.
+    /// A lease no longer lingers: it has a guard, was lost, or was released.
     pub(crate) fn lease_lingers_no_more(&self) {
-        // Whoever does not count it any more sees what came before this.
+        // A thread that sees the lower count also sees everything that came before it.
         self.lingering.fetch_sub(1, Ordering::Release);
     }
 
@@ -184,7 +184,7 @@ impl ShardMetrics {
         }
     }
 
-    /// A lease was given back after it served so many guards.
+    /// A lease was released after serving this many guards.
     pub(crate) fn served(&self, guards: u32) {
         self.batches.add(f64::from(guards));
     }
@@ -203,13 +203,14 @@ impl ShardMetrics {
         }
     }
 
-    /// Whether the last request was answered.
+    /// Whether the shard replies and accepts locks, as far as is known.
     pub(crate) fn is_up(&self) -> bool {
         self.is_up.load(Ordering::Relaxed)
     }
 
     pub(crate) fn set_up(&self, up: bool) {
-        // Reading first keeps the cache line with everybody, since it seldom changes.
+        // Read first: the value rarely changes, and a write would take the cache line from other
+        // threads.
         if self.is_up() != up {
             self.is_up.store(up, Ordering::Relaxed);
             self.up.set(if up { 1.0 } else { 0.0 });
@@ -225,19 +226,19 @@ impl ShardMetrics {
         };
     }
 
-    /// How many locks were had: all, by local hand-off, by remote grant.
+    /// The number of locks acquired: in total, by local hand-off, by remote grant.
     pub(crate) fn acquisitions(&self) -> [u64; 3] {
         let (local, remote) = (self.local.count(), self.remote.count());
         let others = self.uncontended.load(Ordering::Relaxed) + self.from_lingering.load(Ordering::Relaxed);
         [others + local + remote, local, remote]
     }
 
-    /// The times of round trips to the store: the median and the 99th percentile.
+    /// The median and the 99th percentile of round trips to the store.
     pub(crate) fn round_trips(&self) -> [Duration; 2] {
         [self.round_trips.quantile(0.5), self.round_trips.quantile(0.99)]
     }
 
-    /// Tells the recorder what is new.
+    /// Flushes new values to the recorder.
     pub(crate) fn tell(&self) {
         self.local.tell();
         self.remote.tell();
@@ -247,7 +248,7 @@ impl ShardMetrics {
         self.lingering_leases.set(self.lingering() as f64);
     }
 
-    /// Adjusts which times are recorded to how many there were in this time.
+    /// Adjusts the sampling of durations to the rate during `elapsed`.
     pub(crate) fn adjust(&self, elapsed: Duration) {
         self.requests
             .iter()

@@ -1,19 +1,21 @@
-//! Counting on the hot path: in memory of our own, told to the recorder later.
+//! Counting on the hot path: in our own memory, flushed to the recorder later.
 //!
 //! # Implementation details
 //!
-//! A recorder's counter costs two atomic operations, and its histogram reads a clock and fills a list. With a million local
-//! hand-offs a second that would be most of their cost. So what happens at every lock is counted by one relaxed addition; the
-//! background thread passes on to the recorder what is new since the last time, ten times a second. Of a distribution, an even part
-//! is recorded: everything while there is less than [`SAMPLES_PER_SECOND`] to record, one in so many beyond that. A burst after a
-//! rest is not known to be one until the next look; so whenever [`SAMPLES_AT_ONCE`] were recorded since, only half as many are from then on.
+//! A recorder's counter costs two atomic operations, and its histogram reads a clock and appends to
+//! a list. At a million local hand-offs per second this would be most of their cost. So what
+//! happens at every lock is counted by one relaxed addition, and the background thread flushes new
+//! counts to the recorder ten times per second. Distributions are sampled evenly: all values are
+//! recorded up to [`SAMPLES_PER_SECOND`], and one in every 2^n beyond that. A burst after a quiet
+//! period is only noticed at the next flush. So whenever [`SAMPLES_AT_ONCE`] values have been
+//! recorded before that, the sampling rate is halved.
 
 use std::sync::atomic::{AtomicU64, Ordering};
 use std::time::Duration;
 
 use super::recorder::{Counter, Histogram};
 
-/// Up to how many values a second a histogram takes them all.
+/// Up to this many values per second, a histogram records all of them.
 const SAMPLES_PER_SECOND: u64 = 20_000;
 
 /// A counter that costs one addition.
@@ -33,7 +35,7 @@ impl Tally {
         }
     }
 
-    /// Counts one, and says how many there were before it.
+    /// Increments the counter. Returns the previous value.
     pub(crate) fn add(&self) -> u64 {
         self.count.fetch_add(1, Ordering::Relaxed)
     }
@@ -42,7 +44,7 @@ impl Tally {
         self.count.load(Ordering::Relaxed)
     }
 
-    /// Tells the recorder what is new. Two threads may do so at a time.
+    /// Flushes the new count to the recorder. Two threads may do so concurrently.
     pub(crate) fn tell(&self) {
         let count = self.count();
         let told = self.told.fetch_max(count, Ordering::Relaxed);
@@ -52,21 +54,22 @@ impl Tally {
     }
 }
 
-/// How many values are recorded between two looks before the part is halved: as many as there would be at that rate, ten times a second.
+/// How many values may be recorded between two flushes before the sampling rate is halved: the
+/// number at [`SAMPLES_PER_SECOND`], with ten flushes per second.
 const SAMPLES_AT_ONCE: u64 = SAMPLES_PER_SECOND / 10;
 
-/// Which of the values that come are recorded: an even part, so that the shape of the distribution stays.
+/// Chooses the values to record. Samples evenly, which preserves the shape of the distribution.
 #[derive(Debug, Default)]
 pub(crate) struct Thinning {
-    /// A number that has one of these bits is passed over.
+    /// A value is skipped if its number has one of these bits.
     mask: AtomicU64,
-    /// How many were recorded since the mask was set.
+    /// How many values were recorded since the mask was set.
     taken: AtomicU64,
     seen: AtomicU64,
 }
 
 impl Thinning {
-    /// Whether the value of that number is recorded.
+    /// Whether the value with this number is recorded.
     pub(crate) fn takes(&self, number: u64) -> bool {
         let mask = self.mask.load(Ordering::Relaxed);
         if number & mask != 0 {
@@ -79,7 +82,7 @@ impl Thinning {
         true
     }
 
-    /// Adjusts to how many there were since the last time.
+    /// Adjusts the sampling rate to the number of values since the last call.
     pub(crate) fn adjust(&self, count: u64, elapsed: Duration) {
         let new = count.saturating_sub(self.seen.swap(count, Ordering::Relaxed));
         let room = (SAMPLES_PER_SECOND as f64 * elapsed.as_secs_f64()).max(1.0) as u64;

@@ -1,30 +1,30 @@
-//! All short runs of events on one queue with two tasks, against what always holds.
+//! All short runs of events on one queue with two tasks, checked against the invariants.
 
 use super::*;
 
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 enum Step {
-    /// A task wants the key, goes away, or takes what was settled and, if that is a guard, holds it.
+    /// A task enqueues, gives up, collects its outcome, or releases its guard.
     Want(usize),
     Try(usize),
     GiveUp(usize),
     Collect(usize),
     Release(usize),
-    /// The request under way is answered, fails, or its driver goes away.
+    /// The request in flight gets a reply, fails, or is cancelled.
     Granted,
     Queued,
     NoneLeft,
     Failed,
     Dropped,
-    /// A grant for the present cycle is pushed; the subscription was lost.
+    /// A grant for the current cycle is pushed; the subscription was lost.
     Pushed,
     Resubscribed,
     Wanted,
-    /// The store may be another one from now on.
+    /// The store may have been replaced.
     Moved,
-    /// So much time passes that every lease has ended.
+    /// Enough time passes for every lease to expire.
     Expire,
-    /// A lease that is kept has been kept for long enough; it has to make room; a renewal says that others want it, or has no reply.
+    /// A linger period ends; a lingering lease is evicted; a renewal reports a remote waiter.
     LingerEnds,
     LetGo,
     RenewedWanted,
@@ -58,10 +58,10 @@ const STEPS: [Step; 24] = [
     Step::Close,
 ];
 
-/// How many steps are tried after each of the beginnings.
+/// The number of steps explored after each beginning.
 const DEPTH: usize = 5;
 
-/// Whether leases are kept, and how many tokens come with one at the most.
+/// Whether leases linger, and the maximum number of tokens per block.
 #[derive(Debug, Clone, Copy)]
 struct Keeping {
     linger: Linger,
@@ -73,17 +73,18 @@ const NOTHING_KEPT: Keeping = Keeping {
     tokens_max: u32::MAX,
 };
 
-/// Longer than most runs, and shorter than a lease.
+/// Longer than most runs and shorter than a lease.
 const KEPT: Keeping = Keeping {
     linger: Linger::of_millis(500),
     tokens_max: u32::MAX,
 };
 
-/// Each lock needs an extension.
+/// Every acquisition needs an extension.
 const KEPT_WITHOUT_TOKENS: Keeping = Keeping { tokens_max: 1, ..KEPT };
 
-/// Where runs begin: at nothing; with one that holds and one that waits; with two in the store's queue; with an extension under
-/// way for one that waits. The same where leases are kept, and with one that is kept, with tokens and while there are none.
+/// The states in which runs begin: nothing; one holder and one waiter; two waiters in the store's
+/// queue; an extension in flight for a waiter. With lingering leases: nothing; one holder and one
+/// waiter; a lingering lease with tokens; a lingering lease without.
 const BEGINNINGS: [(Keeping, &[Step]); 8] = [
     (NOTHING_KEPT, &[]),
     (
@@ -116,7 +117,7 @@ const BEGINNINGS: [(Keeping, &[Step]); 8] = [
     ),
 ];
 
-/// A queue and what its surroundings know of it.
+/// A queue and the state of its environment.
 struct Small {
     bench: Bench,
     waiting: [Option<WaiterId>; 2],
@@ -153,7 +154,7 @@ impl Small {
         }
     }
 
-    /// Does the step, if it makes sense here.
+    /// Applies the step. Returns whether it makes sense in the current state.
     fn step(&mut self, step: Step) -> bool {
         self.bench.pass(ms(1));
         match step {
@@ -239,7 +240,7 @@ impl Small {
                 let seen = self.bench.tick();
                 assert!(
                     !was_kept || seen.lost.is_none(),
-                    "nobody is told of the loss of what nobody held"
+                    "a loss is reported only if a guard was out"
                 );
                 self.follow(&seen);
             }
@@ -329,7 +330,8 @@ impl Small {
         true
     }
 
-    /// Whoever has a guard without a request has it under a lease that the store has confirmed since it may have forgotten it.
+    /// A guard served without a request must be under a lease that the store has confirmed in the
+    /// current epoch.
     fn check_confirmed(&self, seen: &Seen) {
         if let Phase::Held(held) = &self.bench.queue.phase
             && held.guard().is_some()
@@ -345,7 +347,7 @@ impl Small {
         (self.counter + 1 - count, self.counter)
     }
 
-    /// The cycle that stands in the store, as far as can be told from outside.
+    /// The cycle that the store may know, as far as the environment can tell.
     fn current(&self) -> Option<Cycle> {
         match &self.bench.queue.phase {
             Phase::Idle => None,
@@ -358,12 +360,12 @@ impl Small {
 
     fn follow(&mut self, seen: &Seen) {
         if let Some(request) = seen.request {
-            // One that is under way for a lease that was lost since is of no more interest.
+            // A request in flight for a lease that has since been lost no longer matters.
             let moot = self.under_way.is_some_and(|before| match before {
                 Request::Acquire { cycle, .. } => seen.abandoned.contains(&cycle),
                 Request::Release { .. } => false,
             });
-            assert!(self.under_way.is_none() || moot, "two requests are under way");
+            assert!(self.under_way.is_none() || moot, "two requests are in flight");
             self.under_way = Some(request);
         } else if let Some(Request::Acquire { cycle, .. }) = self.under_way
             && seen.abandoned.contains(&cycle)
@@ -372,7 +374,7 @@ impl Small {
         }
     }
 
-    /// What holds after every step.
+    /// Checks the invariants, after every step.
     fn check(&self) {
         let queue = &self.bench.queue;
         let phase = &queue.phase;
@@ -399,12 +401,12 @@ impl Small {
             .flatten()
             .filter(|&&id| !queue.is_settled(id))
             .count();
-        assert_eq!(in_line, queue.waiting(), "nobody is forgotten");
+        assert_eq!(in_line, queue.waiting(), "every waiter is in line");
         if in_line > 0 {
             let served = matches!(phase, Phase::Held(held) if held.guard().is_some());
             let looked_after = needs_request || served || matches!(phase, Phase::Queued(_) | Phase::Retrying { .. });
             assert!(!matches!(phase, Phase::Retrying { .. }) || queue.look_at().is_some());
-            assert!(looked_after, "somebody waits for nothing: {phase:?}");
+            assert!(looked_after, "a waiter waits for no event: {phase:?}");
         }
         let valid = self.guards.iter().flatten().filter(|guard| {
             let lost = guard.lease.loss_at(self.bench.now).is_some();
@@ -416,15 +418,15 @@ impl Small {
             matches!(phase, Phase::Idle) && self.waiting == [None; 2]
         );
         if queue.lingers_until().is_some() {
-            assert!(in_line == 0 && !self.closed, "what is kept goes to who wants it");
-            assert!(!queue.rivals_seen(), "what others want is not kept");
+            assert!(in_line == 0 && !self.closed, "a lingering lease goes to a waiter");
+            assert!(!queue.rivals_seen(), "a lease that others want does not linger");
         }
         if let Phase::Held(_) | Phase::Queued(_) = phase {
-            assert!(queue.look_at().is_some(), "somebody has to look");
+            assert!(queue.look_at().is_some(), "a timer must be set");
         }
     }
 
-    /// All go away and all requests are answered: then nothing is left.
+    /// All tasks leave and all requests get a reply. Nothing must be left.
     fn wind_up(&mut self) {
         for task in 0..2 {
             self.step(Step::GiveUp(task));
@@ -456,7 +458,7 @@ fn replay(keeping: Keeping, steps: &[Step]) -> (Small, bool) {
     (small, made_sense)
 }
 
-/// Goes through all runs that begin like this one and have this many steps more.
+/// Explores all runs that begin with `steps` and have up to `more` further steps.
 fn explore(keeping: Keeping, steps: &mut Vec<Step>, more: usize) -> u64 {
     let mut count = 0;
     for step in STEPS {

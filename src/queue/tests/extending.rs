@@ -2,7 +2,7 @@
 
 use super::*;
 
-/// A guard whose release leaves a waiter without a token, so that the lease must be extended.
+/// A guard whose release leaves a waiter but no token, so that the lease must be extended.
 fn extend(bench: &mut Bench) -> (Granted, WaiterId, Cycle) {
     let guard = bench.hold(10, 10);
     let (id, _) = bench.want(1);
@@ -11,8 +11,9 @@ fn extend(bench: &mut Bench) -> (Granted, WaiterId, Cycle) {
     (guard, id, cycle)
 }
 
-/// A server that restarted without its data, but with the lease, counts from the beginning again. The next guard would
-/// have a smaller token than one before it, and a resource would refuse the guard that is entitled to write.
+/// A server that restarts without its data, but with the lease, counts tokens from the beginning
+/// again. The next guard would get a smaller token than an earlier one, and a resource would refuse
+/// its writes although it holds the lock.
 #[test]
 fn extension_with_tokens_that_are_not_above_the_floor_loses_the_lease() {
     for (first, floor, holds) in [(41, 40, true), (40, 40, false), (11, 40, false)] {
@@ -29,13 +30,14 @@ fn extension_with_tokens_that_are_not_above_the_floor_loses_the_lease() {
         } else {
             assert_eq!(guard.lease.loss(), Some(LossReason::Taken));
             assert_eq!(seen.abandoned, [cycle]);
-            assert!(seen.asks().0 > cycle, "the waiter begins anew");
+            assert!(seen.asks().0 > cycle, "the waiter starts over");
         }
     }
 }
 
-/// The server counts the TTL from the moment at which it executes the extension, which may be just after it was sent. A
-/// guard that counted from the receipt of a slow reply would believe in its lock while the next process has it.
+/// The server counts the TTL from when it executes the extension, which may be just after it was
+/// sent. If a guard counted from the receipt of a slow reply, it would consider itself the holder
+/// while the next process has the lock.
 #[test]
 fn validity_of_an_extension_counts_from_its_sending() {
     let mut bench = Bench::new();
@@ -47,8 +49,9 @@ fn validity_of_an_extension_counts_from_its_sending() {
     assert_eq!(bench.guard(id).lease.valid_until(), sent_at + TTL - DRIFT);
 }
 
-/// Replies may come in another order than their requests were executed, and the store never shortens a lease. Moving the
-/// end of the validity back would end a guard that is entitled to its lock, as lost.
+/// Replies may arrive in a different order than their requests were executed, and the store never
+/// shortens a lease. Moving the end of the validity back would end the lease of a legitimate
+/// holder.
 #[test]
 fn reply_to_an_earlier_request_takes_no_validity_away() {
     let mut bench = Bench::new();
@@ -61,8 +64,8 @@ fn reply_to_an_earlier_request_takes_no_validity_away() {
     assert_eq!(guard.lease.valid_until(), renewal_sent_at + TTL - DRIFT);
 }
 
-/// The end of the validity passed before any timer fired, and another process may have had the key since. A reply that
-/// comes after that, of an extension that was executed in time, must not bring the lease back to life.
+/// The validity ended before any timer fired, and another process may have had the key since. A
+/// late reply to an extension that was executed in time must not revive the lease.
 #[test]
 fn late_reply_to_an_extension_does_not_revive_the_lease() {
     let mut bench = Bench::new();
@@ -77,7 +80,8 @@ fn late_reply_to_an_extension_does_not_revive_the_lease() {
     assert!(seen.asks().0 > cycle);
 }
 
-/// The same for a guard that is out while more tokens are fetched: it has reported its loss already, and stays lost.
+/// The same for a guard that is out while more tokens are fetched: it has already reported its loss
+/// and stays lost.
 #[test]
 fn late_reply_to_an_extension_does_not_revive_a_guard() {
     let mut bench = Bench::new();
@@ -94,8 +98,8 @@ fn late_reply_to_an_extension_does_not_revive_a_guard() {
     assert!(second.lease.loss_at(bench.now).is_some());
 }
 
-/// The reply to an extension is how an owner of an odd cycle learns who waits: its bypass is bounded from then on, whether a
-/// guard is out at that moment or not.
+/// The owner of an odd cycle learns of remote waiters from the reply to an extension. From then on
+/// its bypass is bounded, whether or not a guard is out at that moment.
 #[test]
 fn extension_that_finds_rivals_bounds_the_bypass() {
     for is_out in [false, true] {
@@ -123,7 +127,7 @@ fn extension_that_finds_rivals_bounds_the_bypass() {
     }
 }
 
-/// A lease is passed on as long as a quarter of its time is left.
+/// A lease is passed on while at least a quarter of its validity is left.
 #[test]
 fn lease_is_passed_on_until_less_than_a_quarter_of_its_time_is_left() {
     for (passed, is_passed_on) in [(738, true), (739, false)] {
@@ -138,8 +142,8 @@ fn lease_is_passed_on_until_less_than_a_quarter_of_its_time_is_left() {
     }
 }
 
-/// An extension that had no answer may be executed after the lease was passed on to another process. Then it would stand in
-/// that one's way, or in its queue, with a cycle that nobody knows any more.
+/// An extension without a reply may be executed after the lease was passed to another process. Its
+/// dead cycle would then block that process, or take a place in the queue.
 #[test]
 fn requeue_after_an_extension_without_an_answer_repeats_the_release() {
     let mut bench = Bench::new();

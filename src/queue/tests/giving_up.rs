@@ -1,4 +1,4 @@
-//! Waiters that go away, at every phase.
+//! Waiters that give up, in every phase.
 
 use super::*;
 
@@ -30,9 +30,9 @@ fn the_last_one_in_the_stores_queue_leaves_it() {
     let mut bench = Bench::new();
     let (first, cycle) = bench.stand_in_queue(10);
     let (second, _) = bench.want(1);
-    assert_eq!(bench.give_up(first), NOTHING, "the other one still waits");
+    assert_eq!(bench.give_up(first), NOTHING, "the second waiter still waits");
     assert_eq!(bench.give_up(second).releases(), (cycle, None));
-    // A grant that crosses the release needs nothing more: the release gives it back.
+    // A grant that crosses the release needs no further action: the release covers it.
     assert_eq!(bench.grant(grant(cycle, 11, 11)), NOTHING);
     bench.released_remotely(cycle, None);
     assert!(bench.queue.is_unused());
@@ -100,7 +100,7 @@ fn the_task_that_carried_a_request_out_leaves_it_to_the_others() {
     let cycle = seen.asks().0;
     let (second, _) = bench.want(1);
     bench.give_up(first);
-    // The first attempt may execute as well: it is of the same cycle.
+    // The first attempt may execute as well. It belongs to the same cycle.
     assert_eq!(bench.dropped(cycle).asks(), (cycle, Ask::Join, 1));
     bench.reply(cycle, extended(1, 1));
     assert_eq!(bench.guard(second).token.get(), 1);
@@ -125,7 +125,7 @@ fn a_dropped_release_is_repeated() {
     bench.want(1);
     let seen = bench.dropped(cycle);
     assert_eq!(seen.abandoned, [cycle]);
-    assert!(seen.asks().0 > cycle, "who waits is not held up by it");
+    assert!(seen.asks().0 > cycle, "the next waiter is not delayed by it");
 }
 
 #[test]
@@ -140,7 +140,7 @@ fn a_dropped_release_that_requeues_is_repeated_and_asked_for_again() {
     let seen = bench.dropped(cycle);
     assert_eq!((seen.asks().0, &seen.abandoned[..]), (next, &[cycle][..]));
 
-    // And where nobody is left, both cycles go.
+    // If no waiter is left, both cycles are released.
     bench.give_up(other);
     assert_eq!(bench.dropped(next).abandoned, [next]);
     assert!(bench.queue.is_unused());
@@ -155,7 +155,7 @@ fn a_dropped_extension_is_sent_again_where_somebody_waits_for_it() {
     assert_eq!(bench.dropped(cycle).asks().0, cycle);
     bench.reply(cycle, extended(2, 65));
     let guard = bench.guard(id);
-    // The first extension may execute after the release, which is therefore repeated.
+    // The first extension may execute after the release, so the release is repeated.
     let seen = bench.release_held(&guard);
     assert_eq!((seen.releases().0, &seen.abandoned[..]), (cycle, &[cycle][..]));
 }

@@ -1,8 +1,8 @@
-//! Passing the lock on: to the next task of the process as long as that is fair, and else to other processes.
+//! Passing the lock on: to the next local task while that is fair, otherwise to other processes.
 
 use super::*;
 
-/// A bench on which a guard is held with these tokens left, and `waiting` tasks wait, woken as 1, 2, ...
+/// A bench with a guard out, these tokens left, and `waiting` waiters with wakers 1, 2, ...
 fn held_with_waiters(first: u64, last: u64, waiting: u32) -> (Bench, Granted, Vec<WaiterId>) {
     let mut bench = Bench::new();
     let guard = bench.hold(first, last);
@@ -77,7 +77,7 @@ fn blocks_grow_with_what_is_used_up_in_a_round_trip() {
     let cycle = guard.lease.cycle;
     let mut ids: std::collections::VecDeque<_> = (1..=90).map(|waker| bench.want(waker).0).collect();
     let mut asked = None;
-    // 69 tokens are left; when 16 are, more are asked for, and 10 are used up before the reply comes.
+    // 69 tokens are left. At 16 more are requested, and 10 are used before the reply arrives.
     for _ in 0..64 {
         let seen = bench.release_held(&guard);
         asked = asked.or(seen.request);
@@ -104,11 +104,11 @@ fn a_lease_whose_renewal_is_overdue_is_passed_on_when_the_store_has_confirmed_it
     bench.pass(ms(150));
     bench.release_held(&guard);
     let second = bench.guard(ids[0]);
-    assert_eq!(second.token.get(), 101, "a renewal may be late by half of its interval");
+    assert_eq!(second.token.get(), 101, "a renewal may be late by half its interval");
     bench.pass(ms(1));
     let seen = bench.release_held(&second);
     assert_eq!((seen.asks(), &seen.woken[..]), ((cycle, Ask::Extend, 64), &[][..]));
-    // However long the answer took: the next guard is served on it.
+    // The reply serves the next guard no matter how long it took.
     let sent_at = bench.now;
     bench.pass(ms(200));
     assert_eq!(bench.reply_to(sent_at, cycle, extended(200, 263)).woken, [2]);
@@ -122,7 +122,7 @@ fn after_a_change_of_servers_the_next_guard_waits_for_a_confirmation_and_has_a_n
         let cycle = guard.lease.cycle;
         bench.epoch += 1;
         if by_renewal {
-            // The renewal that was under way, if one was, is worth nothing; the next is sent at once.
+            // A renewal already in flight does not count. The next one is sent at once.
             assert_eq!(bench.resubscribed(), NOTHING);
             assert_eq!(bench.renewal(), Some(cycle));
             bench.renewed(cycle, bench.now, Some(RenewReply::Extended { wanted: false }));
@@ -148,19 +148,20 @@ fn a_confirmation_of_before_the_change_of_servers_does_not_count() {
     assert_eq!(bench.renewal(), Some(cycle), "another renewal follows at once");
     bench.epoch += 1;
     bench.renewed(cycle, bench.now, None);
-    assert_eq!(bench.renewal(), Some(cycle), "also after one without an answer");
+    assert_eq!(bench.renewal(), Some(cycle), "also after one without a reply");
     let asks = (cycle, Ask::Extend, 64);
     assert_eq!(bench.release_held(&guard).asks(), asks);
     bench.epoch += 1;
-    // It may be an answer of the server that was left.
+    // The reply may come from the previous server.
     assert_eq!(bench.reply(cycle, extended(200, 263)).asks(), asks);
     assert_eq!(bench.reply(cycle, extended(300, 363)).woken, [1]);
     assert_eq!(bench.guard(ids[0]).token.get(), 300);
 }
 
-/// An extension may be under way although a spare block is there: it is also sent where little time is left. When its reply came
-/// just after the last token of the current block was used, the newest block was put before the spare one, and the guards
-/// after it had smaller tokens than those before.
+/// An extension may be in flight although there is a spare block: one is also sent when little
+/// validity is left. When its reply arrived just after the last token of the current block was
+/// used, the newest block was put before the spare one, so later guards got smaller tokens than
+/// earlier ones.
 #[test]
 fn tokens_grow_although_a_spare_block_is_there_when_another_comes() {
     let (mut bench, guard, ids) = held_with_waiters(100, 102, 4);
@@ -173,7 +174,7 @@ fn tokens_grow_although_a_spare_block_is_there_when_another_comes() {
     bench.release_held(&second);
     let third = bench.guard(ids[1]);
     assert_eq!(third.token.get(), 102);
-    // No renewal comes through for most of the TTL, so the lease is not worth passing on.
+    // No renewal succeeds for most of the TTL, so the lease must not be passed on.
     bench.pass(ms(800));
     assert_eq!(bench.release_held(&third).asks().1, Ask::Extend);
     bench.reply(cycle, extended(300, 300));
@@ -277,7 +278,7 @@ fn bypass_counts_from_the_moment_at_which_rivals_are_known() {
                 guard = bench.guard(id);
             }
         }
-        // The present one counts, and three more follow.
+        // The current guard counts, and three more follow.
         for _ in 0..if how == "extension" { 2 } else { 3 } {
             let (id, _) = bench.want(1);
             assert_eq!(bench.release_held(&guard).request, None, "{how}");
@@ -330,7 +331,7 @@ fn a_requeued_cycle_may_be_granted_at_once() {
     let guard = bench.guard(id);
     bench.release_held(&guard);
     let seen = bench.released_remotely(cycle, Some(granted(12, 12)));
-    assert_eq!(seen.woken, [1], "nobody else was left in the store's queue");
+    assert_eq!(seen.woken, [1], "no other cycle was left in the store's queue");
     let guard = bench.guard(other);
     assert_eq!(guard.token.get(), 12);
     assert!(guard.lease.cycle > cycle);
@@ -369,7 +370,7 @@ fn a_lease_is_not_given_up_while_its_extension_is_under_way() {
     assert_eq!(bench.release_held(&guard).asks().0, cycle);
     let second = bench.guard(ids[0]);
     assert_eq!(bench.give_up(ids[1]), NOTHING);
-    // Nobody waits any more, but a release could be overtaken by the extension, which would take the lease again.
+    // No waiter is left. But the extension could overtake a release and acquire the lease again.
     assert_eq!(bench.release_held(&second), NOTHING);
     assert_eq!(bench.reply(cycle, extended(200, 263)).releases(), (cycle, None));
 }
@@ -383,14 +384,14 @@ fn tries_neither_wait_nor_pass_anybody() {
     };
     let mut bench = Bench::new();
     let (first, seen) = bench.want(0);
-    assert!(is_busy(&mut bench), "somebody asks");
+    assert!(is_busy(&mut bench), "an acquire is in flight");
     let cycle = seen.asks().0;
     bench.reply(cycle, granted(1, 9));
-    assert!(is_busy(&mut bench), "somebody has it");
+    assert!(is_busy(&mut bench), "a guard is out");
     let guard = bench.guard(first);
     bench.want(1);
     bench.release_held(&guard);
-    assert!(is_busy(&mut bench), "somebody was just served");
+    assert!(is_busy(&mut bench), "a waiter was just served");
 }
 
 #[test]
@@ -403,9 +404,9 @@ fn a_try_on_an_unused_key_asks_once() {
         assert_eq!(ask, Ask::Try);
         assert!(
             !cycle.expects_rivals(),
-            "it is never queued, so it has to be told of rivals"
+            "it is never queued, so it must be notified of remote waiters"
         );
-        // Whoever comes after it does not share its fate.
+        // A waiter behind a try is not affected by its failure.
         bench.want(4);
         let seen = bench.reply(cycle, reply);
         assert_eq!(seen.woken, [3]);

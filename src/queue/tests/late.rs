@@ -1,11 +1,11 @@
-//! What comes late, for a cycle that is over: it changes nothing of the present one.
+//! Late events for a cycle that is over must not affect the current one.
 
 use super::*;
 
 /// No cycle of a bench has this number.
 const OVER: u64 = 900;
 
-/// Whether it is as before: it made the queue do nothing, unless it was to release the cycle that is over.
+/// Asserts that the event did nothing, except perhaps release the cycle that is over.
 #[track_caller]
 fn assert_ignored(seen: &Seen, what: &str) {
     assert_eq!((seen.request, seen.lost), (None, None), "{what}");
@@ -16,7 +16,7 @@ fn assert_ignored(seen: &Seen, what: &str) {
     );
 }
 
-/// Everything that may come of a request of that cycle.
+/// Every event that a request of the old cycle can cause.
 fn everything_late(bench: &mut Bench) {
     let over = Cycle::of(OVER);
     for reply in [granted(500, 563), extended(500, 563), queued(500)] {
@@ -48,8 +48,9 @@ fn everything_late(bench: &mut Bench) {
     }
 }
 
-/// A connection that was given up may still bring what was asked on it. If it were taken for an answer to the present request,
-/// a task would hold a lock that the store has given to nobody, or wait for a reply that has come already.
+/// A connection that was given up may still deliver a reply. If it were taken for the reply to the
+/// current request, a task would hold a lock that the store never granted, or wait for a reply that
+/// has already arrived.
 #[test]
 fn answer_for_a_cycle_that_is_over_is_none_to_a_request_for_the_lease() {
     let mut bench = Bench::new();
@@ -81,7 +82,7 @@ fn answer_for_a_cycle_that_is_over_is_none_to_a_release() {
     let guard = bench.hold(1, 1);
     bench.release_held(&guard);
     everything_late(&mut bench);
-    assert!(bench.queue.awaits_store(), "its reply decides on what follows");
+    assert!(bench.queue.awaits_store(), "its reply determines what happens next");
     bench.want(1);
     assert!(bench.released_remotely(guard.lease.cycle, None).asks().0 > guard.lease.cycle);
 }
@@ -118,7 +119,7 @@ fn answer_for_a_cycle_that_is_over_ends_no_guard() {
     let guard = bench.hold(1, 64);
     everything_late(&mut bench);
     let cycle = guard.lease.cycle;
-    // Nor does a failure of this cycle's own request, of which there is none.
+    // The same goes for a failure of this cycle's own request, since there is none.
     assert_eq!(bench.failed(cycle), NOTHING);
     assert_eq!(bench.dropped(cycle), NOTHING);
     assert_eq!(bench.grant(grant(cycle, 500, 563)), NOTHING);
@@ -155,8 +156,8 @@ fn answer_that_leaves_nobody_waiting_leaves_nothing() {
     }
 }
 
-/// A server without its data counts from the beginning: one waiter is told, and the others ask anew, with a cycle that the
-/// store's script gives tokens above the floor.
+/// A server without its data counts tokens from the beginning. One waiter gets the error, and the
+/// others retry with a new cycle, for which the store's script issues tokens above the floor.
 #[test]
 fn waiters_behind_one_with_a_token_that_goes_back_ask_anew() {
     let mut bench = Bench::new();
@@ -185,8 +186,8 @@ fn waiters_behind_one_with_a_token_that_goes_back_ask_anew() {
     assert_eq!(bench.guard(second).token.get(), 51);
 }
 
-/// A manager whose inbox is not heard must look for itself: often, since the lease waits for it a second at its turn, and
-/// more often if the leases are short.
+/// A manager that no grant reaches must ask by itself, and often: at its turn the lease is reserved
+/// for one second. With short leases it asks even more often.
 #[test]
 fn waiter_that_no_grant_reaches_looks_often() {
     for (ttl, owner_ttl, look_in) in [
@@ -219,7 +220,8 @@ fn waiter_that_no_grant_reaches_looks_often() {
     }
 }
 
-/// However many are ahead: the next owner may die with a lease that is shorter than the one seen last.
+/// This holds no matter how many cycles are ahead: the next owner may die with a shorter lease than
+/// the one last seen.
 #[test]
 fn waiter_far_back_looks_in_bounded_time() {
     for (ahead, look_in) in [(4_999, 12_500), (u64::MAX, 12_500)] {

@@ -1,4 +1,4 @@
-//! A lease that is kept without a guard.
+//! A lease that lingers without a guard.
 
 use super::*;
 
@@ -6,7 +6,8 @@ const LINGER: Linger = Linger::of_millis(400);
 
 const KEPT: Want = Want { linger: LINGER, ..WANT };
 
-/// Has had a guard under a lease with these tokens, which is kept now. Says its cycle.
+/// Acquires and releases a guard under a lease with these tokens. The lease now lingers. Returns
+/// its cycle.
 fn keep(bench: &mut Bench, first: u64, last: u64) -> Cycle {
     let (id, seen) = bench.want_as(0, KEPT);
     let (cycle, ..) = seen.asks();
@@ -25,7 +26,7 @@ fn the_next_task_needs_no_message_and_has_a_larger_token() {
     assert_eq!(
         (ask, tokens),
         (Ask::Free, 64),
-        "there are tokens for those who come later"
+        "there are tokens for the tasks that come later"
     );
     bench.reply(cycle, granted(1, 64));
     let guard = bench.guard(id);
@@ -64,7 +65,7 @@ fn tokens_are_asked_for_before_they_run_out() {
         panic!("{asked:?}")
     };
     assert_eq!(asks, cycle);
-    // Whoever comes meanwhile has one of those that are left.
+    // A task that arrives meanwhile gets one of the remaining tokens.
     let (id, _) = bench.want_as(0, KEPT);
     let guard = bench.guard(id);
     assert_eq!(guard.token.get(), 49);
@@ -102,7 +103,7 @@ fn after_a_change_of_servers_the_next_task_waits_until_the_store_has_confirmed_i
     assert_eq!((seen.asks(), &seen.woken[..]), ((cycle, Ask::Extend, 64), &[][..]));
     assert_eq!(bench.reply(cycle, extended(100, 163)).woken, [1]);
     let guard = bench.guard(id);
-    assert_eq!(guard.token.get(), 100, "tokens of before are not used any more");
+    assert_eq!(guard.token.get(), 100, "earlier tokens are discarded");
     assert_eq!(bench.release_held(&guard), NOTHING);
     let (id, seen) = bench.want_as(2, KEPT);
     assert_eq!(seen.request, None, "once is enough");
@@ -146,7 +147,7 @@ fn what_another_manager_wants_is_given_back_at_once_and_its_next_lease_is_not_ke
         };
         assert_eq!(seen.releases(), (cycle, None));
         assert!(bench.queue.is_spare(), "until the reply comes");
-        // Who comes now waits for the reply, and stands in the store's queue then.
+        // A task that arrives now waits for the reply and then enters the store's queue.
         let (id, seen) = bench.want_as(0, KEPT);
         assert_eq!(seen, NOTHING);
         assert!(!bench.queue.is_spare());
@@ -154,7 +155,7 @@ fn what_another_manager_wants_is_given_back_at_once_and_its_next_lease_is_not_ke
         assert!(ask == Ask::Join && cycle.expects_rivals());
         bench.reply(cycle, granted(100, 163));
         let guard = bench.guard(id);
-        // Nobody would tell it that it is wanted.
+        // As an odd cycle it would not be notified of remote waiters.
         assert_eq!(bench.release_held(&guard).releases(), (cycle, None));
     }
 }
@@ -187,7 +188,7 @@ fn what_is_wanted_while_an_extension_is_under_way_is_given_back_after_it() {
     assert_eq!(seen.releases(), (cycle, None));
 }
 
-/// An extension is under way.
+/// As above, but an extension is in flight.
 fn keep_without_tokens(bench: &mut Bench) -> Cycle {
     let (id, seen) = bench.want_as(0, KEPT);
     let (cycle, ..) = seen.asks();
@@ -224,7 +225,7 @@ fn a_failed_extension_ends_it() {
         } else {
             bench.dropped(cycle)
         };
-        // It may still execute, and after the release.
+        // The extension may still execute, even after the release.
         assert_eq!((seen.releases(), &seen.abandoned[..]), ((cycle, None), &[cycle][..]));
     }
 }
@@ -272,7 +273,7 @@ fn a_lease_that_ended_is_not_given_to_the_next_task_and_nobody_is_told() {
         let (id, wanted) = bench.want_as(0, KEPT);
         let (next, ask, _) = wanted.asks();
         assert!(next > cycle && ask == Ask::Join);
-        // The reply to a renewal may be lost, so the lease may be there still.
+        // The reply to a renewal may have been lost, so the store may still have the lease.
         assert_eq!(seen.as_ref().unwrap_or(&wanted).abandoned, [cycle]);
         assert!(seen.is_none_or(|seen| seen.lost.is_none()) && wanted.lost.is_none());
         assert!(bench.collect(id).is_none());
@@ -301,7 +302,7 @@ fn a_shutdown_or_the_last_handles_end_gives_it_back_at_once() {
     let (_, seen) = bench.event(|queue, cx| ((), queue.keep_nothing(cx)));
     assert_eq!(seen.releases(), (cycle, None));
 
-    // Also where a guard is still out then.
+    // The same if a guard is still out at that time.
     let mut bench = Bench::new();
     let (id, seen) = bench.want_as(0, KEPT);
     let (cycle, ..) = seen.asks();
@@ -329,7 +330,7 @@ fn nothing_is_kept_where_there_is_no_room() {
     let (id, _) = bench.want_as(0, KEPT);
     let guard = bench.guard(id);
     assert_eq!(bench.release_held(&guard).releases(), (cycle, None));
-    // What is kept already makes room when it is told to.
+    // A lease that already lingers is released when evicted.
     let mut bench = Bench::new();
     let cycle = keep(&mut bench, 1, 64);
     assert_eq!(bench.let_go().releases(), (cycle, None));

@@ -1,8 +1,9 @@
-//! What becomes of waiters while the store can't be reached.
+//! What happens to waiters while the store is unreachable.
 
 use super::*;
 
-/// Three waiters: one that bears nothing, one that bears what the shard does, and one that has a limit of its own.
+/// Three waiters: one that tolerates no outage, one with the shard's patience, and one with its own
+/// limit.
 fn in_an_outage(bench: &mut Bench) -> ([WaiterId; 3], Cycle) {
     let kinds = [InOutage::Fail, InOutage::UntilStoreTimeout, InOutage::UntilOwnLimit];
     let mut wakers = 0..;
@@ -34,11 +35,12 @@ fn waiters_bear_an_outage_for_as_long_as_each_wants_to() {
     let seen = bench.failed(cycle);
     assert_eq!((seen.woken, seen.abandoned, seen.request), (vec![0], vec![], None));
     assert_eq!(failed_after(bench.collect(ids[0])), ms(5));
-    // The same cycle is asked for again, no earlier than it is time.
+    // The same cycle is retried, but not before the retry is due.
     assert_eq!(bench.tick(), NOTHING);
     bench.pass(ms(10));
     assert_eq!(bench.tick().asks().0, cycle);
-    // It hangs this time. The outage has lasted since the first request failed, which is what the second bears a second of.
+    // This request hangs. The outage counts from the first failed request, and the second waiter
+    // tolerates one second of it.
     bench.pass(ms(985));
     assert_eq!(bench.tick(), NOTHING);
     bench.pass(ms(5));
@@ -46,7 +48,7 @@ fn waiters_bear_an_outage_for_as_long_as_each_wants_to() {
     assert_eq!((seen.woken, seen.abandoned), (vec![1], vec![]));
     assert_eq!(failed_after(bench.collect(ids[1])), ms(1_005));
     assert_eq!(bench.failed(cycle), NOTHING);
-    // The one that is left has no end but its own.
+    // The remaining waiter has no limit in the queue.
     bench.pass(ms(60_000));
     assert_eq!(bench.tick().asks().0, cycle);
     bench.reply(cycle, granted(1, 64));
@@ -67,7 +69,7 @@ fn what_becomes_due_in_an_outage_is_looked_at_in_time() {
     );
     bench.now = retry_at;
     bench.tick().asks();
-    // While it is asked again, the second waiter may lose its patience.
+    // During the retry, the second waiter may run out of patience.
     let deadline = bench.queue.look_at().unwrap();
     assert!(deadline >= at(2_000) && deadline <= at(2_000) + grid, "{deadline:?}");
 }
@@ -100,11 +102,12 @@ fn who_comes_during_an_outage_waits_or_is_told_at_once() {
     bench.tick().asks();
     bench.failed(cycle);
     bench.pass(ms(100));
-    assert_eq!(bench.tick().woken, [1], "the one that came later bears it for longer");
+    assert_eq!(bench.tick().woken, [1], "the later waiter fails later");
     assert!(bench.collect(late).is_none());
 }
 
-/// The request may have been executed: its cycle stands in the queue or has the lease, and its mark is not known.
+/// The request may have been executed: its cycle is queued or has the lease, and its enqueue mark
+/// is unknown.
 #[test]
 fn a_push_during_an_outage_makes_the_queue_ask_and_is_not_believed() {
     for push in 0..3 {

@@ -20,7 +20,7 @@ fn a_grant_lets_the_first_waiter_enter_at_once_counted_from_the_request() {
 fn rule_1_a_grant_for_another_cycle_is_given_back() {
     let mut bench = Bench::new();
     let stale = Cycle::of(99);
-    assert_eq!(bench.grant(grant(stale, 1, 1)).abandoned, [stale], "nothing is wanted");
+    assert_eq!(bench.grant(grant(stale, 1, 1)).abandoned, [stale], "no task wants it");
     let (id, _) = bench.stand_in_queue(10);
     assert_eq!(bench.grant(grant(stale, 11, 11)).abandoned, [stale]);
     assert!(!bench.queue.is_settled(id));
@@ -30,7 +30,8 @@ fn rule_1_a_grant_for_another_cycle_is_given_back() {
 fn rule_2_an_old_grant_that_ran_out_is_ignored() {
     let mut bench = Bench::new();
     let (id, cycle) = bench.stand_in_queue(10);
-    // It was granted tokens 11 to 12, but the push was slow; the lease ran out, and somebody else is the owner.
+    // It was granted tokens 11 and 12, but the push was slow. The lease expired, and the key has
+    // another owner.
     bench.pass(ms(502));
     assert_eq!(bench.tick().asks(), (cycle, Ask::Join, 1));
     assert_eq!(bench.reply(cycle, queued(13)), NOTHING);
@@ -39,7 +40,7 @@ fn rule_2_an_old_grant_that_ran_out_is_ignored() {
     assert_eq!(bench.grant(grant(cycle, 14, 14)).woken, [0]);
 }
 
-/// Anybody who can publish to the inbox chooses the numbers of a message.
+/// Any client that can publish to the inbox chooses the numbers in a message.
 #[test]
 fn grant_of_the_largest_number_is_ignored() {
     let mut bench = Bench::new();
@@ -96,7 +97,7 @@ fn of_two_grants_that_overtook_the_reply_the_later_counts() {
         for token in tokens {
             bench.grant(grant(cycle, token, token));
         }
-        // The grant of token 11 ran out: the store let the cycle wait again.
+        // The grant of token 11 expired: the store queued the cycle again.
         bench.reply(cycle, queued(12));
         assert_eq!(bench.guard(id).token.get(), 15);
     }
@@ -142,7 +143,7 @@ fn those_further_back_look_later_and_foreign_owners_are_looked_at_more_often() {
 #[test]
 fn after_a_new_subscription_whoever_waits_asks_again() {
     let mut bench = Bench::new();
-    assert_eq!(bench.resubscribed(), NOTHING, "nobody waits");
+    assert_eq!(bench.resubscribed(), NOTHING, "there is no waiter");
     let (_, cycle) = bench.stand_in_queue(10);
     assert_eq!(bench.resubscribed().asks(), (cycle, Ask::Join, 1));
 }
@@ -179,7 +180,7 @@ fn a_turn_that_overtakes_the_queued_reply_is_not_forgotten() {
     let cycle = bench.want(0).1.asks().0;
     assert_eq!(bench.turn(cycle), NOTHING);
     assert_eq!(bench.reply(cycle, queued(10)).asks(), (cycle, Ask::Join, 1));
-    assert_eq!(bench.reply(cycle, queued(11)), NOTHING, "it was a turn, not two");
+    assert_eq!(bench.reply(cycle, queued(11)), NOTHING, "the turn counts once");
 }
 
 #[test]
@@ -207,11 +208,11 @@ fn a_turn_whose_request_fails_is_told_and_cleaned_up() {
 fn the_turn_of_a_cycle_that_is_over_is_given_back() {
     let mut bench = Bench::new();
     let stale = Cycle::of(99);
-    assert_eq!(bench.turn(stale).abandoned, [stale], "nothing is wanted");
+    assert_eq!(bench.turn(stale).abandoned, [stale], "no task wants it");
     let (id, cycle) = bench.stand_in_queue(10);
     assert_eq!(bench.turn(stale).abandoned, [stale]);
     assert!(!bench.queue.is_settled(id));
-    // Its release is on its way and does the same.
+    // A release is already in flight and does the same.
     assert_eq!(bench.give_up(id).releases(), (cycle, None));
     assert_eq!(bench.turn(cycle), NOTHING);
 }
@@ -242,8 +243,8 @@ fn a_reply_that_comes_later_than_the_lease_lasts_is_no_guard() {
     assert!(bench.queue.is_unused());
 }
 
-/// A try whose reply came too late was asked for again as if it were no try: it joined the store's queue, and its task, which
-/// had been promised an answer at once, waited for as long as others held the lock.
+/// A try whose reply came too late was sent again as an ordinary acquire. It joined the store's
+/// queue, and its task waited for other holders although a try must return at once.
 #[test]
 fn a_try_whose_reply_comes_too_late_stays_a_try() {
     let mut bench = Bench::new();

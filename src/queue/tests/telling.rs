@@ -1,4 +1,4 @@
-//! What an event has for the metrics, and for the tasks that wait for the loss of a lease.
+//! What an event reports for metrics and for tasks that wait for the loss of a lease.
 
 use super::*;
 
@@ -9,7 +9,7 @@ const NONE: Told = Told {
     stale_grant: false,
 };
 
-/// Operators see how many guards a lease serves before it goes back, and which bound made it go.
+/// Operators see how many guards a lease serves before it is released, and which bound ended it.
 #[test]
 fn tenure_tells_how_many_guards_it_served_and_which_bound_ended_it() {
     for bound in [None, Some(Bound::Burst), Some(Bound::Slice)] {
@@ -25,7 +25,7 @@ fn tenure_tells_how_many_guards_it_served_and_which_bound_ended_it() {
         assert_eq!(bench.told, NONE);
         let guard = bench.guard(id);
         bench.release_held(&guard);
-        assert_eq!(bench.told, NONE, "the lease goes on");
+        assert_eq!(bench.told, NONE, "the lease continues");
         let guard = bench.guard(second);
         if bound == Some(Bound::Slice) {
             bench.pass(ms(10));
@@ -40,7 +40,7 @@ fn tenure_tells_how_many_guards_it_served_and_which_bound_ended_it() {
     }
 }
 
-/// Guards that were served before rivals were known count as well, though not for the bound.
+/// Guards served before remote waiters were known are counted too, although not for the bound.
 #[test]
 fn tenure_counts_guards_of_before_rivals_were_known() {
     let mut bench = Bench::new();
@@ -53,10 +53,11 @@ fn tenure_counts_guards_of_before_rivals_were_known() {
     assert_eq!(bench.told.served, Some(2));
 }
 
-/// Tasks that wait for the loss sleep until the lease that ended is notified, which is done outside the queue.
+/// Tasks that wait for the loss sleep until the ended lease notifies them, which happens outside
+/// the queue.
 #[test]
 fn lease_that_ends_is_told_with_its_cycle() {
-    /// What ends the lease, and why it is lost then.
+    /// What ends the lease, and the resulting reason.
     type Case = (&'static str, fn(&mut Bench, Cycle) -> Seen, LossReason);
     let losses: [Case; 4] = [
         (
@@ -93,12 +94,12 @@ fn grant_that_is_of_no_use_is_counted() {
     assert!(bench.told.stale_grant, "its cycle is over");
     let (_, cycle) = bench.stand_in_queue(10);
     bench.grant(grant(cycle, 10, 10));
-    assert!(bench.told.stale_grant, "it ran out before the last look");
+    assert!(bench.told.stale_grant, "it expired before the last acquire");
     bench.grant(grant(cycle, 11, 11));
     assert!(!bench.told.stale_grant);
 }
 
-/// What the shard and the operator's page see of a key, from the first wish to the release.
+/// What the shard and the introspection page see of a key, from the first waiter to the release.
 #[test]
 fn queue_tells_how_far_a_key_is() {
     #[track_caller]
@@ -140,7 +141,7 @@ fn queue_tells_how_far_a_key_is() {
     assert_is(&bench, "queued contended rivals", 2);
     assert_eq!(bench.queue.queued_cycle(), Some(cycle));
     bench.grant(grant(cycle, 11, 11));
-    // Tokens for the second are on their way.
+    // Tokens for the second waiter have been requested.
     assert_is(&bench, "held leased guarded awaits contended rivals", 1);
     assert_eq!(bench.queue.waker(first), None);
     assert_eq!(bench.queue.waiting_since(), Some(at(1_005)));

@@ -8,15 +8,15 @@ fn a_lease_that_was_not_renewed_in_time_is_lost_and_the_waiters_start_anew() {
     let guard = bench.hold(1, 64);
     bench.want(1);
     bench.pass(TTL - DRIFT);
-    assert!(guard.lease.loss_at(bench.now).is_some(), "even before anybody noticed");
+    assert!(guard.lease.loss_at(bench.now).is_some(), "even before any timer fired");
     let seen = bench.tick();
     assert_eq!(seen.lost, Some(LossReason::Expired));
-    assert_eq!(seen.abandoned, [], "the guard gives it back when it goes");
+    assert_eq!(seen.abandoned, [], "the guard releases it when dropped");
     let (cycle, ask, _) = seen.asks();
     assert!(cycle > guard.lease.cycle && ask == Ask::Join);
     assert_eq!(guard.lease.loss(), Some(LossReason::Expired));
 
-    // What is given back late touches nothing of a later cycle's.
+    // A late release does not affect a later cycle.
     let (held, seen) = bench.release(&guard);
     assert!(!held);
     assert_eq!((seen.abandoned, seen.request), (vec![guard.lease.cycle], None));
@@ -42,7 +42,7 @@ fn one_that_was_woken_with_a_lost_lease_is_the_first_to_wait_again() {
     bench.release_held(&guard);
     bench.pass(TTL);
     let seen = bench.tick();
-    assert_eq!(seen.lost, None, "nobody had a guard");
+    assert_eq!(seen.lost, None, "no guard was out");
     assert!(!bench.queue.is_settled(ids[0]));
     assert_eq!(bench.queue.set_waker(ids[0], 1), None);
     assert_eq!(bench.reply(seen.asks().0, granted(100, 164)).woken, [1]);
@@ -143,7 +143,8 @@ fn max_hold_ends_a_guard_that_is_kept_alive() {
     assert_eq!(bench.release(&guard).1.abandoned, [guard.lease.cycle]);
 }
 
-/// Its task was not polled for so long, as one whose runtime is blocked. Whoever asks next would wait for the end of a lease that nobody holds.
+/// The waiter's task was not polled for that long, for example because its runtime is blocked.
+/// Without a release, the next waiter would have to wait for a lease without a holder to expire.
 #[test]
 fn the_lease_of_a_guard_that_was_never_collected_is_given_back() {
     for reply in [None, Some(RenewReply::Extended { wanted: false })] {
@@ -161,7 +162,7 @@ fn the_lease_of_a_guard_that_was_never_collected_is_given_back() {
                 bench.pass(ms(70));
                 bench.tick()
             }
-            // The server had prolonged it when that was told too late.
+            // The server had extended the lease, but its reply came too late.
             reply => {
                 bench.pass(TTL);
                 bench.renewed(cycle, sent_at, reply)
@@ -199,7 +200,7 @@ fn an_extension_that_did_not_find_the_lease_loses_it() {
         let (id, _) = bench.want(1);
         let cycle = bench.release_held(&guard).asks().0;
         let seen = bench.reply(cycle, reply);
-        // Somebody else may have had it in between, so this cycle is over.
+        // Another manager may have had it in between, so this cycle is over.
         assert_eq!(seen.abandoned, [cycle]);
         assert!(seen.asks().0 > cycle);
         assert_eq!(guard.lease.loss(), Some(LossReason::Taken));
@@ -221,8 +222,8 @@ fn a_lease_that_runs_out_while_it_is_extended_is_released_in_the_background() {
     assert_eq!(bench.reply(next, queued(70)), NOTHING, "the next cycle is not touched");
 }
 
-/// An extension that had no answer could execute after the lease was lost: its cycle, which nobody knew any more, then
-/// took the key again, or a place in the queue, and was in everybody's way for as long as its lease lasted.
+/// An extension without a reply could execute after the lease was lost. Its dead cycle then
+/// acquired the key again, or a place in the queue, and blocked everyone until its lease expired.
 #[test]
 fn a_lease_that_runs_out_after_a_failed_extension_is_released_in_the_background() {
     let mut bench = Bench::new();
@@ -257,9 +258,10 @@ fn a_wanted_cycle_that_is_over_is_released_and_a_current_one_is_not() {
     assert_eq!(bench.release_held(&guard).releases(), (over, None));
     assert_eq!(bench.wanted(over), NOTHING, "its release is on its way");
     bench.released_remotely(over, None);
-    assert_eq!(bench.wanted(over).abandoned, [over], "nothing is wanted here");
+    assert_eq!(bench.wanted(over).abandoned, [over], "no task here wants it");
 
-    // An acquire of it was executed late: the store takes it for the owner, whatever this manager does now.
+    // A late acquire of the old cycle was executed: the store considers it the owner, whatever this
+    // manager does now.
     let (_, seen) = bench.want(0);
     let current = seen.asks().0;
     assert_eq!(bench.wanted(over).abandoned, [over]);
@@ -305,7 +307,7 @@ fn a_failed_extension_fails_only_those_who_wait_for_it() {
     let cycle = bench.release_held(&guard).asks().0;
     let second = bench.guard(ids[0]);
     assert_eq!(bench.failed(cycle), NOTHING, "the lease is still ours");
-    // Without a token for the next, the extension is sent again.
+    // There is no token for the next waiter, so the extension is sent again.
     assert_eq!(bench.release_held(&second).asks().0, cycle);
     let seen = bench.failed(cycle);
     assert_eq!(seen.woken, [2]);
@@ -318,13 +320,13 @@ fn a_failure_of_an_earlier_request_changes_nothing() {
     let mut bench = Bench::new();
     assert_eq!(bench.failed(Cycle::of(50)), NOTHING);
     let (_, cycle) = bench.stand_in_queue(1);
-    assert_eq!(bench.failed(cycle), NOTHING, "it was answered");
+    assert_eq!(bench.failed(cycle), NOTHING, "it got its reply");
     assert_eq!(bench.dropped(cycle), NOTHING);
 }
 
-/// Its runtime was blocked for so long that the lease ran out and another task of the process got the key. The store may
-/// still know the earlier cycle, which nobody would release any more; and the present guard must keep its lock, even if
-/// a server without its data has given both the same token.
+/// The guard's runtime was blocked until the lease expired and another local task got the key. The
+/// store may still know the earlier cycle, which nothing else would release. The current guard must
+/// keep its lock, even if a server without its data has issued the same token to both.
 #[test]
 fn guard_of_an_earlier_cycle_is_released_in_the_background_and_ends_no_later_one() {
     for token in [1, 2] {
@@ -352,12 +354,12 @@ fn a_guard_of_the_same_cycle_that_was_given_back_before_is_not_held() {
     bench.guard(id);
     let (held, seen) = bench.release(&guard);
     assert!(!held);
-    assert_eq!(seen, NOTHING, "the present holder is not touched");
+    assert_eq!(seen, NOTHING, "the current holder is not affected");
 }
 
 #[test]
 fn a_shutdown_refuses_who_waits_and_gives_everything_back() {
-    // While a request is under way, its reply finds nobody.
+    // If a request is in flight, its reply finds no waiter.
     let mut bench = Bench::new();
     let (id, seen) = bench.want(0);
     let cycle = seen.asks().0;
@@ -370,7 +372,7 @@ fn a_shutdown_refuses_who_waits_and_gives_everything_back() {
     let (_, cycle) = bench.stand_in_queue(1);
     assert_eq!(bench.close().releases(), (cycle, None));
 
-    // With a guard.
+    // With a guard out.
     let mut bench = Bench::new();
     let guard = bench.hold(1, 9);
     let (waiting, _) = bench.want(1);
@@ -383,14 +385,14 @@ fn a_shutdown_refuses_who_waits_and_gives_everything_back() {
     ));
     assert!(!bench.release(&guard).0);
 
-    // Whoever still comes is refused.
+    // A task that arrives later is refused.
     let (id, seen) = bench.want(2);
     assert_eq!((seen.request, &seen.woken[..]), (None, &[2][..]));
     assert!(matches!(bench.collect(id), Some(Outcome::Failed(error)) if matches!(*error, LockError::Closed)));
 }
 
-/// A task that found the key in the table just before a shutdown closed it was refused without being woken: it had gone to
-/// sleep already, and waited for ever.
+/// A task that had looked the key up just before a shutdown closed it was refused without being
+/// woken. It was already asleep and waited forever.
 #[test]
 fn a_task_that_comes_just_after_the_shutdown_is_woken_to_be_told() {
     let mut bench = Bench::new();
@@ -413,8 +415,9 @@ fn a_shutdown_while_the_lease_is_extended_releases_it_in_the_background() {
     assert!(bench.queue.is_unused());
 }
 
-/// The shard has another map by now: a manager with that map may give the key to somebody else at another shard, so a lock here
-/// excludes nobody. Whoever waits asks again, and is told of the map.
+/// The shard now has another shard map. A manager with that map may give the key to another task at
+/// another shard, so a lock here excludes nobody. Waiters ask again and get the error about the
+/// map.
 #[test]
 fn shard_with_another_map_ends_the_lease_and_lets_nobody_enter_by_a_grant() {
     let mut bench = Bench::new();
@@ -432,8 +435,9 @@ fn shard_with_another_map_ends_the_lease_and_lets_nobody_enter_by_a_grant() {
     assert_eq!(bench.disown().asks(), (cycle, Ask::Join, 1));
 }
 
-/// A process that dies keeps a key for as long as its TTL says. Each lease has the TTL of the task that gets it first, in the
-/// request, in the cycle that other managers read it from, and in the renewals.
+/// A process that dies blocks a key until its lease expires. Each lease has the TTL of the task
+/// that gets it first: in the request, in the cycle from which other managers read it, and in the
+/// renewals.
 #[test]
 fn lease_lasts_as_long_as_the_task_that_has_it_asked_for() {
     let ttl = TTL * 3;
@@ -446,7 +450,7 @@ fn lease_lasts_as_long_as_the_task_that_has_it_asked_for() {
     let mut bench = Bench::new();
     let (first, seen) = bench.want_as(0, want);
     assert_eq!(asked(&seen), (ttl, ttl));
-    // One that is sent again for another task.
+    // A request sent again for another task.
     bench.want(1);
     let cycle = seen.asks().0;
     bench.reply(cycle, queued(10));
@@ -454,7 +458,7 @@ fn lease_lasts_as_long_as_the_task_that_has_it_asked_for() {
     bench.pass(ms(502));
     assert_eq!(asked(&bench.tick()), (ttl, TTL));
 
-    // A guard that follows another one, and the request by which the others join again.
+    // A guard that follows another one, and the request that requeues the remaining waiters.
     let mut bench = Bench::new();
     bench.rules.max_burst = 2;
     let (id, cycle) = bench.stand_in_queue(10);
@@ -470,7 +474,8 @@ fn lease_lasts_as_long_as_the_task_that_has_it_asked_for() {
     assert_eq!((next.ttl(), bench.queue.ttl()), (TTL * 2, TTL * 2));
 }
 
-/// After a change of servers a lease is confirmed before it is passed on; one that was asked for after the change is.
+/// After a change of servers a lease must be confirmed before it is passed on. A lease requested
+/// after the change is already confirmed.
 #[test]
 fn lease_that_was_asked_for_after_a_change_of_servers_is_passed_on_without_a_message() {
     for requeued in [false, true] {
