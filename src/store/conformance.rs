@@ -1,8 +1,10 @@
-//! The Lua scripts do what the reference does: the same commands go to [`MemoryCore`] and, through the store of a primary or of a
-//! cluster, to a real server, and every reply, every push and what is left at the end are compared.
+//! Compares the Lua scripts with the reference. The same commands go to [`MemoryCore`] and, through
+//! the store of a primary or of a cluster, to a real server. Every reply, every push and the state
+//! of the keys after each command are compared.
 //!
-//! Time plays no part: leases last for minutes and end by being deleted. Tokens are compared exactly, since all floors that
-//! are not zero lie above the server's time, so that it never raises a counter.
+//! Time plays no part: leases last for minutes and end only by deletion. Tokens are compared
+//! exactly. All non-zero floors lie above the server's time, so the server's clock never raises a
+//! counter.
 
 use std::time::Duration;
 
@@ -22,11 +24,11 @@ use crate::store::{Holder, Inspection, Lane};
 
 const MANAGERS: usize = 3;
 const CYCLES: u64 = 5;
-/// Two keys that share a slot, and so a counter, and one with what has to be encoded.
+/// Two keys that share a slot, and so a counter, and one whose name must be encoded.
 const KEYS: [&str; 3] = ["{s}one", "{s}two", "a } key 100%"];
 /// 2035 on the server's clock, as a token.
 const FLOOR: u64 = 10 * 365 * 24 * 3600 * 8_000_000;
-/// By how much remaining times may differ. All TTLs differ by more.
+/// How much remaining times may differ. All TTLs differ by more.
 const SLACK: Duration = Duration::from_secs(40);
 
 #[derive(Debug, Clone)]
@@ -45,7 +47,7 @@ enum Command {
         manager: usize,
         leases: Vec<(usize, u64, Duration)>,
     },
-    /// As an administrator or another library would.
+    /// Writes a lease as an administrator or another library would.
     Put {
         key: usize,
         owner: String,
@@ -74,7 +76,7 @@ struct Given {
     floor: u64,
 }
 
-/// A reply of any kind, with times in a form that can be compared.
+/// A reply of any kind, with times in a comparable form.
 #[derive(Debug, Clone, PartialEq)]
 enum Reply {
     Acquired(AcquireReply),
@@ -83,7 +85,7 @@ enum Reply {
     None,
 }
 
-/// Cycles have different TTLs.
+/// Each cycle number has its own TTL.
 fn numbered(cycle: u64) -> Cycle {
     Cycle::with_ttl(cycle, Duration::from_secs(100 + 50 * cycle))
 }
@@ -97,7 +99,7 @@ fn given() -> impl Strategy<Value = Given> {
     (ttl(), 1..70u32, floor).prop_map(|(ttl, tokens, floor)| Given { ttl, tokens, floor })
 }
 
-/// Few different ones, so that they meet.
+/// Few distinct locks, so that commands collide.
 fn lock() -> impl Strategy<Value = Lock> {
     let key = prop_oneof![6 => Just(0), 2 => Just(1), 1 => Just(2)];
     (0..MANAGERS, key, 1..=CYCLES).prop_map(|(manager, key, cycle)| Lock { manager, key, cycle })
@@ -132,7 +134,7 @@ fn command() -> impl Strategy<Value = Command> {
     ]
 }
 
-/// Both sides, in the same state.
+/// The reference and the server, in the same state.
 struct Pair {
     managers: Vec<ManagerId>,
     keys: Vec<LockKey>,
@@ -141,14 +143,14 @@ struct Pair {
     control: redis::aio::MultiplexedConnection,
     inboxes: redis::aio::MultiplexedConnection,
     pushes: UnboundedReceiver<PushInfo>,
-    /// What comes before the names of the commands of channels.
+    /// The prefix of the pub/sub commands.
     sharded: &'static str,
 }
 
 const SYNC: &str = "everything before this was received";
 
 impl Pair {
-    /// For a server at that URL. In a cluster, channels are sharded.
+    /// Connects to the server at `url`. In a cluster, channels are sharded.
     async fn new(url: &str, in_cluster: bool) -> Self {
         let managers: Vec<ManagerId> = (0..MANAGERS)
             .map(|number| ManagerId::of("h", 1, number as u64))
@@ -199,7 +201,7 @@ impl Pair {
         }
     }
 
-    /// What the server has pushed so far, to whom.
+    /// What the server has pushed so far, and to which manager.
     async fn received(&mut self) -> Vec<(String, Push)> {
         let mut sync = redis::cmd(&format!("{}PUBLISH", self.sharded));
         sync.arg(SYNC).arg("").exec_async(&mut self.control).await.unwrap();
@@ -219,7 +221,7 @@ impl Pair {
         received
     }
 
-    /// Lets the reference do it.
+    /// Executes the command in the reference.
     fn refer(&mut self, command: &Command) -> Reply {
         let now = Moment::default();
         let terms = |given: Given| Terms {
@@ -251,7 +253,7 @@ impl Pair {
             } => {
                 let next = requeue.map(|next| sign(lock.manager, next));
                 let me = sign(lock.manager, lock.cycle);
-                // A lease that is passed on has the TTL of the cycle that gets it.
+                // A lease that is passed on gets the TTL of the cycle that receives it.
                 let ttl = requeue.map_or(Duration::ZERO, |next| numbered(next).ttl());
                 let terms = terms(Given { ttl, ..*given });
                 Reply::Released(self.core.release(&self.keys[lock.key], &me, next.as_deref(), terms))
@@ -276,7 +278,7 @@ impl Pair {
         }
     }
 
-    /// Lets the server do it.
+    /// Executes the command on the server.
     async fn serve(&mut self, command: &Command) -> Reply {
         match *command {
             Command::Acquire { lock, ask, terms } => {
@@ -300,11 +302,11 @@ impl Pair {
                     key,
                     cycle: numbered(lock.cycle),
                     requeue: requeue.map(numbered),
-                    // Right or wrong, it must make no difference.
+                    // Only a hint: whether it is right must make no difference.
                     nobody_waits: requeue.is_none() && lock.cycle % 2 == 0,
                     tokens: terms.tokens,
                 };
-                // Either lane will do.
+                // Either lane must work.
                 let lane = if lock.cycle % 2 == 0 {
                     Lane::Caller
                 } else {
@@ -346,7 +348,7 @@ impl Pair {
         }
     }
 
-    /// Both do the same.
+    /// Executes the commands on both sides and compares the results.
     async fn compare(&mut self, commands: &[Command]) -> Result<(), TestCaseError> {
         self.reset().await;
         for (number, command) in commands.iter().enumerate() {
@@ -373,7 +375,7 @@ impl Pair {
     }
 }
 
-/// What the server says is a little less, since time passes there.
+/// The server's time is a little shorter, since time passes there.
 fn same_time(expected: Option<Duration>, found: Option<Duration>) -> bool {
     match (expected, found) {
         (Some(expected), Some(found)) => found <= expected && expected - found < SLACK,
@@ -422,7 +424,7 @@ fn same_inspection(expected: &Inspection, found: &Inspection) -> bool {
     same_time(remaining(expected), remaining(found)) && timeless(expected) == timeless(found)
 }
 
-/// A cluster asks for a free key by script, and its counters follow the server's clock where they are below it.
+/// A cluster acquires a free key by script, and raises counters that are below the server's clock.
 fn as_in_a_cluster(command: Command) -> Command {
     let after_now = |terms: Given| Given {
         floor: terms.floor.max(FLOOR),

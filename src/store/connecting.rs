@@ -1,4 +1,4 @@
-//! One attempt to connect at a time, which all who find no connection share.
+//! One connection attempt at a time, shared by all tasks that find no connection.
 
 use std::future::Future;
 
@@ -10,11 +10,11 @@ use crate::program::Runtimes;
 
 type Outcome<T> = Option<Result<T, StoreError>>;
 
-/// See the module.
+/// See the module documentation.
 ///
-/// An attempt is a task of its own. The task that asked for it may not be polled any more, and would
-/// keep all others from connecting. While a server hangs, all requests wait for one attempt instead of
-/// making one each.
+/// Each attempt is a task of its own. The task that started it may never be polled again, which
+/// would keep all others from connecting. While a server hangs, all requests wait for the same
+/// attempt instead of each starting one.
 pub(super) struct Connecting<T> {
     attempt: Mutex<Option<watch::Receiver<Outcome<T>>>>,
 }
@@ -28,12 +28,13 @@ impl<T> Default for Connecting<T> {
 }
 
 impl<T: Clone + Send + Sync + 'static> Connecting<T> {
-    /// The outcome of the attempt that is under way, or of a new one if there is none. It is made on the
-    /// background thread if the program's tasks use the connection, otherwise on the caller's runtime.
+    /// Returns the outcome of the attempt in progress, or of a new one if there is none. A new
+    /// attempt runs on the background thread if the application's tasks use the connection,
+    /// otherwise on the caller's runtime.
     ///
     /// # Cancel safety
     ///
-    /// The attempt goes on when this is dropped, for whoever asks next.
+    /// If this future is dropped, the attempt continues for later callers.
     pub(super) async fn attempt<F>(
         &self,
         runtimes: Option<&Runtimes>,
@@ -54,14 +55,14 @@ impl<T: Clone + Send + Sync + 'static> Connecting<T> {
             };
         });
         let connected = outcome.wait_for(Option::is_some).await.map(|outcome| outcome.clone());
-        // Its runtime has ended, or it has panicked.
-        let no_end = || Err(StoreError::Unavailable("connecting came to no end".into()));
+        // The attempt's runtime has shut down, or the attempt has panicked.
+        let no_end = || Err(StoreError::Unavailable("the connection attempt was aborted".into()));
         connected.ok().flatten().unwrap_or_else(no_end)
     }
 
     fn under_way_or(&self, begin: impl FnOnce(watch::Sender<Outcome<T>>)) -> watch::Receiver<Outcome<T>> {
         let mut attempt = self.attempt.lock();
-        // One that is over tells of another time.
+        // The outcome of a finished attempt is out of date.
         let is_under_way =
             |outcome: &&watch::Receiver<Outcome<T>>| outcome.has_changed().is_ok() && outcome.borrow().is_none();
         if let Some(outcome) = attempt.as_ref().filter(is_under_way) {
@@ -84,7 +85,7 @@ mod tests {
 
     use super::*;
 
-    /// Attempts that take until they are told to end, and give their number.
+    /// Attempts that last until they are notified, and return their number.
     #[derive(Default)]
     struct Attempts {
         begun: AtomicU64,
@@ -109,7 +110,7 @@ mod tests {
                 tokio::spawn(async move { connecting.attempt(None, || attempts.attempt()).await })
             };
             let asking: Vec<_> = std::iter::repeat_with(ask).take(100).collect();
-            // All have asked, since this runtime has one thread.
+            // All of them wait now, since this runtime has one thread.
             tokio::task::yield_now().await;
             attempts.end.notify_one();
             for asked in asking {
@@ -133,7 +134,7 @@ mod tests {
     #[tokio::test]
     async fn attempt_that_panics_is_an_error_and_the_next_one_is_made() {
         let connecting: Connecting<u64> = Connecting::default();
-        let panicking = || async { panic!("as this test wants it") };
+        let panicking = || async { panic!("a panic that this test expects") };
         let failed = connecting.attempt(None, panicking).await;
         assert!(matches!(failed, Err(StoreError::Unavailable(_))), "{failed:?}");
         assert_eq!(connecting.attempt(None, || async { Ok(7) }).await.unwrap(), 7);

@@ -1,11 +1,14 @@
-//! A shard's copy of the shard map: what is stored, what must be, and how it is stored for the first time.
+//! A shard's copy of the shard map: what is stored, what must be stored, and how it is first
+//! stored.
 //!
 //! # Implementation details
 //!
-//! Connecting only reads the map. The first lock of a manager on a shard without one stores it, in steps over all shards: all are read, and none
-//! may have another map; then each one without a map is *reserved*, with the map and a mark, for a few seconds; then each reservation becomes
-//! the map. So a start that is refused, also by another manager that starts with another map in the same moment, leaves nothing that lasts. A
-//! reservation is no map: only what was confirmed lets a manager lock.
+//! Connecting only reads the map. A manager's first lock on a shard without a map stores it, in
+//! steps that each cover all shards. First all shards are read, and none may have a different map.
+//! Then each shard without a map is *reserved* for a few seconds: it stores the map with a mark.
+//! Finally each reservation becomes the map. So a start that is refused leaves nothing permanent,
+//! even if another manager starts with a different map at the same moment. A reservation is not a
+//! map: a manager may lock only after the map was confirmed.
 
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::time::Duration;
@@ -13,22 +16,24 @@ use std::time::Duration;
 use crate::router::ShardMap;
 use crate::store::StoreError;
 
-/// For how long a shard is reserved: the time that a slow start may need for its last step. Whole seconds, as etcd counts.
+/// How long a shard stays reserved: enough for the last step of a slow start. In whole seconds, as
+/// etcd requires.
 pub(crate) const RESERVED_FOR: Duration = Duration::from_secs(3);
 
-/// How often a step looks again if another manager changed the map between its look and its write.
+/// How many times a step reads the map before it gives up. It reads it again if another manager
+/// changed the map between its read and its write.
 pub(crate) const MAP_ATTEMPTS: usize = 4;
 
-/// What follows the map of a shard that is reserved.
+/// The suffix that marks a reservation.
 const MARK: &str = "; reserved";
 
-/// One step on the way to a stored map.
+/// One step towards a stored map.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub(crate) enum MapStep {
     Read,
-    /// Reserve a shard that has none.
+    /// Reserve a shard that has no map.
     Reserve,
-    /// Store it for good where there is none, or a reservation of the same map.
+    /// Store the map permanently if there is none, or a reservation of the same map.
     Confirm,
 }
 
@@ -37,7 +42,7 @@ pub(crate) enum MapStep {
 pub(crate) enum MapState {
     /// The map of this manager.
     Ours,
-    /// None, but it is reserved for the same map.
+    /// No map, but a reservation of the same map.
     Reserved,
     None,
 }
@@ -47,8 +52,8 @@ pub(crate) enum MapState {
 pub(crate) struct StoredMap {
     ours: String,
     key: String,
-    /// Whether it was seen there. A server that lost it since, with all its data or by hand, gets it again at once, since this manager may hold
-    /// leases there.
+    /// Whether the map was seen there. If the server has lost it since, with all its data or by
+    /// hand, it is stored again at once, because this manager may hold leases there.
     is_set: AtomicBool,
 }
 
@@ -69,7 +74,7 @@ impl StoredMap {
         &self.ours
     }
 
-    /// What a shard that is reserved for this map has stored.
+    /// The value stored in a shard that is reserved for this map.
     pub(crate) fn reservation(&self) -> String {
         format!("{}{MARK}", self.ours)
     }
@@ -78,21 +83,21 @@ impl StoredMap {
         self.is_set.load(Ordering::Acquire)
     }
 
-    /// It is to be there: if it is not when the server is next connected to, it is stored.
+    /// Records that the map must be there: if the next connection does not find it, it is stored.
     pub(crate) fn expect(&self) {
         self.is_set.store(true, Ordering::Release);
     }
 
-    /// It was erased, or nothing is known of it any more.
+    /// Records that the map was erased, or that its state is unknown.
     pub(crate) fn forget(&self) {
         self.is_set.store(false, Ordering::Release);
     }
 
-    /// Compares what is stored.
+    /// Compares the stored map with this manager's.
     ///
     /// # Errors
     ///
-    /// It is another map.
+    /// The shard has a different map.
     pub(crate) fn check(&self, stored: Option<&str>) -> Result<MapState, StoreError> {
         let Some(theirs) = stored else {
             return Ok(MapState::None);
@@ -116,12 +121,12 @@ impl StoredMap {
         })
     }
 
-    /// The same for one who holds nothing and only looks: where none is stored any more, the next lock stores it again, after a look at all
-    /// shards.
+    /// Like [`check`](Self::check), for a caller that holds nothing and only probes. If the map is
+    /// gone, the next lock stores it again, after reading all shards.
     ///
     /// # Errors
     ///
-    /// It is another map.
+    /// The shard has a different map.
     pub(crate) fn look(&self, stored: Option<&str>) -> Result<(), StoreError> {
         if self.check(stored)? != MapState::Ours {
             self.forget();

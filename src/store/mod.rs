@@ -36,103 +36,118 @@ use crate::protocol::{Acquire, AcquireReply, Answer, Push, Release, ReleaseReply
 use crate::telemetry::ShardMetrics;
 pub(crate) use map::{MapState, MapStep};
 
-/// A request under way. Dropping it does not recall it: it may still be executed.
+/// A request in flight. Dropping it does not cancel it: the server may still execute it.
 pub(crate) type StoreFuture<T> = Pin<Box<dyn Future<Output = Result<T, StoreError>> + Send>>;
 
-/// One shard's place for leases, queues and tokens, as one manager sees it.
+/// The lease store of one shard, as one manager sees it: leases, queues and tokens.
 ///
-/// Requests have no time limit of their own; whoever sends one sets it. All requests that take something travel on
-/// [`Lane::Caller`], in which the store keeps their order per key, so that the release of a cycle that was given up can't overtake
-/// its acquire.
+/// Requests have no timeout of their own; the caller applies one. Every request that may take a
+/// lease or a place in a queue travels on [`Lane::Caller`], where the store keeps the order of
+/// requests per key. So the release of an abandoned cycle cannot overtake its acquire.
 pub(crate) trait LeaseStore: Send + Sync + 'static {
-    /// Opens the connections of the caller's lane on the runtime of the caller. A store that could not be reached connects when it is first
-    /// used, if it can by then.
+    /// Opens the connections of [`Lane::Caller`] on the caller's runtime. A store that could not be
+    /// reached connects on first use, if it can by then.
     ///
-    /// It fails if the shard has another shard map. Nothing is written: a shard without a map stays without one.
+    /// Fails if the shard has a different shard map. Writes nothing: a shard without a map stays
+    /// without one.
     fn connect(&self) -> StoreFuture<()>;
 
-    /// Opens the connections of the background's lane, on the thread of the caller, which is the watchdog's. No lock is granted before: a server that
-    /// takes no further connection would otherwise be found out at the first renewal.
+    /// Opens the connections of [`Lane::Background`] on the calling thread, which is the
+    /// watchdog's. Runs before any lock is granted: otherwise a server that accepts no further
+    /// connections would only be noticed at the first renewal.
     fn connect_background(&self) -> StoreFuture<()> {
         Box::pin(std::future::ready(Ok(())))
     }
 
-    /// Whether the shard's map was seen to be this manager's, without which nothing is to be acquired.
+    /// Whether the shard's map is known to be this manager's. Nothing may be acquired until it is.
     fn has_map(&self) -> bool {
         true
     }
 
-    /// Whether the map stands at one place, so that it is stored there at once or not at all.
+    /// Whether the map is stored in a single place, so that it is stored at once or not at all.
     fn has_one_map(&self) -> bool {
         true
     }
 
-    /// One step on the way to a stored shard map ([`map`]).
+    /// Performs one step towards a stored shard map; see [`map`].
     fn map(&self, step: MapStep) -> StoreFuture<MapState> {
         let _ = step;
         Box::pin(std::future::ready(Ok(MapState::Ours)))
     }
 
-    /// Asks for a lease. Repeating it for the same cycle does no harm.
+    /// Requests a lease. Repeating the request for the same cycle is harmless.
     fn acquire(&self, request: Acquire) -> StoreFuture<Answer<AcquireReply>>;
 
-    /// Gives a lease or a place in the queue back. Repeating it does no harm.
+    /// Releases a lease or leaves the queue. Repeating the request is harmless.
     fn release(&self, lane: Lane, request: Release) -> StoreFuture<Answer<ReleaseReply>>;
 
-    /// Extends what is still ours, in one go. One reply for each renewal, in their order; `None` for one that had no answer. Whoever asks
-    /// waits no longer than `limit`, so a store whose servers answer separately says by then what it knows.
+    /// Extends those leases of `batch` that are still ours, in one call. Returns one reply per
+    /// renewal, in the same order; `None` means that there was no answer. The caller waits no
+    /// longer than `limit`, so a store that asks several servers must return the replies it has by
+    /// then.
     fn renew(&self, batch: Vec<Renewal>, limit: Duration) -> StoreFuture<Vec<Option<RenewReply>>>;
 
-    /// Looks at a key without changing anything.
+    /// Reads the state of a key without changing anything.
     fn inspect(&self, key: LockKey) -> StoreFuture<Inspection>;
 
-    /// Removes all keys of the namespace, those of others as well, and says how many there were.
+    /// Deletes all keys of the namespace, including those of other managers, and returns how many
+    /// there were.
     fn erase(&self) -> StoreFuture<u64>;
 
-    /// Looks whether locks can be had though nobody asks for one, which a server that is out of memory or a replica refuses, and what time it is on
-    /// the servers. Takes next to nothing from them, changes nothing, and is done every few seconds on the watchdog's thread, which waits no longer than for a request.
+    /// Checks whether locks could be acquired even if no task requests one (a replica, or a server
+    /// that is out of memory, refuses), and reads the servers' clocks. Cheap, and changes nothing.
+    /// Called every few seconds on the watchdog's thread, which waits for it no longer than for a
+    /// request.
     fn look(&self) -> Pin<Box<dyn Future<Output = Look> + Send>>;
 
-    /// How often it was seen that the keys of that slot may be on another server by now, or on one that was started anew, so that leases may be
-    /// forgotten: a connection broke, or a failover was announced. Read at every event of a key, so it costs a load or two. It changes after the
-    /// connections that it is about were left: a reply to a request that was made later is from whoever is asked now.
+    /// How many times a broken connection or an announced failover showed that the keys of `slot`
+    /// may be on another server by now, or on one that was restarted, so that leases may be lost.
+    /// Read on every event of a key, so it must cost no more than a load or two. It changes after
+    /// the connections concerned were abandoned: the reply to a request that is sent later comes
+    /// from the server that is in use now.
     fn epoch(&self, slot: Slot) -> u32 {
         let _ = slot;
         0
     }
 
-    /// Where a key belongs inside of the store, for [`Push::Resubscribed`] and [`epoch`](Self::epoch).
+    /// The slot of a key inside the store, for [`Push::Resubscribed`] and [`epoch`](Self::epoch).
     fn slot_of(&self, key: &LockKey) -> Slot {
         key.slot()
     }
 
-    /// When one of the connections that requests travel on was last given up. What was sent on it may still be executed, until
-    /// [`LATE_MAX`] has passed; then a release that was answered on another connection is no proof that nothing of its cycle is left.
+    /// When a connection that carries requests was last abandoned. Requests sent on it may still
+    /// execute until [`LATE_MAX`] has passed. Until then, a release that was answered on another
+    /// connection does not prove that nothing of its cycle is left.
     fn last_cut(&self) -> Option<Moment> {
         None
     }
 
-    /// Waits until what is tidied up after releases that were answered is done. Asked once, before the background thread ends.
+    /// Waits for the clean-up that follows answered releases. Called once, before the background
+    /// thread ends.
     fn settle(&self) -> StoreFuture<()> {
         Box::pin(std::future::ready(Ok(())))
     }
 
-    /// Receives pushes and hands them on until the receiver is gone. Reconnects by itself. Polled on the watchdog's thread, where it also does what else
-    /// must go on; with a handle, the inbox itself may be heard on that runtime, where whoever waits for a push is, for as long as there is one.
+    /// Receives pushes and forwards them until the receiver is dropped. Reconnects by itself.
+    /// Polled on the watchdog's thread, and drives the store's other background work there. The
+    /// inbox itself may be read on the application's runtime while that runs, close to the tasks
+    /// that wait for pushes.
     fn listen(&self, pushes: mpsc::UnboundedSender<Push>) -> Pin<Box<dyn Future<Output = ()> + Send>>;
 
-    /// The program's runtime, on which the drivers of connections are, runs nothing: those connections are not used any more. Further ones
-    /// are opened where `StoreOptions::runtimes` leads by then.
+    /// The application's runtime, which drives the caller's connections, is blocked or gone.
+    /// Abandons those connections; new ones are opened on the runtime that `StoreOptions::runtimes`
+    /// selects by then.
     fn leave_home(&self) {}
 }
 
-/// Says in the log that something is in the inbox which can't be read. It may name a key, so what it is stands there at the level of debug.
+/// Warns about an inbox message that can't be parsed. It may contain a key, so its text is logged
+/// at debug level only.
 pub(crate) fn tell_unreadable(shard: &str, message: &str) {
-    tracing::warn!(%shard, "a message in the inbox is not of this version's form; the level of debug shows it");
-    tracing::debug!(%shard, message, "the message that is not of this version's form");
+    tracing::warn!(%shard, "an inbox message is not in this version's format; log at debug level to see it");
+    tracing::debug!(%shard, message, "the inbox message that is not in this version's format");
 }
 
-/// What a store is given besides its address.
+/// What a store needs besides its address.
 #[derive(Debug, Clone)]
 pub(crate) struct StoreOptions {
     pub(crate) namespace: String,
@@ -142,36 +157,36 @@ pub(crate) struct StoreOptions {
     /// This shard's part of the map that all managers must share.
     pub(crate) map: String,
     pub(crate) connections: usize,
-    /// The longest time that connecting may take.
+    /// How long connecting may take at most.
     pub(crate) timeout: Duration,
-    /// How many replicas must have a lease before it counts.
+    /// How many replicas must acknowledge a lease before it counts.
     pub(crate) min_replicas_acked: u32,
-    /// The longest TTL of a lease in a quorum, after which a node that restarted has a vote again.
+    /// The longest TTL of a lease in a quorum. A restarted node regains its vote after this time.
     pub(crate) redlock_max_ttl: Duration,
-    /// Whether servers are asked what they are.
+    /// Whether servers are asked for their role.
     pub(crate) check_role: bool,
     pub(crate) tls: TlsFiles,
     pub(crate) metrics: Arc<ShardMetrics>,
-    /// Where what serves the program's tasks runs.
+    /// The runtimes for the work that serves the application's tasks.
     pub(crate) runtimes: Arc<Runtimes>,
 }
 
-/// The files for encrypted connections.
-// Without TLS nobody reads them.
+/// The files for TLS connections.
+// Unused without the `tls` feature.
 #[cfg_attr(not(feature = "tls"), allow(dead_code))]
 #[derive(Debug, Clone, Default)]
 pub(crate) struct TlsFiles {
-    /// Who is trusted to sign certificates of servers; the system's authorities if there is none.
+    /// The CA certificates to trust; those of the system if `None`.
     pub(crate) ca: Option<PathBuf>,
-    /// The certificate to show to servers, and its key.
+    /// The client certificate and its private key.
     pub(crate) client: Option<(PathBuf, PathBuf)>,
 }
 
-/// What to do where a server answers without encryption.
+/// Advice for a server that answers without encryption.
 const NOT_ENCRYPTED: &str =
-    "the port does not speak TLS; use the server's TLS port, or a URL without TLS (redis:// and its like)";
+    "the port does not speak TLS; use the server's TLS port, or a URL without TLS (such as redis://)";
 
-/// Makes the store for a shard. Nothing is sent yet.
+/// Creates the store for a shard. Nothing is sent yet.
 pub(crate) fn open(endpoint: &Endpoint, options: StoreOptions) -> Result<Arc<dyn LeaseStore>, LockError> {
     Ok(match endpoint.kind() {
         EndpointKind::Redis(server) => Arc::new(redis::primary::RedisStore::new(server, options)?),
@@ -188,13 +203,13 @@ pub(crate) fn open(endpoint: &Endpoint, options: StoreOptions) -> Result<Arc<dyn
         EndpointKind::Etcd { hosts, login, tls } => {
             Arc::new(etcd::EtcdStore::new(hosts, login.as_ref(), *tls, options)?)
         }
-        // Parsing refuses it.
+        // Such a URL is rejected when it is parsed.
         #[cfg(not(feature = "etcd"))]
         EndpointKind::Etcd { .. } => {
             return Err(crate::error::Invalid::new(
                 "url",
                 endpoint.to_string(),
-                "of a kind that was built in (feature `etcd`)",
+                "a kind of shard that this build supports (enable the feature `etcd`)",
             )
             .into());
         }
@@ -202,53 +217,56 @@ pub(crate) fn open(endpoint: &Endpoint, options: StoreOptions) -> Result<Arc<dyn
     })
 }
 
-/// How long after a connection was given up a request that was sent on it may still be executed. The system discards what it has not sent, since it resets
-/// such a connection; but a proxy in between, or a machine that it runs on, delivers what it has accepted for about as long as a system repeats what was not
-/// acknowledged.
+/// How long a request may still be executed after its connection was abandoned. The operating
+/// system discards unsent data, because such a connection is reset. But a proxy in between, or the
+/// machine it runs on, delivers what it has accepted for about as long as TCP retransmits
+/// unacknowledged data.
 pub(crate) const LATE_MAX: Duration = Duration::from_secs(20);
 
-/// Which connection a request travels on.
+/// The class of connection that a request travels on.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub(crate) enum Lane {
-    /// The connections that the tasks of the program use; their I/O runs on the program's runtime, while that runs.
+    /// The connections of the application's tasks. Their I/O runs on the application's runtime
+    /// while that runs.
     Caller,
-    /// The connection of the watchdog's thread, which works even if the program's runtime is blocked. While it can't be opened, an open one of the
-    /// callers' is used.
+    /// The connection of the watchdog's thread, which works even if the application's runtime is
+    /// blocked. While it can't be opened, an open connection of [`Caller`](Self::Caller) is used.
     Background,
 }
 
-/// What a look at a store has shown.
+/// The result of a health probe.
 #[derive(Debug)]
 pub(crate) struct Look {
     /// Whether a request for any key of the shard could be answered.
     pub(crate) reached: Result<(), StoreError>,
-    /// The times of those servers that were reached, if they tell.
+    /// The clocks of those reached servers that report one.
     pub(crate) times: Vec<ServerTime>,
 }
 
-/// What time it is on a server. No lock decision uses it.
+/// A reading of a server's clock. No lock decision uses it.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub(crate) struct ServerTime {
-    /// Where it is: `host:port`.
+    /// The server, as `host:port`.
     pub(crate) server: Arc<str>,
-    /// Which connection to it that came by: behind another one may be another machine.
+    /// The connection that the reply arrived on. Behind another connection there may be another
+    /// machine.
     pub(crate) connection: u64,
     pub(crate) since_epoch: Duration,
-    /// When it was asked and when it had answered.
+    /// When the request was sent, and when its reply had arrived.
     pub(crate) sent_at: Moment,
     pub(crate) received_at: Moment,
 }
 
-/// Why a request had no answer, or one that helps nobody.
+/// Why a store request failed.
 #[derive(Debug, Clone)]
 pub(crate) enum StoreError {
-    /// No connection, or it broke. What the request did is unknown.
+    /// There was no connection, or it broke. Whether the request was executed is unknown.
     Unavailable(Arc<str>),
-    /// The server said no.
+    /// The server refused the request.
     Refused(Arc<str>),
-    /// The server has another shard map than this manager.
+    /// The server has a different shard map from this manager's.
     MapMismatch {
-        /// Which shard it is, where another one was asked for something.
+        /// The shard concerned, if the request was for another one.
         shard: Option<Arc<str>>,
         ours: String,
         theirs: String,
@@ -274,7 +292,7 @@ impl fmt::Display for StoreError {
 }
 
 impl StoreError {
-    /// The same of another shard than the one that was asked for something.
+    /// Names the shard of a map mismatch, if it is not the one that the request was for.
     pub(crate) fn at_shard(self, name: &Arc<str>) -> Self {
         match self {
             Self::MapMismatch {
@@ -289,7 +307,7 @@ impl StoreError {
         }
     }
 
-    /// In a few words, without what was being done.
+    /// A short reason, without the operation that failed.
     pub(crate) fn reason(&self) -> Arc<str> {
         match self {
             Self::Unavailable(reason) | Self::Refused(reason) => Arc::clone(reason),
@@ -297,7 +315,7 @@ impl StoreError {
         }
     }
 
-    /// The error for the user: on which shard, doing what, for which key.
+    /// The error for the user: with the shard, the step and the key.
     pub(crate) fn with_context(
         self,
         shard: &str,
@@ -306,7 +324,7 @@ impl StoreError {
         waited: Duration,
     ) -> LockError {
         let (shard, key) = (shard.to_owned(), key.map(ToString::to_string));
-        // Here is where the words of a server become part of messages.
+        // A server's text becomes part of a message here, so it is made printable.
         let printable = |text: Arc<str>| match crate::text::printable(&text) {
             Cow::Borrowed(_) => text,
             Cow::Owned(escaped) => escaped.into(),
@@ -340,38 +358,39 @@ impl StoreError {
     }
 }
 
-/// What a store knows of a key.
+/// The state of a key in its store.
 #[derive(Debug, Clone, PartialEq, Eq)]
 #[non_exhaustive]
 pub struct Inspection {
-    /// Who holds it, if anybody does.
+    /// The current holder, if there is one.
     pub holder: Option<Holder>,
-    /// How many cycles of other managers, or of this one, wait in the store's queue.
+    /// The number of cycles in the store's queue, of this manager and of others.
     pub queue_length: u64,
-    /// The first of those who wait, in order, as `manager:cycle`; at most 100.
+    /// The first members of the queue, in order, as `manager:cycle`; at most 100.
     pub queue: Vec<String>,
-    /// The largest token that was issued in the key's slot, or `None` if there was none yet. Etcd tells it of the holder only.
+    /// The largest token issued in the key's slot, or `None` if there was none yet. Etcd reports
+    /// only that of the holder.
     pub last_token: Option<FencingToken>,
 }
 
-/// Who holds a key.
+/// The holder of a key.
 #[derive(Debug, Clone, PartialEq, Eq)]
 #[non_exhaustive]
 pub struct Holder {
-    /// `manager:cycle` of a shardlock manager, or whatever value another library has stored.
+    /// `manager:cycle` of a shardlock manager, or the value that another library has stored.
     pub owner: String,
-    /// Whether it is a manager of shardlock.
+    /// Whether the holder is a shardlock manager.
     pub is_manager: bool,
-    /// What is left of the lease, or `None` if it never ends.
+    /// The remaining time of the lease, or `None` if it never ends.
     pub remaining: Option<Duration>,
 }
 
-/// The most members of a queue that an inspection names.
+/// The most queue members that an [`Inspection`] lists.
 pub(crate) const INSPECTED_QUEUE_MAX: usize = 100;
 
 #[cfg(test)]
 impl StoreOptions {
-    /// Options of a store that is alone.
+    /// Options for a store that is used on its own.
     pub(crate) fn for_tests(manager: ManagerId) -> Self {
         Self {
             namespace: "lock:".to_owned(),

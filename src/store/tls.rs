@@ -1,7 +1,7 @@
-//! The files for encrypted connections, and what goes wrong in a handshake, in words.
+//! The files for TLS connections, and advice for handshakes that fail.
 //!
-//! Every kind of store reads its certificates here, so that a file that is missing or unfit is the same error everywhere, before
-//! anything is sent. The contents of the files are never shown.
+//! Every kind of store reads its certificates here. So a missing or unusable file gives the same
+//! error everywhere, before anything is sent. The contents of the files are never shown.
 
 use std::fmt;
 use std::path::Path;
@@ -15,15 +15,15 @@ use rustls::{AlertDescription, CertificateError, InvalidMessage, RootCertStore};
 use super::{NOT_ENCRYPTED, TlsFiles};
 use crate::error::Invalid;
 
-/// The contents of [`TlsFiles`], which were found to be fit for use. `Debug` hides them.
+/// The contents of [`TlsFiles`], already validated. `Debug` hides them.
 #[derive(Clone, Default)]
 pub(in crate::store) struct TlsPem {
-    /// Who is trusted to sign certificates of servers; the system's authorities if there is none.
+    /// The CA certificates to trust; those of the system if `None`.
     pub(in crate::store) ca: Option<Vec<u8>>,
     pub(in crate::store) client: Option<ClientPem>,
 }
 
-/// The certificate to show to servers, and its key.
+/// The client certificate and its private key.
 #[derive(Clone)]
 pub(in crate::store) struct ClientPem {
     pub(in crate::store) certificate: Vec<u8>,
@@ -40,11 +40,11 @@ impl fmt::Debug for TlsPem {
 }
 
 impl TlsPem {
-    /// Reads the files. Also sees to it that there is somebody to encrypt.
+    /// Reads and validates the files. Also installs a crypto provider if the application has none.
     ///
     /// # Errors
     ///
-    /// Which setting names a file that can't be read or is of no use, and why.
+    /// A file can't be read or used. The error names the setting and the reason.
     pub(in crate::store) fn read(files: &TlsFiles) -> Result<Self, Invalid> {
         install_provider();
         let ca = files.ca.as_deref().map(read_authorities).transpose()?;
@@ -56,11 +56,11 @@ impl TlsPem {
     }
 }
 
-/// rustls panics where several providers of cryptography are linked and the program has chosen none. Ours is only chosen if the
-/// program has not.
+/// rustls panics if several crypto providers are linked and the application has chosen none. Ours
+/// is only chosen if the application has not chosen one.
 fn install_provider() {
     if CryptoProvider::get_default().is_none() {
-        // If the program has chosen one in this very moment, that one stays.
+        // If the application chooses one at this very moment, that one stays.
         ring::default_provider().install_default().ok();
     }
 }
@@ -69,10 +69,10 @@ fn read_file(setting: &'static str, path: &Path, bound: &str) -> Result<Vec<u8>,
     std::fs::read(path).map_err(|error| Invalid::new(setting, path.display().to_string(), format!("{bound} ({error})")))
 }
 
-const AUTHORITIES: &str = "a readable PEM file with the certificates of the authorities that sign those of servers";
+const AUTHORITIES: &str = "a readable PEM file with the CA certificates that sign the servers' certificates";
 const CERTIFICATE: &str =
-    "a readable PEM file with the certificate to show to servers, followed by those that lead to its authority";
-const KEY: &str = "a readable PEM file with the private key of tls_cert, not encrypted";
+    "a readable PEM file with the client certificate, followed by the certificates that lead to its authority";
+const KEY: &str = "a readable PEM file with the unencrypted private key of tls_cert";
 
 fn certificates(
     setting: &'static str,
@@ -83,9 +83,9 @@ fn certificates(
     let unfit = |why: String| Invalid::new(setting, path.display().to_string(), format!("{bound} ({why})"));
     let found = CertificateDer::pem_slice_iter(pem)
         .collect::<Result<Vec<_>, _>>()
-        .map_err(|_| unfit("it is damaged".to_owned()))?;
+        .map_err(|_| unfit("the file is damaged".to_owned()))?;
     if found.is_empty() {
-        return Err(unfit("there is no `BEGIN CERTIFICATE` in it".to_owned()));
+        return Err(unfit("the file contains no `BEGIN CERTIFICATE`".to_owned()));
     }
     Ok(found)
 }
@@ -105,13 +105,13 @@ fn read_client(certificate_path: &Path, key_path: &Path) -> Result<ClientPem, In
     let certificate = read_file("tls_cert", certificate_path, CERTIFICATE)?;
     let chain = certificates("tls_cert", certificate_path, &certificate, CERTIFICATE)?;
     let key = read_file("tls_key", key_path, KEY)?;
-    // The errors of the parser are left out, since they may quote the file.
+    // The parser's errors are left out, since they may quote the file.
     let unfit = |why: &str| Invalid::new("tls_key", key_path.display().to_string(), format!("{KEY} ({why})"));
     let parsed =
-        PrivateKeyDer::from_pem_slice(&key).map_err(|_| unfit("there is no private key in it that can be read"))?;
+        PrivateKeyDer::from_pem_slice(&key).map_err(|_| unfit("the file contains no private key that can be read"))?;
     CertifiedKey::from_der(chain, parsed, &ring::default_provider()).map_err(|error| match error {
         rustls::Error::InconsistentKeys(_) => unfit(&format!(
-            "it does not belong to the certificate in {}",
+            "the key does not belong to the certificate in {}",
             certificate_path.display()
         )),
         rustls::Error::InvalidCertificate(_) => Invalid::new(
@@ -119,19 +119,19 @@ fn read_client(certificate_path: &Path, key_path: &Path) -> Result<ClientPem, In
             certificate_path.display().to_string(),
             format!("{CERTIFICATE} (its first certificate can't be read)"),
         ),
-        _ => unfit("it is of no kind that can be used; use an RSA, ECDSA or Ed25519 key"),
+        _ => unfit("this kind of key is not supported; use an RSA, ECDSA or Ed25519 key"),
     })?;
     Ok(ClientPem { certificate, key })
 }
 
 const NOT_ACCEPTABLE: &str =
-    "the server's certificate is not acceptable; give the server another, or set tls_ca to its authority";
-const SELF_SIGNED_AUTHORITY: &str = "the server shows the certificate of an authority (CA:TRUE, as `openssl req -x509` makes them) as its own; make it anew with \
-     `-addext basicConstraints=critical,CA:FALSE` and leave tls_ca at it, or have the authority sign one for the server";
-const VERSION_1: &str = "the server's certificate is of X.509 version 1; make it anew with extensions, which need version 3: `openssl x509 -req ... -extfile FILE` \
-     where FILE has `subjectAltName=DNS:` and the host of the URL";
+    "the server's certificate is not acceptable; replace it on the server, or set tls_ca to its authority";
+const SELF_SIGNED_AUTHORITY: &str = "the server presents a CA certificate (CA:TRUE, the default of `openssl req -x509`) as its own; create it again with \
+     `-addext basicConstraints=critical,CA:FALSE` and keep tls_ca set to it, or have the authority sign one for the server";
+const VERSION_1: &str = "the server's certificate is X.509 version 1; create it again with extensions, which need version 3: `openssl x509 -req ... -extfile FILE` \
+     where FILE contains `subjectAltName=DNS:` and the host of the URL";
 
-/// What to do about a handshake that failed. Nothing for what may pass by itself.
+/// Advice for a handshake that failed; `None` if the failure may be temporary.
 pub(in crate::store) fn advice(error: &rustls::Error) -> Option<&'static str> {
     use rustls::Error;
     Some(match error {
@@ -140,8 +140,8 @@ pub(in crate::store) fn advice(error: &rustls::Error) -> Option<&'static str> {
                 "the server's certificate is signed by an authority that is not trusted; set tls_ca to the PEM file of that authority"
             }
             CertificateError::NotValidForName | CertificateError::NotValidForNameContext { .. } => {
-                "the server's certificate is for another host; write the URL with a name that the certificate has, or give the \
-                 server a certificate with this one"
+                "the server's certificate is for another host; use a host name in the URL that the certificate contains, or give the \
+                 server a certificate for this one"
             }
             CertificateError::Expired | CertificateError::ExpiredContext { .. } => {
                 "the server's certificate has expired; renew it, or correct this machine's clock"
@@ -157,7 +157,7 @@ pub(in crate::store) fn advice(error: &rustls::Error) -> Option<&'static str> {
             _ => NOT_ACCEPTABLE,
         },
         Error::AlertReceived(AlertDescription::CertificateRequired) => {
-            "the server asks for a certificate; set tls_cert and tls_key"
+            "the server requires a client certificate; set tls_cert and tls_key"
         }
         Error::AlertReceived(AlertDescription::UnknownCA) => {
             "the server does not trust the authority of our certificate; set tls_cert to one whose authority it trusts"
@@ -170,24 +170,24 @@ pub(in crate::store) fn advice(error: &rustls::Error) -> Option<&'static str> {
             | AlertDescription::DecryptError,
         ) => "the server does not accept our certificate; check tls_cert",
         Error::AlertReceived(AlertDescription::CertificateExpired | AlertDescription::CertificateRevoked) => {
-            "the server says that our certificate is not valid any more; renew the one in tls_cert"
+            "the server reports that our certificate has expired or was revoked; renew the one in tls_cert"
         }
         Error::AlertReceived(AlertDescription::HandshakeFailure) => {
-            "the server refused the handshake; if it asks for a certificate, set tls_cert and tls_key"
+            "the server refused the handshake; if it requires a client certificate, set tls_cert and tls_key"
         }
         Error::AlertReceived(AlertDescription::ProtocolVersion) | Error::PeerIncompatible(_) => {
-            "the server and we have no version of TLS in common; allow TLS 1.2 or 1.3 there"
+            "client and server have no TLS version in common; allow TLS 1.2 or 1.3 on the server"
         }
         Error::InvalidMessage(InvalidMessage::InvalidContentType | InvalidMessage::MessageTooLarge) => NOT_ENCRYPTED,
         _ => return None,
     })
 }
 
-/// The error of TLS in an error of input or output, wherever it is.
+/// Finds the rustls error in an I/O error, however deep it is wrapped.
 pub(in crate::store) fn cause<'a>(error: &'a (dyn std::error::Error + 'static)) -> Option<&'a rustls::Error> {
     let mut next = Some(error);
     while let Some(error) = next {
-        // The client library keeps it shared.
+        // The client library shares it in an `Arc`.
         if let Some(shared) = error.downcast_ref::<std::sync::Arc<dyn std::error::Error + Send + Sync>>() {
             return cause(&**shared);
         }
@@ -212,7 +212,8 @@ mod tests {
 
     use super::*;
 
-    /// Signed by itself, and of X.509 version 1, as `openssl x509 -req -signkey` makes them without extensions; valid until 2126.
+    /// Self-signed, X.509 version 1, as `openssl x509 -req -signkey` makes it without extensions;
+    /// valid until 2126.
     const OF_VERSION_1: &str = "\
 -----BEGIN CERTIFICATE-----\n\
 MIIBJTCBywIUGzzC2sqB1AhV5vrwrFiHs/pzaTUwCgYIKoZIzj0EAwIwFDESMBAG\n\

@@ -1,4 +1,4 @@
-//! Taking a key, or a place in its line.
+//! Acquiring a key, or a place in its queue.
 
 use std::sync::Arc;
 use std::time::Duration;
@@ -20,26 +20,27 @@ use crate::key::LockKey;
 use crate::protocol::{Acquire, AcquireReply, Answer, Ask, Cycle, Place};
 use crate::store::StoreError;
 
-/// How often a lease that ended under a request is made anew.
+/// How many times a lease may end under one request before the request fails.
 const LEASES_PER_REQUEST: usize = 3;
-/// The longest time since which a lease was last confirmed, as a part of its TTL and at all, for which a request does not renew it again.
+/// A request renews its lease unless it was confirmed within this fraction of its TTL (a tenth),
+/// and within `AGE_MAX`.
 const AGE_PART: u32 = 10;
 const AGE_MAX: Duration = Duration::from_secs(1);
 /// The first and the longest pause before a lease that was not confirmed is renewed again.
 const PAUSE_MIN: Duration = Duration::from_millis(5);
 const PAUSE_MAX: Duration = Duration::from_millis(100);
-/// When a waiting cycle looks again unasked. The watch tells it of the end of who stands before it, however that comes about; this is for what
-/// nobody thought of.
+/// When a waiting cycle asks again by itself. The watch reports the end of the key before it,
+/// however that comes about; this is a fallback for anything unforeseen.
 const LOOK_AGAIN: Duration = Duration::from_secs(10);
 
-/// One cycle of one key, and what its requests say.
+/// A cycle that contends for a key, and the parameters of its requests.
 #[derive(Debug, Clone)]
 pub(super) struct Contender {
     pub(super) key: LockKey,
     pub(super) cycle: Cycle,
     pub(super) ttl: Duration,
     pub(super) tokens: u32,
-    /// What the names of all contenders begin with.
+    /// The common prefix of all contenders' names.
     pub(super) prefix: String,
     pub(super) name: String,
 }
@@ -56,24 +57,24 @@ impl Contender {
         }
     }
 
-    /// How long ago its lease may have been confirmed so that a request need not renew it.
+    /// How long ago its lease may have been confirmed for a request not to renew it.
     pub(super) fn age_max(&self) -> Duration {
         (self.ttl / AGE_PART).min(AGE_MAX)
     }
 
-    /// Makes its key. The value says how many tokens go with the key's revision.
+    /// Creates its key. The value is the number of tokens that come with the key's revision.
     pub(super) fn put(&self, lease: Lease) -> TxnOp {
         let options = PutOptions::new().with_lease(lease.id);
         TxnOp::put(self.name.as_str(), self.tokens.to_string(), Some(options))
     }
 
-    /// Puts its key again, for another revision. It keeps its place and its lease.
+    /// Puts its key again, to get another revision. The key keeps its place and its lease.
     pub(super) fn put_again(&self) -> TxnOp {
         let options = PutOptions::new().with_ignore_lease();
         TxnOp::put(self.name.as_str(), self.tokens.to_string(), Some(options))
     }
 
-    /// Whether its key is not there yet.
+    /// The condition that its key does not exist yet.
     pub(super) fn is_new(&self) -> Compare {
         Compare::create_revision(self.name.as_str(), CompareOp::Equal, 0)
     }
@@ -100,7 +101,7 @@ pub(super) async fn acquire(
         reply,
     };
     if ask == Ask::Try && shared.cycles.lease(cycle).is_none() && is_taken(&shared, &link, &contender).await? {
-        // Nothing was asked for, so there is nothing to give back.
+        // Nothing was requested, so there is nothing to release.
         return Ok(answer((Moment::now(), AcquireReply::Busy)));
     }
     shared.cycles.open(cycle, ttl, Moment::now());
@@ -111,7 +112,7 @@ pub(super) async fn acquire(
     taken.map(answer).map_err(Fault::into_store_error)
 }
 
-/// Whether somebody has the key or waits for it.
+/// Whether the key has an owner or waiters.
 async fn is_taken(shared: &Shared, link: &Link, contender: &Contender) -> Result<bool, StoreError> {
     let look = async |mut client: etcd_client::Client| {
         let only_first = line::in_order().with_limit(1);
@@ -122,7 +123,7 @@ async fn is_taken(shared: &Shared, link: &Link, contender: &Contender) -> Result
     Ok(line::first(&found).is_some())
 }
 
-/// Takes the key if nobody has it or waits for it.
+/// Takes the key if it has neither an owner nor waiters.
 async fn take(shared: &Shared, link: &Link, contender: &Contender, ask: Ask) -> Result<(Moment, AcquireReply), Fault> {
     let Ran { sent_at, reply, .. } = under_a_lease(shared, link, contender, contender.age_max(), |lease| {
         Txn::new()
@@ -137,7 +138,7 @@ async fn take(shared: &Shared, link: &Link, contender: &Contender, ask: Ask) -> 
         return Ok((sent_at, granted(shared, contender, &line)?));
     }
     if first_is_ours {
-        // An earlier request of this cycle took it; its reply was lost.
+        // An earlier request of this cycle took the key; its reply was lost.
         return join(shared, link, contender).await;
     }
     shared.revokes.add(shared.cycles.close(contender.cycle));
@@ -148,7 +149,7 @@ async fn take(shared: &Shared, link: &Link, contender: &Contender, ask: Ask) -> 
     Ok((sent_at, reply))
 }
 
-/// Takes the key, extends it, or joins the line.
+/// Takes the key, extends it, or joins the queue.
 pub(super) async fn join(shared: &Shared, link: &Link, contender: &Contender) -> Result<(Moment, AcquireReply), Fault> {
     let ran = under_a_lease(shared, link, contender, contender.age_max(), |lease| {
         Txn::new()
@@ -162,8 +163,10 @@ pub(super) async fn join(shared: &Shared, link: &Link, contender: &Contender) ->
     Ok((ran.counted_from(&reply), reply))
 }
 
-/// Sees to it that the key is under this lease, and not under an earlier one of its cycle, which then is revoked. A lease lasts as long as whoever made
-/// it wanted; only a move changes a key's, and only from the one that it was seen to have: so a move that is executed late moves nothing.
+/// Ensures that the key is attached to this lease, and not to an earlier one of its cycle, which is
+/// then revoked. A lease's lifetime never changes; only a move attaches a key to another lease, and
+/// only if the key still has the lease that it was seen with. So a move that executes late moves
+/// nothing.
 pub(super) async fn move_to(
     shared: &Shared,
     link: &Link,
@@ -176,7 +179,8 @@ pub(super) async fn move_to(
             return Err(released_meanwhile());
         };
         if current.id != lease.id {
-            // Another request asked for a longer one meanwhile. It was granted after we sent ours, so what it has moved lasts long enough.
+            // Another request asked for a longer lease meanwhile. It was granted after ours was
+            // sent, so the lease that the key was moved to lasts long enough.
             return if seen.lease == current.id {
                 Ok(())
             } else {
@@ -209,20 +213,20 @@ pub(super) async fn move_to(
     Ok(())
 }
 
-/// A transaction that ran under a lease.
+/// The result of a transaction under a lease.
 pub(super) struct Ran {
-    /// When it was begun.
+    /// When the request began.
     pub(super) asked_at: Moment,
-    /// From when, at the earliest, the cluster counts the time of the lease.
+    /// The earliest moment from which the cluster counts the lease's time.
     pub(super) sent_at: Moment,
     pub(super) lease: Lease,
     pub(super) reply: TxnResponse,
-    /// Whether it was sent more than once, so that it may have been executed before.
+    /// Whether it was sent more than once, so that an earlier copy may have been executed.
     pub(super) repeated: bool,
 }
 
 impl Ran {
-    /// The moment from which such a reply counts.
+    /// The moment from which the reply counts.
     pub(super) const fn counted_from(&self, reply: &AcquireReply) -> Moment {
         match reply {
             AcquireReply::Granted { .. } => self.sent_at,
@@ -231,8 +235,9 @@ impl Ran {
     }
 }
 
-/// Runs a transaction that needs the lease of the cycle, and makes sure that the cluster counts the time of the lease from the moment that is
-/// returned: one that is no longer ago than `age_max` when the transaction is begun.
+/// Runs a transaction that needs the cycle's lease. Ensures that the cluster counts the lease's
+/// time from the returned `sent_at` or later, and that `sent_at` is at most `age_max` before the
+/// transaction is sent.
 pub(super) async fn under_a_lease(
     shared: &Shared,
     link: &Link,
@@ -246,9 +251,9 @@ pub(super) async fn under_a_lease(
     let mut executed = false;
     let mut ended = 0;
     loop {
-        // Before the lease is looked up: one that takes its place is granted after that.
+        // Taken before the lease is looked up: a lease that replaces it is granted later.
         let now = Moment::now();
-        // A release of the cycle came between: nothing of it may be made again.
+        // The cycle was released meanwhile: nothing of it may be created again.
         let Some(lease) = shared.cycles.lease(cycle) else {
             return Err(released_meanwhile());
         };
@@ -319,7 +324,8 @@ async fn run(
     Ok((reply, repeated))
 }
 
-/// Makes the lease, or renews one that an earlier request has made: then the renewal must be confirmed.
+/// Creates the lease, or renews one that an earlier request has created. Such a renewal must then
+/// be confirmed.
 async fn grant(shared: &Shared, link: &Link, cycle: Cycle, lease: Lease) -> Result<Option<RenewedIn>, Fault> {
     let sent_at = Moment::now();
     let secs = i64::try_from(lease.secs).unwrap_or(i64::MAX);
@@ -337,7 +343,8 @@ async fn grant(shared: &Shared, link: &Link, cycle: Cycle, lease: Lease) -> Resu
     }
 }
 
-/// Renews the lease, as far as the member that answers knows. For a lease on which nobody counts: see [`keep_in_term`].
+/// Renews the lease, as far as the answering member knows. Only for a lease that nothing relies on;
+/// otherwise see [`keep_in_term`].
 pub(super) async fn keep(shared: &Shared, link: &Link, cycle: Cycle, lease: Lease) -> Result<(), Fault> {
     let sent_at = Moment::now();
     let keep = async |mut client: etcd_client::Client| client.lease_keep_alive(lease.id).await;
@@ -346,7 +353,7 @@ pub(super) async fn keep(shared: &Shared, link: &Link, cycle: Cycle, lease: Leas
     Ok(())
 }
 
-/// Renews the lease, and says in which term.
+/// Renews the lease and returns the term of the renewal.
 pub(super) async fn keep_in_term(shared: &Shared, link: &Link, cycle: Cycle, lease: Lease) -> Result<RenewedIn, Fault> {
     let sent_at = Moment::now();
     let keep = async |mut client: etcd_client::Client| {
@@ -367,7 +374,7 @@ pub(super) async fn keep_in_term(shared: &Shared, link: &Link, cycle: Cycle, lea
     Ok(renewed)
 }
 
-/// What the line says to a contender that was put into it.
+/// The reply to a contender that was put into the queue.
 pub(super) async fn judge(
     shared: &Shared,
     link: &Link,
@@ -386,7 +393,7 @@ pub(super) async fn judge(
         Wait::new(contender.key.clone(), lease, before.name.clone(), line.revision),
     );
     if shared.cycles.lease(contender.cycle).is_none() {
-        // The release did not find the wait yet.
+        // The release ran before the wait was added, and did not find it.
         shared.waits.remove(contender.cycle);
         return Err(released_meanwhile());
     }
@@ -396,7 +403,7 @@ pub(super) async fn judge(
     Ok(AcquireReply::Queued(Place {
         mark: floor_of(u64::try_from(line.revision).unwrap_or(0)),
         owner_ttl: Some(LOOK_AGAIN),
-        // The watch tells of the end of whatever stands there.
+        // The watch reports the end of the key before ours, whoever owns it.
         owner_foreign: false,
         is_reached: true,
         ahead: ahead as u64,
@@ -414,7 +421,8 @@ fn granted(shared: &Shared, contender: &Contender, line: &Line) -> Result<Acquir
     })
 }
 
-/// Leaves a note for an owner that does not reckon with rivals. It goes with the lease of who waits.
+/// Leaves a note for an owner that does not expect other contenders. It ends with the waiter's
+/// lease.
 async fn tell_owner(shared: &Shared, link: &Link, contender: &Contender, owner: &str, lease: Lease) {
     let Some((manager, cycle)) = parse_signature(owner) else {
         return;
@@ -427,7 +435,8 @@ async fn tell_owner(shared: &Shared, link: &Link, contender: &Contender, owner: 
         let options = PutOptions::new().with_lease(lease.id);
         client.put(note.as_str(), "", Some(options)).await
     };
-    // The place in line is had already, and is not worth losing for want of a note: the owner's next renewal says it, too.
+    // The cycle already has its place, which must not be lost over a note: the owner's next renewal
+    // reports the waiter, too.
     match tokio::time::timeout(shared.timeout / 4, link.request(leave)).await {
         Ok(Ok(_)) => {}
         Ok(Err(fault)) => tracing::debug!(%note, ?fault, "could not leave a note for the owner of a key"),
@@ -437,6 +446,6 @@ async fn tell_owner(shared: &Shared, link: &Link, contender: &Contender, owner: 
 
 fn released_meanwhile() -> Fault {
     Fault::Other(StoreError::Unavailable(
-        "this cycle was given back while it was asked for".into(),
+        "this cycle was released while it was being acquired".into(),
     ))
 }

@@ -1,13 +1,16 @@
-//! What this manager knows of its own cycles: under which etcd leases their keys are, and which it holds.
+//! What this manager knows of its own cycles: the etcd leases of their keys, and which keys they
+//! own.
 //!
 //! # Implementation details
 //!
-//! An etcd lease has a number that its maker may choose, and a lifetime in whole seconds that can't be changed. The number is made of the
-//! cycle and the seconds. So a request that is repeated names the same lease and no grant is made twice; and whoever gives a cycle back can
-//! name every lease it ever had, also where the reply to its grant never came. A cycle that is asked for with a longer TTL gets another lease, to
-//! which its key moves.
+//! An etcd lease has an id, which its creator may choose, and a lifetime in whole seconds, which
+//! can't be changed. The id is derived from the cycle and the lifetime. So a repeated request names
+//! the same lease and no lease is granted twice, and a release can name every lease that its cycle
+//! ever had, even if the reply to a grant never arrived. A cycle that is requested with a longer
+//! TTL gets another lease, to which its key moves.
 //!
-//! A record lives from the first acquire of a cycle to its release. One that was never released goes when its lease has long run out.
+//! A record lives from the first acquire of a cycle to its release. A record that is never released
+//! is removed when its lease has long expired.
 
 use std::collections::HashMap;
 use std::time::Duration;
@@ -19,7 +22,7 @@ use crate::protocol::Cycle;
 
 #[derive(Debug)]
 pub(super) struct Cycles {
-    /// Makes the numbers of this manager's leases its own.
+    /// Makes the ids of this manager's leases its own.
     seed: u64,
     records: Mutex<Records>,
 }
@@ -27,7 +30,7 @@ pub(super) struct Cycles {
 #[derive(Debug)]
 struct Records {
     by_cycle: HashMap<Cycle, Record>,
-    /// At how many records those that ran out are looked for.
+    /// The number of records at which expired ones are removed.
     prune_at: usize,
 }
 
@@ -35,15 +38,15 @@ struct Records {
 struct Record {
     /// The lifetime of the current lease.
     secs: u64,
-    /// Whether etcd has said that it has the lease.
+    /// Whether etcd has confirmed that the lease exists.
     granted: bool,
     /// The lifetimes of earlier leases that were not revoked yet.
     older: Vec<u64>,
-    /// The create revision of the key with which the cycle became the owner.
+    /// The create revision of the key that made the cycle the owner.
     owns: Option<i64>,
-    /// When the lease was last asked for or renewed.
+    /// When the lease was last requested or renewed.
     renewed_at: Moment,
-    /// From when, at the earliest, the cluster counts the time of the current lease.
+    /// The earliest moment from which the cluster counts the current lease's time.
     confirmed_at: Option<Moment>,
 }
 
@@ -52,12 +55,12 @@ struct Record {
 pub(super) struct Lease {
     pub(super) id: i64,
     pub(super) secs: u64,
-    /// Whether etcd has said that it has it.
+    /// Whether etcd has confirmed that it exists.
     pub(super) granted: bool,
 }
 
 impl Lease {
-    /// A lease that etcd named and of which there is no record.
+    /// A lease that etcd has reported and that has no record.
     pub(super) const fn of_nobody(id: i64) -> Self {
         Self {
             id,
@@ -67,9 +70,9 @@ impl Lease {
     }
 }
 
-/// Fewer records are not worth looking through.
+/// With fewer records, pruning is not worthwhile.
 const PRUNE_AT_MIN: usize = 1024;
-/// By how much longer than its lease a record is kept: longer than any TTL that etcd gives instead of a shorter one.
+/// How much longer than its lease a record is kept. Longer than any minimum TTL that etcd applies.
 const PRUNE_SLACK: Duration = Duration::from_secs(60);
 
 impl Cycles {
@@ -83,14 +86,15 @@ impl Cycles {
         }
     }
 
-    /// The number of the lease of a cycle with this lifetime.
+    /// The id of the cycle's lease with this lifetime.
     fn lease_id(&self, cycle: Cycle, secs: u64) -> i64 {
         let number = mix(mix(self.seed ^ cycle.number()) ^ secs);
-        // Etcd chooses itself where it is asked for zero.
+        // Etcd chooses an id itself if it is asked for zero.
         i64::try_from(number >> 1).unwrap_or(i64::MAX).max(1)
     }
 
-    /// The lease under which the cycle is to be, for at least this TTL. Never a shorter one than before: its owner counts on what it was told.
+    /// The lease that the cycle must have, for at least this TTL. Never shorter than before: the
+    /// owner relies on earlier replies.
     pub(super) fn open(&self, cycle: Cycle, ttl: Duration, now: Moment) -> Lease {
         let secs = whole_secs(ttl);
         let mut records = self.records.lock();
@@ -126,7 +130,7 @@ impl Cycles {
         }
     }
 
-    /// Etcd has that lease, as of a request that was sent at `sent_at`.
+    /// Etcd has that lease, according to a request that was sent at `sent_at`.
     pub(super) fn leased(&self, cycle: Cycle, lease: Lease, sent_at: Moment) {
         self.change(cycle, |record| {
             if record.secs == lease.secs {
@@ -136,7 +140,7 @@ impl Cycles {
         });
     }
 
-    /// Etcd does not have that lease any more.
+    /// Etcd no longer has that lease.
     pub(super) fn unleased(&self, cycle: Cycle, lease: Lease) {
         self.change(cycle, |record| {
             if record.secs == lease.secs {
@@ -146,7 +150,7 @@ impl Cycles {
         });
     }
 
-    /// The cluster counts the time of that lease from that moment or a later one.
+    /// The cluster counts the time of that lease from `at` or later.
     pub(super) fn confirmed(&self, cycle: Cycle, lease: Lease, at: Moment) {
         self.change(cycle, |record| {
             if record.secs == lease.secs {
@@ -155,14 +159,14 @@ impl Cycles {
         });
     }
 
-    /// From when, at the earliest, the cluster counts the time of that lease.
+    /// The earliest moment from which the cluster counts that lease's time.
     pub(super) fn confirmed_at(&self, cycle: Cycle, lease: Lease) -> Option<Moment> {
         let records = self.records.lock();
         let record = records.by_cycle.get(&cycle)?;
         record.confirmed_at.filter(|_| record.secs == lease.secs)
     }
 
-    /// Whether the key of the cycle may still be under an earlier lease.
+    /// Whether the cycle's key may still be attached to an earlier lease.
     pub(super) fn is_moving(&self, cycle: Cycle) -> bool {
         let records = self.records.lock();
         records
@@ -171,19 +175,20 @@ impl Cycles {
             .is_some_and(|record| !record.older.is_empty())
     }
 
-    /// The cycle is the owner by a key of that create revision. Says whether it was already.
+    /// The cycle is the owner by a key of that create revision. Returns whether it already was.
     pub(super) fn owns(&self, cycle: Cycle, create_revision: i64) -> bool {
         let mut before = None;
         self.change(cycle, |record| before = record.owns.replace(create_revision));
         before == Some(create_revision)
     }
 
-    /// With which create revision the cycle became the owner.
+    /// The create revision with which the cycle became the owner.
     pub(super) fn owned(&self, cycle: Cycle) -> Option<i64> {
         self.records.lock().by_cycle.get(&cycle)?.owns
     }
 
-    /// The key of the cycle is under this lease: the earlier ones, which are to be revoked.
+    /// The cycle's key is attached to this lease. Returns the earlier leases, which must be
+    /// revoked.
     pub(super) fn moved(&self, cycle: Cycle, lease: Lease) -> Vec<Lease> {
         let mut older = Vec::new();
         self.change(cycle, |record| {
@@ -193,7 +198,7 @@ impl Cycles {
         older.into_iter().map(|secs| self.earlier(cycle, secs)).collect()
     }
 
-    /// The cycle is over: all leases that it may have.
+    /// The cycle is over. Returns all leases that it may have.
     pub(super) fn close(&self, cycle: Cycle) -> Vec<Lease> {
         let Some(record) = self.records.lock().by_cycle.remove(&cycle) else {
             return Vec::new();
@@ -228,12 +233,13 @@ impl Records {
     }
 }
 
-/// The shortest lifetime in whole seconds that is no shorter than the TTL.
+/// The TTL rounded up to whole seconds, at least one.
 fn whole_secs(ttl: Duration) -> u64 {
     (ttl.as_secs() + u64::from(ttl.subsec_nanos() > 0)).max(1)
 }
 
-/// The finalizer of SplitMix64: a permutation, so different cycles of a manager have different numbers.
+/// The finalizer of SplitMix64. It is a permutation, so different cycles of a manager have
+/// different numbers.
 const fn mix(number: u64) -> u64 {
     let number = number.wrapping_add(0x9e37_79b9_7f4a_7c15);
     let number = (number ^ (number >> 30)).wrapping_mul(0xbf58_476d_1ce4_e5b9);
@@ -257,7 +263,7 @@ mod tests {
         assert_eq!((same.id, same.granted), (first.id, true));
         let longer = cycles.open(Cycle::of(2), Duration::from_secs(9), NOW);
         assert_eq!((longer.secs, longer.granted), (9, false));
-        // The reply to the first grant says nothing of the second.
+        // The reply to the first grant does not confirm the second.
         cycles.leased(Cycle::of(2), first, NOW);
         assert!(!cycles.lease(Cycle::of(2)).unwrap().granted);
         assert!(cycles.is_moving(Cycle::of(2)));

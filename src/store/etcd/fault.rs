@@ -1,4 +1,4 @@
-//! What etcd's refusals mean, in words.
+//! The meaning of etcd's errors.
 
 use std::error::Error as _;
 
@@ -6,12 +6,12 @@ use etcd_client::Error;
 
 use crate::store::StoreError;
 
-/// Why a request to etcd had no reply, or one that says no.
+/// Why a request to etcd failed.
 #[derive(Debug, Clone)]
 pub(super) enum Fault {
-    /// The etcd lease that was named does not exist (any more).
+    /// The etcd lease of the request does not exist, or no longer exists.
     LeaseGone,
-    /// The etcd lease that was to be made is there already.
+    /// The etcd lease that was to be created already exists.
     LeaseThere,
     Other(StoreError),
 }
@@ -23,24 +23,24 @@ impl From<StoreError> for Fault {
 }
 
 impl Fault {
-    /// For a request to which a lease is nothing but what it asks for.
+    /// For a request that does not handle errors of its lease.
     pub(super) fn into_store_error(self) -> StoreError {
         match self {
             Self::LeaseGone => {
-                StoreError::Unavailable("etcd ended the lease of this cycle meanwhile; try again".into())
+                StoreError::Unavailable("etcd ended this cycle's lease during the request; try again".into())
             }
-            Self::LeaseThere => StoreError::Unavailable("etcd has another lease of the same number; try again".into()),
+            Self::LeaseThere => StoreError::Unavailable("etcd already has a lease with this id; try again".into()),
             Self::Other(error) => error,
         }
     }
 
-    /// Whether another server, or the same one a little later, may say something else.
+    /// Whether another server, or the same one a little later, may answer differently.
     pub(super) fn is_passing(&self) -> bool {
         matches!(self, Self::Other(StoreError::Unavailable(_)))
     }
 }
 
-/// What the client library says where a keep-alive finds no lease.
+/// The client library's message for a keep-alive that finds no lease.
 pub(super) const LEASE_NOT_FOUND: &str = "lease not found";
 
 /// The numbers of gRPC's status codes.
@@ -54,7 +54,7 @@ mod code {
     pub(super) const UNAUTHENTICATED: i32 = 16;
 }
 
-/// What an error of the client library means to a store with this namespace.
+/// The meaning of a client library error for a store with this namespace.
 pub(super) fn fault(error: &Error, namespace: &str) -> Fault {
     let refused = |reason: String| Fault::Other(StoreError::Refused(reason.into()));
     let words = words(error);
@@ -90,7 +90,7 @@ pub(super) fn fault(error: &Error, namespace: &str) -> Fault {
     }
 }
 
-/// Why a watch was refused, if the user lacks a permission: etcd names that in words only.
+/// Why a watch was refused, if the user lacks a permission. Etcd reports that only as text.
 pub(super) fn missing_permission(reason: &str, namespace: &str) -> Option<String> {
     reason
         .contains("permission denied")
@@ -104,7 +104,7 @@ fn with_needs(refusal: &str, namespace: &str) -> String {
     )
 }
 
-/// The error and what caused it.
+/// The error and its causes.
 fn words(error: &Error) -> String {
     let mut words = match error {
         Error::GRpcStatus(status) => status.message().to_owned(),

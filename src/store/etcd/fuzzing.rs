@@ -1,4 +1,4 @@
-//! What must hold for whatever an etcd has. See [`crate::fuzzing`].
+//! Invariants that hold whatever etcd contains. See [`crate::fuzzing`].
 
 #![allow(clippy::expect_used, clippy::panic, clippy::unwrap_used)]
 
@@ -10,7 +10,8 @@ use crate::fuzzing::{head, text};
 use crate::identity::{ManagerId, parse_signature};
 use crate::key::LockKey;
 
-/// Names of etcd's keys, from which members of lines and notes are read; revisions, from which tokens are made; reasons of refusals.
+/// Names of etcd keys, parsed as queue members and notes; revisions, turned into tokens; reasons of
+/// refusals.
 pub fn etcd(data: &[u8]) {
     let names = Names::new("lock:", ManagerId::of("h", 1, 1));
     if let Some((key, cycle)) = names.read_note(data) {

@@ -1,4 +1,4 @@
-//! Looking at a key without changing anything.
+//! Reading the state of a key without changing anything.
 
 use std::sync::Arc;
 use std::time::Duration;
@@ -37,7 +37,7 @@ pub(super) async fn inspect(shared: Arc<Shared>, link: Arc<Link>, key: LockKey) 
     };
     let name = member(&prefix, owner.key());
     let is_manager = parse_signature(&name).is_some();
-    // The value says how many tokens went with the key's revision.
+    // The value is the number of tokens that came with the key's revision.
     let issued = owner.value_str().ok().and_then(|value| value.parse().ok());
     let tokens = issued.and_then(|count| tokens_of(owner.mod_revision(), count).ok());
     Ok(Inspection {
@@ -54,7 +54,7 @@ pub(super) async fn inspect(shared: Arc<Shared>, link: Arc<Link>, key: LockKey) 
     })
 }
 
-/// What is left of a lease; a key without one never ends.
+/// The remaining time of a lease; a key without a lease never ends.
 async fn remaining(link: &Link, lease: i64) -> Result<Option<Duration>, StoreError> {
     if lease == 0 {
         return Ok(None);

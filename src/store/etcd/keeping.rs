@@ -1,4 +1,5 @@
-//! What the background does with etcd's leases: those of cycles that wait are kept alive, those of cycles that are over are revoked.
+//! Background work on etcd leases: those of waiting cycles are kept alive, those of finished cycles
+//! are revoked.
 
 use std::collections::VecDeque;
 use std::sync::Arc;
@@ -19,14 +20,15 @@ use crate::clock::Moment;
 use crate::key::LockKey;
 use crate::protocol::{Cycle, Push};
 
-/// How many requests of each kind are under way at a time.
+/// How many requests of each kind are in flight at a time.
 pub(super) const AT_A_TIME: usize = 64;
-/// The first and the longest pause before a lease that could not be revoked is tried again.
+/// The first and the longest pause before a failed revocation is tried again.
 const PAUSE_MIN: Duration = Duration::from_millis(100);
 const PAUSE_MAX: Duration = Duration::from_secs(1);
-/// How many leases may wait to be revoked. Those beyond run out by themselves.
+/// How many leases may wait to be revoked. Any beyond expire by themselves.
 const REVOKES_MAX: usize = 100_000;
-/// The longest time between two looks at what waits, so that a clock that was moved or a machine that slept delays nothing for long.
+/// The longest sleep of the keeper, so that a clock that was moved or a machine that slept delays
+/// nothing for long.
 const LOOK_EVERY_MAX: Duration = Duration::from_secs(60);
 
 /// Keeps the leases of waiting cycles alive.
@@ -55,7 +57,8 @@ pub(super) async fn keep_waiting(shared: Arc<Shared>, pushes: UnboundedSender<Pu
             .collect()
             .await;
         if !answered.contains(&true) {
-            // The server hangs or is cut off: the next request goes to another, before the leases end.
+            // The server hangs or is cut off. Send the next request to another, before the leases
+            // end.
             shared.background.give_up_since(started);
         }
     }
@@ -69,21 +72,23 @@ async fn keep_one(shared: &Shared, pushes: &UnboundedSender<Push>, cycle: Cycle,
         Ok(Ok(())) => {}
         Ok(Err(Fault::LeaseGone)) => {
             shared.cycles.unleased(cycle, lease);
-            // Its place is lost; it asks for another. A receiver that is gone needs no pushes.
+            // The cycle has lost its place and asks for another. A receiver that is gone needs no
+            // pushes.
             pushes.send(Push::Turn { key, cycle }).ok();
         }
-        // It is tried again when it is due, before the lease ends.
+        // Tried again when it is next due, before the lease ends.
         Ok(Err(fault)) => tracing::debug!(shard = %shared.shard, ?fault, "a waiting lease was not renewed"),
     }
     true
 }
 
-/// Leases that nobody needs any more. Where one is not revoked, it runs out; so this is order, not safety, and bounded.
+/// Leases that are no longer needed. One that is not revoked expires by itself, so nothing depends
+/// on this, and the list is bounded.
 #[derive(Debug, Default)]
 pub(super) struct Revokes {
     waiting: Mutex<VecDeque<(Lease, Moment)>>,
     added: Notify,
-    /// How many are on their way.
+    /// How many revocations are in flight.
     running: std::sync::atomic::AtomicUsize,
     done: Notify,
 }
@@ -109,7 +114,7 @@ impl Revokes {
     fn next(&self) -> Option<(Lease, Moment)> {
         let mut waiting = self.waiting.lock();
         let next = waiting.pop_front()?;
-        // Under the lock, so that nobody sees neither.
+        // Under the lock, so that every lease is always either in the list or counted here.
         self.running.fetch_add(1, Ordering::SeqCst);
         Some(next)
     }
@@ -131,7 +136,7 @@ impl Revokes {
     }
 }
 
-/// Revokes what is to be revoked.
+/// Revokes the listed leases.
 pub(super) async fn revoke_all(shared: Arc<Shared>) {
     let revokes = &shared.revokes;
     let mut running = FuturesUnordered::new();
@@ -158,12 +163,12 @@ async fn revoke(shared: &Shared, lease: Lease, until: Moment) {
         let revoked = tokio::time::timeout(shared.timeout, shared.background.request(send)).await;
         match revoked {
             Ok(Ok(_) | Err(Fault::LeaseGone)) => return,
-            // It runs out by itself.
+            // It has expired by itself.
             _ if Moment::now() >= until => return,
             Ok(Err(fault)) if !fault.is_passing() => {
                 if let Some(suppressed) = shared.failed_revokes.pass(Moment::now()) {
                     let error = fault.into_store_error();
-                    tracing::warn!(shard = %shared.shard, %error, suppressed, "an etcd lease could not be revoked, so a lock may stay taken until it runs out");
+                    tracing::warn!(shard = %shared.shard, %error, suppressed, "an etcd lease could not be revoked; its lock may stay taken until the lease expires");
                 }
                 return;
             }

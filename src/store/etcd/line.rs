@@ -1,4 +1,4 @@
-//! The line of a key: its cycles in the order in which their keys were made, the owner first.
+//! The queue of a key: its cycles in the order in which their keys were created, the owner first.
 
 use etcd_client::{GetOptions, GetResponse, KeyValue, SortOrder, SortTarget, TxnOp, TxnOpResponse, TxnResponse};
 
@@ -6,10 +6,10 @@ use super::fault::Fault;
 use crate::fence::TokenBlock;
 use crate::store::StoreError;
 
-/// Tokens of one revision. A revision is spent on one request, so its tokens are too.
+/// The tokens per revision. A revision serves one request only, and so do its tokens.
 const TOKENS_PER_REVISION: u64 = 1 << 16;
 
-/// Who stands before whom, as one transaction saw it.
+/// The queue as one transaction saw it.
 #[derive(Debug)]
 pub(super) struct Line {
     pub(super) members: Vec<Member>,
@@ -20,17 +20,17 @@ pub(super) struct Line {
 pub(super) struct Member {
     pub(super) name: Vec<u8>,
     pub(super) create_revision: i64,
-    /// The number of its lease; zero for none.
+    /// The id of its lease; zero for none.
     pub(super) lease: i64,
 }
 
 impl Line {
-    /// Reads the whole line.
+    /// Reads the whole queue.
     pub(super) fn read(prefix: &str) -> TxnOp {
         TxnOp::get(prefix, Some(in_order()))
     }
 
-    /// Reads the first in the line.
+    /// Reads the first member.
     pub(super) fn read_first(prefix: &str) -> TxnOp {
         TxnOp::get(prefix, Some(in_order().with_limit(1)))
     }
@@ -40,7 +40,7 @@ impl Line {
         TxnOp::get(name, Some(GetOptions::new().with_keys_only()))
     }
 
-    /// The line in the last reply of a transaction.
+    /// The queue in the last reply of a transaction.
     pub(super) fn in_reply(reply: &TxnResponse) -> Result<Self, Fault> {
         match reply.op_responses().pop() {
             Some(TxnOpResponse::Get(found)) => Ok(Self {
@@ -51,7 +51,7 @@ impl Line {
         }
     }
 
-    /// Where somebody stands, counted from the owner.
+    /// The position of a member, counted from the owner.
     pub(super) fn place(&self, name: &str) -> Option<usize> {
         self.members.iter().position(|member| member.name == name.as_bytes())
     }
@@ -71,7 +71,7 @@ impl Member {
     }
 }
 
-/// The members of a line without their values, the owner first.
+/// Reads the members of a queue without their values, the owner first.
 pub(super) fn in_order() -> GetOptions {
     GetOptions::new()
         .with_prefix()
@@ -79,7 +79,7 @@ pub(super) fn in_order() -> GetOptions {
         .with_sort(SortTarget::Create, SortOrder::Ascend)
 }
 
-/// The first in one of the replies of a transaction.
+/// The first member in one of a transaction's replies.
 pub(super) fn first_in(reply: Option<&TxnOpResponse>) -> Option<Member> {
     match reply {
         Some(TxnOpResponse::Get(found)) => first(found),
@@ -87,7 +87,7 @@ pub(super) fn first_in(reply: Option<&TxnOpResponse>) -> Option<Member> {
     }
 }
 
-/// The first in a reply.
+/// The first member in a reply.
 pub(super) fn first(found: &GetResponse) -> Option<Member> {
     found.kvs().first().map(Member::of)
 }
@@ -98,28 +98,28 @@ pub(super) fn revision(reply: &TxnResponse) -> Result<i64, Fault> {
 
 pub(super) fn unexpected() -> Fault {
     Fault::Other(StoreError::Refused(
-        "etcd's reply to a transaction is of an unknown form".into(),
+        "etcd's reply to a transaction has an unexpected form".into(),
     ))
 }
 
-/// The first tokens of a revision.
+/// The first `count` tokens of a revision.
 pub(super) fn tokens_of(revision: i64, count: u32) -> Result<TokenBlock, Fault> {
     let count = count.clamp(1, TOKENS_PER_REVISION as u32);
     let below = u64::try_from(revision)
         .ok()
         .and_then(|revision| revision.checked_mul(TOKENS_PER_REVISION))
         .and_then(|below| below.checked_add(u64::from(count)))
-        // Of that one no block is made.
+        // No block may end there.
         .filter(|&last| last < u64::MAX);
     match below {
         Some(last) => Ok(TokenBlock::ending_at(last, count)),
         None => Err(Fault::Other(StoreError::Refused(
-            format!("revision {revision} of etcd is beyond what tokens are made for").into(),
+            format!("etcd's revision {revision} is too large to derive tokens from").into(),
         ))),
     }
 }
 
-/// Every token of a later revision is above this.
+/// Every token of a later revision is larger than this.
 pub(super) const fn floor_of(revision: u64) -> u64 {
     revision.saturating_add(1).saturating_mul(TOKENS_PER_REVISION)
 }
@@ -138,7 +138,7 @@ mod tests {
         assert_eq!(tokens_of(8, 3).unwrap().first(), tokens_of(8, 1).unwrap().first());
         assert!(tokens_of(i64::MAX, 1).is_err() && tokens_of(-1, 1).is_err());
         assert!(tokens_of((1 << 48) - 1, 65_535).is_err());
-        // A double holds the tokens of a hundred billion revisions exactly.
+        // A double represents the tokens of a hundred billion revisions exactly.
         assert!(floor_of(100_000_000_000) < 1 << 53);
     }
 }

@@ -1,4 +1,4 @@
-//! A connection to one of etcd's servers, replaced by one to the next when it is of no more use.
+//! A connection to one of etcd's servers, replaced by one to the next when it is no longer usable.
 
 use std::future::Future;
 use std::sync::atomic::{AtomicU64, AtomicUsize, Ordering};
@@ -19,56 +19,59 @@ use crate::store::map::StoredMap;
 use crate::store::{MapState, MapStep, StoreError};
 use crate::telemetry::ShardMetrics;
 
-/// The servers of one etcd, and how to talk to them.
+/// The servers of one etcd, and how to connect to them.
 pub(super) struct Servers {
     /// As URLs.
     pub(super) endpoints: Vec<String>,
     /// As `host:port`, for errors.
     pub(super) places: Vec<String>,
     pub(super) options: ConnectOptions,
-    /// Whether connections are encrypted and we show no certificate.
+    /// Whether connections are encrypted without a client certificate.
     pub(super) shows_no_certificate: bool,
     pub(super) namespace: String,
     pub(super) map: StoredMap,
-    /// The time limit of a request, as its sender sets it.
+    /// The timeout of a request, which its sender applies.
     pub(super) timeout: Duration,
     pub(super) metrics: Arc<ShardMetrics>,
-    /// The largest revision that any reply has named.
+    /// The largest revision in any reply.
     pub(super) revision: AtomicU64,
 }
 
-/// See the module. All servers answer alike, so one connection at a time is enough: HTTP/2 carries any number of requests side by side.
+/// See the module documentation. All servers give the same answers, so one connection at a time is
+/// enough: HTTP/2 carries any number of concurrent requests.
 pub(super) struct Link {
     pub(super) servers: Arc<Servers>,
-    /// The runtimes, if the program's tasks use it: then its driver belongs at home. Otherwise it belongs where it is opened.
+    /// Set if the application's tasks use the connection: then its driver runs on the application's
+    /// runtime. Otherwise it runs where the connection is opened.
     runtimes: Option<Arc<Runtimes>>,
-    /// For the task that connects.
+    /// For the connecting task.
     me: Weak<Self>,
     current: Mutex<Option<Live>>,
-    /// Which server is the next to be tried.
+    /// The server to try next.
     next: AtomicUsize,
     /// How many connections were opened.
     opened: AtomicU64,
-    /// A connection was given up.
+    /// Notified when a connection is abandoned.
     given_up: Notify,
     connecting: Connecting<Live>,
-    /// A place for each request that may be under way.
+    /// A permit for each request that may be in flight.
     places: Semaphore,
 }
 
-/// A connection and which one it is.
+/// A connection, identified by its generation.
 #[derive(Clone)]
 pub(super) struct Live {
     pub(super) client: Client,
     generation: u64,
     opened_at: Moment,
-    /// Which server it is to.
+    /// The index of its server.
     index: usize,
 }
 
-/// How many requests are under way on a connection at a time: each costs 40 KB of memory until it is answered, and etcd answers no faster for more.
+/// How many requests may be in flight on a connection. Each takes 40 KB of memory until it is
+/// answered, and etcd does not answer faster if there are more.
 const UNDER_WAY_MAX: usize = 1_000;
-/// The pause before a request is sent again, growing.
+/// The first and the longest pause before a request is sent again.
 const PAUSE_MIN: Duration = Duration::from_millis(5);
 const PAUSE_MAX: Duration = Duration::from_millis(100);
 
@@ -78,13 +81,14 @@ impl Servers {
             .fetch_max(u64::try_from(revision).unwrap_or(0), Ordering::AcqRel);
     }
 
-    /// What to do about a failure to connect whose words don't say it. A server that misses a certificate may only close the connection.
+    /// Advice for a failure to connect whose message gives none. A server that misses a client
+    /// certificate may simply close the connection.
     fn hint(&self, failed: &str) -> &'static str {
         if failed.contains("CaUsedAsEndEntity") {
-            return "; etcd shows the certificate of an authority (CA:TRUE) as its own: make one for it that the authority signs";
+            return "; etcd presents a CA certificate (CA:TRUE) as its own: have the authority sign a separate certificate for etcd";
         }
         if failed.contains("UnsupportedCertVersion") {
-            return "; etcd's certificate is of X.509 version 1: make it anew with extensions, which need version 3";
+            return "; etcd's certificate is X.509 version 1: create it again with extensions, which need version 3";
         }
         if failed.contains("UnknownIssuer") {
             return "; set tls_ca to the file with the certificate of the authority that signed etcd's";
@@ -99,13 +103,14 @@ impl Servers {
         .iter()
         .any(|words| failed.contains(words));
         if self.shows_no_certificate && is_told_no {
-            return "; where etcd wants a certificate of its clients, set tls_cert and tls_key";
+            return "; if etcd requires client certificates, set tls_cert and tls_key";
         }
         ""
     }
 
-    /// How long one connection is waited for before another is tried: the sender has time for two. Also if there is only one address, since what
-    /// hangs may be the connection alone, or one of several members behind the address.
+    /// How long one connection is waited for before another is tried: the sender has time for two.
+    /// Applies to a single address, too, since only the connection may hang, or one of several
+    /// members behind the address.
     fn attempt_max(&self) -> Duration {
         self.timeout.mul_f64(0.4)
     }
@@ -119,7 +124,7 @@ impl Link {
     pub(super) fn new(servers: &Arc<Servers>, runtimes: Option<Arc<Runtimes>>) -> Arc<Self> {
         Arc::new_cyclic(|me| Self {
             me: Weak::clone(me),
-            // Managers that begin with different servers share the load out.
+            // Start at a random server, so that managers share the load out.
             next: AtomicUsize::new(rand::random::<u16>().into()),
             servers: Arc::clone(servers),
             runtimes,
@@ -131,7 +136,7 @@ impl Link {
         })
     }
 
-    /// The connection; a new one if there is none.
+    /// The connection. Opens one if there is none.
     pub(super) async fn get(&self) -> Result<Live, StoreError> {
         let live = self.current.lock().clone();
         match live {
@@ -149,14 +154,14 @@ impl Link {
             .await
     }
 
-    /// Tries one server after the other.
+    /// Tries one server after another.
     async fn connect(self: Arc<Self>) -> Result<Live, StoreError> {
         if let Some(live) = self.current.lock().clone() {
             return Ok(live);
         }
         let servers = &*self.servers;
         let count = servers.endpoints.len();
-        // All of them together within the time that a request has.
+        // All attempts together must fit into a request's time.
         let each = servers.timeout.mul_f64(0.9) / u32::try_from(count).unwrap_or(1);
         let mut reasons = Vec::new();
         for _ in 0..count {
@@ -176,7 +181,7 @@ impl Link {
                     return Ok(live);
                 }
                 Ok(Err(StoreError::Unavailable(reason))) => reason.to_string(),
-                // Another server would say the same.
+                // Another server would answer the same.
                 Ok(Err(error)) => return Err(error),
                 Err(_) => format!("no answer within {each:?}"),
             };
@@ -187,7 +192,8 @@ impl Link {
         Err(StoreError::Unavailable(reasons.join("; ").into()))
     }
 
-    /// Opens a connection. Once for each: whether all managers have one map, which also tells whether the server has a majority behind it.
+    /// Opens a connection and checks the shard map over it. That read also shows whether the server
+    /// has a majority behind it.
     async fn open(&self, index: usize) -> Result<Client, StoreError> {
         let servers = &*self.servers;
         let failed = |error: &etcd_client::Error| servers.fault(error).into_store_error();
@@ -206,25 +212,25 @@ impl Link {
             .map_err(|error| failed(&error))?;
         let was_set = servers.map.is_set();
         if map::check(&servers.map, reply.kvs().first())? != MapState::Ours && was_set {
-            // Somebody has deleted it, while this manager may hold leases there.
+            // The map was deleted, while this manager may hold leases there.
             map::step(servers, &client, MapStep::Confirm).await?;
         }
         servers.saw(reply.header().map_or(0, etcd_client::ResponseHeader::revision));
         Ok(client)
     }
 
-    /// That connection is of no more use; the next is one to another server.
+    /// The connection is unusable. The next one goes to another server.
     pub(super) fn broken(&self, broken: &Live) {
         let ended = self.current.lock().take_if(|live| live.generation == broken.generation);
         if ended.is_some() {
             self.next.fetch_add(1, Ordering::Relaxed);
             self.given_up.notify_waiters();
         }
-        // Not under the mutex: the end of a connection wakes the task that drives it.
+        // Not under the mutex: dropping a connection wakes the task that drives it.
         drop(ended);
     }
 
-    /// Waits until that connection was given up: what still goes on over it should go elsewhere.
+    /// Waits until the connection is abandoned. Whatever still uses it must then move elsewhere.
     pub(super) async fn is_left(&self, live: &Live) {
         loop {
             let given_up = self.given_up.notified();
@@ -236,7 +242,7 @@ impl Link {
         }
     }
 
-    /// Whatever connection there is, it is not used any more.
+    /// Abandons the current connection, if there is one.
     pub(super) fn leave(&self) {
         let ended = self.current.lock().take();
         if ended.is_some() {
@@ -245,7 +251,7 @@ impl Link {
         drop(ended);
     }
 
-    /// Nobody has answered since that moment: the connection is of no more use, unless it is a newer one.
+    /// Nothing was answered since that moment: the connection is unusable, unless it is newer.
     pub(super) fn give_up_since(&self, since: Moment) {
         let live = self.current.lock().clone();
         if let Some(live) = live.filter(|live| live.opened_at <= since) {
@@ -253,8 +259,9 @@ impl Link {
         }
     }
 
-    /// Sends a request, and sends it again to another server where one gives no answer or one that passes. It has to be one that does no
-    /// harm when it is executed twice. Says also whether it was sent more than once.
+    /// Sends a request, and sends it again to another server if one gives no answer or fails
+    /// temporarily. The request must be harmless when it is executed twice. Also returns whether it
+    /// was sent more than once.
     pub(super) async fn request<T, F>(&self, send: impl Fn(Client) -> F) -> Result<(T, bool), Fault>
     where
         F: Future<Output = Result<T, etcd_client::Error>>,
@@ -272,9 +279,9 @@ impl Link {
                         answered: false,
                     };
                     let reply = tokio::time::timeout(self.servers.attempt_max(), async {
-                        // Never closed.
+                        // The semaphore is never closed.
                         let _place = self.places.acquire().await;
-                        // On the heap, and only now: it is large.
+                        // On the heap, and only now, because it is large.
                         Box::pin(send(live.client.clone())).await
                     });
                     let reply = reply.await;
@@ -309,7 +316,8 @@ impl Link {
     }
 }
 
-/// A request under way. Where its sender gives up after most of its time, the server hangs or is cut off: the next request goes to another.
+/// A request in flight. If its sender gives up after at least half of its time, the server hangs or
+/// is cut off: the next request goes to another.
 struct Pending<'a> {
     link: &'a Link,
     live: &'a Live,

@@ -7,13 +7,13 @@ use super::link::{Link, Servers};
 use crate::store::StoreError;
 use crate::store::map::{MAP_ATTEMPTS, MapState, MapStep, RESERVED_FOR, StoredMap};
 
-/// What is stored, compared with what must be.
+/// Compares the stored map with this manager's.
 pub(super) fn check(map: &StoredMap, stored: Option<&KeyValue>) -> Result<MapState, StoreError> {
     let stored = stored.map(|stored| String::from_utf8_lossy(stored.value()));
     map.check(stored.as_deref())
 }
 
-/// Reads it, with a majority behind the answer.
+/// Reads the map. A majority confirms the reply.
 pub(super) async fn read(link: &Link) -> Result<MapState, StoreError> {
     let map = &link.servers.map;
     let get = async |mut client: Client| client.get(map.key(), None).await;
@@ -21,11 +21,11 @@ pub(super) async fn read(link: &Link) -> Result<MapState, StoreError> {
     check(map, reply.kvs().first())
 }
 
-/// Carries out one step.
+/// Performs one step.
 ///
 /// # Errors
 ///
-/// Another map is stored, or there was no answer.
+/// A different map is stored, or there was no answer.
 pub(super) async fn step(servers: &Servers, client: &Client, step: MapStep) -> Result<MapState, StoreError> {
     let map = &servers.map;
     let failed = |error: etcd_client::Error| servers.fault(&error).into_store_error();
@@ -45,7 +45,7 @@ pub(super) async fn step(servers: &Servers, client: &Client, step: MapStep) -> R
                 TxnOp::put(map.key(), map.reservation(), Some(under_it))
             }
         };
-        // Whether it took effect is looked at: somebody else may have been first.
+        // The next read shows whether this took effect: another manager may have been first.
         client
             .txn(Txn::new().when([unchanged]).and_then([put]))
             .await

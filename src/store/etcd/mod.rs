@@ -2,26 +2,33 @@
 //!
 //! # Implementation details
 //!
-//! A cycle that wants a key puts a key of its own under the lock's prefix, attached to an etcd lease of its own. The one with the smallest create
-//! revision is the owner, so the line is first come, first served, and who comes next is known to all. Who is not first watches the one before it and nobody
-//! else, so the end of one key wakes one manager. However many tasks of a process wait, one key stands there for them.
+//! A cycle that wants a key puts an etcd key of its own under the lock's prefix, attached to an
+//! etcd lease of its own. The cycle whose key has the smallest create revision is the owner, so the
+//! queue is first come, first served. A waiter watches only the key directly before its own, so the
+//! end of one key wakes one manager. A process has one key in the queue, however many of its tasks
+//! wait.
 //!
-//! Every answer that makes a cycle the owner, or extends what it owns, comes from a transaction that has put the cycle's key (again), and so has a
-//! revision of its own; its tokens are the 65,536 numbers of that revision. A revision is never used twice and later owners have later ones,
-//! so tokens grow. An etcd that was restored from an old backup has smaller revisions than this manager has seen: then every acquire
-//! fails, until the managers are started anew.
+//! Every reply that makes a cycle the owner, or extends what it owns, comes from a transaction that
+//! has put the cycle's key (again), and so has a revision of its own. Its tokens are the 65,536
+//! numbers of that revision. A revision is never used twice and later owners have later ones, so
+//! tokens grow. An etcd that was restored from an old backup has smaller revisions than this
+//! manager has seen: every acquire then fails until the managers are restarted.
 //!
-//! An etcd lease lives for whole seconds, and never less than etcd's minimum, which is about one and a half election timeouts. Validity is counted by
-//! the TTL that was asked for, which is never longer; so a dead holder's key is there for a moment longer than its TTL says.
+//! An etcd lease lasts for whole seconds, and never less than etcd's minimum, which is about one
+//! and a half election timeouts. Validity is counted by the requested TTL, which is never longer.
+//! So a dead holder's key stays for a moment longer than its TTL.
 //!
 //! What may go wrong, and why it does no harm:
-//! - A request that is executed after the release of its cycle finds that the lease is gone, since every release revokes it, and puts nothing.
-//! - A lease that ends takes its key along. A key that is made anew has another create revision, so neither a renewal nor an extension takes it for the old one.
-//! - A leader that was deposed and does not know it yet renews leases that its successor may have ended. A renewal counts only if a
-//!   majority confirms its term ([`term`]).
+//! - A request that executes after the release of its cycle finds that the lease is gone, since
+//!   every release revokes it, and puts nothing.
+//! - A lease that ends takes its key along. A recreated key has another create revision, so neither
+//!   a renewal nor an extension takes it for the old one.
+//! - A deposed leader that does not know it yet renews leases that its successor may already have
+//!   ended. A renewal counts only if a majority confirms its term ([`term`]).
 //!
-//! Connections: those that the program's tasks use live on the program's runtime, one for the background on its thread. Each is to
-//! one of the servers and is replaced by one to the next when it breaks or gives no answer ([`link`]).
+//! Connections: those of the application's tasks are driven by the application's runtime, the
+//! background's by its own thread. Each leads to one of the servers and is replaced by one to the
+//! next when it breaks or gives no answer ([`link`]).
 
 mod acquire;
 mod cycles;
@@ -65,13 +72,13 @@ use link::{Link, Servers};
 use names::Names;
 use waits::Waits;
 
-/// See the module.
+/// See the module documentation.
 pub(crate) struct EtcdStore {
     callers: Vec<Arc<Link>>,
     shared: Arc<Shared>,
 }
 
-/// What the requests of a store share.
+/// The state that a store's requests share.
 struct Shared {
     names: Names,
     /// The name of the shard, for logs.
@@ -83,13 +90,14 @@ struct Shared {
     waits: Waits,
     revokes: Revokes,
     metrics: Arc<ShardMetrics>,
-    /// Lines about watches that ended, and about leases that could not be revoked.
+    /// Rate limits for log lines: about watches that ended, and about leases that could not be
+    /// revoked.
     ended_watches: Seldom,
     failed_revokes: Seldom,
 }
 
 impl Shared {
-    /// Every token issued from now on is above this.
+    /// Every token issued from now on is larger than this.
     fn floor(&self) -> u64 {
         match self.servers.revision.load(Ordering::Acquire) {
             0 => 0,
@@ -104,11 +112,11 @@ impl Shared {
 }
 
 impl EtcdStore {
-    /// Prepares a store; nothing is sent yet.
+    /// Creates a store; nothing is sent yet.
     ///
     /// # Errors
     ///
-    /// A file for encrypted connections can't be read.
+    /// A file for TLS connections can't be read or used.
     pub(crate) fn new(
         hosts: &[String],
         login: Option<&(String, String)>,
@@ -220,12 +228,12 @@ impl LeaseStore for EtcdStore {
         Box::pin(async move {
             let read = map::read(&shared.background).await;
             if matches!(read, Ok(MapState::None | MapState::Reserved)) {
-                // The next lock stores it again, after a look at all shards.
+                // The next lock stores it again, after reading all shards.
                 shared.servers.map.forget();
             }
             Look {
                 reached: read.map(drop),
-                // Etcd does not tell its time, and counts leases by a monotonic clock.
+                // Etcd does not report its time, and counts leases by a monotonic clock.
                 times: Vec::new(),
             }
         })

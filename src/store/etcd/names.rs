@@ -6,16 +6,16 @@ use crate::identity::ManagerId;
 use crate::key::LockKey;
 use crate::protocol::Cycle;
 
-/// How the keys of one namespace are called, for one manager.
+/// The names of one namespace's keys, for one manager.
 ///
 /// | what | name |
 /// |---|---|
 /// | a cycle that holds K or waits for it | `lock:K/<manager>:<cycle>` |
-/// | a note that a cycle's rivals wait | `lock:%in/<manager>/<cycle>/K/<who waits>` |
+/// | a note that another cycle waits for a cycle's key | `lock:%in/<manager>/<cycle>/K/<waiter>` |
 /// | shard map | `lock:%map` |
 ///
-/// In K a slash, a percent sign and whatever is not printable ASCII are percent-encoded. So what belongs to one key has a prefix that no
-/// other key's begins with, and no key is called like a note or the map.
+/// In K, slashes, percent signs and everything that is not printable ASCII are percent-encoded. So
+/// no key's prefix is the beginning of another's, and no key is named like a note or the map.
 #[derive(Debug, Clone)]
 pub(super) struct Names {
     namespace: String,
@@ -32,7 +32,7 @@ impl Names {
         }
     }
 
-    /// What the names of all keys begin with.
+    /// The common prefix of all keys.
     pub(super) fn namespace(&self) -> &str {
         &self.namespace
     }
@@ -41,12 +41,12 @@ impl Names {
         &self.manager
     }
 
-    /// What the names of all cycles of a key begin with.
+    /// The common prefix of all cycles of a key.
     pub(super) fn prefix(&self, key: &LockKey) -> String {
         format!("{}{}/", self.namespace, utf8_percent_encode(key.as_str(), ENCODED))
     }
 
-    /// One of this manager's cycles.
+    /// The etcd key of one of this manager's cycles.
     pub(super) fn cycle(&self, key: &LockKey, cycle: Cycle) -> String {
         let mut name = self.prefix(key);
         name.push_str(&self.manager.sign(cycle).to_string());
@@ -57,12 +57,12 @@ impl Names {
         format!("{}%map", self.namespace)
     }
 
-    /// What the names of all notes for this manager begin with.
+    /// The common prefix of all notes for this manager.
     pub(super) fn inbox(&self) -> String {
         format!("{}%in/{}/", self.namespace, self.manager)
     }
 
-    /// The note by which a waiting cycle of this manager tells an owner of its rival.
+    /// The note by which a waiting cycle of this manager notifies an owner.
     pub(super) fn note(&self, owner: &str, owned: Cycle, key: &LockKey, waiting: Cycle) -> String {
         format!(
             "{}%in/{owner}/{owned}/{}/{}",
@@ -72,7 +72,7 @@ impl Names {
         )
     }
 
-    /// The key and the cycle that a note in this manager's inbox is about, or `None` if it is none of this form.
+    /// The key and the cycle of a note in this manager's inbox, or `None` if the name is malformed.
     pub(super) fn read_note(&self, name: &[u8]) -> Option<(LockKey, Cycle)> {
         let note = std::str::from_utf8(name).ok()?.strip_prefix(&self.inbox())?;
         let mut parts = note.splitn(3, '/');
@@ -83,7 +83,7 @@ impl Names {
     }
 }
 
-/// Who stands in a name that begins with a key's prefix.
+/// The `manager:cycle` part of a name that begins with a key's prefix.
 pub(super) fn member(prefix: &str, name: &[u8]) -> String {
     String::from_utf8_lossy(name.get(prefix.len()..).unwrap_or_default()).into_owned()
 }

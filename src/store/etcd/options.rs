@@ -1,4 +1,4 @@
-//! How to connect to etcd: the login, the time limits, the files for encrypted connections.
+//! Connection options for etcd: the login, the timeouts, the files for TLS.
 
 use std::time::Duration;
 
@@ -7,9 +7,9 @@ use etcd_client::ConnectOptions;
 use crate::error::LockError;
 use crate::store::TlsFiles;
 
-/// How often a server from which nothing comes is asked whether it is there: as often as etcd permits by default.
+/// How often a silent server is pinged: as often as etcd permits by default.
 const PING_EVERY: Duration = Duration::from_secs(5);
-/// How long it may take to answer that.
+/// How long a server may take to answer a ping.
 const PING_TIMEOUT: Duration = Duration::from_secs(2);
 
 pub(super) fn connect_options(
@@ -21,7 +21,7 @@ pub(super) fn connect_options(
     let mut options = ConnectOptions::new()
         .with_connect_timeout(timeout)
         .with_keep_alive(PING_EVERY, PING_TIMEOUT)
-        // A server that is cut off from the others says so at once.
+        // A server that is cut off from the others reports that at once.
         .with_require_leader(true)
         .with_auto_token_refresh(true);
     if let Some((user, password)) = login {
@@ -47,7 +47,7 @@ fn with_tls(options: ConnectOptions, files: &TlsFiles) -> Result<ConnectOptions,
     Ok(options.with_tls(tls))
 }
 
-/// The endpoint has refused such a URL already.
+/// Such a URL was already rejected when it was parsed.
 #[cfg(not(feature = "tls"))]
 fn with_tls(options: ConnectOptions, _files: &TlsFiles) -> Result<ConnectOptions, LockError> {
     Ok(options)

@@ -1,4 +1,4 @@
-//! Giving a key, or a place in its line, back.
+//! Releasing a key, or a place in its queue.
 
 use std::sync::Arc;
 
@@ -14,8 +14,9 @@ use crate::clock::Moment;
 use crate::protocol::{Answer, Release, ReleaseReply};
 use crate::store::StoreError;
 
-/// Revokes the leases of a cycle when its release has ended, in whatever way: nothing that was sent for the cycle can come to anything after that,
-/// since every key needs its lease. Not before, or the release would not find what it is asked about.
+/// Revokes the leases of a cycle when its release has ended, however it ended. Every key needs its
+/// lease, so nothing that was sent for the cycle can take effect afterwards. Not earlier, because
+/// the release must still find the cycle's key.
 struct RevokeAtTheEnd<'a> {
     shared: &'a Shared,
     leases: Vec<Lease>,
@@ -40,7 +41,7 @@ pub(super) async fn release(
         nobody_waits: _,
         tokens,
     } = request;
-    // What the server says of the cycle from now on, nobody needs to know.
+    // From now on, what the server reports about the cycle no longer matters.
     shared.waits.remove(cycle);
     let mut end = RevokeAtTheEnd {
         leases: shared.cycles.close(cycle),
@@ -82,7 +83,8 @@ async fn leave(
     let first_is_ours = first_in(replies.first()).is_some_and(|first| first.is(&leaving.name));
     end.also(replies.get(1));
     let reply = ReleaseReply {
-        // An earlier attempt, whose reply was lost, may have done it: that the key is gone is no loss then.
+        // An earlier attempt, whose reply was lost, may have deleted the key. Then a missing key is
+        // no loss.
         held: first_is_ours || repeated,
         requeued: None,
     };
@@ -97,7 +99,7 @@ async fn leave_and_join(
     end: &mut RevokeAtTheEnd<'_>,
 ) -> Result<(Moment, ReleaseReply), Fault> {
     shared.cycles.open(next.cycle, next.ttl, Moment::now());
-    // Its place is behind all others: they were there before this transaction.
+    // Its place is behind all others, whose keys existed before this transaction.
     let ran = under_a_lease(shared, link, next, next.age_max(), |lease| {
         let beside = |put| {
             [
@@ -132,7 +134,7 @@ fn delete(leaving: &Contender) -> TxnOp {
 }
 
 impl RevokeAtTheEnd<'_> {
-    /// The key was under a lease of which there was no record.
+    /// Adds the lease of the deleted key if there was no record of it.
     fn also(&mut self, deleted: Option<&TxnOpResponse>) {
         let Some(TxnOpResponse::Delete(deleted)) = deleted else {
             return;

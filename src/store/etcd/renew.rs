@@ -1,10 +1,12 @@
-//! Renewing what is held.
+//! Renewing held leases.
 //!
 //! # Implementation details
 //!
-//! Each etcd lease is kept alive, and one read for many keys shows whether each is still the owner's, and under which lease. Both are sent side by
-//! side. A renewal counts if the read confirms it ([`term`](super::term)). Where the two replies do not agree, because another leader was elected
-//! between them or the key moves to another lease, both are asked once more, at another member.
+//! Each etcd lease is kept alive, and one read for many keys shows whether each key is still its
+//! owner's, and under which lease. Both are sent concurrently. A renewal counts if the read
+//! confirms it ([`term`](super::term)). If the two replies disagree, because another leader was
+//! elected between them or the key is moving to another lease, both are sent once more, to another
+//! member.
 
 use std::sync::Arc;
 use std::time::Duration;
@@ -26,15 +28,15 @@ use crate::store::{MapState, MapStep, StoreError};
 
 /// How many keys one transaction reads: etcd allows 128 operations.
 const READS_PER_TRANSACTION: usize = 100;
-/// The value beside a key whose lease was replaced; it only ever has to have a place.
+/// A placeholder: a renewal reserves no tokens.
 const NO_TOKENS: u32 = 1;
-/// How often a renewal is sent within one call until it is confirmed or refused.
+/// How many times a renewal is sent within one call until it is confirmed or refused.
 const ROUNDS: usize = 2;
 
-/// One renewal as far as it is known.
+/// A renewal, and what is known of it.
 struct Renewing {
     contender: Contender,
-    /// With which create revision it became the owner.
+    /// The create revision with which the cycle became the owner.
     owned: Option<i64>,
     verdict: Verdict,
 }
@@ -43,23 +45,23 @@ struct Renewing {
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 enum Verdict {
     Known(RenewReply),
-    /// There was no reply, or none that says anything of the lease.
+    /// There was no reply, or none that is conclusive about the lease.
     Unanswered,
     /// The replies do not agree.
     Unconfirmed,
 }
 
-/// What became of the lease.
+/// The outcome of keeping one lease alive.
 enum Kept {
-    /// It was renewed.
+    /// The lease was renewed.
     Renewed(Lease, RenewedIn),
-    /// The key was moved to a lease whose time the cluster counts from after the renewal was begun.
+    /// The key was moved to a lease whose time the cluster counts from after the renewal began.
     Moved,
     /// The cycle was released meanwhile, or its key is gone.
     NotOurs,
 }
 
-/// What the line of the key has shown.
+/// What the read has shown about one key.
 enum Seen {
     Ours {
         lease: i64,
@@ -74,7 +76,7 @@ pub(super) async fn renew(
     batch: Vec<Renewal>,
     limit: Duration,
 ) -> Result<Vec<Option<RenewReply>>, StoreError> {
-    // The caller waits no longer than the limit, and needs by then what is known.
+    // The caller waits no longer than `limit`, and needs the known replies by then.
     let until = Moment::now() + limit.mul_f64(0.9);
     let mut renewing: Vec<Renewing> = batch
         .iter()
@@ -92,7 +94,8 @@ pub(super) async fn renew(
     match map {
         Ok(Err(error @ StoreError::MapMismatch { .. })) => return Err(error),
         Ok(Ok(MapState::None | MapState::Reserved)) if replies.iter().any(is_extended) => {
-            // Somebody has deleted it beside the leases, and must not store another one meanwhile.
+            // The map was deleted while leases exist. Restore it, so that no other map is stored
+            // meanwhile.
             let live = shared.background.get().await?;
             let left = until.since(Moment::now());
             let restoring = map::step(&shared.servers, &live.client, MapStep::Confirm);
@@ -100,7 +103,7 @@ pub(super) async fn renew(
                 return Err(error);
             }
         }
-        // Why it could not be read, the renewals themselves find out.
+        // If the map could not be read, the renewals themselves find out why.
         Ok(_) | Err(_) => {}
     }
     match failed {
@@ -109,7 +112,7 @@ pub(super) async fn renew(
     }
 }
 
-/// Renews all of them, and those whose replies do not agree once more.
+/// Renews all leases, and once more those whose replies do not agree.
 async fn renew_in_rounds(shared: &Arc<Shared>, renewing: &mut [Renewing], until: Moment, failed: &mut Option<Fault>) {
     let mut rest: Vec<&mut Renewing> = renewing.iter_mut().collect();
     for round in 0..ROUNDS {
@@ -133,7 +136,7 @@ fn is_extended(reply: &Option<RenewReply>) -> bool {
     matches!(reply, Some(RenewReply::Extended { .. }))
 }
 
-/// Renews all of them and looks at all of them.
+/// Keeps all leases alive and reads all keys.
 async fn ask(shared: &Arc<Shared>, renewing: &mut [&mut Renewing], limit: Duration, failed: &mut Option<Fault>) {
     let keeping: Vec<_> = renewing
         .iter()
@@ -151,7 +154,7 @@ async fn ask(shared: &Arc<Shared>, renewing: &mut [&mut Renewing], limit: Durati
     let started = Moment::now();
     let (mut kept, looks) = tokio::join!(keeping, looking);
     if kept.iter().all(|(_, kept)| kept.is_none()) {
-        // The server hangs or is cut off: the next request goes to another.
+        // The server hangs or is cut off. Send the next request to another.
         shared.background.give_up_since(started);
     }
     let mut seen = Vec::with_capacity(renewing.len());
@@ -162,7 +165,7 @@ async fn ask(shared: &Arc<Shared>, renewing: &mut [&mut Renewing], limit: Durati
                 *failed = Some(fault);
                 Vec::new()
             }
-            // It was not answered in time.
+            // There was no answer in time.
             Err(_) => Vec::new(),
         };
         let missing = part.len().saturating_sub(of_part.len());
@@ -200,7 +203,8 @@ fn verdict(kept: Option<Result<Kept, Fault>>, seen: Option<Seen>, failed: &mut O
                 false => Verdict::Unconfirmed,
             }
         }
-        // A member that lags behind may not know of the lease yet, or the key moved to another one. If neither, a later look does not find the key.
+        // A member that lags behind may not know the lease yet, or the key has moved to another
+        // lease. If neither is true, a later read does not find the key.
         (Some(Err(Fault::LeaseGone)), ..) => Verdict::Unconfirmed,
         (Some(Err(fault)), ..) => {
             *failed = Some(fault);
@@ -237,7 +241,8 @@ async fn extend(shared: &Shared, contender: &Contender, owned: Option<i64>) -> R
         return Ok(Kept::NotOurs);
     }
     let lease = shared.cycles.open(cycle, contender.ttl, Moment::now());
-    // Until a move is known to be done, the key may be under the earlier lease, and it is that which would end.
+    // Until a move is known to be complete, the key may be attached to the earlier lease, which is
+    // the one that would end.
     if lease.granted && !shared.cycles.is_moving(cycle) {
         let renewed = keep_in_term(shared, &shared.background, cycle, lease).await?;
         return Ok(Kept::Renewed(lease, renewed));
@@ -258,11 +263,12 @@ async fn extend(shared: &Shared, contender: &Contender, owned: Option<i64>) -> R
     }
 }
 
-/// Looks at all of them, and in parts if the look is refused, so that a key that the user may not read costs no other lease.
+/// Reads all keys, and in parts if the read is refused, so that a key that the user may not read
+/// costs no other lease.
 async fn look_divided(shared: &Shared, part: &[&mut Renewing]) -> Result<Vec<Option<Seen>>, Fault> {
     let mut seen = Vec::with_capacity(part.len());
     let (mut parts, mut refused) = (vec![part], None);
-    // The parts come off in the order of the leases.
+    // The parts are popped in the order of the leases.
     while let Some(part) = parts.pop() {
         match look(shared, part).await {
             Ok(some) => seen.extend(some),
@@ -283,7 +289,8 @@ async fn look_divided(shared: &Shared, part: &[&mut Renewing]) -> Result<Vec<Opt
     }
 }
 
-/// Whether each is still the owner, by the key with which it became that, and whether somebody waits.
+/// Whether each cycle is still the owner, by the key that made it the owner, and whether others
+/// wait.
 async fn look(shared: &Shared, part: &[&mut Renewing]) -> Result<Vec<Option<Seen>>, Fault> {
     let send = async |mut client: etcd_client::Client| {
         let reads: Vec<_> = part.iter().map(|one| Line::read_first(&one.contender.prefix)).collect();
@@ -350,7 +357,7 @@ mod tests {
         let refused = Verdict::Known(RenewReply::NotOurs);
         assert_eq!(of(renewed_in(3), Some(Seen::NotOurs)), refused);
         assert_eq!(verdict(None, Some(Seen::NotOurs), &mut None), refused);
-        // A member that lags behind does not know of every lease.
+        // A member that lags behind does not know every lease.
         assert_eq!(of(Err(Fault::LeaseGone), seen(LEASE.id, 3)), Verdict::Unconfirmed);
         assert_eq!(of(Err(Fault::LeaseGone), None), Verdict::Unconfirmed);
         assert_eq!(of(Ok(Kept::NotOurs), None), refused);

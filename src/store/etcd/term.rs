@@ -1,31 +1,37 @@
-//! Which raft term a reply is of: what proves that a renewal counts.
+//! The raft term of a reply, which proves that a renewal counts.
 //!
 //! # Implementation details
 //!
-//! The leader of etcd keeps the ends of all leases in its memory, and a new leader gives every lease its whole time anew. Before etcd 3.6 the leader
-//! answers a keep-alive alone, without asking the others. A leader that was paused or cut off therefore renews leases for which its successor counts
-//! another end, until it learns of the successor.
+//! The leader of etcd keeps the ends of all leases in its memory, and a new leader gives every
+//! lease its whole time anew. Before etcd 3.6, the leader answers a keep-alive alone, without
+//! asking the others. So a leader that was paused or cut off renews leases for which its successor
+//! counts another end, until it learns of the successor.
 //!
-//! So a renewal counts only if its term is at least that of a linearizable reply, a transaction or a read, for which the key was attached to the lease:
+//! Therefore a renewal counts only if its term is at least that of a linearizable reply, a
+//! transaction or a read, in which the key was attached to the lease:
 //!
-//! - The header of a keep-alive's reply has the term of the last entry that its member had applied *before* it had the lease renewed: the leader that
-//!   renewed it is of that term or a later one.
-//! - The header of a linearizable reply has a term no earlier than that of the leader which a majority confirmed for it.
+//! - The header of a keep-alive's reply has the term of the last entry that its member had applied
+//!   *before* it had the lease renewed: the leader that renewed it is of that term or a later one.
+//! - The header of a linearizable reply has a term no earlier than that of the leader that a
+//!   majority confirmed for it.
 //!
-//! Both requests must have been sent after the moment from which the lease's time is counted. Their order does not matter, so they are sent side by
-//! side. Let E be the term of the leader that was confirmed. A leader of a later term was elected after the confirmation, and gives the lease its whole time
-//! after that moment. The leader of E itself does so by the renewal, which was its own, or a later leader's: in both cases the lease lasts for its whole time
-//! from that moment.
+//! Both requests must be sent after the moment from which the lease's time is counted. Their order
+//! does not matter, so they are sent concurrently. Let E be the term of the confirmed leader. A
+//! leader of a later term was elected after the confirmation, and gives the lease its whole time
+//! after that moment. For the leader of E there are two cases. If it made the renewal itself, it
+//! gave the lease its whole time then. If a later leader made the renewal, the previous case
+//! applies. Either way the lease lasts for its whole time from that moment.
 //!
-//! A grant needs no such proof, because it is an entry of the log: leaders count from when they applied it, or from their own beginning.
+//! A grant needs no such proof, because it is an entry of the log: leaders count from when they
+//! applied it, or from when they became leader.
 
 use etcd_client::ResponseHeader;
 
-/// The term of a leader, at the earliest, that renewed a lease.
+/// The earliest possible term of the leader that renewed a lease.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub(super) struct RenewedIn(pub(super) u64);
 
-/// The term of the leader, at the latest, that a majority confirmed for a linearizable reply.
+/// The latest possible term of the leader that a majority confirmed for a linearizable reply.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub(super) struct ConfirmedIn(pub(super) u64);
 

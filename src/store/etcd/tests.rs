@@ -1,4 +1,5 @@
-//! The store alone, request by request, on a real etcd: what is repeated, what is late, what nobody remembers.
+//! The store alone, request by request, on a real etcd: repeated requests, late requests, and
+//! cycles without a record.
 
 mod deposed;
 
@@ -24,7 +25,7 @@ impl Bench {
         }
     }
 
-    /// The store of a manager, with its background at work.
+    /// The store of a manager, with its background work running.
     fn store(&self, manager: u64) -> (EtcdStore, mpsc::UnboundedReceiver<Push>) {
         let mut options = StoreOptions::for_tests(ManagerId::of("h", 1, manager));
         options.timeout = Duration::from_secs(5);
@@ -59,7 +60,7 @@ impl Bench {
         store.acquire(self.acquire(cycle, Ask::Join, TTL)).await.unwrap().reply
     }
 
-    /// The lease of the only key of a lock.
+    /// The lease of the lock's only key.
     async fn only_lease(&self) -> i64 {
         let all = etcd_client::GetOptions::new().with_prefix();
         let found = self.etcd.client().await.get("lock:k/", Some(all)).await.unwrap();
@@ -111,11 +112,11 @@ async fn what_is_executed_after_the_release_of_its_cycle_comes_to_nothing() {
     let lease = bench.only_lease().await;
     store.release(Lane::Caller, bench.release(2, None)).await.unwrap();
     store.settle().await.unwrap();
-    // A transaction of the cycle that was on its way all the time.
+    // A transaction of the cycle that was in flight the whole time.
     let attached = etcd_client::PutOptions::new().with_lease(lease);
     let late = bench.etcd.client().await.put("lock:k/late", "1", Some(attached)).await;
     assert!(late.is_err());
-    // One under the same number of a lease would be another cycle's.
+    // A lease with the same id would belong to another cycle.
     bench.join(&store, 4).await;
     assert_ne!(bench.only_lease().await, lease);
 }
@@ -146,7 +147,7 @@ async fn a_lease_that_ended_takes_the_lock_along() {
     };
     let replies = store.renew(vec![renewal], TTL).await.unwrap();
     assert_eq!(replies, [Some(RenewReply::NotOurs)]);
-    // It may be had again, but not as if it had been had all the time.
+    // The lock can be acquired again, but not as if it had been held the whole time.
     let (_, _, extended) = tokens(bench.join(&store, 2).await);
     assert!(!extended);
     let (_, _, extended) = tokens(bench.join(&store, 2).await);
@@ -182,8 +183,9 @@ async fn a_key_moves_to_a_longer_lease_and_never_back() {
     assert_eq!(bench.etcd.leases().await, 0);
 }
 
-/// An extension was on its way with the first lease of its cycle when a renewal moved the key to a longer one. It took the other lease for a strange
-/// one and moved the key back, to a lease that was about to be revoked: the key was gone while its manager went on.
+/// An extension was in flight with the first lease of its cycle when a renewal moved the key to a
+/// longer one. The extension took the new lease for a foreign one and moved the key back, to a
+/// lease that was about to be revoked. The key was gone while its manager still relied on it.
 #[tokio::test]
 async fn a_request_that_began_under_an_earlier_lease_does_not_move_the_key_back() {
     let bench = Bench::new().await;
@@ -206,7 +208,7 @@ async fn a_request_that_began_under_an_earlier_lease_does_not_move_the_key_back(
         .await
         .unwrap();
     assert_eq!(bench.only_lease().await, after);
-    // Nor does a move that is executed late.
+    // Nor does a move that executes late.
     let late = line::Member {
         lease: before.id,
         ..seen
@@ -243,7 +245,7 @@ async fn a_requeue_gives_the_lock_to_the_next_and_joins_behind_all() {
     assert_eq!(pushes.recv().await, Some(turn));
     let (first, ..) = tokens(bench.join(&theirs, 3).await);
     assert!(first > place.mark);
-    // Alone, it is the next.
+    // Without other waiters, it is the next.
     theirs.release(Lane::Caller, bench.release(3, None)).await.unwrap();
     let answer = ours.release(Lane::Caller, bench.release(5, Some(7))).await.unwrap();
     let (later, ..) = tokens(answer.reply.requeued.unwrap());

@@ -1,10 +1,11 @@
-//! The cycles of this manager that stand in a line behind somebody: what has to be watched for them, and which leases to keep alive.
+//! This manager's waiting cycles: which keys to watch for them, and which leases to keep alive.
 //!
 //! # Implementation details
 //!
-//! A request that finds its cycle in a line adds it here; the request that makes it the owner, or gives it back, takes it out. The
-//! background part of the store watches the key of who stands before it (`watch`) and renews its lease (`keeping`): the watchdog does that
-//! only for what is held.
+//! A request that finds its cycle behind another in the queue adds it here. The request that makes
+//! it the owner, or releases it, removes it. The store's background work watches the key before the
+//! cycle's (`watch`) and renews the cycle's lease (`keeping`); the watchdog renews only what is
+//! held.
 
 use std::collections::{HashMap, HashSet};
 use std::time::Duration;
@@ -17,14 +18,14 @@ use crate::clock::Moment;
 use crate::key::LockKey;
 use crate::protocol::Cycle;
 
-/// A cycle that waits.
+/// A waiting cycle.
 #[derive(Debug, Clone)]
 pub(super) struct Wait {
     pub(super) key: LockKey,
     pub(super) lease: Lease,
-    /// The key of who stands before it.
+    /// The etcd key directly before the cycle's.
     pub(super) before: Vec<u8>,
-    /// The last revision at which that is known to have stood there.
+    /// The last revision at which that key is known to have existed.
     pub(super) seen_at: i64,
     /// When to renew its lease.
     keep_at: Moment,
@@ -33,21 +34,22 @@ pub(super) struct Wait {
 #[derive(Debug, Default)]
 pub(super) struct Waits {
     inner: Mutex<Inner>,
-    /// Tells the watch that something changed.
+    /// Notifies the watch of a change.
     pub(super) changed: Notify,
-    /// Tells the keeper that somebody waits.
+    /// Notifies the keeper of a new wait.
     pub(super) added: Notify,
 }
 
 #[derive(Debug, Default)]
 struct Inner {
     by_cycle: HashMap<Cycle, Wait>,
-    /// What the watch was not told of yet. Empty while there is no watch, which begins with all.
+    /// The cycles whose change the watch has not received yet. Empty while there is no watch; a new
+    /// one starts with all cycles.
     changed: HashSet<Cycle>,
     watched: bool,
 }
 
-/// The part of a lease after which it is renewed.
+/// A lease is renewed after this fraction of its lifetime: a quarter.
 const KEEP_EVERY: u32 = 4;
 /// Leases that are due within this time are renewed together.
 const KEEP_TOGETHER: Duration = Duration::from_millis(100);
@@ -59,7 +61,7 @@ impl Wait {
             lease,
             before,
             seen_at,
-            // The request that says so has just renewed it.
+            // The request that leads here has just renewed it.
             keep_at: Moment::now() + keep_every(lease),
         }
     }
@@ -88,7 +90,7 @@ impl Waits {
         }
     }
 
-    /// A watch begins: from now on it is told of every change, and of all that are there first.
+    /// A watch begins: it receives all current waits first, and then every change.
     pub(super) fn watch(&self) {
         let mut inner = self.inner.lock();
         inner.watched = true;
@@ -97,14 +99,14 @@ impl Waits {
         self.changed.notify_one();
     }
 
-    /// There is no watch any more.
+    /// The watch has ended.
     pub(super) fn unwatch(&self) {
         let mut inner = self.inner.lock();
         inner.watched = false;
         inner.changed.clear();
     }
 
-    /// What changed since the last call: the wait, or nothing where it is over.
+    /// What has changed since the last call: the wait, or `None` if it is over.
     pub(super) fn changes(&self) -> Vec<(Cycle, Option<Wait>)> {
         let mut inner = self.inner.lock();
         let changed = std::mem::take(&mut inner.changed);
@@ -114,7 +116,8 @@ impl Waits {
             .collect()
     }
 
-    /// The leases that are due to be renewed, which count as renewed from now on, and when the next ones are.
+    /// The leases that are due for renewal, and when the next one is. The leases returned count as
+    /// renewed from now on.
     pub(super) fn due(&self, now: Moment) -> (Vec<(Cycle, LockKey, Lease)>, Option<Moment>) {
         let mut inner = self.inner.lock();
         let mut due = Vec::new();

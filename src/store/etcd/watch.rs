@@ -1,13 +1,16 @@
-//! One stream of watches: this manager's inbox, and for every cycle that waits the key of who stands before it.
+//! One watch stream: this manager's inbox and, for every waiting cycle, the key directly before its
+//! own.
 //!
 //! # Implementation details
 //!
-//! A watch on a key before ours begins right after the revision in which that key was seen, so no deletion is missed, whenever the watch
-//! comes about. When the key goes, by a release, by the end of its lease or by hand, it may be our turn, and the queue asks again;
-//! nothing but the reply makes it the owner. The end of one key so wakes one manager.
+//! The watch on the key before ours begins right after the revision at which that key was seen, so
+//! no deletion is missed, whenever the watch is created. When the key disappears, by a release, the
+//! end of its lease or by hand, it may be our turn, and the queue asks again; only the reply makes
+//! the cycle the owner. So the end of one key wakes one manager.
 //!
-//! A stream that broke is opened again, to another server; so is one whose connection gave no answer to other requests. What waits is watched again then and asks again, too: its watch may begin at a
-//! revision that etcd has compacted meanwhile.
+//! A stream that broke is opened again, to another server. So is one whose connection gave no
+//! answer to other requests. All waiting cycles are then watched again, and ask again, too: their
+//! watches may begin at a revision that etcd has compacted meanwhile.
 
 use std::collections::HashMap;
 use std::sync::Arc;
@@ -25,13 +28,14 @@ use crate::key::LockKey;
 use crate::protocol::{Cycle, Push};
 use crate::store::{StoreError, tell_unreadable};
 
-/// The number of the inbox's watch.
+/// The id of the inbox's watch.
 const INBOX: i64 = 1;
-/// The first and the longest pause before another attempt to watch.
+/// The first and the longest pause before watching is tried again.
 const PAUSE_MIN: Duration = Duration::from_millis(5);
 const PAUSE_MAX: Duration = Duration::from_secs(1);
 
-/// The watches of one stream. Whoever is asked to watch counts them, since etcd's own numbers come only with its reply.
+/// The watches of one stream. They are numbered here, since etcd's own ids arrive only with its
+/// reply.
 #[derive(Debug)]
 struct Watches {
     by_number: HashMap<i64, (Cycle, LockKey)>,
@@ -41,15 +45,15 @@ struct Watches {
 
 /// Why a stream ended.
 enum End {
-    /// Nobody receives pushes any more.
+    /// The receiver of pushes is gone.
     Unheard,
-    /// It broke.
+    /// The stream broke.
     Broken(String),
-    /// Etcd does not let this user watch the inbox.
+    /// Etcd does not permit this user to watch the inbox.
     Refused(String),
 }
 
-/// Watches until nobody receives.
+/// Watches until the receiver is gone.
 pub(super) async fn watch(shared: Arc<Shared>, pushes: UnboundedSender<Push>) {
     let mut backoff = Backoff::new(PAUSE_MIN, PAUSE_MAX);
     loop {
@@ -75,7 +79,7 @@ pub(super) async fn watch(shared: Arc<Shared>, pushes: UnboundedSender<Push>) {
                     End::Unheard => return,
                     End::Broken(reason) => reason,
                     End::Refused(reason) => {
-                        // The receiver says so, once.
+                        // The receiver reports it, once.
                         let reason = reason.into();
                         if pushes.send(Push::Refused { reason }).is_err() {
                             return;
@@ -88,13 +92,13 @@ pub(super) async fn watch(shared: Arc<Shared>, pushes: UnboundedSender<Push>) {
             Ok(Err(reason)) => reason,
             Err(_) => format!("no answer within {:?}", shared.timeout),
         };
-        // The outage of a shard has a line of its own.
+        // An outage of the shard is logged elsewhere, so warn only while the shard is up.
         match shared.ended_watches.pass(Moment::now()) {
             Some(suppressed) if shared.metrics.is_up() => {
-                tracing::warn!(shard = %shared.shard, reason = %broken, suppressed, "the watch of etcd ended; it is opened again");
+                tracing::warn!(shard = %shared.shard, reason = %broken, suppressed, "the watch of etcd ended and will be reopened");
             }
             _ => {
-                tracing::debug!(shard = %shared.shard, reason = %broken, "the watch of etcd ended; it is opened again")
+                tracing::debug!(shard = %shared.shard, reason = %broken, "the watch of etcd ended and will be reopened")
             }
         }
         tokio::select! {
@@ -107,7 +111,7 @@ pub(super) async fn watch(shared: Arc<Shared>, pushes: UnboundedSender<Push>) {
 async fn open(shared: &Shared) -> Result<(super::link::Live, WatchRequestSender, WatchResponseStream), String> {
     let live = shared.background.get().await.map_err(|error| match error {
         StoreError::Unavailable(reason) | StoreError::Refused(reason) => reason.to_string(),
-        StoreError::MapMismatch { map_key, .. } => format!("another shard map is at {map_key}"),
+        StoreError::MapMismatch { map_key, .. } => format!("{map_key} has a different shard map"),
     })?;
     let options = WatchOptions::new()
         .with_prefix()
@@ -138,7 +142,7 @@ async fn follow(
         last: INBOX,
     });
     shared.waits.watch();
-    // Side by side: asking for watches may have to wait until etcd has told what it had to.
+    // Concurrently: requesting watches may have to wait until etcd's pending messages are received.
     tokio::select! {
         end = ask(shared, sender, &watches) => end,
         end = receive(shared, stream, &watches, pushes, confirmed) => end,
@@ -146,7 +150,7 @@ async fn follow(
     }
 }
 
-/// Asks for what has to be watched, and that it be no more.
+/// Requests the watches that are needed, and cancels those that no longer are.
 async fn ask(shared: &Shared, mut sender: WatchRequestSender, watches: &Mutex<Watches>) -> End {
     loop {
         shared.waits.changed.notified().await;
@@ -210,7 +214,7 @@ async fn receive(
     }
 }
 
-/// What the notes say that were put into the inbox.
+/// The pushes for notes that were put into the inbox.
 fn notes<'a>(shared: &'a Shared, told: &'a WatchResponse) -> impl Iterator<Item = Push> + 'a {
     told.events().iter().filter_map(|event| {
         let name = event.kv()?.key();
@@ -223,7 +227,7 @@ fn notes<'a>(shared: &'a Shared, told: &'a WatchResponse) -> impl Iterator<Item 
     })
 }
 
-/// The key that was watched is gone, or etcd will not tell of it: the cycle asks again.
+/// The watched key is gone, or etcd ended the watch: the cycle asks again.
 fn ended(told: &WatchResponse, watches: &Mutex<Watches>) -> Option<Push> {
     let gone = told
         .events()
@@ -232,13 +236,13 @@ fn ended(told: &WatchResponse, watches: &Mutex<Watches>) -> Option<Push> {
     if !gone && !told.canceled() {
         return None;
     }
-    // One that was cancelled by us is not there any more.
+    // A watch that we cancelled is no longer listed.
     let (cycle, key) = watches.lock().by_number.get(&told.watch_id())?.clone();
     Some(Push::Turn { key, cycle })
 }
 
 impl Watches {
-    /// A number for a new watch.
+    /// Assigns a number to a new watch.
     fn number(&mut self, cycle: Cycle, wait: &Wait) -> i64 {
         self.last += 1;
         self.by_number.insert(self.last, (cycle, wait.key.clone()));
@@ -246,7 +250,7 @@ impl Watches {
         self.last
     }
 
-    /// The number of the watch that is to be cancelled, if there is one.
+    /// The number of the watch to cancel, if there is one.
     fn forget(&mut self, cycle: Cycle) -> Option<i64> {
         let number = self.by_cycle.remove(&cycle)?;
         self.by_number.remove(&number);

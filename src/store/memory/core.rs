@@ -1,6 +1,8 @@
-//! What a lease store does, in plain code: the reference that the Lua scripts are compared with.
+//! The behaviour of a lease store in plain code: the reference that the Lua scripts are compared
+//! with.
 //!
-//! It reads no clock. `now` says when leases end; `server_time`, in the unit of tokens, is only used to raise a counter that was lost.
+//! Reads no clock. `now` decides when leases end; `server_time`, in the unit of tokens, is only
+//! used to raise a counter that was lost.
 
 use std::collections::{BTreeSet, HashMap, HashSet};
 use std::time::Duration;
@@ -14,19 +16,20 @@ use crate::protocol::{AcquireReply, Cycle, Grant, Place, Push, ReleaseReply, Ren
 use crate::queue::Flaw;
 use crate::store::{Holder, INSPECTED_QUEUE_MAX, Inspection};
 
-/// Leases, queues and counters, and who listens.
+/// Leases, queues, counters and subscribed inboxes.
 #[derive(Debug, Default, Clone)]
 pub(crate) struct MemoryCore {
     locks: HashMap<LockKey, Lock>,
     counters: HashMap<Slot, u64>,
     /// The managers whose inboxes are subscribed here.
     listening: HashSet<String>,
-    /// The managers whose inboxes are subscribed at a replica: messages reach them, uncounted.
+    /// The managers whose inboxes are subscribed at a replica: messages reach them without being
+    /// counted.
     listening_at_replica: HashSet<String>,
-    /// A deliberate mistake: a message that nobody is counted for is taken for one that nobody received.
+    /// A deliberate bug: takes a message that was counted for no receiver as received by none.
     #[cfg(test)]
     pub(crate) counts_receivers: bool,
-    /// Pushes to be delivered: to which manager, and what.
+    /// Pushes to deliver, each with the manager it goes to.
     pub(crate) outbox: Vec<(String, Push)>,
 }
 
@@ -36,16 +39,17 @@ struct Lock {
     queue: BTreeSet<Member>,
 }
 
-/// A cycle in a queue, in the order of the counter when it joined.
+/// A cycle in a queue. Ordered by the counter when it joined.
 #[derive(Debug, Clone, PartialEq, Eq, PartialOrd, Ord)]
 struct Member {
     joined_at: u64,
     owner: String,
-    /// Whether the inbox of its manager was subscribed here when it last asked.
+    /// Whether its manager's inbox was subscribed here when the cycle last sent a request.
     is_reached: bool,
 }
 
-/// How long a lease waits for the next request of an owner that can't be notified of it.
+/// The longest TTL of a lease whose new owner can't be notified, and learns of it by its next
+/// request.
 const UNNOTIFIED_LEASE: Duration = Duration::from_secs(1);
 
 #[derive(Debug, Clone)]
@@ -54,7 +58,7 @@ struct LeaseRecord {
     ends: Option<Moment>,
 }
 
-/// What a request carries besides the key.
+/// The parameters of a request besides the key.
 #[derive(Debug, Clone, Copy)]
 pub(crate) struct Terms {
     pub(crate) now: Moment,
@@ -65,7 +69,7 @@ pub(crate) struct Terms {
 }
 
 impl MemoryCore {
-    /// A manager listens from now on, or does not any more.
+    /// Records whether a manager's inbox is subscribed here.
     pub(crate) fn listen(&mut self, manager: &str, listens: bool) {
         if listens {
             self.listening.insert(manager.to_owned());
@@ -74,7 +78,7 @@ impl MemoryCore {
         }
     }
 
-    /// Nobody is subscribed any more, as on a server that has just taken over.
+    /// Drops all subscriptions, as on a server that has just taken over.
     #[cfg(test)]
     pub(crate) fn forget_listeners(&mut self) {
         self.listening.clear();
@@ -89,7 +93,7 @@ impl MemoryCore {
         }
     }
 
-    /// The inbox of a manager is subscribed at a replica from now on, or not any more.
+    /// Records whether a manager's inbox is subscribed at a replica.
     #[cfg(test)]
     pub(crate) fn listen_at_replica(&mut self, manager: &str, listens: bool) {
         if listens {
@@ -99,7 +103,7 @@ impl MemoryCore {
         }
     }
 
-    /// The free path: `SET NX` and `INCRBY`.
+    /// The fast path: `SET NX` and `INCRBY`.
     pub(crate) fn acquire_freely(&mut self, key: &LockKey, me: &str, terms: Terms) -> AcquireReply {
         let taken = self.owner(key, terms.now).is_some();
         let counter = self.counters.entry(key.slot()).or_default();
@@ -149,7 +153,7 @@ impl MemoryCore {
         }
     }
 
-    /// More time and tokens for a lease that is there.
+    /// Extends a lease that the cycle has, and reserves more tokens.
     pub(crate) fn acquire_more(&mut self, key: &LockKey, me: &str, terms: Terms) -> AcquireReply {
         if self.owner(key, terms.now).is_none_or(|owner| owner != me) {
             return AcquireReply::Busy;
@@ -189,7 +193,7 @@ impl MemoryCore {
         self.passed_on(key, me, is_reached, terms)
     }
 
-    /// Gives the lease or the place back, and joins the tail with `next` first.
+    /// Releases the lease or leaves the queue. If there is a `next`, it joins the tail first.
     pub(crate) fn release(&mut self, key: &LockKey, me: &str, next: Option<&str>, terms: Terms) -> ReleaseReply {
         let owner = self.owner(key, terms.now);
         let held = owner.as_deref() == Some(me);
@@ -263,7 +267,7 @@ impl MemoryCore {
         self.forget_if_unused(key);
     }
 
-    /// Forgets everything, as after a FLUSHALL, and says how much that was.
+    /// Deletes everything, as a FLUSHALL does, and returns how much that was.
     pub(crate) fn flush(&mut self) -> u64 {
         let count = self.locks.len() + self.counters.len();
         self.locks.clear();
@@ -271,7 +275,7 @@ impl MemoryCore {
         count as u64
     }
 
-    /// How many keys have a lease or a queue.
+    /// The number of keys with a lease or a queue.
     #[cfg(test)]
     pub(crate) fn keys_in_use(&mut self, now: Moment) -> usize {
         self.locks.retain(|_, lock| {
@@ -284,7 +288,7 @@ impl MemoryCore {
         self.locks.len()
     }
 
-    /// The owner at `now`; a lease that has ended is forgotten.
+    /// The owner at `now`. A lease that has ended is removed.
     pub(crate) fn owner(&mut self, key: &LockKey, now: Moment) -> Option<String> {
         let lock = self.locks.get_mut(key)?;
         if lock.lease.as_ref()?.ends.is_some_and(|ends| ends <= now) {
@@ -305,14 +309,16 @@ impl MemoryCore {
         self.put(key, owner, Some(terms.now + terms.ttl));
     }
 
-    /// Moves the end of a lease on, never back: its owner counts on what it was told before, with whatever TTL it asked then.
+    /// Moves the end of a lease later, never earlier: its owner relies on earlier replies, whatever
+    /// TTL those requests had.
     fn extend(&mut self, key: &LockKey, ends: Moment) {
         if let Some(lease) = self.locks.get_mut(key).and_then(|lock| lock.lease.as_mut()) {
             lease.ends = Some(lease.ends.map_or(ends, |before| before.max(ends)));
         }
     }
 
-    /// Reserves a block of tokens. A counter below the caller's floor was lost and is raised first.
+    /// Reserves a block of tokens. A counter below the caller's floor was lost, so it is raised
+    /// first.
     fn reserve(&mut self, key: &LockKey, terms: Terms) -> TokenBlock {
         let counter = self.counters.entry(key.slot()).or_default();
         if *counter < terms.floor {
@@ -322,8 +328,8 @@ impl MemoryCore {
         TokenBlock::ending_at(*counter, terms.tokens)
     }
 
-    /// Joins unless it is in the queue already: its mark, how many are ahead, whether it is new, and
-    /// whether a grant would reach it.
+    /// Joins the queue if not in it yet. Returns the mark, the number of members ahead, whether the
+    /// member is new, and whether a grant would reach it.
     fn join(&mut self, key: &LockKey, me: &str, terms: Terms) -> (u64, u64, bool, bool) {
         let mark = self.reserve(key, Terms { tokens: 1, ..terms }).last();
         let is_reached = parse_signature(me).is_some_and(|(manager, _)| self.listening.contains(manager));
@@ -365,7 +371,8 @@ impl MemoryCore {
         }
     }
 
-    /// Passes on to the head of the queue, in which `me` is, and returns what became of `me`.
+    /// Passes the lease on to the head of the queue, which contains `me`, and returns the reply to
+    /// `me`.
     fn passed_on(&mut self, key: &LockKey, me: &str, is_reached: bool, terms: Terms) -> AcquireReply {
         match self.pass_on(key, Some(me), terms) {
             Some((heir, tokens)) if heir == me => AcquireReply::Granted {
@@ -385,9 +392,11 @@ impl MemoryCore {
         }
     }
 
-    /// Makes the first in the queue the owner and notifies it. Where nothing reaches its inbox, the next
-    /// one is tried, and nothing was sent. `me` learns of it by the reply instead, and has the TTL of its
-    /// request; any other has the TTL of its cycle.
+    /// Makes the head of the queue the owner and notifies it. A member whose inbox is no longer
+    /// subscribed is skipped, and nothing is sent to it. A member whose inbox was not subscribed
+    /// when it last asked gets a short lease instead, which it learns of by its next request. `me`
+    /// learns of its grant by the reply and has the TTL of its request; any other member has the
+    /// TTL of its cycle.
     fn pass_on(&mut self, key: &LockKey, me: Option<&str>, terms: Terms) -> Option<(String, TokenBlock)> {
         while let Some(heir) = self.locks.get_mut(key).and_then(|lock| lock.queue.pop_first()) {
             let signature = heir.owner.clone();
@@ -437,7 +446,7 @@ impl MemoryCore {
         self.notify(manager, Push::Granted { key, grant });
     }
 
-    /// The mistake of [`counts_receivers`](Self::counts_receivers).
+    /// The bug of [`counts_receivers`](Self::counts_receivers).
     #[cfg(test)]
     fn grant_and_count(&mut self, key: &LockKey, manager: &str, cycle: Cycle, terms: Terms) -> Option<TokenBlock> {
         let counter = self.counters.get(&key.slot()).copied().unwrap_or_default();
@@ -448,7 +457,7 @@ impl MemoryCore {
         if self.listening.contains(manager) {
             return Some(tokens);
         }
-        // The next one gets the same tokens.
+        // The next member gets the same tokens.
         self.counters.insert(key.slot(), counter);
         None
     }
@@ -464,7 +473,7 @@ impl MemoryCore {
         })
     }
 
-    /// Sends a manager a message, wherever its inbox is subscribed.
+    /// Sends a message to a manager, wherever its inbox is subscribed.
     fn notify(&mut self, manager: &str, push: Push) {
         if self.listening.contains(manager) || self.listening_at_replica.contains(manager) {
             self.outbox.push((manager.to_owned(), push));
@@ -476,9 +485,10 @@ impl MemoryCore {
 mod tests {
     use super::*;
 
-    /// A guard with a TTL of a second was handed on to a task that wanted 100 ms. The renewal for that task ended the lease
-    /// in the store after 100 ms, while the manager, which had been promised a second, went on to count on that: paused
-    /// for a moment, it was a second holder. The same happens where the grant came from a manager with a longer TTL.
+    /// A guard with a TTL of one second was handed off to a task that wanted 100 ms. The renewal
+    /// for that task ended the lease in the store after 100 ms, while the manager, which had been
+    /// promised a second, still relied on that. If it paused for a moment, there were two holders.
+    /// The same happens if the grant came from a manager with a longer TTL.
     const OWNER: &str = "h-1-0000000000000000:2-1000-00000000";
 
     #[test]

@@ -1,4 +1,5 @@
-//! A lease store inside the process: for tests, documentation and programs of one process; and the reference for all others.
+//! A lease store inside the process: for tests, documentation and single-process programs. It is
+//! the reference for all other stores.
 
 mod core;
 
@@ -19,7 +20,7 @@ use crate::protocol::{Acquire, AcquireReply, Answer, Ask, Push, Release, Release
 use crate::store::map::StoredMap;
 use crate::store::{Inspection, Lane, LeaseStore, Look, MapState, MapStep, StoreFuture, StoreOptions};
 
-/// The leases of all managers of this process that connected to one name.
+/// The leases of all managers of this process that use the same name.
 #[derive(Debug, Default)]
 struct Memory {
     core: MemoryCore,
@@ -28,7 +29,7 @@ struct Memory {
 }
 
 impl Memory {
-    /// What the core wants pushed, and where to.
+    /// Takes the core's pushes, each with the inbox it goes to.
     fn take_pushes(&mut self) -> Vec<(mpsc::UnboundedSender<Push>, Push)> {
         let outbox = self.core.outbox.drain(..);
         let addressed = outbox.filter_map(|(manager, push)| Some((self.inboxes.get(&manager)?.clone(), push)));
@@ -36,7 +37,7 @@ impl Memory {
     }
 }
 
-/// Hands out pushes. Sending wakes the receiver, so the mutex of the memory must not be held.
+/// Delivers pushes. Sending wakes the receiver, so the mutex of the memory must not be held.
 fn deliver(pushes: Vec<(mpsc::UnboundedSender<Push>, Push)>) {
     for (inbox, push) in pushes {
         // If the receiver is gone, so is its manager.
@@ -44,7 +45,7 @@ fn deliver(pushes: Vec<(mpsc::UnboundedSender<Push>, Push)>) {
     }
 }
 
-/// The memories of this process by name. One that no manager uses any more is forgotten.
+/// The memories of this process by name. A memory that no manager uses any more is removed.
 fn memories() -> &'static Mutex<HashMap<String, Weak<Mutex<Memory>>>> {
     static MEMORIES: OnceLock<Mutex<HashMap<String, Weak<Mutex<Memory>>>>> = OnceLock::new();
     MEMORIES.get_or_init(Mutex::default)
@@ -68,7 +69,8 @@ pub(crate) struct MemoryStore {
 }
 
 impl MemoryStore {
-    /// The memory of that name, which all managers of this process share. One without a name is the manager's own.
+    /// Opens the memory `name`, shared by all managers of this process. Without a name, the memory
+    /// is the manager's own.
     pub(crate) fn open(name: &str, options: StoreOptions) -> Self {
         let memory = if name.is_empty() { Arc::default() } else { shared(name) };
         Self {
@@ -90,13 +92,13 @@ impl MemoryStore {
     }
 }
 
-/// The system's time as a token; it only ever raises a counter.
+/// The system's time as a token. It only ever raises a counter.
 fn server_time() -> u64 {
     let time = SystemTime::now().duration_since(UNIX_EPOCH).unwrap_or_default();
     FencingToken::from_server_time(time.as_secs(), u64::from(time.subsec_micros()))
 }
 
-/// A request to memory is done when it is made: the future is only the form.
+/// Requests to memory complete at once; the future is only a formality.
 fn done<T: Send + 'static>(reply: T) -> StoreFuture<T> {
     Box::pin(std::future::ready(Ok(reply)))
 }
@@ -115,7 +117,8 @@ impl LeaseStore for MemoryStore {
         let mut memory = self.memory.lock();
         let checked = self.map.check(memory.map.as_deref());
         let checked = match (checked, step) {
-            // One step is enough here: nothing comes between the look and the write, and nothing outlives the process.
+            // One step is enough here: nothing can happen between the read and the write, and
+            // nothing outlives the process.
             (Ok(MapState::None), MapStep::Confirm) => {
                 memory.map = Some(self.map.ours().to_owned());
                 self.map.check(memory.map.as_deref())
@@ -206,7 +209,7 @@ impl LeaseStore for MemoryStore {
     }
 
     fn look(&self) -> Pin<Box<dyn Future<Output = Look> + Send>> {
-        // It has no server whose clock could be another.
+        // There is no server whose clock could differ.
         Box::pin(std::future::ready(Look {
             reached: self.map.look(self.memory.lock().map.as_deref()),
             times: Vec::new(),
@@ -217,10 +220,10 @@ impl LeaseStore for MemoryStore {
         let mut memory = self.memory.lock();
         memory.core.listen(self.manager.as_str(), true);
         let earlier = memory.inboxes.insert(self.manager.as_str().to_owned(), pushes.clone());
-        // Both may wake a receiver.
+        // Dropping the earlier sender and sending below both may wake a receiver.
         drop(memory);
         drop(earlier);
-        // A receiver that is gone already needs no pushes.
+        // A receiver that is already gone needs no pushes.
         pushes.send(Push::Resubscribed { slot: None }).ok();
         Box::pin(std::future::pending())
     }
@@ -231,7 +234,7 @@ impl Drop for MemoryStore {
         let mut memory = self.memory.lock();
         memory.core.listen(self.manager.as_str(), false);
         let inbox = memory.inboxes.remove(self.manager.as_str());
-        // The end of the last sender wakes the receiver.
+        // Dropping the last sender wakes the receiver.
         drop(memory);
         drop(inbox);
     }

@@ -1,4 +1,4 @@
-//! Getting a lease: at the door first, then the others.
+//! Acquiring a lease: at the sequencer first, then at the other nodes.
 
 use std::sync::Arc;
 use std::time::Duration;
@@ -16,15 +16,16 @@ use crate::clock::Moment;
 use crate::protocol::{Acquire, AcquireReply, Answer, Ask, Place, Release};
 use crate::store::{LeaseStore, StoreError};
 
-/// How long one who lost a split vote stays away, in milliseconds.
+/// How long a cycle that lost a split vote backs off, in milliseconds.
 const BACK_OFF_MILLIS: std::ops::RangeInclusive<u64> = 5..=100;
 
-/// What a node may have of a cycle that is got elsewhere: unless it holds the lease, the node is owed a release, also where the request
-/// is dropped. A cycle that holds it may well have it there.
+/// The nodes that may have something of a cycle that is acquired elsewhere. Unless the cycle holds
+/// the lease, each of them gets a pending release, even if the request is dropped. A cycle that
+/// holds the lease may rightly have it there.
 struct LeftBehind {
     quorum: Arc<Quorum>,
     nodes: Vec<Arc<Node>>,
-    /// Nothing where the lease is held already.
+    /// `None` if the lease is already held.
     back: Option<Release>,
 }
 
@@ -33,7 +34,7 @@ impl LeftBehind {
         self.nodes.iter().any(|left| Arc::ptr_eq(left, node))
     }
 
-    /// From now on, what those nodes say of the cycle does not count.
+    /// From now on, what those nodes reply about the cycle does not count.
     fn settle(&mut self) {
         for node in self.nodes.drain(..) {
             if let Some(back) = &self.back {
@@ -49,7 +50,8 @@ impl Drop for LeftBehind {
     }
 }
 
-/// Tries until a majority has answered, for about half of the time that whoever asks has: most outages are short.
+/// Tries until a majority has answered, for about half of the caller's time: most outages are
+/// short.
 pub(super) async fn acquire(quorum: Arc<Quorum>, request: Acquire) -> Result<Answer<AcquireReply>, StoreError> {
     quorum.check_ttl(request.ttl)?;
     quorum.opened(request.cycle);
@@ -93,10 +95,10 @@ async fn attempt(quorum: &Arc<Quorum>, request: &Acquire) -> Result<Answer<Acqui
         let Some(door) = quorum.order(slot).find(is_fit).filter(|_| quorum.can_win()) else {
             return Err(refusal.unwrap_or_else(|| quorum.no_majority()));
         };
-        // Before it is asked: the request may be dropped at any time.
+        // Recorded before the node is asked: the request may be dropped at any time.
         left_behind.nodes.push(Arc::clone(door));
         let why = match timeout(quorum.node_limit, door.store.acquire(at_door.clone())).await {
-            // It may have restarted under way, and not be a door any more.
+            // The node may have restarted meanwhile, and not be a sequencer any more.
             Ok(Ok(answer)) if door.store.has_vote() => {
                 left_behind.nodes.pop();
                 break (Arc::clone(door), answer);
@@ -104,7 +106,7 @@ async fn attempt(quorum: &Arc<Quorum>, request: &Acquire) -> Result<Answer<Acqui
             Ok(Ok(_)) => continue,
             Ok(Err(error)) => match outage(&error) {
                 Some(why) => why.to_owned(),
-                // It may be this node's trouble alone.
+                // Only this node may have the problem.
                 None => {
                     refusal = Some(error);
                     continue;

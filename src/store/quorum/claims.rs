@@ -1,4 +1,5 @@
-//! Claims: the votes of the nodes other than the door, and tokens above all that a majority knows.
+//! Claims: the votes of the nodes other than the sequencer, and tokens above all that a majority
+//! knows.
 
 use std::sync::Arc;
 use std::time::Duration;
@@ -16,14 +17,15 @@ use crate::protocol::{Acquire, Ask};
 use crate::store::StoreError;
 use crate::store::redis::primary::{Claim, ClaimKind, Claimed};
 
-/// The votes so far, and the nodes that gave them.
+/// The votes so far, and the nodes that were asked for them.
 pub(super) struct Votes {
     pub(super) tally: Tally,
     pub(super) asked: Vec<Arc<Node>>,
 }
 
-/// Claims the nodes that have not voted. Where others have given out what the door's `tokens` hold, or more, the tokens
-/// are a block above, which a majority knows before anybody sees it.
+/// Claims the nodes that have not voted. If others have issued tokens that reach into the
+/// sequencer's `tokens`, or beyond, returns a block above those, which a majority knows before any
+/// task sees it.
 pub(super) async fn claim_rest(
     quorum: &Quorum,
     request: &Acquire,
@@ -43,8 +45,9 @@ pub(super) async fn claim_rest(
     (claim(quorum, request, votes, above.last()).await, above)
 }
 
-/// Returns as soon as it is decided. The claims that are under way then are dropped, not recalled: what was sent comes
-/// before a later release on the same connection, and what was not sent never is.
+/// Returns as soon as the vote is decided. Claims that are then in flight are dropped, not
+/// cancelled: what was sent arrives before a later release on the same connection, and the rest is
+/// never sent.
 async fn claim(quorum: &Quorum, request: &Acquire, votes: Votes, at_least: u64) -> Tally {
     let Votes { mut tally, asked } = votes;
     let mut claims = FuturesUnordered::new();
@@ -99,7 +102,8 @@ async fn claim(quorum: &Quorum, request: &Acquire, votes: Votes, at_least: u64) 
     tally
 }
 
-/// Whether nothing is left of a lease of that `ttl`, which the nodes count from the moment at which they are claimed.
+/// Whether nothing is left of a lease of that `ttl`, which the nodes count from the moment they are
+/// claimed.
 pub(super) fn is_late(sent_at: Moment, ttl: Duration) -> bool {
     Moment::now().since(sent_at) + ttl / 100 + Duration::from_millis(2) >= ttl
 }

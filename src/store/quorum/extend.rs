@@ -1,9 +1,10 @@
-//! More time and tokens for a lease that is held.
+//! Extending a held lease, with more tokens.
 //!
-//! An extension counts only where a majority has had the lease all the time: somebody else may have held the lock where it
-//! has not. So a node that lost the lease does not get it again here, or the next attempt would take it for one that kept
-//! it; the next renewal restores it (`renew`). Only nodes that say that the lease is not theirs prove a loss. A node that
-//! does not answer proves nothing: the lease stays as it is, and the request fails.
+//! An extension counts only if a majority has had the lease the whole time; otherwise another cycle
+//! may have held the lock in between. So a node that lost the lease does not get it back here, or
+//! the next attempt would take it for one that kept it; the next renewal restores it (`renew`).
+//! Only nodes that report that the lease is not ours prove a loss. A node that does not answer
+//! proves nothing: the lease stays as it is, and the request fails.
 
 use std::sync::Arc;
 
@@ -18,8 +19,8 @@ use crate::fence::TokenBlock;
 use crate::protocol::{Acquire, AcquireReply, Answer};
 use crate::store::{LeaseStore, StoreError};
 
-/// Extends the lease at the first usable node that has it, which is its door, then at the others. Replies `Busy` if the
-/// lease is lost.
+/// Extends the lease at the first usable node that has it, which is its sequencer, then at the
+/// others. Replies `Busy` if the lease is lost.
 pub(super) async fn extend(quorum: &Arc<Quorum>, request: &Acquire) -> Result<Answer<AcquireReply>, StoreError> {
     let ttl = request.ttl;
     let slot = quorum.slot(&request.key);
@@ -66,7 +67,7 @@ pub(super) async fn extend(quorum: &Arc<Quorum>, request: &Acquire) -> Result<An
             Ok(None) => votes.tally.count(Vote::Refused),
             Err(error) => {
                 if outage(&error).is_none() {
-                    // It may be this node's trouble alone.
+                    // Only this node may have the problem.
                     refusal = Some(error);
                 }
                 votes.tally.count(Vote::Missing)
@@ -79,14 +80,14 @@ pub(super) async fn extend(quorum: &Arc<Quorum>, request: &Acquire) -> Result<An
     Err(refusal.unwrap_or_else(|| quorum.no_majority()))
 }
 
-/// What the door says.
+/// The reply of the sequencer.
 struct Extension {
     tokens: TokenBlock,
     queued: u64,
     floor: u64,
 }
 
-/// Asks one node; `None` if the lease is not ours there.
+/// Asks one node. Returns `None` if the lease is not ours there.
 async fn ask(quorum: &Quorum, node: &Node, request: &Acquire) -> Result<Option<Extension>, StoreError> {
     let answer = match timeout(quorum.node_limit, node.store.acquire(request.clone())).await {
         Ok(Ok(answer)) => answer,
@@ -102,7 +103,7 @@ async fn ask(quorum: &Quorum, node: &Node, request: &Acquire) -> Result<Option<E
         }
     };
     if !node.store.has_vote() {
-        // It restarted under way.
+        // It restarted meanwhile.
         return Err(quorum.no_majority());
     }
     match answer.reply {

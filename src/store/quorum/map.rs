@@ -10,17 +10,19 @@ use super::{Quorum, outage};
 use crate::clock::Moment;
 use crate::store::{LeaseStore, MapState, MapStep, StoreError};
 
-/// Whether a majority has this manager's map. A node that lacks it gets it when it is connected to, or with a renewal.
+/// Whether a majority has this manager's map. A node that lacks it gets it with the next connection
+/// or renewal.
 pub(super) fn has_map(quorum: &Quorum) -> bool {
     let set = quorum.nodes.iter().filter(|node| node.store.has_map()).count();
     set >= majority(quorum.nodes.len())
 }
 
-/// Carries out one step, again if nodes fall silent meanwhile.
+/// Performs one step, again if nodes stop answering meanwhile.
 ///
 /// # Errors
 ///
-/// There is no majority; or a node has another map, unless all others have this one and are a majority.
+/// There is no majority; or a node has a different map, unless all others have this one and are a
+/// majority.
 pub(super) async fn step(quorum: Arc<Quorum>, step: MapStep) -> Result<MapState, StoreError> {
     let deadline = Moment::now() + quorum.majority_limit;
     loop {
@@ -34,7 +36,7 @@ pub(super) async fn step(quorum: Arc<Quorum>, step: MapStep) -> Result<MapState,
     }
 }
 
-/// Carries out one step at all nodes that answer. Nothing if they are no majority.
+/// Performs one step at all nodes that answer. `None` if they are no majority.
 async fn step_once(quorum: &Quorum, step: MapStep) -> Result<Option<MapState>, StoreError> {
     let limit = quorum.node_limit;
     let asked = quorum.nodes.iter().filter(|node| node.is_up());
@@ -63,7 +65,7 @@ async fn step_once(quorum: &Quorum, step: MapStep) -> Result<Option<MapState>, S
         Some(error) if !is_ours || !is_majority => Err(error),
         _ if !is_majority => Ok(None),
         _ if is_ours => {
-            // One that is away stores it once it is back.
+            // A node that is away stores it once it is back.
             let others = quorum.nodes.iter().filter(|node| !node.is_foreign());
             others.for_each(|node| node.store.expect_map());
             Ok(Some(MapState::Ours))

@@ -2,29 +2,38 @@
 //!
 //! # Implementation details
 //!
-//! The *door* of a key is the first usable node in the order of the URL, which starts at `slot % nodes` so that load spreads. Its queue
-//! gives the order; a cycle that is granted there claims the others in parallel (`acquire`). It holds the key once a majority of nodes with a
-//! vote is its own, so managers may disagree about the door for a while: two majorities share a node, and that node has one owner.
+//! Each key has a *sequencer* (`door` in the code): the first usable node in the order of the URL,
+//! which starts at `slot % nodes` so that load spreads. Its queue gives the order. A cycle that the
+//! sequencer grants then claims the other nodes in parallel (`acquire`). It holds the key once it
+//! owns the lease at a majority of the nodes; only nodes with a vote count. So managers may
+//! disagree about the sequencer for a while: two majorities share a node, and that node has one
+//! owner.
 //!
-//! Why tokens grow: a claim tells the counter as it was before and raises it to the door's largest token. Any two majorities share a node, so
-//! a later winner sees a counter that is at least the largest token of every earlier winner; where that reaches into its own block of
-//! tokens, it takes a block above, and writes that to a majority before it counts as the holder, like the write-back of an ABD register.
-//! A node whose counter was lost (it is below the floor that its manager knows) raises it to its time first. A
-//! node that restarted has no vote for as long as a lease may live, since it may have forgotten one.
+//! Why tokens grow: a claim returns the counter as it was before and raises it to the sequencer's
+//! largest token. Any two majorities share a node, so a later winner sees a counter that is at
+//! least the largest token of every earlier winner. If that counter reaches into the winner's own
+//! block of tokens, the winner takes a block above, and writes that to a majority before it counts
+//! as the holder, like the write-back of an ABD register. A node whose counter was lost (it is
+//! below the floor that its manager knows) first raises it to its time. A node that restarted has
+//! no vote for as long as a lease may live, since it may have forgotten one.
 //!
-//! Nobody waits for a node that is marked down, which one time-out or broken connection is enough for. The tidy worker, which runs in
-//! `listen`, asks such nodes again and again, and repeats there what was released without an answer. A node is owed a release from before
-//! it is sent until it is answered, so that a request which is dropped midway leaves nothing; at most 10,000 per node, and what is beyond
-//! runs out by its TTL. What a node says of a cycle that it is owed does not count.
+//! No request waits for a node that is marked down, and one timeout or broken connection is enough
+//! to mark it. The repair worker (`tidy`), which runs in `listen`, keeps probing such nodes, and
+//! repeats releases that they did not answer. Each release is recorded as pending before it is sent
+//! and removed once the node answers, so a cancelled request leaves nothing behind. At most 10,000
+//! are kept per node; the oldest beyond that expire with their TTL. What a node replies about a
+//! cycle with a pending release does not count.
 //!
-//! A claim that nobody waited for any more may be executed after the release of its cycle was answered, if the connection that it was sent on was given up in
-//! between. Such a release is repeated at that node when nothing can arrive late any more (`node`).
+//! A claim that no task waits for any more may execute after the release of its cycle was answered,
+//! if the claim's connection was abandoned in between. Such a release is repeated at that node when
+//! nothing can arrive late any more (`node`).
 //!
-//! A cycle that holds its lease (`held`) is never given up by a request that asks for more: until its holder knows of a loss, nobody else
-//! may have it. An extension counts only where a majority has had the lease all the time (`extend`). A renewal restores it at nodes that
-//! lack it.
+//! If a cycle holds its lease (`held`), a request for more time or tokens never gives it up: until
+//! the holder knows of a loss, no other cycle may have it. An extension counts only if a majority
+//! has had the lease the whole time (`extend`). A renewal restores it at nodes that lack it.
 //!
-//! Time limits live on the runtime on which a request began: what is left of a release goes on there as a task, and is owed if that ends.
+//! Timeouts run on the runtime on which a request began: the rest of a release continues there as a
+//! task, and becomes pending if that runtime ends.
 
 mod acquire;
 mod claims;
@@ -58,41 +67,44 @@ use crate::telemetry::{NodeMetrics, ShardMetrics};
 use node::Node;
 use tally::majority;
 
-/// See the module.
+/// See the module documentation.
 pub(crate) struct QuorumStore {
     quorum: Arc<Quorum>,
 }
 
-/// What the requests of a store share.
+/// The state that a store's requests share.
 struct Quorum {
     nodes: Vec<Arc<Node>>,
     max_ttl: Duration,
-    /// The longest that a request waits for one node.
+    /// The longest time that a request waits for one node.
     node_limit: Duration,
     connect_limit: Duration,
-    /// How long a request waits for a majority of nodes to be back.
+    /// How long a request waits for a majority of nodes to be usable.
     majority_limit: Duration,
-    /// Told to the tidy worker: a node went down, and those who wait in its queue have to ask at the next door.
+    /// Notifies the repair worker that a node went down: the waiters in its queue must ask the next
+    /// sequencer.
     door_lost: Notify,
-    /// The cycles that hold a lease, as far as this manager knows, and when a majority last said so: no lease of any other is claimed
-    /// again. Those that were lost without a release are forgotten when their leases have run out.
+    /// The cycles that hold a lease, as far as this manager knows, and when a majority last
+    /// confirmed it. Only their leases are restored at nodes that lack them. Cycles that were lost
+    /// without a release are removed when their leases have run out.
     held: parking_lot::Mutex<HashMap<Cycle, Moment>>,
-    /// The largest number of a cycle of which something was sent.
+    /// The largest number of a cycle for which something was sent.
     newest: AtomicU64,
-    /// How many releases are on their way.
+    /// How many releases are in flight.
     releasing: AtomicUsize,
     metrics: Arc<ShardMetrics>,
 }
 
-/// At each multiple of so many leases, those that have run out are looked for.
+/// Leases that have run out are looked for whenever the number of entries is a multiple of this.
 const HELD_BETWEEN_LOOKS: usize = 1024;
 
-/// How often a request that waits for a majority looks at what is known of the nodes. Nothing is sent for it.
+/// How often a request that waits for a majority checks what is known of the nodes. Nothing is sent
+/// for it.
 const MAJORITY_PAUSE: Duration = Duration::from_millis(10);
 /// The longest pause before a request that found no majority is sent again.
 const MAJORITY_PAUSE_MAX: Duration = Duration::from_millis(100);
 
-/// A node that says nothing for so long is down.
+/// The longest time after which a silent node is down.
 const NODE_LIMIT_MAX: Duration = Duration::from_millis(250);
 
 impl QuorumStore {
@@ -135,23 +147,23 @@ impl Quorum {
             .map_or_else(|| key.slot(), |node| node.store.slot_of(key))
     }
 
-    /// All nodes, in the order in which they are the door of that slot.
+    /// All nodes, in the order in which they become the slot's sequencer.
     fn order(&self, slot: Slot) -> impl Iterator<Item = &Arc<Node>> {
         let start = usize::from(slot.number()) % self.nodes.len().max(1);
         self.nodes.iter().cycle().skip(start).take(self.nodes.len())
     }
 
-    /// The first node of that order that is usable.
+    /// The slot's sequencer: the first usable node in that order.
     fn door(&self, slot: Slot) -> Option<&Arc<Node>> {
         self.order(slot).find(|node| node.is_usable())
     }
 
-    /// Whether enough nodes could vote for somebody to win.
+    /// Whether enough nodes can vote for a cycle to win.
     fn can_win(&self) -> bool {
         self.nodes.iter().filter(|node| node.is_usable()).count() >= majority(self.nodes.len())
     }
 
-    /// Waits until enough nodes could vote: most outages are short, and whoever asked has time.
+    /// Waits until enough nodes can vote: most outages are short, and the caller has time.
     async fn wait_for_majority(&self, deadline: Moment) -> Result<(), StoreError> {
         while !self.can_win() {
             if Moment::now() >= deadline {
@@ -162,7 +174,7 @@ impl Quorum {
         Ok(())
     }
 
-    /// Nobody can win now, for these reasons.
+    /// The error that no cycle can win now, with the reasons.
     fn no_majority(&self) -> StoreError {
         let troubles: Vec<String> = self.nodes.iter().filter_map(|node| node.trouble()).collect();
         let needed = majority(self.nodes.len());
@@ -189,22 +201,22 @@ impl Quorum {
         ))
     }
 
-    /// Something of that cycle is about to be sent.
+    /// Records that something is about to be sent for the cycle.
     fn opened(&self, cycle: Cycle) {
         self.newest.fetch_max(cycle.number(), Ordering::AcqRel);
     }
 
-    /// The largest number of a cycle of which something was sent.
+    /// The largest number of a cycle for which something was sent.
     fn newest(&self) -> u64 {
         self.newest.load(Ordering::Acquire)
     }
 
-    /// Whether that cycle holds a lease, as far as it is known here.
+    /// Whether the cycle holds a lease, as far as this manager knows.
     fn holds(&self, cycle: Cycle) -> bool {
         self.held.lock().contains_key(&cycle)
     }
 
-    /// A majority has said that the cycle holds its lease.
+    /// Records that a majority has confirmed the cycle's lease.
     fn confirm(&self, cycle: Cycle) {
         let now = Moment::now();
         let mut held = self.held.lock();
@@ -214,14 +226,15 @@ impl Quorum {
         }
     }
 
-    /// The same for a renewal, which may be answered after its cycle was released.
+    /// Like [`confirm`](Self::confirm), for a reply that may arrive after its cycle was released.
     fn reconfirm(&self, cycle: Cycle) {
         if let Some(confirmed) = self.held.lock().get_mut(&cycle) {
             *confirmed = Moment::now();
         }
     }
 
-    /// A node did not answer, or its connection broke: whatever waits at its queue looks for another door.
+    /// A node did not answer, or its connection broke. The waiters in its queue must find another
+    /// sequencer.
     fn down(&self, node: &Node, why: &str) {
         node.metrics.unanswered.increment(1);
         if node.mark_down(why) {
@@ -231,7 +244,7 @@ impl Quorum {
     }
 }
 
-/// What went wrong, in words for the state of a node; `None` if the node is well and only says no.
+/// The reason for a node's outage; `None` if the node is well and only refused.
 fn outage(error: &StoreError) -> Option<&str> {
     match error {
         StoreError::Unavailable(why) => Some(why),
@@ -239,7 +252,7 @@ fn outage(error: &StoreError) -> Option<&str> {
     }
 }
 
-/// The error of one node, for an error that is about all of them.
+/// Adds the node to an error that is about all of them.
 fn at_node(place: &str, error: StoreError) -> StoreError {
     match error {
         StoreError::Unavailable(why) => StoreError::Unavailable(format!("{place}: {why}").into()),
@@ -264,7 +277,7 @@ impl LeaseStore for QuorumStore {
                     Err(_) => quorum.down(node, "no answer while connecting"),
                 }
             }
-            // Nodes without a vote get it in time, so they are no reason not to start.
+            // Nodes without a vote get it in time, so they do not prevent a start.
             let up = quorum.nodes.iter().filter(|node| node.is_up()).count();
             match up >= majority(quorum.nodes.len()) {
                 true => Ok(()),
@@ -284,7 +297,7 @@ impl LeaseStore for QuorumStore {
                 match connected {
                     Ok(Ok(())) => {}
                     Ok(Err(error)) => {
-                        tracing::warn!(node = %node.place, ?error, "no connection for renewals to a node; those of the requests are used until there is one")
+                        tracing::warn!(node = %node.place, ?error, "failed to open a renewal connection to a node; using its request connections until one is open")
                     }
                     Err(_) => quorum.down(node, "no answer while connecting"),
                 }
@@ -359,7 +372,8 @@ impl LeaseStore for QuorumStore {
     fn look(&self) -> Pin<Box<dyn Future<Output = Look> + Send>> {
         let quorum = Arc::clone(&self.quorum);
         Box::pin(async move {
-            // The nodes are asked all the time by the tidy worker, which knows who is up; a node that does not answer in time tells no time.
+            // The repair worker probes the nodes all the time and knows which are up. A node that
+            // does not answer in time reports no time.
             let up: Vec<_> = quorum.nodes.iter().filter(|node| node.is_up()).collect();
             let asking = up
                 .iter()
@@ -371,7 +385,7 @@ impl LeaseStore for QuorumStore {
             );
             let (mut times, mut foreign, mut taking, mut refusal) = (Vec::new(), 0, 0, None);
             for (node, look) in up.into_iter().zip(looks) {
-                // A node that gave no answer in time is found out by those who probe it.
+                // The repair worker's probes deal with a node that gave no answer in time.
                 let Ok(look) = look else { continue };
                 times.extend(look.times);
                 match look.reached {

@@ -1,4 +1,4 @@
-//! One node of a quorum: a primary, and what is known of its state.
+//! One node of a quorum: a primary and its known state.
 
 use std::collections::{BTreeMap, VecDeque};
 use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
@@ -12,34 +12,37 @@ use crate::store::redis::primary::RedisStore;
 use crate::store::{LATE_MAX, LeaseStore};
 use crate::telemetry::NodeMetrics;
 
-/// See the module.
+/// See the module documentation.
 pub(super) struct Node {
     pub(super) store: RedisStore,
     /// `host:port`
     pub(super) place: String,
     pub(super) metrics: NodeMetrics,
-    /// Since when it is marked down, in nanoseconds; zero while it is not.
+    /// When it was marked down, in nanoseconds; zero while it is up.
     down_since: AtomicU64,
     why: Mutex<String>,
-    /// How often it was found down: a probe that was under way meanwhile proves nothing.
+    /// How many times it was found down. A probe during which this changes proves nothing.
     downs: AtomicU64,
-    /// Whether it has another shard map, as far as is known.
+    /// Whether it has a different shard map, as far as is known.
     foreign: AtomicBool,
-    /// Releases that had no answer, and when the leases have run out anyway, by their cycles.
+    /// The pending releases by cycle, each with the time at which the leases have run out anyway.
     owed: Mutex<BTreeMap<Cycle, (Moment, Release)>>,
     doubts: Mutex<Doubts>,
 }
 
-/// What may be executed here though it was sent long ago, on a connection that was given up: a claim that nobody waited for any more.
+/// What may still execute here long after it was sent, on an abandoned connection: a claim that no
+/// task waits for any more.
 #[derive(Default)]
 struct Doubts {
-    /// When a connection was last given up, and a number that no cycle is above of which something was sent on it.
+    /// When a connection was last abandoned, and an upper bound of the numbers of the cycles for
+    /// which something was sent on it.
     cut: Option<(Moment, u64)>,
-    /// The releases that were answered since, when to repeat each, and when its lease has run out anyway. In the order of those moments.
+    /// The releases answered since then, each with the time to repeat it and the time at which its
+    /// lease has run out anyway. In the order of those times.
     repeats: VecDeque<Repeat>,
 }
 
-/// A release that is repeated when nothing of its cycle can arrive any more.
+/// A release to repeat when nothing of its cycle can arrive any more.
 #[derive(Clone)]
 pub(super) struct Repeat {
     pub(super) due: Moment,
@@ -48,7 +51,7 @@ pub(super) struct Repeat {
     is_postponed: bool,
 }
 
-/// The most releases that are kept for a node that does not answer; what is beyond runs out by its TTL.
+/// The most pending releases that are kept per node. The oldest beyond that expire with their TTL.
 const OWED_MAX: usize = 10_000;
 
 impl Node {
@@ -70,7 +73,7 @@ impl Node {
         self.down_since.load(Ordering::Acquire) == 0
     }
 
-    /// Whether it has another shard map, as far as is known.
+    /// Whether it has a different shard map, as far as is known.
     pub(super) fn is_foreign(&self) -> bool {
         self.foreign.load(Ordering::Acquire)
     }
@@ -79,12 +82,12 @@ impl Node {
         self.foreign.store(foreign, Ordering::Release);
     }
 
-    /// Whether it may be the door.
+    /// Whether it may be the sequencer.
     pub(super) fn is_usable(&self) -> bool {
         self.is_up() && self.store.has_vote()
     }
 
-    /// Nobody waits for it until a probe has found it alive. Returns whether it was up.
+    /// No request waits for it until a probe has found it alive. Returns whether it was up.
     pub(super) fn mark_down(&self, why: &str) -> bool {
         let now = Moment::now().as_nanos().max(1);
         let mut words = self.why.lock();
@@ -100,12 +103,13 @@ impl Node {
         was_up
     }
 
-    /// How often it was found down, for [`mark_up`](Self::mark_up).
+    /// How many times it was found down, for [`mark_up`](Self::mark_up).
     pub(super) fn downs(&self) -> u64 {
         self.downs.load(Ordering::Acquire)
     }
 
-    /// It answered a probe that began when it had been found down so often. If it was found down again meanwhile, that stands.
+    /// It answered a probe that began when it had been found down `downs` times. Changes nothing if
+    /// it was found down again meanwhile.
     pub(super) fn mark_up(&self, downs: u64) {
         let _words = self.why.lock();
         if self.downs() != downs {
@@ -115,13 +119,13 @@ impl Node {
         self.metrics.suspect.set(if self.store.has_vote() { 0.0 } else { 1.0 });
     }
 
-    /// For errors: what is wrong with it, if anything is.
+    /// What is wrong with it, if anything. For errors.
     pub(super) fn trouble(&self) -> Option<String> {
         if !self.is_up() {
             Some(format!("{}: {}", self.place, self.why.lock()))
         } else if !self.store.has_vote() {
             Some(format!(
-                "{}: no vote yet, since it has not been running for redlock_max_ttl",
+                "{}: no vote yet, since it has been running for less than redlock_max_ttl",
                 self.place
             ))
         } else {
@@ -129,7 +133,7 @@ impl Node {
         }
     }
 
-    /// Remembers a release that had no answer, which the tidy worker repeats until the leases have run out.
+    /// Records a pending release, which the repair worker repeats until the leases have run out.
     pub(super) fn owe(&self, release: Release, longest: Duration) {
         let now = Moment::now();
         let release = Release {
@@ -138,7 +142,7 @@ impl Node {
             ..release
         };
         let mut owed = self.owed.lock();
-        // The numbers of cycles grow, so the first is about the oldest.
+        // Cycle numbers grow, so the first is roughly the oldest.
         while owed
             .first_key_value()
             .is_some_and(|(_, (end, _))| *end < now || owed.len() >= OWED_MAX)
@@ -148,7 +152,7 @@ impl Node {
         owed.insert(release.cycle, (now + longest, release));
     }
 
-    /// What it is owed, which stays owed until it is `paid`.
+    /// The pending releases. Each stays pending until it is `paid`.
     pub(super) fn owed(&self) -> Vec<(Moment, Release)> {
         self.owed.lock().values().cloned().collect()
     }
@@ -157,18 +161,20 @@ impl Node {
         self.owed.lock().is_empty()
     }
 
-    /// That release was answered, or the lease has run out.
+    /// That release was answered, or its lease has run out.
     pub(super) fn paid(&self, release: &Release) {
         self.owed.lock().remove(&release.cycle);
     }
 
-    /// Whether a release of that cycle is still to come: what the node says of the cycle until then does not count.
+    /// Whether a release of that cycle is pending. Until it is answered, what the node replies
+    /// about the cycle does not count.
     pub(super) fn owes(&self, cycle: Cycle) -> bool {
         self.owed.lock().contains_key(&cycle)
     }
 
-    /// That release was answered. A claim of its cycle may still arrive if a connection was given up since it was sent; then the release is repeated later.
-    /// `newest` is the largest number of a cycle so far.
+    /// That release was answered. If a connection was abandoned recently, a claim of the cycle may
+    /// still arrive, so the release is repeated later. `newest` is the largest number of a cycle so
+    /// far.
     pub(super) fn released(&self, release: &Release, newest: u64, longest: Duration) {
         let now = Moment::now();
         let Some(cut) = self.store.last_cut().filter(|cut| now.since(*cut) < LATE_MAX) else {
@@ -194,14 +200,15 @@ impl Node {
         }
     }
 
-    /// The releases that are due to be repeated now, the first in the list.
+    /// The releases that are due to be repeated now, which are the first in the list.
     pub(super) fn due_repeats(&self) -> Vec<Repeat> {
         let now = Moment::now();
         let is_cut = self.store.last_cut().is_some_and(|cut| now.since(cut) < LATE_MAX);
         let mut doubts = self.doubts.lock();
         let count = doubts.repeats.iter().take_while(|repeat| repeat.due <= now).count();
         if is_cut {
-            // The connection that a claim was sent on may have been given up only then.
+            // The claim's connection may have been abandoned only then, so each release is
+            // postponed once.
             let (again, due): (Vec<_>, Vec<_>) = doubts.repeats.drain(..count).partition(|repeat| !repeat.is_postponed);
             due.into_iter()
                 .rev()
@@ -216,7 +223,7 @@ impl Node {
         due.cloned().collect()
     }
 
-    /// As many of them were done.
+    /// The first `count` of them are done.
     pub(super) fn repeated(&self, count: usize) {
         let mut doubts = self.doubts.lock();
         let count = count.min(doubts.repeats.len());

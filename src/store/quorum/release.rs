@@ -1,4 +1,5 @@
-//! Giving a lease back: the others first, the door last, since it passes the lock on.
+//! Releasing a lease: at the other nodes first and at the sequencer last, since it passes the lock
+//! on.
 
 use std::sync::Arc;
 use std::sync::atomic::Ordering;
@@ -15,7 +16,8 @@ use crate::clock::Moment;
 use crate::protocol::{Answer, Release, ReleaseReply};
 use crate::store::{Lane, LeaseStore, StoreError, StoreFuture};
 
-/// A release that a node has to get. Where this is dropped before the node answered, it is owed.
+/// A release that a node must receive. If this is dropped before the node has answered, the release
+/// becomes pending.
 struct Debt {
     quorum: Arc<Quorum>,
     node: Arc<Node>,
@@ -42,14 +44,14 @@ impl Drop for Debt {
     }
 }
 
-/// A release under way at a node.
+/// A release in flight at a node.
 struct Sent {
     debt: Debt,
     reply: StoreFuture<Answer<ReleaseReply>>,
 }
 
-/// Waits for it; what stays without an answer is owed, and what was refused as well: a node that is loading, or has no memory left, may
-/// do it later.
+/// Waits for the reply. A release without an answer becomes pending, and so does one that was
+/// refused: a node that is loading, or has no memory left, may execute it later.
 async fn settle(sent: Sent) -> Option<Answer<ReleaseReply>> {
     let Sent { mut debt, reply } = sent;
     match timeout(debt.quorum.node_limit, reply).await {
@@ -70,7 +72,7 @@ async fn settle(sent: Sent) -> Option<Answer<ReleaseReply>> {
     None
 }
 
-/// Tries until a majority has answered, for about half of the time that whoever asks has.
+/// Tries until a majority has answered, for about half of the caller's time.
 pub(super) async fn release(
     quorum: Arc<Quorum>,
     lane: Lane,
@@ -86,7 +88,7 @@ pub(super) async fn release(
                 backoff.wait().await;
             }
             Ok(mut answer) => {
-                // An earlier attempt may have done it: that it is not ours any more is no loss then.
+                // An earlier attempt may have released it. Then a missing lease is no loss.
                 answer.reply.held |= is_repeated;
                 return Ok(answer);
             }
@@ -109,7 +111,7 @@ async fn attempt(
     let sent_at = Moment::now();
     let needed = majority(quorum.nodes.len());
     if quorum.door(slot).is_none() {
-        // It is repeated in the background if this is in vain.
+        // If this fails, the release is repeated in the background.
         quorum.wait_for_majority(deadline).await?;
     }
     let first_door = quorum.door(slot).map(Arc::clone);
@@ -119,7 +121,7 @@ async fn attempt(
     };
     let is_door = |node: &Arc<Node>| first_door.as_ref().is_some_and(|door| Arc::ptr_eq(door, node));
     let others = quorum.nodes.iter().filter(|node| !is_door(node));
-    // From here on, so that it gets the release as well if this is dropped midway.
+    // From here on, so that the sequencer gets the release even if this is dropped midway.
     let mut at_door = first_door.as_ref().map(|door| Debt::new(quorum, door, plain.clone()));
     let mut answered = 0;
     let mut not_ours = 0;
@@ -127,7 +129,7 @@ async fn attempt(
         let mut under_way: FuturesUnordered<_> = send(quorum, lane, others, &plain)
             .map(|sent| Box::pin(settle(sent)))
             .collect();
-        // The door's next owner needs a majority that is free.
+        // The sequencer's next owner needs a free majority.
         while answered + 1 < needed {
             let Some(answer) = under_way.next().await else { break };
             if let Some(answer) = answer {
@@ -135,7 +137,8 @@ async fn attempt(
                 not_ours += usize::from(!answer.reply.held);
             }
         }
-        // Each ends within the limit for a node. They stay on the runtime on which they began; if that ends first, they are owed.
+        // Each ends within the limit for a node. They stay on the runtime on which they began; if
+        // that ends first, they become pending.
         for rest in under_way {
             drop(tokio::spawn(rest));
         }
@@ -149,9 +152,11 @@ async fn attempt(
                 return Err(quorum.no_majority());
             }
             let reply = ReleaseReply {
-                // A node may have missed the claim; that it was lost is known when so many say no that no majority can have had it.
+                // A node may have missed the claim. The lease was lost only if so many nodes refuse
+                // that no majority can have had it.
                 held: quorum.nodes.len() - not_ours >= needed,
-                // A grant of the door alone is no lock: the queue asks again, which claims the others.
+                // A grant by the sequencer alone is no lock: the queue asks again, which claims the
+                // others.
                 requeued: reply
                     .requeued
                     .filter(|reply| !matches!(reply, crate::protocol::AcquireReply::Granted { .. })),
@@ -171,13 +176,13 @@ async fn attempt(
     Err(quorum.no_majority())
 }
 
-/// Releases a cycle at every node after it lost, and waits for those that answer.
+/// Releases a cycle at every node after it lost its vote, and waits for the nodes that answer.
 pub(super) async fn give_up(quorum: &Arc<Quorum>, release: Release) {
     let sent = send(quorum, Lane::Caller, quorum.nodes.iter(), &release);
     futures_util::future::join_all(sent.map(settle)).await;
 }
 
-/// Nodes that are down are not waited for: they are owed it.
+/// Nodes that are down are not waited for: their releases become pending.
 fn send<'a>(
     quorum: &'a Arc<Quorum>,
     lane: Lane,

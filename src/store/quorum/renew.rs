@@ -18,7 +18,7 @@ use crate::store::{LeaseStore, StoreError};
 struct Lease {
     tally: Tally,
     wanted: bool,
-    /// The nodes that do not have it.
+    /// The nodes that lack it.
     lacking: Vec<Arc<Node>>,
 }
 
@@ -38,15 +38,17 @@ pub(super) async fn renew(
         .collect();
     let limit = limit.min(quorum.node_limit.max(limit / 2));
     let mut asked = FuturesUnordered::new();
-    // Also those that are marked down: that is how the program's tasks find them, whose runtime may be what stands still.
+    // Includes nodes that are marked down: the application's tasks may have marked them because
+    // their own runtime was blocked.
     for node in &quorum.nodes {
         let reply = node.store.renew(batch.clone(), limit);
-        // A release that executes after the renewal may be paid by the time that its reply is looked at.
+        // A release that executes after the renewal may no longer be pending when the renewal's
+        // reply is processed.
         let owed: Vec<bool> = batch.iter().map(|renewal| node.owes(renewal.cycle)).collect();
         asked.push(async move { (node, owed, timeout(limit, reply).await) });
     }
     let mut foreign = Vec::new();
-    // Once all is decided, the others have a moment to say at which of them a lease is missing.
+    // Once all votes are decided, the other nodes have a moment to report which leases they lack.
     let mut patience = limit;
     loop {
         if leases.iter().all(|lease| lease.tally.standing() != Standing::Open) {
@@ -58,7 +60,8 @@ pub(super) async fn renew(
         let replies = match replies {
             Ok(Ok(replies)) => replies,
             Ok(Err(error @ StoreError::MapMismatch { .. })) => {
-                // A node of another map does not exclude its managers, whatever lease it has.
+                // A node with another map does not exclude the managers of that map, whatever
+                // leases it has.
                 node.set_foreign(true);
                 foreign.push(error);
                 for lease in &mut leases {
@@ -75,7 +78,7 @@ pub(super) async fn renew(
             if reply == Some(RenewReply::NotOurs) {
                 lease.lacking.push(Arc::clone(node));
             }
-            // What a node without a vote says is not counted, but it is given the lease.
+            // A node without a vote is not counted, but it is given the lease.
             let reply = reply.filter(|_| has_vote);
             lease.tally.count(match reply {
                 Some(RenewReply::Extended { wanted }) => {
@@ -104,18 +107,20 @@ pub(super) async fn renew(
     }
     let reply = |lease: &Lease| match lease.tally.standing() {
         Standing::Won(_) => Some(RenewReply::Extended { wanted: lease.wanted }),
-        // Only those who said that it is not ours prove that it is lost.
+        // Only nodes that reported that it is not ours prove that it is lost.
         Standing::Lost { .. } if lease.tally.is_refused() => Some(RenewReply::NotOurs),
         Standing::Lost { .. } | Standing::Open => None,
     };
     Ok(leases.iter().map(reply).collect())
 }
 
-/// Claims a lease that a majority has at a node that lacks it, since it restarted or missed the claim. Otherwise a lease that lives through
-/// one restart after another would lose its majority.
+/// Claims a lease that a majority has at a node that lacks it, because the node restarted or missed
+/// the claim. Otherwise a lease that lives through one restart after another would lose its
+/// majority.
 ///
-/// The claim may meet the release of the same cycle. A release that came before is known by then, and one that comes while the claim is
-/// under way may be executed before it, so the node is owed another, which comes after it on the same connection.
+/// The claim may race with the release of the same cycle. A release that came before is known by
+/// then. A release that comes while the claim is in flight may execute before it. So another
+/// release becomes pending, which follows the claim on the same connection.
 fn restore(quorum: &Arc<Quorum>, node: &Arc<Node>, renewal: &Renewal) {
     let (quorum, node, renewal) = (Arc::clone(quorum), Arc::clone(node), renewal.clone());
     drop(tokio::spawn(async move {
@@ -131,7 +136,7 @@ fn restore(quorum: &Arc<Quorum>, node: &Arc<Node>, renewal: &Renewal) {
             kind: ClaimKind::Take,
         };
         if let Ok(Err(error)) = timeout(quorum.node_limit, node.store.claim(claim)).await {
-            tracing::debug!(node = %node.place, key = %renewal.key, ?error, "a lease is not restored; the next renewal tries again");
+            tracing::debug!(node = %node.place, key = %renewal.key, ?error, "could not restore a lease; the next renewal tries again");
         }
         if !quorum.holds(renewal.cycle) {
             let release = Release {

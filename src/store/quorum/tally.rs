@@ -1,23 +1,23 @@
-//! Counting votes. Nothing is sent here, so every case can be tried.
+//! Counting votes. Sends nothing, so every case can be tested.
 
-/// What one node has said.
+/// The vote of one node.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub(super) enum Vote {
-    /// Ours; its counter was this.
+    /// The lease is ours; the node's counter was this.
     Given { counter: u64 },
-    /// Not ours.
+    /// The lease is not ours.
     Refused,
     /// No answer will come, or one that does not count.
     Missing,
 }
 
-/// Where a vote stands.
+/// The state of a vote.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub(super) enum Standing {
     Open,
-    /// A majority gave it; the largest of their counters.
+    /// A majority gave its vote; the largest of their counters.
     Won(u64),
-    /// A majority is impossible; whether others hold what is missing.
+    /// A majority is impossible. If a node refused, others may hold what is missing.
     Lost {
         refused: bool,
     },
@@ -61,7 +61,7 @@ impl Tally {
         self.standing()
     }
 
-    /// Whether those who refused alone make a majority impossible.
+    /// Whether the refusals alone make a majority impossible.
     pub(super) const fn is_refused(&self) -> bool {
         self.nodes - self.refused < majority(self.nodes)
     }
@@ -84,7 +84,7 @@ impl Tally {
 mod tests {
     use super::*;
 
-    /// What is known after some of the votes is what no vote to come can change.
+    /// A vote is decided as soon as no vote to come can change it.
     fn assert_decided_in_time(tally: &Tally, votes: &[Vote], nodes: usize) {
         let to_come = nodes - votes.len();
         let count = |is_it: fn(&Vote) -> bool| votes.iter().filter(|vote| is_it(vote)).count();
@@ -95,7 +95,7 @@ mod tests {
         assert_eq!(tally.is_refused(), (nodes - refused) * 2 <= nodes, "{votes:?}");
     }
 
-    /// Every mix of votes for 3 to 7 nodes, in every order that differs.
+    /// Every combination of votes for 3 to 7 nodes, in every distinct order.
     #[test]
     fn a_vote_is_won_exactly_if_a_majority_gave_it() {
         for nodes in 3..=7_usize {

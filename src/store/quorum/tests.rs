@@ -1,4 +1,4 @@
-//! Whose answers count in a quorum, on real servers whose votes a test gives and takes.
+//! Which answers count in a quorum, on real servers whose votes a test gives and takes.
 
 use std::sync::Arc;
 use std::time::Duration;
@@ -12,7 +12,7 @@ use crate::store::support::RedisServer;
 use crate::store::support::wait::{PATIENCE, eventually};
 
 const TTL: Duration = Duration::from_secs(5);
-/// 2035 on the servers' clocks, as a token: no counter is raised to their time.
+/// The year 2035 on the servers' clocks, as a token: no counter is raised to their time.
 const FLOOR: u64 = 10 * 365 * 24 * 3600 * 8_000_000;
 /// The lease of the key [`key`] on a server.
 const LEASE: &str = "lock:k";
@@ -21,7 +21,7 @@ fn key() -> LockKey {
     LockKey::new("k").unwrap()
 }
 
-/// A quorum of three, in the order in which they are the door of the key. All have a vote.
+/// A quorum of three, in the order in which they are the key's sequencer. All have a vote.
 struct Bench {
     store: QuorumStore,
     nodes: [Arc<Node>; 3],
@@ -44,10 +44,12 @@ impl Bench {
         };
         let mut store = QuorumStore::new(nodes, &options).unwrap();
         let limits = Arc::get_mut(&mut store.quorum).unwrap();
-        // What a loaded machine answers late is no outage here; and what must fail need not be tried for long.
+        // A late answer on a loaded machine is no outage here, and what must fail need not be tried
+        // for long.
         (limits.node_limit, limits.majority_limit) = (PATIENCE / 2, Duration::from_millis(200));
         store.connect().await.unwrap();
-        // A connection that is opened later would tell of the servers' age.
+        // A connection that is opened later would report the servers' uptime, on which their votes
+        // depend.
         store.connect_background().await.unwrap();
         let quorum = &store.quorum;
         let order: Vec<_> = quorum.order(quorum.slot(&key())).map(Arc::clone).collect();
@@ -65,13 +67,13 @@ impl Bench {
         }
     }
 
-    /// Requests that find no majority are tried again for so long.
+    /// Requests that find no majority are tried again for this long.
     fn with_majority_limit(mut self, limit: Duration) -> Self {
         Arc::get_mut(&mut self.store.quorum).unwrap().majority_limit = limit;
         self
     }
 
-    /// A node that does not answer for so long is down.
+    /// A node that does not answer for this long is down.
     fn with_node_limit(mut self, limit: Duration) -> Self {
         Arc::get_mut(&mut self.store.quorum).unwrap().node_limit = limit;
         self
@@ -93,7 +95,7 @@ impl Bench {
         self.store.acquire(request).await.map(|answer| answer.reply)
     }
 
-    /// Gets the lock for that cycle.
+    /// Acquires the lock for that cycle.
     async fn hold(&self, cycle: u64) -> TokenBlock {
         match self.acquire(cycle, Ask::Join, TTL).await {
             Ok(AcquireReply::Granted { tokens, .. }) => tokens,
@@ -110,7 +112,7 @@ impl Bench {
         self.store.renew(vec![renewal], TTL).await.unwrap()[0]
     }
 
-    /// Who has the lease at that node.
+    /// The owner of the lease at that node.
     fn owner(&self, node: usize) -> Option<String> {
         self.servers[node].query(&["GET", LEASE])
     }
@@ -127,7 +129,7 @@ impl Bench {
             .unwrap_or_default()
     }
 
-    /// Gives the lease at that node to somebody else.
+    /// Gives the lease at that node to another owner.
     fn take(&self, node: usize) {
         self.servers[node].command(&["SET", LEASE, "another-library"]);
     }
@@ -137,8 +139,8 @@ fn is_granted(reply: &Result<AcquireReply, StoreError>) -> bool {
     matches!(reply, Ok(AcquireReply::Granted { .. }))
 }
 
-/// A node that restarted may have forgotten a lease that another manager still has. If its claim counted, two managers could
-/// each have a majority.
+/// A node that restarted may have forgotten a lease that another manager still has. If its claim
+/// counted, two managers could each have a majority.
 #[tokio::test]
 async fn claim_at_a_node_without_a_vote_does_not_count() {
     let bench = Bench::new().await;
@@ -154,13 +156,13 @@ async fn claim_at_a_node_without_a_vote_does_not_count() {
         assert!(is_right, "{ask:?}: {reply:?}");
         assert_eq!([bench.owner(0), bench.owner(2)], [None, None], "nothing is left behind");
     }
-    // With a vote it makes a majority.
+    // With its vote there is a majority.
     bench.nodes[2].store.set_vote(true);
     bench.hold(8).await;
 }
 
-/// The door restarts between the moment at which it is chosen and its answer. It may have forgotten the owner, so that answer
-/// is no vote; the next node is the door.
+/// The sequencer restarts between the moment at which it is chosen and its answer. It may have
+/// forgotten the owner, so that answer is no vote, and the next node becomes the sequencer.
 #[tokio::test]
 async fn answer_of_a_door_that_has_lost_its_vote_does_not_count() {
     let bench = Bench::new().await;
@@ -173,7 +175,7 @@ async fn answer_of_a_door_that_has_lost_its_vote_does_not_count() {
         reply = &mut acquiring => panic!("an answer of a stopped server: {reply:?}"),
         () = tokio::task::yield_now() => {}
     }
-    // The request is on its way.
+    // The request is in flight.
     bench.nodes[0].store.set_vote(false);
     door.cont();
     let reply = acquiring.await;
@@ -184,8 +186,8 @@ async fn answer_of_a_door_that_has_lost_its_vote_does_not_count() {
     );
 }
 
-/// The first node is asked, but does not lead to a lock: what it may have of the cycle is given back later, and until then what
-/// it says of it does not count. The second node takes its place.
+/// The first node is asked, but does not lead to a lock. Whatever it has of the cycle is released
+/// later, and until then its replies about the cycle do not count. The second node takes its place.
 #[tokio::test]
 async fn node_that_refuses_is_passed_over_and_is_owed_a_release() {
     let bench = Bench::new().await;
@@ -199,7 +201,7 @@ async fn node_that_refuses_is_passed_over_and_is_owed_a_release() {
     assert!(bench.store.quorum.holds(Cycle::of(2)));
 }
 
-/// Most outages are short: whoever asks waits for a majority for some time, and not longer.
+/// Most outages are short: a request waits for a majority for some time, and not longer.
 #[tokio::test]
 async fn request_waits_for_a_majority_that_comes_back_in_time() {
     let bench = Bench::new().await;
@@ -216,12 +218,13 @@ async fn request_waits_for_a_majority_that_comes_back_in_time() {
     assert!(is_granted(&reply), "{reply:?}");
 }
 
-/// The nodes count the TTL from the moment at which they are claimed. If the majority takes as long as the lease lasts, the
-/// first of them may have another owner by then.
+/// The nodes count the TTL from the moment they are claimed. If the majority takes as long as the
+/// lease lasts, the first of them may have another owner by then.
 #[tokio::test]
 async fn majority_that_came_too_late_is_no_lock() {
     let bench = Bench::new().await;
-    // Two milliseconds are taken off for clocks that run at different speeds, which leaves nothing of these.
+    // Two milliseconds are subtracted for clocks that run at different speeds, which leaves nothing
+    // of these.
     for millis in [1, 2] {
         let reply = bench.acquire(2, Ask::Join, Duration::from_millis(millis)).await;
         assert!(matches!(reply, Err(StoreError::Unavailable(_))), "{reply:?}");
@@ -230,8 +233,8 @@ async fn majority_that_came_too_late_is_no_lock() {
     bench.hold(4).await;
 }
 
-/// Another manager had its tokens from another door, whose counter is ahead of this one's. Tokens of this door's counter would
-/// be below those that a resource has seen already, or the same.
+/// Another manager got its tokens from another sequencer, whose counter is ahead of this one's.
+/// Tokens of this counter would be below those that a resource has already seen, or the same.
 #[tokio::test]
 async fn tokens_are_above_the_counters_of_a_majority() {
     for ahead in [1, 2, 1_000_000] {
@@ -242,14 +245,15 @@ async fn tokens_are_above_the_counters_of_a_majority() {
         }
         let tokens = bench.hold(2).await;
         assert_eq!((tokens.first(), tokens.last()), (FLOOR + ahead + 1, FLOOR + ahead + 4));
-        // Whoever asks next at another door has to learn of it from any majority.
+        // The next manager, at another sequencer, must learn of it from any majority.
         let count = [0, 1, 2].map(|node| bench.counter(node));
         let knowing = count.iter().filter(|&&count| count >= tokens.last()).count();
         assert!(knowing >= 2, "{count:?}");
     }
 }
 
-/// The next node becomes the door, and has lost its counter. The manager itself has seen larger tokens.
+/// The next node becomes the sequencer and has lost its counter. The manager itself has seen larger
+/// tokens.
 #[tokio::test]
 async fn tokens_of_another_door_are_above_those_that_were_seen() {
     let bench = Bench::new().await;
@@ -264,7 +268,7 @@ async fn tokens_of_another_door_are_above_those_that_were_seen() {
     assert!(second.first() > first.last(), "{first:?} {second:?}");
 }
 
-/// The vote of the door is counted once, however often it says that the lease is there.
+/// The sequencer's vote is counted once, however often it reports that the lease is there.
 #[tokio::test]
 async fn door_alone_is_no_majority() {
     let bench = Bench::new().await.with_node_limit(Duration::from_millis(200));
@@ -277,7 +281,7 @@ async fn door_alone_is_no_majority() {
     bench.servers[1].cont();
 }
 
-/// A task may be cancelled at any time. What it has sent is known, so that a release follows.
+/// A task may be cancelled at any time. What it has sent is recorded, so that a release follows.
 #[tokio::test]
 async fn request_that_is_dropped_midway_owes_its_door_a_release() {
     let bench = Bench::new().await;
@@ -315,8 +319,8 @@ async fn key_that_has_another_owner_at_the_door_is_reported_as_each_request_need
     );
 }
 
-/// An extension that finds no majority is no reason to give back what the nodes have: the holder still counts on it, until it
-/// learns of the loss.
+/// An extension that finds no majority must not release what the nodes have: the holder still
+/// relies on it, until it learns of the loss.
 #[tokio::test]
 async fn extension_that_finds_no_majority_gives_nothing_back() {
     let bench = Bench::new().await;
@@ -329,7 +333,7 @@ async fn extension_that_finds_no_majority_gives_nothing_back() {
     assert_eq!(bench.owner(0), bench.signature(2));
 }
 
-/// If each node refuses, the reason is what the program is told.
+/// If every node refuses, the application receives the reason.
 #[tokio::test]
 async fn refusal_of_all_nodes_is_told_with_its_reason() {
     let bench = Bench::new().await;
@@ -340,8 +344,8 @@ async fn refusal_of_all_nodes_is_told_with_its_reason() {
     assert!(matches!(reply, Err(StoreError::Refused(_))), "{reply:?}");
 }
 
-/// A node that lost its data gets the lease again with the next renewal, and its counter must not begin again: it may be the
-/// door for the next manager.
+/// A node that lost its data gets the lease again with the next renewal. Its counter must not start
+/// again: it may be the sequencer for the next manager.
 #[tokio::test]
 async fn restored_lease_brings_a_counter_that_is_not_below_earlier_tokens() {
     let bench = Bench::new().await;
@@ -355,7 +359,8 @@ async fn restored_lease_brings_a_counter_that_is_not_below_earlier_tokens() {
     assert!(bench.counter(2) >= tokens.last(), "{} {tokens:?}", bench.counter(2));
 }
 
-/// Only a majority of nodes with a vote proves that a lease is still ours, and only refusals prove that it is not.
+/// Only a majority of nodes with a vote proves that a lease is still ours, and only refusals prove
+/// that it is not.
 #[tokio::test]
 async fn renewal_counts_no_node_without_a_vote() {
     let bench = Bench::new().await;
@@ -371,8 +376,9 @@ async fn renewal_counts_no_node_without_a_vote() {
     assert!(!bench.store.quorum.holds(Cycle::of(2)));
 }
 
-/// A restart of the nodes one after the other may leave a lease that a majority has again, but did not have all the time:
-/// somebody else may have held the lock in between. Then the extension must say so, and the lock is lost.
+/// If the nodes restart one after another, a majority may have the lease again that did not have it
+/// the whole time. Another cycle may have held the lock in between. The extension must then report
+/// that, and the lock is lost.
 #[tokio::test]
 async fn extension_without_a_majority_that_kept_the_lease_is_none() {
     let bench = Bench::new().await;
@@ -390,7 +396,7 @@ async fn extension_without_a_majority_that_kept_the_lease_is_none() {
         for &node in lost {
             bench.servers[node].command(&["DEL", LEASE]);
         }
-        // A node that lost the lease must not count as one that kept it the second time either.
+        // Nor may a node that lost the lease count as one that kept it the second time.
         for _ in 0..2 {
             let reply = bench.acquire(2, Ask::Extend, TTL).await;
             match reply {
@@ -405,8 +411,8 @@ async fn extension_without_a_majority_that_kept_the_lease_is_none() {
     }
 }
 
-/// One node missed the claim, or has another owner, and one gives no answer. The lease may well have a majority, so it is
-/// not lost: that is known only when the silent node has said so.
+/// One node missed the claim, or has another owner, and one gives no answer. The lease may still
+/// have a majority, so it is not lost: that is known only once the silent node has refused.
 #[tokio::test]
 async fn extension_is_no_loss_while_a_majority_may_have_the_lease() {
     let takes: [fn(&Bench, usize); 2] = [
@@ -444,7 +450,7 @@ async fn extension_is_no_loss_while_a_majority_may_have_the_lease() {
     }
 }
 
-/// A lease may last no longer than a node that restarted stays without a vote.
+/// A lease may last no longer than a restarted node stays without a vote.
 #[tokio::test]
 async fn ttl_above_the_longest_is_refused_and_claims_nothing() {
     let bench = Bench::new().await;

@@ -1,4 +1,5 @@
-//! The worker in the background: pushes of all nodes, probes of those that are down, and what is left of earlier requests.
+//! The repair worker in the background: forwards the pushes of all nodes, probes the nodes, and
+//! finishes what earlier requests left.
 
 use std::sync::Arc;
 use std::sync::atomic::Ordering;
@@ -18,12 +19,12 @@ use crate::clock::Moment;
 use crate::protocol::Push;
 use crate::store::{Lane, LeaseStore, StoreError};
 
-/// The longest pause between two looks at all nodes; the shortest is the half of it.
+/// The longest pause between two probes of all nodes; the shortest is half of it.
 const PROBE_PAUSE: Duration = Duration::from_millis(130);
-/// The pause between two looks at what is under way while the manager ends.
+/// The pause between two checks for releases in flight while the manager shuts down.
 const SETTLE_PAUSE: Duration = Duration::from_millis(2);
 
-/// Runs until nobody receives the pushes.
+/// Runs until the receiver of pushes is gone.
 pub(super) async fn listen(quorum: Arc<Quorum>, pushes: mpsc::UnboundedSender<Push>) {
     let (sender, mut inboxes) = mpsc::unbounded_channel();
     let mut listeners = FuturesUnordered::new();
@@ -54,11 +55,11 @@ pub(super) async fn listen(quorum: Arc<Quorum>, pushes: mpsc::UnboundedSender<Pu
             Some(()) = listeners.next() => continue,
             () = quorum.door_lost.notified() => match started {
                 true => Push::Resubscribed { slot: None },
-                // Before the start nothing waits.
+                // Before the start there are no waiters.
                 false => continue,
             },
             Some((index, push)) = inboxes.recv() => match push {
-                // The door is one node of many: only a reply to a request makes an owner.
+                // The sequencer is one node of many: only the reply to a request makes an owner.
                 Push::Granted { key, grant } => Push::Turn { key, cycle: grant.cycle },
                 Push::Resubscribed { slot } => {
                     subscribed[index] = true;
@@ -72,7 +73,7 @@ pub(super) async fn listen(quorum: Arc<Quorum>, pushes: mpsc::UnboundedSender<Pu
                     started = true;
                     Push::Resubscribed { slot }
                 }
-                // The inbox alone may be cut off: look again at once, and when it is back.
+                // The inbox alone may be cut off: ask again at once, and when it is back.
                 Push::Disconnected => {
                     subscribed[index] = false;
                     cut_off[index] = true;
@@ -87,7 +88,7 @@ pub(super) async fn listen(quorum: Arc<Quorum>, pushes: mpsc::UnboundedSender<Pu
     }
 }
 
-/// Looks at all nodes again and again.
+/// Probes all nodes again and again.
 async fn probe(quorum: &Arc<Quorum>) {
     let mut backoff = Backoff::new(PROBE_PAUSE, PROBE_PAUSE);
     loop {
@@ -100,15 +101,15 @@ async fn look(quorum: &Quorum, node: &Node) {
     let downs = node.downs();
     match timeout(quorum.node_limit, node.store.ping()).await {
         Ok(Ok(())) => {}
-        Ok(Err(error)) => return quorum.down(node, super::outage(&error).unwrap_or("it refuses to be a node")),
+        Ok(Err(error)) => return quorum.down(node, super::outage(&error).unwrap_or("the node refused the probe")),
         Err(_) => {
-            // The way may be gone without a word: the next probe takes another.
+            // The connection may be dead without notice: the next probe takes another.
             node.store.leave_background();
             return quorum.down(node, "no answer to a probe in time");
         }
     }
     if !node.is_up() && timeout(quorum.node_limit, node.store.ping_callers()).await.is_err() {
-        // The server is well, and the connections of the program are not.
+        // The server is well, but the connections of the application's tasks are not.
         node.store.leave_callers();
         return;
     }
@@ -117,12 +118,13 @@ async fn look(quorum: &Quorum, node: &Node) {
     }
 }
 
-/// Repeats the releases that had no answer. Returns whether the node answered.
+/// Repeats the pending releases. Returns whether the node answered.
 async fn pay(quorum: &Quorum, node: &Node) -> bool {
     repeat(quorum, node).await;
     for (end, release) in node.owed() {
         let mut done = Moment::now() > end;
-        // The caller's connection has what was sent of the cycle before; the other one works if the program's runtime is gone.
+        // The caller's connection carried what was sent for the cycle before; the background's
+        // works even if the application's runtime is gone.
         for lane in [Lane::Caller, Lane::Background] {
             if !done {
                 match timeout(quorum.node_limit, node.store.release(lane, release.clone())).await {
@@ -130,7 +132,7 @@ async fn pay(quorum: &Quorum, node: &Node) -> bool {
                         node.released(&release, quorum.newest(), quorum.max_ttl);
                         done = true;
                     }
-                    // It is tried again until the lease has run out.
+                    // Tried again until the lease has run out.
                     Ok(Err(StoreError::Refused(_) | StoreError::MapMismatch { .. })) => break,
                     Ok(Err(StoreError::Unavailable(_))) | Err(_) if lane == Lane::Background => return false,
                     Ok(Err(StoreError::Unavailable(_))) | Err(_) => {}
@@ -144,7 +146,8 @@ async fn pay(quorum: &Quorum, node: &Node) -> bool {
     true
 }
 
-/// Repeats the releases after which a claim may have arrived. One that has no answer is tried again with the next probe.
+/// Repeats the releases after which a claim may have arrived. One without an answer is tried again
+/// with the next probe.
 async fn repeat(quorum: &Quorum, node: &Node) {
     let mut done = 0;
     for repeat in node.due_repeats() {
@@ -158,7 +161,7 @@ async fn repeat(quorum: &Quorum, node: &Node) {
     node.repeated(done);
 }
 
-/// Waits until no release is under way, and all nodes that are up have what they are owed.
+/// Waits until no release is in flight, and none is pending for a node that is up.
 pub(super) async fn settle(quorum: &Quorum) {
     loop {
         let up = || quorum.nodes.iter().filter(|node| node.is_up());

@@ -1,4 +1,5 @@
-//! Batches of which a server, or a proxy in front of it, refuses some: how they are divided, so that one refused item does not fail the others.
+//! How to split a batch when a server, or a proxy in front of it, refuses part of it, so that one
+//! refused item does not fail the others.
 
 use std::collections::BTreeMap;
 
@@ -6,11 +7,11 @@ use deadpool_redis::redis::{ErrorKind, RedisError, ServerErrorKind};
 
 use super::permission;
 
-/// Indices into a batch, of items that are sent in one call.
+/// Indices into a batch, for items sent in one call.
 pub(super) type Part = Vec<usize>;
 
-/// Whether a refused call may succeed for some of its keys alone. Everything else that a server refuses, it refuses whatever the keys are, so
-/// dividing the call would only multiply the requests.
+/// Whether a refused call may succeed for some of its keys alone. Any other refusal does not depend
+/// on the keys, so splitting the call would only multiply the requests.
 pub(super) fn may_concern_some_keys(error: &RedisError) -> bool {
     if permission::is_about_a_command(error) {
         return false;
@@ -32,18 +33,18 @@ pub(super) fn may_concern_some_keys(error: &RedisError) -> bool {
     }
 }
 
-/// Whether the keys of a call have to be of one slot, which they were not.
+/// Whether the server refused the call because its keys are in different slots.
 pub(super) fn wants_one_slot(error: &RedisError) -> bool {
     error.kind() == ErrorKind::Server(ServerErrorKind::CrossSlot)
 }
 
-/// The two halves of a part that has more than one item.
+/// Splits a part that has more than one item into two halves.
 pub(super) fn halves(mut part: Part) -> [Part; 2] {
     let second = part.split_off(part.len() / 2);
     [part, second]
 }
 
-/// The items of each slot, in parts of at most `most`.
+/// Groups the items by slot, in parts of at most `most` items.
 pub(super) fn by_slot<S: Ord>(
     items: impl IntoIterator<Item = usize>,
     slot: impl Fn(usize) -> S,

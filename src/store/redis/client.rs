@@ -1,4 +1,4 @@
-//! From a URL to what the client library takes: where, who, and with which certificates.
+//! Builds the client library's connection settings from a URL: address, login and certificates.
 
 use std::future::Future;
 use std::io;
@@ -20,26 +20,30 @@ use crate::identity::ManagerId;
 use crate::store::tls::TlsPem;
 use crate::store::{NOT_ENCRYPTED, StoreError, TlsFiles};
 
-/// How long a connection is silent before the system asks whether the other machine is still there, how often it asks then, and
-/// after how many questions without an answer the connection is broken. A connection that only listens would not notice otherwise.
+/// TCP keepalive: the idle time before the first probe, the interval between probes, and the number
+/// of unanswered probes after which the connection is broken. A connection that only listens would
+/// not notice a dead peer otherwise.
 const KEEPALIVE_AFTER: Duration = Duration::from_secs(10);
 const KEEPALIVE_EVERY: Duration = Duration::from_secs(3);
 const KEEPALIVE_PROBES: u32 = 3;
-/// How long the other machine may leave unacknowledged what was sent to it: as long as it may leave all questions unanswered, since there are none while
-/// something was sent. Linux would go on for a quarter of an hour; other systems decide by themselves.
+/// How long sent data may stay unacknowledged before the connection is broken. This matches the
+/// total keepalive time, because no probes are sent while data is in flight. Linux would retry for
+/// 15 minutes by default; other systems use their own default.
 #[cfg(any(target_os = "linux", target_os = "android"))]
 const UNACKNOWLEDGED_MAX: Duration =
     Duration::from_secs(KEEPALIVE_AFTER.as_secs() + KEEPALIVE_PROBES as u64 * KEEPALIVE_EVERY.as_secs());
 
-/// A closed connection is reset. Otherwise the system would go on sending what is left of it, for as long as [`UNACKNOWLEDGED_MAX`]: an acquire could then
-/// be executed after the release of its cycle, which was sent on the next connection, had been answered.
+/// Closing a connection resets it. Otherwise the system would keep sending the remaining data for
+/// up to [`UNACKNOWLEDGED_MAX`]. An acquire could then execute after the release of its cycle had
+/// already been answered on the next connection.
 const RESET: Duration = Duration::ZERO;
 
-/// How to reach a server. Nothing is sent.
+/// Builds the settings for reaching a server. Sends nothing.
 ///
 /// # Errors
 ///
-/// The URL is none that the client library can use, or one of the files is of no use. No password is in it.
+/// Fails if the client library can't use the URL, or if one of the files is unusable. The error
+/// contains no password.
 #[cfg_attr(not(feature = "tls"), allow(unused_variables))]
 pub(in crate::store) fn connection_info(server: &ServerUrl, tls: &TlsFiles) -> Result<ConnectionInfo, Invalid> {
     // The error of the client library may quote the URL, and with it the password.
@@ -74,9 +78,10 @@ fn keepalive() -> TcpKeepalive {
         .with_retries(KEEPALIVE_PROBES)
 }
 
-/// Gives a stream that was opened here the same settings as the client library's have.
+/// Applies the settings of [`connection_info`] to a stream that was opened here rather than by the
+/// client library.
 pub(super) fn prepare(stream: &TcpStream) -> io::Result<()> {
-    // A request is small and must not wait until it is worth a packet.
+    // Requests are small; Nagle's algorithm would delay them.
     stream.set_nodelay(true)?;
     let socket = SockRef::from(stream);
     socket.set_linger(Some(RESET))?;
@@ -85,11 +90,12 @@ pub(super) fn prepare(stream: &TcpStream) -> io::Result<()> {
     socket.set_tcp_keepalive(&keepalive())
 }
 
-/// The certificates as the client library takes them, for what does not take a [`ConnectionInfo`].
+/// The certificates in the client library's form, for callers that do not take a
+/// [`ConnectionInfo`].
 ///
 /// # Errors
 ///
-/// One of the files is of no use.
+/// Fails if one of the files is unusable.
 #[cfg(feature = "tls")]
 pub(in crate::store) fn certificates(files: &TlsFiles) -> Result<TlsCertificates, Invalid> {
     let TlsPem { ca, client } = TlsPem::read(files)?;
@@ -102,22 +108,22 @@ pub(in crate::store) fn certificates(files: &TlsFiles) -> Result<TlsCertificates
     })
 }
 
-/// What the server is told of the client library: its name (`CLIENT SETINFO`, from Redis 7.2 on).
+/// The library name reported to the server (`CLIENT SETINFO`, Redis 7.2 and later).
 const LIBRARY: &str = "shardlock";
 
-/// What a connection is for, which its name says.
+/// What a connection is used for, as shown in its name.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub(in crate::store) enum Purpose {
-    /// What tasks of the program ask for.
+    /// Requests of the application's tasks.
     Requests,
-    /// Renewals, and what else the watchdog's thread sends.
+    /// Renewals, and everything else that the watchdog's thread sends.
     Renewals,
     /// Subscriptions.
     Inbox,
 }
 
-/// Gives the connection a name that `CLIENT LIST` shows: `shardlock:<manager>:requests` and so on. A user who may not, or a proxy that does not know
-/// the command, goes without.
+/// Names the connection as `shardlock:<manager>:requests` and so on, for `CLIENT LIST`. If the user
+/// lacks the permission, or a proxy does not know the command, the connection stays unnamed.
 pub(super) fn named(manager: &ManagerId, purpose: Purpose) -> Cmd {
     let purpose = match purpose {
         Purpose::Requests => "requests",
@@ -130,8 +136,9 @@ pub(super) fn named(manager: &ManagerId, purpose: Purpose) -> Cmd {
     name
 }
 
-/// Connects, and finds out why where that fails without saying so: see [`refusal`]. A server that does not speak TLS waits for the end of what it takes
-/// for a command, for ever; so do other servers that are none of Redis.
+/// Connects. If that fails without a useful reason, looks for one: see [`refusal`]. A server
+/// without TLS would wait forever for the rest of what it takes for a command, and so would other
+/// non-Redis servers.
 pub(in crate::store) async fn with_reason<T>(
     info: &ConnectionInfo,
     timeout: Duration,
@@ -173,7 +180,7 @@ pub(in crate::store) async fn with_reason<T>(
     }
 }
 
-/// What an error of a connection that was just made means.
+/// Explains an error on a connection that was just made.
 pub(super) async fn explained(info: &ConnectionInfo, timeout: Duration, error: &RedisError) -> StoreError {
     match info.addr() {
         ConnectionAddr::TcpTls { .. } => refusal::explained_with_tls(error),

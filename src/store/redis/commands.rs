@@ -1,4 +1,4 @@
-//! What is said to a server: the keys and arguments of each command, for one manager.
+//! The commands sent to a server: their keys and arguments, for one manager.
 
 use std::io::Write;
 use std::time::Duration;
@@ -15,7 +15,7 @@ use crate::key::{LockKey, Slot};
 use crate::protocol::{Acquire, Ask, Cycle, Release, Renewal};
 use crate::store::INSPECTED_QUEUE_MAX;
 
-/// Writes the commands of one manager in one namespace.
+/// Builds the commands of one manager in one namespace.
 #[derive(Debug)]
 pub(super) struct Commands {
     pub(super) names: Names,
@@ -24,18 +24,19 @@ pub(super) struct Commands {
     inboxes: Inboxes,
 }
 
-/// Where managers are told.
+/// Where managers receive notifications.
 #[derive(Debug)]
 enum Inboxes {
-    /// Each has one inbox; this comes before its name.
+    /// One inbox per manager; holds the prefix of its name.
     One(String),
-    /// Each has one in every slot.
+    /// One inbox per manager in each slot.
     PerSlot,
 }
 
 impl Commands {
-    /// A command that writes if a key is there that never is. So it changes nothing, and is refused if the server would refuse a lock: it is out of memory, can't
-    /// persist, has too few replicas, is a replica, or the user may not write there.
+    /// A write to a key that never exists, so it changes nothing. The server refuses it if it would
+    /// refuse a lock: it is out of memory, can't persist, has too few replicas, is a replica, or
+    /// the user may not write.
     pub(super) fn write_nothing(&self, slot: Slot) -> Cmd {
         let mut command = cmd("SET");
         self.names.scratch_in(slot).write(&mut command);
@@ -53,7 +54,7 @@ impl Commands {
         }
     }
 
-    /// For a cluster, where channels have slots.
+    /// For a cluster, where channels belong to slots.
     pub(super) fn for_a_cluster(namespace: &str, manager: ManagerId) -> Self {
         Self {
             inboxes: Inboxes::PerSlot,
@@ -63,7 +64,7 @@ impl Commands {
         }
     }
 
-    /// The two commands of the free path, for a key of that slot.
+    /// The two commands of the fast path, for a key in this slot.
     pub(super) fn take_freely(&self, request: &Acquire, slot: Slot) -> Pipeline {
         let names = self.names.of(&request.key);
         let mut set = Cmd::with_capacity(6, 128);
@@ -168,7 +169,8 @@ impl Commands {
         });
     }
 
-    /// What is asked to look at a key: its lease, what is left of it, the length and the head of its queue, the counter.
+    /// Reads the state of a key: its lease and remaining TTL, the length and head of its queue, and
+    /// the counter.
     pub(super) fn inspect(&self, key: &LockKey) -> Pipeline {
         let names = self.names.of(key);
         let (lease, queue) = (names.lease().to_string(), names.queue().to_string());
@@ -181,7 +183,7 @@ impl Commands {
         commands
     }
 
-    /// One step of looking for all keys of the namespace.
+    /// One step of a scan over all keys of the namespace.
     pub(super) fn scan(&self, cursor: u64) -> Cmd {
         let mut scan = cmd("SCAN");
         scan.arg(cursor).arg("MATCH").arg(self.names.pattern());
@@ -189,7 +191,7 @@ impl Commands {
         scan
     }
 
-    /// The keys that the scripts of a lock have, and the first of their arguments: the signature.
+    /// Writes the keys that a lock's scripts take, and their first argument, the signature.
     fn write_keys(&self, command: &mut Cmd, key: &LockKey, cycle: Cycle) {
         let names = self.names.of(key);
         command.arg(3);
@@ -211,20 +213,21 @@ impl Commands {
         let signature: Signature<'_> = self.manager.sign(cycle);
         let (manager, cycle) = signature.parts();
         let mut writer = command.writer_for_next_arg();
-        // A buffer in memory takes everything.
+        // Writing to a buffer in memory can't fail.
         writer.write_all(manager.as_bytes()).ok();
         writer.write_all(b":").ok();
         cycle.write_to(&mut writer).ok();
     }
 }
 
-/// Removes all keys of the namespace from one server. A key that the server refuses to remove does not keep the others; its error comes at the end.
+/// Removes all keys of the namespace from one server. If the server refuses to remove a key, the
+/// others are still removed and the error is returned at the end.
 pub(super) async fn erase(mut connection: impl ConnectionLike, commands: &Commands) -> Result<u64, RedisError> {
     let (mut cursor, mut count, mut refused) = (0, 0, None);
     loop {
         let (next, found): (u64, Vec<Vec<u8>>) = commands.scan(cursor).query_async(&mut connection).await?;
         for key in found.iter().filter(|key| commands.names.is_ours(key)) {
-            // One by one: in a cluster they need not share a slot.
+            // One at a time: in a cluster the keys may be in different slots.
             let mut delete = cmd("DEL");
             delete.arg(key);
             match delete.query_async::<u64>(&mut connection).await {
@@ -240,10 +243,10 @@ pub(super) async fn erase(mut connection: impl ConnectionLike, commands: &Comman
     }
 }
 
-/// How many keys one step of a scan looks at.
+/// How many keys one scan step covers.
 const SCAN_COUNT: u32 = 1000;
 
-/// Whole milliseconds, as Redis wants them; never zero.
+/// Whole milliseconds, as Redis expects, and at least 1.
 fn millis(ttl: Duration) -> u64 {
     u64::try_from(ttl.as_millis()).unwrap_or(u64::MAX).max(1)
 }

@@ -1,14 +1,19 @@
-//! Connections that are given up: the requests on them end at once, so that the system can reset them, and the moment is kept.
+//! Abandoned connections: all requests on them fail at once so that the system can reset the
+//! connection, and the time is recorded.
 //!
 //! # Implementation details
 //!
-//! A request that was sent on a connection may be executed after that connection was given up and replaced. If it takes something, nobody knows of it: the
-//! release of its cycle went out on the next connection and was answered before. So a connection is *reset* when it is closed
-//! (`SO_LINGER` 0, see `client`), which discards what the system has not sent yet; and it is closed at once, which is what this module is for: the client
-//! library closes a connection when the last handle is dropped, and each request that waits for its reply has one.
+//! A request sent on a connection may execute after the connection was abandoned and replaced. If
+//! it acquires something, no task knows: the release of its cycle went out on the next connection
+//! and was answered earlier. A connection is therefore *reset* when it is closed (`SO_LINGER` 0,
+//! see `client`), which discards data that the system has not sent yet. It must also be closed at
+//! once, which this module ensures: the client library closes a connection when its last handle is
+//! dropped, and every request that waits for a reply holds one.
 //!
-//! What has left this machine before may still arrive, from a proxy's buffer for example. So it is also remembered when a connection was last
-//! given up: until [`LATE_MAX`](crate::store::LATE_MAX) has passed, a release that was answered does not prove that nothing of its cycle is left.
+//! Data that already left this machine may still arrive, for example from a proxy's buffer. The
+//! time at which a connection was last abandoned is therefore recorded. Until
+//! [`LATE_MAX`](crate::store::LATE_MAX) has passed, an answered release does not prove that nothing
+//! of its cycle is left.
 
 use std::future::Future;
 use std::io;
@@ -22,7 +27,7 @@ use tokio::task::AbortHandle;
 
 use crate::clock::Moment;
 
-/// When one of a store's connections was last given up.
+/// When one of a store's connections was last abandoned.
 #[derive(Debug, Default)]
 pub(super) struct Cuts {
     /// In nanoseconds; zero if there was none.
@@ -30,7 +35,8 @@ pub(super) struct Cuts {
 }
 
 impl Cuts {
-    /// One is given up now. To be called before another connection can take its place.
+    /// Records that a connection is abandoned now. Call this before another connection can take its
+    /// place.
     pub(super) fn note(&self) {
         self.last.fetch_max(Moment::now().as_nanos(), Ordering::AcqRel);
     }
@@ -43,17 +49,17 @@ impl Cuts {
     }
 }
 
-/// Ends a connection when it is dropped.
+/// Closes a connection when it is dropped.
 #[derive(Debug)]
 pub(super) enum Ending {
-    /// By ending its driver, which is ours. All requests on it fail.
+    /// Aborts the driver, which this crate spawned. All requests on the connection fail.
     Driver(AbortHandle),
-    /// By having all requests on it fail and drop their handles, since the client library spawned the driver.
+    /// Makes all requests fail and drop their handles, since the client library spawned the driver.
     Requests(Cut),
 }
 
 impl Ending {
-    /// For requests on a connection of the client library.
+    /// The cut to wait on, for requests on a connection of the client library.
     pub(super) fn cut(&self) -> Option<Cut> {
         match self {
             Self::Driver(_) => None,
@@ -71,7 +77,7 @@ impl Drop for Ending {
     }
 }
 
-/// Whether a connection of the client library was given up.
+/// Whether a connection of the client library was abandoned.
 #[derive(Debug, Clone, Default)]
 pub(super) struct Cut(Arc<State>);
 
@@ -87,7 +93,7 @@ impl Cut {
         self.0.notify.notify_waiters();
     }
 
-    /// The reply, or an error that says that the connection broke once it is given up.
+    /// Returns the reply, or a broken-pipe error once the connection is abandoned.
     pub(super) async fn or<T>(&self, reply: Pin<&mut impl Future<Output = RedisResult<T>>>) -> RedisResult<T> {
         let notified = self.0.notify.notified();
         if self.0.happened.load(Ordering::SeqCst) {
@@ -102,7 +108,7 @@ impl Cut {
 }
 
 fn given_up() -> RedisError {
-    io::Error::new(io::ErrorKind::BrokenPipe, "the connection was given up").into()
+    io::Error::new(io::ErrorKind::BrokenPipe, "the connection was abandoned").into()
 }
 
 #[cfg(test)]

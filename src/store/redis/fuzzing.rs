@@ -1,4 +1,4 @@
-//! What must hold for whatever servers and other clients send. See [`crate::fuzzing`].
+//! Properties that must hold for any input from servers and other clients. See [`crate::fuzzing`].
 
 #![allow(clippy::expect_used, clippy::panic, clippy::unwrap_used)]
 
@@ -20,7 +20,7 @@ use crate::store::StoreError;
 use crate::store::map::StoredMap;
 use crate::text::must_be_escaped;
 
-/// Names of keys: those of locks, which users choose, and those that a scan finds on a server.
+/// Key names: those of locks, which users choose, and those that a scan finds on a server.
 pub fn names(data: &[u8]) {
     let text = text(data);
     let named = LockKey::new(&text);
@@ -31,7 +31,7 @@ pub fn names(data: &[u8]) {
             assert_eq!(
                 names.of(&key).lease().to_string(),
                 text,
-                "only its lease leads to a key"
+                "only a lease's own name maps to its key"
             );
         }
         if let Ok(key) = &named {
@@ -56,7 +56,7 @@ fn of_a_lock(names: &Names, key: &LockKey) {
     }
     assert_eq!(names.key_of_lease(&lease).as_ref(), Some(key));
     for other in [&queue, &counter, &names.map()] {
-        assert_eq!(names.key_of_lease(other), None, "{other} is no lease");
+        assert_eq!(names.key_of_lease(other), None, "{other} is not a lease");
     }
     for (name, shown) in [(of.lease(), &lease), (of.queue(), &queue), (of.counter(), &counter)] {
         let mut command = Cmd::new();
@@ -70,8 +70,8 @@ fn of_a_lock(names: &Names, key: &LockKey) {
     }
 }
 
-/// Messages in an inbox, to which anybody may publish: the message alone, as a primary's subscription has it, or in the push of a
-/// cluster's node.
+/// Inbox messages, which anyone can publish: the bare message, as a primary's subscription delivers
+/// it, or inside the push of a cluster node.
 pub fn pushes(data: &[u8]) {
     let message = text(data);
     pushed(&message);
@@ -109,7 +109,7 @@ fn pushed(message: &str) {
         "{message:?} is read as {written:?}"
     );
     let (Push::Granted { key, .. } | Push::Wanted { key, .. }) = &push else {
-        panic!("{push:?} is in no message")
+        panic!("{push:?} is never sent as a message")
     };
     assert!(message.ends_with(&format!(" {key}")));
     if let Push::Granted { grant, .. } = &push {
@@ -120,7 +120,7 @@ fn pushed(message: &str) {
     Cycles::with_secret([1, 2]).has_opened(cycle);
 }
 
-/// As the scripts write it.
+/// The message as the scripts write it.
 fn written(push: &Push) -> String {
     match push {
         Push::Granted { key, grant } => {
@@ -128,11 +128,11 @@ fn written(push: &Push) -> String {
             format!("g {cycle} {} {} {queued} {key}", tokens.last(), tokens.remaining())
         }
         Push::Wanted { key, cycle } => format!("w {cycle} {key}"),
-        other => panic!("{other:?} is in no message"),
+        other => panic!("{other:?} is never sent as a message"),
     }
 }
 
-/// A block of tokens that were asked for.
+/// Checks a block of tokens that was requested.
 fn block(mut tokens: TokenBlock, asked: u32) {
     assert!(tokens.remaining() <= asked.into());
     let last = tokens.last();
@@ -221,7 +221,7 @@ fn acquire_reply(reply: AcquireReply, asked: u32) {
     }
 }
 
-/// As a script writes it, after some other numbers.
+/// The reply as a script writes it, after some other numbers.
 fn as_written(reply: AcquireReply, before: &[i64]) -> Value {
     let number = |number: u64| i64::try_from(number).unwrap();
     let numbers = match reply {
@@ -239,12 +239,12 @@ fn as_written(reply: AcquireReply, before: &[i64]) -> Value {
             place.is_reached.into(),
         ],
         AcquireReply::Busy => vec![0],
-        AcquireReply::Taken => panic!("no script says that"),
+        AcquireReply::Taken => panic!("no script replies that"),
     };
     Value::Array(before.iter().copied().chain(numbers).map(Value::Int).collect())
 }
 
-/// Errors of servers, and what else listens where a server should.
+/// Error replies of servers, and answers of other services at a server's address.
 pub fn refusals(data: &[u8]) {
     let answer = Answer {
         bytes: data.to_vec(),
@@ -281,10 +281,10 @@ pub fn refusals(data: &[u8]) {
 
 fn said(error: &RedisError) {
     let (StoreError::Unavailable(words) | StoreError::Refused(words)) = reply::error_in_words(error) else {
-        panic!("{error} is about no map")
+        panic!("{error} is of an unexpected kind")
     };
     assert!(!words.is_empty());
-    // A server that does not know a command repeats its arguments, which the password is one of.
+    // A server that does not know a command repeats its arguments, which include the password.
     let quoted = error.to_string();
     if let Some(at) = quoted.find("with args beginning with")
         && !quoted[..at].contains(SECRET)
@@ -295,12 +295,13 @@ fn said(error: &RedisError) {
 
 pub use places::places;
 
-/// Where servers say that others are.
+/// Server addresses as reported by other servers.
 mod places {
     use super::super::{cluster, primary};
     use crate::fuzzing::text;
 
-    /// Addresses of servers, as nodes of a cluster and sentinels tell them, and what a server says of itself.
+    /// Server addresses as reported by cluster nodes and sentinels, and what a server reports about
+    /// itself.
     pub fn places(data: &[u8]) {
         cluster::fuzzing::places(data);
         primary::fuzzing::places(&text(data));

@@ -1,4 +1,4 @@
-//! Reading and storing the shard map at servers of the Redis family, whichever way a command gets there.
+//! Reads and stores the shard map on Redis servers, independent of how commands are sent.
 
 use std::future::Future;
 use std::pin::Pin;
@@ -9,10 +9,10 @@ use super::reply::{as_text, shown};
 use crate::store::StoreError;
 use crate::store::map::{MAP_ATTEMPTS, MapState, MapStep, RESERVED_FOR, StoredMap};
 
-/// Replaces the map if it is what it is thought to be, and returns what is stored then.
+/// Replaces the map if it has the expected value, and returns what is stored afterwards.
 const SWAP: &str = "if redis.call('GET', KEYS[1]) == ARGV[1] then redis.call('SET', KEYS[1], ARGV[2]) end return redis.call('GET', KEYS[1])";
 
-/// What comes of a command that was sent.
+/// The outcome of a command.
 pub(super) type Reply<'a> = Pin<Box<dyn Future<Output = Result<Value, StoreError>> + Send + 'a>>;
 
 /// The command that reads the map.
@@ -22,12 +22,12 @@ pub(super) fn read(map: &StoredMap) -> Cmd {
     get
 }
 
-/// What the reply to [`read`] says.
+/// Compares the reply to [`read`] with this manager's map.
 pub(super) fn check(map: &StoredMap, reply: &Value) -> Result<MapState, StoreError> {
     map.check(stored(map, reply)?.as_deref())
 }
 
-/// The same for one who holds nothing and only looks.
+/// The same for a health probe, which holds nothing.
 pub(super) fn look(map: &StoredMap, reply: &Value) -> Result<(), StoreError> {
     map.look(stored(map, reply)?.as_deref())
 }
@@ -42,11 +42,11 @@ fn stored(map: &StoredMap, reply: &Value) -> Result<Option<String>, StoreError> 
     }
 }
 
-/// Carries out one step.
+/// Executes one step.
 ///
 /// # Errors
 ///
-/// Another map is stored, or there was no answer.
+/// Another map is stored, or the server did not answer.
 pub(super) async fn step<'a>(
     map: &StoredMap,
     step: MapStep,
@@ -76,7 +76,7 @@ pub(super) async fn step<'a>(
                 set
             }
         };
-        // Whether it took effect is looked at: somebody else may have been first.
+        // The next iteration checks the result: another manager may have been first.
         send(write).await?;
     }
     Err(StoreError::Unavailable(

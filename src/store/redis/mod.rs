@@ -1,8 +1,9 @@
-//! Stores that are made of Redis (or Valkey) servers.
+//! Lease stores backed by Redis (or Valkey) servers.
 //!
-//! Every change of a lock's state is one Lua script, or the two plain commands of the free path, so that it is atomic on
-//! the server; `scripts/*.lua` hold the protocol. All are idempotent for a cycle. What is said to a server and what it says is the same
-//! whichever way a server is found: `names`, `commands`, `script` and `reply`.
+//! Every change of a lock's state is one Lua script, or the two plain commands of the fast path, so
+//! it is atomic on the server. `scripts/*.lua` implement the protocol. Every script is idempotent
+//! for its cycle. Commands and replies do not depend on how the server is found: `names`,
+//! `commands`, `script` and `reply`.
 
 use std::time::Duration;
 
@@ -39,19 +40,19 @@ pub(crate) async fn why_not_connected(server: &ServerUrl, error: &RedisError, ti
     }
 }
 
-/// What the comparison with the reference needs to see and to set of a store.
+/// What the comparison with the reference implementation needs to read and set in a store.
 #[cfg(test)]
 pub(crate) trait Compared: super::LeaseStore {
-    /// Sets what the next request of that key says of the counter, in place of what the store has seen.
+    /// Overrides the floor that the next request for this key sends, in place of the observed one.
     fn set_floor(&self, key: &crate::key::LockKey, floor: u64);
 
     fn lease_name(&self, key: &crate::key::LockKey) -> String;
 
-    /// The channels on which the store's manager is told of these keys.
+    /// The channels on which the store's manager is notified about these keys.
     fn inboxes(&self, keys: &[crate::key::LockKey]) -> Vec<String>;
 }
 
-/// A store of the server at that URL, connected.
+/// A connected store for the server at this URL.
 #[cfg(test)]
 pub(crate) async fn for_comparison(
     url: &str,

@@ -9,29 +9,29 @@ use deadpool_redis::redis::RedisWrite;
 use crate::identity::ManagerId;
 use crate::key::{LockKey, Slot, hash_tag};
 
-/// How the keys of one namespace are called. All keys of one lock share a slot of a Redis Cluster.
+/// Names of keys and channels in one namespace. All keys of a lock share a slot of a Redis Cluster.
 ///
 /// | what | name |
 /// |---|---|
 /// | lease | `lock:K` |
-/// | queue | `{lock:K}:q`, or `lock:%q:K` where K has a hash tag of its own |
-/// | counter | `lock:%fence:{tag}`, one per slot; the tag is a short text of that slot |
+/// | queue | `{lock:K}:q`, or `lock:%q:K` if K has a hash tag of its own |
+/// | counter | `lock:%fence:{tag}`, one per slot; the tag hashes to that slot |
 /// | shard map | `lock:%map` |
 /// | scratch | `lock:%scratch:{tag}`, which never exists |
-/// | inbox | channel `lock:in:<manager>`; in a cluster one in each slot, `lock:in:{tag}:<manager>` |
+/// | inbox | channel `lock:in:<manager>`; in a cluster one per slot, `lock:in:{tag}:<manager>` |
 ///
-/// A `%` in K, and its braces where they are no valid hash tag, are percent-encoded: so no lease is called like a queue, a counter or the
-/// map, whatever the user calls a key.
+/// A `%` in K is percent-encoded, and so are braces that form no valid hash tag. No lease can
+/// therefore have the name of a queue, a counter or the map, whatever keys users choose.
 #[derive(Debug, Clone)]
 pub(crate) struct Names {
     namespace: String,
 }
 
-/// The keys of one lock. They are written straight into a command, so that a request costs no copies of them.
+/// The keys of one lock. They are written straight into a command, so a request does not copy them.
 #[derive(Debug)]
 pub(crate) struct LockNames<'a> {
     namespace: &'a str,
-    /// The key, encoded where it has to be.
+    /// The key, encoded if necessary.
     name: Cow<'a, str>,
     /// Whether the key has a hash tag of its own.
     tagged: bool,
@@ -56,7 +56,7 @@ impl LockNames<'_> {
     /// The slot of all keys of the lock.
     pub(crate) fn slot(&self) -> Slot {
         match self.tagged {
-            // A percent sign in it is encoded in the name as well.
+            // A percent sign inside the tag is encoded in the name, too.
             true => Slot::of(self.name.as_bytes()),
             false => Slot::of_parts(self.namespace.as_bytes(), self.name.as_bytes()),
         }
@@ -67,19 +67,20 @@ fn counter(namespace: &str, slot: Slot) -> Name<'_> {
     Name([namespace, "%fence:{", "", "}"], Some(slot_tags::tag(slot)))
 }
 
-/// A key's name in parts, with a number before the last of them.
+/// A key's name in parts, with an optional number before the last part.
 #[derive(Debug, Clone, Copy)]
 pub(crate) struct Name<'a>([&'a str; 4], Option<u32>);
 
 impl Name<'_> {
-    /// Writes it as the next argument. Several times as fast as formatting it, of which a lock needs seven.
+    /// Appends the name as the next argument. Several times as fast as formatting it; a lock needs
+    /// seven of these.
     pub(crate) fn write(&self, command: &mut impl RedisWrite) {
         let Self([first, second, third, last], number) = self;
         let mut writer = command.writer_for_next_arg();
         let mut write = |part: &str| writer.write_all(part.as_bytes());
         let mut digits = itoa::Buffer::new();
         let number = number.map_or("", |number| digits.format(number));
-        // A buffer in memory takes everything.
+        // Writing to a buffer in memory can't fail.
         [*first, second, third, number, last]
             .into_iter()
             .try_for_each(&mut write)
@@ -121,22 +122,22 @@ impl Names {
         }
     }
 
-    /// The counter of a slot, whichever locks it has.
+    /// The counter of a slot, shared by all its locks.
     pub(crate) fn counter_of(&self, slot: Slot) -> Name<'_> {
         counter(&self.namespace, slot)
     }
 
-    /// A key in that slot that never exists, for asking whether the server takes writes.
+    /// A key in this slot that never exists, used to test whether the server accepts writes.
     pub(crate) fn scratch_in(&self, slot: Slot) -> Name<'_> {
         Name([&self.namespace, "%scratch:{", "", "}"], Some(slot_tags::tag(slot)))
     }
 
-    /// The key whose lease is called so; nothing for what is no lease of this namespace.
+    /// The key whose lease has this name, or `None` if it is not a lease of this namespace.
     pub(crate) fn key_of_lease(&self, lease: &str) -> Option<LockKey> {
         let name = lease.strip_prefix(&self.namespace)?;
         let decoded = percent_encoding::percent_decode_str(name).decode_utf8().ok()?;
         let key = LockKey::new(&decoded).ok()?;
-        // A queue, a counter or the map decodes to a key that would be called otherwise.
+        // The name of a queue, a counter or the map decodes to a key whose lease has another name.
         let is_its_lease = self.of(&key).name == name;
         is_its_lease.then_some(key)
     }
@@ -145,7 +146,8 @@ impl Names {
         format!("{}%map", self.namespace)
     }
 
-    /// What all keys of the namespace match, and those of a few others: see [`is_ours`](Self::is_ours). The queue of a lock begins with a brace.
+    /// A pattern that matches all keys of the namespace, and possibly a few others: see
+    /// [`is_ours`](Self::is_ours). The leading `*` covers queues, whose names begin with a brace.
     pub(crate) fn pattern(&self) -> String {
         let mut pattern = "*".to_owned();
         for char in self.namespace.chars() {
@@ -165,12 +167,12 @@ impl Names {
             .starts_with(self.namespace.as_bytes())
     }
 
-    /// What comes before a manager's name in that of its inbox.
+    /// The prefix of an inbox's name, followed by the manager.
     pub(crate) fn inbox_prefix(&self) -> String {
         format!("{}in:", self.namespace)
     }
 
-    /// The same in a cluster, where each slot has an inbox of its own.
+    /// The same in a cluster, where each slot has its own inbox.
     pub(crate) fn inbox_prefix_in(&self, slot: Slot) -> Name<'_> {
         Name([&self.namespace, "in:{", "", "}:"], Some(slot_tags::tag(slot)))
     }
@@ -197,7 +199,7 @@ fn encode(key: &str, tagged: bool) -> String {
     name
 }
 
-/// A short text for each slot that hashes to it, so that a slot's counter lives in the slot.
+/// For each slot, a short text that hashes to it, so that a slot's counter lives in that slot.
 mod slot_tags {
     use std::sync::OnceLock;
 
@@ -302,7 +304,7 @@ mod tests {
             }
         }
 
-        /// No two names of different locks are the same, whatever their kind.
+        /// Names of different locks never collide, whatever their kind.
         #[test]
         fn no_two_locks_share_a_name(one in "[qa:{}%]{1,8}", other in "[qa:{}%]{1,8}") {
             prop_assume!(one != other);

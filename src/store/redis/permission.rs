@@ -1,10 +1,12 @@
-//! Which permission a user of the server's ACL lacks, as the rule that would grant it: `+zrank`, `~lock:*`, `&lock:in:*`.
+//! Finds which permission a user of the server's ACL lacks, as the rule that would grant it:
+//! `+zrank`, `~lock:*`, `&lock:in:*`.
 //!
 //! # Implementation details
 //!
-//! Servers say less than one needs. Of a key or a channel that is out of bounds they never say which; and up to 7.0 an error inside
-//! a script names no command, but the line, which is looked up in the script. Which of a script's keys it is, the server is asked by
-//! `EXISTS`, each alone. All of this happens only where a request was refused already.
+//! Redis does not report which key or channel was denied. Up to 7.0, an error inside a script does
+//! not name the command either, only the line, which is looked up in the script. For scripts, each
+//! key is probed with `EXISTS` to find the denied one. All of this happens only after a request was
+//! refused.
 
 use deadpool_redis::redis::aio::ConnectionLike;
 use deadpool_redis::redis::{Arg, Cmd, ErrorKind, Pipeline, RedisError, ServerErrorKind, Value, pipe};
@@ -15,16 +17,16 @@ pub(super) struct Permissions {
     namespace: String,
 }
 
-/// What was refused, as far as the server says it.
+/// What was refused, as far as the server reports it.
 enum Refused<'a> {
     Command(&'a str),
-    /// Some command of a script, in that line if it is known.
+    /// A command inside a script, with its line if known.
     CommandInScript(Option<usize>),
     Key,
     Channel,
 }
 
-/// How the words of an error that names the rule begin.
+/// The prefix of an error that names the missing rule.
 const LACKS: &str = "the user lacks the permission ";
 
 impl Permissions {
@@ -34,7 +36,7 @@ impl Permissions {
         }
     }
 
-    /// The error of a plain command, with the rule that is missing if it is about one.
+    /// Adds the missing rule to the error of a plain command, if the error is about a permission.
     pub(super) fn of_command(&self, error: RedisError, command: &Cmd) -> RedisError {
         match refused(&error) {
             Some(Refused::Key) => match arguments(command).nth(1) {
@@ -46,7 +48,7 @@ impl Permissions {
         }
     }
 
-    /// The error of a subscription, likewise.
+    /// The same for the error of a subscription.
     pub(super) fn of_subscription(&self, error: RedisError) -> RedisError {
         match refused(&error) {
             Some(Refused::Channel) => lacking(&self.channels(), &error),
@@ -54,7 +56,8 @@ impl Permissions {
         }
     }
 
-    /// The replies of a pipeline, or the first error among them, likewise.
+    /// Returns the replies of a pipeline, or the first error among them with the missing rule
+    /// added.
     pub(super) fn without_errors(&self, commands: &Pipeline, replies: Vec<Value>) -> Result<Vec<Value>, RedisError> {
         let replies = replies.into_iter().zip(commands.cmd_iter());
         replies
@@ -62,7 +65,8 @@ impl Permissions {
             .collect()
     }
 
-    /// The error of a script, likewise. `call` is how it was called, and `code` its text.
+    /// The same for the error of a script. `call` is the command that called it, and `code` its
+    /// source.
     pub(super) async fn of_script(
         &self,
         error: RedisError,
@@ -84,19 +88,19 @@ impl Permissions {
         }
     }
 
-    /// The rule for keys such as this one.
+    /// The rule that grants keys such as this one.
     fn pattern(&self, key: &[u8]) -> String {
         let brace = if key.starts_with(b"{") { "{" } else { "" };
         format!("~{brace}{}*", self.namespace)
     }
 
-    /// The rule for inboxes.
+    /// The rule that grants the inboxes.
     fn channels(&self) -> String {
         format!("&{}in:*", self.namespace)
     }
 }
 
-/// What a refusal means, in words that name the rule if it is known; nothing for any other error.
+/// Describes a refusal, with the missing rule if it is known. `None` for any other error.
 pub(super) fn in_words(error: &RedisError) -> Option<String> {
     if let Some(named) = error.detail().filter(|detail| detail.starts_with(LACKS)) {
         return Some(named.to_owned());
@@ -109,7 +113,7 @@ pub(super) fn in_words(error: &RedisError) -> Option<String> {
     })
 }
 
-/// Whether a refusal is about a command, whatever its keys are.
+/// Whether a refusal concerns a command, independent of its keys.
 pub(super) fn is_about_a_command(error: &RedisError) -> bool {
     let named = error.detail().and_then(|detail| detail.strip_prefix(LACKS));
     match named {
@@ -124,7 +128,7 @@ fn unnamed(what: &str, error: &RedisError) -> String {
 
 fn words(rule: &str, error: &RedisError) -> String {
     let said = error.detail().map_or_else(|| error.to_string(), str::to_owned);
-    format!("{LACKS}{rule}; config/acl.conf has all that are needed: {said}")
+    format!("{LACKS}{rule}; config/acl.conf lists all required rules: {said}")
 }
 
 fn lacking(rule: &str, error: &RedisError) -> RedisError {
@@ -139,7 +143,7 @@ fn lacking(rule: &str, error: &RedisError) -> RedisError {
 fn refused(error: &RedisError) -> Option<Refused<'_>> {
     let text = error.detail()?;
     let in_script = text.contains("The user executing the script can't ") || text.contains("ACL failure in script");
-    // The client library gives the refusal of a SELECT another kind.
+    // The client library reports a refused SELECT as another kind of error.
     if let Some((_, rest)) = text.split_once("permissions to run the '") {
         return Some(Refused::Command(rest.split('\'').next()?));
     }
@@ -158,8 +162,8 @@ fn refused(error: &RedisError) -> Option<Refused<'_>> {
     text.contains("key").then_some(Refused::Key)
 }
 
-/// The command that a script calls in that line, as the ACL names it. An error that has no line comes from the call whose errors the script
-/// looks at itself.
+/// The command that a script calls in this line, as the ACL names it. An error without a line comes
+/// from the one call whose errors the script handles itself.
 pub(super) fn command_in(code: &str, line: Option<usize>) -> Option<String> {
     let from = match line {
         Some(line) => code.lines().nth(line.checked_sub(1)?)?,
@@ -171,7 +175,7 @@ pub(super) fn command_in(code: &str, line: Option<usize>) -> Option<String> {
     if command != "pubsub" {
         return Some(command);
     }
-    // Its subcommands have rules of their own. A comma is between the two.
+    // The ACL has rules for its subcommands. The comma is between the two quoted names.
     let subcommand = quoted.nth(1)?.to_lowercase();
     Some(format!("{command}|{subcommand}"))
 }
@@ -192,13 +196,13 @@ fn keys(call: &Cmd) -> Vec<&[u8]> {
     arguments.take(count.unwrap_or(0)).collect()
 }
 
-/// The first of these keys that the user may not use, if the server says so.
+/// The first of these keys that the user may not use, if the server reports it.
 async fn first_denied<'a>(keys: Vec<&'a [u8]>, connection: &mut impl ConnectionLike) -> Option<&'a [u8]> {
     let mut questions = pipe();
     for key in &keys {
         questions.cmd("EXISTS").arg(*key);
     }
-    // Where there is no answer, the error goes without the name of the key.
+    // If there is no answer, the error does not name the key.
     let answers = connection.req_packed_commands(&questions, 0, keys.len()).await.ok()?;
     let mut asked = keys.into_iter().zip(answers);
     asked.find_map(|(key, answer)| {
@@ -269,7 +273,7 @@ mod tests {
         assert_eq!(command_in(code, Some(3)), None);
     }
 
-    /// Up to Redis 7.0 the line is all that is known of a command in a script.
+    /// Up to Redis 7.0, an error identifies a script's command by its line number only.
     #[test]
     fn no_line_of_a_script_calls_more_than_one_command() {
         let (one, cluster) = (Scripts::for_a_primary("lock:"), Scripts::for_a_cluster("lock:"));

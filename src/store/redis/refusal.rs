@@ -1,11 +1,14 @@
-//! Why a connection could not be made: what the server, a proxy or whatever listens there said or lacks.
+//! Finds out why connecting failed: what a server, a proxy or another service at the address sent,
+//! or which commands it lacks.
 //!
 //! # Implementation details
 //!
-//! A server that takes no more connections says so and closes the connection, before it was asked anything. What was sent meanwhile makes the system
-//! discard those words, so that all that is left is a broken pipe. A proxy that does not know a command closes the connection as well, and so does a
-//! port that speaks TLS. So after such an end a few connections more are made, each of which asks one question. Nothing that is secret is sent on them.
-//! It happens only if a connection failed after it was made, and takes no longer than [`PATIENCE`], or a quarter of the time limit.
+//! A server that has reached its connection limit sends an error and closes the connection before
+//! it receives a request. If a request is already in flight, the system discards that error and
+//! only a broken pipe is left. A proxy closes the connection on an unknown command, and a TLS port
+//! does the same on plaintext. After such a failure, a few more connections are made, each of which
+//! sends one probe. Probes contain no secrets. They are sent only if a connection failed after it
+//! was made. Each round takes at most [`PATIENCE`], or a quarter of the time limit if that is less.
 
 use std::io;
 use std::time::Duration;
@@ -19,22 +22,23 @@ use super::reply::error_in_words;
 use crate::store::StoreError;
 use crate::text::must_be_escaped;
 
-/// How long the answer to a question is waited for.
+/// How long to wait for the answer to a probe.
 pub(super) const PATIENCE: Duration = Duration::from_millis(200);
-/// How long a greeting is waited for where everything else is answered.
+/// How long the other probes may still take once `PING` is answered by a Redis server.
 const GREETING_PATIENCE: Duration = Duration::from_millis(20);
 /// How much of an answer is read, and how much of it is shown.
 const READ_MAX: usize = 256;
 const SHOWN_MAX: usize = 80;
 
-/// Also the end of the headers of a request of HTTP.
+/// Also ends the headers of an HTTP request.
 const PING_LINE: &[u8] = b"PING\r\n\r\n";
 
-const ENCRYPTED: &str = "the port speaks TLS; use a URL with TLS (rediss:// and its like), or the server's plain port";
+const ENCRYPTED: &str = "the port speaks TLS; use a TLS URL (such as rediss://), or the server's plaintext port";
 const TLS_ALERT: u8 = 21;
 const TLS_HANDSHAKE: u8 = 22;
 
-/// Commands that proxies lack, each in a form that changes nothing and takes no notice of who asks.
+/// Commands that proxies may lack, each in a form that changes nothing and does not depend on the
+/// client.
 const QUESTIONS: [(&str, &[&str]); 5] = [
     ("CLIENT", &["CLIENT", "GETNAME"]),
     ("ROLE", &["ROLE"]),
@@ -43,7 +47,7 @@ const QUESTIONS: [(&str, &[&str]); 5] = [
     ("PUBLISH", &["PUBLISH", "shardlock:probe", ""]),
 ];
 
-/// What an error means, found out by asking whatever listens at that address where the error itself says too little.
+/// Explains an error, probing the address if the error itself is not informative.
 pub(super) async fn explained(error: &RedisError, host: &str, port: u16, timeout: Duration) -> StoreError {
     if !says_too_little(error) {
         return error_in_words(error);
@@ -55,11 +59,11 @@ pub(super) async fn explained(error: &RedisError, host: &str, port: u16, timeout
         answer(host, port, &hello, limit),
         answer(host, port, PING_LINE, limit),
     );
-    // Not every proxy understands a command as people type it.
+    // Not every proxy accepts inline commands.
     let pong = answer(host, port, b"*1\r\n$4\r\nPING\r\n", limit);
     let ((greeting, hello, line), pong) = match select(Box::pin(others), Box::pin(pong)).await {
         Either::Left((others, pong)) => (others, pong.await),
-        // A server that is well says nothing to who asks nothing.
+        // A healthy server sends no greeting, so do not wait long for one.
         Either::Right((pong, others)) if pong.is_of_redis() => {
             let others = tokio::time::timeout(GREETING_PATIENCE, others).await;
             (others.unwrap_or_default(), pong)
@@ -83,7 +87,7 @@ pub(super) async fn explained(error: &RedisError, host: &str, port: u16, timeout
         if !lacking.is_empty() {
             return StoreError::Refused(
                 format!(
-                    "what listens there answers PING and closes the connection at {}: a proxy that lacks commands which locks need; \
+                    "the endpoint answers PING but closes the connection on {}: it is a proxy that lacks commands required for locks; \
                      connect to the Redis server itself: {error}",
                     lacking.join(", ")
                 )
@@ -94,7 +98,8 @@ pub(super) async fn explained(error: &RedisError, host: &str, port: u16, timeout
     error_in_words(error)
 }
 
-/// The same for a connection with TLS, on which nothing can be asked: a server that takes no more connections ends it before the handshake.
+/// The same for a TLS connection, on which nothing can be probed. A server at its connection limit
+/// closes it before the handshake.
 pub(super) fn explained_with_tls(error: &RedisError) -> StoreError {
     match error_in_words(error) {
         StoreError::Unavailable(words) if says_too_little(error) => StoreError::Unavailable(
@@ -104,8 +109,9 @@ pub(super) fn explained_with_tls(error: &RedisError) -> StoreError {
     }
 }
 
-/// What listens at that address, if it is certain that it is no Redis server that we could talk to. For a connection that is being made for suspiciously
-/// long: a server that is slow or hangs is none of that.
+/// Identifies the service at the address, if it certainly is not a Redis server that we can talk
+/// to. For a connection attempt that takes suspiciously long. A server that is merely slow or hangs
+/// yields `None`.
 pub(super) async fn is_of_another_kind(host: &str, port: u16, limit: Duration) -> Option<StoreError> {
     let hello = client_hello();
     let (hello, pong) = tokio::join!(answer(host, port, &hello, limit), answer(host, port, PING_LINE, limit),);
@@ -115,14 +121,15 @@ pub(super) async fn is_of_another_kind(host: &str, port: u16, limit: Duration) -
     pong.foreign().map(|line| not_redis(&line))
 }
 
-/// Whether a server answers what is not encrypted.
+/// Whether a server answers plaintext requests.
 pub(super) async fn answers_plainly(host: &str, port: u16) -> bool {
-    // Without a time limit of its own: the connection that is being made has one.
+    // No time limit here: the pending connection attempt has one.
     let pong = read_answer(host, port, b"PING\r\n", &mut Vec::new()).await;
     matches!(pong, Ok(Some(b'+' | b'-')))
 }
 
-/// Whether the connection was made and then ended without a reason, or with bytes that are no reply.
+/// Whether the connection was made and then closed without a reason, or with bytes that are not a
+/// reply.
 fn says_too_little(error: &RedisError) -> bool {
     error.kind() == ErrorKind::Parse || error.is_connection_dropped() && !error.is_connection_refusal()
 }
@@ -130,31 +137,32 @@ fn says_too_little(error: &RedisError) -> bool {
 const TOO_MANY: &str = "max number of clients";
 const PROTECTED: &str = "DENIED";
 
-/// Whether a server said that of a connection and not of what was asked on it.
+/// Whether the server's error concerns the connection rather than the command sent on it.
 fn is_of_connections(words: &str) -> bool {
     words.contains(TOO_MANY) || words.starts_with(PROTECTED)
 }
 
-/// A server whose first words are an error. Most of those pass: too many connections, a server that is about to end.
+/// The server greeted us with an error. Most of these are temporary: too many connections, or a
+/// server that is shutting down.
 fn no_connection(words: String) -> StoreError {
     if words.starts_with(PROTECTED) {
-        let advice = "the server is in protected mode; give it a password, or `bind` and `protected-mode no` where only those who may reach it can";
+        let advice = "the server is in protected mode; set a password, or set `bind` and `protected-mode no` if only trusted clients can reach it";
         return StoreError::Refused(format!("{advice}: {words}").into());
     }
     let advice = match words.contains(TOO_MANY) {
-        true => "; raise maxclients, or see who has so many connections (CLIENT LIST)",
+        true => "; raise maxclients, or check which clients hold the connections (CLIENT LIST)",
         false => "",
     };
-    StoreError::Unavailable(format!("the server takes no connection: {words}{advice}").into())
+    StoreError::Unavailable(format!("the server rejected the connection: {words}{advice}").into())
 }
 
 fn not_redis(line: &str) -> StoreError {
     StoreError::Refused(
-        format!("what listens there is no Redis server: it says {line:?}; check the host and the port").into(),
+        format!("the endpoint is not a Redis server: it replied {line:?}; check the host and the port").into(),
     )
 }
 
-/// The commands at which the connection is closed.
+/// The commands on which the connection is closed.
 async fn lacking(host: &str, port: u16, limit: Duration) -> Vec<&'static str> {
     let asking = QUESTIONS.map(|(name, words)| async move {
         let mut bytes = format!("*{}\r\n", words.len());
@@ -167,11 +175,11 @@ async fn lacking(host: &str, port: u16, limit: Duration) -> Vec<&'static str> {
     join_all(asking).await.into_iter().flatten().collect()
 }
 
-/// What came back within the limit.
+/// What was received within the limit.
 #[derive(Default)]
 pub(super) struct Answer {
     pub(super) bytes: Vec<u8>,
-    /// Whether the other side closed the connection.
+    /// Whether the peer closed the connection.
     pub(super) ended: bool,
 }
 
@@ -183,28 +191,28 @@ impl Answer {
             .next()
             .unwrap_or_default();
         let text = String::from_utf8_lossy(line);
-        // It is shown: nothing that changes a terminal, and not too much.
+        // The line is shown to users: drop terminal control characters and limit its length.
         text.chars()
             .filter(|&char| !must_be_escaped(char))
             .take(SHOWN_MAX)
             .collect()
     }
 
-    /// An error in Redis' protocol.
+    /// The text of an error reply of the Redis protocol.
     pub(super) fn refusal(&self) -> Option<String> {
-        // The line leaves out control characters, which may come before the dash.
+        // `line` drops control characters, which may come before the dash.
         let is_error = self.bytes.starts_with(b"-");
         self.line().strip_prefix('-').filter(|_| is_error).map(str::to_owned)
     }
 
-    /// Whether it is a reply in Redis' protocol.
+    /// Whether the answer is a reply of the Redis protocol.
     fn is_of_redis(&self) -> bool {
         self.bytes
             .first()
             .is_some_and(|first| b"+-:$*%_#,(!=~>|".contains(first))
     }
 
-    /// The first line, if it is none of Redis' protocol.
+    /// The first line, if it is not of the Redis protocol.
     pub(super) fn foreign(&self) -> Option<String> {
         (!self.bytes.is_empty() && !self.is_of_redis()).then(|| self.line())
     }
@@ -213,7 +221,8 @@ impl Answer {
 async fn answer(host: &str, port: u16, question: &[u8], limit: Duration) -> Answer {
     let mut bytes = Vec::new();
     let read = tokio::time::timeout(limit, read_answer(host, port, question, &mut bytes)).await;
-    // A connection that was made and reset ended as well; one that was refused says nothing of what listens there.
+    // A connection that was made and then reset counts as closed. A refused connection proves
+    // nothing about the service.
     let ended = match read {
         Ok(Ok(_)) => true,
         Ok(Err(error)) => error.kind() != io::ErrorKind::ConnectionRefused,
@@ -222,7 +231,7 @@ async fn answer(host: &str, port: u16, question: &[u8], limit: Duration) -> Answ
     Answer { bytes, ended }
 }
 
-/// Reads a line, or what comes before the end. Returns the first byte.
+/// Reads up to the end of a line or of the stream. Returns the first byte.
 async fn read_answer(host: &str, port: u16, question: &[u8], bytes: &mut Vec<u8>) -> io::Result<Option<u8>> {
     let mut stream = TcpStream::connect((host, port)).await?;
     stream.write_all(question).await?;
@@ -230,8 +239,8 @@ async fn read_answer(host: &str, port: u16, question: &[u8], bytes: &mut Vec<u8>
     Ok(bytes.first().copied())
 }
 
-/// The least that can be said to begin with TLS 1.2: one cipher suite, no session, no compression, and zeros for what would be random.
-/// Whoever speaks TLS answers, be it with a refusal.
+/// A minimal TLS 1.2 ClientHello: one cipher suite, no session, no compression, and zeros in place
+/// of random bytes. Any TLS server answers it, if only with an alert.
 fn client_hello() -> Vec<u8> {
     let (record, handshake) = ([TLS_HANDSHAKE, 3, 1, 0, 45], [1, 0, 0, 41]);
     let (version, random_and_session) = ([3, 3], [0; 33]);

@@ -1,4 +1,4 @@
-//! Reading what the server says.
+//! Parses server replies.
 
 use std::fmt::{self, Write};
 use std::time::Duration;
@@ -38,10 +38,10 @@ pub(super) fn ints(value: &Value) -> Option<Vec<i64>> {
 
 pub(super) fn unexpected(what: &str, value: &Value) -> StoreError {
     let shown = shown(value);
-    StoreError::Refused(format!("unexpected reply to {what}: {shown}; is every manager of the same version?").into())
+    StoreError::Refused(format!("unexpected reply to {what}: {shown}; do all managers run the same version?").into())
 }
 
-/// What an error shows of a reply, which may be of any length and hold anything.
+/// A reply as shown in an error. The reply itself may have any length and content.
 pub(super) fn shown(value: &Value) -> String {
     let mut shown = Cut(String::new());
     match write!(shown, "{value:?}") {
@@ -50,7 +50,7 @@ pub(super) fn shown(value: &Value) -> String {
     }
 }
 
-/// The beginning of a text; what is beyond it is not written.
+/// The beginning of a text; the rest is discarded.
 struct Cut(String);
 
 impl Cut {
@@ -67,10 +67,11 @@ impl Write for Cut {
     }
 }
 
-/// What a server repeats of a command that it does not know.
+/// Precedes the arguments that a server repeats when it does not know a command.
 const ARGUMENTS: &str = "with args beginning with";
 
-/// An error as it may be shown. A server without HELLO or AUTH, such as one with renamed commands, repeats their arguments, and the password is one of them.
+/// An error that is safe to show. A server without HELLO or AUTH, for example with renamed
+/// commands, repeats their arguments, which include the password.
 pub(super) fn without_arguments(error: &str) -> &str {
     let end = error.find(ARGUMENTS).unwrap_or(error.len());
     error[..end].trim_end_matches([',', ' '])
@@ -84,18 +85,18 @@ pub(super) fn server_time(value: &Value) -> Option<(u64, u64)> {
     }
 }
 
-/// What a server is to others of its kind.
+/// The role of a server.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub(super) enum Role {
     Primary,
-    /// A copy of the server at that `host:port`.
+    /// A replica of the server at this `host:port`.
     Replica {
         of: String,
     },
     Sentinel,
 }
 
-/// The reply to `ROLE`.
+/// Parses the reply to `ROLE`.
 pub(super) fn role(value: &Value) -> Result<Role, StoreError> {
     let read = || {
         let Value::Array(parts) = value else { return None };
@@ -130,14 +131,14 @@ fn acquire_reply(numbers: &[i64], tokens: u32) -> Option<AcquireReply> {
     })
 }
 
-/// The reply of the acquire script that was asked for so many tokens.
+/// The reply of the acquire script, which was asked for this number of tokens.
 pub(super) fn acquired(value: &Value, tokens: u32) -> Result<AcquireReply, StoreError> {
     ints(value)
         .and_then(|numbers| acquire_reply(&numbers, tokens))
         .ok_or_else(|| unexpected("acquire", value))
 }
 
-/// The replies of the free path: `SET ... NX` and `INCRBY`.
+/// The replies of the fast path: `SET ... NX` and `INCRBY`.
 pub(super) fn acquired_freely(replies: &[Value], tokens: u32) -> Result<AcquireReply, StoreError> {
     match replies {
         [Value::Nil, _] => Ok(AcquireReply::Taken),
@@ -153,7 +154,7 @@ pub(super) fn acquired_freely(replies: &[Value], tokens: u32) -> Result<AcquireR
     }
 }
 
-/// The reply of the release script; `requeued` says whether it was asked to join again.
+/// The reply of the release script; `requeued` states whether the request asked to enqueue again.
 pub(super) fn released(value: &Value, requeued: bool, tokens: u32) -> Result<ReleaseReply, StoreError> {
     let read = || {
         let numbers = ints(value)?;
@@ -211,7 +212,8 @@ pub(super) fn inspected(replies: &[Value]) -> Result<Inspection, StoreError> {
     })
 }
 
-/// A message in the inbox: `g <cycle> <largest token> <tokens> <queue length> <key>` or `w <cycle> <key>`.
+/// A message in the inbox: `g <cycle> <largest token> <tokens> <queue length> <key>` or
+/// `w <cycle> <key>`.
 pub(super) fn push(message: &str) -> Option<Push> {
     let (kind, rest) = message.split_once(' ')?;
     match kind {
@@ -239,7 +241,7 @@ pub(super) fn push(message: &str) -> Option<Push> {
     }
 }
 
-/// What an error means for the one who asked, in words that say what to do. No password is in them.
+/// Converts an error for the caller, with advice where possible. It contains no password.
 pub(super) fn error_in_words(error: &RedisError) -> StoreError {
     if let Some(words) = permission::in_words(error) {
         return StoreError::Refused(without_arguments(&words).into());
@@ -260,14 +262,14 @@ pub(super) fn error_in_words(error: &RedisError) -> StoreError {
             }
             ServerErrorKind::ReadOnly => "the server is a replica; connect to the primary",
             ServerErrorKind::Moved | ServerErrorKind::Ask | ServerErrorKind::CrossSlot => {
-                "the server is part of a Redis Cluster, which a redis:// shard can't be"
+                "the server is part of a Redis Cluster, which a redis:// shard does not support"
             }
             _ => "the server answered with an error",
         },
         ErrorKind::AuthenticationFailed => "check the user and the password",
         ErrorKind::Extension => match error.code() {
             Some("WRONGTYPE") => {
-                "the key is used for something that is no lock; nothing was changed; use another name or namespace"
+                "the key holds a value that is not a lock; nothing was changed; use another name or namespace"
             }
             Some("OOM") => "the server is out of memory; raise maxmemory, and set maxmemory-policy noeviction",
             Some("NOAUTH" | "WRONGPASS") => "check the user and the password",
@@ -278,10 +280,10 @@ pub(super) fn error_in_words(error: &RedisError) -> StoreError {
             _ => "the server answered with an error",
         },
         ErrorKind::InvalidClientConfig | ErrorKind::RESP3NotSupported => {
-            "the connection settings do not fit the server"
+            "the connection settings do not match the server"
         }
         ErrorKind::Parse => {
-            "the answer is not of Redis's protocol; if it is a TLS port, use a URL with TLS (rediss:// and its like)"
+            "the reply is not in the Redis protocol; if this is a TLS port, use a TLS URL (such as rediss://)"
         }
         _ => return StoreError::Unavailable(said.into()),
     };
@@ -308,7 +310,7 @@ mod tests {
             ),
         ] {
             let (StoreError::Refused(words) | StoreError::Unavailable(words)) = error_in_words(&error.into()) else {
-                panic!("it is about no map")
+                panic!("unexpected kind of error")
             };
             assert!(
                 words.ends_with("unknown command 'HELLO'") && !words.contains("s3cret"),

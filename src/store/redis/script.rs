@@ -1,4 +1,4 @@
-//! The Lua scripts, and how one is called.
+//! The Lua scripts, and how to call them.
 
 use deadpool_redis::redis::aio::MultiplexedConnection;
 use deadpool_redis::redis::{Cmd, ErrorKind, Pipeline, RedisError, RedisResult, Script, ServerErrorKind, Value, cmd};
@@ -8,7 +8,7 @@ use super::permission::Permissions;
 #[cfg(test)]
 mod tests;
 
-/// A script whose hash was computed once.
+/// A script with its precomputed hash.
 #[derive(Debug)]
 pub(super) struct LuaScript {
     code: &'static str,
@@ -16,12 +16,12 @@ pub(super) struct LuaScript {
     permissions: Permissions,
 }
 
-/// How a call says which script it means.
+/// How a call identifies its script.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub(super) enum Named {
-    /// As usual.
+    /// The usual way.
     ByHash,
-    /// Where the server does not know it (any more).
+    /// If the server does not know the script, or no longer does.
     ByText,
 }
 
@@ -34,7 +34,7 @@ impl LuaScript {
         }
     }
 
-    /// The command that calls it by its hash, or by its text.
+    /// Builds the command that calls the script by its hash or its source.
     pub(super) fn command(&self, by: Named, fill: impl Fn(&mut Cmd)) -> Cmd {
         match by {
             Named::ByHash => command("EVALSHA", &self.hash, fill),
@@ -46,8 +46,9 @@ impl LuaScript {
         self.code
     }
 
-    /// Calls it by its hash, and by its text where the server does not know it (any more). Being idempotent for a cycle,
-    /// it could even run twice. `fill` writes the number of keys, the keys and the arguments.
+    /// Calls the script by its hash, or by its source if the server does not know it. The script is
+    /// idempotent for its cycle, so it could even run twice. `fill` writes the number of keys, the
+    /// keys and the arguments.
     pub(super) async fn call(
         &self,
         connection: &mut MultiplexedConnection,
@@ -61,9 +62,11 @@ impl LuaScript {
         }
     }
 
-    /// The same, so that whomever the script tells something hears of it before the caller does, where the server keeps the order of Redis'
-    /// `putClientInPendingWriteQueue` (networking.c): clients are written to in the reverse of the order in which they first had a reply.
-    /// So the caller gets one before; `TIME` is what every user may send who may connect.
+    /// The same, but clients that the script notifies receive their message before the caller
+    /// receives its reply. This holds if the server keeps the order of Redis'
+    /// `putClientInPendingWriteQueue` (networking.c): it writes to clients in the reverse of the
+    /// order in which they first had a pending reply. The caller therefore first gets the reply to
+    /// another command; every user who can connect may send `TIME`.
     pub(super) async fn call_told_last(
         &self,
         connection: &mut MultiplexedConnection,
@@ -77,7 +80,7 @@ impl LuaScript {
         }
     }
 
-    /// Rare, so it should not make every call larger.
+    /// Rare, so its state must not enlarge the future of every call.
     async fn failed(
         &self,
         error: RedisError,
@@ -103,7 +106,8 @@ impl LuaScript {
         self.code
     }
 
-    /// The same with another command right behind it, and both replies; neither costs a round trip of its own.
+    /// The same with another command sent right behind the script. Returns both replies, in one
+    /// round trip.
     pub(super) async fn call_before(
         &self,
         after: &Cmd,
@@ -114,7 +118,7 @@ impl LuaScript {
         let (reply, behind) = call_both(&by_hash, after, connection).await?;
         let (error, call) = match reply.extract_error() {
             Err(error) if error.kind() == ErrorKind::Server(ServerErrorKind::NoScript) => {
-                // What came behind was too early.
+                // The script did not run, so the command behind it came too early.
                 let by_text = self.command(Named::ByText, &fill);
                 let (reply, behind) = call_both(&by_text, after, connection).await?;
                 match reply.extract_error() {
@@ -137,7 +141,8 @@ async fn call_both(call: &Cmd, after: &Cmd, connection: &mut MultiplexedConnecti
     Ok((next(), next()))
 }
 
-/// Room for the keys and arguments of a usual call, so that writing it does not grow the buffer.
+/// Enough for the keys and arguments of a typical call, so that writing it does not grow the
+/// buffer.
 const COMMAND_BYTES: usize = 384;
 const COMMAND_ARGUMENTS: usize = 14;
 
@@ -152,17 +157,17 @@ fn command(verb: &str, script: &str, fill: impl Fn(&mut Cmd)) -> Cmd {
 #[derive(Debug)]
 pub(super) struct Scripts {
     pub(super) acquire: LuaScript,
-    /// The way back of the free path.
+    /// The release of the fast path.
     pub(super) release_free: LuaScript,
     pub(super) release: LuaScript,
     pub(super) renew: LuaScript,
-    /// Takes another node of a quorum than the door.
+    /// Claims a lease on a node of a quorum other than the sequencer.
     pub(super) claim: LuaScript,
     /// For a lease whose slot is being moved.
     pub(super) renew_alone: LuaScript,
 }
 
-/// The text of a script that is made of these files.
+/// The source of a script that consists of these files.
 #[cfg(not(test))]
 macro_rules! script {
     ($($name:literal),+) => {
@@ -170,7 +175,7 @@ macro_rules! script {
     };
 }
 
-/// The same for tests, which can be run with other scripts than they were built with (`scripts/mutate-lua`).
+/// The same for tests, which can run other scripts than those built in (`scripts/mutate-lua`).
 #[cfg(test)]
 macro_rules! script {
     ($($name:literal),+) => {

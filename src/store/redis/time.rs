@@ -1,4 +1,4 @@
-//! Asking a server for its time.
+//! Reads a server's clock.
 
 use std::sync::Arc;
 use std::time::Duration;
@@ -10,7 +10,7 @@ use super::reply::{server_time, unexpected};
 use crate::clock::Moment;
 use crate::store::{ServerTime, StoreError};
 
-/// Asks the `server` on that connection, which has the number `number`.
+/// Asks `server` for its time on this connection, whose generation is `number`.
 pub(super) async fn ask(
     connection: &mut MultiplexedConnection,
     server: Arc<str>,

@@ -1,4 +1,5 @@
-//! A leader that was paused, and does not know yet that there is another, renews leases from its own memory.
+//! A leader that was paused, and does not know yet that it was replaced, renews leases from its own
+//! memory.
 
 use std::collections::HashMap;
 
@@ -8,11 +9,13 @@ use crate::store::support::PATIENCE;
 
 const CLUSTERS: usize = 3;
 const KEYS: u64 = 12;
-/// Longer than the pause, so that the leases have not ended by the count of the leader that was paused.
+/// Longer than the pause, so that the leases have not ended by the count of the paused leader.
 const SHORT: Duration = Duration::from_secs(7);
-/// Of the leader. Members drop a connection from which nothing comes for 5 s, so it needs a while to learn of the other leader.
+/// How long the leader is paused. Members drop a connection after 5 s of silence, so the leader
+/// needs a while to learn of its successor.
 const PAUSE: Duration = Duration::from_millis(6_300);
-/// When the renewals are sent, after the pause began: the new leader counts the leases from an earlier moment.
+/// When the renewals are sent, after the pause began: the new leader counts the leases from an
+/// earlier moment.
 const RENEWED_AFTER: Duration = Duration::from_millis(5_300);
 
 fn key(number: u64) -> LockKey {
@@ -29,15 +32,17 @@ fn request(number: u64, cycle: u64) -> Acquire {
     }
 }
 
-/// In some runs the leader learns of its successor before it answers the first request after the pause. So there are several clusters, side by side.
+/// In some runs the leader learns of its successor before it answers the first request after the
+/// pause, so several clusters run concurrently.
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn renewal_that_only_a_deposed_leader_answered_extends_nothing() {
     let overlaps = futures_util::future::join_all((0..CLUSTERS).map(|_| overlaps())).await;
     assert!(overlaps.iter().all(Vec::is_empty), "two held a key for {overlaps:?}");
 }
 
-/// Holders that reach only the leader, which is paused, and waiters that reach only the others: what a renewal has promised must have passed
-/// when a waiter has the key. Returns by how much it had not.
+/// The holders reach only the leader, which is paused, and the waiters reach only the others. By
+/// the time a waiter has a key, whatever a renewal promised must have passed. Returns by how much
+/// it had not.
 async fn overlaps() -> Vec<Duration> {
     let etcd = Etcd::start_members(3).await;
     let leader = etcd.leader().await;
@@ -69,7 +74,7 @@ async fn overlaps() -> Vec<Duration> {
             ttl: SHORT,
         })
         .collect();
-    // Also the connection of the renewals is one from before the pause.
+    // Renews once before the pause, so that the connection for renewals is also from before it.
     let before = holder.renew(renewals.clone(), SHORT).await.unwrap();
     assert!(
         before

@@ -1,19 +1,23 @@
-//! One request to the node that owns a slot, wherever that is by now.
+//! Sends one request to the node that owns a slot, following the slot if it moves.
 //!
 //! # Implementation details
 //!
-//! A request goes to the owner that the map names. `MOVED` corrects the map, `ASK` leads elsewhere once; what says that a node can't answer
-//! now (`TRYAGAIN` while a slot moves, `CLUSTERDOWN`, `LOADING`, `READONLY` after a failover, a connection that breaks, silence) is asked
-//! again after a pause that grows, with the map read anew where it may be wrong. So a request goes on until the store's time limit, across a failover
-//! if that is long enough. Everything that is sent is idempotent for its cycle, so asking again does no harm.
+//! A request goes to the owner that the map names. `MOVED` corrects the map; `ASK` redirects once.
+//! If a node can't answer now (`TRYAGAIN` while a slot moves, `CLUSTERDOWN`, `LOADING`, `READONLY`
+//! after a failover, a broken connection, silence), the request is retried after a growing pause,
+//! and the map is read again if it may be wrong. A request is thus retried until the store's time
+//! limit, across a failover if the limit is long enough. All requests are idempotent for their
+//! cycle, so retries are harmless.
 //!
-//! A connection that gave no answer for that long is replaced. The server may be fine and the connection not: a proxy that has forgotten it still
-//! acknowledges what is sent on it, so it never breaks.
+//! A connection that does not answer an attempt in time is replaced. The server may be fine while
+//! the connection is not: a proxy that has forgotten it still acknowledges data, so it never
+//! breaks.
 //!
-//! The requests of a key keep their order: they use one connection to a node, on which a request that nobody waits for any more is executed
-//! before those after it. Only a slot that changes its owner in between can part them, and then the old owner has
-//! refused, or executed, what it got before the new one answers. A request of a dead primary may have been executed and forgotten;
-//! nobody takes its outcome for a lease then, since its reply did not come.
+//! Requests for a key keep their order: they use one connection to a node, and a cancelled request
+//! on it executes before later ones. Only a change of the slot's owner can separate them, and then
+//! the old owner has refused or executed its requests before the new owner answers. A request to a
+//! dead primary may have been executed and then lost. Its outcome is not mistaken for a lease,
+//! since its reply never arrived.
 
 use std::pin::pin;
 use std::sync::Arc;
@@ -30,44 +34,46 @@ use crate::clock::Moment;
 use crate::key::Slot;
 use crate::store::StoreError;
 
-/// The first and the longest pause before the same is asked again.
+/// The first and the longest pause before a retry.
 const PAUSE_MIN: Duration = Duration::from_millis(2);
 const PAUSE_MAX: Duration = Duration::from_millis(100);
-/// How many redirections in a row are followed without a pause: two nodes may send one to each other until they agree.
+/// How many redirections in a row are followed without a pause: two nodes may redirect to each
+/// other until they agree.
 const REDIRECTIONS_AT_ONCE: usize = 4;
-/// A connection is not replaced for a shorter silence, also if the sender has no more time: a server that is busy for a moment is none to leave.
+/// A connection is not replaced after a shorter silence, even if the sender has no more time: a
+/// server that is briefly busy must not be abandoned.
 const SILENCE_MIN: Duration = Duration::from_millis(250);
 
-/// What is asked, and of which slot's owner.
+/// A request and the slot whose owner must answer it.
 pub(super) struct Call<'a> {
     pub(super) slot: Slot,
-    /// Writes the command.
+    /// Builds the command.
     pub(super) command: &'a (dyn Fn(Named) -> Cmd + Send + Sync),
-    /// How many replicas should have it before the answer counts.
+    /// How many replicas should have executed the command before the reply counts.
     pub(super) acks: u32,
-    /// Whether `TRYAGAIN` is an answer.
+    /// Whether `TRYAGAIN` is returned instead of retried.
     pub(super) stops_at_try_again: bool,
-    /// How long the sender waits, if that is shorter than the store's time limit.
+    /// How long the sender waits, if less than the store's time limit.
     pub(super) limit: Option<Duration>,
 }
 
-/// The answer.
+/// The reply to a call.
 pub(super) struct Said {
     pub(super) value: Value,
-    /// When the attempt that was answered was about to be sent.
+    /// When the answered attempt was about to be sent.
     pub(super) sent_at: Moment,
     /// Whether an earlier attempt may have been executed.
     pub(super) repeated: bool,
-    /// How many replicas had it, where that was asked.
+    /// How many replicas acknowledged, if that was requested.
     pub(super) acked: u32,
-    /// Who said it; nothing while the slot moves.
+    /// The node that replied; `None` while the slot is being moved.
     pub(super) place: Option<Place>,
 }
 
-/// Why there is no answer.
+/// Why a call failed.
 pub(super) enum Unsaid {
     Failed(StoreError),
-    /// The slot is being moved and some of the keys have.
+    /// The slot is being moved, and so far only some of the keys were.
     TryAgain,
 }
 
@@ -80,17 +86,17 @@ impl From<Unsaid> for StoreError {
     }
 }
 
-/// How one attempt ended.
+/// The outcome of one attempt.
 enum Attempt {
     Said(Value, u32),
     Failed(RedisError),
-    /// Without having been sent.
+    /// The command was not sent.
     NotSent(StoreError),
     Silent,
 }
 
 impl Lane {
-    /// Asks until there is an answer, or the store's time limit is nearly over.
+    /// Retries until there is a reply, or the time limit is nearly over.
     pub(super) async fn call(&self, call: Call<'_>) -> Result<Said, Unsaid> {
         let shared = &*self.shared;
         let started = Moment::now();
@@ -231,7 +237,7 @@ impl Lane {
                 }
                 None => None,
             };
-            // What was asked comes first among the errors: that of ASKING or WAIT follows from it.
+            // Report the command's error first: an error of ASKING or WAIT is a consequence of it.
             let value = replies.pop().unwrap_or(Value::Nil).extract_error()?;
             replies
                 .into_iter()
@@ -258,15 +264,15 @@ impl Lane {
         }
     }
 
-    /// Reads the map anew where it may be wrong. That nobody answers is found out by the next attempt.
+    /// Reads the map again in case it is wrong. If no node answers, the next attempt reports it.
     async fn refresh_in_vain(&self, version: u64) {
         if let Err(error) = self.refresh(version).await {
-            tracing::debug!(?error, "the map of the cluster's slots could not be read");
+            tracing::debug!(?error, "failed to read the cluster's slot map");
         }
     }
 }
 
-/// Whether the same may be answered soon, by that node or another.
+/// Whether a retry may soon succeed, on this node or another.
 fn passes(error: &RedisError) -> bool {
     matches!(
         error.kind(),
@@ -282,8 +288,8 @@ fn passes(error: &RedisError) -> bool {
     ) || matches!(error_in_words(error), StoreError::Unavailable(_))
 }
 
-/// Whether a script met a key that was gone, in a slot that is being moved: it has done some of its work, and whatever is left is
-/// done by the next attempt.
+/// Whether a script failed midway because a key was missing in a slot that is being moved. The next
+/// attempt does the rest of its work.
 fn is_cut_short(error: &RedisError) -> bool {
     error.to_string().contains("access a non local key")
 }
@@ -293,5 +299,5 @@ fn in_vain(trouble: &StoreError, waited: Duration) -> StoreError {
         StoreError::Unavailable(reason) | StoreError::Refused(reason) => Arc::clone(reason),
         StoreError::MapMismatch { .. } => return trouble.clone(),
     };
-    StoreError::Unavailable(format!("no answer within {waited:.1?}, the last time: {reason}").into())
+    StoreError::Unavailable(format!("no answer within {waited:.1?}; last error: {reason}").into())
 }

@@ -1,4 +1,4 @@
-//! What must hold for the places that nodes tell. See [`crate::fuzzing`].
+//! Properties that must hold for the addresses that nodes report. See [`crate::fuzzing`].
 
 #![allow(clippy::expect_used, clippy::panic, clippy::unwrap_used)]
 
@@ -40,7 +40,7 @@ fn mapped(reply: &Value, asked: &str) {
     for slot in (0..SLOTS).step_by(97).filter_map(Slot::new) {
         assert!(topology.owner(slot).is_none_or(|owner| places.contains(&owner)));
     }
-    // The same map again changes nothing.
+    // Applying the same map again changes nothing.
     let epochs: Vec<u32> = (0..SLOTS)
         .filter_map(Slot::new)
         .map(|slot| topology.epoch(slot))
@@ -50,7 +50,7 @@ fn mapped(reply: &Value, asked: &str) {
     assert!(slots.zip(epochs).all(|(slot, epoch)| topology.epoch(slot) == epoch));
 }
 
-/// A node at that place is talked to with the login of the URL and no other.
+/// Connecting to a node at this address uses the login of the URL and no other.
 fn used(place: &Place) {
     let like = "redis://u:p@h:1/0".into_connection_info().unwrap();
     let Some(info) = node::at(place, &like, true) else {

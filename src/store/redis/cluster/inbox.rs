@@ -1,4 +1,5 @@
-//! What requests know of the inboxes: whether the one of a slot is subscribed, and asking for it.
+//! The inboxes as seen by requests: whether the inbox of a slot is subscribed, and how to ask for
+//! it.
 
 use std::hash::{BuildHasher, RandomState};
 use std::sync::atomic::{AtomicU32, AtomicU64, Ordering};
@@ -12,26 +13,29 @@ use crate::clock::Moment;
 use crate::key::{SLOTS, Slot};
 use crate::store::StoreError;
 
-/// The side of the inboxes that requests use; the listener has the other.
+/// The request side of the inboxes; the subscriber has the other side.
 pub(super) struct Inbox {
-    /// For each slot, where its inbox is subscribed and confirmed, as a number; zero if it is not.
+    /// For each slot, a hash of the node on which its inbox is subscribed and confirmed; zero if it
+    /// is not.
     places: Box<[AtomicU64]>,
-    /// For each slot, when it was last asked for, or until when a lease there lasts, in seconds since `born`.
+    /// For each slot, when its inbox was last asked for, or until when a lease in it lasts, in
+    /// seconds since `born`.
     used: Box<[AtomicU32]>,
     born: Moment,
-    /// Turns a place into a number. That two have the same is less likely than a flipped bit, and would only delay a correction.
+    /// Hashes a node's address. A collision is less likely than a flipped bit, and would only delay
+    /// a correction.
     hasher: RandomState,
     wishes: mpsc::UnboundedSender<Wish>,
-    /// Taken by the listener.
+    /// Taken by the subscriber.
     receiver: Mutex<Option<mpsc::UnboundedReceiver<Wish>>>,
 }
 
-/// What a request wants of the listener.
+/// A request's message to the subscriber.
 #[derive(Debug)]
 pub(super) enum Wish {
-    /// To be told when the inbox of the slot is subscribed.
+    /// Notify `done` when the inbox of the slot is subscribed.
     Subscribed { slot: Slot, done: oneshot::Sender<()> },
-    /// The slot's owner is not where its inbox is subscribed.
+    /// The slot's owner is not the node on which its inbox is subscribed.
     Elsewhere { slot: Slot },
 }
 
@@ -48,24 +52,25 @@ impl Inbox {
         }
     }
 
-    /// Returns when the inbox of the slot is subscribed and the node has confirmed it.
+    /// Waits until the inbox of the slot is subscribed and the node has confirmed it.
     ///
     /// # Errors
     ///
-    /// Nobody listens any more: the manager is ending.
+    /// The subscriber has stopped because the manager is shutting down.
     pub(super) async fn ready(&self, slot: Slot) -> Result<(), StoreError> {
         self.used[usize::from(slot.number())].fetch_max(self.now(), Ordering::AcqRel);
         if self.is_subscribed(slot) {
             return Ok(());
         }
-        let gone = || StoreError::Unavailable("the manager does not listen any more".into());
+        let gone = || StoreError::Unavailable("the inbox subscriber has stopped".into());
         let (done, told) = oneshot::channel();
         let wish = Wish::Subscribed { slot, done };
         self.wishes.send(wish).map_err(|_| gone())?;
         told.await.map_err(|_| gone())
     }
 
-    /// A lease of that slot lasts for so long: its inbox, if there is one, is not idle before.
+    /// A lease of this slot lasts for `ttl`: if its inbox is subscribed, it does not count as idle
+    /// before then.
     pub(super) fn keep_for(&self, slot: Slot, ttl: Duration) {
         if self.is_subscribed(slot) {
             let until = self
@@ -75,11 +80,12 @@ impl Inbox {
         }
     }
 
-    /// The owner of the slot has answered. Somebody who waits there has to listen there.
+    /// A cycle was queued by the slot's owner at this address, so the inbox must be subscribed
+    /// there.
     pub(super) fn waits_at(&self, slot: Slot, place: &Place) {
         let subscribed = self.places[usize::from(slot.number())].load(Ordering::Acquire);
         if subscribed != 0 && subscribed != self.number(place) {
-            // Where nobody listens any more, the manager is ending.
+            // If the subscriber has stopped, the manager is shutting down.
             self.wishes.send(Wish::Elsewhere { slot }).ok();
         }
     }
@@ -93,7 +99,7 @@ impl Inbox {
         self.places[usize::from(slot.number())].store(number, Ordering::Release);
     }
 
-    /// For how many seconds nobody has asked for the slot's inbox.
+    /// For how many seconds no request has asked for the slot's inbox.
     pub(super) fn idle_seconds(&self, slot: Slot) -> u32 {
         let used = self.used[usize::from(slot.number())].load(Ordering::Acquire);
         self.now().saturating_sub(used)

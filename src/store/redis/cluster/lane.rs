@@ -1,4 +1,4 @@
-//! The command connections of one lane, and reading the map of slots through them.
+//! The command connections of one lane, and reading the slot map through them.
 
 use std::collections::HashMap;
 use std::sync::Arc;
@@ -17,23 +17,24 @@ use crate::key::Slot;
 use crate::program::Runtimes;
 use crate::store::StoreError;
 
-/// How many nodes are asked for the map at a time; the first good answer counts.
+/// How many nodes are asked for the map concurrently; the first usable reply counts.
 const ASKED_AT_A_TIME: usize = 8;
 
-/// See the module. Its connections belong to the runtime of the threads that use it.
+/// See the module. The connections run on the runtime of the threads that use the lane.
 pub(super) struct Lane {
     pub(super) shared: Arc<Shared>,
-    /// How many connections each node gets. A slot always uses the same one, which keeps the order of its requests.
+    /// How many connections each node gets. A slot always uses the same one, which keeps the order
+    /// of its requests.
     per_node: usize,
     purpose: Purpose,
-    /// The runtimes, if the program's tasks use it.
+    /// Set if the application's tasks use the lane.
     runtimes: Option<Arc<Runtimes>>,
     nodes: Mutex<HashMap<Place, Vec<Arc<Node>>>>,
-    /// Held while the map is read, so that a hundred tasks that find it wrong read it once. One per lane: a task of a blocked
-    /// runtime must not keep renewals waiting.
+    /// Held while the map is read, so that many tasks that find it wrong read it once. One per
+    /// lane: a task on a blocked runtime must not delay renewals.
     reading: tokio::sync::Mutex<()>,
     next_asked: AtomicUsize,
-    /// Whose connections are used while this one can't open its own.
+    /// The lane whose connections are used while this one can't open its own.
     substitute: Option<Arc<Lane>>,
 }
 
@@ -56,7 +57,7 @@ impl Lane {
         }
     }
 
-    /// The same, with another lane whose open connections are used while a node takes none of this one.
+    /// Adds another lane, whose open connections are used while a node accepts none from this lane.
     pub(super) fn with_substitute(self, substitute: &Arc<Self>) -> Self {
         Self {
             substitute: Some(Arc::clone(substitute)),
@@ -64,20 +65,20 @@ impl Lane {
         }
     }
 
-    /// The substitute's connection of a slot to that node, if it has an open one.
+    /// The substitute's connection for this slot to the node, if one is open.
     pub(super) fn substitute(&self, place: &Place, slot: Slot) -> Option<(Arc<Node>, Live)> {
         let node = self.substitute.as_ref()?.known_node(place, slot)?;
         let live = node.live()?;
         Some((node, live))
     }
 
-    /// The error of connecting to a node, with where its address comes from if that is not the URL.
+    /// Adds the node to a connection error, and the origin of its address if that is not the URL.
     pub(super) fn not_connected(&self, error: StoreError, place: &Place) -> StoreError {
         if self.shared.seeds.contains(place) {
             return at_place(error, place);
         }
         let announced = format!(
-            "{place}, which is not in the URL but an address that the nodes of the cluster announce (cluster-announce-ip, \
+            "{place}, which is not in the URL but is announced by the cluster's nodes (cluster-announce-ip, \
              cluster-announce-port, cluster-announce-hostname)"
         );
         at_place(error, &announced)
@@ -93,13 +94,13 @@ impl Lane {
         nodes.get(usize::from(slot.number()) % nodes.len()).map(Arc::clone)
     }
 
-    /// No connection is used any more that was opened so far.
+    /// Abandons all current connections.
     pub(super) fn leave(&self) {
         let nodes: Vec<Arc<Node>> = self.nodes.lock().values().flatten().map(Arc::clone).collect();
         nodes.iter().for_each(|node| node.leave());
     }
 
-    /// The connection of a slot to that node.
+    /// The connection for this slot to the node.
     pub(super) fn node(&self, place: &Place, slot: Slot) -> Result<Arc<Node>, StoreError> {
         let mut nodes = self.nodes.lock();
         if let Some(nodes) = nodes.get(place) {
@@ -120,17 +121,17 @@ impl Lane {
                 node.map(|node| Arc::new(node.at_home(self.runtimes.clone())))
             })
             .collect();
-        let made = made.ok_or_else(|| StoreError::Refused(format!("{place:?} is no place of a node").into()))?;
+        let made = made.ok_or_else(|| StoreError::Refused(format!("{place:?} is not a valid node address").into()))?;
         let node = Arc::clone(&made[usize::from(slot.number()) % made.len()]);
         nodes.insert(Arc::clone(place), made);
         Ok(node)
     }
 
-    /// Reads the map anew, unless somebody did since it had that version.
+    /// Reads the map again, unless its version has changed since `version`.
     ///
     /// # Errors
     ///
-    /// No node gave one.
+    /// No node returned a map.
     pub(super) async fn refresh(&self, version: u64) -> Result<(), StoreError> {
         let _only_one = self.reading.lock().await;
         let topology = &self.shared.topology;
@@ -143,7 +144,8 @@ impl Lane {
                 places.push(Arc::clone(seed));
             }
         }
-        // Each time in another order: a node that answers first may be the one that knows least.
+        // In a different order each time: the node that answers first may be the one that knows
+        // least.
         let first = self.next_asked.fetch_add(1, Ordering::Relaxed) % places.len().max(1);
         places.rotate_left(first);
         let mut failed: Option<StoreError> = None;
@@ -155,11 +157,11 @@ impl Lane {
                     let owners = topology.places();
                     let is_gone = |place: &Place| !owners.contains(place) && !self.shared.seeds.contains(place);
                     let gone: Vec<_> = self.nodes.lock().extract_if(|place, _| is_gone(place)).collect();
-                    // Not under the mutex: the end of a connection wakes its driver.
+                    // Not under the mutex: ending a connection wakes its driver.
                     drop(gone);
                     return Ok(());
                 }
-                // One that says no explains more than one that can't be reached.
+                // A node's refusal is more informative than a failed connection.
                 Err(error) if matches!(error, StoreError::Refused(_)) || failed.is_none() => failed = Some(error),
                 Err(_) => {}
             }
@@ -173,14 +175,14 @@ impl Lane {
             Ok(Ok(reply)) => match ranges(&reply, place) {
                 Some(ranges) if !ranges.is_empty() => Ok(ranges),
                 Some(_) => Err(StoreError::Unavailable(
-                    format!("{place} knows of no slot that has an owner").into(),
+                    format!("{place} reports no slot that has an owner").into(),
                 )),
                 None => Err(StoreError::Refused(
-                    format!("unexpected reply of {place} to CLUSTER SLOTS: {reply:?}").into(),
+                    format!("unexpected reply from {place} to CLUSTER SLOTS: {reply:?}").into(),
                 )),
             },
             Ok(Err(error)) if error.to_string().contains("cluster support disabled") => Err(StoreError::Refused(
-                format!("{place} is no node of a Redis Cluster; a single server is a redis:// shard").into(),
+                format!("{place} is not a node of a Redis Cluster; use redis:// for a single server").into(),
             )),
             Ok(Err(error)) => Err(at_place(error_in_words(&error), place)),
             Err(Unasked::NotConnected(error)) => Err(self.not_connected(error, place)),
@@ -191,7 +193,7 @@ impl Lane {
     }
 }
 
-/// Says which node it was.
+/// Adds the node's address to an error.
 pub(super) fn at_place(error: StoreError, place: &str) -> StoreError {
     match error {
         StoreError::Unavailable(reason) => StoreError::Unavailable(format!("{place}: {reason}").into()),

@@ -1,23 +1,31 @@
-//! The inboxes of a manager in a cluster: one sharded channel in each slot where it waits, on connections of their own.
+//! The subscriber of a manager in a cluster: one sharded channel in each slot where it waits, on
+//! dedicated connections.
 //!
 //! # Implementation details
 //!
-//! One task on the background thread owns all subscriptions. A request that may begin to wait in a slot first asks for its inbox
-//! ([`Inbox::ready`]) and is told when the slot's owner has *confirmed* it. What counts is the confirmation among the pushes of
-//! that connection, not the reply to the command: unasked messages may be taken for replies, but pushes come in the order in which the
-//! node made them, so that what the last one says of a channel is true. Each slot that is not confirmed has exactly one attempt under
-//! way, which is repeated until the confirmation came.
+//! One task on the background thread owns all subscriptions. A request that may enqueue in a slot
+//! first asks for the slot's inbox ([`Inbox::ready`]) and is notified when the slot's owner has
+//! *confirmed* the subscription. What counts is the confirmation among the pushes of the
+//! connection, not the reply to the command: unsolicited messages may be taken for replies. Pushes
+//! arrive in the order in which the node made them, so the last one about a channel is valid. Each
+//! unconfirmed slot has exactly one pending attempt, which is repeated until the confirmation
+//! arrives.
 //!
-//! A subscription is *lost* when its connection breaks, when the node ends it because the slot moved, when the map or a reply says
-//! that the slot's owner is another, and when it was idle for long and is given up. **No waiter is lost:** every loss is followed by
-//! `Resubscribed` of that slot, after the next confirmation (or, where that takes longer than a request may, without one, so that
-//! who waits asks and learns why). Whoever waits in the slot then, or has a request on its way, asks again. A request that was executed before the
-//! loss is thus repeated after the subscription is back, and one that is executed later is heard of. In between, the release script finds nobody listening and
-//! goes on to the next in the queue; the repeated request joins again.
+//! A subscription is *lost* when its connection breaks, when the node ends it because the slot
+//! moved, when the map or a reply shows another owner of the slot, or when it is unsubscribed
+//! because it was idle for long. **No waiter is lost:** every loss is followed by `Resubscribed`
+//! for that slot, after the next confirmation. If resubscribing takes longer than `store_timeout`,
+//! `Resubscribed` is sent anyway so that waiters retry and see the error. Waiters in the slot, and
+//! requests in flight, then send their acquire again. A request executed before the loss is thus
+//! repeated once the subscription is back; the grant for one executed later arrives on the new
+//! subscription. In between, the release script finds no subscriber and skips to the next cycle in
+//! the queue; the repeated request enqueues again.
 //!
-//! A node that hangs breaks no connection, and neither does a proxy that has forgotten one. So each connection with subscriptions is asked every few
-//! seconds, by subscribing once more what is subscribed already; one that does not answer is replaced. While something is subscribed, the map is read every few seconds, whoever else reads it; also when a
-//! renewal had no answer in its time, which may be too short to find out why.
+//! Neither a node that hangs nor a proxy that has forgotten a connection breaks it. Each connection
+//! with subscriptions is therefore checked every few seconds by subscribing again to one of its
+//! channels; a connection that does not answer is replaced. While any slot is subscribed, the map
+//! is read every few seconds, even if requests also read it. It is also read after a renewal was
+//! not answered in time, since a renewal's limit may be too short to find out why.
 
 use std::collections::HashMap;
 use std::sync::Arc;
@@ -46,12 +54,13 @@ use crate::store::tell_unreadable;
 /// The first and the longest pause between attempts to subscribe.
 const PAUSE_MIN: Duration = Duration::from_millis(5);
 const PAUSE_MAX: Duration = Duration::from_millis(250);
-/// How long after the reply its confirmation must have been read.
+/// How long after the reply the confirmation must have been read.
 const CONFIRMED_WITHIN: Duration = Duration::from_millis(20);
-/// How often subscriptions are compared with the map, and how often the map is read anew for it.
+/// How often subscriptions are compared with the map, and after how many comparisons the map is
+/// read.
 const LOOK_EVERY: Duration = Duration::from_millis(500);
 const MAP_EVERY_LOOKS: u32 = 4;
-/// How often each connection with subscriptions must answer.
+/// After how many comparisons each connection with subscriptions is checked.
 const CHECK_EVERY_LOOKS: u32 = 4;
 
 /// See the module.
@@ -65,55 +74,55 @@ pub(super) struct Listener {
     subscriptions: HashMap<Slot, Subscription>,
     attempts: FuturesUnordered<BoxFuture<'static, (Slot, u64, Ended)>>,
     next_attempt: u64,
-    /// The connections that are being asked whether they still answer. Gives those that do not.
+    /// The pending checks of connections. Each yields its connection if that does not answer.
     checks: FuturesUnordered<BoxFuture<'static, Option<(Place, u64)>>>,
-    /// How many connections with subscriptions broke, and none of those is back yet.
+    /// How many connections with subscriptions broke since the last confirmation.
     cut_off: u64,
 }
 
 struct Subscription {
-    /// Where it is confirmed.
+    /// The connection on which it is confirmed.
     at: Option<(Place, u64)>,
-    /// Whether it was confirmed before, so that pushes may have been missed.
+    /// Whether a confirmed subscription was lost, so that pushes may have been missed.
     lost: bool,
-    /// Who is told when it is confirmed.
+    /// Notified when it is confirmed.
     waiting: Vec<oneshot::Sender<()>>,
-    /// The attempt under way, while it is not confirmed.
+    /// The pending attempt, while it is not confirmed.
     attempt: u64,
     backoff: Backoff,
-    /// Since when it is not confirmed, or was last said to be in vain.
+    /// Since when it is not confirmed, or when that was last reported to waiters.
     since: Moment,
 }
 
 /// How an attempt ended.
 enum Ended {
-    /// The confirmation is there, or about to be read.
+    /// The confirmation has arrived, or is about to be read.
     Sent,
-    /// The slot is elsewhere.
+    /// Another node owns the slot.
     Moved,
-    /// It has to be tried again.
+    /// The attempt must be repeated.
     Failed,
-    /// The subscription was given up.
+    /// The slot was unsubscribed.
     Left,
 }
 
 /// The manager is gone.
 struct Gone;
 
-/// Listens until nobody receives.
+/// Runs the subscriber until the receiver is closed.
 pub(super) async fn listen(
     lane: Arc<Lane>,
     shared: Arc<Shared>,
     inbox: Arc<Inbox>,
     pushes: mpsc::UnboundedSender<Push>,
 ) {
-    // A store is listened to once.
+    // The subscriber of a store runs only once.
     let Some(mut wishes) = inbox.take_receiver() else {
         return;
     };
     let mut backoff = Backoff::new(PAUSE_MIN, PAUSE_MAX);
     while let Err(error) = lane.refresh(shared.topology.version()).await {
-        tracing::debug!(shard = %shared.shard, %error, "the map of the cluster's slots could not be read");
+        tracing::debug!(shard = %shared.shard, %error, "failed to read the cluster's slot map");
         tokio::select! {
             () = backoff.wait() => {}
             () = pushes.closed() => return,
@@ -173,7 +182,7 @@ pub(super) async fn listen(
                     let (lane, version) = (Arc::clone(&listener.lane), listener.shared.topology.version());
                     reading = Some(Box::pin(async move {
                         if let Err(error) = lane.refresh(version).await {
-                            tracing::debug!(?error, "the map of the cluster's slots could not be read");
+                            tracing::debug!(?error, "failed to read the cluster's slot map");
                         }
                     }));
                 }
@@ -194,7 +203,7 @@ impl Listener {
     fn wish(&mut self, wish: Wish) -> Result<(), Gone> {
         match wish {
             Wish::Subscribed { slot, done } => match self.subscriptions.get_mut(&slot) {
-                // Whoever asked may have stopped waiting.
+                // The request may have been cancelled.
                 Some(Subscription { at: Some(_), .. }) => drop(done.send(())),
                 Some(subscription) => {
                     subscription.waiting.retain(|waiting| !waiting.is_closed());
@@ -239,7 +248,7 @@ impl Listener {
             PushKind::SMessage => {
                 let Some(message) = text(1) else { return Ok(()) };
                 match reply::push(&message) {
-                    // Whether enough replicas have the lease is known to nobody yet.
+                    // It is not known yet whether enough replicas have the lease.
                     Some(Push::Granted { key, grant }) if self.shared.min_replicas_acked > 0 => self.push(Push::Turn {
                         key,
                         cycle: grant.cycle,
@@ -272,7 +281,7 @@ impl Listener {
         }
     }
 
-    /// That connection is gone, or of no more use, and all subscriptions on it.
+    /// This connection is gone or unusable, and so are its subscriptions.
     fn cut(&mut self, place: &Place, generation: u64) {
         if let Some(ear) = self.ears.get(place) {
             ear.broken(generation);
@@ -287,13 +296,13 @@ impl Listener {
         lost.into_iter().for_each(|slot| self.lose(slot));
     }
 
-    /// Asks every connection with subscriptions for an answer.
+    /// Checks that every connection with subscriptions answers.
     fn check(&mut self) {
         let confirmed = self.subscriptions.iter().filter_map(|(slot, subscription)| {
             let (place, generation) = subscription.at.as_ref()?;
             Some(((Arc::clone(place), *generation), *slot))
         });
-        // One slot of each will do.
+        // One slot of each connection will do.
         let asked: HashMap<(Place, u64), Slot> = confirmed.collect();
         for ((place, generation), slot) in asked {
             let Some(ear) = self.ears.get(&place).map(Arc::clone) else {
@@ -302,7 +311,7 @@ impl Listener {
             let shared = Arc::clone(&self.shared);
             self.checks.push(Box::pin(async move {
                 if ear.generation() != Some(generation) {
-                    // It was found out otherwise.
+                    // The connection was replaced meanwhile.
                     return Some((place, generation));
                 }
                 let answer = send(&shared, &ear, "SSUBSCRIBE", slot).await;
@@ -317,14 +326,14 @@ impl Listener {
         let Some(subscription) = self.subscriptions.get_mut(&slot) else {
             return Ok(());
         };
-        // Of a connection with many subscriptions, the first that is back tells.
+        // The first confirmation after the loss reports all reconnects.
         let back = std::mem::take(&mut self.cut_off);
         self.shared.metrics.reconnects.increment(back);
         self.inbox.set_place(slot, Some(&place));
         subscription.at = Some((place, generation));
         subscription.backoff.reset();
         for done in subscription.waiting.drain(..) {
-            // It may have stopped waiting.
+            // The request may have been cancelled.
             done.send(()).ok();
         }
         if std::mem::take(&mut subscription.lost) {
@@ -333,7 +342,7 @@ impl Listener {
         Ok(())
     }
 
-    /// The subscription of that slot is of no more use, and the next begins.
+    /// Marks the subscription of this slot as lost and starts a new attempt.
     fn lose(&mut self, slot: Slot) {
         if let Some(subscription) = self.subscriptions.get_mut(&slot) {
             subscription.at = None;
@@ -344,7 +353,7 @@ impl Listener {
         }
     }
 
-    /// Starts the attempt of a slot; an earlier one does not count any more.
+    /// Starts an attempt for a slot; earlier attempts no longer count.
     fn attempt(&mut self, slot: Slot, pause: Duration) {
         self.next_attempt += 1;
         let number = self.next_attempt;
@@ -381,7 +390,7 @@ impl Listener {
             Ended::Left => {
                 if subscription.waiting.is_empty() {
                     self.subscriptions.remove(&slot);
-                    // Somebody may have begun to wait just before.
+                    // A cycle may have begun to wait just before.
                     return self.push(Push::Resubscribed { slot: Some(slot) });
                 }
                 self.attempt(slot, Duration::ZERO);
@@ -411,7 +420,8 @@ impl Listener {
         Some(ear)
     }
 
-    /// Loses what is subscribed where its slot is not any more, and forgets connections to nodes that own nothing.
+    /// Marks subscriptions as lost if their slot has another owner, and drops connections to nodes
+    /// that own no slot.
     fn compare(&mut self) {
         let topology = &self.shared.topology;
         let owners = topology.places();
@@ -421,7 +431,7 @@ impl Listener {
             .filter(
                 |(slot, subscription)| match (&subscription.at, topology.owner(**slot)) {
                     (Some((place, _)), Some(owner)) => *place != owner,
-                    // Its connection is forgotten below, which tells nobody.
+                    // Its connection is dropped below, which sends no notification.
                     (Some((place, _)), None) => !owners.contains(place),
                     (None, _) => false,
                 },
@@ -432,7 +442,8 @@ impl Listener {
         self.ears.retain(|place, _| owners.contains(place));
     }
 
-    /// Gives up what nobody has waited in for long, so that a manager of many keys does not listen everywhere.
+    /// Unsubscribes slots in which no cycle has waited for long, so that a manager of many keys
+    /// does not accumulate subscriptions.
     fn give_up_idle(&mut self) {
         let limit = self.shared.inbox_idle_seconds;
         let idle: Vec<(Slot, Place)> = self
@@ -453,7 +464,7 @@ impl Listener {
             let shared = Arc::clone(&self.shared);
             self.attempts.push(Box::pin(async move {
                 if let Some(ear) = ear {
-                    // Where it can't be said, the connection is on its way out, and the subscription with it.
+                    // If this fails, the connection is about to end, and the subscription with it.
                     send(&shared, &ear, "SUNSUBSCRIBE", slot).await.ok();
                 }
                 (slot, number, Ended::Left)
@@ -461,7 +472,8 @@ impl Listener {
         }
     }
 
-    /// Where a slot's inbox can't be had for longer than a request may take, those who wait there ask, and learn why.
+    /// If a slot's inbox can't be subscribed within a request's time limit, makes its waiters
+    /// retry, so that they see the error.
     fn complain(&mut self) -> Result<(), Gone> {
         let (now, limit) = (Moment::now(), self.shared.timeout);
         let mut in_vain = Vec::new();
@@ -478,7 +490,7 @@ impl Listener {
     }
 }
 
-/// Subscribes the inbox of a slot at its owner.
+/// Subscribes the inbox of a slot on the slot's owner.
 async fn subscribe(lane: &Lane, ear: Option<Arc<Node>>, slot: Slot) -> Ended {
     let (shared, version) = (&lane.shared, lane.shared.topology.version());
     let Some(ear) = ear else {
@@ -489,7 +501,7 @@ async fn subscribe(lane: &Lane, ear: Option<Arc<Node>>, slot: Slot) -> Ended {
         Ok(()) => Ended::Sent,
         Err(error) => {
             let moved = error.as_ref().and_then(RedisError::redirect_node);
-            // Of whichever slot the node speaks: the reply may be that to another request.
+            // Use the slot in the error, not ours: it may be the reply to another request.
             if let Some((place, number)) = moved
                 && let Some(place) = redirected(place, &ear.place)
                 && let Some(slot) = Slot::new(number)
@@ -502,21 +514,21 @@ async fn subscribe(lane: &Lane, ear: Option<Arc<Node>>, slot: Slot) -> Ended {
                 && let Some(error) = &error
                 && let Some(suppressed) = shared.refused_inboxes.pass(Moment::now())
             {
-                tracing::warn!(shard = %shared.shard, %slot, %error, suppressed, "the inbox of a slot is refused, so locks there can't be waited for");
+                tracing::warn!(shard = %shared.shard, %slot, %error, suppressed, "subscribing to the inbox of a slot was refused, so locks in it can't be waited for");
             }
-            // The map may be wrong; where it can't be read now, the next attempt finds out.
+            // The map may be wrong. If it can't be read now, the next attempt reports why.
             lane.refresh(version).await.ok();
             Ended::Failed
         }
     }
 }
 
-/// Sends one command about the inbox of a slot. No error in an `Err` means that there was no answer in time.
+/// Sends one command about the inbox of a slot. `Err(None)` means that there was no answer in time.
 async fn send(shared: &Shared, ear: &Arc<Node>, verb: &str, slot: Slot) -> Result<(), Option<RedisError>> {
     let channel = shared.commands.names.inbox_in(slot, &shared.commands.manager);
     match ear.ask(cmd(verb).arg(channel), shared.patience).await {
         Ok(reply) => reply.map(drop).map_err(Some),
-        // Why there is no connection, the requests find out.
+        // If there is no connection, the requests report why.
         Err(Unasked::NotConnected(_) | Unasked::Silent) => Err(None),
     }
 }

@@ -1,4 +1,5 @@
-//! Whether every part of the cluster answers and takes locks, and what time it is on its primaries.
+//! The health probe: whether every part of the cluster answers and accepts locks, and the time on
+//! its primaries.
 
 use deadpool_redis::redis::RedisError;
 use futures_util::future::join_all;
@@ -9,7 +10,8 @@ use super::topology::Place;
 use crate::key::Slot;
 use crate::store::{Look, ServerTime};
 
-/// Writes nothing to each primary, as a request for a lock there would write; it is sent on to wherever the slot is by now.
+/// Sends each primary a write that changes nothing, as a lock request would write; it follows
+/// redirections.
 pub(super) async fn look(lane: &Lane) -> Look {
     let topology = &lane.shared.topology;
     if topology.version() == 0
@@ -38,7 +40,7 @@ pub(super) async fn look(lane: &Lane) -> Look {
     }
 }
 
-/// Why a node does not answer is found out by the write beside it.
+/// If the node does not answer, the concurrent write reports why.
 async fn time_of(lane: &Lane, place: &Place, slot: Slot) -> Option<ServerTime> {
     let node = lane.node(place, slot).ok()?;
     let asked = async {

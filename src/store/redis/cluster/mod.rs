@@ -2,22 +2,25 @@
 //!
 //! # Implementation details
 //!
-//! Connections: for each of the two lanes its own to every node that is asked something (`lane`), for commands alone; and, on the background
-//! thread, one more to each node on which something is waited for (`listener`), for subscriptions alone. All share one map of the slots
-//! (`topology`), which every redirection corrects. The look that is taken every few seconds (`look`) asks each primary on the background's
-//! lane.
+//! Connections: each of the two lanes has its own command connections to every node that it sends
+//! requests to (`lane`). On the background thread, there is one more connection to each node on
+//! which a cycle waits, for subscriptions only (`listener`). All share one slot map (`topology`),
+//! which every redirection corrects. The health probe that runs every few seconds (`look`) asks
+//! each primary on the background lane.
 //!
-//! The nodes are addressed here and not through the client library's cluster connection: that one never reads the map anew because a node is
-//! silent, so that a primary which hangs is asked for ever after its replica took over; while it reads the map, it waits for every node and
-//! sends nothing to any; and a request that it repeats by itself can't be told from one that was sent once.
+//! The client library's cluster connection is not used. It never reads the map again because a node
+//! is silent, so a primary that hangs is asked forever, even after its replica took over. While it
+//! reads the map, it waits for every node and sends nothing to any of them. And a request that it
+//! repeats by itself can't be distinguished from one that was sent once.
 //!
-//! What differs from a single primary: a free key costs one script call in place of two plain commands, for which no inbox is needed; before
-//! a request may begin to wait, the inbox of its slot is subscribed and confirmed. The script reads the server's time for every
-//! token, since a replica that takes over may not have the last ones. A renewal that meets a slot on the move goes on lease by lease, without looking at
-//! the queues, so that a long move costs no lease.
+//! Differences from a single primary: a free key costs one script call instead of two plain
+//! commands, and needs no inbox. Before a request may enqueue, the inbox of its slot must be
+//! subscribed and confirmed. The script reads the server's time for every token, since a promoted
+//! replica may lack the latest ones. If a slot is being moved, its leases are renewed one by one,
+//! without accessing their queues, so a long move costs no lease.
 //!
-//! `min_replicas_acked` > 0 sends a `WAIT` with everything that makes a lease or makes it last longer; a grant that is pushed is only a reason to
-//! ask then.
+//! If `min_replicas_acked` > 0, a `WAIT` follows every request that creates or extends a lease. A
+//! pushed grant then only causes the cycle to ask.
 
 mod call;
 #[cfg(any(test, fuzzing))]
@@ -59,12 +62,12 @@ use inbox::Inbox;
 use lane::{Lane, at_place};
 use topology::{Place, Topology};
 
-/// After how long without anybody who begins to wait an inbox is given up.
+/// An inbox is unsubscribed after no cycle has begun to wait for this long.
 const INBOX_IDLE_SECONDS: u32 = 60;
-/// The longest that one node is waited for before the request is sent again, to whoever owns the slot by then.
+/// The longest wait for one node before the request is resent to the current owner of the slot.
 const PATIENCE_MAX: Duration = Duration::from_secs(1);
 
-/// The longest that replicas are waited for in one go, and the pause before they are again.
+/// The longest single wait for replicas, and the pause before the next one.
 const REPLICAS_WAIT_MAX: Duration = Duration::from_millis(100);
 const REPLICAS_PAUSE: Duration = Duration::from_millis(50);
 
@@ -82,19 +85,19 @@ struct Shared {
     scripts: Scripts,
     topology: Arc<Topology>,
     seeds: Vec<Place>,
-    /// How to log in, and whether to encrypt; the same at every node.
+    /// Login and encryption, the same for every node.
     info: ConnectionInfo,
     shard: Arc<str>,
     map: StoredMap,
     timeout: Duration,
-    /// How long one node is waited for.
+    /// How long to wait for one node.
     patience: Duration,
-    /// Set by a renewal without an answer, to have the map read.
+    /// Set by an unanswered renewal, to have the map read.
     map_is_doubted: AtomicBool,
     metrics: Arc<ShardMetrics>,
     min_replicas_acked: u32,
     inbox_idle_seconds: u32,
-    /// Lines about renewals that failed, and about inboxes that were refused.
+    /// Limit log lines about renewals that failed, and about inboxes that were refused.
     failed_renewals: Seldom,
     refused_inboxes: Seldom,
     /// The largest token seen in each slot.
@@ -102,7 +105,7 @@ struct Shared {
 }
 
 impl ClusterStore {
-    /// Prepares a store; nothing is sent yet.
+    /// Creates a store. Sends nothing yet.
     pub(crate) fn new(seeds: &[ServerUrl], options: StoreOptions) -> Result<Self, Invalid> {
         Self::with_idle_limit(seeds, options, INBOX_IDLE_SECONDS)
     }
@@ -148,7 +151,7 @@ impl ClusterStore {
 }
 
 impl Shared {
-    /// Every token of that slot that is issued from now on is above this.
+    /// The floor of this slot: every token issued from now on is above it.
     fn floor(&self, slot: Slot) -> u64 {
         self.seen[usize::from(slot.number())].load(Ordering::Acquire)
     }
@@ -162,19 +165,20 @@ impl Shared {
         self.seen[usize::from(slot.number())].fetch_max(token, Ordering::AcqRel);
     }
 
-    /// How long replicas are waited for at a time. Meanwhile nothing else is answered on that connection.
+    /// How long to wait for replicas at a time. Meanwhile the connection answers nothing else.
     fn wait_for_replicas(&self) -> Duration {
         (self.patience / 4).min(REPLICAS_WAIT_MAX)
     }
 
-    /// Fewer replicas than wanted have a lease that was granted: it may be lost in a failover, and does not count.
+    /// The error if too few replicas have a granted lease. A failover may lose that lease, so it
+    /// does not count.
     fn too_few_acks(&self, reply: &AcquireReply, said: &Said) -> Option<StoreError> {
         let wanted = self.min_replicas_acked;
         let is_granted = matches!(reply, AcquireReply::Granted { .. });
         (is_granted && said.acked < wanted).then(|| {
             StoreError::Unavailable(
                 format!(
-                    "only {} of the {wanted} replicas of min_replicas_acked have the lease after {:?}, so it was given back; \
+                    "only {} of {wanted} replicas (min_replicas_acked) confirmed the lease within {:?}, so it was released; \
                      check the replicas of that slot's primary, or lower min_replicas_acked",
                     said.acked,
                     self.timeout
@@ -205,7 +209,7 @@ impl Lane {
         .await
     }
 
-    /// Sends a command of one key.
+    /// Sends a command with a single key.
     async fn single(&self, slot: Slot, command: &Cmd) -> Result<Value, StoreError> {
         self.single_until(None, slot, command).await
     }
@@ -223,22 +227,23 @@ impl Lane {
         Ok(said.value)
     }
 
-    /// Whether the nodes have sharded channels. A script that finds somebody waiting would fail otherwise.
+    /// Checks that the nodes support sharded pub/sub. A script that finds a waiter would fail
+    /// otherwise.
     async fn check_channels(&self, deadline: Option<Moment>, slot: Slot) -> Result<(), StoreError> {
         let mut count = cmd("PUBSUB");
         count.arg("SHARDNUMSUB");
         match self.single_until(deadline, slot, &count).await {
             Err(StoreError::Refused(reason)) if reason.to_lowercase().contains("unknown") => Err(StoreError::Refused(
-                format!("the nodes have no sharded channels, without which no lock can be waited for; use Redis 7.0 or later, or Valkey: {reason}").into(),
+                format!("the nodes do not support sharded pub/sub, which is required to wait for locks; use Redis 7.0 or later, or Valkey: {reason}").into(),
             )),
-            // It would have no answer to the next question either, and less time.
+            // The next request would not be answered either, and would have less time.
             Err(error @ StoreError::Unavailable(_)) => Err(error),
-            // Whatever else it says, it says to a request as well.
+            // Requests get any other error as well.
             _ => Ok(()),
         }
     }
 
-    /// One step on the way to a stored shard map.
+    /// Executes one step towards a stored shard map.
     async fn map(&self, step: MapStep) -> Result<MapState, StoreError> {
         self.map_until(None, step).await
     }
@@ -252,7 +257,7 @@ impl Lane {
         .await
     }
 
-    /// Whether the shard has no other map; asked until it was seen to have ours.
+    /// Fails if the shard has another map. Asks the server until it was seen to have ours.
     async fn check_map(&self, deadline: Option<Moment>) -> Result<(), StoreError> {
         let map = &self.shared.map;
         if map.is_set() {
@@ -267,7 +272,7 @@ impl LeaseStore for ClusterStore {
     fn connect(&self) -> StoreFuture<()> {
         let lane = Arc::clone(&self.caller);
         Box::pin(async move {
-            // What comes first takes some of the time that all of it has.
+            // All steps share one time limit.
             let deadline = Moment::now() + lane.shared.timeout.mul_f64(0.9);
             lane.refresh(0).await?;
             lane.check_map(Some(deadline)).await
@@ -286,8 +291,9 @@ impl LeaseStore for ClusterStore {
                         Err(error) => Err(error),
                     };
                     if let Err(error) = opened {
-                        // A node may be away; what belongs to it can't be locked either, and its successor gets a connection when it is known.
-                        tracing::warn!(shard = %shared.shard, node = %place, ?error, "no connection for renewals to a node; those of the requests are used until there is one");
+                        // A node may be down. Its slots can't be locked either, and its successor
+                        // gets a connection once it is known.
+                        tracing::warn!(shard = %shared.shard, node = %place, ?error, "failed to open a renewal connection to a node; using its request connections until one is open");
                     }
                 }
             });
@@ -316,8 +322,9 @@ impl LeaseStore for ClusterStore {
             lane.check_map(None).await?;
             let slot = shared.commands.names.of(&request.key).slot();
             let Acquire { ask, ttl, tokens, .. } = request;
-            // One who takes a free key with a single token asks again before it passes it on to a second task, and hears then of those
-            // who wait. With more, it has to be told.
+            // A cycle that takes a free key with a single token asks again before it passes the key
+            // on to a second task, and learns of remote waiters then. With more tokens, it must be
+            // notified.
             if ask == Ask::Join || tokens > 1 {
                 inbox.ready(slot).await?;
             }
@@ -335,8 +342,9 @@ impl LeaseStore for ClusterStore {
                 let Some(error) = shared.too_few_acks(&reply, &said) else {
                     break (said, reply, floor);
                 };
-                // A replica that took over is without one of its own for a moment. The lease is ours meanwhile, but does not count. Whoever asked
-                // gives up at the time limit, and is to hear why before that.
+                // A promoted replica has no replica of its own for a moment. The lease is ours
+                // meanwhile but does not count. Return the reason before the caller reaches its
+                // time limit.
                 let waited = Moment::now().since(started) + REPLICAS_PAUSE + shared.wait_for_replicas();
                 if waited >= shared.timeout - shared.timeout / 10 {
                     return Err(error);
@@ -381,7 +389,7 @@ impl LeaseStore for ClusterStore {
                     };
                     return Ok(answer(&said, reply));
                 }
-                // Somebody waits after all, or it is not ours any more.
+                // A cycle waits after all, or the lease is no longer ours.
                 repeated = said.repeated;
             }
             if request.requeue.is_some() {
@@ -395,12 +403,13 @@ impl LeaseStore for ClusterStore {
             let fill = |command: &mut Cmd| shared.commands.fill_release(command, &request, floor);
             let said = lane.script(&shared.scripts.release, slot, acks, &fill).await?;
             let mut reply = released(&said.value, request.requeue.is_some(), tokens)?;
-            // An earlier attempt, whose reply did not come, may have done it: that it is not ours any more is no loss then.
+            // An earlier attempt whose reply was lost may have released the lease. That it is no
+            // longer ours is not a loss then.
             reply.held |= repeated || said.repeated;
             if let Some(requeued) = reply.requeued {
                 shared.saw(slot, &requeued);
                 if shared.too_few_acks(&requeued, &said).is_some() {
-                    // It asks again, and so waits for the replicas again.
+                    // The cycle asks again, and thus waits for the replicas again.
                     reply.requeued = None;
                 }
                 if let (AcquireReply::Queued(_), Some(place)) = (&requeued, &said.place) {
@@ -423,7 +432,8 @@ impl LeaseStore for ClusterStore {
             lane.check_map(None).await?;
             let slot = shared.commands.names.of(&key).slot();
             let commands = shared.commands.inspect(&key);
-            // Each by itself: a command of one key is answered also while the slot moves.
+            // One by one: a command with a single key is answered even while its slot is being
+            // moved.
             let asking = commands.cmd_iter().map(|command| lane.single(slot, command));
             inspected(&futures_util::future::try_join_all(asking).await?)
         })
@@ -437,7 +447,7 @@ impl LeaseStore for ClusterStore {
             shared.map.forget();
             let (mut count, mut failed) = (0, None);
             for place in shared.topology.places() {
-                // Any slot's connection to it will do.
+                // The connection of any slot will do.
                 let node = lane.node(&place, Slot::of(b""))?;
                 let erased = async {
                     let erased = erase(node.get().await?.connection, &shared.commands).await;
@@ -445,7 +455,7 @@ impl LeaseStore for ClusterStore {
                 };
                 match erased.await {
                     Ok(erased) => count += erased,
-                    // The other nodes are erased even so.
+                    // Continue with the other nodes.
                     Err(error) => failed = failed.or_else(|| Some(at_place(error, &place))),
                 }
             }
@@ -459,7 +469,7 @@ impl LeaseStore for ClusterStore {
             let (mut look, map) = tokio::join!(look::look(&lane), lane.map(MapStep::Read));
             match map {
                 Err(error @ StoreError::MapMismatch { .. }) if look.reached.is_ok() => look.reached = Err(error),
-                // The next lock stores it again, after a look at all shards.
+                // The next lock stores the map again, after checking all shards.
                 Ok(MapState::None | MapState::Reserved) => lane.shared.map.forget(),
                 Ok(MapState::Ours) | Err(_) => {}
             }

@@ -1,4 +1,4 @@
-//! One kept connection to one node, replaced when it breaks.
+//! One long-lived connection to one node, replaced when it breaks.
 
 use std::pin::pin;
 use std::sync::Arc;
@@ -24,52 +24,53 @@ use crate::store::connecting::Connecting;
 use crate::telemetry::ShardMetrics;
 use crate::time_limit::within;
 
-/// How many requests may wait to be written before senders wait.
+/// How many requests may wait to be written before senders block.
 const PIPELINE_BUFFER: usize = 1024;
 
 /// See the module.
 pub(super) struct Node {
     pub(super) place: Place,
     info: ConnectionInfo,
-    /// Gives the connection its name.
+    /// The command that names the connection.
     name: Cmd,
-    /// The longest time that connecting may take.
+    /// The time limit for connecting.
     timeout: Duration,
-    /// Who hears what is pushed. Then the connection carries subscriptions alone, otherwise commands alone.
+    /// Receives pushes. If set, the connection carries only subscriptions, otherwise only commands.
     listener: Option<mpsc::UnboundedSender<Heard>>,
     metrics: Arc<ShardMetrics>,
-    /// Who is told when a connection ends: the node may have forgotten leases.
+    /// Notified when a connection ends: the node may have forgotten leases.
     topology: Arc<Topology>,
-    /// The runtimes, if the program's tasks use it: then its driver belongs at home. Otherwise it belongs where it is opened.
+    /// Set if the application's tasks use the connection: its driver then runs on their runtime.
+    /// Otherwise it runs where the connection is opened.
     runtimes: Option<Arc<Runtimes>>,
     current: Mutex<Option<Current>>,
     connecting: Connecting<Live>,
 }
 
-/// Why there is no answer, not even an error.
+/// Why a command had no reply, not even an error.
 #[derive(Debug)]
 pub(super) enum Unasked {
     NotConnected(StoreError),
-    /// It did not come in time.
+    /// The reply did not arrive in time.
     Silent,
 }
 
 struct Current {
     live: Live,
-    /// Closes the connection, whatever still waits for a reply on it.
+    /// Closes the connection, even if requests still wait for replies on it.
     _ending: Ending,
 }
 
-/// A connection and which one it is.
+/// A connection and its generation.
 #[derive(Clone)]
 pub(super) struct Live {
     pub(super) connection: MultiplexedConnection,
     generation: u64,
-    /// What ends requests on it.
+    /// Ends requests on the connection.
     pub(super) cut: Cut,
 }
 
-/// What a node pushed, and through which connection.
+/// A push, with the connection on which it arrived.
 #[derive(Debug)]
 pub(super) struct Heard {
     pub(super) place: Place,
@@ -78,7 +79,8 @@ pub(super) struct Heard {
 }
 
 impl Node {
-    /// Nothing is sent yet. `like` says how to log in and whether to encrypt. Nothing for a place that is none.
+    /// Sends nothing yet. `like` provides login and encryption. `None` if `place` is not an
+    /// address.
     pub(super) fn new(
         place: &Place,
         like: &ConnectionInfo,
@@ -102,17 +104,18 @@ impl Node {
         })
     }
 
-    /// The same for the program's tasks: its driver belongs at home.
+    /// The same for the application's tasks: the driver runs on their runtime.
     pub(super) fn at_home(mut self, runtimes: Option<Arc<Runtimes>>) -> Self {
         self.runtimes = runtimes;
         self
     }
 
-    /// The connection; a new one, if there is none.
+    /// Returns the connection, opening one if necessary.
     pub(super) async fn get(self: &Arc<Self>) -> Result<Live, StoreError> {
         match self.live() {
             Some(live) => Ok(live),
-            // On the heap: connecting is rare and would make the future of every request ten times as large.
+            // Boxed: connecting is rare and would make the future of every request ten times as
+            // large.
             None => Box::pin(self.connect_apart()).await,
         }
     }
@@ -131,10 +134,10 @@ impl Node {
         if let Some(live) = self.live() {
             return Ok(live);
         }
-        // Never used twice, also where a node is forgotten and found again.
+        // Never reused, even if a node is removed and found again.
         static GENERATIONS: AtomicU64 = AtomicU64::new(0);
         let generation = GENERATIONS.fetch_add(1, Ordering::Relaxed);
-        // No response timeout: each request is sent with one of its own.
+        // No response timeout: each request has its own.
         let mut config = AsyncConnectionConfig::new()
             .set_response_timeout(None)
             .set_connection_timeout(Some(self.timeout))
@@ -161,7 +164,8 @@ impl Node {
             }
         };
         let mut connection = with_reason(&self.info, self.timeout, connecting).await?;
-        // Not every user may; and a connection that broke meanwhile is found out by the first request, as is a server that hangs.
+        // Errors are ignored: not every user may set a name, and the first request detects a broken
+        // connection or a server that hangs.
         let naming = connection.send_packed_command(&self.name);
         drop(within(Moment::now(), self.timeout, pin!(naming)).await);
         match self.listener {
@@ -182,7 +186,8 @@ impl Node {
         Ok(live)
     }
 
-    /// Sends a command and waits for its answer, connecting included. A connection that breaks or gives no answer in that time is replaced.
+    /// Sends a command and waits for its reply. `patience` includes connecting. A connection that
+    /// breaks or does not answer in time is replaced.
     pub(super) async fn ask(
         self: &Arc<Self>,
         command: &Cmd,
@@ -208,34 +213,34 @@ impl Node {
         answer.map_err(|_| Unasked::Silent)
     }
 
-    /// Which connection there is, if there is one.
+    /// The generation of the connection, if there is one.
     pub(super) fn generation(&self) -> Option<u64> {
         self.current.lock().as_ref().map(|current| current.live.generation)
     }
 
-    /// Whatever connection there is, it is not used any more.
+    /// Abandons the current connection, if there is one.
     pub(super) fn leave(&self) {
         self.give_up(|_| true);
     }
 
-    /// That connection is of no more use.
+    /// Abandons this connection, if it is still the current one.
     pub(super) fn broken(&self, generation: u64) {
         self.give_up(|live| live.generation == generation);
     }
 
-    /// Gives up the connection, if that is true of it, and closes it.
+    /// Abandons and closes the current connection if `is_meant` holds for it.
     fn give_up(&self, is_meant: impl FnOnce(&Live) -> bool) {
         let mut current = self.current.lock();
         let ended = current.take_if(|current| is_meant(&current.live));
         if ended.is_some() && self.listener.is_none() {
-            // Under the mutex: what is sent on the next connection comes after it.
+            // Under the mutex, so that everything sent on the next connection comes after this.
             self.topology.cuts.note();
         }
         drop(current);
         if ended.is_some() {
             self.topology.may_have_forgotten(&self.place);
         }
-        // Not under the mutex: the end of a connection wakes those who wait for replies.
+        // Not under the mutex: ending a connection wakes the tasks that wait for replies.
         drop(ended);
     }
 }
@@ -252,7 +257,7 @@ impl Live {
     }
 }
 
-/// The same login and encryption at another place.
+/// The same login and encryption at another address.
 pub(super) fn at(place: &str, like: &ConnectionInfo, subscribes: bool) -> Option<ConnectionInfo> {
     let (host, port) = place.rsplit_once(':')?;
     let host = host.trim_start_matches('[').trim_end_matches(']').to_owned();

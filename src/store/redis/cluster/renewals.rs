@@ -1,4 +1,4 @@
-//! Renewing leases, whose slots are all over the cluster.
+//! Renews leases, whose slots are spread over the cluster.
 
 use std::collections::HashMap;
 use std::sync::atomic::Ordering;
@@ -19,12 +19,14 @@ use crate::key::Slot;
 use crate::protocol::{RenewReply, Renewal};
 use crate::store::{MapState, MapStep, StoreError};
 
-/// How many leases one call of the renewal script covers: few enough that others get a turn in between.
+/// How many leases one call of the renewal script covers: few enough that other requests get a turn
+/// in between.
 const RENEWALS_PER_CALL: usize = 128;
-/// How many calls are on their way at a time.
+/// How many calls may be in flight at a time.
 const CALLS_AT_A_TIME: usize = 256;
 
-/// Renews what is still ours. A slot whose node does not answer in time fails its own renewals and no others.
+/// Renews the leases that are still ours. If a node does not answer in time, only the renewals of
+/// its slots fail.
 ///
 /// # Errors
 ///
@@ -38,7 +40,8 @@ pub(super) async fn renew(
     let mut by_slot: HashMap<Slot, Vec<usize>> = HashMap::new();
     for (index, renewal) in batch.iter().enumerate() {
         let slot = lane.shared.commands.names.of(&renewal.key).slot();
-        // Whoever holds a lease for long, or keeps it without a guard, is still to be told that somebody waits.
+        // The inbox must stay subscribed while a lease is held for long or kept without a guard, so
+        // that its holder is notified of waiters.
         inbox.keep_for(slot, renewal.ttl);
         by_slot.entry(slot).or_default().push(index);
     }
@@ -46,7 +49,8 @@ pub(super) async fn renew(
         .iter()
         .flat_map(|(slot, indices)| indices.chunks(RENEWALS_PER_CALL).map(|group| (*slot, group.to_vec())))
         .collect();
-    // The sender stops waiting at the limit itself, and the last attempt of a call ends before the call does.
+    // The sender stops waiting at the limit itself, and the last attempt of a call ends before the
+    // call does.
     let (now, share) = (tokio::time::Instant::now(), limit / 10);
     let (deadline, until) = (now + share * 9, now + share * 8);
     let mut replies = vec![None; batch.len()];
@@ -78,13 +82,14 @@ pub(super) async fn renew(
     match map {
         Ok(Err(error @ StoreError::MapMismatch { .. })) => return Err(error),
         Ok(Ok(MapState::None | MapState::Reserved)) if replies.iter().any(is_extended) => {
-            // Somebody has deleted it beside the leases, and must not store another one meanwhile.
+            // The map was deleted while the leases were kept. Restore it before another map is
+            // stored.
             let restored = tokio::time::timeout_at(deadline, lane.map(MapStep::Confirm)).await;
             if let Ok(Err(error @ StoreError::MapMismatch { .. })) = restored {
                 return Err(error);
             }
         }
-        // Why it could not be read, the renewals themselves find out.
+        // If the map can't be read, the renewals themselves report why.
         Ok(_) | Err(_) => {}
     }
     Ok(replies)
@@ -94,18 +99,19 @@ fn is_extended(reply: &Option<RenewReply>) -> bool {
     matches!(reply, Some(RenewReply::Extended { .. }))
 }
 
-/// Some leases of a slot could not be renewed. The outage of a shard has a line of its own.
+/// Logs that some leases of a slot were not renewed. A shard's outage is logged elsewhere.
 fn failed(lane: &Lane, slot: Slot, leases: usize, reason: &str) {
     let shared = &lane.shared;
     match shared.failed_renewals.pass(Moment::now()) {
         Some(suppressed) if shared.metrics.is_up() => {
-            tracing::warn!(shard = %shared.shard, %slot, reason, leases, suppressed, "leases could not be renewed; that is tried again while they last");
+            tracing::warn!(shard = %shared.shard, %slot, reason, leases, suppressed, "failed to renew leases; retrying until they expire");
         }
-        _ => tracing::debug!(shard = %shared.shard, %slot, reason, leases, "leases could not be renewed"),
+        _ => tracing::debug!(shard = %shared.shard, %slot, reason, leases, "failed to renew leases"),
     }
 }
 
-/// Renews leases of one slot. A call that is refused is sent again in parts until those that the node refuses are alone.
+/// Renews leases of one slot. A refused call is resent in parts until each lease that the node
+/// refuses is alone.
 async fn renew_group(
     lane: &Lane,
     slot: Slot,
@@ -114,7 +120,7 @@ async fn renew_group(
     until: tokio::time::Instant,
 ) -> Result<Vec<Option<RenewReply>>, StoreError> {
     let mut replies = vec![None; group.len()];
-    // Places in the group.
+    // Indices into the group.
     let mut parts: Vec<Part> = vec![(0..group.len()).collect()];
     let (mut refused, mut count) = (None, 0_usize);
     while !parts.is_empty() {
@@ -144,7 +150,7 @@ async fn renew_group(
         Some((key, error)) => {
             failed(lane, slot, count, &error.to_string());
             let key = key.map(tracing::field::display);
-            tracing::debug!(shard = %lane.shared.shard, %slot, key, %error, "the renewal of this lease is refused");
+            tracing::debug!(shard = %lane.shared.shard, %slot, key, %error, "the renewal of this lease was refused");
             Ok(replies)
         }
         None => Ok(replies),
@@ -182,7 +188,7 @@ async fn renew_part(
     }
 }
 
-/// Renews one lease while its slot moves.
+/// Renews one lease while its slot is being moved.
 async fn renew_alone(lane: &Lane, slot: Slot, renewal: &Renewal) -> Option<RenewReply> {
     let shared = &*lane.shared;
     let fill = |command: &mut Cmd| shared.commands.fill_renew_alone(command, renewal);
@@ -192,7 +198,7 @@ async fn renew_alone(lane: &Lane, slot: Slot, renewal: &Renewal) -> Option<Renew
         Ok(_) => return None,
         Err(unsaid) => {
             let error = StoreError::from(unsaid);
-            tracing::debug!(shard = %shared.shard, %slot, %error, "a lease whose slot moves could not be renewed yet");
+            tracing::debug!(shard = %shared.shard, %slot, %error, "failed to renew a lease whose slot is being moved");
             return None;
         }
     };

@@ -1,4 +1,5 @@
-//! What takes too long to be seen from outside, and what the comparison with the reference needs to see and to set.
+//! Tests of behaviour that takes too long to observe from outside, and test access for the
+//! comparison with the reference implementation.
 
 use std::sync::atomic::Ordering;
 use std::time::Duration;
@@ -20,12 +21,12 @@ fn store(url: &str, manager: ManagerId, inbox_idle_seconds: u32) -> ClusterStore
     };
     let endpoint = Endpoint::parse(url).unwrap();
     let EndpointKind::Cluster { seeds } = endpoint.kind() else {
-        panic!("{endpoint} is no cluster")
+        panic!("{endpoint} is not a cluster")
     };
     ClusterStore::with_idle_limit(seeds, options, inbox_idle_seconds).unwrap()
 }
 
-/// A store as the product makes it, connected, whose inboxes are the comparison's matter.
+/// A connected store, as users get it. The comparison handles its inboxes itself.
 pub(crate) async fn for_comparison(url: &str, manager: &ManagerId) -> ClusterStore {
     let store = store(&url.replace("redis://", "redis+cluster://"), manager.clone(), 60);
     store.connect().await.unwrap();
@@ -66,7 +67,7 @@ async fn acquire(store: &ClusterStore, ask: Ask) -> AcquireReply {
     store.acquire(request).await.unwrap().reply
 }
 
-/// A store that listens, of which another one has the key.
+/// A store whose subscriber runs, while another store holds the key.
 async fn waiter_of_a_held_key(
     cluster: &support::Cluster,
     inbox_idle_seconds: u32,
@@ -90,7 +91,7 @@ async fn waiter_of_a_held_key(
 async fn an_inbox_that_is_idle_is_given_up_and_who_waits_there_is_told_to_ask() {
     let cluster = support::Cluster::start(3, 0);
     let (waiter, mut pushes, listening) = waiter_of_a_held_key(&cluster, 1).await;
-    // A free key needs no inbox; waiting does.
+    // Acquiring a free key needs no inbox; waiting does.
     assert!(matches!(acquire(&waiter, Ask::Free).await, AcquireReply::Taken));
     assert_eq!(cluster.shard_channels(), [""; 0]);
     for _ in 0..2 {
@@ -112,7 +113,7 @@ async fn an_inbox_at_a_node_that_a_map_left_out_is_made_again() {
     assert!(matches!(acquire(&waiter, Ask::Join).await, AcquireReply::Queued(_)));
     let inbox = cluster.shard_channels();
     assert_eq!(inbox.len(), 1);
-    // A node that has just joined knows of few others.
+    // A node that has just joined knows few others.
     waiter.shared.topology.replace(&[]);
     let slot = Some(waiter.slot_of(&LockKey::new("k").unwrap()));
     let told = tokio::time::timeout(support::PATIENCE, pushes.recv()).await.unwrap();

@@ -13,15 +13,16 @@ use crate::key::{SLOTS, Slot};
 /// `host:port` of a node.
 pub(super) type Place = Arc<str>;
 
-/// The map that both lanes and the inbox share. It may be wrong at any time: whoever uses it is corrected by the node that it
-/// leads to, and corrects it.
+/// The slot map, shared by both lanes and the inbox. It may be wrong at any time; a node that
+/// receives a request for a slot it does not own redirects the sender, which then corrects the map.
 pub(super) struct Topology {
     owners: RwLock<Box<[Option<Place>]>>,
     /// How often the whole map was read.
     version: AtomicU64,
-    /// Of each slot, how often its owner may have forgotten leases: it became another node, or a connection to it broke.
+    /// For each slot, how often its owner may have forgotten leases: the owner changed, or a
+    /// connection to it broke.
     epochs: Box<[AtomicU32]>,
-    /// When a connection with commands was last given up, at whichever node.
+    /// When a command connection to any node was last abandoned.
     pub(super) cuts: Cuts,
 }
 
@@ -40,7 +41,8 @@ impl Topology {
         self.epochs[usize::from(slot.number())].load(Ordering::Acquire)
     }
 
-    /// A connection to that node broke: what leases its slots have is to be confirmed before they are passed on.
+    /// A connection to this node broke: leases in its slots must be confirmed before they are
+    /// passed on.
     pub(super) fn may_have_forgotten(&self, place: &Place) {
         for (owner, epoch) in self.owners.read().iter().zip(&self.epochs) {
             if owner.as_ref() == Some(place) {
@@ -57,7 +59,7 @@ impl Topology {
         self.version.load(Ordering::Acquire)
     }
 
-    /// A node has said that the slot is elsewhere.
+    /// A node reported another owner of the slot.
     pub(super) fn moved(&self, slot: Slot, place: Place) {
         let index = usize::from(slot.number());
         let before = self.owners.write()[index].replace(Arc::clone(&place));
@@ -66,7 +68,7 @@ impl Topology {
         }
     }
 
-    /// A node has said where all slots are.
+    /// A node reported the owners of all slots.
     pub(super) fn replace(&self, ranges: &[Range]) {
         let mut owners = self.owners.write();
         let before = owners.clone();
@@ -82,13 +84,14 @@ impl Topology {
         self.version.fetch_add(1, Ordering::AcqRel);
     }
 
-    /// Each node that owns slots with the first of them, and the first slot that nobody owns, if there is one.
+    /// Each node that owns slots, with its first slot, and the first slot without an owner, if
+    /// there is one.
     pub(super) fn parts(&self) -> Vec<(Option<Place>, Slot)> {
         let mut parts: Vec<(Option<Place>, Slot)> = Vec::new();
         let owners = self.owners.read();
         for (owner, slot) in owners.iter().zip((0..SLOTS).filter_map(Slot::new)) {
             let is_owners = |(known, _): &(Option<Place>, Slot)| known == owner;
-            // Slots in a row mostly have one owner.
+            // Adjacent slots usually have the same owner.
             if !parts.last().is_some_and(is_owners) && !parts.iter().any(is_owners) {
                 parts.push((owner.clone(), slot));
             }
@@ -108,7 +111,7 @@ impl Topology {
     }
 }
 
-/// Slots in a row with one owner.
+/// Adjacent slots with one owner.
 #[derive(Debug, PartialEq, Eq)]
 pub(super) struct Range {
     first: u16,
@@ -116,8 +119,8 @@ pub(super) struct Range {
     owner: Place,
 }
 
-/// Reads the reply to `CLUSTER SLOTS`. A node that does not know how it is called says nothing for its host: it is the one that was
-/// `asked`.
+/// Parses the reply to `CLUSTER SLOTS`. A node that does not know its own host name reports none:
+/// it is then the node that was `asked`.
 pub(super) fn ranges(reply: &Value, asked: &str) -> Option<Vec<Range>> {
     let Value::Array(ranges) = reply else { return None };
     ranges.iter().map(|range| read_range(range, asked)).collect()
@@ -139,7 +142,7 @@ fn read_range(range: &Value, asked: &str) -> Option<Range> {
     })
 }
 
-/// The host is put in brackets if it is an IPv6 address, as in a URL.
+/// An IPv6 address is put in brackets, as in a URL.
 fn place_of(host: &str, port: i64, asked: &str) -> Place {
     let own = asked.rsplit_once(':').map_or(asked, |(host, _)| host);
     match host {
@@ -149,7 +152,8 @@ fn place_of(host: &str, port: i64, asked: &str) -> Place {
     }
 }
 
-/// Where a `MOVED` or `ASK` leads: `host:port` as the server wrote it, without a host if it does not know its own.
+/// The target of a `MOVED` or `ASK`: `host:port` as the server wrote it, without a host if the
+/// server does not know its own.
 pub(super) fn redirected(place: &str, asked: &str) -> Option<Place> {
     let (host, port) = place.rsplit_once(':')?;
     Some(place_of(host, port.parse().ok()?, asked))
@@ -177,7 +181,7 @@ mod tests {
         let [first, second, third] = epochs();
         topology.replace(&[range(0, 0, "a:1"), range(1, 99, "a:1"), range(100, 16383, "b:1")]);
         topology.moved(slots[1], "a:1".into());
-        assert_eq!(epochs(), [first, second, third], "nothing is elsewhere");
+        assert_eq!(epochs(), [first, second, third], "no slot has moved");
         topology.moved(slots[1], "b:1".into());
         assert_eq!(epochs(), [first, second + 1, third]);
         topology.may_have_forgotten(&"b:1".into());

@@ -1,4 +1,4 @@
-//! The connection of the watchdog's thread, and what takes its place while it can't be opened.
+//! The connection of the watchdog's thread, and its substitute while it can't be opened.
 
 use std::sync::Arc;
 use std::time::Duration;
@@ -6,15 +6,17 @@ use std::time::Duration;
 use super::link::{Link, Live};
 use crate::store::StoreError;
 
-/// A server that takes no further connections (`maxclients`, a changed password, no memory) still serves those that it has. Renewals must not fail
-/// then: one of the callers' connections carries them. It is second choice, since it stands still with the program's runtime.
+/// A server that accepts no more connections (`maxclients`, a changed password, no memory) still
+/// serves the existing ones. Renewals must not fail then, so one of the request connections carries
+/// them. It is the second choice because it is blocked whenever the application's runtime is.
 pub(super) struct Background {
     pub(super) own: Arc<Link>,
     pub(super) others: Vec<Arc<Link>>,
 }
 
 impl Background {
-    /// A connection and its link. Its own gets `patience` to be opened if there is another.
+    /// Returns a connection and its link. If a request connection is open, the background's own
+    /// connection is given only `patience` to open.
     pub(super) async fn get(&self, patience: Duration) -> Result<(Arc<Link>, Live), StoreError> {
         if let Some(live) = self.own.live() {
             return Ok((Arc::clone(&self.own), live));
@@ -31,21 +33,21 @@ impl Background {
         };
         match opened {
             Some(Ok(live)) => Ok((Arc::clone(&self.own), live)),
-            // The server has another map: it keeps our leases no more.
+            // The server has another map, so it no longer keeps our leases.
             Some(Err(error @ StoreError::MapMismatch { .. })) => Err(error),
             Some(Err(error)) => {
                 let other = open();
                 if other.is_some() {
                     tracing::debug!(
                         ?error,
-                        "the background's connection can't be opened; one of the requests' takes its place"
+                        "failed to open the background connection; using a request connection instead"
                     );
                 }
                 other.ok_or(error)
             }
             None => match open() {
                 Some(other) => Ok(other),
-                // It broke meanwhile.
+                // The other connection broke meanwhile.
                 None => self.own.get().await.map(|live| (Arc::clone(&self.own), live)),
             },
         }

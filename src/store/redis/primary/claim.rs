@@ -1,4 +1,4 @@
-//! What a node of a quorum does beyond a lease store: it is claimed, and says whether it has a vote.
+//! What a quorum node does beyond a lease store: it accepts claims and reports whether it may vote.
 
 use std::pin::pin;
 use std::sync::Arc;
@@ -15,13 +15,13 @@ use crate::key::{LockKey, Slot};
 use crate::protocol::Cycle;
 use crate::store::{Lane, StoreError, StoreFuture};
 
-/// A request for the lease of a cycle that has it at the door.
+/// A request for the lease of a cycle that already holds it on the sequencer.
 #[derive(Debug, Clone)]
 pub(crate) struct Claim {
     pub(crate) key: LockKey,
     pub(crate) cycle: Cycle,
     pub(crate) ttl: Duration,
-    /// What the counter becomes if it is smaller.
+    /// Minimum value of the counter after the claim.
     pub(crate) at_least: u64,
     pub(crate) kind: ClaimKind,
 }
@@ -30,25 +30,26 @@ pub(crate) struct Claim {
 pub(crate) enum ClaimKind {
     /// Takes the lease if it is free.
     Take,
-    /// Extends the lease, and does nothing where it is not the cycle's already.
+    /// Extends the lease. Does nothing if the cycle does not hold it.
     Extend,
 }
 
-/// What a node says to a claim.
+/// A node's reply to a claim.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub(crate) enum Claimed {
-    /// The lease is ours there; the counter was this before the claim raised it.
+    /// The lease is ours on this node; `counter` is the value before the claim raised it.
     Ours { counter: u64 },
-    /// Another owner has it, or nobody has what was to be extended.
+    /// Another owner holds the lease, or the lease to extend is gone.
     Refused,
 }
 
-/// For how long a server has been running. It may have forgotten leases when it started, so it has no vote until the
-/// longest of them has run out.
+/// Voting rights of a server after a restart. A restarted server may have forgotten leases, so it
+/// may not vote until the longest of them has expired.
 #[derive(Debug)]
 pub(super) struct Tenure {
     max_ttl: Duration,
-    /// The moment from which it has a vote, in nanoseconds; never goes back, since a connection made later knows of later starts.
+    /// The moment from which the server may vote, in nanoseconds. Never decreases, since a later
+    /// connection can only reveal later restarts.
     vote_from: AtomicU64,
     known: std::sync::atomic::AtomicBool,
 }
@@ -62,7 +63,7 @@ impl Tenure {
         }
     }
 
-    /// Reads `INFO server`, which was asked for at that moment on a new connection.
+    /// Parses the reply to `INFO server`, which was requested at `asked_at` on a new connection.
     pub(super) fn learn(&self, asked_at: Moment, info: Option<&str>) -> Result<(), StoreError> {
         let uptime = info.and_then(|info| {
             let line = info.lines().find_map(|line| line.strip_prefix("uptime_in_seconds:"));
@@ -70,14 +71,15 @@ impl Tenure {
         });
         let Some(uptime) = uptime else {
             return Err(StoreError::Refused(
-                "INFO server says no uptime_in_seconds, without which it is not known whether the node has a vote"
+                "INFO server reports no uptime_in_seconds, which is required to decide whether the node may vote"
                     .into(),
             ));
         };
-        // It is a difference of the server's wall clock: whoever sets that forward makes the server look older than it is.
-        // Whole seconds of a difference of whole seconds: it may be one less.
+        // The uptime is a difference of the server's wall clock: setting that clock forward makes
+        // the server look older than it is. Both times are truncated to seconds, so the real uptime
+        // may be a second less.
         let missing = (self.max_ttl + Duration::from_secs(1)).saturating_sub(uptime);
-        // A server that has run for long enough says nothing new of when votes began.
+        // If the server has run long enough, its uptime does not postpone the vote.
         if !missing.is_zero() {
             self.vote_from
                 .fetch_max((asked_at + missing).as_nanos(), Ordering::AcqRel);
@@ -92,24 +94,25 @@ impl Tenure {
 }
 
 impl RedisStore {
-    /// The other nodes have the shard map, so this one is to have it as well, unless it has another one.
+    /// Records that this node must have the shard map, since the other nodes of the quorum do. The
+    /// next connection stores it if it is missing.
     pub(crate) fn expect_map(&self) {
         self.shared.map.expect();
     }
 
-    /// Whether the node runs for so long that it can't have forgotten a lease. Ask after a reply: the connection that it came on
-    /// was greeted before, so a start that the reply comes after is known.
+    /// Whether the node has run long enough that it can't have forgotten a lease. Call this after a
+    /// reply: the reply's connection was greeted earlier, so any restart before the reply is known.
     pub(crate) fn has_vote(&self) -> bool {
         self.shared.tenure.as_ref().is_none_or(Tenure::has_vote)
     }
 
-    /// Every token of that slot from now on is above this, which was issued somewhere in the quorum.
+    /// Records a token that was issued in the quorum: later tokens of this slot are above it.
     pub(crate) fn saw_token(&self, slot: Slot, token: u64) {
         self.shared.seen[usize::from(slot.number())].fetch_max(token, Ordering::AcqRel);
     }
 
-    /// Claims the lease. It is sent again only where its connection broke: once it is dropped, whatever was sent is before a later release on
-    /// the connection.
+    /// Claims the lease. The request is resent only if its connection broke. After the future is
+    /// dropped, any claim already sent precedes a later release on the same connection.
     pub(crate) fn claim(&self, claim: Claim) -> StoreFuture<Claimed> {
         let shared = Arc::clone(&self.shared);
         let slot = shared.commands.names.of(&claim.key).slot();
@@ -118,7 +121,7 @@ impl RedisStore {
             let mut attempts = Attempts::default();
             loop {
                 let mut live = link.get().await?;
-                // Below what was seen before, a counter was lost.
+                // A counter below an earlier value was lost.
                 let floor = shared.floor(slot);
                 let claimed = {
                     let fill = |command: &mut Cmd| shared.commands.fill_claim(command, &claim, floor);
@@ -142,17 +145,17 @@ impl RedisStore {
         })
     }
 
-    /// Whether it answers on the connection of the background.
+    /// Whether the node answers on the background connection.
     pub(crate) fn ping(&self) -> StoreFuture<()> {
         let (shared, background) = (Arc::clone(&self.shared), self.background());
         Box::pin(async move {
-            // Another connection takes the place of the background's where that can't be opened.
+            // The request connection takes over if the background's can't be opened.
             let (link, _) = background.get(shared.timeout / 3).await?;
             answers(&shared, &link).await
         })
     }
 
-    /// Whether it answers on all connections of the callers.
+    /// Whether the node answers on all request connections.
     pub(crate) fn ping_callers(&self) -> StoreFuture<()> {
         let (shared, links) = (Arc::clone(&self.shared), self.callers.clone());
         Box::pin(async move {
@@ -163,13 +166,13 @@ impl RedisStore {
         })
     }
 
-    /// Nothing more is sent on the connection of the background: the next request makes a new one.
+    /// Abandons the background connection; the next request opens a new one.
     pub(crate) fn leave_background(&self) {
         self.background.leave();
     }
 
-    /// Nothing more is sent on the connections of the callers: their next requests make new ones. What was sent on the old ones may be
-    /// executed later than that.
+    /// Abandons the request connections; the next requests open new ones. Requests already sent on
+    /// the old connections may still execute afterwards.
     pub(crate) fn leave_callers(&self) {
         self.callers.iter().for_each(|link| link.leave());
     }
@@ -177,7 +180,7 @@ impl RedisStore {
 
 #[cfg(test)]
 impl RedisStore {
-    /// Gives or takes its vote, until a new connection tells of the server's age.
+    /// Grants or revokes the right to vote, until a new connection reports the server's uptime.
     pub(crate) fn set_vote(&self, has: bool) {
         let tenure = self.shared.tenure.as_ref().unwrap();
         let from = if has { 0 } else { u64::MAX };

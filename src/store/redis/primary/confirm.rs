@@ -1,30 +1,38 @@
-//! Waiting until replicas have a lease (`min_replicas_acked`).
+//! Waits until replicas acknowledge a lease (`min_replicas_acked`).
 //!
 //! # Implementation details
 //!
-//! `WAIT n ms` is sent behind the request that takes a lease, on the same connection, so that it costs no round trip more than the one
-//! to the replicas. It answers how many of them have everything that the server had written by then. With fewer than `n` the reply
-//! is an error: the queue abandons the cycle, which is released in the background.
+//! `WAIT n ms` is sent right behind the request that takes a lease, on the same connection, so the
+//! only extra round trip is the one to the replicas. Its reply is the number of replicas that have
+//! everything the server had written by then. With fewer than `n`, the request fails: the queue
+//! abandons the cycle, which is released in the background.
 //!
-//! What is promised: when a lock is entered, `n` replicas know its lease; and for as long as it is held and valid, they know of an end
-//! that does not lie before the one that the holder counts on. So renewals are confirmed, too: a lock that was held for longer than a
-//! TTL while nothing was replicated would have run out on a replica that is promoted then, and somebody else would get it beside the
-//! holder. A renewal that is not confirmed counts as one without an answer: it is repeated, and if that goes on for the rest of the TTL,
-//! the lock is lost in time.
-//! A lease that was granted by somebody else's release was confirmed by nobody: the inbox makes a turn of such a grant, so that this manager asks,
-//! and confirms, itself. Releases are not confirmed: one that is not replicated only makes others wait for the end of the lease.
+//! The guarantee: when a lock is entered, `n` replicas know its lease, and while the lock is held
+//! and valid, they know an expiry that is not before the one the holder relies on. Renewals are
+//! therefore confirmed, too. Otherwise a lock could be held for longer than a TTL while nothing is
+//! replicated; its lease would have expired on a replica that is then promoted, and another process
+//! could acquire it beside the holder. A renewal that is not confirmed counts as unanswered: it is
+//! repeated, and if that fails for the rest of the TTL, the lock is lost in time.
 //!
-//! The promise is worth as much as the choice of the replica that is promoted: one of those that confirmed. Where `n` is less than the number of replicas,
-//! it may be another one, even if none has failed: from the moment in which a replica is promoted to that in which the others are made to follow it, which
-//! may take a second, those still confirm what the old primary takes. With all of them that is not possible, since the promoted one has left.
-//! Whatever was forgotten: from the moment in which a manager knows of the switch, its leases are passed on when the new primary has confirmed them
-//! ([`LeaseStore::epoch`](crate::store::LeaseStore::epoch)). And the end of a lease is replicated as a
-//! time of day, so the clocks of the servers have to agree; one that is ahead ends leases earlier once it is the primary.
+//! A grant made by another manager's release is not confirmed. The inbox converts such a grant to
+//! `Push::Turn`, so this manager asks for the lease and confirms it itself. Releases are not
+//! confirmed: if one is not replicated, other processes only wait until the lease expires.
 //!
-//! On a connection that many tasks share, `WAIT` holds back whatever comes behind it. Where replicas answer, that is the time of one
-//! round trip to them, which a task that only learns that a key is held has to wait for as well. Where they do not, it is the whole
-//! limit; so once a wait was in vain, the next ones are short, but for one in each time limit, which finds out whether the replicas are
-//! merely slow.
+//! The guarantee depends on which replica is promoted: it must be one that confirmed. If `n` is
+//! less than the number of replicas, it may be another one even if none has failed. Between the
+//! promotion of a replica and the moment at which the others are reconfigured to follow it, which
+//! may take a second, the others still confirm writes of the old primary. If all replicas must
+//! confirm, this can't happen, since the promoted one has left.
+//!
+//! Whatever was lost, once a manager knows of the switch, it passes its leases on only after the
+//! new primary has confirmed them ([`LeaseStore::epoch`](crate::store::LeaseStore::epoch)). The
+//! expiry of a lease is replicated as wall-clock time, so the servers' clocks must agree: a server
+//! whose clock is ahead expires leases early after its promotion.
+//!
+//! On a connection shared by many tasks, `WAIT` delays all requests behind it. If the replicas
+//! answer, the delay is one round trip to them, even for a task that only learns that its key is
+//! held. If they do not, it is the whole limit. After a failed wait, the next ones are therefore
+//! short, except for one per time limit, which detects whether the replicas are merely slow.
 
 use std::sync::atomic::{AtomicU64, Ordering};
 use std::time::Duration;
@@ -40,11 +48,11 @@ pub(super) struct Confirm {
     replicas: u32,
     /// The time limit of a request.
     timeout: Duration,
-    /// When waits may be long again, on the local clock; zero while nothing is wrong.
+    /// When a wait may be long again, on the local clock; zero while nothing is wrong.
     short_until: AtomicU64,
 }
 
-/// A wait that was sent: for its words if it is in vain.
+/// A wait that was sent, for the error message if it fails.
 #[derive(Clone, Copy)]
 pub(super) struct Wait {
     replicas: u32,
@@ -52,7 +60,7 @@ pub(super) struct Wait {
 }
 
 impl Confirm {
-    /// None where nothing is to be confirmed.
+    /// `None` if no confirmation is required.
     pub(super) fn new(replicas: u32, timeout: Duration) -> Option<Self> {
         (replicas > 0).then(|| Self {
             replicas,
@@ -61,7 +69,7 @@ impl Confirm {
         })
     }
 
-    /// The wait behind the next request.
+    /// The wait to send behind the next request.
     pub(super) fn next(&self) -> Wait {
         let (now, until) = (Moment::now(), self.short_until.load(Ordering::Relaxed));
         let long = within(self.timeout);
@@ -77,7 +85,7 @@ impl Confirm {
         self.wait(if may_be_long { long } else { long / SHORTER })
     }
 
-    /// The wait behind requests that have that time limit.
+    /// The wait to send behind requests with this time limit.
     pub(super) fn within(&self, limit: Duration) -> Wait {
         self.wait(within(limit))
     }
@@ -89,7 +97,7 @@ impl Confirm {
         }
     }
 
-    /// Whether enough replicas have confirmed.
+    /// Fails unless enough replicas have confirmed.
     pub(super) fn judge(&self, wait: Wait, reply: &Value) -> Result<(), StoreError> {
         let acked = as_int(reply).unwrap_or_default();
         if acked >= i64::from(wait.replicas) {
@@ -97,14 +105,14 @@ impl Confirm {
             return Ok(());
         }
         let until = (Moment::now() + self.timeout).as_nanos();
-        // One that is set already is the business of the wait that is long.
+        // If a time is set already, only the long wait may change it.
         self.short_until
             .compare_exchange(0, until, Ordering::Relaxed, Ordering::Relaxed)
             .ok();
         Err(StoreError::Unavailable(
             format!(
                 "only {acked} of {needed} replicas confirmed the lease within {limit:?} (min_replicas_acked = {needed}); \
-                 it was given up; look after the replicas",
+                 the lease was abandoned; check the replicas",
                 needed = wait.replicas,
                 limit = wait.limit,
             )
@@ -116,16 +124,16 @@ impl Confirm {
 impl Wait {
     pub(super) fn command(self) -> Cmd {
         let mut wait = cmd("WAIT");
-        // Zero would mean for ever.
+        // Zero would mean no limit.
         wait.arg(self.replicas).arg((self.limit.as_millis() as u64).max(1));
         wait
     }
 }
 
-/// How much shorter waits are while replicas do not answer.
+/// By what factor waits are shortened while the replicas do not answer.
 const SHORTER: u32 = 8;
 
-/// Less than the limit, so that the answer is there before it.
+/// Less than the limit, so the reply arrives in time.
 fn within(limit: Duration) -> Duration {
     limit * 4 / 5
 }
@@ -140,7 +148,7 @@ mod tests {
         let wait = confirm.next();
         assert!(confirm.judge(wait, &Value::Int(2)).is_ok());
         let Err(StoreError::Unavailable(words)) = confirm.judge(wait, &Value::Int(1)) else {
-            panic!("it is too few")
+            panic!("one replica is too few")
         };
         assert!(
             words.starts_with("only 1 of 2 replicas confirmed the lease within 800ms (min_replicas_acked = 2)"),
@@ -157,7 +165,7 @@ mod tests {
         assert_eq!(confirm.next().limit, long / SHORTER);
         assert!(confirm.judge(confirm.next(), &Value::Int(1)).is_ok());
         assert_eq!(confirm.next().limit, long);
-        // One wait in each time limit is long.
+        // One wait per time limit is long.
         let confirm = Confirm::new(1, Duration::from_nanos(1)).unwrap();
         assert!(confirm.judge(confirm.next(), &Value::Int(0)).is_err());
         while Moment::now().as_nanos() < confirm.short_until.load(Ordering::Relaxed) {}

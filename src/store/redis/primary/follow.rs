@@ -1,16 +1,20 @@
-//! Following the primary: every sentinel is listened to, and the first that tells of a switch makes all connections leave the old server.
+//! Follows the primary: subscribes to every sentinel. The first one that reports a switch makes all
+//! connections leave the old server.
 //!
 //! # Implementation details
 //!
-//! A server that crashed breaks its connections, and one that was demoted says READONLY. But one whose machine vanished, or that hangs, does
-//! neither; and after an orderly failover the old primary takes writes, which will be lost, for ten seconds until Sentinel demotes
-//! it. So only what the sentinels say makes all managers go over to the new primary at the same time.
+//! A crashed server breaks its connections, and a demoted one replies READONLY. A server that
+//! hangs, or whose machine vanished, does neither. After an orderly failover the old primary also
+//! accepts writes, which will be lost, for ten seconds until Sentinel demotes it. Only the
+//! sentinels' messages make all managers move to the new primary at the same time.
 //!
-//! A connection behind a proxy or a firewall that has forgotten it never ends by itself. So a sentinel that has sent nothing for a while is asked whether it
-//! still answers; if it does not, it is subscribed to anew and asked for the switch that was missed.
+//! If a proxy or firewall forgets a connection, the connection never breaks. A sentinel that has
+//! sent nothing for a while is therefore asked whether it still answers. If not, the subscription
+//! is renewed and the sentinel is asked for a missed switch.
 //!
-//! All of them are listened to, since the one that shares a machine with the primary dies with it. The one that told first is asked first
-//! then: the others learn of the switch up to two seconds later.
+//! All sentinels are subscribed to, since the one on the primary's machine dies with it. The
+//! sentinel that reported the switch first is then asked first: the others learn of it up to two
+//! seconds later.
 
 use std::sync::Arc;
 use std::time::Duration;
@@ -25,11 +29,11 @@ use crate::backoff::Backoff;
 use crate::store::StoreError;
 use crate::text::printable;
 
-/// The first and the longest pause before another attempt to listen to a sentinel.
+/// The first and the longest pause before another attempt to subscribe to a sentinel.
 const PAUSE_MIN: Duration = Duration::from_millis(5);
 const PAUSE_MAX: Duration = Duration::from_secs(1);
 
-/// Follows the primary for as long as it is polled.
+/// Follows the primary while polled.
 pub(super) async fn follow(shared: Arc<Shared>, links: Vec<Arc<Link>>) {
     let Source::Sentinels(sentinels) = &shared.source else {
         return std::future::pending().await;
@@ -45,11 +49,11 @@ async fn listen(shared: &Shared, links: &[Arc<Link>], sentinels: &Sentinels, ind
         let heard = hear(shared, links, sentinels, index, || backoff.reset()).await;
         match heard {
             Ok(()) => is_told = false,
-            // A sentinel may be down for long: once is enough.
+            // A sentinel may be down for a long time: log it once.
             Err(StoreError::Unavailable(error) | StoreError::Refused(error)) if !is_told => {
                 is_told = true;
                 let place = sentinels.place(index);
-                tracing::warn!(shard = %shared.shard, sentinel = place, error = %printable(&error), "a sentinel can't be listened to; it is tried again");
+                tracing::warn!(shard = %shared.shard, sentinel = place, error = %printable(&error), "failed to subscribe to a sentinel; retrying");
             }
             Err(_) => {}
         }
@@ -57,7 +61,7 @@ async fn listen(shared: &Shared, links: &[Arc<Link>], sentinels: &Sentinels, ind
     }
 }
 
-/// Listens to one sentinel until the connection breaks.
+/// Receives switches from one sentinel until the connection breaks.
 async fn hear(
     shared: &Shared,
     links: &[Arc<Link>],
@@ -67,7 +71,7 @@ async fn hear(
 ) -> Result<(), StoreError> {
     let (mut asking, mut messages) = sentinels.subscribe(index).await?.split();
     subscribed();
-    // A switch may have been missed before.
+    // A switch may have been missed before the subscription.
     let server = sentinels.ask(index).await?;
     let is_elsewhere = |link: &Arc<Link>| link.is_elsewhere(server.place());
     if links.iter().any(is_elsewhere) || shared.moves.is_inbox_elsewhere(server.place()) {
@@ -85,14 +89,14 @@ async fn hear(
         let text = String::from_utf8_lossy(message.get_payload_bytes());
         if let Some(place) = sentinels.switched(&text) {
             sentinels.ask_first(index);
-            tracing::info!(shard = %shared.shard, sentinel = sentinels.place(index), primary = %printable(&place), "a sentinel says that the primary is another server");
+            tracing::info!(shard = %shared.shard, sentinel = sentinels.place(index), primary = %printable(&place), "a sentinel reported that the primary changed");
             go_to(&place, shared, links);
         }
     }
 }
 
 fn go_to(place: &str, shared: &Shared, links: &[Arc<Link>]) {
-    // First, so that a connection that is being made at this moment is made again.
+    // First, so that a connection that is being opened at this moment is reopened.
     shared.moves.switched(place);
     for link in links {
         link.leave_unless_at(place);

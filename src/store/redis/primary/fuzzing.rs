@@ -1,4 +1,4 @@
-//! What must hold for what a primary and its sentinels say. See [`crate::fuzzing`].
+//! Properties that must hold for any data from a primary and its sentinels. See [`crate::fuzzing`].
 
 #![allow(clippy::expect_used, clippy::panic, clippy::unwrap_used)]
 
@@ -12,7 +12,8 @@ use crate::clock::Moment;
 use crate::endpoint::{Endpoint, EndpointKind};
 use crate::store::TlsFiles;
 
-/// A sentinel's message of a switch, and `INFO server`, by which a node of a quorum has a vote.
+/// A sentinel's message about a switch, and `INFO server`, which decides whether a quorum node may
+/// vote.
 pub(in crate::store::redis) fn places(text: &str) {
     let endpoint = Endpoint::parse("redis+sentinel://u:p@a/m/3").unwrap();
     let EndpointKind::Sentinel {
@@ -21,7 +22,7 @@ pub(in crate::store::redis) fn places(text: &str) {
         access,
     } = endpoint.kind().clone()
     else {
-        panic!("{endpoint} is watched")
+        panic!("{endpoint} is not watched by sentinels")
     };
     let sentinels = Sentinels::new(
         sentinels,
@@ -33,7 +34,8 @@ pub(in crate::store::redis) fn places(text: &str) {
     if let Some(place) = sentinels.switched(text) {
         assert!(text.starts_with("m "));
         let info = access.url(&place).as_str().into_connection_info();
-        // A host that no client takes, such as a wildcard address, is found out when it is connected to.
+        // A host that the client library rejects, such as a wildcard address, is detected when
+        // connecting.
         if let Ok(info) = info {
             assert_eq!(info.addr().to_string(), place.replace(['[', ']'], ""));
             assert_eq!(info.redis_settings().username(), Some("u"));

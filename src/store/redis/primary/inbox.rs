@@ -1,10 +1,12 @@
-//! The manager's inbox: a connection that does nothing but listen.
+//! The manager's inbox: a connection for one subscription only.
 //!
 //! # Implementation details
 //!
-//! A proxy that has forgotten a connection still acknowledges what is sent on it, and a server whose machine vanished says nothing: neither breaks it.
-//! Nothing comes from a healthy inbox for hours either, so it is asked every few seconds, by subscribing once more to the channel that is
-//! subscribed already. That needs no further permission, and an answer is all that counts. An inbox that does not answer is replaced.
+//! Neither a proxy that has forgotten a connection nor a server whose machine vanished breaks it:
+//! the proxy still acknowledges what is sent. A healthy inbox may receive nothing for hours. So it
+//! is checked every few seconds by subscribing again to the channel that is already subscribed.
+//! This needs no further permission, and any answer counts. An inbox that does not answer is
+//! replaced.
 
 use std::sync::Arc;
 use std::time::Duration;
@@ -26,22 +28,24 @@ use crate::store::{StoreError, tell_unreadable};
 /// The first and the longest pause before another attempt to subscribe.
 const PAUSE_MIN: Duration = Duration::from_millis(5);
 const PAUSE_MAX: Duration = Duration::from_secs(1);
-/// How long an inbox must be without a subscription before that is logged, if the shard is up otherwise.
+/// How long the inbox must be without a subscription before this is logged, if the shard is up
+/// otherwise.
 const LOGGED_AFTER: Duration = Duration::from_secs(5);
 /// How often the inbox must answer.
 const CHECK_EVERY: Duration = Duration::from_secs(2);
-/// In how many parts the answer is waited for. A runtime that was blocked for longer than a part finds its time over before it has read the answer
-/// that is there.
+/// The number of parts into which the wait for an answer is split. After a runtime was blocked for
+/// longer than a part, that part has timed out before the answer that already arrived was read; the
+/// next part reads it.
 const CHECK_PARTS: u32 = 4;
 
-/// Listens until nobody receives. After every successful subscription `Resubscribed` comes first: what was pushed before
-/// it may be lost.
+/// Runs the subscriber until the receiver is closed. Every successful subscription starts with
+/// `Resubscribed`, because earlier pushes may have been lost.
 ///
-/// One address can lead to several servers: a name or a service whose target changes, a proxy, a
-/// balancer over a primary and its replicas. An inbox that is subscribed at another server than the one
-/// which executes the commands is never sent a grant. So the server that executes commands is asked
-/// whether it knows the subscription: after each subscription, after each new connection for commands,
-/// and when a reply says that a waiter is not reached.
+/// One address can lead to several servers: a name or a service whose target changes, a proxy, or a
+/// balancer over a primary and its replicas. An inbox that is subscribed on another server than the
+/// one that executes the commands never receives a grant. The server that executes commands is
+/// therefore asked whether it knows the subscription: after each subscription, after each new
+/// command connection, and when a reply reports that a waiter can't be reached.
 pub(super) async fn listen(shared: Arc<Shared>, commands: Arc<Link>, pushes: mpsc::UnboundedSender<Push>) {
     let channel = shared.commands.names.inbox(&shared.commands.manager);
     let mut is_elsewhere_reported = false;
@@ -73,7 +77,7 @@ pub(super) async fn listen(shared: Arc<Shared>, commands: Arc<Link>, pushes: mps
                                     is_elsewhere_reported = false;
                                     continue;
                                 }
-                                // Nothing is known: the next connection for commands asks again.
+                                // Unknown: the next command connection triggers another check.
                                 None => continue,
                                 Some(false) => {
                                     if !std::mem::replace(&mut is_elsewhere_reported, true) {
@@ -96,7 +100,7 @@ pub(super) async fn listen(shared: Arc<Shared>, commands: Arc<Link>, pushes: mps
                         None => tell_unreadable(&shared.shard, &text),
                     }
                 }
-                // Where no request is under way, nobody else notices that the server is gone.
+                // If no request is in flight, nothing else detects that the server is gone.
                 shared.may_have_forgotten();
                 if pushes.send(Push::Disconnected).is_err() {
                     return;
@@ -120,14 +124,14 @@ pub(super) async fn listen(shared: Arc<Shared>, commands: Arc<Link>, pushes: mps
         }
         tokio::select! {
             () = backoff.wait() => {}
-            // It is known where the primary is now.
+            // The address of the primary is known now.
             () = moves.news() => {}
             () = pushes.closed() => return,
         }
     }
 }
 
-/// Attempts to subscribe that failed one after the other.
+/// Consecutive failed attempts to subscribe.
 #[derive(Default)]
 struct Failed {
     since: Option<Moment>,
@@ -135,20 +139,21 @@ struct Failed {
 }
 
 impl Failed {
-    /// The outage of a shard has a line of its own. An inbox that can't be had though the shard is up has one as well, once that has lasted for a while.
+    /// A shard's outage is logged elsewhere. A missing inbox on a shard that is up is logged here,
+    /// once it has lasted for a while.
     fn note(&mut self, shared: &Shared, reason: &str) {
         let now = Moment::now();
         let since = *self.since.get_or_insert(now);
         if !self.is_logged && shared.metrics.is_up() && now.since(since) >= LOGGED_AFTER {
             self.is_logged = true;
-            tracing::warn!(shard = %shared.shard, reason, "the inbox can't be subscribed, so locks are handed over late; that is tried again");
+            tracing::warn!(shard = %shared.shard, reason, "failed to subscribe to the inbox, so hand-offs are delayed; retrying");
         } else {
-            tracing::debug!(shard = %shared.shard, reason, "the inbox can't be subscribed yet");
+            tracing::debug!(shard = %shared.shard, reason, "failed to subscribe to the inbox");
         }
     }
 }
 
-/// Returns when the inbox does not answer any more.
+/// Returns once the inbox no longer answers.
 async fn silence(mut sink: PubSubSink, channel: &str, patience: Duration) {
     loop {
         tokio::time::sleep(CHECK_EVERY).await;
@@ -161,7 +166,7 @@ async fn silence(mut sink: PubSubSink, channel: &str, patience: Duration) {
                     answered = true;
                     break;
                 }
-                // It broke.
+                // The connection broke.
                 Ok(Err(_)) => return,
                 Err(_) => {}
             }
@@ -172,7 +177,7 @@ async fn silence(mut sink: PubSubSink, channel: &str, patience: Duration) {
     }
 }
 
-/// Whether the server that executes commands knows the subscription. `None` if it does not answer that.
+/// Whether the server that executes commands knows the subscription. `None` if it does not answer.
 async fn is_known(shared: &Shared, commands: &Arc<Link>, channel: &str) -> Option<bool> {
     let ask = async {
         let mut live = commands.get().await.ok()?;
@@ -189,11 +194,11 @@ fn report_elsewhere(shared: &Shared, place: &str) {
         shard = %shared.shard,
         address = place,
         "connections to this address lead to different servers: the server that executes commands does not know the \
-         subscription of this manager's inbox; it subscribes again, and until then its waiters ask every 250 ms"
+         subscription of this manager's inbox; resubscribing, and until then the manager's waiters poll every 250 ms"
     );
 }
 
-/// Subscribes on the primary. Says where that is.
+/// Subscribes on the primary. Returns the connection and the primary's address.
 async fn subscribe(shared: &Shared, channel: &str) -> Result<(PubSub, String), StoreError> {
     let server = shared.source.locate().await?;
     shared.moves.inbox_goes_to(server.place());
@@ -212,8 +217,10 @@ async fn subscribe(shared: &Shared, channel: &str) -> Result<(PubSub, String), S
     let mut inbox = with_reason(&info, shared.timeout, client.get_async_pubsub()).await?;
     inbox.subscribe(channel).await.map_err(in_words)?;
     if shared.check_role && shared.source.follows() {
-        // What is published on the new primary reaches the subscribers of a demoted one as well, but does not count as received: others would be
-        // preferred for ever. A connection that listens can't be asked, so another one is; a demotion after that is told by the sentinels.
+        // A demoted primary still delivers what is published on the new one, but its subscribers do
+        // not count as reached there: other waiters would always be preferred. A subscribed
+        // connection can't be asked for its role, so another one is. The sentinels report a later
+        // demotion.
         let mut asking = client.get_multiplexed_async_connection().await.map_err(in_words)?;
         let answer = cmd("ROLE").query_async(&mut asking).await.map_err(in_words)?;
         shared.source.accept(&role(&answer)?, server.place())?;

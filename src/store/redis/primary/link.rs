@@ -1,4 +1,4 @@
-//! One long-lived connection to the primary that is replaced when it breaks, or when the primary is another server.
+//! One long-lived connection to the primary, replaced when it breaks or when the primary changes.
 
 use std::net::SocketAddr;
 use std::pin::{Pin, pin};
@@ -27,7 +27,8 @@ use crate::store::connecting::Connecting;
 use crate::store::{MapState, MapStep, StoreError};
 use crate::time_limit::within;
 
-/// A connection, opened once and kept: checking one out of a pool for each request would cost a round trip each.
+/// A connection that is opened once and kept: checking one out of a pool would cost a round trip
+/// for each request.
 pub(super) struct Link {
     shared: Arc<Shared>,
     current: Mutex<Option<Current>>,
@@ -44,24 +45,24 @@ struct Current {
     place: String,
     /// The era in which it was opened, see [`Shared::era`].
     era: u64,
-    /// Closes the connection, whatever still waits for a reply on it.
+    /// Closes the connection, even if requests still wait for replies on it.
     _ending: Ending,
 }
 
-/// A connection and which one it is.
+/// A connection and its generation.
 #[derive(Clone)]
 pub(super) struct Live {
     pub(super) connection: MultiplexedConnection,
     pub(super) generation: u64,
-    /// How often the primary had become another server when it was opened. What is answered through it after one more time is of the old one, and no
-    /// more worth than the request.
+    /// How often the primary had changed when the connection was opened. Replies to requests sent
+    /// before a later switch come from the old primary and must be discarded.
     pub(super) switches: u64,
-    /// What ends requests on it. Nothing if they end with its driver.
+    /// Ends requests on the connection. `None` if they end with its driver.
     cut: Option<Cut>,
 }
 
 impl Live {
-    /// A request on this connection, which fails as soon as the connection is given up.
+    /// Runs a request on this connection; fails as soon as the connection is abandoned.
     pub(super) async fn unless_cut<T>(
         cut: Option<Cut>,
         request: Pin<&mut impl Future<Output = RedisResult<T>>>,
@@ -77,10 +78,11 @@ impl Live {
     }
 }
 
-/// How many requests may wait to be written before senders wait: enough for thousands of tasks that ask at once.
+/// How many requests may wait to be written before senders block: enough for thousands of tasks at
+/// once.
 const PIPELINE_BUFFER: usize = 4096;
 
-/// How long to wait before asking for the primary again while a failover is under way, at first and at most.
+/// The first and the longest pause before asking for the primary again during a failover.
 const FAILOVER_PAUSE_MIN: Duration = Duration::from_millis(10);
 const FAILOVER_PAUSE_MAX: Duration = Duration::from_millis(100);
 
@@ -96,16 +98,17 @@ impl Link {
         }
     }
 
-    /// A request is under way for as long as that lives.
+    /// Counts a request as in flight until the returned guard is dropped.
     pub(super) fn enter(&self) -> UnderWay {
         self.traffic.enter()
     }
 
-    /// The connection; a new one if there is none.
+    /// Returns the connection, opening one if necessary.
     pub(super) async fn get(self: &Arc<Self>) -> Result<Live, StoreError> {
         match self.live() {
             Some(live) => Ok(live),
-            // On the heap: connecting is rare and would make the future of every request ten times as large.
+            // Boxed: connecting is rare and would make the future of every request ten times as
+            // large.
             None => Box::pin(self.connect_apart()).await,
         }
     }
@@ -115,7 +118,7 @@ impl Link {
         self.connecting.attempt(Some(&self.shared.runtimes), connect).await
     }
 
-    /// The connection, if there is one that was opened since the address last led elsewhere.
+    /// The connection, if it was opened in the current era.
     pub(super) fn live(&self) -> Option<Live> {
         let era = self.shared.era.load(Ordering::Acquire);
         let current = self.current.lock();
@@ -130,8 +133,9 @@ impl Link {
         }
     }
 
-    /// Connects to the primary. While a failover is under way, the sentinels are asked again and again, for most of the time that a
-    /// request has: usually it is over by then, and whoever asked did not notice.
+    /// Connects to the primary. During a failover, asks the sentinels repeatedly for most of a
+    /// request's time limit. The failover is usually over by then, and the caller does not notice
+    /// it.
     async fn find_primary(&self) -> Result<Live, StoreError> {
         let shared = &*self.shared;
         if !shared.source.follows() {
@@ -140,7 +144,7 @@ impl Link {
         let until = Instant::now() + shared.timeout * 3 / 4;
         let mut backoff = Backoff::new(FAILOVER_PAUSE_MIN, FAILOVER_PAUSE_MAX);
         let mut moves = shared.moves.listen();
-        // Where we were last, and why that was of no use.
+        // The address of the last attempt, and why it failed.
         let mut in_vain: Option<(String, Arc<str>)> = None;
         loop {
             moves.catch_up();
@@ -148,7 +152,7 @@ impl Link {
             let left = until.saturating_duration_since(Instant::now());
             let opened = tokio::select! {
                 opened = tokio::time::timeout(left, self.open(&server)) => opened,
-                // Wherever this one leads, it may be the wrong place.
+                // The primary changed again, so this address may be wrong.
                 () = moves.news() => continue,
             };
             let place = server.place();
@@ -160,7 +164,7 @@ impl Link {
                     ));
                 }
                 Ok(opened) => return opened,
-                // What the attempt before it came to says more than silence.
+                // The error of the previous attempt is more informative than a timeout.
                 Err(_) => match in_vain.take() {
                     Some((known, error)) if known == place => error,
                     _ => format!("{place} does not answer").into(),
@@ -198,12 +202,12 @@ impl Link {
             }
             (failed, _) => return failed,
         };
-        // A name may have the addresses of several servers, of which one is the primary.
+        // A name may resolve to several servers, one of which is the primary.
         let (error, addresses) = refused;
         if addresses.len() > 1 {
             for address in addresses {
                 if let Ok(live) = self.open_at(server, &info, Some(address)).await {
-                    // The inbox has to go there, too.
+                    // The inbox must use this address, too.
                     *shared.address.lock() = Some(address);
                     return Ok(live);
                 }
@@ -235,14 +239,14 @@ impl Link {
             }
         };
         let connecting = async {
-            // Its driver belongs where the tasks are that use it.
+            // The driver must run on the same runtime as the tasks that use it.
             match self.purpose {
                 Purpose::Requests => shared.runtimes.open(shared.timeout / 2, open).await,
                 _ => open().await,
             }
         };
         let (mut connection, ending) = with_reason(info, shared.timeout, connecting).await?;
-        // A server that hangs takes connections and answers nothing.
+        // A server that hangs accepts connections but does not reply.
         let greeted = within(
             Moment::now(),
             shared.timeout,
@@ -259,12 +263,12 @@ impl Link {
             cut: ending.cut(),
         };
         let mut current = self.current.lock();
-        // Under the mutex: a switch that is told after this look finds the connection here.
+        // Under the mutex: a switch reported after this check finds the new connection here.
         if shared.moves.switches() != switches {
-            return Err(StoreError::Unavailable("the primary became another server".into()));
+            return Err(StoreError::Unavailable("the primary has changed".into()));
         }
         if current.is_some() {
-            // One of an earlier era. As in `give_up`.
+            // The old connection is of an earlier era. As in `give_up`.
             shared.cuts.note();
         }
         let earlier = current.replace(Current {
@@ -275,7 +279,7 @@ impl Link {
         });
         drop(current);
         drop(earlier);
-        // It may lead to another server than the one before.
+        // It may lead to another server than the previous connection.
         shared.inbox_check.notify_one();
         if shared.source.follows() {
             shared.moves.settled(server.place());
@@ -283,25 +287,25 @@ impl Link {
         Ok(live)
     }
 
-    /// That connection is of no more use.
+    /// Abandons this connection, if it is still the current one.
     pub(super) fn broken(&self, broken: &Live) {
         self.give_up(|current| current.live.generation == broken.generation);
     }
 
-    /// Gives up the connection, if that is true of it, and closes it.
+    /// Abandons and closes the current connection if `is_meant` holds for it.
     fn give_up(&self, is_meant: impl FnOnce(&Current) -> bool) -> Option<Current> {
         let mut current = self.current.lock();
         let ended = current.take_if(|current| is_meant(current));
         if ended.is_some() {
-            // Under the mutex: what is sent on the next connection comes after it.
+            // Under the mutex, so that everything sent on the next connection comes after this.
             self.shared.cuts.note();
             self.shared.may_have_forgotten();
         }
         ended
     }
 
-    /// Whether that error means that the connection is of no more use, which it isn't from now on: it broke, or leads to a server that
-    /// is no primary.
+    /// Whether the error means that the connection is unusable: it broke, or leads to a server that
+    /// is not a primary. If so, the connection is abandoned.
     pub(super) fn is_ended_by(&self, error: &RedisError, live: &Live) -> bool {
         let shared = &*self.shared;
         let is_left = shared.source.is_left_by(error);
@@ -310,7 +314,7 @@ impl Link {
         }
         let ended = self.give_up(|current| current.live.generation == live.generation);
         if let Some(ended) = ended {
-            // The other connections, and the inbox, must not stay there either.
+            // The other connections and the inbox must leave the server, too.
             if is_left && shared.source.follows() {
                 shared.moves.left(&ended.place);
             } else if is_left {
@@ -320,12 +324,12 @@ impl Link {
         true
     }
 
-    /// The connection, if there is one, is of no more use.
+    /// Abandons the current connection, if there is one.
     pub(super) fn leave(&self) {
         self.give_up(|_| true);
     }
 
-    /// Where that connection leads, if it is still the one in use.
+    /// The address of this connection, if it is still the current one.
     pub(super) fn place(&self, live: &Live) -> Option<String> {
         let current = self.current.lock();
         let current = current
@@ -334,7 +338,7 @@ impl Link {
         current.map(|current| current.place.clone())
     }
 
-    /// Whether the connection, if there is one, leads to another place.
+    /// Whether there is a connection that leads to another address.
     pub(super) fn is_elsewhere(&self, place: &str) -> bool {
         self.current
             .lock()
@@ -342,7 +346,8 @@ impl Link {
             .is_some_and(|current| current.place != place)
     }
 
-    /// The primary is at that place now. A connection that leads there already is one of after the switch, of which each sentinel tells.
+    /// Leaves any other server, since the primary is at `place` now. Every sentinel reports the
+    /// same switch, so a connection that already leads there was opened after it and is kept.
     pub(super) fn leave_unless_at(&self, place: &str) {
         let mut current = self.current.lock();
         let ended = current.take_if(|current| current.place != place);
@@ -356,9 +361,9 @@ impl Link {
         drop(ended);
     }
 
-    /// Once per connection: whether it is a primary at all, the floor below which the counters of this server must not be, and whether all
-    /// managers have one map. All are done again for every connection, since the server behind it may be another one, or have
-    /// lost its data.
+    /// Checks each new connection: whether the server is a primary, the minimum for its counters,
+    /// and whether all managers have the same map. This is repeated for every connection, since the
+    /// server behind the address may be another one or may have lost its data.
     async fn greet(
         &self,
         connection: &mut MultiplexedConnection,
@@ -367,16 +372,17 @@ impl Link {
     ) -> Result<(), StoreError> {
         let shared = &*self.shared;
         let mut greeting = pipe();
-        // Something has to stand in its place.
+        // `TIME` is a placeholder: the later replies are read by index.
         greeting.cmd(if shared.check_role { "ROLE" } else { "TIME" });
         greeting.cmd("TIME");
         greeting.add_command(map::read(&shared.map));
         if shared.tenure.is_some() {
             greeting.cmd("INFO").arg("server");
-            // A claim is not waited for once others have decided, so nobody would send it again by its text.
+            // Nobody waits for a claim once the other nodes have decided, so it would not be resent
+            // by its source.
             greeting.cmd("SCRIPT").arg("LOAD").arg(shared.scripts.claim.text());
         }
-        // What comes last is looked at by itself.
+        // The last reply is checked separately.
         greeting.add_command(named(&shared.commands.manager, self.purpose));
         greeting.add_command(needed_to_wait(shared.map.key()));
         let asked_at = Moment::now();
@@ -386,14 +392,14 @@ impl Link {
             Err(error) => return Err(explained(info, shared.timeout, &error).await),
         };
         let popped = replies.pop();
-        // Not every user may give a name.
+        // Ignored: not every user may set a name.
         replies.pop();
-        // First, since a replica has nothing but errors for the rest.
+        // Checked first, since a replica answers the rest with errors only.
         match replies.first().cloned().map(Value::extract_error) {
             Some(Ok(answer)) if shared.check_role => shared.source.accept(&role(&answer)?, place)?,
             Some(Err(error)) if shared.check_role && is_unknown_command(&error) => {
                 return Err(StoreError::Refused(
-                    format!("the server lacks ROLE, which tells a primary from a replica; if this address always leads to a primary, set check_role = false: {error}").into(),
+                    format!("the server lacks ROLE, which distinguishes a primary from a replica; if this address always leads to a primary, set check_role = false: {error}").into(),
                 ));
             }
             _ => {}
@@ -412,7 +418,7 @@ impl Link {
         };
         let was_set = shared.map.is_set();
         if map::check(&shared.map, stored)? != MapState::Ours && was_set {
-            // The server has lost it, while this manager may hold leases there.
+            // The server has lost the map, while this manager may hold leases there.
             restore_map(shared, connection).await?;
         }
         if let Some(tenure) = &shared.tenure {
@@ -426,7 +432,8 @@ impl Link {
     }
 }
 
-/// The newest of the commands that the scripts need, and only if somebody waits; of a queue that is not there, and none of its members.
+/// The newest command that the scripts need, which they call only if a cycle waits. Pops zero
+/// members from a queue that never exists.
 fn needed_to_wait(map_key: &str) -> Cmd {
     let mut pop = cmd("ZPOPMIN");
     pop.arg(format!("{{{map_key}}}:q")).arg(0);
@@ -435,7 +442,7 @@ fn needed_to_wait(map_key: &str) -> Cmd {
 
 fn no_greeting(timeout: Duration) -> StoreError {
     StoreError::Unavailable(
-        format!("the server took the connection and answered nothing on it within store_timeout ({timeout:?})").into(),
+        format!("the server accepted the connection but sent no reply within store_timeout ({timeout:?})").into(),
     )
 }
 
@@ -443,18 +450,19 @@ fn is_unknown_command(error: &RedisError) -> bool {
     error.to_string().to_lowercase().contains("unknown command")
 }
 
-/// A server without it would be found out by the first hand-off.
+/// Fails if the server lacks `ZPOPMIN`, which would otherwise go unnoticed until the first
+/// hand-off.
 fn knows_what_is_needed_to_wait(popped: Value) -> Result<(), StoreError> {
     match popped.extract_error() {
         Err(error) if is_unknown_command(&error) => Err(StoreError::Refused(
-            format!("the server lacks ZPOPMIN, without which no lock can be waited for; use Redis 5.0 or later, or Valkey: {error}").into(),
+            format!("the server lacks ZPOPMIN, which is required to wait for locks; use Redis 5.0 or later, or Valkey: {error}").into(),
         )),
-        // Whatever else it says, it says to a request as well.
+        // Requests get any other error as well.
         _ => Ok(()),
     }
 }
 
-/// Stores the map that a server had and has no more.
+/// Stores the map again after the server lost it.
 async fn restore_map(shared: &Shared, connection: &MultiplexedConnection) -> Result<(), StoreError> {
     let send = |command: Cmd| {
         let mut connection = connection.clone();
@@ -470,18 +478,18 @@ async fn restore_map(shared: &Shared, connection: &MultiplexedConnection) -> Res
         .map(drop)
 }
 
-/// What the client library is told of a connection.
+/// The client library's settings for a connection.
 fn settings(shared: &Shared) -> AsyncConnectionConfig {
-    // No response timeout: the time limit of a request is its sender's, whatever runtime the sender lives on.
+    // No response timeout: the sender of a request enforces the limit, on whatever runtime it runs.
     AsyncConnectionConfig::new()
         .set_response_timeout(None)
         .set_connection_timeout(Some(shared.timeout))
         .set_pipeline_buffer_size(PIPELINE_BUFFER)
 }
 
-/// A connection that the client library opens: out of a pool that has only this one.
+/// Opens a connection through the client library, from a pool of one.
 async fn pooled(info: &ConnectionInfo, settings: AsyncConnectionConfig) -> RedisResult<MultiplexedConnection> {
-    let unusable = |reason: String| RedisError::from((ErrorKind::Client, "the pool gave no connection", reason));
+    let unusable = |reason: String| RedisError::from((ErrorKind::Client, "the pool returned no connection", reason));
     let pool = Pool::builder(Manager::new_with_config(info.clone(), settings)?)
         .max_size(1)
         .build()

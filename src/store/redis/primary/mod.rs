@@ -1,24 +1,32 @@
-//! A Redis (or Valkey) primary as a lease store, at a fixed address or where sentinels say that it is.
+//! A Redis (or Valkey) primary as a lease store, at a fixed address or as reported by sentinels.
 //!
 //! # Implementation details
 //!
-//! Connections: `connections` command connections on the program's runtime, among which a key always uses the same one, so that the
-//! requests for a key keep their order; one on the watchdog's thread for renewals; one that only listens to the manager's inbox. A connection that
-//! carries commands never subscribes: an unsolicited push would be taken for a reply. Where sentinels watch the primary, there is one
-//! connection to each of them, which only listens as well (`follow`).
+//! Connections: `connections` command connections run on the application's runtime. A key always
+//! uses the same one, so its requests keep their order. One connection on the watchdog's thread
+//! carries renewals, and one only subscribes to the manager's inbox. A connection that carries
+//! commands never subscribes: an unsolicited push would be taken for a reply. If sentinels watch
+//! the primary, there is also one connection to each of them, used for subscriptions only
+//! (`follow`).
 //!
-//! Every connection asks `source` where the primary is when it is made, and is greeted: it must be a primary, and its time becomes the floor of all
-//! counters before the first request is sent on it. So a replica that is promoted with old counters never issues an old token.
-//! A connection ends when it breaks, when its server says that it is no primary, or when a sentinel says so (`moves`). The request that found
-//! out is sent again on a new one, which is safe since it is idempotent for its cycle; the inbox goes along, and whoever waits asks again.
+//! Each new connection asks `source` for the primary's address and is then greeted: the server must
+//! be a primary, and its time becomes the floor of all counters before the first request is sent. A
+//! promoted replica with old counters therefore never issues an old token. A connection ends when
+//! it breaks, when its server replies that it is not a primary, or when a sentinel reports a switch
+//! (`moves`). The request that noticed is resent on a new connection, which is safe because it is
+//! idempotent for its cycle. The inbox moves along, and all waiters retry.
 //!
-//! A server writes the replies of one turn of its event loop in the reverse of the order in which their clients had the first of them. A release that
-//! hands the lock over follows another command, so that its own client is the first of them, and the grant is written before its reply: otherwise
-//! the releasing process, which often asks for the lock again, would be awake before the one that has it.
+//! A server writes the replies of one turn of its event loop in the reverse of the order in which
+//! their clients had their first pending reply. A release that hands the lock over follows another
+//! command, so its own client is first in that order and the grant is written before its reply.
+//! Otherwise the releasing process, which often asks for the lock again, would run before the new
+//! holder.
 //!
-//! Replication is asynchronous, so a failover may lose a lease that was just given. Its holder learns of it at its next renewal, which is sent when the
-//! inbox is subscribed on the new primary; until then two may hold the lock, and the tokens tell them apart. `confirm` is the remedy for who needs more.
-//! Whenever a connection ends, the epoch changes, and no lease is passed on before it was confirmed in that one.
+//! Replication is asynchronous, so a failover may lose a recent lease. Its holder learns of the
+//! loss at its next renewal, which is sent once the inbox is subscribed on the new primary. Until
+//! then two holders may exist; their tokens differ. `confirm` offers a stronger guarantee. Whenever
+//! a connection ends, the epoch changes, and no lease is passed on before it was confirmed in the
+//! new epoch.
 
 mod background;
 mod claim;
@@ -89,12 +97,12 @@ pub(super) struct Shared {
     source: Source,
     tls: TlsFiles,
     moves: Moves,
-    /// The only one of several addresses of the server's name that led to a primary, if one was looked for.
+    /// If several addresses of the server's name were tried, the only one that led to a primary.
     address: Mutex<Option<SocketAddr>>,
-    /// How often the server at a fixed address turned out to be no primary any more. Connections that
-    /// were opened before the last time are not used again, since the address leads elsewhere now.
+    /// How often the server at a fixed address turned out not to be a primary any more. Connections
+    /// opened before the last time are not reused, since the address leads elsewhere now.
     era: AtomicU64,
-    /// Asks the listener to check that the inbox is known to the server that executes commands.
+    /// Wakes the listener to check that the server that executes commands knows the inbox.
     inbox_check: Notify,
     commands: Commands,
     map: StoredMap,
@@ -103,39 +111,39 @@ pub(super) struct Shared {
     metrics: Arc<ShardMetrics>,
     runtimes: Arc<Runtimes>,
     cuts: Cuts,
-    /// Whether replicas must have a lease before it counts.
+    /// Set if replicas must acknowledge a lease before it counts.
     confirm: Option<Confirm>,
     renewal_habit: Habit,
-    /// Whether servers are asked what they are.
+    /// Whether servers are asked for their role.
     check_role: bool,
-    /// The largest of the servers' times at the connects, as a token: counters below it were lost.
+    /// The largest server time seen when connecting, as a token: counters below it were lost.
     floor: AtomicU64,
     /// The largest token seen in each slot.
     seen: Box<[AtomicU64]>,
-    /// Whether it runs for long enough to have a vote, where it is a node of a quorum.
+    /// Whether the server may vote; only if it is a node of a quorum.
     tenure: Option<Tenure>,
     /// See [`LeaseStore::epoch`].
     epoch: AtomicU32,
-    /// Lines about renewals that were refused, or do not count.
+    /// Limits log lines about renewals that were refused or not confirmed.
     failed_renewals: Seldom,
 }
 
-/// How often a request is sent again on a new connection when the old one turned out to be broken.
+/// How often a request is resent on a new connection after the old one turned out to be broken.
 const RECONNECTS_PER_REQUEST: usize = 2;
 
 impl RedisStore {
-    /// Prepares a store on the server at that address; nothing is sent yet.
+    /// Creates a store for the server at this address. Sends nothing yet.
     pub(crate) fn new(server: &ServerUrl, options: StoreOptions) -> Result<Self, Invalid> {
         Self::from_source(Source::Fixed(server.clone()), options, None)
     }
 
-    /// Prepares a store that is one node of a quorum.
+    /// Creates a store for one node of a quorum.
     pub(crate) fn node(server: &ServerUrl, options: StoreOptions) -> Result<Self, Invalid> {
         let tenure = Tenure::new(options.redlock_max_ttl);
         Self::from_source(Source::Fixed(server.clone()), options, Some(tenure))
     }
 
-    /// Prepares a store on the primary that sentinels know by that name; nothing is sent yet.
+    /// Creates a store for the primary that sentinels know by this name. Sends nothing yet.
     pub(crate) fn watched(
         sentinels: &[ServerUrl],
         primary: &str,
@@ -182,7 +190,7 @@ impl RedisStore {
         })
     }
 
-    /// For what is asked of the server as a whole, on the watchdog's thread.
+    /// The connections for requests about the server as a whole, sent by the watchdog's thread.
     fn background(&self) -> Background {
         Background {
             own: Arc::clone(&self.background),
@@ -200,26 +208,27 @@ impl RedisStore {
 }
 
 impl Shared {
-    /// Every token of that slot issued from now on is above this.
+    /// The floor of this slot: every token issued from now on is above it.
     fn floor(&self, slot: Slot) -> u64 {
         let seen = self.seen[usize::from(slot.number())].load(Ordering::Acquire);
         seen.max(self.floor.load(Ordering::Acquire))
     }
 
-    /// A connection broke, or the primary is another server: what a lease was is to be confirmed before it is passed on. To be called once nothing
-    /// more is sent to the server that it is about.
+    /// A connection broke or the primary changed: leases must be confirmed before they are passed
+    /// on. Call this once nothing more is sent to the affected server.
     fn may_have_forgotten(&self) {
         self.epoch.fetch_add(1, Ordering::AcqRel);
     }
 
-    /// A connection of that era leads to a server that is no primary: no other one is used any more.
+    /// A connection of this era leads to a server that is not a primary: stop using all connections
+    /// of the era.
     fn leave_era(&self, era: u64) {
-        // Many requests find out at once; the first counts.
+        // Many requests notice this at once; the first one counts.
         let left = self
             .era
             .compare_exchange(era, era + 1, Ordering::AcqRel, Ordering::Relaxed);
         if left.is_ok() {
-            tracing::info!(shard = %self.shard, "the server is no primary any more; all connections are made again");
+            tracing::info!(shard = %self.shard, "the server is no longer a primary; reopening all connections");
         }
     }
 
@@ -237,21 +246,22 @@ impl Shared {
         self.seen[usize::from(slot.number())].fetch_max(token, Ordering::AcqRel);
     }
 
-    /// For how long a release waits for its answer: half of the time that it has. A connection that is silent for longer is taken for broken, so
-    /// that it is sent again on another. The client library may write a request to a connection that was closed in the same moment, and then
-    /// wait for ever. An acquire is not sent again: if it was executed and only its answer stays away, the release that undoes it
-    /// goes the same way.
+    /// How long a release waits for its reply: half of its time limit. A connection that is silent
+    /// for longer is considered broken, so the release is resent on another one. The client library
+    /// may write a request to a connection that closes at the same moment, and then wait forever.
+    /// An acquire is not resent: if it was executed and only its reply is missing, the release that
+    /// undoes it is sent the same way.
     fn patience(&self) -> Duration {
         self.timeout / 2
     }
 
-    /// The error of a connection that gave no answer for so long.
+    /// The error for a connection that did not answer within [`patience`](Self::patience).
     fn silence(&self) -> RedisError {
         let limit = self.patience();
         std::io::Error::new(std::io::ErrorKind::BrokenPipe, format!("no answer within {limit:?}")).into()
     }
 
-    /// Releases once, on that connection; with the short script where nobody is thought to wait.
+    /// Releases once, on this connection; with the short script if no cycle is known to wait.
     async fn give_back(&self, live: &mut Live, request: &Release, free: bool, floor: u64) -> RedisResult<Value> {
         if free {
             let fill = |command: &mut Cmd| self.commands.fill_release_free(command, &request.key, request.cycle);
@@ -272,7 +282,7 @@ impl Shared {
         reply.map_err(|error| self.source.in_words(&error))
     }
 
-    /// How often the primary has become another server, where it can.
+    /// How often the primary has changed; always zero at a fixed address.
     fn switches(&self) -> u64 {
         match self.source {
             Source::Fixed(_) => 0,
@@ -280,7 +290,7 @@ impl Shared {
         }
     }
 
-    /// Asks once, on that connection.
+    /// Acquires once, on this connection.
     async fn ask(
         &self,
         live: &mut Live,
@@ -289,7 +299,7 @@ impl Shared {
         floor: u64,
     ) -> RedisResult<Result<AcquireReply, StoreError>> {
         if let Some(confirm) = &self.confirm {
-            // On the heap, so that it does not make the future of every request larger.
+            // Boxed, so that it does not enlarge the future of every request.
             return Box::pin(self.ask_confirmed(confirm, live, request, slot, floor)).await;
         }
         if request.ask == Ask::Free {
@@ -303,7 +313,7 @@ impl Shared {
         Ok(acquired(&value, request.tokens))
     }
 
-    /// The same with a wait for replicas right behind it. A lease that they did not confirm is an error.
+    /// The same, followed at once by a wait for replicas. Fails if they do not confirm the lease.
     async fn ask_confirmed(
         &self,
         confirm: &Confirm,
@@ -336,14 +346,15 @@ impl Shared {
         if !matches!(reply, AcquireReply::Granted { .. }) {
             return Ok(Ok(reply));
         }
-        // Its tokens were issued, whatever becomes of the lease.
+        // Its tokens were issued, whatever happens to the lease.
         self.saw(slot, &reply);
-        // An error of the wait itself may mean that the server is no primary any more.
+        // An error of `WAIT` itself may mean that the server is no longer a primary.
         let acked = acked.extract_error()?;
         Ok(confirm.judge(wait, &acked).map(|()| reply))
     }
 
-    /// What a push means where a lease counts only once replicas have it: whoever granted it did not ask them.
+    /// Converts a grant if replicas must confirm leases: the manager that granted it did not wait
+    /// for them.
     fn as_confirmed(&self, push: Push) -> Push {
         match push {
             Push::Granted { key, grant } if self.confirm.is_some() => Push::Turn {
@@ -354,7 +365,8 @@ impl Shared {
         }
     }
 
-    /// The reply of a cycle that joined again. It may be granted, but was not confirmed: then it has to ask.
+    /// The reply to a requeued cycle. An unconfirmed grant is dropped, so that the cycle asks
+    /// again.
     fn confirmed_or_asked(&self, requeued: Option<AcquireReply>) -> Option<AcquireReply> {
         requeued.filter(|reply| self.confirm.is_none() || !matches!(reply, AcquireReply::Granted { .. }))
     }
@@ -390,7 +402,7 @@ impl LeaseStore for RedisStore {
                 let done = map::step(&shared.map, step, &send).await;
                 let is_broken = link.live().is_none_or(|now| now.generation != live.generation);
                 match done {
-                    // Each step begins with what is stored, so it may be repeated.
+                    // Each step begins by reading the stored map, so it may be repeated.
                     Err(StoreError::Unavailable(_)) if is_broken && reconnects < RECONNECTS_PER_REQUEST => {
                         reconnects += 1;
                     }
@@ -418,7 +430,7 @@ impl LeaseStore for RedisStore {
                     Live::unless_cut(cut, asking).await
                 };
                 match asked {
-                    // What a server says that was replaced meanwhile is of no worth.
+                    // Replies of a server that has been replaced meanwhile must be discarded.
                     Ok(_) if shared.switches() != live.switches => attempts.was_in_vain(None)?,
                     Ok(reply) => {
                         let reply = reply?;
@@ -433,7 +445,8 @@ impl LeaseStore for RedisStore {
                     Err(error) => attempts.failed(&shared, &link, &live, &error)?,
                 }
                 if request.ask == Ask::Free {
-                    // The attempt may have taken the lease: only the script knows its own.
+                    // The attempt may have taken the lease: only the script recognizes its own
+                    // lease.
                     request.ask = Ask::Join;
                 }
             }
@@ -444,7 +457,7 @@ impl LeaseStore for RedisStore {
         let shared = Arc::clone(&self.shared);
         let slot = shared.commands.names.of(&request.key).slot();
         let mut link = self.link(lane, slot);
-        // The one that has the requests for this key.
+        // The connection that carries the other requests for this key.
         let other = (lane == Lane::Background).then(|| self.link(Lane::Caller, slot));
         Box::pin(async move {
             let _under_way = link.enter();
@@ -474,7 +487,7 @@ impl LeaseStore for RedisStore {
                         held: true,
                         requeued: None,
                     },
-                    // Somebody waits after all, or it is not ours any more.
+                    // A cycle waits after all, or the lease is no longer ours.
                     Ok(_) if free => {
                         free = false;
                         continue;
@@ -491,8 +504,8 @@ impl LeaseStore for RedisStore {
                     attempts.was_in_vain(Some(reply.held))?;
                     continue;
                 }
-                // An earlier attempt, whose reply was lost with its connection, may have done it: that it is not
-                // ours any more is no loss then.
+                // An earlier attempt whose reply was lost may have released the lease. That it is
+                // no longer ours is not a loss then.
                 reply.held |= attempts.may_have_released;
                 if let Some(reply) = &reply.requeued {
                     shared.saw(slot, reply);
@@ -594,21 +607,22 @@ impl LeaseStore for RedisStore {
     }
 }
 
-/// How often a request was sent in vain.
+/// Counts failed attempts to send a request.
 #[derive(Default)]
 struct Attempts {
     count: usize,
-    /// Whether one of them may have given the lease back.
+    /// Whether one of them may have released the lease.
     may_have_released: bool,
 }
 
 impl Attempts {
-    /// A connection that broke, or leads to no primary any more, is replaced, and the request sent again: the store takes two requests of
-    /// one cycle for one. Everything else is the error of the request.
+    /// After a connection broke, or turned out not to lead to a primary, the request is resent on a
+    /// new one: the store treats two requests of one cycle as one. Any other error fails the
+    /// request.
     fn failed(&mut self, shared: &Shared, link: &Link, live: &Live, error: &RedisError) -> Result<(), StoreError> {
         if link.is_ended_by(error, live) {
             self.count += 1;
-            // A server that answered that it is no primary has done nothing.
+            // A server that replied that it is not a primary has done nothing.
             self.may_have_released |= error.is_unrecoverable_error();
             if self.count <= RECONNECTS_PER_REQUEST {
                 return Ok(());
@@ -617,7 +631,8 @@ impl Attempts {
         Err(shared.source.in_words(error))
     }
 
-    /// The primary became another server while the request was on its way, so its reply is not worth anything; or that the lease was `held`.
+    /// The primary changed while the request was in flight, so its reply must be discarded. For a
+    /// release, `held` states whether the lease was ours in that reply.
     fn was_in_vain(&mut self, held: Option<bool>) -> Result<(), StoreError> {
         self.count += 1;
         self.may_have_released |= held.unwrap_or(false);
@@ -625,7 +640,7 @@ impl Attempts {
             return Ok(());
         }
         Err(StoreError::Unavailable(
-            "the primary became another server while the request was on its way, more than once".into(),
+            "the primary changed more than once while the request was in flight".into(),
         ))
     }
 }

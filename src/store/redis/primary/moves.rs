@@ -1,28 +1,28 @@
-//! Who must leave which server: the connections of a store tell one another that the primary is elsewhere.
+//! Failover events: how the connections of a store learn that they must leave a server.
 
 use std::sync::Arc;
 
 use parking_lot::Mutex;
 use tokio::sync::watch;
 
-/// What is known of where the primary is, and is not. Only where sentinels are asked.
+/// What is known about where the primary is and is not. Used only with sentinels.
 pub(super) struct Moves {
     news: watch::Sender<News>,
-    /// Where the inbox is subscribed, or just about to be.
+    /// Where the inbox is subscribed, or about to be.
     inbox: Mutex<Arc<str>>,
 }
 
 #[derive(Clone, Default)]
 struct News {
-    /// How often a sentinel told that the primary is another server.
+    /// How often a sentinel reported that the primary changed.
     switches: u64,
-    /// Where it is, by the last of them.
+    /// The primary's address according to the last such report.
     to: Option<Arc<str>>,
-    /// The place that turned out not to be the primary's, after that.
+    /// An address found not to be the primary's after that report.
     from: Option<Arc<str>>,
 }
 
-/// The news as one connection receives them.
+/// The events as one connection receives them.
 pub(super) struct Listener(watch::Receiver<News>);
 
 impl Moves {
@@ -33,12 +33,12 @@ impl Moves {
         }
     }
 
-    /// How often the primary has become another server.
+    /// How often the primary has changed.
     pub(super) fn switches(&self) -> u64 {
         self.news.borrow().switches
     }
 
-    /// A sentinel says that the primary is there from now on.
+    /// A sentinel reported the primary at this address.
     pub(super) fn switched(&self, place: &str) {
         self.news.send_modify(|news| {
             news.switches += 1;
@@ -46,9 +46,9 @@ impl Moves {
         });
     }
 
-    /// The server at that place says that it is no primary: nobody stays there.
+    /// The server at this address replied that it is not a primary: all connections must leave it.
     pub(super) fn left(&self, place: &str) {
-        // Many requests find out at once; it is news only once.
+        // Many requests notice this at once; only the first is an event.
         self.news.send_if_modified(|news| {
             let is_new = news.from.as_deref() != Some(place);
             news.from = Some(place.into());
@@ -56,13 +56,13 @@ impl Moves {
         });
     }
 
-    /// Commands go to that place from now on, so the inbox has to be there, too.
+    /// Commands go to this address from now on, so the inbox must move there, too.
     pub(super) fn settled(&self, place: &str) {
         let inbox = Arc::clone(&self.inbox.lock());
         if !inbox.is_empty() && *inbox != *place {
             self.left(&inbox);
         } else {
-            // The server has become a primary again: should it say no once more, that is news.
+            // The server is a primary again, so its next demotion is a new event.
             self.news.send_if_modified(|news| {
                 news.from.take_if(|from| **from == *place);
                 false
@@ -70,35 +70,35 @@ impl Moves {
         }
     }
 
-    /// Whether the inbox is at another place.
+    /// Whether the inbox is at another address.
     pub(super) fn is_inbox_elsewhere(&self, place: &str) -> bool {
         let inbox = self.inbox.lock();
         !inbox.is_empty() && **inbox != *place
     }
 
-    /// Before the inbox is subscribed there.
+    /// Call this before the inbox is subscribed there.
     pub(super) fn inbox_goes_to(&self, place: &str) {
         *self.inbox.lock() = place.into();
     }
 
-    /// Everything from now on.
+    /// Receives all events from now on.
     pub(super) fn listen(&self) -> Listener {
         Listener(self.news.subscribe())
     }
 }
 
 impl Listener {
-    /// Takes what is known by now for known.
+    /// Marks all current events as seen.
     pub(super) fn catch_up(&mut self) {
         self.0.mark_unchanged();
     }
 
     pub(super) fn has_news(&self) -> bool {
-        // An error means that the store is gone, which is none.
+        // An error means that the store is gone, so there are no events.
         self.0.has_changed().unwrap_or(false)
     }
 
-    /// Waits for any news.
+    /// Waits for the next event.
     pub(super) async fn news(&mut self) {
         if self.0.changed().await.is_err() {
             // The store is gone.
@@ -106,7 +106,7 @@ impl Listener {
         }
     }
 
-    /// Waits for news by which that place is not the primary's.
+    /// Waits for an event which implies that this address is not the primary's.
     pub(super) async fn must_leave(&mut self, place: &str) {
         loop {
             self.news().await;

@@ -1,14 +1,19 @@
-//! An unencrypted connection, whose driver waits until the tasks that have something to send have sent it.
+//! An unencrypted connection whose driver waits until the tasks with something to send have sent
+//! it.
 //!
 //! # Implementation details
 //!
-//! A connection has a task that writes what others hand to it: its driver. A runtime with several threads runs a task that was just woken before all
-//! others (`lifo_slot` in tokio's `scheduler/multi_thread/worker.rs`), so that the driver would write after each request, with one
-//! system call for each on both sides. While several requests are under way it goes to the end of the line once instead, and finds what all tasks
-//! before it have asked for. For one request alone that would only be a detour: another thread may be woken for what is in line.
+//! Each connection has a driver: a task that writes what other tasks send to it. A multi-threaded
+//! runtime runs a task that was just woken before all others (`lifo_slot` in tokio's
+//! `scheduler/multi_thread/worker.rs`). The driver would thus write after each request, which costs
+//! a system call per request on both sides. While several requests are in flight, the driver yields
+//! once to the end of the run queue and then writes everything that the tasks before it have
+//! requested. For a single request this would only add latency: another thread may be woken for the
+//! queued task.
 //!
-//! The client library spawns the drivers of the connections that it opens, so this one is opened here. It has no way to be given an encrypted
-//! stream of its own making; those are opened by it (`link`).
+//! The client library spawns the drivers of connections that it opens, so the connection is opened
+//! here. The library does not accept an encrypted stream made elsewhere; it opens those itself
+//! (`link`).
 
 use std::future::Future;
 use std::io;
@@ -29,18 +34,18 @@ use super::super::cut::Ending;
 use crate::clock::Moment;
 use crate::time_limit::within;
 
-/// How many requests are under way on a connection.
+/// How many requests are in flight on a connection.
 #[derive(Debug, Default, Clone)]
 pub(super) struct Traffic(Arc<AtomicUsize>);
 
-/// One of them, until it is dropped.
+/// Counts one request until it is dropped.
 #[derive(Debug)]
 pub(super) struct UnderWay(Traffic);
 
-/// How many addresses of one name are looked at.
+/// How many addresses of a name are considered.
 const ADDRESSES_MAX: usize = 16;
 
-/// From how many requests on it is worth to wait for more.
+/// The number of requests in flight from which it pays to wait for more.
 const CROWD: usize = 4;
 
 impl Traffic {
@@ -60,7 +65,8 @@ impl Drop for UnderWay {
     }
 }
 
-/// Connects, and starts the driver on the current runtime, to be ended by what comes with the connection; to that address `only`, if there is one.
+/// Connects and spawns the driver on the current runtime. The returned [`Ending`] ends the driver.
+/// Connects to the address `only`, if given.
 pub(super) async fn connect(
     place: (&str, u16),
     only: Option<SocketAddr>,
@@ -96,9 +102,9 @@ async fn resolve(place: (&str, u16)) -> io::Result<Vec<SocketAddr>> {
     Ok(lookup_host(place).await?.collect())
 }
 
-/// The addresses of a name that has several, for one that is no address itself.
+/// The distinct addresses that a name resolves to.
 pub(super) async fn addresses(host: &str, port: u16) -> Vec<SocketAddr> {
-    // Where that fails, connecting says why.
+    // If this fails, connecting reports why.
     let found = resolve((host, port)).await.unwrap_or_default();
     let mut addresses: Vec<SocketAddr> = Vec::new();
     for address in found.into_iter().take(ADDRESSES_MAX) {
@@ -109,19 +115,21 @@ pub(super) async fn addresses(host: &str, port: u16) -> Vec<SocketAddr> {
     addresses
 }
 
-/// A stream to that address of a server which answers first, as the client library has it: one of them may swallow whatever is sent to it.
+/// Connects to whichever address of a server answers first, as the client library does: one of them
+/// may drop everything that is sent to it.
 async fn reach(addresses: impl Iterator<Item = SocketAddr>) -> io::Result<TcpStream> {
     let reaching: Vec<_> = addresses.map(|address| Box::pin(TcpStream::connect(address))).collect();
     if reaching.is_empty() {
         return Err(io::Error::new(
             io::ErrorKind::NotFound,
-            "the name of the server has no address",
+            "the server's host name resolves to no address",
         ));
     }
     select_ok(reaching).await.map(|(stream, _)| stream)
 }
 
-/// A task that lets all who are in line go first whenever it is woken while traffic is dense. It ends when all handles of its connection are gone.
+/// A task that yields to all queued tasks when it is woken under dense traffic. It ends when all
+/// handles of its connection are gone.
 struct LastInLine<F> {
     driver: Pin<Box<F>>,
     traffic: Traffic,
@@ -134,7 +142,7 @@ impl<F: Future> Future for LastInLine<F> {
     fn poll(mut self: Pin<&mut Self>, cx: &mut Context<'_>) -> Poll<F::Output> {
         self.has_waited = !self.has_waited && self.traffic.is_dense();
         if self.has_waited {
-            // Whoever wakes itself goes to the end of the line.
+            // A task that wakes itself goes to the end of the run queue.
             cx.waker().wake_by_ref();
             return Poll::Pending;
         }
@@ -158,11 +166,11 @@ mod tests {
     use crate::store::support::RedisServer;
     use crate::store::{LeaseStore, StoreOptions};
 
-    /// Names that no system knows.
+    /// Names that no system resolves.
     pub(super) static NAMES: parking_lot::Mutex<BTreeMap<&str, Vec<SocketAddr>>> =
         parking_lot::Mutex::new(BTreeMap::new());
 
-    /// As those of services without an address of their own have, in any order.
+    /// A service without an address of its own resolves to its servers in any order.
     #[tokio::test]
     async fn name_whose_first_address_is_that_of_a_replica_leads_to_the_primary() {
         let primary = RedisServer::start();
@@ -190,7 +198,7 @@ mod tests {
         };
         let answer = store.acquire(request).await.unwrap();
         assert!(matches!(answer.reply, AcquireReply::Granted { .. }), "{answer:?}");
-        // The inbox as well.
+        // The inbox connects to the primary as well.
         let (pushes, mut pushed) = tokio::sync::mpsc::unbounded_channel();
         let listening = tokio::spawn(store.listen(pushes));
         assert!(matches!(pushed.recv().await, Some(Push::Resubscribed { .. })));
@@ -203,7 +211,8 @@ mod tests {
         let listen = || std::net::TcpListener::bind("127.0.0.1:0").unwrap();
         let (silent, open) = (listen(), listen());
         let [hole, good] = [&silent, &open].map(|listener| listener.local_addr().unwrap());
-        // A place for one that nobody accepts: the system drops what others send until there is room.
+        // Fills the backlog, which holds one connection: the system drops further attempts until
+        // there is room.
         SockRef::from(&silent).listen(0).unwrap();
         let _takes_it = std::net::TcpStream::connect(hole).unwrap();
         let mut swallowed = Box::pin(reach([hole].into_iter()));
@@ -233,7 +242,7 @@ mod tests {
                 has_waited: false,
             };
             let (seen, ..) = tokio::join!(biased; last, one(), one());
-            assert_eq!(seen, seen_by_count, "{} requests under way", requests.len());
+            assert_eq!(seen, seen_by_count, "{} requests in flight", requests.len());
             requests.push(traffic.enter());
         }
         drop(requests);

@@ -1,4 +1,5 @@
-//! What the comparison with the reference needs to see and to set of a store.
+//! Test access: what the comparison with the reference implementation needs to read and set in a
+//! store.
 
 use std::sync::atomic::Ordering;
 use std::time::Duration;
@@ -11,7 +12,7 @@ use crate::key::LockKey;
 use crate::store::{LeaseStore, StoreOptions};
 
 impl RedisStore {
-    /// A store as the product makes it, connected.
+    /// A connected store, as users get it.
     pub(crate) async fn for_comparison(url: &str, manager: &ManagerId) -> Self {
         let options = StoreOptions {
             timeout: Duration::from_secs(20),
@@ -19,11 +20,11 @@ impl RedisStore {
         };
         let endpoint = Endpoint::parse(url).unwrap();
         let EndpointKind::Redis(server) = endpoint.kind() else {
-            panic!("{endpoint} is no single server")
+            panic!("{endpoint} is not a single server")
         };
         let store = Self::new(server, options).unwrap();
         store.connect().await.unwrap();
-        // A connection that is opened later would raise the floor that a test has set.
+        // Opening it later would raise the floor that a test has set.
         assert!(store.background.get().await.is_ok());
         store
     }

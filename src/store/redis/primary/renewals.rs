@@ -1,11 +1,13 @@
-//! Renewing leases, many in one call.
+//! Renews leases, many per call.
 //!
 //! # Implementation details
 //!
-//! The leases of one call are of many slots. A server, or a proxy in front of it, may refuse a call because of some of its keys: one that the user may
-//! not access, or keys of several slots where one address leads to a cluster. Such a call is divided and sent again until the leases that
-//! are refused are alone; the others are renewed. A connection that refused several slots once has calls of one slot each from then
-//! on. A proxy may also close the connection in place of an answer: when that happened twice in a row, the next connection begins with calls of one slot.
+//! The leases of one call are in many slots. A server, or a proxy in front of it, may refuse a call
+//! because of some of its keys: a key that the user may not access, or keys of several slots if the
+//! address leads to a cluster. Such a call is split and resent until each refused lease is alone;
+//! the others are renewed. Once a connection has refused several slots, its calls contain one slot
+//! each. A proxy may also close the connection instead of answering. After this happened twice in a
+//! row, the next connection starts with calls of one slot.
 
 use std::sync::Arc;
 use std::time::Duration;
@@ -24,25 +26,28 @@ use crate::clock::Moment;
 use crate::protocol::{RenewReply, Renewal};
 use crate::store::{MapState, MapStep, StoreError};
 
-/// How many leases one call of the renewal script covers: few enough that others get a turn in between.
+/// How many leases one call of the renewal script covers: few enough that other requests get a turn
+/// in between.
 const RENEWALS_PER_CALL: usize = 128;
-/// How many calls are on their way at a time.
+/// How many calls may be in flight at a time.
 const CALLS_AT_A_TIME: usize = 1024;
-/// A connection is not replaced for a shorter silence, also if the leases leave no more time: a server that is busy for a moment is none to leave.
+/// A connection is not replaced after a shorter silence, even if the leases leave less time: a
+/// server that is briefly busy must not be abandoned.
 const SILENCE_MIN: Duration = Duration::from_millis(250);
-/// After how many batches without an answer, at the end of each of which the connection broke, the next has one slot in a call.
+/// After this many unanswered batches in a row that ended with a broken connection, the next
+/// connection sends one slot per call.
 const BREAKS_MAX: u8 = 2;
 
-/// What calls a connection for renewals takes, as far as that is known.
+/// Which calls the renewal connection accepts, as far as known.
 #[derive(Default)]
 pub(super) struct Habit(Mutex<Known>);
 
 #[derive(Default)]
 struct Known {
-    /// Of which connection: which link, and its how many-th.
+    /// The connection this describes: its link and its generation.
     connection: (usize, u64),
     by_slot: bool,
-    /// How many connections in a row broke under a batch of several slots.
+    /// How many connections in a row broke during a batch of several slots.
     breaks: u8,
 }
 
@@ -53,7 +58,7 @@ impl Habit {
             known.connection = connection;
             known.by_slot = known.breaks >= BREAKS_MAX;
             if known.by_slot {
-                // The connection after this one is tried with a whole batch again.
+                // The connection after this one starts with a whole batch again.
                 known.breaks = BREAKS_MAX - 1;
             }
         }
@@ -79,7 +84,7 @@ impl Habit {
     }
 }
 
-/// Renews what is still ours, on that connection.
+/// Renews the leases that are still ours, on this connection.
 pub(super) async fn renew(
     shared: &Shared,
     link: &Arc<Link>,
@@ -98,7 +103,7 @@ pub(super) async fn renew(
     let (replies, stored) = tokio::join!(send(shared, link, live, batch, limit), reading);
     let map = match stored {
         Ok(Ok(stored)) => map::check(&shared.map, &stored),
-        // Why it could not be read, the renewals themselves find out.
+        // If the map can't be read, the renewals themselves report why.
         Ok(Err(_)) | Err(_) => Ok(MapState::Ours),
     };
     let mut replies = match (replies, &map) {
@@ -108,8 +113,8 @@ pub(super) async fn renew(
     };
     let mut connection = live.connection.clone();
     if shared.check_role && (map.is_err() || replies.contains(&Some(RenewReply::NotOurs))) {
-        // Where nothing is to be written, a server that was demoted meanwhile does not say so. What it does not know, the new
-        // primary may.
+        // If there is nothing to write, a server that was demoted meanwhile does not report it. A
+        // lease it does not know may exist on the new primary.
         let answer = cmd("ROLE").query_async(&mut connection).await.map_err(in_words)?;
         if let Err(error) = shared.source.accept(&role(&answer)?, "the server") {
             link.broken(live);
@@ -117,7 +122,7 @@ pub(super) async fn renew(
         }
     }
     if map? != MapState::Ours && replies.iter().any(is_extended) {
-        // Somebody has deleted it beside the leases, and must not store another one meanwhile.
+        // The map was deleted while the leases were kept. Restore it before another map is stored.
         restore_map(shared, link, live, limit / 5).await?;
     }
     if let Some(confirm) = &shared.confirm {
@@ -126,7 +131,7 @@ pub(super) async fn renew(
         let acked = acked.and_then(Value::extract_error).map_err(in_words)?;
         if let Err(error) = confirm.judge(wait, &acked) {
             if let Some(suppressed) = shared.failed_renewals.pass(Moment::now()) {
-                tracing::warn!(shard = %shared.shard, %error, leases = batch.len(), suppressed, "renewed leases do not count; that is tried again while they last");
+                tracing::warn!(shard = %shared.shard, %error, leases = batch.len(), suppressed, "too few replicas confirmed the renewed leases; retrying until they expire");
             }
             replies
                 .iter_mut()
@@ -134,7 +139,7 @@ pub(super) async fn renew(
         }
     }
     if shared.switches() != live.switches {
-        // What a server says that was replaced meanwhile is of no worth.
+        // Replies of a server that has been replaced meanwhile must be discarded.
         replies.fill(None);
     }
     Ok(replies)
@@ -144,16 +149,16 @@ fn is_extended(reply: &Option<RenewReply>) -> bool {
     matches!(reply, Some(RenewReply::Extended { .. }))
 }
 
-/// Stores the map again. If that has no answer, the next renewal tries again.
+/// Stores the map again. If there is no answer, the next renewal retries.
 ///
 /// # Errors
 ///
-/// There is another one by now.
+/// Another map is stored by now.
 async fn restore_map(shared: &Shared, link: &Link, live: &Live, limit: Duration) -> Result<(), StoreError> {
     let send = |command| Box::pin(shared.map_command(link, live, command)) as map::Reply<'_>;
     match timeout(limit, map::step(&shared.map, MapStep::Confirm, &send)).await {
         Ok(Ok(_)) => {
-            tracing::warn!(shard = %shared.shard, "the shard map was gone from the server and is stored again");
+            tracing::warn!(shard = %shared.shard, "the shard map was missing on the server and has been restored");
             Ok(())
         }
         Ok(Err(error @ StoreError::MapMismatch { .. })) => Err(error),
@@ -161,7 +166,7 @@ async fn restore_map(shared: &Shared, link: &Link, live: &Live, limit: Duration)
     }
 }
 
-/// Sends the calls, and those that are refused again in parts. An error if no lease has a reply.
+/// Sends the calls, and resends refused ones in parts. Fails if no lease has a reply.
 async fn send(
     shared: &Shared,
     link: &Arc<Link>,
@@ -169,7 +174,8 @@ async fn send(
     batch: &[Renewal],
     limit: Duration,
 ) -> Result<Vec<Option<RenewReply>>, StoreError> {
-    // A server that is busy answers some of many calls in time: those leases are renewed, and only the others are asked for again.
+    // A busy server answers only some of many calls in time: those leases are renewed, and only the
+    // others are retried.
     let each = limit.mul_f64(if shared.confirm.is_some() { 0.5 } else { 0.8 });
     let deadline = Instant::now() + each;
     let slot = |item: usize| shared.commands.names.of(&batch[item].key).slot().number();
@@ -199,7 +205,7 @@ async fn send(
         parts = Vec::new();
         for (part, answer) in answers {
             match answer {
-                // It had no answer in time.
+                // No answer in time.
                 None => {}
                 Some(Ok(value)) => {
                     answered = true;
@@ -240,12 +246,12 @@ async fn send(
     }
     let has_some = replies.iter().any(Option::is_some);
     match (failed, refused.first) {
-        // A server that is none to talk to any more may have answered some calls before it became that.
+        // A server that became unusable may have answered some calls before.
         (Some(error), _) if !has_some || shared.source.is_left_by(&error) => Err(shared.source.in_words(&error)),
         (None, Some((_, error))) if !has_some => Err(shared.source.in_words(&error)),
         (None, None) if !answered => {
             if each >= shared.patience().min(SILENCE_MIN) {
-                // The lease may be too short for another look at the same connection.
+                // The lease may be too short for another attempt on the same connection.
                 link.broken(live);
             }
             Err(StoreError::Unavailable(format!("no answer within {each:?}").into()))
@@ -253,16 +259,16 @@ async fn send(
         (_, Some((item, error))) => {
             let (error, leases, key) = (shared.source.in_words(&error), refused.count, &batch[item].key);
             if let Some(suppressed) = shared.failed_renewals.pass(Moment::now()) {
-                tracing::warn!(shard = %shared.shard, %error, leases, suppressed, "leases could not be renewed; that is tried again while they last");
+                tracing::warn!(shard = %shared.shard, %error, leases, suppressed, "failed to renew leases; retrying until they expire");
             }
-            tracing::debug!(shard = %shared.shard, %key, %error, "the renewal of this lease is refused");
+            tracing::debug!(shard = %shared.shard, %key, %error, "the renewal of this lease was refused");
             Ok(replies)
         }
         _ => Ok(replies),
     }
 }
 
-/// The leases that are not renewed by themselves either.
+/// The leases whose renewal is refused even in a call of their own.
 #[derive(Default)]
 struct Refused {
     count: usize,

@@ -1,4 +1,4 @@
-//! Asking sentinels where the primary is, and hearing from them when it is another server.
+//! Asks sentinels for the primary, and receives their notifications when it changes.
 
 use std::net::IpAddr;
 use std::sync::atomic::{AtomicUsize, Ordering};
@@ -18,28 +18,30 @@ use crate::store::{StoreError, TlsFiles};
 /// The sentinels that watch one primary.
 pub(super) struct Sentinels {
     servers: Vec<ServerUrl>,
-    /// What they call the primary.
+    /// The sentinels' name for the primary.
     name: String,
-    /// How to talk to the servers that they name.
+    /// How to log in to the servers that the sentinels name.
     access: Access,
     tls: TlsFiles,
-    /// Which one is asked first: the one that answered last, or that told of the last switch.
+    /// The sentinel to ask first: the one that answered last, or that reported the last switch.
     first: AtomicUsize,
-    /// How long one of them may take to answer.
+    /// The time limit for one sentinel's answer.
     limit: Duration,
-    /// How long one may take before the next is asked, too.
+    /// How long to wait for one sentinel before also asking the next.
     patience: Duration,
 }
 
-/// The channel on which a sentinel tells that a primary is another server from now on.
+/// The channel on which a sentinel announces that a primary changed.
 const SWITCHES: &str = "+switch-master";
-/// The longest [`Sentinels::patience`]: much longer than an answer takes within a data centre.
+/// The upper bound of [`Sentinels::patience`]: much longer than an answer takes within a data
+/// centre.
 const PATIENCE_MAX: Duration = Duration::from_millis(50);
-/// The least time after which a sentinel that has sent nothing is asked whether it still answers: short beside the time that a failover takes.
+/// The minimum idle time before checking that a sentinel still answers: short compared with a
+/// failover.
 const CHECK_EVERY_MIN: Duration = Duration::from_secs(1);
 
 impl Sentinels {
-    /// `timeout` is the time limit of a request, within which all of them must have been asked.
+    /// `timeout` is the time limit of a request. All sentinels must have been asked within it.
     pub(super) fn new(servers: Vec<ServerUrl>, name: String, access: Access, tls: TlsFiles, timeout: Duration) -> Self {
         let count = u32::try_from(servers.len()).unwrap_or(u32::MAX).max(1);
         Self {
@@ -57,7 +59,7 @@ impl Sentinels {
         for server in &self.servers {
             connection_info(server, &self.tls)?;
         }
-        // Where the primary is, is not known yet; what is said to it is.
+        // The primary's address is not known yet, but its login and encryption are.
         connection_info(&self.access.url("127.0.0.1:1"), &self.tls).map(|_| ())
     }
 
@@ -75,15 +77,17 @@ impl Sentinels {
     }
 
     pub(super) fn ask_another_first(&self) {
-        // The remainder is taken where it is read.
+        // The remainder is taken when the value is read.
         self.first.fetch_add(1, Ordering::Relaxed);
     }
 
-    /// Asks one sentinel after the other until one names the primary. Where one is slow, the next is asked meanwhile.
+    /// Asks the sentinels one after another until one names the primary. If one is slow, the next
+    /// is asked concurrently.
     ///
     /// # Errors
     ///
-    /// `Refused` if all of them answered and none can tell, `Unavailable` otherwise; with what each of them said.
+    /// `Refused` if all of them answered and none knows the primary, otherwise `Unavailable`; with
+    /// the answer or error of each.
     pub(super) async fn locate(&self) -> Result<ServerUrl, StoreError> {
         let (count, first) = (self.servers.len(), self.first.load(Ordering::Relaxed));
         let mut order = (0..count).map(|step| first.wrapping_add(step) % count);
@@ -107,7 +111,7 @@ impl Sentinels {
         }
     }
 
-    /// Asks one sentinel where the primary is.
+    /// Asks one sentinel for the primary.
     pub(super) async fn ask(&self, index: usize) -> Result<ServerUrl, StoreError> {
         let config = AsyncConnectionConfig::new()
             .set_response_timeout(None)
@@ -159,7 +163,7 @@ impl Sentinels {
         }
     }
 
-    /// Subscribes to what one sentinel tells of switches.
+    /// Subscribes to the switches that one sentinel announces.
     pub(super) async fn subscribe(&self, index: usize) -> Result<PubSub, StoreError> {
         let subscribed = tokio::time::timeout(self.limit, async {
             let client = self.client(index)?;
@@ -176,20 +180,20 @@ impl Sentinels {
         subscribed.await.unwrap_or_else(too_slow)
     }
 
-    /// After which time without a message a subscription is checked.
+    /// How long a subscription may be idle before it is checked.
     pub(super) fn check_every(&self) -> Duration {
         self.limit.max(CHECK_EVERY_MIN)
     }
 
-    /// Checks that a subscribed connection still leads to its sentinel.
+    /// Checks that a subscribed connection still reaches its sentinel.
     ///
     /// # Errors
     ///
-    /// There was no answer in time, or the connection broke.
+    /// The sentinel did not answer in time, or the connection broke.
     pub(super) async fn check_answers(&self, subscribed: &mut PubSubSink) -> Result<(), StoreError> {
         match tokio::time::timeout(self.limit, subscribed.ping::<Value>()).await {
             Ok(Ok(_)) => Ok(()),
-            // A sentinel whose ACL forbids the command has answered.
+            // A sentinel whose ACL forbids the command has still answered.
             Ok(Err(error)) if matches!(error.kind(), ErrorKind::Server(_)) => Ok(()),
             Ok(Err(error)) => Err(error_in_words(&error)),
             Err(_) => Err(StoreError::Unavailable(
@@ -198,7 +202,7 @@ impl Sentinels {
         }
     }
 
-    /// Where our primary is from now on, if the message says that it is another server:
+    /// The new address of our primary, if the message announces one:
     /// `<name> <old host> <old port> <new host> <new port>`.
     pub(super) fn switched(&self, message: &str) -> Option<String> {
         let mut words = message.split(' ');
@@ -215,7 +219,7 @@ impl Sentinels {
     }
 }
 
-/// `host:port` as URLs have it. Sentinels may name hosts as well as addresses.
+/// `host:port` as in a URL. Sentinels may report host names as well as addresses.
 fn place(host: &str, port: &str) -> Option<String> {
     let port: u16 = port.parse().ok().filter(|&port| port > 0)?;
     let is_name = |byte: u8| byte.is_ascii_alphanumeric() || matches!(byte, b'.' | b'-' | b'_');
@@ -239,7 +243,7 @@ mod tests {
             access,
         } = endpoint.kind().clone()
         else {
-            panic!("{endpoint} is watched")
+            panic!("{endpoint} is not watched by sentinels")
         };
         Sentinels::new(sentinels, primary, access, TlsFiles::default(), Duration::from_secs(1))
     }

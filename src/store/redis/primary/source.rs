@@ -1,4 +1,4 @@
-//! Where the primary is: at a fixed address, or where the sentinels say.
+//! Discovery of the primary: a fixed address, or the one that the sentinels report.
 
 use deadpool_redis::redis::{ErrorKind, RedisError, ServerErrorKind};
 
@@ -16,7 +16,7 @@ pub(super) enum Source {
 }
 
 impl Source {
-    /// Whether all addresses that are known beforehand can be used at all.
+    /// Checks all addresses that are known in advance.
     pub(super) fn check(&self, tls: &TlsFiles) -> Result<(), Invalid> {
         match self {
             Self::Fixed(server) => connection_info(server, tls).map(|_| ()),
@@ -24,12 +24,12 @@ impl Source {
         }
     }
 
-    /// Whether the primary may be another server tomorrow.
+    /// Whether the primary can change to another server.
     pub(super) const fn follows(&self) -> bool {
         matches!(self, Self::Sentinels(_))
     }
 
-    /// Where the primary is now.
+    /// The current address of the primary.
     pub(super) async fn locate(&self) -> Result<ServerUrl, StoreError> {
         match self {
             Self::Fixed(server) => Ok(server.clone()),
@@ -37,37 +37,39 @@ impl Source {
         }
     }
 
-    /// The place that [`locate`](Self::locate) named was none of a working primary: another sentinel may know better.
+    /// The address from [`locate`](Self::locate) did not lead to a working primary: ask another
+    /// sentinel first.
     pub(super) fn doubt(&self) {
         if let Self::Sentinels(sentinels) = self {
             sentinels.ask_another_first();
         }
     }
 
-    /// Whether a server that says so is, or just became, something else than the primary that it was: its connections are of no
-    /// more use.
+    /// Whether this error shows that the server is no longer the expected primary, so that its
+    /// connections must be abandoned.
     pub(super) fn is_left_by(&self, error: &RedisError) -> bool {
         match error.kind() {
-            // Also at a fixed address: should the server become a primary again, it is greeted anew first, since its counters may
-            // have gone back meanwhile.
+            // Also at a fixed address: if the server becomes a primary again, it must be greeted
+            // anew, since its counters may have decreased meanwhile.
             ErrorKind::Server(ServerErrorKind::ReadOnly) => true,
-            // A new replica that fetches or lacks the data of its primary; or a primary that has just started, which sentinels may replace.
+            // A new replica that is syncing or lacks its primary's data, or a primary that has just
+            // started and may be replaced by the sentinels.
             ErrorKind::Server(ServerErrorKind::BusyLoading | ServerErrorKind::MasterDown) => self.follows(),
-            // What a request that was blocked gets when its server becomes a replica.
+            // Returned for a blocked request when its server becomes a replica.
             ErrorKind::Extension => error.code() == Some("UNBLOCKED"),
             _ => false,
         }
     }
 
-    /// What an error means for the one who asked.
+    /// Converts an error for the caller.
     pub(super) fn in_words(&self, error: &RedisError) -> StoreError {
         if self.follows() && self.is_left_by(error) {
-            return StoreError::Unavailable(format!("a failover seems to be under way: {error}").into());
+            return StoreError::Unavailable(format!("a failover seems to be in progress: {error}").into());
         }
         error_in_words(error)
     }
 
-    /// Whether a server of that role is the one to talk to.
+    /// Checks that a server with this role is the primary.
     pub(super) fn accept(&self, role: &Role, place: &str) -> Result<(), StoreError> {
         let problem = match role {
             Role::Primary => return Ok(()),
@@ -76,10 +78,10 @@ impl Source {
         };
         Err(match (self, role) {
             (Self::Sentinels(_), _) => StoreError::Unavailable(
-                format!("{problem}, though a sentinel calls it the primary: a failover is under way").into(),
+                format!("{problem}, although a sentinel names it as the primary: a failover is in progress").into(),
             ),
             (Self::Fixed(_), Role::Sentinel) => StoreError::Refused(
-                format!("{problem}; write redis+sentinel://{place}/NAME with the name of the primary that it watches")
+                format!("{problem}; use redis+sentinel://{place}/NAME with the name of the primary that it watches")
                     .into(),
             ),
             (Self::Fixed(_), _) => StoreError::Refused(format!("{problem}; connect to the primary").into()),

@@ -1,4 +1,4 @@
-//! What time it is on the primary.
+//! The primary's clock, and whether it accepts locks.
 
 use std::sync::Arc;
 
@@ -10,7 +10,8 @@ use crate::key::Slot;
 use crate::store::{ServerTime, StoreError, StoreFuture};
 
 impl RedisStore {
-    /// Whether the primary takes locks: by a write that changes nothing, on the connection of the background.
+    /// Checks that the primary accepts locks: sends a write that changes nothing on the background
+    /// connection.
     pub(crate) fn takes_locks(&self) -> StoreFuture<()> {
         let (shared, background) = (Arc::clone(&self.shared), self.background());
         Box::pin(async move {
@@ -35,7 +36,8 @@ impl RedisStore {
         })
     }
 
-    /// Asks for the time on the connection of the background, and so whether the primary can be reached.
+    /// Reads the primary's time on the background connection, which also checks that the primary is
+    /// reachable.
     pub(crate) fn time(&self) -> StoreFuture<ServerTime> {
         let (shared, background) = (Arc::clone(&self.shared), self.background());
         Box::pin(async move {
@@ -50,7 +52,7 @@ impl RedisStore {
                     Err(shared.source.in_words(&error))
                 }
                 Err(_) => {
-                    // The way may be gone without a word: the next look takes another.
+                    // The connection may have been lost silently: the next probe opens another one.
                     link.broken(&live);
                     Err(StoreError::Unavailable(format!("no answer within {limit:?}").into()))
                 }
@@ -58,7 +60,8 @@ impl RedisStore {
         })
     }
 
-    /// Whether the server has another shard map by now. Why it does not tell is found out by whoever asks for the time.
+    /// Fails if the server has another shard map by now. Other errors are ignored: the request for
+    /// the time reports them.
     pub(super) fn look_at_map(&self) -> StoreFuture<()> {
         let (shared, background) = (Arc::clone(&self.shared), self.background());
         Box::pin(async move {
@@ -67,7 +70,7 @@ impl RedisStore {
             let limit = shared.timeout.mul_f64(0.9);
             let asking = shared.map_command(&link, &live, map::read(&shared.map));
             match tokio::time::timeout(limit, asking).await {
-                // What a server says that was replaced meanwhile is of no worth.
+                // Replies of a server that has been replaced meanwhile must be discarded.
                 Ok(Ok(stored)) if shared.switches() == switches => map::look(&shared.map, &stored),
                 _ => Ok(()),
             }

@@ -1,5 +1,6 @@
-//! What the comparison with the reference (`store/conformance.rs`) can't see of the scripts: the votes of a quorum, the
-//! renewal in a slot that is being moved, and the ends of queues.
+//! Properties of the scripts that the comparison with the reference implementation
+//! (`store/conformance.rs`) does not cover: votes of a quorum, renewal in a slot that is being
+//! moved, and expiry of queues.
 
 use std::time::Duration;
 
@@ -11,8 +12,8 @@ use crate::identity::ManagerId;
 use crate::protocol::Cycle;
 use crate::store::support::RedisServer;
 
-/// The texts of these files, one behind the other: those that the tests were built with, or others from a directory that the
-/// environment names.
+/// Concatenates these files: the built-in ones, or those in the directory that the environment
+/// variable names.
 pub(super) fn text(files: &[(&str, &'static str)]) -> &'static str {
     let directory = std::env::var_os("SHARDLOCK_TEST_SCRIPTS");
     let text = |&(name, built_in): &(&str, &'static str)| match &directory {
@@ -25,12 +26,12 @@ pub(super) fn text(files: &[(&str, &'static str)]) -> &'static str {
     files.iter().map(text).collect::<String>().leak()
 }
 
-/// 2035 on the server's clock, as a token.
+/// The year 2035 on the server's clock, as a token.
 const FLOOR: u64 = 10 * 365 * 24 * 3600 * 8_000_000;
-/// How much of a remaining time may have passed before it is looked at. All times differ by more.
+/// How much of a remaining time may pass before the test checks it. All times used differ by more.
 const SLACK: u64 = 40_000;
 
-/// A server, and the names of one lock on it.
+/// A server, with fixed names for one lock.
 struct Bench {
     server: RedisServer,
     scripts: Scripts,
@@ -69,14 +70,14 @@ impl Bench {
         )
     }
 
-    /// A request that waits if the key is taken.
+    /// An acquire that enqueues if the key is taken.
     fn join(&self, signature: &str) -> Vec<u64> {
         let args = [signature, "100000", "1", "0", "join", "inbox:", "key"];
         let reply: Vec<i64> = self.call(self.scripts.acquire.text(), &["lease", "queue", "counter"], &args);
         reply.into_iter().map(|number| number.max(0).unsigned_abs()).collect()
     }
 
-    /// Makes that signature the owner; without an end if the TTL is `None`.
+    /// Makes this signature the owner, without expiry if the TTL is `None`.
     fn own(&self, signature: &str, ttl: Option<u64>) {
         self.server.command(&["SET", "lease", signature]);
         if let Some(ttl) = ttl {
@@ -110,8 +111,8 @@ fn signature(manager: u64, cycle: u64) -> String {
     ManagerId::of("h", 1, manager).sign(cycle).to_string()
 }
 
-/// Each node of a quorum gives its vote to one owner, and says so to everybody else. A node that gave it to two would let
-/// two managers have a majority.
+/// Each node of a quorum votes for one owner and rejects all others. A node that voted for two
+/// would let two managers reach a majority.
 #[test]
 fn claim_takes_a_free_lease_and_no_other_owners() {
     let bench = Bench::new();
@@ -121,7 +122,7 @@ fn claim_takes_a_free_lease_and_no_other_owners() {
     bench.assert_left("lease", 300_000);
     assert_eq!(bench.counter(), 7);
 
-    // Another cycle of the same manager is another owner as well.
+    // Another cycle of the same manager is a different owner.
     for other in [other, signature(1, 4)] {
         let reply = bench.claim(&other, 600_000, 9, FLOOR);
         let [0, left] = reply[..] else { panic!("{reply:?}") };
@@ -130,7 +131,7 @@ fn claim_takes_a_free_lease_and_no_other_owners() {
         bench.assert_left("lease", 300_000);
         assert_eq!(bench.counter(), 7, "a refusal raises nothing");
     }
-    // A lease of another library may have no end.
+    // A lease of another library may never expire.
     bench.own("another-library", None);
     let reply: Vec<i64> = bench.call(
         bench.scripts.claim.text(),
@@ -141,8 +142,9 @@ fn claim_takes_a_free_lease_and_no_other_owners() {
     assert_eq!(bench.owner().as_deref(), Some("another-library"));
 }
 
-/// The owner counts on what it was told before, with whatever TTL it asked then. A claim that moved the end of its lease
-/// back would let the next manager in while the owner still believes in its lock.
+/// The owner relies on the expiry it was last granted, whatever TTL that request had. A claim that
+/// shortened the lease would let the next manager in while the owner still considers its lock
+/// valid.
 #[test]
 fn claim_of_the_owner_moves_the_end_of_its_lease_on_and_never_back() {
     let bench = Bench::new();
@@ -160,7 +162,8 @@ fn claim_of_the_owner_moves_the_end_of_its_lease_on_and_never_back() {
     }
 }
 
-/// A node that lost a lease and took it again to extend it would count as one that had it all the time.
+/// A node that lost a lease and took it again as an extension would count as one that held it
+/// throughout.
 #[test]
 fn claim_that_extends_takes_no_lease_that_it_has_not() {
     let bench = Bench::new();
@@ -175,8 +178,9 @@ fn claim_that_extends_takes_no_lease_that_it_has_not() {
     assert_eq!(bench.owner().as_ref(), Some(&me));
 }
 
-/// The door issues tokens above all counters of a majority. A node whose counter was lost reports the larger of what
-/// managers have seen and of its own time, so that no later token is below an earlier one.
+/// The sequencer issues tokens above all counters of a majority. A node whose counter was lost
+/// reports the larger of the floor that managers have seen and its own time, so no later token is
+/// below an earlier one.
 #[test]
 fn claim_reports_a_counter_that_is_never_below_the_floor() {
     let bench = Bench::new();
@@ -185,11 +189,11 @@ fn claim_reports_a_counter_that_is_never_below_the_floor() {
         let reply = bench.claim(&me, 100_000, least, floor);
         (reply[1], bench.counter())
     };
-    // Without a floor the counter is what it is, and is raised to what the door issued.
+    // Without a floor the counter is reported unchanged, and raised to the sequencer's token.
     assert_eq!(claim(500, 0), (0, 500));
-    assert_eq!(claim(400, 500), (500, 500), "never back");
+    assert_eq!(claim(400, 500), (500, 500), "the counter never decreases");
     assert_eq!(claim(600, 500), (500, 600));
-    // Below the floor it was lost: the server's time is above all that can have been issued.
+    // A counter below the floor was lost: the server's time is above every issued token.
     let time: Vec<u64> = bench.server.query(&["TIME"]);
     let before = FencingToken::from_server_time(time[0], time[1]);
     let (counter, stored) = claim(700, 601);
@@ -197,12 +201,13 @@ fn claim_reports_a_counter_that_is_never_below_the_floor() {
     let after = FencingToken::from_server_time(time[0], time[1]);
     assert!((before..=after).contains(&counter), "{before} {counter} {after}");
     assert_eq!(stored, counter);
-    // A server whose clock is behind: the floor is above its time.
+    // If the server's clock is behind, the floor is above its time.
     assert_eq!(claim(0, FLOOR), (FLOOR, FLOOR));
     assert_eq!(claim(FLOOR + 64, FLOOR), (FLOOR, FLOOR + 64));
 }
 
-/// While a slot of a cluster is moved, a lease is renewed by a script of its own key alone, by the same rules.
+/// While a cluster slot is being moved, a lease is renewed by a script with only its own key, under
+/// the same rules.
 #[test]
 fn renewal_of_one_key_extends_the_owners_lease_alone_and_never_shortens_it() {
     let bench = Bench::new();
@@ -217,7 +222,7 @@ fn renewal_of_one_key_extends_the_owners_lease_alone_and_never_shortens_it() {
         assert_eq!(bench.owner().as_ref(), Some(&me));
         bench.assert_left("lease", expected);
     }
-    // Another cycle of the same manager is another owner.
+    // Another cycle of the same manager is a different owner.
     for other in [signature(1, 4), signature(2, 2)] {
         bench.own(&other, Some(100_000));
         assert_eq!(bench.renew_alone(&me, 300_000), [0]);
@@ -232,7 +237,8 @@ fn renewal_of_one_key_extends_the_owners_lease_alone_and_never_shortens_it() {
     assert_eq!(bench.renew_alone(&me, 300_000), [0]);
 }
 
-/// An operator who takes a permission away must not end the locks of all that run: they are lost when their time is over.
+/// If an operator removes a permission, held locks must not be reported as lost at once; they are
+/// lost when they expire.
 #[test]
 fn renewal_that_may_not_see_the_owner_is_an_error_and_no_loss() {
     let bench = Bench::new();
@@ -250,8 +256,8 @@ fn renewal_that_may_not_see_the_owner_is_an_error_and_no_loss() {
     assert!(renew(bench.scripts.renew.text(), &["lease", "queue"]).is_err());
 }
 
-/// If all who wait die, nobody ever takes their places away: the server does, a minute after the owner's lease has run out.
-/// As long as somebody waits, each look moves that on.
+/// If all waiters die, no client ever removes their queue entries. The server does, a minute after
+/// the owner's lease has expired. While a cycle waits, each of its requests postpones that.
 #[test]
 fn queue_of_waiters_ends_a_minute_after_the_lease() {
     let bench = Bench::new();
@@ -260,14 +266,15 @@ fn queue_of_waiters_ends_a_minute_after_the_lease() {
         bench.own(&signature(1, 2), ttl);
         assert_eq!(bench.join(&signature(2, 2))[0], 2);
         bench.assert_left("queue", ttl.unwrap_or_default() + 60_000);
-        // Another look at a queue whose end is near.
+        // The next request renews a queue that is about to expire.
         bench.server.command(&["PEXPIRE", "queue", "1000"]);
         assert_eq!(bench.join(&signature(2, 2))[0], 2);
         bench.assert_left("queue", ttl.unwrap_or_default() + 60_000);
     }
 }
 
-/// The lease is passed on to the first, and whoever gave it back waits behind: the queue is kept for the new lease.
+/// The lease is passed on to the head, and the previous owner waits behind: the queue is kept for
+/// the new lease.
 #[test]
 fn queue_that_an_owner_joins_again_ends_a_minute_after_the_next_lease() {
     let bench = Bench::new();
@@ -276,9 +283,9 @@ fn queue_that_an_owner_joins_again_ends_a_minute_after_the_next_lease() {
     bench.join(&signature(3, 3));
     let args = [&signature(1, 2), "1", "0", "inbox:", "key", &signature(1, 5)];
     let reply: Vec<u64> = bench.call(bench.scripts.release.text(), &["lease", "queue", "counter"], &args);
-    assert_eq!(reply[..2], [1, 2], "it waits");
+    assert_eq!(reply[..2], [1, 2], "the previous owner waits");
     assert_eq!(bench.owner(), Some(signature(2, 3)));
-    // Nobody listens to the inbox of the next owner, so its lease is a short one until it asks.
+    // The next owner's inbox has no subscriber, so its lease stays short until it asks.
     bench.assert_left("lease", 1_000);
     bench.assert_left("queue", 61_000);
 }

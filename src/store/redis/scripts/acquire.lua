@@ -1,3 +1,5 @@
--- ARGV: 1 signature, 2 ttl in ms, 3 tokens to reserve, 4 floor, 5 'join', 'try' or 'extend', 6 channel prefix, 7 key
--- Replies: {0} busy | {1, largest token, queue length, had it before} | {2, mark, owner's ttl, foreign, ahead, reached}
+-- ARGV: 1 signature, 2 TTL in ms, 3 tokens to reserve, 4 floor, 5 'join', 'try' or 'extend',
+-- 6 channel prefix, 7 key.
+-- Replies: {0} busy | {1, largest token, queue length, 1 if it was ours before}
+--   | {2, mark, owner's TTL, foreign, ahead, reached}
 return acquire(owner, ARGV[1], ARGV[2], tonumber(ARGV[3]), tonumber(ARGV[4]), ARGV[5] == 'try', ARGV[6], ARGV[7])

@@ -1,4 +1,5 @@
--- The begin of acquire.lua: what a busy process asks for most often, before the functions that only others need are made.
+-- The beginning of the acquire script: handles the most frequent request of a busy process before
+-- the functions that only other requests need are defined.
 local owner = redis.call('GET', KEYS[1])
 if owner == ARGV[1] then
   return extend(ARGV[2], tonumber(ARGV[3]), tonumber(ARGV[4]))

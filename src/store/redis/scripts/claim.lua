@@ -1,9 +1,9 @@
--- Takes or extends a lease at a node of a quorum for a cycle that has it at the door. No queue is looked at: the order
--- is the door's.
+-- Takes or extends a lease on a node of a quorum, for a cycle that holds it on the sequencer. The
+-- queue is ignored here: the sequencer decides the order.
 --
 -- KEYS: 1 lease, 2 counter of the slot.
--- ARGV: 1 signature, 2 ttl in ms, 3 the least that the counter becomes, 4 floor, 5 'take' or 'extend'.
--- Replies: {0, owner's ttl} it is not ours | {1, the counter as it was before it was raised to the least}
+-- ARGV: 1 signature, 2 TTL in ms, 3 minimum value for the counter, 4 floor, 5 'take' or 'extend'.
+-- Replies: {0, owner's TTL} not ours | {1, the counter before it was raised to the minimum}
 local owner = redis.call('GET', KEYS[1])
 if owner ~= ARGV[1] and (owner or ARGV[5] == 'extend') then
   return {0, redis.call('PTTL', KEYS[1])}
@@ -15,7 +15,7 @@ elseif redis.call('PTTL', KEYS[1]) < tonumber(ARGV[2]) then
 end
 local count, least, floor = tonumber(redis.call('GET', KEYS[2]) or '0'), tonumber(ARGV[3]), tonumber(ARGV[4])
 if count < floor then
-  -- It was lost: see reserve in common.lua.
+  -- The counter was lost: see reserve in single.lua.
   local time = redis.call('TIME')
   count = math.max(floor, (tonumber(time[1]) - 1735689600) * 8000000 + tonumber(time[2]) * 8)
 end

@@ -1,19 +1,21 @@
--- What is particular to a cluster.
+-- Functions specific to a cluster.
 
--- Whether an inbox is subscribed on this very node. The count that SPUBLISH returns does not tell:
--- subscribers at replicas receive the message as well, uncounted.
+-- Whether an inbox is subscribed on this very node. The count returned by SPUBLISH does not prove
+-- it: subscribers on replicas also receive the message but are not counted.
 local function is_subscribed(inbox)
   return redis.call('PUBSUB', 'SHARDNUMSUB', inbox)[2] > 0
 end
 
--- Sends a manager a message.
+-- Sends a message to a manager.
 local function notify(inbox, message)
   redis.call('SPUBLISH', inbox, message)
 end
 
--- Reserves n numbers and returns the largest. A replica that takes over may have missed the last of them, and no client can tell when: so
--- the counter follows the server's time, which is ahead of what any load reserves, and so ahead of what the replica missed.
--- Clocks of nodes that differ only matter in that moment, and then the caller's floor still keeps its own tokens in order.
+-- Reserves n numbers and returns the largest. A promoted replica may have missed the latest ones,
+-- and no client can detect that. The counter therefore follows the server's time, which grows
+-- faster than any load reserves numbers and is thus ahead of those missed. Clock differences
+-- between nodes matter only at that moment, and the caller's floor still keeps its own tokens in
+-- order.
 local function reserve(n, floor)
   local time = redis.call('TIME')
   local now = (tonumber(time[1]) - 1735689600) * 8000000 + tonumber(time[2]) * 8

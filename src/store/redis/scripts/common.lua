@@ -1,42 +1,41 @@
--- Shared by acquire.lua and release.lua, which come after it in the same script. Before it come
--- single.lua or cluster.lua, with is_subscribed(), notify() and reserve(), and extend.lua.
+-- Shared by acquire.lua and release.lua, which follow in the same script. Before it come single.lua
+-- or cluster.lua, with is_subscribed(), notify() and reserve(), and extend.lua.
 --
--- KEYS: 1 lease, 2 queue (sorted set of signatures, score = the counter when it joined, plus a half
--- if its inbox was not subscribed here), 3 counter of the slot.
+-- KEYS: 1 lease, 2 queue (sorted set of signatures, scored by the counter at enqueue, plus a half
+-- if the inbox was not subscribed here), 3 counter of the slot.
 
 -- The manager, the cycle and the TTL of a signature; nil for a value that another library wrote. A
 -- signature is `<manager>:<cycle>`, a cycle `<number>-<ttl>-<code>`.
 local function signed(signature)
   local manager, cycle, ttl = string.match(signature, '^([%w%.%-]+):(%d+%-(%d+)%-%x%x%x%x%x%x%x%x)$')
-  -- `<host>-<process id>-<16 digits>`, looked at from its end: one pattern for all would try each dash.
+  -- `<host>-<process id>-<16 digits>`, matched from the end: a single pattern would try each dash.
   if manager and string.find(manager, '^%-%x%x%x%x%x%x%x%x%x%x%x%x%x%x%x%x$', -17)
     and string.find(string.sub(manager, -29, -18), '.%-%d+$') then
     return manager, cycle, ttl
   end
 end
 
--- The same of a member of the queue, where managers alone write.
+-- The same for a queue member. Only managers write to the queue.
 local function member(signature)
   return string.match(signature, '^([^:]+):(%d+%-(%d+)%-%x+)$')
 end
 
--- Whether the owner of a cycle asked to be notified when somebody begins to wait: its number is even.
+-- Whether the owner of a cycle asked to be notified when a waiter enqueues: its number is even.
 local function wants_notice(cycle)
   return tonumber(string.match(cycle, '(%d)%-')) % 2 == 0
 end
 
--- A manager whose inbox is not subscribed on this server asks again and again instead, every quarter
--- of a second. When it is its turn, the lease waits for its next request for this long at most, in
--- milliseconds.
+-- A manager whose inbox is not subscribed on this server polls every quarter of a second instead.
+-- When its turn comes, the lease is held for its next request for at most this many milliseconds.
 local UNNOTIFIED_LEASE = 1000
 
--- Makes the first in the queue the owner and notifies it. Where nothing reaches its inbox, the next
--- one is tried: nothing was published then, and no token reserved, so the one that was passed over can
--- never enter. `me` learns of it by the reply instead; its lease lasts for `my_ttl`, any other for the
--- TTL of its cycle. `waiting` is the length of the queue, if that is known. Returns the new owner, its
--- largest token, how many still wait and the TTL of its lease; deletes the lease if nobody is left. Looks
--- at the queue no more once it is empty: in a slot of a cluster that is being moved, a key that is gone
--- can't be asked for.
+-- Makes the head of the queue the owner and notifies it. If its inbox is not reachable, the next
+-- one is tried. Nothing was published to the skipped waiter and no token was reserved for it, so it
+-- can never enter. `me` learns of the grant from the reply instead; its lease lasts for `my_ttl`,
+-- any other for the TTL of its cycle. `waiting` is the length of the queue, if known. Returns the
+-- new owner, its largest token, the number of remaining waiters and the TTL of its lease; deletes
+-- the lease if no waiter is left. Does not access the queue once it is empty: while a cluster slot
+-- is being moved, a missing key can't be accessed.
 local function pass_on(me, my_ttl, n, floor, channel, key, waiting)
   waiting = waiting or redis.call('ZCARD', KEYS[2])
   while waiting > 0 do
@@ -63,20 +62,21 @@ local function pass_on(me, my_ttl, n, floor, channel, key, waiting)
   return nil
 end
 
--- A place in the queue outlives those who wait by this much, in milliseconds, if all of them die.
+-- If all waiters die, their queue outlives the lease by this many milliseconds.
 local QUEUE_GRACE = 60000
 
--- The reply to a cycle that waits: 2, mark, remaining TTL of the owner (-1: endless), whether the
--- owner is foreign, how many are ahead, whether a grant would reach it. `left` is that TTL, if it is known.
+-- The reply to a queued cycle: 2, mark, remaining TTL of the owner (-1: no expiry), whether the
+-- owner is foreign, how many are ahead, whether a grant would reach it. `left` is that TTL, if
+-- known.
 local function queued(mark, foreign, ahead, reached, left)
   left = left and tonumber(left) or redis.call('PTTL', KEYS[1])
-  -- Numbers are written here: the server would do it with 17 digits, which takes several times as long.
+  -- Formatted here: the server would use 17 digits, which takes several times as long.
   redis.call('PEXPIRE', KEYS[2], string.format('%d', math.max(left, 0) + QUEUE_GRACE))
   return {2, mark, left, foreign and 1 or 0, ahead, reached and 1 or 0}
 end
 
--- Joins the queue unless it is in it. Returns its mark, how many are ahead, whether it was new, and
--- whether a grant would reach its inbox.
+-- Enqueues the cycle unless it is queued already. Returns its mark, how many are ahead, whether it
+-- was newly added, and whether a grant would reach its inbox.
 local function join(me, floor, inbox)
   local mark = reserve(1, floor)
   local reached = is_subscribed(inbox)
@@ -94,7 +94,7 @@ local function join(me, floor, inbox)
   return mark, rank, false, reached
 end
 
--- Takes the lease, extends it, or joins the queue; a try does not join.
+-- Takes the lease, extends it, or enqueues; a try never enqueues.
 local function acquire(owner, me, ttl, n, floor, try, channel, key)
   if owner == me then
     return extend(ttl, n, floor)
@@ -105,7 +105,7 @@ local function acquire(owner, me, ttl, n, floor, try, channel, key)
     end
     local mark, ahead, new, reached = join(me, floor, channel .. member(me))
     local manager, cycle = signed(owner)
-    -- When the first comes, and again when one asks again.
+    -- For the first waiter, and again whenever a waiter retries.
     if manager and (ahead == 0 or not new) and wants_notice(cycle) then
       notify(channel .. manager, 'w ' .. cycle .. ' ' .. key)
     end
@@ -120,7 +120,7 @@ local function acquire(owner, me, ttl, n, floor, try, channel, key)
     end
     return {1, last, head and redis.call('ZCARD', KEYS[2]) or 0, 0}
   end
-  -- The owner died and somebody is before us.
+  -- The owner died and other waiters are ahead of us.
   if try then
     local heir = pass_on(nil, nil, n, floor, channel, key)
     if heir then

@@ -1,9 +1,9 @@
 -- Comes after single.lua or cluster.lua, with reserve(), and before common.lua.
 
--- More time and tokens for the owner of the lease.
+-- Extends the owner's lease and reserves more tokens.
 local function extend(ttl, n, floor)
   local last = reserve(n, floor)
-  -- Never back: see renew.lua.
+  -- Never shorten a lease: see renew.lua.
   if redis.call('PTTL', KEYS[1]) < tonumber(ttl) then
     redis.call('PEXPIRE', KEYS[1], ttl)
   end

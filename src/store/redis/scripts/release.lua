@@ -1,14 +1,16 @@
--- ARGV: 1 signature, 2 tokens of the next owner, 3 floor, 4 channel prefix, 5 key, 6 next signature or ''
--- Replies: {1 if it was ours, else 0, and with a next signature the reply of its acquire}
+-- ARGV: 1 signature, 2 tokens of the next owner, 3 floor, 4 channel prefix, 5 key, 6 next signature
+-- or ''.
+-- Replies: {1 if it was ours, else 0; with a next signature, followed by the reply to its acquire}
 local me, n, floor, channel, key, next = ARGV[1], tonumber(ARGV[2]), tonumber(ARGV[3]), ARGV[4], ARGV[5], ARGV[6]
 -- The TTL of a cycle is part of its signature.
 local manager, _, ttl = member(next)
 local owner = redis.call('GET', KEYS[1])
 if owner ~= me then
-  -- It can't be in the queue and own the lease.
+  -- A cycle that owns the lease is never in the queue.
   redis.call('ZREM', KEYS[2], me)
   if next == '' then
-    -- It was deleted, or has run out: whoever is first need not find out alone.
+    -- The lease was deleted or has expired: grant it to the head, which need not find out by
+    -- itself.
     if not owner then
       pass_on(nil, nil, n, floor, channel, key)
     end
@@ -25,6 +27,6 @@ local heir, last, waiting, left = pass_on(next, ttl, n, floor, channel, key, new
 if heir == next then
   return {1, 1, last, waiting, 0}
 end
--- Whoever has just joined is the last.
+-- A newly enqueued cycle is the last.
 ahead = new and waiting - 1 or redis.call('ZRANK', KEYS[2], next)
 return {1, unpack(queued(last, false, ahead, reached, left))}

@@ -1,7 +1,8 @@
--- KEYS: lease and queue of each; ARGV: signature and ttl in ms of each.
--- Replies for each: 0 not ours, 1 extended, 2 extended and somebody waits.
--- A key of a wrong type is not ours. The end of a lease moves on, never back: its owner counts on what it was told before,
--- with whatever TTL it asked then. A lease without an end gets one.
+-- KEYS: lease and queue of each; ARGV: signature and TTL in ms of each.
+-- Replies, one for each: 0 not ours, 1 extended, 2 extended and a cycle waits.
+--
+-- A key of a wrong type is not ours. A lease is never shortened: its owner relies on the expiry it
+-- was last granted, whatever TTL that request had. A lease without expiry gets one.
 local replies = {}
 for i = 1, #KEYS, 2 do
   local reply = 0
@@ -12,7 +13,7 @@ for i = 1, #KEYS, 2 do
     end
     reply = 1 + redis.call('EXISTS', KEYS[i + 1])
   elseif type(owner) == 'table' and string.sub(owner.err, 1, 9) ~= 'WRONGTYPE' then
-    -- The server does not let us see whose it is (a permission was taken away): that is no loss yet.
+    -- We may not see the owner because a permission was revoked: that is not a loss yet.
     return owner
   end
   replies[#replies + 1] = reply

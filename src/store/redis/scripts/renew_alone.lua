@@ -1,6 +1,8 @@
--- Renews one lease where its queue can't be looked at: a script of one key is answered also while its slot moves.
+-- Renews one lease without accessing its queue: a script with a single key is executed even while
+-- its slot is being moved.
 --
--- KEYS: 1 lease. ARGV: 1 signature, 2 ttl in ms. Replies: {0} not ours | {1} extended. See renew.lua.
+-- KEYS: 1 lease. ARGV: 1 signature, 2 TTL in ms.
+-- Replies: {0} not ours | {1} extended. See renew.lua.
 local owner = redis.pcall('GET', KEYS[1])
 if type(owner) == 'table' and string.sub(owner.err, 1, 9) ~= 'WRONGTYPE' then
   return owner

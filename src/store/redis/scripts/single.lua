@@ -1,18 +1,19 @@
--- What is particular to a single primary.
+-- Functions specific to a single primary.
 
--- Whether an inbox is subscribed on this very server. The count that PUBLISH returns does not tell:
--- subscribers at replicas receive the message as well, uncounted.
+-- Whether an inbox is subscribed on this very server. The count returned by PUBLISH does not prove
+-- it: subscribers on replicas also receive the message but are not counted.
 local function is_subscribed(inbox)
   return redis.call('PUBSUB', 'NUMSUB', inbox)[2] > 0
 end
 
--- Sends a manager a message.
+-- Sends a message to a manager.
 local function notify(inbox, message)
   redis.call('PUBLISH', inbox, message)
 end
 
--- Reserves n numbers and returns the largest. A counter below the caller's floor was lost (a flush, a restart without
--- data, an old replica): it is raised to the larger of the floor and the server's time first, so that it never goes back.
+-- Reserves n numbers and returns the largest. A counter below the caller's floor was lost (a flush,
+-- a restart without data, an old replica). It is first raised to the larger of the floor and the
+-- server's time, so it never decreases.
 local function reserve(n, floor)
   local last = redis.call('INCRBY', KEYS[3], n)
   if last - n < floor then
