@@ -1,8 +1,9 @@
-//! A resource that compares fencing tokens refuses a holder that does not know yet that it has lost its lock.
+//! A resource that compares fencing tokens rejects a holder that has lost its lock without knowing
+//! it.
 
 use shardlock::{FencingToken, LockManager};
 
-/// A file, a table, a bucket: whatever the lock protects.
+/// Whatever the lock protects: a file, a table, a bucket.
 #[derive(Default)]
 struct Resource {
     largest: Option<FencingToken>,
@@ -33,8 +34,8 @@ async fn main() -> Result<(), shardlock::LockError> {
 
     let quick = locks.lock("report").await?;
     println!("{:?}", resource.write(quick.token(), "from the new holder"));
-    // The old holder was paused before its write and comes back now.
+    // The old holder was paused before its write and continues now.
     println!("{:?}", resource.write(slow_token, "from the old holder"));
-    println!("the resource says {:?}", resource.value);
+    println!("the value is now {:?}", resource.value);
     quick.release().await
 }

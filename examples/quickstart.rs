@@ -1,6 +1,7 @@
-//! Takes a lock, does something, gives it back.
+//! Acquires a lock, does some work, and releases the lock.
 //!
-//! `cargo run --example quickstart -- redis://127.0.0.1:6379`; without a URL it works inside the process.
+//! `cargo run --example quickstart -- redis://127.0.0.1:6379`. Without a URL, the locks are kept in
+//! this process.
 
 use std::time::Duration;
 
@@ -18,7 +19,7 @@ async fn main() -> Result<(), shardlock::LockError> {
         .await?;
     println!("{} holds {} with token {}", guard.owner(), guard.key(), guard.token());
 
-    // Another request for the same key has to wait; a try comes back with nothing.
+    // Another request for the same key has to wait; a try returns `None`.
     assert!(locks.try_lock("coupon:123").await?.is_none());
 
     guard.release().await?;

@@ -1,4 +1,4 @@
-//! Many tasks, one key: a plain read, think, write stays exact.
+//! 100 tasks increment one counter under a lock; the read, pause and write of each stays exact.
 
 use std::sync::Arc;
 use std::sync::atomic::{AtomicU64, Ordering};

@@ -1,4 +1,4 @@
-//! What can go wrong, in one enum, and what to do about each.
+//! The errors of the library, and what to do about each.
 
 use std::fmt;
 use std::sync::Arc;
@@ -6,9 +6,10 @@ use std::time::Duration;
 
 use crate::fence::FencingToken;
 
-/// Why a lock could not be had or kept.
+/// Why a lock could not be acquired or kept.
 ///
-/// Messages name the key, the shard, the value and the bound, and say what to do. They never contain a password.
+/// Messages name the key, the shard, the value and the bound, and what to do about it. They never
+/// contain a password.
 #[derive(Debug, Clone, thiserror::Error)]
 #[non_exhaustive]
 pub enum LockError {
@@ -16,166 +17,174 @@ pub enum LockError {
     #[error(transparent)]
     Invalid(#[from] Invalid),
 
-    /// The wait limit of this request passed. The place in the queue has been given up; asking again joins at the end.
+    /// The timeout of the request has passed. Its place in the queue was given up; a new request
+    /// joins at the end.
     #[error(
         "timed out after {waited:.3?} waiting for lock {key:?} on shard {shard} (limit {limit:?}); \
          raise the timeout, or look at who holds it with `shardlock inspect`"
     )]
     Timeout {
-        /// The key that was wanted.
+        /// The requested key.
         key: String,
         /// The name of its shard.
         shard: String,
         /// How long this request waited, on the local clock.
         waited: Duration,
-        /// The limit that it was given.
+        /// The timeout of the request.
         limit: Duration,
     },
 
-    /// So many local tasks wait for this one key that no more are let in. Shed load, or raise `max_waiters_per_key`.
+    /// The limit on local tasks waiting for one key was reached. Shed load, or raise
+    /// `max_waiters_per_key`.
     #[error(
         "{waiting} tasks of this process already wait for lock {key:?} (max_waiters_per_key = {limit}); shed load or raise the limit"
     )]
     QueueFull {
-        /// The key that was wanted.
+        /// The requested key.
         key: String,
-        /// How many wait.
+        /// The number of waiting tasks.
         waiting: usize,
         /// The limit that was reached.
         limit: usize,
     },
 
-    /// So many local tasks wait, over all keys, that no more are let in. Shed load, or raise `max_waiters`.
+    /// The limit on local tasks waiting, over all keys, was reached. Shed load, or raise
+    /// `max_waiters`.
     #[error(
         "{waiting} tasks of this process already wait for locks, so {key:?} was refused (max_waiters = {limit}); shed load or raise the limit"
     )]
     TooManyWaiters {
-        /// The key that was wanted.
+        /// The requested key.
         key: String,
-        /// How many wait.
+        /// The number of waiting tasks.
         waiting: usize,
         /// The limit that was reached.
         limit: usize,
     },
 
-    /// So many keys are held or waited for by this manager that no further one is let in. Release some, or raise `max_keys`.
+    /// The limit on keys that this manager holds or waits for was reached. Release some locks, or
+    /// raise `max_keys`.
     #[error(
         "this process already uses {used} keys, so {key:?} was refused (max_keys = {limit}); release some or raise the limit"
     )]
     TooManyKeys {
-        /// The key that was wanted.
+        /// The requested key.
         key: String,
-        /// How many are in use.
+        /// The number of keys in use.
         used: usize,
         /// The limit that was reached.
         limit: usize,
     },
 
-    /// The shard holds more leases than it can renew in time at the moment, so no further key is let in: those that are held would be lost. Release
-    /// some, use longer TTLs or more shards, or try again later.
+    /// The shard currently holds more leases than it can renew in time. Further keys are refused,
+    /// since otherwise held locks would be lost. Release some locks, use longer TTLs or more
+    /// shards, or try again later.
     #[error(
-        "shard {shard} holds {leases} leases, more than it renews in time, so {key:?} was refused; release some, or use longer ttls or more shards"
+        "shard {shard} holds {leases} leases, more than it can renew in time, so {key:?} was refused; release some, or use longer ttls or more shards"
     )]
     TooManyLeases {
-        /// The key that was wanted.
+        /// The requested key.
         key: String,
         /// The name of the shard.
         shard: String,
-        /// How many leases it holds.
+        /// The number of leases that the shard holds.
         leases: usize,
     },
 
-    /// The shard is down, and so many keys wait for its return that no further one is let in. Try again later.
+    /// The shard is down, and the limit on keys that wait for its return was reached. Try again
+    /// later.
     #[error(
         "shard {shard} is down and {waiting} keys wait for its return (at most {limit} may), so {key:?} was refused; try again later, or check the server"
     )]
     ShardDown {
-        /// The key that was wanted.
+        /// The requested key.
         key: String,
         /// The name of its shard.
         shard: String,
-        /// How many keys wait.
+        /// The number of waiting keys.
         waiting: usize,
         /// The limit that was reached.
         limit: usize,
     },
 
-    /// The shard could not be reached, or did not answer in time. Whether a command took effect is unknown; it is undone in
-    /// the background. Try again later.
+    /// The shard could not be reached, or did not reply in time. It is unknown whether the command
+    /// took effect; if it did, it is undone in the background. Try again later.
     #[error("shard {shard} is unavailable ({step}{}, after {waited:.3?}): {reason}; retry, or check the server", on_key(.key))]
     Unavailable {
         /// The name of the shard.
         shard: String,
-        /// What was being done: `connect`, `acquire`, `release` and so on.
+        /// The step that failed: `connect`, `acquire`, `release` and so on.
         step: &'static str,
-        /// The key it was done for, where it was for one.
+        /// The key, if the step was for one.
         key: Option<String>,
-        /// How long it took to fail.
+        /// The time until it failed.
         waited: Duration,
-        /// The reason in words.
+        /// The reason, as text.
         reason: Arc<str>,
     },
 
-    /// The shard's server answered with an error that trying again won't mend, such as a key of a wrong type, missing
-    /// permissions or no memory left. Nothing was deleted.
+    /// The server of the shard replied with an error that a retry does not fix, such as a key of
+    /// the wrong type, missing permissions, or no memory left. Nothing was deleted.
     #[error("shard {shard} refused ({step}{}): {reason}", on_key(.key))]
     Refused {
         /// The name of the shard.
         shard: String,
-        /// What was being done.
+        /// The step that failed.
         step: &'static str,
-        /// The key it was done for, where it was for one.
+        /// The key, if the step was for one.
         key: Option<String>,
-        /// The server's words, and what to do.
+        /// The message of the server, and what to do about it.
         reason: Arc<str>,
     },
 
-    /// The shard was set up by a manager with another shard map. With two maps the same key would be locked in two places. The names of shards
-    /// do not count, only which slots each has ([`ShardMap::agree`](crate::ShardMap::agree)).
+    /// The shard was set up by a manager with another shard map. With two maps, the same key could
+    /// be locked on two shards at once. Only the slots of each shard are compared, not the names of
+    /// the shards ([`ShardMap::agree`](crate::ShardMap::agree)).
     #[error(
         "shard {shard} is in use with another shard map: the server has `{theirs}` under the key {map_key:?}, this manager has `{ours}`; give \
          every manager the same shards in the same order, or, if the change is meant, stop all managers and replace the map with \
          `shardlock map set` (`shardlock map show` has the maps of all shards)"
     )]
     ShardMapMismatch {
-        /// The name of the shard, as this manager calls it.
+        /// The name of the shard in this manager.
         shard: String,
-        /// This manager's map.
+        /// The map of this manager.
         ours: String,
-        /// The map that the shard has.
+        /// The map stored on the shard.
         theirs: String,
-        /// The key that holds the map.
+        /// The key under which the map is stored.
         map_key: String,
     },
 
-    /// The lock was lost before it was released. Work done under it may overlap with another holder's; the token tells the
-    /// resource who is who.
+    /// The lock was lost before it was released. Another holder may have run concurrently. Compare
+    /// fencing tokens at the resource to reject stale writes.
     #[error("lock {key:?} (token {token}) was lost: {reason}")]
     Lost {
         /// The key that was held.
         key: String,
-        /// The token under which it was held.
+        /// The fencing token of the lost lock.
         token: FencingToken,
-        /// Why.
+        /// Why the lock was lost.
         reason: LossReason,
     },
 
-    /// A store issued a token that is not larger than one it issued before. The lock was given up again at once.
+    /// A store issued a token that is not larger than one it issued before. The lock was released
+    /// immediately.
     #[error(
-        "shard {shard} issued token {token} for lock {key:?} after {floor} had been seen; the lock was given up, check the server's clock and data"
+        "shard {shard} issued token {token} for lock {key:?} after {floor} had been seen; the lock was released; check the server's clock and data"
     )]
     TokenRegression {
-        /// The key that was wanted.
+        /// The requested key.
         key: String,
         /// The name of its shard.
         shard: String,
-        /// The token that came.
+        /// The token that was issued.
         token: u64,
-        /// The smallest number that it should have been above.
+        /// The token should have been larger than this number.
         floor: u64,
     },
 
-    /// The manager was shut down. Make a new one.
+    /// The manager was shut down. Create a new one.
     #[error("the lock manager was shut down")]
     Closed,
 }
@@ -185,7 +194,7 @@ fn on_key(key: &Option<String>) -> String {
 }
 
 impl LockError {
-    /// The same with the time that the request waited in all.
+    /// Sets the total time that the request has waited.
     pub(crate) fn after(mut self, total: Duration) -> Self {
         if let Self::Unavailable { waited, .. } = &mut self {
             *waited = total;
@@ -193,7 +202,7 @@ impl LockError {
         self
     }
 
-    /// Whether the same request may succeed later with nothing changed by the caller.
+    /// Returns whether the same request may succeed later without a change by the caller.
     #[must_use]
     pub fn is_retryable(&self) -> bool {
         matches!(
@@ -208,13 +217,13 @@ impl LockError {
         )
     }
 
-    /// Whether the wait limit of the request passed.
+    /// Returns whether the timeout of the request has passed.
     #[must_use]
     pub fn is_timeout(&self) -> bool {
         matches!(self, Self::Timeout { .. })
     }
 
-    /// Whether a lock that was held is not held any more.
+    /// Returns whether a lock that was held has been lost.
     #[must_use]
     pub fn is_lost(&self) -> bool {
         matches!(self, Self::Lost { .. })
@@ -225,16 +234,18 @@ impl LockError {
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
 #[non_exhaustive]
 pub enum LossReason {
-    /// The lease could not be renewed in time: the server was unreachable, or this process was paused.
+    /// The lease could not be renewed in time: the server was unreachable, or this process was
+    /// paused.
     Expired,
-    /// The server says that the lease is gone or somebody else's: it was deleted, flushed, or taken by an administrator.
+    /// The server reported that the lease is gone or has another owner: it was deleted, flushed, or
+    /// taken by an administrator.
     Taken,
     /// The guard was held for longer than `max_hold`.
     MaxHold,
     /// The manager was shut down.
     Closed,
-    /// The shard has another shard map by now ([`LockError::ShardMapMismatch`]): managers with that map lock the key elsewhere. All locks on
-    /// the shard are lost together.
+    /// The shard now has another shard map ([`LockError::ShardMapMismatch`]): managers with that
+    /// map lock the key on another shard. All locks on the shard are lost together.
     ShardMap,
 }
 
@@ -242,7 +253,7 @@ impl LossReason {
     /// All reasons, in a fixed order.
     pub const ALL: [Self; 5] = [Self::Expired, Self::Taken, Self::MaxHold, Self::Closed, Self::ShardMap];
 
-    /// The word for it that metrics and scripts see.
+    /// Returns the identifier used in metrics and by scripts.
     #[must_use]
     pub const fn as_str(self) -> &'static str {
         match self {
@@ -262,18 +273,18 @@ impl fmt::Display for LossReason {
             Self::Taken => "its lease was deleted or taken on the server",
             Self::MaxHold => "it was held for longer than max_hold",
             Self::Closed => "the lock manager was shut down",
-            Self::ShardMap => "its shard has another shard map by now; `shardlock map show` has both",
+            Self::ShardMap => "its shard now has another shard map; `shardlock map show` prints both",
         })
     }
 }
 
-/// A value that is outside its bounds: which one, what it was, and what it may be.
+/// A value outside its bounds: the field, the value, and what is allowed.
 #[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]
 #[error("{field} is {value}, but must be {bound}")]
 pub struct Invalid {
-    /// The name of the field, the same in the builder, a file and the environment.
+    /// The name of the field, which is the same in the builder, a file and the environment.
     pub field: String,
-    /// The value that was given, with any password left out.
+    /// The value that was given, without any password.
     pub value: String,
     /// What is allowed.
     pub bound: String,

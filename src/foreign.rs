@@ -1,5 +1,6 @@
-//! Foreign code that the library calls: wakers of an executor, a recorder of metrics, a subscriber of logs. A panic in it must
-//! not end what the library does for all tasks of the process, such as renewals.
+//! Calls into foreign code: the wakers of an executor, a metrics recorder, a log subscriber. A
+//! panic there must not stop work that the library does for all tasks of the process, such as
+//! renewals.
 
 use std::panic::{AssertUnwindSafe, catch_unwind};
 use std::sync::atomic::{AtomicBool, Ordering};
@@ -12,10 +13,10 @@ pub(crate) struct Foreign {
 
 /// The wakers of tasks.
 pub(crate) static WAKERS: Foreign = Foreign::new("a waker");
-/// The recorder of metrics.
+/// The metrics recorder.
 pub(crate) static RECORDER: Foreign = Foreign::new("the metrics recorder");
-/// The subscriber of logs, where it must not be in the way of something more important than the log.
-pub(crate) static SUBSCRIBER: Foreign = Foreign::new("the subscriber of logs");
+/// The log subscriber, for events logged on a path that matters more than the log.
+pub(crate) static SUBSCRIBER: Foreign = Foreign::new("the log subscriber");
 
 impl Foreign {
     const fn new(name: &'static str) -> Self {
@@ -25,7 +26,7 @@ impl Foreign {
         }
     }
 
-    /// Calls it. A panic ends here; the first of each kind is logged.
+    /// Runs the call and catches a panic. The first panic of each kind is logged.
     pub(crate) fn call(&self, call: impl FnOnce()) {
         if catch_unwind(AssertUnwindSafe(call)).is_err() {
             self.report();
@@ -38,8 +39,8 @@ impl Foreign {
             return;
         }
         let name = self.name;
-        let log = || tracing::error!("{name} panicked; locks are not affected, and its further panics are not logged");
-        // A subscriber that panics has written its own message through the panic hook.
+        let log = || tracing::error!("{name} panicked; locks are not affected; further panics of it are not logged");
+        // A panic of the subscriber has already been printed by the panic hook.
         catch_unwind(log).ok();
     }
 }

@@ -1,4 +1,4 @@
-//! What a task holds while it has a lock.
+//! The guard that a task holds while it has a lock.
 
 use std::fmt;
 use std::sync::Arc;
@@ -14,23 +14,25 @@ use crate::span::DebugSpan;
 use crate::store::Lane;
 use crate::telemetry::ClassMetrics;
 
-/// A lock that is held. Dropping it gives the lock back in the background; [`release`](Self::release) gives it back and
-/// says whether it was still held.
+/// A held lock. Dropping the guard releases the lock in the background. [`release`](Self::release)
+/// releases it and reports whether it was still held.
 ///
-/// The lease behind it is renewed for as long as the guard lives, or until `max_hold`. It may still be lost: the process is paused
-/// for longer than the lease lasts, the server is gone, an administrator deletes the key. [`lost`](Self::lost) tells that in time,
-/// before anybody else can have the lock; and where a pause makes even that too late, the [`token`](Self::token) lets the resource refuse
-/// the old holder.
+/// The lease behind the guard is renewed for as long as the guard lives, or until `max_hold`. It
+/// can still be lost: if the process is paused for longer than the lease lasts, if the server is
+/// gone, or if an administrator deletes the key. [`lost`](Self::lost) reports the loss before any
+/// other task or process can acquire the lock. After a pause even that can be too late; the
+/// resource can then use the [`token`](Self::token) to reject the old holder.
 ///
 /// A guard can be moved to another task or thread and released there.
 ///
 /// # At the end of the program
 ///
-/// Dropping a guard does not wait: a thread of the manager sends the release afterwards. If the process ends right after the drop, because
-/// `main` returns or `std::process::exit` is called, the release is often not sent, and the key stays locked until its TTL has passed.
-/// Await [`release`](Self::release), or [`LockManager::shutdown`](crate::LockManager::shutdown), which also waits for the releases of
-/// guards that were dropped before.
-#[must_use = "the lock is given back as soon as the guard is dropped"]
+/// Dropping a guard does not wait: a thread of the manager sends the release afterwards. If the
+/// process ends right after the drop, because `main` returns or `std::process::exit` is called, the
+/// release is often not sent, and the key stays locked until its TTL has passed. Await
+/// [`release`](Self::release), or [`LockManager::shutdown`](crate::LockManager::shutdown), which
+/// also waits for the releases of guards that were dropped before.
+#[must_use = "the lock is released as soon as the guard is dropped"]
 pub struct LockGuard {
     entry: Arc<Entry>,
     lease: Arc<Lease>,
@@ -38,11 +40,11 @@ pub struct LockGuard {
     /// `None` for the default class.
     class: Option<Arc<ClassMetrics>>,
     since: Moment,
-    /// Whether its times are among those that are recorded.
+    /// Whether the times of this guard are recorded.
     is_recorded: bool,
-    /// As long as the guard.
+    /// Open as long as the guard lives.
     span: DebugSpan,
-    /// Whether it was given back already.
+    /// Whether the lock was already released.
     released: bool,
 }
 
@@ -66,75 +68,88 @@ impl LockGuard {
         }
     }
 
-    /// Opens the span that lasts as long as the guard, under the current one. Where nobody listens at that level, nothing is formatted.
+    /// Opens the span that lasts as long as the guard, as a child of the current one. Nothing is
+    /// formatted unless a subscriber is interested in that level.
     pub(crate) fn open_span(&mut self) {
         self.span = DebugSpan::open(
             || tracing::debug_span!("hold", key = %self.entry.key, shard = %self.entry.shard.name, token = %self.token),
         );
     }
 
-    /// The key.
+    /// Returns the key.
     #[must_use]
     pub fn key(&self) -> &str {
         self.entry.key.as_str()
     }
 
-    /// The fencing token of this acquisition: larger than that of every earlier one of this key. Send it along with every write that the
-    /// lock protects.
+    /// Returns the fencing token of this acquisition. It is larger than that of every earlier
+    /// acquisition of this key. Send it along with every write that the lock protects.
     #[must_use]
     pub const fn token(&self) -> FencingToken {
         self.token
     }
 
-    /// The name of the shard that the key belongs to.
+    /// Returns the name of the shard that owns the key.
     #[must_use]
     pub fn shard(&self) -> &str {
         &self.entry.shard.name
     }
 
-    /// Who holds the lease, as it stands in the store: `manager:cycle`.
+    /// Returns the owner of the lease as written in the store: `manager:cycle`.
     #[must_use]
     pub fn owner(&self) -> String {
         self.entry.shard.sign(self.lease.cycle)
     }
 
-    /// Whether the lock is certainly still held, by the local clock, with an allowance for drift. Reads the clock itself, so that it is right in
-    /// the very first instruction after a pause.
+    /// Returns whether the lock is certainly still held, by the local clock, with an allowance for
+    /// drift. The clock is read on each call, so the result is right even in the first instruction
+    /// after a pause.
     #[must_use]
     pub fn is_valid(&self) -> bool {
         self.lease.loss_at(Moment::now()).is_none()
     }
 
-    /// How long the lock is certainly held if no further renewal succeeds; zero after a loss.
+    /// Returns how long the lock is certainly held if no further renewal succeeds; zero after a
+    /// loss.
     #[must_use]
     pub fn remaining(&self) -> Duration {
         self.lease.remaining(Moment::now())
     }
 
-    /// Waits until the lock is lost, and says why. Never returns while the lock is held; answers at once where it is lost
-    /// already.
+    /// Waits until the lock is lost and returns the reason. Does not complete while the lock is
+    /// held; completes immediately if it is already lost.
     ///
     /// # Cancel safety
     ///
-    /// Nothing is lost if it is dropped; it can be called again.
+    /// This method is cancel safe. If the future is dropped, it can be called again without missing
+    /// a loss.
     pub async fn lost(&self) -> LossReason {
         self.lease.lost().await
     }
 
-    /// Gives the lock back: to the next task of this process, to the next process, or to nobody. Returns when the server has said that it is done; where
-    /// the lock goes to another task of this process, or the lease stays with this process for a while ([`LockRequest::linger`](crate::LockRequest::linger)), no
-    /// message is waited for and it returns at once: then it does not know of a loss that the next renewal would have told. So it does if its connection
-    /// turns out to belong to a runtime that runs nothing; the lock is then given back in the background.
+    /// Releases the lock: to the next waiting task of this process, to the next waiting process, or
+    /// to nobody if there are no waiters. Returns once the server has confirmed the release.
+    ///
+    /// In these cases it returns without a confirmation, and does not report a loss that only the
+    /// next renewal would have detected:
+    ///
+    /// - The lock goes to another task of this process. It returns immediately.
+    /// - The lease stays with this process for a while
+    ///   ([`LockRequest::linger`](crate::LockRequest::linger)). It returns immediately.
+    /// - The connection turns out to belong to a runtime that runs nothing. The lock is then
+    ///   released in the background.
     ///
     /// # Errors
     ///
-    /// [`LockError::Lost`] if it was not held any more; nothing of a later holder's is touched then.
-    /// [`LockError::Unavailable`] if there was no answer in time: the lock is not held any more as far as this process is concerned, and the release is
-    /// repeated in the background.
+    /// [`LockError::Lost`] if the lock was no longer held. A later holder's lock is not touched.
+    ///
+    /// [`LockError::Unavailable`] if there was no reply in time, or [`LockError::Refused`] if the
+    /// server refused. In both cases this process no longer holds the lock, and the release is
+    /// retried in the background.
     ///
     /// # Cancel safety
     ///
-    /// The lock is given back even if the future is dropped before it is done.
+    /// The lock is released even if the future is dropped before it completes.
     pub async fn release(mut self) -> Result<(), LockError> {
         let (held, request) = self.give_back();
         if !held {
@@ -145,7 +160,8 @@ impl LockGuard {
             self.hand_to_background(request);
             return Ok(());
         };
-        // Boxed to keep this future small: it is moved several times, and most releases send nothing.
+        // Boxed to keep this future small: it is moved several times, and most releases send
+        // nothing.
         let driven = Box::pin(self.entry.drive(request, Lane::Caller)).await;
         self.hand_to_background(driven.next);
         match driven.released {
@@ -155,7 +171,7 @@ impl LockGuard {
         }
     }
 
-    /// The error of a holder that has lost its lock.
+    /// The error for a holder that has lost its lock.
     pub(crate) fn lost_error(&self, reason: LossReason) -> LockError {
         LockError::Lost {
             key: self.key().to_owned(),

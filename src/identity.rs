@@ -1,19 +1,19 @@
-//! Who a manager is, and how it signs what it holds.
+//! The identity of a manager, and the owner tag that it writes for what it holds.
 
 use std::fmt;
 use std::sync::Arc;
 
 use crate::protocol::Cycle;
 
-/// The name of a manager: `host-pid-random`, different for every one that ever lived.
+/// The name of a manager: `host-pid-random`, unique among all managers that ever ran.
 #[derive(Debug, Clone, PartialEq, Eq, PartialOrd, Ord, Hash)]
 pub(crate) struct ManagerId(Arc<str>);
 
-/// The longest part of a host name that goes into an identity.
+/// The maximum number of characters of the host name in an identity.
 const HOST_CHARS_MAX: usize = 64;
-/// The digits of the random part.
+/// The number of digits of the random part.
 const RANDOM_DIGITS: usize = 16;
-/// The most digits of the number of a process.
+/// The maximum number of digits of a process id.
 const PID_DIGITS_MAX: usize = 10;
 
 impl ManagerId {
@@ -23,7 +23,8 @@ impl ManagerId {
         Self::of(&uname.nodename().to_string_lossy(), std::process::id(), rand::random())
     }
 
-    /// The name with these parts. What is no letter, digit, dot or dash in the host's name becomes a dash.
+    /// The name made of these parts. In the host name, characters other than letters, digits, dots
+    /// and dashes become dashes.
     pub(crate) fn of(host: &str, pid: u32, random: u64) -> Self {
         let host: String = host
             .chars()
@@ -44,13 +45,13 @@ impl ManagerId {
         &self.0
     }
 
-    /// What stands in a lease or a queue for one cycle: `manager:cycle`.
+    /// The owner tag of one cycle in a lease or a queue: `manager:cycle`.
     pub(crate) const fn sign(&self, cycle: Cycle) -> Signature<'_> {
         Signature { manager: self, cycle }
     }
 }
 
-/// A manager and one of its cycles, as they stand in a store.
+/// A manager and one of its cycles, as written in a store.
 #[derive(Debug, Clone, Copy)]
 pub(crate) struct Signature<'a> {
     manager: &'a ManagerId,
@@ -58,7 +59,7 @@ pub(crate) struct Signature<'a> {
 }
 
 impl Signature<'_> {
-    /// Its two parts, between which a colon stands.
+    /// The two parts, which are separated by a colon.
     pub(crate) fn parts(&self) -> (&str, Cycle) {
         (self.manager.as_str(), self.cycle)
     }
@@ -78,9 +79,10 @@ impl fmt::Display for ManagerId {
     }
 }
 
-/// The name of the manager ([`LockManager::id`](crate::LockManager::id)) in the owner of a lease, as
-/// [`LockGuard::owner`](crate::LockGuard::owner) and [`Holder`](crate::Holder) have it, or `None` if it is no manager's, but another
-/// library's. An owner as earlier versions wrote it is a manager's, too.
+/// Returns the name of the manager ([`LockManager::id`](crate::LockManager::id)) in the owner of a
+/// lease, as returned by [`LockGuard::owner`](crate::LockGuard::owner) or found in a
+/// [`Holder`](crate::Holder). Returns `None` if the owner is not a manager but a client of another
+/// library. The format of earlier versions is recognized too.
 #[must_use]
 pub fn manager_of(owner: &str) -> Option<&str> {
     let (manager, cycle) = split(owner)?;
@@ -88,13 +90,14 @@ pub fn manager_of(owner: &str) -> Option<&str> {
     is_cycle.then_some(manager)
 }
 
-/// The manager and the cycle in a signature, or `None` if another library wrote it. The same rule stands in the Lua scripts.
+/// The manager and the cycle of an owner tag, or `None` if another library wrote it. The Lua
+/// scripts apply the same rule.
 pub(crate) fn parse_signature(signature: &str) -> Option<(&str, Cycle)> {
     let (manager, cycle) = split(signature)?;
     Some((manager, Cycle::parse(cycle)?))
 }
 
-/// Splits at the colon after what may be the name of a manager.
+/// Splits at the colon that follows a possible manager name.
 fn split(signature: &str) -> Option<(&str, &str)> {
     let (manager, cycle) = signature.rsplit_once(':')?;
     let (host_and_pid, random) = manager.rsplit_once('-')?;

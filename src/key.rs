@@ -9,26 +9,27 @@ use crate::error::Invalid;
 /// The number of slots, as in Redis Cluster.
 pub const SLOTS: u16 = 16_384;
 
-/// One of the 16384 parts of the key space: CRC16 of the key, or of its `{hash tag}`, mod 16384.
+/// One of the 16384 slots of the key space: CRC16 of the key, or of its `{hash tag}`, mod 16384.
 ///
-/// The rule is that of the Redis Cluster specification: CRC-16/XMODEM; where the key has a `{` and, after it, a `}` with
-/// something in between, only that part of the key counts, so that keys with one tag share a slot.
+/// The rule is that of the Redis Cluster specification (CRC-16/XMODEM): if the key contains a `{`
+/// and a later `}` with at least one byte in between, only the part in between is hashed, so that
+/// keys with the same tag share a slot.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Hash)]
 pub struct Slot(u16);
 
 impl Slot {
-    /// The slot of these bytes.
+    /// Returns the slot of a key.
     #[must_use]
     pub fn of(key: &[u8]) -> Self {
         Self(crc16::State::<crc16::XMODEM>::calculate(hash_tag(key).unwrap_or(key)) & (SLOTS - 1))
     }
 
-    /// The slot with this number, or `None` if there is none.
+    /// Returns the slot with this number, or `None` if the number is too large.
     pub(crate) const fn new(number: u16) -> Option<Self> {
         if number < SLOTS { Some(Self(number)) } else { None }
     }
 
-    /// The slot of a text without a hash tag that is given in two parts.
+    /// Returns the slot of a text that is given in two parts and has no hash tag.
     pub(crate) fn of_parts(first: &[u8], second: &[u8]) -> Self {
         let mut state = crc16::State::<crc16::XMODEM>::new();
         state.update(first);
@@ -36,7 +37,7 @@ impl Slot {
         Self(state.get() & (SLOTS - 1))
     }
 
-    /// The number, 0 to 16383.
+    /// Returns the number of the slot, 0 to 16383.
     #[must_use]
     pub const fn number(self) -> u16 {
         self.0
@@ -49,19 +50,20 @@ impl fmt::Display for Slot {
     }
 }
 
-/// The part between the first `{` and the first `}` after it, unless it is empty or there is none.
+/// The part between the first `{` and the first `}` after it, unless that part is missing or empty.
 pub(crate) fn hash_tag(key: &[u8]) -> Option<&[u8]> {
     let open = memchr::memchr(b'{', key)?;
     let length = memchr::memchr(b'}', &key[open + 1..])?;
     (length > 0).then(|| &key[open + 1..open + 1 + length])
 }
 
-/// The name of a lock: 1 to 512 bytes of UTF-8. Cheap to clone; up to 23 bytes need no allocation.
+/// The name of a lock: 1 to 512 bytes of UTF-8. Cheap to clone; names of up to 23 bytes need no
+/// allocation.
 #[derive(Clone, PartialEq, Eq, PartialOrd, Ord, Hash)]
 pub struct LockKey(SmolStr);
 
 impl LockKey {
-    /// The longest key, in bytes.
+    /// The length of the longest key, in bytes.
     pub const BYTES_MAX: usize = 512;
 
     /// Checks a name.
@@ -85,13 +87,13 @@ impl LockKey {
         Ok(Self(name.into()))
     }
 
-    /// The name as it was given.
+    /// Returns the name as it was given.
     #[must_use]
     pub fn as_str(&self) -> &str {
         &self.0
     }
 
-    /// The slot that decides on the shard.
+    /// Returns the slot of the key, which decides its shard.
     #[must_use]
     pub fn slot(&self) -> Slot {
         Slot::of(self.0.as_bytes())

@@ -1,4 +1,4 @@
-//! A client-side, sharded lock manager on Redis, for many workers that fight over the same keys.
+//! A client-side, sharded lock manager on Redis, for many workers that contend for the same keys.
 
 #[cfg(feature = "admin")]
 pub mod admin;

@@ -1,4 +1,4 @@
-//! The lock manager: the way in.
+//! The lock manager, the entry point of the library.
 
 use std::fmt;
 use std::pin::pin;
@@ -27,17 +27,21 @@ use crate::telemetry::{self, ClassMetrics, Classes, ManagerMetrics, ShardMetrics
 use crate::time_limit::within;
 use crate::view::{self, HeldLock, HotKey, ShardState};
 
-/// Locks, spread over shards. Cheap to clone; make one per process and share it.
+/// A lock manager whose keys are spread over one or more shards. Cheap to clone: create one per
+/// process and share it.
 ///
-/// Fairness: tasks of one process get a key in the order in which they asked. Processes take turns in the order in which they asked, each
-/// for at most `max_burst` guards or `max_slice` of time while others wait. See [`LockRequest`] for what awaiting a lock does, and
-/// [`LockGuard`] for what holding one means.
+/// Locks are fair: the tasks of one process acquire a key in the order in which they asked for it.
+/// Processes also take turns in the order in which they asked; while others wait, a turn lasts at
+/// most `max_burst` guards or `max_slice` of time. See [`LockRequest`] for what awaiting a lock
+/// does, and [`LockGuard`] for what holding one means.
 ///
-/// When *not* to use it: inside one process `tokio::sync::Mutex` is faster and can't be lost; where the data lies in one SQL
-/// database, a row lock or an advisory lock there is simpler and safer.
+/// When *not* to use it: within a single process, `tokio::sync::Mutex` is faster and can't be lost.
+/// If the data lives in one SQL database, a row lock or an advisory lock there is simpler and
+/// safer.
 ///
 /// ```
-/// # #[tokio::main(flavor = "current_thread")] async fn main() -> Result<(), shardlock::LockError> {
+/// # #[tokio::main(flavor = "current_thread")]
+/// # async fn main() -> Result<(), shardlock::LockError> {
 /// let locks = shardlock::LockManager::connect("memory://doc-manager").await?;
 /// let guard = locks.lock("coupon:123").await?;
 /// println!("token {}", guard.token());
@@ -48,17 +52,18 @@ use crate::view::{self, HeldLock, HotKey, ShardState};
 ///
 /// # At the end of the program
 ///
-/// Await [`shutdown`](Self::shutdown) as the last thing that a program does with its manager. Dropping the last handle does not wait, so a
-/// process that ends right after it may leave locks that were just dropped, or leases that linger, to run out with their TTL.
+/// Await [`shutdown`](Self::shutdown) as the last thing a program does with its manager. Dropping
+/// the last handle does not wait: if the process ends right afterwards, locks that were just
+/// dropped and leases that linger may stay held until their TTL expires.
 #[derive(Clone)]
 pub struct LockManager {
     pub(crate) inner: Arc<Inner>,
 }
 
-/// What all handles of a manager share.
+/// State shared by all handles of a manager.
 pub(crate) struct Inner {
     pub(crate) config: Config,
-    /// Of requests that do not say otherwise.
+    /// For requests that do not set their own.
     pub(crate) linger: Linger,
     pub(crate) metrics: Arc<ManagerMetrics>,
     pub(crate) hot: Arc<HotKeys>,
@@ -71,27 +76,35 @@ pub(crate) struct Inner {
 }
 
 impl LockManager {
-    /// Connects to one shard with the default configuration. [`builder`](Self::builder) takes more.
+    /// Connects to one shard with the default configuration. Use [`builder`](Self::builder) for
+    /// more shards or other settings.
     ///
-    /// `redis://[[user]:password@]host[:port][/db]` is a Redis or Valkey primary, `rediss://` the same through TLS; `memory://[name]` lives inside
-    /// this process, and without a name it is this manager's alone. [`Endpoint`] lists them all.
+    /// `redis://[[user]:password@]host[:port][/db]` is a Redis or Valkey primary and `rediss://` is
+    /// the same over TLS. `memory://[name]` lives inside this process; without a name it is private
+    /// to this manager. [`Endpoint`] lists all kinds of URLs.
     ///
-    /// In tests with tokio's paused clock (`#[tokio::test(start_paused = true)]`) use `memory://`. Leases run on the clock of the
-    /// machine all the same, and so do the time limits of requests to a store; only `timeout` of a request follows the paused clock.
+    /// In tests with tokio's paused clock (`#[tokio::test(start_paused = true)]`) use `memory://`.
+    /// Leases and the time limits of store requests run on the machine's clock even then; only the
+    /// `timeout` of a request follows the paused clock.
     ///
-    /// Connect on the runtime whose tasks will lock: its connections are driven there and hand-offs from other processes arrive there, so that one wakes
-    /// no other thread. Should that runtime end, or run nothing while tasks of another one wait, a thread of the manager does both from then on: after a
-    /// third of a second if it has no threads of its own and nobody is inside its `block_on`, after a second if all its threads are blocked.
+    /// Call this from the runtime whose tasks will take locks: the connections are driven on that
+    /// runtime, and hand-offs from other processes arrive there, which saves a switch to another
+    /// thread. If that runtime shuts down, or runs nothing while tasks of another runtime wait, a
+    /// thread of the manager does both from then on. It takes over after a third of a second if the
+    /// runtime has no worker threads and no thread is inside its `block_on`, and after one second
+    /// if all its worker threads are blocked.
     ///
     /// # Errors
     ///
-    /// [`LockError::Invalid`] for a URL that is none, [`LockError::Unavailable`] if the shard can't be reached within `store_timeout`,
-    /// [`LockError::Refused`] if it says no, [`LockError::ShardMapMismatch`] if other managers use it with other shards.
+    /// - [`LockError::Invalid`] if the URL is invalid.
+    /// - [`LockError::Unavailable`] if the shard can't be reached within `store_timeout`.
+    /// - [`LockError::Refused`] if the server refuses.
+    /// - [`LockError::ShardMapMismatch`] if the shard is in use with another shard map.
     pub async fn connect(url: &str) -> Result<Self, LockError> {
         Self::builder().shard(url).connect().await
     }
 
-    /// A builder, to set what differs from the defaults.
+    /// Returns a builder that starts from the default settings.
     pub fn builder() -> Builder {
         Builder::default()
     }
@@ -166,7 +179,7 @@ impl LockManager {
             })
             .collect();
         let background = Background::start(shards.clone(), &connected, receiver);
-        // From here on, dropping it ends the background thread.
+        // From here on, dropping the manager ends the background thread.
         let manager = Self {
             inner: Arc::new(Inner {
                 linger: Linger::new(config.linger),
@@ -185,8 +198,8 @@ impl LockManager {
         Ok(manager)
     }
 
-    /// Waits until the connections for renewals are open and every inbox is subscribed: a lock that is waited for before that could be handed over
-    /// unheard.
+    /// Waits until the connections for renewals are open and every inbox is subscribed. A grant
+    /// sent to an inbox that is not subscribed would be missed.
     async fn listening(&self, background: std::io::Result<Background>) -> Result<(), LockError> {
         let started = Moment::now();
         let shard = &self.inner.shards[0];
@@ -203,22 +216,26 @@ impl LockManager {
         }
     }
 
-    /// Asks for a lock and waits for it: see [`LockRequest`], which can be given a TTL, a time limit and more before it is awaited.
+    /// Requests a lock and waits for it. A TTL, a time limit and more can be set on the returned
+    /// [`LockRequest`] before it is awaited.
     #[inline]
     #[track_caller]
     pub fn lock(&self, key: impl AsRef<str>) -> LockRequest {
         LockRequest::new(Arc::clone(&self.inner), key.as_ref())
     }
 
-    /// Asks for a lock and comes back at once, with `None` where it is held or somebody waits for it. A try never joins a queue and never passes anybody in
-    /// it. A lease that another process keeps without a guard ([`Config::linger`](crate::Config::linger)) counts as held, and a try does not make
-    /// that process give it back.
+    /// Tries to acquire a lock without waiting: the result is `None` if the lock is held or has
+    /// waiters.
+    ///
+    /// A try never joins a queue and never overtakes a waiter. A lease that another process keeps
+    /// without a guard ([`Config::linger`](crate::Config::linger)) counts as held, and a try does
+    /// not make that process release it.
     #[track_caller]
     pub fn try_lock(&self, key: impl AsRef<str>) -> TryLockRequest {
         TryLockRequest::new(self.lock(key))
     }
 
-    /// Runs `body` under the lock: see [`LockRequest::with`].
+    /// Runs `body` while holding the lock. See [`LockRequest::with`].
     ///
     /// # Errors
     ///
@@ -229,91 +246,98 @@ impl LockManager {
         key: impl AsRef<str>,
         body: impl AsyncFnOnce(&LockGuard) -> T,
     ) -> impl Future<Output = Result<T, LockError>> {
-        // No async function, since those do not know who called them.
+        // Not an `async fn`, in which `#[track_caller]` has no effect.
         self.lock(key).with(body)
     }
 
-    /// Looks at who holds a key and who waits for it, without changing the lock.
+    /// Returns who holds a key and who waits for it. The lock itself is not changed.
     ///
     /// # Errors
     ///
-    /// [`LockError::Invalid`] for a key outside its bounds, [`LockError::Unavailable`] or [`LockError::Refused`] if the shard gives no answer.
+    /// [`LockError::Invalid`] for a key outside its bounds, [`LockError::Unavailable`] or
+    /// [`LockError::Refused`] if the shard does not answer.
     pub async fn inspect(&self, key: impl AsRef<str>) -> Result<Inspection, LockError> {
         let key = LockKey::new(key.as_ref())?;
         self.inner.shard(&key).inspect(&key).await
     }
 
-    /// The keys with the most contention in this process, the hottest first: at most as many as the setting `hot_keys` says. Locks that are had without contention
-    /// are not counted.
+    /// Returns the keys with the most contention in this process, hottest first and at most as many
+    /// as the setting `hot_keys`. Locks acquired without contention are not counted.
     ///
-    /// It goes through all keys that are in use, so ask once a second rather than once a lock.
+    /// This visits every key in use, so call it once a second rather than for every lock.
     #[must_use]
     pub fn hot_keys(&self) -> Vec<HotKey> {
         view::hot_keys(&self.inner)
     }
 
-    /// All guards of this manager that are out, the oldest first. Leases that linger have none and are not among them. It goes through all keys that
-    /// are in use.
+    /// Returns all outstanding guards of this manager, oldest first. Leases that linger have no
+    /// guard and are not included. This visits every key in use.
     #[must_use]
     pub fn held(&self) -> Vec<HeldLock> {
         view::held(&self.inner, usize::MAX).1
     }
 
-    /// The shards in their order, and how they are.
+    /// Returns the state of each shard, in the order of the configuration.
     #[must_use]
     pub fn shards(&self) -> Vec<ShardState> {
         view::shards(&self.inner)
     }
 
-    /// For how long this manager has been connected.
+    /// Returns how long this manager has been connected.
     #[must_use]
     pub fn uptime(&self) -> Duration {
         self.inner.uptime()
     }
 
-    /// Which shard owns which keys.
+    /// Returns the map of which shard owns which keys.
     #[must_use]
     pub fn shard_map(&self) -> &ShardMap {
         &self.inner.map
     }
 
-    /// The name under which this manager holds leases: `host-pid-random`.
+    /// Returns the name under which this manager holds leases: `host-pid-random`.
     #[must_use]
     pub fn id(&self) -> &str {
         self.inner.id()
     }
 
-    /// Removes everything that the namespace has in its shards, and says how many keys there were: leases, queues, counters and the shard
-    /// map, those of other managers as well. For a namespace that nobody uses any more; whoever still does loses its locks. Tokens that are
-    /// issued in it later are larger all the same.
+    /// Removes everything that the namespace has stored in its shards and returns the number of
+    /// keys removed: leases, queues, counters and the shard map, including those of other managers.
+    ///
+    /// Only use it on a namespace that is no longer in use: any manager that still uses it loses
+    /// its locks. Tokens issued in the namespace later are still larger than all earlier ones.
     ///
     /// # Errors
     ///
-    /// [`LockError::Unavailable`] or [`LockError::Refused`] if a shard gives no answer or refuses to remove a key. Everything else has been removed
-    /// then, on the other shards as well.
+    /// [`LockError::Unavailable`] or [`LockError::Refused`] if a shard does not answer or refuses
+    /// to remove a key. Everything else has been removed by then, on the other shards too.
     ///
     /// # Cancel safety
     ///
-    /// A part may have been removed if it is dropped.
+    /// If the future is dropped, part of the namespace may have been removed.
     pub async fn erase_namespace(&self) -> Result<u64, LockError> {
         let (mut count, mut failed) = (0, None);
         for shard in &self.inner.shards {
             match shard.erase().await {
                 Ok(erased) => count += erased,
-                // The other shards are erased even so.
+                // Continue with the other shards.
                 Err(error) => failed = failed.or(Some(error)),
             }
         }
         failed.map_or(Ok(count), Err)
     }
 
-    /// Gives everything back: guards that are out are lost, leases that linger are given back at once, waiters and all later requests get [`LockError::Closed`]. Returns when the
-    /// servers have said that it is done, for guards that were dropped before as well, or after twice the `store_timeout`, when what is left runs out by itself. Other
-    /// handles of this manager are shut down with it.
+    /// Shuts the manager down and releases everything. Outstanding guards are lost, lingering
+    /// leases are released immediately, and waiters and all later requests fail with
+    /// [`LockError::Closed`]. All handles of this manager are shut down together.
+    ///
+    /// Returns once the servers have confirmed all releases, including those of guards dropped
+    /// earlier, or after twice the `store_timeout`. Leases that are not released by then expire on
+    /// their own.
     ///
     /// # Cancel safety
     ///
-    /// It goes on in the background if it is dropped.
+    /// If the future is dropped, the shutdown continues in the background.
     pub async fn shutdown(&self) {
         let (done, told) = oneshot::channel();
         if self.inner.jobs.send(Job::Close { done }).is_ok() {
@@ -326,7 +350,7 @@ impl LockManager {
             if within(Moment::now(), limit, pin!(told)).await.is_err() {
                 tracing::warn!(
                     ?limit,
-                    "not everything could be given back in time; it is left to run out"
+                    "not all leases were released in time; the rest expire on their own"
                 );
             }
         }
@@ -336,8 +360,8 @@ impl LockManager {
 impl Builder {
     /// Checks the configuration, connects to all shards and starts the background thread.
     ///
-    /// Where some of several shards can't be reached, a warning is logged and the others work; it is an error if none can
-    /// be reached, or if one says no.
+    /// If only some of several shards can't be reached, a warning is logged and the others can be
+    /// used. It is an error if none can be reached, or if any of them refuses.
     ///
     /// # Errors
     ///
@@ -352,15 +376,16 @@ struct Opened {
     store: Arc<dyn LeaseStore>,
     metrics: Arc<ShardMetrics>,
     kind: Arc<str>,
-    /// Why it is not connected. It connects when it is first used, if it can by then.
+    /// Why it is not connected. The next attempt to connect is made on first use.
     unavailable: Option<LockError>,
 }
 
-/// A shard that is down must not keep the process from using the others; with none there is nothing to use.
+/// A shard that is down must not keep the process from using the others. If all are down,
+/// connecting fails.
 fn reachable(opened: Vec<Opened>) -> Result<Vec<Opened>, LockError> {
     let unavailable = opened.iter().filter_map(|opened| opened.unavailable.as_ref());
     for error in unavailable.clone() {
-        tracing::warn!(%error, "a shard can't be reached; its keys can't be locked until it can");
+        tracing::warn!(%error, "a shard can't be reached; its keys can't be locked until it is available");
     }
     match unavailable.clone().next() {
         Some(error) if unavailable.count() == opened.len() => Err(error.clone()),
@@ -423,13 +448,13 @@ async fn open(
 }
 
 impl Inner {
-    /// Tells the recorder what was counted since it was told the last time.
+    /// Passes on to the recorder what was counted since the last call.
     #[cfg(feature = "admin")]
     pub(crate) fn tell_metrics(&self) {
         crate::shard::pulse::tell(&self.shards, &self.metrics);
     }
 
-    /// Whether it was shut down.
+    /// Whether the manager was shut down.
     #[cfg(feature = "admin")]
     pub(crate) fn is_closed(&self) -> bool {
         let shard = self.shards.first();
@@ -444,7 +469,7 @@ impl Inner {
         Moment::now().since(self.connected_at)
     }
 
-    /// The metrics of requests that name no class; those of every shard are the same.
+    /// The metrics of requests that name no class. They are the same for every shard.
     pub(crate) fn default_class(&self) -> &Arc<ClassMetrics> {
         self.metrics.classes.default_class()
     }
@@ -459,7 +484,7 @@ impl Inner {
 
 impl Drop for Inner {
     fn drop(&mut self) {
-        // Where the background thread is gone already, there is nothing left to end.
+        // If the background thread has already ended, there is nothing left to stop.
         self.jobs.send(Job::Leave).ok();
     }
 }

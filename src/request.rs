@@ -24,57 +24,78 @@ use crate::span::DebugSpan;
 use crate::store::Lane;
 use crate::telemetry::{ClassMetrics, Ending, Limit};
 
-/// A request for a lock. Set what differs from the manager's configuration, then await it:
+/// A request for a lock. Override settings of the manager as needed, then await it:
 ///
 /// ```
-/// # #[tokio::main(flavor = "current_thread")] async fn main() -> Result<(), shardlock::LockError> {
+/// # #[tokio::main(flavor = "current_thread")]
+/// # async fn main() -> Result<(), shardlock::LockError> {
 /// # use std::time::Duration;
 /// # let locks = shardlock::LockManager::connect("memory://doc-request").await?;
-/// let guard = locks.lock("coupon:123").ttl(Duration::from_secs(5)).timeout(Duration::from_secs(2)).class("coupons").await?;
+/// let guard = locks
+///     .lock("coupon:123")
+///     .ttl(Duration::from_secs(5))
+///     .timeout(Duration::from_secs(2))
+///     .class("coupons")
+///     .await?;
 /// # guard.release().await
 /// # }
 /// ```
 ///
 /// # Errors
 ///
-/// Awaiting gives [`LockError::Invalid`] for a key or a duration outside its bounds, [`LockError::Timeout`] when the wait limit has passed,
-/// [`LockError::QueueFull`], [`LockError::TooManyWaiters`], [`LockError::TooManyKeys`], [`LockError::TooManyLeases`] or [`LockError::ShardDown`] when a limit was reached, [`LockError::Unavailable`]
-/// when the shard can't be reached for as long as the request bears it (see below), [`LockError::Refused`] when it says no, [`LockError::ShardMapMismatch`] when it has another shard map by now,
-/// [`LockError::TokenRegression`] when it issued a token that is not above earlier ones, and [`LockError::Closed`] after a shutdown.
+/// Awaiting the request returns
+///
+/// - [`LockError::Invalid`] if the key or a duration is outside its bounds,
+/// - [`LockError::Timeout`] if the [`timeout`](Self::timeout) has passed,
+/// - [`LockError::QueueFull`], [`LockError::TooManyWaiters`], [`LockError::TooManyKeys`],
+///   [`LockError::TooManyLeases`] or [`LockError::ShardDown`] if a limit was reached,
+/// - [`LockError::Unavailable`] if the shard could not be reached for as long as the request
+///   tolerates (see below),
+/// - [`LockError::Refused`] if the server refuses,
+/// - [`LockError::ShardMapMismatch`] if the shard now has another shard map,
+/// - [`LockError::TokenRegression`] if the shard issued a token that is not larger than earlier
+///   ones,
+/// - [`LockError::Closed`] after the manager was shut down.
 ///
 /// # Outages
 ///
-/// A request with a [`timeout`](Self::timeout) survives an outage of its shard (a restart, a failover, a broken network) that is over before the
-/// limit: it is repeated with growing random delays. Without a timeout it fails once its requests to the shard have failed for
-/// [`store_timeout`](crate::Config::store_timeout), whether it has just begun or has waited for long. A try, and a request that is to
-/// [`fail_fast`](Self::fail_fast), fails with its first request that does. The error is [`LockError::Unavailable`] with the time that the
-/// request has waited in all. A shard that refuses ([`LockError::Refused`]) is not asked again.
+/// A request with a [`timeout`](Self::timeout) survives an outage of its shard (a restart, a
+/// failover, a network failure) that ends before the timeout: it is retried with growing random
+/// delays. A request without a timeout fails once its commands to the shard have failed for
+/// [`store_timeout`](crate::Config::store_timeout), no matter how long it has waited before. A try,
+/// or a request with [`fail_fast`](Self::fail_fast), fails with the first command that fails. The
+/// error is [`LockError::Unavailable`] with the total time that the request has waited. If the
+/// server refuses ([`LockError::Refused`]), the request is not retried.
 ///
-/// While a shard is down, at most 10,000 keys of a manager wait for it. A request for one more is refused at once with
-/// [`LockError::ShardDown`], whatever its timeout, so that a program that asks for ever new keys does not grow without bound.
+/// While a shard is down, at most 10,000 keys of a manager wait for it. A request for one more
+/// fails immediately with [`LockError::ShardDown`], whatever its timeout. This bounds the memory of
+/// a program that keeps asking for new keys.
 ///
 /// # Cancel safety
 ///
-/// Dropping the future at any point leaves nothing behind: the place in the line is given up, a lock that was just being
-/// handed over goes to the next, and what the server may know of it is released in the background.
+/// This future is cancel safe. Dropping it at any point gives up the place in the queue. A lock
+/// that was just being handed over goes to the next waiter, and anything the server may have stored
+/// for the request is released in the background.
 ///
-/// A future that has the lock handed to it but is not polled holds up all who come after it, as with `tokio::sync::Mutex`.
-#[must_use = "nothing is asked for until the request is awaited"]
+/// If the lock has been handed to a future that is not polled, all waiters behind it are blocked,
+/// as with `tokio::sync::Mutex`.
+#[must_use = "requests do nothing unless awaited"]
 #[derive(Debug, Clone)]
 pub struct LockRequest {
     manager: Arc<Inner>,
     key: Result<LockKey, Box<Invalid>>,
-    /// Boxed to keep a request small: it is moved several times, and most set nothing.
+    /// Boxed to keep requests small: a request is moved several times, and most set nothing.
     terms: Option<Box<Terms>>,
     caller: &'static Location<'static>,
 }
 
-/// A request for a lock that comes back with `None` rather than wait. See [`LockManager::try_lock`](crate::LockManager::try_lock).
-#[must_use = "nothing is asked for until the request is awaited"]
+/// A request for a lock that returns `None` instead of waiting. See
+/// [`LockManager::try_lock`](crate::LockManager::try_lock).
+#[must_use = "requests do nothing unless awaited"]
 #[derive(Debug, Clone)]
 pub struct TryLockRequest(LockRequest);
 
-/// What a request sets for itself.
+/// The settings that a request overrides.
 #[derive(Debug, Default, Clone)]
 struct Terms {
     ttl: Option<Duration>,
@@ -101,57 +122,67 @@ impl LockRequest {
         self.terms.get_or_insert_default()
     }
 
-    /// How long the lease lasts without renewal: 50 ms to 24 h. After the death of its holder a key stays locked for up to this long.
+    /// Sets how long the lease lasts without renewal: 50 ms to 24 h. If the holder dies, the key
+    /// stays locked for up to this long.
     pub fn ttl(mut self, ttl: Duration) -> Self {
         self.terms().ttl = Some(ttl);
         self
     }
 
-    /// How long to wait for the lock. Zero means one try.
+    /// Sets how long to wait for the lock: up to 365 days. Zero means a single try.
     pub fn timeout(mut self, limit: Duration) -> Self {
         self.terms().timeout = Some(limit);
         self
     }
 
-    /// For how long the lease is renewed: a guard that is held for longer is lost.
+    /// Sets how long the lease is renewed: 1 ms to 365 days. A guard that is held for longer is
+    /// lost.
     pub fn max_hold(mut self, longest: Duration) -> Self {
         self.terms().max_hold = Some(longest);
         self
     }
 
-    /// For how long the lease stays with this process once its guard is gone and nobody waits for the key: 0 to 1 h, instead of the manager's
-    /// [`linger`](crate::Config::linger), where it is said what that means for others. Of the guards of one lease, the last one's counts.
+    /// Sets how long the lease stays with this process once its guard is gone and no task waits for
+    /// the key: 0 to 1 h. This overrides the manager's [`linger`](crate::Config::linger), which
+    /// documents the effects on other processes. If several guards were served under one lease, the
+    /// setting of the last one applies.
     pub fn linger(mut self, time: Duration) -> Self {
         self.terms().linger = Some(time);
         self
     }
 
-    /// Fails as soon as the shard can't be reached. Otherwise the request is repeated, with growing random delays, until its
-    /// [`timeout`](Self::timeout) is over, or, without one, until it has met with nothing but failures for
+    /// Fails the request as soon as the shard can't be reached. Otherwise the request is retried
+    /// with growing random delays until its [`timeout`](Self::timeout) has passed or, without a
+    /// timeout, until all its commands have failed for
     /// [`store_timeout`](crate::Config::store_timeout).
     pub fn fail_fast(mut self) -> Self {
         self.terms().fail_fast = true;
         self
     }
 
-    /// The class under which metrics count this request: few different values, never the key.
+    /// Sets the class under which metrics count this request. Use few distinct values, and never
+    /// the key.
     pub fn class(mut self, class: &str) -> Self {
         self.terms().class = Some(class.into());
         self
     }
 
-    /// Runs `body` under the lock and gives the lock back. The body is cancelled, which means dropped, when the lock is lost.
+    /// Runs `body` while holding the lock, then releases the lock. If the lock is lost, the body is
+    /// cancelled, that is, dropped.
     ///
-    /// What the body returns comes back unchanged, be it an error of its own.
+    /// The value returned by the body is passed through unchanged, including an error of its own.
     ///
     /// # Errors
     ///
-    /// Those of the request, in which case the body has not run; and [`LockError::Lost`] if the lock was lost before the body was
-    /// done.
+    /// - The errors of the request. The body has not run.
+    /// - [`LockError::Lost`] if the lock was lost before it was released.
+    /// - [`LockError::Refused`] if the server refused the release. The body has run.
+    ///
+    /// A release without a reply is not an error: it is retried in the background.
     ///
     /// # Cancel safety
     ///
-    /// Dropping it drops the body at its current await point and then gives the lock back.
+    /// Dropping the future drops the body at its current await point and then releases the lock.
     pub async fn with<T>(self, body: impl AsyncFnOnce(&LockGuard) -> T) -> Result<T, LockError> {
         let guard = self.await?;
         let result = tokio::select! {
@@ -160,19 +191,20 @@ impl LockRequest {
             result = body(&guard) => result,
         };
         match guard.release().await {
-            // A release without an answer is repeated in the background; the body ran under the lock.
+            // A release without a reply is retried in the background. The body did run under the
+            // lock.
             Ok(()) | Err(LockError::Unavailable { .. }) => Ok(result),
             Err(error) => Err(error),
         }
     }
 
-    /// How long it waits at most.
+    /// The longest time to wait.
     fn limit(&self) -> Option<Duration> {
         let own = self.terms.as_ref().and_then(|terms| terms.timeout);
         own.or(self.manager.config.timeout)
     }
 
-    /// What it asks for, in full.
+    /// The effective options: those of the request over those of the manager.
     fn want(&self, only_try: bool) -> Result<Want, Invalid> {
         let config = &self.manager.config;
         let mut want = Want {
@@ -200,9 +232,11 @@ impl LockRequest {
     }
 }
 
-/// The future of a request. It joins the line when it is first polled and leaves it when it is dropped.
+/// The future of a request. It enqueues a waiter when it is first polled and removes the waiter
+/// when it is dropped.
 ///
-/// It is moved a few times before that, so it holds little: what the request wants in full is worked out where it joins.
+/// It is moved a few times before the first poll and is kept small for that: the effective options
+/// are computed when it enqueues.
 struct Acquiring {
     request: LockRequest,
     only_try: bool,
@@ -211,15 +245,16 @@ struct Acquiring {
     class: Option<Arc<ClassMetrics>>,
     span: DebugSpan,
     place: Option<Place>,
-    /// Made when there is something to wait for, since most requests end before.
+    /// Created when there is something to wait for; most requests finish before that.
     timer: Option<Pin<Box<Sleep>>>,
     ended: bool,
 }
 
-/// A place in line, and the request that this task carries out for all in it, if it does.
+/// A place in the queue, and the store request that this task drives for all waiters of the key, if
+/// any.
 ///
-/// Dropping it gives the place up first and only then drops the request, so that the queue knows whether anybody still
-/// wants the reply.
+/// Dropping it gives up the place first and the request second, so that the queue knows whether any
+/// waiter still wants the reply.
 struct Place {
     entry: Arc<Entry>,
     id: WaiterId,
@@ -253,12 +288,12 @@ impl Acquiring {
         }
     }
 
-    /// Whether it comes back with nothing rather than wait. No time to wait is a try.
+    /// Whether to return instead of waiting. A timeout of zero is a try.
     fn is_try(&self) -> bool {
         self.only_try || self.request.limit().is_some_and(|limit| limit.is_zero())
     }
 
-    /// A place in line, and whether its outcome is there already.
+    /// Enqueues a waiter. The flag is true if its outcome is already known.
     fn join(&self, cx: &Context<'_>) -> Result<(Place, bool), LockError> {
         let key = match &self.request.key {
             Ok(key) => key,
@@ -296,7 +331,8 @@ impl Acquiring {
         }
     }
 
-    /// Waits in line within the limit. `None` if it was a try and the key is held or wanted.
+    /// Waits in the queue until the timeout. `None` if this is a try and the key is held or has
+    /// waiters.
     fn poll_place(&mut self, cx: &mut Context<'_>) -> Poll<Result<Option<LockGuard>, LockError>> {
         let asked = self.asked();
         let settled = match &mut self.place {
@@ -306,8 +342,8 @@ impl Acquiring {
                 let asked = self.asked();
                 let (place, is_settled) = self.join(cx)?;
                 let place = self.place.insert(place);
-                // Without an outcome or a request of its own there is nothing to do: the waker is registered, and whatever
-                // happened since has woken it.
+                // With neither an outcome nor a request to drive there is nothing to do: the waker
+                // is registered, and anything that happened since has woken it.
                 if place.driving.is_some() || is_settled {
                     place.poll(cx, asked)
                 } else {
@@ -321,7 +357,8 @@ impl Acquiring {
                 let timer = self.timer.get_or_insert_with(|| Box::pin(tokio::time::sleep(limit)));
                 std::task::ready!(timer.as_mut().poll(cx));
                 let now = Moment::now();
-                // Too early by the clock of the machine: tokio's is paused, and jumped although the store has yet to answer.
+                // Too early by the machine's clock: tokio's clock is paused and jumped ahead while
+                // the store has yet to reply.
                 if now.since(self.asked_at) < limit
                     && self.place.as_ref().is_some_and(|place| place.entry.awaits_store())
                 {
@@ -378,7 +415,8 @@ impl Acquiring {
         }
     }
 
-    /// The limit has passed: in an outage that is no matter of who holds the lock.
+    /// The timeout has passed. During an outage the error is that of the shard, since the holder is
+    /// not the reason.
     fn gave_up(&self, waited: Duration) -> LockError {
         let trouble = self.place.as_ref().and_then(|place| place.entry.trouble());
         trouble.map_or_else(|| self.timed_out(waited), |error| error.after(waited))
@@ -428,7 +466,7 @@ impl Future for Acquiring {
             self.class().ended(Ending::of(error));
             self.tell_of(error);
         }
-        // The place is given up now, not when the future is dropped.
+        // Give the place up now rather than when the future is dropped.
         self.place = None;
         Poll::Ready(result)
     }
@@ -457,7 +495,7 @@ impl Place {
             };
             self.driving = None;
             match driven.next {
-                // What follows is for others.
+                // This waiter has its outcome; the next request is for other waiters.
                 Some(request) if self.entry.is_settled(self.id) => {
                     self.entry.shard.send(Job::Request {
                         entry: Arc::clone(&self.entry),
@@ -502,7 +540,7 @@ impl Future for LockFuture {
     type Output = Result<LockGuard, LockError>;
 
     fn poll(mut self: Pin<&mut Self>, cx: &mut Context<'_>) -> Poll<Self::Output> {
-        // Only a try comes back with nothing.
+        // Only a try ends without a guard.
         Pin::new(&mut self.0)
             .poll(cx)
             .map(|result| result?.ok_or(LockError::Closed))

@@ -1,4 +1,4 @@
-//! Which shard a key belongs to.
+//! The map from keys to shards.
 
 use std::fmt;
 use std::ops::RangeInclusive;
@@ -7,11 +7,12 @@ use std::time::Duration;
 use crate::endpoint::is_name_byte;
 use crate::key::{SLOTS, Slot};
 
-/// The version of the keys, scripts and messages that managers share through a store. Managers of different versions
-/// refuse one another rather than misunderstand one another.
+/// The version of the keys, scripts and messages that managers share through a store. Managers of
+/// different versions refuse to work together, since they would misread each other.
 pub(crate) const LAYOUT_VERSION: u32 = 2;
 
-/// The named shards and their even, contiguous ranges of the 16384 slots, in the order in which they were given.
+/// The shards by name, and the even, contiguous range of the 16384 slots that each owns, in the
+/// order in which they were given.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct ShardMap {
     names: Vec<String>,
@@ -24,51 +25,57 @@ impl ShardMap {
         }
     }
 
-    /// How many shards there are.
+    /// Returns the number of shards.
     #[must_use]
     pub fn len(&self) -> usize {
         self.names.len()
     }
 
-    /// Whether there is none.
+    /// Returns whether there are no shards.
     #[must_use]
     pub fn is_empty(&self) -> bool {
         self.names.is_empty()
     }
 
-    /// The place of a slot's shard in the order of shards.
+    /// Returns the index of the shard that owns a slot.
     #[must_use]
     pub fn index(&self, slot: Slot) -> usize {
         shard_index(slot, self.len())
     }
 
-    /// The name of a slot's shard.
+    /// Returns the name of the shard that owns a slot.
+    ///
+    /// # Panics
+    ///
+    /// If there are no shards.
     #[must_use]
     pub fn name(&self, slot: Slot) -> &str {
         &self.names[self.index(slot)]
     }
 
-    /// The slots of the shard at that place.
+    /// Returns the slots of the shard with this index.
     #[must_use]
     pub fn slots(&self, index: usize) -> RangeInclusive<u16> {
         let first = |index: usize| (index * usize::from(SLOTS)).div_ceil(self.len().max(1)) as u16;
         first(index)..=(first(index + 1) - 1)
     }
 
-    /// What the shard at that place must have stored: the whole map, and which part of it the shard is. Two managers with
-    /// different maps would lock one key in two places.
+    /// What the shard with this index must have stored: the whole map, and which part of it the
+    /// shard is. Two managers with different maps could lock the same key on two shards.
     pub(crate) fn fingerprint(&self, index: usize) -> String {
         format!("v{LAYOUT_VERSION} {self} here={}", self.names[index])
     }
 
-    /// The fingerprint of one node of a quorum, which also says which node it is and what all managers must agree on besides.
+    /// The fingerprint of one node of a quorum. It also contains the number of the node and the
+    /// other settings on which all managers must agree.
     pub(crate) fn of_node(fingerprint: &str, number: usize, count: usize, longest_ttl: Duration) -> String {
         format!("{fingerprint}; node {number} of {count}; redlock_max_ttl {longest_ttl:?}")
     }
 
-    /// Whether two stored fingerprints ([`Config::fingerprints`](crate::Config::fingerprints)) lead every key to the same place: the version of
-    /// the layout, the slots of each shard, and which of the shards it is that stores them. The names of shards are for people and do not
-    /// count.
+    /// Returns whether two stored fingerprints
+    /// ([`Config::fingerprints`](crate::Config::fingerprints)) map every key to the same shard.
+    /// Compared are the version of the layout, the slots of each shard, and which of the shards
+    /// stores the fingerprint. The names of the shards are not compared.
     #[must_use]
     pub fn agree(one: &str, other: &str) -> bool {
         let parse = |text| Fingerprint::parse(text);
@@ -76,19 +83,19 @@ impl ShardMap {
     }
 }
 
-/// The parts of a stored fingerprint that decide where a key lives.
+/// The parts of a stored fingerprint that decide the shard of a key.
 #[derive(Debug, PartialEq, Eq)]
 struct Fingerprint<'a> {
     version: &'a str,
-    /// The slots of each shard, as they are written.
+    /// The slots of each shard, as written.
     slots: Vec<&'a str>,
     here: usize,
-    /// What follows a semicolon, such as which node of a quorum it is.
+    /// The text after a semicolon, such as the number of the node in a quorum.
     rest: Option<&'a str>,
 }
 
 impl<'a> Fingerprint<'a> {
-    /// Reads `v2 a:0-8191,b:8192-16383 here=b; more`. `None` for anything else.
+    /// Parses `v2 a:0-8191,b:8192-16383 here=b; more`. Returns `None` for anything else.
     fn parse(text: &'a str) -> Option<Self> {
         let (version, rest) = text.split_once(' ')?;
         let (map, rest) = rest.split_once(" here=")?;
@@ -102,7 +109,7 @@ impl<'a> Fingerprint<'a> {
             .collect::<Option<_>>()?;
         let mut named = shards.iter().enumerate().filter(|(_, (name, _))| *name == here);
         let (here, _) = named.next()?;
-        // A name that two shards have names neither.
+        // A name that two shards have identifies neither.
         if named.next().is_some() {
             return None;
         }
@@ -115,15 +122,15 @@ impl<'a> Fingerprint<'a> {
     }
 }
 
-/// The longest name of a shard, in bytes.
+/// The maximum length of a shard's name, in bytes.
 pub(crate) const NAME_BYTES_MAX: usize = 32;
 
-/// Whether a shard can have that name, wherever it was checked.
+/// Whether this is a valid name of a shard, independent of the configuration that checked it.
 fn is_name(name: &str) -> bool {
     (1..=NAME_BYTES_MAX).contains(&name.len()) && name.bytes().all(is_name_byte)
 }
 
-/// The place of a slot's shard among so many.
+/// The index of the shard that owns a slot.
 pub(crate) const fn shard_index(slot: Slot, shards: usize) -> usize {
     slot.number() as usize * shards / SLOTS as usize
 }

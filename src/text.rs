@@ -1,11 +1,12 @@
-//! Text from elsewhere, made safe for a terminal, a log or a message: the one place for it.
+//! Escapes untrusted text for a terminal, a log or a message.
 
 use std::borrow::Cow;
 
-/// The same text with every character that could move a cursor, change a terminal or begin another line written as an escape: `\u{1b}`, `\n`.
+/// Returns the text with every character that could move a cursor, control a terminal or start a
+/// new line replaced by an escape such as `\u{1b}` or `\n`.
 ///
-/// Names and values that come from a server, from another process or from a command line may hold anything. What is shown to people goes through
-/// here; values in the API are left as they are.
+/// Names and values from a server, another process or a command line may contain anything. Text
+/// shown to people goes through this function; values in the API are not changed.
 #[must_use]
 pub fn printable(text: &str) -> Cow<'_, str> {
     if !text.contains(must_be_escaped) {
@@ -22,8 +23,8 @@ pub fn printable(text: &str) -> Cow<'_, str> {
     Cow::Owned(escaped)
 }
 
-/// Whether this character is one that [`printable`] escapes: control characters, line and paragraph separators, and those that turn the direction of
-/// what follows.
+/// Returns whether [`printable`] escapes this character: control characters, line and paragraph
+/// separators, and characters that change the direction of the following text.
 #[must_use]
 pub fn must_be_escaped(char: char) -> bool {
     char.is_control()

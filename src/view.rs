@@ -1,4 +1,4 @@
-//! What a manager says of itself: its hottest keys, what it holds, how its shards are.
+//! Introspection of a manager: its hottest keys, the locks it holds, the state of its shards.
 
 use std::collections::HashMap;
 use std::time::Duration;
@@ -8,10 +8,11 @@ use crate::fence::FencingToken;
 use crate::manager::Inner;
 use crate::shard::{Entry, Shard};
 
-/// One of the keys with the most contention in this process. See [`LockManager::hot_keys`](crate::LockManager::hot_keys).
+/// One of the keys with the most contention in this process. See
+/// [`LockManager::hot_keys`](crate::LockManager::hot_keys).
 ///
-/// The counts fade: what was counted more than some minutes ago weighs half, then a quarter, and so on, so that they tell of the last quarter of
-/// an hour rather than of the process's whole life.
+/// Counts are halved every five minutes, so they reflect about the last quarter of an hour rather
+/// than the whole life of the process.
 #[derive(Debug, Clone, PartialEq, Eq)]
 #[non_exhaustive]
 pub struct HotKey {
@@ -19,20 +20,21 @@ pub struct HotKey {
     pub key: String,
     /// The name of its shard.
     pub shard: String,
-    /// How many requests found it held or wanted: they waited, were handed the lock, gave up, or were tries that failed. It is never too small, and by
-    /// at most `error` too large.
+    /// The number of requests that found the key held or waited for: they waited, were handed the
+    /// lock, gave up, or were tries that failed. Never too small; too large by at most `error`.
     pub contended: u64,
-    /// How many of them got the lock, since the key is among the hottest.
+    /// The number of contended requests that got the lock, counted since the key entered the list.
     pub acquired: u64,
-    /// By how much `contended` may be too large: a key that is new among the hottest takes over the count of the one it replaces.
+    /// The most by which `contended` may be too large: a key that enters the list takes over the
+    /// count of the key it replaces.
     pub error: u64,
-    /// How many tasks of this process wait for it now.
+    /// The number of tasks of this process that wait for the key now.
     pub waiters: usize,
-    /// The guard of this process that is out now, if one is.
+    /// The guard of this process that holds the key now, if any.
     pub holder: Option<HotKeyHolder>,
-    /// How long the half of those who got it waited at most.
+    /// Median wait of the contended requests that got the lock, accurate to within a factor of two.
     pub wait_p50: Duration,
-    /// How long 99 of 100 of those who got it waited at most. Quantiles are right within a factor of two.
+    /// The 99th percentile of these waits, accurate to within a factor of two.
     pub wait_p99: Duration,
     /// The longest wait.
     pub wait_max: Duration,
@@ -42,13 +44,13 @@ pub struct HotKey {
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 #[non_exhaustive]
 pub struct HotKeyHolder {
-    /// For how long.
+    /// How long it has been held.
     pub held: Duration,
     /// Its fencing token.
     pub token: FencingToken,
 }
 
-/// A guard of this process that is out. See [`LockManager::held`](crate::LockManager::held).
+/// An outstanding guard of this process. See [`LockManager::held`](crate::LockManager::held).
 #[derive(Debug, Clone, PartialEq, Eq)]
 #[non_exhaustive]
 pub struct HeldLock {
@@ -56,21 +58,22 @@ pub struct HeldLock {
     pub key: String,
     /// The name of its shard.
     pub shard: String,
-    /// Who holds the lease, as it stands in the store: `manager:cycle`.
+    /// The owner of the lease as written in the store: `manager:cycle`.
     pub owner: String,
     /// The fencing token.
     pub token: FencingToken,
-    /// For how long it is held.
+    /// How long it has been held.
     pub age: Duration,
     /// How long it is certainly held if no further renewal succeeds; zero after a loss.
     pub remaining: Duration,
-    /// How many tasks of this process wait for it.
+    /// The number of tasks of this process that wait for the key.
     pub waiters: usize,
-    /// The place in the program that asked for it, as `file:line:column`.
+    /// The place in the program that requested the lock, as `file:line:column`.
     pub caller: Option<String>,
 }
 
-/// A shard, as this manager sees it. See [`LockManager::shards`](crate::LockManager::shards).
+/// The state of a shard as seen by this manager. See
+/// [`LockManager::shards`](crate::LockManager::shards).
 #[derive(Debug, Clone, PartialEq, Eq)]
 #[non_exhaustive]
 pub struct ShardState {
@@ -78,25 +81,28 @@ pub struct ShardState {
     pub name: String,
     /// The scheme of its URL, such as `redis` or `memory`.
     pub kind: String,
-    /// Whether the last request was answered, and the shard takes locks. Every shard is asked every few seconds even if nobody locks: its primary,
-    /// each primary of a cluster, a majority of a quorum or of etcd. A Redis server is asked by a write that changes nothing, so one that is out
-    /// of memory, can't persist, lacks replicas or is a replica is down.
+    /// Whether the last request was answered and the shard accepts locks. Every shard is probed
+    /// every few seconds even without requests: its primary, each primary of a cluster, a majority
+    /// of a quorum or of etcd. The probe of a Redis server is a write that changes nothing, so a
+    /// server counts as down if it is out of memory, can't persist, lacks replicas or is a replica.
     pub is_up: bool,
-    /// How many leases this process holds there.
+    /// The number of leases that this process holds on the shard.
     pub leases: usize,
-    /// How many of them it keeps without a guard ([`Config::linger`](crate::Config::linger)), or is just giving back after that.
+    /// The number of these leases that linger without a guard
+    /// ([`Config::linger`](crate::Config::linger)), including those whose release after that is in
+    /// progress.
     pub lingering: usize,
-    /// How many tasks of this process wait there.
+    /// The number of tasks of this process that wait for locks of the shard.
     pub waiters: usize,
-    /// How many locks were had there.
+    /// The number of locks acquired on the shard.
     pub acquired: u64,
-    /// How many of them from another task of this process.
+    /// The number of these locks that were handed over by another task of this process.
     pub local: u64,
-    /// How many of them from another process, after waiting.
+    /// The number of these locks that were handed over by another process, after waiting.
     pub remote: u64,
-    /// The median of all round trips, within a factor of two.
+    /// The median of all round trips, accurate to within a factor of two.
     pub round_trip_p50: Duration,
-    /// The 99th percentile of all round trips, within a factor of two.
+    /// The 99th percentile of all round trips, accurate to within a factor of two.
     pub round_trip_p99: Duration,
 }
 
@@ -130,7 +136,7 @@ pub(crate) fn hot_keys(manager: &Inner) -> Vec<HotKey> {
     as_seen.collect()
 }
 
-/// The oldest first, at most so many, and how many there are in all.
+/// The oldest `most` guards, oldest first, and the total number of guards.
 pub(crate) fn held(manager: &Inner, most: usize) -> (usize, Vec<HeldLock>) {
     let now = Moment::now();
     let mut held = Vec::new();

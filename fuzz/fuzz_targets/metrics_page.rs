@@ -1,6 +1,6 @@
 #![no_main]
 
-// The tool is no library, so its files are taken by their paths.
+// The tool has no library, so its files are included by path.
 #[path = "../../src/bin/shardlock/load/counters.rs"]
 #[allow(unreachable_pub)]
 mod counters;

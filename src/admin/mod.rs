@@ -1,22 +1,25 @@
-//! An HTTP endpoint for operators, off unless asked for: metrics for Prometheus, health, the hottest keys, the locks that are held.
+//! An optional HTTP endpoint for operators: metrics for Prometheus, health, the hottest keys, the
+//! locks that are held.
 //!
-//! | path | what it gives |
-//! |---|---|
-//! | `/metrics` | all metrics ([`METRICS`]) as Prometheus reads them |
-//! | `/healthz` | `ok`: the process lives |
-//! | `/readyz` | 200 if all shards answered when last asked and take locks, else 503; JSON that says which do |
-//! | `/hot` | the keys with the most contention, as JSON ([`HotKey`](crate::HotKey)) |
-//! | `/held` | the guards that are out, the oldest first, at most 1000, as JSON ([`HeldLock`](crate::HeldLock)) |
-//! | `/shards` | the shards and how they are, as JSON ([`ShardState`](crate::ShardState)) |
+//! - `/metrics`: all metrics ([`METRICS`]) in the text format of Prometheus
+//! - `/healthz`: `ok`, the process is alive
+//! - `/readyz`: 200 if the manager is not shut down and all shards answered their last request and
+//!   accept locks, else 503; JSON with the state of each shard
+//! - `/hot`: the keys with the most contention, as JSON ([`HotKey`](crate::HotKey))
+//! - `/held`: the outstanding guards, oldest first, at most 1000, as JSON
+//!   ([`HeldLock`](crate::HeldLock))
+//! - `/shards`: the state of each shard, as JSON ([`ShardState`](crate::ShardState))
 //!
-//! It shows **keys and fencing tokens to whoever can reach it**, and asks for no password: keep it on the loopback address
-//! ([`DEFAULT_ADDRESS`]), or on a network that only operators reach. It changes nothing, and shows neither URLs nor passwords.
+//! The endpoint shows **keys and fencing tokens to anyone who can reach it** and does not ask for a
+//! password. Keep it on the loopback address ([`DEFAULT_ADDRESS`]), or on a network that only
+//! operators can reach. It changes nothing, and shows neither URLs nor passwords.
 //!
 //! ```no_run
-//! # #[tokio::main(flavor = "current_thread")] async fn main() -> Result<(), Box<dyn std::error::Error>> {
+//! # #[tokio::main(flavor = "current_thread")]
+//! # async fn main() -> Result<(), Box<dyn std::error::Error>> {
 //! use shardlock::admin::{Admin, DEFAULT_ADDRESS};
 //!
-//! // First: metrics count nothing for a manager that connected before.
+//! // Bind first: a manager that connected earlier records no metrics.
 //! let admin = Admin::bind(DEFAULT_ADDRESS)?;
 //! let locks = shardlock::LockManager::connect("redis://127.0.0.1:6379").await?;
 //! let server = admin.serve(&locks)?;
@@ -37,39 +40,38 @@ use crate::manager::LockManager;
 use crate::telemetry::METRICS;
 pub use server::AdminServer;
 
-/// Where the endpoint is unless something else is asked for: port 9187 of 127.0.0.1.
+/// The default address of the endpoint: port 9187 of 127.0.0.1.
 pub const DEFAULT_ADDRESS: SocketAddr = SocketAddr::V4(SocketAddrV4::new(Ipv4Addr::LOCALHOST, 9187));
 
-/// Why there is no endpoint.
+/// Why the endpoint could not be started.
 #[derive(Debug, thiserror::Error)]
 #[non_exhaustive]
 pub enum AdminError {
-    /// The address can't be listened at. Give another one, or end what has it.
-    #[error("the admin endpoint can't listen at {address}; give it another address")]
+    /// The endpoint can't listen on the address. Use another one, or stop the process that uses it.
+    #[error("the admin endpoint can't listen on {address}; use another address")]
     Bind {
         /// The address.
         address: SocketAddr,
-        /// Why.
+        /// The error of the system.
         source: std::io::Error,
     },
-    /// The process has a recorder of metrics already. Give [`Admin::bind_with`] what it renders.
-    #[error(
-        "the metrics of this process have another recorder already; use Admin::bind_with and give it what that one renders"
-    )]
+    /// The process already has a metrics recorder. Pass its rendered output to
+    /// [`Admin::bind_with`].
+    #[error("this process already has a metrics recorder; pass its rendered output to Admin::bind_with")]
     RecorderTaken,
-    /// The system gives no thread for it.
-    #[error("the admin endpoint has no thread")]
+    /// The system could not provide a thread.
+    #[error("the admin endpoint could not start its thread")]
     Thread(#[source] std::io::Error),
 }
 
-/// What renders the metrics, and what it needs now and then so that it does not grow.
+/// Renders the metrics, and does the regular upkeep that keeps the recorder from growing.
 #[derive(Clone)]
 pub(crate) struct Renderer {
     render: Arc<dyn Fn() -> String + Send + Sync>,
     upkeep: Arc<dyn Fn() + Send + Sync>,
 }
 
-/// An endpoint that listens but does not answer yet.
+/// An endpoint that listens but does not answer requests yet.
 pub struct Admin {
     listener: TcpListener,
     address: SocketAddr,
@@ -77,20 +79,23 @@ pub struct Admin {
 }
 
 impl Admin {
-    /// Listens at the address, a free port of it if it says port 0, and installs a recorder for the metrics of this process. Call it before
-    /// a manager connects: the metrics of one that connected before count nothing.
+    /// Listens on the address (on a free port if the port is 0) and installs a metrics recorder for
+    /// this process. Call it before a manager connects: a manager that connected earlier records no
+    /// metrics.
     ///
-    /// An address that is not a loopback address is allowed, since it was asked for; everybody who reaches it sees keys and tokens.
+    /// An address other than loopback is allowed, but everyone who can reach it sees keys and
+    /// tokens.
     ///
     /// # Errors
     ///
-    /// [`AdminError::Bind`] if the address can't be had, [`AdminError::RecorderTaken`] if the process has a recorder already.
+    /// [`AdminError::Bind`] if the address is not available, [`AdminError::RecorderTaken`] if the
+    /// process already has a recorder.
     pub fn bind(address: SocketAddr) -> Result<Self, AdminError> {
         let listener = listen(address)?;
         let mut builder = PrometheusBuilder::new();
         for metric in METRICS.iter().filter(|metric| !metric.buckets().is_empty()) {
             let name = Matcher::Full(metric.name.to_owned());
-            // It fails for an empty list only.
+            // Fails only for an empty list.
             builder = builder
                 .set_buckets_for_metric(name, metric.buckets())
                 .map_err(|_| AdminError::RecorderTaken)?;
@@ -104,11 +109,12 @@ impl Admin {
         Self::new(listener, address, renderer)
     }
 
-    /// The same for a process that has a recorder of its own: `render` gives its page in the text format of Prometheus.
+    /// Like [`bind`](Self::bind), for a process with its own recorder: `render` returns its page in
+    /// the text format of Prometheus.
     ///
     /// # Errors
     ///
-    /// [`AdminError::Bind`] if the address can't be had.
+    /// [`AdminError::Bind`] if the address is not available.
     pub fn bind_with(
         address: SocketAddr,
         render: impl Fn() -> String + Send + Sync + 'static,
@@ -125,7 +131,7 @@ impl Admin {
             .local_addr()
             .map_err(|source| AdminError::Bind { address, source })?;
         if !bound.ip().is_loopback() {
-            tracing::warn!(address = %bound, "the admin endpoint is not on a loopback address: whoever reaches it sees the keys of all locks");
+            tracing::warn!(address = %bound, "the admin endpoint is not on a loopback address: anyone who can reach it sees the keys of all locks");
         }
         Ok(Self {
             listener,
@@ -134,23 +140,24 @@ impl Admin {
         })
     }
 
-    /// Where it listens.
+    /// Returns the address on which it listens.
     #[must_use]
     pub const fn address(&self) -> SocketAddr {
         self.address
     }
 
-    /// The page of metrics, for programs that read their own.
+    /// Returns a function that renders the metrics page, for programs that read their own metrics.
     pub fn renderer(&self) -> impl Fn(&LockManager) -> String + Send + Sync + use<> {
         let renderer = self.renderer.clone();
         move |locks| pages::metrics(&renderer, Some(&locks.inner))
     }
 
-    /// Answers for this manager, on a thread of its own, until what is returned is dropped. It does not keep the manager alive.
+    /// Serves this manager, on a separate thread, until the returned server is dropped. It does not
+    /// keep the manager alive.
     ///
     /// # Errors
     ///
-    /// [`AdminError::Thread`] if the system gives no thread.
+    /// [`AdminError::Thread`] if the system could not provide a thread.
     pub fn serve(self, locks: &LockManager) -> Result<AdminServer, AdminError> {
         server::start(self.listener, self.address, self.renderer, Arc::downgrade(&locks.inner))
     }

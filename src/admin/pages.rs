@@ -1,4 +1,4 @@
-//! What is on each page.
+//! The content of each page.
 
 use std::fmt::Write;
 use std::time::Duration;
@@ -11,7 +11,7 @@ use crate::manager::Inner;
 use crate::telemetry::{HOT_KEY, METRICS};
 use crate::view;
 
-/// How many held locks are shown at most.
+/// The maximum number of held locks on the page.
 const HELD_MAX: usize = 1000;
 
 /// A page.
@@ -42,7 +42,7 @@ impl Page {
     }
 }
 
-/// The page at that path. The manager is nothing once it is gone.
+/// The page at this path. `manager` is `None` once the manager is gone.
 pub(super) fn page(path: &str, renderer: &Renderer, manager: Option<&Inner>) -> Page {
     match (path, manager) {
         ("/metrics", _) => Page {
@@ -60,13 +60,13 @@ pub(super) fn page(path: &str, renderer: &Renderer, manager: Option<&Inner>) -> 
         }
         _ => Page::text(
             StatusCode::NOT_FOUND,
-            "there are /metrics, /healthz, /readyz, /hot, /held and /shards\n",
+            "no such page; try /metrics, /healthz, /readyz, /hot, /held or /shards\n",
         ),
     }
 }
 
-/// What the recorder has, and the hot keys where they are wanted as metrics. They are written here, since a recorder could not be told to
-/// forget those that are not hot any more.
+/// The output of the recorder, followed by the hot keys if they are wanted as metrics. The hot keys
+/// are written here because a recorder can't remove keys that are no longer hot.
 pub(super) fn metrics(renderer: &Renderer, manager: Option<&Inner>) -> String {
     if let Some(manager) = manager {
         manager.tell_metrics();
@@ -75,7 +75,7 @@ pub(super) fn metrics(renderer: &Renderer, manager: Option<&Inner>) -> String {
     if let Some(manager) = manager.filter(|manager| manager.config.hot_key_metrics)
         && let Some(metric) = METRICS.iter().find(|metric| metric.name == HOT_KEY)
     {
-        // Writing to a text can't fail.
+        // Writing to a string can't fail.
         writeln!(page, "# HELP {HOT_KEY} {}\n# TYPE {HOT_KEY} gauge", metric.meaning).ok();
         for hot in view::hot_keys(manager) {
             let (key, shard) = (escaped(&hot.key), escaped(&hot.shard));
@@ -86,12 +86,12 @@ pub(super) fn metrics(renderer: &Renderer, manager: Option<&Inner>) -> String {
     page
 }
 
-/// As the text format wants the value of a label.
+/// Escapes the value of a label for the text format.
 fn escaped(value: &str) -> String {
     value.replace('\\', "\\\\").replace('"', "\\\"").replace('\n', "\\n")
 }
 
-/// Milliseconds, to the microsecond.
+/// Milliseconds, with microsecond precision.
 fn ms(time: Duration) -> f64 {
     time.as_micros() as f64 / 1e3
 }

@@ -1,8 +1,9 @@
-//! The server: a thread of its own with a runtime of its own, so that it answers even if the program's runtime is stuck.
+//! The HTTP server. It runs on a separate thread with a separate runtime, so it answers even if the
+//! application's runtime is stuck.
 //!
 //! # Implementation details
 //!
-//! Everything about a connection is bounded: how many there are, the size of what they say, how long they may take. Each carries one request.
+//! Connections are bounded in number, size and time. Each connection carries one request.
 
 use std::convert::Infallible;
 use std::net::SocketAddr;
@@ -23,38 +24,39 @@ use super::pages::{self, Page};
 use super::{AdminError, Renderer};
 use crate::manager::Inner;
 
-/// How many connections there may be at a time; others wait to be accepted.
+/// The maximum number of concurrent connections; further ones wait to be accepted.
 const CONNECTIONS_MAX: usize = 32;
 /// How long a request may take to arrive.
 const HEADER_TIME_MAX: Duration = Duration::from_secs(5);
 /// How long a connection may last.
 const CONNECTION_TIME_MAX: Duration = Duration::from_secs(15);
-/// How large the head of a request may be, in bytes, and how many fields it may have.
+/// The maximum size of the head of a request, in bytes, and the maximum number of its fields.
 const HEAD_BYTES_MAX: usize = 16 * 1024;
 const FIELDS_MAX: usize = 64;
-/// How often the recorder sums up what it has, so that it does not grow.
+/// How often the recorder aggregates its samples, so that it does not grow.
 const UPKEEP_EVERY: Duration = Duration::from_secs(1);
-/// How long to wait where no connection can be accepted, for want of file descriptors for example.
+/// The pause after a failure to accept a connection, for example when file descriptors have run
+/// out.
 const ACCEPT_PAUSE: Duration = Duration::from_millis(100);
 
-/// An endpoint that answers until this is dropped.
+/// A running endpoint. It stops when this is dropped.
 #[derive(Debug)]
-#[must_use = "the endpoint is gone as soon as this is dropped"]
+#[must_use = "the endpoint stops as soon as this is dropped"]
 pub struct AdminServer {
     address: SocketAddr,
-    /// Dropping it ends the thread.
+    /// Dropping it stops the thread.
     _stop: oneshot::Sender<Infallible>,
 }
 
 impl AdminServer {
-    /// Where it answers.
+    /// Returns the address on which it answers.
     #[must_use]
     pub const fn address(&self) -> SocketAddr {
         self.address
     }
 }
 
-/// What the connections share.
+/// State shared by the connections.
 struct Shared {
     renderer: Renderer,
     manager: Weak<Inner>,
@@ -107,7 +109,7 @@ async fn keep_up(shared: &Shared) {
 async fn accept(listener: TcpListener, shared: Arc<Shared>) {
     let room = Arc::new(Semaphore::new(CONNECTIONS_MAX));
     loop {
-        // It is never closed.
+        // The semaphore is never closed.
         let Ok(place) = Arc::clone(&room).acquire_owned().await else {
             return;
         };
@@ -141,7 +143,7 @@ async fn serve_one(stream: TcpStream, shared: Arc<Shared>) {
         .serve_connection(TokioIo::new(stream), service);
     match tokio::time::timeout(CONNECTION_TIME_MAX, connection).await {
         Ok(Ok(())) => {}
-        // The other side's mistakes are no business of our log.
+        // Errors of the peer do not belong in our log above debug level.
         Ok(Err(error)) => tracing::debug!(%error, "a connection to the admin endpoint failed"),
         Err(_) => tracing::debug!("a connection to the admin endpoint took too long"),
     }
@@ -151,7 +153,8 @@ fn answer(request: &Request<Incoming>, shared: &Shared) -> Response<Full<Bytes>>
     let page = if !matches!(*request.method(), Method::GET | Method::HEAD) {
         Page::text(StatusCode::METHOD_NOT_ALLOWED, "only GET and HEAD are answered\n")
     } else if shared.is_loopback && !names_this_machine(request) {
-        // A web page elsewhere, whose name was made to lead here, must not read it through the browser of this machine's user.
+        // Prevents DNS rebinding: a foreign web page whose name was made to resolve to this machine
+        // must not read the endpoint through the browser of a local user.
         Page::text(StatusCode::FORBIDDEN, "the host must be an IP address or localhost\n")
     } else {
         pages::page(

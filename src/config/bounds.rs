@@ -1,4 +1,4 @@
-//! What a value of each type may be: how it is read from text, and checked.
+//! The types of setting values: how each is parsed from text and checked.
 
 use std::borrow::Cow;
 use std::collections::HashSet;
@@ -11,10 +11,10 @@ use crate::error::Invalid;
 use crate::router::NAME_BYTES_MAX;
 use crate::text::printable;
 
-/// An [`Invalid`] that does not know yet which field it is about: each source has its own name for that.
+/// An [`Invalid`] without the name of its field, which differs between sources.
 #[derive(Debug)]
 pub(super) struct Problem {
-    /// The part of the field, such as `[1].url`; empty for the whole.
+    /// The part of the field, such as `[1].url`; empty if it is the whole field.
     part: String,
     value: String,
     bound: String,
@@ -39,7 +39,8 @@ impl Problem {
     }
 }
 
-/// A value as it is shown in an error: quoted, cut, and without a password that was put into the wrong field.
+/// Formats a value for an error: quoted, truncated, and without a password that was put into the
+/// wrong field.
 pub(super) fn echo(text: &str) -> String {
     const CHARS_MAX: usize = 80;
     let shown = without_password(text);
@@ -49,7 +50,7 @@ pub(super) fn echo(text: &str) -> String {
     }
 }
 
-/// The same without quotes, for the name of a file.
+/// The same without quotes and in full, for the name of a file.
 pub(super) fn plain(text: &str) -> String {
     printable(&without_password(text)).into_owned()
 }
@@ -65,17 +66,17 @@ fn without_password(text: &str) -> Cow<'_, str> {
 /// The bounds of one field.
 pub(super) trait Bounds {
     type Value;
-    /// Reads a value. It may still be out of bounds.
+    /// Parses a value. It may still be out of bounds.
     fn parse(&self, text: &str) -> Result<Self::Value, Problem>;
     fn check(&self, value: &Self::Value) -> Result<(), Problem>;
 }
 
-/// From the first to the second, both included.
+/// From the first to the second, both inclusive.
 pub(super) struct Within<T>(pub(super) T, pub(super) T);
 
-/// What can lie [`Within`] two bounds.
+/// A type of value that can be bounded by [`Within`].
 pub(super) trait Quantity: PartialOrd + Sized {
-    /// How it is written.
+    /// How a value is written.
     const FORM: &str;
     fn read(text: &str) -> Option<Self>;
     fn show(&self) -> String;
@@ -95,7 +96,7 @@ impl<T: Quantity> Bounds for Within<T> {
     }
 
     fn check(&self, value: &T) -> Result<(), Problem> {
-        // Not-a-number is on neither side of a bound, and so is not within.
+        // NaN fails both comparisons, so it is not within.
         if self.0 <= *value && *value <= self.1 {
             Ok(())
         } else {
@@ -108,13 +109,13 @@ impl Quantity for Duration {
     const FORM: &str = "a duration such as 500ms, 10s or 2m,";
 
     fn read(text: &str) -> Option<Self> {
-        // A number alone has no unit, zero included: the reader lets that one pass.
+        // A number needs a unit; humantime accepts a bare zero.
         let has_unit = text.ends_with(|char: char| char.is_ascii_alphabetic());
         humantime::parse_duration(text).ok().filter(|_| has_unit)
     }
 
     fn show(&self) -> String {
-        // humantime's own words for 365 days are "11months 30days 3h 50m 24s".
+        // humantime would format 365 days as "11months 30days 3h 50m 24s".
         const UNITS: [(u128, &str); 7] = [
             (86_400_000_000_000, "d"),
             (3_600_000_000_000, "h"),
@@ -213,7 +214,7 @@ impl Bounds for Switch {
 pub(super) struct Text {
     pub(super) most: usize,
     pub(super) allowed: fn(u8) -> bool,
-    /// What is allowed, in words.
+    /// What is allowed, as text for the error.
     pub(super) words: &'static str,
 }
 
@@ -234,7 +235,7 @@ impl Bounds for Text {
     }
 }
 
-/// The name of a file. Whether it can be read shows when it is.
+/// The name of a file. Whether the file can be read is checked when it is used.
 pub(super) struct File;
 
 const PATH_BYTES_MAX: usize = 4096;
@@ -250,13 +251,14 @@ impl Bounds for File {
         if (1..=PATH_BYTES_MAX).contains(&value.as_os_str().len()) {
             Ok(())
         } else {
-            let bound = format!("the name of a file, 1 to {PATH_BYTES_MAX} bytes");
+            let bound = format!("a file name of 1 to {PATH_BYTES_MAX} bytes");
             Err(Problem::new(echo(&value.display().to_string()), bound))
         }
     }
 }
 
-/// Splits where another shard begins. What follows a comma and has no scheme is another host of the same URL.
+/// Splits a list of shards at its commas. An item without a scheme is a further host of the
+/// previous URL.
 fn split_at_commas(text: &str) -> Vec<String> {
     let mut items: Vec<String> = Vec::new();
     for item in text.split(',').filter(|item| !item.is_empty()) {
@@ -271,7 +273,7 @@ fn split_at_commas(text: &str) -> Vec<String> {
     items
 }
 
-/// 1 to so many shards, each with a name of its own.
+/// 1 to `most` shards with unique names.
 pub(super) struct Shards {
     pub(super) most: usize,
 }

@@ -27,19 +27,19 @@ pub struct Builder {
 }
 
 impl Builder {
-    /// A builder with the defaults.
+    /// Creates a builder with the default settings.
     pub fn new() -> Self {
         Self::default()
     }
 
-    /// Replaces all settings, those made before included: by what a file and the environment say, for example, so that
-    /// what follows overrides them.
+    /// Replaces all settings, including those made before, for example by settings from a file and
+    /// the environment. Later calls override them.
     pub fn config(mut self, config: Config) -> Self {
         self.config = config;
         self
     }
 
-    /// Adds a shard, named by its position: `shard-0`, `shard-1` and so on.
+    /// Adds a shard, named after its position: `shard-0`, `shard-1` and so on.
     pub fn shard(mut self, url: impl Into<String>) -> Self {
         let position = self.config.shards.len();
         self.config.shards.push(ShardConfig::unnamed(position, url));
@@ -52,7 +52,7 @@ impl Builder {
         self
     }
 
-    /// Sets [`Config::shards`], replacing those that were there.
+    /// Sets [`Config::shards`], replacing the previous shards.
     pub fn shards(mut self, shards: impl IntoIterator<Item = ShardConfig>) -> Self {
         self.config.shards = shards.into_iter().collect();
         self
@@ -202,7 +202,7 @@ impl Builder {
         self
     }
 
-    /// Sets [`Config::tls_cert`]; [`tls_key`](Self::tls_key) goes with it.
+    /// Sets [`Config::tls_cert`]; [`tls_key`](Self::tls_key) must be set too.
     pub fn tls_cert(mut self, file: impl Into<PathBuf>) -> Self {
         self.config.tls_cert = Some(file.into());
         self
@@ -214,11 +214,11 @@ impl Builder {
         self
     }
 
-    /// The settings, checked.
+    /// Checks the settings and returns them.
     ///
     /// # Errors
     ///
-    /// As for [`Config::validate`].
+    /// The errors of [`Config::validate`].
     pub fn build_config(self) -> Result<Config, Invalid> {
         self.config.validate()?;
         Ok(self.config)

@@ -7,7 +7,8 @@ use crate::error::Invalid;
 
 const PREFIX: &str = "SHARDLOCK_";
 
-/// Variables that have our prefix but are not settings of a manager: the command-line tool and its tests read them.
+/// Variables with our prefix that are not settings of a manager but belong to the command-line tool
+/// and its tests.
 const NOT_SETTINGS: [&str; 7] = [
     "SHARDLOCK_CONFIG",
     "SHARDLOCK_ETCD_SERVER",
@@ -19,30 +20,31 @@ const NOT_SETTINGS: [&str; 7] = [
 ];
 
 impl Config {
-    /// The defaults, with what the environment sets.
+    /// Returns the defaults, overridden by the environment.
     ///
     /// # Errors
     ///
-    /// As for [`Config::apply_env`].
+    /// The errors of [`Config::apply_env`].
     pub fn from_env() -> Result<Self, Invalid> {
         let mut config = Self::default();
         config.apply_env()?;
         Ok(config)
     }
 
-    /// Sets what the environment sets: `SHARDLOCK_` and the name of a setting in upper case, as in `SHARDLOCK_TTL=10s`,
-    /// with values as for [`Config::set`].
+    /// Applies the settings in the environment: `SHARDLOCK_` and the name of a setting in upper
+    /// case, as in `SHARDLOCK_TTL=10s`, with values as for [`Config::set`].
     ///
-    /// `SHARDLOCK_CONFIG`, `SHARDLOCK_LOG`, `SHARDLOCK_METRICS`, `SHARDLOCK_REDIS_SERVER`, `SHARDLOCK_ETCD_SERVER`, `SHARDLOCK_PROMETHEUS` and
-    /// `SHARDLOCK_PYTHON` belong to the command-line tool and the tests, and are passed over. So are variables without a
-    /// value, as in `SHARDLOCK_TTL=`, and those that Kubernetes adds for Services with such a name, as in
-    /// `SHARDLOCK_PORT=tcp://10.96.0.12:9187` or `SHARDLOCK_REDIS_SERVICE_HOST=10.96.0.13`.
+    /// `SHARDLOCK_CONFIG`, `SHARDLOCK_LOG`, `SHARDLOCK_METRICS`, `SHARDLOCK_REDIS_SERVER`,
+    /// `SHARDLOCK_ETCD_SERVER`, `SHARDLOCK_PROMETHEUS` and `SHARDLOCK_PYTHON` belong to the
+    /// command-line tool and the tests and are ignored. Also ignored are variables without a value,
+    /// as in `SHARDLOCK_TTL=`, and variables that Kubernetes adds for Services with such a name, as
+    /// in `SHARDLOCK_PORT=tcp://10.96.0.12:9187` or `SHARDLOCK_REDIS_SERVICE_HOST=10.96.0.13`.
     ///
     /// # Errors
     ///
-    /// [`Invalid`], with the name of the variable, if a value can't be read or is outside its bounds, or if
-    /// another variable starts with `SHARDLOCK_`: it is most likely misspelt, and the nearest known name is suggested.
-    /// Nothing has been changed then.
+    /// [`Invalid`], with the name of the variable, if a value can't be parsed or is outside its
+    /// bounds, or if any other variable starts with `SHARDLOCK_`: it is most likely misspelt, and
+    /// the nearest known name is suggested. Nothing has been changed in that case.
     pub fn apply_env(&mut self) -> Result<(), Invalid> {
         let mut variables = Vec::new();
         for (name, value) in std::env::vars_os() {
@@ -58,18 +60,18 @@ impl Config {
         self.apply_variables(variables)
     }
 
-    /// The same with variables from elsewhere than the environment. Those that do not start with `SHARDLOCK_` are passed
-    /// over.
+    /// Like [`apply_env`](Self::apply_env), with variables from another source. Variables that do
+    /// not start with `SHARDLOCK_` are ignored.
     ///
     /// # Errors
     ///
-    /// As for [`Config::apply_env`].
+    /// The errors of [`Config::apply_env`].
     pub fn apply_variables(&mut self, variables: impl IntoIterator<Item = (String, String)>) -> Result<(), Invalid> {
         let mut ours: Vec<_> = variables
             .into_iter()
             .filter(|(name, value)| name.starts_with(PREFIX) && !NOT_SETTINGS.contains(&&**name) && !value.is_empty())
             .collect();
-        // The environment has no order; with several mistakes, the same one is named each time.
+        // The environment has no order; sort so that the same mistake is reported each time.
         ours.sort();
         let mut changed = self.clone();
         for (variable, value) in &ours {
@@ -79,14 +81,14 @@ impl Config {
                 }
                 let known: Vec<_> = Self::fields().map(|(name, _)| variable_of(name)).collect();
                 let all = known.iter().map(String::as_str).chain(NOT_SETTINGS);
-                // What all have in common says nothing of how near they are.
+                // Compare without the prefix, which would make all names look similar.
                 let meant = did_you_mean(&variable[PREFIX.len()..], all.map(|name| &name[PREFIX.len()..]));
                 let meant = meant.replacen("mean ", &format!("mean {PREFIX}"), 1);
                 let bound = format!("one of {}, {}{meant}", known.join(", "), NOT_SETTINGS.join(", "));
                 return Err(Invalid::new("environment variable", bounds::echo(variable), bound));
             };
             changed.set(name, value).map_err(|invalid| {
-                // What follows the name is the part of it, as in `shards[1].url`.
+                // The rest of the field is its part, as in `shards[1].url`.
                 let part = &invalid.field[name.len()..];
                 Invalid::new(format!("{variable}{part}"), invalid.value, invalid.bound)
             })?;

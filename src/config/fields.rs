@@ -1,5 +1,5 @@
-//! The table of all settings: their names, bounds, and what they are for. A file, the environment and the command line
-//! reach the settings through it, and every value is checked by it, wherever it came from.
+//! The table of all settings: their names, bounds and descriptions. Files, the environment and the
+//! command line reach the settings through this table, which checks values from every source.
 
 use std::time::Duration;
 
@@ -9,9 +9,9 @@ use super::bounds::{Bounds, File, OrNone, Problem, Shards, Switch, Text, Within}
 /// One setting.
 pub(super) struct Field {
     pub(super) name: &'static str,
-    /// One line on what it is for.
+    /// A one-line description.
     pub(super) doc: &'static str,
-    /// Reads the value from text. It may still be out of bounds.
+    /// Parses the value from text. The value may still be out of bounds.
     pub(super) set: fn(&mut Config, &str) -> Result<(), Problem>,
     pub(super) check: fn(&Config) -> Result<(), Problem>,
 }
@@ -22,7 +22,7 @@ impl Field {
     }
 }
 
-/// The setting is named as the field of [`Config`] that holds it.
+/// A setting with the name of the field of [`Config`] that holds it.
 macro_rules! field {
     ($name:ident, $bounds:expr, $doc:literal) => {
         Field {
@@ -55,7 +55,8 @@ pub(super) const LINGER: Within<Duration> = Within(Duration::ZERO, secs(3600));
 
 const NAMESPACE: Text = Text {
     most: 64,
-    // A brace would change which part of a key decides on its slot; % is what keys with braces are encoded with.
+    // A brace would change which part of a key decides its slot; % is used to encode keys with
+    // braces.
     allowed: |byte| byte.is_ascii_graphic() && !matches!(byte, b'{' | b'}' | b'%'),
     words: "bytes of printable ASCII without spaces, braces and %",
 };
@@ -73,29 +74,29 @@ pub(super) static FIELDS: &[Field] = &[
         Shards { most: 1024 },
         "the shards, as a list of url or name=url"
     ),
-    field!(namespace, NAMESPACE, "what the names of all keys in Redis start with"),
-    field!(ttl, TTL, "how long a key stays locked after its holder died"),
+    field!(namespace, NAMESPACE, "the prefix of all key names in Redis"),
+    field!(ttl, TTL, "how long a key stays locked after its holder dies"),
     field!(
         renew_fraction,
         Within(0.02, 0.5),
-        "after which part of its TTL a lease is renewed"
+        "the fraction of its TTL after which a lease is renewed"
     ),
     field!(timeout, TIMEOUT, "how long a request waits for its lock, or none"),
-    field!(max_hold, MAX_HOLD, "for how long a guard is kept alive, or none"),
+    field!(max_hold, MAX_HOLD, "how long the lease of a guard is renewed, or none"),
     field!(
         linger,
         LINGER,
-        "for how long a lease stays with the process when its last guard is gone and nobody wants it"
+        "how long a lease stays with the process after its last guard is gone, if no task waits"
     ),
     field!(
         store_timeout,
         Within(ms(10), secs(60)),
-        "how long a shard may take to answer"
+        "how long a shard may take to reply"
     ),
     field!(
         connections,
         Within(1, 16),
-        "how many connections for commands are kept to each shard"
+        "the number of command connections to each shard"
     ),
     field!(
         max_burst,
@@ -105,7 +106,7 @@ pub(super) static FIELDS: &[Field] = &[
     field!(
         max_slice,
         Within(Duration::ZERO, secs(10)),
-        "for how long a lock is passed on inside a process while others wait"
+        "how long a lock is passed on inside a process while others wait"
     ),
     field!(
         max_waiters_per_key,
@@ -120,18 +121,18 @@ pub(super) static FIELDS: &[Field] = &[
     field!(
         max_keys,
         Within(1, 10_000_000),
-        "how many keys a process may hold or wait for at a time; those that linger make room"
+        "how many keys a process may hold or wait for at a time; lingering leases make room"
     ),
     field!(
         class,
         CLASS,
         "the class under which metrics count requests that name none"
     ),
-    field!(max_classes, Within(1, 1000), "how many classes metrics tell apart"),
+    field!(max_classes, Within(1, 1000), "the maximum number of classes in metrics"),
     field!(
         hot_keys,
         Within(1, 1024),
-        "how many of the keys with the most contention are known by name"
+        "how many of the keys with the most contention are tracked by name"
     ),
     field!(
         hot_key_metrics,
@@ -141,12 +142,12 @@ pub(super) static FIELDS: &[Field] = &[
     field!(
         slow_wait,
         MAX_HOLD,
-        "from which time on a wait for a lock is logged, or none"
+        "the duration from which a wait for a lock is logged, or none"
     ),
     field!(
         long_hold,
         MAX_HOLD,
-        "from which time on a guard that is held is logged, or none"
+        "the duration from which a held guard is logged, or none"
     ),
     field!(
         log_keys,
@@ -156,27 +157,27 @@ pub(super) static FIELDS: &[Field] = &[
     field!(
         min_replicas_acked,
         Within(0, 16),
-        "how many replicas must have confirmed a lease before it counts"
+        "how many replicas must acknowledge a lease before it counts"
     ),
     field!(
         redlock_max_ttl,
         TTL,
-        "the longest TTL in a redlock:// shard, for which a node that restarted has no vote"
+        "the longest TTL in a redlock:// shard; a restarted node does not vote for this long"
     ),
     field!(
         check_role,
         Switch,
-        "whether a Redis server is asked by ROLE whether it is a primary: true or false"
+        "whether each connect checks by ROLE that a Redis server is a primary: true or false"
     ),
     field!(
         tls_ca,
         OrNone(File),
-        "a PEM file with the authorities that sign servers' certificates, or none"
+        "a PEM file with the authorities that sign server certificates, or none"
     ),
     field!(
         tls_cert,
         OrNone(File),
-        "a PEM file with the certificate to show to servers, or none"
+        "a PEM file with the certificate to present to servers, or none"
     ),
     field!(tls_key, OrNone(File), "a PEM file with the key of tls_cert, or none"),
 ];

@@ -10,16 +10,17 @@ use super::fields::Field;
 use super::{Config, ShardConfig};
 use crate::error::Invalid;
 
-/// What a text is called that did not come from a file.
+/// The source in errors about text that did not come from a file.
 const NO_FILE: &str = "TOML";
 
 impl Config {
-    /// The defaults, with what a TOML file sets. `config/shardlock.example.toml` in the repository shows all that can be.
+    /// Returns the defaults, overridden by a TOML file. `config/shardlock.example.toml` in the
+    /// repository shows all settings.
     ///
     /// # Errors
     ///
-    /// [`Invalid`], with the file and line, if the file can't be read or is no TOML, if a name is unknown, or if a value
-    /// is outside its bounds. Passwords are not shown.
+    /// [`Invalid`], with the file and line, if the file can't be read or is not TOML, if a name is
+    /// unknown, or if a value is outside its bounds. Passwords are not shown.
     pub fn from_file(path: impl AsRef<Path>) -> Result<Self, Invalid> {
         let path = path.as_ref();
         let text = std::fs::read_to_string(path).map_err(|error| {
@@ -29,11 +30,11 @@ impl Config {
         Self::read(&text, &path.display().to_string())
     }
 
-    /// The defaults, with what a text in TOML sets.
+    /// Returns the defaults, overridden by TOML text.
     ///
     /// # Errors
     ///
-    /// As for [`Config::from_file`].
+    /// The errors of [`Config::from_file`].
     pub fn from_toml(text: &str) -> Result<Self, Invalid> {
         Self::read(text, NO_FILE)
     }
@@ -43,7 +44,8 @@ impl Config {
             let line = 1 + text.bytes().take(at).filter(|&byte| byte == b'\n').count();
             format!("{source} line {line}")
         };
-        // The error's `Display` quotes the line, and that may hold a password; its message does not.
+        // The `Display` of the error quotes the line, which may contain a password; its message
+        // does not.
         let entries: BTreeMap<Spanned<String>, Spanned<Value>> = toml::from_str(text).map_err(|error| {
             let field = place(error.span().map_or(0, |span| span.start));
             let value = format!("malformed ({})", error.message());
@@ -80,7 +82,7 @@ impl Config {
                     Field::named(name).map_or(Ok(()), |field| (field.check)(config))
                 })
                 .map_err(|problem| problem.of(name)),
-            // An unknown name is the greater mistake than a value of the wrong type.
+            // If the name is unknown too, report that rather than the type.
             _ if Field::named(name).is_none() => self.set(name, ""),
             other => Err(Invalid::new(
                 name,
@@ -91,9 +93,9 @@ impl Config {
     }
 }
 
-/// Reads `"url"`, `"name=url"` or `{ name = "...", url = "..." }`.
+/// Parses `"url"`, `"name=url"` or `{ name = "...", url = "..." }`.
 fn shard(position: usize, item: Value) -> Result<ShardConfig, Problem> {
-    const FORM: &str = "a URL, or a table with a url and, if wanted, a name, both of them strings";
+    const FORM: &str = "a URL, or a table with the strings url and, optionally, name";
     let part = format!("[{position}]");
     match item {
         Value::String(text) => Ok(ShardConfig::from_text(position, &text)),
@@ -102,7 +104,7 @@ fn shard(position: usize, item: Value) -> Result<ShardConfig, Problem> {
     }
 }
 
-/// Reads the table, or says what it is instead.
+/// Parses the table. The error describes what it is instead.
 fn from_table(position: usize, mut table: Table) -> Result<ShardConfig, String> {
     let mut text = |name: &str| match table.remove(name) {
         Some(Value::String(text)) => Ok(Some(text)),

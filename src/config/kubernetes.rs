@@ -1,16 +1,17 @@
 //! Variables that Kubernetes adds to every container for each Service of its namespace.
 //!
-//! A Service called `shardlock`, or `shardlock-redis`, has variables that start as ours do.
+//! The variables of a Service called `shardlock` or `shardlock-redis` start with our prefix.
 
 use std::net::{IpAddr, SocketAddr};
 
 const PROTOCOLS: [&str; 3] = ["tcp", "udp", "sctp"];
 
-/// Whether the variable is one of these: by its name, and by its value, since a name such as `SHARDLOCK_PORT` with
-/// another value is somebody's mistake.
+/// Whether this is such a variable, by its name and by its value: `SHARDLOCK_PORT` with any other
+/// value is a mistake of the user.
 ///
-/// They are `*_SERVICE_HOST`, `*_SERVICE_PORT` and `*_SERVICE_PORT_<NAME>`, and for links as Docker made them `*_PORT`,
-/// `*_PORT_<NUMBER>_<PROTOCOL>` and this with `_PROTO`, `_PORT` and `_ADDR`.
+/// The names are `*_SERVICE_HOST`, `*_SERVICE_PORT` and `*_SERVICE_PORT_<NAME>`. For Docker-style
+/// links they are `*_PORT`, `*_PORT_<NUMBER>_<PROTOCOL>` and the latter with `_PROTO`, `_PORT` and
+/// `_ADDR`.
 pub(super) fn is_service_variable(name: &str, value: &str) -> bool {
     let is_address = || value.parse::<IpAddr>().is_ok();
     let is_port = || value.parse::<u16>().is_ok();
@@ -42,7 +43,7 @@ fn is_link(name: &str) -> bool {
         .is_some_and(|(_, number)| is_number(number))
 }
 
-/// Whether it is as `tcp://10.96.0.12:9187`.
+/// Whether it has the form `tcp://10.96.0.12:9187`.
 fn is_url(value: &str) -> bool {
     value
         .split_once("://")

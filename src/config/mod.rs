@@ -1,4 +1,4 @@
-//! What can be set, where it comes from, and the one place that checks it.
+//! The settings, their sources, and the one place that checks them.
 
 mod bounds;
 mod builder;
@@ -27,16 +27,17 @@ use fields::{FIELDS, Field};
 
 /// The settings of a lock manager.
 ///
-/// The same names are used everywhere: `max_burst` here and in the [`Builder`], `max_burst = 64` in a TOML file,
-/// `SHARDLOCK_MAX_BURST=64` in the environment. A later source overrides an earlier one, so apply them in this order:
+/// The same names are used everywhere: `max_burst` here and in the [`Builder`], `max_burst = 64` in
+/// a TOML file, `SHARDLOCK_MAX_BURST=64` in the environment. A later source overrides an earlier
+/// one, so apply them in this order:
 ///
 /// 1. the defaults, as documented on each field,
 /// 2. a file (`Config::from_file`, with the feature `file`),
 /// 3. the environment ([`Config::apply_env`]),
 /// 4. code or command-line flags ([`Builder`], [`Config::set`]).
 ///
-/// Each source checks the values that it sets; [`Config::validate`] checks them all, and a manager does so before it
-/// connects.
+/// Each source checks the values that it sets. [`Config::validate`] checks all values, and a
+/// manager calls it before it connects.
 ///
 /// ```
 /// use std::time::Duration;
@@ -52,141 +53,179 @@ use fields::{FIELDS, Field};
 #[derive(Debug, Clone, PartialEq)]
 #[non_exhaustive]
 pub struct Config {
-    /// The shards, 1 to 1024 of them. Their order decides on who owns which keys, so it must be the same in every
-    /// process. Default: none; at least one must be given.
+    /// The shards, 1 to 1024 of them. Their order decides which shard owns which keys, so it must
+    /// be the same in every process. Default: none; at least one must be given.
     pub shards: Vec<ShardConfig>,
 
-    /// What the names of all keys in Redis start with: 1 to 64 bytes of printable ASCII without spaces, braces and `%`.
-    /// Managers with different namespaces don't see each other. Default: `lock:`.
+    /// The prefix of all key names in Redis: 1 to 64 bytes of printable ASCII without spaces,
+    /// braces and `%`. Managers with different namespaces do not affect each other. Default:
+    /// `lock:`.
     pub namespace: String,
 
-    /// How long a lease lasts if it is not renewed, which is how long a key stays locked after its holder died: 50 ms to
-    /// 24 h. A request may ask for another. Default: 10 s.
+    /// How long a lease lasts if it is not renewed, and so how long a key stays locked after its
+    /// holder died: 50 ms to 24 h. Can be overridden per request. Default: 10 s.
     pub ttl: Duration,
 
-    /// After which part of its TTL a lease is renewed: 0.02 to 0.5. Default: 0.1, so that nine renewals may fail
-    /// before a lock is lost.
+    /// The fraction of its TTL after which a lease is renewed: 0.02 to 0.5. Default: 0.1, so nine
+    /// renewals may fail before a lock is lost.
     pub renew_fraction: f64,
 
-    /// How long a request waits for its lock: zero, which means a single try, to 365 days, or `None` to wait for ever. A
-    /// request may ask for another. Default: `None`.
+    /// How long a request waits for its lock: zero (a single try) to 365 days, or `None` to wait
+    /// forever. Can be overridden per request. Default: `None`.
     pub timeout: Option<Duration>,
 
-    /// For how long a guard is kept alive by renewals, so that a task that is stuck loses its lock: 1 ms to 365 days, or
-    /// `None` for no limit. A request may ask for another. Default: `None`.
+    /// How long the lease of a guard is renewed, so that a stuck task loses its lock: 1 ms to 365
+    /// days, or `None` for no limit. Can be overridden per request. Default: `None`.
     pub max_hold: Option<Duration>,
 
-    /// For how long a lease stays with this process when its last guard is gone and nobody waits for the key: 0, which is off, to 1 h. A request may
-    /// ask for another. Default: 0.
+    /// How long a lease stays with this process after its last guard is gone, if no task waits for
+    /// the key: 0 (off) to 1 h. Can be overridden per request. Default: 0.
     ///
-    /// Meanwhile it is renewed like any other, and the next lock of the key in this process costs no message; its token is larger all the same. It is given
-    /// back up to an eighth of that time earlier, and at once when another process begins to wait for the key, when `max_keys` is reached, at a
-    /// shutdown, and when the last handle of the manager is dropped. It is for keys that one process locks again and again, and others seldom.
+    /// Meanwhile the lease is renewed like any other, and the next lock of the key in this process
+    /// needs no message; its fencing token is still larger than all earlier ones. The lease is
+    /// released up to an eighth of this time early. It is released at once when another process
+    /// starts to wait for the key, when `max_keys` is reached, at a shutdown, and when the last
+    /// handle of the manager is dropped. Use it for keys that one process locks again and again,
+    /// and other processes rarely.
     ///
-    /// What it costs others:
-    /// - A try in another process finds the key held, although no guard is out, and does not end that. So does `SET NX` of
-    ///   another library's client, which has no way to ask for it.
-    /// - A process that waits gets the key a message later than if it were free. Should that message be lost with its connection, or the runtime that
-    ///   this manager was connected on stand still, the next renewal of the lease makes up for it: after `renew_fraction` of the TTL.
-    /// - When the process dies, its keys stay locked until their leases end, those that nobody held included.
+    /// Effects on other processes:
     ///
-    /// And what it costs this process: a release does not ask the server, so it can't say that an administrator took the lock since the last renewal, and
-    /// until the next one the lease goes on serving guards. Their tokens are smaller than those that other processes got meanwhile, and a resource that
-    /// compares them refuses them. A server that is replaced (a failover) or started anew may have forgotten the lease as well: once a connection
-    /// to it broke, a failover was announced, or a renewal is overdue by half of its interval, the next lock waits for the server to confirm the lease, a
-    /// round trip; if it has not got it, that lock is asked for anew. In the moment before this process hears that another one waits, a
-    /// lock or a try of its own may still pass that one.
+    /// - A try in another process finds the key held, although there is no guard, and does not make
+    ///   this process release it. The same goes for `SET NX` from a client of another library,
+    ///   which has no way to request the key.
+    /// - A waiting process gets the key one message later than if the key were free. If that
+    ///   message is lost with its connection, or the runtime on which this manager was connected is
+    ///   blocked, this process learns of the waiter at the next renewal of the lease: after
+    ///   `renew_fraction` of the TTL.
+    /// - If this process dies, its keys stay locked until their leases expire, including those
+    ///   without a guard.
     ///
-    /// A key that another process wanted while this one held it is not kept, nor is the next lease of it that this process gets.
+    /// Effects on this process:
     ///
-    /// A key that is kept takes about half a kilobyte of memory, and giving it back some kilobytes for a moment. When many end at once, the process grows
-    /// by that, and the system's allocator may not return the memory to the system; the next ones use it again, so that it does not
-    /// grow further.
+    /// - A release does not contact the server, so it can't report that an administrator took the
+    ///   lock since the last renewal. Until the next renewal the lease continues to serve guards.
+    ///   Their tokens are smaller than those that other processes got meanwhile, so a resource that
+    ///   compares tokens rejects them.
+    /// - A server that was replaced (a failover) or restarted may also have forgotten the lease.
+    ///   After a connection to it broke, a failover was announced, or a renewal is overdue by half
+    ///   of its interval, the next lock waits for the server to confirm the lease, which takes one
+    ///   round trip. If the server does not have the lease, the lock is requested anew.
+    /// - Until this process is notified that another process waits, its own locks and tries may
+    ///   still overtake that process.
+    /// - A lease is not kept if another process waited for the key while it was held. This also
+    ///   applies to the next lease of that key in this process.
+    ///
+    /// A lingering key takes about half a kilobyte of memory, and its release a few kilobytes for a
+    /// moment. When many leases end at once, the process grows by that amount. The system's
+    /// allocator might not return this memory to the system, but later releases reuse it, so the
+    /// process does not grow further.
     pub linger: Duration,
 
-    /// How long a shard may take to answer before it counts as unavailable: 10 ms to 60 s. A request without a `timeout` bears an outage for as
-    /// long ([`LockRequest`](crate::LockRequest)). Default: 1 s.
+    /// How long a shard may take to reply before it counts as unavailable: 10 ms to 60 s. A request
+    /// without a `timeout` also tolerates an outage for this long
+    /// ([`LockRequest`](crate::LockRequest)). Default: 1 s.
     pub store_timeout: Duration,
 
-    /// How many connections for commands are kept to each shard: 1 to 16. One carries some 100,000 locks a second.
-    /// Default: 1.
+    /// The number of command connections to each shard: 1 to 16. One connection carries about
+    /// 100,000 locks per second. Default: 1.
     pub connections: usize,
 
-    /// How many times in a row a lock is passed on inside this process while other processes wait for it: 1 to
-    /// 1,000,000. With 1, processes alternate strictly. Default: 64.
+    /// How many times in a row a lock is passed on inside this process while other processes wait
+    /// for it: 1 to 1,000,000. With 1, processes alternate strictly. Default: 64.
     pub max_burst: u32,
 
-    /// For how long a lock is passed on inside this process while other processes wait for it: 0 to 10 s. Whichever
-    /// of this and `max_burst` is reached first ends the turn. Default: 10 ms.
+    /// How long a lock is passed on inside this process while other processes wait for it: 0 to 10
+    /// s. The turn ends when this or `max_burst` is reached, whichever comes first. Default: 10 ms.
     pub max_slice: Duration,
 
-    /// How many tasks of this process may wait for one key: 1 to 10,000,000. Default: 100,000.
+    /// The maximum number of tasks of this process that wait for one key: 1 to 10,000,000. Default:
+    /// 100,000.
     pub max_waiters_per_key: usize,
 
-    /// How many tasks of this process may wait, over all keys: 1 to 10,000,000. Default: 1,000,000.
+    /// The maximum number of tasks of this process that wait, over all keys: 1 to 10,000,000.
+    /// Default: 1,000,000.
     pub max_waiters: usize,
 
-    /// How many keys this process may hold or wait for at a time: 1 to 10,000,000. Leases that linger are given back when a new key needs the room; until
-    /// that is done there may be up to twice as many keys. Default: 100,000: a lease of 10 s is renewed once a second, and a server that has
-    /// little else to do renews some 100,000 to 300,000 a second. Each shard with a server of its own adds as many; leases of 1 s need ten times as
-    /// many renewals as leases of 10 s. A shard that can't renew what it holds takes on no further keys, whatever the limit
-    /// ([`LockError::TooManyLeases`](crate::LockError::TooManyLeases)).
+    /// The maximum number of keys that this process holds or waits for at a time: 1 to 10,000,000.
+    /// Default: 100,000. Lingering leases are released when a new key needs the room; until that is
+    /// done, there may be up to twice as many keys.
+    ///
+    /// The default follows from the cost of renewals: a lease of 10 s is renewed once a second, and
+    /// a server with little else to do renews about 100,000 to 300,000 leases per second. Each
+    /// shard with its own server adds that much. Leases of 1 s need ten times as many renewals as
+    /// leases of 10 s. A shard that can't keep up with its renewals accepts no further keys,
+    /// whatever the limit ([`LockError::TooManyLeases`](crate::LockError::TooManyLeases)).
     pub max_keys: usize,
 
-    /// The class under which metrics count the requests that name none: 1 to 32 lower-case letters, digits, `_` and `-`.
-    /// Default: `default`.
+    /// The class under which metrics count requests that name none: 1 to 32 lower-case letters,
+    /// digits, `_` and `-`. Default: `default`.
     pub class: String,
 
-    /// How many classes metrics tell apart: 1 to 1000. Further ones are counted as `other`, so that a mistake in naming
-    /// can't flood the metrics store. Default: 32.
+    /// The maximum number of classes in metrics: 1 to 1000. Further classes are counted as `other`,
+    /// so that a naming mistake can't flood the metrics store. Default: 32.
     pub max_classes: usize,
 
-    /// How many of the keys with the most contention are known by name ([`LockManager::hot_keys`](crate::LockManager::hot_keys)): 1 to 1024. Each
-    /// takes some 200 bytes. Default: 64.
+    /// The number of keys with the most contention that are tracked by name
+    /// ([`LockManager::hot_keys`](crate::LockManager::hot_keys)): 1 to 1024. Each takes about 200
+    /// bytes. Default: 64.
     pub hot_keys: usize,
 
-    /// Whether the admin endpoint's page of metrics has a series for each of these keys, with the key as a label. It is for keys that are not secret, and
-    /// for a metrics store that can take series that come and go. Default: `false`.
+    /// Whether the metrics page of the admin endpoint has a series for each of these hot keys, with
+    /// the key as a label. Enable it only if keys are not secret and the metrics store can handle
+    /// series that come and go. Default: `false`.
     pub hot_key_metrics: bool,
 
-    /// From which time on a wait is logged as slow, with the place in the program that asked for the lock: 1 ms to 365 days, or `None` for never. Each
-    /// place is logged once in ten seconds at most. Default: 10 s.
+    /// The duration from which a wait is logged as slow, with the place in the program that
+    /// requested the lock: 1 ms to 365 days, or `None` for never. Each place is logged at most once
+    /// in ten seconds. Default: 10 s.
     pub slow_wait: Option<Duration>,
 
-    /// From which time on a guard is logged as held for long, while it still is, with the place in the program that asked for the lock: 1 ms to 365 days, or
-    /// `None` for never. Each place is logged once in ten seconds at most. Default: `None`.
+    /// The duration from which a guard is logged as held for long, while it is still held, with the
+    /// place in the program that requested the lock: 1 ms to 365 days, or `None` for never. Each
+    /// place is logged at most once in ten seconds. Default: `None`.
     pub long_hold: Option<Duration>,
 
-    /// Whether log lines about lost locks, slow waits and long holds name the key. Set it to `false` where keys are personal data or secret: then no line
-    /// above the level of debug has a key. Errors always name it. Default: `true`.
+    /// Whether log lines about lost locks, slow waits and long holds name the key. Set it to
+    /// `false` if keys are secret or personal data: then no log line above debug level contains a
+    /// key. Errors always name the key. Default: `true`.
     pub log_keys: bool,
 
-    /// How many replicas must have confirmed a lease (by `WAIT`) before it counts, when it is taken and at each renewal: 0 to 16. With fewer, a
-    /// lock fails with [`LockError::Unavailable`](crate::LockError::Unavailable), and one that is held is lost when its lease ends. For
-    /// `redis://`, `redis+sentinel://` and `redis+cluster://`; a lock then costs a round trip to a replica, and it can only be forgotten in a
-    /// failover if a replica is promoted that did not confirm. With as many as there are replicas that can't be, but nothing is locked while one of
-    /// them is down. With fewer it can: what one replica has confirmed another may lack, and for a moment after one was promoted, the others still
-    /// confirm what the old primary takes. A second holder may then enter until the first has reached the new primary. Default: 0.
+    /// The number of replicas that must acknowledge a lease (by `WAIT`) before it counts, when it
+    /// is taken and at each renewal: 0 to 16. Default: 0. If fewer acknowledge it, a lock fails
+    /// with [`LockError::Unavailable`](crate::LockError::Unavailable), and a held lock is lost when
+    /// its lease ends. Applies to `redis://`, `redis+sentinel://` and `redis+cluster://`.
+    ///
+    /// Each lock then costs a round trip to a replica, and a failover can forget it only if the
+    /// promoted replica did not acknowledge it. If the value equals the number of replicas, this
+    /// can't happen, but nothing can be locked while one of them is down. If the value is smaller,
+    /// it can happen: one replica may lack what another has acknowledged, and for a moment after a
+    /// promotion the other replicas still acknowledge leases that the old primary takes. A second
+    /// holder may then enter until the first has reached the new primary.
     pub min_replicas_acked: u32,
 
-    /// The longest TTL that a lock in a `redlock://` shard may have: 50 ms to 24 h, and no less than `ttl`. A node that restarted less than this ago
-    /// may have forgotten leases, and has no vote. Must be the same in every process; a manager with another value is refused. Default:
-    /// 10 s.
+    /// The longest TTL of a lock in a `redlock://` shard: 50 ms to 24 h, and at least `ttl`. A node
+    /// that restarted less than this ago may have forgotten leases and does not vote. The value
+    /// must be the same in every process; a manager with another value is refused. Default: 10 s.
     pub redlock_max_ttl: Duration,
 
-    /// Whether a Redis server is asked by `ROLE` whether it is a primary, at each connect. `false` is for servers and proxies that lack the command
-    /// (Redis Enterprise, Envoy) and whose address always leads to a primary: a replica is then noticed only by its refusal to write, and a lease that a
-    /// demoted server has forgotten counts as lost. For the Redis servers of all kinds but `redis+cluster://`, which are not asked. Default: `true`.
+    /// Whether each connect to a Redis server checks by `ROLE` that the server is a primary.
+    /// Default: `true`. Set it to `false` for servers and proxies that lack the command (Redis
+    /// Enterprise, Envoy) and whose address always leads to a primary. A replica is then detected
+    /// only when it refuses a write, and a lease that a demoted server has forgotten counts as
+    /// lost. Applies to the Redis servers of all kinds of shards except `redis+cluster://`, whose
+    /// nodes are not checked.
     pub check_role: bool,
 
-    /// A PEM file with the authorities that sign the certificates of servers, or `None` for those of the system. For URLs with TLS, as the two
-    /// below: given without one, it is an error. Default: `None`.
+    /// A PEM file with the certificate authorities that sign server certificates, or `None` for
+    /// those of the system. This and the two settings below apply to URLs with TLS; without such a
+    /// URL, setting them is an error. Default: `None`.
     pub tls_ca: Option<PathBuf>,
 
-    /// A PEM file with the certificate to show to servers, or `None` to show none. Default: `None`.
+    /// A PEM file with the certificate to present to servers, or `None` to present none. Default:
+    /// `None`.
     pub tls_cert: Option<PathBuf>,
 
-    /// A PEM file with the private key of `tls_cert`. Given with it or not at all. Default: `None`.
+    /// A PEM file with the private key of `tls_cert`. Set either both or neither. Default: `None`.
     pub tls_key: Option<PathBuf>,
 }
 
@@ -225,7 +264,7 @@ impl Default for Config {
 }
 
 impl Config {
-    /// The names of all settings, each with one line on what it is for.
+    /// Returns the names of all settings, each with a one-line description.
     pub fn fields() -> impl ExactSizeIterator<Item = (&'static str, &'static str)> {
         FIELDS.iter().map(|field| (field.name, field.doc))
     }
@@ -263,7 +302,7 @@ impl Config {
         let is_redlock = |endpoint: &Endpoint| matches!(endpoint.kind(), EndpointKind::Redlock { .. });
         let has_redlock = endpoints.iter().any(is_redlock);
         if self.ttl > self.redlock_max_ttl && has_redlock {
-            let bound = format!("at least the ttl ({:?}) where a shard is redlock://", self.ttl);
+            let bound = format!("at least the ttl ({:?}) if a shard is redlock://", self.ttl);
             return Err(Invalid::new(
                 "redlock_max_ttl",
                 format!("{:?}", self.redlock_max_ttl),
@@ -273,7 +312,7 @@ impl Config {
         if endpoints.is_empty() {
             return Ok(());
         }
-        // What no shard reads promises something that is not kept.
+        // A setting that applies to no shard would promise something that is not done.
         let replicates = |endpoint: &Endpoint| {
             use EndpointKind::{Cluster, Redis, Sentinel};
             matches!(endpoint.kind(), Redis(_) | Sentinel { .. } | Cluster { .. })
@@ -282,7 +321,7 @@ impl Config {
             return Err(Invalid::new(
                 "min_replicas_acked",
                 self.min_replicas_acked.to_string(),
-                "0 where no shard is redis://, redis+sentinel:// or redis+cluster://, the kinds with replicas",
+                "0 unless a shard is redis://, redis+sentinel:// or redis+cluster://, the kinds with replicas",
             ));
         }
         for (name, file) in [
@@ -296,21 +335,22 @@ impl Config {
                 return Err(Invalid::new(
                     name,
                     bounds::plain(&file.display().to_string()),
-                    "none where no shard's URL is one with TLS (rediss:// and its like)",
+                    "none unless a shard's URL uses TLS (rediss:// and the like)",
                 ));
             }
         }
         Ok(())
     }
 
-    /// Which shard owns which keys, without connecting to any.
+    /// Returns the map of which shard owns which keys, without connecting to any shard.
     #[must_use]
     pub fn shard_map(&self) -> ShardMap {
         ShardMap::new(self.shards.iter().map(|shard| shard.name.clone()))
     }
 
-    /// What each shard must have stored under [`map_key`](Self::map_key), in the order of the shards: the version of the layout and the whole
-    /// map. The first lock of a manager writes it where there is nothing yet; a manager is refused where one is that does not
+    /// Returns what each shard must have stored under [`map_key`](Self::map_key), in the order of
+    /// the shards: the version of the layout and the whole map. The first lock of a manager writes
+    /// it if there is none yet. A manager is refused if the stored one does not
     /// [agree](ShardMap::agree). Nothing is sent.
     #[must_use]
     pub fn fingerprints(&self) -> Vec<String> {
@@ -318,8 +358,8 @@ impl Config {
         (0..map.len()).map(|index| map.fingerprint(index)).collect()
     }
 
-    /// The same for each server of one shard that stores it: one in all, or one for each node of a quorum in the order of its URL. Nothing for a shard
-    /// that there is not.
+    /// Returns the fingerprints for the servers of one shard: a single one, or for a quorum one per
+    /// node, in the order of its URL. Empty if there is no such shard.
     #[must_use]
     pub fn fingerprints_at(&self, shard: usize) -> Vec<String> {
         let Some(of_shard) = self.shards.get(shard) else {
@@ -336,13 +376,14 @@ impl Config {
         }
     }
 
-    /// The name of the Redis key under which the shard map's fingerprint is stored.
+    /// Returns the name of the Redis key under which the fingerprint of the shard map is stored.
     #[must_use]
     pub fn map_key(&self) -> String {
         Names::new(&self.namespace).map()
     }
 
-    /// The key whose lease has this name in Redis, or nothing if it is no lease of this namespace. For tools that find keys at a server.
+    /// Returns the key whose lease has this name in Redis, or `None` if the name is not a lease of
+    /// this namespace. For tools that find keys on a server.
     #[must_use]
     pub fn key_of_lease(&self, name: &str) -> Option<LockKey> {
         Names::new(&self.namespace).key_of_lease(name)
@@ -350,13 +391,14 @@ impl Config {
 
     /// Sets one value by its name, from text: `set("ttl", "10s")`.
     ///
-    /// Durations are written like `500ms`, `10s` or `2m`; `timeout`, `max_hold`, `slow_wait`, `long_hold` and the files of `tls_` may be
-    /// `none`. `shards` is a list of `url` or `name=url`, separated by commas or spaces; it replaces the shards that were there.
+    /// Durations are written like `500ms`, `10s` or `2m`. `timeout`, `max_hold`, `slow_wait`,
+    /// `long_hold` and the `tls_` files may be `none`. `shards` is a list of `url` or `name=url`,
+    /// separated by commas or spaces; it replaces the previous shards.
     ///
     /// # Errors
     ///
-    /// [`Invalid`] if there is no such setting, or if the value can't be read or is outside its bounds; nothing
-    /// has been changed then.
+    /// [`Invalid`] if there is no such setting, or if the value can't be parsed or is outside its
+    /// bounds. Nothing has been changed in that case.
     pub fn set(&mut self, name: &str, value: &str) -> Result<(), Invalid> {
         let Some(field) = Field::named(name) else {
             let known: Vec<_> = FIELDS.iter().map(|field| field.name).collect();
@@ -368,7 +410,7 @@ impl Config {
             .map_err(|problem| problem.of(name))
     }
 
-    /// Applies a change, unless it fails.
+    /// Applies a change, or nothing if it fails.
     fn change(&mut self, apply: impl FnOnce(&mut Self) -> Result<(), Problem>) -> Result<(), Problem> {
         let mut changed = self.clone();
         apply(&mut changed)?;
@@ -377,18 +419,19 @@ impl Config {
     }
 }
 
-/// One shard: its name, for errors and metrics, and its URL.
+/// One shard: its name, which appears in errors and metrics, and its URL.
 #[derive(Clone, PartialEq, Eq)]
 pub struct ShardConfig {
-    /// The name: 1 to 32 letters, digits, dots, `_` and `-`; each name once. It stays when the shard moves to another
-    /// address.
+    /// The name: 1 to 32 letters, digits, dots, `_` and `-`, unique among the shards. It stays the
+    /// same when the shard moves to another address.
     pub name: String,
-    /// The URL, as [`Endpoint::parse`](crate::Endpoint::parse) takes it. It may hold a password; `Debug` hides that.
+    /// The URL, in the form accepted by [`Endpoint::parse`](crate::Endpoint::parse). It may contain
+    /// a password, which `Debug` hides.
     pub url: String,
 }
 
 impl ShardConfig {
-    /// The shard with this name and URL, unchecked.
+    /// Creates a shard with this name and URL, unchecked.
     pub fn new(name: impl Into<String>, url: impl Into<String>) -> Self {
         Self {
             name: name.into(),
@@ -396,15 +439,16 @@ impl ShardConfig {
         }
     }
 
-    /// The shard at this position of the list, which is all that its name says.
+    /// A shard named after its position in the list.
     pub(crate) fn unnamed(position: usize, url: impl Into<String>) -> Self {
         Self::new(format!("shard-{position}"), url)
     }
 
-    /// Reads `url` or `name=url`.
+    /// Parses `url` or `name=url`.
     fn from_text(position: usize, text: &str) -> Self {
         match text.split_once('=') {
-            // A = may also be part of a password; a name has none of the characters that then stand before it.
+            // A `=` may also be part of a password, but a name contains none of the characters that
+            // precede it then.
             Some((name, url)) if !name.contains([':', '/', '@']) => Self::new(name, url),
             _ => Self::unnamed(position, text),
         }
@@ -426,7 +470,7 @@ mod tests {
 
     fn one_shard() -> Config {
         let mut config = Config::default();
-        // One that reads every setting.
+        // A shard to which every setting applies.
         let url = if cfg!(feature = "tls") {
             "rediss://a"
         } else {
@@ -577,7 +621,7 @@ mod tests {
         };
         assert_eq!(
             refusal("redis://a memory://", "tls_ca", "/a/ca.pem").unwrap_err(),
-            "tls_ca is /a/ca.pem, but must be none where no shard's URL is one with TLS (rediss:// and its like)"
+            "tls_ca is /a/ca.pem, but must be none unless a shard's URL uses TLS (rediss:// and the like)"
         );
         let misplaced = refusal("redis://a", "tls_ca", "redis://:s3cret@\u{1b}host").unwrap_err();
         assert!(
@@ -586,7 +630,7 @@ mod tests {
         );
         assert_eq!(
             refusal("memory://", "min_replicas_acked", "1").unwrap_err(),
-            "min_replicas_acked is 1, but must be 0 where no shard is redis://, redis+sentinel:// or redis+cluster://, the kinds with replicas"
+            "min_replicas_acked is 1, but must be 0 unless a shard is redis://, redis+sentinel:// or redis+cluster://, the kinds with replicas"
         );
         assert_eq!(refusal("memory:// redis://a", "min_replicas_acked", "1"), Ok(()));
         #[cfg(feature = "tls")]

@@ -1,6 +1,6 @@
-//! The name that was most likely meant by one that is unknown.
+//! Suggests the known name that was most likely meant by an unknown one.
 
-/// Which of the known names is nearest to this one, if one is near enough to be meant. Case does not count.
+/// Returns the known name that is nearest to this one, if it is near enough. Case is ignored.
 pub(super) fn nearest<'a>(name: &str, known: impl Iterator<Item = &'a str>) -> Option<&'a str> {
     const CHARS_MAX: usize = 100;
     let name: Vec<char> = name.to_lowercase().chars().take(CHARS_MAX).collect();
@@ -18,7 +18,8 @@ pub(super) fn nearest<'a>(name: &str, known: impl Iterator<Item = &'a str>) -> O
         .map(|(_, known)| known)
 }
 
-/// How many letters have to be inserted, removed, replaced or swapped with the next to make one of the other.
+/// The number of letters to insert, remove, replace or swap with the next one to turn one name into
+/// the other.
 fn distance(a: &[char], b: &[char]) -> usize {
     let mut rows: Vec<Vec<usize>> = vec![(0..=b.len()).collect()];
     for i in 1..=a.len() {
@@ -36,7 +37,7 @@ fn distance(a: &[char], b: &[char]) -> usize {
     rows[a.len()][b.len()]
 }
 
-/// A sentence that names it, to end an error with.
+/// The suggestion at the end of an error message, or nothing.
 pub(super) fn did_you_mean<'a>(name: &str, known: impl Iterator<Item = &'a str>) -> String {
     nearest(name, known).map_or_else(String::new, |nearest| format!("; did you mean {nearest}?"))
 }

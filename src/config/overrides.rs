@@ -1,4 +1,4 @@
-//! The settings that a single request may change, checked by the same bounds.
+//! The settings that a request may override, checked against the same bounds.
 
 use std::time::Duration;
 
@@ -6,7 +6,7 @@ use super::bounds::Bounds;
 use super::fields::{LINGER, MAX_HOLD, TIMEOUT, TTL};
 use crate::error::Invalid;
 
-/// Checks what a request sets for itself.
+/// Checks the settings of a request.
 #[inline]
 pub(crate) fn check_overrides(
     ttl: Option<Duration>,
@@ -20,7 +20,7 @@ pub(crate) fn check_overrides(
     if let Some(linger) = linger {
         LINGER.check(&linger).map_err(|problem| problem.of("linger"))?;
     }
-    // Most requests change nothing.
+    // Most requests override nothing.
     if timeout.is_some() {
         TIMEOUT.check(&timeout).map_err(|problem| problem.of("timeout"))?;
     }

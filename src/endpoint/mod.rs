@@ -1,4 +1,4 @@
-//! What a shard is and where: its URL, parsed once and never shown with its password.
+//! The URL of a shard: its kind and address, parsed once and never shown with its password.
 
 mod redact;
 mod servers;
@@ -13,13 +13,13 @@ pub(crate) use servers::Access;
 pub use servers::ServerUrl;
 use servers::{Parts, Rules};
 
-/// The longest URL, in bytes.
+/// The maximum length of a URL, in bytes.
 const URL_BYTES_MAX: usize = 2048;
 
-/// The longest name of a store in memory, in bytes.
+/// The maximum length of the name of an in-memory store, in bytes.
 const MEMORY_NAME_BYTES_MAX: usize = 64;
 
-/// The longest name of a primary that sentinels watch, in bytes.
+/// The maximum length of the name of a primary that sentinels watch, in bytes.
 const PRIMARY_NAME_BYTES_MAX: usize = 64;
 
 const SUPPORTED: &str = "supported: redis://, redis+unix://, redis+sentinel://, redis+cluster://, redlock://, etcd://, memory://; rediss://, \
@@ -27,42 +27,51 @@ const SUPPORTED: &str = "supported: redis://, redis+unix://, redis+sentinel://, 
 
 /// The parsed URL of a shard.
 ///
-/// | URL | store |
-/// |---|---|
-/// | `redis://[[user]:password@]host[:port][/database]` | a Redis (or Valkey) primary; port 6379 and database 0 unless named |
-/// | `redis+unix:///path[?db=number&user=name&pass=password]` | the same through a Unix socket; `unix://` is another name |
-/// | `redis+sentinel://[[user]:password@]host[:port],.../name[/database]` | the primary that Sentinel knows by that name; the hosts are sentinels, port 26379 unless named |
-/// | `redis+cluster://[[user]:password@]host[:port],...` | a Redis Cluster; the hosts are some of its nodes |
-/// | `redlock://[[user]:password@]host[:port],...[/database]` | a quorum of 3 to 15 independent primaries |
-/// | `etcd://[user:password@]host[:port],...` | etcd, port 2379 unless named; with the feature `etcd` |
-/// | `memory://[name]` | a store inside this process: all managers that name it share it, and without a name each has its own |
+/// - `redis://[[user]:password@]host[:port][/database]`: a Redis or Valkey primary; port 6379 and
+///   database 0 by default
+/// - `redis+unix:///path[?db=number&user=name&pass=password]`: the same through a Unix socket;
+///   `unix://` is an alias
+/// - `redis+sentinel://[[user]:password@]host[:port],.../name[/database]`: the primary that
+///   Sentinel knows by that name; the hosts are sentinels, port 26379 by default
+/// - `redis+cluster://[[user]:password@]host[:port],...`: a Redis Cluster; the hosts are some of
+///   its nodes
+/// - `redlock://[[user]:password@]host[:port],...[/database]`: a quorum of 3 to 15 independent
+///   primaries
+/// - `etcd://[user:password@]host[:port],...`: etcd, port 2379 by default; requires the feature
+///   `etcd`
+/// - `memory://[name]`: a store inside this process; managers with the same name share it, and
+///   without a name each manager has its own
 ///
-/// `valkey` may stand in place of `redis` in each of them; `Display` and [`scheme`](Self::scheme) have `redis`.
+/// `valkey` can be used in place of `redis` in each of them; `Display` and [`scheme`](Self::scheme)
+/// return `redis`.
 ///
-/// `rediss://`, `rediss+sentinel://`, `rediss+cluster://`, `redlocks://` and `etcds://` are the same through TLS, with the feature `tls`. The
-/// user and the password are those of the Redis servers, or of etcd; sentinels are asked without unless `?sentinel_password=` (and
-/// `?sentinel_user=`) says otherwise.
+/// `rediss://`, `rediss+sentinel://`, `rediss+cluster://`, `redlocks://` and `etcds://` are the
+/// same over TLS and require the feature `tls`. The user and the password are those of the Redis
+/// servers, or of etcd. Sentinels are contacted without a login, unless `?sentinel_password=` (and
+/// `?sentinel_user=`) is given.
 ///
-/// Etcd keeps a lease for whole seconds and for no less than its minimum, about one and a half of its election timeouts: the key of a process that
-/// died is free a moment later than its TTL says. Its user needs `readwrite` on all keys that begin with the namespace.
+/// Etcd keeps a lease for whole seconds and at least for its minimum, about one and a half times
+/// its election timeout. The key of a process that died is therefore freed somewhat later than its
+/// TTL. The etcd user needs `readwrite` permission for all keys that begin with the namespace.
 ///
-/// A character of the user or the password that means something in a URL (`@`, `:`, `/`, `?`, `#`, `%`) is written
-/// percent-encoded, `%40` for `@`. Neither `Display` nor `Debug` nor an error ever shows the password.
+/// Characters of the user or the password that are special in a URL (`@`, `:`, `/`, `?`, `#`, `%`)
+/// must be percent-encoded, such as `%40` for `@`. Neither `Display` nor `Debug` nor any error
+/// shows the password.
 #[derive(Clone, PartialEq, Eq)]
 pub struct Endpoint {
     kind: EndpointKind,
-    /// What `Display` shows: the URL in full, with `***` for the password.
+    /// The text for `Display`: the URL in full, with `***` for the password.
     shown: String,
 }
 
-// No `Debug`: the URLs hold the password.
+// No `Debug`: the URLs contain the password.
 #[derive(Clone, PartialEq, Eq)]
 pub(crate) enum EndpointKind {
     Redis(ServerUrl),
     Sentinel {
         sentinels: Vec<ServerUrl>,
         primary: String,
-        /// How to talk to the server that the sentinels name.
+        /// How to connect to the server that the sentinels name.
         access: Access,
     },
     Cluster {
@@ -87,8 +96,8 @@ impl Endpoint {
     ///
     /// # Errors
     ///
-    /// [`Invalid`], with the password left out, if the URL is malformed, is of a kind that this version or this build does not
-    /// support, or has a port, database or host that cannot be.
+    /// [`Invalid`], without the password, if the URL is malformed, is of a kind that this version
+    /// or this build does not support, or has an invalid port, database or host.
     pub fn parse(text: &str) -> Result<Self, Invalid> {
         let invalid = |bound: &str| Invalid::new("url", redact(text), bound);
         if text.is_empty() {
@@ -98,7 +107,7 @@ impl Endpoint {
             let value = format!("{} bytes long", text.len());
             return Err(Invalid::new("url", value, format!("1 to {URL_BYTES_MAX} bytes long")));
         }
-        // The URL parser drops tabs and line ends without a word, which would change a password.
+        // The URL parser drops tabs and line ends silently, which would change a password.
         if text.chars().any(|char| char.is_whitespace() || char.is_control()) {
             return Err(invalid(
                 "a URL without spaces and control characters; write them percent-encoded",
@@ -115,7 +124,7 @@ impl Endpoint {
         let built = |feature: &str, is_built: bool| match is_built {
             true => Ok(()),
             false => Err(invalid(&format!(
-                "of another kind: {scheme}:// needs the feature `{feature}`, without which this was built"
+                "of another kind: {scheme}:// needs the feature `{feature}`, which this build lacks"
             ))),
         };
         if tls {
@@ -126,7 +135,7 @@ impl Endpoint {
             "memory" => Self::parse_memory(text, rest),
             "redis" | "rediss" => Ok(parts(&Rules::REDIS)?.into_single()),
             "redis+unix" => socket::parse(rest).map_err(|bound| invalid(&bound)),
-            "rediss+unix" => Err(invalid("redis+unix://: a socket of this machine has no TLS")),
+            "rediss+unix" => Err(invalid("redis+unix://: a Unix socket has no TLS")),
             "redis+sentinel" | "rediss+sentinel" => parts(&Rules::SENTINEL)?
                 .into_sentinel(PRIMARY_NAME_BYTES_MAX)
                 .map_err(|bound| invalid(&bound)),
@@ -155,14 +164,15 @@ impl Endpoint {
         Ok(Self { kind, shown })
     }
 
-    /// The kind of the shard: what stands before `://`, in lower case.
+    /// Returns the kind of the shard: the part before `://`, in lower case.
     #[must_use]
     pub fn scheme(&self) -> &str {
         self.shown.split_once("://").map_or("", |(scheme, _)| scheme)
     }
 
-    /// The servers that the URL names, in its order: those of Redis, sentinels, nodes of a cluster or of a quorum, or members of etcd. None for
-    /// `memory://`. For tools that talk to the servers themselves.
+    /// Returns the servers in the URL, in its order: Redis servers, sentinels, nodes of a cluster
+    /// or of a quorum, or members of etcd. Empty for `memory://`. For tools that talk to the
+    /// servers themselves.
     #[must_use]
     pub fn servers(&self) -> Vec<ServerUrl> {
         match &self.kind {
@@ -178,8 +188,8 @@ impl Endpoint {
         }
     }
 
-    /// How to talk to a server of the shard that the URL need not name, at `host:port`: one that sentinels or nodes of a cluster tell of.
-    /// `None` for `memory://`.
+    /// Returns the URL of a server at `host:port` that belongs to the shard but need not be in its
+    /// URL, such as one reported by sentinels or by nodes of a cluster. `None` for `memory://`.
     #[must_use]
     pub fn server_at(&self, place: &str) -> Option<ServerUrl> {
         match &self.kind {
@@ -188,7 +198,7 @@ impl Endpoint {
         }
     }
 
-    /// The name by which the sentinels of a `redis+sentinel://` shard know its primary.
+    /// Returns the name by which the sentinels of a `redis+sentinel://` shard know its primary.
     #[must_use]
     pub fn primary_name(&self) -> Option<&str> {
         match &self.kind {
@@ -230,12 +240,12 @@ impl fmt::Debug for Endpoint {
     }
 }
 
-/// Whether names of shards and of stores in memory may have this byte.
+/// Whether this byte is allowed in names of shards and of in-memory stores.
 pub(crate) fn is_name_byte(byte: u8) -> bool {
     byte.is_ascii_alphanumeric() || matches!(byte, b'.' | b'_' | b'-')
 }
 
-/// In lower case, with the name that the rest of the program knows.
+/// Converts to lower case and replaces aliases.
 fn canonical(scheme: &str) -> String {
     let scheme = scheme.to_ascii_lowercase();
     if scheme == "unix" {
@@ -348,10 +358,10 @@ mod tests {
         for (text, bound) in [
             ("redis+sentinel://a,b", "the name of a primary"),
             ("redis+sentinel://a/m/x", "a database from 0"),
-            ("redis+sentinel://a/m?sentinel_user=x", "sentinel_password beside"),
+            ("redis+sentinel://a/m?sentinel_user=x", "sentinel_password if"),
             ("redis+sentinel://a/m?other=s3cret", "nothing but sentinel_user and"),
             ("redis+cluster://a,,b", "a host that is not empty"),
-            ("redis+cluster://a,a:6379", "a:6379 stands there twice"),
+            ("redis+cluster://a,a:6379", "a:6379 is listed twice"),
             ("redlock://a,b", "with 3 to 15 hosts, not 2"),
             ("redis+cluster://a,b/1", "without a database: a cluster has only 0"),
             ("redis+cluster://a/0/x", "without a database: a cluster has only 0"),
@@ -449,14 +459,14 @@ mod tests {
         assert_eq!(info.redis_settings().username(), Some("u"));
         assert_eq!(info.redis_settings().password(), Some("s3&cret"));
         assert_eq!(info.redis_settings().db(), 2);
-        // As in a URL with an address, a plus is none of the characters that are written otherwise.
+        // As in a URL with an address, a plus is not a special character.
         let plus = parsed("unix:///s?user=a%2Fb&pass=a+b@").servers().remove(0);
         for server in [&plus, &plus.at("10.0.0.1:7")] {
             let info = server.as_str().into_connection_info().unwrap();
             assert_eq!(info.redis_settings().username(), Some("a/b"));
             assert_eq!(info.redis_settings().password(), Some("a+b@"));
         }
-        // A server with an address of the same shard.
+        // A server of the same shard with an address.
         assert_eq!(server.at("10.0.0.1:7").as_str(), "redis://u:s3%26cret@10.0.0.1:7/2");
         for (text, bound) in [
             ("unix://run/redis.sock", "three slashes"),
@@ -466,7 +476,7 @@ mod tests {
             ("unix:///run/", "the path of a socket"),
             ("unix:///run/s:", "does not end like a drive"),
             ("unix:///s?db=x", "a database from 0"),
-            ("unix:///s?user=u", "pass beside user"),
+            ("unix:///s?user=u", "pass if user is given"),
             ("unix:///s?password=s3cret", "nothing but db, user and pass"),
             ("unix:///s?pass=s3cret&pass=s3cret", "nothing but db, user and pass"),
             ("unix:///s#s3cret", "nothing but db, user and pass"),

@@ -1,18 +1,19 @@
-//! Hiding passwords.
+//! Hides passwords in URLs.
 
 use super::split_scheme;
 
-/// What may be shown of a URL, well-formed or not: no password, nor what could be one.
+/// Returns the URL, well-formed or not, without its password and anything that could be one.
 ///
-/// A malformed URL is the very case in which a parser takes the password for a port or a path, so this looks at the text
-/// only, and hides too much rather than too little.
+/// In a malformed URL a parser may take the password for a port or a path. This function therefore
+/// looks only at the text, and rather hides too much than too little.
 pub(crate) fn redact(text: &str) -> String {
     let (scheme, rest) = match split_scheme(text) {
         Some((scheme, rest)) => (format!("{scheme}://"), rest),
         None => (String::new(), text),
     };
     let (login, place) = match rest.rsplit_once('@') {
-        // The last @ may belong to a path or query, or a / to the password: there's no telling what is secret.
+        // The last @ may belong to a path or query, or a / to the password; what is secret can't be
+        // known.
         Some((login, _)) if login.contains(['/', '?', '#']) => return format!("{scheme}***"),
         Some((login, place)) => match login.split_once(':') {
             Some((user, password)) if !password.is_empty() => (format!("{user}:***@"), place),
@@ -25,8 +26,8 @@ pub(crate) fn redact(text: &str) -> String {
         .to_string()
 }
 
-/// The same for what follows the `@`: `host:port/database`. What stands where a port should may be a password whose `@`
-/// was forgotten, unless it is a number after a host.
+/// Does the same for the part after the `@`: `host:port/database`. Text in place of the port is
+/// hidden, since it may be a password whose `@` was forgotten, unless it is a number after a host.
 fn redact_place(place: &str) -> String {
     let (place, hidden) = match place.find(['?', '#']) {
         Some(at) => (&place[..at], format!("{}***", &place[at..=at])),

@@ -1,4 +1,4 @@
-//! URLs of one or more servers: who, where, and what comes after.
+//! URLs of one or more servers: the login, the hosts, and the path.
 
 use std::fmt;
 use std::time::Duration;
@@ -8,62 +8,65 @@ use url::Url;
 
 use super::{Endpoint, EndpointKind, is_name_byte};
 
-/// The port of Redis where a URL names none.
+/// The default port of Redis.
 const REDIS_PORT: u16 = 6379;
 const SENTINEL_PORT: u16 = 26379;
 const ETCD_PORT: u16 = 2379;
 
-/// The largest number that the server's `databases` setting allows for.
+/// The largest number that the `databases` setting of a server allows.
 pub(super) const DATABASE_MAX: u32 = i32::MAX as u32;
 
-/// How the URL of a socket begins.
+/// The start of the URL of a socket.
 pub(super) const SOCKET: &str = "redis+unix://";
 
-/// The most hosts of one URL.
+/// The maximum number of hosts in a URL.
 const HOSTS_MAX: usize = 32;
-/// Fewer than three nodes survive nothing; more than fifteen only cost.
+/// Fewer than three nodes tolerate no failure; more than fifteen only add cost.
 const REDLOCK_NODES: (usize, usize) = (3, 15);
 
-/// One server of a shard: its URL as client libraries take it. `Debug` hides the password, and there is no `Display`.
+/// One server of a shard, as a URL for client libraries. `Debug` hides the password, and there is
+/// no `Display`.
 #[derive(Clone, PartialEq, Eq)]
 pub struct ServerUrl {
     url: String,
-    /// The same as `host:port`, or the path of a socket, which may be shown.
+    /// The address as `host:port`, or the path of a socket; safe to show.
     place: String,
 }
 
 impl ServerUrl {
-    /// The URL *with the password*, for whoever connects. What is shown to people is [`place`](Self::place).
+    /// Returns the URL *with the password*, for connecting. Show [`place`](Self::place) to people
+    /// instead.
     #[must_use]
     pub fn as_str(&self) -> &str {
         &self.url
     }
 
-    /// `host:port`, or the path of a Unix socket.
+    /// Returns the address as `host:port`, or the path of a Unix socket.
     #[must_use]
     pub fn place(&self) -> &str {
         &self.place
     }
 
-    /// Whether connections to it are encrypted.
+    /// Returns whether connections to the server are encrypted.
     #[must_use]
     pub fn is_encrypted(&self) -> bool {
         self.url.starts_with("rediss://") || self.url.starts_with("etcds://")
     }
 
-    /// Why a connection to it ended in its first steps with that error; asks the server where the error says too little. For the tool.
+    /// Explains why a connection to the server failed during setup with this error. Asks the server
+    /// if the error has too little detail. For the tool.
     #[doc(hidden)]
     pub async fn why_not_connected(&self, error: &RedisError, timeout: Duration) -> String {
         crate::store::redis::why_not_connected(self, error, timeout).await
     }
 
-    /// Whether it is a Unix socket of this machine.
+    /// Returns whether the server is reached through a Unix socket of this machine.
     #[must_use]
     pub fn is_socket(&self) -> bool {
         self.url.starts_with(SOCKET)
     }
 
-    /// Whether there is a password in the URL.
+    /// Returns whether the URL contains a password.
     #[must_use]
     pub fn has_login(&self) -> bool {
         match self.url.strip_prefix(SOCKET) {
@@ -84,7 +87,7 @@ impl ServerUrl {
         }
     }
 
-    /// The URL of a member of etcd.
+    /// The URL of an etcd member.
     pub(super) fn of_etcd(place: &str, login: Option<&(String, String)>, tls: bool) -> Self {
         let encode = |text| percent_encoding::utf8_percent_encode(text, percent_encoding::NON_ALPHANUMERIC);
         let login = login.map_or_else(String::new, |(user, password)| {
@@ -97,7 +100,7 @@ impl ServerUrl {
         }
     }
 
-    /// The same with another place.
+    /// The same URL with another address.
     pub(crate) fn at(&self, place: &str) -> Self {
         if let Some(rest) = self.url.strip_prefix(SOCKET) {
             let value = |name: &str| {
@@ -115,7 +118,8 @@ impl ServerUrl {
                 place: place.to_owned(),
             };
         }
-        // The login is percent-encoded, so the last slash is the one before the database; without it, the place comes last.
+        // The login is percent-encoded, so the last slash is the one before the database. If there
+        // is none, the address comes last.
         let end = match self.url.rfind('/') {
             Some(slash) if !self.url[..slash].ends_with('/') => slash,
             _ => self.url.len(),
@@ -134,17 +138,17 @@ impl fmt::Debug for ServerUrl {
     }
 }
 
-/// How to talk to servers, wherever they are.
+/// How to connect to servers, independent of their addresses.
 #[derive(Clone, PartialEq, Eq)]
 pub(crate) struct Access {
     tls: bool,
-    /// `user:password@` as it stood in the URL, or nothing.
+    /// `user:password@` as in the URL, or empty.
     login: String,
     database: u32,
 }
 
 impl Access {
-    /// The URL of the server at that place, which is `host:port`.
+    /// The URL of the server at `host:port`.
     pub(crate) fn url(&self, place: &str) -> ServerUrl {
         let scheme = if self.tls { "rediss" } else { "redis" };
         ServerUrl {
@@ -154,25 +158,25 @@ impl Access {
     }
 }
 
-/// What the path of a URL may be.
+/// The path that a URL may have.
 #[derive(Clone, Copy, PartialEq, Eq)]
 enum PathRule {
     Database,
-    /// A cluster has no other database than 0, which may be named.
+    /// A cluster has only database 0, which may be given.
     DatabaseZero,
-    /// The name of a primary comes first; whoever reads that checks it.
+    /// The name of a primary comes first; the caller checks it.
     Name,
     Nothing,
 }
 
-/// What a kind of URL looks like.
+/// The form of a kind of URL.
 pub(super) struct Rules {
     /// For errors.
     form: &'static str,
     port: u16,
     hosts: (usize, usize),
     path: PathRule,
-    /// What may stand in the query.
+    /// The names allowed in the query.
     query: &'static [&'static str],
 }
 
@@ -217,7 +221,7 @@ impl Rules {
 /// The parts of a URL.
 pub(super) struct Parts {
     scheme: String,
-    /// `user:password@`, percent-encoded, or nothing.
+    /// `user:password@`, percent-encoded, or empty.
     login: String,
     /// As `host:port`.
     places: Vec<String>,
@@ -231,7 +235,7 @@ pub(super) struct Parts {
 impl Parts {
     /// # Errors
     ///
-    /// What the URL must be.
+    /// The form that the URL must have.
     pub(super) fn parse(text: &str, scheme: &str, rest: &str, tls: bool, rules: &Rules) -> Result<Self, String> {
         let form = rules.form;
         let after_login = rest.rsplit_once('@');
@@ -243,11 +247,12 @@ impl Parts {
         let (login, rest) = after_login.unwrap_or(("", rest));
         let (user, password) = login.split_once(':').unwrap_or((login, ""));
         if after_login.is_some() && user.is_empty() && password.is_empty() {
-            // A password that was forgotten, or a variable that was not set.
+            // The password was forgotten, or a variable was not set.
             return Err(format!("{form} with a password before the @, or without an @"));
         }
         if password.is_empty() && !user.is_empty() {
-            // The server would never be told the user, and what stands there is often meant as the password.
+            // The user alone would never be sent to the server, and it is often meant as the
+            // password.
             return Err(format!(
                 "with a password after the user: {scheme}://user:password@host, or {scheme}://:password@host"
             ));
@@ -269,7 +274,7 @@ impl Parts {
         for host in hosts.split(',') {
             let place = parse_place(host, login, rules)?;
             if places.contains(&place) {
-                return Err(format!("{form} with each host once; {place} stands there twice"));
+                return Err(format!("{form} with each host once; {place} is listed twice"));
             }
             places.push(place);
         }
@@ -321,7 +326,7 @@ impl Parts {
 
     pub(super) fn into_single(self) -> Endpoint {
         let shown = self.shown(&format!("/{}", self.database));
-        // There is exactly one, by the rules.
+        // The rules allow exactly one.
         let url = self.access(self.database).url(&self.places[0]);
         Endpoint::new(EndpointKind::Redis(url), shown)
     }
@@ -355,7 +360,7 @@ impl Parts {
                 (user, Some(password)) => {
                     format!("{}:{}@", encoded(user.unwrap_or_default())?, encoded(password)?)
                 }
-                (Some(_), None) => return Err(format!("{form} with sentinel_password beside sentinel_user")),
+                (Some(_), None) => return Err(format!("{form} with sentinel_password if sentinel_user is given")),
                 (None, None) => String::new(),
             },
             database: 0,
@@ -404,7 +409,7 @@ impl Parts {
     }
 }
 
-/// Checks `host[:port]` and names the port.
+/// Checks `host[:port]` and adds the default port.
 fn parse_place(host: &str, login: &str, rules: &Rules) -> Result<String, String> {
     let login = if login.is_empty() {
         String::new()
@@ -421,10 +426,11 @@ fn parse_place(host: &str, login: &str, rules: &Rules) -> Result<String, String>
     if port == 0 {
         return Err(bound_of(url::ParseError::InvalidPort, rules.form));
     }
-    // The client has rules of its own, such as no wildcard address. Its words may quote the URL, so they stay out.
+    // The client has rules of its own, such as no wildcard address. Its message may quote the URL,
+    // so it is not included.
     if url.clone().into_connection_info().is_err() {
         return Err(
-            "a URL that the Redis client takes: no wildcard address such as 0.0.0.0 as the host, and UTF-8 in the user and \
+            "a URL that the Redis client accepts: no wildcard address such as 0.0.0.0 as the host, and UTF-8 in the user and \
              password"
                 .to_owned(),
         );
@@ -471,7 +477,7 @@ pub(super) fn parse_database(path: &str) -> Option<u32> {
     if path.is_empty() {
         return Some(0);
     }
-    // A plain parse would let "+1" pass.
+    // Parsing alone would accept "+1".
     let digits = path.bytes().all(|byte| byte.is_ascii_digit());
     let database = path.parse().ok().filter(|_| digits)?;
     (database <= DATABASE_MAX).then_some(database)

@@ -1,18 +1,19 @@
-//! URLs of Unix sockets: `redis+unix:///path?db=number&user=name&pass=password`, as redis-rs has them.
+//! URLs of Unix sockets, in the form of redis-rs:
+//! `redis+unix:///path?db=number&user=name&pass=password`.
 
 use super::servers::{DATABASE_MAX, SOCKET, ServerUrl, parse_database};
 use super::{Endpoint, EndpointKind};
 
 const FORM: &str = "redis+unix:///path[?db=number&user=name&pass=password]";
 
-/// What systems have room for.
+/// The longest path that fits into a socket address.
 const PATH_BYTES_MAX: usize = 107;
 
-/// Parses what comes after the `://`.
+/// Parses the part after the `://`.
 ///
 /// # Errors
 ///
-/// What the URL must be.
+/// The form that the URL must have.
 pub(super) fn parse(rest: &str) -> Result<Endpoint, String> {
     if !rest.starts_with('/') {
         return Err(format!("{FORM} with three slashes, and the login after the ?"));
@@ -42,10 +43,11 @@ pub(super) fn parse(rest: &str) -> Result<Endpoint, String> {
         .ok_or_else(|| format!("{FORM} with a database from 0 to {DATABASE_MAX}"))?;
     let login = match (user, password) {
         (user, Some(password)) => Some((user.unwrap_or_default(), password)),
-        (Some(_), None) => return Err(format!("{FORM} with pass beside user")),
+        (Some(_), None) => return Err(format!("{FORM} with pass if user is given")),
         (None, None) => None,
     };
-    // The client library would take a plus for a space and replace what is not UTF-8; and a URL with an address takes fewer characters as they are.
+    // The client library would decode a plus as a space and replace invalid UTF-8. In addition, a
+    // URL with an address allows fewer unescaped characters.
     let encoded = |text: &str| {
         let decoded = percent_encoding::percent_decode_str(text).decode_utf8().ok()?;
         Some(percent_encoding::utf8_percent_encode(&decoded, percent_encoding::NON_ALPHANUMERIC).to_string())
@@ -67,7 +69,7 @@ pub(super) fn parse(rest: &str) -> Result<Endpoint, String> {
     if let [.., letter, b':' | b'|'] = path.as_bytes()
         && letter.is_ascii_alphabetic()
     {
-        // The client library takes that for a drive and connects to the path with a slash at its end.
+        // The client library takes that for a drive and connects to the path with a trailing slash.
         return Err(format!(
             "{FORM} with a path that does not end like a drive (a letter and a colon)"
         ));

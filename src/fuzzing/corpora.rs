@@ -1,10 +1,10 @@
-//! The corpora of the fuzz targets, run through the same functions.
+//! Runs the corpora of the fuzz targets through the same functions.
 
 use std::fs;
 
 use super::corpus::{fuzz, names_in, run};
 
-/// Makes a test of each target, and a list of them all.
+/// Defines a test for each target, and the list of all targets.
 macro_rules! targets {
     ($($(#[$cfg:meta])? $target:ident => $test:ident,)*) => {
         $(
@@ -36,10 +36,10 @@ targets! {
     urls => corpus_of_urls_holds,
 }
 
-/// Targets with statements about the tool, which has a test of its own.
+/// Targets whose properties are about the tool, which has a test of its own.
 const OF_THE_TOOL: [&str; 1] = ["metrics_page"];
 
-/// A target that is left out of one place would be fuzzed and not tested, or neither.
+/// A target missing from one of these places would be fuzzed but not tested, or neither.
 #[test]
 fn each_fuzz_target_has_a_program_a_corpus_and_a_test() {
     let Some(fuzz) = fuzz() else { return };

@@ -1,16 +1,16 @@
-//! Running the corpus of one target of `fuzz/`, for the tests of the library and of the tool.
+//! Runs the corpus of a target in `fuzz/`, for the tests of the library and of the tool.
 
 use std::fs;
 use std::panic::catch_unwind;
 use std::path::{Path, PathBuf};
 
-/// The folder of the targets; nothing in a package, which leaves it out.
+/// The folder of the fuzz targets, or `None` in a published package, which does not contain it.
 pub(crate) fn fuzz() -> Option<PathBuf> {
     let root = Path::new(env!("CARGO_MANIFEST_DIR"));
     (!root.join(".cargo_vcs_info.json").exists()).then(|| root.join("fuzz"))
 }
 
-/// Runs a target's corpus.
+/// Runs the corpus of a target.
 pub(crate) fn run(target: &str, check: fn(&[u8])) {
     let Some(fuzz) = fuzz() else { return };
     let corpus = fuzz.join("corpus").join(target);
@@ -27,7 +27,7 @@ pub(crate) fn run(target: &str, check: fn(&[u8])) {
     }
 }
 
-/// What is in a folder, in order.
+/// The names of all files in a folder, sorted.
 pub(crate) fn names_in(folder: &Path) -> Vec<String> {
     let entries = fs::read_dir(folder).unwrap_or_else(|error| panic!("{}: {error}", folder.display()));
     let mut names: Vec<String> = entries

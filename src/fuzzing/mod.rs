@@ -1,12 +1,14 @@
-//! What must hold for every input of each parser: run on arbitrary bytes by the targets in `fuzz/`, and on their corpora by a test
-//! of this crate.
+//! The properties that each parser must have for every input. The targets in `fuzz/` check them on
+//! arbitrary bytes, and a test of this crate checks them on the corpora.
 //!
-//! No part of the library: it exists in tests and under `cfg(fuzzing)`, which cargo-fuzz sets. Each function takes any bytes and
-//! panics if a statement about them is false. `fuzz/README.md` lists which input each covers.
+//! This is not part of the library: it exists only in tests and under `cfg(fuzzing)`, which
+//! cargo-fuzz sets. Each function accepts any bytes and panics if a property is violated.
+//! `fuzz/README.md` lists the input that each function covers.
 //!
-//! The statements about parsers that are private to a store are beside them, in `store/redis/fuzzing.rs` and its like.
+//! Properties of parsers that are private to a store are defined next to them, such as in
+//! `store/redis/fuzzing.rs`.
 
-// A statement that is false ends the program.
+// A violated property panics.
 #![allow(clippy::expect_used, clippy::panic, clippy::unwrap_used)]
 
 use std::borrow::Cow;
@@ -34,10 +36,10 @@ pub use signatures::signatures;
 pub use toml::toml;
 pub use urls::urls;
 
-/// What stands for a password.
+/// A placeholder for a password.
 pub(crate) const SECRET: &str = "S3CRET";
 
-/// The first `N` bytes, for numbers, with zeros where there are fewer; and the rest.
+/// The first `N` bytes, for numbers, padded with zeros, and the rest.
 pub(crate) fn head<const N: usize>(data: &[u8]) -> ([u8; N], &[u8]) {
     let (first, rest) = data.split_at(data.len().min(N));
     let mut head = [0; N];
@@ -45,12 +47,12 @@ pub(crate) fn head<const N: usize>(data: &[u8]) -> ([u8; N], &[u8]) {
     (head, rest)
 }
 
-/// The text of an input. What is not UTF-8 is replaced, as it is in most of what servers say.
+/// The text of an input. Invalid UTF-8 is replaced, as in most text from servers.
 pub(crate) fn text(data: &[u8]) -> Cow<'_, str> {
     String::from_utf8_lossy(data)
 }
 
-/// The lines of an input, for inputs of several parts; empty ones where there are fewer. The last has what is left.
+/// Splits an input into `N` lines. Missing lines are empty, and the last one contains the rest.
 pub(crate) fn lines<const N: usize>(text: &str) -> [&str; N] {
     let mut parts = text.splitn(N, '\n');
     [(); N].map(|()| parts.next().unwrap_or_default())

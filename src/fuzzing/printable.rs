@@ -1,7 +1,7 @@
 use super::text;
 use crate::text::{must_be_escaped, printable as escape};
 
-/// Text from elsewhere that is shown to people: `printable`.
+/// Untrusted text that is shown to people: `printable`.
 pub fn printable(data: &[u8]) {
     let text = text(data);
     let shown = escape(&text);
@@ -11,20 +11,20 @@ pub fn printable(data: &[u8]) {
         usize::from(!shown.is_empty()),
         "{shown:?} is one line"
     );
-    // A character of one byte becomes `\u{7f}` at most, a longer one `\u{2028}`.
+    // A character of one byte becomes at most `\u{7f}`, a longer one at most `\u{2028}`.
     assert!(shown.len() <= text.len() * 6, "{} bytes of {}", shown.len(), text.len());
     assert_eq!(escape(&shown), shown, "nothing is escaped twice");
     assert_eq!(
         *shown == *text,
         !text.contains(must_be_escaped),
-        "plain text stays as it is"
+        "plain text is not changed"
     );
     if !text.contains('\\') {
-        assert_eq!(unescaped(&shown), text, "no two texts are shown alike");
+        assert_eq!(unescaped(&shown), text, "different texts are shown differently");
     }
 }
 
-/// What was escaped, of a text that had no backslash.
+/// Reverses the escapes in a text that had no backslash.
 fn unescaped(shown: &str) -> String {
     let mut parts = shown.split('\\');
     let mut text = parts.next().unwrap_or_default().to_owned();
@@ -39,7 +39,7 @@ fn unescaped(shown: &str) -> String {
                     b'n' => '\n',
                     b'r' => '\r',
                     b't' => '\t',
-                    _ => panic!("an escape of another kind in {shown:?}"),
+                    _ => panic!("unknown escape in {shown:?}"),
                 };
                 (char, &part[1..])
             }

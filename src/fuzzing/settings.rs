@@ -3,8 +3,8 @@ use crate::config::Config;
 use crate::error::Invalid;
 use crate::text::must_be_escaped;
 
-/// Settings by their names, as code, a command line or the environment gives them. The first two lines are a name and a value, the
-/// others variables of an environment.
+/// Settings by name, as set by code, a command line or the environment. The first two lines are a
+/// name and a value; the rest are environment variables.
 pub fn settings(data: &[u8]) {
     let text = text(data);
     let hides = !text.replace(&format!("redis://:{SECRET}@"), "").contains(SECRET);
@@ -49,10 +49,10 @@ pub fn settings(data: &[u8]) {
     }
 }
 
-/// What one source takes every other takes, and refuses for the same reason.
+/// Checks that another source accepts the same values, and refuses a value for the same reason.
 fn same(set: &Result<(), Invalid>, config: &Config, other: Result<Config, Invalid>, source: &str) {
     match (set, other) {
-        (Ok(()), Ok(other)) => assert_eq!(*config, other, "{source} is read in another way"),
+        (Ok(()), Ok(other)) => assert_eq!(*config, other, "{source} is parsed differently"),
         (Err(one), Err(other)) => {
             assert_eq!(
                 (&one.value, &one.bound),
@@ -70,7 +70,7 @@ fn shown(error: &Invalid, hides: bool) {
     assert!(!(hides && error.contains(SECRET)), "{error}");
 }
 
-/// A text as a string of TOML.
+/// Quotes a text as a TOML string.
 #[cfg(feature = "file")]
 fn quoted(text: &str) -> String {
     let mut quoted = "\"".to_owned();

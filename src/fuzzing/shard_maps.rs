@@ -5,8 +5,8 @@ use crate::endpoint::is_name_byte;
 use crate::router::{NAME_BYTES_MAX, ShardMap};
 use crate::store::map::{MapState, StoredMap};
 
-/// The shard map as a server has it, which decides whether managers lock the same keys in the same places. The lines: two texts that
-/// servers may have, and the names of a manager's shards.
+/// The shard map stored on a server, which decides whether managers agree on the shard of each key.
+/// The lines are two stored texts and the names of a manager's shards.
 pub fn shard_maps(data: &[u8]) {
     let text = text(data);
     let [one, other, names] = lines(&text);
@@ -68,7 +68,7 @@ fn checked(ours: &str, theirs: &str) {
     }
 }
 
-/// Another map with the names of ours in place of its own, if those can be names.
+/// The other map with its names replaced by ours; its names must be valid.
 fn with_our_names(theirs: &str, ours: &str) -> String {
     let parts = |text: &str| {
         let (map, rest) = text.split_once(" here=").unwrap();

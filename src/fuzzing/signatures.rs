@@ -4,7 +4,8 @@ use super::{head, text};
 use crate::cycle::{Cycle, Cycles};
 use crate::identity::{ManagerId, manager_of, parse_signature};
 
-/// Values of leases and members of queues: the signature `<manager>:<cycle>`, which anybody who can write to a store may have made.
+/// Lease values and queue members: the owner tag `<manager>:<cycle>`, which any client with write
+/// access to the store may have written.
 pub fn signatures(data: &[u8]) {
     read(&text(data));
     written(data);
@@ -12,9 +13,9 @@ pub fn signatures(data: &[u8]) {
 
 fn read(text: &str) {
     let parsed = parse_signature(text);
-    // The pattern takes quadratic time.
+    // Matching the pattern takes quadratic time.
     if text.len() <= 600 {
-        // The script does not know how many bits we have for its numbers.
+        // The script does not check how many bits its numbers need.
         let fits = |cycle: &str| {
             let mut parts = cycle.split('-');
             let number = parts.next().is_some_and(|number| number.parse::<u64>().is_ok());
@@ -26,7 +27,7 @@ fn read(text: &str) {
         assert_eq!(
             parsed.map(|(manager, _)| manager),
             in_script.map(|(manager, _)| manager),
-            "the scripts and the manager have one rule"
+            "the scripts and the manager follow the same rule"
         );
     }
     match parsed {
@@ -34,7 +35,8 @@ fn read(text: &str) {
             assert_eq!(manager_of(text), Some(manager));
             let written = format!("{manager}:{cycle}");
             assert_eq!(parse_signature(&written), Some((manager, cycle)));
-            // What nobody writes, but is understood, has zeros or capital letters more.
+            // Text that is accepted but never written differs only by extra zeros or capital
+            // letters.
             let bare = |text: &str| text.to_ascii_lowercase().replace('0', "");
             assert_eq!(bare(text), bare(&written));
             let mut bytes = Vec::new();
@@ -68,24 +70,25 @@ fn written(data: &[u8]) {
     assert!(own.ttl() >= Duration::from_millis(1));
 }
 
-/// The script's rule for signatures, read from the script, and as much of Lua as it needs.
+/// The pattern of the script for owner tags, read from the script, and the part of Lua's pattern
+/// matching that it needs.
 mod lua {
     use std::sync::OnceLock;
 
-    /// One character of a class, or at least one.
+    /// One character of a class, or one or more.
     struct Item {
         class: Vec<u8>,
         many: bool,
     }
 
-    /// The patterns of a signature, of the end of its manager, and of what is before that.
+    /// The patterns of an owner tag, of the end of the manager's name, and of the part before that.
     struct Rule {
         signature: Vec<Item>,
         random: Vec<Item>,
         pid: Vec<Item>,
     }
 
-    /// Whether the script takes it for a manager's.
+    /// Whether the script takes the text for a manager's owner tag.
     pub(super) fn is_signed(text: &[u8]) -> bool {
         static RULE: OnceLock<Rule> = OnceLock::new();
         let rule = RULE.get_or_init(|| {

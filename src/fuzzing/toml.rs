@@ -5,7 +5,7 @@ use crate::text::must_be_escaped;
 /// A configuration file.
 pub fn toml(data: &[u8]) {
     let text = text(data);
-    // One that is no part of a URL is not known for a password.
+    // A password outside a URL can't be recognized.
     let hides = !text.replace(&format!("redis://:{SECRET}@"), "").contains(SECRET);
     match Config::from_toml(&text) {
         Ok(config) => {
@@ -14,7 +14,7 @@ pub fn toml(data: &[u8]) {
                 assert!(!shown.contains(SECRET), "{shown}");
             }
             if let Err(error) = config.validate() {
-                // What a file may leave to another source.
+                // Settings that a file may leave to another source.
                 let together = [
                     "shards",
                     "redlock_max_ttl",
@@ -25,7 +25,7 @@ pub fn toml(data: &[u8]) {
                 ];
                 assert!(
                     together.contains(&error.field.as_str()),
-                    "{error} was not seen in {text:?}"
+                    "{error} was not reported for {text:?}"
                 );
                 shown(&error.to_string(), hides);
             }

@@ -5,23 +5,23 @@ use crate::config::ShardConfig;
 use crate::endpoint::{Endpoint, EndpointKind, ServerUrl, redact};
 use crate::text::must_be_escaped;
 
-/// The longest URL that is parsed.
+/// The maximum length of a URL that is parsed.
 const BYTES_MAX: usize = 2048;
 
-/// URLs of shards. The input is one, and its lines are the parts of others that have a password: what comes before `://`, the user,
-/// what is around the password, and what follows the `@`.
+/// URLs of shards. The input is a URL. Its lines are also used as the parts of further URLs with a
+/// password: the scheme, the user, the text around the password, and the part after the `@`.
 pub fn urls(data: &[u8]) {
     let text = text(data);
     assert!(!redact(&text).contains(must_be_escaped));
     parsed(&text);
     if !text.contains(SECRET) {
         let [scheme, user, before, after, rest] = lines(&text);
-        // With a slash, it may as well be the path of a socket.
+        // With a slash, it could be the path of a socket.
         if scheme.contains('/') || user.contains('/') {
             return;
         }
         shown_without_password(&format!("{scheme}://{user}:{before}{SECRET}{after}@{rest}"));
-        // Otherwise it is a part of another value.
+        // Otherwise it is part of another value.
         if !rest.contains(['?', '#']) && (before.is_empty() || before.ends_with('&')) {
             for name in ["pass", "sentinel_password"] {
                 shown_without_password(&format!("{scheme}://{rest}?{before}{name}={SECRET}{after}"));
@@ -42,7 +42,7 @@ fn parsed(text: &str) {
     let shown = endpoint.to_string();
     assert!(!shown.contains(must_be_escaped), "{shown}");
     assert!(shown.starts_with(&format!("{}://", endpoint.scheme())));
-    // What is shown names the default ports, which makes it longer.
+    // The shown URL contains the default ports and may be longer.
     if shown.len() <= BYTES_MAX {
         let again = Endpoint::parse(&shown);
         assert_eq!(
@@ -63,7 +63,7 @@ fn parsed(text: &str) {
     let mut places: Vec<&str> = servers.iter().map(ServerUrl::place).collect();
     for server in &servers {
         let place = server.place();
-        // The path of a socket may have them itself.
+        // The path of a socket may itself contain asterisks.
         let is_shown = format!("{server:?}").contains("***");
         assert!(!is_shown || place.contains("***"), "a place has no login");
         if !server.is_socket() {
@@ -98,13 +98,13 @@ fn parsed(text: &str) {
     assert_eq!(places.len(), servers.len(), "each server once in {shown}");
 }
 
-/// What the client library makes of it.
+/// The URL as parsed by the client library.
 fn taken(server: &ServerUrl) -> ConnectionInfo {
     let info = server.as_str().into_connection_info();
-    info.unwrap_or_else(|error| panic!("the client takes the URL of {server:?}: {error}"))
+    info.unwrap_or_else(|error| panic!("the client rejects the URL of {server:?}: {error}"))
 }
 
-/// The same login and database at another place.
+/// Checks that the server at the other address has the same login and database.
 fn elsewhere(server: &ServerUrl, like: &ConnectionInfo) {
     let info = taken(server);
     let (settings, like) = (info.redis_settings(), like.redis_settings());

@@ -1,4 +1,5 @@
-//! The background thread of a manager, as `shard::background` and `watchdog` have it: jobs, abandoned cycles, renewals.
+//! The background thread of a manager, as in `shard::background` and `watchdog`: jobs, abandoned
+//! cycles, renewals.
 
 use std::time::Duration;
 
@@ -24,7 +25,7 @@ pub(super) struct Abandon {
     started: Moment,
     lane: Lane,
     pause: Duration,
-    /// Nothing of it can arrive any more once it is released.
+    /// Nothing of the cycle can arrive after this release.
     is_final: bool,
 }
 
@@ -33,7 +34,7 @@ const PAUSE_MAX: Duration = Duration::from_secs(1);
 const LOOK_EVERY_MIN: Nanos = 1_000_000;
 
 impl World {
-    /// Work for the background thread, which takes it in the order in which it came.
+    /// Queues a job for the background thread, which runs jobs in order.
     pub(super) fn job(&mut self, m: usize, job: Job) {
         let hop = self.between(1_000, 100_000);
         let manager = &mut self.managers[m];
@@ -69,7 +70,8 @@ impl World {
         );
     }
 
-    /// That proves that nothing of the cycle is left only where it came after everything else of the cycle.
+    /// The reply proves that nothing of the cycle is left only if the release arrived after
+    /// everything else of the cycle.
     pub(super) fn abandon_answered(&mut self, m: usize, abandon: Abandon) {
         if !abandon.is_final && (abandon.lane != Lane::Caller || self.was_cut_lately(m)) {
             self.doubt(m, abandon.k, abandon.cycle, false);
@@ -84,7 +86,7 @@ impl World {
             .is_some_and(|cut| now.since(cut) < self.plan.late_max())
     }
 
-    /// Something of that cycle may still arrive.
+    /// Something of this cycle may still arrive.
     pub(super) fn doubt(&mut self, m: usize, k: usize, cycle: Cycle, is_postponed: bool) {
         if self.plan.rules.has(Flaw::TrustsReleases) {
             return;
@@ -95,7 +97,7 @@ impl World {
         self.inside(at, m, Part::Background, Event::Doubted { k, cycle, is_postponed });
     }
 
-    /// Nothing of that cycle can arrive any more.
+    /// Nothing of this cycle can arrive any more.
     pub(super) fn doubt_ends(&mut self, m: usize, k: usize, cycle: Cycle, is_postponed: bool) {
         if self.managers[m].queues[k].is_current(cycle) {
             return;
@@ -142,7 +144,8 @@ impl World {
         self.release_abandoned(m, abandon);
     }
 
-    /// What follows from a request is carried out by whoever carried that out, if it is still interested.
+    /// Passes the request that follows to the driver of the previous one, if the driver is still
+    /// interested.
     pub(super) fn drive_on(&mut self, m: usize, k: usize, driver: Driver, next: Option<Request>) {
         match (driver, next) {
             (Driver::Task(task), next) => self.task_drives_on(m, k, task, next),
@@ -154,7 +157,7 @@ impl World {
         }
     }
 
-    /// Something is due at that moment of the local clock.
+    /// Something is due at this moment of the local clock.
     pub(super) fn look_at(&mut self, m: usize, moment: Moment) {
         let late = self.between(0, 1_000_000);
         let manager = &mut self.managers[m];
@@ -165,7 +168,7 @@ impl World {
         }
     }
 
-    /// Lets time pass for every key, and renews what is due.
+    /// Lets time pass for every key, and sends the renewals that are due.
     pub(super) fn watchdog_looks(&mut self, m: usize, at: Nanos) {
         if self.managers[m].next_look != at {
             return;

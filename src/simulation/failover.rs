@@ -1,7 +1,9 @@
-//! A failover: a replica that lacks the last leases takes the store's place, and every connection breaks.
+//! A failover: a replica that lacks the last leases replaces the store, and every connection
+//! breaks.
 //!
-//! From the moment in which a manager has noticed, it gives out no guard under a lease that the new primary does not have, and no token that is not
-//! above all before it. What was given out before may be forgotten, so two may hold a key meanwhile.
+//! Once a manager has noticed, it grants no guard under a lease that the new primary does not have,
+//! and no token that is not larger than all earlier ones. Leases granted before that may be
+//! forgotten, so a key may have two holders meanwhile.
 
 use super::clock::nanos;
 use super::world::World;
@@ -10,26 +12,26 @@ use crate::queue::Granted;
 use crate::store::Lane;
 use crate::store::memory::MemoryCore;
 
-/// What the replicas have, and how often one of them took over.
+/// The data of the replica, and the number of failovers so far.
 #[derive(Debug, Default)]
 pub(super) struct Replicas {
-    /// As it was when the replica was cut off.
+    /// The state of the store when the replica was cut off.
     has: Option<MemoryCore>,
     pub(super) failovers: u32,
 }
 
 impl World {
-    /// The replica receives nothing more from now on.
+    /// From now on the replica receives no updates.
     pub(super) fn cut_replica_off(&mut self) {
         self.replicas.has = Some(self.core.clone());
     }
 
-    /// The replica takes over with what it has.
+    /// The replica takes over with the data it has.
     pub(super) fn fail_over(&mut self) {
         let Some(mut core) = self.replicas.has.take() else {
             return;
         };
-        // Nobody is subscribed there, and nothing is left to be pushed.
+        // The new primary has no subscribers and nothing left to push.
         core.forget_listeners();
         self.core = core;
         self.replicas.failovers += 1;
@@ -44,7 +46,7 @@ impl World {
         }
     }
 
-    /// A manager finds a connection broken: it may be another server by now.
+    /// A manager finds a connection broken. It may now be connected to another server.
     pub(super) fn may_have_forgotten(&mut self, m: usize) {
         let (floor, failovers, now) = (self.server_time(), self.replicas.failovers, self.now);
         let manager = &mut self.managers[m];
@@ -55,7 +57,7 @@ impl World {
         }
     }
 
-    /// Before something is sent: on a broken connection that finds out.
+    /// Called before something is sent, which is when a broken connection is detected.
     pub(super) fn find_broken(&mut self, m: usize, lane: Lane) {
         let connection = &mut self.managers[m].lanes[lane as usize];
         if std::mem::replace(&mut connection.noticed, connection.generation) != connection.generation {
@@ -63,7 +65,8 @@ impl World {
         }
     }
 
-    /// What a guard is under stands in the store, and its token is the largest, if its manager could know of the last failover when it was served.
+    /// Checks that the lease of a guard exists in the store and that its token is the largest, if
+    /// the manager could know of the last failover when the guard was served.
     pub(super) fn check_after_failover(&mut self, m: usize, k: usize, granted: &Granted) {
         let Granted { lease, token, at, .. } = granted;
         let (failovers, owner) = (
@@ -88,7 +91,7 @@ impl World {
         }
     }
 
-    /// From the cut to the failover: a moment, or many leases.
+    /// The time from the cut to the failover: anything from a moment to the longest TTL.
     pub(super) fn failover_delay(&mut self) -> u64 {
         let long = nanos(self.plan.longest_ttl());
         self.between(0, long)

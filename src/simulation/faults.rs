@@ -1,4 +1,4 @@
-//! What goes wrong, and when.
+//! The faults, and when they happen.
 
 use super::clock::{Nanos, nanos};
 use super::pushes::Subscription;
@@ -11,7 +11,7 @@ use crate::store::Lane;
 pub(super) enum Fault {
     /// The process executes nothing for some time.
     Pause,
-    /// The program's runtime executes nothing for some time; the background thread goes on.
+    /// The application's runtime executes nothing for some time; the background thread continues.
     PauseTasks,
     /// The process is gone.
     Crash,
@@ -19,25 +19,26 @@ pub(super) enum Fault {
     Reset(Lane),
     /// Nothing passes a connection for some time.
     Stall(Lane),
-    /// Every message of all managers takes about as long as a lease lasts, for some time.
+    /// For some time, every message of every manager takes about as long as a lease lasts.
     SlowTime,
     LoseSubscription,
     /// The inbox is subscribed at a replica for some time.
     ListenElsewhere,
     /// The manager is shut down.
     Shutdown,
-    /// The last handle of the manager is dropped: nobody asks any more, and what is held is given back in its time.
+    /// The last handle of the manager is dropped: no new requests are made, and held locks are
+    /// released as usual.
     Leave,
-    /// Something that is kept is given back to make room.
+    /// A lingering lease is evicted.
     Evict(usize),
-    /// Another library takes the key, if it is free, and gives it back or not.
+    /// A client of another library takes the key, if it is free, and may release it later.
     ForeignTakes(usize),
     ForeignGives(usize),
-    /// Everything is forgotten, or one lease, or one lease is overwritten.
+    /// Everything is forgotten, or one lease is deleted, or one lease is overwritten.
     Flush,
     Delete(usize),
     Overwrite(usize),
-    /// The replica receives nothing more, and takes over some time later.
+    /// The replica receives no further updates, and is promoted some time later.
     CutReplicaOff,
     FailOver,
 }
@@ -45,7 +46,7 @@ pub(super) enum Fault {
 const FOREIGN: &str = "another-library";
 
 impl World {
-    /// Draws when which of the plan's faults happen, and starts the tasks.
+    /// Draws when the faults of the plan happen, and starts the tasks.
     pub(super) fn begin(&mut self) {
         for m in 0..self.plan.managers {
             for task in 0..self.plan.tasks {
@@ -110,7 +111,7 @@ impl World {
             Fault::Pause => {
                 let until = self.now + self.some_time();
                 for part in 0..PARTS {
-                    // What was put off is taken up again in any order of the parts.
+                    // The parts resume in any order.
                     let until = until + self.between(0, 2_000_000);
                     self.block(m, part, until);
                 }
@@ -125,7 +126,7 @@ impl World {
                 let until = self.now + self.some_time();
                 self.managers[m].lanes[lane as usize].stalled_until = until;
                 if self.plan.ghosts && self.chance(0.6) {
-                    // The connection is taken for broken while it carries commands.
+                    // The connection is considered broken while it carries commands.
                     let at = self.between(self.now, until.min(self.plan.faults_end));
                     self.outside(at, m, Event::Fault(Fault::Reset(lane)));
                 }
@@ -169,7 +170,7 @@ impl World {
         }
     }
 
-    /// From a moment to a few TTLs, but not beyond the end of the faults by much.
+    /// From a moment to a few TTLs, so that it does not end long after the other faults.
     pub(super) fn some_time(&mut self) -> Nanos {
         let long = nanos(self.plan.longest_ttl()) * 5 / 2;
         self.between(0, long)
@@ -189,7 +190,7 @@ impl World {
         self.managers[m].inbox.is_at_replica = false;
         let connections: Vec<usize> = self.managers[m].inbox.known_to_server.iter().copied().collect();
         for generation in connections {
-            // The server may take a dead machine for alive for some time.
+            // The server may consider a dead machine alive for some time.
             let forgets = Subscription::ServerForgets(generation);
             let after = if self.chance(0.5) { 0 } else { self.between(0, long) };
             self.outside(self.now + after, m, Event::Subscription(forgets));
@@ -203,8 +204,8 @@ impl World {
         }
     }
 
-    /// Nothing is kept any more. Who waits still gets what it waits for; a task of the product that waits has a handle, but that makes no
-    /// difference to the queue.
+    /// No leases linger any more. Waiters are still served. In production a waiting task has a
+    /// handle, but this makes no difference to the queue.
     pub(super) fn leave(&mut self, m: usize) {
         for k in 0..self.keys.len() {
             self.event_in_background(m, k, |queue, cx| queue.keep_nothing(cx));
@@ -223,7 +224,7 @@ impl World {
         self.outside(gives, m, Event::Fault(Fault::ForeignGives(k)));
     }
 
-    /// Whether any task of a living manager waits or holds.
+    /// Whether any task of a living manager waits for or holds a lock.
     pub(super) fn is_busy(&self) -> bool {
         self.managers
             .iter()

@@ -1,4 +1,4 @@
-//! What must hold at every moment, and the books that are kept to check it.
+//! The guarantees that hold at every moment, and the records that are kept to check them.
 
 use std::collections::BTreeMap;
 use std::sync::Arc;
@@ -14,18 +14,18 @@ use crate::protocol::{AcquireReply, Cycle};
 #[derive(Debug)]
 pub(super) struct Ledger {
     keys: Vec<Books>,
-    /// How many blocks of tokens were issued so far.
+    /// The number of token blocks issued so far.
     issued: u64,
-    /// Guards served to a cycle since its manager heard of rivals.
+    /// The number of guards served under a cycle since its manager was notified of a remote waiter.
     bypass: BTreeMap<(usize, usize, Cycle), u32>,
     breach: Option<Breach>,
 }
 
-/// A guarantee that did not hold.
+/// A violated guarantee.
 #[derive(Debug, Clone)]
 pub(super) struct Breach {
     pub(super) what: String,
-    /// Whether it is about exclusion or tokens.
+    /// Whether it concerns exclusion or tokens.
     pub(super) is_unsafe: bool,
 }
 
@@ -33,9 +33,9 @@ pub(super) struct Breach {
 struct Books {
     guards: Vec<Guard>,
     blocks: Vec<Block>,
-    /// The tokens that guards had, and when the store issued the block of each.
+    /// The tokens of all guards, each with the number of the block that the store issued it in.
     tokens: BTreeMap<u64, u64>,
-    /// The largest token that a guard has begun with.
+    /// The largest token of any guard so far.
     largest: u64,
 }
 
@@ -95,8 +95,8 @@ impl Ledger {
         });
     }
 
-    /// The reply that gives a cycle its lease says how many wait; it is newer than what was said of an earlier lease of the
-    /// same cycle, whose reply came too late.
+    /// The reply that grants a lease contains the number of waiters. It supersedes what was known
+    /// of an earlier lease of the same cycle whose reply came too late.
     pub(super) fn hears_of_rivals_in(&mut self, m: usize, k: usize, cycle: Cycle, reply: &AcquireReply, is_new: bool) {
         match reply {
             AcquireReply::Granted { queued: 0, .. } if is_new => {
@@ -107,12 +107,12 @@ impl Ledger {
         }
     }
 
-    /// From now on this cycle's bypass is bounded.
+    /// From now on the bypass of this cycle is bounded.
     pub(super) fn hears_of_rivals(&mut self, m: usize, k: usize, cycle: Cycle) {
         self.bypass.entry((m, k, cycle)).or_default();
     }
 
-    /// The largest token that a guard of that key has begun with.
+    /// The largest token of any guard of this key so far.
     pub(super) fn largest(&self, k: usize) -> u64 {
         self.keys[k].largest
     }
@@ -125,7 +125,7 @@ impl Ledger {
 }
 
 impl World {
-    /// A task has its guard.
+    /// A task gets its guard.
     pub(super) fn guard_begins(&mut self, m: usize, k: usize, lease: &Arc<Lease>, token: FencingToken) {
         let cycle = lease.cycle;
         let is_valid = lease.loss_at(self.managers[m].clock.at(self.now)).is_none();
@@ -178,7 +178,8 @@ impl World {
         self.ledger.keys[k].guards.retain(|guard| guard.token != token);
     }
 
-    /// Whoever gets the lock came before all who still wait for it in the same process.
+    /// Checks that the task which got the lock asked before all tasks of the same process that
+    /// still wait for it.
     pub(super) fn check_order(&mut self, m: usize, k: usize, order: u64) {
         let manager = &self.managers[m];
         let passed = manager.tasks.iter().position(|task| {
@@ -187,11 +188,11 @@ impl World {
         });
         if let Some(passed) = passed {
             self.ledger
-                .breach(format!("m{m} k{k} t{passed} was passed by one who came later"));
+                .breach(format!("m{m} k{k} t{passed} was overtaken by a later task"));
         }
     }
 
-    /// The store's queue is not joined for a try.
+    /// Checks that a try does not join the queue in the store.
     pub(super) fn check_try(&mut self, m: usize, k: usize) {
         let manager = &self.managers[m];
         let queue = &manager.queues[k];
@@ -205,7 +206,7 @@ impl World {
         }
     }
 
-    /// No two guards of one key are valid at once.
+    /// Checks that no two guards of one key are valid at once.
     pub(super) fn check_guards(&mut self) {
         if matches!(self.plan.variant, Variant::Forgetting | Variant::Failover) {
             return;
@@ -230,7 +231,7 @@ impl World {
         }
     }
 
-    /// While a guard is valid, its lease stands in the store.
+    /// Checks that the lease of every valid guard exists in the store.
     pub(super) fn check_leases(&mut self, k: usize) {
         if matches!(self.plan.variant, Variant::Forgetting | Variant::Failover) {
             return;
@@ -251,7 +252,7 @@ impl World {
         self.check_kept_leases(k);
     }
 
-    /// The same for a lease that is kept without a guard: the next task gets it without a question.
+    /// Checks the same for a lingering lease: the next task gets it without a request to the store.
     fn check_kept_leases(&mut self, k: usize) {
         let now = Moment::from_nanos(self.now);
         for (m, manager) in self.managers.iter().enumerate().filter(|(_, manager)| manager.is_alive) {

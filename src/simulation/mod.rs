@@ -2,12 +2,14 @@
 //!
 //! # Implementation details
 //!
-//! Queues, leases, cycles and the store's logic are those of the product; tasks, connections, subscriptions and clocks are
-//! simulated, wired together as `shard` does it. Everything random comes from one seed, so that a seed that fails can be run
-//! again with a trace. Each seed draws some kinds of faults and leaves others out ([`plan`]), so that none always hides another.
+//! Queues, leases, cycles and the logic of the store are production code. Tasks, connections,
+//! subscriptions and clocks are simulated and wired together as in `shard`. All randomness comes
+//! from one seed, so a failing seed can be run again with a trace. Each seed draws some kinds of
+//! faults and leaves others out ([`plan`]), so that no kind always hides another.
 //!
-//! What must hold is checked after every event ([`ledger`]) and once more when the faults have ended and all tasks are done
-//! ([`run`]). Deliberate mistakes in the queue show that the checks and the faults are sharp enough to find them.
+//! The guarantees are checked after every event ([`ledger`]), and once more when the faults have
+//! ended and all tasks are done ([`run`]). Deliberate flaws in the queue show that the checks and
+//! the faults are able to find mistakes.
 
 mod background;
 mod clock;
@@ -31,7 +33,8 @@ use plan::Variant;
 use run::{Failure, Stats, run};
 use story::Case;
 
-/// Runs these seeds on two threads, and says what was seen; the first failure comes with its shortest story.
+/// Runs these seeds on two threads and sums up their statistics. The first failure is returned with
+/// its shortest story.
 fn run_all(seeds: std::ops::Range<u64>, variant: Variant) -> Result<Stats, String> {
     let sum = Mutex::new(Ok(Stats::default()));
     thread::scope(|scope| {
@@ -53,7 +56,7 @@ fn run_all(seeds: std::ops::Range<u64>, variant: Variant) -> Result<Stats, Strin
     sum.into_inner().unwrap().map_err(|failure| told(&failure))
 }
 
-/// The failure with the shortest story that leads to one of its kind.
+/// The failure, with the shortest story that leads to one of the same kind.
 fn told(failure: &Failure) -> String {
     match story::shortest(failure.case.clone()) {
         Some(shortest) => format!("{failure}\nthe shortest story of this kind:\n{shortest}"),
@@ -61,7 +64,8 @@ fn told(failure: &Failure) -> String {
     }
 }
 
-/// Which seeds are run: others where the environment says so, as in `SIMULATION_SEEDS=2000..40000`.
+/// The range of seeds to run. The environment can override it, as in
+/// `SIMULATION_SEEDS=2000..40000`.
 fn seeds(usual: u64) -> std::ops::Range<u64> {
     let asked = std::env::var("SIMULATION_SEEDS").ok();
     let range = asked.as_deref().and_then(|asked| asked.split_once(".."));
@@ -71,13 +75,14 @@ fn seeds(usual: u64) -> std::ops::Range<u64> {
     }
 }
 
-/// Whether the usual seeds are run: of others, which may be few, nothing is known of how much they show.
+/// Whether the default seeds are run. How often a custom range, which may be small, produces each
+/// event is not known.
 fn are_usual() -> bool {
     std::env::var_os("SIMULATION_SEEDS").is_none()
 }
 
-/// All guarantees hold under every fault that leaves the store's data alone. And the faults do what they are for: all the
-/// ways to get and to lose a lock are seen many times.
+/// All guarantees hold under every fault that leaves the store's data alone. The faults are also
+/// effective: every way to get and to lose a lock occurs many times.
 #[test]
 fn no_guarantee_is_broken_while_the_store_keeps_its_data() {
     let stats = run_all(seeds(6_500), Variant::Faults).unwrap_or_else(|failure| panic!("{failure}"));
@@ -87,7 +92,7 @@ fn no_guarantee_is_broken_while_the_store_keeps_its_data() {
     }
 }
 
-/// Where nothing goes wrong, nobody ever waits for the end of a lease: every hand-off takes a few messages.
+/// Without faults no task ever waits for a lease to expire: every hand-off takes a few messages.
 #[test]
 fn without_faults_nobody_waits_for_a_ttl() {
     let stats = run_all(seeds(600), Variant::Prompt).unwrap_or_else(|failure| panic!("{failure}"));
@@ -99,8 +104,8 @@ fn without_faults_nobody_waits_for_a_ttl() {
     );
 }
 
-/// Where a manager does not hear that its lease is wanted, its next renewal says it: nobody waits for the end of what is kept, nor for
-/// that of a lease.
+/// If a manager is not notified that another one waits, its next renewal reports it. No task waits
+/// until a linger period ends or a lease expires.
 #[test]
 fn renewals_make_up_for_lost_messages() {
     let stats = run_all(seeds(600), Variant::Unheard).unwrap_or_else(|failure| panic!("{failure}"));
@@ -116,7 +121,8 @@ fn renewals_make_up_for_lost_messages() {
     );
 }
 
-/// Where the store forgets, two may hold at once; but tokens grow with the order in which the store issued them.
+/// If the store forgets, a key may have two holders at once, but tokens still grow in the order in
+/// which the store issued them.
 #[test]
 fn tokens_grow_even_if_the_store_forgets() {
     let stats = run_all(seeds(1_000), Variant::Forgetting).unwrap_or_else(|failure| panic!("{failure}"));
@@ -124,8 +130,9 @@ fn tokens_grow_even_if_the_store_forgets() {
     assert!(!are_usual() || stats.forgotten > 300, "{stats:?}");
 }
 
-/// Where a replica without the last leases takes over, whoever could know of it gives out neither a lock that the new primary does not know nor a
-/// token that goes back, though leases linger and are passed on without a message.
+/// After a replica that lacks the last leases was promoted, a manager that could know of the
+/// failover grants no lock that the new primary does not know, and no token that is not larger than
+/// earlier ones. This holds even though leases linger and are passed on without a message.
 #[test]
 fn after_a_failover_nothing_is_given_out_that_the_new_primary_does_not_know() {
     let stats = run_all(seeds(1_300), Variant::Failover).unwrap_or_else(|failure| panic!("{failure}"));
@@ -136,7 +143,8 @@ fn after_a_failover_nothing_is_given_out_that_the_new_primary_does_not_know() {
     );
 }
 
-/// The mistake is found within this many seeds, as a breach of exclusion or of the order of tokens.
+/// Checks that the flaw is found within this many seeds, as a violation of exclusion or of the
+/// order of tokens.
 fn assert_caught(flaw: Flaw, variant: Variant, seeds: u64) {
     for seed in 0..seeds {
         if let Err(failure) = run(&Case::new(seed, variant, Some(flaw)), false)
@@ -170,16 +178,16 @@ fn believing_confirmations_of_another_server_is_caught() {
 }
 
 /// The release script once published a grant, and passed the lease on to the next waiter if PUBLISH
-/// counted no receiver. But subscribers at replicas receive what is published on a primary, uncounted:
-/// after a switch-over behind one address, a manager whose inbox was still at the old primary entered, and
-/// so did the next one, with the same tokens.
+/// counted no receiver. However, a message published on a primary also reaches subscribers at
+/// replicas, uncounted. After a switch-over behind one address, a manager whose inbox was still at
+/// the old primary entered, and so did the next one, with the same tokens.
 #[test]
 fn counting_the_receivers_of_a_grant_is_caught() {
     assert_caught(Flaw::CountsReceivers, Variant::Faults, 2_000);
 }
 
-/// An acquire may be executed after the release of its cycle was answered, so that one is repeated: without that, leases and places stay behind that
-/// nobody knows of.
+/// An acquire may be executed after the release of its cycle was answered, so that release is
+/// repeated. Otherwise leases and places in the queue that no manager knows of would stay behind.
 #[test]
 fn trusting_every_answered_release_is_caught() {
     let left = |seed| match run(&Case::new(seed, Variant::Faults, Some(Flaw::TrustsReleases)), false) {
@@ -195,8 +203,9 @@ fn a_seed_gives_the_same_run_every_time() {
     assert!(matches!(&runs, [Ok(one), Ok(other)] if one == other), "{runs:?}");
 }
 
-/// Seeds of all kinds of runs, one after the other, for as long as the environment says: `SIMULATION_SECONDS=3600` and the first
-/// seed, `SIMULATION_FROM=1000000`. `make soak` runs this.
+/// Runs seeds of all kinds of runs in turn, for the time given in the environment:
+/// `SIMULATION_SECONDS=3600`, starting at the seed `SIMULATION_FROM=1000000`. `make soak` runs
+/// this.
 #[test]
 fn soak() {
     let number = |name: &str, usual| std::env::var(name).map_or(usual, |value| value.parse().unwrap());
@@ -227,7 +236,7 @@ fn story_of_a_failure_is_short_and_fails_in_the_same_way() {
     let failing = (0..2_000).map(of).find(|case| run(case, false).is_err());
     let case = failing.expect("one of these seeds fails");
     let long = run(&case, true).expect_err("it fails each time");
-    let short = story::shortest(case).expect("it can be told");
+    let short = story::shortest(case).expect("the failure can be reproduced");
     assert_eq!(short.kind(), long.kind());
     assert!(
         short.length() * 2 < long.length(),

@@ -1,4 +1,5 @@
-//! Requests on their way: two connections per manager, each in order, each of which may be slow, stall or break.
+//! Requests in transit: two connections per manager. Each keeps its order, and may be slow, stall
+//! or break.
 
 use super::background::Abandon;
 use super::clock::{Nanos, nanos};
@@ -10,13 +11,13 @@ use crate::queue::{Outage, Request};
 use crate::store::Lane;
 use crate::store::memory::Terms;
 
-/// A manager's connection of one lane, as the chain of connections that replaced one another.
+/// A manager's connection of one lane, including the earlier connections that it replaced.
 #[derive(Debug, Default)]
 pub(super) struct Connection {
     pub(super) generation: usize,
-    /// The connection that the manager knows of.
+    /// The newest connection that the manager knows of.
     pub(super) noticed: usize,
-    /// What becomes of the commands on each connection that broke.
+    /// The fate of the commands on each broken connection.
     broken: Vec<Broken>,
     /// Commands and replies keep their order.
     last_arrival: Nanos,
@@ -24,16 +25,17 @@ pub(super) struct Connection {
     pub(super) stalled_until: Nanos,
 }
 
-/// What becomes of the commands that were on their way when their connection broke.
+/// The fate of the commands that were in transit when their connection broke.
 #[derive(Debug, Clone, Copy)]
 enum Broken {
-    /// Those that arrive after that moment are lost.
+    /// Commands that would arrive after this moment are lost.
     LostAfter(Nanos),
-    /// Something in between has so many of them, and delivers them then. Their sender's system has discarded the others.
+    /// The network still has the next `left` commands and delivers them at this time. The others
+    /// were discarded by the operating system of the sender.
     Late { at: Nanos, left: u32 },
 }
 
-/// Who waits for a reply.
+/// The sender that waits for a reply.
 #[derive(Debug, Clone, Copy)]
 pub(super) enum Driver {
     Task(usize),
@@ -81,7 +83,7 @@ pub(super) enum Reply {
     Renewed(RenewReply),
 }
 
-/// How often a request is sent again when its connection broke, as in the product.
+/// How often a request is resent after its connection broke, as in production.
 const RECONNECTS: u32 = 2;
 
 impl Driver {
@@ -94,7 +96,8 @@ impl Driver {
 }
 
 impl World {
-    /// Sends a request and says its number. What takes something keeps to the caller's lane, whoever sends it.
+    /// Sends a request and returns its number. A request that acquires something uses the caller's
+    /// lane, whichever part sends it.
     pub(super) fn send(&mut self, m: usize, k: usize, order: Order, driver: Driver, lane: Lane) -> u64 {
         let (lane, limit) = match order {
             Order::Queue(Request::Release { requeue: None, .. }) => (lane, self.plan.timeout),
@@ -171,7 +174,7 @@ impl World {
         }
     }
 
-    /// A command reaches the server, which executes it, unless it was lost with its connection.
+    /// A command reaches the server and is executed, unless it was lost with its connection.
     pub(super) fn arrives(&mut self, command: Command) {
         let Command { request, m, k, .. } = command;
         let now = self.now;
@@ -179,7 +182,7 @@ impl World {
         match connection.broken.get_mut(command.generation) {
             Some(Broken::Late { at, left: 1.. }) if now < *at => {
                 let at = *at;
-                // All that come then keep their order.
+                // All commands delivered at that time keep their order.
                 return self.outside(at, m, Event::Arrives(command));
             }
             Some(Broken::Late { left: left @ 1.., .. }) => {
@@ -267,7 +270,7 @@ impl World {
         };
         match (reply, in_flight.driver) {
             (Some(reply), _) => self.answered(in_flight, reply),
-            // The server would say no again.
+            // The server would refuse again.
             (None, Driver::Abandon(_)) => self.stats.left_to_run_out += 1,
             (None, _) => self.unanswered(&in_flight),
         }
@@ -294,7 +297,7 @@ impl World {
         };
         let newest = self.managers[m].newest_at_cut;
         if let Some(cycle) = takes.filter(|cycle| cycle.number() <= newest && self.was_cut_lately(m)) {
-            // An earlier attempt may be executed yet.
+            // An earlier attempt may still be executed.
             self.doubt(m, k, cycle, false);
         }
         match (in_flight.order, reply) {
@@ -331,7 +334,7 @@ impl World {
         }
     }
 
-    /// There is no reply, or one that says that nothing was done.
+    /// There was no reply, or the reply reports that nothing was done.
     fn unanswered(&mut self, in_flight: &InFlight) {
         let InFlight { m, k, sent_at, .. } = *in_flight;
         if let Driver::Abandon(abandon) = in_flight.driver {
@@ -375,7 +378,7 @@ impl World {
         }
     }
 
-    /// Nobody waits for the reply any more.
+    /// The sender no longer waits for the reply.
     pub(super) fn forget_request(&mut self, request: u64) -> Option<Cycle> {
         match self.in_flight.remove(&request)?.order {
             Order::Queue(Request::Acquire { cycle, .. } | Request::Release { cycle, .. }) => Some(cycle),
@@ -383,7 +386,7 @@ impl World {
         }
     }
 
-    /// A connection breaks: the commands on it are lost from some point on, and so are all replies.
+    /// A connection breaks. The commands on it are lost from some point on, and so are all replies.
     pub(super) fn reset(&mut self, m: usize, lane: Lane) {
         let now = self.now;
         let broken = if !self.plan.ghosts || self.chance(0.4) {
@@ -412,7 +415,7 @@ impl World {
             .map(|(&request, in_flight)| (request, in_flight.driver))
             .collect();
         for (request, driver) in waiting {
-            // Some do not notice before their time is up.
+            // Some requests notice only when their time limit has passed.
             if self.chance(0.8) {
                 let at = self.now + self.message_delay();
                 self.inside(at, m, driver.part(), Event::Breaks { request, generation });
@@ -420,7 +423,7 @@ impl World {
         }
     }
 
-    /// The request is sent again on a new connection, as the store does it.
+    /// Sends the request again on a new connection, as the store does.
     pub(super) fn connection_breaks(&mut self, request: u64, generation: usize) {
         let Some(&InFlight { m, lane, .. }) = self.in_flight.get(&request) else {
             return;
@@ -450,7 +453,7 @@ impl World {
     }
 }
 
-/// The first two keys share a slot, and so a counter.
+/// The first two keys share a slot and therefore a counter.
 const fn slot(k: usize) -> usize {
     if k == 1 { 0 } else { k }
 }

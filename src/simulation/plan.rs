@@ -1,4 +1,4 @@
-//! What one seed's run is made of.
+//! The parameters of a run, drawn from its seed.
 
 use std::time::Duration;
 
@@ -8,18 +8,19 @@ use rand::rngs::SmallRng;
 use super::clock::{Nanos, nanos};
 use crate::queue::{Flaw, Rules};
 
-/// Which faults may happen at all.
+/// The kinds of faults that may happen.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub(super) enum Variant {
-    /// Everything that leaves the store's data alone.
+    /// All faults that leave the store's data alone.
     Faults,
-    /// The store is flushed and leases are deleted or overwritten, too.
+    /// In addition, the store is flushed, and leases are deleted or overwritten.
     Forgetting,
-    /// Replicas that lack the last leases take over, too.
+    /// In addition, replicas that lack the last leases are promoted.
     Failover,
-    /// No faults, and leases that last, or are kept, for so long that waiting for the end of one is seen.
+    /// No faults, and TTLs and linger times so long that waiting for one to end is noticed.
     Prompt,
-    /// The same, but half of the messages that say that a lease is wanted are lost, and renewals make up for them.
+    /// The same, but half of the messages about a remote waiter are lost, and renewals make up for
+    /// them.
     Unheard,
 }
 
@@ -29,24 +30,24 @@ pub(super) struct Plan {
     pub(super) rules: Rules,
     pub(super) managers: usize,
     pub(super) keys: usize,
-    /// The tasks of each manager.
+    /// The number of tasks of each manager.
     pub(super) tasks: usize,
-    /// What tasks and managers choose their TTLs from.
+    /// The TTLs from which tasks and managers choose.
     pub(super) ttls: Vec<Duration>,
-    /// What tasks choose from for how long a lease is kept; zero is not at all.
+    /// The linger times from which tasks choose; zero is off.
     pub(super) lingers: Vec<Duration>,
-    /// Whether half of the messages that say that a lease is wanted are lost.
+    /// Whether half of the messages about a remote waiter are lost.
     pub(super) misses_wanted: bool,
     /// The time limit of a request.
     pub(super) timeout: Duration,
-    /// When the faults end and no task wants anything new.
+    /// When the faults end and tasks start nothing new.
     pub(super) faults_end: Nanos,
-    /// The usual time of a message one way, at most.
+    /// The maximum delay of a normal message, one way.
     pub(super) message_max: Nanos,
-    /// How often a message takes long, and how long.
+    /// The probability that a message is slow, and its maximum delay.
     pub(super) slow_chance: f64,
     pub(super) slow_max: Nanos,
-    /// How often the server refuses a command.
+    /// The probability that the server refuses a command.
     pub(super) refuse_chance: f64,
     pub(super) think_max: Nanos,
     pub(super) hold_max: Nanos,
@@ -54,9 +55,10 @@ pub(super) struct Plan {
     pub(super) long_hold_max: Nanos,
     pub(super) try_chance: f64,
     pub(super) max_hold_chance: f64,
-    /// How often a task stops waiting after some time, or just when it is woken, or while its release is under way.
+    /// The probability that a task stops waiting after some time, right when it is woken, or while
+    /// its release is in flight.
     pub(super) give_up_chance: f64,
-    /// How many of each kind of fault happen at most.
+    /// The maximum number of faults of each kind.
     pub(super) pauses: u32,
     pub(super) task_pauses: u32,
     pub(super) crashes: u32,
@@ -66,12 +68,13 @@ pub(super) struct Plan {
     pub(super) subscription_losses: u32,
     pub(super) inboxes_elsewhere: u32,
     pub(super) shutdowns: u32,
-    /// How often something that is kept is given back to make room.
+    /// The number of evictions of lingering leases.
     pub(super) evictions: u32,
     pub(super) foreigners: u32,
     pub(super) forgettings: u32,
     pub(super) failovers: u32,
-    /// Whether commands of a broken connection may still execute, out of order with those of the next, and long after those.
+    /// Whether commands of a broken connection may still execute, out of order with and long after
+    /// the commands of the next connection.
     pub(super) ghosts: bool,
 }
 
@@ -83,7 +86,7 @@ impl Plan {
             ttls.push(base * rng.random_range(2..=5));
         }
         let longest = nanos(*ttls.last().unwrap_or(&base));
-        // Some kinds of faults, and of those a few.
+        // Some kinds of faults, and a few of each.
         let mut some = |most: u32, chance: f64| {
             if rng.random_bool(chance) {
                 rng.random_range(1..=most)
@@ -157,12 +160,12 @@ impl Plan {
         match variant {
             Variant::Faults | Variant::Forgetting | Variant::Failover => plan,
             Variant::Prompt => plan.without_faults(1_000),
-            // Renewals come ten times in a TTL, so a wait for the end of one is seen, too.
+            // A TTL contains ten renewals, so waiting for a lease to expire is noticed here too.
             Variant::Unheard => plan.without_faults(10),
         }
     }
 
-    /// Only what tasks do on their own is left: they still give up, drop requests and try.
+    /// Keeps only what tasks do on their own: they still give up, drop requests and try.
     fn without_faults(self, longer: u32) -> Self {
         let ttls = self.ttls.iter().map(|&ttl| ttl * longer).collect();
         let lingers = self.lingers.iter().map(|&linger| linger * 1_000).collect();
@@ -196,7 +199,8 @@ impl Plan {
         self.ttls.iter().max().copied().unwrap_or_default()
     }
 
-    /// How long after a connection broke a command that was sent on it may be executed, or one that was sent on a connection that is slow.
+    /// How long after its connection broke, or while its connection is slow, a command may still be
+    /// executed.
     pub(super) fn late_max(&self) -> Duration {
         self.longest_ttl() * 4
     }
@@ -205,8 +209,8 @@ impl Plan {
         self.lingers.iter().max().copied().unwrap_or_default()
     }
 
-    /// The time within which everything must have come to its end once the faults have ended: each holder and each dead owner may
-    /// take its time, one after the other, though hardly all of them do.
+    /// The time after the end of the faults within which everything must have finished. Each holder
+    /// and each dead owner may take its time in turn, although hardly all of them do.
     pub(super) fn patience(&self) -> Nanos {
         if self.variant == Variant::Prompt {
             let one = self.hold_max + 10 * self.message_max + 1_000_000;

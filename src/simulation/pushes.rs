@@ -1,5 +1,5 @@
-//! Pushes and subscriptions: messages keep their order and are lost only with their connection, which may be dead for
-//! some time before either side knows.
+//! Pushes and subscriptions. Messages keep their order and are lost only with their connection,
+//! which may be dead for some time before either side notices.
 
 use std::collections::BTreeSet;
 
@@ -10,18 +10,18 @@ use super::clock::{Nanos, nanos};
 use super::world::{Event, Part, World};
 use crate::protocol::Push;
 
-/// A manager's subscription, as the chain of connections that replaced one another.
+/// A manager's subscription, including the earlier connections that it replaced.
 #[derive(Debug)]
 pub(super) struct Inbox {
-    /// The newest connection. What was sent on an older one is lost.
+    /// The newest connection. Messages sent on an older one are lost.
     generation: usize,
-    /// The connections that the server takes for alive.
+    /// The connections that the server considers alive.
     pub(super) known_to_server: BTreeSet<usize>,
     last_delivery: Nanos,
-    /// Whether the newest connection is subscribed as far as the manager knows.
+    /// Whether the newest connection is subscribed, as far as the manager knows.
     is_subscribed: bool,
-    /// Whether the newest connection leads to a replica: the store does not know of it, and still all
-    /// that is published comes through it.
+    /// Whether the newest connection leads to a replica. The store does not know of it, yet all
+    /// published messages arrive on it.
     pub(super) is_at_replica: bool,
 }
 
@@ -37,25 +37,25 @@ impl Default for Inbox {
     }
 }
 
-/// The steps in which a subscription is lost and had again.
+/// The steps in which a subscription is lost and restored.
 #[derive(Debug, Clone, Copy)]
 pub(super) enum Subscription {
     /// The server notices that this connection is gone.
     ServerForgets(usize),
     /// The manager notices that its connection is gone.
     Noticed,
-    /// The new connection's subscription reaches the server.
+    /// The subscription of the new connection reaches the server.
     Arrives,
-    /// The manager is told that it is subscribed again.
+    /// The manager is notified that it is subscribed again.
     Confirmed,
     /// The time limit of a request has passed since the connection was lost.
     CutOff(usize),
-    /// The manager finds out that the newest connection leads to a replica, and leaves it.
+    /// The manager detects that the newest connection leads to a replica, and leaves it.
     LeavesReplica,
 }
 
 impl World {
-    /// Sends what the store wants pushed.
+    /// Sends the messages that the store wants to push.
     pub(super) fn deliver(&mut self, k: usize) {
         for (name, push) in std::mem::take(&mut self.core.outbox) {
             let Some(m) = self.managers.iter().position(|manager| manager.id.as_str() == name) else {
@@ -68,7 +68,7 @@ impl World {
             let delay = self.message_delay();
             let inbox = &mut self.managers[m].inbox;
             inbox.last_delivery = inbox.last_delivery.max(self.now + delay);
-            // Where only dead connections are left, the message goes to the newest of them, and is lost.
+            // If only dead connections are left, the message goes to the newest one and is lost.
             let known = inbox.known_to_server.last().copied();
             let at_replica = inbox.is_at_replica.then_some(inbox.generation);
             let generation = at_replica.or(known).unwrap_or(usize::MAX);
@@ -109,7 +109,7 @@ impl World {
         }
     }
 
-    /// The connection of the inbox dies; the two sides notice when they do.
+    /// The connection of the inbox dies. Either side may notice later.
     pub(super) fn lose_subscription(&mut self, m: usize) {
         let inbox = &mut self.managers[m].inbox;
         if !inbox.is_subscribed {
@@ -135,7 +135,8 @@ impl World {
         self.note(|_| format!("m{m} the subscription is dead"));
     }
 
-    /// The address of the store leads the inbox to a replica, while commands still go to the primary.
+    /// The address of the store leads the inbox to a replica, while commands still go to the
+    /// primary.
     pub(super) fn listen_elsewhere(&mut self, m: usize) {
         let inbox = &mut self.managers[m].inbox;
         if !inbox.is_subscribed || inbox.is_at_replica {

@@ -1,4 +1,4 @@
-//! One run from its seed to its end.
+//! One run, from its seed to its end.
 
 use std::fmt;
 
@@ -12,14 +12,15 @@ use crate::identity::{ManagerId, parse_signature};
 use crate::protocol::{AcquireReply, Cycle};
 use crate::store::memory::Terms;
 
-/// What happened in a run, to see that the runs are worth something.
+/// Statistics of a run, which show whether the runs are meaningful.
 #[derive(Debug, Default, Clone)]
 pub(super) struct Stats {
     pub(super) events: u64,
     pub(super) uncontended: u64,
     pub(super) local_hand_offs: u64,
     pub(super) remote_grants: u64,
-    /// Locks that were had under a lease that was kept, leases that were kept until another manager wanted them, and such that were lost.
+    /// Locks acquired under a lingering lease, lingering leases that were handed over to another
+    /// manager, and lingering leases that were lost.
     pub(super) lingering: u64,
     pub(super) handed_over: u64,
     pub(super) lost_idle: u64,
@@ -36,10 +37,11 @@ pub(super) struct Stats {
     pub(super) resubscribed: u64,
     pub(super) crashes: u64,
     pub(super) forgotten: u64,
-    /// Commands that were executed long after their connection was given up, and cycles that were released once more for fear of such.
+    /// Commands executed long after their connection was abandoned, and cycles released once more
+    /// in case there are any.
     pub(super) late: u64,
     pub(super) doubted: u64,
-    /// How much of the patience was needed at most, in percent.
+    /// The maximum share of the patience that was needed, in percent.
     pub(super) patience_needed: u64,
 }
 
@@ -74,7 +76,7 @@ impl Stats {
         self.patience_needed = self.patience_needed.max(other.patience_needed);
     }
 
-    /// All the ways to get, to miss and to lose a lock were seen.
+    /// Asserts that every way to get, to miss and to lose a lock occurred often enough.
     pub(super) fn assert_rich(&self) {
         for (what, count, least) in [
             ("uncontended", self.uncontended, 2_000),
@@ -100,7 +102,7 @@ impl Stats {
         }
         assert_eq!(
             self.regressed, 0,
-            "no token goes back where nothing is forgotten: {self:?}"
+            "no token goes back unless something is forgotten: {self:?}"
         );
     }
 }
@@ -108,7 +110,7 @@ impl Stats {
 const LEASE_LEFT: &str = "a lease of a cycle that is over is left";
 const STORE_NOT_EMPTY: &str = "the store is not empty";
 
-/// A run in which something did not hold.
+/// A run in which a guarantee was violated.
 #[derive(Debug)]
 pub(super) struct Failure {
     pub(super) case: Case,
@@ -121,18 +123,18 @@ impl Failure {
         self.breach.is_unsafe
     }
 
-    /// What did not hold, without what stood where.
+    /// The violated guarantee, without the numbers of managers, keys and tokens.
     pub(super) fn kind(&self) -> String {
         let first_line = self.breach.what.lines().next().unwrap_or_default();
         first_line.chars().filter(|char| !char.is_ascii_digit()).collect()
     }
 
-    /// How long the story is.
+    /// The length of the story.
     pub(super) const fn length(&self) -> usize {
         self.trace.len()
     }
 
-    /// Whether the store knows of cycles that are over.
+    /// Whether the failure is that the store still contains cycles that are over.
     pub(super) fn is_something_left(&self) -> bool {
         [LEASE_LEFT, STORE_NOT_EMPTY]
             .iter()
@@ -170,7 +172,7 @@ impl World {
         let limit = self.plan.faults_end + patience;
         while self.is_busy() {
             if self.now > limit || !self.checked_step()? {
-                return Err(self.unended("somebody is not served"));
+                return Err(self.unended("a task is not served"));
             }
         }
         self.stats.patience_needed = self.now.saturating_sub(self.plan.faults_end) * 100 / patience;
@@ -180,7 +182,8 @@ impl World {
             }
             return self.end_promptly(limit);
         }
-        // What is kept ends in its own time, and what is in doubt is released when nothing can arrive late any more.
+        // Lingering leases end in their own time, and doubted cycles are released when nothing can
+        // arrive late any more.
         let limit = limit + nanos(self.plan.longest_linger() + 3 * self.plan.late_max());
         self.end(limit)?;
         self.a_newcomer_is_served(limit)
@@ -214,7 +217,7 @@ impl World {
         Breach { what, is_unsafe: false }
     }
 
-    /// Nothing is left in the store long before any lease or time limit has run out.
+    /// Checks that the store is empty long before any lease or time limit has expired.
     fn end_promptly(&mut self, limit: Nanos) -> Result<(), Breach> {
         while self.next_at().is_some_and(|at| at <= limit) {
             self.checked_step()?;
@@ -225,12 +228,12 @@ impl World {
         Ok(())
     }
 
-    /// All that is under way comes to its end, and nothing is left, but for what the dead have left behind, and what could not be
-    /// released while there were faults.
+    /// Runs everything in progress to its end and checks that nothing is left, except for what dead
+    /// managers left behind and what could not be released during the faults.
     fn end(&mut self, limit: Nanos) -> Result<(), Breach> {
         while self.checked_step()? {
             if self.now > limit {
-                return Err(self.unended("something goes on for ever"));
+                return Err(self.unended("some activity never ends"));
             }
         }
         let is_used = |queue: &crate::queue::Queue<usize>| !queue.is_unused();
@@ -240,7 +243,7 @@ impl World {
         }
         let all_was_released = self.stats.crashes == 0
             && self.stats.left_to_run_out == 0
-            // What a replica had may have been given back since.
+            // A lease that the replica still had may have been released before the failover.
             && self.replicas.failovers == 0;
         if all_was_released && self.is_held_by_nobody() {
             return Err(self.unended(LEASE_LEFT));
@@ -252,7 +255,7 @@ impl World {
         Ok(())
     }
 
-    /// Whether a manager has a lease of which it knows nothing, since all its queues are unused.
+    /// Whether a manager has a lease that it does not know of: all its queues are unused.
     fn is_held_by_nobody(&mut self) -> bool {
         let now = Moment::from_nanos(self.now);
         self.keys.iter().any(|key| {
@@ -262,7 +265,7 @@ impl World {
         })
     }
 
-    /// Whatever was left behind, another manager gets every key, and leaves nothing.
+    /// Checks that a new manager gets every key, whatever was left behind, and leaves nothing.
     fn a_newcomer_is_served(&mut self, limit: Nanos) -> Result<(), Breach> {
         let newcomer = ManagerId::of("sim", 1, 99);
         self.core.listen(newcomer.as_str(), true);
@@ -271,7 +274,8 @@ impl World {
             let terms = self.newcomers_terms();
             let reply = self.core.acquire(&self.keys[k], &me, false, terms);
             if !matches!(reply, AcquireReply::Granted { .. }) {
-                // A cycle that is over and was still in the queue was granted; its manager gives it back.
+                // A cycle that is over but was still in the queue got the grant; its manager
+                // releases it.
                 self.deliver(k);
                 self.end(limit * 2)?;
                 let owner = self.core.owner(&self.keys[k], Moment::from_nanos(self.now));

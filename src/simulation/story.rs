@@ -1,10 +1,11 @@
-//! The shortest story of a seed that fails.
+//! Finds the shortest story of a failing seed.
 //!
 //! # Implementation details
 //!
-//! A failing run is made simpler step by step: one kind of fault less, fewer managers, keys and tasks, half of the time. A step is
-//! kept if the run still fails in the same way. It changes what is drawn from the random numbers after it, so each step is tried
-//! with several sequences of them ([`Case::salt`]). Of the runs that are left, the one with the shortest trace is told.
+//! A failing run is simplified step by step: one kind of fault less; fewer managers, keys and
+//! tasks; half of the time. A step is kept if the run still fails in the same way. Each step
+//! changes what is drawn from the random numbers after it, so it is tried with several sequences of
+//! them ([`Case::salt`]). Of the remaining runs, the one with the shortest trace is reported.
 
 use std::fmt;
 
@@ -12,22 +13,22 @@ use super::plan::{Plan, Variant};
 use super::run::{Failure, run};
 use crate::queue::Flaw;
 
-/// What a run is determined by.
+/// The inputs that determine a run.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub(super) struct Case {
     pub(super) seed: u64,
     pub(super) variant: Variant,
     pub(super) flaw: Option<Flaw>,
-    /// How the plan of the seed is made simpler: indices into [`STEPS`].
+    /// The steps that simplify the plan of the seed, as indices into [`STEPS`].
     steps: Vec<usize>,
-    /// Which sequence of random numbers follows the plan; zero is the seed's own.
+    /// The sequence of random numbers used after the plan is drawn; zero is the seed's own.
     pub(super) salt: u64,
 }
 
-/// A way to make a run simpler, in words.
+/// A way to simplify a run, with its description.
 type Step = (&'static str, fn(&mut Plan));
 
-/// The ones that take the most away come first.
+/// The steps that remove the most come first.
 const STEPS: &[Step] = &[
     ("half of the time", |plan| plan.faults_end /= 2),
     ("two managers", |plan| plan.managers = 2),
@@ -59,10 +60,12 @@ const STEPS: &[Step] = &[
     ("one reset", |plan| plan.resets = plan.resets.min(1)),
     ("one stall", |plan| plan.stalls = plan.stalls.min(1)),
 ];
-/// How many of the first steps take away much, so that it is worth more attempts, and how often the very first is taken.
+/// The number of steps at the start that remove much and are worth more attempts, and the maximum
+/// number of times that the first step is applied.
 const LARGE_STEPS: usize = 4;
 const HALVINGS_MAX: usize = 4;
-/// With how many sequences of random numbers a step is tried, and how many compete for the shortest story.
+/// The number of random sequences tried for a step, and the number that compete for the shortest
+/// story.
 const SALTS: u64 = 8;
 const SALTS_OF_LARGE_STEPS: u64 = 60;
 const SALTS_AT_THE_END: u64 = 100;
@@ -78,7 +81,7 @@ impl Case {
         }
     }
 
-    /// Makes the plan of the seed as simple as this case has it.
+    /// Applies the steps of this case to the plan of the seed.
     pub(super) fn simplify(&self, plan: &mut Plan) {
         self.steps.iter().for_each(|&step| STEPS[step].1(plan));
     }
@@ -107,7 +110,7 @@ impl fmt::Display for Case {
     }
 }
 
-/// The simplest case found that fails as this one does, with its trace.
+/// Returns the simplest case found that fails in the same way, with its trace.
 pub(super) fn shortest(mut case: Case) -> Option<Failure> {
     let kind = case.failure()?.kind();
     let fails = |case: &Case| case.failure().is_some_and(|failure| failure.kind() == kind);

@@ -1,4 +1,5 @@
-//! Tasks that want locks, as `request` and `guard` have it: who waits drives the request, who gives up drops it.
+//! Tasks that take locks, as in `request` and `guard`: a waiting task drives its request, and a
+//! task that gives up drops it.
 
 use std::sync::Arc;
 use std::time::Duration;
@@ -14,7 +15,7 @@ use crate::store::Lane;
 
 #[derive(Debug, Default)]
 pub(super) struct Task {
-    /// Counts the states, so that an event that was meant for an earlier one is known.
+    /// Counts state changes, so that an event meant for an earlier state is ignored.
     epoch: u32,
     pub(super) state: State,
 }
@@ -40,10 +41,10 @@ pub(super) enum State {
 pub(super) struct Waiting {
     pub(super) k: usize,
     pub(super) id: WaiterId,
-    /// Its place among all who ever waited.
+    /// Its position among all waiters ever enqueued.
     pub(super) order: u64,
     pub(super) only_try: bool,
-    /// The request that it carries out.
+    /// The request that this task drives.
     driving: Option<u64>,
 }
 
@@ -137,7 +138,7 @@ impl World {
         self.later(m, task, delay, Step::Poll);
     }
 
-    /// The reply to the request that this task carries out has come; `next` follows.
+    /// The request driven by this task was answered; `next` follows.
     pub(super) fn task_drives_on(&mut self, m: usize, k: usize, task: usize, next: Option<Request>) {
         match &mut self.managers[m].tasks[task].state {
             State::Waiting(waiting) => {
@@ -195,7 +196,7 @@ impl World {
             outcome => format!("m{m} k{k} t{task} gets nothing: {outcome:?}"),
         });
         self.rests(m, task);
-        // A request that it still carries out is dropped with the wait.
+        // A request that the task still drives is dropped together with its wait.
         self.drop_request(m, k, driving);
         match outcome {
             Outcome::Granted(granted) => self.task_has_it(m, k, task, order, granted),
@@ -213,7 +214,7 @@ impl World {
         self.check_after_failover(m, k, &granted);
         let Granted { lease, token, path, .. } = granted;
         if self.managers[m].is_closed {
-            // The request says that the manager is closed, and there is no guard.
+            // The request fails with `Closed`, and there is no guard.
             return;
         }
         match path {
@@ -270,7 +271,7 @@ impl World {
         };
         let awaited = held && matches!(request, Request::Release { .. }) && self.chance(0.7);
         if !awaited {
-            // The guard is dropped, or this is no release.
+            // The guard is dropped, or the request is not a release.
             self.job(m, Job::Request { k, request });
             return self.rests(m, task);
         }

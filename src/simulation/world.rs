@@ -1,4 +1,4 @@
-//! The world of a run: the managers, the store, the agenda of what happens next.
+//! The state of a run: the managers, the store, and the schedule of events.
 
 use std::cmp::Reverse;
 use std::collections::{BTreeMap, BinaryHeap};
@@ -36,7 +36,7 @@ pub(super) struct World {
     pub(super) in_flight: BTreeMap<u64, InFlight>,
     pub(super) ledger: Ledger,
     pub(super) stats: Stats,
-    /// Until then every message takes long.
+    /// Until this time, every message is slow.
     pub(super) slow_until: Nanos,
     agenda: BinaryHeap<Reverse<Scheduled>>,
     numbers: u64,
@@ -49,32 +49,33 @@ pub(super) struct Manager {
     pub(super) cycles: Cycles,
     pub(super) clock: LocalClock,
     pub(super) queues: Vec<Queue<usize>>,
-    /// Which keys others were seen to want.
+    /// The keys for which other managers were seen to wait.
     pub(super) rivals: Vec<bool>,
     pub(super) tasks: Vec<Task>,
     pub(super) is_alive: bool,
     pub(super) is_closed: bool,
-    /// No task starts any more.
+    /// No new tasks start.
     pub(super) is_left: bool,
     pub(super) lanes: [Connection; 2],
     /// When one of those connections last broke.
     pub(super) last_cut: Option<Moment>,
-    /// The largest number of a cycle then.
+    /// The largest cycle number at that time.
     pub(super) newest_at_cut: u64,
     pub(super) inbox: Inbox,
-    /// The server's time at the last connect, and the largest token seen of each key's slot.
+    /// The server's time at the last connect, and the largest token seen in the slot of each key.
     pub(super) floor: u64,
     pub(super) seen: Vec<u64>,
-    /// How often a connection was found broken; how many failovers there had been by the last time, and when the last of them was found out.
+    /// How often a connection was found broken. Then the number of failovers known, and when the
+    /// last of them was noticed.
     pub(super) epoch: u32,
     pub(super) noticed: (u32, Moment),
-    /// Until when each part of the process stands still.
+    /// Until when each part of the process is blocked.
     pub(super) blocked_until: [Nanos; PARTS],
     pub(super) next_look: Nanos,
     pub(super) last_job: Nanos,
 }
 
-/// What of a process stands still, or goes on, on its own.
+/// The parts of a process that can be blocked independently of each other.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub(super) enum Part {
     Tasks,
@@ -86,7 +87,7 @@ pub(super) enum Part {
 pub(super) const PARTS: usize = 4;
 
 pub(super) enum Event {
-    /// A command reaches the server. Everything else happens in the process of a manager.
+    /// A command reaches the server. All other events happen in the process of a manager.
     Arrives(Command),
     Replies {
         request: u64,
@@ -94,7 +95,7 @@ pub(super) enum Event {
         generation: usize,
         reply: Option<Reply>,
     },
-    /// A connection is found to be broken by who waits for a reply on it.
+    /// The sender that waits for a reply finds its connection broken.
     Breaks {
         request: u64,
         generation: usize,
@@ -130,7 +131,7 @@ struct Scheduled {
     at: Nanos,
     number: u64,
     manager: usize,
-    /// Nothing if it happens outside of any process.
+    /// `None` if it happens outside of any process.
     part: Option<Part>,
     event: Event,
 }
@@ -209,7 +210,7 @@ impl World {
         self.now >= self.plan.faults_end
     }
 
-    /// A number between the two.
+    /// A random number from `least` to `most`.
     pub(super) fn between(&mut self, least: Nanos, most: Nanos) -> Nanos {
         self.rng.random_range(least..=most.max(least))
     }
@@ -218,12 +219,12 @@ impl World {
         chance > 0.0 && self.rng.random_bool(chance)
     }
 
-    /// Something will happen outside of any process, though it may be on behalf of a manager.
+    /// Schedules an event outside of any process, possibly on behalf of a manager.
     pub(super) fn outside(&mut self, at: Nanos, manager: usize, event: Event) {
         self.schedule(at, manager, None, event);
     }
 
-    /// Something will happen in a part of a process, unless that stands still then.
+    /// Schedules an event in a part of a process. It is delayed while that part is blocked.
     pub(super) fn inside(&mut self, at: Nanos, manager: usize, part: Part, event: Event) {
         self.schedule(at, manager, Some(part), event);
     }
@@ -249,7 +250,7 @@ impl World {
         self.agenda.peek().map(|Reverse(next)| next.at)
     }
 
-    /// Lets the next event happen. Says whether there was one.
+    /// Executes the next event. Returns whether there was one.
     pub(super) fn step(&mut self) -> bool {
         let Some(Reverse(mut next)) = self.agenda.pop() else {
             return false;
@@ -262,7 +263,8 @@ impl World {
             }
             let blocked_until = manager.blocked_until[part as usize];
             if blocked_until > self.now {
-                // It keeps its number, and so its place among what this part has to do.
+                // The event keeps its number, and therefore its order among the events of this
+                // part.
                 next.at = blocked_until;
                 self.agenda.push(Reverse(next));
                 return true;
@@ -295,8 +297,8 @@ impl World {
         }
     }
 
-    /// Lets an event happen to a queue, as `shard::Entry` does, and carries out what it leads to, but for the request, which is
-    /// the caller's.
+    /// Applies an event to a queue, as `shard::Entry` does, and carries out its effects, except for
+    /// the request, which is returned to the caller.
     pub(super) fn event<R>(
         &mut self,
         m: usize,
@@ -339,7 +341,7 @@ impl World {
         if let Some(reason) = lost {
             if lingered {
                 self.ledger
-                    .breach(format!("m{m} k{k} a loss is told of a lease without a guard"));
+                    .breach(format!("m{m} k{k} a loss is reported for a lease without a guard"));
             }
             self.stats.lost += 1;
             self.note(|_| format!("m{m} k{k} a guard is lost: {reason}"));
@@ -350,7 +352,7 @@ impl World {
         (result, request)
     }
 
-    /// [`event`](Self::event), with the request left to the background.
+    /// Like [`event`](Self::event), but passes the request to the background.
     pub(super) fn event_in_background(
         &mut self,
         m: usize,
