@@ -1,11 +1,12 @@
-//! What signals do to the tool: those that were ignored when it was started stay ignored, for the tool and for the
-//! commands that it starts, as nohup(1) and shells expect.
+//! Signal dispositions. Signals that were ignored when the tool was started stay ignored, for the
+//! tool and for the commands that it starts, as nohup(1) and shells expect.
 
 use rustix::process::Signal;
 
-/// Whether a signal is ignored. Ask before a handler is installed for it.
+/// Returns whether a signal is ignored. Call this before a handler is installed for the signal.
 ///
-/// For PIPE, which Rust's runtime ignores in every program, the answer is about the time before that.
+/// Rust's runtime ignores PIPE in every program. For PIPE, this returns the state before the
+/// runtime started (on Linux).
 pub(crate) fn is_ignored(signal: Signal) -> bool {
     #[cfg(target_os = "linux")]
     if signal == Signal::PIPE {
@@ -16,21 +17,21 @@ pub(crate) fn is_ignored(signal: Signal) -> bool {
 
 /// Ignores a signal.
 ///
-/// Async-signal-safe: a child may call it between fork and exec.
+/// Async-signal-safe: a child may call this between fork and exec.
 pub(crate) fn ignore(signal: Signal) {
     set(signal, libc::SIG_IGN);
 }
 
-/// Lets a signal do what it does in a program that never asked for anything else.
+/// Restores the default disposition of a signal.
 ///
-/// Async-signal-safe: a child may call it between fork and exec.
+/// Async-signal-safe: a child may call this between fork and exec.
 pub(crate) fn set_default(signal: Signal) {
     set(signal, libc::SIG_DFL);
 }
 
 fn set(signal: Signal, disposition: libc::sighandler_t) {
     #[expect(unsafe_code, reason = "no safe interface ignores a signal")]
-    // SAFETY: neither of the two dispositions has a handler that could run.
+    // SAFETY: `SIG_IGN` and `SIG_DFL` install no handler.
     unsafe {
         libc::signal(signal.as_raw(), disposition);
     }
@@ -39,7 +40,8 @@ fn set(signal: Signal, disposition: libc::sighandler_t) {
 fn is_ignored_now(signal: Signal) -> bool {
     let mut action = std::mem::MaybeUninit::<libc::sigaction>::uninit();
     #[expect(unsafe_code, reason = "no safe interface reads a disposition")]
-    // SAFETY: a null pointer for the new action changes nothing; the old one is written if 0 is returned.
+    // SAFETY: with a null pointer for the new action, nothing changes. The old action is
+    // initialised if the call returns 0.
     unsafe {
         libc::sigaction(signal.as_raw(), std::ptr::null(), action.as_mut_ptr()) == 0
             && action.assume_init().sa_sigaction == libc::SIG_IGN
@@ -58,8 +60,8 @@ mod before_main {
         unsafe_code,
         reason = "nothing else runs before Rust's runtime changes the disposition"
     )]
-    // SAFETY: the linker's array of functions that are called, in the main thread, before `main`. The function makes
-    // one system call and uses nothing that Rust's runtime sets up.
+    // SAFETY: `.init_array` holds functions that are called on the main thread before `main`. This
+    // one makes a single system call and uses nothing that Rust's runtime sets up.
     #[used]
     #[unsafe(link_section = ".init_array")]
     static RECORD: extern "C" fn() = record;

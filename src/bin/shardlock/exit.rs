@@ -1,35 +1,36 @@
-//! How the tool ends: its exit codes, in one place.
+//! The exit codes of the tool.
 //!
-//! Codes for its own errors are those of `sysexits.h`, as with flock(1), since 1, 2 and 126 and more mean something
-//! else to the callers of commands. `doctor` runs no command, and says with 1 and 2 how bad it is.
+//! Errors of the tool itself use the codes of `sysexits.h`, like flock(1), because 1, 2 and codes
+//! from 126 up mean something else to callers of commands. `doctor` runs no command and uses 1 and
+//! 2 for the severity of its findings.
 
 use anyhow::Error;
 use shardlock::{Invalid, LockError};
 
 pub(crate) const OK: u8 = 0;
-/// `doctor` found what can go wrong.
+/// `doctor` found warnings.
 pub(crate) const WARNINGS: u8 = 1;
-/// `doctor` found what is wrong.
+/// `doctor` found errors.
 pub(crate) const ERRORS: u8 = 2;
-/// The command line is wrong (EX_USAGE).
+/// The command line is invalid (EX_USAGE).
 pub(crate) const USAGE: u8 = 64;
-/// A shard can't be reached, or says no (EX_UNAVAILABLE).
+/// A shard can't be reached, or refused the request (EX_UNAVAILABLE).
 pub(crate) const UNAVAILABLE: u8 = 69;
-/// The operating system refused something (EX_OSERR).
+/// The operating system reported an error (EX_OSERR).
 pub(crate) const SYSTEM: u8 = 71;
-/// The environment, the configuration file, or the shard map is wrong (EX_CONFIG).
+/// The environment, the configuration file or the shard map is invalid (EX_CONFIG).
 pub(crate) const CONFIG: u8 = 78;
-/// The lock was lost while the command ran. Neither `sysexits.h` nor shells use it.
+/// The lock was lost while the command ran. Neither `sysexits.h` nor shells use this code.
 pub(crate) const LOST: u8 = 117;
 pub(crate) const NOT_EXECUTABLE: u8 = 126;
 pub(crate) const NOT_FOUND: u8 = 127;
 
-/// The code of a process that was ended by a signal, as shells have it.
+/// The code that shells report for a process terminated by this signal.
 pub(crate) const fn by_signal(signal: i32) -> u8 {
     128_u8.saturating_add(signal as u8)
 }
 
-/// An error of the tool itself, with the code to exit with.
+/// An error of the tool itself, with its exit code.
 #[derive(Debug)]
 pub(crate) struct Failure {
     pub(crate) code: u8,
@@ -58,7 +59,7 @@ impl Failure {
 }
 
 impl From<Invalid> for Failure {
-    /// A value that stood on the command line. Those from elsewhere are a matter of configuration.
+    /// For a value from the command line. Errors in values from other sources use [`CONFIG`].
     fn from(error: Invalid) -> Self {
         Self::usage(error)
     }

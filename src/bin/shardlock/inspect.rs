@@ -1,4 +1,4 @@
-//! `shardlock inspect`: who holds a key, and who waits for it.
+//! `shardlock inspect`: the holder and the queue of a key.
 
 use std::fmt::Write;
 use std::time::Duration;
@@ -11,7 +11,7 @@ use crate::{output, shards};
 
 /// Show who holds a key and who waits for it
 ///
-/// The exit code is 0 whenever it could look, whether the key is held or not.
+/// The exit code is 0 if the shard answered, whether the key is held or not.
 #[derive(Debug, clap::Args)]
 pub(crate) struct Args {
     /// The name of the lock
@@ -24,7 +24,7 @@ pub(crate) struct Args {
     shards: shards::Options,
 }
 
-/// How many of those who wait are shown to people; JSON has all that the library tells.
+/// How many waiting managers the text output lists. JSON has all that the library returns.
 const WAITERS_SHOWN: usize = 10;
 
 pub(crate) async fn run(args: Args) -> Result<u8, Failure> {
@@ -59,8 +59,8 @@ fn as_json(key: &LockKey, shard: &str, seen: &Inspection) -> serde_json::Value {
 fn as_text(key: &LockKey, shard: &str, seen: &Inspection) -> String {
     let holder = seen.holder.as_ref().map_or_else(|| "nobody".to_owned(), describe);
     let token = seen.last_token.map_or_else(
-        || "none was issued in the slot yet".to_owned(),
-        |token| format!("{token} was the last one issued in the slot"),
+        || "none issued in this slot yet".to_owned(),
+        |token| format!("{token} was the last one issued in this slot"),
     );
     let mut text = format!(
         "key      {}\nslot     {} on shard {shard}\nholder   {holder}\ntoken    {token}\n\
@@ -83,13 +83,13 @@ fn describe(holder: &Holder) -> String {
     let kind = if holder.is_manager {
         "a shardlock manager"
     } else {
-        "not one of shardlock's managers"
+        "not a shardlock manager"
     };
     let end = match holder.remaining {
         Some(remaining) => {
             let millis = Duration::from_millis(remaining.as_millis() as u64);
             format!(
-                "its lease ends in {} unless it is renewed",
+                "its lease ends in {} unless renewed",
                 humantime::format_duration(millis)
             )
         }

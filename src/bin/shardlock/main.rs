@@ -1,4 +1,4 @@
-//! The command-line tool: thin over the library.
+//! The command-line tool: a thin layer over the library.
 
 mod asking;
 mod bench;
@@ -29,7 +29,7 @@ use tracing_subscriber::prelude::*;
 
 use exit::Failure;
 
-/// Locks on Redis for shell scripts and cron jobs, and a look at who holds them.
+/// Distributed locks on Redis for shell scripts and cron jobs, and tools to inspect them.
 #[derive(Debug, Parser)]
 #[command(name = "shardlock", version, propagate_version = true, after_help = ENVIRONMENT)]
 struct Cli {
@@ -39,14 +39,14 @@ struct Cli {
 
 const ENVIRONMENT: &str = "\
 Environment:
-  SHARDLOCK_<SETTING>  any setting of a configuration file, in upper case: SHARDLOCK_SHARDS, SHARDLOCK_TTL, ...
-  SHARDLOCK_CONFIG     the configuration file
-  SHARDLOCK_METRICS    where to serve metrics, as with --metrics; exec runs its command even if it can't
-  SHARDLOCK_LOG        what to log on standard error: off, error, warn (the default), info, debug or trace
+  SHARDLOCK_<SETTING>  any setting of the configuration file, in upper case: SHARDLOCK_SHARDS, SHARDLOCK_TTL, ...
+  SHARDLOCK_CONFIG     path of the configuration file
+  SHARDLOCK_METRICS    address to serve metrics on, like --metrics; if it is unavailable, exec warns and runs anyway
+  SHARDLOCK_LOG        log level on standard error: off, error, warn (the default), info, debug or trace
 
-A variable without a value counts as unset, and those that Kubernetes adds for Services are ignored.
+Empty variables count as unset. Variables that Kubernetes adds for Services are ignored.
 
-Flags override the environment, and the environment overrides the file.";
+Command-line options override the environment, which overrides the file.";
 
 #[derive(Debug, Subcommand)]
 enum Command {
@@ -66,7 +66,7 @@ fn main() -> ExitCode {
     let cli = match Cli::try_parse() {
         Ok(cli) => cli,
         Err(error) => {
-            // Where nobody reads it, the exit code has to do.
+            // If the output is closed, the exit code still reports the error.
             error.print().ok();
             return if error.use_stderr() { exit::USAGE } else { exit::OK }.into();
         }
@@ -95,8 +95,10 @@ fn run(command: Command) -> Result<u8, Failure> {
     }
 }
 
-/// Runs a command on the main thread alone. `exec` depends on that: the kernel ties its child to the *thread* that has
-/// started it, and the main thread lives as long as the process.
+/// Runs a command on the main thread only.
+///
+/// `exec` depends on this: the kernel ties its child to the *thread* that started it, and the main
+/// thread lives as long as the process.
 fn on_this_thread(command: impl Future<Output = Result<u8, Failure>>) -> Result<u8, Failure> {
     tokio::runtime::Builder::new_current_thread()
         .enable_all()
@@ -112,9 +114,9 @@ fn log_to_stderr(command: &Command) {
     let mut level = text.map_or(LevelFilter::WARN, |text| {
         let level = text.to_str().and_then(|text| text.parse().ok());
         level.unwrap_or_else(|| {
-            // No reason to keep a command from running.
+            // A bad log level must not keep a command from running.
             output::complain(format_args!(
-                "SHARDLOCK_LOG is {text:?}, but must be one of off, error, warn, info, debug, trace; logging warnings"
+                "SHARDLOCK_LOG is {text:?}, but must be off, error, warn, info, debug or trace; using warn"
             ));
             LevelFilter::WARN
         })
@@ -125,10 +127,10 @@ fn log_to_stderr(command: &Command) {
     tracing_subscriber::fmt()
         .with_writer(|| output::LogLines)
         .with_max_level(level)
-        // A standard error that is gone must not end the tool while it holds a lock.
+        // A closed standard error must not end the tool while it holds a lock.
         .log_internal_errors(false)
         .finish()
-        // The command's own error reports it, too, and one report is enough.
+        // The command itself also reports this error. Once is enough.
         .with(filter_fn(move |event| {
             !is_default || event.target() != "shardlock::manager" || event.fields().field("error").is_none()
         }))

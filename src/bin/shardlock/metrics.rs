@@ -1,4 +1,5 @@
-//! The admin endpoint of a command that runs for long: metrics for Prometheus, health, hot keys, held locks.
+//! The admin endpoint of a long-running command: metrics for Prometheus, health, hot keys and held
+//! locks.
 
 use std::net::SocketAddr;
 
@@ -8,29 +9,35 @@ use shardlock::admin::{Admin, AdminError, AdminServer};
 
 use crate::output;
 
-/// Where a command that runs for long serves its metrics.
+/// Where a long-running command serves its metrics.
 #[derive(Debug, Clone, clap::Args)]
 #[group(skip)]
 pub(crate) struct Options {
-    /// Serve metrics for Prometheus at this address, such as 127.0.0.1:9187; port 0 takes a free one
+    /// Serve Prometheus metrics on this address, such as 127.0.0.1:9187; port 0 picks a free port
     ///
-    /// The same address has /healthz, /readyz, and /hot, /held and /shards for `shardlock top`. It shows the names of locks to whoever can
-    /// reach it. SHARDLOCK_METRICS names an address, too; if that can't be served, for example since another command on this machine
-    /// has it, there is a warning and no endpoint.
+    /// The same address serves /healthz, /readyz, and /hot, /held and /shards for `shardlock top`.
+    /// It shows the names of locks to anyone who can reach it. The address can also be set with
+    /// SHARDLOCK_METRICS; then, if the address is unavailable, for example because another command
+    /// uses it, the tool warns and runs without the endpoint.
     #[arg(long = "metrics", value_name = "ADDR")]
     address: Option<SocketAddr>,
 }
 
-/// The variable that stands for the option. A command that is run under a lock must not inherit it: the port is taken.
+/// The environment variable for the option.
+///
+/// A command that runs under a lock must not inherit the variable, because the port is already
+/// taken.
 pub(crate) const VARIABLE: &str = "SHARDLOCK_METRICS";
 
 impl Options {
-    /// Takes the address if one is wanted, and reports what is there. Call it before a manager connects.
+    /// Binds the address, if one is configured, and prints the URL of the metrics.
+    ///
+    /// Call this before a manager connects.
     ///
     /// # Errors
     ///
-    /// The address of the command line can't be taken. One of the environment is there for many commands, and none of
-    /// them must fail for it.
+    /// The address from the command line can't be bound. An address from the environment applies to
+    /// many commands and must not make one fail, so for that one there is only a warning.
     pub(crate) fn bind(&self) -> Result<Option<Admin>> {
         let admin = match self.address {
             Some(address) => Some(bind(address).context("give --metrics another address")?),
@@ -43,16 +50,16 @@ impl Options {
             }),
         };
         if let Some(admin) = &admin {
-            output::complain(format_args!("metrics are at http://{}/metrics", admin.address()));
+            output::complain(format_args!("serving metrics at http://{}/metrics", admin.address()));
         }
         Ok(admin)
     }
 
-    /// Starts to serve, until the result is dropped.
+    /// Serves the endpoint until the returned server is dropped.
     ///
     /// # Errors
     ///
-    /// As for [`Self::bind`].
+    /// Serving fails and the address is from the command line. Otherwise there is only a warning.
     pub(crate) fn serve(&self, admin: Admin, locks: &LockManager) -> Result<Option<AdminServer>> {
         match admin.serve(locks) {
             Ok(server) => Ok(Some(server)),
@@ -76,13 +83,13 @@ fn from_environment() -> Result<Option<Admin>> {
     bind(address).map(Some)
 }
 
-/// Takes this address, or a free port of it if it says port 0, for metrics and all else that the admin endpoint shows.
+/// Binds the admin endpoint to this address. Port 0 picks a free port.
 ///
-/// Call it before a manager connects: handles that were made without a recorder count nothing.
+/// Call this before a manager connects: metric handles created without a recorder count nothing.
 ///
 /// # Errors
 ///
-/// The address can't be bound, or there is a recorder already.
+/// The address can't be bound, or a recorder is already installed.
 pub(crate) fn bind(address: SocketAddr) -> Result<Admin> {
     Admin::bind(address).map_err(|error| match error {
         AdminError::Bind { address, source } => anyhow!("metrics can't be served at {address}: {source}"),

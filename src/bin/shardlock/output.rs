@@ -1,4 +1,4 @@
-//! What the tool says: answers on standard output, for people or as JSON; complaints on standard error.
+//! Output of the tool: results on standard output, as text or JSON; messages on standard error.
 
 use std::fmt::Display;
 use std::io::{self, Write};
@@ -8,19 +8,20 @@ use shardlock::{must_be_escaped, printable};
 
 use crate::exit::Failure;
 
-/// In which form an answer is wanted.
+/// The output format.
 #[derive(Debug, Clone, clap::Args)]
 #[group(skip)]
 pub(crate) struct Form {
-    /// Answer with one line of JSON
+    /// Print the result as one line of JSON
     #[arg(long)]
     json: bool,
 }
 
 impl Form {
-    /// Prints an answer in the form that is wanted.
+    /// Prints the result in the requested format.
     ///
-    /// What `human` has from elsewhere went through [`printable`] before: its own lines and colours must stay.
+    /// `human` is printed unchanged, to keep its line breaks and colours. The caller must pass any
+    /// foreign text in it through [`printable`].
     pub(crate) fn print(&self, json: &impl Display, human: &str) -> Result<(), Failure> {
         let mut out = io::stdout().lock();
         let written = if self.json {
@@ -29,21 +30,24 @@ impl Form {
             writeln!(out, "{}", human.trim_end())
         };
         match written.and_then(|()| out.flush()) {
-            // A reader such as `head` that has seen enough is no error.
+            // A reader such as `head` may close the pipe early. That is not an error.
             Err(error) if error.kind() != io::ErrorKind::BrokenPipe => Err(error)
-                .context("the answer could not be written")
+                .context("the result could not be written")
                 .map_err(Failure::system),
             _ => Ok(()),
         }
     }
 }
 
-/// JSON that a terminal can be shown: the few control characters that JSON allows as they are become escapes. They can stand in strings only.
+/// Makes JSON safe to show on a terminal: escapes the control characters that JSON allows
+/// unescaped.
+///
+/// They can occur only inside strings, so the JSON stays equivalent.
 fn json_line(json: &str) -> String {
     let mut line = String::with_capacity(json.len());
     for char in json.chars() {
         if must_be_escaped(char) {
-            // All of them are below 2^16.
+            // All these characters are below 2^16, so one escape is enough.
             line.push_str(&format!("\\u{:04x}", u32::from(char)));
         } else {
             line.push(char);
@@ -52,12 +56,13 @@ fn json_line(json: &str) -> String {
     line
 }
 
-/// Standard error for log lines: each is one line, whatever a server or a user has put into it.
+/// Standard error for log lines. Each message stays on one line, whatever text a server or user put
+/// into it.
 #[derive(Debug, Clone, Copy)]
 pub(crate) struct LogLines;
 
 impl Write for LogLines {
-    /// Takes one whole line, as the log writes them.
+    /// Expects one whole line, which is how the log writes.
     fn write(&mut self, line: &[u8]) -> io::Result<usize> {
         let text = String::from_utf8_lossy(line);
         let (text, end) = text.strip_suffix('\n').map_or((&*text, ""), |text| (text, "\n"));
@@ -70,14 +75,15 @@ impl Write for LogLines {
     }
 }
 
-/// Writes a line to standard error. It is one line, whatever a server or a user has put into it.
+/// Writes one line to standard error, whatever text a server or user put into it.
 ///
-/// Unlike `eprintln!` it does not panic where that is closed: the tool may be holding a lock and have a command to end.
+/// Unlike `eprintln!`, this does not panic if standard error is closed: the tool may hold a lock
+/// and still have a command to end.
 pub(crate) fn complain(message: impl Display) {
     writeln!(io::stderr(), "shardlock: {}", printable(&message.to_string())).ok();
 }
 
-/// An error with its causes in one line. What one of them repeats is left out.
+/// Formats an error and its causes on one line, omitting causes already part of the text.
 pub(crate) fn in_one_line(error: &anyhow::Error) -> String {
     let mut line = String::new();
     for cause in error.chain() {

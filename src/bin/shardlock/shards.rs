@@ -1,4 +1,4 @@
-//! The options that say which shards there are and how to use them; every command but `demo` has them.
+//! The options for the shards and the other settings. Every command except `demo` has them.
 
 use std::path::PathBuf;
 
@@ -8,29 +8,29 @@ use shardlock::Config;
 
 use crate::exit::Failure;
 
-/// Where the settings come from, besides the environment.
+/// Sources of settings, besides the environment.
 #[derive(Debug, Clone, clap::Args, Serialize, Deserialize)]
 #[command(next_help_heading = "Shards")]
 #[group(skip)]
 pub(crate) struct Options {
-    /// A shard, as URL or NAME=URL; repeat it for several, in the same order everywhere
+    /// A shard; repeat for several, in the same order in every process
     ///
-    /// For example redis://10.0.0.1:6379. Other users of this machine can see a password that stands here: put it into
-    /// SHARDLOCK_SHARDS or a file.
+    /// For example redis://10.0.0.1:6379. Other users of this machine can see a password given
+    /// here: put it in SHARDLOCK_SHARDS or a file instead.
     #[arg(long = "shard", value_name = "[NAME=]URL")]
     shards: Vec<String>,
 
-    /// A configuration file in TOML; without it, the one that SHARDLOCK_CONFIG names
+    /// The configuration file, in TOML [default: $SHARDLOCK_CONFIG]
     #[arg(long, value_name = "FILE")]
     config: Option<PathBuf>,
 
-    /// Any other setting of a configuration file, such as store_timeout=5s
+    /// Any other setting of the configuration file, such as store_timeout=5s; repeatable
     #[arg(long = "set", value_name = "SETTING=VALUE")]
     pub(crate) settings: Vec<String>,
 }
 
 impl Options {
-    /// The settings: the file's, overridden by the environment's, overridden by those of the command line.
+    /// Loads the settings: the file, overridden by the environment, overridden by the command line.
     pub(crate) fn load(&self) -> Result<Config, Failure> {
         let of_environment = || std::env::var_os("SHARDLOCK_CONFIG").filter(|path| !path.is_empty());
         let mut config = match self.config.clone().or_else(|| of_environment().map(PathBuf::from)) {
@@ -50,7 +50,7 @@ impl Options {
             }
             if name == "shards" && !self.shards.is_empty() {
                 return Err(Failure::usage(anyhow!(
-                    "the shards are given by --shard and by --set shards; use one of them"
+                    "the shards are given by --shard and by --set shards; use only one of them"
                 )));
             }
             config.set(name, value)?;
@@ -61,19 +61,19 @@ impl Options {
         Ok(config)
     }
 
-    /// The same for a command that needs shards to talk to.
+    /// Like [`Self::load`], but fails if there are no shards.
     pub(crate) fn load_with_shards(&self) -> Result<Config, Failure> {
         let config = self.load()?;
         if config.shards.is_empty() {
             let is_nested = std::env::var_os("LOCK_OWNER").is_some();
             let hint = if is_nested {
-                "; a command that runs under a lock does not inherit a SHARDLOCK_SHARDS with a password, unless \
-                 `shardlock exec` has --inherit-password"
+                "; a command run by `shardlock exec` does not inherit a SHARDLOCK_SHARDS that contains a password, \
+                 unless exec is given --inherit-password"
             } else {
                 ""
             };
             return Err(Failure::usage(anyhow!(
-                "no shard is given; say --shard redis://HOST:PORT, or set SHARDLOCK_SHARDS, or name a file with \
+                "no shard is configured; pass --shard redis://HOST:PORT, set SHARDLOCK_SHARDS, or pass a file with \
                  --config{hint}"
             )));
         }
@@ -81,17 +81,18 @@ impl Options {
     }
 }
 
-/// The variable with the shards.
+/// The environment variable that lists the shards.
 pub(crate) const VARIABLE: &str = "SHARDLOCK_SHARDS";
 
-/// Whether there is a password in the variable.
+/// Returns whether the variable contains a password. An unparsable value counts as one that does.
 pub(crate) fn variable_has_password() -> bool {
     std::env::var_os(VARIABLE).is_some_and(|text| text.to_str().is_none_or(has_password))
 }
 
 fn has_password(text: &str) -> bool {
     let mut config = Config::default();
-    // The debug format puts asterisks in place of each secret. What can't be read may have one.
+    // The debug format replaces each secret with asterisks. A value that can't be parsed may
+    // contain a password.
     config.set("shards", text).is_err() || format!("{:?}", config.shards).contains("***")
 }
 

@@ -1,4 +1,4 @@
-//! `shardlock slot`: where a key belongs.
+//! `shardlock slot`: the slot and shard of a key.
 
 use serde_json::json;
 use shardlock::LockKey;
@@ -6,9 +6,9 @@ use shardlock::LockKey;
 use crate::exit::{self, Failure};
 use crate::{output, shards};
 
-/// Show the slot of a key, and which shard owns it
+/// Show the slot of a key and the shard that owns it
 ///
-/// No server is asked. Without shards it shows the slot alone.
+/// No server is contacted. If no shards are configured, only the slot is shown.
 #[derive(Debug, clap::Args)]
 pub(crate) struct Args {
     /// The name of the lock

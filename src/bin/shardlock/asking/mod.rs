@@ -1,4 +1,4 @@
-//! Asking the servers of shards directly, for commands that look at them without a manager.
+//! Direct requests to the servers of shards, for commands that inspect them without a manager.
 
 mod nodes;
 mod primaries;
@@ -17,7 +17,7 @@ pub(crate) use nodes::{Node, nodes};
 pub(crate) use primaries::{connect_to_primaries, primaries, primary_named};
 pub(crate) use trouble::{Trouble, TroubleKind};
 
-/// How servers are asked.
+/// How to connect to servers.
 #[derive(Debug)]
 pub(crate) struct Asking<'a> {
     pub(crate) config: &'a Config,
@@ -27,7 +27,7 @@ pub(crate) struct Asking<'a> {
 impl<'a> Asking<'a> {
     /// # Errors
     ///
-    /// A file for encrypted connections can't be read.
+    /// If a TLS file can't be read.
     pub(crate) fn new(config: &'a Config) -> anyhow::Result<Self> {
         let read = |setting: &str, path: &Option<std::path::PathBuf>| match path {
             None => Ok(None),
@@ -44,7 +44,7 @@ impl<'a> Asking<'a> {
         };
         let root_cert = read("tls_ca", &config.tls_ca)?;
         if rustls::crypto::CryptoProvider::get_default().is_none() {
-            // Somebody else may have chosen one in this very moment; that one stays.
+            // Another thread may have installed one in the meantime; that one is kept.
             rustls::crypto::ring::default_provider().install_default().ok();
         }
         Ok(Self {
@@ -76,10 +76,10 @@ impl<'a> Asking<'a> {
         } else {
             Client::open(server.as_str())
         };
-        // The error of the client library may quote the URL, and with it the password.
+        // The client library's error may quote the URL, and with it the password.
         client.map_err(|_| Trouble {
             kind: TroubleKind::Encryption,
-            reason: "the client library takes neither the URL nor the files of tls_ca, tls_cert and tls_key".to_owned(),
+            reason: "the client library rejects the URL or the files of tls_ca, tls_cert and tls_key".to_owned(),
         })
     }
 
@@ -94,7 +94,8 @@ impl<'a> Asking<'a> {
         }
     }
 
-    /// What an error means that ended the first steps of a connection to that server, asked for where it says too little.
+    /// Classifies an error from connecting to this server. If the error is too vague, the server is
+    /// probed for the reason.
     pub(crate) async fn trouble(&self, error: &RedisError, server: &ServerUrl) -> Trouble {
         let mut trouble = Trouble::of(error, server);
         if matches!(trouble.kind, TroubleKind::Unreachable | TroubleKind::Answer) {
@@ -104,12 +105,12 @@ impl<'a> Asking<'a> {
     }
 }
 
-/// One question; what the server says against it in words.
+/// Sends a command. The server's error is returned as text.
 pub(crate) async fn ask<T: FromRedisValue>(connection: &mut MultiplexedConnection, command: &Cmd) -> Result<T, String> {
     command.query_async(connection).await.map_err(|error| error.to_string())
 }
 
-/// `host:port`, with brackets where the host is an IPv6 address.
+/// `host:port`, with brackets around an IPv6 address.
 pub(crate) fn place(host: &str, port: &str) -> String {
     if host.contains(':') {
         format!("[{host}]:{port}")

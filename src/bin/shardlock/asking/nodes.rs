@@ -1,4 +1,4 @@
-//! What a node of a Redis Cluster says of itself and the others.
+//! The nodes of a Redis Cluster, as one of them reports them.
 
 use deadpool_redis::redis::aio::MultiplexedConnection;
 use deadpool_redis::redis::cmd;
@@ -6,7 +6,7 @@ use shardlock::ServerUrl;
 
 use super::ask;
 
-/// A node as another one, or it itself, sees it.
+/// A node, as reported by itself or by another node.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub(crate) struct Node {
     pub(crate) id: String,
@@ -20,18 +20,18 @@ pub(crate) struct Node {
 }
 
 impl Node {
-    /// Reads an answer to `CLUSTER NODES`. Lines that are none are passed over.
+    /// Parses a reply to `CLUSTER NODES`. Malformed lines are skipped.
     pub(crate) fn read_all(lines: &str, asked: &ServerUrl) -> Vec<Self> {
         lines.lines().filter_map(|line| read(line, asked)).collect()
     }
 
-    /// Whether it has this flag.
+    /// Whether the node has this flag.
     pub(crate) fn has(&self, flag: &str) -> bool {
         self.flags.split(',').any(|known| known == flag)
     }
 }
 
-/// All nodes that the one which is asked knows.
+/// All nodes known to the connected one.
 pub(crate) async fn nodes(connection: &mut MultiplexedConnection, asked: &ServerUrl) -> Result<Vec<Node>, String> {
     let lines: String = ask(connection, cmd("CLUSTER").arg("NODES")).await?;
     Ok(Node::read_all(&lines, asked))
@@ -42,13 +42,13 @@ fn read(line: &str, asked: &ServerUrl) -> Option<Node> {
     let (id, address, flags, primary) = (fields.next()?, fields.next()?, fields.next()?, fields.next()?);
     let (place, rest) = address.split_once('@').unwrap_or((address, ""));
     let (host, port) = place.rsplit_once(':')?;
-    // A certificate is for a name, where there is one.
+    // With TLS, the hostname if there is one: certificates are issued for names.
     let name = rest
         .split(',')
         .nth(1)
         .filter(|name| asked.is_encrypted() && !name.is_empty());
     let place = match (name.unwrap_or(host), flags.split(',').any(|flag| flag == "myself")) {
-        // A node that nobody has met yet does not know its own address.
+        // A node that has not met any other does not know its own address.
         ("", true) => asked.place().to_owned(),
         (host, _) => super::place(host, port),
     };

@@ -1,4 +1,4 @@
-//! The servers of shards that keep leases now, for commands that ask them what they did or have.
+//! Finds the servers that currently store a shard's leases.
 
 use std::collections::BTreeMap;
 
@@ -9,12 +9,12 @@ use shardlock::{Config, Endpoint, ServerUrl};
 
 use super::{Asking, ask, nodes, place};
 
-/// Those of one shard: the server that stands alone, nodes of a quorum, the primary that a sentinel names, primaries of a cluster with slots.
-/// Nothing if the shard is not on Redis.
+/// The servers of one shard: a single server, the nodes of a quorum, the primary that a sentinel
+/// names, or the primaries of a cluster that have slots. `None` if the shard is not on Redis.
 ///
 /// # Errors
 ///
-/// Nobody says which they are. The reason is that of the last one that was asked.
+/// If no server of the URL could name them. The error is that of the last one asked.
 pub(crate) async fn primaries(endpoint: &Endpoint, asking: &Asking<'_>) -> anyhow::Result<Option<Vec<ServerUrl>>> {
     match endpoint.scheme() {
         "redis" | "rediss" | "redis+unix" | "redlock" | "redlocks" => return Ok(Some(endpoint.servers())),
@@ -22,7 +22,7 @@ pub(crate) async fn primaries(endpoint: &Endpoint, asking: &Asking<'_>) -> anyho
         _ => return Ok(None),
     }
     let mut trouble = "the URL names no server".to_owned();
-    // The first that answers knows.
+    // The first server that answers decides.
     for server in endpoint.servers() {
         let places = match endpoint.primary_name() {
             Some(name) => of_sentinel(&server, name, asking).await.map(|place| vec![place]),
@@ -39,7 +39,7 @@ pub(crate) async fn primaries(endpoint: &Endpoint, asking: &Asking<'_>) -> anyho
     bail!("{trouble}")
 }
 
-/// Where the primary is that this sentinel knows by the name.
+/// The address of the primary that this sentinel knows by the name.
 async fn of_sentinel(sentinel: &ServerUrl, name: &str, asking: &Asking<'_>) -> Result<String, String> {
     let mut connection = asking.connect(sentinel).await.map_err(|trouble| trouble.reason)?;
     primary_named(&mut connection, name)
@@ -47,14 +47,16 @@ async fn of_sentinel(sentinel: &ServerUrl, name: &str, asking: &Asking<'_>) -> R
         .ok_or_else(|| format!("{} knows no primary called {name}", sentinel.place()))
 }
 
-/// The answer of a sentinel to where the primary of that name is. Nothing if it does not know the name.
+/// Asks a sentinel for the address of a primary. Returns `None` if the sentinel does not know the
+/// name.
 pub(crate) async fn primary_named(sentinel: &mut MultiplexedConnection, name: &str) -> Result<Option<String>, String> {
     let question = cmd("SENTINEL").arg("GET-MASTER-ADDR-BY-NAME").arg(name).to_owned();
     let address: Option<(String, String)> = ask(sentinel, &question).await?;
     Ok(address.map(|(host, port)| place(&host, &port)))
 }
 
-/// Where the primaries of the cluster are that this node knows and that are not said to be down.
+/// The addresses of the cluster's primaries that have slots and are not marked as failed, as this
+/// node knows them.
 async fn of_cluster(node: &ServerUrl, asking: &Asking<'_>) -> Result<Vec<String>, String> {
     let mut connection = asking.connect(node).await.map_err(|trouble| trouble.reason)?;
     let known = nodes(&mut connection, node)
@@ -66,15 +68,14 @@ async fn of_cluster(node: &ServerUrl, asking: &Asking<'_>) -> Result<Vec<String>
     Ok(primaries.map(|node| node.place).collect())
 }
 
-/// A connection to each of all shards.
-/// Nothing if a shard is not on Redis.
+/// A connection to each of these servers of all shards, or `None` if a shard is not on Redis.
 ///
 /// # Errors
 ///
-/// One of them can't be found or reached.
+/// If a server can't be found or reached.
 pub(crate) async fn connect_to_primaries(config: &Config) -> anyhow::Result<Option<Vec<MultiplexedConnection>>> {
     let asking = Asking::new(config)?;
-    // By their addresses, since two shards may be databases of one server.
+    // Keyed by address, since two shards may be databases of one server.
     let mut servers: BTreeMap<String, ServerUrl> = BTreeMap::new();
     for shard in &config.shards {
         let endpoint = Endpoint::parse(&shard.url)?;

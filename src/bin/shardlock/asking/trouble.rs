@@ -3,32 +3,31 @@
 use deadpool_redis::redis::{ErrorKind, RedisError};
 use shardlock::ServerUrl;
 
-/// Why nothing was learned from a server.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub(crate) struct Trouble {
     pub(crate) kind: TroubleKind,
-    /// In the words of whoever said no.
+    /// The message of the server or library that reported the error.
     pub(crate) reason: String,
 }
 
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub(crate) enum TroubleKind {
-    /// There is no connection.
+    /// No connection.
     Unreachable,
-    /// There was no answer in time.
+    /// No answer in time.
     Silent,
-    /// The server wants another password, or one at all.
+    /// The server requires a password, or a different one.
     Login,
-    /// The server does not let us choose the database.
+    /// The server refuses to select the database.
     Database,
-    /// The encryption did not come about.
+    /// TLS could not be established.
     Encryption,
-    /// The server answers, but not as it should.
+    /// The server's answer is unexpected.
     Answer,
 }
 
 impl Trouble {
-    /// What an error of a connection to that server, or of a request there, means.
+    /// Classifies an error of a connection to this server, or of a request on it.
     pub(crate) fn of(error: &RedisError, server: &ServerUrl) -> Self {
         let reason = error.to_string();
         let is_about_certificates =

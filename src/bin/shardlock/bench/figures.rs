@@ -1,4 +1,4 @@
-//! What came out: as JSON, as a table, and whether it is right.
+//! The result: as JSON, as a table, and whether it is correct.
 
 use std::collections::BTreeMap;
 use std::fmt::{self, Write};
@@ -14,13 +14,13 @@ use super::waits::{corrected, histogram};
 use crate::load::counters::Counters;
 use crate::load::usage::Usage;
 
-/// All that is known of a run.
+/// The result of a run.
 #[derive(Debug)]
 pub(super) struct Outcome {
     pub(super) figures: Figures,
-    /// With the waits added that long ones hid.
+    /// Corrected for coordinated omission.
     pub(super) waits: Histogram<u64>,
-    /// As they were.
+    /// As measured.
     measured_waits: Histogram<u64>,
     shards: String,
     token_regressions: u64,
@@ -28,7 +28,7 @@ pub(super) struct Outcome {
     errors: Vec<Errors>,
 }
 
-/// The figures. The names of the fields, and their order, are those in the JSON.
+/// The field names and their order are those of the JSON.
 #[derive(Debug, Clone, Serialize)]
 pub(super) struct Figures {
     locks: u64,
@@ -64,7 +64,7 @@ struct Wait {
 
 #[derive(Debug, Clone, Copy, Serialize)]
 struct Hold {
-    /// Nothing if no hold ended in the window.
+    /// `None` if no hold ended in the window.
     mean: Option<f64>,
 }
 
@@ -75,7 +75,7 @@ struct HandOffs {
     uncontended: u64,
 }
 
-/// Nothing where a shard does not tell.
+/// `None` if a shard does not report it.
 #[derive(Debug, Clone, Copy, Serialize)]
 struct Server {
     scripts_per_lock: Option<f64>,
@@ -84,7 +84,7 @@ struct Server {
 }
 
 impl Outcome {
-    /// `used` is what all servers did meanwhile, if they tell.
+    /// `used` is what all servers did during the window, if they report it.
     pub(super) fn new(
         args: &Args,
         shards: String,
@@ -125,7 +125,7 @@ impl Outcome {
         })
     }
 
-    /// What is not as it must be.
+    /// Everything that is wrong with the result.
     pub(super) fn wrong(&self) -> Vec<String> {
         let mut wrong = Vec::new();
         for errors in &self.errors {
@@ -138,7 +138,7 @@ impl Outcome {
         }
         if self.token_regressions != 0 {
             wrong.push(format!(
-                "{} fencing tokens were not above the one before on their key",
+                "{} fencing tokens were not larger than the previous one on their key",
                 self.token_regressions
             ));
         }
@@ -146,14 +146,14 @@ impl Outcome {
             wrong.push(format!("a key had two holders at once {} times", self.overlaps));
         }
         if self.figures.locks == 0 {
-            wrong.push("no lock was had; give it a longer --duration".to_owned());
+            wrong.push("no lock was acquired; use a longer --duration".to_owned());
         }
         wrong
     }
 
     pub(super) fn as_text(&self, args: &Args) -> String {
         let mut text = String::new();
-        // It can't fail: a String takes everything.
+        // Writing to a `String` can't fail.
         self.write(&mut text, args).ok();
         text
     }
@@ -168,11 +168,11 @@ impl Outcome {
         row("seconds", format!("{:.3}", figures.seconds))?;
         row("locks per second", count(figures.locks_per_s.round() as u64))?;
         let (processes, tasks) = (figures.per_process, figures.per_task);
-        row("least of a process", count(processes.min))?;
-        row("most of a process", count(processes.max))?;
+        row("fewest per process", count(processes.min))?;
+        row("most per process", count(processes.max))?;
         row("fairness of processes (Jain)", format!("{:.4}", processes.jain))?;
-        row("least of a task", count(tasks.min))?;
-        row("most of a task", count(tasks.max))?;
+        row("fewest per task", count(tasks.min))?;
+        row("most per task", count(tasks.max))?;
         let share = |count: u64| format!("{:.1} %", 100.0 * count as f64 / figures.locks.max(1) as f64);
         row("uncontended", share(figures.handoffs.uncontended))?;
         row("handed over locally", share(figures.handoffs.local))?;
@@ -205,7 +205,7 @@ impl Outcome {
 
 impl Figures {
     pub(super) fn as_json(&self) -> String {
-        // It can't fail: there are only numbers in it, under names.
+        // This can't fail: the fields are numbers, and the keys are strings.
         serde_json::to_string(self).unwrap_or_default()
     }
 }
@@ -221,7 +221,7 @@ impl PerProcess {
     }
 }
 
-/// Jain's index: 1 if all are alike, 1 / n if one has all.
+/// Jain's index: 1 if all counts are equal, 1 / n if one has everything.
 fn jain(counts: impl Iterator<Item = u64>) -> f64 {
     let (mut number, mut sum, mut squares) = (0.0, 0.0, 0.0);
     for count in counts.map(|count| count as f64) {
@@ -287,7 +287,7 @@ impl Server {
     }
 }
 
-/// The errors of all processes, by kind.
+/// Merges the errors of all processes by kind.
 fn together(processes: Vec<Measured>) -> Vec<Errors> {
     let mut by_kind: BTreeMap<String, Errors> = BTreeMap::new();
     for errors in processes.into_iter().flat_map(|process| process.errors) {
@@ -301,14 +301,14 @@ fn together(processes: Vec<Measured>) -> Vec<Errors> {
     by_kind.into_values().collect()
 }
 
-/// To so many digits after the point.
+/// Rounds to this many decimal places.
 fn rounded(number: f64, digits: i32) -> f64 {
     let scale = 10_f64.powi(digits);
     (number * scale).round() / scale
 }
 
 impl Args {
-    /// What was asked for, as a title.
+    /// A title that describes the run.
     pub(super) fn in_words(&self) -> String {
         let counted = |count: u64, one: &str, many: &str| {
             format!("{} {}", HumanCount(count), if count == 1 { one } else { many })

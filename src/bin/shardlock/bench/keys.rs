@@ -1,4 +1,4 @@
-//! Which task wants which key, and what was last seen on each.
+//! Which task locks which key, and the last token seen on each key.
 
 use std::fmt::Write;
 use std::sync::atomic::{AtomicU64, Ordering};
@@ -8,30 +8,30 @@ use shardlock::FencingToken;
 
 use crate::load::mix::Mix;
 
-/// Which keys the tasks of a worker want.
+/// Which keys the tasks of a worker lock.
 #[derive(Debug, Clone, Copy, Serialize, Deserialize)]
 #[serde(rename_all = "snake_case")]
 pub(super) enum Wanted {
-    /// Each its own; those of this worker begin here.
+    /// Each task has its own key; those of this worker start here.
     Own { first: u64 },
-    /// Any of so many.
+    /// Each lock is of a random key.
     Random { keys: u32, skew: Option<f64> },
 }
 
-/// The keys of a worker, by their number in this process.
+/// The keys of a worker, by their number within the process.
 #[derive(Debug)]
 pub(super) struct Keys {
     first: u64,
     mix: Option<Mix>,
-    /// The last token of each key. Whoever holds the key alone writes here.
+    /// The last token of each key. Only the holder of the key writes it.
     marks: Vec<AtomicU64>,
 }
 
-/// What a look at a key's mark said.
+/// Whether a token was larger than the last one on its key.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub(super) enum Seen {
     Growth,
-    /// A token that was not above the last one of this process.
+    /// The token was not larger than the last one in this process.
     Regression,
 }
 
@@ -49,19 +49,19 @@ impl Keys {
         })
     }
 
-    /// The key that this task wants next.
+    /// The key that this task locks next.
     pub(super) fn next(&self, task: usize) -> usize {
         self.mix.as_ref().map_or(task, |mix| mix.next_rank() - 1)
     }
 
-    /// Writes the name of a key in place of what is there.
+    /// Replaces `name` by the name of the key.
     pub(super) fn name(&self, key: usize, name: &mut String) {
         name.clear();
-        // It can't fail: a String takes everything.
+        // Writing to a `String` can't fail.
         write!(name, "{}", self.first + key as u64).ok();
     }
 
-    /// Leaves the token on the key, which the caller has just taken.
+    /// Records the token of a key that the caller has just locked.
     pub(super) fn enter(&self, key: usize, token: FencingToken) -> Seen {
         let last = self.marks[key].swap(token.get(), Ordering::Relaxed);
         if last < token.get() {
@@ -71,7 +71,7 @@ impl Keys {
         }
     }
 
-    /// Whether nobody else of this process has entered since.
+    /// Whether no other task of this process has locked the key since.
     pub(super) fn is_alone(&self, key: usize, token: FencingToken) -> bool {
         self.marks[key].load(Ordering::Relaxed) == token.get()
     }

@@ -1,14 +1,14 @@
-//! `shardlock bench`: whole processes that want locks without end, and what that comes to.
+//! `shardlock bench`: measures processes that request locks continuously.
 //!
 //! | file | what it does |
 //! |---|---|
-//! | `play` | the course of a run: servers, workers, warm-up, the measured window |
-//! | `stage` | what a run sets up, and how all of it is removed |
-//! | `worker`, `task` | what the worker processes run, and each task of them |
-//! | `keys` | which task wants which key |
-//! | `waits` | histograms of waits, and what makes them honest |
-//! | `figures` | the result: as a table, as JSON, and whether it is right |
-//! | `plot` | the distribution of the waits as a picture |
+//! | `play` | runs it: servers, workers, warm-up, the measured window |
+//! | `stage` | sets up a run and removes everything afterwards |
+//! | `worker`, `task` | what the worker processes run, and each of their tasks |
+//! | `keys` | which task locks which key |
+//! | `waits` | histograms of waits, corrected for coordinated omission |
+//! | `figures` | the result: as a table, as JSON, and whether it is correct |
+//! | `plot` | the distribution of the waits as an SVG |
 
 mod figures;
 mod keys;
@@ -36,42 +36,46 @@ use play::Played;
 use stage::Stage;
 pub(crate) use worker::run as work;
 
-/// Measure what locks cost: whole processes want them without end, on servers that are given or started for it
+/// Measure the cost of locks: processes request them continuously, on given servers or on one
+/// started for the run
 ///
-/// Each task takes a lock, holds it, gives it back, waits for that to be done, and wants the next at once.
+/// Each task takes a lock, holds it, releases it, waits for the release, and immediately requests
+/// the next one.
 #[derive(Debug, Clone, clap::Args)]
 #[command(after_help = AFTER_HELP)]
 pub(crate) struct Args {
-    /// How many processes there are
+    /// The number of processes
     #[arg(long, value_name = "COUNT", default_value_t = 4, value_parser = up_to(256))]
     processes: u32,
 
-    /// How many tasks each process runs
+    /// The number of tasks per process
     #[arg(long, value_name = "COUNT", default_value_t = 64, value_parser = up_to(100_000))]
     tasks: u32,
 
-    /// How many keys there are: as many as tasks in all, and each task has its own; otherwise each lock is of a random one
+    /// The number of keys. If it equals the total number of tasks, each task has its own key;
+    /// otherwise each lock is of a random key
     #[arg(long, value_name = "COUNT", default_value_t = 1, value_parser = up_to(i64::from(KEYS_MAX)))]
     keys: u32,
 
-    /// How long a lock is held, such as 5ms; timers make it up to a millisecond longer, which the result shows
+    /// How long a lock is held, such as 5ms. Timers add up to a millisecond; the result shows the
+    /// measured time
     #[arg(long, value_name = "DURATION", default_value = "0s", value_parser = parse_hold)]
     hold: Duration,
 
-    /// For how long it is measured, after a warm-up
+    /// How long to measure, after a warm-up
     #[arg(long, value_name = "DURATION", default_value = "10s", value_parser = parse_duration)]
     duration: Duration,
 
-    /// Want some keys more often than others: the n-th by 1 / n to this power
+    /// Lock some keys more often: the n-th with weight 1 / n to this power
     #[arg(long, value_name = "ZIPF", value_parser = parse_skew)]
     skew: Option<f64>,
 
-    /// Keep a lease with its process for so long when its last guard is gone and nobody waits for it, such as 1s. Without it, as
-    /// the configuration has it
+    /// How long a process keeps a lease after its last guard is dropped if no one waits for the
+    /// key, such as 1s. Without it, the configuration decides
     #[arg(long, value_name = "DURATION", value_parser = parse_linger)]
     linger: Option<Duration>,
 
-    /// Write a picture of the distribution of the waits, in SVG
+    /// Write the distribution of the waits to this file, as SVG
     #[arg(long, value_name = "FILE")]
     plot: Option<PathBuf>,
 
@@ -83,32 +87,35 @@ pub(crate) struct Args {
 }
 
 const AFTER_HELP: &str = "\
-Without a shard, a throw-away Redis server is started. On shards that are given, all keys are in a namespace of their own and are removed.
-memory:// is for one process.
+Without a shard, a throw-away Redis server is started. On given shards, all keys are in a separate
+namespace and are removed at the end. memory:// works with a single process only.
 
-A wait counts from the moment when the task wanted the lock, those that are not over at the end with what they have lasted. Where a
-task waited for longer than the mean cycle of a task, the waits that it would have had meanwhile count, too, so that a task that starves
-weighs no less than one that is lucky. All times are in ms but those of the server's CPU, in us.
+A wait starts when the task requests the lock. Waits that are not over at the end count with the
+time they have lasted. A wait longer than the mean cycle of a task also counts for the waits that
+the task would have had in that time, so that starving tasks are not under-represented. Times are
+in ms, except for the server's CPU, which is in us.
 
 With --json, one object:
-  locks, seconds, locks_per_s   what was had in the window
-  per_process, per_task         the least and the most; jain is 1 if all processes had as many, and 1/processes if one had all
-  wait_ms, hold_ms              waits for locks; how long they were held, as measured
-  handoffs                      locks from a task of the same process or under a lease that lingered, from another process, and of free keys
-  server                        by the servers' own count, for each lock; null for shards that are not Redis
+  locks, seconds, locks_per_s   locks acquired in the window
+  per_process, per_task         fewest and most; jain is 1 if all processes have the same number,
+                                1/processes if one has all
+  wait_ms, hold_ms              how long locks were waited for, and held, as measured
+  handoffs                      local: from the same process, or under a lingering lease; remote:
+                                from another process; uncontended: of a free key
+  server                        per lock, as counted by the servers; null if not on Redis
 
 Exit code:
-  0  all is well
-  1  a lock failed, a token did not grow, two tasks held a key at once, or a worker died
-  64 the command line is wrong
-  78 the environment or the configuration file is wrong
-  130 it was ended early by Ctrl-C, and shows what was measured by then";
+  0   success
+  1   a lock failed, a token did not grow, two tasks held a key at once, or a worker died
+  64  the command line is wrong
+  78  the environment or the configuration file is wrong
+  130 ended early by Ctrl-C; shows what was measured until then";
 
-/// How many keys there can be, and tasks in all: a worker keeps the last token of each key.
+/// The maximum number of keys, and of tasks in all: a worker keeps the last token of each key.
 const KEYS_MAX: u32 = 1_000_000;
 
 const HOLD_MAX: Duration = Duration::from_secs(60);
-/// As for the setting.
+/// The limit of the setting.
 const LINGER_MAX: Duration = Duration::from_secs(3600);
 const DURATION_MIN: Duration = Duration::from_millis(100);
 const DURATION_MAX: Duration = Duration::from_secs(3600);
@@ -146,7 +153,7 @@ fn parse_skew(text: &str) -> anyhow::Result<f64> {
 }
 
 impl Args {
-    /// How many tasks there are in all.
+    /// The total number of tasks.
     const fn tasks_in_all(&self) -> u64 {
         self.processes as u64 * self.tasks as u64
     }
@@ -167,13 +174,14 @@ impl Args {
         }
         if self.own_keys() && self.keys > 1 && self.skew.is_some() {
             return Err(Failure::usage(anyhow!(
-                "--skew says which keys are wanted more often, but with --keys {tasks} each task has its own; give another number of keys"
+                "--skew has no effect with --keys {tasks}, where each task has its own key; use another number of keys"
             )));
         }
         Ok(())
     }
 
-    /// The file for the picture, made before the run, since afterwards it would be a pity.
+    /// Creates the file for the picture before the run, so that a bad path does not waste a
+    /// measurement.
     fn plot_file(&self) -> Result<Option<File>, Failure> {
         let Some(path) = &self.plot else {
             return Ok(None);
@@ -183,7 +191,8 @@ impl Args {
     }
 }
 
-/// Runs the bench. Whatever way it ends, what it has started is stopped and what it has written is removed.
+/// Runs the bench. However it ends, everything it started is stopped and everything it wrote is
+/// removed.
 pub(crate) async fn run(args: Args) -> Result<u8, Failure> {
     args.check()?;
     let config = args.shards.load()?;

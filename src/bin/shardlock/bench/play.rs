@@ -1,4 +1,4 @@
-//! The course of a run: servers, workers, warm-up, the measured window.
+//! Runs the bench: servers, workers, warm-up, the measured window.
 
 use std::time::{Duration, Instant};
 
@@ -16,22 +16,22 @@ use crate::load::signals::{Caught, Signals};
 use crate::load::usage::Usage;
 use crate::output::complain;
 
-/// The shortest and the longest warm-up; between them it is a fifth of what is measured.
+/// The shortest and the longest warm-up; in between it is a fifth of the measured time.
 const WARM_UP_MIN: Duration = Duration::from_millis(200);
 const WARM_UP_MAX: Duration = Duration::from_secs(2);
 
-/// How often the bar moves.
+/// How often the progress bar is updated.
 const PROGRESS_EVERY: Duration = Duration::from_millis(100);
 
 /// How a run ended.
 pub(super) enum Played {
-    /// By a signal, before there was anything to show.
+    /// Stopped by a signal before there was a result.
     Stopped(Caught),
-    /// With figures, and early if there is a signal.
+    /// With a result; stopped early if there is a signal.
     Measured(Box<Outcome>, Option<Caught>),
 }
 
-/// Plays all of it. What it sets up is on the stage, for the caller to remove.
+/// Runs the whole bench. `stage` records what is set up, for the caller to remove.
 pub(super) async fn play(
     args: &Args,
     config: Config,
@@ -58,7 +58,8 @@ pub(super) async fn play(
     Ok(Played::Measured(Box::new(outcome), signal))
 }
 
-/// Until the load is warm. Returns connections to the servers that can be asked for what they did, if all can.
+/// Runs until the warm-up is over. Returns connections to the servers if all of them report
+/// statistics.
 async fn prepare(
     args: &Args,
     mut config: Config,
@@ -67,7 +68,7 @@ async fn prepare(
     let started = stage.set_up(&mut config).await?;
     let servers = connect_to_primaries(&config).await.unwrap_or_else(|error| {
         complain(format_args!(
-            "the servers can't be asked for what they did, so that is left out: {error:#}"
+            "the servers' statistics can't be read and are left out: {error:#}"
         ));
         None
     });
@@ -101,19 +102,19 @@ async fn prepare(
     Ok(servers)
 }
 
-/// What the servers have done so far. Where one does not tell, nothing is known of any.
+/// The servers' statistics so far, or `None` if any server does not report them.
 async fn usage(servers: Option<&[MultiplexedConnection]>) -> Option<Usage> {
     let usage = Usage::of_all(servers?).await;
     usage
         .inspect_err(|error| {
             complain(format_args!(
-                "a server does not tell what it did, so that is left out: {error:#}"
+                "a server does not report its statistics, so they are left out: {error:#}"
             ));
         })
         .ok()
 }
 
-/// The window, or as much of it as a signal leaves.
+/// Waits for the end of the window, or for a signal.
 async fn wait(duration: Duration, stage: &mut Stage, signals: &mut Signals) -> anyhow::Result<Option<Caught>> {
     let began = Instant::now();
     let bar = bar(millis(duration), "{bar:40} {msg}")?;

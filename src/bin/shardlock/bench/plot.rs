@@ -1,5 +1,5 @@
-//! The distribution of the waits as a picture: how long the share of waits was that is given below, both axes logarithmic, so that
-//! the rare long waits have as much room as the many short ones.
+//! Plots the distribution of the waits: wait time over percentile. Both axes are logarithmic, so
+//! that the rare long waits get as much room as the many short ones.
 
 use std::fmt::{self, Write};
 
@@ -12,23 +12,23 @@ const RIGHT: f64 = 30.0;
 const TOP: f64 = 60.0;
 const BOTTOM: f64 = 60.0;
 
-/// How many nines the axis of shares has at most: 99.99999 %.
+/// The maximum number of nines on the axis of percentiles: 99.99999 %.
 const NINES_MAX: f64 = 7.0;
 
-/// Steps of the curve.
+/// The number of steps of the curve.
 const STEPS: u32 = 400;
 
-/// The picture, with this title.
+/// Draws the picture with this title.
 pub(super) fn svg(waits: &Histogram<u64>, title: &str) -> String {
     let mut svg = String::new();
-    // It can't fail: a String takes everything.
+    // Writing to a `String` can't fail.
     Plot::of(waits).write(&mut svg, waits, title).ok();
     svg
 }
 
-/// What the axes show.
+/// The ranges of the axes.
 struct Plot {
-    /// From no nine (0 %) to so many.
+    /// The axis runs from zero nines (0 %) to this many.
     nines: f64,
     /// Powers of ten, in nanoseconds.
     lowest: f64,
@@ -40,7 +40,7 @@ impl Plot {
         let power = |wait_ns: u64| (wait_ns.max(1) as f64).log10();
         let lowest = power(waits.min()).floor();
         Self {
-            // There is nothing to be seen where less than one wait is left.
+            // Beyond this, a percentile stands for less than one wait.
             nines: (waits.len().max(10) as f64).log10().ceil().clamp(1.0, NINES_MAX),
             lowest,
             highest: power(waits.max()).ceil().max(lowest + 1.0),
@@ -98,7 +98,7 @@ impl Plot {
         }
         writeln!(
             out,
-            "<text x=\"{}\" y=\"{}\" text-anchor=\"middle\" fill=\"#555\">share of waits that were no longer</text>",
+            "<text x=\"{}\" y=\"{}\" text-anchor=\"middle\" fill=\"#555\">share of waits at most this long</text>",
             f64::midpoint(LEFT, right),
             bottom + 44.0
         )
@@ -116,7 +116,7 @@ impl Plot {
     }
 }
 
-/// A power of ten of nanoseconds.
+/// Formats a power of ten of nanoseconds.
 fn in_words(power: i32) -> String {
     let (unit, smaller) = match power {
         ..=2 => ("ns", 0),

@@ -1,4 +1,4 @@
-//! What the bench and its workers say to each other.
+//! The messages between the bench and its workers.
 
 use std::time::Duration;
 
@@ -7,32 +7,33 @@ use serde::{Deserialize, Serialize};
 use super::keys::Wanted;
 use crate::load::counters::Counters;
 
-/// The first line that a worker gets.
+/// The first line that a worker receives.
 #[derive(Debug, Clone, Serialize, Deserialize)]
 pub(super) struct Setup {
-    /// The same sources of settings as the parent has.
+    /// The parent's sources of settings.
     pub(super) shards: crate::shards::Options,
-    /// The shards that the parent started, in place of those of the settings.
+    /// The shards that the parent started; they replace those of the settings.
     pub(super) started: Vec<String>,
     pub(super) namespace: String,
     pub(super) tasks: u32,
     pub(super) wanted: Wanted,
     pub(super) hold: Duration,
-    /// In place of what the settings say.
+    /// Replaces the value of the settings.
     pub(super) linger: Option<Duration>,
-    /// How many threads its tasks run on.
+    /// The number of threads that run its tasks.
     pub(super) threads: usize,
 }
 
-/// What a worker is told to do. The answer to [`Order::Close`] is a [`Measured`], the others have nothing to tell.
+/// The orders to a worker. [`Order::Close`] is answered with a [`Measured`], the others without
+/// data.
 #[derive(Debug, Clone, Copy, Serialize, Deserialize)]
 #[serde(rename_all = "snake_case")]
 pub(super) enum Order {
-    /// The tasks begin to want locks.
+    /// The tasks start to request locks.
     Start,
-    /// From now on it is measured.
+    /// The measured window starts.
     Open,
-    /// Until now. The tasks end.
+    /// The measured window and the tasks end.
     Close,
     Leave,
 }
@@ -41,19 +42,19 @@ pub(super) enum Order {
 #[derive(Debug, Clone, Default, Serialize, Deserialize)]
 pub(super) struct Measured {
     pub(super) seconds: f64,
-    /// How many locks were had, by their paths.
+    /// The number of locks acquired, by path.
     pub(super) locks: Counters,
-    /// How many locks the task had that had the fewest, and the most.
+    /// The locks of the task that had the fewest, and of the one that had the most.
     pub(super) task_min: u64,
     pub(super) task_max: u64,
-    /// A histogram of the waits: nanoseconds, and how many waits lasted so long.
+    /// A histogram of the waits: nanoseconds, and the number of waits of that length.
     pub(super) waits: Vec<(u64, u64)>,
-    /// How many holds were timed, and how long they were together.
+    /// How many holds were timed, and their total length.
     pub(super) holds: u64,
     pub(super) held: Duration,
     pub(super) token_regressions: u64,
     pub(super) overlaps: u64,
-    /// What failed since the start, warm-up included.
+    /// All failures since the start, including the warm-up.
     pub(super) errors: Vec<Errors>,
 }
 
@@ -62,6 +63,6 @@ pub(super) struct Measured {
 pub(super) struct Errors {
     pub(super) kind: String,
     pub(super) count: u64,
-    /// The first of them, in words.
+    /// The message of the first one.
     pub(super) first: String,
 }

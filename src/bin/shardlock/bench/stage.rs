@@ -1,4 +1,4 @@
-//! What a run sets up, and how all of it is removed.
+//! Sets up a run and removes everything afterwards.
 
 use anyhow::{Context, anyhow, bail};
 use shardlock::{Builder, Config, Endpoint};
@@ -7,18 +7,20 @@ use crate::exit::Failure;
 use crate::load::crew::Crew;
 use crate::load::server::Servers;
 
-/// How often the namespace is erased, at most, until there is nothing left in it.
+/// The maximum number of attempts to erase the namespace completely.
 const ERASURES_MAX: u32 = 20;
 
-/// What there is to be removed. It is filled step by step, so that a run which is stopped half-way knows what it has.
+/// Everything that must be removed. It is filled step by step, so that an interrupted run removes
+/// exactly what it has created.
 #[derive(Debug)]
 pub(super) struct Stage {
     servers: Option<Servers>,
-    /// What erases the namespace on shards of somebody else, once workers have begun to write there.
+    /// The settings to erase the namespace with on given shards, once workers may have written
+    /// there.
     erases: Option<Config>,
-    /// Like no other's, so that all of it can be removed.
+    /// Unique, so that all of it can be erased.
     pub(super) namespace: String,
-    /// What the run is called in words.
+    /// The description of the shards in the result.
     pub(super) shards: String,
     pub(super) crew: Crew,
 }
@@ -26,14 +28,14 @@ pub(super) struct Stage {
 impl Stage {
     /// # Errors
     ///
-    /// Shards that these processes can't use.
+    /// If these processes can't share the shards.
     pub(super) fn new(config: &Config, processes: u32) -> Result<Self, Failure> {
         let mut shown = Vec::new();
         for shard in &config.shards {
             let endpoint = Endpoint::parse(&shard.url)?;
             if endpoint.scheme() == "memory" && processes > 1 {
                 return Err(Failure::usage(anyhow!(
-                    "{endpoint} is inside one process, so {processes} processes can't share it; say --processes 1, or give a shard on a server"
+                    "{endpoint} is inside one process, so {processes} processes can't share it; use --processes 1, or a shard on a server"
                 )));
             }
             shown.push(endpoint.to_string());
@@ -47,7 +49,7 @@ impl Stage {
         })
     }
 
-    /// Starts a server if no shard is given, and says where.
+    /// Starts a server if no shard is given. Returns its URL.
     pub(super) async fn set_up(&mut self, config: &mut Config) -> anyhow::Result<Vec<String>> {
         config.namespace.clone_from(&self.namespace);
         if !config.shards.is_empty() {
@@ -63,7 +65,7 @@ impl Stage {
         Ok(started)
     }
 
-    /// Stops the workers, then removes the keys from servers that stay and stops those that don't.
+    /// Stops the workers, then erases the keys on given shards or stops the started servers.
     pub(super) async fn clear(mut self) -> anyhow::Result<()> {
         self.crew.kill().await?;
         if let Some(servers) = self.servers.take() {
@@ -81,7 +83,8 @@ impl Stage {
     }
 }
 
-/// Until there is nothing left, since a command that a killed worker had sent may be carried out a moment later.
+/// Repeats until nothing is left, since a command that a killed worker had already sent may still
+/// be executed.
 async fn erase(config: Config) -> anyhow::Result<()> {
     let locks = Builder::new().config(config).connect().await?;
     for _ in 0..ERASURES_MAX {
@@ -89,5 +92,5 @@ async fn erase(config: Config) -> anyhow::Result<()> {
             return Ok(());
         }
     }
-    bail!("new keys keep coming")
+    bail!("new keys keep appearing")
 }

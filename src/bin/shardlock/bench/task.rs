@@ -1,4 +1,4 @@
-//! One task: wants a lock, has it, holds it, gives it back, and wants the next.
+//! A task: requests a lock, holds it, releases it, and repeats.
 
 use std::collections::BTreeMap;
 use std::collections::btree_map::Entry;
@@ -13,13 +13,13 @@ use super::keys::{Keys, Seen};
 use super::protocol::Errors;
 use super::waits::Waits;
 
-/// What a task does after an error, so that a server which is gone is not asked all the time.
+/// The pause after an error, so that a server that is down is not flooded with requests.
 const ERROR_PAUSE: Duration = Duration::from_millis(10);
 
-/// Of locks that are not held on purpose, so many go by for each whose hold is timed: reading the clock is not free.
+/// Without a hold time, only one hold in this many is timed: reading the clock is not free.
 const HOLDS_PER_SAMPLE: u64 = 16;
 
-/// Where a run is.
+/// The phase of a run.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 #[repr(u8)]
 pub(super) enum Phase {
@@ -28,7 +28,7 @@ pub(super) enum Phase {
     Over,
 }
 
-/// What the tasks of a worker share.
+/// Shared by the tasks of a worker.
 #[derive(Debug)]
 pub(super) struct Load {
     pub(super) locks: LockManager,
@@ -36,16 +36,16 @@ pub(super) struct Load {
     pub(super) waits: Waits,
     hold: Duration,
     phase: AtomicU8,
-    /// When it was over.
+    /// When the window ended.
     over_at: Mutex<Option<Instant>>,
     token_regressions: AtomicU64,
     overlaps: AtomicU64,
     errors: Mutex<BTreeMap<&'static str, Errors>>,
-    /// What each task counted, once it has ended.
+    /// The counts of each task that has ended.
     ended: Mutex<Vec<Counts>>,
 }
 
-/// What a task counted in the window.
+/// The counts of a task within the window.
 #[derive(Debug, Clone, Copy, Default)]
 pub(super) struct Counts {
     pub(super) locks: u64,
@@ -69,18 +69,18 @@ impl Load {
         }
     }
 
-    /// Lets tasks count from now on.
+    /// Starts the window: tasks count from now on.
     pub(super) fn open(&self) {
         self.phase.store(Phase::Measured as u8, Ordering::Relaxed);
     }
 
-    /// Lets them count no more.
+    /// Ends the window: tasks no longer count.
     pub(super) fn close(&self) {
         *self.over_at.lock() = Some(Instant::now());
         self.phase.store(Phase::Over as u8, Ordering::Relaxed);
     }
 
-    /// What the tasks counted that have ended.
+    /// The counts of the tasks that have ended.
     pub(super) fn ended(&self) -> Vec<Counts> {
         self.ended.lock().clone()
     }
@@ -131,16 +131,16 @@ fn kind(error: &LockError) -> &'static str {
     }
 }
 
-/// A task as it runs. What it counted is kept when it is dropped, which is how tasks end that wait: so they need to look for the
-/// end nowhere.
+/// A running task. Its counts are saved on drop. Waiting tasks are ended by aborting them, so they
+/// need not check for the end.
 struct Task {
     load: Arc<Load>,
     counts: Counts,
-    /// Since when it has wanted a lock that it does not have yet.
+    /// When it requested the lock that it is still waiting for.
     wanted_at: Option<Instant>,
 }
 
-/// Goes on until the run is over or it is aborted.
+/// Runs until the run is over or the task is aborted.
 pub(super) async fn work(load: Arc<Load>, number: usize) {
     let mut task = Task {
         load,
@@ -151,7 +151,7 @@ pub(super) async fn work(load: Arc<Load>, number: usize) {
     let mut cycles = 0_u64;
     while !task.load.is_in(Phase::Over) {
         let wanted_at = match task.wanted_at {
-            // It came to an error. The wish is the same, and its wait goes on.
+            // The last attempt failed; retry the same key. The wait continues.
             Some(wanted_at) => wanted_at,
             None => {
                 key = task.load.keys.next(number);
@@ -161,7 +161,7 @@ pub(super) async fn work(load: Arc<Load>, number: usize) {
         };
         let locked = task.load.locks.lock(&name).await;
         if task.load.is_in(Phase::Over) {
-            // Had too late: it counts as one that still waits.
+            // Acquired too late: it counts as still waiting.
             break;
         }
         let released = match locked {
@@ -182,7 +182,7 @@ pub(super) async fn work(load: Arc<Load>, number: usize) {
             tokio::time::sleep(ERROR_PAUSE).await;
         }
         cycles += 1;
-        // Where no lock ever has to be waited for, nothing else would let the other tasks run.
+        // If no lock has to be waited for, nothing else would yield to the other tasks.
         tokio::task::coop::consume_budget().await;
     }
 }
@@ -202,7 +202,7 @@ impl Task {
         if !self.load.hold.is_zero() {
             tokio::time::sleep(self.load.hold).await;
         }
-        // Who has lost the lock is not alone any more, and is told so by the release.
+        // A holder that has lost the lock may find another one here; `release` reports the loss.
         if !self.load.keys.is_alone(key, token) && guard.is_valid() {
             self.load.overlaps.fetch_add(1, Ordering::Relaxed);
         }

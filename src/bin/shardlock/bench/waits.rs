@@ -1,13 +1,15 @@
-//! Histograms of waits, free of coordinated omission.
+//! Histograms of waits, corrected for coordinated omission.
 //!
-//! A load that is a closed loop asks for the next lock only when it is done with the last. So a task that waits for ten seconds is one
-//! sample, while its luckier neighbours are ten thousand, and a percentile over samples shows the lucky. Three rules make up for it:
+//! In a closed loop, a task requests the next lock only after the last one. A task that waits for
+//! ten seconds thus adds one sample while its luckier neighbours add ten thousand, and percentiles
+//! over samples reflect only the lucky tasks. Three rules correct this:
 //!
-//! - a wait counts from the moment when the task wanted the lock, be that before the window;
-//! - a wait that is not over at the end counts with what it has lasted;
-//! - the *expected interval* of a task is the mean time between two of its locks, over all tasks and the whole window. Had it kept to that,
-//!   a task that waited for longer would have wanted the lock again and again meanwhile: these waits, each an interval shorter than the
-//!   one before, are added. Where tasks have their turns fairly, waits are no longer than the interval and nothing is added.
+//! - A wait starts when the task requested the lock, even if that was before the window.
+//! - A wait that is not over at the end counts with the time it has lasted.
+//! - The *expected interval* of a task is the mean time between two of its locks, over all tasks
+//!   and the whole window. During a longer wait, the task would have requested further locks. These
+//!   waits, each an interval shorter than the previous one, are added. With fair turns, waits are
+//!   no longer than the interval and nothing is added.
 
 use std::cell::Cell;
 use std::sync::atomic::{AtomicUsize, Ordering};
@@ -16,13 +18,14 @@ use std::time::Duration;
 use hdrhistogram::Histogram;
 use parking_lot::Mutex;
 
-/// How exact they are.
+/// The precision of the histograms.
 const SIGNIFICANT_DIGITS: u8 = 3;
 
-/// The longest wait that they tell from longer ones, in nanoseconds: two hours, longer than any run.
+/// The longest wait that is recorded exactly, in nanoseconds: two hours, longer than any run.
 const LONGEST_NS: u64 = 7_200_000_000_000;
 
-/// How many waits one wait can stand for, so that adding them does not take for ever.
+/// The maximum number of waits added for a single one, which bounds the time that the correction
+/// takes.
 const ADDED_MAX: u64 = 1_000_000;
 
 /// A histogram of nanoseconds. Its size is fixed, about 270 KB.
@@ -30,7 +33,8 @@ pub(super) fn histogram() -> anyhow::Result<Histogram<u64>> {
     Ok(Histogram::new_with_bounds(1, LONGEST_NS, SIGNIFICANT_DIGITS)?)
 }
 
-/// Waits that all tasks of a process record: a histogram for each thread, whose mutex nobody else ever wants while tasks run.
+/// The waits recorded by all tasks of a process: one histogram per thread, so that its mutex is
+/// uncontended while tasks run.
 #[derive(Debug)]
 pub(super) struct Waits(Vec<Mutex<Histogram<u64>>>);
 
@@ -40,7 +44,7 @@ thread_local! {
 
 static THREADS: AtomicUsize = AtomicUsize::new(0);
 
-/// The number of this thread, in the order in which they asked.
+/// The number of this thread, assigned on first use.
 fn thread() -> usize {
     THREAD.get().unwrap_or_else(|| {
         let number = THREADS.fetch_add(1, Ordering::Relaxed);
@@ -60,7 +64,7 @@ impl Waits {
         self.0[thread() % self.0.len()].lock().saturating_record(wait_ns.max(1));
     }
 
-    /// All of them together: nanoseconds, and how many waits lasted so long.
+    /// The sum of all histograms: nanoseconds, and the number of waits of that length.
     pub(super) fn counts(&self) -> anyhow::Result<Vec<(u64, u64)>> {
         let mut sum = histogram()?;
         for histogram in &self.0 {
@@ -73,7 +77,7 @@ impl Waits {
     }
 }
 
-/// With the waits that tasks would have had while they waited for longer than the interval.
+/// Adds the waits that tasks would have had during waits longer than the interval.
 pub(super) fn corrected(waits: &Histogram<u64>, interval: Duration) -> Histogram<u64> {
     let interval_ns = u64::try_from(interval.as_nanos()).unwrap_or(u64::MAX);
     waits.clone_correct(interval_ns.max(waits.max() / ADDED_MAX).max(1))
@@ -86,13 +90,14 @@ mod tests {
     #[test]
     fn a_wait_that_is_much_longer_than_the_interval_counts_as_often_as_it_hid_others() {
         let mut waits = histogram().unwrap();
-        // 90 locks of a lucky task, and one that its neighbour waited for all the time.
+        // 90 locks of a lucky task, and one wait of its neighbour that lasted all the time.
         waits.record_n(100, 90).unwrap();
         waits.record(10_000).unwrap();
         let corrected = corrected(&waits, Duration::from_nanos(100));
         assert_eq!(waits.value_at_quantile(0.9), 100);
         assert_eq!(corrected.len(), 90 + 100);
-        // Three quarters of 190 waits are no longer than the 52nd of the hundred that the long one became.
+        // Three quarters of the 190 waits are no longer than the 52nd of the hundred that the long
+        // one became.
         let wait = corrected.value_at_quantile(0.75);
         assert!((5_000..5_500).contains(&wait), "{wait}");
         assert_eq!(corrected.max(), waits.max());

@@ -1,4 +1,4 @@
-//! A worker process: does what the lines on its standard input say.
+//! A worker process: executes the orders on its standard input.
 
 use std::net::{Ipv4Addr, SocketAddr};
 use std::sync::Arc;
@@ -17,10 +17,10 @@ use crate::exit::Failure;
 use crate::load::counters::Counters;
 use crate::load::orders::{Answer, Orders, obey, tell};
 
-/// Does what it is told, until it is told to leave. What fails is told, too.
+/// Executes orders until the one to leave. Failures are reported to the parent as well.
 pub(crate) fn run() -> Result<u8, Failure> {
     let failed = |error: anyhow::Error| Failure::new(1, error);
-    // How many threads it is to have stands in its first line, and reading that is not worth a runtime of its own.
+    // The number of threads is in the first line of input, and reading it is not worth a runtime.
     crate::on_this_thread(async { obey(serve).await.map_err(failed) })
 }
 
@@ -35,12 +35,12 @@ async fn serve(orders: &mut Orders) -> anyhow::Result<()> {
         .build()
         .context("the asynchronous runtime could not be started")?;
     let followed = follow(orders, &setup, Some(runtime.handle().clone())).await;
-    // It must not be dropped where others run; all its tasks have ended.
+    // A runtime must not be dropped in an asynchronous context; all its tasks have ended.
     runtime.shutdown_background();
     followed
 }
 
-/// Follows the orders; tasks run on `others`, or here.
+/// Follows the orders; tasks run on `others` if given, otherwise on this thread.
 async fn follow(orders: &mut Orders, setup: &Setup, others: Option<tokio::runtime::Handle>) -> anyhow::Result<()> {
     let mut worker = Worker::open(setup, others.as_ref()).await?;
     tell(&Answer::Done(()))?;
@@ -64,19 +64,19 @@ struct Worker {
     load: Arc<Load>,
     tasks: u32,
     running: JoinSet<()>,
-    /// The page of metrics.
+    /// Renders the page of metrics.
     metrics: Box<dyn Fn(&LockManager) -> String + Send + Sync>,
     class: String,
-    /// When the window was opened, and what had been counted by then.
+    /// When the window was opened, and the counters at that time.
     opened: Option<(Instant, Counters)>,
-    /// Until the worker leaves.
+    /// Serves until the worker leaves.
     _serving: AdminServer,
 }
 
 impl Worker {
-    /// Its manager lives where its tasks run.
+    /// Connects the manager on the runtime that runs the tasks.
     async fn open(setup: &Setup, others: Option<&tokio::runtime::Handle>) -> anyhow::Result<Self> {
-        // Before the manager: metrics that were made without a recorder count nothing.
+        // Before the manager: metrics created without a recorder count nothing.
         let admin = crate::metrics::bind(SocketAddr::from((Ipv4Addr::LOCALHOST, 0)))?;
         let metrics = Box::new(admin.renderer());
         let config = config(setup)?;
@@ -119,7 +119,8 @@ impl Worker {
         Counters::read(&(self.metrics)(&self.load.locks), &self.class)
     }
 
-    // On one thread no task runs between the two lines of opening and of closing, so that tasks and manager count the same locks.
+    // On a single thread no task runs between the two lines that open or close the window, so that
+    // tasks and manager count the same locks.
     fn open_window(&mut self) {
         self.load.open();
         self.opened = Some((Instant::now(), self.counters()));
@@ -127,7 +128,7 @@ impl Worker {
 
     async fn close_window(&mut self) -> anyhow::Result<Measured> {
         let Some((opened_at, before)) = self.opened.take() else {
-            bail!("nothing was opened that could be closed");
+            bail!("the window was closed without being opened");
         };
         self.load.close();
         let (seconds, after) = (opened_at.elapsed().as_secs_f64(), self.counters());

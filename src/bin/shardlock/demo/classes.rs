@@ -1,7 +1,8 @@
-//! The load for dashboards and for `shardlock top`: several classes of work that want locks in different ways, for as long as it is let.
+//! The load for dashboards and for `shardlock top`: several classes of work that use locks in
+//! different ways, until it is stopped.
 //!
-//! Every way a lock can be had, and most in which it is not, happens now and then. Nothing that goes wrong ends the load: an operator tries out
-//! on it what a fault looks like.
+//! Every way to acquire a lock, and most ways to fail to, occur now and then. Failures never end
+//! the load, so that operators can use it to see what a fault looks like.
 
 use std::sync::Arc;
 use std::time::Duration;
@@ -13,55 +14,56 @@ use tokio::time::sleep;
 
 use super::worker::Workplace;
 
-/// How many keys the customers of the sale fight over.
+/// The number of keys that the customers of the sale compete for.
 const SALE_KEYS: u32 = 2;
-/// How many reports there are to be written.
+/// The number of reports.
 const REPORTS: u32 = 8;
-/// How many jobs start by the clock, in every process at once.
+/// The number of jobs that start at the same time in every process.
 const CRON_JOBS: u32 = 4;
-/// How many users there are, each with a key that hardly anybody else wants.
+/// The number of users, each with a key that is rarely contended.
 const USERS: u32 = 100_000;
-/// A user who was there a moment ago may well come again, and to the same process.
+/// A user who has just been served may return, and to the same process.
 const USER_LINGERS: Duration = Duration::from_secs(1);
 
-/// How patient a customer is, in milliseconds: some give up before it is their turn.
+/// How long a customer waits, in milliseconds: some give up before their turn.
 const PATIENCE_MS: std::ops::RangeInclusive<u64> = 1..=200;
 /// How long a piece of work takes, in microseconds.
 const WORK_US: std::ops::Range<u64> = 500..4_000;
-/// How long a task rests after each piece of work, in microseconds: the machine is not to be full of the load alone.
+/// How long a task rests after each piece of work, in microseconds: the load must not saturate the
+/// machine.
 const REST_US: std::ops::Range<u64> = 5_000..40_000;
 /// How long a task rests after a failure, in microseconds.
 const REST_AFTER_FAILURE_US: std::ops::Range<u64> = 20_000..80_000;
 
-/// One in so many tasks of a process may wait for one key; more are refused.
+/// One in this many tasks of a process may wait for a key; further ones are refused.
 const WAITERS_PER_KEY_PART: u32 = 8;
 
-/// The TTL where the load has its own servers: short, so that what a fault does shows soon, and so that the nodes of its quorum,
-/// which have just been started, soon have a vote.
+/// The TTL if the load starts its own servers: short, so that the effects of a fault show soon, and
+/// so that the quorum's freshly started nodes soon have a vote.
 pub(super) const TTL: Duration = Duration::from_secs(3);
 
-/// How many waiters a key may have in a process with so many tasks.
+/// The maximum number of waiters per key in a process with this many tasks.
 pub(super) fn waiters_per_key_max(tasks: u32) -> usize {
     (tasks / WAITERS_PER_KEY_PART).max(1) as usize
 }
 
-/// What a task does, again and again.
+/// The work that a task repeats.
 #[derive(Debug, Clone, Copy)]
 enum Work {
-    /// A few customers fight over a few keys, and give up after a while.
+    /// A few keys with many customers, who give up after a while.
     Sale,
-    /// A key of many, a few of which are much wanted.
+    /// One of many keys, a few of which are hot.
     Job,
-    /// A lock that is held for longer than its TTL, and so renewed.
+    /// A lock that may be held for longer than its TTL, and so is renewed.
     Report,
-    /// A single try at what others may do as well.
+    /// A single try at a job that any process may run.
     Cron,
-    /// A key that nobody else wants, without a class.
+    /// A key that is hardly ever contended, without a class.
     User,
 }
 
 impl Work {
-    /// Every process has some of each kind if it has eight tasks.
+    /// A process with eight tasks has each kind of work.
     const fn of(task: u32) -> Self {
         match task % 8 {
             0 => Self::Report,
@@ -73,7 +75,7 @@ impl Work {
     }
 }
 
-/// Works for ever. The number says what.
+/// Runs the work of this task for ever.
 pub(super) async fn run(place: Arc<Workplace>, task: u32) {
     let work = Work::of(task);
     loop {
@@ -82,9 +84,9 @@ pub(super) async fn run(place: Arc<Workplace>, task: u32) {
                 place.count();
                 rest(REST_US).await;
             }
-            // The metrics count it, and that is what the load is for.
+            // The metrics count failures, which is the purpose of the load.
             Err(error) => {
-                tracing::debug!(%error, ?work, "a lock was not had or not given back");
+                tracing::debug!(%error, ?work, "a lock was not acquired or not released");
                 rest(REST_AFTER_FAILURE_US).await;
             }
         }
@@ -125,7 +127,7 @@ async fn once(place: &Workplace, work: Work) -> Result<(), LockError> {
     }
 }
 
-/// Works under the lock for so long, or until the lock is lost.
+/// Holds the lock for this long, or until it is lost.
 async fn hold(guard: LockGuard, time: Duration) -> Result<(), LockError> {
     tokio::select! {
         () = sleep(time) => {}
@@ -146,7 +148,7 @@ async fn rest(range: std::ops::Range<u64>) {
     sleep(micros(range)).await;
 }
 
-/// The settings of the load's managers that are not those of the environment.
+/// The settings of the load's managers that override the environment.
 pub(super) fn settings(config: &mut Config, tasks: u32, are_servers_ours: bool) {
     config.hot_key_metrics = true;
     config.max_waiters_per_key = waiters_per_key_max(tasks);

@@ -1,13 +1,14 @@
 //! A customer of the promotion: reads how many coupons are left, thinks, and writes one less.
 //!
-//! Nothing here is atomic on the server. Without the lock, all who read the same number claim the same coupon.
+//! The read and the write are separate requests. Without the lock, all customers that read the same
+//! number claim the same coupon.
 
 use deadpool_redis::redis::cmd;
 
 use super::protocol::COUPON_LOCK;
 use super::worker::Workplace;
 
-/// Tries to get one coupon, under the lock or without it.
+/// Tries to claim one coupon, with or without the lock.
 pub(super) async fn claim(place: &Workplace, locked: bool) -> anyhow::Result<()> {
     if locked {
         let guard = place.locks.lock(COUPON_LOCK).class("coupons").await?;
@@ -27,7 +28,7 @@ async fn read_think_write(place: &Workplace, token: u64) -> anyhow::Result<()> {
     tokio::time::sleep(place.think).await;
     if left > 0 {
         cmd("SET").arg(&left_key).arg(left - 1).exec_async(&mut data).await?;
-        // The ledger only says afterwards who claimed; nobody decides by it.
+        // The ledger only records the claims; no decision depends on it.
         let mut entry = cmd("RPUSH");
         entry.arg(place.names.ledger()).arg(token).exec_async(&mut data).await?;
     }

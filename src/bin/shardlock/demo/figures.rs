@@ -1,4 +1,4 @@
-//! What came out: whether it is right, as a table, and as JSON.
+//! The result: whether it is correct, as a table, and as JSON.
 
 use std::io::{self, Write};
 use std::time::Duration;
@@ -11,7 +11,7 @@ use super::jobs::SIGNIFICANT_DIGITS;
 use super::protocol::Worked;
 use crate::load::usage::Usage;
 
-/// All figures of the demo. The names of the fields are those in the JSON.
+/// The result of the demo. The field names are those of the JSON.
 #[derive(Debug, Serialize)]
 pub(super) struct Outcome {
     pub(super) processes: u32,
@@ -22,43 +22,44 @@ pub(super) struct Outcome {
     pub(super) jobs: Jobs,
 }
 
-/// What came of the promotion.
+/// The result of the promotion.
 #[derive(Debug, Serialize)]
 pub(super) struct Claims {
     pub(super) customers: u64,
     pub(super) claimed: u64,
-    /// How many are left by the number that the customers read and write.
+    /// The coupons left, by the number that the customers read and write.
     pub(super) left: u64,
-    /// Claims whose fencing token is not above that of the claim before; nothing without the lock.
+    /// Claims whose fencing token is not larger than that of the previous claim; `None` without the
+    /// lock.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub(super) token_regressions: Option<u64>,
     pub(super) seconds: f64,
 }
 
-/// What came of the jobs.
+/// The result of the jobs.
 #[derive(Debug, Serialize)]
 pub(super) struct Jobs {
     pub(super) shards: usize,
     pub(super) keys: u32,
     pub(super) completed: u64,
-    /// Jobs that were done but that the counters don't show.
+    /// Completed jobs that are missing in the counters.
     pub(super) lost_updates: i64,
-    /// Jobs that found a token on their key that was not below their own.
+    /// Jobs that found a token on their key that was not smaller than their own.
     pub(super) token_regressions: u64,
     pub(super) seconds: f64,
     pub(super) jobs_per_s: f64,
     pub(super) paths: Paths,
     pub(super) wait_ms: Wait,
-    /// Round trips of the managers to the servers, renewals included, by the managers' own count.
+    /// Round trips from the managers to the servers, renewals included, as counted by the managers.
     pub(super) store_requests_per_lock: f64,
-    /// Script calls by the servers' count, so those of other clients of the same servers are among them. Nothing where the
-    /// servers are not asked.
+    /// Script calls as counted by the servers, so calls of their other clients are included. `None`
+    /// if the servers are not asked.
     pub(super) script_calls_per_lock: Option<f64>,
-    /// Messages, hand-offs above all, by the servers' count.
+    /// Published messages, mostly hand-offs, as counted by the servers.
     pub(super) publishes_per_lock: Option<f64>,
 }
 
-/// How many locks were had by which path.
+/// Acquired locks by path.
 #[derive(Debug, Default, Serialize)]
 pub(super) struct Paths {
     pub(super) uncontended: u64,
@@ -66,7 +67,7 @@ pub(super) struct Paths {
     pub(super) remote: u64,
 }
 
-/// The time from a request for a lock to its guard, in milliseconds.
+/// The time from a lock request to its guard, in milliseconds.
 #[derive(Debug, Serialize)]
 pub(super) struct Wait {
     pub(super) p50: f64,
@@ -75,7 +76,8 @@ pub(super) struct Wait {
 }
 
 impl Jobs {
-    /// `counted` is the sum of the counters, `calls` what the servers counted meanwhile, if they were asked.
+    /// `counted` is the sum of the counters. `calls` is what the servers counted in that time, if
+    /// they were asked.
     pub(super) fn new(
         (shards, keys): (usize, u32),
         workers: &[Worked],
@@ -116,48 +118,50 @@ impl Jobs {
     }
 }
 
-/// To three digits after the point.
+/// Rounds to three decimal places.
 pub(super) fn rounded(number: f64) -> f64 {
     (number * 1e3).round() / 1e3
 }
 
 impl Outcome {
-    /// What is not as it must be: nothing, if the lock holds.
+    /// Everything that is wrong with the result: nothing, if the lock works.
     pub(super) fn wrong(&self) -> Vec<String> {
         let mut wrong = Vec::new();
         let due = self.coupons.min(self.locked.customers);
         if self.locked.claimed != due {
             wrong.push(format!(
-                "{} coupons were claimed under the lock, and not {due}",
+                "{} coupons were claimed under the lock instead of {due}",
                 self.locked.claimed
             ));
         }
         if self.locked.left != self.coupons - due {
             wrong.push(format!(
-                "{} coupons were left under the lock, and not {}",
+                "{} coupons were left under the lock instead of {}",
                 self.locked.left,
                 self.coupons - due
             ));
         }
         if self.jobs.lost_updates != 0 {
-            wrong.push(format!("{} updates of jobs were lost", self.jobs.lost_updates));
+            wrong.push(format!("{} job updates were lost", self.jobs.lost_updates));
         }
         let regressions = self.jobs.token_regressions + self.locked.token_regressions.unwrap_or(0);
         if regressions != 0 {
-            wrong.push(format!("{regressions} fencing tokens were not above the ones before"));
+            wrong.push(format!(
+                "{regressions} fencing tokens were not larger than the previous ones"
+            ));
         }
         if self.jobs.completed == 0 {
-            wrong.push("no job was done".to_owned());
+            wrong.push("no job was completed".to_owned());
         }
         wrong
     }
 
-    /// What is not wrong, but makes the demo show less than it should.
+    /// A problem that is not an error, but makes the demo less convincing.
     pub(super) fn warning(&self) -> Option<String> {
         (self.unlocked.claimed <= self.coupons).then(|| {
             format!(
-                "only {} of {} coupons were claimed without the lock: it takes more --tasks or a longer --think \
-                 to go wrong",
+                "only {} of {} coupons were claimed without the lock: use more --tasks or a longer --think \
+                 to provoke the race",
                 self.unlocked.claimed, self.coupons
             )
         })

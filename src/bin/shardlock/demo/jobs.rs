@@ -1,6 +1,7 @@
-//! The jobs: each takes the lock of its key, reads the key's counter, and writes it back with one more.
+//! The jobs: each takes the lock of its key, reads the key's counter, and writes it back plus one.
 //!
-//! Nothing here is atomic on the server, so that two holders at the same time would lose an update sooner or later.
+//! The read and the write are separate requests, so two holders at a time would sooner or later
+//! lose an update.
 
 use deadpool_redis::redis::cmd;
 use hdrhistogram::Histogram;
@@ -9,23 +10,23 @@ use tokio::time::Instant;
 use super::protocol::Worked;
 use super::worker::Workplace;
 
-/// What the metrics count jobs under.
+/// The class of the jobs in the metrics.
 pub(super) const CLASS: &str = "jobs";
 
-/// How skewed the keys are.
+/// The exponent of the keys' Zipf distribution.
 pub(super) const ZIPF_EXPONENT: f64 = 1.1;
 
-/// How exact the histograms of the waits are.
+/// The precision of the histograms of waits.
 pub(super) const SIGNIFICANT_DIGITS: u8 = 3;
 
-/// What one task did.
+/// The result of one task.
 pub(super) struct Tally {
     completed: u64,
     token_regressions: u64,
     waits: Histogram<u64>,
 }
 
-/// Does one job after the other until the time is over.
+/// Runs jobs until `until`.
 pub(super) async fn work(place: &Workplace, until: Instant) -> anyhow::Result<Tally> {
     let mut tally = Tally {
         completed: 0,
@@ -38,10 +39,10 @@ pub(super) async fn work(place: &Workplace, until: Instant) -> anyhow::Result<Ta
         let asked_at = Instant::now();
         let guard = place.locks.lock(&key).class(CLASS).await?;
         let waited = asked_at.elapsed().as_micros();
-        // Not `saturating_record`: that never makes the histogram wider.
+        // Not `saturating_record`, which never widens the histogram.
         tally.waits.record(u64::try_from(waited)?)?;
 
-        // Commands that the lock itself never uses, so that the server counts the two apart.
+        // The lock never uses these commands, so the server counts the two separately.
         let mut data = place.data_of(&key)?;
         let counter = place.names.job(rank);
         let mut read = cmd("HMGET");
@@ -68,7 +69,7 @@ pub(super) async fn work(place: &Workplace, until: Instant) -> anyhow::Result<Ta
     Ok(tally)
 }
 
-/// All tasks of a worker together.
+/// The sum over all tasks of a worker.
 pub(super) fn sum(tallies: Vec<Tally>) -> anyhow::Result<Worked> {
     let mut waits = Histogram::<u64>::new(SIGNIFICANT_DIGITS)?;
     let mut worked = Worked::default();

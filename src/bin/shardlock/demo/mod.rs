@@ -1,14 +1,14 @@
-//! The demo: a promotion with ten coupons, claimed by many tasks of many processes that read, think and write, first
-//! without the lock and then with it; and a queue of jobs on keys of which a few are much wanted.
+//! The demo: a promotion with ten coupons, claimed by many tasks of many processes that read, think
+//! and write, first without the lock and then with it; and jobs on keys of which a few are hot.
 //!
 //! | file | what it does |
 //! |---|---|
-//! | `play` | the three acts, in order, and what they come to |
-//! | `stage` | what the demo sets up: servers, worker processes, keys; and how all of it is removed |
+//! | `play` | runs the three acts in order, and returns the result |
+//! | `stage` | sets up servers, worker processes and keys, and removes everything afterwards |
 //! | `worker` | what the worker processes run |
-//! | `coupons`, `jobs` | the work itself: look here for how the lock is used |
-//! | `classes`, `targets` | what runs in place of the acts with `--load`; where Prometheus finds the workers |
-//! | `figures` | the result: whether it is right, as a table, as JSON |
+//! | `coupons`, `jobs` | the work itself: an example of how to use the lock |
+//! | `classes`, `targets` | what `--load` runs instead; a list of the workers for Prometheus |
+//! | `figures` | the result: whether it is correct, as a table, as JSON |
 
 mod classes;
 mod coupons;
@@ -36,24 +36,25 @@ use figures::Outcome;
 use stage::Stage;
 pub(crate) use worker::run as work;
 
-/// Shows on real servers what goes wrong without the lock, that it does not with it, and what the lock costs
+/// Show on real servers what goes wrong without a lock, that nothing does with it, and what it
+/// costs
 #[derive(Debug, Clone, Args)]
 pub(crate) struct DemoArgs {
-    /// A shard that runs already, by a URL of any kind but memory://; repeat it for several. Without it, three Redis servers
-    /// are started and removed. What the lock protects is kept on the same servers where all are redis://, and otherwise
-    /// on one that is started for it
+    /// A running shard, by a URL of any kind except memory://; repeat it for several. Without it,
+    /// three Redis servers are started and removed. The protected data is kept on the same servers
+    /// if all are redis://, otherwise on one that is started for it
     #[arg(long = "shard", value_name = "URL")]
     shards: Vec<String>,
 
-    /// How many worker processes there are
+    /// The number of worker processes
     #[arg(long, value_name = "COUNT", default_value_t = 4, value_parser = up_to(64))]
     processes: u32,
 
-    /// How many tasks each process runs
+    /// The number of tasks per process
     #[arg(long, value_name = "COUNT", default_value_t = 64, value_parser = up_to(10_000))]
     tasks: u32,
 
-    /// How many coupons there are to be claimed
+    /// The number of coupons
     #[arg(long, value_name = "COUNT", default_value_t = 10, value_parser = up_to(1_000_000))]
     coupons: u32,
 
@@ -61,36 +62,37 @@ pub(crate) struct DemoArgs {
     #[arg(long, value_name = "DURATION", default_value = "2ms", value_parser = parse_think)]
     think: Duration,
 
-    /// For how many seconds the jobs run
+    /// How many seconds the jobs run
     #[arg(long, value_name = "SECONDS", default_value = "8", value_parser = parse_seconds)]
     seconds: Duration,
 
-    /// How many keys the jobs work on
+    /// The number of keys of the jobs
     #[arg(long, value_name = "COUNT", default_value_t = 200, value_parser = up_to(1_000_000))]
     keys: u32,
 
-    /// Where the first worker process serves its metrics. Without it, on a free port of 127.0.0.1
+    /// Where the first worker process serves its metrics; by default a free port of 127.0.0.1
     #[arg(long, value_name = "ADDRESS")]
     metrics: Option<SocketAddr>,
 
-    /// Keeps up a load of several classes of work until it is stopped, in place of the demo: for a dashboard, for
-    /// `shardlock top`, to try out faults. It has hot keys, timeouts, refusals and long holds on purpose. Where no shard is given,
-    /// a quorum of three more servers is one of its shards
+    /// Run a load of several classes of work until it is stopped, instead of the demo: for a
+    /// dashboard, for `shardlock top`, or to try out faults. It has hot keys, timeouts, refusals
+    /// and long holds on purpose. If no shard is given, a quorum of three further servers is one of
+    /// its shards
     #[arg(long, conflicts_with_all = ["json", "seconds", "coupons", "think"])]
     load: bool,
 
-    /// Writes where the workers serve their metrics to this file, as `file_sd_configs` of Prometheus reads it. It is removed
-    /// at the end
+    /// Write the metrics addresses of the workers to this file, for `file_sd_configs` of
+    /// Prometheus. It is removed at the end
     #[arg(long, value_name = "FILE")]
     targets: Option<PathBuf>,
 
-    /// Ends the output with the figures as one line of JSON
+    /// Also print the result as one line of JSON at the end
     #[arg(long)]
     json: bool,
 }
 
 impl DemoArgs {
-    /// How many tasks there are in all.
+    /// The total number of tasks.
     const fn customers(&self) -> u64 {
         self.processes as u64 * self.tasks as u64
     }
@@ -112,12 +114,13 @@ fn parse_seconds(text: &str) -> anyhow::Result<Duration> {
     Ok(Duration::from_secs_f64(seconds))
 }
 
-/// Runs the demo. Whatever way it ends, what it has started is stopped and what it has written is removed.
+/// Runs the demo. However it ends, everything it started is stopped and everything it wrote is
+/// removed.
 ///
 /// # Errors
 ///
-/// Whatever kept the demo from coming to a result. A result that is not right is an exit code of 1; a signal, one of
-/// 128 and its number.
+/// If the demo could not be completed. An incorrect result is not an error but the exit code 1; a
+/// signal is 128 plus its number.
 pub(crate) async fn run(args: DemoArgs) -> anyhow::Result<u8> {
     let mut signals = Signals::listen().context("signals can't be handled")?;
     let mut stage = Stage::new();
@@ -146,7 +149,7 @@ fn report(args: &DemoArgs, outcome: &Outcome) -> anyhow::Result<u8> {
     if wrong.is_empty() {
         writeln!(
             out,
-            "\nWith the lock no coupon was claimed too many and no update was lost."
+            "\nWith the lock, no extra coupon was claimed and no update was lost."
         )?;
     }
     if args.json {

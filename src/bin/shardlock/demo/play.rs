@@ -18,10 +18,10 @@ use super::stage::Stage;
 use crate::load::progress::{bar, millis};
 use crate::load::usage::{self, Usage};
 
-/// How many counters are read in one go.
+/// How many counters are read per request.
 const COUNTERS_PER_READ: usize = 1000;
 
-/// Plays all of it. What it sets up is on the stage, for the caller to remove.
+/// Runs the whole demo. `stage` records what is set up, for the caller to remove.
 pub(super) async fn play(args: &DemoArgs, stage: &mut Stage) -> anyhow::Result<Outcome> {
     stage.set_up(args).await?;
     let shards = stage.shards();
@@ -69,7 +69,7 @@ pub(super) async fn play(args: &DemoArgs, stage: &mut Stage) -> anyhow::Result<O
 fn introduce(args: &DemoArgs, shards: &[String], metrics: &[SocketAddr]) -> anyhow::Result<()> {
     let where_locks_are = if args.shards.is_empty() {
         let (plain, quorum) = match (args.load, shards) {
-            (true, [plain @ .., _]) => (plain.len(), " and a quorum of more"),
+            (true, [plain @ .., _]) => (plain.len(), " and a quorum"),
             _ => (shards.len(), ""),
         };
         format!("{plain} throw-away Redis servers{quorum}")
@@ -91,7 +91,7 @@ fn introduce(args: &DemoArgs, shards: &[String], metrics: &[SocketAddr]) -> anyh
         for (number, address) in (1..).zip(metrics) {
             writeln!(out, "metrics of process {number}: http://{address}/metrics")?;
         }
-        writeln!(out, "the load goes on until it is stopped, by Ctrl-C for example")?;
+        writeln!(out, "the load runs until it is stopped, for example by Ctrl-C")?;
     } else if let Some(first) = metrics.first() {
         writeln!(
             out,
@@ -101,12 +101,12 @@ fn introduce(args: &DemoArgs, shards: &[String], metrics: &[SocketAddr]) -> anyh
     Ok(out.flush()?)
 }
 
-/// Has all workers keep up the load. It ends with an error alone: a signal ends it from outside.
+/// Makes all workers keep up the load. Returns only on an error: a signal cancels it from outside.
 async fn keep_up_load(args: &DemoArgs, stage: &mut Stage) -> anyhow::Error {
     let bar = ProgressBar::new_spinner().with_finish(ProgressFinish::AndClear);
     let tell = |locks| bar.set_message(format!("{} locks in {} processes", HumanCount(locks), args.processes));
     match stage.crew.order::<()>(&Order::Load, tell).await {
-        Ok(_) => anyhow::anyhow!("the workers have ended the load of themselves"),
+        Ok(_) => anyhow::anyhow!("the workers have stopped the load on their own"),
         Err(error) => error,
     }
 }
@@ -156,7 +156,7 @@ async fn jobs(
 ) -> anyhow::Result<Jobs> {
     let locks_are_there = stage.data() == stage.shards();
     let calls = async || -> anyhow::Result<Option<Usage>> {
-        // Servers that only have the data know nothing of the lock.
+        // Servers that only store the data do not see the lock's requests.
         if locks_are_there {
             Ok(Some(Usage::of_all(data).await?))
         } else {
@@ -176,7 +176,7 @@ async fn jobs(
     let calls = calls().await?.zip(before).map(|(after, before)| after.since(before));
 
     let mut counted = 0;
-    // A counter lives on one server only; the others have nothing under its name.
+    // Each counter is on one server only; the others have no value under its name.
     for connection in data {
         counted += sum_of_counters(connection.clone(), names, args.keys as usize).await?;
     }

@@ -1,4 +1,4 @@
-//! What the demo removes from servers itself, apart from what the workers do.
+//! Removes the demo's keys from servers.
 
 use std::time::Duration;
 
@@ -7,19 +7,20 @@ use deadpool_redis::redis::cmd;
 
 use crate::load::usage::connect;
 
-/// How many keys one step of a scan looks at.
+/// How many keys one step of a scan covers.
 const SCAN_COUNT: u32 = 1000;
 
-/// How often a server is searched for keys to remove, at most.
+/// How often a server is scanned for keys to remove, at most.
 const REMOVAL_PASSES_MAX: u32 = 20;
 
-/// How long to wait between two of these searches.
+/// The pause between two scans.
 const REMOVAL_PAUSE: Duration = Duration::from_millis(20);
 
-/// Removes all keys of the demo from a server. `prefix` has no character that is special in a pattern.
+/// Removes all keys of the demo from a server. `prefix` must not contain characters that are
+/// special in a pattern.
 ///
-/// It searches until there is nothing left to be found, since a command that a killed worker had sent may be carried
-/// out a moment later.
+/// Repeats until nothing is found, since a command that a killed worker had already sent may still
+/// be executed.
 pub(super) async fn remove_keys(url: &str, prefix: &str) -> anyhow::Result<()> {
     let mut connection = connect(url).await?;
     for _ in 0..REMOVAL_PASSES_MAX {
@@ -28,11 +29,11 @@ pub(super) async fn remove_keys(url: &str, prefix: &str) -> anyhow::Result<()> {
         }
         tokio::time::sleep(REMOVAL_PAUSE).await;
     }
-    anyhow::bail!("new keys keep coming")
+    anyhow::bail!("new keys keep appearing")
 }
 
 async fn remove_once(connection: &mut MultiplexedConnection, prefix: &str) -> anyhow::Result<usize> {
-    // The queue of a lock begins with a brace: `{prefix...}:q`.
+    // The name of a lock's queue starts with a brace: `{prefix...}:q`.
     let pattern = format!("*{prefix}*");
     let (mut cursor, mut removed) = (0_u64, 0);
     loop {

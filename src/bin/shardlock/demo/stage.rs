@@ -1,4 +1,4 @@
-//! What the demo sets up, and how all of it is removed.
+//! Sets up the demo and removes everything afterwards.
 
 use std::net::SocketAddr;
 use std::path::Path;
@@ -16,19 +16,20 @@ use crate::load::crew::Crew;
 use crate::load::server::Servers;
 use crate::load::usage::SERVER_TIMEOUT;
 
-/// How many servers are started where none are given.
+/// The number of servers that are started if none are given.
 const SERVERS: usize = 3;
 
-/// How many more the load has, as the nodes of a quorum.
+/// The number of further servers of the load, the nodes of a quorum.
 const NODES: usize = 3;
 
-/// Servers tell their age in whole seconds.
+/// Servers report their uptime in whole seconds.
 const VOTE_SLACK: Duration = Duration::from_secs(2);
 
-/// How often a namespace is erased, at most, until there is nothing left in it.
+/// The maximum number of attempts to erase a namespace completely.
 const ERASURES_MAX: u32 = 20;
 
-/// What managers of the demo are made of: the settings of the environment, such as certificates, and shards and names of the demo's own.
+/// A builder for the demo's managers: settings from the environment, such as certificates, and the
+/// demo's own shards and namespace.
 pub(super) fn builder(shards: &[String], names: &Names) -> anyhow::Result<Builder> {
     let mut config = Config::default();
     config.apply_env()?;
@@ -36,17 +37,18 @@ pub(super) fn builder(shards: &[String], names: &Names) -> anyhow::Result<Builde
     Ok(shards.iter().fold(builder, |builder, url| builder.shard(url)))
 }
 
-/// What there is to be removed. It is filled step by step, so that a demo which is stopped half-way knows what it has.
+/// Everything that must be removed. It is filled step by step, so that an interrupted demo removes
+/// exactly what it has created.
 #[derive(Debug)]
 pub(super) struct Stage {
     servers: Option<Servers>,
-    /// Shards of somebody else, on which the keys with the prefix must be removed.
+    /// Given shards, on which the keys with the prefix must be removed.
     given: Vec<String>,
-    /// Whether the given shards are plain servers, on which the data can be as well.
+    /// Whether the given shards are plain servers, which can also store the data.
     are_plain: bool,
-    /// What all of the demo's keys begin with: like no other's, so that all keys that begin with it can be removed.
+    /// The prefix of all keys of the demo: unique, so that all keys with it can be removed.
     prefix: String,
-    /// Whether there is nothing but load, whose keys protect no data.
+    /// Whether only load is generated, whose keys protect no data.
     is_load: bool,
     targets: Option<Targets>,
     pub(super) crew: Crew,
@@ -65,7 +67,8 @@ impl Stage {
         }
     }
 
-    /// Starts servers: for everything unless shards are given, or for the data if those can't have them.
+    /// Starts servers: for everything if no shards are given, or for the data if the given ones
+    /// can't store it.
     pub(super) async fn set_up(&mut self, args: &DemoArgs) -> anyhow::Result<()> {
         self.prefix = format!("demo:{}-{:016x}:", std::process::id(), rand::random::<u64>());
         let mut schemes = Vec::new();
@@ -73,7 +76,7 @@ impl Stage {
             let endpoint = Endpoint::parse(url)?;
             let scheme = endpoint.scheme();
             if scheme == "memory" {
-                bail!("the workers of the demo are processes of their own, so {endpoint} can't be their shard");
+                bail!("the demo's workers are separate processes, which can't share {endpoint}");
             }
             schemes.push(scheme.to_owned());
         }
@@ -82,14 +85,15 @@ impl Stage {
             (true, _) if args.load => SERVERS + NODES,
             (true, _) => SERVERS,
             (false, true) => 0,
-            // The load protects nothing.
+            // The load needs no data.
             (false, false) => usize::from(!args.load),
         };
         self.is_load = args.load;
         if started > 0 {
             self.servers.insert(Servers::new()?).start(started).await?;
             if args.load {
-                // Until then no node has a vote, and the load would begin with failures that are none.
+                // Until then the nodes have no vote, and the load would start with spurious
+                // failures.
                 tokio::time::sleep(classes::TTL + VOTE_SLACK).await;
             }
         }
@@ -101,7 +105,7 @@ impl Stage {
         &self.prefix
     }
 
-    /// The URLs of the shards, in their order.
+    /// The URLs of the shards, in order.
     pub(super) fn shards(&self) -> Vec<String> {
         if !self.given.is_empty() {
             return self.given.clone();
@@ -115,7 +119,7 @@ impl Stage {
         shards
     }
 
-    /// The URLs of the servers for the data: one for each shard, or one for all. The load has none.
+    /// The URLs of the servers for the data: one per shard, or one for all. Empty for the load.
     pub(super) fn data(&self) -> Vec<String> {
         if self.is_load {
             return Vec::new();
@@ -130,18 +134,18 @@ impl Stage {
         self.servers.iter().flat_map(Servers::urls).collect()
     }
 
-    /// Whether the servers go with the demo.
+    /// Whether the servers were started by the demo.
     pub(super) fn are_servers_ours(&self) -> bool {
         self.given.is_empty()
     }
 
-    /// Tells Prometheus where the workers serve their metrics, until the stage is cleared.
+    /// Writes the metrics addresses of the workers for Prometheus, until the stage is cleared.
     pub(super) fn publish(&mut self, file: &Path, workers: &[SocketAddr]) -> anyhow::Result<()> {
         self.targets = Some(Targets::write(file, workers)?);
         Ok(())
     }
 
-    /// Stops the workers, then removes the keys from servers that stay and stops those that don't.
+    /// Stops the workers, then erases the keys on given shards or stops the started servers.
     pub(super) async fn clear(mut self) -> anyhow::Result<()> {
         drop(self.targets.take());
         self.crew.kill().await?;
@@ -165,7 +169,8 @@ impl Stage {
         Ok(())
     }
 
-    /// Until there is nothing left, since a command that a killed worker had sent may be carried out a moment later.
+    /// Repeats until nothing is left, since a command that a killed worker had already sent may
+    /// still be executed.
     async fn erase_locks(&self) -> anyhow::Result<()> {
         let builder = builder(&self.given, &Names::new(&self.prefix))?;
         let locks = builder.store_timeout(SERVER_TIMEOUT).connect().await?;
@@ -174,6 +179,6 @@ impl Stage {
                 return Ok(());
             }
         }
-        bail!("new keys keep coming")
+        bail!("new keys keep appearing")
     }
 }

@@ -1,4 +1,5 @@
-//! Where the workers serve their metrics, in a file that Prometheus reads (`file_sd_configs`) and looks at again when it changes.
+//! The workers' metrics addresses, in a file for `file_sd_configs` of Prometheus, which rereads it
+//! when it changes.
 
 use std::fs;
 use std::io;
@@ -8,24 +9,24 @@ use std::path::{Path, PathBuf};
 use anyhow::Context;
 use serde::Serialize;
 
-/// One entry of such a file.
+/// An entry of the file.
 #[derive(Debug, Serialize)]
 struct Group<'a> {
     targets: &'a [SocketAddr],
 }
 
-/// The file, removed when it is dropped.
+/// The file; removed on drop.
 #[derive(Debug)]
 pub(super) struct Targets {
     path: PathBuf,
 }
 
 impl Targets {
-    /// Writes the file. Whoever looks meanwhile sees all of it or nothing.
+    /// Writes the file atomically: a reader sees all of it or nothing.
     ///
     /// # Errors
     ///
-    /// The file can't be written.
+    /// If the file can't be written.
     pub(super) fn write(path: &Path, workers: &[SocketAddr]) -> anyhow::Result<Self> {
         let text = serde_json::to_vec(&[Group { targets: workers }])?;
         let written = || -> io::Result<()> {
@@ -34,7 +35,7 @@ impl Targets {
             let beside = directory.unwrap_or(Path::new(".")).join(name);
             let moved = fs::write(&beside, text).and_then(|()| fs::rename(&beside, path));
             if moved.is_err() {
-                // It may not even be there; what counts is why.
+                // The temporary file may not exist; the first error is the one that matters.
                 fs::remove_file(&beside).ok();
             }
             moved
@@ -50,7 +51,7 @@ impl Drop for Targets {
             Err(error) if error.kind() != io::ErrorKind::NotFound => {
                 super::complain(format_args!("{} can't be removed: {error}", self.path.display()));
             }
-            // Whoever removed it already did what we would have.
+            // Already removed by another program.
             _ => {}
         }
     }

@@ -1,4 +1,4 @@
-//! A worker process: does what the lines on its standard input say.
+//! A worker process: executes the orders on its standard input.
 
 use std::net::{Ipv4Addr, SocketAddr};
 use std::sync::Arc;
@@ -23,29 +23,30 @@ use crate::load::mix::Mix;
 use crate::load::orders::{Answer, Orders, obey, tell};
 use crate::load::usage;
 
-/// How often a worker tells how far it is.
+/// How often a worker reports its progress.
 const PROGRESS_EVERY: Duration = Duration::from_millis(100);
 
-/// What the tasks of a worker share.
+/// Shared by the tasks of a worker.
 pub(super) struct Workplace {
     pub(super) locks: LockManager,
     pub(super) names: Names,
     pub(super) think: Duration,
     pub(super) mix: Mix,
-    /// Connections for the data, apart from those of the lock: one for each shard, in their order, or one for all.
+    /// Connections for the data, separate from those of the lock: one per shard, in order, or one
+    /// for all.
     data: Vec<MultiplexedConnection>,
-    /// The page of metrics.
+    /// Renders the page of metrics.
     metrics: Box<dyn Fn(&LockManager) -> String + Send + Sync>,
-    /// Until the worker leaves.
+    /// Serves until the worker leaves.
     serving: AdminServer,
-    /// How long leases last.
+    /// The TTL of the leases.
     pub(super) ttl: Duration,
     tasks: u32,
-    /// How many customers or jobs are through.
+    /// How many customers or jobs are done.
     through: AtomicU64,
 }
 
-/// Does what it is told, until it is told to leave. What fails is told, too.
+/// Executes orders until the one to leave. Failures are reported to the parent as well.
 pub(crate) fn run() -> Result<u8, Failure> {
     crate::on_this_thread(async { obey(serve).await.map_err(|error| Failure::new(1, error)) })
 }
@@ -70,7 +71,7 @@ async fn serve(orders: &mut Orders) -> anyhow::Result<()> {
 
 impl Workplace {
     async fn open(setup: &Setup) -> anyhow::Result<Self> {
-        // Before the manager: metrics that were made without a recorder count nothing.
+        // Before the manager: metrics created without a recorder count nothing.
         let address = setup.metrics.unwrap_or(SocketAddr::from((Ipv4Addr::LOCALHOST, 0)));
         let admin = crate::metrics::bind(address)?;
         let metrics = Box::new(admin.renderer());
@@ -92,12 +93,12 @@ impl Workplace {
         })
     }
 
-    /// The connection for data that belong to no shard in particular.
+    /// The connection for data that does not belong to a particular shard.
     pub(super) fn data(&self) -> MultiplexedConnection {
         self.data[0].clone()
     }
 
-    /// The connection for data that live where the lock of this key does, or where all do.
+    /// The connection for data on the same shard as this key's lock, or the only one.
     pub(super) fn data_of(&self, key: &str) -> anyhow::Result<MultiplexedConnection> {
         if let [only] = &self.data[..] {
             return Ok(only.clone());
@@ -109,7 +110,7 @@ impl Workplace {
             .context("there are fewer connections than shards")
     }
 
-    /// One more customer or job is through.
+    /// Counts one customer or job as done.
     pub(super) fn count(&self) {
         self.through.fetch_add(1, Ordering::Relaxed);
     }
@@ -147,7 +148,7 @@ impl Workplace {
         }
     }
 
-    /// Runs a task of each of this worker's customers, all at once.
+    /// Runs one task per customer of this worker, all concurrently.
     async fn with_all_tasks<T, F>(self: &Arc<Self>, task: impl Fn(Arc<Self>) -> F) -> anyhow::Result<Vec<T>>
     where
         T: Send + 'static,
@@ -161,7 +162,7 @@ impl Workplace {
         Ok(results)
     }
 
-    /// Tells it every now and then, for ever; returns only if nobody listens.
+    /// Reports the progress at regular intervals; returns only if the parent no longer reads it.
     async fn tell_progress(&self) -> anyhow::Error {
         loop {
             tokio::time::sleep(PROGRESS_EVERY).await;

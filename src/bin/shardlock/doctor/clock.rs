@@ -1,4 +1,4 @@
-//! Whether clocks agree.
+//! Checks that clocks agree.
 
 use std::time::Duration;
 
@@ -7,17 +7,17 @@ use super::finding::Finding;
 
 const CHECK: &str = "clock";
 
-/// From which difference on, in milliseconds, a warning is due.
+/// The largest difference without a warning, in milliseconds.
 const DIFFERENCE_MOST_MS: u64 = 500;
 
 const MEND: &str =
-    "let chrony or ntpd set the clock of both machines, slewed and never stepped (chronyc tracking, timedatectl)";
+    "run chrony or ntpd on both machines and let it slew the clock, never step it (chronyc tracking, timedatectl)";
 
-/// A server's clock against that of this machine.
+/// Compares a server's clock with the clock of this machine.
 pub(super) fn against_ours(seen: &Seen) -> Option<Finding> {
     let clock = seen.clock.as_ref().ok()?;
     let found = format!("{} this machine's", difference(clock));
-    // What the round trip leaves open is for the server.
+    // Give the server the benefit of the doubt for the uncertainty of the round trip.
     let certain = clock.ahead_ms.unsigned_abs().saturating_sub(millis(clock.unsure));
     Some(if certain <= DIFFERENCE_MOST_MS {
         Finding::ok(CHECK, found)
@@ -25,14 +25,14 @@ pub(super) fn against_ours(seen: &Seen) -> Option<Finding> {
         Finding::warning(
             CHECK,
             found,
-            "no lock depends on this, but one of the two clocks is wrong: a server's clock that is put right by a jump ends leases too soon or too \
-             late, and tokens after a failover or a loss of data grow only where the clocks of servers are close",
+            "locks do not depend on this, but one of the two clocks is wrong: if a server's clock is corrected by a jump, leases end too \
+             early or too late, and after a failover or a loss of data, tokens keep growing only if the servers' clocks are close",
             MEND,
         )
     })
 }
 
-/// The clocks of the servers of one shard against one another.
+/// Compares the clocks of the servers of one shard with each other.
 pub(super) fn among<'a>(servers: impl IntoIterator<Item = &'a Server>) -> Option<Finding> {
     const CHECK: &str = "clocks";
     let mut clocks: Vec<(&str, Clock)> = servers
@@ -46,13 +46,13 @@ pub(super) fn among<'a>(servers: impl IntoIterator<Item = &'a Server>) -> Option
     let apart = behind.ahead_ms.abs_diff(ahead.ahead_ms);
     let certain = apart.saturating_sub(millis(behind.unsure + ahead.unsure));
     Some(if certain <= DIFFERENCE_MOST_MS {
-        Finding::ok(CHECK, format!("{apart} ms apart at most"))
+        Finding::ok(CHECK, format!("at most {apart} ms apart"))
     } else {
         Finding::warning(
             CHECK,
             format!("{fastest} is {apart} ms ahead of {slowest}"),
-            "tokens start from a server's clock when another one takes over, so they grow through a failover only where the clocks of servers are \
-             close",
+            "a server that takes over derives tokens from its clock, so tokens keep growing through a failover only if the servers' clocks \
+             are close",
             MEND,
         )
     })
@@ -103,7 +103,7 @@ mod tests {
             seen: Ok(seen(ahead, 0)),
         };
         assert_eq!(among(&[server("a:1", 0)]), None);
-        // Both are close to ours, but not to one another.
+        // `a` and `b` are both close to our clock, but not to each other.
         let finding = among(&[server("a:1", 300), server("b:1", -300), server("c:1", 0)]).unwrap();
         assert_eq!(
             (finding.level, finding.found.as_str()),

@@ -1,4 +1,4 @@
-//! A Redis Cluster.
+//! Checks a Redis Cluster.
 
 use std::collections::{BTreeMap, BTreeSet};
 
@@ -14,17 +14,17 @@ use super::server::{Expected, checked, unreachable};
 use super::{Kind, clock};
 use crate::asking::{Asking, Node, Trouble, ask, nodes};
 
-/// What one node says of the cluster.
+/// The cluster as one node sees it.
 #[derive(Debug, Clone, Default)]
 struct View {
     info: Info,
     nodes: Vec<Node>,
     settings: BTreeMap<String, String>,
-    /// Why the nodes are not known.
+    /// The error, if `CLUSTER NODES` was refused.
     refused: Option<String>,
 }
 
-/// How many nodes are looked at.
+/// How many nodes are examined at most.
 const NODES_MOST: usize = 256;
 
 pub(super) async fn examine(endpoint: &Endpoint, asking: &Asking<'_>, fingerprint: &str, report: &mut ShardReport) {
@@ -41,7 +41,8 @@ pub(super) async fn examine(endpoint: &Endpoint, asking: &Asking<'_>, fingerprin
     }
     let Some(first) = found else {
         report.findings.extend(refused(views.iter().flatten()));
-        // Those that answer are no nodes of a cluster, which the check of their mode says, or don't tell.
+        // The seeds that answer are not cluster nodes, which the `mode` check reports, or refuse
+        // `CLUSTER NODES`.
         let expected = Expected::one_of(Kind::Cluster, asking.config, fingerprint, None);
         for (seed, _) in seeds.iter().zip(&views).filter(|(_, view)| view.is_ok()) {
             let server = look(seed, Kind::Cluster, asking).await;
@@ -86,7 +87,7 @@ pub(super) async fn examine(endpoint: &Endpoint, asking: &Asking<'_>, fingerprin
 
 async fn view(server: &ServerUrl, asking: &Asking<'_>) -> Result<View, Trouble> {
     let mut connection = asking.connect(server).await?;
-    // A server that is no node of a cluster refuses these; that it is none is said by the check of its mode.
+    // A server that is not a cluster node refuses these commands. The `mode` check reports that.
     let info: String = ask(&mut connection, cmd("CLUSTER").arg("INFO"))
         .await
         .unwrap_or_default();
@@ -104,14 +105,14 @@ async fn view(server: &ServerUrl, asking: &Asking<'_>) -> Result<View, Trouble> 
     })
 }
 
-/// That nothing is known of the cluster as a whole.
+/// Reports that the cluster as a whole could not be checked.
 fn refused<'a>(mut views: impl Iterator<Item = &'a View>) -> Option<Finding> {
     let reason = views.find_map(|view| view.refused.as_ref())?;
     Some(Finding::note(
         "cluster",
         format!("CLUSTER NODES is refused: {reason}"),
-        "the slots, the other nodes and their replicas can't be looked at, so nothing is said of them",
-        "ACL SETUSER <user> +cluster|nodes +cluster|info on each node, or look by hand: redis-cli --cluster check <node>",
+        "the slots, the other nodes and their replicas were not checked",
+        "ACL SETUSER <user> +cluster|nodes +cluster|info on each node, or check by hand: redis-cli --cluster check <node>",
     ))
 }
 
@@ -130,9 +131,9 @@ fn state(views: &[(&str, &View)]) -> Option<Finding> {
     } else {
         Finding::error(
             CHECK,
-            format!("fail, say {}", bad.join(", ")),
+            format!("fail, according to {}", bad.join(", ")),
             "nodes in this state refuse requests (CLUSTERDOWN), so locks fail",
-            "redis-cli --cluster check <node> says what is missing; redis-cli --cluster fix <node> gives slots that nobody owns to a node",
+            "redis-cli --cluster check <node> shows what is missing; redis-cli --cluster fix <node> assigns slots without an owner to a node",
         )
     })
 }
@@ -145,7 +146,7 @@ fn coverage(view: &View) -> Finding {
         .filter(|node| node.primary.is_none() && !node.has("fail"))
         .map(|node| node.slots)
         .sum();
-    let found = format!("{owned} of {SLOTS} are owned by a primary that works");
+    let found = format!("{owned} of {SLOTS} are owned by a working primary");
     if owned >= u32::from(SLOTS) {
         Finding::ok(CHECK, found)
     } else {
@@ -153,12 +154,12 @@ fn coverage(view: &View) -> Finding {
             CHECK,
             found,
             "keys whose slot has no owner can't be locked",
-            "bring the primaries back that failed, or give the slots to another: redis-cli --cluster fix <node>",
+            "bring back the primaries that failed, or assign their slots to another one: redis-cli --cluster fix <node>",
         )
     }
 }
 
-/// Whether all nodes hold the same nodes for the owners of the same slots.
+/// Checks that all nodes agree on the owners of the slots.
 fn agreement(views: &[(&str, &View)]) -> Option<Finding> {
     const CHECK: &str = "nodes-agree";
     let mut said: BTreeMap<Vec<(&str, &[String])>, Vec<&str>> = BTreeMap::new();
@@ -176,17 +177,17 @@ fn agreement(views: &[(&str, &View)]) -> Option<Finding> {
         return None;
     }
     Some(if said.len() == 1 {
-        Finding::ok(CHECK, "all nodes that answer name the same owners of the slots")
+        Finding::ok(CHECK, "all nodes that answer agree on the owners of the slots")
     } else {
         let parties: Vec<_> = said.values().map(|places| places.join(", ")).collect();
         Finding::warning(
             CHECK,
             format!(
-                "different owners of the slots are named by {}",
-                parties.join(" and by ")
+                "the nodes disagree on the owners of the slots: {}",
+                parties.join(" versus ")
             ),
-            "while slots move this passes within moments; a cluster that stays split locks one key on two servers",
-            "if it does not pass: redis-cli --cluster check <node>, and see that the nodes reach one another's bus (the port 10000 above)",
+            "while slots are moved, this lasts only moments; a cluster that stays split locks one key on two servers",
+            "if this persists: redis-cli --cluster check <node>, and make sure that the nodes can reach each other's cluster bus (port + 10000)",
         )
     })
 }
@@ -201,9 +202,9 @@ fn failing(view: &View) -> Option<Finding> {
     (!failing.is_empty()).then(|| {
         Finding::warning(
             "nodes",
-            format!("{} failed or may have", failing.join(", ")),
-            "its slots are, or were until a replica took over, without an owner; and there is one node less",
-            "start it again, or CLUSTER FORGET <id> on each node if it is gone for good",
+            format!("failed, or possibly failed: {}", failing.join(", ")),
+            "its slots have no owner, or had none until a replica took over, and the cluster has one node less",
+            "start the node again, or run CLUSTER FORGET <id> on each node if it is gone for good",
         )
     })
 }
@@ -224,12 +225,12 @@ fn replicas(view: &View) -> Finding {
         .map(|node| node.place.as_str())
         .collect();
     if alone.is_empty() {
-        return Finding::ok(CHECK, format!("each of {} primaries has one or more", primaries.len()));
+        return Finding::ok(CHECK, format!("each of {} primaries has at least one", primaries.len()));
     }
     Finding::warning(
         CHECK,
         format!("none for {}", alone.join(", ")),
-        "when such a primary fails nothing takes over, and its keys can't be locked",
+        "if such a primary fails, no replica takes over, and its keys can't be locked",
         "redis-cli --cluster add-node <new node> <node> --cluster-slave --cluster-master-id <id>",
     )
 }
@@ -245,7 +246,7 @@ fn full_coverage(views: &[(&str, &View)]) -> Option<Finding> {
         Finding::note(
             CHECK,
             format!("yes on {}", strict.join(", ")),
-            "one part of the cluster that is down stops the locks of all other parts as well",
+            "if one part of the cluster is down, locks fail in all other parts as well",
             "CONFIG SET cluster-require-full-coverage no on each node",
         )
     })

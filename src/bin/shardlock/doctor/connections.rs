@@ -1,17 +1,18 @@
-//! How a server treats its connections.
+//! Checks how a server treats its connections.
 
 use super::facts::Seen;
 use super::finding::Finding;
 
-/// The server's defaults for subscribers: at once, and for how long how much.
+/// The server's default buffer limits for subscribers: the hard limit in bytes, and the soft limit
+/// in bytes and seconds.
 const PUBSUB_HARD: u64 = 32 << 20;
 const PUBSUB_SOFT: u64 = 8 << 20;
 const PUBSUB_SECONDS: u64 = 60;
 
-/// From which part of `maxclients` on, in percent, there is hardly room.
+/// From what share of `maxclients` in use, in percent, a warning is given.
 const FULL_PERCENT: u64 = 80;
 
-/// After how long a vanished machine should be noticed.
+/// The longest time, in seconds, after which a vanished machine should be noticed.
 const KEEPALIVE_MOST: u64 = 300;
 
 pub(super) fn pubsub_limits(seen: &Seen) -> Option<Finding> {
@@ -21,7 +22,7 @@ pub(super) fn pubsub_limits(seen: &Seen) -> Option<Finding> {
     let mut number = || words.next()?.parse::<u64>().ok();
     let (hard, soft, seconds) = (number()?, number()?, number()?);
     let found = format!("client-output-buffer-limit pubsub {hard} {soft} {seconds}");
-    // Zero is no limit.
+    // Zero means no limit.
     let is_low = (1..PUBSUB_HARD).contains(&hard)
         || (1..PUBSUB_SOFT).contains(&soft)
         || (soft > 0 && seconds > 0 && seconds < PUBSUB_SECONDS);
@@ -31,7 +32,7 @@ pub(super) fn pubsub_limits(seen: &Seen) -> Option<Finding> {
     Some(Finding::warning(
         CHECK,
         found,
-        "a process that reads its hand-offs too slowly is cut off at these limits; it connects again and asks anew, which takes time",
+        "a process that reads its grants too slowly is disconnected at these limits; it then reconnects and retries, which takes time",
         "CONFIG SET client-output-buffer-limit \"pubsub 32mb 8mb 60\"",
     ))
 }
@@ -40,12 +41,12 @@ pub(super) fn idle_timeout(seen: &Seen) -> Option<Finding> {
     const CHECK: &str = "timeout";
     let seconds: u64 = seen.setting("timeout")?.parse().ok()?;
     if seconds == 0 {
-        return Some(Finding::ok(CHECK, "0: idle connections stay"));
+        return Some(Finding::ok(CHECK, "0: idle connections stay open"));
     }
     Some(Finding::note(
         CHECK,
         format!("{seconds} s"),
-        "connections without traffic are closed, so the next lock after a pause waits for a new one",
+        "idle connections are closed, so the next lock after a pause waits for a new connection",
         "CONFIG SET timeout 0",
     ))
 }
@@ -64,8 +65,8 @@ pub(super) fn keepalive(seen: &Seen) -> Option<Finding> {
     Some(Finding::note(
         CHECK,
         found,
-        "until the server knows that a machine has vanished it may still hand locks to it, and each of those is stuck for its TTL",
-        "CONFIG SET tcp-keepalive 30 (for connections that are made from then on)",
+        "until the server notices that a machine has vanished, it may still grant locks to it, and each such lock is stuck for its TTL",
+        "CONFIG SET tcp-keepalive 30 (applies to new connections only)",
     ))
 }
 
@@ -82,8 +83,8 @@ pub(super) fn clients(seen: &Seen) -> Vec<Finding> {
             Finding::warning(
                 "maxclients",
                 found,
-                "further connections are refused, so processes that start or reconnect get no locks",
-                "CONFIG SET maxclients to more (each process needs the setting `connections` and two for each shard), or find who leaks connections: CLIENT LIST",
+                "at the limit, new connections are refused, so processes that start or reconnect get no locks",
+                "CONFIG SET maxclients to a higher value (for each shard, a process needs the setting `connections` plus two), or find the client that leaks connections: CLIENT LIST",
             )
         });
     }
@@ -91,8 +92,8 @@ pub(super) fn clients(seen: &Seen) -> Vec<Finding> {
         findings.push(Finding::warning(
             "rejected-connections",
             format!("{rejected} connections were refused since the server started or its statistics were reset"),
-            "the limit of connections was reached: whoever was refused had no locks",
-            "CONFIG SET maxclients to more; CONFIG RESETSTAT starts to count anew",
+            "the limit of connections was reached, and the refused processes got no locks",
+            "CONFIG SET maxclients to a higher value; CONFIG RESETSTAT resets the count",
         ));
     }
     findings

@@ -1,11 +1,12 @@
-//! What there is to know of a Redis server, as it was told. Checks read it; `look` gathers it.
+//! The facts about a Redis server, as the server reported them. `look` gathers them, checks read
+//! them.
 
 use std::collections::BTreeMap;
 use std::time::Duration;
 
 use crate::asking::{Trouble, place};
 
-/// A server and what was learned of it.
+/// A server and the facts about it.
 #[derive(Debug, Clone)]
 pub(super) struct Server {
     /// `host:port`
@@ -16,32 +17,35 @@ pub(super) struct Server {
     pub(super) seen: Result<Seen, Trouble>,
 }
 
-/// What a server told. A part that it refused is an `Err` with the server's words.
+/// The facts that a server reported. A query that the server refused is an `Err` with the server's
+/// error.
 #[derive(Debug, Clone)]
 pub(super) struct Seen {
     pub(super) round_trips: RoundTrips,
     pub(super) info: Result<Info, String>,
-    /// What `CONFIG GET` says.
+    /// The settings from `CONFIG GET`.
     pub(super) settings: Result<BTreeMap<String, String>, String>,
     pub(super) clock: Result<Clock, String>,
-    /// The fingerprint that is stored, or nothing where there is none. `MOVED` where another node of a cluster has it.
+    /// The stored fingerprint of the shard map, if there is one. In a cluster, an `Err` with
+    /// `MOVED` if another node has the key.
     pub(super) map: Result<Option<String>, String>,
-    /// The name of the user of the ACL.
+    /// The ACL user.
     pub(super) user: String,
-    /// What the user may not do of what is needed.
+    /// The needs that the user is not permitted.
     pub(super) denied: Vec<Denied>,
-    /// How many commands were tried for that.
+    /// How many commands were tried to find out.
     pub(super) tried: usize,
-    /// What the server said to one of them if it takes no writes now. Known only where the commands themselves were tried.
+    /// The error, if the server currently refuses writes. Known only if the commands themselves
+    /// were tried, not just `ACL DRYRUN`.
     pub(super) refuses_writes: Option<String>,
-    /// The commands that the server does not know, of those that were tried.
+    /// The tried commands that the server does not know.
     pub(super) lacking: Vec<String>,
-    /// What the server said to a script with keys of several slots, as renewals have them, if it refused it.
+    /// The error, if the server refuses a script with keys of several slots, such as a renewal.
     pub(super) refuses_several_slots: Option<String>,
 }
 
 impl Seen {
-    /// A value that both `INFO` and `CONFIG GET` may know, so that it is known where one of them is not permitted.
+    /// A value that both `CONFIG GET` and `INFO` report, so that one of them is enough.
     pub(super) fn value<'a>(&'a self, setting: &str, info: &str) -> Option<&'a str> {
         self.setting(setting).or_else(|| self.info(info))
     }
@@ -62,7 +66,7 @@ impl Seen {
         self.info("role") == Some("slave")
     }
 
-    /// Where the primary of this replica is, or nothing if it is none.
+    /// The address of the primary if this server is a replica.
     pub(super) fn primary(&self) -> Option<String> {
         let host = self.info("master_host").filter(|_| self.is_replica())?;
         Some(place(host, self.info("master_port")?))
@@ -73,7 +77,7 @@ impl Seen {
     }
 }
 
-/// How long answers took.
+/// Statistics of the measured round trips.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub(super) struct RoundTrips {
     pub(super) count: usize,
@@ -83,7 +87,7 @@ pub(super) struct RoundTrips {
 }
 
 impl RoundTrips {
-    /// Nothing if there was none.
+    /// Returns `None` if `times` is empty.
     pub(super) fn of(mut times: Vec<Duration>) -> Option<Self> {
         times.sort_unstable();
         Some(Self {
@@ -95,19 +99,19 @@ impl RoundTrips {
     }
 }
 
-/// How a server's clock differs from that of this machine.
+/// The difference between a server's clock and this machine's clock.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub(super) struct Clock {
-    /// The server's time less ours, in milliseconds.
+    /// The server's time minus ours, in milliseconds.
     pub(super) ahead_ms: i64,
-    /// By how much that may be wrong: half of the round trip.
+    /// The uncertainty of the difference: half of the round trip.
     pub(super) unsure: Duration,
 }
 
-/// A command that the user may not run, or not on this.
+/// A command that the user may not run, or not on the needed key or channel.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub(super) struct Denied {
-    /// Such as `set` or `cluster|slots`.
+    /// The ACL's name of the command, such as `set` or `cluster|slots`.
     pub(super) command: String,
     pub(super) lack: Lack,
 }
@@ -116,9 +120,9 @@ pub(super) struct Denied {
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub(super) enum Lack {
     Command,
-    /// The pattern of keys that the rule must have.
+    /// The key pattern that the user's rules lack.
     Keys(String),
-    /// The pattern of channels that the rule must have.
+    /// The channel pattern that the user's rules lack.
     Channels(String),
 }
 
@@ -131,14 +135,14 @@ pub(super) struct Info(BTreeMap<String, String>);
 pub(super) struct Replica {
     pub(super) place: String,
     pub(super) state: String,
-    /// Seconds since its last sign of life.
+    /// Seconds since the primary last heard from the replica.
     pub(super) lag: u64,
-    /// How many bytes it is behind.
+    /// How many bytes the replica is behind.
     pub(super) behind: u64,
 }
 
 impl Info {
-    /// Lines of `name:value`; others are left out.
+    /// Parses lines of the form `name:value`. Other lines are ignored.
     pub(super) fn parse(text: &str) -> Self {
         let pairs = text.lines().filter_map(|line| line.trim_end().split_once(':'));
         Self(pairs.map(|(name, value)| (name.to_owned(), value.to_owned())).collect())
@@ -152,7 +156,7 @@ impl Info {
         let number = |name: &str| self.get(name).and_then(|value| value.parse::<u64>().ok());
         let written = number("master_repl_offset").unwrap_or_default();
         let count = number("connected_slaves").unwrap_or_default();
-        // The count is the server's word; there are lines for those only that are there.
+        // Do not trust the count: stop at the first missing line.
         (0..count)
             .map_while(|index| self.get(&format!("slave{index}")))
             .map(|line| {
@@ -174,7 +178,7 @@ impl Info {
 
 #[cfg(test)]
 impl Seen {
-    /// A server that is as it should be, with more lines of `INFO` and settings, which override the others.
+    /// A healthy server. The given `INFO` lines and settings override the defaults.
     pub(super) fn good(info: &str, settings: &[(&str, &str)]) -> Self {
         let usual = [
             ("maxmemory-policy", "noeviction"),

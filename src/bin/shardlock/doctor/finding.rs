@@ -1,15 +1,15 @@
-//! What a check says.
+//! The result of a check.
 
 use serde_json::{Value, json};
 
-/// How bad it is.
+/// The severity of a finding.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord)]
 pub(super) enum Level {
-    /// As it should be.
+    /// No problem.
     Ok,
-    /// Good to know; nothing has to be done.
+    /// Good to know. No action is needed.
     Note,
-    /// Locks work, but something can go wrong that need not.
+    /// Locks work, but there is an avoidable risk.
     Warning,
     /// Locks don't work, or can be held twice.
     Error,
@@ -31,14 +31,14 @@ impl Level {
 /// The result of one check.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub(super) struct Finding {
-    /// The name of the check, which scripts may rely on.
+    /// The name of the check. Scripts may rely on it.
     pub(super) check: &'static str,
     pub(super) level: Level,
-    /// What there is.
+    /// What was found.
     pub(super) found: String,
-    /// Why it matters; nothing where all is well.
+    /// Why it matters. `None` if the level is [`Level::Ok`].
     pub(super) why: Option<String>,
-    /// The command or the setting that mends it.
+    /// The command or setting that fixes the problem. `None` if the level is [`Level::Ok`].
     pub(super) mend: Option<String>,
 }
 

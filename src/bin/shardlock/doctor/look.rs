@@ -1,4 +1,4 @@
-//! Asks a Redis server for what the checks want to know. Nothing is written to it.
+//! Queries a Redis server for the facts that the checks need. Nothing is written to the server.
 
 use std::collections::BTreeMap;
 use std::time::{Duration, Instant, SystemTime, UNIX_EPOCH};
@@ -12,12 +12,12 @@ use super::facts::{Clock, Denied, Info, RoundTrips, Seen, Server};
 use super::permissions::{self, Need};
 use crate::asking::{Asking, Trouble, ask};
 
-/// How many round trips are measured, if they fit into the time limit.
+/// How many round trips are measured, if they fit within the time limit.
 const PINGS: usize = 20;
-/// How often the clock is read; the answer that came soonest counts.
+/// How often the clock is read. The reading with the shortest round trip counts.
 const CLOCK_READINGS: usize = 5;
 
-/// The settings that some check reads.
+/// The settings that the checks read.
 const SETTINGS: [&str; 12] = [
     "maxmemory-policy",
     "maxmemory",
@@ -33,7 +33,7 @@ const SETTINGS: [&str; 12] = [
     "min-replicas-to-write",
 ];
 
-/// Looks at one server. Each step has the time limit that requests have.
+/// Queries one server. Each step has the time limit of a request.
 pub(super) async fn look(server: &ServerUrl, kind: Kind, asking: &Asking<'_>) -> Server {
     Server {
         place: server.place().to_owned(),
@@ -54,7 +54,7 @@ async fn see(server: &ServerUrl, kind: Kind, asking: &Asking<'_>) -> Result<Seen
     let map = ask(&mut connection, cmd("GET").arg(asking.config.map_key())).await;
     let settings = settings(&mut connection).await;
     let clock = clock(&mut connection).await;
-    // A server that does not tell has no users, or this one may not ask: the URL knows.
+    // If the server has no ACL, or the user may not run `ACL WHOAMI`, take the user from the URL.
     let user = user.unwrap_or_else(|_| user_of(server));
     let needs = permissions::needs(kind, asking.config);
     let Tried {
@@ -81,7 +81,10 @@ async fn see(server: &ServerUrl, kind: Kind, asking: &Asking<'_>) -> Result<Seen
     })
 }
 
-/// Calls a script as a renewal of two locks does. One that the user may not call is another check's matter.
+/// Runs a script with the keys of two locks, like a renewal, and returns the error if the server
+/// refuses it.
+///
+/// A missing permission is reported by another check.
 async fn refuses_several_slots(connection: &mut MultiplexedConnection, namespace: &str) -> Option<String> {
     let mut call = cmd("EVAL");
     call.arg("return 1").arg(4);
@@ -109,7 +112,7 @@ fn command(name: &str) -> Cmd {
     cmd(name)
 }
 
-/// Replies of a pipeline, each with its own error.
+/// Sends a pipeline and returns one result for each command.
 async fn ask_all(
     connection: &mut MultiplexedConnection,
     commands: &Pipeline,
@@ -126,16 +129,17 @@ async fn round_trips(connection: &mut MultiplexedConnection, limit: Duration) ->
         let sent = Instant::now();
         let reply: Result<Value, _> = cmd("PING").query_async(connection).await;
         match reply {
-            // A user who may not PING has an answer all the same.
+            // If the user may not PING, the refusal still measures the round trip.
             Err(error) if error.code() != Some("NOPERM") => return Err(error),
             _ => times.push(sent.elapsed()),
         }
     }
-    // There is one at least.
+    // At least one was measured.
     RoundTrips::of(times).ok_or_else(|| RedisError::from(std::io::Error::other("no round trip was measured")))
 }
 
-/// By one command each, since servers before 7.0 take one name at a time.
+/// Reads each setting with its own command, because servers before 7.0 accept only one name at a
+/// time.
 async fn settings(connection: &mut MultiplexedConnection) -> Result<BTreeMap<String, String>, String> {
     let mut commands = pipe();
     for name in SETTINGS {
@@ -172,21 +176,26 @@ async fn clock(connection: &mut MultiplexedConnection) -> Result<Clock, String> 
 }
 
 fn since_epoch() -> Duration {
-    // A machine whose clock is before 1970 has other worries; its difference is shown as what it is.
+    // A local clock before 1970 counts as 1970. The clock check reports the difference.
     SystemTime::now().duration_since(UNIX_EPOCH).unwrap_or_default()
 }
 
-/// What a server says that takes no writes. It says so after it has looked at the ACL, and before it looks at arguments.
+/// The error codes of a server that refuses writes.
+///
+/// The server checks for this after the ACL and before the arguments.
 const NO_WRITES: [&str; 4] = ["READONLY", "OOM", "MISCONF", "NOREPLICAS"];
 
-/// What came of trying the needs.
+/// The result of trying all needs.
 struct Tried {
     denied: Vec<Denied>,
     refuses_writes: Option<String>,
     lacking: Vec<String>,
 }
 
-/// Which of the needs the user is not permitted or the server does not know, and what it says if it takes no writes.
+/// Tries all needs.
+///
+/// Returns the ones that the user is not permitted, the ones that the server does not know, and the
+/// server's error if it refuses writes.
 async fn denied(
     connection: &mut MultiplexedConnection,
     user: &str,
@@ -229,7 +238,7 @@ async fn denied(
     let mut denied: Vec<_> = pairs.clone().filter_map(|(need, reply)| need.tried(reply)).collect();
     let mut lacking: Vec<_> = pairs.filter_map(|(need, reply)| need.unknown(reply)).collect();
     for need in alone {
-        // A connection that has subscribed is of no use for commands.
+        // A connection that has subscribed can't be used for other commands.
         let mut connection = asking.connect(server).await?;
         let reply = connection.send_packed_command(&in_words(need)).await;
         let reply = reply.and_then(Value::extract_error);

@@ -1,4 +1,4 @@
-//! Whether a shard belongs to this configuration's map.
+//! Checks the shard map: whether the stored one matches this configuration.
 
 use std::collections::BTreeMap;
 
@@ -7,13 +7,15 @@ use shardlock::{Endpoint, ShardConfig, ShardMap};
 use super::finding::Finding;
 use crate::map::expectation;
 
-/// `ours` is what a manager of this configuration would store where `stored` was found.
+/// Compares the `stored` fingerprint with `ours`, which a manager of this configuration would
+/// store.
 pub(super) fn fingerprint(stored: &Result<Option<String>, String>, ours: &str) -> Option<Finding> {
     const CHECK: &str = "shard-map";
     let theirs = match stored {
         Ok(Some(theirs)) => theirs,
-        Ok(None) => return Some(Finding::ok(CHECK, "none is stored yet; the first lock stores it")),
-        // The permission is another check's matter, and in a cluster some other node has the key.
+        Ok(None) => return Some(Finding::ok(CHECK, "none stored yet; the first lock stores it")),
+        // A missing permission is reported by another check. In a cluster, another node has the
+        // key.
         Err(_) => return None,
     };
     if ShardMap::agree(ours, theirs) {
@@ -23,43 +25,43 @@ pub(super) fn fingerprint(stored: &Result<Option<String>, String>, ours: &str) -
     if version(theirs) != version(ours) {
         return Some(Finding::error(
             CHECK,
-            format!("stored by another version of shardlock: {theirs:?}, where this one stores {ours:?}"),
-            "versions that differ in how they store locks would not see one another's, so a manager is refused",
-            "use the same version everywhere, or a namespace of its own for this one (the setting namespace)",
+            format!("stored by another version of shardlock: {theirs:?}; this version stores {ours:?}"),
+            "versions that store locks differently would not see each other's locks, so managers of this version are refused",
+            "use the same version everywhere, or a separate namespace for this one (the setting namespace)",
         ));
     }
     Some(Finding::error(
         CHECK,
         format!("{theirs:?} is stored, but this configuration has {ours:?}"),
-        "with different maps one key is locked in two places at a time, so a manager is refused",
+        "with different maps, one key could be locked in two places at a time, so managers of this configuration are refused",
         format!(
-            "give the same shards in the same order in every process, or another namespace; if the change is meant, stop all processes that lock \
-             here and then `shardlock map set {}`",
+            "configure the same shards in the same order in every process, or another namespace; if the change is intended, stop all \
+             processes that lock here, then run `shardlock map set {}`",
             expectation(theirs)
         ),
     ))
 }
 
-/// Whether two shards are the same place, by their names and URLs.
+/// Checks from the URLs alone that no two shards have the same address.
 pub(super) fn places(shards: &[ShardConfig]) -> Option<Finding> {
     const CHECK: &str = "shards";
     let mut seen: BTreeMap<String, &str> = BTreeMap::new();
     for shard in shards {
         let endpoint = Endpoint::parse(&shard.url).ok()?;
-        // Whoever logs in, it is the same place.
+        // Compare without the scheme and the user: they do not change the address.
         let shown = endpoint.to_string();
         let place = shown.split_once("://").map_or("", |(_, rest)| rest);
         let place = place.rsplit_once('@').map_or(place, |(_, place)| place).to_owned();
         if let Some(other) = seen.insert(place, &shard.name) {
             return Some(Finding::error(
                 CHECK,
-                format!("{other} and {} are the same place, {shown}", shard.name),
-                "each shard must have a server, or a database of it, of its own: a manager is refused by the shard map of the other",
-                "correct one of the two URLs, or leave one of the shards out, in every process",
+                format!("{other} and {} have the same address, {shown}", shard.name),
+                "each shard needs its own server, or its own database: managers are refused because of the other shard's map",
+                "correct one of the two URLs, or remove one of the shards, in every process",
             ));
         }
     }
-    (shards.len() > 1).then(|| Finding::ok(CHECK, format!("{} shards, each at a place of its own", shards.len())))
+    (shards.len() > 1).then(|| Finding::ok(CHECK, format!("{} shards, each with its own address", shards.len())))
 }
 
 #[cfg(test)]

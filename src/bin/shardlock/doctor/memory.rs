@@ -1,9 +1,9 @@
-//! Whether a server may throw locks away, or run out of room for them.
+//! Checks whether a server may evict locks or run out of memory.
 
 use super::facts::Seen;
 use super::finding::Finding;
 
-/// From which part of its limit on, in percent, memory is said to be short.
+/// From what share of `maxmemory` in use, in percent, memory counts as short.
 const FULL_PERCENT: u64 = 90;
 
 pub(super) fn policy(seen: &Seen) -> Option<Finding> {
@@ -15,12 +15,12 @@ pub(super) fn policy(seen: &Seen) -> Option<Finding> {
     let limit = seen
         .value("maxmemory", "maxmemory")
         .and_then(|limit| limit.parse().ok());
-    let mend = "CONFIG SET maxmemory-policy noeviction, then CONFIG REWRITE or the same in redis.conf; best a server for locks alone";
+    let mend = "CONFIG SET maxmemory-policy noeviction, then CONFIG REWRITE or the same in redis.conf; preferably use a server for locks only";
     Some(match limit {
         Some(0) => Finding::note(
             CHECK,
             format!("{policy}, without a limit (maxmemory 0)"),
-            "nothing is evicted as long as there is no limit; with one, locks that are held could be deleted",
+            "without a limit nothing is evicted; with one, locks that are held could be deleted",
             mend,
         ),
         limit => Finding::error(
@@ -29,13 +29,13 @@ pub(super) fn policy(seen: &Seen) -> Option<Finding> {
                 "{policy}, with maxmemory {}",
                 limit.map_or_else(|| "unknown".to_owned(), size)
             ),
-            "when memory runs short the server deletes keys: a deleted lease lets a second holder in, a deleted queue forgets who waits",
+            "when memory runs short, the server deletes keys: a deleted lease lets in a second holder, a deleted queue loses its waiters",
             mend,
         ),
     })
 }
 
-/// Whether writes are about to be refused, or keys were evicted already.
+/// Checks whether memory is nearly full, or keys were already evicted.
 pub(super) fn room(seen: &Seen) -> Vec<Finding> {
     let mut findings = Vec::new();
     if let Some(evicted) = seen.number("evicted_keys").filter(|&evicted| evicted > 0) {
@@ -43,7 +43,7 @@ pub(super) fn room(seen: &Seen) -> Vec<Finding> {
             "evicted-keys",
             format!("{evicted} keys were evicted since the server started or its statistics were reset"),
             "locks may have been among them",
-            "see maxmemory-policy; after mending it, CONFIG RESETSTAT starts to count anew",
+            "see maxmemory-policy; after fixing it, reset the count with CONFIG RESETSTAT",
         ));
     }
     let limit = seen
@@ -57,15 +57,15 @@ pub(super) fn room(seen: &Seen) -> Vec<Finding> {
             Finding::warning(
                 "memory",
                 found,
-                "beyond the limit the server refuses writes (OOM) or evicts, and locks fail",
-                "CONFIG SET maxmemory to more, or move other data to another server",
+                "at the limit the server refuses writes (OOM) or evicts keys, and locks fail",
+                "CONFIG SET maxmemory to a higher value, or move other data to another server",
             )
         });
     }
     findings
 }
 
-/// In words.
+/// Formats a number of bytes.
 pub(super) fn size(bytes: u64) -> String {
     const UNITS: [&str; 4] = ["kB", "MB", "GB", "TB"];
     if bytes < 1024 {

@@ -1,10 +1,13 @@
-//! `shardlock doctor`: checks a configuration against the servers, and says what is wrong and how to mend it.
+//! `shardlock doctor`: checks a configuration against the servers, and reports problems with how to
+//! fix them.
 //!
 //! # Implementation details
 //!
-//! `look` asks one server for all that is of interest and never writes to it; what it learns are `facts`. Each check is a function from facts
-//! to a finding, without I/O, in the file of its subject. `server` runs those of a single server; `redlock`, `sentinel`, `cluster` and
-//! `etcd` find the servers of a shard and add what concerns the shard as a whole. `report` prints.
+//! `look` queries one server and never writes to it. The result is stored in the types of `facts`.
+//! Each check is a function from facts to a finding, without I/O, in the file of its subject.
+//! `server` runs the checks of a single server. `redlock`, `sentinel`, `cluster` and `etcd` find
+//! the servers of a shard and add the checks of the shard as a whole. `report` formats the
+//! findings.
 
 mod clock;
 mod cluster;
@@ -39,9 +42,9 @@ use look::look;
 use report::{Paint, Report, ShardReport};
 use server::{Expected, checked};
 
-/// Check the configuration against the servers, and say what is wrong and how to mend it
+/// Check the configuration against the servers and report problems with how to fix them
 ///
-/// Nothing is written to any server, and a request to one takes no longer than store_timeout.
+/// Nothing is written to any server, and each request to a server is limited by store_timeout.
 #[derive(Debug, clap::Args)]
 #[command(after_help = AFTER_HELP)]
 pub(crate) struct Args {
@@ -53,21 +56,22 @@ pub(crate) struct Args {
 }
 
 const AFTER_HELP: &str = "\
-Exit code:
-  0  all is well, or there are only notes
-  1  there are warnings: locks work, but something can go wrong that need not
-  2  there are errors: locks don't work, or can be held twice
-  64 the command line is wrong
-  78 the environment or the configuration file is wrong
+Exit codes:
+   0  no problems, or notes only
+   1  warnings: locks work, but there is an avoidable risk
+   2  errors: locks don't work, or can be held twice
+  64  the command line is invalid
+  78  the environment or the configuration file is invalid
 
-With --json, one object:
-  level, exit_code   the worst that was found: ok, note, warning or error
-  counts             how many of each level
-  settings           findings that concern the settings alone
-  shards             name, url, findings of the shard as a whole, and servers: server (host:port), part, findings
-Each finding has check (its name), level, found (what there is), why (it matters) and mend (how to); the last two are null where all is well.";
+With --json, prints one object:
+  level, exit_code   the worst level found: ok, note, warning or error
+  counts             number of findings of each level
+  settings           findings about the settings alone
+  shards             name, url, findings about the shard as a whole, and servers: server (host:port), part, findings
+Each finding has check (its name), level, found (what was found), why (why it matters) and mend (how to fix it).
+The last two are null if the level is ok.";
 
-/// How a shard's servers keep locks, as far as checks differ in it.
+/// The kind of shard on Redis, where checks depend on it.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 enum Kind {
     Single,
@@ -76,7 +80,7 @@ enum Kind {
     Redlock,
 }
 
-/// How many shards are looked at at a time.
+/// How many shards are examined at the same time.
 const SHARDS_AT_ONCE: usize = 32;
 
 pub(crate) async fn run(args: Args) -> Result<u8, Failure> {
@@ -117,9 +121,9 @@ async fn examine(shard: &ShardConfig, fingerprints: Vec<String>, asking: &Asking
         "memory" => report.findings.push(memory_only()),
         other => report.findings.push(Finding::note(
             "kind",
-            format!("{other}:// is not looked at by this version"),
-            "nothing is said of it",
-            "look at its servers by hand",
+            format!("this version can't check {other}://"),
+            "the shard was not checked",
+            "check its servers by hand",
         )),
     }
     Ok(report)
@@ -143,8 +147,8 @@ async fn examine_single(endpoint: &Endpoint, asking: &Asking<'_>, fingerprint: &
 fn memory_only() -> Finding {
     Finding::note(
         "memory-only",
-        "a store inside of one process",
-        "other processes do not see these locks, and those of the command line end with it",
-        "for more than one process, use a shard on a server: redis://host",
+        "a store inside a single process",
+        "other processes do not see these locks, and locks taken by the command-line tool end with it",
+        "to lock between processes, use a shard on a server: redis://host",
     )
 }

@@ -1,10 +1,11 @@
-//! What a user of the ACL must be permitted, how that is found out, and what to say.
+//! Checks the permissions of the ACL user.
 //!
 //! # Implementation details
 //!
-//! Each command that the stores send is here once, in a form that changes nothing even where it is permitted: a read, a change
-//! of what is not there, or an argument that the server refuses, which it does only after it has looked at the ACL. The same words go to
-//! `ACL DRYRUN` where that is permitted, so that nothing is logged there; else they are sent as they are.
+//! Each command that the stores send is listed here once, in a form that changes nothing even if it
+//! is permitted: a read, a change of a missing key, or an invalid argument, which the server
+//! rejects only after it has checked the ACL. If `ACL DRYRUN` is permitted, the commands are passed
+//! to it, so the server logs no denials. Otherwise they are sent directly.
 
 use deadpool_redis::redis::{RedisError, Value};
 use shardlock::Config;
@@ -13,16 +14,16 @@ use super::Kind;
 use super::facts::{Denied, Lack, Seen};
 use super::finding::Finding;
 
-/// Commands of which the ACL knows the subcommands by themselves.
+/// Commands whose subcommands have their own ACL rules.
 const WITH_SUBCOMMANDS: [&str; 3] = ["CLUSTER", "PUBSUB", "SCRIPT"];
 
-/// A command that is needed.
+/// A command that the user must be permitted to run.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub(super) struct Need {
     pub(super) words: Vec<String>,
-    /// As the ACL names it.
+    /// The ACL's name of the command.
     command: String,
-    /// What the rule must have for its key or channel.
+    /// The pattern that the user's rules must have for the key or channel.
     pattern: Pattern,
 }
 
@@ -50,12 +51,12 @@ impl Need {
         }
     }
 
-    /// Whether trying it must not be done on a connection that carries other commands.
+    /// Returns whether this command must be tried on a connection of its own.
     pub(super) fn subscribes(&self) -> bool {
         self.command.ends_with("subscribe")
     }
 
-    /// What is missing, by the words of a refusal.
+    /// Derives the missing permission from the text of a refusal.
     fn denied(&self, words: &str) -> Denied {
         let lack = match &self.pattern {
             Pattern::Channels(pattern) if words.contains("channel") => Lack::Channels(pattern.clone()),
@@ -68,16 +69,16 @@ impl Need {
         }
     }
 
-    /// What the reply to the command itself says.
+    /// The missing permission, from the reply to the command itself.
     pub(super) fn tried(&self, reply: &Result<Value, RedisError>) -> Option<Denied> {
         match reply {
             Err(error) if error.code() == Some("NOPERM") => Some(self.denied(error.detail().unwrap_or_default())),
-            // Any other error comes after the look at the ACL.
+            // Any other error occurs only after the ACL check has passed.
             _ => None,
         }
     }
 
-    /// The command, if the reply to it, or to rehearsing it, says that the server does not know it.
+    /// The command, if the reply to it or to `ACL DRYRUN` reports that the server does not know it.
     pub(super) fn unknown(&self, reply: &Result<Value, RedisError>) -> Option<String> {
         let error = reply.as_ref().err()?.to_string().to_lowercase();
         let name = self.command.to_uppercase().replace('|', " ");
@@ -87,23 +88,24 @@ impl Need {
         is_unknown.then_some(name)
     }
 
-    /// What the reply to `ACL DRYRUN` says: `OK`, or what is missing, as text.
+    /// The missing permission, from the reply to `ACL DRYRUN`: `OK`, or a text that names what is
+    /// missing.
     pub(super) fn rehearsed(&self, reply: &Result<Value, RedisError>) -> Option<Denied> {
         match reply {
             Ok(Value::BulkString(text)) => Some(self.denied(&String::from_utf8_lossy(text))),
-            // A server that does not know the command can't forbid it; running it is another check's matter.
+            // An unknown command is not a denied one. It is reported by another check.
             _ => None,
         }
     }
 }
 
-/// What the stores of this kind send.
+/// The commands that the stores of this kind send.
 pub(super) fn needs(kind: Kind, config: &Config) -> Vec<Need> {
     let namespace = &config.namespace;
     let leases = Pattern::Keys(format!("~{}*", escaped(namespace)));
     let queues = Pattern::Keys(format!("~{{{}*", escaped(namespace)));
     let channels = Pattern::Channels(format!("&{}in:*", escaped(namespace)));
-    // A percent sign in a lock's name is encoded, so no lock is called like this.
+    // Percent signs in lock names are encoded, so no lock has this name.
     let lease = format!("{namespace}%doctor");
     let queue = format!("{{{namespace}%doctor}}:q");
     let inbox = format!("{namespace}in:%doctor");
@@ -124,7 +126,7 @@ pub(super) fn needs(kind: Kind, config: &Config) -> Vec<Need> {
     }
     needs.extend(of_leases.map(|words| Need::new(words, Some(&lease), leases.clone())));
     needs.extend(of_queues.map(|words| Need::new(words, Some(&queue), queues.clone())));
-    // In a cluster the script counts by itself, from the server's time on.
+    // In a cluster, the script computes the counter itself, starting from the server's time.
     if kind != Kind::Cluster {
         needs.push(Need::new("INCRBY @ x", Some(&lease), leases.clone()));
     }
@@ -140,7 +142,7 @@ pub(super) fn needs(kind: Kind, config: &Config) -> Vec<Need> {
     let mut more = |words| needs.push(Need::new(words, None, Pattern::None));
     let of_kind = match kind {
         Kind::Cluster => &["CLUSTER SLOTS", "ASKING", "PUBSUB SHARDNUMSUB", "SUNSUBSCRIBE"][..],
-        // The text is none of a script.
+        // `(` is not a valid script.
         Kind::Redlock => &["ROLE", "PUBSUB NUMSUB", "INFO server", "PING", "SCRIPT LOAD ("],
         Kind::Sentinel | Kind::Single => &["ROLE", "PUBSUB NUMSUB"],
     };
@@ -152,7 +154,7 @@ pub(super) fn needs(kind: Kind, config: &Config) -> Vec<Need> {
     needs
 }
 
-/// With a backslash before what is special in a pattern.
+/// Escapes the special characters of a pattern with backslashes.
 fn escaped(text: &str) -> String {
     let mut pattern = String::new();
     for char in text.chars() {
@@ -164,15 +166,12 @@ fn escaped(text: &str) -> String {
     pattern
 }
 
-/// Whether the user may do all that is needed.
+/// Checks whether the user has all needed permissions.
 pub(super) fn permitted(seen: &Seen) -> Finding {
     const CHECK: &str = "acl";
     let (user, denied) = (&seen.user, &seen.denied);
     if denied.is_empty() {
-        return Finding::ok(
-            CHECK,
-            format!("user {user} may do all of the {} things needed", seen.tried),
-        );
+        return Finding::ok(CHECK, format!("user {user} has all {} permissions needed", seen.tried));
     }
     let (mut commands, mut patterns) = (Vec::new(), Vec::new());
     for Denied { command, lack } in denied {
@@ -206,7 +205,7 @@ pub(super) fn permitted(seen: &Seen) -> Finding {
     Finding::error(
         CHECK,
         format!("user {user} {}", missing.join(" and ")),
-        "locks fail, or are handed over unheard, when this is needed",
+        "whenever this is needed, locks fail or grants do not arrive",
         format!(
             "ACL SETUSER {user} {}    (then ACL SAVE, or the same in the server's configuration)",
             commands.join(" ")
@@ -214,7 +213,7 @@ pub(super) fn permitted(seen: &Seen) -> Finding {
     )
 }
 
-/// What the server does not know at all, whatever the user may do.
+/// Checks for commands that the server does not know, regardless of permissions.
 pub(super) fn known(seen: &Seen) -> Option<Finding> {
     let lacking = &seen.lacking;
     if lacking.is_empty() {
@@ -222,33 +221,33 @@ pub(super) fn known(seen: &Seen) -> Option<Finding> {
     }
     let mend = match &lacking[..] {
         [only] if only == "ROLE" => {
-            "if this address always leads to a primary: check_role = false (SHARDLOCK_CHECK_ROLE=false)"
+            "if this address always leads to a primary, set check_role = false (SHARDLOCK_CHECK_ROLE=false)"
         }
         _ => {
-            "connect to the Redis server itself if this is a proxy; else use a server that has them: Redis 5.0 or later, 7.0 or later for a cluster, or \
-             Valkey; see rename-command in its configuration"
+            "if this is a proxy, connect to the Redis server itself; otherwise use a server that has these commands: Redis 5.0 or later, \
+             7.0 or later for a cluster, or Valkey; see rename-command in its configuration"
         }
     };
     Some(Finding::error(
         "commands",
         format!("the server does not know {}", lacking.join(", ")),
-        "locks fail, or are handed over unheard, when this is needed",
+        "whenever this is needed, locks fail or grants do not arrive",
         mend,
     ))
 }
 
-/// Whether leases are renewed together.
+/// Checks whether leases of several slots can be renewed in one call.
 pub(super) fn several_slots(seen: &Seen) -> Option<Finding> {
     let reason = seen.refuses_several_slots.as_ref()?;
     Some(Finding::note(
         "several-slots",
         format!("a script with the keys of two locks is refused: {reason}"),
-        "this looks like a proxy in front of a cluster; leases are renewed by a call for each slot, which costs the server more",
-        "if clients reach the nodes, use redis+cluster://host,host,... with some of them",
+        "this looks like a proxy in front of a cluster; leases are renewed with one call for each slot, which costs the server more",
+        "if clients can reach the nodes, use redis+cluster://host,host,... with some of the nodes",
     ))
 }
 
-/// Whether a new user of the server may publish to the inboxes of managers.
+/// Checks whether new users of the server may publish to the inboxes of managers.
 pub(super) fn channels_of_others(seen: &Seen) -> Option<Finding> {
     const CHECK: &str = "channels";
     let found = format!("acl-pubsub-default {}", seen.setting("acl-pubsub-default")?);
@@ -258,18 +257,18 @@ pub(super) fn channels_of_others(seen: &Seen) -> Option<Finding> {
     Some(Finding::note(
         CHECK,
         found,
-        "users that are not limited otherwise may publish to the inboxes of managers, which ignore what no manager made but have to read it",
-        "CONFIG SET acl-pubsub-default resetchannels, and ACL SETUSER other resetchannels for the users that there are",
+        "users without other restrictions may publish to the inboxes of managers, which must read foreign messages before they ignore them",
+        "CONFIG SET acl-pubsub-default resetchannels, and ACL SETUSER <user> resetchannels for the existing users",
     ))
 }
 
-/// Whether anybody who reaches the server can free locks.
+/// Checks whether a password protects the locks.
 pub(super) fn access(place: &str, has_login: bool, seen: &Seen) -> Option<Finding> {
     const CHECK: &str = "access";
     if has_login {
         return Some(Finding::ok(CHECK, format!("as user {} with a password", seen.user)));
     }
-    let why = "whoever reaches the server can free and take every lock";
+    let why = "anyone who can reach the server can release and take every lock";
     let mend = "set a password (requirepass, or a user of the ACL) on the server and put it into the URL: redis://user:password@host";
     let found = format!("no password, as user {}", seen.user);
     Some(match is_loopback(place) {
@@ -279,7 +278,7 @@ pub(super) fn access(place: &str, has_login: bool, seen: &Seen) -> Option<Findin
 }
 
 pub(super) fn is_loopback(place: &str) -> bool {
-    // A path is that of a socket.
+    // A path is the address of a Unix socket.
     place.starts_with('/')
         || place.starts_with("127.")
         || place.starts_with("localhost:")

@@ -1,4 +1,4 @@
-//! What a server forgets when it restarts.
+//! Checks what a server forgets when it restarts.
 
 use super::Kind;
 use super::facts::Seen;
@@ -17,33 +17,33 @@ pub(super) fn persistence(seen: &Seen, kind: Kind) -> Option<Finding> {
         let (found, forgets) = match snapshots {
             Some(save) => (
                 format!("appendonly no, snapshots (save {save})"),
-                "a restart forgets the locks since the last snapshot, so their keys can be had a second time",
+                "a restart forgets the locks acquired since the last snapshot, so held keys can be acquired a second time",
             ),
             None => (
                 "appendonly no, no snapshots".to_owned(),
-                "a restart forgets all locks, so keys that are held can be had a second time",
+                "a restart forgets all locks, so held keys can be acquired a second time",
             ),
         };
         return Some(match kind {
-            // The rule that a restarted node has no vote is made for this.
+            // The rule that a restarted node has no vote exists for this case.
             Kind::Redlock => Finding::note(
                 CHECK,
                 found,
                 format!(
-                    "{forgets}; that is why a node that restarted has no vote until redlock_max_ttl has passed, so this is safe here"
+                    "{forgets}; a restarted node therefore has no vote until redlock_max_ttl has passed, so this is safe here"
                 ),
-                format!("nothing has to be done; with {MEND} a restarted node knows its leases sooner"),
+                format!("no action needed; so that a restarted node knows its leases sooner: {MEND}"),
             ),
             _ => Finding::warning(
                 CHECK,
                 found,
-                format!("{forgets} (tokens grow even so)"),
-                format!("{MEND}; else keep a crashed server down for longer than the longest TTL"),
+                format!("{forgets} (tokens still keep growing)"),
+                format!("{MEND}; otherwise keep a crashed server down for longer than the longest TTL"),
             ),
         });
     }
     let Some(sync) = seen.setting("appendfsync") else {
-        return Some(Finding::ok(CHECK, "appendonly yes; appendfsync is not known"));
+        return Some(Finding::ok(CHECK, "appendonly yes; appendfsync is unknown"));
     };
     let found = format!("appendonly yes, appendfsync {sync}");
     let pauses = seen.setting("no-appendfsync-on-rewrite") == Some("yes");
@@ -51,30 +51,30 @@ pub(super) fn persistence(seen: &Seen, kind: Kind) -> Option<Finding> {
         ("always", _) | ("everysec", false) if kind == Kind::Redlock || sync == "always" => Finding::ok(CHECK, found),
         ("everysec", false) => Finding::ok(
             CHECK,
-            format!("{found}: a crash of the machine forgets about a second, one of the server nothing"),
+            format!("{found}: a crash of the machine loses about a second of writes, a crash of the server none"),
         ),
         _ if kind == Kind::Redlock => Finding::note(
             CHECK,
             found,
-            "a crash of the machine forgets leases; a node that restarted has no vote until redlock_max_ttl has passed, so this is safe here",
-            "nothing has to be done",
+            "a crash of the machine loses leases; a restarted node has no vote until redlock_max_ttl has passed, so this is safe here",
+            "no action needed",
         ),
         ("everysec", true) => Finding::warning(
             CHECK,
             format!("{found}, no-appendfsync-on-rewrite yes"),
-            "while the file is rewritten nothing is synced, so a crash of the machine may forget half a minute of locks",
+            "nothing is synced while the file is rewritten, so a crash of the machine may lose half a minute of locks",
             "CONFIG SET no-appendfsync-on-rewrite no",
         ),
         _ => Finding::warning(
             CHECK,
             found,
-            "when to write is left to the operating system, so a crash of the machine may forget half a minute of locks",
+            "the operating system decides when to write to disk, so a crash of the machine may lose half a minute of locks",
             "CONFIG SET appendfsync everysec (or always)",
         ),
     })
 }
 
-/// Whether writing to the disk fails, which makes a server refuse commands.
+/// Checks whether writing to disk fails, which makes the server refuse commands.
 pub(super) fn disk(seen: &Seen) -> Option<Finding> {
     let failed = [
         ("aof_last_write_status", "the append-only file can't be written"),
@@ -87,7 +87,7 @@ pub(super) fn disk(seen: &Seen) -> Option<Finding> {
         "disk",
         what,
         "the server refuses writes until the disk works again (MISCONF), so locks fail",
-        "look for a full or broken disk, and at the server's log; BGSAVE tries a snapshot again",
+        "check the server's log, and whether the disk is full or broken; BGSAVE retries the snapshot",
     ))
 }
 

@@ -1,4 +1,5 @@
-//! Whether a server can be reached and logged in to, is what the URL says, and of a version that will do.
+//! Checks whether a server can be reached, accepts the login, is of the kind in the URL, and is
+//! recent enough.
 
 use std::time::Duration;
 
@@ -24,7 +25,7 @@ pub(super) fn reachable(seen: &Seen) -> Finding {
     Finding::ok(CHECK, found)
 }
 
-/// In words, to three digits at most.
+/// Formats a duration with at most three digits.
 pub(super) fn short(time: Duration) -> String {
     let micros = time.as_micros();
     match micros {
@@ -35,105 +36,109 @@ pub(super) fn short(time: Duration) -> String {
     }
 }
 
-/// Why a server could not be looked at. How bad that is depends on what else the shard has.
+/// Reports why a server could not be examined. The level depends on the other servers of the shard.
 pub(super) fn unreachable(server: &Server, trouble: &Trouble, level: Level) -> Finding {
     let place = &server.place;
     let Trouble { kind, reason } = trouble;
-    let why = "locks whose keys belong to this shard fail while enough of its servers do not answer";
+    let why = "locks of this shard fail while too many of its servers do not answer";
     let redis_cli = match place.rsplit_once(':') {
         Some((host, port)) if !place.starts_with('/') => format!("redis-cli -h {host} -p {port}"),
         _ => format!("redis-cli -s {place}"),
     };
     let other_scheme = match server.encrypted {
-        true => "if the port does not speak TLS, write a URL without it (redis:// in place of rediss:// and so on)",
-        false => "if the port speaks TLS, write a URL with it (rediss:// in place of redis:// and so on)",
+        true => "if the port does not speak TLS, use a URL without TLS (redis:// in place of rediss:// and so on)",
+        false => "if the port speaks TLS, use a URL with TLS (rediss:// in place of redis:// and so on)",
     };
     let (found, mend) = match kind {
-        TroubleKind::Unreachable if reason.contains("closes the connection at") => (
+        TroubleKind::Unreachable if reason.contains("closes the connection on") => (
             format!("no connection: {reason}"),
-            "put the address of the Redis server itself into the URL: twemproxy and proxies like it have no subscriptions".to_owned(),
+            "put the address of the Redis server itself into the URL: twemproxy and similar proxies do not support subscriptions".to_owned(),
         ),
         TroubleKind::Unreachable if reason.contains("max number of clients") => (
             format!("no connection: {reason}"),
-            "CONFIG SET maxclients to more (each process needs the setting `connections` and two for each shard), or find who leaks connections: CLIENT LIST"
+            "CONFIG SET maxclients to a higher value (for each shard, a process needs the setting `connections` plus two), or find the client that leaks connections: CLIENT LIST"
                 .to_owned(),
         ),
         TroubleKind::Unreachable => (
             format!("no connection: {reason}"),
             format!(
-                "see whether the server runs and listens there (`{redis_cli} ping`; settings bind, port, protected-mode), and \
-                 whether a firewall lets this machine through; {other_scheme}"
+                "check that the server runs and listens there (`{redis_cli} ping`; settings bind, port, protected-mode), and \
+                 that no firewall blocks this machine; {other_scheme}"
             ),
         ),
         TroubleKind::Silent => (
             format!("connected or connecting, but no answer in time: {reason}"),
-            format!("see whether the server hangs or is overloaded (`{redis_cli} --latency`), or raise store_timeout; {other_scheme}"),
+            format!("check whether the server hangs or is overloaded (`{redis_cli} --latency`), or raise store_timeout; {other_scheme}"),
         ),
         TroubleKind::Login if server.has_login => (
             format!("the login was refused: {reason}"),
-            "correct the user and the password in the shard's URL (redis://user:password@host; characters such as @ and / as %40 and %2F), or on \
-             the server: ACL SETUSER <user> on ><password>"
+            "correct the user and the password in the shard's URL (redis://user:password@host; write characters such as @ and / as %40 and \
+             %2F), or on the server: ACL SETUSER <user> on ><password>"
                 .to_owned(),
         ),
         TroubleKind::Login => (
             format!("the server asks for a password, and the URL has none: {reason}"),
-            "put it into the shard's URL: redis://:password@host, or redis://user:password@host".to_owned(),
+            "put the password into the shard's URL: redis://:password@host, or redis://user:password@host".to_owned(),
         ),
         TroubleKind::Database => (
             reason.clone(),
-            "ACL SETUSER <user> +select, or leave the database out of the URL (redis://host/1); the server's setting databases says how many there are"
+            "ACL SETUSER <user> +select, or remove the database from the URL (redis://host/1); the server setting databases limits their number"
                 .to_owned(),
         ),
         TroubleKind::Encryption if reason.contains("CaUsedAsEndEntity") => (
-            format!("no encrypted connection: the server shows the certificate of an authority (CA:TRUE) as its own: {reason}"),
-            "make the certificate anew with `openssl req -x509 ... -addext basicConstraints=critical,CA:FALSE` and set tls_ca to it, or have the authority sign \
-             one for the server"
+            format!("no encrypted connection: the server presents a CA certificate (CA:TRUE) as its own: {reason}"),
+            "recreate the certificate with `openssl req -x509 ... -addext basicConstraints=critical,CA:FALSE` and set tls_ca to it, or let the CA sign a \
+             certificate for the server"
                 .to_owned(),
         ),
         TroubleKind::Encryption if reason.contains("UnsupportedCertVersion") => (
             format!("no encrypted connection: the server's certificate is of X.509 version 1: {reason}"),
-            "make the certificate anew with extensions, which need version 3: `openssl x509 -req ... -extfile FILE` where FILE has `subjectAltName=DNS:` and \
-             the host of the URL"
+            "recreate the certificate with extensions, which need version 3: `openssl x509 -req ... -extfile FILE`, where FILE contains \
+             `subjectAltName=DNS:` and the host of the URL"
                 .to_owned(),
         ),
         TroubleKind::Encryption => (
             format!("no encrypted connection: {reason}"),
-            "set tls_ca to the PEM file of the authority that signed the server's certificate, and name the host in the URL as the certificate \
-             does; where the server asks for a certificate, set tls_cert and tls_key"
+            "set tls_ca to the PEM file of the CA that signed the server's certificate, and use the host name of the certificate in the URL; \
+             if the server asks for a client certificate, set tls_cert and tls_key"
                 .to_owned(),
         ),
         TroubleKind::Answer => (
-            format!("an answer that is an error: {reason}"),
-            format!("wait if the server is loading its data; else see what listens at {place}; {other_scheme}"),
+            format!("the server replied with an error: {reason}"),
+            format!("if the server is loading its data, wait; otherwise check what listens at {place}; {other_scheme}"),
         ),
     };
     Finding::new(CHECK, level, found, why, mend)
 }
 
-/// The same for a server whose address the URL does not name: it may be one that only the other servers can reach.
+/// Like [`unreachable`], for a server whose address is not in the URL: possibly only the other
+/// servers can reach the address.
 pub(super) fn announced(server: &Server, trouble: &Trouble, level: Level, kind: Kind) -> Finding {
     let mut finding = unreachable(server, trouble, level);
     let (by, settings) = match kind {
         Kind::Sentinel => (
             "the sentinels",
-            "replica-announce-ip and replica-announce-port on the servers (and SENTINEL MONITOR the primary by an address that this machine reaches)",
+            "replica-announce-ip and replica-announce-port on the servers (and SENTINEL MONITOR the primary at an address that this machine can reach)",
         ),
         _ => (
             "the nodes of the cluster",
             "cluster-announce-ip (or cluster-announce-hostname) and cluster-announce-port on that node",
         ),
     };
-    finding.found = format!("{}; the address is not in the URL: {by} announce it", finding.found);
+    finding.found = format!(
+        "{}; the address is not in the URL, but was announced by {by}",
+        finding.found
+    );
     let mend = finding.mend.unwrap_or_default();
     finding.mend = Some(format!(
-        "if this machine reaches the server only by another address (containers, NAT), set {settings}; else {mend}"
+        "if this machine can reach the server only at another address (containers, NAT), set {settings}; otherwise {mend}"
     ));
     finding
 }
 
 pub(super) fn version(seen: &Seen) -> Option<Finding> {
     const CHECK: &str = "version";
-    // Valkey calls itself Redis 7.2.4 and tells its own version apart.
+    // Valkey reports Redis 7.2.4, and its own version in a separate field.
     let (name, text) = match seen.info("valkey_version") {
         Some(version) => ("Valkey", version),
         None => ("Redis", seen.info("redis_version")?),
@@ -148,25 +153,25 @@ pub(super) fn version(seen: &Seen) -> Option<Finding> {
     Some(Finding::warning(
         CHECK,
         found,
-        format!("shardlock is tested with {major}.{minor} and later; older ones lack commands that it may use"),
+        format!("shardlock is tested with {major}.{minor} and later; older versions lack commands that it may use"),
         format!("upgrade the server to {major}.{minor} or later"),
     ))
 }
 
-/// Whether it is the kind of server that the URL says.
+/// Checks that the server is of the kind that the URL names.
 pub(super) fn mode(seen: &Seen, kind: Kind) -> Option<Finding> {
     const CHECK: &str = "mode";
     let mode = seen.info("redis_mode").or_else(|| seen.info("server_mode"))?;
-    let why = "a shard's servers must be what its URL says, or requests fail or go to the wrong server";
+    let why = "the servers of a shard must match its URL, otherwise requests fail or go to the wrong server";
     Some(match (mode, kind) {
         ("cluster", Kind::Cluster) => Finding::ok(CHECK, "a node of a cluster"),
         ("standalone", Kind::Cluster) => Finding::error(
             CHECK,
-            "a server on its own, no node of a cluster",
+            "a standalone server, not a node of a cluster",
             why,
             "use redis:// for this server, or start it with cluster-enabled yes and make it part of a cluster (redis-cli --cluster create)",
         ),
-        ("standalone", _) => Finding::ok(CHECK, "a server on its own"),
+        ("standalone", _) => Finding::ok(CHECK, "a standalone server"),
         ("cluster", _) => Finding::error(
             CHECK,
             "a node of a cluster",
@@ -179,11 +184,11 @@ pub(super) fn mode(seen: &Seen, kind: Kind) -> Option<Finding> {
             why,
             "use redis+sentinel://host,host,.../name with the sentinels and the name of their primary",
         ),
-        (other, _) => Finding::note(CHECK, other, why, "see what kind of server this is"),
+        (other, _) => Finding::note(CHECK, other, why, "check what kind of server this is"),
     })
 }
 
-/// What could not be looked at, so that it is not taken for being well.
+/// Reports what could not be checked, so that it does not pass for being fine.
 pub(super) fn not_looked_at(seen: &Seen) -> Vec<Finding> {
     let user = &seen.user;
     let mut findings = Vec::new();
@@ -191,15 +196,15 @@ pub(super) fn not_looked_at(seen: &Seen) -> Vec<Finding> {
         findings.push(Finding::note(
             "info",
             format!("INFO is refused: {reason}"),
-            "version, role, replicas and memory can't be looked at, so nothing is said of them",
-            format!("ACL SETUSER {user} +info, or look by hand: redis-cli INFO"),
+            "version, role, replicas and memory were not checked",
+            format!("ACL SETUSER {user} +info, or check by hand: redis-cli INFO"),
         ));
     }
     if let Err(reason) = &seen.settings {
         findings.push(Finding::note(
             "config",
             format!("CONFIG GET is refused: {reason}"),
-            "some of the server's settings can't be looked at, so nothing is said of them",
+            "some of the server's settings were not checked",
             format!(
                 "ACL SETUSER {user} +config|get, or compare by hand with config/redis.conf: maxmemory-policy, appendfsync, save, \
                  client-output-buffer-limit, timeout, tcp-keepalive, min-replicas-to-write"

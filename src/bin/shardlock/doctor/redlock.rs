@@ -1,4 +1,4 @@
-//! A quorum of independent primaries.
+//! Checks a quorum of independent primaries.
 
 use std::collections::BTreeMap;
 use std::time::Duration;
@@ -14,7 +14,7 @@ use super::server::{Expected, checked};
 use super::{Kind, clock};
 use crate::asking::Asking;
 
-/// There is a fingerprint for each node.
+/// `fingerprints` has one entry for each node of the URL.
 pub(super) async fn examine(
     endpoint: &Endpoint,
     asking: &Asking<'_>,
@@ -44,7 +44,7 @@ pub(super) async fn examine(
     }
 }
 
-/// Whether enough nodes answer.
+/// Checks whether enough nodes answer.
 fn majority(nodes: &[Server]) -> Finding {
     const CHECK: &str = "majority";
     let reached = nodes.iter().filter(|node| node.seen.is_ok()).count();
@@ -54,16 +54,16 @@ fn majority(nodes: &[Server]) -> Finding {
         return Finding::error(
             CHECK,
             found,
-            "no lock of this shard can be had without a majority",
-            "bring the nodes below back that can't be reached",
+            "without a majority, no lock of this shard can be acquired",
+            "bring back the nodes below that can't be reached",
         );
     }
     match reached - majority {
         0 if reached < nodes.len() => Finding::warning(
             CHECK,
             found,
-            "if one more node fails, no lock of this shard can be had",
-            "bring the nodes below back that can't be reached",
+            "if one more node fails, no lock of this shard can be acquired",
+            "bring back the nodes below that can't be reached",
         ),
         _ => Finding::ok(CHECK, found),
     }
@@ -74,13 +74,16 @@ fn evenness(count: usize) -> Option<Finding> {
         Finding::note(
             "node-count",
             format!("{count} nodes"),
-            format!("as many of them may fail as of {}: the last one only costs", count - 1),
+            format!(
+                "they tolerate as many failures as {} nodes: the last one only adds cost",
+                count - 1
+            ),
             "use an odd number of nodes",
         )
     })
 }
 
-/// Whether the nodes are different servers that do not copy one another.
+/// Checks that the nodes are different servers and none is a replica.
 fn independence(nodes: &[Server]) -> Finding {
     const CHECK: &str = "independent";
     let mut by_run: BTreeMap<&str, Vec<&str>> = BTreeMap::new();
@@ -89,12 +92,12 @@ fn independence(nodes: &[Server]) -> Finding {
             by_run.entry(run).or_default().push(&node.place);
         }
     }
-    let mend = "put an independent primary of its own in each place of the URL, in every process";
+    let mend = "name a different, independent primary at each position of the URL, in every process";
     if let Some(same) = by_run.values().find(|places| places.len() > 1) {
         return Finding::error(
             CHECK,
             format!("{} are the same server", same.join(" and ")),
-            "it has a vote for each of its names, so one server that fails or forgets decides",
+            "one server has several votes, so a single server that fails or loses its data can decide",
             mend,
         );
     }
@@ -109,22 +112,22 @@ fn independence(nodes: &[Server]) -> Finding {
             "the nodes of a quorum must be independent: a replica refuses writes and fails with its primary",
             mend,
         ),
-        None => Finding::ok(CHECK, "no node is another one, or a replica"),
+        None => Finding::ok(CHECK, "all nodes are different servers, none is a replica"),
     }
 }
 
-/// Whether the node may vote already.
+/// Checks whether the node may vote yet.
 fn vote(seen: &Seen, longest_ttl: Duration) -> Option<Finding> {
     const CHECK: &str = "vote";
     let uptime = Duration::from_secs(seen.number("uptime_in_seconds")?);
     let found = format!("up for {}", humantime::format_duration(uptime));
-    // The server rounds down.
+    // The server rounds its uptime down.
     Some(match longest_ttl.checked_sub(uptime) {
         Some(left) if left > Duration::ZERO => Finding::warning(
             CHECK,
             format!("{found}, less than redlock_max_ttl ({longest_ttl:?}): it has no vote yet"),
-            "it may have forgotten leases when it restarted; until then one node less may fail",
-            format!("wait {left:?}; find out why it restarted, if that was not meant"),
+            "it may have lost leases when it restarted; until it has a vote, one fewer node may fail",
+            format!("wait {left:?}; if the restart was not intended, find out why it happened"),
         ),
         _ => Finding::ok(CHECK, found),
     })

@@ -1,20 +1,21 @@
-//! Primaries and replicas.
+//! Checks the roles of servers and their replication.
 
 use super::Kind;
 use super::facts::Seen;
 use super::finding::Finding;
 
-/// How long a replica may give no sign of life, in seconds; the server's own default for `min-replicas-max-lag`.
+/// How long a replica may be silent, in seconds. This is the server's default for
+/// `min-replicas-max-lag`.
 const LAG_MOST: u64 = 10;
 
-/// Whether the server takes writes.
+/// Checks that the server is a primary.
 pub(super) fn role(seen: &Seen, kind: Kind) -> Option<Finding> {
     const CHECK: &str = "role";
     match seen.info("role")? {
         "master" => return Some(Finding::ok(CHECK, "primary")),
         "slave" => {}
         other => {
-            let why = "locks need a server that takes writes";
+            let why = "locks need a server that accepts writes";
             return Some(Finding::error(CHECK, other, why, "use the URL of a primary"));
         }
     }
@@ -25,42 +26,42 @@ pub(super) fn role(seen: &Seen, kind: Kind) -> Option<Finding> {
             CHECK,
             found,
             "the nodes of a quorum must be independent: a replica refuses writes and fails with its primary",
-            "REPLICAOF NO ONE on this server, or put an independent one in its place in the URL, in every process",
+            "REPLICAOF NO ONE on this server, or replace it in the URL by an independent server, in every process",
         ),
         _ => Finding::error(
             CHECK,
             found,
             "a replica refuses writes (READONLY), so locks fail",
             format!(
-                "use the primary's URL, redis://{primary}; with sentinels, redis+sentinel:// follows the primary wherever it goes"
+                "use the primary's URL, redis://{primary}; if there are sentinels, redis+sentinel:// follows the primary through failovers"
             ),
         ),
     })
 }
 
-/// Whether the server takes writes, where it does not tell its role.
+/// Checks whether the server accepts writes, if it does not reveal its role.
 pub(super) fn writes(seen: &Seen) -> Option<Finding> {
     let said = seen.refuses_writes.as_ref().filter(|_| seen.info.is_err())?;
     Some(Finding::error(
         "writes",
         said,
-        "the server takes no writes now, so locks fail",
-        "READONLY: this is a replica, use the URL of its primary; OOM: CONFIG SET maxmemory to more; MISCONF: its disk is full or broken; \
-         NOREPLICAS: it wants more replicas (min-replicas-to-write)",
+        "the server currently refuses writes, so locks fail",
+        "READONLY: this is a replica, use the URL of its primary; OOM: CONFIG SET maxmemory to a higher value; MISCONF: its disk is full \
+         or broken; NOREPLICAS: it needs more replicas (min-replicas-to-write)",
     ))
 }
 
-/// Whether a server that ought to be a replica is one, and hears its primary.
+/// Checks that a server which should be a replica is one, and is connected to its primary.
 pub(super) fn replica(seen: &Seen, expected_primary: &str) -> Option<Finding> {
     const CHECK: &str = "role";
     seen.info("role")?;
     let Some(primary) = seen.primary() else {
         return Some(Finding::error(
             CHECK,
-            format!("a primary of its own, though it is said to be a replica of {expected_primary}"),
-            "two primaries at a time can give one key to two holders; this should pass within moments after a failover",
+            format!("a primary, although it should be a replica of {expected_primary}"),
+            "with two primaries, one key can have two holders; after a failover this should last only moments",
             format!(
-                "if it does not pass: REPLICAOF {} on this server",
+                "if this persists: REPLICAOF {} on this server",
                 expected_primary.replace(':', " ")
             ),
         ));
@@ -71,14 +72,14 @@ pub(super) fn replica(seen: &Seen, expected_primary: &str) -> Option<Finding> {
     } else {
         Finding::warning(
             CHECK,
-            format!("{found}, to which its link is down"),
-            "it has no new locks; if it were promoted now, it would have forgotten them",
-            "look at its log; masterauth and masteruser must fit the primary, and its address be reachable from there",
+            format!("{found}, but the link is down"),
+            "the replica does not receive new locks; if it were promoted now, they would be lost",
+            "check the replica's log; masterauth and masteruser must match the primary, and the primary must be reachable from the replica",
         )
     })
 }
 
-/// How many replicas there are and how well they follow.
+/// Checks the number of replicas and how well they keep up.
 pub(super) fn replicas(seen: &Seen, kind: Kind) -> Option<Finding> {
     const CHECK: &str = "replicas";
     if seen.info("role")? != "master" {
@@ -90,8 +91,8 @@ pub(super) fn replicas(seen: &Seen, kind: Kind) -> Option<Finding> {
             Finding::note(
                 CHECK,
                 format!("{} connected", replicas.len()),
-                "a replica of a quorum's node is of no use for locks, and one that is promoted would have forgotten leases",
-                "see to it that nothing promotes it under the node's address",
+                "locks do not use replicas of quorum nodes, and a promoted replica would lack some leases",
+                "make sure that nothing promotes a replica under the node's address",
             )
         });
     }
@@ -102,12 +103,12 @@ pub(super) fn replicas(seen: &Seen, kind: Kind) -> Option<Finding> {
                 CHECK,
                 found,
                 why,
-                "nothing has to be done; redis+sentinel://, redis+cluster:// and redlock:// go on when a server fails",
+                "no action needed; redis+sentinel://, redis+cluster:// and redlock:// keep working when a server fails",
             ),
             Kind::Sentinel | Kind::Cluster => Finding::warning(
                 CHECK,
                 found,
-                format!("{why}: there is none to be promoted"),
+                format!("{why}: there is no replica to promote"),
                 "start a replica: REPLICAOF <primary's host> <port>; in a cluster, redis-cli --cluster add-node ... --cluster-slave",
             ),
         });
@@ -124,16 +125,16 @@ pub(super) fn replicas(seen: &Seen, kind: Kind) -> Option<Finding> {
         Some(replica) => Finding::warning(
             CHECK,
             format!(
-                "{} is {}, its last sign of life {} s ago, {} bytes behind",
+                "{} is {}, was last heard from {} s ago, and is {} bytes behind",
                 replica.place, replica.state, replica.lag, replica.behind
             ),
-            "a replica that is promoted lacks the locks that it has not received",
-            "look at the replica's log, its load and the network between the two",
+            "if the replica is promoted, locks that it has not received are lost",
+            "check the replica's log and load, and the network between the two servers",
         ),
     })
 }
 
-/// Whether the primary itself refuses writes without replicas.
+/// Checks whether the primary refuses writes without enough replicas.
 pub(super) fn min_replicas_to_write(seen: &Seen, kind: Kind) -> Option<Finding> {
     const CHECK: &str = "min-replicas-to-write";
     if seen.is_replica() || kind == Kind::Redlock {
@@ -149,21 +150,21 @@ pub(super) fn min_replicas_to_write(seen: &Seen, kind: Kind) -> Option<Finding> 
             CHECK,
             found,
             "the server refuses all writes (NOREPLICAS), so locks fail",
-            format!("bring {least} replicas into step, or CONFIG SET min-replicas-to-write {good}"),
+            format!("bring {least} replicas in step, or CONFIG SET min-replicas-to-write {good}"),
         ));
     }
     if least == 0 && kind != Kind::Single {
         return Some(Finding::note(
             CHECK,
             "0",
-            "a primary that is cut off from its replicas goes on granting locks which a promoted replica grants as well",
-            "CONFIG SET min-replicas-to-write 1, CONFIG SET min-replicas-max-lag 10 on each server; that narrows the gap, and does not close it",
+            "a primary that is cut off from its replicas keeps granting locks that a promoted replica also grants",
+            "CONFIG SET min-replicas-to-write 1 and CONFIG SET min-replicas-max-lag 10 on each server; this narrows the gap but does not close it",
         ));
     }
     (least > 0).then(|| Finding::ok(CHECK, found))
 }
 
-/// Whether `min_replicas_acked` of the configuration can be met.
+/// Checks whether the setting `min_replicas_acked` can be satisfied.
 pub(super) fn acknowledgements(seen: &Seen, kind: Kind, acked: u32) -> Option<Finding> {
     const CHECK: &str = "min_replicas_acked";
     if acked == 0 || kind == Kind::Redlock || seen.info("role")? != "master" {
@@ -181,7 +182,7 @@ pub(super) fn acknowledgements(seen: &Seen, kind: Kind, acked: u32) -> Option<Fi
         Finding::error(
             CHECK,
             found,
-            "a lock counts only when so many replicas have confirmed it, so every lock fails",
+            "a lock counts as acquired only after this number of replicas have confirmed it, so every lock fails",
             format!(
                 "start more replicas, or set min_replicas_acked = {online} (SHARDLOCK_MIN_REPLICAS_ACKED={online})"
             ),

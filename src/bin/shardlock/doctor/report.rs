@@ -1,4 +1,4 @@
-//! All findings, for people or as JSON.
+//! Formats all findings as text or JSON.
 
 use std::fmt::Write;
 
@@ -8,31 +8,31 @@ use shardlock::printable;
 use super::finding::{Finding, Level};
 use crate::exit;
 
-/// What was found.
+/// All findings.
 #[derive(Debug)]
 pub(super) struct Report {
-    /// What needs no server.
+    /// Findings about the settings alone.
     pub(super) settings: Vec<Finding>,
     pub(super) shards: Vec<ShardReport>,
 }
 
-/// What was found of one shard.
+/// Findings about one shard.
 #[derive(Debug, Default)]
 pub(super) struct ShardReport {
     pub(super) name: String,
-    /// Without the password.
+    /// The URL, without the password.
     pub(super) url: String,
-    /// Of the shard as a whole.
+    /// Findings about the shard as a whole.
     pub(super) findings: Vec<Finding>,
     pub(super) servers: Vec<ServerReport>,
 }
 
-/// What was found of one server.
+/// Findings about one server.
 #[derive(Debug)]
 pub(super) struct ServerReport {
     /// `host:port`
     pub(super) place: String,
-    /// What the server is in the shard.
+    /// The role of the server in the shard.
     pub(super) part: &'static str,
     pub(super) findings: Vec<Finding>,
 }
@@ -50,7 +50,7 @@ impl Report {
         self.findings().filter(|finding| finding.level == level).count()
     }
 
-    /// The worst that was found.
+    /// The worst level of all findings.
     pub(super) fn level(&self) -> Level {
         self.findings().map(|finding| finding.level).max().unwrap_or(Level::Ok)
     }
@@ -119,7 +119,7 @@ impl Report {
     }
 }
 
-/// The longest name of a check.
+/// Width of the column with the names of checks.
 const CHECK_WIDTH: usize = 24;
 
 fn write_findings(text: &mut String, findings: &[Finding], indent: usize, paint: Paint) {
@@ -138,7 +138,7 @@ fn write_findings(text: &mut String, findings: &[Finding], indent: usize, paint:
 
 const LEVEL_WIDTH: usize = 7;
 
-/// Whether to use colours.
+/// Whether the text output uses colours.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub(super) enum Paint {
     Plain,

@@ -1,4 +1,4 @@
-//! A primary that sentinels watch.
+//! Checks a primary that sentinels watch.
 
 use std::collections::{BTreeMap, BTreeSet};
 use std::time::Duration;
@@ -14,10 +14,11 @@ use super::server::{Expected, checked, unreachable};
 use super::{Kind, clock};
 use crate::asking::{Asking, Trouble, ask, place, primary_named};
 
-/// What one sentinel says of the primary. A part that it refused is an `Err` with its words.
+/// The primary as one sentinel sees it. A query that the sentinel refused is an `Err` with its
+/// error.
 #[derive(Debug, Clone)]
 struct View {
-    /// Where the primary is, or nothing if the sentinel does not know the name.
+    /// The address of the primary, or `None` if the sentinel does not know the name.
     primary: Result<Option<String>, String>,
     /// The fields of `SENTINEL MASTER`.
     fields: BTreeMap<String, String>,
@@ -26,10 +27,10 @@ struct View {
     quorum: Result<String, String>,
 }
 
-/// Fewer than three can't outvote one that is cut off.
+/// With fewer than three sentinels, the others can't outvote one that is cut off.
 const SENTINELS_LEAST: usize = 3;
 
-/// How many replicas are looked at.
+/// How many replicas are examined at most.
 const REPLICAS_MOST: usize = 16;
 
 pub(super) async fn examine(endpoint: &Endpoint, asking: &Asking<'_>, fingerprint: &str, report: &mut ShardReport) {
@@ -84,7 +85,7 @@ async fn view(sentinel: &ServerUrl, name: &str, asking: &Asking<'_>) -> Result<V
         command
     };
     let primary = primary_named(&mut connection, name).await;
-    // What a sentinel does not tell of a name that it does not know is said by its first answer.
+    // If the sentinel does not know the name, `primary` already reports that. Ignore errors here.
     let fields = ask(&mut connection, &question("MASTER")).await.unwrap_or_default();
     let replicas: Vec<BTreeMap<String, String>> = ask(&mut connection, &question("REPLICAS")).await.unwrap_or_default();
     let quorum = ask(&mut connection, &question("CKQUORUM")).await;
@@ -99,7 +100,7 @@ async fn view(sentinel: &ServerUrl, name: &str, asking: &Asking<'_>) -> Result<V
     })
 }
 
-/// What is to be said of one sentinel that answers.
+/// Checks one sentinel that answers. `named` is the number of sentinels in the URL.
 fn of_sentinel(view: &View, name: &str, named: usize) -> Vec<Finding> {
     const CHECK: &str = "primary";
     let primary = match &view.primary {
@@ -107,19 +108,19 @@ fn of_sentinel(view: &View, name: &str, named: usize) -> Vec<Finding> {
         Ok(None) => {
             return vec![Finding::error(
                 CHECK,
-                format!("no primary called {name:?} is known"),
-                "the shard can't be found",
-                "correct the name in the URL (redis+sentinel://host,.../name; SENTINEL MASTERS lists the names), or SENTINEL MONITOR <name> <host> \
-                 <port> <quorum> on this sentinel",
+                format!("the sentinel knows no primary called {name:?}"),
+                "the shard's primary can't be found",
+                "correct the name in the URL (redis+sentinel://host,.../name; SENTINEL MASTERS lists the names), or run SENTINEL MONITOR <name> \
+                 <host> <port> <quorum> on this sentinel",
             )];
         }
         Err(reason) => {
             return vec![Finding::error(
                 CHECK,
-                format!("not told: {reason}"),
-                "the shard can't be found",
-                "if the sentinel asks for a password, put it into the URL: ?sentinel_user=...&sentinel_password=...; if this is no sentinel, name \
-                 one (port 26379)",
+                format!("the sentinel did not report the primary: {reason}"),
+                "the shard's primary can't be found",
+                "if the sentinel asks for a password, put it into the URL: ?sentinel_user=...&sentinel_password=...; if this is not a sentinel, \
+                 use the address of one (port 26379)",
             )];
         }
     };
@@ -128,9 +129,9 @@ fn of_sentinel(view: &View, name: &str, named: usize) -> Vec<Finding> {
     findings.push(if flags.contains("down") {
         Finding::error(
             CHECK,
-            format!("{primary}, which it holds to be down ({flags})"),
-            "a failover is due or on its way; until it is done, locks of this shard fail",
-            "look whether the primary runs and can be reached from the sentinel; if no failover comes, see quorum",
+            format!("{primary}, which this sentinel considers down ({flags})"),
+            "a failover is due or in progress; until it is complete, locks of this shard fail",
+            "check that the primary runs and can be reached from the sentinel; if no failover happens, see quorum",
         )
     } else {
         Finding::ok(CHECK, primary)
@@ -140,8 +141,8 @@ fn of_sentinel(view: &View, name: &str, named: usize) -> Vec<Finding> {
         Err(reason) if not_permitted(reason) => Finding::note(
             "quorum",
             format!("SENTINEL CKQUORUM is refused: {reason}"),
-            "whether a failover is possible, and the replicas, can't be looked at, so nothing is said of them",
-            "ACL SETUSER <user> +sentinel|ckquorum +sentinel|master +sentinel|replicas on the sentinel, or look by hand",
+            "the replicas, and whether a failover is possible, were not checked",
+            "ACL SETUSER <user> +sentinel|ckquorum +sentinel|master +sentinel|replicas on the sentinel, or check by hand",
         ),
         Err(reason) => Finding::error(
             "quorum",
@@ -159,14 +160,14 @@ fn of_sentinel(view: &View, name: &str, named: usize) -> Vec<Finding> {
             Finding::warning(
                 "sentinels",
                 format!("{all} watch this primary"),
-                "there is no majority left for a failover when one of them fails",
-                "start three or more, on machines that do not fail together",
+                "if one of them fails, no majority is left for a failover",
+                "run three or more, on machines that do not fail together",
             )
         } else if all > named {
             Finding::note(
                 "sentinels",
                 format!("{all} watch this primary, {named} are in the URL"),
-                "a process that starts while those of the URL are down does not find the primary",
+                "a process that starts while the sentinels in the URL are down does not find the primary",
                 "name all of them in the URL",
             )
         } else {
@@ -180,7 +181,7 @@ fn not_permitted(reason: &str) -> bool {
     reason.starts_with("NoPerm")
 }
 
-/// Whether all sentinels that answer name the same primary.
+/// Checks that all sentinels that answer name the same primary.
 fn agreement(views: &[View], name: &str) -> Option<Finding> {
     const CHECK: &str = "sentinels-agree";
     let told: BTreeSet<&String> = views
@@ -195,15 +196,15 @@ fn agreement(views: &[View], name: &str) -> Option<Finding> {
         let all: Vec<_> = told.iter().map(|place| place.as_str()).collect();
         Finding::error(
             CHECK,
-            format!("{name} is said to be at {}", all.join(" and at ")),
+            format!("the sentinels disagree on {name}: {}", all.join(" or ")),
             "processes that ask different sentinels lock one key on two servers",
-            "if this does not pass within moments: see that the sentinels reach one another, watch the same primary, and call each other by addresses \
-             that all can reach (sentinel announce-ip)",
+            "if this persists: make sure that the sentinels can reach each other, watch the same primary, and announce addresses that all can \
+             reach (sentinel announce-ip)",
         )
     })
 }
 
-/// Whether requests wait for as long as a failover takes at least.
+/// Checks whether a lease outlasts the time after which a failover starts.
 fn failover_time(views: &[View], config: &Config) -> Option<Finding> {
     const CHECK: &str = "down-after";
     let longest = views
@@ -218,9 +219,9 @@ fn failover_time(views: &[View], config: &Config) -> Option<Finding> {
         Finding::note(
             CHECK,
             found,
-            "a failover takes longer than a lease lasts, so all locks of this shard are lost in one",
+            "a failover takes longer than a lease lasts, so all locks of this shard are lost during a failover",
             format!(
-                "SENTINEL SET <name> down-after-milliseconds {} on each sentinel, or set ttl to more than {down_after:?} and the seconds that a \
+                "SENTINEL SET <name> down-after-milliseconds {} on each sentinel, or set ttl to more than {down_after:?} plus the seconds that a \
                  failover takes",
                 (config.ttl.as_millis() / 2).max(1)
             ),

@@ -1,4 +1,4 @@
-//! All checks of one server that keeps locks.
+//! All checks of one server that stores locks.
 
 use shardlock::{Config, ServerUrl};
 
@@ -8,23 +8,26 @@ use super::report::ServerReport;
 use super::{Kind, clock, connections, map, memory, permissions, persistence, reach, replication, timing};
 use crate::asking::Trouble;
 
-/// What a server is expected to be.
+/// The expectations on a server.
 #[derive(Debug, Clone)]
 pub(super) struct Expected<'a> {
     pub(super) kind: Kind,
     pub(super) config: &'a Config,
-    /// What the shard must have stored.
+    /// The fingerprint of the shard map that the shard must have stored.
     pub(super) fingerprint: &'a str,
-    /// Where its primary is, if it is a replica.
+    /// The address of the primary, if the server must be a replica.
     pub(super) replica_of: Option<String>,
-    /// How bad it is if it can't be reached.
+    /// The level to report if the server can't be reached.
     pub(super) unreachable: Level,
-    /// Whether its address is not in the URL, but what other servers announce.
+    /// Whether the address is not in the URL but was announced by other servers.
     pub(super) announced: bool,
 }
 
 impl<'a> Expected<'a> {
-    /// A server of a shard that others belong to as well: a primary, or the replica of the one at that place, which may be away.
+    /// A server of a shard with several servers: a primary, or a replica of the primary at
+    /// `replica_of`.
+    ///
+    /// An unreachable replica is only a warning.
     pub(super) fn one_of(kind: Kind, config: &'a Config, fingerprint: &'a str, replica_of: Option<String>) -> Self {
         let unreachable = match replica_of {
             Some(_) => Level::Warning,
@@ -41,7 +44,7 @@ impl<'a> Expected<'a> {
     }
 }
 
-/// A server that could not even be asked who else there is.
+/// The report on a server that could not be asked for the other servers of the shard.
 pub(super) fn unreachable(server: &ServerUrl, part: &'static str, trouble: &Trouble, level: Level) -> ServerReport {
     let server = Server {
         place: server.place().to_owned(),

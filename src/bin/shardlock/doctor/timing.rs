@@ -1,4 +1,4 @@
-//! Whether leases last long enough for what goes to and fro.
+//! Checks whether leases last long enough for the round trips they need.
 
 use std::time::Duration;
 
@@ -8,14 +8,16 @@ use super::facts::RoundTrips;
 use super::finding::Finding;
 use super::reach::short;
 
-/// So many round trips must fit into a TTL, or a slow moment ends leases.
+/// The number of round trips that must fit into a TTL. With fewer, a short delay ends leases.
 const ROUND_TRIPS_PER_TTL: u32 = 20;
-/// With fewer than this, not even a renewal and its repetition fit.
+/// With fewer round trips per TTL than this, not even a renewal and one retry fit.
 const ROUND_TRIPS_PER_TTL_LEAST: u32 = 4;
-/// So many round trips must fit into the time limit of a request. The median counts, since one slow answer proves nothing.
+/// The number of round trips that must fit into the time limit of a request.
+///
+/// This is checked against the median, because a single slow reply proves nothing.
 const ROUND_TRIPS_PER_TIMEOUT: u32 = 5;
 
-/// Of the settings alone.
+/// Checks the settings against each other.
 pub(super) fn settings(config: &Config) -> Finding {
     let Config { ttl, store_timeout, .. } = *config;
     let interval = ttl.mul_f64(config.renew_fraction);
@@ -25,7 +27,7 @@ pub(super) fn settings(config: &Config) -> Finding {
         Finding::warning(
             "ttl",
             found,
-            "a shard may take longer to answer than a lease lasts, so one answer that is late loses the lock, and a new one may be over when it comes",
+            "a reply may take longer than a lease lasts, so one late reply loses the lock, and a new lease may have expired when the reply arrives",
             format!(
                 "set store_timeout to less than the ttl, such as {:?}, or raise ttl",
                 (ttl / 4).max(Duration::from_millis(10))
@@ -35,7 +37,7 @@ pub(super) fn settings(config: &Config) -> Finding {
         Finding::note(
             "ttl",
             found,
-            "a lease does not outlast two renewals that get no answer in time",
+            "a lease does not survive two renewals in a row that time out",
             format!("set store_timeout to {:?} or less, or raise ttl", left / 2),
         )
     } else {
@@ -43,7 +45,7 @@ pub(super) fn settings(config: &Config) -> Finding {
     }
 }
 
-/// Of the settings against what was measured.
+/// Checks the settings against the measured round trips.
 pub(super) fn measured(times: &RoundTrips, config: &Config) -> Finding {
     const CHECK: &str = "ttl-round-trip";
     let (median, most) = (times.median, times.most);
@@ -59,9 +61,9 @@ pub(super) fn measured(times: &RoundTrips, config: &Config) -> Finding {
         return Finding::error(
             CHECK,
             found,
-            "a lease is over before it can be renewed, so locks are lost while they are in use",
+            "a lease expires before it can be renewed, so locks are lost while they are in use",
             format!(
-                "set ttl to {} or more, or bring the process nearer to the server",
+                "set ttl to {} or more, or move the process closer to the server",
                 short(enough)
             ),
         );
@@ -70,9 +72,9 @@ pub(super) fn measured(times: &RoundTrips, config: &Config) -> Finding {
         return Finding::warning(
             CHECK,
             format!("{found}; renewals are due every {interval:?}"),
-            "a slow moment of the network or the server is enough to lose locks that are in use",
+            "a short delay in the network or the server is enough to lose locks that are in use",
             format!(
-                "set ttl to {} or more, or bring the process nearer to the server",
+                "set ttl to {} or more, or move the process closer to the server",
                 short(enough.max(median.mul_f64(2.0 / config.renew_fraction)))
             ),
         );
@@ -85,7 +87,7 @@ pub(super) fn measured(times: &RoundTrips, config: &Config) -> Finding {
                 short(median),
                 config.store_timeout
             ),
-            "requests are given up as unavailable where the server is only a little slow",
+            "requests fail as unavailable even if the server is only slightly slow",
             format!(
                 "set store_timeout to {} or more, and less than the ttl",
                 short(median * ROUND_TRIPS_PER_TIMEOUT)
@@ -100,8 +102,8 @@ pub(super) fn measured(times: &RoundTrips, config: &Config) -> Finding {
                 short(most),
                 config.store_timeout
             ),
-            "if this happens often, requests are given up as unavailable; one alone may be this machine's doing",
-            "see whether the server or this machine is overloaded: redis-cli --latency, SLOWLOG GET, LATENCY DOCTOR",
+            "if this happens often, requests fail as unavailable; a single case may be caused by this machine",
+            "check whether the server or this machine is overloaded: redis-cli --latency, SLOWLOG GET, LATENCY DOCTOR",
         );
     }
     Finding::ok(CHECK, found)

@@ -1,14 +1,16 @@
-//! The command that runs under the lock: from its start to the moment when nothing of it is left.
+//! The command that runs under the lock, from its start until its last process is gone.
 //!
 //! # Implementation details
 //!
-//! Once the command was asked to end, be it for a signal or because the lock is lost, a deadline runs: what of it is
-//! alive then is killed, again and again until nothing is left, and only then does [`Child::outlive`] return. If the
-//! front was killed there is no grace. A command that ends by itself is done at once; what it left in the background is
-//! its own affair.
+//! When the command is asked to end, by a signal or because the lock is lost, a grace period
+//! starts. After the grace period the remaining processes are killed, repeatedly, until none are
+//! left. Only then does [`Child::outlive`] return. If the front was killed, there is no grace
+//! period. If the command ends by itself, `outlive` returns at once and background processes of the
+//! command keep running.
 //!
-//! Processes that run as another user can't be signalled unless the tool runs as root. That is reported, and the lock
-//! is kept until they have ended; if it is lost, they are reported to run without it.
+//! Processes that run as another user can't be signalled unless the tool runs as root. The tool
+//! reports them and keeps the lock until they have ended. If the lock is lost, the tool reports
+//! that they run without the lock.
 
 use std::ffi::OsStr;
 use std::io;
@@ -31,40 +33,41 @@ use crate::disposition;
 use crate::exit::{self, Failure};
 use crate::output;
 
-/// A command that runs.
+/// A running command.
 pub(super) struct Child<'a> {
     tree: Tree,
     keeper: &'a Keeper,
-    /// The exit code for the end of the command itself.
+    /// The exit code, once the command's own process has ended.
     ended: Option<u8>,
-    /// Since it was asked to end.
+    /// Set once the command was asked to end.
     ending: Option<Ending>,
     is_lost: bool,
 }
 
-/// How far a command is that was asked to end.
+/// Progress of ending the command.
 struct Ending {
-    /// When what is left is killed.
+    /// When the remaining processes are killed.
     deadline: Instant,
-    /// When there is something to do about it.
+    /// When to act next.
     next: Instant,
-    /// When it was killed for the first time.
+    /// When the processes were first killed.
     killed: Option<Instant>,
-    /// Whether it was reported that it can't be ended.
+    /// Whether processes that can't be ended were reported.
     is_reported: bool,
 }
 
 /// How the command ended.
 #[derive(Debug)]
 pub(super) enum Outcome {
-    /// With this code, which is the tool's.
+    /// It ended, and the tool exits with this code.
     Ended(u8),
-    /// It was asked to end since the lock was lost.
+    /// The lock was lost, and the command was asked to end.
     Lost,
 }
 
 impl<'a> Child<'a> {
-    /// Starts the command. To be called on the main thread: the death of the thread that starts a child is the child's.
+    /// Starts the command. Call this on the main thread: the kernel kills the child when the thread
+    /// that started the child ends.
     pub(super) fn spawn(mut command: Command, keeper: &'a Keeper) -> io::Result<Self> {
         let group = match &keeper.terminal {
             Some(terminal) => Group::Shared(terminal.job),
@@ -75,7 +78,7 @@ impl<'a> Child<'a> {
             Group::Own => 0,
         });
         prepare(&mut command, keeper);
-        // Dropping it neither ends nor reaps the process.
+        // Dropping the `std` handle neither ends nor reaps the process.
         let leader = Pid::from_child(&command.spawn()?);
         Ok(Self {
             tree: Tree::new(leader, group),
@@ -86,7 +89,8 @@ impl<'a> Child<'a> {
         })
     }
 
-    /// Passes signals on, ends the command if the lock is lost, and returns when the command is gone.
+    /// Forwards signals, ends the command if the lock is lost, and returns when the command is
+    /// gone.
     pub(super) async fn outlive(mut self, guard: &LockGuard, orders: &mut Orders, grace: Duration) -> Outcome {
         let mut lost = pin!(guard.lost());
         let code = loop {
@@ -101,7 +105,7 @@ impl<'a> Child<'a> {
                     output::complain(format_args!(
                         "lock {:?} (token {}) was lost: {reason}; ending the command", guard.key(), guard.token()
                     ));
-                    // What could not be ended runs without the lock now.
+                    // Processes that could not be ended now run without the lock. Report that too.
                     if let Some(ending) = &mut self.ending {
                         ending.is_reported = false;
                     }
@@ -123,7 +127,7 @@ impl<'a> Child<'a> {
 
     fn obey(&mut self, order: Order, grace: Duration) {
         match order {
-            // Seen to by the look that follows.
+            // Handled by the `look` that follows.
             Order::Child => {}
             Order::End => {
                 tracing::warn!("the tool was killed; killing the command");
@@ -133,12 +137,15 @@ impl<'a> Child<'a> {
             | Order::Signal(signal @ Signal::INT, Sender::Process) => self.end(signal, grace),
             Order::Signal(signal, Sender::Process) => self.tree.signal_group(signal),
             Order::Signal(signal, Sender::Kernel) => {
-                tracing::trace!(?signal, "the terminal has sent it to the command, too");
+                tracing::trace!(
+                    ?signal,
+                    "not forwarded: the terminal sent the signal to the command too"
+                );
             }
         }
     }
 
-    /// Does what is due, and returns the exit code once the command is done with.
+    /// Reaps processes, acts on deadlines, and returns the exit code once the command is finished.
     fn look(&mut self) -> Option<u8> {
         let reaped = self.tree.reap();
         self.ended = self.ended.or(reaped.ended.map(code));
@@ -177,11 +184,12 @@ impl<'a> Child<'a> {
             return None;
         }
         self.report(&self.tree.processes(), "was killed, but has not ended");
-        // There is no lock to keep for what stays.
+        // Without a lock there is no reason to wait for the remaining processes.
         self.ended.filter(|_| self.is_lost)
     }
 
-    /// Asks all of the command to end, and starts the grace unless it runs.
+    /// Sends the signal to all processes of the command, and starts the grace period unless it has
+    /// already started. With KILL, the grace period ends immediately.
     fn end(&mut self, signal: Signal, grace: Duration) {
         let now = Instant::now();
         let ending = self.ending.get_or_insert(Ending {
@@ -195,12 +203,12 @@ impl<'a> Child<'a> {
             return;
         }
         let refused = self.tree.signal_all(signal);
-        // What is stopped can't act on it.
+        // A stopped process can't act on the signal.
         self.tree.signal_all(Signal::CONT);
         self.report(&refused, "runs as another user and can't be signalled");
     }
 
-    /// Reports processes that do not end, once.
+    /// Reports processes that do not end. Does so only once.
     fn report(&mut self, processes: &[Process], why: &str) {
         let Some(ending) = self.ending.as_mut().filter(|ending| !ending.is_reported) else {
             return;
@@ -210,7 +218,7 @@ impl<'a> Child<'a> {
         }
         ending.is_reported = true;
         let what_now = if self.is_lost {
-            "it runs on without the lock"
+            "it continues without the lock"
         } else {
             "the lock is kept until it has ended"
         };
@@ -218,24 +226,25 @@ impl<'a> Child<'a> {
         output::complain(format_args!("{list} of the command {why}; {what_now}"));
     }
 
-    /// If job control stopped the command, stops the front, too, so that the shell that has started it continues. The
-    /// lock is kept meanwhile.
+    /// If job control stopped the command, stops the front as well, so that the shell that started
+    /// the front regains control. The lock is kept meanwhile.
     fn stop_with_it(&mut self, signal: i32) {
         let job_control = [Signal::TSTP, Signal::TTIN, Signal::TTOU].map(Signal::as_raw);
         if !job_control.contains(&signal) {
-            // A debugger, for example, stops the command alone.
+            // Stopped by something else, such as a debugger. The front keeps running.
             return;
         }
         let front = self.keeper.front;
         if leads_our_session(front) {
-            // The front leads its session, so there is no shell to continue it.
+            // The front leads its session, so no shell could continue the front.
             if signal == Signal::TSTP.as_raw() {
                 self.tree.signal_group(Signal::CONT);
             }
             return;
         }
         kill_process(front, Signal::STOP).ok();
-        // Both may have been continued in between, the front before it was stopped.
+        // The job may have been continued in the meantime, before the front was stopped. Then
+        // nothing else would continue the front.
         if !self.tree.is_stopped() {
             kill_process(front, Signal::CONT).ok();
         }
@@ -245,8 +254,8 @@ impl<'a> Child<'a> {
 const LOOK_AT_THE_KILLED: Duration = Duration::from_millis(20);
 const LOOK_AT_WHAT_STAYS: Duration = Duration::from_secs(1);
 
-/// How long processes that were killed may take to be gone before it is reported. One that waits for a device may take
-/// for ever.
+/// How long killed processes may take to disappear before they are reported. A process that waits
+/// for a device may never end.
 const KILLED_FOR_MAX: Duration = Duration::from_secs(1);
 
 async fn until(time: Option<Instant>) {
@@ -256,7 +265,7 @@ async fn until(time: Option<Instant>) {
     }
 }
 
-/// The exit code of the tool for the end of the command.
+/// The exit code of the tool for a given end of the command.
 fn code(status: WaitStatus) -> u8 {
     match (status.exit_status(), status.terminating_signal()) {
         (Some(code), _) => code as u8,
@@ -265,24 +274,25 @@ fn code(status: WaitStatus) -> u8 {
     }
 }
 
-/// The tool's end if the command could not be started, with the codes of shells.
+/// The failure to report if the command could not be started. The exit codes are those of shells.
 pub(super) fn spawn_failure(program: &OsStr, error: io::Error) -> Failure {
     let (code, what) = match error.kind() {
         io::ErrorKind::NotFound => (exit::NOT_FOUND, "was not found"),
-        // No process could be made for it.
+        // The system could not create a process.
         io::ErrorKind::WouldBlock | io::ErrorKind::OutOfMemory => (exit::SYSTEM, "could not be started"),
         _ => (exit::NOT_EXECUTABLE, "can't be executed"),
     };
     Failure::new(code, anyhow!(error).context(format!("the command {program:?} {what}")))
 }
 
-/// Gives the command the dispositions of signals that the tool was started with, and ties it to this process.
+/// Restores the signal dispositions that the tool was started with, and makes the kernel kill the
+/// command when this process dies.
 fn prepare(command: &mut Command, keeper: &Keeper) {
     let ignored_pipe = disposition::is_ignored(Signal::PIPE);
     let ignored_ttou = keeper.ignored_ttou;
     let parent = getpid();
     let prepare = move || {
-        // The standard library has just set it to the default.
+        // The standard library has just reset PIPE to the default.
         if ignored_pipe {
             disposition::ignore(Signal::PIPE);
         }
@@ -291,8 +301,9 @@ fn prepare(command: &mut Command, keeper: &Keeper) {
         }
         die_with(parent)
     };
-    #[expect(unsafe_code, reason = "only the child itself can ask for its parent's death signal")]
-    // SAFETY: between fork and exec the closure makes a few system calls; it neither allocates nor locks.
+    #[expect(unsafe_code, reason = "a parent death signal can only be set by the child itself")]
+    // SAFETY: between fork and exec, the closure only makes system calls. It neither allocates nor
+    // locks.
     unsafe {
         command.pre_exec(prepare);
     }
@@ -301,7 +312,7 @@ fn prepare(command: &mut Command, keeper: &Keeper) {
 #[cfg(target_os = "linux")]
 fn die_with(parent: Pid) -> io::Result<()> {
     rustix::process::set_parent_process_death_signal(Some(Signal::KILL))?;
-    // The parent may have been killed just before; then no signal would ever come.
+    // If the parent died before the call above, the signal would never arrive.
     if rustix::process::getppid() == Some(parent) {
         Ok(())
     } else {

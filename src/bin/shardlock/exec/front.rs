@@ -1,22 +1,26 @@
-//! The process that was started as `shardlock exec`, and how it makes another one that does the work.
+//! The process started as `shardlock exec`, and the second process that it forks to do the work.
 //!
 //! # Implementation details
 //!
-//! SIGKILL gives a process no chance to end its children, so the tool is two processes. The *front* is the one that
-//! the caller knows: it passes signals on, stops and continues with the command, reaps orphans if it is the first
-//! process of a container, and exits with the command's code. The *keeper*, its child, holds the lock and is the parent
-//! of the command. Either cleans up after the other:
+//! SIGKILL gives a process no chance to end its children, so the tool consists of two processes.
+//! The *front* is the process that the caller started. It forwards signals, stops and continues
+//! with the command, reaps orphans if it is the first process of a container, and exits with the
+//! command's code. The *keeper*, a child of the front, holds the lock and is the parent of the
+//! command. Each cleans up after the other:
 //!
-//! - If the front is killed, the pipe from it ends. The keeper kills the command with everything that it has started,
-//!   and releases the lock when all of it is gone, not before.
-//! - If the keeper is killed, the front, which adopts its orphans, kills them. The lease runs out with its TTL.
+//! - If the front is killed, its pipe to the keeper closes. The keeper kills the command with all
+//!   its descendants, and releases the lock only once all of them are gone.
+//! - If the keeper is killed, the front adopts the orphans and kills them. The lease expires with
+//!   its TTL.
 //!
-//! The keeper has a process group and a name (`lock-keeper`) of its own, so that a signal to the tool's group, or to
-//! all processes with the tool's name, does not end both at once. Where both are killed at the same moment the kernel
-//! kills the command itself (on Linux), but not what the command has started.
+//! The keeper has its own process group and its own name (`lock-keeper`), so a signal to the tool's
+//! group, or to all processes with the tool's name, does not end both at once. If both are killed
+//! at the same moment, the kernel kills the command itself (on Linux) but not the command's
+//! descendants.
 //!
-//! The front has no other threads, no runtime and no connection. Signals are blocked in it and fetched one by one,
-//! which also shows which of them come from the terminal: the terminal has sent these to the command, too.
+//! The front has a single thread, no runtime and no connections. Its signals are blocked and
+//! fetched one by one. This also shows which signals come from the terminal, because the terminal
+//! sends those to the command as well.
 
 use std::io::{self, PipeReader, PipeWriter, Write};
 use std::thread::sleep;
@@ -33,54 +37,55 @@ use crate::disposition;
 use crate::exit::{self, Failure};
 use crate::output;
 
-/// Which of the two processes this is.
+/// Which of the two processes is running.
 pub(super) enum Side {
     Front(Box<Front>),
     Keeper(Keeper),
 }
 
-/// What the process that was started by the caller has to know.
+/// State of the process that the caller started.
 pub(super) struct Front {
     keeper: Pid,
     orders: PipeWriter,
     signals: Blocked,
     terminal: Option<Terminal>,
-    /// Children of whatever this process was before it became the tool. They are no part of the command.
+    /// Children that this process had before it executed the tool. They are not part of the
+    /// command.
     inherited: Vec<Pid>,
-    /// The last signal from the terminal.
+    /// The last signal that came from the terminal.
     typed: Option<Signal>,
 }
 
-/// What the process that does the work has to know.
+/// State of the process that holds the lock.
 pub(super) struct Keeper {
     pub(super) front: Pid,
     pub(super) orders: PipeReader,
-    /// The terminal in which the front is a job, if there is one.
+    /// The controlling terminal of the front, if there is one.
     pub(super) terminal: Option<Terminal>,
-    /// Whether TTOU was ignored when the tool was started. The keeper ignores it: it is in the background of the
-    /// terminal, where its messages must not stop it.
+    /// Whether TTOU was ignored when the tool was started. The keeper itself ignores TTOU, because
+    /// it runs in the background of the terminal and must not be stopped when it prints a message.
     pub(super) ignored_ttou: bool,
 }
 
-/// Becomes two processes. To be called while the process has one thread.
+/// Forks into the front and the keeper. Call this while the process has a single thread.
 pub(super) fn split() -> anyhow::Result<Side> {
-    let (read_orders, write_orders) = io::pipe().context("a pipe can't be made")?;
+    let (read_orders, write_orders) = io::pipe().context("a pipe can't be created")?;
     let (front, terminal) = (getpid(), Terminal::of_this_process());
     let inherited = tree::children(front);
     tree::adopt_orphans();
-    // With it ignored, the kernel would reap the keeper and its exit code.
+    // If CHILD were ignored, the kernel would reap the keeper and its exit code would be lost.
     disposition::set_default(Signal::CHILD);
-    // Before the fork, so that nothing that comes after it is missed.
+    // Block before the fork, so that no later signal is missed.
     let signals = Blocked::block(FORWARDED.into_iter().filter(|&signal| !disposition::is_ignored(signal)))
         .context("signals can't be blocked")?;
     #[expect(unsafe_code, reason = "no safe interface forks")]
-    // SAFETY: the process has one thread, so its memory is consistent in the child.
+    // SAFETY: the process has a single thread, so its memory is consistent in the child.
     let child = unsafe { libc::fork() };
     match child {
-        -1 => Err(io::Error::last_os_error()).context("a process for the lock can't be made"),
+        -1 => Err(io::Error::last_os_error()).context("the process that holds the lock can't be forked"),
         0 => {
             signals.unblock().context("signals can't be unblocked")?;
-            setpgid(None, None).context("a process group can't be made")?;
+            setpgid(None, None).context("a process group can't be created")?;
             tree::adopt_orphans();
             name_this_process();
             let ignored_ttou = disposition::is_ignored(Signal::TTOU);
@@ -103,10 +108,10 @@ pub(super) fn split() -> anyhow::Result<Side> {
     }
 }
 
-/// A name that `killall shardlock` and `pkill shardlock` do not match.
+/// Renames the process so that `killall shardlock` and `pkill shardlock` do not match it.
 #[cfg(target_os = "linux")]
 fn name_this_process() {
-    // It only helps against mistakes.
+    // Best effort: the name only guards against mistakes.
     std::fs::write("/proc/self/comm", "lock-keeper").ok();
 }
 
@@ -114,7 +119,7 @@ fn name_this_process() {
 fn name_this_process() {}
 
 impl Front {
-    /// Serves the keeper until it has ended, and returns its exit code.
+    /// Forwards signals to the keeper until the keeper has ended, and returns its exit code.
     pub(super) fn run(&mut self) -> Result<u8, Failure> {
         loop {
             let (signal, sender) = self
@@ -131,12 +136,15 @@ impl Front {
             if sender == Sender::Kernel {
                 self.typed = Some(signal);
             }
-            // Without a keeper its end is the next to be seen.
+            // If the write fails, the keeper has ended, and its CHILD signal follows.
             self.orders.write_all(&[orders::encode(signal, sender)]).ok();
         }
     }
 
-    /// Reaps all children that have ended, stops with the keeper, and returns how the keeper has ended if it has.
+    /// Reaps all children that have ended. If the keeper was stopped, stops this process too, and
+    /// continues the keeper afterwards.
+    ///
+    /// Returns the status of the keeper if the keeper has ended.
     fn reap(&self) -> Option<WaitStatus> {
         while let Ok(Some((pid, status))) = wait(WaitOptions::NOHANG | WaitOptions::UNTRACED) {
             if pid != self.keeper {
@@ -151,7 +159,7 @@ impl Front {
         None
     }
 
-    /// Clears up after the keeper and returns the tool's exit code.
+    /// Cleans up after the keeper and returns the exit code of the tool.
     fn end(&self, status: WaitStatus) -> u8 {
         if let Some(signal) = status.terminating_signal() {
             self.end_the_command(signal);
@@ -159,14 +167,14 @@ impl Front {
         }
         let code = status.exit_status().unwrap_or(i32::from(exit::SYSTEM)) as u8;
         if self.typed == Some(Signal::INT) && code == exit::by_signal(Signal::INT.as_raw()) {
-            // A shell script stops at ^C only if its command was ended by the signal, too.
+            // A shell script stops at ^C only if its command was itself terminated by the signal.
             self.signals.unblock().ok();
             kill_process(getpid(), Signal::INT).ok();
         }
         code
     }
 
-    /// Kills what the keeper has left.
+    /// Kills the processes that the keeper left behind.
     fn end_the_command(&self, signal: i32) {
         let started = Instant::now();
         let left = loop {
@@ -188,8 +196,8 @@ impl Front {
             format!("{} of its command can't be killed", tree::list(&left))
         };
         output::complain(format_args!(
-            "the process that holds the lock was ended by signal {signal}; {what}; the lock is free when its TTL has \
-             passed"
+            "the process that holds the lock was killed by signal {signal}; {what}; the lock becomes free when its \
+             TTL expires"
         ));
     }
 }

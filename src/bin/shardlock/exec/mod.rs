@@ -1,4 +1,4 @@
-//! `shardlock exec`: a command that runs under a lock.
+//! `shardlock exec`: runs a command under a lock.
 
 mod child;
 mod front;
@@ -23,30 +23,33 @@ use orders::Orders;
 
 /// Run a command while holding a lock
 ///
-/// Waits for the lock, runs the command, and releases the lock when the command is gone. The command has standard
-/// input, output and error of the tool. It finds the lock in its environment: LOCK_KEY, LOCK_TOKEN (the fencing token,
-/// larger for every later holder) and LOCK_OWNER.
+/// Waits for the lock, runs the command, and releases the lock when the command has ended. The
+/// command inherits standard input, output and error. Its environment describes the lock: LOCK_KEY,
+/// LOCK_TOKEN (the fencing token, larger for every later holder) and LOCK_OWNER.
 ///
-/// Signals that the tool gets are passed on to the command's process group. TERM, INT and HUP reach all processes that
-/// the command has started, and are followed by KILL for those that are left after --kill-after. The same is done when
-/// the lock is lost while the command runs. What the command leaves running in the background when it ends by itself
-/// runs on without the lock.
+/// Signals are forwarded to the command's process group. TERM, INT and HUP are sent to all
+/// processes that the command has started; those still running after --kill-after get KILL. The
+/// same happens if the lock is lost while the command runs: all processes get TERM, then KILL. If
+/// the command ends by itself, its background processes keep running, without the lock.
 ///
-/// If the tool is killed, all of them are killed at once and the lock is released when they are gone (on Linux). A
-/// second process of the tool, lock-keeper, sees to that. It can't signal processes that run as another user, such as
-/// those of sudo, unless it runs as root: it reports that and keeps the lock until they have ended. What a daemon runs on
-/// the command's behalf (docker run, systemd-run) is not among its processes.
+/// If the tool is killed, a second process, lock-keeper, kills all processes of the command and
+/// releases the lock when they are gone (on Linux). Processes that run as another user, for example
+/// through sudo, can't be signalled unless the tool runs as root: the tool reports them and keeps
+/// the lock until they have ended. A process that a daemon starts on the command's behalf (docker
+/// run, systemd-run) is not a process of the command.
 ///
-/// The command is part of the tool's job in a terminal: it reads from it, ^C and ^Z reach it, and it keeps the lock while
-/// it is stopped. Without a terminal it has a process group of its own.
+/// In a terminal, the command is part of the tool's job: it can read from the terminal, ^C and ^Z
+/// reach it, and the lock is kept while the command is stopped. Without a terminal, the command
+/// gets its own process group.
 #[derive(Debug, clap::Args)]
 #[command(
     override_usage = "shardlock exec [OPTIONS] <KEY> [--] <COMMAND> [ARGUMENTS]...",
     after_help = EXIT_CODES
 )]
 pub(crate) struct Args {
-    // One list, since everything after the key belongs to the command, whatever it looks like.
-    /// The name of the lock, and the command to run
+    // One list, because everything after the key belongs to the command, even if it looks like an
+    // option.
+    /// The name of the lock, then the command to run and its arguments
     #[arg(
         required = true,
         num_args = 2..,
@@ -56,41 +59,43 @@ pub(crate) struct Args {
     )]
     words: Vec<OsString>,
 
-    /// Fail rather than wait where the lock is held or others wait for it
+    /// Fail instead of waiting if the lock is held or others are waiting for it
     #[arg(short, long, conflicts_with = "timeout")]
     nonblock: bool,
 
-    /// How long to wait for the lock, such as 500ms or 2s (a bare number is seconds); none waits for ever
+    /// How long to wait for the lock, such as 500ms or 2s (a plain number is seconds), or none to
+    /// wait forever
     #[arg(short = 'w', long, value_name = "DURATION", value_parser = seconds_or_duration)]
     timeout: Option<String>,
 
-    /// How long the key stays locked after this machine died [default: 10s]
+    /// How long the key stays locked if this machine dies [default: 10s]
     #[arg(long, value_name = "DURATION", value_parser = seconds_or_duration)]
     ttl: Option<String>,
 
-    /// For how long the lock is kept at most: the command is ended then; none for no limit
+    /// How long the lock may be held before the command is ended, or none for no limit
     #[arg(long, value_name = "DURATION", value_parser = seconds_or_duration)]
     max_hold: Option<String>,
 
-    /// The exit code when the lock was not obtained: busy, or timed out
+    /// The exit code if the lock was not acquired: busy or timed out
     #[arg(short = 'E', long, value_name = "CODE", default_value_t = 1)]
     conflict_exit_code: u8,
 
-    /// How long the command has between TERM and KILL, up to a day
+    /// How long to wait between TERM and KILL, up to a day
     #[arg(long, value_name = "DURATION", default_value = "5s", value_parser = grace)]
     kill_after: Duration,
 
-    /// The class under which metrics count this lock
+    /// The class label for this lock in metrics
     #[arg(long)]
     class: Option<String>,
 
-    /// Don't say on standard error that the lock was not obtained
+    /// Print no message if the lock was not acquired
     #[arg(short, long)]
     quiet: bool,
 
-    /// Leave SHARDLOCK_SHARDS in the environment of the command even if there is a password in it
+    /// Keep SHARDLOCK_SHARDS in the command's environment even if it contains a password
     ///
-    /// Without it the variable is removed then, and a `shardlock` that the command runs needs its own, or a file.
+    /// Without this option, a SHARDLOCK_SHARDS that contains a password is removed. A nested
+    /// `shardlock` must then get its shards in another way, such as from a file.
     #[arg(long)]
     inherit_password: bool,
 
@@ -103,18 +108,18 @@ pub(crate) struct Args {
 
 const EXIT_CODES: &str = "\
 Exit codes:
-  that of the command, or 128+N if signal N killed it
-    1  the lock was not obtained: busy, or timed out (see --conflict-exit-code)
-   64  the command line is wrong
-   69  a shard can't be reached, or refused
-   71  the operating system refused something
-   78  the environment, the configuration file or the shard map is wrong
-  117  the lock was lost before the command was done; the command was asked to end
+  the command's own, or 128+N if signal N killed it
+    1  the lock was not acquired: busy or timed out (see --conflict-exit-code)
+   64  the command line is invalid
+   69  a shard can't be reached, or refused the request
+   71  the operating system reported an error
+   78  the environment, the configuration file or the shard map is invalid
+  117  the lock was lost before the command ended; the command was asked to end
   126  the command can't be executed
   127  the command was not found
-128+N  signal N came while the tool waited for the lock";
+128+N  the tool received signal N while waiting for the lock";
 
-/// Flags take plain numbers as seconds, as flock(1) does. The settings check the rest.
+/// Accepts a plain number as seconds, like flock(1). The configuration validates everything else.
 fn seconds_or_duration(text: &str) -> Result<String, Infallible> {
     let seconds = text
         .parse()
@@ -133,7 +138,7 @@ fn grace(text: &str) -> Result<Duration, String> {
     let grace = humantime::parse_duration(&text)
         .ok()
         .filter(|&grace| grace <= GRACE_MAX);
-    grace.ok_or_else(|| "it must be a duration such as 500ms or 10s, from 0s to 1day".to_owned())
+    grace.ok_or_else(|| "must be a duration such as 500ms or 10s, from 0s to 1day".to_owned())
 }
 
 impl Args {
@@ -152,12 +157,12 @@ impl Args {
         Ok(config)
     }
 
-    /// The key, and the command with its arguments.
+    /// The key, the command and its arguments.
     fn words(&self) -> Result<(LockKey, &OsStr, &[OsString]), Failure> {
         let (key, command) = match &*self.words {
             [key, dashes, command @ ..] if dashes == "--" => (key, command),
             [key, command @ ..] => (key, command),
-            [] => return Err(Failure::usage(anyhow!("a key and a command are missing"))),
+            [] => return Err(Failure::usage(anyhow!("the key and the command are missing"))),
         };
         let (program, arguments) = command
             .split_first()
@@ -169,9 +174,9 @@ impl Args {
     }
 }
 
-/// To be called while the process has one thread.
+/// Call this while the process has a single thread.
 pub(crate) fn run(args: Args) -> Result<u8, Failure> {
-    // What is wrong with these is reported by the process that the caller has started.
+    // Report invalid arguments before the fork, from the process that the caller started.
     args.words()?;
     let config = args.config()?;
     match front::split().map_err(Failure::system)? {
@@ -182,7 +187,7 @@ pub(crate) fn run(args: Args) -> Result<u8, Failure> {
 
 async fn keep(args: Args, config: Config, keeper: Keeper) -> Result<u8, Failure> {
     let (key, program, arguments) = args.words()?;
-    // From here on no signal ends the tool before it has cleaned up.
+    // From here on, no signal ends the tool before it has cleaned up.
     let mut orders = Orders::listen(&keeper).map_err(Failure::system)?;
     let unserved = |error: anyhow::Error| Failure::new(exit::UNAVAILABLE, error);
     let admin = args.metrics.bind().map_err(unserved)?;
@@ -192,9 +197,10 @@ async fn keep(args: Args, config: Config, keeper: Keeper) -> Result<u8, Failure>
         code = orders.ending() => return Ok(code),
     };
     let serving = admin.map(|admin| args.metrics.serve(admin, &locks)).transpose();
-    // Until the end.
+    // Serve until the end of this function.
     let _serving = serving.map_err(unserved)?;
-    // Dropping the request gives the place in the queue up; the shutdown waits until the server has said so.
+    // Dropping the request gives up the place in the queue. `shutdown` waits until the server
+    // confirms it.
     let obtained = tokio::select! {
         obtained = obtain(&locks, &key, args.nonblock) => obtained.map_err(Failure::from),
         code = orders.ending() => Ok(Obtained::Interrupted(code)),
@@ -222,8 +228,8 @@ async fn keep(args: Args, config: Config, keeper: Keeper) -> Result<u8, Failure>
     code
 }
 
-/// Connects. With a limit on the wait, that is tried until the limit has passed, so that an outage which is over before costs
-/// only time; the rest is for the lock.
+/// Connects to the shards. If there is a timeout, retries until it has passed, so a shorter outage
+/// only costs time. The time that remains is left for the lock.
 async fn connect(mut config: Config, only_try: bool) -> Result<LockManager, LockError> {
     const PAUSE_MIN: Duration = Duration::from_millis(20);
     const PAUSE_MAX: Duration = Duration::from_secs(1);
@@ -235,14 +241,14 @@ async fn connect(mut config: Config, only_try: bool) -> Result<LockManager, Lock
             Err(error @ LockError::Unavailable { .. }) => error,
             connected => return connected,
         };
-        // Random, so that the processes that lost a server at the same moment do not come back to it at the same moment.
+        // Randomised, so that processes that lost a server together do not all reconnect together.
         let pause = rand::random_range(PAUSE_MIN / 2..=bound);
         let left = limit.and_then(|limit| limit.checked_sub(started.elapsed() + pause));
         let Some(left) = left.filter(|left| !left.is_zero()) else {
             return Err(error);
         };
         if bound == PAUSE_MIN {
-            tracing::warn!(%error, limit = ?limit.unwrap_or_default(), "connecting is tried again until the limit has passed");
+            tracing::warn!(%error, limit = ?limit.unwrap_or_default(), "can't connect; retrying until the timeout has passed");
         }
         bound = (bound * 2).min(PAUSE_MAX);
         tokio::time::sleep(pause).await;
@@ -250,7 +256,7 @@ async fn connect(mut config: Config, only_try: bool) -> Result<LockManager, Lock
     }
 }
 
-/// Logs that the tool waits, ever more seldom.
+/// Logs that the tool is waiting for the lock, at growing intervals.
 async fn log_the_wait(key: &LockKey) -> Infallible {
     const FIRST: Duration = Duration::from_secs(1);
     const PAUSE_MAX: Duration = Duration::from_secs(60);
@@ -264,10 +270,10 @@ async fn log_the_wait(key: &LockKey) -> Infallible {
     }
 }
 
-/// What became of the request.
+/// The outcome of the request.
 enum Obtained {
     Lock(LockGuard),
-    /// Others have it; with the reason in words.
+    /// The lock was not acquired, with the reason.
     Not(String),
     Interrupted(u8),
 }
@@ -282,12 +288,13 @@ async fn obtain(locks: &LockManager, key: &LockKey, only_try: bool) -> Result<Ob
         }
     };
     Ok(guard.map_or_else(
-        || Obtained::Not(format!("lock {:?} is held, or others wait for it", key.as_str())),
+        || Obtained::Not(format!("lock {:?} is held, or others are waiting for it", key.as_str())),
         Obtained::Lock,
     ))
 }
 
-/// The command, with the lock in its environment. Under a lock within a lock, the inner one is seen.
+/// Builds the command, with the lock in its environment. A nested `exec` overrides the outer lock's
+/// variables.
 fn command(program: &OsStr, arguments: &[OsString], guard: &LockGuard) -> Command {
     let mut command = Command::new(program);
     command
@@ -299,7 +306,7 @@ fn command(program: &OsStr, arguments: &[OsString], guard: &LockGuard) -> Comman
     command
 }
 
-/// Runs the command and then, when it is gone, gives the lock back.
+/// Runs the command, and releases the lock when the command is gone.
 async fn under_lock(
     guard: LockGuard,
     command: Command,
@@ -315,23 +322,23 @@ async fn under_lock(
             Err(error) => Err(child::spawn_failure(program, error)),
         }
     } else {
-        // The tool was stopped for long after it got the lock.
+        // The tool was stopped for too long after it acquired the lock.
         output::complain(format_args!("lock {key:?} was lost before the command was started"));
         Ok(Outcome::Lost)
     };
-    // A release also says whether the lock was held until now.
+    // The release also reports whether the lock was held until now.
     match guard.release().await {
         Err(error @ LockError::Lost { .. }) => {
             if !matches!(outcome, Ok(Outcome::Lost)) {
                 output::complain(error);
             }
-            // A command that was never started did nothing without the lock.
+            // If the command could not be started, that error takes precedence.
             outcome.map(|_| exit::LOST)
         }
         released => {
             if let Err(error) = released {
                 output::complain(format_args!(
-                    "lock {key:?} may stay locked until its TTL has passed: {error}"
+                    "lock {key:?} may stay locked until its TTL expires: {error}"
                 ));
             }
             outcome.map(|outcome| match outcome {

@@ -1,4 +1,5 @@
-//! What the front tells the keeper: the signals that it got, a byte for each; and, by the end of the pipe, its own end.
+//! Messages from the front to the keeper: one byte for each signal that the front received. If the
+//! front dies, the pipe closes.
 
 use std::os::fd::OwnedFd;
 
@@ -14,10 +15,10 @@ use super::terminal::leads_our_session;
 use crate::disposition;
 use crate::exit;
 
-/// What the keeper has to react to.
+/// An event that the keeper must handle.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub(super) enum Order {
-    /// The front got a signal.
+    /// The front received a signal.
     Signal(Signal, Sender),
     /// The front was killed.
     End,
@@ -25,13 +26,13 @@ pub(super) enum Order {
     Child,
 }
 
-/// The orders, from its making on: none that comes later is missed.
+/// The stream of orders. None that arrives after its creation is missed.
 pub(super) struct Orders {
     pipe: Receiver,
     has_ended: bool,
     front: Pid,
     children: unix::Signal,
-    /// Signals to the keeper itself have no effect: those to the front are the ones that count.
+    /// Handlers that discard signals sent to the keeper itself. Only signals to the front count.
     _unheard: Vec<unix::Signal>,
 }
 
@@ -41,7 +42,7 @@ impl Orders {
         let listen = |signal: Signal| unix::signal(SignalKind::from_raw(signal.as_raw()));
         let unheard = FORWARDED
             .into_iter()
-            // A handler would make what is ignored the default for the command.
+            // A handler on an ignored signal would reset the signal to the default in the command.
             .filter(|&signal| signal != Signal::CHILD && !disposition::is_ignored(signal));
         Ok(Self {
             pipe: Receiver::from_owned_fd(OwnedFd::from(pipe)).context("the pipe can't be read")?,
@@ -55,11 +56,11 @@ impl Orders {
         })
     }
 
-    /// The next order. After [`Order::End`] there is none but [`Order::Child`].
+    /// Returns the next order. After [`Order::End`], only [`Order::Child`] is returned.
     ///
     /// # Cancel safety
     ///
-    /// None is lost if it is dropped.
+    /// This method is cancel safe: if the future is dropped, no order is lost.
     pub(super) async fn next(&mut self) -> Order {
         loop {
             let mut byte = [0];
@@ -68,9 +69,9 @@ impl Orders {
                 read = self.pipe.read(&mut byte), if !self.has_ended => match read {
                     Ok(1) => match decode(byte[0]) {
                         Some(order) => return order,
-                        None => tracing::debug!(byte = byte[0], "an order is not understood"),
+                        None => tracing::debug!(byte = byte[0], "ignored an unknown order from the front"),
                     },
-                    // An error is no better than the end.
+                    // Treat an error like the end of the pipe.
                     _ => {
                         self.has_ended = true;
                         return Order::End;
@@ -80,7 +81,9 @@ impl Orders {
         }
     }
 
-    /// The exit code for the next order that asks the tool to end, while there is no command to pass signals on to.
+    /// Waits for the next order that ends the tool, and returns the exit code for it.
+    ///
+    /// Used while no command is running that signals could be forwarded to.
     pub(super) async fn ending(&mut self) -> u8 {
         loop {
             match self.next().await {
@@ -88,9 +91,10 @@ impl Orders {
                     return exit::by_signal(signal.as_raw());
                 }
                 Order::End => return exit::by_signal(Signal::KILL.as_raw()),
-                // The front stops with this process. It has nobody to continue it if it leads its session.
+                // The front stops together with this process. If the front leads its session, no
+                // shell could continue the front.
                 Order::Signal(Signal::TSTP, _) if !leads_our_session(self.front) => stop_this_process(),
-                order => tracing::debug!(?order, "there is no command yet to pass it on to"),
+                order => tracing::debug!(?order, "not forwarded: the command has not been started"),
             }
         }
     }
@@ -98,7 +102,7 @@ impl Orders {
 
 const FROM_KERNEL: u8 = 0x80;
 
-/// The byte for a signal. Numbers of signals are below 128.
+/// Encodes a signal in one byte. Signal numbers are below 128.
 pub(super) fn encode(signal: Signal, sender: Sender) -> u8 {
     let from = match sender {
         Sender::Kernel => FROM_KERNEL,

@@ -1,7 +1,8 @@
-//! The terminal in which the tool is part of a job.
+//! The controlling terminal of the tool.
 //!
-//! The command then stays in the process group of the tool. So the terminal treats them as one: both can read from it,
-//! ^C and ^Z reach both, and so do other processes of the job, such as a pager at the end of a pipeline.
+//! In a terminal, the command stays in the process group of the tool, so the terminal treats the
+//! two as one job. Both can read from the terminal, and ^C and ^Z reach both, as well as the other
+//! processes of the job, such as a pager at the end of a pipeline.
 
 use std::fs::{File, OpenOptions};
 
@@ -16,7 +17,8 @@ pub(super) struct Terminal {
 }
 
 impl Terminal {
-    /// The controlling terminal, if there is one. The standard streams may be something else all the same.
+    /// Opens the controlling terminal, if there is one. The standard streams may still be
+    /// redirected.
     pub(super) fn of_this_process() -> Option<Self> {
         let file = OpenOptions::new().read(true).write(true).open("/dev/tty").ok()?;
         Some(Self {
@@ -25,11 +27,14 @@ impl Terminal {
         })
     }
 
-    /// Makes the tool's job the foreground again if the group that is it is gone, or a part of a command that has
-    /// ended: an interactive shell that was killed, for example, has not done so itself. TTOU must be ignored.
+    /// Makes the tool's job the foreground job again, if the current foreground group is gone or
+    /// belongs to the command, which has ended.
+    ///
+    /// An interactive shell that was killed, for example, did not restore the foreground itself.
+    /// TTOU must be ignored when this is called.
     pub(super) fn take_back(&self, is_of_command: impl FnOnce(Pid) -> bool) {
         let Ok(foreground) = tcgetpgrp(&self.file) else {
-            // It was closed.
+            // The terminal was closed.
             return;
         };
         let is_gone = || test_kill_process_group(foreground) == Err(Errno::SRCH);
@@ -39,19 +44,22 @@ impl Terminal {
     }
 }
 
-/// The process group of this process, unless it is one from outside of its namespace.
+/// The process group of this process, or `None` if the group is from outside the PID namespace.
 fn own_group() -> Option<Pid> {
-    #[expect(unsafe_code, reason = "the safe interface panics if there is none")]
-    // SAFETY: it only returns a number.
+    #[expect(
+        unsafe_code,
+        reason = "the safe interface panics if the group is outside the namespace"
+    )]
+    // SAFETY: `getpgrp` takes no arguments and can't fail.
     Pid::from_raw(unsafe { libc::getpgrp() })
 }
 
-/// Whether a process leads the session of this process.
+/// Returns whether a process leads the session of this process.
 pub(super) fn leads_our_session(process: Pid) -> bool {
     #[expect(
         unsafe_code,
-        reason = "the safe interface panics if the session is from outside of the namespace"
+        reason = "the safe interface panics if the session is outside the namespace"
     )]
-    // SAFETY: it only returns a number.
+    // SAFETY: `getsid` accesses no memory of this process.
     Pid::from_raw(unsafe { libc::getsid(0) }).is_some_and(|leader| leader == process)
 }

@@ -1,37 +1,38 @@
-//! The processes of the command: the one that was started, what it has started, and so on.
+//! The processes of the command: the command itself and all its descendants.
 //!
-//! On Linux the keeper adopts orphans, so each of them stays its descendant, whatever groups and sessions it makes for
-//! itself, and nothing of them is left once the keeper has no children. Elsewhere they are a process group.
+//! On Linux the keeper adopts orphans. Every process of the command therefore stays a descendant of
+//! the keeper, whatever process groups and sessions it creates, and the command is gone once the
+//! keeper has no children. On other systems the command is its process group.
 
 use std::fmt;
 
 use rustix::io::Errno;
 use rustix::process::{Pid, Signal, WaitOptions, WaitStatus, getpid, kill_process_group, test_kill_process, wait};
 
-/// The processes of a command that is a child of this process, the only one it has started.
+/// The processes of a command. The command must be the only child that this process started.
 pub(super) struct Tree {
     /// The command itself.
     leader: Pid,
     group: Group,
 }
 
-/// The process group that the command was started in.
+/// The process group in which the command was started.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub(super) enum Group {
-    /// It leads one of its own.
+    /// The command leads its own group.
     Own,
-    /// It shares one with others.
+    /// The command shares this group with other processes.
     Shared(Pid),
 }
 
-/// What became of children since the last look.
+/// What happened to the children since the last call of [`Tree::reap`].
 #[derive(Default)]
 pub(super) struct Reaped {
-    /// How the command itself ended, if it has.
+    /// How the command itself ended, if it did.
     pub(super) ended: Option<WaitStatus>,
-    /// By which signal the command itself was stopped, if it was.
+    /// The signal that stopped the command itself, if it was stopped.
     pub(super) stopped: Option<i32>,
-    /// Whether no process is left.
+    /// Whether no process of the command is left.
     pub(super) is_gone: bool,
 }
 
@@ -40,7 +41,7 @@ impl Tree {
         Self { leader, group }
     }
 
-    /// Sends a signal to the command and what shares its process group.
+    /// Sends a signal to the command and to the processes of the command in its group.
     pub(super) fn signal_group(&self, signal: Signal) {
         let sent = match self.group {
             Group::Own => kill_process_group(self.leader, signal),
@@ -57,10 +58,12 @@ impl Tree {
         }
     }
 
-    /// Sends a signal to all processes of the command, and returns those that this process may not signal.
+    /// Sends a signal to all processes of the command.
+    ///
+    /// Returns the processes that this process has no permission to signal.
     pub(super) fn signal_all(&self, signal: Signal) -> Vec<Process> {
         let mut processes = self.processes();
-        // Unlike one after the other, this misses none that is being made.
+        // Signalling the whole group at once does not miss a process that is just being forked.
         let has_own = self.group == Group::Own && kill_process_group(self.leader, signal) != Err(Errno::SRCH);
         processes.retain(|process| {
             let sent = if has_own && process.group == Some(self.leader) {
@@ -73,11 +76,12 @@ impl Tree {
         processes
     }
 
-    /// The processes that are there now.
+    /// The processes that exist now, without those that only wait to be reaped.
     pub(super) fn processes(&self) -> Vec<Process> {
         let mut processes = descendants(getpid(), &[]);
         let is_missing = processes.iter().all(|process| process.pid != self.leader);
-        // Processes of others may be hidden; and elsewhere than on Linux nothing is known of any.
+        // Processes of other users may be hidden in /proc. On systems other than Linux, no process
+        // is listed at all.
         if is_missing && (!cfg!(target_os = "linux") || test_kill_process(self.leader) == Err(Errno::PERM)) {
             processes.push(Process {
                 pid: self.leader,
@@ -95,7 +99,7 @@ impl Tree {
         processes
     }
 
-    /// Reaps what has ended, orphans too.
+    /// Reaps all children that have ended, including adopted orphans.
     pub(super) fn reap(&self) -> Reaped {
         let mut reaped = Reaped::default();
         loop {
@@ -115,7 +119,7 @@ impl Tree {
     }
 
     #[cfg(target_os = "linux")]
-    #[expect(clippy::unused_self, reason = "it is needed elsewhere")]
+    #[expect(clippy::unused_self, reason = "other systems need `self`")]
     const fn is_gone_without_children(&self) -> bool {
         true
     }
@@ -125,28 +129,29 @@ impl Tree {
         self.group != Group::Own || rustix::process::test_kill_process_group(self.leader) == Err(Errno::SRCH)
     }
 
-    /// Whether one of its processes is in this group, be it one that only has to be reaped.
+    /// Returns whether a process of the command is in this group. Zombies count.
     pub(super) fn is_in(&self, group: Pid) -> bool {
         let mut processes = descendants(getpid(), &[]).into_iter();
         processes.any(|process| process.group == Some(group))
     }
 
-    /// Whether the command itself is stopped at the moment.
+    /// Returns whether the command itself is currently stopped.
     pub(super) fn is_stopped(&self) -> bool {
         let mut processes = self.processes().into_iter();
         processes.any(|process| process.pid == self.leader && process.state == State::Stopped)
     }
 }
 
-/// A process, as it was when it was looked at.
+/// A snapshot of a process.
 #[derive(Debug)]
 pub(super) struct Process {
     pid: Pid,
     parent: Pid,
-    /// Nothing if it was made outside of the namespace of this process.
+    /// `None` if the group is from outside the PID namespace of this process.
     group: Option<Pid>,
     state: State,
-    /// When it was started, in ticks since the machine was. With the number it names a process.
+    /// Start time in clock ticks since boot. Together with the PID it identifies a process
+    /// uniquely.
     started: Option<u64>,
     name: String,
 }
@@ -155,7 +160,7 @@ pub(super) struct Process {
 enum State {
     Runs,
     Stopped,
-    /// It only has to be reaped.
+    /// A zombie: the process has ended and only needs to be reaped.
     Ended,
 }
 
@@ -170,7 +175,7 @@ impl fmt::Display for Process {
     }
 }
 
-/// Processes in one line.
+/// Lists processes on one line.
 pub(super) fn list(processes: &[Process]) -> String {
     const SHOWN_MAX: usize = 5;
     let mut list: Vec<String> = processes.iter().take(SHOWN_MAX).map(ToString::to_string).collect();
@@ -180,10 +185,10 @@ pub(super) fn list(processes: &[Process]) -> String {
     list.join(", ")
 }
 
-/// Makes orphans among this process's descendants its children from now on.
+/// From now on, orphaned descendants of this process become its children.
 #[cfg(target_os = "linux")]
 pub(super) fn adopt_orphans() {
-    // It can't fail since Linux 3.4.
+    // Can't fail on Linux 3.4 or later.
     rustix::process::set_child_subreaper(Some(getpid())).ok();
 }
 
@@ -200,15 +205,16 @@ mod linux {
     use super::{Errno, Pid, Process, Signal, State};
 
     impl Process {
-        /// Sends it a signal; never to another process that has its number by now.
+        /// Sends a signal to the process, but never to another process that has since reused its
+        /// PID.
         pub(in super::super) fn signal(&self, signal: Signal) -> Result<(), Errno> {
             let handle = match pidfd_open(self.pid, PidfdFlags::empty()) {
                 Ok(handle) => handle,
-                // Kernels before 5.3, and some sandboxes.
+                // Not supported by kernels before 5.3 and by some sandboxes.
                 Err(Errno::NOSYS) => return kill_process(self.pid, signal),
                 Err(error) => return Err(error),
             };
-            // What has the number now may be another one.
+            // The PID may have been reused before the handle was opened.
             match read(self.pid) {
                 Some(now) if now.state == State::Ended || now.started != self.started => Err(Errno::SRCH),
                 _ => pidfd_send_signal(handle, signal),
@@ -222,7 +228,9 @@ mod linux {
         children.map(|process| process.pid).collect()
     }
 
-    /// The children of a process, theirs and so on, without some and theirs. Parents come before their children.
+    /// All descendants of a process, except the children in `without` and their descendants.
+    ///
+    /// Parents come before their children.
     pub(in super::super) fn descendants(of: Pid, without: &[Pid]) -> Vec<Process> {
         let mut by_parent = HashMap::<Pid, Vec<Process>>::new();
         for process in all() {
@@ -245,14 +253,15 @@ mod linux {
         pids.filter_map(Pid::from_raw).filter_map(read).collect()
     }
 
-    /// What the kernel knows of a process, if there is one with this number and it may be seen.
+    /// Reads the state of a process. Returns `None` if there is no such process or it is not
+    /// visible.
     fn read(pid: Pid) -> Option<Process> {
         let text = fs::read(format!("/proc/{pid}/stat")).ok()?;
         parse(pid, &String::from_utf8_lossy(&text))
     }
 
-    /// As in `17 (a name) S 1 17 ...`: state, parent, process group and, later on, when it was started. A name may have
-    /// any characters.
+    /// Parses `/proc/PID/stat`, such as `17 (a name) S 1 17 ...`: state, parent, process group and,
+    /// further on, the start time. The name may contain any characters.
     pub(super) fn parse(pid: Pid, text: &str) -> Option<Process> {
         let (before, after) = text.rsplit_once(')')?;
         let (_, name) = before.split_once('(')?;
@@ -263,7 +272,7 @@ mod linux {
             _ => State::Runs,
         };
         let mut pid_of_next = || fields.next().map(|field| field.parse().ok().and_then(Pid::from_raw));
-        // Those whose parents are outside of what we can see, with number 0, are not ours.
+        // A process whose parent is outside the namespace (PID 0) is not a descendant of the tool.
         let (parent, group) = (pid_of_next()??, pid_of_next()?);
         const BETWEEN: usize = 16;
         let started = fields.nth(BETWEEN)?.parse().ok();
@@ -273,7 +282,7 @@ mod linux {
             group,
             state,
             started,
-            // It is the command's choice, and is shown on a terminal.
+            // The command chooses the name, and the name is shown on a terminal.
             name: name.escape_debug().to_string(),
         })
     }

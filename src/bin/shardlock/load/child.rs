@@ -1,7 +1,8 @@
-//! The hidden command by which the demo and the bench start their child processes, so that none of them outlives them.
+//! The hidden command with which the demo and the bench start their child processes, so that none
+//! of them outlives its parent.
 //!
-//! A worker runs in it. A server replaces it: what the kernel was told before the exec still holds after it, which
-//! would otherwise need unsafe code between fork and exec.
+//! A worker runs inside this command; a server replaces it. The kernel keeps the parent-death
+//! signal across the exec. Setting it between fork and exec would need unsafe code.
 
 use std::ffi::OsString;
 use std::os::unix::process::CommandExt;
@@ -13,7 +14,7 @@ use tokio::process::{Child, Command};
 use crate::exit::Failure;
 use crate::{bench, demo};
 
-/// Runs a child process of the demo or the bench, which alone start it
+/// Runs a child process of the demo or the bench; for internal use
 #[derive(Debug, Clone, Args)]
 pub(crate) struct ChildArgs {
     /// The process id of the parent.
@@ -24,23 +25,23 @@ pub(crate) struct ChildArgs {
 
 #[derive(Debug, Clone, Subcommand)]
 enum Role {
-    /// Works for the demo as the lines on its standard input say.
+    /// Runs a worker of the demo, which reads its orders from standard input.
     DemoWorker,
-    /// Works for the bench as the lines on its standard input say.
+    /// Runs a worker of the bench, which reads its orders from standard input.
     BenchWorker,
-    /// Becomes a program.
+    /// Replaces this process by a program.
     Server {
         #[arg(trailing_var_arg = true, allow_hyphen_values = true, required = true)]
         program: Vec<OsString>,
     },
 }
 
-/// Runs in the child.
+/// Runs the child process.
 ///
 /// # Errors
 ///
-/// If the parent is gone, if the server can't be started, or if the worker failed before it could say so in its
-/// answers.
+/// If the parent is gone, the server can't be started, or the worker failed before it could report
+/// the error in its answers.
 pub(crate) fn run(args: ChildArgs) -> Result<u8, Failure> {
     let failed = |error| Failure::new(1, error);
     tie_to(args.parent).map_err(failed)?;
@@ -48,7 +49,7 @@ pub(crate) fn run(args: ChildArgs) -> Result<u8, Failure> {
         Role::DemoWorker => demo::work(),
         Role::BenchWorker => bench::work(),
         Role::Server { program } => {
-            let (name, rest) = program.split_first().context("no program is named").map_err(failed)?;
+            let (name, rest) = program.split_first().context("no program is given").map_err(failed)?;
             let error = std::process::Command::new(name).args(rest).exec();
             Err(error)
                 .with_context(|| format!("{} can't be started", name.display()))
@@ -57,13 +58,14 @@ pub(crate) fn run(args: ChildArgs) -> Result<u8, Failure> {
     }
 }
 
-/// The command that starts this program again as a child of this process, killed and reaped when it is dropped.
+/// A command that starts this program again as a child of this process. The child is killed and
+/// reaped on drop.
 ///
-/// It gets a process group of its own, so that a Ctrl-C in the terminal reaches the parent alone, which then stops its
-/// children in the right order. It must be started from a thread that lasts as long as the process, since Linux sends the
-/// death signal when that *thread* ends: the main thread does.
+/// The child gets its own process group, so that Ctrl-C in the terminal only reaches the parent,
+/// which then stops its children in the right order. Spawn it from a thread that lives as long as
+/// the process, such as the main thread: Linux sends the death signal when that *thread* ends.
 pub(crate) fn command(role: &str) -> anyhow::Result<Command> {
-    let program = std::env::current_exe().context("this program can't find itself")?;
+    let program = std::env::current_exe().context("the path of this program can't be determined")?;
     let mut command = Command::new(program);
     command
         .args(["child", &std::process::id().to_string(), role])
@@ -72,25 +74,25 @@ pub(crate) fn command(role: &str) -> anyhow::Result<Command> {
     Ok(command)
 }
 
-/// Kills a child that was started so, unless it has ended already. Done when it is gone.
+/// Kills a child started with [`command`], unless it has already ended, and waits until it is gone.
 pub(crate) async fn end(process: &mut Child) -> std::io::Result<()> {
-    // One that has been waited for has no id any more, and can't be killed.
+    // A child that has been waited for has no id and can't be killed.
     if process.id().is_some() {
         process.kill().await?;
     }
     Ok(())
 }
 
-/// Has the kernel kill this process when its parent dies. Elsewhere than on Linux, a worker ends with its standard
-/// input, and a server outlives a parent that was killed by SIGKILL.
+/// Makes the kernel kill this process when its parent dies. On systems other than Linux, a worker
+/// ends with its standard input, and a server outlives a parent that was killed by SIGKILL.
 fn tie_to(parent: u32) -> anyhow::Result<()> {
     #[cfg(target_os = "linux")]
     {
         use rustix::process::{Signal, set_parent_process_death_signal};
-        set_parent_process_death_signal(Some(Signal::KILL)).context("the kernel does not tell when the parent ends")?;
+        set_parent_process_death_signal(Some(Signal::KILL)).context("can't tie this process to its parent")?;
     }
-    // It may have died just before; then no signal would ever come.
+    // The parent may have died just before; no signal would arrive then.
     let now = rustix::process::getppid().map(|pid| pid.as_raw_nonzero().get().unsigned_abs());
-    anyhow::ensure!(now == Some(parent), "only this program itself starts this command");
+    anyhow::ensure!(now == Some(parent), "this command is for internal use only");
     Ok(())
 }

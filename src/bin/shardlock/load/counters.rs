@@ -1,8 +1,8 @@
-//! What the lock manager of this process has counted, from its page of metrics.
+//! The counters of this process's lock manager, from its page of metrics.
 
 use serde::{Deserialize, Serialize};
 
-/// How many locks were had by which path, and what for.
+/// Acquired locks by path, and store requests.
 #[derive(Debug, Clone, Copy, Default, PartialEq, Eq, Serialize, Deserialize)]
 pub(crate) struct Counters {
     pub(crate) uncontended: u64,
@@ -13,7 +13,8 @@ pub(crate) struct Counters {
 }
 
 impl Counters {
-    /// Reads the text that Prometheus reads. Only locks of this class count, but all requests.
+    /// Parses the Prometheus text format. Locks are counted for this class only, requests for all
+    /// classes.
     pub(crate) fn read(text: &str, class: &str) -> Self {
         let class = format!("class=\"{class}\"");
         let by_path = |path: &str| {
@@ -22,7 +23,8 @@ impl Counters {
         };
         Self {
             uncontended: by_path("uncontended"),
-            // A lease that lingered passes between tasks of one process as well, if with a pause.
+            // Under a lingering lease, too, a lock passes between tasks of one process, only with a
+            // pause.
             local: by_path("local").saturating_add(by_path("lingering")),
             remote: by_path("remote"),
             store_requests: sum_of(text, "shardlock_store_requests_total{", &[]),
@@ -43,7 +45,7 @@ impl Counters {
     }
 }
 
-/// The sum of a counter's lines with these labels.
+/// The sum of a counter over all lines with these labels.
 fn sum_of(text: &str, name: &str, labels: &[&str]) -> u64 {
     text.lines()
         .filter(|line| line.starts_with(name) && labels.iter().all(|label| line.contains(label)))

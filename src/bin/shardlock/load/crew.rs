@@ -1,4 +1,4 @@
-//! The worker processes, as the demo sees them.
+//! The worker processes, as the parent sees them.
 
 use std::process::Stdio;
 use std::sync::atomic::{AtomicU64, Ordering};
@@ -13,7 +13,7 @@ use tokio::process::{Child, ChildStdin, ChildStdout};
 use super::child;
 use super::orders::Answer;
 
-/// All worker processes. Dropping them kills them.
+/// All worker processes. They are killed on drop.
 #[derive(Debug)]
 pub(crate) struct Crew {
     /// What they work for, as in the role of the child: `demo` or `bench`.
@@ -28,12 +28,12 @@ struct Member {
     process: Child,
     orders: ChildStdin,
     answers: Lines<BufReader<ChildStdout>>,
-    /// The last progress that it told.
+    /// The last progress that the worker reported.
     progress: u64,
 }
 
 impl Crew {
-    /// Nobody yet.
+    /// A crew without members.
     pub(crate) const fn of(work: &'static str) -> Self {
         Self {
             work,
@@ -41,7 +41,8 @@ impl Crew {
         }
     }
 
-    /// Starts one more worker with this as the first line of its input. It is connected when the next [`Crew::ready`] is.
+    /// Starts a worker with `setup` as the first line of its input. [`Crew::ready`] waits until it
+    /// is connected.
     pub(crate) async fn hire(&mut self, setup: &impl Serialize) -> anyhow::Result<()> {
         let mut process = child::command(&format!("{}-worker", self.work))?
             .stdin(Stdio::piped())
@@ -64,13 +65,13 @@ impl Crew {
         Ok(())
     }
 
-    /// Waits until all workers are connected. Returns what each says of itself.
+    /// Waits until all workers are connected. Returns what each reports about itself.
     pub(crate) async fn ready<T: DeserializeOwned>(&mut self) -> anyhow::Result<Vec<T>> {
         try_join_all(self.members.iter_mut().map(|member| member.answer(|_| {}))).await
     }
 
-    /// Gives all workers an order, as near to at once as can be, and waits for their answers. `progress` hears the sum
-    /// of what they tell meanwhile.
+    /// Sends an order to all workers in quick succession and waits for their answers. `progress` is
+    /// called with the sum of the progress they report.
     pub(crate) async fn order<T: DeserializeOwned>(
         &mut self,
         order: &impl Serialize,
@@ -90,11 +91,11 @@ impl Crew {
         .await
     }
 
-    /// Looks whether all are there, between orders.
+    /// Checks between orders that all workers are alive.
     ///
     /// # Errors
     ///
-    /// One has ended, and why, if it said so.
+    /// If a worker has ended; with the reason, if it reported one.
     pub(crate) async fn look(&mut self) -> anyhow::Result<()> {
         for member in &mut self.members {
             if member.process.try_wait()?.is_some() {
@@ -104,7 +105,7 @@ impl Crew {
         Ok(())
     }
 
-    /// Lets the workers shut their managers down by this order, and waits until they are gone.
+    /// Makes the workers shut their managers down by this order, and waits until they have exited.
     pub(crate) async fn dismiss(&mut self, leave: &impl Serialize) -> anyhow::Result<()> {
         self.order::<()>(leave, |_| {}).await?;
         for mut member in self.members.drain(..) {
@@ -116,7 +117,7 @@ impl Crew {
         Ok(())
     }
 
-    /// Kills whoever is still there. Done when they are gone.
+    /// Kills the remaining workers and waits until they are gone.
     pub(crate) async fn kill(&mut self) -> anyhow::Result<()> {
         for mut member in self.members.drain(..) {
             child::end(&mut member.process)
@@ -137,7 +138,7 @@ impl Member {
         }
     }
 
-    /// The answer to the last order; `progress` hears how much more was done before it.
+    /// Waits for the answer to the last order; `progress` is called with each increment.
     async fn answer<T: DeserializeOwned>(&mut self, progress: impl Fn(u64)) -> anyhow::Result<T> {
         loop {
             let Some(line) = self.answers.next_line().await? else {
@@ -154,7 +155,7 @@ impl Member {
         }
     }
 
-    /// The error that says how it ended.
+    /// The error that describes how the worker ended.
     async fn death(&mut self) -> anyhow::Error {
         let status = self.process.wait().await;
         let how = status.map_or_else(|error| error.to_string(), |status| status.to_string());

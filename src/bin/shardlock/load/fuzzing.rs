@@ -1,12 +1,13 @@
-//! What must hold for what the tool reads of processes. The target of `fuzz/` that runs it has this file and `counters.rs` as modules of its own.
+//! Invariants of what the tool parses from other processes. The fuzz target in `fuzz/` that runs
+//! this includes this file and `counters.rs` as modules.
 
 use super::counters::Counters;
 
 /// A page of metrics in Prometheus' text format.
 pub(crate) fn metrics_page(data: &[u8]) {
-    // A page ends with a whole line.
+    // A page always ends with a complete line.
     let text = format!("{}\n", String::from_utf8_lossy(data));
-    // With a quote in it, it could be taken for another label.
+    // A quote could make it look like another label.
     let is_legal = |class: &&str| {
         class
             .bytes()
@@ -17,7 +18,7 @@ pub(crate) fn metrics_page(data: &[u8]) {
     assert_eq!(counters.since(counters), Counters::default());
     assert_eq!(counters.since(Counters::default()), counters);
     assert!(counters.locks() >= counters.uncontended);
-    // One line more counts for what it says, and a comment for nothing.
+    // An additional line adds its value, and a comment adds nothing.
     let more = format!(
         "{text}shardlock_acquisitions_total{{class=\"{class}\",outcome=\"acquired\",path=\"remote\"}} 2\n\
          # shardlock_store_requests_total{{}} 3\nshardlock_store_requests_total{{shard=\"a\"}} 5\n"

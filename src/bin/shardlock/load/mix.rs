@@ -1,16 +1,16 @@
-//! Which keys are wanted how often.
+//! How often each key is used.
 
 use anyhow::Context;
 use rand::Rng;
 use rand::distr::Distribution;
 use rand::distr::weighted::WeightedIndex;
 
-/// Draws keys by their rank.
+/// Draws keys by rank.
 #[derive(Debug)]
 pub(crate) enum Mix {
-    /// All alike.
+    /// All keys equally often.
     Even { keys: usize },
-    /// A few of them very often.
+    /// A few keys very often.
     Skewed(WeightedIndex<f64>),
 }
 
@@ -19,7 +19,7 @@ impl Mix {
         Self::Even { keys }
     }
 
-    /// The weight of the key of rank n is 1 / n to the power of `exponent`.
+    /// Weighs the key of rank n by 1 / n to the power of `exponent`.
     ///
     /// # Errors
     ///
@@ -29,7 +29,7 @@ impl Mix {
         Ok(Self::Skewed(WeightedIndex::new(weights).context("there are no keys")?))
     }
 
-    /// A rank, from 1 on.
+    /// Draws a rank, starting at 1.
     pub(crate) fn next_rank(&self) -> usize {
         match self {
             Self::Even { keys: 0 | 1 } => 1,

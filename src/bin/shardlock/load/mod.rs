@@ -1,16 +1,16 @@
-//! Load on real servers by real processes: what `demo` and `bench` have in common.
+//! Generates load on real servers with real processes: shared by `demo` and `bench`.
 //!
 //! | file | what it does |
 //! |---|---|
-//! | `child` | the hidden command by which child processes start, so that none outlives its parent |
+//! | `child` | the hidden command that starts child processes, so that none outlives its parent |
 //! | `crew` | the worker processes, as the parent sees them |
 //! | `orders` | the parent, as a worker sees it |
 //! | `server` | throw-away servers |
-//! | `usage` | what a server says that it was asked to do |
-//! | `counters` | what the lock manager of this process has counted |
-//! | `mix` | which keys are wanted how often |
-//! | `progress` | the bar that shows how far it is |
-//! | `signals` | the signals that end it early |
+//! | `usage` | the statistics of a server |
+//! | `counters` | the counters of this process's lock manager |
+//! | `mix` | how often each key is used |
+//! | `progress` | the progress bar |
+//! | `signals` | the signals that end a run early |
 
 pub(crate) mod child;
 pub(crate) mod counters;

@@ -1,5 +1,5 @@
-//! What a parent and its workers say to each other: one JSON value a line, orders on the worker's standard input, answers on
-//! its standard output.
+//! The protocol between a parent and its workers: one JSON value per line, orders on the worker's
+//! standard input, answers on its standard output.
 
 use std::io::{BufRead, Write};
 
@@ -8,22 +8,23 @@ use serde::de::DeserializeOwned;
 use serde::{Deserialize, Serialize};
 use tokio::sync::mpsc;
 
-/// What a worker says. Each order, and the first line, has one [`Answer::Done`] after any number of [`Answer::Progress`].
+/// An answer of a worker. Each order, and the first line, is answered with any number of
+/// [`Answer::Progress`] and one [`Answer::Done`].
 #[derive(Debug, Clone, Serialize, Deserialize)]
 #[serde(rename_all = "snake_case")]
 pub(crate) enum Answer<T> {
-    /// So much of it is done.
+    /// How much is done so far.
     Progress(u64),
-    /// All of it is done, and this is what came of it.
+    /// All of it is done, with this result.
     Done(T),
     Failed(String),
 }
 
-/// The orders of the parent.
+/// The orders from the parent.
 #[derive(Debug)]
 pub(crate) struct Orders(mpsc::UnboundedReceiver<String>);
 
-/// Has a worker do what it is told. What fails is told, too, and makes the exit code 1.
+/// Runs a worker. A failure is sent to the parent and makes the exit code 1.
 pub(crate) async fn obey(serve: impl AsyncFnOnce(&mut Orders) -> anyhow::Result<()>) -> anyhow::Result<u8> {
     let mut orders = Orders::listen()?;
     let served = serve(&mut orders).await;
@@ -34,10 +35,10 @@ pub(crate) async fn obey(serve: impl AsyncFnOnce(&mut Orders) -> anyhow::Result<
 }
 
 impl Orders {
-    /// Reads the orders on a thread of their own. When they end without the order to leave, the parent is gone, and so is
-    /// this process, at once: its locks run out.
+    /// Reads orders on a separate thread. If the input ends without the order to leave, the parent
+    /// is gone, and this process exits at once; its leases expire.
     fn listen() -> anyhow::Result<Self> {
-        // It does not grow: the parent waits for each answer.
+        // The channel stays short: the parent waits for each answer.
         let (sender, orders) = mpsc::unbounded_channel();
         let read = move || {
             for line in std::io::stdin().lock().lines().map_while(Result::ok) {
@@ -51,7 +52,7 @@ impl Orders {
         Ok(Self(orders))
     }
 
-    /// The next order, or the first line.
+    /// Waits for the next order, or for the first line.
     pub(crate) async fn next<T: DeserializeOwned>(&mut self) -> anyhow::Result<T> {
         let line = self.0.recv().await.context("there are no more orders")?;
         serde_json::from_str(&line).context("an order can't be read")

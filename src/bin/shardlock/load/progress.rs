@@ -1,10 +1,10 @@
-//! The bar that shows how far a run is.
+//! The progress bar of a run.
 
 use std::time::Duration;
 
 use indicatif::{ProgressBar, ProgressFinish, ProgressStyle};
 
-/// A progress bar, which shows only on a terminal and is cleared when it is dropped.
+/// A progress bar. It is only shown on a terminal, and cleared on drop.
 pub(crate) fn bar(length: u64, template: &str) -> anyhow::Result<ProgressBar> {
     let style = ProgressStyle::with_template(template)?;
     Ok(ProgressBar::new(length)

@@ -1,5 +1,5 @@
-//! The throw-away servers: each on a free port of 127.0.0.1, in a directory that goes with them, and without anything
-//! written to disk.
+//! Throw-away servers: each on a free port of 127.0.0.1, with a temporary directory, and without
+//! persistence.
 
 use std::fs::{self, DirBuilder, File};
 use std::net::{Ipv4Addr, TcpListener};
@@ -15,23 +15,23 @@ use tokio::process::Child;
 
 use super::{child, usage};
 
-/// Ports below the usual ephemeral ranges, where a client that connects to a server which is not up yet could be given
-/// the server's own port as its source port, and so be connected to itself.
+/// Ports below the usual ephemeral ranges. In those, a client connecting to a server that is not up
+/// yet could get the server's own port as its source port, and so connect to itself.
 const PORTS: std::ops::Range<u16> = 12_000..22_000;
 
-/// How often a port that was free may turn out to be taken by the time the server starts.
+/// How often another program may take a free port before the server binds it.
 const PORTS_TRIED_MAX: u32 = 20;
 
-/// How long a server may take to answer after its start.
+/// The time limit for a server's first reply after its start.
 const START_TIMEOUT: Duration = Duration::from_secs(10);
 
-/// How long to wait before a server that starts is asked again.
+/// The pause between two attempts to reach a starting server.
 const START_POLL: Duration = Duration::from_millis(5);
 
-/// The environment variable that says which binary to start.
+/// The environment variable with the path of the server's binary.
 const BINARY_VARIABLE: &str = "SHARDLOCK_REDIS_SERVER";
 
-/// Servers that run. Dropping them kills them, but [`Servers::stop`] also sees that they are gone.
+/// Running servers. They are killed on drop; [`Servers::stop`] also waits until they are gone.
 #[derive(Debug)]
 pub(crate) struct Servers {
     servers: Vec<Server>,
@@ -45,7 +45,7 @@ struct Server {
 }
 
 impl Servers {
-    /// A place for servers, none of which runs yet.
+    /// A set without servers.
     pub(crate) fn new() -> anyhow::Result<Self> {
         Ok(Self {
             servers: Vec::new(),
@@ -53,7 +53,7 @@ impl Servers {
         })
     }
 
-    /// Starts this many more servers. Those that have started are kept if a later one fails.
+    /// Starts this many more servers. If one fails, those already started are kept.
     pub(crate) async fn start(&mut self, count: usize) -> anyhow::Result<()> {
         let binary = find_binary()?;
         for _ in 0..count {
@@ -75,12 +75,13 @@ impl Servers {
             }
         }
         bail!(
-            "{PORTS_TRIED_MAX} ports of {} were free and taken a moment later",
+            "{PORTS_TRIED_MAX} free ports of {} were taken before a server could use them",
             Ipv4Addr::LOCALHOST
         )
     }
 
-    /// Kills the servers, which have nothing to save, and removes their directory. Done when they are gone.
+    /// Kills the servers, which have no data to save, removes their directory, and waits until they
+    /// are gone.
     pub(crate) async fn stop(mut self) -> anyhow::Result<()> {
         for server in &mut self.servers {
             child::end(&mut server.process)
@@ -95,7 +96,7 @@ fn url(port: u16) -> String {
     format!("redis://{}:{port}", Ipv4Addr::LOCALHOST)
 }
 
-/// A port that is free now.
+/// A port that is currently free.
 pub(crate) fn free_port() -> anyhow::Result<u16> {
     let is_free = |port: &u16| TcpListener::bind((Ipv4Addr::LOCALHOST, *port)).is_ok();
     let mut random = rand::rng();
@@ -105,7 +106,7 @@ pub(crate) fn free_port() -> anyhow::Result<u16> {
         .with_context(|| format!("no port of {} from {PORTS:?} is free", Ipv4Addr::LOCALHOST))
 }
 
-/// Starts a server and waits until it answers. Nothing if the port is taken.
+/// Starts a server and waits until it answers. Returns `None` if the port is taken.
 async fn launch(binary: &Path, port: u16, dir: &Path) -> anyhow::Result<Option<Child>> {
     let log_path = dir.join(format!("{port}.log"));
     let log = File::create(&log_path).with_context(|| format!("{} can't be written", log_path.display()))?;
@@ -128,18 +129,18 @@ async fn launch(binary: &Path, port: u16, dir: &Path) -> anyhow::Result<Option<C
             let log = log();
             ensure!(
                 log.contains("Address already in use"),
-                "{} ended at its start with {status}:\n{log}",
+                "{} exited during startup with {status}:\n{log}",
                 binary.display()
             );
             return Ok(None);
         }
-        // A server of somebody else on the same port would answer, too.
+        // Another program's server on the same port would answer, too.
         if answering_process(port).await == process.id() {
             return Ok(Some(process));
         }
         ensure!(
             Instant::now() < deadline,
-            "{} does not answer within {START_TIMEOUT:?}:\n{}",
+            "{} did not answer within {START_TIMEOUT:?}:\n{}",
             binary.display(),
             log()
         );
@@ -164,13 +165,13 @@ fn find_binary() -> anyhow::Result<PathBuf> {
         std::env::split_paths(&path).flat_map(|dir| ["redis-server", "valkey-server"].map(|name| dir.join(name)));
     candidates.find(|path| path.is_file()).with_context(|| {
         format!(
-            "there is no redis-server or valkey-server on the PATH: `make demo` installs one; or set {BINARY_VARIABLE} \
-             to the path of one, or give servers that run already with --shard"
+            "there is no redis-server or valkey-server on the PATH: run `make demo`, which installs one, set \
+             {BINARY_VARIABLE} to the path of one, or use running servers with --shard"
         )
     })
 }
 
-/// A directory that nobody else can read, removed when it is dropped.
+/// A directory that other users can't read, removed on drop.
 #[derive(Debug)]
 struct Directory {
     path: PathBuf,
@@ -183,7 +184,7 @@ impl Directory {
         DirBuilder::new()
             .mode(0o700)
             .create(&path)
-            .with_context(|| format!("{} can't be made", path.display()))?;
+            .with_context(|| format!("{} can't be created", path.display()))?;
         Ok(Self { path })
     }
 }

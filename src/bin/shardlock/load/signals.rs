@@ -9,15 +9,16 @@ use tokio::signal::unix::{self, SignalKind};
 use crate::disposition;
 use crate::exit;
 
-/// Listens from its making on, so that no signal kills the process before it could clear up. What was ignored when the
-/// tool was started, by nohup(1) for example, stays so.
+/// Handles the signals from its creation on, so that none of them kills the process before it has
+/// cleaned up. Signals that were ignored when the tool was started, for example by nohup(1), stay
+/// ignored.
 pub(crate) struct Signals(Vec<(Caught, unix::Signal)>);
 
-/// A signal that came.
+/// A received signal.
 #[derive(Debug, Clone, Copy)]
 pub(crate) struct Caught {
     pub(crate) name: &'static str,
-    /// 128 and the signal's number, as shells have it.
+    /// 128 plus the signal's number, as in shells.
     pub(crate) exit_code: u8,
 }
 

@@ -1,4 +1,4 @@
-//! What a Redis server says that it was asked to do, by its own counters.
+//! The statistics of a Redis server, from its own counters.
 
 use std::time::Duration;
 
@@ -7,16 +7,16 @@ use deadpool_redis::redis::aio::MultiplexedConnection;
 use deadpool_redis::redis::{AsyncConnectionConfig, Client, cmd};
 use shardlock::Endpoint;
 
-/// How long a server may take to answer: much longer than it should, since the load fills the machine.
+/// The time limit for a reply: much longer than usual, since the load saturates the machine.
 pub(crate) const SERVER_TIMEOUT: Duration = Duration::from_secs(5);
 
-/// A plain connection.
+/// A plain connection to a server.
 pub(crate) async fn connect(url: &str) -> anyhow::Result<MultiplexedConnection> {
     let endpoint = Endpoint::parse(url)?;
-    // The error of the client library may quote the URL, and with it the password.
+    // The client library's error may quote the URL, and with it the password.
     let client = Client::open(url)
         .ok()
-        .with_context(|| format!("{endpoint} is no redis:// URL, and the workers are processes of their own"))?;
+        .with_context(|| format!("{endpoint} is not a redis:// URL, which worker processes need"))?;
     let config = AsyncConnectionConfig::new()
         .set_connection_timeout(Some(SERVER_TIMEOUT))
         .set_response_timeout(Some(SERVER_TIMEOUT));
@@ -26,12 +26,12 @@ pub(crate) async fn connect(url: &str) -> anyhow::Result<MultiplexedConnection> 
         .with_context(|| format!("{endpoint} can't be reached"))
 }
 
-/// How often servers were called, and how long they worked, since their start. Calls from within scripts are among them.
+/// Calls and CPU time of servers since their start. Calls from within scripts are included.
 #[derive(Debug, Clone, Copy, Default, PartialEq, Eq)]
 pub(crate) struct Usage {
     pub(crate) scripts: u64,
     pub(crate) publishes: u64,
-    /// The time on a processor, in microseconds.
+    /// CPU time, in microseconds.
     pub(crate) cpu_us: u64,
 }
 
@@ -41,13 +41,13 @@ const SCRIPTS: [&str; 6] = ["eval", "eval_ro", "evalsha", "evalsha_ro", "fcall",
 const PUBLISHES: [&str; 2] = ["publish", "spublish"];
 
 impl Usage {
-    /// The sum over the servers.
+    /// The sum over all servers.
     pub(crate) async fn of_all(connections: &[MultiplexedConnection]) -> anyhow::Result<Self> {
         let mut sum = Self::default();
         for connection in connections {
             let mut connection = connection.clone();
             let mut texts = Vec::new();
-            // One section a command, since servers before 7.0 take one.
+            // One section per command, since servers before 7.0 accept only one.
             for section in ["commandstats", "cpu"] {
                 let text: String = cmd("INFO").arg(section).query_async(&mut connection).await?;
                 texts.push(text);
@@ -61,7 +61,7 @@ impl Usage {
     }
 
     pub(crate) const fn since(self, earlier: Self) -> Self {
-        // A server that was restarted counts from 0.
+        // A server that has restarted counts from 0 again.
         Self {
             scripts: self.scripts.saturating_sub(earlier.scripts),
             publishes: self.publishes.saturating_sub(earlier.publishes),
@@ -69,7 +69,7 @@ impl Usage {
         }
     }
 
-    /// Reads the sections `commandstats` and `cpu` of INFO.
+    /// Parses the sections `commandstats` and `cpu` of INFO.
     fn parse(text: &str) -> Self {
         let calls = |names: &[&str]| names.iter().map(|name| calls_in(text, name)).sum();
         let seconds = ["used_cpu_user:", "used_cpu_sys:"]

@@ -1,4 +1,4 @@
-//! The map in etcd. Any member that answers speaks for all.
+//! The map in etcd. Any member that answers will do.
 
 use etcd_client::{Client, Compare, CompareOp, GetOptions, Txn, TxnOp};
 use shardlock::ServerUrl;
@@ -8,7 +8,7 @@ use crate::asking::{Asking, Trouble};
 use crate::doctor::etcd as members;
 use crate::doctor::etcd::in_time;
 
-/// A connection to the first member that lets us in.
+/// Connects to the first member that accepts.
 async fn client(servers: &[ServerUrl], asking: &Asking<'_>) -> Result<Client, String> {
     let mut reasons = Vec::new();
     for server in servers {
@@ -48,7 +48,7 @@ pub(super) async fn swap(
     Ok(reply.succeeded())
 }
 
-/// Every key but the map is a cycle that holds or waits, or a note about one.
+/// Finds a key other than the map: each is a cycle that holds or waits, or a note about one.
 pub(super) async fn leases(servers: &[ServerUrl], asking: &Asking<'_>) -> Result<Leases, String> {
     let mut client = client(servers, asking).await?;
     let some = GetOptions::new().with_prefix().with_limit(2).with_keys_only();

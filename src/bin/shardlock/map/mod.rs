@@ -1,10 +1,11 @@
-//! `shardlock map`: the shard map that is stored at the servers, and replacing it.
+//! `shardlock map`: shows and replaces the shard map that is stored on the servers.
 //!
 //! # Implementation details
 //!
-//! Servers are asked directly, not through a manager: a manager is refused where another map is stored, which is where this command is needed.
-//! `places` finds the servers that store the map of a shard, reads and swaps it there; `etcd` does so for etcd. A swap names what it replaces, so a
-//! map that was changed meanwhile stays as it is.
+//! Servers are asked directly rather than through a manager: a manager is refused if a different
+//! map is stored, which is when this command is needed. `places` finds the servers that store a
+//! shard's map, and reads and swaps it there; `etcd` does so for etcd. A swap names the map that it
+//! replaces, so it fails if the map has changed in the meantime.
 
 #[cfg(feature = "etcd")]
 mod etcd;
@@ -20,9 +21,10 @@ use crate::exit::Failure;
 use crate::{output, shards};
 use places::Place;
 
-/// Show or replace the shard map that is stored at the servers
+/// Show or replace the shard map that is stored on the servers
 ///
-/// Every shard stores which slots all shards have. Managers with another map are refused there, since two maps would lock one key in two places.
+/// Every shard stores which slots all shards have. It refuses managers with a different map, since
+/// two maps would lock one key in two places.
 #[derive(Debug, clap::Args)]
 #[command(arg_required_else_help = true)]
 pub(crate) struct Args {
@@ -38,7 +40,7 @@ enum Action {
 
 /// Show what is stored, and what this configuration would store
 ///
-/// Nothing is written. The exit code is 0 if all servers could be asked, whatever they have stored.
+/// Nothing is written. The exit code is 0 if all servers answered, whatever they have stored.
 #[derive(Debug, clap::Args)]
 struct ShowArgs {
     #[command(flatten)]
@@ -48,18 +50,21 @@ struct ShowArgs {
     shards: shards::Options,
 }
 
-/// Replace what is stored by the map of this configuration
+/// Replace the stored map with that of this configuration
 ///
-/// Stop all managers first, then run it with the new shards, then start the managers with the new shards. It refuses, and writes nothing, if a
-/// server has another map than the expected one, or while a manager listens or holds a lease. Servers that have no map or the new one already are
-/// no obstacle, so it can be repeated.
+/// Stop all managers first, run this with the new shards, then start the managers with the new
+/// shards. It refuses, and writes nothing, if a server has a map that is neither expected nor the
+/// new one, or while a manager listens or holds a lease. Servers without a map, or with the new
+/// one, are accepted, so the command can be repeated.
 #[derive(Debug, clap::Args)]
 struct SetArgs {
-    /// The map that is to be replaced, as `map show` prints it, with or without its here=...; "none" where none is stored; repeat it for several
+    /// The map to replace, as `map show` prints it, with or without its here=...; "none" if none is
+    /// stored; repeat it for several
     #[arg(long = "expect", value_name = "OLD", required = true)]
     expected: Vec<String>,
 
-    /// Replace it although managers listen or hold leases; they lose all their locks on these shards at their next renewal
+    /// Replace it even though managers listen or hold leases; they lose all their locks on these
+    /// shards at their next renewal
     #[arg(long)]
     force: bool,
 
@@ -70,7 +75,7 @@ struct SetArgs {
     shards: shards::Options,
 }
 
-/// How none is called.
+/// Stands for no map.
 const NONE: &str = "none";
 
 pub(crate) async fn run(args: Args) -> Result<u8, Failure> {
@@ -80,14 +85,14 @@ pub(crate) async fn run(args: Args) -> Result<u8, Failure> {
     }
 }
 
-/// A place where the map of a shard is stored, and what is there.
+/// A place that stores the map of a shard, and what it stores.
 struct Seen<'a> {
     shard: &'a str,
     place: Place,
     ours: String,
-    /// What is stored, or why that is not known.
+    /// The stored map, or why it is unknown.
     stored: Result<Option<String>, String>,
-    /// Who listens there, as far as the server tells.
+    /// The managers that listen there, as far as the server reports them.
     listeners: Result<Vec<String>, String>,
 }
 
@@ -97,13 +102,13 @@ impl Seen<'_> {
     }
 }
 
-/// Asks all servers of all shards.
+/// Reads the map from all servers of all shards.
 async fn look<'a>(config: &'a Config, asking: &Asking<'_>) -> Result<Vec<Seen<'a>>, Failure> {
     let mut all = Vec::new();
     for (index, shard) in config.shards.iter().enumerate() {
         let fingerprints = config.fingerprints_at(index);
         for (number, place) in places::find(shard, asking).await?.into_iter().enumerate() {
-            // One for each node of a quorum, otherwise one in all.
+            // One for each node of a quorum, otherwise a single one.
             let ours = fingerprints
                 .get(number)
                 .or(fingerprints.first())
@@ -123,8 +128,8 @@ async fn look<'a>(config: &'a Config, asking: &Asking<'_>) -> Result<Vec<Seen<'a
     Ok(all)
 }
 
-/// The option for `map set` that expects what is stored, for an operator to copy. What no manager would store stays out of it: it
-/// might be meant for the shell.
+/// The option of `map set` that expects the stored map, for an operator to copy. A value that no
+/// manager would store is not repeated: it might be shell code.
 pub(crate) fn expectation(stored: &str) -> String {
     let is_usual = |char: char| char.is_ascii_alphanumeric() || " .:,;_-=".contains(char);
     match whole(stored) {
@@ -133,7 +138,7 @@ pub(crate) fn expectation(stored: &str) -> String {
     }
 }
 
-/// The map without which of the shards it is that stores it.
+/// The map without the part that names the shard storing it.
 fn whole(stored: &str) -> &str {
     stored.split_once(" here=").map_or(stored, |(map, _)| map)
 }

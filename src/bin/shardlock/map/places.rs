@@ -1,4 +1,4 @@
-//! The servers that store the map of a shard: finding them, and what can be done there.
+//! Finds the servers that store the map of a shard, and accesses them.
 
 use std::time::{Duration, Instant};
 
@@ -10,16 +10,16 @@ use shardlock::{Endpoint, ServerUrl, ShardConfig, manager_of};
 use crate::asking::{Asking, ask, primaries};
 use crate::exit::{self, Failure};
 
-/// For how long one server is searched for leases.
+/// The time limit for searching a server for leases.
 const SEARCH_MAX: Duration = Duration::from_secs(20);
-/// How many of its keys a server looks at in one step.
+/// The keys that a server scans in one step.
 const STEP: u64 = 1000;
 
-/// Replaces the map if it is still what it was, and returns whether it was: an empty text is none.
+/// Replaces the map if it is unchanged, and returns whether it was. An empty text means no map.
 const SWAP: &str =
     "if (redis.call('GET', KEYS[1]) or '') ~= ARGV[1] then return 0 end redis.call('SET', KEYS[1], ARGV[2]) return 1";
 
-/// Where the map of a shard, or of a node of it, is stored.
+/// A place that stores the map of a shard, or of one of its nodes.
 pub(super) struct Place {
     kind: Kind,
     label: String,
@@ -27,7 +27,7 @@ pub(super) struct Place {
 
 enum Kind {
     Server(ServerUrl),
-    /// The primary that has the map's key, and all of them.
+    /// The primary that has the map's key, and all primaries.
     Cluster {
         owner: ServerUrl,
         primaries: Vec<ServerUrl>,
@@ -36,22 +36,22 @@ enum Kind {
     Etcd(Vec<ServerUrl>),
 }
 
-/// What is held or waited for.
+/// Whether any lock is held or waited for.
 pub(super) enum Leases {
     None,
     Some {
         example: String,
         owner: String,
     },
-    /// Not all keys could be looked at in time.
+    /// There was not enough time to check all keys.
     Unknown,
 }
 
-/// The places of one shard. A shard in memory has none.
+/// The places of a shard; empty for a shard in memory.
 ///
 /// # Errors
 ///
-/// Nobody knows which servers they are.
+/// If the servers can't be determined.
 pub(super) async fn find(shard: &ShardConfig, asking: &Asking<'_>) -> Result<Vec<Place>, Failure> {
     let unknown = |reason: anyhow::Error| {
         let context = format!("shard {}: its servers can't be found", shard.name);
@@ -89,7 +89,7 @@ pub(super) async fn find(shard: &ShardConfig, asking: &Asking<'_>) -> Result<Vec
     Ok(servers.into_iter().map(place).collect())
 }
 
-/// The node of a cluster that has the key of the map: the others send it on.
+/// The node of a cluster that has the map's key: the others redirect.
 async fn owner(primaries: &[ServerUrl], asking: &Asking<'_>) -> Result<ServerUrl, String> {
     let mut trouble = "no primary has slots".to_owned();
     for server in primaries {
@@ -102,7 +102,7 @@ async fn owner(primaries: &[ServerUrl], asking: &Asking<'_>) -> Result<ServerUrl
 }
 
 impl Place {
-    /// `host:port`; in a cluster that of the node which has the map's key.
+    /// `host:port`; in a cluster, of the node that has the map's key.
     pub(super) fn label(&self) -> String {
         self.label.clone()
     }
@@ -119,7 +119,7 @@ impl Place {
         }
     }
 
-    /// Stores `new` if `old` is stored, or nothing for none.
+    /// Stores `new` if `old` is stored; `None` means that no map must be stored.
     pub(super) async fn swap(&self, asking: &Asking<'_>, old: Option<&str>, new: &str) -> Result<(), String> {
         let key = asking.config.map_key();
         let swapped = match &self.kind {
@@ -133,11 +133,12 @@ impl Place {
         };
         match swapped {
             true => Ok(()),
-            false => Err("it was changed meanwhile".to_owned()),
+            false => Err("it was changed in the meantime".to_owned()),
         }
     }
 
-    /// The names of the managers that listen. Etcd has no such names, and in a cluster only those that have locked lately have them.
+    /// The names of the listening managers. Empty on etcd, which does not have them. In a cluster,
+    /// only managers that have locked recently are listed.
     pub(super) async fn listeners(&self, asking: &Asking<'_>) -> Result<Vec<String>, String> {
         let namespace = glob(&asking.config.namespace);
         let (servers, list, pattern) = match &self.kind {
@@ -162,7 +163,7 @@ impl Place {
         Ok(names)
     }
 
-    /// Whether a manager holds anything here or waits for it.
+    /// Whether a manager holds or waits for a lock here.
     pub(super) async fn leases(&self, asking: &Asking<'_>) -> Result<Leases, String> {
         let servers = match &self.kind {
             Kind::Server(server) => std::slice::from_ref(server),
@@ -180,7 +181,7 @@ impl Place {
     }
 }
 
-/// Looks through the keys of the namespace on one server.
+/// Searches the keys of the namespace on one server.
 async fn leases_at(server: &ServerUrl, asking: &Asking<'_>) -> Result<Leases, String> {
     let mut connection = connect(server, asking).await?;
     let (began, mut cursor) = (Instant::now(), 0_u64);
@@ -198,7 +199,7 @@ async fn leases_at(server: &ServerUrl, asking: &Asking<'_>) -> Result<Leases, St
             let Some(key) = key else { continue };
             let owner: Option<Vec<u8>> = match ask(&mut connection, cmd("GET").arg(name)).await {
                 Ok(owner) => owner,
-                // What is no string is no lease.
+                // A value that is not a string is not a lease.
                 Err(reason) if reason.contains("WRONGTYPE") => None,
                 Err(reason) => return Err(reason),
             };
@@ -224,12 +225,12 @@ async fn connect(server: &ServerUrl, asking: &Asking<'_>) -> Result<MultiplexedC
     asking.connect(server).await.map_err(|trouble| trouble.reason)
 }
 
-/// One question on a connection of its own.
+/// Sends a single command on a new connection.
 async fn one<T: FromRedisValue>(server: &ServerUrl, asking: &Asking<'_>, question: &Cmd) -> Result<T, String> {
     ask(&mut connect(server, asking).await?, question).await
 }
 
-/// A text as it stands, in the server's glob style.
+/// Escapes a text for the server's glob patterns.
 fn glob(text: &str) -> String {
     let mut pattern = String::with_capacity(text.len() + 4);
     for char in text.chars() {

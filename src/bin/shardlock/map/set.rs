@@ -28,14 +28,14 @@ pub(super) async fn run(args: SetArgs) -> Result<u8, Failure> {
         swapped.map_err(|reason| {
             let done = replaced.len();
             refused(anyhow!(
-                "{}: the map was not replaced there: {reason}; it was on {done} other servers; mend that and repeat the command",
+                "{}: the map was not replaced: {reason}; it was replaced on {done} other servers; fix the cause and repeat the command",
                 seen.place.label()
             ))
         })?;
         replaced.push(seen.place.label());
     }
     if !args.force {
-        // One that started meanwhile has read the old map.
+        // A manager that has started in the meantime has read the old map.
         let now = look(&config, &asking).await?;
         if let Err(failure) = nobody_listens(&now) {
             output::complain(format_args!(
@@ -52,12 +52,12 @@ pub(super) async fn run(args: SetArgs) -> Result<u8, Failure> {
     Ok(exit::OK)
 }
 
-/// A refusal: nothing, or no more than the message says, was written.
+/// A refusal. Nothing was written, unless the message says otherwise.
 fn refused(error: anyhow::Error) -> Failure {
     Failure::new(exit::UNAVAILABLE, error)
 }
 
-/// Whether every server has the new map, none, or one that is to be replaced.
+/// Checks that each server has the new map, no map, or one that is expected.
 fn check_stored(seen: &[Seen<'_>], expected: &[String]) -> Result<(), Failure> {
     let is_expected = |stored: &str| {
         let is = |old: &String| old == stored || old == whole(stored);
@@ -86,12 +86,12 @@ fn check_stored(seen: &[Seen<'_>], expected: &[String]) -> Result<(), Failure> {
     match found_any {
         true => Ok(()),
         false => Err(Failure::config(anyhow!(
-            "no server has any map, so there is none to replace; nothing was written; the first lock stores one, and so does --expect {NONE}"
+            "no server has a map to replace; nothing was written; the first lock stores one, and so does --expect {NONE}"
         ))),
     }
 }
 
-/// Whether no manager would notice.
+/// Checks that no manager listens, holds or waits.
 async fn check_unused(seen: &[Seen<'_>], asking: &Asking<'_>) -> Result<(), Failure> {
     nobody_listens(seen)?;
     for seen in seen {
@@ -99,8 +99,8 @@ async fn check_unused(seen: &[Seen<'_>], asking: &Asking<'_>) -> Result<(), Fail
         let in_use = match seen.place.leases(asking).await {
             Ok(Leases::None) => continue,
             Ok(Leases::Some { example, owner }) => format!("{example:?} is held or waited for by {owner}"),
-            Ok(Leases::Unknown) => "there are too many keys to look through all of them".to_owned(),
-            Err(reason) => format!("leases can't be looked for: {reason}"),
+            Ok(Leases::Unknown) => "there are too many keys to search all of them".to_owned(),
+            Err(reason) => format!("the search for leases failed: {reason}"),
         };
         return Err(refused(anyhow!(
             "{place}: {in_use}; nothing was written; stop all managers and wait until their leases have ended, or use --force"
@@ -116,7 +116,7 @@ fn nobody_listens(seen: &[Seen<'_>]) -> Result<(), Failure> {
             Ok(found) => listeners.extend(found),
             Err(reason) => {
                 return Err(refused(anyhow!(
-                    "{}: whether managers listen can't be looked at: {reason}; nothing was written; --force does without it",
+                    "{}: can't check whether managers listen: {reason}; nothing was written; --force skips this check",
                     seen.place.label()
                 )));
             }

@@ -22,7 +22,7 @@ pub(super) async fn run(args: ShowArgs) -> Result<u8, Failure> {
     Ok(if all_answered { exit::OK } else { exit::UNAVAILABLE })
 }
 
-/// The maps that `map set` would have to expect.
+/// The maps to pass to `map set --expect`.
 fn to_replace(seen: &[Seen<'_>]) -> BTreeSet<String> {
     let others = seen.iter().filter(|seen| !seen.agrees());
     let stored = others.filter_map(|seen| seen.stored.as_ref().ok()?.as_deref());
@@ -53,7 +53,7 @@ fn as_json(seen: &[Seen<'_>], to_replace: &BTreeSet<String>) -> serde_json::Valu
 
 fn as_text(seen: &[Seen<'_>], to_replace: &BTreeSet<String>) -> String {
     let mut text = String::new();
-    // Writing to a string can't fail.
+    // Writing to a `String` can't fail.
     for seen in seen {
         writeln!(text, "{}  {}", printable(seen.shard), printable(&seen.place.label())).ok();
         let stored = match &seen.stored {

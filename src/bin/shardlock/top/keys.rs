@@ -1,14 +1,13 @@
-//! From what is typed to what is meant.
+//! Maps key presses to actions.
 
 use crossterm::event::{KeyCode, KeyEvent, KeyEventKind, KeyModifiers};
 
 use super::model::View;
 
-/// What the person at the keyboard wants.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub(super) enum Action {
     Quit,
-    /// To stand in the background, as other programs do at Ctrl-Z.
+    /// Stops the process and returns to the shell, as other programs do on Ctrl-Z.
     Suspend,
     Show(View),
     NextView,
@@ -18,7 +17,7 @@ pub(super) enum Action {
     Pause,
     Search,
     Help,
-    /// Ends what is over the table: the help, then the filter.
+    /// Closes the help if it is open, otherwise clears the filter.
     Escape,
     Move(Motion),
     Filter(Edit),
@@ -40,11 +39,11 @@ pub(super) enum Edit {
     Add(char),
     Remove,
     Clear,
-    /// The filter stays, and keys mean commands again.
+    /// Keeps the filter and makes keys commands again.
     Keep,
 }
 
-/// What a key means, also where a filter is being written.
+/// The action of a key press, or `None`. While a filter is being edited, letters are text.
 pub(super) fn action(key: &KeyEvent, writing: bool) -> Option<Action> {
     if key.kind == KeyEventKind::Release {
         return None;

@@ -1,4 +1,4 @@
-//! The view on a terminal: waits for keys, for what the sources say, for signals and for the next second, and draws.
+//! The interactive view: redraws on key presses, new data, signals and a timer.
 
 use std::future::poll_fn;
 use std::task::Poll;
@@ -18,10 +18,10 @@ use super::source::Asking;
 use crate::disposition;
 use crate::exit::{self, Failure};
 
-/// How often to draw although nothing came, for the ages of what is stale.
+/// How often to redraw without new data, so that the ages of stale data keep counting.
 const DRAW_EVERY: Duration = Duration::from_secs(1);
 
-/// Shows the model until somebody wants it to end. Returns the code to exit with.
+/// Shows the model until the user quits or a signal arrives. Returns the exit code.
 pub(super) async fn show(mut model: Model, mut asking: Asking, setting: Setting) -> Result<u8, Failure> {
     let mut signals = Signals::listen().map_err(Failure::system)?;
     let (mut screen, _taken) = Screen::take().map_err(Failure::system)?;
@@ -41,13 +41,13 @@ pub(super) async fn show(mut model: Model, mut asking: Asking, setting: Setting)
                     }
                     None => {}
                 },
-                // The next frame has the new size.
+                // A resize: the next frame uses the new size.
                 Some(Ok(_)) => {}
                 // The terminal is gone.
                 Some(Err(error)) => return Err(Failure::system(error)),
                 None => return Ok(exit::OK),
             },
-            // The sources are asked until the end, so there is always another answer.
+            // The sources are polled until the end, so there is always another answer.
             Some(answer) = asking.next() => model.take(answer),
             number = signals.next() => return Ok(exit::by_signal(number)),
             _ = beat.tick() => {}
@@ -63,7 +63,7 @@ fn draw(screen: &mut Screen, model: &mut Model, setting: Setting) -> anyhow::Res
     screen.draw(draw)
 }
 
-/// The signals that end a program, but for those that were ignored when it was started.
+/// The signals that end the program, except those that were ignored when it started.
 struct Signals(Vec<(Signal, i32)>);
 
 impl Signals {
@@ -81,7 +81,7 @@ impl Signals {
         listened_to.map(listen).collect::<anyhow::Result<_>>().map(Self)
     }
 
-    /// The number of the next one.
+    /// Waits for the next signal and returns its number.
     async fn next(&mut self) -> i32 {
         poll_fn(|cx| {
             let came = |(signal, number): &mut (Signal, i32)| {

@@ -1,15 +1,16 @@
-//! `shardlock top`: a live view of contention, from the admin endpoints of processes or from the shards themselves.
+//! `shardlock top`: a live view of contention, from the admin endpoints of processes or from the
+//! shards themselves.
 //!
 //! # Implementation details
 //!
 //! | file | what it does |
 //! |---|---|
-//! | `source/` | asks endpoints, or shards, each in a task of its own, and says what they said as a `Look` |
-//! | `model/` | merges looks into rows, computes rates, sorts, filters; knows no terminal and no clock |
-//! | `draw/` | the model as lines in a buffer of any size |
-//! | `keys` | what typed keys mean |
-//! | `screen` | takes the terminal and gives it back |
-//! | `live`, `once` | the view on a terminal; the same once, as plain text |
+//! | `source/` | polls endpoints or shards, each in its own task; a sample is a `Look` |
+//! | `model/` | merges samples into rows, computes rates, sorts, filters; no terminal, no clock |
+//! | `draw/` | draws the model into a buffer of any size |
+//! | `keys` | maps key presses to actions |
+//! | `screen` | takes over the terminal and restores it |
+//! | `live`, `once` | the interactive view; a single frame of plain text |
 
 mod draw;
 mod keys;
@@ -33,12 +34,13 @@ use source::{Address, Asking, Endpoint, Shards, Source, Wanted};
 
 /// Watch contention live: hot keys, held locks and shards
 ///
-/// Asks the admin endpoints of running processes, those that `--metrics` and the library's `Admin` serve. Where there are none, it looks at the
-/// shards themselves, and shows who holds which keys and how many processes wait, but no rates and no waits.
+/// Reads the admin endpoints of running processes, which `--metrics` and the library's `Admin`
+/// serve. Without an endpoint, it reads the shards directly and shows who holds which keys and how
+/// many processes wait, but no rates and no wait times.
 #[derive(Debug, clap::Args)]
 #[command(after_help = AFTER_HELP)]
 pub(crate) struct Args {
-    /// The admin endpoint of a process, as HOST:PORT; several are shown as one
+    /// The admin endpoint of a process, as HOST:PORT; several are merged into one view
     #[arg(value_name = "ADDR", conflicts_with = "shards")]
     addresses: Vec<Address>,
 
@@ -46,23 +48,25 @@ pub(crate) struct Args {
     #[arg(long = "admin", value_name = "ADDR", conflicts_with = "shards")]
     admin: Vec<Address>,
 
-    /// How long to wait between two looks
+    /// How long to wait between two samples
     #[arg(long, value_name = "DURATION", default_value = "1s", value_parser = parse_interval)]
     interval: Duration,
 
-    /// Print one frame of plain text instead; so it is also where standard output is no terminal
+    /// Print one frame of plain text and exit; the default if standard output is not a terminal
     #[arg(long)]
     once: bool,
 
-    /// What to show first, or with --once alone
+    /// The view to show first, or the only one with --once
     #[arg(long, value_enum)]
     view: Option<View>,
 
-    /// At the shards: a key to look at, whether it is used or not; repeat it for several. Without it, keys are searched
+    /// With shards: a key to show, whether in use or not; repeat it for several. Without it, the
+    /// servers are searched for keys
     #[arg(long = "key", value_name = "KEY", value_parser = parse_key)]
     keys: Vec<LockKey>,
 
-    /// At the shards: of how many of a server's keys a search looks at the names, by SCAN; 0 for none [default: 10000]
+    /// With shards: how many keys of a server a search may scan, by SCAN; 0 for none [default:
+    /// 10000]
     #[arg(long, value_name = "COUNT", value_parser = clap::value_parser!(u64).range(..=10_000_000))]
     scan: Option<u64>,
 
@@ -71,25 +75,27 @@ pub(crate) struct Args {
 }
 
 const AFTER_HELP: &str = "\
-Without ADDR, the shards of --shard, --config or the environment are looked at; where there are none, the endpoint at 127.0.0.1:9187.
+Without ADDR, top reads the shards of --shard, --config or the environment; if there are none, the
+endpoint at 127.0.0.1:9187.
 
 Keys:
   tab, 1, 2, 3  hot keys, held locks, shards
   s, r          sort by the next column, reverse
-  /             show only what has a text in it; esc shows everything
+  /             filter rows by text; esc clears the filter
   space         pause
-  n             at the shards: look for more keys
+  n             with shards: search for more keys
   ?             what the columns mean
   q, ctrl-c     quit
 
-At the shards, keys are searched at the start and with n only, at servers of Redis: in steps of 200 keys, never more than --scan and two seconds of
-a server at a time. Each look then asks for the keys that were found, 1000 at most; one that nobody uses for a minute is forgotten. In
-etcd only the keys of --key are seen. WAITERS are processes there, and AGE is since this view has seen the same holder.
+With shards, Redis servers are searched for keys at the start and on n only: in steps of 200 keys,
+at most --scan keys and two seconds per server and search. Each sample then reads the keys that
+were found, at most 1000; a key that is unused for a minute is dropped. On etcd, only the keys of
+--key are shown. WAITERS are processes, and AGE counts from when top first saw the same holder.
 
-Exit code, where it is printed once or could not begin:
+Exit code, with --once or if the view could not start:
   0   the view was shown
   64  the command line is wrong
-  69  an endpoint or a shard can't be reached
+  69  an endpoint or a shard is unreachable
   78  the environment or the configuration file is wrong";
 
 fn parse_interval(text: &str) -> anyhow::Result<Duration> {
@@ -103,14 +109,14 @@ fn parse_key(text: &str) -> Result<LockKey, shardlock::Invalid> {
     LockKey::new(text)
 }
 
-/// Of how many keys of a server a search looks at the names unless it is told otherwise.
+/// How many keys of a server a search scans unless `--scan` is given.
 const SCAN_DEFAULT: u64 = 10_000;
 
-/// How many endpoints are asked at most.
+/// The maximum number of endpoints.
 const ENDPOINTS_MAX: usize = 256;
 
 impl Args {
-    /// Whether logging would write over the screen.
+    /// Whether log lines would overwrite the screen.
     pub(crate) fn owns_stderr(&self) -> bool {
         self.is_live() && stderr().is_terminal()
     }
@@ -122,7 +128,7 @@ impl Args {
     async fn sources(&self) -> Result<Vec<Source>, Failure> {
         let mut addresses: Vec<Address> = Vec::new();
         for address in self.addresses.iter().chain(&self.admin) {
-            // Twice the same process would count twice.
+            // Reading a process twice would count its locks twice.
             if !addresses.contains(address) {
                 addresses.push(address.clone());
             }
@@ -141,18 +147,18 @@ impl Args {
         }
         if addresses.len() > ENDPOINTS_MAX {
             return Err(Failure::usage(anyhow!(
-                "{} endpoints are given, but {ENDPOINTS_MAX} is the most",
+                "{} endpoints are given, but the maximum is {ENDPOINTS_MAX}",
                 addresses.len()
             )));
         }
         if !self.keys.is_empty() {
             return Err(Failure::usage(anyhow!(
-                "--key is for looking at shards; at an endpoint, filter with / or leave it out"
+                "--key is for looking at shards; with an endpoint, leave it out and filter with /"
             )));
         }
         if self.scan.is_some() {
             return Err(Failure::usage(anyhow!(
-                "--scan is for looking at shards; at an endpoint, leave it out"
+                "--scan is for looking at shards; with an endpoint, leave it out"
             )));
         }
         Ok(addresses

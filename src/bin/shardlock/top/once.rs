@@ -11,10 +11,11 @@ use super::source::Asking;
 use crate::exit::{self, Failure};
 use crate::output;
 
-/// How often each source is asked: rates need two looks.
+/// The number of samples of each source: rates need two.
 const LOOKS: usize = 2;
 
-/// Prints these views. Sources that say nothing are complained about, and make the exit code that of what can't be reached.
+/// Prints the given views. Unavailable sources are reported on stderr and set the exit code to
+/// [`exit::UNAVAILABLE`].
 pub(super) async fn print(mut model: Model, mut asking: Asking, views: &[View]) -> Result<u8, Failure> {
     let count = model.processes().len();
     let mut missing = vec![LOOKS; count];
@@ -22,7 +23,7 @@ pub(super) async fn print(mut model: Model, mut asking: Asking, views: &[View]) 
         && let Some(answer) = asking.next().await
     {
         if let Some(looks) = missing.get_mut(answer.source) {
-            // One that is away is not waited for.
+            // Don't wait for a source that is unavailable.
             *looks = if answer.look.is_ok() {
                 looks.saturating_sub(1)
             } else {
@@ -34,7 +35,7 @@ pub(super) async fn print(mut model: Model, mut asking: Asking, views: &[View]) 
     let now = Instant::now();
     let away: Vec<String> = model
         .away(now)
-        .map(|away| format!("{} is away: {}", away.label, away.reason))
+        .map(|away| format!("{} is unavailable: {}", away.label, away.reason))
         .collect();
     if away.len() == count {
         return Err(Failure::new(exit::UNAVAILABLE, anyhow!(away.join("; "))));
@@ -42,10 +43,10 @@ pub(super) async fn print(mut model: Model, mut asking: Asking, views: &[View]) 
     let mut out = io::stdout().lock();
     let text = draw::text(&model, views, now);
     match out.write_all(text.as_bytes()).and_then(|()| out.flush()) {
-        // A reader such as `head` that has seen enough is no error.
+        // A reader such as `head` that closes the pipe early is not an error.
         Err(error) if error.kind() != io::ErrorKind::BrokenPipe => {
             Err(error)
-                .context("the answer could not be written")
+                .context("the output could not be written")
                 .map_err(Failure::system)?;
         }
         _ => {}

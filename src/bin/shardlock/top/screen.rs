@@ -1,4 +1,5 @@
-//! The terminal, from when it is taken until it is given back as it was: at the end, after an error, in a panic, and before standing in the background.
+//! Takes over the terminal and restores it: at the end, after an error, in a panic, and before
+//! suspending.
 
 use std::io::{self, Stdout, stdout};
 use std::sync::atomic::{AtomicBool, Ordering};
@@ -15,18 +16,19 @@ use ratatui::layout::Rect;
 use ratatui::{Frame, Terminal, TerminalOptions, Viewport};
 use rustix::process::{Signal, getpid, kill_process};
 
-/// A terminal of ours, to draw on.
+/// The terminal while the view draws on it.
 ///
 /// # Implementation details
 ///
-/// Its size is followed here, by another [`Terminal`] for each. The library's own way is to ask a terminal where its cursor is, whose answer comes
-/// among the keys: it takes seconds where a terminal gives none.
+/// The size is tracked here, and each change creates a new [`Terminal`]. The library's own resizing
+/// queries the cursor position, whose reply arrives among the key presses; a terminal that does not
+/// reply delays it by seconds.
 pub(super) struct Screen {
     terminal: Terminal<CrosstermBackend<Stdout>>,
     size: (u16, u16),
 }
 
-/// The terminal is ours while this lives.
+/// Restores the terminal when dropped.
 pub(super) struct Taken(());
 
 impl Drop for Taken {
@@ -38,7 +40,7 @@ impl Drop for Taken {
 impl Screen {
     /// # Errors
     ///
-    /// The terminal refuses; it is as it was then.
+    /// If the terminal can't be set up; its previous state is restored.
     pub(super) fn take() -> anyhow::Result<(Self, Taken)> {
         give_back_in_a_panic();
         let taken = Taken(());
@@ -46,11 +48,12 @@ impl Screen {
         Ok((screen, taken))
     }
 
-    /// Shows a frame as a whole, where the terminal knows how: it is written in several parts.
+    /// Draws a frame. It is written in several parts; terminals that support synchronized updates
+    /// show it at once.
     ///
     /// # Errors
     ///
-    /// The terminal is gone.
+    /// If the terminal is gone.
     pub(super) fn draw(&mut self, draw: impl FnOnce(&mut Frame<'_>)) -> anyhow::Result<()> {
         let draw_whole = || {
             queue!(stdout(), BeginSynchronizedUpdate)?;
@@ -64,14 +67,14 @@ impl Screen {
         draw_whole().context("the terminal can't be written to")
     }
 
-    /// Stands in the background until the shell brings us back.
+    /// Suspends the process until the shell resumes it.
     ///
     /// # Errors
     ///
-    /// The terminal can't be taken again.
+    /// If the terminal can't be set up again.
     pub(super) fn suspend(&mut self) -> anyhow::Result<()> {
         leave();
-        kill_process(getpid(), Signal::TSTP).context("can't stand in the background")?;
+        kill_process(getpid(), Signal::TSTP).context("can't suspend")?;
         enter()
             .and_then(|()| fresh())
             .map(|fresh| *self = fresh)
@@ -79,7 +82,7 @@ impl Screen {
     }
 }
 
-/// An empty screen of the size that the terminal has now.
+/// Clears the screen and returns one of the terminal's current size.
 fn fresh() -> io::Result<Screen> {
     let (columns, rows) = size()?;
     execute!(stdout(), Clear(ClearType::All))?;
@@ -90,7 +93,8 @@ fn fresh() -> io::Result<Screen> {
     })
 }
 
-/// Whether the terminal is ours. To give it back twice would put the cursor where it was before, over what was written since.
+/// Whether the terminal is taken over. Restoring it twice would move the cursor back to its old
+/// position, over later output.
 static TAKEN: AtomicBool = AtomicBool::new(false);
 
 fn enter() -> io::Result<()> {
@@ -99,17 +103,18 @@ fn enter() -> io::Result<()> {
     execute!(stdout(), EnterAlternateScreen)
 }
 
-/// What fails here can't be helped: the terminal is gone then.
+/// Restores the terminal. Errors are ignored: the terminal is gone then.
 fn leave() {
     if !TAKEN.swap(false, Ordering::Relaxed) {
         return;
     }
     disable_raw_mode().ok();
-    // A panic may have come in the middle of a frame.
+    // A panic may interrupt a frame.
     execute!(stdout(), EndSynchronizedUpdate, LeaveAlternateScreen, Show).ok();
 }
 
-/// Else what the panic says would be lost with the screen.
+/// Restores the terminal before a panic message is printed, which would otherwise be lost with the
+/// screen.
 fn give_back_in_a_panic() {
     let said_before = std::panic::take_hook();
     std::panic::set_hook(Box::new(move |panic| {
@@ -125,7 +130,7 @@ mod tests {
 
     const ON_A_TERMINAL: &str = "LOCKTEST_PANIC_ON_TERMINAL";
 
-    /// It is the process on the terminal in the second run, and then the test.
+    /// The test starts itself again as the process on the terminal.
     #[test]
     fn a_panic_gives_the_terminal_back_before_it_is_told() {
         if std::env::var_os(ON_A_TERMINAL).is_some() {
@@ -133,7 +138,7 @@ mod tests {
             panic!("said in a panic");
         }
         let mut command = std::process::Command::new("sh");
-        // A line is read in between, so that the modes can be seen before.
+        // The shell reads a line first, so that the original modes can be recorded.
         command
             .args(["-c", "echo ready; read line; \"$0\" --exact top::screen::tests::a_panic_gives_the_terminal_back_before_it_is_told --nocapture; echo over"])
             .arg(std::env::current_exe().unwrap())

@@ -1,4 +1,4 @@
-//! Asks a member for what the checks want to know. Nothing is written to it.
+//! Queries a member for the facts that the checks need. Nothing is written to the member.
 
 use std::time::Instant;
 
@@ -11,40 +11,42 @@ use shardlock::ServerUrl;
 use super::super::facts::RoundTrips;
 use crate::asking::{Asking, Trouble, TroubleKind};
 
-/// What a member tells. A part that it refused is an `Err` with its words.
+/// The facts that a member reported. A query that the member refused is an `Err` with its error.
 #[derive(Debug, Clone)]
 pub(super) struct Member {
     pub(super) round_trips: RoundTrips,
     pub(super) version: String,
-    /// The id of the leader, or zero if there is none.
+    /// The id of the leader, or 0 if there is none.
     pub(super) leader: u64,
     pub(super) bytes: i64,
-    /// How many members the cluster has; zero where the member did not tell.
+    /// The number of members in the cluster, or 0 if the member did not report it.
     pub(super) members: usize,
-    /// Errors and alarms, in words.
+    /// Descriptions of errors and alarms.
     pub(super) alarms: Vec<String>,
-    /// The name in the URL.
+    /// The user name in the URL.
     pub(super) user: Option<String>,
-    /// Whether it was shown a certificate, if it asked for one.
+    /// Whether a client certificate is configured, to be presented if the member asks for one.
     pub(super) shows_certificate: bool,
-    /// The fingerprint that is stored, or nothing where there is none. A member tells it only with a majority behind it.
+    /// The stored fingerprint of the shard map, if there is one. A member returns it only if it has
+    /// a majority behind it.
     pub(super) map: Result<Option<String>, String>,
-    /// What it says if the user may not do what locks need.
+    /// The error, if the user lacks permissions that locks need.
     pub(super) denied: Option<String>,
 }
 
-/// How many round trips are measured, if they fit into the time limit.
+/// How many round trips are measured, if they fit within the time limit.
 const READS: usize = 20;
 
-/// How a connection that the other side has ended is told, by the moment in which that is noticed.
+/// Error texts for a connection closed by the peer. Which one occurs depends on when it is noticed.
 const CLOSED: [&str; 4] = ["connection closed", "stream closed", "broken pipe", "reset by peer"];
 
-/// The number of gRPC's status for who is not permitted something.
+/// The gRPC status code PERMISSION_DENIED.
 const PERMISSION_DENIED: i32 = 7;
 
 pub(super) async fn look(server: &ServerUrl, asking: &Asking<'_>) -> Result<Member, Trouble> {
     let user = user(server)?;
-    // A member that misses a certificate may say so only by closing the connection.
+    // A member that requires a client certificate may close the connection without an error
+    // message.
     let without_a_word = |trouble: Trouble| match trouble.kind {
         TroubleKind::Unreachable | TroubleKind::Answer
             if server.is_encrypted() && CLOSED.iter().any(|words| trouble.reason.contains(words)) =>
@@ -61,7 +63,7 @@ pub(super) async fn look(server: &ServerUrl, asking: &Asking<'_>) -> Result<Memb
     let began = Instant::now();
     let status = in_time(asking, client.status()).await.map_err(without_a_word)?;
     let mut round_trips = vec![began.elapsed()];
-    // Who may not ask for members or alarms still sees the member's own errors.
+    // If the user may not list members or alarms, the member's own errors are still reported.
     let members = in_time(asking, client.member_list()).await;
     let mut alarms = status.errors().to_vec();
     if let Ok(reply) = in_time(asking, client.alarm(AlarmAction::Get, AlarmType::None, None)).await {
@@ -74,7 +76,7 @@ pub(super) async fn look(server: &ServerUrl, asking: &Asking<'_>) -> Result<Memb
         stored.map(|stored| String::from_utf8_lossy(stored.value()).into_owned())
     });
     let denied = match &map {
-        // Without a majority there is no other answer.
+        // Only a member with a majority behind it can answer the next query.
         Ok(_) => may_lock(&mut client, asking).await,
         Err(trouble) => Some(trouble)
             .filter(|trouble| trouble.kind == TroubleKind::Login)
@@ -90,7 +92,7 @@ pub(super) async fn look(server: &ServerUrl, asking: &Asking<'_>) -> Result<Memb
         }
     }
     Ok(Member {
-        // There is one at least.
+        // At least one was measured.
         round_trips: RoundTrips::of(round_trips).ok_or_else(|| Trouble {
             kind: TroubleKind::Answer,
             reason: "no round trip was measured".to_owned(),
@@ -107,7 +109,8 @@ pub(super) async fn look(server: &ServerUrl, asking: &Asking<'_>) -> Result<Memb
     })
 }
 
-/// Asks for what no condition lets happen: whether it is permitted is looked at first.
+/// Tries a transaction whose condition is never true, so it changes nothing. etcd checks
+/// permissions before the condition.
 async fn may_lock(client: &mut Client, asking: &Asking<'_>) -> Option<Trouble> {
     let key = format!("{}%doctor", asking.config.namespace);
     let never = Compare::create_revision(key.as_str(), CompareOp::Less, 0);
@@ -120,11 +123,11 @@ async fn may_lock(client: &mut Client, asking: &Asking<'_>) -> Option<Trouble> {
     Some(trouble).filter(|trouble| trouble.kind == TroubleKind::Login)
 }
 
-/// The name and the password in the URL.
+/// The user name and the password in the URL.
 fn user(server: &ServerUrl) -> Result<Option<(String, String)>, Trouble> {
     let url = url::Url::parse(server.as_str()).map_err(|error| Trouble {
         kind: TroubleKind::Answer,
-        // The URL itself is in none of these errors.
+        // None of these errors contains the URL itself.
         reason: error.to_string(),
     })?;
     let decoded = |text: &str| {
@@ -137,7 +140,7 @@ fn user(server: &ServerUrl) -> Result<Option<(String, String)>, Trouble> {
         .map(|password| (decoded(url.username()), decoded(password))))
 }
 
-/// A connection to a member, for other commands.
+/// Connects to a member. Other commands use this too.
 pub(crate) async fn client(server: &ServerUrl, asking: &Asking<'_>) -> Result<Client, Trouble> {
     let user = user(server)?;
     in_time(asking, connect(server, user.as_ref(), asking)).await
@@ -167,7 +170,7 @@ async fn connect(
     Client::connect([address], Some(options)).await
 }
 
-/// One question, for no longer than a request may take.
+/// Runs one query, limited by the time limit of a request.
 pub(crate) async fn in_time<T>(
     asking: &Asking<'_>,
     question: impl Future<Output = Result<T, Error>>,
@@ -187,7 +190,8 @@ fn trouble(error: &Error) -> Trouble {
         Error::GRpcStatus(status) => status.message().to_owned(),
         other => other.to_string(),
     };
-    // What the client library does not pass on as a cause is where the reason stands.
+    // The client library does not expose its inner error as a source, but that error has the
+    // reason.
     let mut cause = match error {
         Error::GRpcStatus(status) => std::error::Error::source(status),
         Error::TransportError(error) => std::error::Error::source(error),

@@ -1,4 +1,4 @@
-//! etcd.
+//! Checks an etcd cluster.
 
 mod look;
 
@@ -18,7 +18,8 @@ use crate::asking::{Asking, Trouble, TroubleKind};
 use look::{Member, look};
 pub(crate) use look::{client, in_time};
 
-/// What etcd gives in place of shorter leases, unless its election timeout was changed.
+/// etcd's shortest lease, unless its election timeout was changed. Shorter leases are extended to
+/// this.
 const LEASE_LEAST: Duration = Duration::from_secs(2);
 
 type Seen = Result<Member, Trouble>;
@@ -45,7 +46,7 @@ pub(super) async fn examine(endpoint: &Endpoint, asking: &Asking<'_>, fingerprin
     }
 }
 
-/// Whether so many members answer that locks can be had, and more can fail.
+/// Checks whether a majority of the members answers, and whether more members may fail.
 fn majority(seen: &[Seen]) -> Finding {
     const CHECK: &str = "majority";
     let reached = seen.iter().filter(|member| member.is_ok()).count();
@@ -55,17 +56,17 @@ fn majority(seen: &[Seen]) -> Finding {
         "{reached} of the URL's {} members answer, {all} are in the cluster",
         seen.len()
     );
-    let health = "see whether the members run and can be reached: etcdctl endpoint health";
-    // One that says no has asked the others.
+    let health = "check that the members run and can be reached: etcdctl endpoint health";
+    // A member that denies access has also reached a majority.
     let is_answered = |member: &Member| member.map.is_ok() || member.denied.is_some();
     if reached == 0 {
-        return Finding::error(CHECK, found, "no lock of this shard can be had", health);
+        return Finding::error(CHECK, found, "no lock of this shard can be acquired", health);
     }
     if !seen.iter().flatten().any(is_answered) {
         return Finding::error(
             CHECK,
             format!("{found}, and none of them has a majority behind it"),
-            "no lock of this shard can be had",
+            "no lock of this shard can be acquired",
             health,
         );
     }
@@ -73,7 +74,7 @@ fn majority(seen: &[Seen]) -> Finding {
         return Finding::warning(
             CHECK,
             found,
-            "there may be no majority left if more of them fail",
+            "if more members fail, there may be no majority left",
             health,
         );
     }
@@ -81,7 +82,7 @@ fn majority(seen: &[Seen]) -> Finding {
         return Finding::note(
             CHECK,
             found,
-            "fewer than three members survive no failure",
+            "with fewer than three members, etcd does not survive any failure",
             "use three or five members: etcdctl member add",
         );
     }
@@ -95,23 +96,23 @@ fn leader(seen: &[Seen]) -> Option<Finding> {
         return None;
     }
     Some(match (leaders.len(), leaders.contains(&0)) {
-        (1, false) => Finding::ok(CHECK, "all members that answer follow the same one"),
+        (1, false) => Finding::ok(CHECK, "all members that answer follow the same leader"),
         _ => Finding::error(
             CHECK,
-            "there is none, or members follow different ones",
-            "without a leader that a majority follows, no lock of this shard can be had",
-            "if this does not pass within moments, see whether a majority of the members runs and reach one another: etcdctl endpoint status",
+            "there is no leader, or members follow different ones",
+            "without a leader that a majority follows, no lock of this shard can be acquired",
+            "if this persists, check that a majority of the members run and can reach each other: etcdctl endpoint status",
         ),
     })
 }
 
-/// All members have the same, so the first that tells is enough.
+/// Checks the shard map. All members store the same one, so the first successful answer is enough.
 fn shard_map(seen: &[Seen], fingerprint: &str) -> Option<Finding> {
     let told = seen.iter().flatten().find(|member| member.map.is_ok())?;
     map::fingerprint(&told.map, fingerprint)
 }
 
-/// Whether leases can be as short as the settings say.
+/// Checks whether etcd grants leases as short as the configured TTL.
 fn lease(config: &Config) -> Finding {
     const CHECK: &str = "lease-ttl";
     let found = format!("ttl {:?}", config.ttl);
@@ -122,44 +123,44 @@ fn lease(config: &Config) -> Finding {
         CHECK,
         found,
         format!(
-            "etcd gives no lease shorter than one and a half of its election timeouts, {LEASE_LEAST:?} unless that was changed: the locks of a \
-             process that died stay taken for so long"
+            "etcd grants no lease shorter than 1.5 times its election timeout, {LEASE_LEAST:?} unless that was changed: the locks of a \
+             process that died stay taken for that time"
         ),
-        format!("set ttl to {LEASE_LEAST:?} or more; a shorter --election-timeout of etcd's makes shorter leases"),
+        format!("set ttl to {LEASE_LEAST:?} or more; a shorter --election-timeout of etcd allows shorter leases"),
     )
 }
 
-/// Why a member could not be looked at.
+/// Reports why a member could not be examined.
 fn unreachable(place: &str, trouble: &Trouble, level: Level) -> Finding {
     let Trouble { kind, reason } = trouble;
     let health = format!("etcdctl --endpoints {place} endpoint health");
     let (found, mend) = match kind {
         TroubleKind::Login if reason.contains("not enabled") => (
             format!("the login was refused: {reason}"),
-            "leave the user and the password out of the URL, or etcdctl auth enable".to_owned(),
+            "leave the user and the password out of the URL, or run etcdctl auth enable".to_owned(),
         ),
         TroubleKind::Login => (
             format!("the login was refused: {reason}"),
-            "correct the user and the password in the shard's URL (etcd://user:password@host; characters such as @ and / as %40 and %2F), or \
-             etcdctl user passwd <user>"
+            "correct the user and the password in the shard's URL (etcd://user:password@host; write characters such as @ and / as %40 and \
+             %2F), or run etcdctl user passwd <user>"
                 .to_owned(),
         ),
         TroubleKind::Encryption => (
             format!("no encrypted connection: {reason}"),
-            "set tls_ca to the PEM file of the authority that signed etcd's certificate, and name the host in the URL as the certificate does; where \
-             etcd asks for a certificate, set tls_cert and tls_key"
+            "set tls_ca to the PEM file of the CA that signed etcd's certificate, and use the host name of the certificate in the URL; if etcd \
+             asks for a client certificate, set tls_cert and tls_key"
                 .to_owned(),
         ),
         TroubleKind::Silent => (
             format!("connected or connecting, but no answer in time: {reason}"),
-            format!("see whether the member hangs or is overloaded ({health}), or raise store_timeout"),
+            format!("check whether the member hangs or is overloaded ({health}), or raise store_timeout"),
         ),
         TroubleKind::Unreachable | TroubleKind::Database | TroubleKind::Answer => (
             format!("no answer: {reason}"),
-            format!("{health}; see whether the URL needs TLS (etcds:// and tls_ca)"),
+            format!("{health}; check whether the URL needs TLS (etcds:// and tls_ca)"),
         ),
     };
-    let why = "with a majority of the members down, locks of this shard fail";
+    let why = "if a majority of the members is down, locks of this shard fail";
     Finding::new("reachable", level, found, why, mend)
 }
 
@@ -192,18 +193,18 @@ fn of_member(place: &str, member: &Member, config: &Config) -> Vec<Finding> {
         Finding::error(
             "alarms",
             format!("{}; {found}", member.alarms.join(", ")),
-            "etcd takes no writes while it has an alarm (NOSPACE: its quota is used up), so locks fail",
+            "etcd refuses writes while it has an alarm (NOSPACE: its quota is used up), so locks fail",
             "etcdctl compact <revision>, etcdctl defrag, then etcdctl alarm disarm; raise --quota-backend-bytes; set --auto-compaction-retention",
         )
     });
     findings
 }
 
-/// Whether anybody who reaches the member can free locks.
+/// Checks whether a password or a client certificate protects the locks.
 fn access(place: &str, member: &Member) -> Finding {
     const CHECK: &str = "access";
-    let why = "whoever reaches the member can free and take every lock";
-    let mend = "etcdctl auth enable, with a user that is put into the URL: etcd://user:password@host; or --client-cert-auth with etcds://, tls_cert and tls_key";
+    let why = "anyone who can reach the member can release and take every lock";
+    let mend = "run etcdctl auth enable and put a user into the URL: etcd://user:password@host; or use --client-cert-auth with etcds://, tls_cert and tls_key";
     match (&member.user, member.shows_certificate) {
         (Some(user), _) => Finding::ok(CHECK, format!("as user {user} with a password")),
         (None, true) => Finding::ok(CHECK, "with a certificate"),
@@ -212,12 +213,13 @@ fn access(place: &str, member: &Member) -> Finding {
     }
 }
 
-/// Whether the user may do what locks need. Without a majority nobody knows.
+/// Checks whether the user has the permissions that locks need. Without a majority, this is
+/// unknown.
 fn permitted(member: &Member, namespace: &str) -> Option<Finding> {
     const CHECK: &str = "acl";
     let user = member.user.as_deref().unwrap_or("without a name");
     let Some(refusal) = &member.denied else {
-        let found = format!("user {user} may read and write all keys that begin with {namespace:?}");
+        let found = format!("user {user} may read and write all keys that start with {namespace:?}");
         return member.map.is_ok().then(|| Finding::ok(CHECK, found));
     };
     let mend = match member.user {
@@ -226,7 +228,7 @@ fn permitted(member: &Member, namespace: &str) -> Option<Finding> {
     };
     Some(Finding::error(
         CHECK,
-        format!("user {user} may not read and write all keys that begin with {namespace:?}: {refusal}"),
+        format!("user {user} may not read and write all keys that start with {namespace:?}: {refusal}"),
         "locks fail",
         mend,
     ))

@@ -1,4 +1,4 @@
-//! The columns of each view, and what stands in them.
+//! The columns of each view and the contents of their cells.
 
 use ratatui::style::Style;
 
@@ -17,7 +17,7 @@ const fn column(by: By, title: &'static str, room: Room, from_width: u16) -> Col
     }
 }
 
-/// Widths are for the longest that a number is written; titles leave a place for the sign of the order.
+/// Widths fit the longest number; titles leave room for the sort sign.
 const HOT: &[Column] = &[
     column(By::Name, "KEY", Room::Share(1), 0),
     column(By::Shard, "SHARD", Room::Text(12), 100),
@@ -43,7 +43,7 @@ const HELD: &[Column] = &[
         title: "CALLER",
         room: Room::Share(2),
         from_width: 76,
-        // The file's name and the line stand at the end.
+        // The file name and the line are at the end.
         cut: Cut::Head,
     },
 ];
@@ -110,7 +110,7 @@ fn hot(row: &HotRow, by: By) -> Option<String> {
         By::Waiters => Some(words::count(row.waiters as u64)),
         By::P50 => row.waits.map(|waits| words::time(waits.p50)),
         By::P99 => row.waits.map(|waits| words::time(waits.p99)),
-        // Stores do not count that.
+        // Stores do not count contention.
         By::Contended => row.waits.map(|_| words::count(row.contended)),
         By::Rate => row.rate.map(words::rate),
         _ => None,

@@ -1,4 +1,4 @@
-//! What the keys do and the columns mean.
+//! The help screen: keys and columns.
 
 use ratatui::text::Line;
 
@@ -7,24 +7,24 @@ use super::style;
 const HELP: &[(&str, &str)] = &[
     ("tab  1 2 3", "next view; hot keys, held locks, shards"),
     ("s  r", "sort by the next column; reverse the order"),
-    ("/", "show only what has a text in its key, holder, caller or shard"),
-    ("esc", "show everything again"),
-    ("space  n", "pause and go on; look for more keys (--shard)"),
+    ("/", "filter rows by text in the key, holder, caller or shard"),
+    ("esc", "clear the filter"),
+    ("space  n", "pause or resume; search for more keys (--shard)"),
     ("arrows  page", "move through the rows"),
     ("q  ctrl-c", "quit"),
     ("", ""),
-    ("HOLDER", "the process, as host-pid; not here: none of those looked at"),
-    ("AGE  LEFT", "for how long it is held; until when without a renewal"),
-    ("WAITERS", "tasks that wait; with --shard, processes that wait"),
-    ("P50 P99", "waits of those who got it, right within a factor of two"),
-    ("CONT/S", "how often a second it was found held or wanted"),
-    ("LOCKS/S", "all locks; LOCAL: from a task of the same process;"),
-    ("", "REMOTE: from another process"),
+    ("HOLDER", "the process, as host-pid; \"not here\": none of those shown"),
+    ("AGE  LEFT", "time held; time until it expires unless renewed"),
+    ("WAITERS", "waiting tasks; with --shard, waiting processes"),
+    ("P50 P99", "waits for acquired locks, accurate within a factor of two"),
+    ("CONT/S", "requests per second that found it held or waited for"),
+    ("LOCKS/S", "locks acquired; LOCAL: handed over within the process;"),
+    ("", "REMOTE: handed over by another process"),
     ("RT P50 P99", "round trips to the shard"),
-    (">1m03s", "at least: a store tells only who, not since when"),
+    (">1m03s", "at least: a store knows the holder, but not since when"),
     ("", ""),
-    ("", "Several processes: counts are added up, of waits and round"),
-    ("", "trips the largest is shown. Rates are those between two looks."),
+    ("", "With several processes, counts are summed, and waits and"),
+    ("", "round trips are the largest. Rates are between two samples."),
 ];
 
 pub(super) fn lines() -> Vec<Line<'static>> {
@@ -33,7 +33,7 @@ pub(super) fn lines() -> Vec<Line<'static>> {
         line.push_span(*meaning);
         line
     });
-    std::iter::once(Line::styled("  ? help, again to leave it", style::TITLE))
+    std::iter::once(Line::styled("  help, ? to close it", style::TITLE))
         .chain(lines)
         .collect()
 }

@@ -1,4 +1,4 @@
-//! Draws the model: two lines about the whole, the views, the table, and what the keys do.
+//! Draws the model: two status lines, the tabs, the table, and a line with the keys.
 
 mod columns;
 mod help;
@@ -18,25 +18,25 @@ use super::source::process_of;
 use table::Layout;
 use words::{Cut, fit, plain};
 
-/// The lines of the table's header, and below the table.
+/// The height of the table's header, and of the area below the table.
 const HEADER: u16 = 1;
 const BELOW: u16 = 1;
 
-/// What is fixed while the view is shown.
+/// Settings that do not change while the view is shown.
 #[derive(Debug, Clone, Copy)]
 pub(super) struct Setting {
     pub(super) interval: Duration,
     pub(super) colours: bool,
 }
 
-/// Draws one frame. It fits into any area, however small: what matters least is left out first.
+/// Draws one frame. It fits any area, however small: the least important parts are left out first.
 pub(super) fn frame(buffer: &mut Buffer, area: Rect, model: &mut Model, setting: Setting, now: Instant) {
     if area.is_empty() {
         return;
     }
     let rows = model.rows();
     let mut lines = vec![title(model, setting, area.width, now)];
-    // On a low screen the table comes first.
+    // On a low screen the table has priority.
     if area.height >= 8 && !model.helping {
         lines.push(state(model, now));
     }
@@ -91,13 +91,13 @@ fn title(model: &Model, setting: Setting, width: u16, now: Instant) -> Line<'sta
     ])
 }
 
-/// Who is looked at, and what else there is to say of it.
+/// The label of the source or sources, and further details if there is room.
 fn who(model: &Model, now: Instant) -> (String, String) {
     let [process] = model.processes() else {
         let count = model.processes().len();
         let more = match model.away(now).count() {
             0 => String::new(),
-            away => format!(", {away} away"),
+            away => format!(", {away} unavailable"),
         };
         return (format!("{count} processes"), more);
     };
@@ -110,7 +110,7 @@ fn who(model: &Model, now: Instant) -> (String, String) {
     (process.label.clone(), more)
 }
 
-/// Who is away, what is to be known, or the whole in numbers.
+/// The status line: an unavailable source, a note, or the totals.
 fn state(model: &Model, now: Instant) -> Line<'static> {
     let mut away = model.away(now);
     if let Some(first) = away.next() {
@@ -122,7 +122,7 @@ fn state(model: &Model, now: Instant) -> Line<'static> {
         return Line::styled(format!(" {}", plain(note)), style::NOTE);
     }
     if looks().next().is_none() {
-        return Line::styled(" asking ...", style::FAINT);
+        return Line::styled(" waiting for data ...", style::FAINT);
     }
     let sums = model.sums();
     let rate = sums.locks_per_s.map_or_else(|| "-".to_owned(), words::rate);
@@ -135,7 +135,7 @@ fn state(model: &Model, now: Instant) -> Line<'static> {
     ))
 }
 
-/// Short, since the reason may be cut off at the end of the line.
+/// Kept short, since the reason may be cut off at the end of the line.
 fn in_words(away: &Away<'_>, others: usize) -> String {
     let and_others = if others > 0 {
         format!(" (and {others} more)")
@@ -144,9 +144,9 @@ fn in_words(away: &Away<'_>, others: usize) -> String {
     };
     let said = away
         .said
-        .map_or_else(String::new, |said| format!(", stale since {}", words::time(said)));
+        .map_or_else(String::new, |said| format!(", stale for {}", words::time(said)));
     format!(
-        "{}{and_others} is away for {}{said}: {}",
+        "{}{and_others} unavailable for {}{said}: {}",
         plain(away.label),
         words::time(away.silent),
         plain(away.reason)
@@ -193,10 +193,10 @@ fn table(model: &mut Model, rows: &Rows, width: u16, room: u16) -> Vec<Line<'sta
 /// Why the table is empty.
 fn nothing(model: &Model) -> &'static str {
     if model.processes().iter().all(|process| process.look().is_none()) {
-        return "nothing is known yet";
+        return "no data yet";
     }
     if !model.filter().is_empty() {
-        return "nothing matches the filter; esc shows everything";
+        return "nothing matches the filter; esc clears it";
     }
     match model.view() {
         View::Hot => "no key is contended",
@@ -211,10 +211,10 @@ fn footer(model: &Model) -> Line<'static> {
             Span::styled(" /", style::TITLE),
             Span::raw(plain(model.filter())),
             Span::styled(" ", style::TAB_SHOWN),
-            Span::styled("  enter keeps it, esc ends it", style::FAINT),
+            Span::styled("  enter keeps the filter, esc clears it", style::FAINT),
         ]);
     }
-    let pause = if model.wish().paused { "go on" } else { "pause" };
+    let pause = if model.wish().paused { "resume" } else { "pause" };
     let keys = [
         ("q", "quit"),
         ("?", "help"),

@@ -1,4 +1,4 @@
-//! The colours. Each also differs without colours, or says nothing that words do not say as well.
+//! The colours. Each state is also visible without colours, by a modifier or in the text.
 
 use ratatui::style::{Color, Modifier, Style};
 
@@ -11,8 +11,8 @@ pub(super) const NOTE: Style = Style::new().fg(Color::Yellow);
 pub(super) const PAUSED: Style = Style::new().fg(Color::Yellow).add_modifier(Modifier::REVERSED);
 pub(super) const FAINT: Style = Style::new().add_modifier(Modifier::DIM);
 
-/// A row of what was said by somebody who says nothing now.
+/// A row of a source that is unavailable.
 pub(super) const STALE: Style = FAINT;
-/// A key that tasks wait for, or a shard that does not answer.
+/// A key with waiters, and a shard that does not answer.
 pub(super) const WANTED: Style = Style::new().fg(Color::Yellow);
 pub(super) const DOWN: Style = TROUBLE;

@@ -1,4 +1,4 @@
-//! A table in as many columns as there is room for.
+//! A table whose columns depend on the width of the screen.
 
 use ratatui::style::{Modifier, Style};
 use ratatui::text::{Line, Span};
@@ -7,42 +7,41 @@ use super::style;
 use super::words::{Cut, fit, plain, width};
 use crate::top::model::{By, Order};
 
-/// A column of a table.
 #[derive(Debug)]
 pub(super) struct Column {
     pub(super) by: By,
     pub(super) title: &'static str,
     pub(super) room: Room,
-    /// It is left out where the screen is narrower.
+    /// The column is left out on narrower screens.
     pub(super) from_width: u16,
     pub(super) cut: Cut,
 }
 
-/// How wide a column is.
+/// The width of a column.
 #[derive(Debug, Clone, Copy)]
 pub(super) enum Room {
-    /// Numbers, to the right.
+    /// Right-aligned numbers.
     Number(u16),
     Text(u16),
-    /// So many parts of what the others leave.
+    /// A share of the width that the other columns leave.
     Share(u16),
 }
 
-/// A row: its cells in the order of all columns, whether they are shown or not.
+/// A row: its cells in the order of all columns, shown or not.
 #[derive(Debug)]
 pub(super) struct Row {
     pub(super) cells: Vec<String>,
     pub(super) style: Style,
 }
 
-/// The columns that are shown, each with its width.
+/// The columns that are shown, with their widths.
 #[derive(Debug)]
 pub(super) struct Layout<'a> {
     columns: Vec<(usize, &'a Column, usize)>,
 }
 
 impl<'a> Layout<'a> {
-    /// For a screen so wide.
+    /// The layout for a screen of this width.
     pub(super) fn of_screen(columns: &'a [Column], screen: u16) -> Self {
         let shown = |column: &&Column| column.from_width <= screen;
         let fixed: u16 = columns
@@ -69,19 +68,19 @@ impl<'a> Layout<'a> {
                 }
             })
             .collect();
-        // What division has left over is the first one's.
+        // The remainder of the division goes to the first shared column.
         if let Some((.., width)) = widths.iter_mut().find(|(_, column, _)| column.room.shares() > 0) {
             *width += left;
         }
         Self { columns: widths }
     }
 
-    /// As wide as the longest cells, with nothing left out.
+    /// The layout for plain text: as wide as the longest cells, with nothing left out.
     pub(super) fn of_contents(columns: &'a [Column], rows: &[Row]) -> Self {
         let columns = columns.iter().enumerate().map(|(place, column)| {
             let cells = rows.iter().filter_map(|row| row.cells.get(place));
             let longest = cells.map(|cell| width(&plain(cell))).max().unwrap_or_default();
-            // The sign of the order needs a place.
+            // Room for the sort sign.
             (place, column, longest.max(width(column.title) + 1))
         });
         Self {
@@ -89,7 +88,6 @@ impl<'a> Layout<'a> {
         }
     }
 
-    /// The columns that are shown.
     pub(super) fn shown(&self) -> Vec<By> {
         self.columns.iter().map(|(_, column, _)| column.by).collect()
     }

@@ -1,4 +1,4 @@
-//! Frames as they are on screens of several sizes.
+//! Frames on screens of several sizes.
 
 use ratatui::Terminal;
 use ratatui::backend::TestBackend;
@@ -85,7 +85,7 @@ fn look(round: u64) -> Look {
     }
 }
 
-/// A model that was told twice, a second apart, and the moment after.
+/// A model with two samples, a second apart, and the time of the second.
 fn model() -> (Model, Instant) {
     let mut model = Model::new(["127.0.0.1:9187".to_owned()], View::Hot);
     let start = Instant::now();
@@ -112,7 +112,7 @@ fn drawn(model: &mut Model, now: Instant, columns: u16, rows: u16) -> Terminal<T
     terminal
 }
 
-/// Compares the top of a screen of this size, and its last line.
+/// Compares the first lines and the last line of a screen of this size.
 #[track_caller]
 fn shows(model: &mut Model, now: Instant, (columns, rows): (u16, u16), top: &[&str], bottom: &str) {
     let terminal = drawn(model, now, columns, rows);
@@ -128,7 +128,7 @@ fn shows(model: &mut Model, now: Instant, (columns, rows): (u16, u16), top: &[&s
         format!("{line}{}", " ".repeat(usize::from(columns) - width))
     });
     let mut buffer = Buffer::with_lines(padded.collect::<Vec<_>>());
-    // Only the text is compared here.
+    // Only the text is compared.
     let mut seen = terminal.backend().buffer().clone();
     for cell in buffer.content.iter_mut().chain(&mut seen.content) {
         cell.set_style(ratatui::style::Style::reset());
@@ -250,7 +250,7 @@ fn who_is_away_is_said_with_the_reason_and_its_rows_stay_and_are_faint() {
         later,
         (80, 24),
         &[
-            " 127.0.0.1:9187 is away for 3.0s, stale since 3.0s: connection refused",
+            " 127.0.0.1:9187 unavailable for 3.0s, stale for 3.0s: connection refused",
             "coupon:123 ",
         ],
     );

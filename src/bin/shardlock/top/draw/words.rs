@@ -1,4 +1,4 @@
-//! Times, numbers and names in few characters.
+//! Short forms of times, numbers and names.
 
 use std::time::Duration;
 
@@ -7,10 +7,10 @@ use shardlock::must_be_escaped;
 
 use crate::top::source::Age;
 
-/// In six characters at most: `0.25ms`, `8.2ms`, `820ms`, `8.2s`, `59s`, `12m03s`, `5h12m`, `3d04h`.
+/// At most six characters: `0.25ms`, `8.2ms`, `820ms`, `8.2s`, `59s`, `12m03s`, `5h12m`, `3d04h`.
 pub(super) fn time(time: Duration) -> String {
     let (seconds, ms) = (time.as_secs(), time.as_secs_f64() * 1e3);
-    // The bounds are where rounding would need another digit.
+    // The bounds are where rounding would add a digit.
     if ms < 9.995 {
         if ms < 0.005 {
             "0ms".to_owned()
@@ -41,7 +41,7 @@ pub(super) fn age(age: Age) -> String {
     if age.at_least { format!(">{time}") } else { time }
 }
 
-/// In six characters at most: `8.2`, `820`, `12.3k`, `4.5M`.
+/// At most six characters: `8.2`, `820`, `12.3k`, `4.5M`.
 pub(super) fn rate(rate: f64) -> String {
     if rate < 9.95 && rate > 0.0 {
         format!("{rate:.1}")
@@ -60,7 +60,7 @@ pub(super) fn count(count: u64) -> String {
     }
 }
 
-/// Where a text that is too long loses something.
+/// Where a text that is too long is shortened.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub(super) enum Cut {
     Head,
@@ -68,20 +68,20 @@ pub(super) enum Cut {
     Tail,
 }
 
-/// How many columns a text takes.
+/// The width of a text in columns.
 pub(super) fn width(text: &str) -> usize {
     Span::raw(text).width()
 }
 
-/// The text without what would move the cursor or turn the direction of writing: keys are whatever their owners call them.
-/// A mark each, since there is little room for escapes.
+/// Replaces characters that would move the cursor or change the writing direction by `?`: a key can
+/// contain any character, and there is little room for escapes.
 pub(super) fn plain(text: &str) -> String {
     text.chars()
         .map(|char| if must_be_escaped(char) { '?' } else { char })
         .collect()
 }
 
-/// The text in so many columns at most, with an ellipsis for what is left out.
+/// Shortens a text to at most this many columns, with an ellipsis for the part that is left out.
 pub(super) fn fit(text: &str, columns: usize, cut: Cut) -> String {
     if width(text) <= columns {
         return text.to_owned();
@@ -99,7 +99,7 @@ pub(super) fn fit(text: &str, columns: usize, cut: Cut) -> String {
     format!("{head}…{tail}")
 }
 
-/// As many of the characters as fit into so many columns.
+/// The longest prefix that fits into this many columns.
 fn prefix(chars: impl Iterator<Item = char>, columns: usize) -> String {
     let mut room = columns;
     let mut encoded = [0; 4];
@@ -170,7 +170,7 @@ mod tests {
         assert_eq!(fit("a long reason", 7, Cut::Tail), "a long…");
         assert_eq!(fit("abc", 0, Cut::Middle), "");
         assert_eq!(fit("abc", 1, Cut::Middle), "…");
-        // Wide characters are not halved.
+        // A wide character is not split.
         assert_eq!(fit("鍵鍵鍵鍵", 6, Cut::Middle), "鍵…鍵");
         assert!(width(&fit("鍵鍵鍵鍵", 4, Cut::Middle)) <= 4);
     }

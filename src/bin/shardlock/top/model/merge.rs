@@ -1,6 +1,6 @@
-//! From what the processes said to rows: one for each key and each shard, whatever number of processes know it.
+//! Merges the samples of all processes into rows: one per key and one per shard.
 //!
-//! What can be added up is. Quantiles can't: of those the largest is shown, that of the process that fares worst.
+//! Counts are summed. Quantiles can't be, so the largest is shown, that of the slowest process.
 
 use std::collections::{BTreeMap, HashSet};
 use std::time::Duration;
@@ -17,7 +17,7 @@ pub(in crate::top) struct HotRow {
     pub(in crate::top) age: Option<Age>,
     pub(in crate::top) waiters: usize,
     pub(in crate::top) waits: Option<Quantiles>,
-    /// How often per second it was found held or wanted.
+    /// How many requests per second found it held or waited for.
     pub(in crate::top) rate: Option<f64>,
     pub(in crate::top) contended: u64,
     pub(in crate::top) stale: bool,
@@ -40,7 +40,7 @@ pub(in crate::top) struct HeldRow {
 pub(in crate::top) struct ShardRow {
     pub(in crate::top) name: String,
     pub(in crate::top) kind: String,
-    /// How many processes see it up, of how many.
+    /// How many processes see it up, and how many know it.
     pub(in crate::top) up: usize,
     pub(in crate::top) of: usize,
     pub(in crate::top) leases: usize,
@@ -50,7 +50,8 @@ pub(in crate::top) struct ShardRow {
     pub(in crate::top) stale: bool,
 }
 
-/// Tasks wait, but none of the processes that are looked at has a guard: another process holds it, or it is just being handed over.
+/// Tasks wait, but none of the processes shown has a guard: another process holds the lock, or a
+/// hand-off is in progress.
 pub(in crate::top) const NOT_HERE: &str = "not here";
 
 pub(super) fn hot(processes: &[Process]) -> Vec<HotRow> {
@@ -68,7 +69,8 @@ pub(super) fn hot(processes: &[Process]) -> Vec<HotRow> {
             if let Some(rate) = process.rates.contended_of(&(hot.shard.clone(), hot.key.clone())) {
                 row.rate = Some(row.rate.unwrap_or_default() + rate);
             }
-            // Processes are not asked in the same moment, so two may say that they have it: who has it for a shorter time has it from the other.
+            // Processes are sampled at different moments, so two may report the same lock. The one
+            // that has held it for the shorter time got it from the other.
             if let Some(holder) = &hot.holder
                 && row.age.is_none_or(|age| holder.age < age)
             {
@@ -84,8 +86,9 @@ pub(super) fn hot(processes: &[Process]) -> Vec<HotRow> {
     rows
 }
 
-/// A process counts those who wait when they are done with that. Where nobody is yet, since the lock is held for long, the key is not hot, but it is what
-/// matters most.
+/// Adds keys that are held and waited for but not hot yet. A process counts a waiter only when its
+/// wait ends, so a key that is held for long may be missing from the hot keys although it matters
+/// most.
 fn wanted<'a>(process: &'a Process, rows: &mut BTreeMap<(&'a str, &'a str), HotRow>) {
     let Some(look) = process.look() else { return };
     let known: HashSet<(&str, &str)> = look
@@ -127,7 +130,7 @@ pub(super) fn held(processes: &[Process]) -> Vec<HeldRow> {
             };
             let place = (held.shard.as_str(), held.key.as_str());
             match rows.get_mut(&place) {
-                // The larger token is the later holder's.
+                // The larger token belongs to the later holder.
                 Some(known) if known.token >= row.token => known.waiters += row.waiters,
                 Some(known) => {
                     let waiters = known.waiters + row.waiters;
@@ -139,7 +142,7 @@ pub(super) fn held(processes: &[Process]) -> Vec<HeldRow> {
             }
         }
     }
-    // Those who wait in other processes than the holder's are known where the key is hot.
+    // Waiters in processes other than the holder's are known only for hot keys.
     for process in processes {
         let Some(look) = process.look() else { continue };
         for hot in look.hot.iter().filter(|hot| hot.holder.is_none()) {

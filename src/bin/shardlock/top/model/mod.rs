@@ -1,4 +1,5 @@
-//! What is shown and how: the processes, the view, its order, the filter. It knows no terminal, and time only as it is told.
+//! The state of the view: the processes, the current view, its order, the filter. It reads no clock
+//! and knows no terminal.
 
 mod merge;
 mod order;
@@ -16,26 +17,26 @@ use super::keys::{Action, Edit, Motion};
 use super::source::{Answer, Wish};
 use order::Sortable;
 
-/// How long a filter may be, in characters: no key is longer.
+/// The maximum length of a filter, in characters: no key is longer.
 const FILTER_CHARS_MAX: usize = 512;
 
 #[derive(Debug)]
 pub(super) struct Model {
     processes: Vec<Process>,
     view: View,
-    /// The order of each view, and how many of its rows are above those that are shown.
+    /// Per view: its order, and how many rows are scrolled off the top.
     orders: [Order; 3],
     above: [usize; 3],
     filter: String,
     pub(super) writing: bool,
     pub(super) helping: bool,
     wish: Wish,
-    /// How many rows the last frame had room for, and by which columns it can be sorted.
+    /// How many rows the last frame had room for, and the columns it can be sorted by.
     room: usize,
     columns: Vec<By>,
 }
 
-/// All rows, merged; of each kind those that match the filter, in their order.
+/// All rows, merged, filtered and sorted.
 #[derive(Debug, Default)]
 pub(super) struct Rows {
     pub(super) hot: Vec<HotRow>,
@@ -53,7 +54,7 @@ impl Rows {
     }
 }
 
-/// The whole in a few numbers, whatever the filter says.
+/// Totals for the status line. The filter does not apply.
 #[derive(Debug, Clone, Copy, Default, PartialEq)]
 pub(super) struct Sums {
     pub(super) locks_per_s: Option<f64>,
@@ -79,7 +80,7 @@ impl Model {
         }
     }
 
-    /// Takes what a source said; nothing while the view is paused, so that it stands still.
+    /// Applies an answer. While paused, answers are dropped, so that the view does not change.
     pub(super) fn take(&mut self, answer: Answer) {
         if self.wish.paused {
             return;
@@ -135,12 +136,12 @@ impl Model {
         sums
     }
 
-    /// All sources that say nothing now.
+    /// The sources that are unavailable now.
     pub(super) fn away(&self, now: Instant) -> impl Iterator<Item = Away<'_>> {
         self.processes.iter().filter_map(move |process| process.away(now))
     }
 
-    /// The first of the rows to show where there is room for so many of them.
+    /// The index of the first row to show, given the number of rows and the room for them.
     pub(super) fn first_row(&mut self, rows: usize, room: usize) -> usize {
         self.room = room;
         let above = &mut self.above[self.view as usize];
@@ -148,12 +149,12 @@ impl Model {
         *above
     }
 
-    /// The columns that the frame has, which `s` goes through.
+    /// Sets the columns of the frame, which `s` cycles through.
     pub(super) fn has_columns(&mut self, columns: Vec<By>) {
         self.columns = columns;
     }
 
-    /// Does what is wanted, but for leaving and searching, which others do.
+    /// Applies an action. Quitting, suspending and searching happen elsewhere.
     pub(super) fn act(&mut self, action: Action) {
         let view = self.view as usize;
         match action {
@@ -184,7 +185,7 @@ impl Model {
     fn scroll(&mut self, motion: Motion) {
         let page = self.room.saturating_sub(1).max(1);
         let above = &mut self.above[self.view as usize];
-        // The next frame knows how many rows there are, and bounds it.
+        // The next frame knows the number of rows and clamps this.
         *above = match motion {
             Motion::Up => above.saturating_sub(1),
             Motion::Down => above.saturating_add(1),

@@ -1,10 +1,10 @@
-//! By which column the rows of each view are sorted.
+//! The sort order of each view.
 
 use std::cmp::Ordering;
 
 use super::merge::{HeldRow, HotRow, ShardRow};
 
-/// What is shown.
+/// A view of the table.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, clap::ValueEnum)]
 pub(in crate::top) enum View {
     /// The keys with the most contention
@@ -42,7 +42,7 @@ pub(in crate::top) enum By {
 }
 
 impl By {
-    /// Whether the largest comes first where nobody has asked for the contrary.
+    /// Whether this column is sorted in descending order by default.
     const fn largest_first(self) -> bool {
         !matches!(
             self,
@@ -81,14 +81,15 @@ impl Order {
         }
     }
 
-    /// The order by the next of these columns.
+    /// Sorts by the next of these columns.
     pub(super) fn next(self, columns: &[By]) -> Self {
         let place = columns.iter().position(|by| *by == self.by);
         let next = place.map_or(0, |place| (place + 1) % columns.len().max(1));
         columns.get(next).map_or(self, |by| Self::of(*by))
     }
 
-    /// Rows that are alike in the column stay in the order of what matters next, and then of their names, so that they do not jump.
+    /// Rows that are equal in the column are ordered by weight and then by name, so that they keep
+    /// their places.
     pub(super) fn sort<R: Sortable>(self, rows: &mut [R]) {
         rows.sort_by(|one, other| {
             let order = one.compare(other, self.by);
@@ -98,21 +99,21 @@ impl Order {
     }
 }
 
-/// A row that can be sorted, and found by a text.
+/// A row that can be sorted and filtered.
 pub(super) trait Sortable {
     fn compare(&self, other: &Self, by: By) -> Ordering;
     fn tie(one: &Self, other: &Self) -> Ordering;
-    /// What a filter looks at.
+    /// The texts that a filter searches.
     fn texts(&self) -> [&str; 3];
 
-    /// Whether the text is part of it; upper and lower case are the same.
+    /// Whether any of its texts contains the filter, ignoring case.
     fn matches(&self, lower_case: &str) -> bool {
         self.texts().iter().any(|text| text.to_lowercase().contains(lower_case))
     }
 }
 
 fn floats(one: Option<f64>, other: Option<f64>) -> Ordering {
-    // What is not known comes after everything, like the smallest.
+    // Unknown values sort as the smallest.
     one.unwrap_or(-1.0).total_cmp(&other.unwrap_or(-1.0))
 }
 
@@ -153,7 +154,7 @@ impl Sortable for HeldRow {
             By::Name => self.key.cmp(&other.key),
             By::Shard => self.shard.cmp(&other.shard),
             By::Holder => self.who.cmp(&other.who),
-            // What has no end comes after all ends.
+            // Leases without a TTL come last.
             By::Left => {
                 let left = |row: &Self| (row.remaining.is_none(), row.remaining);
                 left(self).cmp(&left(other))
@@ -229,7 +230,7 @@ mod tests {
         let next = order.next(&columns);
         assert_eq!((next.by, next.largest_first), (By::Age, true));
         assert_eq!(next.reversed().next(&columns), order);
-        // A column that is not shown any more gives way to the first.
+        // If the column is no longer shown, the first one is next.
         assert_eq!(Order::of(By::Token).next(&columns).by, By::Name);
     }
 }

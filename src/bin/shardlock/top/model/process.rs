@@ -1,4 +1,4 @@
-//! One source as it is known: what it said last, and whether it is away.
+//! A source: its last sample, and whether it is unavailable.
 
 use std::time::{Duration, Instant};
 
@@ -8,10 +8,10 @@ use crate::top::source::Look;
 #[derive(Debug, Default)]
 pub(in crate::top) struct Process {
     pub(in crate::top) label: String,
-    /// What it said last, and when.
+    /// The last sample, and when it was taken.
     pub(super) said: Option<(Look, Instant)>,
     pub(super) rates: Rates,
-    /// Why there is no answer, and since when.
+    /// Why the source is unavailable, and since when.
     away: Option<(String, Instant)>,
 }
 
@@ -42,7 +42,7 @@ impl Process {
         self.said.as_ref().map(|(look, _)| look)
     }
 
-    /// Whether what it said last is old, since it says nothing now.
+    /// Whether the last sample is outdated because the source is unavailable.
     pub(in crate::top) const fn is_stale(&self) -> bool {
         self.away.is_some()
     }
@@ -58,13 +58,13 @@ impl Process {
     }
 }
 
-/// A source that says nothing now.
+/// A source that is unavailable.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub(in crate::top) struct Away<'a> {
     pub(in crate::top) label: &'a str,
     pub(in crate::top) reason: &'a str,
-    /// For how long it has said nothing.
+    /// How long the source has been unavailable.
     pub(in crate::top) silent: Duration,
-    /// How long ago it said something, if it ever did.
+    /// The age of its last sample, if there is one.
     pub(in crate::top) said: Option<Duration>,
 }

@@ -1,14 +1,14 @@
-//! Rates, from what changed between two looks at the same process.
+//! Rates, from the differences between two samples of a process.
 
 use std::collections::HashMap;
 use std::time::{Duration, Instant};
 
 use crate::top::source::{Locks, Look};
 
-/// Looks that follow each other sooner say too little of a rate.
+/// Samples closer together than this give no reliable rate.
 const BETWEEN_LEAST: Duration = Duration::from_millis(20);
 
-/// Each per second.
+/// Rates per second.
 #[derive(Debug, Clone, Copy, Default, PartialEq)]
 pub(in crate::top) struct LockRates {
     pub(in crate::top) acquired: f64,
@@ -24,10 +24,10 @@ impl LockRates {
     }
 }
 
-/// A key and the shard that it is on.
+/// The shard and the key.
 pub(super) type Place = (String, String);
 
-/// The rates of one process. They are as large as its last look.
+/// The rates of one process. Their number is bounded by its last sample.
 #[derive(Debug, Default)]
 pub(super) struct Rates {
     contended: HashMap<Place, f64>,
@@ -35,7 +35,8 @@ pub(super) struct Rates {
 }
 
 impl Rates {
-    /// What is known after another look. A process that was started anew has no rates yet.
+    /// Updates the rates with a new sample. A process that has restarted has none until its second
+    /// sample.
     pub(super) fn follow(&mut self, before: Option<(&Look, Instant)>, now: (&Look, Instant)) {
         let (look, at) = now;
         let Some((was, seconds)) = before
@@ -77,7 +78,8 @@ impl Rates {
             let place = (hot.shard.clone(), hot.key.clone());
             let rate = match hot.contended?.checked_sub(was) {
                 Some(more) => more as f64 / seconds,
-                // The counts fade by half now and then: what was known before that is closest.
+                // The counters are halved now and then; the last rate known before that is the
+                // closest.
                 None => *self.contended.get(&place)?,
             };
             Some((place, rate))

@@ -1,4 +1,4 @@
-//! Merging, sorting, filtering, pausing.
+//! Tests of merging, sorting, filtering and pausing.
 
 use std::time::Duration;
 
@@ -75,7 +75,7 @@ fn a_key_of_several_processes_is_one_row() {
     assert_eq!((rows[0].key.as_str(), rows[0].contended, rows[0].waiters), ("k", 40, 5));
     assert_eq!((rows[0].holder.as_deref(), rows[0].age), (Some("two"), Some(age(7))));
     assert_eq!(rows[0].waits.unwrap().p99, Duration::from_millis(90));
-    // It waits, and none of the two has it.
+    // The key has a waiter, and neither process holds it.
     assert_eq!(rows[1].holder.as_deref(), Some("not here"));
 }
 
@@ -152,7 +152,7 @@ fn rows_are_sorted_by_any_column_and_the_other_way_round() {
         hot("a", 20, 9, Some(("x", 50)), 1),
         hot("c", 15, 5, None, 20),
     ])]);
-    // Rates are not known after one look, so the counts decide.
+    // After a single sample there are no rates, so the counts decide.
     assert_eq!(keys(&model), ["a", "c", "b"]);
     model.has_columns(vec![By::Name, By::Waiters, By::P99]);
     model.act(Action::NextColumn);
@@ -166,7 +166,7 @@ fn rows_are_sorted_by_any_column_and_the_other_way_round() {
     assert_eq!(keys(&model), ["a", "c", "b"]);
     model.act(Action::NextColumn);
     assert_eq!(keys(&model), ["b", "c", "a"]);
-    // The other views have orders of their own.
+    // Each view has its own order.
     assert_eq!(model.order(View::Held).by, By::Age);
 }
 
@@ -232,6 +232,6 @@ fn scrolling_stays_within_the_rows() {
     assert_eq!(model.first_row(100, 10), 90);
     model.act(Action::Move(Motion::Up));
     assert_eq!(model.first_row(100, 10), 89);
-    // Fewer rows than there were.
+    // Fewer rows than before.
     assert_eq!(model.first_row(5, 10), 0);
 }

@@ -18,14 +18,15 @@ use tokio::task::JoinSet;
 
 use super::{Look, pages};
 
-/// How long an answer may take, connecting included.
+/// The time limit for one sample, connecting included.
 const TIME_MAX: Duration = Duration::from_secs(2);
-/// How large a page may be, in bytes: a thousand held locks with the longest keys are a quarter of it.
+/// The maximum size of a page, in bytes: a thousand held locks with the longest keys take a quarter
+/// of it.
 const PAGE_BYTES_MAX: usize = 8 * 1024 * 1024;
-/// How much of a refusal is shown, in characters.
+/// How much of an error response is shown, in characters.
 const REFUSAL_CHARS_MAX: usize = 120;
 
-/// Where an admin endpoint is.
+/// The address of an admin endpoint.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub(in crate::top) struct Address {
     host: String,
@@ -33,7 +34,7 @@ pub(in crate::top) struct Address {
 }
 
 impl Address {
-    /// Where processes have it that do not say otherwise.
+    /// The default address of an admin endpoint.
     pub(in crate::top) fn usual() -> Self {
         Self {
             host: DEFAULT_ADDRESS.ip().to_string(),
@@ -51,8 +52,8 @@ impl fmt::Display for Address {
 impl FromStr for Address {
     type Err = String;
 
-    /// `HOST:PORT`; a port alone is one of this machine, a host alone has the usual port. What the tool prints, `http://HOST:PORT/metrics`, is
-    /// understood as well.
+    /// Parses `HOST:PORT`. A port alone means this machine, a host alone the default port.
+    /// `http://HOST:PORT/metrics`, as the tool prints it, is accepted too.
     fn from_str(text: &str) -> Result<Self, String> {
         if text.starts_with("https://") {
             return Err("an admin endpoint speaks plain HTTP; give HOST:PORT".to_owned());
@@ -61,7 +62,7 @@ impl FromStr for Address {
         let (place, path) = place.split_once('/').unwrap_or((place, ""));
         if !["", "metrics"].contains(&path) {
             return Err(format!(
-                "{text:?} has a path, but the pages of an admin endpoint are known; give HOST:PORT"
+                "{text:?} has a path, but the paths of an admin endpoint are fixed; give HOST:PORT"
             ));
         }
         let usual = Self::usual();
@@ -86,7 +87,7 @@ impl FromStr for Address {
     }
 }
 
-/// A process that is asked at its admin endpoint.
+/// A process that is read through its admin endpoint.
 #[derive(Debug)]
 pub(in crate::top) struct Endpoint {
     address: Address,
@@ -120,9 +121,9 @@ impl Endpoint {
                 .chars()
                 .take(REFUSAL_CHARS_MAX)
                 .collect();
-            return Err(format!("{path} says {}: {said}", status.as_u16()));
+            return Err(format!("{path} returned {}: {said}", status.as_u16()));
         }
-        serde_json::from_slice(&body).map_err(|error| format!("{path} is not what an admin endpoint says: {error}"))
+        serde_json::from_slice(&body).map_err(|error| format!("{path} is not what an admin endpoint returns: {error}"))
     }
 
     async fn get(&self, path: &str) -> Result<(StatusCode, Bytes), String> {
@@ -133,7 +134,8 @@ impl Endpoint {
         let (mut sender, connection) = http1::handshake(TokioIo::new(stream))
             .await
             .map_err(|error| error.to_string())?;
-        // It ends with this request, whatever way that ends. What it fails with is told by the request as well.
+        // Ends the connection with the request. The request reports the connection's errors as
+        // well.
         let mut carrier = JoinSet::new();
         carrier.spawn(connection);
         let request = Request::get(path)
@@ -149,7 +151,7 @@ impl Endpoint {
     }
 }
 
-/// Without the number that the system gives the error.
+/// The error message without the OS error number.
 fn in_words(error: &std::io::Error) -> String {
     let text = error.to_string();
     let words = text.split(" (os error").next().unwrap_or_default();

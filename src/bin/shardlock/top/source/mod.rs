@@ -1,6 +1,7 @@
-//! Where the view comes from: the admin endpoint of a process, or the shards themselves.
+//! The sources of the view: the admin endpoint of a process, or the shards themselves.
 //!
-//! Each source is asked by a task of its own, so that one that gives no answer keeps nobody else waiting, and the keyboard least of all.
+//! Each source is polled by its own task, so a source that does not answer delays neither the other
+//! sources nor the keyboard.
 
 mod endpoint;
 mod pages;
@@ -16,18 +17,19 @@ use tokio::task::JoinSet;
 pub(super) use endpoint::{Address, Endpoint};
 pub(super) use shards::{Shards, Wanted};
 
-/// What a source said at one moment.
+/// One sample of a source.
 #[derive(Debug, Clone, Default, PartialEq)]
 pub(super) struct Look {
-    /// The manager that was asked, as it signs its leases; another name is another process. Nothing where shards were looked at.
+    /// The manager's name, as in its owner tags; a different name means a different process. `None`
+    /// if the shards were read.
     pub(super) manager: Option<String>,
     pub(super) uptime: Option<Duration>,
     pub(super) hot: Vec<HotKey>,
     pub(super) held: Vec<HeldLock>,
-    /// How many are held, of which `held` may have the oldest only.
+    /// How many locks are held. `held` may contain only the oldest of them.
     pub(super) held_total: usize,
     pub(super) shards: Vec<Shard>,
-    /// What is to be known of how this came about.
+    /// A message for the status line.
     pub(super) note: Option<String>,
 }
 
@@ -35,7 +37,7 @@ pub(super) struct Look {
 pub(super) struct HotKey {
     pub(super) key: String,
     pub(super) shard: String,
-    /// How often it was found held or wanted; fades in time.
+    /// How often a request found it held or waited for; decays over time.
     pub(super) contended: Option<u64>,
     pub(super) waiters: usize,
     pub(super) holder: Option<Holder>,
@@ -44,16 +46,17 @@ pub(super) struct HotKey {
 
 #[derive(Debug, Clone, PartialEq)]
 pub(super) struct Holder {
-    /// The process, or whatever another library has written.
+    /// The process, or the value that another library stored.
     pub(super) who: String,
     pub(super) age: Age,
 }
 
-/// For how long something is held.
+/// How long a lock has been held.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord)]
 pub(super) struct Age {
     pub(super) time: Duration,
-    /// It may be longer: a store does not tell since when, so it counts from when it was first seen.
+    /// Whether it may be longer: a store does not know when the lock was acquired, so the time
+    /// counts from when the holder was first seen.
     pub(super) at_least: bool,
 }
 
@@ -69,7 +72,7 @@ pub(super) struct HeldLock {
     pub(super) shard: String,
     pub(super) who: String,
     pub(super) age: Age,
-    /// Until when it is certainly held; nothing if it has no end.
+    /// The validity left; `None` for a lease without a TTL.
     pub(super) remaining: Option<Duration>,
     pub(super) waiters: usize,
     pub(super) token: Option<u64>,
@@ -83,12 +86,13 @@ pub(super) struct Shard {
     pub(super) up: bool,
     pub(super) leases: usize,
     pub(super) waiters: usize,
-    /// Nothing where shards were looked at: they do not count locks.
+    /// `None` if the shards were read: they do not count locks.
     pub(super) locks: Option<Locks>,
     pub(super) round_trips: Quantiles,
 }
 
-/// How many locks were had, and how many of them after waiting for a task of the same process, or for another process.
+/// Locks acquired, and how many of them were handed over within the process or from another
+/// process.
 #[derive(Debug, Clone, Copy, Default, PartialEq, Eq)]
 pub(super) struct Locks {
     pub(super) acquired: u64,
@@ -96,7 +100,8 @@ pub(super) struct Locks {
     pub(super) remote: u64,
 }
 
-/// The process that signed a lease: `host-pid`, without what only tells managers and their cycles apart. What another library wrote stays whole.
+/// The process of an owner tag: `host-pid`, without the manager's random part and the cycle. Values
+/// from other libraries are returned unchanged.
 pub(super) fn process_of(owner: &str) -> &str {
     let manager = manager_of(owner).unwrap_or(owner);
     match manager.rsplit_once('-') {
@@ -105,16 +110,15 @@ pub(super) fn process_of(owner: &str) -> &str {
     }
 }
 
-/// What is asked.
 #[derive(Debug)]
 pub(super) enum Source {
     Endpoint(Endpoint),
-    // It has a manager, and is the only one then.
+    // The manager in it makes it large; it is then the only source.
     Shards(Box<Shards>),
 }
 
 impl Source {
-    /// How it is called on the screen.
+    /// Its name on the screen.
     pub(super) fn label(&self) -> String {
         match self {
             Self::Endpoint(endpoint) => endpoint.label(),
@@ -124,7 +128,7 @@ impl Source {
 
     /// # Errors
     ///
-    /// In words for people, in one line.
+    /// A one-line message for the user.
     pub(super) async fn look(&mut self) -> Result<Look, String> {
         match self {
             Self::Endpoint(endpoint) => endpoint.look().await,
@@ -139,32 +143,31 @@ impl Source {
     }
 }
 
-/// What a source answered, and when.
 #[derive(Debug)]
 pub(super) struct Answer {
-    /// Which source, counted from zero.
+    /// The index of the source.
     pub(super) source: usize,
     pub(super) look: Result<Look, String>,
     pub(super) at: Instant,
 }
 
-/// What the person at the keyboard wants of the sources.
+/// What the user asks of the sources.
 #[derive(Debug, Clone, Copy, Default, PartialEq, Eq)]
 pub(super) struct Wish {
     pub(super) paused: bool,
-    /// How often a search for more keys was asked for.
+    /// How many searches for more keys were requested.
     pub(super) searches: u64,
 }
 
-/// How many answers may wait to be shown.
+/// How many answers may be queued for display.
 const ANSWERS_MAX: usize = 64;
 
-/// Sources that are asked again and again until this is dropped.
+/// Sources that are polled until this is dropped.
 #[derive(Debug)]
 pub(super) struct Asking {
     wish: watch::Sender<Wish>,
     answers: mpsc::Receiver<Answer>,
-    /// Dropping it ends the tasks.
+    /// Dropping it aborts the tasks.
     _tasks: JoinSet<()>,
 }
 
@@ -183,7 +186,7 @@ impl Asking {
         }
     }
 
-    /// Waits for the next answer. Nothing is lost if this is cancelled.
+    /// Waits for the next answer. Cancel safe.
     pub(super) async fn next(&mut self) -> Option<Answer> {
         self.answers.recv().await
     }

@@ -1,4 +1,5 @@
-//! The JSON of the admin endpoint, as far as it is shown. Fields that a newer version adds are passed over.
+//! The JSON of the admin endpoint, reduced to the fields that are shown. Unknown fields, as of
+//! newer versions, are ignored.
 
 use std::time::Duration;
 
@@ -73,7 +74,7 @@ struct ShardEntry {
     round_trip_ms: QuantilesMs,
 }
 
-/// What is no duration, such as one below zero, is none.
+/// Invalid durations, such as negative ones, become zero.
 fn seconds(seconds: f64) -> Duration {
     Duration::try_from_secs_f64(seconds).unwrap_or_default()
 }
@@ -95,7 +96,7 @@ const fn exactly(time: Duration) -> Age {
     Age { time, at_least: false }
 }
 
-/// The three pages together.
+/// Combines the three pages into a sample.
 pub(super) fn read(hot: HotPage, held: HeldPage, shards: ShardsPage) -> Look {
     let process = process_of(&shards.manager);
     let hot = hot.keys.into_iter().map(|hot| HotKey {

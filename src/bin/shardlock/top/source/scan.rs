@@ -1,5 +1,6 @@
-//! Finds leases at servers of the Redis family, without harm to them: by SCAN in small steps, never by KEYS, and never more of a server's
-//! keys at a time than was allowed. The next search goes on where this one ended.
+//! Finds leases on Redis servers with little load: by SCAN in small steps, never by KEYS, and never
+//! more keys of a server at a time than the budget. The next search continues where the previous
+//! one stopped.
 
 use std::collections::BTreeMap;
 use std::time::{Duration, Instant};
@@ -9,27 +10,27 @@ use shardlock::{Config, Endpoint, LockKey, ServerUrl};
 
 use crate::asking::{Asking, ask, primaries};
 
-/// How many of its keys a server looks at in one step, which takes it well under a millisecond.
+/// The keys that a server scans in one step, well under a millisecond of its time.
 const STEP: u64 = 200;
-/// How long one server is searched at a time.
+/// The time limit of a search, per server.
 const TIME_MAX: Duration = Duration::from_secs(2);
 
-/// Where each server's next search begins.
+/// Where each server's next search starts.
 #[derive(Debug, Default)]
 pub(super) struct Cursors(BTreeMap<(String, String), u64>);
 
-/// What one search of one shard came to.
+/// The result of searching one shard.
 #[derive(Debug, Default)]
 pub(super) struct Found {
     pub(super) keys: Vec<LockKey>,
-    /// Whether keys were left out, which the next search may find.
+    /// Whether keys are left for the next search.
     pub(super) more: bool,
 }
 
-/// What makes a search of a shard impossible, in words.
+/// Why a shard can't be searched.
 pub(super) type Trouble = String;
 
-/// Looks at about `budget` keys of each server of the shard that has leases.
+/// Scans about `budget` keys of each server of the shard that stores leases.
 pub(super) async fn search(
     shard: &str,
     endpoint: &Endpoint,
@@ -86,7 +87,7 @@ async fn search_server(
     Ok(())
 }
 
-/// What all leases of a namespace are called like, in the server's glob style.
+/// A glob pattern that matches all leases of a namespace.
 fn pattern(namespace: &str) -> String {
     let mut pattern = String::with_capacity(namespace.len() + 1);
     for char in namespace.chars() {

@@ -1,9 +1,10 @@
-//! The shards themselves, where no process has an endpoint: who holds the keys that are known, and how many processes wait for them.
+//! Reads the shards directly if no process has an endpoint: who holds the known keys, and how many
+//! processes wait for them.
 //!
 //! # Implementation details
 //!
-//! What a look costs is bounded: one question for each known key, so many at a time, and there are at most [`KEYS_MAX`]. Which keys there are is
-//! searched only at the start and when it is asked for.
+//! The cost of a sample is bounded: one request per known key, at most [`AT_ONCE`] at a time and
+//! [`KEYS_MAX`] in all. The servers are searched for keys only at the start and on request.
 
 use std::collections::{BTreeMap, BTreeSet};
 use std::time::{Duration, Instant};
@@ -14,18 +15,18 @@ use shardlock::{Builder, Config, Endpoint, Inspection, LockError, LockKey, LockM
 use super::scan::{self, Cursors};
 use super::{Age, HeldLock, Holder, HotKey, Look, Quantiles, Shard, process_of};
 
-/// How many keys are known at a time.
+/// The maximum number of known keys.
 const KEYS_MAX: usize = 1000;
-/// How many keys are looked at at the same time.
+/// How many keys are read concurrently.
 const AT_ONCE: usize = 64;
-/// A key that was found is forgotten if nobody held it or waited for it for so long.
+/// A key found by a search is dropped if it is not held or waited for during this time.
 const IDLE_MAX: Duration = Duration::from_secs(60);
 
-/// Which keys are looked at.
+/// Which keys to show.
 #[derive(Debug, Clone)]
 pub(in crate::top) struct Wanted {
     pub(in crate::top) named: Vec<LockKey>,
-    /// How many of a server's keys a search looks at; zero for none.
+    /// How many keys of a server a search scans; zero to not search.
     pub(in crate::top) budget: u64,
 }
 
@@ -36,17 +37,16 @@ pub(in crate::top) struct Shards {
     budget: u64,
     keys: BTreeMap<LockKey, Known>,
     cursors: Cursors,
-    /// What the last search has to say.
+    /// The message of the last search.
     found: Option<String>,
 }
 
-/// A key that is looked at.
 #[derive(Debug)]
 struct Known {
-    /// It stays, whether anybody uses it or not.
+    /// Given by `--key`, and so never dropped.
     named: bool,
     used_at: Instant,
-    /// Who has it, and since when that was seen.
+    /// The current owner, and when it was first seen.
     owner: Option<(String, Instant)>,
 }
 
@@ -55,7 +55,7 @@ impl Shards {
     ///
     /// # Errors
     ///
-    /// Those of connecting.
+    /// The errors of connecting.
     pub(in crate::top) async fn connect(config: Config, wanted: Wanted) -> Result<Self, LockError> {
         let locks = Builder::new().config(config.clone()).connect().await?;
         let now = Instant::now();
@@ -89,15 +89,15 @@ impl Shards {
         }
     }
 
-    /// Looks for more leases at the servers.
+    /// Searches the servers for more leases.
     pub(super) async fn search(&mut self) {
         let before = self.keys.len();
         let (mut more, mut troubles) = (false, BTreeSet::new());
         if self.budget == 0 {
-            troubles.insert("--scan is 0, so no keys are searched".to_owned());
+            troubles.insert("--scan is 0, so the servers are not searched for keys".to_owned());
         } else {
             for shard in &self.config.shards {
-                // The manager has parsed it before.
+                // The manager has already parsed it.
                 let Ok(endpoint) = Endpoint::parse(&shard.url) else {
                     continue;
                 };
@@ -117,7 +117,9 @@ impl Shards {
         let new = self.keys.len() - before;
         self.found = match troubles.into_iter().next() {
             Some(trouble) => Some(trouble),
-            None if more => Some(format!("found {new} more; not all keys were looked at, n goes on")),
+            None if more => Some(format!(
+                "found {new} more; not all keys were searched, press n to continue"
+            )),
             None => None,
         };
     }
@@ -140,7 +142,7 @@ impl Shards {
         for (key, seen) in answers {
             let seen = match seen {
                 Ok(seen) => seen,
-                // It was found, but is no lease.
+                // A key found by a search that is not a lease.
                 Err(LockError::Refused { .. }) if self.keys.get(&key).is_some_and(|known| !known.named) => {
                     self.keys.remove(&key);
                     continue;
@@ -187,7 +189,7 @@ impl Shards {
     }
 }
 
-/// Adds what was found, as long as there is room. Returns whether there was.
+/// Adds the found keys while there is room. Returns whether all of them fit.
 fn take(keys: &mut BTreeMap<LockKey, Known>, found: impl Iterator<Item = LockKey>, now: Instant) -> bool {
     for key in found {
         if keys.len() >= KEYS_MAX && !keys.contains_key(&key) {
@@ -231,7 +233,7 @@ fn show(look: &mut Look, key: &LockKey, shard: String, seen: &Inspection, known:
             age: holder.age,
             remaining: seen.holder.as_ref().and_then(|holder| holder.remaining),
             waiters,
-            // The last one that was issued in the slot may be another lock's.
+            // The slot's latest token may belong to another lock.
             token: None,
             caller: None,
         });
