@@ -1,6 +1,6 @@
-//! The admin endpoint: what it shows, and what it bears.
+//! The admin endpoint: what it shows, and what input it withstands.
 
-// A test is over when its surroundings fail.
+// A failing environment ends the test.
 #![allow(clippy::expect_used, clippy::panic, clippy::unwrap_used)]
 
 mod support;
@@ -17,7 +17,8 @@ use shardlock::{Builder, LockManager};
 use support::{PATIENCE, RedisServer, wait_until, worker};
 use support_locks::{TestStore, lock, lock_in_time, on_each_store, poll_once, until};
 
-/// An endpoint on a free port for a manager of these settings. What it renders of its own is the test's.
+/// Starts an endpoint on a free port for a manager with these settings. The test provides the text
+/// that the recorder renders.
 async fn serve(builder: Builder) -> (LockManager, AdminServer) {
     let admin = Admin::bind_with(([127, 0, 0, 1], 0).into(), || "# of the recorder\n".to_owned()).unwrap();
     let locks = builder.connect().await.unwrap();
@@ -25,11 +26,11 @@ async fn serve(builder: Builder) -> (LockManager, AdminServer) {
     (locks, server)
 }
 
-/// Says these bytes and gives all that comes back.
+/// Sends these bytes and returns everything received.
 fn say(address: SocketAddr, bytes: &[u8]) -> String {
     let mut stream = TcpStream::connect(address).unwrap();
     stream.set_read_timeout(Some(PATIENCE)).unwrap();
-    // The server may close before it has read all.
+    // The server may close the connection before it has read everything.
     stream.write_all(bytes).ok();
     let mut answer = Vec::new();
     stream.read_to_end(&mut answer).ok();
@@ -70,7 +71,7 @@ async fn readiness_follows_the_shards_and_health_does_not() {
     assert_eq!(ready, both_up);
     two.kill();
     let mut body = String::new();
-    wait_until("a dead shard is told", PATIENCE, || {
+    wait_until("the dead shard is reported", PATIENCE, || {
         let (status, said) = get(admin.address(), "/readyz");
         body = said;
         status == 503
@@ -81,11 +82,13 @@ async fn readiness_follows_the_shards_and_health_does_not() {
     assert_eq!(ready["shards"][1]["up"], false);
     assert_eq!(get(admin.address(), "/healthz"), (200, "ok".to_owned()));
     two.restart();
-    wait_until("it is back", PATIENCE, || get(admin.address(), "/readyz").0 == 200);
+    wait_until("the shard is ready again", PATIENCE, || {
+        get(admin.address(), "/readyz").0 == 200
+    });
     locks.shutdown().await;
     assert_eq!(get(admin.address(), "/readyz").0, 503);
     drop(locks);
-    wait_until("the endpoint does not keep the manager", PATIENCE, || {
+    wait_until("the endpoint does not keep the manager alive", PATIENCE, || {
         get(admin.address(), "/held").0 == 503
     });
     assert_eq!(get(admin.address(), "/healthz").0, 200);
@@ -98,9 +101,9 @@ fn worker_entry() {
     }
 }
 
-/// Longer than a loaded machine keeps a server that is well from answering.
+/// Longer than a loaded machine delays the reply of a healthy server.
 const LOOK_LIMIT: Duration = Duration::from_secs(5);
-/// How often a shard is looked at, the time limit of a look, and what such a machine may need besides.
+/// The interval of the health checks, their time limit, and the slack for a loaded machine.
 const KNOWN_WITHIN: Duration = Duration::from_secs(3 + 5 + 5);
 
 on_each_store! { on(servers, own);
@@ -108,7 +111,7 @@ on_each_store! { on(servers, own);
         let (locks, admin) = serve(store.builder().store_timeout(LOOK_LIMIT)).await;
         let is_ready = || get(admin.address(), "/readyz").0 == 200;
         assert!(is_ready() && locks.shards()[0].is_up);
-        // It stays so for longer than a look takes to come.
+        // The shard stays ready for longer than the interval of the health checks.
         let still = Instant::now() + Duration::from_secs(4);
         while Instant::now() < still {
             assert!(is_ready());
@@ -117,19 +120,20 @@ on_each_store! { on(servers, own);
 
         store.servers().kill_all();
         let killed = Instant::now();
-        until("it is said to be down", async || !locks.shards()[0].is_up).await;
+        until("the shard is reported down", async || !locks.shards()[0].is_up).await;
         assert!(killed.elapsed() < KNOWN_WITHIN, "{:?}", killed.elapsed());
         assert_eq!(get(admin.address(), "/readyz").0, 503);
 
         store.servers().restart_all();
-        until("it is ready again", async || is_ready()).await;
-        // And that is true.
+        until("the shard is ready again", async || is_ready()).await;
+        // The report is correct.
         assert!(lock_in_time(&locks, "k").await > 0);
     }
 }
 
 on_each_store! { on(redis_nodes, own);
-    /// Such a server answers everything but what a new lock needs: also renewals, and what is asked to see whether it is there.
+    /// Such a server still answers everything except what a new lock needs, including renewals and
+    /// liveness checks.
     async fn a_shard_that_refuses_locks_is_not_ready(store: &TestStore) {
         let (locks, admin) = serve(store.builder()).await;
         let is_ready = || get(admin.address(), "/readyz").0 == 200;
@@ -138,17 +142,17 @@ on_each_store! { on(redis_nodes, own);
             assert!(is_ready());
             let set = |value| store.servers().command(&["CONFIG", "SET", setting, value]);
             set("100");
-            until("it is not ready", async || !is_ready()).await;
+            until("the shard is not ready", async || !is_ready()).await;
             assert!(!locks.shards()[0].is_up);
             assert!(locks.try_lock("k").await.is_err());
-            // It stays so while renewals are answered.
+            // The shard stays not ready although renewals are answered.
             let still = Instant::now() + Duration::from_secs(2);
             while Instant::now() < still {
                 assert!(!is_ready());
                 tokio::time::sleep(Duration::from_millis(50)).await;
             }
             set("0");
-            until("it is ready again", async || is_ready()).await;
+            until("the shard is ready again", async || is_ready()).await;
             assert!(lock_in_time(&locks, "k").await > 0);
             if setting == "maxmemory" {
                 assert!(held.is_valid(), "renewals need no memory");
@@ -221,7 +225,7 @@ async fn the_truly_hot_keys_are_shown_among_many_and_uncontended_ones_never() {
     let mut waiting = Box::pin(locks.lock("hot").into_future());
     assert!(poll_once(&mut waiting).is_none());
     let start = Instant::now();
-    wait_until("the wait is long", PATIENCE, || {
+    wait_until("the wait is long enough", PATIENCE, || {
         start.elapsed() > Duration::from_millis(100)
     });
     guard.release().await.unwrap();
@@ -331,7 +335,7 @@ async fn only_reading_is_answered_and_only_for_names_of_this_machine() {
     assert_eq!(status("GET /held?a=b HTTP/1.0\r\n\r\n"), "HTTP/1.0 200 OK");
     let head = say(address, b"HEAD /healthz HTTP/1.1\r\nHost: localhost\r\n\r\n");
     assert!(head.starts_with("HTTP/1.1 200") && head.ends_with("\r\n\r\n"), "{head}");
-    // What is no request, or too much of one, ends.
+    // Malformed and oversized requests are ended.
     assert!(!status("nonsense\r\n\r\n").contains("200"));
     let large = format!(
         "GET /healthz HTTP/1.1\r\nHost: localhost\r\nX: {}\r\n\r\n",
@@ -350,7 +354,7 @@ async fn only_reading_is_answered_and_only_for_names_of_this_machine() {
 async fn connections_that_say_nothing_do_not_keep_others_out_for_long() {
     let (_locks, admin) = serve(LockManager::builder().shard("memory://admin-idle")).await;
     let idle: Vec<_> = (0..40).map(|_| TcpStream::connect(admin.address()).unwrap()).collect();
-    // They are ended after five seconds, 32 at a time.
+    // Idle connections are closed after five seconds, 32 at a time.
     assert_eq!(get(admin.address(), "/healthz").0, 200);
     drop(idle);
 }
@@ -374,14 +378,14 @@ async fn an_address_that_is_taken_is_a_clear_error_and_a_dropped_endpoint_gives_
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn the_recorder_that_it_installs_has_all_metrics_with_buckets_and_help() {
     let admin = Admin::bind(([127, 0, 0, 1], 0).into()).unwrap();
-    // There is one recorder in a process.
+    // A process has only one recorder.
     assert!(matches!(
         Admin::bind(([127, 0, 0, 1], 0).into()),
         Err(AdminError::RecorderTaken)
     ));
     let locks = LockManager::connect("memory://admin-metrics").await.unwrap();
     let server = admin.serve(&locks).unwrap();
-    // Of a class of its own: other tests of this process count in the same recorder.
+    // Uses its own class: other tests of this process share the recorder.
     let guard = locks.lock("k").class("recorder").await.unwrap();
     guard.release().await.unwrap();
     let (status, page) = get(server.address(), "/metrics");
@@ -405,7 +409,7 @@ async fn the_recorder_that_it_installs_has_all_metrics_with_buckets_and_help() {
             );
         }
     }
-    // Told before the page is made, not a beat later.
+    // Metrics are flushed before the page is rendered, rather than at the next interval.
     let acquired = "shardlock_acquisitions_total{class=\"recorder\",outcome=\"acquired\",path=\"uncontended\"} 1";
     assert!(page.contains(acquired), "{page}");
 }

@@ -1,6 +1,7 @@
-//! What a server answers when it can't or won't: each has an error of its own, and the lock is had as soon as the trouble is over.
+//! Errors of a server that can't or won't serve a request. Each has its own error message, and the
+//! lock can be acquired as soon as the server recovers.
 
-// A test is over when its surroundings fail.
+// A failing environment ends the test.
 #![allow(clippy::expect_used, clippy::panic, clippy::unwrap_used)]
 
 mod support;
@@ -12,12 +13,13 @@ use shardlock::{LockError, LockManager};
 use support::ClientType;
 use support_locks::{TestStore, lock, on_each_store, soon, until};
 
-/// Asks for a lock until the server is in trouble, and returns the error. A server gets into trouble a moment after it was told to.
+/// Retries the lock until the server returns an error, and returns that error. The server's state
+/// changes a moment after the command that causes it.
 async fn error(locks: &LockManager) -> LockError {
     let mut seen = None;
-    until("the server is in trouble", async || match locks.lock("k").await {
+    until("the server returns an error", async || match locks.lock("k").await {
         Ok(guard) => {
-            // Whatever the answer is, the release is repeated until it is done.
+            // Whatever the reply, the release is repeated until it succeeds.
             drop(guard);
             false
         }
@@ -39,9 +41,10 @@ fn assert_says(error: &LockError, words: &[&str]) {
     }
 }
 
-/// The trouble is over: the lock is had again, and nothing of the refused requests is left.
+/// Waits until the lock can be acquired again, and checks that the refused requests left nothing
+/// behind.
 async fn is_well_again(store: &TestStore, locks: &LockManager) {
-    until("the lock is had again", async || match locks.lock("k").await {
+    until("the lock can be acquired again", async || match locks.lock("k").await {
         Ok(guard) => guard.release().await.is_ok(),
         Err(error) => {
             assert!(error.is_retryable(), "{error}");
@@ -70,20 +73,20 @@ on_each_store! {
             (&replica[..], &primary[..], "connect to the primary"),
         ] {
             server.command(change);
-            let error = locks.lock("k").await.expect_err("the server says no");
+            let error = locks.lock("k").await.expect_err("the server refuses");
             assert!(matches!(error, LockError::Refused { .. }), "{error}");
             assert_says(&error, &[words]);
             server.command(back);
             lock(&locks, "k").await.release().await.expect("release");
         }
-        held.release().await.expect("those troubles were short");
+        held.release().await.expect("the outages were short");
         store.is_clean().await;
     }
 
     async fn a_server_that_loads_its_data_is_unavailable_until_it_is_done(store: &TestStore) {
         let (server, locks) = (store.server(), store.manager().await);
         lock(&locks, "k").await.release().await.expect("release");
-        // Some two seconds, in which the server answers nothing but that it is loading.
+        // For about two seconds the server only replies that it is loading.
         server.command(&["CONFIG", "SET", "key-load-delay", "1000"]);
         server.command(&["CONFIG", "SET", "loading-process-events-interval-bytes", "1024"]);
         server.command(&["DEBUG", "POPULATE", "2000"]);
@@ -110,13 +113,13 @@ on_each_store! {
         assert!(matches!(error, LockError::Unavailable { .. }) && error.is_retryable(), "{error}");
         assert_says(&error, &["busy with a script", "BUSY"]);
         server.command(&["SCRIPT", "KILL"]);
-        script.join().expect("a thread").expect_err("it was killed");
+        script.join().expect("a thread").expect_err("the script was killed");
         is_well_again(store, &locks).await;
     }
 
     async fn a_release_that_is_refused_for_a_while_is_repeated(store: &TestStore) {
         let (server, locks, other) = (store.server(), store.manager().await, store.manager().await);
-        // For longer than anybody waits here.
+        // Longer than any waiter waits in this test.
         let guard = locks.lock("k").ttl(Duration::from_secs(3600)).await.expect("lock");
         server.command(&["CONFIG", "SET", "min-replicas-to-write", "1"]);
         guard.release().await.expect_err("the server takes no writes");
@@ -125,8 +128,8 @@ on_each_store! {
             let count = errors.lines().find_map(|line| line.strip_prefix("errorstat_NOREPLICAS:count="));
             count.map_or(0, |count| count.trim().parse::<u64>().expect("a number"))
         };
-        // That of the guard, and those in the background.
-        until("it was refused again and again", async || refusals() >= 4).await;
+        // The guard's own release and its background retries.
+        until("the release was refused repeatedly", async || refusals() >= 4).await;
         server.command(&["CONFIG", "SET", "min-replicas-to-write", "0"]);
         soon("the lock", lock(&other, "k")).await.release().await.expect("release");
     }
@@ -135,7 +138,7 @@ on_each_store! {
         let (server, locks) = (store.server(), store.manager().await);
         lock(&locks, "k").await.release().await.expect("release");
         server.command(&["CONFIG", "SET", "requirepass", "new"]);
-        // Connections that are there already stay trusted.
+        // Existing connections stay authenticated.
         lock(&locks, "k").await.release().await.expect("release");
         server.client_kill(ClientType::Normal);
         let error = error(&locks).await;

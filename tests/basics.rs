@@ -1,6 +1,6 @@
-//! What everybody expects of a lock: it excludes, it is given back, its limits hold, and it minds its own keys.
+//! The basics of a lock: mutual exclusion, release, wait limits, and independence of other keys.
 
-// A test is over when its surroundings fail.
+// A failing environment ends the test.
 #![allow(clippy::expect_used, clippy::panic, clippy::unwrap_used)]
 
 mod support;
@@ -27,7 +27,7 @@ fn worker_entry() {
     }
 }
 
-/// Adds to a number by reading and then writing it, under the lock.
+/// Increments a number under the lock with separate reads and writes.
 #[tokio::main]
 async fn count(me: &worker::Current) {
     let locks = builder_of(me).connect().await.expect("connect");
@@ -59,7 +59,7 @@ async fn count(me: &worker::Current) {
 
 async fn wait_in_vain(locks: &LockManager, limit: Duration) {
     let started = Instant::now();
-    let error = locks.lock("k").timeout(limit).await.expect_err("it is held");
+    let error = locks.lock("k").timeout(limit).await.expect_err("the lock is held");
     let took = started.elapsed();
     assert!(
         took >= limit && took < limit + Duration::from_millis(300),
@@ -115,7 +115,7 @@ on_each_store! {
         guard.release().await.expect("release");
         other.release().await.expect("release");
 
-        let again = others.try_lock("k").await.expect("try").expect("it was given back");
+        let again = others.try_lock("k").await.expect("try").expect("the lock was released");
         again.release().await.expect("release");
         let again = locks.lock("k").await.expect("lock");
         again.release().await.expect("release");
@@ -130,7 +130,7 @@ on_each_store! {
         let token = old.token();
 
         let new = lock(&other, "k").await;
-        let error = old.release().await.expect_err("it was lost");
+        let error = old.release().await.expect_err("the lock was lost");
         let LockError::Lost { key, token: lost, reason: LossReason::MaxHold } = &error else { panic!("{error}") };
         assert_eq!((key.as_str(), *lost), ("k", token));
         assert!(error.is_lost() && !error.is_retryable());
@@ -147,7 +147,7 @@ on_each_store! {
         let guard = locks.lock("k").await.expect("lock");
         let before = locks.inspect("k").await.expect("inspect");
         if store.kind() == Kind::Redlock {
-            // A majority is enough for the lock; the others follow.
+            // A majority is enough for the lock; the remaining nodes follow.
             let nodes = store.servers().nodes().len();
             until("every node has the lease", async || store.lock_keys().len() == nodes).await;
         }
@@ -155,13 +155,13 @@ on_each_store! {
         for _ in 0..20 {
             assert!(locks.try_lock("k").await.expect("try").is_none());
             assert!(others.try_lock("k").await.expect("try").is_none());
-            let error = others.lock("k").timeout(Duration::ZERO).await.expect_err("it is held");
+            let error = others.lock("k").timeout(Duration::ZERO).await.expect_err("the lock is held");
             assert!(error.is_timeout(), "{error}");
         }
         let after = locks.inspect("k").await.expect("inspect");
         assert_eq!((after.queue_length, after.queue.len(), after.last_token), (0, 0, before.last_token));
         assert_eq!(store.lock_keys(), keys);
-        // Nothing stands in the way of the holder's release and of whoever comes next.
+        // Nothing blocks the holder's release or the next acquisition.
         guard.release().await.expect("release");
         store.is_empty(&locks, "k").await;
     }
@@ -198,7 +198,7 @@ on_each_store! {
         let mut guards = Vec::new();
         for key in keys {
             let free = locks.try_lock(key).await.expect("try");
-            guards.push(free.unwrap_or_else(|| panic!("{key:?} is another key than those before it")));
+            guards.push(free.unwrap_or_else(|| panic!("{key:?} differs from the keys before it")));
         }
         for (key, guard) in keys.into_iter().zip(guards) {
             assert_eq!(guard.key(), key);
@@ -220,8 +220,8 @@ on_each_store! {
         let locks = store.manager().await;
         let guard = locks.lock("k").await.expect("lock");
         tokio::spawn(async move { guard.release().await.expect("release") }).await.expect("a task");
-        let guard = locks.try_lock("k").await.expect("try").expect("it is free");
-        // Another thread, which knows no runtime.
+        let guard = locks.try_lock("k").await.expect("try").expect("the key is free");
+        // A thread without a runtime.
         std::thread::spawn(move || drop(guard)).join().expect("a thread");
         lock(&locks, "k").await.release().await.expect("release");
         store.is_empty(&locks, "k").await;
@@ -237,16 +237,16 @@ on_each_store! {
         assert!(was_held);
         store.is_empty(&locks, "k").await;
 
-        // The body's own error comes through as it is.
+        // The body's own error is passed through unchanged.
         let result = locks.with_lock("k", async |_| Err::<(), _>("my own error")).await;
-        assert_eq!(result.expect("the lock was had"), Err("my own error"));
+        assert_eq!(result.expect("the lock was acquired"), Err("my own error"));
         store.is_empty(&locks, "k").await;
 
         let guard = others.lock("k").await.expect("lock");
         assert!(guard.token() > first);
         let ran = AtomicBool::new(false);
         let request = locks.lock("k").timeout(Duration::from_millis(10));
-        let error = request.with(async |_| ran.store(true, Ordering::Relaxed)).await.expect_err("it is held");
+        let error = request.with(async |_| ran.store(true, Ordering::Relaxed)).await.expect_err("the lock is held");
         assert!(error.is_timeout() && !ran.load(Ordering::Relaxed), "{error}");
         guard.release().await.expect("release");
         store.is_empty(&locks, "k").await;
@@ -258,7 +258,7 @@ on_each_store! {
             let locks = locks.clone();
             async move { locks.with_lock("k", async |_| panic!("on purpose")).await }
         });
-        assert!(body.await.expect_err("it panics").is_panic());
+        assert!(body.await.expect_err("the body panics").is_panic());
         lock(&locks, "k").await.release().await.expect("release");
         store.is_empty(&locks, "k").await;
     }
@@ -267,7 +267,7 @@ on_each_store! {
         let locks = store.short_lived_manager().await;
         let request = locks.lock("k").max_hold(Duration::from_millis(20));
         let result = soon("the loss", request.with(async |_| std::future::pending::<()>().await)).await;
-        let error = result.expect_err("it was lost");
+        let error = result.expect_err("the lock was lost");
         assert!(matches!(error, LockError::Lost { reason: LossReason::MaxHold, .. }), "{error}");
         assert!(error.to_string().contains("\"k\""), "{error}");
     }
@@ -290,9 +290,9 @@ on_each_store! {
         let (one, other) = (store.manager().await, store.manager().await);
         let old = one.lock("k").await.expect("lock");
         store.servers().delete(&store.lease("k"));
-        let new = other.try_lock("k").await.expect("try").expect("it was deleted");
+        let new = other.try_lock("k").await.expect("try").expect("the lease was deleted");
         assert!(new.token() > old.token());
-        let error = old.release().await.expect_err("it is another's");
+        let error = old.release().await.expect_err("another holder has the lock");
         assert!(error.is_lost(), "{error}");
         assert_eq!(one.inspect("k").await.expect("inspect").holder.expect("a holder").owner, new.owner());
         new.release().await.expect("release");
@@ -316,7 +316,7 @@ on_each_store! {
             });
             until_queued(&one, key, 1).await;
             let theirs = stranger.try_lock(key).await.expect("try");
-            let theirs = theirs.expect("another namespace is another lock");
+            let theirs = theirs.expect("another namespace has its own lock");
             for name in store.servers().names() {
                 let bare = name.trim_start_matches('{');
                 assert!(bare.starts_with("one/") || bare.starts_with("two/"), "{name}");
@@ -342,7 +342,7 @@ on_each_store! {
     }
 }
 
-/// Nothing of a lock needs an address.
+/// Locking does not require a TCP address.
 #[cfg(unix)]
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn locks_work_through_a_unix_socket() {
@@ -363,12 +363,12 @@ async fn locks_work_through_a_unix_socket() {
 
     let error = LockManager::connect("unix:///no/such/socket")
         .await
-        .expect_err("nobody listens there");
+        .expect_err("nothing listens there");
     assert!(matches!(error, LockError::Unavailable { .. }), "{error}");
     assert!(error.to_string().contains("/no/such/socket"), "{error}");
 }
 
-/// Tests of one process that run side by side with `memory://` shared its keys.
+/// Regression: parallel tests in one process that all used `memory://` shared its keys.
 #[tokio::test(start_paused = true)]
 async fn memory_without_a_name_is_one_managers_own() {
     let connect = async |url: &str| LockManager::connect(url).await.expect("connect");
@@ -382,7 +382,8 @@ async fn memory_without_a_name_is_one_managers_own() {
     lock(&other, "k").await.release().await.expect("release");
 }
 
-/// With tokio's clock paused, which jumps to the next timer when a runtime is idle, connecting ran into its time limit at once.
+/// Regression: with tokio's clock paused, which advances to the next timer whenever the runtime is
+/// idle, connecting timed out at once.
 async fn works_with_a_paused_clock(url: &str) {
     let locks = LockManager::connect(url).await.expect("connect");
     lock(&locks, "free").await.release().await.expect("release");
@@ -400,7 +401,7 @@ async fn works_with_a_paused_clock(url: &str) {
         .lock("k")
         .timeout(Duration::from_secs(2))
         .await
-        .expect_err("it is held");
+        .expect_err("the lock is held");
     assert!(
         late.is_timeout() && started.elapsed() >= Duration::from_secs(2),
         "{late}"

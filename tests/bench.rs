@@ -1,6 +1,6 @@
-//! The bench, with whole processes on real servers: its figures, its picture, and how it ends.
+//! The bench with real processes and servers: its figures, its plot, and how it ends.
 
-// A test is over when its surroundings fail.
+// A failing environment ends the test.
 #![allow(clippy::expect_used, clippy::panic, clippy::unwrap_used)]
 
 mod support;
@@ -22,7 +22,7 @@ use support::process::Process;
 use support::{PATIENCE, RedisServer, wait_until};
 use tool::{Run, bare, run};
 
-/// The figures of a run with these arguments, after a look at those that must be right in any.
+/// The figures of a run with these arguments, after checking those that must hold in every run.
 #[track_caller]
 fn figures(args: &[&str]) -> Value {
     let ended = run(bare(&[&["bench", "--json"], args].concat()));
@@ -56,7 +56,7 @@ fn consistent(line: &str) -> Value {
     figures
 }
 
-/// What scripts read, with `#` for each number and each null.
+/// The format that scripts rely on, with `#` for each number and each null.
 const LINE: &str = concat!(
     r##"{"locks":#,"seconds":#,"locks_per_s":#,"per_process":{"min":#,"max":#,"jain":#},"per_task":{"min":#,"max":#},"##,
     r##""wait_ms":{"p50":#,"p99":#,"max":#},"hold_ms":{"mean":#},"handoffs":{"local":#,"remote":#,"uncontended":#},"##,
@@ -84,9 +84,10 @@ fn number(figures: &Value, pointer: &str) -> f64 {
 fn hand_offs_between_processes_cost_two_scripts_and_a_message_and_take_turns() {
     let figures = figures(&["--processes", "2", "--tasks", "1", "--hold", "20ms", "--duration", "4s"]);
     let locks = number(&figures, "/locks");
-    // The first lock of the window may be another's last; a stall of the machine for longer than one holds may let a queue run empty.
+    // The window's first lock may have been handed off before it. If the machine stalls for longer
+    // than a hold, the queue may run empty.
     assert!(number(&figures, "/handoffs/remote") > 0.9 * locks, "{figures}");
-    // The servers are asked a moment before the window opens and after it closes.
+    // The servers' statistics are read just before the window opens and just after it closes.
     let scripts = number(&figures, "/server/scripts_per_lock");
     assert!((1.8..2.3).contains(&scripts), "{figures}");
     let publishes = number(&figures, "/server/publishes_per_lock");
@@ -96,7 +97,7 @@ fn hand_offs_between_processes_cost_two_scripts_and_a_message_and_take_turns() {
     assert_eq!(bounds[0] + bounds[1], locks, "{figures}");
     assert!(bounds[1] < 1.2 * bounds[0], "{figures}");
     assert!(number(&figures, "/hold_ms/mean") >= 20.0, "{figures}");
-    // While one holds the other waits.
+    // While one process holds the lock, the other waits.
     assert!(number(&figures, "/wait_ms/p50") >= 20.0, "{figures}");
 }
 
@@ -113,8 +114,8 @@ fn tasks_of_a_process_hand_on_without_the_server() {
 fn leases_that_linger_cost_the_server_next_to_nothing() {
     let own_keys = ["--processes", "1", "--tasks", "4", "--keys", "4"];
     let figures = figures(&[&own_keys[..], &["--linger", "10s", "--duration", "1s"]].concat());
-    // Taken from the process itself, which counts as a hand-off there; but for the first lock of each key, if that comes late
-    // enough to be counted.
+    // Each lock comes from the process's own lingering lease, which counts as a local hand-off. The
+    // exception is the first lock of each key, if it is late enough to be counted.
     let [local, locks] = ["/handoffs/local", "/locks"].map(|figure| number(&figures, figure));
     assert!(locks - local <= 4.0 && local > 0.9 * locks, "{figures}");
     assert!(number(&figures, "/server/scripts_per_lock") < 0.01, "{figures}");
@@ -128,7 +129,7 @@ fn as_many_keys_as_tasks_give_each_its_own() {
         number(&figures, "/locks"),
         "{figures}"
     );
-    // A free key is taken by plain commands and given back by a script.
+    // A free key is taken with plain commands and released with a script.
     let scripts = number(&figures, "/server/scripts_per_lock");
     assert!((0.8..1.2).contains(&scripts), "{figures}");
     assert!(number(&figures, "/server/publishes_per_lock") < 0.01, "{figures}");
@@ -155,7 +156,7 @@ fn skewed_keys_are_contended_more_than_even_ones() {
     let (even, skewed) = (contended(&[]), contended(&["--skew", "1.5"]));
     assert!(
         even < 0.1 && skewed > 3.0 * even,
-        "{even} of even keys, {skewed} of skewed ones"
+        "contended: {even} with even keys, {skewed} with skewed keys"
     );
 }
 
@@ -222,7 +223,7 @@ fn the_picture_is_svg_and_the_table_names_what_was_asked_for() {
         .descendants()
         .filter(|node| node.attribute("fill") == Some("none"));
     assert_eq!(curves.count(), 1);
-    // What the throw-away server had there.
+    // The directory of the temporary server is empty.
     assert_eq!(fs::read_dir(&servers).unwrap().count(), 0);
 }
 
@@ -246,11 +247,11 @@ fn given_servers_keep_their_own_keys_and_none_of_the_bench() {
     figures(&[&args[..], &["--shard", &urls[0], "--shard", &urls[1]]].concat());
     for server in &servers {
         assert_eq!(server.keys(), ["bench:mine"]);
-        assert!(server.script_calls() > 0, "it was not used");
+        assert!(server.script_calls() > 0, "the server was not used");
     }
 }
 
-/// A terminal, and what is shown on it.
+/// A terminal and its output.
 struct Terminal {
     name: Vec<u8>,
     screen: Arc<Mutex<String>>,
@@ -265,7 +266,7 @@ impl Terminal {
         let screen: Arc<Mutex<String>> = Arc::default();
         let shown = Arc::clone(&screen);
         let mut control = File::from(control);
-        // It ends with an error when nobody has the terminal open any more.
+        // Reading fails once no process has the terminal open.
         thread::spawn(move || {
             let mut bytes = [0; 1024];
             while let Ok(count @ 1..) = control.read(&mut bytes) {
@@ -310,13 +311,13 @@ fn an_interrupt_ends_it_early_with_what_was_measured() {
         .stdout(File::create(&stdout).unwrap())
         .stderr(terminal.open());
     let mut bench = Process::spawn(command).unwrap();
-    // The bar is there when the window is open, and moves.
+    // The progress bar is shown while the window is open, and advances.
     let measures = || (500..600).any(|left| terminal.shows(&format!("{left} s left")));
-    wait_until("it has measured for a second", PATIENCE, measures);
+    wait_until("the bench has measured for a second", PATIENCE, measures);
     bench.signal(Signal::INT);
     let status = bench.wait(PATIENCE);
     assert_eq!(status.code(), Some(130));
-    wait_until("it says why it ended", PATIENCE, || {
+    wait_until("the bench prints why it ended", PATIENCE, || {
         terminal.shows("ended early by SIGINT")
     });
     let figures = consistent(fs::read_to_string(stdout).unwrap().trim_end());
@@ -340,7 +341,7 @@ fn a_server_that_goes_away_makes_locks_fail_and_the_exit_code_tell() {
     ]);
     command.args(["--shard", &server.url(), "--set", "store_timeout=200ms"]);
     let mut bench = Run::start(command);
-    wait_until("locks are had", PATIENCE, || server.script_calls() > 0);
+    wait_until("locks are acquired", PATIENCE, || server.script_calls() > 0);
     server.kill();
     let ended = bench.end();
     assert_eq!(ended.code, 1, "{ended:?}");
@@ -348,7 +349,7 @@ fn a_server_that_goes_away_makes_locks_fail_and_the_exit_code_tell() {
     assert!(ended.stderr.contains("may be left on the given shards"), "{ended:?}");
 }
 
-/// Otherwise the longest waits would be missing: those of a server that gave no answer for a while.
+/// Without this, the longest waits would be missing: those during which a server did not answer.
 #[test]
 fn a_wait_goes_on_through_errors() {
     const STANDSTILL: Duration = Duration::from_secs(3);
@@ -358,9 +359,10 @@ fn a_wait_goes_on_through_errors() {
     command.args(["--duration", "6s", "--set", "store_timeout=500ms"]);
     command.args(["--shard", &server.url()]);
     let mut bench = Run::start(command);
-    // It asks the server for its counters when the window opens; we do in order to see that.
+    // The bench reads the server's statistics when the window opens. The test detects this by
+    // counting `INFO` calls, its own included.
     let mut ours = 0;
-    wait_until("it measures", PATIENCE, || {
+    wait_until("the bench measures", PATIENCE, || {
         ours += 1;
         server.calls("info") > before + ours
     });
@@ -370,7 +372,8 @@ fn a_wait_goes_on_through_errors() {
     let ended = bench.end();
     assert_eq!(ended.code, 1, "locks failed: {ended:?}");
     let figures = consistent(ended.stdout.trim_end());
-    // A task that was just giving its lock back learns first, after half a second, that there is no answer.
+    // A task that was releasing its lock learns only after half a second that the server does not
+    // answer.
     let longest = STANDSTILL - Duration::from_secs(1);
     assert!(
         number(&figures, "/wait_ms/max") >= longest.as_millis() as f64,
@@ -384,7 +387,7 @@ fn a_worker_that_dies_ends_it_with_an_error_that_says_so() {
     let mut command = bare(&["bench", "--processes", "2", "--tasks", "2", "--duration", "10m"]);
     command.args(["--shard", &server.url()]);
     let mut bench = Run::start(command);
-    wait_until("locks are had", PATIENCE, || server.script_calls() > 0);
+    wait_until("locks are acquired", PATIENCE, || server.script_calls() > 0);
     let worker = bench.children().into_iter().next().unwrap();
     kill_process(worker, Signal::KILL).unwrap();
     let ended = bench.end();
@@ -410,7 +413,7 @@ fn arguments_out_of_bounds_are_refused_with_value_and_bound() {
             "each task has its own",
         ),
         (&["--plot", "/nowhere/waits.svg"], "/nowhere/waits.svg can't be written"),
-        (&["--processes", "2", "--shard", "memory://"], "say --processes 1"),
+        (&["--processes", "2", "--shard", "memory://"], "use --processes 1"),
     ];
     for (args, words) in refused {
         let ended = run(bare(&[&["bench"], args].concat()));

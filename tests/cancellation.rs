@@ -1,6 +1,6 @@
-//! Whoever goes away while waiting leaves nothing behind and holds nobody up.
+//! A cancelled waiter leaves nothing behind and delays no other waiter.
 
-// A test is over when its surroundings fail.
+// A failing environment ends the test.
 #![allow(clippy::expect_used, clippy::panic, clippy::unwrap_used)]
 
 mod support;
@@ -13,7 +13,7 @@ use support::PATIENCE;
 use support_locks::{TestStore, lock, on_each_store, poll_once, soon, until_queued};
 use tokio::task::JoinSet;
 
-/// How often a race is run: each time the two sides meet at another point.
+/// Repetitions of each race, so that the two sides meet at different points.
 const RACES: u32 = 300;
 
 on_each_store! {
@@ -35,7 +35,8 @@ on_each_store! {
                     drop(waiting);
                     drop(got);
                 }
-                // Whatever those polls began, the next caller is served as soon as the holder goes.
+                // Whatever those polls started, the next caller is served as soon as the holder
+                // releases.
                 if let Some(guard) = guard {
                     guard.release().await.expect("release");
                 }
@@ -69,10 +70,10 @@ on_each_store! {
         until_queued(&locks, "k", 2).await;
 
         leaving.abort();
-        assert!(leaving.await.expect_err("it was aborted").is_cancelled());
+        assert!(leaving.await.expect_err("the task was aborted").is_cancelled());
         until_queued(&locks, "k", 1).await;
         guard.release().await.expect("release");
-        soon("who stayed", staying).await.expect("a task").release().await.expect("release");
+        soon("the remaining waiter", staying).await.expect("a task").release().await.expect("release");
         store.is_empty(&locks, "k").await;
     }
 
@@ -86,17 +87,17 @@ on_each_store! {
             })
             .collect();
         until_queued(&others, "k", 1).await;
-        // The first, on whose task the request was sent, is among those who go.
+        // The aborted tasks include the first, which sent the request.
         let leaving: Vec<_> = (0..20).map(|index| waiting.remove(index)).collect();
         for task in &leaving {
             task.abort();
         }
         for task in leaving {
-            assert!(task.await.expect_err("it was aborted").is_cancelled());
+            assert!(task.await.expect_err("the task was aborted").is_cancelled());
         }
         guard.release().await.expect("release");
         for task in waiting {
-            soon("who stayed", task).await.expect("a task");
+            soon("the remaining waiter", task).await.expect("a task");
         }
         store.is_empty(&locks, "k").await;
     }
@@ -104,7 +105,7 @@ on_each_store! {
     async fn whoever_goes_away_in_the_moment_it_is_woken_passes_the_lock_on(store: &TestStore) {
         let (locks, others) = (store.manager().await, store.manager().await);
         for race in 0..RACES {
-            // Within a process in one half of the races, and between processes in the other.
+            // Half of the races are within a process, the other half between processes.
             let waiter = if race % 2 == 0 { &locks } else { &others };
             let guard = lock(&locks, "k").await;
             let mut leaving = waiter.lock("k").into_future();
@@ -123,7 +124,7 @@ on_each_store! {
             let ended = tokio::spawn(guard.release());
             drop(leaving.await.expect("a task"));
             ended.await.expect("a task").expect("release");
-            soon("who stayed", staying).await.expect("a task").release().await.expect("release");
+            soon("the remaining waiter", staying).await.expect("a task").release().await.expect("release");
         }
         store.is_empty(&locks, "k").await;
     }
@@ -138,7 +139,7 @@ on_each_store! {
                 let others = others.clone();
                 async move { lock(&others, "k").await }
             });
-            // Within a process this hands the lock to the future, which nobody polls any more.
+            // Within a process this hands the lock to a future that is never polled again.
             guard.release().await.expect("release");
             drop(woken);
             soon("the next", next).await.expect("a task").release().await.expect("release");
@@ -154,7 +155,8 @@ on_each_store! {
             tasks.spawn(async move {
                 let mut had = 0;
                 for round in 0..40_u64 {
-                    // Micro- to milliseconds, so that limits end at every stage of a hand-off.
+                    // From microseconds to milliseconds, so that waits end at every stage of a
+                    // hand-off.
                     let limit = Duration::from_micros(1 + (index * 97 + round * 131) % 4_000);
                     match locks.lock("k").timeout(limit).await {
                         Ok(guard) => {
@@ -179,14 +181,14 @@ on_each_store! {
         let (locks, others) = (store.manager().await, store.manager().await);
         let guard = lock(&locks, "k").await;
         for waiter in [&locks, &others] {
-            let error = waiter.lock("k").timeout(Duration::ZERO).await.expect_err("it is held");
+            let error = waiter.lock("k").timeout(Duration::ZERO).await.expect_err("the lock is held");
             assert!(error.is_timeout(), "{error}");
         }
         assert_eq!(locks.inspect("k").await.expect("inspect").queue_length, 0);
         guard.release().await.expect("release");
-        let free = others.lock("k").timeout(Duration::ZERO).await.expect("it is free");
+        let free = others.lock("k").timeout(Duration::ZERO).await.expect("the key is free");
         free.release().await.expect("release");
-        // A cancelled request around it leaves as little.
+        // A request cancelled from outside leaves nothing behind either.
         let _ = tokio::time::timeout(Duration::ZERO, locks.lock("k").into_future()).await;
         store.is_empty(&locks, "k").await;
     }
@@ -198,15 +200,15 @@ on_each_store! {
             let locks = locks.clone();
             async move {
                 let body = async |_: &shardlock::LockGuard| {
-                    begun.send(()).expect("the test waits");
+                    begun.send(()).expect("the test is waiting");
                     std::future::pending::<()>().await;
                 };
                 locks.lock("k").timeout(PATIENCE).with(body).await
             }
         });
-        has_begun.await.expect("the body begins");
+        has_begun.await.expect("the body starts");
         body.abort();
-        assert!(body.await.expect_err("it was aborted").is_cancelled());
+        assert!(body.await.expect_err("the task was aborted").is_cancelled());
         lock(&others, "k").await.release().await.expect("release");
         store.is_empty(&locks, "k").await;
     }

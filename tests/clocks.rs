@@ -1,6 +1,7 @@
-//! Machines whose clocks differ: nothing is decided by the time of day, and what a server's clock does is told.
+//! Machines with different clocks: no decision depends on the time of day, and jumps and drift of a
+//! server's clock are reported.
 #![cfg(target_os = "linux")]
-// A test is over when its surroundings fail.
+// A failing environment ends the test.
 #![allow(clippy::expect_used, clippy::panic, clippy::unwrap_used)]
 
 mod support;
@@ -24,13 +25,13 @@ fn worker_entry() {
     }
 }
 
-/// Seconds since 1970, as this process sees them.
+/// Seconds since 1970 on this process's clock.
 fn now() -> i64 {
     let now = SystemTime::now().duration_since(UNIX_EPOCH).expect("after 1970");
-    now.as_secs().try_into().expect("in our time")
+    now.as_secs().try_into().expect("a time that fits in an i64")
 }
 
-/// What the wall clocks of the processes differ by from the test's, in seconds.
+/// The differences between the workers' wall clocks and the test's, in seconds.
 const AHEAD: [i64; 3] = [30, 0, -30];
 
 fn lockers(store: &TestStore, clock: &OtherClock) -> Vec<Locker> {
@@ -62,7 +63,8 @@ on_each_store! {
         let watcher = store.manager().await;
         let mut lockers = lockers(store, &clock);
         let mut largest = 0;
-        // Each holds the lock for three TTLs while the others wait, and gets it in the order of asking.
+        // Each worker holds the lock for three TTLs while the others wait, and they are served in
+        // request order.
         lockers[0].ask();
         let mut grow = |token| assert!(std::mem::replace(&mut largest, token) < token, "{token}");
         grow(lockers[0].locked());
@@ -74,13 +76,14 @@ on_each_store! {
                     until_queued(&watcher, "k", place as u64).await;
                 }
             }
-            assert_eq!(lockers[next].line_within(3 * store.short_ttl()), None, "it is held");
+            assert_eq!(lockers[next].line_within(3 * store.short_ttl()), None, "the lock is held");
             lockers[this].release();
             grow(lockers[next].locked());
             lockers[this].ask();
             until_queued(&watcher, "k", AHEAD.len() as u64 - 1).await;
         }
-        // And one whose clock is ahead dies with the lock: it is missed for its TTL and not for 30 seconds.
+        // When a worker with a fast clock is killed, its lock is free after the TTL rather than 30
+        // seconds later.
         let killed = Instant::now();
         lockers[0].kill();
         grow(lockers[1].locked());
@@ -89,10 +92,11 @@ on_each_store! {
     }
 }
 
-/// Waits until so many jumps were counted, and the largest drift is about that.
+/// Waits until `jumps` jumps have been counted and the largest drift, rounded to seconds, is
+/// `drift`.
 async fn until_told(measured: &Measured, jumps: u32, drift: f64) {
     until(
-        &format!("{jumps} jumps and a drift of {drift} s are told"),
+        &format!("{jumps} jumps and a drift of {drift} s are reported"),
         async || {
             let told = measured.value("shardlock_server_clock_drift_seconds").round();
             (jumps_of(measured), told) == (f64::from(jumps), drift)
@@ -105,24 +109,25 @@ fn jumps_of(measured: &Measured) -> f64 {
     measured.value("shardlock_server_clock_jumps_total")
 }
 
-/// Waits until a server whose number of `TIME` commands was this has been asked for its time by a look, and not for the first time.
+/// Waits until each server has received three more `TIME` commands, so that at least one health
+/// check after the first has read its clock.
 async fn until_looked_at(servers: &[&RedisServer]) {
     let before: Vec<u64> = servers.iter().map(|server| server.calls("time")).collect();
     until("the clocks are known", async || {
         let now = servers.iter().map(|server| server.calls("time"));
-        // One may be on its way, and a new connection asks as well.
+        // One may have been in flight, and a new connection sends one as well.
         now.zip(&before).all(|(now, before)| now >= before + 3)
     })
     .await;
 }
 
-/// Steps of two servers' clocks, one after the other, forth and back.
+/// Shifts the clocks of two servers in turn, forward and back.
 async fn steps_are_told(measured: &Measured, servers: &[&RedisServer]) {
     until_looked_at(servers).await;
     assert_eq!(jumps_of(measured), 0.0);
     other_clock::set(servers[0].dir(), 5);
     until_told(measured, 1, 5.0).await;
-    // What moved less does not hide what moved more.
+    // The smaller drift does not hide the larger one.
     other_clock::set(servers[1].dir(), -4);
     until_told(measured, 2, 5.0).await;
     other_clock::set(servers[0].dir(), 0);
@@ -164,7 +169,7 @@ async fn a_failover_to_a_server_with_another_clock_is_no_jump() {
     let primary = watched.failover();
     assert_eq!(primary.port(), replica.port());
     until_told(&measured, 1, 0.0).await;
-    // It is measured from there on.
+    // The new primary's clock is the reference from now on.
     other_clock::set(primary.dir(), 37);
     until_told(&measured, 2, 7.0).await;
 }

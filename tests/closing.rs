@@ -1,6 +1,6 @@
-//! The end: of a guard, of a runtime, of a manager. Nothing is left, nothing hangs, nothing panics.
+//! The end of a guard, a runtime, and a manager. Nothing leaks, hangs or panics.
 
-// A test is over when its surroundings fail.
+// A failing environment ends the test.
 #![allow(clippy::expect_used, clippy::panic, clippy::unwrap_used)]
 
 mod support;
@@ -33,7 +33,7 @@ fn runtime() -> Runtime {
         .expect("a runtime")
 }
 
-/// Uses many keys, ends its manager, and says what it then still has.
+/// Uses many keys, drops its manager, and checks that no tasks and no background threads are left.
 fn use_many_keys(me: &worker::Current) {
     let runtime = runtime();
     let keys: usize = me.var("LOCKTEST_KEYS").parse().expect("a number");
@@ -67,7 +67,7 @@ fn use_many_keys(me: &worker::Current) {
     me.hear();
 }
 
-/// How many background threads of managers this process has.
+/// Number of background threads of managers in this process.
 #[cfg(target_os = "linux")]
 fn threads_of_managers() -> usize {
     let threads = std::fs::read_dir("/proc/self/task").expect("a list of threads");
@@ -80,9 +80,9 @@ fn threads_of_managers() -> usize {
     0
 }
 
-/// A guard and a waiter that live on a runtime of their own, which then ends in the way that is given.
+/// Runs a guard and waiters on a separate runtime, and ends that runtime with `end`.
 ///
-/// This has a thread of its own, since the test's own is that of a runtime already.
+/// Uses its own thread, because the test's thread already runs a runtime.
 fn end_a_runtime(store: &TestStore, end: impl FnOnce(Runtime) + Send) {
     thread::scope(|scope| scope.spawn(|| end_a_runtime_from_outside(store, end)).join()).expect("a thread");
 }
@@ -97,12 +97,12 @@ fn end_a_runtime_from_outside(store: &TestStore, end: impl FnOnce(Runtime)) {
         let locks = locks.clone();
         async move {
             let _guard = lock(&locks, "k").await;
-            holding.send(()).expect("the test waits");
+            holding.send(()).expect("the test is waiting");
             std::future::pending::<()>().await;
         }
     });
-    is_holding.recv_timeout(PATIENCE).expect("it is held");
-    // One that waits for a task of its own process, and one that waits for another process.
+    is_holding.recv_timeout(PATIENCE).expect("the lock is held");
+    // One waits for a task of its own process, the other for another process.
     dying.spawn({
         let locks = locks.clone();
         async move { lock(&locks, "k").await }
@@ -118,15 +118,16 @@ fn end_a_runtime_from_outside(store: &TestStore, end: impl FnOnce(Runtime)) {
     end(dying);
     assert!(started.elapsed() < Duration::from_secs(5), "{:?}", started.elapsed());
     survivors.block_on(async {
-        // With a TTL of ten seconds: it was given back rather than left to run out.
+        // The TTL is ten seconds, so the lock was released and did not expire.
         lock(&survivor, "k").await.release().await.expect("release");
         assert!(started.elapsed() < Duration::from_secs(5), "{:?}", started.elapsed());
         until_queued(&survivor, "other", 0).await;
         theirs.release().await.expect("release");
         store.is_empty(&survivor, "other").await;
-        // The manager itself does not depend on the runtime on which it was made.
+        // The manager does not depend on the runtime that created it.
         lock(&locks, "k").await.release().await.expect("on another runtime");
-        // Its inbox was heard on the runtime that is gone, and is heard elsewhere now: the lock is handed over long before the TTL has passed.
+        // Its inbox was read on the runtime that is gone and has moved elsewhere: the lock is
+        // handed over long before the TTL has passed.
         let started = Instant::now();
         hand_off(&survivor, &locks, "other").await;
         assert!(started.elapsed() < Duration::from_secs(5), "{:?}", started.elapsed());
@@ -134,7 +135,8 @@ fn end_a_runtime_from_outside(store: &TestStore, end: impl FnOnce(Runtime)) {
     });
 }
 
-/// The runtime that the manager was connected on has no threads of its own, and nobody is inside its `block_on`.
+/// The runtime on which the manager was connected is single-threaded, and no thread is inside its
+/// `block_on`.
 fn use_an_idle_runtimes_manager(store: &TestStore) {
     let builder = || store.builder().store_timeout(Duration::from_secs(5));
     let idle = Builder::new_current_thread().enable_all().build().expect("a runtime");
@@ -143,9 +145,9 @@ fn use_an_idle_runtimes_manager(store: &TestStore) {
     let busy = runtime();
     let other = busy.block_on(builder().connect()).expect("connect");
     busy.block_on(async {
-        guard.release().await.expect("it was held all the time");
+        guard.release().await.expect("the lock was held throughout");
         lock(&locks, "k").await.release().await.expect("release");
-        // With a TTL of ten seconds: its inbox is heard.
+        // The TTL is ten seconds, so the inbox is being read.
         let started = Instant::now();
         hand_off(&other, &locks, "k").await;
         hand_off(&locks, &other, "k").await;
@@ -154,7 +156,7 @@ fn use_an_idle_runtimes_manager(store: &TestStore) {
             store.is_empty(&other, key).await;
         }
     });
-    // What it did not run meanwhile does no harm when it does.
+    // The tasks that this runtime did not run meanwhile do no harm when they run.
     idle.block_on(async {
         lock(&locks, "k").await.release().await.expect("release");
         hand_off(&other, &locks, "k").await;
@@ -168,7 +170,8 @@ fn use_an_idle_runtimes_manager(store: &TestStore) {
 }
 
 on_each_store! {
-    /// Connections and the inbox were bound to a runtime that ran nothing: every lock from another one failed after `store_timeout`.
+    /// Regression: connections and the inbox were bound to a runtime that ran nothing, so every
+    /// lock from another runtime failed after `store_timeout`.
     async fn manager_works_while_the_runtime_that_connected_is_idle(store: &TestStore) {
         thread::scope(|scope| scope.spawn(|| use_an_idle_runtimes_manager(store)).join()).expect("a thread");
     }
@@ -203,23 +206,24 @@ on_each_store! {
         assert_eq!(soon("the loss", lost).await, LossReason::Closed);
         assert!(!guard.is_valid() && !kept.is_valid());
         for waiter in local.into_iter().chain([remote]) {
-            let error = soon("a waiter", waiter).await.expect("a task").expect_err("it is closed");
+            let error = soon("a waiter", waiter).await.expect("a task").expect_err("the manager is closed");
             assert!(matches!(error, LockError::Closed), "{error}");
         }
         for _ in 0..3 {
-            let error = locks.lock("new").await.expect_err("it is closed");
+            let error = locks.lock("new").await.expect_err("the manager is closed");
             assert!(matches!(error, LockError::Closed), "{error}");
-            let error = locks.clone().try_lock("new").await.expect_err("it is closed");
+            let error = locks.clone().try_lock("new").await.expect_err("the manager is closed");
             assert!(matches!(error, LockError::Closed) && !error.is_retryable(), "{error}");
         }
-        // The servers know already; nobody waits for the end of a TTL of ten seconds.
+        // The servers have already been notified, so the next waiters need not wait for the TTL of
+        // ten seconds.
         let started = Instant::now();
         let next = soon("the next", next).await.expect("a task").expect("lock");
         lock(&others, "kept").await.release().await.expect("release");
         assert!(started.elapsed() < Duration::from_secs(5), "{:?}", started.elapsed());
 
-        // Guards that are given back late touch nothing of the next holder's.
-        let error = guard.release().await.expect_err("it was lost");
+        // Guards released late do not affect the next holder.
+        let error = guard.release().await.expect_err("the lock was lost");
         assert!(matches!(error, LockError::Lost { reason: LossReason::Closed, .. }), "{error}");
         drop(kept);
         assert!(next.is_valid());
@@ -240,7 +244,7 @@ on_each_store! {
                 tasks.spawn(async move {
                     loop {
                         match locks.lock(["a", "b"][task / 2 % 2]).await {
-                            // A shutdown may come while it is held.
+                            // The manager may be shut down while the lock is held.
                             Ok(guard) => drop(guard.release().await),
                             Err(LockError::Closed) => return,
                             Err(error) => panic!("{error}"),
@@ -271,7 +275,7 @@ on_each_store! {
         store.is_empty(&others, "k").await;
     }
 
-    /// What a program relies on that drops its guards and ends after the shutdown.
+    /// Programs that drop their guards and exit after the shutdown rely on this.
     async fn a_shutdown_waits_for_the_releases_of_guards_that_were_dropped_before(store: &TestStore) {
         let (locks, others) = (store.manager().await, store.manager().await);
         let mut guards = vec![];
@@ -282,7 +286,7 @@ on_each_store! {
         locks.shutdown().await;
         for key in ["a", "b", "c"] {
             let guard = others.try_lock(key).await.expect("try");
-            guard.expect("it is free").release().await.expect("release");
+            guard.expect("the key is free").release().await.expect("release");
         }
     }
 
@@ -292,10 +296,10 @@ on_each_store! {
         let waiting = locks.lock("other").into_future();
         drop(locks);
         let lost = tokio::time::timeout(3 * store.short_ttl(), guard.lost()).await;
-        assert!(lost.is_err() && guard.is_valid(), "it is still renewed");
+        assert!(lost.is_err() && guard.is_valid(), "the lease is still renewed");
         assert!(others.try_lock("k").await.expect("try").is_none());
-        waiting.await.expect("it is still served").release().await.expect("release");
-        guard.release().await.expect("it was held all the time");
+        waiting.await.expect("the waiter is still served").release().await.expect("release");
+        guard.release().await.expect("the lock was held throughout");
         store.is_empty(&others, "k").await;
     }
 }
@@ -309,17 +313,17 @@ on_each_store! {
         let keys = store.kind().many_keys().to_string();
         let mut user = store.worker("user_of_many_keys", &[("LOCKTEST_KEYS", &keys)]);
         assert_eq!(user.line_within(4 * PATIENCE).as_deref(), Some("used"));
-        wait_until("all locks are given back", PATIENCE, || store.lock_keys().is_empty());
+        wait_until("all locks are released", PATIENCE, || store.lock_keys().is_empty());
         let channels = || store.servers().inboxes(store.namespace());
-        // One counter for each slot at most and the shard map on each server.
+        // At most one counter per slot, and the shard map, on each server.
         for node in &nodes {
             assert!(node.dbsize() <= 16_384 + 1, "{}", node.dbsize());
         }
         assert!(channels() <= nodes.len(), "{:?}", store.servers().names());
         user.send("end");
         assert_eq!(user.line(), "gone");
-        wait_until("nobody listens", PATIENCE, || channels() == 0);
-        wait_until("nobody is connected", PATIENCE, || {
+        wait_until("no inbox is left", PATIENCE, || channels() == 0);
+        wait_until("no connection is left", PATIENCE, || {
             nodes.iter().map(|node| node.connections()).sum::<usize>() <= before
         });
         assert!(user.wait().success());
@@ -330,7 +334,7 @@ on_each_store! {
         let listeners = || store.servers().inboxes(store.namespace());
         let before = connections();
         let (locks, other) = (store.manager().await, store.manager().await);
-        // Whoever waits listens, whatever the kind.
+        // On every kind a waiting manager has an inbox.
         let guard = lock(&other, "k").await;
         let waiting = tokio::spawn(locks.lock("k").into_future());
         until_queued(&other, "k", 1).await;
@@ -339,8 +343,8 @@ on_each_store! {
         for locks in [locks, other] {
             locks.shutdown().await;
         }
-        until("nobody listens", async || listeners() == 0).await;
-        until("nobody is connected", async || connections() <= before).await;
+        until("no inbox is left", async || listeners() == 0).await;
+        until("no connection is left", async || connections() <= before).await;
     }
 }
 
@@ -356,10 +360,10 @@ on_each_store! {
         soon("the shutdown", locks.shutdown()).await;
         assert!(started.elapsed() < Duration::from_secs(3), "{:?}", started.elapsed());
         assert_eq!(soon("the loss", guard.lost()).await, LossReason::Closed);
-        let error = soon("the waiter", waiting).await.expect("a task").expect_err("it is closed");
+        let error = soon("the waiter", waiting).await.expect("a task").expect_err("the manager is closed");
         assert!(matches!(error, LockError::Closed), "{error}");
         store.servers().go_on();
-        // Whatever was sent is done when the servers go on.
-        until("the lock is given back", async || store.lock_keys().is_empty()).await;
+        // Requests already sent are executed once the servers are resumed.
+        until("the lock is released", async || store.lock_keys().is_empty()).await;
     }
 }

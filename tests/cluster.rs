@@ -1,6 +1,6 @@
-//! A Redis Cluster as a shard: real nodes, slots that move, primaries that die.
+//! A Redis Cluster as a shard: real nodes, migrating slots, dying primaries.
 
-// A test is over when its surroundings fail.
+// A failing environment ends the test.
 #![allow(clippy::expect_used, clippy::panic, clippy::unwrap_used)]
 
 mod support;
@@ -26,7 +26,7 @@ async fn connect(cluster: &Cluster) -> LockManager {
     builder(cluster).connect().await.expect("connect")
 }
 
-/// The slot of a plain key's lease on the cluster.
+/// The slot of a plain key's lease.
 fn slot(key: &str) -> u16 {
     Slot::of(format!("lock:{key}").as_bytes()).number()
 }
@@ -40,7 +40,7 @@ fn names() -> impl Iterator<Item = String> {
     (0..).map(|number| format!("key-{number}"))
 }
 
-/// The keys that belong to single locks.
+/// The keys that belong to individual locks.
 fn lock_keys(cluster: &Cluster) -> Vec<String> {
     let mut keys = cluster.keys();
     keys.retain(|key| !key.starts_with("lock:%map") && !key.starts_with("lock:%fence:"));
@@ -54,7 +54,7 @@ async fn is_empty(cluster: &Cluster) {
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn keys_of_all_shapes_are_locked_handed_on_and_given_back() {
     let cluster = Cluster::start(3, 0);
-    // Each names another node, and learns of the others.
+    // Each names a different node, and discovers the others.
     let one = LockManager::connect(&cluster.url_of(0)).await.expect("connect");
     let other = LockManager::connect(&cluster.url_of(1)).await.expect("connect");
     let long = "x".repeat(512);
@@ -98,7 +98,7 @@ async fn keys_of_all_shapes_are_locked_handed_on_and_given_back() {
     until("no channel is left", async || cluster.shard_channels().is_empty()).await;
 }
 
-/// Waits for a key on a task of its own.
+/// Spawns a task that waits for a key.
 fn waiting(locks: &LockManager, key: &str) -> tokio::task::JoinHandle<LockGuard> {
     let (locks, key) = (locks.clone(), key.to_owned());
     tokio::spawn(async move { lock(&locks, &key).await })
@@ -116,7 +116,7 @@ async fn hand_over(guard: LockGuard, waiting: tokio::task::JoinHandle<LockGuard>
 async fn a_lock_costs_two_script_calls_and_a_hand_off_two_and_a_publish() {
     let cluster = Cluster::start(3, 0);
     let (one, other) = (connect(&cluster).await, connect(&cluster).await);
-    // Both know the script and the slot's inbox.
+    // Makes both managers load the script and subscribe to the slot's inbox.
     let guard = lock(&one, "k").await;
     let next = waiting(&other, "k");
     until_queued(&one, "k", 1).await;
@@ -131,7 +131,7 @@ async fn a_lock_costs_two_script_calls_and_a_hand_off_two_and_a_publish() {
     }
     let (calls, publishes) = (cluster.script_calls(), cluster.publishes());
     println!("10 locks of a free key: {calls} script calls, {publishes} publishes");
-    // The node may see one of the two scripts for the first time.
+    // The node may need to load one of the two scripts first.
     assert!((20..=22).contains(&calls) && publishes == 0, "{calls} {publishes}");
 
     let mut guard = lock(&one, "k").await;
@@ -165,7 +165,7 @@ async fn who_waits_while_the_slot_moves_is_served_and_the_lease_lives_on() {
     let next = waiting(&other, &key);
     until_queued(&one, &key, 1).await;
 
-    // A move in one go: the inbox follows.
+    // The slot migrates at once, and the inbox follows.
     cluster.migrate_slot(slot(&key), 1);
     until("the inbox has moved", async || {
         !cluster.nodes()[1].shard_channels().is_empty()
@@ -173,7 +173,7 @@ async fn who_waits_while_the_slot_moves_is_served_and_the_lease_lives_on() {
     .await;
     let guard = hand_over(guard, next).await;
 
-    // A move that takes longer than a lease: it is renewed meanwhile, on both sides.
+    // The migration takes longer than a lease lasts. The lease is renewed meanwhile, on both sides.
     cluster.begin_migration(slot(&key), 1, 2);
     assert!(
         tokio::time::timeout(Duration::from_secs(3), guard.lost())
@@ -202,7 +202,8 @@ async fn a_lost_subscription_is_back_and_nobody_waits_in_vain() {
         let guard = lock(&one, &key).await;
         let next = waiting(&other, &key);
         until_queued(&one, &key, 1).await;
-        // In one half of the rounds the grant is published while nobody listens, in the other it comes afterwards.
+        // In half of the rounds the grant is published while there is no subscriber, in the others
+        // afterwards.
         assert!(cluster.nodes()[1].client_kill(ClientType::PubSub) >= 1);
         if round % 2 == 0 {
             until("the inbox is back", async || !cluster.shard_channels().is_empty()).await;
@@ -235,9 +236,10 @@ async fn a_dead_primary_costs_nobody_a_lock_that_its_replica_has() {
     until_queued(&one, &key, 1).await;
     let (dead, _) = cluster.fail_over(slot(&key));
     assert_eq!(dead, 0);
-    // As a replica, with nothing but what the new primary gives it: a lease counts again when it has it.
+    // Restarts as a replica and only has what the new primary sends. Leases count again once this
+    // replica has them.
     cluster.nodes()[dead].restart();
-    // Still held, by who held it.
+    // Both locks are still held by the same holders.
     until("its replica answers", async || other.inspect(&key).await.is_ok()).await;
     assert!(guard.is_valid() && kept.is_valid());
     assert!(other.try_lock(&key).await.expect("try").is_none());
@@ -246,7 +248,7 @@ async fn a_dead_primary_costs_nobody_a_lock_that_its_replica_has() {
     is_empty(&cluster).await;
 }
 
-/// The renewal that would find out is minutes away.
+/// The renewal that would discover the loss is minutes away.
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn a_lease_that_lingers_is_not_used_again_after_a_failover_that_lost_it() {
     const LONG: Duration = Duration::from_secs(3600);
@@ -258,21 +260,21 @@ async fn a_lease_that_lingers_is_not_used_again_after_a_failover_that_lost_it() 
     let token = lock_in_time(&keeper, &key).await;
     assert_eq!(keeper.shards()[0].lingering, 1);
     let (_, new) = cluster.fail_over(slot(&key));
-    // As if it had not been replicated.
+    // Simulates a lease that was not replicated.
     cluster.nodes()[new].command(&["DEL", &format!("lock:{key}")]);
     let mut guard = None;
-    until("the lock can be had again", async || {
+    until("the lock can be acquired again", async || {
         guard = other.lock(&key).await.ok();
         guard.is_some()
     })
     .await;
-    let guard = guard.expect("it is there");
+    let guard = guard.expect("the lock was acquired");
     assert!(guard.token().get() > token);
     match keeper.try_lock(&key).await {
-        Ok(both) => assert!(both.is_none(), "two hold it: {guard:?}, {both:?}"),
+        Ok(both) => assert!(both.is_none(), "two holders: {guard:?}, {both:?}"),
         Err(error) => assert!(error.is_retryable(), "{error}"),
     }
-    guard.release().await.expect("it was held");
+    guard.release().await.expect("the lock was held");
 }
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
@@ -285,7 +287,7 @@ async fn a_primary_that_hangs_is_left_when_its_replica_takes_over() {
     until_queued(&one, &key, 1).await;
     let hanging = &cluster.nodes()[2];
     hanging.stop();
-    // No connection breaks. The release goes to the replica in the end.
+    // No connection breaks. Eventually the release reaches the replica that took over.
     hand_over(guard, next).await.release().await.expect("release");
     hanging.cont();
     cluster.wait_until_in_order();
@@ -295,7 +297,8 @@ async fn a_primary_that_hangs_is_left_when_its_replica_takes_over() {
     hand_over(guard, next).await.release().await.expect("release");
 }
 
-/// A proxy before the only node of a cluster, which sends everybody through it, and a manager behind it.
+/// A proxy in front of the only node of a cluster, which announces the proxy's port, and a manager
+/// behind the proxy.
 async fn behind_a_proxy(cluster: &Cluster, ttl: Duration) -> (Proxy, LockManager) {
     let node = &cluster.nodes()[0];
     let proxy = Proxy::start(node.address());
@@ -308,17 +311,21 @@ async fn behind_a_proxy(cluster: &Cluster, ttl: Duration) -> (Proxy, LockManager
     (proxy, locks)
 }
 
-/// A proxy that has forgotten its connections acknowledges what is sent on them, so none of them breaks.
+/// A proxy that drops a connection's replies still acknowledges what is sent, so no connection
+/// breaks.
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn connections_that_fall_silent_are_replaced_and_a_held_lock_stays_held() {
     let cluster = Cluster::start(1, 0);
-    // Renewals of the shortest one have less time than a request.
+    // Renewals of the shortest lease have less time than a request.
     for ttl in [1, 3].map(Duration::from_secs) {
         let (proxy, locks) = behind_a_proxy(&cluster, ttl).await;
         for _ in 0..2 {
             let guard = lock(&locks, "held").await;
             proxy.silence();
-            until("another lock can be had", async || locks.lock("other").await.is_ok()).await;
+            until("another lock can be acquired", async || {
+                locks.lock("other").await.is_ok()
+            })
+            .await;
             let lost = tokio::time::timeout(2 * ttl, guard.lost()).await;
             assert!(lost.is_err() && guard.is_valid(), "{ttl:?}: {lost:?}");
             guard.release().await.expect("on a new connection");
@@ -338,7 +345,7 @@ async fn a_subscription_that_falls_silent_is_made_anew() {
     let before = node.subscribers();
     assert_eq!(before.len(), 1);
     proxy.silence();
-    until("the inbox is subscribed once more", async || {
+    until("the inbox is subscribed again", async || {
         let now = node.subscribers();
         now.len() == 1 && now != before
     })
@@ -356,14 +363,15 @@ async fn a_slot_half_way_between_two_nodes_is_asked_again_until_it_is_there() {
     let number = slot(&key);
     lock(&one, &key).await.release().await.expect("release");
 
-    // MOVED, as often as there are nodes.
+    // MOVED, once for each node.
     for node in [1, 2, 0] {
         cluster.migrate_slot(number, node);
         lock(&one, &key).await.release().await.expect("release");
         lock(&other, &key).await.release().await.expect("release");
     }
 
-    // TRYAGAIN: the counter is there and the lease is not, on whichever side. ASK leads from one to the other.
+    // TRYAGAIN: the counter exists and the lease does not, on either side. ASK redirects between
+    // the two.
     cluster.begin_migration(number, 0, 1);
     let impatient = LockManager::builder()
         .shard(cluster.url())
@@ -383,7 +391,7 @@ async fn a_slot_half_way_between_two_nodes_is_asked_again_until_it_is_there() {
     assert!(error.to_string().contains("TryAgain"), "{error}");
     let calls = cluster.script_calls();
     let waits = waiting(&one, &key);
-    let looks = other.inspect(&key).await.expect("a command of one key is answered");
+    let looks = other.inspect(&key).await.expect("a command with one key is answered");
     assert!(looks.holder.is_none());
     cluster.finish_migration(number, 0, 1);
     soon("the slot", waits)
@@ -398,8 +406,10 @@ async fn a_slot_half_way_between_two_nodes_is_asked_again_until_it_is_there() {
         cluster.script_calls() - calls
     );
 
-    // CLUSTERDOWN: nobody owns a slot, and so no slot is served. All nodes are told: one that is not still leads to its last owner. And
-    // they are told until they know: what the owner has said a moment before may make another node take it for the owner once more.
+    // CLUSTERDOWN: one slot has no owner, so no slot is served. Every node must delete the slot,
+    // because one that has not still redirects to the last owner. This is repeated until all nodes
+    // are down: gossip that the owner sent just before may make another node assign the slot to it
+    // again.
     let unowned = key_on(&cluster, 2);
     let down = names()
         .find(|key| slot(key) != slot(&unowned) && cluster.owner(slot(key)) == 2)
@@ -413,7 +423,7 @@ async fn a_slot_half_way_between_two_nodes_is_asked_again_until_it_is_there() {
         };
         let up: Vec<_> = cluster.nodes().iter().filter(|node| !is_down(node)).collect();
         for node in &up {
-            // An error where it has no owner already.
+            // Returns an error if the slot has no owner already.
             drop(node.try_query::<()>(&["CLUSTER", "DELSLOTS", &number]));
         }
         up.is_empty()
@@ -435,7 +445,7 @@ async fn connecting_needs_one_node_and_says_what_is_wrong() {
     let cluster = Cluster::start(3, 0);
     let (nobody, alone) = (RedisServer::start(), RedisServer::start());
     nobody.kill();
-    // The first of the hosts is down, the others are up.
+    // The first host is down, the others are up.
     let url = format!("redis+cluster://{},{}", nobody.address(), cluster.nodes()[1].address());
     let locks = LockManager::connect(&url).await.expect("connect");
     lock(&locks, "k").await.release().await.expect("release");
@@ -452,13 +462,13 @@ async fn connecting_needs_one_node_and_says_what_is_wrong() {
         .await
         .expect_err("no cluster");
     assert!(matches!(error, LockError::Refused { .. }), "{error}");
-    assert!(error.to_string().contains("no node of a Redis Cluster"), "{error}");
+    assert!(error.to_string().contains("not a node of a Redis Cluster"), "{error}");
     let error = LockManager::connect(&cluster.nodes()[0].url())
         .await
         .expect_err("a cluster");
     assert!(matches!(error, LockError::Refused { .. }), "{error}");
 
-    // Another map.
+    // A different shard map.
     let two = LockManager::builder()
         .shard(cluster.url())
         .shard("memory://cluster-map");
@@ -516,11 +526,11 @@ async fn too_few_replicas_are_an_error_in_words_and_nothing_stays() {
     let locks = locks.connect().await.expect("connect");
     let error = locks.lock("k").await.expect_err("no replica");
     assert!(matches!(error, LockError::Unavailable { .. }), "{error}");
-    assert!(error.to_string().contains("only 0 of the 1 replicas"), "{error}");
+    assert!(error.to_string().contains("only 0 of 1 replicas"), "{error}");
     is_empty(&cluster).await;
 }
 
-/// The tool, for this cluster.
+/// The tool works with this cluster.
 #[cfg(feature = "cli")]
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn the_tool_runs_a_command_under_a_lock_of_a_cluster() {
@@ -552,7 +562,7 @@ async fn the_tool_runs_a_command_under_a_lock_of_a_cluster() {
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn leases_elsewhere_live_on_while_a_node_is_dead_or_hangs() {
-    // With two of five gone, the others are still a majority.
+    // With two of five nodes gone, the others are still a majority.
     let cluster = Cluster::start_with(5, 0, &["--cluster-require-full-coverage", "no"]);
     let ttl = Duration::from_secs(3);
     let locks = builder(&cluster).ttl(ttl).connect().await.expect("connect");
@@ -565,10 +575,10 @@ async fn leases_elsewhere_live_on_while_a_node_is_dead_or_hangs() {
     assert_eq!(soon("the loss", guards[0].lost()).await, LossReason::Expired);
     cluster.nodes()[1].kill();
     assert_eq!(soon("the loss", guards[1].lost()).await, LossReason::Expired);
-    // Longer than any lease that was not renewed since.
+    // Longer than any lease lasts without a renewal.
     assert!(tokio::time::timeout(2 * ttl, guards[2].lost()).await.is_err());
     let last = guards.pop().expect("three");
-    last.release().await.expect("it was held all the time");
+    last.release().await.expect("the lock was held throughout");
     lock(&locks, &keys[2]).await.release().await.expect("release");
     cluster.nodes()[0].cont();
 }
@@ -580,7 +590,7 @@ async fn tokens_grow_after_a_replica_without_the_last_ones_took_over() {
     let key = key_on(&cluster, 0);
     let before = lock(&locks, &key).await;
     let before = (before.token(), before.release().await.expect("release")).0;
-    // From here on its replica is not let in any more.
+    // From now on the primary rejects its replica.
     let primary = &cluster.nodes()[0];
     primary.command(&["CONFIG", "SET", "requirepass", "secret"]);
     primary.command(&["CLIENT", "KILL", "TYPE", "replica"]);
@@ -592,14 +602,14 @@ async fn tokens_grow_after_a_replica_without_the_last_ones_took_over() {
         guard.release().await.expect("release");
     }
     cluster.fail_over(slot(&key));
-    // Somebody who has seen none of them.
+    // A manager that has seen none of these tokens.
     let fresh = connect(&cluster).await;
     let guard = lock(&fresh, &key).await;
     assert!(guard.token() > last, "{} after {last}", guard.token());
     guard.release().await.expect("release");
 }
 
-/// As with containers, whose nodes announce addresses that are reached only inside.
+/// As in containers, where nodes announce addresses that are only reachable inside.
 #[tokio::test]
 async fn error_of_an_address_that_a_node_announces_says_where_it_comes_from() {
     let cluster = Cluster::start(1, 0);
@@ -607,7 +617,7 @@ async fn error_of_an_address_that_a_node_announces_says_where_it_comes_from() {
     let port = support::free_port().to_string();
     node.command(&["CONFIG", "SET", "cluster-announce-port", &port]);
     let announced = format!("127.0.0.1:{port}");
-    until("the node announces it", async || {
+    until("the node announces the port", async || {
         let nodes: String = node.query(&["CLUSTER", "NODES"]);
         nodes.contains(&format!(":{port}@"))
     })
@@ -615,11 +625,11 @@ async fn error_of_an_address_that_a_node_announces_says_where_it_comes_from() {
     let builder = LockManager::builder()
         .shard(cluster.url())
         .store_timeout(Duration::from_secs(3));
-    let error = builder.connect().await.expect_err("nobody listens there");
+    let error = builder.connect().await.expect_err("nothing listens there");
     let text = error.to_string();
     assert!(
         text.contains(&format!(
-            "{announced}, which is not in the URL but an address that the nodes of the cluster announce"
+            "{announced}, which is not in the URL but is announced by the cluster's nodes (cluster-announce-ip"
         )),
         "{text}"
     );

@@ -1,8 +1,9 @@
-//! Load on a Redis Cluster while slots move back and forth and a primary dies: nobody holds together, tokens grow, everybody is served.
+//! Load on a Redis Cluster while slots migrate back and forth and a primary dies. No two holders
+//! overlap, tokens grow, and every waiter is served.
 //!
-//! Runs for `LOCKTEST_CLUSTER_SECONDS`, 15 unless set.
+//! Runs for `LOCKTEST_CLUSTER_SECONDS`, 15 by default.
 
-// A test is over when its surroundings fail.
+// A failing environment ends the test.
 #![allow(clippy::expect_used, clippy::panic, clippy::unwrap_used)]
 
 mod support;
@@ -22,7 +23,7 @@ const MANAGERS: usize = 6;
 const TASKS_EACH: usize = 8;
 const KEYS: usize = 24;
 
-/// Who is in, and what the last one's token was.
+/// The number of current holders, and the last holder's token.
 #[derive(Default)]
 struct Ledger {
     inside: AtomicU64,
@@ -47,7 +48,7 @@ fn slot(key: &str) -> u16 {
     Slot::of(format!("lock:{key}").as_bytes()).number()
 }
 
-/// Locks keys one after the other until it is over.
+/// Locks one key after the other until the end.
 async fn work(
     locks: LockManager,
     mut number: usize,
@@ -56,7 +57,8 @@ async fn work(
     over: Arc<AtomicBool>,
 ) {
     while !over.load(Ordering::Relaxed) {
-        // Each task has a way of its own through the keys, and half of them meet at the first few.
+        // Each task visits the keys in its own order, and half of the visits go to the first few
+        // keys.
         number = number
             .wrapping_mul(6_364_136_223_846_793_005)
             .wrapping_add(1_442_695_040_888_963_407);
@@ -90,7 +92,8 @@ async fn work(
     }
 }
 
-/// Moves slots of the keys back and forth until then. Returns how many were moved.
+/// Migrates the slots of the keys back and forth until the deadline. Returns the number of
+/// migrations.
 fn migrate(cluster: &Cluster, until: Instant) -> u64 {
     let mut owners: HashMap<u16, usize> = (0..KEYS)
         .map(|number| slot(&key(number)))
@@ -123,7 +126,8 @@ async fn nobody_overlaps_or_is_forgotten_while_slots_move_and_a_primary_dies() {
     let mut tasks = JoinSet::new();
     let mut managers = Vec::new();
     for manager in 0..MANAGERS {
-        // An asynchronous replica may miss the last leases; with one that has them, none is lost.
+        // An asynchronous replica may miss the last leases. With an acknowledgement from a replica,
+        // none is lost.
         let locks = LockManager::builder()
             .shard(cluster.url())
             .store_timeout(Duration::from_secs(15))
@@ -138,10 +142,10 @@ async fn nobody_overlaps_or_is_forgotten_while_slots_move_and_a_primary_dies() {
         }
         managers.push(locks);
     }
-    // Held all the time, in the same slots or others.
+    // Held throughout, one in the slot of each key.
     let mut kept = Vec::new();
     for number in 0..KEYS {
-        let key = format!("{{lock:{}}}kept", key(number)); // tagged with the name of the lease, and so in its slot
+        let key = format!("{{lock:{}}}kept", key(number)); // tagged with the lease name: the same slot
         kept.push(lock(&managers[number % MANAGERS], &key).await);
     }
 
@@ -183,7 +187,7 @@ async fn nobody_overlaps_or_is_forgotten_while_slots_move_and_a_primary_dies() {
         count(&findings.lost),
         count(&findings.longest_wait_ms),
     );
-    assert!(all_served, "somebody waits in vain");
+    assert!(all_served, "some waiter was never served");
     assert_eq!(count(&findings.overlaps), 0, "overlapping holders");
     assert_eq!(count(&findings.out_of_order), 0, "tokens out of order");
     assert_eq!(count(&findings.errors), 0, "errors of waiters");

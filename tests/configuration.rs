@@ -1,10 +1,10 @@
-//! Settings reach a manager by the same names from code, a file and the environment, and are checked alike.
+//! Settings have the same names in code, files and the environment, and are checked alike.
 
 use std::time::Duration;
 
 use shardlock::{Builder, Config, Endpoint, Invalid, ShardConfig};
 
-/// For every setting, a value that is not its default.
+/// A non-default value for every setting.
 const SAMPLES: [(&str, &str); 27] = [
     ("shards", "a=rediss://:s3cret@a:1/2,memory://b"),
     ("namespace", "jobs/"),
@@ -163,7 +163,7 @@ fn an_error_in_the_environment_names_the_variable() {
     assert!(refusal("SHARDLOCK_ttl", "10s").ends_with("; did you mean SHARDLOCK_TTL?"));
     assert!(refusal("SHARDLOCK_METRIC", "127.0.0.1:1").ends_with("; did you mean SHARDLOCK_METRICS?"));
     assert!(!refusal("SHARDLOCK_IMAGE_TAG", "1.2.3").contains("did you mean"));
-    // Almost as Kubernetes has it.
+    // Resembles a variable that Kubernetes sets.
     assert!(refusal("SHARDLOCK_PORT", "9187").contains("must be one of"));
 }
 
@@ -284,7 +284,7 @@ mod file {
             if !is_built("etcd.example.toml", cfg!(feature = "etcd"))
                 || !is_built("tls.example.toml", cfg!(feature = "tls"))
             {
-                // A build without a kind says so, as the endpoint's own tests show.
+                // A build without this kind returns an error, as the endpoint's own tests show.
                 Config::from_file(&path).unwrap_err();
                 continue;
             }

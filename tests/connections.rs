@@ -1,6 +1,6 @@
 //! Connections that break, stall, or can't be made.
 
-// A test is over when its surroundings fail.
+// A failing environment ends the test.
 #![allow(clippy::expect_used, clippy::panic, clippy::unwrap_used)]
 
 mod support;
@@ -36,7 +36,7 @@ fn worker_entry() {
     }
 }
 
-/// So many keys of a manager may wait for a shard that is down.
+/// The number of keys of a manager that may wait for a shard that is down.
 #[cfg(target_os = "linux")]
 const WAIT_IN_OUTAGE_MAX: usize = 10_000;
 #[cfg(target_os = "linux")]
@@ -44,8 +44,9 @@ const ASKERS: usize = WAIT_IN_OUTAGE_MAX + 2_000;
 #[cfg(target_os = "linux")]
 const PAUSE_AFTER_ERROR: Duration = Duration::from_millis(100);
 
-/// Asks for ever new keys while the servers hang, until many requests have failed and more keys wait than may. Says
-/// by how much the memory of this process has grown, and then, how many milliseconds it took until a lock was had.
+/// Requests new keys while the servers hang, until many requests have failed and one was refused
+/// because too many keys were waiting. Reports the growth of this process's memory. Afterwards
+/// reports the milliseconds until a lock was acquired.
 #[cfg(target_os = "linux")]
 #[tokio::main]
 async fn ask_for_ever_new_keys(me: &worker::Current) {
@@ -85,9 +86,9 @@ async fn ask_until_many_failed(locks: &LockManager) {
             }
         });
     }
-    until("enough requests have failed", async || {
+    until("enough requests failed", async || {
         while let Some(ended) = askers.try_join_next() {
-            ended.expect("an asker goes on");
+            ended.expect("an asker keeps running");
         }
         failed.load(Ordering::Relaxed) >= 2 * ASKERS as u64
     })
@@ -95,7 +96,7 @@ async fn ask_until_many_failed(locks: &LockManager) {
     askers.shutdown().await;
 }
 
-/// Each request waits for the return of the servers, so that the limit is reached however slow the machine is.
+/// Each request waits until the servers return, so the limit is reached on a slow machine too.
 #[cfg(target_os = "linux")]
 async fn ask_until_one_is_refused(locks: &LockManager) {
     let mut askers = JoinSet::new();
@@ -113,21 +114,21 @@ async fn ask_until_one_is_refused(locks: &LockManager) {
     askers.shutdown().await;
 }
 
-/// The memory of this process, as Linux calls it there.
+/// This process's memory, from a line of `/proc/self/status`.
 #[cfg(target_os = "linux")]
 fn resident_kib(line: &str) -> u64 {
     let status = std::fs::read_to_string("/proc/self/status").expect("Linux tells");
     let value = status
         .lines()
         .find_map(|told| told.strip_prefix(line))
-        .expect("it is told");
+        .expect("the line exists");
     value.trim().trim_end_matches("kB").trim().parse().expect("a number")
 }
 
 on_each_store! {
     on(pausable cluster, own);
 
-    /// Each request left a task with a connection in the making behind: 66 KB.
+    /// Regression: each request left behind a task with a half-open connection, 66 KB each.
     #[cfg(target_os = "linux")]
     async fn a_server_that_hangs_costs_bounded_memory_and_its_locks_are_had_soon_after(store: &TestStore) {
         let mut asker = store.worker("asker", &[]);
@@ -136,12 +137,12 @@ on_each_store! {
         servers.stand_still();
         asker.send("begin");
         let grown_kib: u64 = asker.line().parse().expect("a number");
-        println!("{grown_kib} KiB more");
+        println!("memory grew by {grown_kib} KiB");
         assert!(grown_kib < 700 * 1024, "{grown_kib} KiB");
         servers.go_on();
         asker.send("they go on");
         let millis: u64 = asker.line().parse().expect("a number");
-        println!("the next lock after {millis} ms");
+        println!("next lock acquired after {millis} ms");
         assert!(millis < 10_000, "{millis} ms");
     }
 }
@@ -169,7 +170,7 @@ on_each_store! {
             );
             assert!(error.is_retryable() && error.to_string().contains(key), "{error}");
         }
-        // The store timeout is one second; a refused connection is known sooner.
+        // The store timeout is one second; a refused connection is noticed sooner.
         assert!(killed.elapsed() < Duration::from_secs(2), "{:?}", killed.elapsed());
 
         assert_eq!(soon("the loss", guard.lost()).await, LossReason::Expired);
@@ -178,8 +179,8 @@ on_each_store! {
             "{:?}",
             killed.elapsed()
         );
-        assert!(guard.release().await.expect_err("it was lost").is_lost());
-        // Whoever waited is told rather than left.
+        assert!(guard.release().await.expect_err("the lock was lost").is_lost());
+        // Waiters receive an error instead of waiting on.
         let error = soon("the waiter", waiting)
             .await
             .expect("a task")
@@ -197,7 +198,7 @@ on_each_store! {
             }
         })
         .await;
-        // Also the inbox: hand-offs between managers work again, and take no TTL.
+        // The inbox has recovered, too: hand-offs between managers do not wait for the TTL.
         let other = store.manager().await;
         let guard = lock(&other, "k").await;
         let waiting = tokio::spawn({
@@ -246,7 +247,7 @@ on_each_store! {
         servers.restart_all();
         soon("a new request", new).await.expect("a task").expect("after the outage");
         drop(guard);
-        soon("a request that waited", queued).await.expect("a task").expect("after the outage");
+        soon("the waiting request", queued).await.expect("a task").expect("after the outage");
         store.is_clean().await;
     }
 
@@ -259,7 +260,7 @@ on_each_store! {
                 let locks = locks.clone();
                 async move { lock(&locks, "k").await }
             });
-            // Both answers come late, whichever request the stall meets.
+            // Both replies are delayed, whichever request the stall hits.
             tokio::time::sleep(Duration::from_millis(60)).await;
             servers.go_on();
             let guard = soon("the lock", acquiring).await.expect("a task");
@@ -273,7 +274,7 @@ on_each_store! {
     }
 }
 
-// A quorum finds silent nodes out sooner; its own tests say how soon.
+// A quorum detects silent nodes sooner; it has its own tests.
 on_each_store! { on(redis etcd, own);
     async fn a_server_that_does_not_answer_is_an_error_after_the_store_timeout(store: &TestStore) {
         let servers = store.servers();
@@ -294,12 +295,13 @@ on_each_store! { on(redis etcd, own);
         );
         assert!(matches!(error, LockError::Unavailable { .. }), "{error}");
         assert!(error.to_string().contains("store_timeout"), "{error}");
-        // A wait limit that is shorter ends the wait before.
+        // A shorter wait limit ends the wait first.
         let error = locks.lock("j").timeout(limit / 3).await.expect_err("no answer");
         assert!(error.is_timeout(), "{error}");
 
         servers.go_on();
-        // What those requests did after all is undone: nobody waits for the end of a TTL of ten seconds.
+        // Whatever those requests did after all is undone: no waiter waits for the TTL of ten
+        // seconds.
         let started = Instant::now();
         let other = store.manager().await;
         for key in ["k", "j"] {
@@ -323,7 +325,8 @@ on_each_store! {
                 async move { lock(&waiter, "k").await }
             });
             until_queued(&holder, "k", 1).await;
-            // In one half of the rounds the grant is published while nobody listens, in the other it comes afterwards.
+            // In half of the rounds the grant is published while there is no subscriber, in the
+            // others afterwards.
             let inboxes = servers.inboxes(store.namespace());
             assert!(inboxes > 0);
             servers.cut(ClientType::PubSub);
@@ -333,7 +336,7 @@ on_each_store! {
             let started = Instant::now();
             guard.release().await.expect("release");
             let guard = soon("the hand-off", waiting).await.expect("a task");
-            // The TTL is ten seconds and the pause before the first reconnect is a few milliseconds.
+            // The TTL is ten seconds, and the delay before the first reconnect a few milliseconds.
             assert!(started.elapsed() < Duration::from_secs(1), "{:?}", started.elapsed());
             guard.release().await.expect("release");
             until("the inboxes are back", async || servers.inboxes(store.namespace()) == inboxes).await;
@@ -344,13 +347,13 @@ on_each_store! {
     async fn a_subscription_that_is_cut_off_and_made_again_is_counted(store: &TestStore) {
         let measured = Measured::connect(store.builder()).await;
         let reconnects = || measured.value("shardlock_subscription_reconnects_total");
-        // In a cluster, who has waited listens.
+        // In a cluster, a manager has an inbox only once it has waited.
         hand_off(&store.manager().await, &measured.locks, "k").await;
         assert_eq!(reconnects(), 0.0);
         store.servers().cut(ClientType::PubSub);
-        // Of a quorum, each node has one.
+        // In a quorum, each node has one.
         let cut = if store.kind() == Kind::Redlock { 5.0 } else { 1.0 };
-        until("it is counted", async || reconnects() == cut).await;
+        until("the reconnects are counted", async || reconnects() == cut).await;
         hand_off(&store.manager().await, &measured.locks, "k").await;
         assert_eq!(reconnects(), cut);
     }
@@ -367,7 +370,7 @@ on_each_store! {
             servers.cut(ClientType::Normal);
             assert!(other.try_lock("held").await.expect("on a new connection").is_none());
         }
-        guard.release().await.expect("it was held all the time");
+        guard.release().await.expect("the lock was held throughout");
         store.is_empty(&one, "held").await;
     }
 
@@ -400,7 +403,7 @@ on_each_store! {
         while let Some(ended) = soon("the tasks", tasks.join_next()).await {
             ended.expect("a task");
         }
-        // Renewals, too.
+        // Renewals work, too.
         let lost = tokio::time::timeout(2 * store.short_ttl(), held.lost()).await;
         assert!(lost.is_err() && held.is_valid());
         held.release().await.expect("release");
@@ -410,7 +413,7 @@ on_each_store! {
     }
 }
 
-/// Cuts the connections whose names end like that, and returns how many there were.
+/// Closes the connections whose names end with `purpose`, and returns their number.
 fn cut_named(server: &RedisServer, purpose: &str) -> usize {
     let ids = named(server, purpose);
     for id in &ids {
@@ -419,7 +422,7 @@ fn cut_named(server: &RedisServer, purpose: &str) -> usize {
     ids.len()
 }
 
-/// The numbers of those connections.
+/// The ids of those connections.
 fn named(server: &RedisServer, purpose: &str) -> Vec<String> {
     let list: String = server.query(&["CLIENT", "LIST"]);
     let field = |client: &str, name| {
@@ -446,7 +449,7 @@ on_each_store! {
         let locks = store.builder().ttl(ttl).connections(1).connect().await.expect("connect");
         let guard = lock(&locks, "k").await;
         for node in &nodes {
-            // There are more than that already, and they stay.
+            // More clients than that are connected already, and they stay connected.
             node.command(&["CONFIG", "SET", "maxclients", "1"]);
         }
         let held = async |what: &str| {
@@ -466,15 +469,16 @@ on_each_store! {
         for node in &nodes {
             node.command(&["CONFIG", "SET", "maxclients", "10000"]);
         }
-        until("there is one for renewals again", async || {
+        until("there is a connection for renewals again", async || {
             nodes.iter().any(|node| !named(node, ":renewals").is_empty())
         })
         .await;
-        guard.release().await.expect("it was held all the time");
+        guard.release().await.expect("the lock was held throughout");
     }
 }
 
-/// The error of connecting there, which has to come at once and must not show a password.
+/// The error of connecting to this URL. It must be returned quickly and must not contain the
+/// password.
 async fn refused(url: &str) -> LockError {
     let started = Instant::now();
     let builder = LockManager::builder().shard(url).store_timeout(Duration::from_secs(5));
@@ -524,7 +528,7 @@ async fn a_port_that_refuses_and_a_host_that_does_not_exist_are_said_in_words() 
     assert!(error.to_string().contains("refused"), "{error}");
     assert!(error.to_string().contains(&url), "{error}");
 
-    // A name that is reserved for never being resolved.
+    // A name in a top-level domain that is reserved and never resolves.
     let error = refused("redis://:hunter2@lock.invalid:6379").await;
     assert!(
         matches!(error, LockError::Unavailable { step: "connect", .. }),
@@ -559,7 +563,7 @@ async fn a_port_that_speaks_something_else_is_said_in_words() {
         for stream in listener.incoming() {
             std::thread::spawn(move || {
                 let mut stream = stream.expect("a connection");
-                // The client may be gone by then.
+                // The client may have disconnected by then.
                 drop(stream.read(&mut [0; 64]));
                 drop(stream.write_all(b"HTTP/1.1 400 Bad Request\r\n\r\n"));
             });
@@ -567,12 +571,13 @@ async fn a_port_that_speaks_something_else_is_said_in_words() {
     });
     let error = refused(&format!("redis://{address}")).await;
     assert!(matches!(error, LockError::Refused { .. }), "{error}");
-    for part in [&address.to_string(), "no Redis server", "HTTP/1.1 400 Bad Request"] {
+    for part in [&address.to_string(), "not a Redis", "HTTP/1.1 400 Bad Request"] {
         assert!(error.to_string().contains(part), "{error}");
     }
 }
 
-/// As servers of HTTP do, which wait for the end of the headers, and as those do that speak first.
+/// Like an HTTP server, which waits for the end of the headers, and like a server that speaks
+/// first.
 #[tokio::test]
 async fn a_port_that_waits_for_another_protocol_or_speaks_first_is_reported_before_the_time_limit() {
     for (greeting, end, reply) in [
@@ -619,7 +624,7 @@ async fn a_proxy_that_hangs_up_on_commands_is_reported_with_all_of_them() {
     assert!(
         error
             .to_string()
-            .contains("closes the connection at CLIENT, ROLE, TIME, SUBSCRIBE:"),
+            .contains("closes the connection on CLIENT, ROLE, TIME, SUBSCRIBE:"),
         "{error}"
     );
 }
@@ -647,7 +652,7 @@ async fn a_server_without_role_is_refused_unless_it_is_not_to_be_asked() {
     let locks = builder.check_role(false).connect().await.expect("connect");
     let guard = lock(&locks, "k").await;
     let other = lock(&locks, "other").await;
-    // Also the renewal that finds a lease gone asks for no role.
+    // A renewal that finds its lease gone does not send ROLE either.
     server.command(&["DEL", "lock:k"]);
     assert_eq!(soon("the loss", guard.lost()).await, LossReason::Taken);
     other.release().await.expect("release");
@@ -658,19 +663,19 @@ async fn a_cluster_too_old_for_waiting_is_refused_at_connect() {
     let cluster = Cluster::start(1, 0);
     let node = cluster.nodes()[0].address();
     let proxy = Filter::start(node, |command| match &command[0][..] {
-        // As Redis 6.2 does.
+        // Like Redis 6.2.
         b"PUBSUB" => {
             Verdict::Refuse("ERR Unknown subcommand or wrong number of arguments for 'SHARDNUMSUB'. Try PUBSUB HELP.")
         }
         _ => Verdict::Pass,
     });
-    // The node leads back to the proxy.
+    // The node announces the proxy's port.
     let port = proxy.address().rsplit_once(':').expect("a port").1.to_owned();
     cluster.nodes()[0].command(&["CONFIG", "SET", "cluster-announce-port", &port]);
     let error = refused(&format!("redis+cluster://{}", proxy.address())).await;
     assert!(matches!(error, LockError::Refused { step: "connect", .. }), "{error}");
     assert!(
-        error.to_string().contains("no sharded channels") && error.to_string().contains("Redis 7.0"),
+        error.to_string().contains("sharded pub/sub") && error.to_string().contains("Redis 7.0"),
         "{error}"
     );
 }
@@ -697,7 +702,9 @@ async fn a_port_that_says_nothing_is_an_error_after_the_store_timeout() {
     let builder = LockManager::builder()
         .shard(format!("redis://{address}"))
         .store_timeout(limit);
-    let error = soon("an error", builder.connect()).await.expect_err("nobody answers");
+    let error = soon("an error", builder.connect())
+        .await
+        .expect_err("the server does not answer");
     assert!(started.elapsed() >= limit && started.elapsed() < limit + Duration::from_secs(1));
     assert!(
         matches!(error, LockError::Unavailable { step: "connect", .. }),
@@ -706,14 +713,15 @@ async fn a_port_that_says_nothing_is_an_error_after_the_store_timeout() {
     assert!(error.to_string().contains(&address.to_string()), "{error}");
 }
 
-/// A task may have begun a request and be busy with something else, as in a `select!` whose other arm has begun to wait.
+/// Regression: a task may have started a request and then be busy with something else, for example
+/// in a `select!` whose other branch is running.
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn a_request_that_nobody_polls_keeps_nobody_from_connecting() {
     let server = RedisServer::start();
     let locks = LockManager::connect(&server.url()).await.expect("connect");
     server.kill();
-    locks.lock("{one}x").await.expect_err("nobody answers");
-    // Of one slot, and so of one connection.
+    locks.lock("{one}x").await.expect_err("the server does not answer");
+    // In the same slot, and thus on the same connection.
     let mut begun = Box::pin(locks.lock("{one}a").into_future());
     assert!(poll_once(&mut begun).is_none());
     server.restart();
@@ -722,12 +730,12 @@ async fn a_request_that_nobody_polls_keeps_nobody_from_connecting() {
     until("nothing is left", async || lock_keys(&server).is_empty()).await;
 }
 
-/// Something on the way has forgotten the connections, and neither side is told.
+/// A device on the path has lost the connections' state, and neither side is notified.
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn a_lease_outlives_connections_that_fall_silent() {
     let server = RedisServer::start();
     let proxy = Proxy::start(server.address());
-    // Renewals of the shorter one have less time than a request.
+    // Renewals of the shorter lease have less time than a request.
     for ttl in [1, 2].map(Duration::from_secs) {
         let locks = LockManager::builder().shard(proxy.url()).ttl(ttl);
         let locks = locks.connect().await.expect("connect");
@@ -741,7 +749,8 @@ async fn a_lease_outlives_connections_that_fall_silent() {
     }
 }
 
-/// A waiter's commands are answered, and what is published reaches nobody: it would look for the lock by itself every ten seconds at most, for ever.
+/// Commands are answered but published messages never arrive. The waiter would only notice the free
+/// lock when it asks every ten seconds, forever.
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn an_inbox_that_falls_silent_is_subscribed_anew() {
     let server = RedisServer::start();
@@ -751,7 +760,7 @@ async fn an_inbox_that_falls_silent_is_subscribed_anew() {
     let before = server.subscribers();
     assert_eq!(before.len(), 2);
     proxy.silence();
-    until("the inbox is subscribed once more", async || {
+    until("the inbox is subscribed again", async || {
         let now = server.subscribers();
         now.len() == 2 && now != before
     })
@@ -765,7 +774,7 @@ async fn an_inbox_that_falls_silent_is_subscribed_anew() {
     assert!(started.elapsed() < Duration::from_secs(5), "{:?}", started.elapsed());
 }
 
-/// The server does what it is told, and its answers come late or never.
+/// The server executes requests, but its replies arrive late or never.
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn a_connection_that_stalls_during_an_acquire_on_a_free_key_strands_nobody() {
     let server = RedisServer::start();
@@ -774,10 +783,11 @@ async fn a_connection_that_stalls_during_an_acquire_on_a_free_key_strands_nobody
     let builder = LockManager::builder().shard(proxy.url()).store_timeout(limit);
     let locks = builder.connect().await.expect("connect");
     let others = LockManager::connect(&server.url()).await.expect("connect");
-    // The first lock of a manager stores the shard map before.
+    // The manager's first lock stores the shard map.
     lock(&locks, "other").await.release().await.expect("release");
     for round in 0..8 {
-        // In the first rounds the scripts are not yet known to the server; in one half somebody else waits meanwhile.
+        // In the first rounds the server does not know the scripts yet; in half of the rounds
+        // another manager waits meanwhile.
         proxy.hold_back();
         let acquiring = tokio::spawn(locks.lock("k").into_future());
         until("the lease is taken", async || !lock_keys(&server).is_empty()).await;
@@ -786,7 +796,7 @@ async fn a_connection_that_stalls_during_an_acquire_on_a_free_key_strands_nobody
             until_queued(&others, "k", 1).await;
         }
         tokio::time::sleep(Duration::from_millis(60)).await;
-        assert!(!acquiring.is_finished(), "nobody told it so far");
+        assert!(!acquiring.is_finished(), "the reply is held back");
         proxy.let_through();
         let guard = soon("the lock", acquiring).await.expect("a task").expect("lock");
         assert!(guard.is_valid());
@@ -797,7 +807,8 @@ async fn a_connection_that_stalls_during_an_acquire_on_a_free_key_strands_nobody
         }
     }
 
-    // Longer than the store timeout: an error, and the lease that nobody was told of is given back.
+    // Longer than the store timeout: the request fails, and the lease whose reply was lost is
+    // released.
     proxy.hold_back();
     let error = soon("an error", locks.lock("k").into_future())
         .await
@@ -814,8 +825,8 @@ async fn a_connection_that_stalls_during_an_acquire_on_a_free_key_strands_nobody
     until("nothing is left", async || lock_keys(&server).is_empty()).await;
 }
 
-/// Requests that take locks are held up on the way, their connections are replaced, the releases of their cycles are answered on the new ones, and then what
-/// was held up arrives.
+/// Delays acquire requests on their way, replaces their connections, lets the releases of their
+/// cycles complete on the new connections, and then delivers the delayed requests.
 async fn assert_late_requests_take_nothing(nodes: &[&RedisServer], proxies: &[Proxy], builder: Builder, ttl: Duration) {
     let locks = builder
         .ttl(ttl)
@@ -823,7 +834,7 @@ async fn assert_late_requests_take_nothing(nodes: &[&RedisServer], proxies: &[Pr
         .connect()
         .await
         .expect("connect");
-    // So that the servers know the scripts and all connections are there.
+    // Loads the scripts into the servers and opens all connections.
     let keys: Vec<String> = (0..20).map(|number| format!("k{number}")).collect();
     for key in &keys {
         lock(&locks, key).await.release().await.expect("release");
@@ -840,7 +851,8 @@ async fn assert_late_requests_take_nothing(nodes: &[&RedisServer], proxies: &[Pr
         })
         .collect();
     soon("all requests end", asking.join_all()).await;
-    // Both kinds: cycles whose owners are told that they are wanted, and the others, which those of contended keys are.
+    // Covers both kinds of cycles: those whose owner is notified of waiters, and those of contended
+    // keys.
     for key in &keys {
         let mut guard = None;
         until("a new connection", async || {
@@ -851,8 +863,9 @@ async fn assert_late_requests_take_nothing(nodes: &[&RedisServer], proxies: &[Pr
         guard.expect("a guard").release().await.expect("release");
     }
     let left = || nodes.iter().flat_map(|node| lock_keys(node)).collect::<Vec<_>>();
-    until("all is given back", async || left().is_empty()).await;
-    // What a client resets is gone. Another one's would wait for the network until it is back.
+    until("everything is released", async || left().is_empty()).await;
+    // Bytes on a connection that the client has reset are gone. Any other client would keep them
+    // until the network is back.
     let reset_by = Instant::now() + PATIENCE;
     while proxies.iter().any(|proxy| proxy.withheld() > 0) && Instant::now() < reset_by {
         tokio::time::sleep(Duration::from_millis(5)).await;
@@ -863,14 +876,14 @@ async fn assert_late_requests_take_nothing(nodes: &[&RedisServer], proxies: &[Pr
         .flat_map(Proxy::deliver_late)
         .map(|late| late.to_string())
         .collect();
-    until("what was late is executed", async || {
+    until("the late requests are executed", async || {
         let known = nodes.iter().map(|node| node.query::<String>(&["CLIENT", "LIST"]));
         known
             .into_iter()
             .all(|known| !late.iter().any(|late| known.contains(late.as_str())))
     })
     .await;
-    assert_eq!(left(), [""; 0], "leases and places of cycles that are over");
+    assert_eq!(left(), [""; 0], "leases and queue entries of finished cycles");
     for key in &keys {
         lock(&locks, key).await.release().await.expect("release");
     }
@@ -915,14 +928,14 @@ async fn late_requests_on_replaced_connections_of_a_cluster_take_no_lock() {
     let cluster = Cluster::start(1, 0);
     let node = &cluster.nodes()[0];
     let proxies = [Proxy::start(node.address())];
-    // The map of the slots leads through the proxy as well.
+    // The slot map leads through the proxy as well.
     let port = proxies[0].port().to_string();
     node.command(&["CONFIG", "SET", "cluster-announce-port", &port]);
     let builder = LockManager::builder().shard(format!("redis+cluster://{}", proxies[0].address()));
     assert_late_requests_take_nothing(&[node], &proxies, builder, LONG).await;
 }
 
-/// As if an acquire of a cycle that is over had been executed late.
+/// Simulates a late acquire of a finished cycle.
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn lease_that_nobody_holds_is_given_back_when_it_is_wanted() {
     let server = RedisServer::start();
@@ -937,10 +950,17 @@ async fn lease_that_nobody_holds_is_given_back_when_it_is_wanted() {
         guard.release().await.expect("release");
         let (_, cycle) = owner.rsplit_once(':').expect("a cycle");
         let (number, _) = cycle.split_once('-').expect("a number");
-        assert_eq!(number.parse::<u64>().expect("a number") % 2, 0, "it is told of rivals");
-        until("it is free", async || server.query::<u64>(&["EXISTS", &lease]) == 0).await;
+        assert_eq!(
+            number.parse::<u64>().expect("a number") % 2,
+            0,
+            "its owner is notified of waiters"
+        );
+        until("the key is free", async || {
+            server.query::<u64>(&["EXISTS", &lease]) == 0
+        })
+        .await;
         server.command(&["SET", &lease, &owner, "PX", "60000"]);
-        // The same manager may want the key itself.
+        // The same manager may want the key at the same time.
         let once = |locks: &LockManager| {
             let locks = locks.clone();
             async move { lock(&locks, key).await.release().await.expect("release") }

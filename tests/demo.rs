@@ -1,6 +1,6 @@
-//! The demo, from its start to the last thing that it must not leave behind.
+//! The demo, from its start to its cleanup.
 
-// A test is over when its surroundings fail.
+// A failing environment ends the test.
 #![allow(clippy::panic, clippy::unwrap_used)]
 
 mod support;
@@ -18,23 +18,24 @@ use support::process::Process;
 use support::{RedisServer, wait_until};
 use tempfile::TempDir;
 
-/// Longer than any demo here takes, on a loaded machine.
+/// Longer than any demo here takes on a loaded machine.
 const DEMO_TIMEOUT: Duration = Duration::from_secs(60);
 
-/// What a demo with two worker processes has, if it starts its servers itself.
+/// The number of child processes of a demo with two workers that starts its own servers.
 const CHILDREN: usize = 5;
 
-/// A demo that runs, with a directory for temporary files of its own.
+/// A running demo with its own directory for temporary files.
 struct Demo {
     process: Process,
     temp: TempDir,
-    /// The first lines of its output, which it writes when all is set up.
+    /// The first lines of its output, written once everything is set up.
     introduction: String,
     stdout: JoinHandle<String>,
     stderr: File,
 }
 
-/// What a load with two worker processes has: three more servers, which are a quorum.
+/// The number of child processes of a load with two workers: it has three more servers, which form
+/// a quorum.
 const CHILDREN_OF_A_LOAD: usize = CHILDREN + 3;
 
 /// How a demo ended.
@@ -76,12 +77,12 @@ impl Demo {
         }
     }
 
-    /// The process ids of its children and of theirs, each with its command line.
+    /// The process ids of all descendants, each with its command line.
     fn descendants(&self) -> Vec<(Pid, String)> {
         self.process.descendants()
     }
 
-    /// Waits for its end, and sees that nothing is left of it: neither these processes nor a file.
+    /// Waits for the demo to end, and checks that neither these processes nor any file is left.
     fn end_without_a_trace(mut self, descendants: &[(Pid, String)]) -> Ended {
         let status = self.process.wait(DEMO_TIMEOUT);
         for (pid, words) in descendants {
@@ -100,7 +101,7 @@ impl Demo {
 }
 
 impl Ended {
-    /// The figures of a demo that came to its result, after a look at those that must be right.
+    /// The figures of a completed demo, after checking those that must hold in every run.
     #[track_caller]
     fn figures(&self) -> Value {
         assert_eq!(self.code, Some(0), "{}{}", self.stdout, self.stderr);
@@ -147,7 +148,8 @@ fn coupons_are_claimed_too_often_without_the_lock_and_never_with_it() {
     let waits = ["p50", "p99", "max"].map(|wait| number(&figures, &format!("/jobs/wait_ms/{wait}")));
     assert!(waits.is_sorted() && waits[2] > 0.0, "{figures}");
     assert!(number(&figures, "/jobs/publishes_per_lock") > 0.0, "{figures}");
-    // Two round trips are the most that a lock needs, and a script is one of them; renewals and the like come on top.
+    // A lock needs at most two round trips, one of which is a script. Renewals and the like are
+    // added to these.
     let (scripts, requests) = (
         number(&figures, "/jobs/script_calls_per_lock"),
         number(&figures, "/jobs/store_requests_per_lock"),
@@ -171,7 +173,7 @@ fn given_servers_keep_their_own_keys_and_none_of_the_demo() {
     demo.end_without_a_trace(&descendants).figures();
     for server in &servers {
         assert_eq!(server.keys(), ["demo:mine"]);
-        assert!(server.script_calls() > 0, "it was not used");
+        assert!(server.script_calls() > 0, "the server was not used");
     }
 }
 
@@ -181,7 +183,7 @@ fn a_demo_that_is_interrupted_on_given_servers_leaves_no_key() {
     let demo = Demo::start(&["--seconds", "30", "--shard", &server.url()]);
     let descendants = demo.descendants();
     let jobs_run = || server.keys().iter().any(|key| key.ends_with(":q"));
-    wait_until("locks are waited for", DEMO_TIMEOUT, jobs_run);
+    wait_until("tasks wait for locks", DEMO_TIMEOUT, jobs_run);
     demo.process.signal(Signal::TERM);
     let ended = demo.end_without_a_trace(&descendants);
     assert_eq!(ended.code, Some(143), "{}", ended.stderr);
@@ -212,7 +214,7 @@ fn a_load_goes_on_until_it_is_stopped_and_says_where_its_metrics_are() {
     assert_eq!((groups.as_array().unwrap().len(), targets.len()), (1, 2), "{groups}");
     for target in targets {
         let address = target.as_str().unwrap();
-        wait_until("locks of every class are had and handed over", DEMO_TIMEOUT, || {
+        wait_until("locks of every class are acquired and handed off", DEMO_TIMEOUT, || {
             let page = get(address, "/metrics");
             let classes = ["jobs", "sale", "reports", "cron", "default"];
             let is_had = |class: &str| counted(&page, &[&format!("class=\"{class}\",outcome=\"acquired\"")]) > 0.0;
@@ -229,7 +231,7 @@ fn a_load_goes_on_until_it_is_stopped_and_says_where_its_metrics_are() {
     assert_eq!(fs::read_dir(place.path()).unwrap().count(), 0);
 }
 
-/// What is at the path of an endpoint.
+/// The body of a page of an endpoint.
 fn get(address: &str, path: &str) -> String {
     let mut stream = TcpStream::connect(address).unwrap();
     stream.set_read_timeout(Some(DEMO_TIMEOUT)).unwrap();
@@ -241,7 +243,7 @@ fn get(address: &str, path: &str) -> String {
     body.to_owned()
 }
 
-/// The sum over the lines that have all of these texts.
+/// The sum over the lines that contain all of these texts.
 fn counted(page: &str, texts: &[&str]) -> f64 {
     let lines = page.lines().filter(|line| texts.iter().all(|text| line.contains(text)));
     lines
@@ -258,7 +260,7 @@ fn a_worker_that_dies_ends_the_demo_with_an_error_that_says_so() {
         .find(|(_, words)| words.trim_end().ends_with("worker"));
     kill_process(worker.unwrap().0, Signal::KILL).unwrap();
     let ended = demo.end_without_a_trace(&descendants);
-    // Which number says so is up to the tool.
+    // The exact exit code is up to the tool.
     assert!(ended.code.is_some_and(|code| code != 0), "{:?}", ended.code);
     assert!(
         ended.stderr.contains("died in the middle of the demo"),
@@ -274,7 +276,7 @@ fn nothing_of_a_killed_demo_runs_on() {
     let descendants = demo.descendants();
     assert_eq!(descendants.len(), CHILDREN, "{descendants:?}");
     demo.process.kill();
-    // Whoever inherits them may take a moment to reap them.
+    // The process that inherits the children may take a moment to reap them.
     let is_over = |pid: &Pid| {
         let stat = fs::read_to_string(format!("/proc/{}/stat", pid.as_raw_nonzero()));
         stat.map_or(true, |stat| stat.contains(") Z "))

@@ -1,6 +1,7 @@
-//! Nobody starves: processes take turns, however many there are and however many tasks wait in one of them.
+//! No waiter starves: processes take turns, regardless of their number and of the number of waiting
+//! tasks in each.
 
-// A test is over when its surroundings fail.
+// A failing environment ends the test.
 #![allow(clippy::expect_used, clippy::panic, clippy::unwrap_used)]
 
 mod support;
@@ -25,7 +26,8 @@ fn worker_entry() {
     }
 }
 
-/// Locks again and again in so many tasks until it is told to stop. Says how often it had the lock whenever it is asked.
+/// Locks repeatedly in `LOCKTEST_TASKS` tasks until the test sends `stop`. Reports the number of
+/// acquisitions on each request.
 #[tokio::main]
 async fn contend(me: &worker::Current) {
     let locks = builder_of(me).connect().await.expect("connect");
@@ -39,7 +41,7 @@ async fn contend(me: &worker::Current) {
             while !over.load(Ordering::Relaxed) {
                 let guard = lock(&locks, "k").await;
                 had.fetch_add(1, Ordering::Relaxed);
-                // The work that is done under the lock.
+                // Simulated work under the lock.
                 tokio::time::sleep(Duration::from_millis(1)).await;
                 guard.release().await.expect("release");
             }
@@ -48,7 +50,7 @@ async fn contend(me: &worker::Current) {
     let told = tokio::task::spawn_blocking({
         let (me, had) = (me.clone(), Arc::clone(&had));
         move || {
-            while me.hear().expect("the test tells when to stop") == COUNT {
+            while me.hear().expect("the test sends a line") == COUNT {
                 me.say(had.load(Ordering::Relaxed).to_string());
             }
         }
@@ -61,16 +63,16 @@ async fn contend(me: &worker::Current) {
     me.say(had.load(Ordering::Relaxed).to_string());
 }
 
-/// What a contender is asked for the number of its turns by, and what it is stopped by.
+/// The lines that request the number of acquisitions and that stop a contender.
 const COUNT: &str = "count";
 const STOP: &str = "stop";
 
-/// For how long processes contend at least, and how many turns all of them together must have had then: what each of them got means nothing
-/// where a machine, or a server, does only few in that time.
+/// Minimum duration of the contention, and the minimum number of acquisitions by all processes
+/// together. With fewer, on a slow machine or server, the shares mean nothing.
 const CONTEND: Duration = Duration::from_secs(2);
 const TURNS_MIN: u64 = 400;
 
-/// How often each process had the lock while they contended for it with so many tasks each.
+/// Number of acquisitions of each process while they contend with `tasks[i]` tasks each.
 async fn shares(store: &TestStore, tasks: &[usize]) -> Vec<u64> {
     let watcher = store.manager().await;
     let guard = lock(&watcher, "k").await;
@@ -80,7 +82,7 @@ async fn shares(store: &TestStore, tasks: &[usize]) -> Vec<u64> {
         .collect();
     until_queued(&watcher, "k", tasks.len() as u64).await;
     guard.release().await.expect("release");
-    // While all contend: whoever is the last to stop has the key for itself.
+    // Count while all processes contend: the last one to stop has the key to itself.
     let mut shares = Vec::new();
     until("there were enough turns", async || {
         tokio::time::sleep(CONTEND).await;
@@ -92,7 +94,7 @@ async fn shares(store: &TestStore, tasks: &[usize]) -> Vec<u64> {
     shares
 }
 
-/// Says this to all of them, and hears how often each had the lock.
+/// Sends a line to all contenders and returns the number of acquisitions of each.
 fn turns_of(contenders: &mut [Worker], line: &str) -> Vec<u64> {
     for contender in &mut *contenders {
         contender.send(line);
@@ -109,22 +111,23 @@ on_each_store! {
     async fn the_least_lucky_of_many_processes_gets_nearly_what_the_luckiest_gets(store: &TestStore) {
         let shares = shares(store, &[1; 12]).await;
         let (least, most) = (shares.iter().min().expect("some"), shares.iter().max().expect("some"));
-        // On an idle machine they differ by one or two; a process that gets no processor for a while misses some turns.
+        // On an idle machine they differ by one or two. A process without processor time misses
+        // some turns.
         assert!(*least >= 10 && *least * 10 >= *most * 7, "{shares:?}");
     }
 
     async fn a_process_with_one_task_is_not_starved_by_one_with_many(store: &TestStore) {
         let shares = shares(store, &[1, 100]).await;
-        // The one gets a turn after each slice of 10 milliseconds of the other.
+        // The single task gets a turn after each 10 ms slice of the other process.
         assert!(shares[0] >= 20, "{shares:?}");
-        // And the other is not slowed down to the pace of the one.
+        // The other process is not slowed down to the pace of the single task.
         assert!(shares[1] > shares[0], "{shares:?}");
     }
 }
 
 const TASKS: usize = 24;
 
-/// In which order the managers had the lock, each of which had so many tasks in line.
+/// The order in which the managers acquired the lock, with [`TASKS`] waiting tasks each.
 async fn turns(
     store: &TestStore,
     managers: usize,
@@ -147,7 +150,7 @@ async fn turns(
                 }
                 guard.release().await.expect("release");
             });
-            // The first poll takes the place in the line.
+            // The first poll enqueues the request.
             assert!(poll_once(&mut waiting).is_none());
             tasks.spawn(waiting);
         }
@@ -162,7 +165,7 @@ async fn turns(
     turns
 }
 
-/// The lengths of the runs in which one manager had the lock.
+/// The lengths of the runs of consecutive acquisitions by one manager.
 fn runs(turns: &[usize]) -> Vec<usize> {
     turns
         .chunk_by(|left, right| left == right)
@@ -186,9 +189,10 @@ on_each_store! {
     async fn a_slice_ends_a_burst(store: &TestStore) {
         let settings = |builder: Builder| builder.max_burst(1_000_000).max_slice(Duration::from_millis(20));
         let turns = turns(store, 2, Duration::from_millis(5), settings).await;
-        // Each holds for 5 milliseconds at least, so that a slice has room for four; on a loaded machine for fewer.
+        // Each hold takes at least 5 ms, so a slice of 20 ms fits at most four; fewer on a loaded
+        // machine.
         let mut runs = runs(&turns);
-        // In the last run nobody else waits any more.
+        // In the last run no other manager waits.
         runs.pop();
         assert!(runs.len() >= 5 && runs.into_iter().all(|run| run <= 4), "{turns:?}");
     }

@@ -1,6 +1,6 @@
-//! `shardlock inspect` and `shardlock slot`, and where their settings come from.
+//! `shardlock inspect` and `shardlock slot`, and the sources of their settings.
 
-// A test is over when its surroundings fail.
+// A failing environment ends the test.
 #![allow(clippy::expect_used, clippy::panic, clippy::unwrap_used)]
 
 mod support;
@@ -79,10 +79,12 @@ fn a_holder_of_another_library_is_told_apart() {
     assert!(text.contains("never ends"), "{text}");
 }
 
-/// What a hostile client may write: it would clear a screen, change its title and forge lines.
+/// A value that a hostile client might store. Printed raw, it would clear the screen, change its
+/// title and forge lines.
 const HOSTILE: &str = "x\u{1b}[2J\u{1b}]0;owned\u{7}\nforged   line\r\u{9b}31m\u{202e}y";
 
-/// Neither of the outputs has anything but printable characters and line ends, nor a line of the hostile value's own.
+/// Both outputs consist of printable characters and line ends, and no line starts with the forged
+/// text.
 #[track_caller]
 fn assert_printable(ended: &tool::Ended) {
     for text in [&ended.stdout, &ended.stderr] {
@@ -142,7 +144,7 @@ fn messages_of_a_server_can_not_forge_lines_of_the_log() {
     }
     holder.go();
     let ended = waiter.end();
-    assert!(ended.stderr.contains("not of this version's form"), "{ended:?}");
+    assert!(ended.stderr.contains("not in this version's format"), "{ended:?}");
     assert_printable(&ended);
 }
 
@@ -161,7 +163,7 @@ fn a_slot_is_known_without_any_server() {
     let expected = json!({ "key": "foo", "slot": 12182, "shard": null, "shard_slots": null });
     assert_eq!(json(bare(&["slot", "foo", "--json"])), expected);
 
-    // Nothing listens at port 1.
+    // Nothing listens on port 1.
     let shards = ["--shard", "a=redis://127.0.0.1:1", "--shard", "redis://127.0.0.1:1/1"];
     let mut command = bare(&["slot", "foo", "--json"]);
     command.args(shards);

@@ -1,6 +1,6 @@
-//! The tool on shards of each kind that other processes can reach.
+//! The tool on each kind of shard that other processes can reach.
 
-// A test is over when its surroundings fail.
+// A failing environment ends the test.
 #![allow(clippy::expect_used, clippy::panic, clippy::unwrap_used)]
 
 mod support;
@@ -15,7 +15,7 @@ use support::{RedisServer, worker};
 use support_locks::{TestStore, lock, on_each_store, soon, until};
 use tool::{bare, run};
 
-/// The settings of a manager of that store, as environment variables of the tool.
+/// The settings of a manager of this store, as environment variables of the tool.
 fn with_settings(store: &TestStore, args: &[&str]) -> Command {
     let (mut command, settings) = (bare(args), store.builder().build_config().expect("good settings"));
     let millis = |time: std::time::Duration| format!("{}ms", time.as_millis());
@@ -139,7 +139,7 @@ on_each_store! { on(servers);
         assert_eq!(shown["agrees"], true, "{shown}");
         assert_eq!(shown["shards"].as_array().expect("shards").len(), old.len(), "{shown}");
 
-        // One more shard is added.
+        // A shard is added.
         let more = RedisServer::start();
         let grown = |args: &[&str]| {
             let mut command = with_settings(store, args);
@@ -163,10 +163,10 @@ on_each_store! { on(servers);
         assert_eq!(store.servers().maps(store.namespace()), old);
         assert_eq!(more.keys(), [""; 0]);
 
-        guard.release().await.expect("it was held all the time");
+        guard.release().await.expect("the lock was held throughout");
         locks.shutdown().await;
         drop(locks);
-        until("nobody listens", async || grown(&set).code == 0).await;
+        until("no inbox is left", async || grown(&set).code == 0).await;
         let new = store.servers().maps(store.namespace());
         assert!(new.len() == old.len() && new.iter().all(|map| map.starts_with("v2 shard-0:0-8191,shard-1:8192-16383 here=shard-0")), "{new:?}");
         let again = grown(&set);

@@ -1,6 +1,7 @@
-//! How long a lock is held: for as long as its holder lives, and not a moment longer than it says.
+//! How long a lock is held: as long as its holder lives, and never longer than the holder's own
+//! validity.
 
-// A test is over when its surroundings fail.
+// A failing environment ends the test.
 #![allow(clippy::expect_used, clippy::panic, clippy::unwrap_used)]
 
 mod support;
@@ -29,7 +30,7 @@ fn worker_entry() {
 on_each_store! {
     on(redis sentinel cluster, own);
 
-    /// Whoever waits would look at the key again after ten seconds; the holder is renewed every two.
+    /// A waiter would retry only after ten seconds; the holder renews every two.
     async fn who_waits_for_a_key_that_was_deleted_has_it_when_the_holders_renewal_finds_out(store: &TestStore) {
         let builder = || store.builder().ttl(Duration::from_secs(20)).store_timeout(Duration::from_secs(5));
         let holder = builder().connect().await.expect("connect");
@@ -43,11 +44,12 @@ on_each_store! {
         assert!(deleted.elapsed() < Duration::from_secs(6), "{:?}", deleted.elapsed());
         assert!(next.token() > guard.token());
         assert_eq!(soon("the loss", guard.lost()).await, LossReason::Taken);
-        assert!(guard.release().await.expect_err("it was lost").is_lost());
-        next.release().await.expect("it is held");
+        assert!(guard.release().await.expect_err("the lock was lost").is_lost());
+        next.release().await.expect("the lock is held");
     }
 
-    /// The queue is gone as well, so that no renewal finds out who waits: the look at the shard does, which is taken every three seconds.
+    /// The queue is deleted as well, so a renewal can't discover the waiter. The health check of
+    /// the shard, every three seconds, does.
     async fn who_waits_on_a_server_that_was_emptied_asks_again_after_the_next_look(store: &TestStore) {
         let builder = || store.builder().ttl(Duration::from_secs(20)).store_timeout(Duration::from_secs(5));
         let holder = builder().connect().await.expect("connect");
@@ -58,11 +60,11 @@ on_each_store! {
         store.servers().flush();
         let flushed = Instant::now();
         let next = soon("the lock", waiting).await.expect("a task");
-        // It would have asked unasked after ten seconds.
+        // Without the health check the waiter would retry after ten seconds.
         assert!(flushed.elapsed() < Duration::from_secs(7), "{:?}", flushed.elapsed());
         assert!(next.token() > guard.token());
         assert_eq!(soon("the loss", guard.lost()).await, LossReason::Taken);
-        next.release().await.expect("it is held");
+        next.release().await.expect("the lock is held");
     }
 }
 
@@ -72,9 +74,9 @@ on_each_store! {
         let guard = lock(&one, "k").await;
         let mut waiting = tokio::spawn(async move { lock(&other, "k").await });
         let six_ttls = tokio::time::timeout(6 * store.short_ttl(), &mut waiting).await;
-        assert!(six_ttls.is_err(), "nobody else had it");
+        assert!(six_ttls.is_err(), "no other holder may get in");
         assert!(guard.is_valid() && guard.remaining() <= store.short_ttl());
-        guard.release().await.expect("it was held all the time");
+        guard.release().await.expect("the lock was held throughout");
         soon("the waiter", waiting).await.expect("a task").release().await.expect("release");
     }
 
@@ -82,10 +84,11 @@ on_each_store! {
         let locks = store.short_lived_manager().await;
         let guard = lock(&locks, "k").await;
         let told = tokio::time::timeout(2 * store.short_ttl(), guard.lost()).await;
-        assert!(told.is_err(), "it is held");
+        assert!(told.is_err(), "the lock is held");
         guard.release().await.expect("release");
 
-        // A release while somebody listens for the loss: the listener is dropped with the body and hears nothing.
+        // A release while a task awaits the loss: the `lost()` future is dropped with the body and
+        // never completes.
         let seen = locks.with_lock("k", async |guard| {
             let mut lost = Box::pin(guard.lost());
             poll_once(&mut lost)
@@ -102,7 +105,7 @@ on_each_store! {
         }
         assert!(!guard.is_valid());
         assert_eq!(guard.remaining(), Duration::ZERO);
-        let error = guard.release().await.expect_err("it was lost");
+        let error = guard.release().await.expect_err("the lock was lost");
         assert!(error.is_lost(), "{error}");
     }
 
@@ -114,7 +117,7 @@ on_each_store! {
         let waiting = tokio::spawn(async move { lock(&other, "k").await });
         assert_eq!(soon("the loss", stuck.lost()).await, LossReason::MaxHold);
         assert!(started.elapsed() >= cap, "{:?}", started.elapsed());
-        // The stuck task keeps its guard, and still somebody else gets the lock.
+        // The stuck task keeps its guard, yet another holder gets the lock.
         let next = soon("the next", waiting).await.expect("a task");
         assert!(!stuck.is_valid() && next.is_valid());
         assert!(next.token() > stuck.token());
@@ -134,8 +137,9 @@ on_each_store! {
         }
     }
 
-    /// A lease that was passed on once had the TTL of the one that released it: after a holder with ten minutes, the key of one that asked
-    /// for a second and was killed stayed locked for ten minutes.
+    /// Regression: a lease that was handed off kept the TTL of its previous owner. After a holder
+    /// with a TTL of ten minutes, the key of a killed holder that had requested one second stayed
+    /// locked for ten minutes.
     async fn lease_that_is_passed_on_lasts_as_long_as_its_new_owner_asked_for(store: &TestStore) {
         let (long, short) = (store.manager().await, store.short_lived_manager().await);
         let guard = lock(&long, "k").await;
@@ -145,7 +149,7 @@ on_each_store! {
         let guard = soon("the waiter", waiting).await.expect("a task");
         let holder = long.inspect("k").await.expect("inspect").holder.expect("a holder");
         assert_eq!(holder.owner, guard.owner());
-        // What is shorter than a second is rounded up by some stores.
+        // Some stores round TTLs up to a second.
         let longest = store.short_ttl().max(Duration::from_secs(2));
         assert!(holder.remaining.is_none_or(|remaining| remaining <= longest), "{holder:?}");
         guard.release().await.expect("release");
@@ -153,7 +157,7 @@ on_each_store! {
 
     async fn a_guard_that_is_dropped_gives_its_lock_back(store: &TestStore) {
         let (one, other) = (store.manager().await, store.manager().await);
-        // With the default TTL of 10 seconds: nobody waits for its end.
+        // The default TTL is 10 seconds, and no waiter waits for it.
         let guard = lock(&one, "k").await;
         let waiting = tokio::spawn(async move { lock(&other, "k").await });
         until_queued(&one, "k", 1).await;
@@ -166,7 +170,8 @@ on_each_store! {
     }
 
     async fn a_renewal_under_way_never_brings_a_released_lock_back(store: &TestStore) {
-        // With a fiftieth of 100 ms a renewal is due every 2 ms, so that many are under way at a release.
+        // A fiftieth of 100 ms: a renewal is due every 2 ms, so many are in flight during a
+        // release.
         let builder = || store.builder().ttl(store.kind().least_ttl()).renew_fraction(0.02);
         let (one, other) = (builder().connect().await.expect("connect"), builder().connect().await.expect("connect"));
         for round in 0..100_u64 {
@@ -175,12 +180,13 @@ on_each_store! {
             while Instant::now() < deadline {
                 tokio::task::yield_now().await;
             }
-            // A loaded machine may take longer than the TTL for all this; a loss is no mistake here.
+            // A loaded machine may take longer than the TTL for this, so a loss is allowed here.
             match guard.release().await {
                 Ok(()) => {}
                 Err(error) => assert!(error.is_lost(), "{error}"),
             }
-            // The next holder is the other manager, and nobody takes it away from that.
+            // The next holder is the other manager, and no late renewal takes the lock away from
+            // it.
             let guard = lock(&other, "k").await;
             let owner = guard.owner();
             let seen = one.inspect("k").await.expect("inspect").holder.map(|holder| holder.owner);
@@ -194,7 +200,8 @@ on_each_store! {
     }
 }
 
-/// The holder is killed; the first of three managers that wait has the lock within the TTL, and the others wait on.
+/// Kills the holder. The first of three waiting managers gets the lock within the TTL, and the
+/// others keep waiting.
 async fn a_killed_holder_is_followed(store: &TestStore, count: impl FnOnce(), counted: impl FnOnce()) {
     let mut holder = store.locker();
     holder.lock();
@@ -233,7 +240,7 @@ on_each_store! {
         let locks = store.manager().await;
         let mut waiting = tokio::spawn(async move { lock(&locks, "k").await });
         let four_ttls = tokio::time::timeout(4 * store.short_ttl(), &mut waiting).await;
-        assert!(four_ttls.is_err(), "it is held by the other process");
+        assert!(four_ttls.is_err(), "the other process holds the lock");
         holder.release();
         let guard = soon("the release", waiting).await.expect("a task");
         assert!(guard.token().get() > token);
@@ -271,14 +278,15 @@ on_each_store! {
 
     async fn the_death_of_a_holder_wakes_nobody_but_the_next(store: &TestStore) {
         let server = store.server();
-        // One look of each at the end of the TTL that it knew of is all that they may have sent, if the holder had renewed since. Nobody
-        // was woken.
+        // If the holder had renewed since, each waiter may have sent one request at the end of the
+        // TTL it knew of. No waiter was woken.
         let counted = || assert!(server.publishes() <= 3, "{:?}", server.commands());
         a_killed_holder_is_followed(store, || server.reset_stats(), counted).await;
     }
 }
 
-/// Takes the lock away by `steal`; the holder hears of it at the next renewal, and waiters go on.
+/// Takes the lock away with `steal`. The holder is notified at its next renewal, and the waiters
+/// are served.
 async fn taken_away(store: &TestStore, steal: impl FnOnce()) {
     let connect = || store.builder().ttl(Duration::from_secs(2)).connect();
     let (one, other) = (connect().await.expect("connect"), connect().await.expect("connect"));
@@ -295,10 +303,10 @@ async fn taken_away(store: &TestStore, steal: impl FnOnce()) {
     let stolen = Instant::now();
     steal();
     assert_eq!(soon("the loss", guard.lost()).await, LossReason::Taken);
-    // A tenth of the TTL and some time for a loaded machine, but not the whole of it.
+    // A tenth of the TTL and some slack for a loaded machine, but less than the TTL.
     assert!(stolen.elapsed() < Duration::from_millis(1200), "{:?}", stolen.elapsed());
     assert!(!guard.is_valid());
-    let error = guard.release().await.expect_err("it was taken");
+    let error = guard.release().await.expect_err("the lock was taken");
     assert!(
         matches!(
             error,
@@ -309,7 +317,7 @@ async fn taken_away(store: &TestStore, steal: impl FnOnce()) {
         ),
         "{error}"
     );
-    // Neither a waiter of another process nor one of the same is forgotten.
+    // Both the waiter in another process and the one in this process are served.
     let in_turn = async {
         tokio::join!(async { waiting.await.expect("a task").release().await }, async {
             local.await.expect("a task").release().await
@@ -329,23 +337,25 @@ on_each_store! {
         let locks = builder.connect().await.expect("connect");
         let guard = lock(&locks, "k").await;
         for _ in 0..2 {
-            // Every renewal fails for half of the TTL: some three of them, with time for more.
+            // All renewals fail for half of the TTL. That is about three, with time left for more.
             store.servers().stand_still();
             let lost = tokio::time::timeout(ttl / 2, guard.lost()).await;
             assert!(lost.is_err() && guard.is_valid());
             store.servers().go_on();
             eventually("a renewal succeeds", PATIENCE, || guard.remaining() > ttl * 4 / 5).await;
         }
-        // Renewals go to nodes of a quorum that are thought dead, too; what else is asked for waits until they are known to live.
+        // In a quorum, renewals are also sent to nodes considered dead. Other requests wait until
+        // the nodes are known to be alive.
         until("requests are answered", async || locks.inspect("k").await.is_ok()).await;
-        guard.release().await.expect("it was held all the time");
+        guard.release().await.expect("the lock was held throughout");
     }
 
     async fn a_loss_is_told_before_the_lease_can_be_anybody_elses(store: &TestStore) {
-        // The longer, the earlier is the loss told: by the allowance for drift, and by what had passed since the last renewal.
+        // A longer TTL widens the margin between the report of the loss and the end of the lease:
+        // the drift allowance, and the time since the last renewal.
         let ttl = Duration::from_secs(3);
         let one = store.builder().ttl(ttl).connect().await.expect("connect");
-        // The stall may begin before it has heard that it is in line.
+        // The stall may begin before the waiter knows that it is queued.
         let patient = store.builder().ttl(ttl).store_timeout(PATIENCE);
         let other = patient.connect().await.expect("connect");
         let guard = lock(&one, "k").await;
@@ -359,10 +369,11 @@ on_each_store! {
             (reason, Instant::now())
         };
         let cut = async {
-            // Renewals get no answer for a whole TTL, and the waiter asks as soon as the server goes on.
+            // Renewals get no reply for a whole TTL, and the waiter retries as soon as the server
+            // is resumed.
             store.servers().stand_still();
             tokio::time::sleep(ttl).await;
-            assert!(!guard.is_valid(), "the clock alone says so");
+            assert!(!guard.is_valid(), "the local clock is enough");
             store.servers().go_on();
         };
         let ((reason, lost_at), ()) = soon("the loss", async { tokio::join!(lost, cut) }).await;
@@ -370,16 +381,16 @@ on_each_store! {
         let (next, had_at) = soon("the waiter", waiting).await.expect("a task");
         assert!(
             lost_at < had_at,
-            "told {:?} too late",
+            "reported {:?} too late",
             lost_at.saturating_duration_since(had_at)
         );
         assert!(next.token() > guard.token());
         next.release().await.expect("release");
-        assert!(guard.release().await.expect_err("it was lost").is_lost());
+        assert!(guard.release().await.expect_err("the lock was lost").is_lost());
     }
 }
 
-/// The server was away for longer than the TTL that leases have by default; this one lasts for an hour.
+/// The outage lasts longer than the default TTL; this lease lasts an hour.
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn a_long_lease_that_could_not_be_given_back_is_given_back_when_the_server_is_there_again() {
     let server = RedisServer::start_with(&["--appendonly", "yes", "--appendfsync", "always"]);
@@ -389,14 +400,14 @@ async fn a_long_lease_that_could_not_be_given_back_is_given_back_when_the_server
     let guard = locks.lock("k").ttl(Duration::from_secs(3600)).await.expect("lock");
     server.kill();
     drop(guard);
-    // The time during which it is tried in vain.
+    // Releases fail during this time.
     tokio::time::sleep(3 * ttl).await;
     server.restart();
     let other = LockManager::connect(&server.url()).await.expect("connect");
     lock(&other, "k").await.release().await.expect("release");
 }
 
-/// A waker that asks the manager something when it is called and when it is dropped, as foreign code may.
+/// A waker that calls the manager when it is woken and when it is dropped, as foreign code may.
 struct Asking {
     locks: LockManager,
     asked: mpsc::Sender<&'static str>,
@@ -427,8 +438,8 @@ impl Drop for Asking {
     }
 }
 
-/// The wakers of `lost()` were called under the mutex of the key: one that asked the manager anything waited for that mutex for ever, on the
-/// thread that renews all leases of the process.
+/// Regression: the wakers of `lost()` were called under the key's mutex. A waker that called the
+/// manager deadlocked on that mutex, on the thread that renews all leases of the process.
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn waker_of_a_loss_may_ask_the_manager() {
     let ttl = Duration::from_millis(500);
@@ -442,7 +453,7 @@ async fn waker_of_a_loss_may_ask_the_manager() {
     assert_eq!(answers.recv_timeout(PATIENCE), Ok("called"));
     assert_eq!(poll_once(&mut lost), Some(LossReason::MaxHold));
     tokio::time::sleep(2 * ttl).await;
-    assert!(other.is_valid(), "renewals go on");
+    assert!(other.is_valid(), "renewals continue");
 
     let (waker, answers) = Asking::waker(&locks);
     let mut lost = Box::pin(other.lost());
@@ -452,7 +463,7 @@ async fn waker_of_a_loss_may_ask_the_manager() {
     assert_eq!(poll_once(&mut lost), Some(LossReason::Closed));
 }
 
-/// A recorder whose metrics panic from some moment on.
+/// A recorder whose metrics panic once enabled.
 #[derive(Clone, Default)]
 struct Failing(Arc<AtomicBool>);
 
@@ -512,7 +523,8 @@ impl metrics::Recorder for Failing {
     }
 }
 
-/// Its panic ended the renewal that it was called in, and so, without a word, the renewals of those leases for ever.
+/// Regression: the recorder's panic ended the renewal in progress, and those leases were silently
+/// never renewed again.
 #[tokio::test]
 async fn recorder_that_panics_costs_no_lock() {
     let recorder = Failing::default();
@@ -535,13 +547,13 @@ async fn waker_that_is_replaced_or_given_up_may_ask_the_manager() {
     let locks = LockManager::connect("memory://wakers-that-end").await.expect("connect");
     let guard = lock(&locks, "k").await;
     let (ended, told) = mpsc::channel();
-    // On a thread of its own, which would wait for ever for a mutex that it holds itself.
+    // On a separate thread, since the bug would deadlock it.
     std::thread::spawn(move || {
         let mut waiting = Box::pin(locks.lock("k").into_future());
         let (first, answers_of_first) = Asking::waker(&locks);
         assert!(waiting.as_mut().poll(&mut Context::from_waker(&first)).is_pending());
         drop(first);
-        assert!(answers_of_first.try_recv().is_err(), "the line keeps it");
+        assert!(answers_of_first.try_recv().is_err(), "the queue keeps the waker");
         let (second, answers_of_second) = Asking::waker(&locks);
         assert!(waiting.as_mut().poll(&mut Context::from_waker(&second)).is_pending());
         drop(second);
@@ -549,12 +561,12 @@ async fn waker_that_is_replaced_or_given_up_may_ask_the_manager() {
         drop(waiting);
         ended.send((replaced, answers_of_second.try_recv())).ok();
     });
-    let both = told.recv_timeout(PATIENCE).expect("the thread comes to an end");
+    let both = told.recv_timeout(PATIENCE).expect("the thread ends");
     assert_eq!(both, (Ok("dropped"), Ok("dropped")));
     guard.release().await.expect("release");
 }
 
-/// Locks that many keys, and holds them for two TTLs.
+/// Locks `count` keys and holds them for two TTLs.
 async fn are_held(locks: &LockManager, count: usize) {
     let mut guards = Vec::new();
     for number in 0..count {
@@ -564,11 +576,11 @@ async fn are_held(locks: &LockManager, count: usize) {
     let lost = tokio::time::timeout(2 * MANY_TTL, lost).await;
     assert_eq!(lost.map(|(reason, number, _)| (reason, number)).ok(), None);
     for guard in guards {
-        guard.release().await.expect("it was held all the time");
+        guard.release().await.expect("the lock was held throughout");
     }
 }
 
-/// Long enough for the renewals that find out what a proxy takes.
+/// Long enough for the renewals that discover which requests a proxy accepts.
 const MANY_TTL: Duration = Duration::from_secs(2);
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
@@ -581,7 +593,7 @@ async fn locks_stay_held_behind_a_proxy_that_refuses_scripts_of_several_slots() 
     let builder = LockManager::builder().shard(proxy.url()).ttl(MANY_TTL);
     let locks = builder.connect().await.expect("connect");
     are_held(&locks, 20).await;
-    // The connection remembers: later calls have one slot each.
+    // The connection remembers this: later calls have keys of one slot.
     assert_eq!(proxy.stopped(), 1);
 }
 
@@ -604,7 +616,7 @@ on_each_store! {
     async fn a_key_that_the_user_may_not_access_any_more_costs_no_other_lock(store: &TestStore) {
         let ttl = Duration::from_millis(1500);
         let locks = store.builder().ttl(ttl).connect().await.expect("connect");
-        // With a tag of their own, so that a cluster renews them in one call.
+        // All keys share a hash tag, so a cluster renews them in one call.
         let mut kept = Vec::new();
         for number in 0..10 {
             kept.push(lock(&locks, &format!("{{t}}a{number}")).await);
@@ -617,7 +629,7 @@ on_each_store! {
         let lost = futures_util::future::select_all(kept.iter().map(|guard| Box::pin(guard.lost())));
         assert!(tokio::time::timeout(2 * ttl, lost).await.is_err(), "another lock was lost");
         for guard in kept {
-            guard.release().await.expect("it was held all the time");
+            guard.release().await.expect("the lock was held throughout");
         }
     }
 

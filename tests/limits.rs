@@ -1,11 +1,11 @@
-//! Every limit has an error of its own, which says what was reached, and nothing is lost when one is.
+//! Each limit has its own error, which states the limit, and reaching a limit loses nothing.
 
 use std::task::Poll;
 use std::time::Duration;
 
 use shardlock::{LockError, LockKey, LockManager};
 
-/// Puts requests in line by polling each of them once.
+/// Enqueues requests by polling each of them once.
 async fn in_line(requests: Vec<shardlock::LockRequest>) -> Vec<std::pin::Pin<Box<shardlock::LockFuture>>> {
     let mut waiting = Vec::new();
     for request in requests {
@@ -46,7 +46,7 @@ async fn the_waiters_of_one_key_are_limited() {
         error.to_string().contains("max_waiters_per_key = 2") && error.is_retryable(),
         "{error}"
     );
-    // Another key is not affected, and a place that is given up is there again.
+    // Another key is not affected, and an abandoned place becomes free again.
     locks.lock("other").await.unwrap().release().await.unwrap();
     waiting.pop();
     let mut again = in_line(vec![locks.lock("k")]).await;
@@ -55,7 +55,8 @@ async fn the_waiters_of_one_key_are_limited() {
     again.remove(0).await.unwrap().release().await.unwrap();
 }
 
-/// Where as many tasks waited for a key as may, a try of it was refused as one too many, although it never waits.
+/// Regression: when a key had the maximum number of waiters, `try_lock` was refused as one waiter
+/// too many, although a try never waits.
 #[tokio::test]
 async fn a_try_is_not_refused_for_want_of_room_to_wait() {
     let locks = LockManager::builder()
@@ -121,7 +122,8 @@ async fn the_keys_of_a_process_are_limited() {
     locks.lock("c").await.unwrap().release().await.unwrap();
 }
 
-/// Each shard counted its own keys, so that a process with two shards could use twice as many as `max_keys` says.
+/// Regression: each shard counted its own keys, so a process with two shards could use twice as
+/// many as `max_keys` allows.
 #[tokio::test]
 async fn the_limit_of_keys_is_one_for_all_shards() {
     let locks = LockManager::builder()
@@ -176,7 +178,7 @@ async fn what_a_request_asks_for_is_checked_against_the_bounds_of_the_configurat
     );
     let tried = refused(locks.try_lock("k").ttl(Duration::from_millis(1)).await.unwrap_err());
     assert!(tried.contains("ttl is 1ms"), "{tried}");
-    // Nothing was left behind.
+    // Nothing is left behind.
     locks
         .try_lock("k")
         .await
@@ -187,7 +189,8 @@ async fn what_a_request_asks_for_is_checked_against_the_bounds_of_the_configurat
         .unwrap();
 }
 
-/// As many leases as one shard can renew: with more, leases were lost rather than new ones refused.
+/// Regression: the limit was higher than the number of leases that one shard can renew, so leases
+/// were lost instead of new ones refused.
 #[tokio::test]
 async fn keys_are_limited_to_what_a_shard_renews_unless_a_setting_says_otherwise() {
     assert_eq!(shardlock::Config::default().max_keys, 100_000);

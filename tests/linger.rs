@@ -1,6 +1,7 @@
-//! Leases that stay with their process when nobody holds or wants them: what that saves, and what it means for others.
+//! Lingering leases, which stay with their process when no task holds or wants them: what they
+//! save, and how they affect other processes.
 
-// A test is over when its surroundings fail.
+// A failing environment ends the test.
 #![allow(clippy::expect_used, clippy::panic, clippy::unwrap_used)]
 
 mod support;
@@ -26,7 +27,7 @@ fn worker_entry() {
     }
 }
 
-/// A builder for managers that bear with servers which start and share a busy machine.
+/// A builder for managers that tolerate servers which are starting or share a busy machine.
 fn patient(store: &TestStore) -> Builder {
     store.builder().store_timeout(Duration::from_secs(5))
 }
@@ -35,13 +36,13 @@ async fn connect(builder: Builder) -> LockManager {
     builder.connect().await.expect("connect")
 }
 
-/// A manager that keeps leases for longer than the test lasts.
+/// A manager whose leases linger for longer than the test lasts.
 async fn keeper(store: &TestStore) -> LockManager {
     connect(patient(store).linger(LONG)).await
 }
 
-/// A manager whose renewals are too seldom to tell it that somebody waits, where the kind allows for leases of ten minutes. With those it
-/// takes minutes until a renewal is due.
+/// A manager that renews too rarely to learn of waiters from its renewals, on kinds that allow
+/// leases of ten minutes. With those it takes minutes until a renewal is due.
 fn seldom_renewed(store: &TestStore) -> Builder {
     let builder = patient(store).renew_fraction(0.5);
     if has_short_leases(store) {
@@ -51,23 +52,23 @@ fn seldom_renewed(store: &TestStore) -> Builder {
     }
 }
 
-/// A quorum's leases are no longer than the time for which a node that restarted has no vote.
+/// A quorum's leases are at most as long as the time for which a restarted node may not vote.
 fn has_short_leases(store: &TestStore) -> bool {
     store.kind().tidies_up_later()
 }
 
-/// How many leases the manager keeps without a guard.
+/// The number of lingering leases.
 fn kept(locks: &LockManager) -> usize {
     locks.shards().iter().map(|shard| shard.lingering).sum()
 }
 
-/// Who holds the key, as the store has it.
+/// The holder of the key according to the store.
 async fn owner(locks: &LockManager, key: &str) -> Option<String> {
     let seen = locks.inspect(key).await.expect("inspect");
     seen.holder.map(|holder| holder.owner)
 }
 
-/// Locks and gives back. Returns the token.
+/// Locks and releases. Returns the token.
 async fn use_once(locks: &LockManager, key: &str) -> u64 {
     let guard = lock(locks, key).await;
     let token = guard.token().get();
@@ -75,10 +76,11 @@ async fn use_once(locks: &LockManager, key: &str) -> u64 {
     token
 }
 
-/// Locks and gives back until the lease stays: after one that another manager wanted, the next is not kept.
+/// Locks and releases until the lease lingers: after a lease that another manager waited for, the
+/// next one does not linger.
 async fn use_until_kept(locks: &LockManager, key: &str) -> u64 {
     let mut token = 0;
-    until("the lease is kept", async || {
+    until("the lease lingers", async || {
         token = use_once(locks, key).await;
         kept(locks) > 0
     })
@@ -86,7 +88,7 @@ async fn use_until_kept(locks: &LockManager, key: &str) -> u64 {
     token
 }
 
-/// Has it lock and give back.
+/// Makes the worker lock and release.
 fn use_by(locker: &mut Locker) -> u64 {
     let token = locker.lock();
     locker.release();
@@ -97,23 +99,23 @@ on_each_store! {
     async fn the_lease_stays_and_the_next_guard_has_a_larger_token_under_it(store: &TestStore) {
         let locks = keeper(store).await;
         let mut last = use_once(&locks, "k").await;
-        let lease = owner(&locks, "k").await.expect("it is kept");
+        let lease = owner(&locks, "k").await.expect("the lease lingers");
         for round in 0..200 {
             let guard = match round % 2 {
                 0 => lock(&locks, "k").await,
-                _ => locks.try_lock("k").await.expect("try").expect("it is ours"),
+                _ => locks.try_lock("k").await.expect("try").expect("the lease is ours"),
             };
             assert_eq!(guard.owner(), lease, "round {round}");
             assert!(guard.token().get() > last && guard.is_valid());
             last = guard.token().get();
-            // Given back by a release or by a drop.
+            // Both ways to release are covered.
             match round % 3 {
                 0 => drop(guard),
                 _ => guard.release().await.expect("release"),
             }
         }
         assert_eq!(owner(&locks, "k").await.as_ref(), Some(&lease));
-        assert_eq!((kept(&locks), locks.held().len()), (1, 0), "no guard is out");
+        assert_eq!((kept(&locks), locks.held().len()), (1, 0), "there is no guard");
         let guard = lock(&locks, "k").await;
         assert_eq!((kept(&locks), locks.held().len()), (0, 1));
         drop(guard);
@@ -131,7 +133,7 @@ on_each_store! {
             assert!(last > token, "{last} after {token}");
             let limit = if has_short_leases(store) { Duration::from_secs(3) } else { PATIENCE };
             assert!(started.elapsed() < limit, "{:?}", started.elapsed());
-            until("nothing is kept", async || kept(&one) == 0).await;
+            until("no lease lingers", async || kept(&one) == 0).await;
         }
     }
 
@@ -152,7 +154,7 @@ on_each_store! {
         let locks = connect(patient(store).linger(linger)).await;
         let started = Instant::now();
         use_once(&locks, "k").await;
-        until("it ends", async || kept(&locks) == 0).await;
+        until("the lease ends", async || kept(&locks) == 0).await;
         assert!(started.elapsed() >= linger * 7 / 8, "{:?}", started.elapsed());
         store.is_empty(&locks, "k").await;
         assert!(locks.shards().iter().all(|shard| shard.leases == 0));
@@ -170,14 +172,14 @@ on_each_store! {
         }
         let guard = lock(&locks, "k").await;
         assert_eq!(Some(guard.owner()), lease);
-        guard.release().await.expect("it was ours all the time");
+        guard.release().await.expect("the lease was ours throughout");
     }
 
     async fn a_request_may_ask_for_another_time_than_the_manager(store: &TestStore) {
         let locks = connect(patient(store)).await;
         locks.lock("k").linger(LONG).await.expect("lock").release().await.expect("release");
         assert!(owner(&locks, "k").await.is_some());
-        // The last guard's counts.
+        // The setting of the last guard applies.
         use_once(&locks, "k").await;
         store.is_empty(&locks, "k").await;
         locks.try_lock("k").linger(LONG).await.expect("try").expect("free").release().await.expect("release");
@@ -205,7 +207,7 @@ on_each_store! {
         drop(one);
         store_has_no(&other, "idle").await;
         assert!(guard.is_valid());
-        // What a guard still holds then is not kept after it.
+        // A guard that is still held at the shutdown leaves no lingering lease.
         drop(guard);
         store_has_no(&other, "held").await;
         store.is_clean().await;
@@ -219,11 +221,12 @@ on_each_store! {
         tokio::task::yield_now().await;
         gone.iter().for_each(tokio::task::JoinHandle::abort);
         for gone in gone {
-            assert!(gone.await.expect_err("it was aborted").is_cancelled());
+            assert!(gone.await.expect_err("the task was aborted").is_cancelled());
         }
         drop(guard);
         for _ in 0..10 {
-            // Dropped before it is polled, and right after it had the lock.
+            // One request is dropped before it is polled, another right after it has acquired the
+            // lock.
             drop(Box::pin(std::future::IntoFuture::into_future(locks.lock("k"))));
             let mut locking = Box::pin(std::future::IntoFuture::into_future(locks.lock("k")));
             let guard: Option<Result<LockGuard, LockError>> = poll_once(&mut locking);
@@ -260,7 +263,7 @@ on_each_store! {
 }
 
 async fn store_has_no(locks: &LockManager, key: &str) {
-    until("it is given back", async || owner(locks, key).await.is_none()).await;
+    until("the lock is released", async || owner(locks, key).await.is_none()).await;
 }
 
 on_each_store! {
@@ -272,19 +275,19 @@ on_each_store! {
         let token = use_by(&mut lockers[0]);
         let locks = connect(patient(store)).await;
         let waiter = waiting(&locks, "k");
-        // It is told of who waits, and gives it back.
+        // The keeper is notified of the waiter, and releases the lease.
         soon("the lock", waiter).await.expect("a task").release().await.expect("release");
-        until("it is kept again", async || {
+        until("the lease lingers again", async || {
             use_by(&mut lockers[0]);
             owner(&locks, "k").await.is_some()
         })
         .await;
         lockers[0].kill();
         let killed = Instant::now();
-        assert!(locks.try_lock("k").await.expect("try").is_none(), "nobody knows yet");
+        assert!(locks.try_lock("k").await.expect("try").is_none(), "the lease has not expired yet");
         let guard = lock(&locks, "k").await;
         assert!(guard.token().get() > token);
-        // It was renewed a tenth of its TTL before at the latest.
+        // The last renewal was at most a tenth of the TTL earlier.
         assert!(killed.elapsed() > ttl / 2, "{:?}", killed.elapsed());
         guard.release().await.expect("release");
     }
@@ -298,7 +301,7 @@ on_each_store! {
         let guard = lock(&other, "k").await;
         assert!(guard.token().get() > token);
         assert!(locks.try_lock("k").await.expect("try").is_none());
-        guard.release().await.expect("it was held");
+        guard.release().await.expect("the lock was held");
     }
 
     async fn two_processes_that_keep_leases_take_turns(store: &TestStore) {
@@ -309,7 +312,7 @@ on_each_store! {
             assert!(token > last, "{token} after {last}");
             last = token;
         }
-        // Also where each locks several times before the other wants it.
+        // The same holds if one manager locks several times before the other.
         for round in 0..12 {
             let token = use_by(&mut lockers[round / 4 % 2]);
             assert!(token > last, "{token} after {last}");
@@ -349,7 +352,7 @@ on_each_store! {
             use_once(&locks, "k").await;
         }
         let calls = store.servers().script_calls();
-        assert!((1..=3).contains(&calls), "{calls} calls, which bring more tokens");
+        assert!((1..=3).contains(&calls), "{calls} calls to reserve more tokens");
     }
 }
 
@@ -362,28 +365,29 @@ on_each_store! {
         let token = use_once(&locks, "k").await;
         store.server().restart();
         let mut guard = None;
-        until("the server is there again", async || {
+        until("the server is up again", async || {
             guard = other.lock("k").await.ok();
             guard.is_some()
         })
         .await;
-        let guard = guard.expect("it is there");
+        let guard = guard.expect("the lock was acquired");
         assert!(guard.token().get() > token);
         match locks.try_lock("k").await {
-            Ok(both) => assert!(both.is_none(), "two hold it: {guard:?}, {both:?}"),
+            Ok(both) => assert!(both.is_none(), "two holders: {guard:?}, {both:?}"),
             Err(error) => assert!(error.is_retryable(), "{error}"),
         }
-        guard.release().await.expect("it was held");
+        guard.release().await.expect("the lock was held");
     }
 
-    /// As if the message to the process that keeps the lease had been lost: somebody stands in the queue, and it was not told.
+    /// Simulates a lost notification to the process whose lease lingers: there is a waiter in the
+    /// queue, and the process was not notified.
     async fn a_renewal_makes_up_for_a_message_that_was_lost(store: &TestStore) {
         let locks = connect(patient(store).ttl(Duration::from_secs(2)).linger(LONG)).await;
         use_once(&locks, "k").await;
         let nobody = "nowhere-1-0123456789abcdef:7";
         store.servers().command(&["ZADD", "{lock:k}:q", "1", nobody]);
-        until("the lease is given back", async || kept(&locks) == 0).await;
-        // Nobody listens there, so it goes to nobody.
+        until("the lease is released", async || kept(&locks) == 0).await;
+        // The waiter has no subscription, so the lock is not granted to it.
         store.is_empty(&locks, "k").await;
     }
 
@@ -400,18 +404,19 @@ on_each_store! {
         assert_eq!(commands, std::collections::BTreeMap::new());
     }
 
-    /// Another library's client can't ask for the key: it finds it taken until the time is over.
+    /// A client of another library can't ask for the key. The key stays taken until the linger time
+    /// is over.
     async fn another_librarys_client_finds_it_taken(store: &TestStore) {
         let locks = connect(patient(store).linger(Duration::from_secs(2))).await;
         use_once(&locks, "k").await;
         let take = || store.servers().command(&["SET", "lock:k", "theirs", "NX", "PX", "60000"]);
         assert_eq!(take(), redis::Value::Nil);
-        until("it ends", async || take() == redis::Value::Okay).await;
+        until("the lease ends", async || take() == redis::Value::Okay).await;
         assert!(locks.try_lock("k").await.expect("try").is_none());
     }
 }
 
-/// What is kept makes room for new keys; what is held does not.
+/// Lingering leases are evicted for new keys; held ones are not.
 #[tokio::test]
 async fn new_keys_take_the_place_of_what_is_kept() {
     let locks = connect(
@@ -423,7 +428,7 @@ async fn new_keys_take_the_place_of_what_is_kept() {
     .await;
     for key in 0..100 {
         use_once(&locks, &format!("k{key}")).await;
-        // No more than four, and one that is just given back.
+        // At most four, and one that was just released.
         assert!(kept(&locks) <= 5, "{}", kept(&locks));
     }
     until("there is room", async || kept(&locks) <= 4).await;
@@ -431,13 +436,14 @@ async fn new_keys_take_the_place_of_what_is_kept() {
     for key in 0..4 {
         guards.push(lock(&locks, &format!("held{key}")).await);
     }
-    until("nothing is kept", async || kept(&locks) == 0).await;
+    until("no lease lingers", async || kept(&locks) == 0).await;
     let error = locks.lock("one too many").await.expect_err("the limit");
     assert!(matches!(error, LockError::TooManyKeys { limit: 4, .. }), "{error}");
     drop(guards);
 }
 
-/// A process that waits is told of and gets the key, while tasks of the one that keeps it come again and again.
+/// The keeper is notified of a waiting process, which gets the key although the keeper's tasks keep
+/// locking it.
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn a_busy_keeper_does_not_starve_others() {
     let store = TestStore::shared(support_locks::Kind::Redis);
@@ -456,7 +462,7 @@ async fn a_busy_keeper_does_not_starve_others() {
         use_once(&other, "k").await;
     }
     busy.abort();
-    assert!(busy.await.expect_err("it goes on for ever").is_cancelled());
-    // A guard that was out when it ended is dropped with it.
+    assert!(busy.await.expect_err("the task runs forever").is_cancelled());
+    // A guard that the task held is dropped with it.
     until_queued(&other, "k", 0).await;
 }

@@ -1,6 +1,6 @@
-//! Every metric is there from the start, at 0, and each fault moves its own.
+//! Every metric exists from the start, at 0, and each fault changes its own metric.
 
-// A test is over when its surroundings fail.
+// A failing environment ends the test.
 #![allow(clippy::expect_used, clippy::panic, clippy::unwrap_used)]
 
 mod support;
@@ -26,7 +26,7 @@ fn worker_entry() {
     }
 }
 
-/// The recorder of this process. Tests tell their series apart by the name of their shard.
+/// The recorder of this process. Tests distinguish their series by the name of their shard.
 fn recorder() -> &'static PrometheusHandle {
     static RECORDER: OnceLock<PrometheusHandle> = OnceLock::new();
     RECORDER.get_or_init(|| {
@@ -40,13 +40,13 @@ fn recorder() -> &'static PrometheusHandle {
     })
 }
 
-/// A builder for a manager whose series have this shard and this class.
+/// A builder for a manager whose series have this shard and class.
 fn builder(name: &str, url: &str) -> Builder {
     recorder();
     LockManager::builder().named_shard(name, url).class(name)
 }
 
-/// The lines with this name and all these labels.
+/// The series with this name and all these labels.
 fn series(name: &str, labels: &[&str]) -> Vec<(String, f64)> {
     let page = recorder().render();
     let lines = page
@@ -66,7 +66,7 @@ fn sum(name: &str, labels: &[&str]) -> f64 {
 }
 
 async fn becomes(name: &str, labels: &[&str], wanted: impl Fn(f64) -> bool) {
-    eventually(&format!("{name} {labels:?} is as wanted"), PATIENCE, || {
+    eventually(&format!("{name} {labels:?} has the expected value"), PATIENCE, || {
         wanted(sum(name, labels))
     })
     .await;
@@ -182,7 +182,7 @@ async fn counts_are_exact_under_load_and_histograms_have_their_values() {
         ),
         0.0
     );
-    // All guards are in some batch.
+    // Each guard belongs to a batch.
     let state = &locks.shards()[0];
     assert_eq!((state.acquired, state.local as f64), (8000, local));
     becomes("shardlock_local_batch_size_sum", &["shard=\"load\""], |value| {
@@ -249,7 +249,7 @@ async fn a_subscription_that_is_cut_off_and_a_grant_for_nobody_are_counted() {
     let grant = |key: &str| server.query::<i64>(&["PUBLISH", &inbox, &format!("g {over} 90 8 0 {key}")]);
     assert_eq!(grant("nobody-wants-it"), 1);
     becomes("shardlock_stale_grants_total", &ours, |value| value == 1.0).await;
-    // One for a key that is in use, but for a cycle that is over.
+    // A grant for a key in use, but for a finished cycle.
     let guard = lock(&locks, "k").await;
     grant("k");
     becomes("shardlock_stale_grants_total", &ours, |value| value == 2.0).await;
@@ -277,7 +277,7 @@ async fn the_bounds_of_bypass_and_the_sizes_of_batches_are_counted() {
         .max_burst(3)
         .max_slice(Duration::from_secs(10));
     let first = first.connect().await.unwrap();
-    // It has the same shard, and so the same series.
+    // The second manager has the same shard name, and thus the same series.
     let second = builder("bypass", &server.url()).connect().await.unwrap();
     let guard = lock(&first, "k").await;
     let other = tokio::spawn(async move { lock(&second, "k").await.release().await });
@@ -303,7 +303,7 @@ async fn the_bounds_of_bypass_and_the_sizes_of_batches_are_counted() {
         sum("shardlock_bypass_limits_total", &["shard=\"bypass\"", "max_slice"]),
         0.0
     );
-    // Eleven guards in all, and every one in one batch.
+    // Eleven guards in total, each in one batch.
     becomes("shardlock_local_batch_size_sum", &["shard=\"bypass\""], |value| {
         value == 11.0
     })
@@ -407,7 +407,7 @@ async fn classes_beyond_the_limit_are_one() {
     assert_eq!(found.len(), 3, "{found:?}");
 }
 
-/// Says how often and for how long it stood still, each time it is asked.
+/// Reports the number and the total duration of its stalls, each time the test asks.
 #[tokio::main]
 async fn tell_stalls(me: &worker::Current) {
     let locks = builder("stalls", "memory://metrics-stalls").connect().await.unwrap();
@@ -435,7 +435,7 @@ fn a_process_that_was_stopped_has_stalled() {
     let (before, _) = ask(&mut stopped);
     let start = std::time::Instant::now();
     stopped.stop();
-    wait_until("it has stood still for a second", PATIENCE, || {
+    wait_until("the process has been stopped for a second", PATIENCE, || {
         start.elapsed() > Duration::from_secs(1)
     });
     stopped.cont();

@@ -1,6 +1,6 @@
-//! Who comes next: whoever asked first.
+//! Locks are granted in request order.
 
-// A test is over when its surroundings fail.
+// A failing environment ends the test.
 #![allow(clippy::expect_used, clippy::panic, clippy::unwrap_used)]
 
 mod support;
@@ -41,7 +41,7 @@ on_each_store! {
         guard.release().await.expect("release");
         for waiter in &mut waiters {
             waiter.locked();
-            // The others still wait: none of them is the holder.
+            // The others still wait: the holder is this waiter.
             let holder = locks.inspect("k").await.expect("inspect").holder.expect("a holder");
             assert!(holder.owner.contains(&format!("-{}-", waiter.pid())), "{holder:?}");
             waiter.release();
@@ -67,7 +67,7 @@ on_each_store! {
                     served.lock().push((process, number, guard.token()));
                     guard.release().await.expect("release");
                 });
-                // The first poll takes the place in the line.
+                // The first poll enqueues the request.
                 assert!(poll_once(&mut waiting).is_none());
                 tasks.spawn(waiting);
             }
@@ -84,7 +84,7 @@ on_each_store! {
             let numbers: Vec<_> = served.iter().filter(|seen| seen.0 == process).map(|seen| seen.1).collect();
             assert_eq!(numbers, (0..250).collect::<Vec<_>>());
         }
-        // And the processes take turns, rather than one after the other.
+        // The processes take turns instead of being served one after the other.
         let turns = served.windows(2).filter(|pair| pair[0].0 != pair[1].0).count();
         assert!(turns >= 4, "{turns}");
         store.is_empty(&watcher, "k").await;
@@ -124,7 +124,7 @@ on_each_store! {
         assert!(waiter.try_lock("k").await.expect("try").is_none());
         let started = Instant::now();
         guard.release().await.expect("release");
-        // The TTL is 10 seconds: had anything to run out, it would take longer than this.
+        // The TTL is 10 seconds, so nothing expired.
         soon("the waiter", waiting).await.expect("a task").release().await.expect("release");
         assert!(started.elapsed() < Duration::from_secs(2), "{:?}", started.elapsed());
     }
@@ -156,9 +156,9 @@ on_each_store! {
 
     async fn a_dead_head_of_the_queue_is_passed_over(store: &TestStore) {
         let server = store.server();
-        // The holder's TTL is 10 seconds, so nothing here waits for its end.
+        // The holder's TTL is 10 seconds, so nothing here waits for an expiry.
         let (holder, next) = (store.manager().await, store.manager().await);
-        // The server has to know the script, or the first call of it counts twice.
+        // Loads the script into the server. Otherwise the first call would count twice.
         let first = lock(&holder, "k").await;
         let second = tokio::spawn({
             let next = next.clone();
@@ -187,7 +187,8 @@ on_each_store! {
         guard.release().await.expect("release");
         let guard = soon("the next", waiting).await.expect("a task");
         assert!(started.elapsed() < Duration::from_secs(2), "{:?}", started.elapsed());
-        // One release, which finds out that the first does not listen, and publishes nothing to it.
+        // A single release finds that the first waiter has no subscription, and publishes nothing
+        // to it.
         assert_eq!(
             (server.script_calls(), server.publishes()),
             (1, 1),
@@ -208,7 +209,7 @@ on_each_store! {
         let waiting = tokio::spawn(async move { lock(&next, "k").await });
         until_queued(&holder, "k", 2).await;
 
-        // It stands still, so that its inbox is there and takes the grant that nobody will ever read.
+        // A stopped process stays subscribed and receives the grant without ever reading it.
         dead.stop();
         server.reset_stats();
         let started = Instant::now();
@@ -216,7 +217,7 @@ on_each_store! {
         let guard = soon("the next", waiting).await.expect("a task");
         let took = started.elapsed();
         assert!(took < store.short_ttl() + Duration::from_millis(400), "{took:?}");
-        // The release, and at most a few looks at the end of the TTL.
+        // The release, and at most a few requests at the end of the TTL.
         assert!(server.script_calls() <= 6, "{:?}", server.commands());
         dead.kill();
         guard.release().await.expect("release");

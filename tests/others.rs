@@ -1,6 +1,7 @@
-//! Others on the same server: clients of other libraries, mistakes, and managers that see the world differently.
+//! Other users of the same server: clients of other libraries, mistakes, and managers with
+//! different settings.
 
-// A test is over when its surroundings fail.
+// A failing environment ends the test.
 #![allow(clippy::expect_used, clippy::panic, clippy::unwrap_used)]
 
 mod support;
@@ -14,7 +15,7 @@ use shardlock::{Builder, LockError, LockManager, LossReason, ShardConfig};
 use support::RedisServer;
 use support_locks::{Servers, TestStore, lock, on_each_store, soon, until, until_queued};
 
-/// How other libraries give a lock back: only if the value is theirs.
+/// How other libraries release a lock: only if the value is theirs.
 const RELEASE_IF_OURS: &str =
     "if redis.call('GET', KEYS[1]) == ARGV[1] then return redis.call('DEL', KEYS[1]) end return 0";
 
@@ -22,11 +23,12 @@ async fn connect(server: &RedisServer) -> LockManager {
     LockManager::connect(&server.url()).await.expect("connect")
 }
 
-/// A stranger takes the lock by `take` and frees it by `free`; our waiters of two processes get in within a second each.
+/// A foreign client takes the lock with `take` and frees it with `free`. Our waiters in two
+/// processes each get the lock within a second.
 async fn waits_for_a_stranger(store: &TestStore, take: &[&str], free: impl FnOnce(&dyn Servers)) {
     let servers = store.servers();
     let (one, other) = (store.manager().await, store.manager().await);
-    // The scripts are known to the server from here on, so that the counts below are those of the waiting alone.
+    // Loads the scripts into the server, so that the counts below cover only the waiting.
     let guard = lock(&one, "k").await;
     let waiting = tokio::spawn({
         let other = other.clone();
@@ -52,7 +54,10 @@ async fn waits_for_a_stranger(store: &TestStore, take: &[&str], free: impl FnOnc
     until_queued(&one, "k", 2).await;
     let wait = Duration::from_millis(1500);
     tokio::time::sleep(wait).await;
-    assert!(waiting.iter().all(|task| !task.is_finished()), "it is theirs");
+    assert!(
+        waiting.iter().all(|task| !task.is_finished()),
+        "the stranger holds the lock"
+    );
     free(servers);
     let freed = Instant::now();
     for task in waiting {
@@ -60,7 +65,8 @@ async fn waits_for_a_stranger(store: &TestStore, take: &[&str], free: impl FnOnc
         let took = had_at.saturating_duration_since(freed);
         assert!(took < Duration::from_secs(1), "{took:?}");
     }
-    // The first looks every 400 ms, the second less often, and both lock and release: far from polling.
+    // The first waiter asks every 400 ms, the second less often, and both lock and release. Polling
+    // would cost far more.
     let calls = servers.script_calls();
     assert!(calls <= 20, "{calls}");
     assert_eq!(store.lock_keys(), [""; 0]);
@@ -89,7 +95,7 @@ on_each_store! {
 
     async fn a_stranger_whose_key_runs_out_is_followed_within_a_second(store: &TestStore) {
         waits_for_a_stranger(store, &["SET", "lock:k", "theirs", "NX", "PX", "60000"], |servers| {
-            // Its last moment is made here, so that no time is lost by waiting for it.
+            // Shortens the TTL, so that the test need not wait for the expiry.
             assert_eq!(servers.command(&["PEXPIRE", "lock:k", "50"]), Value::Int(1));
         })
         .await;
@@ -104,7 +110,7 @@ on_each_store! {
         );
         assert_eq!(servers.command(&["EVAL", RELEASE_IF_OURS, "1", "lock:k", "theirs"]), Value::Int(0));
         assert_eq!(text(&servers.command(&["GET", "lock:k"])), guard.owner());
-        guard.release().await.expect("it was held all the time");
+        guard.release().await.expect("the lock was held throughout");
         assert_eq!(
             servers.command(&["SET", "lock:k", "theirs", "NX", "PX", "1000"]),
             Value::Okay
@@ -142,15 +148,15 @@ on_each_store! {
     async fn a_queue_of_a_wrong_type_is_a_clear_error_and_stays_as_it_is(store: &TestStore) {
         let servers = store.servers();
         let (one, other) = (store.manager().await, store.manager().await);
-        // From the second time on the free path is enough, which does not look at the queue.
+        // From the second time on the manager uses the fast path, which does not check the queue.
         lock(&one, "k").await.release().await.expect("release");
         servers.command(&["SET", "{lock:k}:q", "x"]);
         let guard = lock(&one, "k").await;
         let error = soon("an error", async { other.lock("k").await })
             .await
-            .expect_err("it can't join");
+            .expect_err("it can't enqueue");
         assert_is_told(&error);
-        let error = guard.release().await.expect_err("it can't look who is next");
+        let error = guard.release().await.expect_err("it can't read the queue");
         assert_is_told(&error);
         assert_eq!(text(&servers.command(&["GET", "{lock:k}:q"])), "x");
     }
@@ -186,7 +192,7 @@ async fn a_server_with_another_version_is_refused() {
     let error = LockManager::connect(&server.url()).await.expect_err("another version");
     assert_differs(&error, &ours, &theirs);
     assert_eq!(map_key(&server), theirs);
-    // Elsewhere on the same server it is another matter.
+    // Another namespace on the same server is unaffected.
     let builder = LockManager::builder().shard(server.url()).namespace("new:");
     builder.connect().await.expect("connect");
 }
@@ -272,7 +278,7 @@ async fn refused_start_stores_no_map_where_there_was_none() {
     }
 }
 
-/// Both read two servers without a map, and then store different ones in different orders.
+/// Both managers read two servers without a map, and then store different maps in different orders.
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn one_of_two_maps_that_are_stored_at_once_wins_everywhere_or_neither_lasts() {
     let (first, second) = (RedisServer::start(), RedisServer::start());
@@ -293,8 +299,9 @@ async fn one_of_two_maps_that_are_stored_at_once_wins_everywhere_or_neither_last
             assert!(matches!(error, LockError::ShardMapMismatch { .. }), "{error}");
         }
         if winners == 0 {
-            // Nobody has a map, so either may store its own once the reservations are over.
-            until("a start with no other beside it", async || {
+            // Neither map is stored, so either manager may store its own once the reservations have
+            // expired.
+            until("a start without a concurrent one", async || {
                 let Ok(locks) = builders[0].clone().connect().await else {
                     return false;
                 };
@@ -327,17 +334,17 @@ on_each_store! { on(servers);
             let reason = soon("the loss", guard.lost()).await;
             assert_eq!(reason, LossReason::ShardMap);
             assert!(!guard.is_valid());
-            let error = guard.release().await.expect_err("it was lost");
+            let error = guard.release().await.expect_err("the lock was lost");
             assert!(matches!(error, LockError::Lost { reason: LossReason::ShardMap, .. }), "{error}");
         }
         let error = soon("the waiter", waiting).await.expect("a task").expect_err("another map");
         assert_differs(&error, "0-16383", "v2 a:0-8191,b:8192-16383 here=b");
         for locks in [&locks, &idle] {
-            until("the other map to be seen", async || locks.try_lock("two").await.is_err()).await;
+            until("the manager sees the other map", async || locks.try_lock("two").await.is_err()).await;
             let error = locks.lock("three").await.expect_err("another map");
             assert_differs(&error, "0-16383", "v2 a:0-8191,b:8192-16383 here=b");
         }
-        // A manager comes back once the map does.
+        // A manager recovers once the map does.
         servers.set_map(store.namespace(), None);
         lock_once(&store.manager().await).await;
         lock_once(&locks).await;
@@ -350,13 +357,13 @@ on_each_store! { on(servers);
         assert!(!maps.is_empty());
         maps.sort();
         servers.set_map(store.namespace(), None);
-        until("the map to be back", async || {
+        until("the map is stored again", async || {
             let mut now = servers.maps(store.namespace());
             now.sort();
             now == maps
         })
         .await;
-        guard.release().await.expect("it was held all the time");
+        guard.release().await.expect("the lock was held throughout");
     }
 }
 
@@ -368,8 +375,9 @@ fn assert_differs(error: &LockError, ours: &str, theirs: &str) {
     assert!(!error.is_retryable());
 }
 
-/// Whoever may publish on a server once could make a manager believe that it had the lock: a grant named a cycle, which
-/// was a small number, and the TTL that it claimed was believed.
+/// Regression: any client that could publish on a server could make a manager believe that it had
+/// the lock. A grant identified its cycle by a small number, and the manager trusted the TTL in the
+/// message.
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn grant_that_another_client_makes_up_lets_nobody_in() {
     const FORGED: u64 = 1 << 60;
@@ -391,10 +399,10 @@ async fn grant_that_another_client_makes_up_lets_nobody_in() {
             }
         }
     }
-    // Messages keep their order, so the true grant comes after those.
+    // Messages stay in order, so the real grant arrives after the forged ones.
     guard.release().await.expect("release");
     let guard = soon("the waiter", waiting).await.expect("a task");
-    // The forged ones are the 64 up to that.
+    // The forged grants carry the 64 tokens up to `FORGED`.
     assert!(guard.token().get() < FORGED - 64, "{:?}", guard.token());
     let holder = holder.inspect("k").await.expect("inspect").holder.expect("a holder");
     assert_eq!(holder.owner, guard.owner());

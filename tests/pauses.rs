@@ -1,6 +1,6 @@
-//! Processes that stand still, as a whole or in all of their workers.
+//! Paused processes: stopped as a whole, or with all their workers blocked.
 
-// A test is over when its surroundings fail.
+// A failing environment ends the test.
 #![allow(clippy::expect_used, clippy::panic, clippy::unwrap_used)]
 
 mod support;
@@ -13,7 +13,7 @@ use shardlock::LossReason;
 use support::worker;
 use support_locks::{TestStore, builder_of, lock, on_each_store, poll_once, soon};
 
-/// Longer than what a loaded machine takes a thread's processor away for.
+/// Longer than a loaded machine deprives a thread of its processor.
 fn ttl(store: &TestStore) -> Duration {
     store.short_ttl().max(Duration::from_millis(700))
 }
@@ -27,24 +27,25 @@ fn worker_entry() {
     }
 }
 
-/// Holds a lock and does nothing but look at the clock and at the guard. When the clock shows that the process stood
-/// still, it says what the guard said in the very next instruction, and what it says of its loss.
+/// Holds a lock and only watches the clock and the guard. When the clock shows that the process was
+/// paused, reports what the guard returns right afterwards, including its loss.
 #[tokio::main]
 async fn look_without_end(me: &worker::Current) {
     let ttl = Duration::from_millis(me.var("LOCKTEST_TTL").parse().expect("milliseconds"));
     let locks = builder_of(me).ttl(ttl).connect().await.expect("connect");
     let guard = lock(&locks, "k").await;
-    // Before it is said, since the pause may come with the next instruction.
+    // Read before the report, since the pause may start with the next instruction.
     let mut last = Instant::now();
     me.say(guard.token().to_string());
-    // The runtime's other worker and the background thread go on meanwhile.
+    // The runtime's other worker and the background thread keep running.
     loop {
         let valid = guard.is_valid();
         let now = Instant::now();
-        // A loaded machine makes gaps, too, and they are no reason for a loss.
+        // A loaded machine also causes gaps, which are no reason for a loss.
         let gap = now - last;
         if gap > ttl {
-            // This look may have come before the pause, so the next is the first that certainly came after it.
+            // This reading may precede the pause, so the next one is the first that certainly
+            // follows it.
             let first = guard.is_valid();
             let remaining = guard.remaining();
             let told = poll_once(&mut Box::pin(guard.lost()));
@@ -56,7 +57,7 @@ async fn look_without_end(me: &worker::Current) {
     }
     me.hear();
     let released = guard.release().await;
-    me.say(released.expect_err("it was lost").is_lost().to_string());
+    me.say(released.expect_err("the lock was lost").is_lost().to_string());
 }
 
 on_each_store! {
@@ -71,17 +72,18 @@ on_each_store! {
         let locks = store.builder().ttl(ttl).connect().await.expect("connect");
         let guard = lock(&locks, "k").await;
         assert!(guard.token().get() > old);
-        // The next holder has it within the TTL; the pause lasts until a TTL has passed for certain.
+        // The next holder gets the lock within the TTL. The pause lasts until a TTL has certainly
+        // passed.
         tokio::time::sleep_until((stopped + 2 * ttl).into()).await;
         paused.cont();
         assert_eq!(paused.line(), format!("false 0ns Some({:?})", LossReason::Expired));
-        // Its late release frees nothing.
+        // The late release frees nothing.
         paused.send("release");
         assert_eq!(paused.line(), "true");
         assert!(guard.is_valid());
         let holder = locks.inspect("k").await.expect("inspect").holder.expect("a holder");
         assert_eq!(holder.owner, guard.owner());
-        guard.release().await.expect("it was held all the time");
+        guard.release().await.expect("the lock was held throughout");
         assert!(paused.wait().success());
     }
 
@@ -93,11 +95,11 @@ on_each_store! {
         let mut waiting = tokio::spawn(async move { lock(&locks, "k").await });
         for _ in 0..4 {
             paused.stop();
-            // A quarter of the TTL, and then time enough to renew.
+            // A quarter of the TTL, followed by enough time to renew.
             tokio::time::sleep(ttl / 4).await;
             paused.cont();
             let waited = tokio::time::timeout(ttl / 2, &mut waiting).await;
-            assert!(waited.is_err(), "it is held");
+            assert!(waited.is_err(), "the lock is held");
         }
         assert_eq!(paused.line_within(Duration::ZERO), None, "nothing was lost");
         paused.kill();
@@ -127,7 +129,7 @@ on_each_store! {
             let blocked = Arc::clone(&blocked);
             runtime.spawn(async move {
                 blocked.wait();
-                // Blocks its worker, which is what a task must not do, for three TTLs.
+                // Blocks its worker thread for three TTLs, which tasks must not do.
                 std::thread::sleep(3 * ttl);
             });
         }
@@ -136,15 +138,15 @@ on_each_store! {
         let began = Instant::now();
         while began.elapsed() < 2 * ttl {
             assert!(guard.is_valid());
-            assert!(watcher.try_lock("k").await.expect("try").is_none(), "it is held");
+            assert!(watcher.try_lock("k").await.expect("try").is_none(), "the lock is held");
             tokio::time::sleep(Duration::from_millis(5)).await;
         }
-        // The loss, too, would be told without that runtime.
+        // A loss would also be reported without that runtime.
         assert_eq!(poll_once(&mut Box::pin(guard.lost())), None);
         let rest = tokio::task::spawn_blocking(move || drop(runtime));
         rest.await.expect("the workers end");
         assert!(began.elapsed() >= 2 * ttl && guard.is_valid());
-        soon("the release", guard.release()).await.expect("it was held all the time");
+        soon("the release", guard.release()).await.expect("the lock was held throughout");
         drop(locks);
     }
 }

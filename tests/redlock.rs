@@ -1,6 +1,6 @@
 //! A quorum of independent nodes: what it survives, what it refuses, and what it leaves behind.
 
-// A test is over when its surroundings fail.
+// A failing environment ends the test.
 #![allow(clippy::expect_used, clippy::panic, clippy::unwrap_used)]
 
 mod support;
@@ -35,7 +35,7 @@ async fn connect(quorum: &Quorum) -> LockManager {
     builder(quorum).connect().await.expect("connect")
 }
 
-/// What is on a node of single locks.
+/// Keys of individual locks on a node.
 fn left_on(node: &RedisServer) -> Vec<String> {
     support_locks::lock_keys(node)
 }
@@ -81,7 +81,7 @@ async fn any_two_nodes_may_be_silent_and_locks_and_hand_offs_go_on() {
             let other = other.clone();
             async move { lock(&other, "k").await }
         });
-        until("it waits", async || {
+        until("the other manager waits", async || {
             locks.inspect("k").await.expect("inspect").queue_length == 1
         })
         .await;
@@ -92,7 +92,7 @@ async fn any_two_nodes_may_be_silent_and_locks_and_hand_offs_go_on() {
         guard.release().await.expect("release");
         quorum.nodes()[one].cont();
         quorum.nodes()[two].cont();
-        // Also on those that were silent when it was released.
+        // Including the nodes that were silent during the release.
         nothing_is_left(&quorum, |_| true).await;
     }
 }
@@ -122,7 +122,7 @@ async fn two_nodes_may_be_dead_and_a_third_is_an_error_that_leaves_nothing() {
         );
         assert!(error.to_string().contains("3 of 5 nodes are needed"), "{error}");
         assert!(error.to_string().contains(&quorum.nodes()[4].address()), "{error}");
-        // The store timeout is a second.
+        // The store timeout is one second.
         assert!(
             started.elapsed() < Duration::from_millis(1_200),
             "{:?}",
@@ -130,7 +130,7 @@ async fn two_nodes_may_be_dead_and_a_third_is_an_error_that_leaves_nothing() {
         );
     }
     nothing_is_left(&quorum, |node| ![0, 3, 4].contains(&node)).await;
-    // A manager that begins now is told as well.
+    // A new manager receives the error as well.
     let error = builder(&quorum).connect().await.expect_err("no majority");
     assert!(matches!(error, LockError::Unavailable { .. }), "{error}");
 }
@@ -152,7 +152,7 @@ async fn a_node_that_restarted_has_no_vote_until_the_longest_ttl_has_passed() {
     let quorum = Quorum::start(3);
     let locks = connect(&quorum).await;
     let guard = lock(&locks, "held").await;
-    // With one node gone and one that has forgotten all, one vote is left of three.
+    // One node is down and one has restarted empty, so only one of three votes is left.
     quorum.nodes()[0].restart();
     quorum.nodes()[1].kill();
     let other = connect_when_it_can(&quorum).await;
@@ -207,9 +207,9 @@ async fn a_lock_that_is_held_for_long_survives_the_restart_of_each_node_in_turn(
         assert!(other.try_lock("k").await.expect("try").is_none());
     }
     let token = guard.token();
-    guard.release().await.expect("it was held all the time");
+    guard.release().await.expect("the lock was held throughout");
     nothing_is_left(&quorum, |_| true).await;
-    // Each node has lost its counters meanwhile.
+    // Each node has lost its counters in the meantime.
     let guard = lock(&other, "k").await;
     assert!(guard.token() > token, "{} after {token}", guard.token());
 }
@@ -276,19 +276,19 @@ async fn a_quorum_without_spare_time_is_an_error_rather_than_a_lock() {
     let locks = connect(&quorum).await;
     let proxied = Duration::from_millis(60);
     for node in quorum.nodes() {
-        // Longer than the lease, and shorter than what makes a node count as silent.
+        // Longer than the lease, and shorter than the time after which a node counts as silent.
         node.command(&["CLIENT", "PAUSE", &proxied.as_millis().to_string(), "ALL"]);
     }
     match locks.try_lock("k").ttl(Duration::from_millis(50)).await {
         Err(error) => assert!(matches!(error, LockError::Unavailable { .. }), "{error}"),
-        // The pause was over in time.
+        // The pause ended in time.
         Ok(Some(guard)) => assert!(guard.remaining() <= Duration::from_millis(50)),
-        Ok(None) => panic!("nobody else wants it"),
+        Ok(None) => panic!("the key has no other contender"),
     }
     nothing_is_left(&quorum, |_| true).await;
 }
 
-/// Who is inside of each key, and the last token there.
+/// The number of holders and the last token of each key.
 #[derive(Default)]
 struct Ledger {
     inside: Mutex<HashMap<String, (u32, u64)>>,
@@ -312,13 +312,14 @@ impl Ledger {
             .lock()
             .expect("no panic")
             .get_mut(key)
-            .expect("somebody is in")
+            .expect("the key has a holder")
             .0 -= 1;
         self.served.fetch_add(1, Ordering::Relaxed);
     }
 }
 
-/// Managers fight over few keys while one node after the other hangs, is killed and comes back empty.
+/// Managers contend for few keys while one node after the other hangs, or is killed and restarts
+/// empty.
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn no_two_holders_and_no_old_token_while_nodes_come_and_go() {
     let quorum = Arc::new(Quorum::start(5));
@@ -344,7 +345,7 @@ async fn no_two_holders_and_no_old_token_while_nodes_come_and_go() {
                     tokio::task::yield_now().await;
                     let was_valid = guard.is_valid();
                     ledger.leave(&key);
-                    // A majority that is out of reach for a moment is no reason to lose it.
+                    // A majority that is unreachable for a moment is no reason to lose a lock.
                     assert!(was_valid, "a lock of {key} was lost within a millisecond");
                     drop(guard.release().await);
                 }
@@ -360,7 +361,7 @@ async fn no_two_holders_and_no_old_token_while_nodes_come_and_go() {
         } else {
             quorum.nodes()[node % 5].kill();
         }
-        support_locks::until("locks go on", async || {
+        support_locks::until("locking continues", async || {
             ledger.served.load(Ordering::Relaxed) > served + 50
         })
         .await;
@@ -369,7 +370,7 @@ async fn no_two_holders_and_no_old_token_while_nodes_come_and_go() {
         } else {
             quorum.nodes()[node % 5].restart();
             let quorum = Arc::clone(&quorum);
-            // Only one may be without a vote at a time, besides the one that hangs next.
+            // Only one node at a time may be without a vote, besides the one that hangs next.
             tokio::task::spawn_blocking(move || quorum.wait_for_vote(node % 5))
                 .await
                 .expect("a thread");
@@ -381,7 +382,10 @@ async fn no_two_holders_and_no_old_token_while_nodes_come_and_go() {
         ended.expect("a worker");
     }
     let count = |number: &AtomicU64| number.load(Ordering::Relaxed);
-    println!("{} locks while {node} nodes went and came back", count(&ledger.served));
+    println!(
+        "{} locks while {node} nodes failed and recovered",
+        count(&ledger.served)
+    );
     assert_eq!((count(&ledger.overlaps), count(&ledger.regressions)), (0, 0));
     nothing_is_left(&quorum, |_| true).await;
 }
@@ -391,10 +395,12 @@ fn percentile(times: &mut [Duration], part: f64) -> Duration {
     times[((times.len() - 1) as f64 * part) as usize]
 }
 
-/// Takes turns between quorums so that a moment in which the machine is slow meets all of them.
+/// Alternates between the quorums, so that a moment in which the machine is slow affects all of
+/// them.
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn two_silent_or_dead_nodes_do_not_slow_the_others() {
-    // So many that a few moments in which the machine is slow are not what the 99th percentile is made of.
+    // Enough rounds that a few moments in which the machine is slow do not determine the 99th
+    // percentile.
     const ROUNDS: usize = 1600;
     let quorums = [Quorum::start(5), Quorum::start(5), Quorum::start(5)];
     let mut managers = Vec::new();
@@ -406,7 +412,7 @@ async fn two_silent_or_dead_nodes_do_not_slow_the_others() {
         quorums[2].nodes()[node].kill();
     }
     let keys: Vec<_> = (0..20).map(|number| format!("key-{number}")).collect();
-    // Whoever comes first finds out.
+    // The first request to a node discovers that it is silent or dead.
     for locks in &managers {
         for key in &keys {
             lock(locks, key).await.release().await.expect("release");
@@ -425,12 +431,12 @@ async fn two_silent_or_dead_nodes_do_not_slow_the_others() {
         .each_mut()
         .map(|times| (percentile(times, 0.5), percentile(times, 0.99)));
     println!("p50 and p99 of acquiring: all alive {alive:?}, two silent {silent:?}, two dead {dead:?}");
-    // What the scheduler of a busy machine adds is not the nodes'.
+    // Allow for the scheduling delays of a busy machine.
     let bound = alive.1 * 2 + Duration::from_millis(2);
     assert!(silent.1 <= bound && dead.1 <= bound, "{alive:?} {silent:?} {dead:?}");
 }
 
-/// Script calls and publishes on all nodes.
+/// Number of script calls and publishes on all nodes.
 fn counts(quorum: &Quorum) -> (u64, u64) {
     let sum = |count: fn(&RedisServer) -> u64| quorum.nodes().iter().map(count).sum();
     (sum(RedisServer::script_calls), sum(RedisServer::publishes))
@@ -441,7 +447,8 @@ async fn all_have_it(quorum: &Quorum) {
     until("the lease is on all nodes", async || quorum.nodes().iter().all(has_it)).await;
 }
 
-/// One holds, the other waits, and gets it. Returns how many scripts and publishes that took from the release on.
+/// Hands the lock off from one manager to the other. Returns the number of script calls and
+/// publishes from the release on.
 async fn hand_off(quorum: &Quorum, one: &LockManager, other: &LockManager) -> (u64, u64) {
     let guard = lock(one, "key").await;
     all_have_it(quorum).await;
@@ -468,7 +475,8 @@ async fn a_lock_and_a_release_cost_a_script_on_each_node_and_a_hand_off_one_mess
         hand_off(&quorum, &one, &other).await;
         hand_off(&quorum, &other, &one).await;
     }
-    // The least of several: a release may still be under way on the slowest node when the next round begins.
+    // The minimum of several rounds: a release may still be in flight to the slowest node when the
+    // next round begins.
     let mut least = [u64::MAX; 4];
     for _ in 0..5 {
         let start = counts(&quorum).0;
@@ -486,7 +494,7 @@ async fn a_lock_and_a_release_cost_a_script_on_each_node_and_a_hand_off_one_mess
     assert_eq!(least[..2], [3, 3], "each node once");
     assert!(
         least[2] <= 7,
-        "three releases, one of them in vain; the turn's request; two claims"
+        "three releases, one of them without effect; the turn's request; two claims"
     );
     assert_eq!(least[3], 1, "one push");
 }
@@ -498,7 +506,7 @@ async fn the_permissions_of_the_acl_file_are_enough() {
     let user = lines.find(|line| line.starts_with("user shardlock ")).expect("a user");
     lines
         .find(|line| line.starts_with("# redlock:// "))
-        .expect("more for quorums");
+        .expect("permissions for quorums");
     let more = lines.next().expect("permissions").trim_start_matches('#');
     let words = user.split_whitespace().skip(2).chain(more.split_whitespace());
     let words: Vec<&str> = ["ACL", "SETUSER", "shardlock"].into_iter().chain(words).collect();
@@ -511,7 +519,8 @@ async fn the_permissions_of_the_acl_file_are_enough() {
     let (one, other) = (one.expect("connect"), other.expect("connect"));
     hand_off(&quorum, &one, &other).await;
     let guard = lock(&one, "key").await;
-    // Two of three are a lock; without the third, the end of one of them would be the end of it.
+    // Two of three nodes are enough for the lock. Wait for the third, or the loss of one node would
+    // lose the lock.
     all_have_it(&quorum).await;
     quorum.nodes()[0].restart();
     quorum.nodes()[0].command(&words);

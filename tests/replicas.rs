@@ -1,6 +1,6 @@
-//! `min_replicas_acked`: a lease counts once so many replicas have it.
+//! `min_replicas_acked`: a lease only counts once this many replicas have it.
 
-// A test is over when its surroundings fail.
+// A failing environment ends the test.
 #![allow(clippy::expect_used, clippy::panic, clippy::unwrap_used)]
 
 mod support;
@@ -22,8 +22,8 @@ use support_locks::{hand_off, lock, lock_in_time, lock_keys, soon, until, until_
 /// Long enough that no test waits for its end by mistake.
 const LONG_TTL: Duration = Duration::from_secs(60);
 
-/// Replicas are waited for nearly as long, and the server looks at what is over ten times a second: there is room for that, and for a machine
-/// that is slow.
+/// The wait for replicas takes nearly as long. The server checks for expired waits ten times a
+/// second, so this leaves room for that and for a slow machine.
 const STORE_TIMEOUT: Duration = Duration::from_secs(2);
 
 fn confirmed(url: &str) -> Builder {
@@ -41,7 +41,7 @@ async fn with_too_few_replicas_nothing_is_locked_and_nothing_is_left() {
     let locks = connect_confirmed(&primary.url()).await;
     let no_replica = async |key: &str| {
         let started = Instant::now();
-        let error = locks.lock(key).fail_fast().await.expect_err("no replica has it");
+        let error = locks.lock(key).fail_fast().await.expect_err("no replica has the lease");
         assert!(
             matches!(error, LockError::Unavailable { step: "acquire", .. }),
             "{error}"
@@ -53,16 +53,16 @@ async fn with_too_few_replicas_nothing_is_locked_and_nothing_is_left() {
         assert!(started.elapsed() < STORE_TIMEOUT, "{:?}", started.elapsed());
         until("nothing is left", async || lock_keys(&primary).is_empty()).await;
     };
-    // By the free path, and by script, since the key is known to be wanted by others then.
+    // Once by the fast path, and once by script, because the key is then known to be contended.
     no_replica("k").await;
-    let error = locks.try_lock("k").await.expect_err("no replica has it");
+    let error = locks.try_lock("k").await.expect_err("no replica has the lease");
     assert!(error.to_string().contains("only 0 of 1"), "{error}");
     until("nothing is left", async || lock_keys(&primary).is_empty()).await;
 
     let port = primary.port().to_string();
     let replica = RedisServer::start_with(&["--replicaof", "127.0.0.1", &port]);
-    until("the replica is in step", async || in_step(&primary) == 1).await;
-    // Waits are short until the first that is not in vain.
+    until("the replica is in sync", async || in_step(&primary) == 1).await;
+    // Waits for replicas are short until the first one that succeeds.
     lock_in_time(&locks, "k").await;
     for key in ["k", "j", "k"] {
         let waited = primary.calls("wait");
@@ -71,11 +71,11 @@ async fn with_too_few_replicas_nothing_is_locked_and_nothing_is_left() {
         assert_eq!(
             lock_keys(&replica),
             [format!("lock:{key}")],
-            "it is on the replica already"
+            "the lease is already on the replica"
         );
         guard.release().await.expect("release");
     }
-    // A wait for the replica does not keep others from the answer that a key is held.
+    // A wait for the replica does not delay the reply to another manager that the key is held.
     let other = connect_confirmed(&primary.url()).await;
     let guard = lock(&locks, "k").await;
     assert!(other.try_lock("k").await.expect("try").is_none());
@@ -104,12 +104,12 @@ async fn a_lock_that_was_handed_over_is_on_the_replica_before_it_is_entered() {
         assert!(owner.starts_with(other.id()), "{owner}");
         guard.release().await.expect("release");
     }
-    // Where the replica does not answer, whoever is next gets an error, not the lock.
+    // If the replica does not answer, the next waiter gets an error instead of the lock.
     let guard = lock(&one, "k").await;
     let waiting = tokio::spawn(other.lock("k").into_future());
     until_queued(&one, "k", 1).await;
     replica.stop();
-    guard.release().await.expect("a release waits for nobody");
+    guard.release().await.expect("a release does not wait for replicas");
     let error = soon("the error", waiting)
         .await
         .expect("a task")
@@ -119,8 +119,8 @@ async fn a_lock_that_was_handed_over_is_on_the_replica_before_it_is_entered() {
     replica.cont();
 }
 
-/// Who has to give way joins the queue again in the request that releases; where nobody is left to give way to, its reply says that
-/// it has the lock again.
+/// A manager whose turn has ended rejoins the queue with its release request. If no other waiter is
+/// left, the reply returns the lock to that manager.
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn a_lock_that_comes_back_to_its_own_process_is_confirmed_as_well() {
     let watched = Watched::start(1);
@@ -138,7 +138,7 @@ async fn a_lock_that_comes_back_to_its_own_process_is_confirmed_as_well() {
         if !is_up {
             replica.stop();
         }
-        guard.release().await.expect("a release waits for nobody");
+        guard.release().await.expect("a release does not wait for replicas");
         let outcome = soon("the outcome", mine).await.expect("a task");
         if is_up {
             let guard = outcome.expect("the replica confirms");
@@ -167,11 +167,12 @@ async fn a_confirmed_lock_outlives_its_primary() {
     let other = LockManager::connect(&watched.url()).await.expect("connect");
     assert!(other.try_lock("k").await.expect("try").is_none());
     assert!(guard.is_valid());
-    guard.release().await.expect("it is held on the new primary");
+    guard.release().await.expect("the lock is held on the new primary");
     lock(&other, "k").await.release().await.expect("release");
 }
 
-/// What a promoted replica does not know of would have run out there: somebody else would get the lock beside the holder.
+/// A promoted replica that does not know of the renewals would let the lease expire and give
+/// another manager the lock while the holder still relies on it.
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn a_lock_whose_renewals_no_replica_confirms_is_lost_in_time() {
     let watched = Watched::start(1);
@@ -187,7 +188,7 @@ async fn a_lock_whose_renewals_no_replica_confirms_is_lost_in_time() {
     assert!(cut.elapsed() < ttl + Duration::from_millis(500), "{:?}", cut.elapsed());
 }
 
-/// Many turns of several managers, in which nobody may be beside another and no token may come twice.
+/// Many turns of several managers, without overlapping holders and without duplicate tokens.
 struct Turns {
     taken: AtomicBool,
     tokens: Mutex<HashSet<u64>>,
@@ -199,8 +200,11 @@ impl Turns {
     async fn take(self: Arc<Self>, locks: LockManager) {
         for _ in 0..Self::OF_EACH {
             let guard = lock(&locks, "k").await;
-            assert!(!self.taken.swap(true, Ordering::SeqCst), "two hold it");
-            assert!(self.tokens.lock().insert(guard.token().get()), "a token came twice");
+            assert!(!self.taken.swap(true, Ordering::SeqCst), "two holders");
+            assert!(
+                self.tokens.lock().insert(guard.token().get()),
+                "a token was issued twice"
+            );
             tokio::time::sleep(Duration::from_millis(2)).await;
             assert!(guard.is_valid());
             self.taken.store(false, Ordering::SeqCst);
@@ -209,15 +213,16 @@ impl Turns {
     }
 }
 
-/// What is published on a primary reaches subscribers at its replicas as well, but PUBLISH does not count them. After a switch-over behind
-/// one address, a manager whose inbox was still connected to the old primary was granted the lock and passed over at the same time,
-/// and the next one had it too, with the same token.
+/// Regression: messages published on a primary also reach subscribers of its replicas, but PUBLISH
+/// does not count them. After a switch-over behind one address, a manager whose inbox was still
+/// connected to the old primary was granted the lock and skipped at the same time. The next manager
+/// also got the lock, with the same token.
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn manager_whose_inbox_is_at_a_replica_is_served_and_never_beside_another() {
     let primary = RedisServer::start_with(&["--repl-diskless-sync-delay", "0"]);
     let port = primary.port().to_string();
     let replica = RedisServer::start_with(&["--replicaof", "127.0.0.1", &port]);
-    until("the replica is in step", async || in_step(&primary) == 1).await;
+    until("the replica is in sync", async || in_step(&primary) == 1).await;
     let address = Proxy::start(primary.address());
     let connect = async |url: String| LockManager::connect(&url).await.expect("connect");
     let misled = connect(address.url()).await;
@@ -225,8 +230,11 @@ async fn manager_whose_inbox_is_at_a_replica_is_served_and_never_beside_another(
 
     address.lead_to(replica.address());
     primary.client_kill(ClientType::PubSub);
-    until("its inbox is elsewhere", async || replica.channels().len() == 1).await;
-    until("the others listen again", async || primary.channels().len() == 2).await;
+    until("its inbox is at the replica", async || replica.channels().len() == 1).await;
+    until("the others are subscribed again", async || {
+        primary.channels().len() == 2
+    })
+    .await;
 
     let turns = Arc::new(Turns {
         taken: AtomicBool::new(false),
@@ -244,19 +252,20 @@ async fn manager_whose_inbox_is_at_a_replica_is_served_and_never_beside_another(
     })
     .await;
     until("and not at the replica", async || replica.channels().is_empty()).await;
-    // A hand-off that takes less than it takes to ask again: there is no need to ask.
+    // Waiters receive the grant by push and do not need to ask again.
     for (from, to) in [(&others[0], &misled), (&misled, &others[0])] {
         hand_off(from, to, "k").await;
     }
 }
 
-/// After a planned switch-over behind one address, all that was connected to the old primary moves to the new one.
+/// After a planned switch-over behind one address, all connections to the old primary move to the
+/// new one.
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn connections_follow_an_address_that_leads_to_another_primary() {
     let old = RedisServer::start_with(&["--repl-diskless-sync-delay", "0"]);
     let port = old.port().to_string();
     let new = RedisServer::start_with(&["--replicaof", "127.0.0.1", &port, "--repl-diskless-sync-delay", "0"]);
-    until("the replica is in step", async || in_step(&old) == 1).await;
+    until("the replica is in sync", async || in_step(&old) == 1).await;
     let address = Proxy::start(old.address());
     let managers = [
         LockManager::connect(&address.url()).await.expect("connect"),

@@ -1,4 +1,4 @@
-//! What may be sent to and shared with other threads. It is enough that this compiles.
+//! Types and futures that must be `Send` and `Sync`. Compiling is the test.
 
 use shardlock::{
     Builder, Config, LockError, LockFuture, LockGuard, LockManager, LockRequest, TryLockFuture, TryLockRequest,
@@ -30,7 +30,7 @@ async fn all_futures_can_be_sent() {
     drop(send(guard.lost()));
     send(guard.release()).await.unwrap();
     send(locks.inspect("k")).await.unwrap();
-    // The body of another task: its future is sent to the runtime as a whole.
+    // The body of another task: its whole future is sent to the runtime.
     let other = locks.clone();
     let body = tokio::spawn(async move { other.with_lock("k", async |guard| guard.token()).await });
     body.await.unwrap().unwrap();

@@ -1,6 +1,7 @@
-//! A primary that sentinels watch: it is found, followed through failovers, and its replicas can be waited for.
+//! A primary watched by sentinels: how it is found and followed through failovers, and how its
+//! replicas confirm leases.
 
-// A test is over when its surroundings fail.
+// A failing environment ends the test.
 #![allow(clippy::expect_used, clippy::panic, clippy::unwrap_used)]
 
 mod support;
@@ -52,14 +53,14 @@ async fn locks_and_hand_offs_work_on_the_primary_that_sentinels_name() {
     assert_eq!(lock_keys(watched.primary()), [""; 0]);
 }
 
-/// What all tasks of a load share.
+/// State shared by all tasks of a load.
 #[derive(Default)]
 struct Ledger {
     holders: AtomicU64,
     largest: Mutex<u64>,
-    /// How many locks each task has had since the last look.
+    /// The number of locks that each task has acquired since the last reset.
     turns: Vec<AtomicU64>,
-    /// Set while leases may be lost, and so two may hold the lock.
+    /// Set while leases may be lost, so that two tasks may hold the lock.
     is_lenient: AtomicBool,
     is_over: AtomicBool,
 }
@@ -69,13 +70,13 @@ impl Ledger {
         for turns in &self.turns {
             turns.store(0, Ordering::SeqCst);
         }
-        until("every task has had its turns", async || {
+        until("every task has had enough turns", async || {
             self.turns.iter().all(|turns| turns.load(Ordering::SeqCst) >= least)
         })
         .await;
     }
 
-    /// One task: locks and gives back until it is over. Everything that fails may be tried again.
+    /// One task: locks and releases until the end. Every failure must be retryable.
     async fn work(&self, task: usize, locks: &LockManager) {
         while !self.is_over.load(Ordering::SeqCst) {
             let guard = match locks.lock("k").timeout(PATIENCE).await {
@@ -108,7 +109,7 @@ impl Ledger {
     }
 }
 
-/// Two orderly failovers, there and back, while nine tasks of three managers want one lock.
+/// Two orderly failovers, there and back, while nine tasks of three managers contend for one lock.
 async fn failovers_under_load(min_replicas_acked: u32) {
     const TASKS: usize = 9;
     let watched = Watched::start(1);
@@ -137,11 +138,13 @@ async fn failovers_under_load(min_replicas_acked: u32) {
         })
         .await;
         if min_replicas_acked > 0 {
-            // The old primary has to become a replica first, without which nothing is confirmed. That would take eight seconds.
+            // Nothing is confirmed until the old primary has become a replica, which would take
+            // eight seconds at the default period.
             watched.publish_every(Duration::from_millis(500));
             until("the new primary has a replica", async || in_step(new) == 1).await;
         }
-        // Whoever got the lock from the old primary in the last moment has given it back by then.
+        // Any holder that got the lock from the old primary at the last moment has released it by
+        // then.
         ledger.turns(5).await;
         ledger.is_lenient.store(false, Ordering::SeqCst);
         ledger.turns(20).await;
@@ -159,7 +162,8 @@ async fn failovers_under_load(min_replicas_acked: u32) {
     until("nothing is left", async || lock_keys(primary).is_empty()).await;
 }
 
-/// With every lease on the replica before it counts, an orderly failover loses none, though the old primary goes on taking writes.
+/// If every lease must be on the replica before it counts, an orderly failover loses none, although
+/// the old primary keeps accepting writes.
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn with_confirmed_leases_a_failover_under_load_never_shows_two_holders() {
     failovers_under_load(1).await;
@@ -170,7 +174,8 @@ async fn after_a_failover_under_load_everybody_is_served_with_growing_tokens() {
     failovers_under_load(0).await;
 }
 
-/// The sentinels leave the old primary as it is for eight seconds and more, taking writes that will be lost.
+/// The sentinels leave the old primary unchanged for at least eight seconds, and it keeps accepting
+/// writes that will be lost.
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn an_orderly_failover_is_followed_at_once_and_keeps_what_is_held_and_who_waits() {
     let watched = Watched::start(1);
@@ -191,7 +196,7 @@ async fn an_orderly_failover_is_followed_at_once_and_keeps_what_is_held_and_who_
     assert!(held.is_valid() && kept.is_valid());
     let token = held.token();
     let released = Instant::now();
-    held.release().await.expect("it is held on the new primary");
+    held.release().await.expect("the lock is held on the new primary");
     let handed = soon("the hand-off", waiting).await.expect("a task");
     assert!(handed.token() > token);
     assert!(released.elapsed() < Duration::from_secs(5), "{:?}", released.elapsed());
@@ -211,7 +216,7 @@ async fn after_the_primary_was_killed_locks_and_hand_offs_work_on_the_promoted_r
     watched.has_replicas(2);
     let old = watched.primary();
     old.kill();
-    let error = one.lock("k").await.expect_err("nobody is promoted yet");
+    let error = one.lock("k").await.expect_err("no replica is promoted yet");
     assert!(matches!(error, LockError::Unavailable { .. }), "{error}");
     assert!(error.to_string().contains(&old.address()), "{error}");
     for locks in [&one, &other] {
@@ -221,10 +226,10 @@ async fn after_the_primary_was_killed_locks_and_hand_offs_work_on_the_promoted_r
     }
     watched.switched(old.port());
     hand_off(&one, &other, "k").await;
-    // The replica had it.
+    // The replica had the lease.
     assert!(held.is_valid());
     assert!(other.try_lock("held").await.expect("try").is_none());
-    held.release().await.expect("it is held on the new primary");
+    held.release().await.expect("the lock is held on the new primary");
 }
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
@@ -239,7 +244,7 @@ async fn a_primary_that_hangs_is_left_as_soon_as_the_sentinels_say_so() {
     let new = watched.switched(old.port());
     let switched = Instant::now();
     let guard = soon("a lock", one.lock("k").into_future()).await;
-    // A request that was sent before the switch may still fail; the next may not.
+    // A request sent before the switch may still fail; the next one must succeed.
     let guard = match guard {
         Ok(guard) => guard,
         Err(error) => {
@@ -257,11 +262,12 @@ async fn a_primary_that_hangs_is_left_as_soon_as_the_sentinels_say_so() {
     assert!(switched.elapsed() < Duration::from_secs(5), "{:?}", switched.elapsed());
     let waiting = waiting(&other, "held");
     until_queued(&one, "held", 1).await;
-    held.release().await.expect("it is held on the new primary");
+    held.release().await.expect("the lock is held on the new primary");
     let handed = soon("the hand-off", waiting).await.expect("a task");
     handed.release().await.expect("release");
 
-    // Awake again it is demoted, which takes eight seconds without failing otherwise, and nobody goes back.
+    // Once resumed, the old primary is demoted, and no manager returns to it. Without the shorter
+    // publish period the demotion would take eight seconds.
     watched.publish_every(Duration::from_millis(250));
     old.cont();
     watched.has_replicas(1);
@@ -269,7 +275,7 @@ async fn a_primary_that_hangs_is_left_as_soon_as_the_sentinels_say_so() {
     assert_eq!(lock_keys(new), [""; 0]);
 }
 
-/// The counter on the promoted replica is an old one: a plain INCR would issue the same tokens again.
+/// The promoted replica has an old counter: a plain INCR would issue the same tokens again.
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn tokens_grow_though_nothing_was_replicated_before_the_failover() {
     let watched = Watched::start(1);
@@ -295,23 +301,25 @@ async fn tokens_grow_though_nothing_was_replicated_before_the_failover() {
     assert_eq!(new.port(), replica.port());
     let after: u64 = new.query(&["GET", &counter]);
     assert!(after < largest, "{after} is no old counter");
-    // This one has never seen the tokens that were lost.
+    // This manager has never seen the lost tokens.
     let newcomer = connect(&watched).await;
     for locks in [&newcomer, &other, &one, &newcomer] {
         let token = lock_in_time(locks, "k").await;
         assert!(token > largest, "{token} after {largest}");
         largest = token;
     }
-    // The lease was lost with the primary, and its holder is told at the next renewal, long before the TTL of ten seconds.
+    // The lease was lost with the primary. Its holder is notified at the next renewal, long before
+    // the TTL of ten seconds.
     assert_eq!(soon("the loss", lost.lost()).await, LossReason::Taken);
     let token = lost.token();
-    assert!(lost.release().await.expect_err("it was lost").is_lost());
+    assert!(lost.release().await.expect_err("the lock was lost").is_lost());
     let guard = lock(&other, "lost").await;
     assert!(guard.token() > token);
     guard.release().await.expect("release");
 }
 
-/// A manager that keeps leases, whose next renewal is minutes away, and which has one for `k`. Says the token of the last guard under it.
+/// A manager with a lingering lease for `k` and minutes until its next renewal, and the token of
+/// the last guard under this lease.
 async fn keeper(watched: &Watched) -> (LockManager, u64) {
     const LONG: Duration = Duration::from_secs(3600);
     let builder = LockManager::builder().shard(watched.url()).ttl(LONG).linger(LONG);
@@ -321,15 +329,15 @@ async fn keeper(watched: &Watched) -> (LockManager, u64) {
     (locks, token)
 }
 
-/// [`lock`], again and again while a failover is under way.
+/// [`lock`] that retries while a failover is in progress.
 async fn lock_at_last(locks: &LockManager, key: &str) -> LockGuard {
     let mut guard = None;
-    until("the lock can be had again", async || {
+    until("the lock can be acquired again", async || {
         guard = locks.lock(key).await.ok();
         guard.is_some()
     })
     .await;
-    guard.expect("it is there")
+    guard.expect("the lock was acquired")
 }
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
@@ -350,12 +358,12 @@ async fn a_lease_that_lingers_is_not_used_again_after_a_failover_that_lost_it() 
         let guard = lock_at_last(&other, "k").await;
         assert!(guard.token().get() > token);
         match keeper.try_lock("k").await {
-            Ok(both) => assert!(both.is_none(), "two hold it: {guard:?}, {both:?}"),
+            Ok(both) => assert!(both.is_none(), "two holders: {guard:?}, {both:?}"),
             Err(error) => assert!(error.is_retryable(), "{error}"),
         }
         assert!(guard.is_valid());
         let last = guard.token().get();
-        guard.release().await.expect("it was held");
+        guard.release().await.expect("the lock was held");
         let token = lock_in_time(&keeper, "k").await;
         assert!(token > last, "{token} after {last}");
     }
@@ -370,7 +378,7 @@ async fn a_lease_that_lingers_goes_on_after_a_failover_that_kept_it() {
         .await
         .expect("inspect")
         .holder
-        .expect("it is kept")
+        .expect("the lease lingers")
         .owner;
     watched.has_replicas(1);
     let old = watched.primary();
@@ -385,7 +393,7 @@ async fn a_lease_that_lingers_goes_on_after_a_failover_that_kept_it() {
     }
 }
 
-/// A renewal is due in minutes.
+/// The next renewal is minutes away.
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn who_holds_a_lock_that_a_failover_lost_is_told_when_the_new_primary_is_there() {
     let watched = Watched::start(1);
@@ -399,7 +407,7 @@ async fn who_holds_a_lock_that_a_failover_lost_is_told_when_the_new_primary_is_t
     assert_eq!(soon("the loss", held.lost()).await, LossReason::Taken);
 }
 
-/// A failover by hand, which no sentinel tells of: what finds out is a request.
+/// A manual failover that no sentinel reports. A request discovers it.
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn a_server_that_says_it_is_a_replica_is_left_by_commands_and_inbox() {
     let watched = Watched::start(1);
@@ -420,7 +428,8 @@ async fn a_server_that_says_it_is_a_replica_is_left_by_commands_and_inbox() {
         !is_there(&inboxes, &one)
     })
     .await;
-    // No request of the other's has found out, so it shows that nothing else has cut the inboxes.
+    // No request of the other manager has discovered the failover, so its inbox shows that nothing
+    // else has cut the inboxes.
     assert!(is_there(&inboxes, &other), "{inboxes:?}");
     assert!(lock_in_time(&one, "k").await > token);
     lock_in_time(&other, "k").await;
@@ -432,7 +441,9 @@ async fn a_server_that_says_it_is_a_replica_is_left_by_commands_and_inbox() {
 async fn replicas_and_sentinels_are_refused_as_primaries() {
     let watched = Watched::start(1);
     let (primary, replica) = (watched.primary(), watched.replicas()[0]);
-    let error = LockManager::connect(&replica.url()).await.expect_err("it is a replica");
+    let error = LockManager::connect(&replica.url())
+        .await
+        .expect_err("the server is a replica");
     assert!(matches!(error, LockError::Refused { step: "connect", .. }), "{error}");
     for part in ["is a replica of", &primary.address(), "connect to the primary"] {
         assert!(error.to_string().contains(part), "{error}");
@@ -440,7 +451,7 @@ async fn replicas_and_sentinels_are_refused_as_primaries() {
     let sentinel = watched.sentinels()[0].address();
     let error = LockManager::connect(&format!("redis://{sentinel}"))
         .await
-        .expect_err("it is a sentinel");
+        .expect_err("the server is a sentinel");
     assert!(matches!(error, LockError::Refused { .. }), "{error}");
     assert!(
         error.to_string().contains(&format!("redis+sentinel://{sentinel}/NAME")),
@@ -453,7 +464,9 @@ async fn replicas_and_sentinels_are_refused_as_primaries() {
 async fn a_name_that_sentinels_do_not_know_is_said_in_words() {
     let watched = Watched::start(0);
     let url = watched.url().replace(NAME, "another");
-    let error = LockManager::connect(&url).await.expect_err("nobody knows it");
+    let error = LockManager::connect(&url)
+        .await
+        .expect_err("no sentinel knows the name");
     assert!(matches!(error, LockError::Refused { step: "connect", .. }), "{error}");
     assert!(
         error.to_string().contains("knows no primary called \"another\""),
@@ -461,7 +474,8 @@ async fn a_name_that_sentinels_do_not_know_is_said_in_words() {
     );
 }
 
-/// The user and the password before the hosts are the primary's; the sentinels have their own. These sentinels name hosts, not addresses.
+/// The user and password before the hosts are for the primary; the sentinels have their own. These
+/// sentinels report host names instead of addresses.
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn sentinels_and_the_primary_each_get_their_own_password() {
     let lines = [
@@ -518,19 +532,19 @@ async fn sentinels_that_are_down_or_hang_are_passed_over() {
     hand_off(&locks, &other, "k").await;
 }
 
-/// Something on the way has forgotten the subscription, and neither side learns of it.
+/// A device on the path has lost the subscription's state, and neither side is notified.
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn subscription_to_a_sentinel_that_falls_silent_is_replaced() {
     let watched = Watched::start(1);
     let proxy = Proxy::start(watched.sentinels()[0].address());
-    // So long that only a sentinel's message makes the requests leave a primary that hangs.
+    // So long that only a message from a sentinel makes requests leave a primary that hangs.
     let patience = Duration::from_secs(15);
     let locks = LockManager::builder()
         .shard(format!("redis+sentinel://{}/{NAME}", proxy.address()))
         .ttl(LONG_TTL)
         .store_timeout(patience);
     let locks = locks.connect().await.expect("connect");
-    until("the sentinel is listened to", async || {
+    until("the manager is subscribed to the sentinel", async || {
         let clients: String = watched.sentinels()[0]
             .try_query(&["CLIENT", "LIST"])
             .expect("list clients");
@@ -539,8 +553,8 @@ async fn subscription_to_a_sentinel_that_falls_silent_is_replaced() {
     .await;
     proxy.silence();
     let silenced = proxy.connections();
-    // The first is the subscription, the second asks for a switch that was missed.
-    until("the sentinel is listened to anew", async || {
+    // The first connection is the new subscription, the second asks whether a switch was missed.
+    until("the manager is subscribed to the sentinel again", async || {
         proxy.connections() >= silenced + 2
     })
     .await;
@@ -549,7 +563,7 @@ async fn subscription_to_a_sentinel_that_falls_silent_is_replaced() {
     old.stop();
     let new = watched.switched(old.port());
     let switched = Instant::now();
-    // Nothing but a sentinel's message makes an inbox leave a server that hangs.
+    // Only a message from a sentinel makes an inbox leave a server that hangs.
     until("the inbox has moved", async || {
         new.channels().iter().any(|channel| channel.starts_with("lock:in:"))
     })
@@ -571,7 +585,7 @@ async fn with_all_sentinels_down_existing_connections_go_on_and_new_ones_say_so(
         hand_off(&other, &one, "k").await;
     }
     let started = Instant::now();
-    let error = LockManager::connect(&url).await.expect_err("nobody can be asked");
+    let error = LockManager::connect(&url).await.expect_err("no sentinel answers");
     assert!(started.elapsed() < Duration::from_secs(1), "{:?}", started.elapsed());
     assert!(
         matches!(error, LockError::Unavailable { step: "connect", .. }),

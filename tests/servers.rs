@@ -1,4 +1,4 @@
-//! The ground that the other tests stand on: servers and workers of their own, which leave nothing behind.
+//! The foundation of the other tests: servers and workers of their own that leave nothing behind.
 
 mod support;
 
@@ -35,13 +35,13 @@ fn is_up(address: &str) -> bool {
     TcpStream::connect(address).is_ok()
 }
 
-/// New machines in a cloud hold apt's locks for minutes while they install updates.
+/// On new cloud machines, automatic updates hold apt's locks for minutes.
 #[test]
 fn installing_a_server_waits_while_another_process_holds_the_lock_of_apt() {
     const LOCKED: &str = "E: Could not get lock /var/lib/apt/lists/lock. It is held by process 7 (apt-get)";
     let temp = tempfile::tempdir().expect("a directory");
     let apt_get = temp.path().join("apt-get");
-    // The lock is free at the third call, unless it is held for ever.
+    // The third call gets the lock, unless the argument is `forever`.
     let script = format!(
         "#!/bin/sh\necho call >>\"$0.calls\"\n\
          if [ \"$1\" != forever ] && [ \"$(wc -l <\"$0.calls\")\" -ge 3 ]; then echo installed; exit 0; fi\n\
@@ -74,7 +74,7 @@ fn installing_a_server_waits_while_another_process_holds_the_lock_of_apt() {
 #[test]
 fn servers_side_by_side_share_nothing() {
     let starting: Vec<_> = (0..8).map(|_| thread::spawn(RedisServer::start)).collect();
-    // The threads that started the servers are gone now, and the servers are not.
+    // The threads that started the servers have ended; the servers are still running.
     let servers: Vec<_> = starting
         .into_iter()
         .map(|thread| thread.join().expect("start"))
@@ -125,7 +125,7 @@ fn a_stopped_server_answers_again_when_it_goes_on() {
     server.stop();
     thread::scope(|scope| {
         let ping = scope.spawn(|| server.query::<String>(&["PING"]));
-        // Connections are still accepted, and no answer can have come.
+        // The kernel still accepts connections, but there can be no reply.
         assert!(is_up(&server.address()) && !ping.is_finished());
         server.cont();
         assert_eq!(ping.join().expect("an answer"), "PONG");
@@ -168,7 +168,7 @@ async fn connections_are_seen_and_cut_by_their_type() {
     wait_until("the channel is gone", PATIENCE, || server.channels().is_empty());
     redis::cmd("PING")
         .exec(&mut commands)
-        .expect("the other connection lives");
+        .expect("the other connection is open");
 
     redis::cmd("CLIENT")
         .arg("SETNAME")
@@ -176,7 +176,9 @@ async fn connections_are_seen_and_cut_by_their_type() {
         .exec(&mut commands)
         .expect("a name");
     server.client_kill_but(ClientType::Normal, "spared-");
-    redis::cmd("PING").exec(&mut commands).expect("who is spared lives");
+    redis::cmd("PING")
+        .exec(&mut commands)
+        .expect("the spared connection is open");
     server.client_kill_but(ClientType::Normal, "another-");
     redis::cmd("PING")
         .exec(&mut commands)
@@ -201,7 +203,7 @@ fn options_reach_the_server() {
     let mut stranger = client.get_connection().expect("connect");
     redis::cmd("DBSIZE")
         .exec(&mut stranger)
-        .expect_err("the address says no password");
+        .expect_err("the address has no password");
 }
 
 #[test]
@@ -256,7 +258,7 @@ fn a_killed_worker_says_no_more() {
     worker.line();
     worker.kill();
     assert_eq!(worker.wait().signal(), Some(9));
-    catch_unwind(AssertUnwindSafe(|| worker.line())).expect_err("it is dead");
+    catch_unwind(AssertUnwindSafe(|| worker.line())).expect_err("the worker is dead");
 }
 
 #[cfg(target_os = "linux")]

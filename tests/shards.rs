@@ -1,6 +1,6 @@
-//! Several shards in one manager: what happens to one is nothing to the others.
+//! Several shards in one manager: a fault of one does not affect the others.
 
-// A test is over when its surroundings fail.
+// A failing environment ends the test.
 #![allow(clippy::expect_used, clippy::panic, clippy::unwrap_used)]
 
 mod support;
@@ -58,7 +58,8 @@ on_each_store! {
     async fn leases_are_renewed_in_time_while_another_shard_does_not_answer(store: &TestStore) {
         let silent = RedisServer::start();
         let ttl = store.short_ttl().max(Duration::from_millis(700));
-        // An answer may take longer than a lease lasts, so whoever waited for the silent one would be too late.
+        // A reply may take longer than a lease lasts, so renewals that waited for the silent shard
+        // would be too late.
         let builder = store.builder().shard(silent.url()).ttl(ttl).store_timeout(4 * ttl);
         let locks = builder.connect().await.expect("connect");
         let mut keys = keys(&locks);
@@ -76,20 +77,20 @@ on_each_store! {
             }
             tokio::time::sleep(Duration::from_millis(5)).await;
         }
-        // The others also still lock and unlock.
+        // The other shards still lock and release.
         for guard in guards {
             let key = guard.key().to_owned();
-            guard.release().await.expect("it was held all the time");
+            guard.release().await.expect("the lock was held throughout");
             lock(&locks, &key).await.release().await.expect("release");
         }
-        let error = soon("an error", asking).await.expect("a task").expect_err("it does not answer");
+        let error = soon("an error", asking).await.expect("a task").expect_err("the shard does not answer");
         assert!(matches!(error, LockError::Unavailable { .. }), "{error}");
         silent.cont();
         store.is_clean().await;
     }
 }
 
-/// Channels have no database, so both shards hear what is published for either.
+/// Channels are not per database, so both shards receive messages published for either.
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn shards_that_are_databases_of_one_server_leave_one_anothers_locks_alone() {
     let server = RedisServer::start();
@@ -110,13 +111,13 @@ async fn shards_that_are_databases_of_one_server_leave_one_anothers_locks_alone(
                 let to = if round % 2 == 0 { &other } else { &one };
                 let waiting = tokio::spawn(to.lock(&key).into_future());
                 until_queued(&one, &key, 1).await;
-                guard.release().await.expect("it was held all the time");
+                guard.release().await.expect("the lock was held throughout");
                 guard = soon("the waiter", waiting).await.expect("a task").expect("lock");
-                // What the other shard does with its copy of the grant, it does at once.
+                // The other shard handles its copy of the grant immediately.
                 let inspected = one.inspect(&key).await.expect("inspect");
                 assert_eq!(inspected.holder.expect("a holder").owner, guard.owner());
             }
-            guard.release().await.expect("it was held all the time");
+            guard.release().await.expect("the lock was held throughout");
         }
     }
 }
@@ -125,7 +126,8 @@ on_each_store! {
     on(redis, own);
 
     async fn fifty_thousand_leases_are_renewed_within_their_interval(store: &TestStore) {
-        // Renewals are due every three seconds. All of them are one batch, which takes a loaded machine more than the usual store timeout.
+        // Renewals are due every three seconds. They form one batch, which on a loaded machine
+        // takes longer than the default store timeout.
         let ttl = Duration::from_secs(30);
         let builder = store.builder().ttl(ttl).store_timeout(Duration::from_secs(3));
         let locks = builder.connect().await.expect("connect");
@@ -134,15 +136,15 @@ on_each_store! {
         let began = Instant::now();
         let mut least = ttl;
         while began.elapsed() < ttl / 8 {
-            // Looking at all of them would take the processor from those who renew.
+            // Checking all of them would take processor time from the renewals.
             let seen = guards.iter().step_by(100).map(|guard| guard.remaining()).min().expect("some");
             least = seen.min(least);
             tokio::time::sleep(Duration::from_millis(50)).await;
         }
-        // One interval passes until a renewal is due, and it is done before another has passed.
+        // A renewal is due after one interval and completes within the next.
         assert!(least > ttl * 8 / 10 - Duration::from_millis(200), "{least:?}");
         let releasing = stream::iter(guards).map(|guard| guard.release());
-        releasing.buffer_unordered(1000).try_collect::<Vec<_>>().await.expect("they were held all the time");
+        releasing.buffer_unordered(1000).try_collect::<Vec<_>>().await.expect("the locks were held throughout");
         store.is_clean().await;
     }
 }

@@ -1,6 +1,7 @@
-//! Fencing tokens: each later acquisition of a key has a larger one, whatever happens to servers and processes.
+//! Fencing tokens: each later acquisition of a key has a larger token, whatever happens to servers
+//! and processes.
 
-// A test is over when its surroundings fail.
+// A failing environment ends the test.
 #![allow(clippy::expect_used, clippy::panic, clippy::unwrap_used)]
 
 mod support;
@@ -28,7 +29,7 @@ fn worker_entry() {
 struct Largest(u64);
 
 impl Largest {
-    /// The process locks and gives the lock back.
+    /// Makes the process lock and release.
     #[track_caller]
     fn grows_by(&mut self, locker: &mut Locker) {
         self.grows_to(locker.lock());
@@ -58,14 +59,15 @@ on_each_store! {
             for locker in &mut lockers {
                 largest.grows_by(locker);
             }
-            // Killed without having saved anything, and empty when it is back.
+            // The servers are killed without saving anything, and restart empty.
             store.servers().kill();
                 store.servers().restart();
             for locker in &mut lockers {
                 largest.grows_by(locker);
             }
         }
-        // One dies with the lock, so that its lease runs out, and the counter is lost meanwhile.
+        // One process dies while holding the lock, and the counter is lost before its lease
+        // expires.
         let mut dead = lockers.remove(0);
         largest.grows_to(dead.lock());
         dead.kill();
@@ -86,7 +88,7 @@ on_each_store! {
                 store.servers().kill();
                 store.servers().restart();
             }
-            until("the server is found again", async || match locks.lock("k").await {
+            until("the manager has reconnected", async || match locks.lock("k").await {
                 Ok(guard) => {
                     largest.grows_to(guard.token().get());
                     guard.release().await.is_ok()
@@ -113,7 +115,7 @@ on_each_store! {
             for locker in &mut lockers {
                 largest.grows_by(locker);
             }
-            // As after the promotion of a replica that lagged behind, which also breaks all connections.
+            // Simulates the promotion of a lagging replica, which also breaks all connections.
             store.servers().cut(ClientType::Normal);
             store.servers().set_counters(Some(old));
         }
@@ -149,7 +151,7 @@ on_each_store! {
         let (one, other) = (store.short_lived_manager().await, store.short_lived_manager().await);
         let mut largest = Largest::default();
         for _ in 0..3 {
-            let guard = one.try_lock("k").await.expect("try").expect("it is free");
+            let guard = one.try_lock("k").await.expect("try").expect("the key is free");
             largest.grows_to(guard.token().get());
             guard.release().await.expect("release");
             let lost = other.lock("k").max_hold(Duration::from_millis(5)).await.expect("lock");
@@ -166,7 +168,8 @@ on_each_store! {
     }
 }
 
-/// A resource on a server that keeps the largest token it has seen, and refuses smaller ones if it is asked to check.
+/// A resource on a server. It stores the largest token seen, and refuses smaller ones if checking
+/// is enabled.
 const WRITE: &str = "
     local newest = tonumber(redis.call('HGET', KEYS[1], 'token') or 0)
     if ARGV[3] == 'check' and tonumber(ARGV[2]) < newest then return 0 end
@@ -193,7 +196,7 @@ impl Resource {
         value.unwrap_or(0)
     }
 
-    /// Whether the resource has taken it.
+    /// Whether the resource accepted the write.
     async fn write(&mut self, value: u64, guard: &LockGuard) -> bool {
         let mut write = redis::cmd("EVAL");
         write.arg(WRITE).arg(1).arg("resource");
@@ -202,7 +205,7 @@ impl Resource {
     }
 }
 
-/// Reads under the lock and writes when it is told to, without looking whether it still has the lock.
+/// Reads under the lock and writes on command, without checking whether it still holds the lock.
 #[tokio::main]
 async fn write_late(me: &worker::Current) {
     let ttl = Duration::from_millis(me.var("LOCKTEST_TTL").parse().expect("milliseconds"));
@@ -216,7 +219,8 @@ async fn write_late(me: &worker::Current) {
     me.say(if taken { "written" } else { "refused" });
 }
 
-/// Two add one each, while a third has read before them and adds its one after them. Returns what it was told, and the sum.
+/// Two writers add one each. A third has read before them and writes after them. Returns the third
+/// writer's report and the sum.
 async fn a_paused_writer(store: &TestStore, check: &str) -> (String, u64) {
     let server = RedisServer::start();
     let (url, ttl) = (server.url(), store.short_ttl().as_millis().to_string());
@@ -233,7 +237,7 @@ async fn a_paused_writer(store: &TestStore, check: &str) -> (String, u64) {
         let mut resource = Resource::open(&url, check).await;
         let guard = lock(&locks, "k").await;
         let value = resource.read().await;
-        assert!(resource.write(value + 1, &guard).await, "it is the newest");
+        assert!(resource.write(value + 1, &guard).await, "the token is the newest");
         guard.release().await.expect("release");
     }
     late.cont();

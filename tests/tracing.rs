@@ -1,6 +1,6 @@
-//! Spans and what is logged of slow waits and long holds.
+//! Spans, and the log lines of slow waits and long holds.
 
-// A test is over when its surroundings fail.
+// A failing environment ends the test.
 #![allow(clippy::expect_used, clippy::panic, clippy::unwrap_used)]
 
 mod support;
@@ -21,7 +21,7 @@ use tracing::level_filters::LevelFilter;
 use tracing::span::{Attributes, Id, Record};
 use tracing::{Event, Metadata, Subscriber};
 
-/// Keeps what it is told, as text.
+/// Records spans and events as text.
 #[derive(Clone)]
 struct Listener {
     level: LevelFilter,
@@ -111,7 +111,8 @@ impl Subscriber for Listener {
     }
 }
 
-/// One listener for the process, since the background thread of a manager hears only that one; tests tell their lines apart by their keys and shards.
+/// One subscriber for the process, because a manager's background thread only uses the global one.
+/// Tests distinguish their lines by key and shard.
 fn listener() -> &'static Listener {
     static LISTENER: std::sync::OnceLock<Listener> = std::sync::OnceLock::new();
     LISTENER.get_or_init(|| {
@@ -138,13 +139,13 @@ async fn acquiring_holding_and_renewing_are_spans() {
         listener.lines("span hold key=in-a-span"),
         [format!("span hold key=in-a-span shard=spans token={token}")]
     );
-    eventually("it is renewed", PATIENCE, || {
+    eventually("the lease is renewed", PATIENCE, || {
         !listener.lines("span renew shard=spans leases=1").is_empty()
     })
     .await;
     guard.release().await.unwrap();
     let ended = |name: &str| !listener.lines(&format!("end of {name}")).is_empty();
-    eventually("all have ended", PATIENCE, || {
+    eventually("all spans have ended", PATIENCE, || {
         ["acquire", "hold", "renew"].into_iter().all(ended)
     })
     .await;
@@ -180,7 +181,7 @@ fn without_log_keys_no_key_is_told_above_debug() {
             .all(|line| line.starts_with("WARN") && !line.contains("secret-key")),
         "{said:?}"
     );
-    // Where the machine was slow, the first request was, too; it has another place.
+    // On a slow machine the first request may be slow, too; it has another caller.
     let of_the_second = said.iter().filter(|line| line.contains("caller=tests/tracing.rs:"));
     assert_eq!(of_the_second.count(), 1, "{said:?}");
 }
@@ -194,8 +195,8 @@ async fn a_slow_wait_is_logged_with_its_place_and_seldom() {
         .slow_wait(Duration::from_millis(30));
     let locks = locks.connect().await.unwrap();
     let warnings = || {
-        // On a loaded machine the lock that nobody holds may be slow as well.
-        let mut warnings = listener.lines("WARN message=a lock was waited for long shard=slow");
+        // On a loaded machine a lock without contention may be slow as well.
+        let mut warnings = listener.lines("WARN message=slow wait for a lock shard=slow");
         warnings.retain(|line| line.contains("caller=tests/tracing.rs:"));
         warnings
     };
@@ -215,7 +216,7 @@ async fn a_slow_wait_is_logged_with_its_place_and_seldom() {
         warned[0].contains("held_back=0") && warned[0].contains("key=\"slow-wait\""),
         "{warned:?}"
     );
-    // Another place is told apart. This one gets its lock in the end, from another manager.
+    // Another caller is logged separately. This request finally gets its lock from another manager.
     let other = LockManager::builder()
         .named_shard("slow", server.url())
         .slow_wait(Duration::from_millis(30));
@@ -243,7 +244,7 @@ async fn a_slow_wait_that_is_cancelled_is_logged_too() {
     let guard = lock(&locks, "k").await;
     let waited = tokio::time::timeout(Duration::from_millis(20), locks.lock("k").into_future()).await;
     assert!(waited.is_err());
-    let warned = listener.lines("WARN message=a lock was waited for long shard=cancelled caller=tests/tracing.rs:");
+    let warned = listener.lines("WARN message=slow wait for a lock shard=cancelled caller=tests/tracing.rs:");
     assert!(
         warned.len() == 1 && warned[0].contains("outcome=\"cancelled\""),
         "{warned:?}"
@@ -251,7 +252,7 @@ async fn a_slow_wait_that_is_cancelled_is_logged_too() {
     guard.release().await.unwrap();
 }
 
-/// A waiter that is stuck may never end its wait.
+/// A stuck waiter may never stop waiting.
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn a_slow_wait_is_logged_while_it_lasts() {
     let listener = listener();
@@ -261,8 +262,8 @@ async fn a_slow_wait_is_logged_while_it_lasts() {
     let locks = locks.connect().await.unwrap();
     let guard = lock(&locks, "stuck-key").await;
     let waiting = waiting(&locks, "stuck-key");
-    let warned = || listener.lines("WARN message=a lock is waited for long, and still is shard=stuck");
-    eventually("it is logged", PATIENCE, || !warned().is_empty()).await;
+    let warned = || listener.lines("WARN message=slow wait for a lock, still waiting shard=stuck");
+    eventually("the slow wait is logged", PATIENCE, || !warned().is_empty()).await;
     assert!(!waiting.is_finished());
     let warned = warned();
     assert!(
@@ -285,14 +286,14 @@ async fn an_outage_has_a_line_when_it_begins_and_one_when_it_is_over() {
     let waiting = tokio::spawn(async move { waiting.await.unwrap() });
     server.kill();
     guard.lost().await;
-    // Requests, renewals, looks and the inbox all fail again and again.
+    // Requests, renewals, health checks and the inbox all fail repeatedly.
     for key in 0..10 {
         locks.lock(key.to_string()).timeout(ttl).await.unwrap_err();
     }
     server.restart();
     drop(waiting.await.unwrap());
     let back = || listener.lines("WARN message=the shard is back shard=away");
-    eventually("it is said to be back", PATIENCE, || !back().is_empty()).await;
+    eventually("the recovery is logged", PATIENCE, || !back().is_empty()).await;
     let lines = listener.lines("shard=away");
     let loud: Vec<_> = lines
         .iter()
@@ -320,8 +321,8 @@ async fn a_long_hold_is_told_while_it_lasts() {
     let locks = locks.connect().await.unwrap();
     let line = line!() + 1;
     let guard = locks.lock("long-hold").await.unwrap();
-    let warned = || listener.lines("WARN message=a lock is held for long, and still is shard=long");
-    eventually("it is told", PATIENCE, || !warned().is_empty()).await;
+    let warned = || listener.lines("WARN message=a lock has been held for a long time shard=long");
+    eventually("the long hold is logged", PATIENCE, || !warned().is_empty()).await;
     assert!(guard.is_valid());
     assert!(
         warned()[0].contains(&format!("caller=tests/tracing.rs:{line}:")),
@@ -330,7 +331,7 @@ async fn a_long_hold_is_told_while_it_lasts() {
     );
     assert!(
         !listener
-            .lines("DEBUG message=the lock that is held for long key=long-hold")
+            .lines("DEBUG message=the lock held for a long time key=long-hold")
             .is_empty()
     );
     guard.release().await.unwrap();
@@ -342,18 +343,18 @@ async fn what_is_not_a_push_is_told_and_shown_at_debug_only() {
     let server = RedisServer::start();
     let locks = LockManager::builder().named_shard("strange", server.url());
     let locks = locks.connect().await.unwrap();
-    eventually("the inbox is heard", PATIENCE, || !server.channels().is_empty()).await;
+    eventually("the inbox is subscribed", PATIENCE, || !server.channels().is_empty()).await;
     server.command(&["PUBLISH", &server.channels()[0], "not a push about secret-key"]);
-    let told = || listener.lines("message=the message that is not of this version's form shard=strange");
-    eventually("it is told", PATIENCE, || !told().is_empty()).await;
+    let told = || listener.lines("message=the inbox message that is not in this version's format shard=strange");
+    eventually("the malformed message is logged", PATIENCE, || !told().is_empty()).await;
     assert!(
         told()[0].starts_with("DEBUG") && told()[0].contains("secret-key"),
         "{told:?}",
         told = told()
     );
-    let warned = listener.lines("WARN message=a message in the inbox is not of this version's form");
+    let warned = listener.lines("WARN message=an inbox message is not in this version's format");
     assert!(warned.len() == 1 && !warned[0].contains("secret-key"), "{warned:?}");
-    // And pushes are heard after it.
+    // Later pushes are still received.
     let other = LockManager::builder().named_shard("strange", server.url());
     let other = other.connect().await.unwrap();
     hand_off(&other, &locks, "k").await;

@@ -1,6 +1,6 @@
-//! What locking costs the server, counted by the server itself.
+//! The cost of locking on the server, as counted by the server.
 
-// A test is over when its surroundings fail.
+// A failing environment ends the test.
 #![allow(clippy::expect_used, clippy::panic, clippy::unwrap_used)]
 
 mod support;
@@ -14,7 +14,7 @@ use support::{RedisServer, worker};
 use support_locks::{LOCKER, Locker, TestStore, lock, obey, on_each_store, soon, until_queued};
 use tokio::task::JoinSet;
 
-/// Long enough that neither renewals nor the ends of leases are among what is counted.
+/// Long enough that no renewals and no expiries are counted.
 const LONG_TTL: Duration = Duration::from_secs(600);
 
 #[test]
@@ -30,7 +30,7 @@ async fn connect(store: &TestStore, ttl: Duration) -> LockManager {
     store.builder().ttl(ttl).connect().await.expect("connect")
 }
 
-/// So many processes with one task each pass the lock round and round, and all others always wait.
+/// `processes` processes with one task each pass the lock around while all others wait.
 async fn hand_offs_cost_two_calls_and_one_message(store: &TestStore, processes: usize) {
     let server = store.server();
     let watcher = connect(store, LONG_TTL).await;
@@ -44,7 +44,7 @@ async fn hand_offs_cost_two_calls_and_one_message(store: &TestStore, processes: 
         }
     }
     let hand_off = async |lockers: &mut Vec<Locker>, holder: usize| {
-        // It gives the lock back, and asks for it again at once.
+        // The holder releases the lock and requests it again immediately.
         lockers[holder].release();
         lockers[holder].ask();
         let next = (holder + 1) % processes;
@@ -54,7 +54,8 @@ async fn hand_offs_cost_two_calls_and_one_message(store: &TestStore, processes: 
         next
     };
     let mut holder = 0;
-    // In the first round the server may be told the texts of the scripts, and the first holder reckoned with nobody.
+    // Skip the first round: scripts may have to be loaded, and the first holder expected no
+    // contender.
     for _ in 0..processes {
         holder = hand_off(&mut lockers, holder).await;
     }
@@ -71,7 +72,7 @@ async fn hand_offs_cost_two_calls_and_one_message(store: &TestStore, processes: 
     );
 }
 
-/// What has run since the counts began, but for what counting takes.
+/// The commands since the last reset, except those that the counting itself needs.
 fn commands(server: &RedisServer) -> BTreeMap<String, u64> {
     let mut commands = server.commands();
     commands.retain(|name, _| name != "info" && !name.starts_with("config"));
@@ -115,8 +116,10 @@ on_each_store! {
         server.reset_stats();
         tokio::time::sleep(Duration::from_secs(1)).await;
         let mut sent = commands(server);
-        // Each manager looks at its shard every three seconds, and at its inbox every two, however many wait in it. That may fall
-        // into this time, once or, on a busy machine, twice. There an inbox may also answer so late that it is subscribed anew.
+        // Each manager checks its shard every three seconds and its inbox every two, regardless of
+        // the number of its waiters. Each check may fall into this period once or, on a busy
+        // machine, twice. On a busy machine an inbox may also reply so late that it is
+        // resubscribed.
         let looks = 2 * 9;
         for (command, in_one_look) in [
             ("time", 1),
@@ -147,14 +150,16 @@ on_each_store! {
         let mut waiting = wait(store, &holder, ttl).await;
         server.reset_stats();
         tokio::time::sleep(4 * ttl).await;
-        // The holder renews ten times in each TTL. A look comes when the TTL that the last one saw has passed, of which a
-        // tenth may have been used up by then: five looks of each manager in this time, one for the edges, however many
-        // tasks wait in it.
+        // The holder renews ten times per TTL. A waiting manager retries when the TTL that its last
+        // request saw has passed, a tenth of which may already have been used by then. That makes
+        // five retries per manager in this period, plus one for the edges, regardless of the number
+        // of its waiting tasks.
         let calls = server.script_calls();
         assert!(calls <= 4 * 10 + 2 + 8 * 6, "{:?}", server.commands());
-        // The first to wait tells the holder of rivals, and each look does so again, in case that message was lost.
+        // The first waiter notifies the holder that it is waiting, and so does each retry, in case
+        // the message was lost.
         assert!(server.publishes() <= 1 + 8 * 6, "{:?}", server.commands());
-        guard.release().await.expect("it was held all the time");
+        guard.release().await.expect("the lock was held throughout");
         while let Some(ended) = soon("the waiters", waiting.join_next()).await {
             ended.expect("a task");
         }
@@ -163,7 +168,7 @@ on_each_store! {
     async fn tasks_of_one_process_pass_the_lock_on_without_the_server(store: &TestStore) {
         let server = store.server();
         let locks = connect(store, LONG_TTL).await;
-        // The text of the release is known to the server from here on.
+        // Loads the release script into the server.
         lock(&locks, "k").await.release().await.expect("release");
         let mut tasks = JoinSet::new();
         let guard = lock(&locks, "k").await;
@@ -180,7 +185,7 @@ on_each_store! {
         while let Some(ended) = soon("the tasks", tasks.join_next()).await {
             ended.expect("a task");
         }
-        // A few calls that bring more tokens, and the release of the last.
+        // A few calls to reserve more tokens, and the last release.
         assert!(server.script_calls() <= 20, "{:?}", server.commands());
         assert_eq!(server.publishes(), 0);
     }
@@ -188,7 +193,7 @@ on_each_store! {
     async fn a_free_key_costs_two_plain_commands_and_one_script_call(store: &TestStore) {
         let server = store.server();
         let locks = connect(store, LONG_TTL).await;
-        // The first time in a slot its counter is raised, and the texts of the scripts are sent.
+        // The first lock in a slot raises its counter and loads the scripts.
         for _ in 0..2 {
             lock(&locks, "k").await.release().await.expect("release");
         }

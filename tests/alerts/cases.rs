@@ -1,4 +1,4 @@
-//! The unit tests of the rules pass, and leave no rule out.
+//! The unit tests of the rules pass and cover every rule.
 
 use std::collections::BTreeSet;
 
@@ -8,7 +8,7 @@ use crate::promql;
 use crate::rules::{self, list, text};
 use crate::vocabulary::metrics_behind;
 
-/// A group of unit tests with the series that it is about.
+/// A group of unit tests and the metrics of its series.
 struct Group {
     node: YamlOwned,
     metrics: BTreeSet<String>,
@@ -35,7 +35,7 @@ fn each_alert_fires_in_its_unit_tests_and_is_silent_in_others() {
         let needed = metrics_behind(&rule.expr);
         let cases: Vec<_> = groups
             .iter()
-            // Where its metrics are not there, it is silent in any case.
+            // Without its metrics a rule is always silent.
             .filter(|group| needed.is_subset(&group.metrics))
             .flat_map(|group| list(&group.node, "alert_rule_test"))
             .filter(|case| text(case, "alertname") == rule.name)
@@ -43,12 +43,12 @@ fn each_alert_fires_in_its_unit_tests_and_is_silent_in_others() {
         let is_silent = |case: &&YamlOwned| list(case, "exp_alerts").is_empty();
         assert!(
             cases.iter().any(|case| !is_silent(case)),
-            "{} fires in no unit test",
+            "{} does not fire in any unit test",
             rule.name
         );
         assert!(
             cases.iter().any(is_silent),
-            "{} is silent in no unit test that has its metrics",
+            "{} fires in every unit test that has its metrics",
             rule.name
         );
     }
@@ -67,6 +67,6 @@ fn each_recording_rule_gives_its_numbers_in_a_unit_test() {
                 let is_about_it = names.selectors.iter().any(|selector| selector.metric == rule.name);
                 is_about_it && !list(case, "exp_samples").is_empty()
             });
-        assert!(gives, "{} is in no unit test", rule.name);
+        assert!(gives, "{} is not covered by any unit test", rule.name);
     }
 }

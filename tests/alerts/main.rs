@@ -1,6 +1,7 @@
-//! The rules for Prometheus in `config/prometheus`: accepted by promtool, tested there, and about metrics that there are.
+//! The Prometheus rules in `config/prometheus`: promtool accepts them, their unit tests pass, and
+//! their metrics exist.
 
-// A test is over when its surroundings fail.
+// A failing environment ends the test.
 #![allow(clippy::expect_used, clippy::panic, clippy::unwrap_used)]
 
 #[path = "../support/mod.rs"]
@@ -18,14 +19,15 @@ use std::process::{Command, Stdio};
 
 use rules::{ALERTS, RECORDS};
 
-/// A file of `config/prometheus`.
+/// The path of a file in `config/prometheus`.
 fn file(name: &str) -> PathBuf {
     Path::new(env!("CARGO_MANIFEST_DIR"))
         .join("config/prometheus")
         .join(name)
 }
 
-/// What promtool says to these arguments and this input. It must be content.
+/// Runs promtool with these arguments and this input, and returns its output. Panics if promtool
+/// fails.
 fn promtool(args: &[&str], input: Option<File>) -> String {
     let output = Command::new(support::prometheus::promtool())
         .args(args)
@@ -70,7 +72,7 @@ fn the_readme_lists_the_alerts() {
     for rule in rules::alerts() {
         assert!(
             readme.contains(&format!("`{}`", rule.name)),
-            "README.md says nothing of {}",
+            "README.md does not mention {}",
             rule.name
         );
     }

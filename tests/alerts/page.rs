@@ -1,4 +1,4 @@
-//! The page of metrics of a process under load.
+//! The metrics page of a process under load.
 
 use std::collections::BTreeSet;
 use std::io::{Read, Seek, Write};
@@ -13,18 +13,19 @@ use crate::promql;
 use crate::support::quorum::MAX_TTL;
 use crate::support::{PATIENCE, Quorum, RedisServer};
 
-/// See the module.
+/// The page as text.
 #[derive(Debug)]
 pub(crate) struct Page(String);
 
 impl Page {
-    /// What two managers show that fight over a few keys on two kinds of shards. A process has one recorder, so there is one such page.
+    /// The page of two managers that contend for a few keys on two kinds of shards. There is only
+    /// one, since a process has one recorder.
     pub(crate) async fn of_a_load() -> &'static Self {
         static PAGE: OnceCell<Page> = OnceCell::const_new();
         PAGE.get_or_init(load).await
     }
 
-    /// The values of a label in the series with this name.
+    /// The values of a label over the series with this name.
     pub(crate) fn values(&self, name: &str, label: &str) -> BTreeSet<String> {
         let lines = self.0.lines().filter(|line| line.split('{').next() == Some(name));
         let series = lines.map(|line| line.rsplit_once(' ').unwrap().0);
@@ -69,10 +70,10 @@ async fn load() -> Page {
     page
 }
 
-/// Has a lock and gives it back. On a busy machine nodes of a quorum may be late, which is a count as well.
+/// Locks and releases. On a busy machine, nodes of a quorum may reply late, which is also counted.
 async fn pass(request: LockRequest) {
     match request.timeout(PATIENCE).await {
-        // Nor does it matter here whether a release was late.
+        // Nor does it matter whether the release was late.
         Ok(guard) => drop(guard.release().await),
         Err(error) => assert!(error.is_retryable(), "{error}"),
     }

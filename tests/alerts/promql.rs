@@ -1,8 +1,9 @@
-//! What an expression of Prometheus reads: its metrics, what it picks among their series, and the labels it groups by.
+//! What a Prometheus expression reads: its metrics, how it selects among their series, and the
+//! labels it groups by.
 //!
-//! Whether an expression is valid is for promtool to say; this only finds names in a valid one.
+//! This only finds names in a valid expression. promtool checks whether an expression is valid.
 
-/// A piece of an expression.
+/// A lexical token of an expression.
 #[derive(Debug, PartialEq)]
 enum Token {
     Word(String),
@@ -12,7 +13,7 @@ enum Token {
     Mark(String),
 }
 
-/// A metric, and what is asked of its labels.
+/// A metric with its label matchers.
 #[derive(Debug, PartialEq)]
 pub(crate) struct Selector {
     pub(crate) metric: String,
@@ -26,7 +27,7 @@ pub(crate) struct Matcher {
     pub(crate) value: String,
 }
 
-/// See the module.
+/// The names found in an expression.
 #[derive(Debug, Default)]
 pub(crate) struct Names {
     pub(crate) selectors: Vec<Selector>,
@@ -52,7 +53,7 @@ fn tokens(expr: &str) -> Vec<Token> {
             quote @ ('"' | '\'') => {
                 at += 1 + chars[at + 1..].iter().take_while(|&&char| char != quote).count();
                 let text: String = chars[start + 1..at].iter().collect();
-                assert!(!text.contains('\\'), "escapes are not read here: {expr}");
+                assert!(!text.contains('\\'), "escapes are not supported here: {expr}");
                 tokens.push(Token::Text(text));
                 at += 1;
             }
@@ -77,7 +78,7 @@ fn tokens(expr: &str) -> Vec<Token> {
     tokens
 }
 
-/// Whether this comes after the name of a function or an aggregation, and so after no metric.
+/// Whether this token follows the name of a function or an aggregation, and thus not a metric.
 fn follows_function(token: &Token) -> bool {
     match token {
         Token::Mark(mark) => mark == "(",
@@ -103,14 +104,14 @@ pub(crate) fn names(expr: &str) -> Names {
                 }
             }
         } else if WORDS.contains(&word.as_str()) || tokens.peek().is_some_and(follows_function) {
-            // promtool knows the names of functions.
+            // promtool checks the names of functions.
         } else {
             let mut matchers = Vec::new();
             if tokens.next_if(|token| is(Some(token), "{")).is_some() {
                 while let Some(token) = tokens.next_if(|token| !is(Some(token), "}")) {
                     let Token::Word(label) = token else { continue };
                     let (Some(Token::Mark(operator)), Some(Token::Text(value))) = (tokens.next(), tokens.next()) else {
-                        panic!("{label} is compared with no text: {expr}");
+                        panic!("{label} is not compared with a string: {expr}");
                     };
                     matchers.push(Matcher { label, operator, value });
                 }

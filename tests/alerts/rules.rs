@@ -1,4 +1,4 @@
-//! Reading the files of rules.
+//! Reads the rule files.
 
 use std::fs;
 use std::sync::OnceLock;
@@ -8,7 +8,7 @@ use saphyr::{LoadableYamlNode, YamlOwned};
 pub(crate) const RECORDS: &str = "recording.rules.yml";
 pub(crate) const ALERTS: &str = "alerts.rules.yml";
 
-/// A rule, of either kind.
+/// A recording or alerting rule.
 #[derive(Debug)]
 pub(crate) struct Rule {
     pub(crate) name: String,
@@ -26,7 +26,7 @@ impl Rule {
         value(&self.annotations, name)
     }
 
-    /// All that an operator gets to read.
+    /// All texts that operators read.
     pub(crate) fn texts(&self) -> impl Iterator<Item = &str> {
         self.annotations.iter().map(|(_, text)| text.as_str())
     }
@@ -37,7 +37,7 @@ fn value(pairs: &[(String, String)], name: &str) -> String {
     found.map_or_else(String::new, |(_, value)| value.clone())
 }
 
-/// The one document of a file.
+/// The only document of a file.
 pub(crate) fn document(name: &str) -> YamlOwned {
     let text = fs::read_to_string(super::file(name)).unwrap();
     let mut documents = YamlOwned::load_from_str(&text).unwrap_or_else(|error| panic!("{name}: {error}"));
@@ -45,11 +45,11 @@ pub(crate) fn document(name: &str) -> YamlOwned {
     documents.remove(0)
 }
 
-/// The items of a list at a key; none if there is no such key.
+/// The items of the list at a key; empty if there is no such key.
 pub(crate) fn list<'a>(node: &'a YamlOwned, key: &str) -> &'a [YamlOwned] {
     let found = node.as_mapping_get(key);
     found.map_or(&[], |list| {
-        list.as_vec().unwrap_or_else(|| panic!("{key} is no list: {list:?}"))
+        list.as_vec().unwrap_or_else(|| panic!("{key} is not a list: {list:?}"))
     })
 }
 

@@ -1,6 +1,8 @@
-//! Every name in the rules and in their tests is one that shardlock has: metrics, labels, values of labels.
+//! Every name in the rules and their unit tests exists in shardlock: metrics, labels and label
+//! values.
 //!
-//! A rule with a misspelt name is valid, and silent for ever; and so may be its unit test, which makes series of its own.
+//! A rule with a misspelt name is valid but never fires. Its unit test may still pass, because it
+//! creates its own series.
 
 use std::collections::BTreeSet;
 
@@ -10,10 +12,10 @@ use crate::page::Page;
 use crate::promql::{self, Selector};
 use crate::rules::{self, Rule};
 
-/// Labels whose values are words of shardlock, not names that somebody gave.
+/// Labels whose values shardlock chooses, rather than the user.
 const WORDED: [&str; 7] = ["outcome", "path", "kind", "reason", "request", "limit", "le"];
 
-/// The labels of a series with this name, as Prometheus has it; `None` if there is no such series.
+/// The labels of a series with this name, as Prometheus sees it. `None` if there is no such series.
 pub(crate) fn labels(name: &str) -> Option<BTreeSet<&str>> {
     if let Some((level, _)) = name.split_once(':') {
         let is_recorded = rules::records().iter().any(|rule| rule.name == name);
@@ -31,7 +33,7 @@ pub(crate) fn labels(name: &str) -> Option<BTreeSet<&str>> {
     })
 }
 
-/// The names of the metrics behind an expression, those that recording rules read included.
+/// The names of the metrics behind an expression, including those that recording rules read.
 pub(crate) fn metrics_behind(expr: &str) -> BTreeSet<String> {
     let mut found = BTreeSet::new();
     for selector in promql::names(expr).selectors {
@@ -49,7 +51,7 @@ fn all_rules() -> impl Iterator<Item = &'static Rule> {
     rules::records().iter().chain(rules::alerts())
 }
 
-/// Asserts that the series and the labels are there, and the values too, as far as shardlock chooses them.
+/// Asserts that the series, the labels and, if shardlock chooses them, the label values exist.
 fn check(selector: &Selector, page: &Page, place: &str) {
     let labels = labels(&selector.metric).unwrap_or_else(|| panic!("{place}: there is no {}", selector.metric));
     for matcher in &selector.matchers {
@@ -64,7 +66,7 @@ fn check(selector: &Selector, page: &Page, place: &str) {
         }
         for behind in metrics_behind(&selector.metric) {
             let values = page.values(&behind, label);
-            // A recording rule may read several metrics, not all of them with this label.
+            // A recording rule may read several metrics, not all of which have this label.
             let is_read = values.is_empty() && behind != selector.metric;
             for value in matcher.value.split('|') {
                 assert!(
@@ -104,14 +106,14 @@ async fn rules_and_their_tests_are_about_series_that_there_are() {
             let series = rules::text(series, "series");
             let names = promql::names(series);
             let [selector] = names.selectors.as_slice() else {
-                panic!("{name}: {series} is no series");
+                panic!("{name}: {series} is not a series");
             };
             check(selector, page, name);
             let given: BTreeSet<_> = selector.matchers.iter().map(|matcher| matcher.label.as_str()).collect();
             assert_eq!(
                 Some(given),
                 labels(&selector.metric),
-                "{name}: {series} has other labels than in reality"
+                "{name}: {series} does not have the labels of the real series"
             );
         }
     }

@@ -1,10 +1,10 @@
-//! The clock that all processes of a machine share.
+//! A clock shared by all processes of a machine.
 
 use std::time::Duration;
 
 use rustix::time::{ClockId, clock_gettime};
 
-/// Nanoseconds of `CLOCK_MONOTONIC`, which can be compared between processes.
+/// Nanoseconds of `CLOCK_MONOTONIC`, comparable between processes.
 pub type Nanos = u64;
 
 pub fn now() -> Nanos {

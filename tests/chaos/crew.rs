@@ -8,14 +8,15 @@ use super::support::Worker;
 use super::support::worker;
 use super::worker::NAME;
 
-/// How many work at a time. Each has a place, which has its own way to the servers.
+/// Number of concurrent workers. Each works at its own place, with its own network path to the
+/// servers.
 pub const PLACES: usize = 3;
 
 pub struct Crew {
     history: PathBuf,
     seed: u64,
     members: Vec<Member>,
-    /// How many there have been.
+    /// Number of workers started so far.
     count: usize,
 }
 
@@ -50,7 +51,7 @@ impl Crew {
             self.seed.wrapping_mul(100).wrapping_add(self.count as u64),
         );
         let (ttl, longest) = (scene.ttl().as_millis(), scene.longest_ttl().as_millis());
-        // A late renewal shows what is believed until then.
+        // With a late renewal, a holder relies on its lease for longer.
         let renew = if self.seed.is_multiple_of(4) { 0.1 } else { 0.4 };
         let vars = [
             ("LOCKTEST_PLACE", place.to_string()),
@@ -72,7 +73,7 @@ impl Crew {
         &mut self.members[place]
     }
 
-    /// SIGKILL. Somebody new takes the place.
+    /// Kills a worker with SIGKILL and starts a new one at its place.
     pub fn replace(&mut self, place: usize, scene: &dyn Scene) {
         self.members[place].worker.kill();
         let member = self.spawn(place, scene);
@@ -80,13 +81,14 @@ impl Crew {
         self.members[place] = member;
     }
 
-    /// Has all of them finish. Returns the names of those who do not.
+    /// Asks all workers to finish, and returns the names of those that do not finish in time.
     pub fn end(mut self, within: Duration) -> Vec<String> {
         for member in &mut self.members {
             member.worker.send("end");
         }
         let look = Duration::from_millis(50);
-        // Looks are counted, since the time of a machine that stands still does not count.
+        // Count polls instead of measuring time, because time during which the machine is stalled
+        // must not count.
         let looks = within.as_millis() / look.as_millis();
         let ended = |member: &Member| {
             let mut said = (0..looks).map(|_| member.worker.line_within(look));

@@ -1,4 +1,4 @@
-//! The faults, and the order in which they come.
+//! The faults and their order.
 
 use rand::Rng;
 use rand::rngs::SmallRng;
@@ -6,7 +6,7 @@ use rand::seq::SliceRandom;
 
 macro_rules! faults {
     ($($(#[$doc:meta])* $fault:ident = $name:literal,)*) => {
-        /// What can go wrong.
+        /// A simulated fault.
         #[derive(Clone, Copy, Debug, Eq, Ord, PartialEq, PartialOrd)]
         pub enum Fault {
             $($(#[$doc])* $fault,)*
@@ -16,7 +16,7 @@ macro_rules! faults {
             #[cfg(test)]
             pub const ALL: &[Self] = &[$(Self::$fault,)*];
 
-            /// What it is called in histories and reports.
+            /// The fault's name in histories and reports.
             pub const fn name(self) -> &'static str {
                 match self {
                     $(Self::$fault => $name,)*
@@ -27,57 +27,58 @@ macro_rules! faults {
 }
 
 faults! {
-    /// SIGKILL of a worker; a new one takes its place.
+    /// SIGKILL of a worker; a new worker takes its place.
     KillWorker = "kill-worker",
-    /// SIGSTOP of a worker, for moments or for longer than a lease lasts.
+    /// SIGSTOP of a worker, for a moment or for longer than a lease lasts.
     StopWorker = "stop-worker",
-    /// All threads of a worker's runtime are blocked.
+    /// Blocks all threads of a worker's runtime.
     BlockRuntime = "block-runtime",
     /// SIGSTOP of the only server.
     HungServer = "hung-server",
-    /// SIGKILL of the only server, which comes back without its data.
+    /// SIGKILL of the only server, which restarts without its data.
     CrashServer = "crash-server",
-    /// The address leads to the promoted replica, one client after the other; the old primary becomes its replica.
+    /// The address is redirected to the promoted replica, one client after the other; the old
+    /// primary becomes its replica.
     SwitchOver = "switch-over",
     /// The address leads one client's subscription to the replica for a while.
     MisledInbox = "misled-inbox",
-    /// SIGSTOP of a primary that others replace if it lasts.
+    /// SIGSTOP of a primary, which is replaced if the stop lasts.
     HungPrimary = "hung-primary",
-    /// SIGKILL of such a primary, which comes back once a replica has taken over.
+    /// SIGKILL of such a primary, which restarts once a replica has taken over.
     CrashPrimary = "crash-primary",
-    /// A replica takes over while the primary is well.
+    /// A replica takes over from a healthy primary.
     Failover = "failover",
     HungReplica = "hung-replica",
     HungSentinel = "hung-sentinel",
     /// SIGSTOP of one of several independent or replicated servers.
     HungNode = "hung-node",
-    /// SIGKILL of one of them.
+    /// SIGKILL of one of several independent or replicated servers.
     CrashNode = "crash-node",
-    /// SIGSTOP of so many that no majority is left.
+    /// SIGSTOP of enough servers that no majority is left.
     HungMajority = "hung-majority",
-    /// Servers receive everything, and clients nothing.
+    /// Servers receive everything, clients receive nothing.
     PartitionReplies = "partition-replies",
-    /// Servers receive nothing of what clients send.
+    /// Servers receive nothing from clients.
     PartitionRequests = "partition-requests",
     PartitionBoth = "partition-both",
-    /// What clients have sent arrives late, after they have given up.
+    /// Requests arrive late, after their clients have given up.
     LateRequests = "late-requests",
     SlowReplies = "slow-replies",
-    /// Connections fall silent without ending.
+    /// Connections become silent without being closed.
     LostReplies = "lost-replies",
     CutSubscriptions = "cut-subscriptions",
     CutConnections = "cut-connections",
     ScriptFlush = "script-flush",
-    /// A lease is deleted by hand.
+    /// A lease is deleted manually.
     DeleteLease = "delete-lease",
     FlushAll = "flush-all",
     OutOfMemory = "out-of-memory",
     SlotMigration = "slot-migration",
-    /// The clock of a server jumps, and later back.
+    /// A server's clock jumps, and later jumps back.
     ClockJump = "clock-jump",
 }
 
-/// Each fault comes once before any comes again.
+/// Draws each fault once before any fault is repeated.
 pub struct Deck {
     all: Vec<Fault>,
     left: Vec<Fault>,
@@ -88,7 +89,7 @@ impl Deck {
         Self { all, left: Vec::new() }
     }
 
-    /// Whether each has come as often as any other.
+    /// Whether every fault has been drawn equally often.
     pub fn is_through(&self) -> bool {
         self.left.is_empty()
     }
@@ -102,7 +103,8 @@ impl Deck {
     }
 }
 
-/// A time in milliseconds, as likely around ten as around a thousand.
+/// A random time in milliseconds with a log-uniform distribution: around ten is as likely as around
+/// a thousand.
 pub fn some_time(rng: &mut SmallRng, least: u64, most: u64) -> std::time::Duration {
     let (least, most) = ((least as f64).ln(), (most as f64).ln());
     std::time::Duration::from_secs_f64(rng.random_range(least..most).exp() / 1_000.0)

@@ -1,9 +1,9 @@
-//! What happened: one line for each event, in a file for each process.
+//! The history of a round: one line per event, in one file per process.
 //!
-//! A line is written by one system call before the process continues, so that the history of a
-//! process that is killed has everything up to that moment. Each time is read *before* what it
-//! stands beside when that begins something or is a reading of a guard, and *after* it when it is
-//! an outcome. So a hold is never shorter than its history says.
+//! A line is written with one system call before the process continues, so the history of a killed
+//! process is complete up to the kill. Times are read *before* an action that begins and before a
+//! guard is read, and *after* an outcome is known. A hold is therefore never shorter than its
+//! history states.
 
 use std::fmt;
 use std::fs::{self, File, OpenOptions};
@@ -12,30 +12,30 @@ use std::path::{Path, PathBuf};
 
 use super::clock::Nanos;
 
-/// One line.
+/// One line of a history.
 #[derive(Clone, Debug, Eq, PartialEq)]
 pub struct Line {
     pub at: Nanos,
     /// The process.
     pub who: String,
-    /// The number of the acquisition or of the fault, unique within a process.
+    /// The number of the acquisition or fault, unique within a process.
     pub number: u64,
     pub event: Event,
 }
 
 #[derive(Clone, Debug, Eq, PartialEq)]
 pub enum Event {
-    /// A lock was asked for, to be waited for no longer than that.
+    /// A lock was requested, with this timeout.
     Asked {
         key: String,
         limit: Nanos,
     },
-    /// The guard is there, and its remaining validity is that.
+    /// The guard was acquired, with this remaining validity.
     Granted {
         token: u64,
         left: Nanos,
     },
-    /// Its remaining validity later on.
+    /// A later reading of the remaining validity.
     Valid {
         left: Nanos,
     },
@@ -43,27 +43,27 @@ pub enum Event {
     Told {
         reason: String,
     },
-    /// The guard is about to be given back.
+    /// The guard is about to be released.
     Ending {
         left: Nanos,
     },
-    /// The guard was given back: `ok`, `lost`, `error`, or `unknown` if nobody waited for the outcome.
+    /// The guard was released: `ok`, `lost`, `error`, or `unknown` if the outcome was not awaited.
     Ended {
         outcome: String,
     },
-    /// No guard came: the reason.
+    /// The request failed, for this reason.
     Failed {
         why: String,
     },
     /// The process has shut its manager down.
     Down,
-    /// A fault begins, at a worker if `target` is one.
+    /// A fault begins. `target` may be a worker.
     FaultBegun {
         fault: String,
         target: String,
     },
     FaultOver,
-    /// Something is still there after the end.
+    /// Something was left over after the end.
     Left {
         what: String,
     },
@@ -141,7 +141,7 @@ impl Line {
     }
 }
 
-/// The file of one process.
+/// The history file of one process.
 pub struct Journal {
     who: String,
     file: File,
@@ -158,7 +158,7 @@ impl Journal {
         Self { who, file }
     }
 
-    /// One system call, which other threads do not get in between.
+    /// Uses a single system call, so that lines of different threads are not interleaved.
     pub fn note(&self, at: Nanos, number: u64, event: Event) {
         let who = self.who.clone();
         let line = format!("{}\n", Line { at, who, number, event });
@@ -170,14 +170,14 @@ fn path(dir: &Path, who: &str) -> PathBuf {
     dir.join(format!("{who}.history"))
 }
 
-/// All lines of all processes, by time.
+/// All lines of all processes, sorted by time.
 pub fn read(dir: &Path) -> Vec<Line> {
     let mut lines = Vec::new();
     for entry in fs::read_dir(dir).expect("read a directory") {
         let path = entry.expect("read a directory").path();
         if path.extension().is_some_and(|extension| extension == "history") {
             let text = fs::read_to_string(&path).expect("read a history");
-            // A killed process may have left a part of a line at the end.
+            // A killed process may have left a partial last line.
             let whole = text.rfind('\n').map_or(0, |end| end + 1);
             let parse = |line| Line::parse(line).unwrap_or_else(|| panic!("{}: {line:?}", path.display()));
             lines.extend(text[..whole].lines().map(parse));

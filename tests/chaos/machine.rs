@@ -1,7 +1,8 @@
-//! Whether the machine itself stands still: then nobody can be expected to do anything in time.
+//! Detects stalls of the machine itself, during which no process can meet a deadline.
 //!
-//! A virtual machine may be paused, or its processors given to others. A thread that does nothing but look at the clock
-//! notices it, and writes it down as a fault of everybody. What is a violation of safety stays one.
+//! A virtual machine may be paused, or lose its processors to others. A thread that only watches
+//! the clock detects this and records it as a fault that affects all processes. It does not excuse
+//! violations of safety.
 
 use std::path::Path;
 use std::sync::Arc;
@@ -14,12 +15,12 @@ use super::clock::{Nanos, now};
 use super::history::{Event, Journal};
 
 const BEAT: Duration = Duration::from_millis(10);
-/// A machine that has something left for those who are ready to run is late by less.
+/// A machine with any spare processor time wakes the thread with less delay than this.
 const STALL: Nanos = 150_000_000;
 
 pub const NAME: &str = "machine-stall";
 
-/// How often it has stood still since this process began, and for how long in all.
+/// Number of stalls since this process started, and their total duration.
 pub static STALLS: AtomicU64 = AtomicU64::new(0);
 pub static STALLED: AtomicU64 = AtomicU64::new(0);
 

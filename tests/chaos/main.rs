@@ -1,12 +1,14 @@
-//! Real workers on real servers while everything goes wrong, and an independent judge of what they write down.
+//! Real workers use real servers under many faults, and an independent checker judges the histories
+//! that they write.
 //!
-//! Several processes fight for a few keys and write a history (`worker.rs`, `history.rs`). A round draws faults from a seed and lets
-//! them happen (`round.rs`, `faults.rs`, `scene/`). In the end the checker reads the histories (`checker/`): it knows what is promised and
-//! what the documents exclude, and nothing of how locks work.
+//! Several processes contend for a few keys and write a history (`worker.rs`, `history.rs`). A
+//! round draws faults from a seed and injects them (`round.rs`, `faults.rs`, `scene/`). Finally the
+//! checker reads the histories (`checker/`). It knows the documented guarantees and exclusions, and
+//! nothing about the implementation.
 //!
-//! `make chaos` does the same for as long as it is asked to.
+//! `make chaos` runs rounds for a given time.
 
-// A test is over when its surroundings fail.
+// A failing environment ends the test.
 #![allow(clippy::expect_used, clippy::panic, clippy::unwrap_used)]
 // A test binary exports nothing.
 #![allow(unreachable_pub)]
@@ -44,11 +46,11 @@ fn worker_entry() {
     }
 }
 
-/// Two rounds at a time: each is a load of its own, and mostly waits.
+/// Two rounds run at a time: each generates its own load, but mostly waits.
 static LANES: [Mutex<()>; 2] = [Mutex::new(()), Mutex::new(())];
 
-/// A round of a kind in which each of its faults comes once, after the other rounds of its lane, and how many acquisitions
-/// it must have seen.
+/// Runs a round of this kind in which each of its faults occurs once, after the other rounds of its
+/// lane. The round must see at least `granted_min` acquisitions.
 fn withstands(kind: &str, lane: usize, seed: u64, granted_min: u64) {
     let _alone = LANES[lane].lock();
     let plan = Plan {
@@ -65,7 +67,7 @@ fn withstands(kind: &str, lane: usize, seed: u64, granted_min: u64) {
     report.add(kind, outcome);
     println!("seed {seed}\n{report}");
     assert_eq!(report.violations(), 0, "{}", report.stories());
-    assert!(least >= Some(1), "not each fault came");
+    assert!(least >= Some(1), "some fault never occurred");
     assert!(granted >= granted_min, "only {granted} acquisitions");
 }
 
@@ -95,7 +97,8 @@ fn etcd_withstands_each_fault() {
     withstands("etcd", 0, 1, 300);
 }
 
-/// `make chaos`: rounds of each kind in turn for as long as it is asked to, and a report. Without `LOCKTEST_CHAOS_MINUTES` it does nothing.
+/// `make chaos`: runs rounds of each kind in turn for the given number of minutes and prints a
+/// report. Does nothing unless `LOCKTEST_CHAOS_MINUTES` is set.
 #[test]
 fn chaos_for_as_long_as_asked() {
     let Ok(minutes) = env::var("LOCKTEST_CHAOS_MINUTES") else {
@@ -138,8 +141,8 @@ fn chaos_for_as_long_as_asked() {
         };
         let stalled = machine::STALLED.load(Ordering::Relaxed);
         let Ok(outcome) = catch_unwind(AssertUnwindSafe(|| plan.run())) else {
-            println!("{kind}, seed {seed}: broke off, the reason is above");
-            // What waits for a server gives up after a while, which a machine that stands still uses up.
+            println!("{kind}, seed {seed}: aborted, the reason is above");
+            // Waits for a server have a time limit, which a stalled machine can use up.
             let is_excused = machine::STALLED.load(Ordering::Relaxed) - stalled > 5 * clock::SECOND;
             broken_off += u32::from(!is_excused);
             continue;
@@ -157,11 +160,11 @@ fn chaos_for_as_long_as_asked() {
     }
     println!("\nseeds from {first} on\n{report}");
     println!(
-        "the machine itself stood still {} times, for {:.1} s in all",
+        "the machine itself stalled {} times, for {:.1} s in total",
         machine::STALLS.load(Ordering::Relaxed),
         machine::STALLED.load(Ordering::Relaxed) as f64 / 1e9
     );
-    assert_eq!(broken_off, 0, "rounds broke off");
+    assert_eq!(broken_off, 0, "rounds were aborted");
     assert_eq!(
         report.violations(),
         0,

@@ -1,4 +1,4 @@
-//! What many rounds have shown.
+//! Aggregated results of many rounds.
 
 use std::collections::BTreeMap;
 use std::fmt;
@@ -31,7 +31,7 @@ impl Report {
         }
     }
 
-    /// With the story of each violation.
+    /// The stories of all violations.
     pub fn stories(&self) -> String {
         let mut stories = String::new();
         for (kind, of_kind) in &self.kinds {
@@ -87,18 +87,18 @@ impl fmt::Display for Report {
         for (fault, count) in faults {
             writeln!(f, "  {fault:<24}{count:>8}")?;
         }
-        writeln!(f, "\nrequests without a guard")?;
+        writeln!(f, "\nfailed requests")?;
         for (why, count) in &all.verdict.failed {
             writeln!(f, "  {why:<24}{count:>8}")?;
         }
-        writeln!(f, "\nlosses that were told")?;
+        writeln!(f, "\nreported losses")?;
         for (reason, count) in &all.verdict.told {
             writeln!(f, "  {reason:<24}{count:>8}")?;
         }
         let unexplained = all.verdict.worth_a_look.len();
         writeln!(
             f,
-            "  of these without a fault for long (by an overloaded machine) {unexplained}"
+            "  of these, not close to any fault (overloaded machine) {unexplained}"
         )?;
         writeln!(f, "\nexcluded by the documents")?;
         for ((violation, excuse), count) in excused {

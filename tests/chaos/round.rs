@@ -1,4 +1,5 @@
-//! One round: workers and servers of a kind, faults for some time, and the verdict on what happened.
+//! One round: workers and servers of one kind, faults for some time, and the verdict on the
+//! histories.
 
 use std::collections::BTreeMap;
 use std::fs;
@@ -18,19 +19,19 @@ use super::machine::Watch;
 use super::scene::{self, Scene};
 use super::support::directory;
 
-/// How long workers may take to finish, and servers to be rid of what was left to run out.
+/// Time limit for workers to finish, and for leftover keys to expire from the servers.
 const END_WITHIN: Duration = Duration::from_secs(30);
 
 pub struct Plan<'a> {
     pub kind: &'a str,
     pub seed: u64,
-    /// For how long there are faults; otherwise each comes once.
+    /// Duration of the fault phase. If `None`, each fault occurs once.
     pub lasts: Option<Duration>,
-    /// How long the next fault comes after the one before at most.
+    /// Maximum pause between two faults.
     pub pause: Duration,
-    /// How long all is well at the end, and in between now and then.
+    /// Duration of the fault-free phases: one at the end, and occasional ones in between.
     pub calm: Duration,
-    /// Only these faults, by their names; all if there are none.
+    /// Restricts the round to these faults, by name. Empty means all faults.
     pub only: &'a [String],
 }
 
@@ -123,7 +124,7 @@ impl Plan<'_> {
         counts
     }
 
-    /// The histories of a round with violations stay.
+    /// Keeps the histories of a round with violations.
     fn keep(&self, dir: &Path) {
         let kept = Path::new(env!("CARGO_TARGET_TMPDIR")).join(format!("chaos-{}-{}", self.kind, self.seed));
         drop(fs::remove_dir_all(&kept));
@@ -136,10 +137,11 @@ impl Plan<'_> {
     }
 }
 
-/// What is left when all that was left to run out has had its time.
+/// Keys that are left on the servers after everything has had time to expire.
 fn left(scene: &dyn Scene) -> Vec<String> {
     let mut left = scene.left();
-    // Looks are counted, since the time of a machine that stands still does not count.
+    // Count polls instead of measuring time, because time during which the machine is stalled must
+    // not count.
     for _ in 0..END_WITHIN.as_millis() / 50 {
         if left.is_empty() {
             break;

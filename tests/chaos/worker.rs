@@ -1,4 +1,4 @@
-//! A worker: a process with one manager and several tasks that fight for a few keys.
+//! A worker: a process with one manager and several tasks that contend for a few keys.
 
 use std::future::IntoFuture;
 use std::path::Path;
@@ -18,8 +18,8 @@ use super::support::{PATIENCE, worker};
 
 pub const NAME: &str = "chaos";
 
-/// Keys that everybody wants for moments, keys that mostly one process wants and keeps, and keys that are held for as long
-/// as a lease and longer.
+/// Keys that all tasks want briefly, keys that mostly one process wants and keeps, and keys that
+/// are held for as long as a lease lasts, or longer.
 const QUICK_KEYS: usize = 10;
 const HOME_KEYS: usize = 15;
 const LONG_KEYS: usize = 2;
@@ -28,7 +28,7 @@ const THREADS: usize = 2;
 const QUICK_TASKS: usize = 8;
 const HOME_TASKS: usize = 3;
 const HAVE_NO_LONG: usize = QUICK_TASKS + HOME_TASKS;
-/// Between two looks at a guard that is held for long.
+/// Interval between two readings of a guard that is held for long.
 const LOOK_EVERY: Duration = Duration::from_millis(20);
 
 pub fn keys() -> Vec<String> {
@@ -47,7 +47,7 @@ struct Shared {
     place: usize,
 }
 
-/// Runs until it hears `end`. `block <ms>` blocks all threads of its runtime for so long.
+/// Runs until it receives `end`. `block <ms>` blocks all threads of its runtime for that time.
 pub fn fight(me: &worker::Current) {
     let runtime = tokio::runtime::Builder::new_multi_thread()
         .worker_threads(THREADS)
@@ -111,7 +111,7 @@ async fn connect(me: &worker::Current, ttl: Duration) -> LockManager {
     }
     let deadline = Instant::now() + PATIENCE;
     loop {
-        // Where a fault has just ended, a server may still be busy with what follows from it.
+        // A server may still be recovering from the last fault.
         match builder.clone().connect().await {
             Ok(locks) => return locks,
             Err(error) => assert!(Instant::now() < deadline, "{error}"),
@@ -120,7 +120,7 @@ async fn connect(me: &worker::Current, ttl: Duration) -> LockManager {
     }
 }
 
-/// All threads of the runtime stand still at the same time.
+/// Blocks all threads of the runtime at the same time.
 fn block(runtime: &tokio::runtime::Runtime, time: Duration) {
     let all = Arc::new(Barrier::new(THREADS));
     for _ in 0..THREADS {
@@ -135,7 +135,7 @@ fn block(runtime: &tokio::runtime::Runtime, time: Duration) {
 impl Shared {
     async fn be_quick(&self, mut rng: SmallRng) {
         while !self.over.load(Ordering::Relaxed) {
-            // Skewed: the first keys are wanted more often.
+            // Skewed: the first keys are requested more often.
             let key = rng.random_range(0..QUICK_KEYS).min(rng.random_range(0..QUICK_KEYS));
             let hold = match rng.random_range(0..100) {
                 0..60 => Duration::ZERO,
@@ -154,7 +154,7 @@ impl Shared {
         }
     }
 
-    /// Keys of its own place most of the time, which are kept for as long as nobody else wants them.
+    /// Mostly locks the keys of its own place, which linger until another process wants them.
     async fn be_at_home(&self, mut rng: SmallRng) {
         while !self.over.load(Ordering::Relaxed) {
             let at_home = rng.random_bool(0.95);
@@ -179,7 +179,7 @@ impl Shared {
         }
     }
 
-    /// One acquisition, or an attempt at one.
+    /// One attempt to acquire a lock, with the hold and the release if it succeeds.
     async fn once(&self, rng: &mut SmallRng, key: &str, hold: Duration, linger: Duration) {
         let number = self.numbers.fetch_add(1, Ordering::Relaxed) + 1;
         let note = |at, event| self.journal.note(at, number, event);
@@ -266,7 +266,7 @@ impl Shared {
                 "unknown"
             }
             _ => {
-                // Polled once, or not even that.
+                // The release is polled once, or not at all.
                 drop(tokio::time::timeout(Duration::ZERO, guard.release()).await);
                 "unknown"
             }

@@ -1,11 +1,11 @@
-//! The dashboard as its file has it: panels, what they ask, and variables.
+//! The dashboard as its file defines it: panels, their queries, and variables.
 
 use std::collections::BTreeMap;
 use std::path::{Path, PathBuf};
 
 use serde_json::Value;
 
-/// Where the dashboard is.
+/// The directory of the dashboard.
 pub(crate) fn folder() -> PathBuf {
     Path::new(env!("CARGO_MANIFEST_DIR")).join("grafana")
 }
@@ -19,27 +19,27 @@ pub(crate) struct Board {
     pub(crate) variables: Vec<Variable>,
 }
 
-/// A panel that is no row.
+/// A panel, not counting rows.
 pub(crate) struct Panel {
     pub(crate) title: String,
     pub(crate) description: String,
     pub(crate) targets: Vec<Target>,
 }
 
-/// One thing that a panel asks.
+/// One query of a panel.
 pub(crate) struct Target {
     pub(crate) expression: String,
     pub(crate) legend: String,
 }
 
-/// A variable that is asked of Prometheus: `label_values(series, label)`.
+/// A variable with a query to Prometheus: `label_values(series, label)`.
 pub(crate) struct Variable {
     pub(crate) name: String,
     pub(crate) series: String,
     pub(crate) label: String,
 }
 
-/// What variables stand for: a text for each name without its dollar sign.
+/// Values of variables, by name without the dollar sign.
 pub(crate) type Choice = BTreeMap<&'static str, String>;
 
 impl Board {
@@ -57,7 +57,7 @@ impl Board {
     #[track_caller]
     pub(crate) fn panel(&self, title: &str) -> &Panel {
         let found = self.panels.iter().find(|panel| panel.title == title);
-        found.unwrap_or_else(|| panic!("no panel is called {title:?}"))
+        found.unwrap_or_else(|| panic!("no panel is titled {title:?}"))
     }
 }
 
@@ -83,7 +83,7 @@ impl Variable {
             .and_then(|rest| rest.strip_suffix(')'));
         let (series, label) = inner
             .and_then(|inner| inner.rsplit_once(','))
-            .unwrap_or_else(|| panic!("{query} is no label_values(series, label)"));
+            .unwrap_or_else(|| panic!("{query} is not label_values(series, label)"));
         Self {
             name: text(&variable["name"]),
             series: series.to_owned(),
@@ -92,11 +92,11 @@ impl Variable {
     }
 }
 
-/// The expression with values for the variables, as Grafana would send it.
+/// The expression with the variables replaced, as Grafana would send it.
 #[track_caller]
 pub(crate) fn filled(expression: &str, choice: &Choice) -> String {
     let mut filled = expression.to_owned();
-    // The longest first: `$__range` must not be taken for the beginning of another.
+    // Longest names first: the start of `$__range` must not be replaced as a shorter variable.
     let mut names: Vec<_> = choice.iter().collect();
     names.sort_by_key(|(name, _)| std::cmp::Reverse(name.len()));
     for (name, value) in names {
@@ -115,6 +115,6 @@ fn list(value: &Value) -> impl Iterator<Item = &Value> {
 fn text(value: &Value) -> String {
     value
         .as_str()
-        .unwrap_or_else(|| panic!("{value} is no text"))
+        .unwrap_or_else(|| panic!("{value} is not a string"))
         .to_owned()
 }

@@ -1,4 +1,5 @@
-//! `make dashboard`, but for the building: what it starts is there, and nothing of it is left.
+//! `make dashboard` without the build: everything it starts is running, and nothing is left
+//! afterwards.
 
 use std::io::{BufRead, BufReader, Read};
 use std::path::Path;
@@ -10,7 +11,8 @@ use tempfile::TempDir;
 use crate::support::process::Process;
 use crate::support::{PATIENCE, prometheus, server, wait_until};
 
-/// The command. It can't clear up when it is killed, so a test that fails has it end.
+/// The running command. It can't clean up after SIGKILL, so even a failing test ends it with
+/// SIGTERM.
 struct Running {
     process: Process,
     temp: TempDir,
@@ -25,7 +27,7 @@ impl Drop for Running {
     }
 }
 
-/// Starts it, and waits until it says where Prometheus is. Returns the port.
+/// Starts the command, and waits until it prints the address of Prometheus. Returns the port.
 #[track_caller]
 fn start() -> (Running, u16) {
     let temp = tempfile::tempdir().unwrap();
@@ -41,17 +43,17 @@ fn start() -> (Running, u16) {
         .stdin(Stdio::null())
         .stdout(Stdio::piped());
     let mut process = Process::spawn(command).expect("start scripts/dashboard");
-    let mut said = BufReader::new(process.take_stdout().expect("it is piped"));
+    let mut said = BufReader::new(process.take_stdout().expect("the output is piped"));
     let running = Running { process, temp };
     let port = loop {
         let mut line = String::new();
-        assert_ne!(said.read_line(&mut line).unwrap(), 0, "it has ended");
+        assert_ne!(said.read_line(&mut line).unwrap(), 0, "the command has ended");
         if let Some(port) = line.trim_end().strip_prefix("Prometheus: http://127.0.0.1:") {
             break port.parse().unwrap();
         }
     };
     std::thread::spawn(move || {
-        // So that it never waits for a reader. What it says is for a person.
+        // Keep reading, so that the command never blocks on its output. The output is for people.
         drop(said.read_to_string(&mut String::new()));
     });
     (running, port)
@@ -60,7 +62,7 @@ fn start() -> (Running, u16) {
 #[test]
 fn it_measures_a_load_until_it_is_stopped_and_leaves_nothing() {
     let (mut running, port) = start();
-    wait_until("Prometheus has measured locks", PATIENCE, || {
+    wait_until("Prometheus has scraped locks", PATIENCE, || {
         let locks = prometheus::query(port, "sum(shardlock_acquisitions_total{job=\"shardlock\"})");
         locks.iter().any(|sample| sample.value > 0.0)
     });

@@ -1,4 +1,4 @@
-//! Faults, and the panels that show them.
+//! Faults and the panels that show them.
 
 use std::time::{Duration, Instant};
 
@@ -7,36 +7,36 @@ use rustix::process::{Signal, kill_process};
 use crate::scene::Scene;
 use crate::support::{ClientType, PATIENCE, RedisServer, other_clock, quorum, wait_until};
 
-/// Panels that may have nothing but zeros while all is well.
+/// Panels that may show only zeros while there is no fault.
 pub(crate) const QUIET: &[&str] = &[
     "Leases lost",
     "Shards down",
     "Leases lost, by reason",
     "Token regressions",
-    "Clock jumps of servers",
+    "Server clock jumps",
     "Stalls",
-    "Time stood still",
+    "Time stalled",
     "Stale grants",
     "Abandoned cycles",
     "Failed requests",
     "Connections opened",
-    "Subscriptions made again",
-    "Suspects of a quorum",
+    "Resubscriptions",
+    "Suspect quorum nodes",
 ];
 
-/// Something that goes wrong.
+/// A fault.
 pub(crate) struct Fault {
     pub(crate) what: &'static str,
     pub(crate) shown_by: &'static [Sign],
     pub(crate) inject: fn(&Scene),
-    /// Whether it is injected again and again until it shows.
+    /// Whether the fault is injected repeatedly until it shows.
     pub(crate) is_repeated: bool,
-    /// Whether nothing else shows like that, however busy the machine is.
+    /// Whether nothing else causes the same sign, however busy the machine is.
     pub(crate) is_unmistakable: bool,
     pub(crate) mend: fn(&Scene),
 }
 
-/// How a fault shows: in a series of this panel that has these labels and such a value.
+/// How a fault shows: in a series of this panel with these labels and such a value.
 pub(crate) struct Sign {
     pub(crate) panel: &'static str,
     pub(crate) labels: &'static [(&'static str, &'static str)],
@@ -60,10 +60,10 @@ const PLAIN: Fault = Fault {
     mend: |_| {},
 };
 
-/// One after the other.
+/// Injected one after the other.
 pub(crate) const FAULTS: &[Fault] = &[
     Fault {
-        what: "somebody deletes the keys of leases",
+        what: "the keys of leases are deleted",
         shown_by: &[
             above_zero("Leases lost, by reason", &[("reason", "taken")]),
             above_zero("Leases lost", &[]),
@@ -80,7 +80,7 @@ pub(crate) const FAULTS: &[Fault] = &[
     Fault {
         what: "subscriptions are cut off",
         shown_by: &[
-            above_zero("Subscriptions made again", &[("shard", "shard-1")]),
+            above_zero("Resubscriptions", &[("shard", "shard-1")]),
             above_zero("Connections opened", &[("shard", "shard-1"), ("kind", "subscription")]),
         ],
         inject: |scene| {
@@ -89,10 +89,11 @@ pub(crate) const FAULTS: &[Fault] = &[
         ..PLAIN
     },
     Fault {
-        what: "a grant comes for nobody",
+        what: "a grant arrives for a key without waiters",
         shown_by: &[above_zero("Stale grants", &[("shard", "shard-1")])],
         inject: |scene| {
-            // The load has a namespace of its own, and its inboxes are gone for a moment after they were cut off.
+            // The load has its own namespace, and its inboxes are gone for a moment after they were
+            // cut off.
             let keys = scene.second.keys();
             let Some((namespace, _)) = keys.iter().find_map(|key| key.split_once('%')) else {
                 return;
@@ -105,7 +106,7 @@ pub(crate) const FAULTS: &[Fault] = &[
                 let Some((manager, cycle)) = owner.as_deref().and_then(|owner| owner.rsplit_once(':')) else {
                     continue;
                 };
-                // A key of the same shard: what is pushed for another shard's key is not looked at.
+                // A key of the same shard: grants for keys of other shards are ignored.
                 let key = format!("nobody-wants-it-{{{}}}", &lease[namespace.len()..]);
                 let (inbox, grant) = (format!("{namespace}in:{manager}"), format!("g {cycle} 90 8 0 {key}"));
                 let received: u64 = scene.second.query(&["PUBLISH", &inbox, &grant]);
@@ -118,9 +119,9 @@ pub(crate) const FAULTS: &[Fault] = &[
     Fault {
         what: "the clock of a server jumps",
         shown_by: &[
-            above_zero("Clock jumps of servers", &[("shard", "shard-0")]),
+            above_zero("Server clock jumps", &[("shard", "shard-0")]),
             Sign {
-                panel: "Clock drift of servers",
+                panel: "Server clock drift",
                 labels: &[("shard", "shard-0")],
                 is_bad: |seconds| seconds > 0.5,
             },
@@ -130,10 +131,10 @@ pub(crate) const FAULTS: &[Fault] = &[
         ..PLAIN
     },
     Fault {
-        what: "a process stands still for longer than its TTL",
+        what: "a process is stopped for longer than its TTL",
         shown_by: &[
             Sign {
-                panel: "Time stood still",
+                panel: "Time stalled",
                 labels: &[],
                 is_bad: |part| part > 0.3,
             },
@@ -143,8 +144,10 @@ pub(crate) const FAULTS: &[Fault] = &[
             let worker = scene.worker();
             kill_process(worker, Signal::STOP).expect("stop a worker");
             let (stopped_at, long) = (Instant::now(), quorum::MAX_TTL + Duration::from_millis(500));
-            wait_until("it has stood still", PATIENCE, || stopped_at.elapsed() > long);
-            kill_process(worker, Signal::CONT).expect("let a worker go on");
+            wait_until("the worker was stopped for long enough", PATIENCE, || {
+                stopped_at.elapsed() > long
+            });
+            kill_process(worker, Signal::CONT).expect("resume a worker");
         },
         ..PLAIN
     },
@@ -168,13 +171,14 @@ pub(crate) const FAULTS: &[Fault] = &[
     Fault {
         what: "a node of a quorum is down",
         shown_by: &[
-            above_zero("Suspects of a quorum", &[("node", "3")]),
-            above_zero("Votes of a quorum's nodes", &[("node", "3"), ("outcome", "unanswered")]),
+            above_zero("Suspect quorum nodes", &[("node", "3")]),
+            above_zero("Votes of quorum nodes", &[("node", "3"), ("outcome", "unanswered")]),
         ],
         inject: |scene| scene.quorum.nodes()[2].kill(),
         ..PLAIN
     },
-    // The last, since it can't be mended. A counter that merely went back is raised by the scripts.
+    // The last fault, since it can't be mended. The scripts would raise a counter that merely went
+    // back.
     Fault {
         what: "counters are beyond what a script can count",
         shown_by: &[above_zero("Token regressions", &[("shard", "shard-0")])],
@@ -188,10 +192,10 @@ pub(crate) const FAULTS: &[Fault] = &[
     },
 ];
 
-/// Numbers in scripts are floating-point: there, this plus one is the same number again.
+/// Lua numbers are floating-point: adding one to this does not change it.
 const BEYOND_COUNTING: &str = "9000000000000000000";
 
-/// The keys of leases that are held for long.
+/// Deletes the keys of leases that are held for long.
 fn remove_reports(server: &RedisServer) {
     for key in server.keys() {
         if key.contains("lock:report:") && !key.starts_with('{') {

@@ -1,7 +1,8 @@
-//! The dashboard for Grafana: as its schema wants it, of metrics that there are, and each panel with data from a real Prometheus that scrapes a
-//! real load; those that show faults, while there is one.
+//! The Grafana dashboard: it conforms to Grafana's schema, its metrics exist, and each panel has
+//! data from a real Prometheus that scrapes a real load. Panels for faults have data while there is
+//! a fault.
 #![cfg(target_os = "linux")]
-// A test is over when its surroundings fail.
+// A failing environment ends the test.
 #![allow(clippy::expect_used, clippy::panic, clippy::unwrap_used)]
 
 mod board;

@@ -1,4 +1,4 @@
-//! The dashboard asks for metrics that there are, by labels that they have, and for all of them.
+//! The dashboard queries existing metrics by their labels, and covers all metrics.
 
 use std::collections::BTreeSet;
 
@@ -9,17 +9,17 @@ use crate::board::Board;
 /// Labels that Prometheus adds.
 const ADDED: [&str; 2] = ["job", "instance"];
 
-/// Metrics that are not on the dashboard, and why.
+/// Metrics that are not on the dashboard, with the reason.
 const EXCEPTIONS: &[(&str, &str)] = &[];
 
-/// A metric that is named in an expression, with the labels by which it is selected.
+/// A metric used in an expression, with the labels that select it.
 #[derive(Debug)]
 struct Use {
     metric: &'static Metric,
     labels: Vec<String>,
 }
 
-/// What an expression names. A name that is no metric is a panic.
+/// The metrics used in an expression. Panics if a name is not a metric.
 #[track_caller]
 fn uses(expression: &str) -> Vec<Use> {
     let is_word = |c: char| c.is_ascii_alphanumeric() || c == '_';
@@ -52,7 +52,7 @@ fn metric_of(series: &str) -> &'static Metric {
         rest.is_some_and(|rest| parts(metric).contains(&rest))
     };
     let found = METRICS.iter().find(is_of);
-    found.unwrap_or_else(|| panic!("{series} is no metric, or not a series of its kind"))
+    found.unwrap_or_else(|| panic!("{series} is not a metric, or not a series of its kind"))
 }
 
 /// The labels by which an expression groups.
@@ -77,7 +77,7 @@ fn every_metric_has_the_labels_that_it_is_asked_by() {
         .map(|variable| (&variable.name, &variable.series));
     for (place, expression) in asked.chain(chosen) {
         let uses = uses(expression);
-        assert!(!uses.is_empty(), "{place}: {expression} asks for nothing of ours");
+        assert!(!uses.is_empty(), "{place}: {expression} uses none of our metrics");
         for one in &uses {
             let has = |label: &str| one.metric.labels.contains(&label) || ADDED.contains(&label);
             for label in &one.labels {
@@ -91,12 +91,12 @@ fn every_metric_has_the_labels_that_it_is_asked_by() {
                     one.metric.name
                 );
             }
-            // What the variables choose holds for every panel that can be chosen from.
+            // The variables apply to every panel whose metrics have their labels.
             let choosing = ADDED.into_iter().chain(["class", "shard"]);
             for label in choosing.filter(|&label| has(label) && place != "job") {
                 let is_variable = board.variables.iter().any(|variable| &variable.name == place);
                 let by_it = one.labels.iter().any(|given| given == label);
-                assert!(by_it || is_variable, "{place}: {expression} does not heed ${label}");
+                assert!(by_it || is_variable, "{place}: {expression} ignores ${label}");
             }
         }
     }
@@ -150,7 +150,7 @@ fn every_panel_says_what_it_means_and_what_to_do() {
     for panel in &Board::read().panels {
         assert!(
             titles.insert(panel.title.clone()),
-            "two panels are called {}",
+            "two panels are titled {}",
             panel.title
         );
         assert!(

@@ -1,4 +1,4 @@
-//! The dashboard is as Grafana's kept model wants it, and a misspelt field is an error.
+//! The dashboard conforms to the saved Grafana model, and a misspelt field is an error.
 
 use std::path::{Path, PathBuf};
 use std::process::{Command, Output};
@@ -7,7 +7,7 @@ use serde_json::{Value, json};
 
 use crate::board;
 
-/// The Python that has the model.
+/// The Python interpreter that has the model.
 fn python() -> PathBuf {
     let path = std::env::var_os("SHARDLOCK_PYTHON").filter(|path| !path.is_empty());
     path.map(PathBuf::from).unwrap_or_else(|| {
@@ -52,7 +52,7 @@ fn a_misspelt_field_is_an_error_that_says_where() {
         (at(lines, "/gridPos"), "width", json!(8)),
         ("/templating/list/1".to_owned(), "include_all", json!(true)),
         ("/templating/list/1/query".to_owned(), "querry", json!("text")),
-        // A field that there is, with a word that there is not.
+        // An existing field with an unknown value.
         (at(lines, "/fieldConfig/defaults/custom"), "drawStyle", json!("bar")),
         (at(stat, "/options"), "colorMode", json!("valeu")),
         (at(stat, ""), "type", json!("statt")),
@@ -66,7 +66,7 @@ fn a_misspelt_field_is_an_error_that_says_where() {
         let output = check("--check", Some(&file));
         let said = String::from_utf8_lossy(&output.stderr);
         assert!(!output.status.success(), "{pointer}/{name} = {value} was not found");
-        // What is read in one go with it may be named in its place.
+        // The error may name a value that is checked together with the wrong one.
         let is_named = said.contains(name) || said.contains(value.as_str().unwrap_or(name));
         let by_model = said.lines().any(|line| !line.contains("dashboard.py makes"));
         assert!(is_named && by_model, "{pointer}/{name} = {value}: {said}");

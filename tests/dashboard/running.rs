@@ -1,4 +1,4 @@
-//! What the panels and the variables have while the load runs.
+//! The data of panels and variables while the load runs.
 
 use std::collections::BTreeSet;
 
@@ -22,7 +22,7 @@ fn every_panel_and_every_variable_has_data_under_load() {
     let (board, scene) = (Board::read(), Scene::start());
     has_data(&board, &scene, &Scene::everything());
 
-    // As Grafana writes several values, and one.
+    // Several values and a single value, in Grafana's notation.
     let mut some = Scene::everything();
     let instance = scene
         .prometheus
@@ -98,7 +98,7 @@ fn a_panel_that_shows_faults_shows_them() {
     }
     let all_up = |samples: &[Sample]| samples.len() == 3 && samples.iter().all(|sample| sample.value == 1.0);
     let up = &board.panel("Shards up").targets[0];
-    scene.until("what was mended is up again", up, &choice, all_up);
+    scene.until("all shards are up again", up, &choice, all_up);
 }
 
 fn is_sign(sign: &Sign, sample: &Sample) -> bool {

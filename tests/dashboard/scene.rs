@@ -1,4 +1,4 @@
-//! The demo's load on servers of the test, scraped by a real Prometheus.
+//! The demo's load on the test's servers, scraped by a real Prometheus.
 
 use std::fs::{self, File};
 use std::path::Path;
@@ -16,10 +16,10 @@ use crate::support::process::Process;
 use crate::support::prometheus::{Prometheus, Sample};
 use crate::support::{PATIENCE, Quorum, RedisServer, quorum, wait_until};
 
-/// Longer than a fault takes to show on a machine that is busy.
+/// Longer than a fault takes to show on a busy machine.
 const SHOWN_WITHIN: Duration = PATIENCE;
 
-/// Two Redis servers and a quorum, two processes that fight over locks on them, and who measures that.
+/// Two Redis servers and a quorum, two processes that contend for locks on them, and a Prometheus.
 pub(crate) struct Scene {
     pub(crate) prometheus: Prometheus,
     /// A server whose clock can jump.
@@ -31,14 +31,14 @@ pub(crate) struct Scene {
     _alone: MutexGuard<'static, ()>,
 }
 
-/// One at a time: each is a load for the whole machine.
+/// One scene at a time: each loads the whole machine.
 static ALONE: Mutex<()> = Mutex::new(());
 
 impl Scene {
     #[track_caller]
     pub(crate) fn start() -> Self {
         let alone = ALONE.lock();
-        // It is loaded at the start and not needed any more after that.
+        // The library is loaded at the start and not needed afterwards.
         let clock = OtherClock::build();
         let (first, second) = (RedisServer::start_in(&clock.settable(), &[]), RedisServer::start());
         let quorum = Quorum::start(3);
@@ -63,23 +63,24 @@ impl Scene {
         scene
     }
 
-    /// What all variables stand for as long as nobody has chosen anything.
+    /// The values of all variables before the user selects anything.
     pub(crate) fn everything() -> Choice {
         let names = ["job", "instance", "class", "shard"];
         let mut choice: Choice = names.into_iter().map(|name| (name, ".*".to_owned())).collect();
-        // At least four times the interval, as Grafana has it; more, since scrapes come late where there is much else to do.
+        // Grafana uses at least four times the interval. Use more, since scrapes are late on a busy
+        // machine.
         choice.insert("__rate_interval", "5s".to_owned());
         choice.insert("__range", "5m".to_owned());
         choice
     }
 
-    /// What this asks has now.
+    /// The current result of this query.
     #[track_caller]
     pub(crate) fn ask(&self, target: &Target, choice: &Choice) -> Vec<Sample> {
         self.prometheus.query(&filled(&target.expression, choice))
     }
 
-    /// Waits until what it asks is as wanted.
+    /// Waits until the result of this query is as wanted.
     #[track_caller]
     pub(crate) fn until(&self, what: &str, target: &Target, choice: &Choice, wanted: impl Fn(&[Sample]) -> bool) {
         let expression = filled(&target.expression, choice);
@@ -98,7 +99,7 @@ impl Scene {
         }
     }
 
-    /// A process of the load.
+    /// A worker process of the load.
     #[track_caller]
     pub(crate) fn worker(&self) -> Pid {
         let workers = self.load.descendants();

@@ -1,4 +1,4 @@
-//! Clocks that are wrong, and servers that are far away.
+//! Wrong clocks and distant servers.
 
 use std::time::Duration;
 

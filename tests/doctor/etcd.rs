@@ -1,4 +1,4 @@
-//! etcd.
+//! The doctor on etcd.
 
 use std::collections::BTreeMap;
 
@@ -10,7 +10,7 @@ use crate::support::etcd::Etcd;
 use crate::support::{PATIENCE, wait_until};
 use crate::tool::run;
 
-/// The doctor, while the test's runtime goes on.
+/// Runs the doctor while the test's runtime keeps running.
 fn examine(url: &str, args: &[&str]) -> Said {
     tokio::task::block_in_place(|| doctor(&[url], args))
 }
@@ -44,7 +44,7 @@ async fn a_good_one_has_nothing_to_complain_of_and_is_left_as_it_is() {
         (keys, before, 0)
     );
 
-    // And with managers.
+    // The same with managers.
     let locks = LockManager::connect(&etcd.url()).await.unwrap();
     let guard = locks.lock("k").timeout(PATIENCE).await.unwrap();
     let said = examine(&etcd.url(), &[]);
@@ -61,10 +61,10 @@ async fn a_good_one_has_nothing_to_complain_of_and_is_left_as_it_is() {
 async fn members_that_are_down_are_a_warning_and_without_a_majority_an_error() {
     let etcd = Etcd::start_members(3).await;
     etcd.kill(2);
-    // If it was the leader, the others elect one of them first.
+    // If the member was the leader, the others elect a new one first.
     let mut said = None;
     tokio::task::block_in_place(|| {
-        wait_until("one of three is missing, and the others go on", PATIENCE, || {
+        wait_until("one of three is missing, and the others keep running", PATIENCE, || {
             let now = doctor(&[&etcd.url()], &[]);
             let met = now.code == 1;
             said = Some(now);
@@ -212,7 +212,7 @@ async fn logins_and_permissions_that_are_wrong_are_told_apart() {
     );
     let said = examine(&etcd.url(), &[]);
     said.complains_only("acl", "error", &["put a user and its password into the shard's URL"]);
-    // A namespace of which it may read nothing.
+    // A namespace that the user may not read.
     let said = examine(&with("locker:s3cret"), &["--set", "namespace=other:"]);
     said.complains_only("acl", "error", &["readwrite other:"]);
 }

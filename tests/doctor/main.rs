@@ -1,6 +1,6 @@
-//! `shardlock doctor` on real servers, each of which is wrong in one way.
+//! `shardlock doctor` on real servers, each with one fault.
 
-// A test is over when its surroundings fail.
+// A failing environment ends the test.
 #![allow(clippy::expect_used, clippy::panic, clippy::unwrap_used)]
 
 #[path = "../support/mod.rs"]
@@ -26,7 +26,7 @@ use support::filter::{Filter, Verdict, is_of_several_slots};
 use support::{PATIENCE, RedisServer, wait_until};
 use tool::{Holder, bare, run};
 
-/// A server that is as it should be.
+/// The arguments of a server without faults.
 const GOOD: [&str; 2] = ["--appendonly", "yes"];
 
 fn good_and(more: &[&str]) -> RedisServer {
@@ -103,7 +103,7 @@ fn a_server_that_may_evict_locks_is_an_error() {
     server.command(&["CONFIG", "SET", "maxmemory", "0"]);
     let said = doctor(&[&server.url()], &[]);
     assert_eq!((said.code, &said.one("maxmemory-policy")["level"]), (0, &"note".into()));
-    // What the doctor says mends it.
+    // The doctor's advice fixes the fault.
     server.command(&["CONFIG", "SET", "maxmemory-policy", "noeviction"]);
     assert_eq!(doctor(&[&server.url()], &[]).one("maxmemory-policy")["level"], "ok");
 }
@@ -173,7 +173,7 @@ fn a_permission_that_is_missing_is_named_with_the_command_that_gives_it() {
     set_user(RULES);
     let said = doctor(&[&url], &[]);
     assert_eq!((said.code, said.complaints()), (0, BTreeMap::new()), "{:#}", said.json);
-    // It may not look at the settings either, which is a note.
+    // The user may not read the configuration either, which is only a note.
     assert_eq!(said.one("config")["level"], "note");
     assert!(
         said.one("config")["mend"]
@@ -211,21 +211,22 @@ fn a_permission_that_is_missing_is_named_with_the_command_that_gives_it() {
             "~lock:*",
         ),
     ] {
-        // By trying, and by asking the server what it would do.
+        // Both by trying and by asking the server with `ACL DRYRUN`.
         for rehearsal in ["", " +acl|dryrun +acl|whoami"] {
             set_user(&format!("{rules}{rehearsal}"));
             let said = doctor(&[&url], &[]);
             let mend = format!("ACL SETUSER locks {rule} ");
             said.complains_only("acl", "error", &[&format!("user locks {lacking}\""), &mend]);
         }
-        // What the doctor says mends it.
+        // The doctor's advice fixes the fault.
         let mut mend = vec!["ACL", "SETUSER", "locks"];
         mend.extend(rule.split(' '));
         server.command(&mend);
         assert_eq!(doctor(&[&url], &[]).code, 0, "{rules}");
     }
 
-    // A replica is known even so, and a database that may not be chosen.
+    // With these rules the doctor still detects a replica, and a database that the user may not
+    // select.
     set_user(RULES);
     server.command(&["REPLICAOF", "127.0.0.1", "1"]);
     doctor(&[&url], &[]).complains_only("writes", "error", &["READONLY", "a replica"]);
@@ -248,7 +249,7 @@ fn a_replica_given_as_shard_is_an_error_that_names_the_primary() {
     let mend = format!("redis://{}", primary.address());
     said.complains_only("role", "error", &["READONLY", &mend]);
 
-    wait_until("the primary counts it", PATIENCE, || {
+    wait_until("the primary counts the replica", PATIENCE, || {
         let said = doctor(&[&primary.url()], &["--set", "min_replicas_acked=1"]);
         said.code == 0
     });
@@ -333,7 +334,7 @@ fn encryption_that_does_not_come_about_is_an_error_that_says_which_setting_to_lo
         file("cert.pem", &certificate.pem()),
         file("key.pem", &key.serialize_pem()),
     );
-    // The port above is a cluster's bus, which this server has not.
+    // The port 10,000 higher is the bus of a cluster node, which this server does not have.
     let port = (server.port() + 10_000).to_string();
     server.command(&[
         "CONFIG",
@@ -354,13 +355,13 @@ fn encryption_that_does_not_come_about_is_an_error_that_says_which_setting_to_lo
     said.complains_only("reachable", "error", &["no encrypted connection", "set tls_ca"]);
 
     let plain = doctor(&[&format!("redis://127.0.0.1:{port}")], &[]);
-    plain.complains_only("reachable", "error", &["if the port speaks TLS, write a URL with it"]);
+    plain.complains_only("reachable", "error", &["if the port speaks TLS, use a URL with TLS"]);
     let encrypted = format!("rediss://{}", server.address());
     let said = doctor(&[&encrypted], &["--set", "store_timeout=500ms"]);
     said.complains_only(
         "reachable",
         "error",
-        &["if the port does not speak TLS, write a URL without it"],
+        &["if the port does not speak TLS, use a URL without TLS"],
     );
 }
 
@@ -368,7 +369,7 @@ fn encryption_that_does_not_come_about_is_an_error_that_says_which_setting_to_lo
 fn two_shards_at_one_place_are_an_error() {
     let server = good_and(&[]);
     let said = doctor(&[&server.url(), &format!("{}/0", server.url())], &[]);
-    said.complains_only("shards", "error", &["shard-0 and shard-1 are the same place"]);
+    said.complains_only("shards", "error", &["shard-0 and shard-1 have the same address"]);
     let said = doctor(&[&server.url(), &format!("{}/1", server.url())], &[]);
     assert_eq!(said.code, 0, "{:#}", said.json);
 }
@@ -389,10 +390,7 @@ fn what_is_wrong_with_the_call_or_the_settings_has_exit_codes_of_its_own() {
     assert_eq!(ended.code, 78, "{ended:?}");
     assert!(ended.stderr.contains("tls_ca is /does/not/exist.pem"), "{ended:?}");
     let help = run(bare(&["doctor", "--help"])).stdout;
-    assert!(
-        help.contains("Exit code:") && help.contains("there are warnings"),
-        "{help}"
-    );
+    assert!(help.contains("Exit codes:") && help.contains("1  warnings"), "{help}");
 }
 
 #[test]
@@ -413,7 +411,7 @@ fn command_that_the_server_does_not_know_is_an_error() {
     let server = good_and(&["--rename-command", "ROLE", ""]);
     let said = doctor(&[&server.url()], &[]);
     said.complains_only("commands", "error", &["does not know ROLE", "check_role = false"]);
-    // What the doctor says mends it.
+    // The doctor's advice fixes the fault.
     assert_eq!(doctor(&[&server.url()], &["--set", "check_role=false"]).code, 0);
 }
 

@@ -14,7 +14,7 @@ fn nodes_of_a_quorum_must_be_alive_in_majority_and_independent() {
         format!("redlock://{}", places.join(","))
     };
     let all: Vec<&RedisServer> = nodes.iter().collect();
-    // They have been up for less than that.
+    // The nodes have been running for less than this.
     let said = doctor(&[&url(&all)], &["--set", "redlock_max_ttl=1h"]);
     assert_eq!(
         said.complaints(),
@@ -27,7 +27,7 @@ fn nodes_of_a_quorum_must_be_alive_in_majority_and_independent() {
     }
     assert_eq!(said.at(Some(&nodes[2].address()), "persistence")["level"], "ok");
 
-    // One server by two names.
+    // One server under two names.
     let twice = format!("{},localhost:{}", url(&all[..2]), nodes[0].port());
     let said = doctor(&[&twice], &[]);
     assert_eq!(said.code, 2);
@@ -84,7 +84,7 @@ fn a_cluster_of_which_a_part_is_missing_is_an_error() {
     assert_eq!(said.at(Some(&second.address()), "mode")["level"], "ok");
     assert_eq!(said.code, 1, "{:#}", said.json);
 
-    // A node of a cluster is no server on its own, and the other way about.
+    // A cluster node is not a standalone server, and vice versa.
     let alone = doctor(&[&first.url()], &[]);
     alone.complains_only("mode", "error", &["redis+cluster://"]);
     let plain = good_and(&[]);
@@ -131,7 +131,7 @@ fn what_a_node_of_a_quorum_forgets_is_no_danger_and_is_told() {
         let why = finding["why"].as_str().unwrap();
         assert!(why.contains("no vote until redlock_max_ttl has passed"), "{finding}");
     }
-    // A server that is alone has nobody to ask.
+    // A standalone server has no other nodes to consult.
     let said = doctor(&[&nodes[1].url()], &[]);
     said.complains_only("persistence", "warning", &["CONFIG SET appendfsync everysec"]);
 }
@@ -151,7 +151,7 @@ fn nodes_of_another_map_are_told_one_by_one() {
 fn map_of_a_quorum_in_use_is_the_configured_one_at_its_own_node_alone() {
     let nodes: Vec<RedisServer> = (0..3).map(|_| good_and(&[])).collect();
     let places: Vec<_> = nodes.iter().map(RedisServer::address).collect();
-    // Another name of the shard does not count, which node it is does.
+    // A different shard name is accepted, a different node number is not.
     for (node, number) in nodes.iter().zip([1, 2, 1]) {
         let stored = format!("v2 main:0-16383 here=main; node {number} of 3; redlock_max_ttl 10s");
         node.command(&["SET", "lock:%map", &stored]);
@@ -163,7 +163,7 @@ fn map_of_a_quorum_in_use_is_the_configured_one_at_its_own_node_alone() {
     assert_eq!(levels.collect::<Vec<_>>(), ["ok", "ok", "error"], "{:#}", said.json);
 }
 
-/// As with containers, whose nodes announce addresses that are reached only inside.
+/// As in containers, where nodes announce addresses that are only reachable inside.
 #[test]
 fn address_that_a_node_announces_and_nobody_reaches_is_reported_as_announced() {
     let cluster = Cluster::start(3, 0);
@@ -171,7 +171,7 @@ fn address_that_a_node_announces_and_nobody_reaches_is_reported_as_announced() {
     let port = free_port().to_string();
     node.command(&["CONFIG", "SET", "cluster-announce-port", &port]);
     let announced = format!("127.0.0.1:{port}");
-    wait_until("the node announces it", PATIENCE, || {
+    wait_until("the node announces the port", PATIENCE, || {
         let nodes: String = node.query(&["CLUSTER", "NODES"]);
         nodes.contains(&announced)
     });

@@ -1,4 +1,4 @@
-//! Running the doctor, and reading what it says.
+//! Runs the doctor and reads its report.
 
 use std::collections::BTreeMap;
 use std::process::Command;
@@ -7,7 +7,7 @@ use serde_json::Value;
 
 use crate::tool::{bare, run};
 
-/// What the doctor says.
+/// The doctor's report.
 pub(crate) struct Said {
     pub(crate) code: i32,
     pub(crate) json: Value,
@@ -29,7 +29,7 @@ pub(crate) fn command(shards: &[&str], args: &[&str]) -> Command {
 }
 
 impl Said {
-    /// All findings, as where, check and the finding itself.
+    /// All findings, each with its place and check.
     pub(crate) fn all(&self) -> Vec<(&str, &str, &Value)> {
         let mut lists = vec![("settings", &self.json["settings"])];
         for shard in self.json["shards"].as_array().unwrap() {
@@ -45,13 +45,13 @@ impl Said {
             .collect()
     }
 
-    /// The one finding of this check.
+    /// The only finding of this check.
     #[track_caller]
     pub(crate) fn one(&self, check: &str) -> &Value {
         self.at(None, check)
     }
 
-    /// The one finding of this check at this place.
+    /// The only finding of this check at this place.
     #[track_caller]
     pub(crate) fn at(&self, place: Option<&str>, check: &str) -> &Value {
         let found: Vec<_> = self
@@ -65,7 +65,7 @@ impl Said {
         finding
     }
 
-    /// What is worse than a note, as check and level.
+    /// The warnings and errors, as check and level.
     pub(crate) fn complaints(&self) -> BTreeMap<String, String> {
         self.all()
             .into_iter()
@@ -74,7 +74,7 @@ impl Said {
             .collect()
     }
 
-    /// That this is all there is to complain of, with these words on why or how to mend it.
+    /// Asserts that this is the only complaint, and that the finding contains these words.
     #[track_caller]
     pub(crate) fn complains_only(&self, check: &str, level: &str, words: &[&str]) {
         let expected = BTreeMap::from([(check.to_owned(), level.to_owned())]);

@@ -1,4 +1,4 @@
-//! A primary that sentinels watch.
+//! The doctor on a primary watched by sentinels.
 
 use std::collections::BTreeMap;
 use std::net::{Ipv4Addr, TcpListener};
@@ -16,13 +16,13 @@ fn sentinels_that_do_not_answer_are_an_error() {
     let said = doctor(&[&format!("redis+sentinel://{place}/m")], &[]);
     said.complains_only("reachable", "error", &[&format!("-p {} ping", place.port())]);
 
-    // A server that is no sentinel.
+    // A server that is not a sentinel.
     let server = good_and(&[]);
     let said = doctor(&[&format!("redis+sentinel://{}/m", server.address())], &[]);
-    said.complains_only("primary", "error", &["if this is no sentinel, name one"]);
+    said.complains_only("primary", "error", &["if this is not a sentinel"]);
 }
 
-/// All of them as they should be.
+/// A healthy primary with replicas and sentinels.
 fn good(replicas: usize) -> Watched {
     let watched = Watched::start(replicas);
     for server in watched.servers() {
@@ -32,7 +32,7 @@ fn good(replicas: usize) -> Watched {
     watched
 }
 
-/// Waits until the doctor says so.
+/// Waits until the doctor's report satisfies the condition.
 #[track_caller]
 fn says(watched: &Watched, what: &str, mut condition: impl FnMut(&Said) -> bool) -> Said {
     let mut said = None;
@@ -108,7 +108,7 @@ fn too_few_sentinels_for_a_failover_are_an_error() {
     for sentinel in &watched.sentinels()[1..] {
         sentinel.kill();
     }
-    // The one that is left has to find out.
+    // The remaining sentinel has to notice the loss first.
     let left = watched.sentinels()[0].address();
     let said = says(&watched, "a majority is missing", |said| {
         said.at(Some(&left), "quorum")["level"] == "error"
@@ -122,7 +122,7 @@ fn too_few_sentinels_for_a_failover_are_an_error() {
     for sentinel in &watched.sentinels()[1..] {
         assert_eq!(said.at(Some(&sentinel.address()), "reachable")["level"], "warning");
     }
-    // The primary itself is well.
+    // The primary itself is healthy.
     assert_eq!(said.at(Some(&watched.primary().address()), "reachable")["level"], "ok");
 }
 
@@ -139,7 +139,7 @@ fn a_primary_without_replicas_is_warned_of() {
     assert!(text.contains("none connected") && text.contains("REPLICAOF"), "{text}");
     assert_eq!(said.at(Some(&replica), "reachable")["level"], "warning");
 
-    // One that is to confirm each lock makes every lock fail.
+    // If every lock needs a confirmation from a replica, every lock fails.
     let said = doctor(&[&watched.url()], &["--set", "min_replicas_acked=1"]);
     assert_eq!(
         (said.code, &said.at(Some(&primary), "min_replicas_acked")["level"]),
@@ -153,11 +153,11 @@ fn a_primary_that_is_down_without_anybody_to_take_over_is_an_error() {
     let primary = watched.primary().address();
     watched.servers().iter().for_each(RedisServer::kill);
     let sentinel = watched.sentinels()[0].address();
-    let said = says(&watched, "the sentinel knows that it is down", |said| {
+    let said = says(&watched, "the sentinel considers the primary down", |said| {
         said.at(Some(&sentinel), "primary")["level"] == "error"
     });
     assert_eq!(said.code, 2);
     let text = said.at(Some(&sentinel), "primary").to_string();
-    assert!(text.contains("which it holds to be down"), "{text}");
+    assert!(text.contains("which this sentinel considers down"), "{text}");
     assert_eq!(said.at(Some(&primary), "reachable")["level"], "error");
 }

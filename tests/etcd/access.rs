@@ -1,4 +1,4 @@
-//! Who may use an etcd, and how those are told who may not.
+//! Access control in etcd, and the errors of a user without access.
 
 use super::*;
 
@@ -51,7 +51,7 @@ async fn hosts_and_logins_that_are_wrong_are_told_in_words() {
     let all = etcd_client::Permission::read_write("lock:").with_prefix();
     client.role_grant_permission("locks", all).await.unwrap();
     client.user_grant_role("locker", "locks").await.unwrap();
-    // All that a lock needs, but for the notes in the inbox.
+    // Everything that a lock needs, except for the notes in the inbox.
     client.role_add("some").await.unwrap();
     for some in [
         etcd_client::Permission::read_write("lock:%map"),
@@ -98,7 +98,7 @@ async fn encrypted_connections_need_the_right_files() {
     soon("the hand-off", waiting).await.unwrap().release().await.unwrap();
     until_nothing_is_left(&etcd).await;
 
-    // The system does not know this authority; etcd does not know who shows no certificate.
+    // The system does not trust this authority; etcd rejects clients without a certificate.
     let cases = [
         (with_client(builder(&etcd)), "set tls_ca to"),
         (builder(&etcd).tls_ca(&files.ca), "set tls_cert and tls_key"),

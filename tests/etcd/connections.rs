@@ -1,9 +1,10 @@
-//! Connections that something on the way has forgotten, and of which neither side learns that they lead nowhere.
+//! Connections whose state a device on the path has lost, so that neither side notices that they
+//! are dead.
 
 use super::support::proxy::Proxy;
 use super::*;
 
-/// Of a lease. Long enough that one renewal may fail.
+/// TTL of the leases, long enough that one renewal may fail.
 const TTL: Duration = Duration::from_secs(4);
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
@@ -50,10 +51,10 @@ async fn waiter_keeps_its_place_and_gets_its_turn_when_connections_fall_silent()
     assert_eq!(
         direct.inspect("k").await.unwrap().queue,
         order,
-        "nobody has lost a place"
+        "no waiter has lost its place"
     );
 
-    // Its watch, too, is on another connection by now.
+    // By now the watch also uses another connection.
     proxy.silence();
     let released = Instant::now();
     guard.release().await.unwrap();

@@ -1,4 +1,4 @@
-//! What locks cost etcd, by its own counts.
+//! The cost of locks in etcd, as counted by etcd.
 
 use super::*;
 
@@ -37,7 +37,7 @@ async fn a_lock_costs_few_requests() {
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn a_hand_off_costs_the_same_however_many_wait() {
     let etcd = Etcd::start().await;
-    // Its renewals, which are transactions as well, would be counted: none is due for so long.
+    // Renewals are transactions as well and would be counted. With this TTL none is due.
     let holder = builder(&etcd).ttl(PATIENCE * 100).connect().await.unwrap();
     for waiters in [2, 8] {
         let guard = lock(&holder, "k").await;
@@ -63,7 +63,7 @@ async fn a_hand_off_costs_the_same_however_many_wait() {
         }
         let after = etcd.requests();
         let sent = after.get("Txn").unwrap() - before.get("Txn").unwrap();
-        // A release and an acquire for each, and the first release.
+        // A release and an acquire for each waiter, and the first release.
         assert_eq!(sent, 2 * waiters + 1);
         println!("p50 of a hand-off with {waiters} waiting {:?}", p50(&mut waited));
         until_nothing_is_left(&etcd).await;

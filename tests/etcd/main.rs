@@ -1,6 +1,6 @@
-//! Locks in etcd: order, tokens, ends of every kind, and what they leave behind.
+//! Locks in etcd: order, tokens, all kinds of ends, and what they leave behind.
 
-// A test is over when its surroundings fail.
+// A failing environment ends the test.
 #![allow(clippy::expect_used, clippy::panic, clippy::unwrap_used)]
 
 #[path = "../support/mod.rs"]
@@ -39,7 +39,7 @@ async fn manager(etcd: &Etcd) -> LockManager {
     builder(etcd).connect().await.expect("connect")
 }
 
-/// Waits until etcd has no key of a lock and no lease.
+/// Waits until etcd has neither keys of locks nor leases.
 async fn until_nothing_is_left(etcd: &Etcd) {
     until("no key of a lock is left", async || etcd.lock_keys().await.is_empty()).await;
     until("no lease is left", async || etcd.leases().await == 0).await;
@@ -134,7 +134,7 @@ async fn a_thousand_local_waiters_are_one_key() {
     assert_eq!(served.len(), TASKS);
     assert!(
         served.is_sorted_by(|one, other| one < other),
-        "tokens grow, one for each"
+        "tokens grow, one for each task"
     );
     let sent = |method: &str| after.get(method).unwrap_or(&0) - before.get(method).unwrap_or(&0);
     assert!(sent("Txn") <= 40, "{} transactions for {TASKS} locks", sent("Txn"));
@@ -154,7 +154,8 @@ async fn managers_take_turns_and_tokens_grow_while_they_exclude_each_other() {
                 for _ in 0..10 {
                     let guard = lock(&locks, "k").await;
                     let token = guard.token().get();
-                    // Two holders at once would store in the wrong order sooner or later.
+                    // Two concurrent holders would sooner or later store their tokens in the wrong
+                    // order.
                     assert!(last.swap(token, Ordering::SeqCst) < token);
                     tokio::task::yield_now().await;
                     assert_eq!(last.load(Ordering::SeqCst), token);
@@ -172,7 +173,7 @@ async fn managers_take_turns_and_tokens_grow_while_they_exclude_each_other() {
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn an_owner_that_did_not_reckon_with_rivals_is_told_of_them() {
     let etcd = Etcd::start().await;
-    // A renewal says it, too, but the first of these is due when nobody waits for this test any more.
+    // A renewal would report it, too, but the first one is due long after this test's time limit.
     let ours = builder(&etcd)
         .ttl(PATIENCE * 100)
         .max_slice(Duration::from_millis(1))
@@ -185,7 +186,7 @@ async fn an_owner_that_did_not_reckon_with_rivals_is_told_of_them() {
     until_queued(&ours, "k", 1).await;
     let started = Instant::now();
     let guard = loop {
-        // There is always a local task that waits.
+        // There is always a waiting local task.
         let mut local = tokio::spawn({
             let ours = ours.clone();
             async move { lock(&ours, "k").await }
@@ -209,7 +210,7 @@ async fn an_owner_that_did_not_reckon_with_rivals_is_told_of_them() {
 async fn a_lease_outlives_its_ttl_only_as_long_as_etcd_says() {
     let etcd = Etcd::start().await;
     let locks = builder(&etcd).ttl(Duration::from_secs(1)).connect().await.unwrap();
-    // A manager of a process that was killed: its key is there, and nobody renews its lease.
+    // The key of a killed process's manager: it exists, and its lease is not renewed.
     let mut dead = etcd.client().await;
     let lease = dead.lease_grant(1, None).await.unwrap();
     let attached = etcd_client::PutOptions::new().with_lease(lease.id());
@@ -242,7 +243,7 @@ async fn waiting_and_holding_go_on_beyond_the_ttl() {
     tokio::time::sleep(LEASE_MIN * 3).await;
     assert!(guard.is_valid());
     let seen = ours.inspect("k").await.unwrap();
-    assert_eq!(seen.queue, order, "nobody has lost a place");
+    assert_eq!(seen.queue, order, "no waiter has lost its place");
     guard.release().await.unwrap();
     soon("the second's turn", second)
         .await
@@ -282,7 +283,7 @@ async fn a_key_that_was_deleted_is_a_lock_that_is_lost() {
     let guard = lock(&locks, "k").await;
     let key = etcd.lock_keys().await.remove(0);
     etcd.client().await.delete(key, None).await.unwrap();
-    soon("the loss is told", guard.lost()).await;
+    soon("the loss is reported", guard.lost()).await;
     assert!(!guard.is_valid());
     assert!(matches!(guard.release().await, Err(LockError::Lost { .. })));
     let token = lock(&locks, "k").await;
@@ -316,7 +317,7 @@ async fn waiters_that_give_up_leave_nothing_and_the_order_of_the_others() {
     }
     until_queued(&holder, "k", 1).await;
     guard.release().await.unwrap();
-    soon("the one that still waits", behind)
+    soon("the remaining waiter", behind)
         .await
         .unwrap()
         .release()
@@ -337,7 +338,7 @@ async fn a_try_and_a_shutdown_leave_nothing() {
     assert_eq!(
         etcd.requests().get("LeaseGrant"),
         before.get("LeaseGrant"),
-        "a look is enough"
+        "a try needs no lease"
     );
     assert_eq!((etcd.lock_keys().await.len(), etcd.leases().await), (1, 1));
 
@@ -346,11 +347,11 @@ async fn a_try_and_a_shutdown_leave_nothing() {
         async move { theirs.lock("k").await.map(drop) }
     });
     until_queued(&ours, "k", 1).await;
-    // Everything was given back when a shutdown has ended, not a moment later.
-    soon("the shutdown of the one that waits", theirs.shutdown()).await;
+    // Everything is released by the time a shutdown returns.
+    soon("the shutdown of the waiting manager", theirs.shutdown()).await;
     assert!(matches!(waiting.await.unwrap(), Err(LockError::Closed)));
     assert_eq!((etcd.lock_keys().await.len(), etcd.leases().await), (1, 1));
-    soon("the shutdown of the one that holds", ours.shutdown()).await;
+    soon("the shutdown of the holding manager", ours.shutdown()).await;
     assert_eq!((etcd.lock_keys().await.len(), etcd.leases().await), (0, 0));
     drop(guard);
 }
@@ -387,7 +388,7 @@ async fn keys_of_others_are_waited_for_and_shown() {
     });
     until_queued(&locks, "k", 1).await;
     other.delete("lock:k/their-own", None).await.unwrap();
-    soon("it is gone", waiting).await.unwrap().release().await.unwrap();
+    soon("the key is gone", waiting).await.unwrap().release().await.unwrap();
     until_nothing_is_left(&etcd).await;
 }
 

@@ -1,8 +1,8 @@
-//! Members that come, go and hang, and an etcd that loses what it knew.
+//! Members that fail, recover and hang, and an etcd that loses its data.
 
 use super::*;
 
-/// Members drop a connection from which nothing comes for 5 s.
+/// Members close a connection that has been silent for 5 s.
 const LEADER_PAUSE: Duration = Duration::from_millis(5_500);
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
@@ -16,15 +16,15 @@ async fn a_member_that_is_gone_does_not_matter() {
             async move { lock(&theirs, "k").await }
         });
         until_queued(&ours, "k", 1).await;
-        // The leader is among them once.
+        // One of them is the leader.
         etcd.kill(number);
         let token = guard.token();
-        until("a leader is there", async || ours.inspect("k").await.is_ok()).await;
+        until("there is a leader", async || ours.inspect("k").await.is_ok()).await;
         assert!(guard.is_valid());
         guard.release().await.unwrap();
         let guard = soon("the hand-off", waiting).await.unwrap();
         assert!(guard.token() > token);
-        // One that connects while a member is down.
+        // A manager that connects while a member is down.
         let third = manager(&etcd).await;
         assert!(third.try_lock("k").await.unwrap().is_none());
         guard.release().await.unwrap();
@@ -50,7 +50,7 @@ async fn nobody_holds_a_lock_beside_another_while_members_come_and_go() {
             let (turns, task) = (Arc::clone(&turns), number * TASKS_PER_MANAGER + task);
             tasks.push(tokio::spawn(async move {
                 while !over.load(Ordering::SeqCst) {
-                    // While a leader is elected there may be no answer in time.
+                    // During an election there may be no reply in time.
                     let Ok(guard) = locks.lock("k").timeout(PATIENCE).await else {
                         continue;
                     };
@@ -79,13 +79,13 @@ async fn nobody_holds_a_lock_beside_another_while_members_come_and_go() {
         etcd.restart(number).await;
         until("etcd answers", async || locks.inspect("k").await.is_ok()).await;
     }
-    // A leader that is paused for so long does not learn at once that there is another.
+    // A leader that is paused for this long does not immediately learn of its successor.
     let leader = etcd.leader().await;
     etcd.stop(leader);
     tokio::time::sleep(LEADER_PAUSE).await;
     etcd.cont(leader);
     until("etcd answers", async || locks.inspect("k").await.is_ok()).await;
-    // A request may have failed in each of the outages, but with all members up, every task gets its turn.
+    // A request may have failed in each outage, but with all members up, every task gets its turn.
     let before: Vec<u64> = turns.iter().map(|turns| turns.load(Ordering::SeqCst)).collect();
     until("every task has the lock once more", async || {
         let pairs = turns.iter().zip(&before);
@@ -113,7 +113,7 @@ async fn a_leader_that_hangs_is_left_while_locks_are_held_and_waited_for() {
     until_queued(&ours, "k", 1).await;
     let leader = etcd.leader().await;
     etcd.stop(leader);
-    // Longer than a lease lasts: it must have been renewed by way of another member.
+    // Longer than a lease lasts, so the lease must have been renewed through another member.
     tokio::time::sleep(Duration::from_secs(12)).await;
     assert!(guard.is_valid(), "the lease was renewed");
     guard.release().await.unwrap();
@@ -141,7 +141,7 @@ async fn an_etcd_that_was_restored_from_an_old_backup_gives_no_lock() {
     etcd.restart(0).await;
     let error = locks.lock("k").await.unwrap_err();
     assert!(matches!(error, LockError::TokenRegression { .. }), "{error}");
-    // A new manager has seen nothing that speaks against it: that is what the resource's own check of tokens is for.
+    // A new manager has seen no larger token. The resource's own check of tokens covers this case.
     let guard = lock(&manager(&etcd).await, "k").await;
     assert!(Some(guard.token()) < last);
     guard.release().await.unwrap();
@@ -166,10 +166,11 @@ async fn waits_survive_a_compaction() {
         .unwrap()
         .revision();
     client.compact(revision, None).await.unwrap();
-    // Its connections break, and whoever waits begins at a revision that is gone.
+    // The connections break, and the waiters resume their watches at a revision that has been
+    // compacted.
     etcd.restart(0).await;
     client = etcd.client().await;
-    until("both managers are there again", async || {
+    until("both managers have reconnected", async || {
         ours.inspect("k").await.is_ok() && theirs.inspect("k").await.is_ok()
     })
     .await;

@@ -26,7 +26,7 @@ async fn the_tool_runs_commands_under_a_lock_and_shows_it() {
     assert_eq!(ended.code, 0, "{ended:?}");
     let theirs: u64 = ended.stdout.trim().parse().unwrap_or_else(|_| panic!("{ended:?}"));
     assert!(theirs > token);
-    // The tool ends when it has given everything back; what is ours is given back here.
+    // The tool releases everything before it exits; this manager does so here.
     locks.shutdown().await;
     assert_eq!((etcd.lock_keys().await.len(), etcd.leases().await), (0, 0));
 }
@@ -49,7 +49,7 @@ async fn the_key_of_a_process_that_was_killed_is_free_when_its_lease_ends() {
     let started = Instant::now();
     let guard = lock(&locks, "k").await;
     let waited = started.elapsed();
-    // Etcd looks for leases that ran out twice a second, and the machine may be busy.
+    // Etcd looks for expired leases twice a second, and the machine may be busy.
     assert!(waited < LEASE_MIN + Duration::from_secs(3), "{waited:?}");
     guard.release().await.unwrap();
     until_nothing_is_left(&etcd).await;

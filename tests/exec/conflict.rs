@@ -1,4 +1,4 @@
-//! Who gets the lock, and what happens to those who don't.
+//! Which command gets the lock, and what happens to the others.
 
 use std::fs;
 use std::time::{Duration, Instant};
@@ -64,7 +64,7 @@ fn commands_under_one_lock_exclude_each_other() {
     let server = RedisServer::start();
     let notes = Notes::new();
     fs::write(notes.path("count"), "0\n").unwrap();
-    // A directory can be made by one only; and the count is read and written in two steps.
+    // Only one process can create a directory, and the count is read and written in two steps.
     let script = "mkdir inside || echo overlap >> overlaps
                   count=$(cat count)
                   echo $((count + 1)) > count

@@ -7,7 +7,7 @@ use crate::tool::{Notes, Run, is_alive, is_held, tool};
 
 const LOST: i32 = 117;
 
-/// Starts a script under the lock `k` and returns the process id that it notes.
+/// Starts a script under the lock `k` and returns the process id that the script writes.
 fn start(server: &RedisServer, options: &[&str], script: &str) -> (Run, String) {
     let notes = Notes::new();
     let args = [

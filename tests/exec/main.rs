@@ -1,6 +1,6 @@
-//! `shardlock exec`, as real processes with real signals against a real server.
+//! `shardlock exec` with real processes, real signals and a real server.
 
-// A test is over when its surroundings fail.
+// A failing environment ends the test.
 #![allow(clippy::expect_used, clippy::panic, clippy::unwrap_used)]
 
 #[path = "../support/mod.rs"]

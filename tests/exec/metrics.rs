@@ -21,7 +21,7 @@ fn metrics_are_served_at_the_address_that_is_told() {
     notes.line("ready");
     let said = tool.stderr();
     let address = said.split("http://").nth(1).and_then(|rest| rest.split('/').next());
-    let address = address.unwrap_or_else(|| panic!("no address is told: {said}"));
+    let address = address.unwrap_or_else(|| panic!("no address in the output: {said}"));
 
     let mut page = String::new();
     wait_until("the acquisition is on the page", PATIENCE, || {
@@ -32,7 +32,7 @@ fn metrics_are_served_at_the_address_that_is_told() {
         .lines()
         .find(|line| line.contains("_seconds_bucket") && line.contains("le=\"60\""));
     assert!(bucket.is_some(), "{page}");
-    // The same address has all of the admin endpoint.
+    // The same address serves the whole admin endpoint.
     assert!(get(address, "/held").contains("\"key\":\"k\""));
     assert!(get(address, "/readyz").contains("\"ready\":true"));
     drop(stdin);
@@ -47,7 +47,7 @@ fn a_command_does_not_inherit_the_address() {
     assert_eq!(run(command).stdout, "<>\n");
 }
 
-/// Of the jobs of one machine, which share the environment, only the first one has the port.
+/// The jobs of one machine share the environment, but only the first one can bind the port.
 #[test]
 fn a_taken_address_of_the_environment_does_not_keep_the_command_from_running() {
     let server = RedisServer::start();
@@ -69,7 +69,7 @@ fn a_taken_address_of_the_environment_does_not_keep_the_command_from_running() {
             "{ended:?}"
         );
     }
-    // What is asked for on the command line is there, or nothing is.
+    // If the address is given on the command line, a failure to bind it is fatal.
     for (address, code) in [(taken.as_str(), 69), ("metrics:9187", 64)] {
         let ended = run(tool(&server, &["exec", "--metrics", address, "k", "echo", "ran"]));
         assert_eq!((ended.code, ended.stdout.as_str()), (code, ""), "{ended:?}");

@@ -1,4 +1,4 @@
-//! What the command gets, and what comes back.
+//! What the command inherits, and what the tool returns.
 
 use std::fs;
 use std::io::Write;
@@ -164,7 +164,7 @@ fn a_wait_that_begins_during_an_outage_survives_it() {
     server.kill();
     let nobody = TcpListener::bind(server.address()).expect("its port is free");
     let mut waiting = Run::start(tool(&server, &["exec", "-w", "1h", "k", "echo", "ran"]));
-    // It has tried in vain once that is closed.
+    // Once this connection is closed, the tool's first attempt has failed.
     drop(nobody.accept().expect("the tool connects"));
     drop(nobody);
     server.restart();
@@ -234,7 +234,7 @@ fn the_command_does_not_inherit_a_password() {
     assert_eq!(with(&[]).stdout, "<>\n");
     assert_eq!(with(&["--inherit-password"]).stdout, format!("<{with_password}>\n"));
 
-    // One that needs it learns why it is not there.
+    // A command that needs the password gets an error that explains why it is missing.
     let mut command = bare(&["exec", "k"]);
     command.arg(bare(&[]).get_program()).args(["inspect", "k"]);
     command.env("SHARDLOCK_SHARDS", &with_password);
@@ -250,7 +250,7 @@ fn a_wait_is_logged_while_it_lasts() {
     let mut command = tool(&server, &["exec", "busy", "echo", "ran"]);
     command.env("SHARDLOCK_LOG", "info");
     let mut waiter = Run::start(command);
-    wait_until("it is logged", PATIENCE, || {
+    wait_until("the wait is logged", PATIENCE, || {
         waiter.stderr().contains("waiting for the lock key=\"busy\"")
     });
     holder.go();

@@ -11,7 +11,7 @@ use crate::tool::{
     Holder, Notes, Run, SHORT_GRACE, bare, is_alive, is_held, run, tool, wait_until_dead, wait_until_waiting,
 };
 
-/// Starts a script under the lock `k` that reads what `Run::take_stdin` gives.
+/// Starts a script under the lock `k`. Its standard input is what `Run::take_stdin` returns.
 fn start(server: &RedisServer, notes: &Notes, options: &[&str], script: &str) -> Run {
     let args = [&["exec"][..], options, &["k", "sh", "-c", script]].concat();
     let mut command = tool(server, &args);
@@ -31,8 +31,9 @@ fn each_signal_is_forwarded_to_the_command() {
         ("USR2", Signal::USR2),
     ] {
         let notes = Notes::new();
-        // The shell runs its trap when `cat` is gone, which only the signal ends. It must be `cat`'s process that says
-        // it is ready: a shell that gets the signal just before it starts another process waits for that one first.
+        // The shell runs its trap once `cat` has ended, and only the signal ends `cat`. The process
+        // that becomes `cat` must report that it is ready: a shell that gets the signal just before
+        // it starts another process waits for that process first.
         let mut tool = start(
             &server,
             &notes,
@@ -106,7 +107,8 @@ fn the_lock_is_kept_until_the_command_is_gone() {
 fn a_command_that_ends_at_term_is_not_given_the_whole_grace() {
     let server = RedisServer::start();
     let notes = Notes::new();
-    // Both end at once, so that one of them is an orphan when it ends, which only the tool may be there to reap.
+    // Both processes end at once. One of them is therefore an orphan, which possibly only the tool
+    // can reap.
     let script = "exec 3<&0; sh -c 'echo > ready; exec cat' <&3 & wait";
     let mut tool = start(&server, &notes, &["--kill-after", "1h"], script);
     let _stdin = tool.take_stdin();
@@ -142,7 +144,7 @@ fn the_command_dies_with_a_tool_that_is_killed_and_the_lock_is_free_within_its_t
     assert!(is_alive(&child));
     tool.kill();
     wait_until_dead(&child);
-    wait_until("the lease has run out", PATIENCE, || !is_held(&server, "k"));
+    wait_until("the lease has expired", PATIENCE, || !is_held(&server, "k"));
     let ended = run(crate::tool::tool(&server, &["exec", "-w", "10s", "k", "true"]));
     assert_eq!(ended.code, 0, "{ended:?}");
 }
@@ -209,7 +211,7 @@ fn a_load_keeps_ignored_what_was_ignored_at_the_start() {
     let notes = Notes::new();
     let script = "trap '' HUP; exec \"$0\" demo --seconds 30 --shard \"$SHARDLOCK_SHARDS\"";
     let mut demo = Run::start(through_shell(&server, &notes, script));
-    wait_until("locks are waited for", PATIENCE, || {
+    wait_until("tasks wait for locks", PATIENCE, || {
         server.keys().iter().any(|key| key.ends_with(":q"))
     });
     let status = fs::read_to_string(format!("/proc/{}/status", demo.pid())).unwrap();
@@ -219,7 +221,7 @@ fn a_load_keeps_ignored_what_was_ignored_at_the_start() {
     assert_eq!(demo.end().code, 143);
 }
 
-/// As beneath `nohup make test &`, or in the background of a script.
+/// As under `nohup make test &`, or in a script's background job.
 #[test]
 fn tests_of_the_tool_pass_with_signals_ignored() {
     let tests = [

@@ -3,7 +3,7 @@
 use crate::support::{PATIENCE, RedisServer, Terminal, wait_until};
 use crate::tool::{Holder, bare, is_held, run, tool, wait_until_waiting, waiting};
 
-/// A script that leads a session of its own on a terminal, as in a window.
+/// A script that leads a session on a terminal, as in a window.
 struct Window(Terminal);
 
 impl Window {
@@ -69,7 +69,8 @@ fn an_interrupt_from_the_keyboard_ends_a_wait() {
     holder.go();
 }
 
-/// A wrapper that gives the foreground of the terminal to its command alone stops the pager: it reads keys, too.
+/// The pager also reads keys. A wrapper that makes only its command the terminal's foreground
+/// process group would stop the pager.
 #[test]
 fn a_pager_at_the_end_of_the_pipeline_reads_from_the_terminal() {
     let server = RedisServer::start();
@@ -150,7 +151,8 @@ fn a_wait_that_is_stopped_from_the_keyboard_goes_on_when_its_shell_continues_it(
     assert!(window.0.process.wait(PATIENCE).success());
 }
 
-/// An interactive shell makes a group of its own the foreground. It can't undo that when it is killed.
+/// An interactive shell makes its own process group the foreground group. It can't undo that when
+/// it is killed.
 #[test]
 fn the_script_reads_from_the_terminal_after_a_shell_that_was_killed() {
     let server = RedisServer::start();

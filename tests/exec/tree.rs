@@ -1,4 +1,5 @@
-//! All that the command has started, whatever group or session it is in, and how it ends with the tool.
+//! Everything that the command has started, in whatever process group or session, and how it ends
+//! with the tool.
 
 use std::fs;
 use std::os::unix::fs::PermissionsExt;
@@ -11,8 +12,8 @@ use rustix::process::{Signal, geteuid, kill_process, kill_process_group};
 use crate::support::{PATIENCE, RedisServer, wait_until};
 use crate::tool::{Notes, Run, bare, is_alive, is_held, run, tool, wait_until_dead, wait_until_waiting};
 
-/// A command that starts a child of a child, an orphan, and processes in a session and a process group of their own;
-/// each notes its process id.
+/// A command that starts a grandchild, an orphan, and processes in their own session and process
+/// group. Each writes its process id to a note.
 const FAMILY: &str = "
     sh -c 'sh -c \"echo \\$\\$ > grandchild; exec sleep 100\"; true' &
     (sh -c 'echo $$ > orphan; exec sleep 100' &)
@@ -44,7 +45,7 @@ fn wait_until_all_dead(members: &[String]) {
     }
 }
 
-/// The next holder, which notes which of the members it sees.
+/// The next holder. It notes which of the members are still running.
 fn next_holder(server: &RedisServer, notes: &Notes) -> Run {
     let script = "for name in grandchild orphan session group leader; do
                       kill -0 $(cat $name) 2>/dev/null && echo $name beside
@@ -95,7 +96,7 @@ fn everything_that_the_command_started_dies_with_a_killed_keeper() {
     for member in &members {
         assert!(!is_alive(member));
     }
-    wait_until("the lease has run out", PATIENCE, || !is_held(&server, "k"));
+    wait_until("the lease has expired", PATIENCE, || !is_held(&server, "k"));
 }
 
 #[test]
@@ -146,7 +147,7 @@ fn what_runs_on_in_the_background_outlives_a_command_that_ends_by_itself() {
     assert_eq!(ended.code, 0, "{ended:?}");
     let left = notes.line("left");
     assert!(is_alive(&left));
-    // It reads to the end of what comes.
+    // The process reads until the end of its input.
     fs::write(notes.path("pipe"), "").unwrap();
     wait_until_dead(&left);
 }
@@ -155,7 +156,8 @@ fn what_runs_on_in_the_background_outlives_a_command_that_ends_by_itself() {
 fn orphans_of_the_command_are_reaped_while_it_runs() {
     let server = RedisServer::start();
     let notes = Notes::new();
-    // In a namespace of its own the tool is the first process, as in a container: nobody else reaps.
+    // In its own pid namespace the tool is the first process, as in a container, so no other
+    // process reaps orphans.
     let script = "(sh -c 'echo $$ > orphan' &)
                   until [ -s orphan ] && [ ! -e /proc/$(cat orphan) ]; do sleep 0.01; done; echo $PPID > reaped";
     let mut command = Command::new("unshare");
@@ -168,11 +170,12 @@ fn orphans_of_the_command_are_reaped_while_it_runs() {
         .current_dir(notes.dir());
     let ended = run(command);
     assert_eq!(ended.code, 0, "{ended:?}");
-    // The first process is the tool, and its child the command's parent.
+    // Process 1 is the tool, and its child is the command's parent.
     assert_eq!(notes.line("reaped"), "2");
 }
 
-/// Runs the tool as a user who may not signal root's processes, with a command that becomes root. Only root can set it up.
+/// Runs the tool as a user who may not signal root's processes, with a command that becomes root.
+/// Only root can set this up.
 struct Unprivileged {
     notes: Notes,
     server: RedisServer,
@@ -200,7 +203,7 @@ impl Unprivileged {
         })
     }
 
-    /// Starts a command that becomes root and runs until the file `end` is there.
+    /// Starts a command that becomes root and runs until the file `end` exists.
     fn start(&self, options: &[&str]) -> (Run, String) {
         let script = "echo $$ > pid; until [ -e end ]; do sleep 0.01; done; exit 5";
         let mut command = Command::new(self.notes.path("tool"));
@@ -219,14 +222,14 @@ impl Unprivileged {
         (run, self.notes.line("pid"))
     }
 
-    /// Whether another one gets the lock within a time that is longer than any that is set here.
+    /// Whether another process gets the lock within a time that is longer than any limit used here.
     fn is_free_soon(&self) -> bool {
         run(tool(&self.server, &["exec", "-w", "1500ms", "k", "true"])).code == 0
     }
 }
 
 const KEPT: &str = "runs as another user and can't be signalled; the lock is kept until it has ended";
-const LOST: &str = "runs as another user and can't be signalled; it runs on without the lock";
+const LOST: &str = "runs as another user and can't be signalled; it continues without the lock";
 
 #[test]
 fn a_command_of_another_user_keeps_the_lock_through_the_grace_and_it_is_reported() {
@@ -235,7 +238,7 @@ fn a_command_of_another_user_keeps_the_lock_through_the_grace_and_it_is_reported
     };
     let (mut tool, command) = unprivileged.start(&["--ttl", "500ms", "--kill-after", "200ms"]);
     tool.signal(Signal::TERM);
-    wait_until("it is reported", PATIENCE, || tool.stderr().contains(KEPT));
+    wait_until("the kept lock is reported", PATIENCE, || tool.stderr().contains(KEPT));
     assert!(!unprivileged.is_free_soon());
     assert!(is_alive(&command));
     unprivileged.notes.leave("end");
@@ -275,7 +278,7 @@ fn a_command_of_another_user_is_reported_to_run_on_without_a_lock_that_was_lost(
         if reason == "lost" {
             unprivileged.server.command(&["DEL", "lock:k"]);
         }
-        wait_until("it is reported", PATIENCE, || tool.stderr().contains(LOST));
+        wait_until("the lost lock is reported", PATIENCE, || tool.stderr().contains(LOST));
         assert!(is_alive(&command));
         assert!(unprivileged.is_free_soon());
         unprivileged.notes.leave("end");

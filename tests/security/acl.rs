@@ -1,4 +1,5 @@
-//! The rules in `config/acl.conf`: with all of them everything works, and without any single one an error names it.
+//! The rules in `config/acl.conf`: with all of them everything works, and without any one of them
+//! an error names it.
 
 use std::collections::BTreeSet;
 use std::sync::Arc;
@@ -15,7 +16,7 @@ const FILE: &str = concat!(env!("CARGO_MANIFEST_DIR"), "/config/acl.conf");
 pub(crate) const USER: &str = "shardlock";
 pub(crate) const PASSWORD: &str = "change-me";
 
-/// The words of the file's user after its name.
+/// The words of the file's user line after the user name.
 pub(crate) fn rules() -> Vec<String> {
     let text = std::fs::read_to_string(FILE).expect("read the file");
     let mut lines = text.lines().filter_map(|line| line.strip_prefix("user "));
@@ -26,7 +27,7 @@ pub(crate) fn rules() -> Vec<String> {
     words.collect()
 }
 
-/// Those of the rules that permit something.
+/// The rules that grant a permission.
 fn permissions(rules: &[String]) -> Vec<String> {
     let permits = |rule: &&String| rule.starts_with(['+', '~', '&']);
     rules.iter().filter(permits).cloned().collect()
@@ -42,7 +43,7 @@ fn url(server: &RedisServer) -> String {
     format!("redis://{USER}:{PASSWORD}@{}", server.address())
 }
 
-/// What went wrong in a run.
+/// The errors of a run.
 #[derive(Clone, Default)]
 pub(crate) struct Errors(Arc<parking_lot::Mutex<Vec<LockError>>>);
 
@@ -51,7 +52,7 @@ impl Errors {
         result.map_err(|error| self.0.lock().push(error)).ok()
     }
 
-    /// The rules that they name as missing.
+    /// The missing rules that the errors name.
     fn named(&self) -> BTreeSet<String> {
         let named = |error: &LockError| {
             let text = error.to_string();
@@ -66,7 +67,7 @@ impl Errors {
     }
 }
 
-/// A limit that only a lock that can't be had any more reaches.
+/// A time limit that is only reached if the lock can't be acquired any more.
 const WAIT: Duration = Duration::from_secs(4);
 
 async fn lock_and_release(locks: LockManager, key: &'static str, errors: Errors) {
@@ -75,13 +76,13 @@ async fn lock_and_release(locks: LockManager, key: &'static str, errors: Errors)
     }
 }
 
-/// Everything that a product of locks does, as that user.
+/// Uses every feature as the restricted user.
 async fn whole_range(server: &RedisServer, namespace: &str) -> Errors {
     let builder = || LockManager::builder().shard(url(server)).namespace(namespace);
     whole_range_of(builder, server, namespace).await
 }
 
-/// The same with managers of any kind of shard.
+/// [`whole_range`] with managers of any kind of shard.
 pub(crate) async fn whole_range_of(
     builder: impl Fn() -> Builder,
     servers: &(impl Servers + ?Sized),
@@ -100,9 +101,9 @@ pub(crate) async fn whole_range_of(
     let Some(other) = errors.note(builder().connect().await) else {
         return errors;
     };
-    // The free path, and its way back.
+    // The fast path and its release.
     lock_and_release(one.clone(), "free", errors.clone()).await;
-    // Held for several renewals, refused to a try, looked at by everybody, and handed over.
+    // Held for several renewals, refused to a try, inspected, and handed off.
     if let Some(guard) = errors.note(one.lock("held").timeout(WAIT).await) {
         errors.note(other.try_lock("held").await);
         let waiting = tokio::spawn(lock_and_release(other.clone(), "held", errors.clone()));
@@ -110,9 +111,9 @@ pub(crate) async fn whole_range_of(
         errors.note(other.inspect("held").await);
         let released = errors.note(guard.release().await);
         assert!(!lost || released.is_none());
-        soon("who waited", waiting).await.expect("a task");
+        soon("the waiter", waiting).await.expect("a task");
     }
-    // Several in each process, which take turns.
+    // Several tasks in each process, and the processes take turns.
     let mut tasks = JoinSet::new();
     for _ in 0..8 {
         for locks in [&one, &other] {
@@ -122,7 +123,7 @@ pub(crate) async fn whole_range_of(
     while let Some(ended) = soon("the tasks", tasks.join_next()).await {
         ended.expect("a task");
     }
-    // Somebody who knows nothing of queues holds it for a while.
+    // A client that knows nothing about the queue holds the key for a while.
     servers.overwrite(
         &format!("{namespace}foreign"),
         "somebody else",
@@ -136,7 +137,7 @@ pub(crate) async fn whole_range_of(
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn with_the_rules_of_the_file_everything_works() {
-    // As the file says: by including it.
+    // Loaded as the file suggests: by including it.
     let server = RedisServer::start_with(&["--include", FILE]);
     let errors = whole_range(&server, "lock:").await;
     assert_eq!(errors.all(), [""; 0]);
@@ -148,15 +149,16 @@ async fn with_the_rules_of_the_file_everything_works() {
         assert_eq!((ended.code, ended.stderr.as_str()), (0, ""), "{ended:?}");
     }
     let mut denied: Vec<redis::Value> = server.query(&["ACL", "LOG"]);
-    // Servers from 7.2 on are told the client library's name, which does not matter; the file says so.
+    // Clients send their library's name to servers from 7.2 on. A denial does not matter, as the
+    // file says.
     denied.retain(|entry| !format!("{entry:?}").contains("client|set"));
     assert!(denied.is_empty(), "{denied:?}");
 }
 
-/// What the file lists to be added: the lines that are nothing but rules.
+/// The additions that the file lists: the lines that consist only of rules.
 pub(crate) fn additions() -> Vec<Vec<String>> {
     let text = std::fs::read_to_string(FILE).expect("read the file");
-    let (_, more) = text.split_once("---- What to add").expect("the part with more");
+    let (_, more) = text.split_once("---- What to add").expect("the part with additions");
     let lines = more.lines().filter_map(|line| line.strip_prefix("#   "));
     let rules = lines.filter(|line| line.split(' ').all(|word| word.starts_with('+')));
     rules.map(|line| line.split(' ').map(str::to_owned).collect()).collect()
@@ -167,7 +169,7 @@ async fn what_the_file_adds_is_known_to_the_server_and_another_database_needs_it
     let server = RedisServer::start();
     let additions = additions();
     assert!(additions.len() >= 5, "{additions:?}");
-    // Older servers know no CLIENT SETINFO, and say so.
+    // Older servers do not know CLIENT SETINFO and reject the rule.
     let is_known = |rule: &String| rule != "+client|setinfo" || server.version() >= (7, 2);
     for rules in &additions {
         set_user(
@@ -179,7 +181,7 @@ async fn what_the_file_adds_is_known_to_the_server_and_another_database_needs_it
     assert!(additions.contains(&select));
     set_user(&server, &rules());
     let other_database = || LockManager::builder().shard(format!("{}/1", url(&server)));
-    let error = other_database().connect().await.expect_err("it may not SELECT");
+    let error = other_database().connect().await.expect_err("the user may not SELECT");
     assert!(matches!(error, LockError::Refused { .. }), "{error:?}");
     assert!(error.to_string().contains("lacks the permission +select;"), "{error}");
     set_user(&server, &[rules(), select].concat());
@@ -249,7 +251,7 @@ async fn a_subscription_that_is_refused_is_told_at_once() {
             .store_timeout(Duration::from_secs(30));
         let error = soon("an error", builder.connect())
             .await
-            .expect_err("it may not listen");
+            .expect_err("the user may not subscribe");
         assert!(started.elapsed() < Duration::from_secs(10), "{:?}", started.elapsed());
         assert!(
             matches!(error, LockError::Refused { step: "subscribe", .. }),
@@ -279,7 +281,7 @@ async fn a_permission_that_is_taken_away_and_given_back_leaves_nobody_behind() {
         async move { other.lock("k").timeout(PATIENCE).await }
     });
     until_queued(&one, "k", 1).await;
-    // The server cuts off who listens where it may not any more.
+    // The server disconnects subscribers that lose their permission.
     server.command(&["ACL", "SETUSER", USER, "resetchannels"]);
     until("the inboxes are closed", async || server.channels().is_empty()).await;
     assert!(guard.is_valid());
@@ -290,7 +292,8 @@ async fn a_permission_that_is_taken_away_and_given_back_leaves_nobody_behind() {
     guard.release().await.expect("release");
 }
 
-/// Without a permission to look, nobody can say that a lease is lost: it holds for as long as it was extended.
+/// Without permission to read it, no manager can tell whether a lease is lost: it stays valid for
+/// as long as it was extended.
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn a_renewal_that_may_not_look_is_no_loss_yet() {
     let server = RedisServer::start();

@@ -1,6 +1,6 @@
-//! Encrypted connections, users with few permissions, and passwords that stay secret.
+//! TLS connections, users with few permissions, and passwords that stay secret.
 
-// A test is over when its surroundings fail.
+// A failing environment ends the test.
 #![allow(clippy::expect_used, clippy::panic, clippy::unwrap_used)]
 
 #[path = "../support/mod.rs"]
@@ -19,7 +19,7 @@ mod secrets;
 mod tls;
 mod witness;
 
-/// Tests whose subject is a process of its own; see `support::worker`.
+/// Tests that need a process of their own; see `support::worker`.
 #[cfg(feature = "tls")]
 #[test]
 fn worker_entry() {

@@ -1,5 +1,5 @@
-//! What a user of the ACL needs on each kind of shard: the rules of `config/acl.conf`, those that `shardlock doctor` asks for, and what the
-//! library sends are the same.
+//! The permissions that an ACL user needs on each kind of shard. The rules of `config/acl.conf`,
+//! those that `shardlock doctor` requires, and the commands that the library sends agree.
 
 use std::collections::BTreeSet;
 
@@ -12,11 +12,11 @@ use crate::support::{Cluster, Quorum, RedisServer};
 use crate::support_locks::{Kind, Servers, soon};
 use crate::tool::{bare, run};
 
-/// Shards of one kind, all of whose servers know the user.
+/// Shards of one kind. All of their servers know the user.
 struct Subject<'a> {
     kind: Kind,
     servers: &'a dyn Servers,
-    /// Also those that take no writes now.
+    /// All servers, including those that accept no writes now.
     all: Vec<&'a RedisServer>,
     settings: &'static [&'static str],
 }
@@ -44,7 +44,7 @@ impl Subject<'_> {
         }
     }
 
-    /// What the doctor says is missing, as rules.
+    /// The rules that the doctor reports as missing.
     fn asked_for(&self) -> BTreeSet<String> {
         let mut command = bare(&["doctor", "--json"]);
         command.env("SHARDLOCK_SHARDS", self.url());
@@ -64,14 +64,14 @@ impl Subject<'_> {
             .collect()
     }
 
-    /// The commands that were run since the servers were told to count anew, as rules.
+    /// The commands executed since the last reset of the statistics, as rules.
     fn sent(&self) -> BTreeSet<String> {
         let commands = self.all.iter().flat_map(|server| server.commands().into_keys());
-        // `INFO` is one rule, and the others with subcommands are in the file by those.
+        // `INFO` is a single rule. The file lists the other commands by their subcommands.
         commands.map(|command| format!("+{command}")).collect()
     }
 
-    /// What was denied, but that which the file says does not matter.
+    /// Denied commands, except those that do not matter according to the file.
     fn denied(&self) -> Vec<String> {
         let logs = self
             .all
@@ -81,7 +81,9 @@ impl Subject<'_> {
         entries.filter(|entry| !entry.contains("client|set")).collect()
     }
 
-    /// `added` is what the file names for this kind, and `never` what it has for other kinds alone.
+    /// Checks that all three agree. `added` are the rules that the file lists for this kind, and
+    /// `never` those that only other kinds need. `unseen` are commands that this test does not
+    /// trigger.
     async fn agrees(&self, added: &[&str], never: &[&str], unseen: &[&str]) {
         let as_set = |rules: &[&str]| -> BTreeSet<String> { rules.iter().map(|&rule| rule.to_owned()).collect() };
         let is_in_file = |rule: &&str| additions().iter().flatten().any(|added| added == rule);
@@ -94,7 +96,8 @@ impl Subject<'_> {
         let (commands, patterns): (BTreeSet<String>, BTreeSet<String>) =
             needed.iter().cloned().partition(|rule| rule.starts_with('+'));
 
-        // By trying, and by asking the server. It looks at keys and channels only of who may run the command.
+        // Both by trying and by asking the server. The server checks keys and channels only if the
+        // user may run the command.
         for rehearsal in [&[][..], &["+acl|dryrun", "+acl|whoami"]] {
             let rehearsal = as_set(rehearsal);
             self.permit(&rehearsal);
@@ -102,7 +105,7 @@ impl Subject<'_> {
             self.permit(&commands.union(&rehearsal).cloned().collect());
             assert_eq!(self.asked_for(), patterns, "{:?} {rehearsal:?}", self.kind);
         }
-        // With all that is needed, nothing is missing.
+        // With everything that is needed, nothing is reported.
         self.permit(&needed);
         assert_eq!(self.asked_for(), BTreeSet::new());
 
@@ -120,7 +123,11 @@ impl Subject<'_> {
         let sent = self.sent();
         let commands = commands.iter().filter(|rule| !unseen.contains(&rule.as_str()));
         let idle: Vec<_> = commands.filter(|rule| !sent.contains(*rule)).collect();
-        assert_eq!(idle, [""; 0], "nothing of this was sent by {:?}: {sent:?}", self.kind);
+        assert_eq!(
+            idle, [""; 0],
+            "these commands were not sent by {:?}: {sent:?}",
+            self.kind
+        );
     }
 }
 
@@ -177,9 +184,11 @@ async fn on_nodes_of_a_cluster() {
         "+sunsubscribe",
         "+pubsub|shardnumsub",
     ];
-    // Its inboxes are sharded channels, whoever owns a slot is a primary, and counters begin at the server's time.
+    // In a cluster, inboxes are sharded channels, the owner of a slot is always a primary, and
+    // counters start at the server's time.
     let of_others = ["+publish", "+pubsub|numsub", "+subscribe", "+role", "+incrby"];
-    // The first is sent when a slot moves, which follows; the other after a minute in which nobody waits.
+    // ASKING is only sent during a slot migration, see below, and SUNSUBSCRIBE only after a minute
+    // without waiters.
     subject.agrees(&added, &of_others, &["+asking", "+sunsubscribe"]).await;
 
     let slot = Slot::of(b"lock:moving").number();
@@ -187,7 +196,7 @@ async fn on_nodes_of_a_cluster() {
     let to = (from + 1) % cluster.nodes().len();
     let locks = subject.builder().connect().await.expect("connect");
     cluster.begin_migration(slot, from, to);
-    // Commands of several keys are not answered before the slot has moved.
+    // Commands with several keys are not served until the slot has migrated.
     locks.inspect("moving").await.expect("inspect");
     cluster.finish_migration(slot, from, to);
     assert!(subject.sent().contains("+asking"));

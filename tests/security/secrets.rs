@@ -1,4 +1,4 @@
-//! Passwords are in no log, error, `Debug` or metric.
+//! Passwords do not appear in logs, errors, `Debug` output or metrics.
 
 use std::time::Duration;
 
@@ -8,9 +8,10 @@ use crate::support::{ClientType, PATIENCE, RedisServer};
 use crate::support_locks::{SHORT_TTL, soon, until, until_queued};
 use crate::witness::Witness;
 
-/// What must not be seen anywhere, whether as it stands in a URL or decoded.
+/// Must not appear anywhere, whether encoded as in a URL or decoded.
 const SECRET: &str = "hunter2";
-/// A right and a wrong password, as in a URL and as the server is told. Each contains the secret.
+/// The right password, encoded for a URL and as the server knows it, and a wrong one, encoded. Each
+/// contains the secret.
 const RIGHT: (&str, &str) = ("right-hunter2%40%2F%3A", "right-hunter2@/:");
 const WRONG: &str = "wrong-hunter2%3F%23";
 
@@ -23,7 +24,7 @@ fn assert_secret_is_kept(what: &str, text: &str) {
     }
 }
 
-/// The URLs of all kinds whose servers do not exist, or refuse.
+/// URLs of all kinds whose servers do not exist or refuse the login.
 fn hopeless_urls(server: &RedisServer) -> Vec<String> {
     let (place, dead) = (server.address(), "127.0.0.1:1");
     let login = format!("user:{WRONG}");
@@ -38,7 +39,7 @@ fn hopeless_urls(server: &RedisServer) -> Vec<String> {
         format!("redis+cluster://{login}@{place}"),
         format!("redlock://{login}@{dead},127.0.0.1:2,{place}"),
         format!("etcd://{login}@{dead}"),
-        // Such as people write them by mistake.
+        // Common mistakes.
         format!("redis://:{SECRET}"),
         format!("redis://{SECRET}@{place}"),
         format!("redis://user:{SECRET}@{place}:x"),
@@ -77,7 +78,7 @@ async fn no_password_is_heard_or_seen_anywhere() {
             .named_shard("a", url.as_str())
             .store_timeout(Duration::from_millis(300));
         witness.note(&builder);
-        let error = soon("an error", builder.connect()).await.expect_err("it is hopeless");
+        let error = soon("an error", builder.connect()).await.expect_err("connecting fails");
         witness.note(&(error.to_string(), &error));
         assert_secret_is_kept(
             &format!("an error about {}", url.replace(SECRET, "***")),
@@ -105,7 +106,7 @@ async fn no_password_is_heard_or_seen_anywhere() {
         }
     }
 
-    // A life with the right password, with its troubles.
+    // A whole life cycle with the right password, including failures.
     let url = format!("redis://:{}@{}", RIGHT.0, server.address());
     let builder = || {
         LockManager::builder()
@@ -131,7 +132,7 @@ async fn no_password_is_heard_or_seen_anywhere() {
     if let Ok(guard) = soon("the lock", waiting).await.expect("a task") {
         witness.note(&guard.release().await);
     }
-    // The password is changed, and everybody is cut off.
+    // The password is changed, and all clients are disconnected.
     server.command(&["CONFIG", "SET", "requirepass", "another"]);
     server.client_kill(ClientType::PubSub);
     server.client_kill(ClientType::Normal);
@@ -154,11 +155,11 @@ async fn no_password_is_heard_or_seen_anywhere() {
     other.shutdown().await;
 
     let heard = witness.heard();
-    // It has listened to all of them.
+    // The witness has recorded all of these.
     for sign in ["shardlock::", "main", "redis://:***@", "lock.invalid"] {
         assert!(heard.contains(sign), "{sign}: {heard}");
     }
-    assert_secret_is_kept("in what was heard", &heard);
+    assert_secret_is_kept("in the recorded output", &heard);
 }
 
 #[cfg(feature = "cli")]
@@ -204,12 +205,13 @@ mod tool {
                 let ended = is_kept(command);
                 assert_eq!(ended.code == 0, url == &right, "{ended:?}");
             }
-            // On the command line it is its user's own business, which the help says; it is not repeated even so.
+            // A password on the command line is the user's own responsibility, as the help says.
+            // The tool still does not print it.
             let mut command = bare(&["inspect", "k", "--set", "store_timeout=300ms", "--shard", url]);
             command.env("SHARDLOCK_LOG", "trace");
             assert_eq!(is_kept(command).code == 0, url == &right);
         }
         let help = run(bare(&["exec", "--help"])).stdout;
-        assert!(help.contains("can see a password that stands here"), "{help}");
+        assert!(help.contains("can see a password given here"), "{help}");
     }
 }

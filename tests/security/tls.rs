@@ -1,4 +1,4 @@
-//! `rediss://`: what works, and what is said where it does not.
+//! `rediss://`: what works, and the errors if it does not.
 
 use std::path::Path;
 use std::time::{Duration, Instant};
@@ -10,7 +10,7 @@ use crate::support::{RedisServer, worker};
 use crate::support_locks::{lock, lock_keys, soon, until, until_queued};
 
 const HOSTS: [&str; 2] = ["localhost", "127.0.0.1"];
-/// Long enough that an error at once is not one by the time limit.
+/// Long enough to distinguish an immediate error from a timeout.
 const TIMEOUT: Duration = Duration::from_secs(10);
 
 fn builder(url: &str, ca: &Path) -> Builder {
@@ -21,7 +21,8 @@ fn with_client(builder: Builder, client: &Identity) -> Builder {
     builder.tls_cert(&client.certificate).tls_key(&client.key)
 }
 
-/// The error of connecting, which has to come at once, without a password, and not as something to try again.
+/// The error of connecting. It must be returned immediately, contain no password, and not be
+/// retryable.
 async fn refused(what: &str, builder: Builder) -> String {
     let started = Instant::now();
     let error = soon(what, builder.connect()).await.expect_err(what);
@@ -42,7 +43,7 @@ async fn refused(what: &str, builder: Builder) -> String {
     text
 }
 
-/// Locks, waits and hands over between two managers of that configuration.
+/// Locks, waits and hands off between two managers with this configuration.
 async fn works(server: &TlsServer, make: impl Fn() -> Builder) {
     let (one, other) = (
         make().connect().await.expect("connect"),
@@ -82,7 +83,7 @@ async fn a_server_that_asks_for_a_certificate_is_shown_ours() {
     let url = server.url("localhost");
     works(&server, || with_client(builder(&url, &authority.ca()), &client)).await;
 
-    // The same by the names that a file and the environment use.
+    // The same with the variable names that files and the environment use.
     let mut config = Config::default();
     let file = |path: &Path| path.to_str().expect("UTF-8").to_owned();
     config
@@ -156,7 +157,7 @@ async fn the_wrong_kind_of_port_is_said_in_words() {
     let authority = Authority::new();
     let server = TlsServer::start(&authority, &authority.issue("server", &HOSTS), false, &[]);
     let plain = RedisServer::start();
-    // Whether a server answers to the first bytes of TLS depends on what random bytes are among them.
+    // Whether a server replies to a TLS handshake depends on the random bytes in it.
     for _ in 0..8 {
         let url = format!("rediss://:hunter2@{}", plain.address());
         let error = refused("TLS to a plain port", builder(&url, &authority.ca())).await;
@@ -239,7 +240,7 @@ async fn a_broken_connection_is_replaced_through_tls_too() {
         .expect("connect");
     lock(&locks, "k").await.release().await.expect("release");
     server.server.restart();
-    until("the server is found again", async || match locks.lock("k").await {
+    until("the manager has reconnected", async || match locks.lock("k").await {
         Ok(guard) => guard.release().await.is_ok(),
         Err(error) => {
             assert!(error.is_retryable(), "{error}");
@@ -267,14 +268,16 @@ fn the_tool_connects_through_tls_with_what_the_environment_names() {
     }
 }
 
-/// The server that tests usually run with has TLS itself; only where the one that is set has none, something stands before it.
+/// The server that tests usually run supports TLS itself. A proxy is used only if the configured
+/// server does not.
 #[test]
 fn debians_server_speaks_tls_itself() {
     let usual = std::env::var_os("SHARDLOCK_REDIS_SERVER").is_none_or(|path| path == "/usr/bin/redis-server");
     assert!(has_tls() || !usual, "install Debian's redis-server");
 }
 
-/// What the program that uses the library has chosen to encrypt with stays. Its own process, since it is one choice for all.
+/// The application's choice of a cryptography provider is kept. Uses its own process, since the
+/// choice is process-wide.
 #[test]
 fn a_programs_own_choice_of_cryptography_stays() {
     let authority = Authority::new();
@@ -290,11 +293,11 @@ fn a_programs_own_choice_of_cryptography_stays() {
     assert!(worker.wait().success());
 }
 
-/// The worker of that test.
+/// The worker of the test above.
 pub(crate) fn choose_and_lock(me: &worker::Current) {
     let mut provider = rustls::crypto::ring::default_provider();
     provider.cipher_suites.truncate(1);
-    provider.install_default().expect("nobody has chosen before");
+    provider.install_default().expect("no provider was installed before");
     let lock_once = async {
         let ca = me.var("LOCKTEST_CA");
         let locks = builder(&me.var("LOCKTEST_URL"), Path::new(&ca))
@@ -328,7 +331,7 @@ async fn a_certificate_that_signs_itself_works_as_that_of_a_server_and_not_as_th
         assert!(ended.stdout.contains("basicConstraints=critical,CA:FALSE"), "{ended:?}");
     }
 
-    // What the advice says works.
+    // The advice in the error works.
     let own = authority.self_signed("alone", &HOSTS, false);
     let server = TlsServer::start(&authority, &own, false, &[]);
     works(&server, || builder(&server.url("localhost"), &own.certificate)).await;

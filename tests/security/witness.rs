@@ -1,4 +1,5 @@
-//! Hears everything that is logged, traced or measured in this process, as a program that uses the library could.
+//! Records everything that is logged, traced or measured in this process, as an application that
+//! uses the library could.
 
 use std::fmt::{Debug, Write};
 use std::sync::{Arc, OnceLock};
@@ -9,19 +10,20 @@ use tracing::field::{Field, Visit};
 use tracing::span::{Attributes, Id, Record};
 use tracing::{Event, Subscriber};
 
-/// All that was heard.
+/// Everything recorded so far.
 #[derive(Clone, Default)]
 pub(crate) struct Witness(Arc<Mutex<String>>);
 
 impl Witness {
-    /// Starts to listen, once for the whole process. All its tests are heard from then on.
+    /// Starts recording, once for the whole process. From then on all tests of the process are
+    /// recorded.
     pub(crate) fn called() -> Self {
         static WITNESS: OnceLock<Witness> = OnceLock::new();
         let witness = WITNESS.get_or_init(|| {
             let witness = Self::default();
-            tracing::subscriber::set_global_default(witness.clone()).expect("nobody else subscribes");
-            metrics::set_global_recorder(witness.clone()).expect("nobody else records");
-            log::set_boxed_logger(Box::new(witness.clone())).expect("nobody else logs");
+            tracing::subscriber::set_global_default(witness.clone()).expect("there is no other subscriber");
+            metrics::set_global_recorder(witness.clone()).expect("there is no other recorder");
+            log::set_boxed_logger(Box::new(witness.clone())).expect("there is no other logger");
             log::set_max_level(log::LevelFilter::Trace);
             witness
         });

@@ -1,6 +1,6 @@
-//! A real Redis Cluster of a test's own: primaries, their replicas, and slots that can be moved.
+//! A real Redis Cluster for one test: primaries, replicas, and slots that can be migrated.
 //!
-//! It is made by commands alone, so that it needs nothing but the server's binary.
+//! The cluster is set up with Redis commands only, so the server binary is the only dependency.
 
 use parking_lot::{Condvar, Mutex};
 use redis::{RedisResult, Value};
@@ -8,20 +8,21 @@ use redis::{RedisResult, Value};
 use super::server::RedisServer;
 use super::wait::{PATIENCE, wait_until};
 
-/// How many slots there are.
+/// Number of slots.
 const SLOTS: usize = 16384;
 
-/// How long a node must be silent before the others think it dead, in milliseconds: short where a replica is to take over soon, and
-/// otherwise longer than a loaded machine keeps a node from answering.
+/// `cluster-node-timeout` in milliseconds, with and without replicas. It is short when a replica
+/// should take over soon. Otherwise it exceeds any delay that a loaded machine causes.
 const NODE_TIMEOUT: (&str, &str) = ("1500", "15000");
 
-/// How many clusters a test process has at a time: nodes that get no time to run think one another dead.
+/// Number of clusters that run at the same time in one test process. On a starved machine nodes
+/// report one another as failed.
 const AT_A_TIME: usize = 2;
 
 static RUNNING: Mutex<usize> = Mutex::new(0);
 static ENDED: Condvar = Condvar::new();
 
-/// The leave to run a cluster.
+/// A permit to run a cluster.
 struct Leave;
 
 impl Leave {
@@ -40,28 +41,29 @@ impl Drop for Leave {
     }
 }
 
-/// Nodes that found each other. The primaries come first; node `primaries + i` was made a replica of primary `i % primaries`.
+/// A cluster whose nodes know each other. The primaries come first; node `primaries + i` starts as
+/// a replica of primary `i % primaries`.
 pub struct Cluster {
     nodes: Vec<RedisServer>,
     primaries: usize,
-    /// Given back after the nodes are gone.
+    /// Released after the nodes have been dropped.
     _leave: Leave,
 }
 
 impl Cluster {
-    /// Starts a cluster and waits until it is in order and every replica in sync.
+    /// Starts a cluster and waits until it is healthy and every replica is in sync.
     #[track_caller]
     pub fn start(primaries: usize, replicas: usize) -> Self {
         Self::start_with(primaries, replicas, &[])
     }
 
-    /// Starts a cluster whose nodes get more arguments.
+    /// [`start`](Self::start) with extra server arguments.
     #[track_caller]
     pub fn start_with(primaries: usize, replicas: usize, args: &[&str]) -> Self {
         Self::start_in(primaries, replicas, &[], args)
     }
 
-    /// [`start_with`](Self::start_with), with these variables in the environment of each node.
+    /// [`start_with`](Self::start_with) with extra environment variables for each node.
     #[track_caller]
     pub fn start_in(primaries: usize, replicas: usize, vars: &[(&str, String)], args: &[&str]) -> Self {
         let mut all = vec![
@@ -71,7 +73,7 @@ impl Cluster {
             "nodes.conf",
             "--cluster-node-timeout",
             if replicas > 0 { NODE_TIMEOUT.0 } else { NODE_TIMEOUT.1 },
-            // A replica that was cut off for long may still take over.
+            // Lets a replica take over even after a long disconnection.
             "--cluster-replica-validity-factor",
             "0",
             "--repl-diskless-sync-delay",
@@ -99,7 +101,7 @@ impl Cluster {
                 node.command(&["CLUSTER", "ADDSLOTSRANGE", &first.to_string(), &last.to_string()]);
             }
         }
-        // All to all: gossip would take seconds.
+        // Introduce every node to every other: gossip would take seconds.
         for node in &self.nodes {
             for other in &self.nodes {
                 if node.port() != other.port() {
@@ -107,7 +109,7 @@ impl Cluster {
                 }
             }
         }
-        wait_until("all nodes know all", PATIENCE, || {
+        wait_until("all nodes know each other", PATIENCE, || {
             let known = |node: &RedisServer| {
                 let nodes: String = node.query(&["CLUSTER", "NODES"]);
                 nodes.lines().filter(|line| !line.contains("handshake")).count()
@@ -121,13 +123,13 @@ impl Cluster {
         self.wait_until_in_order();
     }
 
-    /// `redis+cluster://` and all nodes.
+    /// `redis+cluster://` URL with all nodes.
     pub fn url(&self) -> String {
         let places: Vec<String> = self.nodes.iter().map(RedisServer::address).collect();
         format!("redis+cluster://{}", places.join(","))
     }
 
-    /// A URL that names one node alone.
+    /// A URL that names a single node.
     pub fn url_of(&self, node: usize) -> String {
         format!("redis+cluster://{}", self.nodes[node].address())
     }
@@ -136,15 +138,16 @@ impl Cluster {
         &self.nodes
     }
 
-    /// The nodes that answer.
+    /// The nodes that are up.
     pub fn alive(&self) -> impl Iterator<Item = &RedisServer> {
         self.nodes.iter().filter(|node| node.is_up())
     }
 
-    /// Waits until every node that is up finds the cluster in order, all agree on who owns what, and each replica is in sync.
+    /// Waits until every running node reports a healthy cluster, all of them agree on the slot
+    /// owners, and each replica is in sync.
     #[track_caller]
     pub fn wait_until_in_order(&self) {
-        wait_until("the cluster is in order", PATIENCE, || {
+        wait_until("the cluster is healthy", PATIENCE, || {
             let mut views: Vec<Vec<Option<u16>>> = Vec::new();
             for node in self.alive() {
                 let Ok(info) = node.try_query::<String>(&["CLUSTER", "INFO"]) else {
@@ -165,7 +168,7 @@ impl Cluster {
         });
     }
 
-    /// The node that owns a slot, as far as the nodes that are up agree on it.
+    /// The node that owns a slot. Waits until all running nodes agree on it.
     #[track_caller]
     pub fn owner(&self, slot: u16) -> usize {
         let mut owner = None;
@@ -181,7 +184,7 @@ impl Cluster {
         owner.expect("just seen")
     }
 
-    /// The nodes that own slots.
+    /// Indexes of the nodes that own slots.
     pub fn owners(&self) -> Vec<usize> {
         let asked = self.alive().next().expect("some node is up");
         let ports = owners(asked);
@@ -190,7 +193,7 @@ impl Cluster {
             .collect()
     }
 
-    /// Moves a slot as an administrator does: key by key, under load.
+    /// Migrates a slot the way an administrator does: key by key, under load.
     #[track_caller]
     pub fn migrate_slot(&self, slot: u16, to: usize) {
         let from = self.owner(slot);
@@ -201,10 +204,11 @@ impl Cluster {
         }
     }
 
-    /// From here on, keys that are not at the source are asked for at the target.
+    /// Begins a migration. From now on the source redirects requests for keys it does not have to
+    /// the target.
     #[track_caller]
     pub fn begin_migration(&self, slot: u16, from: usize, to: usize) {
-        self.try_migration(slot, from, to).expect("begin to migrate");
+        self.try_migration(slot, from, to).expect("begin the migration");
     }
 
     fn try_migration(&self, slot: u16, from: usize, to: usize) -> RedisResult<()> {
@@ -217,7 +221,7 @@ impl Cluster {
         self.nodes[from].try_query::<()>(&["CLUSTER", "SETSLOT", &slot, "MIGRATING", &target])
     }
 
-    /// Moves all keys of the slot, also those that come into being meanwhile.
+    /// Moves all keys of the slot, including those created in the meantime.
     #[track_caller]
     pub fn move_keys(&self, slot: u16, from: usize, to: usize) {
         let port = self.nodes[to].port().to_string();
@@ -228,31 +232,33 @@ impl Cluster {
             }
             let mut words = vec!["MIGRATE", "127.0.0.1", &port, "", "0", "5000", "KEYS"];
             words.extend(keys.iter().map(String::as_str));
-            // Or NOKEY, where all of them were deleted meanwhile.
+            // The reply is NOKEY if all of them were deleted in the meantime.
             self.nodes[from].query::<Value>(&words);
         }
     }
 
-    /// The target owns the slot from here on; first it, so that nobody is sent in a circle.
+    /// Makes the target the owner of the slot. The target is updated first, so that no client is
+    /// redirected in a circle.
     #[track_caller]
     pub fn finish_migration(&self, slot: u16, from: usize, to: usize) {
         let target: String = self.nodes[to].query(&["CLUSTER", "MYID"]);
         let words = ["CLUSTER", "SETSLOT", &slot.to_string(), "NODE", &target];
         self.nodes[to].command(&words);
-        // A key can have come into being between the last look and now; then the source refuses.
-        wait_until("the source gives the slot up", PATIENCE, || {
+        // The source refuses if a key was created after the last check.
+        wait_until("the source gives up the slot", PATIENCE, || {
             self.move_keys(slot, from, to);
             self.nodes[from].try_query::<()>(&words).is_ok()
         });
         for node in self.owners() {
             if node != from && node != to {
-                // It learns of it by gossip if it is busy now.
+                // A busy node learns of the new owner by gossip.
                 drop(self.nodes[node].try_query::<()>(&words));
             }
         }
     }
 
-    /// Kills the primary that owns the slot and waits until a replica has taken over. Returns the dead and the new one.
+    /// Kills the primary that owns the slot and waits until a replica takes over. Returns the
+    /// indexes of the dead primary and the new one.
     #[track_caller]
     pub fn fail_over(&self, slot: u16) -> (usize, usize) {
         let dead = self.owner(slot);
@@ -267,7 +273,7 @@ impl Cluster {
         (dead, self.owner(slot))
     }
 
-    /// The keys on all primaries that are up, sorted.
+    /// The keys on all running primaries, sorted.
     #[track_caller]
     pub fn keys(&self) -> Vec<String> {
         let owners = self.owners();
@@ -276,7 +282,7 @@ impl Cluster {
         keys
     }
 
-    /// The sharded channels on all nodes that are up, sorted.
+    /// The sharded channels on all running nodes, sorted.
     #[track_caller]
     pub fn shard_channels(&self) -> Vec<String> {
         let mut channels: Vec<String> = self.alive().flat_map(RedisServer::shard_channels).collect();
@@ -284,26 +290,26 @@ impl Cluster {
         channels
     }
 
-    /// How often scripts were called, over all nodes that are up.
+    /// Number of script calls, over all running nodes.
     #[track_caller]
     pub fn script_calls(&self) -> u64 {
         self.alive().map(RedisServer::script_calls).sum()
     }
 
-    /// How many messages were published, over all nodes that are up.
+    /// Number of published messages, over all running nodes.
     #[track_caller]
     pub fn publishes(&self) -> u64 {
         self.alive().map(RedisServer::publishes).sum()
     }
 
-    /// Counts from zero again, on all nodes that are up.
+    /// Resets the statistics of all running nodes.
     #[track_caller]
     pub fn reset_stats(&self) {
         self.alive().for_each(RedisServer::reset_stats);
     }
 }
 
-/// The port of the owner of each slot, as this node sees it.
+/// The port of each slot's owner, as seen by this node.
 fn owners(node: &RedisServer) -> Vec<Option<u16>> {
     let mut owners = vec![None; SLOTS];
     let Ok(Value::Array(ranges)) = node.try_query::<Value>(&["CLUSTER", "SLOTS"]) else {

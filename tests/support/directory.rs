@@ -1,7 +1,8 @@
-//! Where servers keep their files: in memory where it has room, and gone at the end.
+//! Directories for server files: in memory if there is enough space, and removed at the end.
 //!
-//! Sentinels and etcd stand still until a change is on the disk, which takes seconds while others write much. What is tested is what they do, and
-//! not the disk of the machine, and no test cuts the power.
+//! Sentinels and etcd block until a change has been synced to disk, which takes seconds while other
+//! processes write heavily. The tests exercise the servers rather than the disk, and no test
+//! simulates a power failure.
 
 use std::os::unix::process::CommandExt;
 use std::path::{Path, PathBuf};
@@ -11,24 +12,26 @@ use std::sync::OnceLock;
 use tempfile::TempDir;
 
 const MEMORY: &str = "/dev/shm";
-/// Each member of an etcd reserves 64 MiB from the start.
+/// Each etcd member preallocates 64 MiB.
 const ROOM: u64 = 2 << 30;
-/// Removes its argument when its standard input ends. Servers may take a moment to die, and write until then.
+/// Removes its argument once its standard input is closed. Retries, since dying servers may still
+/// write for a moment.
 const REMOVE: &str = r#"cat >/dev/null; for try in 1 2 3 4 5; do rm -rf -- "$1" && exit; sleep 1; done"#;
 
 static LASTING: OnceLock<PathBuf> = OnceLock::new();
 
-/// A directory for a server, removed with the value that stands for it.
+/// A directory for a server, removed when the returned value is dropped.
 #[track_caller]
 pub fn directory(of: &str) -> TempDir {
     let parent = LASTING.get().cloned().unwrap_or_else(roomy);
     in_place(&parent, of)
 }
 
-/// From here on, the directories of this process are made inside of one that is removed after its end, however it ends.
+/// From now on, creates the directories of this process inside a parent that is removed after the
+/// process ends, however it ends.
 ///
-/// Rust drops nothing that a static holds. So a small process of its own waits for the end of a pipe, whose other end only
-/// this process has.
+/// Rust does not drop statics. A separate small process therefore waits until a pipe is closed;
+/// only this process holds the pipe's write end.
 pub fn remove_all_at_the_end() {
     LASTING.get_or_init(|| {
         let dir = in_place(&roomy(), "tests").keep();
@@ -37,13 +40,13 @@ pub fn remove_all_at_the_end() {
             .args(["-c", REMOVE, "sh"])
             .arg(&dir)
             .current_dir("/")
-            // What ends the test from a terminal must not end this one.
+            // A signal from the terminal that ends the test must not reach the remover.
             .process_group(0)
             .stdin(Stdio::piped())
             .stdout(Stdio::null())
             .stderr(Stdio::null());
         let remover = command.spawn().expect("start a shell");
-        // Its standard input is to end with this process, and not before.
+        // Keep the pipe open until this process ends.
         std::mem::forget(remover);
         dir
     });
@@ -53,7 +56,7 @@ pub fn remove_all_at_the_end() {
 fn in_place(parent: &Path, of: &str) -> TempDir {
     let prefix = format!("shardlock-{of}-");
     let made = tempfile::Builder::new().prefix(&prefix).tempdir_in(parent);
-    made.unwrap_or_else(|error| panic!("no directory for {of} can be made in {}: {error}", parent.display()))
+    made.unwrap_or_else(|error| panic!("cannot create a directory for {of} in {}: {error}", parent.display()))
 }
 
 fn roomy() -> PathBuf {

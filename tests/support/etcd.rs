@@ -1,7 +1,8 @@
-//! A real etcd of a test's own, of one member or several.
+//! A real etcd for one test, with one or several members.
 //!
-//! Each member has free ports on 127.0.0.1 and a directory of its own, so tests run side by side and share no state. It ends with the
-//! value that stands for it, and with the test process at the latest.
+//! Each member has its own free ports on 127.0.0.1 and its own directory, so tests run side by side
+//! and share no state. The members are killed when the value is dropped, or at the latest when the
+//! test process ends.
 
 use std::collections::BTreeMap;
 use std::env;
@@ -21,9 +22,9 @@ use super::process::Process;
 use super::server::free_port;
 use super::wait::PATIENCE;
 
-/// Etcd's shortest lease is one and a half times this, in whole seconds.
+/// Etcd's shortest lease is 1.5 times this, rounded up to whole seconds.
 const ELECTION_MS: u32 = 1_000;
-/// The shortest lease that etcd gives here.
+/// The shortest lease that these members grant.
 pub const LEASE_MIN: Duration = Duration::from_secs(2);
 
 /// A running etcd.
@@ -38,17 +39,17 @@ struct Member {
     name: String,
     port: u16,
     peer_port: u16,
-    /// Nothing while the member is down.
+    /// `None` while the member is down.
     process: Mutex<Option<Process>>,
 }
 
 impl Etcd {
-    /// Starts an etcd of one member and waits until it answers.
+    /// Starts an etcd with one member and waits until it answers.
     pub async fn start() -> Self {
         Self::start_members(1).await
     }
 
-    /// Starts an etcd of so many members and waits until all of them answer.
+    /// Starts an etcd with `count` members and waits until all of them answer.
     pub async fn start_members(count: usize) -> Self {
         Self::prepare(count).start_all().await
     }
@@ -71,7 +72,8 @@ impl Etcd {
         }
     }
 
-    /// Starts an etcd of one member that takes encrypted connections only, from clients with a certificate of the same authority.
+    /// Starts an etcd with one member that only accepts TLS connections, from clients with a
+    /// certificate of the same authority.
     #[cfg(feature = "tls")]
     pub async fn start_with_tls() -> Self {
         let etcd = Self::prepare(1);
@@ -79,7 +81,7 @@ impl Etcd {
         Self { tls, ..etcd }.start_all().await
     }
 
-    /// The files for encrypted connections.
+    /// The certificate files for TLS connections.
     #[cfg(feature = "tls")]
     pub fn tls(&self) -> &tls::Files {
         self.tls.as_ref().expect("started with TLS")
@@ -123,12 +125,12 @@ impl Etcd {
         format!("{}:{}", Ipv4Addr::LOCALHOST, self.members[number].port)
     }
 
-    /// What a member has logged.
+    /// The log of a member.
     pub fn log(&self, number: usize) -> String {
         fs::read_to_string(self.log_path(number)).unwrap_or_default()
     }
 
-    /// A client of one member.
+    /// A client connected to one member.
     pub async fn client_of(&self, number: usize) -> Client {
         let options = ConnectOptions::new().with_timeout(PATIENCE);
         #[cfg(feature = "tls")]
@@ -141,14 +143,14 @@ impl Etcd {
             .expect("connect to etcd")
     }
 
-    /// A client of the first member that is up.
+    /// A client connected to the first member that is up.
     pub async fn client(&self) -> Client {
         let is_up = |member: &Member| member.process.lock().is_some();
         let number = self.members.iter().position(is_up).expect("a member is up");
         self.client_of(number).await
     }
 
-    /// All keys, in the order in which they were made.
+    /// All keys, in creation order.
     pub async fn keys(&self) -> Vec<String> {
         let found = self
             .answer(async |mut client| {
@@ -163,7 +165,7 @@ impl Etcd {
         found.kvs().iter().map(name).collect()
     }
 
-    /// Asks until there is an answer: while a leader is elected, etcd gives none.
+    /// Retries until there is an answer: etcd does not answer while it elects a leader.
     async fn answer<T>(&self, ask: impl AsyncFn(Client) -> Result<T, etcd_client::Error>) -> T {
         let deadline = Instant::now() + PATIENCE;
         loop {
@@ -175,14 +177,14 @@ impl Etcd {
         }
     }
 
-    /// The keys of locks, and notes: all but the shard map.
+    /// The keys that belong to locks, including notes: everything except the shard map.
     pub async fn lock_keys(&self) -> Vec<String> {
         let mut keys = self.keys().await;
         keys.retain(|key| key.starts_with("lock:") && key != "lock:%map");
         keys
     }
 
-    /// How many leases there are.
+    /// Number of leases.
     pub async fn leases(&self) -> usize {
         self.answer(async |mut client| client.leases().await)
             .await
@@ -190,7 +192,7 @@ impl Etcd {
             .len()
     }
 
-    /// Which member leads.
+    /// Index of the leader.
     pub async fn leader(&self) -> usize {
         let deadline = Instant::now() + PATIENCE;
         while Instant::now() < deadline {
@@ -211,7 +213,8 @@ impl Etcd {
         panic!("etcd had no leader for {PATIENCE:?}:\n{}", self.log(0));
     }
 
-    /// How many requests of each kind the members have answered since they were started, by the name of the method: `Txn`, `LeaseGrant`, ...
+    /// Number of requests per gRPC method (`Txn`, `LeaseGrant`, ...) that the members have received
+    /// since they were started.
     pub fn requests(&self) -> BTreeMap<String, u64> {
         let mut requests = BTreeMap::new();
         for member in self.members.iter().filter(|member| member.process.lock().is_some()) {
@@ -232,27 +235,27 @@ impl Etcd {
         *self.members[number].process.lock() = None;
     }
 
-    /// Starts a member that was killed, with what it had stored, and waits until it answers.
+    /// Starts a killed member again with its stored data, and waits until it answers.
     pub async fn restart(&self, number: usize) {
         self.kill(number);
         self.launch(number);
         self.is_ready(number).await;
     }
 
-    /// A copy of what a member that is down has stored.
+    /// Copies the stored data of a member that is down.
     pub fn back_up(&self, number: usize) -> TempDir {
         let backup = directory("backup");
         copy(&self.data_dir(number), &backup.path().join("data"));
         backup
     }
 
-    /// Puts a copy in the place of what a member that is down has stored.
+    /// Replaces the stored data of a member that is down with a copy.
     pub fn restore(&self, number: usize, backup: &TempDir) {
-        fs::remove_dir_all(self.data_dir(number)).expect("remove what is stored");
+        fs::remove_dir_all(self.data_dir(number)).expect("remove the stored data");
         copy(&backup.path().join("data"), &self.data_dir(number));
     }
 
-    /// SIGSTOP: the kernel still accepts connections, but nobody answers.
+    /// SIGSTOP: the kernel still accepts connections, but the process does not answer.
     pub fn stop(&self, number: usize) {
         self.with_process(number, Process::stop);
     }
@@ -323,7 +326,7 @@ impl Etcd {
         *member.process.lock() = Some(process);
     }
 
-    /// Waits until a member answers, which it does when there is a leader.
+    /// Waits until a member answers, which requires a leader.
     async fn is_ready(&self, number: usize) {
         let deadline = Instant::now() + PATIENCE;
         loop {
@@ -366,7 +369,7 @@ fn metrics(port: u16) -> String {
     text
 }
 
-/// The same places in the same order as `scripts/ensure-etcd`, which also installs it.
+/// Searches the same places in the same order as `scripts/ensure-etcd`, which also installs etcd.
 fn find_binary() -> PathBuf {
     if let Some(path) = env::var_os("SHARDLOCK_ETCD_SERVER").filter(|path| !path.is_empty()) {
         return path.into();
@@ -380,7 +383,7 @@ fn find_binary() -> PathBuf {
     })
 }
 
-/// An authority and one certificate of it, for the server and its clients.
+/// An authority and one certificate that it issued, used by the server and its clients.
 #[cfg(feature = "tls")]
 pub mod tls {
     use std::fs;

@@ -1,4 +1,5 @@
-//! A proxy that understands the protocol (RESP2), and decides of each command whether the server gets it: as proxies of clusters and those with few commands do.
+//! A proxy that understands RESP2 and decides for each command whether it reaches the server. It
+//! imitates cluster proxies and proxies that support few commands.
 
 use std::io::{self, BufRead, BufReader, Read, Write};
 use std::net::{Ipv4Addr, Shutdown, SocketAddr, TcpListener, TcpStream};
@@ -6,17 +7,18 @@ use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 use std::thread;
 
-/// What becomes of a command.
+/// What to do with a command.
 #[derive(Clone, Copy, Debug, Eq, PartialEq)]
 pub enum Verdict {
     Pass,
-    /// The client gets this error.
+    /// Reply with this error.
     Refuse(&'static str),
-    /// The connection is closed.
+    /// Close the connection.
     HangUp,
 }
 
-/// Its threads end with the connections, and the one that accepts them with the value that stands for the proxy.
+/// The proxy. Its connection threads end with their connections, and its accepting thread ends when
+/// the value is dropped.
 pub struct Filter {
     address: SocketAddr,
     stopped: Arc<AtomicU64>,
@@ -26,7 +28,7 @@ pub struct Filter {
 type Judge = dyn Fn(&[Vec<u8>]) -> Verdict + Send + Sync;
 
 impl Filter {
-    /// Stands in front of the server at `address`.
+    /// Starts a proxy in front of the server at `address`.
     #[track_caller]
     pub fn start(server: String, judge: impl Fn(&[Vec<u8>]) -> Verdict + Send + Sync + 'static) -> Self {
         let listener = TcpListener::bind((Ipv4Addr::LOCALHOST, 0)).expect("a port");
@@ -41,7 +43,7 @@ impl Filter {
                         return;
                     }
                     let (server, judge, stopped) = (server.clone(), Arc::clone(&judge), Arc::clone(&stopped));
-                    // A connection that breaks is over, on both sides.
+                    // Ignore errors: when a connection breaks, both sides are closed.
                     thread::spawn(move || drop(client.and_then(|client| serve(&client, &server, &*judge, &stopped))));
                 }
             }
@@ -59,7 +61,7 @@ impl Filter {
         format!("redis://{}", self.address)
     }
 
-    /// How many commands did not pass.
+    /// Number of commands that were not passed on.
     pub fn stopped(&self) -> u64 {
         self.stopped.load(Ordering::Relaxed)
     }
@@ -68,12 +70,12 @@ impl Filter {
 impl Drop for Filter {
     fn drop(&mut self) {
         self.over.store(true, Ordering::Relaxed);
-        // Wakes the one that accepts; it may be gone already.
+        // Wakes the accepting thread, which may have ended already.
         drop(TcpStream::connect(self.address));
     }
 }
 
-/// Whether the keys of a script call are of more than one slot of a cluster.
+/// Whether the keys of a script call belong to more than one slot.
 pub fn is_of_several_slots(command: &[Vec<u8>]) -> bool {
     if !command[0].eq_ignore_ascii_case(b"EVAL") && !command[0].eq_ignore_ascii_case(b"EVALSHA") {
         return false;
@@ -100,7 +102,7 @@ fn serve(client: &TcpStream, server: &str, judge: &Judge, stopped: &AtomicU64) -
     let server = TcpStream::connect(server)?;
     let served = exchange(client, &server, judge, stopped);
     for stream in [client, &server] {
-        // The other side may have ended it.
+        // The other side may have closed it already.
         drop(stream.shutdown(Shutdown::Both));
     }
     served
@@ -116,7 +118,7 @@ fn exchange(client: &TcpStream, server: &TcpStream, judge: &Judge, stopped: &Ato
         let (mut raw, mut words) = (Vec::new(), Vec::new());
         read_value(&mut commands, &mut raw, &mut words)?;
         if raw[0] != b'*' {
-            // A command as people type it; a blank line is none.
+            // An inline command. A blank line is not a command.
             words = raw.split(u8::is_ascii_whitespace).map(<[u8]>::to_vec).collect();
             words.retain(|word| !word.is_empty());
             if words.is_empty() {
@@ -134,7 +136,7 @@ fn exchange(client: &TcpStream, server: &TcpStream, judge: &Judge, stopped: &Ato
         }
         to_server.write_all(&raw)?;
         if words[0].eq_ignore_ascii_case(b"SUBSCRIBE") {
-            // From here on the server speaks when it likes, and the client says no more.
+            // From now on the server pushes messages, and the client sends nothing more.
             io::copy(&mut replies, &mut to_client)?;
             return Ok(());
         }
@@ -144,7 +146,7 @@ fn exchange(client: &TcpStream, server: &TcpStream, judge: &Judge, stopped: &Ato
     }
 }
 
-/// Reads one value: its bytes as they came, and the strings in it.
+/// Reads one value: its raw bytes, and the strings in it.
 fn read_value(from: &mut impl BufRead, raw: &mut Vec<u8>, words: &mut Vec<Vec<u8>>) -> io::Result<()> {
     let start = raw.len();
     if from.read_until(b'\n', raw)? == 0 {

@@ -1,12 +1,14 @@
-//! What tests and benches share: real servers on free ports, worker processes, and waiting for what can be observed.
+//! Shared by tests and benches: real servers on free ports, worker processes, and waiting for
+//! observable conditions.
 //!
-//! An integration test says `mod support;`, the crate's unit tests and the benches say
-//! `#[path = "../tests/support/mod.rs"] mod support;`. Nothing here uses the shardlock crate, so that it can be part of
-//! the crate's own tests. Nothing here skips: what is missing is a panic that says how to get it.
+//! Integration tests include this with `mod support;`, the crate's unit tests and the benches with
+//! `#[path = "../tests/support/mod.rs"] mod support;`. Nothing here uses the shardlock crate, so
+//! the crate's own tests can include it. Nothing here skips a test: anything missing is a panic
+//! that says how to install it.
 
-// Each test takes what it needs, and the lints see each test's copy alone.
+// Each test uses only a part, and the lints see each test's copy in isolation.
 #![allow(dead_code, unreachable_pub, unused_imports)]
-// A test is over when its surroundings fail.
+// A failing environment ends the test.
 #![allow(clippy::expect_used, clippy::panic, clippy::unwrap_used)]
 
 pub mod cluster;

@@ -1,5 +1,6 @@
-/* Preloaded into a process, it shifts the wall clock that the process sees by OTHER_CLOCK_SECONDS, or by the number in the file
-   OTHER_CLOCK_FILE, which may change at any time; as long as there is none, by nothing. Other clocks stay. */
+/* When preloaded into a process, this library shifts the process's wall clock by
+   OTHER_CLOCK_SECONDS, or by the number of seconds in the file OTHER_CLOCK_FILE, which may change
+   at any time. Without the file the shift is zero. Other clocks are unaffected. */
 #define _GNU_SOURCE
 #include <dlfcn.h>
 #include <fcntl.h>

@@ -1,4 +1,4 @@
-//! Workers and servers whose wall clock differs from the test's.
+//! Workers and servers whose wall clock differs from the test's clock.
 
 use std::fs;
 use std::path::Path;
@@ -6,14 +6,14 @@ use std::process::Command;
 
 use tempfile::TempDir;
 
-/// A library that shifts the wall clock of a process into which it is preloaded. It is built here, by the C compiler that Rust links
-/// with, so nothing has to be installed.
+/// A preloaded library that shifts the wall clock of a process. It is built here with the C
+/// compiler that Rust links with, so nothing needs to be installed.
 pub struct OtherClock {
     dir: TempDir,
 }
 
 const LIBRARY: &str = "other_clock.so";
-/// In the directory in which a process runs: by how many seconds its clock is ahead.
+/// File in the process's working directory: the number of seconds that its clock is ahead.
 const FILE: &str = "other-clock";
 
 impl OtherClock {
@@ -34,12 +34,13 @@ impl OtherClock {
         Self { dir }
     }
 
-    /// The variables for a worker whose wall clock is that much ahead, or behind.
+    /// Environment of a worker whose wall clock is this far ahead (or behind, if negative).
     pub fn ahead_by(&self, seconds: i64) -> [(&'static str, String); 2] {
         [self.preload(), ("OTHER_CLOCK_SECONDS", seconds.to_string())]
     }
 
-    /// The variables for a process whose wall clock can be [`set`] at any time. It is right until then.
+    /// Environment of a process whose wall clock can be [`set`] at any time. Until then it is
+    /// correct.
     pub fn settable(&self) -> [(&'static str, String); 2] {
         [self.preload(), ("OTHER_CLOCK_FILE", FILE.to_owned())]
     }
@@ -50,11 +51,11 @@ impl OtherClock {
     }
 }
 
-/// Sets the wall clock of the process that runs in that directory, which was started as [`OtherClock::settable`]: so many seconds ahead of
-/// the right time.
+/// Sets the wall clock of the process that runs in `dir` to `seconds` ahead of the correct time.
+/// The process must have been started with [`OtherClock::settable`].
 #[track_caller]
 pub fn set(dir: &Path, seconds: i64) {
-    // Whoever reads meanwhile finds the old number or the new one.
+    // A concurrent reader sees either the old number or the new one.
     let new = dir.join("other-clock.new");
     fs::write(&new, seconds.to_string()).expect("write a file");
     fs::rename(new, dir.join(FILE)).expect("rename a file");

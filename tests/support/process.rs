@@ -1,4 +1,4 @@
-//! Child processes that never outlive the test process, however that one ends.
+//! Child processes that never outlive the test process, however it ends.
 
 use std::fs;
 use std::io;
@@ -20,11 +20,12 @@ pub struct Process {
 }
 
 impl Process {
-    /// Starts the command, tied to this process: the kernel kills the child when this process dies (on Linux).
+    /// Starts the command, tied to this process: on Linux the kernel kills the child when this
+    /// process dies.
     ///
     /// # Errors
     ///
-    /// As [`Command::spawn`].
+    /// See [`Command::spawn`].
     pub fn spawn(command: Command) -> io::Result<Self> {
         let child = spawn_from_lasting_thread(command)?;
         let pid = Pid::from_child(&child);
@@ -36,12 +37,12 @@ impl Process {
         self.child.id()
     }
 
-    /// The child's standard input, once, if the command piped it.
+    /// The child's standard input, if it was piped and not taken before.
     pub fn take_stdin(&mut self) -> Option<ChildStdin> {
         self.child.stdin.take()
     }
 
-    /// The child's standard output, once, if the command piped it.
+    /// The child's standard output, if it was piped and not taken before.
     pub fn take_stdout(&mut self) -> Option<ChildStdout> {
         self.child.stdout.take()
     }
@@ -52,13 +53,13 @@ impl Process {
         kill_process(self.pid, signal).expect("signal a child");
     }
 
-    /// SIGKILL, then reaps. Does nothing to a process that was reaped before.
+    /// SIGKILL, then reaps. Does nothing if the process was already reaped.
     pub fn kill(&mut self) {
         self.child.kill().expect("kill a child");
         self.child.wait().expect("reap a child");
     }
 
-    /// SIGSTOP. Returns when the kernel says that the whole process stands still.
+    /// SIGSTOP. Returns once the kernel reports that the whole process is stopped.
     #[track_caller]
     pub fn stop(&self) {
         self.signal(Signal::STOP);
@@ -76,12 +77,12 @@ impl Process {
         self.signal(Signal::CONT);
     }
 
-    /// How it ended, or nothing while it runs.
+    /// The exit status, or `None` while the process runs.
     pub fn ended(&mut self) -> Option<ExitStatus> {
-        self.child.try_wait().expect("ask for a child's end")
+        self.child.try_wait().expect("poll a child")
     }
 
-    /// The process ids of its children and of theirs, each with its command line (on Linux).
+    /// The process ids of all descendants, each with its command line (on Linux).
     #[track_caller]
     pub fn descendants(&self) -> Vec<(Pid, String)> {
         let mut found = vec![];
@@ -97,7 +98,7 @@ impl Process {
         found
     }
 
-    /// Waits for the end, and panics if it does not come within the time given.
+    /// Waits for the process to end. Panics if it does not end in time.
     #[track_caller]
     pub fn wait(&mut self, within: Duration) -> ExitStatus {
         let mut status = None;
@@ -112,7 +113,7 @@ impl Process {
 
 impl Drop for Process {
     fn drop(&mut self) {
-        // It may have ended by itself.
+        // The process may have ended already.
         drop(self.child.kill());
         drop(self.child.wait());
     }
@@ -125,7 +126,7 @@ fn children(of: u32) -> Vec<u32> {
 }
 
 fn parent(of: u32) -> Option<u32> {
-    // It may have ended meanwhile.
+    // The process may have ended in the meantime.
     let status = fs::read_to_string(format!("/proc/{of}/status")).ok()?;
     let parent = status.lines().find_map(|line| line.strip_prefix("PPid:"))?;
     parent.trim().parse().ok()
@@ -133,8 +134,9 @@ fn parent(of: u32) -> Option<u32> {
 
 type Job = (Command, mpsc::Sender<io::Result<Child>>);
 
-/// Linux sends the death signal when the *thread* that started the child ends, and a test's thread may end before
-/// whatever the test shares with others. So one thread, which lasts as long as the process, starts all children.
+/// Linux sends the death signal when the *thread* that started the child ends, and a test thread
+/// may end before a server that the test shares with others. One thread that lives as long as the
+/// process therefore starts all children.
 fn spawn_from_lasting_thread(command: Command) -> io::Result<Child> {
     static SPAWNER: OnceLock<mpsc::Sender<Job>> = OnceLock::new();
     let spawner = SPAWNER.get_or_init(|| {
@@ -151,22 +153,24 @@ fn spawn_from_lasting_thread(command: Command) -> io::Result<Child> {
         jobs
     });
     let (reply, child) = mpsc::channel();
-    spawner.send((command, reply)).expect("the spawner lasts");
-    child.recv().expect("the spawner answers")
+    spawner.send((command, reply)).expect("the spawner is running");
+    child.recv().expect("the spawner replies")
 }
 
-/// Makes a child independent of whatever the tests were started from: it leads a session, so that there is no terminal,
-/// and no signal is ignored or blocked, as it would be beneath nohup(1) or in the background of a script.
+/// Makes a child independent of how the tests were started. The child leads a session, so it has no
+/// terminal. No signal is ignored or blocked, as it would be under nohup(1) or in a script's
+/// background job.
 #[cfg(target_os = "linux")]
 fn tie_to_this_process(command: &mut Command) {
     use rustix::process::{getpid, getppid, set_parent_process_death_signal, setsid};
 
     let parent = getpid();
     let tie = move || {
-        // What a terminal is for leads its session already.
+        // Fails if the child already leads a session, as one started on a terminal does.
         setsid().ok();
         for signal in 1..=31 {
-            // SAFETY: the default has no handler that could run. KILL and STOP have no other, and are refused.
+            // SAFETY: the default action runs no handler. KILL and STOP can't be changed, so the
+            // call fails.
             #[allow(unsafe_code)]
             unsafe {
                 libc::signal(signal, libc::SIG_DFL);
@@ -180,7 +184,7 @@ fn tie_to_this_process(command: &mut Command) {
             libc::sigprocmask(libc::SIG_SETMASK, &raw const none, std::ptr::null_mut());
         }
         set_parent_process_death_signal(Some(Signal::KILL))?;
-        // The parent may have died just before; then no signal would ever come.
+        // If the parent died just before, the signal would never arrive.
         if getppid() == Some(parent) {
             Ok(())
         } else {

@@ -1,4 +1,4 @@
-//! A real Prometheus, and its promtool.
+//! A real Prometheus and its promtool.
 
 use std::collections::BTreeMap;
 use std::env;
@@ -16,7 +16,7 @@ use super::process::Process;
 use super::server::{PORTS_TRIED_MAX, free_port};
 use super::wait::{PATIENCE, wait_until};
 
-/// The server's binary: that of `SHARDLOCK_PROMETHEUS`, else the one on the `PATH`.
+/// Path of the server binary: `SHARDLOCK_PROMETHEUS`, or the one on the `PATH`.
 pub fn binary() -> PathBuf {
     if let Some(path) = env::var_os("SHARDLOCK_PROMETHEUS").filter(|path| !path.is_empty()) {
         return PathBuf::from(path);
@@ -30,7 +30,7 @@ pub fn binary() -> PathBuf {
     })
 }
 
-/// The promtool that came with it.
+/// Path of the promtool that is installed beside the server.
 pub fn promtool() -> PathBuf {
     let path = binary().with_file_name("promtool");
     assert!(
@@ -41,14 +41,14 @@ pub fn promtool() -> PathBuf {
     path
 }
 
-/// A Prometheus on a free port that scrapes the targets of a file, killed when it is dropped.
+/// A Prometheus on a free port that scrapes the targets listed in a file. Killed when dropped.
 pub struct Prometheus {
     port: u16,
     _process: Process,
     _dir: TempDir,
 }
 
-/// A series of an answer, at one moment.
+/// One series of a query result, at one point in time.
 #[derive(Debug, Clone, PartialEq)]
 pub struct Sample {
     pub labels: BTreeMap<String, String>,
@@ -56,13 +56,14 @@ pub struct Sample {
 }
 
 impl Prometheus {
-    /// How often it scrapes.
+    /// Scrape interval.
     pub const SCRAPE_INTERVAL: &str = "500ms";
-    /// The name of its job.
+    /// Name of the scrape job.
     pub const JOB: &str = "shardlock";
 
-    /// Starts one and waits until it is ready. It scrapes what the file says, which is of the form of `file_sd_configs` and may come later, and knows
-    /// the rules of `config/prometheus`.
+    /// Starts a Prometheus and waits until it is ready. It loads the rules of `config/prometheus`
+    /// and scrapes the targets in the file, which uses the `file_sd_configs` format and may be
+    /// created later.
     #[track_caller]
     pub fn start(targets: &Path) -> Self {
         let dir = directory("prometheus");
@@ -90,13 +91,13 @@ impl Prometheus {
         panic!("{PORTS_TRIED_MAX} ports that were free were taken a moment later");
     }
 
-    /// What the expression is now. An expression that is wrong is a panic.
+    /// Evaluates the expression now. Panics if the expression is invalid.
     #[track_caller]
     pub fn query(&self, expression: &str) -> Vec<Sample> {
         query(self.port, expression)
     }
 
-    /// The values of a label that series have which this selects.
+    /// The values of a label over all series that match the selector.
     #[track_caller]
     pub fn label_values(&self, series: &str, label: &str) -> Vec<String> {
         let answer = ask(
@@ -109,7 +110,8 @@ impl Prometheus {
     }
 }
 
-/// What the expression is now for the Prometheus on this port of 127.0.0.1. An expression that is wrong is a panic.
+/// Evaluates the expression now, on the Prometheus at this port of 127.0.0.1. Panics if the
+/// expression is invalid.
 #[track_caller]
 pub fn query(port: u16, expression: &str) -> Vec<Sample> {
     let answer = ask(port, "/api/v1/query", &[("query", expression)]);
@@ -138,7 +140,7 @@ impl Sample {
     }
 }
 
-/// Starts a server on this port and waits until it is ready. Nothing if the port is taken.
+/// Starts a server on this port and waits until it is ready. Returns `None` if the port is taken.
 #[track_caller]
 fn launch(port: u16, dir: &Path) -> Option<Process> {
     let log_file = File::create(dir.join(LOG)).expect("make a log file");
@@ -153,7 +155,7 @@ fn launch(port: u16, dir: &Path) -> Option<Process> {
     let mut process = Process::spawn(command).expect("start a Prometheus");
     let mut ended = None;
     wait_until("Prometheus is ready", PATIENCE, || {
-        // If it is somebody else who answers, ours ends since it can't have the port.
+        // If another process answers on this port, our server ends because it can't bind it.
         ended = process.ended();
         ended.is_some() || get(port, "/-/ready").is_ok()
     });
@@ -174,7 +176,7 @@ fn log(dir: &Path) -> String {
     fs::read_to_string(dir.join(LOG)).unwrap_or_default()
 }
 
-/// The body of the answer, whatever its status is; an error unless the server says something and is ready.
+/// The response body, whatever the status. An error if the server sends nothing or is not ready.
 fn get(port: u16, path: &str) -> io::Result<String> {
     let mut stream = TcpStream::connect((Ipv4Addr::LOCALHOST, port))?;
     stream.set_read_timeout(Some(PATIENCE))?;

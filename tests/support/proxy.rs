@@ -1,4 +1,5 @@
-//! A TCP proxy in front of a server, which can hold back what the server says while it goes on doing what it is told, or what it is told until much later.
+//! A TCP proxy in front of a server. It can hold back the server's replies while the server keeps
+//! executing requests, or delay requests until much later.
 
 use std::collections::BTreeMap;
 use std::io::{self, Read, Write};
@@ -10,7 +11,8 @@ use std::time::Duration;
 
 use parking_lot::{Condvar, Mutex};
 
-/// Its threads end with the connections, and the one that accepts them with the value that stands for the proxy.
+/// The proxy. Its connection threads end with their connections, and its accepting thread ends when
+/// the value is dropped.
 pub struct Proxy {
     address: SocketAddr,
     replies: Arc<Gate>,
@@ -19,12 +21,12 @@ pub struct Proxy {
     over: Arc<AtomicBool>,
 }
 
-/// What clients have sent and the server has not received.
+/// Bytes that clients have sent and the server has not received.
 #[derive(Default)]
 struct Withheld {
-    /// Of how many connections, the first.
+    /// The number of connections affected, counted from the first.
     count: AtomicU64,
-    /// By the numbers of their connections. Those whose clients have reset them are gone.
+    /// By connection number. Connections that their clients have reset are removed.
     kept: Mutex<BTreeMap<u64, Kept>>,
 }
 
@@ -34,12 +36,12 @@ struct Kept {
 }
 
 impl Withheld {
-    /// Whether something of that connection is kept.
+    /// Whether bytes of this connection are withheld.
     fn has(&self, connection: u64) -> bool {
         self.kept.lock().contains_key(&connection)
     }
 
-    /// Says whether that part is kept.
+    /// Withholds the bytes if the connection is affected, and returns whether it is.
     fn keep(&self, connection: u64, bytes: &[u8], server: &TcpStream) -> bool {
         let mut kept = self.kept.lock();
         if connection > self.count.load(Ordering::Relaxed) {
@@ -58,20 +60,21 @@ impl Withheld {
 struct Gate {
     closed: Mutex<bool>,
     opened: Condvar,
-    /// How many connections there were, and how many of them, the first, are silent for ever.
+    /// The number of connections so far, and the number of those, counted from the first, that are
+    /// silenced for good.
     joined: AtomicU64,
     silent: AtomicU64,
-    /// For how long everything is late, in milliseconds.
+    /// Added latency in milliseconds.
     late: AtomicU64,
 }
 
 impl Gate {
-    /// Waits until it is open. Says whether what comes from that connection passes at all.
+    /// Waits until the gate is open. Returns whether data of this connection passes at all.
     fn pass(&self, connection: u64) -> bool {
         let mut closed = self.closed.lock();
         self.opened.wait_while(&mut closed, |closed| *closed);
         drop(closed);
-        // The way is as long as that.
+        // Simulates the latency of the network.
         thread::sleep(Duration::from_millis(self.late.load(Ordering::Relaxed)));
         connection > self.silent.load(Ordering::Relaxed)
     }
@@ -83,7 +86,7 @@ impl Gate {
 }
 
 impl Proxy {
-    /// Stands in front of the server at `address`.
+    /// Starts a proxy in front of the server at `address`.
     #[track_caller]
     pub fn start(server: String) -> Self {
         let listener = TcpListener::bind((Ipv4Addr::LOCALHOST, 0)).expect("a port");
@@ -98,11 +101,11 @@ impl Proxy {
                     if over.load(Ordering::Relaxed) {
                         return;
                     }
-                    // Whoever can't be served sees its connection end.
+                    // A client that can't be served gets a closed connection.
                     let server = server.lock().clone();
                     let joined = client.and_then(|client| join(client, &server, &replies, &requests));
                     joined.unwrap_or_else(|error| match error.kind() {
-                        // A server that is down.
+                        // The server is down.
                         io::ErrorKind::ConnectionRefused => {}
                         _ => eprintln!("proxy: {error}"),
                     });
@@ -118,7 +121,7 @@ impl Proxy {
         }
     }
 
-    /// The port on 127.0.0.1 at which it accepts.
+    /// The port on 127.0.0.1 on which the proxy accepts connections.
     pub fn port(&self) -> u16 {
         self.address.port()
     }
@@ -128,7 +131,7 @@ impl Proxy {
         self.address.to_string()
     }
 
-    /// How many connections there were.
+    /// Number of connections accepted so far.
     pub fn connections(&self) -> u64 {
         self.replies.joined.load(Ordering::Relaxed)
     }
@@ -138,41 +141,46 @@ impl Proxy {
         format!("redis://{}", self.address)
     }
 
-    /// New connections lead to the server at that address; those that are there now stay where they are.
+    /// Directs new connections to the server at this address. Existing connections stay as they
+    /// are.
     pub fn lead_to(&self, server: String) {
         *self.server.lock() = server;
     }
 
-    /// Nothing that the server says comes through, until [`let_through`](Self::let_through).
+    /// Holds back everything the server sends until [`let_through`](Self::let_through).
     pub fn hold_back(&self) {
         self.replies.set(true);
     }
 
-    /// Nothing comes any more on the connections that are there now, which do not end: as where something on the way has forgotten them.
+    /// Drops everything the server sends on the existing connections without closing them, as if a
+    /// device on the path had lost their state.
     pub fn silence(&self) {
         let joined = self.replies.joined.load(Ordering::Relaxed);
         self.replies.silent.store(joined, Ordering::Relaxed);
     }
 
-    /// What clients send on the connections that are there now is acknowledged, and does not reach the server until
-    /// [`deliver_late`](Self::deliver_late), as if the network were gone and their system tried again and again.
+    /// Acknowledges what clients send on the existing connections, but keeps it from the server
+    /// until [`deliver_late`](Self::deliver_late), as if the network were down and the client's
+    /// kernel kept retransmitting.
     pub fn withhold(&self) {
         let joined = self.replies.joined.load(Ordering::Relaxed);
         self.requests.count.store(joined, Ordering::Relaxed);
     }
 
-    /// [`withhold`](Self::withhold), also for connections that are made from now on. [`heal`](Self::heal) ends it.
+    /// [`withhold`](Self::withhold), also for connections made from now on. [`heal`](Self::heal)
+    /// ends it.
     pub fn cut_off(&self) {
         self.requests.count.store(u64::MAX, Ordering::Relaxed);
     }
 
-    /// Nothing is withheld any more. What was is delivered late, or is lost, and its connections end.
+    /// Stops withholding. Withheld bytes are delivered late if `delivers`, otherwise lost. Their
+    /// connections are closed in either case.
     pub fn heal(&self, delivers: bool) {
-        // Under the lock, so that nothing of a connection overtakes what it has sent before.
+        // Done under the lock, so that later bytes of a connection don't overtake withheld ones.
         let mut kept = self.requests.kept.lock();
         self.requests.count.store(0, Ordering::Relaxed);
         for (_, mut kept) in std::mem::take(&mut *kept) {
-            // It may have ended already.
+            // The connection may have ended already.
             if delivers {
                 kept.server.write_all(&kept.bytes).ok();
             }
@@ -180,32 +188,33 @@ impl Proxy {
         }
     }
 
-    /// How many bytes are withheld.
+    /// Number of bytes withheld.
     pub fn withheld(&self) -> usize {
         self.requests.kept.lock().values().map(|kept| kept.bytes.len()).sum()
     }
 
-    /// Delivers what was withheld, but for what was sent on a connection that its client has reset since; then ends the connections. Returns how the server
-    /// calls them: it has executed everything when it does not know them any more.
+    /// Delivers the withheld bytes, except those of connections that the client has reset since,
+    /// then closes the connections. Returns the addresses by which the server knows them: once the
+    /// server no longer lists them, it has executed everything.
     pub fn deliver_late(&self) -> Vec<SocketAddr> {
         let kept = std::mem::take(&mut *self.requests.kept.lock());
         let deliver = |mut kept: Kept| {
             let known_as = kept.server.local_addr().ok()?;
             kept.server.write_all(&kept.bytes).ok()?;
-            // It may have ended already.
+            // The connection may have ended already.
             kept.server.shutdown(Shutdown::Write).ok();
             Some(known_as)
         };
         kept.into_values().filter_map(deliver).collect()
     }
 
-    /// From now on everything that the server says comes later by that.
+    /// From now on delays everything the server sends by `late`.
     pub fn slow_down(&self, late: Duration) {
         let millis = u64::try_from(late.as_millis()).expect("a short time");
         self.replies.late.store(millis, Ordering::Relaxed);
     }
 
-    /// Also what was held back.
+    /// Ends [`hold_back`](Self::hold_back) and delivers what was held back.
     pub fn let_through(&self) {
         self.replies.set(false);
     }
@@ -215,7 +224,7 @@ impl Drop for Proxy {
     fn drop(&mut self) {
         self.let_through();
         self.over.store(true, Ordering::Relaxed);
-        // Wakes the one that accepts; it may be gone already.
+        // Wakes the accepting thread, which may have ended already.
         drop(TcpStream::connect(self.address));
     }
 }
@@ -233,7 +242,8 @@ fn join(client: TcpStream, server: &str, replies: &Arc<Gate>, requests: &Arc<Wit
     Ok(())
 }
 
-/// What a client sends, until it ends the connection. Where something was withheld, the server does not learn of an orderly end.
+/// Forwards what a client sends until it closes the connection. If bytes are withheld, the server
+/// does not see an orderly close.
 fn carry(mut client: TcpStream, mut server: TcpStream, requests: &Withheld, number: u64) {
     let mut buffer = vec![0; 64 * 1024];
     loop {
@@ -245,7 +255,8 @@ fn carry(mut client: TcpStream, mut server: TcpStream, requests: &Withheld, numb
                 }
             }
             Ok(0) if requests.has(number) => {
-                // An encrypted connection ends in order first, and is reset then. A read does not tell of that.
+                // A TLS connection is first closed in order and then reset. A read does not report
+                // the reset.
                 while matches!(client.take_error(), Ok(None)) {
                     if !requests.has(number) {
                         return;
@@ -257,7 +268,7 @@ fn carry(mut client: TcpStream, mut server: TcpStream, requests: &Withheld, numb
             }
             Ok(0) => break,
             Err(_) => {
-                // Whatever its system has not sent is never sent.
+                // The client's kernel discards what it has not sent.
                 requests.kept.lock().remove(&number);
                 break;
             }
@@ -266,7 +277,7 @@ fn carry(mut client: TcpStream, mut server: TcpStream, requests: &Withheld, numb
     end([client, server]);
 }
 
-/// Until either side ends, and then the other ends, too.
+/// Copies until either side is closed, then closes the other.
 fn copy(mut from: TcpStream, mut to: TcpStream, gate: impl Fn() -> bool) {
     let mut buffer = vec![0; 64 * 1024];
     while let Ok(length @ 1..) = from.read(&mut buffer) {
@@ -279,7 +290,7 @@ fn copy(mut from: TcpStream, mut to: TcpStream, gate: impl Fn() -> bool) {
 
 fn end(streams: [TcpStream; 2]) {
     for stream in streams {
-        // The other side may have ended it.
+        // The other side may have closed it already.
         drop(stream.shutdown(Shutdown::Both));
     }
 }

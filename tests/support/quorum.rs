@@ -1,26 +1,27 @@
-//! Independent Redis servers, as the nodes of a quorum.
+//! Independent Redis servers that serve as the nodes of a quorum.
 
 use std::time::Duration;
 
 use super::server::RedisServer;
 use super::wait::{PATIENCE, wait_until};
 
-/// The longest TTL that managers of these nodes may use, and so how long a node must have been running before it has a vote.
+/// The longest TTL of the managers that use these nodes, and thus the time that a node must have
+/// been running before it may vote.
 pub const MAX_TTL: Duration = Duration::from_secs(3);
 
-/// Nodes of a quorum. Each can be stopped, killed and restarted as a [`RedisServer`].
+/// The nodes of a quorum. Each can be stopped, killed and restarted like any [`RedisServer`].
 pub struct Quorum {
     nodes: Vec<RedisServer>,
 }
 
 impl Quorum {
-    /// Starts so many nodes and waits until each has a vote.
+    /// Starts `count` nodes and waits until each may vote.
     #[track_caller]
     pub fn start(count: usize) -> Self {
         Self::start_in(count, &[])
     }
 
-    /// [`start`](Self::start), with these variables in the environment of each node.
+    /// [`start`](Self::start) with extra environment variables for each node.
     #[track_caller]
     pub fn start_in(count: usize, vars: &[(&'static str, String)]) -> Self {
         let start = |_| {
@@ -43,21 +44,22 @@ impl Quorum {
         format!("redlock://{}", places.join(","))
     }
 
-    /// The nodes, in the order of the URL.
+    /// The nodes, in URL order.
     pub fn nodes(&self) -> &[RedisServer] {
         &self.nodes
     }
 
-    /// Waits until the node has been running for so long that it has a vote.
+    /// Waits until the node has been running long enough to vote.
     #[track_caller]
     pub fn wait_for_vote(&self, node: usize) {
         let has_vote = || {
             let info: String = self.nodes[node].query(&["INFO", "server"]);
             let uptime = info.lines().find_map(|line| line.strip_prefix("uptime_in_seconds:"));
             let uptime: u64 = uptime.expect("an uptime").trim().parse().expect("a number");
-            // A manager that asked in another moment of a second may count up to a second more.
+            // Managers compute the start of the vote from a truncated uptime, which may put it up
+            // to a second later.
             Duration::from_secs(uptime) > MAX_TTL + Duration::from_secs(1)
         };
-        wait_until("the node has a vote", PATIENCE, has_vote);
+        wait_until("the node may vote", PATIENCE, has_vote);
     }
 }

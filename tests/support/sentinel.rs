@@ -1,6 +1,7 @@
-//! A primary, its replicas and three sentinels of a test's own.
+//! A primary, its replicas and three sentinels for one test.
 //!
-//! Everything is as quick as Sentinel lets it be: a primary that does not answer is taken for dead after a few hundred milliseconds.
+//! All periods are as short as Sentinel allows: an unresponsive primary is considered down after a
+//! few hundred milliseconds.
 
 use std::fs::{self, File};
 use std::net::Ipv4Addr;
@@ -20,38 +21,42 @@ use super::wait::{PATIENCE, wait_until};
 
 const LOG: &str = "sentinel.log";
 
-/// What the sentinels call the primary.
+/// The name of the primary in the sentinels' configuration.
 pub const NAME: &str = "mymaster";
 const SENTINELS: usize = 3;
 const QUORUM: usize = 2;
 
-/// After how long a server that does not answer is down.
+/// Time after which an unresponsive server is considered down.
 pub const DOWN_AFTER: Duration = Duration::from_millis(800);
 
-/// How often a sentinel tells the others what it knows, by default. The old primary of an orderly failover is demoted after four times that.
+/// Default period at which a sentinel publishes its view to the others. After an orderly failover
+/// the old primary is demoted after four periods.
 const PUBLISH_PERIOD: Duration = Duration::from_secs(2);
 
-/// See the module.
+/// Data servers and the sentinels that watch them.
 pub struct Watched {
-    /// The first one was started as the primary.
+    /// The first server was started as the primary.
     servers: Vec<RedisServer>,
     sentinels: Vec<Sentinel>,
 }
 
 impl Watched {
-    /// Starts all of them and waits until every sentinel knows all others and every replica is in step.
+    /// Starts all servers and waits until every sentinel knows the others and every replica is in
+    /// sync.
     #[track_caller]
     pub fn start(replicas: usize) -> Self {
         Self::start_with(replicas, &[], &[])
     }
 
-    /// [`start`](Self::start) with more arguments for the first server, and more lines for the configurations of the sentinels.
+    /// [`start`](Self::start) with extra arguments for the first server and extra lines for the
+    /// sentinels' configuration.
     #[track_caller]
     pub fn start_with(replicas: usize, args: &[&str], lines: &[&str]) -> Self {
         Self::start_in(replicas, &[], args, lines)
     }
 
-    /// [`start_with`](Self::start_with), with these variables in the environment of all servers but the sentinels.
+    /// [`start_with`](Self::start_with) with extra environment variables for all servers except the
+    /// sentinels.
     #[track_caller]
     pub fn start_in(replicas: usize, vars: &[(&str, String)], args: &[&str], lines: &[&str]) -> Self {
         let mut servers = vec![RedisServer::start_in(
@@ -60,23 +65,24 @@ impl Watched {
         )];
         let port = servers[0].port().to_string();
         for _ in 0..replicas {
-            // It may be a primary itself later.
+            // A replica may become the primary later.
             let args = ["--repl-diskless-sync-delay", "0", "--replicaof", "127.0.0.1", &port];
             servers.push(RedisServer::start_in(vars, &args));
         }
-        wait_until("the replicas are in step", PATIENCE, || {
+        wait_until("the replicas are in sync", PATIENCE, || {
             in_step(&servers[0]) == replicas
         });
         let sentinels: Vec<Sentinel> = (0..SENTINELS)
             .map(|_| Sentinel::start(servers[0].port(), lines))
             .collect();
         for sentinel in &sentinels {
-            // The usual periods are seconds. One that was not scheduled for two of them does nothing for the next thirty, and a connection to
-            // a server that hung is made anew after fifteen.
+            // The default periods are seconds. A sentinel that was not scheduled for two of them
+            // enters TILT mode and does nothing for 30 seconds, and a connection to a hung server
+            // is only replaced after 15.
             sentinel.debug(&["INFO-PERIOD", "100", "PUBLISH-PERIOD", "50"]);
             sentinel.debug(&["TILT-PERIOD", "500", "MIN-LINK-RECONNECT-PERIOD", "500"]);
         }
-        wait_until("the sentinels know everybody", PATIENCE, || {
+        wait_until("the sentinels know all servers", PATIENCE, || {
             sentinels.iter().all(|sentinel| {
                 let known = sentinel.of_primary(["num-slaves", "num-other-sentinels"]);
                 known.map(|count| count.parse::<usize>().expect("a number")) == [replicas, SENTINELS - 1]
@@ -87,12 +93,12 @@ impl Watched {
         watched
     }
 
-    /// All servers that keep data.
+    /// All data servers.
     pub fn servers(&self) -> &[RedisServer] {
         &self.servers
     }
 
-    /// How often sentinels tell one another what they know.
+    /// Sets the period at which sentinels publish their view.
     pub fn publish_every(&self, period: Duration) {
         for sentinel in &self.sentinels {
             sentinel.debug(&["PUBLISH-PERIOD", &period.as_millis().to_string()]);
@@ -105,7 +111,7 @@ impl Watched {
         format!("redis+sentinel://{}/{NAME}", places.join(","))
     }
 
-    /// The server that most sentinels call the primary.
+    /// The server that most sentinels consider the primary.
     #[track_caller]
     pub fn primary(&self) -> &RedisServer {
         let mut ports: Vec<u16> = self.sentinels.iter().filter_map(Sentinel::primary).collect();
@@ -114,7 +120,7 @@ impl Watched {
         self.server(port)
     }
 
-    /// All servers but the primary, whether they are up or not.
+    /// All servers except the primary, whether they are up or not.
     #[track_caller]
     pub fn replicas(&self) -> Vec<&RedisServer> {
         let primary = self.primary().port();
@@ -131,18 +137,20 @@ impl Watched {
         &self.sentinels
     }
 
-    /// `SENTINEL FAILOVER`. Returns the new primary when every sentinel knows it.
+    /// Runs `SENTINEL FAILOVER`. Returns the new primary once every sentinel knows it.
     #[track_caller]
     pub fn failover(&self) -> &RedisServer {
         let (old, leader) = (self.primary().port(), &self.sentinels[0]);
-        self.wait("a failover is carried out", || {
-            // In one question, since a failover that ends in between would be followed by one back.
+        self.wait("the failover is done", || {
+            // Both fields are read with one query. With two, a failover that ends in between would
+            // trigger another one back.
             let [port, flags] = leader.of_primary(["port", "flags"]);
             if port != old.to_string() {
                 return true;
             }
             if !flags.contains("failover_in_progress") {
-                // One that finds no replica in a fit state is refused, or given up without a word, and begun again here.
+                // A failover that finds no suitable replica is refused, or abandoned silently, and
+                // is retried here.
                 let begun: RedisResult<String> = leader.try_query(&["SENTINEL", "FAILOVER", NAME]);
                 drop(begun);
             }
@@ -151,7 +159,7 @@ impl Watched {
         self.switched(old)
     }
 
-    /// Waits until every sentinel calls another server the primary than the one at that port.
+    /// Waits until every sentinel reports a primary other than the server at port `from`.
     #[track_caller]
     pub fn switched(&self, from: u16) -> &RedisServer {
         let up = || self.sentinels.iter().filter_map(Sentinel::primary);
@@ -159,13 +167,13 @@ impl Watched {
         self.primary()
     }
 
-    /// Waits until the replicas of the primary are as many as that, and in step.
+    /// Waits until the primary has exactly `count` replicas in sync.
     #[track_caller]
     pub fn has_replicas(&self, count: usize) {
         self.wait("the primary has its replicas", || in_step(self.primary()) == count);
     }
 
-    /// [`wait_until`], with what the sentinels have to say if it is in vain.
+    /// [`wait_until`] that prints the sentinels' logs on failure.
     #[track_caller]
     fn wait(&self, what: &str, mut condition: impl FnMut() -> bool) {
         let deadline = Instant::now() + PATIENCE;
@@ -173,43 +181,44 @@ impl Watched {
             let logs = || self.sentinels.iter().map(Sentinel::log).collect::<Vec<_>>().join("\n");
             assert!(
                 Instant::now() < deadline,
-                "waited {PATIENCE:?} in vain until {what}:\n{}",
+                "waited {PATIENCE:?} without success until {what}:\n{}",
                 logs()
             );
             thread::sleep(Duration::from_millis(2));
         }
     }
 
-    /// Stops the replication from the primary, without the sentinels doing anything about it for some seconds.
+    /// Stops replication from the primary. The sentinels do not react for some seconds.
     #[track_caller]
     pub fn cut_replication(&self) {
         for replica in self.replicas() {
-            // Nobody is there.
+            // Nothing listens on this port.
             replica.command(&["REPLICAOF", "127.0.0.1", "1"]);
         }
         self.has_replicas(0);
     }
 }
 
-/// How many replicas have everything that the primary has. One that is said to be online gets nothing until its first acknowledgement, which
-/// takes up to a second.
+/// The number of replicas that have received everything from the primary. A replica listed as
+/// online receives nothing until its first acknowledgement, which takes up to a second.
 #[track_caller]
 pub fn in_step(primary: &RedisServer) -> usize {
-    // Something that they have to acknowledge, and that leaves nothing behind.
+    // Gives the replicas something to acknowledge that leaves no data behind.
     primary.command(&["PUBLISH", "in-step", ""]);
-    // Before the first replica asked, nothing is kept for any; all that are online would count as having acknowledged that.
+    // Before the first replica has synchronized, the primary keeps no backlog. All online replicas
+    // would then count as having acknowledged the offset 0.
     let replication: String = primary.query(&["INFO", "replication"]);
     if replication.lines().any(|line| line == "master_repl_offset:0") {
         return 0;
     }
-    // A server that is no primary, or not yet, refuses.
+    // A server that is not a primary (yet) refuses.
     primary.try_query(&["WAIT", "100", "50"]).unwrap_or_default()
 }
 
 /// One sentinel.
 pub struct Sentinel {
     port: u16,
-    /// As a server is given its password on the command line.
+    /// In the form in which a server is given its password on the command line.
     password: Vec<String>,
     dir: TempDir,
     process: Mutex<Option<Process>>,
@@ -263,7 +272,7 @@ impl Sentinel {
     ///
     /// # Errors
     ///
-    /// The sentinel's error, or that it can't be reached.
+    /// The sentinel's error, or the connection error if the sentinel is unreachable.
     pub fn try_query<T: FromRedisValue>(&self, words: &[&str]) -> RedisResult<T> {
         let mut kept = self.control.lock();
         let mut control = match kept.take() {
@@ -276,13 +285,13 @@ impl Sentinel {
         reply
     }
 
-    /// The port of the primary as this one knows it; nothing while it is down.
+    /// The port of the primary as this sentinel knows it; `None` while the sentinel is down.
     fn primary(&self) -> Option<u16> {
         let asked: RedisResult<(String, u16)> = self.try_query(&["SENTINEL", "GET-MASTER-ADDR-BY-NAME", NAME]);
         asked.ok().map(|(_, port)| port)
     }
 
-    /// What it knows of the primary.
+    /// Fields that the sentinel reports about the primary.
     #[track_caller]
     fn of_primary<const N: usize>(&self, names: [&str; N]) -> [String; N] {
         let fields: Vec<String> = self.try_query(&["SENTINEL", "MASTER", NAME]).expect("SENTINEL MASTER");
@@ -292,7 +301,7 @@ impl Sentinel {
         })
     }
 
-    /// What it has logged.
+    /// The sentinel's log.
     pub fn log(&self) -> String {
         fs::read_to_string(self.dir.path().join(LOG)).unwrap_or_default()
     }
@@ -305,13 +314,14 @@ impl Sentinel {
     }
 }
 
-/// Starts a sentinel on this port and waits until it answers. Nothing if the port is taken.
+/// Starts a sentinel on this port and waits until it answers. Returns `None` if the port is taken.
 #[track_caller]
 fn launch(port: u16, primary: u16, lines: &[&str], dir: &Path) -> Option<(Process, Vec<String>)> {
     let config = dir.join("sentinel.conf");
     let has_names = lines.iter().any(|line| line.starts_with("sentinel resolve-hostnames"));
     let host = if has_names { "localhost" } else { "127.0.0.1" };
-    // Names have to be allowed before one is named, and what a primary needs comes after it.
+    // Host names must be allowed before the first one is used. Lines about a primary must follow
+    // its declaration.
     let (before, after): (Vec<&str>, Vec<&str>) = lines.iter().partition(|line| !line.contains(NAME));
     let text = format!(
         "port {port}\nbind 127.0.0.1\ndir {}\n{}\nsentinel monitor {NAME} {host} {primary} {QUORUM}\n\
@@ -340,7 +350,7 @@ fn launch(port: u16, primary: u16, lines: &[&str], dir: &Path) -> Option<(Proces
     let log = || fs::read_to_string(&log).unwrap_or_default();
     let mut is_up = false;
     wait_until("a sentinel answers or ends", PATIENCE, || {
-        // A sentinel of somebody else on the same port knows another primary.
+        // A sentinel of another test on the same port knows another primary.
         let asked = || {
             let mut question = redis::cmd("SENTINEL");
             question.arg("GET-MASTER-ADDR-BY-NAME").arg(NAME);

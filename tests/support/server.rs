@@ -1,7 +1,8 @@
-//! A real Redis or Valkey of a test's own.
+//! A real Redis or Valkey for one test.
 //!
-//! Each server has a free port on 127.0.0.1 and a directory of its own and persists nothing, so tests run side by side
-//! and share no state. It ends with the value that stands for it, and with the test process at the latest.
+//! Each server has its own free port on 127.0.0.1 and its own directory and persists nothing, so
+//! tests run side by side and share no state. The server is killed when the value is dropped, or at
+//! the latest when the test process ends.
 
 use std::collections::BTreeMap;
 use std::env;
@@ -23,33 +24,35 @@ use super::directory::directory;
 use super::process::Process;
 use super::wait::PATIENCE;
 
-/// Ports below the usual ephemeral ranges: there, a client that reconnects to a server that is down could get the
-/// server's own port as its source port, and so be connected to itself. A cluster's bus takes the port 10,000 above.
+/// Ports below the usual ephemeral ranges. From an ephemeral range, a client that reconnects to a
+/// dead server could get the server's own port as its source port and connect to itself. A cluster
+/// node also uses the port 10,000 higher for its bus.
 const FIRST_PORT: u16 = 12_000;
 const PORTS: u16 = 10_000;
 
-/// How often a port that was free may turn out to be taken, by a process that picked it in the same moment.
+/// Attempts to find a port, in case another process picks the same free port at the same moment.
 pub(super) const PORTS_TRIED_MAX: u32 = 20;
 
-/// A running server. All methods take `&self`, so that the tasks of a test can share one.
+/// A running server. All methods take `&self`, so the tasks of a test can share a server.
 pub struct RedisServer {
     port: u16,
     args: Vec<String>,
     vars: Vec<(String, String)>,
     dir: TempDir,
-    /// Nothing while the server is down.
+    /// `None` while the server is down.
     process: Mutex<Option<Process>>,
-    /// The test's own connection. It is kept, so that asking adds few commands and connections to what is counted. Its
-    /// lock is apart from the process's, so that a stopped server can go on while somebody waits for its answer.
+    /// The test's own connection. It is kept open, so that queries add few commands and connections
+    /// to the statistics. It has its own lock, so that a stopped server can be resumed while
+    /// another thread waits for its reply.
     control: Mutex<Option<Connection>>,
 }
 
-/// Connections as `CLIENT KILL TYPE` tells them apart.
+/// Connection types of `CLIENT KILL TYPE`.
 #[derive(Clone, Copy, Debug, Eq, PartialEq)]
 pub enum ClientType {
     /// Connections that carry commands.
     Normal,
-    /// Connections that are subscribed to something.
+    /// Connections with at least one subscription.
     PubSub,
 }
 
@@ -69,14 +72,16 @@ impl RedisServer {
         Self::start_with(&[])
     }
 
-    /// Starts a server with more arguments, such as `&["--maxmemory-policy", "noeviction"]`. The methods here log in
-    /// with the password of a `--requirepass`; [`url`](Self::url) leaves it out.
+    /// Starts a server with extra arguments, such as `&["--maxmemory-policy", "noeviction"]`. The
+    /// methods of this type log in with the password given by `--requirepass`; [`url`](Self::url)
+    /// omits it.
     #[track_caller]
     pub fn start_with(args: &[&str]) -> Self {
         Self::start_in(&[], args)
     }
 
-    /// [`start_with`](Self::start_with), with these variables in its environment. It runs in its [`dir`](Self::dir).
+    /// [`start_with`](Self::start_with) with extra environment variables. The server runs in its
+    /// [`dir`](Self::dir).
     #[track_caller]
     pub fn start_in(vars: &[(&str, String)], args: &[&str]) -> Self {
         let args: Vec<String> = args.iter().map(|&arg| arg.to_owned()).collect();
@@ -102,7 +107,7 @@ impl RedisServer {
         panic!("{PORTS_TRIED_MAX} ports that were free were taken a moment later");
     }
 
-    /// The port on 127.0.0.1, which a restart keeps.
+    /// The port on 127.0.0.1. It stays the same after a restart.
     pub fn port(&self) -> u16 {
         self.port
     }
@@ -117,23 +122,23 @@ impl RedisServer {
         format!("{}:{}", Ipv4Addr::LOCALHOST, self.port)
     }
 
-    /// The server's directory. It goes with the server.
+    /// The server's directory, removed when the server is dropped.
     pub fn dir(&self) -> &Path {
         self.dir.path()
     }
 
-    /// What the server has logged since its last start.
+    /// The server's log since its last start.
     pub fn log(&self) -> String {
         log(self.dir.path())
     }
 
-    /// The process id; a panic while the server is down.
+    /// The process id. Panics while the server is down.
     #[track_caller]
     pub fn pid(&self) -> u32 {
         self.with_process(Process::pid)
     }
 
-    /// Whether it was started and not killed since.
+    /// Whether the server was started and has not been killed since.
     pub fn is_up(&self) -> bool {
         self.process.lock().is_some()
     }
@@ -143,13 +148,15 @@ impl RedisServer {
         binary().version
     }
 
-    /// SIGKILL, then reaps: nothing listens on the port any more. Does nothing if the server is down.
+    /// SIGKILL, then reaps: nothing listens on the port afterwards. Does nothing if the server is
+    /// down.
     pub fn kill(&self) {
         *self.process.lock() = None;
         *self.control.lock() = None;
     }
 
-    /// Kills the server if it is up, and starts it anew on the same port, empty.
+    /// Kills the server if it is up, and starts a new one on the same port. It is empty unless the
+    /// arguments enable persistence.
     #[track_caller]
     pub fn restart(&self) {
         self.kill();
@@ -159,7 +166,8 @@ impl RedisServer {
         *self.control.lock() = Some(control);
     }
 
-    /// SIGSTOP: the kernel still accepts connections, but nobody answers. Returns when the server stands still.
+    /// SIGSTOP: the kernel still accepts connections, but the process does not answer. Returns once
+    /// the server is stopped.
     #[track_caller]
     pub fn stop(&self) {
         self.with_process(Process::stop);
@@ -171,13 +179,13 @@ impl RedisServer {
         self.with_process(Process::cont);
     }
 
-    /// Sends a command and returns its reply; an error is a panic.
+    /// Sends a command and returns its reply. Panics on an error.
     #[track_caller]
     pub fn command(&self, words: &[&str]) -> Value {
         self.query(words)
     }
 
-    /// [`command`](Self::command), with the reply as a type of one's choice.
+    /// [`command`](Self::command) with the reply converted to `T`.
     #[track_caller]
     pub fn query<T: FromRedisValue>(&self, words: &[&str]) -> T {
         self.try_query(words)
@@ -188,7 +196,7 @@ impl RedisServer {
     ///
     /// # Errors
     ///
-    /// The server's error, or that it can't be reached.
+    /// The server's error, or the connection error if the server is unreachable.
     pub fn try_query<T: FromRedisValue>(&self, words: &[&str]) -> RedisResult<T> {
         let (name, args) = words.split_first().expect("a command has a name");
         let mut kept = self.control.lock();
@@ -200,7 +208,8 @@ impl RedisServer {
             let reply = redis::cmd(name).arg(args).query(&mut control);
             let broken = reply.as_ref().is_err_and(redis::RedisError::is_unrecoverable_error);
             if broken && !is_new {
-                // It was cut since the last command, as sentinels do with all connections of a server whose role they change.
+                // The kept connection was cut since the last command. Sentinels cut all connections
+                // of a server whose role they change.
                 continue;
             }
             *kept = (!broken).then_some(control);
@@ -208,8 +217,8 @@ impl RedisServer {
         }
     }
 
-    /// How often each command has run since the start or [`reset_stats`](Self::reset_stats), also inside of scripts,
-    /// also when it failed. Subcommands are named as in `client|kill`.
+    /// Number of calls of each command since the start or [`reset_stats`](Self::reset_stats),
+    /// including calls from scripts and failed calls. Subcommands are named like `client|kill`.
     #[track_caller]
     pub fn commands(&self) -> BTreeMap<String, u64> {
         let stats: String = self.query(&["INFO", "commandstats"]);
@@ -221,7 +230,7 @@ impl RedisServer {
             .collect()
     }
 
-    /// How often one command has run, its subcommands included. See [`commands`](Self::commands).
+    /// Number of calls of one command, including its subcommands. See [`commands`](Self::commands).
     #[track_caller]
     pub fn calls(&self, command: &str) -> u64 {
         let commands = self.commands();
@@ -233,7 +242,7 @@ impl RedisServer {
             .sum()
     }
 
-    /// How often a script or a function was called, by whichever command.
+    /// Number of script and function calls, by any command.
     #[track_caller]
     pub fn script_calls(&self) -> u64 {
         let kinds = ["eval", "eval_ro", "evalsha", "evalsha_ro", "fcall", "fcall_ro"];
@@ -241,7 +250,7 @@ impl RedisServer {
         kinds.iter().filter_map(|&kind| commands.get(kind)).sum()
     }
 
-    /// How many messages were published, sharded or not, by clients or by scripts.
+    /// Number of published messages, sharded or not, from clients and scripts.
     #[track_caller]
     pub fn publishes(&self) -> u64 {
         let commands = self.commands();
@@ -251,7 +260,7 @@ impl RedisServer {
             .sum()
     }
 
-    /// Counts from zero again.
+    /// Resets the statistics.
     #[track_caller]
     pub fn reset_stats(&self) {
         self.command(&["CONFIG", "RESETSTAT"]);
@@ -269,7 +278,7 @@ impl RedisServer {
         keys
     }
 
-    /// The manager and the cycle of each lease, as it is stored.
+    /// The manager and the cycle of each lease, as stored.
     #[track_caller]
     pub fn owners(&self) -> Vec<(String, String)> {
         let leases = self
@@ -286,32 +295,32 @@ impl RedisServer {
             .collect()
     }
 
-    /// How many keys there are.
+    /// Number of keys.
     #[track_caller]
     pub fn dbsize(&self) -> u64 {
         self.query(&["DBSIZE"])
     }
 
-    /// The channels that somebody is subscribed to, sorted.
+    /// The channels with at least one subscriber, sorted.
     #[track_caller]
     pub fn channels(&self) -> Vec<String> {
         self.sorted(&["PUBSUB", "CHANNELS"])
     }
 
-    /// The sharded channels that somebody is subscribed to, sorted.
+    /// The sharded channels with at least one subscriber, sorted.
     #[track_caller]
     pub fn shard_channels(&self) -> Vec<String> {
         self.sorted(&["PUBSUB", "SHARDCHANNELS"])
     }
 
-    /// How many connections there are besides the one that asks.
+    /// Number of connections, not counting the test's own.
     #[track_caller]
     pub fn connections(&self) -> usize {
         let list: String = self.query(&["CLIENT", "LIST"]);
         list.lines().count() - 1
     }
 
-    /// The numbers of the connections that are subscribed to something, which are never used twice, sorted.
+    /// The ids of the connections with subscriptions, sorted. The server never reuses an id.
     #[track_caller]
     pub fn subscribers(&self) -> Vec<u64> {
         let list: String = self.query(&["CLIENT", "LIST", "TYPE", "pubsub"]);
@@ -321,13 +330,14 @@ impl RedisServer {
         numbers
     }
 
-    /// Cuts all connections of this type except the one that asks, and returns how many there were.
+    /// Closes all connections of this type except the test's own, and returns their number.
     #[track_caller]
     pub fn client_kill(&self, kind: ClientType) -> u64 {
         self.query(&["CLIENT", "KILL", "TYPE", kind.name(), "SKIPME", "yes"])
     }
 
-    /// Cuts the connections of this type except the one that asks and those whose names begin like that.
+    /// Closes the connections of this type except the test's own and those whose name starts with
+    /// `spared`.
     #[track_caller]
     pub fn client_kill_but(&self, kind: ClientType, spared: &str) {
         let list: String = self.query(&["CLIENT", "LIST", "TYPE", kind.name()]);
@@ -337,7 +347,7 @@ impl RedisServer {
                 continue;
             }
             let id = field("id=").expect("every client has one");
-            // None, where it has gone by itself.
+            // Returns 0 if the client has disconnected in the meantime.
             self.query::<u64>(&["CLIENT", "KILL", "ID", id, "SKIPME", "yes"]);
         }
     }
@@ -355,7 +365,7 @@ impl RedisServer {
     }
 }
 
-/// Starts a server on this port and waits until it answers. Nothing if the port is taken.
+/// Starts a server on this port and waits until it answers. Returns `None` if the port is taken.
 #[track_caller]
 fn launch(port: u16, args: &[String], vars: &[(String, String)], dir: &Path) -> Option<(Process, Connection)> {
     let log_file = File::create(dir.join(LOG)).expect("make a log file");
@@ -384,7 +394,7 @@ fn launch(port: u16, args: &[String], vars: &[(String, String)], dir: &Path) -> 
 
     let deadline = Instant::now() + PATIENCE;
     loop {
-        // A server of somebody else on the same port would answer, too.
+        // Check the process id: another test's server on the same port would answer, too.
         if let Some(control) = connect(port, args)
             .ok()
             .and_then(|control| ready(control, process.pid()))
@@ -429,7 +439,8 @@ pub(super) fn connect(port: u16, args: &[String]) -> RedisResult<Connection> {
     Ok(connection)
 }
 
-/// Ports are taken in turn from a random one on, so that tests of one process never meet and others hardly ever do.
+/// Returns a free port. Ports are taken in sequence from a random start, so tests in one process
+/// never collide and tests in different processes hardly ever do.
 pub fn free_port() -> u16 {
     static NEXT: OnceLock<AtomicU16> = OnceLock::new();
     let next = NEXT.get_or_init(|| AtomicU16::new((RandomState::new().hash_one(0) % u64::from(PORTS)) as u16));
@@ -469,7 +480,8 @@ pub fn binary() -> &'static Binary {
     })
 }
 
-/// The same places in the same order as `scripts/ensure-server`, which also installs one.
+/// Searches the same places in the same order as `scripts/ensure-server`, which also installs a
+/// server.
 fn find_binary() -> PathBuf {
     if let Some(path) = env::var_os("SHARDLOCK_REDIS_SERVER").filter(|path| !path.is_empty()) {
         return path.into();

@@ -1,4 +1,5 @@
-//! A terminal as in a window: a process leads a session on it, and a test sees what is on the screen and types.
+//! A terminal like that of a window: a process leads a session on it, and the test reads the screen
+//! and types.
 
 use std::fs::{File, OpenOptions};
 use std::io::{self, Read, Write};
@@ -20,7 +21,7 @@ use rustix::termios::{Winsize, tcgetattr, tcsetwinsize};
 use super::process::Process;
 use super::wait::{PATIENCE, POLL};
 
-/// A terminal, and the process that was started on it. Dropping it kills the process.
+/// A terminal and the process started on it. Dropping it kills the process.
 pub struct Terminal {
     pub process: Process,
     keyboard: File,
@@ -29,22 +30,23 @@ pub struct Terminal {
 
 struct Shown {
     screen: vt100::Parser,
-    /// All that was ever written.
+    /// Everything written so far.
     written: Vec<u8>,
 }
 
 impl Terminal {
-    /// Starts the command as the leader of a session of its own, with all three streams on a terminal of this size.
+    /// Starts the command as the leader of its own session, with all three streams on a terminal of
+    /// this size.
     #[track_caller]
     pub fn open(mut command: Command, rows: u16, columns: u16) -> Self {
         let control = openpt(OpenptFlags::RDWR | OpenptFlags::NOCTTY).expect("open a terminal");
         grantpt(&control).expect("grant the terminal");
         unlockpt(&control).expect("unlock the terminal");
         tcsetwinsize(&control, size(rows, columns)).expect("size the terminal");
-        let name = ptsname(&control, Vec::new()).expect("ask the terminal's name");
+        let name = ptsname(&control, Vec::new()).expect("get the terminal's name");
         let name = Path::new(std::ffi::OsStr::from_bytes(name.as_bytes()));
         let terminal = || -> Stdio {
-            // A test process that leads a session must not become the one that the terminal controls.
+            // If the test process leads a session, this must not become its controlling terminal.
             let mut options = OpenOptions::new();
             options.read(true).write(true).custom_flags(libc::O_NOCTTY);
             let opened = options.open(name);
@@ -57,7 +59,8 @@ impl Terminal {
             ioctl_tiocsctty(io::stdin().as_fd())?;
             Ok(())
         };
-        // SAFETY: between fork and exec the closure makes two system calls; it neither allocates nor locks.
+        // SAFETY: between fork and exec the closure makes two system calls. It neither allocates
+        // nor takes a lock.
         #[allow(unsafe_code)]
         unsafe {
             command.pre_exec(lead_a_session);
@@ -80,7 +83,7 @@ impl Terminal {
         (&self.keyboard).write_all(text.as_bytes()).expect("type");
     }
 
-    /// Gives the window another size, of which the kernel tells the process.
+    /// Resizes the window; the kernel notifies the process.
     #[track_caller]
     pub fn resize(&self, rows: u16, columns: u16) {
         let mut shown = self.shown.lock().expect("the watcher lives");
@@ -88,12 +91,12 @@ impl Terminal {
         tcsetwinsize(&self.keyboard, size(rows, columns)).expect("size the terminal");
     }
 
-    /// The screen as it is now.
+    /// The current screen.
     pub fn screen(&self) -> vt100::Screen {
         self.shown.lock().expect("the watcher lives").screen.screen().clone()
     }
 
-    /// The lines of the screen, without blanks at their ends.
+    /// The lines of the screen, without trailing blanks.
     pub fn lines(&self) -> Vec<String> {
         let screen = self.screen();
         let (_, columns) = screen.size();
@@ -103,13 +106,13 @@ impl Terminal {
             .collect()
     }
 
-    /// All that was written to the terminal so far.
+    /// Everything written to the terminal so far.
     pub fn written(&self) -> String {
         let shown = self.shown.lock().expect("the watcher lives");
         String::from_utf8_lossy(&shown.written).into_owned()
     }
 
-    /// Waits until the screen is so, and returns its lines.
+    /// Waits until the lines of the screen satisfy the condition, and returns them.
     #[track_caller]
     pub fn until(&self, what: &str, mut is_so: impl FnMut(&[String]) -> bool) -> Vec<String> {
         let deadline = Instant::now() + PATIENCE;
@@ -120,14 +123,14 @@ impl Terminal {
             }
             assert!(
                 Instant::now() < deadline,
-                "waited {PATIENCE:?} in vain until {what}:\n{}",
+                "waited {PATIENCE:?} without success until {what}:\n{}",
                 lines.join("\n")
             );
             thread::sleep(POLL);
         }
     }
 
-    /// Waits until some line of the screen has this text.
+    /// Waits until some line of the screen contains this text.
     #[track_caller]
     pub fn shows(&self, text: &str) -> Vec<String> {
         self.until(&format!("{text:?} is shown"), |lines| {
@@ -135,16 +138,16 @@ impl Terminal {
         })
     }
 
-    /// Waits until this text was written, whether it is still to be seen or not.
+    /// Waits until this text has been written, whether it is still visible or not.
     #[track_caller]
     pub fn has_shown(&self, text: &str) {
         self.until(&format!("{text:?} was written"), |_| self.written().contains(text));
     }
 
-    /// How the terminal treats what is typed and written, to compare it.
+    /// The terminal's input, output and local modes, as text for comparison.
     #[track_caller]
     pub fn modes(&self) -> String {
-        let modes = tcgetattr(&self.keyboard).expect("ask for the terminal's modes");
+        let modes = tcgetattr(&self.keyboard).expect("get the terminal's modes");
         format!(
             "{:?} {:?} {:?}",
             modes.input_modes, modes.output_modes, modes.local_modes
@@ -166,18 +169,19 @@ const fn size(rows: u16, columns: u16) -> Winsize {
     }
 }
 
-/// What comes between these is shown at once, so that nobody sees half a frame: "synchronized output", DEC private mode 2026.
+/// Terminals show the output between these sequences at once, so that no half-drawn frame is
+/// visible: "synchronized output", DEC private mode 2026.
 const FRAME_BEGINS: &[u8] = b"\x1b[?2026h";
 const FRAME_ENDS: &[u8] = b"\x1b[?2026l";
 
-/// Collects what is shown until the terminal is closed.
+/// Collects the output until the terminal is closed.
 fn watch(control: OwnedFd, shown: Arc<Mutex<Shown>>) {
     thread::spawn(move || {
         let mut control = File::from(control);
         let mut buffer = [0; 4096];
         let mut held_back = Vec::new();
         while let Ok(count @ 1..) = control.read(&mut buffer) {
-            let mut shown = shown.lock().expect("no test panics while it looks");
+            let mut shown = shown.lock().expect("no test panics while it holds the screen");
             shown.written.extend_from_slice(&buffer[..count]);
             held_back.extend_from_slice(&buffer[..count]);
             let whole: Vec<u8> = held_back.drain(..end_of_whole(&held_back)).collect();
@@ -186,7 +190,8 @@ fn watch(control: OwnedFd, shown: Arc<Mutex<Shown>>) {
     });
 }
 
-/// Where in the output a frame begins that has not ended yet, or may begin once more of it is there.
+/// The end of the output that consists of whole frames. The rest is an unfinished frame, or may be
+/// the start of one.
 fn end_of_whole(output: &[u8]) -> usize {
     let find = |from: usize, what: &[u8]| {
         let at = output[from..].windows(what.len()).position(|seen| seen == what);

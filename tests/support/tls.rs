@@ -1,4 +1,4 @@
-//! A certificate authority of a test's own, and servers that speak TLS.
+//! A certificate authority for one test, and servers that speak TLS.
 
 use std::fs;
 use std::path::{Path, PathBuf};
@@ -12,7 +12,8 @@ use tempfile::TempDir;
 
 use super::server::{RedisServer, binary, free_port};
 
-/// An authority with a directory in which it puts what it issues. The directory goes with it.
+/// An authority and the directory of its issued certificates. The directory is removed when the
+/// value is dropped.
 pub struct Authority {
     dir: TempDir,
     issuer: Issuer<'static, KeyPair>,
@@ -26,7 +27,7 @@ pub struct Identity {
 }
 
 impl Authority {
-    /// A new one that nobody trusts yet.
+    /// Creates an authority that no client trusts yet.
     pub fn new() -> Self {
         let dir = tempfile::Builder::new()
             .prefix("shardlock-authority-")
@@ -34,7 +35,7 @@ impl Authority {
             .expect("make a directory");
         let mut params = CertificateParams::new(Vec::new()).expect("parameters");
         params.is_ca = IsCa::Ca(BasicConstraints::Unconstrained);
-        // Two authorities of one name would be taken for each other.
+        // Clients would confuse two authorities with the same name.
         let name = format!("the authority of {}", dir.path().display());
         params.distinguished_name.push(DnType::CommonName, name);
         let key = KeyPair::generate().expect("a key");
@@ -44,7 +45,7 @@ impl Authority {
         Self { dir, issuer }
     }
 
-    /// The file with the authority's own certificate.
+    /// Path of the authority's own certificate.
     pub fn ca(&self) -> PathBuf {
         self.dir.path().join("ca.pem")
     }
@@ -53,17 +54,18 @@ impl Authority {
         self.dir.path()
     }
 
-    /// A certificate for these host names or addresses, good for servers and clients.
+    /// Issues a certificate for these host names or addresses, valid for servers and clients.
     pub fn issue(&self, name: &str, hosts: &[&str]) -> Identity {
         self.issue_until(name, hosts, 2200)
     }
 
-    /// One that is not valid any more.
+    /// Issues an expired certificate.
     pub fn issue_expired(&self, name: &str, hosts: &[&str]) -> Identity {
         self.issue_until(name, hosts, 2001)
     }
 
-    /// One that signs itself, for these hosts; as that of an authority, or of a server alone.
+    /// Creates a self-signed certificate for these hosts: that of an authority if `is_ca`,
+    /// otherwise that of a server.
     pub fn self_signed(&self, name: &str, hosts: &[&str], is_ca: bool) -> Identity {
         let hosts: Vec<String> = hosts.iter().map(|&host| host.to_owned()).collect();
         let mut params = CertificateParams::new(hosts).expect("parameters");
@@ -100,16 +102,17 @@ impl Authority {
     }
 }
 
-/// A server with a plain port for the test and one with TLS.
+/// A server with a plain port for the test and a TLS port.
 pub struct TlsServer {
     pub server: RedisServer,
     pub tls_port: u16,
 }
 
 impl TlsServer {
-    /// Starts it with that certificate. With `demanding`, clients have to show one of the authority.
+    /// Starts a server with this certificate. If `demanding`, clients must present a certificate of
+    /// the authority.
     ///
-    /// A server that was built without TLS gets it put in front.
+    /// A server built without TLS gets a TLS proxy in front of it.
     #[track_caller]
     pub fn start(authority: &Authority, identity: &Identity, demanding: bool, more: &[&str]) -> Self {
         let tls_port = free_port();
@@ -145,13 +148,14 @@ impl TlsServer {
         }
     }
 
-    /// `rediss://host:port` with that host.
+    /// `rediss://host:port` with the given host.
     pub fn url(&self, host: &str) -> String {
         format!("rediss://{host}:{}", self.tls_port)
     }
 }
 
-/// Whether the server was built with TLS. Without a certificate it ends at its start, and says which of the two it lacks.
+/// Whether the server was built with TLS. Started without a certificate, the server exits and logs
+/// whether it lacks TLS support or the certificate.
 pub fn has_tls() -> bool {
     static HAS_TLS: OnceLock<bool> = OnceLock::new();
     *HAS_TLS.get_or_init(|| {
@@ -168,7 +172,7 @@ pub fn has_tls() -> bool {
         let said = String::from_utf8_lossy(&output.stdout);
         assert!(
             !output.status.success(),
-            "a server without a certificate goes on: {said}"
+            "a server without a certificate keeps running: {said}"
         );
         let lacks_tls = said.contains("Failed finding TLS support");
         assert!(lacks_tls || said.contains("No tls-cert-file configured"), "{said}");

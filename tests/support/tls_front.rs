@@ -1,4 +1,4 @@
-//! TLS in front of a server that was built without it.
+//! A TLS proxy in front of a server that was built without TLS.
 
 use std::fs;
 use std::io::{self, Read, Write};
@@ -15,8 +15,8 @@ use rustls::{RootCertStore, ServerConfig, ServerConnection};
 use tokio::io::{AsyncReadExt, AsyncWriteExt};
 use tokio::net::{TcpListener, TcpStream};
 
-/// Accepts TLS on one port of 127.0.0.1 and carries what comes to another and back. Ends with the test process: a thread that waits
-/// for connections disturbs nobody.
+/// Accepts TLS on one port of 127.0.0.1 and forwards it to another, in both directions. Its thread
+/// runs until the test process ends, which is harmless: it only waits for connections.
 pub fn carry(from: u16, to: u16, certificate: &Path, key: &Path, clients_of: Option<&Path>) {
     let config = Arc::new(config(certificate, key, clients_of));
     let listener = StdListener::bind((Ipv4Addr::LOCALHOST, from)).expect("a port for TLS");
@@ -26,7 +26,7 @@ pub fn carry(from: u16, to: u16, certificate: &Path, key: &Path, clients_of: Opt
         while let Ok((client, _)) = listener.accept().await {
             let config = Arc::clone(&config);
             tokio::spawn(async move {
-                // What goes wrong in here, the client sees.
+                // Ignore errors: the client sees them.
                 drop(carry_one(client, config, to).await);
             });
         }
@@ -80,7 +80,7 @@ async fn carry_one(mut client: TcpStream, config: Arc<ServerConfig>, to: u16) ->
                 while !rest.is_empty() {
                     tls.read_tls(&mut rest)?;
                     let state = tls.process_new_packets();
-                    // Where that failed, the client is told why.
+                    // If that failed, this sends the TLS alert to the client.
                     flush(&mut tls, &mut client).await?;
                     state.map_err(io::Error::other)?;
                     let mut plain = Vec::new();

@@ -1,4 +1,4 @@
-//! Workers: processes of the test's own binary, which speak with the test in lines.
+//! Worker processes: the test binary started again, exchanging lines with the test.
 //!
 //! A test file that uses workers has one entry for all of them:
 //!
@@ -25,10 +25,12 @@
 //! }
 //! ```
 //!
-//! In an ordinary run the entry returns at once. [`spawn`] runs the binary again with only that test and with
-//! `LOCKTEST_WORKER` set to the worker's name. What a worker writes to standard error is seen with the test's.
+//! In an ordinary run the entry returns at once. [`spawn`] runs the binary again with only that
+//! test and with `LOCKTEST_WORKER` set to the worker's name. The worker's standard error is
+//! inherited from the test.
 //!
-//! Variables for a worker are named `LOCKTEST_...`, since the product refuses unknown ones named `SHARDLOCK_...`.
+//! Variables for a worker are named `LOCKTEST_...`, because shardlock rejects unknown variables
+//! named `SHARDLOCK_...`.
 
 use std::env;
 use std::io::{self, BufRead, BufReader, Write};
@@ -42,10 +44,10 @@ use super::wait::PATIENCE;
 
 const NAME: &str = "LOCKTEST_WORKER";
 
-/// Marks our lines among those that the test harness of the worker prints.
+/// Distinguishes the worker's lines from those that its test harness prints.
 const PREFIX: &str = "@ ";
 
-/// Starts this test binary again as the worker `name`, with these environment variables besides our own.
+/// Starts this test binary again as the worker `name`, with these additional environment variables.
 #[track_caller]
 pub fn spawn(name: &str, vars: &[(&str, &str)]) -> Worker {
     let mut command = Command::new(env::current_exe().expect("find the test binary"));
@@ -57,7 +59,7 @@ pub fn spawn(name: &str, vars: &[(&str, &str)]) -> Worker {
         .stdout(Stdio::piped());
     let mut process = Process::spawn(command).expect("start a worker");
     let stdin = process.take_stdin();
-    let stdout = BufReader::new(process.take_stdout().expect("it is piped"));
+    let stdout = BufReader::new(process.take_stdout().expect("the output is piped"));
     let (sender, lines) = mpsc::channel();
     thread::spawn(move || {
         let said = stdout.lines().map_while(Result::ok);
@@ -85,14 +87,15 @@ pub struct Worker {
 }
 
 impl Worker {
-    /// The next line that the worker says; waits for it for [`PATIENCE`].
+    /// Returns the worker's next line. Panics if it prints none within [`PATIENCE`].
     #[track_caller]
     pub fn line(&self) -> String {
         let said = self.line_within(PATIENCE);
-        said.unwrap_or_else(|| panic!("worker `{}` said nothing for {PATIENCE:?}", self.name))
+        said.unwrap_or_else(|| panic!("worker `{}` printed no line for {PATIENCE:?}", self.name))
     }
 
-    /// The next line, or nothing if the worker says none within this time. A worker that ended is a panic.
+    /// Returns the next line, or `None` if the worker prints none in time. Panics if the worker has
+    /// ended.
     #[track_caller]
     pub fn line_within(&self, within: Duration) -> Option<String> {
         match self.lines.recv_timeout(within) {
@@ -104,12 +107,12 @@ impl Worker {
         }
     }
 
-    /// Says a line to the worker.
+    /// Sends a line to the worker.
     #[track_caller]
     pub fn send(&mut self, line: &str) {
         let stdin = self.stdin.as_mut().expect("the worker's input is open until `wait`");
         if let Err(error) = writeln!(stdin, "{line}") {
-            panic!("worker `{}` does not listen: {error}", self.name);
+            panic!("worker `{}` no longer reads its input: {error}", self.name);
         }
     }
 
@@ -118,7 +121,7 @@ impl Worker {
         self.process.kill();
     }
 
-    /// SIGSTOP. Returns when the worker stands still.
+    /// SIGSTOP. Returns once the worker is stopped.
     #[track_caller]
     pub fn stop(&self) {
         self.process.stop();
@@ -130,7 +133,7 @@ impl Worker {
         self.process.cont();
     }
 
-    /// Closes the worker's input and waits for its end, for [`PATIENCE`].
+    /// Closes the worker's input and waits up to [`PATIENCE`] for its end.
     #[track_caller]
     pub fn wait(&mut self) -> ExitStatus {
         self.stdin = None;
@@ -143,10 +146,10 @@ impl Worker {
     }
 }
 
-/// The worker that this process is, or nothing in an ordinary run of the tests.
+/// The worker that this process is, or `None` in an ordinary test run.
 pub fn current() -> Option<Current> {
     let name = env::var(NAME).ok()?;
-    // The harness has begun a line: "test worker_entry ... ".
+    // End the line that the harness has begun: "test worker_entry ... ".
     println!();
     Some(Current { name })
 }
@@ -158,18 +161,18 @@ pub struct Current {
 }
 
 impl Current {
-    /// Which worker this is.
+    /// The worker's name.
     pub fn name(&self) -> &str {
         &self.name
     }
 
-    /// A variable that the test has set.
+    /// A variable set by the test.
     #[track_caller]
     pub fn var(&self, name: &str) -> String {
         env::var(name).unwrap_or_else(|_| panic!("worker `{}` needs {name}", self.name))
     }
 
-    /// Says a line to the test. A test that does not listen any more has ended, and so does the worker.
+    /// Sends a line to the test. If the test no longer reads, it has ended, and the worker exits.
     pub fn say(&self, line: impl AsRef<str>) {
         let mut out = io::stdout().lock();
         if writeln!(out, "{PREFIX}{}", line.as_ref())
@@ -180,7 +183,8 @@ impl Current {
         }
     }
 
-    /// Blocks for the next line from the test; nothing once the test waits for the worker's end.
+    /// Blocks until the next line from the test. Returns `None` once the test waits for the
+    /// worker's end.
     pub fn hear(&self) -> Option<String> {
         let mut line = String::new();
         let read = io::stdin().lock().read_line(&mut line).expect("read from the test");

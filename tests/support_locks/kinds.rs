@@ -1,8 +1,8 @@
-//! The kinds of stores that the suite runs on. This is the one place that knows them.
+//! The kinds of stores that the suite runs on. No other file lists them.
 //!
-//! A new kind is: a variant of [`Kind`] with its facts, an implementation of [`Servers`] for what it is made of, and a line in
-//! [`tests_on!`] for the kind and for each set of kinds that it belongs to. README.md in the tests' directory says which
-//! behaviour is tested where, and why a kind is left out.
+//! To add a kind, add a variant of [`Kind`] with its properties, an implementation of [`Servers`],
+//! and a line in [`tests_on!`] for the kind and for each set that it belongs to. README.md in the
+//! tests' directory lists which behaviour is tested where, and why a kind is left out.
 
 use std::sync::{Arc, OnceLock};
 use std::time::Duration;
@@ -15,37 +15,41 @@ use crate::support::etcd::{Etcd, LEASE_MIN};
 use crate::support::sentinel::Watched;
 use crate::support::{ClientType, Cluster, Quorum, RedisServer, directory, quorum};
 
-/// What a shard is, or what all shards of a manager are.
+/// The kind of a shard, or of all shards of a manager.
 #[derive(Clone, Copy, Debug, Eq, PartialEq)]
 pub enum Kind {
-    /// Inside of this process.
+    /// In this process.
     Memory,
     /// One primary.
     Redis,
-    /// A primary that sentinels watch, with a replica.
+    /// A primary with a replica, watched by sentinels.
     Sentinel,
     /// A cluster of three primaries.
     Cluster,
     /// A quorum of five nodes.
     Redlock,
-    /// One member.
+    /// A single member.
     #[cfg(feature = "etcd")]
     Etcd,
     /// Shards of several kinds in one manager.
     Mixed,
 }
 
-/// Makes the tests of a function `test` on a kind, or on each kind of a set. `shared` or `own` says of which servers.
+/// Generates the tests of a function `test` for a kind, or for each kind of a set. `shared` or
+/// `own` selects the servers.
 ///
-/// | set | kinds |
-/// |---|---|
-/// | `all` | every kind |
-/// | `servers` | those that other processes reach, each alone: not `memory`, which is inside of this one, nor `mixed`, which has such a shard |
-/// | `pausable` | those whose servers keep their roles while they stand still or are down; where that begins a failover, the kind's own tests say what happens |
-/// | `redis_nodes` | those made of Redis servers, whose connections and scripts a test can take away |
-/// | `foreign` | those on which clients of other libraries take the same key |
-/// | `free_path` | those that take a key that nobody seems to want without a look at its queue |
-/// | `counted` | those whose servers count nothing but what managers and tests send, and for which a lock is one script call |
+/// - `all`: every kind.
+/// - `servers`: the kinds that other processes can reach, each alone. Excludes `memory`, which is
+///   in this process, and `mixed`, which has such a shard.
+/// - `pausable`: the kinds whose servers keep their roles while they are stopped or down. The kinds
+///   that start a failover in that case have their own tests.
+/// - `redis_nodes`: the kinds made of Redis servers, whose connections and scripts a test can
+///   remove.
+/// - `foreign`: the kinds on which clients of other libraries can take the same key.
+/// - `free_path`: the kinds with a fast path, which take a key without known contenders without
+///   checking its queue.
+/// - `counted`: the kinds whose servers only count what managers and tests send, and on which a
+///   lock is one script call.
 macro_rules! tests_on {
     ($how:ident all) => { $crate::support_locks::tests_on! { $how memory redis sentinel cluster redlock etcd mixed } };
     ($how:ident servers) => { $crate::support_locks::tests_on! { $how redis sentinel cluster redlock etcd } };
@@ -84,7 +88,7 @@ macro_rules! tests_on {
 pub(crate) use tests_on;
 
 impl Kind {
-    /// All kinds, by the names that workers are told.
+    /// All kinds, with the names passed to workers.
     pub const ALL: &[(&'static str, Self)] = &[
         ("memory", Self::Memory),
         ("redis", Self::Redis),
@@ -96,19 +100,19 @@ impl Kind {
         ("mixed", Self::Mixed),
     ];
 
-    /// What a worker is told.
+    /// The name passed to a worker.
     pub fn name(self) -> &'static str {
         let mut kinds = Self::ALL.iter();
         kinds.find(|(_, kind)| *kind == self).expect("every kind is there").0
     }
 
-    /// The kind of that name.
+    /// The kind with this name.
     pub fn named(name: &str) -> Self {
         let mut kinds = Self::ALL.iter();
         kinds.find(|(named, _)| *named == name).expect("a name of a kind").1
     }
 
-    /// Servers that nobody else uses.
+    /// Starts servers for exclusive use.
     #[track_caller]
     pub fn start(self) -> Arc<dyn Servers> {
         match self {
@@ -123,11 +127,11 @@ impl Kind {
         }
     }
 
-    /// The servers that all tests of this process share. They end with it.
+    /// The servers shared by all tests of this process. They run until it ends.
     pub fn shared(self) -> Arc<dyn Servers> {
         static SHARED: [OnceLock<Arc<dyn Servers>>; Kind::ALL.len()] = [const { OnceLock::new() }; Kind::ALL.len()];
         let start = || {
-            // Nothing in a static is ever dropped, and so neither are the servers' directories.
+            // Statics are never dropped, so the servers' directories would not be removed either.
             directory::remove_all_at_the_end();
             match self {
                 Self::Mixed => Arc::new(Mixed(MIX.map(Self::shared))),
@@ -137,26 +141,27 @@ impl Kind {
         Arc::clone(SHARED[self as usize].get_or_init(start))
     }
 
-    /// What managers of this kind need besides the address.
+    /// Settings that managers of this kind need besides the address.
     pub fn settings(self, builder: Builder) -> Builder {
         match self {
-            // A node has no vote before the longest TTL has passed, so a test waits for no longer than it must.
+            // A node may not vote before the longest TTL has passed, so keep the TTL as short as
+            // possible.
             Self::Redlock | Self::Mixed => builder.ttl(quorum::MAX_TTL).redlock_max_ttl(quorum::MAX_TTL),
             _ => builder,
         }
     }
 
-    /// A TTL that lives long enough for a loaded machine and short enough to wait for its end.
+    /// A TTL long enough for a loaded machine and short enough to wait until it expires.
     pub fn short_ttl(self) -> Duration {
         match self {
-            // It does not give shorter ones.
+            // Etcd grants no shorter leases.
             #[cfg(feature = "etcd")]
             Self::Etcd => LEASE_MIN,
             _ => SHORT_TTL,
         }
     }
 
-    /// A TTL as short as makes sense with a server that is well and near.
+    /// The shortest reasonable TTL with a healthy, nearby server.
     pub fn least_ttl(self) -> Duration {
         match self {
             #[cfg(feature = "etcd")]
@@ -165,28 +170,31 @@ impl Kind {
         }
     }
 
-    /// How long a lease with this TTL lasts on the servers at the longest, when nobody renews it any more.
+    /// The longest time that a lease with this TTL can remain on the servers after its last
+    /// renewal.
     pub fn dead_within(self, ttl: Duration) -> Duration {
         match self {
-            // Etcd's leases last for whole seconds, and it looks for those that ended twice a second.
+            // Etcd leases last whole seconds, and etcd looks for expired ones twice a second.
             #[cfg(feature = "etcd")]
             Self::Etcd => ttl.max(LEASE_MIN) + Duration::from_millis(1_500),
             _ => ttl,
         }
     }
 
-    /// Whether a release may reach some of the servers, or take along all that belongs to it, a moment after it is over.
+    /// Whether a release may return before it has reached all servers or removed everything that
+    /// belongs to it.
     pub fn tidies_up_later(self) -> bool {
         match self {
             Self::Redlock | Self::Mixed => true,
-            // A note of a waiting cycle goes with the cycle's lease, which is revoked in the background.
+            // The note of a waiting cycle is removed with the cycle's lease, which is revoked in
+            // the background.
             #[cfg(feature = "etcd")]
             Self::Etcd => true,
             _ => false,
         }
     }
 
-    /// How many keys a process can use in a test of some seconds.
+    /// The number of keys that a process can use in a test of a few seconds.
     pub fn many_keys(self) -> usize {
         match self {
             Self::Memory | Self::Redis | Self::Mixed => 100_000,
@@ -197,17 +205,18 @@ impl Kind {
     }
 }
 
-/// What the suite does to the servers of a store, and how it looks at them.
+/// What the suite does to the servers of a store, and what it reads from them.
 pub trait Servers: Send + Sync {
-    /// The URLs of the shards, for the test of this number.
+    /// The URLs of the shards, for the test with this number.
     fn urls(&self, test: u32) -> Vec<String>;
 
-    /// The Redis servers that hold leases and take writes: one, the primaries of a cluster, the nodes of a quorum.
+    /// The Redis servers that hold leases and accept writes: one server, the primaries of a
+    /// cluster, or the nodes of a quorum.
     fn nodes(&self) -> Vec<&RedisServer> {
         Vec::new()
     }
 
-    /// All names on the servers, of keys and of channels.
+    /// All key and channel names on the servers.
     fn names(&self) -> Vec<String> {
         let nodes = self.nodes().into_iter();
         nodes
@@ -215,7 +224,8 @@ pub trait Servers: Send + Sync {
             .collect()
     }
 
-    /// What belongs to single locks in this namespace: all keys but the counters of the slots and the shard map.
+    /// The keys in this namespace that belong to individual locks: everything except the slots'
+    /// counters and the shard map.
     fn lock_keys(&self, namespace: &str) -> Vec<String> {
         let nodes = self.nodes().into_iter();
         let mut keys: Vec<_> = nodes.flat_map(RedisServer::keys).collect();
@@ -227,32 +237,33 @@ pub trait Servers: Send + Sync {
         keys
     }
 
-    /// Runs a command on each Redis server that is in charge of its key, and returns the last reply.
+    /// Runs a command on every Redis server responsible for its key, and returns the last reply.
     #[track_caller]
     fn command(&self, words: &[&str]) -> redis::Value {
         let mut reply = None;
         for node in self.nodes() {
             match node.try_query(words) {
                 Ok(said) => reply = Some(said),
-                // The key is another's.
+                // Another node owns the key.
                 Err(error) if error.code() == Some("MOVED") => {}
                 Err(error) => panic!("{words:?}: {error}"),
             }
         }
-        reply.unwrap_or_else(|| panic!("{words:?}: no server is in charge of it"))
+        reply.unwrap_or_else(|| panic!("{words:?}: no server is responsible for the key"))
     }
 
-    /// An administrator deletes the lease of that name.
+    /// Deletes the lease with this name, as an administrator would.
     fn delete(&self, lease: &str) {
         self.command(&["DEL", lease]);
     }
 
-    /// An administrator, or another library, takes the lease of that name.
+    /// Takes the lease with this name, as an administrator or another library would.
     fn overwrite(&self, lease: &str, owner: &str, ttl: Duration) {
         self.command(&["SET", lease, owner, "PX", &ttl.as_millis().to_string()]);
     }
 
-    /// An administrator replaces the shard map of this namespace everywhere, or deletes it.
+    /// Replaces or deletes the shard map of this namespace on all servers, as an administrator
+    /// would.
     fn set_map(&self, namespace: &str, map: Option<&str>) {
         let key = format!("{namespace}%map");
         match map {
@@ -261,35 +272,35 @@ pub trait Servers: Send + Sync {
         };
     }
 
-    /// What the servers have stored as the shard map of this namespace, each once.
+    /// The shard map of this namespace, once for each server that stores one.
     fn maps(&self, namespace: &str) -> Vec<String> {
         let key = format!("{namespace}%map");
         let stored = |node: &&RedisServer| node.try_query::<Option<String>>(&["GET", &key]).ok().flatten();
         self.nodes().iter().filter_map(stored).collect()
     }
 
-    /// All data are gone.
+    /// Deletes all data.
     fn flush(&self) {
         for node in self.nodes() {
             node.command(&["FLUSHALL"]);
         }
     }
 
-    /// All servers are killed with SIGKILL.
+    /// Kills all servers with SIGKILL.
     fn kill(&self) {
         for node in self.nodes() {
             node.kill();
         }
     }
 
-    /// All servers that were killed come back; Redis with nothing of what it knew.
+    /// Starts all killed servers again. Redis starts empty.
     fn restart(&self) {
         for node in self.nodes() {
             node.restart();
         }
     }
 
-    /// Nothing that keeps leases answers any more, until [`restart_all`](Self::restart_all).
+    /// Kills everything that keeps leases, until [`restart_all`](Self::restart_all).
     fn kill_all(&self) {
         self.kill();
     }
@@ -299,25 +310,26 @@ pub trait Servers: Send + Sync {
         self.restart();
     }
 
-    /// How often scripts were called on all servers, since they began or were told to count anew.
+    /// Number of script calls on all servers since they started or since the last
+    /// [`count_anew`](Self::count_anew).
     fn script_calls(&self) -> u64 {
         self.nodes().into_iter().map(RedisServer::script_calls).sum()
     }
 
-    /// The servers count from zero again.
+    /// Resets the servers' statistics.
     fn count_anew(&self) {
         for node in self.nodes() {
             node.reset_stats();
         }
     }
 
-    /// How many inboxes there are in which a manager listens.
+    /// Number of inboxes to which a manager is subscribed.
     fn inboxes(&self, namespace: &str) -> usize {
         let inbox = format!("{namespace}in:");
         self.names().iter().filter(|name| name.contains(&inbox)).count()
     }
 
-    /// The counters that tokens come from are lost, or go back to an old number. Nothing happens where there are none.
+    /// Deletes the token counters or sets them to an old number. Does nothing if there are none.
     fn set_counters(&self, number: Option<u64>) {
         let nodes = self.nodes();
         let counters = nodes
@@ -331,14 +343,14 @@ pub trait Servers: Send + Sync {
         }
     }
 
-    /// Connections of this type break.
+    /// Closes all connections of this type.
     fn cut(&self, connections: ClientType) {
         for node in self.nodes() {
             node.client_kill(connections);
         }
     }
 
-    /// No server answers any more, until [`go_on`](Self::go_on).
+    /// Stops all servers, so that none answers until [`go_on`](Self::go_on).
     fn stand_still(&self) {
         for node in self.nodes() {
             node.stop();
@@ -375,18 +387,18 @@ impl Servers for Watched {
     fn names(&self) -> Vec<String> {
         let primary = self.primary();
         let mut names = [primary.keys(), primary.channels()].concat();
-        // The sentinels' own.
+        // Ignore the sentinels' own channel.
         names.retain(|name| !name.starts_with("__sentinel__:"));
         names
     }
 
     fn cut(&self, connections: ClientType) {
-        // A primary that the sentinels have lost is one that they replace.
+        // Sentinels would replace a primary that they lose contact with.
         self.primary().client_kill_but(connections, "sentinel-");
     }
 
     fn kill_all(&self) {
-        // Without any replica, nobody can take over.
+        // No replica is left to take over.
         self.servers().iter().for_each(RedisServer::kill);
     }
 
@@ -439,7 +451,7 @@ impl Servers for Etcd {
 
     fn delete(&self, lease: &str) {
         at_once(async {
-            // The first key under the lease's name is the owner's.
+            // The first key below the lease's name is the owner's.
             let prefix = format!("{lease}/");
             let owner = self.keys().await.into_iter().find(|key| key.starts_with(&prefix));
             self.client()
@@ -495,7 +507,7 @@ impl Servers for Etcd {
     }
 }
 
-/// Waits for a future from a test that may itself run on a runtime.
+/// Blocks on a future. The calling test may itself run on a runtime.
 #[cfg(feature = "etcd")]
 fn at_once<T: Send>(future: impl Future<Output = T> + Send) -> T {
     let wait = || {
@@ -505,7 +517,7 @@ fn at_once<T: Send>(future: impl Future<Output = T> + Send) -> T {
     std::thread::scope(|scope| scope.spawn(wait).join()).expect("a thread")
 }
 
-/// Each test has a memory of its own, as it costs nothing.
+/// Each test has its own memory store, since one costs nothing.
 struct Memory;
 
 impl Servers for Memory {
@@ -514,10 +526,10 @@ impl Servers for Memory {
     }
 }
 
-/// The kinds of a mixed store's shards.
+/// The kinds of the shards of a mixed store.
 const MIX: [Kind; 4] = [Kind::Redis, Kind::Cluster, Kind::Redlock, Kind::Memory];
 
-/// A shard of each of those kinds.
+/// One shard of each kind in [`MIX`].
 struct Mixed([Arc<dyn Servers>; MIX.len()]);
 
 impl Servers for Mixed {

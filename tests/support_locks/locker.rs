@@ -1,4 +1,4 @@
-//! A worker that locks when it is told to.
+//! A worker that locks and releases on command.
 
 use std::ops::{Deref, DerefMut};
 use std::time::Duration;
@@ -6,14 +6,14 @@ use std::time::Duration;
 use super::{TestStore, builder_of, lock};
 use crate::support::{Worker, worker};
 
-/// What the worker is called; a test's `worker_entry` runs [`obey`] for it.
+/// The worker's name. A test's `worker_entry` runs [`obey`] for it.
 pub const LOCKER: &str = "locker";
 
-/// The test's side: a process that has a manager, and at most one guard, of the key `k`.
+/// The test's side of a process with one manager and at most one guard, for the key `k`.
 pub struct Locker(Worker);
 
 impl TestStore {
-    /// So many processes whose leases have this TTL. All of them are connected.
+    /// Starts `count` processes whose leases have this TTL, and waits until all are connected.
     #[track_caller]
     pub fn lockers(&self, count: usize, ttl: Duration) -> Vec<Locker> {
         self.lockers_with(count, ttl, &[])
@@ -32,7 +32,7 @@ impl TestStore {
         lockers
     }
 
-    /// One process whose leases are short.
+    /// One process with short leases.
     #[track_caller]
     pub fn locker(&self) -> Locker {
         self.lockers(1, self.short_ttl()).remove(0)
@@ -40,26 +40,26 @@ impl TestStore {
 }
 
 impl Locker {
-    /// Has it ask for the lock.
+    /// Makes the process request the lock.
     #[track_caller]
     pub fn ask(&mut self) {
         self.send("lock");
     }
 
-    /// Waits until it has the lock that it asked for, and returns the token.
+    /// Waits until the process has acquired the requested lock, and returns the token.
     #[track_caller]
     pub fn locked(&self) -> u64 {
         self.line().parse().expect("a token")
     }
 
-    /// Has it lock, and returns the token.
+    /// Makes the process acquire the lock, and returns the token.
     #[track_caller]
     pub fn lock(&mut self) -> u64 {
         self.ask();
         self.locked()
     }
 
-    /// Has it give the lock back.
+    /// Makes the process release the lock.
     #[track_caller]
     pub fn release(&mut self) {
         self.send("release");
@@ -81,7 +81,8 @@ impl DerefMut for Locker {
     }
 }
 
-/// The worker's side: hears `lock` and says the token when it has the lock, hears `release` and says `released`.
+/// The worker's side. On `lock` it acquires the lock and prints the token; on `release` it releases
+/// the lock and prints `released`.
 #[tokio::main]
 pub async fn obey(me: &worker::Current) {
     let ttl = Duration::from_millis(me.var("LOCKTEST_TTL").parse().expect("milliseconds"));
@@ -99,7 +100,7 @@ pub async fn obey(me: &worker::Current) {
                 held = Some(guard);
             }
             Some("release") => {
-                let guard = held.take().expect("a lock to give back");
+                let guard = held.take().expect("a lock to release");
                 guard.release().await.expect("release");
                 me.say("released");
             }

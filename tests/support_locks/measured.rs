@@ -1,16 +1,17 @@
-//! A manager whose metrics a test reads.
+//! A manager whose metrics a test can read.
 
 use metrics_exporter_prometheus::{PrometheusBuilder, PrometheusHandle};
 use shardlock::{Builder, LockManager};
 
-/// See the module. Its metrics are its own, whatever else runs in the process.
+/// A manager with its own metrics recorder, unaffected by anything else in the process.
 pub struct Measured {
     pub locks: LockManager,
     page: PrometheusHandle,
 }
 
 impl Measured {
-    /// Connects. A test awaits this itself, and in no task, since the recorder is that of its thread.
+    /// Connects. Must be awaited by the test itself rather than by a spawned task, since the
+    /// recorder is thread-local.
     pub async fn connect(builder: Builder) -> Self {
         let recorder = PrometheusBuilder::new().build_recorder();
         let page = recorder.handle();
@@ -19,7 +20,7 @@ impl Measured {
         Self { locks, page }
     }
 
-    /// The value of the one series of that name.
+    /// The value of the only series with this name.
     #[track_caller]
     pub fn value(&self, name: &str) -> f64 {
         let page = self.page.render();

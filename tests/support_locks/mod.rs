@@ -1,8 +1,8 @@
-//! Stores to run one suite on, and what tests of locks ask again and again.
+//! Stores that the suite runs on, and steps that many lock tests share.
 
-// Each test takes what it needs, and the lints see each test's copy alone.
+// Each test uses only a part, and the lints see each test's copy in isolation.
 #![allow(dead_code, unreachable_pub, unused_macros, unused_imports)]
-// A test is over when its surroundings fail.
+// A failing environment ends the test.
 #![allow(clippy::expect_used, clippy::panic, clippy::unwrap_used)]
 
 use std::future::Future;
@@ -25,12 +25,14 @@ pub use kinds::{Kind, Servers};
 pub use locker::{LOCKER, Locker, obey};
 pub use measured::Measured;
 
-/// A lease that lives long enough for a loaded machine and short enough to wait for its end.
+/// A TTL long enough for a loaded machine and short enough to wait until it expires.
 pub const SHORT_TTL: Duration = Duration::from_millis(400);
 
-/// Runs each test on each kind of store, as `name::on_memory`, `name::on_redis` and so on; or, after `on(...)`, on those kinds and sets
-/// of kinds alone (see [`tests_on!`]). The servers are those that all tests share, and a namespace of the test's own is all
-/// it has there; after `on(..., own)` the servers, too, are the test's own, so that it can stop, flush and count them.
+/// Runs each test on each kind of store, as `name::on_memory`, `name::on_redis` and so on.
+/// `on(...)` restricts the tests to the given kinds and sets of kinds (see [`tests_on!`]). By
+/// default the servers are shared by all tests, and each test has its own namespace on them. With
+/// `on(..., own)` the test also has its own servers, so that it can stop and flush them and read
+/// their statistics.
 macro_rules! on_each_store {
     (on($($set:ident)+, own); $($test:tt)*) => {
         $crate::support_locks::on_each_store! { @ own [$($set)+] $($test)* }
@@ -57,7 +59,7 @@ macro_rules! on_each_store {
 }
 pub(crate) use on_each_store;
 
-/// A store of one test's own: servers, or a namespace on servers that others use, too.
+/// The store of one test: either its own servers, or a namespace on shared servers.
 pub struct TestStore {
     kind: Kind,
     servers: Arc<dyn Servers>,
@@ -66,13 +68,13 @@ pub struct TestStore {
 }
 
 impl TestStore {
-    /// A namespace that nobody else uses, on the servers that all tests of this process share.
+    /// A new namespace on the servers that all tests of this process share.
     pub fn shared(kind: Kind) -> Self {
         let test = next_number();
         Self::new(kind, kind.shared(), test, format!("t{test}:"))
     }
 
-    /// Servers that nobody else uses.
+    /// New servers for exclusive use.
     #[track_caller]
     pub fn own(kind: Kind) -> Self {
         Self::new(kind, kind.start(), next_number(), "lock:".to_owned())
@@ -88,41 +90,41 @@ impl TestStore {
         }
     }
 
-    /// The URLs of its shards.
+    /// The URLs of the shards.
     pub fn urls(&self) -> &[String] {
         &self.urls
     }
 
-    /// What its shards are.
+    /// The kind of the shards.
     pub fn kind(&self) -> Kind {
         self.kind
     }
 
-    /// What holds its leases.
+    /// The servers that hold the leases.
     pub fn servers(&self) -> &dyn Servers {
         &*self.servers
     }
 
-    /// [`servers`](Self::servers), for a thread.
+    /// [`servers`](Self::servers) as an owned handle, for a thread.
     pub fn keep_servers(&self) -> Arc<dyn Servers> {
         Arc::clone(&self.servers)
     }
 
-    /// The only Redis server of a store that has one.
+    /// The Redis server of a store with exactly one.
     #[track_caller]
     pub fn server(&self) -> &RedisServer {
         let [server] = self.servers.nodes()[..] else {
-            panic!("{:?} is not one server", self.kind)
+            panic!("{:?} does not have exactly one server", self.kind)
         };
         server
     }
 
-    /// What the names of its keys begin with.
+    /// The prefix of the store's key names.
     pub fn namespace(&self) -> &str {
         &self.namespace
     }
 
-    /// The name of a key's lease, where the key has neither braces nor percent signs.
+    /// The name of a key's lease, for keys without braces and percent signs.
     pub fn lease(&self, key: &str) -> String {
         format!("{}{key}", self.namespace)
     }
@@ -132,7 +134,8 @@ impl TestStore {
         builder(self.kind, self.urls.iter().map(String::as_str), &self.namespace)
     }
 
-    /// A manager with the default settings. Each stands for a process: managers share nothing but the store.
+    /// A manager with the default settings. Managers share nothing but the store, so each
+    /// represents a process.
     pub async fn manager(&self) -> LockManager {
         self.builder().connect().await.expect("connect")
     }
@@ -142,12 +145,12 @@ impl TestStore {
         self.kind.short_ttl()
     }
 
-    /// A manager whose leases are short.
+    /// A manager with short leases.
     pub async fn short_lived_manager(&self) -> LockManager {
         self.builder().ttl(self.short_ttl()).connect().await.expect("connect")
     }
 
-    /// Starts a worker that can reach this store by [`builder_of`].
+    /// Starts a worker that reaches this store with [`builder_of`].
     #[track_caller]
     pub fn worker(&self, name: &str, vars: &[(&str, &str)]) -> Worker {
         let urls = self.urls.join(" ");
@@ -160,19 +163,20 @@ impl TestStore {
         worker::spawn(name, &all)
     }
 
-    /// What is on the servers of single locks.
+    /// The keys on the servers that belong to individual locks.
     pub fn lock_keys(&self) -> Vec<String> {
         self.servers.lock_keys(&self.namespace)
     }
 
-    /// Waits until nothing is left on the servers but counters and the shard map.
+    /// Waits until only counters and the shard map are left on the servers.
     pub async fn is_clean(&self) {
         until("nothing is left", async || self.lock_keys().is_empty()).await;
     }
 
-    /// Waits until nothing is known of the key any more, and nothing but counters and the shard map is on a server.
+    /// Waits until the key has neither a holder nor waiters, and only counters and the shard map
+    /// are left on the servers.
     pub async fn is_empty(&self, locks: &LockManager, key: &str) {
-        until("the key is free and unwanted", async || {
+        until("the key is free and has no waiters", async || {
             let seen = locks.inspect(key).await.expect("inspect");
             seen.holder.is_none() && seen.queue_length == 0
         })
@@ -180,7 +184,8 @@ impl TestStore {
         self.is_tidy().await;
     }
 
-    /// After the last release nothing but counters and the shard map is on a server: at once, or soon where the kind tidies up later.
+    /// Asserts that only counters and the shard map are left on the servers after the last release:
+    /// immediately, or soon if the kind cleans up later.
     pub async fn is_tidy(&self) {
         if self.kind.tidies_up_later() {
             return self.is_clean().await;
@@ -194,7 +199,7 @@ fn next_number() -> u32 {
     NEXT.fetch_add(1, Ordering::Relaxed)
 }
 
-/// With `LOCKTEST_LINGER` in the environment, leases are kept for so many milliseconds.
+/// If `LOCKTEST_LINGER` is set, leases linger for that many milliseconds.
 fn builder<'a>(kind: Kind, urls: impl Iterator<Item = &'a str>, namespace: &str) -> Builder {
     let builder = LockManager::builder().namespace(namespace);
     let builder = kind.settings(urls.fold(builder, |builder, url| builder.shard(url)));
@@ -204,7 +209,7 @@ fn builder<'a>(kind: Kind, urls: impl Iterator<Item = &'a str>, namespace: &str)
     }
 }
 
-/// A builder for a manager of the store that the test has given to this worker.
+/// A builder for a manager of the store that the test passed to this worker.
 pub fn builder_of(me: &worker::Current) -> Builder {
     let urls = me.var("LOCKTEST_URLS");
     builder(
@@ -214,46 +219,50 @@ pub fn builder_of(me: &worker::Current) -> Builder {
     )
 }
 
-/// The keys on a server that belong to single locks of the default namespace.
+/// The keys on a server that belong to individual locks of the default namespace.
 pub fn lock_keys(server: &RedisServer) -> Vec<String> {
     server.lock_keys("lock:")
 }
 
-/// Waits for a condition that takes a question to a server.
+/// Waits for a condition that requires a request to a server.
 pub async fn until(what: &str, mut condition: impl AsyncFnMut() -> bool) {
     let deadline = Instant::now() + PATIENCE;
     while !condition().await {
-        assert!(Instant::now() < deadline, "waited {PATIENCE:?} in vain until {what}");
+        assert!(
+            Instant::now() < deadline,
+            "waited {PATIENCE:?} without success until {what}"
+        );
         tokio::time::sleep(Duration::from_millis(2)).await;
     }
 }
 
-/// Waits until so many managers stand in the store's queue.
+/// Waits until `count` managers are in the store's queue.
 pub async fn until_queued(locks: &LockManager, key: &str, count: u64) {
-    let what = format!("{count} wait for {key:?}");
+    let what = format!("{count} managers wait for {key:?}");
     until(&what, async || {
         locks.inspect(key).await.expect("inspect").queue_length == count
     })
     .await;
 }
 
-/// Fails the test rather than hang if the future takes for ever.
+/// Awaits the future. Fails the test if it takes longer than [`PATIENCE`], so that the test does
+/// not hang.
 pub async fn soon<F: Future>(what: &str, future: F) -> F::Output {
     match tokio::time::timeout(PATIENCE, future).await {
         Ok(output) => output,
-        Err(_) => panic!("waited {PATIENCE:?} in vain for {what}"),
+        Err(_) => panic!("waited {PATIENCE:?} without success for {what}"),
     }
 }
 
-/// Locks with a limit that only a hanging test reaches.
+/// Locks, with a timeout that only a hanging test reaches.
 pub async fn lock(locks: &LockManager, key: &str) -> LockGuard {
     locks.lock(key).timeout(PATIENCE).await.expect("lock")
 }
 
-/// Locks, again and again while a failover is under way. Returns the token.
+/// Retries to lock while a failover is in progress, then releases. Returns the token.
 pub async fn lock_in_time(locks: &LockManager, key: &str) -> u64 {
     let mut token = 0;
-    until("the lock can be had again", async || match locks.lock(key).await {
+    until("the lock can be acquired again", async || match locks.lock(key).await {
         Ok(guard) => {
             token = guard.token().get();
             guard.release().await.is_ok()
@@ -267,13 +276,14 @@ pub async fn lock_in_time(locks: &LockManager, key: &str) -> u64 {
     token
 }
 
-/// A task that waits for the lock.
+/// Spawns a task that waits for the lock.
 pub fn waiting(locks: &LockManager, key: &'static str) -> JoinHandle<LockGuard> {
     let locks = locks.clone();
     tokio::spawn(async move { lock(&locks, key).await })
 }
 
-/// A hand-off between two managers, by push: both inboxes are where the lock is.
+/// Hands the lock off between two managers by push, which shows that both inboxes are where the
+/// lock is.
 pub async fn hand_off(from: &LockManager, to: &LockManager, key: &'static str) {
     let guard = lock(from, key).await;
     let waiting = waiting(to, key);
@@ -285,7 +295,7 @@ pub async fn hand_off(from: &LockManager, to: &LockManager, key: &'static str) {
     guard.release().await.expect("release");
 }
 
-/// Polls once: whether the future is ready then. Its waker does nothing, so something has to poll it again.
+/// Polls the future once. Its waker does nothing, so the caller must poll it again.
 pub fn poll_once<F: Future + Unpin>(future: &mut F) -> Option<F::Output> {
     match Pin::new(future).poll(&mut Context::from_waker(Waker::noop())) {
         std::task::Poll::Ready(output) => Some(output),

@@ -1,6 +1,6 @@
-//! The command-line tool as its tests run it: as a process, against a server of the test's own.
+//! The command-line tool, run by its tests as a process against a server of their own.
 
-// Each test takes what it needs.
+// Each test uses only a part.
 #![allow(dead_code, unreachable_pub)]
 
 use std::fs::{self, File};
@@ -14,7 +14,7 @@ use tempfile::TempDir;
 use crate::support::process::Process;
 use crate::support::{PATIENCE, RedisServer, wait_until};
 
-/// The tool with these arguments and no settings.
+/// The tool with these arguments and no `SHARDLOCK_*` variables.
 pub fn bare(args: &[&str]) -> Command {
     let mut command = Command::new(env!("CARGO_BIN_EXE_shardlock"));
     for (name, _) in std::env::vars_os() {
@@ -33,13 +33,13 @@ pub fn tool(server: &RedisServer, args: &[&str]) -> Command {
     command
 }
 
-/// The tool as it runs. Dropping it kills it.
+/// A running tool. Dropping it kills it.
 pub struct Run {
     process: Process,
     outputs: TempDir,
 }
 
-/// How it ended.
+/// How the tool ended.
 #[derive(Debug)]
 pub struct Ended {
     pub code: i32,
@@ -83,7 +83,7 @@ impl Run {
         self.process.kill();
     }
 
-    /// The processes that it has started and that run.
+    /// The running child processes of the tool.
     pub fn children(&self) -> Vec<Pid> {
         let pid = self.process.pid();
         let children = fs::read_to_string(format!("/proc/{pid}/task/{pid}/children")).expect("read its children");
@@ -95,24 +95,24 @@ impl Run {
         self.process.ended().is_none()
     }
 
-    /// Waits for the end, which must be one by an exit code.
+    /// Waits until the tool exits. Panics if a signal ends it.
     #[track_caller]
     pub fn end(&mut self) -> Ended {
         let status = self.process.wait(PATIENCE);
         let (stdout, stderr) = (self.stdout(), self.stderr());
         let code = status.code();
-        let code = code.unwrap_or_else(|| panic!("the tool ended by {status}: {stderr}"));
+        let code = code.unwrap_or_else(|| panic!("the tool did not exit by itself: {status}: {stderr}"));
         Ended { code, stdout, stderr }
     }
 }
 
-/// Runs the tool to its end.
+/// Runs the tool until it exits.
 #[track_caller]
 pub fn run(command: Command) -> Ended {
     Run::start(command).end()
 }
 
-/// Files by which the commands of a test and the test tell each other how far they are.
+/// Files with which a test and its commands notify each other of their progress.
 pub struct Notes {
     dir: TempDir,
 }
@@ -139,7 +139,7 @@ impl Notes {
         self.path(name).exists()
     }
 
-    /// Waits until there is a whole line in the note, and returns it.
+    /// Waits until the note contains a whole line, and returns it.
     #[track_caller]
     pub fn line(&self, name: &str) -> String {
         let mut text = String::new();
@@ -151,7 +151,7 @@ impl Notes {
     }
 }
 
-/// Whether the process with this id runs; one that only waits to be reaped does not.
+/// Whether the process with this id runs. A zombie does not count.
 pub fn is_alive(pid: &str) -> bool {
     let stat = fs::read_to_string(format!("/proc/{pid}/stat")).unwrap_or_default();
     let state = stat.rsplit_once(") ").and_then(|(_, rest)| rest.chars().next());
@@ -169,13 +169,13 @@ pub fn is_held(server: &RedisServer, key: &str) -> bool {
     server.query(&["EXISTS", &format!("lock:{key}")])
 }
 
-/// How many managers wait for the key.
+/// The number of managers that wait for the key.
 #[track_caller]
 pub fn waiting(server: &RedisServer, key: &str) -> u64 {
     server.query(&["ZCARD", &format!("{{lock:{key}}}:q")])
 }
 
-/// Somebody who holds a key until it is told to go.
+/// A process that holds a key until the test lets it exit.
 pub struct Holder {
     run: Run,
     go: Option<ChildStdin>,
@@ -201,13 +201,13 @@ impl Holder {
     }
 }
 
-/// Waits until as many managers wait for the key.
+/// Waits until `count` managers wait for the key.
 #[track_caller]
 pub fn wait_until_waiting(server: &RedisServer, key: &str, count: u64) {
-    wait_until(&format!("{count} wait for {key}"), PATIENCE, || {
+    wait_until(&format!("{count} managers wait for {key}"), PATIENCE, || {
         waiting(server, key) == count
     });
 }
 
-/// Shorter than any time limit here, longer than what a machine under load takes for one step.
+/// Shorter than any time limit here, and longer than a loaded machine takes for one step.
 pub const SHORT_GRACE: Duration = Duration::from_millis(300);

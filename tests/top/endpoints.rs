@@ -1,4 +1,4 @@
-//! What an endpoint may do: go away, come back, say nothing, say nonsense.
+//! How the view handles an endpoint that goes away, comes back, does not answer, or sends nonsense.
 
 use std::io::{Read, Write};
 use std::net::TcpListener;
@@ -15,23 +15,23 @@ fn an_endpoint_that_goes_away_leaves_its_rows_and_is_seen_again_when_it_is_back(
     let mut load = Load::start(&server, true);
     let terminal = top(&[&load.address]);
     terminal.shows("locks/s");
-    terminal.until("all is known", |lines| {
+    terminal.until("everything is shown", |lines| {
         row(lines, STUCK).is_some() && row(lines, HOT).is_some()
     });
     load.worker.kill();
-    let away = format!("{} is away for ", load.address);
-    let lines = terminal.until("it is away", |lines| {
+    let away = format!("{} unavailable for ", load.address);
+    let lines = terminal.until("the process is away", |lines| {
         has(lines, &away) && has(lines, ": connection refused")
     });
-    assert!(has(&lines, ", stale since "), "{lines:#?}");
+    assert!(has(&lines, ", stale for "), "{lines:#?}");
     assert!(row(&lines, STUCK).is_some() && row(&lines, HOT).is_some(), "{lines:#?}");
-    // Keys still work.
+    // The keyboard still works.
     terminal.types("3");
     terminal.shows("RT P99");
     terminal.types("1");
     let again = Load::start_at(&server, false, &load.address);
-    let lines = terminal.until("it is back", |lines| {
-        has(lines, &again.process()) && !has(lines, "is away")
+    let lines = terminal.until("the process is back", |lines| {
+        has(lines, &again.process()) && !has(lines, "unavailable")
     });
     assert!(has(&lines, " locks/s   "), "{lines:#?}");
     terminal.until("its keys are shown", |lines| row(lines, HOT).is_some());
@@ -42,16 +42,13 @@ fn an_endpoint_that_was_never_there_is_waited_for() {
     let server = RedisServer::start();
     let address = format!("127.0.0.1:{}", free_port());
     let terminal = top(&["--admin", &address]);
-    let lines = terminal.shows(" is away for ");
-    assert!(
-        has(&lines, "nothing is known yet") && !has(&lines, "stale"),
-        "{lines:#?}"
-    );
+    let lines = terminal.shows(" unavailable for ");
+    assert!(has(&lines, "no data yet") && !has(&lines, "stale"), "{lines:#?}");
     let _load = Load::start_at(&server, false, &address);
     terminal.shows(" locks/s   ");
 }
 
-/// Something that listens, and does this with each connection.
+/// Starts a listener that calls `answer` with each connection, and returns its address.
 fn listen(answer: impl Fn(std::net::TcpStream) + Send + 'static) -> String {
     let listener = TcpListener::bind("127.0.0.1:0").unwrap();
     let address = listener.local_addr().unwrap().to_string();
@@ -62,18 +59,18 @@ fn listen(answer: impl Fn(std::net::TcpStream) + Send + 'static) -> String {
 #[test]
 fn an_endpoint_that_says_nothing_does_not_keep_the_keyboard_waiting() {
     let address = listen(|stream| {
-        // It stays open until the other side has enough of it.
+        // Keep the connection open until the client closes it.
         thread::spawn(move || {
             let mut stream = stream;
             stream.read_to_end(&mut Vec::new()).ok();
         });
     });
     let mut terminal = top(&[&address]);
-    terminal.shows("asking ...");
+    terminal.shows("waiting for data ...");
     terminal.types("?");
     terminal.shows("sort by the next column");
     terminal.types("?");
-    terminal.shows("is away for ");
+    terminal.shows(" unavailable for ");
     terminal.shows("no answer within 2s");
     terminal.types("q");
     assert_eq!(terminal.process.wait(crate::support::PATIENCE).code(), Some(0));
@@ -95,7 +92,7 @@ fn nonsense_and_pages_without_an_end_are_refused_in_words() {
     let cases = [
         (
             answer("HTTP/1.1 503 No\r\nContent-Length: 10\r\n\r\nthe \x1b[2Jno", false),
-            " says 503: the ?[2Jno",
+            " returned 503: the ?[2Jno",
         ),
         (
             answer("HTTP/1.1 200 OK\r\nContent-Length: 2\r\n\r\n[]", false),

@@ -1,4 +1,4 @@
-//! The view on a terminal: what it shows, what keys do, how it ends.
+//! The view on a terminal: what it shows, how it reacts to keys, and how it ends.
 
 use std::process::Command;
 
@@ -36,13 +36,13 @@ fn hot_keys_held_locks_and_shards_are_shown_in_80_by_24() {
     terminal.until("a long key without its middle", |lines| {
         has(lines, "tenant:7f3c9a…1:settlement ")
     });
-    terminal.until("who holds what others wait for", |lines| {
+    terminal.until("the holder of the key that others wait for", |lines| {
         row(lines, STUCK).is_some_and(|row| row[1] == load.process() && row[3] == WAITING.to_string())
     });
 
     terminal.types("2");
     let oldest = [STUCK, QUIET].map(str::to_owned);
-    // Other locks are held for a moment only.
+    // Other locks are held only briefly.
     let lines = terminal.until("what is held, the oldest first", |lines| {
         keys(lines).starts_with(&oldest)
     });
@@ -67,10 +67,10 @@ fn keys_sort_reverse_filter_and_pause() {
     let server = RedisServer::start();
     let mut load = Load::start(&server, true);
     let terminal = top(&[&load.address]);
-    terminal.until("all is known", |lines| {
+    terminal.until("everything is shown", |lines| {
         row(lines, STUCK).is_some() && row(lines, HOT).is_some()
     });
-    // From the last column to the first, whose order is known.
+    // From the last column to the first, which has a known order.
     terminal.types("s");
     let lines = terminal.until("sorted by key", |lines| has(lines, "KEY▲"));
     let mut sorted = keys(&lines);
@@ -84,9 +84,9 @@ fn keys_sort_reverse_filter_and_pause() {
     assert_eq!(keys(&lines), sorted);
 
     terminal.types("/");
-    terminal.shows("enter keeps it, esc ends it");
+    terminal.shows("enter keeps the filter, esc clears it");
     terminal.types("NIGHTLY");
-    terminal.until("it is filtered as it is written", |lines| keys(lines) == [STUCK]);
+    terminal.until("the filter applies while it is typed", |lines| keys(lines) == [STUCK]);
     terminal.types("\r");
     let lines = terminal.shows("only \"NIGHTLY\"");
     assert!(has(&lines, "1 hot keys 1 "), "{lines:#?}");
@@ -97,16 +97,18 @@ fn keys_sort_reverse_filter_and_pause() {
 
     terminal.types(" ");
     let paused = terminal.shows(" PAUSED");
-    // Two rounds of work, each of which would be seen.
+    // Two rounds of work, each of which would be visible.
     load.goes_on();
     load.goes_on();
     assert_eq!(terminal.lines(), paused);
-    // Commands work on what stands still.
+    // Commands work on the paused view.
     terminal.types("r");
     let reversed = terminal.shows("KEY▲");
     assert_eq!(keys(&reversed).iter().rev().cloned().collect::<Vec<_>>(), keys(&paused));
     terminal.types(" ");
-    terminal.until("it goes on", |lines| !has(lines, "PAUSED") && lines[1] != paused[1]);
+    terminal.until("the view continues", |lines| {
+        !has(lines, "PAUSED") && lines[1] != paused[1]
+    });
 }
 
 #[test]
@@ -114,23 +116,23 @@ fn another_size_of_the_window_is_filled_at_once() {
     let server = RedisServer::start();
     let load = Load::start(&server, true);
     let terminal = top(&[&load.address]);
-    terminal.until("all is known", |lines| row(lines, STUCK).is_some());
+    terminal.until("everything is shown", |lines| row(lines, STUCK).is_some());
     terminal.resize(40, 160);
-    let lines = terminal.until("it is larger", |lines| lines[39].starts_with(" q quit"));
+    let lines = terminal.until("the window is larger", |lines| lines[39].starts_with(" q quit"));
     assert!(has(&lines, "CONTENDED"), "{lines:#?}");
     terminal.shows(crate::load::LONG);
     terminal.resize(8, 40);
-    let lines = terminal.until("it is smaller", |lines| {
+    let lines = terminal.until("the window is smaller", |lines| {
         lines[7].starts_with(" q quit") && has(lines, "WAITERS")
     });
     assert!(!has(&lines, "HOLDER"), "{lines:#?}");
     terminal.resize(2, 10);
-    terminal.until("it is tiny", |lines| lines[1].starts_with("KEY"));
+    terminal.until("the window is tiny", |lines| lines[1].starts_with("KEY"));
     terminal.resize(24, 80);
     terminal.shows("CONT/S");
 }
 
-/// The tool as a shell starts it, which says what its exit code was.
+/// The tool started from a shell, which prints its exit code.
 #[track_caller]
 fn from_a_shell(script: &str, address: &str) -> (Terminal, String) {
     let mut command = Command::new("sh");
@@ -170,7 +172,7 @@ fn the_terminal_is_given_back_at_the_end() {
         assert_ne!(terminal.modes(), modes);
         terminal.types(key);
         let lines = terminal.shows("code 0");
-        // What was there before is there again, and nothing else.
+        // The previous content of the screen is restored, and nothing else is there.
         assert_eq!(lines[..3], ["ready", "go", "code 0"]);
         is_given_back(&terminal, &modes);
     }
@@ -206,7 +208,7 @@ fn it_stands_in_the_background_and_comes_back() {
     terminal.shows("stopped ");
     is_given_back(&terminal, &modes);
     terminal.types("go\n");
-    terminal.until("it is back", |lines| {
+    terminal.until("the view is back", |lines| {
         has(lines, "locks/s") && terminal.screen().alternate_screen()
     });
     terminal.types("q");

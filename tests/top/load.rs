@@ -1,4 +1,4 @@
-//! A process with an admin endpoint, whose tasks fight over a few keys.
+//! A process with an admin endpoint whose tasks contend for a few keys.
 
 use std::sync::Arc;
 use std::sync::atomic::{AtomicU64, Ordering};
@@ -10,16 +10,16 @@ use shardlock::admin::Admin;
 use crate::support::worker::{self, Current, Worker};
 use crate::support::{PATIENCE, RedisServer, wait_until};
 
-/// The key that the first process holds, and for which others wait.
+/// The key that the first process holds, and for which other tasks wait.
 pub(crate) const STUCK: &str = "nightly-report";
-/// Held as long, wanted by nobody.
+/// Held for as long, without waiters.
 pub(crate) const QUIET: &str = "migrate:orders";
-/// The key for which most tasks fight, each with a short hold.
+/// The key with the most contending tasks, each with a short hold.
 pub(crate) const HOT: &str = "coupon:black-friday";
 /// Too long for 80 columns.
 pub(crate) const LONG: &str = "tenant:7f3c9a51-0b1d-4f0e-9a77-d1c2b3a49586:invoice:2026-11:settlement";
 
-/// Keys, how many tasks fight for each, and how long one holds it, in milliseconds.
+/// Keys, the number of tasks that contend for each, and the hold time in milliseconds.
 const WANTED: [(&str, u32, u64); 8] = [
     (HOT, 8, 2),
     ("coupon:cyber-monday", 4, 4),
@@ -31,17 +31,18 @@ const WANTED: [(&str, u32, u64); 8] = [
     ("mail:digest", 2, 40),
 ];
 
-/// How many tasks of each process wait for [`STUCK`].
+/// The number of tasks in each process that wait for [`STUCK`].
 pub(crate) const WAITING: usize = 3;
 
 pub(crate) struct Load {
     pub(crate) worker: Worker,
-    /// `host:port` of its endpoint.
+    /// `host:port` of the endpoint.
     pub(crate) address: String,
 }
 
 impl Load {
-    /// Starts the process and waits until its tasks fight. The first one holds [`STUCK`] and [`QUIET`].
+    /// Starts the process and waits until its tasks contend. The first process holds [`STUCK`] and
+    /// [`QUIET`].
     #[track_caller]
     pub(crate) fn start(server: &RedisServer, is_first: bool) -> Self {
         Self::start_at(server, is_first, "127.0.0.1:0")
@@ -59,7 +60,7 @@ impl Load {
         Self { worker, address }
     }
 
-    /// The process as the view calls it.
+    /// The process as the view names it.
     pub(crate) fn process(&self) -> String {
         format!(
             "{}-{}",
@@ -68,7 +69,7 @@ impl Load {
         )
     }
 
-    /// Waits until its tasks had some more locks.
+    /// Waits until the tasks have acquired some more locks.
     #[track_caller]
     pub(crate) fn goes_on(&mut self) {
         self.worker.send("go on");
@@ -113,7 +114,7 @@ pub(crate) fn run(me: &Current) {
         let hearing = tokio::task::spawn_blocking(move || {
             while me.hear().is_some() {
                 let before = turns.load(Ordering::Relaxed);
-                wait_until("locks are had", PATIENCE, || {
+                wait_until("locks are acquired", PATIENCE, || {
                     turns.load(Ordering::Relaxed) > before + 50
                 });
                 me.say("went on");
@@ -122,7 +123,7 @@ pub(crate) fn run(me: &Current) {
         hearing.await.unwrap();
         drop(held);
     });
-    // Tasks still wait, for as long as they are let.
+    // Some tasks are still waiting, so exit without joining them.
     std::process::exit(0);
 }
 
@@ -135,7 +136,7 @@ async fn fight(locks: LockManager, key: &'static str, hold: Duration, turns: Arc
         turns.fetch_add(1, Ordering::Relaxed);
         tokio::time::sleep(hold).await;
         drop(guard);
-        // Work without the lock, so that not every one is waited for.
+        // Work without the lock, so that not every lock is contended.
         tokio::time::sleep(began.elapsed().min(hold)).await;
     }
 }

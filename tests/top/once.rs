@@ -1,4 +1,4 @@
-//! One frame of plain text.
+//! A single frame of plain text.
 
 use crate::has;
 use crate::load::{HOT, LONG, Load, QUIET, STUCK};
@@ -23,7 +23,7 @@ fn all_views_are_printed_with_rates_and_whole_keys() {
         let seen = run(bare(&["top", "--view", "hot", "--interval", "100ms", &load.address]));
         [HOT, LONG, STUCK].iter().all(|key| seen.stdout.contains(key))
     });
-    // It is printed once also where it is not asked for, since this is no terminal.
+    // Even without `--once` only one frame is printed, since the output is not a terminal.
     for args in [
         &["top", "--once", "--interval", "300ms"][..],
         &["top", "--interval", "300ms"],
@@ -73,14 +73,17 @@ fn who_is_away_is_complained_about_and_the_exit_code_says_so() {
         seen.stdout.contains(HOT)
     });
     let gone = nobody();
-    // What the environment says of shards does not matter where an address is given.
+    // The shards in the environment do not matter if an address is given.
     let mut command = bare(&["top", "--once", &gone]);
     command
         .env("SHARDLOCK_CONFIG", "/nonexistent")
         .env("SHARDLOCK_SHARDS", "memory://x");
     let ended = run(command);
     assert_eq!((ended.code, ended.stdout.as_str()), (69, ""), "{ended:?}");
-    assert_eq!(ended.stderr, format!("shardlock: {gone} is away: connection refused\n"));
+    assert_eq!(
+        ended.stderr,
+        format!("shardlock: {gone} is unavailable: connection refused\n")
+    );
     let ended = run(bare(&[
         "top",
         "--once",
@@ -92,7 +95,10 @@ fn who_is_away_is_complained_about_and_the_exit_code_says_so() {
         &load.address,
     ]));
     assert_eq!(ended.code, 69, "{ended:?}");
-    assert_eq!(ended.stderr, format!("shardlock: {gone} is away: connection refused\n"));
+    assert_eq!(
+        ended.stderr,
+        format!("shardlock: {gone} is unavailable: connection refused\n")
+    );
     assert!(has(&lines(&ended.stdout), HOT), "{ended:?}");
 }
 

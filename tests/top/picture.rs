@@ -10,7 +10,7 @@ use crate::support::{RedisServer, Terminal};
 use crate::tool::bare;
 use crate::{has, row, top};
 
-/// Names the file to which the picture is written, if it is wanted.
+/// Names the file for the picture, if one is wanted.
 const FILE: &str = "LOCKTEST_PICTURE";
 
 #[test]
@@ -18,7 +18,7 @@ fn processes_are_shown_as_one_and_one_that_dies_is_named() {
     let server = RedisServer::start();
     let (one, mut two) = (Load::start(&server, true), Load::start(&server, false));
     let terminal = top(&[&one.address, "--admin", &two.address]);
-    let lines = terminal.until("both are merged, with rates", |lines| {
+    let lines = terminal.until("both processes are merged, with rates", |lines| {
         let is_held = row(lines, STUCK).is_some_and(|row| row[1] == one.process() && row[3] == WAITING.to_string());
         is_held && row(lines, HOT).is_some_and(|row| row[6].parse::<f64>().is_ok_and(|rate| rate > 0.0))
     });
@@ -33,7 +33,7 @@ fn processes_are_shown_as_one_and_one_that_dies_is_named() {
         let args = ["top", &one.address, &two.address];
         let (terminal, mut frames) = (Terminal::open(bare(&args), 18, 80), 0);
         let mut last = Vec::new();
-        terminal.until("it has settled", |lines| {
+        terminal.until("the rates have settled", |lines| {
             if lines != last {
                 last = lines.to_vec();
                 frames += 1;
@@ -43,8 +43,8 @@ fn processes_are_shown_as_one_and_one_that_dies_is_named() {
         fs::write(file, svg(&terminal.screen())).unwrap();
     }
     two.worker.kill();
-    let lines = terminal.shows("2 processes, 1 away");
-    assert!(has(&lines, &format!("{} is away for ", two.address)), "{lines:#?}");
+    let lines = terminal.shows("2 processes, 1 unavailable");
+    assert!(has(&lines, &format!("{} unavailable for ", two.address)), "{lines:#?}");
     assert!(row(&lines, HOT).is_some(), "{lines:#?}");
 }
 
@@ -53,7 +53,7 @@ const MARGIN: f64 = 14.0;
 const INK: &str = "#d8dee9";
 const PAPER: &str = "#1b1f27";
 
-/// What of a cell matters for how it looks.
+/// The properties of a cell that affect its appearance.
 #[derive(Debug, Clone, PartialEq)]
 struct Look {
     ink: String,
@@ -86,7 +86,7 @@ fn colour(colour: Color, usual: &str) -> String {
     }
 }
 
-/// The screen as a picture: a rectangle and a text for each run of cells that look alike.
+/// The screen as an SVG: a rectangle and a text for each run of cells with the same look.
 fn svg(screen: &Screen) -> String {
     let (rows, columns) = screen.size();
     let (rows, columns) = (rows.get(), columns.get());

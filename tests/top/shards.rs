@@ -1,10 +1,11 @@
-//! The shards themselves, where no process has an endpoint. What other kinds of shards show is in tests/kinds.rs.
+//! The shards themselves, when no process has an endpoint. For other kinds of shards see
+//! tests/kinds.rs.
 
 use crate::support::{RedisServer, Terminal};
 use crate::tool::{Holder, Run, run, tool, wait_until_waiting};
 use crate::{has, keys, row};
 
-/// Keys that are no locks, among which locks are searched.
+/// Stores keys that are not locks, among which the tool must find the locks.
 #[track_caller]
 fn fill(server: &RedisServer, count: u32) {
     let script = "for i = 1, tonumber(ARGV[1]) do redis.call('SET', 'page:' .. i, i) end";
@@ -28,12 +29,12 @@ fn held_keys_their_holders_and_queues_are_seen_without_an_endpoint() {
     server.command(&["SET", "lock:foreign", "another library"]);
     server.command(&["RPUSH", "lock:list", "no lease"]);
     let terminal = live(&server, &[]);
-    let lines = terminal.until("the wanted key", |lines| row(lines, "k").is_some());
+    let lines = terminal.until("the contended key", |lines| row(lines, "k").is_some());
     let k = row(&lines, "k").unwrap();
     assert!(k[2].starts_with('>') && k[3] == "2" && k[6] == "-", "{lines:#?}");
     assert!(lines[0].starts_with(" shardlock top  shard shard-0 "), "{lines:#?}");
     terminal.types("2");
-    let lines = terminal.until("all that is held", |lines| keys(lines).len() >= 3);
+    let lines = terminal.until("all held locks", |lines| keys(lines).len() >= 3);
     assert!(
         has(&lines, "odd {key} 100%") && has(&lines, "another…ibrary"),
         "{lines:#?}"
@@ -58,11 +59,11 @@ fn a_search_looks_at_no_more_keys_than_it_may_and_goes_on_where_it_ended() {
     let _holders = ["a", "b", "c"].map(|key| Holder::of(&server, key));
     server.command(&["CONFIG", "RESETSTAT"]);
     let terminal = live(&server, &["--scan", "1000", "--view", "held"]);
-    terminal.shows("not all keys were looked at, n goes on");
+    terminal.shows("not all keys were searched, press n to continue");
     assert_eq!(server.calls("scan"), 5);
-    // Refreshes search nothing.
+    // Refreshes do not scan.
     let inspected = server.calls("eval") + server.calls("evalsha") + server.calls("get");
-    terminal.until("it asks again and again", |_| {
+    terminal.until("the view refreshes repeatedly", |_| {
         terminal.types("r");
         server.calls("ping") > 0 || inspected < server.calls("eval") + server.calls("evalsha") + server.calls("get")
     });
@@ -72,7 +73,7 @@ fn a_search_looks_at_no_more_keys_than_it_may_and_goes_on_where_it_ended() {
         let before = server.calls("scan");
         terminal.types("n");
         searches += 1;
-        terminal.until("it has searched", |_| server.calls("scan") > before);
+        terminal.until("the view has searched", |_| server.calls("scan") > before);
         assert!(searches < 1000, "{:#?}", terminal.lines());
     }
     assert!(server.calls("scan") <= 5 * searches, "{}", server.calls("scan"));
@@ -102,15 +103,15 @@ fn a_named_key_is_shown_whether_it_is_used_or_not_and_nothing_is_searched() {
 fn a_shard_that_dies_is_down_and_then_up_again() {
     let server = RedisServer::start();
     let terminal = live(&server, &["--key", "k", "--view", "shards"]);
-    terminal.until("it is up", |lines| {
+    terminal.until("the shard is up", |lines| {
         row(lines, "shard-0").is_some_and(|row| row[1] == "up")
     });
     server.kill();
-    terminal.until("it is down", |lines| {
+    terminal.until("the shard is down", |lines| {
         row(lines, "shard-0").is_some_and(|row| row[1] == "down") && has(lines, "unavailable")
     });
     server.restart();
-    terminal.until("it is up again", |lines| {
+    terminal.until("the shard is up again", |lines| {
         row(lines, "shard-0").is_some_and(|row| row[1] == "up") && !has(lines, "unavailable")
     });
 }

@@ -1,4 +1,4 @@
-//! From lines to acquisitions.
+//! Turns history lines into acquisitions.
 
 use std::collections::HashMap;
 
@@ -12,7 +12,7 @@ pub struct Acquisition {
     pub key: String,
     pub asked: Nanos,
     pub limit: Nanos,
-    /// Nothing if the process died first, or waits still.
+    /// `None` if the process died first or is still waiting.
     pub outcome: Option<Outcome>,
 }
 
@@ -24,10 +24,10 @@ pub enum Outcome {
 
 #[derive(Clone, Debug)]
 pub struct Hold {
-    /// When the guard was there.
+    /// When the guard was acquired.
     pub at: Nanos,
     pub token: u64,
-    /// Readings of the guard: when, and for how long it was valid from then on.
+    /// Readings of the guard: the time, and the remaining validity at that time.
     pub readings: Vec<(Nanos, Nanos)>,
     pub told: Option<(Nanos, String)>,
     pub ending: Option<Nanos>,
@@ -35,11 +35,12 @@ pub struct Hold {
 }
 
 impl Hold {
-    /// Until when the holder could be sure to be the only one: never later than it really could.
+    /// The end of the time in which the holder could rely on exclusive access. Never later than the
+    /// actual end.
     pub fn until(&self) -> Nanos {
         let claimed = self.claimed_until();
         match (&self.ended, self.ending) {
-            // It was told that it had held the lock until then.
+            // The release confirmed that the lock was held until then.
             (Some((_, outcome)), Some(ending)) if outcome == "ok" => ending,
             _ => {
                 let told = self.told.as_ref().map_or(Nanos::MAX, |(at, _)| *at);
@@ -48,7 +49,7 @@ impl Hold {
         }
     }
 
-    /// The end of its validity as it was when it was last read, whatever happened then.
+    /// The latest end of validity among the readings, whatever happened afterwards.
     pub fn claimed_until(&self) -> Nanos {
         let ends = self
             .readings
@@ -58,7 +59,7 @@ impl Hold {
         ends.max().unwrap_or(self.at)
     }
 
-    /// Whether it was valid when the guard was there.
+    /// Whether the guard was valid when it was acquired.
     pub fn was_valid(&self) -> bool {
         self.readings[0].1 > 0
     }
@@ -72,7 +73,7 @@ impl Acquisition {
         }
     }
 
-    /// When it was over whether a guard comes.
+    /// When the request succeeded or failed.
     pub fn answered(&self) -> Option<Nanos> {
         match &self.outcome {
             Some(Outcome::Granted(hold)) => Some(hold.at),
@@ -81,13 +82,13 @@ impl Acquisition {
         }
     }
 
-    /// What people see.
+    /// The name used in reports.
     pub fn name(&self) -> String {
         format!("{}#{}", self.who, self.number)
     }
 }
 
-/// In the order in which they were asked for.
+/// Sorted by the time of the request.
 pub fn collect(lines: &[Line]) -> Vec<Acquisition> {
     let mut all: Vec<Acquisition> = Vec::new();
     let mut places: HashMap<(&str, u64), usize> = HashMap::new();

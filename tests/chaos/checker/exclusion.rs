@@ -1,9 +1,9 @@
-//! No two holders by their own clocks.
+//! At no time do two guards of a key consider themselves valid.
 
 use super::Finding;
 use super::acquisitions::Acquisition;
 
-/// All acquisitions of a key.
+/// Checks all acquisitions of one key.
 pub fn check(of_key: &[&Acquisition], findings: &mut Vec<Finding>) {
     let mut holds: Vec<_> = of_key
         .iter()

@@ -1,15 +1,16 @@
-//! What the documents exclude, each by its name, and only around the faults that it is about.
+//! Violations that the documentation excludes. Each exclusion has a name and applies only around
+//! the faults it is about.
 
 use super::faults::Faults;
 use super::{Finding, Terms};
 
 pub struct Excuse {
     pub name: &'static str,
-    /// Where it is said.
+    /// The part of the documentation that states it.
     pub source: &'static str,
     pub faults: &'static [&'static str],
     pub violations: &'static [&'static str],
-    /// Whether it holds also if every replica has confirmed every lease.
+    /// Whether the exclusion also applies if every replica has confirmed every lease.
     also_confirmed: bool,
 }
 
@@ -52,7 +53,7 @@ impl Excuse {
         EXCUSES.iter().find(|excuse| {
             let applies =
                 excuse.violations.contains(&finding.violation) && (excuse.also_confirmed || !terms.is_confirmed);
-            // A holder believes in a lease that was forgotten for as long as it would have lasted.
+            // A holder relies on a forgotten lease until it would have expired.
             applies
                 && faults.iter().any(|fault| {
                     let last = fault.over.saturating_add(terms.ttl);

@@ -1,11 +1,11 @@
-//! Which faults were at work, and when.
+//! Which faults were active, and when.
 
 use std::collections::BTreeMap;
 
 use super::super::clock::Nanos;
 use super::super::history::{Event, Line};
 
-/// The target of what stops the whole machine.
+/// The target of a fault that stops the whole machine.
 pub const EVERYBODY: &str = "everybody";
 
 #[derive(Clone, Debug)]
@@ -13,7 +13,7 @@ pub struct Fault {
     pub name: String,
     pub target: String,
     pub begun: Nanos,
-    /// The end of time if it was never over.
+    /// `Nanos::MAX` if the fault never ended.
     pub over: Nanos,
 }
 
@@ -36,7 +36,7 @@ impl Faults {
                 }
                 Event::FaultOver => {
                     let fault = faults.get_mut(&(line.who.as_str(), line.number));
-                    fault.expect("it began").over = line.at;
+                    fault.expect("the fault has begun").over = line.at;
                 }
                 _ => {}
             }
@@ -48,7 +48,7 @@ impl Faults {
         self.0.iter()
     }
 
-    /// Whether nothing was at work in that time, nor had been for so long before.
+    /// Whether no fault was active in this period, nor within `settled` before it.
     pub fn none_between(&self, from: Nanos, to: Nanos, settled: Nanos) -> bool {
         !self
             .0
@@ -56,7 +56,7 @@ impl Faults {
             .any(|fault| fault.begun < to && fault.over.saturating_add(settled) > from)
     }
 
-    /// For how long a process stood still, or its runtime did, or the whole machine, in that time.
+    /// For how long, within this period, the process, its runtime or the whole machine was stopped.
     pub fn still(&self, who: &str, from: Nanos, to: Nanos) -> Nanos {
         let of_it = self
             .0

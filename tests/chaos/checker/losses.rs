@@ -1,4 +1,4 @@
-//! Losses: told in time, and not without a cause.
+//! Losses must be reported in time, and not without a cause.
 
 use super::acquisitions::{Acquisition, Hold};
 use super::faults::Faults;
@@ -20,7 +20,7 @@ pub fn check(acquisitions: &[Acquisition], faults: &Faults, terms: Terms, findin
             find(
                 "late-loss",
                 at,
-                format!("was valid until {} and not told by {at}", hold.claimed_until()),
+                format!("was valid until {}, loss not reported by {at}", hold.claimed_until()),
             );
         }
         let Some((at, reason)) = &hold.told else { continue };
@@ -28,20 +28,20 @@ pub fn check(acquisitions: &[Acquisition], faults: &Faults, terms: Terms, findin
             "taken" => find(
                 "vanished",
                 *at,
-                "was told that its lease was deleted or taken".to_owned(),
+                "was notified that its lease was deleted or taken".to_owned(),
             ),
             reason if faults.none_between(hold.at, *at, terms.settled()) => {
-                find("lost-in-health", *at, format!("was told {reason}"));
+                find("lost-in-health", *at, format!("was notified of {reason}"));
             }
             _ => {}
         }
     }
 }
 
-/// When it was, or was still not, if that was too late.
+/// The time at which the loss was known, or still unknown, if that was too late.
 fn told_late(acquisition: &Acquisition, hold: &Hold, faults: &Faults) -> Option<u64> {
     let end = hold.claimed_until();
-    // A task that gives its guard back does not listen any more.
+    // A task that is releasing its guard no longer waits for the loss.
     let known = hold.told.as_ref().map(|(at, _)| *at).or_else(|| {
         let mut readings = hold.readings.iter().filter(|(at, _)| Some(*at) != hold.ending);
         readings.rfind(|(at, left)| *at > end && *left == 0).map(|(at, _)| *at)

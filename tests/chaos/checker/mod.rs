@@ -1,20 +1,21 @@
-//! Judges a history. It knows nothing of the library: only what the documents promise, and what they exclude.
+//! Judges a history. The checker knows nothing about the library except its documented guarantees
+//! and exclusions.
 //!
 //! | violation | what happened |
 //! |---|---|
 //! | `overlap` | two guards of a key were valid at the same time, each by its own reading |
-//! | `same-token` | two acquisitions of a key had one token |
+//! | `same-token` | two acquisitions of a key had the same token |
 //! | `token-order` | a later acquisition had a smaller token |
 //! | `late-loss` | a guard was no longer valid, and `lost()` had not returned |
-//! | `vanished` | a lease was deleted or taken on the server, and nothing that happened explains it |
+//! | `vanished` | a lease was deleted or taken on the server for no known reason |
 //! | `ask-overdue` | a request did not end within its limit |
 //! | `release-overdue` | a release did not end |
-//! | `key-stuck` | a key that nobody held was granted to none of those who waited |
-//! | `starved` | a request waited while hundreds of others were served, although nothing had happened |
+//! | `key-stuck` | a key without a holder was not granted to any of its waiters |
+//! | `starved` | a request waited while hundreds of others were served, without any fault |
 //! | `left-behind` | something was still on the servers, or running, after the end |
 //!
-//! `lost-in-health`, a lease that was not renewed in time although nothing had happened for long, is worth a look and no
-//! violation: servers that get too little of an overloaded machine answer too late.
+//! `lost-in-health` is a lease that was not renewed in time, long after the last fault. It deserves
+//! a look but is not a violation: on an overloaded machine servers may reply too late.
 
 mod acquisitions;
 mod exclusion;
@@ -39,39 +40,41 @@ use super::history::{Event, Line};
 pub use excuses::EXCUSES;
 pub use faults::EVERYBODY;
 
-/// What the checker has to know of the round.
+/// What the checker needs to know about the round.
 #[derive(Clone, Copy, Debug)]
 pub struct Terms {
-    /// How long a lease lasts on a server without being renewed, at most.
+    /// The longest time that a lease remains on a server without a renewal.
     pub ttl: Nanos,
-    /// Whether every replica has a lease before it counts, so that no failover forgets one.
+    /// Whether every replica must have a lease before the lease counts, so that no failover forgets
+    /// it.
     pub is_confirmed: bool,
 }
 
 impl Terms {
-    /// How long a machine may take to run what is ready to run.
+    /// The time that a machine may take to run a task that is ready.
     const SLACK: Nanos = 4 * SECOND;
-    /// How late `lost()` may return.
+    /// The maximum delay of `lost()`.
     const LOSS_SLACK: Nanos = SECOND;
 
-    /// After this, nothing of a fault has any effect: leases of the dead have ended, everybody who waits has looked again.
+    /// The time after which a fault has no effect any more: the leases of dead holders have
+    /// expired, and all waiters have retried.
     pub const fn settled(&self) -> Nanos {
         self.ttl + 4 * SECOND
     }
 }
 
-/// What is wrong, or was found and is excused.
+/// A violation, excused or not.
 #[derive(Clone, Debug)]
 pub struct Finding {
     pub violation: &'static str,
     pub at: Nanos,
-    /// Since when it must have been going on.
+    /// The time since which the problem must have existed.
     pub since: Nanos,
     pub key: Option<String>,
     pub words: String,
 }
 
-/// A finding with the lines of the history around it.
+/// A finding with the surrounding lines of the history.
 #[derive(Clone, Debug)]
 pub struct Violation {
     pub finding: Finding,
@@ -82,15 +85,15 @@ pub struct Violation {
 pub struct Verdict {
     pub asked: u64,
     pub granted: u64,
-    /// Requests without a guard, by the reason.
+    /// Failed requests, by reason.
     pub failed: BTreeMap<String, u64>,
-    /// Losses, by the reason.
+    /// Losses, by reason.
     pub told: BTreeMap<String, u64>,
     pub longest_wait: Nanos,
     /// By violation and excuse.
     pub excused: BTreeMap<(&'static str, &'static str), u64>,
     pub violations: Vec<Violation>,
-    /// What an overloaded machine explains as well as a fault of ours.
+    /// Findings that an overloaded machine explains as well as a bug.
     pub worth_a_look: Vec<Violation>,
 }
 
@@ -118,7 +121,7 @@ impl Verdict {
     }
 }
 
-/// The lines have to be in the order of time.
+/// The lines must be sorted by time.
 pub fn check(lines: &[Line], terms: Terms) -> Verdict {
     let faults = Faults::of(lines);
     let acquisitions = acquisitions::collect(lines);

@@ -1,4 +1,4 @@
-//! Nobody is stuck.
+//! No request or key is stuck.
 
 use std::collections::{HashMap, HashSet};
 
@@ -8,7 +8,7 @@ use super::acquisitions::Acquisition;
 use super::faults::Faults;
 use super::{Finding, Terms};
 
-/// Requests and releases end.
+/// Checks that requests and releases end.
 pub fn check(acquisitions: &[Acquisition], lines: &[Line], faults: &Faults, findings: &mut Vec<Finding>) {
     let mut last_seen: HashMap<&str, Nanos> = HashMap::new();
     let mut has_ended: HashSet<&str> = HashSet::new();
@@ -21,7 +21,8 @@ pub fn check(acquisitions: &[Acquisition], lines: &[Line], faults: &Faults, find
     }
     for acquisition in acquisitions {
         let who = acquisition.who.as_str();
-        // One that was killed was last seen with its last line; one that has ended has nothing that goes on.
+        // A killed process was last seen at its last line. In a process that has ended, nothing may
+        // still be running.
         let seen = match has_ended.contains(who) {
             true => end,
             false => last_seen[who],
@@ -37,7 +38,7 @@ pub fn check(acquisitions: &[Acquisition], lines: &[Line], faults: &Faults, find
                     since: from,
                     key: Some(acquisition.key.clone()),
                     words: format!(
-                        "{} lasted {} ms, of which its process stood still for {} ms; its limit is {} ms",
+                        "{} took {} ms, {} ms of which its process was stopped; its limit is {} ms",
                         acquisition.name(),
                         lasted / 1_000_000,
                         still / 1_000_000,
@@ -60,10 +61,11 @@ pub fn check(acquisitions: &[Acquisition], lines: &[Line], faults: &Faults, find
     }
 }
 
-/// How many may have a key before one who waits, at most: processes take turns, and each passes a lock on 64 times inside.
+/// The maximum number of grants to others before a waiter is served: processes take turns, and each
+/// passes the lock on 64 times locally.
 const BEFORE_MAX: usize = 500;
 
-/// A key that somebody waits for is granted, and not always to others.
+/// Checks that a key with waiters is granted, and not always to others.
 pub fn check_key(of_key: &[&Acquisition], faults: &Faults, terms: Terms, findings: &mut Vec<Finding>) {
     let mut grants: Vec<Nanos> = of_key.iter().filter_map(|one| Some(one.hold()?.at)).collect();
     grants.sort_unstable();
@@ -79,11 +81,11 @@ pub fn check_key(of_key: &[&Acquisition], faults: &Faults, terms: Terms, finding
                 at: answered,
                 since: acquisition.asked,
                 key: Some(acquisition.key.clone()),
-                words: format!("{} saw {others} others served before it", acquisition.name()),
+                words: format!("{others} requests were served before {}", acquisition.name()),
             });
         }
     }
-    // When the number of those who wait, or of those who hold it, changes.
+    // Changes in the number of waiters and of holders.
     let mut changes: Vec<(Nanos, i64, i64)> = Vec::new();
     for acquisition in of_key {
         // Tries do not wait.
@@ -108,7 +110,7 @@ pub fn check_key(of_key: &[&Acquisition], faults: &Faults, terms: Terms, finding
             (false, true) => idle_since = Some(at),
             (true, false) => {
                 let since = idle_since.take().unwrap_or(at);
-                // A lease that nobody holds any more may have to run out first.
+                // An abandoned lease may have to expire first.
                 let within = terms.ttl + Terms::SLACK;
                 if at - since > within && faults.none_between(at - within, at, terms.settled()) {
                     findings.push(Finding {
@@ -116,7 +118,7 @@ pub fn check_key(of_key: &[&Acquisition], faults: &Faults, terms: Terms, finding
                         at,
                         since,
                         key: Some(of_key[0].key.clone()),
-                        words: format!("was wanted and held by nobody for {} ms", (at - since) / 1_000_000),
+                        words: format!("had waiters and no holder for {} ms", (at - since) / 1_000_000),
                     });
                 }
             }

@@ -6,7 +6,8 @@ use super::super::clock::{Nanos, SECOND};
 use super::super::history::{Event, Line};
 use super::Finding;
 
-/// How many lines of the key before and after, and for how long before faults are of interest.
+/// Number of lines about the key around the finding, and for how long before it faults are
+/// included.
 const LINES: usize = 24;
 const FAULTS_BEFORE: Nanos = 8 * SECOND;
 
@@ -27,7 +28,7 @@ pub fn tell(finding: &Finding, lines: &[Line]) -> String {
             || matches!(line.event, Event::Left { .. })
     };
     let told: Vec<&Line> = lines.iter().filter(concerns).collect();
-    // Two neighbourhoods if much lies between them, and all faults.
+    // Two separate excerpts if many lines lie between them, and all faults.
     let place = |at: Nanos| told.partition_point(|line| line.at < at);
     let near = |index: usize, place: usize| index + LINES / 2 >= place && index < place + LINES / 2;
     let (first, last) = (place(start), place(finding.at));

@@ -1,4 +1,5 @@
-//! Histories by hand: each kind of violation is found, and each excuse counts only around its fault.
+//! Handwritten histories: the checker finds each kind of violation, and each excuse applies only
+//! around its fault.
 
 use super::super::clock::{Nanos, SECOND};
 use super::super::faults::Fault;
@@ -14,7 +15,7 @@ const CONFIRMED: Terms = Terms {
     ..TERMS
 };
 
-/// A history whose times are in milliseconds.
+/// A history with times in milliseconds.
 fn history(text: &str) -> Vec<Line> {
     let millis = |nanos: Nanos| nanos * 1_000_000;
     let mut lines: Vec<Line> = text
@@ -197,7 +198,7 @@ fn loss_that_is_told_late_is_found() {
         2502 w1 1 ended lost
         3000 nemesis 1 over";
     assert_finds(text, &["late-loss"]);
-    // The process stood still: it was told as soon as it could be.
+    // The process was stopped; it was notified as soon as possible.
     assert_finds(&text.replace("hung-server -", "stop-worker w1"), &[]);
 }
 
@@ -263,7 +264,7 @@ fn request_without_an_end_is_found() {
         0 w1 1 asked k 1000
         8000 w1 0 down";
     assert_finds(text, &["ask-overdue"]);
-    // One that was killed in time has nothing to answer for.
+    // A process that was killed in time is not responsible for its request.
     assert_finds("0 w1 1 asked k 1000\n 8000 w2 0 down", &[]);
 }
 
@@ -289,7 +290,7 @@ fn key_that_is_granted_to_nobody_is_found() {
         7001 w2 1 ending 899
         7002 w2 1 ended ok";
     assert_finds(text, &["key-stuck"]);
-    // The cause was a fault.
+    // A fault was the cause.
     let fault = "
         3000 nemesis 1 fault hung-server -
         4000 nemesis 1 over";
@@ -335,7 +336,7 @@ fn overlap_is_excused_only_around_a_fault_that_explains_it() {
         let verdict = judge(&FORGOTTEN.replace("FAULT", fault));
         assert_eq!(found(&verdict), [""; 0], "{fault}");
         assert_eq!(verdict.count_excused("overlap"), 1, "{fault}");
-        // After its time.
+        // After the end of the fault.
         let later = FORGOTTEN
             .replace("100 nemesis", "9100 nemesis")
             .replace("200 nemesis", "9200 nemesis");

@@ -1,7 +1,8 @@
-//! Tokens in the order of the grants.
+//! Tokens increase in the order of the grants.
 //!
-//! When a grant happened is known only to lie between the request and the guard. So two acquisitions are compared if one was there before the
-//! other was asked for, or if both were valid, one after the other.
+//! The exact time of a grant is only known to lie between the request and the guard. Two
+//! acquisitions are therefore compared if one had its guard before the other was requested, or if
+//! both were valid, one after the other.
 
 use std::collections::HashMap;
 
@@ -22,7 +23,7 @@ pub fn check(of_key: &[&Acquisition], findings: &mut Vec<Finding>) {
                 at: *at,
                 since: acquisition.asked,
                 key: Some(acquisition.key.clone()),
-                words: format!("{} was issued one that goes back", acquisition.name()),
+                words: format!("{} was issued a smaller token", acquisition.name()),
             });
         }
     }
@@ -43,7 +44,7 @@ fn check_unique(granted: &[(&Acquisition, &Hold)], findings: &mut Vec<Finding>) 
     }
 }
 
-/// One that was there before another was asked for has the smaller token.
+/// An acquisition whose guard came before another was requested has the smaller token.
 fn check_asked_after(granted: &[(&Acquisition, &Hold)], findings: &mut Vec<Finding>) {
     let mut by_grant = granted.to_vec();
     by_grant.sort_by_key(|(_, hold)| hold.at);
@@ -63,7 +64,7 @@ fn check_asked_after(granted: &[(&Acquisition, &Hold)], findings: &mut Vec<Findi
     }
 }
 
-/// One that was valid until another was valid has the smaller token.
+/// An acquisition that was valid until another became valid has the smaller token.
 fn check_valid(granted: &[(&Acquisition, &Hold)], findings: &mut Vec<Finding>) {
     let mut valid: Vec<_> = granted.iter().filter(|(_, hold)| hold.was_valid()).copied().collect();
     valid.sort_by_key(|(_, hold)| hold.at);
@@ -71,7 +72,7 @@ fn check_valid(granted: &[(&Acquisition, &Hold)], findings: &mut Vec<Finding>) {
     for later in valid {
         if let Some(earlier) = largest
             && earlier.1.until() <= later.1.at
-            // Otherwise it was compared before.
+            // Otherwise `check_asked_after` has compared them.
             && earlier.1.at >= later.0.asked
         {
             compare(earlier, later, findings);
@@ -90,7 +91,7 @@ fn compare(earlier: (&Acquisition, &Hold), later: (&Acquisition, &Hold), finding
             since: earlier.1.at,
             key: Some(later.0.key.clone()),
             words: format!(
-                "{} has token {}, and after it {} has {}",
+                "{} has token {}, and the later {} has {}",
                 earlier.0.name(),
                 earlier.1.token,
                 later.0.name(),

@@ -10,7 +10,7 @@ use super::super::faults::{Fault, some_time};
 use super::super::support::{Cluster, PATIENCE, RedisServer, wait_until};
 use super::{Scene, lock_keys, some_key, strike_nodes};
 
-/// More than a node has to be silent to be replaced, and less.
+/// In milliseconds, longer and shorter than a node must be silent to be replaced.
 const LONG: (u64, u64) = (2_500, 4_000);
 const SHORT: (u64, u64) = (100, 900);
 

@@ -1,4 +1,4 @@
-//! An etcd of three members.
+//! An etcd with three members.
 
 use std::thread;
 use std::time::Duration;
@@ -29,7 +29,7 @@ impl OfEtcd {
         Self { etcd, network, runtime }
     }
 
-    /// The leader as often as not.
+    /// The leader, half of the time.
     fn some_member(&self, rng: &mut SmallRng) -> usize {
         match rng.random_bool(0.5) {
             true => self.runtime.block_on(self.etcd.leader()),
@@ -101,7 +101,7 @@ impl Scene for OfEtcd {
             }
             other => panic!("not of this kind: {other:?}"),
         }
-        // A leader is there.
+        // Wait until there is a leader.
         self.runtime.block_on(self.etcd.leader());
     }
 

@@ -1,4 +1,4 @@
-//! What the workers fight on: servers of a kind, the ways to them, and the faults of both.
+//! What the workers contend on: servers of one kind, the network paths to them, and their faults.
 
 mod cluster;
 #[cfg(feature = "etcd")]
@@ -34,19 +34,19 @@ pub trait Scene {
         self.replicas_acked() > 0
     }
 
-    /// How those at a place reach the servers.
+    /// The URL by which the worker at a place reaches the servers.
     fn url(&self, place: usize) -> String;
 
     fn faults(&self) -> &'static [Fault];
 
-    /// Lets the fault happen, and waits until it is over and the servers are well.
+    /// Injects the fault, and waits until it has ended and the servers are healthy.
     fn strike(&self, fault: Fault, rng: &mut SmallRng);
 
-    /// What is left of single locks.
+    /// Keys of individual locks that are left.
     fn left(&self) -> Vec<String>;
 }
 
-/// The kinds by name.
+/// The kinds, by name.
 pub const KINDS: &[&str] = &[
     "redis",
     "sentinel",
@@ -56,7 +56,7 @@ pub const KINDS: &[&str] = &[
     "etcd",
 ];
 
-/// Servers of that kind. The seed decides on the settings.
+/// Starts servers of this kind. The seed determines the settings.
 pub fn start(kind: &str, seed: u64) -> Box<dyn Scene> {
     match kind {
         "redis" => Box::new(redis::Redis::start(seed)),
@@ -74,7 +74,7 @@ fn some_key(rng: &mut SmallRng) -> String {
     keys.swap_remove(rng.random_range(0..keys.len()))
 }
 
-/// Faults that are the same for all kinds of Redis. Says whether this is one.
+/// Injects a fault that is the same for all kinds of Redis. Returns whether this is one.
 fn strike_nodes(nodes: &[&RedisServer], fault: Fault, rng: &mut SmallRng) -> bool {
     match fault {
         Fault::CutSubscriptions => nodes
@@ -88,7 +88,7 @@ fn strike_nodes(nodes: &[&RedisServer], fault: Fault, rng: &mut SmallRng) -> boo
         Fault::DeleteLease => {
             let lease = format!("lock:{}", some_key(rng));
             for node in nodes {
-                // In a cluster it is another one's.
+                // In a cluster, another node may own the key.
                 drop(node.try_query::<u64>(&["DEL", &lease]));
             }
         }
@@ -103,7 +103,7 @@ fn strike_nodes(nodes: &[&RedisServer], fault: Fault, rng: &mut SmallRng) -> boo
     true
 }
 
-/// What belongs to single locks: all but counters and the shard map.
+/// Keys that belong to individual locks: everything except counters and the shard map.
 fn lock_keys(node: &RedisServer) -> Vec<String> {
     let mut keys = node.keys();
     keys.retain(|key| !key.contains("%map") && !key.contains("%fence:"));

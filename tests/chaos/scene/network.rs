@@ -1,4 +1,4 @@
-//! The ways from each place to each server, which the faults are in.
+//! The network paths from each place to each server, where network faults are injected.
 
 use std::thread;
 
@@ -22,7 +22,7 @@ impl Network {
         }
     }
 
-    /// The ways from a place, in the order of the servers.
+    /// The paths from a place, in the order of the servers.
     pub fn from(&self, place: usize) -> &[Proxy] {
         &self.ways[place]
     }
@@ -33,7 +33,7 @@ impl Network {
         hosts.join(",")
     }
 
-    /// Says whether that is a fault of the network.
+    /// Injects the fault if it is a network fault. Returns whether it is.
     pub fn strike(&self, fault: Fault, rng: &mut SmallRng) -> bool {
         let (replies, requests) = match fault {
             Fault::PartitionReplies => (true, false),
@@ -44,7 +44,8 @@ impl Network {
         };
         let chosen = self.choose(rng);
         let lasting = some_time(rng, 100, 4_000);
-        // What a system has not sent yet is sent when the network is back, or the connections are gone by then.
+        // Unsent bytes are either sent when the network is back, or their connections are gone by
+        // then.
         let delivers = fault == Fault::LateRequests || rng.random_bool(0.7);
         let late = some_time(rng, 10, 300);
         for way in &chosen {
@@ -71,7 +72,7 @@ impl Network {
         true
     }
 
-    /// One place or all, and of each all servers or one.
+    /// One place or all, and for each of them one server or all.
     fn choose(&self, rng: &mut SmallRng) -> Vec<&Proxy> {
         let place = rng.random_bool(0.7).then(|| rng.random_range(0..PLACES));
         let servers = self.ways[0].len();

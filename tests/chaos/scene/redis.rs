@@ -20,7 +20,7 @@ pub struct Redis {
     primary: AtomicUsize,
     network: Network,
     is_confirmed: bool,
-    /// The library that shifts the clocks, if they can be shifted.
+    /// The library that shifts the servers' clocks, if this round shifts them.
     clock: Option<OtherClock>,
 }
 
@@ -53,7 +53,7 @@ macro_rules! faults {
 
 impl Redis {
     pub fn start(seed: u64) -> Self {
-        // A clock that can be shifted costs each command a look into a file.
+        // With a shiftable clock, each command reads a file.
         let clock = seed.is_multiple_of(3).then(OtherClock::build);
         let vars = clock.as_ref().map(OtherClock::settable);
         let vars = vars.as_ref().map_or(&[][..], |vars| &vars[..]);
@@ -75,7 +75,7 @@ impl Redis {
         &self.servers[self.primary.load(Ordering::Relaxed)]
     }
 
-    /// One server becomes the other's replica. Waits until it is in step.
+    /// Makes one server a replica of the other, and waits until it is in sync.
     fn follow(&self, replica: usize, primary: usize) {
         let port = self.servers[primary].port().to_string();
         self.servers[replica].command(&["REPLICAOF", "127.0.0.1", &port]);
@@ -83,7 +83,7 @@ impl Redis {
     }
 
     fn is_in_step(&self) {
-        wait_until("the replica is in step", PATIENCE, || {
+        wait_until("the replica is in sync", PATIENCE, || {
             self.servers.iter().any(|server| in_step(server) == 1)
         });
     }
@@ -101,7 +101,7 @@ impl Redis {
             demote();
         }
         for place in 0..PLACES {
-            // A proxy or a resolver does not switch for all clients in one moment.
+            // A proxy or a resolver does not switch all clients at once.
             self.network.from(place)[0].lead_to(self.servers[new].address());
             thread::sleep(Duration::from_millis(rng.random_range(0..150)));
         }
@@ -163,7 +163,7 @@ impl Scene for Redis {
                 other_clock::set(self.primary().dir(), seconds);
                 thread::sleep(some_time(rng, 100, 1_500));
                 other_clock::set(self.primary().dir(), 0);
-                // Tokens of the other time are the past by then.
+                // Wait until the tokens issued in the other time lie in the past.
                 thread::sleep(Duration::from_secs(seconds.unsigned_abs()));
             }
             other => panic!("not of this kind: {other:?}"),

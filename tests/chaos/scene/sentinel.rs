@@ -1,4 +1,4 @@
-//! A primary and its replica, which three sentinels watch. Leases count once the replica has them.
+//! A primary and its replica, watched by three sentinels. A lease counts once the replica has it.
 
 use std::thread;
 use std::time::Duration;
@@ -15,7 +15,7 @@ pub struct Sentinel(Watched);
 impl Sentinel {
     pub fn start() -> Self {
         let watched = Watched::start(1);
-        // What became of an old primary is noticed soon.
+        // Sentinels notice soon what became of an old primary.
         watched.publish_every(Duration::from_millis(200));
         Self(watched)
     }
