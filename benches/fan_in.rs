@@ -1,6 +1,7 @@
-//! Many tasks of one process on one key, nothing done under the lock, beside `tokio::sync::Mutex`; and what the metrics cost there.
+//! Many tasks of one process on one key, with no work under the lock, compared with
+//! `tokio::sync::Mutex`; and the cost of the metrics there.
 
-// What fails here ends the run.
+// A failure ends the run.
 #![allow(clippy::expect_used, clippy::panic, clippy::unwrap_used)]
 
 use std::sync::Arc;
@@ -54,9 +55,10 @@ fn fan_in(tasks: u64, operations: u64) -> Comparison {
     }
 }
 
-/// The fan-in again: what the metrics cost where a recorder takes them.
+/// The fan-in again, to measure the cost of the metrics when a recorder receives them.
 ///
-/// Handles that were made without a recorder do nothing for ever, so the manager without goes first.
+/// Handles that were created without a recorder never do anything, so the manager without one comes
+/// first.
 fn metrics_on_fan_in() -> Comparison {
     let (runtime, server, without) = setting();
     let exporter = PrometheusBuilder::new()
@@ -105,7 +107,7 @@ fn metrics_on_fan_in() -> Comparison {
 fn main() {
     let mut criterion = criterion();
     let times = [
-        // Alone it has nobody to hand the lock to, so each is two round trips.
+        // A single task has no other to hand the lock to, so each lock is two round trips.
         (1, 200),
         (10, 20_000),
         (100, 50_000),
@@ -117,7 +119,7 @@ fn main() {
         "= one key, tasks: 10000: {:.2} of the rate of 1000\n",
         times[3] / times[4]
     );
-    // Last: from then on there is a recorder.
+    // Last, because from then on there is a recorder.
     metrics_on_fan_in().run(&mut criterion);
     criterion.final_summary();
 }

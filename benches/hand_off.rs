@@ -1,9 +1,11 @@
-//! From the release in one process to the entry in another, beside a bare message from one process to another through the same server.
+//! Measures the time from the release in one process to the entry in another, compared with a bare
+//! message from one process to another through the same server.
 //!
-//! So many processes contend for one key and hold it for a millisecond; and the same processes pass a message on in a ring, each after a
-//! millisecond. Both take turns, so that both have the same machine.
+//! Several processes contend for one key and hold it for a millisecond. The same processes also
+//! pass a message on in a ring, each after a millisecond. Locks and messages alternate, so that
+//! both run under the same conditions.
 
-// What fails here ends the run.
+// A failure ends the run.
 #![allow(clippy::expect_used, clippy::panic, clippy::unwrap_used)]
 
 use std::time::{Duration, Instant};
@@ -25,13 +27,13 @@ use support::{RedisServer, Worker, worker};
 
 const PROCESSES: [usize; 6] = [2, 4, 8, 16, 32, 64];
 
-/// How often locks and messages take turns, and how long a turn is.
+/// How many turns locks and messages take alternately, and how long a turn is.
 const TURNS: usize = 3;
 const TURN: Duration = Duration::from_millis(500);
 
 const HOLD: Duration = Duration::from_millis(1);
 
-/// How far the numbers of messages in two turns are apart: more than a turn can have.
+/// The distance between the message numbers of two turns: more than a turn can have.
 const MESSAGES_PER_TURN: usize = 1_000_000;
 
 const URL: &str = "LOCKTEST_URL";
@@ -44,7 +46,7 @@ fn now_ns() -> u64 {
     time.tv_sec as u64 * 1_000_000_000 + time.tv_nsec as u64
 }
 
-/// What a process saw: with which token or message it came, when it had it, when it let go.
+/// What a process saw: the token or message number, when it entered, and when it released.
 type Seen = Vec<[u64; 3]>;
 
 fn main() {
@@ -79,7 +81,7 @@ fn measure(count: usize) {
     let (mut locks, mut messages) = (vec![], vec![]);
     for number in 1..=TURNS {
         locks.extend(passed_on(&turn(&mut workers, "locks"), |_, _| true));
-        // A message that was missed would leave a gap.
+        // A missed message would leave a gap.
         messages.extend(passed_on(
             &turn(&mut workers, &format!("ring {}", number * MESSAGES_PER_TURN)),
             |one, next| next == one + 1,
@@ -101,7 +103,7 @@ fn measure(count: usize) {
     );
 }
 
-/// What all saw, in the order of tokens or messages, and each with the number of its process.
+/// What all processes saw, in the order of tokens or messages, each with the number of its process.
 fn turn(workers: &mut [Worker], what: &str) -> Vec<(usize, [u64; 3])> {
     for worker in workers.iter_mut() {
         worker.send(what);
@@ -123,12 +125,15 @@ fn turn(workers: &mut [Worker], what: &str) -> Vec<(usize, [u64; 3])> {
     all
 }
 
-/// How long each took from process to process.
+/// How long each hand-off between two processes took.
 fn passed_on(all: &[(usize, [u64; 3])], is_next: fn(u64, u64) -> bool) -> Vec<u64> {
     let pairs = all.windows(2).filter_map(|pair| {
         let [(from, [token, _, let_go]), (to, [next, had, _])] = [pair[0], pair[1]];
         (from != to && is_next(token, next)).then(|| {
-            assert!(had >= let_go, "two processes had it at once: tokens {token} and {next}");
+            assert!(
+                had >= let_go,
+                "two processes held it at once: tokens {token} and {next}"
+            );
             had - let_go
         })
     });
@@ -197,7 +202,7 @@ async fn pass(
         let had = now_ns();
         let message: u64 = message.get_payload().expect("a number");
         if message < first {
-            // It was on its way when the turn before ended.
+            // It was in flight when the previous turn ended.
             continue;
         }
         tokio::time::sleep(HOLD).await;

@@ -1,10 +1,12 @@
-//! What a lock costs on each kind of shard, in milliseconds and in round trips to a Redis server on the same machine (a PING in the same
-//! run), so that the figures mean something elsewhere, too.
+//! Measures the cost of a lock on each kind of shard, in milliseconds and in round trips to a Redis
+//! server on the same machine (a PING in the same run), so that the figures are meaningful
+//! elsewhere, too.
 //!
-//! `cargo bench --all-features --bench kinds` starts the servers of each kind. All of them are on one machine here: between machines, the
-//! figures in round trips hold, and those in milliseconds do not.
+//! `cargo bench --all-features --bench kinds` starts the servers of each kind. All of them run on
+//! one machine here: between machines, the figures in round trips still hold, and those in
+//! milliseconds do not.
 
-// What fails here ends the run.
+// A failure ends the run.
 #![allow(clippy::expect_used, clippy::panic, clippy::unwrap_used)]
 
 use std::time::{Duration, Instant};
@@ -23,12 +25,13 @@ mod support_locks;
 use support::RedisServer;
 use support_locks::{Kind, TestStore, until_queued};
 
-/// How often each thing is done. Steps take turns, so that a moment in which the machine is slow meets all of them.
+/// How often each step is measured. Steps alternate, so that a slow moment of the machine affects
+/// all of them.
 const ROUNDS: usize = 300;
 /// The first rounds open connections and load scripts.
 const WARM_UP: usize = 20;
 
-/// The times of one thing.
+/// The times of one step.
 #[derive(Default)]
 struct Times(Vec<Duration>);
 

@@ -1,7 +1,7 @@
-//! What a waiter and a lease take in memory, by an allocator that counts, and how long it takes to cancel a hundred thousand waiters;
-//! beside `tokio::sync::Mutex`.
+//! The memory that a waiter and a lease take, measured by a counting allocator, and the time to
+//! cancel a hundred thousand waiters; compared with `tokio::sync::Mutex`.
 
-// What fails here ends the run.
+// A failure ends the run.
 #![allow(clippy::expect_used, clippy::panic, clippy::unwrap_used)]
 
 use std::alloc::{GlobalAlloc, Layout, System};
@@ -26,27 +26,27 @@ const LEASES: usize = 20_000;
 /// How many keys are locked at a time.
 const AT_ONCE: usize = 256;
 
-/// What this machine must show, whatever it is.
+/// Limits that must hold on any machine.
 const WAITER_BYTES_MAX: f64 = 400.0;
 const CANCEL_MAX: Duration = Duration::from_secs(1);
 
-/// The system's allocator, which tells how many bytes are in use.
+/// The system's allocator, with a count of the bytes in use.
 struct Counting;
 
 static IN_USE: AtomicIsize = AtomicIsize::new(0);
 
 #[expect(unsafe_code, reason = "an allocator is unsafe by its trait")]
-// SAFETY: everything is passed on to the system's allocator as it came.
+// SAFETY: every call is passed on unchanged to the system's allocator.
 unsafe impl GlobalAlloc for Counting {
     unsafe fn alloc(&self, layout: Layout) -> *mut u8 {
         IN_USE.fetch_add(layout.size() as isize, Ordering::Relaxed);
-        // SAFETY: the caller keeps the contract.
+        // SAFETY: the caller upholds the contract.
         unsafe { System.alloc(layout) }
     }
 
     unsafe fn dealloc(&self, at: *mut u8, layout: Layout) {
         IN_USE.fetch_sub(layout.size() as isize, Ordering::Relaxed);
-        // SAFETY: the caller keeps the contract.
+        // SAFETY: the caller upholds the contract.
         unsafe { System.dealloc(at, layout) }
     }
 }
@@ -54,35 +54,35 @@ unsafe impl GlobalAlloc for Counting {
 #[global_allocator]
 static ALLOCATOR: Counting = Counting;
 
-/// Bytes that `make` leaves in use, and what it made.
+/// Returns what `make` made, and the bytes that it left in use.
 fn counted<T>(make: impl FnOnce() -> T) -> (T, f64) {
     let before = IN_USE.load(Ordering::Relaxed);
     let made = make();
     (made, (IN_USE.load(Ordering::Relaxed) - before) as f64)
 }
 
-/// What waiters of one kind take, and how long it takes to cancel them.
+/// The memory of one kind of waiter, and the time to cancel all of them.
 struct Waiters {
-    /// Of the future, which is a part of the task.
+    /// The size of the future, which is a part of the task.
     future: usize,
-    /// All of it, the future included.
+    /// All memory per waiter, including the future.
     bytes: f64,
     cancel: Duration,
 }
 
-/// Polls so many futures once, and drops them in random order.
+/// Polls `WAITERS` futures once, and drops them in random order.
 fn wait<F: Future>(make: impl Fn() -> F) -> Waiters {
     let (mut waiting, bytes) = counted(|| {
         let mut waiting = Vec::with_capacity(WAITERS);
         for _ in 0..WAITERS {
             let mut future = Box::pin(make());
             let poll = future.as_mut().poll(&mut Context::from_waker(Waker::noop()));
-            assert!(matches!(poll, Poll::Pending), "it does not wait");
+            assert!(matches!(poll, Poll::Pending), "the future does not wait");
             waiting.push(future);
         }
         waiting
     });
-    // The pointers of the list are the bench's own.
+    // The list's pointers belong to the bench itself.
     let bytes = bytes / WAITERS as f64 - size_of::<usize>() as f64;
     waiting.shuffle(&mut rand::rng());
     let start = Instant::now();
@@ -114,7 +114,7 @@ fn main() {
     let ours = wait(|| locks.lock("hot").into_future());
     runtime.block_on(guard.release()).expect("a release");
     let mutex = tokio::sync::Mutex::new(());
-    let held = mutex.try_lock().expect("nobody has it");
+    let held = mutex.try_lock().expect("the mutex is free");
     let limit = wait(|| mutex.lock());
     drop(held);
 

@@ -1,11 +1,12 @@
-//! The queue of a key alone, without a clock, tasks or a store: a guard is given back, the next waiter has it, and the one before
-//! waits again; beside a `VecDeque` that turns.
+//! The queue of a key alone, without a clock, tasks or a store, compared with a rotating
+//! `VecDeque`. In each turn a guard is released, the next waiter gets the lock, and the previous
+//! holder waits again.
 //!
 //! The queue is not part of the library's interface, so its source is part of this program.
 
-// Not all of the source is of use here, and nothing of this is an interface.
+// Not all of the source is used here, and nothing of it is an interface.
 #![allow(dead_code, unreachable_pub, unused_imports, missing_docs)]
-// What fails here ends the run.
+// A failure ends the run.
 #![allow(clippy::expect_used, clippy::panic, clippy::unwrap_used)]
 
 use std::cell::RefCell;
@@ -50,7 +51,7 @@ const WANT: Want = Want {
     in_outage: InOutage::Fail,
 };
 
-/// A queue with so many waiters, the lease, and tokens for longer than any run.
+/// A queue with a number of waiters, the lease, and enough tokens for any run.
 struct Line {
     queue: Queue<usize>,
     rules: Rules,
@@ -105,7 +106,7 @@ impl Line {
         line
     }
 
-    /// The first has the lock, gives it back, and waits again.
+    /// The first waiter has the lock, releases it, and waits again.
     fn turn(&mut self) {
         let cx = Context {
             now: NOW,
@@ -127,7 +128,7 @@ impl Line {
 }
 
 fn turning(waiters: usize) -> Side {
-    // Made once: a long line takes longer to make than to turn.
+    // Built once: building a long queue takes longer than rotating it.
     let line = RefCell::new(Line::of(waiters));
     Box::new(move |operations| {
         let mut line = line.borrow_mut();

@@ -1,9 +1,11 @@
-//! Many leases that are held at once: how punctually they are renewed, and what that costs the server, beside a pipeline of bare
-//! PEXPIREs on as many keys; and what becomes of them where one of three servers stops.
+//! Many leases held at once: how punctually they are renewed, and what that costs the server,
+//! compared with a pipeline of bare PEXPIREs on the same number of keys; and what happens to them
+//! if one of three servers stops.
 //!
-//! `cargo bench --bench renewal -- --long` holds only the largest number, and for five minutes; one of three servers stops then as well.
+//! `cargo bench --bench renewal -- --long` holds only the largest number, and for five minutes; one
+//! of three servers stops in this run as well.
 
-// What fails here ends the run.
+// A failure ends the run.
 #![allow(clippy::expect_used, clippy::panic, clippy::unwrap_used)]
 
 use std::time::{Duration, Instant};
@@ -23,23 +25,23 @@ use support::RedisServer;
 
 const LEASES: [usize; 3] = [1_000, 10_000, 100_000];
 
-/// The default; a lease is renewed each second.
+/// The default. A lease is renewed each second.
 const TTL: Duration = Duration::from_secs(10);
 
-/// How long the leases are held, and for how long in the long run.
+/// How long the leases are held, by default and in the long run.
 const HELD_FOR: Duration = Duration::from_secs(6);
 const HELD_FOR_LONG: Duration = Duration::from_secs(300);
 
-/// For how long one of three servers is stopped.
+/// How long one of three servers is stopped.
 const STOPPED_FOR: Duration = Duration::from_secs(20);
 
 /// How many keys are locked at a time.
 const AT_ONCE: usize = 256;
 
-/// How many PEXPIREs are in one pipeline.
+/// How many PEXPIREs one pipeline contains.
 const PIPELINE: usize = 1000;
 
-/// The bounds of the buckets of the lag, in seconds.
+/// The upper bounds of the lag's buckets, in seconds.
 const LAGS: [f64; 12] = [0.001, 0.002, 0.005, 0.01, 0.02, 0.05, 0.1, 0.2, 0.5, 1.0, 2.0, 5.0];
 
 fn main() {
@@ -80,7 +82,7 @@ async fn measure(count: usize, held_for: Duration, exporter: &PrometheusHandle) 
     let (before, cpu_before, began) = (seen(), cpu_us(&server), Instant::now());
     tokio::time::sleep(held_for).await;
     let (took, cpu) = (began.elapsed(), cpu_us(&server) - cpu_before);
-    // Counts are told to the recorder ten times a second.
+    // Counts reach the recorder ten times a second.
     let renewals = seen().renewals - before.renewals;
     let lost = guards.iter().filter(|guard| !guard.is_valid()).count();
     let lag = seen().lag_since(&before);
@@ -97,7 +99,7 @@ async fn measure(count: usize, held_for: Duration, exporter: &PrometheusHandle) 
     );
 }
 
-/// As many leases on three servers, of which one stands still for two TTLs.
+/// The same number of leases on three servers, one of which is stopped for two TTLs.
 async fn stop_one_of_three(count: usize) {
     let servers = [RedisServer::start(), RedisServer::start(), RedisServer::start()];
     let connecting = servers
@@ -145,7 +147,7 @@ async fn hold(locks: &LockManager, count: usize) -> Vec<LockGuard> {
     guards
 }
 
-/// The server's time for one PEXPIRE among as many as there were leases.
+/// The server's CPU time for one PEXPIRE, among as many as there were leases.
 async fn pexpire_us(server: &RedisServer, count: usize) -> f64 {
     let mut connection = Raw::connect(server).await.connection;
     let keys: Vec<String> = (0..count).map(|key| format!("raw:{key}")).collect();
@@ -176,10 +178,10 @@ fn cpu_us(server: &RedisServer) -> u64 {
     ((seconds("used_cpu_user:") + seconds("used_cpu_sys:")) * 1e6) as u64
 }
 
-/// What the metrics of a shard say.
+/// The metrics of a shard.
 struct Seen {
     renewals: f64,
-    /// How many renewals were late by no more than each of [`LAGS`], and how many there were.
+    /// How many renewals were late by at most each of [`LAGS`], and how many there were.
     lags: Vec<f64>,
 }
 
@@ -202,7 +204,7 @@ impl Seen {
         }
     }
 
-    /// The bound that 99 of 100 renewals since then kept.
+    /// The bound that 99 of 100 renewals since then did not exceed.
     fn lag_since(&self, before: &Self) -> Option<f64> {
         let since: Vec<f64> = self
             .lags

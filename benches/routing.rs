@@ -1,6 +1,6 @@
-//! From a key of 16 bytes to its shard, beside the checksum alone.
+//! From a key of 16 bytes to its shard, compared with the checksum alone.
 
-// What fails here ends the run.
+// A failure ends the run.
 #![allow(clippy::expect_used, clippy::panic, clippy::unwrap_used)]
 
 use std::hint::black_box;

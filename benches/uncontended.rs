@@ -1,6 +1,7 @@
-//! Tasks with a key each, which nobody else wants, beside plain commands on one multiplexed connection.
+//! Tasks with a key each, without contention, compared with plain commands on one multiplexed
+//! connection.
 
-// What fails here ends the run.
+// A failure ends the run.
 #![allow(clippy::expect_used, clippy::panic, clippy::unwrap_used)]
 
 use std::sync::Arc;
@@ -13,7 +14,7 @@ mod support;
 
 use beside::{Comparison, RAW_CYCLE, Raw, as_the_median, criterion, in_a_task, setting, share};
 
-/// Takes and gives back.
+/// Acquires and releases.
 fn own_keys(tasks: u64, operations: u64) -> Comparison {
     let (runtime, server, locks) = setting();
     let raw = runtime.block_on(Raw::connect(&server));
@@ -52,7 +53,7 @@ fn own_keys(tasks: u64, operations: u64) -> Comparison {
     }
 }
 
-/// One task, a free key: only the acquiring is timed, and the median of a round counts.
+/// One task, a free key. Only acquiring is timed, and the median of a round counts.
 fn acquire_only() -> Comparison {
     let (runtime, server, locks) = setting();
     let raw = runtime.block_on(Raw::connect(&server));
@@ -93,8 +94,8 @@ fn acquire_only() -> Comparison {
     }
 }
 
-/// One task that drops its guards, a key after the other, since the next lock of the same key has to wait for the release: only
-/// what the task itself spends is timed.
+/// One task that drops its guards. It uses a different key each time, since the next lock of the
+/// same key must wait for the release: only the time of the task itself is measured.
 fn dropped_guards() -> Comparison {
     let (runtime, server, locks) = setting();
     let raw = runtime.block_on(Raw::connect(&server));

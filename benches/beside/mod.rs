@@ -1,9 +1,9 @@
-//! What the benches share: a thing and its limit, measured beside each other in the same run, so that the figures mean something
-//! on another machine, too.
+//! Shared by the benches. Each compares an operation with its limit, measured side by side in the
+//! same run, so that the figures are meaningful on another machine, too.
 
-// Each bench takes what it needs.
+// Each bench uses what it needs.
 #![allow(dead_code, unreachable_pub)]
-// What fails here ends the run.
+// A failure ends the run.
 #![allow(clippy::expect_used, clippy::panic, clippy::unwrap_used)]
 
 use std::sync::Arc;
@@ -18,30 +18,31 @@ use tokio::runtime::Runtime;
 
 use crate::support::RedisServer;
 
-/// How often both sides are measured in turn, since the speed of a shared machine drifts.
+/// How often both sides are measured alternately, since the speed of a shared machine drifts.
 const ROUNDS: usize = 15;
 
-/// How long a server may take: long, since the figures are about a machine that answers at all.
+/// The timeout of a server. Long, since the figures are about a machine that answers at all.
 pub const TIMEOUT: Duration = Duration::from_secs(5);
 
-/// One of the two sides of a comparison: does so many operations and says how long they took.
+/// One of the two sides of a comparison: runs that many operations and returns the time they took.
 pub type Side = Box<dyn Fn(u64) -> Duration>;
 
-/// Two things that are measured beside each other.
+/// Two operations that are measured side by side.
 pub struct Comparison {
     pub name: String,
     pub ours: Side,
     pub limit_name: &'static str,
     pub limit: Side,
-    /// How many operations are one round.
+    /// The number of operations in a round.
     pub operations: u64,
-    /// Kept alive.
+    /// Keeps the server alive.
     pub server: Option<RedisServer>,
 }
 
 impl Comparison {
-    /// Both sides by criterion, and then in turn: the median of the ratios of neighbours, and of the times. Returns how many nanoseconds one of
-    /// ours takes.
+    /// Measures both sides with criterion and then alternately. The alternating rounds give the
+    /// median of the ratios of neighbours, and of the times. Returns the nanoseconds that one of
+    /// our operations takes.
     pub fn run(self, criterion: &mut Criterion) -> f64 {
         let mut group = criterion.benchmark_group(&self.name);
         group.throughput(Throughput::Elements(1));
@@ -82,7 +83,7 @@ pub fn in_words(nanos: f64) -> String {
     }
 }
 
-/// Criterion, so short that all benches together take minutes.
+/// Criterion, configured so that all benches together take minutes.
 pub fn criterion() -> Criterion {
     Criterion::default()
         .sample_size(10)
@@ -91,7 +92,7 @@ pub fn criterion() -> Criterion {
         .configure_from_args()
 }
 
-/// Runs `tasks` tasks at once that share `operations` and returns the time until all are done.
+/// Runs `tasks` concurrent tasks that share `operations`, and returns the time until all are done.
 pub async fn share<F, Fut>(tasks: u64, operations: u64, task: F) -> Duration
 where
     F: Fn(u64, u64) -> Fut,
@@ -110,13 +111,13 @@ where
     start.elapsed()
 }
 
-/// The time that so many operations would have taken if each had taken the median of these.
+/// The time that these operations would have taken if each had taken the median.
 pub fn as_the_median(mut times: Vec<Duration>) -> Duration {
     times.sort_unstable();
-    times[times.len() / 2] * u32::try_from(times.len()).expect("so many fit into a round")
+    times[times.len() / 2] * u32::try_from(times.len()).expect("the number fits into a u32")
 }
 
-/// Where programs lock: in a task, not on the thread that started the runtime.
+/// Runs `task` as a task, where applications lock, and not on the thread that started the runtime.
 pub fn in_a_task(runtime: &Runtime, task: impl Future<Output = Duration> + Send + 'static) -> Duration {
     runtime.block_on(async { tokio::spawn(task).await.expect("a task of the bench") })
 }
@@ -136,7 +137,7 @@ pub fn setting() -> (Arc<Runtime>, RedisServer, LockManager) {
     (Arc::new(runtime), server, locks)
 }
 
-/// A lock as plain commands on one multiplexed connection make it.
+/// A lock made of plain commands on one multiplexed connection.
 #[derive(Clone)]
 pub struct Raw {
     pub connection: MultiplexedConnection,
@@ -154,7 +155,7 @@ impl Raw {
     }
 
     pub async fn connect_to(url: &str) -> Self {
-        // With the same settings of the socket as ours.
+        // With the same socket settings as ours.
         let info = url.into_connection_info().expect("a URL");
         let info = info.set_tcp_settings(TcpSettings::default().set_nodelay(true));
         let client = redis::Client::open(info).expect("a client");

@@ -1,10 +1,12 @@
-"""From what the workers counted to the one line that each run is."""
+"""Turns the counts of a run's workers into the one line of that run."""
 
 import math
 
 
 def bucket(us):
-    """The histogram's bucket of a wait, as in each worker: exact below 128 us, then 64 buckets for each doubling."""
+    """The histogram bucket of a wait, the same in each worker: exact below 128 us, then 64 buckets
+    for each doubling.
+    """
     if us < 128:
         return us
     shift = us.bit_length() - 7
@@ -20,7 +22,9 @@ def bucket_top(at):
 
 
 def percentile(waits, share):
-    """The wait, in microseconds, that this share of the waits does not exceed, from counts by bucket; None without any."""
+    """The wait in microseconds that this share of the waits does not exceed, from counts by bucket;
+    None if there are none.
+    """
     total = sum(waits.values())
     if not total:
         return None
@@ -38,18 +42,21 @@ def bucket_bottom(at):
 
 
 def corrected(waits, interval):
-    """The waits, with those added that tasks would have had while they waited for longer than the interval, in microseconds.
+    """The waits, corrected for coordinated omission. The interval is in microseconds.
 
-    A load that asks again only when it is served hides the waits of those who starve: each is one sample beside thousands of a lucky
-    neighbour's. The interval is the mean time between two locks of a task; who waits for longer would have wanted the lock again each
-    interval, and would have waited for an interval less each time. `shardlock bench` counts the same.
+    A load that asks again only when it is served hides the waits of starving tasks: each is one
+    sample beside thousands of a lucky neighbour's. The interval is the mean time between two locks
+    of a task. A task that waits for longer would have asked again after each interval, and would
+    have waited for one interval less each time; these waits are added. `shardlock bench` does the
+    same.
     """
     added = dict(waits)
     if not waits:
         return added
     for at, count in waits.items():
         wait = bucket_top(at)
-        # Of the waits wait - n * interval, n = 1, 2, ..., as long as they are an interval long: how many are in each bucket.
+        # Among the waits wait - n * interval, n = 1, 2, ..., that are at least an interval long:
+        # the number in each bucket.
         for target in range(bucket(int(interval)), at + 1):
             least, most = max(bucket_bottom(target), interval), bucket_top(target) + 1
             first = max(1, math.floor((wait - most) / interval) + 1)
@@ -60,7 +67,7 @@ def corrected(waits, interval):
 
 
 def jain(counts):
-    """Jain's index: 1 if all have the same, 1/n if one has all."""
+    """Jain's index: 1 if all counts are equal, 1/n if one has everything."""
     squares = sum(n * n for n in counts)
     return sum(counts) ** 2 / (len(counts) * squares) if squares else None
 
@@ -71,7 +78,9 @@ def spread(counts):
 
 
 def aggregate(reports, seconds, server):
-    """One run's line from the reports of its processes and the server's counters over the measured time."""
+    """Makes one run's line from the reports of its processes and the server's counters over the
+    measured time.
+    """
     waits = {}
     for report in reports:
         for at, count in report["waits"].items():
@@ -103,7 +112,8 @@ def aggregate(reports, seconds, server):
     if errors:
         first = next((report["first_error"] for report in reports if report.get("first_error")), "without a text")
         line["errors"] = {"count": errors, "first": first}
-    # Nobody got the lock for a good part of the time: a peer that hangs need not say so.
+    # No task acquired the lock for a good part of the time. A peer that hangs need not report an
+    # error.
     idle = seconds - max(report["last_us"] for report in reports) / 1e6
     if idle > max(1.0, seconds / 4):
         line["stalled_s"] = round(idle, 2)
@@ -111,7 +121,9 @@ def aggregate(reports, seconds, server):
 
 
 def middle(lines):
-    """The median of several runs by locks per second, with the range of all. Where failures leave an even number, the lower of the two."""
+    """The median of several runs by locks per second, with the range of all. If failures leave an
+    even number, the lower of the two.
+    """
     ordered = sorted(lines, key=lambda line: line["locks_per_s"])
     median = dict(ordered[(len(ordered) - 1) // 2])
     median["runs"] = len(ordered)

@@ -1,4 +1,6 @@
-"""Builds what this machine can build. All of it goes into one folder; languages' own caches of packages apart."""
+"""Builds what this machine can build. Everything goes into one folder, except for the languages'
+own package caches.
+"""
 
 import pathlib
 import shutil
@@ -10,7 +12,9 @@ ROOT = HERE.parent.parent
 
 
 class CannotBuild(Exception):
-    """What is missing or failed, and what to do. What was printed last may name folders of this machine: it is only shown."""
+    """What is missing or failed, and what to do. `last` is the last output; it may name local
+    folders, so it is shown but not stored.
+    """
 
     def __init__(self, why, last=""):
         super().__init__(why)
@@ -35,7 +39,7 @@ def do(command, cwd, log):
 
 
 def go(folder, log):
-    # What go.sum does not have is not used.
+    # Modules that go.sum does not list are not used.
     do([tool("go", "Go 1.26 or later"), "build", "-mod=readonly", "-trimpath", "-o", folder / "peers", "."], HERE / "go", log)
     return [folder / "peers"]
 
@@ -53,7 +57,7 @@ def java(folder, log):
     do([maven, "-q", "-B", "dependency:copy-dependencies", f"-DoutputDirectory={folder / 'lib'}"], HERE / "java", log)
     sources = sorted((HERE / "java").rglob("*.java"))
     do([javac, "--release", "17", "-d", folder / "classes", "-cp", f"{folder / 'lib'}/*", *sources], HERE / "java", log)
-    # Forty of them must fit beside each other.
+    # Forty of them must fit into memory together.
     return [java, "-Xmx512m", "-cp", f"{folder / 'classes'}:{folder / 'lib'}/*", "peers.Peer"]
 
 
@@ -83,7 +87,7 @@ PROGRAMS = {"shardlock": shardlock, "rust": rust, "go": go, "java": java, "pytho
 
 
 def build(names, folder, say):
-    """The command of each program that can be had, and for each other why not."""
+    """The command of each program that was built, and for each other one why it was not."""
     commands, missing = {}, {}
     for name in names:
         own = folder / name

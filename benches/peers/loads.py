@@ -1,4 +1,4 @@
-"""The loads, and who runs under them with which settings."""
+"""The loads, and the contestants with their settings."""
 
 from dataclasses import dataclass, field
 
@@ -14,7 +14,7 @@ class Load:
 
     @property
     def free(self):
-        """Whether each task has a key of its own, so that nobody waits."""
+        """Whether each task has a key of its own, so that none waits."""
         return self.keys == self.processes * self.tasks
 
 
@@ -31,17 +31,18 @@ LOADS = [
 class Contestant:
     name: str
     title: str
-    program: str  # which of build.PROGRAMS runs it
+    program: str  # its entry in build.PROGRAMS
     role: str = "peer"  # or "ours", or "limit"
     server: str = "redis"
     free_only: bool = False  # it cannot wait
-    pool: dict = field(default_factory=dict)  # connections, by load; no entry: the library's own number
+    pool: dict = field(default_factory=dict)  # connections by load; without an entry, the library's own number
     warmup_s: float = 0  # at least
     arguments: tuple = ()  # more, only for ours
 
     def worker_arguments(self, load, retry_us=None, pool=None):
         arguments = ["--peer", self.name]
-        # How long a waiter sleeps between two tries, (shortest, longest) in microseconds, where it is not the library's own.
+        # The delay between two tries of a waiter, (shortest, longest) in microseconds, if it is not
+        # the library's own.
         if retry_us:
             arguments += ["--retry-min-us", str(retry_us[0]), "--retry-max-us", str(retry_us[1])]
         pool = pool or self.pool.get(load.name)

@@ -1,4 +1,4 @@
-"""Plots as SVG, readable on a light and on a dark page: each brings its own background."""
+"""Plots as SVG, readable on a light and on a dark page: each has its own background."""
 
 import math
 from html import escape
@@ -18,7 +18,7 @@ STYLE = """
 
 
 def short(value):
-    """As little as tells it: 1.2M, 45k, 312, 4.5, 0.02."""
+    """The shortest readable form: 1.2M, 45k, 312, 4.5, 0.02."""
     for size, letter in ((1e6, "M"), (1e3, "k")):
         if value >= size * 0.9995:
             return f"{value / size:.3g}{letter}"
@@ -26,14 +26,14 @@ def short(value):
 
 
 class Axis:
-    """From a value to its place, with round ticks."""
+    """Maps values to positions, with round ticks."""
 
     def __init__(self, values, logarithmic):
         positive = [value for value in values if value > 0]
         self.logarithmic = logarithmic
         if logarithmic:
             self.low = math.floor(math.log10(min(positive, default=1)))
-            # A bar from the lowest value on would have no length.
+            # A bar that starts at the lowest value would have no length.
             if positive and math.log10(min(positive)) - self.low < 0.15:
                 self.low -= 1
             self.high = max(self.low + 1, math.ceil(math.log10(max(positive, default=10)) - 1e-9))
@@ -49,7 +49,7 @@ class Axis:
 
 
 def bars(title, panels, logarithmic):
-    """One bar for each."""
+    """One bar for each contestant."""
 
     def draw(axis, role, values, y):
         end = axis.at(values[0])
@@ -62,7 +62,9 @@ def bars(title, panels, logarithmic):
 
 
 def ranges(title, panels):
-    """A line from the median to the longest for each, with a mark for the 99th percentile."""
+    """A line from the median to the longest wait of each contestant, with a mark for the 99th
+    percentile.
+    """
 
     def draw(axis, role, values, y):
         first, middle, last = (axis.at(value) for value in values)

@@ -1,4 +1,4 @@
-"""The table and the plots from the lines of all runs."""
+"""Makes the table and the plots from the lines of all runs."""
 
 import pathlib
 
@@ -8,11 +8,12 @@ from loads import CONTESTANTS, LOADS
 
 BEGIN = "<!-- peers: begin, written by make bench-peers -->"
 END = "<!-- peers: end -->"
-HEADER = "# Results\n\nWhat was measured, with the command, the machine and the date.\n"
+HEADER = "# Results\n\nMeasurements, each with its command, machine and date.\n"
 
 
 class Outcome:
-    """What became of one contestant under one load: the median of its runs, or why there is none."""
+    """The outcome of one contestant under one load: the median of its runs, or why there is none.
+    """
 
     def __init__(self, lines):
         good = [line for line in lines if "failed" not in line]
@@ -38,7 +39,7 @@ class Outcome:
 
 
 def outcomes(lines):
-    """By load, by contestant, in their order; only what was run."""
+    """The outcomes by load and by contestant, in their order. Contains only what was run."""
     found = {}
     for load in LOADS:
         for contestant in CONTESTANTS:
@@ -49,7 +50,7 @@ def outcomes(lines):
 
 
 def best_peer(row):
-    """The fastest of the peers under a load; None if none of them got a lock."""
+    """The fastest of the peers under a load, or None if none of them acquired a lock."""
     peers = [c for c in row if c.role == "peer" and row[c].locks_per_s > 0]
     return max(peers, key=lambda c: row[c].locks_per_s) if peers else None
 
@@ -59,7 +60,7 @@ def number(value, digits=0):
 
 
 def significant(value):
-    """Three figures, as no measurement here has more."""
+    """Rounds to three figures, as no measurement here is more precise."""
     if value is None:
         return "–"
     if value >= 100:
@@ -68,7 +69,9 @@ def significant(value):
 
 
 def fairness(load, line):
-    """Most to least, by process where there are several and by task otherwise, with both numbers."""
+    """The ratio of most to least, with both numbers: by process if there are several, otherwise by
+    task.
+    """
     counts = line.get("per_process" if load.processes > 1 else "per_task") or {}
     least, most = counts.get("min"), counts.get("max")
     if least is None or most is None or load.processes * load.tasks == 1:
@@ -79,7 +82,9 @@ def fairness(load, line):
 
 
 def held(load, line):
-    """The mean hold, and the part of the time in which the keys were held: runtimes sleep for longer than they are told to, each by its own measure."""
+    """The mean hold, and the part of the time in which the keys were held. Each runtime sleeps a
+    little longer than requested.
+    """
     mean = (line.get("hold_ms") or {}).get("mean")
     if not load.hold_us or mean is None:
         return "–"
@@ -111,7 +116,9 @@ def table(load, row):
 
 
 def summary(found):
-    """Locks per second of all under all loads, with the ratio to the best peer of each load."""
+    """Locks per second of all contestants under all loads, with the ratio to the best peer under
+    each load.
+    """
     loads = list(found)
     out = ["| locks/s (to the best peer) | " + " | ".join(load.title for load in loads) + " |", "|---|" + "---:|" * len(loads)]
     for contestant in CONTESTANTS:
@@ -134,7 +141,7 @@ def summary(found):
 def section(lines):
     found = outcomes(lines)
     about = next(line["about"] for line in lines if "about" in line)
-    out = ["## Beside the peers", ""]
+    out = ["## Comparison with the peers", ""]
     out.append(
         f"`{about['command']}` on {about['date']}, {about['machine']}, {about['cores']} cores, {' and '.join(about['servers'])} on the same "
         f"machine, {', '.join(about['languages'])}, a fresh "
@@ -142,9 +149,9 @@ def section(lines):
         f"run{'s' if about['repeat'] > 1 else ''} in random order (seed {about['seed']})."
     )
     if about["load_average"] > about["cores"] / 2:
-        out += ["", f"**The machine was busy with other work (load average {about['load_average']} before the first run): compare nothing "
-                "with other runs.**"]  # fmt: skip
-    out += ["", "How each is set up and what each column means is in [peers/README.md](peers/README.md).", "", summary(found), ""]
+        out += ["", f"**The machine was busy with other work (load average {about['load_average']} before the first run): do not compare "
+                "these figures with other runs.**"]  # fmt: skip
+    out += ["", "[peers/README.md](peers/README.md) describes the setup of each contestant and the meaning of each column.", "", summary(found), ""]
     for name, title in PLOTS:
         out += [f"![{title}](plots/{name}.svg)", ""]
     for load, row in found.items():
@@ -156,15 +163,15 @@ def section(lines):
 
 
 PLOTS = [
-    ("peers-locks", "Locks per second of each under each load"),
-    ("peers-waits", "Waits of each under each load: p50, p99 and the longest"),
-    ("peers-fairness", "What the unluckiest had of what the luckiest had"),
-    ("peers-server", "Server CPU per lock of each under each load"),
+    ("peers-locks", "Locks per second of each contestant under each load"),
+    ("peers-waits", "Waits of each contestant under each load: p50, p99 and the longest"),
+    ("peers-fairness", "Locks of the unluckiest as a share of the luckiest's"),
+    ("peers-server", "Server CPU per lock of each contestant under each load"),
 ]
 
 
 def panels(found):
-    """What each plot shows: (title of the panel, [(title, role, values or None)])."""
+    """The contents of each plot: (title of the panel, [(title, role, values or None)])."""
 
     def all_of(value, of=lambda load: True):
         rows = []
@@ -195,7 +202,9 @@ def panels(found):
 
 
 def write(lines, out):
-    """Replaces what is between the markers of RESULTS.md, adds it where there are none, and writes the plots."""
+    """Replaces the text between the markers of RESULTS.md, or appends it if there are none, and
+    writes the plots.
+    """
     path = pathlib.Path(out, "RESULTS.md")
     text = path.read_text() if path.exists() else HEADER
     block = f"{BEGIN}\n{section(lines)}{END}"

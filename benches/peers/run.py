@@ -1,7 +1,8 @@
 #!/usr/bin/env python3
-"""Runs shardlock, its peers and the raw commands under the same loads, each against a fresh server, and writes the table and the plots.
+"""Runs shardlock, its peers and raw commands under equal loads, and writes the table and the plots.
 
-README.md beside this says what is measured and how each is set up. Needs Python 3.9 and nothing else; `make bench-peers` calls it.
+Each run has a fresh server. The README.md in this folder describes what is measured and the setup
+of each contestant. Needs only Python 3.9; `make bench-peers` calls it.
 """
 
 import argparse
@@ -31,20 +32,20 @@ def say(text):
 def parse():
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--seconds", type=float, default=5, help="how long each run is measured (default 5)")
-    parser.add_argument("--warmup", type=float, default=2, help="how long each process warms up, at least (default 2)")
-    parser.add_argument("--repeat", type=int, default=3, help="runs of each; the median counts (default 3)")
+    parser.add_argument("--warmup", type=float, default=2, help="how long each process warms up at least (default 2)")
+    parser.add_argument("--repeat", type=int, default=3, help="runs of each contestant under each load; the median counts (default 3)")
     parser.add_argument("--only", default="", help="names of contestants and loads, separated by commas; see --list")
-    parser.add_argument("--list", action="store_true", help="print the names and end")
-    parser.add_argument("--seed", type=int, help="of the random order")
-    parser.add_argument("--retry-us", help="MIN:MAX between two tries for all who try again, instead of the chosen, to find the best")
-    parser.add_argument("--pool", type=int, help="connections for all who have a pool, instead of the chosen, to find the best")
+    parser.add_argument("--list", action="store_true", help="print the names and exit")
+    parser.add_argument("--seed", type=int, help="seed of the random order")
+    parser.add_argument("--retry-us", help="delay MIN:MAX between two tries of all contestants that retry, instead of the chosen delays")
+    parser.add_argument("--pool", type=int, help="connections of all contestants that have a pool, instead of the chosen numbers")
     parser.add_argument("--out", type=pathlib.Path, default=build.ROOT / "benches", help="where RESULTS.md and plots/ are")
     parser.add_argument("--work", type=pathlib.Path, default=build.ROOT / "target" / "peers", help="where everything is built")
     parser.add_argument("--dry", action="store_true", help="write no table and no plots, only the lines")
-    parser.add_argument("--from", dest="kept", type=pathlib.Path, help="run nothing; write the table from the lines of this file")
+    parser.add_argument("--from", dest="kept", type=pathlib.Path, help="run nothing and write the table from the lines of this file")
     options = parser.parse_args()
     if options.seconds <= 0 or options.repeat < 1 or options.repeat % 2 == 0:
-        parser.error("--seconds is more than 0, and --repeat odd, so that the median is one of the runs")
+        parser.error("--seconds must be above 0, and --repeat odd, so that the median is one of the runs")
     return options, parser
 
 
@@ -52,7 +53,7 @@ def chosen(options, parser):
     names = [name for name in options.only.split(",") if name]
     unknown = set(names) - {c.name for c in CONTESTANTS} - {l.name for l in LOADS}
     if unknown:
-        parser.error(f"there is no {', '.join(sorted(unknown))}; --list tells the names")
+        parser.error(f"unknown: {', '.join(sorted(unknown))}; --list prints the names")
     contestants = [c for c in CONTESTANTS if c.name in names] or CONTESTANTS
     return contestants, [l for l in LOADS if l.name in names] or LOADS
 
@@ -60,7 +61,7 @@ def chosen(options, parser):
 def binary_of(script):
     done = subprocess.run([build.ROOT / "scripts" / script], stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, text=True)
     if done.returncode:
-        return None, f"scripts/{script} found and could install none"
+        return None, f"scripts/{script} found no server and could not install one"
     return done.stdout.strip(), None
 
 
@@ -76,7 +77,7 @@ def run_once(contestant, load, command, binaries, options):
         retry = tuple(int(us) for us in options.retry_us.split(":")) if options.retry_us else None
         arguments = [*counts, "--hold-us", str(load.hold_us), "--server", server.address, "--warmup-ms", str(int(warmup * 1e3))]
         if contestant.program == "rust":
-            # As many as ours has.
+            # The same number as in our own bench.
             arguments += ["--threads", str(max(1, (os.cpu_count() or 1) // load.processes))]
         arguments += contestant.worker_arguments(load, retry, options.pool)
         commands = [[*command, *arguments, "--process", str(process)] for process in range(load.processes)]
@@ -84,7 +85,7 @@ def run_once(contestant, load, command, binaries, options):
 
 
 def measure(contestants, loads, options, keep):
-    # Before the builds, which are work of our own.
+    # Read before the builds, which are load of our own.
     load_average = round(os.getloadavg()[0], 2)
     missing = {}
     binaries = {}
@@ -109,7 +110,7 @@ def measure(contestants, loads, options, keep):
             told = f"{line['locks_per_s']:,.0f} locks/s, wait p99 {line['wait_ms']['p99']} ms, max {line['wait_ms']['max']} ms"
             if "errors" in line:
                 told += f", {line['errors']['count']} errors: {line['errors']['first']}"
-        # What keeps one run from its end must not end the others.
+        # A failure of one run must not end the others.
         except (Failed, RuntimeError, OSError, ValueError) as error:
             line, told = {"failed": str(error)}, f"FAILED: {error}"
         keep({"contestant": contestant.name, "load": load.name, **line})
@@ -119,7 +120,7 @@ def measure(contestants, loads, options, keep):
 
 
 def languages():
-    """The versions of what the peers are built with and run on."""
+    """The versions of the languages that the peers are built with and run on."""
     found = []
     for command in (["rustc", "--version"], ["go", "version"], ["java", "--version"], ["node", "--version"]):
         if shutil.which(command[0]):
@@ -159,7 +160,7 @@ def main():
     if options.kept:
         lines = [json.loads(line) for line in options.kept.read_text().splitlines()]
     else:
-        # So that servers and workers are stopped then, too.
+        # So that servers and workers are stopped in this case, too.
         signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))
         contestants, loads = chosen(options, parser)
         options.work.mkdir(parents=True, exist_ok=True)

@@ -18,7 +18,7 @@ def free_port():
 
 
 class Server:
-    """A process with a folder of its own, which goes with it."""
+    """A process with a folder of its own, which is removed with it."""
 
     def __init__(self, folder, command):
         self.port = free_port()
@@ -63,7 +63,7 @@ class Server:
 
 
 class Redis(Server):
-    """Nothing is written to disk; all else is as it comes."""
+    """Writes nothing to disk; everything else is at its default."""
 
     def __init__(self, binary, folder):
         self.connection = None
@@ -93,10 +93,10 @@ class Redis(Server):
         cpu = self.info("cpu")
         calls = {}
         for name, value in self.info("commandstats").items():
-            # Subcommands are cmdstat_client|tracking.
+            # Subcommands have names such as cmdstat_client|tracking.
             command = name.removeprefix("cmdstat_").split("|")[0]
             calls[command] = calls.get(command, 0) + int(value.split(",")[0].removeprefix("calls="))
-        # Calls from scripts are counted as well, under their own names.
+        # Calls from scripts are also counted, under their own names.
         return {
             "scripts": sum(calls.get(c, 0) for c in ("eval", "evalsha", "eval_ro", "evalsha_ro", "fcall", "fcall_ro")),
             "publishes": calls.get("publish", 0) + calls.get("spublish", 0),
@@ -111,7 +111,7 @@ class Redis(Server):
 
 
 class Etcd(Server):
-    """One member, which syncs its log to the disk, as etcd does."""
+    """One member, which syncs its log to disk, as etcd does by default."""
 
     def __init__(self, binary, folder):
         peer = free_port()
@@ -134,7 +134,7 @@ class Etcd(Server):
         return "etcd " + self.get("/version").split('etcdserver":"')[1].split('"')[0]
 
     def counters(self):
-        # Each unary call is one message, and each request on a stream, such as a watch.
+        # Each unary call is one message, and so is each request on a stream, such as a watch.
         received = [l for l in self.get("/metrics").splitlines() if l.startswith("grpc_server_msg_received_total{")]
         counted = {"commands": sum(float(line.rsplit(" ", 1)[1]) for line in received)}
         stat = pathlib.Path(f"/proc/{self.process.pid}/stat")

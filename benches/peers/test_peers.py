@@ -1,4 +1,6 @@
-"""`python3 -m unittest` in this folder: what the table says is what the workers counted."""
+"""Run with `python3 -m unittest` in this folder. Checks that the table shows what the workers
+counted.
+"""
 
 import pathlib
 import re
@@ -35,7 +37,7 @@ class Histogram(unittest.TestCase):
             last = at
 
     def test_every_worker_has_the_same_buckets(self):
-        # The shift of each language: number of bits less 7.
+        # The shift in each language: the number of bits minus 7.
         told = {
             "go/work.go": r"bits\.Len64\(us\) - 7\s+return shift\*64 \+ int\(us>>shift\)",
             "rust/src/work.rs": r"64 - us\.leading_zeros\(\) as usize - 7;\s+shift \* 64 \+ \(us >> shift\) as usize",
@@ -69,7 +71,7 @@ class CoordinatedOmission(unittest.TestCase):
         return added
 
     def test_a_long_wait_counts_as_often_as_it_hid_others(self):
-        # 90 locks of a lucky task, and one that its neighbour waited for all the time.
+        # 90 locks of a lucky task, and one that its neighbour waited for the whole time.
         waits = {bucket(10): 90, bucket(1_000): 1}
         added = corrected(waits, 10)
         self.assertEqual(sum(added.values()), 90 + 100)
@@ -103,7 +105,7 @@ class Aggregation(unittest.TestCase):
         self.assertEqual(line["per_process"], {"min": 20, "max": 40, "jain": 0.9})
         self.assertEqual((line["per_task"]["min"], line["per_task"]["max"]), (0, 30))
         self.assertEqual(line["hold_ms"], {"mean": 5.0})
-        # The one who got nothing waited the longest.
+        # The task that got no lock waited the longest.
         self.assertEqual(line["wait_ms"], {"p50": 0.1, "p99": 0.1, "max": 1900.0})
         self.assertEqual(line["server"], {"scripts_per_lock": 2.0, "publishes_per_lock": 1.0, "commands_per_lock": 5.0, "cpu_us_per_lock": 11.0})
         self.assertNotIn("errors", line)

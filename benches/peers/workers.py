@@ -1,4 +1,4 @@
-"""The processes of one run: started together, told when to begin, and ended."""
+"""The processes of one run. Starts them together, sends them the start time, and stops them."""
 
 import json
 import queue
@@ -57,7 +57,7 @@ class Worker:
 
 
 def run_workers(commands, server, folder, seconds, warmup):
-    """One run of a peer, all of whose processes begin and end together; returns its line."""
+    """Executes one run of a peer, whose processes begin and end together, and returns its line."""
     workers = []
     try:
         # A machine with few cores starts forty virtual machines slowly.
@@ -67,7 +67,7 @@ def run_workers(commands, server, folder, seconds, warmup):
         for worker in workers:
             said = worker.line(deadline, "it was warm")
             if said != "ready":
-                raise Failed(f"said {said!r} instead of ready")
+                raise Failed(f"printed {said!r} instead of ready")
         start_ms = int(time.time() * 1e3) + 200 + 10 * len(workers)
         end_ms = start_ms + int(seconds * 1e3)
         for worker in workers:
@@ -85,7 +85,9 @@ def run_workers(commands, server, folder, seconds, warmup):
 
 
 def run_ours(command, folder, seconds, warmup):
-    """One run of our own bench, which starts its processes and reads the server's counters itself."""
+    """Executes one run of our own bench, which starts its processes and reads the server's counters
+    itself.
+    """
     with tempfile.TemporaryFile(dir=folder) as errors:
         try:
             done = subprocess.run(

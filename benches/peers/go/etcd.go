@@ -9,7 +9,8 @@ import (
 	"go.uber.org/zap"
 )
 
-// etcd's own mutex. A session is who holds the lock, so each task has its own; the client, and with it the connection, is shared.
+// etcd's own mutex. A session is the holder of the lock, so each task has its own; the client, and
+// with it the connection, is shared.
 type etcdPeer struct {
 	client *clientv3.Client
 	ttl    time.Duration

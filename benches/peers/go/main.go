@@ -1,7 +1,9 @@
-// The Go peers of shardlock under the loads of its bench: rueidislock, redsync, redislock and etcd's own mutex.
+// The Go peers of shardlock under the loads of its bench: rueidislock, redsync, redislock and
+// etcd's own mutex.
 //
-// A worker is one process of a load. It warms up, prints "ready", is told on its standard input when the measured time begins and
-// ends ("go START END", milliseconds since 1970), and prints what it counted as one line of JSON. README.md, one folder up, has more.
+// A worker is one process of a load. It warms up, prints "ready", and reads from standard input
+// when the measured time begins and ends ("go START END", milliseconds since 1970). It prints its
+// counts as one line of JSON. See the README.md one folder up.
 package main
 
 import (
@@ -14,13 +16,14 @@ import (
 	"time"
 )
 
-// A peer makes what each task locks with; a task takes one lock at a time.
+// A peer creates the locker of each task. A task takes one lock at a time.
 type peer interface {
 	task(ctx context.Context) (locker, error)
 }
 
 type locker interface {
-	// lock waits for the key and returns how to release it. The release has reached the server when it returns.
+	// lock waits for the key and returns a function that releases it. When that function returns, the
+	// release has reached the server.
 	lock(ctx context.Context, key string) (func(ctx context.Context) error, error)
 }
 
@@ -95,6 +98,6 @@ func run(name string, o options) error {
 		return fmt.Errorf("expected go START END, got %q: %w", line, err)
 	}
 	report := work.measure(time.UnixMilli(startMs), time.UnixMilli(endMs))
-	// What still waits is ended with the process.
+	// Tasks that still wait end with the process.
 	return json.NewEncoder(os.Stdout).Encode(report)
 }

@@ -14,7 +14,8 @@ import (
 	"github.com/redis/rueidis/rueidislock"
 )
 
-// rueidislock: one Locker for the process, as its document says, so that its tasks share the gates and the client-side cache.
+// rueidislock: one Locker per process, as its documentation recommends, so that its tasks share the
+// gates and the client-side cache.
 type rueidislockPeer struct{ locker rueidislock.Locker }
 
 func openRueidislock(o options) (peer, error) {
@@ -25,7 +26,8 @@ func openRueidislock(o options) (peer, error) {
 		// Recommended for servers from 7.0.5 on.
 		NoLoopTracking: true,
 		KeyValidity:    o.ttl,
-		// There is no next key to try. With its default of 20 ms, one slower answer leaves a waiter that nobody wakes any more.
+		// There is no next key to try. With the default of 20 ms, one slower answer leaves a waiter that
+		// is never woken.
 		TryNextAfter: time.Second,
 	})
 	if err != nil {
@@ -49,7 +51,8 @@ func openGoRedis(o options) *redis.Client {
 	return redis.NewClient(&redis.Options{
 		Addr:     o.server,
 		PoolSize: o.pool,
-		// With hundreds of tasks on a pool, its default (ReadTimeout + 1 s) would be an error of the load, not of the lock.
+		// With hundreds of tasks on a pool, its default (ReadTimeout + 1 s) would be an error of the
+		// load, not of the lock.
 		PoolTimeout: time.Minute,
 	})
 }
@@ -90,7 +93,7 @@ func (p redsyncPeer) lock(ctx context.Context, key string) (func(context.Context
 	return func(ctx context.Context) error {
 		ok, err := mutex.UnlockContext(ctx)
 		if err == nil && !ok {
-			err = errors.New("the lock was not ours any more at its release")
+			err = errors.New("the lock was no longer ours at its release")
 		}
 		return err
 	}, nil
@@ -107,18 +110,18 @@ func openRedislock(o options) (peer, error) {
 
 func (p redislockPeer) task(context.Context) (locker, error) { return p, nil }
 
-// redislockRetry is its LinearBackoff with a random part, so that waiters do not try in step.
+// redislockRetry is LinearBackoff with a random part, so that waiters do not retry in step.
 type redislockRetry struct{ o options }
 
 func (r redislockRetry) NextBackoff() time.Duration { return retry(r.o) }
 
 func (p redislockPeer) lock(ctx context.Context, key string) (func(context.Context) error, error) {
-	// Its own examples wait 100 ms.
+	// The library's own examples wait 100 ms.
 	strategy := redislock.LinearBackoff(100 * time.Millisecond)
 	if p.o.retryMin > 0 {
 		strategy = redislockRetry{p.o}
 	}
-	// Without a deadline it gives up after the TTL.
+	// Without a deadline, the library gives up after the TTL.
 	waiting, cancel := context.WithTimeout(ctx, time.Hour)
 	defer cancel()
 	lock, err := p.client.Obtain(waiting, key, p.o.ttl, &redislock.Options{RetryStrategy: strategy})

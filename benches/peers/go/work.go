@@ -11,10 +11,10 @@ import (
 	"time"
 )
 
-// report is what the runner adds up over all processes of a load.
+// report is summed up by the runner over all processes of a load.
 type report struct {
 	Tasks []uint64 `json:"tasks"`
-	// Waits by bucket, see bucket; also of those who got nothing until the end.
+	// Waits by bucket, see bucket; including those that had not ended at the end.
 	Waits     map[string]uint64 `json:"waits"`
 	WaitMaxUs uint64            `json:"wait_max_us"`
 	HoldSumUs uint64            `json:"hold_sum_us"`
@@ -24,7 +24,8 @@ type report struct {
 	FirstError string `json:"first_error,omitempty"`
 }
 
-// bucket is the histogram's: exact below 128 us, then 64 buckets for each doubling. The runner knows it too.
+// bucket is the histogram bucket: exact below 128 us, then 64 buckets for each doubling. The runner
+// uses the same.
 func bucket(us uint64) int {
 	if us < 128 {
 		return int(us)
@@ -36,7 +37,7 @@ func bucket(us uint64) int {
 const buckets = 64*26 + 128
 
 type tally struct {
-	// Guards all below: the task writes, and the end of the measured time reads while some tasks still wait.
+	// Guards all fields below: the task writes, and the report reads while some tasks still wait.
 	mu         sync.Mutex
 	locks      uint64
 	waits      [buckets]uint32
@@ -45,7 +46,7 @@ type tally struct {
 	lastUs     uint64
 	errors     uint64
 	firstError string
-	// Since when the task waits, if it does.
+	// When the task began to wait, if it waits.
 	since time.Time
 }
 
@@ -66,8 +67,8 @@ func newWork(p peer, o options) (*work, error) {
 	return w, nil
 }
 
-// warmUp opens the connections and runs the code that waits, on keys of this process alone, so that nothing of it is left when
-// the measured time begins.
+// warmUp opens the connections and runs the code that waits, on keys of this process alone. Nothing
+// of it is left when the measured time begins.
 func (w *work) warmUp() {
 	half := w.o.warmup / 2
 	w.each(len(w.lockers), half+5*time.Second, func(task int) {
@@ -90,13 +91,15 @@ func (w *work) each(tasks int, limit time.Duration, f func(task int)) {
 	select {
 	case <-done:
 	case <-time.After(limit):
-		// Its key is nobody else's, so a waiter that is never woken does not disturb; that it happens is worth knowing.
+		// No other task uses its key, so a waiter that is never woken disturbs nothing. It is worth
+		// reporting, though.
 		fmt.Fprintln(os.Stderr, "a waiter of the warm-up was not served in", limit)
 	}
 }
 
 func (w *work) measure(start, end time.Time) report {
-	// The wall clock is the same for all processes of the load; from here on only the monotonic one counts.
+	// The wall clock is the same for all processes of the load. From here on only the monotonic clock
+	// counts.
 	now := time.Now()
 	start, end = now.Add(start.Sub(now)), now.Add(end.Sub(now))
 	time.Sleep(time.Until(start))
@@ -124,7 +127,7 @@ func (w *work) loop(l locker, next func() string, hold time.Duration, start, end
 			}
 		}
 		t.mu.Unlock()
-		// A peer that fails at once must not keep the machine busy with failing.
+		// A peer that fails at once must not keep the machine busy with its failures.
 		time.Sleep(time.Millisecond)
 	}
 	for time.Now().Before(end) {
@@ -164,7 +167,7 @@ func (w *work) loop(l locker, next func() string, hold time.Duration, start, end
 	}
 }
 
-// waited counts a wait once, be it at its end or at the end of all.
+// waited counts a wait once, at its end or at the end of the measured time.
 func (t *tally) waited(since time.Time, wait time.Duration) {
 	t.mu.Lock()
 	defer t.mu.Unlock()

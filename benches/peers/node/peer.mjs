@@ -1,7 +1,8 @@
 // node-redlock under the loads of shardlock's bench.
 //
-// A worker is one process of a load. It warms up, prints "ready", is told on its standard input when the measured time begins and
-// ends ("go START END", milliseconds since 1970), and prints what it counted as one line of JSON. README.md, one folder up, has more.
+// A worker is one process of a load. It warms up, prints "ready", and reads from standard input
+// when the measured time begins and ends ("go START END", milliseconds since 1970). It prints its
+// counts as one line of JSON. See the README.md one folder up.
 import { once } from "node:events";
 import { createInterface } from "node:readline";
 import { setTimeout as sleep } from "node:timers/promises";
@@ -21,22 +22,23 @@ const { values } = parseArgs({
 const option = Object.fromEntries(Object.keys(defaults).map((name) => [name, Number(values[name])]));
 
 const [host, port] = values.server.split(":");
-// One connection: ioredis pipelines what the tasks send at the same time by itself.
+// One connection: ioredis itself pipelines what the tasks send at the same time.
 const client = new Redis({ host, port: Number(port), enableAutoPipelining: true });
 client.on("error", (error) => console.error(error.message));
 
-const settings = { retryCount: -1 }; // its default of 10 tries gives up on a hot key
+const settings = { retryCount: -1 }; // the default of 10 retries gives up on a hot key
 if (option["retry-max-us"] > 0) {
   const [shortest, longest] = [option["retry-min-us"] / 1000, option["retry-max-us"] / 1000];
-  // It adds a random part of up to retryJitter to either side, in whole milliseconds.
+  // The library adds a random part of up to retryJitter to either side, in whole milliseconds.
   settings.retryDelay = Math.round((shortest + longest) / 2);
   settings.retryJitter = Math.round((longest - shortest) / 2);
 }
 const redlock = new Redlock([client], settings);
-// Each refusal is an event too, and without a listener an error.
+// Each refusal is also an event, and without a listener an error.
 redlock.on("error", () => {});
 
-// The histogram's bucket: exact below 128 us, then 64 buckets for each doubling. The runner knows it too.
+// The histogram bucket: exact below 128 us, then 64 buckets for each doubling. The runner uses the
+// same.
 function bucket(us) {
   if (us < 128) return us;
   const shift = 25 - Math.clz32(us);
@@ -49,7 +51,7 @@ function tally() {
   return { locks: 0, waits: new Map(), waitMax: 0, holdSum: 0, last: 0, errors: 0, firstError: "", since: null };
 }
 
-// Counts a wait once, be it at its end or at the end of all.
+// Counts a wait once, at its end or at the end of the measured time.
 function waited(counted, until) {
   if (counted.since === null) return;
   const wait = micros(until - counted.since);
@@ -65,7 +67,7 @@ async function loop(next, hold, start, end, counted) {
       counted.errors += 1;
       counted.firstError ||= String(error.message ?? error);
     }
-    // A peer that fails at once must not keep the machine busy with failing.
+    // A peer that fails at once must not keep the machine busy with its failures.
     await sleep(1);
   };
   while (performance.now() < end) {
@@ -98,8 +100,8 @@ async function loop(next, hold, start, end, counted) {
   }
 }
 
-// Opens the connection and runs the code that waits, on keys of this process alone, so that nothing of it is left when the measured
-// time begins.
+// Opens the connection and runs the code that waits, on keys of this process alone. Nothing of it
+// is left when the measured time begins.
 async function warmUp() {
   const all = (tasks, key) => {
     const start = performance.now();
@@ -134,7 +136,8 @@ console.log("ready");
 const [line] = await once(createInterface({ input: process.stdin }), "line");
 const [, startMs, endMs] = /^go (\d+) (\d+)$/.exec(line) ?? [];
 if (endMs === undefined) throw new Error(`expected go START END, got ${JSON.stringify(line)}`);
-// The wall clock is the same for all processes of the load; from here on only the monotonic one counts.
+// The wall clock is the same for all processes of the load. From here on only the monotonic clock
+// counts.
 const [start, end] = [startMs, endMs].map((ms) => performance.now() + (Number(ms) - Date.now()));
 await sleep(Math.max(0, start - performance.now()));
 const ownKeys = option.keys === option.processes * option.tasks;
@@ -145,5 +148,5 @@ tallies.forEach((counted, task) => {
   loop(next, option["hold-us"] / 1000, start, end, counted);
 });
 await sleep(Math.max(0, end - performance.now()));
-// What still waits is ended with the process.
+// Tasks that still wait end with the process.
 process.stdout.write(JSON.stringify(report(tallies, end)) + "\n", () => process.exit(0));

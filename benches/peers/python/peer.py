@@ -1,10 +1,11 @@
 """redis-py's lock under the loads of shardlock's bench.
 
-A worker is one process of a load. It warms up, prints "ready", is told on its standard input when the measured time begins and ends
-("go START END", milliseconds since 1970), and prints what it counted as one line of JSON. README.md, one folder up, has more.
+A worker is one process of a load. It warms up, prints "ready", and reads from standard input when
+the measured time begins and ends ("go START END", milliseconds since 1970). It prints its counts as
+one line of JSON. See the README.md one folder up.
 
-Many tasks use the asynchronous lock: with the global interpreter lock, threads of one process only add switches. A process with one task
-uses the blocking one, which costs less.
+Many tasks use the asynchronous lock: with the global interpreter lock, threads of one process only
+add switches. A process with one task uses the blocking lock, which costs less.
 """
 
 import argparse
@@ -23,7 +24,9 @@ now = time.monotonic
 
 
 def bucket(us):
-    """The histogram's: exact below 128 us, then 64 buckets for each doubling. The runner knows it too."""
+    """The histogram bucket: exact below 128 us, then 64 buckets for each doubling. The runner uses
+    the same.
+    """
     if us < 128:
         return us
     shift = us.bit_length() - 7
@@ -39,10 +42,10 @@ class Tally:
         self.locks = self.wait_max = self.hold_sum = self.last = self.errors = 0
         self.waits = {}
         self.first_error = ""
-        self.since = None  # since when the task waits, if it does
+        self.since = None  # when the task began to wait, if it waits
 
     def waited(self, until):
-        """Counts a wait once, be it at its end or at the end of all."""
+        """Counts a wait once, at its end or at the end of the measured time."""
         since, self.since = self.since, None
         if since is not None:
             wait = micros(until - since)
@@ -57,7 +60,7 @@ class Tally:
 
 
 class Blocking:
-    """A blocking lock in a coroutine that has a thread for itself."""
+    """A blocking lock in a coroutine that has its own thread."""
 
     def __init__(self, lock):
         self.lock = lock
@@ -77,7 +80,7 @@ class Work:
         if self.alone:
             self.client = redis.Redis(host=host, port=int(port))
             return
-        # A pool that makes its callers wait: the plain one refuses a task that finds no connection.
+        # This pool makes its callers wait. The plain pool rejects a task that finds no connection.
         wide = options.pool or 50
         pool = redis.asyncio.BlockingConnectionPool(host=host, port=int(port), max_connections=wide, timeout=None)
         self.client = redis.asyncio.Redis(connection_pool=pool)
@@ -86,14 +89,15 @@ class Work:
         options = self.options
         sleep = {}
         if options.retry_max_us:
-            # Its loop sleeps the same each time; what is random is random between locks.
+            # Its loop sleeps for the same time on each try, so the delay is random only between
+            # locks.
             sleep["sleep"] = random.uniform(options.retry_min_us, options.retry_max_us) / 1e6
-        # The token of a task is the task's own lock's: nothing of it is a thread's.
+        # The token belongs to the task's own lock object, so nothing is kept per thread.
         lock = self.client.lock(key, timeout=options.ttl_ms / 1e3, thread_local=False, **sleep)
         return Blocking(lock) if self.alone else lock
 
     def run(self, *loop):
-        """The loop of a task, to be awaited until it ends; it runs from now on."""
+        """Starts the loop of a task. Returns an awaitable that waits until it ends."""
         if not self.alone:
             return asyncio.create_task(self.loop(*loop))
         thread = threading.Thread(target=lambda: asyncio.run(self.loop(*loop)), daemon=True)
@@ -108,9 +112,9 @@ class Work:
                 try:
                     await lock.acquire()
                     break
-                except Exception as error:  # whatever it is, it is reported as the peer's
+                except Exception as error:  # any error is reported as the peer's
                     tally.fail(error, end)
-                    # A peer that fails at once must not keep the machine busy with failing.
+                    # A peer that fails at once must not keep the machine busy with its failures.
                     await asyncio.sleep(0.001)
                 if now() >= end:
                     return
@@ -133,8 +137,9 @@ class Work:
             tally.last = micros(released - start)
 
     async def warm_up(self):
-        """Opens the connections and runs the code that waits, on keys of this process alone, so that nothing of it is left when the
-        measured time begins."""
+        """Opens the connections and runs the code that waits, on keys of this process alone.
+        Nothing of it is left when the measured time begins.
+        """
         options = self.options
 
         async def each(tasks, key):
@@ -194,10 +199,11 @@ async def main():
     line = (await asyncio.to_thread(sys.stdin.readline)).split()
     if len(line) != 3 or line[0] != "go":
         raise SystemExit(f"expected go START END, got {line}")
-    # The wall clock is the same for all processes of the load; from here on only the monotonic one counts.
+    # The wall clock is the same for all processes of the load. From here on only the monotonic
+    # clock counts.
     start, end = (now() + (int(ms) / 1e3 - time.time()) for ms in line[1:])
     print(json.dumps(await work.measure(start, end)), flush=True)
-    # What still waits is ended with the process.
+    # Tasks that still wait end with the process.
     os._exit(0)
 
 

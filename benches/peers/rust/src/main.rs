@@ -1,8 +1,8 @@
 //! rslock, and the raw commands as the limit, under the loads of shardlock's bench.
 //!
-//! A worker is one process of a load. It warms up, prints "ready", is told on its standard input when the measured time begins
-//! and ends ("go START END", milliseconds since 1970), and prints what it counted as one line of JSON. README.md in
-//! benches/peers has more.
+//! A worker is one process of a load. It warms up, prints "ready", and reads from standard input
+//! when the measured time begins and ends ("go START END", milliseconds since 1970). It prints its
+//! counts as one line of JSON. See the README.md in benches/peers.
 
 mod options;
 mod peer;
@@ -23,7 +23,7 @@ fn main() -> Result<(), Box<dyn Error + Send + Sync>> {
         threads => Builder::new_multi_thread().worker_threads(threads).enable_all().build()?,
     };
     runtime.block_on(async {
-        // Where its tasks run.
+        // Spawned, so that it runs where its tasks run.
         tokio::spawn(run(options)).await?
     })
 }
@@ -38,7 +38,8 @@ async fn run(options: Options) -> Result<(), Box<dyn Error + Send + Sync>> {
     let ["go", start, end] = words[..] else {
         return Err(format!("expected go START END, got {line:?}").into());
     };
-    // The wall clock is the same for all processes of the load; from here on only the monotonic one counts.
+    // The wall clock is the same for all processes of the load. From here on only the monotonic
+    // clock counts.
     let (now, since_1970) = (
         tokio::time::Instant::now(),
         SystemTime::now().duration_since(UNIX_EPOCH)?,
@@ -48,6 +49,6 @@ async fn run(options: Options) -> Result<(), Box<dyn Error + Send + Sync>> {
         "{}",
         work::measure(&peer, &options, at(start.parse()?), at(end.parse()?)).await
     );
-    // What still waits is ended with the process.
+    // Tasks that still wait end with the process.
     std::process::exit(0)
 }

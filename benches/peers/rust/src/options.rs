@@ -1,4 +1,4 @@
-//! The arguments, the same as of the other peers.
+//! The arguments, the same as for the other peers.
 
 use std::time::Duration;
 
@@ -12,7 +12,7 @@ pub struct Options {
     pub keys: usize,
     pub hold: Duration,
     pub ttl: Duration,
-    /// Longest time between two tries; none: the library's own.
+    /// The longest delay between two tries; `None` for the library's own.
     pub retry_max: Option<Duration>,
     pub warmup: Duration,
     pub threads: usize,
@@ -45,12 +45,12 @@ impl Options {
                 "--keys" => options.keys = number()? as usize,
                 "--hold-us" => options.hold = Duration::from_micros(number()?),
                 "--ttl-ms" => options.ttl = Duration::from_millis(number()?),
-                // The library draws from zero on.
+                // The library draws its delay from zero upwards.
                 "--retry-min-us" | "--pool" => drop(number()?),
                 "--retry-max-us" => options.retry_max = Some(Duration::from_micros(number()?)).filter(|d| !d.is_zero()),
                 "--threads" => options.threads = number()?.max(1) as usize,
                 "--warmup-ms" => options.warmup = Duration::from_millis(number()?),
-                _ => return Err(format!("there is no argument {name}")),
+                _ => return Err(format!("unknown argument {name}")),
             }
         }
         Ok(options)

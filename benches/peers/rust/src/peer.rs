@@ -1,4 +1,4 @@
-//! How each of the two takes and gives back a lock.
+//! How each of the two acquires and releases a lock.
 
 use crate::options::Options;
 use redis::aio::MultiplexedConnection;
@@ -30,11 +30,12 @@ impl Peer {
         let url = format!("redis://{}", options.server);
         match options.peer.as_str() {
             "rslock" => {
-                // One manager for the process: its tasks share one multiplexed connection.
+                // One manager per process: its tasks share one multiplexed connection.
                 let mut manager = rslock::LockManager::new(vec![url]);
                 if let Some(delay) = options.retry_max {
-                    // Each round of its acquire makes a new value and tries without a pause after the last try, so many tries
-                    // a round are the better choice for the server.
+                    // Each round of its acquire makes a new value and retries without a pause after
+                    // the last try. Many tries per round are therefore the better choice for the
+                    // server.
                     manager.set_retry(u32::MAX, delay.max(Duration::from_millis(1)));
                 }
                 Ok(Self::Rslock {
@@ -43,8 +44,8 @@ impl Peer {
                 })
             }
             "raw" => {
-                // The fastest that the commands themselves can be: one multiplexed connection, as the library is told to be
-                // used with many tasks, with room for the commands of all of them.
+                // The fastest that the commands themselves can be: one multiplexed connection, as
+                // the library recommends for many tasks, with room for the commands of all of them.
                 let config = redis::AsyncConnectionConfig::new().set_pipeline_buffer_size(1024);
                 let client = redis::Client::open(url)?;
                 let connection = client.get_multiplexed_async_connection_with_config(&config).await?;
@@ -82,8 +83,8 @@ impl Peer {
                     .arg("PX")
                     .arg(ttl.as_millis() as u64);
                 let set: Option<String> = command.query_async(&mut connection).await?;
-                // It is the limit of free keys and has no way to wait.
-                set.ok_or_else(|| format!("raw: {key} is held: this baseline is for keys that are free"))?;
+                // This limit is for free keys and has no way to wait.
+                set.ok_or_else(|| format!("raw: {key} is held: this baseline is for free keys only"))?;
                 Ok(Guard::Raw {
                     key: key.to_owned(),
                     value,
@@ -107,7 +108,7 @@ impl Peer {
                     .invoke_async(&mut connection.clone())
                     .await?;
                 if deleted != 1 {
-                    return Err(format!("raw: the lock of {key} was not ours any more at its release").into());
+                    return Err(format!("raw: the lock of {key} was no longer ours at its release").into());
                 }
             }
             (Self::Rslock { .. }, Guard::Raw { .. }) => return Err("a raw guard cannot be released by rslock".into()),

@@ -1,4 +1,4 @@
-//! The load: tasks that take and give back locks, and what is counted of it.
+//! The load: tasks that acquire and release locks, and the counts.
 
 use crate::options::Options;
 use crate::peer::Peer;
@@ -9,10 +9,11 @@ use std::sync::{Arc, Mutex, PoisonError};
 use std::time::Duration;
 use tokio::time::Instant;
 
-/// One more than the last bucket of the longest wait that is told apart, over an hour.
+/// One more than the bucket of the longest wait that is distinguished, which is over an hour.
 const BUCKETS: usize = 64 * 26 + 128;
 
-/// What one task counted; its lock is taken by the task, and once more when the measured time is over.
+/// The counts of one task. Its mutex is locked by the task, and once more when the measured time is
+/// over.
 struct Tally {
     locks: u64,
     waits: Box<[u32]>,
@@ -21,7 +22,7 @@ struct Tally {
     last_us: u64,
     errors: u64,
     first_error: Option<String>,
-    /// Since when the task waits, if it does.
+    /// When the task began to wait, if it waits.
     since: Option<Instant>,
 }
 
@@ -43,7 +44,7 @@ impl Tally {
         }))
     }
 
-    /// Counts a wait once, be it at its end or at the end of all.
+    /// Counts a wait once, at its end or at the end of the measured time.
     fn waited(&mut self, since: Instant, until: Instant) {
         if self.since.take_if(|waits| *waits == since).is_some() {
             let wait = micros(until.saturating_duration_since(since));
@@ -53,8 +54,8 @@ impl Tally {
     }
 }
 
-/// Opens the connections and runs the code that waits, on keys of this process alone, so that nothing of it is left when the
-/// measured time begins. The raw commands cannot wait.
+/// Opens the connections and runs the code that waits, on keys of this process alone. Nothing of it
+/// is left when the measured time begins. The raw commands can't wait.
 pub async fn warm_up(peer: &Arc<Peer>, options: &Options) {
     let contended = if matches!(**peer, Peer::Raw { .. }) {
         1
@@ -150,7 +151,7 @@ async fn failed(tally: &Shared, error: Box<dyn Error + Send + Sync>, end: Instan
         tally.errors += 1;
         tally.first_error.get_or_insert_with(|| error.to_string());
     }
-    // A peer that fails at once must not keep the machine busy with failing.
+    // A peer that fails at once must not keep the machine busy with its failures.
     tokio::time::sleep(Duration::from_millis(1)).await;
 }
 
@@ -185,7 +186,8 @@ fn report(tallies: &[Shared], end: Instant) -> String {
     )
 }
 
-/// The histogram's bucket: exact below 128 us, then 64 buckets for each doubling. The runner knows it too.
+/// The histogram bucket: exact below 128 us, then 64 buckets for each doubling. The runner uses the
+/// same.
 fn bucket(us: u64) -> usize {
     if us < 128 {
         return us as usize;
@@ -218,7 +220,7 @@ fn locked(tally: &Shared) -> std::sync::MutexGuard<'_, Tally> {
     tally.lock().unwrap_or_else(PoisonError::into_inner)
 }
 
-/// SplitMix64: which key is next need not be more random than that.
+/// SplitMix64: the choice of the next key need not be more random than that.
 struct Random(u64);
 
 impl Random {

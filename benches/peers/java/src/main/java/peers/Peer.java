@@ -23,12 +23,13 @@ import org.redisson.config.Config;
 /**
  * Redisson's RLock and RFairLock under the loads of shardlock's bench.
  *
- * <p>A worker is one process of a load. It warms up, prints "ready", is told on its standard input when the measured time begins
- * and ends ("go START END", milliseconds since 1970), and prints what it counted as one line of JSON. README.md in
- * benches/peers has more.
+ * <p>A worker is one process of a load. It warms up, prints "ready", and reads from standard input
+ * when the measured time begins and ends ("go START END", milliseconds since 1970). It prints its
+ * counts as one line of JSON. See the README.md in benches/peers.
  *
- * <p>Many tasks use the asynchronous calls, whose holder is a number instead of a thread: a thousand threads that wait are slower.
- * A process with one task uses the blocking ones, in a thread of its own.
+ * <p>Many tasks use the asynchronous calls, whose holder is a number instead of a thread: a
+ * thousand waiting threads are slower. A process with one task uses the blocking calls, in a thread
+ * of its own.
  */
 public final class Peer {
     private final Map<String, String> options = new HashMap<>();
@@ -54,7 +55,8 @@ public final class Peer {
             default -> throw new IllegalArgumentException("--peer is redisson or redisson-fair");
         };
         Config config = new Config();
-        // One process is one client, with the library's own pools: 64 connections and 50 for subscriptions, 5 each.
+        // One process is one client, with the library's own pools: 64 connections, and 50 for
+        // subscriptions, 5 each.
         var server = config.useSingleServer().setAddress("redis://" + options.get("--server"));
         int pool = number("--pool", 0);
         if (pool > 0) {
@@ -77,19 +79,20 @@ public final class Peer {
         if (words.length != 3 || !words[0].equals("go")) {
             throw new IOException("expected go START END, got " + line);
         }
-        // The wall clock is the same for all processes of the load; from here on only the monotonic one counts.
+        // The wall clock is the same for all processes of the load. From here on only the monotonic
+        // clock counts.
         long offset = System.nanoTime() - TimeUnit.MILLISECONDS.toNanos(System.currentTimeMillis());
         long start = TimeUnit.MILLISECONDS.toNanos(Long.parseLong(words[1])) + offset;
         long end = TimeUnit.MILLISECONDS.toNanos(Long.parseLong(words[2])) + offset;
         System.out.println(peer.measure(start, end));
         System.out.flush();
-        // What still waits is ended with the process.
+        // Tasks that still wait end with the process.
         Runtime.getRuntime().halt(0);
     }
 
     /**
-     * Opens the connections, lets the compiler see the code, and runs what waits, on keys of this process alone, so that nothing of
-     * it is left when the measured time begins.
+     * Opens the connections, lets the JIT compile the code, and runs the code that waits, on keys
+     * of this process alone. Nothing of it is left when the measured time begins.
      */
     private void warmUp() throws InterruptedException {
         long half = TimeUnit.MILLISECONDS.toNanos(number("--warmup-ms", 1000)) / 2;
@@ -145,7 +148,7 @@ public final class Peer {
         return Tally.report(tallies, end);
     }
 
-    /** The same with the asynchronous calls. */
+    /** Like loop, with the asynchronous calls. */
     private CompletableFuture<Void> loopAsync(
             long holder, Supplier<String> next, long hold, long start, long end, Tally tally) {
         var done = new CompletableFuture<Void>();
@@ -162,7 +165,7 @@ public final class Peer {
         tally.waitsSince(System.nanoTime());
         String key = next.get();
         RLock lock = fair ? client.getFairLock(key) : client.getLock(key);
-        // As lock() without a lease time.
+        // Like lock() without a lease time.
         lock.lockAsync(holder).whenComplete((nothing, failed) -> {
             if (failed != null) {
                 tally.failed(new RuntimeException(failed), end);
@@ -198,7 +201,8 @@ public final class Peer {
             RLock lock = fair ? client.getFairLock(key) : client.getLock(key);
             while (true) {
                 try {
-                    // Without a lease time, as its documents begin with: its watchdog renews what is held for long.
+                    // Without a lease time, as at the start of the documentation: the watchdog
+                    // renews what is held for long.
                     lock.lock();
                     break;
                 } catch (RuntimeException e) {

@@ -3,7 +3,7 @@ package peers;
 import java.util.List;
 import java.util.TreeMap;
 
-/** What one task counted. The task writes, and the end of the measured time reads while some tasks still wait. */
+/** The counts of one task. The task writes, and the report reads while some tasks still wait. */
 final class Tally {
     private static final int BUCKETS = 64 * 26 + 128;
 
@@ -17,7 +17,7 @@ final class Tally {
     private boolean waiting;
     private long since;
 
-    /** Begins a wait, or goes on with one that an error interrupted. */
+    /** Begins a wait, or continues one that an error interrupted. */
     synchronized void waitsSince(long nanoTime) {
         if (!waiting) {
             waiting = true;
@@ -34,11 +34,11 @@ final class Tally {
                 }
             }
         }
-        // A peer that fails at once must not keep the machine busy with failing.
+        // A peer that fails at once must not keep the machine busy with its failures.
         Peer.sleepUntil(System.nanoTime() + 1_000_000);
     }
 
-    /** Counts a wait once, be it at its end or at the end of all. */
+    /** Counts a wait once, at its end or at the end of the measured time. */
     synchronized void waited(long until) {
         if (waiting) {
             long wait = Math.max(0, until - since) / 1000;
@@ -48,7 +48,7 @@ final class Tally {
         }
     }
 
-    /** Counts a lock, or tells with false that it came after the end. */
+    /** Counts a lock. Returns false if it was released after the end. */
     synchronized boolean locked(long entered, long left, long released, long start, long end) {
         if (released > end) {
             return false;
@@ -59,7 +59,7 @@ final class Tally {
         return true;
     }
 
-    /** The histogram's: exact below 128 us, then 64 buckets for each doubling. The runner knows it too. */
+    /** The bucket: exact below 128 us, then 64 for each doubling. The runner uses the same. */
     private static int bucket(long us) {
         if (us < 128) {
             return (int) us;
