@@ -5,17 +5,17 @@
 with_server = server=$$(scripts/ensure-server) && SHARDLOCK_REDIS_SERVER=$$server
 features = $(shell sed -n '/^\[features\]/,/^\[[^f]/s/^\([a-z0-9_-]*\) = .*/\1/p' Cargo.toml | grep -vx default)
 
-# Most tests wait, for servers, leases and each other, so four run at a time for each core.
+# Most tests wait for servers, leases and each other, so four run at a time per core.
 test_threads = $(shell cores=$$(getconf _NPROCESSORS_ONLN); threads=$$((4 * cores)); [ $$threads -le 16 ] || threads=16; [ $$threads -ge $$cores ] || threads=$$cores; echo $$threads)
 test test-servers: export RUST_TEST_THREADS ?= $(test_threads)
 
-help: ## Say what can be made.
+help: ## List the targets.
 	@sed -n 's/^\([a-z-]*\): .*## \(.*\)/  make \1	\2/p' Makefile
 
-demo: cargo ## Show workers of several processes fighting over the same keys on a real server.
+demo: cargo ## Show workers of several processes competing for the same keys on a real server.
 	@$(with_server) cargo run --release --locked --features cli -- demo
 
-dashboard: cargo ## Keep a load and a Prometheus running for the dashboard of grafana/, and say how to point a Grafana at it.
+dashboard: cargo ## Run a load and a Prometheus for the dashboard of grafana/, and print how to connect a Grafana.
 	@$(with_server) && SHARDLOCK_PROMETHEUS=$$(scripts/ensure-prometheus) && export SHARDLOCK_REDIS_SERVER SHARDLOCK_PROMETHEUS && \
 	cargo build --release --locked --features cli && exec scripts/dashboard target/release/shardlock --tasks 16
 
@@ -24,19 +24,19 @@ test: cargo protoc ## Run all tests, against real servers.
 	SHARDLOCK_REDIS_SERVER=$$server SHARDLOCK_ETCD_SERVER=$$etcd SHARDLOCK_PROMETHEUS=$$prometheus SHARDLOCK_PYTHON=$$python cargo test --locked --all-features --no-fail-fast && \
 	$(with_leases_kept) && (cd benches/peers && $$python -B -m unittest -q)
 
-# The behaviours of single locks once more, with leases that stay with their process for a moment. What is left out is what linger
-# changes: tests/README.md says why.
+# The behaviours of single locks again, with leases that linger. The skipped tests are those whose
+# outcome linger changes: see tests/README.md.
 with_leases_kept = LOCKTEST_LINGER=30 SHARDLOCK_REDIS_SERVER=$$server cargo test --locked --all-features --no-fail-fast \
 	--test basics --test order --test tokens --test cancellation -- on_redis on_memory \
 	--skip a_held_key_is_held --skip a_namespace_is_part --skip a_try_does_not_pass --skip an_administrators_deletion \
 	--skip tokens_grow_across_processes_flushes --skip a_manager_that_outlives --skip a_counter_that_went_back --skip a_request_without_time
 
-# TESTS chooses among them, as in TESTS="--test basics --test order".
+# TESTS selects tests, as in TESTS="--test basics --test order".
 test-servers: cargo protoc ## Run all tests against each server: the default, Valkey 9, Redis 8.
 	@etcd=$$(scripts/ensure-etcd) && prometheus=$$(scripts/ensure-prometheus) && python=$$(scripts/ensure-grafana-model) || exit; \
 	export SHARDLOCK_ETCD_SERVER=$$etcd SHARDLOCK_PROMETHEUS=$$prometheus SHARDLOCK_PYTHON=$$python; failed=; for server in "" valkey redis8; do \
 		name=$${server:-default}; \
-		path=$$(scripts/ensure-server $$server) || { failed="$$failed $$name (not to be had)"; continue; }; \
+		path=$$(scripts/ensure-server $$server) || { failed="$$failed $$name (not available)"; continue; }; \
 		echo "== $$name: $$("$$path" --version)"; \
 		SHARDLOCK_REDIS_SERVER=$$path cargo test --locked --all-features --no-fail-fast $(TESTS) || failed="$$failed $$name"; \
 	done; \
@@ -44,30 +44,31 @@ test-servers: cargo protoc ## Run all tests against each server: the default, Va
 	echo "the tests passed against all three servers"
 
 SECONDS_OF_SOAK = 3600
-soak: cargo ## Simulate seeds that were never run before, for an hour or SECONDS_OF_SOAK=N; a failure comes with its shortest story.
+soak: cargo ## Simulate new seeds for an hour or SECONDS_OF_SOAK=N; a failure is shown with its shortest history.
 	SIMULATION_SECONDS=$(SECONDS_OF_SOAK) SIMULATION_FROM=$${SIMULATION_FROM:-$$(date +%s)000} cargo test --release --locked --lib -- --exact simulation::soak --nocapture
 
-# MINUTES, SEED, KINDS="redis etcd" and FAULTS="switch-over late-requests" choose; docs/reliability.md says what it does.
+# MINUTES, SEED, KINDS="redis etcd" and FAULTS="switch-over late-requests" configure it: see
+# docs/reliability.md.
 MINUTES ?= 60
-chaos: cargo protoc ## Fight for locks on servers of every kind while everything goes wrong, for MINUTES=60, and judge what happened.
+chaos: cargo protoc ## Compete for locks on servers of every kind under faults, for MINUTES=60, and check the history.
 	@$(with_server) && SHARDLOCK_ETCD_SERVER=$$(scripts/ensure-etcd) && export SHARDLOCK_REDIS_SERVER SHARDLOCK_ETCD_SERVER && \
 	LOCKTEST_CHAOS_MINUTES=$(MINUTES) LOCKTEST_CHAOS_SEED=$(SEED) LOCKTEST_CHAOS_KINDS="$(KINDS)" LOCKTEST_CHAOS_FAULTS="$(FAULTS)" \
 	cargo test --locked --all-features --test chaos -- --exact chaos_for_as_long_as_asked --nocapture || exit 1
 
-# FIXES chooses among them by parts of their names, as in FIXES="forged outage".
-reverts: cargo protoc ## Undo each fix of tests/reverts.toml in turn and show that a test fails without it.
+# FIXES selects fixes by parts of their names, as in FIXES="forged outage".
+reverts: cargo protoc ## Undo each fix of tests/reverts.toml in turn and check that a test fails without it.
 	@server=$$(scripts/ensure-server) && etcd=$$(scripts/ensure-etcd) && \
 	SHARDLOCK_REDIS_SERVER=$$server SHARDLOCK_ETCD_SERVER=$$etcd scripts/reverts $(FIXES)
 
-# MUTANTS chooses, as in MUTANTS="--file src/lease.rs"; `cargo mutants --help` tells more. What survives with a reason is in
-# .cargo/mutants.toml and src/store/redis/scripts/survivors.txt.
-mutants: cargo protoc ## Change the safety core in every small way, and see that a test fails for each.
+# MUTANTS selects mutants, as in MUTANTS="--file src/lease.rs": see `cargo mutants --help`.
+# Survivors with a reason are in .cargo/mutants.toml and src/store/redis/scripts/survivors.txt.
+mutants: cargo protoc ## Make every small change to the safety core, and check that a test fails for each.
 	@command -v python3 >/dev/null || { echo "python3 is not on the PATH: install Python 3.9 or later" >&2; exit 1; }
 	@cargo mutants --version >/dev/null 2>&1 || { echo "install it with: cargo install --locked cargo-mutants" >&2; exit 1; }
 	@$(with_server) && export SHARDLOCK_REDIS_SERVER && \
 	SIMULATION_SEEDS=0..200 cargo mutants --no-shuffle $(MUTANTS) && scripts/mutate-lua
 
-lint: cargo protoc ## Check format, lints with each feature alone and all together, documentation, dependencies.
+lint: cargo protoc ## Check formatting, lints with each feature and with all, documentation, dependencies.
 	cargo fmt --all -- --check
 	scripts/reverts --check
 	cargo clippy --locked --all-targets -- -D warnings
@@ -76,24 +77,25 @@ lint: cargo protoc ## Check format, lints with each feature alone and all togeth
 	RUSTDOCFLAGS="-D warnings" cargo doc --locked --no-deps --all-features
 	@deny=$$(scripts/ensure-cargo-deny) && set -x && $$deny --locked check bans licenses sources
 
-# SECONDS is the time of each target, TARGETS chooses among them; fuzz/README.md says what they are.
-fuzz: cargo protoc ## Fuzz every parser of outside input, 600 s each; installs cargo-fuzz if it is missing.
+# SECONDS is the time per target, TARGETS selects targets: see fuzz/README.md.
+fuzz: cargo protoc ## Fuzz every parser of external input for 600 s each; installs cargo-fuzz if it is missing.
 	@scripts/fuzz $(or $(SECONDS),600) $(TARGETS)
 
-bench: cargo protoc ## Measure.
+bench: cargo protoc ## Run the benchmarks.
 	@$(with_server) cargo bench --locked --all-features
 
-# PEERS chooses and sets, as in PEERS="--only rslock,fan-in-8 --seconds 2 --repeat 1"; benches/peers/run.py --help tells more.
-bench-peers: ## Measure beside the peers, each under the same loads; writes benches/RESULTS.md and its plots.
+# PEERS has options, as in PEERS="--only rslock,fan-in-8 --seconds 2 --repeat 1": see
+# benches/peers/run.py --help.
+bench-peers: ## Compare with other libraries under the same loads; writes benches/RESULTS.md and its plots.
 	@command -v python3 >/dev/null || { echo "python3 is not on the PATH: install Python 3.9 or later" >&2; exit 1; }
 	@cd benches/peers && python3 -B -m unittest -q
 	@python3 -B benches/peers/run.py $(PEERS)
 
-clean: ## Remove what was built and any server that was installed here.
+clean: ## Remove build output and the servers installed here.
 	rm -rf target .servers
 
 .PHONY: cargo protoc
-# The feature etcd is built with it.
+# Needed to build the feature etcd.
 protoc:
 	@scripts/ensure-protoc
 

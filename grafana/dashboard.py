@@ -1,10 +1,14 @@
 #!/usr/bin/env python3
-"""Makes grafana/dashboards/shardlock.json of panels.py, and checks it. scripts/ensure-grafana-model prints the Python to run it with.
+"""Generates grafana/dashboards/shardlock.json from panels.py, and checks it.
 
-  dashboard.py --write         writes the dashboard anew
-  dashboard.py --check [FILE]  whether that file, or the dashboard as it is kept, is as Grafana's model wants it and as it is made here
+scripts/ensure-grafana-model prints the Python to run it with.
+
+  dashboard.py --write         writes the dashboard
+  dashboard.py --check [FILE]  checks that the dashboard, or FILE, fits Grafana's model and is the
+                               one generated here
   dashboard.py --provisioning [DIRECTORY]
-                               whether its files, or those that are kept, have only what Grafana knows
+                               checks that the provisioning files, or those in DIRECTORY, only have
+                               fields that Grafana knows
 """
 
 import json
@@ -22,7 +26,7 @@ import provisioning
 
 FILE = Path(__file__).parent / "dashboards" / "shardlock.json"
 PROVISIONING = Path(__file__).parent / "provisioning"
-# That of Grafana 11.0.
+# The schema version of Grafana 11.0.
 SCHEMA_VERSION = 39
 SOURCE = dashboard.DataSourceRef(type_val="prometheus", uid="${datasource}")
 HEIGHT = 8
@@ -34,7 +38,7 @@ def build() -> dashboard.Dashboard:
     board = (
         builders.Dashboard("shardlock")
         .uid("shardlock")
-        .description("Locks: how many, how contended, how safe, and whether the store is the cause. METRICS.md has the metrics.")
+        .description("Locks: how many, how contended, how safe, and whether the store is the cause. METRICS.md describes the metrics.")
         .tags(["shardlock", "locks"])
         .tooltip(dashboard.DashboardCursorSync.CROSSHAIR)
         .time("now-15m", "now")
@@ -66,7 +70,7 @@ def variables() -> list:
 
 
 def choice(name: str, label: str, series: str, of: str) -> builders.QueryVariable:
-    """Several values of a label, or all of them, which is what is chosen at first."""
+    """A variable for several values of a label, or all of them, which is the default."""
     query = {"qryType": 1, "query": f"label_values({series}, {of})", "refId": "PrometheusVariableQueryEditor-VariableQuery"}
     return (
         builders.QueryVariable(name)
@@ -107,7 +111,7 @@ def lines(panel: panels.Panel) -> timeseries.Panel:
 
 
 def bars(panel: panels.Panel) -> timeseries.Panel:
-    """For what is seldom: a count per interval says more than a rate."""
+    """Bars, for rare events: a count per interval is more useful than a rate."""
     return lines(panel).draw_style(looks.GraphDrawStyle.BARS).fill_opacity(60)
 
 
@@ -137,7 +141,7 @@ def check(file: Path) -> list[str]:
     found = file.read_text()
     wrong = model.mistakes(json.loads(found))
     if found != text():
-        wrong.append("it is not what dashboard.py makes: change panels.py, then run dashboard.py --write")
+        wrong.append("it is not what dashboard.py makes; change panels.py, then run dashboard.py --write")
     return wrong
 
 

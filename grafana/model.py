@@ -1,7 +1,8 @@
-"""Loads a dashboard through the kept model of Grafana's schema, and says what the model does not know.
+"""Loads a dashboard through the model of Grafana's schema, and reports what the model does not know.
 
-The model passes over what it does not know when it reads, so what was read is written again: a field that is gone then, or another one, was
-misspelt. Where the model is open, which is where a panel's kind decides, the kind must be one that it knows.
+The model ignores unknown fields when it reads a dashboard, so the result is written again and
+compared: a field that is missing or different was misspelt. Parts that depend on a panel's kind are
+only checked for known kinds, so the kind must be one of them.
 """
 
 import enum
@@ -13,19 +14,21 @@ from grafana_foundation_sdk.cog import plugins, runtime
 from grafana_foundation_sdk.cog.encoder import JSONEncoder
 from grafana_foundation_sdk.models import dashboard
 
-# The form in which Grafana keeps the query of a variable for Prometheus, where the model takes anything.
+# The form in which Grafana stores the query of a Prometheus variable; the model accepts anything
+# here.
 VARIABLE_QUERY = {"qryType", "query", "refId"}
-# What in a panel the model passes on as it is. It is not used, so that it need not be checked.
+# Panel fields that the model passes through unchecked. They must not be used, so that nothing is
+# left unchecked.
 UNCHECKED = {"links", "transformations", "libraryPanel"}
 
 
 def plain(model: object) -> object:
-    """The model as JSON has it."""
+    """The model in the form of plain JSON values."""
     return json.loads(json.dumps(model, cls=JSONEncoder))
 
 
 def mistakes(document: dict) -> list[str]:
-    """What in the document is not as Grafana's model has it, each with its place."""
+    """Everything in the document that does not fit Grafana's model, with its place."""
     plugins.register_default_plugins()
     try:
         model = dashboard.Dashboard.from_json(document)
@@ -38,7 +41,7 @@ def mistakes(document: dict) -> list[str]:
 
 
 def differences(given: object, kept: object, place: str) -> typing.Iterator[str]:
-    """What the model does not keep of what it is given. What it adds are its defaults."""
+    """What the model does not preserve. Fields that it adds are defaults, and ignored."""
     if isinstance(given, dict) and isinstance(kept, dict):
         for name, value in given.items():
             if name in kept:
@@ -53,7 +56,7 @@ def differences(given: object, kept: object, place: str) -> typing.Iterator[str]
 
 
 def wrong_words(value: object, place: str) -> list[str]:
-    """Where one of a set of words is wanted, and another one is there. The model reads any."""
+    """Values that are not in the enum of their field. The model itself accepts any."""
     if isinstance(value, (list, tuple)):
         return [wrong for number, one in enumerate(value) for wrong in wrong_words(one, f"{place}[{number}]")]
     if isinstance(value, dict):
@@ -86,7 +89,8 @@ def wrong_open_parts(document: dict) -> list[str]:
             found.append(f"{place}: the model knows no kind of panel called {panel['type']!r}")
         found += [f"{place}: {name} is not checked by the model" for name in UNCHECKED if panel.get(name)]
         for target in panel.get("targets", []):
-            # Without it the model takes a query for one of an unknown kind, in which everything is right.
+            # Without it, the model treats the query as one of an unknown kind, and accepts
+            # everything in it.
             if target.get("datasource", {}).get("type") != "prometheus":
                 found.append(f"{place}: a query that is not for prometheus")
     for variable in document.get("templating", {}).get("list", []):

@@ -1,25 +1,27 @@
-"""What the dashboard shows: its rows, and in each panel the expressions, and what to do when they move.
+"""The rows and panels of the dashboard: expressions, and descriptions that say what to do.
 
-`METRICS.md` has the metrics. Expressions use no label that a metric does not have; a test sees to that, and sends each of them to a Prometheus.
+`METRICS.md` describes the metrics. A test checks that expressions only use labels that the metrics
+have, and sends each expression to a Prometheus.
 """
 
 from dataclasses import dataclass, field
 
 from grafana_foundation_sdk.models import units
 
-# What the variables of the dashboard choose. Not every metric has a class or a shard.
+# Filters by the dashboard's variables. Not every metric has a class or a shard.
 PROCESS = 'job=~"$job", instance=~"$instance"'
 CLASS = PROCESS + ', class=~"$class"'
 SHARD = PROCESS + ', shard=~"$shard"'
 
-# What a request came to that was to have a lock and got none. Busy is the answer to a try, and no failure.
+# Outcomes of requests that should have got a lock and did not. Busy is the answer to a try, not a
+# failure.
 FAILED = CLASS + ', outcome=~"timeout|queue_full|unavailable|refused"'
 ACQUIRED = CLASS + ', outcome="acquired"'
 CONTENDED = ACQUIRED + ', path!="uncontended"'
 NOT_ACQUIRED = CLASS + ', outcome!="acquired"'
-# All but those that the program itself put an end to.
+# All outcomes except those caused by the application itself.
 JUDGED = CLASS + ', outcome!~"closed|cancelled"'
-# The requests that pass a lease on to another process.
+# The requests that hand a lease to another process.
 HANDING_OVER = SHARD + ', request=~"release|requeue"'
 UNANSWERED = SHARD + ', outcome="failed"'
 
@@ -28,7 +30,7 @@ PLAIN, BARS, STAT, RANKING = "plain", "bars", "stat", "ranking"
 
 @dataclass
 class Panel:
-    """A panel: pairs of an expression and the legend of its series."""
+    """A panel. Each target is an expression and the legend of its series."""
 
     title: str
     description: str
@@ -36,7 +38,7 @@ class Panel:
     unit: str = units.Short
     look: str = PLAIN
     width: int = 8
-    # From which value on the number of a stat is orange, and from which red.
+    # The values from which the number of a stat is orange, and red.
     bounds: tuple[float, float] | None = None
     no_value: str | None = None
 
@@ -77,8 +79,9 @@ AT_A_GLANCE = Row(
     [
         Panel(
             "Locks per second",
-            "Locks that were had, over all classes that are chosen. It is bad if it falls while requests come as before: see whether waits are longer "
-            "(contention), requests fail (the next panel) or a shard is down.",
+            "Locks acquired, over the selected classes. A drop is bad if requests keep arriving: "
+            "check whether waits are longer (contention), requests fail (the next panel) or a "
+            "shard is down.",
             [(total(rate("shardlock_acquisitions_total", ACQUIRED)), "locks")],
             unit=units.OpsPerSecond,
             look=STAT,
@@ -86,8 +89,10 @@ AT_A_GLANCE = Row(
         ),
         Panel(
             "Requests without a lock",
-            "The part of the requests that ended with a timeout, a full queue, a shard that is unavailable or a refusal. Above 1 % users notice. Look below which "
-            "outcome it is: timeout means contention (hot keys), queue_full overload (saturation), unavailable or refused the store (last row).",
+            "The share of requests that ended with a timeout, a full queue, an unavailable shard "
+            "or a refusal. Above 1 %, users notice. The outcomes below show the cause: timeout "
+            "means contention (hot keys), queue_full overload (saturation), unavailable or "
+            "refused the store (last row).",
             [
                 (
                     ratio(rate("shardlock_acquisitions_total", FAILED), rate("shardlock_acquisitions_total", JUDGED)),
@@ -101,8 +106,9 @@ AT_A_GLANCE = Row(
         ),
         Panel(
             "Wait, median",
-            "Half of the locks were had within this time. Without contention it is one round trip to the shard; if it is much more, see the contended part "
-            "and the round trips.",
+            "Half of the locks were acquired within this time. Without contention it is one round "
+            "trip to the shard; if it is much longer, see the contended share and the round "
+            "trips.",
             [(quantile(0.5, "shardlock_wait_seconds", CLASS), "median")],
             unit=units.Seconds,
             look=STAT,
@@ -110,8 +116,9 @@ AT_A_GLANCE = Row(
         ),
         Panel(
             "Wait, 99th percentile",
-            "One lock in a hundred took longer than this. When it grows, shorten what is done under the lock, split the hot keys, or find what is stuck: the "
-            "oldest guard is under saturation.",
+            "One lock in a hundred took longer than this. If it grows, shorten the work under the "
+            "lock, split the hot keys, or find what is stuck: the oldest guard is under "
+            "saturation.",
             [(quantile(0.99, "shardlock_wait_seconds", CLASS), "99 %")],
             unit=units.Seconds,
             look=STAT,
@@ -119,8 +126,9 @@ AT_A_GLANCE = Row(
         ),
         Panel(
             "Leases lost",
-            "Leases that were lost in the time shown while a guard was out. It is to be 0: each is work that went on without its lock, and only the check of the "
-            "fencing token kept it from doing harm. The row on safety says why.",
+            "Leases lost in the selected time range while a guard was outstanding. Must be 0: "
+            "each means that work continued without its lock, and only a check of the fencing "
+            "token kept it from doing harm. The safety row shows the reasons.",
             [(f'sum(increase(shardlock_lost_total{{{SHARD}}}[$__range]))', "lost")],
             look=STAT,
             width=4,
@@ -128,8 +136,9 @@ AT_A_GLANCE = Row(
         ),
         Panel(
             "Shards down",
-            "Shards to which the last request of some process was not answered. The keys of these shards can't be locked there: check the server, then the network "
-            "between, and run `shardlock doctor`.",
+            "Shards whose last request from some process was not answered. The keys of these "
+            "shards can't be locked there: check the server, then the network in between, and run "
+            "`shardlock doctor`.",
             [(f"sum(min by (shard) (shardlock_shard_up{{{SHARD}}}) == bool 0)", "down")],
             look=STAT,
             width=4,
@@ -137,14 +146,17 @@ AT_A_GLANCE = Row(
         ),
         Panel(
             "Locks per second, by class",
-            "Which work wants the locks. A class that falls to 0 while others go on has a problem of its own; all of them falling together points to the store.",
+            "Which work requests locks. A class that drops to 0 while others continue has a "
+            "problem of its own; if all drop together, check the store.",
             [(total(rate("shardlock_acquisitions_total", ACQUIRED), "class"), "{{class}}")],
             unit=units.OpsPerSecond,
         ),
         Panel(
             "Requests without a lock, by outcome",
-            "busy: a try found the lock held, which is an answer and no failure. timeout: the wait limit passed, see the hot keys. queue_full: a limit on waiters "
-            "was reached, shed load. unavailable, refused: see the shard and the log. closed: the manager was shut down. cancelled: the program dropped its request.",
+            "busy: a try found the lock held, which is an answer, not a failure. timeout: the "
+            "wait limit has passed, see the hot keys. queue_full: a limit on waiters was reached, "
+            "shed load. unavailable, refused: see the shard and the log. closed: the manager was "
+            "shut down. cancelled: the application dropped its request.",
             [
                 (
                     total(rate("shardlock_acquisitions_total", NOT_ACQUIRED), "outcome"),
@@ -155,8 +167,9 @@ AT_A_GLANCE = Row(
         ),
         Panel(
             "Wait",
-            "The time from the request to the guard. A median that stays while the 99th percentile grows means that few keys are contended; if both grow, the "
-            "store or this machine is slow.",
+            "The time from the request to the guard. If the median stays flat while the 99th "
+            "percentile grows, few keys are contended; if both grow, the store or this machine is "
+            "slow.",
             [
                 (quantile(0.5, "shardlock_wait_seconds", CLASS), "median"),
                 (quantile(0.99, "shardlock_wait_seconds", CLASS), "99 %"),
@@ -170,9 +183,10 @@ CONTENTION = Row(
     "Contention",
     [
         Panel(
-            "Contended part of the locks",
-            "The part of the locks that somebody else held when they were asked for. Near 1 the work of a class is done one after the other, however many workers "
-            "there are: split its keys, or do less under the lock.",
+            "Contended share of locks",
+            "The share of locks that were held by someone else when they were requested. Near 1, "
+            "the work of a class runs serially, however many workers there are: split its keys, "
+            "or do less under the lock.",
             [
                 (
                     ratio(
@@ -187,28 +201,32 @@ CONTENTION = Row(
         ),
         Panel(
             "Wait, 99th percentile, by class",
-            "Whose requests wait. A class whose line is near its wait limit is about to fail: see what holds its keys, and for how long.",
+            "Which class waits. A class close to its wait limit is about to fail: check what "
+            "holds its keys, and for how long.",
             [(quantile(0.99, "shardlock_wait_seconds", CLASS, "class"), "{{class}}")],
             unit=units.Seconds,
         ),
         Panel(
             "Hold time, 99th percentile, by class",
-            "From the guard to its release. Every waiter pays for it: move out of it what needs no lock. Above the TTL a lock depends on its renewals.",
+            "From the guard to its release. Every waiter pays for it: move work that needs no "
+            "lock out of it. Above the TTL, a lock depends on its renewals.",
             [(quantile(0.99, "shardlock_hold_seconds", CLASS, "class"), "{{class}}")],
             unit=units.Seconds,
         ),
         Panel(
             "Hand-offs",
-            "Locks that were passed to a waiter: local ones stay in the process and cost nothing, remote ones cost a message between processes. If most are remote "
-            "and that is too slow, send the jobs of one key to one process, or raise max_burst.",
+            "Locks passed to a waiter. Local hand-offs stay in the process and cost nothing; "
+            "remote ones cost a message between processes. If most are remote and that is too "
+            "slow, route the jobs of a key to one process, or raise max_burst.",
             [(total(rate("shardlock_hand_offs_total", SHARD), "kind"), "{{kind}}")],
             unit=units.OpsPerSecond,
         ),
         Panel(
-            "Round trip of what hands over",
-            "There is no measure of a hand-off as a whole. This is the nearest: the round trip of the requests that hand a lock to another process (release, and "
-            "requeue where local tasks go on waiting), which push the grant from the server half-way through. A hand-off in the process needs none. High: the shard's server or "
-            "the way to it is slow; see the last row.",
+            "Round trip of hand-off requests",
+            "There is no metric for a whole hand-off. The closest is the round trip of the "
+            "requests that hand a lock to another process (release, and requeue if local tasks "
+            "still wait); the server pushes the grant halfway through. Local hand-offs need no "
+            "request. If high, the shard's server or the network to it is slow; see the last row.",
             [
                 (
                     quantile(0.5, "shardlock_store_round_trip_seconds", HANDING_OVER, "request"),
@@ -223,24 +241,29 @@ CONTENTION = Row(
         ),
         Panel(
             "Guards per lease",
-            "How many guards were served under one lease before it was given back. Near 1 while there are many remote hand-offs, merging does not help, as the waiters are "
-            "in different processes: send the jobs of one key to one process. Without contention 1 is right.",
+            "How many guards were served under one lease before it was released. If it is near 1 "
+            "with many remote hand-offs, the waiters are in different processes and sharing a "
+            "lease does not help: route the jobs of a key to one process. Without contention, 1 "
+            "is normal.",
             [
                 (mean("shardlock_local_batch_size", SHARD), "mean"),
                 (quantile(0.99, "shardlock_local_batch_size", SHARD), "99 %"),
             ],
         ),
         Panel(
-            "Turns ended by a bound",
-            "Leases passed to another process since max_burst or max_slice was reached while local tasks still waited. This keeps processes fair, and is normal "
-            "under contention. If throughput matters more than fairness, raise the bound that is reached.",
+            "Turns ended by a limit",
+            "Leases passed to another process because max_burst or max_slice was reached while "
+            "local tasks still waited. This keeps processes fair, and is normal under contention. "
+            "If throughput matters more than fairness, raise the limit that is reached.",
             [(total(rate("shardlock_bypass_limits_total", SHARD), "limit"), "{{limit}}")],
             unit=units.OpsPerSecond,
         ),
         Panel(
             "Hot keys",
-            "The keys with the most requests of late that found them held or wanted. Split such a key, shorten what is done under it, or send its jobs to one process. It needs "
-            "hot_key_metrics = true; without it /hot of the admin endpoint has the same, and more.",
+            "The keys with the most recent requests that found them held or waited for. Split "
+            "such a key, shorten the work under it, or route its jobs to one process. Needs "
+            "hot_key_metrics = true; without it, /hot of the admin endpoint shows the same and "
+            "more.",
             [(f"topk(20, sum by (key, shard) (shardlock_hot_key_contention{{{SHARD}}}))", "{{key}} ({{shard}})")],
             look=RANKING,
             width=16,
@@ -254,15 +277,17 @@ SAFETY = Row(
     [
         Panel(
             "Leases lost, by reason",
-            "Never normal. expired: renewals failed, or the process stood still for a TTL; see the renewal lag and the stalls. taken: somebody deleted the key, or "
-            "the server lost its data. max_hold: a task was stuck under its lock. closed: the manager was shut down while guards were out.",
+            "Never normal. expired: renewals failed, or the process was stalled for a TTL; see "
+            "the renewal lag and the stalls. taken: the key was deleted, or the server lost its "
+            "data. max_hold: a task was stuck under its lock. closed: the manager was shut down "
+            "with outstanding guards.",
             [(total(increase("shardlock_lost_total", SHARD), "reason"), "{{reason}}")],
             look=BARS,
         ),
         Panel(
             "Renewal lag",
-            "How much later than planned renewals were sent. Near the TTL leases are about to be lost: the process gets too little CPU, so give it more, or raise "
-            "the TTL.",
+            "How much later than planned renewals were sent. Near the TTL, leases are about to be "
+            "lost: the process gets too little CPU. Give it more, or raise the TTL.",
             [
                 (quantile(0.5, "shardlock_renewal_lag_seconds", SHARD), "median"),
                 (quantile(0.99, "shardlock_renewal_lag_seconds", SHARD), "99 %"),
@@ -271,8 +296,9 @@ SAFETY = Row(
         ),
         Panel(
             "Validity left at release",
-            "What was left of a lease's validity when its guard was given back, as a part of the TTL; the lower line is the worst percent. Below 0.5 renewals "
-            "come late or fail: raise the TTL before locks are lost.",
+            "The validity left of a lease when its guard was released, as a share of the TTL; the "
+            "lower line is the worst percent. Below 0.5, renewals are late or fail: raise the TTL "
+            "before locks are lost.",
             [
                 (quantile(0.5, "shardlock_validity_left_ratio", SHARD), "median"),
                 (quantile(0.01, "shardlock_validity_left_ratio", SHARD), "worst 1 %"),
@@ -281,57 +307,66 @@ SAFETY = Row(
         ),
         Panel(
             "Renewals",
-            "extended is the normal case. failed: the shard gave no answer, and it is tried again until the lease runs out; see the last row. not_ours: "
-            "the lease was gone, and so lost.",
+            "extended is the normal case. failed: the shard did not answer, and the renewal is "
+            "retried until the lease expires; see the last row. not_ours: the lease was gone, and "
+            "so was lost.",
             [(total(rate("shardlock_renewals_total", SHARD), "outcome"), "{{outcome}}")],
             unit=units.OpsPerSecond,
         ),
         Panel(
             "Token regressions",
-            "Tokens that were not above earlier ones, and so refused: the lock failed rather than let an old token pass. Never normal: the server lost its data, or "
-            "an old replica was promoted. Look at persistence and at failovers.",
+            "Tokens that were not larger than earlier ones and were therefore refused: the lock "
+            "fails rather than accept an old token. Never normal: the server lost its data, or a "
+            "stale replica was promoted. Check persistence and failovers.",
             [(total(increase("shardlock_token_regressions_total", SHARD), "shard"), "{{shard}}")],
             look=BARS,
         ),
         Panel(
-            "Clock jumps of servers",
-            "Steps of a server's clock, seen against the monotonic clock of the processes, each of which counts them. No client decides by it, but a Redis server ends leases by "
-            "its clock: a jump forward ends them early. Make NTP slew, and see the host.",
+            "Server clock jumps",
+            "Steps of a server's clock, measured against the monotonic clocks of the processes; "
+            "each process counts them. No client decides by this clock, but a Redis server "
+            "expires leases by it: a forward jump expires them early. Configure NTP to slew, and "
+            "check the host.",
             [(total(increase("shardlock_server_clock_jumps_total", SHARD), "shard"), "{{shard}}")],
             look=BARS,
         ),
         Panel(
-            "Clock drift of servers",
-            "How far a server's clock has gone from the processes' since their first look at it; the largest of all processes. If it grows steadily by more than 1 % "
-            "of the time, the allowance for drift does not hold: mend the clock of one of the two hosts.",
+            "Server clock drift",
+            "How far a server's clock has drifted from the processes' clocks since they first "
+            "read it; the largest value of all processes. If it steadily grows by more than 1 % "
+            "of the time, it exceeds the drift allowance: fix the clock of one of the two hosts.",
             [(f"max by (shard) (abs(shardlock_server_clock_drift_seconds{{{SHARD}}}))", "{{shard}}")],
             unit=units.Seconds,
         ),
         Panel(
             "Stalls",
-            "How often a manager's background thread woke more than 100 ms late: the process or its machine stood still. Look for CPU limits, swapping, a "
-            "stopped process, a suspended machine. A stall as long as the TTL loses every lock.",
+            "How often a manager's background thread woke up more than 100 ms late: the process "
+            "or its machine was stalled. Check CPU limits, swapping, stopped processes and "
+            "suspended machines. A stall as long as the TTL loses every lock.",
             [(total(increase("shardlock_runtime_stalls_total", PROCESS), "instance"), "{{instance}}")],
             look=BARS,
         ),
         Panel(
-            "Time stood still",
-            "Which part of the time the processes stood still, by the stalls beside it. Above 0 for long: give the process more CPU, or the machine more memory.",
+            "Time stalled",
+            "The share of time that the processes were stalled, from the stalls shown beside it. "
+            "If it stays above 0, give the process more CPU, or the machine more memory.",
             [(total(rate("shardlock_runtime_stall_seconds_sum", PROCESS), "instance"), "{{instance}}")],
             unit=units.PercentUnit,
         ),
         Panel(
             "Stale grants",
-            "Grants that came for a cycle that was over, or that had run out; they were given back. A few after reconnects and timeouts are normal. Many: grants take as "
-            "long as the TTL, or tasks give up just as their turn comes.",
+            "Grants that arrived for a cycle that was over, or that had expired; they were "
+            "released. A few after reconnects and timeouts are normal. If there are many, grants "
+            "take as long as the TTL, or tasks give up just as their turn comes.",
             [(total(increase("shardlock_stale_grants_total", SHARD), "shard"), "{{shard}}")],
             look=BARS,
             width=12,
         ),
         Panel(
             "Abandoned cycles",
-            "Cycles that were released in the background, as their outcome was unknown or nobody wanted it any more. Growing: requests time out or are cancelled "
-            "under way. Raise store_timeout, or look at the shard.",
+            "Cycles released in the background because their outcome was unknown or no task "
+            "wanted them any more. If growing, requests time out or are cancelled in flight: "
+            "raise store_timeout, or check the shard.",
             [(total(increase("shardlock_abandoned_cycles_total", SHARD), "shard"), "{{shard}}")],
             look=BARS,
             width=12,
@@ -344,44 +379,49 @@ SATURATION = Row(
     [
         Panel(
             "Waiters",
-            "Tasks that wait for a lock. Growing without end: locks are asked for faster than they are given back. Shed load, or split the hot keys.",
+            "Tasks waiting for a lock. If they grow without bound, locks are requested faster "
+            "than they are released: shed load, or split the hot keys.",
             [(f"sum by (shard) (shardlock_waiters{{{SHARD}}})", "{{shard}}")],
             width=6,
         ),
         Panel(
             "Leases held",
-            "Leases that the processes hold. Growing without end: guards are kept and never dropped. /held of the admin endpoint lists them, the oldest first.",
+            "Leases that the processes hold. If they grow without bound, guards are kept and "
+            "never dropped: /held of the admin endpoint lists them, oldest first.",
             [(f"sum by (shard) (shardlock_leases{{{SHARD}}})", "{{shard}}")],
             width=6,
         ),
         Panel(
-            "Leases that linger",
-            "Leases that processes keep although no guard is out, for their next lock of the key. Near max_keys: shorten linger, so that room is not made one key at a time. "
-            "Whoever else tries such a key finds it held.",
+            "Lingering leases",
+            "Leases that processes keep without a guard, for their next lock of the key. Near "
+            "max_keys, shorten linger, so that leases need not be evicted one key at a time. Any "
+            "other process that tries such a key finds it held.",
             [(f"sum by (shard) (shardlock_lingering_leases{{{SHARD}}})", "{{shard}}")],
             width=6,
         ),
         Panel(
             "Requests refused at a limit",
-            "max_waiters_per_key, max_waiters or max_keys was reached, and the request refused at once. The process is overloaded: shed load earlier, find "
-            "the hot key, or raise the limit if there is memory. `renewals`: more leases are held than are renewed in time. `outage`: many keys wait for a "
-            "shard that is down.",
+            "max_waiters_per_key, max_waiters or max_keys was reached, and the request was "
+            "refused at once. The process is overloaded: shed load earlier, find the hot key, or "
+            "raise the limit if there is memory. `renewals`: more leases are held than can be "
+            "renewed in time. `outage`: many keys wait for a shard that is down.",
             [(total(rate("shardlock_rejections_total", PROCESS), "limit"), "{{limit}}")],
             unit=units.RequestsPerSecond,
             width=6,
         ),
         Panel(
-            "Longest wait now",
-            "For how long the task that has waited longest has waited. Above the usual hold time times the length of the line: the holder is stuck. See who "
-            "holds the key (`shardlock inspect`, /held).",
+            "Longest current wait",
+            "How long the longest-waiting task has waited. Above the usual hold time times the "
+            "queue length, the holder is stuck: find out who holds the key (`shardlock inspect`, "
+            "/held).",
             [(f"max by (shard) (shardlock_oldest_waiter_seconds{{{SHARD}}})", "{{shard}}")],
             unit=units.Seconds,
             width=12,
         ),
         Panel(
             "Oldest guard",
-            "For how long the guard that is held longest is held. Above the longest job: a task is stuck under its lock. See /held, and set max_hold so that it "
-            "ends by itself.",
+            "How long the oldest guard has been held. Above the longest job, a task is stuck "
+            "under its lock: see /held, and set max_hold so that such a hold ends by itself.",
             [(f"max by (shard) (shardlock_oldest_lease_seconds{{{SHARD}}})", "{{shard}}")],
             unit=units.Seconds,
             width=12,
@@ -390,37 +430,41 @@ SATURATION = Row(
 )
 
 REDIS = Row(
-    "Redis, and other stores",
+    "Redis and other stores",
     [
         Panel(
             "Shards up",
-            "1 if the last request of every process to the shard was answered, 0 if that of one was not. At 0 the keys of the shard can't be locked: check the server and the "
+            "1 if the last request of every process to the shard was answered, 0 if that of any "
+            "process was not. At 0, the shard's keys can't be locked: check the server and the "
             "network, and run `shardlock doctor`.",
             [(f"min by (shard) (shardlock_shard_up{{{SHARD}}})", "{{shard}}")],
         ),
         Panel(
             "Round trip, 99th percentile, by shard",
-            "High on one shard: its server or the way to it is slow (SLOWLOG, fsync, CPU). High on all: the processes are short of CPU themselves.",
+            "If one shard is high, its server or the network to it is slow (SLOWLOG, fsync, CPU). "
+            "If all are high, the processes themselves are short of CPU.",
             [(quantile(0.99, "shardlock_store_round_trip_seconds", SHARD, "shard"), "{{shard}}")],
             unit=units.Seconds,
         ),
         Panel(
             "Round trip, 99th percentile, by request",
-            "Which script or command takes long. If renew is slow while others are not, many leases are renewed at once; if acquire and release are, look "
-            "at the server.",
+            "Which script or command is slow. If renew is slow while others are not, many leases "
+            "are renewed at once; if acquire and release are slow, check the server.",
             [(quantile(0.99, "shardlock_store_round_trip_seconds", SHARD, "request"), "{{request}}")],
             unit=units.Seconds,
         ),
         Panel(
-            "Requests to the stores",
-            "Round trips per second by kind. acquire_free and release are a lock without contention; many of acquire and requeue mean contention between processes, many of "
-            "try that somebody polls.",
+            "Store requests",
+            "Round trips per second by kind. acquire_free and release are locks without "
+            "contention; many acquire and requeue requests mean contention between processes, "
+            "many try requests mean polling.",
             [(total(rate("shardlock_store_requests_total", SHARD), "request"), "{{request}}")],
             unit=units.RequestsPerSecond,
         ),
         Panel(
             "Failed requests",
-            "Round trips without an answer, or with an error for an answer. The shard is away, overloaded or says no: see the log of the processes, which names the reason.",
+            "Round trips without an answer, or with an error reply. The shard is unreachable, "
+            "overloaded or refuses requests: the log of the processes has the reason.",
             [
                 (
                     total(rate("shardlock_store_requests_total", UNANSWERED), "shard, request"),
@@ -431,28 +475,32 @@ REDIS = Row(
         ),
         Panel(
             "Connections opened",
-            "The first ones included. It is flat while all is well. Growing: connections break. See the server's log, its client limits and the network.",
+            "Includes the first ones. Flat while all is well. If growing, connections break: "
+            "check the server's log, its client limits and the network.",
             [(total(increase("shardlock_connects_total", SHARD), "shard, kind"), "{{shard}} {{kind}}")],
             look=BARS,
         ),
         Panel(
-            "Subscriptions made again",
-            "Subscriptions that were cut off; whoever waited asked again then, at the end of the line. Growing: raise client-output-buffer-limit pubsub, or look for a proxy that cuts idle "
-            "connections.",
+            "Resubscriptions",
+            "Subscriptions that were cut off and renewed; waiters then repeat their requests and "
+            "rejoin at the end of the queue. If growing, raise client-output-buffer-limit pubsub, "
+            "or look for a proxy that closes idle connections.",
             [(total(increase("shardlock_subscription_reconnects_total", SHARD), "shard"), "{{shard}}")],
             look=BARS,
         ),
         Panel(
-            "Votes of a quorum's nodes",
-            "There for redlock:// shards. refused: another holder, or a lease that a node still has of a dead one. unanswered by one node: see that node.",
+            "Votes of quorum nodes",
+            "Only for redlock:// shards. refused: another holder, or a node that still has the "
+            "lease of a dead one. unanswered by one node: check that node.",
             [(total(rate("shardlock_quorum_votes_total", SHARD), "shard, node, outcome"), "{{shard}}, node {{node}}: {{outcome}}")],
             unit=units.OpsPerSecond,
             no_value="no redlock:// shard",
         ),
         Panel(
-            "Suspects of a quorum",
-            "There for redlock:// shards: 1 for a node that is down or has no vote. One: see to that node before the next one goes. A majority: no lock of the "
-            "shard can be had.",
+            "Suspect quorum nodes",
+            "Only for redlock:// shards: 1 for a node that is down or has no vote. If one is, "
+            "repair it before the next one fails. If a majority is, no lock of the shard can be "
+            "acquired.",
             [(f"max by (shard, node) (shardlock_quorum_suspects{{{SHARD}}})", "{{shard}}, node {{node}}")],
             no_value="no redlock:// shard",
         ),

@@ -1,11 +1,14 @@
-"""Whether the provisioning files have only what Grafana knows. There is no kept model of them, so the words are those of Grafana's documentation."""
+"""Checks that the provisioning files only have fields that Grafana knows.
+
+There is no maintained model of them, so the fields are those of Grafana's documentation.
+"""
 
 import typing
 from pathlib import Path
 
 import yaml
 
-# A list means that there are several of what is in it; None, that any value will do.
+# A list means any number of its item; None means any value.
 DATASOURCES = {
     "apiVersion": None,
     "datasources": [
@@ -51,7 +54,7 @@ def mistakes(directory: Path) -> list[str]:
 def unknown(given: object, form: object, place: str) -> typing.Iterator[str]:
     if isinstance(form, list):
         if not isinstance(given, list):
-            yield f"{place} is no list"
+            yield f"{place} is not a list"
             return
         for number, one in enumerate(given):
             yield from unknown(one, form[0], f"{place}[{number}]")

@@ -1,7 +1,7 @@
-# Sourced by the scripts that find or install what the tests need. They define `say`.
+# Sourced by the scripts that find or install what the tests need. Those scripts define `say`.
 # shellcheck shell=bash
 
-# Runs a command as root, without ever asking for a password.
+# Runs a command as root, without asking for a password.
 as_root() {
     if ((EUID == 0)); then "$@" >&2 </dev/null; else sudo -n "$@" >&2 </dev/null; fi
 }
@@ -10,14 +10,15 @@ can_be_root() {
     ((EUID == 0)) || { type -P sudo >/dev/null && sudo -n true 2>/dev/null; }
 }
 
-# For how many seconds to wait for another process that holds one of apt's locks. New machines in a cloud often install updates for
-# some minutes.
+# How many seconds to wait for another process to release apt's locks. New cloud machines often
+# install updates for some minutes.
 APT_WAIT=${SHARDLOCK_APT_WAIT:-600}
 
-# Runs apt-get, and again for as long as another process holds one of its locks.
+# Runs apt-get, and repeats it while another process holds one of apt's locks.
 apt_get() {
     local output status until=$((SECONDS + APT_WAIT)) has_waited=
-    # Only the message says that it is another process's lock. What follows from it in the same output is not worth showing.
+    # Only these messages show that another process holds the lock. The errors that follow from it
+    # are not worth showing.
     local is_locked='Could not get lock|is another process using it|locked by another process'
     output=$(mktemp)
     while :; do
@@ -40,8 +41,8 @@ apt_get() {
     return "$status"
 }
 
-# Installs packages of Debian. A server's package starts a service on its usual port unless a policy forbids it. A policy that is there already
-# stays.
+# Installs Debian packages. A server's package starts a service on its default port unless a policy
+# forbids it. An existing policy is kept.
 apt_install() {
     local policy=/usr/sbin/policy-rc.d
     apt_get update || say "apt-get update failed; trying with the lists that are there"
