@@ -13,11 +13,11 @@ help: ## List the targets.
 	@sed -n 's/^\([a-z-]*\): .*## \(.*\)/  make \1	\2/p' Makefile
 
 demo: cargo ## Show workers of several processes competing for the same keys on a real server.
-	@$(with_server) cargo run --release --locked --features cli -- demo
+	@$(with_server) cargo run --release --locked --package shardlock-cli -- demo
 
 dashboard: cargo ## Run a load and a Prometheus for the dashboard of grafana/, and print how to connect a Grafana.
 	@$(with_server) && SHARDLOCK_PROMETHEUS=$$(scripts/ensure-prometheus) && export SHARDLOCK_REDIS_SERVER SHARDLOCK_PROMETHEUS && \
-	cargo build --release --locked --features cli && exec scripts/dashboard target/release/shardlock --tasks 16
+	cargo build --release --locked --package shardlock-cli && exec scripts/dashboard target/release/shardlock --tasks 16
 
 test: cargo protoc ## Run all tests, against real servers.
 	@server=$$(scripts/ensure-server) && etcd=$$(scripts/ensure-etcd) && prometheus=$$(scripts/ensure-prometheus) && python=$$(scripts/ensure-grafana-model) && \
@@ -71,8 +71,9 @@ mutants: cargo protoc ## Make every small change to the safety core, and check t
 lint: cargo protoc ## Check formatting, lints with each feature and with all, documentation, dependencies.
 	cargo fmt --all -- --check
 	scripts/reverts --check
-	cargo clippy --locked --all-targets -- -D warnings
-	@set -e; for f in $(features); do set -x; cargo clippy --locked --all-targets --features $$f -- -D warnings; { set +x; } 2>/dev/null; done
+	cargo clippy --locked --all-targets --package shardlock -- -D warnings
+	@set -e; for f in $(features); do set -x; cargo clippy --locked --all-targets --package shardlock --features $$f -- -D warnings; { set +x; } 2>/dev/null; done
+	cargo clippy --locked --all-targets --package shardlock-cli -- -D warnings
 	cargo clippy --locked --all-targets --all-features -- -D warnings
 	RUSTDOCFLAGS="-D warnings" cargo doc --locked --no-deps --all-features
 	@deny=$$(scripts/ensure-cargo-deny) && set -x && $$deny --locked check bans licenses sources

@@ -5,8 +5,6 @@
 
 mod support;
 mod support_locks;
-#[cfg(feature = "cli")]
-mod tool;
 
 use std::time::{Duration, Instant};
 
@@ -528,36 +526,6 @@ async fn too_few_replicas_are_an_error_in_words_and_nothing_stays() {
     assert!(matches!(error, LockError::Unavailable { .. }), "{error}");
     assert!(error.to_string().contains("only 0 of 1 replicas"), "{error}");
     is_empty(&cluster).await;
-}
-
-/// The tool works with this cluster.
-#[cfg(feature = "cli")]
-#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
-async fn the_tool_runs_a_command_under_a_lock_of_a_cluster() {
-    use tool::{bare, run};
-
-    let cluster = Cluster::start(3, 0);
-    let command = |args: &[&str]| {
-        let mut command = bare(args);
-        command.env("SHARDLOCK_SHARDS", cluster.url());
-        command
-    };
-    let ended = run(command(&["exec", "k", "sh", "-c", "exit 7"]));
-    assert_eq!(ended.code, 7, "{ended:?}");
-    let locks = connect(&cluster).await;
-    let guard = lock(&locks, "k").await;
-    let ended = run(command(&["inspect", "k"]));
-    assert!(ended.code == 0 && ended.stdout.contains(locks.id()), "{ended:?}");
-    let waits = tool::Run::start(command(&["exec", "k", "true"]));
-    until_queued(&locks, "k", 1).await;
-    guard.release().await.expect("release");
-    let mut waits = waits;
-    assert_eq!(waits.end().code, 0);
-    is_empty(&cluster).await;
-    until("the tool has left no channel", async || {
-        cluster.shard_channels().is_empty()
-    })
-    .await;
 }
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]

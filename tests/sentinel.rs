@@ -6,8 +6,6 @@
 
 mod support;
 mod support_locks;
-#[cfg(feature = "cli")]
-mod tool;
 
 use std::future::IntoFuture;
 use std::sync::Arc;
@@ -594,32 +592,4 @@ async fn with_all_sentinels_down_existing_connections_go_on_and_new_ones_say_so(
     for sentinel in watched.sentinels() {
         assert!(error.to_string().contains(&sentinel.address()), "{error}");
     }
-}
-
-#[cfg(feature = "cli")]
-#[test]
-fn the_tool_takes_the_url_of_sentinels() {
-    let watched = Watched::start(1);
-    let tool = |args: &[&str]| {
-        let mut command = tool::bare(args);
-        command.env("SHARDLOCK_SHARDS", watched.url());
-        tool::run(command)
-    };
-    let held = tool(&["exec", "k", "sh", "-c", "echo $LOCK_TOKEN"]);
-    assert_eq!(held.code, 0, "{held:?}");
-    let token: u64 = held.stdout.trim().parse().expect("a token");
-    let old = watched.primary();
-    watched.has_replicas(1);
-    old.kill();
-    watched.switched(old.port());
-    let held = tool(&["exec", "k", "sh", "-c", "echo $LOCK_TOKEN"]);
-    assert_eq!(held.code, 0, "{held:?}");
-    let later: u64 = held.stdout.trim().parse().expect("a token");
-    assert!(later > token, "{later} after {token}");
-    let seen = tool(&["inspect", "k"]);
-    assert_eq!(seen.code, 0, "{seen:?}");
-    assert!(
-        seen.stdout.contains("nobody") && seen.stdout.contains(&later.to_string()),
-        "{seen:?}"
-    );
 }

@@ -79,7 +79,7 @@ def python(folder, log):
 
 def shardlock(_folder, log):
     target = ROOT / "target"
-    do([tool("cargo", "Rust 1.88 or later"), "build", "--release", "--locked", "--features", "cli", "--target-dir", target], ROOT, log)
+    do([tool("cargo", "Rust 1.88 or later"), "build", "--release", "--locked", "--package", "shardlock-cli", "--target-dir", target], ROOT, log)
     return [target / "release" / "shardlock", "bench"]
 
 

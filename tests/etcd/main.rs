@@ -7,16 +7,11 @@
 mod support;
 #[path = "../support_locks/mod.rs"]
 mod support_locks;
-#[cfg(feature = "cli")]
-#[path = "../tool/mod.rs"]
-mod tool;
 
 mod access;
 mod connections;
 mod costs;
 mod members;
-#[cfg(feature = "cli")]
-mod processes;
 
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};

@@ -20,6 +20,14 @@ const REMOVE: &str = r#"cat >/dev/null; for try in 1 2 3 4 5; do rm -rf -- "$1" 
 
 static LASTING: OnceLock<PathBuf> = OnceLock::new();
 
+/// The root of the repository, which both packages test.
+pub fn repository() -> &'static Path {
+    let package = Path::new(env!("CARGO_MANIFEST_DIR"));
+    let mut places = package.ancestors();
+    let root = places.find(|place| place.join("tests/support").is_dir());
+    root.unwrap_or_else(|| panic!("{} is in no checkout of the repository", package.display()))
+}
+
 /// A directory for a server, removed when the returned value is dropped.
 #[track_caller]
 pub fn directory(of: &str) -> TempDir {

@@ -31,7 +31,7 @@ pub mod wait;
 pub mod worker;
 
 pub use cluster::Cluster;
-pub use directory::directory;
+pub use directory::{directory, repository};
 pub use quorum::Quorum;
 pub use server::{ClientType, RedisServer, free_port};
 pub use terminal::Terminal;

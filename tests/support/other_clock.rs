@@ -6,6 +6,8 @@ use std::process::Command;
 
 use tempfile::TempDir;
 
+use super::directory::repository;
+
 /// A preloaded library that shifts the wall clock of a process. It is built here with the C
 /// compiler that Rust links with, so nothing needs to be installed.
 pub struct OtherClock {
@@ -23,7 +25,7 @@ impl OtherClock {
             .prefix("shardlock-clock-")
             .tempdir()
             .expect("make a directory");
-        let source = Path::new(env!("CARGO_MANIFEST_DIR")).join("tests/support/other_clock.c");
+        let source = repository().join("tests/support/other_clock.c");
         let mut compiler = Command::new("cc");
         compiler
             .args(["-shared", "-fPIC", "-O1", "-o"])

@@ -11,7 +11,7 @@ use std::process::{Command, Stdio};
 use serde_json::Value;
 use tempfile::TempDir;
 
-use super::directory::directory;
+use super::directory::{directory, repository};
 use super::process::Process;
 use super::server::{PORTS_TRIED_MAX, free_port};
 use super::wait::{PATIENCE, wait_until};
@@ -67,7 +67,7 @@ impl Prometheus {
     #[track_caller]
     pub fn start(targets: &Path) -> Self {
         let dir = directory("prometheus");
-        let rules = Path::new(env!("CARGO_MANIFEST_DIR")).join("config/prometheus/*.rules.yml");
+        let rules = repository().join("config/prometheus/*.rules.yml");
         let config = format!(
             "global:\n  scrape_interval: {interval}\n  scrape_timeout: {interval}\n  evaluation_interval: {interval}\n\
              rule_files: ['{rules}']\n\

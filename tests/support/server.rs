@@ -20,7 +20,7 @@ use parking_lot::Mutex;
 use redis::{Client, Connection, FromRedisValue, IntoConnectionInfo, RedisConnectionInfo, RedisResult, Value};
 use tempfile::TempDir;
 
-use super::directory::directory;
+use super::directory::{directory, repository};
 use super::process::Process;
 use super::wait::PATIENCE;
 
@@ -486,7 +486,7 @@ fn find_binary() -> PathBuf {
     if let Some(path) = env::var_os("SHARDLOCK_REDIS_SERVER").filter(|path| !path.is_empty()) {
         return path.into();
     }
-    let installed = Path::new(env!("CARGO_MANIFEST_DIR")).join(".servers");
+    let installed = repository().join(".servers");
     let path = env::var_os("PATH").unwrap_or_default();
     let mut candidates = env::split_paths(&path)
         .flat_map(|dir| ["redis-server", "valkey-server"].map(|name| dir.join(name)))

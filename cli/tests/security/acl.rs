@@ -12,7 +12,7 @@ use tokio::task::JoinSet;
 use crate::support::{PATIENCE, RedisServer};
 use crate::support_locks::{SHORT_TTL, Servers, soon, until, until_queued};
 
-const FILE: &str = concat!(env!("CARGO_MANIFEST_DIR"), "/config/acl.conf");
+const FILE: &str = concat!(env!("CARGO_MANIFEST_DIR"), "/../config/acl.conf");
 pub(crate) const USER: &str = "shardlock";
 pub(crate) const PASSWORD: &str = "change-me";
 
@@ -141,7 +141,6 @@ async fn with_the_rules_of_the_file_everything_works() {
     let server = RedisServer::start_with(&["--include", FILE]);
     let errors = whole_range(&server, "lock:").await;
     assert_eq!(errors.all(), [""; 0]);
-    #[cfg(feature = "cli")]
     for args in [&["exec", "k", "true"][..], &["inspect", "k"]] {
         let mut command = crate::tool::bare(args);
         command.env("SHARDLOCK_SHARDS", url(&server));

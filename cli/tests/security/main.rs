@@ -3,16 +3,14 @@
 // A failing environment ends the test.
 #![allow(clippy::expect_used, clippy::panic, clippy::unwrap_used)]
 
-#[path = "../support/mod.rs"]
+#[path = "../../../tests/support/mod.rs"]
 mod support;
-#[path = "../support_locks/mod.rs"]
+#[path = "../../../tests/support_locks/mod.rs"]
 mod support_locks;
-#[cfg(feature = "cli")]
 #[path = "../tool/mod.rs"]
 mod tool;
 
 mod acl;
-#[cfg(feature = "cli")]
 mod needs;
 mod secrets;
 #[cfg(feature = "tls")]

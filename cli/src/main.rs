@@ -17,7 +17,7 @@ mod slot;
 mod top;
 
 #[cfg(test)]
-#[path = "../../../tests/support/mod.rs"]
+#[path = "../../tests/support/mod.rs"]
 mod support;
 
 use std::process::ExitCode;

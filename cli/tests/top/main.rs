@@ -4,7 +4,7 @@
 // A failing environment ends the test.
 #![allow(clippy::expect_used, clippy::panic, clippy::unwrap_used)]
 
-#[path = "../support/mod.rs"]
+#[path = "../../../tests/support/mod.rs"]
 mod support;
 #[path = "../tool/mod.rs"]
 mod tool;

@@ -3,9 +3,17 @@
 // A failing environment ends the test.
 #![allow(clippy::expect_used, clippy::panic, clippy::unwrap_used)]
 
+#[path = "../../../tests/support/mod.rs"]
 mod support;
+#[path = "../../../tests/support_locks/mod.rs"]
 mod support_locks;
+#[path = "../tool/mod.rs"]
 mod tool;
+
+mod cluster;
+#[cfg(feature = "etcd")]
+mod etcd;
+mod sentinel;
 
 use std::process::Command;
 

@@ -250,7 +250,6 @@ async fn a_broken_connection_is_replaced_through_tls_too() {
     .await;
 }
 
-#[cfg(feature = "cli")]
 #[test]
 fn the_tool_connects_through_tls_with_what_the_environment_names() {
     let authority = Authority::new();
@@ -322,7 +321,6 @@ async fn a_certificate_that_signs_itself_works_as_that_of_a_server_and_not_as_th
     )
     .await;
     assert!(text.contains("basicConstraints=critical,CA:FALSE"), "{text}");
-    #[cfg(feature = "cli")]
     {
         let mut command = crate::tool::bare(&["doctor"]);
         command.env("SHARDLOCK_SHARDS", server.url("localhost"));

@@ -2,14 +2,13 @@
 //! afterwards.
 
 use std::io::{BufRead, BufReader, Read};
-use std::path::Path;
 use std::process::{Command, Stdio};
 
 use rustix::process::{Signal, test_kill_process};
 use tempfile::TempDir;
 
 use crate::support::process::Process;
-use crate::support::{PATIENCE, prometheus, server, wait_until};
+use crate::support::{PATIENCE, prometheus, repository, server, wait_until};
 
 /// The running command. It can't clean up after SIGKILL, so even a failing test ends it with
 /// SIGTERM.
@@ -31,7 +30,7 @@ impl Drop for Running {
 #[track_caller]
 fn start() -> (Running, u16) {
     let temp = tempfile::tempdir().unwrap();
-    let script = Path::new(env!("CARGO_MANIFEST_DIR")).join("scripts/dashboard");
+    let script = repository().join("scripts/dashboard");
     let mut command = Command::new(script);
     command
         .arg(env!("CARGO_BIN_EXE_shardlock"))

@@ -1,13 +1,15 @@
 //! The dashboard as its file defines it: panels, their queries, and variables.
 
 use std::collections::BTreeMap;
-use std::path::{Path, PathBuf};
+use std::path::PathBuf;
 
 use serde_json::Value;
 
+use crate::support::repository;
+
 /// The directory of the dashboard.
 pub(crate) fn folder() -> PathBuf {
-    Path::new(env!("CARGO_MANIFEST_DIR")).join("grafana")
+    repository().join("grafana")
 }
 
 pub(crate) fn file() -> PathBuf {

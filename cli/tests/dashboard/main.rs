@@ -12,5 +12,5 @@ mod metrics;
 mod model;
 mod running;
 mod scene;
-#[path = "../support/mod.rs"]
+#[path = "../../../tests/support/mod.rs"]
 mod support;

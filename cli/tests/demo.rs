@@ -3,6 +3,7 @@
 // A failing environment ends the test.
 #![allow(clippy::panic, clippy::unwrap_used)]
 
+#[path = "../../tests/support/mod.rs"]
 mod support;
 
 use std::fs::{self, File};

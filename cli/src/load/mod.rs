@@ -25,7 +25,7 @@ pub(crate) mod signals;
 pub(crate) mod usage;
 
 #[cfg(test)]
-#[path = "../../../fuzzing/corpus.rs"]
+#[path = "../../../src/fuzzing/corpus.rs"]
 mod corpus;
 
 #[cfg(test)]

@@ -91,7 +91,6 @@ async fn no_password_is_heard_or_seen_anywhere() {
             Ok(()) => witness.note(&(&config, Builder::new().config(config.clone()).build_config())),
             Err(error) => witness.note(&(error.to_string(), error)),
         }
-        #[cfg(feature = "file")]
         for toml in [
             format!("shards = [\"{url}\"]"),
             format!("shards = \"{url}\""),
@@ -162,7 +161,6 @@ async fn no_password_is_heard_or_seen_anywhere() {
     assert_secret_is_kept("in the recorded output", &heard);
 }
 
-#[cfg(feature = "cli")]
 mod tool {
     use super::*;
     use crate::tool::{Ended, bare, run};

@@ -3,6 +3,7 @@
 // A failing environment ends the test.
 #![allow(clippy::expect_used, clippy::panic, clippy::unwrap_used)]
 
+#[path = "../../tests/support/mod.rs"]
 mod support;
 mod tool;
 
