@@ -29,6 +29,9 @@ pub(crate) struct MemoryCore {
     /// A deliberate bug: takes a message that was counted for no receiver as received by none.
     #[cfg(test)]
     pub(crate) counts_receivers: bool,
+    /// Replaces [`UNNOTIFIED_LEASE`] in tests in which no time may pass.
+    #[cfg(test)]
+    pub(crate) unnotified_lease: Option<Duration>,
     /// Pushes to deliver, each with the manager it goes to.
     pub(crate) outbox: Vec<(String, Push)>,
 }
@@ -426,7 +429,7 @@ impl MemoryCore {
                 return Some((heir.owner, tokens));
             }
             if !heir.is_reached {
-                let ttl = own_terms.ttl.min(UNNOTIFIED_LEASE);
+                let ttl = own_terms.ttl.min(self.unnotified_lease());
                 self.set_owner(key, &heir.owner, Terms { ttl, ..terms });
                 let tokens = self.reserve(key, Terms { tokens: 1, ..terms });
                 return Some((heir.owner, tokens));
@@ -434,6 +437,14 @@ impl MemoryCore {
         }
         self.delete(key);
         None
+    }
+
+    fn unnotified_lease(&self) -> Duration {
+        #[cfg(test)]
+        if let Some(longer) = self.unnotified_lease {
+            return longer;
+        }
+        UNNOTIFIED_LEASE
     }
 
     fn notify_of_grant(&mut self, key: &LockKey, manager: &str, cycle: Cycle, tokens: TokenBlock) {

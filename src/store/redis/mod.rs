@@ -67,6 +67,9 @@ pub(crate) async fn for_comparison(
 }
 
 #[cfg(test)]
+pub(crate) use script::tests::with_unnotified_lease;
+
+#[cfg(test)]
 pub(crate) fn read_push(message: &str) -> Option<crate::protocol::Push> {
     reply::push(message)
 }

@@ -6,7 +6,7 @@ use deadpool_redis::redis::{Cmd, ErrorKind, Pipeline, RedisError, RedisResult, S
 use super::permission::Permissions;
 
 #[cfg(test)]
-mod tests;
+pub(super) mod tests;
 
 /// A script with its precomputed hash.
 #[derive(Debug)]

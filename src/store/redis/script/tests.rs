@@ -2,6 +2,7 @@
 //! (`store/conformance.rs`) does not cover: votes of a quorum, renewal in a slot that is being
 //! moved, and expiry of queues.
 
+use std::cell::Cell;
 use std::time::Duration;
 
 use redis::{FromRedisValue, Value};
@@ -23,7 +24,24 @@ pub(super) fn text(files: &[(&str, &'static str)]) -> &'static str {
             std::fs::read_to_string(&path).unwrap_or_else(|error| panic!("{}: {error}", path.display()))
         }
     };
-    files.iter().map(text).collect::<String>().leak()
+    let script: String = files.iter().map(text).collect();
+    let Some(lease) = UNNOTIFIED_LEASE.get() else {
+        return script.leak();
+    };
+    let line = "local UNNOTIFIED_LEASE = 1000\n";
+    script
+        .replace(line, &format!("local UNNOTIFIED_LEASE = {}\n", lease.as_millis()))
+        .leak()
+}
+
+thread_local! {
+    /// Replaces the constant in the scripts that this thread builds.
+    static UNNOTIFIED_LEASE: Cell<Option<Duration>> = const { Cell::new(None) };
+}
+
+/// Builds scripts in which a lease whose new owner can't be notified lasts this long.
+pub(crate) fn with_unnotified_lease(lease: Duration) {
+    UNNOTIFIED_LEASE.set(Some(lease));
 }
 
 /// The year 2035 on the server's clock, as a token.
