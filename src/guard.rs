@@ -11,7 +11,7 @@ use crate::lease::Lease;
 use crate::queue::{Granted, Request};
 use crate::shard::{Entry, Job};
 use crate::span::DebugSpan;
-use crate::store::Lane;
+use crate::store::Priority;
 use crate::telemetry::ClassMetrics;
 
 /// A held lock. Dropping the guard releases the lock in the background. [`release`](Self::release)
@@ -162,7 +162,7 @@ impl LockGuard {
         };
         // Boxed to keep this future small: it is moved several times, and most releases send
         // nothing.
-        let driven = Box::pin(self.entry.drive(request, Lane::Caller)).await;
+        let driven = Box::pin(self.entry.drive(request, Priority::Foreground)).await;
         self.hand_to_background(driven.next);
         match driven.released {
             Some(Ok(false)) => Err(self.lost_error(LossReason::Taken)),

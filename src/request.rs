@@ -21,7 +21,7 @@ use crate::notice::Waited;
 use crate::queue::{InOutage, Linger, WaiterId, Want};
 use crate::shard::{Asked, Driven, Entry, Job, Settled};
 use crate::span::DebugSpan;
-use crate::store::Lane;
+use crate::store::Priority;
 use crate::telemetry::{ClassMetrics, Ending, Limit};
 
 /// A request for a lock. Override settings of the manager as needed, then await it:
@@ -514,7 +514,7 @@ impl Place {
 
 fn drive(entry: &Arc<Entry>, request: crate::queue::Request) -> Pin<Box<dyn Future<Output = Driven> + Send>> {
     let entry = Arc::clone(entry);
-    Box::pin(async move { entry.drive(request, Lane::Caller).await })
+    Box::pin(async move { entry.drive(request, Priority::Foreground).await })
 }
 
 impl Drop for Place {

@@ -10,9 +10,9 @@
 //! not crowd out new requests when a server comes back. Cycles beyond the limits are left to
 //! expire. So is a lease whose release has failed for as long as the longest TTL.
 //!
-//! The first attempt uses the caller's lane, where an acquire of the same cycle may still be in
-//! flight: the release arrives after it. Further attempts use the background lane, which works even
-//! if the application's runtime is gone. But a reply on the background lane proves nothing about
+//! The first attempt uses a foreground connection, where an acquire of the same cycle may still be
+//! in flight: the release arrives after it. Further attempts use the background connection, which
+//! works even if the application's runtime is gone. But a reply that arrives there proves nothing about
 //! requests in flight elsewhere. Neither does a reply that arrives after a connection was given up.
 //! An acquire may execute later and acquire the lease for a cycle that is over. Such a cycle is
 //! released once more when no request of it can arrive any more
@@ -34,7 +34,7 @@ use crate::backoff::Backoff;
 use crate::clock::Moment;
 use crate::key::LockKey;
 use crate::protocol::{Cycle, Release};
-use crate::store::{Lane, StoreError};
+use crate::store::{Priority, StoreError};
 
 const PAUSE_MIN: Duration = Duration::from_millis(20);
 const PAUSE_MAX: Duration = Duration::from_secs(1);
@@ -164,10 +164,11 @@ pub(super) async fn clean(shard: Arc<Shard>, mut work: mpsc::UnboundedReceiver<W
     }
 }
 
-/// Tries to release a cycle once. Returns the lane on which the reply arrived.
-async fn attempt(shard: Arc<Shard>, failed: Failed) -> (Failed, Result<Lane, StoreError>) {
+/// Tries to release a cycle once. Returns the class of connection on which the reply
+/// arrived.
+async fn attempt(shard: Arc<Shard>, failed: Failed) -> (Failed, Result<Priority, StoreError>) {
     let Abandoned { key, cycle, .. } = &failed.abandoned;
-    let release = |lane| {
+    let release = |priority| {
         let release = Release {
             key: key.clone(),
             cycle: *cycle,
@@ -175,14 +176,14 @@ async fn attempt(shard: Arc<Shard>, failed: Failed) -> (Failed, Result<Lane, Sto
             nobody_waits: false,
             tokens: shard.rules.max_burst,
         };
-        tokio::time::timeout(shard.timeout, shard.store.release(lane, release))
+        tokio::time::timeout(shard.timeout, shard.store.release(priority, release))
     };
     let is_first = failed.due == failed.abandoned.since;
-    if is_first && matches!(release(Lane::Caller).await, Ok(Ok(_))) {
-        return (failed, Ok(Lane::Caller));
+    if is_first && matches!(release(Priority::Foreground).await, Ok(Ok(_))) {
+        return (failed, Ok(Priority::Foreground));
     }
-    let released = match release(Lane::Background).await {
-        Ok(Ok(_)) => Ok(Lane::Background),
+    let released = match release(Priority::Background).await {
+        Ok(Ok(_)) => Ok(Priority::Background),
         Ok(Err(error)) => Err(error),
         Err(_) => Err(shard.no_answer()),
     };
@@ -268,18 +269,18 @@ impl Cleaner {
         self.shard.store.last_cut().is_some_and(is_recent)
     }
 
-    fn ended(&mut self, failed: Failed, released: Result<Lane, StoreError>) {
+    fn ended(&mut self, failed: Failed, released: Result<Priority, StoreError>) {
         let now = Moment::now();
         match &released {
             Err(StoreError::Unavailable(_)) => self.at_a_time = (self.at_a_time / 2).max(AT_A_TIME_MIN),
             _ => self.at_a_time = (self.at_a_time + 1).min(AT_A_TIME_MAX),
         }
         match released {
-            Ok(lane) => {
+            Ok(priority) => {
                 let Abandoned {
                     key, cycle, is_final, ..
                 } = failed.abandoned;
-                if !is_final && (lane != Lane::Caller || self.was_cut_lately(now)) {
+                if !is_final && (priority != Priority::Foreground || self.was_cut_lately(now)) {
                     self.doubt(key, cycle, false);
                 }
             }

@@ -24,7 +24,7 @@ use super::{Entry, Job, Shard, pulse, room, server_clock};
 use crate::foreign::SUBSCRIBER;
 use crate::key::LockKey;
 use crate::queue::Request;
-use crate::store::Lane;
+use crate::store::Priority;
 use crate::watchdog::keep_alive;
 
 /// A handle to the background thread.
@@ -213,7 +213,7 @@ fn hand_over(cleaners: &[mpsc::UnboundedSender<Work>], shard: usize, work: Work)
 async fn carry_out(entry: Arc<Entry>, request: Request) {
     let mut next = Some(request);
     while let Some(request) = next {
-        next = entry.drive(request, Lane::Background).await.next;
+        next = entry.drive(request, Priority::Background).await.next;
     }
 }
 

@@ -8,7 +8,7 @@ use super::{Entry, Load, Shard};
 use crate::clock::Moment;
 use crate::protocol::{Acquire, Ask, Cycle, Release};
 use crate::queue::Request;
-use crate::store::{Lane, StoreError, StoreFuture};
+use crate::store::{Priority, StoreError, StoreFuture};
 use crate::telemetry::RequestKind;
 use crate::time_limit::{Elapsed, within};
 
@@ -36,7 +36,7 @@ impl Entry {
     /// # Cancel safety
     ///
     /// Dropping the future notifies the queue, which retries or cleans up in the background.
-    pub(crate) async fn drive(self: &Arc<Self>, request: Request, lane: Lane) -> Driven {
+    pub(crate) async fn drive(self: &Arc<Self>, request: Request, priority: Priority) -> Driven {
         match request {
             Request::Acquire {
                 cycle,
@@ -87,11 +87,15 @@ impl Entry {
                 } else {
                     RequestKind::Release
                 };
-                // A request that acquires something stays on the caller's lane, which keeps it in
+                // A request that acquires something stays on a foreground connection, which keeps it in
                 // order.
-                let lane = if requeue.is_some() { Lane::Caller } else { lane };
+                let priority = if requeue.is_some() {
+                    Priority::Foreground
+                } else {
+                    priority
+                };
                 let sent = self
-                    .send(cycle, kind, requeue, self.shard.store.release(lane, release))
+                    .send(cycle, kind, requeue, self.shard.store.release(priority, release))
                     .await;
                 let Some((answer, started, now)) = sent else {
                     return Driven::ELSEWHERE;

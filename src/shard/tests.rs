@@ -11,7 +11,7 @@ use crate::fence::TokenBlock;
 use crate::heat::HotKeys;
 use crate::notice::Notices;
 use crate::protocol::{Acquire, AcquireReply, Answer, Push, Release, ReleaseReply, RenewReply, Renewal};
-use crate::store::{Lane, Look, ServerTime, StoreFuture};
+use crate::store::{Look, Priority, ServerTime, StoreFuture};
 use crate::telemetry::Classes;
 
 /// A store that grants everything and whose clock jumps.
@@ -59,7 +59,7 @@ impl LeaseStore for BadStore {
         done(answer(request.ttl, reply))
     }
 
-    fn release(&self, _lane: Lane, request: Release) -> StoreFuture<Answer<ReleaseReply>> {
+    fn release(&self, _lane: Priority, request: Release) -> StoreFuture<Answer<ReleaseReply>> {
         let reply = ReleaseReply {
             held: true,
             requeued: None,
@@ -159,7 +159,7 @@ async fn ask(shard: &Arc<Shard>) -> (Arc<Entry>, crate::queue::WaiterId) {
     let (entry, wanted) = want(shard).unwrap();
     let mut next = wanted.request;
     while let Some(request) = next {
-        next = entry.drive(request, Lane::Caller).await.next;
+        next = entry.drive(request, Priority::Foreground).await.next;
     }
     (entry, wanted.id)
 }
@@ -270,7 +270,7 @@ async fn a_token_that_goes_back_is_refused_and_counted_and_a_clock_that_jumps_is
 /// Every release gets a reply, and a connection was given up just now.
 struct CutStore {
     cut: Moment,
-    released: mpsc::UnboundedSender<(Cycle, Lane)>,
+    released: mpsc::UnboundedSender<(Cycle, Priority)>,
 }
 
 impl LeaseStore for CutStore {
@@ -282,8 +282,8 @@ impl LeaseStore for CutStore {
         done(answer(request.ttl, AcquireReply::Busy))
     }
 
-    fn release(&self, lane: Lane, request: Release) -> StoreFuture<Answer<ReleaseReply>> {
-        self.released.send((request.cycle, lane)).unwrap();
+    fn release(&self, priority: Priority, request: Release) -> StoreFuture<Answer<ReleaseReply>> {
+        self.released.send((request.cycle, priority)).unwrap();
         let reply = ReleaseReply {
             held: false,
             requeued: None,
@@ -327,8 +327,8 @@ async fn cycle_that_may_have_something_on_a_lost_connection_is_released_once_mor
     let key = LockKey::new("k").unwrap();
     let abandoned = abandon::Abandoned::new(&shard.load, &key, Cycle::of(3)).unwrap();
     work.send(abandon::Work::Release(abandoned)).unwrap();
-    assert_eq!(releases.recv().await, Some((Cycle::of(3), Lane::Caller)));
-    assert_eq!(releases.recv().await, Some((Cycle::of(3), Lane::Caller)));
+    assert_eq!(releases.recv().await, Some((Cycle::of(3), Priority::Foreground)));
+    assert_eq!(releases.recv().await, Some((Cycle::of(3), Priority::Foreground)));
     assert!(Moment::now().since(cut) >= shard.late_max);
 
     // A cycle whose reply came on another connection, and one released long after the last loss.
@@ -338,10 +338,10 @@ async fn cycle_that_may_have_something_on_a_lost_connection_is_released_once_mor
         cycle: Cycle::of(5),
     })
     .unwrap();
-    assert_eq!(releases.recv().await, Some((Cycle::of(5), Lane::Caller)));
+    assert_eq!(releases.recv().await, Some((Cycle::of(5), Priority::Foreground)));
     let abandoned = abandon::Abandoned::new(&shard.load, &key, Cycle::of(7)).unwrap();
     work.send(abandon::Work::Release(abandoned)).unwrap();
-    assert_eq!(releases.recv().await, Some((Cycle::of(7), Lane::Caller)));
+    assert_eq!(releases.recv().await, Some((Cycle::of(7), Priority::Foreground)));
     drop(work);
     cleaning.await.unwrap();
     assert!(releases.try_recv().is_err());

@@ -9,7 +9,7 @@ use super::world::{Event, Part, World};
 use crate::clock::Moment;
 use crate::protocol::Cycle;
 use crate::queue::{Flaw, Request};
-use crate::store::Lane;
+use crate::store::Priority;
 
 #[derive(Debug, Clone, Copy)]
 pub(super) enum Job {
@@ -23,7 +23,7 @@ pub(super) struct Abandon {
     k: usize,
     cycle: Cycle,
     started: Moment,
-    lane: Lane,
+    lane: Priority,
     pause: Duration,
     /// Nothing of the cycle can arrive after this release.
     is_final: bool,
@@ -46,7 +46,7 @@ impl World {
     pub(super) fn job_starts(&mut self, m: usize, job: Job) {
         match job {
             Job::Request { k, request } => {
-                self.send(m, k, Order::Queue(request), Driver::Background, Lane::Background);
+                self.send(m, k, Order::Queue(request), Driver::Background, Priority::Background);
             }
             Job::Abandon { k, cycle } => {
                 self.stats.abandoned += 1;
@@ -63,7 +63,7 @@ impl World {
                 k,
                 cycle,
                 started,
-                lane: Lane::Caller,
+                lane: Priority::Foreground,
                 pause: PAUSE_MIN,
                 is_final,
             },
@@ -73,7 +73,7 @@ impl World {
     /// The reply proves that nothing of the cycle is left only if the release arrived after
     /// everything else of the cycle.
     pub(super) fn abandon_answered(&mut self, m: usize, abandon: Abandon) {
-        if !abandon.is_final && (abandon.lane != Lane::Caller || self.was_cut_lately(m)) {
+        if !abandon.is_final && (abandon.lane != Priority::Foreground || self.was_cut_lately(m)) {
             self.doubt(m, abandon.k, abandon.cycle, false);
         }
     }
@@ -126,8 +126,8 @@ impl World {
 
     pub(super) fn abandon_failed(&mut self, m: usize, abandon: Abandon) {
         let waited = self.managers[m].clock.at(self.now).since(abandon.started);
-        if abandon.lane == Lane::Caller {
-            let lane = Lane::Background;
+        if abandon.lane == Priority::Foreground {
+            let lane = Priority::Background;
             self.release_abandoned(m, Abandon { lane, ..abandon });
         } else if waited < self.plan.ttls.iter().copied().max().unwrap_or_default() {
             let at = self.now + super::clock::nanos(abandon.pause);
@@ -150,7 +150,7 @@ impl World {
         match (driver, next) {
             (Driver::Task(task), next) => self.task_drives_on(m, k, task, next),
             (Driver::Background, Some(request)) => {
-                self.send(m, k, Order::Queue(request), Driver::Background, Lane::Background);
+                self.send(m, k, Order::Queue(request), Driver::Background, Priority::Background);
             }
             (_, Some(request)) => self.job(m, Job::Request { k, request }),
             (_, None) => {}
@@ -183,7 +183,13 @@ impl World {
                 self.job(m, Job::Request { k, request });
             }
             if let Some((cycle, ttl, _)) = due {
-                self.send(m, k, Order::Renew { cycle, ttl }, Driver::Watchdog, Lane::Background);
+                self.send(
+                    m,
+                    k,
+                    Order::Renew { cycle, ttl },
+                    Driver::Watchdog,
+                    Priority::Background,
+                );
             }
         }
     }

@@ -9,7 +9,7 @@ use super::clock::nanos;
 use super::world::World;
 use crate::clock::Moment;
 use crate::queue::Granted;
-use crate::store::Lane;
+use crate::store::Priority;
 use crate::store::memory::MemoryCore;
 
 /// The data of the replica, and the number of failovers so far.
@@ -39,8 +39,8 @@ impl World {
         for m in 0..self.managers.len() {
             self.managers[m].inbox.known_to_server.clear();
             if self.managers[m].is_alive {
-                self.reset(m, Lane::Caller);
-                self.reset(m, Lane::Background);
+                self.reset(m, Priority::Foreground);
+                self.reset(m, Priority::Background);
                 self.lose_subscription(m);
             }
         }
@@ -58,7 +58,7 @@ impl World {
     }
 
     /// Called before something is sent, which is when a broken connection is detected.
-    pub(super) fn find_broken(&mut self, m: usize, lane: Lane) {
+    pub(super) fn find_broken(&mut self, m: usize, lane: Priority) {
         let connection = &mut self.managers[m].lanes[lane as usize];
         if std::mem::replace(&mut connection.noticed, connection.generation) != connection.generation {
             self.may_have_forgotten(m);

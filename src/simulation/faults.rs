@@ -5,7 +5,7 @@ use super::pushes::Subscription;
 use super::tasks::{State, Step};
 use super::world::{Event, PARTS, Part, World};
 use crate::clock::Moment;
-use crate::store::Lane;
+use crate::store::Priority;
 
 #[derive(Debug, Clone, Copy)]
 pub(super) enum Fault {
@@ -16,9 +16,9 @@ pub(super) enum Fault {
     /// The process is gone.
     Crash,
     /// A connection breaks.
-    Reset(Lane),
+    Reset(Priority),
     /// Nothing passes a connection for some time.
-    Stall(Lane),
+    Stall(Priority),
     /// For some time, every message of every manager takes about as long as a lease lasts.
     SlowTime,
     LoseSubscription,
@@ -89,11 +89,11 @@ impl World {
         }
     }
 
-    fn some_lane(&mut self) -> Lane {
+    fn some_lane(&mut self) -> Priority {
         if self.chance(0.6) {
-            Lane::Caller
+            Priority::Foreground
         } else {
-            Lane::Background
+            Priority::Background
         }
     }
 

@@ -8,7 +8,7 @@ use crate::clock::Moment;
 use crate::error::LockError;
 use crate::protocol::{AcquireReply, Answer, Ask, Cycle, ReleaseReply, RenewReply};
 use crate::queue::{Outage, Request};
-use crate::store::Lane;
+use crate::store::Priority;
 use crate::store::memory::Terms;
 
 /// A manager's connection of one lane, including the earlier connections that it replaced.
@@ -57,7 +57,7 @@ pub(super) struct InFlight {
     k: usize,
     order: Order,
     driver: Driver,
-    lane: Lane,
+    lane: Priority,
     attempts: u32,
     sent_at: Moment,
     floor: u64,
@@ -71,7 +71,7 @@ pub(super) struct Command {
     k: usize,
     order: Order,
     driver: Driver,
-    lane: Lane,
+    lane: Priority,
     generation: usize,
     floor: u64,
 }
@@ -98,12 +98,12 @@ impl Driver {
 impl World {
     /// Sends a request and returns its number. A request that acquires something uses the caller's
     /// lane, whichever part sends it.
-    pub(super) fn send(&mut self, m: usize, k: usize, order: Order, driver: Driver, lane: Lane) -> u64 {
+    pub(super) fn send(&mut self, m: usize, k: usize, order: Order, driver: Driver, lane: Priority) -> u64 {
         let (lane, limit) = match order {
             Order::Queue(Request::Release { requeue: None, .. }) => (lane, self.plan.timeout),
-            Order::Queue(_) => (Lane::Caller, self.plan.timeout),
+            Order::Queue(_) => (Priority::Foreground, self.plan.timeout),
             Order::Renew { ttl, .. } => (
-                Lane::Background,
+                Priority::Background,
                 self.plan
                     .timeout
                     .min((ttl / 3).max(std::time::Duration::from_millis(10))),
@@ -261,7 +261,14 @@ impl World {
         }
     }
 
-    pub(super) fn reply_comes(&mut self, m: usize, request: u64, lane: Lane, generation: usize, reply: Option<Reply>) {
+    pub(super) fn reply_comes(
+        &mut self,
+        m: usize,
+        request: u64,
+        lane: Priority,
+        generation: usize,
+        reply: Option<Reply>,
+    ) {
         if self.managers[m].lanes[lane as usize].generation != generation {
             return;
         }
@@ -387,7 +394,7 @@ impl World {
     }
 
     /// A connection breaks. The commands on it are lost from some point on, and so are all replies.
-    pub(super) fn reset(&mut self, m: usize, lane: Lane) {
+    pub(super) fn reset(&mut self, m: usize, lane: Priority) {
         let now = self.now;
         let broken = if !self.plan.ghosts || self.chance(0.4) {
             Broken::LostAfter(now)

@@ -11,7 +11,7 @@ use super::world::{Event, Part, World};
 use crate::fence::FencingToken;
 use crate::lease::Lease;
 use crate::queue::{Effects, Granted, InOutage, Linger, Outcome, Path, Request, WaiterId, Want};
-use crate::store::Lane;
+use crate::store::Priority;
 
 #[derive(Debug, Default)]
 pub(super) struct Task {
@@ -114,7 +114,8 @@ impl World {
         self.note(|_| format!("m{m} k{k} t{task} wants {want:?}"));
         let order = self.number();
         let (id, request) = self.event(m, k, |queue, cx| queue.want(want, Some(task), cx));
-        let driving = request.map(|request| self.send(m, k, Order::Queue(request), Driver::Task(task), Lane::Caller));
+        let driving =
+            request.map(|request| self.send(m, k, Order::Queue(request), Driver::Task(task), Priority::Foreground));
         let waiting = Waiting {
             k,
             id,
@@ -149,7 +150,7 @@ impl World {
                         self.job(m, Job::Request { k, request });
                     }
                     Some(request) => {
-                        let request = self.send(m, k, Order::Queue(request), Driver::Task(task), Lane::Caller);
+                        let request = self.send(m, k, Order::Queue(request), Driver::Task(task), Priority::Foreground);
                         if let State::Waiting(waiting) = &mut self.managers[m].tasks[task].state {
                             waiting.driving = Some(request);
                         }
@@ -275,7 +276,7 @@ impl World {
             self.job(m, Job::Request { k, request });
             return self.rests(m, task);
         }
-        let request = self.send(m, k, Order::Queue(request), Driver::Task(task), Lane::Caller);
+        let request = self.send(m, k, Order::Queue(request), Driver::Task(task), Priority::Foreground);
         self.enter(m, task, State::Releasing { k, request });
         if self.chance(self.plan.give_up_chance) {
             let patience = self.between(0, 4 * self.plan.message_max);

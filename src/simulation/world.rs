@@ -22,7 +22,7 @@ use crate::identity::ManagerId;
 use crate::key::LockKey;
 use crate::protocol::{Ask, Cycle, Cycles, Push};
 use crate::queue::{Context, Effects, Queue, Rare, Request, Room};
-use crate::store::Lane;
+use crate::store::Priority;
 use crate::store::memory::MemoryCore;
 
 pub(super) struct World {
@@ -91,7 +91,7 @@ pub(super) enum Event {
     Arrives(Command),
     Replies {
         request: u64,
-        lane: Lane,
+        lane: Priority,
         generation: usize,
         reply: Option<Reply>,
     },

@@ -20,7 +20,7 @@ use crate::protocol::{Acquire, AcquireReply, Ask, Cycle, Place, Push, Release, R
 use crate::store::memory::{MemoryCore, Terms};
 use crate::store::redis::Compared;
 use crate::store::support::{Cluster, RedisServer};
-use crate::store::{Holder, Inspection, Lane};
+use crate::store::{Holder, Inspection, Priority};
 
 const MANAGERS: usize = 3;
 const CYCLES: u64 = 5;
@@ -316,13 +316,13 @@ impl Pair {
                     nobody_waits: requeue.is_none() && lock.cycle % 2 == 0,
                     tokens: terms.tokens,
                 };
-                // Either lane must work.
-                let lane = if lock.cycle % 2 == 0 {
-                    Lane::Caller
+                // Both classes of connection must work.
+                let priority = if lock.cycle % 2 == 0 {
+                    Priority::Foreground
                 } else {
-                    Lane::Background
+                    Priority::Background
                 };
-                Reply::Released(store.release(lane, request).await.unwrap().reply)
+                Reply::Released(store.release(priority, request).await.unwrap().reply)
             }
             Command::Renew { manager, ref leases } => {
                 let renewal = |&(key, cycle, ttl): &(usize, u64, Duration)| Renewal {

@@ -42,17 +42,17 @@ pub(crate) type StoreFuture<T> = Pin<Box<dyn Future<Output = Result<T, StoreErro
 /// The lease store of one shard, as one manager sees it: leases, queues and tokens.
 ///
 /// Requests have no timeout of their own; the caller applies one. Every request that may take a
-/// lease or a place in a queue travels on [`Lane::Caller`], where the store keeps the order of
+/// lease or a place in a queue travels on [`Priority::Foreground`], where the store keeps the order of
 /// requests per key. So the release of an abandoned cycle cannot overtake its acquire.
 pub(crate) trait LeaseStore: Send + Sync + 'static {
-    /// Opens the connections of [`Lane::Caller`] on the caller's runtime. A store that could not be
+    /// Opens the connections of [`Priority::Foreground`] on the caller's runtime. A store that could not be
     /// reached connects on first use, if it can by then.
     ///
     /// Fails if the shard has a different shard map. Writes nothing: a shard without a map stays
     /// without one.
     fn connect(&self) -> StoreFuture<()>;
 
-    /// Opens the connections of [`Lane::Background`] on the calling thread, which is the
+    /// Opens the connections of [`Priority::Background`] on the calling thread, which is the
     /// watchdog's. Runs before any lock is granted: otherwise a server that accepts no further
     /// connections would only be noticed at the first renewal.
     fn connect_background(&self) -> StoreFuture<()> {
@@ -79,7 +79,7 @@ pub(crate) trait LeaseStore: Send + Sync + 'static {
     fn acquire(&self, request: Acquire) -> StoreFuture<Answer<AcquireReply>>;
 
     /// Releases a lease or leaves the queue. Repeating the request is harmless.
-    fn release(&self, lane: Lane, request: Release) -> StoreFuture<Answer<ReleaseReply>>;
+    fn release(&self, priority: Priority, request: Release) -> StoreFuture<Answer<ReleaseReply>>;
 
     /// Extends those leases of `batch` that are still ours, in one call. Returns one reply per
     /// renewal, in the same order; `None` means that there was no answer. The caller waits no
@@ -223,14 +223,15 @@ pub(crate) fn open(endpoint: &Endpoint, options: StoreOptions) -> Result<Arc<dyn
 /// unacknowledged data.
 pub(crate) const LATE_MAX: Duration = Duration::from_secs(20);
 
-/// The class of connection that a request travels on.
+/// The class of connection that a request travels on: which runtime drives its I/O.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub(crate) enum Lane {
+pub(crate) enum Priority {
     /// The connections of the application's tasks. Their I/O runs on the application's runtime
     /// while that runs.
-    Caller,
+    Foreground,
     /// The connection of the watchdog's thread, which works even if the application's runtime is
-    /// blocked. While it can't be opened, an open connection of [`Caller`](Self::Caller) is used.
+    /// blocked. While it can't be opened, an open connection of [`Foreground`](Self::Foreground)
+    /// is used.
     Background,
 }
 

@@ -63,7 +63,7 @@ use crate::key::{LockKey, Slot};
 use crate::notice::Seldom;
 use crate::protocol::{Acquire, AcquireReply, Answer, Push, Release, ReleaseReply, RenewReply, Renewal};
 use crate::store::map::StoredMap;
-use crate::store::{Inspection, Lane, LeaseStore, Look, MapState, MapStep, StoreFuture, StoreOptions};
+use crate::store::{Inspection, LeaseStore, Look, MapState, MapStep, Priority, StoreFuture, StoreOptions};
 use crate::telemetry::ShardMetrics;
 use cycles::Cycles;
 use fault::Fault;
@@ -156,10 +156,10 @@ impl EtcdStore {
         Ok(Self { callers, shared })
     }
 
-    fn link(&self, lane: Lane, slot: Slot) -> Arc<Link> {
-        match lane {
-            Lane::Caller => Arc::clone(&self.callers[usize::from(slot.number()) % self.callers.len()]),
-            Lane::Background => Arc::clone(&self.shared.background),
+    fn link(&self, priority: Priority, slot: Slot) -> Arc<Link> {
+        match priority {
+            Priority::Foreground => Arc::clone(&self.callers[usize::from(slot.number()) % self.callers.len()]),
+            Priority::Background => Arc::clone(&self.shared.background),
         }
     }
 }
@@ -193,12 +193,12 @@ impl LeaseStore for EtcdStore {
     }
 
     fn acquire(&self, request: Acquire) -> StoreFuture<Answer<AcquireReply>> {
-        let link = self.link(Lane::Caller, request.key.slot());
+        let link = self.link(Priority::Foreground, request.key.slot());
         Box::pin(acquire::acquire(Arc::clone(&self.shared), link, request))
     }
 
-    fn release(&self, lane: Lane, request: Release) -> StoreFuture<Answer<ReleaseReply>> {
-        let link = self.link(lane, request.key.slot());
+    fn release(&self, priority: Priority, request: Release) -> StoreFuture<Answer<ReleaseReply>> {
+        let link = self.link(priority, request.key.slot());
         Box::pin(release::release(Arc::clone(&self.shared), link, request))
     }
 
@@ -207,7 +207,7 @@ impl LeaseStore for EtcdStore {
     }
 
     fn inspect(&self, key: LockKey) -> StoreFuture<Inspection> {
-        let link = self.link(Lane::Caller, key.slot());
+        let link = self.link(Priority::Foreground, key.slot());
         Box::pin(inspect::inspect(Arc::clone(&self.shared), link, key))
     }
 

@@ -92,10 +92,13 @@ async fn a_repeated_acquire_is_the_same_cycle_with_later_tokens() {
             last = end;
         }
         assert_eq!((bench.etcd.lock_keys().await.len(), bench.etcd.leases().await), (1, 1));
-        let released = store.release(Lane::Caller, bench.release(cycle, None)).await.unwrap();
+        let released = store
+            .release(Priority::Foreground, bench.release(cycle, None))
+            .await
+            .unwrap();
         assert!(released.reply.held);
         let released = store
-            .release(Lane::Background, bench.release(cycle, None))
+            .release(Priority::Background, bench.release(cycle, None))
             .await
             .unwrap();
         assert!(!released.reply.held);
@@ -110,7 +113,10 @@ async fn what_is_executed_after_the_release_of_its_cycle_comes_to_nothing() {
     let (store, _pushes) = bench.store(1);
     bench.join(&store, 2).await;
     let lease = bench.only_lease().await;
-    store.release(Lane::Caller, bench.release(2, None)).await.unwrap();
+    store
+        .release(Priority::Foreground, bench.release(2, None))
+        .await
+        .unwrap();
     store.settle().await.unwrap();
     // A transaction of the cycle that was in flight the whole time.
     let attached = etcd_client::PutOptions::new().with_lease(lease);
@@ -127,7 +133,10 @@ async fn a_cycle_that_nobody_remembers_is_found_on_the_server() {
     let (store, _pushes) = bench.store(1);
     bench.join(&store, 2).await;
     let (forgetful, _pushes) = bench.store(1);
-    let released = forgetful.release(Lane::Caller, bench.release(2, None)).await.unwrap();
+    let released = forgetful
+        .release(Priority::Foreground, bench.release(2, None))
+        .await
+        .unwrap();
     assert!(released.reply.held);
     forgetful.settle().await.unwrap();
     assert_eq!((bench.etcd.lock_keys().await.len(), bench.etcd.leases().await), (0, 0));
@@ -178,7 +187,10 @@ async fn a_key_moves_to_a_longer_lease_and_never_back() {
     assert_eq!(bench.only_lease().await, long);
     store.settle().await.unwrap();
     assert_eq!(bench.etcd.leases().await, 1);
-    store.release(Lane::Caller, bench.release(2, None)).await.unwrap();
+    store
+        .release(Priority::Foreground, bench.release(2, None))
+        .await
+        .unwrap();
     store.settle().await.unwrap();
     assert_eq!(bench.etcd.leases().await, 0);
 }
@@ -232,7 +244,10 @@ async fn a_requeue_gives_the_lock_to_the_next_and_joins_behind_all() {
     };
     assert_eq!(place.ahead, 1);
     assert!(place.mark >= last);
-    let answer = ours.release(Lane::Caller, bench.release(3, Some(5))).await.unwrap();
+    let answer = ours
+        .release(Priority::Foreground, bench.release(3, Some(5)))
+        .await
+        .unwrap();
     assert!(answer.reply.held);
     let Some(AcquireReply::Queued(ours_now)) = answer.reply.requeued else {
         panic!("{answer:?}")
@@ -246,8 +261,14 @@ async fn a_requeue_gives_the_lock_to_the_next_and_joins_behind_all() {
     let (first, ..) = tokens(bench.join(&theirs, 3).await);
     assert!(first > place.mark);
     // Without other waiters, it is the next.
-    theirs.release(Lane::Caller, bench.release(3, None)).await.unwrap();
-    let answer = ours.release(Lane::Caller, bench.release(5, Some(7))).await.unwrap();
+    theirs
+        .release(Priority::Foreground, bench.release(3, None))
+        .await
+        .unwrap();
+    let answer = ours
+        .release(Priority::Foreground, bench.release(5, Some(7)))
+        .await
+        .unwrap();
     let (later, ..) = tokens(answer.reply.requeued.unwrap());
     assert!(answer.reply.held && later > first);
     assert_eq!(bench.etcd.lock_keys().await.len(), 1);

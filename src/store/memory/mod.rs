@@ -18,7 +18,7 @@ use crate::identity::ManagerId;
 use crate::key::LockKey;
 use crate::protocol::{Acquire, AcquireReply, Answer, Ask, Push, Release, ReleaseReply, RenewReply, Renewal};
 use crate::store::map::StoredMap;
-use crate::store::{Inspection, Lane, LeaseStore, Look, MapState, MapStep, StoreFuture, StoreOptions};
+use crate::store::{Inspection, LeaseStore, Look, MapState, MapStep, Priority, StoreFuture, StoreOptions};
 
 /// The leases of all managers of this process that use the same name.
 #[derive(Debug, Default)]
@@ -157,7 +157,7 @@ impl LeaseStore for MemoryStore {
         })
     }
 
-    fn release(&self, _lane: Lane, request: Release) -> StoreFuture<Answer<ReleaseReply>> {
+    fn release(&self, _lane: Priority, request: Release) -> StoreFuture<Answer<ReleaseReply>> {
         let ttl = request.ttl();
         let Release {
             key,

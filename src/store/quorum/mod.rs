@@ -62,7 +62,7 @@ use crate::key::{LockKey, Slot};
 use crate::protocol::{Acquire, AcquireReply, Answer, Cycle, Push, Release, ReleaseReply, RenewReply, Renewal};
 use crate::router::ShardMap;
 use crate::store::redis::primary::RedisStore;
-use crate::store::{Inspection, Lane, LeaseStore, Look, MapState, MapStep, StoreError, StoreFuture, StoreOptions};
+use crate::store::{Inspection, LeaseStore, Look, MapState, MapStep, Priority, StoreError, StoreFuture, StoreOptions};
 use crate::telemetry::{NodeMetrics, ShardMetrics};
 use node::Node;
 use tally::majority;
@@ -322,8 +322,8 @@ impl LeaseStore for QuorumStore {
         Box::pin(acquire::acquire(Arc::clone(&self.quorum), request))
     }
 
-    fn release(&self, lane: Lane, request: Release) -> StoreFuture<Answer<ReleaseReply>> {
-        Box::pin(release::release(Arc::clone(&self.quorum), lane, request))
+    fn release(&self, priority: Priority, request: Release) -> StoreFuture<Answer<ReleaseReply>> {
+        Box::pin(release::release(Arc::clone(&self.quorum), priority, request))
     }
 
     fn renew(&self, batch: Vec<Renewal>, limit: Duration) -> StoreFuture<Vec<Option<RenewReply>>> {

@@ -14,7 +14,7 @@ use super::{MAJORITY_PAUSE, MAJORITY_PAUSE_MAX, Quorum, outage};
 use crate::backoff::Backoff;
 use crate::clock::Moment;
 use crate::protocol::{Answer, Release, ReleaseReply};
-use crate::store::{Lane, LeaseStore, StoreError, StoreFuture};
+use crate::store::{LeaseStore, Priority, StoreError, StoreFuture};
 
 /// A release that a node must receive. If this is dropped before the node has answered, the release
 /// becomes pending.
@@ -75,14 +75,14 @@ async fn settle(sent: Sent) -> Option<Answer<ReleaseReply>> {
 /// Tries until a majority has answered, for about half of the caller's time.
 pub(super) async fn release(
     quorum: Arc<Quorum>,
-    lane: Lane,
+    priority: Priority,
     request: Release,
 ) -> Result<Answer<ReleaseReply>, StoreError> {
     let deadline = Moment::now() + quorum.majority_limit;
     let mut is_repeated = false;
     let mut backoff = Backoff::new(MAJORITY_PAUSE, MAJORITY_PAUSE_MAX);
     loop {
-        match attempt(&quorum, lane, request.clone(), deadline).await {
+        match attempt(&quorum, priority, request.clone(), deadline).await {
             Err(StoreError::Unavailable(_)) if Moment::now() < deadline => {
                 is_repeated = true;
                 backoff.wait().await;
@@ -99,7 +99,7 @@ pub(super) async fn release(
 
 async fn attempt(
     quorum: &Arc<Quorum>,
-    lane: Lane,
+    priority: Priority,
     request: Release,
     deadline: Moment,
 ) -> Result<Answer<ReleaseReply>, StoreError> {
@@ -126,7 +126,7 @@ async fn attempt(
     let mut answered = 0;
     let mut not_ours = 0;
     {
-        let mut under_way: FuturesUnordered<_> = send(quorum, lane, others, &plain)
+        let mut under_way: FuturesUnordered<_> = send(quorum, priority, others, &plain)
             .map(|sent| Box::pin(settle(sent)))
             .collect();
         // The sequencer's next owner needs a free majority.
@@ -145,7 +145,7 @@ async fn attempt(
     }
     while let Some(debt) = at_door {
         let node = Arc::clone(&debt.node);
-        let reply = node.store.release(lane, request.clone());
+        let reply = node.store.release(priority, request.clone());
         if let Some(Answer { ttl, floor, reply, .. }) = settle(Sent { debt, reply }).await {
             not_ours += usize::from(!reply.held);
             if answered + 1 < needed {
@@ -178,14 +178,14 @@ async fn attempt(
 
 /// Releases a cycle at every node after it lost its vote, and waits for the nodes that answer.
 pub(super) async fn give_up(quorum: &Arc<Quorum>, release: Release) {
-    let sent = send(quorum, Lane::Caller, quorum.nodes.iter(), &release);
+    let sent = send(quorum, Priority::Foreground, quorum.nodes.iter(), &release);
     futures_util::future::join_all(sent.map(settle)).await;
 }
 
 /// Nodes that are down are not waited for: their releases become pending.
 fn send<'a>(
     quorum: &'a Arc<Quorum>,
-    lane: Lane,
+    priority: Priority,
     nodes: impl Iterator<Item = &'a Arc<Node>>,
     release: &'a Release,
 ) -> impl Iterator<Item = Sent> {
@@ -196,7 +196,7 @@ fn send<'a>(
         }
         Some(Sent {
             debt: Debt::new(quorum, node, release.clone()),
-            reply: node.store.release(lane, release.clone()),
+            reply: node.store.release(priority, release.clone()),
         })
     })
 }

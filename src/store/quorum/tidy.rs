@@ -17,7 +17,7 @@ use super::tally::majority;
 use crate::backoff::Backoff;
 use crate::clock::Moment;
 use crate::protocol::Push;
-use crate::store::{Lane, LeaseStore, StoreError};
+use crate::store::{LeaseStore, Priority, StoreError};
 
 /// The longest pause between two probes of all nodes; the shortest is half of it.
 const PROBE_PAUSE: Duration = Duration::from_millis(130);
@@ -125,16 +125,16 @@ async fn pay(quorum: &Quorum, node: &Node) -> bool {
         let mut done = Moment::now() > end;
         // The caller's connection carried what was sent for the cycle before; the background's
         // works even if the application's runtime is gone.
-        for lane in [Lane::Caller, Lane::Background] {
+        for priority in [Priority::Foreground, Priority::Background] {
             if !done {
-                match timeout(quorum.node_limit, node.store.release(lane, release.clone())).await {
+                match timeout(quorum.node_limit, node.store.release(priority, release.clone())).await {
                     Ok(Ok(_)) => {
                         node.released(&release, quorum.newest(), quorum.max_ttl);
                         done = true;
                     }
                     // Tried again until the lease has run out.
                     Ok(Err(StoreError::Refused(_) | StoreError::MapMismatch { .. })) => break,
-                    Ok(Err(StoreError::Unavailable(_))) | Err(_) if lane == Lane::Background => return false,
+                    Ok(Err(StoreError::Unavailable(_))) | Err(_) if priority == Priority::Background => return false,
                     Ok(Err(StoreError::Unavailable(_))) | Err(_) => {}
                 }
             }
@@ -151,7 +151,7 @@ async fn pay(quorum: &Quorum, node: &Node) -> bool {
 async fn repeat(quorum: &Quorum, node: &Node) {
     let mut done = 0;
     for repeat in node.due_repeats() {
-        let releasing = node.store.release(Lane::Background, repeat.release);
+        let releasing = node.store.release(Priority::Background, repeat.release);
         let released = timeout(quorum.node_limit, releasing).await;
         if !matches!(released, Ok(Ok(_))) && Moment::now() < repeat.end {
             break;

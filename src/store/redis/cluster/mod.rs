@@ -142,10 +142,10 @@ impl ClusterStore {
         })
     }
 
-    fn lane(&self, lane: store::Lane) -> Arc<Lane> {
-        match lane {
-            store::Lane::Caller => Arc::clone(&self.caller),
-            store::Lane::Background => Arc::clone(&self.background),
+    fn lane(&self, priority: store::Priority) -> Arc<Lane> {
+        match priority {
+            store::Priority::Foreground => Arc::clone(&self.caller),
+            store::Priority::Background => Arc::clone(&self.background),
         }
     }
 }
@@ -365,8 +365,8 @@ impl LeaseStore for ClusterStore {
         })
     }
 
-    fn release(&self, lane: store::Lane, request: Release) -> StoreFuture<Answer<ReleaseReply>> {
-        let (lane, inbox) = (self.lane(lane), Arc::clone(&self.inbox));
+    fn release(&self, priority: store::Priority, request: Release) -> StoreFuture<Answer<ReleaseReply>> {
+        let (lane, inbox) = (self.lane(priority), Arc::clone(&self.inbox));
         Box::pin(async move {
             let shared = &*lane.shared;
             let slot = shared.commands.names.of(&request.key).slot();

@@ -13,7 +13,7 @@ use super::{Attempts, RedisStore, Shared};
 use crate::clock::Moment;
 use crate::key::{LockKey, Slot};
 use crate::protocol::Cycle;
-use crate::store::{Lane, StoreError, StoreFuture};
+use crate::store::{Priority, StoreError, StoreFuture};
 
 /// A request for the lease of a cycle that already holds it on the sequencer.
 #[derive(Debug, Clone)]
@@ -116,7 +116,7 @@ impl RedisStore {
     pub(crate) fn claim(&self, claim: Claim) -> StoreFuture<Claimed> {
         let shared = Arc::clone(&self.shared);
         let slot = shared.commands.names.of(&claim.key).slot();
-        let link = self.link(Lane::Caller, slot);
+        let link = self.link(Priority::Foreground, slot);
         Box::pin(async move {
             let mut attempts = Attempts::default();
             loop {

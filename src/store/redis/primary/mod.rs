@@ -70,7 +70,7 @@ use crate::program::Runtimes;
 use crate::protocol::{Acquire, AcquireReply, Answer, Ask, Push, Release, ReleaseReply, RenewReply, Renewal};
 use crate::store::map::StoredMap;
 use crate::store::{
-    Inspection, Lane, LeaseStore, Look, MapState, MapStep, StoreError, StoreFuture, StoreOptions, TlsFiles,
+    Inspection, LeaseStore, Look, MapState, MapStep, Priority, StoreError, StoreFuture, StoreOptions, TlsFiles,
 };
 use crate::telemetry::ShardMetrics;
 use crate::time_limit::within;
@@ -199,10 +199,10 @@ impl RedisStore {
     }
 
     /// A key's requests share a connection, which keeps their order.
-    fn link(&self, lane: Lane, slot: Slot) -> Arc<Link> {
-        match lane {
-            Lane::Caller => Arc::clone(&self.callers[usize::from(slot.number()) % self.callers.len()]),
-            Lane::Background => Arc::clone(&self.background),
+    fn link(&self, priority: Priority, slot: Slot) -> Arc<Link> {
+        match priority {
+            Priority::Foreground => Arc::clone(&self.callers[usize::from(slot.number()) % self.callers.len()]),
+            Priority::Background => Arc::clone(&self.background),
         }
     }
 }
@@ -415,7 +415,7 @@ impl LeaseStore for RedisStore {
     fn acquire(&self, request: Acquire) -> StoreFuture<Answer<AcquireReply>> {
         let shared = Arc::clone(&self.shared);
         let slot = shared.commands.names.of(&request.key).slot();
-        let link = self.link(Lane::Caller, slot);
+        let link = self.link(Priority::Foreground, slot);
         Box::pin(async move {
             let _under_way = link.enter();
             let mut request = request;
@@ -453,12 +453,12 @@ impl LeaseStore for RedisStore {
         })
     }
 
-    fn release(&self, lane: Lane, request: Release) -> StoreFuture<Answer<ReleaseReply>> {
+    fn release(&self, priority: Priority, request: Release) -> StoreFuture<Answer<ReleaseReply>> {
         let shared = Arc::clone(&self.shared);
         let slot = shared.commands.names.of(&request.key).slot();
-        let mut link = self.link(lane, slot);
+        let mut link = self.link(priority, slot);
         // The connection that carries the other requests for this key.
-        let other = (lane == Lane::Background).then(|| self.link(Lane::Caller, slot));
+        let other = (priority == Priority::Background).then(|| self.link(Priority::Foreground, slot));
         Box::pin(async move {
             let _under_way = link.enter();
             let (ttl, tokens) = (request.ttl(), request.tokens);
@@ -532,7 +532,7 @@ impl LeaseStore for RedisStore {
 
     fn inspect(&self, key: LockKey) -> StoreFuture<Inspection> {
         let shared = Arc::clone(&self.shared);
-        let link = self.link(Lane::Caller, shared.commands.names.of(&key).slot());
+        let link = self.link(Priority::Foreground, shared.commands.names.of(&key).slot());
         Box::pin(async move {
             let mut live = link.get().await?;
             let commands = shared.commands.inspect(&key);
