@@ -12,11 +12,11 @@ use crate::key::{LockKey, Slot};
 
 /// How to acquire a lease.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub(crate) enum Ask {
+pub(crate) enum AcquireMode {
     /// The fast path, with two plain commands: no other manager seems to want the key.
-    Free,
+    Fast,
     /// By script: acquire the lease, or join the queue.
-    Join,
+    Enqueue,
     /// By script: acquire the lease, or leave no trace. Never passes a waiter.
     Try,
     /// By script: more time and tokens for the lease that this cycle has. If the store has lost the
@@ -30,7 +30,7 @@ pub(crate) enum Ask {
 pub(crate) struct Acquire {
     pub(crate) key: LockKey,
     pub(crate) cycle: Cycle,
-    pub(crate) ask: Ask,
+    pub(crate) mode: AcquireMode,
     pub(crate) ttl: Duration,
     /// How many tokens to reserve.
     pub(crate) tokens: u32,

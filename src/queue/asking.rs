@@ -9,7 +9,7 @@ use super::terms::Flaw;
 use super::terms::{Context, Outcome, Path};
 use super::{BLOCK_MAX, BLOCK_MIN, Queue};
 use crate::clock::Moment;
-use crate::protocol::{AcquireReply, Answer, Ask, Cycle, Grant, Place};
+use crate::protocol::{AcquireMode, AcquireReply, Answer, Cycle, Grant, Place};
 
 /// How many replies may arrive after the lease has expired before the waiters fail.
 const TOO_LATE_MAX: u32 = 3;
@@ -32,22 +32,28 @@ impl<W> Queue<W> {
         let Some(first) = self.waiters.first().and_then(|id| self.waiters.get(id)) else {
             return;
         };
-        let ask = match (first.want.only_try, self.rivals_seen) {
-            (true, _) => Ask::Try,
-            (false, true) => Ask::Join,
-            (false, false) => Ask::Free,
+        let mode = match (first.want.only_try, self.rivals_seen) {
+            (true, _) => AcquireMode::Try,
+            (false, true) => AcquireMode::Enqueue,
+            (false, false) => AcquireMode::Fast,
         };
         // A try cannot be queued, so as an owner it needs notifications of remote waiters.
-        self.ask_as(ask, ask == Ask::Join, cx, effects);
+        self.ask_as(mode, mode == AcquireMode::Enqueue, cx, effects);
     }
 
     /// Starts a cycle.
-    pub(super) fn ask_as(&mut self, ask: Ask, expects_rivals: bool, cx: Context<'_>, effects: &mut Effects<W>) {
+    pub(super) fn ask_as(
+        &mut self,
+        mode: AcquireMode,
+        expects_rivals: bool,
+        cx: Context<'_>,
+        effects: &mut Effects<W>,
+    ) {
         self.take_ttl_of_first();
         let cycle = cx.open_cycle(expects_rivals, self.ttl);
         self.asked_in = cx.epoch;
-        self.phase = Phase::Asking(Asking::new(cycle, ask, None));
-        let request = self.acquire(cycle, ask);
+        self.phase = Phase::Asking(Asking::new(cycle, mode, None));
+        let request = self.acquire(cycle, mode);
         effects.request(request);
     }
 
@@ -55,10 +61,10 @@ impl<W> Queue<W> {
     /// store's queue.
     pub(super) fn ask_again(&mut self, effects: &mut Effects<W>) {
         let first = self.waiters.first().and_then(|id| self.waiters.get(id));
-        let ask = if first.is_some_and(|first| first.want.only_try) {
-            Ask::Try
+        let mode = if first.is_some_and(|first| first.want.only_try) {
+            AcquireMode::Try
         } else {
-            Ask::Join
+            AcquireMode::Enqueue
         };
         let (cycle, was_queued, too_late) = match &self.phase {
             Phase::Queued(queued) => (queued.cycle, true, 0),
@@ -66,10 +72,10 @@ impl<W> Queue<W> {
             Phase::Retrying { cycle, was_queued } => (*cycle, *was_queued, 0),
             _ => return,
         };
-        let mut asking = Asking::new(cycle, ask, None);
+        let mut asking = Asking::new(cycle, mode, None);
         (asking.was_queued, asking.too_late) = (was_queued, too_late);
         self.phase = Phase::Asking(asking);
-        let request = self.acquire(cycle, ask);
+        let request = self.acquire(cycle, mode);
         effects.request(request);
     }
 
@@ -80,7 +86,7 @@ impl<W> Queue<W> {
         }
     }
 
-    pub(super) fn acquire(&mut self, cycle: Cycle, ask: Ask) -> Request {
+    pub(super) fn acquire(&mut self, cycle: Cycle, mode: AcquireMode) -> Request {
         self.take_ttl_of_first();
         let lingers = self
             .waiters
@@ -96,7 +102,7 @@ impl<W> Queue<W> {
         };
         Request::Acquire {
             cycle,
-            ask,
+            mode,
             ttl: self.ttl,
             tokens: tokens as u32,
         }
@@ -105,9 +111,9 @@ impl<W> Queue<W> {
     /// Handles the reply to the acquire that [`Phase::Asking`] waits for.
     pub(super) fn answered(&mut self, answer: Answer<AcquireReply>, cx: Context<'_>, effects: &mut Effects<W>) {
         let Phase::Asking(asking) = &mut self.phase else { return };
-        let (cycle, ask, was_queued) = (asking.cycle, asking.ask, asking.was_queued || asking.early.is_some());
+        let (cycle, mode, was_queued) = (asking.cycle, asking.mode, asking.was_queued || asking.early.is_some());
         match answer.reply {
-            AcquireReply::Granted { tokens, .. } if tokens.first() <= answer.floor && ask == Ask::Free => {
+            AcquireReply::Granted { tokens, .. } if tokens.first() <= answer.floor && mode == AcquireMode::Fast => {
                 // The counter was lost. The script raises it.
                 self.ask_again(effects);
             }

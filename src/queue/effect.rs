@@ -5,7 +5,7 @@ use std::time::Duration;
 
 use crate::error::LossReason;
 use crate::lease::Lease;
-use crate::protocol::{Ask, Cycle};
+use crate::protocol::{AcquireMode, Cycle};
 
 /// The result of an event. The queue has already updated its own state; the shard has to carry out
 /// the rest.
@@ -69,7 +69,7 @@ pub(crate) enum Request {
     /// Acquire the lease, or extend it and reserve more tokens.
     Acquire {
         cycle: Cycle,
-        ask: Ask,
+        mode: AcquireMode,
         ttl: Duration,
         tokens: u32,
     },

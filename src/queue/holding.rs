@@ -12,7 +12,7 @@ use crate::clock::Moment;
 use crate::error::LossReason;
 use crate::fence::TokenBlock;
 use crate::lease::Lease;
-use crate::protocol::{AcquireReply, Answer, Ask, Cycle};
+use crate::protocol::{AcquireMode, AcquireReply, Answer, Cycle};
 
 impl<W> Queue<W> {
     /// The lease is ours. Validity counts from `sent_at`.
@@ -227,7 +227,7 @@ impl<W> Queue<W> {
         let tokens = waiting.max(16 * held.used_in_a_round_trip).clamp(least, BLOCK_MAX) as u32;
         effects.request(Request::Acquire {
             cycle: held.lease.cycle,
-            ask: Ask::Extend,
+            mode: AcquireMode::Extend,
             ttl: self.ttl,
             tokens,
         });
@@ -252,7 +252,7 @@ impl<W> Queue<W> {
         self.take_ttl_of_first();
         let next = cx.open_cycle(self.rivals_seen, self.ttl);
         self.asked_in = cx.epoch;
-        self.phase = Phase::Asking(Asking::new(next, Ask::Join, Some(cycle)));
+        self.phase = Phase::Asking(Asking::new(next, AcquireMode::Enqueue, Some(cycle)));
         effects.request(Request::Release {
             cycle,
             requeue: Some(next),

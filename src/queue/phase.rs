@@ -12,7 +12,7 @@ use super::waiters::WaiterId;
 use crate::clock::Moment;
 use crate::fence::{FencingToken, TokenBlock};
 use crate::lease::Lease;
-use crate::protocol::{Ask, Cycle, Grant};
+use crate::protocol::{AcquireMode, Cycle, Grant};
 
 #[derive(Debug)]
 pub(super) enum Phase {
@@ -41,7 +41,7 @@ pub(super) enum Phase {
 #[derive(Debug)]
 pub(super) struct Asking {
     pub(super) cycle: Cycle,
-    pub(super) ask: Ask,
+    pub(super) mode: AcquireMode,
     /// The cycle that the same request releases.
     pub(super) releases: Option<Cycle>,
     /// A grant that overtook the reply.
@@ -123,10 +123,10 @@ pub(super) struct Holder {
 }
 
 impl Asking {
-    pub(super) const fn new(cycle: Cycle, ask: Ask, releases: Option<Cycle>) -> Self {
+    pub(super) const fn new(cycle: Cycle, mode: AcquireMode, releases: Option<Cycle>) -> Self {
         Self {
             cycle,
-            ask,
+            mode,
             releases,
             early: None,
             wanted: false,

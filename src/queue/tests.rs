@@ -18,7 +18,7 @@ use std::time::Duration;
 use super::*;
 use crate::clock::Moment;
 use crate::fence::TokenBlock;
-use crate::protocol::{AcquireReply, Answer, Ask, Cycles, Grant, Place, ReleaseReply, RenewReply};
+use crate::protocol::{AcquireMode, AcquireReply, Answer, Cycles, Grant, Place, ReleaseReply, RenewReply};
 
 /// A queue with everything its events need, and a clock set by the test.
 #[derive(Debug)]
@@ -331,9 +331,11 @@ const NOTHING: Seen = Seen {
 impl Seen {
     /// The acquire among the effects: cycle, mode, tokens.
     #[track_caller]
-    fn asks(&self) -> (Cycle, Ask, u32) {
+    fn asks(&self) -> (Cycle, AcquireMode, u32) {
         match self.request {
-            Some(Request::Acquire { cycle, ask, tokens, .. }) => (cycle, ask, tokens),
+            Some(Request::Acquire {
+                cycle, mode, tokens, ..
+            }) => (cycle, mode, tokens),
             _ => panic!("no acquire in {self:?}"),
         }
     }
@@ -352,8 +354,8 @@ impl Seen {
 fn who_finds_the_key_unused_asks_by_the_free_path() {
     let mut bench = Bench::new();
     let (id, seen) = bench.want(7);
-    let (cycle, ask, tokens) = seen.asks();
-    assert_eq!((ask, tokens), (Ask::Free, 1));
+    let (cycle, mode, tokens) = seen.asks();
+    assert_eq!((mode, tokens), (AcquireMode::Fast, 1));
     assert!(!cycle.expects_rivals());
 
     let sent_at = bench.now;
@@ -377,8 +379,8 @@ fn a_taken_key_is_asked_for_again_with_an_odd_cycle_by_script() {
     let (_, seen) = bench.want(0);
     let (first, ..) = seen.asks();
     let seen = bench.reply(first, AcquireReply::Taken);
-    let (second, ask, _) = seen.asks();
-    assert_eq!(ask, Ask::Join);
+    let (second, mode, _) = seen.asks();
+    assert_eq!(mode, AcquireMode::Enqueue);
     assert!(second > first && second.expects_rivals());
     assert!(seen.abandoned.is_empty(), "the fast path leaves nothing behind");
 }
@@ -390,8 +392,8 @@ fn who_expects_rivals_does_not_try_the_free_path() {
         expects_rivals: true,
         ..WANT
     };
-    let (cycle, ask, _) = bench.want_as(0, want).1.asks();
-    assert_eq!(ask, Ask::Join);
+    let (cycle, mode, _) = bench.want_as(0, want).1.asks();
+    assert_eq!(mode, AcquireMode::Enqueue);
     assert!(cycle.expects_rivals());
 }
 
@@ -405,7 +407,7 @@ fn a_lost_counter_on_the_free_path_is_raised_by_the_script() {
         ..answer(bench.now, granted(50, 50))
     };
     let (_, seen) = bench.event(|queue, cx| ((), queue.replied(cycle, below, cx)));
-    assert_eq!(seen.asks(), (cycle, Ask::Join, 1));
+    assert_eq!(seen.asks(), (cycle, AcquireMode::Enqueue, 1));
     // If the script does not raise it, the token is refused: two holders could get the same one.
     let (_, seen) = bench.event(|queue, cx| ((), queue.replied(cycle, below, cx)));
     assert_eq!(seen.abandoned, [cycle]);

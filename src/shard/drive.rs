@@ -6,7 +6,7 @@ use std::time::Duration;
 
 use super::{Entry, Load, Shard};
 use crate::clock::Moment;
-use crate::protocol::{Acquire, Ask, Cycle, Release};
+use crate::protocol::{Acquire, AcquireMode, Cycle, Release};
 use crate::queue::Request;
 use crate::store::{Priority, StoreError, StoreFuture};
 use crate::telemetry::RequestKind;
@@ -40,21 +40,21 @@ impl Entry {
         match request {
             Request::Acquire {
                 cycle,
-                ask,
+                mode,
                 ttl,
                 tokens,
             } => {
                 let acquire = Acquire {
                     key: self.key.clone(),
                     cycle,
-                    ask,
+                    mode,
                     ttl,
                     tokens,
                 };
-                let kind = match ask {
-                    Ask::Free => RequestKind::AcquireFreely,
-                    Ask::Join | Ask::Extend => RequestKind::Acquire,
-                    Ask::Try => RequestKind::Try,
+                let kind = match mode {
+                    AcquireMode::Fast => RequestKind::AcquireFreely,
+                    AcquireMode::Enqueue | AcquireMode::Extend => RequestKind::Acquire,
+                    AcquireMode::Try => RequestKind::Try,
                 };
                 let sent = self.send(cycle, kind, Some(cycle), self.shard.acquire(acquire)).await;
                 let Some((answer, started, now)) = sent else {

@@ -6,7 +6,7 @@ use super::clock::{Nanos, nanos};
 use super::world::{Event, Part, World};
 use crate::clock::Moment;
 use crate::error::LockError;
-use crate::protocol::{AcquireReply, Answer, Ask, Cycle, ReleaseReply, RenewReply};
+use crate::protocol::{AcquireMode, AcquireReply, Answer, Cycle, ReleaseReply, RenewReply};
 use crate::queue::{Outage, Request};
 use crate::store::Priority;
 use crate::store::memory::Terms;
@@ -229,16 +229,16 @@ impl World {
         match command.order {
             Order::Queue(Request::Acquire {
                 cycle,
-                ask,
+                mode,
                 ttl,
                 tokens,
             }) => {
                 let (me, terms) = (manager.id.sign(cycle).to_string(), terms(ttl, tokens));
-                let reply = match ask {
-                    Ask::Free => self.core.acquire_freely(key, &me, terms),
-                    Ask::Join => self.core.acquire(key, &me, false, terms),
-                    Ask::Try => self.core.acquire(key, &me, true, terms),
-                    Ask::Extend => self.core.acquire_more(key, &me, terms),
+                let reply = match mode {
+                    AcquireMode::Fast => self.core.acquire_freely(key, &me, terms),
+                    AcquireMode::Enqueue => self.core.acquire(key, &me, false, terms),
+                    AcquireMode::Try => self.core.acquire(key, &me, true, terms),
+                    AcquireMode::Extend => self.core.acquire_more(key, &me, terms),
                 };
                 self.ledger.issues(command.m, command.k, cycle, &reply);
                 Reply::Acquired(reply)
@@ -451,10 +451,10 @@ impl World {
             }
             return;
         }
-        if let Order::Queue(Request::Acquire { ask, .. }) = &mut in_flight.order
-            && *ask == Ask::Free
+        if let Order::Queue(Request::Acquire { mode, .. }) = &mut in_flight.order
+            && *mode == AcquireMode::Fast
         {
-            *ask = Ask::Join;
+            *mode = AcquireMode::Enqueue;
         }
         self.transmit(request);
     }

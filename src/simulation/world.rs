@@ -20,7 +20,7 @@ use super::tasks::{Step, Task};
 use crate::clock::Moment;
 use crate::identity::ManagerId;
 use crate::key::LockKey;
-use crate::protocol::{Ask, Cycle, Cycles, Push};
+use crate::protocol::{AcquireMode, Cycle, Cycles, Push};
 use crate::queue::{Context, Effects, Queue, Rare, Request, Room};
 use crate::store::Priority;
 use crate::store::memory::MemoryCore;
@@ -346,7 +346,11 @@ impl World {
             self.stats.lost += 1;
             self.note(|_| format!("m{m} k{k} a guard is lost: {reason}"));
         }
-        if let Some(Request::Acquire { ask: Ask::Join, .. }) = request {
+        if let Some(Request::Acquire {
+            mode: AcquireMode::Enqueue,
+            ..
+        }) = request
+        {
             self.check_try(m, k);
         }
         (result, request)

@@ -16,7 +16,9 @@ use tokio::sync::mpsc::UnboundedReceiver;
 use crate::clock::Moment;
 use crate::identity::ManagerId;
 use crate::key::LockKey;
-use crate::protocol::{Acquire, AcquireReply, Ask, Cycle, Place, Push, Release, ReleaseReply, RenewReply, Renewal};
+use crate::protocol::{
+    Acquire, AcquireMode, AcquireReply, Cycle, Place, Push, Release, ReleaseReply, RenewReply, Renewal,
+};
 use crate::store::memory::{MemoryCore, Terms};
 use crate::store::redis::Compared;
 use crate::store::support::{Cluster, RedisServer};
@@ -38,7 +40,7 @@ const UNNOTIFIED_LEASE: Duration = Duration::from_secs(200);
 enum Command {
     Acquire {
         lock: Lock,
-        ask: Ask,
+        mode: AcquireMode,
         terms: Given,
     },
     Release {
@@ -109,16 +111,16 @@ fn lock() -> impl Strategy<Value = Lock> {
 }
 
 fn command() -> impl Strategy<Value = Command> {
-    let ask = prop_oneof![
-        2 => Just(Ask::Free),
-        6 => Just(Ask::Join),
-        2 => Just(Ask::Try),
-        2 => Just(Ask::Extend),
+    let mode = prop_oneof![
+        2 => Just(AcquireMode::Fast),
+        6 => Just(AcquireMode::Enqueue),
+        2 => Just(AcquireMode::Try),
+        2 => Just(AcquireMode::Extend),
     ];
     let owner = prop::sample::select(vec!["another-library", "h-1-zz:3", "550e8400-e29b-41d4"]);
     let lease = (0..KEYS.len(), 1..=CYCLES, ttl());
     prop_oneof![
-        12 => (lock(), ask, given()).prop_map(|(lock, ask, terms)| Command::Acquire { lock, ask, terms }),
+        12 => (lock(), mode, given()).prop_map(|(lock, mode, terms)| Command::Acquire { lock, mode, terms }),
         8 => (lock(), prop::option::of(1..=CYCLES), given()).prop_map(|(lock, requeue, terms)| Command::Release {
             lock,
             requeue: requeue.filter(|&next| next != lock.cycle),
@@ -245,15 +247,15 @@ impl Pair {
         match command {
             Command::Acquire {
                 lock,
-                ask,
+                mode,
                 terms: given,
             } => {
                 let (key, me) = (&self.keys[lock.key], sign(lock.manager, lock.cycle));
-                Reply::Acquired(match ask {
-                    Ask::Free => self.core.acquire_freely(key, &me, terms(*given)),
-                    Ask::Join => self.core.acquire(key, &me, false, terms(*given)),
-                    Ask::Try => self.core.acquire(key, &me, true, terms(*given)),
-                    Ask::Extend => self.core.acquire_more(key, &me, terms(*given)),
+                Reply::Acquired(match mode {
+                    AcquireMode::Fast => self.core.acquire_freely(key, &me, terms(*given)),
+                    AcquireMode::Enqueue => self.core.acquire(key, &me, false, terms(*given)),
+                    AcquireMode::Try => self.core.acquire(key, &me, true, terms(*given)),
+                    AcquireMode::Extend => self.core.acquire_more(key, &me, terms(*given)),
                 })
             }
             Command::Release {
@@ -291,14 +293,14 @@ impl Pair {
     /// Executes the command on the server.
     async fn serve(&mut self, command: &Command) -> Reply {
         match *command {
-            Command::Acquire { lock, ask, terms } => {
+            Command::Acquire { lock, mode, terms } => {
                 let store = &self.stores[lock.manager];
                 let key = self.keys[lock.key].clone();
                 store.set_floor(&key, terms.floor);
                 let request = Acquire {
                     key,
                     cycle: numbered(lock.cycle),
-                    ask,
+                    mode,
                     ttl: terms.ttl,
                     tokens: terms.tokens,
                 };
@@ -441,9 +443,13 @@ fn as_in_a_cluster(command: Command) -> Command {
         ..terms
     };
     match command {
-        Command::Acquire { lock, ask, terms } => Command::Acquire {
+        Command::Acquire { lock, mode, terms } => Command::Acquire {
             lock,
-            ask: if ask == Ask::Free { Ask::Try } else { ask },
+            mode: if mode == AcquireMode::Fast {
+                AcquireMode::Try
+            } else {
+                mode
+            },
             terms: after_now(terms),
         },
         Command::Release { lock, requeue, terms } => Command::Release {

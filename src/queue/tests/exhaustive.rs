@@ -294,17 +294,28 @@ impl Small {
         let reply = match (step, request) {
             (Step::Granted, _) if is_extension => extended(first, last),
             (Step::Granted, _) => granted(first, last),
-            (Step::NoneLeft, Request::Acquire { ask: Ask::Free, .. }) => AcquireReply::Taken,
             (
                 Step::NoneLeft,
                 Request::Acquire {
-                    ask: Ask::Try | Ask::Extend,
+                    mode: AcquireMode::Fast,
+                    ..
+                },
+            ) => AcquireReply::Taken,
+            (
+                Step::NoneLeft,
+                Request::Acquire {
+                    mode: AcquireMode::Try | AcquireMode::Extend,
                     ..
                 },
             ) => AcquireReply::Busy,
-            (Step::Queued, Request::Acquire { ask: Ask::Join, .. } | Request::Release { requeue: Some(_), .. }) => {
-                queued(last)
-            }
+            (
+                Step::Queued,
+                Request::Acquire {
+                    mode: AcquireMode::Enqueue,
+                    ..
+                }
+                | Request::Release { requeue: Some(_), .. },
+            ) => queued(last),
             (Step::NoneLeft, Request::Release { requeue: None, .. }) => AcquireReply::Busy,
             _ => {
                 self.under_way = Some(request);

@@ -17,7 +17,7 @@ use crate::backoff::Backoff;
 use crate::clock::Moment;
 use crate::identity::parse_signature;
 use crate::key::LockKey;
-use crate::protocol::{Acquire, AcquireReply, Answer, Ask, Cycle, Place};
+use crate::protocol::{Acquire, AcquireMode, AcquireReply, Answer, Cycle, Place};
 use crate::store::StoreError;
 
 /// How many times a lease may end under one request before the request fails.
@@ -88,7 +88,7 @@ pub(super) async fn acquire(
     let Acquire {
         key,
         cycle,
-        ask,
+        mode,
         ttl,
         tokens,
     } = request;
@@ -100,14 +100,14 @@ pub(super) async fn acquire(
         floor,
         reply,
     };
-    if ask == Ask::Try && shared.cycles.lease(cycle).is_none() && is_taken(&shared, &link, &contender).await? {
+    if mode == AcquireMode::Try && shared.cycles.lease(cycle).is_none() && is_taken(&shared, &link, &contender).await? {
         // Nothing was requested, so there is nothing to release.
         return Ok(answer((Moment::now(), AcquireReply::Busy)));
     }
     shared.cycles.open(cycle, ttl, Moment::now());
-    let taken = match ask {
-        Ask::Join | Ask::Extend => join(&shared, &link, &contender).await,
-        Ask::Free | Ask::Try => take(&shared, &link, &contender, ask).await,
+    let taken = match mode {
+        AcquireMode::Enqueue | AcquireMode::Extend => join(&shared, &link, &contender).await,
+        AcquireMode::Fast | AcquireMode::Try => take(&shared, &link, &contender, mode).await,
     };
     taken.map(answer).map_err(Fault::into_store_error)
 }
@@ -124,7 +124,12 @@ async fn is_taken(shared: &Shared, link: &Link, contender: &Contender) -> Result
 }
 
 /// Takes the key if it has neither an owner nor waiters.
-async fn take(shared: &Shared, link: &Link, contender: &Contender, ask: Ask) -> Result<(Moment, AcquireReply), Fault> {
+async fn take(
+    shared: &Shared,
+    link: &Link,
+    contender: &Contender,
+    mode: AcquireMode,
+) -> Result<(Moment, AcquireReply), Fault> {
     let Ran { sent_at, reply, .. } = under_a_lease(shared, link, contender, contender.age_max(), |lease| {
         Txn::new()
             .when([Compare::create_revision(contender.prefix.as_str(), CompareOp::Equal, 0).with_prefix()])
@@ -142,9 +147,9 @@ async fn take(shared: &Shared, link: &Link, contender: &Contender, ask: Ask) -> 
         return join(shared, link, contender).await;
     }
     shared.revokes.add(shared.cycles.close(contender.cycle));
-    let reply = match ask {
-        Ask::Try => AcquireReply::Busy,
-        Ask::Free | Ask::Join | Ask::Extend => AcquireReply::Taken,
+    let reply = match mode {
+        AcquireMode::Try => AcquireReply::Busy,
+        AcquireMode::Fast | AcquireMode::Enqueue | AcquireMode::Extend => AcquireReply::Taken,
     };
     Ok((sent_at, reply))
 }

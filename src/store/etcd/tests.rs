@@ -7,7 +7,7 @@ use tokio::sync::mpsc;
 
 use super::*;
 use crate::identity::ManagerId;
-use crate::protocol::{Ask, Cycle};
+use crate::protocol::{AcquireMode, Cycle};
 use crate::store::support::etcd::{Etcd, LEASE_MIN};
 
 const TTL: Duration = Duration::from_secs(10);
@@ -36,11 +36,11 @@ impl Bench {
         (store, receiver)
     }
 
-    fn acquire(&self, cycle: u64, ask: Ask, ttl: Duration) -> Acquire {
+    fn acquire(&self, cycle: u64, mode: AcquireMode, ttl: Duration) -> Acquire {
         Acquire {
             key: self.key.clone(),
             cycle: Cycle::of(cycle),
-            ask,
+            mode,
             ttl,
             tokens: 10,
         }
@@ -57,7 +57,11 @@ impl Bench {
     }
 
     async fn join(&self, store: &EtcdStore, cycle: u64) -> AcquireReply {
-        store.acquire(self.acquire(cycle, Ask::Join, TTL)).await.unwrap().reply
+        store
+            .acquire(self.acquire(cycle, AcquireMode::Enqueue, TTL))
+            .await
+            .unwrap()
+            .reply
     }
 
     /// The lease of the lock's only key.
@@ -81,11 +85,11 @@ fn tokens(reply: AcquireReply) -> (u64, u64, bool) {
 async fn a_repeated_acquire_is_the_same_cycle_with_later_tokens() {
     let bench = Bench::new().await;
     let (store, _pushes) = bench.store(1);
-    for ask in [Ask::Free, Ask::Try, Ask::Join] {
-        let cycle = 10 * (ask as u64 + 1);
-        let (_, mut last, extended) = tokens(store.acquire(bench.acquire(cycle, ask, TTL)).await.unwrap().reply);
+    for mode in [AcquireMode::Fast, AcquireMode::Try, AcquireMode::Enqueue] {
+        let cycle = 10 * (mode as u64 + 1);
+        let (_, mut last, extended) = tokens(store.acquire(bench.acquire(cycle, mode, TTL)).await.unwrap().reply);
         assert!(!extended);
-        for again in [ask, Ask::Join, Ask::Free] {
+        for again in [mode, AcquireMode::Enqueue, AcquireMode::Fast] {
             let answer = store.acquire(bench.acquire(cycle, again, TTL)).await.unwrap();
             let (first, end, extended) = tokens(answer.reply);
             assert!(extended && first > last && first > answer.floor && end == first + 9);
@@ -178,7 +182,13 @@ async fn a_key_moves_to_a_longer_lease_and_never_back() {
     assert_eq!(store.renew(vec![renewal(TTL * 2)], TTL).await.unwrap(), extended);
     let middle = bench.only_lease().await;
     assert_ne!(middle, short);
-    let (_, _, extended_then) = tokens(store.acquire(bench.acquire(2, Ask::Join, TTL * 3)).await.unwrap().reply);
+    let (_, _, extended_then) = tokens(
+        store
+            .acquire(bench.acquire(2, AcquireMode::Enqueue, TTL * 3))
+            .await
+            .unwrap()
+            .reply,
+    );
     assert!(extended_then);
     let long = bench.only_lease().await;
     assert!(long != middle && long != short);
@@ -205,7 +215,10 @@ async fn a_request_that_began_under_an_earlier_lease_does_not_move_the_key_back(
     bench.join(&store, 2).await;
     let shared = &store.shared;
     let before = shared.cycles.lease(Cycle::of(2)).unwrap();
-    store.acquire(bench.acquire(2, Ask::Join, TTL * 2)).await.unwrap();
+    store
+        .acquire(bench.acquire(2, AcquireMode::Enqueue, TTL * 2))
+        .await
+        .unwrap();
     let after = bench.only_lease().await;
     let contender = acquire::Contender::new(shared, &bench.key, Cycle::of(2), TTL, 1);
     let reply = bench
@@ -281,7 +294,7 @@ async fn a_waiting_cycle_whose_lease_ended_is_told_to_ask_again() {
     let (theirs, mut pushes) = bench.store(2);
     assert_eq!(pushes.recv().await, Some(Push::Resubscribed { slot: None }));
     bench.join(&ours, 3).await;
-    let request = bench.acquire(3, Ask::Join, LEASE_MIN);
+    let request = bench.acquire(3, AcquireMode::Enqueue, LEASE_MIN);
     theirs.acquire(request.clone()).await.unwrap();
     let all = etcd_client::GetOptions::new().with_prefix();
     let found = bench

@@ -16,7 +16,7 @@ use crate::clock::Moment;
 use crate::fence::FencingToken;
 use crate::identity::ManagerId;
 use crate::key::LockKey;
-use crate::protocol::{Acquire, AcquireReply, Answer, Ask, Push, Release, ReleaseReply, RenewReply, Renewal};
+use crate::protocol::{Acquire, AcquireMode, AcquireReply, Answer, Push, Release, ReleaseReply, RenewReply, Renewal};
 use crate::store::map::StoredMap;
 use crate::store::{Inspection, LeaseStore, Look, MapState, MapStep, Priority, StoreFuture, StoreOptions};
 
@@ -132,7 +132,7 @@ impl LeaseStore for MemoryStore {
         let Acquire {
             key,
             cycle,
-            ask,
+            mode,
             ttl,
             tokens,
         } = request;
@@ -140,11 +140,11 @@ impl LeaseStore for MemoryStore {
         let me = self.manager.sign(cycle).to_string();
         let mut memory = self.memory.lock();
         let terms = self.terms(now, ttl, tokens);
-        let reply = match ask {
-            Ask::Free => memory.core.acquire_freely(&key, &me, terms),
-            Ask::Join => memory.core.acquire(&key, &me, false, terms),
-            Ask::Try => memory.core.acquire(&key, &me, true, terms),
-            Ask::Extend => memory.core.acquire_more(&key, &me, terms),
+        let reply = match mode {
+            AcquireMode::Fast => memory.core.acquire_freely(&key, &me, terms),
+            AcquireMode::Enqueue => memory.core.acquire(&key, &me, false, terms),
+            AcquireMode::Try => memory.core.acquire(&key, &me, true, terms),
+            AcquireMode::Extend => memory.core.acquire_more(&key, &me, terms),
         };
         let pushes = memory.take_pushes();
         drop(memory);

@@ -13,7 +13,7 @@ use super::tally::{Standing, Tally, Vote};
 use super::{MAJORITY_PAUSE, MAJORITY_PAUSE_MAX, Quorum, outage};
 use crate::backoff::Backoff;
 use crate::clock::Moment;
-use crate::protocol::{Acquire, AcquireReply, Answer, Ask, Place, Release};
+use crate::protocol::{Acquire, AcquireMode, AcquireReply, Answer, Place, Release};
 use crate::store::{LeaseStore, StoreError};
 
 /// How long a cycle that lost a split vote backs off, in milliseconds.
@@ -59,9 +59,9 @@ pub(super) async fn acquire(quorum: Arc<Quorum>, request: Acquire) -> Result<Ans
     let mut backoff = Backoff::new(MAJORITY_PAUSE, MAJORITY_PAUSE_MAX);
     loop {
         quorum.wait_for_majority(deadline).await?;
-        let attempted = match request.ask {
-            Ask::Extend => extend(&quorum, &request).await,
-            Ask::Free | Ask::Try | Ask::Join => attempt(&quorum, &request).await,
+        let attempted = match request.mode {
+            AcquireMode::Extend => extend(&quorum, &request).await,
+            AcquireMode::Fast | AcquireMode::Try | AcquireMode::Enqueue => attempt(&quorum, &request).await,
         };
         match attempted {
             Err(StoreError::Unavailable(_)) if Moment::now() < deadline => backoff.wait().await,
@@ -74,10 +74,10 @@ async fn attempt(quorum: &Arc<Quorum>, request: &Acquire) -> Result<Answer<Acqui
     let ttl = request.ttl;
     let slot = quorum.slot(&request.key);
     let sent_at = Moment::now();
-    let free = request.ask == Ask::Free;
+    let free = request.mode == AcquireMode::Fast;
     let at_door = Acquire {
-        ask: match request.ask {
-            Ask::Free => Ask::Try,
+        mode: match request.mode {
+            AcquireMode::Fast => AcquireMode::Try,
             other => other,
         },
         ..request.clone()
@@ -152,17 +152,19 @@ async fn attempt(quorum: &Arc<Quorum>, request: &Acquire) -> Result<Answer<Acqui
     if left_behind.back.is_some() {
         give_up(quorum, back(request)).await;
     }
-    match (standing, request.ask) {
-        (Standing::Lost { refused: true }, Ask::Free) => Ok(with(AcquireReply::Taken)),
-        (Standing::Lost { refused: true }, Ask::Try) => Ok(with(AcquireReply::Busy)),
-        (Standing::Lost { refused: true }, Ask::Join | Ask::Extend) => Ok(with(AcquireReply::Queued(Place {
-            mark: tokens.last(),
-            owner_ttl: Some(Duration::from_millis(rand::random_range(BACK_OFF_MILLIS))),
-            owner_foreign: true,
-            ahead: 0,
-            // Another attempt is due soon anyway.
-            is_reached: true,
-        }))),
+    match (standing, request.mode) {
+        (Standing::Lost { refused: true }, AcquireMode::Fast) => Ok(with(AcquireReply::Taken)),
+        (Standing::Lost { refused: true }, AcquireMode::Try) => Ok(with(AcquireReply::Busy)),
+        (Standing::Lost { refused: true }, AcquireMode::Enqueue | AcquireMode::Extend) => {
+            Ok(with(AcquireReply::Queued(Place {
+                mark: tokens.last(),
+                owner_ttl: Some(Duration::from_millis(rand::random_range(BACK_OFF_MILLIS))),
+                owner_foreign: true,
+                ahead: 0,
+                // Another attempt is due soon anyway.
+                is_reached: true,
+            })))
+        }
         (Standing::Lost { .. } | Standing::Open, _) => Err(quorum.no_majority()),
         (Standing::Won(_), _) => Err(too_late(sent_at, ttl)),
     }

@@ -13,7 +13,7 @@ use super::tally::{Standing, Tally, Vote};
 use super::{Quorum, outage};
 use crate::clock::Moment;
 use crate::fence::TokenBlock;
-use crate::protocol::{Acquire, Ask};
+use crate::protocol::{Acquire, AcquireMode};
 use crate::store::StoreError;
 use crate::store::redis::primary::{Claim, ClaimKind, Claimed};
 
@@ -64,9 +64,9 @@ async fn claim(quorum: &Quorum, request: &Acquire, votes: Votes, at_least: u64) 
             cycle: request.cycle,
             ttl: request.ttl,
             at_least,
-            kind: match request.ask {
-                Ask::Extend => ClaimKind::Extend,
-                Ask::Free | Ask::Try | Ask::Join => ClaimKind::Take,
+            kind: match request.mode {
+                AcquireMode::Extend => ClaimKind::Extend,
+                AcquireMode::Fast | AcquireMode::Try | AcquireMode::Enqueue => ClaimKind::Take,
             },
         };
         claims.push(async move { (node, timeout(quorum.node_limit, node.store.claim(claim)).await) });

@@ -7,7 +7,7 @@ use super::*;
 use crate::endpoint::{Endpoint, EndpointKind};
 use crate::fence::TokenBlock;
 use crate::identity::ManagerId;
-use crate::protocol::Ask;
+use crate::protocol::AcquireMode;
 use crate::store::support::RedisServer;
 use crate::store::support::wait::{PATIENCE, eventually};
 
@@ -84,11 +84,11 @@ impl Bench {
         self.servers[node].command(&["SET", &name, &count.to_string()]);
     }
 
-    async fn acquire(&self, cycle: u64, ask: Ask, ttl: Duration) -> Result<AcquireReply, StoreError> {
+    async fn acquire(&self, cycle: u64, mode: AcquireMode, ttl: Duration) -> Result<AcquireReply, StoreError> {
         let request = Acquire {
             key: key(),
             cycle: Cycle::of(cycle),
-            ask,
+            mode,
             ttl,
             tokens: 4,
         };
@@ -97,7 +97,7 @@ impl Bench {
 
     /// Acquires the lock for that cycle.
     async fn hold(&self, cycle: u64) -> TokenBlock {
-        match self.acquire(cycle, Ask::Join, TTL).await {
+        match self.acquire(cycle, AcquireMode::Enqueue, TTL).await {
             Ok(AcquireReply::Granted { tokens, .. }) => tokens,
             other => panic!("no lock but {other:?}"),
         }
@@ -146,14 +146,14 @@ async fn claim_at_a_node_without_a_vote_does_not_count() {
     let bench = Bench::new().await;
     bench.take(1);
     bench.nodes[2].store.set_vote(false);
-    for (ask, cycle) in [(Ask::Free, 2), (Ask::Try, 4), (Ask::Join, 6)] {
-        let reply = bench.acquire(cycle, ask, TTL).await;
-        let is_right = match ask {
-            Ask::Free => matches!(reply, Ok(AcquireReply::Taken)),
-            Ask::Try => matches!(reply, Ok(AcquireReply::Busy)),
-            Ask::Join | Ask::Extend => matches!(reply, Ok(AcquireReply::Queued(_))),
+    for (mode, cycle) in [(AcquireMode::Fast, 2), (AcquireMode::Try, 4), (AcquireMode::Enqueue, 6)] {
+        let reply = bench.acquire(cycle, mode, TTL).await;
+        let is_right = match mode {
+            AcquireMode::Fast => matches!(reply, Ok(AcquireReply::Taken)),
+            AcquireMode::Try => matches!(reply, Ok(AcquireReply::Busy)),
+            AcquireMode::Enqueue | AcquireMode::Extend => matches!(reply, Ok(AcquireReply::Queued(_))),
         };
-        assert!(is_right, "{ask:?}: {reply:?}");
+        assert!(is_right, "{mode:?}: {reply:?}");
         assert_eq!([bench.owner(0), bench.owner(2)], [None, None], "nothing is left behind");
     }
     // With its vote there is a majority.
@@ -169,7 +169,7 @@ async fn answer_of_a_door_that_has_lost_its_vote_does_not_count() {
     bench.take(2);
     let door = &bench.servers[0];
     door.stop();
-    let mut acquiring = std::pin::pin!(bench.acquire(2, Ask::Join, TTL));
+    let mut acquiring = std::pin::pin!(bench.acquire(2, AcquireMode::Enqueue, TTL));
     tokio::select! {
         biased;
         reply = &mut acquiring => panic!("an answer of a stopped server: {reply:?}"),
@@ -207,11 +207,11 @@ async fn request_waits_for_a_majority_that_comes_back_in_time() {
     let bench = Bench::new().await;
     let set_votes = |has| bench.nodes[1..].iter().for_each(|node| node.store.set_vote(has));
     set_votes(false);
-    let reply = bench.acquire(2, Ask::Join, TTL).await;
+    let reply = bench.acquire(2, AcquireMode::Enqueue, TTL).await;
     assert!(matches!(reply, Err(StoreError::Unavailable(_))), "{reply:?}");
 
     let bench = bench.with_majority_limit(PATIENCE);
-    let (reply, ()) = tokio::join!(bench.acquire(4, Ask::Join, TTL), async {
+    let (reply, ()) = tokio::join!(bench.acquire(4, AcquireMode::Enqueue, TTL), async {
         tokio::task::yield_now().await;
         bench.nodes[1..].iter().for_each(|node| node.store.set_vote(true));
     });
@@ -226,7 +226,9 @@ async fn majority_that_came_too_late_is_no_lock() {
     // Two milliseconds are subtracted for clocks that run at different speeds, which leaves nothing
     // of these.
     for millis in [1, 2] {
-        let reply = bench.acquire(2, Ask::Join, Duration::from_millis(millis)).await;
+        let reply = bench
+            .acquire(2, AcquireMode::Enqueue, Duration::from_millis(millis))
+            .await;
         assert!(matches!(reply, Err(StoreError::Unavailable(_))), "{reply:?}");
     }
     assert!(!bench.store.quorum.holds(Cycle::of(2)));
@@ -274,7 +276,7 @@ async fn door_alone_is_no_majority() {
     let bench = Bench::new().await.with_node_limit(Duration::from_millis(200));
     bench.servers[1].stop();
     bench.servers[2].kill();
-    let reply = bench.acquire(2, Ask::Join, TTL).await;
+    let reply = bench.acquire(2, AcquireMode::Enqueue, TTL).await;
     assert!(matches!(reply, Err(StoreError::Unavailable(_))), "{reply:?}");
     assert!(!bench.nodes[1].is_up() && !bench.nodes[2].is_up());
     assert!(bench.nodes[1].owes(Cycle::of(2)) && bench.nodes[2].owes(Cycle::of(2)));
@@ -288,7 +290,7 @@ async fn request_that_is_dropped_midway_owes_its_door_a_release() {
     bench.servers[0].stop();
     tokio::select! {
         biased;
-        reply = bench.acquire(2, Ask::Join, TTL) => panic!("an answer of a stopped server: {reply:?}"),
+        reply = bench.acquire(2, AcquireMode::Enqueue, TTL) => panic!("an answer of a stopped server: {reply:?}"),
         () = tokio::task::yield_now() => {}
     }
     bench.servers[0].cont();
@@ -303,11 +305,14 @@ async fn key_that_has_another_owner_at_the_door_is_reported_as_each_request_need
     let bench = Bench::new().await;
     bench.take(0);
     assert!(matches!(
-        bench.acquire(2, Ask::Free, TTL).await,
+        bench.acquire(2, AcquireMode::Fast, TTL).await,
         Ok(AcquireReply::Taken)
     ));
-    assert!(matches!(bench.acquire(4, Ask::Try, TTL).await, Ok(AcquireReply::Busy)));
-    let reply = bench.acquire(6, Ask::Join, TTL).await;
+    assert!(matches!(
+        bench.acquire(4, AcquireMode::Try, TTL).await,
+        Ok(AcquireReply::Busy)
+    ));
+    let reply = bench.acquire(6, AcquireMode::Enqueue, TTL).await;
     assert!(
         matches!(reply, Ok(AcquireReply::Queued(place)) if place.owner_foreign),
         "{reply:?}"
@@ -328,7 +333,7 @@ async fn extension_that_finds_no_majority_gives_nothing_back() {
     for node in [1, 2] {
         bench.take(node);
     }
-    let reply = bench.acquire(2, Ask::Extend, TTL).await;
+    let reply = bench.acquire(2, AcquireMode::Extend, TTL).await;
     assert!(matches!(reply, Ok(AcquireReply::Busy)), "{reply:?}");
     assert_eq!(bench.owner(0), bench.signature(2));
 }
@@ -340,7 +345,7 @@ async fn refusal_of_all_nodes_is_told_with_its_reason() {
     for (node, server) in bench.nodes.iter().zip(&bench.servers) {
         server.command(&["SET", &node.store.queue_name(&key()), "not a queue"]);
     }
-    let reply = bench.acquire(2, Ask::Join, TTL).await;
+    let reply = bench.acquire(2, AcquireMode::Enqueue, TTL).await;
     assert!(matches!(reply, Err(StoreError::Refused(_))), "{reply:?}");
 }
 
@@ -398,7 +403,7 @@ async fn extension_without_a_majority_that_kept_the_lease_is_none() {
         }
         // Nor may a node that lost the lease count as one that kept it the second time.
         for _ in 0..2 {
-            let reply = bench.acquire(2, Ask::Extend, TTL).await;
+            let reply = bench.acquire(2, AcquireMode::Extend, TTL).await;
             match reply {
                 Ok(AcquireReply::Granted { extended, .. }) => assert!(extended && is_kept, "{lost:?}"),
                 Ok(AcquireReply::Busy) => assert!(!is_kept, "{lost:?}"),
@@ -431,7 +436,7 @@ async fn extension_is_no_loss_while_a_majority_may_have_the_lease() {
             take(&bench, without);
             bench.servers[silent].stop();
             for _ in 0..2 {
-                let reply = bench.acquire(2, Ask::Extend, TTL).await;
+                let reply = bench.acquire(2, AcquireMode::Extend, TTL).await;
                 assert!(
                     matches!(reply, Err(StoreError::Unavailable(_))),
                     "{without} {silent}: {reply:?}"
@@ -441,7 +446,7 @@ async fn extension_is_no_loss_while_a_majority_may_have_the_lease() {
             assert!(bench.store.quorum.holds(Cycle::of(2)));
             bench.nodes[silent].mark_up(bench.nodes[silent].downs());
             let bench = bench.with_node_limit(PATIENCE);
-            let reply = bench.acquire(2, Ask::Extend, TTL).await;
+            let reply = bench.acquire(2, AcquireMode::Extend, TTL).await;
             assert!(
                 matches!(reply, Ok(AcquireReply::Granted { extended: true, .. })),
                 "{without} {silent}: {reply:?}"
@@ -455,9 +460,11 @@ async fn extension_is_no_loss_while_a_majority_may_have_the_lease() {
 async fn ttl_above_the_longest_is_refused_and_claims_nothing() {
     let bench = Bench::new().await;
     let longest = bench.store.quorum.max_ttl;
-    let reply = bench.acquire(2, Ask::Join, longest + Duration::from_millis(1)).await;
+    let reply = bench
+        .acquire(2, AcquireMode::Enqueue, longest + Duration::from_millis(1))
+        .await;
     assert!(matches!(reply, Err(StoreError::Refused(_))), "{reply:?}");
     assert_eq!([0, 1, 2].map(|node| bench.owner(node)), [None, None, None]);
-    let reply = bench.acquire(2, Ask::Join, longest).await;
+    let reply = bench.acquire(2, AcquireMode::Enqueue, longest).await;
     assert!(is_granted(&reply), "{reply:?}");
 }

@@ -12,7 +12,7 @@ use super::permission::Permissions;
 use super::primary::{Claim, ClaimKind};
 use crate::identity::{ManagerId, Signature};
 use crate::key::{LockKey, Slot};
-use crate::protocol::{Acquire, Ask, Cycle, Release, Renewal};
+use crate::protocol::{Acquire, AcquireMode, Cycle, Release, Renewal};
 use crate::store::INSPECTED_QUEUE_MAX;
 
 /// Builds the commands of one manager in one namespace.
@@ -86,16 +86,16 @@ impl Commands {
         let &Acquire {
             ref key,
             cycle,
-            ask,
+            mode,
             ttl,
             tokens,
         } = request;
         self.write_keys(command, key, cycle);
         command.arg(millis(ttl)).arg(tokens).arg(floor);
-        command.arg(match ask {
-            Ask::Join => "join",
-            Ask::Free | Ask::Try => "try",
-            Ask::Extend => "extend",
+        command.arg(match mode {
+            AcquireMode::Enqueue => "join",
+            AcquireMode::Fast | AcquireMode::Try => "try",
+            AcquireMode::Extend => "extend",
         });
         self.write_inbox_prefix(command, key);
         command.arg(key.as_str());

@@ -26,7 +26,7 @@ fn request(number: u64, cycle: u64) -> Acquire {
     Acquire {
         key: key(number),
         cycle: Cycle::of(cycle),
-        ask: Ask::Join,
+        mode: AcquireMode::Enqueue,
         ttl: SHORT,
         tokens: 1,
     }

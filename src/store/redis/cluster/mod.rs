@@ -53,7 +53,7 @@ use crate::endpoint::ServerUrl;
 use crate::error::Invalid;
 use crate::key::{LockKey, SLOTS, Slot};
 use crate::notice::Seldom;
-use crate::protocol::{Acquire, AcquireReply, Answer, Ask, Push, Release, ReleaseReply, RenewReply, Renewal};
+use crate::protocol::{Acquire, AcquireMode, AcquireReply, Answer, Push, Release, ReleaseReply, RenewReply, Renewal};
 use crate::store::map::StoredMap;
 use crate::store::{self, Inspection, LeaseStore, Look, MapState, MapStep, StoreError, StoreFuture, StoreOptions};
 use crate::telemetry::ShardMetrics;
@@ -321,11 +321,11 @@ impl LeaseStore for ClusterStore {
             let started = Moment::now();
             lane.check_map(None).await?;
             let slot = shared.commands.names.of(&request.key).slot();
-            let Acquire { ask, ttl, tokens, .. } = request;
+            let Acquire { mode, ttl, tokens, .. } = request;
             // A cycle that takes a free key with a single token asks again before it passes the key
             // on to a second task, and learns of remote waiters then. With more tokens, it must be
             // notified.
-            if ask == Ask::Join || tokens > 1 {
+            if mode == AcquireMode::Enqueue || tokens > 1 {
                 inbox.ready(slot).await?;
             }
             let (said, reply, floor) = loop {
@@ -334,8 +334,8 @@ impl LeaseStore for ClusterStore {
                 let said = lane
                     .script(&shared.scripts.acquire, slot, shared.min_replicas_acked, &fill)
                     .await?;
-                let reply = match (acquired(&said.value, tokens)?, ask) {
-                    (AcquireReply::Busy, Ask::Free) => AcquireReply::Taken,
+                let reply = match (acquired(&said.value, tokens)?, mode) {
+                    (AcquireReply::Busy, AcquireMode::Fast) => AcquireReply::Taken,
                     (reply, _) => reply,
                 };
                 shared.saw(slot, &reply);

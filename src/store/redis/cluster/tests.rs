@@ -10,7 +10,7 @@ use super::ClusterStore;
 use crate::endpoint::{Endpoint, EndpointKind};
 use crate::identity::ManagerId;
 use crate::key::{LockKey, SLOTS, Slot};
-use crate::protocol::{Acquire, AcquireReply, Ask, Cycle, Push};
+use crate::protocol::{Acquire, AcquireMode, AcquireReply, Cycle, Push};
 use crate::store::redis::Compared;
 use crate::store::{LeaseStore, StoreOptions, support};
 
@@ -56,11 +56,11 @@ impl Compared for ClusterStore {
     }
 }
 
-async fn acquire(store: &ClusterStore, ask: Ask) -> AcquireReply {
+async fn acquire(store: &ClusterStore, mode: AcquireMode) -> AcquireReply {
     let request = Acquire {
         key: LockKey::new("k").unwrap(),
         cycle: Cycle::of(1),
-        ask,
+        mode,
         ttl: Duration::from_secs(600),
         tokens: 1,
     };
@@ -81,7 +81,7 @@ async fn waiter_of_a_held_key(
     let listening = tokio::spawn(waiter.listen(sender));
     assert_eq!(pushes.recv().await, Some(Push::Resubscribed { slot: None }));
     assert!(matches!(
-        acquire(&holder, Ask::Free).await,
+        acquire(&holder, AcquireMode::Fast).await,
         AcquireReply::Granted { .. }
     ));
     (waiter, pushes, listening)
@@ -92,10 +92,13 @@ async fn an_inbox_that_is_idle_is_given_up_and_who_waits_there_is_told_to_ask() 
     let cluster = support::Cluster::start(3, 0);
     let (waiter, mut pushes, listening) = waiter_of_a_held_key(&cluster, 1).await;
     // Acquiring a free key needs no inbox; waiting does.
-    assert!(matches!(acquire(&waiter, Ask::Free).await, AcquireReply::Taken));
+    assert!(matches!(acquire(&waiter, AcquireMode::Fast).await, AcquireReply::Taken));
     assert_eq!(cluster.shard_channels(), [""; 0]);
     for _ in 0..2 {
-        assert!(matches!(acquire(&waiter, Ask::Join).await, AcquireReply::Queued(_)));
+        assert!(matches!(
+            acquire(&waiter, AcquireMode::Enqueue).await,
+            AcquireReply::Queued(_)
+        ));
         assert_eq!(cluster.shard_channels().len(), 1);
         let slot = Some(waiter.slot_of(&LockKey::new("k").unwrap()));
         let told = tokio::time::timeout(support::PATIENCE, pushes.recv()).await.unwrap();
@@ -110,7 +113,10 @@ async fn an_inbox_that_is_idle_is_given_up_and_who_waits_there_is_told_to_ask() 
 async fn an_inbox_at_a_node_that_a_map_left_out_is_made_again() {
     let cluster = support::Cluster::start(3, 0);
     let (waiter, mut pushes, listening) = waiter_of_a_held_key(&cluster, 60).await;
-    assert!(matches!(acquire(&waiter, Ask::Join).await, AcquireReply::Queued(_)));
+    assert!(matches!(
+        acquire(&waiter, AcquireMode::Enqueue).await,
+        AcquireReply::Queued(_)
+    ));
     let inbox = cluster.shard_channels();
     assert_eq!(inbox.len(), 1);
     // A node that has just joined knows few others.

@@ -67,7 +67,7 @@ use crate::error::Invalid;
 use crate::key::{LockKey, SLOTS, Slot};
 use crate::notice::Seldom;
 use crate::program::Runtimes;
-use crate::protocol::{Acquire, AcquireReply, Answer, Ask, Push, Release, ReleaseReply, RenewReply, Renewal};
+use crate::protocol::{Acquire, AcquireMode, AcquireReply, Answer, Push, Release, ReleaseReply, RenewReply, Renewal};
 use crate::store::map::StoredMap;
 use crate::store::{
     Inspection, LeaseStore, Look, MapState, MapStep, Priority, StoreError, StoreFuture, StoreOptions, TlsFiles,
@@ -302,7 +302,7 @@ impl Shared {
             // Boxed, so that it does not enlarge the future of every request.
             return Box::pin(self.ask_confirmed(confirm, live, request, slot, floor)).await;
         }
-        if request.ask == Ask::Free {
+        if request.mode == AcquireMode::Fast {
             let commands = self.commands.take_freely(request, slot);
             let replies = live.connection.send_packed_commands(&commands, 0, 2).await?;
             let replies = self.commands.permissions.without_errors(&commands, replies)?;
@@ -323,7 +323,7 @@ impl Shared {
         floor: u64,
     ) -> RedisResult<Result<AcquireReply, StoreError>> {
         let wait = confirm.next();
-        let (reply, acked) = if request.ask == Ask::Free {
+        let (reply, acked) = if request.mode == AcquireMode::Fast {
             let mut commands = self.commands.take_freely(request, slot);
             commands.add_command(wait.command());
             let mut replies = live.connection.send_packed_commands(&commands, 0, 3).await?;
@@ -444,10 +444,10 @@ impl LeaseStore for RedisStore {
                     }
                     Err(error) => attempts.failed(&shared, &link, &live, &error)?,
                 }
-                if request.ask == Ask::Free {
+                if request.mode == AcquireMode::Fast {
                     // The attempt may have taken the lease: only the script recognizes its own
                     // lease.
-                    request.ask = Ask::Join;
+                    request.mode = AcquireMode::Enqueue;
                 }
             }
         })

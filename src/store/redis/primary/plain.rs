@@ -161,7 +161,7 @@ mod tests {
     use super::*;
     use crate::identity::ManagerId;
     use crate::key::LockKey;
-    use crate::protocol::{Acquire, AcquireReply, Ask, Cycle, Push};
+    use crate::protocol::{Acquire, AcquireMode, AcquireReply, Cycle, Push};
     use crate::store::redis::primary::RedisStore;
     use crate::store::support::RedisServer;
     use crate::store::{LeaseStore, StoreOptions};
@@ -192,7 +192,7 @@ mod tests {
         let request = Acquire {
             key: LockKey::new("k").unwrap(),
             cycle: Cycle::of(2),
-            ask: Ask::Free,
+            mode: AcquireMode::Fast,
             ttl: Duration::from_secs(10),
             tokens: 1,
         };
