@@ -68,7 +68,7 @@ pub(crate) enum AcquireReply {
         extended: bool,
     },
     /// The cycle is in the queue.
-    Queued(Place),
+    Queued(QueuePosition),
     /// The fast path found the key taken. Nothing was left behind.
     Taken,
     /// A try found the key held or wanted. Nothing was left behind.
@@ -77,9 +77,9 @@ pub(crate) enum AcquireReply {
 
 /// A position in a key's queue.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub(crate) struct Place {
+pub(crate) struct QueuePosition {
     /// The slot's counter at the time of the reply. Tokens of later grants are larger.
-    pub(crate) mark: u64,
+    pub(crate) enqueue_token: u64,
     /// The remaining TTL of the owner's lease; `None` if it never ends.
     pub(crate) owner_ttl: Option<Duration>,
     /// Whether the owner is not a shardlock manager, so that its release causes no notification.
@@ -88,7 +88,7 @@ pub(crate) struct Place {
     pub(crate) ahead: u64,
     /// Whether the inbox of this manager is subscribed on the server that replied. If not, no grant
     /// arrives, and the cycle has to ask again by itself.
-    pub(crate) is_reached: bool,
+    pub(crate) is_subscribed: bool,
 }
 
 /// A store's reply to a [`Release`].

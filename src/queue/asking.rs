@@ -9,7 +9,7 @@ use super::terms::Flaw;
 use super::terms::{Context, Outcome, Path};
 use super::{BLOCK_MAX, BLOCK_MIN, Queue};
 use crate::clock::Moment;
-use crate::protocol::{AcquireMode, AcquireReply, Answer, Cycle, Grant, Place};
+use crate::protocol::{AcquireMode, AcquireReply, Answer, Cycle, Grant, QueuePosition};
 
 /// How many replies may arrive after the lease has expired before the waiters fail.
 const TOO_LATE_MAX: u32 = 3;
@@ -129,7 +129,7 @@ impl<W> Queue<W> {
                 self.rivals_seen = asking.wanted || queued > 0 || was_queued;
                 self.hold(cycle, tokens, answer.ttl, answer.sent_at, path, cx, effects);
             }
-            AcquireReply::Queued(place) => self.queued(answer.sent_at, place, cx, effects),
+            AcquireReply::Queued(position) => self.queued(answer.sent_at, position, cx, effects),
             AcquireReply::Taken => {
                 // The cycle left nothing behind in the store. The next one expects remote waiters.
                 self.rivals_seen = true;
@@ -145,17 +145,23 @@ impl<W> Queue<W> {
         }
     }
 
-    pub(super) fn queued(&mut self, sent_at: Moment, place: Place, cx: Context<'_>, effects: &mut Effects<W>) {
+    pub(super) fn queued(
+        &mut self,
+        sent_at: Moment,
+        position: QueuePosition,
+        cx: Context<'_>,
+        effects: &mut Effects<W>,
+    ) {
         let Phase::Asking(asking) = &mut self.phase else { return };
         let (cycle, early, missed_pushes) = (asking.cycle, asking.early, asking.missed_pushes);
         self.rivals_seen = true;
         if self.waiters.is_empty() {
             return self.release(cycle, cx, effects);
         }
-        let ahead = u32::try_from(place.ahead).unwrap_or(u32::MAX);
+        let ahead = u32::try_from(position.ahead).unwrap_or(u32::MAX);
         let spread = SPREAD.saturating_mul(ahead.saturating_add(1)).min(LOOK_MAX / 4);
-        let look_in = match (place.owner_ttl, place.owner_foreign) {
-            (owner_ttl, _) if !place.is_reached => {
+        let look_in = match (position.owner_ttl, position.owner_foreign) {
+            (owner_ttl, _) if !position.is_subscribed => {
                 let look = UNREACHED_LOOK.min(cycle.ttl() / 4);
                 owner_ttl.map_or(look, |ttl| look.min(ttl + SPREAD))
             }
@@ -167,12 +173,12 @@ impl<W> Queue<W> {
         };
         self.phase = Phase::Queued(Queued {
             cycle,
-            mark: place.mark,
+            mark: position.enqueue_token,
             asked_at: sent_at,
             ask_again_at: cx.now + look_in,
         });
         if let Some(grant) = early {
-            self.enter(grant, place.mark, sent_at, cx, effects);
+            self.enter(grant, position.enqueue_token, sent_at, cx, effects);
         }
         if missed_pushes && matches!(self.phase, Phase::Queued(_)) {
             self.ask_again(effects);

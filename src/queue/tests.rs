@@ -18,7 +18,7 @@ use std::time::Duration;
 use super::*;
 use crate::clock::Moment;
 use crate::fence::TokenBlock;
-use crate::protocol::{AcquireMode, AcquireReply, Answer, Cycles, Grant, Place, ReleaseReply, RenewReply};
+use crate::protocol::{AcquireMode, AcquireReply, Answer, Cycles, Grant, QueuePosition, ReleaseReply, RenewReply};
 
 /// A queue with everything its events need, and a clock set by the test.
 #[derive(Debug)]
@@ -96,12 +96,12 @@ const fn extended(first: u64, last: u64) -> AcquireReply {
 
 /// A "queued" reply: the owner's lease lasts for another half second.
 const fn queued(mark: u64) -> AcquireReply {
-    AcquireReply::Queued(Place {
-        mark,
+    AcquireReply::Queued(QueuePosition {
+        enqueue_token: mark,
         owner_ttl: Some(ms(500)),
         owner_foreign: false,
         ahead: 0,
-        is_reached: true,
+        is_subscribed: true,
     })
 }
 

@@ -468,7 +468,7 @@ const fn slot(k: usize) -> usize {
 const fn seen_in(reply: &AcquireReply) -> u64 {
     match reply {
         AcquireReply::Granted { tokens, .. } => tokens.last(),
-        AcquireReply::Queued(place) => place.mark,
+        AcquireReply::Queued(position) => position.enqueue_token,
         AcquireReply::Taken | AcquireReply::Busy => 0,
     }
 }

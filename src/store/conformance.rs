@@ -17,7 +17,7 @@ use crate::clock::Moment;
 use crate::identity::ManagerId;
 use crate::key::LockKey;
 use crate::protocol::{
-    Acquire, AcquireMode, AcquireReply, Cycle, Place, Push, Release, ReleaseReply, RenewReply, Renewal,
+    Acquire, AcquireMode, AcquireReply, Cycle, Push, QueuePosition, Release, ReleaseReply, RenewReply, Renewal,
 };
 use crate::store::memory::{MemoryCore, Terms};
 use crate::store::redis::Compared;
@@ -399,9 +399,9 @@ fn same_time(expected: Option<Duration>, found: Option<Duration>) -> bool {
 fn same_acquired(expected: &AcquireReply, found: &AcquireReply) -> bool {
     match (expected, found) {
         (AcquireReply::Queued(expected), AcquireReply::Queued(found)) => {
-            let timeless = |place: &Place| Place {
+            let timeless = |position: &QueuePosition| QueuePosition {
                 owner_ttl: None,
-                ..*place
+                ..*position
             };
             same_time(expected.owner_ttl, found.owner_ttl) && timeless(expected) == timeless(found)
         }

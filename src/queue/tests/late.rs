@@ -204,14 +204,14 @@ fn waiter_that_no_grant_reaches_looks_often() {
             ..WANT
         };
         let cycle = bench.want_as(0, want).1.asks().0;
-        let place = Place {
-            mark: 10,
+        let position = QueuePosition {
+            enqueue_token: 10,
             owner_ttl,
             owner_foreign: false,
             ahead: 0,
-            is_reached: false,
+            is_subscribed: false,
         };
-        bench.reply(cycle, AcquireReply::Queued(place));
+        bench.reply(cycle, AcquireReply::Queued(position));
         assert_eq!(
             bench.queue.look_at(),
             Some(bench.now + ms(look_in)),
@@ -227,14 +227,14 @@ fn waiter_far_back_looks_in_bounded_time() {
     for (ahead, look_in) in [(4_999, 12_500), (u64::MAX, 12_500)] {
         let mut bench = Bench::new();
         let (_, seen) = bench.want(0);
-        let place = Place {
-            mark: 10,
+        let position = QueuePosition {
+            enqueue_token: 10,
             owner_ttl: Some(ms(3_600_000)),
             owner_foreign: false,
             ahead,
-            is_reached: true,
+            is_subscribed: true,
         };
-        bench.reply(seen.asks().0, AcquireReply::Queued(place));
+        bench.reply(seen.asks().0, AcquireReply::Queued(position));
         assert_eq!(bench.queue.look_at(), Some(bench.now + ms(look_in)), "{ahead}");
     }
 }

@@ -131,15 +131,15 @@ fn those_further_back_look_later_and_foreign_owners_are_looked_at_more_often() {
     ] {
         let mut bench = Bench::new();
         let cycle = bench.want(0).1.asks().0;
-        let place = Place {
-            mark: 1,
+        let position = QueuePosition {
+            enqueue_token: 1,
             owner_ttl,
             owner_foreign,
             ahead,
-            is_reached: true,
+            is_subscribed: true,
         };
-        bench.reply(cycle, AcquireReply::Queued(place));
-        assert_eq!(bench.queue.look_at(), Some(bench.now + ms(look_in)), "{place:?}");
+        bench.reply(cycle, AcquireReply::Queued(position));
+        assert_eq!(bench.queue.look_at(), Some(bench.now + ms(look_in)), "{position:?}");
     }
 }
 

@@ -17,7 +17,7 @@ use crate::backoff::Backoff;
 use crate::clock::Moment;
 use crate::identity::parse_signature;
 use crate::key::LockKey;
-use crate::protocol::{Acquire, AcquireMode, AcquireReply, Answer, Cycle, Place};
+use crate::protocol::{Acquire, AcquireMode, AcquireReply, Answer, Cycle, QueuePosition};
 use crate::store::StoreError;
 
 /// How many times a lease may end under one request before the request fails.
@@ -405,12 +405,12 @@ pub(super) async fn judge(
     if ahead == 1 || !is_new {
         tell_owner(shared, link, contender, &member(&contender.prefix, &owner.name), lease).await;
     }
-    Ok(AcquireReply::Queued(Place {
-        mark: floor_of(u64::try_from(line.revision).unwrap_or(0)),
+    Ok(AcquireReply::Queued(QueuePosition {
+        enqueue_token: floor_of(u64::try_from(line.revision).unwrap_or(0)),
         owner_ttl: Some(LOOK_AGAIN),
         // The watch reports the end of the key before ours, whoever owns it.
         owner_foreign: false,
-        is_reached: true,
+        is_subscribed: true,
         ahead: ahead as u64,
     }))
 }

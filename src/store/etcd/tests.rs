@@ -252,11 +252,11 @@ async fn a_requeue_gives_the_lock_to_the_next_and_joins_behind_all() {
     let (theirs, mut pushes) = bench.store(2);
     assert_eq!(pushes.recv().await, Some(Push::Resubscribed { slot: None }));
     let (_, last, _) = tokens(bench.join(&ours, 3).await);
-    let AcquireReply::Queued(place) = bench.join(&theirs, 3).await else {
+    let AcquireReply::Queued(position) = bench.join(&theirs, 3).await else {
         panic!("it is taken")
     };
-    assert_eq!(place.ahead, 1);
-    assert!(place.mark >= last);
+    assert_eq!(position.ahead, 1);
+    assert!(position.enqueue_token >= last);
     let answer = ours
         .release(Priority::Foreground, bench.release(3, Some(5)))
         .await
@@ -272,7 +272,7 @@ async fn a_requeue_gives_the_lock_to_the_next_and_joins_behind_all() {
     };
     assert_eq!(pushes.recv().await, Some(turn));
     let (first, ..) = tokens(bench.join(&theirs, 3).await);
-    assert!(first > place.mark);
+    assert!(first > position.enqueue_token);
     // Without other waiters, it is the next.
     theirs
         .release(Priority::Foreground, bench.release(3, None))
@@ -318,7 +318,7 @@ async fn a_waiting_cycle_whose_lease_ended_is_told_to_ask_again() {
     assert_eq!(pushes.recv().await, Some(turn));
     let again = theirs.acquire(request).await.unwrap().reply;
     assert!(
-        matches!(again, AcquireReply::Queued(place) if place.ahead == 1),
+        matches!(again, AcquireReply::Queued(position) if position.ahead == 1),
         "{again:?}"
     );
 }

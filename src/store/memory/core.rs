@@ -11,7 +11,7 @@ use crate::clock::Moment;
 use crate::fence::{FencingToken, TokenBlock};
 use crate::identity::parse_signature;
 use crate::key::{LockKey, Slot};
-use crate::protocol::{AcquireReply, Cycle, Grant, Place, Push, ReleaseReply, RenewReply};
+use crate::protocol::{AcquireReply, Cycle, Grant, Push, QueuePosition, ReleaseReply, RenewReply};
 #[cfg(test)]
 use crate::queue::Flaw;
 use crate::store::{Holder, INSPECTED_QUEUE_MAX, Inspection};
@@ -48,7 +48,7 @@ struct Member {
     joined_at: u64,
     owner: String,
     /// Whether its manager's inbox was subscribed here when the cycle last sent a request.
-    is_reached: bool,
+    is_subscribed: bool,
 }
 
 /// The longest TTL of a lease whose new owner can't be notified, and learns of it by its next
@@ -137,7 +137,7 @@ impl MemoryCore {
             }
             Some(_) if only_try => AcquireReply::Busy,
             Some(owner) => {
-                let (mark, ahead, new, is_reached) = self.join(key, me, terms);
+                let (mark, ahead, new, is_subscribed) = self.join(key, me, terms);
                 if (ahead == 0 || !new)
                     && let Some((manager, cycle)) = parse_signature(&owner)
                     && !cycle.expects_rivals()
@@ -150,7 +150,7 @@ impl MemoryCore {
                         },
                     );
                 }
-                self.queued(key, mark, ahead, is_reached, terms.now)
+                self.queued(key, mark, ahead, is_subscribed, terms.now)
             }
             None => self.acquire_unowned(key, me, only_try, terms),
         }
@@ -192,8 +192,8 @@ impl MemoryCore {
                 extended: false,
             };
         }
-        let (.., is_reached) = self.join(key, me, terms);
-        self.passed_on(key, me, is_reached, terms)
+        let (.., is_subscribed) = self.join(key, me, terms);
+        self.passed_on(key, me, is_subscribed, terms)
     }
 
     /// Releases the lease or leaves the queue. If there is a `next`, it joins the tail first.
@@ -216,8 +216,8 @@ impl MemoryCore {
                 None
             }
             (true, Some(next)) => {
-                let (.., is_reached) = self.join(key, next, terms);
-                Some(self.passed_on(key, next, is_reached, terms))
+                let (.., is_subscribed) = self.join(key, next, terms);
+                Some(self.passed_on(key, next, is_subscribed, terms))
             }
         };
         self.forget_if_unused(key);
@@ -335,24 +335,27 @@ impl MemoryCore {
     /// member is new, and whether a grant would reach it.
     fn join(&mut self, key: &LockKey, me: &str, terms: Terms) -> (u64, u64, bool, bool) {
         let mark = self.reserve(key, Terms { tokens: 1, ..terms }).last();
-        let is_reached = parse_signature(me).is_some_and(|(manager, _)| self.listening.contains(manager));
+        let is_subscribed = parse_signature(me).is_some_and(|(manager, _)| self.listening.contains(manager));
         let queue = &mut self.locks.entry(key.clone()).or_default().queue;
         let place = queue.iter().enumerate().find(|(_, member)| member.owner == me);
         match place.map(|(ahead, member)| (ahead, member.clone())) {
             Some((ahead, member)) => {
-                if !is_reached && member.is_reached {
+                if !is_subscribed && member.is_subscribed {
                     queue.remove(&member);
-                    queue.insert(Member { is_reached, ..member });
+                    queue.insert(Member {
+                        is_subscribed,
+                        ..member
+                    });
                 }
-                (mark, ahead as u64, false, is_reached)
+                (mark, ahead as u64, false, is_subscribed)
             }
             None => {
                 queue.insert(Member {
                     joined_at: mark,
                     owner: me.to_owned(),
-                    is_reached,
+                    is_subscribed,
                 });
-                (mark, queue.len() as u64 - 1, true, is_reached)
+                (mark, queue.len() as u64 - 1, true, is_subscribed)
             }
         }
     }
@@ -376,7 +379,7 @@ impl MemoryCore {
 
     /// Passes the lease on to the head of the queue, which contains `me`, and returns the reply to
     /// `me`.
-    fn passed_on(&mut self, key: &LockKey, me: &str, is_reached: bool, terms: Terms) -> AcquireReply {
+    fn passed_on(&mut self, key: &LockKey, me: &str, is_subscribed: bool, terms: Terms) -> AcquireReply {
         match self.pass_on(key, Some(me), terms) {
             Some((heir, tokens)) if heir == me => AcquireReply::Granted {
                 tokens,
@@ -389,7 +392,7 @@ impl MemoryCore {
                     .get(key)
                     .and_then(|lock| lock.queue.iter().position(|member| member.owner == me));
                 let ahead = ahead.unwrap_or_default() as u64;
-                self.queued(key, tokens.last(), ahead, is_reached, terms.now)
+                self.queued(key, tokens.last(), ahead, is_subscribed, terms.now)
             }
             None => AcquireReply::Busy,
         }
@@ -428,7 +431,7 @@ impl MemoryCore {
                 self.notify_of_grant(key, manager, cycle, tokens);
                 return Some((heir.owner, tokens));
             }
-            if !heir.is_reached {
+            if !heir.is_subscribed {
                 let ttl = own_terms.ttl.min(self.unnotified_lease());
                 self.set_owner(key, &heir.owner, Terms { ttl, ..terms });
                 let tokens = self.reserve(key, Terms { tokens: 1, ..terms });
@@ -473,14 +476,14 @@ impl MemoryCore {
         None
     }
 
-    fn queued(&self, key: &LockKey, mark: u64, ahead: u64, is_reached: bool, now: Moment) -> AcquireReply {
+    fn queued(&self, key: &LockKey, mark: u64, ahead: u64, is_subscribed: bool, now: Moment) -> AcquireReply {
         let lease = self.locks.get(key).and_then(|lock| lock.lease.as_ref());
-        AcquireReply::Queued(Place {
-            mark,
+        AcquireReply::Queued(QueuePosition {
+            enqueue_token: mark,
             owner_ttl: lease.and_then(|lease| lease.ends).map(|ends| ends.since(now)),
             owner_foreign: lease.is_some_and(|lease| parse_signature(&lease.owner).is_none()),
             ahead,
-            is_reached,
+            is_subscribed,
         })
     }
 

@@ -13,7 +13,7 @@ use super::tally::{Standing, Tally, Vote};
 use super::{MAJORITY_PAUSE, MAJORITY_PAUSE_MAX, Quorum, outage};
 use crate::backoff::Backoff;
 use crate::clock::Moment;
-use crate::protocol::{Acquire, AcquireMode, AcquireReply, Answer, Place, Release};
+use crate::protocol::{Acquire, AcquireMode, AcquireReply, Answer, QueuePosition, Release};
 use crate::store::{LeaseStore, StoreError};
 
 /// How long a cycle that lost a split vote backs off, in milliseconds.
@@ -156,13 +156,13 @@ async fn attempt(quorum: &Arc<Quorum>, request: &Acquire) -> Result<Answer<Acqui
         (Standing::Lost { refused: true }, AcquireMode::Fast) => Ok(with(AcquireReply::Taken)),
         (Standing::Lost { refused: true }, AcquireMode::Try) => Ok(with(AcquireReply::Busy)),
         (Standing::Lost { refused: true }, AcquireMode::Enqueue | AcquireMode::Extend) => {
-            Ok(with(AcquireReply::Queued(Place {
-                mark: tokens.last(),
+            Ok(with(AcquireReply::Queued(QueuePosition {
+                enqueue_token: tokens.last(),
                 owner_ttl: Some(Duration::from_millis(rand::random_range(BACK_OFF_MILLIS))),
                 owner_foreign: true,
                 ahead: 0,
                 // Another attempt is due soon anyway.
-                is_reached: true,
+                is_subscribed: true,
             })))
         }
         (Standing::Lost { .. } | Standing::Open, _) => Err(quorum.no_majority()),

@@ -314,7 +314,7 @@ async fn key_that_has_another_owner_at_the_door_is_reported_as_each_request_need
     ));
     let reply = bench.acquire(6, AcquireMode::Enqueue, TTL).await;
     assert!(
-        matches!(reply, Ok(AcquireReply::Queued(place)) if place.owner_foreign),
+        matches!(reply, Ok(AcquireReply::Queued(position)) if position.owner_foreign),
         "{reply:?}"
     );
     assert_eq!(

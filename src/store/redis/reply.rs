@@ -9,7 +9,7 @@ use super::permission;
 use crate::fence::{FencingToken, TokenBlock};
 use crate::identity::parse_signature;
 use crate::key::LockKey;
-use crate::protocol::{AcquireReply, Cycle, Grant, Place, Push, ReleaseReply, RenewReply};
+use crate::protocol::{AcquireReply, Cycle, Grant, Push, QueuePosition, ReleaseReply, RenewReply};
 use crate::store::{Holder, Inspection, StoreError};
 use crate::text::printable;
 
@@ -120,12 +120,12 @@ fn acquire_reply(numbers: &[i64], tokens: u32) -> Option<AcquireReply> {
             queued: queued.try_into().ok()?,
             extended: extended == 1,
         },
-        [2, mark, left, foreign, ahead, reached] => AcquireReply::Queued(Place {
-            mark: mark.try_into().ok()?,
+        [2, mark, left, foreign, ahead, reached] => AcquireReply::Queued(QueuePosition {
+            enqueue_token: mark.try_into().ok()?,
             owner_ttl: u64::try_from(left).ok().map(Duration::from_millis),
             owner_foreign: foreign == 1,
             ahead: ahead.try_into().ok()?,
-            is_reached: reached == 1,
+            is_subscribed: reached == 1,
         }),
         _ => return None,
     })

@@ -159,7 +159,7 @@ impl Shared {
     fn saw(&self, slot: Slot, reply: &AcquireReply) {
         let token = match reply {
             AcquireReply::Granted { tokens, .. } => tokens.last(),
-            AcquireReply::Queued(place) => place.mark,
+            AcquireReply::Queued(position) => position.enqueue_token,
             AcquireReply::Taken | AcquireReply::Busy => return,
         };
         self.seen[usize::from(slot.number())].fetch_max(token, Ordering::AcqRel);

@@ -235,11 +235,11 @@ impl Shared {
     fn saw(&self, slot: Slot, reply: &AcquireReply) {
         let token = match reply {
             AcquireReply::Granted { tokens, .. } => tokens.last(),
-            AcquireReply::Queued(place) => {
-                if !place.is_reached {
+            AcquireReply::Queued(position) => {
+                if !position.is_subscribed {
                     self.inbox_check.notify_one();
                 }
-                place.mark
+                position.enqueue_token
             }
             AcquireReply::Taken | AcquireReply::Busy => return,
         };
