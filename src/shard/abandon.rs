@@ -12,10 +12,10 @@
 //!
 //! The first attempt uses a foreground connection, where an acquire of the same cycle may still be
 //! in flight: the release arrives after it. Further attempts use the background connection, which
-//! works even if the application's runtime is gone. But a reply that arrives there proves nothing about
-//! requests in flight elsewhere. Neither does a reply that arrives after a connection was given up.
-//! An acquire may execute later and acquire the lease for a cycle that is over. Such a cycle is
-//! released once more when no request of it can arrive any more
+//! works even if the application's runtime is gone. But a reply that arrives there proves nothing
+//! about requests in flight elsewhere. Neither does a reply that arrives after a connection was
+//! given up. An acquire may execute later and acquire the lease for a cycle that is over. Such a
+//! cycle is released once more when no request of it can arrive any more
 //! ([`LATE_MAX`](crate::store::LATE_MAX)). The same applies to a cycle whose acquire was sent again
 //! on another connection and got its reply there.
 

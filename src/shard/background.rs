@@ -159,14 +159,14 @@ async fn run(
 /// Checks whether the application's runtime is making progress, and moves work away from it if not.
 async fn look_after_home(shards: Rc<[Arc<Shard>]>) {
     let Some(first) = shards.first() else { return };
-    let leave = || shards.iter().for_each(|shard| shard.store.leave_home());
+    let leave = || shards.iter().for_each(|shard| shard.store.leave_app_runtime());
     first.runtimes.watch(first.timeout, || first.load.waits(), leave).await;
 }
 
 /// Lets every store finish its cleanup, within the time limit of a request.
 async fn settle(shards: &[Arc<Shard>]) {
     let settling = shards.iter().map(|shard| async move {
-        if tokio::time::timeout(shard.timeout, shard.store.settle()).await.is_err() {
+        if tokio::time::timeout(shard.timeout, shard.store.drain()).await.is_err() {
             tracing::warn!(shard = %shard.name, "the store did not finish its cleanup in time; what is left expires by itself");
         }
     });

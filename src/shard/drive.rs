@@ -87,8 +87,8 @@ impl Entry {
                 } else {
                     RequestKind::Release
                 };
-                // A request that acquires something stays on a foreground connection, which keeps it in
-                // order.
+                // A request that acquires something stays on a foreground connection, which keeps
+                // it in order.
                 let priority = if requeue.is_some() {
                     Priority::Foreground
                 } else {

@@ -48,7 +48,7 @@ pub(super) async fn hear(shard: Arc<Shard>, subscribed: Option<Heard>) {
         connect(&shard, tell).await;
     }
     let receive = || receive(Arc::clone(&shard), Arc::clone(&pushes), subscribed.clone());
-    tokio::join!(shard.store.listen(sender), shard.runtimes.run(receive));
+    tokio::join!(shard.store.run_subscriber(sender), shard.runtimes.run(receive));
 }
 
 /// Opens the connections needed for renewals. Without them the manager must not take locks.

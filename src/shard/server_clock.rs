@@ -10,7 +10,7 @@ use std::time::Duration;
 
 use super::{Shard, places};
 use crate::clock::Moment;
-use crate::store::{Look, ServerTime};
+use crate::store::{Health, ServerTime};
 use crate::text::printable;
 
 /// The interval between probes.
@@ -29,21 +29,21 @@ pub(super) async fn watch(shard: Arc<Shard>) {
             () = tokio::time::sleep(LOOK_EVERY - LOOK_EVERY_MIN) => {}
             () = shard.reach.doubted.notified() => {}
         }
-        let look = tokio::time::timeout(shard.timeout, shard.store.look()).await;
-        let look = look.unwrap_or_else(|_| Look {
+        let health = tokio::time::timeout(shard.timeout, shard.store.probe()).await;
+        let health = health.unwrap_or_else(|_| Health {
             reached: Err(shard.no_answer()),
             times: Vec::new(),
         });
-        shard.note_look(&look.reached);
-        shard.note_map(&look.reached);
-        if let Err(error) = &look.reached {
+        shard.note_look(&health.reached);
+        shard.note_map(&health.reached);
+        if let Err(error) = &health.reached {
             tracing::debug!(shard = %shard.name, %error, "the health probe of the shard failed");
         }
-        for (server, seconds) in clocks.saw(&look) {
+        for (server, seconds) in clocks.saw(&health) {
             shard.metrics.clock_jumps.increment(1);
             tracing::warn!(shard = %shard.name, server = %printable(&server), seconds, "the server's clock has jumped; leases on it may end early or late");
         }
-        if look.reached.is_ok() {
+        if health.reached.is_ok() {
             places::check(&shard).await;
         }
         if let Some(drift) = clocks.largest_drift() {
@@ -58,14 +58,14 @@ struct Clocks(HashMap<Arc<str>, ServerClock>);
 
 impl Clocks {
     /// Returns which servers' clocks have jumped since the last probe, and by how many seconds.
-    fn saw(&mut self, look: &Look) -> Vec<(Arc<str>, f64)> {
-        if look.reached.is_ok() {
+    fn saw(&mut self, health: &Health) -> Vec<(Arc<str>, f64)> {
+        if health.reached.is_ok() {
             // A server without a time in a successful probe no longer belongs to the shard, or was
             // replaced.
-            let is_there = |server: &Arc<str>| look.times.iter().any(|time| time.server == *server);
+            let is_there = |server: &Arc<str>| health.times.iter().any(|time| time.server == *server);
             self.0.retain(|server, _| is_there(server));
         }
-        let steps = look.times.iter().filter_map(|time| {
+        let steps = health.times.iter().filter_map(|time| {
             let step = match self.0.get_mut(&time.server) {
                 Some(clock) => clock.saw(time),
                 None => {
@@ -148,8 +148,8 @@ mod tests {
         }
     }
 
-    fn all_is_well(times: Vec<ServerTime>) -> Look {
-        Look { reached: Ok(()), times }
+    fn all_is_well(times: Vec<ServerTime>) -> Health {
+        Health { reached: Ok(()), times }
     }
 
     /// Probes one server. Returns the detected jump and the drift.
@@ -221,7 +221,7 @@ mod tests {
     fn a_server_that_is_away_for_a_while_is_remembered() {
         let mut clocks = Clocks::default();
         look(&mut clocks, 0, 10.0, 0.0, 0.001);
-        let away = Look {
+        let away = Health {
             reached: Err(StoreError::Unavailable("away".into())),
             times: Vec::new(),
         };

@@ -11,7 +11,7 @@ use crate::fence::TokenBlock;
 use crate::heat::HotKeys;
 use crate::notice::Notices;
 use crate::protocol::{Acquire, AcquireReply, Answer, Push, Release, ReleaseReply, RenewReply, Renewal};
-use crate::store::{Look, Priority, ServerTime, StoreFuture};
+use crate::store::{Health, Priority, ServerTime, StoreFuture};
 use crate::telemetry::Classes;
 
 /// A store that grants everything and whose clock jumps.
@@ -79,12 +79,12 @@ impl LeaseStore for BadStore {
         done(0)
     }
 
-    fn look(&self) -> Pin<Box<dyn Future<Output = Look> + Send>> {
+    fn probe(&self) -> Pin<Box<dyn Future<Output = Health> + Send>> {
         let look = self.looks.fetch_add(1, Ordering::Relaxed);
         let now = Moment::now();
         // The clock jumps by an hour between the second and the third probe.
         let ahead = Duration::from_secs(if look < 2 { 0 } else { 3600 });
-        Box::pin(std::future::ready(Look {
+        Box::pin(std::future::ready(Health {
             reached: Ok(()),
             times: vec![ServerTime {
                 server: "bad:1".into(),
@@ -96,7 +96,7 @@ impl LeaseStore for BadStore {
         }))
     }
 
-    fn listen(&self, _pushes: mpsc::UnboundedSender<Push>) -> Pin<Box<dyn Future<Output = ()> + Send>> {
+    fn run_subscriber(&self, _pushes: mpsc::UnboundedSender<Push>) -> Pin<Box<dyn Future<Output = ()> + Send>> {
         Box::pin(std::future::pending())
     }
 }
@@ -303,7 +303,7 @@ impl LeaseStore for CutStore {
         done(0)
     }
 
-    fn look(&self) -> Pin<Box<dyn Future<Output = Look> + Send>> {
+    fn probe(&self) -> Pin<Box<dyn Future<Output = Health> + Send>> {
         Box::pin(std::future::pending())
     }
 
@@ -311,7 +311,7 @@ impl LeaseStore for CutStore {
         Some(self.cut)
     }
 
-    fn listen(&self, _pushes: mpsc::UnboundedSender<Push>) -> Pin<Box<dyn Future<Output = ()> + Send>> {
+    fn run_subscriber(&self, _pushes: mpsc::UnboundedSender<Push>) -> Pin<Box<dyn Future<Output = ()> + Send>> {
         Box::pin(std::future::pending())
     }
 }

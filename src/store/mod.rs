@@ -42,11 +42,11 @@ pub(crate) type StoreFuture<T> = Pin<Box<dyn Future<Output = Result<T, StoreErro
 /// The lease store of one shard, as one manager sees it: leases, queues and tokens.
 ///
 /// Requests have no timeout of their own; the caller applies one. Every request that may take a
-/// lease or a place in a queue travels on [`Priority::Foreground`], where the store keeps the order of
-/// requests per key. So the release of an abandoned cycle cannot overtake its acquire.
+/// lease or a place in a queue travels on [`Priority::Foreground`], where the store keeps the order
+/// of requests per key. So the release of an abandoned cycle cannot overtake its acquire.
 pub(crate) trait LeaseStore: Send + Sync + 'static {
-    /// Opens the connections of [`Priority::Foreground`] on the caller's runtime. A store that could not be
-    /// reached connects on first use, if it can by then.
+    /// Opens the connections of [`Priority::Foreground`] on the caller's runtime. A store that
+    /// could not be reached connects on first use, if it can by then.
     ///
     /// Fails if the shard has a different shard map. Writes nothing: a shard without a map stays
     /// without one.
@@ -98,7 +98,7 @@ pub(crate) trait LeaseStore: Send + Sync + 'static {
     /// that is out of memory, refuses), and reads the servers' clocks. Cheap, and changes nothing.
     /// Called every few seconds on the watchdog's thread, which waits for it no longer than for a
     /// request.
-    fn look(&self) -> Pin<Box<dyn Future<Output = Look> + Send>>;
+    fn probe(&self) -> Pin<Box<dyn Future<Output = Health> + Send>>;
 
     /// How many times a broken connection or an announced failover showed that the keys of `slot`
     /// may be on another server by now, or on one that was restarted, so that leases may be lost.
@@ -124,7 +124,7 @@ pub(crate) trait LeaseStore: Send + Sync + 'static {
 
     /// Waits for the clean-up that follows answered releases. Called once, before the background
     /// thread ends.
-    fn settle(&self) -> StoreFuture<()> {
+    fn drain(&self) -> StoreFuture<()> {
         Box::pin(std::future::ready(Ok(())))
     }
 
@@ -132,17 +132,17 @@ pub(crate) trait LeaseStore: Send + Sync + 'static {
     /// Polled on the watchdog's thread, and drives the store's other background work there. The
     /// inbox itself may be read on the application's runtime while that runs, close to the tasks
     /// that wait for pushes.
-    fn listen(&self, pushes: mpsc::UnboundedSender<Push>) -> Pin<Box<dyn Future<Output = ()> + Send>>;
+    fn run_subscriber(&self, pushes: mpsc::UnboundedSender<Push>) -> Pin<Box<dyn Future<Output = ()> + Send>>;
 
     /// The application's runtime, which drives the caller's connections, is blocked or gone.
     /// Abandons those connections; new ones are opened on the runtime that `StoreOptions::runtimes`
     /// selects by then.
-    fn leave_home(&self) {}
+    fn leave_app_runtime(&self) {}
 }
 
 /// Warns about an inbox message that can't be parsed. It may contain a key, so its text is logged
 /// at debug level only.
-pub(crate) fn tell_unreadable(shard: &str, message: &str) {
+pub(crate) fn warn_malformed(shard: &str, message: &str) {
     tracing::warn!(%shard, "an inbox message is not in this version's format; log at debug level to see it");
     tracing::debug!(%shard, message, "the inbox message that is not in this version's format");
 }
@@ -237,7 +237,7 @@ pub(crate) enum Priority {
 
 /// The result of a health probe.
 #[derive(Debug)]
-pub(crate) struct Look {
+pub(crate) struct Health {
     /// Whether a request for any key of the shard could be answered.
     pub(crate) reached: Result<(), StoreError>,
     /// The clocks of those reached servers that report one.

@@ -63,7 +63,7 @@ use crate::key::{LockKey, Slot};
 use crate::notice::Seldom;
 use crate::protocol::{Acquire, AcquireReply, Answer, Push, Release, ReleaseReply, RenewReply, Renewal};
 use crate::store::map::StoredMap;
-use crate::store::{Inspection, LeaseStore, Look, MapState, MapStep, Priority, StoreFuture, StoreOptions};
+use crate::store::{Health, Inspection, LeaseStore, MapState, MapStep, Priority, StoreFuture, StoreOptions};
 use crate::telemetry::ShardMetrics;
 use cycles::Cycles;
 use fault::Fault;
@@ -223,7 +223,7 @@ impl LeaseStore for EtcdStore {
         })
     }
 
-    fn look(&self) -> Pin<Box<dyn Future<Output = Look> + Send>> {
+    fn probe(&self) -> Pin<Box<dyn Future<Output = Health> + Send>> {
         let shared = Arc::clone(&self.shared);
         Box::pin(async move {
             let read = map::read(&shared.background).await;
@@ -231,7 +231,7 @@ impl LeaseStore for EtcdStore {
                 // The next lock stores it again, after reading all shards.
                 shared.servers.map.forget();
             }
-            Look {
+            Health {
                 reached: read.map(drop),
                 // Etcd does not report its time, and counts leases by a monotonic clock.
                 times: Vec::new(),
@@ -239,7 +239,7 @@ impl LeaseStore for EtcdStore {
         })
     }
 
-    fn settle(&self) -> StoreFuture<()> {
+    fn drain(&self) -> StoreFuture<()> {
         let shared = Arc::clone(&self.shared);
         Box::pin(async move {
             shared.revokes.settle().await;
@@ -247,7 +247,7 @@ impl LeaseStore for EtcdStore {
         })
     }
 
-    fn listen(&self, pushes: mpsc::UnboundedSender<Push>) -> Pin<Box<dyn Future<Output = ()> + Send>> {
+    fn run_subscriber(&self, pushes: mpsc::UnboundedSender<Push>) -> Pin<Box<dyn Future<Output = ()> + Send>> {
         let shared = Arc::clone(&self.shared);
         Box::pin(async move {
             let receiver = pushes.clone();
@@ -260,7 +260,7 @@ impl LeaseStore for EtcdStore {
         })
     }
 
-    fn leave_home(&self) {
+    fn leave_app_runtime(&self) {
         self.callers.iter().for_each(|link| link.leave());
     }
 }

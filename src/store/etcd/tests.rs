@@ -32,7 +32,7 @@ impl Bench {
         let hosts: Vec<String> = vec![self.etcd.hosts()];
         let store = EtcdStore::new(&hosts, None, false, options).unwrap();
         let (sender, receiver) = mpsc::unbounded_channel();
-        tokio::spawn(store.listen(sender));
+        tokio::spawn(store.run_subscriber(sender));
         (store, receiver)
     }
 
@@ -106,7 +106,7 @@ async fn a_repeated_acquire_is_the_same_cycle_with_later_tokens() {
             .await
             .unwrap();
         assert!(!released.reply.held);
-        store.settle().await.unwrap();
+        store.drain().await.unwrap();
         assert_eq!((bench.etcd.lock_keys().await.len(), bench.etcd.leases().await), (0, 0));
     }
 }
@@ -121,7 +121,7 @@ async fn what_is_executed_after_the_release_of_its_cycle_comes_to_nothing() {
         .release(Priority::Foreground, bench.release(2, None))
         .await
         .unwrap();
-    store.settle().await.unwrap();
+    store.drain().await.unwrap();
     // A transaction of the cycle that was in flight the whole time.
     let attached = etcd_client::PutOptions::new().with_lease(lease);
     let late = bench.etcd.client().await.put("lock:k/late", "1", Some(attached)).await;
@@ -142,7 +142,7 @@ async fn a_cycle_that_nobody_remembers_is_found_on_the_server() {
         .await
         .unwrap();
     assert!(released.reply.held);
-    forgetful.settle().await.unwrap();
+    forgetful.drain().await.unwrap();
     assert_eq!((bench.etcd.lock_keys().await.len(), bench.etcd.leases().await), (0, 0));
 }
 
@@ -195,13 +195,13 @@ async fn a_key_moves_to_a_longer_lease_and_never_back() {
     assert_eq!(store.renew(vec![renewal(TTL)], TTL).await.unwrap(), extended);
     bench.join(&store, 2).await;
     assert_eq!(bench.only_lease().await, long);
-    store.settle().await.unwrap();
+    store.drain().await.unwrap();
     assert_eq!(bench.etcd.leases().await, 1);
     store
         .release(Priority::Foreground, bench.release(2, None))
         .await
         .unwrap();
-    store.settle().await.unwrap();
+    store.drain().await.unwrap();
     assert_eq!(bench.etcd.leases().await, 0);
 }
 

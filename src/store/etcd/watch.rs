@@ -26,7 +26,7 @@ use crate::backoff::Backoff;
 use crate::clock::Moment;
 use crate::key::LockKey;
 use crate::protocol::{Cycle, Push};
-use crate::store::{StoreError, tell_unreadable};
+use crate::store::{StoreError, warn_malformed};
 
 /// The id of the inbox's watch.
 const INBOX: i64 = 1;
@@ -220,7 +220,7 @@ fn notes<'a>(shared: &'a Shared, told: &'a WatchResponse) -> impl Iterator<Item 
         let name = event.kv()?.key();
         let note = shared.names.read_note(name);
         if note.is_none() {
-            tell_unreadable(&shared.shard, &String::from_utf8_lossy(name));
+            warn_malformed(&shared.shard, &String::from_utf8_lossy(name));
         }
         let (key, cycle) = note?;
         Some(Push::Wanted { key, cycle })

@@ -18,7 +18,7 @@ use crate::identity::ManagerId;
 use crate::key::LockKey;
 use crate::protocol::{Acquire, AcquireMode, AcquireReply, Answer, Push, Release, ReleaseReply, RenewReply, Renewal};
 use crate::store::map::StoredMap;
-use crate::store::{Inspection, LeaseStore, Look, MapState, MapStep, Priority, StoreFuture, StoreOptions};
+use crate::store::{Health, Inspection, LeaseStore, MapState, MapStep, Priority, StoreFuture, StoreOptions};
 
 /// The leases of all managers of this process that use the same name.
 #[derive(Debug, Default)]
@@ -208,15 +208,15 @@ impl LeaseStore for MemoryStore {
         done(had_map + memory.core.flush())
     }
 
-    fn look(&self) -> Pin<Box<dyn Future<Output = Look> + Send>> {
+    fn probe(&self) -> Pin<Box<dyn Future<Output = Health> + Send>> {
         // There is no server whose clock could differ.
-        Box::pin(std::future::ready(Look {
+        Box::pin(std::future::ready(Health {
             reached: self.map.look(self.memory.lock().map.as_deref()),
             times: Vec::new(),
         }))
     }
 
-    fn listen(&self, pushes: mpsc::UnboundedSender<Push>) -> Pin<Box<dyn Future<Output = ()> + Send>> {
+    fn run_subscriber(&self, pushes: mpsc::UnboundedSender<Push>) -> Pin<Box<dyn Future<Output = ()> + Send>> {
         let mut memory = self.memory.lock();
         memory.core.listen(self.manager.as_str(), true);
         let earlier = memory.inboxes.insert(self.manager.as_str().to_owned(), pushes.clone());

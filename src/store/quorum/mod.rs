@@ -18,11 +18,11 @@
 //! no vote for as long as a lease may live, since it may have forgotten one.
 //!
 //! No request waits for a node that is marked down, and one timeout or broken connection is enough
-//! to mark it. The repair worker (`tidy`), which runs in `listen`, keeps probing such nodes, and
-//! repeats releases that they did not answer. Each release is recorded as pending before it is sent
-//! and removed once the node answers, so a cancelled request leaves nothing behind. At most 10,000
-//! are kept per node; the oldest beyond that expire with their TTL. What a node replies about a
-//! cycle with a pending release does not count.
+//! to mark it. The repair worker (`tidy`), which runs in `run_subscriber`, keeps probing such
+//! nodes, and repeats releases that they did not answer. Each release is recorded as pending before
+//! it is sent and removed once the node answers, so a cancelled request leaves nothing behind. At
+//! most 10,000 are kept per node; the oldest beyond that expire with their TTL. What a node replies
+//! about a cycle with a pending release does not count.
 //!
 //! A claim that no task waits for any more may execute after the release of its cycle was answered,
 //! if the claim's connection was abandoned in between. Such a release is repeated at that node when
@@ -62,7 +62,9 @@ use crate::key::{LockKey, Slot};
 use crate::protocol::{Acquire, AcquireReply, Answer, Cycle, Push, Release, ReleaseReply, RenewReply, Renewal};
 use crate::router::ShardMap;
 use crate::store::redis::primary::RedisStore;
-use crate::store::{Inspection, LeaseStore, Look, MapState, MapStep, Priority, StoreError, StoreFuture, StoreOptions};
+use crate::store::{
+    Health, Inspection, LeaseStore, MapState, MapStep, Priority, StoreError, StoreFuture, StoreOptions,
+};
 use crate::telemetry::{NodeMetrics, ShardMetrics};
 use node::Node;
 use tally::majority;
@@ -369,7 +371,7 @@ impl LeaseStore for QuorumStore {
         })
     }
 
-    fn look(&self) -> Pin<Box<dyn Future<Output = Look> + Send>> {
+    fn probe(&self) -> Pin<Box<dyn Future<Output = Health> + Send>> {
         let quorum = Arc::clone(&self.quorum);
         Box::pin(async move {
             // The repair worker probes the nodes all the time and knows which are up. A node that
@@ -377,18 +379,18 @@ impl LeaseStore for QuorumStore {
             let up: Vec<_> = quorum.nodes.iter().filter(|node| node.is_up()).collect();
             let asking = up
                 .iter()
-                .map(|node| tokio::time::timeout(quorum.node_limit, node.store.look()));
+                .map(|node| tokio::time::timeout(quorum.node_limit, node.store.probe()));
             let deadline = Moment::now() + quorum.majority_limit;
-            let (looks, mut reached) = tokio::join!(
+            let (probed, mut reached) = tokio::join!(
                 futures_util::future::join_all(asking),
                 quorum.wait_for_majority(deadline)
             );
             let (mut times, mut foreign, mut taking, mut refusal) = (Vec::new(), 0, 0, None);
-            for (node, look) in up.into_iter().zip(looks) {
+            for (node, health) in up.into_iter().zip(probed) {
                 // The repair worker's probes deal with a node that gave no answer in time.
-                let Ok(look) = look else { continue };
-                times.extend(look.times);
-                match look.reached {
+                let Ok(health) = health else { continue };
+                times.extend(health.times);
+                match health.reached {
                     Ok(()) => taking += 1,
                     Err(error @ StoreError::MapMismatch { .. }) => {
                         foreign += 1;
@@ -405,7 +407,7 @@ impl LeaseStore for QuorumStore {
             {
                 reached = Err(refusal);
             }
-            Look { reached, times }
+            Health { reached, times }
         })
     }
 
@@ -413,7 +415,7 @@ impl LeaseStore for QuorumStore {
         self.quorum.slot(key)
     }
 
-    fn settle(&self) -> StoreFuture<()> {
+    fn drain(&self) -> StoreFuture<()> {
         let quorum = Arc::clone(&self.quorum);
         Box::pin(async move {
             tidy::settle(&quorum).await;
@@ -421,11 +423,11 @@ impl LeaseStore for QuorumStore {
         })
     }
 
-    fn listen(&self, pushes: mpsc::UnboundedSender<Push>) -> Pin<Box<dyn Future<Output = ()> + Send>> {
+    fn run_subscriber(&self, pushes: mpsc::UnboundedSender<Push>) -> Pin<Box<dyn Future<Output = ()> + Send>> {
         Box::pin(tidy::listen(Arc::clone(&self.quorum), pushes))
     }
 
-    fn leave_home(&self) {
-        self.quorum.nodes.iter().for_each(|node| node.store.leave_home());
+    fn leave_app_runtime(&self) {
+        self.quorum.nodes.iter().for_each(|node| node.store.leave_app_runtime());
     }
 }

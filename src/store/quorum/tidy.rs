@@ -31,7 +31,7 @@ pub(super) async fn listen(quorum: Arc<Quorum>, pushes: mpsc::UnboundedSender<Pu
     for (index, node) in quorum.nodes.iter().enumerate() {
         let (own, mut received) = mpsc::unbounded_channel();
         let sender = sender.clone();
-        let listening = node.store.listen(own);
+        let listening = node.store.run_subscriber(own);
         listeners.push(async move {
             let forward = async move {
                 while let Some(push) = received.recv().await {

@@ -55,7 +55,7 @@ async fn overlaps() -> Vec<Duration> {
         options.timeout = PATIENCE;
         let store = EtcdStore::new(hosts, None, false, options).unwrap();
         let (sender, receiver) = mpsc::unbounded_channel();
-        tokio::spawn(store.listen(sender));
+        tokio::spawn(store.run_subscriber(sender));
         (store, receiver)
     };
     let (holder, _pushes) = store(1, &[etcd.place(leader)]);

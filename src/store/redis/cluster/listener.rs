@@ -49,7 +49,7 @@ use crate::backoff::Backoff;
 use crate::clock::Moment;
 use crate::key::Slot;
 use crate::protocol::Push;
-use crate::store::tell_unreadable;
+use crate::store::warn_malformed;
 
 /// The first and the longest pause between attempts to subscribe.
 const PAUSE_MIN: Duration = Duration::from_millis(5);
@@ -255,7 +255,7 @@ impl Listener {
                     }),
                     Some(push) => self.push(push),
                     None => {
-                        tell_unreadable(&self.shared.shard, &message);
+                        warn_malformed(&self.shared.shard, &message);
                         Ok(())
                     }
                 }

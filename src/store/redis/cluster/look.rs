@@ -8,16 +8,16 @@ use super::super::time;
 use super::lane::Lane;
 use super::topology::Place;
 use crate::key::Slot;
-use crate::store::{Look, ServerTime};
+use crate::store::{Health, ServerTime};
 
 /// Sends each primary a write that changes nothing, as a lock request would write; it follows
 /// redirections.
-pub(super) async fn look(lane: &Lane) -> Look {
+pub(super) async fn look(lane: &Lane) -> Health {
     let topology = &lane.shared.topology;
     if topology.version() == 0
         && let Err(error) = lane.refresh(0).await
     {
-        return Look {
+        return Health {
             reached: Err(error),
             times: Vec::new(),
         };
@@ -34,7 +34,7 @@ pub(super) async fn look(lane: &Lane) -> Look {
         (written.map(drop), time)
     });
     let (reached, times): (Vec<_>, Vec<_>) = join_all(parts).await.into_iter().unzip();
-    Look {
+    Health {
         reached: reached.into_iter().collect(),
         times: times.into_iter().flatten().collect(),
     }

@@ -55,7 +55,7 @@ use crate::key::{LockKey, SLOTS, Slot};
 use crate::notice::Seldom;
 use crate::protocol::{Acquire, AcquireMode, AcquireReply, Answer, Push, Release, ReleaseReply, RenewReply, Renewal};
 use crate::store::map::StoredMap;
-use crate::store::{self, Inspection, LeaseStore, Look, MapState, MapStep, StoreError, StoreFuture, StoreOptions};
+use crate::store::{self, Health, Inspection, LeaseStore, MapState, MapStep, StoreError, StoreFuture, StoreOptions};
 use crate::telemetry::ShardMetrics;
 use call::{Call, Said, Unsaid};
 use inbox::Inbox;
@@ -463,17 +463,17 @@ impl LeaseStore for ClusterStore {
         })
     }
 
-    fn look(&self) -> Pin<Box<dyn Future<Output = Look> + Send>> {
+    fn probe(&self) -> Pin<Box<dyn Future<Output = Health> + Send>> {
         let lane = Arc::clone(&self.background);
         Box::pin(async move {
-            let (mut look, map) = tokio::join!(look::look(&lane), lane.map(MapStep::Read));
+            let (mut health, map) = tokio::join!(look::look(&lane), lane.map(MapStep::Read));
             match map {
-                Err(error @ StoreError::MapMismatch { .. }) if look.reached.is_ok() => look.reached = Err(error),
+                Err(error @ StoreError::MapMismatch { .. }) if health.reached.is_ok() => health.reached = Err(error),
                 // The next lock stores the map again, after checking all shards.
                 Ok(MapState::None | MapState::Reserved) => lane.shared.map.forget(),
                 Ok(MapState::Ours) | Err(_) => {}
             }
-            look
+            health
         })
     }
 
@@ -489,12 +489,12 @@ impl LeaseStore for ClusterStore {
         self.shared.topology.cuts.last()
     }
 
-    fn listen(&self, pushes: mpsc::UnboundedSender<Push>) -> Pin<Box<dyn Future<Output = ()> + Send>> {
+    fn run_subscriber(&self, pushes: mpsc::UnboundedSender<Push>) -> Pin<Box<dyn Future<Output = ()> + Send>> {
         let (lane, shared) = (Arc::clone(&self.background), Arc::clone(&self.shared));
         Box::pin(listener::listen(lane, shared, Arc::clone(&self.inbox), pushes))
     }
 
-    fn leave_home(&self) {
+    fn leave_app_runtime(&self) {
         self.caller.leave();
     }
 }

@@ -78,7 +78,7 @@ async fn waiter_of_a_held_key(
         store.connect().await.unwrap();
     }
     let (sender, mut pushes) = mpsc::unbounded_channel();
-    let listening = tokio::spawn(waiter.listen(sender));
+    let listening = tokio::spawn(waiter.run_subscriber(sender));
     assert_eq!(pushes.recv().await, Some(Push::Resubscribed { slot: None }));
     assert!(matches!(
         acquire(&holder, AcquireMode::Fast).await,

@@ -23,7 +23,7 @@ use super::link::Link;
 use crate::backoff::Backoff;
 use crate::clock::Moment;
 use crate::protocol::Push;
-use crate::store::{StoreError, tell_unreadable};
+use crate::store::{StoreError, warn_malformed};
 
 /// The first and the longest pause before another attempt to subscribe.
 const PAUSE_MIN: Duration = Duration::from_millis(5);
@@ -97,7 +97,7 @@ pub(super) async fn listen(shared: Arc<Shared>, commands: Arc<Link>, pushes: mps
                                 return;
                             }
                         }
-                        None => tell_unreadable(&shared.shard, &text),
+                        None => warn_malformed(&shared.shard, &text),
                     }
                 }
                 // If no request is in flight, nothing else detects that the server is gone.

@@ -70,7 +70,7 @@ use crate::program::Runtimes;
 use crate::protocol::{Acquire, AcquireMode, AcquireReply, Answer, Push, Release, ReleaseReply, RenewReply, Renewal};
 use crate::store::map::StoredMap;
 use crate::store::{
-    Inspection, LeaseStore, Look, MapState, MapStep, Priority, StoreError, StoreFuture, StoreOptions, TlsFiles,
+    Health, Inspection, LeaseStore, MapState, MapStep, Priority, StoreError, StoreFuture, StoreOptions, TlsFiles,
 };
 use crate::telemetry::ShardMetrics;
 use crate::time_limit::within;
@@ -559,7 +559,7 @@ impl LeaseStore for RedisStore {
         })
     }
 
-    fn look(&self) -> Pin<Box<dyn Future<Output = Look> + Send>> {
+    fn probe(&self) -> Pin<Box<dyn Future<Output = Health> + Send>> {
         let (time, map, takes_locks) = (self.time(), self.look_at_map(), self.takes_locks());
         Box::pin(async move {
             let (time, map, takes_locks) = tokio::join!(time, map, takes_locks);
@@ -567,7 +567,7 @@ impl LeaseStore for RedisStore {
                 Ok(time) => (map.and(takes_locks), vec![time]),
                 Err(error) => (Err(error), Vec::new()),
             };
-            Look { reached, times }
+            Health { reached, times }
         })
     }
 
@@ -583,7 +583,7 @@ impl LeaseStore for RedisStore {
         self.shared.cuts.last()
     }
 
-    fn listen(&self, pushes: mpsc::UnboundedSender<Push>) -> Pin<Box<dyn Future<Output = ()> + Send>> {
+    fn run_subscriber(&self, pushes: mpsc::UnboundedSender<Push>) -> Pin<Box<dyn Future<Output = ()> + Send>> {
         let shared = Arc::clone(&self.shared);
         let commands = Arc::clone(&self.callers[0]);
         let links = self.callers.iter().chain([&self.background]).map(Arc::clone).collect();
@@ -601,7 +601,7 @@ impl LeaseStore for RedisStore {
         })
     }
 
-    fn leave_home(&self) {
+    fn leave_app_runtime(&self) {
         self.callers.iter().for_each(|link| link.leave());
         self.shared.may_have_forgotten();
     }

@@ -200,7 +200,7 @@ mod tests {
         assert!(matches!(answer.reply, AcquireReply::Granted { .. }), "{answer:?}");
         // The inbox connects to the primary as well.
         let (pushes, mut pushed) = tokio::sync::mpsc::unbounded_channel();
-        let listening = tokio::spawn(store.listen(pushes));
+        let listening = tokio::spawn(store.run_subscriber(pushes));
         assert!(matches!(pushed.recv().await, Some(Push::Resubscribed { .. })));
         assert_eq!((primary.channels().len(), replica.channels().len()), (1, 0));
         listening.abort();
