@@ -145,7 +145,7 @@ impl Push {
     pub(crate) const fn cycle(&self) -> Option<Cycle> {
         match self {
             Self::Granted { grant, .. } => Some(grant.cycle),
-            Self::Turn { cycle, .. } | Self::Wanted { cycle, .. } => Some(*cycle),
+            Self::YourTurn { cycle, .. } | Self::RemoteWaiter { cycle, .. } => Some(*cycle),
             Self::Resubscribed { .. } | Self::Disconnected | Self::Refused { .. } => None,
         }
     }
@@ -159,12 +159,12 @@ pub(crate) enum Push {
         grant: Grant,
     },
     /// The cycle may be at the head of the queue, as far as the store knows: ask again.
-    Turn {
+    YourTurn {
         key: LockKey,
         cycle: Cycle,
     },
     /// Another manager began to wait for what this cycle holds.
-    Wanted {
+    RemoteWaiter {
         key: LockKey,
         cycle: Cycle,
     },

@@ -127,7 +127,7 @@ async fn receive(shard: Arc<Shard>, pushes: Arc<Pushes>, mut subscribed: Option<
         match push {
             // Channels have no database, so a shard on another database of the same server receives
             // this too. The shard of the key acts on it.
-            Push::Granted { ref key, .. } | Push::Turn { ref key, .. } | Push::Wanted { ref key, .. }
+            Push::Granted { ref key, .. } | Push::YourTurn { ref key, .. } | Push::RemoteWaiter { ref key, .. }
                 if !shard.owns(key) => {}
             Push::Granted { key, grant } => match shard.table.get(&key) {
                 Some(entry) => entry.in_background(|queue, cx| queue.granted(grant, cx)),
@@ -137,11 +137,11 @@ async fn receive(shard: Arc<Shard>, pushes: Arc<Pushes>, mut subscribed: Option<
                     shard.abandon(&key, grant.cycle);
                 }
             },
-            Push::Turn { key, cycle } => match shard.table.get(&key) {
+            Push::YourTurn { key, cycle } => match shard.table.get(&key) {
                 Some(entry) => entry.in_background(|queue, _| queue.turn(cycle)),
                 None => shard.abandon(&key, cycle),
             },
-            Push::Wanted { key, cycle } => match shard.table.get(&key) {
+            Push::RemoteWaiter { key, cycle } => match shard.table.get(&key) {
                 Some(entry) => entry.in_background(|queue, cx| queue.wanted(cycle, cx)),
                 // The cycle is over.
                 None => shard.abandon(&key, cycle),

@@ -79,7 +79,8 @@ impl World {
 
     pub(super) fn push_comes(&mut self, m: usize, generation: usize, push: Push) {
         let inbox = &self.managers[m].inbox;
-        let is_missed = matches!(push, Push::Wanted { .. }) && self.plan.misses_wanted && self.rng.random_bool(0.5);
+        let is_missed =
+            matches!(push, Push::RemoteWaiter { .. }) && self.plan.misses_wanted && self.rng.random_bool(0.5);
         if is_missed || inbox.generation != generation || !inbox.is_subscribed {
             self.stats.pushes_lost += 1;
             return self.note(|_| format!("m{m} {push:?} is lost"));
@@ -95,7 +96,7 @@ impl World {
                 }
                 self.event_in_background(m, k, |queue, cx| queue.granted(grant, cx));
             }
-            Push::Wanted { key, cycle } => {
+            Push::RemoteWaiter { key, cycle } => {
                 let Some(k) = self.keys.iter().position(|known| *known == key) else {
                     return;
                 };
@@ -105,7 +106,7 @@ impl World {
                 }
                 self.event_in_background(m, k, |queue, cx| queue.wanted(cycle, cx));
             }
-            Push::Turn { .. } | Push::Resubscribed { .. } | Push::Disconnected | Push::Refused { .. } => {}
+            Push::YourTurn { .. } | Push::Resubscribed { .. } | Push::Disconnected | Push::Refused { .. } => {}
         }
     }
 

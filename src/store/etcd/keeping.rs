@@ -74,7 +74,7 @@ async fn keep_one(shared: &Shared, pushes: &UnboundedSender<Push>, cycle: Cycle,
             shared.cycles.unleased(cycle, lease);
             // The cycle has lost its place and asks for another. A receiver that is gone needs no
             // pushes.
-            pushes.send(Push::Turn { key, cycle }).ok();
+            pushes.send(Push::YourTurn { key, cycle }).ok();
         }
         // Tried again when it is next due, before the lease ends.
         Ok(Err(fault)) => tracing::debug!(shard = %shared.shard, ?fault, "a waiting lease was not renewed"),

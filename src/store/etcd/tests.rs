@@ -266,7 +266,7 @@ async fn a_requeue_gives_the_lock_to_the_next_and_joins_behind_all() {
         panic!("{answer:?}")
     };
     assert_eq!(ours_now.ahead, 1);
-    let turn = Push::Turn {
+    let turn = Push::YourTurn {
         key: bench.key.clone(),
         cycle: Cycle::of(3),
     };
@@ -311,7 +311,7 @@ async fn a_waiting_cycle_whose_lease_ended_is_told_to_ask_again() {
         .lease_revoke(found.kvs()[0].lease())
         .await
         .unwrap();
-    let turn = Push::Turn {
+    let turn = Push::YourTurn {
         key: bench.key.clone(),
         cycle: Cycle::of(3),
     };

@@ -223,7 +223,7 @@ fn notes<'a>(shared: &'a Shared, told: &'a WatchResponse) -> impl Iterator<Item 
             warn_malformed(&shared.shard, &String::from_utf8_lossy(name));
         }
         let (key, cycle) = note?;
-        Some(Push::Wanted { key, cycle })
+        Some(Push::RemoteWaiter { key, cycle })
     })
 }
 
@@ -238,7 +238,7 @@ fn ended(told: &WatchResponse, watches: &Mutex<Watches>) -> Option<Push> {
     }
     // A watch that we cancelled is no longer listed.
     let (cycle, key) = watches.lock().by_number.get(&told.watch_id())?.clone();
-    Some(Push::Turn { key, cycle })
+    Some(Push::YourTurn { key, cycle })
 }
 
 impl Watches {

@@ -144,7 +144,7 @@ impl MemoryCore {
                 {
                     self.notify(
                         manager,
-                        Push::Wanted {
+                        Push::RemoteWaiter {
                             key: key.clone(),
                             cycle,
                         },

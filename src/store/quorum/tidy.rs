@@ -60,7 +60,7 @@ pub(super) async fn listen(quorum: Arc<Quorum>, pushes: mpsc::UnboundedSender<Pu
             },
             Some((index, push)) = inboxes.recv() => match push {
                 // The sequencer is one node of many: only the reply to a request makes an owner.
-                Push::Granted { key, grant } => Push::Turn { key, cycle: grant.cycle },
+                Push::Granted { key, grant } => Push::YourTurn { key, cycle: grant.cycle },
                 Push::Resubscribed { slot } => {
                     subscribed[index] = true;
                     if std::mem::take(&mut cut_off[index]) {

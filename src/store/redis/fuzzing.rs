@@ -93,7 +93,7 @@ pub fn pushes(data: &[u8]) {
                 key: key.clone(),
                 grant,
             },
-            Push::Wanted { key, cycle },
+            Push::RemoteWaiter { key, cycle },
         ] {
             assert_eq!(reply::push(&written(&push)), Some(push));
         }
@@ -108,7 +108,7 @@ fn pushed(message: &str) {
         Some(&push),
         "{message:?} is read as {written:?}"
     );
-    let (Push::Granted { key, .. } | Push::Wanted { key, .. }) = &push else {
+    let (Push::Granted { key, .. } | Push::RemoteWaiter { key, .. }) = &push else {
         panic!("{push:?} is never sent as a message")
     };
     assert!(message.ends_with(&format!(" {key}")));
@@ -127,7 +127,7 @@ fn written(push: &Push) -> String {
             let Grant { cycle, tokens, queued } = grant;
             format!("g {cycle} {} {} {queued} {key}", tokens.last(), tokens.remaining())
         }
-        Push::Wanted { key, cycle } => format!("w {cycle} {key}"),
+        Push::RemoteWaiter { key, cycle } => format!("w {cycle} {key}"),
         other => panic!("{other:?} is never sent as a message"),
     }
 }

@@ -232,7 +232,7 @@ pub(super) fn push(message: &str) -> Option<Push> {
         }
         "w" => {
             let (cycle, key) = rest.split_once(' ')?;
-            Some(Push::Wanted {
+            Some(Push::RemoteWaiter {
                 key: LockKey::new(key).ok()?,
                 cycle: Cycle::parse(cycle)?,
             })
@@ -349,7 +349,7 @@ mod tests {
         );
         assert_eq!(
             push(&format!("w {} a key with spaces", Cycle::of(4))),
-            Some(Push::Wanted {
+            Some(Push::RemoteWaiter {
                 key,
                 cycle: Cycle::of(4)
             })

@@ -94,7 +94,7 @@ async fn overlaps() -> Vec<Duration> {
     let entering = async {
         while entered.len() < KEYS as usize {
             let Some(push) = pushes.recv().await else { break };
-            let Push::Turn { cycle, .. } = push else { continue };
+            let Push::YourTurn { cycle, .. } = push else { continue };
             let answer = waiter.acquire(request(cycle.number(), cycle.number())).await.unwrap();
             if matches!(answer.reply, AcquireReply::Granted { .. }) {
                 entered.entry(cycle.number()).or_insert_with(Moment::now);

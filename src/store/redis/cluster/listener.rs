@@ -249,10 +249,12 @@ impl Listener {
                 let Some(message) = text(1) else { return Ok(()) };
                 match reply::push(&message) {
                     // It is not known yet whether enough replicas have the lease.
-                    Some(Push::Granted { key, grant }) if self.shared.min_replicas_acked > 0 => self.push(Push::Turn {
-                        key,
-                        cycle: grant.cycle,
-                    }),
+                    Some(Push::Granted { key, grant }) if self.shared.min_replicas_acked > 0 => {
+                        self.push(Push::YourTurn {
+                            key,
+                            cycle: grant.cycle,
+                        })
+                    }
                     Some(push) => self.push(push),
                     None => {
                         warn_malformed(&self.shared.shard, &message);

@@ -15,7 +15,7 @@
 //! repeated, and if that fails for the rest of the TTL, the lock is lost in time.
 //!
 //! A grant made by another manager's release is not confirmed. The inbox converts such a grant to
-//! `Push::Turn`, so this manager asks for the lease and confirms it itself. Releases are not
+//! `Push::YourTurn`, so this manager asks for the lease and confirms it itself. Releases are not
 //! confirmed: if one is not replicated, other processes only wait until the lease expires.
 //!
 //! The guarantee depends on which replica is promoted: it must be one that confirmed. If `n` is

@@ -357,7 +357,7 @@ impl Shared {
     /// for them.
     fn as_confirmed(&self, push: Push) -> Push {
         match push {
-            Push::Granted { key, grant } if self.confirm.is_some() => Push::Turn {
+            Push::Granted { key, grant } if self.confirm.is_some() => Push::YourTurn {
                 key,
                 cycle: grant.cycle,
             },
