@@ -46,7 +46,7 @@ pub use key::{LockKey, SLOTS, Slot};
 pub use manager::LockManager;
 pub use request::{LockFuture, LockRequest, TryLockFuture, TryLockRequest};
 pub use router::ShardMap;
-pub use store::{Holder, Inspection};
+pub use store::{Holder, KeyState};
 pub use telemetry::{METRICS, Metric, MetricKind, MetricUnit};
 pub use text::{must_be_escaped, printable};
 pub use view::{HeldLock, HotKey, HotKeyHolder, ShardState};

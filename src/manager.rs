@@ -22,7 +22,7 @@ use crate::queue::{Linger, Rules};
 use crate::request::{LockRequest, TryLockRequest};
 use crate::router::ShardMap;
 use crate::shard::{Background, Job, Limits, Load, Maps, Parts, Shard, Unheard};
-use crate::store::{self, Inspection, LeaseStore, StoreError, StoreOptions, TlsFiles};
+use crate::store::{self, KeyState, LeaseStore, StoreError, StoreOptions, TlsFiles};
 use crate::telemetry::{self, ClassMetrics, Classes, ManagerMetrics, ShardMetrics};
 use crate::time_limit::within;
 use crate::view::{self, HeldLock, HotKey, ShardState};
@@ -256,7 +256,7 @@ impl LockManager {
     ///
     /// [`LockError::Invalid`] for a key outside its bounds, [`LockError::Unavailable`] or
     /// [`LockError::Refused`] if the shard does not answer.
-    pub async fn inspect(&self, key: impl AsRef<str>) -> Result<Inspection, LockError> {
+    pub async fn inspect(&self, key: impl AsRef<str>) -> Result<KeyState, LockError> {
         let key = LockKey::new(key.as_ref())?;
         self.inner.shard(&key).inspect(&key).await
     }

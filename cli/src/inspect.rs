@@ -4,7 +4,7 @@ use std::fmt::Write;
 use std::time::Duration;
 
 use serde_json::json;
-use shardlock::{Builder, Holder, Inspection, LockKey, printable};
+use shardlock::{Builder, Holder, KeyState, LockKey, printable};
 
 use crate::exit::{self, Failure};
 use crate::{output, shards};
@@ -37,7 +37,7 @@ pub(crate) async fn run(args: Args) -> Result<u8, Failure> {
     Ok(exit::OK)
 }
 
-fn as_json(key: &LockKey, shard: &str, seen: &Inspection) -> serde_json::Value {
+fn as_json(key: &LockKey, shard: &str, seen: &KeyState) -> serde_json::Value {
     let holder = seen.holder.as_ref().map(|holder| {
         json!({
             "owner": holder.owner,
@@ -56,7 +56,7 @@ fn as_json(key: &LockKey, shard: &str, seen: &Inspection) -> serde_json::Value {
     })
 }
 
-fn as_text(key: &LockKey, shard: &str, seen: &Inspection) -> String {
+fn as_text(key: &LockKey, shard: &str, seen: &KeyState) -> String {
     let holder = seen.holder.as_ref().map_or_else(|| "nobody".to_owned(), describe);
     let token = seen.last_token.map_or_else(
         || "none issued in this slot yet".to_owned(),

@@ -57,7 +57,7 @@ use crate::notice::{Notices, Seldom};
 use crate::program::Runtimes;
 use crate::protocol::{Cycle, Cycles};
 use crate::queue::{Outage, Request, Room, Rules, Want};
-use crate::store::{Inspection, LeaseStore, StoreError};
+use crate::store::{KeyState, LeaseStore, StoreError};
 use crate::telemetry::{ClassMetrics, ManagerMetrics, ShardMetrics};
 use crate::time_limit::within;
 use reach::Reach;
@@ -478,7 +478,7 @@ impl Shard {
         erased.map_err(|error| self.error(error, "erase", None, started))
     }
 
-    pub(crate) async fn inspect(&self, key: &LockKey) -> Result<Inspection, LockError> {
+    pub(crate) async fn inspect(&self, key: &LockKey) -> Result<KeyState, LockError> {
         let started = Moment::now();
         let mut inspecting = self.store.inspect(key.clone());
         let inspection = within(started, self.timeout, inspecting.as_mut()).await;

@@ -12,7 +12,7 @@ use std::sync::Arc;
 use super::Shard;
 use super::inbox::ask_again;
 use crate::protocol::Cycle;
-use crate::store::{INSPECTED_QUEUE_MAX, Inspection};
+use crate::store::{INSPECTED_QUEUE_MAX, KeyState};
 
 /// Inspects one waiting key, chosen at random.
 pub(super) async fn check(shard: &Arc<Shard>) {
@@ -36,7 +36,7 @@ pub(super) async fn check(shard: &Arc<Shard>) {
 }
 
 /// Whether the store no longer knows the cycle.
-fn is_forgotten(shard: &Shard, cycle: Cycle, seen: &Inspection) -> bool {
+fn is_forgotten(shard: &Shard, cycle: Cycle, seen: &KeyState) -> bool {
     let ours = shard.sign(cycle);
     let holds = seen.holder.as_ref().is_some_and(|holder| holder.owner == ours);
     // Only the head of a long queue is returned.

@@ -71,7 +71,7 @@ impl LeaseStore for BadStore {
         panic!("a renewal that panics")
     }
 
-    fn inspect(&self, _key: LockKey) -> StoreFuture<Inspection> {
+    fn inspect(&self, _key: LockKey) -> StoreFuture<KeyState> {
         Box::pin(std::future::pending())
     }
 
@@ -295,7 +295,7 @@ impl LeaseStore for CutStore {
         done(vec![None; batch.len()])
     }
 
-    fn inspect(&self, _key: LockKey) -> StoreFuture<Inspection> {
+    fn inspect(&self, _key: LockKey) -> StoreFuture<KeyState> {
         Box::pin(std::future::pending())
     }
 

@@ -22,7 +22,7 @@ use crate::protocol::{
 use crate::store::memory::{MemoryCore, Terms};
 use crate::store::redis::Compared;
 use crate::store::support::{Cluster, RedisServer};
-use crate::store::{Holder, Inspection, Priority};
+use crate::store::{Holder, KeyState, Priority};
 
 const MANAGERS: usize = 3;
 const CYCLES: u64 = 5;
@@ -424,9 +424,9 @@ fn same_reply(expected: &Reply, found: &Reply) -> bool {
     }
 }
 
-fn same_inspection(expected: &Inspection, found: &Inspection) -> bool {
-    let remaining = |inspection: &Inspection| inspection.holder.as_ref().and_then(|holder| holder.remaining);
-    let timeless = |inspection: &Inspection| Inspection {
+fn same_inspection(expected: &KeyState, found: &KeyState) -> bool {
+    let remaining = |inspection: &KeyState| inspection.holder.as_ref().and_then(|holder| holder.remaining);
+    let timeless = |inspection: &KeyState| KeyState {
         holder: inspection.holder.clone().map(|holder| Holder {
             remaining: None,
             ..holder

@@ -88,7 +88,7 @@ pub(crate) trait LeaseStore: Send + Sync + 'static {
     fn renew(&self, batch: Vec<Renewal>, limit: Duration) -> StoreFuture<Vec<Option<RenewReply>>>;
 
     /// Reads the state of a key without changing anything.
-    fn inspect(&self, key: LockKey) -> StoreFuture<Inspection>;
+    fn inspect(&self, key: LockKey) -> StoreFuture<KeyState>;
 
     /// Deletes all keys of the namespace, including those of other managers, and returns how many
     /// there were.
@@ -362,7 +362,7 @@ impl StoreError {
 /// The state of a key in its store.
 #[derive(Debug, Clone, PartialEq, Eq)]
 #[non_exhaustive]
-pub struct Inspection {
+pub struct KeyState {
     /// The current holder, if there is one.
     pub holder: Option<Holder>,
     /// The number of cycles in the store's queue, of this manager and of others.
@@ -386,7 +386,7 @@ pub struct Holder {
     pub remaining: Option<Duration>,
 }
 
-/// The most queue members that an [`Inspection`] lists.
+/// The most queue members that an [`KeyState`] lists.
 pub(crate) const INSPECTED_QUEUE_MAX: usize = 100;
 
 #[cfg(test)]

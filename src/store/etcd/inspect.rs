@@ -13,9 +13,9 @@ use super::names::member;
 use crate::fence::FencingToken;
 use crate::identity::parse_signature;
 use crate::key::LockKey;
-use crate::store::{Holder, INSPECTED_QUEUE_MAX, Inspection, StoreError};
+use crate::store::{Holder, INSPECTED_QUEUE_MAX, KeyState, StoreError};
 
-pub(super) async fn inspect(shared: Arc<Shared>, link: Arc<Link>, key: LockKey) -> Result<Inspection, StoreError> {
+pub(super) async fn inspect(shared: Arc<Shared>, link: Arc<Link>, key: LockKey) -> Result<KeyState, StoreError> {
     let prefix = shared.names.prefix(&key);
     let read = async |mut client: etcd_client::Client| {
         let options = GetOptions::new()
@@ -28,7 +28,7 @@ pub(super) async fn inspect(shared: Arc<Shared>, link: Arc<Link>, key: LockKey) 
     shared.saw(found.header());
     let mut members = found.kvs().iter();
     let Some(owner) = members.next() else {
-        return Ok(Inspection {
+        return Ok(KeyState {
             holder: None,
             queue_length: 0,
             queue: Vec::new(),
@@ -40,7 +40,7 @@ pub(super) async fn inspect(shared: Arc<Shared>, link: Arc<Link>, key: LockKey) 
     // The value is the number of tokens that came with the key's revision.
     let issued = owner.value_str().ok().and_then(|value| value.parse().ok());
     let tokens = issued.and_then(|count| tokens_of(owner.mod_revision(), count).ok());
-    Ok(Inspection {
+    Ok(KeyState {
         holder: Some(Holder {
             remaining: remaining(&link, owner.lease()).await?,
             is_manager,

@@ -63,7 +63,7 @@ use crate::key::{LockKey, Slot};
 use crate::notice::Seldom;
 use crate::protocol::{Acquire, AcquireReply, Answer, Push, Release, ReleaseReply, RenewReply, Renewal};
 use crate::store::map::StoredMap;
-use crate::store::{Health, Inspection, LeaseStore, MapState, MapStep, Priority, StoreFuture, StoreOptions};
+use crate::store::{Health, KeyState, LeaseStore, MapState, MapStep, Priority, StoreFuture, StoreOptions};
 use crate::telemetry::ShardMetrics;
 use cycles::Cycles;
 use fault::Fault;
@@ -206,7 +206,7 @@ impl LeaseStore for EtcdStore {
         Box::pin(renew::renew(Arc::clone(&self.shared), batch, limit))
     }
 
-    fn inspect(&self, key: LockKey) -> StoreFuture<Inspection> {
+    fn inspect(&self, key: LockKey) -> StoreFuture<KeyState> {
         let link = self.link(Priority::Foreground, key.slot());
         Box::pin(inspect::inspect(Arc::clone(&self.shared), link, key))
     }

@@ -14,7 +14,7 @@ use crate::key::{LockKey, Slot};
 use crate::protocol::{AcquireReply, Cycle, Grant, Push, QueuePosition, ReleaseReply, RenewReply};
 #[cfg(test)]
 use crate::queue::Flaw;
-use crate::store::{Holder, INSPECTED_QUEUE_MAX, Inspection};
+use crate::store::{Holder, INSPECTED_QUEUE_MAX, KeyState};
 
 /// Leases, queues, counters and subscribed inboxes.
 #[derive(Debug, Default, Clone)]
@@ -234,14 +234,14 @@ impl MemoryCore {
         }
     }
 
-    pub(crate) fn inspect(&mut self, key: &LockKey, now: Moment) -> Inspection {
+    pub(crate) fn inspect(&mut self, key: &LockKey, now: Moment) -> KeyState {
         let holder = self.owner(key, now).map(|owner| Holder {
             is_manager: parse_signature(&owner).is_some(),
             owner,
             remaining: self.remaining(key, now),
         });
         let queue = self.locks.get(key).map(|lock| &lock.queue);
-        Inspection {
+        KeyState {
             holder,
             queue_length: self.queue_length(key),
             queue: queue

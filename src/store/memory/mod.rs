@@ -18,7 +18,7 @@ use crate::identity::ManagerId;
 use crate::key::LockKey;
 use crate::protocol::{Acquire, AcquireMode, AcquireReply, Answer, Push, Release, ReleaseReply, RenewReply, Renewal};
 use crate::store::map::StoredMap;
-use crate::store::{Health, Inspection, LeaseStore, MapState, MapStep, Priority, StoreFuture, StoreOptions};
+use crate::store::{Health, KeyState, LeaseStore, MapState, MapStep, Priority, StoreFuture, StoreOptions};
 
 /// The leases of all managers of this process that use the same name.
 #[derive(Debug, Default)]
@@ -197,7 +197,7 @@ impl LeaseStore for MemoryStore {
         done(batch.into_iter().map(renew).collect())
     }
 
-    fn inspect(&self, key: LockKey) -> StoreFuture<Inspection> {
+    fn inspect(&self, key: LockKey) -> StoreFuture<KeyState> {
         done(self.memory.lock().core.inspect(&key, Moment::now()))
     }
 

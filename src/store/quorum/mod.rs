@@ -62,9 +62,7 @@ use crate::key::{LockKey, Slot};
 use crate::protocol::{Acquire, AcquireReply, Answer, Cycle, Push, Release, ReleaseReply, RenewReply, Renewal};
 use crate::router::ShardMap;
 use crate::store::redis::primary::RedisStore;
-use crate::store::{
-    Health, Inspection, LeaseStore, MapState, MapStep, Priority, StoreError, StoreFuture, StoreOptions,
-};
+use crate::store::{Health, KeyState, LeaseStore, MapState, MapStep, Priority, StoreError, StoreFuture, StoreOptions};
 use crate::telemetry::{NodeMetrics, ShardMetrics};
 use node::Node;
 use tally::majority;
@@ -332,7 +330,7 @@ impl LeaseStore for QuorumStore {
         Box::pin(renew::renew(Arc::clone(&self.quorum), batch, limit))
     }
 
-    fn inspect(&self, key: LockKey) -> StoreFuture<Inspection> {
+    fn inspect(&self, key: LockKey) -> StoreFuture<KeyState> {
         let quorum = Arc::clone(&self.quorum);
         Box::pin(async move {
             let slot = quorum.slot(&key);

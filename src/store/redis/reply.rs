@@ -10,7 +10,7 @@ use crate::fence::{FencingToken, TokenBlock};
 use crate::identity::parse_signature;
 use crate::key::LockKey;
 use crate::protocol::{AcquireReply, Cycle, Grant, Push, QueuePosition, ReleaseReply, RenewReply};
-use crate::store::{Holder, Inspection, StoreError};
+use crate::store::{Holder, KeyState, StoreError};
 use crate::text::printable;
 
 pub(super) fn as_int(value: &Value) -> Option<i64> {
@@ -185,7 +185,7 @@ pub(super) fn renewed(value: &Value, count: usize) -> Result<Vec<RenewReply>, St
 }
 
 /// The replies to an inspection.
-pub(super) fn inspected(replies: &[Value]) -> Result<Inspection, StoreError> {
+pub(super) fn inspected(replies: &[Value]) -> Result<KeyState, StoreError> {
     let [owner, left, queue_length, queue, counter] = replies else {
         return Err(unexpected("an inspection", &Value::Array(replies.to_vec())));
     };
@@ -200,7 +200,7 @@ pub(super) fn inspected(replies: &[Value]) -> Result<Inspection, StoreError> {
         Value::Array(members) => members.iter().filter_map(as_text).collect(),
         _ => Vec::new(),
     };
-    Ok(Inspection {
+    Ok(KeyState {
         holder,
         queue_length: as_int(queue_length)
             .and_then(|length| length.try_into().ok())

@@ -10,7 +10,7 @@ use std::collections::{BTreeMap, BTreeSet};
 use std::time::{Duration, Instant};
 
 use futures_util::{StreamExt, stream};
-use shardlock::{Builder, Config, Endpoint, Inspection, LockError, LockKey, LockManager};
+use shardlock::{Builder, Config, Endpoint, KeyState, LockError, LockKey, LockManager};
 
 use super::scan::{self, Cursors};
 use super::{Age, HeldLock, Holder, HotKey, Look, Quantiles, Shard, process_of};
@@ -205,7 +205,7 @@ fn take(keys: &mut BTreeMap<LockKey, Known>, found: impl Iterator<Item = LockKey
 }
 
 impl Known {
-    fn see(&mut self, seen: &Inspection, now: Instant) {
+    fn see(&mut self, seen: &KeyState, now: Instant) {
         if seen.holder.is_some() || seen.queue_length > 0 {
             self.used_at = now;
         }
@@ -216,7 +216,7 @@ impl Known {
     }
 }
 
-fn show(look: &mut Look, key: &LockKey, shard: String, seen: &Inspection, known: &Known, now: Instant) {
+fn show(look: &mut Look, key: &LockKey, shard: String, seen: &KeyState, known: &Known, now: Instant) {
     let waiters = seen.queue_length as usize;
     let holder = known.owner.as_ref().map(|(owner, since)| Holder {
         who: process_of(owner).to_owned(),

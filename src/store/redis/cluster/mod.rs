@@ -55,7 +55,7 @@ use crate::key::{LockKey, SLOTS, Slot};
 use crate::notice::Seldom;
 use crate::protocol::{Acquire, AcquireMode, AcquireReply, Answer, Push, Release, ReleaseReply, RenewReply, Renewal};
 use crate::store::map::StoredMap;
-use crate::store::{self, Health, Inspection, LeaseStore, MapState, MapStep, StoreError, StoreFuture, StoreOptions};
+use crate::store::{self, Health, KeyState, LeaseStore, MapState, MapStep, StoreError, StoreFuture, StoreOptions};
 use crate::telemetry::ShardMetrics;
 use call::{Call, Said, Unsaid};
 use inbox::Inbox;
@@ -425,7 +425,7 @@ impl LeaseStore for ClusterStore {
         Box::pin(async move { renewals::renew(&lane, &inbox, &batch, limit).await })
     }
 
-    fn inspect(&self, key: LockKey) -> StoreFuture<Inspection> {
+    fn inspect(&self, key: LockKey) -> StoreFuture<KeyState> {
         let lane = Arc::clone(&self.caller);
         Box::pin(async move {
             let shared = &*lane.shared;

@@ -70,7 +70,7 @@ use crate::program::Runtimes;
 use crate::protocol::{Acquire, AcquireMode, AcquireReply, Answer, Push, Release, ReleaseReply, RenewReply, Renewal};
 use crate::store::map::StoredMap;
 use crate::store::{
-    Health, Inspection, LeaseStore, MapState, MapStep, Priority, StoreError, StoreFuture, StoreOptions, TlsFiles,
+    Health, KeyState, LeaseStore, MapState, MapStep, Priority, StoreError, StoreFuture, StoreOptions, TlsFiles,
 };
 use crate::telemetry::ShardMetrics;
 use crate::time_limit::within;
@@ -530,7 +530,7 @@ impl LeaseStore for RedisStore {
         })
     }
 
-    fn inspect(&self, key: LockKey) -> StoreFuture<Inspection> {
+    fn inspect(&self, key: LockKey) -> StoreFuture<KeyState> {
         let shared = Arc::clone(&self.shared);
         let link = self.link(Priority::Foreground, shared.commands.names.of(&key).slot());
         Box::pin(async move {
