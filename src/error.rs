@@ -15,7 +15,7 @@ use crate::fence::FencingToken;
 pub enum LockError {
     /// A value is outside its bounds. Nothing was sent. Fix the value.
     #[error(transparent)]
-    Invalid(#[from] Invalid),
+    Invalid(#[from] InvalidSetting),
 
     /// The timeout of the request has passed. Its place in the queue was given up; a new request
     /// joins at the end.
@@ -281,7 +281,7 @@ impl fmt::Display for LossReason {
 /// A value outside its bounds: the field, the value, and what is allowed.
 #[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]
 #[error("{field} is {value}, but must be {bound}")]
-pub struct Invalid {
+pub struct InvalidSetting {
     /// The name of the field, which is the same in the builder, a file and the environment.
     pub field: String,
     /// The value that was given, without any password.
@@ -290,7 +290,7 @@ pub struct Invalid {
     pub bound: String,
 }
 
-impl Invalid {
+impl InvalidSetting {
     pub(crate) fn new(field: impl Into<String>, value: impl Into<String>, bound: impl Into<String>) -> Self {
         Self {
             field: field.into(),

@@ -4,7 +4,7 @@ use std::fmt;
 
 use smol_str::SmolStr;
 
-use crate::error::Invalid;
+use crate::error::InvalidSetting;
 
 /// The number of slots, as in Redis Cluster.
 pub const SLOTS: u16 = 16_384;
@@ -70,15 +70,15 @@ impl LockKey {
     ///
     /// # Errors
     ///
-    /// [`Invalid`] if it is empty or longer than [`BYTES_MAX`](Self::BYTES_MAX).
-    pub fn new(name: &str) -> Result<Self, Invalid> {
+    /// [`InvalidSetting`] if it is empty or longer than [`BYTES_MAX`](Self::BYTES_MAX).
+    pub fn new(name: &str) -> Result<Self, InvalidSetting> {
         let bound = || format!("1 to {} bytes long", Self::BYTES_MAX);
         if name.is_empty() {
-            return Err(Invalid::new("key", "empty", bound()));
+            return Err(InvalidSetting::new("key", "empty", bound()));
         }
         if name.len() > Self::BYTES_MAX {
             let start: String = name.chars().take(24).collect();
-            return Err(Invalid::new(
+            return Err(InvalidSetting::new(
                 "key",
                 format!("{} bytes long ({start:?}...)", name.len()),
                 bound(),

@@ -38,7 +38,7 @@ mod watchdog;
 
 pub use config::{Builder, Config, ShardConfig};
 pub use endpoint::{Endpoint, ServerUrl};
-pub use error::{Invalid, LockError, LossReason};
+pub use error::{InvalidSetting, LockError, LossReason};
 pub use fence::FencingToken;
 pub use guard::LockGuard;
 pub use identity::manager_of;

@@ -13,7 +13,7 @@ use tokio::time::Sleep;
 
 use crate::clock::Moment;
 use crate::config::check_overrides;
-use crate::error::{Invalid, LockError, LossReason};
+use crate::error::{InvalidSetting, LockError, LossReason};
 use crate::guard::LockGuard;
 use crate::key::LockKey;
 use crate::manager::Inner;
@@ -83,7 +83,7 @@ use crate::telemetry::{ClassMetrics, Ending, Limit};
 #[derive(Debug, Clone)]
 pub struct LockRequest {
     manager: Arc<Inner>,
-    key: Result<LockKey, Box<Invalid>>,
+    key: Result<LockKey, Box<InvalidSetting>>,
     /// Boxed to keep requests small: a request is moved several times, and most set nothing.
     terms: Option<Box<Terms>>,
     caller: &'static Location<'static>,
@@ -205,7 +205,7 @@ impl LockRequest {
     }
 
     /// The effective options: those of the request over those of the manager.
-    fn want(&self, only_try: bool) -> Result<Want, Invalid> {
+    fn want(&self, only_try: bool) -> Result<Want, InvalidSetting> {
         let config = &self.manager.config;
         let mut want = Want {
             ttl: config.ttl,

@@ -2,7 +2,7 @@
 
 use std::time::Duration;
 
-use shardlock::{Builder, Config, Endpoint, Invalid, ShardConfig};
+use shardlock::{Builder, Config, Endpoint, InvalidSetting, ShardConfig};
 
 /// A non-default value for every setting.
 const SAMPLES: [(&str, &str); 27] = [
@@ -35,7 +35,7 @@ const SAMPLES: [(&str, &str); 27] = [
     ("tls_key", "me.key"),
 ];
 
-fn from_code() -> Result<Config, Invalid> {
+fn from_code() -> Result<Config, InvalidSetting> {
     Builder::new()
         .named_shard("a", "rediss://:s3cret@a:1/2")
         .shard("memory://b")

@@ -5,7 +5,7 @@
 //! 2 for the severity of its findings.
 
 use anyhow::Error;
-use shardlock::{Invalid, LockError};
+use shardlock::{InvalidSetting, LockError};
 
 pub(crate) const OK: u8 = 0;
 /// `doctor` found warnings.
@@ -58,9 +58,9 @@ impl Failure {
     }
 }
 
-impl From<Invalid> for Failure {
+impl From<InvalidSetting> for Failure {
     /// For a value from the command line. Errors in values from other sources use [`CONFIG`].
-    fn from(error: Invalid) -> Self {
+    fn from(error: InvalidSetting) -> Self {
         Self::usage(error)
     }
 }

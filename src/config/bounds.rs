@@ -7,11 +7,11 @@ use std::time::Duration;
 
 use super::ShardConfig;
 use crate::endpoint::{Endpoint, is_name_byte, redact};
-use crate::error::Invalid;
+use crate::error::InvalidSetting;
 use crate::router::NAME_BYTES_MAX;
 use crate::text::printable;
 
-/// An [`Invalid`] without the name of its field, which differs between sources.
+/// An [`InvalidSetting`] without the name of its field, which differs between sources.
 #[derive(Debug)]
 pub(super) struct Problem {
     /// The part of the field, such as `[1].url`; empty if it is the whole field.
@@ -34,8 +34,8 @@ impl Problem {
         self
     }
 
-    pub(super) fn of(self, field: &str) -> Invalid {
-        Invalid::new(format!("{field}{}", self.part), self.value, self.bound)
+    pub(super) fn of(self, field: &str) -> InvalidSetting {
+        InvalidSetting::new(format!("{field}{}", self.part), self.value, self.bound)
     }
 }
 

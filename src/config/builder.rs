@@ -4,7 +4,7 @@ use std::path::PathBuf;
 use std::time::Duration;
 
 use super::{Config, ShardConfig};
-use crate::error::Invalid;
+use crate::error::InvalidSetting;
 
 /// Collects the settings of a lock manager, under the names that [`Config`] documents.
 ///
@@ -18,7 +18,7 @@ use crate::error::Invalid;
 ///     .timeout(Duration::from_secs(2))
 ///     .build_config()?;
 /// assert_eq!(config.shards[0].name, "shard-0");
-/// # Ok::<(), shardlock::Invalid>(())
+/// # Ok::<(), shardlock::InvalidSetting>(())
 /// ```
 #[derive(Debug, Clone, Default)]
 #[must_use = "a builder does nothing until it is used"]
@@ -219,7 +219,7 @@ impl Builder {
     /// # Errors
     ///
     /// The errors of [`Config::validate`].
-    pub fn build_config(self) -> Result<Config, Invalid> {
+    pub fn build_config(self) -> Result<Config, InvalidSetting> {
         self.config.validate()?;
         Ok(self.config)
     }

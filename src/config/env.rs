@@ -3,7 +3,7 @@
 use super::kubernetes::is_service_variable;
 use super::nearest::did_you_mean;
 use super::{Config, bounds};
-use crate::error::Invalid;
+use crate::error::InvalidSetting;
 
 const PREFIX: &str = "SHARDLOCK_";
 
@@ -25,7 +25,7 @@ impl Config {
     /// # Errors
     ///
     /// The errors of [`Config::apply_env`].
-    pub fn from_env() -> Result<Self, Invalid> {
+    pub fn from_env() -> Result<Self, InvalidSetting> {
         let mut config = Self::default();
         config.apply_env()?;
         Ok(config)
@@ -42,10 +42,10 @@ impl Config {
     ///
     /// # Errors
     ///
-    /// [`Invalid`], with the name of the variable, if a value can't be parsed or is outside its
-    /// bounds, or if any other variable starts with `SHARDLOCK_`: it is most likely misspelt, and
-    /// the nearest known name is suggested. Nothing has been changed in that case.
-    pub fn apply_env(&mut self) -> Result<(), Invalid> {
+    /// [`InvalidSetting`], with the name of the variable, if a value can't be parsed or is outside
+    /// its bounds, or if any other variable starts with `SHARDLOCK_`: it is most likely misspelt,
+    /// and the nearest known name is suggested. Nothing has been changed in that case.
+    pub fn apply_env(&mut self) -> Result<(), InvalidSetting> {
         let mut variables = Vec::new();
         for (name, value) in std::env::vars_os() {
             let name = name.to_string_lossy();
@@ -54,7 +54,7 @@ impl Config {
             }
             let value = value
                 .into_string()
-                .map_err(|_| Invalid::new(&*name, "not UTF-8", "UTF-8"))?;
+                .map_err(|_| InvalidSetting::new(&*name, "not UTF-8", "UTF-8"))?;
             variables.push((name.into_owned(), value));
         }
         self.apply_variables(variables)
@@ -66,7 +66,10 @@ impl Config {
     /// # Errors
     ///
     /// The errors of [`Config::apply_env`].
-    pub fn apply_variables(&mut self, variables: impl IntoIterator<Item = (String, String)>) -> Result<(), Invalid> {
+    pub fn apply_variables(
+        &mut self,
+        variables: impl IntoIterator<Item = (String, String)>,
+    ) -> Result<(), InvalidSetting> {
         let mut ours: Vec<_> = variables
             .into_iter()
             .filter(|(name, value)| name.starts_with(PREFIX) && !NOT_SETTINGS.contains(&&**name) && !value.is_empty())
@@ -85,12 +88,16 @@ impl Config {
                 let meant = did_you_mean(&variable[PREFIX.len()..], all.map(|name| &name[PREFIX.len()..]));
                 let meant = meant.replacen("mean ", &format!("mean {PREFIX}"), 1);
                 let bound = format!("one of {}, {}{meant}", known.join(", "), NOT_SETTINGS.join(", "));
-                return Err(Invalid::new("environment variable", bounds::echo(variable), bound));
+                return Err(InvalidSetting::new(
+                    "environment variable",
+                    bounds::echo(variable),
+                    bound,
+                ));
             };
             changed.set(name, value).map_err(|invalid| {
                 // The rest of the field is its part, as in `shards[1].url`.
                 let part = &invalid.field[name.len()..];
-                Invalid::new(format!("{variable}{part}"), invalid.value, invalid.bound)
+                InvalidSetting::new(format!("{variable}{part}"), invalid.value, invalid.bound)
             })?;
         }
         *self = changed;

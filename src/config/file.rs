@@ -8,7 +8,7 @@ use toml::{Spanned, Table, Value};
 use super::bounds::{Problem, echo};
 use super::fields::Field;
 use super::{Config, ShardConfig};
-use crate::error::Invalid;
+use crate::error::InvalidSetting;
 
 /// The source in errors about text that did not come from a file.
 const NO_FILE: &str = "TOML";
@@ -19,13 +19,13 @@ impl Config {
     ///
     /// # Errors
     ///
-    /// [`Invalid`], with the file and line, if the file can't be read or is not TOML, if a name is
-    /// unknown, or if a value is outside its bounds. Passwords are not shown.
-    pub fn from_file(path: impl AsRef<Path>) -> Result<Self, Invalid> {
+    /// [`InvalidSetting`], with the file and line, if the file can't be read or is not TOML, if a
+    /// name is unknown, or if a value is outside its bounds. Passwords are not shown.
+    pub fn from_file(path: impl AsRef<Path>) -> Result<Self, InvalidSetting> {
         let path = path.as_ref();
         let text = std::fs::read_to_string(path).map_err(|error| {
             let field = format!("configuration file {}", path.display());
-            Invalid::new(field, format!("unreadable ({error})"), "a readable TOML file")
+            InvalidSetting::new(field, format!("unreadable ({error})"), "a readable TOML file")
         })?;
         Self::read(&text, &path.display().to_string())
     }
@@ -35,11 +35,11 @@ impl Config {
     /// # Errors
     ///
     /// The errors of [`Config::from_file`].
-    pub fn from_toml(text: &str) -> Result<Self, Invalid> {
+    pub fn from_toml(text: &str) -> Result<Self, InvalidSetting> {
         Self::read(text, NO_FILE)
     }
 
-    fn read(text: &str, source: &str) -> Result<Self, Invalid> {
+    fn read(text: &str, source: &str) -> Result<Self, InvalidSetting> {
         let place = |at: usize| {
             let line = 1 + text.bytes().take(at).filter(|&byte| byte == b'\n').count();
             format!("{source} line {line}")
@@ -49,7 +49,7 @@ impl Config {
         let entries: BTreeMap<Spanned<String>, Spanned<Value>> = toml::from_str(text).map_err(|error| {
             let field = place(error.span().map_or(0, |span| span.start));
             let value = format!("malformed ({})", error.message());
-            Invalid::new(field, value, "valid TOML")
+            InvalidSetting::new(field, value, "valid TOML")
         })?;
         let mut config = Self::default();
         for (name, value) in entries {
@@ -58,13 +58,13 @@ impl Config {
                 .set_value(name.get_ref(), value.into_inner())
                 .map_err(|invalid| {
                     let field = format!("{} ({place})", invalid.field);
-                    Invalid::new(field, invalid.value, invalid.bound)
+                    InvalidSetting::new(field, invalid.value, invalid.bound)
                 })?;
         }
         Ok(config)
     }
 
-    fn set_value(&mut self, name: &str, value: Value) -> Result<(), Invalid> {
+    fn set_value(&mut self, name: &str, value: Value) -> Result<(), InvalidSetting> {
         match value {
             Value::String(text) => self.set(name, &text),
             Value::Integer(number) => self.set(name, &number.to_string()),
@@ -84,7 +84,7 @@ impl Config {
                 .map_err(|problem| problem.of(name)),
             // If the name is unknown too, report that rather than the type.
             _ if Field::named(name).is_none() => self.set(name, ""),
-            other => Err(Invalid::new(
+            other => Err(InvalidSetting::new(
                 name,
                 format!("of type {}", other.type_str()),
                 "a string or a number",

@@ -18,7 +18,7 @@ pub use builder::Builder;
 pub(crate) use overrides::check_overrides;
 
 use crate::endpoint::{Endpoint, EndpointKind, redact};
-use crate::error::Invalid;
+use crate::error::InvalidSetting;
 use crate::key::LockKey;
 use crate::router::ShardMap;
 use crate::store::redis::names::Names;
@@ -48,7 +48,7 @@ use fields::{FIELDS, Field};
 /// config.max_hold = Some(Duration::from_secs(60));
 /// config.validate()?;
 /// assert_eq!(config.shards[1].name, "shard-1");
-/// # Ok::<(), shardlock::Invalid>(())
+/// # Ok::<(), shardlock::InvalidSetting>(())
 /// ```
 #[derive(Debug, Clone, PartialEq)]
 #[non_exhaustive]
@@ -273,8 +273,8 @@ impl Config {
     ///
     /// # Errors
     ///
-    /// [`Invalid`] for the first value that is outside its bounds.
-    pub fn validate(&self) -> Result<(), Invalid> {
+    /// [`InvalidSetting`] for the first value that is outside its bounds.
+    pub fn validate(&self) -> Result<(), InvalidSetting> {
         FIELDS
             .iter()
             .try_for_each(|field| (field.check)(self).map_err(|problem| problem.of(field.name)))?;
@@ -282,11 +282,17 @@ impl Config {
     }
 
     /// Checks the settings that depend on one another.
-    fn check_together(&self) -> Result<(), Invalid> {
+    fn check_together(&self) -> Result<(), InvalidSetting> {
         match (&self.tls_cert, &self.tls_key) {
-            (Some(_), None) => return Err(Invalid::new("tls_key", "none", "the file with the key of tls_cert")),
+            (Some(_), None) => {
+                return Err(InvalidSetting::new(
+                    "tls_key",
+                    "none",
+                    "the file with the key of tls_cert",
+                ));
+            }
             (None, Some(_)) => {
-                return Err(Invalid::new(
+                return Err(InvalidSetting::new(
                     "tls_cert",
                     "none",
                     "the file with the certificate of tls_key",
@@ -303,7 +309,7 @@ impl Config {
         let has_redlock = endpoints.iter().any(is_redlock);
         if self.ttl > self.redlock_max_ttl && has_redlock {
             let bound = format!("at least the ttl ({:?}) if a shard is redlock://", self.ttl);
-            return Err(Invalid::new(
+            return Err(InvalidSetting::new(
                 "redlock_max_ttl",
                 format!("{:?}", self.redlock_max_ttl),
                 bound,
@@ -318,7 +324,7 @@ impl Config {
             matches!(endpoint.kind(), Redis(_) | Sentinel { .. } | Cluster { .. })
         };
         if self.min_replicas_acked > 0 && !endpoints.iter().any(replicates) {
-            return Err(Invalid::new(
+            return Err(InvalidSetting::new(
                 "min_replicas_acked",
                 self.min_replicas_acked.to_string(),
                 "0 unless a shard is redis://, redis+sentinel:// or redis+cluster://, the kinds with replicas",
@@ -332,7 +338,7 @@ impl Config {
             if let Some(file) = file
                 && !endpoints.iter().any(Endpoint::is_encrypted)
             {
-                return Err(Invalid::new(
+                return Err(InvalidSetting::new(
                     name,
                     bounds::plain(&file.display().to_string()),
                     "none unless a shard's URL uses TLS (rediss:// and the like)",
@@ -397,14 +403,14 @@ impl Config {
     ///
     /// # Errors
     ///
-    /// [`Invalid`] if there is no such setting, or if the value can't be parsed or is outside its
-    /// bounds. Nothing has been changed in that case.
-    pub fn set(&mut self, name: &str, value: &str) -> Result<(), Invalid> {
+    /// [`InvalidSetting`] if there is no such setting, or if the value can't be parsed or is
+    /// outside its bounds. Nothing has been changed in that case.
+    pub fn set(&mut self, name: &str, value: &str) -> Result<(), InvalidSetting> {
         let Some(field) = Field::named(name) else {
             let known: Vec<_> = FIELDS.iter().map(|field| field.name).collect();
             let meant = nearest::did_you_mean(name, known.iter().copied());
             let bound = format!("one of {}{meant}", known.join(", "));
-            return Err(Invalid::new("setting", bounds::echo(name), bound));
+            return Err(InvalidSetting::new("setting", bounds::echo(name), bound));
         };
         self.change(|config| (field.set)(config, value).and_then(|()| (field.check)(config)))
             .map_err(|problem| problem.of(name))

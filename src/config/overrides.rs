@@ -4,7 +4,7 @@ use std::time::Duration;
 
 use super::bounds::Bounds;
 use super::fields::{LINGER, MAX_HOLD, TIMEOUT, TTL};
-use crate::error::Invalid;
+use crate::error::InvalidSetting;
 
 /// Checks the settings of a request.
 #[inline]
@@ -13,7 +13,7 @@ pub(crate) fn check_overrides(
     timeout: Option<Duration>,
     max_hold: Option<Duration>,
     linger: Option<Duration>,
-) -> Result<(), Invalid> {
+) -> Result<(), InvalidSetting> {
     if let Some(ttl) = ttl {
         TTL.check(&ttl).map_err(|problem| problem.of("ttl"))?;
     }

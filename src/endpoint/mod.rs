@@ -7,7 +7,7 @@ mod socket;
 use std::fmt;
 use std::str::FromStr;
 
-use crate::error::Invalid;
+use crate::error::InvalidSetting;
 pub(crate) use redact::redact;
 pub(crate) use servers::Access;
 pub use servers::ServerUrl;
@@ -96,16 +96,20 @@ impl Endpoint {
     ///
     /// # Errors
     ///
-    /// [`Invalid`], without the password, if the URL is malformed, is of a kind that this version
-    /// or this build does not support, or has an invalid port, database or host.
-    pub fn parse(text: &str) -> Result<Self, Invalid> {
-        let invalid = |bound: &str| Invalid::new("url", redact(text), bound);
+    /// [`InvalidSetting`], without the password, if the URL is malformed, is of a kind that this
+    /// version or this build does not support, or has an invalid port, database or host.
+    pub fn parse(text: &str) -> Result<Self, InvalidSetting> {
+        let invalid = |bound: &str| InvalidSetting::new("url", redact(text), bound);
         if text.is_empty() {
-            return Err(Invalid::new("url", "empty", format!("a URL; {SUPPORTED}")));
+            return Err(InvalidSetting::new("url", "empty", format!("a URL; {SUPPORTED}")));
         }
         if text.len() > URL_BYTES_MAX {
             let value = format!("{} bytes long", text.len());
-            return Err(Invalid::new("url", value, format!("1 to {URL_BYTES_MAX} bytes long")));
+            return Err(InvalidSetting::new(
+                "url",
+                value,
+                format!("1 to {URL_BYTES_MAX} bytes long"),
+            ));
         }
         // The URL parser drops tabs and line ends silently, which would change a password.
         if text.chars().any(|char| char.is_whitespace() || char.is_control()) {
@@ -153,11 +157,11 @@ impl Endpoint {
         Self { kind, shown }
     }
 
-    fn parse_memory(text: &str, name: &str) -> Result<Self, Invalid> {
+    fn parse_memory(text: &str, name: &str) -> Result<Self, InvalidSetting> {
         if name.len() > MEMORY_NAME_BYTES_MAX || !name.bytes().all(is_name_byte) {
             let bound =
                 format!("memory:// and a name of at most {MEMORY_NAME_BYTES_MAX} letters, digits, dots, _ and -");
-            return Err(Invalid::new("url", redact(text), bound));
+            return Err(InvalidSetting::new("url", redact(text), bound));
         }
         let shown = format!("memory://{name}");
         let kind = EndpointKind::Memory { name: name.into() };
@@ -221,9 +225,9 @@ impl Endpoint {
 }
 
 impl FromStr for Endpoint {
-    type Err = Invalid;
+    type Err = InvalidSetting;
 
-    fn from_str(text: &str) -> Result<Self, Invalid> {
+    fn from_str(text: &str) -> Result<Self, InvalidSetting> {
         Self::parse(text)
     }
 }

@@ -1,6 +1,6 @@
 use super::{SECRET, lines, text};
 use crate::config::Config;
-use crate::error::Invalid;
+use crate::error::InvalidSetting;
 use crate::text::must_be_escaped;
 
 /// Settings by name, as set by code, a command line or the environment. The first two lines are a
@@ -50,7 +50,7 @@ pub fn settings(data: &[u8]) {
 }
 
 /// Checks that another source accepts the same values, and refuses a value for the same reason.
-fn same(set: &Result<(), Invalid>, config: &Config, other: Result<Config, Invalid>, source: &str) {
+fn same(set: &Result<(), InvalidSetting>, config: &Config, other: Result<Config, InvalidSetting>, source: &str) {
     match (set, other) {
         (Ok(()), Ok(other)) => assert_eq!(*config, other, "{source} is parsed differently"),
         (Err(one), Err(other)) => {
@@ -64,7 +64,7 @@ fn same(set: &Result<(), Invalid>, config: &Config, other: Result<Config, Invali
     }
 }
 
-fn shown(error: &Invalid, hides: bool) {
+fn shown(error: &InvalidSetting, hides: bool) {
     let error = error.to_string();
     assert!(!error.contains(must_be_escaped), "{error:?}");
     assert!(!(hides && error.contains(SECRET)), "{error}");

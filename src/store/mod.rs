@@ -206,7 +206,7 @@ pub(crate) fn open(endpoint: &Endpoint, options: StoreOptions) -> Result<Arc<dyn
         // Such a URL is rejected when it is parsed.
         #[cfg(not(feature = "etcd"))]
         EndpointKind::Etcd { .. } => {
-            return Err(crate::error::Invalid::new(
+            return Err(crate::error::InvalidSetting::new(
                 "url",
                 endpoint.to_string(),
                 "a kind of shard that this build supports (enable the feature `etcd`)",

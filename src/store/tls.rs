@@ -13,7 +13,7 @@ use rustls::sign::CertifiedKey;
 use rustls::{AlertDescription, CertificateError, InvalidMessage, RootCertStore};
 
 use super::{NOT_ENCRYPTED, TlsFiles};
-use crate::error::Invalid;
+use crate::error::InvalidSetting;
 
 /// The contents of [`TlsFiles`], already validated. `Debug` hides them.
 #[derive(Clone, Default)]
@@ -45,7 +45,7 @@ impl TlsPem {
     /// # Errors
     ///
     /// A file can't be read or used. The error names the setting and the reason.
-    pub(in crate::store) fn read(files: &TlsFiles) -> Result<Self, Invalid> {
+    pub(in crate::store) fn read(files: &TlsFiles) -> Result<Self, InvalidSetting> {
         install_provider();
         let ca = files.ca.as_deref().map(read_authorities).transpose()?;
         let client = match &files.client {
@@ -65,8 +65,9 @@ fn install_provider() {
     }
 }
 
-fn read_file(setting: &'static str, path: &Path, bound: &str) -> Result<Vec<u8>, Invalid> {
-    std::fs::read(path).map_err(|error| Invalid::new(setting, path.display().to_string(), format!("{bound} ({error})")))
+fn read_file(setting: &'static str, path: &Path, bound: &str) -> Result<Vec<u8>, InvalidSetting> {
+    std::fs::read(path)
+        .map_err(|error| InvalidSetting::new(setting, path.display().to_string(), format!("{bound} ({error})")))
 }
 
 const AUTHORITIES: &str = "a readable PEM file with the CA certificates that sign the servers' certificates";
@@ -79,8 +80,8 @@ fn certificates(
     path: &Path,
     pem: &[u8],
     bound: &str,
-) -> Result<Vec<CertificateDer<'static>>, Invalid> {
-    let unfit = |why: String| Invalid::new(setting, path.display().to_string(), format!("{bound} ({why})"));
+) -> Result<Vec<CertificateDer<'static>>, InvalidSetting> {
+    let unfit = |why: String| InvalidSetting::new(setting, path.display().to_string(), format!("{bound} ({why})"));
     let found = CertificateDer::pem_slice_iter(pem)
         .collect::<Result<Vec<_>, _>>()
         .map_err(|_| unfit("the file is damaged".to_owned()))?;
@@ -90,23 +91,23 @@ fn certificates(
     Ok(found)
 }
 
-fn read_authorities(path: &Path) -> Result<Vec<u8>, Invalid> {
+fn read_authorities(path: &Path) -> Result<Vec<u8>, InvalidSetting> {
     let pem = read_file("tls_ca", path, AUTHORITIES)?;
     let mut store = RootCertStore::empty();
     for certificate in certificates("tls_ca", path, &pem, AUTHORITIES)? {
-        store
-            .add(certificate)
-            .map_err(|error| Invalid::new("tls_ca", path.display().to_string(), format!("{AUTHORITIES} ({error})")))?;
+        store.add(certificate).map_err(|error| {
+            InvalidSetting::new("tls_ca", path.display().to_string(), format!("{AUTHORITIES} ({error})"))
+        })?;
     }
     Ok(pem)
 }
 
-fn read_client(certificate_path: &Path, key_path: &Path) -> Result<ClientPem, Invalid> {
+fn read_client(certificate_path: &Path, key_path: &Path) -> Result<ClientPem, InvalidSetting> {
     let certificate = read_file("tls_cert", certificate_path, CERTIFICATE)?;
     let chain = certificates("tls_cert", certificate_path, &certificate, CERTIFICATE)?;
     let key = read_file("tls_key", key_path, KEY)?;
     // The parser's errors are left out, since they may quote the file.
-    let unfit = |why: &str| Invalid::new("tls_key", key_path.display().to_string(), format!("{KEY} ({why})"));
+    let unfit = |why: &str| InvalidSetting::new("tls_key", key_path.display().to_string(), format!("{KEY} ({why})"));
     let parsed =
         PrivateKeyDer::from_pem_slice(&key).map_err(|_| unfit("the file contains no private key that can be read"))?;
     CertifiedKey::from_der(chain, parsed, &ring::default_provider()).map_err(|error| match error {
@@ -114,7 +115,7 @@ fn read_client(certificate_path: &Path, key_path: &Path) -> Result<ClientPem, In
             "the key does not belong to the certificate in {}",
             certificate_path.display()
         )),
-        rustls::Error::InvalidCertificate(_) => Invalid::new(
+        rustls::Error::InvalidCertificate(_) => InvalidSetting::new(
             "tls_cert",
             certificate_path.display().to_string(),
             format!("{CERTIFICATE} (its first certificate can't be read)"),

@@ -105,7 +105,7 @@ fn parse_interval(text: &str) -> anyhow::Result<Duration> {
     Ok(interval)
 }
 
-fn parse_key(text: &str) -> Result<LockKey, shardlock::Invalid> {
+fn parse_key(text: &str) -> Result<LockKey, shardlock::InvalidSetting> {
     LockKey::new(text)
 }
 

@@ -57,7 +57,7 @@ use tokio::sync::{Notify, mpsc};
 
 use crate::clock::Moment;
 use crate::endpoint::ServerUrl;
-use crate::error::Invalid;
+use crate::error::InvalidSetting;
 use crate::key::{LockKey, Slot};
 use crate::protocol::{Acquire, AcquireReply, Answer, Cycle, Push, Release, ReleaseReply, RenewReply, Renewal};
 use crate::router::ShardMap;
@@ -108,7 +108,7 @@ const MAJORITY_PAUSE_MAX: Duration = Duration::from_millis(100);
 const NODE_LIMIT_MAX: Duration = Duration::from_millis(250);
 
 impl QuorumStore {
-    pub(crate) fn new(servers: &[ServerUrl], options: &StoreOptions) -> Result<Self, Invalid> {
+    pub(crate) fn new(servers: &[ServerUrl], options: &StoreOptions) -> Result<Self, InvalidSetting> {
         let count = servers.len();
         let node = |(index, server): (usize, &ServerUrl)| {
             let number = index + 1;
@@ -125,7 +125,11 @@ impl QuorumStore {
         };
         Ok(Self {
             quorum: Arc::new(Quorum {
-                nodes: servers.iter().enumerate().map(node).collect::<Result<_, Invalid>>()?,
+                nodes: servers
+                    .iter()
+                    .enumerate()
+                    .map(node)
+                    .collect::<Result<_, InvalidSetting>>()?,
                 max_ttl: options.redlock_max_ttl,
                 node_limit: (options.timeout / 8).min(NODE_LIMIT_MAX),
                 connect_limit: options.timeout / 2,

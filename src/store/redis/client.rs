@@ -14,7 +14,7 @@ use tokio::net::TcpStream;
 use super::refusal;
 use super::reply::error_in_words;
 use crate::endpoint::ServerUrl;
-use crate::error::Invalid;
+use crate::error::InvalidSetting;
 use crate::identity::ManagerId;
 #[cfg(feature = "tls")]
 use crate::store::tls::TlsPem;
@@ -45,9 +45,9 @@ const RESET: Duration = Duration::ZERO;
 /// Fails if the client library can't use the URL, or if one of the files is unusable. The error
 /// contains no password.
 #[cfg_attr(not(feature = "tls"), allow(unused_variables))]
-pub(in crate::store) fn connection_info(server: &ServerUrl, tls: &TlsFiles) -> Result<ConnectionInfo, Invalid> {
+pub(in crate::store) fn connection_info(server: &ServerUrl, tls: &TlsFiles) -> Result<ConnectionInfo, InvalidSetting> {
     // The error of the client library may quote the URL, and with it the password.
-    let unusable = || Invalid::new("url", server.place(), "a server that the client library can use");
+    let unusable = || InvalidSetting::new("url", server.place(), "a server that the client library can use");
     #[cfg(feature = "tls")]
     let info = if server.is_encrypted() {
         let client = Client::build_with_tls(server.as_str(), certificates(tls)?).map_err(|_| unusable())?;
@@ -97,7 +97,7 @@ pub(super) fn prepare(stream: &TcpStream) -> io::Result<()> {
 ///
 /// Fails if one of the files is unusable.
 #[cfg(feature = "tls")]
-pub(in crate::store) fn certificates(files: &TlsFiles) -> Result<TlsCertificates, Invalid> {
+pub(in crate::store) fn certificates(files: &TlsFiles) -> Result<TlsCertificates, InvalidSetting> {
     let TlsPem { ca, client } = TlsPem::read(files)?;
     Ok(TlsCertificates {
         client_tls: client.map(|client| ClientTlsConfig {

@@ -50,7 +50,7 @@ use super::reply::{acquired, error_in_words, inspected, released};
 use super::script::{LuaScript, Named, Scripts};
 use crate::clock::Moment;
 use crate::endpoint::ServerUrl;
-use crate::error::Invalid;
+use crate::error::InvalidSetting;
 use crate::key::{LockKey, SLOTS, Slot};
 use crate::notice::Seldom;
 use crate::protocol::{Acquire, AcquireMode, AcquireReply, Answer, Push, Release, ReleaseReply, RenewReply, Renewal};
@@ -106,12 +106,16 @@ struct Shared {
 
 impl ClusterStore {
     /// Creates a store. Sends nothing yet.
-    pub(crate) fn new(seeds: &[ServerUrl], options: StoreOptions) -> Result<Self, Invalid> {
+    pub(crate) fn new(seeds: &[ServerUrl], options: StoreOptions) -> Result<Self, InvalidSetting> {
         Self::with_idle_limit(seeds, options, INBOX_IDLE_SECONDS)
     }
 
-    fn with_idle_limit(seeds: &[ServerUrl], options: StoreOptions, inbox_idle_seconds: u32) -> Result<Self, Invalid> {
-        let unusable = || Invalid::new("url", "without a host", "of servers that the client library can use");
+    fn with_idle_limit(
+        seeds: &[ServerUrl],
+        options: StoreOptions,
+        inbox_idle_seconds: u32,
+    ) -> Result<Self, InvalidSetting> {
+        let unusable = || InvalidSetting::new("url", "without a host", "of servers that the client library can use");
         let info = connection_info(seeds.first().ok_or_else(unusable)?, &options.tls)?;
         let commands = Commands::for_a_cluster(&options.namespace, options.manager);
         let shared = Arc::new(Shared {

@@ -63,7 +63,7 @@ use super::reply::{acquired, acquired_freely, inspected, released};
 use super::script::Scripts;
 use crate::clock::Moment;
 use crate::endpoint::{Access, ServerUrl};
-use crate::error::Invalid;
+use crate::error::InvalidSetting;
 use crate::key::{LockKey, SLOTS, Slot};
 use crate::notice::Seldom;
 use crate::program::Runtimes;
@@ -133,12 +133,12 @@ const RECONNECTS_PER_REQUEST: usize = 2;
 
 impl RedisStore {
     /// Creates a store for the server at this address. Sends nothing yet.
-    pub(crate) fn new(server: &ServerUrl, options: StoreOptions) -> Result<Self, Invalid> {
+    pub(crate) fn new(server: &ServerUrl, options: StoreOptions) -> Result<Self, InvalidSetting> {
         Self::from_source(Source::Fixed(server.clone()), options, None)
     }
 
     /// Creates a store for one node of a quorum.
-    pub(crate) fn node(server: &ServerUrl, options: StoreOptions) -> Result<Self, Invalid> {
+    pub(crate) fn node(server: &ServerUrl, options: StoreOptions) -> Result<Self, InvalidSetting> {
         let tenure = Tenure::new(options.redlock_max_ttl);
         Self::from_source(Source::Fixed(server.clone()), options, Some(tenure))
     }
@@ -149,13 +149,13 @@ impl RedisStore {
         primary: &str,
         access: &Access,
         options: StoreOptions,
-    ) -> Result<Self, Invalid> {
+    ) -> Result<Self, InvalidSetting> {
         let (servers, name) = (sentinels.to_vec(), primary.to_owned());
         let sentinels = Sentinels::new(servers, name, access.clone(), options.tls.clone(), options.timeout);
         Self::from_source(Source::Sentinels(sentinels), options, None)
     }
 
-    fn from_source(source: Source, options: StoreOptions, tenure: Option<Tenure>) -> Result<Self, Invalid> {
+    fn from_source(source: Source, options: StoreOptions, tenure: Option<Tenure>) -> Result<Self, InvalidSetting> {
         source.check(&options.tls)?;
         let commands = Commands::new(&options.namespace, options.manager);
         let shared = Arc::new(Shared {

@@ -12,7 +12,7 @@ use futures_util::stream::FuturesUnordered;
 use super::super::client::{connection_info, with_reason};
 use super::super::reply::error_in_words;
 use crate::endpoint::{Access, ServerUrl};
-use crate::error::Invalid;
+use crate::error::InvalidSetting;
 use crate::store::{StoreError, TlsFiles};
 
 /// The sentinels that watch one primary.
@@ -55,7 +55,7 @@ impl Sentinels {
         }
     }
 
-    pub(super) fn check(&self) -> Result<(), Invalid> {
+    pub(super) fn check(&self) -> Result<(), InvalidSetting> {
         for server in &self.servers {
             connection_info(server, &self.tls)?;
         }

@@ -6,7 +6,7 @@ use super::super::client::connection_info;
 use super::super::reply::{Role, error_in_words};
 use super::sentinels::Sentinels;
 use crate::endpoint::ServerUrl;
-use crate::error::Invalid;
+use crate::error::InvalidSetting;
 use crate::store::{StoreError, TlsFiles};
 
 /// See the module.
@@ -17,7 +17,7 @@ pub(super) enum Source {
 
 impl Source {
     /// Checks all addresses that are known in advance.
-    pub(super) fn check(&self, tls: &TlsFiles) -> Result<(), Invalid> {
+    pub(super) fn check(&self, tls: &TlsFiles) -> Result<(), InvalidSetting> {
         match self {
             Self::Fixed(server) => connection_info(server, tls).map(|_| ()),
             Self::Sentinels(sentinels) => sentinels.check(),
