@@ -5,6 +5,7 @@ pub mod admin;
 mod backoff;
 mod clock;
 mod config;
+mod contention;
 mod cycle;
 mod endpoint;
 mod error;
@@ -14,7 +15,6 @@ mod foreign;
 #[doc(hidden)]
 pub mod fuzzing;
 mod guard;
-mod heat;
 mod identity;
 mod key;
 mod lease;

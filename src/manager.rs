@@ -9,10 +9,10 @@ use tokio::sync::{mpsc, oneshot};
 
 use crate::clock::Moment;
 use crate::config::{Builder, Config, ShardConfig};
+use crate::contention::HotKeys;
 use crate::endpoint::Endpoint;
 use crate::error::LockError;
 use crate::guard::LockGuard;
-use crate::heat::HotKeys;
 use crate::identity::ManagerId;
 use crate::key::LockKey;
 use crate::notice::Notices;

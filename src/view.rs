@@ -21,13 +21,14 @@ pub struct HotKey {
     /// The name of its shard.
     pub shard: String,
     /// The number of requests that found the key held or waited for: they waited, were handed the
-    /// lock, gave up, or were tries that failed. Never too small; too large by at most `error`.
+    /// lock, gave up, or were tries that failed. Never too small; too large by at most
+    /// `overcount_max`.
     pub contended: u64,
     /// The number of contended requests that got the lock, counted since the key entered the list.
     pub acquired: u64,
     /// The most by which `contended` may be too large: a key that enters the list takes over the
     /// count of the key it replaces.
-    pub error: u64,
+    pub overcount_max: u64,
     /// The number of tasks of this process that wait for the key now.
     pub waiters: usize,
     /// The guard of this process that holds the key now, if any.
@@ -110,7 +111,7 @@ pub(crate) fn hot_keys(manager: &Inner) -> Vec<HotKey> {
     let now = Moment::now();
     let shards: HashMap<&str, &Shard> = manager.shards.iter().map(|shard| (&*shard.name, &**shard)).collect();
     for shard in shards.values() {
-        shard.entries().iter().for_each(|entry| Entry::tell_heat(entry));
+        shard.entries().iter().for_each(|entry| Entry::flush_contention(entry));
     }
     let hottest = manager.hot.hottest().into_iter();
     let as_seen = hottest.map(|hot| {
@@ -122,7 +123,7 @@ pub(crate) fn hot_keys(manager: &Inner) -> Vec<HotKey> {
             shard: hot.shard.to_string(),
             contended: hot.contended,
             acquired: hot.acquired,
-            error: hot.error,
+            overcount_max: hot.overcount_max,
             waiters: seen.as_ref().map_or(0, |seen| seen.waiting),
             holder: held.map(|held| HotKeyHolder {
                 held: held.age,

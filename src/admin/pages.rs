@@ -164,7 +164,7 @@ impl Hot {
             shard: hot.shard,
             contended: hot.contended,
             acquired: hot.acquired,
-            error: hot.error,
+            error: hot.overcount_max,
             waiters: hot.waiters,
             holder: hot.holder.map(|holder| Holder {
                 held_ms: ms(holder.held),

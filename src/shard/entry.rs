@@ -10,10 +10,10 @@ use parking_lot::Mutex;
 
 use super::{Job, Shard};
 use crate::clock::Moment;
+use crate::contention::KeyContention;
 use crate::error::LockError;
 use crate::fence::FencingToken;
 use crate::foreign::WAKERS;
-use crate::heat::Heat;
 use crate::key::{LockKey, Slot};
 use crate::protocol::Cycle;
 use crate::queue::{Context, Effects, Granted, Outcome, Path, Queue, Rare, Request, WaiterId, Wake, Want};
@@ -34,7 +34,7 @@ struct State {
     /// up the new one.
     removed: bool,
     /// Contention recorded since the last flush to the manager.
-    heat: Option<Box<Heat>>,
+    contention: Option<Box<KeyContention>>,
     /// Who collected the last guard. The queue knows whether that guard is still out.
     holding: Option<Holding>,
 }
@@ -125,7 +125,7 @@ impl fmt::Debug for Entry {
 impl State {
     /// Records the new holder, and contention. Returns the contention to flush when enough has
     /// accumulated.
-    fn note(&mut self, outcome: &Outcome, asked: Asked) -> Option<Box<Heat>> {
+    fn note(&mut self, outcome: &Outcome, asked: Asked) -> Option<Box<KeyContention>> {
         match outcome {
             Outcome::Granted(granted) => {
                 self.holding = Some(Holding {
@@ -136,13 +136,13 @@ impl State {
                 if matches!(granted.path, Path::Uncontended | Path::Lingering) {
                     return None;
                 }
-                let heat = self.heat.get_or_insert_default();
-                heat.waited(granted.at.since(asked.at));
+                let contention = self.contention.get_or_insert_default();
+                contention.record_acquired(granted.at.since(asked.at));
             }
-            Outcome::Busy => self.heat.get_or_insert_default().in_vain(),
+            Outcome::Busy => self.contention.get_or_insert_default().record_failure(),
             Outcome::Failed(_) | Outcome::TooLate | Outcome::Regressed { .. } => return None,
         }
-        self.heat.take_if(|heat| heat.is_much())
+        self.contention.take_if(|contention| contention.should_flush())
     }
 }
 
@@ -151,7 +151,7 @@ impl Entry {
         let state = Mutex::new(State {
             queue: Queue::new(),
             removed: false,
-            heat: None,
+            contention: None,
             holding: None,
         });
         Arc::new(Self {
@@ -214,10 +214,10 @@ impl Entry {
             drop(replaced);
             return Poll::Pending;
         };
-        let much = state.note(&outcome, asked);
+        let to_flush = state.note(&outcome, asked);
         self.remove_if_unused(state);
-        if let Some(heat) = much {
-            self.shard.hot.add(&self.shard.name, &self.key, &heat);
+        if let Some(contention) = to_flush {
+            self.shard.hot.add(&self.shard.name, &self.key, &contention);
         }
         Poll::Ready(self.settle(outcome, asked))
     }
@@ -241,7 +241,7 @@ impl Entry {
     pub(crate) fn give_up(self: &Arc<Self>, id: WaiterId) {
         let mut state = self.state.lock();
         if state.queue.is_contended() && !state.queue.is_settled(id) {
-            state.heat.get_or_insert_default().in_vain();
+            state.contention.get_or_insert_default().record_failure();
         }
         drop(state);
         self.in_background(|queue, cx| queue.give_up(id, cx));
@@ -294,10 +294,10 @@ impl Entry {
     }
 
     /// Flushes the recorded contention to the manager.
-    pub(crate) fn tell_heat(&self) {
-        let heat = self.state.lock().heat.take();
-        if let Some(heat) = heat {
-            self.shard.hot.add(&self.shard.name, &self.key, &heat);
+    pub(crate) fn flush_contention(&self) {
+        let contention = self.state.lock().contention.take();
+        if let Some(contention) = contention {
+            self.shard.hot.add(&self.shard.name, &self.key, &contention);
         }
     }
 
@@ -381,10 +381,10 @@ impl Entry {
         }
         state.removed = true;
         let rivals_seen = state.queue.rivals_seen();
-        let heat = state.heat.take();
+        let contention = state.contention.take();
         drop(state);
-        if let Some(heat) = heat {
-            self.shard.hot.add(&self.shard.name, &self.key, &heat);
+        if let Some(contention) = contention {
+            self.shard.hot.add(&self.shard.name, &self.key, &contention);
         }
         self.shard.forget(self, rivals_seen);
     }

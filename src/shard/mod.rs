@@ -49,8 +49,8 @@ pub(crate) use map::Maps;
 
 use crate::backoff::Backoff;
 use crate::clock::Moment;
+use crate::contention::HotKeys;
 use crate::error::LockError;
-use crate::heat::HotKeys;
 use crate::identity::ManagerId;
 use crate::key::LockKey;
 use crate::notice::{Notices, Seldom};

@@ -38,7 +38,7 @@ pub(super) async fn pulse(shards: Rc<[Arc<Shard>]>, metrics: Arc<ManagerMetrics>
         if now >= look_at {
             shards.iter().for_each(look);
             if let Some(shard) = shards.first() {
-                shard.hot.age(now);
+                shard.hot.decay(now);
             }
             look_at = now + LOOK_EVERY_MIN.max(Moment::now().since(now) * 100);
         }

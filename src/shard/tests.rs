@@ -7,8 +7,8 @@ use std::task::Waker;
 use metrics_exporter_prometheus::PrometheusBuilder;
 
 use super::*;
+use crate::contention::HotKeys;
 use crate::fence::TokenBlock;
-use crate::heat::HotKeys;
 use crate::notice::Notices;
 use crate::protocol::{Acquire, AcquireReply, Answer, Push, Release, ReleaseReply, RenewReply, Renewal};
 use crate::store::{Health, Priority, ServerTime, StoreFuture};

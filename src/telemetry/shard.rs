@@ -11,8 +11,8 @@ use super::table::{
     TOKEN_REGRESSIONS, VALIDITY_LEFT, WAITERS,
 };
 use super::tally::{Measured, Tally};
+use crate::contention::AtomicHistogram;
 use crate::error::LossReason;
-use crate::heat::Times;
 use crate::queue::{Bound, Path};
 
 /// The kinds of requests to a store.
@@ -79,7 +79,7 @@ pub(crate) struct ShardMetrics {
     lost: [Counter; LossReason::ALL.len()],
     requests: [RequestMetrics; RequestKind::ALL.len()],
     /// Round trips of all requests, as reported by the manager itself.
-    round_trips: Times,
+    round_trips: AtomicHistogram,
     is_up: AtomicBool,
     up: Gauge,
 }
@@ -133,7 +133,7 @@ impl ShardMetrics {
                     failed: requests("failed"),
                 }
             }),
-            round_trips: Times::default(),
+            round_trips: AtomicHistogram::default(),
             is_up: AtomicBool::new(false),
             up: gauge!(SHARD_UP, "shard" => shard()),
         }

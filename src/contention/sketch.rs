@@ -5,32 +5,32 @@
 //! This is the *space-saving* algorithm with weights (A. Metwally, D. Agrawal, A. El Abbadi:
 //! Efficient Computation of Frequent and Top-k Elements in Data Streams, ICDT 2005). Kept keys are
 //! counted. A key that is not kept replaces the key with the smallest count. It starts from that
-//! count, which is also recorded as the bound of its error. So a count is never too small, and too
-//! large by at most its error. No error exceeds the sum of all weights divided by the number of
-//! places. Every key whose true count is larger than that quotient is kept.
+//! count, which is also recorded as the bound of its overcount. So a count is never too small, and
+//! too large by at most that bound. No bound exceeds the sum of all weights divided by the number
+//! of counters. Every key whose true count is larger than that quotient is kept.
 //!
-//! Places are in a heap ordered by smallest count, so updating it takes O(log n) moves.
+//! Counters are in a heap ordered by smallest count, so updating it takes O(log n) moves.
 
 use std::collections::HashMap;
 use std::hash::Hash;
 
 use foldhash::fast::RandomState;
 
-/// See the module documentation. `V` is what has been recorded for a key since it got its place.
+/// See the module documentation. `V` is what has been recorded for a key since it entered.
 #[derive(Debug)]
 pub(super) struct Sketch<K, V> {
     capacity: usize,
-    places: Vec<Place<K, V>>,
-    /// A heap of indexes into `places`: no count is smaller than that of its parent.
+    counters: Vec<Counter<K, V>>,
+    /// A heap of indexes into `counters`: no count is smaller than that of its parent.
     heap: Vec<usize>,
     index: HashMap<K, usize, RandomState>,
 }
 
 #[derive(Debug)]
-struct Place<K, V> {
+struct Counter<K, V> {
     key: K,
     count: u64,
-    error: u64,
+    overcount_max: u64,
     /// The position in the heap.
     at: usize,
     value: V,
@@ -40,9 +40,9 @@ struct Place<K, V> {
 #[derive(Debug)]
 pub(super) struct Kept<'a, K, V> {
     pub(super) key: &'a K,
-    /// An upper bound on how often the key was seen. Too large by at most `error`.
+    /// An upper bound on how often the key was seen. Too large by at most `overcount_max`.
     pub(super) count: u64,
-    pub(super) error: u64,
+    pub(super) overcount_max: u64,
     pub(super) value: &'a V,
 }
 
@@ -50,7 +50,7 @@ impl<K: Clone + Eq + Hash, V: Default> Sketch<K, V> {
     pub(super) fn new(capacity: usize) -> Self {
         Self {
             capacity: capacity.max(1),
-            places: Vec::new(),
+            counters: Vec::new(),
             heap: Vec::new(),
             index: HashMap::default(),
         }
@@ -58,71 +58,71 @@ impl<K: Clone + Eq + Hash, V: Default> Sketch<K, V> {
 
     /// Adds `weight` to the count of the key. Returns its value.
     pub(super) fn add(&mut self, key: &K, weight: u64) -> &mut V {
-        let place = match self.index.get(key) {
-            Some(&place) => place,
-            None if self.places.len() < self.capacity => self.take_free_place(key),
+        let counter = match self.index.get(key) {
+            Some(&counter) => counter,
+            None if self.counters.len() < self.capacity => self.insert(key),
             None => self.replace_smallest(key),
         };
-        self.places[place].count = self.places[place].count.saturating_add(weight);
-        self.sink(self.places[place].at);
-        &mut self.places[place].value
+        self.counters[counter].count = self.counters[counter].count.saturating_add(weight);
+        self.sink(self.counters[counter].at);
+        &mut self.counters[counter].value
     }
 
-    fn take_free_place(&mut self, key: &K) -> usize {
-        let place = self.places.len();
-        self.places.push(Place {
+    fn insert(&mut self, key: &K) -> usize {
+        let counter = self.counters.len();
+        self.counters.push(Counter {
             key: key.clone(),
             count: 0,
-            error: 0,
+            overcount_max: 0,
             at: self.heap.len(),
             value: V::default(),
         });
-        self.heap.push(place);
-        self.index.insert(key.clone(), place);
+        self.heap.push(counter);
+        self.index.insert(key.clone(), counter);
         self.rise(self.heap.len() - 1);
-        place
+        counter
     }
 
     fn replace_smallest(&mut self, key: &K) -> usize {
-        let place = self.heap[0];
-        let smallest = &mut self.places[place];
+        let counter = self.heap[0];
+        let smallest = &mut self.counters[counter];
         let old = std::mem::replace(&mut smallest.key, key.clone());
-        smallest.error = smallest.count;
+        smallest.overcount_max = smallest.count;
         smallest.value = V::default();
         self.index.remove(&old);
-        self.index.insert(key.clone(), place);
-        place
+        self.index.insert(key.clone(), counter);
+        counter
     }
 
     /// Halves every count, so that old contention carries little weight. The order is preserved. So
-    /// are the bounds, relative to halved true counts. Errors are rounded up, so they are never too
+    /// are the bounds, relative to halved true counts. Bounds are rounded up, so they are never too
     /// small.
     pub(super) fn halve(&mut self, mut each: impl FnMut(&mut V)) {
-        for place in &mut self.places {
-            place.count = place.count.div_ceil(2);
-            place.error = place.error.div_ceil(2);
-            each(&mut place.value);
+        for counter in &mut self.counters {
+            counter.count = counter.count.div_ceil(2);
+            counter.overcount_max = counter.overcount_max.div_ceil(2);
+            each(&mut counter.value);
         }
     }
 
     /// All kept keys in no particular order.
     pub(super) fn kept(&self) -> impl Iterator<Item = Kept<'_, K, V>> {
-        self.places.iter().map(|place| Kept {
-            key: &place.key,
-            count: place.count,
-            error: place.error,
-            value: &place.value,
+        self.counters.iter().map(|counter| Kept {
+            key: &counter.key,
+            count: counter.count,
+            overcount_max: counter.overcount_max,
+            value: &counter.value,
         })
     }
 
     fn count_at(&self, at: usize) -> u64 {
-        self.places[self.heap[at]].count
+        self.counters[self.heap[at]].count
     }
 
     fn swap(&mut self, one: usize, other: usize) {
         self.heap.swap(one, other);
-        self.places[self.heap[one]].at = one;
-        self.places[self.heap[other]].at = other;
+        self.counters[self.heap[one]].at = one;
+        self.counters[self.heap[other]].at = other;
     }
 
     /// Restores the heap after a count has grown.
@@ -142,7 +142,7 @@ impl<K: Clone + Eq + Hash, V: Default> Sketch<K, V> {
         }
     }
 
-    /// Restores the heap after a place was added at the end.
+    /// Restores the heap after a counter was added at the end.
     fn rise(&mut self, mut at: usize) {
         while at > 0 && self.count_at(at) < self.count_at((at - 1) / 2) {
             self.swap(at, (at - 1) / 2);
@@ -173,18 +173,18 @@ mod tests {
                 *exact.entry(key).or_default() += weight;
                 sum += weight;
             }
-            let kept: HashMap<_, _> = sketch.kept().map(|kept| (*kept.key, (kept.count, kept.error, *kept.value))).collect();
+            let kept: HashMap<_, _> = sketch.kept().map(|kept| (*kept.key, (kept.count, kept.overcount_max, *kept.value))).collect();
             prop_assert_eq!(kept.len(), exact.len().min(capacity));
             // The sum of all counts equals the sum of all weights.
             prop_assert_eq!(kept.values().map(|&(count, ..)| count).sum::<u64>(), sum);
             let bound = sum / capacity as u64;
-            for (key, &(count, error, since)) in &kept {
+            for (key, &(count, overcount_max, since)) in &kept {
                 let truth = exact[key];
                 prop_assert!(truth <= count, "{} is below {}", count, truth);
-                prop_assert!(count - error <= truth, "{} - {} is above {}", count, error, truth);
-                prop_assert!(error <= bound, "{} is above {}", error, bound);
-                // The value covers the time since the key got its place.
-                prop_assert_eq!(since, count - error);
+                prop_assert!(count - overcount_max <= truth, "{} - {} is above {}", count, overcount_max, truth);
+                prop_assert!(overcount_max <= bound, "{} is above {}", overcount_max, bound);
+                // The value covers the time since the key entered.
+                prop_assert_eq!(since, count - overcount_max);
             }
             for (key, &truth) in &exact {
                 prop_assert!(truth <= bound || kept.contains_key(key), "{} with {} of {} is not kept", key, truth, sum);
@@ -218,7 +218,7 @@ mod tests {
             sketch.halve(|()| {});
             for kept in sketch.kept() {
                 prop_assert_eq!(kept.count, before[kept.key].div_ceil(2));
-                prop_assert!(kept.error <= kept.count);
+                prop_assert!(kept.overcount_max <= kept.count);
             }
             sketch.add(&99, 1);
             prop_assert!(sketch.kept().any(|kept| *kept.key == 99));

@@ -3,20 +3,20 @@
 //! # Implementation details
 //!
 //! Only acquisitions that meet contention cost anything. Contention is recorded in the key's own
-//! entry ([`Heat`]), under a mutex that is held there anyway, so no further lock is needed. The
-//! entry flushes its record to the manager's sketch ([`HotKeys`]) when it leaves the table, when it
-//! has recorded enough, and when the hot keys are requested. Memory is bounded: the sketch has a
-//! fixed number of places.
+//! entry ([`KeyContention`]), under a mutex that is held there anyway, so no further lock is
+//! needed. The entry flushes its record to the manager's sketch ([`HotKeys`]) when it leaves the
+//! table, when it has recorded enough, and when the hot keys are requested. Memory is bounded: the
+//! sketch has a fixed number of counters.
 
+mod histogram;
 mod sketch;
-mod times;
 
 use std::sync::Arc;
 use std::time::Duration;
 
 use parking_lot::Mutex;
 
-pub(crate) use times::{Times, Waits};
+pub(crate) use histogram::{AtomicHistogram, Histogram};
 
 use crate::clock::Moment;
 use crate::key::LockKey;
@@ -24,33 +24,33 @@ use sketch::Sketch;
 
 /// The contention recorded for one key.
 #[derive(Debug, Clone, Default)]
-pub(crate) struct Heat {
+pub(crate) struct KeyContention {
     contended: u64,
     acquired: u64,
-    waits: Waits,
+    waits: Histogram,
 }
 
 /// How many contended requests an entry records before it flushes them.
-const NOTED_MAX: u64 = 4096;
+const FLUSH_AT: u64 = 4096;
 /// The interval after which earlier counts are halved.
 const HALF_LIFE: Duration = Duration::from_secs(300);
 
-impl Heat {
+impl KeyContention {
     /// A request acquired the lock after waiting this long.
-    pub(crate) fn waited(&mut self, time: Duration) {
+    pub(crate) fn record_acquired(&mut self, time: Duration) {
         self.contended += 1;
         self.acquired += 1;
         self.waits.add(time);
     }
 
     /// A request found the key held or wanted and failed to acquire the lock.
-    pub(crate) const fn in_vain(&mut self) {
+    pub(crate) const fn record_failure(&mut self) {
         self.contended += 1;
     }
 
     /// Whether the record should be flushed.
-    pub(crate) const fn is_much(&self) -> bool {
-        self.contended >= NOTED_MAX
+    pub(crate) const fn should_flush(&self) -> bool {
+        self.contended >= FLUSH_AT
     }
 }
 
@@ -70,16 +70,16 @@ struct State {
 #[derive(Debug, Default)]
 struct Known {
     acquired: u64,
-    waits: Waits,
+    waits: Histogram,
 }
 
 /// One of the hottest keys.
 #[derive(Debug, Clone)]
-pub(crate) struct Hot {
+pub(crate) struct HotKeyCounts {
     pub(crate) shard: Arc<str>,
     pub(crate) key: LockKey,
     pub(crate) contended: u64,
-    pub(crate) error: u64,
+    pub(crate) overcount_max: u64,
     pub(crate) acquired: u64,
     pub(crate) wait_p50: Duration,
     pub(crate) wait_p99: Duration,
@@ -98,15 +98,17 @@ impl HotKeys {
     }
 
     /// Adds the record of an entry.
-    pub(crate) fn add(&self, shard: &Arc<str>, key: &LockKey, heat: &Heat) {
+    pub(crate) fn add(&self, shard: &Arc<str>, key: &LockKey, contention: &KeyContention) {
         let mut state = self.state.lock();
-        let known = state.sketch.add(&(Arc::clone(shard), key.clone()), heat.contended);
-        known.acquired = known.acquired.saturating_add(heat.acquired);
-        known.waits.merge(&heat.waits);
+        let known = state
+            .sketch
+            .add(&(Arc::clone(shard), key.clone()), contention.contended);
+        known.acquired = known.acquired.saturating_add(contention.acquired);
+        known.waits.merge(&contention.waits);
     }
 
     /// Halves all counts once per half-life.
-    pub(crate) fn age(&self, now: Moment) {
+    pub(crate) fn decay(&self, now: Moment) {
         let mut state = self.state.lock();
         if now.since(state.halved_at) >= HALF_LIFE {
             state.halved_at = now;
@@ -118,16 +120,16 @@ impl HotKeys {
     }
 
     /// All kept keys, the hottest first.
-    pub(crate) fn hottest(&self) -> Vec<Hot> {
+    pub(crate) fn hottest(&self) -> Vec<HotKeyCounts> {
         let state = self.state.lock();
-        let mut hot: Vec<Hot> = state
+        let mut hot: Vec<HotKeyCounts> = state
             .sketch
             .kept()
-            .map(|kept| Hot {
+            .map(|kept| HotKeyCounts {
                 shard: Arc::clone(&kept.key.0),
                 key: kept.key.1.clone(),
                 contended: kept.count,
-                error: kept.error,
+                overcount_max: kept.overcount_max,
                 acquired: kept.value.acquired,
                 wait_p50: kept.value.waits.quantile(0.5),
                 wait_p99: kept.value.waits.quantile(0.99),

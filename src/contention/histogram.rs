@@ -32,12 +32,12 @@ fn quantile(counts: &[u64; BUCKETS], part: f64) -> Duration {
 
 /// A histogram with a single owner.
 #[derive(Debug, Clone, Default)]
-pub(crate) struct Waits {
+pub(crate) struct Histogram {
     counts: [u32; BUCKETS],
     max: Duration,
 }
 
-impl Waits {
+impl Histogram {
     pub(crate) fn add(&mut self, time: Duration) {
         let count = &mut self.counts[bucket_of(time)];
         *count = count.saturating_add(1);
@@ -70,9 +70,9 @@ impl Waits {
 
 /// A histogram that many threads add to.
 #[derive(Debug, Default)]
-pub(crate) struct Times([AtomicU64; BUCKETS]);
+pub(crate) struct AtomicHistogram([AtomicU64; BUCKETS]);
 
-impl Times {
+impl AtomicHistogram {
     pub(crate) fn add(&self, time: Duration) {
         self.0[bucket_of(time)].fetch_add(1, Ordering::Relaxed);
     }
@@ -94,28 +94,28 @@ mod tests {
 
     #[test]
     fn nothing_took_no_time() {
-        assert_eq!(Times::default().quantile(0.99), Duration::ZERO);
-        assert_eq!(Waits::default().quantile(0.99), Duration::ZERO);
+        assert_eq!(AtomicHistogram::default().quantile(0.99), Duration::ZERO);
+        assert_eq!(Histogram::default().quantile(0.99), Duration::ZERO);
     }
 
     proptest! {
         #[test]
         fn a_quantile_is_within_a_factor_of_two(mut micros in proptest::collection::vec(1_u64..60_000_000, 1..200), part in 0.01_f64..1.0) {
-            let mut waits = Waits::default();
-            let times = Times::default();
+            let mut plain = Histogram::default();
+            let atomic = AtomicHistogram::default();
             for &time in &micros {
-                waits.add(Duration::from_micros(time));
-                times.add(Duration::from_micros(time));
+                plain.add(Duration::from_micros(time));
+                atomic.add(Duration::from_micros(time));
             }
             micros.sort_unstable();
             let rank = ((part * micros.len() as f64).ceil() as usize).clamp(1, micros.len());
             let exact = micros[rank - 1] as f64;
-            let found = waits.quantile(part).as_secs_f64() * 1e6;
+            let found = plain.quantile(part).as_secs_f64() * 1e6;
             prop_assert!(found <= exact * 2.0 + 1.0 && found >= exact / 2.0 - 1.0, "{} for {}", found, exact);
-            prop_assert!(waits.quantile(part) <= waits.max());
-            prop_assert_eq!(waits.max(), Duration::from_micros(micros[micros.len() - 1]));
-            let shared = times.quantile(part).as_secs_f64() * 1e6;
-            prop_assert!(shared <= exact * 2.0 + 1.0 && shared >= exact / 2.0 - 1.0);
+            prop_assert!(plain.quantile(part) <= plain.max());
+            prop_assert_eq!(plain.max(), Duration::from_micros(micros[micros.len() - 1]));
+            let found_atomic = atomic.quantile(part).as_secs_f64() * 1e6;
+            prop_assert!(found_atomic <= exact * 2.0 + 1.0 && found_atomic >= exact / 2.0 - 1.0);
         }
     }
 }
