@@ -19,7 +19,6 @@ mod identity;
 mod key;
 mod lease;
 mod manager;
-mod notice;
 mod program;
 mod protocol;
 mod queue;
@@ -28,6 +27,7 @@ mod router;
 mod shard;
 #[cfg(test)]
 mod simulation;
+mod slow_log;
 mod span;
 mod store;
 mod telemetry;

@@ -15,13 +15,13 @@ use crate::error::LockError;
 use crate::guard::LockGuard;
 use crate::identity::ManagerId;
 use crate::key::LockKey;
-use crate::notice::Notices;
 use crate::program::Runtimes;
 use crate::protocol::Cycles;
 use crate::queue::{Linger, Rules};
 use crate::request::{LockRequest, TryLockRequest};
 use crate::router::ShardMap;
 use crate::shard::{Background, Job, Limits, Load, Maps, Parts, Shard, Unheard};
+use crate::slow_log::SlowLog;
 use crate::store::{self, KeyState, LeaseStore, StoreError, StoreOptions, TlsFiles};
 use crate::telemetry::{self, ClassMetrics, Classes, ManagerMetrics, ShardMetrics};
 use crate::time_limit::within;
@@ -67,7 +67,7 @@ pub(crate) struct Inner {
     pub(crate) linger: Linger,
     pub(crate) metrics: Arc<ManagerMetrics>,
     pub(crate) hot: Arc<HotKeys>,
-    pub(crate) notices: Arc<Notices>,
+    pub(crate) slow_log: Arc<SlowLog>,
     pub(crate) shards: Vec<Arc<Shard>>,
     id: ManagerId,
     map: ShardMap,
@@ -125,7 +125,7 @@ impl LockManager {
 
         let metrics = Arc::new(ManagerMetrics::new(Classes::new(&config.class, config.max_classes)));
         let hot = Arc::new(HotKeys::new(config.hot_keys));
-        let notices = Arc::new(Notices::new(config.slow_wait, config.long_hold, config.log_keys));
+        let slow_log = Arc::new(SlowLog::new(config.slow_wait, config.long_hold, config.log_keys));
         let manager_metrics = &metrics;
         let (jobs, receiver) = mpsc::unbounded_channel();
         let shard_metrics = opened.iter().map(|opened| Arc::clone(&opened.metrics)).collect();
@@ -172,7 +172,7 @@ impl LockManager {
                     load: Arc::clone(&load),
                     manager: Arc::clone(manager_metrics),
                     hot: Arc::clone(&hot),
-                    notices: Arc::clone(&notices),
+                    slow_log: Arc::clone(&slow_log),
                     runtimes: Arc::clone(&runtimes),
                     jobs: jobs.clone(),
                 })
@@ -186,7 +186,7 @@ impl LockManager {
                 config,
                 metrics,
                 hot,
-                notices,
+                slow_log,
                 shards,
                 id,
                 map,

@@ -17,9 +17,9 @@ use crate::error::{InvalidSetting, LockError, LossReason};
 use crate::guard::LockGuard;
 use crate::key::LockKey;
 use crate::manager::Inner;
-use crate::notice::Waited;
 use crate::queue::{InOutage, Linger, WaiterId, Want};
 use crate::shard::{Asked, Driven, Entry, Job, Settled};
+use crate::slow_log::WaitOutcome;
 use crate::span::DebugSpan;
 use crate::store::Priority;
 use crate::telemetry::{ClassMetrics, Ending, Limit};
@@ -383,9 +383,13 @@ impl Acquiring {
                 let entry = Arc::clone(&place.entry);
                 let waited = granted.at.since(self.asked_at);
                 let shard = &entry.shard;
-                shard
-                    .notices
-                    .waited(waited, &entry.key, &shard.name, self.request.caller, Waited::Acquired);
+                shard.slow_log.waited(
+                    waited,
+                    &entry.key,
+                    &shard.name,
+                    self.request.caller,
+                    WaitOutcome::Acquired,
+                );
                 let is_recorded = self.class().acquired(granted.path, waited);
                 Ok(Some(LockGuard::new(entry, granted, self.class.take(), is_recorded)))
             }
@@ -410,8 +414,8 @@ impl Acquiring {
             self.request.manager.metrics.rejected(limit);
         }
         if let (LockError::Timeout { waited, shard, .. }, Some(key)) = (error, self.key()) {
-            let notices = &self.request.manager.notices;
-            notices.waited(*waited, key, shard, self.request.caller, Waited::TimedOut);
+            let slow_log = &self.request.manager.slow_log;
+            slow_log.waited(*waited, key, shard, self.request.caller, WaitOutcome::TimedOut);
         }
     }
 
@@ -480,8 +484,8 @@ impl Drop for Acquiring {
                 let waited = Moment::now().since(self.asked_at);
                 let shard = &place.entry.shard;
                 shard
-                    .notices
-                    .waited(waited, key, &shard.name, self.request.caller, Waited::Cancelled);
+                    .slow_log
+                    .waited(waited, key, &shard.name, self.request.caller, WaitOutcome::Cancelled);
             }
         }
     }

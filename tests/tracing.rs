@@ -213,7 +213,7 @@ async fn a_slow_wait_is_logged_with_its_place_and_seldom() {
         "{warned:?}"
     );
     assert!(
-        warned[0].contains("held_back=0") && warned[0].contains("key=\"slow-wait\""),
+        warned[0].contains("suppressed=0") && warned[0].contains("key=\"slow-wait\""),
         "{warned:?}"
     );
     // Another caller is logged separately. This request finally gets its lock from another manager.

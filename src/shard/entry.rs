@@ -435,7 +435,7 @@ impl Entry {
         }
         if let Some(reason) = lost {
             self.shard.metrics.lost(reason);
-            self.shard.notices.lost(&self.key, &self.shard.name, reason);
+            self.shard.slow_log.lost(&self.key, &self.shard.name, reason);
         }
     }
 

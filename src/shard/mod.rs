@@ -53,10 +53,10 @@ use crate::contention::HotKeys;
 use crate::error::LockError;
 use crate::identity::ManagerId;
 use crate::key::LockKey;
-use crate::notice::{Notices, Seldom};
 use crate::program::Runtimes;
 use crate::protocol::{Cycle, Cycles};
 use crate::queue::{Outage, Request, Room, Rules, Want};
+use crate::slow_log::{RateLimit, SlowLog};
 use crate::store::{KeyState, LeaseStore, StoreError};
 use crate::telemetry::{ClassMetrics, ManagerMetrics, ShardMetrics};
 use crate::time_limit::within;
@@ -105,7 +105,7 @@ pub(crate) struct Shard {
     pub(crate) load: Arc<Load>,
     pub(crate) manager: Arc<ManagerMetrics>,
     pub(crate) hot: Arc<HotKeys>,
-    pub(crate) notices: Arc<Notices>,
+    pub(crate) slow_log: Arc<SlowLog>,
     pub(crate) runtimes: Arc<Runtimes>,
     table: Table,
     /// Whether the shard was found to have another shard map.
@@ -113,7 +113,7 @@ pub(crate) struct Shard {
     rivals: Rivals,
     reach: Reach,
     /// Rate limiter for log lines about failed renewals.
-    pub(crate) failed_renewals: Seldom,
+    pub(crate) failed_renewals: RateLimit,
     pub(crate) watch: Watch,
     /// Whether the shard holds more leases than it can renew in time.
     is_strained: AtomicBool,
@@ -227,7 +227,7 @@ pub(crate) struct Parts {
     pub(crate) load: Arc<Load>,
     pub(crate) manager: Arc<ManagerMetrics>,
     pub(crate) hot: Arc<HotKeys>,
-    pub(crate) notices: Arc<Notices>,
+    pub(crate) slow_log: Arc<SlowLog>,
     pub(crate) runtimes: Arc<Runtimes>,
     pub(crate) jobs: mpsc::UnboundedSender<Job>,
 }
@@ -256,7 +256,7 @@ impl Shard {
             load,
             manager,
             hot,
-            notices,
+            slow_log,
             runtimes,
             jobs,
         } = parts;
@@ -278,14 +278,14 @@ impl Shard {
             load,
             manager,
             hot,
-            notices,
+            slow_log,
             runtimes,
             newest_at_cut: Mutex::default(),
             table: Table::default(),
             has_other_map: AtomicBool::new(false),
             rivals: Rivals::default(),
             reach: Reach::default(),
-            failed_renewals: Seldom::default(),
+            failed_renewals: RateLimit::default(),
             watch: Watch::default(),
             is_strained: AtomicBool::new(false),
             jobs,
@@ -559,7 +559,7 @@ impl Shard {
     pub(crate) fn renewal_failed(&self, error: &LockError, leases: usize) {
         let suppressed = match self.is_in_outage() {
             true => None,
-            false => self.failed_renewals.pass(Moment::now()),
+            false => self.failed_renewals.admit(Moment::now()),
         };
         match suppressed {
             Some(suppressed) => {

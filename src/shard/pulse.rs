@@ -57,17 +57,17 @@ pub(crate) fn tell(shards: &[Arc<Shard>], metrics: &ManagerMetrics) {
 fn look(shard: &Arc<Shard>) {
     let now = Moment::now();
     let (mut oldest_lease, mut oldest_waiter) = (Duration::ZERO, Duration::ZERO);
-    let slow_wait = shard.notices.slow_wait_bound();
+    let slow_wait = shard.slow_log.slow_wait_bound();
     let (mut slow, mut slowest) = (0, None);
     for entry in shard.entries() {
         let seen = entry.look(now);
         if let Some(held) = &seen.held {
             oldest_lease = oldest_lease.max(held.age);
-            let bound = shard.notices.long_hold();
+            let bound = shard.slow_log.long_hold();
             if let Some(caller) = held.caller
                 && bound.is_some_and(|bound| held.age >= bound)
             {
-                shard.notices.held_long(held.age, &entry.key, &shard.name, caller);
+                shard.slow_log.held_long(held.age, &entry.key, &shard.name, caller);
             }
         }
         if slow_wait.is_some_and(|bound| seen.longest_wait >= bound) {
@@ -80,8 +80,8 @@ fn look(shard: &Arc<Shard>) {
     }
     if let Some((entry, waiting)) = slowest {
         shard
-            .notices
-            .waits_long(oldest_waiter, &entry.key, &shard.name, waiting, slow);
+            .slow_log
+            .still_waits(oldest_waiter, &entry.key, &shard.name, waiting, slow);
     }
     shard.metrics.oldest_lease.set(oldest_lease.as_secs_f64());
     shard.metrics.oldest_waiter.set(oldest_waiter.as_secs_f64());

@@ -9,8 +9,8 @@ use metrics_exporter_prometheus::PrometheusBuilder;
 use super::*;
 use crate::contention::HotKeys;
 use crate::fence::TokenBlock;
-use crate::notice::Notices;
 use crate::protocol::{Acquire, AcquireReply, Answer, Push, Release, ReleaseReply, RenewReply, Renewal};
+use crate::slow_log::SlowLog;
 use crate::store::{Health, Priority, ServerTime, StoreFuture};
 use crate::telemetry::Classes;
 
@@ -134,7 +134,7 @@ fn shard_on(store: Arc<dyn LeaseStore>) -> (Arc<Shard>, mpsc::UnboundedReceiver<
         load: Arc::new(Load::new(Box::default())),
         manager,
         hot: Arc::new(HotKeys::new(1)),
-        notices: Arc::new(Notices::new(None, None, true)),
+        slow_log: Arc::new(SlowLog::new(None, None, true)),
         runtimes: crate::program::Runtimes::here(),
         jobs,
     });

@@ -166,7 +166,7 @@ async fn revoke(shared: &Shared, lease: Lease, until: Moment) {
             // It has expired by itself.
             _ if Moment::now() >= until => return,
             Ok(Err(fault)) if !fault.is_passing() => {
-                if let Some(suppressed) = shared.failed_revokes.pass(Moment::now()) {
+                if let Some(suppressed) = shared.failed_revokes.admit(Moment::now()) {
                     let error = fault.into_store_error();
                     tracing::warn!(shard = %shared.shard, %error, suppressed, "an etcd lease could not be revoked; its lock may stay taken until the lease expires");
                 }

@@ -60,8 +60,8 @@ use tokio::sync::mpsc;
 
 use crate::error::LockError;
 use crate::key::{LockKey, Slot};
-use crate::notice::Seldom;
 use crate::protocol::{Acquire, AcquireReply, Answer, Push, Release, ReleaseReply, RenewReply, Renewal};
+use crate::slow_log::RateLimit;
 use crate::store::map::StoredMap;
 use crate::store::{Health, KeyState, LeaseStore, MapState, MapStep, Priority, StoreFuture, StoreOptions};
 use crate::telemetry::ShardMetrics;
@@ -92,8 +92,8 @@ struct Shared {
     metrics: Arc<ShardMetrics>,
     /// Rate limits for log lines: about watches that ended, and about leases that could not be
     /// revoked.
-    ended_watches: Seldom,
-    failed_revokes: Seldom,
+    ended_watches: RateLimit,
+    failed_revokes: RateLimit,
 }
 
 impl Shared {
@@ -146,8 +146,8 @@ impl EtcdStore {
             waits: Waits::default(),
             revokes: Revokes::default(),
             metrics: options.metrics,
-            ended_watches: Seldom::default(),
-            failed_revokes: Seldom::default(),
+            ended_watches: RateLimit::default(),
+            failed_revokes: RateLimit::default(),
             servers: Arc::clone(&servers),
         });
         let callers = (0..options.connections.max(1))

@@ -93,7 +93,7 @@ pub(super) async fn watch(shared: Arc<Shared>, pushes: UnboundedSender<Push>) {
             Err(_) => format!("no answer within {:?}", shared.timeout),
         };
         // An outage of the shard is logged elsewhere, so warn only while the shard is up.
-        match shared.ended_watches.pass(Moment::now()) {
+        match shared.ended_watches.admit(Moment::now()) {
             Some(suppressed) if shared.metrics.is_up() => {
                 tracing::warn!(shard = %shared.shard, reason = %broken, suppressed, "the watch of etcd ended and will be reopened");
             }

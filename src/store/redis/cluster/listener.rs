@@ -514,7 +514,7 @@ async fn subscribe(lane: &Lane, ear: Option<Arc<Node>>, slot: Slot) -> Ended {
             let kind = error.as_ref().map(RedisError::kind);
             if kind == Some(ServerErrorKind::NoPerm.into())
                 && let Some(error) = &error
-                && let Some(suppressed) = shared.refused_inboxes.pass(Moment::now())
+                && let Some(suppressed) = shared.refused_inboxes.admit(Moment::now())
             {
                 tracing::warn!(shard = %shared.shard, %slot, %error, suppressed, "subscribing to the inbox of a slot was refused, so locks in it can't be waited for");
             }

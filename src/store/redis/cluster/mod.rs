@@ -52,8 +52,8 @@ use crate::clock::Moment;
 use crate::endpoint::ServerUrl;
 use crate::error::InvalidSetting;
 use crate::key::{LockKey, SLOTS, Slot};
-use crate::notice::Seldom;
 use crate::protocol::{Acquire, AcquireMode, AcquireReply, Answer, Push, Release, ReleaseReply, RenewReply, Renewal};
+use crate::slow_log::RateLimit;
 use crate::store::map::StoredMap;
 use crate::store::{self, Health, KeyState, LeaseStore, MapState, MapStep, StoreError, StoreFuture, StoreOptions};
 use crate::telemetry::ShardMetrics;
@@ -98,8 +98,8 @@ struct Shared {
     min_replicas_acked: u32,
     inbox_idle_seconds: u32,
     /// Limit log lines about renewals that failed, and about inboxes that were refused.
-    failed_renewals: Seldom,
-    refused_inboxes: Seldom,
+    failed_renewals: RateLimit,
+    refused_inboxes: RateLimit,
     /// The largest token seen in each slot.
     seen: Box<[AtomicU64]>,
 }
@@ -132,8 +132,8 @@ impl ClusterStore {
             metrics: options.metrics,
             min_replicas_acked: options.min_replicas_acked,
             inbox_idle_seconds,
-            failed_renewals: Seldom::default(),
-            refused_inboxes: Seldom::default(),
+            failed_renewals: RateLimit::default(),
+            refused_inboxes: RateLimit::default(),
             seen: (0..SLOTS).map(|_| AtomicU64::new(0)).collect(),
         });
         let runtimes = Some(options.runtimes);

@@ -102,7 +102,7 @@ fn is_extended(reply: &Option<RenewReply>) -> bool {
 /// Logs that some leases of a slot were not renewed. A shard's outage is logged elsewhere.
 fn failed(lane: &Lane, slot: Slot, leases: usize, reason: &str) {
     let shared = &lane.shared;
-    match shared.failed_renewals.pass(Moment::now()) {
+    match shared.failed_renewals.admit(Moment::now()) {
         Some(suppressed) if shared.metrics.is_up() => {
             tracing::warn!(shard = %shared.shard, %slot, reason, leases, suppressed, "failed to renew leases; retrying until they expire");
         }

@@ -65,9 +65,9 @@ use crate::clock::Moment;
 use crate::endpoint::{Access, ServerUrl};
 use crate::error::InvalidSetting;
 use crate::key::{LockKey, SLOTS, Slot};
-use crate::notice::Seldom;
 use crate::program::Runtimes;
 use crate::protocol::{Acquire, AcquireMode, AcquireReply, Answer, Push, Release, ReleaseReply, RenewReply, Renewal};
+use crate::slow_log::RateLimit;
 use crate::store::map::StoredMap;
 use crate::store::{
     Health, KeyState, LeaseStore, MapState, MapStep, Priority, StoreError, StoreFuture, StoreOptions, TlsFiles,
@@ -125,7 +125,7 @@ pub(super) struct Shared {
     /// See [`LeaseStore::epoch`].
     epoch: AtomicU32,
     /// Limits log lines about renewals that were refused or not confirmed.
-    failed_renewals: Seldom,
+    failed_renewals: RateLimit,
 }
 
 /// How often a request is resent on a new connection after the old one turned out to be broken.
@@ -180,7 +180,7 @@ impl RedisStore {
             seen: (0..SLOTS).map(|_| AtomicU64::new(0)).collect(),
             tenure,
             epoch: AtomicU32::new(0),
-            failed_renewals: Seldom::default(),
+            failed_renewals: RateLimit::default(),
         });
         let callers = (0..options.connections.max(1)).map(|_| Link::new(&shared, Purpose::Requests));
         Ok(Self {

@@ -130,7 +130,7 @@ pub(super) async fn renew(
         let acked = connection.send_packed_command(&wait.command()).await;
         let acked = acked.and_then(Value::extract_error).map_err(in_words)?;
         if let Err(error) = confirm.judge(wait, &acked) {
-            if let Some(suppressed) = shared.failed_renewals.pass(Moment::now()) {
+            if let Some(suppressed) = shared.failed_renewals.admit(Moment::now()) {
                 tracing::warn!(shard = %shared.shard, %error, leases = batch.len(), suppressed, "too few replicas confirmed the renewed leases; retrying until they expire");
             }
             replies
@@ -258,7 +258,7 @@ async fn send(
         }
         (_, Some((item, error))) => {
             let (error, leases, key) = (shared.source.in_words(&error), refused.count, &batch[item].key);
-            if let Some(suppressed) = shared.failed_renewals.pass(Moment::now()) {
+            if let Some(suppressed) = shared.failed_renewals.admit(Moment::now()) {
                 tracing::warn!(shard = %shared.shard, %error, leases, suppressed, "failed to renew leases; retrying until they expire");
             }
             tracing::debug!(shard = %shared.shard, %key, %error, "the renewal of this lease was refused");

@@ -12,18 +12,18 @@ use crate::key::LockKey;
 
 /// The shortest interval between two lines about the same call site.
 const INTERVAL: Duration = Duration::from_secs(10);
-/// How many call sites are distinguished. All others share one slot.
-const PLACES_MAX: usize = 64;
+/// How many call sites are distinguished. All others share one window.
+const CALL_SITES_MAX: usize = 64;
 
 /// The outcome of a request that waited.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub(crate) enum Waited {
+pub(crate) enum WaitOutcome {
     Acquired,
     TimedOut,
     Cancelled,
 }
 
-impl Waited {
+impl WaitOutcome {
     const fn as_str(self) -> &'static str {
         match self {
             Self::Acquired => "acquired",
@@ -35,25 +35,25 @@ impl Waited {
 
 /// Logs slow waits and long holds for a whole manager.
 #[derive(Debug)]
-pub(crate) struct Notices {
+pub(crate) struct SlowLog {
     slow_wait: Option<Duration>,
     long_hold: Option<Duration>,
     names_keys: bool,
-    waits: Throttle,
-    holds: Throttle,
-    stuck: Seldom,
+    waits: CallSiteLimits,
+    holds: CallSiteLimits,
+    still_waiting: RateLimit,
 }
 
-impl Notices {
+impl SlowLog {
     /// Lines include keys if `names_keys` is set.
     pub(crate) fn new(slow_wait: Option<Duration>, long_hold: Option<Duration>, names_keys: bool) -> Self {
         Self {
             slow_wait,
             long_hold,
             names_keys,
-            waits: Throttle::default(),
-            holds: Throttle::default(),
-            stuck: Seldom::default(),
+            waits: CallSiteLimits::default(),
+            holds: CallSiteLimits::default(),
+            still_waiting: RateLimit::default(),
         }
     }
 
@@ -64,7 +64,7 @@ impl Notices {
         key: &LockKey,
         shard: &str,
         caller: &'static Location<'static>,
-        outcome: Waited,
+        outcome: WaitOutcome,
     ) {
         if self.slow_wait.is_some_and(|bound| time >= bound) {
             self.slow_wait(time, key, shard, caller, outcome);
@@ -78,11 +78,11 @@ impl Notices {
         key: &LockKey,
         shard: &str,
         caller: &'static Location<'static>,
-        outcome: Waited,
+        outcome: WaitOutcome,
     ) {
-        if let Some(held_back) = self.waits.pass(caller, Moment::now()) {
+        if let Some(suppressed) = self.waits.admit(caller, Moment::now()) {
             let (outcome, named) = (outcome.as_str(), self.key(key));
-            tracing::warn!(%shard, %caller, waited = ?time, outcome, held_back, key = named, "slow wait for a lock");
+            tracing::warn!(%shard, %caller, waited = ?time, outcome, suppressed, key = named, "slow wait for a lock");
             tracing::debug!(%key, %shard, %caller, waited = ?time, "the lock of the slow wait");
         }
     }
@@ -94,9 +94,9 @@ impl Notices {
 
     /// A guard has been held for `time` and is still held.
     pub(crate) fn held_long(&self, time: Duration, key: &LockKey, shard: &str, caller: &'static Location<'static>) {
-        if let Some(held_back) = self.holds.pass(caller, Moment::now()) {
+        if let Some(suppressed) = self.holds.admit(caller, Moment::now()) {
             let named = self.key(key);
-            tracing::warn!(%shard, %caller, held = ?time, held_back, key = named, "a lock has been held for a long time");
+            tracing::warn!(%shard, %caller, held = ?time, suppressed, key = named, "a lock has been held for a long time");
             tracing::debug!(%key, %shard, %caller, held = ?time, "the lock held for a long time");
         }
     }
@@ -108,10 +108,10 @@ impl Notices {
 
     /// Waiters of `keys` keys of a shard have been waiting for a long time. This is the key whose
     /// waiter has waited longest.
-    pub(crate) fn waits_long(&self, time: Duration, key: &LockKey, shard: &str, waiting: usize, keys: usize) {
-        if let Some(held_back) = self.stuck.pass(Moment::now()) {
+    pub(crate) fn still_waits(&self, time: Duration, key: &LockKey, shard: &str, waiting: usize, keys: usize) {
+        if let Some(suppressed) = self.still_waiting.admit(Moment::now()) {
             let named = self.key(key);
-            tracing::warn!(%shard, waited = ?time, waiting, keys, held_back, key = named, "slow wait for a lock, still waiting");
+            tracing::warn!(%shard, waited = ?time, waiting, keys, suppressed, key = named, "slow wait for a lock, still waiting");
             tracing::debug!(%key, %shard, waited = ?time, "the lock of the slow wait, still waiting");
         }
     }
@@ -129,65 +129,65 @@ impl Notices {
     }
 }
 
-/// Passes one event per interval.
+/// Admits one event per interval.
 #[derive(Debug, Default)]
-pub(crate) struct Seldom(Mutex<Option<Place>>);
+pub(crate) struct RateLimit(Mutex<Option<Window>>);
 
-impl Seldom {
-    /// If the event passes, returns how many were suppressed since the last one that passed.
-    pub(crate) fn pass(&self, now: Moment) -> Option<u64> {
-        let mut place = self.0.lock();
-        match &mut *place {
-            Some(place) => place.pass(now),
+impl RateLimit {
+    /// If the event may be logged, returns how many were suppressed since the last one that was.
+    pub(crate) fn admit(&self, now: Moment) -> Option<u64> {
+        let mut window = self.0.lock();
+        match &mut *window {
+            Some(window) => window.admit(now),
             None => {
-                *place = Some(Place::new(now));
+                *window = Some(Window::new(now));
                 Some(0)
             }
         }
     }
 }
 
-/// Passes one event per call site and interval.
+/// Admits one event per call site and interval.
 #[derive(Debug, Default)]
-struct Throttle {
-    places: Mutex<HashMap<Option<&'static Location<'static>>, Place>>,
+struct CallSiteLimits {
+    windows: Mutex<HashMap<Option<&'static Location<'static>>, Window>>,
 }
 
 #[derive(Debug)]
-struct Place {
-    told_at: Moment,
-    held_back: u64,
+struct Window {
+    logged_at: Moment,
+    suppressed: u64,
 }
 
-impl Place {
+impl Window {
     const fn new(now: Moment) -> Self {
         Self {
-            told_at: now,
-            held_back: 0,
+            logged_at: now,
+            suppressed: 0,
         }
     }
 
-    fn pass(&mut self, now: Moment) -> Option<u64> {
-        if now.since(self.told_at) < INTERVAL {
-            self.held_back += 1;
+    fn admit(&mut self, now: Moment) -> Option<u64> {
+        if now.since(self.logged_at) < INTERVAL {
+            self.suppressed += 1;
             return None;
         }
-        self.told_at = now;
-        Some(std::mem::take(&mut self.held_back))
+        self.logged_at = now;
+        Some(std::mem::take(&mut self.suppressed))
     }
 }
 
-impl Throttle {
-    /// If the event passes, returns how many were suppressed since the last one that passed.
-    fn pass(&self, caller: &'static Location<'static>, now: Moment) -> Option<u64> {
-        let mut places = self.places.lock();
-        let is_told_apart = places.contains_key(&Some(caller)) || places.len() < PLACES_MAX;
-        match places.entry(is_told_apart.then_some(caller)) {
+impl CallSiteLimits {
+    /// If the event may be logged, returns how many were suppressed since the last one that was.
+    fn admit(&self, caller: &'static Location<'static>, now: Moment) -> Option<u64> {
+        let mut windows = self.windows.lock();
+        let has_own_window = windows.contains_key(&Some(caller)) || windows.len() < CALL_SITES_MAX;
+        match windows.entry(has_own_window.then_some(caller)) {
             std::collections::hash_map::Entry::Vacant(entry) => {
-                entry.insert(Place::new(now));
+                entry.insert(Window::new(now));
                 Some(0)
             }
-            std::collections::hash_map::Entry::Occupied(mut entry) => entry.get_mut().pass(now),
+            std::collections::hash_map::Entry::Occupied(mut entry) => entry.get_mut().admit(now),
         }
     }
 }
@@ -197,17 +197,17 @@ mod tests {
     use super::*;
 
     #[test]
-    fn each_place_is_let_through_once_in_an_interval() {
-        let throttle = Throttle::default();
+    fn each_call_site_is_logged_once_in_an_interval() {
+        let limits = CallSiteLimits::default();
         let (here, there) = (Location::caller(), other());
         let start = Moment::default() + Duration::from_secs(1);
-        assert_eq!(throttle.pass(here, start), Some(0));
-        assert_eq!(throttle.pass(there, start), Some(0));
+        assert_eq!(limits.admit(here, start), Some(0));
+        assert_eq!(limits.admit(there, start), Some(0));
         for _ in 0..5 {
-            assert_eq!(throttle.pass(here, start + INTERVAL - Duration::from_nanos(1)), None);
+            assert_eq!(limits.admit(here, start + INTERVAL - Duration::from_nanos(1)), None);
         }
-        assert_eq!(throttle.pass(here, start + INTERVAL), Some(5));
-        assert_eq!(throttle.pass(here, start + INTERVAL * 2), Some(0));
+        assert_eq!(limits.admit(here, start + INTERVAL), Some(5));
+        assert_eq!(limits.admit(here, start + INTERVAL * 2), Some(0));
     }
 
     fn other() -> &'static Location<'static> {
@@ -215,24 +215,24 @@ mod tests {
     }
 
     #[test]
-    fn the_rate_is_bounded_however_many_places_there_are() {
-        let throttle = Throttle::default();
+    fn rate_is_bounded_for_any_number_of_call_sites() {
+        let limits = CallSiteLimits::default();
         let now = Moment::default() + Duration::from_secs(1);
         let mut passed = 0;
         for _ in 0..10_000 {
             // All iterations share one call site: locations differ only by line and column.
-            passed += u64::from(throttle.pass(Location::caller(), now).is_some());
+            passed += u64::from(limits.admit(Location::caller(), now).is_some());
         }
         assert_eq!(passed, 1);
-        throttle.places.lock().extend((0..PLACES_MAX).map(|_| {
+        limits.windows.lock().extend((0..CALL_SITES_MAX).map(|_| {
             (
                 None,
-                Place {
-                    told_at: now,
-                    held_back: 0,
+                Window {
+                    logged_at: now,
+                    suppressed: 0,
                 },
             )
         }));
-        assert!(throttle.places.lock().len() <= PLACES_MAX + 1);
+        assert!(limits.windows.lock().len() <= CALL_SITES_MAX + 1);
     }
 }
