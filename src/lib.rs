@@ -19,11 +19,11 @@ mod identity;
 mod key;
 mod lease;
 mod manager;
-mod program;
 mod protocol;
 mod queue;
 mod request;
 mod router;
+mod runtime;
 mod shard;
 #[cfg(test)]
 mod simulation;

@@ -6,7 +6,7 @@
 //! supports it, they are also received there. A grant then wakes only the thread of the task it is
 //! for: a hop between threads costs about as much as the trip from the server. Once that runtime is
 //! gone, or makes no progress while a task waits, the background thread does both
-//! ([`program`](crate::program)). Other work of a store (following a failover, keeping its places
+//! ([`runtime`](crate::runtime)). Other work of a store (following a failover, keeping its places
 //! in queues) always runs on that thread.
 
 use std::future::poll_fn;

@@ -135,7 +135,7 @@ fn shard_on(store: Arc<dyn LeaseStore>) -> (Arc<Shard>, mpsc::UnboundedReceiver<
         manager,
         hot: Arc::new(HotKeys::new(1)),
         slow_log: Arc::new(SlowLog::new(None, None, true)),
-        runtimes: crate::program::Runtimes::here(),
+        runtimes: crate::runtime::Runtimes::here(),
         jobs,
     });
     (shard, receiver)

@@ -6,7 +6,7 @@ use parking_lot::Mutex;
 use tokio::sync::watch;
 
 use super::StoreError;
-use crate::program::Runtimes;
+use crate::runtime::Runtimes;
 
 type Outcome<T> = Option<Result<T, StoreError>>;
 

@@ -31,8 +31,8 @@ use crate::error::LockError;
 use crate::fence::FencingToken;
 use crate::identity::ManagerId;
 use crate::key::{LockKey, Slot};
-use crate::program::Runtimes;
 use crate::protocol::{Acquire, AcquireReply, Answer, Push, Release, ReleaseReply, RenewReply, Renewal};
+use crate::runtime::Runtimes;
 use crate::telemetry::ShardMetrics;
 pub(crate) use map::{MapState, MapStep};
 

@@ -13,7 +13,7 @@ use super::fault::{Fault, fault};
 use super::map;
 use crate::backoff::Backoff;
 use crate::clock::Moment;
-use crate::program::Runtimes;
+use crate::runtime::Runtimes;
 use crate::store::connecting::Connecting;
 use crate::store::map::StoredMap;
 use crate::store::{MapState, MapStep, StoreError};

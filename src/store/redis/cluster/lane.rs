@@ -14,7 +14,7 @@ use super::Shared;
 use super::node::{Live, Node, Unasked};
 use super::topology::{Place, Range, ranges};
 use crate::key::Slot;
-use crate::program::Runtimes;
+use crate::runtime::Runtimes;
 use crate::store::StoreError;
 
 /// How many nodes are asked for the map concurrently; the first usable reply counts.

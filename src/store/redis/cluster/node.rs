@@ -18,7 +18,7 @@ use super::super::cut::{Cut, Ending};
 use super::super::reply::error_in_words;
 use super::topology::{Place, Topology};
 use crate::clock::Moment;
-use crate::program::Runtimes;
+use crate::runtime::Runtimes;
 use crate::store::StoreError;
 use crate::store::connecting::Connecting;
 use crate::telemetry::ShardMetrics;

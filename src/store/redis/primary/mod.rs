@@ -65,8 +65,8 @@ use crate::clock::Moment;
 use crate::endpoint::{Access, ServerUrl};
 use crate::error::InvalidSetting;
 use crate::key::{LockKey, SLOTS, Slot};
-use crate::program::Runtimes;
 use crate::protocol::{Acquire, AcquireMode, AcquireReply, Answer, Push, Release, ReleaseReply, RenewReply, Renewal};
+use crate::runtime::Runtimes;
 use crate::slow_log::RateLimit;
 use crate::store::map::StoredMap;
 use crate::store::{

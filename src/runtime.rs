@@ -4,12 +4,13 @@
 //!
 //! A task that waits for a task on another runtime also waits for a hop between threads. So the
 //! work that serves the application's tasks (connection drivers, the inbox) runs on the runtime on
-//! which the manager was connected, its *home*. Home makes no progress once it has shut down, while
-//! all its workers are blocked, or, if it has no workers of its own, while no thread is inside its
-//! `block_on`. But tasks on other runtimes may request locks at any time. So while any task waits,
-//! the background thread probes whether home makes progress ([`Runtimes::watch`]). If not, the work
-//! moves to the background thread's runtime, which lives as long as the manager, and stays there.
-//! Connections opened after home has recovered belong to home again.
+//! which the manager was connected, the *application's runtime*. It makes no progress once it has
+//! shut down, while all its workers are blocked, or, if it has no workers of its own, while no
+//! thread is inside its `block_on`. But tasks on other runtimes may request locks at any time. So
+//! while any task waits, the background thread probes whether it makes progress
+//! ([`Runtimes::watch`]). If not, the work moves to the background thread's runtime, which lives as
+//! long as the manager, and stays there. Connections opened after the application's runtime has
+//! recovered belong to it again.
 
 use std::future::Future;
 use std::pin::pin;
@@ -24,35 +25,36 @@ use tokio::task::{JoinHandle, JoinSet};
 /// See the module documentation.
 #[derive(Debug)]
 pub(crate) struct Runtimes {
-    home: Option<Handle>,
+    app_runtime: Option<Handle>,
     /// Set when the background thread is running. Before that, all work happens within the call
     /// that connects the manager.
     background: OnceLock<Handle>,
-    /// Whether a probe of home timed out and has not completed since.
+    /// Whether a probe of the application's runtime timed out and has not completed since.
     is_stuck: AtomicBool,
-    /// How often home was found stuck.
+    /// How often the application's runtime was found stuck.
     moves: AtomicU64,
     moved: Notify,
 }
 
-/// How often the background thread probes home. More often if `store_timeout` is short.
-const LOOK_EVERY: Duration = Duration::from_millis(100);
-/// How many naps of the background thread a probe of home may take. There are several short ones
-/// because a pause of the whole process uses up only one of them, and so is not mistaken for a
-/// stuck home. A multi-threaded runtime executes everything eventually, and is only abandoned when
-/// it is blocked for long.
+/// How often the background thread probes the application's runtime. More often if `store_timeout`
+/// is short.
+const PROBE_EVERY: Duration = Duration::from_millis(100);
+/// How many naps of the background thread a probe of the application's runtime may take. There are
+/// several short ones because a pause of the whole process uses up only one of them, and so is not
+/// mistaken for a stuck runtime. A multi-threaded runtime executes everything eventually, and is
+/// only abandoned when it is blocked for long.
 const NAPS_MAX: u32 = 3;
 const NAPS_MAX_OF_WORKERS: u32 = 10;
 
 impl Runtimes {
-    /// Uses the current runtime as home.
+    /// Uses the current runtime as the application's.
     pub(crate) fn here() -> Arc<Self> {
-        Self::with_home(Handle::try_current().ok())
+        Self::with_app_runtime(Handle::try_current().ok())
     }
 
-    fn with_home(home: Option<Handle>) -> Arc<Self> {
+    fn with_app_runtime(app_runtime: Option<Handle>) -> Arc<Self> {
         Arc::new(Self {
-            home,
+            app_runtime,
             background: OnceLock::new(),
             is_stuck: AtomicBool::new(false),
             moves: AtomicU64::new(0),
@@ -66,17 +68,19 @@ impl Runtimes {
         self.background.set(background).ok();
     }
 
-    /// Home, unless it is stuck.
-    fn home(&self) -> Option<&Handle> {
-        self.home.as_ref().filter(|_| !self.is_stuck.load(Ordering::Acquire))
+    /// The application's runtime, unless it is stuck.
+    fn app_runtime(&self) -> Option<&Handle> {
+        self.app_runtime
+            .as_ref()
+            .filter(|_| !self.is_stuck.load(Ordering::Acquire))
     }
 
-    /// How often work has moved away from home.
+    /// How often work has moved away from the application's runtime.
     pub(crate) fn moves(&self) -> u64 {
         self.moves.load(Ordering::Acquire)
     }
 
-    /// Waits until work has moved away from home more than `moves` times.
+    /// Waits until work has moved away from the application's runtime more than `moves` times.
     pub(crate) async fn moved_since(&self, moves: u64) {
         loop {
             let mut moved = pin!(self.moved.notified());
@@ -90,9 +94,9 @@ impl Runtimes {
         }
     }
 
-    /// Runs a future on home. If there is no home, or it shuts down or gets stuck, a fresh future
-    /// is created and polled in place. Dropping the returned future cancels the work wherever it
-    /// runs.
+    /// Runs a future on the application's runtime. If there is none, or it shuts down or gets
+    /// stuck, a fresh future is created and polled in place. Dropping the returned future cancels
+    /// the work wherever it runs.
     ///
     /// # Panics
     ///
@@ -103,9 +107,9 @@ impl Runtimes {
         T: Send + 'static,
     {
         let moves = self.moves();
-        if let Some(home) = self.home() {
+        if let Some(app_runtime) = self.app_runtime() {
             tokio::select! {
-                done = run_on(home, make()) => match done {
+                done = run_on(app_runtime, make()) => match done {
                     Some(done) => return done,
                     None => tracing::debug!("the application's runtime has shut down; its work continues elsewhere"),
                 },
@@ -115,9 +119,9 @@ impl Runtimes {
         make().await
     }
 
-    /// Opens a connection: runs a future on home, where the tasks it spawns then belong. If this
-    /// takes longer than `patience`, or if home is gone or stuck, a fresh future is also run on the
-    /// background thread, and the first to complete wins.
+    /// Opens a connection: runs a future on the application's runtime, where the tasks it spawns
+    /// then belong. If this takes longer than `patience`, or if that runtime is gone or stuck, a
+    /// fresh future is also run on the background thread, and the first to complete wins.
     ///
     /// # Panics
     ///
@@ -136,10 +140,10 @@ impl Runtimes {
             }
             make().await
         };
-        let Some(home) = self.home() else {
+        let Some(app_runtime) = self.app_runtime() else {
             return elsewhere.await;
         };
-        let mut there = pin!(run_on(home, make()));
+        let mut there = pin!(run_on(app_runtime, make()));
         tokio::select! {
             done = &mut there => match done {
                 Some(done) => return done,
@@ -167,13 +171,13 @@ impl Runtimes {
         }
     }
 
-    /// Probes whether home makes progress, for as long as home exists, whenever `waits` returns
-    /// true. `timeout` is the time limit of requests. Calls `leave` each time home is found stuck,
-    /// before waiting tasks are notified.
+    /// Probes whether the application's runtime makes progress, for as long as it exists, whenever
+    /// `waits` returns true. `timeout` is the time limit of requests. Calls `leave` each time it is
+    /// found stuck, before waiting tasks are notified.
     pub(crate) async fn watch(&self, timeout: Duration, waits: impl Fn() -> bool, leave: impl Fn()) {
-        let Some(home) = &self.home else { return };
-        let nap = LOOK_EVERY.min(timeout / 8);
-        let naps_max = match home.runtime_flavor() {
+        let Some(app_runtime) = &self.app_runtime else { return };
+        let nap = PROBE_EVERY.min(timeout / 8);
+        let naps_max = match app_runtime.runtime_flavor() {
             RuntimeFlavor::CurrentThread => NAPS_MAX,
             _ => NAPS_MAX_OF_WORKERS,
         };
@@ -182,7 +186,7 @@ impl Runtimes {
             if !waits() {
                 continue;
             }
-            let mut probe = pin!(run_on(home, async {}));
+            let mut probe = pin!(run_on(app_runtime, async {}));
             let mut naps = 0;
             let ran = loop {
                 tokio::select! {
@@ -203,7 +207,7 @@ impl Runtimes {
                 }
             };
             if ran.is_none() {
-                // Home has shut down, and its connections and tasks with it.
+                // The runtime has shut down, and its connections and tasks with it.
                 return;
             }
             self.is_stuck.store(false, Ordering::Release);
@@ -253,44 +257,44 @@ mod tests {
     }
 
     #[test]
-    fn connection_is_opened_at_home_while_that_runs() {
-        let program = named("program");
+    fn connection_is_opened_on_the_application_runtime_while_that_runs() {
+        let app = named("app");
         let here = current_thread();
         let our_name = here.block_on(where_am_i());
-        let runtimes = Runtimes::with_home(Some(program.handle().clone()));
+        let runtimes = Runtimes::with_app_runtime(Some(app.handle().clone()));
         let done = |patience| here.block_on(runtimes.open(patience, where_am_i));
-        assert_eq!(done(LONG).as_deref(), Some("program"));
+        assert_eq!(done(LONG).as_deref(), Some("app"));
         // The only worker is blocked until `end` is dropped.
         let (end, until) = std::sync::mpsc::channel::<()>();
-        program.spawn(async move { until.recv().ok() });
+        app.spawn(async move { until.recv().ok() });
         assert_eq!(done(Duration::from_millis(20)), our_name);
         let background = named("background");
         runtimes.set_background(background.handle().clone());
         assert_eq!(done(Duration::from_millis(20)).as_deref(), Some("background"));
         drop(end);
-        assert_eq!(done(LONG).as_deref(), Some("program"));
-        drop(program);
+        assert_eq!(done(LONG).as_deref(), Some("app"));
+        drop(app);
         assert_eq!(done(LONG).as_deref(), Some("background"));
         drop(background);
         assert_eq!(done(LONG), our_name);
         assert_eq!(
-            here.block_on(Runtimes::with_home(None).open(LONG, where_am_i)),
+            here.block_on(Runtimes::with_app_runtime(None).open(LONG, where_am_i)),
             our_name
         );
     }
 
     /// A server that takes long to reply has as much time as before.
     #[test]
-    fn what_is_slow_at_home_is_not_broken_off() {
-        let program = named("program");
+    fn slow_open_on_the_application_runtime_is_not_cancelled() {
+        let app = named("app");
         let here = current_thread();
-        let runtimes = Runtimes::with_home(Some(program.handle().clone()));
+        let runtimes = Runtimes::with_app_runtime(Some(app.handle().clone()));
         let begun = Arc::new(Notify::new());
         let make = || {
             let begun = Arc::clone(&begun);
             async move {
                 let name = where_am_i().await;
-                if name.as_deref() == Some("program") {
+                if name.as_deref() == Some("app") {
                     begun.notified().await;
                 } else {
                     begun.notify_one();
@@ -300,15 +304,15 @@ mod tests {
             }
         };
         let done = here.block_on(runtimes.open(Duration::from_millis(1), make));
-        assert_eq!(done.as_deref(), Some("program"));
+        assert_eq!(done.as_deref(), Some("app"));
     }
 
     /// A current-thread runtime runs nothing between two calls of `block_on`.
     #[test]
-    fn work_leaves_a_home_that_is_idle_only_while_somebody_waits() {
+    fn work_leaves_an_idle_application_runtime_only_while_a_task_waits() {
         let (idle, here) = (current_thread(), current_thread());
         let our_name = here.block_on(where_am_i());
-        let runtimes = Runtimes::with_home(Some(idle.handle().clone()));
+        let runtimes = Runtimes::with_app_runtime(Some(idle.handle().clone()));
         let (waits, left) = (AtomicBool::new(false), AtomicU64::new(0));
         let watching = || {
             runtimes.watch(
@@ -319,7 +323,7 @@ mod tests {
                 },
             )
         };
-        let unneeded = async { tokio::time::timeout(10 * LOOK_EVERY, watching()).await };
+        let unneeded = async { tokio::time::timeout(10 * PROBE_EVERY, watching()).await };
         assert!(here.block_on(unneeded).is_err());
         assert_eq!((runtimes.moves(), left.load(Ordering::SeqCst)), (0, 0));
         waits.store(true, Ordering::SeqCst);
