@@ -28,12 +28,12 @@ mod shard;
 #[cfg(test)]
 mod simulation;
 mod slow_log;
+mod snapshot;
 mod span;
 mod store;
 mod telemetry;
 mod text;
 mod time_limit;
-mod view;
 mod watchdog;
 
 pub use config::{Builder, Config, ShardConfig};
@@ -46,7 +46,7 @@ pub use key::{LockKey, SLOTS, Slot};
 pub use manager::LockManager;
 pub use request::{LockFuture, LockRequest, TryLockFuture, TryLockRequest};
 pub use router::ShardMap;
+pub use snapshot::{HeldLock, HotKey, HotKeyHolder, ShardState};
 pub use store::{Holder, KeyState};
 pub use telemetry::{METRICS, Metric, MetricKind, MetricUnit};
 pub use text::{must_be_escaped, printable};
-pub use view::{HeldLock, HotKey, HotKeyHolder, ShardState};

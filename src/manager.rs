@@ -22,10 +22,10 @@ use crate::router::ShardMap;
 use crate::runtime::Runtimes;
 use crate::shard::{Background, Job, Limits, Load, Maps, Parts, Shard, Unheard};
 use crate::slow_log::SlowLog;
+use crate::snapshot::{self, HeldLock, HotKey, ShardState};
 use crate::store::{self, KeyState, LeaseStore, StoreError, StoreOptions, TlsFiles};
 use crate::telemetry::{self, ClassMetrics, Classes, ManagerMetrics, ShardMetrics};
 use crate::time_limit::within;
-use crate::view::{self, HeldLock, HotKey, ShardState};
 
 /// A lock manager whose keys are spread over one or more shards. Cheap to clone: create one per
 /// process and share it.
@@ -267,20 +267,20 @@ impl LockManager {
     /// This visits every key in use, so call it once a second rather than for every lock.
     #[must_use]
     pub fn hot_keys(&self) -> Vec<HotKey> {
-        view::hot_keys(&self.inner)
+        snapshot::hot_keys(&self.inner)
     }
 
     /// Returns all outstanding guards of this manager, oldest first. Leases that linger have no
     /// guard and are not included. This visits every key in use.
     #[must_use]
     pub fn held(&self) -> Vec<HeldLock> {
-        view::held(&self.inner, usize::MAX).1
+        snapshot::held(&self.inner, usize::MAX).1
     }
 
     /// Returns the state of each shard, in the order of the configuration.
     #[must_use]
     pub fn shards(&self) -> Vec<ShardState> {
-        view::shards(&self.inner)
+        snapshot::shards(&self.inner)
     }
 
     /// Returns how long this manager has been connected.

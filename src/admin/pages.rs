@@ -8,8 +8,8 @@ use serde::Serialize;
 
 use super::Renderer;
 use crate::manager::Inner;
+use crate::snapshot;
 use crate::telemetry::{HOT_KEY, METRICS};
-use crate::view;
 
 /// The maximum number of held locks on the page.
 const HELD_MAX: usize = 1000;
@@ -77,7 +77,7 @@ pub(super) fn metrics(renderer: &Renderer, manager: Option<&Inner>) -> String {
     {
         // Writing to a string can't fail.
         writeln!(page, "# HELP {HOT_KEY} {}\n# TYPE {HOT_KEY} gauge", metric.meaning).ok();
-        for hot in view::hot_keys(manager) {
+        for hot in snapshot::hot_keys(manager) {
             let (key, shard) = (escaped(&hot.key), escaped(&hot.shard));
             writeln!(page, "{HOT_KEY}{{key=\"{key}\",shard=\"{shard}\"}} {}", hot.contended).ok();
         }
@@ -159,7 +159,7 @@ struct Waits {
 
 impl Hot {
     fn of(manager: &Inner) -> Self {
-        let keys = view::hot_keys(manager).into_iter().map(|hot| HotKey {
+        let keys = snapshot::hot_keys(manager).into_iter().map(|hot| HotKey {
             key: hot.key,
             shard: hot.shard,
             contended: hot.contended,
@@ -203,7 +203,7 @@ struct HeldLock {
 
 impl Held {
     fn of(manager: &Inner) -> Self {
-        let (total, held) = view::held(manager, HELD_MAX);
+        let (total, held) = snapshot::held(manager, HELD_MAX);
         let held = held.into_iter().map(|lock| HeldLock {
             key: lock.key,
             shard: lock.shard,
@@ -250,7 +250,7 @@ struct RoundTrips {
 
 impl Shards {
     fn of(manager: &Inner) -> Self {
-        let shards = view::shards(manager).into_iter().map(|shard| ShardState {
+        let shards = snapshot::shards(manager).into_iter().map(|shard| ShardState {
             name: shard.name,
             kind: shard.kind,
             up: shard.is_up,

@@ -1,4 +1,4 @@
-//! Introspection of a manager: its hottest keys, the locks it holds, the state of its shards.
+//! Snapshots of a manager: its hottest keys, the locks it holds, the state of its shards.
 
 use std::collections::HashMap;
 use std::time::Duration;
@@ -73,7 +73,7 @@ pub struct HeldLock {
     pub caller: Option<String>,
 }
 
-/// The state of a shard as seen by this manager. See
+/// The state of a shard as snapshot by this manager. See
 /// [`LockManager::shards`](crate::LockManager::shards).
 #[derive(Debug, Clone, PartialEq, Eq)]
 #[non_exhaustive]
@@ -114,17 +114,17 @@ pub(crate) fn hot_keys(manager: &Inner) -> Vec<HotKey> {
         shard.entries().iter().for_each(|entry| Entry::flush_contention(entry));
     }
     let hottest = manager.hot.hottest().into_iter();
-    let as_seen = hottest.map(|hot| {
+    let snapshots = hottest.map(|hot| {
         let entry = shards.get(&*hot.shard).and_then(|shard| shard.entry(&hot.key));
-        let seen = entry.map(|entry| entry.look(now));
-        let held = seen.as_ref().and_then(|seen| seen.held.as_ref());
+        let snapshot = entry.map(|entry| entry.look(now));
+        let held = snapshot.as_ref().and_then(|snapshot| snapshot.held.as_ref());
         HotKey {
             key: hot.key.to_string(),
             shard: hot.shard.to_string(),
             contended: hot.contended,
             acquired: hot.acquired,
             overcount_max: hot.overcount_max,
-            waiters: seen.as_ref().map_or(0, |seen| seen.waiting),
+            waiters: snapshot.as_ref().map_or(0, |snapshot| snapshot.waiting),
             holder: held.map(|held| HotKeyHolder {
                 held: held.age,
                 token: held.token,
@@ -134,7 +134,7 @@ pub(crate) fn hot_keys(manager: &Inner) -> Vec<HotKey> {
             wait_max: hot.wait_max,
         }
     });
-    as_seen.collect()
+    snapshots.collect()
 }
 
 /// The oldest `most` guards, oldest first, and the total number of guards.
@@ -143,16 +143,16 @@ pub(crate) fn held(manager: &Inner, most: usize) -> (usize, Vec<HeldLock>) {
     let mut held = Vec::new();
     for shard in &manager.shards {
         for entry in shard.entries() {
-            let seen = entry.look(now);
-            if let Some(lock) = seen.held {
-                held.push((lock, seen.waiting, entry));
+            let snapshot = entry.look(now);
+            if let Some(lock) = snapshot.held {
+                held.push((lock, snapshot.waiting, entry));
             }
         }
     }
     let total = held.len();
     held.sort_by_key(|(lock, ..)| std::cmp::Reverse(lock.age));
     held.truncate(most);
-    let in_words = held.into_iter().map(|(lock, waiters, entry)| HeldLock {
+    let locks = held.into_iter().map(|(lock, waiters, entry)| HeldLock {
         key: entry.key.to_string(),
         shard: entry.shard.name.to_string(),
         owner: entry.shard.sign(lock.cycle),
@@ -162,11 +162,11 @@ pub(crate) fn held(manager: &Inner, most: usize) -> (usize, Vec<HeldLock>) {
         waiters,
         caller: lock.caller.map(ToString::to_string),
     });
-    (total, in_words.collect())
+    (total, locks.collect())
 }
 
 pub(crate) fn shards(manager: &Inner) -> Vec<ShardState> {
-    let as_seen = manager.shards.iter().map(|shard| {
+    let snapshots = manager.shards.iter().map(|shard| {
         let metrics = &shard.metrics;
         let [acquired, local, remote] = metrics.acquisitions();
         let [round_trip_p50, round_trip_p99] = metrics.round_trips();
@@ -184,5 +184,5 @@ pub(crate) fn shards(manager: &Inner) -> Vec<ShardState> {
             round_trip_p99,
         }
     });
-    as_seen.collect()
+    snapshots.collect()
 }
