@@ -98,7 +98,7 @@ impl LockGuard {
     /// Returns the owner of the lease as written in the store: `manager:cycle`.
     #[must_use]
     pub fn owner(&self) -> String {
-        self.entry.shard.sign(self.lease.cycle)
+        self.entry.shard.owner_tag(self.lease.cycle)
     }
 
     /// Returns whether the lock is certainly still held, by the local clock, with an allowance for

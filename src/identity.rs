@@ -46,26 +46,26 @@ impl ManagerId {
     }
 
     /// The owner tag of one cycle in a lease or a queue: `manager:cycle`.
-    pub(crate) const fn sign(&self, cycle: Cycle) -> Signature<'_> {
-        Signature { manager: self, cycle }
+    pub(crate) const fn owner_tag(&self, cycle: Cycle) -> OwnerTag<'_> {
+        OwnerTag { manager: self, cycle }
     }
 }
 
 /// A manager and one of its cycles, as written in a store.
 #[derive(Debug, Clone, Copy)]
-pub(crate) struct Signature<'a> {
+pub(crate) struct OwnerTag<'a> {
     manager: &'a ManagerId,
     cycle: Cycle,
 }
 
-impl Signature<'_> {
+impl OwnerTag<'_> {
     /// The two parts, which are separated by a colon.
     pub(crate) fn parts(&self) -> (&str, Cycle) {
         (self.manager.as_str(), self.cycle)
     }
 }
 
-impl fmt::Display for Signature<'_> {
+impl fmt::Display for OwnerTag<'_> {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         f.write_str(&self.manager.0)?;
         f.write_str(":")?;
@@ -92,14 +92,14 @@ pub fn manager_of(owner: &str) -> Option<&str> {
 
 /// The manager and the cycle of an owner tag, or `None` if another library wrote it. The Lua
 /// scripts apply the same rule.
-pub(crate) fn parse_signature(signature: &str) -> Option<(&str, Cycle)> {
-    let (manager, cycle) = split(signature)?;
+pub(crate) fn parse_owner_tag(owner_tag: &str) -> Option<(&str, Cycle)> {
+    let (manager, cycle) = split(owner_tag)?;
     Some((manager, Cycle::parse(cycle)?))
 }
 
 /// Splits at the colon that follows a possible manager name.
-fn split(signature: &str) -> Option<(&str, &str)> {
-    let (manager, cycle) = signature.rsplit_once(':')?;
+fn split(owner_tag: &str) -> Option<(&str, &str)> {
+    let (manager, cycle) = owner_tag.rsplit_once(':')?;
     let (host_and_pid, random) = manager.rsplit_once('-')?;
     let (host, pid) = host_and_pid.rsplit_once('-')?;
     let digits =
@@ -117,24 +117,24 @@ mod tests {
     use super::*;
 
     #[test]
-    fn a_signature_is_read_as_it_was_written() {
+    fn owner_tag_is_parsed_as_it_was_written() {
         let id = ManagerId::of("my host_1.example", 42, 0xabc);
         assert_eq!(id.as_str(), "my-host-1.example-42-0000000000000abc");
         assert_eq!(
-            parse_signature(&id.sign(Cycle::of(7)).to_string()),
+            parse_owner_tag(&id.owner_tag(Cycle::of(7)).to_string()),
             Some((id.as_str(), Cycle::of(7)))
         );
         let own = ManagerId::new();
         assert_eq!(
-            parse_signature(&own.sign(Cycle::of(1)).to_string()),
+            parse_owner_tag(&own.owner_tag(Cycle::of(1)).to_string()),
             Some((own.as_str(), Cycle::of(1)))
         );
     }
 
     #[test]
-    fn a_manager_is_found_in_its_signature_in_each_form_that_one_had() {
+    fn manager_is_found_in_owner_tags_of_every_version() {
         let id = ManagerId::new();
-        assert_eq!(manager_of(&id.sign(Cycle::of(7)).to_string()), Some(id.as_str()));
+        assert_eq!(manager_of(&id.owner_tag(Cycle::of(7)).to_string()), Some(id.as_str()));
         assert_eq!(manager_of(&format!("{}:7", id.as_str())), Some(id.as_str()));
         for foreign in [
             "",
@@ -148,7 +148,7 @@ mod tests {
     }
 
     #[test]
-    fn what_others_write_is_foreign() {
+    fn owner_tags_of_other_libraries_are_foreign() {
         for foreign in [
             "",
             "1",
@@ -159,7 +159,7 @@ mod tests {
             "h-1-0000000000000abc:x",
             "h-12345678901-0000000000000abc:2-1-00000000",
         ] {
-            assert_eq!(parse_signature(foreign), None, "{foreign}");
+            assert_eq!(parse_owner_tag(foreign), None, "{foreign}");
         }
     }
 }

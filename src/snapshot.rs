@@ -155,7 +155,7 @@ pub(crate) fn held(manager: &Inner, most: usize) -> (usize, Vec<HeldLock>) {
     let locks = held.into_iter().map(|(lock, waiters, entry)| HeldLock {
         key: entry.key.to_string(),
         shard: entry.shard.name.to_string(),
-        owner: entry.shard.sign(lock.cycle),
+        owner: entry.shard.owner_tag(lock.cycle),
         token: lock.token,
         age: lock.age,
         remaining: lock.remaining,

@@ -35,8 +35,8 @@ on_each_store! {
             until_queued(&locks, "k", place as u64 + 1).await;
         }
         let queue = locks.inspect("k").await.expect("inspect").queue;
-        for (waiter, signature) in waiters.iter().zip(&queue) {
-            assert!(signature.contains(&format!("-{}-", waiter.pid())), "{queue:?}");
+        for (waiter, owner_tag) in waiters.iter().zip(&queue) {
+            assert!(owner_tag.contains(&format!("-{}-", waiter.pid())), "{queue:?}");
         }
         guard.release().await.expect("release");
         for waiter in &mut waiters {

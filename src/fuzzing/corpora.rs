@@ -23,6 +23,7 @@ targets! {
     #[cfg(feature = "etcd")]
     etcd => corpus_of_etcd_holds,
     names => corpus_of_names_holds,
+    owner_tags => corpus_of_owner_tags_holds,
     places => corpus_of_places_holds,
     printable => corpus_of_printable_holds,
     pushes => corpus_of_pushes_holds,
@@ -30,7 +31,6 @@ targets! {
     replies => corpus_of_replies_holds,
     settings => corpus_of_settings_holds,
     shard_maps => corpus_of_shard_maps_holds,
-    signatures => corpus_of_signatures_holds,
     #[cfg(feature = "file")]
     toml => corpus_of_toml_holds,
     urls => corpus_of_urls_holds,

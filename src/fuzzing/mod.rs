@@ -17,10 +17,10 @@ use std::borrow::Cow;
 mod corpora;
 #[cfg(test)]
 mod corpus;
+mod owner_tags;
 mod printable;
 mod settings;
 mod shard_maps;
-mod signatures;
 #[cfg(feature = "file")]
 mod toml;
 mod urls;
@@ -28,10 +28,10 @@ mod urls;
 #[cfg(feature = "etcd")]
 pub use crate::store::etcd::fuzzing::etcd;
 pub use crate::store::redis::fuzzing::{names, places, pushes, refusals, replies};
+pub use owner_tags::owner_tags;
 pub use printable::printable;
 pub use settings::settings;
 pub use shard_maps::shard_maps;
-pub use signatures::signatures;
 #[cfg(feature = "file")]
 pub use toml::toml;
 pub use urls::urls;

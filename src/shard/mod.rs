@@ -462,8 +462,8 @@ impl Shard {
     }
 
     /// How the store records a cycle of this manager.
-    pub(crate) fn sign(&self, cycle: Cycle) -> String {
-        self.id.sign(cycle).to_string()
+    pub(crate) fn owner_tag(&self, cycle: Cycle) -> String {
+        self.id.owner_tag(cycle).to_string()
     }
 
     /// Whether no key has a waiter, a lease or a request in flight.

@@ -37,7 +37,7 @@ pub(super) async fn check(shard: &Arc<Shard>) {
 
 /// Whether the store no longer knows the cycle.
 fn is_forgotten(shard: &Shard, cycle: Cycle, seen: &KeyState) -> bool {
-    let ours = shard.sign(cycle);
+    let ours = shard.owner_tag(cycle);
     let holds = seen.holder.as_ref().is_some_and(|holder| holder.owner == ours);
     // Only the head of a long queue is returned.
     !holds && seen.queue.len() < INSPECTED_QUEUE_MAX && !seen.queue.contains(&ours)

@@ -80,7 +80,7 @@ impl World {
             return;
         }
         let cycle = lease.cycle;
-        if owner.as_deref() != Some(manager.id.sign(cycle).to_string().as_str()) {
+        if owner.as_deref() != Some(manager.id.owner_tag(cycle).to_string().as_str()) {
             let what = format!("m{m} k{k} cycle {cycle} has a guard after a failover, but the lease is {owner:?}");
             return self.ledger.breach_of_safety(what);
         }

@@ -243,7 +243,7 @@ impl World {
                 continue;
             }
             let owner = self.core.owner(&self.keys[k], now);
-            if owner.as_deref() != Some(manager.id.sign(guard.lease.cycle).to_string().as_str()) {
+            if owner.as_deref() != Some(manager.id.owner_tag(guard.lease.cycle).to_string().as_str()) {
                 let (m, cycle) = (guard.m, guard.lease.cycle);
                 let what = format!("k{k} the guard of m{m} under cycle {cycle} is valid, but the lease is {owner:?}");
                 return self.ledger.breach_of_safety(what);
@@ -262,7 +262,7 @@ impl World {
                 continue;
             };
             let owner = self.core.owner(&self.keys[k], now);
-            if owner.as_deref() != Some(manager.id.sign(lease.cycle).to_string().as_str()) {
+            if owner.as_deref() != Some(manager.id.owner_tag(lease.cycle).to_string().as_str()) {
                 let cycle = lease.cycle;
                 let what = format!("k{k} m{m} keeps its lease of cycle {cycle}, but the lease is {owner:?}");
                 return self.ledger.breach_of_safety(what);

@@ -233,7 +233,7 @@ impl World {
                 ttl,
                 tokens,
             }) => {
-                let (me, terms) = (manager.id.sign(cycle).to_string(), terms(ttl, tokens));
+                let (me, terms) = (manager.id.owner_tag(cycle).to_string(), terms(ttl, tokens));
                 let reply = match mode {
                     AcquireMode::Fast => self.core.acquire_freely(key, &me, terms),
                     AcquireMode::Enqueue => self.core.acquire(key, &me, false, terms),
@@ -247,8 +247,8 @@ impl World {
                 cycle, requeue, tokens, ..
             }) => {
                 let ttl = requeue.map_or(std::time::Duration::ZERO, Cycle::ttl);
-                let (me, terms) = (manager.id.sign(cycle).to_string(), terms(ttl, tokens));
-                let next = requeue.map(|cycle| manager.id.sign(cycle).to_string());
+                let (me, terms) = (manager.id.owner_tag(cycle).to_string(), terms(ttl, tokens));
+                let next = requeue.map(|cycle| manager.id.owner_tag(cycle).to_string());
                 let reply = self.core.release(key, &me, next.as_deref(), terms);
                 if let (Some(next), Some(reply)) = (requeue, &reply.requeued) {
                     self.ledger.issues(command.m, command.k, next, reply);
@@ -256,7 +256,7 @@ impl World {
                 Reply::Released(reply)
             }
             Order::Renew { cycle, ttl } => {
-                Reply::Renewed(self.core.renew(key, &manager.id.sign(cycle).to_string(), now, ttl))
+                Reply::Renewed(self.core.renew(key, &manager.id.owner_tag(cycle).to_string(), now, ttl))
             }
         }
     }

@@ -8,7 +8,7 @@ use super::plan::Variant;
 use super::story::Case;
 use super::world::World;
 use crate::clock::Moment;
-use crate::identity::{ManagerId, parse_signature};
+use crate::identity::{ManagerId, parse_owner_tag};
 use crate::protocol::{AcquireReply, Cycle};
 use crate::store::memory::Terms;
 
@@ -260,7 +260,7 @@ impl World {
         let now = Moment::from_nanos(self.now);
         self.keys.iter().any(|key| {
             let owner = self.core.owner(key, now);
-            let manager = owner.as_deref().and_then(parse_signature);
+            let manager = owner.as_deref().and_then(parse_owner_tag);
             manager.is_some_and(|(manager, _)| self.managers.iter().any(|one| one.id.as_str() == manager))
         })
     }
@@ -269,7 +269,7 @@ impl World {
     fn a_newcomer_is_served(&mut self, limit: Nanos) -> Result<(), Breach> {
         let newcomer = ManagerId::of("sim", 1, 99);
         self.core.listen(newcomer.as_str(), true);
-        let me = newcomer.sign(Cycle::of(2)).to_string();
+        let me = newcomer.owner_tag(Cycle::of(2)).to_string();
         for k in 0..self.keys.len() {
             let terms = self.newcomers_terms();
             let reply = self.core.acquire(&self.keys[k], &me, false, terms);

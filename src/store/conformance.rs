@@ -243,14 +243,14 @@ impl Pair {
             tokens: given.tokens,
             floor: given.floor,
         };
-        let sign = |manager: usize, cycle: u64| self.managers[manager].sign(numbered(cycle)).to_string();
+        let owner_tag = |manager: usize, cycle: u64| self.managers[manager].owner_tag(numbered(cycle)).to_string();
         match command {
             Command::Acquire {
                 lock,
                 mode,
                 terms: given,
             } => {
-                let (key, me) = (&self.keys[lock.key], sign(lock.manager, lock.cycle));
+                let (key, me) = (&self.keys[lock.key], owner_tag(lock.manager, lock.cycle));
                 Reply::Acquired(match mode {
                     AcquireMode::Fast => self.core.acquire_freely(key, &me, terms(*given)),
                     AcquireMode::Enqueue => self.core.acquire(key, &me, false, terms(*given)),
@@ -263,8 +263,8 @@ impl Pair {
                 requeue,
                 terms: given,
             } => {
-                let next = requeue.map(|next| sign(lock.manager, next));
-                let me = sign(lock.manager, lock.cycle);
+                let next = requeue.map(|next| owner_tag(lock.manager, next));
+                let me = owner_tag(lock.manager, lock.cycle);
                 // A lease that is passed on gets the TTL of the cycle that receives it.
                 let ttl = requeue.map_or(Duration::ZERO, |next| numbered(next).ttl());
                 let terms = terms(Given { ttl, ..*given });
@@ -273,7 +273,7 @@ impl Pair {
             Command::Renew { manager, leases } => {
                 let mut replies = Vec::new();
                 for &(key, cycle, ttl) in leases {
-                    let me = sign(*manager, cycle);
+                    let me = owner_tag(*manager, cycle);
                     replies.push(self.core.renew(&self.keys[key], &me, now, ttl));
                 }
                 Reply::Renewed(replies)

@@ -15,7 +15,7 @@ use super::term::{ConfirmedIn, RenewedIn};
 use super::waits::Wait;
 use crate::backoff::Backoff;
 use crate::clock::Moment;
-use crate::identity::parse_signature;
+use crate::identity::parse_owner_tag;
 use crate::key::LockKey;
 use crate::protocol::{Acquire, AcquireMode, AcquireReply, Answer, Cycle, QueuePosition};
 use crate::store::StoreError;
@@ -429,7 +429,7 @@ fn granted(shared: &Shared, contender: &Contender, line: &Line) -> Result<Acquir
 /// Leaves a note for an owner that does not expect other contenders. It ends with the waiter's
 /// lease.
 async fn tell_owner(shared: &Shared, link: &Link, contender: &Contender, owner: &str, lease: Lease) {
-    let Some((manager, cycle)) = parse_signature(owner) else {
+    let Some((manager, cycle)) = parse_owner_tag(owner) else {
         return;
     };
     if cycle.expects_rivals() || manager == shared.names.manager().as_str() {

@@ -7,7 +7,7 @@ use super::line::{floor_of, tokens_of};
 use super::names::{Names, member};
 use crate::cycle::Cycle;
 use crate::fuzzing::{head, text};
-use crate::identity::{ManagerId, parse_signature};
+use crate::identity::{ManagerId, parse_owner_tag};
 use crate::key::LockKey;
 
 /// Names of etcd keys, parsed as queue members and notes; revisions, turned into tokens; reasons of
@@ -31,8 +31,8 @@ pub fn etcd(data: &[u8]) {
     assert_eq!(names.read_note(note.as_bytes()), Some((key.clone(), cycle)));
     let prefix = rival.prefix(&key);
     let name = rival.cycle(&key, cycle);
-    let signature = member(&prefix, name.as_bytes());
-    assert_eq!(parse_signature(&signature), Some((rival.manager().as_str(), cycle)));
+    let owner_tag = member(&prefix, name.as_bytes());
+    assert_eq!(parse_owner_tag(&owner_tag), Some((rival.manager().as_str(), cycle)));
     assert!(!prefix.starts_with(&rival.inbox()) && !rival.map().starts_with(&prefix));
 }
 

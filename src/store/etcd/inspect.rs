@@ -11,7 +11,7 @@ use super::line::tokens_of;
 use super::link::Link;
 use super::names::member;
 use crate::fence::FencingToken;
-use crate::identity::parse_signature;
+use crate::identity::parse_owner_tag;
 use crate::key::LockKey;
 use crate::store::{Holder, INSPECTED_QUEUE_MAX, KeyState, StoreError};
 
@@ -36,7 +36,7 @@ pub(super) async fn inspect(shared: Arc<Shared>, link: Arc<Link>, key: LockKey) 
         });
     };
     let name = member(&prefix, owner.key());
-    let is_manager = parse_signature(&name).is_some();
+    let is_manager = parse_owner_tag(&name).is_some();
     // The value is the number of tokens that came with the key's revision.
     let issued = owner.value_str().ok().and_then(|value| value.parse().ok());
     let tokens = issued.and_then(|count| tokens_of(owner.mod_revision(), count).ok());

@@ -49,7 +49,7 @@ impl Names {
     /// The etcd key of one of this manager's cycles.
     pub(super) fn cycle(&self, key: &LockKey, cycle: Cycle) -> String {
         let mut name = self.prefix(key);
-        name.push_str(&self.manager.sign(cycle).to_string());
+        name.push_str(&self.manager.owner_tag(cycle).to_string());
         name
     }
 
@@ -68,7 +68,7 @@ impl Names {
             "{}%in/{owner}/{owned}/{}/{}",
             self.namespace,
             utf8_percent_encode(key.as_str(), ENCODED),
-            self.manager.sign(waiting)
+            self.manager.owner_tag(waiting)
         )
     }
 

@@ -9,7 +9,7 @@ use std::time::Duration;
 
 use crate::clock::Moment;
 use crate::fence::{FencingToken, TokenBlock};
-use crate::identity::parse_signature;
+use crate::identity::parse_owner_tag;
 use crate::key::{LockKey, Slot};
 use crate::protocol::{AcquireReply, Cycle, Grant, Push, QueuePosition, ReleaseReply, RenewReply};
 #[cfg(test)]
@@ -139,7 +139,7 @@ impl MemoryCore {
             Some(owner) => {
                 let (mark, ahead, new, is_subscribed) = self.join(key, me, terms);
                 if (ahead == 0 || !new)
-                    && let Some((manager, cycle)) = parse_signature(&owner)
+                    && let Some((manager, cycle)) = parse_owner_tag(&owner)
                     && !cycle.expects_rivals()
                 {
                     self.notify(
@@ -236,7 +236,7 @@ impl MemoryCore {
 
     pub(crate) fn inspect(&mut self, key: &LockKey, now: Moment) -> KeyState {
         let holder = self.owner(key, now).map(|owner| Holder {
-            is_manager: parse_signature(&owner).is_some(),
+            is_manager: parse_owner_tag(&owner).is_some(),
             owner,
             remaining: self.remaining(key, now),
         });
@@ -335,7 +335,7 @@ impl MemoryCore {
     /// member is new, and whether a grant would reach it.
     fn join(&mut self, key: &LockKey, me: &str, terms: Terms) -> (u64, u64, bool, bool) {
         let mark = self.reserve(key, Terms { tokens: 1, ..terms }).last();
-        let is_subscribed = parse_signature(me).is_some_and(|(manager, _)| self.listening.contains(manager));
+        let is_subscribed = parse_owner_tag(me).is_some_and(|(manager, _)| self.listening.contains(manager));
         let queue = &mut self.locks.entry(key.clone()).or_default().queue;
         let place = queue.iter().enumerate().find(|(_, member)| member.owner == me);
         match place.map(|(ahead, member)| (ahead, member.clone())) {
@@ -405,8 +405,8 @@ impl MemoryCore {
     /// TTL of its cycle.
     fn pass_on(&mut self, key: &LockKey, me: Option<&str>, terms: Terms) -> Option<(String, TokenBlock)> {
         while let Some(heir) = self.locks.get_mut(key).and_then(|lock| lock.queue.pop_first()) {
-            let signature = heir.owner.clone();
-            let Some((manager, cycle)) = parse_signature(&signature) else {
+            let owner_tag = heir.owner.clone();
+            let Some((manager, cycle)) = parse_owner_tag(&owner_tag) else {
                 continue;
             };
             if me == Some(heir.owner.as_str()) {
@@ -481,7 +481,7 @@ impl MemoryCore {
         AcquireReply::Queued(QueuePosition {
             enqueue_token: mark,
             owner_ttl: lease.and_then(|lease| lease.ends).map(|ends| ends.since(now)),
-            owner_foreign: lease.is_some_and(|lease| parse_signature(&lease.owner).is_none()),
+            owner_foreign: lease.is_some_and(|lease| parse_owner_tag(&lease.owner).is_none()),
             ahead,
             is_subscribed,
         })

@@ -137,7 +137,7 @@ impl LeaseStore for MemoryStore {
             tokens,
         } = request;
         let now = Moment::now();
-        let me = self.manager.sign(cycle).to_string();
+        let me = self.manager.owner_tag(cycle).to_string();
         let mut memory = self.memory.lock();
         let terms = self.terms(now, ttl, tokens);
         let reply = match mode {
@@ -167,12 +167,12 @@ impl LeaseStore for MemoryStore {
             tokens,
         } = request;
         let now = Moment::now();
-        let next = requeue.map(|cycle| self.manager.sign(cycle).to_string());
+        let next = requeue.map(|cycle| self.manager.owner_tag(cycle).to_string());
         let mut memory = self.memory.lock();
         let terms = self.terms(now, ttl, tokens);
         let reply = memory
             .core
-            .release(&key, &self.manager.sign(cycle).to_string(), next.as_deref(), terms);
+            .release(&key, &self.manager.owner_tag(cycle).to_string(), next.as_deref(), terms);
         let pushes = memory.take_pushes();
         drop(memory);
         deliver(pushes);
@@ -191,7 +191,7 @@ impl LeaseStore for MemoryStore {
             return Box::pin(std::future::ready(Err(error)));
         }
         let renew = |renewal: Renewal| {
-            let me = self.manager.sign(renewal.cycle).to_string();
+            let me = self.manager.owner_tag(renewal.cycle).to_string();
             Some(memory.core.renew(&renewal.key, &me, now, renewal.ttl))
         };
         done(batch.into_iter().map(renew).collect())

@@ -117,8 +117,8 @@ impl Bench {
         self.servers[node].query(&["GET", LEASE])
     }
 
-    fn signature(&self, cycle: u64) -> Option<String> {
-        Some(self.manager.sign(Cycle::of(cycle)).to_string())
+    fn owner_tag(&self, cycle: u64) -> Option<String> {
+        Some(self.manager.owner_tag(Cycle::of(cycle)).to_string())
     }
 
     /// The counter of the key's slot at that node.
@@ -193,8 +193,8 @@ async fn node_that_refuses_is_passed_over_and_is_owed_a_release() {
     let bench = Bench::new().await;
     bench.servers[0].command(&["SET", &bench.nodes[0].store.queue_name(&key()), "not a queue"]);
     bench.hold(2).await;
-    assert_eq!(bench.owner(1), bench.signature(2));
-    assert_eq!(bench.owner(2), bench.signature(2));
+    assert_eq!(bench.owner(1), bench.owner_tag(2));
+    assert_eq!(bench.owner(2), bench.owner_tag(2));
     let owes = [0, 1, 2].map(|node| bench.nodes[node].owes(Cycle::of(2)));
     assert_eq!(owes, [true, false, false]);
     assert_eq!(bench.owner(0), None, "it is not claimed either");
@@ -335,7 +335,7 @@ async fn extension_that_finds_no_majority_gives_nothing_back() {
     }
     let reply = bench.acquire(2, AcquireMode::Extend, TTL).await;
     assert!(matches!(reply, Ok(AcquireReply::Busy)), "{reply:?}");
-    assert_eq!(bench.owner(0), bench.signature(2));
+    assert_eq!(bench.owner(0), bench.owner_tag(2));
 }
 
 /// If every node refuses, the application receives the reason.
@@ -358,7 +358,7 @@ async fn restored_lease_brings_a_counter_that_is_not_below_earlier_tokens() {
     bench.servers[2].command(&["FLUSHALL"]);
     assert_eq!(bench.renew(2).await, Some(RenewReply::Extended { wanted: false }));
     eventually("the lease is restored", PATIENCE, || {
-        bench.owner(2) == bench.signature(2)
+        bench.owner(2) == bench.owner_tag(2)
     })
     .await;
     assert!(bench.counter(2) >= tokens.last(), "{} {tokens:?}", bench.counter(2));
@@ -396,7 +396,7 @@ async fn extension_without_a_majority_that_kept_the_lease_is_none() {
         (&[0, 1, 2], false),
     ] {
         for server in &bench.servers {
-            server.command(&["SET", LEASE, &bench.signature(2).unwrap(), "PX", "60000"]);
+            server.command(&["SET", LEASE, &bench.owner_tag(2).unwrap(), "PX", "60000"]);
         }
         for &node in lost {
             bench.servers[node].command(&["DEL", LEASE]);
@@ -430,7 +430,7 @@ async fn extension_is_no_loss_while_a_majority_may_have_the_lease() {
             bench.hold(2).await;
             // A claim returns once two nodes have granted it.
             eventually("all have it", PATIENCE, || {
-                (0..3).all(|node| bench.owner(node) == bench.signature(2))
+                (0..3).all(|node| bench.owner(node) == bench.owner_tag(2))
             })
             .await;
             take(&bench, without);

@@ -10,7 +10,7 @@ use super::batch::may_concern_some_keys;
 use super::names::Names;
 use super::permission::Permissions;
 use super::primary::{Claim, ClaimKind};
-use crate::identity::{ManagerId, Signature};
+use crate::identity::{ManagerId, OwnerTag};
 use crate::key::{LockKey, Slot};
 use crate::protocol::{Acquire, AcquireMode, Cycle, Release, Renewal};
 use crate::store::INSPECTED_QUEUE_MAX;
@@ -70,7 +70,7 @@ impl Commands {
         let mut set = Cmd::with_capacity(6, 128);
         set.arg("SET");
         names.lease().write(&mut set);
-        self.write_signature(&mut set, request.cycle);
+        self.write_owner_tag(&mut set, request.cycle);
         set.arg("NX").arg("PX").arg(millis(request.ttl));
         let mut count = Cmd::with_capacity(3, 64);
         count.arg("INCRBY");
@@ -115,7 +115,7 @@ impl Commands {
         self.write_inbox_prefix(command, key);
         command.arg(key.as_str());
         match requeue {
-            Some(next) => self.write_signature(command, next),
+            Some(next) => self.write_owner_tag(command, next),
             None => command.write_arg(b""),
         }
     }
@@ -126,7 +126,7 @@ impl Commands {
         command.arg(2);
         names.lease().write(command);
         names.queue().write(command);
-        self.write_signature(command, cycle);
+        self.write_owner_tag(command, cycle);
     }
 
     /// The keys and arguments of renew.lua.
@@ -142,7 +142,7 @@ impl Commands {
             names.queue().write(command);
         }
         for renewal in renewals {
-            self.write_signature(command, renewal.cycle);
+            self.write_owner_tag(command, renewal.cycle);
             command.arg(millis(renewal.ttl));
         }
     }
@@ -151,7 +151,7 @@ impl Commands {
     pub(super) fn fill_renew_alone(&self, command: &mut Cmd, renewal: &Renewal) {
         command.arg(1);
         self.names.of(&renewal.key).lease().write(command);
-        self.write_signature(command, renewal.cycle);
+        self.write_owner_tag(command, renewal.cycle);
         command.arg(millis(renewal.ttl));
     }
 
@@ -161,7 +161,7 @@ impl Commands {
         command.arg(2);
         names.lease().write(command);
         names.counter().write(command);
-        self.write_signature(command, claim.cycle);
+        self.write_owner_tag(command, claim.cycle);
         command.arg(millis(claim.ttl)).arg(claim.at_least).arg(floor);
         command.arg(match claim.kind {
             ClaimKind::Take => "take",
@@ -191,14 +191,14 @@ impl Commands {
         scan
     }
 
-    /// Writes the keys that a lock's scripts take, and their first argument, the signature.
+    /// Writes the keys that a lock's scripts take, and their first argument, the owner tag.
     fn write_keys(&self, command: &mut Cmd, key: &LockKey, cycle: Cycle) {
         let names = self.names.of(key);
         command.arg(3);
         names.lease().write(command);
         names.queue().write(command);
         names.counter().write(command);
-        self.write_signature(command, cycle);
+        self.write_owner_tag(command, cycle);
     }
 
     fn write_inbox_prefix(&self, command: &mut Cmd, key: &LockKey) {
@@ -209,9 +209,9 @@ impl Commands {
     }
 
     /// Writes `manager:cycle` as the next argument, without the cost of formatting.
-    fn write_signature(&self, command: &mut Cmd, cycle: Cycle) {
-        let signature: Signature<'_> = self.manager.sign(cycle);
-        let (manager, cycle) = signature.parts();
+    fn write_owner_tag(&self, command: &mut Cmd, cycle: Cycle) {
+        let owner_tag: OwnerTag<'_> = self.manager.owner_tag(cycle);
+        let (manager, cycle) = owner_tag.parts();
         let mut writer = command.writer_for_next_arg();
         // Writing to a buffer in memory can't fail.
         writer.write_all(manager.as_bytes()).ok();

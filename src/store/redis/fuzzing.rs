@@ -13,7 +13,7 @@ use super::{batch, map, reply};
 use crate::cycle::Cycles;
 use crate::fence::{FencingToken, TokenBlock};
 use crate::fuzzing::{SECRET, head, text};
-use crate::identity::{ManagerId, parse_signature};
+use crate::identity::{ManagerId, parse_owner_tag};
 use crate::key::{LockKey, Slot};
 use crate::protocol::{AcquireReply, Cycle, Grant, Push, RenewReply};
 use crate::store::StoreError;
@@ -181,7 +181,7 @@ pub fn replies(data: &[u8]) {
     }
     if let Ok(inspection) = reply::inspected(items) {
         if let Some(holder) = &inspection.holder {
-            assert_eq!(holder.is_manager, parse_signature(&holder.owner).is_some());
+            assert_eq!(holder.is_manager, parse_owner_tag(&holder.owner).is_some());
         }
         assert!(inspection.queue.len() <= data.len());
     }

@@ -7,7 +7,7 @@ use deadpool_redis::redis::{ErrorKind, RedisError, ServerErrorKind, Value};
 
 use super::permission;
 use crate::fence::{FencingToken, TokenBlock};
-use crate::identity::parse_signature;
+use crate::identity::parse_owner_tag;
 use crate::key::LockKey;
 use crate::protocol::{AcquireReply, Cycle, Grant, Push, QueuePosition, ReleaseReply, RenewReply};
 use crate::store::{Holder, KeyState, StoreError};
@@ -190,7 +190,7 @@ pub(super) fn inspected(replies: &[Value]) -> Result<KeyState, StoreError> {
         return Err(unexpected("an inspection", &Value::Array(replies.to_vec())));
     };
     let holder = as_text(owner).map(|owner| Holder {
-        is_manager: parse_signature(&owner).is_some(),
+        is_manager: parse_owner_tag(&owner).is_some(),
         owner,
         remaining: as_int(left)
             .and_then(|left| u64::try_from(left).ok())

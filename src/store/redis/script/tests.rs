@@ -68,36 +68,36 @@ impl Bench {
         self.server.query(&[&["EVAL", script, &count], keys, args].concat())
     }
 
-    fn claim(&self, signature: &str, ttl: u64, least: u64, floor: u64) -> Vec<u64> {
+    fn claim(&self, owner_tag: &str, ttl: u64, least: u64, floor: u64) -> Vec<u64> {
         let (ttl, least, floor) = (ttl.to_string(), least.to_string(), floor.to_string());
-        let args = [signature, &ttl, &least, &floor, "take"];
+        let args = [owner_tag, &ttl, &least, &floor, "take"];
         self.call(self.scripts.claim.text(), &["lease", "counter"], &args)
     }
 
-    fn extend_claim(&self, signature: &str, ttl: u64, least: u64) -> Vec<i64> {
+    fn extend_claim(&self, owner_tag: &str, ttl: u64, least: u64) -> Vec<i64> {
         let (ttl, least) = (ttl.to_string(), least.to_string());
-        let args = [signature, &ttl, &least, "0", "extend"];
+        let args = [owner_tag, &ttl, &least, "0", "extend"];
         self.call(self.scripts.claim.text(), &["lease", "counter"], &args)
     }
 
-    fn renew_alone(&self, signature: &str, ttl: u64) -> Vec<u64> {
+    fn renew_alone(&self, owner_tag: &str, ttl: u64) -> Vec<u64> {
         self.call(
             self.scripts.renew_alone.text(),
             &["lease"],
-            &[signature, &ttl.to_string()],
+            &[owner_tag, &ttl.to_string()],
         )
     }
 
     /// An acquire that enqueues if the key is taken.
-    fn join(&self, signature: &str) -> Vec<u64> {
-        let args = [signature, "100000", "1", "0", "join", "inbox:", "key"];
+    fn join(&self, owner_tag: &str) -> Vec<u64> {
+        let args = [owner_tag, "100000", "1", "0", "join", "inbox:", "key"];
         let reply: Vec<i64> = self.call(self.scripts.acquire.text(), &["lease", "queue", "counter"], &args);
         reply.into_iter().map(|number| number.max(0).unsigned_abs()).collect()
     }
 
-    /// Makes this signature the owner, without expiry if the TTL is `None`.
-    fn own(&self, signature: &str, ttl: Option<u64>) {
-        self.server.command(&["SET", "lease", signature]);
+    /// Makes this owner tag the owner, without expiry if the TTL is `None`.
+    fn own(&self, owner_tag: &str, ttl: Option<u64>) {
+        self.server.command(&["SET", "lease", owner_tag]);
         if let Some(ttl) = ttl {
             self.server.command(&["PEXPIRE", "lease", &ttl.to_string()]);
         }
@@ -124,9 +124,9 @@ impl Bench {
     }
 }
 
-fn signature(manager: u64, cycle: u64) -> String {
+fn owner_tag(manager: u64, cycle: u64) -> String {
     let cycle = Cycle::with_ttl(cycle, Duration::from_secs(100));
-    ManagerId::of("h", 1, manager).sign(cycle).to_string()
+    ManagerId::of("h", 1, manager).owner_tag(cycle).to_string()
 }
 
 /// Each node of a quorum votes for one owner and rejects all others. A node that voted for two
@@ -134,14 +134,14 @@ fn signature(manager: u64, cycle: u64) -> String {
 #[test]
 fn claim_takes_a_free_lease_and_no_other_owners() {
     let bench = Bench::new();
-    let (one, other) = (signature(1, 2), signature(2, 2));
+    let (one, other) = (owner_tag(1, 2), owner_tag(2, 2));
     assert_eq!(bench.claim(&one, 300_000, 7, 0), [1, 0]);
     assert_eq!(bench.owner().as_ref(), Some(&one));
     bench.assert_left("lease", 300_000);
     assert_eq!(bench.counter(), 7);
 
     // Another cycle of the same manager is a different owner.
-    for other in [other, signature(1, 4)] {
+    for other in [other, owner_tag(1, 4)] {
         let reply = bench.claim(&other, 600_000, 9, FLOOR);
         let [0, left] = reply[..] else { panic!("{reply:?}") };
         assert!(left <= 300_000 && left > 300_000 - SLACK, "{left}");
@@ -166,7 +166,7 @@ fn claim_takes_a_free_lease_and_no_other_owners() {
 #[test]
 fn claim_of_the_owner_moves_the_end_of_its_lease_on_and_never_back() {
     let bench = Bench::new();
-    let me = signature(1, 2);
+    let me = owner_tag(1, 2);
     for (left, ttl, expected) in [
         (Some(100_000), 300_000, 300_000),
         (Some(300_000), 100_000, 300_000),
@@ -185,7 +185,7 @@ fn claim_of_the_owner_moves_the_end_of_its_lease_on_and_never_back() {
 #[test]
 fn claim_that_extends_takes_no_lease_that_it_has_not() {
     let bench = Bench::new();
-    let (me, other) = (signature(1, 2), signature(2, 2));
+    let (me, other) = (owner_tag(1, 2), owner_tag(2, 2));
     assert_eq!(bench.extend_claim(&me, 300_000, 7), [0, -2]);
     assert_eq!((bench.owner(), bench.counter()), (None, 0));
     bench.own(&me, Some(100_000));
@@ -202,7 +202,7 @@ fn claim_that_extends_takes_no_lease_that_it_has_not() {
 #[test]
 fn claim_reports_a_counter_that_is_never_below_the_floor() {
     let bench = Bench::new();
-    let me = signature(1, 2);
+    let me = owner_tag(1, 2);
     let claim = |least, floor| {
         let reply = bench.claim(&me, 100_000, least, floor);
         (reply[1], bench.counter())
@@ -229,7 +229,7 @@ fn claim_reports_a_counter_that_is_never_below_the_floor() {
 #[test]
 fn renewal_of_one_key_extends_the_owners_lease_alone_and_never_shortens_it() {
     let bench = Bench::new();
-    let me = signature(1, 2);
+    let me = owner_tag(1, 2);
     for (left, ttl, expected) in [
         (Some(100_000), 300_000, 300_000),
         (Some(300_000), 100_000, 300_000),
@@ -241,7 +241,7 @@ fn renewal_of_one_key_extends_the_owners_lease_alone_and_never_shortens_it() {
         bench.assert_left("lease", expected);
     }
     // Another cycle of the same manager is a different owner.
-    for other in [signature(1, 4), signature(2, 2)] {
+    for other in [owner_tag(1, 4), owner_tag(2, 2)] {
         bench.own(&other, Some(100_000));
         assert_eq!(bench.renew_alone(&me, 300_000), [0]);
         assert_eq!(bench.owner().as_ref(), Some(&other));
@@ -260,7 +260,7 @@ fn renewal_of_one_key_extends_the_owners_lease_alone_and_never_shortens_it() {
 #[test]
 fn renewal_that_may_not_see_the_owner_is_an_error_and_no_loss() {
     let bench = Bench::new();
-    let me = signature(1, 2);
+    let me = owner_tag(1, 2);
     bench.own(&me, Some(100_000));
     bench.server.command(&[
         "ACL", "SETUSER", "default", "-get", "+eval", "+pttl", "+pexpire", "+exists",
@@ -281,12 +281,12 @@ fn queue_of_waiters_ends_a_minute_after_the_lease() {
     let bench = Bench::new();
     for ttl in [Some(100_000), Some(300_000), None] {
         bench.server.command(&["DEL", "queue"]);
-        bench.own(&signature(1, 2), ttl);
-        assert_eq!(bench.join(&signature(2, 2))[0], 2);
+        bench.own(&owner_tag(1, 2), ttl);
+        assert_eq!(bench.join(&owner_tag(2, 2))[0], 2);
         bench.assert_left("queue", ttl.unwrap_or_default() + 60_000);
         // The next request renews a queue that is about to expire.
         bench.server.command(&["PEXPIRE", "queue", "1000"]);
-        assert_eq!(bench.join(&signature(2, 2))[0], 2);
+        assert_eq!(bench.join(&owner_tag(2, 2))[0], 2);
         bench.assert_left("queue", ttl.unwrap_or_default() + 60_000);
     }
 }
@@ -296,13 +296,13 @@ fn queue_of_waiters_ends_a_minute_after_the_lease() {
 #[test]
 fn queue_that_an_owner_joins_again_ends_a_minute_after_the_next_lease() {
     let bench = Bench::new();
-    bench.own(&signature(1, 2), Some(300_000));
-    bench.join(&signature(2, 3));
-    bench.join(&signature(3, 3));
-    let args = [&signature(1, 2), "1", "0", "inbox:", "key", &signature(1, 5)];
+    bench.own(&owner_tag(1, 2), Some(300_000));
+    bench.join(&owner_tag(2, 3));
+    bench.join(&owner_tag(3, 3));
+    let args = [&owner_tag(1, 2), "1", "0", "inbox:", "key", &owner_tag(1, 5)];
     let reply: Vec<u64> = bench.call(bench.scripts.release.text(), &["lease", "queue", "counter"], &args);
     assert_eq!(reply[..2], [1, 2], "the previous owner waits");
-    assert_eq!(bench.owner(), Some(signature(2, 3)));
+    assert_eq!(bench.owner(), Some(owner_tag(2, 3)));
     // The next owner's inbox has no subscriber, so its lease stays short until it asks.
     bench.assert_left("lease", 1_000);
     bench.assert_left("queue", 61_000);

@@ -2,17 +2,17 @@ use std::time::Duration;
 
 use super::{head, text};
 use crate::cycle::{Cycle, Cycles};
-use crate::identity::{ManagerId, manager_of, parse_signature};
+use crate::identity::{ManagerId, manager_of, parse_owner_tag};
 
 /// Lease values and queue members: the owner tag `<manager>:<cycle>`, which any client with write
 /// access to the store may have written.
-pub fn signatures(data: &[u8]) {
+pub fn owner_tags(data: &[u8]) {
     read(&text(data));
     written(data);
 }
 
 fn read(text: &str) {
-    let parsed = parse_signature(text);
+    let parsed = parse_owner_tag(text);
     // Matching the pattern takes quadratic time.
     if text.len() <= 600 {
         // The script does not check how many bits its numbers need.
@@ -34,7 +34,7 @@ fn read(text: &str) {
         Some((manager, cycle)) => {
             assert_eq!(manager_of(text), Some(manager));
             let written = format!("{manager}:{cycle}");
-            assert_eq!(parse_signature(&written), Some((manager, cycle)));
+            assert_eq!(parse_owner_tag(&written), Some((manager, cycle)));
             // Text that is accepted but never written differs only by extra zeros or capital
             // letters.
             let bare = |text: &str| text.to_ascii_lowercase().replace('0', "");
@@ -62,9 +62,9 @@ fn written(data: &[u8]) {
     let own = cycles.open(pid.is_multiple_of(2), Duration::from_millis(ttl_ms.into()));
     let any = Cycle::parse(&format!("{number}-{ttl_ms}-{pid:08x}")).unwrap();
     for cycle in [own, any] {
-        let signature = id.sign(cycle).to_string();
-        assert_eq!(parse_signature(&signature), Some((id.as_str(), cycle)));
-        assert_eq!(manager_of(&signature), Some(id.as_str()));
+        let owner_tag = id.owner_tag(cycle).to_string();
+        assert_eq!(parse_owner_tag(&owner_tag), Some((id.as_str(), cycle)));
+        assert_eq!(manager_of(&owner_tag), Some(id.as_str()));
     }
     assert!(cycles.has_opened(own));
     assert!(own.ttl() >= Duration::from_millis(1));
@@ -83,7 +83,7 @@ mod lua {
 
     /// The patterns of an owner tag, of the end of the manager's name, and of the part before that.
     struct Rule {
-        signature: Vec<Item>,
+        owner_tag: Vec<Item>,
         random: Vec<Item>,
         pid: Vec<Item>,
     }
@@ -96,12 +96,12 @@ mod lua {
             let between =
                 |start: &str, end: &str| items(script.split_once(start).unwrap().1.split_once(end).unwrap().0);
             Rule {
-                signature: between("string.match(signature, '^", "$')"),
+                owner_tag: between("string.match(signature, '^", "$')"),
                 random: between("string.find(manager, '^", "$', -17)"),
                 pid: between("string.find(string.sub(manager, -29, -18), '", "$')"),
             }
         });
-        if !matches(&rule.signature, text) {
+        if !matches(&rule.owner_tag, text) {
             return false;
         }
         let manager = &text[..text.iter().rposition(|&byte| byte == b':').unwrap()];
