@@ -8,8 +8,8 @@ use tokio::time::timeout;
 use super::claims::{Votes, claim_rest, is_late, too_late};
 use super::extend::extend;
 use super::node::Node;
-use super::release::give_up;
-use super::tally::{Standing, Tally, Vote};
+use super::release::release_everywhere;
+use super::tally::{Tally, Vote, VoteState};
 use super::{MAJORITY_PAUSE, MAJORITY_PAUSE_MAX, Quorum, outage};
 use crate::backoff::Backoff;
 use crate::clock::Moment;
@@ -22,31 +22,31 @@ const BACK_OFF_MILLIS: std::ops::RangeInclusive<u64> = 5..=100;
 /// The nodes that may have something of a cycle that is acquired elsewhere. Unless the cycle holds
 /// the lease, each of them gets a pending release, even if the request is dropped. A cycle that
 /// holds the lease may rightly have it there.
-struct LeftBehind {
+struct PartialClaims {
     quorum: Arc<Quorum>,
     nodes: Vec<Arc<Node>>,
     /// `None` if the lease is already held.
-    back: Option<Release>,
+    release: Option<Release>,
 }
 
-impl LeftBehind {
+impl PartialClaims {
     fn has(&self, node: &Arc<Node>) -> bool {
         self.nodes.iter().any(|left| Arc::ptr_eq(left, node))
     }
 
     /// From now on, what those nodes reply about the cycle does not count.
-    fn settle(&mut self) {
+    fn make_pending(&mut self) {
         for node in self.nodes.drain(..) {
-            if let Some(back) = &self.back {
-                node.owe(back.clone(), self.quorum.max_ttl);
+            if let Some(release) = &self.release {
+                node.add_pending_release(release.clone(), self.quorum.max_ttl);
             }
         }
     }
 }
 
-impl Drop for LeftBehind {
+impl Drop for PartialClaims {
     fn drop(&mut self) {
-        self.settle();
+        self.make_pending();
     }
 }
 
@@ -54,7 +54,7 @@ impl Drop for LeftBehind {
 /// short.
 pub(super) async fn acquire(quorum: Arc<Quorum>, request: Acquire) -> Result<Answer<AcquireReply>, StoreError> {
     quorum.check_ttl(request.ttl)?;
-    quorum.opened(request.cycle);
+    quorum.record_sent(request.cycle);
     let deadline = Moment::now() + quorum.majority_limit;
     let mut backoff = Backoff::new(MAJORITY_PAUSE, MAJORITY_PAUSE_MAX);
     loop {
@@ -75,7 +75,7 @@ async fn attempt(quorum: &Arc<Quorum>, request: &Acquire) -> Result<Answer<Acqui
     let slot = quorum.slot(&request.key);
     let sent_at = Moment::now();
     let free = request.mode == AcquireMode::Fast;
-    let at_door = Acquire {
+    let at_sequencer = Acquire {
         mode: match request.mode {
             AcquireMode::Fast => AcquireMode::Try,
             other => other,
@@ -84,24 +84,26 @@ async fn attempt(quorum: &Arc<Quorum>, request: &Acquire) -> Result<Answer<Acqui
     };
     // If the cycle already holds the lease, a failed request must not release it.
     let is_held = quorum.holds(request.cycle);
-    let mut left_behind = LeftBehind {
+    let mut partial_claims = PartialClaims {
         quorum: Arc::clone(quorum),
         nodes: Vec::new(),
-        back: (!is_held).then(|| back(request)),
+        release: (!is_held).then(|| release_of(request)),
     };
     let mut refusal = None;
-    let (door, answer) = loop {
-        let is_fit = |node: &&Arc<Node>| node.is_usable() && !left_behind.has(node) && !node.owes(request.cycle);
-        let Some(door) = quorum.order(slot).find(is_fit).filter(|_| quorum.can_win()) else {
+    let (sequencer, answer) = loop {
+        let is_fit = |node: &&Arc<Node>| {
+            node.is_usable() && !partial_claims.has(node) && !node.has_pending_release(request.cycle)
+        };
+        let Some(sequencer) = quorum.order(slot).find(is_fit).filter(|_| quorum.can_win()) else {
             return Err(refusal.unwrap_or_else(|| quorum.no_majority()));
         };
         // Recorded before the node is asked: the request may be dropped at any time.
-        left_behind.nodes.push(Arc::clone(door));
-        let why = match timeout(quorum.node_limit, door.store.acquire(at_door.clone())).await {
+        partial_claims.nodes.push(Arc::clone(sequencer));
+        let why = match timeout(quorum.node_limit, sequencer.store.acquire(at_sequencer.clone())).await {
             // The node may have restarted meanwhile, and not be a sequencer any more.
-            Ok(Ok(answer)) if door.store.has_vote() => {
-                left_behind.nodes.pop();
-                break (Arc::clone(door), answer);
+            Ok(Ok(answer)) if sequencer.store.has_vote() => {
+                partial_claims.nodes.pop();
+                break (Arc::clone(sequencer), answer);
             }
             Ok(Ok(_)) => continue,
             Ok(Err(error)) => match outage(&error) {
@@ -114,9 +116,9 @@ async fn attempt(quorum: &Arc<Quorum>, request: &Acquire) -> Result<Answer<Acqui
             },
             Err(_) => "no answer in time".to_owned(),
         };
-        quorum.down(door, &why);
+        quorum.report_down(sequencer, &why);
     };
-    left_behind.settle();
+    partial_claims.make_pending();
     let with = |reply| Answer {
         sent_at,
         ttl,
@@ -127,17 +129,17 @@ async fn attempt(quorum: &Arc<Quorum>, request: &Acquire) -> Result<Answer<Acqui
         let busy = free && answer.reply == AcquireReply::Busy;
         return Ok(with(if busy { AcquireReply::Taken } else { answer.reply }));
     };
-    door.metrics.given.increment(1);
+    sequencer.metrics.given.increment(1);
     let mut tally = Tally::new(quorum.nodes.len());
     tally.count(Vote::Given { counter: 0 });
     let votes = Votes {
         tally,
-        asked: vec![Arc::clone(&door)],
+        asked: vec![Arc::clone(&sequencer)],
     };
     let (tally, tokens) = claim_rest(quorum, request, votes, tokens).await;
-    let standing = tally.standing();
+    let state = tally.state();
     let is_late = is_late(sent_at, ttl);
-    if matches!(standing, Standing::Won(_)) && !is_late {
+    if matches!(state, VoteState::Won(_)) && !is_late {
         quorum
             .nodes
             .iter()
@@ -149,13 +151,13 @@ async fn attempt(quorum: &Arc<Quorum>, request: &Acquire) -> Result<Answer<Acqui
             extended: false,
         }));
     }
-    if left_behind.back.is_some() {
-        give_up(quorum, back(request)).await;
+    if partial_claims.release.is_some() {
+        release_everywhere(quorum, release_of(request)).await;
     }
-    match (standing, request.mode) {
-        (Standing::Lost { refused: true }, AcquireMode::Fast) => Ok(with(AcquireReply::Taken)),
-        (Standing::Lost { refused: true }, AcquireMode::Try) => Ok(with(AcquireReply::Busy)),
-        (Standing::Lost { refused: true }, AcquireMode::Enqueue | AcquireMode::Extend) => {
+    match (state, request.mode) {
+        (VoteState::Lost { refused: true }, AcquireMode::Fast) => Ok(with(AcquireReply::Taken)),
+        (VoteState::Lost { refused: true }, AcquireMode::Try) => Ok(with(AcquireReply::Busy)),
+        (VoteState::Lost { refused: true }, AcquireMode::Enqueue | AcquireMode::Extend) => {
             Ok(with(AcquireReply::Queued(QueuePosition {
                 enqueue_token: tokens.last(),
                 owner_ttl: Some(Duration::from_millis(rand::random_range(BACK_OFF_MILLIS))),
@@ -165,12 +167,12 @@ async fn attempt(quorum: &Arc<Quorum>, request: &Acquire) -> Result<Answer<Acqui
                 is_subscribed: true,
             })))
         }
-        (Standing::Lost { .. } | Standing::Open, _) => Err(quorum.no_majority()),
-        (Standing::Won(_), _) => Err(too_late(sent_at, ttl)),
+        (VoteState::Lost { .. } | VoteState::Open, _) => Err(quorum.no_majority()),
+        (VoteState::Won(_), _) => Err(too_late(sent_at, ttl)),
     }
 }
 
-fn back(request: &Acquire) -> Release {
+fn release_of(request: &Acquire) -> Release {
     Release {
         key: request.key.clone(),
         cycle: request.cycle,

@@ -9,7 +9,7 @@ use futures_util::stream::FuturesUnordered;
 use tokio::time::timeout;
 
 use super::node::Node;
-use super::tally::{Standing, Tally, Vote};
+use super::tally::{Tally, Vote, VoteState};
 use super::{Quorum, outage};
 use crate::clock::Moment;
 use crate::fence::TokenBlock;
@@ -33,8 +33,8 @@ pub(super) async fn claim_rest(
     tokens: TokenBlock,
 ) -> (Tally, TokenBlock) {
     let tally = claim(quorum, request, votes, tokens.last()).await;
-    let counter = match tally.standing() {
-        Standing::Won(counter) if counter >= tokens.first() => counter,
+    let counter = match tally.state() {
+        VoteState::Won(counter) if counter >= tokens.first() => counter,
         _ => return (tally, tokens),
     };
     let above = TokenBlock::ending_at(counter.saturating_add(u64::from(request.tokens)), request.tokens);
@@ -55,7 +55,7 @@ async fn claim(quorum: &Quorum, request: &Acquire, votes: Votes, at_least: u64) 
         if asked.iter().any(|asked| Arc::ptr_eq(asked, node)) {
             continue;
         }
-        if !node.is_up() || node.owes(request.cycle) {
+        if !node.is_up() || node.has_pending_release(request.cycle) {
             tally.count(Vote::Missing);
             continue;
         }
@@ -71,7 +71,7 @@ async fn claim(quorum: &Quorum, request: &Acquire, votes: Votes, at_least: u64) 
         };
         claims.push(async move { (node, timeout(quorum.node_limit, node.store.claim(claim)).await) });
     }
-    while tally.standing() == Standing::Open {
+    while tally.state() == VoteState::Open {
         let Some((node, claimed)) = claims.next().await else {
             break;
         };
@@ -88,12 +88,12 @@ async fn claim(quorum: &Quorum, request: &Acquire, votes: Votes, at_least: u64) 
             }
             Ok(Err(error)) => {
                 if let Some(why) = outage(&error) {
-                    quorum.down(node, why);
+                    quorum.report_down(node, why);
                 }
                 Vote::Missing
             }
             Err(_) => {
-                quorum.down(node, "no answer in time");
+                quorum.report_down(node, "no answer in time");
                 Vote::Missing
             }
         };

@@ -12,7 +12,7 @@ use tokio::time::timeout;
 
 use super::claims::{Votes, claim_rest, is_late, too_late};
 use super::node::Node;
-use super::tally::{Standing, Tally, Vote};
+use super::tally::{Tally, Vote, VoteState};
 use super::{Quorum, outage};
 use crate::clock::Moment;
 use crate::fence::TokenBlock;
@@ -37,17 +37,17 @@ pub(super) async fn extend(quorum: &Arc<Quorum>, request: &Acquire) -> Result<An
     };
     let mut refusal = None;
     for node in quorum.order(slot) {
-        if !node.is_usable() || node.owes(request.cycle) {
+        if !node.is_usable() || node.has_pending_release(request.cycle) {
             continue;
         }
         votes.asked.push(Arc::clone(node));
-        match ask(quorum, node, request).await {
+        match extend_at(quorum, node, request).await {
             Ok(Some(Extension { tokens, queued, floor })) => {
                 votes.tally.count(Vote::Given { counter: 0 });
                 let (tally, tokens) = claim_rest(quorum, request, votes, tokens).await;
-                return match tally.standing() {
-                    Standing::Won(_) if is_late(sent_at, ttl) => Err(too_late(sent_at, ttl)),
-                    Standing::Won(_) => {
+                return match tally.state() {
+                    VoteState::Won(_) if is_late(sent_at, ttl) => Err(too_late(sent_at, ttl)),
+                    VoteState::Won(_) => {
                         quorum
                             .nodes
                             .iter()
@@ -61,7 +61,7 @@ pub(super) async fn extend(quorum: &Arc<Quorum>, request: &Acquire) -> Result<An
                         Ok(with(floor, reply))
                     }
                     _ if tally.is_refused() => Ok(with(floor, AcquireReply::Busy)),
-                    Standing::Lost { .. } | Standing::Open => Err(quorum.no_majority()),
+                    VoteState::Lost { .. } | VoteState::Open => Err(quorum.no_majority()),
                 };
             }
             Ok(None) => votes.tally.count(Vote::Refused),
@@ -88,17 +88,17 @@ struct Extension {
 }
 
 /// Asks one node. Returns `None` if the lease is not ours there.
-async fn ask(quorum: &Quorum, node: &Node, request: &Acquire) -> Result<Option<Extension>, StoreError> {
+async fn extend_at(quorum: &Quorum, node: &Node, request: &Acquire) -> Result<Option<Extension>, StoreError> {
     let answer = match timeout(quorum.node_limit, node.store.acquire(request.clone())).await {
         Ok(Ok(answer)) => answer,
         Ok(Err(error)) => {
             if let Some(why) = outage(&error) {
-                quorum.down(node, why);
+                quorum.report_down(node, why);
             }
             return Err(error);
         }
         Err(_) => {
-            quorum.down(node, "no answer in time");
+            quorum.report_down(node, "no answer in time");
             return Err(quorum.no_majority());
         }
     };

@@ -53,10 +53,10 @@ async fn step_once(quorum: &Quorum, step: MapStep) -> Result<Option<MapState>, S
                 foreign = Some(error);
             }
             Ok(Err(error)) => match outage(&error) {
-                Some(why) => quorum.down(node, why),
+                Some(why) => quorum.report_down(node, why),
                 None => return Err(error),
             },
-            Err(_) => quorum.down(node, "no answer in time"),
+            Err(_) => quorum.report_down(node, "no answer in time"),
         }
     }
     let is_ours = states.iter().all(|&state| state == MapState::Ours);

@@ -2,7 +2,7 @@
 //!
 //! # Implementation details
 //!
-//! Each key has a *sequencer* (`door` in the code): the first usable node in the order of the URL,
+//! Each key has a *sequencer*: the first usable node in the order of the URL,
 //! which starts at `slot % nodes` so that load spreads. Its queue gives the order. A cycle that the
 //! sequencer grants then claims the other nodes in parallel (`acquire`). It holds the key once it
 //! owns the lease at a majority of the nodes; only nodes with a vote count. So managers may
@@ -18,7 +18,7 @@
 //! no vote for as long as a lease may live, since it may have forgotten one.
 //!
 //! No request waits for a node that is marked down, and one timeout or broken connection is enough
-//! to mark it. The repair worker (`tidy`), which runs in `run_subscriber`, keeps probing such
+//! to mark it. The repair worker (`repair`), which runs in `run_subscriber`, keeps probing such
 //! nodes, and repeats releases that they did not answer. Each release is recorded as pending before
 //! it is sent and removed once the node answers, so a cancelled request leaves nothing behind. At
 //! most 10,000 are kept per node; the oldest beyond that expire with their TTL. What a node replies
@@ -42,10 +42,10 @@ mod map;
 mod node;
 mod release;
 mod renew;
+mod repair;
 mod tally;
 #[cfg(test)]
 mod tests;
-mod tidy;
 
 use std::collections::HashMap;
 use std::pin::Pin;
@@ -83,20 +83,20 @@ struct Quorum {
     majority_limit: Duration,
     /// Notifies the repair worker that a node went down: the waiters in its queue must ask the next
     /// sequencer.
-    door_lost: Notify,
+    sequencer_lost: Notify,
     /// The cycles that hold a lease, as far as this manager knows, and when a majority last
     /// confirmed it. Only their leases are restored at nodes that lack them. Cycles that were lost
     /// without a release are removed when their leases have run out.
     held: parking_lot::Mutex<HashMap<Cycle, Moment>>,
     /// The largest number of a cycle for which something was sent.
-    newest: AtomicU64,
+    newest_cycle: AtomicU64,
     /// How many releases are in flight.
     releasing: AtomicUsize,
     metrics: Arc<ShardMetrics>,
 }
 
 /// Leases that have run out are looked for whenever the number of entries is a multiple of this.
-const HELD_BETWEEN_LOOKS: usize = 1024;
+const HELD_BETWEEN_SWEEPS: usize = 1024;
 
 /// How often a request that waits for a majority checks what is known of the nodes. Nothing is sent
 /// for it.
@@ -134,9 +134,9 @@ impl QuorumStore {
                 node_limit: (options.timeout / 8).min(NODE_LIMIT_MAX),
                 connect_limit: options.timeout / 2,
                 majority_limit: options.timeout * 2 / 5,
-                door_lost: Notify::new(),
+                sequencer_lost: Notify::new(),
                 held: parking_lot::Mutex::new(HashMap::new()),
-                newest: AtomicU64::new(0),
+                newest_cycle: AtomicU64::new(0),
                 releasing: AtomicUsize::new(0),
                 metrics: Arc::clone(&options.metrics),
             }),
@@ -158,7 +158,7 @@ impl Quorum {
     }
 
     /// The slot's sequencer: the first usable node in that order.
-    fn door(&self, slot: Slot) -> Option<&Arc<Node>> {
+    fn sequencer(&self, slot: Slot) -> Option<&Arc<Node>> {
         self.order(slot).find(|node| node.is_usable())
     }
 
@@ -180,13 +180,13 @@ impl Quorum {
 
     /// The error that no cycle can win now, with the reasons.
     fn no_majority(&self) -> StoreError {
-        let troubles: Vec<String> = self.nodes.iter().filter_map(|node| node.trouble()).collect();
+        let statuses: Vec<String> = self.nodes.iter().filter_map(|node| node.status()).collect();
         let needed = majority(self.nodes.len());
         StoreError::Unavailable(
             format!(
                 "no majority: {needed} of {} nodes are needed; {}",
                 self.nodes.len(),
-                troubles.join("; ")
+                statuses.join("; ")
             )
             .into(),
         )
@@ -206,13 +206,13 @@ impl Quorum {
     }
 
     /// Records that something is about to be sent for the cycle.
-    fn opened(&self, cycle: Cycle) {
-        self.newest.fetch_max(cycle.number(), Ordering::AcqRel);
+    fn record_sent(&self, cycle: Cycle) {
+        self.newest_cycle.fetch_max(cycle.number(), Ordering::AcqRel);
     }
 
     /// The largest number of a cycle for which something was sent.
-    fn newest(&self) -> u64 {
-        self.newest.load(Ordering::Acquire)
+    fn newest_cycle(&self) -> u64 {
+        self.newest_cycle.load(Ordering::Acquire)
     }
 
     /// Whether the cycle holds a lease, as far as this manager knows.
@@ -225,7 +225,7 @@ impl Quorum {
         let now = Moment::now();
         let mut held = self.held.lock();
         held.insert(cycle, now);
-        if held.len().is_multiple_of(HELD_BETWEEN_LOOKS) {
+        if held.len().is_multiple_of(HELD_BETWEEN_SWEEPS) {
             held.retain(|_, confirmed| now.since(*confirmed) <= self.max_ttl);
         }
     }
@@ -239,11 +239,11 @@ impl Quorum {
 
     /// A node did not answer, or its connection broke. The waiters in its queue must find another
     /// sequencer.
-    fn down(&self, node: &Node, why: &str) {
+    fn report_down(&self, node: &Node, why: &str) {
         node.metrics.unanswered.increment(1);
         if node.mark_down(why) {
             tracing::warn!(node = %node.place, why, "a node of the quorum is down");
-            self.door_lost.notify_one();
+            self.sequencer_lost.notify_one();
         }
     }
 }
@@ -277,8 +277,8 @@ impl LeaseStore for QuorumStore {
                 match connected {
                     Ok(Ok(())) => node.mark_up(downs),
                     Ok(Err(error @ StoreError::MapMismatch { .. })) => return Err(error),
-                    Ok(Err(StoreError::Unavailable(why) | StoreError::Refused(why))) => quorum.down(node, &why),
-                    Err(_) => quorum.down(node, "no answer while connecting"),
+                    Ok(Err(StoreError::Unavailable(why) | StoreError::Refused(why))) => quorum.report_down(node, &why),
+                    Err(_) => quorum.report_down(node, "no answer while connecting"),
                 }
             }
             // Nodes without a vote get it in time, so they do not prevent a start.
@@ -303,7 +303,7 @@ impl LeaseStore for QuorumStore {
                     Ok(Err(error)) => {
                         tracing::warn!(node = %node.place, ?error, "failed to open a renewal connection to a node; using its request connections until one is open")
                     }
-                    Err(_) => quorum.down(node, "no answer while connecting"),
+                    Err(_) => quorum.report_down(node, "no answer while connecting"),
                 }
             }
             Ok(())
@@ -343,13 +343,13 @@ impl LeaseStore for QuorumStore {
                 if !quorum.can_win() {
                     return Err(quorum.no_majority());
                 }
-                let Some(door) = quorum.door(slot) else {
+                let Some(sequencer) = quorum.sequencer(slot) else {
                     return Err(quorum.no_majority());
                 };
-                match tokio::time::timeout(quorum.node_limit, door.store.inspect(key.clone())).await {
-                    Ok(Err(StoreError::Unavailable(why))) => quorum.down(door, &why),
+                match tokio::time::timeout(quorum.node_limit, sequencer.store.inspect(key.clone())).await {
+                    Ok(Err(StoreError::Unavailable(why))) => quorum.report_down(sequencer, &why),
                     Ok(seen) => return seen,
-                    Err(_) => quorum.down(door, "no answer in time"),
+                    Err(_) => quorum.report_down(sequencer, "no answer in time"),
                 }
             }
         })
@@ -420,13 +420,13 @@ impl LeaseStore for QuorumStore {
     fn drain(&self) -> StoreFuture<()> {
         let quorum = Arc::clone(&self.quorum);
         Box::pin(async move {
-            tidy::settle(&quorum).await;
+            repair::drain(&quorum).await;
             Ok(())
         })
     }
 
     fn run_subscriber(&self, pushes: mpsc::UnboundedSender<Push>) -> Pin<Box<dyn Future<Output = ()> + Send>> {
-        Box::pin(tidy::listen(Arc::clone(&self.quorum), pushes))
+        Box::pin(repair::run(Arc::clone(&self.quorum), pushes))
     }
 
     fn leave_app_runtime(&self) {

@@ -20,20 +20,20 @@ pub(super) struct Node {
     pub(super) metrics: NodeMetrics,
     /// When it was marked down, in nanoseconds; zero while it is up.
     down_since: AtomicU64,
-    why: Mutex<String>,
+    down_reason: Mutex<String>,
     /// How many times it was found down. A probe during which this changes proves nothing.
     downs: AtomicU64,
     /// Whether it has a different shard map, as far as is known.
     foreign: AtomicBool,
     /// The pending releases by cycle, each with the time at which the leases have run out anyway.
-    owed: Mutex<BTreeMap<Cycle, (Moment, Release)>>,
-    doubts: Mutex<Doubts>,
+    pending_releases: Mutex<BTreeMap<Cycle, (Moment, Release)>>,
+    late_claims: Mutex<LateClaims>,
 }
 
 /// What may still execute here long after it was sent, on an abandoned connection: a claim that no
 /// task waits for any more.
 #[derive(Default)]
-struct Doubts {
+struct LateClaims {
     /// When a connection was last abandoned, and an upper bound of the numbers of the cycles for
     /// which something was sent on it.
     cut: Option<(Moment, u64)>,
@@ -52,7 +52,7 @@ pub(super) struct Repeat {
 }
 
 /// The most pending releases that are kept per node. The oldest beyond that expire with their TTL.
-const OWED_MAX: usize = 10_000;
+const PENDING_RELEASES_MAX: usize = 10_000;
 
 impl Node {
     pub(super) fn new(store: RedisStore, place: &str, metrics: NodeMetrics) -> Self {
@@ -61,11 +61,11 @@ impl Node {
             place: place.to_owned(),
             metrics,
             down_since: AtomicU64::new(0),
-            why: Mutex::new(String::new()),
+            down_reason: Mutex::new(String::new()),
             downs: AtomicU64::new(0),
             foreign: AtomicBool::new(false),
-            owed: Mutex::new(BTreeMap::new()),
-            doubts: Mutex::new(Doubts::default()),
+            pending_releases: Mutex::new(BTreeMap::new()),
+            late_claims: Mutex::new(LateClaims::default()),
         }
     }
 
@@ -90,14 +90,14 @@ impl Node {
     /// No request waits for it until a probe has found it alive. Returns whether it was up.
     pub(super) fn mark_down(&self, why: &str) -> bool {
         let now = Moment::now().as_nanos().max(1);
-        let mut words = self.why.lock();
+        let mut reason = self.down_reason.lock();
         self.downs.fetch_add(1, Ordering::AcqRel);
         let was_up = self
             .down_since
             .compare_exchange(0, now, Ordering::AcqRel, Ordering::Acquire)
             .is_ok();
         if was_up {
-            why.clone_into(&mut words);
+            why.clone_into(&mut reason);
             self.metrics.suspect.set(1.0);
         }
         was_up
@@ -111,7 +111,7 @@ impl Node {
     /// It answered a probe that began when it had been found down `downs` times. Changes nothing if
     /// it was found down again meanwhile.
     pub(super) fn mark_up(&self, downs: u64) {
-        let _words = self.why.lock();
+        let _reason = self.down_reason.lock();
         if self.downs() != downs {
             return;
         }
@@ -120,9 +120,9 @@ impl Node {
     }
 
     /// What is wrong with it, if anything. For errors.
-    pub(super) fn trouble(&self) -> Option<String> {
+    pub(super) fn status(&self) -> Option<String> {
         if !self.is_up() {
-            Some(format!("{}: {}", self.place, self.why.lock()))
+            Some(format!("{}: {}", self.place, self.down_reason.lock()))
         } else if !self.store.has_vote() {
             Some(format!(
                 "{}: no vote yet, since it has been running for less than redlock_max_ttl",
@@ -134,42 +134,42 @@ impl Node {
     }
 
     /// Records a pending release, which the repair worker repeats until the leases have run out.
-    pub(super) fn owe(&self, release: Release, longest: Duration) {
+    pub(super) fn add_pending_release(&self, release: Release, longest: Duration) {
         let now = Moment::now();
         let release = Release {
             requeue: None,
             nobody_waits: false,
             ..release
         };
-        let mut owed = self.owed.lock();
+        let mut pending_releases = self.pending_releases.lock();
         // Cycle numbers grow, so the first is roughly the oldest.
-        while owed
+        while pending_releases
             .first_key_value()
-            .is_some_and(|(_, (end, _))| *end < now || owed.len() >= OWED_MAX)
+            .is_some_and(|(_, (end, _))| *end < now || pending_releases.len() >= PENDING_RELEASES_MAX)
         {
-            owed.pop_first();
+            pending_releases.pop_first();
         }
-        owed.insert(release.cycle, (now + longest, release));
+        pending_releases.insert(release.cycle, (now + longest, release));
     }
 
-    /// The pending releases. Each stays pending until it is `paid`.
-    pub(super) fn owed(&self) -> Vec<(Moment, Release)> {
-        self.owed.lock().values().cloned().collect()
+    /// The pending releases. Each stays pending until it is removed.
+    pub(super) fn pending_releases(&self) -> Vec<(Moment, Release)> {
+        self.pending_releases.lock().values().cloned().collect()
     }
 
-    pub(super) fn owes_nothing(&self) -> bool {
-        self.owed.lock().is_empty()
+    pub(super) fn has_no_pending_releases(&self) -> bool {
+        self.pending_releases.lock().is_empty()
     }
 
     /// That release was answered, or its lease has run out.
-    pub(super) fn paid(&self, release: &Release) {
-        self.owed.lock().remove(&release.cycle);
+    pub(super) fn remove_pending_release(&self, release: &Release) {
+        self.pending_releases.lock().remove(&release.cycle);
     }
 
     /// Whether a release of that cycle is pending. Until it is answered, what the node replies
     /// about the cycle does not count.
-    pub(super) fn owes(&self, cycle: Cycle) -> bool {
-        self.owed.lock().contains_key(&cycle)
+    pub(super) fn has_pending_release(&self, cycle: Cycle) -> bool {
+        self.pending_releases.lock().contains_key(&cycle)
     }
 
     /// That release was answered. If a connection was abandoned recently, a claim of the cycle may
@@ -180,14 +180,14 @@ impl Node {
         let Some(cut) = self.store.last_cut().filter(|cut| now.since(*cut) < LATE_MAX) else {
             return;
         };
-        let mut doubts = self.doubts.lock();
-        let newest = match doubts.cut {
+        let mut late_claims = self.late_claims.lock();
+        let newest = match late_claims.cut {
             Some((known, newest)) if known == cut => newest,
-            _ => doubts.cut.insert((cut, newest)).1,
+            _ => late_claims.cut.insert((cut, newest)).1,
         };
-        if release.cycle.number() <= newest && doubts.repeats.len() < OWED_MAX {
+        if release.cycle.number() <= newest && late_claims.repeats.len() < PENDING_RELEASES_MAX {
             let due = now + LATE_MAX;
-            doubts.repeats.push_back(Repeat {
+            late_claims.repeats.push_back(Repeat {
                 due,
                 end: due + longest,
                 release: Release {
@@ -204,29 +204,36 @@ impl Node {
     pub(super) fn due_repeats(&self) -> Vec<Repeat> {
         let now = Moment::now();
         let is_cut = self.store.last_cut().is_some_and(|cut| now.since(cut) < LATE_MAX);
-        let mut doubts = self.doubts.lock();
-        let count = doubts.repeats.iter().take_while(|repeat| repeat.due <= now).count();
+        let mut late_claims = self.late_claims.lock();
+        let count = late_claims
+            .repeats
+            .iter()
+            .take_while(|repeat| repeat.due <= now)
+            .count();
         if is_cut {
             // The claim's connection may have been abandoned only then, so each release is
             // postponed once.
-            let (again, due): (Vec<_>, Vec<_>) = doubts.repeats.drain(..count).partition(|repeat| !repeat.is_postponed);
+            let (again, due): (Vec<_>, Vec<_>) = late_claims
+                .repeats
+                .drain(..count)
+                .partition(|repeat| !repeat.is_postponed);
             due.into_iter()
                 .rev()
-                .for_each(|repeat| doubts.repeats.push_front(repeat));
-            doubts.repeats.extend(again.into_iter().map(|repeat| Repeat {
+                .for_each(|repeat| late_claims.repeats.push_front(repeat));
+            late_claims.repeats.extend(again.into_iter().map(|repeat| Repeat {
                 due: now + LATE_MAX,
                 is_postponed: true,
                 ..repeat
             }));
         }
-        let due = doubts.repeats.iter().take_while(|repeat| repeat.due <= now);
+        let due = late_claims.repeats.iter().take_while(|repeat| repeat.due <= now);
         due.cloned().collect()
     }
 
     /// The first `count` of them are done.
     pub(super) fn repeated(&self, count: usize) {
-        let mut doubts = self.doubts.lock();
-        let count = count.min(doubts.repeats.len());
-        doubts.repeats.drain(..count);
+        let mut late_claims = self.late_claims.lock();
+        let count = count.min(late_claims.repeats.len());
+        late_claims.repeats.drain(..count);
     }
 }

@@ -18,13 +18,13 @@ use crate::store::{LeaseStore, Priority, StoreError, StoreFuture};
 
 /// A release that a node must receive. If this is dropped before the node has answered, the release
 /// becomes pending.
-struct Debt {
+struct UnansweredRelease {
     quorum: Arc<Quorum>,
     node: Arc<Node>,
     release: Option<Release>,
 }
 
-impl Debt {
+impl UnansweredRelease {
     fn new(quorum: &Arc<Quorum>, node: &Arc<Node>, release: Release) -> Self {
         quorum.releasing.fetch_add(1, Ordering::AcqRel);
         Self {
@@ -35,39 +35,41 @@ impl Debt {
     }
 }
 
-impl Drop for Debt {
+impl Drop for UnansweredRelease {
     fn drop(&mut self) {
         if let Some(release) = self.release.take() {
-            self.node.owe(release, self.quorum.max_ttl);
+            self.node.add_pending_release(release, self.quorum.max_ttl);
         }
         self.quorum.releasing.fetch_sub(1, Ordering::AcqRel);
     }
 }
 
 /// A release in flight at a node.
-struct Sent {
-    debt: Debt,
+struct SentRelease {
+    unanswered: UnansweredRelease,
     reply: StoreFuture<Answer<ReleaseReply>>,
 }
 
 /// Waits for the reply. A release without an answer becomes pending, and so does one that was
 /// refused: a node that is loading, or has no memory left, may execute it later.
-async fn settle(sent: Sent) -> Option<Answer<ReleaseReply>> {
-    let Sent { mut debt, reply } = sent;
-    match timeout(debt.quorum.node_limit, reply).await {
+async fn await_reply(sent: SentRelease) -> Option<Answer<ReleaseReply>> {
+    let SentRelease { mut unanswered, reply } = sent;
+    match timeout(unanswered.quorum.node_limit, reply).await {
         Ok(Ok(answer)) => {
-            if let Some(release) = debt.release.take() {
-                let quorum = &debt.quorum;
-                debt.node.released(&release, quorum.newest(), quorum.max_ttl);
+            if let Some(release) = unanswered.release.take() {
+                let quorum = &unanswered.quorum;
+                unanswered
+                    .node
+                    .released(&release, quorum.newest_cycle(), quorum.max_ttl);
             }
             return Some(answer);
         }
         Ok(Err(error)) => {
             if let Some(why) = outage(&error) {
-                debt.quorum.down(&debt.node, why);
+                unanswered.quorum.report_down(&unanswered.node, why);
             }
         }
-        Err(_) => debt.quorum.down(&debt.node, "no answer in time"),
+        Err(_) => unanswered.quorum.report_down(&unanswered.node, "no answer in time"),
     }
     None
 }
@@ -105,33 +107,39 @@ async fn attempt(
 ) -> Result<Answer<ReleaseReply>, StoreError> {
     quorum.held.lock().remove(&request.cycle);
     if let Some(next) = request.requeue {
-        quorum.opened(next);
+        quorum.record_sent(next);
     }
     let slot = quorum.slot(&request.key);
     let sent_at = Moment::now();
     let needed = majority(quorum.nodes.len());
-    if quorum.door(slot).is_none() {
+    if quorum.sequencer(slot).is_none() {
         // If this fails, the release is repeated in the background.
         quorum.wait_for_majority(deadline).await?;
     }
-    let first_door = quorum.door(slot).map(Arc::clone);
+    let first_sequencer = quorum.sequencer(slot).map(Arc::clone);
     let plain = Release {
         requeue: None,
         ..request.clone()
     };
-    let is_door = |node: &Arc<Node>| first_door.as_ref().is_some_and(|door| Arc::ptr_eq(door, node));
-    let others = quorum.nodes.iter().filter(|node| !is_door(node));
+    let is_sequencer = |node: &Arc<Node>| {
+        first_sequencer
+            .as_ref()
+            .is_some_and(|sequencer| Arc::ptr_eq(sequencer, node))
+    };
+    let others = quorum.nodes.iter().filter(|node| !is_sequencer(node));
     // From here on, so that the sequencer gets the release even if this is dropped midway.
-    let mut at_door = first_door.as_ref().map(|door| Debt::new(quorum, door, plain.clone()));
+    let mut at_sequencer = first_sequencer
+        .as_ref()
+        .map(|sequencer| UnansweredRelease::new(quorum, sequencer, plain.clone()));
     let mut answered = 0;
     let mut not_ours = 0;
     {
-        let mut under_way: FuturesUnordered<_> = send(quorum, priority, others, &plain)
-            .map(|sent| Box::pin(settle(sent)))
+        let mut in_flight: FuturesUnordered<_> = send(quorum, priority, others, &plain)
+            .map(|sent| Box::pin(await_reply(sent)))
             .collect();
         // The sequencer's next owner needs a free majority.
         while answered + 1 < needed {
-            let Some(answer) = under_way.next().await else { break };
+            let Some(answer) = in_flight.next().await else { break };
             if let Some(answer) = answer {
                 answered += 1;
                 not_ours += usize::from(!answer.reply.held);
@@ -139,14 +147,14 @@ async fn attempt(
         }
         // Each ends within the limit for a node. They stay on the runtime on which they began; if
         // that ends first, they become pending.
-        for rest in under_way {
+        for rest in in_flight {
             drop(tokio::spawn(rest));
         }
     }
-    while let Some(debt) = at_door {
-        let node = Arc::clone(&debt.node);
+    while let Some(unanswered) = at_sequencer {
+        let node = Arc::clone(&unanswered.node);
         let reply = node.store.release(priority, request.clone());
-        if let Some(Answer { ttl, floor, reply, .. }) = settle(Sent { debt, reply }).await {
+        if let Some(Answer { ttl, floor, reply, .. }) = await_reply(SentRelease { unanswered, reply }).await {
             not_ours += usize::from(!reply.held);
             if answered + 1 < needed {
                 return Err(quorum.no_majority());
@@ -168,18 +176,18 @@ async fn attempt(
                 reply,
             });
         }
-        at_door = quorum
-            .door(slot)
+        at_sequencer = quorum
+            .sequencer(slot)
             .filter(|next| !Arc::ptr_eq(next, &node))
-            .map(|next| Debt::new(quorum, next, plain.clone()));
+            .map(|next| UnansweredRelease::new(quorum, next, plain.clone()));
     }
     Err(quorum.no_majority())
 }
 
 /// Releases a cycle at every node after it lost its vote, and waits for the nodes that answer.
-pub(super) async fn give_up(quorum: &Arc<Quorum>, release: Release) {
+pub(super) async fn release_everywhere(quorum: &Arc<Quorum>, release: Release) {
     let sent = send(quorum, Priority::Foreground, quorum.nodes.iter(), &release);
-    futures_util::future::join_all(sent.map(settle)).await;
+    futures_util::future::join_all(sent.map(await_reply)).await;
 }
 
 /// Nodes that are down are not waited for: their releases become pending.
@@ -188,14 +196,14 @@ fn send<'a>(
     priority: Priority,
     nodes: impl Iterator<Item = &'a Arc<Node>>,
     release: &'a Release,
-) -> impl Iterator<Item = Sent> {
+) -> impl Iterator<Item = SentRelease> {
     nodes.filter_map(move |node| {
         if !node.is_up() {
-            node.owe(release.clone(), quorum.max_ttl);
+            node.add_pending_release(release.clone(), quorum.max_ttl);
             return None;
         }
-        Some(Sent {
-            debt: Debt::new(quorum, node, release.clone()),
+        Some(SentRelease {
+            unanswered: UnansweredRelease::new(quorum, node, release.clone()),
             reply: node.store.release(priority, release.clone()),
         })
     })

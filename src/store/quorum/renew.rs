@@ -9,13 +9,13 @@ use tokio::time::timeout;
 
 use super::Quorum;
 use super::node::Node;
-use super::tally::{Standing, Tally, Vote, majority};
+use super::tally::{Tally, Vote, VoteState, majority};
 use crate::protocol::{Release, RenewReply, Renewal};
 use crate::store::redis::primary::{Claim, ClaimKind};
 use crate::store::{LeaseStore, StoreError};
 
 /// The votes about one lease.
-struct Lease {
+struct LeaseVotes {
     tally: Tally,
     wanted: bool,
     /// The nodes that lack it.
@@ -28,9 +28,9 @@ pub(super) async fn renew(
     limit: Duration,
 ) -> Result<Vec<Option<RenewReply>>, StoreError> {
     let count = quorum.nodes.len();
-    let mut leases: Vec<Lease> = batch
+    let mut leases: Vec<LeaseVotes> = batch
         .iter()
-        .map(|_| Lease {
+        .map(|_| LeaseVotes {
             tally: Tally::new(count),
             wanted: false,
             lacking: Vec::new(),
@@ -44,17 +44,20 @@ pub(super) async fn renew(
         let reply = node.store.renew(batch.clone(), limit);
         // A release that executes after the renewal may no longer be pending when the renewal's
         // reply is processed.
-        let owed: Vec<bool> = batch.iter().map(|renewal| node.owes(renewal.cycle)).collect();
-        asked.push(async move { (node, owed, timeout(limit, reply).await) });
+        let pending: Vec<bool> = batch
+            .iter()
+            .map(|renewal| node.has_pending_release(renewal.cycle))
+            .collect();
+        asked.push(async move { (node, pending, timeout(limit, reply).await) });
     }
     let mut foreign = Vec::new();
     // Once all votes are decided, the other nodes have a moment to report which leases they lack.
     let mut patience = limit;
     loop {
-        if leases.iter().all(|lease| lease.tally.standing() != Standing::Open) {
+        if leases.iter().all(|lease| lease.tally.state() != VoteState::Open) {
             patience = patience.min(limit / 4);
         }
-        let Ok(Some((node, owed, replies))) = timeout(patience, asked.next()).await else {
+        let Ok(Some((node, pending, replies))) = timeout(patience, asked.next()).await else {
             break;
         };
         let replies = match replies {
@@ -72,9 +75,9 @@ pub(super) async fn renew(
             Ok(Err(_)) | Err(_) => Vec::new(),
         };
         let has_vote = node.store.has_vote();
-        let replies = replies.into_iter().chain(std::iter::repeat(None)).zip(owed);
-        for ((lease, renewal), (reply, was_owed)) in leases.iter_mut().zip(&batch).zip(replies) {
-            let reply = reply.filter(|_| !was_owed && !node.owes(renewal.cycle));
+        let replies = replies.into_iter().chain(std::iter::repeat(None)).zip(pending);
+        for ((lease, renewal), (reply, was_pending)) in leases.iter_mut().zip(&batch).zip(replies) {
+            let reply = reply.filter(|_| !was_pending && !node.has_pending_release(renewal.cycle));
             if reply == Some(RenewReply::NotOurs) {
                 lease.lacking.push(Arc::clone(node));
             }
@@ -96,20 +99,20 @@ pub(super) async fn renew(
         return Err(error);
     }
     for (lease, renewal) in leases.iter().zip(&batch) {
-        match lease.tally.standing() {
-            Standing::Won(_) => {
+        match lease.tally.state() {
+            VoteState::Won(_) => {
                 quorum.reconfirm(renewal.cycle);
                 lease.lacking.iter().for_each(|node| restore(&quorum, node, renewal));
             }
-            Standing::Lost { .. } if lease.tally.is_refused() => drop(quorum.held.lock().remove(&renewal.cycle)),
-            Standing::Lost { .. } | Standing::Open => {}
+            VoteState::Lost { .. } if lease.tally.is_refused() => drop(quorum.held.lock().remove(&renewal.cycle)),
+            VoteState::Lost { .. } | VoteState::Open => {}
         }
     }
-    let reply = |lease: &Lease| match lease.tally.standing() {
-        Standing::Won(_) => Some(RenewReply::Extended { wanted: lease.wanted }),
+    let reply = |lease: &LeaseVotes| match lease.tally.state() {
+        VoteState::Won(_) => Some(RenewReply::Extended { wanted: lease.wanted }),
         // Only nodes that reported that it is not ours prove that it is lost.
-        Standing::Lost { .. } if lease.tally.is_refused() => Some(RenewReply::NotOurs),
-        Standing::Lost { .. } | Standing::Open => None,
+        VoteState::Lost { .. } if lease.tally.is_refused() => Some(RenewReply::NotOurs),
+        VoteState::Lost { .. } | VoteState::Open => None,
     };
     Ok(leases.iter().map(reply).collect())
 }
@@ -146,7 +149,7 @@ fn restore(quorum: &Arc<Quorum>, node: &Arc<Node>, renewal: &Renewal) {
                 nobody_waits: false,
                 tokens: 1,
             };
-            node.owe(release, quorum.max_ttl);
+            node.add_pending_release(release, quorum.max_ttl);
         }
     }));
 }

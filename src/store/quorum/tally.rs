@@ -13,7 +13,7 @@ pub(super) enum Vote {
 
 /// The state of a vote.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub(super) enum Standing {
+pub(super) enum VoteState {
     Open,
     /// A majority gave its vote; the largest of their counters.
     Won(u64),
@@ -49,7 +49,7 @@ impl Tally {
         }
     }
 
-    pub(super) fn count(&mut self, vote: Vote) -> Standing {
+    pub(super) fn count(&mut self, vote: Vote) -> VoteState {
         match vote {
             Vote::Given { counter } => {
                 self.given += 1;
@@ -58,7 +58,7 @@ impl Tally {
             Vote::Refused => self.refused += 1,
             Vote::Missing => self.missing += 1,
         }
-        self.standing()
+        self.state()
     }
 
     /// Whether the refusals alone make a majority impossible.
@@ -66,16 +66,16 @@ impl Tally {
         self.nodes - self.refused < majority(self.nodes)
     }
 
-    pub(super) const fn standing(&self) -> Standing {
+    pub(super) const fn state(&self) -> VoteState {
         let needed = majority(self.nodes);
         if self.given >= needed {
-            Standing::Won(self.counter)
+            VoteState::Won(self.counter)
         } else if self.nodes - self.refused - self.missing < needed {
-            Standing::Lost {
+            VoteState::Lost {
                 refused: self.refused > 0,
             }
         } else {
-            Standing::Open
+            VoteState::Open
         }
     }
 }
@@ -91,7 +91,7 @@ mod tests {
         let given = count(|vote| matches!(vote, Vote::Given { .. }));
         let refused = count(|vote| *vote == Vote::Refused);
         let is_open = given * 2 <= nodes && (given + to_come) * 2 > nodes;
-        assert_eq!(tally.standing() == Standing::Open, is_open, "{votes:?}");
+        assert_eq!(tally.state() == VoteState::Open, is_open, "{votes:?}");
         assert_eq!(tally.is_refused(), (nodes - refused) * 2 <= nodes, "{votes:?}");
     }
 
@@ -113,8 +113,8 @@ mod tests {
                     tally.count(vote);
                     assert_decided_in_time(&tally, &votes[..=counted], nodes);
                 }
-                match tally.standing() {
-                    Standing::Won(counter) => {
+                match tally.state() {
+                    VoteState::Won(counter) => {
                         assert!(given * 2 > nodes);
                         let largest = votes.iter().filter_map(|vote| match vote {
                             Vote::Given { counter } => Some(*counter),
@@ -122,11 +122,11 @@ mod tests {
                         });
                         assert_eq!(Some(counter), largest.max());
                     }
-                    Standing::Lost { refused } => {
+                    VoteState::Lost { refused } => {
                         assert!(given * 2 <= nodes);
                         assert_eq!(refused, votes.contains(&Vote::Refused));
                     }
-                    Standing::Open => panic!("all have voted: {votes:?}"),
+                    VoteState::Open => panic!("all have voted: {votes:?}"),
                 }
             }
         }

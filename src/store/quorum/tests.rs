@@ -167,8 +167,8 @@ async fn claim_at_a_node_without_a_vote_does_not_count() {
 async fn answer_of_a_door_that_has_lost_its_vote_does_not_count() {
     let bench = Bench::new().await;
     bench.take(2);
-    let door = &bench.servers[0];
-    door.stop();
+    let sequencer = &bench.servers[0];
+    sequencer.stop();
     let mut acquiring = std::pin::pin!(bench.acquire(2, AcquireMode::Enqueue, TTL));
     tokio::select! {
         biased;
@@ -177,9 +177,12 @@ async fn answer_of_a_door_that_has_lost_its_vote_does_not_count() {
     }
     // The request is in flight.
     bench.nodes[0].store.set_vote(false);
-    door.cont();
+    sequencer.cont();
     let reply = acquiring.await;
-    assert!(bench.nodes[0].owes(Cycle::of(2)), "it may have the lease");
+    assert!(
+        bench.nodes[0].has_pending_release(Cycle::of(2)),
+        "it may have the lease"
+    );
     assert!(
         matches!(reply, Ok(AcquireReply::Queued(_))),
         "the second node alone is no majority: {reply:?}"
@@ -195,8 +198,8 @@ async fn node_that_refuses_is_passed_over_and_is_owed_a_release() {
     bench.hold(2).await;
     assert_eq!(bench.owner(1), bench.owner_tag(2));
     assert_eq!(bench.owner(2), bench.owner_tag(2));
-    let owes = [0, 1, 2].map(|node| bench.nodes[node].owes(Cycle::of(2)));
-    assert_eq!(owes, [true, false, false]);
+    let pending = [0, 1, 2].map(|node| bench.nodes[node].has_pending_release(Cycle::of(2)));
+    assert_eq!(pending, [true, false, false]);
     assert_eq!(bench.owner(0), None, "it is not claimed either");
     assert!(bench.store.quorum.holds(Cycle::of(2)));
 }
@@ -272,14 +275,14 @@ async fn tokens_of_another_door_are_above_those_that_were_seen() {
 
 /// The sequencer's vote is counted once, however often it reports that the lease is there.
 #[tokio::test]
-async fn door_alone_is_no_majority() {
+async fn sequencer_alone_is_no_majority() {
     let bench = Bench::new().await.with_node_limit(Duration::from_millis(200));
     bench.servers[1].stop();
     bench.servers[2].kill();
     let reply = bench.acquire(2, AcquireMode::Enqueue, TTL).await;
     assert!(matches!(reply, Err(StoreError::Unavailable(_))), "{reply:?}");
     assert!(!bench.nodes[1].is_up() && !bench.nodes[2].is_up());
-    assert!(bench.nodes[1].owes(Cycle::of(2)) && bench.nodes[2].owes(Cycle::of(2)));
+    assert!(bench.nodes[1].has_pending_release(Cycle::of(2)) && bench.nodes[2].has_pending_release(Cycle::of(2)));
     bench.servers[1].cont();
 }
 
@@ -295,7 +298,7 @@ async fn request_that_is_dropped_midway_owes_its_door_a_release() {
     }
     bench.servers[0].cont();
     assert_eq!(
-        [0, 1, 2].map(|node| bench.nodes[node].owes(Cycle::of(2))),
+        [0, 1, 2].map(|node| bench.nodes[node].has_pending_release(Cycle::of(2))),
         [true, false, false]
     );
 }

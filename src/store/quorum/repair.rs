@@ -22,17 +22,17 @@ use crate::store::{LeaseStore, Priority, StoreError};
 /// The longest pause between two probes of all nodes; the shortest is half of it.
 const PROBE_PAUSE: Duration = Duration::from_millis(130);
 /// The pause between two checks for releases in flight while the manager shuts down.
-const SETTLE_PAUSE: Duration = Duration::from_millis(2);
+const DRAIN_PAUSE: Duration = Duration::from_millis(2);
 
 /// Runs until the receiver of pushes is gone.
-pub(super) async fn listen(quorum: Arc<Quorum>, pushes: mpsc::UnboundedSender<Push>) {
+pub(super) async fn run(quorum: Arc<Quorum>, pushes: mpsc::UnboundedSender<Push>) {
     let (sender, mut inboxes) = mpsc::unbounded_channel();
-    let mut listeners = FuturesUnordered::new();
+    let mut subscribers = FuturesUnordered::new();
     for (index, node) in quorum.nodes.iter().enumerate() {
         let (own, mut received) = mpsc::unbounded_channel();
         let sender = sender.clone();
-        let listening = node.store.run_subscriber(own);
-        listeners.push(async move {
+        let subscribing = node.store.run_subscriber(own);
+        subscribers.push(async move {
             let forward = async move {
                 while let Some(push) = received.recv().await {
                     if sender.send((index, push)).is_err() {
@@ -40,10 +40,10 @@ pub(super) async fn listen(quorum: Arc<Quorum>, pushes: mpsc::UnboundedSender<Pu
                     }
                 }
             };
-            tokio::join!(listening, forward);
+            tokio::join!(subscribing, forward);
         });
     }
-    let probes = probe(&quorum);
+    let probes = probe_nodes(&quorum);
     tokio::pin!(probes);
     let mut subscribed = vec![false; quorum.nodes.len()];
     let mut cut_off = vec![false; quorum.nodes.len()];
@@ -52,8 +52,8 @@ pub(super) async fn listen(quorum: Arc<Quorum>, pushes: mpsc::UnboundedSender<Pu
         let push = tokio::select! {
             () = pushes.closed() => return,
             () = &mut probes => return,
-            Some(()) = listeners.next() => continue,
-            () = quorum.door_lost.notified() => match started {
+            Some(()) = subscribers.next() => continue,
+            () = quorum.sequencer_lost.notified() => match started {
                 true => Push::Resubscribed { slot: None },
                 // Before the start there are no waiters.
                 false => continue,
@@ -89,23 +89,25 @@ pub(super) async fn listen(quorum: Arc<Quorum>, pushes: mpsc::UnboundedSender<Pu
 }
 
 /// Probes all nodes again and again.
-async fn probe(quorum: &Arc<Quorum>) {
+async fn probe_nodes(quorum: &Arc<Quorum>) {
     let mut backoff = Backoff::new(PROBE_PAUSE, PROBE_PAUSE);
     loop {
-        join_all(quorum.nodes.iter().map(|node| look(quorum, node))).await;
+        join_all(quorum.nodes.iter().map(|node| probe_node(quorum, node))).await;
         backoff.wait().await;
     }
 }
 
-async fn look(quorum: &Quorum, node: &Node) {
+async fn probe_node(quorum: &Quorum, node: &Node) {
     let downs = node.downs();
     match timeout(quorum.node_limit, node.store.ping()).await {
         Ok(Ok(())) => {}
-        Ok(Err(error)) => return quorum.down(node, super::outage(&error).unwrap_or("the node refused the probe")),
+        Ok(Err(error)) => {
+            return quorum.report_down(node, super::outage(&error).unwrap_or("the node refused the probe"));
+        }
         Err(_) => {
             // The connection may be dead without notice: the next probe takes another.
             node.store.leave_background();
-            return quorum.down(node, "no answer to a probe in time");
+            return quorum.report_down(node, "no answer to a probe in time");
         }
     }
     if !node.is_up() && timeout(quorum.node_limit, node.store.ping_callers()).await.is_err() {
@@ -113,15 +115,15 @@ async fn look(quorum: &Quorum, node: &Node) {
         node.store.leave_callers();
         return;
     }
-    if pay(quorum, node).await {
+    if finish_pending_releases(quorum, node).await {
         node.mark_up(downs);
     }
 }
 
 /// Repeats the pending releases. Returns whether the node answered.
-async fn pay(quorum: &Quorum, node: &Node) -> bool {
-    repeat(quorum, node).await;
-    for (end, release) in node.owed() {
+async fn finish_pending_releases(quorum: &Quorum, node: &Node) -> bool {
+    repeat_releases(quorum, node).await;
+    for (end, release) in node.pending_releases() {
         let mut done = Moment::now() > end;
         // The caller's connection carried what was sent for the cycle before; the background's
         // works even if the application's runtime is gone.
@@ -129,7 +131,7 @@ async fn pay(quorum: &Quorum, node: &Node) -> bool {
             if !done {
                 match timeout(quorum.node_limit, node.store.release(priority, release.clone())).await {
                     Ok(Ok(_)) => {
-                        node.released(&release, quorum.newest(), quorum.max_ttl);
+                        node.released(&release, quorum.newest_cycle(), quorum.max_ttl);
                         done = true;
                     }
                     // Tried again until the lease has run out.
@@ -140,7 +142,7 @@ async fn pay(quorum: &Quorum, node: &Node) -> bool {
             }
         }
         if done {
-            node.paid(&release);
+            node.remove_pending_release(&release);
         }
     }
     true
@@ -148,7 +150,7 @@ async fn pay(quorum: &Quorum, node: &Node) -> bool {
 
 /// Repeats the releases after which a claim may have arrived. One without an answer is tried again
 /// with the next probe.
-async fn repeat(quorum: &Quorum, node: &Node) {
+async fn repeat_releases(quorum: &Quorum, node: &Node) {
     let mut done = 0;
     for repeat in node.due_repeats() {
         let releasing = node.store.release(Priority::Background, repeat.release);
@@ -162,13 +164,13 @@ async fn repeat(quorum: &Quorum, node: &Node) {
 }
 
 /// Waits until no release is in flight, and none is pending for a node that is up.
-pub(super) async fn settle(quorum: &Quorum) {
+pub(super) async fn drain(quorum: &Quorum) {
     loop {
         let up = || quorum.nodes.iter().filter(|node| node.is_up());
-        join_all(up().map(|node| pay(quorum, node))).await;
-        if quorum.releasing.load(Ordering::Acquire) == 0 && up().all(|node| node.owes_nothing()) {
+        join_all(up().map(|node| finish_pending_releases(quorum, node))).await;
+        if quorum.releasing.load(Ordering::Acquire) == 0 && up().all(|node| node.has_no_pending_releases()) {
             return;
         }
-        tokio::time::sleep(SETTLE_PAUSE).await;
+        tokio::time::sleep(DRAIN_PAUSE).await;
     }
 }
