@@ -7,10 +7,10 @@ use etcd_client::{Compare, CompareOp, LeaseGrantOptions, PutOptions, Txn, TxnOp,
 
 use super::Shared;
 use super::cycles::Lease;
-use super::fault::{self, Fault};
-use super::line::{self, Line, Member, first_in, floor_of, tokens_of};
+use super::error::{self, EtcdError};
 use super::link::Link;
 use super::names::member;
+use super::queue::{self, Member, Queue, first_in, floor_of, tokens_of};
 use super::term::{ConfirmedIn, RenewedIn};
 use super::waits::Wait;
 use crate::backoff::Backoff;
@@ -109,18 +109,18 @@ pub(super) async fn acquire(
         AcquireMode::Enqueue | AcquireMode::Extend => join(&shared, &link, &contender).await,
         AcquireMode::Fast | AcquireMode::Try => take(&shared, &link, &contender, mode).await,
     };
-    taken.map(answer).map_err(Fault::into_store_error)
+    taken.map(answer).map_err(EtcdError::into_store_error)
 }
 
 /// Whether the key has an owner or waiters.
 async fn is_taken(shared: &Shared, link: &Link, contender: &Contender) -> Result<bool, StoreError> {
-    let look = async |mut client: etcd_client::Client| {
-        let only_first = line::in_order().with_limit(1);
+    let read = async |mut client: etcd_client::Client| {
+        let only_first = queue::in_order().with_limit(1);
         client.get(contender.prefix.as_str(), Some(only_first)).await
     };
-    let (found, _) = link.request(look).await.map_err(Fault::into_store_error)?;
+    let (found, _) = link.request(read).await.map_err(EtcdError::into_store_error)?;
     shared.saw(found.header());
-    Ok(line::first(&found).is_some())
+    Ok(queue::first(&found).is_some())
 }
 
 /// Takes the key if it has neither an owner nor waiters.
@@ -129,18 +129,18 @@ async fn take(
     link: &Link,
     contender: &Contender,
     mode: AcquireMode,
-) -> Result<(Moment, AcquireReply), Fault> {
+) -> Result<(Moment, AcquireReply), EtcdError> {
     let Ran { sent_at, reply, .. } = under_a_lease(shared, link, contender, contender.age_max(), |lease| {
         Txn::new()
             .when([Compare::create_revision(contender.prefix.as_str(), CompareOp::Equal, 0).with_prefix()])
-            .and_then([contender.put(lease), Line::read_first(&contender.prefix)])
-            .or_else([Line::read_first(&contender.prefix)])
+            .and_then([contender.put(lease), Queue::read_first(&contender.prefix)])
+            .or_else([Queue::read_first(&contender.prefix)])
     })
     .await?;
-    let line = Line::in_reply(&reply)?;
-    let first_is_ours = line.members.first().is_some_and(|first| first.is(&contender.name));
+    let queue = Queue::in_reply(&reply)?;
+    let first_is_ours = queue.members.first().is_some_and(|first| first.is(&contender.name));
     if reply.succeeded() {
-        return Ok((sent_at, granted(shared, contender, &line)?));
+        return Ok((sent_at, granted(shared, contender, &queue)?));
     }
     if first_is_ours {
         // An earlier request of this cycle took the key; its reply was lost.
@@ -155,16 +155,20 @@ async fn take(
 }
 
 /// Takes the key, extends it, or joins the queue.
-pub(super) async fn join(shared: &Shared, link: &Link, contender: &Contender) -> Result<(Moment, AcquireReply), Fault> {
+pub(super) async fn join(
+    shared: &Shared,
+    link: &Link,
+    contender: &Contender,
+) -> Result<(Moment, AcquireReply), EtcdError> {
     let ran = under_a_lease(shared, link, contender, contender.age_max(), |lease| {
         Txn::new()
             .when([contender.is_new()])
-            .and_then([contender.put(lease), Line::read(&contender.prefix)])
-            .or_else([contender.put_again(), Line::read(&contender.prefix)])
+            .and_then([contender.put(lease), Queue::read(&contender.prefix)])
+            .or_else([contender.put_again(), Queue::read(&contender.prefix)])
     })
     .await?;
-    let line = Line::in_reply(&ran.reply)?;
-    let reply = judge(shared, link, contender, &line, ran.lease).await?;
+    let queue = Queue::in_reply(&ran.reply)?;
+    let reply = judge(shared, link, contender, &queue, ran.lease).await?;
     Ok((ran.counted_from(&reply), reply))
 }
 
@@ -178,7 +182,7 @@ pub(super) async fn move_to(
     contender: &Contender,
     lease: Lease,
     seen: &Member,
-) -> Result<(), Fault> {
+) -> Result<(), EtcdError> {
     if seen.lease != lease.id {
         let Some(current) = shared.cycles.lease(contender.cycle) else {
             return Err(released_meanwhile());
@@ -189,7 +193,7 @@ pub(super) async fn move_to(
             return if seen.lease == current.id {
                 Ok(())
             } else {
-                Err(Fault::LeaseGone)
+                Err(EtcdError::LeaseGone)
             };
         }
         let name = contender.name.as_str();
@@ -202,7 +206,7 @@ pub(super) async fn move_to(
             let moving = Txn::new()
                 .when(kept)
                 .and_then([TxnOp::put(name, "", Some(options))])
-                .or_else([Line::read_one(name)]);
+                .or_else([Queue::read_one(name)]);
             client.txn(moving).await
         };
         let (reply, _) = link.request(send).await?;
@@ -211,7 +215,7 @@ pub(super) async fn move_to(
             || first_in(reply.op_responses().first())
                 .is_some_and(|now| now.create_revision == seen.create_revision && now.lease == lease.id);
         if !is_there {
-            return Err(Fault::LeaseGone);
+            return Err(EtcdError::LeaseGone);
         }
     }
     shared.revokes.add(shared.cycles.moved(contender.cycle, lease));
@@ -249,7 +253,7 @@ pub(super) async fn under_a_lease(
     contender: &Contender,
     age_max: Duration,
     transaction: impl Fn(Lease) -> Txn,
-) -> Result<Ran, Fault> {
+) -> Result<Ran, EtcdError> {
     let cycle = contender.cycle;
     let asked_at = Moment::now();
     let mut backoff = Backoff::new(PAUSE_MIN, PAUSE_MAX);
@@ -274,7 +278,7 @@ pub(super) async fn under_a_lease(
             }
             None => match grant(shared, link, cycle, lease).await {
                 Ok(kept) => (now, run(shared, link, &transaction, lease).await.map(|ran| (kept, ran))),
-                Err(fault) => (now, Err(fault)),
+                Err(error) => (now, Err(error)),
             },
         };
         match ran {
@@ -299,20 +303,20 @@ pub(super) async fn under_a_lease(
                 }
                 tokio::time::sleep(pause).await;
             }
-            Err(fault @ Fault::LeaseGone) => {
+            Err(error @ EtcdError::LeaseGone) => {
                 shared.cycles.unleased(cycle, lease);
                 ended += 1;
                 if ended == LEASES_PER_REQUEST {
-                    return Err(fault);
+                    return Err(error);
                 }
             }
-            Err(fault) => return Err(fault),
+            Err(error) => return Err(error),
         }
     }
 }
 
-pub(super) fn unconfirmed() -> Fault {
-    Fault::Other(StoreError::Unavailable(
+pub(super) fn unconfirmed() -> EtcdError {
+    EtcdError::Other(StoreError::Unavailable(
         "etcd elected another leader meanwhile, which did not confirm the lease; try again".into(),
     ))
 }
@@ -322,7 +326,7 @@ async fn run(
     link: &Link,
     transaction: &impl Fn(Lease) -> Txn,
     lease: Lease,
-) -> Result<(TxnResponse, bool), Fault> {
+) -> Result<(TxnResponse, bool), EtcdError> {
     let send = async |mut client: etcd_client::Client| client.txn(transaction(lease)).await;
     let (reply, repeated) = link.request(send).await?;
     shared.saw(reply.header());
@@ -331,7 +335,7 @@ async fn run(
 
 /// Creates the lease, or renews one that an earlier request has created. Such a renewal must then
 /// be confirmed.
-async fn grant(shared: &Shared, link: &Link, cycle: Cycle, lease: Lease) -> Result<Option<RenewedIn>, Fault> {
+async fn grant(shared: &Shared, link: &Link, cycle: Cycle, lease: Lease) -> Result<Option<RenewedIn>, EtcdError> {
     let sent_at = Moment::now();
     let secs = i64::try_from(lease.secs).unwrap_or(i64::MAX);
     let make = async |mut client: etcd_client::Client| {
@@ -343,14 +347,14 @@ async fn grant(shared: &Shared, link: &Link, cycle: Cycle, lease: Lease) -> Resu
             shared.cycles.leased(cycle, lease, sent_at);
             Ok(None)
         }
-        Err(Fault::LeaseThere) => keep_in_term(shared, link, cycle, lease).await.map(Some),
-        Err(fault) => Err(fault),
+        Err(EtcdError::LeaseThere) => keep_in_term(shared, link, cycle, lease).await.map(Some),
+        Err(error) => Err(error),
     }
 }
 
 /// Renews the lease, as far as the answering member knows. Only for a lease that nothing relies on;
 /// otherwise see [`keep_in_term`].
-pub(super) async fn keep(shared: &Shared, link: &Link, cycle: Cycle, lease: Lease) -> Result<(), Fault> {
+pub(super) async fn keep(shared: &Shared, link: &Link, cycle: Cycle, lease: Lease) -> Result<(), EtcdError> {
     let sent_at = Moment::now();
     let keep = async |mut client: etcd_client::Client| client.lease_keep_alive(lease.id).await;
     link.request(keep).await?;
@@ -359,13 +363,18 @@ pub(super) async fn keep(shared: &Shared, link: &Link, cycle: Cycle, lease: Leas
 }
 
 /// Renews the lease and returns the term of the renewal.
-pub(super) async fn keep_in_term(shared: &Shared, link: &Link, cycle: Cycle, lease: Lease) -> Result<RenewedIn, Fault> {
+pub(super) async fn keep_in_term(
+    shared: &Shared,
+    link: &Link,
+    cycle: Cycle,
+    lease: Lease,
+) -> Result<RenewedIn, EtcdError> {
     let sent_at = Moment::now();
     let keep = async |mut client: etcd_client::Client| {
         // The client library hides the first reply, and with it the term.
         let (mut keeper, mut replies) = client.lease_keep_alive(lease.id).await?;
         keeper.keep_alive().await?;
-        let ended = || etcd_client::Error::LeaseKeepAliveError(fault::LEASE_NOT_FOUND.to_owned());
+        let ended = || etcd_client::Error::LeaseKeepAliveError(error::LEASE_NOT_FOUND.to_owned());
         match replies.message().await? {
             Some(reply) if reply.ttl() > 0 => Ok(RenewedIn::of(reply.header())),
             Some(_) => Err(ended()),
@@ -384,18 +393,18 @@ pub(super) async fn judge(
     shared: &Shared,
     link: &Link,
     contender: &Contender,
-    line: &Line,
+    queue: &Queue,
     lease: Lease,
-) -> Result<AcquireReply, Fault> {
-    let ahead = line.place(&contender.name).ok_or_else(line::unexpected)?;
-    move_to(shared, link, contender, lease, &line.members[ahead]).await?;
-    let (Some(owner), Some(before)) = (line.members.first(), ahead.checked_sub(1).map(|at| &line.members[at])) else {
-        return granted(shared, contender, line);
+) -> Result<AcquireReply, EtcdError> {
+    let ahead = queue.position(&contender.name).ok_or_else(queue::unexpected)?;
+    move_to(shared, link, contender, lease, &queue.members[ahead]).await?;
+    let (Some(owner), Some(before)) = (queue.members.first(), ahead.checked_sub(1).map(|at| &queue.members[at])) else {
+        return granted(shared, contender, queue);
     };
-    let is_new = line.members[ahead].create_revision == line.revision;
+    let is_new = queue.members[ahead].create_revision == queue.revision;
     shared.waits.add(
         contender.cycle,
-        Wait::new(contender.key.clone(), lease, before.name.clone(), line.revision),
+        Wait::new(contender.key.clone(), lease, before.name.clone(), queue.revision),
     );
     if shared.cycles.lease(contender.cycle).is_none() {
         // The release ran before the wait was added, and did not find it.
@@ -403,10 +412,10 @@ pub(super) async fn judge(
         return Err(released_meanwhile());
     }
     if ahead == 1 || !is_new {
-        tell_owner(shared, link, contender, &member(&contender.prefix, &owner.name), lease).await;
+        notify_owner(shared, link, contender, &member(&contender.prefix, &owner.name), lease).await;
     }
     Ok(AcquireReply::Queued(QueuePosition {
-        enqueue_token: floor_of(u64::try_from(line.revision).unwrap_or(0)),
+        enqueue_token: floor_of(u64::try_from(queue.revision).unwrap_or(0)),
         owner_ttl: Some(LOOK_AGAIN),
         // The watch reports the end of the key before ours, whoever owns it.
         owner_foreign: false,
@@ -415,20 +424,20 @@ pub(super) async fn judge(
     }))
 }
 
-fn granted(shared: &Shared, contender: &Contender, line: &Line) -> Result<AcquireReply, Fault> {
-    let mine = line.members.first().ok_or_else(line::unexpected)?;
-    let tokens = tokens_of(line.revision, contender.tokens)?;
+fn granted(shared: &Shared, contender: &Contender, queue: &Queue) -> Result<AcquireReply, EtcdError> {
+    let mine = queue.members.first().ok_or_else(queue::unexpected)?;
+    let tokens = tokens_of(queue.revision, contender.tokens)?;
     shared.waits.remove(contender.cycle);
     Ok(AcquireReply::Granted {
         tokens,
-        queued: line.members.len() as u64 - 1,
+        queued: queue.members.len() as u64 - 1,
         extended: shared.cycles.owns(contender.cycle, mine.create_revision),
     })
 }
 
 /// Leaves a note for an owner that does not expect other contenders. It ends with the waiter's
 /// lease.
-async fn tell_owner(shared: &Shared, link: &Link, contender: &Contender, owner: &str, lease: Lease) {
+async fn notify_owner(shared: &Shared, link: &Link, contender: &Contender, owner: &str, lease: Lease) {
     let Some((manager, cycle)) = parse_owner_tag(owner) else {
         return;
     };
@@ -444,13 +453,13 @@ async fn tell_owner(shared: &Shared, link: &Link, contender: &Contender, owner: 
     // reports the waiter, too.
     match tokio::time::timeout(shared.timeout / 4, link.request(leave)).await {
         Ok(Ok(_)) => {}
-        Ok(Err(fault)) => tracing::debug!(%note, ?fault, "could not leave a note for the owner of a key"),
+        Ok(Err(error)) => tracing::debug!(%note, ?error, "could not leave a note for the owner of a key"),
         Err(_) => tracing::debug!(%note, "no answer to a note for the owner of a key"),
     }
 }
 
-fn released_meanwhile() -> Fault {
-    Fault::Other(StoreError::Unavailable(
+fn released_meanwhile() -> EtcdError {
+    EtcdError::Other(StoreError::Unavailable(
         "this cycle was released while it was being acquired".into(),
     ))
 }

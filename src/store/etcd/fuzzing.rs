@@ -2,9 +2,9 @@
 
 #![allow(clippy::expect_used, clippy::panic, clippy::unwrap_used)]
 
-use super::fault::missing_permission;
-use super::line::{floor_of, tokens_of};
+use super::error::missing_permission;
 use super::names::{Names, member};
+use super::queue::{floor_of, tokens_of};
 use crate::cycle::Cycle;
 use crate::fuzzing::{head, text};
 use crate::identity::{ManagerId, parse_owner_tag};

@@ -6,10 +6,10 @@ use std::time::Duration;
 use etcd_client::{GetOptions, SortOrder, SortTarget};
 
 use super::Shared;
-use super::fault::Fault;
-use super::line::tokens_of;
+use super::error::EtcdError;
 use super::link::Link;
 use super::names::member;
+use super::queue::tokens_of;
 use crate::fence::FencingToken;
 use crate::identity::parse_owner_tag;
 use crate::key::LockKey;
@@ -24,7 +24,7 @@ pub(super) async fn inspect(shared: Arc<Shared>, link: Arc<Link>, key: LockKey) 
             .with_limit(1 + INSPECTED_QUEUE_MAX as i64);
         client.get(prefix.as_str(), Some(options)).await
     };
-    let (found, _) = link.request(read).await.map_err(Fault::into_store_error)?;
+    let (found, _) = link.request(read).await.map_err(EtcdError::into_store_error)?;
     shared.saw(found.header());
     let mut members = found.kvs().iter();
     let Some(owner) = members.next() else {
@@ -62,7 +62,7 @@ async fn remaining(link: &Link, lease: i64) -> Result<Option<Duration>, StoreErr
     let ask = async |mut client: etcd_client::Client| client.lease_time_to_live(lease, None).await;
     match link.request(ask).await {
         Ok((left, _)) => Ok(Some(Duration::from_secs(u64::try_from(left.ttl()).unwrap_or(0)))),
-        Err(Fault::LeaseGone) => Ok(Some(Duration::ZERO)),
-        Err(fault) => Err(fault.into_store_error()),
+        Err(EtcdError::LeaseGone) => Ok(Some(Duration::ZERO)),
+        Err(error) => Err(error.into_store_error()),
     }
 }

@@ -9,7 +9,7 @@ use etcd_client::{Client, ConnectOptions};
 use parking_lot::Mutex;
 use tokio::sync::{Notify, Semaphore};
 
-use super::fault::{Fault, fault};
+use super::error::{EtcdError, classify};
 use super::map;
 use crate::backoff::Backoff;
 use crate::clock::Moment;
@@ -24,7 +24,7 @@ pub(super) struct Servers {
     /// As URLs.
     pub(super) endpoints: Vec<String>,
     /// As `host:port`, for errors.
-    pub(super) places: Vec<String>,
+    pub(super) addresses: Vec<String>,
     pub(super) options: ConnectOptions,
     /// Whether connections are encrypted without a client certificate.
     pub(super) shows_no_certificate: bool,
@@ -55,7 +55,7 @@ pub(super) struct Link {
     given_up: Notify,
     connecting: Connecting<Live>,
     /// A permit for each request that may be in flight.
-    places: Semaphore,
+    request_slots: Semaphore,
 }
 
 /// A connection, identified by its generation.
@@ -70,7 +70,7 @@ pub(super) struct Live {
 
 /// How many requests may be in flight on a connection. Each takes 40 KB of memory until it is
 /// answered, and etcd does not answer faster if there are more.
-const UNDER_WAY_MAX: usize = 1_000;
+const IN_FLIGHT_MAX: usize = 1_000;
 /// The first and the longest pause before a request is sent again.
 const PAUSE_MIN: Duration = Duration::from_millis(5);
 const PAUSE_MAX: Duration = Duration::from_millis(100);
@@ -115,8 +115,8 @@ impl Servers {
         self.timeout.mul_f64(0.4)
     }
 
-    pub(super) fn fault(&self, error: &etcd_client::Error) -> Fault {
-        fault(error, &self.namespace)
+    pub(super) fn classify(&self, error: &etcd_client::Error) -> EtcdError {
+        classify(error, &self.namespace)
     }
 }
 
@@ -132,7 +132,7 @@ impl Link {
             opened: AtomicU64::new(0),
             given_up: Notify::new(),
             connecting: Connecting::default(),
-            places: Semaphore::new(UNDER_WAY_MAX),
+            request_slots: Semaphore::new(IN_FLIGHT_MAX),
         })
     }
 
@@ -186,7 +186,7 @@ impl Link {
                 Err(_) => format!("no answer within {each:?}"),
             };
             let hint = servers.hint(&failed);
-            reasons.push(format!("{}: {failed}{hint}", servers.places[index]));
+            reasons.push(format!("{}: {failed}{hint}", servers.addresses[index]));
             self.next.fetch_add(1, Ordering::Relaxed);
         }
         Err(StoreError::Unavailable(reasons.join("; ").into()))
@@ -196,7 +196,7 @@ impl Link {
     /// has a majority behind it.
     async fn open(&self, index: usize) -> Result<Client, StoreError> {
         let servers = &*self.servers;
-        let failed = |error: &etcd_client::Error| servers.fault(error).into_store_error();
+        let failed = |error: &etcd_client::Error| servers.classify(error).into_store_error();
         let open = || {
             let (endpoint, options) = (servers.endpoints[index].clone(), servers.options.clone());
             async move { Client::connect([endpoint], Some(options)).await }
@@ -262,7 +262,7 @@ impl Link {
     /// Sends a request, and sends it again to another server if one gives no answer or fails
     /// temporarily. The request must be harmless when it is executed twice. Also returns whether it
     /// was sent more than once.
-    pub(super) async fn request<T, F>(&self, send: impl Fn(Client) -> F) -> Result<(T, bool), Fault>
+    pub(super) async fn request<T, F>(&self, send: impl Fn(Client) -> F) -> Result<(T, bool), EtcdError>
     where
         F: Future<Output = Result<T, etcd_client::Error>>,
     {
@@ -270,7 +270,7 @@ impl Link {
         let mut backoff = Backoff::new(PAUSE_MIN, PAUSE_MAX);
         let mut repeated = false;
         loop {
-            let fault = match self.get().await {
+            let error = match self.get().await {
                 Ok(live) => {
                     let mut pending = Pending {
                         link: self,
@@ -280,7 +280,7 @@ impl Link {
                     };
                     let reply = tokio::time::timeout(self.servers.attempt_max(), async {
                         // The semaphore is never closed.
-                        let _place = self.places.acquire().await;
+                        let _slot = self.request_slots.acquire().await;
                         // On the heap, and only now, because it is large.
                         Box::pin(send(live.client.clone())).await
                     });
@@ -290,26 +290,26 @@ impl Link {
                         Err(_) => {
                             repeated = true;
                             self.broken(&live);
-                            let place = &self.servers.places[live.index];
-                            Fault::Other(StoreError::Unavailable(format!("{place}: no answer").into()))
+                            let address = &self.servers.addresses[live.index];
+                            EtcdError::Other(StoreError::Unavailable(format!("{address}: no answer").into()))
                         }
                         Ok(Ok(reply)) => return Ok((reply, repeated)),
                         Ok(Err(error)) => {
-                            let fault = self.servers.fault(&error);
-                            if fault.is_passing() {
+                            let error = self.servers.classify(&error);
+                            if error.is_passing() {
                                 repeated = true;
                                 self.broken(&live);
                             }
-                            fault
+                            error
                         }
                     }
                 }
-                Err(error) => Fault::Other(error),
+                Err(error) => EtcdError::Other(error),
             };
             let pause = backoff.next_delay();
             // The rest of the sender's time is for the answer.
-            if !fault.is_passing() || (Moment::now().since(started) + pause) * 2 > self.servers.timeout {
-                return Err(fault);
+            if !error.is_passing() || (Moment::now().since(started) + pause) * 2 > self.servers.timeout {
+                return Err(error);
             }
             tokio::time::sleep(pause).await;
         }

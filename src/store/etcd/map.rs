@@ -2,7 +2,7 @@
 
 use etcd_client::{Client, Compare, CompareOp, KeyValue, PutOptions, Txn, TxnOp};
 
-use super::fault::Fault;
+use super::error::EtcdError;
 use super::link::{Link, Servers};
 use crate::store::StoreError;
 use crate::store::map::{MAP_ATTEMPTS, MapState, MapStep, RESERVED_FOR, StoredMap};
@@ -17,7 +17,7 @@ pub(super) fn check(map: &StoredMap, stored: Option<&KeyValue>) -> Result<MapSta
 pub(super) async fn read(link: &Link) -> Result<MapState, StoreError> {
     let map = &link.servers.map;
     let get = async |mut client: Client| client.get(map.key(), None).await;
-    let (reply, _) = link.request(get).await.map_err(Fault::into_store_error)?;
+    let (reply, _) = link.request(get).await.map_err(EtcdError::into_store_error)?;
     check(map, reply.kvs().first())
 }
 
@@ -28,7 +28,7 @@ pub(super) async fn read(link: &Link) -> Result<MapState, StoreError> {
 /// A different map is stored, or there was no answer.
 pub(super) async fn step(servers: &Servers, client: &Client, step: MapStep) -> Result<MapState, StoreError> {
     let map = &servers.map;
-    let failed = |error: etcd_client::Error| servers.fault(&error).into_store_error();
+    let failed = |error: etcd_client::Error| servers.classify(&error).into_store_error();
     let mut client = client.clone();
     for _ in 0..MAP_ATTEMPTS {
         let reply = client.get(map.key(), None).await.map_err(failed)?;

@@ -32,16 +32,16 @@
 
 mod acquire;
 mod cycles;
-mod fault;
+mod error;
 #[cfg(any(test, fuzzing))]
 pub(crate) mod fuzzing;
 mod inspect;
-mod keeping;
-mod line;
+mod keep_alive;
 mod link;
 mod map;
 mod names;
 mod options;
+mod queue;
 mod release;
 mod renew;
 mod term;
@@ -66,8 +66,8 @@ use crate::store::map::StoredMap;
 use crate::store::{Health, KeyState, LeaseStore, MapState, MapStep, Priority, StoreFuture, StoreOptions};
 use crate::telemetry::ShardMetrics;
 use cycles::Cycles;
-use fault::Fault;
-use keeping::Revokes;
+use error::EtcdError;
+use keep_alive::Revokes;
 use link::{Link, Servers};
 use names::Names;
 use waits::Waits;
@@ -101,7 +101,7 @@ impl Shared {
     fn floor(&self) -> u64 {
         match self.servers.revision.load(Ordering::Acquire) {
             0 => 0,
-            revision => line::floor_of(revision),
+            revision => queue::floor_of(revision),
         }
     }
 
@@ -127,7 +127,7 @@ impl EtcdStore {
         let scheme = if tls { "https" } else { "http" };
         let servers = Arc::new(Servers {
             endpoints: hosts.iter().map(|host| format!("{scheme}://{host}")).collect(),
-            places: hosts.to_vec(),
+            addresses: hosts.to_vec(),
             options: options::connect_options(login, tls, &options.tls, options.timeout)?,
             shows_no_certificate: tls && options.tls.client.is_none(),
             namespace: options.namespace,
@@ -218,7 +218,7 @@ impl LeaseStore for EtcdStore {
             let all = || Some(DeleteOptions::new().with_prefix());
             let delete = async |mut client: etcd_client::Client| client.delete(shared.names.namespace(), all()).await;
             shared.servers.map.forget();
-            let (deleted, _) = link.request(delete).await.map_err(Fault::into_store_error)?;
+            let (deleted, _) = link.request(delete).await.map_err(EtcdError::into_store_error)?;
             Ok(u64::try_from(deleted.deleted()).unwrap_or(0))
         })
     }
@@ -242,7 +242,7 @@ impl LeaseStore for EtcdStore {
     fn drain(&self) -> StoreFuture<()> {
         let shared = Arc::clone(&self.shared);
         Box::pin(async move {
-            shared.revokes.settle().await;
+            shared.revokes.drain().await;
             Ok(())
         })
     }
@@ -253,8 +253,8 @@ impl LeaseStore for EtcdStore {
             let receiver = pushes.clone();
             tokio::select! {
                 () = watch::watch(Arc::clone(&shared), pushes.clone()) => {}
-                () = keeping::keep_waiting(Arc::clone(&shared), pushes) => {}
-                () = keeping::revoke_all(shared) => {}
+                () = keep_alive::keep_waiting(Arc::clone(&shared), pushes) => {}
+                () = keep_alive::revoke_all(shared) => {}
                 () = receiver.closed() => {}
             }
         })

@@ -7,9 +7,9 @@ use etcd_client::{DeleteOptions, Txn, TxnOp, TxnOpResponse};
 use super::Shared;
 use super::acquire::{Contender, judge, under_a_lease};
 use super::cycles::Lease;
-use super::fault::Fault;
-use super::line::{Line, first_in};
+use super::error::EtcdError;
 use super::link::Link;
+use super::queue::{Queue, first_in};
 use crate::clock::Moment;
 use crate::protocol::{Answer, Release, ReleaseReply};
 use crate::store::StoreError;
@@ -56,7 +56,7 @@ pub(super) async fn release(
             leave_and_join(&shared, &link, &leaving, &next, &mut end).await
         }
     };
-    let (sent_at, reply) = released.map_err(Fault::into_store_error)?;
+    let (sent_at, reply) = released.map_err(EtcdError::into_store_error)?;
     Ok(Answer {
         sent_at,
         ttl,
@@ -70,11 +70,11 @@ async fn leave(
     link: &Link,
     leaving: &Contender,
     end: &mut RevokeAtTheEnd<'_>,
-) -> Result<(Moment, ReleaseReply), Fault> {
+) -> Result<(Moment, ReleaseReply), EtcdError> {
     let sent_at = Moment::now();
     let send = async |mut client: etcd_client::Client| {
         client
-            .txn(Txn::new().and_then([Line::read_first(&leaving.prefix), delete(leaving)]))
+            .txn(Txn::new().and_then([Queue::read_first(&leaving.prefix), delete(leaving)]))
             .await
     };
     let (reply, repeated) = link.request(send).await?;
@@ -97,16 +97,16 @@ async fn leave_and_join(
     leaving: &Contender,
     next: &Contender,
     end: &mut RevokeAtTheEnd<'_>,
-) -> Result<(Moment, ReleaseReply), Fault> {
+) -> Result<(Moment, ReleaseReply), EtcdError> {
     shared.cycles.open(next.cycle, next.ttl, Moment::now());
     // Its place is behind all others, whose keys existed before this transaction.
     let ran = under_a_lease(shared, link, next, next.age_max(), |lease| {
         let beside = |put| {
             [
-                Line::read_first(&leaving.prefix),
+                Queue::read_first(&leaving.prefix),
                 delete(leaving),
                 put,
-                Line::read(&next.prefix),
+                Queue::read(&next.prefix),
             ]
         };
         Txn::new()
@@ -118,8 +118,8 @@ async fn leave_and_join(
     let replies = ran.reply.op_responses();
     let first_is_ours = first_in(replies.first()).is_some_and(|first| first.is(&leaving.name));
     end.also(replies.get(1));
-    let line = Line::in_reply(&ran.reply)?;
-    let requeued = judge(shared, link, next, &line, ran.lease).await?;
+    let queue = Queue::in_reply(&ran.reply)?;
+    let requeued = judge(shared, link, next, &queue, ran.lease).await?;
     let sent_at = ran.counted_from(&requeued);
     let reply = ReleaseReply {
         held: first_is_ours || ran.repeated,

@@ -17,10 +17,10 @@ use futures_util::StreamExt;
 use super::Shared;
 use super::acquire::{Contender, keep_in_term, move_to, unconfirmed, under_a_lease};
 use super::cycles::Lease;
-use super::fault::Fault;
-use super::keeping::AT_A_TIME;
-use super::line::{Line, first, first_in};
+use super::error::EtcdError;
+use super::keep_alive::AT_A_TIME;
 use super::map;
+use super::queue::{Queue, first, first_in};
 use super::term::{ConfirmedIn, RenewedIn};
 use crate::clock::Moment;
 use crate::protocol::{RenewReply, Renewal};
@@ -107,13 +107,18 @@ pub(super) async fn renew(
         Ok(_) | Err(_) => {}
     }
     match failed {
-        Some(fault) if replies.iter().all(Option::is_none) => Err(fault.into_store_error()),
+        Some(error) if replies.iter().all(Option::is_none) => Err(error.into_store_error()),
         _ => Ok(replies),
     }
 }
 
 /// Renews all leases, and once more those whose replies do not agree.
-async fn renew_in_rounds(shared: &Arc<Shared>, renewing: &mut [Renewing], until: Moment, failed: &mut Option<Fault>) {
+async fn renew_in_rounds(
+    shared: &Arc<Shared>,
+    renewing: &mut [Renewing],
+    until: Moment,
+    failed: &mut Option<EtcdError>,
+) {
     let mut rest: Vec<&mut Renewing> = renewing.iter_mut().collect();
     for round in 0..ROUNDS {
         let started = Moment::now();
@@ -121,7 +126,7 @@ async fn renew_in_rounds(shared: &Arc<Shared>, renewing: &mut [Renewing], until:
         if rest.is_empty() || left.is_zero() {
             break;
         }
-        ask(shared, &mut rest, left, failed).await;
+        keep_and_read(shared, &mut rest, left, failed).await;
         rest.retain(|one| one.verdict == Verdict::Unconfirmed);
         if !rest.is_empty() {
             tracing::debug!(shard = %shared.shard, round, leases = rest.len(), "renewals were not confirmed");
@@ -137,7 +142,12 @@ fn is_extended(reply: &Option<RenewReply>) -> bool {
 }
 
 /// Keeps all leases alive and reads all keys.
-async fn ask(shared: &Arc<Shared>, renewing: &mut [&mut Renewing], limit: Duration, failed: &mut Option<Fault>) {
+async fn keep_and_read(
+    shared: &Arc<Shared>,
+    renewing: &mut [&mut Renewing],
+    limit: Duration,
+    failed: &mut Option<EtcdError>,
+) {
     let keeping: Vec<_> = renewing
         .iter()
         .enumerate()
@@ -146,23 +156,23 @@ async fn ask(shared: &Arc<Shared>, renewing: &mut [&mut Renewing], limit: Durati
     let keeping = futures_util::stream::iter(keeping)
         .buffer_unordered(AT_A_TIME)
         .collect::<Vec<_>>();
-    let looking: Vec<_> = renewing
+    let reading: Vec<_> = renewing
         .chunks(READS_PER_TRANSACTION)
-        .map(|part| tokio::time::timeout(limit, look_divided(shared, part)))
+        .map(|part| tokio::time::timeout(limit, read_owners_divided(shared, part)))
         .collect();
-    let looking = futures_util::future::join_all(looking);
+    let reading = futures_util::future::join_all(reading);
     let started = Moment::now();
-    let (mut kept, looks) = tokio::join!(keeping, looking);
+    let (mut kept, reads) = tokio::join!(keeping, reading);
     if kept.iter().all(|(_, kept)| kept.is_none()) {
         // The server hangs or is cut off. Send the next request to another.
         shared.background.give_up_since(started);
     }
     let mut seen = Vec::with_capacity(renewing.len());
-    for (part, look) in renewing.chunks(READS_PER_TRANSACTION).zip(looks) {
-        let of_part = match look {
+    for (part, read) in renewing.chunks(READS_PER_TRANSACTION).zip(reads) {
+        let of_part = match read {
             Ok(Ok(of_part)) => of_part,
-            Ok(Err(fault)) => {
-                *failed = Some(fault);
+            Ok(Err(error)) => {
+                *failed = Some(error);
                 Vec::new()
             }
             // There was no answer in time.
@@ -184,7 +194,7 @@ async fn ask(shared: &Arc<Shared>, renewing: &mut [&mut Renewing], limit: Durati
     }
 }
 
-fn verdict(kept: Option<Result<Kept, Fault>>, seen: Option<Seen>, failed: &mut Option<Fault>) -> Verdict {
+fn verdict(kept: Option<Result<Kept, EtcdError>>, seen: Option<Seen>, failed: &mut Option<EtcdError>) -> Verdict {
     let (lease, wanted, confirmed) = match seen {
         Some(Seen::NotOurs) => return Verdict::Known(RenewReply::NotOurs),
         Some(Seen::Ours {
@@ -205,9 +215,9 @@ fn verdict(kept: Option<Result<Kept, Fault>>, seen: Option<Seen>, failed: &mut O
         }
         // A member that lags behind may not know the lease yet, or the key has moved to another
         // lease. If neither is true, a later read does not find the key.
-        (Some(Err(Fault::LeaseGone)), ..) => Verdict::Unconfirmed,
-        (Some(Err(fault)), ..) => {
-            *failed = Some(fault);
+        (Some(Err(EtcdError::LeaseGone)), ..) => Verdict::Unconfirmed,
+        (Some(Err(error)), ..) => {
+            *failed = Some(error);
             Verdict::Unanswered
         }
         (Some(Ok(_)) | None, ..) => Verdict::Unanswered,
@@ -229,13 +239,13 @@ async fn keep_one(
     owned: Option<i64>,
     limit: Duration,
     index: usize,
-) -> (usize, Option<Result<Kept, Fault>>) {
+) -> (usize, Option<Result<Kept, EtcdError>>) {
     let kept = tokio::time::timeout(limit, extend(&shared, &contender, owned)).await;
     (index, kept.ok())
 }
 
 /// Keeps the lease alive, or replaces it by one that is long enough.
-async fn extend(shared: &Shared, contender: &Contender, owned: Option<i64>) -> Result<Kept, Fault> {
+async fn extend(shared: &Shared, contender: &Contender, owned: Option<i64>) -> Result<Kept, EtcdError> {
     let cycle = contender.cycle;
     if shared.cycles.lease(cycle).is_none() {
         return Ok(Kept::NotOurs);
@@ -251,7 +261,7 @@ async fn extend(shared: &Shared, contender: &Contender, owned: Option<i64>) -> R
         return Ok(Kept::NotOurs);
     };
     let ran = under_a_lease(shared, &shared.background, contender, Duration::ZERO, |_| {
-        Txn::new().and_then([Line::read_one(&contender.name)])
+        Txn::new().and_then([Queue::read_one(&contender.name)])
     })
     .await?;
     match first_in(ran.reply.op_responses().first()) {
@@ -265,35 +275,38 @@ async fn extend(shared: &Shared, contender: &Contender, owned: Option<i64>) -> R
 
 /// Reads all keys, and in parts if the read is refused, so that a key that the user may not read
 /// costs no other lease.
-async fn look_divided(shared: &Shared, part: &[&mut Renewing]) -> Result<Vec<Option<Seen>>, Fault> {
+async fn read_owners_divided(shared: &Shared, part: &[&mut Renewing]) -> Result<Vec<Option<Seen>>, EtcdError> {
     let mut seen = Vec::with_capacity(part.len());
     let (mut parts, mut refused) = (vec![part], None);
     // The parts are popped in the order of the leases.
     while let Some(part) = parts.pop() {
-        match look(shared, part).await {
+        match read_owners(shared, part).await {
             Ok(some) => seen.extend(some),
-            Err(Fault::Other(StoreError::Refused(_))) if part.len() > 1 => {
+            Err(EtcdError::Other(StoreError::Refused(_))) if part.len() > 1 => {
                 let (first, second) = part.split_at(part.len() / 2);
                 parts.extend([second, first]);
             }
-            Err(fault @ Fault::Other(StoreError::Refused(_))) => {
+            Err(error @ EtcdError::Other(StoreError::Refused(_))) => {
                 seen.push(None);
-                refused = Some(fault);
+                refused = Some(error);
             }
-            Err(fault) => return Err(fault),
+            Err(error) => return Err(error),
         }
     }
     match refused {
-        Some(fault) if seen.iter().all(Option::is_none) => Err(fault),
+        Some(error) if seen.iter().all(Option::is_none) => Err(error),
         _ => Ok(seen),
     }
 }
 
 /// Whether each cycle is still the owner, by the key that made it the owner, and whether others
 /// wait.
-async fn look(shared: &Shared, part: &[&mut Renewing]) -> Result<Vec<Option<Seen>>, Fault> {
+async fn read_owners(shared: &Shared, part: &[&mut Renewing]) -> Result<Vec<Option<Seen>>, EtcdError> {
     let send = async |mut client: etcd_client::Client| {
-        let reads: Vec<_> = part.iter().map(|one| Line::read_first(&one.contender.prefix)).collect();
+        let reads: Vec<_> = part
+            .iter()
+            .map(|one| Queue::read_first(&one.contender.prefix))
+            .collect();
         client.txn(Txn::new().and_then(reads)).await
     };
     let (reply, _) = shared.background.request(send).await?;
@@ -326,11 +339,11 @@ mod tests {
         granted: true,
     };
 
-    fn of(kept: Result<Kept, Fault>, seen: Option<Seen>) -> Verdict {
+    fn of(kept: Result<Kept, EtcdError>, seen: Option<Seen>) -> Verdict {
         verdict(Some(kept), seen, &mut None)
     }
 
-    fn renewed_in(term: u64) -> Result<Kept, Fault> {
+    fn renewed_in(term: u64) -> Result<Kept, EtcdError> {
         Ok(Kept::Renewed(LEASE, RenewedIn(term)))
     }
 
@@ -358,8 +371,8 @@ mod tests {
         assert_eq!(of(renewed_in(3), Some(Seen::NotOurs)), refused);
         assert_eq!(verdict(None, Some(Seen::NotOurs), &mut None), refused);
         // A member that lags behind does not know every lease.
-        assert_eq!(of(Err(Fault::LeaseGone), seen(LEASE.id, 3)), Verdict::Unconfirmed);
-        assert_eq!(of(Err(Fault::LeaseGone), None), Verdict::Unconfirmed);
+        assert_eq!(of(Err(EtcdError::LeaseGone), seen(LEASE.id, 3)), Verdict::Unconfirmed);
+        assert_eq!(of(Err(EtcdError::LeaseGone), None), Verdict::Unconfirmed);
         assert_eq!(of(Ok(Kept::NotOurs), None), refused);
     }
 }

@@ -228,13 +228,13 @@ async fn a_request_that_began_under_an_earlier_lease_does_not_move_the_key_back(
         .get(contender.name.as_str(), None)
         .await
         .unwrap();
-    let seen = line::first(&reply).unwrap();
+    let seen = queue::first(&reply).unwrap();
     acquire::move_to(shared, &shared.background, &contender, before, &seen)
         .await
         .unwrap();
     assert_eq!(bench.only_lease().await, after);
     // Nor does a move that executes late.
-    let late = line::Member {
+    let late = queue::Member {
         lease: before.id,
         ..seen
     };

@@ -4,7 +4,7 @@
 //!
 //! A request that finds its cycle behind another in the queue adds it here. The request that makes
 //! it the owner, or releases it, removes it. The store's background work watches the key before the
-//! cycle's (`watch`) and renews the cycle's lease (`keeping`); the watchdog renews only what is
+//! cycle's (`watch`) and renews the cycle's lease (`keep_alive`); the watchdog renews only what is
 //! held.
 
 use std::collections::{HashMap, HashSet};

@@ -21,7 +21,7 @@ use parking_lot::Mutex;
 use tokio::sync::mpsc::UnboundedSender;
 
 use super::waits::Wait;
-use super::{Shared, fault};
+use super::{Shared, error};
 use crate::backoff::Backoff;
 use crate::clock::Moment;
 use crate::key::LockKey;
@@ -144,14 +144,14 @@ async fn follow(
     shared.waits.watch();
     // Concurrently: requesting watches may have to wait until etcd's pending messages are received.
     tokio::select! {
-        end = ask(shared, sender, &watches) => end,
+        end = send_watches(shared, sender, &watches) => end,
         end = receive(shared, stream, &watches, pushes, confirmed) => end,
         () = pushes.closed() => End::Unheard,
     }
 }
 
 /// Requests the watches that are needed, and cancels those that no longer are.
-async fn ask(shared: &Shared, mut sender: WatchRequestSender, watches: &Mutex<Watches>) -> End {
+async fn send_watches(shared: &Shared, mut sender: WatchRequestSender, watches: &Mutex<Watches>) -> End {
     loop {
         shared.waits.changed.notified().await;
         for (cycle, wait) in shared.waits.changes() {
@@ -190,7 +190,7 @@ async fn receive(
         let pushed = if told.watch_id() == INBOX || told.watch_id() < 0 {
             if told.canceled() {
                 let reason = told.cancel_reason();
-                return match fault::missing_permission(reason, shared.names.namespace()) {
+                return match error::missing_permission(reason, shared.names.namespace()) {
                     Some(refusal) => End::Refused(refusal),
                     None => End::Broken(format!("etcd ended the watch: {reason}")),
                 };

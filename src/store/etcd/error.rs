@@ -8,7 +8,7 @@ use crate::store::StoreError;
 
 /// Why a request to etcd failed.
 #[derive(Debug, Clone)]
-pub(super) enum Fault {
+pub(super) enum EtcdError {
     /// The etcd lease of the request does not exist, or no longer exists.
     LeaseGone,
     /// The etcd lease that was to be created already exists.
@@ -16,13 +16,13 @@ pub(super) enum Fault {
     Other(StoreError),
 }
 
-impl From<StoreError> for Fault {
+impl From<StoreError> for EtcdError {
     fn from(error: StoreError) -> Self {
         Self::Other(error)
     }
 }
 
-impl Fault {
+impl EtcdError {
     /// For a request that does not handle errors of its lease.
     pub(super) fn into_store_error(self) -> StoreError {
         match self {
@@ -55,38 +55,38 @@ mod code {
 }
 
 /// The meaning of a client library error for a store with this namespace.
-pub(super) fn fault(error: &Error, namespace: &str) -> Fault {
-    let refused = |reason: String| Fault::Other(StoreError::Refused(reason.into()));
-    let words = words(error);
+pub(super) fn classify(error: &Error, namespace: &str) -> EtcdError {
+    let refused = |reason: String| EtcdError::Other(StoreError::Refused(reason.into()));
+    let description = describe(error);
     let status = match error {
         Error::GRpcStatus(status) => status,
-        Error::LeaseKeepAliveError(reason) if reason == LEASE_NOT_FOUND => return Fault::LeaseGone,
-        Error::InvalidArgs(_) | Error::InvalidUri(_) | Error::InvalidMetadataValue(_) => return refused(words),
-        _ => return Fault::Other(StoreError::Unavailable(words.into())),
+        Error::LeaseKeepAliveError(reason) if reason == LEASE_NOT_FOUND => return EtcdError::LeaseGone,
+        Error::InvalidArgs(_) | Error::InvalidUri(_) | Error::InvalidMetadataValue(_) => return refused(description),
+        _ => return EtcdError::Other(StoreError::Unavailable(description.into())),
     };
     let message = status.message();
     match i32::from(status.code()) {
-        code::NOT_FOUND if message.contains("lease not found") => Fault::LeaseGone,
-        code::FAILED_PRECONDITION if message.contains("lease already exists") => Fault::LeaseThere,
+        code::NOT_FOUND if message.contains("lease not found") => EtcdError::LeaseGone,
+        code::FAILED_PRECONDITION if message.contains("lease already exists") => EtcdError::LeaseThere,
         code::FAILED_PRECONDITION if message.contains("authentication is not enabled") => {
-            refused(format!("{words}; leave the user and the password out of the URL"))
+            refused(format!("{description}; leave the user and the password out of the URL"))
         }
-        code::PERMISSION_DENIED => refused(with_needs(&words, namespace)),
+        code::PERMISSION_DENIED => refused(with_needs(&description, namespace)),
         code::INVALID_ARGUMENT if message.contains("user name is empty") => refused(format!(
-            "{words}; name a user and its password: etcd://USER:PASSWORD@HOST"
+            "{description}; name a user and its password: etcd://USER:PASSWORD@HOST"
         )),
         code::INVALID_ARGUMENT if message.contains("authentication failed") => {
-            refused(format!("{words}; check the user and the password in the URL"))
+            refused(format!("{description}; check the user and the password in the URL"))
         }
         // Another request with a newer token follows.
         code::INVALID_ARGUMENT if message.contains("revision of auth store is old") => {
-            Fault::Other(StoreError::Unavailable(words.into()))
+            EtcdError::Other(StoreError::Unavailable(description.into()))
         }
         code::RESOURCE_EXHAUSTED if message.contains("space exceeded") => refused(format!(
-            "{words}; compact and defragment etcd, raise its quota, then `etcdctl alarm disarm`"
+            "{description}; compact and defragment etcd, raise its quota, then `etcdctl alarm disarm`"
         )),
-        code::INVALID_ARGUMENT | code::UNIMPLEMENTED | code::UNAUTHENTICATED => refused(words),
-        _ => Fault::Other(StoreError::Unavailable(words.into())),
+        code::INVALID_ARGUMENT | code::UNIMPLEMENTED | code::UNAUTHENTICATED => refused(description),
+        _ => EtcdError::Other(StoreError::Unavailable(description.into())),
     }
 }
 
@@ -105,8 +105,8 @@ fn with_needs(refusal: &str, namespace: &str) -> String {
 }
 
 /// The error and its causes.
-fn words(error: &Error) -> String {
-    let mut words = match error {
+fn describe(error: &Error) -> String {
+    let mut description = match error {
         Error::GRpcStatus(status) => status.message().to_owned(),
         other => other.to_string(),
     };
@@ -117,10 +117,10 @@ fn words(error: &Error) -> String {
     };
     while let Some(cause) = source {
         let cause_words = cause.to_string();
-        if !words.contains(&cause_words) {
-            words = format!("{words}: {cause_words}");
+        if !description.contains(&cause_words) {
+            description = format!("{description}: {cause_words}");
         }
         source = cause.source();
     }
-    words
+    description
 }

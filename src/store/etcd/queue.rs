@@ -2,7 +2,7 @@
 
 use etcd_client::{GetOptions, GetResponse, KeyValue, SortOrder, SortTarget, TxnOp, TxnOpResponse, TxnResponse};
 
-use super::fault::Fault;
+use super::error::EtcdError;
 use crate::fence::TokenBlock;
 use crate::store::StoreError;
 
@@ -11,7 +11,7 @@ const TOKENS_PER_REVISION: u64 = 1 << 16;
 
 /// The queue as one transaction saw it.
 #[derive(Debug)]
-pub(super) struct Line {
+pub(super) struct Queue {
     pub(super) members: Vec<Member>,
     pub(super) revision: i64,
 }
@@ -24,7 +24,7 @@ pub(super) struct Member {
     pub(super) lease: i64,
 }
 
-impl Line {
+impl Queue {
     /// Reads the whole queue.
     pub(super) fn read(prefix: &str) -> TxnOp {
         TxnOp::get(prefix, Some(in_order()))
@@ -41,7 +41,7 @@ impl Line {
     }
 
     /// The queue in the last reply of a transaction.
-    pub(super) fn in_reply(reply: &TxnResponse) -> Result<Self, Fault> {
+    pub(super) fn in_reply(reply: &TxnResponse) -> Result<Self, EtcdError> {
         match reply.op_responses().pop() {
             Some(TxnOpResponse::Get(found)) => Ok(Self {
                 members: found.kvs().iter().map(Member::of).collect(),
@@ -52,7 +52,7 @@ impl Line {
     }
 
     /// The position of a member, counted from the owner.
-    pub(super) fn place(&self, name: &str) -> Option<usize> {
+    pub(super) fn position(&self, name: &str) -> Option<usize> {
         self.members.iter().position(|member| member.name == name.as_bytes())
     }
 }
@@ -92,18 +92,18 @@ pub(super) fn first(found: &GetResponse) -> Option<Member> {
     found.kvs().first().map(Member::of)
 }
 
-pub(super) fn revision(reply: &TxnResponse) -> Result<i64, Fault> {
+pub(super) fn revision(reply: &TxnResponse) -> Result<i64, EtcdError> {
     reply.header().map(|header| header.revision()).ok_or_else(unexpected)
 }
 
-pub(super) fn unexpected() -> Fault {
-    Fault::Other(StoreError::Refused(
+pub(super) fn unexpected() -> EtcdError {
+    EtcdError::Other(StoreError::Refused(
         "etcd's reply to a transaction has an unexpected form".into(),
     ))
 }
 
 /// The first `count` tokens of a revision.
-pub(super) fn tokens_of(revision: i64, count: u32) -> Result<TokenBlock, Fault> {
+pub(super) fn tokens_of(revision: i64, count: u32) -> Result<TokenBlock, EtcdError> {
     let count = count.clamp(1, TOKENS_PER_REVISION as u32);
     let below = u64::try_from(revision)
         .ok()
@@ -113,7 +113,7 @@ pub(super) fn tokens_of(revision: i64, count: u32) -> Result<TokenBlock, Fault> 
         .filter(|&last| last < u64::MAX);
     match below {
         Some(last) => Ok(TokenBlock::ending_at(last, count)),
-        None => Err(Fault::Other(StoreError::Refused(
+        None => Err(EtcdError::Other(StoreError::Refused(
             format!("etcd's revision {revision} is too large to derive tokens from").into(),
         ))),
     }

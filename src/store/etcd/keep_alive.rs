@@ -14,7 +14,7 @@ use tokio::sync::{Notify, futures::Notified};
 use super::Shared;
 use super::acquire::keep;
 use super::cycles::Lease;
-use super::fault::Fault;
+use super::error::EtcdError;
 use crate::backoff::Backoff;
 use crate::clock::Moment;
 use crate::key::LockKey;
@@ -29,7 +29,7 @@ const PAUSE_MAX: Duration = Duration::from_secs(1);
 const REVOKES_MAX: usize = 100_000;
 /// The longest sleep of the keeper, so that a clock that was moved or a machine that slept delays
 /// nothing for long.
-const LOOK_EVERY_MAX: Duration = Duration::from_secs(60);
+const WAKE_EVERY_MAX: Duration = Duration::from_secs(60);
 
 /// Keeps the leases of waiting cycles alive.
 pub(super) async fn keep_waiting(shared: Arc<Shared>, pushes: UnboundedSender<Push>) {
@@ -40,7 +40,7 @@ pub(super) async fn keep_waiting(shared: Arc<Shared>, pushes: UnboundedSender<Pu
         if due.is_empty() {
             match next {
                 Some(next) => {
-                    let pause = next.since(now).min(LOOK_EVERY_MAX);
+                    let pause = next.since(now).min(WAKE_EVERY_MAX);
                     tokio::select! {
                         () = added => {}
                         () = tokio::time::sleep(pause) => {}
@@ -70,14 +70,14 @@ async fn keep_one(shared: &Shared, pushes: &UnboundedSender<Push>, cycle: Cycle,
     match tokio::time::timeout(limit, keep(shared, &shared.background, cycle, lease)).await {
         Err(_) => return false,
         Ok(Ok(())) => {}
-        Ok(Err(Fault::LeaseGone)) => {
+        Ok(Err(EtcdError::LeaseGone)) => {
             shared.cycles.unleased(cycle, lease);
             // The cycle has lost its place and asks for another. A receiver that is gone needs no
             // pushes.
             pushes.send(Push::YourTurn { key, cycle }).ok();
         }
         // Tried again when it is next due, before the lease ends.
-        Ok(Err(fault)) => tracing::debug!(shard = %shared.shard, ?fault, "a waiting lease was not renewed"),
+        Ok(Err(error)) => tracing::debug!(shard = %shared.shard, ?error, "a waiting lease was not renewed"),
     }
     true
 }
@@ -125,7 +125,7 @@ impl Revokes {
     }
 
     /// Waits until nothing is left to revoke.
-    pub(super) async fn settle(&self) {
+    pub(super) async fn drain(&self) {
         loop {
             let done: Notified<'_> = self.done.notified();
             if self.is_idle() {
@@ -162,12 +162,12 @@ async fn revoke(shared: &Shared, lease: Lease, until: Moment) {
         let send = async |mut client: etcd_client::Client| client.lease_revoke(lease.id).await;
         let revoked = tokio::time::timeout(shared.timeout, shared.background.request(send)).await;
         match revoked {
-            Ok(Ok(_) | Err(Fault::LeaseGone)) => return,
+            Ok(Ok(_) | Err(EtcdError::LeaseGone)) => return,
             // It has expired by itself.
             _ if Moment::now() >= until => return,
-            Ok(Err(fault)) if !fault.is_passing() => {
+            Ok(Err(error)) if !error.is_passing() => {
                 if let Some(suppressed) = shared.failed_revokes.admit(Moment::now()) {
-                    let error = fault.into_store_error();
+                    let error = error.into_store_error();
                     tracing::warn!(shard = %shared.shard, %error, suppressed, "an etcd lease could not be revoked; its lock may stay taken until the lease expires");
                 }
                 return;
