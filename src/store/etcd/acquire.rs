@@ -6,7 +6,7 @@ use std::time::Duration;
 use etcd_client::{Compare, CompareOp, LeaseGrantOptions, PutOptions, Txn, TxnOp, TxnResponse};
 
 use super::Shared;
-use super::cycles::Lease;
+use super::cycles::EtcdLease;
 use super::error::{self, EtcdError};
 use super::link::Link;
 use super::names::member;
@@ -63,7 +63,7 @@ impl Contender {
     }
 
     /// Creates its key. The value is the number of tokens that come with the key's revision.
-    pub(super) fn put(&self, lease: Lease) -> TxnOp {
+    pub(super) fn put(&self, lease: EtcdLease) -> TxnOp {
         let options = PutOptions::new().with_lease(lease.id);
         TxnOp::put(self.name.as_str(), self.tokens.to_string(), Some(options))
     }
@@ -180,7 +180,7 @@ pub(super) async fn move_to(
     shared: &Shared,
     link: &Link,
     contender: &Contender,
-    lease: Lease,
+    lease: EtcdLease,
     seen: &Member,
 ) -> Result<(), EtcdError> {
     if seen.lease != lease.id {
@@ -228,7 +228,7 @@ pub(super) struct Ran {
     pub(super) asked_at: Moment,
     /// The earliest moment from which the cluster counts the lease's time.
     pub(super) sent_at: Moment,
-    pub(super) lease: Lease,
+    pub(super) lease: EtcdLease,
     pub(super) reply: TxnResponse,
     /// Whether it was sent more than once, so that an earlier copy may have been executed.
     pub(super) repeated: bool,
@@ -252,7 +252,7 @@ pub(super) async fn under_a_lease(
     link: &Link,
     contender: &Contender,
     age_max: Duration,
-    transaction: impl Fn(Lease) -> Txn,
+    transaction: impl Fn(EtcdLease) -> Txn,
 ) -> Result<Ran, EtcdError> {
     let cycle = contender.cycle;
     let asked_at = Moment::now();
@@ -324,8 +324,8 @@ pub(super) fn unconfirmed() -> EtcdError {
 async fn run(
     shared: &Shared,
     link: &Link,
-    transaction: &impl Fn(Lease) -> Txn,
-    lease: Lease,
+    transaction: &impl Fn(EtcdLease) -> Txn,
+    lease: EtcdLease,
 ) -> Result<(TxnResponse, bool), EtcdError> {
     let send = async |mut client: etcd_client::Client| client.txn(transaction(lease)).await;
     let (reply, repeated) = link.request(send).await?;
@@ -335,7 +335,7 @@ async fn run(
 
 /// Creates the lease, or renews one that an earlier request has created. Such a renewal must then
 /// be confirmed.
-async fn grant(shared: &Shared, link: &Link, cycle: Cycle, lease: Lease) -> Result<Option<RenewedIn>, EtcdError> {
+async fn grant(shared: &Shared, link: &Link, cycle: Cycle, lease: EtcdLease) -> Result<Option<RenewedIn>, EtcdError> {
     let sent_at = Moment::now();
     let secs = i64::try_from(lease.secs).unwrap_or(i64::MAX);
     let make = async |mut client: etcd_client::Client| {
@@ -354,7 +354,7 @@ async fn grant(shared: &Shared, link: &Link, cycle: Cycle, lease: Lease) -> Resu
 
 /// Renews the lease, as far as the answering member knows. Only for a lease that nothing relies on;
 /// otherwise see [`keep_in_term`].
-pub(super) async fn keep(shared: &Shared, link: &Link, cycle: Cycle, lease: Lease) -> Result<(), EtcdError> {
+pub(super) async fn keep(shared: &Shared, link: &Link, cycle: Cycle, lease: EtcdLease) -> Result<(), EtcdError> {
     let sent_at = Moment::now();
     let keep = async |mut client: etcd_client::Client| client.lease_keep_alive(lease.id).await;
     link.request(keep).await?;
@@ -367,7 +367,7 @@ pub(super) async fn keep_in_term(
     shared: &Shared,
     link: &Link,
     cycle: Cycle,
-    lease: Lease,
+    lease: EtcdLease,
 ) -> Result<RenewedIn, EtcdError> {
     let sent_at = Moment::now();
     let keep = async |mut client: etcd_client::Client| {
@@ -394,7 +394,7 @@ pub(super) async fn judge(
     link: &Link,
     contender: &Contender,
     queue: &Queue,
-    lease: Lease,
+    lease: EtcdLease,
 ) -> Result<AcquireReply, EtcdError> {
     let ahead = queue.position(&contender.name).ok_or_else(queue::unexpected)?;
     move_to(shared, link, contender, lease, &queue.members[ahead]).await?;
@@ -437,7 +437,7 @@ fn granted(shared: &Shared, contender: &Contender, queue: &Queue) -> Result<Acqu
 
 /// Leaves a note for an owner that does not expect other contenders. It ends with the waiter's
 /// lease.
-async fn notify_owner(shared: &Shared, link: &Link, contender: &Contender, owner: &str, lease: Lease) {
+async fn notify_owner(shared: &Shared, link: &Link, contender: &Contender, owner: &str, lease: EtcdLease) {
     let Some((manager, cycle)) = parse_owner_tag(owner) else {
         return;
     };

@@ -21,7 +21,7 @@ use crate::clock::Moment;
 use crate::protocol::Cycle;
 
 #[derive(Debug)]
-pub(super) struct Cycles {
+pub(super) struct CycleLeases {
     /// Makes the ids of this manager's leases its own.
     seed: u64,
     records: Mutex<Records>,
@@ -52,14 +52,14 @@ struct Record {
 
 /// The etcd lease of a cycle.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub(super) struct Lease {
+pub(super) struct EtcdLease {
     pub(super) id: i64,
     pub(super) secs: u64,
     /// Whether etcd has confirmed that it exists.
     pub(super) granted: bool,
 }
 
-impl Lease {
+impl EtcdLease {
     /// A lease that etcd has reported and that has no record.
     pub(super) const fn of_nobody(id: i64) -> Self {
         Self {
@@ -75,7 +75,7 @@ const PRUNE_AT_MIN: usize = 1024;
 /// How much longer than its lease a record is kept. Longer than any minimum TTL that etcd applies.
 const PRUNE_SLACK: Duration = Duration::from_secs(60);
 
-impl Cycles {
+impl CycleLeases {
     pub(super) fn new() -> Self {
         Self {
             seed: rand::random(),
@@ -95,7 +95,7 @@ impl Cycles {
 
     /// The lease that the cycle must have, for at least this TTL. Never shorter than before: the
     /// owner relies on earlier replies.
-    pub(super) fn open(&self, cycle: Cycle, ttl: Duration, now: Moment) -> Lease {
+    pub(super) fn open(&self, cycle: Cycle, ttl: Duration, now: Moment) -> EtcdLease {
         let secs = whole_secs(ttl);
         let mut records = self.records.lock();
         records.prune(now);
@@ -116,14 +116,14 @@ impl Cycles {
     }
 
     /// The lease of a cycle that was not released yet.
-    pub(super) fn lease(&self, cycle: Cycle) -> Option<Lease> {
+    pub(super) fn lease(&self, cycle: Cycle) -> Option<EtcdLease> {
         let records = self.records.lock();
         let record = records.by_cycle.get(&cycle)?;
         Some(self.lease_of(cycle, record))
     }
 
-    fn lease_of(&self, cycle: Cycle, record: &Record) -> Lease {
-        Lease {
+    fn lease_of(&self, cycle: Cycle, record: &Record) -> EtcdLease {
+        EtcdLease {
             id: self.lease_id(cycle, record.secs),
             secs: record.secs,
             granted: record.granted,
@@ -131,7 +131,7 @@ impl Cycles {
     }
 
     /// Etcd has that lease, according to a request that was sent at `sent_at`.
-    pub(super) fn leased(&self, cycle: Cycle, lease: Lease, sent_at: Moment) {
+    pub(super) fn leased(&self, cycle: Cycle, lease: EtcdLease, sent_at: Moment) {
         self.change(cycle, |record| {
             if record.secs == lease.secs {
                 record.granted = true;
@@ -141,7 +141,7 @@ impl Cycles {
     }
 
     /// Etcd no longer has that lease.
-    pub(super) fn unleased(&self, cycle: Cycle, lease: Lease) {
+    pub(super) fn unleased(&self, cycle: Cycle, lease: EtcdLease) {
         self.change(cycle, |record| {
             if record.secs == lease.secs {
                 record.granted = false;
@@ -151,7 +151,7 @@ impl Cycles {
     }
 
     /// The cluster counts the time of that lease from `at` or later.
-    pub(super) fn confirmed(&self, cycle: Cycle, lease: Lease, at: Moment) {
+    pub(super) fn confirmed(&self, cycle: Cycle, lease: EtcdLease, at: Moment) {
         self.change(cycle, |record| {
             if record.secs == lease.secs {
                 record.confirmed_at = record.confirmed_at.max(Some(at));
@@ -160,7 +160,7 @@ impl Cycles {
     }
 
     /// The earliest moment from which the cluster counts that lease's time.
-    pub(super) fn confirmed_at(&self, cycle: Cycle, lease: Lease) -> Option<Moment> {
+    pub(super) fn confirmed_at(&self, cycle: Cycle, lease: EtcdLease) -> Option<Moment> {
         let records = self.records.lock();
         let record = records.by_cycle.get(&cycle)?;
         record.confirmed_at.filter(|_| record.secs == lease.secs)
@@ -189,7 +189,7 @@ impl Cycles {
 
     /// The cycle's key is attached to this lease. Returns the earlier leases, which must be
     /// revoked.
-    pub(super) fn moved(&self, cycle: Cycle, lease: Lease) -> Vec<Lease> {
+    pub(super) fn moved(&self, cycle: Cycle, lease: EtcdLease) -> Vec<EtcdLease> {
         let mut older = Vec::new();
         self.change(cycle, |record| {
             let is_older = |&mut secs: &mut u64| secs < lease.secs;
@@ -199,7 +199,7 @@ impl Cycles {
     }
 
     /// The cycle is over. Returns all leases that it may have.
-    pub(super) fn close(&self, cycle: Cycle) -> Vec<Lease> {
+    pub(super) fn close(&self, cycle: Cycle) -> Vec<EtcdLease> {
         let Some(record) = self.records.lock().by_cycle.remove(&cycle) else {
             return Vec::new();
         };
@@ -207,8 +207,8 @@ impl Cycles {
         all.map(|secs| self.earlier(cycle, secs)).collect()
     }
 
-    fn earlier(&self, cycle: Cycle, secs: u64) -> Lease {
-        Lease {
+    fn earlier(&self, cycle: Cycle, secs: u64) -> EtcdLease {
+        EtcdLease {
             id: self.lease_id(cycle, secs),
             secs,
             granted: true,
@@ -255,7 +255,7 @@ mod tests {
 
     #[test]
     fn a_longer_ttl_needs_another_lease_and_a_shorter_one_does_not() {
-        let cycles = Cycles::new();
+        let cycles = CycleLeases::new();
         let first = cycles.open(Cycle::of(2), Duration::from_millis(1_500), NOW);
         assert_eq!((first.secs, first.granted), (2, false));
         cycles.leased(Cycle::of(2), first, NOW);
@@ -268,7 +268,7 @@ mod tests {
         assert!(!cycles.lease(Cycle::of(2)).unwrap().granted);
         assert!(cycles.is_moving(Cycle::of(2)));
 
-        let ids = |leases: Vec<Lease>| leases.iter().map(|lease| lease.id).collect::<Vec<_>>();
+        let ids = |leases: Vec<EtcdLease>| leases.iter().map(|lease| lease.id).collect::<Vec<_>>();
         assert_eq!(ids(cycles.close(Cycle::of(2))), [first.id, longer.id]);
         assert_eq!(cycles.lease(Cycle::of(2)), None);
         assert!(cycles.close(Cycle::of(2)).is_empty());
@@ -276,7 +276,7 @@ mod tests {
 
     #[test]
     fn ownership_lasts_as_long_as_the_key() {
-        let cycles = Cycles::new();
+        let cycles = CycleLeases::new();
         cycles.open(Cycle::of(2), Duration::from_secs(1), NOW);
         assert!(!cycles.owns(Cycle::of(2), 7));
         assert!(cycles.owns(Cycle::of(2), 7));
@@ -286,7 +286,7 @@ mod tests {
 
     #[test]
     fn what_is_confirmed_of_a_lease_ends_with_it() {
-        let cycles = Cycles::new();
+        let cycles = CycleLeases::new();
         let lease = cycles.open(Cycle::of(2), Duration::from_secs(1), NOW);
         assert_eq!(cycles.confirmed_at(Cycle::of(2), lease), None);
         let later = NOW + Duration::from_millis(1);
@@ -304,7 +304,7 @@ mod tests {
 
     #[test]
     fn records_of_cycles_that_ran_out_go() {
-        let cycles = Cycles::new();
+        let cycles = CycleLeases::new();
         for cycle in 0..PRUNE_AT_MIN as u64 {
             cycles.open(Cycle::of(cycle), Duration::from_secs(1), NOW);
         }

@@ -13,7 +13,7 @@ use tokio::sync::{Notify, futures::Notified};
 
 use super::Shared;
 use super::acquire::keep;
-use super::cycles::Lease;
+use super::cycles::EtcdLease;
 use super::error::EtcdError;
 use crate::backoff::Backoff;
 use crate::clock::Moment;
@@ -65,7 +65,13 @@ pub(super) async fn keep_waiting(shared: Arc<Shared>, pushes: UnboundedSender<Pu
 }
 
 /// Keeps the lease of a waiting cycle alive. Returns whether there was an answer.
-async fn keep_one(shared: &Shared, pushes: &UnboundedSender<Push>, cycle: Cycle, key: LockKey, lease: Lease) -> bool {
+async fn keep_one(
+    shared: &Shared,
+    pushes: &UnboundedSender<Push>,
+    cycle: Cycle,
+    key: LockKey,
+    lease: EtcdLease,
+) -> bool {
     let limit = shared.timeout.min(Duration::from_secs(lease.secs) / 4);
     match tokio::time::timeout(limit, keep(shared, &shared.background, cycle, lease)).await {
         Err(_) => return false,
@@ -86,7 +92,7 @@ async fn keep_one(shared: &Shared, pushes: &UnboundedSender<Push>, cycle: Cycle,
 /// on this, and the list is bounded.
 #[derive(Debug, Default)]
 pub(super) struct Revokes {
-    waiting: Mutex<VecDeque<(Lease, Moment)>>,
+    waiting: Mutex<VecDeque<(EtcdLease, Moment)>>,
     added: Notify,
     /// How many revocations are in flight.
     running: std::sync::atomic::AtomicUsize,
@@ -96,7 +102,7 @@ pub(super) struct Revokes {
 use std::sync::atomic::Ordering;
 
 impl Revokes {
-    pub(super) fn add(&self, leases: Vec<Lease>) {
+    pub(super) fn add(&self, leases: Vec<EtcdLease>) {
         if leases.is_empty() {
             return;
         }
@@ -111,7 +117,7 @@ impl Revokes {
         self.added.notify_one();
     }
 
-    fn next(&self) -> Option<(Lease, Moment)> {
+    fn next(&self) -> Option<(EtcdLease, Moment)> {
         let mut waiting = self.waiting.lock();
         let next = waiting.pop_front()?;
         // Under the lock, so that every lease is always either in the list or counted here.
@@ -156,7 +162,7 @@ pub(super) async fn revoke_all(shared: Arc<Shared>) {
     }
 }
 
-async fn revoke(shared: &Shared, lease: Lease, until: Moment) {
+async fn revoke(shared: &Shared, lease: EtcdLease, until: Moment) {
     let mut backoff = Backoff::new(PAUSE_MIN, PAUSE_MAX);
     loop {
         let send = async |mut client: etcd_client::Client| client.lease_revoke(lease.id).await;

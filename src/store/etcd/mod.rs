@@ -65,7 +65,7 @@ use crate::slow_log::RateLimit;
 use crate::store::map::StoredMap;
 use crate::store::{Health, KeyState, LeaseStore, MapState, MapStep, Priority, StoreFuture, StoreOptions};
 use crate::telemetry::ShardMetrics;
-use cycles::Cycles;
+use cycles::CycleLeases;
 use error::EtcdError;
 use keep_alive::Revokes;
 use link::{Link, Servers};
@@ -86,7 +86,7 @@ struct Shared {
     servers: Arc<Servers>,
     timeout: Duration,
     background: Arc<Link>,
-    cycles: Cycles,
+    cycles: CycleLeases,
     waits: Waits,
     revokes: Revokes,
     metrics: Arc<ShardMetrics>,
@@ -142,7 +142,7 @@ impl EtcdStore {
             shard: options.shard,
             timeout: options.timeout,
             background: link(None),
-            cycles: Cycles::new(),
+            cycles: CycleLeases::new(),
             waits: Waits::default(),
             revokes: Revokes::default(),
             metrics: options.metrics,

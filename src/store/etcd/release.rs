@@ -6,7 +6,7 @@ use etcd_client::{DeleteOptions, Txn, TxnOp, TxnOpResponse};
 
 use super::Shared;
 use super::acquire::{Contender, judge, under_a_lease};
-use super::cycles::Lease;
+use super::cycles::EtcdLease;
 use super::error::EtcdError;
 use super::link::Link;
 use super::queue::{Queue, first_in};
@@ -19,7 +19,7 @@ use crate::store::StoreError;
 /// the release must still find the cycle's key.
 struct RevokeAtTheEnd<'a> {
     shared: &'a Shared,
-    leases: Vec<Lease>,
+    leases: Vec<EtcdLease>,
 }
 
 impl Drop for RevokeAtTheEnd<'_> {
@@ -142,7 +142,7 @@ impl RevokeAtTheEnd<'_> {
         let ids = deleted.prev_kvs().iter().map(etcd_client::KeyValue::lease);
         for id in ids.filter(|&id| id != 0) {
             if self.leases.iter().all(|lease| lease.id != id) {
-                self.leases.push(Lease::of_nobody(id));
+                self.leases.push(EtcdLease::of_nobody(id));
             }
         }
     }

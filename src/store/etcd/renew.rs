@@ -16,7 +16,7 @@ use futures_util::StreamExt;
 
 use super::Shared;
 use super::acquire::{Contender, keep_in_term, move_to, unconfirmed, under_a_lease};
-use super::cycles::Lease;
+use super::cycles::EtcdLease;
 use super::error::EtcdError;
 use super::keep_alive::AT_A_TIME;
 use super::map;
@@ -54,7 +54,7 @@ enum Verdict {
 /// The outcome of keeping one lease alive.
 enum Kept {
     /// The lease was renewed.
-    Renewed(Lease, RenewedIn),
+    Renewed(EtcdLease, RenewedIn),
     /// The key was moved to a lease whose time the cluster counts from after the renewal began.
     Moved,
     /// The cycle was released meanwhile, or its key is gone.
@@ -333,7 +333,7 @@ async fn read_owners(shared: &Shared, part: &[&mut Renewing]) -> Result<Vec<Opti
 mod tests {
     use super::*;
 
-    const LEASE: Lease = Lease {
+    const LEASE: EtcdLease = EtcdLease {
         id: 7,
         secs: 10,
         granted: true,

@@ -13,7 +13,7 @@ use std::time::Duration;
 use parking_lot::Mutex;
 use tokio::sync::Notify;
 
-use super::cycles::Lease;
+use super::cycles::EtcdLease;
 use crate::clock::Moment;
 use crate::key::LockKey;
 use crate::protocol::Cycle;
@@ -22,7 +22,7 @@ use crate::protocol::Cycle;
 #[derive(Debug, Clone)]
 pub(super) struct Wait {
     pub(super) key: LockKey,
-    pub(super) lease: Lease,
+    pub(super) lease: EtcdLease,
     /// The etcd key directly before the cycle's.
     pub(super) before: Vec<u8>,
     /// The last revision at which that key is known to have existed.
@@ -55,7 +55,7 @@ const KEEP_EVERY: u32 = 4;
 const KEEP_TOGETHER: Duration = Duration::from_millis(100);
 
 impl Wait {
-    pub(super) fn new(key: LockKey, lease: Lease, before: Vec<u8>, seen_at: i64) -> Self {
+    pub(super) fn new(key: LockKey, lease: EtcdLease, before: Vec<u8>, seen_at: i64) -> Self {
         Self {
             key,
             lease,
@@ -67,7 +67,7 @@ impl Wait {
     }
 }
 
-fn keep_every(lease: Lease) -> Duration {
+fn keep_every(lease: EtcdLease) -> Duration {
     Duration::from_secs(lease.secs) / KEEP_EVERY
 }
 
@@ -118,7 +118,7 @@ impl Waits {
 
     /// The leases that are due for renewal, and when the next one is. The leases returned count as
     /// renewed from now on.
-    pub(super) fn due(&self, now: Moment) -> (Vec<(Cycle, LockKey, Lease)>, Option<Moment>) {
+    pub(super) fn due(&self, now: Moment) -> (Vec<(Cycle, LockKey, EtcdLease)>, Option<Moment>) {
         let mut inner = self.inner.lock();
         let mut due = Vec::new();
         let mut next: Option<Moment> = None;
