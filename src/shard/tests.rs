@@ -59,7 +59,7 @@ impl LeaseStore for BadStore {
         done(answer(request.ttl, reply))
     }
 
-    fn release(&self, _lane: Priority, request: Release) -> StoreFuture<Answer<ReleaseReply>> {
+    fn release(&self, _priority: Priority, request: Release) -> StoreFuture<Answer<ReleaseReply>> {
         let reply = ReleaseReply {
             held: true,
             requeued: None,

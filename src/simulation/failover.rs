@@ -32,7 +32,7 @@ impl World {
             return;
         };
         // The new primary has no subscribers and nothing left to push.
-        core.forget_listeners();
+        core.drop_subscriptions();
         self.core = core;
         self.replicas.failovers += 1;
         self.stats.forgotten += 1;

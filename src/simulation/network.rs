@@ -235,10 +235,10 @@ impl World {
             }) => {
                 let (me, terms) = (manager.id.owner_tag(cycle).to_string(), terms(ttl, tokens));
                 let reply = match mode {
-                    AcquireMode::Fast => self.core.acquire_freely(key, &me, terms),
+                    AcquireMode::Fast => self.core.acquire_fast(key, &me, terms),
                     AcquireMode::Enqueue => self.core.acquire(key, &me, false, terms),
                     AcquireMode::Try => self.core.acquire(key, &me, true, terms),
-                    AcquireMode::Extend => self.core.acquire_more(key, &me, terms),
+                    AcquireMode::Extend => self.core.acquire_extension(key, &me, terms),
                 };
                 self.ledger.issues(command.m, command.k, cycle, &reply);
                 Reply::Acquired(reply)

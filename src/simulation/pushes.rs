@@ -216,8 +216,8 @@ impl World {
     fn tell_store_who_listens(&mut self, m: usize) {
         let manager = &self.managers[m];
         self.core
-            .listen(manager.id.as_str(), !manager.inbox.known_to_server.is_empty());
+            .set_subscribed(manager.id.as_str(), !manager.inbox.known_to_server.is_empty());
         self.core
-            .listen_at_replica(manager.id.as_str(), manager.inbox.is_at_replica);
+            .set_subscribed_at_replica(manager.id.as_str(), manager.inbox.is_at_replica);
     }
 }

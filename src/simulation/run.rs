@@ -268,7 +268,7 @@ impl World {
     /// Checks that a new manager gets every key, whatever was left behind, and leaves nothing.
     fn a_newcomer_is_served(&mut self, limit: Nanos) -> Result<(), Breach> {
         let newcomer = ManagerId::of("sim", 1, 99);
-        self.core.listen(newcomer.as_str(), true);
+        self.core.set_subscribed(newcomer.as_str(), true);
         let me = newcomer.owner_tag(Cycle::of(2)).to_string();
         for k in 0..self.keys.len() {
             let terms = self.newcomers_terms();

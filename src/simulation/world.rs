@@ -166,7 +166,7 @@ impl World {
         };
         for number in 0..world.plan.managers {
             let manager = world.new_manager(number);
-            world.core.listen(manager.id.as_str(), true);
+            world.core.set_subscribed(manager.id.as_str(), true);
             world.managers.push(manager);
         }
         world.note(|world| format!("{:?}", world.plan));

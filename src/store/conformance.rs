@@ -206,7 +206,7 @@ impl Pair {
     }
 
     async fn listen(&mut self, manager: usize, listens: bool) {
-        self.core.listen(self.managers[manager].as_str(), listens);
+        self.core.set_subscribed(self.managers[manager].as_str(), listens);
         let verb = if listens { "SUBSCRIBE" } else { "UNSUBSCRIBE" };
         for inbox in self.stores[manager].inboxes(&self.keys) {
             self.on_channel(verb, &inbox).await;
@@ -252,10 +252,10 @@ impl Pair {
             } => {
                 let (key, me) = (&self.keys[lock.key], owner_tag(lock.manager, lock.cycle));
                 Reply::Acquired(match mode {
-                    AcquireMode::Fast => self.core.acquire_freely(key, &me, terms(*given)),
+                    AcquireMode::Fast => self.core.acquire_fast(key, &me, terms(*given)),
                     AcquireMode::Enqueue => self.core.acquire(key, &me, false, terms(*given)),
                     AcquireMode::Try => self.core.acquire(key, &me, true, terms(*given)),
-                    AcquireMode::Extend => self.core.acquire_more(key, &me, terms(*given)),
+                    AcquireMode::Extend => self.core.acquire_extension(key, &me, terms(*given)),
                 })
             }
             Command::Release {

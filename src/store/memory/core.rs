@@ -22,10 +22,10 @@ pub(crate) struct MemoryCore {
     locks: HashMap<LockKey, Lock>,
     counters: HashMap<Slot, u64>,
     /// The managers whose inboxes are subscribed here.
-    listening: HashSet<String>,
+    subscribed: HashSet<String>,
     /// The managers whose inboxes are subscribed at a replica: messages reach them without being
     /// counted.
-    listening_at_replica: HashSet<String>,
+    subscribed_at_replica: HashSet<String>,
     /// A deliberate bug: takes a message that was counted for no receiver as received by none.
     #[cfg(test)]
     pub(crate) counts_receivers: bool,
@@ -73,18 +73,18 @@ pub(crate) struct Terms {
 
 impl MemoryCore {
     /// Records whether a manager's inbox is subscribed here.
-    pub(crate) fn listen(&mut self, manager: &str, listens: bool) {
-        if listens {
-            self.listening.insert(manager.to_owned());
+    pub(crate) fn set_subscribed(&mut self, manager: &str, is_subscribed: bool) {
+        if is_subscribed {
+            self.subscribed.insert(manager.to_owned());
         } else {
-            self.listening.remove(manager);
+            self.subscribed.remove(manager);
         }
     }
 
     /// Drops all subscriptions, as on a server that has just taken over.
     #[cfg(test)]
-    pub(crate) fn forget_listeners(&mut self) {
-        self.listening.clear();
+    pub(crate) fn drop_subscriptions(&mut self) {
+        self.subscribed.clear();
         self.outbox.clear();
     }
 
@@ -98,16 +98,16 @@ impl MemoryCore {
 
     /// Records whether a manager's inbox is subscribed at a replica.
     #[cfg(test)]
-    pub(crate) fn listen_at_replica(&mut self, manager: &str, listens: bool) {
-        if listens {
-            self.listening_at_replica.insert(manager.to_owned());
+    pub(crate) fn set_subscribed_at_replica(&mut self, manager: &str, is_subscribed: bool) {
+        if is_subscribed {
+            self.subscribed_at_replica.insert(manager.to_owned());
         } else {
-            self.listening_at_replica.remove(manager);
+            self.subscribed_at_replica.remove(manager);
         }
     }
 
     /// The fast path: `SET NX` and `INCRBY`.
-    pub(crate) fn acquire_freely(&mut self, key: &LockKey, me: &str, terms: Terms) -> AcquireReply {
+    pub(crate) fn acquire_fast(&mut self, key: &LockKey, me: &str, terms: Terms) -> AcquireReply {
         let taken = self.owner(key, terms.now).is_some();
         let counter = self.counters.entry(key.slot()).or_default();
         *counter += u64::from(terms.tokens);
@@ -124,7 +124,7 @@ impl MemoryCore {
     }
 
     /// Takes the lease, extends it, or joins the queue; a try does not join.
-    pub(crate) fn acquire(&mut self, key: &LockKey, me: &str, only_try: bool, terms: Terms) -> AcquireReply {
+    pub(crate) fn acquire(&mut self, key: &LockKey, me: &str, try_only: bool, terms: Terms) -> AcquireReply {
         match self.owner(key, terms.now) {
             Some(owner) if owner == me => {
                 let tokens = self.reserve(key, terms);
@@ -135,7 +135,7 @@ impl MemoryCore {
                     extended: true,
                 }
             }
-            Some(_) if only_try => AcquireReply::Busy,
+            Some(_) if try_only => AcquireReply::Busy,
             Some(owner) => {
                 let (mark, ahead, new, is_subscribed) = self.join(key, me, terms);
                 if (ahead == 0 || !new)
@@ -152,19 +152,19 @@ impl MemoryCore {
                 }
                 self.queued(key, mark, ahead, is_subscribed, terms.now)
             }
-            None => self.acquire_unowned(key, me, only_try, terms),
+            None => self.acquire_unowned(key, me, try_only, terms),
         }
     }
 
     /// Extends a lease that the cycle has, and reserves more tokens.
-    pub(crate) fn acquire_more(&mut self, key: &LockKey, me: &str, terms: Terms) -> AcquireReply {
+    pub(crate) fn acquire_extension(&mut self, key: &LockKey, me: &str, terms: Terms) -> AcquireReply {
         if self.owner(key, terms.now).is_none_or(|owner| owner != me) {
             return AcquireReply::Busy;
         }
         self.acquire(key, me, false, terms)
     }
 
-    fn acquire_unowned(&mut self, key: &LockKey, me: &str, only_try: bool, terms: Terms) -> AcquireReply {
+    fn acquire_unowned(&mut self, key: &LockKey, me: &str, try_only: bool, terms: Terms) -> AcquireReply {
         let head = self
             .locks
             .get(key)
@@ -180,7 +180,7 @@ impl MemoryCore {
                 extended: false,
             };
         }
-        if only_try {
+        if try_only {
             if self.pass_on(key, None, terms).is_some() {
                 return AcquireReply::Busy;
             }
@@ -335,7 +335,7 @@ impl MemoryCore {
     /// member is new, and whether a grant would reach it.
     fn join(&mut self, key: &LockKey, me: &str, terms: Terms) -> (u64, u64, bool, bool) {
         let mark = self.reserve(key, Terms { tokens: 1, ..terms }).last();
-        let is_subscribed = parse_owner_tag(me).is_some_and(|(manager, _)| self.listening.contains(manager));
+        let is_subscribed = parse_owner_tag(me).is_some_and(|(manager, _)| self.subscribed.contains(manager));
         let queue = &mut self.locks.entry(key.clone()).or_default().queue;
         let place = queue.iter().enumerate().find(|(_, member)| member.owner == me);
         match place.map(|(ahead, member)| (ahead, member.clone())) {
@@ -425,7 +425,7 @@ impl MemoryCore {
                 }
                 continue;
             }
-            if self.listening.contains(manager) {
+            if self.subscribed.contains(manager) {
                 let tokens = self.reserve(key, terms);
                 self.set_owner(key, &heir.owner, own_terms);
                 self.notify_of_grant(key, manager, cycle, tokens);
@@ -468,7 +468,7 @@ impl MemoryCore {
         let owner = format!("{manager}:{cycle}");
         self.set_owner(key, &owner, terms);
         self.notify_of_grant(key, manager, cycle, tokens);
-        if self.listening.contains(manager) {
+        if self.subscribed.contains(manager) {
             return Some(tokens);
         }
         // The next member gets the same tokens.
@@ -489,7 +489,7 @@ impl MemoryCore {
 
     /// Sends a message to a manager, wherever its inbox is subscribed.
     fn notify(&mut self, manager: &str, push: Push) {
-        if self.listening.contains(manager) || self.listening_at_replica.contains(manager) {
+        if self.subscribed.contains(manager) || self.subscribed_at_replica.contains(manager) {
             self.outbox.push((manager.to_owned(), push));
         }
     }

@@ -141,10 +141,10 @@ impl LeaseStore for MemoryStore {
         let mut memory = self.memory.lock();
         let terms = self.terms(now, ttl, tokens);
         let reply = match mode {
-            AcquireMode::Fast => memory.core.acquire_freely(&key, &me, terms),
+            AcquireMode::Fast => memory.core.acquire_fast(&key, &me, terms),
             AcquireMode::Enqueue => memory.core.acquire(&key, &me, false, terms),
             AcquireMode::Try => memory.core.acquire(&key, &me, true, terms),
-            AcquireMode::Extend => memory.core.acquire_more(&key, &me, terms),
+            AcquireMode::Extend => memory.core.acquire_extension(&key, &me, terms),
         };
         let pushes = memory.take_pushes();
         drop(memory);
@@ -157,7 +157,7 @@ impl LeaseStore for MemoryStore {
         })
     }
 
-    fn release(&self, _lane: Priority, request: Release) -> StoreFuture<Answer<ReleaseReply>> {
+    fn release(&self, _priority: Priority, request: Release) -> StoreFuture<Answer<ReleaseReply>> {
         let ttl = request.ttl();
         let Release {
             key,
@@ -218,7 +218,7 @@ impl LeaseStore for MemoryStore {
 
     fn run_subscriber(&self, pushes: mpsc::UnboundedSender<Push>) -> Pin<Box<dyn Future<Output = ()> + Send>> {
         let mut memory = self.memory.lock();
-        memory.core.listen(self.manager.as_str(), true);
+        memory.core.set_subscribed(self.manager.as_str(), true);
         let earlier = memory.inboxes.insert(self.manager.as_str().to_owned(), pushes.clone());
         // Dropping the earlier sender and sending below both may wake a receiver.
         drop(memory);
@@ -232,7 +232,7 @@ impl LeaseStore for MemoryStore {
 impl Drop for MemoryStore {
     fn drop(&mut self) {
         let mut memory = self.memory.lock();
-        memory.core.listen(self.manager.as_str(), false);
+        memory.core.set_subscribed(self.manager.as_str(), false);
         let inbox = memory.inboxes.remove(self.manager.as_str());
         // Dropping the last sender wakes the receiver.
         drop(memory);
