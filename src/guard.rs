@@ -151,19 +151,19 @@ impl LockGuard {
     ///
     /// The lock is released even if the future is dropped before it completes.
     pub async fn release(mut self) -> Result<(), LockError> {
-        let (held, request) = self.give_back();
+        let (held, request) = self.end_hold();
         if !held {
-            self.hand_to_background(request);
+            self.send_to_background(request);
             return Err(self.lost_error(self.lease.loss().unwrap_or(LossReason::Expired)));
         }
         let Some(request @ Request::Release { .. }) = request else {
-            self.hand_to_background(request);
+            self.send_to_background(request);
             return Ok(());
         };
         // Boxed to keep this future small: it is moved several times, and most releases send
         // nothing.
         let driven = Box::pin(self.entry.drive(request, Priority::Foreground)).await;
-        self.hand_to_background(driven.next);
+        self.send_to_background(driven.next);
         match driven.released {
             Some(Ok(false)) => Err(self.lost_error(LossReason::Taken)),
             Some(Err(error)) => Err(error),
@@ -180,19 +180,23 @@ impl LockGuard {
         }
     }
 
-    fn give_back(&mut self) -> (bool, Option<Request>) {
+    fn end_hold(&mut self) -> (bool, Option<Request>) {
         self.span = DebugSpan::default();
         self.released = true;
         let now = Moment::now();
         if self.is_recorded {
             let class = self.class.as_ref().unwrap_or(&self.entry.shard.class);
             class.held(now.since(self.since));
-            self.entry.shard.metrics.validity_left.record(self.lease.part_left(now));
+            self.entry
+                .shard
+                .metrics
+                .validity_left
+                .record(self.lease.fraction_left(now));
         }
         self.entry.released(self.lease.cycle, self.token, now)
     }
 
-    fn hand_to_background(&self, request: Option<Request>) {
+    fn send_to_background(&self, request: Option<Request>) {
         if let Some(request) = request {
             self.entry.shard.send(Job::Request {
                 entry: Arc::clone(&self.entry),
@@ -205,8 +209,8 @@ impl LockGuard {
 impl Drop for LockGuard {
     fn drop(&mut self) {
         if !self.released {
-            let (_, request) = self.give_back();
-            self.hand_to_background(request);
+            let (_, request) = self.end_hold();
+            self.send_to_background(request);
         }
     }
 }

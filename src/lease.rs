@@ -23,7 +23,7 @@ pub(crate) struct Lease {
     /// 0, or 1 + the index of the reason in [`LossReason::ALL`].
     lost: AtomicU8,
     /// Notified once, after `lost` is set.
-    told: Notify,
+    loss_notify: Notify,
 }
 
 impl Lease {
@@ -33,7 +33,7 @@ impl Lease {
             valid_until: AtomicU64::new(valid_until.as_nanos()),
             ttl: AtomicU64::new(nanos(ttl)),
             lost: AtomicU8::new(0),
-            told: Notify::new(),
+            loss_notify: Notify::new(),
         }
     }
 
@@ -61,7 +61,7 @@ impl Lease {
 
     /// Wakes the tasks that wait for the loss. Wakers are foreign code, so no lock may be held.
     pub(crate) fn notify_of_loss(&self) {
-        self.told.notify_waiters();
+        self.loss_notify.notify_waiters();
     }
 
     /// Why the lease ended, if it did.
@@ -88,7 +88,7 @@ impl Lease {
     }
 
     /// The remaining validity at `now` as a fraction of the TTL.
-    pub(crate) fn part_left(&self, now: Moment) -> f64 {
+    pub(crate) fn fraction_left(&self, now: Moment) -> f64 {
         let ttl = Duration::from_nanos(self.ttl.load(Ordering::Relaxed));
         (self.remaining(now).as_secs_f64() / ttl.as_secs_f64()).min(1.0)
     }
@@ -96,15 +96,15 @@ impl Lease {
     /// Waits for the loss.
     pub(crate) async fn lost(&self) -> LossReason {
         loop {
-            let told = self.told.notified();
-            tokio::pin!(told);
+            let loss_notify = self.loss_notify.notified();
+            tokio::pin!(loss_notify);
             // Registered before the check, so that a loss between the check and the wait is not
             // missed.
-            told.as_mut().enable();
+            loss_notify.as_mut().enable();
             if let Some(reason) = self.loss_at(Moment::now()) {
                 return reason;
             }
-            told.await;
+            loss_notify.await;
         }
     }
 }
@@ -162,17 +162,17 @@ mod tests {
 
     /// Operators see how close a lease came to its end, as a fraction of its latest TTL.
     #[test]
-    fn part_that_is_left_is_of_the_last_ttl() {
+    fn fraction_left_is_relative_to_the_last_ttl() {
         let lease = lease(at(1_000));
-        assert!((lease.part_left(at(750)) - 0.25).abs() < 1e-9);
-        assert!(lease.part_left(at(1_000)).abs() < 1e-9);
+        assert!((lease.fraction_left(at(750)) - 0.25).abs() < 1e-9);
+        assert!(lease.fraction_left(at(1_000)).abs() < 1e-9);
         lease.extend(at(4_000), Duration::from_secs(4));
-        assert!((lease.part_left(at(1_000)) - 0.75).abs() < 1e-9);
+        assert!((lease.fraction_left(at(1_000)) - 0.75).abs() < 1e-9);
         // An extension with a shorter TTL does not shorten the lease.
         lease.extend(at(3_000), TTL);
-        assert!((lease.part_left(at(1_000)) - 1.0).abs() < 1e-9);
+        assert!((lease.fraction_left(at(1_000)) - 1.0).abs() < 1e-9);
         lease.lose(LossReason::Taken);
-        assert!(lease.part_left(at(1_000)).abs() < 1e-9);
+        assert!(lease.fraction_left(at(1_000)).abs() < 1e-9);
     }
 
     #[tokio::test]

@@ -194,13 +194,13 @@ impl LockManager {
                 jobs,
             }),
         };
-        manager.listening(background).await?;
+        manager.wait_until_subscribed(background).await?;
         Ok(manager)
     }
 
     /// Waits until the connections for renewals are open and every inbox is subscribed. A grant
     /// sent to an inbox that is not subscribed would be missed.
-    async fn listening(&self, background: std::io::Result<Background>) -> Result<(), LockError> {
+    async fn wait_until_subscribed(&self, background: std::io::Result<Background>) -> Result<(), LockError> {
         let started = Moment::now();
         let shard = &self.inner.shards[0];
         let failed = |reason: String| shard.error(StoreError::Unavailable(reason.into()), "subscribe", None, started);
@@ -404,7 +404,7 @@ async fn open(
     let metrics = Arc::new(ShardMetrics::new(&shard.name));
     let started = Moment::now();
     let endpoint = Endpoint::parse(&shard.url)?;
-    let in_words = |error: StoreError| {
+    let to_lock_error = |error: StoreError| {
         let error = match error {
             StoreError::Unavailable(reason) => StoreError::Unavailable(format!("{endpoint}: {reason}").into()),
             StoreError::Refused(reason) => StoreError::Refused(format!("{endpoint}: {reason}").into()),
@@ -435,8 +435,8 @@ async fn open(
     let connected = within(started, limit, store.connect().as_mut()).await;
     let unavailable = match connected.unwrap_or_else(|_| Err(no_answer())) {
         Ok(()) => None,
-        Err(error @ StoreError::Unavailable(_)) => Some(in_words(error)),
-        Err(error) => return Err(in_words(error)),
+        Err(error @ StoreError::Unavailable(_)) => Some(to_lock_error(error)),
+        Err(error) => return Err(to_lock_error(error)),
     };
     metrics.set_up(unavailable.is_none());
     Ok(Opened {
@@ -450,7 +450,7 @@ async fn open(
 impl Inner {
     /// Passes on to the recorder what was counted since the last call.
     #[cfg(feature = "admin")]
-    pub(crate) fn tell_metrics(&self) {
+    pub(crate) fn flush_metrics(&self) {
         crate::shard::pulse::tell(&self.shards, &self.metrics);
     }
 

@@ -85,7 +85,7 @@ pub struct LockRequest {
     manager: Arc<Inner>,
     key: Result<LockKey, Box<InvalidSetting>>,
     /// Boxed to keep requests small: a request is moved several times, and most set nothing.
-    terms: Option<Box<Terms>>,
+    overrides: Option<Box<Overrides>>,
     caller: &'static Location<'static>,
 }
 
@@ -97,7 +97,7 @@ pub struct TryLockRequest(LockRequest);
 
 /// The settings that a request overrides.
 #[derive(Debug, Default, Clone)]
-struct Terms {
+struct Overrides {
     ttl: Option<Duration>,
     timeout: Option<Duration>,
     max_hold: Option<Duration>,
@@ -113,32 +113,32 @@ impl LockRequest {
         Self {
             manager,
             key: LockKey::new(key).map_err(Box::new),
-            terms: None,
+            overrides: None,
             caller: Location::caller(),
         }
     }
 
-    fn terms(&mut self) -> &mut Terms {
-        self.terms.get_or_insert_default()
+    fn overrides(&mut self) -> &mut Overrides {
+        self.overrides.get_or_insert_default()
     }
 
     /// Sets how long the lease lasts without renewal: 50 ms to 24 h. If the holder dies, the key
     /// stays locked for up to this long.
     pub fn ttl(mut self, ttl: Duration) -> Self {
-        self.terms().ttl = Some(ttl);
+        self.overrides().ttl = Some(ttl);
         self
     }
 
     /// Sets how long to wait for the lock: up to 365 days. Zero means a single try.
     pub fn timeout(mut self, limit: Duration) -> Self {
-        self.terms().timeout = Some(limit);
+        self.overrides().timeout = Some(limit);
         self
     }
 
     /// Sets how long the lease is renewed: 1 ms to 365 days. A guard that is held for longer is
     /// lost.
     pub fn max_hold(mut self, longest: Duration) -> Self {
-        self.terms().max_hold = Some(longest);
+        self.overrides().max_hold = Some(longest);
         self
     }
 
@@ -147,7 +147,7 @@ impl LockRequest {
     /// documents the effects on other processes. If several guards were served under one lease, the
     /// setting of the last one applies.
     pub fn linger(mut self, time: Duration) -> Self {
-        self.terms().linger = Some(time);
+        self.overrides().linger = Some(time);
         self
     }
 
@@ -156,14 +156,14 @@ impl LockRequest {
     /// timeout, until all its commands have failed for
     /// [`store_timeout`](crate::Config::store_timeout).
     pub fn fail_fast(mut self) -> Self {
-        self.terms().fail_fast = true;
+        self.overrides().fail_fast = true;
         self
     }
 
     /// Sets the class under which metrics count this request. Use few distinct values, and never
     /// the key.
     pub fn class(mut self, class: &str) -> Self {
-        self.terms().class = Some(class.into());
+        self.overrides().class = Some(class.into());
         self
     }
 
@@ -200,12 +200,12 @@ impl LockRequest {
 
     /// The longest time to wait.
     fn limit(&self) -> Option<Duration> {
-        let own = self.terms.as_ref().and_then(|terms| terms.timeout);
+        let own = self.overrides.as_ref().and_then(|overrides| overrides.timeout);
         own.or(self.manager.config.timeout)
     }
 
     /// The effective options: those of the request over those of the manager.
-    fn want(&self, only_try: bool) -> Result<Want, InvalidSetting> {
+    fn waiter_options(&self, only_try: bool) -> Result<Want, InvalidSetting> {
         let config = &self.manager.config;
         let mut want = Want {
             ttl: config.ttl,
@@ -219,12 +219,12 @@ impl LockRequest {
             },
             expects_rivals: false,
         };
-        if let Some(terms) = &self.terms {
-            check_overrides(terms.ttl, terms.timeout, terms.max_hold, terms.linger)?;
-            want.ttl = terms.ttl.unwrap_or(want.ttl);
-            want.max_hold = terms.max_hold.or(want.max_hold);
-            want.linger = terms.linger.map_or(want.linger, Linger::new);
-            if terms.fail_fast {
+        if let Some(overrides) = &self.overrides {
+            check_overrides(overrides.ttl, overrides.timeout, overrides.max_hold, overrides.linger)?;
+            want.ttl = overrides.ttl.unwrap_or(want.ttl);
+            want.max_hold = overrides.max_hold.or(want.max_hold);
+            want.linger = overrides.linger.map_or(want.linger, Linger::new);
+            if overrides.fail_fast {
                 want.in_outage = InOutage::Fail;
             }
         }
@@ -244,21 +244,21 @@ struct Acquiring {
     /// `None` for the default class.
     class: Option<Arc<ClassMetrics>>,
     span: DebugSpan,
-    place: Option<Place>,
+    waiter: Option<QueuedWaiter>,
     /// Created when there is something to wait for; most requests finish before that.
     timer: Option<Pin<Box<Sleep>>>,
     ended: bool,
 }
 
-/// A place in the queue, and the store request that this task drives for all waiters of the key, if
-/// any.
+/// A waiter in the queue, and the store request that this task drives for all waiters of the key,
+/// if any.
 ///
-/// Dropping it gives up the place first and the request second, so that the queue knows whether any
-/// waiter still wants the reply.
-struct Place {
+/// Dropping it removes the waiter first and drops the request second, so that the queue knows
+/// whether any waiter still wants the reply.
+struct QueuedWaiter {
     entry: Arc<Entry>,
     id: WaiterId,
-    driving: Option<Pin<Box<dyn Future<Output = Driven> + Send>>>,
+    in_flight: Option<Pin<Box<dyn Future<Output = Driven> + Send>>>,
     collected: bool,
 }
 
@@ -271,7 +271,7 @@ impl Acquiring {
             asked_at: Moment::default(),
             class: None,
             span: DebugSpan::default(),
-            place: None,
+            waiter: None,
             timer: None,
             ended: false,
         }
@@ -294,16 +294,16 @@ impl Acquiring {
     }
 
     /// Enqueues a waiter. The flag is true if its outcome is already known.
-    fn join(&self, cx: &Context<'_>) -> Result<(Place, bool), LockError> {
+    fn enqueue(&self, cx: &Context<'_>) -> Result<(QueuedWaiter, bool), LockError> {
         let key = match &self.request.key {
             Ok(key) => key,
             Err(invalid) => return Err(LockError::Invalid((**invalid).clone())),
         };
-        let want = self.request.want(self.is_try())?;
+        let want = self.request.waiter_options(self.is_try())?;
         let shard = self.request.manager.shard(key);
         let waiting = shard.load.waiters.fetch_add(1, Ordering::Relaxed);
         let limit = shard.limits.waiters;
-        let joined = if waiting >= limit {
+        let enqueued = if waiting >= limit {
             Err(LockError::TooManyWaiters {
                 key: key.to_string(),
                 waiting,
@@ -312,17 +312,17 @@ impl Acquiring {
         } else {
             shard.want(key, want, cx.waker(), self.asked_at)
         };
-        match joined {
+        match enqueued {
             Ok((entry, wanted)) => {
                 shard.metrics.waiter_came();
-                let driving = wanted.request.map(|request| drive(&entry, request));
-                let place = Place {
+                let in_flight = wanted.request.map(|request| drive(&entry, request));
+                let waiter = QueuedWaiter {
                     entry,
                     id: wanted.id,
-                    driving,
+                    in_flight,
                     collected: false,
                 };
-                Ok((place, wanted.is_settled))
+                Ok((waiter, wanted.is_settled))
             }
             Err(error) => {
                 shard.load.waiters.fetch_sub(1, Ordering::Relaxed);
@@ -333,26 +333,26 @@ impl Acquiring {
 
     /// Waits in the queue until the timeout. `None` if this is a try and the key is held or has
     /// waiters.
-    fn poll_place(&mut self, cx: &mut Context<'_>) -> Poll<Result<Option<LockGuard>, LockError>> {
+    fn poll_waiter(&mut self, cx: &mut Context<'_>) -> Poll<Result<Option<LockGuard>, LockError>> {
         let asked = self.asked();
-        let settled = match &mut self.place {
-            Some(place) => place.poll(cx, asked),
+        let settled = match &mut self.waiter {
+            Some(waiter) => waiter.poll(cx, asked),
             None => {
                 self.asked_at = Moment::now();
                 let asked = self.asked();
-                let (place, is_settled) = self.join(cx)?;
-                let place = self.place.insert(place);
+                let (waiter, is_settled) = self.enqueue(cx)?;
+                let waiter = self.waiter.insert(waiter);
                 // With neither an outcome nor a request to drive there is nothing to do: the waker
                 // is registered, and anything that happened since has woken it.
-                if place.driving.is_some() || is_settled {
-                    place.poll(cx, asked)
+                if waiter.in_flight.is_some() || is_settled {
+                    waiter.poll(cx, asked)
                 } else {
                     Poll::Pending
                 }
             }
         };
         let now = match (settled, self.request.limit()) {
-            (Poll::Ready(settled), _) => return Poll::Ready(self.settled(settled)),
+            (Poll::Ready(settled), _) => return Poll::Ready(self.finish(settled)),
             (Poll::Pending, Some(limit)) if !self.is_try() => {
                 let timer = self.timer.get_or_insert_with(|| Box::pin(tokio::time::sleep(limit)));
                 std::task::ready!(timer.as_mut().poll(cx));
@@ -360,7 +360,7 @@ impl Acquiring {
                 // Too early by the machine's clock: tokio's clock is paused and jumped ahead while
                 // the store has yet to reply.
                 if now.since(self.asked_at) < limit
-                    && self.place.as_ref().is_some_and(|place| place.entry.awaits_store())
+                    && self.waiter.as_ref().is_some_and(|waiter| waiter.entry.awaits_store())
                 {
                     self.timer = None;
                     cx.waker().wake_by_ref();
@@ -370,17 +370,17 @@ impl Acquiring {
             }
             (Poll::Pending, _) => return Poll::Pending,
         };
-        Poll::Ready(Err(self.gave_up(now.since(self.asked_at))))
+        Poll::Ready(Err(self.give_up_error(now.since(self.asked_at))))
     }
 
-    fn settled(&mut self, settled: Settled) -> Result<Option<LockGuard>, LockError> {
+    fn finish(&mut self, settled: Settled) -> Result<Option<LockGuard>, LockError> {
         match settled {
             Settled::Granted(granted) if granted.lease.loss() == Some(LossReason::Closed) => Err(LockError::Closed),
             Settled::Granted(granted) => {
-                let Some(place) = &self.place else {
+                let Some(waiter) = &self.waiter else {
                     return Err(LockError::Closed);
                 };
-                let entry = Arc::clone(&place.entry);
+                let entry = Arc::clone(&waiter.entry);
                 let waited = granted.at.since(self.asked_at);
                 let shard = &entry.shard;
                 shard.slow_log.waited(
@@ -409,7 +409,7 @@ impl Acquiring {
     }
 
     #[cold]
-    fn tell_of(&self, error: &LockError) {
+    fn report_error(&self, error: &LockError) {
         if let Some(limit) = Limit::of(error) {
             self.request.manager.metrics.rejected(limit);
         }
@@ -421,17 +421,17 @@ impl Acquiring {
 
     /// The timeout has passed. During an outage the error is that of the shard, since the holder is
     /// not the reason.
-    fn gave_up(&self, waited: Duration) -> LockError {
-        let trouble = self.place.as_ref().and_then(|place| place.entry.trouble());
+    fn give_up_error(&self, waited: Duration) -> LockError {
+        let trouble = self.waiter.as_ref().and_then(|waiter| waiter.entry.trouble());
         trouble.map_or_else(|| self.timed_out(waited), |error| error.after(waited))
     }
 
     fn timed_out(&self, waited: Duration) -> LockError {
         let key = self.key().map(ToString::to_string).unwrap_or_default();
         let shard = self
-            .place
+            .waiter
             .as_ref()
-            .map(|place| place.entry.shard.name.to_string())
+            .map(|waiter| waiter.entry.shard.name.to_string())
             .unwrap_or_default();
         LockError::Timeout {
             key,
@@ -446,8 +446,12 @@ impl Future for Acquiring {
     type Output = Result<Option<LockGuard>, LockError>;
 
     fn poll(mut self: Pin<&mut Self>, cx: &mut Context<'_>) -> Poll<Self::Output> {
-        if self.place.is_none() {
-            let class = self.request.terms.as_ref().and_then(|terms| terms.class.as_deref());
+        if self.waiter.is_none() {
+            let class = self
+                .request
+                .overrides
+                .as_ref()
+                .and_then(|overrides| overrides.class.as_deref());
             let class = self.request.manager.metrics.classes.get(class);
             self.class = class;
             if let Some(key) = self.key() {
@@ -456,7 +460,7 @@ impl Future for Acquiring {
             }
         }
         let span = std::mem::take(&mut self.span);
-        let polled = span.in_scope(|| self.poll_place(cx));
+        let polled = span.in_scope(|| self.poll_waiter(cx));
         let Poll::Ready(mut result) = polled else {
             self.span = span;
             return Poll::Pending;
@@ -468,21 +472,21 @@ impl Future for Acquiring {
         self.ended = true;
         if let Err(error) = &result {
             self.class().ended(Ending::of(error));
-            self.tell_of(error);
+            self.report_error(error);
         }
-        // Give the place up now rather than when the future is dropped.
-        self.place = None;
+        // Remove the waiter now rather than when the future is dropped.
+        self.waiter = None;
         Poll::Ready(result)
     }
 }
 
 impl Drop for Acquiring {
     fn drop(&mut self) {
-        if !self.ended && self.place.is_some() {
+        if !self.ended && self.waiter.is_some() {
             self.class().ended(Ending::Cancelled);
-            if let (Some(place), Some(key)) = (&self.place, self.key()) {
+            if let (Some(waiter), Some(key)) = (&self.waiter, self.key()) {
                 let waited = Moment::now().since(self.asked_at);
-                let shard = &place.entry.shard;
+                let shard = &waiter.entry.shard;
                 shard
                     .slow_log
                     .waited(waited, key, &shard.name, self.request.caller, WaitOutcome::Cancelled);
@@ -491,13 +495,13 @@ impl Drop for Acquiring {
     }
 }
 
-impl Place {
+impl QueuedWaiter {
     fn poll(&mut self, cx: &mut Context<'_>, asked: Asked) -> Poll<Settled> {
-        while let Some(driving) = &mut self.driving {
-            let Poll::Ready(driven) = driving.as_mut().poll(cx) else {
+        while let Some(in_flight) = &mut self.in_flight {
+            let Poll::Ready(driven) = in_flight.as_mut().poll(cx) else {
                 break;
             };
-            self.driving = None;
+            self.in_flight = None;
             match driven.next {
                 // This waiter has its outcome; the next request is for other waiters.
                 Some(request) if self.entry.is_settled(self.id) => {
@@ -506,7 +510,7 @@ impl Place {
                         request,
                     });
                 }
-                Some(request) => self.driving = Some(drive(&self.entry, request)),
+                Some(request) => self.in_flight = Some(drive(&self.entry, request)),
                 None => {}
             }
         }
@@ -521,7 +525,7 @@ fn drive(entry: &Arc<Entry>, request: crate::queue::Request) -> Pin<Box<dyn Futu
     Box::pin(async move { entry.drive(request, Priority::Foreground).await })
 }
 
-impl Drop for Place {
+impl Drop for QueuedWaiter {
     fn drop(&mut self) {
         let shard = &self.entry.shard;
         shard.load.waiters.fetch_sub(1, Ordering::Relaxed);
@@ -592,25 +596,25 @@ impl TryLockRequest {
 
     /// See [`LockRequest::ttl`].
     pub fn ttl(mut self, ttl: Duration) -> Self {
-        self.0.terms().ttl = Some(ttl);
+        self.0.overrides().ttl = Some(ttl);
         self
     }
 
     /// See [`LockRequest::max_hold`].
     pub fn max_hold(mut self, longest: Duration) -> Self {
-        self.0.terms().max_hold = Some(longest);
+        self.0.overrides().max_hold = Some(longest);
         self
     }
 
     /// See [`LockRequest::linger`].
     pub fn linger(mut self, time: Duration) -> Self {
-        self.0.terms().linger = Some(time);
+        self.0.overrides().linger = Some(time);
         self
     }
 
     /// See [`LockRequest::class`].
     pub fn class(mut self, class: &str) -> Self {
-        self.0.terms().class = Some(class.into());
+        self.0.overrides().class = Some(class.into());
         self
     }
 }

@@ -69,7 +69,7 @@ pub(super) fn page(path: &str, renderer: &Renderer, manager: Option<&Inner>) -> 
 /// are written here because a recorder can't remove keys that are no longer hot.
 pub(super) fn metrics(renderer: &Renderer, manager: Option<&Inner>) -> String {
     if let Some(manager) = manager {
-        manager.tell_metrics();
+        manager.flush_metrics();
     }
     let mut page = (renderer.render)();
     if let Some(manager) = manager.filter(|manager| manager.config.hot_key_metrics)
