@@ -162,7 +162,7 @@ on_each_store! { on(redis_nodes, own);
 }
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
-async fn what_is_held_is_shown_oldest_first_with_its_place_and_what_waits() {
+async fn held_locks_are_listed_oldest_first_with_caller_and_waiters() {
     let (locks, admin) = serve(LockManager::builder().named_shard("m", "memory://admin-held")).await;
     let line = line!() + 1;
     let old = locks.lock("old").await.unwrap();

@@ -77,7 +77,7 @@ on_each_store! {
         store.is_empty(&locks, "k").await;
     }
 
-    async fn one_of_many_local_waiters_goes_away_and_the_others_are_served(store: &TestStore) {
+    async fn dropped_local_waiter_does_not_delay_the_others(store: &TestStore) {
         let (locks, others) = (store.manager().await, store.manager().await);
         let guard = lock(&others, "k").await;
         let mut waiting: Vec<_> = (0..40)
@@ -102,7 +102,7 @@ on_each_store! {
         store.is_empty(&locks, "k").await;
     }
 
-    async fn whoever_goes_away_in_the_moment_it_is_woken_passes_the_lock_on(store: &TestStore) {
+    async fn waiter_dropped_while_being_woken_passes_the_lock_on(store: &TestStore) {
         let (locks, others) = (store.manager().await, store.manager().await);
         for race in 0..RACES {
             // Half of the races are within a process, the other half between processes.

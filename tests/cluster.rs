@@ -154,7 +154,7 @@ async fn a_lock_costs_two_script_calls_and_a_hand_off_two_and_a_publish() {
 }
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
-async fn who_waits_while_the_slot_moves_is_served_and_the_lease_lives_on() {
+async fn waiter_is_served_and_lease_survives_while_the_slot_moves() {
     let cluster = Cluster::start(3, 0);
     let short = || builder(&cluster).ttl(Duration::from_secs(2)).connect();
     let (one, other) = (short().await.expect("connect"), short().await.expect("connect"));

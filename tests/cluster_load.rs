@@ -117,7 +117,7 @@ fn migrate(cluster: &Cluster, until: Instant) -> u64 {
 }
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
-async fn nobody_overlaps_or_is_forgotten_while_slots_move_and_a_primary_dies() {
+async fn holders_never_overlap_and_waiters_are_served_while_slots_move_and_a_primary_dies() {
     let seconds = std::env::var("LOCKTEST_CLUSTER_SECONDS").map_or(15, |seconds| seconds.parse().expect("a number"));
     let cluster = Arc::new(Cluster::start(3, 3));
     let (ledgers, findings): (Arc<Vec<Ledger>>, Arc<Findings>) =

@@ -31,7 +31,7 @@ on_each_store! {
     on(redis sentinel cluster, own);
 
     /// A waiter would retry only after ten seconds; the holder renews every two.
-    async fn who_waits_for_a_key_that_was_deleted_has_it_when_the_holders_renewal_finds_out(store: &TestStore) {
+    async fn waiter_gets_a_deleted_key_once_the_holders_renewal_detects_it(store: &TestStore) {
         let builder = || store.builder().ttl(Duration::from_secs(20)).store_timeout(Duration::from_secs(5));
         let holder = builder().connect().await.expect("connect");
         let other = builder().connect().await.expect("connect");
@@ -50,7 +50,7 @@ on_each_store! {
 
     /// The queue is deleted as well, so a renewal can't discover the waiter. The health check of
     /// the shard, every three seconds, does.
-    async fn who_waits_on_a_server_that_was_emptied_asks_again_after_the_next_look(store: &TestStore) {
+    async fn waiter_on_an_emptied_server_asks_again_after_the_next_probe(store: &TestStore) {
         let builder = || store.builder().ttl(Duration::from_secs(20)).store_timeout(Duration::from_secs(5));
         let holder = builder().connect().await.expect("connect");
         let other = builder().connect().await.expect("connect");

@@ -157,7 +157,7 @@ async fn the_limit_of_keys_is_one_for_all_shards() {
 }
 
 #[tokio::test]
-async fn what_a_request_asks_for_is_checked_against_the_bounds_of_the_configuration() {
+async fn request_options_are_checked_against_the_bounds_of_the_configuration() {
     let locks = LockManager::connect("memory://limit-bounds").await.unwrap();
     let refused = |error: LockError| {
         assert!(matches!(error, LockError::Invalid(_)), "{error:?}");

@@ -96,7 +96,7 @@ fn use_by(locker: &mut Locker) -> u64 {
 }
 
 on_each_store! {
-    async fn the_lease_stays_and_the_next_guard_has_a_larger_token_under_it(store: &TestStore) {
+    async fn lingering_lease_is_reused_with_a_larger_token(store: &TestStore) {
         let locks = keeper(store).await;
         let mut last = use_once(&locks, "k").await;
         let lease = owner(&locks, "k").await.expect("the lease lingers");
@@ -121,7 +121,7 @@ on_each_store! {
         drop(guard);
     }
 
-    async fn who_waits_in_another_process_gets_it_at_once(store: &TestStore) {
+    async fn lingering_lease_goes_to_a_waiter_in_another_process_at_once(store: &TestStore) {
         let one = connect(seldom_renewed(store).linger(LONG)).await;
         let other = connect(patient(store)).await;
         let mut last = 0;
@@ -137,7 +137,7 @@ on_each_store! {
         }
     }
 
-    async fn a_try_in_another_process_finds_it_held_and_leaves_it(store: &TestStore) {
+    async fn try_in_another_process_finds_a_lingering_lease_held(store: &TestStore) {
         let (one, other) = (keeper(store).await, connect(patient(store)).await);
         use_once(&one, "k").await;
         for _ in 0..3 {
@@ -149,7 +149,7 @@ on_each_store! {
         assert_eq!(kept(&one), 1);
     }
 
-    async fn it_ends_in_its_time_and_leaves_nothing(store: &TestStore) {
+    async fn lingering_lease_expires_and_is_deleted(store: &TestStore) {
         let linger = Duration::from_millis(400);
         let locks = connect(patient(store).linger(linger)).await;
         let started = Instant::now();
@@ -160,7 +160,7 @@ on_each_store! {
         assert!(locks.shards().iter().all(|shard| shard.leases == 0));
     }
 
-    async fn it_is_renewed_for_as_long_as_it_stays(store: &TestStore) {
+    async fn lingering_lease_is_renewed(store: &TestStore) {
         let locks = connect(patient(store).ttl(store.short_ttl()).linger(LONG)).await;
         let other = connect(patient(store)).await;
         use_once(&locks, "k").await;
@@ -175,7 +175,7 @@ on_each_store! {
         guard.release().await.expect("the lease was ours throughout");
     }
 
-    async fn a_request_may_ask_for_another_time_than_the_manager(store: &TestStore) {
+    async fn request_may_set_another_linger_time_than_the_manager(store: &TestStore) {
         let locks = connect(patient(store)).await;
         locks.lock("k").linger(LONG).await.expect("lock").release().await.expect("release");
         assert!(owner(&locks, "k").await.is_some());
@@ -192,7 +192,7 @@ on_each_store! {
         assert!(error.to_string().contains("linger is 3601s, but must be from 0s to 1h"), "{error}");
     }
 
-    async fn a_shutdown_gives_it_back_at_once(store: &TestStore) {
+    async fn shutdown_releases_a_lingering_lease_at_once(store: &TestStore) {
         let (one, other) = (connect(seldom_renewed(store).linger(LONG)).await, connect(patient(store)).await);
         use_once(&one, "k").await;
         one.shutdown().await;
@@ -200,7 +200,7 @@ on_each_store! {
         assert!(matches!(one.lock("k").await, Err(LockError::Closed)));
     }
 
-    async fn the_end_of_the_last_handle_gives_it_back_at_once(store: &TestStore) {
+    async fn dropping_the_last_handle_releases_a_lingering_lease_at_once(store: &TestStore) {
         let (one, other) = (connect(seldom_renewed(store).linger(LONG)).await, connect(patient(store)).await);
         use_once(&one, "idle").await;
         let guard = lock(&one, "held").await;
@@ -213,7 +213,7 @@ on_each_store! {
         store.is_clean().await;
     }
 
-    async fn tasks_that_give_up_do_not_end_it(store: &TestStore) {
+    async fn tasks_that_give_up_do_not_end_a_lingering_lease(store: &TestStore) {
         let locks = keeper(store).await;
         let guard = lock(&locks, "k").await;
         let lease = guard.owner();
@@ -235,7 +235,7 @@ on_each_store! {
         assert_eq!((kept(&locks), owner(&locks, "k").await), (1, Some(lease)));
     }
 
-    async fn tasks_and_managers_that_all_keep_leases_exclude_one_another(store: &TestStore) {
+    async fn tasks_and_managers_with_lingering_leases_exclude_one_another(store: &TestStore) {
         let managers = [keeper(store).await, connect(patient(store).linger(Duration::from_millis(5))).await];
         let shared = std::sync::Arc::new(std::sync::Mutex::new((false, 0_u64)));
         let mut tasks = tokio::task::JoinSet::new();
@@ -269,7 +269,7 @@ async fn store_has_no(locks: &LockManager, key: &str) {
 on_each_store! {
     on(servers);
 
-    async fn the_key_of_a_killed_process_that_kept_it_is_locked_until_its_lease_ends(store: &TestStore) {
+    async fn lingering_lease_of_a_killed_process_locks_its_key_until_it_expires(store: &TestStore) {
         let ttl = 2 * store.short_ttl();
         let mut lockers = store.lockers_with(1, ttl, &[("LOCKTEST_LINGER", "3600000")]);
         let token = use_by(&mut lockers[0]);
@@ -292,7 +292,7 @@ on_each_store! {
         guard.release().await.expect("release");
     }
 
-    async fn one_that_an_administrator_deleted_goes_to_nobody_and_is_no_loss(store: &TestStore) {
+    async fn deleted_lingering_lease_is_not_reused_and_is_no_loss(store: &TestStore) {
         let locks = connect(patient(store).ttl(store.short_ttl()).linger(LONG)).await;
         let token = use_once(&locks, "k").await;
         store.servers().delete(&store.lease("k"));
@@ -304,7 +304,7 @@ on_each_store! {
         guard.release().await.expect("the lock was held");
     }
 
-    async fn two_processes_that_keep_leases_take_turns(store: &TestStore) {
+    async fn two_processes_with_lingering_leases_take_turns(store: &TestStore) {
         let mut lockers = store.lockers_with(2, Duration::from_secs(3), &[("LOCKTEST_LINGER", "3600000")]);
         let mut last = 0;
         for round in 0..20 {
@@ -324,7 +324,7 @@ on_each_store! {
 on_each_store! {
     on(pausable, own);
 
-    async fn the_next_lock_needs_no_server(store: &TestStore) {
+    async fn lock_under_a_lingering_lease_needs_no_server(store: &TestStore) {
         let locks = keeper(store).await;
         use_once(&locks, "k").await;
         store.servers().stand_still();
@@ -359,7 +359,7 @@ on_each_store! {
 on_each_store! {
     on(redis, own);
 
-    async fn it_is_not_used_again_after_a_server_that_lost_it_was_started_anew(store: &TestStore) {
+    async fn lingering_lease_is_not_reused_after_its_server_lost_it(store: &TestStore) {
         let locks = connect(seldom_renewed(store).linger(LONG)).await;
         let other = connect(patient(store)).await;
         let token = use_once(&locks, "k").await;
@@ -406,7 +406,7 @@ on_each_store! {
 
     /// A client of another library can't ask for the key. The key stays taken until the linger time
     /// is over.
-    async fn another_librarys_client_finds_it_taken(store: &TestStore) {
+    async fn client_of_another_library_finds_a_lingering_lease_taken(store: &TestStore) {
         let locks = connect(patient(store).linger(Duration::from_secs(2))).await;
         use_once(&locks, "k").await;
         let take = || store.servers().command(&["SET", "lock:k", "theirs", "NX", "PX", "60000"]);
@@ -418,7 +418,7 @@ on_each_store! {
 
 /// Lingering leases are evicted for new keys; held ones are not.
 #[tokio::test]
-async fn new_keys_take_the_place_of_what_is_kept() {
+async fn new_keys_evict_lingering_leases() {
     let locks = connect(
         LockManager::builder()
             .shard("memory://linger-room")

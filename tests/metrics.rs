@@ -350,7 +350,7 @@ async fn a_refusal_is_counted_under_its_limit() {
 }
 
 #[tokio::test]
-async fn what_is_held_and_waited_for_the_longest_is_told() {
+async fn longest_hold_and_wait_are_reported() {
     let locks = builder("oldest", "memory://metrics-oldest").connect().await.unwrap();
     let guard = lock(&locks, "k").await;
     let waiting = tokio::spawn({

@@ -393,7 +393,7 @@ async fn a_lease_that_lingers_goes_on_after_a_failover_that_kept_it() {
 
 /// The next renewal is minutes away.
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
-async fn who_holds_a_lock_that_a_failover_lost_is_told_when_the_new_primary_is_there() {
+async fn holder_learns_of_a_lock_that_a_failover_lost() {
     let watched = Watched::start(1);
     watched.has_replicas(1);
     watched.cut_replication();

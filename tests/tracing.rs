@@ -338,7 +338,7 @@ async fn a_long_hold_is_told_while_it_lasts() {
 }
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
-async fn what_is_not_a_push_is_told_and_shown_at_debug_only() {
+async fn malformed_inbox_message_is_shown_at_debug_level_only() {
     let listener = listener();
     let server = RedisServer::start();
     let locks = LockManager::builder().named_shard("strange", server.url());

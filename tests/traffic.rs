@@ -108,7 +108,7 @@ on_each_store! {
         hand_offs_cost_two_calls_and_one_message(store, 32).await;
     }
 
-    async fn whoever_waits_sends_nothing(store: &TestStore) {
+    async fn waiter_sends_nothing(store: &TestStore) {
         let server = store.server();
         let holder = connect(store, LONG_TTL).await;
         let guard = lock(&holder, "k").await;
@@ -142,7 +142,7 @@ on_each_store! {
         }
     }
 
-    async fn whoever_waits_looks_once_in_each_ttl_of_the_holder(store: &TestStore) {
+    async fn waiter_checks_once_per_ttl_of_the_holder(store: &TestStore) {
         let server = store.server();
         let ttl = Duration::from_millis(500);
         let holder = connect(store, ttl).await;

@@ -354,7 +354,7 @@ mod tests {
     }
 
     #[test]
-    fn what_is_shown_of_a_value_has_a_limit() {
+    fn echoed_value_is_truncated() {
         assert_eq!(echo(&"é".repeat(81)), format!("{:?}...", "é".repeat(80)));
         assert_eq!(echo("a:b\n"), "\"a:b\\n\"");
         assert_eq!(echo("redis://:s3cret@host"), "\"redis://:***@host\"");

@@ -93,7 +93,7 @@ mod tests {
     use super::*;
 
     #[test]
-    fn nothing_took_no_time() {
+    fn empty_histogram_has_zero_quantiles() {
         assert_eq!(AtomicHistogram::default().quantile(0.99), Duration::ZERO);
         assert_eq!(Histogram::default().quantile(0.99), Duration::ZERO);
     }

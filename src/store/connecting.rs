@@ -101,7 +101,7 @@ mod tests {
     }
 
     #[tokio::test]
-    async fn all_who_ask_meanwhile_share_one_attempt_and_later_ones_have_their_own() {
+    async fn concurrent_callers_share_one_attempt_and_later_ones_have_their_own() {
         let connecting = Arc::new(Connecting::default());
         let attempts = Arc::new(Attempts::default());
         for number in 1..=2 {

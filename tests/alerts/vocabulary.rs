@@ -120,7 +120,7 @@ async fn rules_and_their_tests_are_about_series_that_there_are() {
 }
 
 #[test]
-fn what_operators_read_names_metrics_and_alerts_that_there_are() {
+fn documents_name_only_existing_metrics_and_alerts() {
     let alerts: BTreeSet<_> = rules::alerts().iter().map(|rule| rule.name.as_str()).collect();
     for rule in rules::alerts() {
         let words = rule

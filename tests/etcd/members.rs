@@ -35,7 +35,7 @@ async fn a_member_that_is_gone_does_not_matter() {
 }
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
-async fn nobody_holds_a_lock_beside_another_while_members_come_and_go() {
+async fn holders_never_overlap_while_members_come_and_go() {
     const MANAGERS: usize = 4;
     const TASKS_PER_MANAGER: usize = 2;
     let etcd = Etcd::start_members(3).await;

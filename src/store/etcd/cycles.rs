@@ -285,7 +285,7 @@ mod tests {
     }
 
     #[test]
-    fn what_is_confirmed_of_a_lease_ends_with_it() {
+    fn confirmation_of_a_lease_ends_with_it() {
         let cycles = CycleLeases::new();
         let lease = cycles.open(Cycle::of(2), Duration::from_secs(1), NOW);
         assert_eq!(cycles.confirmed_at(Cycle::of(2), lease), None);

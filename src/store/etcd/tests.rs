@@ -112,7 +112,7 @@ async fn a_repeated_acquire_is_the_same_cycle_with_later_tokens() {
 }
 
 #[tokio::test]
-async fn what_is_executed_after_the_release_of_its_cycle_comes_to_nothing() {
+async fn late_request_of_a_released_cycle_has_no_effect() {
     let bench = Bench::new().await;
     let (store, _pushes) = bench.store(1);
     bench.join(&store, 2).await;

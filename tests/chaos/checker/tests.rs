@@ -310,7 +310,7 @@ fn request_that_starves_while_others_are_served_is_found() {
 }
 
 #[test]
-fn what_is_left_is_found() {
+fn leftover_key_is_found() {
     assert_finds(
         &format!("{GOOD}\n 99 nemesis 0 left lock:k is on a server"),
         &["left-behind"],
