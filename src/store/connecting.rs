@@ -121,7 +121,7 @@ mod tests {
     }
 
     #[tokio::test]
-    async fn attempt_goes_on_without_whoever_asked_for_it() {
+    async fn attempt_continues_after_its_caller_was_dropped() {
         let connecting = Connecting::default();
         let attempts = Arc::new(Attempts::default());
         let ask = || connecting.attempt(None, || Arc::clone(&attempts).attempt());

@@ -127,7 +127,7 @@ impl StoredMap {
     /// # Errors
     ///
     /// The shard has a different map.
-    pub(crate) fn look(&self, stored: Option<&str>) -> Result<(), StoreError> {
+    pub(crate) fn check_or_forget(&self, stored: Option<&str>) -> Result<(), StoreError> {
         if self.check(stored)? != MapState::Ours {
             self.forget();
         }

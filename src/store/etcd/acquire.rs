@@ -119,7 +119,7 @@ async fn is_taken(shared: &Shared, link: &Link, contender: &Contender) -> Result
         client.get(contender.prefix.as_str(), Some(only_first)).await
     };
     let (found, _) = link.request(read).await.map_err(EtcdError::into_store_error)?;
-    shared.saw(found.header());
+    shared.observe_revision(found.header());
     Ok(queue::first(&found).is_some())
 }
 
@@ -210,7 +210,7 @@ pub(super) async fn move_to(
             client.txn(moving).await
         };
         let (reply, _) = link.request(send).await?;
-        shared.saw(reply.header());
+        shared.observe_revision(reply.header());
         let is_there = reply.succeeded()
             || first_in(reply.op_responses().first())
                 .is_some_and(|now| now.create_revision == seen.create_revision && now.lease == lease.id);
@@ -329,7 +329,7 @@ async fn run(
 ) -> Result<(TxnResponse, bool), EtcdError> {
     let send = async |mut client: etcd_client::Client| client.txn(transaction(lease)).await;
     let (reply, repeated) = link.request(send).await?;
-    shared.saw(reply.header());
+    shared.observe_revision(reply.header());
     Ok((reply, repeated))
 }
 

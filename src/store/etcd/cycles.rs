@@ -61,7 +61,7 @@ pub(super) struct EtcdLease {
 
 impl EtcdLease {
     /// A lease that etcd has reported and that has no record.
-    pub(super) const fn of_nobody(id: i64) -> Self {
+    pub(super) const fn without_record(id: i64) -> Self {
         Self {
             id,
             secs: PRUNE_SLACK.as_secs(),

@@ -25,7 +25,7 @@ pub(super) async fn inspect(shared: Arc<Shared>, link: Arc<Link>, key: LockKey) 
         client.get(prefix.as_str(), Some(options)).await
     };
     let (found, _) = link.request(read).await.map_err(EtcdError::into_store_error)?;
-    shared.saw(found.header());
+    shared.observe_revision(found.header());
     let mut members = found.kvs().iter();
     let Some(owner) = members.next() else {
         return Ok(KeyState {

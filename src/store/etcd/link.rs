@@ -76,7 +76,7 @@ const PAUSE_MIN: Duration = Duration::from_millis(5);
 const PAUSE_MAX: Duration = Duration::from_millis(100);
 
 impl Servers {
-    pub(super) fn saw(&self, revision: i64) {
+    pub(super) fn observe_revision(&self, revision: i64) {
         self.revision
             .fetch_max(u64::try_from(revision).unwrap_or(0), Ordering::AcqRel);
     }
@@ -215,7 +215,7 @@ impl Link {
             // The map was deleted, while this manager may hold leases there.
             map::step(servers, &client, MapStep::Confirm).await?;
         }
-        servers.saw(reply.header().map_or(0, etcd_client::ResponseHeader::revision));
+        servers.observe_revision(reply.header().map_or(0, etcd_client::ResponseHeader::revision));
         Ok(client)
     }
 
@@ -231,7 +231,7 @@ impl Link {
     }
 
     /// Waits until the connection is abandoned. Whatever still uses it must then move elsewhere.
-    pub(super) async fn is_left(&self, live: &Live) {
+    pub(super) async fn abandoned(&self, live: &Live) {
         loop {
             let given_up = self.given_up.notified();
             let current = self.current.lock().as_ref().map(|live| live.generation);

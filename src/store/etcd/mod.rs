@@ -105,9 +105,9 @@ impl Shared {
         }
     }
 
-    fn saw(&self, header: Option<&etcd_client::ResponseHeader>) {
+    fn observe_revision(&self, header: Option<&etcd_client::ResponseHeader>) {
         self.servers
-            .saw(header.map_or(0, etcd_client::ResponseHeader::revision));
+            .observe_revision(header.map_or(0, etcd_client::ResponseHeader::revision));
     }
 }
 

@@ -78,7 +78,7 @@ async fn leave(
             .await
     };
     let (reply, repeated) = link.request(send).await?;
-    shared.saw(reply.header());
+    shared.observe_revision(reply.header());
     let replies = reply.op_responses();
     let first_is_ours = first_in(replies.first()).is_some_and(|first| first.is(&leaving.name));
     end.also(replies.get(1));
@@ -142,7 +142,7 @@ impl RevokeAtTheEnd<'_> {
         let ids = deleted.prev_kvs().iter().map(etcd_client::KeyValue::lease);
         for id in ids.filter(|&id| id != 0) {
             if self.leases.iter().all(|lease| lease.id != id) {
-                self.leases.push(EtcdLease::of_nobody(id));
+                self.leases.push(EtcdLease::without_record(id));
             }
         }
     }

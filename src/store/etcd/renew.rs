@@ -310,7 +310,7 @@ async fn read_owners(shared: &Shared, part: &[&mut Renewing]) -> Result<Vec<Opti
         client.txn(Txn::new().and_then(reads)).await
     };
     let (reply, _) = shared.background.request(send).await?;
-    shared.saw(reply.header());
+    shared.observe_revision(reply.header());
     let confirmed = ConfirmedIn::of(reply.header());
     let replies = reply.op_responses();
     let seen = part.iter().zip(&replies).map(|(one, reply)| {

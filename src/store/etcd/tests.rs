@@ -132,7 +132,7 @@ async fn late_request_of_a_released_cycle_has_no_effect() {
 }
 
 #[tokio::test]
-async fn a_cycle_that_nobody_remembers_is_found_on_the_server() {
+async fn cycle_without_a_record_is_found_on_the_server() {
     let bench = Bench::new().await;
     let (store, _pushes) = bench.store(1);
     bench.join(&store, 2).await;

@@ -62,12 +62,12 @@ impl Wait {
             before,
             seen_at,
             // The request that leads here has just renewed it.
-            keep_at: Moment::now() + keep_every(lease),
+            keep_at: Moment::now() + renew_interval(lease),
         }
     }
 }
 
-fn keep_every(lease: EtcdLease) -> Duration {
+fn renew_interval(lease: EtcdLease) -> Duration {
     Duration::from_secs(lease.secs) / KEEP_EVERY
 }
 
@@ -75,7 +75,7 @@ impl Waits {
     pub(super) fn add(&self, cycle: Cycle, wait: Wait) {
         let mut inner = self.inner.lock();
         inner.by_cycle.insert(cycle, wait);
-        inner.tell(cycle);
+        inner.mark_changed(cycle);
         drop(inner);
         self.changed.notify_one();
         self.added.notify_one();
@@ -84,7 +84,7 @@ impl Waits {
     pub(super) fn remove(&self, cycle: Cycle) {
         let mut inner = self.inner.lock();
         if inner.by_cycle.remove(&cycle).is_some() {
-            inner.tell(cycle);
+            inner.mark_changed(cycle);
             drop(inner);
             self.changed.notify_one();
         }
@@ -124,7 +124,7 @@ impl Waits {
         let mut next: Option<Moment> = None;
         for (&cycle, wait) in &mut inner.by_cycle {
             if wait.keep_at <= now + KEEP_TOGETHER {
-                wait.keep_at = now + keep_every(wait.lease);
+                wait.keep_at = now + renew_interval(wait.lease);
                 due.push((cycle, wait.key.clone(), wait.lease));
             }
             next = Some(next.map_or(wait.keep_at, |next| next.min(wait.keep_at)));
@@ -134,7 +134,7 @@ impl Waits {
 }
 
 impl Inner {
-    fn tell(&mut self, cycle: Cycle) {
+    fn mark_changed(&mut self, cycle: Cycle) {
         if self.watched {
             self.changed.insert(cycle);
         }

@@ -63,7 +63,7 @@ pub(super) async fn watch(shared: Arc<Shared>, pushes: UnboundedSender<Push>) {
                 let mut confirmed = false;
                 let end = tokio::select! {
                     end = follow(&shared, sender, stream, &pushes, &mut confirmed) => end,
-                    () = shared.background.is_left(&live) => End::Broken("the connection gave no answer".to_owned()),
+                    () = shared.background.abandoned(&live) => End::Broken("the connection gave no answer".to_owned()),
                 };
                 shared.waits.unwatch();
                 if !matches!(end, End::Refused(_)) {

@@ -192,7 +192,7 @@ async fn answer_of_a_door_that_has_lost_its_vote_does_not_count() {
 /// The first node is asked, but does not lead to a lock. Whatever it has of the cycle is released
 /// later, and until then its replies about the cycle do not count. The second node takes its place.
 #[tokio::test]
-async fn node_that_refuses_is_passed_over_and_is_owed_a_release() {
+async fn node_that_refuses_is_skipped_and_gets_a_pending_release() {
     let bench = Bench::new().await;
     bench.servers[0].command(&["SET", &bench.nodes[0].store.queue_name(&key()), "not a queue"]);
     bench.hold(2).await;
@@ -288,7 +288,7 @@ async fn sequencer_alone_is_no_majority() {
 
 /// A task may be cancelled at any time. What it has sent is recorded, so that a release follows.
 #[tokio::test]
-async fn request_that_is_dropped_midway_owes_its_door_a_release() {
+async fn request_dropped_midway_leaves_a_pending_release_at_its_sequencer() {
     let bench = Bench::new().await;
     bench.servers[0].stop();
     tokio::select! {
@@ -343,7 +343,7 @@ async fn extension_that_finds_no_majority_gives_nothing_back() {
 
 /// If every node refuses, the application receives the reason.
 #[tokio::test]
-async fn refusal_of_all_nodes_is_told_with_its_reason() {
+async fn refusal_of_all_nodes_is_reported_with_its_reason() {
     let bench = Bench::new().await;
     for (node, server) in bench.nodes.iter().zip(&bench.servers) {
         server.command(&["SET", &node.store.queue_name(&key()), "not a queue"]);

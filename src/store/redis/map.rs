@@ -29,7 +29,7 @@ pub(super) fn check(map: &StoredMap, reply: &Value) -> Result<MapState, StoreErr
 
 /// The same for a health probe, which holds nothing.
 pub(super) fn look(map: &StoredMap, reply: &Value) -> Result<(), StoreError> {
-    map.look(stored(map, reply)?.as_deref())
+    map.check_or_forget(stored(map, reply)?.as_deref())
 }
 
 fn stored(map: &StoredMap, reply: &Value) -> Result<Option<String>, StoreError> {
