@@ -67,12 +67,12 @@ fn every_alert_says_how_bad_it_is_and_what_to_do() {
 }
 
 #[test]
-fn the_readme_lists_the_alerts() {
-    let readme = include_str!("../../README.md");
+fn the_page_on_operations_lists_the_alerts() {
+    let page = include_str!("../../docs/operations.md");
     for rule in rules::alerts() {
         assert!(
-            readme.contains(&format!("`{}`", rule.name)),
-            "README.md does not mention {}",
+            page.contains(&format!("`{}`", rule.name)),
+            "docs/operations.md does not mention {}",
             rule.name
         );
     }

@@ -1,4 +1,4 @@
-//! Several processes in one view, and the picture of it for the README.
+//! Several processes in one view, and the picture of it for `docs/cli.md`.
 
 use std::fmt::Write;
 use std::fs;

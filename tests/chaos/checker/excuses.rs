@@ -17,31 +17,31 @@ pub struct Excuse {
 pub const EXCUSES: &[Excuse] = &[
     Excuse {
         name: "crash-without-persistence",
-        source: "README, kinds of shards: on a single primary without persistence a crash forgets all leases",
+        source: "docs/guarantees.md, a single primary: without persistence, a crash forgets all leases",
         faults: &["crash-server"],
         violations: &["overlap", "vanished"],
         also_confirmed: true,
     },
     Excuse {
         name: "failover-without-confirmation",
-        source: "README, kinds of shards: a failover can forget a lease that the promoted replica had not received, unless \
-                 min_replicas_acked is the number of replicas",
+        source: "docs/guarantees.md, a failover and waiting for replicas: a failover can forget a lease that the promoted \
+                 replica had not received, unless min_replicas_acked is the number of replicas",
         faults: &["switch-over", "failover", "crash-primary", "hung-primary"],
         violations: &["overlap", "vanished"],
         also_confirmed: false,
     },
     Excuse {
         name: "deleted-by-hand",
-        source: "README, what is promised: a holder whose lease was deleted learns of it at its next renewal; linger: tokens until then \
-                 are smaller than later ones of others",
+        source: "docs/guarantees.md, what is not promised: a holder whose lease was deleted learns of it at its next \
+                 renewal; docs/linger.md: tokens until then are smaller than later ones of others",
         faults: &["delete-lease", "flush-all"],
         violations: &["overlap", "vanished", "token-order"],
         also_confirmed: true,
     },
     Excuse {
         name: "server-clock-jump",
-        source: "README, what is promised: the server decides on the end of a lease by its own clock; tokens grow on servers whose \
-                 clocks agree",
+        source: "docs/guarantees.md, what is not promised and tokens across a failover: the server decides on the end of a \
+                 lease by its own clock; tokens grow on servers whose clocks agree",
         faults: &["clock-jump"],
         violations: &["overlap", "vanished", "token-order"],
         also_confirmed: true,
