@@ -1,6 +1,7 @@
 """Makes the table and the plots from the lines of all runs."""
 
 import pathlib
+import textwrap
 
 import plots
 from aggregate import middle
@@ -142,16 +143,17 @@ def section(lines):
     found = outcomes(lines)
     about = next(line["about"] for line in lines if "about" in line)
     out = ["## Comparison with the peers", ""]
-    out.append(
+    measured = (
         f"`{about['command']}` on {about['date']}, {about['machine']}, {about['cores']} cores, {' and '.join(about['servers'])} on the same "
         f"machine, {', '.join(about['languages'])}, a fresh "
         f"server for each run, {about['seconds']:g} s measured after the warm-up, the median of {about['repeat']} "
         f"run{'s' if about['repeat'] > 1 else ''} in random order (seed {about['seed']})."
     )
+    out += textwrap.wrap(measured, 100, break_long_words=False, break_on_hyphens=False)
     if about["load_average"] > about["cores"] / 2:
-        out += ["", f"**The machine was busy with other work (load average {about['load_average']} before the first run): do not compare "
-                "these figures with other runs.**"]  # fmt: skip
-    out += ["", "[peers/README.md](peers/README.md) describes the setup of each contestant and the meaning of each column.", "", summary(found), ""]
+        out += ["", f"**The machine was busy with other work (load average {about['load_average']} before the first",
+                "run): do not compare these figures with other runs.**"]  # fmt: skip
+    out += ["", "[peers/README.md](peers/README.md) describes the setup of each contestant and the meaning of each", "column.", "", summary(found), ""]
     for name, title in PLOTS:
         out += [f"![{title}](plots/{name}.svg)", ""]
     for load, row in found.items():
