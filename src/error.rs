@@ -10,6 +10,35 @@ use crate::fence::FencingToken;
 ///
 /// Messages name the key, the shard, the value and the bound, and what to do about it. They never
 /// contain a password.
+///
+/// # Examples
+///
+/// ```
+/// use std::time::Duration;
+///
+/// use shardlock::{LockError, LockManager};
+///
+/// /// What a service answers to its caller.
+/// fn status(error: &LockError) -> u16 {
+///     match error {
+///         LockError::Invalid(_) => 400,
+///         // Another holder may have run meanwhile: look at the data before trying again.
+///         LockError::Lost { .. } => 409,
+///         error if error.is_retryable() => 503,
+///         _ => 500,
+///     }
+/// }
+///
+/// # #[tokio::main(flavor = "current_thread")]
+/// # async fn main() -> Result<(), LockError> {
+/// let locks = LockManager::connect("memory://").await?;
+/// let _guard = locks.lock("k").await?;
+/// let error = locks.lock("k").timeout(Duration::from_millis(10)).await.unwrap_err();
+/// assert!(error.is_timeout());
+/// assert_eq!(status(&error), 503);
+/// assert_eq!(status(&locks.lock("").await.unwrap_err()), 400);
+/// # Ok(()) }
+/// ```
 #[derive(Debug, Clone, thiserror::Error)]
 #[non_exhaustive]
 pub enum LockError {

@@ -22,6 +22,44 @@ use std::num::NonZeroU64;
 /// restarted.
 ///
 /// Tokens of one key must not be compared across a move of the key to a shard of another kind.
+///
+/// # Examples
+///
+/// A resource that rejects late writes:
+///
+/// ```
+/// use shardlock::FencingToken;
+///
+/// #[derive(Default)]
+/// struct Resource {
+///     largest: Option<FencingToken>,
+///     value: &'static str,
+/// }
+///
+/// impl Resource {
+///     fn write(&mut self, token: FencingToken, value: &'static str) -> bool {
+///         if self.largest > Some(token) {
+///             return false;
+///         }
+///         (self.largest, self.value) = (Some(token), value);
+///         true
+///     }
+/// }
+///
+/// # #[tokio::main(flavor = "current_thread")]
+/// # async fn main() -> Result<(), shardlock::LockError> {
+/// # let locks = shardlock::LockManager::connect("memory://").await?;
+/// let mut resource = Resource::default();
+/// let first = locks.lock("k").await?;
+/// let old = first.token();
+/// first.release().await?;
+///
+/// let second = locks.lock("k").await?;
+/// assert!(resource.write(second.token(), "new"));
+/// assert!(!resource.write(old, "late"));
+/// assert_eq!(resource.value, "new");
+/// # second.release().await }
+/// ```
 #[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Hash)]
 pub struct FencingToken(NonZeroU64);
 

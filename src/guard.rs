@@ -25,6 +25,24 @@ use crate::telemetry::ClassMetrics;
 ///
 /// A guard can be moved to another task or thread and released there.
 ///
+/// # Examples
+///
+/// ```
+/// # #[tokio::main(flavor = "current_thread")]
+/// # async fn main() -> Result<(), shardlock::LockError> {
+/// # let locks = shardlock::LockManager::connect("memory://").await?;
+/// let guard = locks.lock("coupon:123").await?;
+/// for step in ["read", "decide", "write"] {
+///     if !guard.is_valid() {
+///         break; // the lock was lost, so another holder may be at work
+///     }
+///     println!("{step} with token {} ({:?} left)", guard.token(), guard.remaining());
+/// }
+/// // `Err` if the lock was lost at any point.
+/// guard.release().await?;
+/// # Ok(()) }
+/// ```
+///
 /// # At the end of the program
 ///
 /// Dropping a guard does not wait: a thread of the manager sends the release afterwards. If the
@@ -123,6 +141,22 @@ impl LockGuard {
     ///
     /// This method is cancel safe. If the future is dropped, it can be called again without missing
     /// a loss.
+    ///
+    /// # Examples
+    ///
+    /// ```
+    /// # #[tokio::main(flavor = "current_thread")]
+    /// # async fn main() -> Result<(), shardlock::LockError> {
+    /// # use std::time::Duration;
+    /// # async fn work() { std::future::pending().await }
+    /// # let locks = shardlock::LockManager::connect("memory://").await?;
+    /// let guard = locks.lock("k").max_hold(Duration::from_millis(20)).await?;
+    /// tokio::select! {
+    ///     reason = guard.lost() => println!("stopped, because {reason}"),
+    ///     () = work() => guard.release().await?,
+    /// }
+    /// # Ok(()) }
+    /// ```
     pub async fn lost(&self) -> LossReason {
         self.lease.lost().await
     }

@@ -230,6 +230,22 @@ impl LockManager {
     /// A try never joins a queue and never overtakes a waiter. A lease that another process keeps
     /// without a guard ([`Config::linger`](crate::Config::linger)) counts as held, and a try does
     /// not make that process release it.
+    ///
+    /// # Examples
+    ///
+    /// ```
+    /// # #[tokio::main(flavor = "current_thread")]
+    /// # async fn main() -> Result<(), shardlock::LockError> {
+    /// # let locks = shardlock::LockManager::connect("memory://").await?;
+    /// match locks.try_lock("nightly-report").await? {
+    ///     Some(guard) => {
+    ///         // Write the report.
+    ///         guard.release().await?;
+    ///     }
+    ///     None => println!("another process is writing the report"),
+    /// }
+    /// # Ok(()) }
+    /// ```
     #[track_caller]
     pub fn try_lock(&self, key: impl AsRef<str>) -> TryLockRequest {
         TryLockRequest::new(self.lock(key))
@@ -240,6 +256,27 @@ impl LockManager {
     /// # Errors
     ///
     /// See [`LockRequest::with`].
+    ///
+    /// # Examples
+    ///
+    /// The result of the body is passed through, so a body that fails yields a result in a result:
+    ///
+    /// ```
+    /// use shardlock::{LockGuard, LockManager};
+    ///
+    /// async fn import(guard: &LockGuard) -> Result<u64, std::io::Error> {
+    ///     // Send the token along with each write.
+    ///     let _token = guard.token();
+    ///     Ok(3)
+    /// }
+    ///
+    /// # #[tokio::main(flavor = "current_thread")]
+    /// # async fn main() -> Result<(), Box<dyn std::error::Error>> {
+    /// # let locks = LockManager::connect("memory://").await?;
+    /// let rows = locks.with_lock("import", import).await??;
+    /// assert_eq!(rows, 3);
+    /// # Ok(()) }
+    /// ```
     #[track_caller]
     pub fn with_lock<T>(
         &self,
