@@ -18,7 +18,7 @@ pub(crate) struct Args {
     key: String,
 
     #[command(flatten)]
-    form: output::Form,
+    format: output::Format,
 
     #[command(flatten)]
     shards: shards::Options,
@@ -30,15 +30,15 @@ const WAITERS_SHOWN: usize = 10;
 pub(crate) async fn run(args: Args) -> Result<u8, Failure> {
     let key = LockKey::new(&args.key)?;
     let locks = Builder::new().config(args.shards.load_with_shards()?).connect().await?;
-    let seen = locks.inspect(&key).await?;
+    let state = locks.inspect(&key).await?;
     let shard = locks.shard_map().name(key.slot());
-    args.form
-        .print(&as_json(&key, shard, &seen), &as_text(&key, shard, &seen))?;
+    args.format
+        .print(&as_json(&key, shard, &state), &as_text(&key, shard, &state))?;
     Ok(exit::OK)
 }
 
-fn as_json(key: &LockKey, shard: &str, seen: &KeyState) -> serde_json::Value {
-    let holder = seen.holder.as_ref().map(|holder| {
+fn as_json(key: &LockKey, shard: &str, state: &KeyState) -> serde_json::Value {
+    let holder = state.holder.as_ref().map(|holder| {
         json!({
             "owner": holder.owner,
             "is_manager": holder.is_manager,
@@ -50,15 +50,15 @@ fn as_json(key: &LockKey, shard: &str, seen: &KeyState) -> serde_json::Value {
         "slot": key.slot().number(),
         "shard": shard,
         "holder": holder,
-        "queue_length": seen.queue_length,
-        "queue": seen.queue,
-        "last_token": seen.last_token.map(u64::from),
+        "queue_length": state.queue_length,
+        "queue": state.queue,
+        "last_token": state.last_token.map(u64::from),
     })
 }
 
-fn as_text(key: &LockKey, shard: &str, seen: &KeyState) -> String {
-    let holder = seen.holder.as_ref().map_or_else(|| "nobody".to_owned(), describe);
-    let token = seen.last_token.map_or_else(
+fn as_text(key: &LockKey, shard: &str, state: &KeyState) -> String {
+    let holder = state.holder.as_ref().map_or_else(|| "nobody".to_owned(), describe);
+    let token = state.last_token.map_or_else(
         || "none issued in this slot yet".to_owned(),
         |token| format!("{token} was the last one issued in this slot"),
     );
@@ -67,13 +67,13 @@ fn as_text(key: &LockKey, shard: &str, seen: &KeyState) -> String {
          waiting  {}\n",
         printable(key.as_str()),
         key.slot(),
-        seen.queue_length,
+        state.queue_length,
     );
-    for (place, owner) in seen.queue.iter().take(WAITERS_SHOWN).enumerate() {
+    for (position, owner) in state.queue.iter().take(WAITERS_SHOWN).enumerate() {
         // Writing to a string can't fail.
-        writeln!(text, "{:>7}. {}", place + 1, printable(owner)).ok();
+        writeln!(text, "{:>7}. {}", position + 1, printable(owner)).ok();
     }
-    if seen.queue_length > WAITERS_SHOWN as u64 {
+    if state.queue_length > WAITERS_SHOWN as u64 {
         text.push_str("         and more\n");
     }
     text

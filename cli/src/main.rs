@@ -1,6 +1,5 @@
 //! The command-line tool: a thin layer over the library.
 
-mod asking;
 mod bench;
 mod demo;
 mod disposition;
@@ -12,6 +11,7 @@ mod load;
 mod map;
 mod metrics;
 mod output;
+mod servers;
 mod shards;
 mod slot;
 mod top;
@@ -75,7 +75,7 @@ fn main() -> ExitCode {
     match run(cli.command) {
         Ok(code) => code.into(),
         Err(failure) => {
-            output::complain(output::in_one_line(&failure.error));
+            output::eprint(output::one_line(&failure.error));
             failure.code.into()
         }
     }
@@ -115,7 +115,7 @@ fn log_to_stderr(command: &Command) {
         let level = text.to_str().and_then(|text| text.parse().ok());
         level.unwrap_or_else(|| {
             // A bad log level must not keep a command from running.
-            output::complain(format_args!(
+            output::eprint(format_args!(
                 "SHARDLOCK_LOG is {text:?}, but must be off, error, warn, info, debug or trace; using warn"
             ));
             LevelFilter::WARN
@@ -125,7 +125,7 @@ fn log_to_stderr(command: &Command) {
         level = LevelFilter::OFF;
     }
     tracing_subscriber::fmt()
-        .with_writer(|| output::LogLines)
+        .with_writer(|| output::LogWriter)
         .with_max_level(level)
         // A closed standard error must not end the tool while it holds a lock.
         .log_internal_errors(false)

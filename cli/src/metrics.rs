@@ -42,15 +42,15 @@ impl Options {
         let admin = match self.address {
             Some(address) => Some(bind(address).context("give --metrics another address")?),
             None => from_environment().unwrap_or_else(|error| {
-                output::complain(format_args!(
+                output::eprint(format_args!(
                     "{}; continuing without metrics ({VARIABLE})",
-                    output::in_one_line(&error)
+                    output::one_line(&error)
                 ));
                 None
             }),
         };
         if let Some(admin) = &admin {
-            output::complain(format_args!("serving metrics at http://{}/metrics", admin.address()));
+            output::eprint(format_args!("serving metrics at http://{}/metrics", admin.address()));
         }
         Ok(admin)
     }
@@ -65,7 +65,7 @@ impl Options {
             Ok(server) => Ok(Some(server)),
             Err(error) if self.address.is_some() => Err(error.into()),
             Err(error) => {
-                output::complain(format_args!("{error}; continuing without metrics ({VARIABLE})"));
+                output::eprint(format_args!("{error}; continuing without metrics ({VARIABLE})"));
                 Ok(None)
             }
         }

@@ -11,23 +11,23 @@ use crate::exit::Failure;
 /// The output format.
 #[derive(Debug, Clone, clap::Args)]
 #[group(skip)]
-pub(crate) struct Form {
+pub(crate) struct Format {
     /// Print the result as one line of JSON
     #[arg(long)]
     json: bool,
 }
 
-impl Form {
+impl Format {
     /// Prints the result in the requested format.
     ///
-    /// `human` is printed unchanged, to keep its line breaks and colours. The caller must pass any
+    /// `text` is printed unchanged, to keep its line breaks and colours. The caller must pass any
     /// foreign text in it through [`printable`].
-    pub(crate) fn print(&self, json: &impl Display, human: &str) -> Result<(), Failure> {
+    pub(crate) fn print(&self, json: &impl Display, text: &str) -> Result<(), Failure> {
         let mut out = io::stdout().lock();
         let written = if self.json {
             writeln!(out, "{}", json_line(&json.to_string()))
         } else {
-            writeln!(out, "{}", human.trim_end())
+            writeln!(out, "{}", text.trim_end())
         };
         match written.and_then(|()| out.flush()) {
             // A reader such as `head` may close the pipe early. That is not an error.
@@ -59,9 +59,9 @@ fn json_line(json: &str) -> String {
 /// Standard error for log lines. Each message stays on one line, whatever text a server or user put
 /// into it.
 #[derive(Debug, Clone, Copy)]
-pub(crate) struct LogLines;
+pub(crate) struct LogWriter;
 
-impl Write for LogLines {
+impl Write for LogWriter {
     /// Expects one whole line, which is how the log writes.
     fn write(&mut self, line: &[u8]) -> io::Result<usize> {
         let text = String::from_utf8_lossy(line);
@@ -79,12 +79,12 @@ impl Write for LogLines {
 ///
 /// Unlike `eprintln!`, this does not panic if standard error is closed: the tool may hold a lock
 /// and still have a command to end.
-pub(crate) fn complain(message: impl Display) {
+pub(crate) fn eprint(message: impl Display) {
     writeln!(io::stderr(), "shardlock: {}", printable(&message.to_string())).ok();
 }
 
 /// Formats an error and its causes on one line, omitting causes already part of the text.
-pub(crate) fn in_one_line(error: &anyhow::Error) -> String {
+pub(crate) fn one_line(error: &anyhow::Error) -> String {
     let mut line = String::new();
     for cause in error.chain() {
         let cause = cause.to_string();
@@ -116,9 +116,6 @@ mod tests {
         let error = anyhow!("connection refused")
             .context("a:1 can't be reached: connection refused")
             .context("no server");
-        assert_eq!(
-            in_one_line(&error),
-            "no server: a:1 can't be reached: connection refused"
-        );
+        assert_eq!(one_line(&error), "no server: a:1 can't be reached: connection refused");
     }
 }

@@ -32,8 +32,8 @@ pub(crate) struct Options {
 impl Options {
     /// Loads the settings: the file, overridden by the environment, overridden by the command line.
     pub(crate) fn load(&self) -> Result<Config, Failure> {
-        let of_environment = || std::env::var_os("SHARDLOCK_CONFIG").filter(|path| !path.is_empty());
-        let mut config = match self.config.clone().or_else(|| of_environment().map(PathBuf::from)) {
+        let from_env = || std::env::var_os("SHARDLOCK_CONFIG").filter(|path| !path.is_empty());
+        let mut config = match self.config.clone().or_else(|| from_env().map(PathBuf::from)) {
             Some(path) => Config::from_file(&path).map_err(Failure::config)?,
             None => Config::default(),
         };
@@ -44,8 +44,8 @@ impl Options {
                     "--set is {setting:?}, but must be SETTING=VALUE, such as store_timeout=5s"
                 ))
             })?;
-            let is_again = |earlier: &String| earlier.split_once('=').is_some_and(|(earlier, _)| earlier == name);
-            if self.settings[..index].iter().any(is_again) {
+            let is_same_name = |earlier: &String| earlier.split_once('=').is_some_and(|(earlier, _)| earlier == name);
+            if self.settings[..index].iter().any(is_same_name) {
                 return Err(Failure::usage(anyhow!("--set names {name:?} twice")));
             }
             if name == "shards" && !self.shards.is_empty() {

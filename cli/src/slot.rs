@@ -15,7 +15,7 @@ pub(crate) struct Args {
     key: String,
 
     #[command(flatten)]
-    form: output::Form,
+    format: output::Format,
 
     #[command(flatten)]
     shards: shards::Options,
@@ -37,7 +37,7 @@ pub(crate) fn run(args: Args) -> Result<u8, Failure> {
         "shard": owner.as_ref().map(|(name, _)| name),
         "shard_slots": owner.as_ref().map(|(_, slots)| [slots.start(), slots.end()]),
     });
-    let human = match &owner {
+    let text = match &owner {
         Some((name, slots)) => format!(
             "slot {slot} on shard {name}, which owns {} to {}",
             slots.start(),
@@ -45,6 +45,6 @@ pub(crate) fn run(args: Args) -> Result<u8, Failure> {
         ),
         None => format!("slot {slot}"),
     };
-    args.form.print(&json, &human)?;
+    args.format.print(&json, &text)?;
     Ok(exit::OK)
 }

@@ -30,7 +30,7 @@ use clap::builder::RangedI64ValueParser;
 
 use crate::exit::{self, Failure};
 use crate::load::signals::Signals;
-use crate::output::{self, complain};
+use crate::output::{self, eprint};
 use crate::shards;
 use play::Played;
 use stage::Stage;
@@ -80,7 +80,7 @@ pub(crate) struct Args {
     plot: Option<PathBuf>,
 
     #[command(flatten)]
-    form: output::Form,
+    format: output::Format,
 
     #[command(flatten)]
     shards: shards::Options,
@@ -205,23 +205,23 @@ pub(crate) async fn run(args: Args) -> Result<u8, Failure> {
     let played = play::play(&args, config, &mut stage, &mut signals).await;
     let cleared = stage.clear().await;
     if let Err(error) = &cleared {
-        complain(format_args!("{error:#}"));
+        eprint(format_args!("{error:#}"));
     }
     let code = match played.map_err(|error| Failure::new(1, error))? {
         Played::Stopped(signal) => {
-            complain(format_args!("stopped by {} before anything was measured", signal.name));
+            eprint(format_args!("stopped by {} before anything was measured", signal.name));
             signal.exit_code
         }
         Played::Measured(outcome, signal) => {
-            args.form.print(&outcome.figures.as_json(), &outcome.as_text(&args))?;
+            args.format.print(&outcome.figures.as_json(), &outcome.as_text(&args))?;
             if let Some(file) = plot_file {
                 write_plot(file, &plot::svg(&outcome.waits, &args.in_words()))?;
             }
             for line in outcome.wrong() {
-                complain(format_args!("wrong: {line}"));
+                eprint(format_args!("wrong: {line}"));
             }
             if let Some(signal) = signal {
-                complain(format_args!("ended early by {}", signal.name));
+                eprint(format_args!("ended early by {}", signal.name));
             }
             let right = if outcome.wrong().is_empty() { exit::OK } else { 1 };
             signal.map_or(right, |signal| signal.exit_code)

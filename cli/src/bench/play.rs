@@ -10,11 +10,11 @@ use super::figures::Outcome;
 use super::keys::Wanted;
 use super::protocol::{Measured, Order, Setup};
 use super::stage::Stage;
-use crate::asking::connect_to_primaries;
 use crate::load::progress::{bar, millis};
 use crate::load::signals::{Caught, Signals};
 use crate::load::usage::Usage;
-use crate::output::complain;
+use crate::output::eprint;
+use crate::servers::connect_to_primaries;
 
 /// The shortest and the longest warm-up; in between it is a fifth of the measured time.
 const WARM_UP_MIN: Duration = Duration::from_millis(200);
@@ -67,7 +67,7 @@ async fn prepare(
 ) -> anyhow::Result<Option<Vec<MultiplexedConnection>>> {
     let started = stage.set_up(&mut config).await?;
     let servers = connect_to_primaries(&config).await.unwrap_or_else(|error| {
-        complain(format_args!(
+        eprint(format_args!(
             "the servers' statistics can't be read and are left out: {error:#}"
         ));
         None
@@ -107,7 +107,7 @@ async fn usage(servers: Option<&[MultiplexedConnection]>) -> Option<Usage> {
     let usage = Usage::of_all(servers?).await;
     usage
         .inspect_err(|error| {
-            complain(format_args!(
+            eprint(format_args!(
                 "a server does not report its statistics, so they are left out: {error:#}"
             ));
         })

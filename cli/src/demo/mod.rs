@@ -31,7 +31,7 @@ use clap::Args;
 use clap::builder::RangedI64ValueParser;
 
 use crate::load::signals::Signals;
-use crate::output::complain;
+use crate::output::eprint;
 use figures::Outcome;
 use stage::Stage;
 pub(crate) use worker::run as work;
@@ -131,11 +131,11 @@ pub(crate) async fn run(args: DemoArgs) -> anyhow::Result<u8> {
     };
     let cleared = stage.clear().await;
     if let Err(error) = &cleared {
-        complain(format_args!("{error:#}"));
+        eprint(format_args!("{error:#}"));
     }
     match played {
         Err(signal) => {
-            complain(format_args!("stopped by {}", signal.name));
+            eprint(format_args!("stopped by {}", signal.name));
             Ok(signal.exit_code)
         }
         Ok(played) => Ok(report(&args, &played?)?.max(u8::from(cleared.is_err()))),
@@ -157,10 +157,10 @@ fn report(args: &DemoArgs, outcome: &Outcome) -> anyhow::Result<u8> {
     }
     out.flush()?;
     if let Some(warning) = outcome.warning() {
-        complain(format_args!("note: {warning}"));
+        eprint(format_args!("note: {warning}"));
     }
     for line in &wrong {
-        complain(format_args!("wrong: {line}"));
+        eprint(format_args!("wrong: {line}"));
     }
     Ok(u8::from(!wrong.is_empty()))
 }

@@ -49,7 +49,7 @@ impl Drop for Targets {
     fn drop(&mut self) {
         match fs::remove_file(&self.path) {
             Err(error) if error.kind() != io::ErrorKind::NotFound => {
-                super::complain(format_args!("{} can't be removed: {error}", self.path.display()));
+                super::eprint(format_args!("{} can't be removed: {error}", self.path.display()));
             }
             // Already removed by another program.
             _ => {}

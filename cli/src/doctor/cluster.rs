@@ -12,13 +12,13 @@ use super::look::look;
 use super::report::ShardReport;
 use super::server::{Expected, checked, unreachable};
 use super::{Kind, clock};
-use crate::asking::{Asking, Node, Trouble, ask, nodes};
+use crate::servers::{ClusterNode, Connector, ProbeError, cluster_nodes, query};
 
 /// The cluster as one node sees it.
 #[derive(Debug, Clone, Default)]
 struct View {
     info: Info,
-    nodes: Vec<Node>,
+    nodes: Vec<ClusterNode>,
     settings: BTreeMap<String, String>,
     /// The error, if `CLUSTER NODES` was refused.
     refused: Option<String>,
@@ -27,38 +27,46 @@ struct View {
 /// How many nodes are examined at most.
 const NODES_MOST: usize = 256;
 
-pub(super) async fn examine(endpoint: &Endpoint, asking: &Asking<'_>, fingerprint: &str, report: &mut ShardReport) {
+pub(super) async fn examine(
+    endpoint: &Endpoint,
+    connector: &Connector<'_>,
+    fingerprint: &str,
+    report: &mut ShardReport,
+) {
     let seeds = endpoint.servers();
-    let views = join_all(seeds.iter().map(|seed| view(seed, asking))).await;
+    let views = join_all(seeds.iter().map(|seed| view(seed, connector))).await;
     let found = views.iter().flatten().find(|view| !view.nodes.is_empty()).cloned();
     let level = if found.is_some() { Level::Warning } else { Level::Error };
     for (seed, view) in seeds.iter().zip(&views) {
-        if let Err(trouble) = view {
-            report
-                .servers
-                .push(unreachable(seed, "node of the URL", trouble, level));
+        if let Err(error) = view {
+            report.servers.push(unreachable(seed, "node of the URL", error, level));
         }
     }
     let Some(first) = found else {
         report.findings.extend(refused(views.iter().flatten()));
         // The seeds that answer are not cluster nodes, which the `mode` check reports, or refuse
         // `CLUSTER NODES`.
-        let expected = Expected::one_of(Kind::Cluster, asking.config, fingerprint, None);
+        let expected = Expected::one_of(Kind::Cluster, connector.config, fingerprint, None);
         for (seed, _) in seeds.iter().zip(&views).filter(|(_, view)| view.is_ok()) {
-            let server = look(seed, Kind::Cluster, asking).await;
+            let server = look(seed, Kind::Cluster, connector).await;
             report.servers.push(checked(&server, &expected));
         }
         return;
     };
-    let known: Vec<&Node> = first
+    let known: Vec<&ClusterNode> = first
         .nodes
         .iter()
-        .filter(|node| !["noaddr", "handshake"].iter().any(|flag| node.has(flag)))
+        .filter(|node| !["noaddr", "handshake"].iter().any(|flag| node.has_flag(flag)))
         .take(NODES_MOST)
         .collect();
     let looking = known.iter().filter_map(|node| {
-        let server = endpoint.server_at(&node.place)?;
-        Some(async move { (look(&server, Kind::Cluster, asking).await, view(&server, asking).await) })
+        let server = endpoint.server_at(&node.address)?;
+        Some(async move {
+            (
+                look(&server, Kind::Cluster, connector).await,
+                view(&server, connector).await,
+            )
+        })
     });
     let looked = join_all(looking).await;
     let views: Vec<(&str, &View)> = looked
@@ -77,24 +85,24 @@ pub(super) async fn examine(endpoint: &Endpoint, asking: &Asking<'_>, fingerprin
     for ((server, _), node) in looked.iter().zip(&known) {
         let primary = node.primary.as_ref().map(|id| {
             let primary = first.nodes.iter().find(|node| node.id == *id);
-            primary.map_or_else(|| id.clone(), |primary| primary.place.clone())
+            primary.map_or_else(|| id.clone(), |primary| primary.address.clone())
         });
-        let mut expected = Expected::one_of(Kind::Cluster, asking.config, fingerprint, primary);
+        let mut expected = Expected::one_of(Kind::Cluster, connector.config, fingerprint, primary);
         expected.announced = seeds.iter().all(|seed| seed.place() != server.place);
         report.servers.push(checked(server, &expected));
     }
 }
 
-async fn view(server: &ServerUrl, asking: &Asking<'_>) -> Result<View, Trouble> {
-    let mut connection = asking.connect(server).await?;
+async fn view(server: &ServerUrl, connector: &Connector<'_>) -> Result<View, ProbeError> {
+    let mut connection = connector.connect(server).await?;
     // A server that is not a cluster node refuses these commands. The `mode` check reports that.
-    let info: String = ask(&mut connection, cmd("CLUSTER").arg("INFO"))
+    let info: String = query(&mut connection, cmd("CLUSTER").arg("INFO"))
         .await
         .unwrap_or_default();
-    let nodes = nodes(&mut connection, server).await;
+    let nodes = cluster_nodes(&mut connection, server).await;
     let mut settings = BTreeMap::new();
     let setting = "cluster-require-full-coverage";
-    if let Ok(pair) = ask::<BTreeMap<String, String>>(&mut connection, cmd("CONFIG").arg("GET").arg(setting)).await {
+    if let Ok(pair) = query::<BTreeMap<String, String>>(&mut connection, cmd("CONFIG").arg("GET").arg(setting)).await {
         settings.extend(pair);
     }
     Ok(View {
@@ -143,7 +151,7 @@ fn coverage(view: &View) -> Finding {
     let owned: u32 = view
         .nodes
         .iter()
-        .filter(|node| node.primary.is_none() && !node.has("fail"))
+        .filter(|node| node.primary.is_none() && !node.has_flag("fail"))
         .map(|node| node.slots)
         .sum();
     let found = format!("{owned} of {SLOTS} are owned by a working primary");
@@ -196,8 +204,8 @@ fn failing(view: &View) -> Option<Finding> {
     let failing: Vec<_> = view
         .nodes
         .iter()
-        .filter(|node| node.has("fail") || node.has("fail?"))
-        .map(|node| format!("{} ({})", node.place, node.flags))
+        .filter(|node| node.has_flag("fail") || node.has_flag("fail?"))
+        .map(|node| format!("{} ({})", node.address, node.flags))
         .collect();
     (!failing.is_empty()).then(|| {
         Finding::warning(
@@ -211,18 +219,18 @@ fn failing(view: &View) -> Option<Finding> {
 
 fn replicas(view: &View) -> Finding {
     const CHECK: &str = "replicas-per-primary";
-    let works = |node: &&Node| !node.has("fail") && !node.has("noaddr");
+    let works = |node: &&ClusterNode| !node.has_flag("fail") && !node.has_flag("noaddr");
     let followed: BTreeSet<&str> = view
         .nodes
         .iter()
         .filter(works)
         .filter_map(|node| node.primary.as_deref())
         .collect();
-    let primaries: Vec<&Node> = view.nodes.iter().filter(works).filter(|node| node.slots > 0).collect();
+    let primaries: Vec<&ClusterNode> = view.nodes.iter().filter(works).filter(|node| node.slots > 0).collect();
     let alone: Vec<&str> = primaries
         .iter()
         .filter(|node| !followed.contains(node.id.as_str()))
-        .map(|node| node.place.as_str())
+        .map(|node| node.address.as_str())
         .collect();
     if alone.is_empty() {
         return Finding::ok(CHECK, format!("each of {} primaries has at least one", primaries.len()));
@@ -261,7 +269,7 @@ mod tests {
         let asked = endpoint.servers().remove(0);
         View {
             info: Info::parse("cluster_state:ok\n"),
-            nodes: Node::read_all(lines, &asked),
+            nodes: ClusterNode::parse_all(lines, &asked),
             ..View::default()
         }
     }

@@ -4,7 +4,7 @@
 use std::collections::BTreeMap;
 use std::time::Duration;
 
-use crate::asking::{Trouble, place};
+use crate::servers::{ProbeError, host_port};
 
 /// A server and the facts about it.
 #[derive(Debug, Clone)]
@@ -14,7 +14,7 @@ pub(super) struct Server {
     /// Whether the URL has a password.
     pub(super) has_login: bool,
     pub(super) encrypted: bool,
-    pub(super) seen: Result<Seen, Trouble>,
+    pub(super) seen: Result<Seen, ProbeError>,
 }
 
 /// The facts that a server reported. A query that the server refused is an `Err` with the server's
@@ -69,7 +69,7 @@ impl Seen {
     /// The address of the primary if this server is a replica.
     pub(super) fn primary(&self) -> Option<String> {
         let host = self.info("master_host").filter(|_| self.is_replica())?;
-        Some(place(host, self.info("master_port")?))
+        Some(host_port(host, self.info("master_port")?))
     }
 
     pub(super) fn replicas(&self) -> Vec<Replica> {
@@ -166,7 +166,7 @@ impl Info {
                 };
                 let offset = field("offset").parse().unwrap_or(0);
                 Replica {
-                    place: place(field("ip"), field("port")),
+                    place: host_port(field("ip"), field("port")),
                     state: field("state").to_owned(),
                     lag: field("lag").parse().unwrap_or(0),
                     behind: written.saturating_sub(offset),

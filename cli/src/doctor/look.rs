@@ -10,7 +10,7 @@ use shardlock::ServerUrl;
 use super::Kind;
 use super::facts::{Clock, Denied, Info, RoundTrips, Seen, Server};
 use super::permissions::{self, Need};
-use crate::asking::{Asking, Trouble, ask};
+use crate::servers::{Connector, ProbeError, query};
 
 /// How many round trips are measured, if they fit within the time limit.
 const PINGS: usize = 20;
@@ -34,37 +34,37 @@ const SETTINGS: [&str; 12] = [
 ];
 
 /// Queries one server. Each step has the time limit of a request.
-pub(super) async fn look(server: &ServerUrl, kind: Kind, asking: &Asking<'_>) -> Server {
+pub(super) async fn look(server: &ServerUrl, kind: Kind, connector: &Connector<'_>) -> Server {
     Server {
         place: server.place().to_owned(),
         has_login: server.has_login(),
         encrypted: server.is_encrypted(),
-        seen: see(server, kind, asking).await,
+        seen: see(server, kind, connector).await,
     }
 }
 
-async fn see(server: &ServerUrl, kind: Kind, asking: &Asking<'_>) -> Result<Seen, Trouble> {
-    let mut connection = asking.connect(server).await?;
-    let round_trips = match round_trips(&mut connection, asking.timeout()).await {
+async fn see(server: &ServerUrl, kind: Kind, connector: &Connector<'_>) -> Result<Seen, ProbeError> {
+    let mut connection = connector.connect(server).await?;
+    let round_trips = match round_trips(&mut connection, connector.timeout()).await {
         Ok(round_trips) => round_trips,
-        Err(error) => return Err(asking.trouble(&error, server).await),
+        Err(error) => return Err(connector.classify(&error, server).await),
     };
-    let info: Result<String, String> = ask(&mut connection, &command("INFO")).await;
-    let user: Result<String, String> = ask(&mut connection, cmd("ACL").arg("WHOAMI")).await;
-    let map = ask(&mut connection, cmd("GET").arg(asking.config.map_key())).await;
+    let info: Result<String, String> = query(&mut connection, &command("INFO")).await;
+    let user: Result<String, String> = query(&mut connection, cmd("ACL").arg("WHOAMI")).await;
+    let map = query(&mut connection, cmd("GET").arg(connector.config.map_key())).await;
     let settings = settings(&mut connection).await;
     let clock = clock(&mut connection).await;
     // If the server has no ACL, or the user may not run `ACL WHOAMI`, take the user from the URL.
     let user = user.unwrap_or_else(|_| user_of(server));
-    let needs = permissions::needs(kind, asking.config);
+    let needs = permissions::needs(kind, connector.config);
     let Tried {
         denied,
         refuses_writes,
         lacking,
-    } = denied(&mut connection, &user, &needs, server, asking).await?;
+    } = denied(&mut connection, &user, &needs, server, connector).await?;
     let refuses_several_slots = match kind {
         Kind::Cluster => None,
-        _ => refuses_several_slots(&mut connection, &asking.config.namespace).await,
+        _ => refuses_several_slots(&mut connection, &connector.config.namespace).await,
     };
     Ok(Seen {
         round_trips,
@@ -160,7 +160,7 @@ async fn clock(connection: &mut MultiplexedConnection) -> Result<Clock, String> 
     let mut best: Option<Clock> = None;
     for _ in 0..CLOCK_READINGS {
         let (before, sent) = (since_epoch(), Instant::now());
-        let (seconds, micros): (i64, i64) = ask(connection, &command("TIME")).await?;
+        let (seconds, micros): (i64, i64) = query(connection, &command("TIME")).await?;
         let round_trip = sent.elapsed();
         let ours_us = (before + round_trip / 2).as_micros() as i64;
         let ahead_us = seconds.saturating_mul(1_000_000).saturating_add(micros) - ours_us;
@@ -201,15 +201,15 @@ async fn denied(
     user: &str,
     needs: &[Need],
     server: &ServerUrl,
-    asking: &Asking<'_>,
-) -> Result<Tried, Trouble> {
-    let failed = |error: RedisError| Trouble::of(&error, server);
+    connector: &Connector<'_>,
+) -> Result<Tried, ProbeError> {
+    let failed = |error: RedisError| ProbeError::classify(&error, server);
     let dry_run = |words: &[String]| {
         let mut command = cmd("ACL");
         command.arg("DRYRUN").arg(user).arg(words);
         command
     };
-    let may_rehearse: Result<Value, _> = ask(connection, &dry_run(&["PING".to_owned()])).await;
+    let may_rehearse: Result<Value, _> = query(connection, &dry_run(&["PING".to_owned()])).await;
     let mut commands = pipe();
     if may_rehearse.is_ok() {
         for need in needs {
@@ -239,7 +239,7 @@ async fn denied(
     let mut lacking: Vec<_> = pairs.filter_map(|(need, reply)| need.unknown(reply)).collect();
     for need in alone {
         // A connection that has subscribed can't be used for other commands.
-        let mut connection = asking.connect(server).await?;
+        let mut connection = connector.connect(server).await?;
         let reply = connection.send_packed_command(&in_words(need)).await;
         let reply = reply.and_then(Value::extract_error);
         denied.extend(need.tried(&reply));

@@ -13,7 +13,7 @@ mod clock;
 mod cluster;
 mod connections;
 #[cfg(feature = "etcd")]
-pub(crate) mod etcd;
+mod etcd;
 mod facts;
 mod finding;
 mod look;
@@ -34,8 +34,8 @@ use std::io::{IsTerminal, stdout};
 use futures_util::{StreamExt, stream};
 use shardlock::{Endpoint, ShardConfig};
 
-use crate::asking::Asking;
 use crate::exit::Failure;
+use crate::servers::Connector;
 use crate::{output, shards};
 use finding::{Finding, Level};
 use look::look;
@@ -49,7 +49,7 @@ use server::{Expected, checked};
 #[command(after_help = AFTER_HELP)]
 pub(crate) struct Args {
     #[command(flatten)]
-    form: output::Form,
+    format: output::Format,
 
     #[command(flatten)]
     shards: shards::Options,
@@ -86,9 +86,9 @@ const SHARDS_AT_ONCE: usize = 32;
 pub(crate) async fn run(args: Args) -> Result<u8, Failure> {
     let config = args.shards.load_with_shards()?;
     config.validate().map_err(Failure::config)?;
-    let asking = Asking::new(&config).map_err(Failure::config)?;
+    let connector = Connector::new(&config).map_err(Failure::config)?;
     let shards = config.shards.iter().enumerate();
-    let looking = shards.map(|(index, shard)| examine(shard, config.fingerprints_at(index), &asking));
+    let looking = shards.map(|(index, shard)| examine(shard, config.fingerprints_at(index), &connector));
     let shards: Vec<_> = stream::iter(looking).buffered(SHARDS_AT_ONCE).collect().await;
     let report = Report {
         settings: map::places(&config.shards)
@@ -99,11 +99,15 @@ pub(crate) async fn run(args: Args) -> Result<u8, Failure> {
     };
     let in_colour = stdout().is_terminal() && std::env::var_os("NO_COLOR").is_none_or(|value| value.is_empty());
     let paint = if in_colour { Paint::Colours } else { Paint::Plain };
-    args.form.print(&report.as_json(), &report.as_text(paint))?;
+    args.format.print(&report.as_json(), &report.as_text(paint))?;
     Ok(report.exit_code())
 }
 
-async fn examine(shard: &ShardConfig, fingerprints: Vec<String>, asking: &Asking<'_>) -> Result<ShardReport, Failure> {
+async fn examine(
+    shard: &ShardConfig,
+    fingerprints: Vec<String>,
+    connector: &Connector<'_>,
+) -> Result<ShardReport, Failure> {
     let endpoint = Endpoint::parse(&shard.url).map_err(Failure::config)?;
     let fingerprint = fingerprints.first().map_or("", String::as_str);
     let mut report = ShardReport {
@@ -112,12 +116,12 @@ async fn examine(shard: &ShardConfig, fingerprints: Vec<String>, asking: &Asking
         ..ShardReport::default()
     };
     match endpoint.scheme() {
-        "redis" | "rediss" | "redis+unix" => examine_single(&endpoint, asking, fingerprint, &mut report).await,
-        "redis+sentinel" | "rediss+sentinel" => sentinel::examine(&endpoint, asking, fingerprint, &mut report).await,
-        "redis+cluster" | "rediss+cluster" => cluster::examine(&endpoint, asking, fingerprint, &mut report).await,
-        "redlock" | "redlocks" => redlock::examine(&endpoint, asking, &fingerprints, &mut report).await,
+        "redis" | "rediss" | "redis+unix" => examine_single(&endpoint, connector, fingerprint, &mut report).await,
+        "redis+sentinel" | "rediss+sentinel" => sentinel::examine(&endpoint, connector, fingerprint, &mut report).await,
+        "redis+cluster" | "rediss+cluster" => cluster::examine(&endpoint, connector, fingerprint, &mut report).await,
+        "redlock" | "redlocks" => redlock::examine(&endpoint, connector, &fingerprints, &mut report).await,
         #[cfg(feature = "etcd")]
-        "etcd" | "etcds" => etcd::examine(&endpoint, asking, fingerprint, &mut report).await,
+        "etcd" | "etcds" => etcd::examine(&endpoint, connector, fingerprint, &mut report).await,
         "memory" => report.findings.push(memory_only()),
         other => report.findings.push(Finding::note(
             "kind",
@@ -129,17 +133,17 @@ async fn examine(shard: &ShardConfig, fingerprints: Vec<String>, asking: &Asking
     Ok(report)
 }
 
-async fn examine_single(endpoint: &Endpoint, asking: &Asking<'_>, fingerprint: &str, report: &mut ShardReport) {
+async fn examine_single(endpoint: &Endpoint, connector: &Connector<'_>, fingerprint: &str, report: &mut ShardReport) {
     let expected = Expected {
         kind: Kind::Single,
-        config: asking.config,
+        config: connector.config,
         fingerprint,
         replica_of: None,
         unreachable: Level::Error,
         announced: false,
     };
     for server in endpoint.servers() {
-        let server = look(&server, Kind::Single, asking).await;
+        let server = look(&server, Kind::Single, connector).await;
         report.servers.push(checked(&server, &expected));
     }
 }

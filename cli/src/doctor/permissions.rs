@@ -13,6 +13,7 @@ use shardlock::Config;
 use super::Kind;
 use super::facts::{Denied, Lack, Seen};
 use super::finding::Finding;
+use crate::servers::escape_glob;
 
 /// Commands whose subcommands have their own ACL rules.
 const WITH_SUBCOMMANDS: [&str; 3] = ["CLUSTER", "PUBSUB", "SCRIPT"];
@@ -102,9 +103,9 @@ impl Need {
 /// The commands that the stores of this kind send.
 pub(super) fn needs(kind: Kind, config: &Config) -> Vec<Need> {
     let namespace = &config.namespace;
-    let leases = Pattern::Keys(format!("~{}*", escaped(namespace)));
-    let queues = Pattern::Keys(format!("~{{{}*", escaped(namespace)));
-    let channels = Pattern::Channels(format!("&{}in:*", escaped(namespace)));
+    let leases = Pattern::Keys(format!("~{}*", escape_glob(namespace)));
+    let queues = Pattern::Keys(format!("~{{{}*", escape_glob(namespace)));
+    let channels = Pattern::Channels(format!("&{}in:*", escape_glob(namespace)));
     // Percent signs in lock names are encoded, so no lock has this name.
     let lease = format!("{namespace}%doctor");
     let queue = format!("{{{namespace}%doctor}}:q");
@@ -152,18 +153,6 @@ pub(super) fn needs(kind: Kind, config: &Config) -> Vec<Need> {
         more("WAIT 0 1");
     }
     needs
-}
-
-/// Escapes the special characters of a pattern with backslashes.
-fn escaped(text: &str) -> String {
-    let mut pattern = String::new();
-    for char in text.chars() {
-        if matches!(char, '*' | '?' | '[' | ']' | '^' | '\\') {
-            pattern.push('\\');
-        }
-        pattern.push(char);
-    }
-    pattern
 }
 
 /// Checks whether the user has all needed permissions.

@@ -6,7 +6,7 @@ use std::time::Duration;
 use super::Kind;
 use super::facts::{Seen, Server};
 use super::finding::{Finding, Level};
-use crate::asking::{Trouble, TroubleKind};
+use crate::servers::{ProbeError, ProbeErrorKind};
 
 const CHECK: &str = "reachable";
 
@@ -37,9 +37,9 @@ pub(super) fn short(time: Duration) -> String {
 }
 
 /// Reports why a server could not be examined. The level depends on the other servers of the shard.
-pub(super) fn unreachable(server: &Server, trouble: &Trouble, level: Level) -> Finding {
+pub(super) fn unreachable(server: &Server, error: &ProbeError, level: Level) -> Finding {
     let place = &server.place;
-    let Trouble { kind, reason } = trouble;
+    let ProbeError { kind, reason } = error;
     let why = "locks of this shard fail while too many of its servers do not answer";
     let redis_cli = match place.rsplit_once(':') {
         Some((host, port)) if !place.starts_with('/') => format!("redis-cli -h {host} -p {port}"),
@@ -50,60 +50,60 @@ pub(super) fn unreachable(server: &Server, trouble: &Trouble, level: Level) -> F
         false => "if the port speaks TLS, use a URL with TLS (rediss:// in place of redis:// and so on)",
     };
     let (found, mend) = match kind {
-        TroubleKind::Unreachable if reason.contains("closes the connection on") => (
+        ProbeErrorKind::Unreachable if reason.contains("closes the connection on") => (
             format!("no connection: {reason}"),
             "put the address of the Redis server itself into the URL: twemproxy and similar proxies do not support subscriptions".to_owned(),
         ),
-        TroubleKind::Unreachable if reason.contains("max number of clients") => (
+        ProbeErrorKind::Unreachable if reason.contains("max number of clients") => (
             format!("no connection: {reason}"),
             "CONFIG SET maxclients to a higher value (for each shard, a process needs the setting `connections` plus two), or find the client that leaks connections: CLIENT LIST"
                 .to_owned(),
         ),
-        TroubleKind::Unreachable => (
+        ProbeErrorKind::Unreachable => (
             format!("no connection: {reason}"),
             format!(
                 "check that the server runs and listens there (`{redis_cli} ping`; settings bind, port, protected-mode), and \
                  that no firewall blocks this machine; {other_scheme}"
             ),
         ),
-        TroubleKind::Silent => (
+        ProbeErrorKind::Timeout => (
             format!("connected or connecting, but no answer in time: {reason}"),
             format!("check whether the server hangs or is overloaded (`{redis_cli} --latency`), or raise store_timeout; {other_scheme}"),
         ),
-        TroubleKind::Login if server.has_login => (
+        ProbeErrorKind::Login if server.has_login => (
             format!("the login was refused: {reason}"),
             "correct the user and the password in the shard's URL (redis://user:password@host; write characters such as @ and / as %40 and \
              %2F), or on the server: ACL SETUSER <user> on ><password>"
                 .to_owned(),
         ),
-        TroubleKind::Login => (
+        ProbeErrorKind::Login => (
             format!("the server asks for a password, and the URL has none: {reason}"),
             "put the password into the shard's URL: redis://:password@host, or redis://user:password@host".to_owned(),
         ),
-        TroubleKind::Database => (
+        ProbeErrorKind::Database => (
             reason.clone(),
             "ACL SETUSER <user> +select, or remove the database from the URL (redis://host/1); the server setting databases limits their number"
                 .to_owned(),
         ),
-        TroubleKind::Encryption if reason.contains("CaUsedAsEndEntity") => (
+        ProbeErrorKind::Tls if reason.contains("CaUsedAsEndEntity") => (
             format!("no encrypted connection: the server presents a CA certificate (CA:TRUE) as its own: {reason}"),
             "recreate the certificate with `openssl req -x509 ... -addext basicConstraints=critical,CA:FALSE` and set tls_ca to it, or let the CA sign a \
              certificate for the server"
                 .to_owned(),
         ),
-        TroubleKind::Encryption if reason.contains("UnsupportedCertVersion") => (
+        ProbeErrorKind::Tls if reason.contains("UnsupportedCertVersion") => (
             format!("no encrypted connection: the server's certificate is of X.509 version 1: {reason}"),
             "recreate the certificate with extensions, which need version 3: `openssl x509 -req ... -extfile FILE`, where FILE contains \
              `subjectAltName=DNS:` and the host of the URL"
                 .to_owned(),
         ),
-        TroubleKind::Encryption => (
+        ProbeErrorKind::Tls => (
             format!("no encrypted connection: {reason}"),
             "set tls_ca to the PEM file of the CA that signed the server's certificate, and use the host name of the certificate in the URL; \
              if the server asks for a client certificate, set tls_cert and tls_key"
                 .to_owned(),
         ),
-        TroubleKind::Answer => (
+        ProbeErrorKind::UnexpectedReply => (
             format!("the server replied with an error: {reason}"),
             format!("if the server is loading its data, wait; otherwise check what listens at {place}; {other_scheme}"),
         ),
@@ -113,8 +113,8 @@ pub(super) fn unreachable(server: &Server, trouble: &Trouble, level: Level) -> F
 
 /// Like [`unreachable`], for a server whose address is not in the URL: possibly only the other
 /// servers can reach the address.
-pub(super) fn announced(server: &Server, trouble: &Trouble, level: Level, kind: Kind) -> Finding {
-    let mut finding = unreachable(server, trouble, level);
+pub(super) fn announced(server: &Server, error: &ProbeError, level: Level, kind: Kind) -> Finding {
+    let mut finding = unreachable(server, error, level);
     let (by, settings) = match kind {
         Kind::Sentinel => (
             "the sentinels",
@@ -218,8 +218,8 @@ pub(super) fn not_looked_at(seen: &Seen) -> Vec<Finding> {
 mod tests {
     use super::*;
 
-    fn trouble(kind: TroubleKind, has_login: bool, encrypted: bool) -> String {
-        let trouble = Trouble {
+    fn found_and_mend(kind: ProbeErrorKind, has_login: bool, encrypted: bool) -> String {
+        let error = ProbeError {
             kind,
             reason: "the reason".to_owned(),
         };
@@ -227,21 +227,21 @@ mod tests {
             place: "[::1]:7000".to_owned(),
             has_login,
             encrypted,
-            seen: Err(trouble.clone()),
+            seen: Err(error.clone()),
         };
-        let finding = unreachable(&server, &trouble, Level::Error);
+        let finding = unreachable(&server, &error, Level::Error);
         assert_eq!(finding.level, Level::Error);
         format!("{} {}", finding.found, finding.mend.unwrap())
     }
 
     #[test]
     fn each_trouble_has_its_own_way_out() {
-        assert!(trouble(TroubleKind::Unreachable, false, false).contains("redis-cli -h [::1] -p 7000 ping"));
-        assert!(trouble(TroubleKind::Unreachable, false, false).contains("rediss:// in place of redis://"));
-        assert!(trouble(TroubleKind::Silent, false, true).contains("redis:// in place of rediss://"));
-        assert!(trouble(TroubleKind::Login, true, false).contains("correct the user and the password"));
-        assert!(trouble(TroubleKind::Login, false, false).contains("redis://:password@host"));
-        assert!(trouble(TroubleKind::Encryption, false, true).contains("tls_ca"));
+        assert!(found_and_mend(ProbeErrorKind::Unreachable, false, false).contains("redis-cli -h [::1] -p 7000 ping"));
+        assert!(found_and_mend(ProbeErrorKind::Unreachable, false, false).contains("rediss:// in place of redis://"));
+        assert!(found_and_mend(ProbeErrorKind::Timeout, false, true).contains("redis:// in place of rediss://"));
+        assert!(found_and_mend(ProbeErrorKind::Login, true, false).contains("correct the user and the password"));
+        assert!(found_and_mend(ProbeErrorKind::Login, false, false).contains("redis://:password@host"));
+        assert!(found_and_mend(ProbeErrorKind::Tls, false, true).contains("tls_ca"));
     }
 
     #[test]

@@ -12,17 +12,17 @@ use super::look::look;
 use super::report::ShardReport;
 use super::server::{Expected, checked};
 use super::{Kind, clock};
-use crate::asking::Asking;
+use crate::servers::Connector;
 
 /// `fingerprints` has one entry for each node of the URL.
 pub(super) async fn examine(
     endpoint: &Endpoint,
-    asking: &Asking<'_>,
+    connector: &Connector<'_>,
     fingerprints: &[String],
     report: &mut ShardReport,
 ) {
     let nodes = endpoint.servers();
-    let nodes = join_all(nodes.iter().map(|node| look(node, Kind::Redlock, asking))).await;
+    let nodes = join_all(nodes.iter().map(|node| look(node, Kind::Redlock, connector))).await;
     report.findings.push(majority(&nodes));
     report.findings.extend(evenness(nodes.len()));
     report.findings.push(independence(&nodes));
@@ -30,7 +30,7 @@ pub(super) async fn examine(
     for (node, fingerprint) in nodes.iter().zip(fingerprints) {
         let expected = Expected {
             kind: Kind::Redlock,
-            config: asking.config,
+            config: connector.config,
             fingerprint,
             replica_of: None,
             unreachable: Level::Warning,
@@ -38,7 +38,7 @@ pub(super) async fn examine(
         };
         let mut checked = checked(node, &expected);
         if let Ok(seen) = &node.seen {
-            checked.findings.extend(vote(seen, asking.config.redlock_max_ttl));
+            checked.findings.extend(vote(seen, connector.config.redlock_max_ttl));
         }
         report.servers.push(checked);
     }
@@ -136,7 +136,7 @@ fn vote(seen: &Seen, longest_ttl: Duration) -> Option<Finding> {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::asking::{Trouble, TroubleKind};
+    use crate::servers::{ProbeError, ProbeErrorKind};
 
     fn node(place: &str, info: &str) -> Server {
         Server {
@@ -148,12 +148,12 @@ mod tests {
     }
 
     fn dead(place: &str) -> Server {
-        let trouble = Trouble {
-            kind: TroubleKind::Unreachable,
+        let error = ProbeError {
+            kind: ProbeErrorKind::Unreachable,
             reason: String::new(),
         };
         Server {
-            seen: Err(trouble),
+            seen: Err(error),
             ..node(place, "")
         }
     }

@@ -12,7 +12,7 @@ use super::look::look;
 use super::report::{ServerReport, ShardReport};
 use super::server::{Expected, checked, unreachable};
 use super::{Kind, clock};
-use crate::asking::{Asking, Trouble, ask, place, primary_named};
+use crate::servers::{Connector, ProbeError, host_port, primary_named, query};
 
 /// The primary as one sentinel sees it. A query that the sentinel refused is an `Err` with its
 /// error.
@@ -33,10 +33,15 @@ const SENTINELS_LEAST: usize = 3;
 /// How many replicas are examined at most.
 const REPLICAS_MOST: usize = 16;
 
-pub(super) async fn examine(endpoint: &Endpoint, asking: &Asking<'_>, fingerprint: &str, report: &mut ShardReport) {
+pub(super) async fn examine(
+    endpoint: &Endpoint,
+    connector: &Connector<'_>,
+    fingerprint: &str,
+    report: &mut ShardReport,
+) {
     let name = endpoint.primary_name().unwrap_or_default();
     let sentinels = endpoint.servers();
-    let views = join_all(sentinels.iter().map(|sentinel| view(sentinel, name, asking))).await;
+    let views = join_all(sentinels.iter().map(|sentinel| view(sentinel, name, connector))).await;
     let answers = views.iter().filter(|view| view.is_ok()).count();
     for (sentinel, view) in sentinels.iter().zip(&views) {
         let level = if answers == 0 { Level::Error } else { Level::Warning };
@@ -46,12 +51,12 @@ pub(super) async fn examine(endpoint: &Endpoint, asking: &Asking<'_>, fingerprin
                 part: "sentinel",
                 findings: of_sentinel(view, name, sentinels.len()),
             },
-            Err(trouble) => unreachable(sentinel, "sentinel", trouble, level),
+            Err(error) => unreachable(sentinel, "sentinel", error, level),
         });
     }
     let views: Vec<View> = views.into_iter().flatten().collect();
     report.findings.extend(agreement(&views, name));
-    report.findings.extend(failover_time(&views, asking.config));
+    report.findings.extend(failover_time(&views, connector.config));
     let Some(primary) = views.iter().find_map(|view| view.primary.clone().ok().flatten()) else {
         return;
     };
@@ -64,21 +69,21 @@ pub(super) async fn examine(endpoint: &Endpoint, asking: &Asking<'_>, fingerprin
         std::iter::once((&primary, None)).chain(replicas.into_iter().map(|place| (place, Some(primary.clone()))));
     let looking = places.filter_map(|(place, replica_of)| {
         let server = endpoint.server_at(place)?;
-        Some(async move { (look(&server, Kind::Sentinel, asking).await, replica_of) })
+        Some(async move { (look(&server, Kind::Sentinel, connector).await, replica_of) })
     });
     let servers = join_all(looking).await;
     report
         .findings
         .extend(clock::among(servers.iter().map(|(server, _)| server)));
     for (server, replica_of) in servers {
-        let mut expected = Expected::one_of(Kind::Sentinel, asking.config, fingerprint, replica_of);
+        let mut expected = Expected::one_of(Kind::Sentinel, connector.config, fingerprint, replica_of);
         expected.announced = true;
         report.servers.push(checked(&server, &expected));
     }
 }
 
-async fn view(sentinel: &ServerUrl, name: &str, asking: &Asking<'_>) -> Result<View, Trouble> {
-    let mut connection = asking.connect(sentinel).await?;
+async fn view(sentinel: &ServerUrl, name: &str, connector: &Connector<'_>) -> Result<View, ProbeError> {
+    let mut connection = connector.connect(sentinel).await?;
     let question = |what: &str| {
         let mut command = cmd("SENTINEL");
         command.arg(what).arg(name);
@@ -86,15 +91,16 @@ async fn view(sentinel: &ServerUrl, name: &str, asking: &Asking<'_>) -> Result<V
     };
     let primary = primary_named(&mut connection, name).await;
     // If the sentinel does not know the name, `primary` already reports that. Ignore errors here.
-    let fields = ask(&mut connection, &question("MASTER")).await.unwrap_or_default();
-    let replicas: Vec<BTreeMap<String, String>> = ask(&mut connection, &question("REPLICAS")).await.unwrap_or_default();
-    let quorum = ask(&mut connection, &question("CKQUORUM")).await;
+    let fields = query(&mut connection, &question("MASTER")).await.unwrap_or_default();
+    let replicas: Vec<BTreeMap<String, String>> =
+        query(&mut connection, &question("REPLICAS")).await.unwrap_or_default();
+    let quorum = query(&mut connection, &question("CKQUORUM")).await;
     Ok(View {
         primary,
         fields,
         replicas: replicas
             .iter()
-            .filter_map(|replica| Some(place(replica.get("ip")?, replica.get("port")?)))
+            .filter_map(|replica| Some(host_port(replica.get("ip")?, replica.get("port")?)))
             .collect(),
         quorum,
     })

@@ -6,7 +6,7 @@ use super::facts::{Seen, Server};
 use super::finding::{Finding, Level};
 use super::report::ServerReport;
 use super::{Kind, clock, connections, map, memory, permissions, persistence, reach, replication, timing};
-use crate::asking::Trouble;
+use crate::servers::ProbeError;
 
 /// The expectations on a server.
 #[derive(Debug, Clone)]
@@ -45,14 +45,14 @@ impl<'a> Expected<'a> {
 }
 
 /// The report on a server that could not be asked for the other servers of the shard.
-pub(super) fn unreachable(server: &ServerUrl, part: &'static str, trouble: &Trouble, level: Level) -> ServerReport {
+pub(super) fn unreachable(server: &ServerUrl, part: &'static str, error: &ProbeError, level: Level) -> ServerReport {
     let server = Server {
         place: server.place().to_owned(),
         has_login: server.has_login(),
         encrypted: server.is_encrypted(),
-        seen: Err(trouble.clone()),
+        seen: Err(error.clone()),
     };
-    let findings = vec![reach::unreachable(&server, trouble, level)];
+    let findings = vec![reach::unreachable(&server, error, level)];
     ServerReport {
         place: server.place,
         part,
@@ -62,10 +62,10 @@ pub(super) fn unreachable(server: &ServerUrl, part: &'static str, trouble: &Trou
 
 pub(super) fn checked(server: &Server, expected: &Expected<'_>) -> ServerReport {
     let findings = match &server.seen {
-        Err(trouble) if expected.announced => {
-            vec![reach::announced(server, trouble, expected.unreachable, expected.kind)]
+        Err(error) if expected.announced => {
+            vec![reach::announced(server, error, expected.unreachable, expected.kind)]
         }
-        Err(trouble) => vec![reach::unreachable(server, trouble, expected.unreachable)],
+        Err(error) => vec![reach::unreachable(server, error, expected.unreachable)],
         Ok(seen) => findings(server, seen, expected),
     };
     let part = match (&expected.replica_of, expected.kind) {

@@ -102,7 +102,7 @@ impl<'a> Child<'a> {
                 biased;
                 reason = &mut lost, if !self.is_lost => {
                     self.is_lost = true;
-                    output::complain(format_args!(
+                    output::eprint(format_args!(
                         "lock {:?} (token {}) was lost: {reason}; ending the command", guard.key(), guard.token()
                     ));
                     // Processes that could not be ended now run without the lock. Report that too.
@@ -223,7 +223,7 @@ impl<'a> Child<'a> {
             "the lock is kept until it has ended"
         };
         let list = tree::list(processes);
-        output::complain(format_args!("{list} of the command {why}; {what_now}"));
+        output::eprint(format_args!("{list} of the command {why}; {what_now}"));
     }
 
     /// If job control stopped the command, stops the front as well, so that the shell that started

@@ -195,7 +195,7 @@ impl Front {
         } else {
             format!("{} of its command can't be killed", tree::list(&left))
         };
-        output::complain(format_args!(
+        output::eprint(format_args!(
             "the process that holds the lock was killed by signal {signal}; {what}; the lock becomes free when its \
              TTL expires"
         ));

@@ -217,7 +217,7 @@ async fn keep(args: Args, config: Config, keeper: Keeper) -> Result<u8, Failure>
         }
         Ok(Obtained::Not(reason)) => {
             if !args.quiet {
-                output::complain(reason);
+                output::eprint(reason);
             }
             Ok(args.conflict_exit_code)
         }
@@ -323,21 +323,21 @@ async fn under_lock(
         }
     } else {
         // The tool was stopped for too long after it acquired the lock.
-        output::complain(format_args!("lock {key:?} was lost before the command was started"));
+        output::eprint(format_args!("lock {key:?} was lost before the command was started"));
         Ok(Outcome::Lost)
     };
     // The release also reports whether the lock was held until now.
     match guard.release().await {
         Err(error @ LockError::Lost { .. }) => {
             if !matches!(outcome, Ok(Outcome::Lost)) {
-                output::complain(error);
+                output::eprint(error);
             }
             // If the command could not be started, that error takes precedence.
             outcome.map(|_| exit::LOST)
         }
         released => {
             if let Err(error) = released {
-                output::complain(format_args!(
+                output::eprint(format_args!(
                     "lock {key:?} may stay locked until its TTL expires: {error}"
                 ));
             }

@@ -192,7 +192,7 @@ impl Directory {
 impl Drop for Directory {
     fn drop(&mut self) {
         if let Err(error) = fs::remove_dir_all(&self.path) {
-            crate::output::complain(format_args!("{} can't be removed: {error}", self.path.display()));
+            crate::output::eprint(format_args!("{} can't be removed: {error}", self.path.display()));
         }
     }
 }

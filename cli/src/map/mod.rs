@@ -16,8 +16,8 @@ mod show;
 use clap::Subcommand;
 use shardlock::{Config, ShardMap};
 
-use crate::asking::Asking;
 use crate::exit::Failure;
+use crate::servers::Connector;
 use crate::{output, shards};
 use places::Place;
 
@@ -44,7 +44,7 @@ enum Action {
 #[derive(Debug, clap::Args)]
 struct ShowArgs {
     #[command(flatten)]
-    form: output::Form,
+    format: output::Format,
 
     #[command(flatten)]
     shards: shards::Options,
@@ -69,7 +69,7 @@ struct SetArgs {
     force: bool,
 
     #[command(flatten)]
-    form: output::Form,
+    format: output::Format,
 
     #[command(flatten)]
     shards: shards::Options,
@@ -103,19 +103,19 @@ impl Seen<'_> {
 }
 
 /// Reads the map from all servers of all shards.
-async fn look<'a>(config: &'a Config, asking: &Asking<'_>) -> Result<Vec<Seen<'a>>, Failure> {
+async fn look<'a>(config: &'a Config, connector: &Connector<'_>) -> Result<Vec<Seen<'a>>, Failure> {
     let mut all = Vec::new();
     for (index, shard) in config.shards.iter().enumerate() {
         let fingerprints = config.fingerprints_at(index);
-        for (number, place) in places::find(shard, asking).await?.into_iter().enumerate() {
+        for (number, place) in places::find(shard, connector).await?.into_iter().enumerate() {
             // One for each node of a quorum, otherwise a single one.
             let ours = fingerprints
                 .get(number)
                 .or(fingerprints.first())
                 .cloned()
                 .unwrap_or_default();
-            let stored = place.read(asking).await;
-            let listeners = place.listeners(asking).await;
+            let stored = place.read(connector).await;
+            let listeners = place.listeners(connector).await;
             all.push(Seen {
                 shard: &shard.name,
                 place,

@@ -7,8 +7,8 @@ use deadpool_redis::redis::aio::MultiplexedConnection;
 use deadpool_redis::redis::{Cmd, FromRedisValue, cmd};
 use shardlock::{Endpoint, ServerUrl, ShardConfig, manager_of};
 
-use crate::asking::{Asking, ask, primaries};
 use crate::exit::{self, Failure};
+use crate::servers::{Connector, escape_glob, primaries, query};
 
 /// The time limit for searching a server for leases.
 const SEARCH_MAX: Duration = Duration::from_secs(20);
@@ -52,7 +52,7 @@ pub(super) enum Leases {
 /// # Errors
 ///
 /// If the servers can't be determined.
-pub(super) async fn find(shard: &ShardConfig, asking: &Asking<'_>) -> Result<Vec<Place>, Failure> {
+pub(super) async fn find(shard: &ShardConfig, connector: &Connector<'_>) -> Result<Vec<Place>, Failure> {
     let unknown = |reason: anyhow::Error| {
         let context = format!("shard {}: its servers can't be found", shard.name);
         Failure::new(exit::UNAVAILABLE, reason.context(context))
@@ -67,11 +67,11 @@ pub(super) async fn find(shard: &ShardConfig, asking: &Asking<'_>) -> Result<Vec
             kind: Kind::Etcd(servers),
         }]);
     }
-    let Some(servers) = primaries(&endpoint, asking).await.map_err(unknown)? else {
+    let Some(servers) = primaries(&endpoint, connector).await.map_err(unknown)? else {
         return Ok(Vec::new());
     };
     if matches!(endpoint.scheme(), "redis+cluster" | "rediss+cluster") {
-        let owner = owner(&servers, asking)
+        let owner = owner(&servers, connector)
             .await
             .map_err(|reason| unknown(anyhow!(reason)))?;
         return Ok(vec![Place {
@@ -90,15 +90,15 @@ pub(super) async fn find(shard: &ShardConfig, asking: &Asking<'_>) -> Result<Vec
 }
 
 /// The node of a cluster that has the map's key: the others redirect.
-async fn owner(primaries: &[ServerUrl], asking: &Asking<'_>) -> Result<ServerUrl, String> {
-    let mut trouble = "no primary has slots".to_owned();
+async fn owner(primaries: &[ServerUrl], connector: &Connector<'_>) -> Result<ServerUrl, String> {
+    let mut last_error = "no primary has slots".to_owned();
     for server in primaries {
-        match one(server, asking, cmd("GET").arg(asking.config.map_key())).await {
+        match one(server, connector, cmd("GET").arg(connector.config.map_key())).await {
             Ok::<Option<String>, _>(_) => return Ok(server.clone()),
-            Err(reason) => trouble = format!("{}: {reason}", server.place()),
+            Err(reason) => last_error = format!("{}: {reason}", server.place()),
         }
     }
-    Err(trouble)
+    Err(last_error)
 }
 
 impl Place {
@@ -107,29 +107,29 @@ impl Place {
         self.label.clone()
     }
 
-    pub(super) async fn read(&self, asking: &Asking<'_>) -> Result<Option<String>, String> {
-        let key = asking.config.map_key();
+    pub(super) async fn read(&self, connector: &Connector<'_>) -> Result<Option<String>, String> {
+        let key = connector.config.map_key();
         match &self.kind {
             Kind::Server(server) | Kind::Cluster { owner: server, .. } => {
-                let stored: Option<Vec<u8>> = one(server, asking, cmd("GET").arg(key)).await?;
+                let stored: Option<Vec<u8>> = one(server, connector, cmd("GET").arg(key)).await?;
                 Ok(stored.map(|stored| String::from_utf8_lossy(&stored).into_owned()))
             }
             #[cfg(feature = "etcd")]
-            Kind::Etcd(servers) => super::etcd::read(servers, asking, &key).await,
+            Kind::Etcd(servers) => super::etcd::read(servers, connector, &key).await,
         }
     }
 
     /// Stores `new` if `old` is stored; `None` means that no map must be stored.
-    pub(super) async fn swap(&self, asking: &Asking<'_>, old: Option<&str>, new: &str) -> Result<(), String> {
-        let key = asking.config.map_key();
+    pub(super) async fn swap(&self, connector: &Connector<'_>, old: Option<&str>, new: &str) -> Result<(), String> {
+        let key = connector.config.map_key();
         let swapped = match &self.kind {
             Kind::Server(server) | Kind::Cluster { owner: server, .. } => {
                 let mut swap = cmd("EVAL");
                 swap.arg(SWAP).arg(1).arg(key).arg(old.unwrap_or_default()).arg(new);
-                one::<bool>(server, asking, &swap).await?
+                one::<bool>(server, connector, &swap).await?
             }
             #[cfg(feature = "etcd")]
-            Kind::Etcd(servers) => super::etcd::swap(servers, asking, &key, old, new).await?,
+            Kind::Etcd(servers) => super::etcd::swap(servers, connector, &key, old, new).await?,
         };
         match swapped {
             true => Ok(()),
@@ -139,8 +139,8 @@ impl Place {
 
     /// The names of the listening managers. Empty on etcd, which does not have them. In a cluster,
     /// only managers that have locked recently are listed.
-    pub(super) async fn listeners(&self, asking: &Asking<'_>) -> Result<Vec<String>, String> {
-        let namespace = glob(&asking.config.namespace);
+    pub(super) async fn listeners(&self, connector: &Connector<'_>) -> Result<Vec<String>, String> {
+        let namespace = escape_glob(&connector.config.namespace);
         let (servers, list, pattern) = match &self.kind {
             Kind::Server(server) => (std::slice::from_ref(server), "CHANNELS", format!("{namespace}in:*")),
             Kind::Cluster { primaries, .. } => (&primaries[..], "SHARDCHANNELS", format!("{namespace}in:{{*}}:*")),
@@ -151,7 +151,7 @@ impl Place {
         for server in servers {
             let mut channels = cmd("PUBSUB");
             channels.arg(list).arg(&pattern);
-            let channels: Vec<Vec<u8>> = one(server, asking, &channels).await?;
+            let channels: Vec<Vec<u8>> = one(server, connector, &channels).await?;
             let name = |channel: &Vec<u8>| {
                 let channel = String::from_utf8_lossy(channel);
                 channel.rsplit(':').next().unwrap_or_default().to_owned()
@@ -164,15 +164,15 @@ impl Place {
     }
 
     /// Whether a manager holds or waits for a lock here.
-    pub(super) async fn leases(&self, asking: &Asking<'_>) -> Result<Leases, String> {
+    pub(super) async fn leases(&self, connector: &Connector<'_>) -> Result<Leases, String> {
         let servers = match &self.kind {
             Kind::Server(server) => std::slice::from_ref(server),
             Kind::Cluster { primaries, .. } => primaries,
             #[cfg(feature = "etcd")]
-            Kind::Etcd(servers) => return super::etcd::leases(servers, asking).await,
+            Kind::Etcd(servers) => return super::etcd::leases(servers, connector).await,
         };
         for server in servers {
-            match leases_at(server, asking).await? {
+            match leases_at(server, connector).await? {
                 Leases::None => {}
                 found => return Ok(found),
             }
@@ -182,22 +182,22 @@ impl Place {
 }
 
 /// Searches the keys of the namespace on one server.
-async fn leases_at(server: &ServerUrl, asking: &Asking<'_>) -> Result<Leases, String> {
-    let mut connection = connect(server, asking).await?;
+async fn leases_at(server: &ServerUrl, connector: &Connector<'_>) -> Result<Leases, String> {
+    let mut connection = connect(server, connector).await?;
     let (began, mut cursor) = (Instant::now(), 0_u64);
     loop {
         let mut step = cmd("SCAN");
         step.arg(cursor)
             .arg("MATCH")
-            .arg(format!("{}*", glob(&asking.config.namespace)));
+            .arg(format!("{}*", escape_glob(&connector.config.namespace)));
         step.arg("COUNT").arg(STEP);
-        let (next, names): (u64, Vec<Vec<u8>>) = ask(&mut connection, &step).await?;
+        let (next, names): (u64, Vec<Vec<u8>>) = query(&mut connection, &step).await?;
         for name in &names {
             let key = std::str::from_utf8(name)
                 .ok()
-                .and_then(|name| asking.config.key_of_lease(name));
+                .and_then(|name| connector.config.key_of_lease(name));
             let Some(key) = key else { continue };
-            let owner: Option<Vec<u8>> = match ask(&mut connection, cmd("GET").arg(name)).await {
+            let owner: Option<Vec<u8>> = match query(&mut connection, cmd("GET").arg(name)).await {
                 Ok(owner) => owner,
                 // A value that is not a string is not a lease.
                 Err(reason) if reason.contains("WRONGTYPE") => None,
@@ -221,33 +221,11 @@ async fn leases_at(server: &ServerUrl, asking: &Asking<'_>) -> Result<Leases, St
     }
 }
 
-async fn connect(server: &ServerUrl, asking: &Asking<'_>) -> Result<MultiplexedConnection, String> {
-    asking.connect(server).await.map_err(|trouble| trouble.reason)
+async fn connect(server: &ServerUrl, connector: &Connector<'_>) -> Result<MultiplexedConnection, String> {
+    connector.connect(server).await.map_err(|error| error.reason)
 }
 
 /// Sends a single command on a new connection.
-async fn one<T: FromRedisValue>(server: &ServerUrl, asking: &Asking<'_>, question: &Cmd) -> Result<T, String> {
-    ask(&mut connect(server, asking).await?, question).await
-}
-
-/// Escapes a text for the server's glob patterns.
-fn glob(text: &str) -> String {
-    let mut pattern = String::with_capacity(text.len() + 4);
-    for char in text.chars() {
-        if matches!(char, '*' | '?' | '[' | ']' | '\\' | '^') {
-            pattern.push('\\');
-        }
-        pattern.push(char);
-    }
-    pattern
-}
-
-#[cfg(test)]
-mod tests {
-    use super::*;
-
-    #[test]
-    fn a_namespace_is_matched_as_it_stands() {
-        assert_eq!(glob("a*[b]?\\"), "a\\*\\[b\\]\\?\\\\");
-    }
+async fn one<T: FromRedisValue>(server: &ServerUrl, connector: &Connector<'_>, command: &Cmd) -> Result<T, String> {
+    query(&mut connect(server, connector).await?, command).await
 }

@@ -8,23 +8,23 @@ use shardlock::printable;
 
 use super::places::Leases;
 use super::{NONE, Seen, SetArgs, expectation, look, whole};
-use crate::asking::Asking;
 use crate::exit::{self, Failure};
 use crate::output;
+use crate::servers::Connector;
 
 pub(super) async fn run(args: SetArgs) -> Result<u8, Failure> {
     let config = args.shards.load_with_shards()?;
     config.validate().map_err(Failure::config)?;
-    let asking = Asking::new(&config).map_err(Failure::config)?;
-    let seen = look(&config, &asking).await?;
+    let connector = Connector::new(&config).map_err(Failure::config)?;
+    let seen = look(&config, &connector).await?;
     check_stored(&seen, &args.expected)?;
     if !args.force {
-        check_unused(&seen, &asking).await?;
+        check_unused(&seen, &connector).await?;
     }
     let mut replaced = Vec::new();
     for seen in seen.iter().filter(|seen| !seen.agrees()) {
         let stored = seen.stored.as_ref().ok().and_then(Option::as_deref);
-        let swapped = seen.place.swap(&asking, stored, &seen.ours).await;
+        let swapped = seen.place.swap(&connector, stored, &seen.ours).await;
         swapped.map_err(|reason| {
             let done = replaced.len();
             refused(anyhow!(
@@ -36,9 +36,9 @@ pub(super) async fn run(args: SetArgs) -> Result<u8, Failure> {
     }
     if !args.force {
         // A manager that has started in the meantime has read the old map.
-        let now = look(&config, &asking).await?;
+        let now = look(&config, &connector).await?;
         if let Err(failure) = nobody_listens(&now) {
-            output::complain(format_args!(
+            output::eprint(format_args!(
                 "the map was replaced, but {:#}; restart them",
                 failure.error
             ));
@@ -48,7 +48,7 @@ pub(super) async fn run(args: SetArgs) -> Result<u8, Failure> {
         [] => "all servers have this map already; nothing was written".to_owned(),
         replaced => format!("the map was stored on {}", replaced.join(", ")),
     };
-    args.form.print(&json!({ "stored": replaced }), &printable(&text))?;
+    args.format.print(&json!({ "stored": replaced }), &printable(&text))?;
     Ok(exit::OK)
 }
 
@@ -92,11 +92,11 @@ fn check_stored(seen: &[Seen<'_>], expected: &[String]) -> Result<(), Failure> {
 }
 
 /// Checks that no manager listens, holds or waits.
-async fn check_unused(seen: &[Seen<'_>], asking: &Asking<'_>) -> Result<(), Failure> {
+async fn check_unused(seen: &[Seen<'_>], connector: &Connector<'_>) -> Result<(), Failure> {
     nobody_listens(seen)?;
     for seen in seen {
         let place = seen.place.label();
-        let in_use = match seen.place.leases(asking).await {
+        let in_use = match seen.place.leases(connector).await {
             Ok(Leases::None) => continue,
             Ok(Leases::Some { example, owner }) => format!("{example:?} is held or waited for by {owner}"),
             Ok(Leases::Unknown) => "there are too many keys to search all of them".to_owned(),

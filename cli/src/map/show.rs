@@ -7,16 +7,16 @@ use serde_json::json;
 use shardlock::printable;
 
 use super::{NONE, Seen, ShowArgs, expectation, look, whole};
-use crate::asking::Asking;
 use crate::exit::{self, Failure};
+use crate::servers::Connector;
 
 pub(super) async fn run(args: ShowArgs) -> Result<u8, Failure> {
     let config = args.shards.load_with_shards()?;
     config.validate().map_err(Failure::config)?;
-    let asking = Asking::new(&config).map_err(Failure::config)?;
-    let seen = look(&config, &asking).await?;
+    let connector = Connector::new(&config).map_err(Failure::config)?;
+    let seen = look(&config, &connector).await?;
     let to_replace = to_replace(&seen);
-    args.form
+    args.format
         .print(&as_json(&seen, &to_replace), &as_text(&seen, &to_replace))?;
     let all_answered = seen.iter().all(|seen| seen.stored.is_ok());
     Ok(if all_answered { exit::OK } else { exit::UNAVAILABLE })

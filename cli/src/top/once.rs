@@ -51,6 +51,6 @@ pub(super) async fn print(mut model: Model, mut asking: Asking, views: &[View]) 
         }
         _ => {}
     }
-    away.iter().for_each(output::complain);
+    away.iter().for_each(output::eprint);
     Ok(if away.is_empty() { exit::OK } else { exit::UNAVAILABLE })
 }

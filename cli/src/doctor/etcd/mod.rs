@@ -14,29 +14,33 @@ use super::permissions::is_loopback;
 use super::reach::short;
 use super::report::{ServerReport, ShardReport};
 use super::{map, timing};
-use crate::asking::{Asking, Trouble, TroubleKind};
+use crate::servers::{Connector, ProbeError, ProbeErrorKind};
 use look::{Member, look};
-pub(crate) use look::{client, in_time};
 
 /// etcd's shortest lease, unless its election timeout was changed. Shorter leases are extended to
 /// this.
 const LEASE_LEAST: Duration = Duration::from_secs(2);
 
-type Seen = Result<Member, Trouble>;
+type Seen = Result<Member, ProbeError>;
 
-pub(super) async fn examine(endpoint: &Endpoint, asking: &Asking<'_>, fingerprint: &str, report: &mut ShardReport) {
+pub(super) async fn examine(
+    endpoint: &Endpoint,
+    connector: &Connector<'_>,
+    fingerprint: &str,
+    report: &mut ShardReport,
+) {
     let servers = endpoint.servers();
-    let seen = join_all(servers.iter().map(|server| look(server, asking))).await;
+    let seen = join_all(servers.iter().map(|server| look(server, connector))).await;
     report.findings.push(majority(&seen));
     report.findings.extend(leader(&seen));
     report.findings.extend(shard_map(&seen, fingerprint));
-    report.findings.push(lease(asking.config));
+    report.findings.push(lease(connector.config));
     let all_are_silent = seen.iter().all(Result::is_err);
     for (server, member) in servers.iter().zip(&seen) {
         let level = if all_are_silent { Level::Error } else { Level::Warning };
         let findings = match member {
-            Ok(member) => of_member(server.place(), member, asking.config),
-            Err(trouble) => vec![unreachable(server.place(), trouble, level)],
+            Ok(member) => of_member(server.place(), member, connector.config),
+            Err(error) => vec![unreachable(server.place(), error, level)],
         };
         report.servers.push(ServerReport {
             place: server.place().to_owned(),
@@ -131,31 +135,31 @@ fn lease(config: &Config) -> Finding {
 }
 
 /// Reports why a member could not be examined.
-fn unreachable(place: &str, trouble: &Trouble, level: Level) -> Finding {
-    let Trouble { kind, reason } = trouble;
+fn unreachable(place: &str, error: &ProbeError, level: Level) -> Finding {
+    let ProbeError { kind, reason } = error;
     let health = format!("etcdctl --endpoints {place} endpoint health");
     let (found, mend) = match kind {
-        TroubleKind::Login if reason.contains("not enabled") => (
+        ProbeErrorKind::Login if reason.contains("not enabled") => (
             format!("the login was refused: {reason}"),
             "leave the user and the password out of the URL, or run etcdctl auth enable".to_owned(),
         ),
-        TroubleKind::Login => (
+        ProbeErrorKind::Login => (
             format!("the login was refused: {reason}"),
             "correct the user and the password in the shard's URL (etcd://user:password@host; write characters such as @ and / as %40 and \
              %2F), or run etcdctl user passwd <user>"
                 .to_owned(),
         ),
-        TroubleKind::Encryption => (
+        ProbeErrorKind::Tls => (
             format!("no encrypted connection: {reason}"),
             "set tls_ca to the PEM file of the CA that signed etcd's certificate, and use the host name of the certificate in the URL; if etcd \
              asks for a client certificate, set tls_cert and tls_key"
                 .to_owned(),
         ),
-        TroubleKind::Silent => (
+        ProbeErrorKind::Timeout => (
             format!("connected or connecting, but no answer in time: {reason}"),
             format!("check whether the member hangs or is overloaded ({health}), or raise store_timeout"),
         ),
-        TroubleKind::Unreachable | TroubleKind::Database | TroubleKind::Answer => (
+        ProbeErrorKind::Unreachable | ProbeErrorKind::Database | ProbeErrorKind::UnexpectedReply => (
             format!("no answer: {reason}"),
             format!("{health}; check whether the URL needs TLS (etcds:// and tls_ca)"),
         ),
@@ -255,8 +259,8 @@ mod tests {
         }
     }
 
-    fn dead(kind: TroubleKind, reason: &str) -> Trouble {
-        Trouble {
+    fn dead(kind: ProbeErrorKind, reason: &str) -> ProbeError {
+        ProbeError {
             kind,
             reason: reason.to_owned(),
         }
@@ -264,7 +268,7 @@ mod tests {
 
     #[test]
     fn members_must_answer_and_follow_one_leader() {
-        let refused = Err(dead(TroubleKind::Unreachable, "refused"));
+        let refused = Err(dead(ProbeErrorKind::Unreachable, "refused"));
         let level = |seen: &[_]| majority(seen).level;
         assert_eq!(level(&[Ok(member()), Ok(member()), Ok(member())]), Level::Ok);
         assert_eq!(level(&[Ok(member()), refused.clone()]), Level::Warning);
@@ -298,9 +302,9 @@ mod tests {
     #[test]
     fn each_trouble_has_its_own_way_out() {
         let mend = |kind, reason| unreachable("a:1", &dead(kind, reason), Level::Error).mend.unwrap();
-        assert!(mend(TroubleKind::Login, "authentication failed").contains("correct the user"));
-        assert!(mend(TroubleKind::Login, "authentication is not enabled").contains("leave the user"));
-        assert!(mend(TroubleKind::Encryption, "UnknownIssuer").contains("tls_ca"));
-        assert!(mend(TroubleKind::Unreachable, "refused").contains("etcds://"));
+        assert!(mend(ProbeErrorKind::Login, "authentication failed").contains("correct the user"));
+        assert!(mend(ProbeErrorKind::Login, "authentication is not enabled").contains("leave the user"));
+        assert!(mend(ProbeErrorKind::Tls, "UnknownIssuer").contains("tls_ca"));
+        assert!(mend(ProbeErrorKind::Unreachable, "refused").contains("etcds://"));
     }
 }

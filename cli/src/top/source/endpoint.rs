@@ -103,8 +103,8 @@ impl Endpoint {
     }
 
     pub(super) async fn look(&self) -> Result<Look, String> {
-        let asking = async { tokio::try_join!(self.page("/hot"), self.page("/held"), self.page("/shards")) };
-        match tokio::time::timeout(TIME_MAX, asking).await {
+        let connector = async { tokio::try_join!(self.page("/hot"), self.page("/held"), self.page("/shards")) };
+        match tokio::time::timeout(TIME_MAX, connector).await {
             Ok(pages) => pages.map(|(hot, held, shards)| pages::read(hot, held, shards)),
             Err(_) => Err(format!("no answer within {}", humantime::format_duration(TIME_MAX))),
         }

@@ -8,7 +8,7 @@ use std::time::{Duration, Instant};
 use deadpool_redis::redis::cmd;
 use shardlock::{Config, Endpoint, LockKey, ServerUrl};
 
-use crate::asking::{Asking, ask, primaries};
+use crate::servers::{Connector, escape_glob, primaries, query};
 
 /// The keys that a server scans in one step, well under a millisecond of its time.
 const STEP: u64 = 200;
@@ -28,7 +28,7 @@ pub(super) struct Found {
 }
 
 /// Why a shard can't be searched.
-pub(super) type Trouble = String;
+pub(super) type ProbeError = String;
 
 /// Scans about `budget` keys of each server of the shard that stores leases.
 pub(super) async fn search(
@@ -37,9 +37,9 @@ pub(super) async fn search(
     config: &Config,
     cursors: &mut Cursors,
     budget: u64,
-) -> Result<Found, Trouble> {
-    let asking = Asking::new(config).map_err(|error| format!("{error:#}"))?;
-    let servers = primaries(endpoint, &asking)
+) -> Result<Found, ProbeError> {
+    let connector = Connector::new(config).map_err(|error| format!("{error:#}"))?;
+    let servers = primaries(endpoint, &connector)
         .await
         .map_err(|error| format!("{error:#}"))?;
     let Some(servers) = servers else {
@@ -52,7 +52,7 @@ pub(super) async fn search(
             .0
             .entry((shard.to_owned(), server.place().to_owned()))
             .or_default();
-        search_server(&server, &asking, config, cursor, budget, &mut found)
+        search_server(&server, &connector, config, cursor, budget, &mut found)
             .await
             .map_err(|reason| format!("{}: {reason}", server.place()))?;
     }
@@ -61,18 +61,18 @@ pub(super) async fn search(
 
 async fn search_server(
     server: &ServerUrl,
-    asking: &Asking<'_>,
+    connector: &Connector<'_>,
     config: &Config,
     cursor: &mut u64,
     budget: u64,
     found: &mut Found,
-) -> Result<(), Trouble> {
-    let mut connection = asking.connect(server).await.map_err(|trouble| trouble.reason)?;
+) -> Result<(), ProbeError> {
+    let mut connection = connector.connect(server).await.map_err(|error| error.reason)?;
     let (pattern, began) = (pattern(&config.namespace), Instant::now());
     for _ in 0..budget.div_ceil(STEP) {
         let mut step = cmd("SCAN");
         step.arg(*cursor).arg("MATCH").arg(&pattern).arg("COUNT").arg(STEP);
-        let (next, names): (u64, Vec<Vec<u8>>) = ask(&mut connection, &step).await?;
+        let (next, names): (u64, Vec<Vec<u8>>) = query(&mut connection, &step).await?;
         let names = names.iter().filter_map(|name| std::str::from_utf8(name).ok());
         found.keys.extend(names.filter_map(|name| config.key_of_lease(name)));
         *cursor = next;
@@ -89,15 +89,7 @@ async fn search_server(
 
 /// A glob pattern that matches all leases of a namespace.
 fn pattern(namespace: &str) -> String {
-    let mut pattern = String::with_capacity(namespace.len() + 1);
-    for char in namespace.chars() {
-        if matches!(char, '*' | '?' | '[' | ']' | '\\' | '^') {
-            pattern.push('\\');
-        }
-        pattern.push(char);
-    }
-    pattern.push('*');
-    pattern
+    format!("{}*", escape_glob(namespace))
 }
 
 #[cfg(test)]

@@ -1,30 +1,22 @@
-//! Direct requests to the servers of shards, for commands that inspect them without a manager.
-
-mod nodes;
-mod primaries;
-mod trouble;
+//! Connects to the servers of shards.
 
 use std::time::Duration;
 
 use anyhow::Context;
 use deadpool_redis::redis::aio::MultiplexedConnection;
-use deadpool_redis::redis::{
-    AsyncConnectionConfig, Client, ClientTlsConfig, Cmd, FromRedisValue, RedisError, TlsCertificates,
-};
+use deadpool_redis::redis::{AsyncConnectionConfig, Client, ClientTlsConfig, RedisError, TlsCertificates};
 use shardlock::{Config, ServerUrl};
 
-pub(crate) use nodes::{Node, nodes};
-pub(crate) use primaries::{connect_to_primaries, primaries, primary_named};
-pub(crate) use trouble::{Trouble, TroubleKind};
+use super::{ProbeError, ProbeErrorKind};
 
 /// How to connect to servers.
 #[derive(Debug)]
-pub(crate) struct Asking<'a> {
+pub(crate) struct Connector<'a> {
     pub(crate) config: &'a Config,
     certificates: TlsCertificates,
 }
 
-impl<'a> Asking<'a> {
+impl<'a> Connector<'a> {
     /// # Errors
     ///
     /// If a TLS file can't be read.
@@ -70,51 +62,40 @@ impl<'a> Asking<'a> {
         Some((&client.client_cert, &client.client_key))
     }
 
-    fn client(&self, server: &ServerUrl) -> Result<Client, Trouble> {
+    fn client(&self, server: &ServerUrl) -> Result<Client, ProbeError> {
         let client = if server.is_encrypted() {
             Client::build_with_tls(server.as_str(), self.certificates.clone())
         } else {
             Client::open(server.as_str())
         };
         // The client library's error may quote the URL, and with it the password.
-        client.map_err(|_| Trouble {
-            kind: TroubleKind::Encryption,
+        client.map_err(|_| ProbeError {
+            kind: ProbeErrorKind::Tls,
             reason: "the client library rejects the URL or the files of tls_ca, tls_cert and tls_key".to_owned(),
         })
     }
 
-    pub(crate) async fn connect(&self, server: &ServerUrl) -> Result<MultiplexedConnection, Trouble> {
+    pub(crate) async fn connect(&self, server: &ServerUrl) -> Result<MultiplexedConnection, ProbeError> {
         let client = self.client(server)?;
         let config = AsyncConnectionConfig::new()
             .set_connection_timeout(Some(self.timeout()))
             .set_response_timeout(Some(self.timeout()));
         match client.get_multiplexed_async_connection_with_config(&config).await {
             Ok(connection) => Ok(connection),
-            Err(error) => Err(self.trouble(&error, server).await),
+            Err(error) => Err(self.classify(&error, server).await),
         }
     }
 
     /// Classifies an error from connecting to this server. If the error is too vague, the server is
     /// probed for the reason.
-    pub(crate) async fn trouble(&self, error: &RedisError, server: &ServerUrl) -> Trouble {
-        let mut trouble = Trouble::of(error, server);
-        if matches!(trouble.kind, TroubleKind::Unreachable | TroubleKind::Answer) {
-            trouble.reason = server.why_not_connected(error, self.timeout()).await;
+    pub(crate) async fn classify(&self, error: &RedisError, server: &ServerUrl) -> ProbeError {
+        let mut classified = ProbeError::classify(error, server);
+        if matches!(
+            classified.kind,
+            ProbeErrorKind::Unreachable | ProbeErrorKind::UnexpectedReply
+        ) {
+            classified.reason = server.why_not_connected(error, self.timeout()).await;
         }
-        trouble
-    }
-}
-
-/// Sends a command. The server's error is returned as text.
-pub(crate) async fn ask<T: FromRedisValue>(connection: &mut MultiplexedConnection, command: &Cmd) -> Result<T, String> {
-    command.query_async(connection).await.map_err(|error| error.to_string())
-}
-
-/// `host:port`, with brackets around an IPv6 address.
-pub(crate) fn place(host: &str, port: &str) -> String {
-    if host.contains(':') {
-        format!("[{host}]:{port}")
-    } else {
-        format!("{host}:{port}")
+        classified
     }
 }
