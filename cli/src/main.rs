@@ -13,6 +13,7 @@ mod metrics;
 mod output;
 mod servers;
 mod shards;
+mod signals;
 mod slot;
 mod top;
 

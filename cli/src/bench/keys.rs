@@ -6,12 +6,12 @@ use std::sync::atomic::{AtomicU64, Ordering};
 use serde::{Deserialize, Serialize};
 use shardlock::FencingToken;
 
-use crate::load::mix::Mix;
+use crate::load::key_distribution::KeyDistribution;
 
 /// Which keys the tasks of a worker lock.
 #[derive(Debug, Clone, Copy, Serialize, Deserialize)]
 #[serde(rename_all = "snake_case")]
-pub(super) enum Wanted {
+pub(super) enum KeyChoice {
     /// Each task has its own key; those of this worker start here.
     Own { first: u64 },
     /// Each lock is of a random key.
@@ -22,36 +22,38 @@ pub(super) enum Wanted {
 #[derive(Debug)]
 pub(super) struct Keys {
     first: u64,
-    mix: Option<Mix>,
+    distribution: Option<KeyDistribution>,
     /// The last token of each key. Only the holder of the key writes it.
-    marks: Vec<AtomicU64>,
+    last_tokens: Vec<AtomicU64>,
 }
 
 /// Whether a token was larger than the last one on its key.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub(super) enum Seen {
-    Growth,
+pub(super) enum TokenOrder {
+    Increasing,
     /// The token was not larger than the last one in this process.
-    Regression,
+    Regressed,
 }
 
 impl Keys {
-    pub(super) fn new(wanted: Wanted, tasks: u32) -> anyhow::Result<Self> {
-        let (first, mix, count) = match wanted {
-            Wanted::Own { first } => (first, None, tasks),
-            Wanted::Random { keys, skew: None } => (0, Some(Mix::even(keys as usize)), keys),
-            Wanted::Random { keys, skew: Some(skew) } => (0, Some(Mix::zipf(keys, skew)?), keys),
+    pub(super) fn new(choice: KeyChoice, tasks: u32) -> anyhow::Result<Self> {
+        let (first, distribution, count) = match choice {
+            KeyChoice::Own { first } => (first, None, tasks),
+            KeyChoice::Random { keys, skew: None } => (0, Some(KeyDistribution::uniform(keys as usize)), keys),
+            KeyChoice::Random { keys, skew: Some(skew) } => (0, Some(KeyDistribution::zipf(keys, skew)?), keys),
         };
         Ok(Self {
             first,
-            mix,
-            marks: (0..count).map(|_| AtomicU64::new(0)).collect(),
+            distribution,
+            last_tokens: (0..count).map(|_| AtomicU64::new(0)).collect(),
         })
     }
 
     /// The key that this task locks next.
     pub(super) fn next(&self, task: usize) -> usize {
-        self.mix.as_ref().map_or(task, |mix| mix.next_rank() - 1)
+        self.distribution
+            .as_ref()
+            .map_or(task, |distribution| distribution.next_rank() - 1)
     }
 
     /// Replaces `name` by the name of the key.
@@ -62,17 +64,17 @@ impl Keys {
     }
 
     /// Records the token of a key that the caller has just locked.
-    pub(super) fn enter(&self, key: usize, token: FencingToken) -> Seen {
-        let last = self.marks[key].swap(token.get(), Ordering::Relaxed);
+    pub(super) fn record_token(&self, key: usize, token: FencingToken) -> TokenOrder {
+        let last = self.last_tokens[key].swap(token.get(), Ordering::Relaxed);
         if last < token.get() {
-            Seen::Growth
+            TokenOrder::Increasing
         } else {
-            Seen::Regression
+            TokenOrder::Regressed
         }
     }
 
     /// Whether no other task of this process has locked the key since.
-    pub(super) fn is_alone(&self, key: usize, token: FencingToken) -> bool {
-        self.marks[key].load(Ordering::Relaxed) == token.get()
+    pub(super) fn is_last_token(&self, key: usize, token: FencingToken) -> bool {
+        self.last_tokens[key].load(Ordering::Relaxed) == token.get()
     }
 }

@@ -2,22 +2,24 @@
 //!
 //! | file | what it does |
 //! |---|---|
-//! | `play` | runs it: servers, workers, warm-up, the measured window |
-//! | `stage` | sets up a run and removes everything afterwards |
-//! | `worker`, `task` | what the worker processes run, and each of their tasks |
+//! | `run` | runs it: servers, workers, warm-up, the measured window |
+//! | `setup` | sets up a run and removes everything afterwards |
+//! | `worker`, `task`, `context` | what the worker processes run, each of their tasks, and the state these share |
 //! | `keys` | which task locks which key |
-//! | `waits` | histograms of waits, corrected for coordinated omission |
-//! | `figures` | the result: as a table, as JSON, and whether it is correct |
+//! | `wait_histogram` | histograms of waits, corrected for coordinated omission |
+//! | `report`, `figures` | the result as a table, and whether it is correct; its numbers, as JSON |
 //! | `plot` | the distribution of the waits as an SVG |
 
+mod context;
 mod figures;
 mod keys;
-mod play;
 mod plot;
 mod protocol;
-mod stage;
+mod report;
+mod run;
+mod setup;
 mod task;
-mod waits;
+mod wait_histogram;
 mod worker;
 
 use std::fs::File;
@@ -29,12 +31,12 @@ use anyhow::{Context, anyhow, ensure};
 use clap::builder::RangedI64ValueParser;
 
 use crate::exit::{self, Failure};
-use crate::load::signals::Signals;
 use crate::output::{self, eprint};
 use crate::shards;
-use play::Played;
-use stage::Stage;
-pub(crate) use worker::run as work;
+use crate::signals::{INTERRUPTS, Signals};
+use run::RunResult;
+use setup::Setup;
+pub(crate) use worker::run as run_worker;
 
 /// Measure the cost of locks: processes request them continuously, on given servers or on one
 /// started for the run
@@ -154,17 +156,17 @@ fn parse_skew(text: &str) -> anyhow::Result<f64> {
 
 impl Args {
     /// The total number of tasks.
-    const fn tasks_in_all(&self) -> u64 {
+    const fn total_tasks(&self) -> u64 {
         self.processes as u64 * self.tasks as u64
     }
 
     /// Whether each task has a key of its own.
-    fn own_keys(&self) -> bool {
-        u64::from(self.keys) == self.tasks_in_all()
+    fn has_own_keys(&self) -> bool {
+        u64::from(self.keys) == self.total_tasks()
     }
 
-    fn check(&self) -> Result<(), Failure> {
-        let tasks = self.tasks_in_all();
+    fn validate(&self) -> Result<(), Failure> {
+        let tasks = self.total_tasks();
         if tasks > KEYS_MAX.into() {
             return Err(Failure::usage(anyhow!(
                 "--processes {} with --tasks {} are {tasks} tasks, but must be at most {KEYS_MAX} in all",
@@ -172,7 +174,7 @@ impl Args {
                 self.tasks
             )));
         }
-        if self.own_keys() && self.keys > 1 && self.skew.is_some() {
+        if self.has_own_keys() && self.keys > 1 && self.skew.is_some() {
             return Err(Failure::usage(anyhow!(
                 "--skew has no effect with --keys {tasks}, where each task has its own key; use another number of keys"
             )));
@@ -194,40 +196,40 @@ impl Args {
 /// Runs the bench. However it ends, everything it started is stopped and everything it wrote is
 /// removed.
 pub(crate) async fn run(args: Args) -> Result<u8, Failure> {
-    args.check()?;
+    args.validate()?;
     let config = args.shards.load()?;
-    let mut stage = Stage::new(&config, args.processes)?;
+    let mut setup = Setup::new(&config, args.processes)?;
     let plot_file = args.plot_file()?;
-    let mut signals = Signals::listen()
+    let mut signals = Signals::install(INTERRUPTS)
         .context("signals can't be handled")
         .map_err(Failure::system)?;
 
-    let played = play::play(&args, config, &mut stage, &mut signals).await;
-    let cleared = stage.clear().await;
-    if let Err(error) = &cleared {
+    let result = run::run(&args, config, &mut setup, &mut signals).await;
+    let torn_down = setup.tear_down().await;
+    if let Err(error) = &torn_down {
         eprint(format_args!("{error:#}"));
     }
-    let code = match played.map_err(|error| Failure::new(1, error))? {
-        Played::Stopped(signal) => {
+    let code = match result.map_err(|error| Failure::new(1, error))? {
+        RunResult::Interrupted(signal) => {
             eprint(format_args!("stopped by {} before anything was measured", signal.name));
             signal.exit_code
         }
-        Played::Measured(outcome, signal) => {
-            args.format.print(&outcome.figures.as_json(), &outcome.as_text(&args))?;
+        RunResult::Measured(report, signal) => {
+            args.format.print(&report.figures.as_json(), &report.as_text(&args))?;
             if let Some(file) = plot_file {
-                write_plot(file, &plot::svg(&outcome.waits, &args.in_words()))?;
+                write_plot(file, &plot::svg(&report.waits, &args.title()))?;
             }
-            for line in outcome.wrong() {
+            for line in report.problems() {
                 eprint(format_args!("wrong: {line}"));
             }
             if let Some(signal) = signal {
                 eprint(format_args!("ended early by {}", signal.name));
             }
-            let right = if outcome.wrong().is_empty() { exit::OK } else { 1 };
-            signal.map_or(right, |signal| signal.exit_code)
+            let code = if report.problems().is_empty() { exit::OK } else { 1 };
+            signal.map_or(code, |signal| signal.exit_code)
         }
     };
-    Ok(if cleared.is_err() { code.max(1) } else { code })
+    Ok(if torn_down.is_err() { code.max(1) } else { code })
 }
 
 fn write_plot(mut file: File, svg: &str) -> Result<(), Failure> {

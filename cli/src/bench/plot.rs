@@ -82,7 +82,7 @@ impl Plot {
                 "<text x=\"{}\" y=\"{:.1}\" text-anchor=\"end\">{}</text>",
                 LEFT - 8.0,
                 y + 4.0,
-                in_words(power)
+                format_power(power)
             )?;
         }
         for nines in 0..=self.nines as i32 {
@@ -117,7 +117,7 @@ impl Plot {
 }
 
 /// Formats a power of ten of nanoseconds.
-fn in_words(power: i32) -> String {
+fn format_power(power: i32) -> String {
     let (unit, smaller) = match power {
         ..=2 => ("ns", 0),
         3..=5 => ("us", 3),
@@ -134,7 +134,7 @@ fn escaped(text: &str) -> String {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::bench::waits::histogram;
+    use crate::bench::wait_histogram::histogram;
 
     #[test]
     fn the_curve_stays_within_the_axes_even_without_waits() {
@@ -157,7 +157,7 @@ mod tests {
     #[test]
     fn times_have_the_unit_that_makes_them_short() {
         assert_eq!(
-            [2, 3, 7, 9, 12].map(in_words),
+            [2, 3, 7, 9, 12].map(format_power),
             ["100 ns", "1 us", "10 ms", "1 s", "1000 s"]
         );
     }

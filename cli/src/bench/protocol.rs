@@ -4,19 +4,19 @@ use std::time::Duration;
 
 use serde::{Deserialize, Serialize};
 
-use super::keys::Wanted;
+use super::keys::KeyChoice;
 use crate::load::counters::Counters;
 
 /// The first line that a worker receives.
 #[derive(Debug, Clone, Serialize, Deserialize)]
-pub(super) struct Setup {
+pub(super) struct WorkerSettings {
     /// The parent's sources of settings.
     pub(super) shards: crate::shards::Options,
     /// The shards that the parent started; they replace those of the settings.
     pub(super) started: Vec<String>,
     pub(super) namespace: String,
     pub(super) tasks: u32,
-    pub(super) wanted: Wanted,
+    pub(super) key_choice: KeyChoice,
     pub(super) hold: Duration,
     /// Replaces the value of the settings.
     pub(super) linger: Option<Duration>,
@@ -24,23 +24,23 @@ pub(super) struct Setup {
     pub(super) threads: usize,
 }
 
-/// The orders to a worker. [`Order::Close`] is answered with a [`Measured`], the others without
+/// The commands to a worker. [`Command::Close`] is answered with [`Measurements`], the others without
 /// data.
 #[derive(Debug, Clone, Copy, Serialize, Deserialize)]
 #[serde(rename_all = "snake_case")]
-pub(super) enum Order {
+pub(super) enum Command {
     /// The tasks start to request locks.
     Start,
     /// The measured window starts.
     Open,
     /// The measured window and the tasks end.
     Close,
-    Leave,
+    Shutdown,
 }
 
-/// What a worker measured between [`Order::Open`] and [`Order::Close`].
+/// What a worker measured between [`Command::Open`] and [`Command::Close`].
 #[derive(Debug, Clone, Default, Serialize, Deserialize)]
-pub(super) struct Measured {
+pub(super) struct Measurements {
     pub(super) seconds: f64,
     /// The number of locks acquired, by path.
     pub(super) locks: Counters,
@@ -55,12 +55,12 @@ pub(super) struct Measured {
     pub(super) token_regressions: u64,
     pub(super) overlaps: u64,
     /// All failures since the start, including the warm-up.
-    pub(super) errors: Vec<Errors>,
+    pub(super) errors: Vec<ErrorCount>,
 }
 
 /// Errors of one kind.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
-pub(super) struct Errors {
+pub(super) struct ErrorCount {
     pub(super) kind: String,
     pub(super) count: u64,
     /// The message of the first one.

@@ -1,4 +1,4 @@
-//! A worker process: executes the orders on its standard input.
+//! A worker process: executes the commands on its standard input.
 
 use std::net::{Ipv4Addr, SocketAddr};
 use std::sync::Arc;
@@ -9,59 +9,64 @@ use shardlock::admin::AdminServer;
 use shardlock::{Builder, Config, LockManager};
 use tokio::task::JoinSet;
 
+use super::context::TaskContext;
 use super::keys::Keys;
-use super::protocol::{Measured, Order, Setup};
-use super::task::{Load, work};
-use super::waits::Waits;
+use super::protocol::{Command, Measurements, WorkerSettings};
+use super::task::run_task;
+use super::wait_histogram::WaitHistograms;
 use crate::exit::Failure;
+use crate::load::commands::{Commands, Reply, run_worker, send_reply};
 use crate::load::counters::Counters;
-use crate::load::orders::{Answer, Orders, obey, tell};
 
-/// Executes orders until the one to leave. Failures are reported to the parent as well.
+/// Executes commands until the one to shut down. Failures are reported to the parent as well.
 pub(crate) fn run() -> Result<u8, Failure> {
     let failed = |error: anyhow::Error| Failure::new(1, error);
     // The number of threads is in the first line of input, and reading it is not worth a runtime.
-    crate::on_this_thread(async { obey(serve).await.map_err(failed) })
+    crate::on_this_thread(async { run_worker(serve).await.map_err(failed) })
 }
 
-async fn serve(orders: &mut Orders) -> anyhow::Result<()> {
-    let setup: Setup = orders.next().await?;
-    if setup.threads <= 1 {
-        return follow(orders, &setup, None).await;
+async fn serve(commands: &mut Commands) -> anyhow::Result<()> {
+    let settings: WorkerSettings = commands.next().await?;
+    if settings.threads <= 1 {
+        return execute_commands(commands, &settings, None).await;
     }
     let runtime = tokio::runtime::Builder::new_multi_thread()
-        .worker_threads(setup.threads)
+        .worker_threads(settings.threads)
         .enable_all()
         .build()
         .context("the asynchronous runtime could not be started")?;
-    let followed = follow(orders, &setup, Some(runtime.handle().clone())).await;
+    let result = execute_commands(commands, &settings, Some(runtime.handle().clone())).await;
     // A runtime must not be dropped in an asynchronous context; all its tasks have ended.
     runtime.shutdown_background();
-    followed
+    result
 }
 
-/// Follows the orders; tasks run on `others` if given, otherwise on this thread.
-async fn follow(orders: &mut Orders, setup: &Setup, others: Option<tokio::runtime::Handle>) -> anyhow::Result<()> {
-    let mut worker = Worker::open(setup, others.as_ref()).await?;
-    tell(&Answer::Done(()))?;
+/// Executes the commands; tasks run on `runtime` if given, otherwise on this thread.
+async fn execute_commands(
+    commands: &mut Commands,
+    settings: &WorkerSettings,
+    runtime: Option<tokio::runtime::Handle>,
+) -> anyhow::Result<()> {
+    let mut worker = Worker::connect(settings, runtime.as_ref()).await?;
+    send_reply(&Reply::Done(()))?;
     loop {
-        let order: Order = orders.next().await?;
+        let command: Command = commands.next().await?;
         let mut measured = None;
-        match order {
-            Order::Start => worker.start(others.as_ref()),
-            Order::Open => worker.open_window(),
-            Order::Close => measured = Some(worker.close_window().await?),
-            Order::Leave => worker.load.locks.shutdown().await,
+        match command {
+            Command::Start => worker.start(runtime.as_ref()),
+            Command::Open => worker.open_window(),
+            Command::Close => measured = Some(worker.close_window().await?),
+            Command::Shutdown => worker.context.locks.shutdown().await,
         }
-        tell(&Answer::Done(measured))?;
-        if matches!(order, Order::Leave) {
+        send_reply(&Reply::Done(measured))?;
+        if matches!(command, Command::Shutdown) {
             return Ok(());
         }
     }
 }
 
 struct Worker {
-    load: Arc<Load>,
+    context: Arc<TaskContext>,
     tasks: u32,
     running: JoinSet<()>,
     /// Renders the page of metrics.
@@ -69,35 +74,35 @@ struct Worker {
     class: String,
     /// When the window was opened, and the counters at that time.
     opened: Option<(Instant, Counters)>,
-    /// Serves until the worker leaves.
-    _serving: AdminServer,
+    /// Serves until the worker ends.
+    _admin_server: AdminServer,
 }
 
 impl Worker {
     /// Connects the manager on the runtime that runs the tasks.
-    async fn open(setup: &Setup, others: Option<&tokio::runtime::Handle>) -> anyhow::Result<Self> {
+    async fn connect(settings: &WorkerSettings, runtime: Option<&tokio::runtime::Handle>) -> anyhow::Result<Self> {
         // Before the manager: metrics created without a recorder count nothing.
         let admin = crate::metrics::bind(SocketAddr::from((Ipv4Addr::LOCALHOST, 0)))?;
         let metrics = Box::new(admin.renderer());
-        let config = config(setup)?;
+        let config = config(settings)?;
         let class = config.class.clone();
         let connecting = Builder::new().config(config).connect();
-        let locks = match others {
-            Some(others) => others
+        let locks = match runtime {
+            Some(runtime) => runtime
                 .spawn(connecting)
                 .await
                 .context("connecting ended in a panic")??,
             None => connecting.await?,
         };
         Ok(Self {
-            _serving: admin.serve(&locks)?,
-            load: Arc::new(Load::new(
+            _admin_server: admin.serve(&locks)?,
+            context: Arc::new(TaskContext::new(
                 locks,
-                Keys::new(setup.wanted, setup.tasks)?,
-                Waits::new(setup.threads)?,
-                setup.hold,
+                Keys::new(settings.key_choice, settings.tasks)?,
+                WaitHistograms::new(settings.threads)?,
+                settings.hold,
             )),
-            tasks: setup.tasks,
+            tasks: settings.tasks,
             running: JoinSet::new(),
             metrics,
             class,
@@ -105,32 +110,32 @@ impl Worker {
         })
     }
 
-    fn start(&mut self, others: Option<&tokio::runtime::Handle>) {
+    fn start(&mut self, runtime: Option<&tokio::runtime::Handle>) {
         for number in 0..self.tasks as usize {
-            let task = work(Arc::clone(&self.load), number);
-            match others {
-                Some(others) => self.running.spawn_on(task, others),
+            let task = run_task(Arc::clone(&self.context), number);
+            match runtime {
+                Some(runtime) => self.running.spawn_on(task, runtime),
                 None => self.running.spawn(task),
             };
         }
     }
 
     fn counters(&self) -> Counters {
-        Counters::read(&(self.metrics)(&self.load.locks), &self.class)
+        Counters::parse(&(self.metrics)(&self.context.locks), &self.class)
     }
 
     // On a single thread no task runs between the two lines that open or close the window, so that
     // tasks and manager count the same locks.
     fn open_window(&mut self) {
-        self.load.open();
+        self.context.open();
         self.opened = Some((Instant::now(), self.counters()));
     }
 
-    async fn close_window(&mut self) -> anyhow::Result<Measured> {
+    async fn close_window(&mut self) -> anyhow::Result<Measurements> {
         let Some((opened_at, before)) = self.opened.take() else {
             bail!("the window was closed without being opened");
         };
-        self.load.close();
+        self.context.close();
         let (seconds, after) = (opened_at.elapsed().as_secs_f64(), self.counters());
         self.running.abort_all();
         while let Some(joined) = self.running.join_next().await {
@@ -139,28 +144,28 @@ impl Worker {
                 _ => {}
             }
         }
-        let (load, ended) = (&self.load, self.load.ended());
-        Ok(Measured {
+        let (context, finished) = (&self.context, self.context.finished());
+        Ok(Measurements {
             seconds,
             locks: after.since(before),
-            task_min: ended.iter().map(|task| task.locks).min().unwrap_or(0),
-            task_max: ended.iter().map(|task| task.locks).max().unwrap_or(0),
-            waits: load.waits.counts()?,
-            holds: ended.iter().map(|task| task.holds).sum(),
-            held: ended.iter().map(|task| task.held).sum(),
-            token_regressions: load.token_regressions(),
-            overlaps: load.overlaps(),
-            errors: load.errors(),
+            task_min: finished.iter().map(|task| task.locks).min().unwrap_or(0),
+            task_max: finished.iter().map(|task| task.locks).max().unwrap_or(0),
+            waits: context.waits.counts()?,
+            holds: finished.iter().map(|task| task.holds).sum(),
+            held: finished.iter().map(|task| task.held).sum(),
+            token_regressions: context.token_regressions(),
+            overlaps: context.overlaps(),
+            errors: context.errors(),
         })
     }
 }
 
-fn config(setup: &Setup) -> anyhow::Result<Config> {
-    let mut config = setup.shards.load().map_err(|failure| failure.error)?;
-    if !setup.started.is_empty() {
-        config.set("shards", &setup.started.join(" "))?;
+fn config(settings: &WorkerSettings) -> anyhow::Result<Config> {
+    let mut config = settings.shards.load().map_err(|failure| failure.error)?;
+    if !settings.started.is_empty() {
+        config.set("shards", &settings.started.join(" "))?;
     }
-    config.namespace.clone_from(&setup.namespace);
-    config.linger = setup.linger.unwrap_or(config.linger);
+    config.namespace.clone_from(&settings.namespace);
+    config.linger = settings.linger.unwrap_or(config.linger);
     Ok(config)
 }

@@ -12,7 +12,7 @@ use rand::distr::uniform::SampleRange;
 use shardlock::{Config, LockError, LockGuard};
 use tokio::time::sleep;
 
-use super::worker::Workplace;
+use super::worker::Worker;
 
 /// The number of keys that the customers of the sale compete for.
 const SALE_KEYS: u32 = 2;
@@ -31,9 +31,9 @@ const PATIENCE_MS: std::ops::RangeInclusive<u64> = 1..=200;
 const WORK_US: std::ops::Range<u64> = 500..4_000;
 /// How long a task rests after each piece of work, in microseconds: the load must not saturate the
 /// machine.
-const REST_US: std::ops::Range<u64> = 5_000..40_000;
+const PAUSE_US: std::ops::Range<u64> = 5_000..40_000;
 /// How long a task rests after a failure, in microseconds.
-const REST_AFTER_FAILURE_US: std::ops::Range<u64> = 20_000..80_000;
+const PAUSE_AFTER_FAILURE_US: std::ops::Range<u64> = 20_000..80_000;
 
 /// One in this many tasks of a process may wait for a key; further ones are refused.
 const WAITERS_PER_KEY_PART: u32 = 8;
@@ -76,53 +76,53 @@ impl Work {
 }
 
 /// Runs the work of this task for ever.
-pub(super) async fn run(place: Arc<Workplace>, task: u32) {
+pub(super) async fn run(worker: Arc<Worker>, task: u32) {
     let work = Work::of(task);
     loop {
-        match once(&place, work).await {
+        match lock_once(&worker, work).await {
             Ok(()) => {
-                place.count();
-                rest(REST_US).await;
+                worker.count_done();
+                pause(PAUSE_US).await;
             }
             // The metrics count failures, which is the purpose of the load.
             Err(error) => {
                 tracing::debug!(%error, ?work, "a lock was not acquired or not released");
-                rest(REST_AFTER_FAILURE_US).await;
+                pause(PAUSE_AFTER_FAILURE_US).await;
             }
         }
     }
 }
 
-async fn once(place: &Workplace, work: Work) -> Result<(), LockError> {
-    let locks = &place.locks;
+async fn lock_once(worker: &Worker, work: Work) -> Result<(), LockError> {
+    let locks = &worker.locks;
     match work {
         Work::Sale => {
             let key = format!("sale:{}", random(1..=SALE_KEYS));
             let patience = Duration::from_millis(random(PATIENCE_MS));
             let guard = locks.lock(&key).class("sale").timeout(patience).await?;
-            hold(guard, micros(WORK_US)).await
+            hold(guard, random_micros(WORK_US)).await
         }
         Work::Job => {
-            let key = format!("job:{}", place.mix.next_rank());
-            let guard = locks.lock(&key).class("jobs").timeout(place.ttl).await?;
-            hold(guard, micros(WORK_US)).await
+            let key = format!("job:{}", worker.key_distribution.next_rank());
+            let guard = locks.lock(&key).class("jobs").timeout(worker.ttl).await?;
+            hold(guard, random_micros(WORK_US)).await
         }
         Work::Report => {
             let key = format!("report:{}", random(1..=REPORTS));
-            let guard = locks.lock(&key).class("reports").timeout(place.ttl).await?;
-            hold(guard, place.ttl.mul_f64(random(0.2..1.2))).await
+            let guard = locks.lock(&key).class("reports").timeout(worker.ttl).await?;
+            hold(guard, worker.ttl.mul_f64(random(0.2..1.2))).await
         }
         Work::Cron => {
             let key = format!("cron:{}", random(1..=CRON_JOBS));
             match locks.try_lock(&key).class("cron").await? {
-                Some(guard) => hold(guard, 10 * micros(WORK_US)).await,
+                Some(guard) => hold(guard, 10 * random_micros(WORK_US)).await,
                 None => Ok(()),
             }
         }
         Work::User => {
             let key = format!("user:{}", random(1..=USERS));
-            let guard = locks.lock(&key).timeout(place.ttl).linger(USER_LINGERS).await?;
-            hold(guard, micros(WORK_US)).await
+            let guard = locks.lock(&key).timeout(worker.ttl).linger(USER_LINGERS).await?;
+            hold(guard, random_micros(WORK_US)).await
         }
     }
 }
@@ -140,19 +140,19 @@ fn random<T: rand::distr::uniform::SampleUniform>(range: impl SampleRange<T>) ->
     rand::rng().random_range(range)
 }
 
-fn micros(range: std::ops::Range<u64>) -> Duration {
+fn random_micros(range: std::ops::Range<u64>) -> Duration {
     Duration::from_micros(random(range))
 }
 
-async fn rest(range: std::ops::Range<u64>) {
-    sleep(micros(range)).await;
+async fn pause(range: std::ops::Range<u64>) {
+    sleep(random_micros(range)).await;
 }
 
 /// The settings of the load's managers that override the environment.
-pub(super) fn settings(config: &mut Config, tasks: u32, are_servers_ours: bool) {
+pub(super) fn settings(config: &mut Config, tasks: u32, owns_servers: bool) {
     config.hot_key_metrics = true;
     config.max_waiters_per_key = waiters_per_key_max(tasks);
-    if are_servers_ours {
+    if owns_servers {
         config.ttl = TTL;
         config.redlock_max_ttl = TTL;
     }

@@ -6,31 +6,35 @@
 use deadpool_redis::redis::cmd;
 
 use super::protocol::COUPON_LOCK;
-use super::worker::Workplace;
+use super::worker::Worker;
 
 /// Tries to claim one coupon, with or without the lock.
-pub(super) async fn claim(place: &Workplace, locked: bool) -> anyhow::Result<()> {
+pub(super) async fn claim_one(worker: &Worker, locked: bool) -> anyhow::Result<()> {
     if locked {
-        let guard = place.locks.lock(COUPON_LOCK).class("coupons").await?;
-        read_think_write(place, guard.token().get()).await?;
+        let guard = worker.locks.lock(COUPON_LOCK).class("coupons").await?;
+        read_think_write(worker, guard.token().get()).await?;
         guard.release().await?;
     } else {
-        read_think_write(place, 0).await?;
+        read_think_write(worker, 0).await?;
     }
-    place.count();
+    worker.count_done();
     Ok(())
 }
 
-async fn read_think_write(place: &Workplace, token: u64) -> anyhow::Result<()> {
-    let mut data = place.data();
-    let left_key = place.names.coupons_left();
+async fn read_think_write(worker: &Worker, token: u64) -> anyhow::Result<()> {
+    let mut data = worker.data();
+    let left_key = worker.names.coupons_left();
     let left: u64 = cmd("GET").arg(&left_key).query_async(&mut data).await?;
-    tokio::time::sleep(place.think).await;
+    tokio::time::sleep(worker.think).await;
     if left > 0 {
         cmd("SET").arg(&left_key).arg(left - 1).exec_async(&mut data).await?;
         // The ledger only records the claims; no decision depends on it.
         let mut entry = cmd("RPUSH");
-        entry.arg(place.names.ledger()).arg(token).exec_async(&mut data).await?;
+        entry
+            .arg(worker.names.ledger())
+            .arg(token)
+            .exec_async(&mut data)
+            .await?;
     }
     Ok(())
 }

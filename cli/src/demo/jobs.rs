@@ -7,8 +7,8 @@ use deadpool_redis::redis::cmd;
 use hdrhistogram::Histogram;
 use tokio::time::Instant;
 
-use super::protocol::Worked;
-use super::worker::Workplace;
+use super::protocol::JobCounts;
+use super::worker::Worker;
 
 /// The class of the jobs in the metrics.
 pub(super) const CLASS: &str = "jobs";
@@ -20,37 +20,37 @@ pub(super) const ZIPF_EXPONENT: f64 = 1.1;
 pub(super) const SIGNIFICANT_DIGITS: u8 = 3;
 
 /// The result of one task.
-pub(super) struct Tally {
+pub(super) struct TaskCounts {
     completed: u64,
     token_regressions: u64,
     waits: Histogram<u64>,
 }
 
 /// Runs jobs until `until`.
-pub(super) async fn work(place: &Workplace, until: Instant) -> anyhow::Result<Tally> {
-    let mut tally = Tally {
+pub(super) async fn run_jobs(worker: &Worker, until: Instant) -> anyhow::Result<TaskCounts> {
+    let mut counts = TaskCounts {
         completed: 0,
         token_regressions: 0,
         waits: Histogram::new(SIGNIFICANT_DIGITS)?,
     };
     while Instant::now() < until {
-        let rank = place.mix.next_rank();
+        let rank = worker.key_distribution.next_rank();
         let key = format!("job:{rank}");
-        let asked_at = Instant::now();
-        let guard = place.locks.lock(&key).class(CLASS).await?;
-        let waited = asked_at.elapsed().as_micros();
+        let requested_at = Instant::now();
+        let guard = worker.locks.lock(&key).class(CLASS).await?;
+        let waited = requested_at.elapsed().as_micros();
         // Not `saturating_record`, which never widens the histogram.
-        tally.waits.record(u64::try_from(waited)?)?;
+        counts.waits.record(u64::try_from(waited)?)?;
 
         // The lock never uses these commands, so the server counts the two separately.
-        let mut data = place.data_of(&key)?;
-        let counter = place.names.job(rank);
+        let mut data = worker.data_of(&key)?;
+        let counter = worker.names.job(rank);
         let mut read = cmd("HMGET");
         read.arg(&counter).arg("done").arg("token");
         let (done, last_token): (Option<u64>, Option<u64>) = read.query_async(&mut data).await?;
         let token = guard.token().get();
         if last_token.is_some_and(|last_token| token <= last_token) {
-            tally.token_regressions += 1;
+            counts.token_regressions += 1;
         }
         tokio::task::yield_now().await;
         let mut write = cmd("HSET");
@@ -62,25 +62,25 @@ pub(super) async fn work(place: &Workplace, until: Instant) -> anyhow::Result<Ta
             .arg(token);
         write.exec_async(&mut data).await?;
 
-        tally.completed += 1;
-        place.count();
+        counts.completed += 1;
+        worker.count_done();
         guard.release().await?;
     }
-    Ok(tally)
+    Ok(counts)
 }
 
 /// The sum over all tasks of a worker.
-pub(super) fn sum(tallies: Vec<Tally>) -> anyhow::Result<Worked> {
+pub(super) fn sum(counts: Vec<TaskCounts>) -> anyhow::Result<JobCounts> {
     let mut waits = Histogram::<u64>::new(SIGNIFICANT_DIGITS)?;
-    let mut worked = Worked::default();
-    for tally in tallies {
-        worked.completed += tally.completed;
-        worked.token_regressions += tally.token_regressions;
-        waits.add(tally.waits)?;
+    let mut sum = JobCounts::default();
+    for counts in counts {
+        sum.completed += counts.completed;
+        sum.token_regressions += counts.token_regressions;
+        waits.add(counts.waits)?;
     }
     let recorded = waits.iter_recorded();
-    worked.waits = recorded
+    sum.waits = recorded
         .map(|step| (step.value_iterated_to(), step.count_at_value()))
         .collect();
-    Ok(worked)
+    Ok(sum)
 }

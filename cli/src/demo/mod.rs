@@ -3,22 +3,23 @@
 //!
 //! | file | what it does |
 //! |---|---|
-//! | `play` | runs the three acts in order, and returns the result |
-//! | `stage` | sets up servers, worker processes and keys, and removes everything afterwards |
+//! | `run` | runs the three parts in order, and returns the result |
+//! | `setup` | sets up servers, worker processes and keys, and removes everything afterwards |
 //! | `worker` | what the worker processes run |
 //! | `coupons`, `jobs` | the work itself: an example of how to use the lock |
-//! | `classes`, `targets` | what `--load` runs instead; a list of the workers for Prometheus |
-//! | `figures` | the result: whether it is correct, as a table, as JSON |
+//! | `classes`, `targets_file` | what `--load` runs instead; a list of the workers for Prometheus |
+//! | `cleanup` | removes the keys of the demo from given servers |
+//! | `report` | the result: whether it is correct, as a table, as JSON |
 
 mod classes;
+mod cleanup;
 mod coupons;
-mod figures;
 mod jobs;
-mod play;
-mod probe;
 mod protocol;
-mod stage;
-mod targets;
+mod report;
+mod run;
+mod setup;
+mod targets_file;
 mod worker;
 
 use std::io::Write;
@@ -30,11 +31,11 @@ use anyhow::Context;
 use clap::Args;
 use clap::builder::RangedI64ValueParser;
 
-use crate::load::signals::Signals;
 use crate::output::eprint;
-use figures::Outcome;
-use stage::Stage;
-pub(crate) use worker::run as work;
+use crate::signals::{INTERRUPTS, Signals};
+use report::Report;
+use setup::Setup;
+pub(crate) use worker::run as run_worker;
 
 /// Show on real servers what goes wrong without a lock, that nothing does with it, and what it
 /// costs
@@ -122,45 +123,45 @@ fn parse_seconds(text: &str) -> anyhow::Result<Duration> {
 /// If the demo could not be completed. An incorrect result is not an error but the exit code 1; a
 /// signal is 128 plus its number.
 pub(crate) async fn run(args: DemoArgs) -> anyhow::Result<u8> {
-    let mut signals = Signals::listen().context("signals can't be handled")?;
-    let mut stage = Stage::new();
-    let played = tokio::select! {
+    let mut signals = Signals::install(INTERRUPTS).context("signals can't be handled")?;
+    let mut setup = Setup::new();
+    let result = tokio::select! {
         biased;
         signal = signals.next() => Err(signal),
-        played = play::play(&args, &mut stage) => Ok(played),
+        result = run::run(&args, &mut setup) => Ok(result),
     };
-    let cleared = stage.clear().await;
-    if let Err(error) = &cleared {
+    let torn_down = setup.tear_down().await;
+    if let Err(error) = &torn_down {
         eprint(format_args!("{error:#}"));
     }
-    match played {
+    match result {
         Err(signal) => {
             eprint(format_args!("stopped by {}", signal.name));
             Ok(signal.exit_code)
         }
-        Ok(played) => Ok(report(&args, &played?)?.max(u8::from(cleared.is_err()))),
+        Ok(result) => Ok(print(&args, &result?)?.max(u8::from(torn_down.is_err()))),
     }
 }
 
-fn report(args: &DemoArgs, outcome: &Outcome) -> anyhow::Result<u8> {
+fn print(args: &DemoArgs, report: &Report) -> anyhow::Result<u8> {
     let mut out = std::io::stdout().lock();
-    outcome.write_table(&mut out)?;
-    let wrong = outcome.wrong();
-    if wrong.is_empty() {
+    report.write_table(&mut out)?;
+    let problems = report.problems();
+    if problems.is_empty() {
         writeln!(
             out,
             "\nWith the lock, no extra coupon was claimed and no update was lost."
         )?;
     }
     if args.json {
-        writeln!(out, "{}", serde_json::to_string(outcome)?)?;
+        writeln!(out, "{}", serde_json::to_string(report)?)?;
     }
     out.flush()?;
-    if let Some(warning) = outcome.warning() {
+    if let Some(warning) = report.warning() {
         eprint(format_args!("note: {warning}"));
     }
-    for line in &wrong {
+    for line in &problems {
         eprint(format_args!("wrong: {line}"));
     }
-    Ok(u8::from(!wrong.is_empty()))
+    Ok(u8::from(!problems.is_empty()))
 }

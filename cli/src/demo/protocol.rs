@@ -8,7 +8,7 @@ use serde::{Deserialize, Serialize};
 /// The first line that a worker receives. It is sent as input rather than as arguments, which other
 /// users could read: a URL may contain a password.
 #[derive(Debug, Clone, Serialize, Deserialize)]
-pub(super) struct Setup {
+pub(super) struct WorkerSettings {
     pub(super) shards: Vec<String>,
     /// The servers for the data: one per shard, or one for all.
     pub(super) data: Vec<String>,
@@ -20,20 +20,21 @@ pub(super) struct Setup {
     /// Where to serve metrics; `None` for a free port of 127.0.0.1.
     pub(super) metrics: Option<SocketAddr>,
     /// `Some` if the worker only generates load.
-    pub(super) load: Option<Load>,
+    pub(super) load: Option<LoadSettings>,
 }
 
 /// Settings of a worker that only generates load.
 #[derive(Debug, Clone, Copy, Serialize, Deserialize)]
-pub(super) struct Load {
+pub(super) struct LoadSettings {
     /// Whether the demo has started the servers, and so chooses the TTL.
-    pub(super) are_servers_ours: bool,
+    pub(super) owns_servers: bool,
 }
 
-/// The orders to a worker. [`Order::Work`] is answered with a [`Worked`], the others without data.
+/// The commands to a worker. [`Command::Work`] is answered with [`JobCounts`], the others without
+/// data.
 #[derive(Debug, Clone, Copy, Serialize, Deserialize)]
 #[serde(rename_all = "snake_case")]
-pub(super) enum Order {
+pub(super) enum Command {
     Claim {
         locked: bool,
     },
@@ -42,12 +43,12 @@ pub(super) enum Order {
     },
     /// Has no answer: it runs until the worker ends.
     Load,
-    Leave,
+    Shutdown,
 }
 
 /// The counts of a worker during the jobs.
 #[derive(Debug, Clone, Default, Serialize, Deserialize)]
-pub(super) struct Worked {
+pub(super) struct JobCounts {
     pub(super) completed: u64,
     pub(super) token_regressions: u64,
     /// Acquired locks by path.
@@ -62,14 +63,14 @@ pub(super) struct Worked {
 
 /// The names of the demo's own data.
 #[derive(Debug, Clone)]
-pub(super) struct Names {
+pub(super) struct KeyNames {
     prefix: String,
 }
 
 /// The lock that the customers take.
 pub(super) const COUPON_LOCK: &str = "coupon:promotion";
 
-impl Names {
+impl KeyNames {
     pub(super) fn new(prefix: &str) -> Self {
         Self {
             prefix: prefix.to_owned(),

@@ -1,4 +1,4 @@
-//! A worker process: executes the orders on its standard input.
+//! A worker process: executes the commands on its standard input.
 
 use std::net::{Ipv4Addr, SocketAddr};
 use std::sync::Arc;
@@ -14,82 +14,86 @@ use tokio::task::JoinSet;
 use tokio::time::Instant;
 
 use super::jobs::ZIPF_EXPONENT;
-use super::protocol::{Names, Order, Setup, Worked};
-use super::stage::builder;
+use super::protocol::{Command, JobCounts, KeyNames, WorkerSettings};
+use super::setup::builder;
 use super::{classes, coupons, jobs};
 use crate::exit::Failure;
+use crate::load::commands::{Commands, Reply, run_worker, send_reply};
+use crate::load::connection;
 use crate::load::counters::Counters;
-use crate::load::mix::Mix;
-use crate::load::orders::{Answer, Orders, obey, tell};
-use crate::load::usage;
+use crate::load::key_distribution::KeyDistribution;
 
 /// How often a worker reports its progress.
 const PROGRESS_EVERY: Duration = Duration::from_millis(100);
 
 /// Shared by the tasks of a worker.
-pub(super) struct Workplace {
+pub(super) struct Worker {
     pub(super) locks: LockManager,
-    pub(super) names: Names,
+    pub(super) names: KeyNames,
     pub(super) think: Duration,
-    pub(super) mix: Mix,
+    pub(super) key_distribution: KeyDistribution,
     /// Connections for the data, separate from those of the lock: one per shard, in order, or one
     /// for all.
     data: Vec<MultiplexedConnection>,
     /// Renders the page of metrics.
     metrics: Box<dyn Fn(&LockManager) -> String + Send + Sync>,
-    /// Serves until the worker leaves.
-    serving: AdminServer,
+    /// Serves until the worker ends.
+    admin_server: AdminServer,
     /// The TTL of the leases.
     pub(super) ttl: Duration,
     tasks: u32,
     /// How many customers or jobs are done.
-    through: AtomicU64,
+    done: AtomicU64,
 }
 
-/// Executes orders until the one to leave. Failures are reported to the parent as well.
+/// Executes commands until the one to shut down. Failures are reported to the parent as well.
 pub(crate) fn run() -> Result<u8, Failure> {
-    crate::on_this_thread(async { obey(serve).await.map_err(|error| Failure::new(1, error)) })
+    crate::on_this_thread(async {
+        run_worker(execute_commands)
+            .await
+            .map_err(|error| Failure::new(1, error))
+    })
 }
 
-async fn serve(orders: &mut Orders) -> anyhow::Result<()> {
-    let setup: Setup = orders.next().await?;
-    let place = Arc::new(Workplace::open(&setup).await?);
-    tell(&Answer::Done(place.serving.address()))?;
+async fn execute_commands(commands: &mut Commands) -> anyhow::Result<()> {
+    let settings: WorkerSettings = commands.next().await?;
+    let worker = Arc::new(Worker::connect(&settings).await?);
+    send_reply(&Reply::Done(worker.admin_server.address()))?;
     loop {
-        let order: Order = orders.next().await?;
-        place.through.store(0, Ordering::Relaxed);
-        let answer = tokio::select! {
-            answer = place.carry_out(order) => answer?,
-            error = place.tell_progress() => return Err(error),
+        let command: Command = commands.next().await?;
+        worker.done.store(0, Ordering::Relaxed);
+        let counts = tokio::select! {
+            counts = worker.execute(command) => counts?,
+            error = worker.report_progress() => return Err(error),
         };
-        tell(&Answer::Done(answer))?;
-        if matches!(order, Order::Leave) {
+        send_reply(&Reply::Done(counts))?;
+        if matches!(command, Command::Shutdown) {
             return Ok(());
         }
     }
 }
 
-impl Workplace {
-    async fn open(setup: &Setup) -> anyhow::Result<Self> {
+impl Worker {
+    async fn connect(settings: &WorkerSettings) -> anyhow::Result<Self> {
         // Before the manager: metrics created without a recorder count nothing.
-        let address = setup.metrics.unwrap_or(SocketAddr::from((Ipv4Addr::LOCALHOST, 0)));
+        let address = settings.metrics.unwrap_or(SocketAddr::from((Ipv4Addr::LOCALHOST, 0)));
         let admin = crate::metrics::bind(address)?;
         let metrics = Box::new(admin.renderer());
-        let names = Names::new(&setup.prefix);
-        let config = config(setup, &names)?;
+        let names = KeyNames::new(&settings.prefix);
+        let config = config(settings, &names)?;
         let ttl = config.ttl;
         let locks = Builder::new().config(config).connect().await?;
         Ok(Self {
-            serving: admin.serve(&locks)?,
+            admin_server: admin.serve(&locks)?,
             ttl,
             locks,
             names,
-            think: setup.think,
-            mix: Mix::zipf(setup.keys, ZIPF_EXPONENT)?,
-            data: try_join_all(setup.data.iter().map(|url| usage::connect(url))).await?,
+            think: settings.think,
+            key_distribution: KeyDistribution::zipf(settings.keys, ZIPF_EXPONENT)?,
+            data: try_join_all(settings.data.iter().map(|url| connection::connect(url))).await?,
             metrics,
-            tasks: setup.tasks,
-            through: AtomicU64::new(0),
+            tasks: settings.tasks,
+            done: AtomicU64::new(0),
         })
     }
 
@@ -111,37 +115,36 @@ impl Workplace {
     }
 
     /// Counts one customer or job as done.
-    pub(super) fn count(&self) {
-        self.through.fetch_add(1, Ordering::Relaxed);
+    pub(super) fn count_done(&self) {
+        self.done.fetch_add(1, Ordering::Relaxed);
     }
 
-    async fn carry_out(self: &Arc<Self>, order: Order) -> anyhow::Result<Option<Worked>> {
-        match order {
-            Order::Claim { locked } => {
-                self.with_all_tasks(|place| async move { coupons::claim(&place, locked).await })
+    async fn execute(self: &Arc<Self>, command: Command) -> anyhow::Result<Option<JobCounts>> {
+        match command {
+            Command::Claim { locked } => {
+                self.run_all_tasks(|worker| async move { coupons::claim_one(&worker, locked).await })
                     .await?;
                 Ok(None)
             }
-            Order::Work { seconds } => {
-                let count = || Counters::read(&(self.metrics)(&self.locks), jobs::CLASS);
-                let before = count();
+            Command::Work { seconds } => {
+                let counters = || Counters::parse(&(self.metrics)(&self.locks), jobs::CLASS);
+                let before = counters();
                 let until = Instant::now() + seconds;
-                let tallies = self
-                    .with_all_tasks(|place| async move { jobs::work(&place, until).await })
+                let tasks = self
+                    .run_all_tasks(|worker| async move { jobs::run_jobs(&worker, until).await })
                     .await?;
-                let counted = count().since(before);
-                let mut worked = jobs::sum(tallies)?;
-                (worked.uncontended, worked.local, worked.remote) =
-                    (counted.uncontended, counted.local, counted.remote);
-                worked.store_requests = counted.store_requests;
-                Ok(Some(worked))
+                let delta = counters().since(before);
+                let mut counts = jobs::sum(tasks)?;
+                (counts.uncontended, counts.local, counts.remote) = (delta.uncontended, delta.local, delta.remote);
+                counts.store_requests = delta.store_requests;
+                Ok(Some(counts))
             }
-            Order::Load => {
+            Command::Load => {
                 let tasks = (0..self.tasks).map(|task| classes::run(Arc::clone(self), task));
                 tasks.collect::<JoinSet<_>>().join_all().await;
                 Ok(None)
             }
-            Order::Leave => {
+            Command::Shutdown => {
                 self.locks.shutdown().await;
                 Ok(None)
             }
@@ -149,7 +152,7 @@ impl Workplace {
     }
 
     /// Runs one task per customer of this worker, all concurrently.
-    async fn with_all_tasks<T, F>(self: &Arc<Self>, task: impl Fn(Arc<Self>) -> F) -> anyhow::Result<Vec<T>>
+    async fn run_all_tasks<T, F>(self: &Arc<Self>, task: impl Fn(Arc<Self>) -> F) -> anyhow::Result<Vec<T>>
     where
         T: Send + 'static,
         F: Future<Output = anyhow::Result<T>> + Send + 'static,
@@ -163,10 +166,10 @@ impl Workplace {
     }
 
     /// Reports the progress at regular intervals; returns only if the parent no longer reads it.
-    async fn tell_progress(&self) -> anyhow::Error {
+    async fn report_progress(&self) -> anyhow::Error {
         loop {
             tokio::time::sleep(PROGRESS_EVERY).await;
-            if let Err(error) = tell(&Answer::<()>::Progress(self.through.load(Ordering::Relaxed))) {
+            if let Err(error) = send_reply(&Reply::<()>::Progress(self.done.load(Ordering::Relaxed))) {
                 return error;
             }
         }
@@ -174,12 +177,12 @@ impl Workplace {
 }
 
 /// The settings of the worker's manager.
-fn config(setup: &Setup, names: &Names) -> anyhow::Result<Config> {
-    let builder = builder(&setup.shards, names)?;
-    let Some(load) = setup.load else {
-        return Ok(builder.store_timeout(usage::SERVER_TIMEOUT).build_config()?);
+fn config(settings: &WorkerSettings, names: &KeyNames) -> anyhow::Result<Config> {
+    let builder = builder(&settings.shards, names)?;
+    let Some(load) = settings.load else {
+        return Ok(builder.store_timeout(connection::SERVER_TIMEOUT).build_config()?);
     };
     let mut config = builder.build_config()?;
-    classes::settings(&mut config, setup.tasks, load.are_servers_ours);
+    classes::settings(&mut config, settings.tasks, load.owns_servers);
     Ok(config)
 }

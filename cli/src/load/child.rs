@@ -25,9 +25,9 @@ pub(crate) struct ChildArgs {
 
 #[derive(Debug, Clone, Subcommand)]
 enum Role {
-    /// Runs a worker of the demo, which reads its orders from standard input.
+    /// Runs a worker of the demo, which reads its commands from standard input.
     DemoWorker,
-    /// Runs a worker of the bench, which reads its orders from standard input.
+    /// Runs a worker of the bench, which reads its commands from standard input.
     BenchWorker,
     /// Replaces this process by a program.
     Server {
@@ -41,13 +41,13 @@ enum Role {
 /// # Errors
 ///
 /// If the parent is gone, the server can't be started, or the worker failed before it could report
-/// the error in its answers.
+/// the error in its replies.
 pub(crate) fn run(args: ChildArgs) -> Result<u8, Failure> {
     let failed = |error| Failure::new(1, error);
-    tie_to(args.parent).map_err(failed)?;
+    die_with_parent(args.parent).map_err(failed)?;
     match args.role {
-        Role::DemoWorker => demo::work(),
-        Role::BenchWorker => bench::work(),
+        Role::DemoWorker => demo::run_worker(),
+        Role::BenchWorker => bench::run_worker(),
         Role::Server { program } => {
             let (name, rest) = program.split_first().context("no program is given").map_err(failed)?;
             let error = std::process::Command::new(name).args(rest).exec();
@@ -75,7 +75,7 @@ pub(crate) fn command(role: &str) -> anyhow::Result<Command> {
 }
 
 /// Kills a child started with [`command`], unless it has already ended, and waits until it is gone.
-pub(crate) async fn end(process: &mut Child) -> std::io::Result<()> {
+pub(crate) async fn kill_and_reap(process: &mut Child) -> std::io::Result<()> {
     // A child that has been waited for has no id and can't be killed.
     if process.id().is_some() {
         process.kill().await?;
@@ -85,7 +85,7 @@ pub(crate) async fn end(process: &mut Child) -> std::io::Result<()> {
 
 /// Makes the kernel kill this process when its parent dies. On systems other than Linux, a worker
 /// ends with its standard input, and a server outlives a parent that was killed by SIGKILL.
-fn tie_to(parent: u32) -> anyhow::Result<()> {
+fn die_with_parent(parent: u32) -> anyhow::Result<()> {
     #[cfg(target_os = "linux")]
     {
         use rustix::process::{Signal, set_parent_process_death_signal};

@@ -15,7 +15,7 @@ pub(crate) struct Counters {
 impl Counters {
     /// Parses the Prometheus text format. Locks are counted for this class only, requests for all
     /// classes.
-    pub(crate) fn read(text: &str, class: &str) -> Self {
+    pub(crate) fn parse(text: &str, class: &str) -> Self {
         let class = format!("class=\"{class}\"");
         let by_path = |path: &str| {
             let path = format!("path=\"{path}\"");
@@ -64,7 +64,7 @@ mod tests {
             shardlock_acquisitions_total{class=\"other\",outcome=\"acquired\",path=\"local\"} 4\n\
             shardlock_acquisitions_total{class=\"jobs\",outcome=\"timeout\",path=\"none\"} 5\n\
             shardlock_store_requests_total{shard=\"a\"} 6\nshardlock_store_requests_total{shard=\"b\"} 7\n";
-        let counters = Counters::read(text, "jobs");
+        let counters = Counters::parse(text, "jobs");
         let expected = Counters {
             local: 3,
             store_requests: 13,
@@ -79,6 +79,6 @@ mod tests {
         let text = format!(
             "shardlock_store_requests_total{{shard=\"a\"}} {largest}\nshardlock_store_requests_total{{shard=\"b\"}} 7\n"
         );
-        assert_eq!(Counters::read(&text, "jobs").store_requests, largest);
+        assert_eq!(Counters::parse(&text, "jobs").store_requests, largest);
     }
 }

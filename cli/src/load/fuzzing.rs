@@ -14,7 +14,7 @@ pub(crate) fn metrics_page(data: &[u8]) {
             .all(|byte| byte.is_ascii_alphanumeric() || matches!(byte, b'_' | b'-'))
     };
     let class = text.lines().next().filter(is_legal).unwrap_or("jobs");
-    let counters = Counters::read(&text, class);
+    let counters = Counters::parse(&text, class);
     assert_eq!(counters.since(counters), Counters::default());
     assert_eq!(counters.since(Counters::default()), counters);
     assert!(counters.locks() >= counters.uncontended);
@@ -23,7 +23,7 @@ pub(crate) fn metrics_page(data: &[u8]) {
         "{text}shardlock_acquisitions_total{{class=\"{class}\",outcome=\"acquired\",path=\"remote\"}} 2\n\
          # shardlock_store_requests_total{{}} 3\nshardlock_store_requests_total{{shard=\"a\"}} 5\n"
     );
-    let more = Counters::read(&more, class);
+    let more = Counters::parse(&more, class);
     assert_eq!(more.store_requests, counters.store_requests.saturating_add(5));
     assert_eq!(more.remote, counters.remote.saturating_add(2));
     assert_eq!((more.uncontended, more.local), (counters.uncontended, counters.local));

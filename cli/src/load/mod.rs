@@ -3,26 +3,25 @@
 //! | file | what it does |
 //! |---|---|
 //! | `child` | the hidden command that starts child processes, so that none outlives its parent |
-//! | `crew` | the worker processes, as the parent sees them |
-//! | `orders` | the parent, as a worker sees it |
-//! | `server` | throw-away servers |
-//! | `usage` | the statistics of a server |
+//! | `workers` | the worker processes, as the parent sees them |
+//! | `commands` | the parent, as a worker sees it |
+//! | `temp_servers` | throw-away servers |
+//! | `connection`, `server_stats` | a connection to a server, and the server's statistics |
 //! | `counters` | the counters of this process's lock manager |
-//! | `mix` | how often each key is used |
+//! | `key_distribution` | how often each key is used |
 //! | `progress` | the progress bar |
-//! | `signals` | the signals that end a run early |
 
 pub(crate) mod child;
+pub(crate) mod commands;
+pub(crate) mod connection;
 pub(crate) mod counters;
-pub(crate) mod crew;
 #[cfg(test)]
 mod fuzzing;
-pub(crate) mod mix;
-pub(crate) mod orders;
+pub(crate) mod key_distribution;
 pub(crate) mod progress;
-pub(crate) mod server;
-pub(crate) mod signals;
-pub(crate) mod usage;
+pub(crate) mod server_stats;
+pub(crate) mod temp_servers;
+pub(crate) mod workers;
 
 #[cfg(test)]
 #[path = "../../../src/fuzzing/corpus.rs"]

@@ -9,12 +9,12 @@ use shardlock::{Builder, Config, Endpoint};
 
 use super::DemoArgs;
 use super::classes;
-use super::probe;
-use super::protocol::Names;
-use super::targets::Targets;
-use crate::load::crew::Crew;
-use crate::load::server::Servers;
-use crate::load::usage::SERVER_TIMEOUT;
+use super::cleanup;
+use super::protocol::KeyNames;
+use super::targets_file::TargetsFile;
+use crate::load::connection::SERVER_TIMEOUT;
+use crate::load::temp_servers::TempServers;
+use crate::load::workers::Workers;
 
 /// The number of servers that are started if none are given.
 const SERVERS: usize = 3;
@@ -30,7 +30,7 @@ const ERASURES_MAX: u32 = 20;
 
 /// A builder for the demo's managers: settings from the environment, such as certificates, and the
 /// demo's own shards and namespace.
-pub(super) fn builder(shards: &[String], names: &Names) -> anyhow::Result<Builder> {
+pub(super) fn builder(shards: &[String], names: &KeyNames) -> anyhow::Result<Builder> {
     let mut config = Config::default();
     config.apply_env()?;
     let builder = Builder::new().config(config).shards([]).namespace(names.namespace());
@@ -40,8 +40,8 @@ pub(super) fn builder(shards: &[String], names: &Names) -> anyhow::Result<Builde
 /// Everything that must be removed. It is filled step by step, so that an interrupted demo removes
 /// exactly what it has created.
 #[derive(Debug)]
-pub(super) struct Stage {
-    servers: Option<Servers>,
+pub(super) struct Setup {
+    servers: Option<TempServers>,
     /// Given shards, on which the keys with the prefix must be removed.
     given: Vec<String>,
     /// Whether the given shards are plain servers, which can also store the data.
@@ -50,11 +50,11 @@ pub(super) struct Stage {
     prefix: String,
     /// Whether only load is generated, whose keys protect no data.
     is_load: bool,
-    targets: Option<Targets>,
-    pub(super) crew: Crew,
+    targets: Option<TargetsFile>,
+    pub(super) workers: Workers,
 }
 
-impl Stage {
+impl Setup {
     pub(super) fn new() -> Self {
         Self {
             servers: None,
@@ -63,13 +63,13 @@ impl Stage {
             prefix: String::new(),
             is_load: false,
             targets: None,
-            crew: Crew::of("demo"),
+            workers: Workers::new("demo"),
         }
     }
 
     /// Starts servers: for everything if no shards are given, or for the data if the given ones
     /// can't store it.
-    pub(super) async fn set_up(&mut self, args: &DemoArgs) -> anyhow::Result<()> {
+    pub(super) async fn start_servers(&mut self, args: &DemoArgs) -> anyhow::Result<()> {
         self.prefix = format!("demo:{}-{:016x}:", std::process::id(), rand::random::<u64>());
         let mut schemes = Vec::new();
         for url in &args.shards {
@@ -90,7 +90,7 @@ impl Stage {
         };
         self.is_load = args.load;
         if started > 0 {
-            self.servers.insert(Servers::new()?).start(started).await?;
+            self.servers.insert(TempServers::new()?).start(started).await?;
             if args.load {
                 // Until then the nodes have no vote, and the load would start with spurious
                 // failures.
@@ -131,38 +131,38 @@ impl Stage {
     }
 
     fn started(&self) -> Vec<String> {
-        self.servers.iter().flat_map(Servers::urls).collect()
+        self.servers.iter().flat_map(TempServers::urls).collect()
     }
 
     /// Whether the servers were started by the demo.
-    pub(super) fn are_servers_ours(&self) -> bool {
+    pub(super) fn owns_servers(&self) -> bool {
         self.given.is_empty()
     }
 
-    /// Writes the metrics addresses of the workers for Prometheus, until the stage is cleared.
+    /// Writes the metrics addresses of the workers for Prometheus, until [`Self::tear_down`].
     pub(super) fn publish(&mut self, file: &Path, workers: &[SocketAddr]) -> anyhow::Result<()> {
-        self.targets = Some(Targets::write(file, workers)?);
+        self.targets = Some(TargetsFile::write(file, workers)?);
         Ok(())
     }
 
     /// Stops the workers, then erases the keys on given shards or stops the started servers.
-    pub(super) async fn clear(mut self) -> anyhow::Result<()> {
+    pub(super) async fn tear_down(mut self) -> anyhow::Result<()> {
         drop(self.targets.take());
-        self.crew.kill().await?;
+        self.workers.kill().await?;
         if let Some(servers) = self.servers.take() {
             servers.stop().await?;
         }
-        let cleared = if self.are_plain {
+        let torn_down = if self.are_plain {
             self.remove_keys().await
         } else {
             self.erase_locks().await
         };
-        cleared.with_context(|| format!("keys that begin with {:?} may be left on the given shards", self.prefix))
+        torn_down.with_context(|| format!("keys that begin with {:?} may be left on the given shards", self.prefix))
     }
 
     async fn remove_keys(&self) -> anyhow::Result<()> {
         for url in &self.given {
-            probe::remove_keys(url, &self.prefix).await.with_context(|| {
+            cleanup::remove_keys(url, &self.prefix).await.with_context(|| {
                 Endpoint::parse(url).map_or_else(|error| error.to_string(), |endpoint| endpoint.to_string())
             })?;
         }
@@ -172,7 +172,7 @@ impl Stage {
     /// Repeats until nothing is left, since a command that a killed worker had already sent may
     /// still be executed.
     async fn erase_locks(&self) -> anyhow::Result<()> {
-        let builder = builder(&self.given, &Names::new(&self.prefix))?;
+        let builder = builder(&self.given, &KeyNames::new(&self.prefix))?;
         let locks = builder.store_timeout(SERVER_TIMEOUT).connect().await?;
         for _ in 0..ERASURES_MAX {
             if locks.erase_namespace().await? == 0 {

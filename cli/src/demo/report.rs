@@ -8,12 +8,12 @@ use indicatif::HumanCount;
 use serde::Serialize;
 
 use super::jobs::SIGNIFICANT_DIGITS;
-use super::protocol::Worked;
-use crate::load::usage::Usage;
+use super::protocol::JobCounts;
+use crate::load::server_stats::ServerStats;
 
 /// The result of the demo. The field names are those of the JSON.
 #[derive(Debug, Serialize)]
-pub(super) struct Outcome {
+pub(super) struct Report {
     pub(super) processes: u32,
     pub(super) tasks_per_process: u32,
     pub(super) coupons: u64,
@@ -53,7 +53,7 @@ pub(super) struct Jobs {
     /// Round trips from the managers to the servers, renewals included, as counted by the managers.
     pub(super) store_requests_per_lock: f64,
     /// Script calls as counted by the servers, so calls of their other clients are included. `None`
-    /// if the servers are not asked.
+    /// if the servers are not queried.
     pub(super) script_calls_per_lock: Option<f64>,
     /// Published messages, mostly hand-offs, as counted by the servers.
     pub(super) publishes_per_lock: Option<f64>,
@@ -77,19 +77,19 @@ pub(super) struct Wait {
 
 impl Jobs {
     /// `counted` is the sum of the counters. `calls` is what the servers counted in that time, if
-    /// they were asked.
+    /// they were queried.
     pub(super) fn new(
         (shards, keys): (usize, u32),
-        workers: &[Worked],
+        workers: &[JobCounts],
         counted: u64,
-        calls: Option<Usage>,
+        calls: Option<ServerStats>,
         took: Duration,
     ) -> anyhow::Result<Self> {
         let mut waits = Histogram::<u64>::new(SIGNIFICANT_DIGITS)?;
         for &(micros, count) in workers.iter().flat_map(|worker| &worker.waits) {
             waits.record_n(micros, count)?;
         }
-        let sum = |of: fn(&Worked) -> u64| workers.iter().map(of).sum::<u64>();
+        let sum = |of: fn(&JobCounts) -> u64| workers.iter().map(of).sum::<u64>();
         let completed = sum(|worker| worker.completed);
         let per_lock = |count: u64| rounded(count as f64 / completed.max(1) as f64);
         let millis = |micros: u64| micros as f64 / 1e3;
@@ -123,37 +123,37 @@ pub(super) fn rounded(number: f64) -> f64 {
     (number * 1e3).round() / 1e3
 }
 
-impl Outcome {
+impl Report {
     /// Everything that is wrong with the result: nothing, if the lock works.
-    pub(super) fn wrong(&self) -> Vec<String> {
-        let mut wrong = Vec::new();
+    pub(super) fn problems(&self) -> Vec<String> {
+        let mut problems = Vec::new();
         let due = self.coupons.min(self.locked.customers);
         if self.locked.claimed != due {
-            wrong.push(format!(
+            problems.push(format!(
                 "{} coupons were claimed under the lock instead of {due}",
                 self.locked.claimed
             ));
         }
         if self.locked.left != self.coupons - due {
-            wrong.push(format!(
+            problems.push(format!(
                 "{} coupons were left under the lock instead of {}",
                 self.locked.left,
                 self.coupons - due
             ));
         }
         if self.jobs.lost_updates != 0 {
-            wrong.push(format!("{} job updates were lost", self.jobs.lost_updates));
+            problems.push(format!("{} job updates were lost", self.jobs.lost_updates));
         }
         let regressions = self.jobs.token_regressions + self.locked.token_regressions.unwrap_or(0);
         if regressions != 0 {
-            wrong.push(format!(
+            problems.push(format!(
                 "{regressions} fencing tokens were not larger than the previous ones"
             ));
         }
         if self.jobs.completed == 0 {
-            wrong.push("no job was completed".to_owned());
+            problems.push("no job was completed".to_owned());
         }
-        wrong
+        problems
     }
 
     /// A problem that is not an error, but makes the demo less convincing.

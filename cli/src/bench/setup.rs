@@ -4,8 +4,8 @@ use anyhow::{Context, anyhow, bail};
 use shardlock::{Builder, Config, Endpoint};
 
 use crate::exit::Failure;
-use crate::load::crew::Crew;
-use crate::load::server::Servers;
+use crate::load::temp_servers::TempServers;
+use crate::load::workers::Workers;
 
 /// The maximum number of attempts to erase the namespace completely.
 const ERASURES_MAX: u32 = 20;
@@ -13,19 +13,19 @@ const ERASURES_MAX: u32 = 20;
 /// Everything that must be removed. It is filled step by step, so that an interrupted run removes
 /// exactly what it has created.
 #[derive(Debug)]
-pub(super) struct Stage {
-    servers: Option<Servers>,
+pub(super) struct Setup {
+    servers: Option<TempServers>,
     /// The settings to erase the namespace with on given shards, once workers may have written
     /// there.
-    erases: Option<Config>,
+    erase_config: Option<Config>,
     /// Unique, so that all of it can be erased.
     pub(super) namespace: String,
     /// The description of the shards in the result.
     pub(super) shards: String,
-    pub(super) crew: Crew,
+    pub(super) workers: Workers,
 }
 
-impl Stage {
+impl Setup {
     /// # Errors
     ///
     /// If these processes can't share the shards.
@@ -42,22 +42,22 @@ impl Stage {
         }
         Ok(Self {
             servers: None,
-            erases: None,
+            erase_config: None,
             namespace: format!("bench:{}-{:016x}:", std::process::id(), rand::random::<u64>()),
             shards: shown.join(" and "),
-            crew: Crew::of("bench"),
+            workers: Workers::new("bench"),
         })
     }
 
     /// Starts a server if no shard is given. Returns its URL.
-    pub(super) async fn set_up(&mut self, config: &mut Config) -> anyhow::Result<Vec<String>> {
+    pub(super) async fn start_server(&mut self, config: &mut Config) -> anyhow::Result<Vec<String>> {
         config.namespace.clone_from(&self.namespace);
         if !config.shards.is_empty() {
             let is_shared = config.shards.iter().any(|shard| !shard.url.starts_with("memory:"));
-            self.erases = is_shared.then(|| config.clone());
+            self.erase_config = is_shared.then(|| config.clone());
             return Ok(Vec::new());
         }
-        let servers = self.servers.insert(Servers::new()?);
+        let servers = self.servers.insert(TempServers::new()?);
         servers.start(1).await?;
         let started: Vec<String> = servers.urls().collect();
         config.set("shards", &started.join(" "))?;
@@ -65,13 +65,13 @@ impl Stage {
         Ok(started)
     }
 
-    /// Stops the workers, then erases the keys on given shards or stops the started servers.
-    pub(super) async fn clear(mut self) -> anyhow::Result<()> {
-        self.crew.kill().await?;
+    /// Stops the workers, then erase_config the keys on given shards or stops the started servers.
+    pub(super) async fn tear_down(mut self) -> anyhow::Result<()> {
+        self.workers.kill().await?;
         if let Some(servers) = self.servers.take() {
             servers.stop().await?;
         }
-        let Some(config) = self.erases.take() else {
+        let Some(config) = self.erase_config.take() else {
             return Ok(());
         };
         erase(config).await.with_context(|| {

@@ -1,4 +1,4 @@
-//! The three acts: the promotion without the lock, the promotion with it, the jobs.
+//! Runs the demo: the promotion without the lock, the promotion with it, the jobs.
 
 use std::io::Write;
 use std::net::SocketAddr;
@@ -8,55 +8,55 @@ use deadpool_redis::redis::aio::MultiplexedConnection;
 use deadpool_redis::redis::{cmd, pipe};
 use futures_util::future::try_join_all;
 use indicatif::{HumanCount, ProgressBar, ProgressFinish};
-
 use shardlock::Endpoint;
 
 use super::DemoArgs;
-use super::figures::{Claims, Jobs, Outcome, rounded};
-use super::protocol::{Load, Names, Order, Setup, Worked};
-use super::stage::Stage;
+use super::protocol::{Command, JobCounts, KeyNames, LoadSettings, WorkerSettings};
+use super::report::{Claims, Jobs, Report, rounded};
+use super::setup::Setup;
+use crate::load::connection::connect;
 use crate::load::progress::{bar, millis};
-use crate::load::usage::{self, Usage};
+use crate::load::server_stats::ServerStats;
 
 /// How many counters are read per request.
 const COUNTERS_PER_READ: usize = 1000;
 
-/// Runs the whole demo. `stage` records what is set up, for the caller to remove.
-pub(super) async fn play(args: &DemoArgs, stage: &mut Stage) -> anyhow::Result<Outcome> {
-    stage.set_up(args).await?;
-    let shards = stage.shards();
-    let data = try_join_all(stage.data().iter().map(|url| usage::connect(url))).await?;
+/// Runs the whole demo. `setup` records what is started, for the caller to remove.
+pub(super) async fn run(args: &DemoArgs, setup: &mut Setup) -> anyhow::Result<Report> {
+    setup.start_servers(args).await?;
+    let shards = setup.shards();
+    let data = try_join_all(setup.data().iter().map(|url| connect(url))).await?;
     for worker in 0..args.processes {
-        let setup = Setup {
+        let settings = WorkerSettings {
             shards: shards.clone(),
-            data: stage.data(),
-            prefix: stage.prefix().to_owned(),
+            data: setup.data(),
+            prefix: setup.prefix().to_owned(),
             tasks: args.tasks,
             think: args.think,
             keys: args.keys,
             metrics: args.metrics.filter(|_| worker == 0),
-            load: args.load.then(|| Load {
-                are_servers_ours: stage.are_servers_ours(),
+            load: args.load.then(|| LoadSettings {
+                owns_servers: setup.owns_servers(),
             }),
         };
-        stage.crew.hire(&setup).await?;
+        setup.workers.spawn(&settings).await?;
     }
-    let metrics: Vec<SocketAddr> = stage.crew.ready().await?;
+    let metrics: Vec<SocketAddr> = setup.workers.wait_until_ready().await?;
     if let Some(file) = &args.targets {
-        stage.publish(file, &metrics)?;
+        setup.publish(file, &metrics)?;
     }
-    introduce(args, &shards, &metrics)?;
+    announce(args, &shards, &metrics)?;
     if args.load {
-        return Err(keep_up_load(args, stage).await);
+        return Err(run_load(args, setup).await);
     }
 
-    let names = Names::new(stage.prefix());
+    let names = KeyNames::new(setup.prefix());
     let mut first = data[0].clone();
-    let unlocked = promotion(args, stage, &names, &mut first, false).await?;
-    let locked = promotion(args, stage, &names, &mut first, true).await?;
-    let jobs = jobs(args, stage, &names, &data, shards.len()).await?;
-    stage.crew.dismiss(&Order::Leave).await?;
-    Ok(Outcome {
+    let unlocked = promotion(args, setup, &names, &mut first, false).await?;
+    let locked = promotion(args, setup, &names, &mut first, true).await?;
+    let jobs = jobs(args, setup, &names, &data, shards.len()).await?;
+    setup.workers.shut_down(&Command::Shutdown).await?;
+    Ok(Report {
         processes: args.processes,
         tasks_per_process: args.tasks,
         coupons: args.coupons.into(),
@@ -66,8 +66,8 @@ pub(super) async fn play(args: &DemoArgs, stage: &mut Stage) -> anyhow::Result<O
     })
 }
 
-fn introduce(args: &DemoArgs, shards: &[String], metrics: &[SocketAddr]) -> anyhow::Result<()> {
-    let where_locks_are = if args.shards.is_empty() {
+fn announce(args: &DemoArgs, shards: &[String], metrics: &[SocketAddr]) -> anyhow::Result<()> {
+    let locations = if args.shards.is_empty() {
         let (plain, quorum) = match (args.load, shards) {
             (true, [plain @ .., _]) => (plain.len(), " and a quorum"),
             _ => (shards.len(), ""),
@@ -84,7 +84,7 @@ fn introduce(args: &DemoArgs, shards: &[String], metrics: &[SocketAddr]) -> anyh
     let mut out = std::io::stdout().lock();
     writeln!(
         out,
-        "{} processes with {} tasks each, on {where_locks_are}",
+        "{} processes with {} tasks each, on {locations}",
         args.processes, args.tasks
     )?;
     if args.load {
@@ -102,10 +102,10 @@ fn introduce(args: &DemoArgs, shards: &[String], metrics: &[SocketAddr]) -> anyh
 }
 
 /// Makes all workers keep up the load. Returns only on an error: a signal cancels it from outside.
-async fn keep_up_load(args: &DemoArgs, stage: &mut Stage) -> anyhow::Error {
+async fn run_load(args: &DemoArgs, setup: &mut Setup) -> anyhow::Error {
     let bar = ProgressBar::new_spinner().with_finish(ProgressFinish::AndClear);
-    let tell = |locks| bar.set_message(format!("{} locks in {} processes", HumanCount(locks), args.processes));
-    match stage.crew.order::<()>(&Order::Load, tell).await {
+    let show = |locks| bar.set_message(format!("{} locks in {} processes", HumanCount(locks), args.processes));
+    match setup.workers.run::<()>(&Command::Load, show).await {
         Ok(_) => anyhow::anyhow!("the workers have stopped the load on their own"),
         Err(error) => error,
     }
@@ -113,8 +113,8 @@ async fn keep_up_load(args: &DemoArgs, stage: &mut Stage) -> anyhow::Error {
 
 async fn promotion(
     args: &DemoArgs,
-    stage: &mut Stage,
-    names: &Names,
+    setup: &mut Setup,
+    names: &KeyNames,
     data: &mut MultiplexedConnection,
     locked: bool,
 ) -> anyhow::Result<Claims> {
@@ -128,9 +128,9 @@ async fn promotion(
     let bar = bar(args.customers(), "{prefix} {bar:30} {pos}/{len} customers")?;
     bar.set_prefix(if locked { "with the lock   " } else { "without the lock" });
     let started = Instant::now();
-    stage
-        .crew
-        .order::<()>(&Order::Claim { locked }, |customers| bar.set_position(customers))
+    setup
+        .workers
+        .run::<()>(&Command::Claim { locked }, |customers| bar.set_position(customers))
         .await?;
     let took = started.elapsed();
 
@@ -149,16 +149,16 @@ async fn promotion(
 
 async fn jobs(
     args: &DemoArgs,
-    stage: &mut Stage,
-    names: &Names,
+    setup: &mut Setup,
+    names: &KeyNames,
     data: &[MultiplexedConnection],
     shards: usize,
 ) -> anyhow::Result<Jobs> {
-    let locks_are_there = stage.data() == stage.shards();
-    let calls = async || -> anyhow::Result<Option<Usage>> {
+    let servers_have_locks = setup.data() == setup.shards();
+    let calls = async || -> anyhow::Result<Option<ServerStats>> {
         // Servers that only store the data do not see the lock's requests.
-        if locks_are_there {
-            Ok(Some(Usage::of_all(data).await?))
+        if servers_have_locks {
+            Ok(Some(ServerStats::of_all(data).await?))
         } else {
             Ok(None)
         }
@@ -166,12 +166,12 @@ async fn jobs(
     let before = calls().await?;
     let bar = bar(millis(args.seconds), "jobs             {bar:30} {msg}")?;
     let started = Instant::now();
-    let order = Order::Work { seconds: args.seconds };
-    let tell = |jobs| {
+    let command = Command::Work { seconds: args.seconds };
+    let show = |jobs| {
         bar.set_message(format!("{} done", HumanCount(jobs)));
         bar.set_position(millis(started.elapsed()));
     };
-    let worked: Vec<Worked> = stage.crew.order(&order, tell).await?;
+    let counts: Vec<JobCounts> = setup.workers.run(&command, show).await?;
     let took = started.elapsed();
     let calls = calls().await?.zip(before).map(|(after, before)| after.since(before));
 
@@ -180,10 +180,10 @@ async fn jobs(
     for connection in data {
         counted += sum_of_counters(connection.clone(), names, args.keys as usize).await?;
     }
-    Jobs::new((shards, args.keys), &worked, counted, calls, took)
+    Jobs::new((shards, args.keys), &counts, counted, calls, took)
 }
 
-async fn sum_of_counters(mut connection: MultiplexedConnection, names: &Names, keys: usize) -> anyhow::Result<u64> {
+async fn sum_of_counters(mut connection: MultiplexedConnection, names: &KeyNames, keys: usize) -> anyhow::Result<u64> {
     let ranks: Vec<usize> = (1..=keys).collect();
     let mut sum = 0;
     for some in ranks.chunks(COUNTERS_PER_READ) {

@@ -5,7 +5,7 @@ use std::time::Duration;
 use deadpool_redis::redis::aio::MultiplexedConnection;
 use deadpool_redis::redis::cmd;
 
-use crate::load::usage::connect;
+use crate::load::connection::connect;
 
 /// How many keys one step of a scan covers.
 const SCAN_COUNT: u32 = 1000;

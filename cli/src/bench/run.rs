@@ -6,15 +6,15 @@ use deadpool_redis::redis::aio::MultiplexedConnection;
 use shardlock::Config;
 
 use super::Args;
-use super::figures::Outcome;
-use super::keys::Wanted;
-use super::protocol::{Measured, Order, Setup};
-use super::stage::Stage;
+use super::keys::KeyChoice;
+use super::protocol::{Command, Measurements, WorkerSettings};
+use super::report::Report;
+use super::setup::Setup;
 use crate::load::progress::{bar, millis};
-use crate::load::signals::{Caught, Signals};
-use crate::load::usage::Usage;
+use crate::load::server_stats::ServerStats;
 use crate::output::eprint;
 use crate::servers::connect_to_primaries;
+use crate::signals::{ReceivedSignal, Signals};
 
 /// The shortest and the longest warm-up; in between it is a fifth of the measured time.
 const WARM_UP_MIN: Duration = Duration::from_millis(200);
@@ -24,38 +24,38 @@ const WARM_UP_MAX: Duration = Duration::from_secs(2);
 const PROGRESS_EVERY: Duration = Duration::from_millis(100);
 
 /// How a run ended.
-pub(super) enum Played {
+pub(super) enum RunResult {
     /// Stopped by a signal before there was a result.
-    Stopped(Caught),
+    Interrupted(ReceivedSignal),
     /// With a result; stopped early if there is a signal.
-    Measured(Box<Outcome>, Option<Caught>),
+    Measured(Box<Report>, Option<ReceivedSignal>),
 }
 
-/// Runs the whole bench. `stage` records what is set up, for the caller to remove.
-pub(super) async fn play(
+/// Runs the whole bench. `setup` records what is started, for the caller to remove.
+pub(super) async fn run(
     args: &Args,
     config: Config,
-    stage: &mut Stage,
+    setup: &mut Setup,
     signals: &mut Signals,
-) -> anyhow::Result<Played> {
+) -> anyhow::Result<RunResult> {
     let servers = tokio::select! {
         biased;
-        signal = signals.next() => return Ok(Played::Stopped(signal)),
-        servers = prepare(args, config, stage) => servers?,
+        signal = signals.next() => return Ok(RunResult::Interrupted(signal)),
+        servers = prepare(args, config, setup) => servers?,
     };
-    let before = usage(servers.as_deref()).await;
-    stage.crew.order::<()>(&Order::Open, |_| {}).await?;
-    let signal = wait(args.duration, stage, signals).await?;
-    let after = usage(servers.as_deref()).await;
+    let before = server_stats(servers.as_deref()).await;
+    setup.workers.run::<()>(&Command::Open, |_| {}).await?;
+    let signal = wait_for_window(args.duration, setup, signals).await?;
+    let after = server_stats(servers.as_deref()).await;
     let used = after.zip(before).map(|(after, before)| after.since(before));
-    let measured: Vec<Measured> = tokio::select! {
+    let measured: Vec<Measurements> = tokio::select! {
         biased;
-        signal = signals.next() => return Ok(Played::Stopped(signal)),
-        measured = stage.crew.order(&Order::Close, |_| {}) => measured?,
+        signal = signals.next() => return Ok(RunResult::Interrupted(signal)),
+        measured = setup.workers.run(&Command::Close, |_| {}) => measured?,
     };
-    stage.crew.dismiss(&Order::Leave).await?;
-    let outcome = Outcome::new(args, stage.shards.clone(), measured, used)?;
-    Ok(Played::Measured(Box::new(outcome), signal))
+    setup.workers.shut_down(&Command::Shutdown).await?;
+    let report = Report::new(args, setup.shards.clone(), measured, used)?;
+    Ok(RunResult::Measured(Box::new(report), signal))
 }
 
 /// Runs until the warm-up is over. Returns connections to the servers if all of them report
@@ -63,9 +63,9 @@ pub(super) async fn play(
 async fn prepare(
     args: &Args,
     mut config: Config,
-    stage: &mut Stage,
+    setup: &mut Setup,
 ) -> anyhow::Result<Option<Vec<MultiplexedConnection>>> {
-    let started = stage.set_up(&mut config).await?;
+    let started = setup.start_server(&mut config).await?;
     let servers = connect_to_primaries(&config).await.unwrap_or_else(|error| {
         eprint(format_args!(
             "the servers' statistics can't be read and are left out: {error:#}"
@@ -74,38 +74,38 @@ async fn prepare(
     });
     let processors = std::thread::available_parallelism().map_or(1, std::num::NonZeroUsize::get);
     for process in 0..args.processes {
-        let wanted = if args.own_keys() {
-            Wanted::Own {
+        let key_choice = if args.has_own_keys() {
+            KeyChoice::Own {
                 first: u64::from(process) * u64::from(args.tasks),
             }
         } else {
-            Wanted::Random {
+            KeyChoice::Random {
                 keys: args.keys,
                 skew: args.skew,
             }
         };
-        let setup = Setup {
+        let settings = WorkerSettings {
             shards: args.shards.clone(),
             started: started.clone(),
-            namespace: stage.namespace.clone(),
+            namespace: setup.namespace.clone(),
             tasks: args.tasks,
-            wanted,
+            key_choice,
             hold: args.hold,
             linger: args.linger,
             threads: (processors / args.processes as usize).max(1),
         };
-        stage.crew.hire(&setup).await?;
+        setup.workers.spawn(&settings).await?;
     }
-    stage.crew.ready::<()>().await?;
-    stage.crew.order::<()>(&Order::Start, |_| {}).await?;
+    setup.workers.wait_until_ready::<()>().await?;
+    setup.workers.run::<()>(&Command::Start, |_| {}).await?;
     tokio::time::sleep((args.duration / 5).clamp(WARM_UP_MIN, WARM_UP_MAX)).await;
     Ok(servers)
 }
 
 /// The servers' statistics so far, or `None` if any server does not report them.
-async fn usage(servers: Option<&[MultiplexedConnection]>) -> Option<Usage> {
-    let usage = Usage::of_all(servers?).await;
-    usage
+async fn server_stats(servers: Option<&[MultiplexedConnection]>) -> Option<ServerStats> {
+    let stats = ServerStats::of_all(servers?).await;
+    stats
         .inspect_err(|error| {
             eprint(format_args!(
                 "a server does not report its statistics, so they are left out: {error:#}"
@@ -115,7 +115,11 @@ async fn usage(servers: Option<&[MultiplexedConnection]>) -> Option<Usage> {
 }
 
 /// Waits for the end of the window, or for a signal.
-async fn wait(duration: Duration, stage: &mut Stage, signals: &mut Signals) -> anyhow::Result<Option<Caught>> {
+async fn wait_for_window(
+    duration: Duration,
+    setup: &mut Setup,
+    signals: &mut Signals,
+) -> anyhow::Result<Option<ReceivedSignal>> {
     let began = Instant::now();
     let bar = bar(millis(duration), "{bar:40} {msg}")?;
     loop {
@@ -130,6 +134,6 @@ async fn wait(duration: Duration, stage: &mut Stage, signals: &mut Signals) -> a
             signal = signals.next() => return Ok(Some(signal)),
             () = tokio::time::sleep(left.min(PROGRESS_EVERY)) => {}
         }
-        stage.crew.look().await?;
+        setup.workers.check_alive().await?;
     }
 }

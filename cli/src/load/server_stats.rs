@@ -1,34 +1,11 @@
 //! The statistics of a Redis server, from its own counters.
 
-use std::time::Duration;
-
-use anyhow::Context;
 use deadpool_redis::redis::aio::MultiplexedConnection;
-use deadpool_redis::redis::{AsyncConnectionConfig, Client, cmd};
-use shardlock::Endpoint;
-
-/// The time limit for a reply: much longer than usual, since the load saturates the machine.
-pub(crate) const SERVER_TIMEOUT: Duration = Duration::from_secs(5);
-
-/// A plain connection to a server.
-pub(crate) async fn connect(url: &str) -> anyhow::Result<MultiplexedConnection> {
-    let endpoint = Endpoint::parse(url)?;
-    // The client library's error may quote the URL, and with it the password.
-    let client = Client::open(url)
-        .ok()
-        .with_context(|| format!("{endpoint} is not a redis:// URL, which worker processes need"))?;
-    let config = AsyncConnectionConfig::new()
-        .set_connection_timeout(Some(SERVER_TIMEOUT))
-        .set_response_timeout(Some(SERVER_TIMEOUT));
-    client
-        .get_multiplexed_async_connection_with_config(&config)
-        .await
-        .with_context(|| format!("{endpoint} can't be reached"))
-}
+use deadpool_redis::redis::cmd;
 
 /// Calls and CPU time of servers since their start. Calls from within scripts are included.
 #[derive(Debug, Clone, Copy, Default, PartialEq, Eq)]
-pub(crate) struct Usage {
+pub(crate) struct ServerStats {
     pub(crate) scripts: u64,
     pub(crate) publishes: u64,
     /// CPU time, in microseconds.
@@ -40,7 +17,7 @@ const SCRIPTS: [&str; 6] = ["eval", "eval_ro", "evalsha", "evalsha_ro", "fcall",
 
 const PUBLISHES: [&str; 2] = ["publish", "spublish"];
 
-impl Usage {
+impl ServerStats {
     /// The sum over all servers.
     pub(crate) async fn of_all(connections: &[MultiplexedConnection]) -> anyhow::Result<Self> {
         let mut sum = Self::default();
@@ -109,11 +86,11 @@ mod tests {
             cmdstat_spublish:calls=2,usec=1\r\n# CPU\r\nused_cpu_sys:0.25\r\nused_cpu_user:1.500001\r\nused_cpu_sys_children:9\r\n";
         assert_eq!(calls_in(stats, "eval"), 3);
         assert_eq!(calls_in(stats, "publish"), 0);
-        let usage = Usage {
+        let usage = ServerStats {
             scripts: 15,
             publishes: 2,
             cpu_us: 1_750_001,
         };
-        assert_eq!(Usage::parse(stats), usage);
+        assert_eq!(ServerStats::parse(stats), usage);
     }
 }

@@ -36,7 +36,7 @@ pub(super) fn histogram() -> anyhow::Result<Histogram<u64>> {
 /// The waits recorded by all tasks of a process: one histogram per thread, so that its mutex is
 /// uncontended while tasks run.
 #[derive(Debug)]
-pub(super) struct Waits(Vec<Mutex<Histogram<u64>>>);
+pub(super) struct WaitHistograms(Vec<Mutex<Histogram<u64>>>);
 
 thread_local! {
     static THREAD: Cell<Option<usize>> = const { Cell::new(None) };
@@ -53,7 +53,7 @@ fn thread() -> usize {
     })
 }
 
-impl Waits {
+impl WaitHistograms {
     pub(super) fn new(threads: usize) -> anyhow::Result<Self> {
         let histograms = (0..threads.max(1)).map(|_| histogram().map(Mutex::new));
         Ok(Self(histograms.collect::<anyhow::Result<_>>()?))
@@ -112,8 +112,8 @@ mod tests {
     }
 
     #[test]
-    fn what_threads_record_is_summed() {
-        let waits = Waits::new(2).unwrap();
+    fn waits_of_all_threads_are_summed() {
+        let waits = WaitHistograms::new(2).unwrap();
         std::thread::scope(|scope| {
             for _ in 0..3 {
                 scope.spawn(|| waits.record(Duration::from_nanos(50)));

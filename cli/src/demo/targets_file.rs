@@ -17,11 +17,11 @@ struct Group<'a> {
 
 /// The file; removed on drop.
 #[derive(Debug)]
-pub(super) struct Targets {
+pub(super) struct TargetsFile {
     path: PathBuf,
 }
 
-impl Targets {
+impl TargetsFile {
     /// Writes the file atomically: a reader sees all of it or nothing.
     ///
     /// # Errors
@@ -45,7 +45,7 @@ impl Targets {
     }
 }
 
-impl Drop for Targets {
+impl Drop for TargetsFile {
     fn drop(&mut self) {
         match fs::remove_file(&self.path) {
             Err(error) if error.kind() != io::ErrorKind::NotFound => {

@@ -13,14 +13,14 @@ use deadpool_redis::redis::cmd;
 use rand::Rng;
 use tokio::process::Child;
 
-use super::{child, usage};
+use super::{child, connection};
 
 /// Ports below the usual ephemeral ranges. In those, a client connecting to a server that is not up
 /// yet could get the server's own port as its source port, and so connect to itself.
 const PORTS: std::ops::Range<u16> = 12_000..22_000;
 
 /// How often another program may take a free port before the server binds it.
-const PORTS_TRIED_MAX: u32 = 20;
+const PORT_ATTEMPTS_MAX: u32 = 20;
 
 /// The time limit for a server's first reply after its start.
 const START_TIMEOUT: Duration = Duration::from_secs(10);
@@ -31,25 +31,25 @@ const START_POLL: Duration = Duration::from_millis(5);
 /// The environment variable with the path of the server's binary.
 const BINARY_VARIABLE: &str = "SHARDLOCK_REDIS_SERVER";
 
-/// Running servers. They are killed on drop; [`Servers::stop`] also waits until they are gone.
+/// Running servers. They are killed on drop; [`TempServers::stop`] also waits until they are gone.
 #[derive(Debug)]
-pub(crate) struct Servers {
-    servers: Vec<Server>,
-    dir: Directory,
+pub(crate) struct TempServers {
+    servers: Vec<TempServer>,
+    dir: TempDir,
 }
 
 #[derive(Debug)]
-struct Server {
+struct TempServer {
     port: u16,
     process: Child,
 }
 
-impl Servers {
+impl TempServers {
     /// A set without servers.
     pub(crate) fn new() -> anyhow::Result<Self> {
         Ok(Self {
             servers: Vec::new(),
-            dir: Directory::new()?,
+            dir: TempDir::new()?,
         })
     }
 
@@ -67,15 +67,15 @@ impl Servers {
         self.servers.iter().map(|server| url(server.port))
     }
 
-    async fn start_one(&self, binary: &Path) -> anyhow::Result<Server> {
-        for _ in 0..PORTS_TRIED_MAX {
+    async fn start_one(&self, binary: &Path) -> anyhow::Result<TempServer> {
+        for _ in 0..PORT_ATTEMPTS_MAX {
             let port = free_port()?;
             if let Some(process) = launch(binary, port, &self.dir.path).await? {
-                return Ok(Server { port, process });
+                return Ok(TempServer { port, process });
             }
         }
         bail!(
-            "{PORTS_TRIED_MAX} free ports of {} were taken before a server could use them",
+            "{PORT_ATTEMPTS_MAX} free ports of {} were taken before a server could use them",
             Ipv4Addr::LOCALHOST
         )
     }
@@ -84,7 +84,7 @@ impl Servers {
     /// are gone.
     pub(crate) async fn stop(mut self) -> anyhow::Result<()> {
         for server in &mut self.servers {
-            child::end(&mut server.process)
+            child::kill_and_reap(&mut server.process)
                 .await
                 .context("a server can't be stopped")?;
         }
@@ -135,7 +135,7 @@ async fn launch(binary: &Path, port: u16, dir: &Path) -> anyhow::Result<Option<C
             return Ok(None);
         }
         // Another program's server on the same port would answer, too.
-        if answering_process(port).await == process.id() {
+        if pid_of_server_on(port).await == process.id() {
             return Ok(Some(process));
         }
         ensure!(
@@ -149,8 +149,8 @@ async fn launch(binary: &Path, port: u16, dir: &Path) -> anyhow::Result<Option<C
 }
 
 /// The process id of the server on this port, if it answers.
-async fn answering_process(port: u16) -> Option<u32> {
-    let mut connection = usage::connect(&url(port)).await.ok()?;
+async fn pid_of_server_on(port: u16) -> Option<u32> {
+    let mut connection = connection::connect(&url(port)).await.ok()?;
     let info: String = cmd("INFO").arg("server").query_async(&mut connection).await.ok()?;
     info.lines()
         .find_map(|line| line.strip_prefix("process_id:")?.parse().ok())
@@ -173,11 +173,11 @@ fn find_binary() -> anyhow::Result<PathBuf> {
 
 /// A directory that other users can't read, removed on drop.
 #[derive(Debug)]
-struct Directory {
+struct TempDir {
     path: PathBuf,
 }
 
-impl Directory {
+impl TempDir {
     fn new() -> anyhow::Result<Self> {
         let name = format!("shardlock-servers-{}-{:08x}", std::process::id(), rand::random::<u32>());
         let path = std::env::temp_dir().join(name);
@@ -189,7 +189,7 @@ impl Directory {
     }
 }
 
-impl Drop for Directory {
+impl Drop for TempDir {
     fn drop(&mut self) {
         if let Err(error) = fs::remove_dir_all(&self.path) {
             crate::output::eprint(format_args!("{} can't be removed: {error}", self.path.display()));

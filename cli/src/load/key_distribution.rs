@@ -7,16 +7,16 @@ use rand::distr::weighted::WeightedIndex;
 
 /// Draws keys by rank.
 #[derive(Debug)]
-pub(crate) enum Mix {
+pub(crate) enum KeyDistribution {
     /// All keys equally often.
-    Even { keys: usize },
+    Uniform { keys: usize },
     /// A few keys very often.
-    Skewed(WeightedIndex<f64>),
+    Zipf(WeightedIndex<f64>),
 }
 
-impl Mix {
-    pub(crate) const fn even(keys: usize) -> Self {
-        Self::Even { keys }
+impl KeyDistribution {
+    pub(crate) const fn uniform(keys: usize) -> Self {
+        Self::Uniform { keys }
     }
 
     /// Weighs the key of rank n by 1 / n to the power of `exponent`.
@@ -26,15 +26,15 @@ impl Mix {
     /// If there are no keys.
     pub(crate) fn zipf(keys: u32, exponent: f64) -> anyhow::Result<Self> {
         let weights = (1..=keys).map(|rank| f64::from(rank).powf(-exponent));
-        Ok(Self::Skewed(WeightedIndex::new(weights).context("there are no keys")?))
+        Ok(Self::Zipf(WeightedIndex::new(weights).context("there are no keys")?))
     }
 
     /// Draws a rank, starting at 1.
     pub(crate) fn next_rank(&self) -> usize {
         match self {
-            Self::Even { keys: 0 | 1 } => 1,
-            Self::Even { keys } => rand::rng().random_range(1..=*keys),
-            Self::Skewed(weights) => weights.sample(&mut rand::rng()) + 1,
+            Self::Uniform { keys: 0 | 1 } => 1,
+            Self::Uniform { keys } => rand::rng().random_range(1..=*keys),
+            Self::Zipf(weights) => weights.sample(&mut rand::rng()) + 1,
         }
     }
 }

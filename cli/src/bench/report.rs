@@ -1,0 +1,177 @@
+//! The result: as a table, and whether it is correct.
+
+use std::collections::BTreeMap;
+use std::fmt::{self, Write};
+use std::time::Duration;
+
+use hdrhistogram::Histogram;
+use indicatif::HumanCount;
+
+use super::Args;
+use super::figures::{Figures, Wait};
+use super::protocol::{ErrorCount, Measurements};
+use super::wait_histogram::{corrected, histogram};
+use crate::load::server_stats::ServerStats;
+
+/// The result of a run.
+#[derive(Debug)]
+pub(super) struct Report {
+    pub(super) figures: Figures,
+    /// Corrected for coordinated omission.
+    pub(super) waits: Histogram<u64>,
+    /// As measured.
+    measured_waits: Histogram<u64>,
+    shards: String,
+    token_regressions: u64,
+    overlaps: u64,
+    errors: Vec<ErrorCount>,
+}
+
+impl Report {
+    /// `used` is what all servers did during the window, if they report it.
+    pub(super) fn new(
+        args: &Args,
+        shards: String,
+        processes: Vec<Measurements>,
+        used: Option<ServerStats>,
+    ) -> anyhow::Result<Self> {
+        let mut measured_waits = histogram()?;
+        for &(wait_ns, count) in processes.iter().flat_map(|process| &process.waits) {
+            measured_waits.saturating_record_n(wait_ns, count);
+        }
+        let sum = |of: fn(&Measurements) -> u64| processes.iter().map(of).sum::<u64>();
+        let locks = sum(|process| process.locks.locks());
+        let seconds = processes.iter().map(|process| process.seconds).sum::<f64>() / processes.len().max(1) as f64;
+        let interval = Duration::try_from_secs_f64(seconds * args.total_tasks() as f64 / locks.max(1) as f64)?;
+        let waits = corrected(&measured_waits, interval);
+        let figures = Figures::new(&processes, (locks, seconds), &waits, used);
+        Ok(Self {
+            figures,
+            waits,
+            measured_waits,
+            shards,
+            token_regressions: sum(|process| process.token_regressions),
+            overlaps: sum(|process| process.overlaps),
+            errors: merge_errors(processes),
+        })
+    }
+
+    /// Everything that is wrong with the result.
+    pub(super) fn problems(&self) -> Vec<String> {
+        let mut problems = Vec::new();
+        for errors in &self.errors {
+            problems.push(format!(
+                "{} locks failed ({}), such as: {}",
+                HumanCount(errors.count),
+                errors.kind,
+                errors.first
+            ));
+        }
+        if self.token_regressions != 0 {
+            problems.push(format!(
+                "{} fencing tokens were not larger than the previous one on their key",
+                self.token_regressions
+            ));
+        }
+        if self.overlaps != 0 {
+            problems.push(format!("a key had two holders at once {} times", self.overlaps));
+        }
+        if self.figures.locks == 0 {
+            problems.push("no lock was acquired; use a longer --duration".to_owned());
+        }
+        problems
+    }
+
+    pub(super) fn as_text(&self, args: &Args) -> String {
+        let mut text = String::new();
+        // Writing to a `String` can't fail.
+        self.write(&mut text, args).ok();
+        text
+    }
+
+    fn write(&self, out: &mut String, args: &Args) -> fmt::Result {
+        let figures = &self.figures;
+        writeln!(out, "{}", args.title())?;
+        writeln!(out, "on {}\n", self.shards)?;
+        let mut row = |name: &str, value: String| writeln!(out, "  {name:<34}{value:>18}");
+        let count = |count: u64| HumanCount(count).to_string();
+        row("locks", count(figures.locks))?;
+        row("seconds", format!("{:.3}", figures.seconds))?;
+        row("locks per second", count(figures.locks_per_s.round() as u64))?;
+        let (processes, tasks) = (figures.per_process, figures.per_task);
+        row("fewest per process", count(processes.min))?;
+        row("most per process", count(processes.max))?;
+        row("fairness of processes (Jain)", format!("{:.4}", processes.jain))?;
+        row("fewest per task", count(tasks.min))?;
+        row("most per task", count(tasks.max))?;
+        let share = |count: u64| format!("{:.1} %", 100.0 * count as f64 / figures.locks.max(1) as f64);
+        row("uncontended", share(figures.handoffs.uncontended))?;
+        row("handed over locally", share(figures.handoffs.local))?;
+        row("handed over remotely", share(figures.handoffs.remote))?;
+        let (wait, as_measured) = (figures.wait_ms, Wait::of(&self.measured_waits));
+        row("wait, median", format!("{:.3} ms", wait.p50))?;
+        row("wait, 99th percentile", format!("{:.3} ms", wait.p99))?;
+        row("  without the correction", format!("{:.3} ms", as_measured.p99))?;
+        row("wait, longest", format!("{:.3} ms", wait.max))?;
+        if let Some(mean) = figures.hold_ms.mean {
+            row("hold, mean", format!("{mean:.3} ms"))?;
+        }
+        let server = figures.server;
+        for (name, value, unit) in [
+            ("script calls per lock", server.scripts_per_lock, ""),
+            ("messages per lock", server.publishes_per_lock, ""),
+            ("server CPU per lock", server.cpu_us_per_lock, " us"),
+        ] {
+            row(
+                name,
+                value.map_or_else(|| "-".to_owned(), |value| format!("{value:.3}{unit}")),
+            )?;
+        }
+        row(
+            "locks that failed",
+            count(self.errors.iter().map(|errors| errors.count).sum()),
+        )
+    }
+}
+
+/// Merges the errors of all processes by kind.
+fn merge_errors(processes: Vec<Measurements>) -> Vec<ErrorCount> {
+    let mut by_kind: BTreeMap<String, ErrorCount> = BTreeMap::new();
+    for errors in processes.into_iter().flat_map(|process| process.errors) {
+        match by_kind.get_mut(&errors.kind) {
+            Some(known) => known.count += errors.count,
+            None => {
+                by_kind.insert(errors.kind.clone(), errors);
+            }
+        }
+    }
+    by_kind.into_values().collect()
+}
+
+impl Args {
+    /// A title that describes the run.
+    pub(super) fn title(&self) -> String {
+        let counted = |count: u64, one: &str, many: &str| {
+            format!("{} {}", HumanCount(count), if count == 1 { one } else { many })
+        };
+        let keys = match (self.has_own_keys() && self.keys > 1, self.skew) {
+            (true, _) => "a key each".to_owned(),
+            (false, None) => counted(self.keys.into(), "key", "keys"),
+            (false, Some(skew)) => format!("{}, skewed by {skew}", counted(self.keys.into(), "key", "keys")),
+        };
+        let hold = if self.hold.is_zero() {
+            "nothing done under the lock".to_owned()
+        } else {
+            format!("held for {}", humantime::format_duration(self.hold))
+        };
+        let linger = match self.linger {
+            Some(linger) if !linger.is_zero() => format!(", leases kept for {}", humantime::format_duration(linger)),
+            _ => String::new(),
+        };
+        format!(
+            "{} x {}, {keys}, {hold}{linger}",
+            counted(self.processes.into(), "process", "processes"),
+            counted(self.tasks.into(), "task", "tasks"),
+        )
+    }
+}
