@@ -1,25 +1,35 @@
 //! `shardlock exec`: runs a command under a lock.
+//!
+//! | file | what it does |
+//! |---|---|
+//! | `fork` | forks the tool into two processes, and explains why |
+//! | `front` | the process that the caller started |
+//! | `keeper` | the process that holds the lock |
+//! | `events` | what the keeper must handle: signals from the front, and ended children |
+//! | `command` | the command, from its start until its last process is gone |
+//! | `process_tree`, `process` | the processes of the command; a snapshot of a process |
+//! | `signals`, `terminal` | blocked signals; the controlling terminal |
 
-mod child;
+mod command;
+mod events;
+mod fork;
 mod front;
-mod orders;
+mod keeper;
+mod process;
+mod process_tree;
 mod signals;
 mod terminal;
-mod tree;
 
 use std::convert::Infallible;
 use std::ffi::{OsStr, OsString};
-use std::process::Command;
-use std::time::{Duration, Instant};
+use std::time::Duration;
 
 use anyhow::anyhow;
-use shardlock::{Builder, Config, LockError, LockGuard, LockKey, LockManager};
+use shardlock::{Config, LockKey};
 
-use crate::exit::{self, Failure};
-use crate::{metrics, output, shards};
-use child::{Child, Outcome};
-use front::{Keeper, Side};
-use orders::Orders;
+use crate::exit::Failure;
+use crate::{metrics, shards};
+use fork::Role;
 
 /// Run a command while holding a lock
 ///
@@ -57,7 +67,7 @@ pub(crate) struct Args {
         value_names = ["KEY", "COMMAND"],
         help_heading = "Arguments"
     )]
-    words: Vec<OsString>,
+    key_and_command: Vec<OsString>,
 
     /// Fail instead of waiting if the lock is held or others are waiting for it
     #[arg(short, long, conflicts_with = "timeout")]
@@ -158,8 +168,8 @@ impl Args {
     }
 
     /// The key, the command and its arguments.
-    fn words(&self) -> Result<(LockKey, &OsStr, &[OsString]), Failure> {
-        let (key, command) = match &*self.words {
+    fn key_and_command(&self) -> Result<(LockKey, &OsStr, &[OsString]), Failure> {
+        let (key, command) = match &*self.key_and_command {
             [key, dashes, command @ ..] if dashes == "--" => (key, command),
             [key, command @ ..] => (key, command),
             [] => return Err(Failure::usage(anyhow!("the key and the command are missing"))),
@@ -177,174 +187,10 @@ impl Args {
 /// Call this while the process has a single thread.
 pub(crate) fn run(args: Args) -> Result<u8, Failure> {
     // Report invalid arguments before the fork, from the process that the caller started.
-    args.words()?;
+    args.key_and_command()?;
     let config = args.config()?;
-    match front::split().map_err(Failure::system)? {
-        Side::Front(mut front) => front.run(),
-        Side::Keeper(keeper) => crate::on_this_thread(keep(args, config, keeper)),
-    }
-}
-
-async fn keep(args: Args, config: Config, keeper: Keeper) -> Result<u8, Failure> {
-    let (key, program, arguments) = args.words()?;
-    // From here on, no signal ends the tool before it has cleaned up.
-    let mut orders = Orders::listen(&keeper).map_err(Failure::system)?;
-    let unserved = |error: anyhow::Error| Failure::new(exit::UNAVAILABLE, error);
-    let admin = args.metrics.bind().map_err(unserved)?;
-
-    let locks = tokio::select! {
-        connected = connect(config, args.nonblock) => connected?,
-        code = orders.ending() => return Ok(code),
-    };
-    let serving = admin.map(|admin| args.metrics.serve(admin, &locks)).transpose();
-    // Serve until the end of this function.
-    let _serving = serving.map_err(unserved)?;
-    // Dropping the request gives up the place in the queue. `shutdown` waits until the server
-    // confirms it.
-    let obtained = tokio::select! {
-        obtained = obtain(&locks, &key, args.nonblock) => obtained.map_err(Failure::from),
-        code = orders.ending() => Ok(Obtained::Interrupted(code)),
-        never = log_the_wait(&key) => match never {},
-    };
-    let code = match obtained {
-        Ok(Obtained::Lock(guard)) => {
-            tracing::info!(key = guard.key(), token = %guard.token(), "the lock was acquired");
-            let mut child = command(program, arguments, &guard);
-            if !args.inherit_password && shards::variable_has_password() {
-                child.env_remove(shards::VARIABLE);
-            }
-            under_lock(guard, child, program, &keeper, &mut orders, args.kill_after).await
-        }
-        Ok(Obtained::Not(reason)) => {
-            if !args.quiet {
-                output::eprint(reason);
-            }
-            Ok(args.conflict_exit_code)
-        }
-        Ok(Obtained::Interrupted(code)) => Ok(code),
-        Err(failure) => Err(failure),
-    };
-    locks.shutdown().await;
-    code
-}
-
-/// Connects to the shards. If there is a timeout, retries until it has passed, so a shorter outage
-/// only costs time. The time that remains is left for the lock.
-async fn connect(mut config: Config, only_try: bool) -> Result<LockManager, LockError> {
-    const PAUSE_MIN: Duration = Duration::from_millis(20);
-    const PAUSE_MAX: Duration = Duration::from_secs(1);
-    let started = Instant::now();
-    let limit = config.timeout.filter(|_| !only_try);
-    let mut bound = PAUSE_MIN;
-    loop {
-        let error = match Builder::new().config(config.clone()).connect().await {
-            Err(error @ LockError::Unavailable { .. }) => error,
-            connected => return connected,
-        };
-        // Randomised, so that processes that lost a server together do not all reconnect together.
-        let pause = rand::random_range(PAUSE_MIN / 2..=bound);
-        let left = limit.and_then(|limit| limit.checked_sub(started.elapsed() + pause));
-        let Some(left) = left.filter(|left| !left.is_zero()) else {
-            return Err(error);
-        };
-        if bound == PAUSE_MIN {
-            tracing::warn!(%error, limit = ?limit.unwrap_or_default(), "can't connect; retrying until the timeout has passed");
-        }
-        bound = (bound * 2).min(PAUSE_MAX);
-        tokio::time::sleep(pause).await;
-        config.timeout = Some(left);
-    }
-}
-
-/// Logs that the tool is waiting for the lock, at growing intervals.
-async fn log_the_wait(key: &LockKey) -> Infallible {
-    const FIRST: Duration = Duration::from_secs(1);
-    const PAUSE_MAX: Duration = Duration::from_secs(60);
-    let started = Instant::now();
-    let mut pause = FIRST;
-    tracing::debug!(key = key.as_str(), "requesting the lock");
-    loop {
-        tokio::time::sleep(pause).await;
-        tracing::info!(key = key.as_str(), waited = ?started.elapsed(), "waiting for the lock");
-        pause = (pause * 2).min(PAUSE_MAX);
-    }
-}
-
-/// The outcome of the request.
-enum Obtained {
-    Lock(LockGuard),
-    /// The lock was not acquired, with the reason.
-    Not(String),
-    Interrupted(u8),
-}
-
-async fn obtain(locks: &LockManager, key: &LockKey, only_try: bool) -> Result<Obtained, LockError> {
-    let guard = if only_try {
-        locks.try_lock(key).await?
-    } else {
-        match locks.lock(key).await {
-            Err(error) if error.is_timeout() => return Ok(Obtained::Not(error.to_string())),
-            guard => Some(guard?),
-        }
-    };
-    Ok(guard.map_or_else(
-        || Obtained::Not(format!("lock {:?} is held, or others are waiting for it", key.as_str())),
-        Obtained::Lock,
-    ))
-}
-
-/// Builds the command, with the lock in its environment. A nested `exec` overrides the outer lock's
-/// variables.
-fn command(program: &OsStr, arguments: &[OsString], guard: &LockGuard) -> Command {
-    let mut command = Command::new(program);
-    command
-        .args(arguments)
-        .env("LOCK_KEY", guard.key())
-        .env("LOCK_TOKEN", guard.token().to_string())
-        .env("LOCK_OWNER", guard.owner())
-        .env_remove(metrics::VARIABLE);
-    command
-}
-
-/// Runs the command, and releases the lock when the command is gone.
-async fn under_lock(
-    guard: LockGuard,
-    command: Command,
-    program: &OsStr,
-    keeper: &Keeper,
-    orders: &mut Orders,
-    grace: Duration,
-) -> Result<u8, Failure> {
-    let key = guard.key().to_owned();
-    let outcome = if guard.is_valid() {
-        match Child::spawn(command, keeper) {
-            Ok(child) => Ok(child.outlive(&guard, orders, grace).await),
-            Err(error) => Err(child::spawn_failure(program, error)),
-        }
-    } else {
-        // The tool was stopped for too long after it acquired the lock.
-        output::eprint(format_args!("lock {key:?} was lost before the command was started"));
-        Ok(Outcome::Lost)
-    };
-    // The release also reports whether the lock was held until now.
-    match guard.release().await {
-        Err(error @ LockError::Lost { .. }) => {
-            if !matches!(outcome, Ok(Outcome::Lost)) {
-                output::eprint(error);
-            }
-            // If the command could not be started, that error takes precedence.
-            outcome.map(|_| exit::LOST)
-        }
-        released => {
-            if let Err(error) = released {
-                output::eprint(format_args!(
-                    "lock {key:?} may stay locked until its TTL expires: {error}"
-                ));
-            }
-            outcome.map(|outcome| match outcome {
-                Outcome::Ended(code) => code,
-                Outcome::Lost => exit::LOST,
-            })
-        }
+    match fork::fork().map_err(Failure::system)? {
+        Role::Front(mut front) => front.run(),
+        Role::Keeper(keeper) => crate::on_this_thread(keeper.run(args, config)),
     }
 }

@@ -30,12 +30,12 @@ pub(super) enum Sender {
 }
 
 /// A set of blocked signals, which this thread fetches one by one.
-pub(super) struct Blocked {
+pub(super) struct BlockedSignals {
     blocked: libc::sigset_t,
     before: libc::sigset_t,
 }
 
-impl Blocked {
+impl BlockedSignals {
     /// Blocks the signals in this thread.
     pub(super) fn block(signals: impl Iterator<Item = Signal>) -> io::Result<Self> {
         let (mut blocked, mut before) = (MaybeUninit::uninit(), MaybeUninit::uninit());

@@ -19,7 +19,7 @@ pub(super) struct Terminal {
 impl Terminal {
     /// Opens the controlling terminal, if there is one. The standard streams may still be
     /// redirected.
-    pub(super) fn of_this_process() -> Option<Self> {
+    pub(super) fn controlling() -> Option<Self> {
         let file = OpenOptions::new().read(true).write(true).open("/dev/tty").ok()?;
         Some(Self {
             file,
@@ -32,7 +32,7 @@ impl Terminal {
     ///
     /// An interactive shell that was killed, for example, did not restore the foreground itself.
     /// TTOU must be ignored when this is called.
-    pub(super) fn take_back(&self, is_of_command: impl FnOnce(Pid) -> bool) {
+    pub(super) fn restore_foreground(&self, is_of_command: impl FnOnce(Pid) -> bool) {
         let Ok(foreground) = tcgetpgrp(&self.file) else {
             // The terminal was closed.
             return;
@@ -55,7 +55,7 @@ fn own_group() -> Option<Pid> {
 }
 
 /// Returns whether a process leads the session of this process.
-pub(super) fn leads_our_session(process: Pid) -> bool {
+pub(super) fn leads_own_session(process: Pid) -> bool {
     #[expect(
         unsafe_code,
         reason = "the safe interface panics if the session is outside the namespace"

@@ -12,6 +12,6 @@ mod conflict;
 mod loss;
 mod metrics;
 mod outcome;
+mod process_tree;
 mod signals;
 mod terminal;
-mod tree;

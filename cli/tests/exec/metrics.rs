@@ -19,9 +19,9 @@ fn metrics_are_served_at_the_address_that_is_told() {
     let mut tool = Run::start(command);
     let stdin = tool.take_stdin();
     notes.line("ready");
-    let said = tool.stderr();
-    let address = said.split("http://").nth(1).and_then(|rest| rest.split('/').next());
-    let address = address.unwrap_or_else(|| panic!("no address in the output: {said}"));
+    let stderr = tool.stderr();
+    let address = stderr.split("http://").nth(1).and_then(|rest| rest.split('/').next());
+    let address = address.unwrap_or_else(|| panic!("no address in the output: {stderr}"));
 
     let mut page = String::new();
     wait_until("the acquisition is on the page", PATIENCE, || {

@@ -120,7 +120,7 @@ fn a_command_that_ends_at_term_is_not_given_the_whole_grace() {
 }
 
 #[test]
-fn what_the_command_leaves_behind_after_term_is_killed_before_the_release() {
+fn processes_left_after_term_are_killed_before_the_release() {
     let server = RedisServer::start();
     let notes = Notes::new();
     let script = "exec 3<&0; sh -c 'trap \"\" TERM; echo $$ > grandchild; read line' <&3 & wait";

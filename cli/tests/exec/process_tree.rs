@@ -58,7 +58,7 @@ fn next_holder(server: &RedisServer, notes: &Notes) -> Run {
 }
 
 #[test]
-fn everything_that_the_command_started_dies_with_a_killed_tool_before_the_next_holder_enters() {
+fn processes_of_the_command_die_with_a_killed_tool_before_the_next_holder_enters() {
     let server = RedisServer::start();
     let notes = Notes::new();
     let (mut tool, members) = start_family(&server, &notes, &[]);
@@ -70,7 +70,7 @@ fn everything_that_the_command_started_dies_with_a_killed_tool_before_the_next_h
 }
 
 #[test]
-fn everything_that_the_command_started_dies_with_the_killed_group_of_the_tool() {
+fn processes_of_the_command_die_with_the_killed_group_of_the_tool() {
     let server = RedisServer::start();
     let notes = Notes::new();
     let (tool, members) = start_family(&server, &notes, &[]);
@@ -82,7 +82,7 @@ fn everything_that_the_command_started_dies_with_the_killed_group_of_the_tool() 
 }
 
 #[test]
-fn everything_that_the_command_started_dies_with_a_killed_keeper() {
+fn processes_of_the_command_die_with_a_killed_keeper() {
     let server = RedisServer::start();
     let notes = Notes::new();
     let (mut tool, members) = start_family(&server, &notes, &["--ttl", "1s"]);
@@ -136,7 +136,7 @@ fn a_signal_to_end_reaches_what_has_left_the_group_and_a_kill_what_ignores_it() 
 }
 
 #[test]
-fn what_runs_on_in_the_background_outlives_a_command_that_ends_by_itself() {
+fn background_process_outlives_a_command_that_ends_by_itself() {
     let server = RedisServer::start();
     let notes = Notes::new();
     let script = "sh -c 'echo $$ > left; exec cat < pipe' > /dev/null 2>&1 & until [ -s left ]; do sleep 0.01; done";

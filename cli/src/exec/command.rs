@@ -4,8 +4,8 @@
 //!
 //! When the command is asked to end, by a signal or because the lock is lost, a grace period
 //! starts. After the grace period the remaining processes are killed, repeatedly, until none are
-//! left. Only then does [`Child::outlive`] return. If the front was killed, there is no grace
-//! period. If the command ends by itself, `outlive` returns at once and background processes of the
+//! left. Only then does [`RunningCommand::wait`] return. If the front was killed, there is no grace
+//! period. If the command ends by itself, `wait` returns at once and background processes of the
 //! command keep running.
 //!
 //! Processes that run as another user can't be signalled unless the tool runs as root. The tool
@@ -24,34 +24,35 @@ use rustix::process::{Pid, Signal, WaitStatus, getpid, kill_process};
 use shardlock::LockGuard;
 use tokio::time::{Instant, sleep_until};
 
-use super::front::Keeper;
-use super::orders::{Order, Orders};
+use super::events::{Event, Events};
+use super::keeper::Keeper;
+use super::process::{self, Process};
+use super::process_tree::{Group, ProcessTree};
 use super::signals::Sender;
-use super::terminal::leads_our_session;
-use super::tree::{self, Group, Process, Tree};
+use super::terminal::leads_own_session;
 use crate::disposition;
 use crate::exit::{self, Failure};
 use crate::output;
 
 /// A running command.
-pub(super) struct Child<'a> {
-    tree: Tree,
+pub(super) struct RunningCommand<'a> {
+    tree: ProcessTree,
     keeper: &'a Keeper,
     /// The exit code, once the command's own process has ended.
-    ended: Option<u8>,
+    exit_code: Option<u8>,
     /// Set once the command was asked to end.
-    ending: Option<Ending>,
+    termination: Option<Termination>,
     is_lost: bool,
 }
 
 /// Progress of ending the command.
-struct Ending {
+struct Termination {
     /// When the remaining processes are killed.
     deadline: Instant,
     /// When to act next.
     next: Instant,
     /// When the processes were first killed.
-    killed: Option<Instant>,
+    killed_at: Option<Instant>,
     /// Whether processes that can't be ended were reported.
     is_reported: bool,
 }
@@ -65,7 +66,7 @@ pub(super) enum Outcome {
     Lost,
 }
 
-impl<'a> Child<'a> {
+impl<'a> RunningCommand<'a> {
     /// Starts the command. Call this on the main thread: the kernel kills the child when the thread
     /// that started the child ends.
     pub(super) fn spawn(mut command: Command, keeper: &'a Keeper) -> io::Result<Self> {
@@ -81,23 +82,23 @@ impl<'a> Child<'a> {
         // Dropping the `std` handle neither ends nor reaps the process.
         let leader = Pid::from_child(&command.spawn()?);
         Ok(Self {
-            tree: Tree::new(leader, group),
+            tree: ProcessTree::new(leader, group),
             keeper,
-            ended: None,
-            ending: None,
+            exit_code: None,
+            termination: None,
             is_lost: false,
         })
     }
 
     /// Forwards signals, ends the command if the lock is lost, and returns when the command is
     /// gone.
-    pub(super) async fn outlive(mut self, guard: &LockGuard, orders: &mut Orders, grace: Duration) -> Outcome {
+    pub(super) async fn wait(mut self, guard: &LockGuard, events: &mut Events, grace: Duration) -> Outcome {
         let mut lost = pin!(guard.lost());
-        let code = loop {
-            if let Some(code) = self.look() {
-                break code;
+        let exit_code = loop {
+            if let Some(exit_code) = self.advance() {
+                break exit_code;
             }
-            let next = self.ending.as_ref().map(|ending| ending.next);
+            let next = self.termination.as_ref().map(|termination| termination.next);
             tokio::select! {
                 biased;
                 reason = &mut lost, if !self.is_lost => {
@@ -106,37 +107,37 @@ impl<'a> Child<'a> {
                         "lock {:?} (token {}) was lost: {reason}; ending the command", guard.key(), guard.token()
                     ));
                     // Processes that could not be ended now run without the lock. Report that too.
-                    if let Some(ending) = &mut self.ending {
-                        ending.is_reported = false;
+                    if let Some(termination) = &mut self.termination {
+                        termination.is_reported = false;
                     }
-                    self.end(Signal::TERM, grace);
+                    self.terminate(Signal::TERM, grace);
                 }
-                order = orders.next() => self.obey(order, grace),
-                () = until(next) => {}
+                event = events.next() => self.handle(event, grace),
+                () = sleep_until_if_set(next) => {}
             }
         };
         if let Some(terminal) = &self.keeper.terminal {
-            terminal.take_back(|foreground| self.tree.is_in(foreground));
+            terminal.restore_foreground(|foreground| self.tree.is_in(foreground));
         }
         if self.is_lost {
             Outcome::Lost
         } else {
-            Outcome::Ended(code)
+            Outcome::Ended(exit_code)
         }
     }
 
-    fn obey(&mut self, order: Order, grace: Duration) {
-        match order {
-            // Handled by the `look` that follows.
-            Order::Child => {}
-            Order::End => {
+    fn handle(&mut self, event: Event, grace: Duration) {
+        match event {
+            // Handled by the `advance` that follows.
+            Event::ChildChanged => {}
+            Event::FrontDied => {
                 tracing::warn!("the tool was killed; killing the command");
-                self.end(Signal::KILL, Duration::ZERO);
+                self.terminate(Signal::KILL, Duration::ZERO);
             }
-            Order::Signal(signal @ (Signal::TERM | Signal::HUP), _)
-            | Order::Signal(signal @ Signal::INT, Sender::Process) => self.end(signal, grace),
-            Order::Signal(signal, Sender::Process) => self.tree.signal_group(signal),
-            Order::Signal(signal, Sender::Kernel) => {
+            Event::Signal(signal @ (Signal::TERM | Signal::HUP), _)
+            | Event::Signal(signal @ Signal::INT, Sender::Process) => self.terminate(signal, grace),
+            Event::Signal(signal, Sender::Process) => self.tree.signal_group(signal),
+            Event::Signal(signal, Sender::Kernel) => {
                 tracing::trace!(
                     ?signal,
                     "not forwarded: the terminal sent the signal to the command too"
@@ -146,60 +147,60 @@ impl<'a> Child<'a> {
     }
 
     /// Reaps processes, acts on deadlines, and returns the exit code once the command is finished.
-    fn look(&mut self) -> Option<u8> {
+    fn advance(&mut self) -> Option<u8> {
         let reaped = self.tree.reap();
-        self.ended = self.ended.or(reaped.ended.map(code));
-        if reaped.is_gone && self.ended.is_none() {
+        self.exit_code = self.exit_code.or(reaped.ended.map(exit_code_of));
+        if reaped.is_gone && self.exit_code.is_none() {
             tracing::error!("the exit code of the command was lost");
-            self.ended = Some(exit::SYSTEM);
+            self.exit_code = Some(exit::SYSTEM);
         }
         if let Some(signal) = reaped.stopped {
-            self.stop_with_it(signal);
+            self.stop_front(signal);
         }
-        let Some(ending) = &mut self.ending else {
-            return self.ended;
+        let Some(termination) = &mut self.termination else {
+            return self.exit_code;
         };
         if reaped.is_gone {
-            return self.ended;
+            return self.exit_code;
         }
         let now = Instant::now();
-        if now < ending.next {
+        if now < termination.next {
             return None;
         }
-        if now < ending.deadline {
-            ending.next = ending.deadline;
+        if now < termination.deadline {
+            termination.next = termination.deadline;
             return None;
         }
-        let killed_for = now - *ending.killed.get_or_insert(now);
-        let has_failed = killed_for >= KILLED_FOR_MAX;
-        ending.next = now
-            + if has_failed {
-                LOOK_AT_WHAT_STAYS
+        let killed_for = now - *termination.killed_at.get_or_insert(now);
+        let is_overdue = killed_for >= KILLED_FOR_MAX;
+        termination.next = now
+            + if is_overdue {
+                POLL_SURVIVORS_EVERY
             } else {
-                LOOK_AT_THE_KILLED
+                POLL_KILLED_EVERY
             };
         let refused = self.tree.signal_all(Signal::KILL);
         self.report(&refused, "runs as another user and can't be signalled");
-        if !has_failed {
+        if !is_overdue {
             return None;
         }
         self.report(&self.tree.processes(), "was killed, but has not ended");
         // Without a lock there is no reason to wait for the remaining processes.
-        self.ended.filter(|_| self.is_lost)
+        self.exit_code.filter(|_| self.is_lost)
     }
 
     /// Sends the signal to all processes of the command, and starts the grace period unless it has
     /// already started. With KILL, the grace period ends immediately.
-    fn end(&mut self, signal: Signal, grace: Duration) {
+    fn terminate(&mut self, signal: Signal, grace: Duration) {
         let now = Instant::now();
-        let ending = self.ending.get_or_insert(Ending {
+        let termination = self.termination.get_or_insert(Termination {
             deadline: now + grace,
             next: now + grace,
-            killed: None,
+            killed_at: None,
             is_reported: false,
         });
         if signal == Signal::KILL {
-            (ending.deadline, ending.next) = (now, now);
+            (termination.deadline, termination.next) = (now, now);
             return;
         }
         let refused = self.tree.signal_all(signal);
@@ -210,32 +211,32 @@ impl<'a> Child<'a> {
 
     /// Reports processes that do not end. Does so only once.
     fn report(&mut self, processes: &[Process], why: &str) {
-        let Some(ending) = self.ending.as_mut().filter(|ending| !ending.is_reported) else {
+        let Some(termination) = self.termination.as_mut().filter(|termination| !termination.is_reported) else {
             return;
         };
         if processes.is_empty() {
             return;
         }
-        ending.is_reported = true;
-        let what_now = if self.is_lost {
+        termination.is_reported = true;
+        let consequence = if self.is_lost {
             "it continues without the lock"
         } else {
             "the lock is kept until it has ended"
         };
-        let list = tree::list(processes);
-        output::eprint(format_args!("{list} of the command {why}; {what_now}"));
+        let list = process::list(processes);
+        output::eprint(format_args!("{list} of the command {why}; {consequence}"));
     }
 
     /// If job control stopped the command, stops the front as well, so that the shell that started
     /// the front regains control. The lock is kept meanwhile.
-    fn stop_with_it(&mut self, signal: i32) {
+    fn stop_front(&mut self, signal: i32) {
         let job_control = [Signal::TSTP, Signal::TTIN, Signal::TTOU].map(Signal::as_raw);
         if !job_control.contains(&signal) {
             // Stopped by something else, such as a debugger. The front keeps running.
             return;
         }
         let front = self.keeper.front;
-        if leads_our_session(front) {
+        if leads_own_session(front) {
             // The front leads its session, so no shell could continue the front.
             if signal == Signal::TSTP.as_raw() {
                 self.tree.signal_group(Signal::CONT);
@@ -251,14 +252,14 @@ impl<'a> Child<'a> {
     }
 }
 
-const LOOK_AT_THE_KILLED: Duration = Duration::from_millis(20);
-const LOOK_AT_WHAT_STAYS: Duration = Duration::from_secs(1);
+const POLL_KILLED_EVERY: Duration = Duration::from_millis(20);
+const POLL_SURVIVORS_EVERY: Duration = Duration::from_secs(1);
 
 /// How long killed processes may take to disappear before they are reported. A process that waits
 /// for a device may never end.
 const KILLED_FOR_MAX: Duration = Duration::from_secs(1);
 
-async fn until(time: Option<Instant>) {
+async fn sleep_until_if_set(time: Option<Instant>) {
     match time {
         Some(time) => sleep_until(time).await,
         None => std::future::pending().await,
@@ -266,7 +267,7 @@ async fn until(time: Option<Instant>) {
 }
 
 /// The exit code of the tool for a given end of the command.
-fn code(status: WaitStatus) -> u8 {
+fn exit_code_of(status: WaitStatus) -> u8 {
     match (status.exit_status(), status.terminating_signal()) {
         (Some(code), _) => code as u8,
         (None, Some(signal)) => exit::by_signal(signal),
@@ -299,7 +300,7 @@ fn prepare(command: &mut Command, keeper: &Keeper) {
         if !ignored_ttou {
             disposition::set_default(Signal::TTOU);
         }
-        die_with(parent)
+        die_with_parent(parent)
     };
     #[expect(unsafe_code, reason = "a parent death signal can only be set by the child itself")]
     // SAFETY: between fork and exec, the closure only makes system calls. It neither allocates nor
@@ -310,7 +311,7 @@ fn prepare(command: &mut Command, keeper: &Keeper) {
 }
 
 #[cfg(target_os = "linux")]
-fn die_with(parent: Pid) -> io::Result<()> {
+fn die_with_parent(parent: Pid) -> io::Result<()> {
     rustix::process::set_parent_process_death_signal(Some(Signal::KILL))?;
     // If the parent died before the call above, the signal would never arrive.
     if rustix::process::getppid() == Some(parent) {
@@ -321,6 +322,6 @@ fn die_with(parent: Pid) -> io::Result<()> {
 }
 
 #[cfg(not(target_os = "linux"))]
-fn die_with(_parent: Pid) -> io::Result<()> {
+fn die_with_parent(_parent: Pid) -> io::Result<()> {
     Ok(())
 }

@@ -1,164 +1,28 @@
-//! The processes of the command: the command itself and all its descendants.
-//!
-//! On Linux the keeper adopts orphans. Every process of the command therefore stays a descendant of
-//! the keeper, whatever process groups and sessions it creates, and the command is gone once the
-//! keeper has no children. On other systems the command is its process group.
+//! Snapshots of the processes on this machine, from `/proc`. On systems other than Linux, none are
+//! listed.
 
 use std::fmt;
 
 use rustix::io::Errno;
-use rustix::process::{Pid, Signal, WaitOptions, WaitStatus, getpid, kill_process_group, test_kill_process, wait};
-
-/// The processes of a command. The command must be the only child that this process started.
-pub(super) struct Tree {
-    /// The command itself.
-    leader: Pid,
-    group: Group,
-}
-
-/// The process group in which the command was started.
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub(super) enum Group {
-    /// The command leads its own group.
-    Own,
-    /// The command shares this group with other processes.
-    Shared(Pid),
-}
-
-/// What happened to the children since the last call of [`Tree::reap`].
-#[derive(Default)]
-pub(super) struct Reaped {
-    /// How the command itself ended, if it did.
-    pub(super) ended: Option<WaitStatus>,
-    /// The signal that stopped the command itself, if it was stopped.
-    pub(super) stopped: Option<i32>,
-    /// Whether no process of the command is left.
-    pub(super) is_gone: bool,
-}
-
-impl Tree {
-    pub(super) const fn new(leader: Pid, group: Group) -> Self {
-        Self { leader, group }
-    }
-
-    /// Sends a signal to the command and to the processes of the command in its group.
-    pub(super) fn signal_group(&self, signal: Signal) {
-        let sent = match self.group {
-            Group::Own => kill_process_group(self.leader, signal),
-            Group::Shared(group) => {
-                let mut sent = Err(Errno::SRCH);
-                for process in self.processes().iter().filter(|process| process.group == Some(group)) {
-                    sent = process.signal(signal).or(sent);
-                }
-                sent
-            }
-        };
-        if let Err(error) = sent {
-            tracing::debug!(?signal, %error, "the command could not be signalled");
-        }
-    }
-
-    /// Sends a signal to all processes of the command.
-    ///
-    /// Returns the processes that this process has no permission to signal.
-    pub(super) fn signal_all(&self, signal: Signal) -> Vec<Process> {
-        let mut processes = self.processes();
-        // Signalling the whole group at once does not miss a process that is just being forked.
-        let has_own = self.group == Group::Own && kill_process_group(self.leader, signal) != Err(Errno::SRCH);
-        processes.retain(|process| {
-            let sent = if has_own && process.group == Some(self.leader) {
-                test_kill_process(process.pid)
-            } else {
-                process.signal(signal)
-            };
-            sent == Err(Errno::PERM)
-        });
-        processes
-    }
-
-    /// The processes that exist now, without those that only wait to be reaped.
-    pub(super) fn processes(&self) -> Vec<Process> {
-        let mut processes = descendants(getpid(), &[]);
-        let is_missing = processes.iter().all(|process| process.pid != self.leader);
-        // Processes of other users may be hidden in /proc. On systems other than Linux, no process
-        // is listed at all.
-        if is_missing && (!cfg!(target_os = "linux") || test_kill_process(self.leader) == Err(Errno::PERM)) {
-            processes.push(Process {
-                pid: self.leader,
-                parent: getpid(),
-                group: match self.group {
-                    Group::Own => Some(self.leader),
-                    Group::Shared(group) => Some(group),
-                },
-                state: State::Runs,
-                started: None,
-                name: String::new(),
-            });
-        }
-        processes.retain(|process| process.state != State::Ended);
-        processes
-    }
-
-    /// Reaps all children that have ended, including adopted orphans.
-    pub(super) fn reap(&self) -> Reaped {
-        let mut reaped = Reaped::default();
-        loop {
-            match wait(WaitOptions::NOHANG | WaitOptions::UNTRACED) {
-                Ok(Some((pid, status))) if pid == self.leader => match status.stopping_signal() {
-                    Some(signal) => reaped.stopped = Some(signal),
-                    None => reaped.ended = Some(status),
-                },
-                Ok(Some(_)) | Err(Errno::INTR) => {}
-                Ok(None) => return reaped,
-                Err(_) => {
-                    reaped.is_gone = self.is_gone_without_children();
-                    return reaped;
-                }
-            }
-        }
-    }
-
-    #[cfg(target_os = "linux")]
-    #[expect(clippy::unused_self, reason = "other systems need `self`")]
-    const fn is_gone_without_children(&self) -> bool {
-        true
-    }
-
-    #[cfg(not(target_os = "linux"))]
-    fn is_gone_without_children(&self) -> bool {
-        self.group != Group::Own || rustix::process::test_kill_process_group(self.leader) == Err(Errno::SRCH)
-    }
-
-    /// Returns whether a process of the command is in this group. Zombies count.
-    pub(super) fn is_in(&self, group: Pid) -> bool {
-        let mut processes = descendants(getpid(), &[]).into_iter();
-        processes.any(|process| process.group == Some(group))
-    }
-
-    /// Returns whether the command itself is currently stopped.
-    pub(super) fn is_stopped(&self) -> bool {
-        let mut processes = self.processes().into_iter();
-        processes.any(|process| process.pid == self.leader && process.state == State::Stopped)
-    }
-}
+use rustix::process::{Pid, Signal};
 
 /// A snapshot of a process.
 #[derive(Debug)]
 pub(super) struct Process {
-    pid: Pid,
-    parent: Pid,
+    pub(super) pid: Pid,
+    pub(super) parent: Pid,
     /// `None` if the group is from outside the PID namespace of this process.
-    group: Option<Pid>,
-    state: State,
+    pub(super) group: Option<Pid>,
+    pub(super) state: State,
     /// Start time in clock ticks since boot. Together with the PID it identifies a process
     /// uniquely.
-    started: Option<u64>,
-    name: String,
+    pub(super) started: Option<u64>,
+    pub(super) name: String,
 }
 
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
-enum State {
-    Runs,
+pub(super) enum State {
+    Running,
     Stopped,
     /// A zombie: the process has ended and only needs to be reaped.
     Ended,
@@ -184,16 +48,6 @@ pub(super) fn list(processes: &[Process]) -> String {
     }
     list.join(", ")
 }
-
-/// From now on, orphaned descendants of this process become its children.
-#[cfg(target_os = "linux")]
-pub(super) fn adopt_orphans() {
-    // Can't fail on Linux 3.4 or later.
-    rustix::process::set_child_subreaper(Some(getpid())).ok();
-}
-
-#[cfg(not(target_os = "linux"))]
-pub(super) fn adopt_orphans() {}
 
 #[cfg(target_os = "linux")]
 mod linux {
@@ -269,7 +123,7 @@ mod linux {
         let state = match fields.next()? {
             "Z" | "X" | "x" => State::Ended,
             "T" | "t" => State::Stopped,
-            _ => State::Runs,
+            _ => State::Running,
         };
         let mut pid_of_next = || fields.next().map(|field| field.parse().ok().and_then(Pid::from_raw));
         // A process whose parent is outside the namespace (PID 0) is not a descendant of the tool.
@@ -292,7 +146,7 @@ mod linux {
 pub(super) use linux::{children, descendants};
 
 #[cfg(not(target_os = "linux"))]
-mod elsewhere {
+mod other_systems {
     use super::{Errno, Pid, Process, Signal};
 
     impl Process {
@@ -311,7 +165,7 @@ mod elsewhere {
 }
 
 #[cfg(not(target_os = "linux"))]
-pub(super) use elsewhere::{children, descendants};
+pub(super) use other_systems::{children, descendants};
 
 #[cfg(all(test, target_os = "linux"))]
 mod tests {
