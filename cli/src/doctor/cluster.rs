@@ -8,15 +8,15 @@ use shardlock::{Endpoint, SLOTS, ServerUrl};
 
 use super::facts::Info;
 use super::finding::{Finding, Level};
-use super::look::look;
+use super::probe::probe;
 use super::report::ShardReport;
-use super::server::{Expected, checked, unreachable};
-use super::{Kind, clock};
+use super::server::{Expectations, check_server, unreachable_server};
+use super::{ShardKind, clock};
 use crate::servers::{ClusterNode, Connector, ProbeError, cluster_nodes, query};
 
 /// The cluster as one node sees it.
 #[derive(Debug, Clone, Default)]
-struct View {
+struct NodeView {
     info: Info,
     nodes: Vec<ClusterNode>,
     settings: BTreeMap<String, String>,
@@ -25,7 +25,7 @@ struct View {
 }
 
 /// How many nodes are examined at most.
-const NODES_MOST: usize = 256;
+const NODES_MAX: usize = 256;
 
 pub(super) async fn examine(
     endpoint: &Endpoint,
@@ -39,17 +39,19 @@ pub(super) async fn examine(
     let level = if found.is_some() { Level::Warning } else { Level::Error };
     for (seed, view) in seeds.iter().zip(&views) {
         if let Err(error) = view {
-            report.servers.push(unreachable(seed, "node of the URL", error, level));
+            report
+                .servers
+                .push(unreachable_server(seed, "node of the URL", error, level));
         }
     }
     let Some(first) = found else {
         report.findings.extend(refused(views.iter().flatten()));
         // The seeds that answer are not cluster nodes, which the `mode` check reports, or refuse
         // `CLUSTER NODES`.
-        let expected = Expected::one_of(Kind::Cluster, connector.config, fingerprint, None);
+        let expected = Expectations::member_of(ShardKind::Cluster, connector.config, fingerprint, None);
         for (seed, _) in seeds.iter().zip(&views).filter(|(_, view)| view.is_ok()) {
-            let server = look(seed, Kind::Cluster, connector).await;
-            report.servers.push(checked(&server, &expected));
+            let server = probe(seed, ShardKind::Cluster, connector).await;
+            report.servers.push(check_server(&server, &expected));
         }
         return;
     };
@@ -57,21 +59,21 @@ pub(super) async fn examine(
         .nodes
         .iter()
         .filter(|node| !["noaddr", "handshake"].iter().any(|flag| node.has_flag(flag)))
-        .take(NODES_MOST)
+        .take(NODES_MAX)
         .collect();
-    let looking = known.iter().filter_map(|node| {
+    let probes = known.iter().filter_map(|node| {
         let server = endpoint.server_at(&node.address)?;
         Some(async move {
             (
-                look(&server, Kind::Cluster, connector).await,
+                probe(&server, ShardKind::Cluster, connector).await,
                 view(&server, connector).await,
             )
         })
     });
-    let looked = join_all(looking).await;
-    let views: Vec<(&str, &View)> = looked
+    let probed = join_all(probes).await;
+    let views: Vec<(&str, &NodeView)> = probed
         .iter()
-        .filter_map(|(server, view)| Some((server.place.as_str(), view.as_ref().ok()?)))
+        .filter_map(|(server, view)| Some((server.address.as_str(), view.as_ref().ok()?)))
         .collect();
     report.findings.extend(state(&views));
     report.findings.push(coverage(&first));
@@ -81,19 +83,19 @@ pub(super) async fn examine(
     report.findings.extend(full_coverage(&views));
     report
         .findings
-        .extend(clock::among(looked.iter().map(|(server, _)| server)));
-    for ((server, _), node) in looked.iter().zip(&known) {
+        .extend(clock::compare_servers(probed.iter().map(|(server, _)| server)));
+    for ((server, _), node) in probed.iter().zip(&known) {
         let primary = node.primary.as_ref().map(|id| {
             let primary = first.nodes.iter().find(|node| node.id == *id);
             primary.map_or_else(|| id.clone(), |primary| primary.address.clone())
         });
-        let mut expected = Expected::one_of(Kind::Cluster, connector.config, fingerprint, primary);
-        expected.announced = seeds.iter().all(|seed| seed.place() != server.place);
-        report.servers.push(checked(server, &expected));
+        let mut expected = Expectations::member_of(ShardKind::Cluster, connector.config, fingerprint, primary);
+        expected.announced = seeds.iter().all(|seed| seed.place() != server.address);
+        report.servers.push(check_server(server, &expected));
     }
 }
 
-async fn view(server: &ServerUrl, connector: &Connector<'_>) -> Result<View, ProbeError> {
+async fn view(server: &ServerUrl, connector: &Connector<'_>) -> Result<NodeView, ProbeError> {
     let mut connection = connector.connect(server).await?;
     // A server that is not a cluster node refuses these commands. The `mode` check reports that.
     let info: String = query(&mut connection, cmd("CLUSTER").arg("INFO"))
@@ -105,7 +107,7 @@ async fn view(server: &ServerUrl, connector: &Connector<'_>) -> Result<View, Pro
     if let Ok(pair) = query::<BTreeMap<String, String>>(&mut connection, cmd("CONFIG").arg("GET").arg(setting)).await {
         settings.extend(pair);
     }
-    Ok(View {
+    Ok(NodeView {
         info: Info::parse(&info),
         refused: nodes.as_ref().err().cloned(),
         nodes: nodes.unwrap_or_default(),
@@ -114,7 +116,7 @@ async fn view(server: &ServerUrl, connector: &Connector<'_>) -> Result<View, Pro
 }
 
 /// Reports that the cluster as a whole could not be checked.
-fn refused<'a>(mut views: impl Iterator<Item = &'a View>) -> Option<Finding> {
+fn refused<'a>(mut views: impl Iterator<Item = &'a NodeView>) -> Option<Finding> {
     let reason = views.find_map(|view| view.refused.as_ref())?;
     Some(Finding::note(
         "cluster",
@@ -124,12 +126,12 @@ fn refused<'a>(mut views: impl Iterator<Item = &'a View>) -> Option<Finding> {
     ))
 }
 
-fn state(views: &[(&str, &View)]) -> Option<Finding> {
+fn state(views: &[(&str, &NodeView)]) -> Option<Finding> {
     const CHECK: &str = "cluster_state";
     let bad: Vec<&str> = views
         .iter()
         .filter(|(_, view)| view.info.get(CHECK).is_some_and(|state| state != "ok"))
-        .map(|(place, _)| *place)
+        .map(|(address, _)| *address)
         .collect();
     if views.is_empty() {
         return None;
@@ -146,7 +148,7 @@ fn state(views: &[(&str, &View)]) -> Option<Finding> {
     })
 }
 
-fn coverage(view: &View) -> Finding {
+fn coverage(view: &NodeView) -> Finding {
     const CHECK: &str = "slots";
     let owned: u32 = view
         .nodes
@@ -168,10 +170,10 @@ fn coverage(view: &View) -> Finding {
 }
 
 /// Checks that all nodes agree on the owners of the slots.
-fn agreement(views: &[(&str, &View)]) -> Option<Finding> {
+fn agreement(views: &[(&str, &NodeView)]) -> Option<Finding> {
     const CHECK: &str = "nodes-agree";
-    let mut said: BTreeMap<Vec<(&str, &[String])>, Vec<&str>> = BTreeMap::new();
-    for (place, view) in views {
+    let mut by_owners: BTreeMap<Vec<(&str, &[String])>, Vec<&str>> = BTreeMap::new();
+    for (address, view) in views {
         let mut owners: Vec<_> = view
             .nodes
             .iter()
@@ -179,20 +181,20 @@ fn agreement(views: &[(&str, &View)]) -> Option<Finding> {
             .map(|node| (node.id.as_str(), &node.ranges[..]))
             .collect();
         owners.sort_unstable();
-        said.entry(owners).or_default().push(place);
+        by_owners.entry(owners).or_default().push(address);
     }
     if views.is_empty() {
         return None;
     }
-    Some(if said.len() == 1 {
+    Some(if by_owners.len() == 1 {
         Finding::ok(CHECK, "all nodes that answer agree on the owners of the slots")
     } else {
-        let parties: Vec<_> = said.values().map(|places| places.join(", ")).collect();
+        let sides: Vec<_> = by_owners.values().map(|addresses| addresses.join(", ")).collect();
         Finding::warning(
             CHECK,
             format!(
                 "the nodes disagree on the owners of the slots: {}",
-                parties.join(" versus ")
+                sides.join(" versus ")
             ),
             "while slots are moved, this lasts only moments; a cluster that stays split locks one key on two servers",
             "if this persists: redis-cli --cluster check <node>, and make sure that the nodes can reach each other's cluster bus (port + 10000)",
@@ -200,7 +202,7 @@ fn agreement(views: &[(&str, &View)]) -> Option<Finding> {
     })
 }
 
-fn failing(view: &View) -> Option<Finding> {
+fn failing(view: &NodeView) -> Option<Finding> {
     let failing: Vec<_> = view
         .nodes
         .iter()
@@ -217,7 +219,7 @@ fn failing(view: &View) -> Option<Finding> {
     })
 }
 
-fn replicas(view: &View) -> Finding {
+fn replicas(view: &NodeView) -> Finding {
     const CHECK: &str = "replicas-per-primary";
     let works = |node: &&ClusterNode| !node.has_flag("fail") && !node.has_flag("noaddr");
     let followed: BTreeSet<&str> = view
@@ -227,28 +229,28 @@ fn replicas(view: &View) -> Finding {
         .filter_map(|node| node.primary.as_deref())
         .collect();
     let primaries: Vec<&ClusterNode> = view.nodes.iter().filter(works).filter(|node| node.slots > 0).collect();
-    let alone: Vec<&str> = primaries
+    let without_replica: Vec<&str> = primaries
         .iter()
         .filter(|node| !followed.contains(node.id.as_str()))
         .map(|node| node.address.as_str())
         .collect();
-    if alone.is_empty() {
+    if without_replica.is_empty() {
         return Finding::ok(CHECK, format!("each of {} primaries has at least one", primaries.len()));
     }
     Finding::warning(
         CHECK,
-        format!("none for {}", alone.join(", ")),
+        format!("none for {}", without_replica.join(", ")),
         "if such a primary fails, no replica takes over, and its keys can't be locked",
         "redis-cli --cluster add-node <new node> <node> --cluster-slave --cluster-master-id <id>",
     )
 }
 
-fn full_coverage(views: &[(&str, &View)]) -> Option<Finding> {
+fn full_coverage(views: &[(&str, &NodeView)]) -> Option<Finding> {
     const CHECK: &str = "cluster-require-full-coverage";
     let strict: Vec<&str> = views
         .iter()
         .filter(|(_, view)| view.settings.get(CHECK).is_some_and(|value| value == "yes"))
-        .map(|(place, _)| *place)
+        .map(|(address, _)| *address)
         .collect();
     (!strict.is_empty()).then(|| {
         Finding::note(
@@ -264,13 +266,13 @@ fn full_coverage(views: &[(&str, &View)]) -> Option<Finding> {
 mod tests {
     use super::*;
 
-    fn view(lines: &str) -> View {
+    fn view(lines: &str) -> NodeView {
         let endpoint = Endpoint::parse("redis+cluster://asked:1").unwrap();
         let asked = endpoint.servers().remove(0);
-        View {
+        NodeView {
             info: Info::parse("cluster_state:ok\n"),
             nodes: ClusterNode::parse_all(lines, &asked),
-            ..View::default()
+            ..NodeView::default()
         }
     }
 

@@ -1,6 +1,6 @@
 //! Checks how a server treats its connections.
 
-use super::facts::Seen;
+use super::facts::Facts;
 use super::finding::Finding;
 
 /// The server's default buffer limits for subscribers: the hard limit in bytes, and the soft limit
@@ -13,13 +13,13 @@ const PUBSUB_SECONDS: u64 = 60;
 const FULL_PERCENT: u64 = 80;
 
 /// The longest time, in seconds, after which a vanished machine should be noticed.
-const KEEPALIVE_MOST: u64 = 300;
+const KEEPALIVE_MAX: u64 = 300;
 
-pub(super) fn pubsub_limits(seen: &Seen) -> Option<Finding> {
+pub(super) fn pubsub_limits(facts: &Facts) -> Option<Finding> {
     const CHECK: &str = "pubsub-limits";
-    let limits = seen.setting("client-output-buffer-limit")?;
-    let mut words = limits.split_whitespace().skip_while(|word| *word != "pubsub").skip(1);
-    let mut number = || words.next()?.parse::<u64>().ok();
+    let limits = facts.setting("client-output-buffer-limit")?;
+    let mut fields = limits.split_whitespace().skip_while(|field| *field != "pubsub").skip(1);
+    let mut number = || fields.next()?.parse::<u64>().ok();
     let (hard, soft, seconds) = (number()?, number()?, number()?);
     let found = format!("client-output-buffer-limit pubsub {hard} {soft} {seconds}");
     // Zero means no limit.
@@ -37,9 +37,9 @@ pub(super) fn pubsub_limits(seen: &Seen) -> Option<Finding> {
     ))
 }
 
-pub(super) fn idle_timeout(seen: &Seen) -> Option<Finding> {
+pub(super) fn idle_timeout(facts: &Facts) -> Option<Finding> {
     const CHECK: &str = "timeout";
-    let seconds: u64 = seen.setting("timeout")?.parse().ok()?;
+    let seconds: u64 = facts.setting("timeout")?.parse().ok()?;
     if seconds == 0 {
         return Some(Finding::ok(CHECK, "0: idle connections stay open"));
     }
@@ -51,10 +51,10 @@ pub(super) fn idle_timeout(seen: &Seen) -> Option<Finding> {
     ))
 }
 
-pub(super) fn keepalive(seen: &Seen) -> Option<Finding> {
+pub(super) fn keepalive(facts: &Facts) -> Option<Finding> {
     const CHECK: &str = "tcp-keepalive";
-    let seconds: u64 = seen.setting("tcp-keepalive")?.parse().ok()?;
-    if (1..=KEEPALIVE_MOST).contains(&seconds) {
+    let seconds: u64 = facts.setting("tcp-keepalive")?.parse().ok()?;
+    if (1..=KEEPALIVE_MAX).contains(&seconds) {
         return Some(Finding::ok(CHECK, format!("{seconds} s")));
     }
     let found = if seconds == 0 {
@@ -70,12 +70,12 @@ pub(super) fn keepalive(seen: &Seen) -> Option<Finding> {
     ))
 }
 
-pub(super) fn clients(seen: &Seen) -> Vec<Finding> {
+pub(super) fn clients(facts: &Facts) -> Vec<Finding> {
     let mut findings = Vec::new();
-    let most = seen
+    let most = facts
         .value("maxclients", "maxclients")
         .and_then(|most| most.parse::<u64>().ok());
-    if let (Some(most), Some(now)) = (most, seen.number("connected_clients")) {
+    if let (Some(most), Some(now)) = (most, facts.number("connected_clients")) {
         let found = format!("{now} connected, at most {most}");
         findings.push(if now.saturating_mul(100) < most.saturating_mul(FULL_PERCENT) {
             Finding::ok("maxclients", found)
@@ -88,7 +88,7 @@ pub(super) fn clients(seen: &Seen) -> Vec<Finding> {
             )
         });
     }
-    if let Some(rejected) = seen.number("rejected_connections").filter(|&rejected| rejected > 0) {
+    if let Some(rejected) = facts.number("rejected_connections").filter(|&rejected| rejected > 0) {
         findings.push(Finding::warning(
             "rejected-connections",
             format!("{rejected} connections were refused since the server started or its statistics were reset"),
@@ -108,7 +108,7 @@ mod tests {
     fn limits_of_subscribers_below_the_defaults_are_warned_of() {
         let level = |limits: &str| {
             let all = format!("normal 0 0 0 slave 268435456 67108864 60 pubsub {limits}");
-            pubsub_limits(&Seen::good("", &[("client-output-buffer-limit", &all)]))
+            pubsub_limits(&Facts::healthy("", &[("client-output-buffer-limit", &all)]))
                 .unwrap()
                 .level
         };
@@ -125,18 +125,18 @@ mod tests {
 
     #[test]
     fn idle_connections_are_better_kept_and_dead_ones_found() {
-        let seen = |settings: &[_]| Seen::good("", settings);
-        assert_eq!(idle_timeout(&seen(&[("timeout", "0")])).unwrap().level, Level::Ok);
-        assert_eq!(idle_timeout(&seen(&[("timeout", "60")])).unwrap().level, Level::Note);
-        assert_eq!(keepalive(&seen(&[("tcp-keepalive", "300")])).unwrap().level, Level::Ok);
-        assert_eq!(keepalive(&seen(&[("tcp-keepalive", "0")])).unwrap().level, Level::Note);
+        let facts = |settings: &[_]| Facts::healthy("", settings);
+        assert_eq!(idle_timeout(&facts(&[("timeout", "0")])).unwrap().level, Level::Ok);
+        assert_eq!(idle_timeout(&facts(&[("timeout", "60")])).unwrap().level, Level::Note);
+        assert_eq!(keepalive(&facts(&[("tcp-keepalive", "300")])).unwrap().level, Level::Ok);
+        assert_eq!(keepalive(&facts(&[("tcp-keepalive", "0")])).unwrap().level, Level::Note);
     }
 
     #[test]
-    fn room_for_connections_is_looked_at() {
+    fn room_for_connections_is_checked() {
         let levels = |info: &str| -> Vec<_> {
-            let seen = Seen::good(info, &[("maxclients", "100")]);
-            clients(&seen)
+            let facts = Facts::healthy(info, &[("maxclients", "100")]);
+            clients(&facts)
                 .into_iter()
                 .map(|finding| (finding.check, finding.level))
                 .collect()

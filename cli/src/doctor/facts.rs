@@ -1,4 +1,4 @@
-//! The facts about a Redis server, as the server reported them. `look` gathers them, checks read
+//! The facts about a Redis server, as the server reported them. `probe` gathers them, checks read
 //! them.
 
 use std::collections::BTreeMap;
@@ -8,19 +8,19 @@ use crate::servers::{ProbeError, host_port};
 
 /// A server and the facts about it.
 #[derive(Debug, Clone)]
-pub(super) struct Server {
+pub(super) struct ProbedServer {
     /// `host:port`
-    pub(super) place: String,
+    pub(super) address: String,
     /// Whether the URL has a password.
     pub(super) has_login: bool,
     pub(super) encrypted: bool,
-    pub(super) seen: Result<Seen, ProbeError>,
+    pub(super) facts: Result<Facts, ProbeError>,
 }
 
 /// The facts that a server reported. A query that the server refused is an `Err` with the server's
 /// error.
 #[derive(Debug, Clone)]
-pub(super) struct Seen {
+pub(super) struct Facts {
     pub(super) round_trips: RoundTrips,
     pub(super) info: Result<Info, String>,
     /// The settings from `CONFIG GET`.
@@ -32,19 +32,19 @@ pub(super) struct Seen {
     /// The ACL user.
     pub(super) user: String,
     /// The needs that the user is not permitted.
-    pub(super) denied: Vec<Denied>,
+    pub(super) denied: Vec<MissingPermission>,
     /// How many commands were tried to find out.
-    pub(super) tried: usize,
+    pub(super) permissions_tried: usize,
     /// The error, if the server currently refuses writes. Known only if the commands themselves
     /// were tried, not just `ACL DRYRUN`.
-    pub(super) refuses_writes: Option<String>,
+    pub(super) write_error: Option<String>,
     /// The tried commands that the server does not know.
-    pub(super) lacking: Vec<String>,
+    pub(super) unknown_commands: Vec<String>,
     /// The error, if the server refuses a script with keys of several slots, such as a renewal.
-    pub(super) refuses_several_slots: Option<String>,
+    pub(super) multi_slot_error: Option<String>,
 }
 
-impl Seen {
+impl Facts {
     /// A value that both `CONFIG GET` and `INFO` report, so that one of them is enough.
     pub(super) fn value<'a>(&'a self, setting: &str, info: &str) -> Option<&'a str> {
         self.setting(setting).or_else(|| self.info(info))
@@ -105,20 +105,20 @@ pub(super) struct Clock {
     /// The server's time minus ours, in milliseconds.
     pub(super) ahead_ms: i64,
     /// The uncertainty of the difference: half of the round trip.
-    pub(super) unsure: Duration,
+    pub(super) uncertainty: Duration,
 }
 
 /// A command that the user may not run, or not on the needed key or channel.
 #[derive(Debug, Clone, PartialEq, Eq)]
-pub(super) struct Denied {
+pub(super) struct MissingPermission {
     /// The ACL's name of the command, such as `set` or `cluster|slots`.
     pub(super) command: String,
-    pub(super) lack: Lack,
+    pub(super) rule: MissingRule,
 }
 
 /// Which permission is missing.
 #[derive(Debug, Clone, PartialEq, Eq)]
-pub(super) enum Lack {
+pub(super) enum MissingRule {
     Command,
     /// The key pattern that the user's rules lack.
     Keys(String),
@@ -133,7 +133,7 @@ pub(super) struct Info(BTreeMap<String, String>);
 /// A replica as its primary sees it.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub(super) struct Replica {
-    pub(super) place: String,
+    pub(super) address: String,
     pub(super) state: String,
     /// Seconds since the primary last heard from the replica.
     pub(super) lag: u64,
@@ -166,7 +166,7 @@ impl Info {
                 };
                 let offset = field("offset").parse().unwrap_or(0);
                 Replica {
-                    place: host_port(field("ip"), field("port")),
+                    address: host_port(field("ip"), field("port")),
                     state: field("state").to_owned(),
                     lag: field("lag").parse().unwrap_or(0),
                     behind: written.saturating_sub(offset),
@@ -177,9 +177,9 @@ impl Info {
 }
 
 #[cfg(test)]
-impl Seen {
+impl Facts {
     /// A healthy server. The given `INFO` lines and settings override the defaults.
-    pub(super) fn good(info: &str, settings: &[(&str, &str)]) -> Self {
+    pub(super) fn healthy(info: &str, settings: &[(&str, &str)]) -> Self {
         let usual = [
             ("maxmemory-policy", "noeviction"),
             ("maxmemory", "0"),
@@ -213,15 +213,15 @@ impl Seen {
                 .collect()),
             clock: Ok(Clock {
                 ahead_ms: 0,
-                unsure: Duration::from_micros(50),
+                uncertainty: Duration::from_micros(50),
             }),
             map: Ok(None),
             user: "default".to_owned(),
             denied: Vec::new(),
-            tried: 18,
-            refuses_writes: None,
-            lacking: Vec::new(),
-            refuses_several_slots: None,
+            permissions_tried: 18,
+            write_error: None,
+            unknown_commands: Vec::new(),
+            multi_slot_error: None,
         }
     }
 }
@@ -234,16 +234,16 @@ mod tests {
     fn replicas_are_read_from_the_lines_of_their_primary() {
         let info = "role:master\r\nconnected_slaves:2\r\nslave0:ip=10.0.0.2,port=6379,state=online,offset=90,lag=1\r\n\
                     slave1:ip=::1,port=7,state=wait_bgsave,offset=0,lag=0\r\nmaster_repl_offset:100\r\n";
-        let replicas = Seen::good(info, &[]).replicas();
+        let replicas = Facts::healthy(info, &[]).replicas();
         let [first, second] = &replicas[..] else {
             panic!("{replicas:?}")
         };
         assert_eq!(
-            (first.place.as_str(), first.lag, first.behind),
+            (first.address.as_str(), first.lag, first.behind),
             ("10.0.0.2:6379", 1, 10)
         );
         assert_eq!(
-            (second.place.as_str(), second.state.as_str()),
+            (second.address.as_str(), second.state.as_str()),
             ("[::1]:7", "wait_bgsave")
         );
     }

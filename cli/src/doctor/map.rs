@@ -43,16 +43,19 @@ pub(super) fn fingerprint(stored: &Result<Option<String>, String>, ours: &str) -
 }
 
 /// Checks from the URLs alone that no two shards have the same address.
-pub(super) fn places(shards: &[ShardConfig]) -> Option<Finding> {
+pub(super) fn addresses(shards: &[ShardConfig]) -> Option<Finding> {
     const CHECK: &str = "shards";
-    let mut seen: BTreeMap<String, &str> = BTreeMap::new();
+    let mut by_address: BTreeMap<String, &str> = BTreeMap::new();
     for shard in shards {
         let endpoint = Endpoint::parse(&shard.url).ok()?;
         // Compare without the scheme and the user: they do not change the address.
         let shown = endpoint.to_string();
-        let place = shown.split_once("://").map_or("", |(_, rest)| rest);
-        let place = place.rsplit_once('@').map_or(place, |(_, place)| place).to_owned();
-        if let Some(other) = seen.insert(place, &shard.name) {
+        let address = shown.split_once("://").map_or("", |(_, rest)| rest);
+        let address = address
+            .rsplit_once('@')
+            .map_or(address, |(_, address)| address)
+            .to_owned();
+        if let Some(other) = by_address.insert(address, &shard.name) {
             return Some(Finding::error(
                 CHECK,
                 format!("{other} and {} have the same address, {shown}", shard.name),
@@ -97,7 +100,7 @@ mod tests {
     fn two_shards_must_not_be_the_same_place() {
         let level = |urls: &[&str]| {
             let shards: Vec<_> = urls.iter().map(|url| ShardConfig::new("a", *url)).collect();
-            places(&shards).map(|finding| finding.level)
+            addresses(&shards).map(|finding| finding.level)
         };
         assert_eq!(level(&["redis://a"]), None);
         assert_eq!(level(&["redis://a", "redis://b", "redis://a/1"]), Some(Level::Ok));

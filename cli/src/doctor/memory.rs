@@ -1,18 +1,19 @@
 //! Checks whether a server may evict locks or run out of memory.
 
-use super::facts::Seen;
+use super::facts::Facts;
 use super::finding::Finding;
+use super::format::bytes;
 
 /// From what share of `maxmemory` in use, in percent, memory counts as short.
 const FULL_PERCENT: u64 = 90;
 
-pub(super) fn policy(seen: &Seen) -> Option<Finding> {
+pub(super) fn policy(facts: &Facts) -> Option<Finding> {
     const CHECK: &str = "maxmemory-policy";
-    let policy = seen.value("maxmemory-policy", "maxmemory_policy")?;
+    let policy = facts.value("maxmemory-policy", "maxmemory_policy")?;
     if policy == "noeviction" {
         return Some(Finding::ok(CHECK, policy));
     }
-    let limit = seen
+    let limit = facts
         .value("maxmemory", "maxmemory")
         .and_then(|limit| limit.parse().ok());
     let mend = "CONFIG SET maxmemory-policy noeviction, then CONFIG REWRITE or the same in redis.conf; preferably use a server for locks only";
@@ -27,7 +28,7 @@ pub(super) fn policy(seen: &Seen) -> Option<Finding> {
             CHECK,
             format!(
                 "{policy}, with maxmemory {}",
-                limit.map_or_else(|| "unknown".to_owned(), size)
+                limit.map_or_else(|| "unknown".to_owned(), bytes)
             ),
             "when memory runs short, the server deletes keys: a deleted lease lets in a second holder, a deleted queue loses its waiters",
             mend,
@@ -36,9 +37,9 @@ pub(super) fn policy(seen: &Seen) -> Option<Finding> {
 }
 
 /// Checks whether memory is nearly full, or keys were already evicted.
-pub(super) fn room(seen: &Seen) -> Vec<Finding> {
+pub(super) fn usage(facts: &Facts) -> Vec<Finding> {
     let mut findings = Vec::new();
-    if let Some(evicted) = seen.number("evicted_keys").filter(|&evicted| evicted > 0) {
+    if let Some(evicted) = facts.number("evicted_keys").filter(|&evicted| evicted > 0) {
         findings.push(Finding::warning(
             "evicted-keys",
             format!("{evicted} keys were evicted since the server started or its statistics were reset"),
@@ -46,11 +47,11 @@ pub(super) fn room(seen: &Seen) -> Vec<Finding> {
             "see maxmemory-policy; after fixing it, reset the count with CONFIG RESETSTAT",
         ));
     }
-    let limit = seen
+    let limit = facts
         .value("maxmemory", "maxmemory")
         .and_then(|limit| limit.parse::<u64>().ok());
-    if let (Some(limit @ 1..), Some(used)) = (limit, seen.number("used_memory")) {
-        let found = format!("{} of {} are in use", size(used), size(limit));
+    if let (Some(limit @ 1..), Some(used)) = (limit, facts.number("used_memory")) {
+        let found = format!("{} of {} are in use", bytes(used), bytes(limit));
         findings.push(if used.saturating_mul(100) < limit.saturating_mul(FULL_PERCENT) {
             Finding::ok("memory", found)
         } else {
@@ -65,20 +66,6 @@ pub(super) fn room(seen: &Seen) -> Vec<Finding> {
     findings
 }
 
-/// Formats a number of bytes.
-pub(super) fn size(bytes: u64) -> String {
-    const UNITS: [&str; 4] = ["kB", "MB", "GB", "TB"];
-    if bytes < 1024 {
-        return format!("{bytes} bytes");
-    }
-    let (mut value, mut unit) = (bytes as f64 / 1024.0, 0);
-    while value >= 1024.0 && unit + 1 < UNITS.len() {
-        value /= 1024.0;
-        unit += 1;
-    }
-    format!("{value:.1} {}", UNITS[unit])
-}
-
 #[cfg(test)]
 mod tests {
     use super::*;
@@ -86,7 +73,8 @@ mod tests {
 
     #[test]
     fn a_policy_that_evicts_is_an_error_where_there_is_a_limit() {
-        let found = |name, limit| policy(&Seen::good("", &[("maxmemory-policy", name), ("maxmemory", limit)])).unwrap();
+        let found =
+            |name, limit| policy(&Facts::healthy("", &[("maxmemory-policy", name), ("maxmemory", limit)])).unwrap();
         assert_eq!(found("noeviction", "100").level, Level::Ok);
         assert_eq!(found("allkeys-lru", "0").level, Level::Note);
         for name in ["allkeys-lru", "volatile-ttl", "volatile-lru"] {
@@ -104,18 +92,18 @@ mod tests {
 
     #[test]
     fn the_policy_is_known_without_config_get_too() {
-        let mut seen = Seen::good("maxmemory_policy:volatile-lru\nmaxmemory:1000\n", &[]);
-        seen.settings = Err("NOPERM".to_owned());
-        assert_eq!(policy(&seen).unwrap().level, Level::Error);
-        seen.info = Err("NOPERM".to_owned());
-        assert_eq!(policy(&seen), None);
+        let mut facts = Facts::healthy("maxmemory_policy:volatile-lru\nmaxmemory:1000\n", &[]);
+        facts.settings = Err("NOPERM".to_owned());
+        assert_eq!(policy(&facts).unwrap().level, Level::Error);
+        facts.info = Err("NOPERM".to_owned());
+        assert_eq!(policy(&facts), None);
     }
 
     #[test]
     fn short_memory_and_evictions_are_warned_of() {
         let levels = |info: &str| -> Vec<_> {
-            let seen = Seen::good(info, &[("maxmemory", "1000")]);
-            room(&seen)
+            let facts = Facts::healthy(info, &[("maxmemory", "1000")]);
+            usage(&facts)
                 .into_iter()
                 .map(|finding| (finding.check, finding.level))
                 .collect()

@@ -3,8 +3,9 @@
 //!
 //! # Implementation details
 //!
-//! `look` queries one server and never writes to it. The result is stored in the types of `facts`.
-//! Each check is a function from facts to a finding, without I/O, in the file of its subject.
+//! `probe` queries one server and never writes to it; `permission_probe` tries the commands of
+//! `needs` there. The result is stored in the types of `facts`. Each check is a function from facts
+//! to a finding, without I/O, in the file of its subject.
 //! `server` runs the checks of a single server. `redlock`, `sentinel`, `cluster` and `etcd` find
 //! the servers of a shard and add the checks of the shard as a whole. `report` formats the
 //! findings.
@@ -16,12 +17,15 @@ mod connections;
 mod etcd;
 mod facts;
 mod finding;
-mod look;
+mod format;
 mod map;
 mod memory;
+mod needs;
+mod permission_probe;
 mod permissions;
 mod persistence;
-mod reach;
+mod probe;
+mod reachability;
 mod redlock;
 mod replication;
 mod report;
@@ -38,9 +42,9 @@ use crate::exit::Failure;
 use crate::servers::Connector;
 use crate::{output, shards};
 use finding::{Finding, Level};
-use look::look;
-use report::{Paint, Report, ShardReport};
-use server::{Expected, checked};
+use probe::probe;
+use report::{Colouring, Report, ShardReport};
+use server::{Expectations, check_server};
 
 /// Check the configuration against the servers and report problems with how to fix them
 ///
@@ -73,7 +77,7 @@ The last two are null if the level is ok.";
 
 /// The kind of shard on Redis, where checks depend on it.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
-enum Kind {
+enum ShardKind {
     Single,
     Sentinel,
     Cluster,
@@ -88,18 +92,22 @@ pub(crate) async fn run(args: Args) -> Result<u8, Failure> {
     config.validate().map_err(Failure::config)?;
     let connector = Connector::new(&config).map_err(Failure::config)?;
     let shards = config.shards.iter().enumerate();
-    let looking = shards.map(|(index, shard)| examine(shard, config.fingerprints_at(index), &connector));
-    let shards: Vec<_> = stream::iter(looking).buffered(SHARDS_AT_ONCE).collect().await;
+    let probes = shards.map(|(index, shard)| examine(shard, config.fingerprints_at(index), &connector));
+    let shards: Vec<_> = stream::iter(probes).buffered(SHARDS_AT_ONCE).collect().await;
     let report = Report {
-        settings: map::places(&config.shards)
+        settings: map::addresses(&config.shards)
             .into_iter()
             .chain([timing::settings(&config)])
             .collect(),
         shards: shards.into_iter().collect::<Result<_, _>>()?,
     };
     let in_colour = stdout().is_terminal() && std::env::var_os("NO_COLOR").is_none_or(|value| value.is_empty());
-    let paint = if in_colour { Paint::Colours } else { Paint::Plain };
-    args.format.print(&report.as_json(), &report.as_text(paint))?;
+    let colouring = if in_colour {
+        Colouring::Colours
+    } else {
+        Colouring::Plain
+    };
+    args.format.print(&report.as_json(), &report.as_text(colouring))?;
     Ok(report.exit_code())
 }
 
@@ -134,8 +142,8 @@ async fn examine(
 }
 
 async fn examine_single(endpoint: &Endpoint, connector: &Connector<'_>, fingerprint: &str, report: &mut ShardReport) {
-    let expected = Expected {
-        kind: Kind::Single,
+    let expected = Expectations {
+        kind: ShardKind::Single,
         config: connector.config,
         fingerprint,
         replica_of: None,
@@ -143,8 +151,8 @@ async fn examine_single(endpoint: &Endpoint, connector: &Connector<'_>, fingerpr
         announced: false,
     };
     for server in endpoint.servers() {
-        let server = look(&server, Kind::Single, connector).await;
-        report.servers.push(checked(&server, &expected));
+        let server = probe(&server, ShardKind::Single, connector).await;
+        report.servers.push(check_server(&server, &expected));
     }
 }
 

@@ -1,19 +1,19 @@
 //! Checks what a server forgets when it restarts.
 
-use super::Kind;
-use super::facts::Seen;
+use super::ShardKind;
+use super::facts::Facts;
 use super::finding::Finding;
 
 const CHECK: &str = "persistence";
 const MEND: &str = "CONFIG SET appendonly yes, CONFIG SET appendfsync everysec (or always), then CONFIG REWRITE or the same in redis.conf";
 
-pub(super) fn persistence(seen: &Seen, kind: Kind) -> Option<Finding> {
-    let file = match seen.setting("appendonly") {
+pub(super) fn persistence(facts: &Facts, kind: ShardKind) -> Option<Finding> {
+    let file = match facts.setting("appendonly") {
         Some(value) => value == "yes",
-        None => seen.info("aof_enabled")? == "1",
+        None => facts.info("aof_enabled")? == "1",
     };
     if !file {
-        let snapshots = seen.setting("save").filter(|save| !save.is_empty());
+        let snapshots = facts.setting("save").filter(|save| !save.is_empty());
         let (found, forgets) = match snapshots {
             Some(save) => (
                 format!("appendonly no, snapshots (save {save})"),
@@ -26,7 +26,7 @@ pub(super) fn persistence(seen: &Seen, kind: Kind) -> Option<Finding> {
         };
         return Some(match kind {
             // The rule that a restarted node has no vote exists for this case.
-            Kind::Redlock => Finding::note(
+            ShardKind::Redlock => Finding::note(
                 CHECK,
                 found,
                 format!(
@@ -42,18 +42,20 @@ pub(super) fn persistence(seen: &Seen, kind: Kind) -> Option<Finding> {
             ),
         });
     }
-    let Some(sync) = seen.setting("appendfsync") else {
+    let Some(sync) = facts.setting("appendfsync") else {
         return Some(Finding::ok(CHECK, "appendonly yes; appendfsync is unknown"));
     };
     let found = format!("appendonly yes, appendfsync {sync}");
-    let pauses = seen.setting("no-appendfsync-on-rewrite") == Some("yes");
+    let pauses = facts.setting("no-appendfsync-on-rewrite") == Some("yes");
     Some(match (sync, pauses) {
-        ("always", _) | ("everysec", false) if kind == Kind::Redlock || sync == "always" => Finding::ok(CHECK, found),
+        ("always", _) | ("everysec", false) if kind == ShardKind::Redlock || sync == "always" => {
+            Finding::ok(CHECK, found)
+        }
         ("everysec", false) => Finding::ok(
             CHECK,
             format!("{found}: a crash of the machine loses about a second of writes, a crash of the server none"),
         ),
-        _ if kind == Kind::Redlock => Finding::note(
+        _ if kind == ShardKind::Redlock => Finding::note(
             CHECK,
             found,
             "a crash of the machine loses leases; a restarted node has no vote until redlock_max_ttl has passed, so this is safe here",
@@ -75,14 +77,14 @@ pub(super) fn persistence(seen: &Seen, kind: Kind) -> Option<Finding> {
 }
 
 /// Checks whether writing to disk fails, which makes the server refuse commands.
-pub(super) fn disk(seen: &Seen) -> Option<Finding> {
+pub(super) fn disk(facts: &Facts) -> Option<Finding> {
     let failed = [
         ("aof_last_write_status", "the append-only file can't be written"),
         ("rdb_last_bgsave_status", "the last snapshot failed"),
     ];
     let (_, what) = failed
         .into_iter()
-        .find(|(name, _)| seen.info(name).is_some_and(|status| status != "ok"))?;
+        .find(|(name, _)| facts.info(name).is_some_and(|status| status != "ok"))?;
     Some(Finding::error(
         "disk",
         what,
@@ -96,24 +98,24 @@ mod tests {
     use super::*;
     use crate::doctor::finding::Level;
 
-    fn found(kind: Kind, settings: &[(&str, &str)]) -> Finding {
-        persistence(&Seen::good("", settings), kind).unwrap()
+    fn found(kind: ShardKind, settings: &[(&str, &str)]) -> Finding {
+        persistence(&Facts::healthy("", settings), kind).unwrap()
     }
 
     #[test]
     fn a_single_server_without_a_file_is_warned_of_and_a_node_of_a_quorum_is_not() {
         let off = &[("appendonly", "no")][..];
-        let finding = found(Kind::Single, off);
+        let finding = found(ShardKind::Single, off);
         assert_eq!(finding.level, Level::Warning);
         assert!(finding.why.unwrap().contains("a restart forgets all locks"));
         assert!(finding.mend.unwrap().contains("CONFIG SET appendonly yes"));
-        let snapshots = found(Kind::Sentinel, &[("appendonly", "no"), ("save", "3600 1")]);
+        let snapshots = found(ShardKind::Sentinel, &[("appendonly", "no"), ("save", "3600 1")]);
         assert!(snapshots.level == Level::Warning && snapshots.why.unwrap().contains("since the last snapshot"));
-        assert_eq!(found(Kind::Redlock, off).level, Level::Note);
+        assert_eq!(found(ShardKind::Redlock, off).level, Level::Note);
     }
 
     #[test]
-    fn how_the_file_is_synced_matters() {
+    fn level_depends_on_how_the_file_is_synced() {
         for (sync, pause, level) in [
             ("always", "no", Level::Ok),
             ("everysec", "no", Level::Ok),
@@ -121,16 +123,21 @@ mod tests {
             ("no", "no", Level::Warning),
         ] {
             let settings = [("appendfsync", sync), ("no-appendfsync-on-rewrite", pause)];
-            assert_eq!(found(Kind::Single, &settings).level, level, "{sync} {pause}");
-            assert!(found(Kind::Redlock, &settings).level <= Level::Note, "{sync} {pause}");
+            assert_eq!(found(ShardKind::Single, &settings).level, level, "{sync} {pause}");
+            assert!(
+                found(ShardKind::Redlock, &settings).level <= Level::Note,
+                "{sync} {pause}"
+            );
         }
     }
 
     #[test]
     fn a_disk_that_fails_is_an_error() {
-        assert_eq!(disk(&Seen::good("aof_last_write_status:ok\n", &[])), None);
+        assert_eq!(disk(&Facts::healthy("aof_last_write_status:ok\n", &[])), None);
         assert_eq!(
-            disk(&Seen::good("rdb_last_bgsave_status:err\n", &[])).unwrap().level,
+            disk(&Facts::healthy("rdb_last_bgsave_status:err\n", &[]))
+                .unwrap()
+                .level,
             Level::Error
         );
     }

@@ -6,12 +6,12 @@ use std::time::Duration;
 use futures_util::future::join_all;
 use shardlock::Endpoint;
 
-use super::facts::{Seen, Server};
+use super::facts::{Facts, ProbedServer};
 use super::finding::{Finding, Level};
-use super::look::look;
+use super::probe::probe;
 use super::report::ShardReport;
-use super::server::{Expected, checked};
-use super::{Kind, clock};
+use super::server::{Expectations, check_server};
+use super::{ShardKind, clock};
 use crate::servers::Connector;
 
 /// `fingerprints` has one entry for each node of the URL.
@@ -22,32 +22,34 @@ pub(super) async fn examine(
     report: &mut ShardReport,
 ) {
     let nodes = endpoint.servers();
-    let nodes = join_all(nodes.iter().map(|node| look(node, Kind::Redlock, connector))).await;
+    let nodes = join_all(nodes.iter().map(|node| probe(node, ShardKind::Redlock, connector))).await;
     report.findings.push(majority(&nodes));
-    report.findings.extend(evenness(nodes.len()));
+    report.findings.extend(node_count(nodes.len()));
     report.findings.push(independence(&nodes));
-    report.findings.extend(clock::among(&nodes));
+    report.findings.extend(clock::compare_servers(&nodes));
     for (node, fingerprint) in nodes.iter().zip(fingerprints) {
-        let expected = Expected {
-            kind: Kind::Redlock,
+        let expected = Expectations {
+            kind: ShardKind::Redlock,
             config: connector.config,
             fingerprint,
             replica_of: None,
             unreachable: Level::Warning,
             announced: false,
         };
-        let mut checked = checked(node, &expected);
-        if let Ok(seen) = &node.seen {
-            checked.findings.extend(vote(seen, connector.config.redlock_max_ttl));
+        let mut node_report = check_server(node, &expected);
+        if let Ok(facts) = &node.facts {
+            node_report
+                .findings
+                .extend(vote(facts, connector.config.redlock_max_ttl));
         }
-        report.servers.push(checked);
+        report.servers.push(node_report);
     }
 }
 
 /// Checks whether enough nodes answer.
-fn majority(nodes: &[Server]) -> Finding {
+fn majority(nodes: &[ProbedServer]) -> Finding {
     const CHECK: &str = "majority";
-    let reached = nodes.iter().filter(|node| node.seen.is_ok()).count();
+    let reached = nodes.iter().filter(|node| node.facts.is_ok()).count();
     let majority = nodes.len() / 2 + 1;
     let found = format!("{reached} of {} nodes answer, {majority} are needed", nodes.len());
     if reached < majority {
@@ -69,7 +71,7 @@ fn majority(nodes: &[Server]) -> Finding {
     }
 }
 
-fn evenness(count: usize) -> Option<Finding> {
+fn node_count(count: usize) -> Option<Finding> {
     count.is_multiple_of(2).then(|| {
         Finding::note(
             "node-count",
@@ -84,16 +86,16 @@ fn evenness(count: usize) -> Option<Finding> {
 }
 
 /// Checks that the nodes are different servers and none is a replica.
-fn independence(nodes: &[Server]) -> Finding {
+fn independence(nodes: &[ProbedServer]) -> Finding {
     const CHECK: &str = "independent";
     let mut by_run: BTreeMap<&str, Vec<&str>> = BTreeMap::new();
     for node in nodes {
-        if let Some(run) = node.seen.as_ref().ok().and_then(|seen| seen.info("run_id")) {
-            by_run.entry(run).or_default().push(&node.place);
+        if let Some(run) = node.facts.as_ref().ok().and_then(|facts| facts.info("run_id")) {
+            by_run.entry(run).or_default().push(&node.address);
         }
     }
     let mend = "name a different, independent primary at each position of the URL, in every process";
-    if let Some(same) = by_run.values().find(|places| places.len() > 1) {
+    if let Some(same) = by_run.values().find(|addresses| addresses.len() > 1) {
         return Finding::error(
             CHECK,
             format!("{} are the same server", same.join(" and ")),
@@ -101,14 +103,14 @@ fn independence(nodes: &[Server]) -> Finding {
             mend,
         );
     }
-    let copy = nodes.iter().find_map(|node| {
-        let primary = node.seen.as_ref().ok()?.primary()?;
+    let replica = nodes.iter().find_map(|node| {
+        let primary = node.facts.as_ref().ok()?.primary()?;
         Some((node, primary))
     });
-    match copy {
+    match replica {
         Some((node, primary)) => Finding::error(
             CHECK,
-            format!("{} is a replica of {primary}", node.place),
+            format!("{} is a replica of {primary}", node.address),
             "the nodes of a quorum must be independent: a replica refuses writes and fails with its primary",
             mend,
         ),
@@ -117,9 +119,9 @@ fn independence(nodes: &[Server]) -> Finding {
 }
 
 /// Checks whether the node may vote yet.
-fn vote(seen: &Seen, longest_ttl: Duration) -> Option<Finding> {
+fn vote(facts: &Facts, longest_ttl: Duration) -> Option<Finding> {
     const CHECK: &str = "vote";
-    let uptime = Duration::from_secs(seen.number("uptime_in_seconds")?);
+    let uptime = Duration::from_secs(facts.number("uptime_in_seconds")?);
     let found = format!("up for {}", humantime::format_duration(uptime));
     // The server rounds its uptime down.
     Some(match longest_ttl.checked_sub(uptime) {
@@ -138,23 +140,23 @@ mod tests {
     use super::*;
     use crate::servers::{ProbeError, ProbeErrorKind};
 
-    fn node(place: &str, info: &str) -> Server {
-        Server {
-            place: place.to_owned(),
+    fn node(address: &str, info: &str) -> ProbedServer {
+        ProbedServer {
+            address: address.to_owned(),
             has_login: false,
             encrypted: false,
-            seen: Ok(Seen::good(&format!("run_id:{place}\n{info}"), &[])),
+            facts: Ok(Facts::healthy(&format!("run_id:{address}\n{info}"), &[])),
         }
     }
 
-    fn dead(place: &str) -> Server {
+    fn dead(address: &str) -> ProbedServer {
         let error = ProbeError {
             kind: ProbeErrorKind::Unreachable,
             reason: String::new(),
         };
-        Server {
-            seen: Err(error),
-            ..node(place, "")
+        ProbedServer {
+            facts: Err(error),
+            ..node(address, "")
         }
     }
 
@@ -170,8 +172,8 @@ mod tests {
         assert_eq!(level(2, 3), Level::Warning);
         assert_eq!(level(1, 3), Level::Error);
         assert_eq!(level(4, 5), Level::Ok);
-        assert_eq!(evenness(4).unwrap().level, Level::Note);
-        assert_eq!(evenness(5), None);
+        assert_eq!(node_count(4).unwrap().level, Level::Note);
+        assert_eq!(node_count(5), None);
     }
 
     #[test]
@@ -183,18 +185,18 @@ mod tests {
             (Level::Error, "a and b are the same server")
         );
         let replica = "role:slave\nmaster_host:a\nmaster_port:1\n";
-        let copy = independence(&[node("a:1", ""), node("b:1", replica)]);
+        let replica = independence(&[node("a:1", ""), node("b:1", replica)]);
         assert_eq!(
-            (copy.level, copy.found.as_str()),
+            (replica.level, replica.found.as_str()),
             (Level::Error, "b:1 is a replica of a:1")
         );
     }
 
     #[test]
     fn a_node_that_just_started_has_no_vote() {
-        let seen = |seconds: u64| Seen::good(&format!("uptime_in_seconds:{seconds}\n"), &[]);
-        let finding = vote(&seen(3), Duration::from_secs(10)).unwrap();
+        let facts = |seconds: u64| Facts::healthy(&format!("uptime_in_seconds:{seconds}\n"), &[]);
+        let finding = vote(&facts(3), Duration::from_secs(10)).unwrap();
         assert!(finding.level == Level::Warning && finding.mend.unwrap().starts_with("wait 7s"));
-        assert_eq!(vote(&seen(10), Duration::from_secs(10)).unwrap().level, Level::Ok);
+        assert_eq!(vote(&facts(10), Duration::from_secs(10)).unwrap().level, Level::Ok);
     }
 }

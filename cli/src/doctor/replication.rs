@@ -1,17 +1,17 @@
 //! Checks the roles of servers and their replication.
 
-use super::Kind;
-use super::facts::Seen;
+use super::ShardKind;
+use super::facts::Facts;
 use super::finding::Finding;
 
 /// How long a replica may be silent, in seconds. This is the server's default for
 /// `min-replicas-max-lag`.
-const LAG_MOST: u64 = 10;
+const LAG_MAX: u64 = 10;
 
 /// Checks that the server is a primary.
-pub(super) fn role(seen: &Seen, kind: Kind) -> Option<Finding> {
+pub(super) fn role(facts: &Facts, kind: ShardKind) -> Option<Finding> {
     const CHECK: &str = "role";
-    match seen.info("role")? {
+    match facts.info("role")? {
         "master" => return Some(Finding::ok(CHECK, "primary")),
         "slave" => {}
         other => {
@@ -19,10 +19,10 @@ pub(super) fn role(seen: &Seen, kind: Kind) -> Option<Finding> {
             return Some(Finding::error(CHECK, other, why, "use the URL of a primary"));
         }
     }
-    let primary = seen.primary().unwrap_or_else(|| "another server".to_owned());
+    let primary = facts.primary().unwrap_or_else(|| "another server".to_owned());
     let found = format!("replica of {primary}");
     Some(match kind {
-        Kind::Redlock => Finding::error(
+        ShardKind::Redlock => Finding::error(
             CHECK,
             found,
             "the nodes of a quorum must be independent: a replica refuses writes and fails with its primary",
@@ -40,11 +40,11 @@ pub(super) fn role(seen: &Seen, kind: Kind) -> Option<Finding> {
 }
 
 /// Checks whether the server accepts writes, if it does not reveal its role.
-pub(super) fn writes(seen: &Seen) -> Option<Finding> {
-    let said = seen.refuses_writes.as_ref().filter(|_| seen.info.is_err())?;
+pub(super) fn writes(facts: &Facts) -> Option<Finding> {
+    let reported = facts.write_error.as_ref().filter(|_| facts.info.is_err())?;
     Some(Finding::error(
         "writes",
-        said,
+        reported,
         "the server currently refuses writes, so locks fail",
         "READONLY: this is a replica, use the URL of its primary; OOM: CONFIG SET maxmemory to a higher value; MISCONF: its disk is full \
          or broken; NOREPLICAS: it needs more replicas (min-replicas-to-write)",
@@ -52,10 +52,10 @@ pub(super) fn writes(seen: &Seen) -> Option<Finding> {
 }
 
 /// Checks that a server which should be a replica is one, and is connected to its primary.
-pub(super) fn replica(seen: &Seen, expected_primary: &str) -> Option<Finding> {
+pub(super) fn replica(facts: &Facts, expected_primary: &str) -> Option<Finding> {
     const CHECK: &str = "role";
-    seen.info("role")?;
-    let Some(primary) = seen.primary() else {
+    facts.info("role")?;
+    let Some(primary) = facts.primary() else {
         return Some(Finding::error(
             CHECK,
             format!("a primary, although it should be a replica of {expected_primary}"),
@@ -67,7 +67,7 @@ pub(super) fn replica(seen: &Seen, expected_primary: &str) -> Option<Finding> {
         ));
     };
     let found = format!("replica of {primary}");
-    Some(if seen.info("master_link_status") == Some("up") {
+    Some(if facts.info("master_link_status") == Some("up") {
         Finding::ok(CHECK, found)
     } else {
         Finding::warning(
@@ -80,13 +80,13 @@ pub(super) fn replica(seen: &Seen, expected_primary: &str) -> Option<Finding> {
 }
 
 /// Checks the number of replicas and how well they keep up.
-pub(super) fn replicas(seen: &Seen, kind: Kind) -> Option<Finding> {
+pub(super) fn replicas(facts: &Facts, kind: ShardKind) -> Option<Finding> {
     const CHECK: &str = "replicas";
-    if seen.info("role")? != "master" {
+    if facts.info("role")? != "master" {
         return None;
     }
-    let replicas = seen.replicas();
-    if kind == Kind::Redlock {
+    let replicas = facts.replicas();
+    if kind == ShardKind::Redlock {
         return (!replicas.is_empty()).then(|| {
             Finding::note(
                 CHECK,
@@ -99,13 +99,13 @@ pub(super) fn replicas(seen: &Seen, kind: Kind) -> Option<Finding> {
     if replicas.is_empty() {
         let (found, why) = ("none connected", "while this server is down, its keys can't be locked");
         return Some(match kind {
-            Kind::Single | Kind::Redlock => Finding::note(
+            ShardKind::Single | ShardKind::Redlock => Finding::note(
                 CHECK,
                 found,
                 why,
                 "no action needed; redis+sentinel://, redis+cluster:// and redlock:// keep working when a server fails",
             ),
-            Kind::Sentinel | Kind::Cluster => Finding::warning(
+            ShardKind::Sentinel | ShardKind::Cluster => Finding::warning(
                 CHECK,
                 found,
                 format!("{why}: there is no replica to promote"),
@@ -115,7 +115,7 @@ pub(super) fn replicas(seen: &Seen, kind: Kind) -> Option<Finding> {
     }
     let late = replicas
         .iter()
-        .find(|replica| replica.state != "online" || replica.lag > LAG_MOST);
+        .find(|replica| replica.state != "online" || replica.lag > LAG_MAX);
     let most = replicas.iter().map(|replica| replica.behind).max().unwrap_or(0);
     Some(match late {
         None => Finding::ok(
@@ -126,7 +126,7 @@ pub(super) fn replicas(seen: &Seen, kind: Kind) -> Option<Finding> {
             CHECK,
             format!(
                 "{} is {}, was last heard from {} s ago, and is {} bytes behind",
-                replica.place, replica.state, replica.lag, replica.behind
+                replica.address, replica.state, replica.lag, replica.behind
             ),
             "if the replica is promoted, locks that it has not received are lost",
             "check the replica's log and load, and the network between the two servers",
@@ -135,15 +135,15 @@ pub(super) fn replicas(seen: &Seen, kind: Kind) -> Option<Finding> {
 }
 
 /// Checks whether the primary refuses writes without enough replicas.
-pub(super) fn min_replicas_to_write(seen: &Seen, kind: Kind) -> Option<Finding> {
+pub(super) fn min_replicas_to_write(facts: &Facts, kind: ShardKind) -> Option<Finding> {
     const CHECK: &str = "min-replicas-to-write";
-    if seen.is_replica() || kind == Kind::Redlock {
+    if facts.is_replica() || kind == ShardKind::Redlock {
         return None;
     }
-    let least: u64 = seen.setting(CHECK)?.parse().ok()?;
-    let good = seen
+    let least: u64 = facts.setting(CHECK)?.parse().ok()?;
+    let good = facts
         .number("min_slaves_good_slaves")
-        .unwrap_or(seen.replicas().len() as u64);
+        .unwrap_or(facts.replicas().len() as u64);
     let found = format!("{least}, {good} in step");
     if least > good {
         return Some(Finding::error(
@@ -153,7 +153,7 @@ pub(super) fn min_replicas_to_write(seen: &Seen, kind: Kind) -> Option<Finding> 
             format!("bring {least} replicas in step, or CONFIG SET min-replicas-to-write {good}"),
         ));
     }
-    if least == 0 && kind != Kind::Single {
+    if least == 0 && kind != ShardKind::Single {
         return Some(Finding::note(
             CHECK,
             "0",
@@ -165,12 +165,12 @@ pub(super) fn min_replicas_to_write(seen: &Seen, kind: Kind) -> Option<Finding> 
 }
 
 /// Checks whether the setting `min_replicas_acked` can be satisfied.
-pub(super) fn acknowledgements(seen: &Seen, kind: Kind, acked: u32) -> Option<Finding> {
+pub(super) fn acknowledgements(facts: &Facts, kind: ShardKind, acked: u32) -> Option<Finding> {
     const CHECK: &str = "min_replicas_acked";
-    if acked == 0 || kind == Kind::Redlock || seen.info("role")? != "master" {
+    if acked == 0 || kind == ShardKind::Redlock || facts.info("role")? != "master" {
         return None;
     }
-    let online = seen
+    let online = facts
         .replicas()
         .iter()
         .filter(|replica| replica.state == "online")
@@ -199,32 +199,32 @@ mod tests {
     const TWO: &str = "connected_slaves:2\nslave0:ip=a,port=1,state=online,offset=1000,lag=0\n\
                        slave1:ip=b,port=1,state=online,offset=900,lag=1\nmin_slaves_good_slaves:2\n";
 
-    fn seen(info: &str) -> Seen {
-        Seen::good(info, &[])
+    fn facts(info: &str) -> Facts {
+        Facts::healthy(info, &[])
     }
 
     #[test]
     fn a_replica_given_as_shard_is_an_error_that_names_the_primary() {
-        assert_eq!(role(&seen(""), Kind::Single).unwrap().level, Level::Ok);
-        let finding = role(&seen(REPLICA), Kind::Single).unwrap();
+        assert_eq!(role(&facts(""), ShardKind::Single).unwrap().level, Level::Ok);
+        let finding = role(&facts(REPLICA), ShardKind::Single).unwrap();
         assert_eq!(finding.level, Level::Error);
         assert!(finding.mend.unwrap().contains("redis://10.0.0.1:6379"));
-        let node = role(&seen(REPLICA), Kind::Redlock).unwrap();
+        let node = role(&facts(REPLICA), ShardKind::Redlock).unwrap();
         assert!(node.level == Level::Error && node.why.unwrap().contains("independent"));
     }
 
     #[test]
     fn a_server_that_takes_no_writes_is_known_without_its_role() {
-        let mut seen = seen("");
-        seen.refuses_writes = Some("READONLY: You can't write".to_owned());
-        assert_eq!(writes(&seen), None);
-        seen.info = Err("NoPerm".to_owned());
-        assert_eq!(writes(&seen).unwrap().level, Level::Error);
+        let mut facts = facts("");
+        facts.write_error = Some("READONLY: You can't write".to_owned());
+        assert_eq!(writes(&facts), None);
+        facts.info = Err("NoPerm".to_owned());
+        assert_eq!(writes(&facts).unwrap().level, Level::Error);
     }
 
     #[test]
-    fn a_replica_must_hear_its_primary() {
-        let level = |info: &str| replica(&seen(info), "10.0.0.1:6379").unwrap().level;
+    fn a_replica_must_be_connected_to_its_primary() {
+        let level = |info: &str| replica(&facts(info), "10.0.0.1:6379").unwrap().level;
         assert_eq!(level(REPLICA), Level::Ok);
         assert_eq!(level(&format!("{REPLICA}master_link_status:down\n")), Level::Warning);
         assert_eq!(level(""), Level::Error);
@@ -232,41 +232,41 @@ mod tests {
 
     #[test]
     fn replicas_are_of_use_where_one_can_be_promoted() {
-        let level = |info: &str, kind| replicas(&seen(info), kind).map(|finding| finding.level);
-        assert_eq!(level("", Kind::Single), Some(Level::Note));
-        assert_eq!(level("", Kind::Sentinel), Some(Level::Warning));
-        assert_eq!(level("", Kind::Redlock), None);
-        assert_eq!(level(TWO, Kind::Cluster), Some(Level::Ok));
-        assert_eq!(level(TWO, Kind::Redlock), Some(Level::Note));
+        let level = |info: &str, kind| replicas(&facts(info), kind).map(|finding| finding.level);
+        assert_eq!(level("", ShardKind::Single), Some(Level::Note));
+        assert_eq!(level("", ShardKind::Sentinel), Some(Level::Warning));
+        assert_eq!(level("", ShardKind::Redlock), None);
+        assert_eq!(level(TWO, ShardKind::Cluster), Some(Level::Ok));
+        assert_eq!(level(TWO, ShardKind::Redlock), Some(Level::Note));
         assert_eq!(
-            level(&TWO.replace("lag=1", "lag=11"), Kind::Single),
+            level(&TWO.replace("lag=1", "lag=11"), ShardKind::Single),
             Some(Level::Warning)
         );
         assert_eq!(
-            level(&TWO.replacen("online", "wait_bgsave", 1), Kind::Single),
+            level(&TWO.replacen("online", "wait_bgsave", 1), ShardKind::Single),
             Some(Level::Warning)
         );
     }
 
     #[test]
     fn more_acknowledgements_than_replicas_can_never_be_met() {
-        let level = |acked| acknowledgements(&seen(TWO), Kind::Single, acked).map(|finding| finding.level);
+        let level = |acked| acknowledgements(&facts(TWO), ShardKind::Single, acked).map(|finding| finding.level);
         assert_eq!(
             (level(0), level(2), level(3)),
             (None, Some(Level::Ok), Some(Level::Error))
         );
-        assert_eq!(acknowledgements(&seen(TWO), Kind::Redlock, 3), None);
+        assert_eq!(acknowledgements(&facts(TWO), ShardKind::Redlock, 3), None);
     }
 
     #[test]
     fn a_primary_that_refuses_writes_for_want_of_replicas_is_an_error() {
         let level = |least, kind| {
-            let seen = Seen::good(TWO, &[("min-replicas-to-write", least)]);
-            min_replicas_to_write(&seen, kind).map(|finding| finding.level)
+            let facts = Facts::healthy(TWO, &[("min-replicas-to-write", least)]);
+            min_replicas_to_write(&facts, kind).map(|finding| finding.level)
         };
-        assert_eq!(level("3", Kind::Single), Some(Level::Error));
-        assert_eq!(level("2", Kind::Sentinel), Some(Level::Ok));
-        assert_eq!(level("0", Kind::Sentinel), Some(Level::Note));
-        assert_eq!(level("0", Kind::Single), None);
+        assert_eq!(level("3", ShardKind::Single), Some(Level::Error));
+        assert_eq!(level("2", ShardKind::Sentinel), Some(Level::Ok));
+        assert_eq!(level("0", ShardKind::Sentinel), Some(Level::Note));
+        assert_eq!(level("0", ShardKind::Single), None);
     }
 }

@@ -31,7 +31,7 @@ pub(super) struct ShardReport {
 #[derive(Debug)]
 pub(super) struct ServerReport {
     /// `host:port`
-    pub(super) place: String,
+    pub(super) address: String,
     /// The role of the server in the shard.
     pub(super) part: &'static str,
     pub(super) findings: Vec<Finding>,
@@ -73,7 +73,7 @@ impl Report {
                     .servers
                     .iter()
                     .map(|server| {
-                        json!({ "server": server.place, "part": server.part, "findings": list(&server.findings) })
+                        json!({ "server": server.address, "part": server.part, "findings": list(&server.findings) })
                     })
                     .collect();
                 json!({ "name": shard.name, "url": shard.url, "findings": list(&shard.findings), "servers": servers })
@@ -92,20 +92,26 @@ impl Report {
         })
     }
 
-    pub(super) fn as_text(&self, paint: Paint) -> String {
+    pub(super) fn as_text(&self, colouring: Colouring) -> String {
         let mut text = String::new();
         // Writing to a string can't fail.
         if !self.settings.is_empty() {
-            writeln!(text, "{}", paint.bold("settings")).ok();
-            write_findings(&mut text, &self.settings, 2, paint);
+            writeln!(text, "{}", colouring.bold("settings")).ok();
+            write_findings(&mut text, &self.settings, 2, colouring);
             text.push('\n');
         }
         for shard in &self.shards {
-            writeln!(text, "{}  {}", paint.bold(&shard.name), printable(&shard.url)).ok();
-            write_findings(&mut text, &shard.findings, 2, paint);
+            writeln!(text, "{}  {}", colouring.bold(&shard.name), printable(&shard.url)).ok();
+            write_findings(&mut text, &shard.findings, 2, colouring);
             for server in &shard.servers {
-                writeln!(text, "  {}  {}", paint.bold(&printable(&server.place)), server.part).ok();
-                write_findings(&mut text, &server.findings, 4, paint);
+                writeln!(
+                    text,
+                    "  {}  {}",
+                    colouring.bold(&printable(&server.address)),
+                    server.part
+                )
+                .ok();
+                write_findings(&mut text, &server.findings, 4, colouring);
             }
             text.push('\n');
         }
@@ -122,15 +128,15 @@ impl Report {
 /// Width of the column with the names of checks.
 const CHECK_WIDTH: usize = 24;
 
-fn write_findings(text: &mut String, findings: &[Finding], indent: usize, paint: Paint) {
+fn write_findings(text: &mut String, findings: &[Finding], indent: usize, colouring: Colouring) {
     for finding in findings {
-        let level = paint.level(finding.level);
+        let level = colouring.level(finding.level);
         let (check, found) = (finding.check, printable(&finding.found));
         writeln!(text, "{:indent$}{level} {check:CHECK_WIDTH$} {found}", "").ok();
         let below = indent + LEVEL_WIDTH + 1;
-        for (title, words) in [("why", &finding.why), ("mend", &finding.mend)] {
-            if let Some(words) = words.as_ref().filter(|words| !words.is_empty()) {
-                writeln!(text, "{:below$}{title:<5} {}", "", printable(words)).ok();
+        for (title, line) in [("why", &finding.why), ("mend", &finding.mend)] {
+            if let Some(line) = line.as_ref().filter(|line| !line.is_empty()) {
+                writeln!(text, "{:below$}{title:<5} {}", "", printable(line)).ok();
             }
         }
     }
@@ -140,12 +146,12 @@ const LEVEL_WIDTH: usize = 7;
 
 /// Whether the text output uses colours.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub(super) enum Paint {
+pub(super) enum Colouring {
     Plain,
     Colours,
 }
 
-impl Paint {
+impl Colouring {
     fn with(self, code: &str, text: &str) -> String {
         match self {
             Self::Plain => text.to_owned(),
@@ -183,7 +189,7 @@ mod tests {
                 url: "redis://a:1/0".to_owned(),
                 findings: vec![Finding::ok("shard-check", "good")],
                 servers: vec![ServerReport {
-                    place: "a:1".to_owned(),
+                    address: "a:1".to_owned(),
                     part: "primary",
                     findings: findings.collect(),
                 }],
@@ -205,9 +211,9 @@ mod tests {
     }
 
     #[test]
-    fn people_get_a_line_per_check_and_colours_only_where_wanted() {
+    fn text_has_a_line_per_check_and_colours_only_if_requested() {
         let report = report(&[Level::Warning]);
-        let text = report.as_text(Paint::Plain);
+        let text = report.as_text(Colouring::Plain);
         let expected = "\
 a  redis://a:1/0
   ok      shard-check              good
@@ -219,6 +225,6 @@ a  redis://a:1/0
 0 errors, 1 warning, 0 notes, 1 ok
 ";
         assert_eq!(text, expected);
-        assert!(report.as_text(Paint::Colours).contains("\x1b[33mwarning\x1b[0m"));
+        assert!(report.as_text(Colouring::Colours).contains("\x1b[33mwarning\x1b[0m"));
     }
 }

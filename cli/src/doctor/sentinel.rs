@@ -8,16 +8,16 @@ use futures_util::future::join_all;
 use shardlock::{Config, Endpoint, ServerUrl};
 
 use super::finding::{Finding, Level};
-use super::look::look;
+use super::probe::probe;
 use super::report::{ServerReport, ShardReport};
-use super::server::{Expected, checked, unreachable};
-use super::{Kind, clock};
+use super::server::{Expectations, check_server, unreachable_server};
+use super::{ShardKind, clock};
 use crate::servers::{Connector, ProbeError, host_port, primary_named, query};
 
 /// The primary as one sentinel sees it. A query that the sentinel refused is an `Err` with its
 /// error.
 #[derive(Debug, Clone)]
-struct View {
+struct SentinelView {
     /// The address of the primary, or `None` if the sentinel does not know the name.
     primary: Result<Option<String>, String>,
     /// The fields of `SENTINEL MASTER`.
@@ -28,10 +28,10 @@ struct View {
 }
 
 /// With fewer than three sentinels, the others can't outvote one that is cut off.
-const SENTINELS_LEAST: usize = 3;
+const SENTINELS_MIN: usize = 3;
 
 /// How many replicas are examined at most.
-const REPLICAS_MOST: usize = 16;
+const REPLICAS_MAX: usize = 16;
 
 pub(super) async fn examine(
     endpoint: &Endpoint,
@@ -47,14 +47,14 @@ pub(super) async fn examine(
         let level = if answers == 0 { Level::Error } else { Level::Warning };
         report.servers.push(match view {
             Ok(view) => ServerReport {
-                place: sentinel.place().to_owned(),
+                address: sentinel.place().to_owned(),
                 part: "sentinel",
-                findings: of_sentinel(view, name, sentinels.len()),
+                findings: check_sentinel(view, name, sentinels.len()),
             },
-            Err(error) => unreachable(sentinel, "sentinel", error, level),
+            Err(error) => unreachable_server(sentinel, "sentinel", error, level),
         });
     }
-    let views: Vec<View> = views.into_iter().flatten().collect();
+    let views: Vec<SentinelView> = views.into_iter().flatten().collect();
     report.findings.extend(agreement(&views, name));
     report.findings.extend(failover_time(&views, connector.config));
     let Some(primary) = views.iter().find_map(|view| view.primary.clone().ok().flatten()) else {
@@ -63,26 +63,26 @@ pub(super) async fn examine(
     let replicas: BTreeSet<&String> = views
         .iter()
         .flat_map(|view| &view.replicas)
-        .take(REPLICAS_MOST)
+        .take(REPLICAS_MAX)
         .collect();
-    let places =
-        std::iter::once((&primary, None)).chain(replicas.into_iter().map(|place| (place, Some(primary.clone()))));
-    let looking = places.filter_map(|(place, replica_of)| {
-        let server = endpoint.server_at(place)?;
-        Some(async move { (look(&server, Kind::Sentinel, connector).await, replica_of) })
+    let addresses =
+        std::iter::once((&primary, None)).chain(replicas.into_iter().map(|address| (address, Some(primary.clone()))));
+    let probes = addresses.filter_map(|(address, replica_of)| {
+        let server = endpoint.server_at(address)?;
+        Some(async move { (probe(&server, ShardKind::Sentinel, connector).await, replica_of) })
     });
-    let servers = join_all(looking).await;
+    let servers = join_all(probes).await;
     report
         .findings
-        .extend(clock::among(servers.iter().map(|(server, _)| server)));
+        .extend(clock::compare_servers(servers.iter().map(|(server, _)| server)));
     for (server, replica_of) in servers {
-        let mut expected = Expected::one_of(Kind::Sentinel, connector.config, fingerprint, replica_of);
+        let mut expected = Expectations::member_of(ShardKind::Sentinel, connector.config, fingerprint, replica_of);
         expected.announced = true;
-        report.servers.push(checked(&server, &expected));
+        report.servers.push(check_server(&server, &expected));
     }
 }
 
-async fn view(sentinel: &ServerUrl, name: &str, connector: &Connector<'_>) -> Result<View, ProbeError> {
+async fn view(sentinel: &ServerUrl, name: &str, connector: &Connector<'_>) -> Result<SentinelView, ProbeError> {
     let mut connection = connector.connect(sentinel).await?;
     let question = |what: &str| {
         let mut command = cmd("SENTINEL");
@@ -95,7 +95,7 @@ async fn view(sentinel: &ServerUrl, name: &str, connector: &Connector<'_>) -> Re
     let replicas: Vec<BTreeMap<String, String>> =
         query(&mut connection, &question("REPLICAS")).await.unwrap_or_default();
     let quorum = query(&mut connection, &question("CKQUORUM")).await;
-    Ok(View {
+    Ok(SentinelView {
         primary,
         fields,
         replicas: replicas
@@ -107,7 +107,7 @@ async fn view(sentinel: &ServerUrl, name: &str, connector: &Connector<'_>) -> Re
 }
 
 /// Checks one sentinel that answers. `named` is the number of sentinels in the URL.
-fn of_sentinel(view: &View, name: &str, named: usize) -> Vec<Finding> {
+fn check_sentinel(view: &SentinelView, name: &str, named: usize) -> Vec<Finding> {
     const CHECK: &str = "primary";
     let primary = match &view.primary {
         Ok(Some(primary)) => primary,
@@ -143,7 +143,7 @@ fn of_sentinel(view: &View, name: &str, named: usize) -> Vec<Finding> {
         Finding::ok(CHECK, primary)
     });
     findings.push(match &view.quorum {
-        Ok(words) => Finding::ok("quorum", words),
+        Ok(reply) => Finding::ok("quorum", reply),
         Err(reason) if not_permitted(reason) => Finding::note(
             "quorum",
             format!("SENTINEL CKQUORUM is refused: {reason}"),
@@ -162,7 +162,7 @@ fn of_sentinel(view: &View, name: &str, named: usize) -> Vec<Finding> {
         .get("num-other-sentinels")
         .and_then(|others| others.parse::<usize>().ok());
     if let Some(all) = others.map(|others| others + 1) {
-        findings.push(if all < SENTINELS_LEAST {
+        findings.push(if all < SENTINELS_MIN {
             Finding::warning(
                 "sentinels",
                 format!("{all} watch this primary"),
@@ -188,18 +188,18 @@ fn not_permitted(reason: &str) -> bool {
 }
 
 /// Checks that all sentinels that answer name the same primary.
-fn agreement(views: &[View], name: &str) -> Option<Finding> {
+fn agreement(views: &[SentinelView], name: &str) -> Option<Finding> {
     const CHECK: &str = "sentinels-agree";
-    let told: BTreeSet<&String> = views
+    let named: BTreeSet<&String> = views
         .iter()
         .filter_map(|view| view.primary.as_ref().ok()?.as_ref())
         .collect();
-    let mut told_in_order = told.iter();
-    let first = told_in_order.next()?;
-    Some(if told_in_order.next().is_none() {
+    let mut iter = named.iter();
+    let first = iter.next()?;
+    Some(if iter.next().is_none() {
         Finding::ok(CHECK, format!("{name} is at {first}"))
     } else {
-        let all: Vec<_> = told.iter().map(|place| place.as_str()).collect();
+        let all: Vec<_> = named.iter().map(|address| address.as_str()).collect();
         Finding::error(
             CHECK,
             format!("the sentinels disagree on {name}: {}", all.join(" or ")),
@@ -211,7 +211,7 @@ fn agreement(views: &[View], name: &str) -> Option<Finding> {
 }
 
 /// Checks whether a lease outlasts the time after which a failover starts.
-fn failover_time(views: &[View], config: &Config) -> Option<Finding> {
+fn failover_time(views: &[SentinelView], config: &Config) -> Option<Finding> {
     const CHECK: &str = "down-after";
     let longest = views
         .iter()
@@ -239,7 +239,7 @@ fn failover_time(views: &[View], config: &Config) -> Option<Finding> {
 mod tests {
     use super::*;
 
-    fn view(primary: Option<&str>, fields: &[(&str, &str)]) -> View {
+    fn view(primary: Option<&str>, fields: &[(&str, &str)]) -> SentinelView {
         let fields = [
             ("flags", "master"),
             ("num-other-sentinels", "2"),
@@ -249,7 +249,7 @@ mod tests {
         .chain(fields)
         .map(|&(name, value)| (name.to_owned(), value.to_owned()))
         .collect();
-        View {
+        SentinelView {
             primary: Ok(primary.map(str::to_owned)),
             fields,
             replicas: Vec::new(),
@@ -257,8 +257,8 @@ mod tests {
         }
     }
 
-    fn levels(view: &View, named: usize) -> Vec<(&'static str, Level)> {
-        let findings = of_sentinel(view, "m", named);
+    fn levels(view: &SentinelView, named: usize) -> Vec<(&'static str, Level)> {
+        let findings = check_sentinel(view, "m", named);
         findings
             .into_iter()
             .map(|finding| (finding.check, finding.level))
@@ -272,17 +272,17 @@ mod tests {
         assert_eq!(levels(&view(None, &[]), 3), [("primary", Level::Error)]);
         let down = view(Some("a:1"), &[("flags", "s_down,o_down,master")]);
         assert_eq!(levels(&down, 3)[0], ("primary", Level::Error));
-        let refused = View {
+        let refused = SentinelView {
             primary: Err("NOAUTH".to_owned()),
             ..view(None, &[])
         };
-        let finding = of_sentinel(&refused, "m", 3).remove(0);
+        let finding = check_sentinel(&refused, "m", 3).remove(0);
         assert!(finding.mend.unwrap().contains("sentinel_password"));
     }
 
     #[test]
     fn a_failover_needs_a_quorum_and_three_sentinels() {
-        let few = View {
+        let few = SentinelView {
             quorum: Err("NOQUORUM 1 usable Sentinels.".to_owned()),
             ..view(Some("a:1"), &[("num-other-sentinels", "1")])
         };
@@ -291,7 +291,7 @@ mod tests {
             [("quorum", Level::Error), ("sentinels", Level::Warning)]
         );
         assert_eq!(levels(&view(Some("a:1"), &[]), 1)[2], ("sentinels", Level::Note));
-        let refused = View {
+        let refused = SentinelView {
             quorum: Err("NoPerm: this user has no permissions".to_owned()),
             ..view(Some("a:1"), &[])
         };
@@ -300,8 +300,8 @@ mod tests {
 
     #[test]
     fn sentinels_must_agree() {
-        let level = |places: &[&str]| {
-            let views: Vec<_> = places.iter().map(|place| view(Some(place), &[])).collect();
+        let level = |addresses: &[&str]| {
+            let views: Vec<_> = addresses.iter().map(|address| view(Some(address), &[])).collect();
             agreement(&views, "m").map(|finding| finding.level)
         };
         assert_eq!(level(&["a:1", "a:1"]), Some(Level::Ok));

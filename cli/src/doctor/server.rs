@@ -2,16 +2,16 @@
 
 use shardlock::{Config, ServerUrl};
 
-use super::facts::{Seen, Server};
+use super::facts::{Facts, ProbedServer};
 use super::finding::{Finding, Level};
 use super::report::ServerReport;
-use super::{Kind, clock, connections, map, memory, permissions, persistence, reach, replication, timing};
+use super::{ShardKind, clock, connections, map, memory, permissions, persistence, reachability, replication, timing};
 use crate::servers::ProbeError;
 
 /// The expectations on a server.
 #[derive(Debug, Clone)]
-pub(super) struct Expected<'a> {
-    pub(super) kind: Kind,
+pub(super) struct Expectations<'a> {
+    pub(super) kind: ShardKind,
     pub(super) config: &'a Config,
     /// The fingerprint of the shard map that the shard must have stored.
     pub(super) fingerprint: &'a str,
@@ -23,12 +23,17 @@ pub(super) struct Expected<'a> {
     pub(super) announced: bool,
 }
 
-impl<'a> Expected<'a> {
+impl<'a> Expectations<'a> {
     /// A server of a shard with several servers: a primary, or a replica of the primary at
     /// `replica_of`.
     ///
     /// An unreachable replica is only a warning.
-    pub(super) fn one_of(kind: Kind, config: &'a Config, fingerprint: &'a str, replica_of: Option<String>) -> Self {
+    pub(super) fn member_of(
+        kind: ShardKind,
+        config: &'a Config,
+        fingerprint: &'a str,
+        replica_of: Option<String>,
+    ) -> Self {
         let unreachable = match replica_of {
             Some(_) => Level::Warning,
             None => Level::Error,
@@ -44,80 +49,93 @@ impl<'a> Expected<'a> {
     }
 }
 
-/// The report on a server that could not be asked for the other servers of the shard.
-pub(super) fn unreachable(server: &ServerUrl, part: &'static str, error: &ProbeError, level: Level) -> ServerReport {
-    let server = Server {
-        place: server.place().to_owned(),
+/// The report on a server that could not be queried for the other servers of the shard.
+pub(super) fn unreachable_server(
+    server: &ServerUrl,
+    part: &'static str,
+    error: &ProbeError,
+    level: Level,
+) -> ServerReport {
+    let server = ProbedServer {
+        address: server.place().to_owned(),
         has_login: server.has_login(),
         encrypted: server.is_encrypted(),
-        seen: Err(error.clone()),
+        facts: Err(error.clone()),
     };
-    let findings = vec![reach::unreachable(&server, error, level)];
+    let findings = vec![reachability::unreachable(&server, error, level)];
     ServerReport {
-        place: server.place,
+        address: server.address,
         part,
         findings,
     }
 }
 
-pub(super) fn checked(server: &Server, expected: &Expected<'_>) -> ServerReport {
-    let findings = match &server.seen {
+pub(super) fn check_server(server: &ProbedServer, expected: &Expectations<'_>) -> ServerReport {
+    let findings = match &server.facts {
         Err(error) if expected.announced => {
-            vec![reach::announced(server, error, expected.unreachable, expected.kind)]
+            vec![reachability::announced_unreachable(
+                server,
+                error,
+                expected.unreachable,
+                expected.kind,
+            )]
         }
-        Err(error) => vec![reach::unreachable(server, error, expected.unreachable)],
-        Ok(seen) => findings(server, seen, expected),
+        Err(error) => vec![reachability::unreachable(server, error, expected.unreachable)],
+        Ok(facts) => findings(server, facts, expected),
     };
     let part = match (&expected.replica_of, expected.kind) {
         (Some(_), _) => "replica",
-        (None, Kind::Redlock) => "node",
+        (None, ShardKind::Redlock) => "node",
         (None, _) => "primary",
     };
     ServerReport {
-        place: server.place.clone(),
+        address: server.address.clone(),
         part,
         findings,
     }
 }
 
-fn findings(server: &Server, seen: &Seen, expected: &Expected<'_>) -> Vec<Finding> {
-    let &Expected {
+fn findings(server: &ProbedServer, facts: &Facts, expected: &Expectations<'_>) -> Vec<Finding> {
+    let &Expectations {
         kind,
         config,
         fingerprint,
         ..
     } = expected;
     let role = match &expected.replica_of {
-        Some(primary) => replication::replica(seen, primary),
-        None => replication::role(seen, kind),
+        Some(primary) => replication::replica(facts, primary),
+        None => replication::role(facts, kind),
     };
-    let mut findings = vec![reach::reachable(seen), timing::measured(&seen.round_trips, config)];
-    findings.extend(reach::version(seen));
-    findings.extend(reach::mode(seen, kind));
+    let mut findings = vec![
+        reachability::reachable(facts),
+        timing::measured(&facts.round_trips, config),
+    ];
+    findings.extend(reachability::version(facts));
+    findings.extend(reachability::mode(facts, kind));
     findings.extend(role);
     if expected.replica_of.is_none() {
-        findings.extend(replication::writes(seen));
+        findings.extend(replication::writes(facts));
     }
-    findings.extend(permissions::access(&server.place, server.has_login, seen));
-    findings.push(permissions::permitted(seen));
-    findings.extend(permissions::channels_of_others(seen));
-    findings.extend(permissions::known(seen));
-    findings.extend(permissions::several_slots(seen));
-    findings.extend(map::fingerprint(&seen.map, fingerprint));
-    findings.extend(memory::policy(seen));
-    findings.extend(memory::room(seen));
-    findings.extend(persistence::persistence(seen, kind));
-    findings.extend(persistence::disk(seen));
-    findings.extend(connections::pubsub_limits(seen));
-    findings.extend(connections::idle_timeout(seen));
-    findings.extend(connections::keepalive(seen));
-    findings.extend(connections::clients(seen));
+    findings.extend(permissions::access(&server.address, server.has_login, facts));
+    findings.push(permissions::permitted(facts));
+    findings.extend(permissions::channels_of_others(facts));
+    findings.extend(permissions::known(facts));
+    findings.extend(permissions::several_slots(facts));
+    findings.extend(map::fingerprint(&facts.map, fingerprint));
+    findings.extend(memory::policy(facts));
+    findings.extend(memory::usage(facts));
+    findings.extend(persistence::persistence(facts, kind));
+    findings.extend(persistence::disk(facts));
+    findings.extend(connections::pubsub_limits(facts));
+    findings.extend(connections::idle_timeout(facts));
+    findings.extend(connections::keepalive(facts));
+    findings.extend(connections::clients(facts));
     if expected.replica_of.is_none() {
-        findings.extend(replication::replicas(seen, kind));
-        findings.extend(replication::min_replicas_to_write(seen, kind));
-        findings.extend(replication::acknowledgements(seen, kind, config.min_replicas_acked));
+        findings.extend(replication::replicas(facts, kind));
+        findings.extend(replication::min_replicas_to_write(facts, kind));
+        findings.extend(replication::acknowledgements(facts, kind, config.min_replicas_acked));
     }
-    findings.extend(clock::against_ours(seen));
-    findings.extend(reach::not_looked_at(seen));
+    findings.extend(clock::compare_with_local(facts));
+    findings.extend(reachability::unchecked(facts));
     findings
 }

@@ -6,12 +6,12 @@ use shardlock::Config;
 
 use super::facts::RoundTrips;
 use super::finding::Finding;
-use super::reach::short;
+use super::format::duration;
 
 /// The number of round trips that must fit into a TTL. With fewer, a short delay ends leases.
 const ROUND_TRIPS_PER_TTL: u32 = 20;
 /// With fewer round trips per TTL than this, not even a renewal and one retry fit.
-const ROUND_TRIPS_PER_TTL_LEAST: u32 = 4;
+const ROUND_TRIPS_PER_TTL_MIN: u32 = 4;
 /// The number of round trips that must fit into the time limit of a request.
 ///
 /// This is checked against the median, because a single slow reply proves nothing.
@@ -53,18 +53,18 @@ pub(super) fn measured(times: &RoundTrips, config: &Config) -> Finding {
     let fit = (config.ttl.as_secs_f64() / median.as_secs_f64().max(1e-9)) as u64;
     let found = format!(
         "{fit} round trips of {} fit into the ttl of {:?}",
-        short(median),
+        duration(median),
         config.ttl
     );
     let enough = median * ROUND_TRIPS_PER_TTL;
-    if config.ttl < median * ROUND_TRIPS_PER_TTL_LEAST {
+    if config.ttl < median * ROUND_TRIPS_PER_TTL_MIN {
         return Finding::error(
             CHECK,
             found,
             "a lease expires before it can be renewed, so locks are lost while they are in use",
             format!(
                 "set ttl to {} or more, or move the process closer to the server",
-                short(enough)
+                duration(enough)
             ),
         );
     }
@@ -75,7 +75,7 @@ pub(super) fn measured(times: &RoundTrips, config: &Config) -> Finding {
             "a short delay in the network or the server is enough to lose locks that are in use",
             format!(
                 "set ttl to {} or more, or move the process closer to the server",
-                short(enough.max(median.mul_f64(2.0 / config.renew_fraction)))
+                duration(enough.max(median.mul_f64(2.0 / config.renew_fraction)))
             ),
         );
     }
@@ -84,13 +84,13 @@ pub(super) fn measured(times: &RoundTrips, config: &Config) -> Finding {
             CHECK,
             format!(
                 "a round trip takes {}, with store_timeout {:?}",
-                short(median),
+                duration(median),
                 config.store_timeout
             ),
             "requests fail as unavailable even if the server is only slightly slow",
             format!(
                 "set store_timeout to {} or more, and less than the ttl",
-                short(median * ROUND_TRIPS_PER_TIMEOUT)
+                duration(median * ROUND_TRIPS_PER_TIMEOUT)
             ),
         );
     }
@@ -99,7 +99,7 @@ pub(super) fn measured(times: &RoundTrips, config: &Config) -> Finding {
             CHECK,
             format!(
                 "one round trip took {}, with store_timeout {:?}",
-                short(most),
+                duration(most),
                 config.store_timeout
             ),
             "if this happens often, requests fail as unavailable; a single case may be caused by this machine",

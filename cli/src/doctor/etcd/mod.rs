@@ -1,6 +1,6 @@
 //! Checks an etcd cluster.
 
-mod look;
+mod probe;
 
 use std::collections::BTreeSet;
 use std::time::Duration;
@@ -9,19 +9,18 @@ use futures_util::future::join_all;
 use shardlock::{Config, Endpoint};
 
 use super::finding::{Finding, Level};
-use super::memory::size;
+use super::format::{bytes, duration};
 use super::permissions::is_loopback;
-use super::reach::short;
 use super::report::{ServerReport, ShardReport};
 use super::{map, timing};
 use crate::servers::{Connector, ProbeError, ProbeErrorKind};
-use look::{Member, look};
+use probe::{Member, probe};
 
 /// etcd's shortest lease, unless its election timeout was changed. Shorter leases are extended to
 /// this.
-const LEASE_LEAST: Duration = Duration::from_secs(2);
+const LEASE_MIN: Duration = Duration::from_secs(2);
 
-type Seen = Result<Member, ProbeError>;
+type ProbedMember = Result<Member, ProbeError>;
 
 pub(super) async fn examine(
     endpoint: &Endpoint,
@@ -30,20 +29,20 @@ pub(super) async fn examine(
     report: &mut ShardReport,
 ) {
     let servers = endpoint.servers();
-    let seen = join_all(servers.iter().map(|server| look(server, connector))).await;
-    report.findings.push(majority(&seen));
-    report.findings.extend(leader(&seen));
-    report.findings.extend(shard_map(&seen, fingerprint));
+    let probed = join_all(servers.iter().map(|server| probe(server, connector))).await;
+    report.findings.push(majority(&probed));
+    report.findings.extend(leader(&probed));
+    report.findings.extend(shard_map(&probed, fingerprint));
     report.findings.push(lease(connector.config));
-    let all_are_silent = seen.iter().all(Result::is_err);
-    for (server, member) in servers.iter().zip(&seen) {
+    let all_are_silent = probed.iter().all(Result::is_err);
+    for (server, member) in servers.iter().zip(&probed) {
         let level = if all_are_silent { Level::Error } else { Level::Warning };
         let findings = match member {
-            Ok(member) => of_member(server.place(), member, connector.config),
+            Ok(member) => check_member(server.place(), member, connector.config),
             Err(error) => vec![unreachable(server.place(), error, level)],
         };
         report.servers.push(ServerReport {
-            place: server.place().to_owned(),
+            address: server.place().to_owned(),
             part: "member",
             findings,
         });
@@ -51,14 +50,14 @@ pub(super) async fn examine(
 }
 
 /// Checks whether a majority of the members answers, and whether more members may fail.
-fn majority(seen: &[Seen]) -> Finding {
+fn majority(probed: &[ProbedMember]) -> Finding {
     const CHECK: &str = "majority";
-    let reached = seen.iter().filter(|member| member.is_ok()).count();
-    let told = seen.iter().flatten().map(|member| member.members).max();
-    let all = told.filter(|&all| all > 0).unwrap_or(seen.len());
+    let reached = probed.iter().filter(|member| member.is_ok()).count();
+    let reported = probed.iter().flatten().map(|member| member.members).max();
+    let all = reported.filter(|&all| all > 0).unwrap_or(probed.len());
     let found = format!(
         "{reached} of the URL's {} members answer, {all} are in the cluster",
-        seen.len()
+        probed.len()
     );
     let health = "check that the members run and can be reached: etcdctl endpoint health";
     // A member that denies access has also reached a majority.
@@ -66,7 +65,7 @@ fn majority(seen: &[Seen]) -> Finding {
     if reached == 0 {
         return Finding::error(CHECK, found, "no lock of this shard can be acquired", health);
     }
-    if !seen.iter().flatten().any(is_answered) {
+    if !probed.iter().flatten().any(is_answered) {
         return Finding::error(
             CHECK,
             format!("{found}, and none of them has a majority behind it"),
@@ -74,7 +73,7 @@ fn majority(seen: &[Seen]) -> Finding {
             health,
         );
     }
-    if reached < seen.len() {
+    if reached < probed.len() {
         return Finding::warning(
             CHECK,
             found,
@@ -93,9 +92,9 @@ fn majority(seen: &[Seen]) -> Finding {
     Finding::ok(CHECK, found)
 }
 
-fn leader(seen: &[Seen]) -> Option<Finding> {
+fn leader(probed: &[ProbedMember]) -> Option<Finding> {
     const CHECK: &str = "leader";
-    let leaders: BTreeSet<u64> = seen.iter().flatten().map(|member| member.leader).collect();
+    let leaders: BTreeSet<u64> = probed.iter().flatten().map(|member| member.leader).collect();
     if leaders.is_empty() {
         return None;
     }
@@ -111,33 +110,33 @@ fn leader(seen: &[Seen]) -> Option<Finding> {
 }
 
 /// Checks the shard map. All members store the same one, so the first successful answer is enough.
-fn shard_map(seen: &[Seen], fingerprint: &str) -> Option<Finding> {
-    let told = seen.iter().flatten().find(|member| member.map.is_ok())?;
-    map::fingerprint(&told.map, fingerprint)
+fn shard_map(probed: &[ProbedMember], fingerprint: &str) -> Option<Finding> {
+    let member = probed.iter().flatten().find(|member| member.map.is_ok())?;
+    map::fingerprint(&member.map, fingerprint)
 }
 
 /// Checks whether etcd grants leases as short as the configured TTL.
 fn lease(config: &Config) -> Finding {
     const CHECK: &str = "lease-ttl";
     let found = format!("ttl {:?}", config.ttl);
-    if config.ttl >= LEASE_LEAST {
+    if config.ttl >= LEASE_MIN {
         return Finding::ok(CHECK, found);
     }
     Finding::warning(
         CHECK,
         found,
         format!(
-            "etcd grants no lease shorter than 1.5 times its election timeout, {LEASE_LEAST:?} unless that was changed: the locks of a \
+            "etcd grants no lease shorter than 1.5 times its election timeout, {LEASE_MIN:?} unless that was changed: the locks of a \
              process that died stay taken for that time"
         ),
-        format!("set ttl to {LEASE_LEAST:?} or more; a shorter --election-timeout of etcd allows shorter leases"),
+        format!("set ttl to {LEASE_MIN:?} or more; a shorter --election-timeout of etcd allows shorter leases"),
     )
 }
 
 /// Reports why a member could not be examined.
-fn unreachable(place: &str, error: &ProbeError, level: Level) -> Finding {
+fn unreachable(address: &str, error: &ProbeError, level: Level) -> Finding {
     let ProbeError { kind, reason } = error;
-    let health = format!("etcdctl --endpoints {place} endpoint health");
+    let health = format!("etcdctl --endpoints {address} endpoint health");
     let (found, mend) = match kind {
         ProbeErrorKind::Login if reason.contains("not enabled") => (
             format!("the login was refused: {reason}"),
@@ -168,11 +167,11 @@ fn unreachable(place: &str, error: &ProbeError, level: Level) -> Finding {
     Finding::new("reachable", level, found, why, mend)
 }
 
-fn of_member(place: &str, member: &Member, config: &Config) -> Vec<Finding> {
+fn check_member(address: &str, member: &Member, config: &Config) -> Vec<Finding> {
     let mut findings = vec![
         Finding::ok(
             "reachable",
-            format!("a round trip takes {}", short(member.round_trips.median)),
+            format!("a round trip takes {}", duration(member.round_trips.median)),
         ),
         timing::measured(&member.round_trips, config),
     ];
@@ -188,9 +187,9 @@ fn of_member(place: &str, member: &Member, config: &Config) -> Vec<Finding> {
             "upgrade etcd to 3.4 or later",
         )
     });
-    findings.push(access(place, member));
+    findings.push(access(address, member));
     findings.extend(permitted(member, &config.namespace));
-    let found = format!("{} on disk", size(member.bytes.max(0) as u64));
+    let found = format!("{} on disk", bytes(member.bytes.max(0) as u64));
     findings.push(if member.alarms.is_empty() {
         Finding::ok("alarms", found)
     } else {
@@ -205,14 +204,14 @@ fn of_member(place: &str, member: &Member, config: &Config) -> Vec<Finding> {
 }
 
 /// Checks whether a password or a client certificate protects the locks.
-fn access(place: &str, member: &Member) -> Finding {
+fn access(address: &str, member: &Member) -> Finding {
     const CHECK: &str = "access";
     let why = "anyone who can reach the member can release and take every lock";
     let mend = "run etcdctl auth enable and put a user into the URL: etcd://user:password@host; or use --client-cert-auth with etcds://, tls_cert and tls_key";
     match (&member.user, member.shows_certificate) {
         (Some(user), _) => Finding::ok(CHECK, format!("as user {user} with a password")),
         (None, true) => Finding::ok(CHECK, "with a certificate"),
-        (None, false) if is_loopback(place) => Finding::note(CHECK, "no password and no certificate", why, mend),
+        (None, false) if is_loopback(address) => Finding::note(CHECK, "no password and no certificate", why, mend),
         (None, false) => Finding::warning(CHECK, "no password and no certificate", why, mend),
     }
 }
@@ -269,7 +268,7 @@ mod tests {
     #[test]
     fn members_must_answer_and_follow_one_leader() {
         let refused = Err(dead(ProbeErrorKind::Unreachable, "refused"));
-        let level = |seen: &[_]| majority(seen).level;
+        let level = |probed: &[_]| majority(probed).level;
         assert_eq!(level(&[Ok(member()), Ok(member()), Ok(member())]), Level::Ok);
         assert_eq!(level(&[Ok(member()), refused.clone()]), Level::Warning);
         let alone = Member {
@@ -284,14 +283,14 @@ mod tests {
     }
 
     #[test]
-    fn alarms_and_old_versions_are_told() {
+    fn alarms_and_old_versions_are_reported() {
         let bad = Member {
             version: "3.3.0".to_owned(),
             alarms: vec!["alarm Nospace".to_owned()],
             ..member()
         };
         let levels = |member| -> Vec<_> {
-            let findings = of_member("127.0.0.1:1", &member, &Config::default()).into_iter();
+            let findings = check_member("127.0.0.1:1", &member, &Config::default()).into_iter();
             let bad = findings.filter(|finding| finding.level > Level::Note);
             bad.map(|finding| (finding.check, finding.level)).collect()
         };
@@ -300,7 +299,7 @@ mod tests {
     }
 
     #[test]
-    fn each_trouble_has_its_own_way_out() {
+    fn each_probe_error_has_its_own_fix() {
         let mend = |kind, reason| unreachable("a:1", &dead(kind, reason), Level::Error).mend.unwrap();
         assert!(mend(ProbeErrorKind::Login, "authentication failed").contains("correct the user"));
         assert!(mend(ProbeErrorKind::Login, "authentication is not enabled").contains("leave the user"));

@@ -1,49 +1,37 @@
 //! Checks whether a server can be reached, accepts the login, is of the kind in the URL, and is
 //! recent enough.
 
-use std::time::Duration;
-
-use super::Kind;
-use super::facts::{Seen, Server};
+use super::ShardKind;
+use super::facts::{Facts, ProbedServer};
 use super::finding::{Finding, Level};
+use super::format::duration;
 use crate::servers::{ProbeError, ProbeErrorKind};
 
 const CHECK: &str = "reachable";
 
 /// The oldest version that the tests run against.
-const VERSION_LEAST: (u32, u32) = (7, 0);
+const VERSION_MIN: (u32, u32) = (7, 0);
 
-pub(super) fn reachable(seen: &Seen) -> Finding {
-    let times = seen.round_trips;
+pub(super) fn reachable(facts: &Facts) -> Finding {
+    let times = facts.round_trips;
     let found = format!(
         "a round trip takes {} (median of {}, from {} to {})",
-        short(times.median),
+        duration(times.median),
         times.count,
-        short(times.least),
-        short(times.most)
+        duration(times.least),
+        duration(times.most)
     );
     Finding::ok(CHECK, found)
 }
 
-/// Formats a duration with at most three digits.
-pub(super) fn short(time: Duration) -> String {
-    let micros = time.as_micros();
-    match micros {
-        0..1_000 => format!("{micros} us"),
-        1_000..100_000 => format!("{:.1} ms", time.as_secs_f64() * 1e3),
-        100_000..1_000_000 => format!("{} ms", micros / 1_000),
-        _ => format!("{:.1} s", time.as_secs_f64()),
-    }
-}
-
 /// Reports why a server could not be examined. The level depends on the other servers of the shard.
-pub(super) fn unreachable(server: &Server, error: &ProbeError, level: Level) -> Finding {
-    let place = &server.place;
+pub(super) fn unreachable(server: &ProbedServer, error: &ProbeError, level: Level) -> Finding {
+    let address = &server.address;
     let ProbeError { kind, reason } = error;
     let why = "locks of this shard fail while too many of its servers do not answer";
-    let redis_cli = match place.rsplit_once(':') {
-        Some((host, port)) if !place.starts_with('/') => format!("redis-cli -h {host} -p {port}"),
-        _ => format!("redis-cli -s {place}"),
+    let redis_cli = match address.rsplit_once(':') {
+        Some((host, port)) if !address.starts_with('/') => format!("redis-cli -h {host} -p {port}"),
+        _ => format!("redis-cli -s {address}"),
     };
     let other_scheme = match server.encrypted {
         true => "if the port does not speak TLS, use a URL without TLS (redis:// in place of rediss:// and so on)",
@@ -105,7 +93,7 @@ pub(super) fn unreachable(server: &Server, error: &ProbeError, level: Level) -> 
         ),
         ProbeErrorKind::UnexpectedReply => (
             format!("the server replied with an error: {reason}"),
-            format!("if the server is loading its data, wait; otherwise check what listens at {place}; {other_scheme}"),
+            format!("if the server is loading its data, wait; otherwise check what listens at {address}; {other_scheme}"),
         ),
     };
     Finding::new(CHECK, level, found, why, mend)
@@ -113,10 +101,15 @@ pub(super) fn unreachable(server: &Server, error: &ProbeError, level: Level) -> 
 
 /// Like [`unreachable`], for a server whose address is not in the URL: possibly only the other
 /// servers can reach the address.
-pub(super) fn announced(server: &Server, error: &ProbeError, level: Level, kind: Kind) -> Finding {
+pub(super) fn announced_unreachable(
+    server: &ProbedServer,
+    error: &ProbeError,
+    level: Level,
+    kind: ShardKind,
+) -> Finding {
     let mut finding = unreachable(server, error, level);
     let (by, settings) = match kind {
-        Kind::Sentinel => (
+        ShardKind::Sentinel => (
             "the sentinels",
             "replica-announce-ip and replica-announce-port on the servers (and SENTINEL MONITOR the primary at an address that this machine can reach)",
         ),
@@ -136,20 +129,20 @@ pub(super) fn announced(server: &Server, error: &ProbeError, level: Level, kind:
     finding
 }
 
-pub(super) fn version(seen: &Seen) -> Option<Finding> {
+pub(super) fn version(facts: &Facts) -> Option<Finding> {
     const CHECK: &str = "version";
     // Valkey reports Redis 7.2.4, and its own version in a separate field.
-    let (name, text) = match seen.info("valkey_version") {
+    let (name, text) = match facts.info("valkey_version") {
         Some(version) => ("Valkey", version),
-        None => ("Redis", seen.info("redis_version")?),
+        None => ("Redis", facts.info("redis_version")?),
     };
     let mut numbers = text.split('.').map(|part| part.parse::<u32>().unwrap_or(0));
     let version = (numbers.next().unwrap_or(0), numbers.next().unwrap_or(0));
     let found = format!("{name} {text}");
-    if version >= VERSION_LEAST {
+    if version >= VERSION_MIN {
         return Some(Finding::ok(CHECK, found));
     }
-    let (major, minor) = VERSION_LEAST;
+    let (major, minor) = VERSION_MIN;
     Some(Finding::warning(
         CHECK,
         found,
@@ -159,13 +152,13 @@ pub(super) fn version(seen: &Seen) -> Option<Finding> {
 }
 
 /// Checks that the server is of the kind that the URL names.
-pub(super) fn mode(seen: &Seen, kind: Kind) -> Option<Finding> {
+pub(super) fn mode(facts: &Facts, kind: ShardKind) -> Option<Finding> {
     const CHECK: &str = "mode";
-    let mode = seen.info("redis_mode").or_else(|| seen.info("server_mode"))?;
+    let mode = facts.info("redis_mode").or_else(|| facts.info("server_mode"))?;
     let why = "the servers of a shard must match its URL, otherwise requests fail or go to the wrong server";
     Some(match (mode, kind) {
-        ("cluster", Kind::Cluster) => Finding::ok(CHECK, "a node of a cluster"),
-        ("standalone", Kind::Cluster) => Finding::error(
+        ("cluster", ShardKind::Cluster) => Finding::ok(CHECK, "a node of a cluster"),
+        ("standalone", ShardKind::Cluster) => Finding::error(
             CHECK,
             "a standalone server, not a node of a cluster",
             why,
@@ -189,10 +182,10 @@ pub(super) fn mode(seen: &Seen, kind: Kind) -> Option<Finding> {
 }
 
 /// Reports what could not be checked, so that it does not pass for being fine.
-pub(super) fn not_looked_at(seen: &Seen) -> Vec<Finding> {
-    let user = &seen.user;
+pub(super) fn unchecked(facts: &Facts) -> Vec<Finding> {
+    let user = &facts.user;
     let mut findings = Vec::new();
-    if let Err(reason) = &seen.info {
+    if let Err(reason) = &facts.info {
         findings.push(Finding::note(
             "info",
             format!("INFO is refused: {reason}"),
@@ -200,7 +193,7 @@ pub(super) fn not_looked_at(seen: &Seen) -> Vec<Finding> {
             format!("ACL SETUSER {user} +info, or check by hand: redis-cli INFO"),
         ));
     }
-    if let Err(reason) = &seen.settings {
+    if let Err(reason) = &facts.settings {
         findings.push(Finding::note(
             "config",
             format!("CONFIG GET is refused: {reason}"),
@@ -223,11 +216,11 @@ mod tests {
             kind,
             reason: "the reason".to_owned(),
         };
-        let server = Server {
-            place: "[::1]:7000".to_owned(),
+        let server = ProbedServer {
+            address: "[::1]:7000".to_owned(),
             has_login,
             encrypted,
-            seen: Err(error.clone()),
+            facts: Err(error.clone()),
         };
         let finding = unreachable(&server, &error, Level::Error);
         assert_eq!(finding.level, Level::Error);
@@ -235,7 +228,7 @@ mod tests {
     }
 
     #[test]
-    fn each_trouble_has_its_own_way_out() {
+    fn each_probe_error_has_its_own_fix() {
         assert!(found_and_mend(ProbeErrorKind::Unreachable, false, false).contains("redis-cli -h [::1] -p 7000 ping"));
         assert!(found_and_mend(ProbeErrorKind::Unreachable, false, false).contains("rediss:// in place of redis://"));
         assert!(found_and_mend(ProbeErrorKind::Timeout, false, true).contains("redis:// in place of rediss://"));
@@ -246,7 +239,7 @@ mod tests {
 
     #[test]
     fn old_versions_are_warned_of() {
-        let level = |info: &str| version(&Seen::good(info, &[])).unwrap().level;
+        let level = |info: &str| version(&Facts::healthy(info, &[])).unwrap().level;
         assert_eq!(level("redis_version:6.2.9\n"), Level::Warning);
         assert_eq!(level("redis_version:7.0.0\n"), Level::Ok);
         assert_eq!(level("redis_version:7.2.4\nvalkey_version:9.1.2\n"), Level::Ok);
@@ -255,23 +248,23 @@ mod tests {
 
     #[test]
     fn a_server_of_another_kind_is_an_error_with_the_right_url() {
-        let found = |info: &str, kind| mode(&Seen::good(info, &[]), kind).unwrap();
-        assert_eq!(found("", Kind::Single).level, Level::Ok);
-        assert_eq!(found("redis_mode:cluster\n", Kind::Cluster).level, Level::Ok);
-        let cluster = found("redis_mode:cluster\n", Kind::Redlock);
+        let found = |info: &str, kind| mode(&Facts::healthy(info, &[]), kind).unwrap();
+        assert_eq!(found("", ShardKind::Single).level, Level::Ok);
+        assert_eq!(found("redis_mode:cluster\n", ShardKind::Cluster).level, Level::Ok);
+        let cluster = found("redis_mode:cluster\n", ShardKind::Redlock);
         assert!(cluster.level == Level::Error && cluster.mend.unwrap().contains("redis+cluster://"));
-        let sentinel = found("redis_mode:sentinel\n", Kind::Single);
+        let sentinel = found("redis_mode:sentinel\n", ShardKind::Single);
         assert!(sentinel.level == Level::Error && sentinel.mend.unwrap().contains("redis+sentinel://"));
-        assert_eq!(found("", Kind::Cluster).level, Level::Error);
+        assert_eq!(found("", ShardKind::Cluster).level, Level::Error);
     }
 
     #[test]
-    fn what_is_refused_is_a_note_and_no_error() {
-        let mut seen = Seen::good("", &[]);
-        assert!(not_looked_at(&seen).is_empty());
-        seen.settings = Err("NOPERM".to_owned());
-        seen.info = Err("NOPERM".to_owned());
-        let findings = not_looked_at(&seen);
+    fn refused_query_is_a_note_and_no_error() {
+        let mut facts = Facts::healthy("", &[]);
+        assert!(unchecked(&facts).is_empty());
+        facts.settings = Err("NOPERM".to_owned());
+        facts.info = Err("NOPERM".to_owned());
+        let findings = unchecked(&facts);
         assert!(findings.len() == 2 && findings.iter().all(|finding| finding.level == Level::Note));
         assert!(
             findings[1]
@@ -280,17 +273,5 @@ mod tests {
                 .unwrap()
                 .contains("ACL SETUSER default +config|get")
         );
-    }
-
-    #[test]
-    fn times_are_short() {
-        for (micros, text) in [
-            (7, "7 us"),
-            (1_234, "1.2 ms"),
-            (345_678, "345 ms"),
-            (2_500_000, "2.5 s"),
-        ] {
-            assert_eq!(short(Duration::from_micros(micros)), text);
-        }
     }
 }

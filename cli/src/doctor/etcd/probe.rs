@@ -38,13 +38,13 @@ const READS: usize = 20;
 /// Error texts for a connection closed by the peer. Which one occurs depends on when it is noticed.
 const CLOSED: [&str; 4] = ["connection closed", "stream closed", "broken pipe", "reset by peer"];
 
-pub(super) async fn look(server: &ServerUrl, connector: &Connector<'_>) -> Result<Member, ProbeError> {
+pub(super) async fn probe(server: &ServerUrl, connector: &Connector<'_>) -> Result<Member, ProbeError> {
     let user = credentials(server)?;
     // A member that requires a client certificate may close the connection without an error
     // message.
     let tls_if_closed = |error: ProbeError| match error.kind {
         ProbeErrorKind::Unreachable | ProbeErrorKind::UnexpectedReply
-            if server.is_encrypted() && CLOSED.iter().any(|words| error.reason.contains(words)) =>
+            if server.is_encrypted() && CLOSED.iter().any(|text| error.reason.contains(text)) =>
         {
             ProbeError {
                 kind: ProbeErrorKind::Tls,
