@@ -5,7 +5,7 @@ use std::collections::BTreeMap;
 use shardlock::{Endpoint, ShardConfig, ShardMap};
 
 use super::finding::Finding;
-use crate::map::expectation;
+use crate::map::expect_option;
 
 /// Compares the `stored` fingerprint with `ours`, which a manager of this configuration would
 /// store.
@@ -37,7 +37,7 @@ pub(super) fn fingerprint(stored: &Result<Option<String>, String>, ours: &str) -
         format!(
             "configure the same shards in the same order in every process, or another namespace; if the change is intended, stop all \
              processes that lock here, then run `shardlock map set {}`",
-            expectation(theirs)
+            expect_option(theirs)
         ),
     ))
 }

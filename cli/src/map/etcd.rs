@@ -3,7 +3,7 @@
 use etcd_client::{Client, Compare, CompareOp, GetOptions, Txn, TxnOp};
 use shardlock::ServerUrl;
 
-use super::places::Leases;
+use super::locations::Leases;
 use crate::servers::etcd::{self as members, with_timeout};
 use crate::servers::{Connector, ProbeError};
 

@@ -2,14 +2,14 @@
 //!
 //! # Implementation details
 //!
-//! Servers are asked directly rather than through a manager: a manager is refused if a different
-//! map is stored, which is when this command is needed. `places` finds the servers that store a
+//! Servers are queried directly rather than through a manager: a manager is refused if a different
+//! map is stored, which is when this command is needed. `locations` finds the servers that store a
 //! shard's map, and reads and swaps it there; `etcd` does so for etcd. A swap names the map that it
 //! replaces, so it fails if the map has changed in the meantime.
 
 #[cfg(feature = "etcd")]
 mod etcd;
-mod places;
+mod locations;
 mod set;
 mod show;
 
@@ -19,7 +19,7 @@ use shardlock::{Config, ShardMap};
 use crate::exit::Failure;
 use crate::servers::Connector;
 use crate::{output, shards};
-use places::Place;
+use locations::Location;
 
 /// Show or replace the shard map that is stored on the servers
 ///
@@ -85,41 +85,42 @@ pub(crate) async fn run(args: Args) -> Result<u8, Failure> {
     }
 }
 
-/// A place that stores the map of a shard, and what it stores.
-struct Seen<'a> {
+/// A location that stores the map of a shard, and what it stores.
+struct StoredMap<'a> {
     shard: &'a str,
-    place: Place,
-    ours: String,
+    location: Location,
+    /// The map that this configuration would store there.
+    configured: String,
     /// The stored map, or why it is unknown.
     stored: Result<Option<String>, String>,
     /// The managers that listen there, as far as the server reports them.
     listeners: Result<Vec<String>, String>,
 }
 
-impl Seen<'_> {
+impl StoredMap<'_> {
     fn agrees(&self) -> bool {
-        matches!(&self.stored, Ok(Some(stored)) if ShardMap::agree(&self.ours, stored))
+        matches!(&self.stored, Ok(Some(stored)) if ShardMap::agree(&self.configured, stored))
     }
 }
 
 /// Reads the map from all servers of all shards.
-async fn look<'a>(config: &'a Config, connector: &Connector<'_>) -> Result<Vec<Seen<'a>>, Failure> {
+async fn read_all<'a>(config: &'a Config, connector: &Connector<'_>) -> Result<Vec<StoredMap<'a>>, Failure> {
     let mut all = Vec::new();
     for (index, shard) in config.shards.iter().enumerate() {
         let fingerprints = config.fingerprints_at(index);
-        for (number, place) in places::find(shard, connector).await?.into_iter().enumerate() {
+        for (number, location) in locations::find(shard, connector).await?.into_iter().enumerate() {
             // One for each node of a quorum, otherwise a single one.
-            let ours = fingerprints
+            let configured = fingerprints
                 .get(number)
                 .or(fingerprints.first())
                 .cloned()
                 .unwrap_or_default();
-            let stored = place.read(connector).await;
-            let listeners = place.listeners(connector).await;
-            all.push(Seen {
+            let stored = location.read(connector).await;
+            let listeners = location.listeners(connector).await;
+            all.push(StoredMap {
                 shard: &shard.name,
-                place,
-                ours,
+                location,
+                configured,
                 stored,
                 listeners,
             });
@@ -130,31 +131,31 @@ async fn look<'a>(config: &'a Config, connector: &Connector<'_>) -> Result<Vec<S
 
 /// The option of `map set` that expects the stored map, for an operator to copy. A value that no
 /// manager would store is not repeated: it might be shell code.
-pub(crate) fn expectation(stored: &str) -> String {
+pub(crate) fn expect_option(stored: &str) -> String {
     let is_usual = |char: char| char.is_ascii_alphanumeric() || " .:,;_-=".contains(char);
-    match whole(stored) {
+    match without_shard(stored) {
         map if !map.is_empty() && map.chars().all(is_usual) => format!("--expect '{map}'"),
         _ => "--expect OLD".to_owned(),
     }
 }
 
 /// The map without the part that names the shard storing it.
-fn whole(stored: &str) -> &str {
+fn without_shard(stored: &str) -> &str {
     stored.split_once(" here=").map_or(stored, |(map, _)| map)
 }
 
 #[cfg(test)]
 mod tests {
-    use super::expectation;
+    use super::expect_option;
 
     #[test]
     fn command_to_copy_has_nothing_that_a_shell_would_run() {
         assert_eq!(
-            expectation("v2 a:0-8191,b:8192-16383 here=a; node 1 of 3"),
+            expect_option("v2 a:0-8191,b:8192-16383 here=a; node 1 of 3"),
             "--expect 'v2 a:0-8191,b:8192-16383'"
         );
         for hostile in ["", "x'; reboot; '", "$(reboot) here=a", "a\nreboot", "`reboot`"] {
-            assert_eq!(expectation(hostile), "--expect OLD", "{hostile}");
+            assert_eq!(expect_option(hostile), "--expect OLD", "{hostile}");
         }
     }
 }

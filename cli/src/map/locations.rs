@@ -11,16 +11,16 @@ use crate::exit::{self, Failure};
 use crate::servers::{Connector, escape_glob, primaries, query};
 
 /// The time limit for searching a server for leases.
-const SEARCH_MAX: Duration = Duration::from_secs(20);
+const SEARCH_TIME_MAX: Duration = Duration::from_secs(20);
 /// The keys that a server scans in one step.
-const STEP: u64 = 1000;
+const KEYS_PER_STEP: u64 = 1000;
 
 /// Replaces the map if it is unchanged, and returns whether it was. An empty text means no map.
 const SWAP: &str =
     "if (redis.call('GET', KEYS[1]) or '') ~= ARGV[1] then return 0 end redis.call('SET', KEYS[1], ARGV[2]) return 1";
 
-/// A place that stores the map of a shard, or of one of its nodes.
-pub(super) struct Place {
+/// A server, or the servers of a cluster, that store the map of a shard, or of one of its nodes.
+pub(super) struct Location {
     kind: Kind,
     label: String,
 }
@@ -47,12 +47,12 @@ pub(super) enum Leases {
     Unknown,
 }
 
-/// The places of a shard; empty for a shard in memory.
+/// The locations of a shard's map; empty for a shard in memory.
 ///
 /// # Errors
 ///
 /// If the servers can't be determined.
-pub(super) async fn find(shard: &ShardConfig, connector: &Connector<'_>) -> Result<Vec<Place>, Failure> {
+pub(super) async fn find(shard: &ShardConfig, connector: &Connector<'_>) -> Result<Vec<Location>, Failure> {
     let unknown = |reason: anyhow::Error| {
         let context = format!("shard {}: its servers can't be found", shard.name);
         Failure::new(exit::UNAVAILABLE, reason.context(context))
@@ -61,9 +61,9 @@ pub(super) async fn find(shard: &ShardConfig, connector: &Connector<'_>) -> Resu
     #[cfg(feature = "etcd")]
     if matches!(endpoint.scheme(), "etcd" | "etcds") {
         let servers = endpoint.servers();
-        let places: Vec<_> = servers.iter().map(ServerUrl::place).collect();
-        return Ok(vec![Place {
-            label: places.join(","),
+        let addresses: Vec<_> = servers.iter().map(ServerUrl::place).collect();
+        return Ok(vec![Location {
+            label: addresses.join(","),
             kind: Kind::Etcd(servers),
         }]);
     }
@@ -71,10 +71,10 @@ pub(super) async fn find(shard: &ShardConfig, connector: &Connector<'_>) -> Resu
         return Ok(Vec::new());
     };
     if matches!(endpoint.scheme(), "redis+cluster" | "rediss+cluster") {
-        let owner = owner(&servers, connector)
+        let owner = map_key_owner(&servers, connector)
             .await
             .map_err(|reason| unknown(anyhow!(reason)))?;
-        return Ok(vec![Place {
+        return Ok(vec![Location {
             label: owner.place().to_owned(),
             kind: Kind::Cluster {
                 owner,
@@ -82,18 +82,18 @@ pub(super) async fn find(shard: &ShardConfig, connector: &Connector<'_>) -> Resu
             },
         }]);
     }
-    let place = |server: ServerUrl| Place {
+    let location = |server: ServerUrl| Location {
         label: server.place().to_owned(),
         kind: Kind::Server(server),
     };
-    Ok(servers.into_iter().map(place).collect())
+    Ok(servers.into_iter().map(location).collect())
 }
 
 /// The node of a cluster that has the map's key: the others redirect.
-async fn owner(primaries: &[ServerUrl], connector: &Connector<'_>) -> Result<ServerUrl, String> {
+async fn map_key_owner(primaries: &[ServerUrl], connector: &Connector<'_>) -> Result<ServerUrl, String> {
     let mut last_error = "no primary has slots".to_owned();
     for server in primaries {
-        match one(server, connector, cmd("GET").arg(connector.config.map_key())).await {
+        match query_once(server, connector, cmd("GET").arg(connector.config.map_key())).await {
             Ok::<Option<String>, _>(_) => return Ok(server.clone()),
             Err(reason) => last_error = format!("{}: {reason}", server.place()),
         }
@@ -101,7 +101,7 @@ async fn owner(primaries: &[ServerUrl], connector: &Connector<'_>) -> Result<Ser
     Err(last_error)
 }
 
-impl Place {
+impl Location {
     /// `host:port`; in a cluster, of the node that has the map's key.
     pub(super) fn label(&self) -> String {
         self.label.clone()
@@ -111,7 +111,7 @@ impl Place {
         let key = connector.config.map_key();
         match &self.kind {
             Kind::Server(server) | Kind::Cluster { owner: server, .. } => {
-                let stored: Option<Vec<u8>> = one(server, connector, cmd("GET").arg(key)).await?;
+                let stored: Option<Vec<u8>> = query_once(server, connector, cmd("GET").arg(key)).await?;
                 Ok(stored.map(|stored| String::from_utf8_lossy(&stored).into_owned()))
             }
             #[cfg(feature = "etcd")]
@@ -126,7 +126,7 @@ impl Place {
             Kind::Server(server) | Kind::Cluster { owner: server, .. } => {
                 let mut swap = cmd("EVAL");
                 swap.arg(SWAP).arg(1).arg(key).arg(old.unwrap_or_default()).arg(new);
-                one::<bool>(server, connector, &swap).await?
+                query_once::<bool>(server, connector, &swap).await?
             }
             #[cfg(feature = "etcd")]
             Kind::Etcd(servers) => super::etcd::swap(servers, connector, &key, old, new).await?,
@@ -151,7 +151,7 @@ impl Place {
         for server in servers {
             let mut channels = cmd("PUBSUB");
             channels.arg(list).arg(&pattern);
-            let channels: Vec<Vec<u8>> = one(server, connector, &channels).await?;
+            let channels: Vec<Vec<u8>> = query_once(server, connector, &channels).await?;
             let name = |channel: &Vec<u8>| {
                 let channel = String::from_utf8_lossy(channel);
                 channel.rsplit(':').next().unwrap_or_default().to_owned()
@@ -172,7 +172,7 @@ impl Place {
             Kind::Etcd(servers) => return super::etcd::leases(servers, connector).await,
         };
         for server in servers {
-            match leases_at(server, connector).await? {
+            match leases_on(server, connector).await? {
                 Leases::None => {}
                 found => return Ok(found),
             }
@@ -182,7 +182,7 @@ impl Place {
 }
 
 /// Searches the keys of the namespace on one server.
-async fn leases_at(server: &ServerUrl, connector: &Connector<'_>) -> Result<Leases, String> {
+async fn leases_on(server: &ServerUrl, connector: &Connector<'_>) -> Result<Leases, String> {
     let mut connection = connect(server, connector).await?;
     let (began, mut cursor) = (Instant::now(), 0_u64);
     loop {
@@ -190,7 +190,7 @@ async fn leases_at(server: &ServerUrl, connector: &Connector<'_>) -> Result<Leas
         step.arg(cursor)
             .arg("MATCH")
             .arg(format!("{}*", escape_glob(&connector.config.namespace)));
-        step.arg("COUNT").arg(STEP);
+        step.arg("COUNT").arg(KEYS_PER_STEP);
         let (next, names): (u64, Vec<Vec<u8>>) = query(&mut connection, &step).await?;
         for name in &names {
             let key = std::str::from_utf8(name)
@@ -215,7 +215,7 @@ async fn leases_at(server: &ServerUrl, connector: &Connector<'_>) -> Result<Leas
         if cursor == 0 {
             return Ok(Leases::None);
         }
-        if began.elapsed() >= SEARCH_MAX {
+        if began.elapsed() >= SEARCH_TIME_MAX {
             return Ok(Leases::Unknown);
         }
     }
@@ -226,6 +226,10 @@ async fn connect(server: &ServerUrl, connector: &Connector<'_>) -> Result<Multip
 }
 
 /// Sends a single command on a new connection.
-async fn one<T: FromRedisValue>(server: &ServerUrl, connector: &Connector<'_>, command: &Cmd) -> Result<T, String> {
+async fn query_once<T: FromRedisValue>(
+    server: &ServerUrl,
+    connector: &Connector<'_>,
+    command: &Cmd,
+) -> Result<T, String> {
     query(&mut connect(server, connector).await?, command).await
 }
