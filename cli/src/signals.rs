@@ -29,6 +29,14 @@ pub(crate) const INTERRUPTS: &[(Signal, &str)] = &[
     (Signal::TERM, "SIGTERM"),
 ];
 
+/// The signals that end an interactive view.
+pub(crate) const INTERACTIVE_INTERRUPTS: &[(Signal, &str)] = &[
+    (Signal::HUP, "SIGHUP"),
+    (Signal::INT, "SIGINT"),
+    (Signal::QUIT, "SIGQUIT"),
+    (Signal::TERM, "SIGTERM"),
+];
+
 impl Signals {
     pub(crate) fn install(signals: &'static [(Signal, &'static str)]) -> std::io::Result<Self> {
         let handled = signals.iter().filter(|&&(signal, _)| !disposition::is_ignored(signal));

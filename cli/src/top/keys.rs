@@ -44,7 +44,7 @@ pub(super) enum Edit {
 }
 
 /// The action of a key press, or `None`. While a filter is being edited, letters are text.
-pub(super) fn action(key: &KeyEvent, writing: bool) -> Option<Action> {
+pub(super) fn action(key: &KeyEvent, editing_filter: bool) -> Option<Action> {
     if key.kind == KeyEventKind::Release {
         return None;
     }
@@ -52,8 +52,8 @@ pub(super) fn action(key: &KeyEvent, writing: bool) -> Option<Action> {
         return match key.code {
             KeyCode::Char('c') => Some(Action::Quit),
             KeyCode::Char('z') => Some(Action::Suspend),
-            KeyCode::Char('u') if writing => Some(Action::Filter(Edit::Clear)),
-            KeyCode::Char('h') if writing => Some(Action::Filter(Edit::Remove)),
+            KeyCode::Char('u') if editing_filter => Some(Action::Filter(Edit::Clear)),
+            KeyCode::Char('h') if editing_filter => Some(Action::Filter(Edit::Remove)),
             KeyCode::Char('f') => Some(Action::Move(Motion::PageDown)),
             KeyCode::Char('b') => Some(Action::Move(Motion::PageUp)),
             _ => None,
@@ -62,7 +62,7 @@ pub(super) fn action(key: &KeyEvent, writing: bool) -> Option<Action> {
     if key.modifiers.contains(KeyModifiers::ALT) {
         return None;
     }
-    if writing {
+    if editing_filter {
         return Some(match key.code {
             KeyCode::Char(char) => Action::Filter(Edit::Add(char)),
             KeyCode::Backspace => Action::Filter(Edit::Remove),
@@ -109,8 +109,8 @@ const fn motion(code: KeyCode) -> Option<Motion> {
 mod tests {
     use super::*;
 
-    fn typed(code: KeyCode, modifiers: KeyModifiers, writing: bool) -> Option<Action> {
-        action(&KeyEvent::new(code, modifiers), writing)
+    fn typed(code: KeyCode, modifiers: KeyModifiers, editing_filter: bool) -> Option<Action> {
+        action(&KeyEvent::new(code, modifiers), editing_filter)
     }
 
     #[test]

@@ -5,7 +5,7 @@
 //!
 //! | file | what it does |
 //! |---|---|
-//! | `source/` | polls endpoints or shards, each in its own task; a sample is a `Look` |
+//! | `source/` | polls endpoints or shards, each in its own task |
 //! | `model/` | merges samples into rows, computes rates, sorts, filters; no terminal, no clock |
 //! | `draw/` | draws the model into a buffer of any size |
 //! | `keys` | maps key presses to actions |
@@ -28,9 +28,9 @@ use shardlock::LockKey;
 
 use crate::exit::Failure;
 use crate::shards;
-use draw::Setting;
+use draw::DisplaySettings;
 use model::{Model, View};
-use source::{Address, Asking, Endpoint, Shards, Source, Wanted};
+use source::{Address, Endpoint, KeySelection, Poller, Shards, Source};
 
 /// Watch contention live: hot keys, held locks and shards
 ///
@@ -136,14 +136,14 @@ impl Args {
         if addresses.is_empty() {
             let config = self.shards.load()?;
             if !config.shards.is_empty() {
-                let wanted = Wanted {
+                let selection = KeySelection {
                     named: self.keys.clone(),
                     budget: self.scan.unwrap_or(SCAN_DEFAULT),
                 };
-                let shards = Shards::connect(config, wanted).await?;
+                let shards = Shards::connect(config, selection).await?;
                 return Ok(vec![Source::Shards(Box::new(shards))]);
             }
-            addresses.push(Address::usual());
+            addresses.push(Address::default_address());
         }
         if addresses.len() > ENDPOINTS_MAX {
             return Err(Failure::usage(anyhow!(
@@ -172,14 +172,14 @@ pub(crate) async fn run(args: Args) -> Result<u8, Failure> {
     let sources = args.sources().await?;
     let view = args.view.unwrap_or(View::Hot);
     let model = Model::new(sources.iter().map(Source::label), view);
-    let asking = Asking::start(sources, args.interval);
+    let poller = Poller::start(sources, args.interval);
     if !args.is_live() {
         let views = args.view.map_or(View::ALL.to_vec(), |view| vec![view]);
-        return once::print(model, asking, &views).await;
+        return once::print(model, poller, &views).await;
     }
-    let setting = Setting {
+    let settings = DisplaySettings {
         interval: args.interval,
         colours: std::env::var_os("NO_COLOR").is_none_or(|value| value.is_empty()),
     };
-    live::show(model, asking, setting).await
+    live::show(model, poller, settings).await
 }

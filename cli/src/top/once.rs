@@ -7,41 +7,41 @@ use anyhow::{Context, anyhow};
 
 use super::draw;
 use super::model::{Model, View};
-use super::source::Asking;
+use super::source::Poller;
 use crate::exit::{self, Failure};
 use crate::output;
 
 /// The number of samples of each source: rates need two.
-const LOOKS: usize = 2;
+const SAMPLES_PER_SOURCE: usize = 2;
 
 /// Prints the given views. Unavailable sources are reported on stderr and set the exit code to
 /// [`exit::UNAVAILABLE`].
-pub(super) async fn print(mut model: Model, mut asking: Asking, views: &[View]) -> Result<u8, Failure> {
-    let count = model.processes().len();
-    let mut missing = vec![LOOKS; count];
-    while missing.iter().any(|looks| *looks > 0)
-        && let Some(answer) = asking.next().await
+pub(super) async fn print(mut model: Model, mut poller: Poller, views: &[View]) -> Result<u8, Failure> {
+    let count = model.sources().len();
+    let mut remaining = vec![SAMPLES_PER_SOURCE; count];
+    while remaining.iter().any(|samples| *samples > 0)
+        && let Some(polled) = poller.next().await
     {
-        if let Some(looks) = missing.get_mut(answer.source) {
+        if let Some(samples) = remaining.get_mut(polled.source) {
             // Don't wait for a source that is unavailable.
-            *looks = if answer.look.is_ok() {
-                looks.saturating_sub(1)
+            *samples = if polled.sample.is_ok() {
+                samples.saturating_sub(1)
             } else {
                 0
             };
         }
-        model.take(answer);
+        model.apply_sample(polled);
     }
     let now = Instant::now();
-    let away: Vec<String> = model
-        .away(now)
-        .map(|away| format!("{} is unavailable: {}", away.label, away.reason))
+    let unavailable: Vec<String> = model
+        .unavailable(now)
+        .map(|unavailable| format!("{} is unavailable: {}", unavailable.label, unavailable.reason))
         .collect();
-    if away.len() == count {
-        return Err(Failure::new(exit::UNAVAILABLE, anyhow!(away.join("; "))));
+    if unavailable.len() == count {
+        return Err(Failure::new(exit::UNAVAILABLE, anyhow!(unavailable.join("; "))));
     }
     let mut out = io::stdout().lock();
-    let text = draw::text(&model, views, now);
+    let text = draw::plain_text(&model, views, now);
     match out.write_all(text.as_bytes()).and_then(|()| out.flush()) {
         // A reader such as `head` that closes the pipe early is not an error.
         Err(error) if error.kind() != io::ErrorKind::BrokenPipe => {
@@ -51,6 +51,10 @@ pub(super) async fn print(mut model: Model, mut asking: Asking, views: &[View]) 
         }
         _ => {}
     }
-    away.iter().for_each(output::eprint);
-    Ok(if away.is_empty() { exit::OK } else { exit::UNAVAILABLE })
+    unavailable.iter().for_each(output::eprint);
+    Ok(if unavailable.is_empty() {
+        exit::OK
+    } else {
+        exit::UNAVAILABLE
+    })
 }

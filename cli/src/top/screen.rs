@@ -29,9 +29,9 @@ pub(super) struct Screen {
 }
 
 /// Restores the terminal when dropped.
-pub(super) struct Taken(());
+pub(super) struct RestoreGuard(());
 
-impl Drop for Taken {
+impl Drop for RestoreGuard {
     fn drop(&mut self) {
         leave();
     }
@@ -41,11 +41,13 @@ impl Screen {
     /// # Errors
     ///
     /// If the terminal can't be set up; its previous state is restored.
-    pub(super) fn take() -> anyhow::Result<(Self, Taken)> {
-        give_back_in_a_panic();
-        let taken = Taken(());
-        let screen = enter().and_then(|()| fresh()).context("the terminal can't be used")?;
-        Ok((screen, taken))
+    pub(super) fn take() -> anyhow::Result<(Self, RestoreGuard)> {
+        restore_on_panic();
+        let guard = RestoreGuard(());
+        let screen = enter()
+            .and_then(|()| clear_screen())
+            .context("the terminal can't be used")?;
+        Ok((screen, guard))
     }
 
     /// Draws a frame. It is written in several parts; terminals that support synchronized updates
@@ -59,7 +61,7 @@ impl Screen {
             queue!(stdout(), BeginSynchronizedUpdate)?;
             let now = size()?;
             if now != self.size {
-                *self = fresh()?;
+                *self = clear_screen()?;
             }
             self.terminal.draw(draw)?;
             execute!(stdout(), EndSynchronizedUpdate)
@@ -76,14 +78,14 @@ impl Screen {
         leave();
         kill_process(getpid(), Signal::TSTP).context("can't suspend")?;
         enter()
-            .and_then(|()| fresh())
-            .map(|fresh| *self = fresh)
+            .and_then(|()| clear_screen())
+            .map(|screen| *self = screen)
             .context("the terminal can't be used")
     }
 }
 
 /// Clears the screen and returns one of the terminal's current size.
-fn fresh() -> io::Result<Screen> {
+fn clear_screen() -> io::Result<Screen> {
     let (columns, rows) = size()?;
     execute!(stdout(), Clear(ClearType::All))?;
     let viewport = Viewport::Fixed(Rect::new(0, 0, columns, rows));
@@ -95,17 +97,17 @@ fn fresh() -> io::Result<Screen> {
 
 /// Whether the terminal is taken over. Restoring it twice would move the cursor back to its old
 /// position, over later output.
-static TAKEN: AtomicBool = AtomicBool::new(false);
+static IS_TAKEN: AtomicBool = AtomicBool::new(false);
 
 fn enter() -> io::Result<()> {
-    TAKEN.store(true, Ordering::Relaxed);
+    IS_TAKEN.store(true, Ordering::Relaxed);
     enable_raw_mode()?;
     execute!(stdout(), EnterAlternateScreen)
 }
 
 /// Restores the terminal. Errors are ignored: the terminal is gone then.
 fn leave() {
-    if !TAKEN.swap(false, Ordering::Relaxed) {
+    if !IS_TAKEN.swap(false, Ordering::Relaxed) {
         return;
     }
     disable_raw_mode().ok();
@@ -115,11 +117,11 @@ fn leave() {
 
 /// Restores the terminal before a panic message is printed, which would otherwise be lost with the
 /// screen.
-fn give_back_in_a_panic() {
-    let said_before = std::panic::take_hook();
+fn restore_on_panic() {
+    let previous_hook = std::panic::take_hook();
     std::panic::set_hook(Box::new(move |panic| {
         leave();
-        said_before(panic);
+        previous_hook(panic);
     }));
 }
 
@@ -132,15 +134,15 @@ mod tests {
 
     /// The test starts itself again as the process on the terminal.
     #[test]
-    fn a_panic_gives_the_terminal_back_before_it_is_told() {
+    fn panic_restores_the_terminal_before_its_message() {
         if std::env::var_os(ON_A_TERMINAL).is_some() {
-            let _taken = Screen::take().unwrap();
+            let _guard = Screen::take().unwrap();
             panic!("said in a panic");
         }
         let mut command = std::process::Command::new("sh");
         // The shell reads a line first, so that the original modes can be recorded.
         command
-            .args(["-c", "echo ready; read line; \"$0\" --exact top::screen::tests::a_panic_gives_the_terminal_back_before_it_is_told --nocapture; echo over"])
+            .args(["-c", "echo ready; read line; \"$0\" --exact top::screen::tests::panic_restores_the_terminal_before_its_message --nocapture; echo over"])
             .arg(std::env::current_exe().unwrap())
             .env(ON_A_TERMINAL, "yes")
             .env("RUST_BACKTRACE", "0");

@@ -2,63 +2,63 @@
 
 use ratatui::style::Style;
 
+use super::format::{self, Truncation};
 use super::style;
-use super::table::{Column, Room, Row};
-use super::words::{self, Cut};
-use crate::top::model::{By, HeldRow, HotRow, LockRates, Rows, ShardRow, View};
+use super::table::{Column, ColumnWidth, Row};
+use crate::top::model::{ColumnId, HeldRow, HotRow, LockRates, Rows, ShardRow, View};
 
-const fn column(by: By, title: &'static str, room: Room, from_width: u16) -> Column {
+const fn column(by: ColumnId, title: &'static str, room: ColumnWidth, from_width: u16) -> Column {
     Column {
         by,
         title,
         room,
         from_width,
-        cut: Cut::Middle,
+        cut: Truncation::Middle,
     }
 }
 
 /// Widths fit the longest number; titles leave room for the sort sign.
 const HOT: &[Column] = &[
-    column(By::Name, "KEY", Room::Share(1), 0),
-    column(By::Shard, "SHARD", Room::Text(12), 100),
-    column(By::Holder, "HOLDER", Room::Text(14), 60),
-    column(By::Age, "AGE", Room::Number(7), 48),
-    column(By::Waiters, "WAITERS", Room::Number(8), 24),
-    column(By::P50, "P50", Room::Number(6), 70),
-    column(By::P99, "P99", Room::Number(6), 36),
-    column(By::Contended, "CONTENDED", Room::Number(10), 100),
-    column(By::Rate, "CONT/S", Room::Number(7), 42),
+    column(ColumnId::Name, "KEY", ColumnWidth::Share(1), 0),
+    column(ColumnId::Shard, "SHARD", ColumnWidth::Text(12), 100),
+    column(ColumnId::Holder, "HOLDER", ColumnWidth::Text(14), 60),
+    column(ColumnId::Age, "AGE", ColumnWidth::Number(7), 48),
+    column(ColumnId::Waiters, "WAITERS", ColumnWidth::Number(8), 24),
+    column(ColumnId::P50, "P50", ColumnWidth::Number(6), 70),
+    column(ColumnId::P99, "P99", ColumnWidth::Number(6), 36),
+    column(ColumnId::Contended, "CONTENDED", ColumnWidth::Number(10), 100),
+    column(ColumnId::Rate, "CONT/S", ColumnWidth::Number(7), 42),
 ];
 
 const HELD: &[Column] = &[
-    column(By::Name, "KEY", Room::Share(3), 0),
-    column(By::Shard, "SHARD", Room::Text(12), 120),
-    column(By::Holder, "HOLDER", Room::Text(14), 52),
-    column(By::Age, "AGE", Room::Number(7), 24),
-    column(By::Left, "LEFT", Room::Number(6), 44),
-    column(By::Waiters, "WAITERS", Room::Number(8), 34),
-    column(By::Token, "TOKEN", Room::Number(17), 120),
+    column(ColumnId::Name, "KEY", ColumnWidth::Share(3), 0),
+    column(ColumnId::Shard, "SHARD", ColumnWidth::Text(12), 120),
+    column(ColumnId::Holder, "HOLDER", ColumnWidth::Text(14), 52),
+    column(ColumnId::Age, "AGE", ColumnWidth::Number(7), 24),
+    column(ColumnId::Left, "LEFT", ColumnWidth::Number(6), 44),
+    column(ColumnId::Waiters, "WAITERS", ColumnWidth::Number(8), 34),
+    column(ColumnId::Token, "TOKEN", ColumnWidth::Number(17), 120),
     Column {
-        by: By::Caller,
+        by: ColumnId::Caller,
         title: "CALLER",
-        room: Room::Share(2),
+        room: ColumnWidth::Share(2),
         from_width: 76,
         // The file name and the line are at the end.
-        cut: Cut::Head,
+        cut: Truncation::Head,
     },
 ];
 
 const SHARDS: &[Column] = &[
-    column(By::Name, "SHARD", Room::Share(1), 0),
-    column(By::Kind, "KIND", Room::Text(15), 96),
-    column(By::State, "STATE", Room::Text(8), 20),
-    column(By::Leases, "LEASES", Room::Number(7), 64),
-    column(By::Waiters, "WAITERS", Room::Number(8), 44),
-    column(By::Rate, "LOCKS/S", Room::Number(8), 32),
-    column(By::Local, "LOCAL/S", Room::Number(8), 80),
-    column(By::Remote, "REMOTE/S", Room::Number(9), 80),
-    column(By::P50, "RT P50", Room::Number(7), 56),
-    column(By::P99, "RT P99", Room::Number(7), 72),
+    column(ColumnId::Name, "SHARD", ColumnWidth::Share(1), 0),
+    column(ColumnId::Kind, "KIND", ColumnWidth::Text(15), 96),
+    column(ColumnId::State, "STATE", ColumnWidth::Text(8), 20),
+    column(ColumnId::Leases, "LEASES", ColumnWidth::Number(7), 64),
+    column(ColumnId::Waiters, "WAITERS", ColumnWidth::Number(8), 44),
+    column(ColumnId::Rate, "LOCKS/S", ColumnWidth::Number(8), 32),
+    column(ColumnId::Local, "LOCAL/S", ColumnWidth::Number(8), 80),
+    column(ColumnId::Remote, "REMOTE/S", ColumnWidth::Number(9), 80),
+    column(ColumnId::P50, "RT P50", ColumnWidth::Number(7), 56),
+    column(ColumnId::P99, "RT P99", ColumnWidth::Number(7), 72),
 ];
 
 pub(super) const fn of(view: View) -> &'static [Column] {
@@ -90,7 +90,7 @@ pub(super) fn rows(view: View, rows: &Rows) -> Vec<Row> {
     }
 }
 
-fn filled(columns: &[Column], cell: impl Fn(By) -> Option<String>, style: Style) -> Row {
+fn filled(columns: &[Column], cell: impl Fn(ColumnId) -> Option<String>, style: Style) -> Row {
     let unknown = || "-".to_owned();
     Row {
         cells: columns
@@ -101,18 +101,18 @@ fn filled(columns: &[Column], cell: impl Fn(By) -> Option<String>, style: Style)
     }
 }
 
-fn hot(row: &HotRow, by: By) -> Option<String> {
+fn hot(row: &HotRow, by: ColumnId) -> Option<String> {
     match by {
-        By::Name => Some(row.key.clone()),
-        By::Shard => Some(row.shard.clone()),
-        By::Holder => row.holder.clone(),
-        By::Age => row.age.map(words::age),
-        By::Waiters => Some(words::count(row.waiters as u64)),
-        By::P50 => row.waits.map(|waits| words::time(waits.p50)),
-        By::P99 => row.waits.map(|waits| words::time(waits.p99)),
+        ColumnId::Name => Some(row.key.clone()),
+        ColumnId::Shard => Some(row.shard.clone()),
+        ColumnId::Holder => row.holder.clone(),
+        ColumnId::Age => row.age.map(format::age),
+        ColumnId::Waiters => Some(format::count(row.waiters as u64)),
+        ColumnId::P50 => row.waits.map(|waits| format::time(waits.p50)),
+        ColumnId::P99 => row.waits.map(|waits| format::time(waits.p99)),
         // Stores do not count contention.
-        By::Contended => row.waits.map(|_| words::count(row.contended)),
-        By::Rate => row.rate.map(words::rate),
+        ColumnId::Contended => row.waits.map(|_| format::count(row.contended)),
+        ColumnId::Rate => row.rate.map(format::rate),
         _ => None,
     }
 }
@@ -121,20 +121,20 @@ const fn hot_style(row: &HotRow) -> Style {
     match (row.stale, row.waiters) {
         (true, _) => style::STALE,
         (false, 0) => Style::new(),
-        (false, _) => style::WANTED,
+        (false, _) => style::CONTENDED,
     }
 }
 
-fn held(row: &HeldRow, by: By) -> Option<String> {
+fn held(row: &HeldRow, by: ColumnId) -> Option<String> {
     match by {
-        By::Name => Some(row.key.clone()),
-        By::Shard => Some(row.shard.clone()),
-        By::Holder => Some(row.who.clone()),
-        By::Age => Some(words::age(row.age)),
-        By::Left => Some(row.remaining.map_or_else(|| "no end".to_owned(), words::time)),
-        By::Waiters => Some(words::count(row.waiters as u64)),
-        By::Token => row.token.map(|token| token.to_string()),
-        By::Caller => row.caller.clone(),
+        ColumnId::Name => Some(row.key.clone()),
+        ColumnId::Shard => Some(row.shard.clone()),
+        ColumnId::Holder => Some(row.holder.clone()),
+        ColumnId::Age => Some(format::age(row.age)),
+        ColumnId::Left => Some(row.remaining.map_or_else(|| "no end".to_owned(), format::time)),
+        ColumnId::Waiters => Some(format::count(row.waiters as u64)),
+        ColumnId::Token => row.token.map(|token| token.to_string()),
+        ColumnId::Caller => row.caller.clone(),
         _ => None,
     }
 }
@@ -143,27 +143,27 @@ const fn held_style(row: &HeldRow) -> Style {
     match (row.stale, row.waiters) {
         (true, _) => style::STALE,
         (false, 0) => Style::new(),
-        (false, _) => style::WANTED,
+        (false, _) => style::CONTENDED,
     }
 }
 
-fn shard(row: &ShardRow, by: By) -> Option<String> {
-    let rate = |of: fn(LockRates) -> f64| row.rates.map(|rates| words::rate(of(rates)));
+fn shard(row: &ShardRow, by: ColumnId) -> Option<String> {
+    let rate = |of: fn(LockRates) -> f64| row.rates.map(|rates| format::rate(of(rates)));
     match by {
-        By::Name => Some(row.name.clone()),
-        By::Kind => Some(row.kind.clone()),
-        By::State => Some(match row.up {
+        ColumnId::Name => Some(row.name.clone()),
+        ColumnId::Kind => Some(row.kind.clone()),
+        ColumnId::State => Some(match row.up {
             up if up == row.of => "up".to_owned(),
             0 => "down".to_owned(),
             up => format!("{up}/{} up", row.of),
         }),
-        By::Leases => Some(words::count(row.leases as u64)),
-        By::Waiters => Some(words::count(row.waiters as u64)),
-        By::Rate => rate(|rates| rates.acquired),
-        By::Local => rate(|rates| rates.local),
-        By::Remote => rate(|rates| rates.remote),
-        By::P50 => Some(words::time(row.round_trips.p50)),
-        By::P99 => Some(words::time(row.round_trips.p99)),
+        ColumnId::Leases => Some(format::count(row.leases as u64)),
+        ColumnId::Waiters => Some(format::count(row.waiters as u64)),
+        ColumnId::Rate => rate(|rates| rates.acquired),
+        ColumnId::Local => rate(|rates| rates.local),
+        ColumnId::Remote => rate(|rates| rates.remote),
+        ColumnId::P50 => Some(format::time(row.round_trips.p50)),
+        ColumnId::P99 => Some(format::time(row.round_trips.p99)),
         _ => None,
     }
 }

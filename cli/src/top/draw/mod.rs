@@ -1,10 +1,10 @@
 //! Draws the model: two status lines, the tabs, the table, and a line with the keys.
 
 mod columns;
+mod format;
 mod help;
 mod style;
 mod table;
-mod words;
 
 use std::time::{Duration, Instant};
 
@@ -13,10 +13,10 @@ use ratatui::layout::Rect;
 use ratatui::text::{Line, Span};
 use ratatui::widgets::Widget;
 
-use super::model::{Away, Model, Rows, View};
+use super::model::{Model, Rows, Unavailable, View};
 use super::source::process_of;
+use format::{Truncation, sanitize, truncate};
 use table::Layout;
-use words::{Cut, fit, plain};
 
 /// The height of the table's header, and of the area below the table.
 const HEADER: u16 = 1;
@@ -24,28 +24,28 @@ const BELOW: u16 = 1;
 
 /// Settings that do not change while the view is shown.
 #[derive(Debug, Clone, Copy)]
-pub(super) struct Setting {
+pub(super) struct DisplaySettings {
     pub(super) interval: Duration,
     pub(super) colours: bool,
 }
 
 /// Draws one frame. It fits any area, however small: the least important parts are left out first.
-pub(super) fn frame(buffer: &mut Buffer, area: Rect, model: &mut Model, setting: Setting, now: Instant) {
+pub(super) fn frame(buffer: &mut Buffer, area: Rect, model: &mut Model, settings: DisplaySettings, now: Instant) {
     if area.is_empty() {
         return;
     }
     let rows = model.rows();
-    let mut lines = vec![title(model, setting, area.width, now)];
+    let mut lines = vec![title(model, settings, area.width, now)];
     // On a low screen the table has priority.
-    if area.height >= 8 && !model.helping {
-        lines.push(state(model, now));
+    if area.height >= 8 && !model.showing_help {
+        lines.push(status_line(model, now));
     }
-    if area.height >= 6 && !model.helping {
-        lines.push(views(model, &rows));
+    if area.height >= 6 && !model.showing_help {
+        lines.push(tabs(model, &rows));
     }
     let below = if area.height >= 5 { BELOW } else { 0 };
     let room = area.height.saturating_sub(lines.len() as u16 + below);
-    lines.extend(if model.helping {
+    lines.extend(if model.showing_help {
         help::lines()
     } else {
         table(model, &rows, area.width, room)
@@ -58,7 +58,7 @@ pub(super) fn frame(buffer: &mut Buffer, area: Rect, model: &mut Model, setting:
         let y = area.bottom() - 1;
         footer(model).render(Rect::new(area.x, y, area.width, 1), buffer);
     }
-    if !setting.colours {
+    if !settings.colours {
         for cell in &mut buffer.content {
             cell.fg = ratatui::style::Color::Reset;
             cell.bg = ratatui::style::Color::Reset;
@@ -66,94 +66,94 @@ pub(super) fn frame(buffer: &mut Buffer, area: Rect, model: &mut Model, setting:
     }
 }
 
-fn title(model: &Model, setting: Setting, width: u16, now: Instant) -> Line<'static> {
-    let right = if model.wish().paused {
+fn title(model: &Model, settings: DisplaySettings, width: u16, now: Instant) -> Line<'static> {
+    let right = if model.control().paused {
         Span::styled(" PAUSED ", style::PAUSED)
     } else {
-        Span::raw(format!("every {} ", humantime::format_duration(setting.interval)))
+        Span::raw(format!("every {} ", humantime::format_duration(settings.interval)))
     };
     let left = "shardlock top  ";
     let room = usize::from(width).saturating_sub(left.len() + right.width() + 2);
-    let (label, more) = who(model, now);
-    let whole = plain(&(label.clone() + &more));
-    let who = if words::width(&whole) <= room {
+    let (label, more) = source_label(model, now);
+    let whole = sanitize(&(label.clone() + &more));
+    let shown_label = if format::width(&whole) <= room {
         whole
     } else {
-        fit(&plain(&label), room, Cut::Tail)
+        truncate(&sanitize(&label), room, Truncation::Tail)
     };
-    let blank = room.saturating_sub(words::width(&who)) + 1;
+    let blank = room.saturating_sub(format::width(&shown_label)) + 1;
     Line::from(vec![
         Span::raw(" "),
         Span::styled(left, style::TITLE),
-        Span::raw(who),
+        Span::raw(shown_label),
         Span::raw(" ".repeat(blank)),
         right,
     ])
 }
 
 /// The label of the source or sources, and further details if there is room.
-fn who(model: &Model, now: Instant) -> (String, String) {
-    let [process] = model.processes() else {
-        let count = model.processes().len();
-        let more = match model.away(now).count() {
+fn source_label(model: &Model, now: Instant) -> (String, String) {
+    let [source] = model.sources() else {
+        let count = model.sources().len();
+        let more = match model.unavailable(now).count() {
             0 => String::new(),
-            away => format!(", {away} unavailable"),
+            unavailable => format!(", {unavailable} unavailable"),
         };
         return (format!("{count} processes"), more);
     };
-    let look = process.look();
-    let manager = look.and_then(|look| look.manager.as_deref());
+    let sample = source.sample();
+    let manager = sample.and_then(|sample| sample.manager.as_deref());
     let mut more = manager.map_or_else(String::new, |manager| format!("  {}", process_of(manager)));
-    if let Some(uptime) = look.and_then(|look| look.uptime) {
-        more += &format!(", up {}", words::time(uptime));
+    if let Some(uptime) = sample.and_then(|sample| sample.uptime) {
+        more += &format!(", up {}", format::time(uptime));
     }
-    (process.label.clone(), more)
+    (source.label.clone(), more)
 }
 
 /// The status line: an unavailable source, a note, or the totals.
-fn state(model: &Model, now: Instant) -> Line<'static> {
-    let mut away = model.away(now);
-    if let Some(first) = away.next() {
-        let others = away.count();
-        return Line::styled(format!(" {}", in_words(&first, others)), style::TROUBLE);
+fn status_line(model: &Model, now: Instant) -> Line<'static> {
+    let mut unavailable = model.unavailable(now);
+    if let Some(first) = unavailable.next() {
+        let others = unavailable.count();
+        return Line::styled(format!(" {}", describe_unavailable(&first, others)), style::ERROR);
     }
-    let looks = || model.processes().iter().filter_map(|process| process.look());
-    if let Some(note) = looks().find_map(|look| look.note.as_deref()) {
-        return Line::styled(format!(" {}", plain(note)), style::NOTE);
+    let samples = || model.sources().iter().filter_map(|source| source.sample());
+    if let Some(note) = samples().find_map(|sample| sample.note.as_deref()) {
+        return Line::styled(format!(" {}", sanitize(note)), style::NOTE);
     }
-    if looks().next().is_none() {
+    if samples().next().is_none() {
         return Line::styled(" waiting for data ...", style::FAINT);
     }
-    let sums = model.sums();
-    let rate = sums.locks_per_s.map_or_else(|| "-".to_owned(), words::rate);
+    let totals = model.totals();
+    let rate = totals.locks_per_s.map_or_else(|| "-".to_owned(), format::rate);
     Line::from(format!(
         " {rate} locks/s   {} waiting   {} held   {}/{} shards up",
-        words::count(sums.waiters as u64),
-        words::count(sums.held as u64),
-        sums.shards_up,
-        sums.shards,
+        format::count(totals.waiters as u64),
+        format::count(totals.held as u64),
+        totals.shards_up,
+        totals.shards,
     ))
 }
 
 /// Kept short, since the reason may be cut off at the end of the line.
-fn in_words(away: &Away<'_>, others: usize) -> String {
+fn describe_unavailable(unavailable: &Unavailable<'_>, others: usize) -> String {
     let and_others = if others > 0 {
         format!(" (and {others} more)")
     } else {
         String::new()
     };
-    let said = away
-        .said
-        .map_or_else(String::new, |said| format!(", stale for {}", words::time(said)));
+    let stale = unavailable
+        .last_sample
+        .map_or_else(String::new, |stale| format!(", stale for {}", format::time(stale)));
     format!(
-        "{}{and_others} unavailable for {}{said}: {}",
-        plain(away.label),
-        words::time(away.silent),
-        plain(away.reason)
+        "{}{and_others} unavailable for {}{stale}: {}",
+        sanitize(unavailable.label),
+        format::time(unavailable.unavailable_for),
+        sanitize(unavailable.reason)
     )
 }
 
-fn views(model: &Model, rows: &Rows) -> Line<'static> {
+fn tabs(model: &Model, rows: &Rows) -> Line<'static> {
     let names = [
         (View::Hot, "1 hot keys"),
         (View::Held, "2 held"),
@@ -169,7 +169,7 @@ fn views(model: &Model, rows: &Rows) -> Line<'static> {
         spans.push(Span::styled(format!(" {name} {} ", rows.count(view)), style));
         spans.push(Span::raw(" "));
     }
-    if !model.filter().is_empty() && !model.writing {
+    if !model.filter().is_empty() && !model.editing_filter {
         spans.push(Span::styled(format!("  only {:?}", model.filter()), style::NOTE));
     }
     Line::from(spans)
@@ -181,18 +181,18 @@ fn table(model: &mut Model, rows: &Rows, width: u16, room: u16) -> Vec<Line<'sta
     let rows = columns::rows(view, rows);
     let room = usize::from(room.saturating_sub(HEADER));
     let first = model.first_row(rows.len(), room);
-    model.has_columns(layout.shown());
+    model.set_columns(layout.shown());
     let mut lines = vec![layout.header(model.order(view))];
     if rows.is_empty() {
-        lines.push(Line::styled(format!("  {}", nothing(model)), style::FAINT));
+        lines.push(Line::styled(format!("  {}", empty_reason(model)), style::FAINT));
     }
     lines.extend(rows.iter().skip(first).take(room).map(|row| layout.line(row)));
     lines
 }
 
 /// Why the table is empty.
-fn nothing(model: &Model) -> &'static str {
-    if model.processes().iter().all(|process| process.look().is_none()) {
+fn empty_reason(model: &Model) -> &'static str {
+    if model.sources().iter().all(|source| source.sample().is_none()) {
         return "no data yet";
     }
     if !model.filter().is_empty() {
@@ -206,15 +206,15 @@ fn nothing(model: &Model) -> &'static str {
 }
 
 fn footer(model: &Model) -> Line<'static> {
-    if model.writing {
+    if model.editing_filter {
         return Line::from(vec![
             Span::styled(" /", style::TITLE),
-            Span::raw(plain(model.filter())),
+            Span::raw(sanitize(model.filter())),
             Span::styled(" ", style::TAB_SHOWN),
             Span::styled("  enter keeps the filter, esc clears it", style::FAINT),
         ]);
     }
-    let pause = if model.wish().paused { "resume" } else { "pause" };
+    let pause = if model.control().paused { "resume" } else { "pause" };
     let keys = [
         ("q", "quit"),
         ("?", "help"),
@@ -233,17 +233,17 @@ fn footer(model: &Model) -> Line<'static> {
 }
 
 /// The frame as plain text for scripts and files, with all rows and nothing cut off.
-pub(super) fn text(model: &Model, views: &[View], now: Instant) -> String {
+pub(super) fn plain_text(model: &Model, views: &[View], now: Instant) -> String {
     let rows = model.rows();
-    let processes = model.processes().iter().map(|process| {
-        let manager = process
-            .look()
-            .and_then(|look| look.manager.as_deref())
+    let labels = model.sources().iter().map(|source| {
+        let manager = source
+            .sample()
+            .and_then(|sample| sample.manager.as_deref())
             .unwrap_or_default();
-        plain(&format!("{} {manager}", process.label)).trim_end().to_owned()
+        sanitize(&format!("{} {manager}", source.label)).trim_end().to_owned()
     });
-    let mut lines: Vec<String> = processes.collect();
-    lines.push(state(model, now).to_string().trim().to_owned());
+    let mut lines: Vec<String> = labels.collect();
+    lines.push(status_line(model, now).to_string().trim().to_owned());
     for view in views {
         let layout_rows = columns::rows(*view, &rows);
         let layout = Layout::of_contents(columns::of(*view), &layout_rows);

@@ -3,23 +3,23 @@
 use ratatui::style::{Modifier, Style};
 use ratatui::text::{Line, Span};
 
+use super::format::{Truncation, sanitize, truncate, width};
 use super::style;
-use super::words::{Cut, fit, plain, width};
-use crate::top::model::{By, Order};
+use crate::top::model::{ColumnId, SortOrder};
 
 #[derive(Debug)]
 pub(super) struct Column {
-    pub(super) by: By,
+    pub(super) by: ColumnId,
     pub(super) title: &'static str,
-    pub(super) room: Room,
+    pub(super) room: ColumnWidth,
     /// The column is left out on narrower screens.
     pub(super) from_width: u16,
-    pub(super) cut: Cut,
+    pub(super) cut: Truncation,
 }
 
 /// The width of a column.
 #[derive(Debug, Clone, Copy)]
-pub(super) enum Room {
+pub(super) enum ColumnWidth {
     /// Right-aligned numbers.
     Number(u16),
     Text(u16),
@@ -48,8 +48,8 @@ impl<'a> Layout<'a> {
             .iter()
             .filter(shown)
             .map(|column| match column.room {
-                Room::Number(width) | Room::Text(width) => width + 1,
-                Room::Share(_) => 1,
+                ColumnWidth::Number(width) | ColumnWidth::Text(width) => width + 1,
+                ColumnWidth::Share(_) => 1,
             })
             .sum();
         let shares: u16 = columns.iter().filter(shown).map(|column| column.room.shares()).sum();
@@ -59,12 +59,12 @@ impl<'a> Layout<'a> {
             .iter()
             .enumerate()
             .filter(|(_, column)| shown(column))
-            .map(|(place, column)| match column.room {
-                Room::Number(width) | Room::Text(width) => (place, column, usize::from(width)),
-                Room::Share(parts) => {
+            .map(|(index, column)| match column.room {
+                ColumnWidth::Number(width) | ColumnWidth::Text(width) => (index, column, usize::from(width)),
+                ColumnWidth::Share(parts) => {
                     let width = rest * usize::from(parts) / usize::from(shares.max(1));
                     left -= width;
-                    (place, column, width)
+                    (index, column, width)
                 }
             })
             .collect();
@@ -77,22 +77,22 @@ impl<'a> Layout<'a> {
 
     /// The layout for plain text: as wide as the longest cells, with nothing left out.
     pub(super) fn of_contents(columns: &'a [Column], rows: &[Row]) -> Self {
-        let columns = columns.iter().enumerate().map(|(place, column)| {
-            let cells = rows.iter().filter_map(|row| row.cells.get(place));
-            let longest = cells.map(|cell| width(&plain(cell))).max().unwrap_or_default();
+        let columns = columns.iter().enumerate().map(|(index, column)| {
+            let cells = rows.iter().filter_map(|row| row.cells.get(index));
+            let longest = cells.map(|cell| width(&sanitize(cell))).max().unwrap_or_default();
             // Room for the sort sign.
-            (place, column, longest.max(width(column.title) + 1))
+            (index, column, longest.max(width(column.title) + 1))
         });
         Self {
             columns: columns.collect(),
         }
     }
 
-    pub(super) fn shown(&self) -> Vec<By> {
+    pub(super) fn shown(&self) -> Vec<ColumnId> {
         self.columns.iter().map(|(_, column, _)| column.by).collect()
     }
 
-    pub(super) fn header(&self, order: Order) -> Line<'static> {
+    pub(super) fn header(&self, order: SortOrder) -> Line<'static> {
         let cells = self.columns.iter().map(|(_, column, width)| {
             let is_sorted = column.by == order.by;
             let sign = match (is_sorted, order.largest_first) {
@@ -111,15 +111,15 @@ impl<'a> Layout<'a> {
     }
 
     pub(super) fn line(&self, row: &Row) -> Line<'static> {
-        let cells = self.columns.iter().map(|(place, column, width)| {
-            let cell = row.cells.get(*place).map(|cell| plain(cell)).unwrap_or_default();
+        let cells = self.columns.iter().map(|(index, column, width)| {
+            let cell = row.cells.get(*index).map(|cell| sanitize(cell)).unwrap_or_default();
             (padded(&cell, column, *width), Style::new())
         });
         line(cells, row.style)
     }
 }
 
-impl Room {
+impl ColumnWidth {
     const fn shares(self) -> u16 {
         match self {
             Self::Share(parts) => parts,
@@ -129,11 +129,11 @@ impl Room {
 }
 
 fn padded(cell: &str, column: &Column, columns: usize) -> String {
-    let cell = fit(cell, columns, column.cut);
+    let cell = truncate(cell, columns, column.cut);
     let blank = " ".repeat(columns - width(&cell).min(columns));
     match column.room {
-        Room::Number(_) => blank + &cell,
-        Room::Text(_) | Room::Share(_) => cell + &blank,
+        ColumnWidth::Number(_) => blank + &cell,
+        ColumnWidth::Text(_) | ColumnWidth::Share(_) => cell + &blank,
     }
 }
 

@@ -6,7 +6,7 @@ use ratatui::style::{Color, Modifier};
 
 use super::*;
 use crate::top::keys::{Action, Edit, Motion};
-use crate::top::source::{Age, Answer, HeldLock, Holder, HotKey, Locks, Look, Quantiles, Shard};
+use crate::top::source::{Age, HeldLock, Holder, HotKey, Locks, PolledSample, Quantiles, Sample, Shard};
 
 const fn exactly(ms: u64) -> Age {
     Age {
@@ -22,7 +22,7 @@ fn hot(key: &str, contended: u64, waiters: usize, held_ms: Option<u64>) -> HotKe
         contended: Some(contended),
         waiters,
         holder: held_ms.map(|ms| Holder {
-            who: "vm-7".to_owned(),
+            process: "vm-7".to_owned(),
             age: exactly(ms),
         }),
         waits: Some(Quantiles {
@@ -36,7 +36,7 @@ fn held(key: &str, age_ms: u64, caller: &str) -> HeldLock {
     HeldLock {
         key: key.to_owned(),
         shard: "a".to_owned(),
-        who: "vm-7".to_owned(),
+        holder: "vm-7".to_owned(),
         age: exactly(age_ms),
         remaining: Some(Duration::from_millis(9_400)),
         waiters: 0,
@@ -66,8 +66,8 @@ fn shard(name: &str, up: bool, acquired: u64) -> Shard {
 
 const LONG: &str = "tenant:7f3c9a51-0b1d-4f0e-9a77-d1c2b3a49586:invoice:2026-11:settlement";
 
-fn look(round: u64) -> Look {
-    Look {
+fn sample(round: u64) -> Sample {
+    Sample {
         manager: Some("vm-7-0123456789abcdef".to_owned()),
         uptime: Some(Duration::from_secs(192)),
         hot: vec![
@@ -91,13 +91,13 @@ fn model() -> (Model, Instant) {
     let start = Instant::now();
     for round in 0..2 {
         let at = start + Duration::from_secs(round);
-        let look = Ok(look(round));
-        model.take(Answer { source: 0, look, at });
+        let sample = Ok(sample(round));
+        model.apply_sample(PolledSample { source: 0, sample, at });
     }
     (model, start + Duration::from_secs(1))
 }
 
-const SETTING: Setting = Setting {
+const SETTING: DisplaySettings = DisplaySettings {
     interval: Duration::from_secs(1),
     colours: true,
 };
@@ -123,7 +123,7 @@ fn shows(model: &mut Model, now: Instant, (columns, rows): (u16, u16), top: &[&s
         .chain(std::iter::repeat_n("", blanks))
         .chain([bottom]);
     let padded = expected.map(|line| {
-        let width = words::width(line);
+        let width = format::width(line);
         assert!(width <= usize::from(columns), "{line}");
         format!("{line}{}", " ".repeat(usize::from(columns) - width))
     });
@@ -156,7 +156,7 @@ fn hot_keys_on_a_screen_of_80_by_24() {
 #[test]
 fn held_locks_on_a_screen_of_80_by_24() {
     let (mut model, now) = model();
-    model.act(Action::NextView);
+    model.apply(Action::NextView);
     let top = [
         " shardlock top  127.0.0.1:9187  vm-7, up 3m12s                         every 1s ",
         " 12.4k locks/s   24 waiting   2 held   1/2 shards up",
@@ -171,7 +171,7 @@ fn held_locks_on_a_screen_of_80_by_24() {
 #[test]
 fn shards_on_a_screen_of_80_by_24() {
     let (mut model, now) = model();
-    model.act(Action::LastView);
+    model.apply(Action::LastView);
     let top = [
         " shardlock top  127.0.0.1:9187  vm-7, up 3m12s                         every 1s ",
         " 12.4k locks/s   24 waiting   2 held   1/2 shards up",
@@ -223,7 +223,7 @@ fn every_size_can_be_drawn_in_every_state() {
                 Action::Filter(Edit::Begin),
                 Action::Escape,
             ] {
-                model.act(action);
+                model.apply(action);
                 drawn(&mut model, now, columns, rows);
             }
         }
@@ -231,17 +231,17 @@ fn every_size_can_be_drawn_in_every_state() {
 }
 
 #[test]
-fn who_is_away_is_said_with_the_reason_and_its_rows_stay_and_are_faint() {
+fn unavailable_source_is_shown_with_the_reason_and_its_rows_stay_and_are_faint() {
     let (mut model, now) = model();
     let reason = || Err("connection refused".to_owned());
-    model.take(Answer {
+    model.apply_sample(PolledSample {
         source: 0,
-        look: reason(),
+        sample: reason(),
         at: now,
     });
-    model.take(Answer {
+    model.apply_sample(PolledSample {
         source: 0,
-        look: reason(),
+        sample: reason(),
         at: now + Duration::from_secs(2),
     });
     let later = now + Duration::from_secs(3);
@@ -257,9 +257,9 @@ fn who_is_away_is_said_with_the_reason_and_its_rows_stay_and_are_faint() {
     let terminal = drawn(&mut model, later, 80, 24);
     assert_eq!(terminal.backend().buffer()[(1, 1)].fg, Color::Red);
     assert!(terminal.backend().buffer()[(0, 4)].modifier.contains(Modifier::DIM));
-    model.take(Answer {
+    model.apply_sample(PolledSample {
         source: 0,
-        look: Ok(look(2)),
+        sample: Ok(sample(2)),
         at: later,
     });
     shows_texts(&mut model, later, (80, 24), &["locks/s"]);
@@ -268,7 +268,7 @@ fn who_is_away_is_said_with_the_reason_and_its_rows_stay_and_are_faint() {
 #[test]
 fn the_help_fits_on_a_screen_of_80_by_24() {
     let (mut model, now) = model();
-    model.act(Action::Help);
+    model.apply(Action::Help);
     let last = help::lines().last().unwrap().to_string();
     shows_texts(
         &mut model,
@@ -280,15 +280,15 @@ fn the_help_fits_on_a_screen_of_80_by_24() {
 }
 
 #[test]
-fn without_colours_there_are_none() {
+fn frame_without_colours_has_none() {
     let (mut model, now) = model();
     let area = Rect::new(0, 0, 80, 24);
     let mut buffer = Buffer::empty(area);
-    let setting = Setting {
+    let settings = DisplaySettings {
         colours: false,
         ..SETTING
     };
-    frame(&mut buffer, area, &mut model, setting, now);
+    frame(&mut buffer, area, &mut model, settings, now);
     assert!(
         buffer
             .content
@@ -306,7 +306,7 @@ fn without_colours_there_are_none() {
 #[test]
 fn plain_text_has_all_rows_whole() {
     let (model, now) = model();
-    let text = text(&model, &[View::Hot, View::Shards], now);
+    let text = plain_text(&model, &[View::Hot, View::Shards], now);
     let lines: Vec<&str> = text.lines().collect();
     assert_eq!(lines[0], "127.0.0.1:9187 vm-7-0123456789abcdef");
     assert_eq!(lines[1], "12.4k locks/s   24 waiting   2 held   1/2 shards up");

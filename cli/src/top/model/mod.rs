@@ -2,38 +2,40 @@
 //! and knows no terminal.
 
 mod merge;
-mod order;
-mod process;
 mod rates;
+mod sort;
+mod source_state;
+mod view;
 
 use std::time::Instant;
 
 pub(super) use merge::{HeldRow, HotRow, ShardRow};
-pub(super) use order::{By, Order, View};
-pub(super) use process::{Away, Process};
 pub(super) use rates::LockRates;
+pub(super) use sort::{ColumnId, SortOrder};
+pub(super) use source_state::{SourceState, Unavailable};
+pub(super) use view::View;
 
 use super::keys::{Action, Edit, Motion};
-use super::source::{Answer, Wish};
-use order::Sortable;
+use super::source::{PollControl, PolledSample};
+use sort::Sortable;
 
 /// The maximum length of a filter, in characters: no key is longer.
 const FILTER_CHARS_MAX: usize = 512;
 
 #[derive(Debug)]
 pub(super) struct Model {
-    processes: Vec<Process>,
+    sources: Vec<SourceState>,
     view: View,
     /// Per view: its order, and how many rows are scrolled off the top.
-    orders: [Order; 3],
-    above: [usize; 3],
+    orders: [SortOrder; 3],
+    scrolled: [usize; 3],
     filter: String,
-    pub(super) writing: bool,
-    pub(super) helping: bool,
-    wish: Wish,
+    pub(super) editing_filter: bool,
+    pub(super) showing_help: bool,
+    control: PollControl,
     /// How many rows the last frame had room for, and the columns it can be sorted by.
-    room: usize,
-    columns: Vec<By>,
+    visible_rows: usize,
+    columns: Vec<ColumnId>,
 }
 
 /// All rows, merged, filtered and sorted.
@@ -56,7 +58,7 @@ impl Rows {
 
 /// Totals for the status line. The filter does not apply.
 #[derive(Debug, Clone, Copy, Default, PartialEq)]
-pub(super) struct Sums {
+pub(super) struct Totals {
     pub(super) locks_per_s: Option<f64>,
     pub(super) waiters: usize,
     pub(super) held: usize,
@@ -67,38 +69,38 @@ pub(super) struct Sums {
 impl Model {
     pub(super) fn new(labels: impl IntoIterator<Item = String>, view: View) -> Self {
         Self {
-            processes: labels.into_iter().map(Process::new).collect(),
+            sources: labels.into_iter().map(SourceState::new).collect(),
             view,
-            orders: View::ALL.map(Order::usual),
-            above: [0; 3],
+            orders: View::ALL.map(SortOrder::default_of),
+            scrolled: [0; 3],
             filter: String::new(),
-            writing: false,
-            helping: false,
-            wish: Wish::default(),
-            room: 0,
+            editing_filter: false,
+            showing_help: false,
+            control: PollControl::default(),
+            visible_rows: 0,
             columns: Vec::new(),
         }
     }
 
-    /// Applies an answer. While paused, answers are dropped, so that the view does not change.
-    pub(super) fn take(&mut self, answer: Answer) {
-        if self.wish.paused {
+    /// Applies a sample. While paused, samples are dropped, so that the view does not change.
+    pub(super) fn apply_sample(&mut self, polled: PolledSample) {
+        if self.control.paused {
             return;
         }
-        if let Some(process) = self.processes.get_mut(answer.source) {
-            process.take(answer.look, answer.at);
+        if let Some(source) = self.sources.get_mut(polled.source) {
+            source.update(polled.sample, polled.at);
         }
     }
 
-    pub(super) fn processes(&self) -> &[Process] {
-        &self.processes
+    pub(super) fn sources(&self) -> &[SourceState] {
+        &self.sources
     }
 
     pub(super) const fn view(&self) -> View {
         self.view
     }
 
-    pub(super) const fn order(&self, view: View) -> Order {
+    pub(super) const fn order(&self, view: View) -> SortOrder {
         self.orders[view as usize]
     }
 
@@ -106,56 +108,58 @@ impl Model {
         &self.filter
     }
 
-    pub(super) const fn wish(&self) -> Wish {
-        self.wish
+    pub(super) const fn control(&self) -> PollControl {
+        self.control
     }
 
     pub(super) fn rows(&self) -> Rows {
         let filter = self.filter.to_lowercase();
         Rows {
-            hot: arranged(merge::hot(&self.processes), &filter, self.order(View::Hot)),
-            held: arranged(merge::held(&self.processes), &filter, self.order(View::Held)),
-            shards: arranged(merge::shards(&self.processes), &filter, self.order(View::Shards)),
+            hot: filtered_and_sorted(merge::hot(&self.sources), &filter, self.order(View::Hot)),
+            held: filtered_and_sorted(merge::held(&self.sources), &filter, self.order(View::Held)),
+            shards: filtered_and_sorted(merge::shards(&self.sources), &filter, self.order(View::Shards)),
         }
     }
 
-    pub(super) fn sums(&self) -> Sums {
-        let mut sums = Sums::default();
-        let shards = merge::shards(&self.processes);
+    pub(super) fn totals(&self) -> Totals {
+        let mut totals = Totals::default();
+        let shards = merge::shards(&self.sources);
         for shard in &shards {
-            sums.waiters += shard.waiters;
-            sums.shards_up += usize::from(shard.up == shard.of);
+            totals.waiters += shard.waiters;
+            totals.shards_up += usize::from(shard.up == shard.of);
             if let Some(rates) = shard.rates {
-                sums.locks_per_s = Some(sums.locks_per_s.unwrap_or_default() + rates.acquired);
+                totals.locks_per_s = Some(totals.locks_per_s.unwrap_or_default() + rates.acquired);
             }
         }
-        sums.shards = shards.len();
-        let looks = self.processes.iter().filter_map(Process::look);
-        let untold: usize = looks.map(|look| look.held_total.saturating_sub(look.held.len())).sum();
-        sums.held = merge::held(&self.processes).len() + untold;
-        sums
+        totals.shards = shards.len();
+        let samples = self.sources.iter().filter_map(SourceState::sample);
+        let unlisted: usize = samples
+            .map(|sample| sample.held_total.saturating_sub(sample.held.len()))
+            .sum();
+        totals.held = merge::held(&self.sources).len() + unlisted;
+        totals
     }
 
     /// The sources that are unavailable now.
-    pub(super) fn away(&self, now: Instant) -> impl Iterator<Item = Away<'_>> {
-        self.processes.iter().filter_map(move |process| process.away(now))
+    pub(super) fn unavailable(&self, now: Instant) -> impl Iterator<Item = Unavailable<'_>> {
+        self.sources.iter().filter_map(move |source| source.unavailable(now))
     }
 
     /// The index of the first row to show, given the number of rows and the room for them.
-    pub(super) fn first_row(&mut self, rows: usize, room: usize) -> usize {
-        self.room = room;
-        let above = &mut self.above[self.view as usize];
-        *above = (*above).min(rows.saturating_sub(room));
-        *above
+    pub(super) fn first_row(&mut self, rows: usize, visible_rows: usize) -> usize {
+        self.visible_rows = visible_rows;
+        let scrolled = &mut self.scrolled[self.view as usize];
+        *scrolled = (*scrolled).min(rows.saturating_sub(visible_rows));
+        *scrolled
     }
 
     /// Sets the columns of the frame, which `s` cycles through.
-    pub(super) fn has_columns(&mut self, columns: Vec<By>) {
+    pub(super) fn set_columns(&mut self, columns: Vec<ColumnId>) {
         self.columns = columns;
     }
 
     /// Applies an action. Quitting, suspending and searching happen elsewhere.
-    pub(super) fn act(&mut self, action: Action) {
+    pub(super) fn apply(&mut self, action: Action) {
         let view = self.view as usize;
         match action {
             Action::Show(view) => self.show(view),
@@ -163,54 +167,54 @@ impl Model {
             Action::LastView => self.show(View::ALL[(view + View::ALL.len() - 1) % View::ALL.len()]),
             Action::NextColumn => self.orders[view] = self.orders[view].next(&self.columns),
             Action::Reverse => self.orders[view] = self.orders[view].reversed(),
-            Action::Pause => self.wish.paused = !self.wish.paused,
-            Action::Search => self.wish.searches += 1,
-            Action::Help => self.helping = !self.helping,
-            Action::Escape if self.helping => self.helping = false,
+            Action::Pause => self.control.paused = !self.control.paused,
+            Action::Search => self.control.searches += 1,
+            Action::Help => self.showing_help = !self.showing_help,
+            Action::Escape if self.showing_help => self.showing_help = false,
             Action::Escape => self.edit(Edit::Clear),
             Action::Move(motion) => self.scroll(motion),
             Action::Filter(edit) => self.edit(edit),
             Action::Quit | Action::Suspend => {}
         }
         if matches!(action, Action::Escape) {
-            self.writing = false;
+            self.editing_filter = false;
         }
     }
 
     fn show(&mut self, view: View) {
         self.view = view;
-        self.helping = false;
+        self.showing_help = false;
     }
 
     fn scroll(&mut self, motion: Motion) {
-        let page = self.room.saturating_sub(1).max(1);
-        let above = &mut self.above[self.view as usize];
+        let page = self.visible_rows.saturating_sub(1).max(1);
+        let scrolled = &mut self.scrolled[self.view as usize];
         // The next frame knows the number of rows and clamps this.
-        *above = match motion {
-            Motion::Up => above.saturating_sub(1),
-            Motion::Down => above.saturating_add(1),
-            Motion::PageUp => above.saturating_sub(page),
-            Motion::PageDown => above.saturating_add(page),
+        *scrolled = match motion {
+            Motion::Up => scrolled.saturating_sub(1),
+            Motion::Down => scrolled.saturating_add(1),
+            Motion::PageUp => scrolled.saturating_sub(page),
+            Motion::PageDown => scrolled.saturating_add(page),
             Motion::First => 0,
             Motion::Last => usize::MAX,
         };
     }
 
     fn edit(&mut self, edit: Edit) {
-        self.helping = false;
+        self.showing_help = false;
         match edit {
-            Edit::Begin => self.writing = true,
+            Edit::Begin => self.editing_filter = true,
             Edit::Add(char) if self.filter.chars().count() < FILTER_CHARS_MAX => self.filter.push(char),
             Edit::Add(_) => {}
             Edit::Remove => drop(self.filter.pop()),
             Edit::Clear => self.filter.clear(),
-            Edit::Keep => self.writing = false,
+            Edit::Keep => self.editing_filter = false,
         }
-        self.above = [0; 3];
+        self.scrolled = [0; 3];
     }
 }
 
-fn arranged<R: Sortable>(mut rows: Vec<R>, filter: &str, order: Order) -> Vec<R> {
+fn filtered_and_sorted<R: Sortable>(mut rows: Vec<R>, filter: &str, order: SortOrder) -> Vec<R> {
     rows.retain(|row| row.matches(filter));
     order.sort(&mut rows);
     rows

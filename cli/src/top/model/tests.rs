@@ -3,7 +3,7 @@
 use std::time::Duration;
 
 use super::*;
-use crate::top::source::{Age, HeldLock, Holder, HotKey, Look, Quantiles, Shard};
+use crate::top::source::{Age, HeldLock, Holder, HotKey, Quantiles, Sample, Shard};
 
 fn age(ms: u64) -> Age {
     Age {
@@ -18,8 +18,8 @@ fn hot(key: &str, contended: u64, waiters: usize, holder: Option<(&str, u64)>, p
         shard: "s".to_owned(),
         contended: Some(contended),
         waiters,
-        holder: holder.map(|(who, ms)| Holder {
-            who: who.to_owned(),
+        holder: holder.map(|(process, ms)| Holder {
+            process: process.to_owned(),
             age: age(ms),
         }),
         waits: Some(Quantiles {
@@ -29,11 +29,11 @@ fn hot(key: &str, contended: u64, waiters: usize, holder: Option<(&str, u64)>, p
     }
 }
 
-fn held(key: &str, who: &str, ms: u64, token: u64) -> HeldLock {
+fn held(key: &str, holder: &str, ms: u64, token: u64) -> HeldLock {
     HeldLock {
         key: key.to_owned(),
         shard: "s".to_owned(),
-        who: who.to_owned(),
+        holder: holder.to_owned(),
         age: age(ms),
         remaining: None,
         waiters: 1,
@@ -42,22 +42,25 @@ fn held(key: &str, who: &str, ms: u64, token: u64) -> HeldLock {
     }
 }
 
-fn told(looks: Vec<Look>) -> Model {
-    let labels = (0..looks.len()).map(|number| format!("p{number}"));
+fn model_of(samples: Vec<Sample>) -> Model {
+    let labels = (0..samples.len()).map(|number| format!("p{number}"));
     let mut model = Model::new(labels, View::Hot);
     let at = Instant::now();
-    for (source, look) in looks.into_iter().enumerate() {
-        model.take(Answer {
+    for (source, sample) in samples.into_iter().enumerate() {
+        model.apply_sample(PolledSample {
             source,
-            look: Ok(look),
+            sample: Ok(sample),
             at,
         });
     }
     model
 }
 
-fn with_hot(hot: Vec<HotKey>) -> Look {
-    Look { hot, ..Look::default() }
+fn with_hot(hot: Vec<HotKey>) -> Sample {
+    Sample {
+        hot,
+        ..Sample::default()
+    }
 }
 
 fn keys(model: &Model) -> Vec<String> {
@@ -66,7 +69,7 @@ fn keys(model: &Model) -> Vec<String> {
 
 #[test]
 fn a_key_of_several_processes_is_one_row() {
-    let model = told(vec![
+    let model = model_of(vec![
         with_hot(vec![hot("k", 10, 2, None, 5)]),
         with_hot(vec![hot("k", 30, 3, Some(("two", 7)), 90), hot("other", 5, 1, None, 1)]),
     ]);
@@ -80,14 +83,14 @@ fn a_key_of_several_processes_is_one_row() {
 }
 
 #[test]
-fn of_two_who_say_that_they_have_it_the_later_one_does() {
-    let model = told(vec![
-        Look {
+fn later_of_two_reported_holders_is_shown() {
+    let model = model_of(vec![
+        Sample {
             held: vec![held("k", "one", 500, 7)],
             held_total: 1,
             ..with_hot(vec![hot("k", 1, 0, Some(("one", 500)), 1)])
         },
-        Look {
+        Sample {
             held: vec![held("k", "two", 3, 8)],
             held_total: 1,
             ..with_hot(vec![hot("k", 1, 0, Some(("two", 3)), 1)])
@@ -96,17 +99,17 @@ fn of_two_who_say_that_they_have_it_the_later_one_does() {
     let rows = model.rows();
     assert_eq!(rows.hot[0].holder.as_deref(), Some("two"));
     assert_eq!(
-        (rows.held.len(), rows.held[0].who.as_str(), rows.held[0].waiters),
+        (rows.held.len(), rows.held[0].holder.as_str(), rows.held[0].waiters),
         (1, "two", 2)
     );
 }
 
 #[test]
-fn a_held_lock_counts_those_who_wait_in_other_processes() {
-    let model = told(vec![
-        Look {
+fn held_lock_counts_waiters_in_other_processes() {
+    let model = model_of(vec![
+        Sample {
             held: vec![held("k", "one", 500, 7)],
-            ..Look::default()
+            ..Sample::default()
         },
         with_hot(vec![hot("k", 1, 4, None, 1)]),
     ]);
@@ -114,8 +117,8 @@ fn a_held_lock_counts_those_who_wait_in_other_processes() {
 }
 
 #[test]
-fn a_key_that_is_held_so_long_that_nobody_got_it_yet_is_shown_among_the_hot_ones() {
-    let model = told(vec![Look {
+fn key_held_for_long_with_waiters_is_shown_among_the_hot_keys() {
+    let model = model_of(vec![Sample {
         held: vec![held("k", "one", 60_000, 7)],
         ..with_hot(vec![hot("other", 1, 0, None, 1)])
     }]);
@@ -125,112 +128,112 @@ fn a_key_that_is_held_so_long_that_nobody_got_it_yet_is_shown_among_the_hot_ones
         (stuck.waiters, stuck.holder.as_deref(), stuck.waits),
         (1, Some("one"), None)
     );
-    assert_eq!(model.sums().held, 1);
+    assert_eq!(model.totals().held, 1);
 }
 
 #[test]
 fn a_shard_is_up_as_far_as_processes_see_it_so() {
-    let shard = |up| Look {
+    let shard = |up| Sample {
         shards: vec![Shard {
             name: "s".to_owned(),
             up,
             leases: 3,
             ..Shard::default()
         }],
-        ..Look::default()
+        ..Sample::default()
     };
-    let model = told(vec![shard(true), shard(false), shard(true)]);
+    let model = model_of(vec![shard(true), shard(false), shard(true)]);
     let rows = model.rows().shards;
     assert_eq!((rows.len(), rows[0].up, rows[0].of, rows[0].leases), (1, 2, 3, 9));
-    assert_eq!((model.sums().shards_up, model.sums().shards), (0, 1));
+    assert_eq!((model.totals().shards_up, model.totals().shards), (0, 1));
 }
 
 #[test]
 fn rows_are_sorted_by_any_column_and_the_other_way_round() {
-    let mut model = told(vec![with_hot(vec![
+    let mut model = model_of(vec![with_hot(vec![
         hot("b", 10, 1, None, 300),
         hot("a", 20, 9, Some(("x", 50)), 1),
         hot("c", 15, 5, None, 20),
     ])]);
     // After a single sample there are no rates, so the counts decide.
     assert_eq!(keys(&model), ["a", "c", "b"]);
-    model.has_columns(vec![By::Name, By::Waiters, By::P99]);
-    model.act(Action::NextColumn);
+    model.set_columns(vec![ColumnId::Name, ColumnId::Waiters, ColumnId::P99]);
+    model.apply(Action::NextColumn);
     assert_eq!(
         (model.order(View::Hot).by, keys(&model)),
-        (By::Name, ["a", "b", "c"].map(String::from).to_vec())
+        (ColumnId::Name, ["a", "b", "c"].map(String::from).to_vec())
     );
-    model.act(Action::Reverse);
+    model.apply(Action::Reverse);
     assert_eq!(keys(&model), ["c", "b", "a"]);
-    model.act(Action::NextColumn);
+    model.apply(Action::NextColumn);
     assert_eq!(keys(&model), ["a", "c", "b"]);
-    model.act(Action::NextColumn);
+    model.apply(Action::NextColumn);
     assert_eq!(keys(&model), ["b", "c", "a"]);
     // Each view has its own order.
-    assert_eq!(model.order(View::Held).by, By::Age);
+    assert_eq!(model.order(View::Held).by, ColumnId::Age);
 }
 
 #[test]
 fn a_filter_finds_keys_and_holders_in_any_case() {
-    let mut model = told(vec![with_hot(vec![
+    let mut model = model_of(vec![with_hot(vec![
         hot("Coupon:1", 3, 0, Some(("vm-7", 1)), 1),
         hot("job:1", 2, 0, None, 1),
     ])]);
     let write = |model: &mut Model, text: &str| {
-        model.act(Action::Filter(Edit::Begin));
+        model.apply(Action::Filter(Edit::Begin));
         for char in text.chars() {
-            model.act(Action::Filter(Edit::Add(char)));
+            model.apply(Action::Filter(Edit::Add(char)));
         }
-        model.act(Action::Filter(Edit::Keep));
+        model.apply(Action::Filter(Edit::Keep));
     };
     write(&mut model, "COUP");
     assert_eq!(keys(&model), ["Coupon:1"]);
-    assert!(!model.writing);
-    model.act(Action::Filter(Edit::Remove));
+    assert!(!model.editing_filter);
+    model.apply(Action::Filter(Edit::Remove));
     write(&mut model, "x");
     assert!(keys(&model).is_empty());
-    model.act(Action::Escape);
+    model.apply(Action::Escape);
     write(&mut model, "vm-7");
     assert_eq!(keys(&model), ["Coupon:1"]);
-    model.act(Action::Escape);
+    model.apply(Action::Escape);
     assert_eq!(keys(&model).len(), 2);
 }
 
 #[test]
 fn a_filter_has_an_end() {
-    let mut model = told(vec![]);
-    model.act(Action::Filter(Edit::Begin));
+    let mut model = model_of(vec![]);
+    model.apply(Action::Filter(Edit::Begin));
     for _ in 0..FILTER_CHARS_MAX + 10 {
-        model.act(Action::Filter(Edit::Add('é')));
+        model.apply(Action::Filter(Edit::Add('é')));
     }
     assert_eq!(model.filter().chars().count(), FILTER_CHARS_MAX);
 }
 
 #[test]
 fn a_paused_view_takes_nothing_and_asks_for_nothing() {
-    let mut model = told(vec![with_hot(vec![hot("k", 1, 0, None, 1)])]);
-    model.act(Action::Pause);
-    assert!(model.wish().paused);
-    let look = Ok(with_hot(vec![]));
-    model.take(Answer {
+    let mut model = model_of(vec![with_hot(vec![hot("k", 1, 0, None, 1)])]);
+    model.apply(Action::Pause);
+    assert!(model.control().paused);
+    let sample = Ok(with_hot(vec![]));
+    model.apply_sample(PolledSample {
         source: 0,
-        look,
+        sample,
         at: Instant::now(),
     });
     assert_eq!(keys(&model), ["k"]);
-    model.act(Action::Pause);
-    assert!(!model.wish().paused);
+    model.apply(Action::Pause);
+    assert!(!model.control().paused);
 }
 
 #[test]
 fn scrolling_stays_within_the_rows() {
-    let mut model = told(vec![]);
+    let mut model = model_of(vec![]);
     assert_eq!(model.first_row(100, 10), 0);
-    model.act(Action::Move(Motion::PageDown));
+    model.apply(Action::Move(Motion::PageDown));
     assert_eq!(model.first_row(100, 10), 9);
-    model.act(Action::Move(Motion::Last));
+    model.apply(Action::Move(Motion::Last));
     assert_eq!(model.first_row(100, 10), 90);
-    model.act(Action::Move(Motion::Up));
+    model.apply(Action::Move(Motion::Up));
     assert_eq!(model.first_row(100, 10), 89);
     // Fewer rows than before.
     assert_eq!(model.first_row(5, 10), 0);

@@ -16,7 +16,7 @@ use shardlock::admin::DEFAULT_ADDRESS;
 use tokio::net::TcpStream;
 use tokio::task::JoinSet;
 
-use super::{Look, pages};
+use super::{Sample, pages};
 
 /// The time limit for one sample, connecting included.
 const TIME_MAX: Duration = Duration::from_secs(2);
@@ -35,7 +35,7 @@ pub(in crate::top) struct Address {
 
 impl Address {
     /// The default address of an admin endpoint.
-    pub(in crate::top) fn usual() -> Self {
+    pub(in crate::top) fn default_address() -> Self {
         Self {
             host: DEFAULT_ADDRESS.ip().to_string(),
             port: DEFAULT_ADDRESS.port(),
@@ -58,27 +58,27 @@ impl FromStr for Address {
         if text.starts_with("https://") {
             return Err("an admin endpoint speaks plain HTTP; give HOST:PORT".to_owned());
         }
-        let place = text.strip_prefix("http://").unwrap_or(text);
-        let (place, path) = place.split_once('/').unwrap_or((place, ""));
+        let address = text.strip_prefix("http://").unwrap_or(text);
+        let (address, path) = address.split_once('/').unwrap_or((address, ""));
         if !["", "metrics"].contains(&path) {
             return Err(format!(
                 "{text:?} has a path, but the paths of an admin endpoint are fixed; give HOST:PORT"
             ));
         }
-        let usual = Self::usual();
-        if let Ok(port) = place.strip_prefix(':').unwrap_or(place).parse() {
-            return Ok(Self { port, ..usual });
+        let default = Self::default_address();
+        if let Ok(port) = address.strip_prefix(':').unwrap_or(address).parse() {
+            return Ok(Self { port, ..default });
         }
-        let bad = || format!("{text:?} is not HOST:PORT, such as {usual}");
-        let authority: Authority = place.parse().map_err(|_| bad())?;
-        let (host, rest) = place.split_at_checked(authority.host().len()).ok_or_else(bad)?;
+        let invalid = || format!("{text:?} is not HOST:PORT, such as {default}");
+        let authority: Authority = address.parse().map_err(|_| invalid())?;
+        let (host, rest) = address.split_at_checked(authority.host().len()).ok_or_else(invalid)?;
         if host.is_empty() || host != authority.host() {
-            return Err(bad());
+            return Err(invalid());
         }
         let port = match rest.strip_prefix(':') {
-            Some(port) => port.parse().ok().filter(|port| *port != 0).ok_or_else(bad)?,
-            None if rest.is_empty() => usual.port,
-            None => return Err(bad()),
+            Some(port) => port.parse().ok().filter(|port| *port != 0).ok_or_else(invalid)?,
+            None if rest.is_empty() => default.port,
+            None => return Err(invalid()),
         };
         Ok(Self {
             host: host.to_owned(),
@@ -102,9 +102,9 @@ impl Endpoint {
         self.address.to_string()
     }
 
-    pub(super) async fn look(&self) -> Result<Look, String> {
-        let connector = async { tokio::try_join!(self.page("/hot"), self.page("/held"), self.page("/shards")) };
-        match tokio::time::timeout(TIME_MAX, connector).await {
+    pub(super) async fn sample(&self) -> Result<Sample, String> {
+        let pages = async { tokio::try_join!(self.page("/hot"), self.page("/held"), self.page("/shards")) };
+        match tokio::time::timeout(TIME_MAX, pages).await {
             Ok(pages) => pages.map(|(hot, held, shards)| pages::read(hot, held, shards)),
             Err(_) => Err(format!("no answer within {}", humantime::format_duration(TIME_MAX))),
         }
@@ -113,15 +113,15 @@ impl Endpoint {
     async fn page<T: DeserializeOwned>(&self, path: &str) -> Result<T, String> {
         let (status, body) = self.get(path).await?;
         if status != StatusCode::OK {
-            let said = String::from_utf8_lossy(&body);
-            let said: String = said
+            let message = String::from_utf8_lossy(&body);
+            let message: String = message
                 .lines()
                 .next()
                 .unwrap_or_default()
                 .chars()
                 .take(REFUSAL_CHARS_MAX)
                 .collect();
-            return Err(format!("{path} returned {}: {said}", status.as_u16()));
+            return Err(format!("{path} returned {}: {message}", status.as_u16()));
         }
         serde_json::from_slice(&body).map_err(|error| format!("{path} is not what an admin endpoint returns: {error}"))
     }
@@ -130,14 +130,14 @@ impl Endpoint {
         let host = self.address.host.trim_matches(['[', ']']);
         let stream = TcpStream::connect((host, self.address.port))
             .await
-            .map_err(|error| in_words(&error))?;
+            .map_err(|error| without_os_error_number(&error))?;
         let (mut sender, connection) = http1::handshake(TokioIo::new(stream))
             .await
             .map_err(|error| error.to_string())?;
         // Ends the connection with the request. The request reports the connection's errors as
         // well.
-        let mut carrier = JoinSet::new();
-        carrier.spawn(connection);
+        let mut connection_task = JoinSet::new();
+        connection_task.spawn(connection);
         let request = Request::get(path)
             .header(HOST, self.address.to_string())
             .header(CONNECTION, "close")
@@ -152,10 +152,10 @@ impl Endpoint {
 }
 
 /// The error message without the OS error number.
-fn in_words(error: &std::io::Error) -> String {
+fn without_os_error_number(error: &std::io::Error) -> String {
     let text = error.to_string();
-    let words = text.split(" (os error").next().unwrap_or_default();
-    words.to_lowercase()
+    let message = text.split(" (os error").next().unwrap_or_default();
+    message.to_lowercase()
 }
 
 #[cfg(test)]
@@ -174,7 +174,7 @@ mod tests {
     }
 
     #[test]
-    fn what_is_no_address_is_refused() {
+    fn invalid_addresses_are_refused() {
         for text in ["", "https://a:1", "a:b", "a:", "a:0", "a:70000", "user@a:1", "a b"] {
             assert!(text.parse::<Address>().is_err(), "{text:?}");
         }

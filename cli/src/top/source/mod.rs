@@ -4,8 +4,8 @@
 //! sources nor the keyboard.
 
 mod endpoint;
+mod lease_scan;
 mod pages;
-mod scan;
 mod shards;
 
 use std::time::{Duration, Instant};
@@ -15,11 +15,11 @@ use tokio::sync::{mpsc, watch};
 use tokio::task::JoinSet;
 
 pub(super) use endpoint::{Address, Endpoint};
-pub(super) use shards::{Shards, Wanted};
+pub(super) use shards::{KeySelection, Shards};
 
 /// One sample of a source.
 #[derive(Debug, Clone, Default, PartialEq)]
-pub(super) struct Look {
+pub(super) struct Sample {
     /// The manager's name, as in its owner tags; a different name means a different process. `None`
     /// if the shards were read.
     pub(super) manager: Option<String>,
@@ -47,7 +47,7 @@ pub(super) struct HotKey {
 #[derive(Debug, Clone, PartialEq)]
 pub(super) struct Holder {
     /// The process, or the value that another library stored.
-    pub(super) who: String,
+    pub(super) process: String,
     pub(super) age: Age,
 }
 
@@ -70,7 +70,7 @@ pub(super) struct Quantiles {
 pub(super) struct HeldLock {
     pub(super) key: String,
     pub(super) shard: String,
-    pub(super) who: String,
+    pub(super) holder: String,
     pub(super) age: Age,
     /// The validity left; `None` for a lease without a TTL.
     pub(super) remaining: Option<Duration>,
@@ -129,10 +129,10 @@ impl Source {
     /// # Errors
     ///
     /// A one-line message for the user.
-    pub(super) async fn look(&mut self) -> Result<Look, String> {
+    pub(super) async fn sample(&mut self) -> Result<Sample, String> {
         match self {
-            Self::Endpoint(endpoint) => endpoint.look().await,
-            Self::Shards(shards) => Ok(shards.look().await),
+            Self::Endpoint(endpoint) => endpoint.sample().await,
+            Self::Shards(shards) => Ok(shards.sample().await),
         }
     }
 
@@ -144,80 +144,85 @@ impl Source {
 }
 
 #[derive(Debug)]
-pub(super) struct Answer {
+pub(super) struct PolledSample {
     /// The index of the source.
     pub(super) source: usize,
-    pub(super) look: Result<Look, String>,
+    pub(super) sample: Result<Sample, String>,
     pub(super) at: Instant,
 }
 
-/// What the user asks of the sources.
+/// What the user wants of the sources.
 #[derive(Debug, Clone, Copy, Default, PartialEq, Eq)]
-pub(super) struct Wish {
+pub(super) struct PollControl {
     pub(super) paused: bool,
     /// How many searches for more keys were requested.
     pub(super) searches: u64,
 }
 
-/// How many answers may be queued for display.
-const ANSWERS_MAX: usize = 64;
+/// How many samples may be queued for display.
+const SAMPLES_QUEUED_MAX: usize = 64;
 
 /// Sources that are polled until this is dropped.
 #[derive(Debug)]
-pub(super) struct Asking {
-    wish: watch::Sender<Wish>,
-    answers: mpsc::Receiver<Answer>,
+pub(super) struct Poller {
+    control: watch::Sender<PollControl>,
+    samples: mpsc::Receiver<PolledSample>,
     /// Dropping it aborts the tasks.
     _tasks: JoinSet<()>,
 }
 
-impl Asking {
+impl Poller {
     pub(super) fn start(sources: Vec<Source>, interval: Duration) -> Self {
-        let (wish, wishes) = watch::channel(Wish::default());
-        let (sender, answers) = mpsc::channel(ANSWERS_MAX);
+        let (control, controls) = watch::channel(PollControl::default());
+        let (sender, samples) = mpsc::channel(SAMPLES_QUEUED_MAX);
         let mut tasks = JoinSet::new();
         for (number, source) in sources.into_iter().enumerate() {
-            tasks.spawn(ask(source, number, interval, wishes.clone(), sender.clone()));
+            tasks.spawn(poll(source, number, interval, controls.clone(), sender.clone()));
         }
         Self {
-            wish,
-            answers,
+            control,
+            samples,
             _tasks: tasks,
         }
     }
 
-    /// Waits for the next answer. Cancel safe.
-    pub(super) async fn next(&mut self) -> Option<Answer> {
-        self.answers.recv().await
+    /// Waits for the next sample. Cancel safe.
+    pub(super) async fn next(&mut self) -> Option<PolledSample> {
+        self.samples.recv().await
     }
 
-    pub(super) fn wish(&self, wish: Wish) {
-        self.wish.send_if_modified(|was| std::mem::replace(was, wish) != wish);
+    pub(super) fn control(&self, control: PollControl) {
+        self.control
+            .send_if_modified(|current| std::mem::replace(current, control) != control);
     }
 }
 
-async fn ask(
+async fn poll(
     mut source: Source,
     number: usize,
     interval: Duration,
-    mut wishes: watch::Receiver<Wish>,
-    answers: mpsc::Sender<Answer>,
+    mut controls: watch::Receiver<PollControl>,
+    samples: mpsc::Sender<PolledSample>,
 ) {
     let mut searches = 0;
     loop {
-        let Ok(wish) = wishes.wait_for(|wish| !wish.paused).await.map(|wish| *wish) else {
+        let Ok(control) = controls
+            .wait_for(|control| !control.paused)
+            .await
+            .map(|control| *control)
+        else {
             return;
         };
-        if wish.searches != searches {
-            searches = wish.searches;
+        if control.searches != searches {
+            searches = control.searches;
             source.search().await;
         }
-        let look = source.look().await;
+        let sample = source.sample().await;
         let at = Instant::now();
-        if answers
-            .send(Answer {
+        if samples
+            .send(PolledSample {
                 source: number,
-                look,
+                sample,
                 at,
             })
             .await
@@ -227,7 +232,7 @@ async fn ask(
         }
         tokio::select! {
             () = tokio::time::sleep(interval) => {}
-            changed = wishes.changed() => if changed.is_err() { return },
+            changed = controls.changed() => if changed.is_err() { return },
         }
     }
 }

@@ -5,7 +5,7 @@ use std::time::Duration;
 
 use serde::Deserialize;
 
-use super::{Age, HeldLock, Holder, HotKey, Locks, Look, Quantiles, Shard, process_of};
+use super::{Age, HeldLock, Holder, HotKey, Locks, Quantiles, Sample, Shard, process_of};
 
 /// `/hot`
 #[derive(Debug, Deserialize)]
@@ -97,11 +97,11 @@ const fn exactly(time: Duration) -> Age {
 }
 
 /// Combines the three pages into a sample.
-pub(super) fn read(hot: HotPage, held: HeldPage, shards: ShardsPage) -> Look {
+pub(super) fn read(hot: HotPage, held: HeldPage, shards: ShardsPage) -> Sample {
     let process = process_of(&shards.manager);
     let hot = hot.keys.into_iter().map(|hot| HotKey {
         holder: hot.holder.map(|holder| Holder {
-            who: process.to_owned(),
+            process: process.to_owned(),
             age: exactly(ms(holder.held_ms)),
         }),
         waits: Some(hot.wait_ms.read()),
@@ -111,7 +111,7 @@ pub(super) fn read(hot: HotPage, held: HeldPage, shards: ShardsPage) -> Look {
         waiters: hot.waiters,
     });
     let locks = held.held.into_iter().map(|lock| HeldLock {
-        who: process_of(&lock.owner).to_owned(),
+        holder: process_of(&lock.owner).to_owned(),
         key: lock.key,
         shard: lock.shard,
         age: exactly(ms(lock.age_ms)),
@@ -120,7 +120,7 @@ pub(super) fn read(hot: HotPage, held: HeldPage, shards: ShardsPage) -> Look {
         token: Some(lock.token),
         caller: lock.caller,
     });
-    Look {
+    Sample {
         hot: hot.collect(),
         held: locks.collect(),
         held_total: held.total,
@@ -157,7 +157,7 @@ mod tests {
 
     #[test]
     fn the_pages_of_a_process_are_read_and_unknown_fields_passed_over() {
-        let look = read(
+        let sample = read(
             page(
                 r#"{"keys":[{"key":"k","shard":"s","contended":7,"acquired":5,"error":1,"waiters":2,
                      "holder":{"held_ms":1.5,"token":9},"wait_ms":{"p50":0.25,"p99":2.0,"max":3.0},"new":[]}],"k":64}"#,
@@ -173,19 +173,22 @@ mod tests {
         );
         let age = exactly(Duration::from_micros(1500));
         assert_eq!(
-            look.hot[0].holder,
+            sample.hot[0].holder,
             Some(Holder {
-                who: "vm-1".to_owned(),
+                process: "vm-1".to_owned(),
                 age
             })
         );
-        assert_eq!(look.hot[0].waits.map(|waits| waits.p99), Some(Duration::from_millis(2)));
-        assert_eq!((look.held_total, look.held[0].age), (3, age));
         assert_eq!(
-            (look.held[0].who.as_str(), look.held[0].remaining),
+            sample.hot[0].waits.map(|waits| waits.p99),
+            Some(Duration::from_millis(2))
+        );
+        assert_eq!((sample.held_total, sample.held[0].age), (3, age));
+        assert_eq!(
+            (sample.held[0].holder.as_str(), sample.held[0].remaining),
             ("vm-1", Some(Duration::ZERO))
         );
-        assert_eq!(look.shards[0].locks.map(|locks| locks.local), Some(20));
-        assert_eq!(look.uptime, Some(Duration::from_millis(61_500)));
+        assert_eq!(sample.shards[0].locks.map(|locks| locks.local), Some(20));
+        assert_eq!(sample.uptime, Some(Duration::from_millis(61_500)));
     }
 }

@@ -3,7 +3,7 @@
 //!
 //! # Implementation details
 //!
-//! The cost of a sample is bounded: one request per known key, at most [`AT_ONCE`] at a time and
+//! The cost of a sample is bounded: one request per known key, at most [`CONCURRENT_READS_MAX`] at a time and
 //! [`KEYS_MAX`] in all. The servers are searched for keys only at the start and on request.
 
 use std::collections::{BTreeMap, BTreeSet};
@@ -12,19 +12,19 @@ use std::time::{Duration, Instant};
 use futures_util::{StreamExt, stream};
 use shardlock::{Builder, Config, Endpoint, KeyState, LockError, LockKey, LockManager};
 
-use super::scan::{self, Cursors};
-use super::{Age, HeldLock, Holder, HotKey, Look, Quantiles, Shard, process_of};
+use super::lease_scan::{self, Cursors};
+use super::{Age, HeldLock, Holder, HotKey, Quantiles, Sample, Shard, process_of};
 
 /// The maximum number of known keys.
 const KEYS_MAX: usize = 1000;
 /// How many keys are read concurrently.
-const AT_ONCE: usize = 64;
+const CONCURRENT_READS_MAX: usize = 64;
 /// A key found by a search is dropped if it is not held or waited for during this time.
 const IDLE_MAX: Duration = Duration::from_secs(60);
 
 /// Which keys to show.
 #[derive(Debug, Clone)]
-pub(in crate::top) struct Wanted {
+pub(in crate::top) struct KeySelection {
     pub(in crate::top) named: Vec<LockKey>,
     /// How many keys of a server a search scans; zero to not search.
     pub(in crate::top) budget: u64,
@@ -35,14 +35,14 @@ pub(in crate::top) struct Shards {
     config: Config,
     locks: LockManager,
     budget: u64,
-    keys: BTreeMap<LockKey, Known>,
+    keys: BTreeMap<LockKey, KnownKey>,
     cursors: Cursors,
     /// The message of the last search.
-    found: Option<String>,
+    search_note: Option<String>,
 }
 
 #[derive(Debug)]
-struct Known {
+struct KnownKey {
     /// Given by `--key`, and so never dropped.
     named: bool,
     used_at: Instant,
@@ -56,12 +56,12 @@ impl Shards {
     /// # Errors
     ///
     /// The errors of connecting.
-    pub(in crate::top) async fn connect(config: Config, wanted: Wanted) -> Result<Self, LockError> {
+    pub(in crate::top) async fn connect(config: Config, selection: KeySelection) -> Result<Self, LockError> {
         let locks = Builder::new().config(config.clone()).connect().await?;
         let now = Instant::now();
-        let is_anything_named = !wanted.named.is_empty();
-        let named = wanted.named.into_iter().map(|key| {
-            let known = Known {
+        let is_anything_named = !selection.named.is_empty();
+        let named = selection.named.into_iter().map(|key| {
+            let known = KnownKey {
                 named: true,
                 used_at: now,
                 owner: None,
@@ -72,9 +72,9 @@ impl Shards {
             keys: named.collect(),
             config,
             locks,
-            budget: wanted.budget,
+            budget: selection.budget,
             cursors: Cursors::default(),
-            found: None,
+            search_note: None,
         };
         if !is_anything_named {
             shards.search().await;
@@ -92,31 +92,31 @@ impl Shards {
     /// Searches the servers for more leases.
     pub(super) async fn search(&mut self) {
         let before = self.keys.len();
-        let (mut more, mut troubles) = (false, BTreeSet::new());
+        let (mut more, mut errors) = (false, BTreeSet::new());
         if self.budget == 0 {
-            troubles.insert("--scan is 0, so the servers are not searched for keys".to_owned());
+            errors.insert("--scan is 0, so the servers are not searched for keys".to_owned());
         } else {
             for shard in &self.config.shards {
                 // The manager has already parsed it.
                 let Ok(endpoint) = Endpoint::parse(&shard.url) else {
                     continue;
                 };
-                match scan::search(&shard.name, &endpoint, &self.config, &mut self.cursors, self.budget).await {
+                match lease_scan::search(&shard.name, &endpoint, &self.config, &mut self.cursors, self.budget).await {
                     Ok(found) => {
                         more |= found.more;
                         let map = self.locks.shard_map();
                         let here = found.keys.into_iter().filter(|key| map.name(key.slot()) == shard.name);
-                        more |= !take(&mut self.keys, here, Instant::now());
+                        more |= !add_keys(&mut self.keys, here, Instant::now());
                     }
-                    Err(trouble) => {
-                        troubles.insert(trouble);
+                    Err(error) => {
+                        errors.insert(error);
                     }
                 }
             }
         }
         let new = self.keys.len() - before;
-        self.found = match troubles.into_iter().next() {
-            Some(trouble) => Some(trouble),
+        self.search_note = match errors.into_iter().next() {
+            Some(error) => Some(error),
             None if more => Some(format!(
                 "found {new} more; not all keys were searched, press n to continue"
             )),
@@ -124,24 +124,24 @@ impl Shards {
         };
     }
 
-    pub(super) async fn look(&mut self) -> Look {
-        let questions: Vec<LockKey> = self.keys.keys().cloned().collect();
+    pub(super) async fn sample(&mut self) -> Sample {
+        let keys: Vec<LockKey> = self.keys.keys().cloned().collect();
         let now = Instant::now();
         let locks = &self.locks;
-        let answers: Vec<_> = stream::iter(questions)
+        let states: Vec<_> = stream::iter(keys)
             .map(|key| async move {
-                let seen = locks.inspect(&key).await;
-                (key, seen)
+                let state = locks.inspect(&key).await;
+                (key, state)
             })
-            .buffer_unordered(AT_ONCE)
+            .buffer_unordered(CONCURRENT_READS_MAX)
             .collect()
             .await;
-        let mut look = Look::default();
+        let mut sample = Sample::default();
         let mut failure = None;
         let mut per_shard: BTreeMap<String, (usize, usize)> = BTreeMap::new();
-        for (key, seen) in answers {
-            let seen = match seen {
-                Ok(seen) => seen,
+        for (key, state) in states {
+            let state = match state {
+                Ok(state) => state,
                 // A key found by a search that is not a lease.
                 Err(LockError::Refused { .. }) if self.keys.get(&key).is_some_and(|known| !known.named) => {
                     self.keys.remove(&key);
@@ -154,19 +154,19 @@ impl Shards {
             };
             let shard = self.locks.shard_map().name(key.slot()).to_owned();
             let (leases, waiters) = per_shard.entry(shard.clone()).or_default();
-            *leases += usize::from(seen.holder.is_some());
-            *waiters += seen.queue_length as usize;
+            *leases += usize::from(state.holder.is_some());
+            *waiters += state.queue_length as usize;
             let Some(known) = self.keys.get_mut(&key) else { continue };
-            known.see(&seen, now);
-            show(&mut look, &key, shard, &seen, known, now);
+            known.update(&state, now);
+            add_rows(&mut sample, &key, shard, &state, known, now);
         }
         self.keys
             .retain(|_, known| known.named || now.duration_since(known.used_at) < IDLE_MAX);
-        look.held_total = look.held.len();
-        look.held.sort_by_key(|held| std::cmp::Reverse(held.age));
-        look.shards = self.shards(&per_shard);
-        look.note = failure.or_else(|| self.found.clone());
-        look
+        sample.held_total = sample.held.len();
+        sample.held.sort_by_key(|held| std::cmp::Reverse(held.age));
+        sample.shards = self.shards(&per_shard);
+        sample.note = failure.or_else(|| self.search_note.clone());
+        sample
     }
 
     fn shards(&self, per_shard: &BTreeMap<String, (usize, usize)>) -> Vec<Shard> {
@@ -190,12 +190,12 @@ impl Shards {
 }
 
 /// Adds the found keys while there is room. Returns whether all of them fit.
-fn take(keys: &mut BTreeMap<LockKey, Known>, found: impl Iterator<Item = LockKey>, now: Instant) -> bool {
+fn add_keys(keys: &mut BTreeMap<LockKey, KnownKey>, found: impl Iterator<Item = LockKey>, now: Instant) -> bool {
     for key in found {
         if keys.len() >= KEYS_MAX && !keys.contains_key(&key) {
             return false;
         }
-        keys.entry(key).or_insert(Known {
+        keys.entry(key).or_insert(KnownKey {
             named: false,
             used_at: now,
             owner: None,
@@ -204,34 +204,34 @@ fn take(keys: &mut BTreeMap<LockKey, Known>, found: impl Iterator<Item = LockKey
     true
 }
 
-impl Known {
-    fn see(&mut self, seen: &KeyState, now: Instant) {
-        if seen.holder.is_some() || seen.queue_length > 0 {
+impl KnownKey {
+    fn update(&mut self, state: &KeyState, now: Instant) {
+        if state.holder.is_some() || state.queue_length > 0 {
             self.used_at = now;
         }
-        self.owner = seen.holder.as_ref().map(|holder| match self.owner.take() {
+        self.owner = state.holder.as_ref().map(|holder| match self.owner.take() {
             Some((owner, since)) if owner == holder.owner => (owner, since),
             _ => (holder.owner.clone(), now),
         });
     }
 }
 
-fn show(look: &mut Look, key: &LockKey, shard: String, seen: &KeyState, known: &Known, now: Instant) {
-    let waiters = seen.queue_length as usize;
+fn add_rows(sample: &mut Sample, key: &LockKey, shard: String, state: &KeyState, known: &KnownKey, now: Instant) {
+    let waiters = state.queue_length as usize;
     let holder = known.owner.as_ref().map(|(owner, since)| Holder {
-        who: process_of(owner).to_owned(),
+        process: process_of(owner).to_owned(),
         age: Age {
             time: now.duration_since(*since),
             at_least: true,
         },
     });
     if let Some(holder) = &holder {
-        look.held.push(HeldLock {
+        sample.held.push(HeldLock {
             key: key.to_string(),
             shard: shard.clone(),
-            who: holder.who.clone(),
+            holder: holder.process.clone(),
             age: holder.age,
-            remaining: seen.holder.as_ref().and_then(|holder| holder.remaining),
+            remaining: state.holder.as_ref().and_then(|holder| holder.remaining),
             waiters,
             // The slot's latest token may belong to another lock.
             token: None,
@@ -239,7 +239,7 @@ fn show(look: &mut Look, key: &LockKey, shard: String, seen: &KeyState, known: &
         });
     }
     if waiters > 0 || known.named {
-        look.hot.push(HotKey {
+        sample.hot.push(HotKey {
             key: key.to_string(),
             shard,
             contended: None,

@@ -3,25 +3,11 @@
 use std::cmp::Ordering;
 
 use super::merge::{HeldRow, HotRow, ShardRow};
-
-/// A view of the table.
-#[derive(Debug, Clone, Copy, PartialEq, Eq, clap::ValueEnum)]
-pub(in crate::top) enum View {
-    /// The keys with the most contention
-    Hot,
-    /// The locks that are held, the oldest first
-    Held,
-    /// The shards
-    Shards,
-}
-
-impl View {
-    pub(in crate::top) const ALL: [Self; 3] = [Self::Hot, Self::Held, Self::Shards];
-}
+use super::view::View;
 
 /// A column by which rows can be sorted.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub(in crate::top) enum By {
+pub(in crate::top) enum ColumnId {
     Name,
     Shard,
     Kind,
@@ -41,7 +27,7 @@ pub(in crate::top) enum By {
     Remote,
 }
 
-impl By {
+impl ColumnId {
     /// Whether this column is sorted in descending order by default.
     const fn largest_first(self) -> bool {
         !matches!(
@@ -53,24 +39,24 @@ impl By {
 
 /// The order of one view.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub(in crate::top) struct Order {
-    pub(in crate::top) by: By,
+pub(in crate::top) struct SortOrder {
+    pub(in crate::top) by: ColumnId,
     pub(in crate::top) largest_first: bool,
 }
 
-impl Order {
-    pub(super) const fn of(by: By) -> Self {
+impl SortOrder {
+    pub(super) const fn of(by: ColumnId) -> Self {
         Self {
             by,
             largest_first: by.largest_first(),
         }
     }
 
-    pub(super) const fn usual(view: View) -> Self {
+    pub(super) const fn default_of(view: View) -> Self {
         Self::of(match view {
-            View::Hot => By::Rate,
-            View::Held => By::Age,
-            View::Shards => By::Name,
+            View::Hot => ColumnId::Rate,
+            View::Held => ColumnId::Age,
+            View::Shards => ColumnId::Name,
         })
     }
 
@@ -82,9 +68,9 @@ impl Order {
     }
 
     /// Sorts by the next of these columns.
-    pub(super) fn next(self, columns: &[By]) -> Self {
-        let place = columns.iter().position(|by| *by == self.by);
-        let next = place.map_or(0, |place| (place + 1) % columns.len().max(1));
+    pub(super) fn next(self, columns: &[ColumnId]) -> Self {
+        let index = columns.iter().position(|by| *by == self.by);
+        let next = index.map_or(0, |index| (index + 1) % columns.len().max(1));
         columns.get(next).map_or(self, |by| Self::of(*by))
     }
 
@@ -101,7 +87,7 @@ impl Order {
 
 /// A row that can be sorted and filtered.
 pub(super) trait Sortable {
-    fn compare(&self, other: &Self, by: By) -> Ordering;
+    fn compare(&self, other: &Self, by: ColumnId) -> Ordering;
     fn tie(one: &Self, other: &Self) -> Ordering;
     /// The texts that a filter searches.
     fn texts(&self) -> [&str; 3];
@@ -112,29 +98,29 @@ pub(super) trait Sortable {
     }
 }
 
-fn floats(one: Option<f64>, other: Option<f64>) -> Ordering {
+fn compare_floats(one: Option<f64>, other: Option<f64>) -> Ordering {
     // Unknown values sort as the smallest.
     one.unwrap_or(-1.0).total_cmp(&other.unwrap_or(-1.0))
 }
 
 impl Sortable for HotRow {
-    fn compare(&self, other: &Self, by: By) -> Ordering {
+    fn compare(&self, other: &Self, by: ColumnId) -> Ordering {
         match by {
-            By::Name => self.key.cmp(&other.key),
-            By::Shard => self.shard.cmp(&other.shard),
-            By::Holder => self.holder.cmp(&other.holder),
-            By::Age => self.age.cmp(&other.age),
-            By::Waiters => self.waiters.cmp(&other.waiters),
-            By::P50 => self
+            ColumnId::Name => self.key.cmp(&other.key),
+            ColumnId::Shard => self.shard.cmp(&other.shard),
+            ColumnId::Holder => self.holder.cmp(&other.holder),
+            ColumnId::Age => self.age.cmp(&other.age),
+            ColumnId::Waiters => self.waiters.cmp(&other.waiters),
+            ColumnId::P50 => self
                 .waits
                 .map(|waits| waits.p50)
                 .cmp(&other.waits.map(|waits| waits.p50)),
-            By::P99 => self
+            ColumnId::P99 => self
                 .waits
                 .map(|waits| waits.p99)
                 .cmp(&other.waits.map(|waits| waits.p99)),
-            By::Contended => self.contended.cmp(&other.contended),
-            _ => floats(self.rate, other.rate),
+            ColumnId::Contended => self.contended.cmp(&other.contended),
+            _ => compare_floats(self.rate, other.rate),
         }
     }
 
@@ -149,19 +135,19 @@ impl Sortable for HotRow {
 }
 
 impl Sortable for HeldRow {
-    fn compare(&self, other: &Self, by: By) -> Ordering {
+    fn compare(&self, other: &Self, by: ColumnId) -> Ordering {
         match by {
-            By::Name => self.key.cmp(&other.key),
-            By::Shard => self.shard.cmp(&other.shard),
-            By::Holder => self.who.cmp(&other.who),
+            ColumnId::Name => self.key.cmp(&other.key),
+            ColumnId::Shard => self.shard.cmp(&other.shard),
+            ColumnId::Holder => self.holder.cmp(&other.holder),
             // Leases without a TTL come last.
-            By::Left => {
+            ColumnId::Left => {
                 let left = |row: &Self| (row.remaining.is_none(), row.remaining);
                 left(self).cmp(&left(other))
             }
-            By::Waiters => self.waiters.cmp(&other.waiters),
-            By::Token => self.token.cmp(&other.token),
-            By::Caller => self.caller.cmp(&other.caller),
+            ColumnId::Waiters => self.waiters.cmp(&other.waiters),
+            ColumnId::Token => self.token.cmp(&other.token),
+            ColumnId::Caller => self.caller.cmp(&other.caller),
             _ => self.age.cmp(&other.age),
         }
     }
@@ -171,29 +157,29 @@ impl Sortable for HeldRow {
     }
 
     fn texts(&self) -> [&str; 3] {
-        [&self.key, &self.who, self.caller.as_deref().unwrap_or_default()]
+        [&self.key, &self.holder, self.caller.as_deref().unwrap_or_default()]
     }
 }
 
 impl Sortable for ShardRow {
-    fn compare(&self, other: &Self, by: By) -> Ordering {
+    fn compare(&self, other: &Self, by: ColumnId) -> Ordering {
         let rate = |row: &Self, of: fn(super::LockRates) -> f64| row.rates.map(of);
         match by {
-            By::Kind => self.kind.cmp(&other.kind),
-            By::State => (self.up * other.of.max(1)).cmp(&(other.up * self.of.max(1))),
-            By::Leases => self.leases.cmp(&other.leases),
-            By::Waiters => self.waiters.cmp(&other.waiters),
-            By::Rate => floats(rate(self, |rates| rates.acquired), rate(other, |rates| rates.acquired)),
-            By::Local => floats(rate(self, |rates| rates.local), rate(other, |rates| rates.local)),
-            By::Remote => floats(rate(self, |rates| rates.remote), rate(other, |rates| rates.remote)),
-            By::P50 => self.round_trips.p50.cmp(&other.round_trips.p50),
-            By::P99 => self.round_trips.p99.cmp(&other.round_trips.p99),
-            _ => natural(&self.name, &other.name),
+            ColumnId::Kind => self.kind.cmp(&other.kind),
+            ColumnId::State => (self.up * other.of.max(1)).cmp(&(other.up * self.of.max(1))),
+            ColumnId::Leases => self.leases.cmp(&other.leases),
+            ColumnId::Waiters => self.waiters.cmp(&other.waiters),
+            ColumnId::Rate => compare_floats(rate(self, |rates| rates.acquired), rate(other, |rates| rates.acquired)),
+            ColumnId::Local => compare_floats(rate(self, |rates| rates.local), rate(other, |rates| rates.local)),
+            ColumnId::Remote => compare_floats(rate(self, |rates| rates.remote), rate(other, |rates| rates.remote)),
+            ColumnId::P50 => self.round_trips.p50.cmp(&other.round_trips.p50),
+            ColumnId::P99 => self.round_trips.p99.cmp(&other.round_trips.p99),
+            _ => compare_names(&self.name, &other.name),
         }
     }
 
     fn tie(one: &Self, other: &Self) -> Ordering {
-        natural(&one.name, &other.name)
+        compare_names(&one.name, &other.name)
     }
 
     fn texts(&self) -> [&str; 3] {
@@ -202,7 +188,7 @@ impl Sortable for ShardRow {
 }
 
 /// `shard-2` comes before `shard-10`.
-fn natural(one: &str, other: &str) -> Ordering {
+fn compare_names(one: &str, other: &str) -> Ordering {
     let parts = |name: &str| {
         let stem = name.trim_end_matches(|char: char| char.is_ascii_digit()).len();
         let (stem, number) = name.split_at(stem);
@@ -218,19 +204,19 @@ mod tests {
     #[test]
     fn numbers_at_the_end_of_names_are_compared_as_numbers() {
         let mut names = ["shard-10", "shard-2", "eu", "shard-1", "9"];
-        names.sort_by(|one, other| natural(one, other));
+        names.sort_by(|one, other| compare_names(one, other));
         assert_eq!(names, ["9", "eu", "shard-1", "shard-2", "shard-10"]);
     }
 
     #[test]
     fn the_order_goes_through_the_columns_and_comes_round() {
-        let columns = [By::Name, By::Age];
-        let order = Order::of(By::Name);
+        let columns = [ColumnId::Name, ColumnId::Age];
+        let order = SortOrder::of(ColumnId::Name);
         assert!(!order.largest_first);
         let next = order.next(&columns);
-        assert_eq!((next.by, next.largest_first), (By::Age, true));
+        assert_eq!((next.by, next.largest_first), (ColumnId::Age, true));
         assert_eq!(next.reversed().next(&columns), order);
         // If the column is no longer shown, the first one is next.
-        assert_eq!(Order::of(By::Token).next(&columns).by, By::Name);
+        assert_eq!(SortOrder::of(ColumnId::Token).next(&columns).by, ColumnId::Name);
     }
 }

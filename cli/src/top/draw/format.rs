@@ -62,7 +62,7 @@ pub(super) fn count(count: u64) -> String {
 
 /// Where a text that is too long is shortened.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub(super) enum Cut {
+pub(super) enum Truncation {
     Head,
     Middle,
     Tail,
@@ -75,14 +75,14 @@ pub(super) fn width(text: &str) -> usize {
 
 /// Replaces characters that would move the cursor or change the writing direction by `?`: a key can
 /// contain any character, and there is little room for escapes.
-pub(super) fn plain(text: &str) -> String {
+pub(super) fn sanitize(text: &str) -> String {
     text.chars()
         .map(|char| if must_be_escaped(char) { '?' } else { char })
         .collect()
 }
 
 /// Shortens a text to at most this many columns, with an ellipsis for the part that is left out.
-pub(super) fn fit(text: &str, columns: usize, cut: Cut) -> String {
+pub(super) fn truncate(text: &str, columns: usize, cut: Truncation) -> String {
     if width(text) <= columns {
         return text.to_owned();
     }
@@ -90,9 +90,9 @@ pub(super) fn fit(text: &str, columns: usize, cut: Cut) -> String {
         return String::new();
     };
     let (head, tail) = match cut {
-        Cut::Head => (0, room),
-        Cut::Middle => (room.div_ceil(2), room / 2),
-        Cut::Tail => (room, 0),
+        Truncation::Head => (0, room),
+        Truncation::Middle => (room.div_ceil(2), room / 2),
+        Truncation::Tail => (room, 0),
     };
     let head = prefix(text.chars(), head);
     let tail: String = prefix(text.chars().rev(), tail).chars().rev().collect();
@@ -161,22 +161,22 @@ mod tests {
 
     #[test]
     fn a_long_text_loses_what_matters_least() {
-        assert_eq!(fit("coupon:123", 10, Cut::Middle), "coupon:123");
-        assert_eq!(fit("coupon:1234", 10, Cut::Middle), "coupo…1234");
+        assert_eq!(truncate("coupon:123", 10, Truncation::Middle), "coupon:123");
+        assert_eq!(truncate("coupon:1234", 10, Truncation::Middle), "coupo…1234");
         assert_eq!(
-            fit("src/jobs.rs:57:13", 10, Cut::Head),
+            truncate("src/jobs.rs:57:13", 10, Truncation::Head),
             "…rs:57:13".replace("…rs", "….rs")
         );
-        assert_eq!(fit("a long reason", 7, Cut::Tail), "a long…");
-        assert_eq!(fit("abc", 0, Cut::Middle), "");
-        assert_eq!(fit("abc", 1, Cut::Middle), "…");
+        assert_eq!(truncate("a long reason", 7, Truncation::Tail), "a long…");
+        assert_eq!(truncate("abc", 0, Truncation::Middle), "");
+        assert_eq!(truncate("abc", 1, Truncation::Middle), "…");
         // A wide character is not split.
-        assert_eq!(fit("鍵鍵鍵鍵", 6, Cut::Middle), "鍵…鍵");
-        assert!(width(&fit("鍵鍵鍵鍵", 4, Cut::Middle)) <= 4);
+        assert_eq!(truncate("鍵鍵鍵鍵", 6, Truncation::Middle), "鍵…鍵");
+        assert!(width(&truncate("鍵鍵鍵鍵", 4, Truncation::Middle)) <= 4);
     }
 
     #[test]
-    fn what_would_move_the_cursor_is_not_shown() {
-        assert_eq!(plain("a\x1b[2J\u{202e}b\n"), "a?[2J?b?");
+    fn characters_that_move_the_cursor_are_not_shown() {
+        assert_eq!(sanitize("a\x1b[2J\u{202e}b\n"), "a?[2J?b?");
     }
 }

@@ -11,9 +11,9 @@ use shardlock::{Config, Endpoint, LockKey, ServerUrl};
 use crate::servers::{Connector, escape_glob, primaries, query};
 
 /// The keys that a server scans in one step, well under a millisecond of its time.
-const STEP: u64 = 200;
+const KEYS_PER_STEP: u64 = 200;
 /// The time limit of a search, per server.
-const TIME_MAX: Duration = Duration::from_secs(2);
+const SEARCH_TIME_MAX: Duration = Duration::from_secs(2);
 
 /// Where each server's next search starts.
 #[derive(Debug, Default)]
@@ -28,7 +28,7 @@ pub(super) struct Found {
 }
 
 /// Why a shard can't be searched.
-pub(super) type ProbeError = String;
+pub(super) type SearchError = String;
 
 /// Scans about `budget` keys of each server of the shard that stores leases.
 pub(super) async fn search(
@@ -37,7 +37,7 @@ pub(super) async fn search(
     config: &Config,
     cursors: &mut Cursors,
     budget: u64,
-) -> Result<Found, ProbeError> {
+) -> Result<Found, SearchError> {
     let connector = Connector::new(config).map_err(|error| format!("{error:#}"))?;
     let servers = primaries(endpoint, &connector)
         .await
@@ -66,12 +66,16 @@ async fn search_server(
     cursor: &mut u64,
     budget: u64,
     found: &mut Found,
-) -> Result<(), ProbeError> {
+) -> Result<(), SearchError> {
     let mut connection = connector.connect(server).await.map_err(|error| error.reason)?;
     let (pattern, began) = (pattern(&config.namespace), Instant::now());
-    for _ in 0..budget.div_ceil(STEP) {
+    for _ in 0..budget.div_ceil(KEYS_PER_STEP) {
         let mut step = cmd("SCAN");
-        step.arg(*cursor).arg("MATCH").arg(&pattern).arg("COUNT").arg(STEP);
+        step.arg(*cursor)
+            .arg("MATCH")
+            .arg(&pattern)
+            .arg("COUNT")
+            .arg(KEYS_PER_STEP);
         let (next, names): (u64, Vec<Vec<u8>>) = query(&mut connection, &step).await?;
         let names = names.iter().filter_map(|name| std::str::from_utf8(name).ok());
         found.keys.extend(names.filter_map(|name| config.key_of_lease(name)));
@@ -79,7 +83,7 @@ async fn search_server(
         if next == 0 {
             return Ok(());
         }
-        if began.elapsed() >= TIME_MAX {
+        if began.elapsed() >= SEARCH_TIME_MAX {
             break;
         }
     }
