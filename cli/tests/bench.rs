@@ -123,7 +123,7 @@ fn leases_that_linger_cost_the_server_next_to_nothing() {
 }
 
 #[test]
-fn as_many_keys_as_tasks_give_each_its_own() {
+fn each_task_has_its_own_key_if_there_are_as_many_keys() {
     let figures = figures(&["--processes", "2", "--tasks", "4", "--keys", "8", "--duration", "1s"]);
     assert_eq!(
         number(&figures, "/handoffs/uncontended"),
@@ -291,7 +291,7 @@ impl Terminal {
 }
 
 #[test]
-fn an_interrupt_ends_it_early_with_what_was_measured() {
+fn interrupt_ends_the_bench_early_with_what_was_measured() {
     let server = RedisServer::start();
     let terminal = Terminal::new();
     let temp = tempfile::tempdir().unwrap();
@@ -383,7 +383,7 @@ fn a_wait_goes_on_through_errors() {
 }
 
 #[test]
-fn a_worker_that_dies_ends_it_with_an_error_that_says_so() {
+fn dead_worker_ends_the_bench_with_an_error() {
     let server = RedisServer::start();
     let mut command = bare(&["bench", "--processes", "2", "--tasks", "2", "--duration", "10m"]);
     command.args(["--shard", &server.url()]);

@@ -272,7 +272,7 @@ fn a_worker_that_dies_ends_the_demo_with_an_error_that_says_so() {
 
 #[cfg(target_os = "linux")]
 #[test]
-fn nothing_of_a_killed_demo_runs_on() {
+fn killed_demo_leaves_no_running_process() {
     let mut demo = Demo::start(&["--seconds", "30"]);
     let descendants = demo.descendants();
     assert_eq!(descendants.len(), CHILDREN, "{descendants:?}");
@@ -296,10 +296,10 @@ fn a_server_that_is_missing_is_an_error_that_says_how_to_get_one() {
         .output()
         .unwrap();
     assert!(!output.status.success());
-    let said = String::from_utf8_lossy(&output.stderr);
+    let stderr = String::from_utf8_lossy(&output.stderr);
     assert!(
-        said.contains("make demo") && said.contains("SHARDLOCK_REDIS_SERVER"),
-        "{said}"
+        stderr.contains("make demo") && stderr.contains("SHARDLOCK_REDIS_SERVER"),
+        "{stderr}"
     );
 }
 

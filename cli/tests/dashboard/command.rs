@@ -42,24 +42,24 @@ fn start() -> (Running, u16) {
         .stdin(Stdio::null())
         .stdout(Stdio::piped());
     let mut process = Process::spawn(command).expect("start scripts/dashboard");
-    let mut said = BufReader::new(process.take_stdout().expect("the output is piped"));
+    let mut output = BufReader::new(process.take_stdout().expect("the output is piped"));
     let running = Running { process, temp };
     let port = loop {
         let mut line = String::new();
-        assert_ne!(said.read_line(&mut line).unwrap(), 0, "the command has ended");
+        assert_ne!(output.read_line(&mut line).unwrap(), 0, "the command has ended");
         if let Some(port) = line.trim_end().strip_prefix("Prometheus: http://127.0.0.1:") {
             break port.parse().unwrap();
         }
     };
     std::thread::spawn(move || {
         // Keep reading, so that the command never blocks on its output. The output is for people.
-        drop(said.read_to_string(&mut String::new()));
+        drop(output.read_to_string(&mut String::new()));
     });
     (running, port)
 }
 
 #[test]
-fn it_measures_a_load_until_it_is_stopped_and_leaves_nothing() {
+fn dashboard_command_measures_a_load_until_it_is_stopped_and_leaves_nothing() {
     let (mut running, port) = start();
     wait_until("Prometheus has scraped locks", PATIENCE, || {
         let locks = prometheus::query(port, "sum(shardlock_acquisitions_total{job=\"shardlock\"})");

@@ -4,7 +4,7 @@ use std::time::{Duration, Instant};
 
 use rustix::process::{Signal, kill_process};
 
-use crate::scene::Scene;
+use crate::environment::Environment;
 use crate::support::{ClientType, PATIENCE, RedisServer, other_clock, quorum, wait_until};
 
 /// Panels that may show only zeros while there is no fault.
@@ -28,12 +28,12 @@ pub(crate) const QUIET: &[&str] = &[
 pub(crate) struct Fault {
     pub(crate) what: &'static str,
     pub(crate) shown_by: &'static [Sign],
-    pub(crate) inject: fn(&Scene),
+    pub(crate) inject: fn(&Environment),
     /// Whether the fault is injected repeatedly until it shows.
     pub(crate) is_repeated: bool,
     /// Whether nothing else causes the same sign, however busy the machine is.
     pub(crate) is_unmistakable: bool,
-    pub(crate) mend: fn(&Scene),
+    pub(crate) mend: fn(&Environment),
 }
 
 /// How a fault shows: in a series of this panel with these labels and such a value.
@@ -69,9 +69,9 @@ pub(crate) const FAULTS: &[Fault] = &[
             above_zero("Leases lost", &[]),
             above_zero("Renewals", &[("outcome", "not_ours")]),
         ],
-        inject: |scene| {
-            remove_reports(&scene.first);
-            remove_reports(&scene.second);
+        inject: |environment| {
+            remove_reports(&environment.first);
+            remove_reports(&environment.second);
         },
         is_repeated: true,
         is_unmistakable: true,
@@ -83,18 +83,18 @@ pub(crate) const FAULTS: &[Fault] = &[
             above_zero("Resubscriptions", &[("shard", "shard-1")]),
             above_zero("Connections opened", &[("shard", "shard-1"), ("kind", "subscription")]),
         ],
-        inject: |scene| {
-            scene.second.client_kill(ClientType::PubSub);
+        inject: |environment| {
+            environment.second.client_kill(ClientType::PubSub);
         },
         ..PLAIN
     },
     Fault {
         what: "a grant arrives for a key without waiters",
         shown_by: &[above_zero("Stale grants", &[("shard", "shard-1")])],
-        inject: |scene| {
+        inject: |environment| {
             // The load has its own namespace, and its inboxes are gone for a moment after they were
             // cut off.
-            let keys = scene.second.keys();
+            let keys = environment.second.keys();
             let Some((namespace, _)) = keys.iter().find_map(|key| key.split_once('%')) else {
                 return;
             };
@@ -102,14 +102,14 @@ pub(crate) const FAULTS: &[Fault] = &[
                 .iter()
                 .filter(|key| key.starts_with(namespace) && !key.contains('%'));
             for lease in leases {
-                let owner: Option<String> = scene.second.query(&["GET", lease]);
+                let owner: Option<String> = environment.second.query(&["GET", lease]);
                 let Some((manager, cycle)) = owner.as_deref().and_then(|owner| owner.rsplit_once(':')) else {
                     continue;
                 };
                 // A key of the same shard: grants for keys of other shards are ignored.
                 let key = format!("nobody-wants-it-{{{}}}", &lease[namespace.len()..]);
                 let (inbox, grant) = (format!("{namespace}in:{manager}"), format!("g {cycle} 90 8 0 {key}"));
-                let received: u64 = scene.second.query(&["PUBLISH", &inbox, &grant]);
+                let received: u64 = environment.second.query(&["PUBLISH", &inbox, &grant]);
                 println!("{received} connections received {grant:?} in {inbox}");
             }
         },
@@ -126,7 +126,7 @@ pub(crate) const FAULTS: &[Fault] = &[
                 is_bad: |seconds| seconds > 0.5,
             },
         ],
-        inject: |scene| other_clock::set(scene.first.dir(), 1),
+        inject: |environment| other_clock::set(environment.first.dir(), 1),
         is_unmistakable: true,
         ..PLAIN
     },
@@ -140,8 +140,8 @@ pub(crate) const FAULTS: &[Fault] = &[
             },
             above_zero("Stalls", &[]),
         ],
-        inject: |scene| {
-            let worker = scene.worker();
+        inject: |environment| {
+            let worker = environment.worker();
             kill_process(worker, Signal::STOP).expect("stop a worker");
             let (stopped_at, long) = (Instant::now(), quorum::MAX_TTL + Duration::from_millis(500));
             wait_until("the worker was stopped for long enough", PATIENCE, || {
@@ -164,8 +164,8 @@ pub(crate) const FAULTS: &[Fault] = &[
             above_zero("Requests without a lock, by outcome", &[("outcome", "unavailable")]),
             above_zero("Abandoned cycles", &[("shard", "shard-1")]),
         ],
-        inject: |scene| scene.second.stop(),
-        mend: |scene| scene.second.cont(),
+        inject: |environment| environment.second.stop(),
+        mend: |environment| environment.second.cont(),
         ..PLAIN
     },
     Fault {
@@ -174,7 +174,7 @@ pub(crate) const FAULTS: &[Fault] = &[
             above_zero("Suspect quorum nodes", &[("node", "3")]),
             above_zero("Votes of quorum nodes", &[("node", "3"), ("outcome", "unanswered")]),
         ],
-        inject: |scene| scene.quorum.nodes()[2].kill(),
+        inject: |environment| environment.quorum.nodes()[2].kill(),
         ..PLAIN
     },
     // The last fault, since it can't be mended. The scripts would raise a counter that merely went
@@ -182,9 +182,9 @@ pub(crate) const FAULTS: &[Fault] = &[
     Fault {
         what: "counters are beyond what a script can count",
         shown_by: &[above_zero("Token regressions", &[("shard", "shard-0")])],
-        inject: |scene| {
-            for counter in scene.first.keys().iter().filter(|key| key.contains("%fence:")) {
-                scene.first.command(&["SET", counter, BEYOND_COUNTING]);
+        inject: |environment| {
+            for counter in environment.first.keys().iter().filter(|key| key.contains("%fence:")) {
+                environment.first.command(&["SET", counter, BEYOND_COUNTING]);
             }
         },
         is_unmistakable: true,

@@ -5,12 +5,12 @@
 // A failing environment ends the test.
 #![allow(clippy::expect_used, clippy::panic, clippy::unwrap_used)]
 
-mod board;
 mod command;
+mod definition;
+mod environment;
 mod faults;
 mod metrics;
 mod model;
-mod running;
-mod scene;
+mod panel_data;
 #[path = "../../../tests/support/mod.rs"]
 mod support;

@@ -4,7 +4,7 @@ use std::collections::BTreeSet;
 
 use shardlock::{METRICS, Metric, MetricKind};
 
-use crate::board::Board;
+use crate::definition::Dashboard;
 
 /// Labels that Prometheus adds.
 const ADDED: [&str; 2] = ["job", "instance"];
@@ -66,12 +66,12 @@ fn groups(expression: &str) -> BTreeSet<&str> {
 
 #[test]
 fn every_metric_has_the_labels_that_it_is_asked_by() {
-    let board = Board::read();
-    let asked = board
+    let dashboard = Dashboard::read();
+    let asked = dashboard
         .panels
         .iter()
         .flat_map(|panel| panel.targets.iter().map(|target| (&panel.title, &target.expression)));
-    let chosen = board
+    let chosen = dashboard
         .variables
         .iter()
         .map(|variable| (&variable.name, &variable.series));
@@ -94,7 +94,7 @@ fn every_metric_has_the_labels_that_it_is_asked_by() {
             // The variables apply to every panel whose metrics have their labels.
             let choosing = ADDED.into_iter().chain(["class", "shard"]);
             for label in choosing.filter(|&label| has(label) && place != "job") {
-                let is_variable = board.variables.iter().any(|variable| &variable.name == place);
+                let is_variable = dashboard.variables.iter().any(|variable| &variable.name == place);
                 let by_it = one.labels.iter().any(|given| given == label);
                 assert!(by_it || is_variable, "{place}: {expression} ignores ${label}");
             }
@@ -104,7 +104,7 @@ fn every_metric_has_the_labels_that_it_is_asked_by() {
 
 #[test]
 fn a_legend_names_labels_that_are_left() {
-    for panel in &Board::read().panels {
+    for panel in &Dashboard::read().panels {
         for target in &panel.targets {
             let groups = groups(&target.expression);
             for label in target
@@ -126,8 +126,8 @@ fn a_legend_names_labels_that_are_left() {
 
 #[test]
 fn every_metric_is_on_the_dashboard_or_left_out_for_a_reason() {
-    let board = Board::read();
-    let expressions = board.panels.iter().flat_map(|panel| &panel.targets);
+    let dashboard = Dashboard::read();
+    let expressions = dashboard.panels.iter().flat_map(|panel| &panel.targets);
     let shown: BTreeSet<_> = expressions
         .flat_map(|target| uses(&target.expression))
         .map(|one| one.metric.name)
@@ -147,7 +147,7 @@ fn every_metric_is_on_the_dashboard_or_left_out_for_a_reason() {
 #[test]
 fn every_panel_says_what_it_means_and_what_to_do() {
     let mut titles = BTreeSet::new();
-    for panel in &Board::read().panels {
+    for panel in &Dashboard::read().panels {
         assert!(
             titles.insert(panel.title.clone()),
             "two panels are titled {}",

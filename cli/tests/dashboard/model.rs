@@ -5,7 +5,7 @@ use std::process::{Command, Output};
 
 use serde_json::{Value, json};
 
-use crate::board;
+use crate::definition;
 
 /// The Python interpreter that has the model.
 fn python() -> PathBuf {
@@ -21,7 +21,7 @@ fn check(what: &str, at: Option<&Path>) -> Output {
     let mut command = Command::new(python());
     command
         .arg("-B")
-        .arg(board::folder().join("dashboard.py"))
+        .arg(definition::folder().join("dashboard.py"))
         .arg(what)
         .args(at);
     command.output().expect("run Python")
@@ -35,8 +35,8 @@ fn the_dashboard_is_as_the_model_wants_it_and_as_it_is_made() {
 
 #[test]
 fn a_misspelt_field_is_an_error_that_says_where() {
-    let board: Value = serde_json::from_str(&std::fs::read_to_string(board::file()).unwrap()).unwrap();
-    let panels = board["panels"].as_array().unwrap();
+    let dashboard: Value = serde_json::from_str(&std::fs::read_to_string(definition::file()).unwrap()).unwrap();
+    let panels = dashboard["panels"].as_array().unwrap();
     let place = |kind: &str| panels.iter().position(|panel| panel["type"] == kind).unwrap();
     let (stat, lines) = (place("stat"), place("timeseries"));
     let at = |panel: usize, rest: &str| format!("/panels/{panel}{rest}");
@@ -59,17 +59,17 @@ fn a_misspelt_field_is_an_error_that_says_where() {
     ];
     let temp = tempfile::tempdir().unwrap();
     for (pointer, name, value) in mistakes {
-        let mut wrong = board.clone();
+        let mut wrong = dashboard.clone();
         wrong.pointer_mut(&pointer).expect("a place")[name] = value.clone();
         let file = temp.path().join("wrong.json");
         std::fs::write(&file, serde_json::to_string_pretty(&wrong).unwrap()).unwrap();
         let output = check("--check", Some(&file));
-        let said = String::from_utf8_lossy(&output.stderr);
+        let stderr = String::from_utf8_lossy(&output.stderr);
         assert!(!output.status.success(), "{pointer}/{name} = {value} was not found");
         // The error may name a value that is checked together with the wrong one.
-        let is_named = said.contains(name) || said.contains(value.as_str().unwrap_or(name));
-        let by_model = said.lines().any(|line| !line.contains("dashboard.py makes"));
-        assert!(is_named && by_model, "{pointer}/{name} = {value}: {said}");
+        let is_named = stderr.contains(name) || stderr.contains(value.as_str().unwrap_or(name));
+        let by_model = stderr.lines().any(|line| !line.contains("dashboard.py makes"));
+        assert!(is_named && by_model, "{pointer}/{name} = {value}: {stderr}");
     }
 }
 
@@ -78,7 +78,7 @@ fn the_provisioning_files_have_what_grafana_knows_and_a_misspelt_field_is_an_err
     let output = check("--provisioning", None);
     assert!(output.status.success(), "{}", String::from_utf8_lossy(&output.stderr));
 
-    let kept = board::folder().join("provisioning");
+    let kept = definition::folder().join("provisioning");
     for (file, right, wrong) in [
         ("datasources/prometheus.yml", "timeInterval:", "timeIntervall:"),
         ("datasources/prometheus.yml", "isDefault:", "default:"),
@@ -93,10 +93,10 @@ fn the_provisioning_files_have_what_grafana_knows_and_a_misspelt_field_is_an_err
             std::fs::write(temp.path().join(name), text).unwrap();
         }
         let output = check("--provisioning", Some(temp.path()));
-        let said = String::from_utf8_lossy(&output.stderr);
+        let stderr = String::from_utf8_lossy(&output.stderr);
         assert!(
-            !output.status.success() && said.contains(wrong.trim_end_matches(':')),
-            "{file}, {wrong}: {said}"
+            !output.status.success() && stderr.contains(wrong.trim_end_matches(':')),
+            "{file}, {wrong}: {stderr}"
         );
     }
 }

@@ -4,7 +4,7 @@ use std::time::Duration;
 
 use crate::GOOD;
 use crate::good_and;
-use crate::said::doctor;
+use crate::report::doctor;
 use crate::support::RedisServer;
 use crate::support::other_clock::{self, OtherClock};
 use crate::support::proxy::Proxy;
@@ -13,17 +13,17 @@ use crate::support::proxy::Proxy;
 fn a_clock_that_is_wrong_is_warned_of() {
     let clock = OtherClock::build();
     let server = RedisServer::start_in(&clock.settable(), &GOOD);
-    let said = doctor(&[&server.url()], &[]);
+    let report = doctor(&[&server.url()], &[]);
     assert_eq!(
-        (said.code, &said.one("clock")["level"]),
+        (report.code, &report.one("clock")["level"]),
         (0, &"ok".into()),
         "{:#}",
-        said.json
+        report.json
     );
     for (seconds, words) in [(30, " ms ahead of this machine's"), (-30, " ms behind this machine's")] {
         other_clock::set(server.dir(), seconds);
-        let said = doctor(&[&server.url()], &[]);
-        said.complains_only("clock", "warning", &[words, "chrony"]);
+        let report = doctor(&[&server.url()], &[]);
+        report.has_only_problem("clock", "warning", &[words, "chrony"]);
     }
 }
 
@@ -35,9 +35,9 @@ fn nodes_whose_clocks_differ_are_named() {
         .collect();
     let places: Vec<_> = nodes.iter().map(RedisServer::address).collect();
     other_clock::set(nodes[2].dir(), 20);
-    let said = doctor(&[&format!("redlock://{}", places.join(","))], &[]);
-    let apart = said.one("clocks");
-    assert_eq!(apart["level"], "warning", "{:#}", said.json);
+    let report = doctor(&[&format!("redlock://{}", places.join(","))], &[]);
+    let apart = report.one("clocks");
+    assert_eq!(apart["level"], "warning", "{:#}", report.json);
     assert!(
         apart["found"]
             .as_str()
@@ -45,8 +45,8 @@ fn nodes_whose_clocks_differ_are_named() {
             .starts_with(&format!("{} is ", places[2])),
         "{apart}"
     );
-    assert_eq!(said.at(Some(&places[2]), "clock")["level"], "warning");
-    assert_eq!(said.at(Some(&places[0]), "clock")["level"], "ok");
+    assert_eq!(report.at(Some(&places[2]), "clock")["level"], "warning");
+    assert_eq!(report.at(Some(&places[0]), "clock")["level"], "ok");
 }
 
 #[test]
@@ -55,9 +55,9 @@ fn a_server_that_is_too_far_away_for_the_ttl_is_told_by_what_was_measured() {
     let proxy = Proxy::start(server.address());
     proxy.slow_down(Duration::from_millis(60));
     let ttl = |ttl: &str| doctor(&[&proxy.url()], &["--set", ttl, "--set", "store_timeout=5s"]);
-    let said = ttl("ttl=200ms");
-    let finding = said.one("ttl-round-trip");
-    assert_eq!((said.code, &finding["level"]), (2, &"error".into()), "{finding}");
+    let report = ttl("ttl=200ms");
+    let finding = report.one("ttl-round-trip");
+    assert_eq!((report.code, &finding["level"]), (2, &"error".into()), "{finding}");
     assert!(finding["mend"].as_str().unwrap().contains("set ttl to 1."), "{finding}");
     assert_eq!(ttl("ttl=1s").one("ttl-round-trip")["level"], "warning");
     assert_eq!(ttl("ttl=30s").one("ttl-round-trip")["level"], "ok");

@@ -13,7 +13,7 @@ mod clocks;
 #[cfg(feature = "etcd")]
 mod etcd;
 mod nodes;
-mod said;
+mod report;
 mod sentinel;
 
 use std::collections::BTreeMap;
@@ -21,7 +21,7 @@ use std::fs;
 
 use serde_json::Value;
 
-use said::{command, doctor};
+use report::{command, doctor};
 use support::filter::{Filter, Verdict, is_of_several_slots};
 use support::{PATIENCE, RedisServer, wait_until};
 use tool::{Holder, bare, run};
@@ -36,9 +36,9 @@ fn good_and(more: &[&str]) -> RedisServer {
 #[test]
 fn a_good_server_has_nothing_to_complain_of_and_is_left_as_it_is() {
     let server = good_and(&[]);
-    let said = doctor(&[&server.url()], &[]);
-    assert_eq!(said.complaints(), BTreeMap::new(), "{:#}", said.json);
-    assert_eq!(said.code, 0);
+    let report = doctor(&[&server.url()], &[]);
+    assert_eq!(report.problems(), BTreeMap::new(), "{:#}", report.json);
+    assert_eq!(report.code, 0);
     for check in [
         "reachable",
         "version",
@@ -50,15 +50,15 @@ fn a_good_server_has_nothing_to_complain_of_and_is_left_as_it_is() {
         "shard-map",
         "ttl",
     ] {
-        let finding = said.one(check);
+        let finding = report.one(check);
         assert_eq!(
             (&finding["level"], &finding["why"], &finding["mend"]),
             (&"ok".into(), &Value::Null, &Value::Null)
         );
     }
-    assert_eq!(said.one("access")["level"], "note");
-    assert_eq!(said.json["counts"]["error"], 0);
-    assert_eq!(said.json["shards"][0]["servers"][0]["part"], "primary");
+    assert_eq!(report.one("access")["level"], "note");
+    assert_eq!(report.json["counts"]["error"], 0);
+    assert_eq!(report.json["shards"][0]["servers"][0]["part"], "primary");
     assert_eq!((server.dbsize(), server.publishes(), server.calls("set")), (0, 0, 0));
     assert_eq!(server.channels(), Vec::<String>::new());
 
@@ -76,10 +76,10 @@ fn locks_that_are_in_use_are_left_alone() {
     let server = good_and(&[]);
     let holder = Holder::of(&server, "k");
     let before = server.keys();
-    let said = doctor(&[&server.url()], &[]);
-    assert_eq!(said.code, 0, "{:#}", said.json);
+    let report = doctor(&[&server.url()], &[]);
+    assert_eq!(report.code, 0, "{:#}", report.json);
     assert!(
-        said.one("shard-map")["found"]
+        report.one("shard-map")["found"]
             .as_str()
             .unwrap()
             .contains("as configured: v2 shard-0:0-16383")
@@ -91,8 +91,8 @@ fn locks_that_are_in_use_are_left_alone() {
 #[test]
 fn a_server_that_may_evict_locks_is_an_error() {
     let server = good_and(&["--maxmemory-policy", "allkeys-lru", "--maxmemory", "100mb"]);
-    let said = doctor(&[&server.url()], &[]);
-    said.complains_only(
+    let report = doctor(&[&server.url()], &[]);
+    report.has_only_problem(
         "maxmemory-policy",
         "error",
         &[
@@ -101,8 +101,11 @@ fn a_server_that_may_evict_locks_is_an_error() {
         ],
     );
     server.command(&["CONFIG", "SET", "maxmemory", "0"]);
-    let said = doctor(&[&server.url()], &[]);
-    assert_eq!((said.code, &said.one("maxmemory-policy")["level"]), (0, &"note".into()));
+    let report = doctor(&[&server.url()], &[]);
+    assert_eq!(
+        (report.code, &report.one("maxmemory-policy")["level"]),
+        (0, &"note".into())
+    );
     // The doctor's advice fixes the fault.
     server.command(&["CONFIG", "SET", "maxmemory-policy", "noeviction"]);
     assert_eq!(doctor(&[&server.url()], &[]).one("maxmemory-policy")["level"], "ok");
@@ -111,13 +114,13 @@ fn a_server_that_may_evict_locks_is_an_error() {
 #[test]
 fn a_server_that_forgets_on_restart_is_warned_of() {
     let server = RedisServer::start();
-    let said = doctor(&[&server.url()], &[]);
-    said.complains_only(
+    let report = doctor(&[&server.url()], &[]);
+    report.has_only_problem(
         "persistence",
         "warning",
         &["a restart forgets all locks", "CONFIG SET appendonly yes"],
     );
-    assert_eq!(said.json["level"], "warning");
+    assert_eq!(report.json["level"], "warning");
 }
 
 #[test]
@@ -130,17 +133,17 @@ fn settings_that_make_hand_offs_slow_are_told() {
         "--tcp-keepalive",
         "0",
     ]);
-    let said = doctor(&[&server.url()], &[]);
-    said.complains_only("pubsub-limits", "warning", &["CONFIG SET client-output-buffer-limit"]);
-    assert_eq!(said.one("timeout")["level"], "note");
-    assert_eq!(said.one("tcp-keepalive")["level"], "note");
+    let report = doctor(&[&server.url()], &[]);
+    report.has_only_problem("pubsub-limits", "warning", &["CONFIG SET client-output-buffer-limit"]);
+    assert_eq!(report.one("timeout")["level"], "note");
+    assert_eq!(report.one("tcp-keepalive")["level"], "note");
 }
 
 #[test]
 fn a_password_that_is_missing_or_wrong_is_an_error_that_does_not_show_it() {
     let server = good_and(&["--requirepass", "s3cret"]);
-    let said = doctor(&[&server.url()], &[]);
-    said.complains_only("reachable", "error", &["asks for a password", "redis://:password@host"]);
+    let report = doctor(&[&server.url()], &[]);
+    report.has_only_problem("reachable", "error", &["asks for a password", "redis://:password@host"]);
 
     let wrong = format!("redis://:wr0ng@{}", server.address());
     let ended = run(command(&[&wrong], &[]));
@@ -149,14 +152,14 @@ fn a_password_that_is_missing_or_wrong_is_an_error_that_does_not_show_it() {
     assert!(!format!("{ended:?}").contains("wr0ng"), "{ended:?}");
 
     let right = format!("redis://:s3cret@{}", server.address());
-    let said = doctor(&[&right], &[]);
+    let report = doctor(&[&right], &[]);
     assert_eq!(
-        (said.code, &said.one("access")["level"]),
+        (report.code, &report.one("access")["level"]),
         (0, &"ok".into()),
         "{:#}",
-        said.json
+        report.json
     );
-    assert!(!said.json.to_string().contains("s3cret"));
+    assert!(!report.json.to_string().contains("s3cret"));
 }
 
 const RULES: &str = "on >s3cret ~lock:* ~{lock:* &lock:in:* +@all -@dangerous +role";
@@ -171,17 +174,22 @@ fn a_permission_that_is_missing_is_named_with_the_command_that_gives_it() {
         server.command(&words);
     };
     set_user(RULES);
-    let said = doctor(&[&url], &[]);
-    assert_eq!((said.code, said.complaints()), (0, BTreeMap::new()), "{:#}", said.json);
+    let report = doctor(&[&url], &[]);
+    assert_eq!(
+        (report.code, report.problems()),
+        (0, BTreeMap::new()),
+        "{:#}",
+        report.json
+    );
     // The user may not read the configuration either, which is only a note.
-    assert_eq!(said.one("config")["level"], "note");
+    assert_eq!(report.one("config")["level"], "note");
     assert!(
-        said.one("config")["mend"]
+        report.one("config")["mend"]
             .as_str()
             .unwrap()
             .contains("ACL SETUSER locks +config|get")
     );
-    assert_eq!(said.one("info")["level"], "note");
+    assert_eq!(report.one("info")["level"], "note");
 
     for (rules, lacking, rule) in [
         (format!("{RULES} -zpopmin"), "may not run ZPOPMIN", "+zpopmin"),
@@ -214,9 +222,9 @@ fn a_permission_that_is_missing_is_named_with_the_command_that_gives_it() {
         // Both by trying and by asking the server with `ACL DRYRUN`.
         for rehearsal in ["", " +acl|dryrun +acl|whoami"] {
             set_user(&format!("{rules}{rehearsal}"));
-            let said = doctor(&[&url], &[]);
+            let report = doctor(&[&url], &[]);
             let mend = format!("ACL SETUSER locks {rule} ");
-            said.complains_only("acl", "error", &[&format!("user locks {lacking}\""), &mend]);
+            report.has_only_problem("acl", "error", &[&format!("user locks {lacking}\""), &mend]);
         }
         // The doctor's advice fixes the fault.
         let mut mend = vec!["ACL", "SETUSER", "locks"];
@@ -229,10 +237,10 @@ fn a_permission_that_is_missing_is_named_with_the_command_that_gives_it() {
     // select.
     set_user(RULES);
     server.command(&["REPLICAOF", "127.0.0.1", "1"]);
-    doctor(&[&url], &[]).complains_only("writes", "error", &["READONLY", "a replica"]);
+    doctor(&[&url], &[]).has_only_problem("writes", "error", &["READONLY", "a replica"]);
     server.command(&["REPLICAOF", "NO", "ONE"]);
     set_user(&format!("{RULES} -select"));
-    doctor(&[&format!("{url}/1")], &[]).complains_only("reachable", "error", &["ACL SETUSER <user> +select"]);
+    doctor(&[&format!("{url}/1")], &[]).has_only_problem("reachable", "error", &["ACL SETUSER <user> +select"]);
     assert_eq!(server.dbsize(), 0);
 }
 
@@ -245,24 +253,24 @@ fn a_replica_given_as_shard_is_an_error_that_names_the_primary() {
         let info: String = replica.query(&["INFO", "replication"]);
         info.contains("master_link_status:up")
     });
-    let said = doctor(&[&replica.url()], &[]);
+    let report = doctor(&[&replica.url()], &[]);
     let mend = format!("redis://{}", primary.address());
-    said.complains_only("role", "error", &["READONLY", &mend]);
+    report.has_only_problem("role", "error", &["READONLY", &mend]);
 
     wait_until("the primary counts the replica", PATIENCE, || {
-        let said = doctor(&[&primary.url()], &["--set", "min_replicas_acked=1"]);
-        said.code == 0
+        let report = doctor(&[&primary.url()], &["--set", "min_replicas_acked=1"]);
+        report.code == 0
     });
-    let said = doctor(&[&primary.url()], &["--set", "min_replicas_acked=2"]);
-    said.complains_only(
+    let report = doctor(&[&primary.url()], &["--set", "min_replicas_acked=2"]);
+    report.has_only_problem(
         "min_replicas_acked",
         "error",
         &["2, with 1 replicas online", "min_replicas_acked = 1"],
     );
-    assert_eq!(said.one("replicas")["level"], "ok");
+    assert_eq!(report.one("replicas")["level"], "ok");
     primary.command(&["CONFIG", "SET", "min-replicas-to-write", "2"]);
-    let said = doctor(&[&primary.url()], &[]);
-    said.complains_only(
+    let report = doctor(&[&primary.url()], &[]);
+    report.has_only_problem(
         "min-replicas-to-write",
         "error",
         &["NOREPLICAS", "CONFIG SET min-replicas-to-write 1"],
@@ -273,8 +281,8 @@ fn a_replica_given_as_shard_is_an_error_that_names_the_primary() {
 fn another_shard_map_is_an_error_that_shows_both() {
     let server = good_and(&[]);
     server.command(&["SET", "lock:%map", "v2 a:0-8191,b:8192-16383 here=a"]);
-    let said = doctor(&[&server.url()], &[]);
-    said.complains_only(
+    let report = doctor(&[&server.url()], &[]);
+    report.has_only_problem(
         "shard-map",
         "error",
         &[
@@ -282,11 +290,11 @@ fn another_shard_map_is_an_error_that_shows_both() {
             "shardlock map set --expect 'v2 a:0-8191,b:8192-16383'",
         ],
     );
-    let said = doctor(&[&server.url()], &["--set", "namespace=other:"]);
-    assert_eq!(said.code, 0, "{:#}", said.json);
+    let report = doctor(&[&server.url()], &["--set", "namespace=other:"]);
+    assert_eq!(report.code, 0, "{:#}", report.json);
     server.command(&["SET", "lock:%map", "v3 shard-0:0-16383 here=shard-0"]);
-    let said = doctor(&[&server.url()], &[]);
-    said.complains_only(
+    let report = doctor(&[&server.url()], &[]);
+    report.has_only_problem(
         "shard-map",
         "error",
         &["another version of shardlock", "the setting namespace"],
@@ -300,21 +308,21 @@ fn a_server_that_is_down_or_hangs_is_an_error_within_the_time_limit() {
     hangs.stop();
     let urls = [good.url(), down.url(), hangs.url()];
     let urls: Vec<&str> = urls.iter().map(String::as_str).collect();
-    let said = doctor(&urls, &["--set", "store_timeout=1s"]);
+    let report = doctor(&urls, &["--set", "store_timeout=1s"]);
     hangs.cont();
-    assert_eq!(said.code, 2);
-    assert_eq!(said.at(Some(&good.address()), "reachable")["level"], "ok");
-    let mend = |server: &RedisServer| said.at(Some(&server.address()), "reachable")["mend"].to_string();
+    assert_eq!(report.code, 2);
+    assert_eq!(report.at(Some(&good.address()), "reachable")["level"], "ok");
+    let mend = |server: &RedisServer| report.at(Some(&server.address()), "reachable")["mend"].to_string();
     let ping = format!("redis-cli -h 127.0.0.1 -p {} ping", down.port());
-    assert!(mend(&down).contains(&ping), "{:#}", said.json);
-    assert!(mend(&hangs).contains("hangs or is overloaded"), "{:#}", said.json);
+    assert!(mend(&down).contains(&ping), "{:#}", report.json);
+    assert!(mend(&hangs).contains("hangs or is overloaded"), "{:#}", report.json);
 }
 
 #[test]
 fn a_lease_that_is_shorter_than_the_answers_may_take_is_warned_of() {
     let server = good_and(&[]);
-    let said = doctor(&[&server.url()], &["--set", "ttl=1s", "--set", "store_timeout=2s"]);
-    said.complains_only("ttl", "warning", &["ttl 1s", "set store_timeout to less than the ttl"]);
+    let report = doctor(&[&server.url()], &["--set", "ttl=1s", "--set", "store_timeout=2s"]);
+    report.has_only_problem("ttl", "warning", &["ttl 1s", "set store_timeout to less than the ttl"]);
 }
 
 #[test]
@@ -349,16 +357,21 @@ fn encryption_that_does_not_come_about_is_an_error_that_says_which_setting_to_lo
     server.command(&["CONFIG", "SET", "tls-port", &port]);
 
     let url = format!("rediss://127.0.0.1:{port}");
-    let said = doctor(&[&url], &["--set", &format!("tls_ca={certificate}")]);
-    assert_eq!((said.code, said.complaints()), (0, BTreeMap::new()), "{:#}", said.json);
-    let said = doctor(&[&url], &[]);
-    said.complains_only("reachable", "error", &["no encrypted connection", "set tls_ca"]);
+    let report = doctor(&[&url], &["--set", &format!("tls_ca={certificate}")]);
+    assert_eq!(
+        (report.code, report.problems()),
+        (0, BTreeMap::new()),
+        "{:#}",
+        report.json
+    );
+    let report = doctor(&[&url], &[]);
+    report.has_only_problem("reachable", "error", &["no encrypted connection", "set tls_ca"]);
 
     let plain = doctor(&[&format!("redis://127.0.0.1:{port}")], &[]);
-    plain.complains_only("reachable", "error", &["if the port speaks TLS, use a URL with TLS"]);
+    plain.has_only_problem("reachable", "error", &["if the port speaks TLS, use a URL with TLS"]);
     let encrypted = format!("rediss://{}", server.address());
-    let said = doctor(&[&encrypted], &["--set", "store_timeout=500ms"]);
-    said.complains_only(
+    let report = doctor(&[&encrypted], &["--set", "store_timeout=500ms"]);
+    report.has_only_problem(
         "reachable",
         "error",
         &["if the port does not speak TLS, use a URL without TLS"],
@@ -368,20 +381,20 @@ fn encryption_that_does_not_come_about_is_an_error_that_says_which_setting_to_lo
 #[test]
 fn two_shards_at_one_place_are_an_error() {
     let server = good_and(&[]);
-    let said = doctor(&[&server.url(), &format!("{}/0", server.url())], &[]);
-    said.complains_only("shards", "error", &["shard-0 and shard-1 have the same address"]);
-    let said = doctor(&[&server.url(), &format!("{}/1", server.url())], &[]);
-    assert_eq!(said.code, 0, "{:#}", said.json);
+    let report = doctor(&[&server.url(), &format!("{}/0", server.url())], &[]);
+    report.has_only_problem("shards", "error", &["shard-0 and shard-1 have the same address"]);
+    let report = doctor(&[&server.url(), &format!("{}/1", server.url())], &[]);
+    assert_eq!(report.code, 0, "{:#}", report.json);
 }
 
 #[test]
 fn a_store_in_memory_is_for_one_process() {
-    let said = doctor(&["memory://"], &[]);
-    assert_eq!((said.code, &said.one("memory-only")["level"]), (0, &"note".into()));
+    let report = doctor(&["memory://"], &[]);
+    assert_eq!((report.code, &report.one("memory-only")["level"]), (0, &"note".into()));
 }
 
 #[test]
-fn what_is_wrong_with_the_call_or_the_settings_has_exit_codes_of_its_own() {
+fn invalid_arguments_and_settings_have_exit_codes_of_their_own() {
     assert_eq!(run(bare(&["doctor"])).code, 64);
     assert_eq!(run(bare(&["doctor", "--shard", "redis://a", "--other"])).code, 64);
     let mut file_is_gone = command(&["redis://127.0.0.1:1"], &[]);
@@ -396,8 +409,8 @@ fn what_is_wrong_with_the_call_or_the_settings_has_exit_codes_of_its_own() {
 #[test]
 fn server_that_takes_no_more_connections_is_quoted() {
     let server = good_and(&["--maxclients", "1"]);
-    let said = doctor(&[&server.url()], &[]);
-    said.complains_only(
+    let report = doctor(&[&server.url()], &[]);
+    report.has_only_problem(
         "reachable",
         "error",
         &["max number of clients", "CONFIG SET maxclients"],
@@ -407,10 +420,10 @@ fn server_that_takes_no_more_connections_is_quoted() {
 #[test]
 fn command_that_the_server_does_not_know_is_an_error() {
     let server = good_and(&["--rename-command", "ZPOPMIN", ""]);
-    doctor(&[&server.url()], &[]).complains_only("commands", "error", &["does not know ZPOPMIN", "Redis 5.0"]);
+    doctor(&[&server.url()], &[]).has_only_problem("commands", "error", &["does not know ZPOPMIN", "Redis 5.0"]);
     let server = good_and(&["--rename-command", "ROLE", ""]);
-    let said = doctor(&[&server.url()], &[]);
-    said.complains_only("commands", "error", &["does not know ROLE", "check_role = false"]);
+    let report = doctor(&[&server.url()], &[]);
+    report.has_only_problem("commands", "error", &["does not know ROLE", "check_role = false"]);
     // The doctor's advice fixes the fault.
     assert_eq!(doctor(&[&server.url()], &["--set", "check_role=false"]).code, 0);
 }
@@ -422,8 +435,8 @@ fn proxy_that_refuses_scripts_of_several_slots_is_noted() {
         true => Verdict::Refuse("CROSSSLOT Keys in request don't hash to the same slot"),
         false => Verdict::Pass,
     });
-    let said = doctor(&[&proxy.url()], &[]);
-    let finding = said.one("several-slots");
-    assert_eq!((said.code, &finding["level"]), (0, &"note".into()), "{finding}");
+    let report = doctor(&[&proxy.url()], &[]);
+    let finding = report.one("several-slots");
+    assert_eq!((report.code, &finding["level"]), (0, &"note".into()), "{finding}");
     assert!(finding["found"].as_str().unwrap().contains("CrossSlot"), "{finding}");
 }

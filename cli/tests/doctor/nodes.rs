@@ -3,7 +3,7 @@
 use std::collections::BTreeMap;
 
 use crate::good_and;
-use crate::said::doctor;
+use crate::report::doctor;
 use crate::support::{Cluster, PATIENCE, RedisServer, free_port, wait_until};
 
 #[test]
@@ -15,24 +15,24 @@ fn nodes_of_a_quorum_must_be_alive_in_majority_and_independent() {
     };
     let all: Vec<&RedisServer> = nodes.iter().collect();
     // The nodes have been running for less than this.
-    let said = doctor(&[&url(&all)], &["--set", "redlock_max_ttl=1h"]);
+    let report = doctor(&[&url(&all)], &["--set", "redlock_max_ttl=1h"]);
     assert_eq!(
-        said.complaints(),
+        report.problems(),
         BTreeMap::from([("vote".to_owned(), "warning".to_owned())])
     );
-    let vote = said.at(Some(&nodes[0].address()), "vote");
+    let vote = report.at(Some(&nodes[0].address()), "vote");
     assert!(vote["found"].as_str().unwrap().contains("it has no vote yet"), "{vote}");
     for check in ["majority", "independent", "clocks"] {
-        assert_eq!(said.one(check)["level"], "ok", "{:#}", said.json);
+        assert_eq!(report.one(check)["level"], "ok", "{:#}", report.json);
     }
-    assert_eq!(said.at(Some(&nodes[2].address()), "persistence")["level"], "ok");
+    assert_eq!(report.at(Some(&nodes[2].address()), "persistence")["level"], "ok");
 
     // One server under two names.
     let twice = format!("{},localhost:{}", url(&all[..2]), nodes[0].port());
-    let said = doctor(&[&twice], &[]);
-    assert_eq!(said.code, 2);
+    let report = doctor(&[&twice], &[]);
+    assert_eq!(report.code, 2);
     assert!(
-        said.one("independent")["found"]
+        report.one("independent")["found"]
             .as_str()
             .unwrap()
             .ends_with("are the same server")
@@ -40,24 +40,24 @@ fn nodes_of_a_quorum_must_be_alive_in_majority_and_independent() {
 
     let port = nodes[0].port().to_string();
     nodes[1].command(&["REPLICAOF", "127.0.0.1", &port]);
-    let said = doctor(&[&url(&all)], &[]);
+    let report = doctor(&[&url(&all)], &[]);
     let expected = format!("{} is a replica of {}", nodes[1].address(), nodes[0].address());
-    assert_eq!(said.one("independent")["found"], expected.as_str());
-    assert_eq!(said.at(Some(&nodes[1].address()), "role")["level"], "error");
+    assert_eq!(report.one("independent")["found"], expected.as_str());
+    assert_eq!(report.at(Some(&nodes[1].address()), "role")["level"], "error");
     nodes[1].command(&["REPLICAOF", "NO", "ONE"]);
 
     nodes[1].kill();
-    let said = doctor(&[&url(&all)], &[]);
+    let report = doctor(&[&url(&all)], &[]);
     assert_eq!(
-        (said.code, &said.one("majority")["level"]),
+        (report.code, &report.one("majority")["level"]),
         (1, &"warning".into()),
         "{:#}",
-        said.json
+        report.json
     );
     nodes[2].kill();
-    let said = doctor(&[&url(&all)], &[]);
-    assert_eq!((said.code, &said.one("majority")["level"]), (2, &"error".into()));
-    assert_eq!(said.one("majority")["found"], "1 of 3 nodes answer, 2 are needed");
+    let report = doctor(&[&url(&all)], &[]);
+    assert_eq!((report.code, &report.one("majority")["level"]), (2, &"error".into()));
+    assert_eq!(report.one("majority")["found"], "1 of 3 nodes answer, 2 are needed");
 }
 
 #[test]
@@ -75,23 +75,23 @@ fn a_cluster_of_which_a_part_is_missing_is_an_error() {
             info.contains("cluster_state:ok")
         })
     });
-    let said = doctor(&[&url], &[]);
+    let report = doctor(&[&url], &[]);
     for check in ["cluster_state", "slots", "nodes-agree"] {
-        assert_eq!(said.one(check)["level"], "ok", "{:#}", said.json);
+        assert_eq!(report.one(check)["level"], "ok", "{:#}", report.json);
     }
-    assert_eq!(said.one("replicas-per-primary")["level"], "warning");
-    assert_eq!(said.one("cluster-require-full-coverage")["level"], "note");
-    assert_eq!(said.at(Some(&second.address()), "mode")["level"], "ok");
-    assert_eq!(said.code, 1, "{:#}", said.json);
+    assert_eq!(report.one("replicas-per-primary")["level"], "warning");
+    assert_eq!(report.one("cluster-require-full-coverage")["level"], "note");
+    assert_eq!(report.at(Some(&second.address()), "mode")["level"], "ok");
+    assert_eq!(report.code, 1, "{:#}", report.json);
 
     // A cluster node is not a standalone server, and vice versa.
     let alone = doctor(&[&first.url()], &[]);
-    alone.complains_only("mode", "error", &["redis+cluster://"]);
+    alone.has_only_problem("mode", "error", &["redis+cluster://"]);
     let plain = good_and(&[]);
-    let said = doctor(&[&format!("redis+cluster://{}", plain.address())], &[]);
-    assert_eq!(said.one("mode")["level"], "error", "{:#}", said.json);
+    let report = doctor(&[&format!("redis+cluster://{}", plain.address())], &[]);
+    assert_eq!(report.one("mode")["level"], "error", "{:#}", report.json);
     assert!(
-        said.one("mode")["mend"]
+        report.one("mode")["mend"]
             .as_str()
             .unwrap()
             .contains("use redis:// for this server")
@@ -102,27 +102,27 @@ fn a_cluster_of_which_a_part_is_missing_is_an_error() {
         let info: String = first.query(&["CLUSTER", "INFO"]);
         info.contains("cluster_state:fail")
     });
-    let said = doctor(&[&url], &[]);
-    assert_eq!(said.code, 2);
-    assert_eq!(said.one("cluster_state")["level"], "error");
+    let report = doctor(&[&url], &[]);
+    assert_eq!(report.code, 2);
+    assert_eq!(report.one("cluster_state")["level"], "error");
     assert!(
-        said.one("cluster_state")["mend"]
+        report.one("cluster_state")["mend"]
             .as_str()
             .unwrap()
             .contains("redis-cli --cluster check")
     );
-    assert_eq!(said.at(Some(&first.address()), "reachable")["level"], "ok");
+    assert_eq!(report.at(Some(&first.address()), "reachable")["level"], "ok");
 }
 
 #[test]
-fn what_a_node_of_a_quorum_forgets_is_no_danger_and_is_told() {
+fn quorum_node_without_persistence_is_noted_and_not_warned_of() {
     let nodes: Vec<RedisServer> = (0..3).map(|_| good_and(&[])).collect();
     let places: Vec<_> = nodes.iter().map(RedisServer::address).collect();
     let url = format!("redlock://{}", places.join(","));
     nodes[1].command(&["CONFIG", "SET", "appendfsync", "no"]);
     nodes[2].command(&["CONFIG", "SET", "appendonly", "no"]);
-    let said = doctor(&[&url], &["--set", "redlock_max_ttl=1h"]);
-    let found = |node: &RedisServer| said.at(Some(&node.address()), "persistence").clone();
+    let report = doctor(&[&url], &["--set", "redlock_max_ttl=1h"]);
+    let found = |node: &RedisServer| report.at(Some(&node.address()), "persistence").clone();
     assert_eq!(found(&nodes[0])["level"], "ok");
     for (node, words) in [(&nodes[1], "appendfsync no"), (&nodes[2], "appendonly no")] {
         let finding = found(node);
@@ -132,8 +132,8 @@ fn what_a_node_of_a_quorum_forgets_is_no_danger_and_is_told() {
         assert!(why.contains("no vote until redlock_max_ttl has passed"), "{finding}");
     }
     // A standalone server has no other nodes to consult.
-    let said = doctor(&[&nodes[1].url()], &[]);
-    said.complains_only("persistence", "warning", &["CONFIG SET appendfsync everysec"]);
+    let report = doctor(&[&nodes[1].url()], &[]);
+    report.has_only_problem("persistence", "warning", &["CONFIG SET appendfsync everysec"]);
 }
 
 #[test]
@@ -141,9 +141,9 @@ fn nodes_of_another_map_are_told_one_by_one() {
     let nodes: Vec<RedisServer> = (0..3).map(|_| good_and(&[])).collect();
     let places: Vec<_> = nodes.iter().map(RedisServer::address).collect();
     nodes[1].command(&["SET", "lock:%map", "v2 a:0-8191,b:8192-16383 here=a; node 2 of 3"]);
-    let said = doctor(&[&format!("redlock://{}", places.join(","))], &[]);
-    assert_eq!(said.code, 2, "{:#}", said.json);
-    let level = |node: &RedisServer| said.at(Some(&node.address()), "shard-map")["level"].clone();
+    let report = doctor(&[&format!("redlock://{}", places.join(","))], &[]);
+    assert_eq!(report.code, 2, "{:#}", report.json);
+    let level = |node: &RedisServer| report.at(Some(&node.address()), "shard-map")["level"].clone();
     assert_eq!((level(&nodes[0]), level(&nodes[1])), ("ok".into(), "error".into()));
 }
 
@@ -156,11 +156,11 @@ fn map_of_a_quorum_in_use_is_the_configured_one_at_its_own_node_alone() {
         let stored = format!("v2 main:0-16383 here=main; node {number} of 3; redlock_max_ttl 10s");
         node.command(&["SET", "lock:%map", &stored]);
     }
-    let said = doctor(&[&format!("redlock://{}", places.join(","))], &[]);
+    let report = doctor(&[&format!("redlock://{}", places.join(","))], &[]);
     let levels = nodes
         .iter()
-        .map(|node| said.at(Some(&node.address()), "shard-map")["level"].clone());
-    assert_eq!(levels.collect::<Vec<_>>(), ["ok", "ok", "error"], "{:#}", said.json);
+        .map(|node| report.at(Some(&node.address()), "shard-map")["level"].clone());
+    assert_eq!(levels.collect::<Vec<_>>(), ["ok", "ok", "error"], "{:#}", report.json);
 }
 
 /// As in containers, where nodes announce addresses that are only reachable inside.
@@ -175,8 +175,8 @@ fn address_that_a_node_announces_and_nobody_reaches_is_reported_as_announced() {
         let nodes: String = node.query(&["CLUSTER", "NODES"]);
         nodes.contains(&announced)
     });
-    let said = doctor(&[&cluster.url()], &[]);
-    let finding = said.at(Some(&announced), "reachable").to_string();
+    let report = doctor(&[&cluster.url()], &[]);
+    let finding = report.at(Some(&announced), "reachable").to_string();
     for words in ["the nodes of the cluster announce it", "cluster-announce-port"] {
         assert!(finding.contains(words), "{finding}");
     }

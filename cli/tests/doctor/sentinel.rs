@@ -4,7 +4,7 @@ use std::collections::BTreeMap;
 use std::net::{Ipv4Addr, TcpListener};
 
 use crate::good_and;
-use crate::said::{Said, doctor};
+use crate::report::{Report, doctor};
 use crate::support::sentinel::{NAME, Watched};
 use crate::support::{PATIENCE, RedisServer, wait_until};
 
@@ -13,13 +13,13 @@ fn sentinels_that_do_not_answer_are_an_error() {
     let listener = TcpListener::bind((Ipv4Addr::LOCALHOST, 0)).unwrap();
     let place = listener.local_addr().unwrap();
     drop(listener);
-    let said = doctor(&[&format!("redis+sentinel://{place}/m")], &[]);
-    said.complains_only("reachable", "error", &[&format!("-p {} ping", place.port())]);
+    let report = doctor(&[&format!("redis+sentinel://{place}/m")], &[]);
+    report.has_only_problem("reachable", "error", &[&format!("-p {} ping", place.port())]);
 
     // A server that is not a sentinel.
     let server = good_and(&[]);
-    let said = doctor(&[&format!("redis+sentinel://{}/m", server.address())], &[]);
-    said.complains_only("primary", "error", &["if this is not a sentinel"]);
+    let report = doctor(&[&format!("redis+sentinel://{}/m", server.address())], &[]);
+    report.has_only_problem("primary", "error", &["if this is not a sentinel"]);
 }
 
 /// A healthy primary with replicas and sentinels.
@@ -34,23 +34,23 @@ fn good(replicas: usize) -> Watched {
 
 /// Waits until the doctor's report satisfies the condition.
 #[track_caller]
-fn says(watched: &Watched, what: &str, mut condition: impl FnMut(&Said) -> bool) -> Said {
-    let mut said = None;
+fn says(watched: &Watched, what: &str, mut condition: impl FnMut(&Report) -> bool) -> Report {
+    let mut report = None;
     wait_until(what, PATIENCE, || {
         let now = doctor(&[&watched.url()], &[]);
         let met = condition(&now);
-        said = Some(now);
+        report = Some(now);
         met
     });
-    said.unwrap()
+    report.unwrap()
 }
 
 #[test]
 fn a_good_primary_with_a_replica_and_its_sentinels_have_nothing_to_complain_of() {
     let watched = good(1);
     let before = watched.primary().dbsize();
-    let said = says(&watched, "all is well", |said| said.code == 0);
-    assert_eq!(said.complaints(), BTreeMap::new(), "{:#}", said.json);
+    let report = says(&watched, "all is well", |report| report.code == 0);
+    assert_eq!(report.problems(), BTreeMap::new(), "{:#}", report.json);
     let (primary, replica) = (watched.primary().address(), watched.replicas()[0].address());
     for (place, check) in [
         (&primary, "role"),
@@ -65,16 +65,16 @@ fn a_good_primary_with_a_replica_and_its_sentinels_have_nothing_to_complain_of()
         (&watched.sentinels()[2].address(), "sentinels"),
     ] {
         assert_eq!(
-            said.at(Some(place), check)["level"],
+            report.at(Some(place), check)["level"],
             "ok",
             "{place} {check}: {:#}",
-            said.json
+            report.json
         );
     }
     for check in ["sentinels-agree", "down-after", "clocks"] {
-        assert_eq!(said.one(check)["level"], "ok", "{:#}", said.json);
+        assert_eq!(report.one(check)["level"], "ok", "{:#}", report.json);
     }
-    let parts: Vec<_> = said.json["shards"][0]["servers"]
+    let parts: Vec<_> = report.json["shards"][0]["servers"]
         .as_array()
         .unwrap()
         .iter()
@@ -88,13 +88,13 @@ fn a_good_primary_with_a_replica_and_its_sentinels_have_nothing_to_complain_of()
 fn a_name_that_no_sentinel_knows_is_an_error() {
     let watched = good(1);
     let url = watched.url().replace(NAME, "nobody");
-    let said = doctor(&[&url], &[]);
+    let report = doctor(&[&url], &[]);
     assert_eq!(
-        (said.code, said.complaints()),
+        (report.code, report.problems()),
         (2, BTreeMap::from([("primary".to_owned(), "error".to_owned())]))
     );
     for sentinel in watched.sentinels() {
-        let text = said.at(Some(&sentinel.address()), "primary").to_string();
+        let text = report.at(Some(&sentinel.address()), "primary").to_string();
         assert!(
             text.contains("nobody") && text.contains("correct the name in the URL"),
             "{text}"
@@ -110,20 +110,23 @@ fn too_few_sentinels_for_a_failover_are_an_error() {
     }
     // The remaining sentinel has to notice the loss first.
     let left = watched.sentinels()[0].address();
-    let said = says(&watched, "a majority is missing", |said| {
-        said.at(Some(&left), "quorum")["level"] == "error"
+    let report = says(&watched, "a majority is missing", |report| {
+        report.at(Some(&left), "quorum")["level"] == "error"
     });
-    assert_eq!(said.code, 2);
-    let text = said.at(Some(&left), "quorum").to_string();
+    assert_eq!(report.code, 2);
+    let text = report.at(Some(&left), "quorum").to_string();
     assert!(
         text.contains("NOQUORUM") && text.contains("start the sentinels that are missing"),
         "{text}"
     );
     for sentinel in &watched.sentinels()[1..] {
-        assert_eq!(said.at(Some(&sentinel.address()), "reachable")["level"], "warning");
+        assert_eq!(report.at(Some(&sentinel.address()), "reachable")["level"], "warning");
     }
     // The primary itself is healthy.
-    assert_eq!(said.at(Some(&watched.primary().address()), "reachable")["level"], "ok");
+    assert_eq!(
+        report.at(Some(&watched.primary().address()), "reachable")["level"],
+        "ok"
+    );
 }
 
 #[test]
@@ -131,18 +134,18 @@ fn a_primary_without_replicas_is_warned_of() {
     let watched = good(1);
     let (primary, replica) = (watched.primary().address(), watched.replicas()[0].address());
     watched.replicas()[0].kill();
-    let said = says(&watched, "the replica is missing", |said| {
-        said.at(Some(&primary), "replicas")["level"] == "warning"
+    let report = says(&watched, "the replica is missing", |report| {
+        report.at(Some(&primary), "replicas")["level"] == "warning"
     });
-    assert_eq!(said.code, 1, "{:#}", said.json);
-    let text = said.at(Some(&primary), "replicas").to_string();
+    assert_eq!(report.code, 1, "{:#}", report.json);
+    let text = report.at(Some(&primary), "replicas").to_string();
     assert!(text.contains("none connected") && text.contains("REPLICAOF"), "{text}");
-    assert_eq!(said.at(Some(&replica), "reachable")["level"], "warning");
+    assert_eq!(report.at(Some(&replica), "reachable")["level"], "warning");
 
     // If every lock needs a confirmation from a replica, every lock fails.
-    let said = doctor(&[&watched.url()], &["--set", "min_replicas_acked=1"]);
+    let report = doctor(&[&watched.url()], &["--set", "min_replicas_acked=1"]);
     assert_eq!(
-        (said.code, &said.at(Some(&primary), "min_replicas_acked")["level"]),
+        (report.code, &report.at(Some(&primary), "min_replicas_acked")["level"]),
         (2, &"error".into())
     );
 }
@@ -153,11 +156,11 @@ fn a_primary_that_is_down_without_anybody_to_take_over_is_an_error() {
     let primary = watched.primary().address();
     watched.servers().iter().for_each(RedisServer::kill);
     let sentinel = watched.sentinels()[0].address();
-    let said = says(&watched, "the sentinel considers the primary down", |said| {
-        said.at(Some(&sentinel), "primary")["level"] == "error"
+    let report = says(&watched, "the sentinel considers the primary down", |report| {
+        report.at(Some(&sentinel), "primary")["level"] == "error"
     });
-    assert_eq!(said.code, 2);
-    let text = said.at(Some(&sentinel), "primary").to_string();
+    assert_eq!(report.code, 2);
+    let text = report.at(Some(&sentinel), "primary").to_string();
     assert!(text.contains("which this sentinel considers down"), "{text}");
-    assert_eq!(said.at(Some(&primary), "reachable")["level"], "error");
+    assert_eq!(report.at(Some(&primary), "reachable")["level"], "error");
 }

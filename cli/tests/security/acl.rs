@@ -136,7 +136,7 @@ pub(crate) async fn whole_range_of(
 }
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
-async fn with_the_rules_of_the_file_everything_works() {
+async fn rules_of_the_file_permit_all_that_the_library_does() {
     // Loaded as the file suggests: by including it.
     let server = RedisServer::start_with(&["--include", FILE]);
     let errors = whole_range(&server, "lock:").await;
@@ -164,7 +164,7 @@ pub(crate) fn additions() -> Vec<Vec<String>> {
 }
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
-async fn what_the_file_adds_is_known_to_the_server_and_another_database_needs_its_rule() {
+async fn rules_that_the_file_adds_are_known_to_the_server_and_another_database_needs_its_rule() {
     let server = RedisServer::start();
     let additions = additions();
     assert!(additions.len() >= 5, "{additions:?}");
@@ -210,7 +210,7 @@ async fn the_rules_serve_another_namespace_once_it_is_put_in() {
 }
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
-async fn without_any_one_of_the_rules_an_error_names_it() {
+async fn missing_rule_is_named_by_an_error() {
     let rules = rules();
     let permissions = permissions(&rules);
     assert!(permissions.len() > 20, "{permissions:?}");

@@ -12,10 +12,10 @@ mod tool;
 
 mod acl;
 mod needs;
+mod recorder;
 mod secrets;
 #[cfg(feature = "tls")]
 mod tls;
-mod witness;
 
 /// Tests that need a process of their own; see `support::worker`.
 #[cfg(feature = "tls")]

@@ -132,7 +132,7 @@ impl Subject<'_> {
 }
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
-async fn on_a_single_server() {
+async fn permissions_agree_on_a_single_server() {
     let server = RedisServer::start();
     let subject = Subject {
         kind: Kind::Redis,
@@ -144,7 +144,7 @@ async fn on_a_single_server() {
 }
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
-async fn where_replicas_confirm_behind_sentinels() {
+async fn permissions_agree_behind_sentinels_with_confirming_replicas() {
     let watched = Watched::start(1);
     let subject = Subject {
         kind: Kind::Sentinel,
@@ -156,7 +156,7 @@ async fn where_replicas_confirm_behind_sentinels() {
 }
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
-async fn on_nodes_of_a_quorum() {
+async fn permissions_agree_on_nodes_of_a_quorum() {
     let nodes = Quorum::start(3);
     let subject = Subject {
         kind: Kind::Redlock,
@@ -168,7 +168,7 @@ async fn on_nodes_of_a_quorum() {
 }
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
-async fn on_nodes_of_a_cluster() {
+async fn permissions_agree_on_nodes_of_a_cluster() {
     let cluster = Cluster::start(3, 0);
     let subject = Subject {
         kind: Kind::Cluster,

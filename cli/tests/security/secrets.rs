@@ -4,9 +4,9 @@ use std::time::Duration;
 
 use shardlock::{Builder, Config, Endpoint, LockManager, ShardConfig};
 
+use crate::recorder::LogRecorder;
 use crate::support::{ClientType, PATIENCE, RedisServer};
 use crate::support_locks::{SHORT_TTL, soon, until, until_queued};
-use crate::witness::Witness;
 
 /// Must not appear anywhere, whether encoded as in a URL or decoded.
 const SECRET: &str = "hunter2";
@@ -65,31 +65,31 @@ fn hopeless_urls(server: &RedisServer) -> Vec<String> {
 }
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
-async fn no_password_is_heard_or_seen_anywhere() {
-    let witness = Witness::called();
+async fn password_appears_in_no_log_trace_or_metric() {
+    let recorder = LogRecorder::install();
     let server = RedisServer::start_with(&["--requirepass", RIGHT.1]);
 
     for url in hopeless_urls(&server) {
         match Endpoint::parse(&url) {
-            Ok(endpoint) => witness.note(&(endpoint.to_string(), endpoint, ShardConfig::new("a", url.as_str()))),
-            Err(error) => witness.note(&(error.to_string(), error)),
+            Ok(endpoint) => recorder.note(&(endpoint.to_string(), endpoint, ShardConfig::new("a", url.as_str()))),
+            Err(error) => recorder.note(&(error.to_string(), error)),
         }
         let builder = LockManager::builder()
             .named_shard("a", url.as_str())
             .store_timeout(Duration::from_millis(300));
-        witness.note(&builder);
+        recorder.note(&builder);
         let error = soon("an error", builder.connect()).await.expect_err("connecting fails");
-        witness.note(&(error.to_string(), &error));
+        recorder.note(&(error.to_string(), &error));
         assert_secret_is_kept(
             &format!("an error about {}", url.replace(SECRET, "***")),
-            &witness.heard(),
+            &recorder.recorded(),
         );
 
         let mut config = Config::default();
         let variable = ("SHARDLOCK_SHARDS".to_owned(), url.clone());
         match config.apply_variables([variable]) {
-            Ok(()) => witness.note(&(&config, Builder::new().config(config.clone()).build_config())),
-            Err(error) => witness.note(&(error.to_string(), error)),
+            Ok(()) => recorder.note(&(&config, Builder::new().config(config.clone()).build_config())),
+            Err(error) => recorder.note(&(error.to_string(), error)),
         }
         for toml in [
             format!("shards = [\"{url}\"]"),
@@ -99,8 +99,8 @@ async fn no_password_is_heard_or_seen_anywhere() {
             format!("shards = [\"{url}\"]\nttl = 1"),
         ] {
             match Config::from_toml(&toml) {
-                Ok(config) => witness.note(&config),
-                Err(error) => witness.note(&(error.to_string(), error)),
+                Ok(config) => recorder.note(&config),
+                Err(error) => recorder.note(&(error.to_string(), error)),
             }
         }
     }
@@ -117,9 +117,9 @@ async fn no_password_is_heard_or_seen_anywhere() {
         builder().connect().await.expect("connect"),
         builder().connect().await.expect("connect"),
     );
-    witness.note(&(&one, one.shard_map(), one.id(), builder()));
+    recorder.note(&(&one, one.shard_map(), one.id(), builder()));
     let guard = one.lock("k").timeout(PATIENCE).await.expect("lock");
-    witness.note(&(&guard, one.inspect("k").await, one.lock("k")));
+    recorder.note(&(&guard, one.inspect("k").await, one.lock("k")));
     let waiting = tokio::spawn({
         let other = other.clone();
         async move { other.lock("k").timeout(PATIENCE).await }
@@ -127,9 +127,9 @@ async fn no_password_is_heard_or_seen_anywhere() {
     until_queued(&one, "k", 1).await;
     server.client_kill(ClientType::PubSub);
     server.client_kill(ClientType::Normal);
-    witness.note(&guard.release().await);
+    recorder.note(&guard.release().await);
     if let Ok(guard) = soon("the lock", waiting).await.expect("a task") {
-        witness.note(&guard.release().await);
+        recorder.note(&guard.release().await);
     }
     // The password is changed, and all clients are disconnected.
     server.command(&["CONFIG", "SET", "requirepass", "another"]);
@@ -138,27 +138,27 @@ async fn no_password_is_heard_or_seen_anywhere() {
     until("a refusal", async || match one.lock("k").timeout(PATIENCE).await {
         Ok(_) => false,
         Err(error) => {
-            witness.note(&(error.to_string(), &error));
+            recorder.note(&(error.to_string(), &error));
             error.to_string().contains("password")
         }
     })
     .await;
     until("the refusal of the inbox", async || {
-        witness.heard().contains("the inbox is refused")
+        recorder.recorded().contains("the inbox is refused")
     })
     .await;
     server.kill();
     let error = one.lock("k").timeout(PATIENCE).await.expect_err("no server");
-    witness.note(&(error.to_string(), &error));
+    recorder.note(&(error.to_string(), &error));
     one.shutdown().await;
     other.shutdown().await;
 
-    let heard = witness.heard();
-    // The witness has recorded all of these.
+    let recorded = recorder.recorded();
+    // The recorder has recorded all of these.
     for sign in ["shardlock::", "main", "redis://:***@", "lock.invalid"] {
-        assert!(heard.contains(sign), "{sign}: {heard}");
+        assert!(recorded.contains(sign), "{sign}: {recorded}");
     }
-    assert_secret_is_kept("in the recorded output", &heard);
+    assert_secret_is_kept("in the recorded output", &recorded);
 }
 
 mod tool {

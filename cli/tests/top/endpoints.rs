@@ -78,11 +78,11 @@ fn an_endpoint_that_says_nothing_does_not_keep_the_keyboard_waiting() {
 
 #[test]
 fn nonsense_and_pages_without_an_end_are_refused_in_words() {
-    let answer = |said: &'static str, forever: bool| {
+    let answer = |response: &'static str, forever: bool| {
         listen(move |mut stream| {
             let mut request = [0; 4096];
             let read = stream.read(&mut request);
-            let mut written = read.and_then(|_| stream.write_all(said.as_bytes()));
+            let mut written = read.and_then(|_| stream.write_all(response.as_bytes()));
             while forever && written.is_ok() {
                 written = stream.write_all(&[b' '; 65536]);
             }

@@ -198,7 +198,7 @@ fn the_terminal_is_given_back_after_a_signal() {
 }
 
 #[test]
-fn it_stands_in_the_background_and_comes_back() {
+fn top_is_stopped_and_continued_by_its_shell() {
     let server = RedisServer::start();
     let load = Load::start(&server, false);
     let script = "set -m; \"$0\" top --interval 100ms \"$1\"; echo \"stopped $?\"; read line; fg";

@@ -13,7 +13,7 @@ mod endpoints;
 mod live;
 mod load;
 mod once;
-mod picture;
+mod screenshot;
 mod shards;
 
 use support::{Terminal, worker};

@@ -30,26 +30,26 @@ fn all_views_are_printed_with_rates_and_whole_keys() {
     ] {
         let ended = run(bare(&[args, &[load.address.as_str()]].concat()));
         assert_eq!((ended.code, ended.stderr.as_str()), (0, ""), "{ended:?}");
-        let said = lines(&ended.stdout);
+        let printed = lines(&ended.stdout);
         assert!(
-            said[0].starts_with(&format!("{} {}-", load.address, load.process())),
-            "{said:#?}"
+            printed[0].starts_with(&format!("{} {}-", load.address, load.process())),
+            "{printed:#?}"
         );
-        assert!(said[1].ends_with("1/1 shards up"), "{said:#?}");
-        let tables: Vec<_> = said.split(String::is_empty).collect();
-        assert_eq!(tables.len(), 4, "{said:#?}");
+        assert!(printed[1].ends_with("1/1 shards up"), "{printed:#?}");
+        let tables: Vec<_> = printed.split(String::is_empty).collect();
+        assert_eq!(tables.len(), 4, "{printed:#?}");
         assert!(
             tables[1][0].starts_with("KEY ") && tables[1][0].ends_with("CONT/S▼"),
-            "{said:#?}"
+            "{printed:#?}"
         );
-        assert!(has(tables[1], LONG) && has(tables[1], STUCK), "{said:#?}");
+        assert!(has(tables[1], LONG) && has(tables[1], STUCK), "{printed:#?}");
         let hot = tables[1].iter().find(|line| line.starts_with(HOT)).unwrap();
         assert!(hot.split_whitespace().last().unwrap().parse::<f64>().is_ok(), "{hot}");
         let place = |key: &str| tables[2].iter().position(|line| line.starts_with(key));
-        assert!(place(STUCK).is_some() && place(STUCK) < place(QUIET), "{said:#?}");
-        assert!(tables[2][1].contains("tests/top/load.rs:"), "{said:#?}");
-        assert!(tables[3][1].starts_with("eu-1 "), "{said:#?}");
-        assert!(!ended.stdout.contains('\x1b'), "{said:#?}");
+        assert!(place(STUCK).is_some() && place(STUCK) < place(QUIET), "{printed:#?}");
+        assert!(tables[2][1].contains("tests/top/load.rs:"), "{printed:#?}");
+        assert!(tables[3][1].starts_with("eu-1 "), "{printed:#?}");
+        assert!(!ended.stdout.contains('\x1b'), "{printed:#?}");
     }
     let ended = run(bare(&[
         "top",
@@ -64,7 +64,7 @@ fn all_views_are_printed_with_rates_and_whole_keys() {
 }
 
 #[test]
-fn who_is_away_is_complained_about_and_the_exit_code_says_so() {
+fn unavailable_endpoint_is_reported_and_sets_the_exit_code() {
     let server = RedisServer::start();
     let mut load = Load::start(&server, false);
     wait_until("a key is contended", PATIENCE, || {

@@ -9,7 +9,7 @@ use parking_lot::{Mutex, MutexGuard};
 use rustix::process::Pid;
 use tempfile::TempDir;
 
-use crate::board::{Choice, Target, filled};
+use crate::definition::{Choice, Target, filled};
 use crate::support::directory::directory;
 use crate::support::other_clock::OtherClock;
 use crate::support::process::Process;
@@ -20,7 +20,7 @@ use crate::support::{PATIENCE, Quorum, RedisServer, quorum, wait_until};
 const SHOWN_WITHIN: Duration = PATIENCE;
 
 /// Two Redis servers and a quorum, two processes that contend for locks on them, and a Prometheus.
-pub(crate) struct Scene {
+pub(crate) struct Environment {
     pub(crate) prometheus: Prometheus,
     /// A server whose clock can jump.
     pub(crate) first: RedisServer,
@@ -28,16 +28,16 @@ pub(crate) struct Scene {
     pub(crate) quorum: Quorum,
     load: Process,
     dir: TempDir,
-    _alone: MutexGuard<'static, ()>,
+    _lock: MutexGuard<'static, ()>,
 }
 
-/// One scene at a time: each loads the whole machine.
-static ALONE: Mutex<()> = Mutex::new(());
+/// One environment at a time: each loads the whole machine.
+static ONE_AT_A_TIME: Mutex<()> = Mutex::new(());
 
-impl Scene {
+impl Environment {
     #[track_caller]
     pub(crate) fn start() -> Self {
-        let alone = ALONE.lock();
+        let lock = ONE_AT_A_TIME.lock();
         // The library is loaded at the start and not needed afterwards.
         let clock = OtherClock::build();
         let (first, second) = (RedisServer::start_in(&clock.settable(), &[]), RedisServer::start());
@@ -46,21 +46,21 @@ impl Scene {
         let targets = dir.path().join("targets.json");
         let load = start_load(dir.path(), &targets, &[first.url(), second.url(), quorum.url()]);
         let prometheus = Prometheus::start(&targets);
-        let scene = Self {
+        let environment = Self {
             prometheus,
             first,
             second,
             quorum,
             load,
             dir,
-            _alone: alone,
+            _lock: lock,
         };
         wait_until("both processes are scraped", SHOWN_WITHIN, || {
-            let up = scene.prometheus.query("up == 1");
-            assert!(scene.is_alive(), "{}", scene.log());
+            let up = environment.prometheus.query("up == 1");
+            assert!(environment.is_alive(), "{}", environment.log());
             up.len() == 2
         });
-        scene
+        environment
     }
 
     /// The values of all variables before the user selects anything.
@@ -76,7 +76,7 @@ impl Scene {
 
     /// The current result of this query.
     #[track_caller]
-    pub(crate) fn ask(&self, target: &Target, choice: &Choice) -> Vec<Sample> {
+    pub(crate) fn query(&self, target: &Target, choice: &Choice) -> Vec<Sample> {
         self.prometheus.query(&filled(&target.expression, choice))
     }
 

@@ -8,18 +8,18 @@ use serde_json::Value;
 use crate::tool::{bare, run};
 
 /// The doctor's report.
-pub(crate) struct Said {
+pub(crate) struct Report {
     pub(crate) code: i32,
     pub(crate) json: Value,
 }
 
 /// Runs the doctor with these shards and arguments.
 #[track_caller]
-pub(crate) fn doctor(shards: &[&str], args: &[&str]) -> Said {
+pub(crate) fn doctor(shards: &[&str], args: &[&str]) -> Report {
     let ended = run(command(shards, &[&["--json"], args].concat()));
     let json: Value = serde_json::from_str(&ended.stdout).unwrap_or_else(|error| panic!("{error}: {ended:?}"));
     assert_eq!(json["exit_code"], ended.code, "{ended:?}");
-    Said { code: ended.code, json }
+    Report { code: ended.code, json }
 }
 
 pub(crate) fn command(shards: &[&str], args: &[&str]) -> Command {
@@ -28,7 +28,7 @@ pub(crate) fn command(shards: &[&str], args: &[&str]) -> Command {
     command
 }
 
-impl Said {
+impl Report {
     /// All findings, each with its place and check.
     pub(crate) fn all(&self) -> Vec<(&str, &str, &Value)> {
         let mut lists = vec![("settings", &self.json["settings"])];
@@ -66,7 +66,7 @@ impl Said {
     }
 
     /// The warnings and errors, as check and level.
-    pub(crate) fn complaints(&self) -> BTreeMap<String, String> {
+    pub(crate) fn problems(&self) -> BTreeMap<String, String> {
         self.all()
             .into_iter()
             .filter(|(_, _, finding)| finding["level"] == "warning" || finding["level"] == "error")
@@ -76,9 +76,9 @@ impl Said {
 
     /// Asserts that this is the only complaint, and that the finding contains these words.
     #[track_caller]
-    pub(crate) fn complains_only(&self, check: &str, level: &str, words: &[&str]) {
+    pub(crate) fn has_only_problem(&self, check: &str, level: &str, words: &[&str]) {
         let expected = BTreeMap::from([(check.to_owned(), level.to_owned())]);
-        assert_eq!(self.complaints(), expected, "{:#}", self.json);
+        assert_eq!(self.problems(), expected, "{:#}", self.json);
         assert_eq!(self.code, if level == "error" { 2 } else { 1 });
         let text = self.one(check).to_string();
         for word in words {

@@ -12,25 +12,25 @@ use tracing::{Event, Subscriber};
 
 /// Everything recorded so far.
 #[derive(Clone, Default)]
-pub(crate) struct Witness(Arc<Mutex<String>>);
+pub(crate) struct LogRecorder(Arc<Mutex<String>>);
 
-impl Witness {
+impl LogRecorder {
     /// Starts recording, once for the whole process. From then on all tests of the process are
     /// recorded.
-    pub(crate) fn called() -> Self {
-        static WITNESS: OnceLock<Witness> = OnceLock::new();
-        let witness = WITNESS.get_or_init(|| {
-            let witness = Self::default();
-            tracing::subscriber::set_global_default(witness.clone()).expect("there is no other subscriber");
-            metrics::set_global_recorder(witness.clone()).expect("there is no other recorder");
-            log::set_boxed_logger(Box::new(witness.clone())).expect("there is no other logger");
+    pub(crate) fn install() -> Self {
+        static RECORDER: OnceLock<LogRecorder> = OnceLock::new();
+        let recorder = RECORDER.get_or_init(|| {
+            let recorder = Self::default();
+            tracing::subscriber::set_global_default(recorder.clone()).expect("there is no other subscriber");
+            metrics::set_global_recorder(recorder.clone()).expect("there is no other recorder");
+            log::set_boxed_logger(Box::new(recorder.clone())).expect("there is no other logger");
             log::set_max_level(log::LevelFilter::Trace);
-            witness
+            recorder
         });
-        witness.clone()
+        recorder.clone()
     }
 
-    pub(crate) fn heard(&self) -> String {
+    pub(crate) fn recorded(&self) -> String {
         self.0.lock().clone()
     }
 
@@ -40,13 +40,13 @@ impl Witness {
     }
 }
 
-impl Visit for Witness {
+impl Visit for LogRecorder {
     fn record_debug(&mut self, field: &Field, value: &dyn Debug) {
         self.note(&(field.name(), value));
     }
 }
 
-impl Subscriber for Witness {
+impl Subscriber for LogRecorder {
     fn enabled(&self, _: &tracing::Metadata<'_>) -> bool {
         true
     }
@@ -72,7 +72,7 @@ impl Subscriber for Witness {
     fn exit(&self, _: &Id) {}
 }
 
-impl log::Log for Witness {
+impl log::Log for LogRecorder {
     fn enabled(&self, _: &log::Metadata<'_>) -> bool {
         true
     }
@@ -84,7 +84,7 @@ impl log::Log for Witness {
     fn flush(&self) {}
 }
 
-impl Recorder for Witness {
+impl Recorder for LogRecorder {
     fn describe_counter(&self, key: KeyName, _: Option<Unit>, description: SharedString) {
         self.note(&(key, description));
     }

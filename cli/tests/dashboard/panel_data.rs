@@ -2,9 +2,9 @@
 
 use std::collections::BTreeSet;
 
-use crate::board::{Board, Choice, filled};
+use crate::definition::{Choice, Dashboard, filled};
+use crate::environment::Environment;
 use crate::faults::{FAULTS, QUIET, Sign};
-use crate::scene::Scene;
 use crate::support::prometheus::{Prometheus, Sample};
 
 fn are_numbers(samples: &[Sample]) -> bool {
@@ -19,12 +19,12 @@ fn are_above_zero(samples: &[Sample]) -> bool {
 
 #[test]
 fn every_panel_and_every_variable_has_data_under_load() {
-    let (board, scene) = (Board::read(), Scene::start());
-    has_data(&board, &scene, &Scene::everything());
+    let (dashboard, environment) = (Dashboard::read(), Environment::start());
+    has_data(&dashboard, &environment, &Environment::everything());
 
     // Several values and a single value, in Grafana's notation.
-    let mut some = Scene::everything();
-    let instance = scene
+    let mut some = Environment::everything();
+    let instance = environment
         .prometheus
         .label_values("shardlock_shard_up", "instance")
         .remove(0);
@@ -32,12 +32,12 @@ fn every_panel_and_every_variable_has_data_under_load() {
     some.insert("instance", instance.replace('.', r"\\."));
     some.insert("class", "(jobs|sale)".to_owned());
     some.insert("shard", "(shard-0|shard-1|shard-2)".to_owned());
-    has_data(&board, &scene, &some);
+    has_data(&dashboard, &environment, &some);
 
-    for variable in &board.variables {
-        let values = scene
+    for variable in &dashboard.variables {
+        let values = environment
             .prometheus
-            .label_values(&filled(&variable.series, &Scene::everything()), &variable.label);
+            .label_values(&filled(&variable.series, &Environment::everything()), &variable.label);
         let values: BTreeSet<_> = values.iter().map(String::as_str).collect();
         let is_right = match variable.name.as_str() {
             "job" => values == BTreeSet::from([Prometheus::JOB]),
@@ -51,13 +51,13 @@ fn every_panel_and_every_variable_has_data_under_load() {
 }
 
 #[track_caller]
-fn has_data(board: &Board, scene: &Scene, choice: &Choice) {
-    for panel in &board.panels {
+fn has_data(dashboard: &Dashboard, environment: &Environment, choice: &Choice) {
+    for panel in &dashboard.panels {
         for target in &panel.targets {
             if QUIET.contains(&panel.title.as_str()) {
-                scene.until(&panel.title, target, choice, are_numbers);
+                environment.until(&panel.title, target, choice, are_numbers);
             } else {
-                scene.until(&panel.title, target, choice, are_above_zero);
+                environment.until(&panel.title, target, choice, are_above_zero);
             }
         }
     }
@@ -65,13 +65,16 @@ fn has_data(board: &Board, scene: &Scene, choice: &Choice) {
 
 #[test]
 fn a_panel_that_shows_faults_shows_them() {
-    let (board, scene) = (Board::read(), Scene::start());
-    let choice = Scene::everything();
+    let (dashboard, environment) = (Dashboard::read(), Environment::start());
+    let choice = Environment::everything();
     for fault in FAULTS {
         if fault.is_unmistakable {
             for sign in fault.shown_by {
-                let panel = board.panel(sign.panel);
-                let before = panel.targets.iter().flat_map(|target| scene.ask(target, &choice));
+                let panel = dashboard.panel(sign.panel);
+                let before = panel
+                    .targets
+                    .iter()
+                    .flat_map(|target| environment.query(target, &choice));
                 assert_eq!(
                     before.filter(|sample| is_sign(sign, sample)).count(),
                     0,
@@ -81,24 +84,24 @@ fn a_panel_that_shows_faults_shows_them() {
             }
         }
         if !fault.is_repeated {
-            (fault.inject)(&scene);
+            (fault.inject)(&environment);
         }
         for sign in fault.shown_by {
-            for target in &board.panel(sign.panel).targets {
+            for target in &dashboard.panel(sign.panel).targets {
                 let what = format!("{}, when {}", sign.panel, fault.what);
-                scene.until(&what, target, &choice, |samples| {
+                environment.until(&what, target, &choice, |samples| {
                     if fault.is_repeated {
-                        (fault.inject)(&scene);
+                        (fault.inject)(&environment);
                     }
                     samples.iter().any(|sample| is_sign(sign, sample))
                 });
             }
         }
-        (fault.mend)(&scene);
+        (fault.mend)(&environment);
     }
     let all_up = |samples: &[Sample]| samples.len() == 3 && samples.iter().all(|sample| sample.value == 1.0);
-    let up = &board.panel("Shards up").targets[0];
-    scene.until("all shards are up again", up, &choice, all_up);
+    let up = &dashboard.panel("Shards up").targets[0];
+    environment.until("all shards are up again", up, &choice, all_up);
 }
 
 fn is_sign(sign: &Sign, sample: &Sample) -> bool {

@@ -16,7 +16,7 @@ pub(crate) fn file() -> PathBuf {
     folder().join("dashboards/shardlock.json")
 }
 
-pub(crate) struct Board {
+pub(crate) struct Dashboard {
     pub(crate) panels: Vec<Panel>,
     pub(crate) variables: Vec<Variable>,
 }
@@ -44,7 +44,7 @@ pub(crate) struct Variable {
 /// Values of variables, by name without the dollar sign.
 pub(crate) type Choice = BTreeMap<&'static str, String>;
 
-impl Board {
+impl Dashboard {
     pub(crate) fn read() -> Self {
         let text = std::fs::read_to_string(file()).expect("the dashboard can be read");
         let document: Value = serde_json::from_str(&text).expect("the dashboard is JSON");
