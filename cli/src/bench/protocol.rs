@@ -24,8 +24,8 @@ pub(super) struct WorkerSettings {
     pub(super) threads: usize,
 }
 
-/// The commands to a worker. [`Command::Close`] is answered with [`Measurements`], the others without
-/// data.
+/// The commands to a worker. [`Command::Close`] is answered with [`Measurements`], the others
+/// without data.
 #[derive(Debug, Clone, Copy, Serialize, Deserialize)]
 #[serde(rename_all = "snake_case")]
 pub(super) enum Command {

@@ -56,7 +56,8 @@ impl Events {
         })
     }
 
-    /// Returns the next event. After [`Event::FrontDied`], only [`Event::ChildChanged`] is returned.
+    /// Returns the next event. After [`Event::FrontDied`], only [`Event::ChildChanged`] is
+    /// returned.
     ///
     /// # Cancel safety
     ///

@@ -70,8 +70,8 @@ impl Workers {
         try_join_all(self.workers.iter_mut().map(|worker| worker.read_reply(|_| {}))).await
     }
 
-    /// Sends a command to all workers in quick succession and waits for their replies. `progress` is
-    /// called with the sum of the progress they report.
+    /// Sends a command to all workers in quick succession and waits for their replies. `progress`
+    /// is called with the sum of the progress they report.
     pub(crate) async fn run<T: DeserializeOwned>(
         &mut self,
         command: &impl Serialize,
@@ -105,7 +105,8 @@ impl Workers {
         Ok(())
     }
 
-    /// Makes the workers shut their managers down by this command, and waits until they have exited.
+    /// Makes the workers shut their managers down by this command, and waits until they have
+    /// exited.
     pub(crate) async fn shut_down(&mut self, command: &impl Serialize) -> anyhow::Result<()> {
         self.run::<()>(command, |_| {}).await?;
         for mut worker in self.workers.drain(..) {

@@ -52,8 +52,8 @@ async fn primary_from_sentinel(sentinel: &ServerUrl, name: &str, connector: &Con
         .ok_or_else(|| format!("{} knows no primary called {name}", sentinel.place()))
 }
 
-/// Queries a sentinel for the address of a primary. Returns `None` if the sentinel does not know the
-/// name.
+/// Queries a sentinel for the address of a primary. Returns `None` if the sentinel does not know
+/// the name.
 pub(crate) async fn primary_named(sentinel: &mut MultiplexedConnection, name: &str) -> Result<Option<String>, String> {
     let command = cmd("SENTINEL").arg("GET-MASTER-ADDR-BY-NAME").arg(name).to_owned();
     let address: Option<(String, String)> = query(sentinel, &command).await?;

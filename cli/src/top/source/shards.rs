@@ -3,8 +3,9 @@
 //!
 //! # Implementation details
 //!
-//! The cost of a sample is bounded: one request per known key, at most [`CONCURRENT_READS_MAX`] at a time and
-//! [`KEYS_MAX`] in all. The servers are searched for keys only at the start and on request.
+//! The cost of a sample is bounded: one request per known key, at most [`CONCURRENT_READS_MAX`] at
+//! a time and [`KEYS_MAX`] in all. The servers are searched for keys only at the start and on
+//! request.
 
 use std::collections::{BTreeMap, BTreeSet};
 use std::time::{Duration, Instant};
