@@ -4,7 +4,7 @@
 //! |---|---|
 //! | `run` | runs it: servers, workers, warm-up, the measured window |
 //! | `setup` | sets up a run and removes everything afterwards |
-//! | `worker`, `task`, `context` | what the worker processes run, each of their tasks, and the state these share |
+//! | `worker`, `task`, `context` | the worker processes, their tasks, and the state these share |
 //! | `keys` | which task locks which key |
 //! | `wait_histogram` | histograms of waits, corrected for coordinated omission |
 //! | `report`, `figures` | the result as a table, and whether it is correct; its numbers, as JSON |
