@@ -386,7 +386,7 @@ pub struct Holder {
     pub remaining: Option<Duration>,
 }
 
-/// The most queue members that an [`KeyState`] lists.
+/// The most queue members that a [`KeyState`] lists.
 pub(crate) const INSPECTED_QUEUE_MAX: usize = 100;
 
 #[cfg(test)]
