@@ -6,8 +6,14 @@ use std::path::{Path, PathBuf};
 
 /// The folder of the fuzz targets, or `None` in a published package, which does not contain it.
 pub(crate) fn fuzz() -> Option<PathBuf> {
-    let root = Path::new(env!("CARGO_MANIFEST_DIR"));
-    (!root.join(".cargo_vcs_info.json").exists()).then(|| root.join("fuzz"))
+    let package = Path::new(env!("CARGO_MANIFEST_DIR"));
+    if package.join(".cargo_vcs_info.json").exists() {
+        return None;
+    }
+    // The tool's package is a directory below it.
+    let mut places = package.ancestors().map(|place| place.join("fuzz"));
+    let found = places.find(|place| place.is_dir());
+    Some(found.unwrap_or_else(|| panic!("{} has no fuzz targets", package.display())))
 }
 
 /// Runs the corpus of a target.
