@@ -27,6 +27,7 @@ mod refusal;
 mod reply;
 mod script;
 mod time;
+mod token_floor;
 
 /// See [`ServerUrl::why_not_connected`].
 pub(crate) async fn why_not_connected(server: &ServerUrl, error: &RedisError, timeout: Duration) -> String {

@@ -37,7 +37,7 @@ mod topology;
 
 use std::pin::Pin;
 use std::sync::Arc;
-use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
+use std::sync::atomic::AtomicBool;
 use std::time::Duration;
 
 use deadpool_redis::redis::{Cmd, ConnectionInfo, Value, cmd};
@@ -48,10 +48,11 @@ use super::commands::{Commands, erase};
 use super::map;
 use super::reply::{acquired, error_in_words, inspected, released};
 use super::script::{LuaScript, Named, Scripts};
+use super::token_floor::TokenFloor;
 use crate::clock::Moment;
 use crate::endpoint::ServerUrl;
 use crate::error::InvalidSetting;
-use crate::key::{LockKey, SLOTS, Slot};
+use crate::key::{LockKey, Slot};
 use crate::protocol::{Acquire, AcquireMode, AcquireReply, Answer, Push, Release, ReleaseReply, RenewReply, Renewal};
 use crate::slow_log::RateLimit;
 use crate::store::map::StoredMap;
@@ -100,8 +101,7 @@ struct Shared {
     /// Limit log lines about renewals that failed, and about inboxes that were refused.
     failed_renewals: RateLimit,
     refused_inboxes: RateLimit,
-    /// The largest token seen in each slot.
-    seen: Box<[AtomicU64]>,
+    token_floor: TokenFloor,
 }
 
 impl ClusterStore {
@@ -134,7 +134,7 @@ impl ClusterStore {
             inbox_idle_seconds,
             failed_renewals: RateLimit::default(),
             refused_inboxes: RateLimit::default(),
-            seen: (0..SLOTS).map(|_| AtomicU64::new(0)).collect(),
+            token_floor: TokenFloor::new(),
         });
         let runtimes = Some(options.runtimes);
         let caller = Arc::new(Lane::new(&shared, options.connections, Purpose::Requests, runtimes));
@@ -155,20 +155,6 @@ impl ClusterStore {
 }
 
 impl Shared {
-    /// The floor of this slot: every token issued from now on is above it.
-    fn floor(&self, slot: Slot) -> u64 {
-        self.seen[usize::from(slot.number())].load(Ordering::Acquire)
-    }
-
-    fn saw(&self, slot: Slot, reply: &AcquireReply) {
-        let token = match reply {
-            AcquireReply::Granted { tokens, .. } => tokens.last(),
-            AcquireReply::Queued(position) => position.enqueue_token,
-            AcquireReply::Taken | AcquireReply::Busy => return,
-        };
-        self.seen[usize::from(slot.number())].fetch_max(token, Ordering::AcqRel);
-    }
-
     /// How long to wait for replicas at a time. Meanwhile the connection answers nothing else.
     fn wait_for_replicas(&self) -> Duration {
         (self.patience / 4).min(REPLICAS_WAIT_MAX)
@@ -333,7 +319,7 @@ impl LeaseStore for ClusterStore {
                 inbox.ready(slot).await?;
             }
             let (said, reply, floor) = loop {
-                let floor = shared.floor(slot);
+                let floor = shared.token_floor.of(slot);
                 let fill = |command: &mut Cmd| shared.commands.fill_acquire(command, &request, floor);
                 let said = lane
                     .script(&shared.scripts.acquire, slot, shared.min_replicas_acked, &fill)
@@ -342,7 +328,7 @@ impl LeaseStore for ClusterStore {
                     (AcquireReply::Busy, AcquireMode::Fast) => AcquireReply::Taken,
                     (reply, _) => reply,
                 };
-                shared.saw(slot, &reply);
+                shared.token_floor.note_reply(slot, &reply);
                 let Some(error) = shared.too_few_acks(&reply, &said) else {
                     break (said, reply, floor);
                 };
@@ -375,7 +361,7 @@ impl LeaseStore for ClusterStore {
             let shared = &*lane.shared;
             let slot = shared.commands.names.of(&request.key).slot();
             let (ttl, tokens) = (request.ttl(), request.tokens);
-            let floor = shared.floor(slot);
+            let floor = shared.token_floor.of(slot);
             let answer = |said: &Said, reply| Answer {
                 sent_at: said.sent_at,
                 ttl,
@@ -411,7 +397,7 @@ impl LeaseStore for ClusterStore {
             // longer ours is not a loss then.
             reply.held |= repeated || said.repeated;
             if let Some(requeued) = reply.requeued {
-                shared.saw(slot, &requeued);
+                shared.token_floor.note_reply(slot, &requeued);
                 if shared.too_few_acks(&requeued, &said).is_some() {
                     // The cycle asks again, and thus waits for the replicas again.
                     reply.requeued = None;
@@ -470,14 +456,14 @@ impl LeaseStore for ClusterStore {
     fn probe(&self) -> Pin<Box<dyn Future<Output = Health> + Send>> {
         let lane = Arc::clone(&self.background);
         Box::pin(async move {
-            let (mut health, map) = tokio::join!(look::look(&lane), lane.map(MapStep::Read));
+            let (mut look, map) = tokio::join!(look::look(&lane), lane.map(MapStep::Read));
             match map {
-                Err(error @ StoreError::MapMismatch { .. }) if health.reached.is_ok() => health.reached = Err(error),
+                Err(error @ StoreError::MapMismatch { .. }) if look.reached.is_ok() => look.reached = Err(error),
                 // The next lock stores the map again, after checking all shards.
                 Ok(MapState::None | MapState::Reserved) => lane.shared.map.forget(),
                 Ok(MapState::Ours) | Err(_) => {}
             }
-            health
+            look
         })
     }
 

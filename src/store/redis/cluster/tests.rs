@@ -1,7 +1,6 @@
 //! Tests of behaviour that takes too long to observe from outside, and test access for the
 //! comparison with the reference implementation.
 
-use std::sync::atomic::Ordering;
 use std::time::Duration;
 
 use tokio::sync::mpsc;
@@ -40,7 +39,7 @@ pub(crate) async fn for_comparison(url: &str, manager: &ManagerId) -> ClusterSto
 impl Compared for ClusterStore {
     fn set_floor(&self, key: &LockKey, floor: u64) {
         let slot = self.slot_of(key);
-        self.shared.seen[usize::from(slot.number())].store(floor, Ordering::Release);
+        self.shared.token_floor.set(slot, floor);
     }
 
     fn lease_name(&self, key: &LockKey) -> String {

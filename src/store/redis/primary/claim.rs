@@ -108,7 +108,7 @@ impl RedisStore {
 
     /// Records a token that was issued in the quorum: later tokens of this slot are above it.
     pub(crate) fn saw_token(&self, slot: Slot, token: u64) {
-        self.shared.seen[usize::from(slot.number())].fetch_max(token, Ordering::AcqRel);
+        self.shared.token_floor.note_token(slot, token);
     }
 
     /// Claims the lease. The request is resent only if its connection broke. After the future is
@@ -122,7 +122,7 @@ impl RedisStore {
             loop {
                 let mut live = link.get().await?;
                 // A counter below an earlier value was lost.
-                let floor = shared.floor(slot);
+                let floor = shared.token_floor.of(slot);
                 let claimed = {
                     let fill = |command: &mut Cmd| shared.commands.fill_claim(command, &claim, floor);
                     let cut = live.cut();

@@ -425,9 +425,8 @@ impl Link {
             let info = replies.get(3).and_then(as_text);
             tenure.learn(asked_at, info.as_deref())?;
         }
-        shared
-            .floor
-            .fetch_max(FencingToken::from_server_time(seconds, micros), Ordering::AcqRel);
+        let floor = FencingToken::from_server_time(seconds, micros);
+        shared.token_floor.note_server_time(floor);
         Ok(())
     }
 }

@@ -61,10 +61,11 @@ use super::cut::Cuts;
 use super::map;
 use super::reply::{acquired, acquired_freely, inspected, released};
 use super::script::Scripts;
+use super::token_floor::TokenFloor;
 use crate::clock::Moment;
 use crate::endpoint::{Access, ServerUrl};
 use crate::error::InvalidSetting;
-use crate::key::{LockKey, SLOTS, Slot};
+use crate::key::{LockKey, Slot};
 use crate::protocol::{Acquire, AcquireMode, AcquireReply, Answer, Push, Release, ReleaseReply, RenewReply, Renewal};
 use crate::runtime::Runtimes;
 use crate::slow_log::RateLimit;
@@ -116,10 +117,7 @@ pub(super) struct Shared {
     renewal_habit: Habit,
     /// Whether servers are asked for their role.
     check_role: bool,
-    /// The largest server time seen when connecting, as a token: counters below it were lost.
-    floor: AtomicU64,
-    /// The largest token seen in each slot.
-    seen: Box<[AtomicU64]>,
+    token_floor: TokenFloor,
     /// Whether the server may vote; only if it is a node of a quorum.
     tenure: Option<Tenure>,
     /// See [`LeaseStore::epoch`].
@@ -176,8 +174,7 @@ impl RedisStore {
             confirm: Confirm::new(options.min_replicas_acked, options.timeout),
             renewal_habit: Habit::default(),
             check_role: options.check_role,
-            floor: AtomicU64::new(0),
-            seen: (0..SLOTS).map(|_| AtomicU64::new(0)).collect(),
+            token_floor: TokenFloor::new(),
             tenure,
             epoch: AtomicU32::new(0),
             failed_renewals: RateLimit::default(),
@@ -208,12 +205,6 @@ impl RedisStore {
 }
 
 impl Shared {
-    /// The floor of this slot: every token issued from now on is above it.
-    fn floor(&self, slot: Slot) -> u64 {
-        let seen = self.seen[usize::from(slot.number())].load(Ordering::Acquire);
-        seen.max(self.floor.load(Ordering::Acquire))
-    }
-
     /// A connection broke or the primary changed: leases must be confirmed before they are passed
     /// on. Call this once nothing more is sent to the affected server.
     fn may_have_forgotten(&self) {
@@ -233,17 +224,12 @@ impl Shared {
     }
 
     fn saw(&self, slot: Slot, reply: &AcquireReply) {
-        let token = match reply {
-            AcquireReply::Granted { tokens, .. } => tokens.last(),
-            AcquireReply::Queued(position) => {
-                if !position.is_subscribed {
-                    self.inbox_check.notify_one();
-                }
-                position.enqueue_token
-            }
-            AcquireReply::Taken | AcquireReply::Busy => return,
-        };
-        self.seen[usize::from(slot.number())].fetch_max(token, Ordering::AcqRel);
+        if let AcquireReply::Queued(position) = reply
+            && !position.is_subscribed
+        {
+            self.inbox_check.notify_one();
+        }
+        self.token_floor.note_reply(slot, reply);
     }
 
     /// How long a release waits for its reply: half of its time limit. A connection that is silent
@@ -422,7 +408,7 @@ impl LeaseStore for RedisStore {
             let mut attempts = Attempts::default();
             loop {
                 let mut live = link.get().await?;
-                let floor = shared.floor(slot);
+                let floor = shared.token_floor.of(slot);
                 let sent_at = Moment::now();
                 let asked = {
                     let cut = live.cut();
@@ -474,7 +460,7 @@ impl LeaseStore for RedisStore {
                     }
                     (Err(error), None) => return Err(error),
                 };
-                let floor = shared.floor(slot);
+                let floor = shared.token_floor.of(slot);
                 let sent_at = Moment::now();
                 let answer = {
                     let cut = live.cut();

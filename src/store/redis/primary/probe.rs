@@ -1,7 +1,6 @@
 //! Test access: what the comparison with the reference implementation needs to read and set in a
 //! store.
 
-use std::sync::atomic::Ordering;
 use std::time::Duration;
 
 use super::super::Compared;
@@ -33,8 +32,7 @@ impl RedisStore {
 impl Compared for RedisStore {
     fn set_floor(&self, key: &LockKey, floor: u64) {
         let slot = self.shared.commands.names.of(key).slot();
-        self.shared.floor.store(floor, Ordering::Release);
-        self.shared.seen[usize::from(slot.number())].store(0, Ordering::Release);
+        self.shared.token_floor.set(slot, floor);
     }
 
     fn lease_name(&self, key: &LockKey) -> String {
