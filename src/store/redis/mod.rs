@@ -24,6 +24,7 @@ pub(crate) mod names;
 mod permission;
 pub(crate) mod primary;
 mod refusal;
+mod replica_ack;
 mod reply;
 mod script;
 mod time;

@@ -25,7 +25,8 @@ use std::time::Duration;
 
 use deadpool_redis::redis::{Cmd, ErrorKind, RedisError, ServerErrorKind, Value, pipe};
 
-use super::super::reply::{as_int, error_in_words};
+use super::super::replica_ack::{Wait, acked};
+use super::super::reply::error_in_words;
 use super::super::script::Named;
 use super::lane::{Lane, at_place};
 use super::topology::{Place, redirected};
@@ -49,8 +50,8 @@ pub(super) struct Call<'a> {
     pub(super) slot: Slot,
     /// Builds the command.
     pub(super) command: &'a (dyn Fn(Named) -> Cmd + Send + Sync),
-    /// How many replicas should have executed the command before the reply counts.
-    pub(super) acks: u32,
+    /// Sent behind the command, if replicas should have executed it before the reply counts.
+    pub(super) wait: Option<Wait>,
     /// Whether `TRYAGAIN` is returned instead of retried.
     pub(super) stops_at_try_again: bool,
     /// How long the sender waits, if less than the store's time limit.
@@ -212,7 +213,7 @@ impl Lane {
         let (generation, cut) = (live.generation(), live.cut.clone());
         let command = (call.command)(named);
         let sending = async {
-            if !asking && call.acks == 0 {
+            if !asking && call.wait.is_none() {
                 let value = live.connection.send_packed_command(&command).await?.extract_error()?;
                 return Ok((value, 0));
             }
@@ -221,16 +222,13 @@ impl Lane {
                 commands.cmd("ASKING");
             }
             commands.add_command(command);
-            if call.acks > 0 {
-                let millis = u64::try_from(self.shared.wait_for_replicas().as_millis())
-                    .unwrap_or(u64::MAX)
-                    .max(1);
-                commands.cmd("WAIT").arg(call.acks).arg(millis);
+            if let Some(wait) = call.wait {
+                commands.add_command(wait.command());
             }
             let count = commands.len();
             let mut replies = live.connection.send_packed_commands(&commands, 0, count).await?;
-            let acked = match replies.pop() {
-                Some(acked) if call.acks > 0 => Some(acked),
+            let replicas = match replies.pop() {
+                Some(reply) if call.wait.is_some() => Some(reply),
                 Some(other) => {
                     replies.push(other);
                     None
@@ -242,9 +240,8 @@ impl Lane {
             replies
                 .into_iter()
                 .try_for_each(|reply| reply.extract_error().map(drop))?;
-            let acked = acked.map(Value::extract_error).transpose()?;
-            let acked = acked.as_ref().and_then(as_int).and_then(|acked| acked.try_into().ok());
-            Ok((value, acked.unwrap_or(0)))
+            let replicas = replicas.map(Value::extract_error).transpose()?;
+            Ok((value, replicas.as_ref().map_or(0, acked)))
         };
         match tokio::time::timeout(patience, cut.or(pin!(sending))).await {
             Ok(Ok((value, acked))) => Attempt::Said(value, acked),

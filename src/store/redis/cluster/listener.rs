@@ -39,6 +39,7 @@ use futures_util::stream::FuturesUnordered;
 use tokio::sync::{mpsc, oneshot};
 
 use super::super::client::{Purpose, named};
+use super::super::replica_ack::as_confirmed;
 use super::super::reply;
 use super::Shared;
 use super::inbox::{Inbox, Wish};
@@ -248,14 +249,7 @@ impl Listener {
             PushKind::SMessage => {
                 let Some(message) = text(1) else { return Ok(()) };
                 match reply::push(&message) {
-                    // It is not known yet whether enough replicas have the lease.
-                    Some(Push::Granted { key, grant }) if self.shared.min_replicas_acked > 0 => {
-                        self.push(Push::YourTurn {
-                            key,
-                            cycle: grant.cycle,
-                        })
-                    }
-                    Some(push) => self.push(push),
+                    Some(push) => self.push(as_confirmed(self.shared.replica_ack.as_ref(), push)),
                     None => {
                         warn_malformed(&self.shared.shard, &message);
                         Ok(())

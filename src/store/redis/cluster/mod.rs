@@ -46,6 +46,7 @@ use tokio::sync::mpsc;
 use super::client::{Purpose, connection_info};
 use super::commands::{Commands, erase};
 use super::map;
+use super::replica_ack::{ReplicaAck, Wait};
 use super::reply::{acquired, error_in_words, inspected, released};
 use super::script::{LuaScript, Named, Scripts};
 use super::token_floor::TokenFloor;
@@ -96,7 +97,8 @@ struct Shared {
     /// Set by an unanswered renewal, to have the map read.
     map_is_doubted: AtomicBool,
     metrics: Arc<ShardMetrics>,
-    min_replicas_acked: u32,
+    /// Set if replicas must acknowledge a lease before it counts.
+    replica_ack: Option<ReplicaAck>,
     inbox_idle_seconds: u32,
     /// Limit log lines about renewals that failed, and about inboxes that were refused.
     failed_renewals: RateLimit,
@@ -130,7 +132,7 @@ impl ClusterStore {
             patience: (options.timeout / 2).min(PATIENCE_MAX),
             map_is_doubted: AtomicBool::new(false),
             metrics: options.metrics,
-            min_replicas_acked: options.min_replicas_acked,
+            replica_ack: ReplicaAck::new(options.min_replicas_acked, options.timeout),
             inbox_idle_seconds,
             failed_renewals: RateLimit::default(),
             refused_inboxes: RateLimit::default(),
@@ -156,26 +158,27 @@ impl ClusterStore {
 
 impl Shared {
     /// How long to wait for replicas at a time. Meanwhile the connection answers nothing else.
-    fn wait_for_replicas(&self) -> Duration {
+    fn replicas_wait(&self) -> Duration {
         (self.patience / 4).min(REPLICAS_WAIT_MAX)
+    }
+
+    /// The wait to send behind a request that creates or extends a lease.
+    fn wait_for_replicas(&self) -> Option<Wait> {
+        let ack = self.replica_ack.as_ref()?;
+        Some(ack.wait(self.replicas_wait()))
+    }
+
+    /// Whether as many replicas as required have acknowledged.
+    fn has_acks(&self, said: &Said) -> bool {
+        self.replica_ack.as_ref().is_none_or(|ack| ack.is_enough(said.acked))
     }
 
     /// The error if too few replicas have a granted lease. A failover may lose that lease, so it
     /// does not count.
     fn too_few_acks(&self, reply: &AcquireReply, said: &Said) -> Option<StoreError> {
-        let wanted = self.min_replicas_acked;
+        let ack = self.replica_ack.as_ref()?;
         let is_granted = matches!(reply, AcquireReply::Granted { .. });
-        (is_granted && said.acked < wanted).then(|| {
-            StoreError::Unavailable(
-                format!(
-                    "only {} of {wanted} replicas (min_replicas_acked) confirmed the lease within {:?}, so it was released; \
-                     check the replicas of that slot's primary, or lower min_replicas_acked",
-                    said.acked,
-                    self.timeout
-                )
-                .into(),
-            )
-        })
+        (is_granted && !ack.is_enough(said.acked)).then(|| ack.too_few(said.acked, self.timeout))
     }
 }
 
@@ -185,14 +188,14 @@ impl Lane {
         &self,
         script: &LuaScript,
         slot: Slot,
-        acks: u32,
+        wait: Option<Wait>,
         fill: &(dyn Fn(&mut Cmd) + Send + Sync),
     ) -> Result<Said, Unsaid> {
         let command = |named: Named| script.command(named, fill);
         self.call(Call {
             slot,
             command: &command,
-            acks,
+            wait,
             stops_at_try_again: false,
             limit: None,
         })
@@ -209,7 +212,7 @@ impl Lane {
             .call(Call {
                 slot,
                 command: &|_| command.clone(),
-                acks: 0,
+                wait: None,
                 stops_at_try_again: false,
                 limit: deadline.map(|deadline| deadline.since(Moment::now())),
             })
@@ -322,7 +325,7 @@ impl LeaseStore for ClusterStore {
                 let floor = shared.token_floor.of(slot);
                 let fill = |command: &mut Cmd| shared.commands.fill_acquire(command, &request, floor);
                 let said = lane
-                    .script(&shared.scripts.acquire, slot, shared.min_replicas_acked, &fill)
+                    .script(&shared.scripts.acquire, slot, shared.wait_for_replicas(), &fill)
                     .await?;
                 let reply = match (acquired(&said.value, tokens)?, mode) {
                     (AcquireReply::Busy, AcquireMode::Fast) => AcquireReply::Taken,
@@ -335,7 +338,7 @@ impl LeaseStore for ClusterStore {
                 // A promoted replica has no replica of its own for a moment. The lease is ours
                 // meanwhile but does not count. Return the reason before the caller reaches its
                 // time limit.
-                let waited = Moment::now().since(started) + REPLICAS_PAUSE + shared.wait_for_replicas();
+                let waited = Moment::now().since(started) + REPLICAS_PAUSE + shared.replicas_wait();
                 if waited >= shared.timeout - shared.timeout / 10 {
                     return Err(error);
                 }
@@ -371,7 +374,7 @@ impl LeaseStore for ClusterStore {
             let mut repeated = false;
             if request.nobody_waits {
                 let fill = |command: &mut Cmd| shared.commands.fill_release_free(command, &request.key, request.cycle);
-                let said = lane.script(&shared.scripts.release_free, slot, 0, &fill).await?;
+                let said = lane.script(&shared.scripts.release_free, slot, None, &fill).await?;
                 if said.value == Value::Int(1) {
                     let reply = ReleaseReply {
                         held: true,
@@ -385,13 +388,9 @@ impl LeaseStore for ClusterStore {
             if request.requeue.is_some() {
                 inbox.ready(slot).await?;
             }
-            let acks = if request.requeue.is_some() {
-                shared.min_replicas_acked
-            } else {
-                0
-            };
+            let wait = request.requeue.and_then(|_| shared.wait_for_replicas());
             let fill = |command: &mut Cmd| shared.commands.fill_release(command, &request, floor);
-            let said = lane.script(&shared.scripts.release, slot, acks, &fill).await?;
+            let said = lane.script(&shared.scripts.release, slot, wait, &fill).await?;
             let mut reply = released(&said.value, request.requeue.is_some(), tokens)?;
             // An earlier attempt whose reply was lost may have released the lease. That it is no
             // longer ours is not a loss then.

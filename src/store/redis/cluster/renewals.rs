@@ -172,12 +172,12 @@ async fn renew_part(
     let call = Call {
         slot,
         command: &command,
-        acks: shared.min_replicas_acked,
+        wait: shared.wait_for_replicas(),
         stops_at_try_again: true,
         limit: Some(until.saturating_duration_since(tokio::time::Instant::now())),
     };
     match lane.call(call).await {
-        Ok(said) if said.acked < shared.min_replicas_acked => Ok(vec![None; renewals.len()]),
+        Ok(said) if !shared.has_acks(&said) => Ok(vec![None; renewals.len()]),
         Ok(said) => Ok(renewed(&said.value, renewals.len())?.into_iter().map(Some).collect()),
         Err(Unsaid::Failed(error)) => Err(error),
         Err(Unsaid::TryAgain) => {
@@ -192,9 +192,9 @@ async fn renew_part(
 async fn renew_alone(lane: &Lane, slot: Slot, renewal: &Renewal) -> Option<RenewReply> {
     let shared = &*lane.shared;
     let fill = |command: &mut Cmd| shared.commands.fill_renew_alone(command, renewal);
-    let acks = shared.min_replicas_acked;
-    let said = match lane.script(&shared.scripts.renew_alone, slot, acks, &fill).await {
-        Ok(said) if said.acked >= acks => said,
+    let wait = shared.wait_for_replicas();
+    let said = match lane.script(&shared.scripts.renew_alone, slot, wait, &fill).await {
+        Ok(said) if shared.has_acks(&said) => said,
         Ok(_) => return None,
         Err(unsaid) => {
             let error = StoreError::from(unsaid);

@@ -17,6 +17,7 @@ use futures_util::StreamExt;
 use tokio::sync::mpsc;
 
 use super::super::client::{connection_info, with_reason};
+use super::super::replica_ack::as_confirmed;
 use super::super::reply::{push, role};
 use super::Shared;
 use super::link::Link;
@@ -93,7 +94,7 @@ pub(super) async fn listen(shared: Arc<Shared>, commands: Arc<Link>, pushes: mps
                     let text = String::from_utf8_lossy(message.get_payload_bytes());
                     match push(&text) {
                         Some(push) => {
-                            if pushes.send(shared.as_confirmed(push)).is_err() {
+                            if pushes.send(as_confirmed(shared.replica_ack.as_ref(), push)).is_err() {
                                 return;
                             }
                         }

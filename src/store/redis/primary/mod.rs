@@ -24,13 +24,12 @@
 //!
 //! Replication is asynchronous, so a failover may lose a recent lease. Its holder learns of the
 //! loss at its next renewal, which is sent once the inbox is subscribed on the new primary. Until
-//! then two holders may exist; their tokens differ. `confirm` offers a stronger guarantee. Whenever
+//! then two holders may exist; their tokens differ. `replica_ack` offers a stronger guarantee. Whenever
 //! a connection ends, the epoch changes, and no lease is passed on before it was confirmed in the
 //! new epoch.
 
 mod background;
 mod claim;
-mod confirm;
 mod follow;
 #[cfg(any(test, fuzzing))]
 pub(super) mod fuzzing;
@@ -59,6 +58,7 @@ use super::client::Purpose;
 use super::commands::{Commands, erase};
 use super::cut::Cuts;
 use super::map;
+use super::replica_ack::ReplicaAck;
 use super::reply::{acquired, acquired_freely, inspected, released};
 use super::script::Scripts;
 use super::token_floor::TokenFloor;
@@ -78,7 +78,6 @@ use crate::time_limit::within;
 use background::Background;
 use claim::Tenure;
 pub(crate) use claim::{Claim, ClaimKind, Claimed};
-use confirm::Confirm;
 use link::{Link, Live};
 use moves::Moves;
 use renewals::Habit;
@@ -113,7 +112,7 @@ pub(super) struct Shared {
     runtimes: Arc<Runtimes>,
     cuts: Cuts,
     /// Set if replicas must acknowledge a lease before it counts.
-    confirm: Option<Confirm>,
+    replica_ack: Option<ReplicaAck>,
     renewal_habit: Habit,
     /// Whether servers are asked for their role.
     check_role: bool,
@@ -171,7 +170,7 @@ impl RedisStore {
             metrics: options.metrics,
             runtimes: options.runtimes,
             cuts: Cuts::default(),
-            confirm: Confirm::new(options.min_replicas_acked, options.timeout),
+            replica_ack: ReplicaAck::new(options.min_replicas_acked, options.timeout),
             renewal_habit: Habit::default(),
             check_role: options.check_role,
             token_floor: TokenFloor::new(),
@@ -284,9 +283,9 @@ impl Shared {
         slot: Slot,
         floor: u64,
     ) -> RedisResult<Result<AcquireReply, StoreError>> {
-        if let Some(confirm) = &self.confirm {
+        if let Some(ack) = &self.replica_ack {
             // Boxed, so that it does not enlarge the future of every request.
-            return Box::pin(self.ask_confirmed(confirm, live, request, slot, floor)).await;
+            return Box::pin(self.ask_confirmed(ack, live, request, slot, floor)).await;
         }
         if request.mode == AcquireMode::Fast {
             let commands = self.commands.take_freely(request, slot);
@@ -302,13 +301,13 @@ impl Shared {
     /// The same, followed at once by a wait for replicas. Fails if they do not confirm the lease.
     async fn ask_confirmed(
         &self,
-        confirm: &Confirm,
+        ack: &ReplicaAck,
         live: &mut Live,
         request: &Acquire,
         slot: Slot,
         floor: u64,
     ) -> RedisResult<Result<AcquireReply, StoreError>> {
-        let wait = confirm.next();
+        let wait = ack.next();
         let (reply, acked) = if request.mode == AcquireMode::Fast {
             let mut commands = self.commands.take_freely(request, slot);
             commands.add_command(wait.command());
@@ -336,25 +335,13 @@ impl Shared {
         self.saw(slot, &reply);
         // An error of `WAIT` itself may mean that the server is no longer a primary.
         let acked = acked.extract_error()?;
-        Ok(confirm.judge(wait, &acked).map(|()| reply))
-    }
-
-    /// Converts a grant if replicas must confirm leases: the manager that granted it did not wait
-    /// for them.
-    fn as_confirmed(&self, push: Push) -> Push {
-        match push {
-            Push::Granted { key, grant } if self.confirm.is_some() => Push::YourTurn {
-                key,
-                cycle: grant.cycle,
-            },
-            push => push,
-        }
+        Ok(ack.check(wait, &acked).map(|()| reply))
     }
 
     /// The reply to a requeued cycle. An unconfirmed grant is dropped, so that the cycle asks
     /// again.
     fn confirmed_or_asked(&self, requeued: Option<AcquireReply>) -> Option<AcquireReply> {
-        requeued.filter(|reply| self.confirm.is_none() || !matches!(reply, AcquireReply::Granted { .. }))
+        requeued.filter(|reply| self.replica_ack.is_none() || !matches!(reply, AcquireReply::Granted { .. }))
     }
 }
 

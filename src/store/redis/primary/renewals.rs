@@ -125,11 +125,11 @@ pub(super) async fn renew(
         // The map was deleted while the leases were kept. Restore it before another map is stored.
         restore_map(shared, link, live, limit / 5).await?;
     }
-    if let Some(confirm) = &shared.confirm {
-        let wait = confirm.within(limit);
+    if let Some(ack) = &shared.replica_ack {
+        let wait = ack.within(limit);
         let acked = connection.send_packed_command(&wait.command()).await;
         let acked = acked.and_then(Value::extract_error).map_err(in_words)?;
-        if let Err(error) = confirm.judge(wait, &acked) {
+        if let Err(error) = ack.check(wait, &acked) {
             if let Some(suppressed) = shared.failed_renewals.admit(Moment::now()) {
                 tracing::warn!(shard = %shared.shard, %error, leases = batch.len(), suppressed, "too few replicas confirmed the renewed leases; retrying until they expire");
             }
@@ -176,7 +176,7 @@ async fn send(
 ) -> Result<Vec<Option<RenewReply>>, StoreError> {
     // A busy server answers only some of many calls in time: those leases are renewed, and only the
     // others are retried.
-    let each = limit.mul_f64(if shared.confirm.is_some() { 0.5 } else { 0.8 });
+    let each = limit.mul_f64(if shared.replica_ack.is_some() { 0.5 } else { 0.8 });
     let deadline = Instant::now() + each;
     let slot = |item: usize| shared.commands.names.of(&batch[item].key).slot().number();
     let divided = |part: Part| batch::by_slot(part, slot, RENEWALS_PER_CALL);

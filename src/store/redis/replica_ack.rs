@@ -14,8 +14,8 @@
 //! could acquire it beside the holder. A renewal that is not confirmed counts as unanswered: it is
 //! repeated, and if that fails for the rest of the TTL, the lock is lost in time.
 //!
-//! A grant made by another manager's release is not confirmed. The inbox converts such a grant to
-//! `Push::YourTurn`, so this manager asks for the lease and confirms it itself. Releases are not
+//! A grant made by another manager's release is not confirmed. The subscriber converts such a
+//! grant to `Push::YourTurn`, so this manager asks for the lease and confirms it itself. Releases are not
 //! confirmed: if one is not replicated, other processes only wait until the lease expires.
 //!
 //! The guarantee depends on which replica is promoted: it must be one that confirmed. If `n` is
@@ -32,19 +32,22 @@
 //! On a connection shared by many tasks, `WAIT` delays all requests behind it. If the replicas
 //! answer, the delay is one round trip to them, even for a task that only learns that its key is
 //! held. If they do not, it is the whole limit. After a failed wait, the next ones are therefore
-//! short, except for one per time limit, which detects whether the replicas are merely slow.
+//! short, except for one per time limit, which detects whether the replicas are merely slow. In a
+//! cluster, every wait is short, and the request is repeated instead: it may be the replica of a
+//! promoted node that is missing, for a moment only.
 
 use std::sync::atomic::{AtomicU64, Ordering};
 use std::time::Duration;
 
 use deadpool_redis::redis::{Cmd, Value, cmd};
 
-use super::super::reply::as_int;
+use super::reply::as_int;
 use crate::clock::Moment;
+use crate::protocol::Push;
 use crate::store::StoreError;
 
-/// See the module.
-pub(super) struct Confirm {
+/// See the module documentation.
+pub(super) struct ReplicaAck {
     replicas: u32,
     /// The time limit of a request.
     timeout: Duration,
@@ -59,8 +62,8 @@ pub(super) struct Wait {
     limit: Duration,
 }
 
-impl Confirm {
-    /// `None` if no confirmation is required.
+impl ReplicaAck {
+    /// `timeout` is the time limit of a request. Returns `None` if no confirmation is required.
     pub(super) fn new(replicas: u32, timeout: Duration) -> Option<Self> {
         (replicas > 0).then(|| Self {
             replicas,
@@ -90,17 +93,23 @@ impl Confirm {
         self.wait(within(limit))
     }
 
-    const fn wait(&self, limit: Duration) -> Wait {
+    /// A wait of exactly this long.
+    pub(super) const fn wait(&self, limit: Duration) -> Wait {
         Wait {
             replicas: self.replicas,
             limit,
         }
     }
 
-    /// Fails unless enough replicas have confirmed.
-    pub(super) fn judge(&self, wait: Wait, reply: &Value) -> Result<(), StoreError> {
-        let acked = as_int(reply).unwrap_or_default();
-        if acked >= i64::from(wait.replicas) {
+    /// Whether this many replicas are enough.
+    pub(super) fn is_enough(&self, acked: u32) -> bool {
+        acked >= self.replicas
+    }
+
+    /// Fails unless enough replicas have confirmed, and adapts the next waits.
+    pub(super) fn check(&self, wait: Wait, reply: &Value) -> Result<(), StoreError> {
+        let acked = acked(reply);
+        if self.is_enough(acked) {
             self.short_until.store(0, Ordering::Relaxed);
             return Ok(());
         }
@@ -109,15 +118,19 @@ impl Confirm {
         self.short_until
             .compare_exchange(0, until, Ordering::Relaxed, Ordering::Relaxed)
             .ok();
-        Err(StoreError::Unavailable(
+        Err(self.too_few(acked, wait.limit))
+    }
+
+    /// The error if only this many replicas confirmed a lease within `limit`.
+    pub(super) fn too_few(&self, acked: u32, limit: Duration) -> StoreError {
+        StoreError::Unavailable(
             format!(
                 "only {acked} of {needed} replicas confirmed the lease within {limit:?} (min_replicas_acked = {needed}); \
                  the lease was abandoned; check the replicas",
-                needed = wait.replicas,
-                limit = wait.limit,
+                needed = self.replicas,
             )
             .into(),
-        ))
+        )
     }
 }
 
@@ -127,6 +140,25 @@ impl Wait {
         // Zero would mean no limit.
         wait.arg(self.replicas).arg((self.limit.as_millis() as u64).max(1));
         wait
+    }
+}
+
+/// The number in the reply to a wait.
+pub(super) fn acked(reply: &Value) -> u32 {
+    as_int(reply)
+        .and_then(|acked| acked.try_into().ok())
+        .unwrap_or_default()
+}
+
+/// The push to deliver in place of a received one. If replicas must confirm leases, a grant only
+/// makes its cycle ask: the manager that made the grant did not wait for them.
+pub(super) fn as_confirmed(replica_ack: Option<&ReplicaAck>, push: Push) -> Push {
+    match push {
+        Push::Granted { key, grant } if replica_ack.is_some() => Push::YourTurn {
+            key,
+            cycle: grant.cycle,
+        },
+        push => push,
     }
 }
 
@@ -144,31 +176,31 @@ mod tests {
 
     #[test]
     fn too_few_replicas_are_an_error_with_the_numbers_and_the_limit() {
-        let confirm = Confirm::new(2, Duration::from_secs(1)).unwrap();
-        let wait = confirm.next();
-        assert!(confirm.judge(wait, &Value::Int(2)).is_ok());
-        let Err(StoreError::Unavailable(words)) = confirm.judge(wait, &Value::Int(1)) else {
+        let ack = ReplicaAck::new(2, Duration::from_secs(1)).unwrap();
+        let wait = ack.next();
+        assert!(ack.check(wait, &Value::Int(2)).is_ok());
+        let Err(StoreError::Unavailable(words)) = ack.check(wait, &Value::Int(1)) else {
             panic!("one replica is too few")
         };
         assert!(
             words.starts_with("only 1 of 2 replicas confirmed the lease within 800ms (min_replicas_acked = 2)"),
             "{words}"
         );
-        assert!(Confirm::new(0, Duration::from_secs(1)).is_none());
+        assert!(ReplicaAck::new(0, Duration::from_secs(1)).is_none());
     }
 
     #[test]
     fn waits_are_short_after_one_in_vain_and_long_again_after_one_that_was_not() {
-        let confirm = Confirm::new(1, Duration::from_secs(3600)).unwrap();
-        let long = confirm.next().limit;
-        assert!(confirm.judge(confirm.next(), &Value::Int(0)).is_err());
-        assert_eq!(confirm.next().limit, long / SHORTER);
-        assert!(confirm.judge(confirm.next(), &Value::Int(1)).is_ok());
-        assert_eq!(confirm.next().limit, long);
+        let ack = ReplicaAck::new(1, Duration::from_secs(3600)).unwrap();
+        let long = ack.next().limit;
+        assert!(ack.check(ack.next(), &Value::Int(0)).is_err());
+        assert_eq!(ack.next().limit, long / SHORTER);
+        assert!(ack.check(ack.next(), &Value::Int(1)).is_ok());
+        assert_eq!(ack.next().limit, long);
         // One wait per time limit is long.
-        let confirm = Confirm::new(1, Duration::from_nanos(1)).unwrap();
-        assert!(confirm.judge(confirm.next(), &Value::Int(0)).is_err());
-        while Moment::now().as_nanos() < confirm.short_until.load(Ordering::Relaxed) {}
-        assert_eq!(confirm.next().limit, within(Duration::from_nanos(1)));
+        let ack = ReplicaAck::new(1, Duration::from_nanos(1)).unwrap();
+        assert!(ack.check(ack.next(), &Value::Int(0)).is_err());
+        while Moment::now().as_nanos() < ack.short_until.load(Ordering::Relaxed) {}
+        assert_eq!(ack.next().limit, within(Duration::from_nanos(1)));
     }
 }
