@@ -15,7 +15,7 @@ use crate::clock::Moment;
 use crate::fence::TokenBlock;
 use crate::protocol::{Acquire, AcquireMode};
 use crate::store::StoreError;
-use crate::store::redis::primary::{Claim, ClaimKind, Claimed};
+use crate::store::redis::claim::{Claim, ClaimKind, Claimed};
 
 /// The votes so far, and the nodes that were asked for them.
 pub(super) struct Votes {

@@ -11,7 +11,7 @@ use super::Quorum;
 use super::node::Node;
 use super::tally::{Tally, Vote, VoteState, majority};
 use crate::protocol::{Release, RenewReply, Renewal};
-use crate::store::redis::primary::{Claim, ClaimKind};
+use crate::store::redis::claim::{Claim, ClaimKind};
 use crate::store::{LeaseStore, StoreError};
 
 /// The votes about one lease.

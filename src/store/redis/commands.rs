@@ -7,9 +7,9 @@ use deadpool_redis::redis::aio::ConnectionLike;
 use deadpool_redis::redis::{Cmd, Pipeline, RedisError, RedisWrite, cmd, pipe};
 
 use super::batch::may_concern_some_keys;
+use super::claim::{Claim, ClaimKind};
 use super::names::Names;
 use super::permission::Permissions;
-use super::primary::{Claim, ClaimKind};
 use crate::identity::{ManagerId, OwnerTag};
 use crate::key::{LockKey, Slot};
 use crate::protocol::{Acquire, AcquireMode, Cycle, Release, Renewal};

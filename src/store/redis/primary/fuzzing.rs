@@ -6,8 +6,8 @@ use std::time::Duration;
 
 use deadpool_redis::redis::IntoConnectionInfo;
 
-use super::claim::Tenure;
 use super::sentinels::Sentinels;
+use super::vote::VoteEligibility;
 use crate::clock::Moment;
 use crate::endpoint::{Endpoint, EndpointKind};
 use crate::store::TlsFiles;
@@ -43,10 +43,10 @@ pub(in crate::store::redis) fn places(text: &str) {
             assert_eq!(info.redis_settings().db(), 3);
         }
     }
-    let tenure = Tenure::new(Duration::from_secs(10));
+    let vote = VoteEligibility::new(Duration::from_secs(10));
     let asked_at = Moment::from_nanos(1_000_000_000);
-    match tenure.learn(asked_at, Some(text)) {
+    match vote.learn(asked_at, Some(text)) {
         Ok(()) => assert!(text.contains("uptime_in_seconds:")),
-        Err(_) => assert!(!tenure.has_vote()),
+        Err(_) => assert!(!vote.has_vote()),
     }
 }

@@ -376,7 +376,7 @@ impl Link {
         greeting.cmd(if shared.check_role { "ROLE" } else { "TIME" });
         greeting.cmd("TIME");
         greeting.add_command(map::read(&shared.map));
-        if shared.tenure.is_some() {
+        if shared.vote.is_some() {
             greeting.cmd("INFO").arg("server");
             // Nobody waits for a claim once the other nodes have decided, so it would not be resent
             // by its source.
@@ -421,9 +421,9 @@ impl Link {
             // The server has lost the map, while this manager may hold leases there.
             restore_map(shared, connection).await?;
         }
-        if let Some(tenure) = &shared.tenure {
+        if let Some(vote) = &shared.vote {
             let info = replies.get(3).and_then(as_text);
-            tenure.learn(asked_at, info.as_deref())?;
+            vote.learn(asked_at, info.as_deref())?;
         }
         let floor = FencingToken::from_server_time(seconds, micros);
         shared.token_floor.note_server_time(floor);

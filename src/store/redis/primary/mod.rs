@@ -29,7 +29,6 @@
 //! new epoch.
 
 mod background;
-mod claim;
 mod follow;
 #[cfg(any(test, fuzzing))]
 pub(super) mod fuzzing;
@@ -43,6 +42,7 @@ mod renewals;
 mod sentinels;
 mod source;
 mod time;
+mod vote;
 
 use std::net::SocketAddr;
 use std::pin::{Pin, pin};
@@ -76,13 +76,12 @@ use crate::store::{
 use crate::telemetry::ShardMetrics;
 use crate::time_limit::within;
 use background::Background;
-use claim::Tenure;
-pub(crate) use claim::{Claim, ClaimKind, Claimed};
 use link::{Link, Live};
 use moves::Moves;
 use renewals::Habit;
 use sentinels::Sentinels;
 use source::Source;
+use vote::VoteEligibility;
 
 /// See the module.
 pub(crate) struct RedisStore {
@@ -118,7 +117,7 @@ pub(super) struct Shared {
     check_role: bool,
     token_floor: TokenFloor,
     /// Whether the server may vote; only if it is a node of a quorum.
-    tenure: Option<Tenure>,
+    vote: Option<VoteEligibility>,
     /// See [`LeaseStore::epoch`].
     epoch: AtomicU32,
     /// Limits log lines about renewals that were refused or not confirmed.
@@ -136,8 +135,8 @@ impl RedisStore {
 
     /// Creates a store for one node of a quorum.
     pub(crate) fn node(server: &ServerUrl, options: StoreOptions) -> Result<Self, InvalidSetting> {
-        let tenure = Tenure::new(options.redlock_max_ttl);
-        Self::from_source(Source::Fixed(server.clone()), options, Some(tenure))
+        let vote = VoteEligibility::new(options.redlock_max_ttl);
+        Self::from_source(Source::Fixed(server.clone()), options, Some(vote))
     }
 
     /// Creates a store for the primary that sentinels know by this name. Sends nothing yet.
@@ -152,7 +151,11 @@ impl RedisStore {
         Self::from_source(Source::Sentinels(sentinels), options, None)
     }
 
-    fn from_source(source: Source, options: StoreOptions, tenure: Option<Tenure>) -> Result<Self, InvalidSetting> {
+    fn from_source(
+        source: Source,
+        options: StoreOptions,
+        vote: Option<VoteEligibility>,
+    ) -> Result<Self, InvalidSetting> {
         source.check(&options.tls)?;
         let commands = Commands::new(&options.namespace, options.manager);
         let shared = Arc::new(Shared {
@@ -174,7 +177,7 @@ impl RedisStore {
             renewal_habit: Habit::default(),
             check_role: options.check_role,
             token_floor: TokenFloor::new(),
-            tenure,
+            vote,
             epoch: AtomicU32::new(0),
             failed_renewals: RateLimit::default(),
         });

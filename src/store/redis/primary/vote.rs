@@ -2,64 +2,36 @@
 
 use std::pin::pin;
 use std::sync::Arc;
-use std::sync::atomic::{AtomicU64, Ordering};
+use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 use std::time::Duration;
 
 use deadpool_redis::redis::{Cmd, Value, cmd};
 
+use super::super::claim::{Claim, Claimed};
 use super::super::reply::{ints, unexpected};
 use super::link::{Link, Live};
 use super::{Attempts, RedisStore, Shared};
 use crate::clock::Moment;
 use crate::key::{LockKey, Slot};
-use crate::protocol::Cycle;
 use crate::store::{Priority, StoreError, StoreFuture};
-
-/// A request for the lease of a cycle that already holds it on the sequencer.
-#[derive(Debug, Clone)]
-pub(crate) struct Claim {
-    pub(crate) key: LockKey,
-    pub(crate) cycle: Cycle,
-    pub(crate) ttl: Duration,
-    /// Minimum value of the counter after the claim.
-    pub(crate) at_least: u64,
-    pub(crate) kind: ClaimKind,
-}
-
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub(crate) enum ClaimKind {
-    /// Takes the lease if it is free.
-    Take,
-    /// Extends the lease. Does nothing if the cycle does not hold it.
-    Extend,
-}
-
-/// A node's reply to a claim.
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub(crate) enum Claimed {
-    /// The lease is ours on this node; `counter` is the value before the claim raised it.
-    Ours { counter: u64 },
-    /// Another owner holds the lease, or the lease to extend is gone.
-    Refused,
-}
 
 /// Voting rights of a server after a restart. A restarted server may have forgotten leases, so it
 /// may not vote until the longest of them has expired.
 #[derive(Debug)]
-pub(super) struct Tenure {
+pub(super) struct VoteEligibility {
     max_ttl: Duration,
     /// The moment from which the server may vote, in nanoseconds. Never decreases, since a later
     /// connection can only reveal later restarts.
     vote_from: AtomicU64,
-    known: std::sync::atomic::AtomicBool,
+    known: AtomicBool,
 }
 
-impl Tenure {
+impl VoteEligibility {
     pub(super) const fn new(max_ttl: Duration) -> Self {
         Self {
             max_ttl,
             vote_from: AtomicU64::new(0),
-            known: std::sync::atomic::AtomicBool::new(false),
+            known: AtomicBool::new(false),
         }
     }
 
@@ -103,7 +75,7 @@ impl RedisStore {
     /// Whether the node has run long enough that it can't have forgotten a lease. Call this after a
     /// reply: the reply's connection was greeted earlier, so any restart before the reply is known.
     pub(crate) fn has_vote(&self) -> bool {
-        self.shared.tenure.as_ref().is_none_or(Tenure::has_vote)
+        self.shared.vote.as_ref().is_none_or(VoteEligibility::has_vote)
     }
 
     /// Records a token that was issued in the quorum: later tokens of this slot are above it.
@@ -182,10 +154,10 @@ impl RedisStore {
 impl RedisStore {
     /// Grants or revokes the right to vote, until a new connection reports the server's uptime.
     pub(crate) fn set_vote(&self, has: bool) {
-        let tenure = self.shared.tenure.as_ref().unwrap();
+        let vote = self.shared.vote.as_ref().unwrap();
         let from = if has { 0 } else { u64::MAX };
-        tenure.vote_from.store(from, Ordering::Release);
-        tenure.known.store(true, Ordering::Release);
+        vote.vote_from.store(from, Ordering::Release);
+        vote.known.store(true, Ordering::Release);
     }
 
     pub(crate) fn queue_name(&self, key: &LockKey) -> String {
