@@ -4,13 +4,14 @@
 //! error everywhere, before anything is sent. The contents of the files are never shown.
 
 use std::fmt;
+use std::io;
 use std::path::Path;
 
 use rustls::crypto::{CryptoProvider, ring};
 use rustls::pki_types::pem::PemObject;
 use rustls::pki_types::{CertificateDer, PrivateKeyDer};
 use rustls::sign::CertifiedKey;
-use rustls::{AlertDescription, CertificateError, InvalidMessage, RootCertStore};
+use rustls::{AlertDescription, CertificateError, ClientConfig, InvalidMessage, RootCertStore};
 
 use super::{NOT_ENCRYPTED, TlsFiles};
 use crate::error::InvalidSetting;
@@ -53,6 +54,42 @@ impl TlsPem {
             None => None,
         };
         Ok(Self { ca, client })
+    }
+
+    /// The configuration for a connection.
+    ///
+    /// # Errors
+    ///
+    /// The system's certificates can't be read, if they are needed.
+    pub(in crate::store) fn client_config(&self) -> io::Result<ClientConfig> {
+        let mut roots = RootCertStore::empty();
+        match &self.ca {
+            Some(pem) => {
+                for certificate in CertificateDer::pem_slice_iter(pem) {
+                    roots
+                        .add(certificate.map_err(io::Error::other)?)
+                        .map_err(io::Error::other)?;
+                }
+            }
+            None => {
+                let mut found = rustls_native_certs::load_native_certs();
+                if let Some(error) = found.errors.pop() {
+                    return Err(io::Error::other(error));
+                }
+                for certificate in found.certs {
+                    roots.add(certificate).map_err(io::Error::other)?;
+                }
+            }
+        }
+        let config = ClientConfig::builder().with_root_certificates(roots);
+        let Some(client) = &self.client else {
+            return Ok(config.with_no_client_auth());
+        };
+        let chain: Result<Vec<_>, _> = CertificateDer::pem_slice_iter(&client.certificate).collect();
+        let key = PrivateKeyDer::from_pem_slice(&client.key).map_err(io::Error::other)?;
+        config
+            .with_client_auth_cert(chain.map_err(io::Error::other)?, key)
+            .map_err(io::Error::other)
     }
 }
 

@@ -1,13 +1,11 @@
-//! Builds the client library's connection settings from a URL: address, login and certificates.
+//! How to reach a server: from a URL to an address, a login and certificates, and the socket's
+//! settings.
 
 use std::future::Future;
 use std::io;
 use std::time::Duration;
 
-use deadpool_redis::redis::io::tcp::TcpSettings;
 use deadpool_redis::redis::io::tcp::socket2::{SockRef, TcpKeepalive};
-#[cfg(feature = "tls")]
-use deadpool_redis::redis::{Client, ClientTlsConfig, TlsCertificates};
 use deadpool_redis::redis::{Cmd, ConnectionAddr, ConnectionInfo, IntoConnectionInfo, RedisError, RedisResult, cmd};
 use tokio::net::TcpStream;
 
@@ -38,37 +36,58 @@ const UNACKNOWLEDGED_MAX: Duration =
 /// already been answered on the next connection.
 const RESET: Duration = Duration::ZERO;
 
-/// Builds the settings for reaching a server. Sends nothing.
-///
-/// # Errors
-///
-/// Fails if the client library can't use the URL, or if one of the files is unusable. The error
-/// contains no password.
-#[cfg_attr(not(feature = "tls"), allow(unused_variables))]
-pub(in crate::store) fn connection_info(server: &ServerUrl, tls: &TlsFiles) -> Result<ConnectionInfo, InvalidSetting> {
-    // The error of the client library may quote the URL, and with it the password.
-    let unusable = || InvalidSetting::new("url", server.place(), "a server that the client library can use");
+/// How to reach a server: the client library's settings, and the certificates.
+#[derive(Clone)]
+pub(super) struct Target {
+    info: ConnectionInfo,
     #[cfg(feature = "tls")]
-    let info = if server.is_encrypted() {
-        let client = Client::build_with_tls(server.as_str(), certificates(tls)?).map_err(|_| unusable())?;
-        client.get_connection_info().clone()
-    } else {
-        server.as_str().into_connection_info().map_err(|_| unusable())?
-    };
-    #[cfg(not(feature = "tls"))]
-    let info = server.as_str().into_connection_info().map_err(|_| unusable())?;
-    // As in `prepare`.
-    let settings = TcpSettings::default()
-        .set_nodelay(true)
-        .set_keepalive(keepalive())
-        .set_linger_time(RESET);
-    #[cfg(any(target_os = "linux", target_os = "android"))]
-    let settings = settings.set_user_timeout(UNACKNOWLEDGED_MAX);
-    let login = info
-        .redis_settings()
-        .clone()
-        .set_lib_name(LIBRARY, env!("CARGO_PKG_VERSION"));
-    Ok(info.set_tcp_settings(settings).set_redis_settings(login))
+    pem: TlsPem,
+}
+
+impl Target {
+    /// Sends nothing.
+    ///
+    /// # Errors
+    ///
+    /// Fails if the client library can't use the URL, or if one of the files is unusable. The error
+    /// contains no password.
+    #[cfg_attr(not(feature = "tls"), allow(unused_variables))]
+    pub(super) fn new(server: &ServerUrl, tls: &TlsFiles) -> Result<Self, InvalidSetting> {
+        // The error of the client library may quote the URL, and with it the password.
+        let unusable = |_| InvalidSetting::new("url", server.place(), "a server that the client library can use");
+        #[cfg(feature = "tls")]
+        let pem = if server.is_encrypted() {
+            TlsPem::read(tls)?
+        } else {
+            TlsPem::default()
+        };
+        let info = server.as_str().into_connection_info().map_err(unusable)?;
+        let login = info
+            .redis_settings()
+            .clone()
+            .set_lib_name(LIBRARY, env!("CARGO_PKG_VERSION"));
+        Ok(Self {
+            info: info.set_redis_settings(login),
+            #[cfg(feature = "tls")]
+            pem,
+        })
+    }
+
+    pub(super) fn info(&self) -> &ConnectionInfo {
+        &self.info
+    }
+
+    /// The same certificates at another address, or with another login.
+    pub(super) fn with_info(&self, info: ConnectionInfo) -> Self {
+        let mut target = self.clone();
+        target.info = info;
+        target
+    }
+
+    #[cfg(feature = "tls")]
+    pub(super) fn tls_config(&self) -> io::Result<rustls::ClientConfig> {
+        self.pem.client_config()
+    }
 }
 
 fn keepalive() -> TcpKeepalive {
@@ -78,8 +97,7 @@ fn keepalive() -> TcpKeepalive {
         .with_retries(KEEPALIVE_PROBES)
 }
 
-/// Applies the settings of [`connection_info`] to a stream that was opened here rather than by the
-/// client library.
+/// Applies the settings of every connection.
 pub(super) fn prepare(stream: &TcpStream) -> io::Result<()> {
     // Requests are small; Nagle's algorithm would delay them.
     stream.set_nodelay(true)?;
@@ -88,24 +106,6 @@ pub(super) fn prepare(stream: &TcpStream) -> io::Result<()> {
     #[cfg(any(target_os = "linux", target_os = "android"))]
     socket.set_tcp_user_timeout(Some(UNACKNOWLEDGED_MAX))?;
     socket.set_tcp_keepalive(&keepalive())
-}
-
-/// The certificates in the client library's form, for callers that do not take a
-/// [`ConnectionInfo`].
-///
-/// # Errors
-///
-/// Fails if one of the files is unusable.
-#[cfg(feature = "tls")]
-pub(in crate::store) fn certificates(files: &TlsFiles) -> Result<TlsCertificates, InvalidSetting> {
-    let TlsPem { ca, client } = TlsPem::read(files)?;
-    Ok(TlsCertificates {
-        client_tls: client.map(|client| ClientTlsConfig {
-            client_cert: client.certificate,
-            client_key: client.key,
-        }),
-        root_cert: ca,
-    })
 }
 
 /// The library name reported to the server (`CLIENT SETINFO`, Redis 7.2 and later).

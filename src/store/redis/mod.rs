@@ -17,7 +17,7 @@ pub(crate) mod claim;
 mod client;
 pub(crate) mod cluster;
 mod commands;
-mod cut;
+mod connection;
 #[cfg(any(test, fuzzing))]
 pub(crate) mod fuzzing;
 mod map;

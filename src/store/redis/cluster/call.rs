@@ -210,7 +210,8 @@ impl Lane {
             Ok(connected) => connected,
             Err(error) => return Attempt::NotSent(error),
         };
-        let (generation, cut) = (live.generation(), live.cut.clone());
+        let generation = live.generation();
+        let _in_flight = node.enter();
         let command = (call.command)(named);
         let sending = async {
             if !asking && call.wait.is_none() {
@@ -243,7 +244,7 @@ impl Lane {
             let replicas = replicas.map(Value::extract_error).transpose()?;
             Ok((value, replicas.as_ref().map_or(0, acked)))
         };
-        match tokio::time::timeout(patience, cut.or(pin!(sending))).await {
+        match tokio::time::timeout(patience, pin!(sending)).await {
             Ok(Ok((value, acked))) => Attempt::Said(value, acked),
             Ok(Err(error)) => {
                 let error: RedisError = error;

@@ -111,7 +111,7 @@ impl Lane {
                 let shared = &self.shared;
                 let node = Node::new(
                     place,
-                    &shared.info,
+                    &shared.target,
                     shared.patience,
                     None,
                     self.name(),

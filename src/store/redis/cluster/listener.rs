@@ -404,7 +404,7 @@ impl Listener {
         let name = named(&shared.commands.manager, Purpose::Inbox);
         let ear = Node::new(
             place,
-            &shared.info,
+            &shared.target,
             shared.patience,
             heard,
             name,

@@ -40,10 +40,10 @@ use std::sync::Arc;
 use std::sync::atomic::AtomicBool;
 use std::time::Duration;
 
-use deadpool_redis::redis::{Cmd, ConnectionInfo, Value, cmd};
+use deadpool_redis::redis::{Cmd, Value, cmd};
 use tokio::sync::mpsc;
 
-use super::client::{Purpose, connection_info};
+use super::client::{Purpose, Target};
 use super::commands::{Commands, erase};
 use super::map;
 use super::replica_ack::{ReplicaAck, Wait};
@@ -88,7 +88,7 @@ struct Shared {
     topology: Arc<Topology>,
     seeds: Vec<Place>,
     /// Login and encryption, the same for every node.
-    info: ConnectionInfo,
+    target: Target,
     shard: Arc<str>,
     map: StoredMap,
     timeout: Duration,
@@ -118,7 +118,7 @@ impl ClusterStore {
         inbox_idle_seconds: u32,
     ) -> Result<Self, InvalidSetting> {
         let unusable = || InvalidSetting::new("url", "without a host", "of servers that the client library can use");
-        let info = connection_info(seeds.first().ok_or_else(unusable)?, &options.tls)?;
+        let target = Target::new(seeds.first().ok_or_else(unusable)?, &options.tls)?;
         let commands = Commands::for_a_cluster(&options.namespace, options.manager);
         let shared = Arc::new(Shared {
             map: StoredMap::new(options.map, commands.names.map()),
@@ -126,7 +126,7 @@ impl ClusterStore {
             scripts: Scripts::for_a_cluster(&options.namespace),
             topology: Arc::new(Topology::new()),
             seeds: seeds.iter().map(|seed| seed.place().into()).collect(),
-            info,
+            target,
             shard: options.shard,
             timeout: options.timeout,
             patience: (options.timeout / 2).min(PATIENCE_MAX),

@@ -7,15 +7,13 @@ use std::time::Duration;
 
 use deadpool_redis::redis::aio::MultiplexedConnection;
 use deadpool_redis::redis::{
-    AsyncConnectionConfig, Client, Cmd, ConnectionAddr, ConnectionInfo, ProtocolVersion, PushInfo, RedisError,
-    RedisResult, Value,
+    Cmd, ConnectionAddr, ConnectionInfo, ProtocolVersion, PushInfo, RedisError, RedisResult, Value,
 };
 use parking_lot::Mutex;
 use tokio::sync::mpsc;
 
-use super::super::client::with_reason;
-use super::super::cut::{Cut, Ending};
-use super::super::reply::error_in_words;
+use super::super::client::{Target, with_reason};
+use super::super::connection::{self, Driver, InFlight, InFlightGuard};
 use super::topology::{Place, Topology};
 use crate::clock::Moment;
 use crate::runtime::Runtimes;
@@ -24,13 +22,10 @@ use crate::store::connecting::Connecting;
 use crate::telemetry::ShardMetrics;
 use crate::time_limit::within;
 
-/// How many requests may wait to be written before senders block.
-const PIPELINE_BUFFER: usize = 1024;
-
 /// See the module.
 pub(super) struct Node {
     pub(super) place: Place,
-    info: ConnectionInfo,
+    target: Target,
     /// The command that names the connection.
     name: Cmd,
     /// The time limit for connecting.
@@ -44,6 +39,7 @@ pub(super) struct Node {
     /// Otherwise it runs where the connection is opened.
     runtimes: Option<Arc<Runtimes>>,
     current: Mutex<Option<Current>>,
+    in_flight: InFlight,
     connecting: Connecting<Live>,
 }
 
@@ -58,7 +54,7 @@ pub(super) enum Unasked {
 struct Current {
     live: Live,
     /// Closes the connection, even if requests still wait for replies on it.
-    _ending: Ending,
+    _driver: Driver,
 }
 
 /// A connection and its generation.
@@ -66,8 +62,6 @@ struct Current {
 pub(super) struct Live {
     pub(super) connection: MultiplexedConnection,
     generation: u64,
-    /// Ends requests on the connection.
-    pub(super) cut: Cut,
 }
 
 /// A push, with the connection on which it arrived.
@@ -83,7 +77,7 @@ impl Node {
     /// address.
     pub(super) fn new(
         place: &Place,
-        like: &ConnectionInfo,
+        like: &Target,
         timeout: Duration,
         listener: Option<mpsc::UnboundedSender<Heard>>,
         name: Cmd,
@@ -92,7 +86,7 @@ impl Node {
     ) -> Option<Self> {
         Some(Self {
             place: Arc::clone(place),
-            info: at(place, like, listener.is_some())?,
+            target: like.with_info(at(place, like.info(), listener.is_some())?),
             name,
             timeout,
             listener,
@@ -100,6 +94,7 @@ impl Node {
             topology: Arc::clone(topology),
             runtimes: None,
             current: Mutex::new(None),
+            in_flight: InFlight::default(),
             connecting: Connecting::default(),
         })
     }
@@ -120,6 +115,11 @@ impl Node {
         }
     }
 
+    /// Counts a request as in flight until the returned guard is dropped.
+    pub(super) fn enter(&self) -> InFlightGuard {
+        self.in_flight.enter()
+    }
+
     /// The connection, if there is one.
     pub(super) fn live(&self) -> Option<Live> {
         self.current.lock().as_ref().map(|current| current.live.clone())
@@ -137,14 +137,10 @@ impl Node {
         // Never reused, even if a node is removed and found again.
         static GENERATIONS: AtomicU64 = AtomicU64::new(0);
         let generation = GENERATIONS.fetch_add(1, Ordering::Relaxed);
-        // No response timeout: each request has its own.
-        let mut config = AsyncConnectionConfig::new()
-            .set_response_timeout(None)
-            .set_connection_timeout(Some(self.timeout))
-            .set_pipeline_buffer_size(PIPELINE_BUFFER);
+        let mut settings = connection::settings();
         if let Some(listener) = self.listener.clone() {
             let place = Arc::clone(&self.place);
-            config = config.set_push_sender(move |push: PushInfo| {
+            settings = settings.set_push_sender(move |push: PushInfo| {
                 listener.send(Heard {
                     place: Arc::clone(&place),
                     generation,
@@ -152,10 +148,14 @@ impl Node {
                 })
             });
         }
-        let client = Client::open(self.info.clone()).map_err(|error| error_in_words(&error))?;
         let open = || {
-            let (client, config) = (client.clone(), config.clone());
-            async move { client.get_multiplexed_async_connection_with_config(&config).await }
+            let (target, settings, timeout, in_flight) = (
+                self.target.clone(),
+                settings.clone(),
+                self.timeout,
+                self.in_flight.clone(),
+            );
+            async move { connection::open(&target, None, settings, timeout, &in_flight).await }
         };
         let connecting = async {
             match &self.runtimes {
@@ -163,7 +163,7 @@ impl Node {
                 None => open().await,
             }
         };
-        let mut connection = with_reason(&self.info, self.timeout, connecting).await?;
+        let (mut connection, driver) = with_reason(self.target.info(), self.timeout, connecting).await?;
         // Errors are ignored: not every user may set a name, and the first request detects a broken
         // connection or a server that hangs.
         let naming = connection.send_packed_command(&self.name);
@@ -172,15 +172,10 @@ impl Node {
             Some(_) => self.metrics.subscriptions.increment(1),
             None => self.metrics.connects.increment(1),
         }
-        let cut = Cut::default();
-        let live = Live {
-            connection,
-            generation,
-            cut: cut.clone(),
-        };
+        let live = Live { connection, generation };
         let earlier = self.current.lock().replace(Current {
             live: live.clone(),
-            _ending: Ending::Requests(cut),
+            _driver: driver,
         });
         drop(earlier);
         Ok(live)
@@ -199,9 +194,8 @@ impl Node {
             Ok(Err(error)) => return Err(Unasked::NotConnected(error)),
             Err(_) => return Err(Unasked::Silent),
         };
-        let (cut, connection) = (live.cut.clone(), &mut live.connection);
-        let asking = pin!(connection.send_packed_command(command));
-        let answer = tokio::time::timeout_at(until, cut.or(asking)).await;
+        let asking = live.connection.send_packed_command(command);
+        let answer = tokio::time::timeout_at(until, asking).await;
         let answer = answer.map(|answer| answer.and_then(Value::extract_error));
         let is_ended = match &answer {
             Ok(answer) => answer.as_ref().is_err_and(RedisError::is_unrecoverable_error),

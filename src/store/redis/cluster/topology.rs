@@ -6,7 +6,7 @@ use std::sync::atomic::{AtomicU32, AtomicU64, Ordering};
 use deadpool_redis::redis::Value;
 use parking_lot::RwLock;
 
-use super::super::cut::Cuts;
+use super::super::connection::Cuts;
 use super::super::reply::{as_int, as_text};
 use crate::key::{SLOTS, Slot};
 

@@ -12,11 +12,12 @@ use std::sync::Arc;
 use std::time::Duration;
 
 use deadpool_redis::redis::aio::{PubSub, PubSubSink};
-use deadpool_redis::redis::{Client, ConnectionAddr, cmd};
+use deadpool_redis::redis::cmd;
 use futures_util::StreamExt;
 use tokio::sync::mpsc;
 
-use super::super::client::{connection_info, with_reason};
+use super::super::client::{Target, with_reason};
+use super::super::connection::{self, InFlight};
 use super::super::replica_ack::as_confirmed;
 use super::super::reply::{push, role};
 use super::Shared;
@@ -208,21 +209,19 @@ async fn subscribe(shared: &Shared, channel: &str) -> Result<(PubSub, String), S
             .source
             .in_words(&shared.commands.permissions.of_subscription(error))
     };
-    let info = connection_info(&server, &shared.tls).map_err(|error| StoreError::Refused(error.to_string().into()))?;
+    let target = Target::new(&server, &shared.tls).map_err(|error| StoreError::Refused(error.to_string().into()))?;
     let address = *shared.address.lock();
-    let info = match address {
-        Some(address) => info.set_addr(ConnectionAddr::Tcp(address.ip().to_string(), address.port())),
-        None => info,
-    };
-    let client = Client::open(info.clone()).map_err(in_words)?;
-    let mut inbox = with_reason(&info, shared.timeout, client.get_async_pubsub()).await?;
+    let opening = connection::subscriber(&target, address);
+    let mut inbox = with_reason(target.info(), shared.timeout, opening).await?;
     inbox.subscribe(channel).await.map_err(in_words)?;
     if shared.check_role && shared.source.follows() {
         // A demoted primary still delivers what is published on the new one, but its subscribers do
         // not count as reached there: other waiters would always be preferred. A subscribed
         // connection can't be asked for its role, so another one is. The sentinels report a later
         // demotion.
-        let mut asking = client.get_multiplexed_async_connection().await.map_err(in_words)?;
+        let in_flight = InFlight::default();
+        let opening = connection::open(&target, address, connection::settings(), shared.timeout, &in_flight);
+        let (mut asking, _driver) = opening.await.map_err(in_words)?;
         let answer = cmd("ROLE").query_async(&mut asking).await.map_err(in_words)?;
         shared.source.accept(&role(&answer)?, server.place())?;
     }

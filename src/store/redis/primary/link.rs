@@ -1,24 +1,20 @@
 //! One long-lived connection to the primary, replaced when it breaks or when the primary changes.
 
 use std::net::SocketAddr;
-use std::pin::{Pin, pin};
+use std::pin::pin;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicU64, Ordering};
 use std::time::{Duration, Instant};
 
 use deadpool_redis::redis::aio::MultiplexedConnection;
-use deadpool_redis::redis::{
-    AsyncConnectionConfig, Cmd, ConnectionAddr, ConnectionInfo, ErrorKind, RedisError, RedisResult, Value, cmd, pipe,
-};
-use deadpool_redis::{Connection, Manager, Pool, PoolError};
+use deadpool_redis::redis::{Cmd, ConnectionInfo, RedisError, Value, cmd, pipe};
 use parking_lot::Mutex;
 
-use super::super::client::{Purpose, connection_info, explained, named, with_reason};
-use super::super::cut::{Cut, Ending};
+use super::super::client::{Purpose, Target, explained, named, with_reason};
+use super::super::connection::{self, Driver, InFlight, InFlightGuard};
 use super::super::map;
 use super::super::reply::{as_text, role, server_time};
 use super::Shared;
-use super::plain::{self, Traffic, UnderWay};
 use crate::backoff::Backoff;
 use crate::clock::Moment;
 use crate::endpoint::ServerUrl;
@@ -35,7 +31,7 @@ pub(super) struct Link {
     /// How many connections were opened.
     opened: AtomicU64,
     connecting: Connecting<Live>,
-    traffic: Traffic,
+    in_flight: InFlight,
     purpose: Purpose,
 }
 
@@ -46,7 +42,7 @@ struct Current {
     /// The era in which it was opened, see [`Shared::era`].
     era: u64,
     /// Closes the connection, even if requests still wait for replies on it.
-    _ending: Ending,
+    _driver: Driver,
 }
 
 /// A connection and its generation.
@@ -57,30 +53,7 @@ pub(super) struct Live {
     /// How often the primary had changed when the connection was opened. Replies to requests sent
     /// before a later switch come from the old primary and must be discarded.
     pub(super) switches: u64,
-    /// Ends requests on the connection. `None` if they end with its driver.
-    cut: Option<Cut>,
 }
-
-impl Live {
-    /// Runs a request on this connection; fails as soon as the connection is abandoned.
-    pub(super) async fn unless_cut<T>(
-        cut: Option<Cut>,
-        request: Pin<&mut impl Future<Output = RedisResult<T>>>,
-    ) -> RedisResult<T> {
-        match cut {
-            Some(cut) => cut.or(request).await,
-            None => request.await,
-        }
-    }
-
-    pub(super) fn cut(&self) -> Option<Cut> {
-        self.cut.clone()
-    }
-}
-
-/// How many requests may wait to be written before senders block: enough for thousands of tasks at
-/// once.
-const PIPELINE_BUFFER: usize = 4096;
 
 /// The first and the longest pause before asking for the primary again during a failover.
 const FAILOVER_PAUSE_MIN: Duration = Duration::from_millis(10);
@@ -93,14 +66,14 @@ impl Link {
             current: Mutex::new(None),
             opened: AtomicU64::new(0),
             connecting: Connecting::default(),
-            traffic: Traffic::default(),
+            in_flight: InFlight::default(),
             purpose,
         }
     }
 
     /// Counts a request as in flight until the returned guard is dropped.
-    pub(super) fn enter(&self) -> UnderWay {
-        self.traffic.enter()
+    pub(super) fn enter(&self) -> InFlightGuard {
+        self.in_flight.enter()
     }
 
     /// Returns the connection, opening one if necessary.
@@ -190,23 +163,21 @@ impl Link {
 
     async fn open(&self, server: &ServerUrl) -> Result<Live, StoreError> {
         let shared = &*self.shared;
-        let info = connection_info(server, &shared.tls);
-        let info = info.map_err(|error| StoreError::Refused(error.to_string().into()))?;
-        let refused = match (self.open_at(server, &info, None).await, info.addr()) {
-            (Err(error @ StoreError::Refused(_)), ConnectionAddr::Tcp(host, port)) if !shared.source.follows() => {
-                (error, plain::addresses(host, *port).await)
-            }
-            (Ok(live), _) => {
+        let target = Target::new(server, &shared.tls);
+        let target = target.map_err(|error| StoreError::Refused(error.to_string().into()))?;
+        let error = match self.open_at(server, &target, None).await {
+            Err(error @ StoreError::Refused(_)) if !shared.source.follows() => error,
+            Ok(live) => {
                 *shared.address.lock() = None;
                 return Ok(live);
             }
-            (failed, _) => return failed,
+            failed => return failed,
         };
         // A name may resolve to several servers, one of which is the primary.
-        let (error, addresses) = refused;
+        let addresses = connection::addresses(&target).await;
         if addresses.len() > 1 {
             for address in addresses {
-                if let Ok(live) = self.open_at(server, &info, Some(address)).await {
+                if let Ok(live) = self.open_at(server, &target, Some(address)).await {
                     // The inbox must use this address, too.
                     *shared.address.lock() = Some(address);
                     return Ok(live);
@@ -216,27 +187,12 @@ impl Link {
         Err(error)
     }
 
-    async fn open_at(
-        &self,
-        server: &ServerUrl,
-        info: &ConnectionInfo,
-        only: Option<SocketAddr>,
-    ) -> Result<Live, StoreError> {
+    async fn open_at(&self, server: &ServerUrl, target: &Target, only: Option<SocketAddr>) -> Result<Live, StoreError> {
         let shared = &*self.shared;
         let (switches, era) = (shared.moves.switches(), shared.era.load(Ordering::Acquire));
         let open = || {
-            let (info, settings, timeout, traffic) =
-                (info.clone(), settings(shared), shared.timeout, self.traffic.clone());
-            async move {
-                match info.addr() {
-                    ConnectionAddr::Tcp(host, port) => {
-                        plain::connect((host, *port), only, &info, settings, timeout, &traffic).await
-                    }
-                    _ => pooled(&info, settings)
-                        .await
-                        .map(|connection| (connection, Ending::Requests(Cut::default()))),
-                }
-            }
+            let (target, timeout, in_flight) = (target.clone(), shared.timeout, self.in_flight.clone());
+            async move { connection::open(&target, only, connection::settings(), timeout, &in_flight).await }
         };
         let connecting = async {
             // The driver must run on the same runtime as the tasks that use it.
@@ -245,12 +201,12 @@ impl Link {
                 _ => open().await,
             }
         };
-        let (mut connection, ending) = with_reason(info, shared.timeout, connecting).await?;
+        let (mut connection, driver) = with_reason(target.info(), shared.timeout, connecting).await?;
         // A server that hangs accepts connections but does not reply.
         let greeted = within(
             Moment::now(),
             shared.timeout,
-            pin!(self.greet(&mut connection, server.place(), info)),
+            pin!(self.greet(&mut connection, server.place(), target.info())),
         )
         .await;
         greeted.unwrap_or_else(|_| Err(no_greeting(shared.timeout)))?;
@@ -260,7 +216,6 @@ impl Link {
             connection,
             generation,
             switches,
-            cut: ending.cut(),
         };
         let mut current = self.current.lock();
         // Under the mutex: a switch reported after this check finds the new connection here.
@@ -275,7 +230,7 @@ impl Link {
             live: live.clone(),
             place: server.place().to_owned(),
             era,
-            _ending: ending,
+            _driver: driver,
         });
         drop(current);
         drop(earlier);
@@ -475,27 +430,4 @@ async fn restore_map(shared: &Shared, connection: &MultiplexedConnection) -> Res
     map::step(&shared.map, MapStep::Confirm, &|command| Box::pin(send(command)))
         .await
         .map(drop)
-}
-
-/// The client library's settings for a connection.
-fn settings(shared: &Shared) -> AsyncConnectionConfig {
-    // No response timeout: the sender of a request enforces the limit, on whatever runtime it runs.
-    AsyncConnectionConfig::new()
-        .set_response_timeout(None)
-        .set_connection_timeout(Some(shared.timeout))
-        .set_pipeline_buffer_size(PIPELINE_BUFFER)
-}
-
-/// Opens a connection through the client library, from a pool of one.
-async fn pooled(info: &ConnectionInfo, settings: AsyncConnectionConfig) -> RedisResult<MultiplexedConnection> {
-    let unusable = |reason: String| RedisError::from((ErrorKind::Client, "the pool returned no connection", reason));
-    let pool = Pool::builder(Manager::new_with_config(info.clone(), settings)?)
-        .max_size(1)
-        .build()
-        .map_err(|error| unusable(error.to_string()))?;
-    match pool.get().await {
-        Ok(connection) => Ok(Connection::take(connection)),
-        Err(PoolError::Backend(error)) => Err(error),
-        Err(other) => Err(unusable(other.to_string())),
-    }
 }

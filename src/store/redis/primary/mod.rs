@@ -35,7 +35,6 @@ pub(super) mod fuzzing;
 mod inbox;
 mod link;
 mod moves;
-mod plain;
 #[cfg(test)]
 mod probe;
 mod renewals;
@@ -56,7 +55,7 @@ use tokio::sync::{Notify, mpsc};
 
 use super::client::Purpose;
 use super::commands::{Commands, erase};
-use super::cut::Cuts;
+use super::connection::Cuts;
 use super::map;
 use super::replica_ack::ReplicaAck;
 use super::reply::{acquired, acquired_freely, inspected, released};
@@ -393,18 +392,14 @@ impl LeaseStore for RedisStore {
         let slot = shared.commands.names.of(&request.key).slot();
         let link = self.link(Priority::Foreground, slot);
         Box::pin(async move {
-            let _under_way = link.enter();
+            let _in_flight = link.enter();
             let mut request = request;
             let mut attempts = Attempts::default();
             loop {
                 let mut live = link.get().await?;
                 let floor = shared.token_floor.of(slot);
                 let sent_at = Moment::now();
-                let asked = {
-                    let cut = live.cut();
-                    let asking = pin!(shared.ask(&mut live, &request, slot, floor));
-                    Live::unless_cut(cut, asking).await
-                };
+                let asked = shared.ask(&mut live, &request, slot, floor).await;
                 match asked {
                     // Replies of a server that has been replaced meanwhile must be discarded.
                     Ok(_) if shared.switches() != live.switches => attempts.was_in_vain(None)?,
@@ -436,7 +431,7 @@ impl LeaseStore for RedisStore {
         // The connection that carries the other requests for this key.
         let other = (priority == Priority::Background).then(|| self.link(Priority::Foreground, slot));
         Box::pin(async move {
-            let _under_way = link.enter();
+            let _in_flight = link.enter();
             let (ttl, tokens) = (request.ttl(), request.tokens);
             let mut attempts = Attempts::default();
             let mut free = request.nobody_waits;
@@ -453,9 +448,7 @@ impl LeaseStore for RedisStore {
                 let floor = shared.token_floor.of(slot);
                 let sent_at = Moment::now();
                 let answer = {
-                    let cut = live.cut();
                     let asking = pin!(shared.give_back(&mut live, &request, free, floor));
-                    let asking = pin!(Live::unless_cut(cut, asking));
                     within(sent_at, shared.patience(), asking).await
                 };
                 let mut reply = match answer.unwrap_or_else(|_| Err(shared.silence())) {

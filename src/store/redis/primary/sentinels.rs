@@ -5,11 +5,12 @@ use std::sync::atomic::{AtomicUsize, Ordering};
 use std::time::Duration;
 
 use deadpool_redis::redis::aio::{PubSub, PubSubSink};
-use deadpool_redis::redis::{AsyncConnectionConfig, Client, ErrorKind, Value, cmd};
+use deadpool_redis::redis::{ErrorKind, Value, cmd};
 use futures_util::StreamExt;
 use futures_util::stream::FuturesUnordered;
 
-use super::super::client::{connection_info, with_reason};
+use super::super::client::{Target, with_reason};
+use super::super::connection::{self, InFlight};
 use super::super::reply::error_in_words;
 use crate::endpoint::{Access, ServerUrl};
 use crate::error::InvalidSetting;
@@ -57,10 +58,10 @@ impl Sentinels {
 
     pub(super) fn check(&self) -> Result<(), InvalidSetting> {
         for server in &self.servers {
-            connection_info(server, &self.tls)?;
+            Target::new(server, &self.tls)?;
         }
         // The primary's address is not known yet, but its login and encryption are.
-        connection_info(&self.access.url("127.0.0.1:1"), &self.tls).map(|_| ())
+        Target::new(&self.access.url("127.0.0.1:1"), &self.tls).map(drop)
     }
 
     pub(super) fn count(&self) -> usize {
@@ -113,13 +114,11 @@ impl Sentinels {
 
     /// Asks one sentinel for the primary.
     pub(super) async fn ask(&self, index: usize) -> Result<ServerUrl, StoreError> {
-        let config = AsyncConnectionConfig::new()
-            .set_response_timeout(None)
-            .set_connection_timeout(Some(self.limit));
         let answer = tokio::time::timeout(self.limit, async {
-            let client = self.client(index)?;
-            let connecting = client.get_multiplexed_async_connection_with_config(&config);
-            let mut connection = with_reason(client.get_connection_info(), self.limit, connecting).await?;
+            let target = self.target(index)?;
+            let in_flight = InFlight::default();
+            let opening = connection::open(&target, None, connection::settings(), self.limit, &in_flight);
+            let (mut connection, _driver) = with_reason(target.info(), self.limit, opening).await?;
             let mut question = cmd("SENTINEL");
             question.arg("GET-MASTER-ADDR-BY-NAME").arg(&self.name);
             let answer: Option<(String, String)> = question
@@ -166,9 +165,9 @@ impl Sentinels {
     /// Subscribes to the switches that one sentinel announces.
     pub(super) async fn subscribe(&self, index: usize) -> Result<PubSub, StoreError> {
         let subscribed = tokio::time::timeout(self.limit, async {
-            let client = self.client(index)?;
+            let target = self.target(index)?;
             let in_words = |error| error_in_words(&error);
-            let mut switches = client.get_async_pubsub().await.map_err(in_words)?;
+            let mut switches = connection::subscriber(&target, None).await.map_err(in_words)?;
             switches.subscribe(SWITCHES).await.map_err(in_words)?;
             Ok(switches)
         });
@@ -212,10 +211,9 @@ impl Sentinels {
         place(words.nth(2)?, words.next()?)
     }
 
-    fn client(&self, index: usize) -> Result<Client, StoreError> {
-        let server = &self.servers[index];
-        let info = connection_info(server, &self.tls).map_err(|error| StoreError::Refused(error.to_string().into()))?;
-        Client::open(info).map_err(|error| error_in_words(&error))
+    fn target(&self, index: usize) -> Result<Target, StoreError> {
+        let target = Target::new(&self.servers[index], &self.tls);
+        target.map_err(|error| StoreError::Refused(error.to_string().into()))
     }
 }
 
@@ -267,7 +265,7 @@ mod tests {
         for (host, url) in [("::1", "redis://u:pw@[::1]:7000/3"), ("h", "redis://u:pw@h:7000/3")] {
             let server = sentinels.access.url(&place(host, "7000").unwrap());
             assert_eq!(server.as_str(), url);
-            assert!(connection_info(&server, &TlsFiles::default()).is_ok(), "{url}");
+            assert!(Target::new(&server, &TlsFiles::default()).is_ok(), "{url}");
         }
     }
 

@@ -2,7 +2,7 @@
 
 use deadpool_redis::redis::{ErrorKind, RedisError, ServerErrorKind};
 
-use super::super::client::connection_info;
+use super::super::client::Target;
 use super::super::reply::{Role, error_in_words};
 use super::sentinels::Sentinels;
 use crate::endpoint::ServerUrl;
@@ -19,7 +19,7 @@ impl Source {
     /// Checks all addresses that are known in advance.
     pub(super) fn check(&self, tls: &TlsFiles) -> Result<(), InvalidSetting> {
         match self {
-            Self::Fixed(server) => connection_info(server, tls).map(|_| ()),
+            Self::Fixed(server) => Target::new(server, tls).map(drop),
             Self::Sentinels(sentinels) => sentinels.check(),
         }
     }

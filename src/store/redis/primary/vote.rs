@@ -1,6 +1,5 @@
 //! What a quorum node does beyond a lease store: it accepts claims and reports whether it may vote.
 
-use std::pin::pin;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 use std::time::Duration;
@@ -9,10 +8,10 @@ use deadpool_redis::redis::{Cmd, Value, cmd};
 
 use super::super::claim::{Claim, Claimed};
 use super::super::reply::{ints, unexpected};
-use super::link::{Link, Live};
+use super::link::Link;
 use super::{Attempts, RedisStore, Shared};
 use crate::clock::Moment;
-use crate::key::{LockKey, Slot};
+use crate::key::Slot;
 use crate::store::{Priority, StoreError, StoreFuture};
 
 /// Voting rights of a server after a restart. A restarted server may have forgotten leases, so it
@@ -90,6 +89,7 @@ impl RedisStore {
         let slot = shared.commands.names.of(&claim.key).slot();
         let link = self.link(Priority::Foreground, slot);
         Box::pin(async move {
+            let _in_flight = link.enter();
             let mut attempts = Attempts::default();
             loop {
                 let mut live = link.get().await?;
@@ -97,9 +97,7 @@ impl RedisStore {
                 let floor = shared.token_floor.of(slot);
                 let claimed = {
                     let fill = |command: &mut Cmd| shared.commands.fill_claim(command, &claim, floor);
-                    let cut = live.cut();
-                    let call = pin!(shared.scripts.claim.call(&mut live.connection, fill));
-                    Live::unless_cut(cut, call).await
+                    shared.scripts.claim.call(&mut live.connection, fill).await
                 };
                 match claimed {
                     Ok(value) => {
@@ -160,11 +158,11 @@ impl RedisStore {
         vote.known.store(true, Ordering::Release);
     }
 
-    pub(crate) fn queue_name(&self, key: &LockKey) -> String {
+    pub(crate) fn queue_name(&self, key: &crate::key::LockKey) -> String {
         self.shared.commands.names.of(key).queue().to_string()
     }
 
-    pub(crate) fn counter_name(&self, key: &LockKey) -> String {
+    pub(crate) fn counter_name(&self, key: &crate::key::LockKey) -> String {
         self.shared.commands.names.of(key).counter().to_string()
     }
 }
@@ -173,8 +171,7 @@ async fn answers(shared: &Shared, link: &Arc<Link>) -> Result<(), StoreError> {
     let mut attempts = Attempts::default();
     loop {
         let mut live = link.get().await?;
-        let (cut, ping) = (live.cut(), cmd("PING"));
-        let pong = Live::unless_cut(cut, pin!(live.connection.send_packed_command(&ping))).await;
+        let pong = live.connection.send_packed_command(&cmd("PING")).await;
         match pong.and_then(Value::extract_error) {
             Ok(_) => return Ok(()),
             Err(error) => attempts.failed(shared, link, &live, &error)?,
