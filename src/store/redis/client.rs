@@ -10,7 +10,7 @@ use deadpool_redis::redis::{Cmd, ConnectionAddr, ConnectionInfo, IntoConnectionI
 use tokio::net::TcpStream;
 
 use super::refusal;
-use super::reply::error_in_words;
+use super::reply::to_store_error;
 use crate::endpoint::ServerUrl;
 use crate::error::InvalidSetting;
 use crate::identity::ManagerId;
@@ -176,7 +176,7 @@ pub(in crate::store) async fn with_reason<T>(
                 error = suspect => Err(error),
             }
         }
-        _ => connecting.await.map_err(|error| error_in_words(&error)),
+        _ => connecting.await.map_err(|error| to_store_error(&error)),
     }
 }
 
@@ -185,6 +185,6 @@ pub(super) async fn explained(info: &ConnectionInfo, timeout: Duration, error: &
     match info.addr() {
         ConnectionAddr::TcpTls { .. } => refusal::explained_with_tls(error),
         ConnectionAddr::Tcp(host, port) => refusal::explained(error, host, *port, timeout).await,
-        _ => error_in_words(error),
+        _ => to_store_error(error),
     }
 }

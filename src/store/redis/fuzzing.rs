@@ -280,7 +280,7 @@ pub fn refusals(data: &[u8]) {
 }
 
 fn said(error: &RedisError) {
-    let (StoreError::Unavailable(words) | StoreError::Refused(words)) = reply::error_in_words(error) else {
+    let (StoreError::Unavailable(words) | StoreError::Refused(words)) = reply::to_store_error(error) else {
         panic!("{error} is of an unexpected kind")
     };
     assert!(!words.is_empty());

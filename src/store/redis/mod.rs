@@ -28,14 +28,14 @@ mod refusal;
 mod replica_ack;
 mod reply;
 mod script;
-mod time;
+mod server_time;
 mod token_floor;
 
 /// See [`ServerUrl::why_not_connected`].
 pub(crate) async fn why_not_connected(server: &ServerUrl, error: &RedisError, timeout: Duration) -> String {
     let explained = match server.as_str().into_connection_info() {
         Ok(info) => client::explained(&info, timeout, error).await,
-        Err(_) => reply::error_in_words(error),
+        Err(_) => reply::to_store_error(error),
     };
     match explained {
         StoreError::Unavailable(reason) | StoreError::Refused(reason) => reason.to_string(),

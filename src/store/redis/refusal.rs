@@ -18,7 +18,7 @@ use futures_util::future::{Either, join_all, join3, select};
 use tokio::io::{AsyncReadExt, AsyncWriteExt};
 use tokio::net::TcpStream;
 
-use super::reply::error_in_words;
+use super::reply::to_store_error;
 use crate::store::StoreError;
 use crate::text::must_be_escaped;
 
@@ -50,7 +50,7 @@ const QUESTIONS: [(&str, &[&str]); 5] = [
 /// Explains an error, probing the address if the error itself is not informative.
 pub(super) async fn explained(error: &RedisError, host: &str, port: u16, timeout: Duration) -> StoreError {
     if !says_too_little(error) {
-        return error_in_words(error);
+        return to_store_error(error);
     }
     let limit = PATIENCE.min(timeout / 4);
     let hello = client_hello();
@@ -95,13 +95,13 @@ pub(super) async fn explained(error: &RedisError, host: &str, port: u16, timeout
             );
         }
     }
-    error_in_words(error)
+    to_store_error(error)
 }
 
 /// The same for a TLS connection, on which nothing can be probed. A server at its connection limit
 /// closes it before the handshake.
 pub(super) fn explained_with_tls(error: &RedisError) -> StoreError {
-    match error_in_words(error) {
+    match to_store_error(error) {
         StoreError::Unavailable(words) if says_too_little(error) => StoreError::Unavailable(
             format!("{words}; a server that has reached maxclients closes encrypted connections like this").into(),
         ),

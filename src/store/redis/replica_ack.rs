@@ -14,8 +14,8 @@
 //! could acquire it beside the holder. A renewal that is not confirmed counts as unanswered: it is
 //! repeated, and if that fails for the rest of the TTL, the lock is lost in time.
 //!
-//! A grant made by another manager's release is not confirmed. The subscriber converts such a
-//! grant to `Push::YourTurn`, so this manager asks for the lease and confirms it itself. Releases are not
+//! A grant made by another manager's release is not confirmed. The subscriber converts such a grant
+//! to `Push::YourTurn`, so this manager asks for the lease and confirms it itself. Releases are not
 //! confirmed: if one is not replicated, other processes only wait until the lease expires.
 //!
 //! The guarantee depends on which replica is promoted: it must be one that confirmed. If `n` is

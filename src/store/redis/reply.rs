@@ -242,7 +242,7 @@ pub(super) fn push(message: &str) -> Option<Push> {
 }
 
 /// Converts an error for the caller, with advice where possible. It contains no password.
-pub(super) fn error_in_words(error: &RedisError) -> StoreError {
+pub(super) fn to_store_error(error: &RedisError) -> StoreError {
     if let Some(words) = permission::in_words(error) {
         return StoreError::Refused(without_arguments(&words).into());
     }
@@ -309,7 +309,7 @@ mod tests {
                 format!("a key: {said}"),
             ),
         ] {
-            let (StoreError::Refused(words) | StoreError::Unavailable(words)) = error_in_words(&error.into()) else {
+            let (StoreError::Refused(words) | StoreError::Unavailable(words)) = to_store_error(&error.into()) else {
                 panic!("unexpected kind of error")
             };
             assert!(

@@ -25,29 +25,29 @@ pub(super) struct Inbox {
     /// Hashes a node's address. A collision is less likely than a flipped bit, and would only delay
     /// a correction.
     hasher: RandomState,
-    wishes: mpsc::UnboundedSender<Wish>,
+    requests: mpsc::UnboundedSender<SubscribeRequest>,
     /// Taken by the subscriber.
-    receiver: Mutex<Option<mpsc::UnboundedReceiver<Wish>>>,
+    receiver: Mutex<Option<mpsc::UnboundedReceiver<SubscribeRequest>>>,
 }
 
 /// A request's message to the subscriber.
 #[derive(Debug)]
-pub(super) enum Wish {
+pub(super) enum SubscribeRequest {
     /// Notify `done` when the inbox of the slot is subscribed.
-    Subscribed { slot: Slot, done: oneshot::Sender<()> },
+    Subscribe { slot: Slot, done: oneshot::Sender<()> },
     /// The slot's owner is not the node on which its inbox is subscribed.
     Elsewhere { slot: Slot },
 }
 
 impl Inbox {
     pub(super) fn new() -> Self {
-        let (wishes, receiver) = mpsc::unbounded_channel();
+        let (requests, receiver) = mpsc::unbounded_channel();
         Self {
             places: (0..SLOTS).map(|_| AtomicU64::new(0)).collect(),
             used: (0..SLOTS).map(|_| AtomicU32::new(0)).collect(),
             born: Moment::now(),
             hasher: RandomState::new(),
-            wishes,
+            requests,
             receiver: Mutex::new(Some(receiver)),
         }
     }
@@ -64,8 +64,8 @@ impl Inbox {
         }
         let gone = || StoreError::Unavailable("the inbox subscriber has stopped".into());
         let (done, told) = oneshot::channel();
-        let wish = Wish::Subscribed { slot, done };
-        self.wishes.send(wish).map_err(|_| gone())?;
+        let request = SubscribeRequest::Subscribe { slot, done };
+        self.requests.send(request).map_err(|_| gone())?;
         told.await.map_err(|_| gone())
     }
 
@@ -86,7 +86,7 @@ impl Inbox {
         let subscribed = self.places[usize::from(slot.number())].load(Ordering::Acquire);
         if subscribed != 0 && subscribed != self.number(place) {
             // If the subscriber has stopped, the manager is shutting down.
-            self.wishes.send(Wish::Elsewhere { slot }).ok();
+            self.requests.send(SubscribeRequest::Elsewhere { slot }).ok();
         }
     }
 
@@ -105,7 +105,7 @@ impl Inbox {
         self.now().saturating_sub(used)
     }
 
-    pub(super) fn take_receiver(&self) -> Option<mpsc::UnboundedReceiver<Wish>> {
+    pub(super) fn take_receiver(&self) -> Option<mpsc::UnboundedReceiver<SubscribeRequest>> {
         self.receiver.lock().take()
     }
 

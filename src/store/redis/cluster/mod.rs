@@ -3,10 +3,10 @@
 //! # Implementation details
 //!
 //! Connections: each of the two lanes has its own command connections to every node that it sends
-//! requests to (`lane`). On the background thread, there is one more connection to each node on
-//! which a cycle waits, for subscriptions only (`listener`). All share one slot map (`topology`),
-//! which every redirection corrects. The health probe that runs every few seconds (`look`) asks
-//! each primary on the background lane.
+//! requests to (`pool`). On the background thread, there is one more connection to each node on
+//! which a cycle waits, for subscriptions only (`subscriber`). All share one slot map (`topology`),
+//! which every redirection corrects. The health probe that runs every few seconds (`health`) asks
+//! each primary on the background pool.
 //!
 //! The client library's cluster connection is not used. It never reads the map again because a node
 //! is silent, so a primary that hangs is asked forever, even after its replica took over. While it
@@ -22,15 +22,15 @@
 //! If `min_replicas_acked` > 0, a `WAIT` follows every request that creates or extends a lease. A
 //! pushed grant then only causes the cycle to ask.
 
-mod call;
+mod dispatch;
 #[cfg(any(test, fuzzing))]
 pub(super) mod fuzzing;
+mod health;
 mod inbox;
-mod lane;
-mod listener;
-mod look;
 mod node;
+mod pool;
 mod renewals;
+mod subscriber;
 #[cfg(test)]
 pub(super) mod tests;
 mod topology;
@@ -47,7 +47,7 @@ use super::client::{Purpose, Target};
 use super::commands::{Commands, erase};
 use super::map;
 use super::replica_ack::{ReplicaAck, Wait};
-use super::reply::{acquired, error_in_words, inspected, released};
+use super::reply::{acquired, inspected, released, to_store_error};
 use super::script::{LuaScript, Named, Scripts};
 use super::token_floor::TokenFloor;
 use crate::clock::Moment;
@@ -59,9 +59,9 @@ use crate::slow_log::RateLimit;
 use crate::store::map::StoredMap;
 use crate::store::{self, Health, KeyState, LeaseStore, MapState, MapStep, StoreError, StoreFuture, StoreOptions};
 use crate::telemetry::ShardMetrics;
-use call::{Call, Said, Unsaid};
+use dispatch::{Call, CallError, NodeReply};
 use inbox::Inbox;
-use lane::{Lane, at_place};
+use pool::{NodePool, at_place};
 use topology::{Place, Topology};
 
 /// An inbox is unsubscribed after no cycle has begun to wait for this long.
@@ -75,8 +75,8 @@ const REPLICAS_PAUSE: Duration = Duration::from_millis(50);
 
 /// See the module.
 pub(crate) struct ClusterStore {
-    caller: Arc<Lane>,
-    background: Arc<Lane>,
+    caller: Arc<NodePool>,
+    background: Arc<NodePool>,
     inbox: Arc<Inbox>,
     shared: Arc<Shared>,
 }
@@ -139,16 +139,16 @@ impl ClusterStore {
             token_floor: TokenFloor::new(),
         });
         let runtimes = Some(options.runtimes);
-        let caller = Arc::new(Lane::new(&shared, options.connections, Purpose::Requests, runtimes));
+        let caller = Arc::new(NodePool::new(&shared, options.connections, Purpose::Requests, runtimes));
         Ok(Self {
-            background: Arc::new(Lane::new(&shared, 1, Purpose::Renewals, None).with_substitute(&caller)),
+            background: Arc::new(NodePool::new(&shared, 1, Purpose::Renewals, None).with_substitute(&caller)),
             caller,
             inbox: Arc::new(Inbox::new()),
             shared,
         })
     }
 
-    fn lane(&self, priority: store::Priority) -> Arc<Lane> {
+    fn pool(&self, priority: store::Priority) -> Arc<NodePool> {
         match priority {
             store::Priority::Foreground => Arc::clone(&self.caller),
             store::Priority::Background => Arc::clone(&self.background),
@@ -169,20 +169,22 @@ impl Shared {
     }
 
     /// Whether as many replicas as required have acknowledged.
-    fn has_acks(&self, said: &Said) -> bool {
-        self.replica_ack.as_ref().is_none_or(|ack| ack.is_enough(said.acked))
+    fn has_acks(&self, node_reply: &NodeReply) -> bool {
+        self.replica_ack
+            .as_ref()
+            .is_none_or(|ack| ack.is_enough(node_reply.acked))
     }
 
     /// The error if too few replicas have a granted lease. A failover may lose that lease, so it
     /// does not count.
-    fn too_few_acks(&self, reply: &AcquireReply, said: &Said) -> Option<StoreError> {
+    fn too_few_acks(&self, reply: &AcquireReply, node_reply: &NodeReply) -> Option<StoreError> {
         let ack = self.replica_ack.as_ref()?;
         let is_granted = matches!(reply, AcquireReply::Granted { .. });
-        (is_granted && !ack.is_enough(said.acked)).then(|| ack.too_few(said.acked, self.timeout))
+        (is_granted && !ack.is_enough(node_reply.acked)).then(|| ack.too_few(node_reply.acked, self.timeout))
     }
 }
 
-impl Lane {
+impl NodePool {
     /// Calls a script of a lock.
     async fn script(
         &self,
@@ -190,7 +192,7 @@ impl Lane {
         slot: Slot,
         wait: Option<Wait>,
         fill: &(dyn Fn(&mut Cmd) + Send + Sync),
-    ) -> Result<Said, Unsaid> {
+    ) -> Result<NodeReply, CallError> {
         let command = |named: Named| script.command(named, fill);
         self.call(Call {
             slot,
@@ -208,7 +210,7 @@ impl Lane {
     }
 
     async fn single_until(&self, deadline: Option<Moment>, slot: Slot, command: &Cmd) -> Result<Value, StoreError> {
-        let said = self
+        let node_reply = self
             .call(Call {
                 slot,
                 command: &|_| command.clone(),
@@ -217,7 +219,7 @@ impl Lane {
                 limit: deadline.map(|deadline| deadline.since(Moment::now())),
             })
             .await?;
-        Ok(said.value)
+        Ok(node_reply.value)
     }
 
     /// Checks that the nodes support sharded pub/sub. A script that finds a waiter would fail
@@ -263,23 +265,23 @@ impl Lane {
 
 impl LeaseStore for ClusterStore {
     fn connect(&self) -> StoreFuture<()> {
-        let lane = Arc::clone(&self.caller);
+        let pool = Arc::clone(&self.caller);
         Box::pin(async move {
             // All steps share one time limit.
-            let deadline = Moment::now() + lane.shared.timeout.mul_f64(0.9);
-            lane.refresh(0).await?;
-            lane.check_map(Some(deadline)).await
+            let deadline = Moment::now() + pool.shared.timeout.mul_f64(0.9);
+            pool.refresh(0).await?;
+            pool.check_map(Some(deadline)).await
         })
     }
 
     fn connect_background(&self) -> StoreFuture<()> {
-        let lane = Arc::clone(&self.background);
+        let pool = Arc::clone(&self.background);
         Box::pin(async move {
-            let shared = &*lane.shared;
+            let shared = &*pool.shared;
             let opening = shared.topology.places().into_iter().map(|place| {
-                let lane = &lane;
+                let pool = &pool;
                 async move {
-                    let opened = match lane.node(&place, Slot::of(b"")) {
+                    let opened = match pool.node(&place, Slot::of(b"")) {
                         Ok(node) => node.get().await.map(drop),
                         Err(error) => Err(error),
                     };
@@ -300,19 +302,19 @@ impl LeaseStore for ClusterStore {
     }
 
     fn map(&self, step: MapStep) -> StoreFuture<MapState> {
-        let lane = Arc::clone(&self.caller);
+        let pool = Arc::clone(&self.caller);
         Box::pin(async move {
-            lane.refresh(0).await?;
-            lane.map(step).await
+            pool.refresh(0).await?;
+            pool.map(step).await
         })
     }
 
     fn acquire(&self, request: Acquire) -> StoreFuture<Answer<AcquireReply>> {
-        let (lane, inbox) = (Arc::clone(&self.caller), Arc::clone(&self.inbox));
+        let (pool, inbox) = (Arc::clone(&self.caller), Arc::clone(&self.inbox));
         Box::pin(async move {
-            let shared = &*lane.shared;
+            let shared = &*pool.shared;
             let started = Moment::now();
-            lane.check_map(None).await?;
+            pool.check_map(None).await?;
             let slot = shared.commands.names.of(&request.key).slot();
             let Acquire { mode, ttl, tokens, .. } = request;
             // A cycle that takes a free key with a single token asks again before it passes the key
@@ -321,19 +323,19 @@ impl LeaseStore for ClusterStore {
             if mode == AcquireMode::Enqueue || tokens > 1 {
                 inbox.ready(slot).await?;
             }
-            let (said, reply, floor) = loop {
+            let (node_reply, reply, floor) = loop {
                 let floor = shared.token_floor.of(slot);
                 let fill = |command: &mut Cmd| shared.commands.fill_acquire(command, &request, floor);
-                let said = lane
+                let node_reply = pool
                     .script(&shared.scripts.acquire, slot, shared.wait_for_replicas(), &fill)
                     .await?;
-                let reply = match (acquired(&said.value, tokens)?, mode) {
+                let reply = match (acquired(&node_reply.value, tokens)?, mode) {
                     (AcquireReply::Busy, AcquireMode::Fast) => AcquireReply::Taken,
                     (reply, _) => reply,
                 };
                 shared.token_floor.note_reply(slot, &reply);
-                let Some(error) = shared.too_few_acks(&reply, &said) else {
-                    break (said, reply, floor);
+                let Some(error) = shared.too_few_acks(&reply, &node_reply) else {
+                    break (node_reply, reply, floor);
                 };
                 // A promoted replica has no replica of its own for a moment. The lease is ours
                 // meanwhile but does not count. Return the reason before the caller reaches its
@@ -344,13 +346,13 @@ impl LeaseStore for ClusterStore {
                 }
                 tokio::time::sleep(REPLICAS_PAUSE).await;
             };
-            match (&reply, &said.place) {
+            match (&reply, &node_reply.place) {
                 (AcquireReply::Queued(_), Some(place)) => inbox.waits_at(slot, place),
                 (AcquireReply::Granted { .. }, _) => inbox.keep_for(slot, ttl),
                 _ => {}
             }
             Ok(Answer {
-                sent_at: said.sent_at,
+                sent_at: node_reply.sent_at,
                 ttl,
                 floor,
                 reply,
@@ -359,14 +361,14 @@ impl LeaseStore for ClusterStore {
     }
 
     fn release(&self, priority: store::Priority, request: Release) -> StoreFuture<Answer<ReleaseReply>> {
-        let (lane, inbox) = (self.lane(priority), Arc::clone(&self.inbox));
+        let (pool, inbox) = (self.pool(priority), Arc::clone(&self.inbox));
         Box::pin(async move {
-            let shared = &*lane.shared;
+            let shared = &*pool.shared;
             let slot = shared.commands.names.of(&request.key).slot();
             let (ttl, tokens) = (request.ttl(), request.tokens);
             let floor = shared.token_floor.of(slot);
-            let answer = |said: &Said, reply| Answer {
-                sent_at: said.sent_at,
+            let answer = |node_reply: &NodeReply, reply| Answer {
+                sent_at: node_reply.sent_at,
                 ttl,
                 floor,
                 reply,
@@ -374,73 +376,73 @@ impl LeaseStore for ClusterStore {
             let mut repeated = false;
             if request.nobody_waits {
                 let fill = |command: &mut Cmd| shared.commands.fill_release_free(command, &request.key, request.cycle);
-                let said = lane.script(&shared.scripts.release_free, slot, None, &fill).await?;
-                if said.value == Value::Int(1) {
+                let node_reply = pool.script(&shared.scripts.release_free, slot, None, &fill).await?;
+                if node_reply.value == Value::Int(1) {
                     let reply = ReleaseReply {
                         held: true,
                         requeued: None,
                     };
-                    return Ok(answer(&said, reply));
+                    return Ok(answer(&node_reply, reply));
                 }
                 // A cycle waits after all, or the lease is no longer ours.
-                repeated = said.repeated;
+                repeated = node_reply.repeated;
             }
             if request.requeue.is_some() {
                 inbox.ready(slot).await?;
             }
             let wait = request.requeue.and_then(|_| shared.wait_for_replicas());
             let fill = |command: &mut Cmd| shared.commands.fill_release(command, &request, floor);
-            let said = lane.script(&shared.scripts.release, slot, wait, &fill).await?;
-            let mut reply = released(&said.value, request.requeue.is_some(), tokens)?;
+            let node_reply = pool.script(&shared.scripts.release, slot, wait, &fill).await?;
+            let mut reply = released(&node_reply.value, request.requeue.is_some(), tokens)?;
             // An earlier attempt whose reply was lost may have released the lease. That it is no
             // longer ours is not a loss then.
-            reply.held |= repeated || said.repeated;
+            reply.held |= repeated || node_reply.repeated;
             if let Some(requeued) = reply.requeued {
                 shared.token_floor.note_reply(slot, &requeued);
-                if shared.too_few_acks(&requeued, &said).is_some() {
+                if shared.too_few_acks(&requeued, &node_reply).is_some() {
                     // The cycle asks again, and thus waits for the replicas again.
                     reply.requeued = None;
                 }
-                if let (AcquireReply::Queued(_), Some(place)) = (&requeued, &said.place) {
+                if let (AcquireReply::Queued(_), Some(place)) = (&requeued, &node_reply.place) {
                     inbox.waits_at(slot, place);
                 }
             }
-            Ok(answer(&said, reply))
+            Ok(answer(&node_reply, reply))
         })
     }
 
     fn renew(&self, batch: Vec<Renewal>, limit: Duration) -> StoreFuture<Vec<Option<RenewReply>>> {
-        let (lane, inbox) = (Arc::clone(&self.background), Arc::clone(&self.inbox));
-        Box::pin(async move { renewals::renew(&lane, &inbox, &batch, limit).await })
+        let (pool, inbox) = (Arc::clone(&self.background), Arc::clone(&self.inbox));
+        Box::pin(async move { renewals::renew(&pool, &inbox, &batch, limit).await })
     }
 
     fn inspect(&self, key: LockKey) -> StoreFuture<KeyState> {
-        let lane = Arc::clone(&self.caller);
+        let pool = Arc::clone(&self.caller);
         Box::pin(async move {
-            let shared = &*lane.shared;
-            lane.check_map(None).await?;
+            let shared = &*pool.shared;
+            pool.check_map(None).await?;
             let slot = shared.commands.names.of(&key).slot();
             let commands = shared.commands.inspect(&key);
             // One by one: a command with a single key is answered even while its slot is being
             // moved.
-            let asking = commands.cmd_iter().map(|command| lane.single(slot, command));
+            let asking = commands.cmd_iter().map(|command| pool.single(slot, command));
             inspected(&futures_util::future::try_join_all(asking).await?)
         })
     }
 
     fn erase(&self) -> StoreFuture<u64> {
-        let lane = Arc::clone(&self.caller);
+        let pool = Arc::clone(&self.caller);
         Box::pin(async move {
-            let shared = &*lane.shared;
-            lane.refresh(shared.topology.version()).await?;
+            let shared = &*pool.shared;
+            pool.refresh(shared.topology.version()).await?;
             shared.map.forget();
             let (mut count, mut failed) = (0, None);
             for place in shared.topology.places() {
                 // The connection of any slot will do.
-                let node = lane.node(&place, Slot::of(b""))?;
+                let node = pool.node(&place, Slot::of(b""))?;
                 let erased = async {
                     let erased = erase(node.get().await?.connection, &shared.commands).await;
-                    erased.map_err(|error| error_in_words(&error))
+                    erased.map_err(|error| to_store_error(&error))
                 };
                 match erased.await {
                     Ok(erased) => count += erased,
@@ -453,13 +455,13 @@ impl LeaseStore for ClusterStore {
     }
 
     fn probe(&self) -> Pin<Box<dyn Future<Output = Health> + Send>> {
-        let lane = Arc::clone(&self.background);
+        let pool = Arc::clone(&self.background);
         Box::pin(async move {
-            let (mut look, map) = tokio::join!(look::look(&lane), lane.map(MapStep::Read));
+            let (mut look, map) = tokio::join!(health::probe(&pool), pool.map(MapStep::Read));
             match map {
                 Err(error @ StoreError::MapMismatch { .. }) if look.reached.is_ok() => look.reached = Err(error),
                 // The next lock stores the map again, after checking all shards.
-                Ok(MapState::None | MapState::Reserved) => lane.shared.map.forget(),
+                Ok(MapState::None | MapState::Reserved) => pool.shared.map.forget(),
                 Ok(MapState::Ours) | Err(_) => {}
             }
             look
@@ -479,8 +481,8 @@ impl LeaseStore for ClusterStore {
     }
 
     fn run_subscriber(&self, pushes: mpsc::UnboundedSender<Push>) -> Pin<Box<dyn Future<Output = ()> + Send>> {
-        let (lane, shared) = (Arc::clone(&self.background), Arc::clone(&self.shared));
-        Box::pin(listener::listen(lane, shared, Arc::clone(&self.inbox), pushes))
+        let (pool, shared) = (Arc::clone(&self.background), Arc::clone(&self.shared));
+        Box::pin(subscriber::run(pool, shared, Arc::clone(&self.inbox), pushes))
     }
 
     fn leave_app_runtime(&self) {

@@ -31,7 +31,7 @@ pub(super) struct Node {
     /// The time limit for connecting.
     timeout: Duration,
     /// Receives pushes. If set, the connection carries only subscriptions, otherwise only commands.
-    listener: Option<mpsc::UnboundedSender<Heard>>,
+    pushes: Option<mpsc::UnboundedSender<ReceivedPush>>,
     metrics: Arc<ShardMetrics>,
     /// Notified when a connection ends: the node may have forgotten leases.
     topology: Arc<Topology>,
@@ -45,7 +45,7 @@ pub(super) struct Node {
 
 /// Why a command had no reply, not even an error.
 #[derive(Debug)]
-pub(super) enum Unasked {
+pub(super) enum AskError {
     NotConnected(StoreError),
     /// The reply did not arrive in time.
     Silent,
@@ -66,7 +66,7 @@ pub(super) struct Live {
 
 /// A push, with the connection on which it arrived.
 #[derive(Debug)]
-pub(super) struct Heard {
+pub(super) struct ReceivedPush {
     pub(super) place: Place,
     pub(super) generation: u64,
     pub(super) push: PushInfo,
@@ -79,17 +79,17 @@ impl Node {
         place: &Place,
         like: &Target,
         timeout: Duration,
-        listener: Option<mpsc::UnboundedSender<Heard>>,
+        pushes: Option<mpsc::UnboundedSender<ReceivedPush>>,
         name: Cmd,
         metrics: &Arc<ShardMetrics>,
         topology: &Arc<Topology>,
     ) -> Option<Self> {
         Some(Self {
             place: Arc::clone(place),
-            target: like.with_info(at(place, like.info(), listener.is_some())?),
+            target: like.with_info(at(place, like.info(), pushes.is_some())?),
             name,
             timeout,
-            listener,
+            pushes,
             metrics: Arc::clone(metrics),
             topology: Arc::clone(topology),
             runtimes: None,
@@ -138,10 +138,10 @@ impl Node {
         static GENERATIONS: AtomicU64 = AtomicU64::new(0);
         let generation = GENERATIONS.fetch_add(1, Ordering::Relaxed);
         let mut settings = connection::settings();
-        if let Some(listener) = self.listener.clone() {
+        if let Some(pushes) = self.pushes.clone() {
             let place = Arc::clone(&self.place);
             settings = settings.set_push_sender(move |push: PushInfo| {
-                listener.send(Heard {
+                pushes.send(ReceivedPush {
                     place: Arc::clone(&place),
                     generation,
                     push,
@@ -168,7 +168,7 @@ impl Node {
         // connection or a server that hangs.
         let naming = connection.send_packed_command(&self.name);
         drop(within(Moment::now(), self.timeout, pin!(naming)).await);
-        match self.listener {
+        match self.pushes {
             Some(_) => self.metrics.subscriptions.increment(1),
             None => self.metrics.connects.increment(1),
         }
@@ -187,12 +187,12 @@ impl Node {
         self: &Arc<Self>,
         command: &Cmd,
         patience: Duration,
-    ) -> Result<RedisResult<Value>, Unasked> {
+    ) -> Result<RedisResult<Value>, AskError> {
         let until = tokio::time::Instant::now() + patience;
         let mut live = match tokio::time::timeout_at(until, self.get()).await {
             Ok(Ok(live)) => live,
-            Ok(Err(error)) => return Err(Unasked::NotConnected(error)),
-            Err(_) => return Err(Unasked::Silent),
+            Ok(Err(error)) => return Err(AskError::NotConnected(error)),
+            Err(_) => return Err(AskError::Silent),
         };
         let asking = live.connection.send_packed_command(command);
         let answer = tokio::time::timeout_at(until, asking).await;
@@ -204,7 +204,7 @@ impl Node {
         if is_ended {
             self.broken(live.generation);
         }
-        answer.map_err(|_| Unasked::Silent)
+        answer.map_err(|_| AskError::Silent)
     }
 
     /// The generation of the connection, if there is one.
@@ -226,7 +226,7 @@ impl Node {
     fn give_up(&self, is_meant: impl FnOnce(&Live) -> bool) {
         let mut current = self.current.lock();
         let ended = current.take_if(|current| is_meant(&current.live));
-        if ended.is_some() && self.listener.is_none() {
+        if ended.is_some() && self.pushes.is_none() {
             // Under the mutex, so that everything sent on the next connection comes after this.
             self.topology.cuts.note();
         }

@@ -11,9 +11,9 @@ use futures_util::stream;
 use super::super::batch::{self as batches, Part};
 use super::super::reply::renewed;
 use super::super::script::Named;
-use super::call::{Call, Unsaid};
+use super::dispatch::{Call, CallError};
 use super::inbox::Inbox;
-use super::lane::Lane;
+use super::pool::NodePool;
 use crate::clock::Moment;
 use crate::key::Slot;
 use crate::protocol::{RenewReply, Renewal};
@@ -32,14 +32,14 @@ const CALLS_AT_A_TIME: usize = 256;
 ///
 /// The cluster has another shard map by now.
 pub(super) async fn renew(
-    lane: &Lane,
+    pool: &NodePool,
     inbox: &Inbox,
     batch: &[Renewal],
     limit: Duration,
 ) -> Result<Vec<Option<RenewReply>>, StoreError> {
     let mut by_slot: HashMap<Slot, Vec<usize>> = HashMap::new();
     for (index, renewal) in batch.iter().enumerate() {
-        let slot = lane.shared.commands.names.of(&renewal.key).slot();
+        let slot = pool.shared.commands.names.of(&renewal.key).slot();
         // The inbox must stay subscribed while a lease is held for long or kept without a guard, so
         // that its holder is notified of waiters.
         inbox.keep_for(slot, renewal.ttl);
@@ -56,11 +56,11 @@ pub(super) async fn renew(
     let mut replies = vec![None; batch.len()];
     let mut calls = stream::iter(groups)
         .map(|(slot, group)| async move {
-            let renewed = tokio::time::timeout_at(deadline, renew_group(lane, slot, batch, &group, until)).await;
+            let renewed = tokio::time::timeout_at(deadline, renew_group(pool, slot, batch, &group, until)).await;
             (slot, group, renewed)
         })
         .buffer_unordered(CALLS_AT_A_TIME);
-    let check = tokio::time::timeout_at(deadline, lane.map(MapStep::Read));
+    let check = tokio::time::timeout_at(deadline, pool.map(MapStep::Read));
     let renewing = async {
         while let Some((slot, group, renewed)) = calls.next().await {
             match renewed {
@@ -69,10 +69,10 @@ pub(super) async fn renew(
                         replies[*index] = reply;
                     }
                 }
-                Ok(Err(error)) => failed(lane, slot, group.len(), &error.to_string()),
+                Ok(Err(error)) => failed(pool, slot, group.len(), &error.to_string()),
                 Err(_) => {
-                    lane.shared.map_is_doubted.store(true, Ordering::Release);
-                    failed(lane, slot, group.len(), &format!("no answer within {limit:?}"));
+                    pool.shared.map_is_doubted.store(true, Ordering::Release);
+                    failed(pool, slot, group.len(), &format!("no answer within {limit:?}"));
                 }
             }
         }
@@ -84,7 +84,7 @@ pub(super) async fn renew(
         Ok(Ok(MapState::None | MapState::Reserved)) if replies.iter().any(is_extended) => {
             // The map was deleted while the leases were kept. Restore it before another map is
             // stored.
-            let restored = tokio::time::timeout_at(deadline, lane.map(MapStep::Confirm)).await;
+            let restored = tokio::time::timeout_at(deadline, pool.map(MapStep::Confirm)).await;
             if let Ok(Err(error @ StoreError::MapMismatch { .. })) = restored {
                 return Err(error);
             }
@@ -100,8 +100,8 @@ fn is_extended(reply: &Option<RenewReply>) -> bool {
 }
 
 /// Logs that some leases of a slot were not renewed. A shard's outage is logged elsewhere.
-fn failed(lane: &Lane, slot: Slot, leases: usize, reason: &str) {
-    let shared = &lane.shared;
+fn failed(pool: &NodePool, slot: Slot, leases: usize, reason: &str) {
+    let shared = &pool.shared;
     match shared.failed_renewals.admit(Moment::now()) {
         Some(suppressed) if shared.metrics.is_up() => {
             tracing::warn!(shard = %shared.shard, %slot, reason, leases, suppressed, "failed to renew leases; retrying until they expire");
@@ -113,7 +113,7 @@ fn failed(lane: &Lane, slot: Slot, leases: usize, reason: &str) {
 /// Renews leases of one slot. A refused call is resent in parts until each lease that the node
 /// refuses is alone.
 async fn renew_group(
-    lane: &Lane,
+    pool: &NodePool,
     slot: Slot,
     batch: &[Renewal],
     group: &[usize],
@@ -126,7 +126,7 @@ async fn renew_group(
     while !parts.is_empty() {
         let calls = parts.into_iter().map(|part| async {
             let renewals: Vec<&Renewal> = part.iter().map(|&item| &batch[group[item]]).collect();
-            (renew_part(lane, slot, &renewals, until).await, part)
+            (renew_part(pool, slot, &renewals, until).await, part)
         });
         let answers = futures_util::future::join_all(calls).await;
         parts = Vec::new();
@@ -148,9 +148,9 @@ async fn renew_group(
     match refused {
         Some((_, error)) if count == group.len() => Err(error),
         Some((key, error)) => {
-            failed(lane, slot, count, &error.to_string());
+            failed(pool, slot, count, &error.to_string());
             let key = key.map(tracing::field::display);
-            tracing::debug!(shard = %lane.shared.shard, %slot, key, %error, "the renewal of this lease was refused");
+            tracing::debug!(shard = %pool.shared.shard, %slot, key, %error, "the renewal of this lease was refused");
             Ok(replies)
         }
         None => Ok(replies),
@@ -159,12 +159,12 @@ async fn renew_group(
 
 /// Renews leases of one slot in one call.
 async fn renew_part(
-    lane: &Lane,
+    pool: &NodePool,
     slot: Slot,
     renewals: &[&Renewal],
     until: tokio::time::Instant,
 ) -> Result<Vec<Option<RenewReply>>, StoreError> {
-    let shared = &*lane.shared;
+    let shared = &*pool.shared;
     let command = |named: Named| {
         let fill = |command: &mut Cmd| shared.commands.fill_renew(command, renewals.iter().copied());
         shared.scripts.renew.command(named, fill)
@@ -176,12 +176,15 @@ async fn renew_part(
         stops_at_try_again: true,
         limit: Some(until.saturating_duration_since(tokio::time::Instant::now())),
     };
-    match lane.call(call).await {
-        Ok(said) if !shared.has_acks(&said) => Ok(vec![None; renewals.len()]),
-        Ok(said) => Ok(renewed(&said.value, renewals.len())?.into_iter().map(Some).collect()),
-        Err(Unsaid::Failed(error)) => Err(error),
-        Err(Unsaid::TryAgain) => {
-            let alone = renewals.iter().map(|renewal| renew_alone(lane, slot, renewal));
+    match pool.call(call).await {
+        Ok(node_reply) if !shared.has_acks(&node_reply) => Ok(vec![None; renewals.len()]),
+        Ok(node_reply) => Ok(renewed(&node_reply.value, renewals.len())?
+            .into_iter()
+            .map(Some)
+            .collect()),
+        Err(CallError::Failed(error)) => Err(error),
+        Err(CallError::TryAgain) => {
+            let alone = renewals.iter().map(|renewal| renew_alone(pool, slot, renewal));
             let replies: Vec<Option<RenewReply>> = futures_util::future::join_all(alone).await;
             Ok(replies)
         }
@@ -189,18 +192,18 @@ async fn renew_part(
 }
 
 /// Renews one lease while its slot is being moved.
-async fn renew_alone(lane: &Lane, slot: Slot, renewal: &Renewal) -> Option<RenewReply> {
-    let shared = &*lane.shared;
+async fn renew_alone(pool: &NodePool, slot: Slot, renewal: &Renewal) -> Option<RenewReply> {
+    let shared = &*pool.shared;
     let fill = |command: &mut Cmd| shared.commands.fill_renew_alone(command, renewal);
     let wait = shared.wait_for_replicas();
-    let said = match lane.script(&shared.scripts.renew_alone, slot, wait, &fill).await {
-        Ok(said) if shared.has_acks(&said) => said,
+    let node_reply = match pool.script(&shared.scripts.renew_alone, slot, wait, &fill).await {
+        Ok(node_reply) if shared.has_acks(&node_reply) => node_reply,
         Ok(_) => return None,
-        Err(unsaid) => {
-            let error = StoreError::from(unsaid);
+        Err(error) => {
+            let error = StoreError::from(error);
             tracing::debug!(shard = %shared.shard, %slot, %error, "failed to renew a lease whose slot is being moved");
             return None;
         }
     };
-    renewed(&said.value, 1).ok()?.pop()
+    renewed(&node_reply.value, 1).ok()?.pop()
 }

@@ -111,22 +111,22 @@ impl Link {
     /// it.
     async fn find_primary(&self) -> Result<Live, StoreError> {
         let shared = &*self.shared;
-        if !shared.source.follows() {
-            return self.open(&shared.source.locate().await?).await;
+        if !shared.discovery.follows() {
+            return self.open(&shared.discovery.locate().await?).await;
         }
         let until = Instant::now() + shared.timeout * 3 / 4;
         let mut backoff = Backoff::new(FAILOVER_PAUSE_MIN, FAILOVER_PAUSE_MAX);
-        let mut moves = shared.moves.listen();
+        let mut events = shared.failovers.subscribe();
         // The address of the last attempt, and why it failed.
-        let mut in_vain: Option<(String, Arc<str>)> = None;
+        let mut last_failure: Option<(String, Arc<str>)> = None;
         loop {
-            moves.catch_up();
-            let server = shared.source.locate().await?;
+            events.mark_seen();
+            let server = shared.discovery.locate().await?;
             let left = until.saturating_duration_since(Instant::now());
             let opened = tokio::select! {
                 opened = tokio::time::timeout(left, self.open(&server)) => opened,
                 // The primary changed again, so this address may be wrong.
-                () = moves.news() => continue,
+                () = events.changed() => continue,
             };
             let place = server.place();
             let error = match opened {
@@ -138,25 +138,25 @@ impl Link {
                 }
                 Ok(opened) => return opened,
                 // The error of the previous attempt is more informative than a timeout.
-                Err(_) => match in_vain.take() {
+                Err(_) => match last_failure.take() {
                     Some((known, error)) if known == place => error,
                     _ => format!("{place} does not answer").into(),
                 },
             };
-            if moves.has_news() {
+            if events.has_changed() {
                 continue;
             }
-            shared.source.doubt();
+            shared.discovery.report_unreachable();
             let pause = backoff.next_delay();
             if Instant::now() + pause >= until {
                 return Err(StoreError::Unavailable(
                     format!("the sentinels name {place} as the primary: {error}").into(),
                 ));
             }
-            in_vain = Some((place.to_owned(), error));
+            last_failure = Some((place.to_owned(), error));
             tokio::select! {
                 () = tokio::time::sleep(pause) => {}
-                () = moves.news() => {}
+                () = events.changed() => {}
             }
         }
     }
@@ -166,7 +166,7 @@ impl Link {
         let target = Target::new(server, &shared.tls);
         let target = target.map_err(|error| StoreError::Refused(error.to_string().into()))?;
         let error = match self.open_at(server, &target, None).await {
-            Err(error @ StoreError::Refused(_)) if !shared.source.follows() => error,
+            Err(error @ StoreError::Refused(_)) if !shared.discovery.follows() => error,
             Ok(live) => {
                 *shared.address.lock() = None;
                 return Ok(live);
@@ -189,7 +189,7 @@ impl Link {
 
     async fn open_at(&self, server: &ServerUrl, target: &Target, only: Option<SocketAddr>) -> Result<Live, StoreError> {
         let shared = &*self.shared;
-        let (switches, era) = (shared.moves.switches(), shared.era.load(Ordering::Acquire));
+        let (switches, era) = (shared.failovers.switches(), shared.era.load(Ordering::Acquire));
         let open = || {
             let (target, timeout, in_flight) = (target.clone(), shared.timeout, self.in_flight.clone());
             async move { connection::open(&target, only, connection::settings(), timeout, &in_flight).await }
@@ -219,7 +219,7 @@ impl Link {
         };
         let mut current = self.current.lock();
         // Under the mutex: a switch reported after this check finds the new connection here.
-        if shared.moves.switches() != switches {
+        if shared.failovers.switches() != switches {
             return Err(StoreError::Unavailable("the primary has changed".into()));
         }
         if current.is_some() {
@@ -236,8 +236,8 @@ impl Link {
         drop(earlier);
         // It may lead to another server than the previous connection.
         shared.inbox_check.notify_one();
-        if shared.source.follows() {
-            shared.moves.settled(server.place());
+        if shared.discovery.follows() {
+            shared.failovers.on_connected(server.place());
         }
         Ok(live)
     }
@@ -263,16 +263,16 @@ impl Link {
     /// is not a primary. If so, the connection is abandoned.
     pub(super) fn is_ended_by(&self, error: &RedisError, live: &Live) -> bool {
         let shared = &*self.shared;
-        let is_left = shared.source.is_left_by(error);
-        if !is_left && !error.is_unrecoverable_error() {
+        let is_demotion = shared.discovery.is_demotion(error);
+        if !is_demotion && !error.is_unrecoverable_error() {
             return false;
         }
         let ended = self.give_up(|current| current.live.generation == live.generation);
         if let Some(ended) = ended {
             // The other connections and the inbox must leave the server, too.
-            if is_left && shared.source.follows() {
-                shared.moves.left(&ended.place);
-            } else if is_left {
+            if is_demotion && shared.discovery.follows() {
+                shared.failovers.on_demotion(&ended.place);
+            } else if is_demotion {
                 shared.leave_era(ended.era);
             }
         }
@@ -310,7 +310,7 @@ impl Link {
             self.shared.cuts.note();
         }
         if let Some(current) = &mut *current {
-            current.live.switches = self.shared.moves.switches();
+            current.live.switches = self.shared.failovers.switches();
         }
         drop(current);
         drop(ended);
@@ -351,7 +351,7 @@ impl Link {
         replies.pop();
         // Checked first, since a replica answers the rest with errors only.
         match replies.first().cloned().map(Value::extract_error) {
-            Some(Ok(answer)) if shared.check_role => shared.source.accept(&role(&answer)?, place)?,
+            Some(Ok(answer)) if shared.check_role => shared.discovery.check_role(&role(&answer)?, place)?,
             Some(Err(error)) if shared.check_role && is_unknown_command(&error) => {
                 return Err(StoreError::Refused(
                     format!("the server lacks ROLE, which distinguishes a primary from a replica; if this address always leads to a primary, set check_role = false: {error}").into(),
@@ -360,7 +360,7 @@ impl Link {
             _ => {}
         }
         let replies = shared.commands.permissions.without_errors(&greeting, replies);
-        let replies = replies.map_err(|error| shared.source.in_words(&error))?;
+        let replies = replies.map_err(|error| shared.discovery.to_store_error(&error))?;
         popped.map_or(Ok(()), knows_what_is_needed_to_wait)?;
         let (time, stored) = match &replies[..] {
             [_, time, stored, ..] => (server_time(time), stored),
@@ -424,7 +424,7 @@ async fn restore_map(shared: &Shared, connection: &MultiplexedConnection) -> Res
             let reply = connection.send_packed_command(&command).await;
             let reply = reply.and_then(Value::extract_error);
             let reply = reply.map_err(|error| shared.commands.permissions.of_command(error, &command));
-            reply.map_err(|error| shared.source.in_words(&error))
+            reply.map_err(|error| shared.discovery.to_store_error(&error))
         }
     };
     map::step(&shared.map, MapStep::Confirm, &|command| Box::pin(send(command)))

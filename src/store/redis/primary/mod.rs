@@ -7,14 +7,14 @@
 //! carries renewals, and one only subscribes to the manager's inbox. A connection that carries
 //! commands never subscribes: an unsolicited push would be taken for a reply. If sentinels watch
 //! the primary, there is also one connection to each of them, used for subscriptions only
-//! (`follow`).
+//! (`failover`).
 //!
-//! Each new connection asks `source` for the primary's address and is then greeted: the server must
-//! be a primary, and its time becomes the floor of all counters before the first request is sent. A
-//! promoted replica with old counters therefore never issues an old token. A connection ends when
-//! it breaks, when its server replies that it is not a primary, or when a sentinel reports a switch
-//! (`moves`). The request that noticed is resent on a new connection, which is safe because it is
-//! idempotent for its cycle. The inbox moves along, and all waiters retry.
+//! Each new connection asks `discovery` for the primary's address and is then greeted: the server
+//! must be a primary, and its time becomes the floor of all counters before the first request is
+//! sent. A promoted replica with old counters therefore never issues an old token. A connection
+//! ends when it breaks, when its server replies that it is not a primary, or when a sentinel
+//! reports a switch (`failover`). The request that noticed is resent on a new connection, which is
+//! safe because it is idempotent for its cycle. The inbox moves along, and all waiters retry.
 //!
 //! A server writes the replies of one turn of its event loop in the reverse of the order in which
 //! their clients had their first pending reply. A release that hands the lock over follows another
@@ -24,23 +24,22 @@
 //!
 //! Replication is asynchronous, so a failover may lose a recent lease. Its holder learns of the
 //! loss at its next renewal, which is sent once the inbox is subscribed on the new primary. Until
-//! then two holders may exist; their tokens differ. `replica_ack` offers a stronger guarantee. Whenever
-//! a connection ends, the epoch changes, and no lease is passed on before it was confirmed in the
-//! new epoch.
+//! then two holders may exist; their tokens differ. `replica_ack` offers a stronger guarantee.
+//! Whenever a connection ends, the epoch changes, and no lease is passed on before it was confirmed
+//! in the new epoch.
 
 mod background;
-mod follow;
+mod discovery;
+mod failover;
 #[cfg(any(test, fuzzing))]
 pub(super) mod fuzzing;
-mod inbox;
+mod health;
 mod link;
-mod moves;
-#[cfg(test)]
-mod probe;
 mod renewals;
 mod sentinels;
-mod source;
-mod time;
+mod subscriber;
+#[cfg(test)]
+mod test_access;
 mod vote;
 
 use std::net::SocketAddr;
@@ -75,11 +74,11 @@ use crate::store::{
 use crate::telemetry::ShardMetrics;
 use crate::time_limit::within;
 use background::Background;
+use discovery::Discovery;
+use failover::FailoverEvents;
 use link::{Link, Live};
-use moves::Moves;
-use renewals::Habit;
+use renewals::CallShape;
 use sentinels::Sentinels;
-use source::Source;
 use vote::VoteEligibility;
 
 /// See the module.
@@ -92,9 +91,9 @@ pub(crate) struct RedisStore {
 /// What the connections of a store share.
 pub(super) struct Shared {
     shard: Arc<str>,
-    source: Source,
+    discovery: Discovery,
     tls: TlsFiles,
-    moves: Moves,
+    failovers: FailoverEvents,
     /// If several addresses of the server's name were tried, the only one that led to a primary.
     address: Mutex<Option<SocketAddr>>,
     /// How often the server at a fixed address turned out not to be a primary any more. Connections
@@ -111,7 +110,7 @@ pub(super) struct Shared {
     cuts: Cuts,
     /// Set if replicas must acknowledge a lease before it counts.
     replica_ack: Option<ReplicaAck>,
-    renewal_habit: Habit,
+    call_shape: CallShape,
     /// Whether servers are asked for their role.
     check_role: bool,
     token_floor: TokenFloor,
@@ -129,13 +128,13 @@ const RECONNECTS_PER_REQUEST: usize = 2;
 impl RedisStore {
     /// Creates a store for the server at this address. Sends nothing yet.
     pub(crate) fn new(server: &ServerUrl, options: StoreOptions) -> Result<Self, InvalidSetting> {
-        Self::from_source(Source::Fixed(server.clone()), options, None)
+        Self::from_source(Discovery::Fixed(server.clone()), options, None)
     }
 
     /// Creates a store for one node of a quorum.
     pub(crate) fn node(server: &ServerUrl, options: StoreOptions) -> Result<Self, InvalidSetting> {
         let vote = VoteEligibility::new(options.redlock_max_ttl);
-        Self::from_source(Source::Fixed(server.clone()), options, Some(vote))
+        Self::from_source(Discovery::Fixed(server.clone()), options, Some(vote))
     }
 
     /// Creates a store for the primary that sentinels know by this name. Sends nothing yet.
@@ -147,21 +146,21 @@ impl RedisStore {
     ) -> Result<Self, InvalidSetting> {
         let (servers, name) = (sentinels.to_vec(), primary.to_owned());
         let sentinels = Sentinels::new(servers, name, access.clone(), options.tls.clone(), options.timeout);
-        Self::from_source(Source::Sentinels(sentinels), options, None)
+        Self::from_source(Discovery::Sentinels(sentinels), options, None)
     }
 
     fn from_source(
-        source: Source,
+        discovery: Discovery,
         options: StoreOptions,
         vote: Option<VoteEligibility>,
     ) -> Result<Self, InvalidSetting> {
-        source.check(&options.tls)?;
+        discovery.check(&options.tls)?;
         let commands = Commands::new(&options.namespace, options.manager);
         let shared = Arc::new(Shared {
             shard: options.shard,
-            source,
+            discovery,
             tls: options.tls,
-            moves: Moves::new(),
+            failovers: FailoverEvents::new(),
             address: Mutex::new(None),
             map: StoredMap::new(options.map, commands.names.map()),
             commands,
@@ -173,7 +172,7 @@ impl RedisStore {
             runtimes: options.runtimes,
             cuts: Cuts::default(),
             replica_ack: ReplicaAck::new(options.min_replicas_acked, options.timeout),
-            renewal_habit: Habit::default(),
+            call_shape: CallShape::default(),
             check_role: options.check_role,
             token_floor: TokenFloor::new(),
             vote,
@@ -224,7 +223,7 @@ impl Shared {
         }
     }
 
-    fn saw(&self, slot: Slot, reply: &AcquireReply) {
+    fn note_reply(&self, slot: Slot, reply: &AcquireReply) {
         if let AcquireReply::Queued(position) = reply
             && !position.is_subscribed
         {
@@ -243,13 +242,13 @@ impl Shared {
     }
 
     /// The error for a connection that did not answer within [`patience`](Self::patience).
-    fn silence(&self) -> RedisError {
+    fn no_answer(&self) -> RedisError {
         let limit = self.patience();
         std::io::Error::new(std::io::ErrorKind::BrokenPipe, format!("no answer within {limit:?}")).into()
     }
 
     /// Releases once, on this connection; with the short script if no cycle is known to wait.
-    async fn give_back(&self, live: &mut Live, request: &Release, free: bool, floor: u64) -> RedisResult<Value> {
+    async fn send_release(&self, live: &mut Live, request: &Release, free: bool, floor: u64) -> RedisResult<Value> {
         if free {
             let fill = |command: &mut Cmd| self.commands.fill_release_free(command, &request.key, request.cycle);
             return self.scripts.release_free.call(&mut live.connection, fill).await;
@@ -266,19 +265,19 @@ impl Shared {
             link.is_ended_by(&error, live);
             self.commands.permissions.of_command(error, &command)
         });
-        reply.map_err(|error| self.source.in_words(&error))
+        reply.map_err(|error| self.discovery.to_store_error(&error))
     }
 
     /// How often the primary has changed; always zero at a fixed address.
     fn switches(&self) -> u64 {
-        match self.source {
-            Source::Fixed(_) => 0,
-            Source::Sentinels(_) => self.moves.switches(),
+        match self.discovery {
+            Discovery::Fixed(_) => 0,
+            Discovery::Sentinels(_) => self.failovers.switches(),
         }
     }
 
     /// Acquires once, on this connection.
-    async fn ask(
+    async fn send_acquire(
         &self,
         live: &mut Live,
         request: &Acquire,
@@ -287,7 +286,7 @@ impl Shared {
     ) -> RedisResult<Result<AcquireReply, StoreError>> {
         if let Some(ack) = &self.replica_ack {
             // Boxed, so that it does not enlarge the future of every request.
-            return Box::pin(self.ask_confirmed(ack, live, request, slot, floor)).await;
+            return Box::pin(self.send_acquire_confirmed(ack, live, request, slot, floor)).await;
         }
         if request.mode == AcquireMode::Fast {
             let commands = self.commands.take_freely(request, slot);
@@ -301,7 +300,7 @@ impl Shared {
     }
 
     /// The same, followed at once by a wait for replicas. Fails if they do not confirm the lease.
-    async fn ask_confirmed(
+    async fn send_acquire_confirmed(
         &self,
         ack: &ReplicaAck,
         live: &mut Live,
@@ -334,7 +333,7 @@ impl Shared {
             return Ok(Ok(reply));
         }
         // Its tokens were issued, whatever happens to the lease.
-        self.saw(slot, &reply);
+        self.note_reply(slot, &reply);
         // An error of `WAIT` itself may mean that the server is no longer a primary.
         let acked = acked.extract_error()?;
         Ok(ack.check(wait, &acked).map(|()| reply))
@@ -342,7 +341,7 @@ impl Shared {
 
     /// The reply to a requeued cycle. An unconfirmed grant is dropped, so that the cycle asks
     /// again.
-    fn confirmed_or_asked(&self, requeued: Option<AcquireReply>) -> Option<AcquireReply> {
+    fn only_confirmed(&self, requeued: Option<AcquireReply>) -> Option<AcquireReply> {
         requeued.filter(|reply| self.replica_ack.is_none() || !matches!(reply, AcquireReply::Granted { .. }))
     }
 }
@@ -399,13 +398,13 @@ impl LeaseStore for RedisStore {
                 let mut live = link.get().await?;
                 let floor = shared.token_floor.of(slot);
                 let sent_at = Moment::now();
-                let asked = shared.ask(&mut live, &request, slot, floor).await;
+                let asked = shared.send_acquire(&mut live, &request, slot, floor).await;
                 match asked {
                     // Replies of a server that has been replaced meanwhile must be discarded.
-                    Ok(_) if shared.switches() != live.switches => attempts.was_in_vain(None)?,
+                    Ok(_) if shared.switches() != live.switches => attempts.was_discarded(None)?,
                     Ok(reply) => {
                         let reply = reply?;
-                        shared.saw(slot, &reply);
+                        shared.note_reply(slot, &reply);
                         return Ok(Answer {
                             sent_at,
                             ttl: request.ttl,
@@ -448,10 +447,10 @@ impl LeaseStore for RedisStore {
                 let floor = shared.token_floor.of(slot);
                 let sent_at = Moment::now();
                 let answer = {
-                    let asking = pin!(shared.give_back(&mut live, &request, free, floor));
+                    let asking = pin!(shared.send_release(&mut live, &request, free, floor));
                     within(sent_at, shared.patience(), asking).await
                 };
-                let mut reply = match answer.unwrap_or_else(|_| Err(shared.silence())) {
+                let mut reply = match answer.unwrap_or_else(|_| Err(shared.no_answer())) {
                     Ok(Value::Int(1)) if free => ReleaseReply {
                         held: true,
                         requeued: None,
@@ -470,16 +469,16 @@ impl LeaseStore for RedisStore {
                 };
                 if shared.switches() != live.switches {
                     // The new primary may still have the lease.
-                    attempts.was_in_vain(Some(reply.held))?;
+                    attempts.was_discarded(Some(reply.held))?;
                     continue;
                 }
                 // An earlier attempt whose reply was lost may have released the lease. That it is
                 // no longer ours is not a loss then.
                 reply.held |= attempts.may_have_released;
                 if let Some(reply) = &reply.requeued {
-                    shared.saw(slot, reply);
+                    shared.note_reply(slot, reply);
                 }
-                reply.requeued = shared.confirmed_or_asked(reply.requeued);
+                reply.requeued = shared.only_confirmed(reply.requeued);
                 return Ok(Answer {
                     sent_at,
                     ttl,
@@ -507,11 +506,11 @@ impl LeaseStore for RedisStore {
             let commands = shared.commands.inspect(&key);
             let asking = live.connection.send_packed_commands(&commands, 0, 5);
             let replies = tokio::time::timeout(shared.patience(), asking).await;
-            let replies = replies.unwrap_or_else(|_| Err(shared.silence()));
+            let replies = replies.unwrap_or_else(|_| Err(shared.no_answer()));
             let replies = replies.and_then(|replies| shared.commands.permissions.without_errors(&commands, replies));
             let replies = replies.map_err(|error| {
                 link.is_ended_by(&error, &live);
-                shared.source.in_words(&error)
+                shared.discovery.to_store_error(&error)
             })?;
             inspected(&replies)
         })
@@ -524,16 +523,16 @@ impl LeaseStore for RedisStore {
             let live = link.get().await?;
             shared.map.forget();
             let erased = erase(live.connection, &shared.commands).await;
-            erased.map_err(|error| shared.source.in_words(&error))
+            erased.map_err(|error| shared.discovery.to_store_error(&error))
         })
     }
 
     fn probe(&self) -> Pin<Box<dyn Future<Output = Health> + Send>> {
-        let (time, map, takes_locks) = (self.time(), self.look_at_map(), self.takes_locks());
+        let (time, map, accepts_locks) = (self.time(), self.probe_map(), self.accepts_locks());
         Box::pin(async move {
-            let (time, map, takes_locks) = tokio::join!(time, map, takes_locks);
+            let (time, map, accepts_locks) = tokio::join!(time, map, accepts_locks);
             let (reached, times) = match time {
-                Ok(time) => (map.and(takes_locks), vec![time]),
+                Ok(time) => (map.and(accepts_locks), vec![time]),
                 Err(error) => (Err(error), Vec::new()),
             };
             Health { reached, times }
@@ -559,13 +558,13 @@ impl LeaseStore for RedisStore {
         Box::pin(async move {
             let listening = shared
                 .runtimes
-                .run(|| inbox::listen(Arc::clone(&shared), Arc::clone(&commands), pushes.clone()));
-            if !shared.source.follows() {
+                .run(|| subscriber::run(Arc::clone(&shared), Arc::clone(&commands), pushes.clone()));
+            if !shared.discovery.follows() {
                 return listening.await;
             }
             tokio::select! {
                 () = listening => {}
-                () = follow::follow(Arc::clone(&shared), links) => {}
+                () = failover::run(Arc::clone(&shared), links) => {}
             }
         })
     }
@@ -597,12 +596,12 @@ impl Attempts {
                 return Ok(());
             }
         }
-        Err(shared.source.in_words(error))
+        Err(shared.discovery.to_store_error(error))
     }
 
     /// The primary changed while the request was in flight, so its reply must be discarded. For a
     /// release, `held` states whether the lease was ours in that reply.
-    fn was_in_vain(&mut self, held: Option<bool>) -> Result<(), StoreError> {
+    fn was_discarded(&mut self, held: Option<bool>) -> Result<(), StoreError> {
         self.count += 1;
         self.may_have_released |= held.unwrap_or(false);
         if self.count <= RECONNECTS_PER_REQUEST {

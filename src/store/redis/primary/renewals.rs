@@ -40,7 +40,7 @@ const BREAKS_MAX: u8 = 2;
 
 /// Which calls the renewal connection accepts, as far as known.
 #[derive(Default)]
-pub(super) struct Habit(Mutex<Known>);
+pub(super) struct CallShape(Mutex<Known>);
 
 #[derive(Default)]
 struct Known {
@@ -51,7 +51,7 @@ struct Known {
     breaks: u8,
 }
 
-impl Habit {
+impl CallShape {
     fn is_by_slot(&self, connection: (usize, u64)) -> bool {
         let mut known = self.0.lock();
         if known.connection != connection {
@@ -94,7 +94,7 @@ pub(super) async fn renew(
 ) -> Result<Vec<Option<RenewReply>>, StoreError> {
     let in_words = |error: RedisError| {
         link.is_ended_by(&error, live);
-        shared.source.in_words(&error)
+        shared.discovery.to_store_error(&error)
     };
     let reading = timeout(
         limit.mul_f64(0.8),
@@ -116,7 +116,7 @@ pub(super) async fn renew(
         // If there is nothing to write, a server that was demoted meanwhile does not report it. A
         // lease it does not know may exist on the new primary.
         let answer = cmd("ROLE").query_async(&mut connection).await.map_err(in_words)?;
-        if let Err(error) = shared.source.accept(&role(&answer)?, "the server") {
+        if let Err(error) = shared.discovery.check_role(&role(&answer)?, "the server") {
             link.broken(live);
             return Err(error);
         }
@@ -182,7 +182,7 @@ async fn send(
     let divided = |part: Part| batch::by_slot(part, slot, RENEWALS_PER_CALL);
     let all: Part = (0..batch.len()).collect();
     let mut parts = match shared
-        .renewal_habit
+        .call_shape
         .is_by_slot((Arc::as_ptr(link).addr(), live.generation))
     {
         true => divided(all),
@@ -224,7 +224,7 @@ async fn send(
                     if batch::wants_one_slot(&error) {
                         let by_slot = divided(part);
                         if by_slot.len() > 1 {
-                            shared.renewal_habit.wants_one_slot();
+                            shared.call_shape.wants_one_slot();
                             parts.extend(by_slot);
                         } else {
                             parts.extend(by_slot.into_iter().flat_map(batch::halves));
@@ -240,15 +240,17 @@ async fn send(
         }
     }
     if answered {
-        shared.renewal_habit.answered();
+        shared.call_shape.answered();
     } else if failed.is_some() && batch.len() > 1 {
-        shared.renewal_habit.broke();
+        shared.call_shape.broke();
     }
     let has_some = replies.iter().any(Option::is_some);
     match (failed, refused.first) {
         // A server that became unusable may have answered some calls before.
-        (Some(error), _) if !has_some || shared.source.is_left_by(&error) => Err(shared.source.in_words(&error)),
-        (None, Some((_, error))) if !has_some => Err(shared.source.in_words(&error)),
+        (Some(error), _) if !has_some || shared.discovery.is_demotion(&error) => {
+            Err(shared.discovery.to_store_error(&error))
+        }
+        (None, Some((_, error))) if !has_some => Err(shared.discovery.to_store_error(&error)),
         (None, None) if !answered => {
             if each >= shared.patience().min(SILENCE_MIN) {
                 // The lease may be too short for another attempt on the same connection.
@@ -257,7 +259,7 @@ async fn send(
             Err(StoreError::Unavailable(format!("no answer within {each:?}").into()))
         }
         (_, Some((item, error))) => {
-            let (error, leases, key) = (shared.source.in_words(&error), refused.count, &batch[item].key);
+            let (error, leases, key) = (shared.discovery.to_store_error(&error), refused.count, &batch[item].key);
             if let Some(suppressed) = shared.failed_renewals.admit(Moment::now()) {
                 tracing::warn!(shard = %shared.shard, %error, leases, suppressed, "failed to renew leases; retrying until they expire");
             }

@@ -11,7 +11,7 @@ use futures_util::stream::FuturesUnordered;
 
 use super::super::client::{Target, with_reason};
 use super::super::connection::{self, InFlight};
-use super::super::reply::error_in_words;
+use super::super::reply::to_store_error;
 use crate::endpoint::{Access, ServerUrl};
 use crate::error::InvalidSetting;
 use crate::store::{StoreError, TlsFiles};
@@ -124,7 +124,7 @@ impl Sentinels {
             let answer: Option<(String, String)> = question
                 .query_async(&mut connection)
                 .await
-                .map_err(|error| error_in_words(&error))?;
+                .map_err(|error| to_store_error(&error))?;
             Ok(answer)
         });
         match answer.await {
@@ -166,7 +166,7 @@ impl Sentinels {
     pub(super) async fn subscribe(&self, index: usize) -> Result<PubSub, StoreError> {
         let subscribed = tokio::time::timeout(self.limit, async {
             let target = self.target(index)?;
-            let in_words = |error| error_in_words(&error);
+            let in_words = |error| to_store_error(&error);
             let mut switches = connection::subscriber(&target, None).await.map_err(in_words)?;
             switches.subscribe(SWITCHES).await.map_err(in_words)?;
             Ok(switches)
@@ -194,7 +194,7 @@ impl Sentinels {
             Ok(Ok(_)) => Ok(()),
             // A sentinel whose ACL forbids the command has still answered.
             Ok(Err(error)) if matches!(error.kind(), ErrorKind::Server(_)) => Ok(()),
-            Ok(Err(error)) => Err(error_in_words(&error)),
+            Ok(Err(error)) => Err(to_store_error(&error)),
             Err(_) => Err(StoreError::Unavailable(
                 format!("the subscription gave no answer within {:?}", self.limit).into(),
             )),

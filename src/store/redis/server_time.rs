@@ -11,7 +11,7 @@ use crate::clock::Moment;
 use crate::store::{ServerTime, StoreError};
 
 /// Asks `server` for its time on this connection, whose generation is `number`.
-pub(super) async fn ask(
+pub(super) async fn read(
     connection: &mut MultiplexedConnection,
     server: Arc<str>,
     number: u64,

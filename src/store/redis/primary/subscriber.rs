@@ -48,14 +48,14 @@ const CHECK_PARTS: u32 = 4;
 /// one that executes the commands never receives a grant. The server that executes commands is
 /// therefore asked whether it knows the subscription: after each subscription, after each new
 /// command connection, and when a reply reports that a waiter can't be reached.
-pub(super) async fn listen(shared: Arc<Shared>, commands: Arc<Link>, pushes: mpsc::UnboundedSender<Push>) {
+pub(super) async fn run(shared: Arc<Shared>, commands: Arc<Link>, pushes: mpsc::UnboundedSender<Push>) {
     let channel = shared.commands.names.inbox(&shared.commands.manager);
     let mut is_elsewhere_reported = false;
-    let mut moves = shared.moves.listen();
+    let mut events = shared.failovers.subscribe();
     let mut backoff = Backoff::new(PAUSE_MIN, PAUSE_MAX);
     let mut failed = Failed::default();
     while !pushes.is_closed() {
-        moves.catch_up();
+        events.mark_seen();
         match tokio::time::timeout(shared.timeout, subscribe(&shared, &channel)).await {
             Ok(Ok((inbox, place))) => {
                 failed = Failed::default();
@@ -70,7 +70,7 @@ pub(super) async fn listen(shared: Arc<Shared>, commands: Arc<Link>, pushes: mps
                 loop {
                     let message = tokio::select! {
                         message = messages.next() => message,
-                        () = moves.must_leave(&place) => None,
+                        () = events.until_left(&place) => None,
                         () = &mut silent => None,
                         () = shared.inbox_check.notified() => {
                             match is_known(&shared, &commands, &channel).await {
@@ -109,7 +109,7 @@ pub(super) async fn listen(shared: Arc<Shared>, commands: Arc<Link>, pushes: mps
                 }
             }
             Ok(Err(error)) => {
-                shared.source.doubt();
+                shared.discovery.report_unreachable();
                 match error {
                     StoreError::Refused(reason) => {
                         if pushes.send(Push::Refused { reason }).is_err() {
@@ -121,13 +121,13 @@ pub(super) async fn listen(shared: Arc<Shared>, commands: Arc<Link>, pushes: mps
             }
             Err(_) => {
                 failed.note(&shared, &format!("no answer within {:?}", shared.timeout));
-                shared.source.doubt();
+                shared.discovery.report_unreachable();
             }
         }
         tokio::select! {
             () = backoff.wait() => {}
             // The address of the primary is known now.
-            () = moves.news() => {}
+            () = events.changed() => {}
             () = pushes.closed() => return,
         }
     }
@@ -202,19 +202,19 @@ fn report_elsewhere(shared: &Shared, place: &str) {
 
 /// Subscribes on the primary. Returns the connection and the primary's address.
 async fn subscribe(shared: &Shared, channel: &str) -> Result<(PubSub, String), StoreError> {
-    let server = shared.source.locate().await?;
-    shared.moves.inbox_goes_to(server.place());
+    let server = shared.discovery.locate().await?;
+    shared.failovers.set_subscriber_place(server.place());
     let in_words = |error| {
         shared
-            .source
-            .in_words(&shared.commands.permissions.of_subscription(error))
+            .discovery
+            .to_store_error(&shared.commands.permissions.of_subscription(error))
     };
     let target = Target::new(&server, &shared.tls).map_err(|error| StoreError::Refused(error.to_string().into()))?;
     let address = *shared.address.lock();
     let opening = connection::subscriber(&target, address);
     let mut inbox = with_reason(target.info(), shared.timeout, opening).await?;
     inbox.subscribe(channel).await.map_err(in_words)?;
-    if shared.check_role && shared.source.follows() {
+    if shared.check_role && shared.discovery.follows() {
         // A demoted primary still delivers what is published on the new one, but its subscribers do
         // not count as reached there: other waiters would always be preferred. A subscribed
         // connection can't be asked for its role, so another one is. The sentinels report a later
@@ -223,7 +223,7 @@ async fn subscribe(shared: &Shared, channel: &str) -> Result<(PubSub, String), S
         let opening = connection::open(&target, address, connection::settings(), shared.timeout, &in_flight);
         let (mut asking, _driver) = opening.await.map_err(in_words)?;
         let answer = cmd("ROLE").query_async(&mut asking).await.map_err(in_words)?;
-        shared.source.accept(&role(&answer)?, server.place())?;
+        shared.discovery.check_role(&role(&answer)?, server.place())?;
     }
     Ok((inbox, server.place().to_owned()))
 }

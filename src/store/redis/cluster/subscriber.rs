@@ -42,9 +42,9 @@ use super::super::client::{Purpose, named};
 use super::super::replica_ack::as_confirmed;
 use super::super::reply;
 use super::Shared;
-use super::inbox::{Inbox, Wish};
-use super::lane::Lane;
-use super::node::{Heard, Node, Unasked};
+use super::inbox::{Inbox, SubscribeRequest};
+use super::node::{AskError, Node, ReceivedPush};
+use super::pool::NodePool;
 use super::topology::{Place, redirected};
 use crate::backoff::Backoff;
 use crate::clock::Moment;
@@ -65,13 +65,13 @@ const MAP_EVERY_LOOKS: u32 = 4;
 const CHECK_EVERY_LOOKS: u32 = 4;
 
 /// See the module.
-pub(super) struct Listener {
-    lane: Arc<Lane>,
+pub(super) struct Subscriber {
+    pool: Arc<NodePool>,
     shared: Arc<Shared>,
     inbox: Arc<Inbox>,
     pushes: mpsc::UnboundedSender<Push>,
-    ears: HashMap<Place, Arc<Node>>,
-    heard: mpsc::UnboundedSender<Heard>,
+    subscribers: HashMap<Place, Arc<Node>>,
+    received: mpsc::UnboundedSender<ReceivedPush>,
     subscriptions: HashMap<Slot, Subscription>,
     attempts: FuturesUnordered<BoxFuture<'static, (Slot, u64, Ended)>>,
     next_attempt: u64,
@@ -108,21 +108,21 @@ enum Ended {
 }
 
 /// The manager is gone.
-struct Gone;
+struct ShutDown;
 
 /// Runs the subscriber until the receiver is closed.
-pub(super) async fn listen(
-    lane: Arc<Lane>,
+pub(super) async fn run(
+    pool: Arc<NodePool>,
     shared: Arc<Shared>,
     inbox: Arc<Inbox>,
     pushes: mpsc::UnboundedSender<Push>,
 ) {
     // The subscriber of a store runs only once.
-    let Some(mut wishes) = inbox.take_receiver() else {
+    let Some(mut requests) = inbox.take_receiver() else {
         return;
     };
     let mut backoff = Backoff::new(PAUSE_MIN, PAUSE_MAX);
-    while let Err(error) = lane.refresh(shared.topology.version()).await {
+    while let Err(error) = pool.refresh(shared.topology.version()).await {
         tracing::debug!(shard = %shared.shard, %error, "failed to read the cluster's slot map");
         tokio::select! {
             () = backoff.wait() => {}
@@ -132,14 +132,14 @@ pub(super) async fn listen(
     if pushes.send(Push::Resubscribed { slot: None }).is_err() {
         return;
     }
-    let (heard, mut hearing) = mpsc::unbounded_channel();
-    let mut listener = Listener {
-        lane,
+    let (received, mut receiver) = mpsc::unbounded_channel();
+    let mut subscriber = Subscriber {
+        pool,
         shared,
         inbox,
         pushes: pushes.clone(),
-        ears: HashMap::new(),
-        heard,
+        subscribers: HashMap::new(),
+        received,
         subscriptions: HashMap::new(),
         attempts: FuturesUnordered::new(),
         next_attempt: 0,
@@ -154,40 +154,40 @@ pub(super) async fn listen(
         let is_reading = reading.is_some();
         let done = tokio::select! {
             () = pushes.closed() => return,
-            Some(heard) = hearing.recv() => listener.hear(heard),
-            Some(wish) = wishes.recv() => listener.wish(wish),
-            Some((slot, attempt, ended)) = listener.attempts.next(), if !listener.attempts.is_empty() => {
-                listener.ended(slot, attempt, ended)
+            Some(received) = receiver.recv() => subscriber.on_push(received),
+            Some(request) = requests.recv() => subscriber.on_request(request),
+            Some((slot, attempt, ended)) = subscriber.attempts.next(), if !subscriber.attempts.is_empty() => {
+                subscriber.ended(slot, attempt, ended)
             }
-            Some(silent) = listener.checks.next(), if !listener.checks.is_empty() => {
+            Some(silent) = subscriber.checks.next(), if !subscriber.checks.is_empty() => {
                 if let Some((place, generation)) = silent {
-                    listener.cut(&place, generation);
+                    subscriber.cut(&place, generation);
                 }
                 Ok(())
             }
             () = async { match &mut reading { Some(reading) => reading.await, None => std::future::pending().await } }, if is_reading => {
                 reading = None;
-                listener.compare();
+                subscriber.compare();
                 Ok(())
             }
             _ = looks.tick() => {
                 look = look.wrapping_add(1);
-                listener.compare();
-                listener.give_up_idle();
-                if look.is_multiple_of(CHECK_EVERY_LOOKS) && listener.checks.is_empty() {
-                    listener.check();
+                subscriber.compare();
+                subscriber.give_up_idle();
+                if look.is_multiple_of(CHECK_EVERY_LOOKS) && subscriber.checks.is_empty() {
+                    subscriber.check();
                 }
-                let is_due = look.is_multiple_of(MAP_EVERY_LOOKS) && !listener.subscriptions.is_empty();
-                let is_wanted = listener.shared.map_is_doubted.swap(false, Ordering::AcqRel);
+                let is_due = look.is_multiple_of(MAP_EVERY_LOOKS) && !subscriber.subscriptions.is_empty();
+                let is_wanted = subscriber.shared.map_is_doubted.swap(false, Ordering::AcqRel);
                 if (is_due || is_wanted) && reading.is_none() {
-                    let (lane, version) = (Arc::clone(&listener.lane), listener.shared.topology.version());
+                    let (pool, version) = (Arc::clone(&subscriber.pool), subscriber.shared.topology.version());
                     reading = Some(Box::pin(async move {
-                        if let Err(error) = lane.refresh(version).await {
+                        if let Err(error) = pool.refresh(version).await {
                             tracing::debug!(?error, "failed to read the cluster's slot map");
                         }
                     }));
                 }
-                listener.complain()
+                subscriber.report_overdue()
             }
         };
         if done.is_err() {
@@ -196,14 +196,14 @@ pub(super) async fn listen(
     }
 }
 
-impl Listener {
-    fn push(&self, push: Push) -> Result<(), Gone> {
-        self.pushes.send(push).map_err(|_| Gone)
+impl Subscriber {
+    fn push(&self, push: Push) -> Result<(), ShutDown> {
+        self.pushes.send(push).map_err(|_| ShutDown)
     }
 
-    fn wish(&mut self, wish: Wish) -> Result<(), Gone> {
-        match wish {
-            Wish::Subscribed { slot, done } => match self.subscriptions.get_mut(&slot) {
+    fn on_request(&mut self, request: SubscribeRequest) -> Result<(), ShutDown> {
+        match request {
+            SubscribeRequest::Subscribe { slot, done } => match self.subscriptions.get_mut(&slot) {
                 // The request may have been cancelled.
                 Some(Subscription { at: Some(_), .. }) => drop(done.send(())),
                 Some(subscription) => {
@@ -223,7 +223,7 @@ impl Listener {
                     self.attempt(slot, Duration::ZERO);
                 }
             },
-            Wish::Elsewhere { slot } => {
+            SubscribeRequest::Elsewhere { slot } => {
                 let owner = self.shared.topology.owner(slot);
                 let at = self
                     .subscriptions
@@ -237,12 +237,12 @@ impl Listener {
         Ok(())
     }
 
-    fn hear(&mut self, heard: Heard) -> Result<(), Gone> {
-        let Heard {
+    fn on_push(&mut self, received: ReceivedPush) -> Result<(), ShutDown> {
+        let ReceivedPush {
             place,
             generation,
             push: PushInfo { kind, data },
-        } = heard;
+        } = received;
         let text = |index: usize| data.get(index).and_then(reply::as_text);
         let slot = || text(0).map(|channel| Slot::of(channel.as_bytes()));
         match kind {
@@ -279,8 +279,8 @@ impl Listener {
 
     /// This connection is gone or unusable, and so are its subscriptions.
     fn cut(&mut self, place: &Place, generation: u64) {
-        if let Some(ear) = self.ears.get(place) {
-            ear.broken(generation);
+        if let Some(subscriber) = self.subscribers.get(place) {
+            subscriber.broken(generation);
         }
         let there = Some((Arc::clone(place), generation));
         let lost: Vec<Slot> = self
@@ -301,16 +301,16 @@ impl Listener {
         // One slot of each connection will do.
         let asked: HashMap<(Place, u64), Slot> = confirmed.collect();
         for ((place, generation), slot) in asked {
-            let Some(ear) = self.ears.get(&place).map(Arc::clone) else {
+            let Some(subscriber) = self.subscribers.get(&place).map(Arc::clone) else {
                 continue;
             };
             let shared = Arc::clone(&self.shared);
             self.checks.push(Box::pin(async move {
-                if ear.generation() != Some(generation) {
+                if subscriber.generation() != Some(generation) {
                     // The connection was replaced meanwhile.
                     return Some((place, generation));
                 }
-                let answer = send(&shared, &ear, "SSUBSCRIBE", slot).await;
+                let answer = send(&shared, &subscriber, "SSUBSCRIBE", slot).await;
                 answer
                     .is_err_and(|error| error.is_none())
                     .then_some((place, generation))
@@ -318,7 +318,7 @@ impl Listener {
         }
     }
 
-    fn confirmed(&mut self, slot: Slot, place: Place, generation: u64) -> Result<(), Gone> {
+    fn confirmed(&mut self, slot: Slot, place: Place, generation: u64) -> Result<(), ShutDown> {
         let Some(subscription) = self.subscriptions.get_mut(&slot) else {
             return Ok(());
         };
@@ -357,8 +357,8 @@ impl Listener {
             subscription.attempt = number;
         }
         let owner = self.shared.topology.owner(slot);
-        let ear = owner.and_then(|place| self.ear(&place));
-        let (lane, inbox) = (Arc::clone(&self.lane), Arc::clone(&self.inbox));
+        let subscriber = owner.and_then(|place| self.subscriber(&place));
+        let (pool, inbox) = (Arc::clone(&self.pool), Arc::clone(&self.inbox));
         self.attempts.push(Box::pin(async move {
             if !pause.is_zero() {
                 tokio::time::sleep(pause).await;
@@ -366,11 +366,11 @@ impl Listener {
             if inbox.is_subscribed(slot) {
                 return (slot, number, Ended::Sent);
             }
-            (slot, number, subscribe(&lane, ear, slot).await)
+            (slot, number, subscribe(&pool, subscriber, slot).await)
         }));
     }
 
-    fn ended(&mut self, slot: Slot, attempt: u64, ended: Ended) -> Result<(), Gone> {
+    fn ended(&mut self, slot: Slot, attempt: u64, ended: Ended) -> Result<(), ShutDown> {
         let Some(subscription) = self.subscriptions.get_mut(&slot) else {
             return Ok(());
         };
@@ -395,25 +395,25 @@ impl Listener {
         Ok(())
     }
 
-    fn ear(&mut self, place: &Place) -> Option<Arc<Node>> {
-        if let Some(ear) = self.ears.get(place) {
-            return Some(Arc::clone(ear));
+    fn subscriber(&mut self, place: &Place) -> Option<Arc<Node>> {
+        if let Some(subscriber) = self.subscribers.get(place) {
+            return Some(Arc::clone(subscriber));
         }
         let shared = &self.shared;
-        let heard = Some(self.heard.clone());
+        let received = Some(self.received.clone());
         let name = named(&shared.commands.manager, Purpose::Inbox);
-        let ear = Node::new(
+        let subscriber = Node::new(
             place,
             &shared.target,
             shared.patience,
-            heard,
+            received,
             name,
             &shared.metrics,
             &shared.topology,
         )?;
-        let ear = Arc::new(ear);
-        self.ears.insert(Arc::clone(place), Arc::clone(&ear));
-        Some(ear)
+        let subscriber = Arc::new(subscriber);
+        self.subscribers.insert(Arc::clone(place), Arc::clone(&subscriber));
+        Some(subscriber)
     }
 
     /// Marks subscriptions as lost if their slot has another owner, and drops connections to nodes
@@ -435,7 +435,7 @@ impl Listener {
             .map(|(slot, _)| *slot)
             .collect();
         moved.into_iter().for_each(|slot| self.lose(slot));
-        self.ears.retain(|place, _| owners.contains(place));
+        self.subscribers.retain(|place, _| owners.contains(place));
     }
 
     /// Unsubscribes slots in which no cycle has waited for long, so that a manager of many keys
@@ -449,7 +449,7 @@ impl Listener {
             .filter_map(|(slot, subscription)| Some((*slot, Arc::clone(&subscription.at.as_ref()?.0))))
             .collect();
         for (slot, place) in idle {
-            let ear = self.ear(&place);
+            let subscriber = self.subscriber(&place);
             self.next_attempt += 1;
             let number = self.next_attempt;
             if let Some(subscription) = self.subscriptions.get_mut(&slot) {
@@ -459,9 +459,9 @@ impl Listener {
             self.inbox.set_place(slot, None);
             let shared = Arc::clone(&self.shared);
             self.attempts.push(Box::pin(async move {
-                if let Some(ear) = ear {
+                if let Some(subscriber) = subscriber {
                     // If this fails, the connection is about to end, and the subscription with it.
-                    send(&shared, &ear, "SUNSUBSCRIBE", slot).await.ok();
+                    send(&shared, &subscriber, "SUNSUBSCRIBE", slot).await.ok();
                 }
                 (slot, number, Ended::Left)
             }));
@@ -470,16 +470,16 @@ impl Listener {
 
     /// If a slot's inbox can't be subscribed within a request's time limit, makes its waiters
     /// retry, so that they see the error.
-    fn complain(&mut self) -> Result<(), Gone> {
+    fn report_overdue(&mut self) -> Result<(), ShutDown> {
         let (now, limit) = (Moment::now(), self.shared.timeout);
-        let mut in_vain = Vec::new();
+        let mut overdue = Vec::new();
         for (slot, subscription) in &mut self.subscriptions {
             if subscription.at.is_none() && subscription.lost && now.since(subscription.since) >= limit {
                 subscription.since = now;
-                in_vain.push(*slot);
+                overdue.push(*slot);
             }
         }
-        for slot in in_vain {
+        for slot in overdue {
             self.push(Push::Resubscribed { slot: Some(slot) })?;
         }
         Ok(())
@@ -487,19 +487,19 @@ impl Listener {
 }
 
 /// Subscribes the inbox of a slot on the slot's owner.
-async fn subscribe(lane: &Lane, ear: Option<Arc<Node>>, slot: Slot) -> Ended {
-    let (shared, version) = (&lane.shared, lane.shared.topology.version());
-    let Some(ear) = ear else {
-        lane.refresh(version).await.ok();
+async fn subscribe(pool: &NodePool, subscriber: Option<Arc<Node>>, slot: Slot) -> Ended {
+    let (shared, version) = (&pool.shared, pool.shared.topology.version());
+    let Some(subscriber) = subscriber else {
+        pool.refresh(version).await.ok();
         return Ended::Failed;
     };
-    match send(shared, &ear, "SSUBSCRIBE", slot).await {
+    match send(shared, &subscriber, "SSUBSCRIBE", slot).await {
         Ok(()) => Ended::Sent,
         Err(error) => {
             let moved = error.as_ref().and_then(RedisError::redirect_node);
             // Use the slot in the error, not ours: it may be the reply to another request.
             if let Some((place, number)) = moved
-                && let Some(place) = redirected(place, &ear.place)
+                && let Some(place) = redirected(place, &subscriber.place)
                 && let Some(slot) = Slot::new(number)
             {
                 shared.topology.moved(slot, place);
@@ -513,18 +513,18 @@ async fn subscribe(lane: &Lane, ear: Option<Arc<Node>>, slot: Slot) -> Ended {
                 tracing::warn!(shard = %shared.shard, %slot, %error, suppressed, "subscribing to the inbox of a slot was refused, so locks in it can't be waited for");
             }
             // The map may be wrong. If it can't be read now, the next attempt reports why.
-            lane.refresh(version).await.ok();
+            pool.refresh(version).await.ok();
             Ended::Failed
         }
     }
 }
 
 /// Sends one command about the inbox of a slot. `Err(None)` means that there was no answer in time.
-async fn send(shared: &Shared, ear: &Arc<Node>, verb: &str, slot: Slot) -> Result<(), Option<RedisError>> {
+async fn send(shared: &Shared, subscriber: &Arc<Node>, verb: &str, slot: Slot) -> Result<(), Option<RedisError>> {
     let channel = shared.commands.names.inbox_in(slot, &shared.commands.manager);
-    match ear.ask(cmd(verb).arg(channel), shared.patience).await {
+    match subscriber.ask(cmd(verb).arg(channel), shared.patience).await {
         Ok(reply) => reply.map(drop).map_err(Some),
         // If there is no connection, the requests report why.
-        Err(Unasked::NotConnected(_) | Unasked::Silent) => Err(None),
+        Err(AskError::NotConnected(_) | AskError::Silent) => Err(None),
     }
 }

@@ -1,4 +1,4 @@
-//! The command connections of one lane, and reading the slot map through them.
+//! The command connections of one pool, and reading the slot map through them.
 
 use std::collections::HashMap;
 use std::sync::Arc;
@@ -9,9 +9,9 @@ use futures_util::future::select_ok;
 use parking_lot::Mutex;
 
 use super::super::client::{Purpose, named};
-use super::super::reply::error_in_words;
+use super::super::reply::to_store_error;
 use super::Shared;
-use super::node::{Live, Node, Unasked};
+use super::node::{AskError, Live, Node};
 use super::topology::{Place, Range, ranges};
 use crate::key::Slot;
 use crate::runtime::Runtimes;
@@ -20,25 +20,25 @@ use crate::store::StoreError;
 /// How many nodes are asked for the map concurrently; the first usable reply counts.
 const ASKED_AT_A_TIME: usize = 8;
 
-/// See the module. The connections run on the runtime of the threads that use the lane.
-pub(super) struct Lane {
+/// See the module. The connections run on the runtime of the threads that use the pool.
+pub(super) struct NodePool {
     pub(super) shared: Arc<Shared>,
     /// How many connections each node gets. A slot always uses the same one, which keeps the order
     /// of its requests.
     per_node: usize,
     purpose: Purpose,
-    /// Set if the application's tasks use the lane.
+    /// Set if the application's tasks use the pool.
     runtimes: Option<Arc<Runtimes>>,
     nodes: Mutex<HashMap<Place, Vec<Arc<Node>>>>,
     /// Held while the map is read, so that many tasks that find it wrong read it once. One per
-    /// lane: a task on a blocked runtime must not delay renewals.
+    /// pool: a task on a blocked runtime must not delay renewals.
     reading: tokio::sync::Mutex<()>,
     next_asked: AtomicUsize,
-    /// The lane whose connections are used while this one can't open its own.
-    substitute: Option<Arc<Lane>>,
+    /// The pool whose connections are used while this one can't open its own.
+    substitute: Option<Arc<NodePool>>,
 }
 
-impl Lane {
+impl NodePool {
     pub(super) fn new(
         shared: &Arc<Shared>,
         per_node: usize,
@@ -57,7 +57,7 @@ impl Lane {
         }
     }
 
-    /// Adds another lane, whose open connections are used while a node accepts none from this lane.
+    /// Adds another pool, whose open connections are used while a node accepts none from this pool.
     pub(super) fn with_substitute(self, substitute: &Arc<Self>) -> Self {
         Self {
             substitute: Some(Arc::clone(substitute)),
@@ -184,9 +184,9 @@ impl Lane {
             Ok(Err(error)) if error.to_string().contains("cluster support disabled") => Err(StoreError::Refused(
                 format!("{place} is not a node of a Redis Cluster; use redis:// for a single server").into(),
             )),
-            Ok(Err(error)) => Err(at_place(error_in_words(&error), place)),
-            Err(Unasked::NotConnected(error)) => Err(self.not_connected(error, place)),
-            Err(Unasked::Silent) => Err(StoreError::Unavailable(
+            Ok(Err(error)) => Err(at_place(to_store_error(&error), place)),
+            Err(AskError::NotConnected(error)) => Err(self.not_connected(error, place)),
+            Err(AskError::Silent) => Err(StoreError::Unavailable(
                 format!("{place} gave no answer within {:?}", self.shared.patience).into(),
             )),
         }

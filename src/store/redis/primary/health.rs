@@ -4,7 +4,7 @@ use std::sync::Arc;
 
 use deadpool_redis::redis::Value;
 
-use super::super::{map, time};
+use super::super::{map, server_time};
 use super::RedisStore;
 use crate::key::Slot;
 use crate::store::{ServerTime, StoreError, StoreFuture};
@@ -12,7 +12,7 @@ use crate::store::{ServerTime, StoreError, StoreFuture};
 impl RedisStore {
     /// Checks that the primary accepts locks: sends a write that changes nothing on the background
     /// connection.
-    pub(crate) fn takes_locks(&self) -> StoreFuture<()> {
+    pub(crate) fn accepts_locks(&self) -> StoreFuture<()> {
         let (shared, background) = (Arc::clone(&self.shared), self.background());
         Box::pin(async move {
             let (link, mut live) = background.get(shared.timeout / 3).await?;
@@ -24,7 +24,7 @@ impl RedisStore {
                 Ok(reply) => {
                     let reply = reply.and_then(Value::extract_error).map_err(|error| {
                         link.is_ended_by(&error, &live);
-                        shared.source.in_words(&error)
+                        shared.discovery.to_store_error(&error)
                     });
                     reply.map(drop)
                 }
@@ -44,12 +44,12 @@ impl RedisStore {
             let (link, mut live) = background.get(shared.timeout / 3).await?;
             let limit = shared.timeout.mul_f64(0.9);
             let place = link.place(&live).unwrap_or_default();
-            let asking = time::ask(&mut live.connection, place.into(), live.generation);
+            let asking = server_time::read(&mut live.connection, place.into(), live.generation);
             match tokio::time::timeout(limit, asking).await {
                 Ok(Ok(time)) => time,
                 Ok(Err(error)) => {
                     link.is_ended_by(&error, &live);
-                    Err(shared.source.in_words(&error))
+                    Err(shared.discovery.to_store_error(&error))
                 }
                 Err(_) => {
                     // The connection may have been lost silently: the next probe opens another one.
@@ -62,7 +62,7 @@ impl RedisStore {
 
     /// Fails if the server has another shard map by now. Other errors are ignored: the request for
     /// the time reports them.
-    pub(super) fn look_at_map(&self) -> StoreFuture<()> {
+    pub(super) fn probe_map(&self) -> StoreFuture<()> {
         let (shared, background) = (Arc::clone(&self.shared), self.background());
         Box::pin(async move {
             let (link, live) = background.get(shared.timeout / 3).await?;

@@ -4,18 +4,18 @@
 use deadpool_redis::redis::RedisError;
 use futures_util::future::join_all;
 
-use super::super::time;
-use super::lane::Lane;
+use super::super::server_time;
+use super::pool::NodePool;
 use super::topology::Place;
 use crate::key::Slot;
 use crate::store::{Health, ServerTime};
 
 /// Sends each primary a write that changes nothing, as a lock request would write; it follows
 /// redirections.
-pub(super) async fn look(lane: &Lane) -> Health {
-    let topology = &lane.shared.topology;
+pub(super) async fn probe(pool: &NodePool) -> Health {
+    let topology = &pool.shared.topology;
     if topology.version() == 0
-        && let Err(error) = lane.refresh(0).await
+        && let Err(error) = pool.refresh(0).await
     {
         return Health {
             reached: Err(error),
@@ -23,14 +23,14 @@ pub(super) async fn look(lane: &Lane) -> Health {
         };
     }
     let parts = topology.parts().into_iter().map(|(owner, slot)| async move {
-        let write = lane.shared.commands.write_nothing(slot);
+        let write = pool.shared.commands.write_nothing(slot);
         let time = async {
             match &owner {
-                Some(owner) => time_of(lane, owner, slot).await,
+                Some(owner) => time_of(pool, owner, slot).await,
                 None => None,
             }
         };
-        let (written, time) = tokio::join!(lane.single(slot, &write), time);
+        let (written, time) = tokio::join!(pool.single(slot, &write), time);
         (written.map(drop), time)
     });
     let (reached, times): (Vec<_>, Vec<_>) = join_all(parts).await.into_iter().unzip();
@@ -41,16 +41,16 @@ pub(super) async fn look(lane: &Lane) -> Health {
 }
 
 /// If the node does not answer, the concurrent write reports why.
-async fn time_of(lane: &Lane, place: &Place, slot: Slot) -> Option<ServerTime> {
-    let node = lane.node(place, slot).ok()?;
+async fn time_of(pool: &NodePool, place: &Place, slot: Slot) -> Option<ServerTime> {
+    let node = pool.node(place, slot).ok()?;
     let asked = async {
         let mut live = node.get().await.ok()?;
         let generation = live.generation();
-        let time = time::ask(&mut live.connection, place.clone(), generation).await;
+        let time = server_time::read(&mut live.connection, place.clone(), generation).await;
         if time.as_ref().is_err_and(RedisError::is_unrecoverable_error) {
             node.broken(generation);
         }
         time.ok()?.ok()
     };
-    tokio::time::timeout(lane.shared.patience, asked).await.ok()?
+    tokio::time::timeout(pool.shared.patience, asked).await.ok()?
 }

@@ -26,9 +26,9 @@ use std::time::Duration;
 use deadpool_redis::redis::{Cmd, ErrorKind, RedisError, ServerErrorKind, Value, pipe};
 
 use super::super::replica_ack::{Wait, acked};
-use super::super::reply::error_in_words;
+use super::super::reply::to_store_error;
 use super::super::script::Named;
-use super::lane::{Lane, at_place};
+use super::pool::{NodePool, at_place};
 use super::topology::{Place, redirected};
 use crate::backoff::Backoff;
 use crate::clock::Moment;
@@ -59,7 +59,7 @@ pub(super) struct Call<'a> {
 }
 
 /// The reply to a call.
-pub(super) struct Said {
+pub(super) struct NodeReply {
     pub(super) value: Value,
     /// When the answered attempt was about to be sent.
     pub(super) sent_at: Moment,
@@ -72,33 +72,33 @@ pub(super) struct Said {
 }
 
 /// Why a call failed.
-pub(super) enum Unsaid {
+pub(super) enum CallError {
     Failed(StoreError),
     /// The slot is being moved, and so far only some of the keys were.
     TryAgain,
 }
 
-impl From<Unsaid> for StoreError {
-    fn from(unsaid: Unsaid) -> Self {
-        match unsaid {
-            Unsaid::Failed(error) => error,
-            Unsaid::TryAgain => Self::Unavailable("the slot is being moved".into()),
+impl From<CallError> for StoreError {
+    fn from(error: CallError) -> Self {
+        match error {
+            CallError::Failed(error) => error,
+            CallError::TryAgain => Self::Unavailable("the slot is being moved".into()),
         }
     }
 }
 
 /// The outcome of one attempt.
 enum Attempt {
-    Said(Value, u32),
+    Reply(Value, u32),
     Failed(RedisError),
     /// The command was not sent.
     NotSent(StoreError),
     Silent,
 }
 
-impl Lane {
+impl NodePool {
     /// Retries until there is a reply, or the time limit is nearly over.
-    pub(super) async fn call(&self, call: Call<'_>) -> Result<Said, Unsaid> {
+    pub(super) async fn call(&self, call: Call<'_>) -> Result<NodeReply, CallError> {
         let shared = &*self.shared;
         let started = Moment::now();
         let deadline = started + call.limit.unwrap_or(shared.timeout - shared.timeout / 20);
@@ -114,7 +114,7 @@ impl Lane {
                     Ok(()) if shared.topology.owner(call.slot).is_some() => continue,
                     Ok(()) => StoreError::Unavailable(format!("slot {} has no owner", call.slot).into()),
                     Err(error @ StoreError::Unavailable(_)) => error,
-                    Err(error) => return Err(Unsaid::Failed(error)),
+                    Err(error) => return Err(CallError::Failed(error)),
                 },
                 Some(place) => {
                     let was_asking = asking.take().is_some();
@@ -124,8 +124,8 @@ impl Lane {
                         None => shared.patience,
                     };
                     match self.attempt(&place, &call, named, was_asking, patience).await {
-                        Attempt::Said(value, acked) => {
-                            return Ok(Said {
+                        Attempt::Reply(value, acked) => {
+                            return Ok(NodeReply {
                                 value,
                                 sent_at,
                                 repeated,
@@ -134,13 +134,13 @@ impl Lane {
                             });
                         }
                         Attempt::NotSent(error @ StoreError::Unavailable(_)) => {
-                            self.refresh_in_vain(version).await;
+                            self.try_refresh(version).await;
                             error
                         }
-                        Attempt::NotSent(error) => return Err(Unsaid::Failed(error)),
+                        Attempt::NotSent(error) => return Err(CallError::Failed(error)),
                         Attempt::Silent => {
                             repeated = true;
-                            self.refresh_in_vain(version).await;
+                            self.try_refresh(version).await;
                             StoreError::Unavailable(format!("{place} gave no answer within {patience:?}").into())
                         }
                         Attempt::Failed(error) => {
@@ -161,7 +161,7 @@ impl Lane {
                                 }
                                 (ErrorKind::Server(ServerErrorKind::TryAgain), _) => {
                                     if call.stops_at_try_again {
-                                        return Err(Unsaid::TryAgain);
+                                        return Err(CallError::TryAgain);
                                     }
                                     redirections = REDIRECTIONS_AT_ONCE + 1;
                                 }
@@ -169,10 +169,10 @@ impl Lane {
                                     redirections = REDIRECTIONS_AT_ONCE + 1;
                                     let is_cut_short = is_cut_short(&error);
                                     if !is_cut_short && !passes(&error) {
-                                        return Err(Unsaid::Failed(at_place(error_in_words(&error), &place)));
+                                        return Err(CallError::Failed(at_place(to_store_error(&error), &place)));
                                     }
                                     repeated |= is_cut_short || error.is_unrecoverable_error();
-                                    self.refresh_in_vain(version).await;
+                                    self.try_refresh(version).await;
                                 }
                             }
                             if redirections <= REDIRECTIONS_AT_ONCE {
@@ -186,7 +186,7 @@ impl Lane {
             };
             let pause = backoff.next_delay();
             if Moment::now() + pause >= deadline {
-                return Err(Unsaid::Failed(in_vain(&trouble, Moment::now().since(started))));
+                return Err(CallError::Failed(timed_out(&trouble, Moment::now().since(started))));
             }
             tokio::time::sleep(pause).await;
         }
@@ -245,7 +245,7 @@ impl Lane {
             Ok((value, replicas.as_ref().map_or(0, acked)))
         };
         match tokio::time::timeout(patience, pin!(sending)).await {
-            Ok(Ok((value, acked))) => Attempt::Said(value, acked),
+            Ok(Ok((value, acked))) => Attempt::Reply(value, acked),
             Ok(Err(error)) => {
                 let error: RedisError = error;
                 if error.is_unrecoverable_error() {
@@ -263,7 +263,7 @@ impl Lane {
     }
 
     /// Reads the map again in case it is wrong. If no node answers, the next attempt reports it.
-    async fn refresh_in_vain(&self, version: u64) {
+    async fn try_refresh(&self, version: u64) {
         if let Err(error) = self.refresh(version).await {
             tracing::debug!(?error, "failed to read the cluster's slot map");
         }
@@ -283,7 +283,7 @@ fn passes(error: &RedisError) -> bool {
                 | ServerErrorKind::Moved
                 | ServerErrorKind::Ask
         )
-    ) || matches!(error_in_words(error), StoreError::Unavailable(_))
+    ) || matches!(to_store_error(error), StoreError::Unavailable(_))
 }
 
 /// Whether a script failed midway because a key was missing in a slot that is being moved. The next
@@ -292,7 +292,7 @@ fn is_cut_short(error: &RedisError) -> bool {
     error.to_string().contains("access a non local key")
 }
 
-fn in_vain(trouble: &StoreError, waited: Duration) -> StoreError {
+fn timed_out(trouble: &StoreError, waited: Duration) -> StoreError {
     let reason: Arc<str> = match trouble {
         StoreError::Unavailable(reason) | StoreError::Refused(reason) => Arc::clone(reason),
         StoreError::MapMismatch { .. } => return trouble.clone(),

@@ -3,19 +3,19 @@
 use deadpool_redis::redis::{ErrorKind, RedisError, ServerErrorKind};
 
 use super::super::client::Target;
-use super::super::reply::{Role, error_in_words};
+use super::super::reply::{Role, to_store_error};
 use super::sentinels::Sentinels;
 use crate::endpoint::ServerUrl;
 use crate::error::InvalidSetting;
 use crate::store::{StoreError, TlsFiles};
 
 /// See the module.
-pub(super) enum Source {
+pub(super) enum Discovery {
     Fixed(ServerUrl),
     Sentinels(Sentinels),
 }
 
-impl Source {
+impl Discovery {
     /// Checks all addresses that are known in advance.
     pub(super) fn check(&self, tls: &TlsFiles) -> Result<(), InvalidSetting> {
         match self {
@@ -39,7 +39,7 @@ impl Source {
 
     /// The address from [`locate`](Self::locate) did not lead to a working primary: ask another
     /// sentinel first.
-    pub(super) fn doubt(&self) {
+    pub(super) fn report_unreachable(&self) {
         if let Self::Sentinels(sentinels) = self {
             sentinels.ask_another_first();
         }
@@ -47,7 +47,7 @@ impl Source {
 
     /// Whether this error shows that the server is no longer the expected primary, so that its
     /// connections must be abandoned.
-    pub(super) fn is_left_by(&self, error: &RedisError) -> bool {
+    pub(super) fn is_demotion(&self, error: &RedisError) -> bool {
         match error.kind() {
             // Also at a fixed address: if the server becomes a primary again, it must be greeted
             // anew, since its counters may have decreased meanwhile.
@@ -62,15 +62,15 @@ impl Source {
     }
 
     /// Converts an error for the caller.
-    pub(super) fn in_words(&self, error: &RedisError) -> StoreError {
-        if self.follows() && self.is_left_by(error) {
+    pub(super) fn to_store_error(&self, error: &RedisError) -> StoreError {
+        if self.follows() && self.is_demotion(error) {
             return StoreError::Unavailable(format!("a failover seems to be in progress: {error}").into());
         }
-        error_in_words(error)
+        to_store_error(error)
     }
 
     /// Checks that a server with this role is the primary.
-    pub(super) fn accept(&self, role: &Role, place: &str) -> Result<(), StoreError> {
+    pub(super) fn check_role(&self, role: &Role, place: &str) -> Result<(), StoreError> {
         let problem = match role {
             Role::Primary => return Ok(()),
             Role::Replica { of } => format!("{place} is a replica of {of}"),
