@@ -29,6 +29,7 @@ mod replica_ack;
 mod reply;
 mod script;
 mod server_time;
+mod subscriber;
 mod token_floor;
 
 /// See [`ServerUrl::why_not_connected`].

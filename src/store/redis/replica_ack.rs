@@ -43,7 +43,6 @@ use deadpool_redis::redis::{Cmd, Value, cmd};
 
 use super::reply::as_int;
 use crate::clock::Moment;
-use crate::protocol::Push;
 use crate::store::StoreError;
 
 /// See the module documentation.
@@ -148,18 +147,6 @@ pub(super) fn acked(reply: &Value) -> u32 {
     as_int(reply)
         .and_then(|acked| acked.try_into().ok())
         .unwrap_or_default()
-}
-
-/// The push to deliver in place of a received one. If replicas must confirm leases, a grant only
-/// makes its cycle ask: the manager that made the grant did not wait for them.
-pub(super) fn as_confirmed(replica_ack: Option<&ReplicaAck>, push: Push) -> Push {
-    match push {
-        Push::Granted { key, grant } if replica_ack.is_some() => Push::YourTurn {
-            key,
-            cycle: grant.cycle,
-        },
-        push => push,
-    }
 }
 
 /// By what factor waits are shortened while the replicas do not answer.

@@ -39,8 +39,7 @@ use futures_util::stream::FuturesUnordered;
 use tokio::sync::{mpsc, oneshot};
 
 use super::super::client::{Purpose, named};
-use super::super::replica_ack::as_confirmed;
-use super::super::reply;
+use super::super::{reply, subscriber};
 use super::Shared;
 use super::inbox::{Inbox, SubscribeRequest};
 use super::node::{AskError, Node, ReceivedPush};
@@ -50,7 +49,6 @@ use crate::backoff::Backoff;
 use crate::clock::Moment;
 use crate::key::Slot;
 use crate::protocol::Push;
-use crate::store::warn_malformed;
 
 /// The first and the longest pause between attempts to subscribe.
 const PAUSE_MIN: Duration = Duration::from_millis(5);
@@ -248,12 +246,10 @@ impl Subscriber {
         match kind {
             PushKind::SMessage => {
                 let Some(message) = text(1) else { return Ok(()) };
-                match reply::push(&message) {
-                    Some(push) => self.push(as_confirmed(self.shared.replica_ack.as_ref(), push)),
-                    None => {
-                        warn_malformed(&self.shared.shard, &message);
-                        Ok(())
-                    }
+                let replica_ack = self.shared.replica_ack.as_ref();
+                match subscriber::read(&message, &self.shared.shard, replica_ack) {
+                    Some(push) => self.push(push),
+                    None => Ok(()),
                 }
             }
             PushKind::SSubscribe => match slot() {

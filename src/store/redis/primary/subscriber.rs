@@ -18,14 +18,14 @@ use tokio::sync::mpsc;
 
 use super::super::client::{Target, with_reason};
 use super::super::connection::{self, InFlight};
-use super::super::replica_ack::as_confirmed;
-use super::super::reply::{push, role};
+use super::super::reply::role;
+use super::super::subscriber;
 use super::Shared;
 use super::link::Link;
 use crate::backoff::Backoff;
 use crate::clock::Moment;
 use crate::protocol::Push;
-use crate::store::{StoreError, warn_malformed};
+use crate::store::StoreError;
 
 /// The first and the longest pause before another attempt to subscribe.
 const PAUSE_MIN: Duration = Duration::from_millis(5);
@@ -93,13 +93,11 @@ pub(super) async fn run(shared: Arc<Shared>, commands: Arc<Link>, pushes: mpsc::
                     };
                     let Some(message) = message else { break };
                     let text = String::from_utf8_lossy(message.get_payload_bytes());
-                    match push(&text) {
-                        Some(push) => {
-                            if pushes.send(as_confirmed(shared.replica_ack.as_ref(), push)).is_err() {
-                                return;
-                            }
-                        }
-                        None => warn_malformed(&shared.shard, &text),
+                    let push = subscriber::read(&text, &shared.shard, shared.replica_ack.as_ref());
+                    if let Some(push) = push
+                        && pushes.send(push).is_err()
+                    {
+                        return;
                     }
                 }
                 // If no request is in flight, nothing else detects that the server is gone.
