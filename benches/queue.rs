@@ -20,6 +20,8 @@ mod beside;
 mod clock;
 #[path = "../src/cycle.rs"]
 mod cycle;
+#[path = "../src/engine/mod.rs"]
+mod engine;
 #[path = "../src/error.rs"]
 mod error;
 #[path = "../src/fence.rs"]
@@ -30,24 +32,22 @@ mod key;
 mod lease;
 #[path = "../src/protocol.rs"]
 mod protocol;
-#[path = "../src/queue/mod.rs"]
-mod queue;
 #[path = "../tests/support/mod.rs"]
 mod support;
 
 use beside::{Comparison, Side, criterion};
 use clock::Moment;
+use engine::{Capacity, Context, InOutage, Linger, Outcome, Queue, Request, Rules, WaiterId, WaiterOptions};
 use error::LockError;
 use fence::TokenBlock;
 use protocol::{AcquireReply, Answer, Cycles};
-use queue::{Context, InOutage, Linger, Outcome, Queue, Request, Room, Rules, WaiterId, Want};
 
-const WANT: Want = Want {
+const WANT: WaiterOptions = WaiterOptions {
     ttl: Duration::from_secs(10),
     max_hold: None,
     linger: Linger::NONE,
-    only_try: false,
-    expects_rivals: false,
+    try_only: false,
+    contended_hint: false,
     in_outage: InOutage::Fail,
 };
 
@@ -80,7 +80,7 @@ impl Line {
             epoch: 0,
             rules: &line.rules,
             cycles: &line.cycles,
-            room: Room::ENDLESS,
+            capacity: Capacity::ENDLESS,
         };
         let mut request = None;
         for waiter in 0..waiters {
@@ -102,7 +102,7 @@ impl Line {
             floor: 0,
             ttl: WANT.ttl,
         };
-        drop(line.queue.replied(cycle, answer, cx));
+        drop(line.queue.on_acquire_reply(cycle, answer, cx));
         line
     }
 
@@ -113,7 +113,7 @@ impl Line {
             epoch: 0,
             rules: &self.rules,
             cycles: &self.cycles,
-            room: Room::ENDLESS,
+            capacity: Capacity::ENDLESS,
         };
         let id = self.ids.pop_front().expect("a waiter");
         let Some(Outcome::Granted(granted)) = self.queue.collect(id) else {

@@ -5,10 +5,10 @@ use std::sync::Arc;
 use std::time::Duration;
 
 use crate::clock::Moment;
+use crate::engine::{Granted, Request};
 use crate::error::{LockError, LossReason};
 use crate::fence::FencingToken;
 use crate::lease::Lease;
-use crate::queue::{Granted, Request};
 use crate::shard::{Entry, Job};
 use crate::span::DebugSpan;
 use crate::store::Priority;

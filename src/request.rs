@@ -13,11 +13,11 @@ use tokio::time::Sleep;
 
 use crate::clock::Moment;
 use crate::config::check_overrides;
+use crate::engine::{InOutage, Linger, WaiterId, WaiterOptions};
 use crate::error::{InvalidSetting, LockError, LossReason};
 use crate::guard::LockGuard;
 use crate::key::LockKey;
 use crate::manager::Inner;
-use crate::queue::{InOutage, Linger, WaiterId, Want};
 use crate::shard::{Asked, Driven, Entry, Job, Settled};
 use crate::slow_log::WaitOutcome;
 use crate::span::DebugSpan;
@@ -205,19 +205,19 @@ impl LockRequest {
     }
 
     /// The effective options: those of the request over those of the manager.
-    fn waiter_options(&self, only_try: bool) -> Result<Want, InvalidSetting> {
+    fn waiter_options(&self, only_try: bool) -> Result<WaiterOptions, InvalidSetting> {
         let config = &self.manager.config;
-        let mut want = Want {
+        let mut want = WaiterOptions {
             ttl: config.ttl,
             max_hold: config.max_hold,
             linger: self.manager.linger,
-            only_try,
+            try_only: only_try,
             in_outage: match self.limit() {
                 _ if only_try => InOutage::Fail,
                 Some(_) => InOutage::UntilOwnLimit,
                 None => InOutage::UntilStoreTimeout,
             },
-            expects_rivals: false,
+            contended_hint: false,
         };
         if let Some(overrides) = &self.overrides {
             check_overrides(overrides.ttl, overrides.timeout, overrides.max_hold, overrides.linger)?;
@@ -520,7 +520,7 @@ impl QueuedWaiter {
     }
 }
 
-fn drive(entry: &Arc<Entry>, request: crate::queue::Request) -> Pin<Box<dyn Future<Output = Driven> + Send>> {
+fn drive(entry: &Arc<Entry>, request: crate::engine::Request) -> Pin<Box<dyn Future<Output = Driven> + Send>> {
     let entry = Arc::clone(entry);
     Box::pin(async move { entry.drive(request, Priority::Foreground).await })
 }

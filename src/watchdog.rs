@@ -150,7 +150,7 @@ async fn renew(shard: Arc<Shard>, mut due: Vec<(Arc<Entry>, Renewal)>) -> bool {
             Some(RenewReply::NotOurs) => {}
             None => shard.metrics.renewal_failed.increment(1),
         }
-        entry.in_background(|queue, cx| queue.renewed(renewal.cycle, renewal.ttl, sent_at, reply, cx));
+        entry.in_background(|queue, cx| queue.on_renewal_reply(renewal.cycle, renewal.ttl, sent_at, reply, cx));
     }
     in_time
 }

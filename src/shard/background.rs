@@ -21,9 +21,9 @@ use tokio::task::{JoinSet, LocalSet};
 use super::abandon::{Work, clean};
 use super::inbox::{Unheard, hear};
 use super::{Entry, Job, Shard, pulse, room, server_clock};
+use crate::engine::Request;
 use crate::foreign::SUBSCRIBER;
 use crate::key::LockKey;
-use crate::queue::Request;
 use crate::store::Priority;
 use crate::watchdog::keep_alive;
 
@@ -222,7 +222,7 @@ fn leave(shards: &[Arc<Shard>]) {
     for shard in shards {
         shard.load.ending.store(true, Ordering::SeqCst);
         for entry in shard.table.all() {
-            entry.in_background(|queue, cx| queue.keep_nothing(cx));
+            entry.in_background(|queue, cx| queue.stop_lingering(cx));
         }
     }
 }

@@ -6,8 +6,8 @@ use std::time::Duration;
 
 use super::{Entry, Load, Shard};
 use crate::clock::Moment;
+use crate::engine::Request;
 use crate::protocol::{Acquire, AcquireMode, Cycle, Release};
-use crate::queue::Request;
 use crate::store::{Priority, StoreError, StoreFuture};
 use crate::telemetry::RequestKind;
 use crate::time_limit::{Elapsed, within};
@@ -23,7 +23,8 @@ impl Drop for Unanswered<'_> {
     fn drop(&mut self) {
         if self.armed {
             let cycle = self.cycle;
-            self.entry.in_background(|queue, cx| queue.dropped(cycle, cx));
+            self.entry
+                .in_background(|queue, cx| queue.on_request_cancelled(cycle, cx));
         }
     }
 }
@@ -61,10 +62,10 @@ impl Entry {
                     return Driven::ELSEWHERE;
                 };
                 let ((), next) = self.at(now, |queue, cx| match answer {
-                    Ok(answer) => ((), queue.replied(cycle, answer, cx)),
+                    Ok(answer) => ((), queue.on_acquire_reply(cycle, answer, cx)),
                     Err(error) => {
                         let outage = self.shard.outage(&error, started, now, queue.failed_attempts());
-                        ((), queue.failed(cycle, &error, outage, cx))
+                        ((), queue.on_request_failed(cycle, &error, outage, cx))
                     }
                 });
                 Driven { next, released: None }
@@ -101,10 +102,10 @@ impl Entry {
                     return Driven::ELSEWHERE;
                 };
                 let (released, next) = self.at(now, |queue, cx| match answer {
-                    Ok(answer) => (Ok(answer.reply.held), queue.released_remotely(cycle, answer, cx)),
+                    Ok(answer) => (Ok(answer.reply.held), queue.on_release_reply(cycle, answer, cx)),
                     Err(error) => {
                         let outage = self.shard.outage(&error, started, now, queue.failed_attempts());
-                        let effects = queue.failed(cycle, &error, outage, cx);
+                        let effects = queue.on_request_failed(cycle, &error, outage, cx);
                         (Err(error), effects)
                     }
                 });

@@ -11,12 +11,12 @@ use parking_lot::Mutex;
 use super::{Job, Shard};
 use crate::clock::Moment;
 use crate::contention::KeyContention;
+use crate::engine::{Context, Effects, Granted, Outcome, Path, Queue, Rare, Request, WaiterId, WaiterOptions, Wake};
 use crate::error::LockError;
 use crate::fence::FencingToken;
 use crate::foreign::WAKERS;
 use crate::key::{LockKey, Slot};
 use crate::protocol::Cycle;
-use crate::queue::{Context, Effects, Granted, Outcome, Path, Queue, Rare, Request, WaiterId, Wake, Want};
 
 /// See the module documentation. The mutex is never held across an `await`, nor while a waker is
 /// called or dropped: wakers are foreign code that may call back into this manager.
@@ -50,7 +50,7 @@ impl Standing {
     const fn of(queue: &Queue<Waker>) -> Self {
         Self {
             holds: queue.holds(),
-            is_spare: queue.is_spare(),
+            is_spare: queue.is_evictable(),
         }
     }
 }
@@ -164,7 +164,12 @@ impl Entry {
 
     /// Enqueues a waiter. Returns `None` if this entry has been removed from the table. The caller
     /// has to execute the returned request.
-    pub(super) fn want(self: &Arc<Self>, want: Want, waker: Waker, now: Moment) -> Option<Result<Wanted, LockError>> {
+    pub(super) fn want(
+        self: &Arc<Self>,
+        want: WaiterOptions,
+        waker: Waker,
+        now: Moment,
+    ) -> Option<Result<Wanted, LockError>> {
         let cx = self.context(now);
         let mut state = self.state.lock();
         if state.removed {
@@ -172,7 +177,7 @@ impl Entry {
         }
         let waiting = state.queue.waiting();
         // A try never waits in line, so it needs no room. If others wait, it finds the key busy.
-        if waiting >= self.shard.limits.waiters_per_key && !want.only_try {
+        if waiting >= self.shard.limits.waiters_per_key && !want.try_only {
             let (key, limit) = (self.key.to_string(), self.shard.limits.waiters_per_key);
             return Some(Err(LockError::QueueFull { key, waiting, limit }));
         }
@@ -181,7 +186,7 @@ impl Entry {
         let is_settled = state.queue.is_settled(id);
         // Without a lingering lease or an outage, a new waiter changes no deadline.
         let is_due = before.is_spare || state.queue.trouble().is_some();
-        let look_at = is_due.then(|| state.queue.look_at()).flatten();
+        let look_at = is_due.then(|| state.queue.next_deadline()).flatten();
         let after = Standing::of(&state.queue);
         self.count(before, after);
         drop(state);
@@ -338,7 +343,7 @@ impl Entry {
         let (result, mut effects) = event(&mut state.queue, cx);
         let after = Standing::of(&state.queue);
         self.count(before, after);
-        let look_at = state.queue.look_at();
+        let look_at = state.queue.next_deadline();
         if let Some(rare) = &mut effects.rare {
             drop(state);
             // Before the entry leaves the table. Otherwise a shutdown could find neither the entry
@@ -380,13 +385,13 @@ impl Entry {
             return;
         }
         state.removed = true;
-        let rivals_seen = state.queue.rivals_seen();
+        let remote_waiters_seen = state.queue.remote_waiters_seen();
         let contention = state.contention.take();
         drop(state);
         if let Some(contention) = contention {
             self.shard.hot.add(&self.shard.name, &self.key, &contention);
         }
-        self.shard.forget(self, rivals_seen);
+        self.shard.forget(self, remote_waiters_seen);
     }
 
     fn carry_out(self: &Arc<Self>, effects: Effects<Waker>) -> Option<Request> {
@@ -479,7 +484,7 @@ impl Entry {
             now,
             rules: &self.shard.rules,
             cycles: &self.shard.cycles,
-            room: self.shard.room(),
+            capacity: self.shard.capacity(),
             epoch: self.shard.store.epoch(self.slot),
         }
     }

@@ -130,7 +130,7 @@ async fn receive(shard: Arc<Shard>, pushes: Arc<Pushes>, mut subscribed: Option<
             Push::Granted { ref key, .. } | Push::YourTurn { ref key, .. } | Push::RemoteWaiter { ref key, .. }
                 if !shard.owns(key) => {}
             Push::Granted { key, grant } => match shard.table.get(&key) {
-                Some(entry) => entry.in_background(|queue, cx| queue.granted(grant, cx)),
+                Some(entry) => entry.in_background(|queue, cx| queue.on_grant(grant, cx)),
                 // No task wants the key any more.
                 None => {
                     shard.metrics.stale_grants.increment(1);
@@ -138,11 +138,11 @@ async fn receive(shard: Arc<Shard>, pushes: Arc<Pushes>, mut subscribed: Option<
                 }
             },
             Push::YourTurn { key, cycle } => match shard.table.get(&key) {
-                Some(entry) => entry.in_background(|queue, _| queue.turn(cycle)),
+                Some(entry) => entry.in_background(|queue, _| queue.on_your_turn(cycle)),
                 None => shard.abandon(&key, cycle),
             },
             Push::RemoteWaiter { key, cycle } => match shard.table.get(&key) {
-                Some(entry) => entry.in_background(|queue, cx| queue.wanted(cycle, cx)),
+                Some(entry) => entry.in_background(|queue, cx| queue.on_remote_waiter(cycle, cx)),
                 // The cycle is over.
                 None => shard.abandon(&key, cycle),
             },
@@ -200,7 +200,7 @@ async fn receive(shard: Arc<Shard>, pushes: Arc<Pushes>, mut subscribed: Option<
 pub(super) fn ask_again(shard: &Arc<Shard>, slot: Option<Slot>) {
     for entry in shard.table.all() {
         if slot.is_none_or(|slot| shard.store.slot_of(&entry.key) == slot) {
-            entry.in_background(|queue, cx| queue.resubscribed(cx));
+            entry.in_background(|queue, cx| queue.on_resubscribed(cx));
         }
     }
 }

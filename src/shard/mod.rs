@@ -50,11 +50,11 @@ pub(crate) use map::Maps;
 use crate::backoff::Backoff;
 use crate::clock::Moment;
 use crate::contention::HotKeys;
+use crate::engine::{Capacity, Outage, Request, Rules, WaiterOptions};
 use crate::error::LockError;
 use crate::identity::ManagerId;
 use crate::key::LockKey;
 use crate::protocol::{Cycle, Cycles};
-use crate::queue::{Outage, Request, Room, Rules, Want};
 use crate::runtime::Runtimes;
 use crate::slow_log::{RateLimit, SlowLog};
 use crate::store::{KeyState, LeaseStore, StoreError};
@@ -69,7 +69,7 @@ use watch::Watch;
 const RETRY_MIN: Duration = Duration::from_millis(10);
 const RETRY_MAX: Duration = Duration::from_millis(500);
 /// How much each key adds to the longest delay: a hundred thousand keys must not all query a server
-/// that is down at the same time. The inbox also notices when a server is back, and then all keys
+/// that is down at the same time. The inbox also slow_log when a server is back, and then all keys
 /// retry at once.
 const RETRY_PER_KEY: Duration = Duration::from_micros(200);
 
@@ -300,7 +300,7 @@ impl Shard {
     pub(crate) fn want(
         self: &Arc<Self>,
         key: &LockKey,
-        mut want: Want,
+        mut want: WaiterOptions,
         waker: &Waker,
         now: Moment,
     ) -> Result<(Arc<Entry>, Wanted), LockError> {
@@ -320,7 +320,7 @@ impl Shard {
                 self.check_keys(&entry)?;
                 self.check_strain(&entry)?;
                 self.check_outage(&entry)?;
-                want.expects_rivals = self.rivals.seen(key);
+                want.contended_hint = self.rivals.seen(key);
             }
             // Checked after the entry is in the table: a shutdown either finds the entry or is seen
             // here.
@@ -343,8 +343,8 @@ impl Shard {
     }
 
     /// The capacity for leases that linger.
-    pub(crate) fn room(&self) -> Room<'_> {
-        Room {
+    pub(crate) fn capacity(&self) -> Capacity<'_> {
+        Capacity {
             keys: &self.load.keys,
             limit: self.limits.keys,
         }
@@ -352,7 +352,7 @@ impl Shard {
 
     /// Refuses a new key if the limit over all shards is reached. Lingering keys do not count: they
     /// are evicted. Eviction takes a moment, during which no further leases start to linger
-    /// ([`room`](Self::room)), so there are never more than twice as many keys as the limit.
+    /// ([`capacity`](Self::capacity)), so there are never more than twice as many keys as the limit.
     fn check_keys(&self, entry: &Arc<Entry>) -> Result<(), LockError> {
         let (used, limit) = (self.load.keys.load(Ordering::Relaxed), self.limits.keys);
         if used <= limit {
@@ -432,13 +432,13 @@ impl Shard {
     /// now.
     fn forget_new(&self, entry: &Arc<Entry>, is_new: bool) {
         if is_new {
-            entry.in_background(|_, _| crate::queue::Effects::none());
+            entry.in_background(|_, _| crate::engine::Effects::none());
         }
     }
 
     /// An entry has no work left.
-    fn forget(&self, entry: &Arc<Entry>, rivals_seen: bool) {
-        self.rivals.note(&entry.key, rivals_seen);
+    fn forget(&self, entry: &Arc<Entry>, remote_waiters_seen: bool) {
+        self.rivals.note(&entry.key, remote_waiters_seen);
         self.remove(entry);
         if self.load.ending.load(Ordering::SeqCst) {
             self.send(Job::Look);

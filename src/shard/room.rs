@@ -29,6 +29,6 @@ pub(super) fn make(shards: &[Arc<Shard>]) {
         kept.truncate(too_many);
     }
     for (_, entry) in kept {
-        entry.in_background(|queue, cx| queue.let_go(cx));
+        entry.in_background(|queue, cx| queue.evict(cx));
     }
 }

@@ -141,13 +141,13 @@ fn shard_on(store: Arc<dyn LeaseStore>) -> (Arc<Shard>, mpsc::UnboundedReceiver<
     (shard, receiver)
 }
 
-const WANT: Want = Want {
+const WANT: WaiterOptions = WaiterOptions {
     ttl: Duration::from_secs(1),
     max_hold: None,
-    linger: crate::queue::Linger::NONE,
-    only_try: false,
-    in_outage: crate::queue::InOutage::Fail,
-    expects_rivals: false,
+    linger: crate::engine::Linger::NONE,
+    try_only: false,
+    in_outage: crate::engine::InOutage::Fail,
+    contended_hint: false,
 };
 
 fn want(shard: &Arc<Shard>) -> Result<(Arc<Entry>, Wanted), LockError> {
@@ -155,7 +155,7 @@ fn want(shard: &Arc<Shard>) -> Result<(Arc<Entry>, Wanted), LockError> {
 }
 
 /// Enqueues for the key and executes the requests that follow.
-async fn ask(shard: &Arc<Shard>) -> (Arc<Entry>, crate::queue::WaiterId) {
+async fn ask(shard: &Arc<Shard>) -> (Arc<Entry>, crate::engine::WaiterId) {
     let (entry, wanted) = want(shard).unwrap();
     let mut next = wanted.request;
     while let Some(request) = next {

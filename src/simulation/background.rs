@@ -7,8 +7,8 @@ use super::clock::Nanos;
 use super::network::{Driver, Order};
 use super::world::{Event, Part, World};
 use crate::clock::Moment;
+use crate::engine::{Flaw, Request};
 use crate::protocol::Cycle;
-use crate::queue::{Flaw, Request};
 use crate::store::Priority;
 
 #[derive(Debug, Clone, Copy)]

@@ -8,7 +8,7 @@
 use super::clock::nanos;
 use super::world::World;
 use crate::clock::Moment;
-use crate::queue::Granted;
+use crate::engine::Granted;
 use crate::store::Priority;
 use crate::store::memory::MemoryCore;
 

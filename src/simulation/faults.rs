@@ -141,7 +141,7 @@ impl World {
                 self.managers[m].is_left = true;
                 self.leave(m);
             }
-            Fault::Evict(k) => self.event_in_background(m, k, |queue, cx| queue.let_go(cx)),
+            Fault::Evict(k) => self.event_in_background(m, k, |queue, cx| queue.evict(cx)),
             Fault::ForeignTakes(k) => self.foreign_takes(m, k),
             Fault::ForeignGives(k) => {
                 if self.core.owner(&self.keys[k], Moment::from_nanos(self.now)).as_deref() == Some(FOREIGN) {
@@ -208,7 +208,7 @@ impl World {
     /// handle, but this makes no difference to the queue.
     pub(super) fn leave(&mut self, m: usize) {
         for k in 0..self.keys.len() {
-            self.event_in_background(m, k, |queue, cx| queue.keep_nothing(cx));
+            self.event_in_background(m, k, |queue, cx| queue.stop_lingering(cx));
         }
     }
 

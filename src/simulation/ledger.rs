@@ -201,7 +201,7 @@ impl World {
             _ => None,
         });
         let first = waiting.min_by_key(|waiting| waiting.order);
-        if !queue.holds() && first.is_some_and(|first| first.only_try) {
+        if !queue.holds() && first.is_some_and(|first| first.try_only) {
             self.ledger.breach(format!("m{m} k{k} a try waits"));
         }
     }

@@ -28,7 +28,7 @@ use std::sync::Mutex;
 use std::thread;
 use std::time::{Duration, Instant};
 
-use crate::queue::Flaw;
+use crate::engine::Flaw;
 use plan::Variant;
 use run::{Failure, Stats, run};
 use story::Case;

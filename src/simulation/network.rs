@@ -5,9 +5,9 @@ use super::background::Abandon;
 use super::clock::{Nanos, nanos};
 use super::world::{Event, Part, World};
 use crate::clock::Moment;
+use crate::engine::{Outage, Request};
 use crate::error::LockError;
 use crate::protocol::{AcquireMode, AcquireReply, Answer, Cycle, ReleaseReply, RenewReply};
-use crate::queue::{Outage, Request};
 use crate::store::Priority;
 use crate::store::memory::Terms;
 
@@ -317,7 +317,7 @@ impl World {
                     floor,
                     reply,
                 };
-                let ((), next) = self.event(m, k, |queue, cx| ((), queue.replied(cycle, answer, cx)));
+                let ((), next) = self.event(m, k, |queue, cx| ((), queue.on_acquire_reply(cycle, answer, cx)));
                 self.drive_on(m, k, in_flight.driver, next);
             }
             (Order::Queue(Request::Release { cycle, requeue, .. }), Reply::Released(reply)) => {
@@ -331,7 +331,7 @@ impl World {
                     floor,
                     reply,
                 };
-                let ((), next) = self.event(m, k, |queue, cx| ((), queue.released_remotely(cycle, answer, cx)));
+                let ((), next) = self.event(m, k, |queue, cx| ((), queue.on_release_reply(cycle, answer, cx)));
                 self.drive_on(m, k, in_flight.driver, next);
             }
             (Order::Renew { cycle, ttl }, Reply::Renewed(reply)) => {
@@ -357,7 +357,9 @@ impl World {
                     patience: self.plan.timeout,
                     retry_at: self.managers[m].clock.at(self.now) + self.plan.timeout / 8,
                 };
-                let ((), next) = self.event(m, k, |queue, cx| ((), queue.failed(cycle, &error, Some(outage), cx)));
+                let ((), next) = self.event(m, k, |queue, cx| {
+                    ((), queue.on_request_failed(cycle, &error, Some(outage), cx))
+                });
                 self.drive_on(m, k, in_flight.driver, next);
             }
         }
@@ -375,7 +377,7 @@ impl World {
         if reply == Some(RenewReply::Extended { wanted: true }) {
             self.ledger.hears_of_rivals(m, k, cycle);
         }
-        self.event_in_background(m, k, |queue, cx| queue.renewed(cycle, ttl, sent_at, reply, cx));
+        self.event_in_background(m, k, |queue, cx| queue.on_renewal_reply(cycle, ttl, sent_at, reply, cx));
     }
 
     pub(super) fn deadline_passes(&mut self, request: u64) {

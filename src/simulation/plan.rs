@@ -6,7 +6,7 @@ use rand::Rng;
 use rand::rngs::SmallRng;
 
 use super::clock::{Nanos, nanos};
-use crate::queue::{Flaw, Rules};
+use crate::engine::{Flaw, Rules};
 
 /// The kinds of faults that may happen.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]

@@ -1,5 +1,5 @@
 //! Pushes and subscriptions. Messages keep their order and are lost only with their connection,
-//! which may be dead for some time before either side notices.
+//! which may be dead for some time before either side slow_log.
 
 use std::collections::BTreeSet;
 
@@ -40,9 +40,9 @@ impl Default for Inbox {
 /// The steps in which a subscription is lost and restored.
 #[derive(Debug, Clone, Copy)]
 pub(super) enum Subscription {
-    /// The server notices that this connection is gone.
+    /// The server slow_log that this connection is gone.
     ServerForgets(usize),
-    /// The manager notices that its connection is gone.
+    /// The manager slow_log that its connection is gone.
     Noticed,
     /// The subscription of the new connection reaches the server.
     Arrives,
@@ -94,7 +94,7 @@ impl World {
                 if self.managers[m].queues[k].is_unused() {
                     return self.job(m, Job::Abandon { k, cycle: grant.cycle });
                 }
-                self.event_in_background(m, k, |queue, cx| queue.granted(grant, cx));
+                self.event_in_background(m, k, |queue, cx| queue.on_grant(grant, cx));
             }
             Push::RemoteWaiter { key, cycle } => {
                 let Some(k) = self.keys.iter().position(|known| *known == key) else {
@@ -104,7 +104,7 @@ impl World {
                 if self.managers[m].queues[k].lingers_until().is_some() {
                     self.stats.handed_over += 1;
                 }
-                self.event_in_background(m, k, |queue, cx| queue.wanted(cycle, cx));
+                self.event_in_background(m, k, |queue, cx| queue.on_remote_waiter(cycle, cx));
             }
             Push::YourTurn { .. } | Push::Resubscribed { .. } | Push::Disconnected | Push::Refused { .. } => {}
         }
@@ -209,7 +209,7 @@ impl World {
 
     fn ask_again(&mut self, m: usize) {
         for k in 0..self.keys.len() {
-            self.event_in_background(m, k, |queue, cx| queue.resubscribed(cx));
+            self.event_in_background(m, k, |queue, cx| queue.on_resubscribed(cx));
         }
     }
 

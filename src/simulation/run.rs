@@ -236,7 +236,7 @@ impl World {
                 return Err(self.unended("some activity never ends"));
             }
         }
-        let is_used = |queue: &crate::queue::Queue<usize>| !queue.is_unused();
+        let is_used = |queue: &crate::engine::Queue<usize>| !queue.is_unused();
         let living = || self.managers.iter().filter(|manager| manager.is_alive);
         if living().any(|manager| manager.queues.iter().any(is_used)) || !self.in_flight.is_empty() {
             return Err(self.unended("a queue is left in use"));

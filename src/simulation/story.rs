@@ -11,7 +11,7 @@ use std::fmt;
 
 use super::plan::{Plan, Variant};
 use super::run::{Failure, run};
-use crate::queue::Flaw;
+use crate::engine::Flaw;
 
 /// The inputs that determine a run.
 #[derive(Debug, Clone, PartialEq, Eq)]

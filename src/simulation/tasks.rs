@@ -8,9 +8,9 @@ use super::background::Job;
 use super::clock::{Nanos, nanos};
 use super::network::{Driver, Order};
 use super::world::{Event, Part, World};
+use crate::engine::{Effects, Granted, InOutage, Linger, Outcome, Path, Request, WaiterId, WaiterOptions};
 use crate::fence::FencingToken;
 use crate::lease::Lease;
-use crate::queue::{Effects, Granted, InOutage, Linger, Outcome, Path, Request, WaiterId, Want};
 use crate::store::Priority;
 
 #[derive(Debug, Default)]
@@ -43,7 +43,7 @@ pub(super) struct Waiting {
     pub(super) id: WaiterId,
     /// Its position among all waiters ever enqueued.
     pub(super) order: u64,
-    pub(super) only_try: bool,
+    pub(super) try_only: bool,
     /// The request that this task drives.
     driving: Option<u64>,
 }
@@ -96,20 +96,20 @@ impl World {
         let linger = self.between(0, self.plan.lingers.len() as u64 - 1) as usize;
         let linger = Linger::new(self.plan.lingers[linger]);
         let max_hold = self.chance(self.plan.max_hold_chance);
-        let only_try = self.chance(self.plan.try_chance);
+        let try_only = self.chance(self.plan.try_chance);
         let manager = &self.managers[m];
-        let want = Want {
+        let want = WaiterOptions {
             ttl: self.plan.ttls[which],
             linger,
             max_hold: max_hold.then(|| Duration::from_nanos(self.plan.hold_max / 2)),
-            only_try,
+            try_only,
             in_outage: match task % 3 {
-                _ if only_try => InOutage::Fail,
+                _ if try_only => InOutage::Fail,
                 0 => InOutage::Fail,
                 1 => InOutage::UntilStoreTimeout,
                 _ => InOutage::UntilOwnLimit,
             },
-            expects_rivals: manager.queues[k].is_unused() && manager.rivals[k],
+            contended_hint: manager.queues[k].is_unused() && manager.rivals[k],
         };
         self.note(|_| format!("m{m} k{k} t{task} wants {want:?}"));
         let order = self.number();
@@ -120,11 +120,11 @@ impl World {
             k,
             id,
             order,
-            only_try: want.only_try,
+            try_only: want.try_only,
             driving,
         };
         self.enter(m, task, State::Waiting(waiting));
-        if !want.only_try && self.chance(self.plan.give_up_chance) {
+        if !want.try_only && self.chance(self.plan.give_up_chance) {
             let patience = self.between(0, nanos(self.plan.ttls[0]));
             self.later(m, task, patience, Step::Cancel);
         }
@@ -255,7 +255,7 @@ impl World {
     fn drop_request(&mut self, m: usize, k: usize, request: Option<u64>) {
         if let Some(cycle) = request.and_then(|request| self.forget_request(request)) {
             self.stats.dropped += 1;
-            self.event_in_background(m, k, |queue, cx| queue.dropped(cycle, cx));
+            self.event_in_background(m, k, |queue, cx| queue.on_request_cancelled(cycle, cx));
         }
     }
 

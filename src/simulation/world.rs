@@ -18,10 +18,10 @@ use super::run::Stats;
 use super::story::Case;
 use super::tasks::{Step, Task};
 use crate::clock::Moment;
+use crate::engine::{Capacity, Context, Effects, Queue, Rare, Request};
 use crate::identity::ManagerId;
 use crate::key::LockKey;
 use crate::protocol::{AcquireMode, Cycle, Cycles, Push};
-use crate::queue::{Context, Effects, Queue, Rare, Request, Room};
 use crate::store::Priority;
 use crate::store::memory::MemoryCore;
 
@@ -310,16 +310,16 @@ impl World {
             now: manager.clock.at(self.now),
             rules: &self.plan.rules,
             cycles: &manager.cycles,
-            room: Room::ENDLESS,
+            capacity: Capacity::ENDLESS,
             epoch: manager.epoch,
         };
         let queue = &mut manager.queues[k];
         let lingered = queue.lingers_until().is_some();
         let (result, effects) = happens(queue, cx);
-        let look_at = queue.look_at();
-        let lost_idle = lingered && !queue.holds() && !queue.is_spare();
+        let look_at = queue.next_deadline();
+        let lost_idle = lingered && !queue.holds() && !queue.is_evictable();
         if queue.is_unused() {
-            manager.rivals[k] = queue.rivals_seen();
+            manager.rivals[k] = queue.remote_waiters_seen();
             *queue = Queue::new();
         }
         let Effects {

@@ -8,8 +8,8 @@ use dashmap::DashMap;
 
 use super::table::{ACQUISITIONS, HOLD, WAIT};
 use super::tally::{Tally, Thinning};
+use crate::engine::Path;
 use crate::error::LockError;
-use crate::queue::Path;
 
 /// The class that counts all classes beyond `max_classes`.
 const OTHER_CLASS: &str = "other";

@@ -12,8 +12,8 @@ use super::table::{
 };
 use super::tally::{Measured, Tally};
 use crate::contention::AtomicHistogram;
+use crate::engine::{Bound, Path};
 use crate::error::LossReason;
-use crate::queue::{Bound, Path};
 
 /// The kinds of requests to a store.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]

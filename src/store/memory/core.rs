@@ -8,12 +8,12 @@ use std::collections::{BTreeSet, HashMap, HashSet};
 use std::time::Duration;
 
 use crate::clock::Moment;
+#[cfg(test)]
+use crate::engine::Flaw;
 use crate::fence::{FencingToken, TokenBlock};
 use crate::identity::parse_owner_tag;
 use crate::key::{LockKey, Slot};
 use crate::protocol::{AcquireReply, Cycle, Grant, Push, QueuePosition, ReleaseReply, RenewReply};
-#[cfg(test)]
-use crate::queue::Flaw;
 use crate::store::{Holder, INSPECTED_QUEUE_MAX, KeyState};
 
 /// Leases, queues, counters and subscribed inboxes.

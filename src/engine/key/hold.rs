@@ -4,8 +4,8 @@ use std::sync::Arc;
 use std::time::Duration;
 
 use super::effect::{Effects, Request};
-use super::phase::{Asking, Held, Holder, Phase, Tenant};
-use super::terms::{Context, Granted, Linger, Outcome, Path};
+use super::phase::{Acquiring, Held, Holder, Occupant, Phase};
+use super::types::{Context, Granted, Linger, Outcome, Path};
 use super::waiters::WaiterId;
 use super::{BLOCK_LINGERING, BLOCK_MAX, BLOCK_MIN, Queue, drift};
 use crate::clock::Moment;
@@ -32,22 +32,22 @@ impl<W> Queue<W> {
     ) {
         let valid_until = sent_at + ttl.saturating_sub(drift(ttl));
         if valid_until <= cx.now {
-            return self.come_too_late(cycle, effects);
+            return self.arrived_too_late(cycle, effects);
         }
         // The owner of an odd cycle is not notified of remote waiters, so it assumes that there are
         // some.
-        let rivals = self.rivals_seen || cycle.expects_rivals();
+        let remote_waiters = self.remote_waiters_seen || cycle.expects_rivals();
         self.phase = Phase::Held(Held {
             lease: Arc::new(Lease::new(cycle, valid_until, ttl)),
             tokens,
             spare: TokenBlock::EMPTY,
             left_when_asked: 0,
             used_in_a_round_trip: 0,
-            tenant: Tenant::Nobody,
+            occupant: Occupant::Nobody,
             linger: Linger::NONE,
             extending: false,
             in_doubt: false,
-            rivals,
+            remote_waiters,
             served: 0,
             served_in_all: 0,
             since: cx.now,
@@ -82,13 +82,13 @@ impl<W> Queue<W> {
                 // This confirmation suffices for the next guard, no matter how long the reply took.
                 held.confirmed_until = held.confirmed_until.max(cx.now);
                 held.add_tokens(tokens);
-                if matches!(held.tenant, Tenant::Nobody) {
+                if matches!(held.occupant, Occupant::Nobody) {
                     if queued > 0 {
-                        self.meet_rivals(cx, effects);
+                        self.note_remote_waiters(cx, effects);
                     }
                     self.pass_on(cx, effects);
                 } else if queued > 0 {
-                    self.meet_rivals(cx, effects);
+                    self.note_remote_waiters(cx, effects);
                 }
             }
             // The lease was gone, and another manager may have held the key since. If the store
@@ -102,10 +102,10 @@ impl<W> Queue<W> {
     }
 
     /// Other managers wait for what we hold. A lingering lease is released to them.
-    pub(super) fn meet_rivals(&mut self, cx: Context<'_>, effects: &mut Effects<W>) {
+    pub(super) fn note_remote_waiters(&mut self, cx: Context<'_>, effects: &mut Effects<W>) {
         let Phase::Held(held) = &mut self.phase else { return };
-        held.meet_rivals(cx.now);
-        self.rivals_seen = true;
+        held.note_remote_waiters(cx.now);
+        self.remote_waiters_seen = true;
         self.end_linger(cx, effects);
     }
 
@@ -113,8 +113,8 @@ impl<W> Queue<W> {
     /// lingers, or is released.
     pub(super) fn pass_on(&mut self, cx: Context<'_>, effects: &mut Effects<W>) {
         let Phase::Held(held) = &mut self.phase else { return };
-        held.tenant = Tenant::Nobody;
-        if self.waiters.is_empty() && held.may_linger() && !self.keeps_nothing && cx.room.is_left() {
+        held.occupant = Occupant::Nobody;
+        if self.waiters.is_empty() && held.may_linger() && !self.keeps_nothing && cx.capacity.has_room() {
             return self.linger(cx, effects);
         }
         if held.extending && (self.waiters.is_empty() || held.must_yield(cx)) {
@@ -143,7 +143,7 @@ impl<W> Queue<W> {
     fn linger(&mut self, cx: Context<'_>, effects: &mut Effects<W>) {
         let Phase::Held(held) = &mut self.phase else { return };
         let until = cx.now + held.linger.time();
-        held.tenant = Tenant::Lingering { until };
+        held.occupant = Occupant::Lingering { until };
         if held.is_low_on_tokens(cx) {
             self.extend(cx, effects);
         }
@@ -156,7 +156,7 @@ impl<W> Queue<W> {
             // The lease expired unnoticed, and another manager may have the key.
             return self.lose(LossReason::Expired, cx, effects);
         }
-        held.tenant = Tenant::Nobody;
+        held.occupant = Occupant::Nobody;
         self.serve(Path::Lingering, cx, effects);
     }
 
@@ -194,7 +194,7 @@ impl<W> Queue<W> {
         held.served_in_all = held.served_in_all.saturating_add(1);
         let hold_until = waiter.want.max_hold.map(|longest| cx.now + longest);
         held.linger = waiter.want.linger;
-        held.tenant = Tenant::Guard(Holder {
+        held.occupant = Occupant::Guard(Holder {
             token,
             waiter: Some(id),
             hold_until,
@@ -208,7 +208,7 @@ impl<W> Queue<W> {
         if waiting > 1 && held.is_low_on_tokens(cx) {
             self.extend(cx, effects);
         }
-        self.settle(id, outcome, effects);
+        self.resolve(id, outcome, effects);
     }
 
     /// Requests more time and tokens under our lease.
@@ -220,9 +220,9 @@ impl<W> Queue<W> {
         }
         (held.extending, self.asked_in) = (true, cx.epoch);
         held.left_when_asked = held.tokens.remaining();
-        let least = match held.tenant {
-            Tenant::Lingering { .. } => BLOCK_LINGERING,
-            Tenant::Nobody | Tenant::Guard(_) => BLOCK_MIN,
+        let least = match held.occupant {
+            Occupant::Lingering { .. } => BLOCK_LINGERING,
+            Occupant::Nobody | Occupant::Guard(_) => BLOCK_MIN,
         };
         let tokens = waiting.max(16 * held.used_in_a_round_trip).clamp(least, BLOCK_MAX) as u32;
         effects.request(Request::Acquire {
@@ -234,9 +234,15 @@ impl<W> Queue<W> {
     }
 
     pub(super) fn release(&mut self, cycle: Cycle, cx: Context<'_>, effects: &mut Effects<W>) {
-        self.settle_doubt(cycle, effects);
-        self.end_tenure(effects);
-        let nobody_waits = matches!(&self.phase, Phase::Held(Held { rivals: false, .. }));
+        self.repeat_release_if_in_doubt(cycle, effects);
+        self.finish_hold(effects);
+        let nobody_waits = matches!(
+            &self.phase,
+            Phase::Held(Held {
+                remote_waiters: false,
+                ..
+            })
+        );
         self.phase = Phase::Releasing { cycle, lingered: false };
         effects.request(Request::Release {
             cycle,
@@ -247,12 +253,12 @@ impl<W> Queue<W> {
     }
 
     pub(super) fn requeue(&mut self, cycle: Cycle, cx: Context<'_>, effects: &mut Effects<W>) {
-        self.settle_doubt(cycle, effects);
-        self.end_tenure(effects);
+        self.repeat_release_if_in_doubt(cycle, effects);
+        self.finish_hold(effects);
         self.take_ttl_of_first();
-        let next = cx.open_cycle(self.rivals_seen, self.ttl);
+        let next = cx.open_cycle(self.remote_waiters_seen, self.ttl);
         self.asked_in = cx.epoch;
-        self.phase = Phase::Asking(Asking::new(next, AcquireMode::Enqueue, Some(cycle)));
+        self.phase = Phase::Acquiring(Acquiring::new(next, AcquireMode::Enqueue, Some(cycle)));
         effects.request(Request::Release {
             cycle,
             requeue: Some(next),
@@ -263,7 +269,7 @@ impl<W> Queue<W> {
 
     /// An extension without a reply may execute after the release that is sent now, so the release
     /// must be repeated.
-    pub(super) fn settle_doubt(&self, cycle: Cycle, effects: &mut Effects<W>) {
+    pub(super) fn repeat_release_if_in_doubt(&self, cycle: Cycle, effects: &mut Effects<W>) {
         if matches!(&self.phase, Phase::Held(Held { in_doubt: true, .. })) {
             effects.abandon(cycle);
         }
@@ -274,9 +280,9 @@ impl<W> Queue<W> {
         let Phase::Held(held) = &mut self.phase else { return };
         held.lease.lose(reason);
         effects.rare().ended = Some(Arc::clone(&held.lease));
-        let holder = match std::mem::replace(&mut held.tenant, Tenant::Nobody) {
-            Tenant::Guard(holder) => Some(holder),
-            Tenant::Nobody | Tenant::Lingering { .. } => None,
+        let holder = match std::mem::replace(&mut held.occupant, Occupant::Nobody) {
+            Occupant::Guard(holder) => Some(holder),
+            Occupant::Nobody | Occupant::Lingering { .. } => None,
         };
         let is_out = holder.as_ref().is_some_and(|holder| holder.waiter.is_none());
         if is_out {
@@ -298,10 +304,10 @@ impl<W> Queue<W> {
             }
             self.waiters.return_to_front(id);
         }
-        self.end_tenure(effects);
+        self.finish_hold(effects);
         self.phase = Phase::Idle;
-        self.rivals_seen = true;
-        self.ask(cx, effects);
+        self.remote_waiters_seen = true;
+        self.start_acquire(cx, effects);
     }
 
     /// The shard now belongs to managers with another shard map. A lease there no longer excludes
@@ -310,14 +316,14 @@ impl<W> Queue<W> {
         let mut effects = Effects::none();
         match &self.phase {
             Phase::Held(_) => self.lose(LossReason::ShardMap, cx, &mut effects),
-            Phase::Queued(_) | Phase::Retrying { .. } => self.ask_again(&mut effects),
-            Phase::Idle | Phase::Asking(_) | Phase::Releasing { .. } => {}
+            Phase::Queued(_) | Phase::Retrying { .. } => self.retry_acquire(&mut effects),
+            Phase::Idle | Phase::Acquiring(_) | Phase::Releasing { .. } => {}
         }
         effects
     }
 
     /// Reports how many guards the lease has served, if one is held.
-    pub(super) const fn end_tenure(&self, effects: &mut Effects<W>) {
+    pub(super) const fn finish_hold(&self, effects: &mut Effects<W>) {
         if let Phase::Held(held) = &self.phase {
             effects.served = Some(held.served_in_all);
         }
@@ -325,21 +331,21 @@ impl<W> Queue<W> {
 
     pub(super) fn fail_all(&mut self, outcome: &Outcome, effects: &mut Effects<W>) {
         while let Some(id) = self.waiters.first() {
-            self.settle(id, outcome.clone(), effects);
+            self.resolve(id, outcome.clone(), effects);
         }
     }
 
     /// Fails the tries at the front of the line, because other managers want the key.
     pub(super) fn refuse_tries(&mut self, effects: &mut Effects<W>) {
         while let Some(id) = self.waiters.first()
-            && self.waiters.get(id).is_some_and(|waiter| waiter.want.only_try)
+            && self.waiters.get(id).is_some_and(|waiter| waiter.want.try_only)
         {
-            self.settle(id, Outcome::Busy, effects);
+            self.resolve(id, Outcome::Busy, effects);
         }
     }
 
     /// Takes a waiter out of the line and sets its outcome.
-    pub(super) fn settle(&mut self, id: WaiterId, outcome: Outcome, effects: &mut Effects<W>) {
+    pub(super) fn resolve(&mut self, id: WaiterId, outcome: Outcome, effects: &mut Effects<W>) {
         self.waiters.detach(id);
         if let Some(waiter) = self.waiters.get_mut(id) {
             waiter.outcome = Some(outcome);

@@ -14,7 +14,7 @@ use std::time::Duration;
 
 use super::effect::Effects;
 use super::phase::Phase;
-use super::terms::{Context, InOutage, Outcome};
+use super::types::{Context, InOutage, Outcome};
 use super::{Queue, WaiterId};
 use crate::clock::Moment;
 use crate::error::LockError;
@@ -111,7 +111,7 @@ impl<W> Queue<W> {
             }
         }
         for (id, outcome) in failed {
-            self.settle(id, outcome, effects);
+            self.resolve(id, outcome, effects);
         }
     }
 
@@ -136,7 +136,7 @@ impl<W> Queue<W> {
     }
 
     /// When the next retry is due or the next waiter fails, rounded up to the grid.
-    pub(super) fn look_at_trouble(&self) -> Option<Moment> {
+    pub(super) fn outage_deadline(&self) -> Option<Moment> {
         let trouble = self.trouble.as_ref()?;
         let retry_at = matches!(self.phase, Phase::Retrying { .. }).then_some(trouble.outage.retry_at);
         let earliest = retry_at.into_iter().chain(trouble.deadline).min()?;
@@ -149,7 +149,7 @@ impl<W> Queue<W> {
     }
 
     /// Time passed during an outage.
-    pub(super) fn tick_in_trouble(&mut self, cx: Context<'_>, effects: &mut Effects<W>) {
+    pub(super) fn tick_in_outage(&mut self, cx: Context<'_>, effects: &mut Effects<W>) {
         let Some(trouble) = &self.trouble else { return };
         let retry_at = trouble.outage.retry_at;
         if trouble.deadline.is_some_and(|deadline| cx.now >= deadline) {
@@ -159,7 +159,7 @@ impl<W> Queue<W> {
             if self.waiters.is_empty() {
                 self.stop_retrying(cycle, effects);
             } else if cx.now >= retry_at {
-                self.ask_again(effects);
+                self.retry_acquire(effects);
             }
         }
     }

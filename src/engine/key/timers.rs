@@ -3,8 +3,8 @@
 use std::time::Duration;
 
 use super::effect::Effects;
-use super::phase::{Phase, Tenant};
-use super::terms::Context;
+use super::phase::{Occupant, Phase};
+use super::types::Context;
 use super::{Queue, drift};
 use crate::clock::Moment;
 use crate::error::LossReason;
@@ -17,13 +17,13 @@ const RENEW_AGAIN_MAX: Duration = Duration::from_secs(1);
 
 impl<W> Queue<W> {
     /// When the next timer is due.
-    pub(crate) fn look_at(&self) -> Option<Moment> {
+    pub(crate) fn next_deadline(&self) -> Option<Moment> {
         match &self.phase {
             Phase::Held(held) => {
-                let ends_at = match &held.tenant {
-                    Tenant::Guard(holder) => holder.hold_until,
-                    Tenant::Lingering { until } => Some(*until),
-                    Tenant::Nobody => None,
+                let ends_at = match &held.occupant {
+                    Occupant::Guard(holder) => holder.hold_until,
+                    Occupant::Lingering { until } => Some(*until),
+                    Occupant::Nobody => None,
                 };
                 let renew_at = (!held.renewing).then_some(held.renew_at);
                 [Some(held.lease.valid_until()), ends_at, renew_at]
@@ -31,8 +31,8 @@ impl<W> Queue<W> {
                     .flatten()
                     .min()
             }
-            Phase::Queued(queued) => Some(queued.ask_again_at),
-            Phase::Asking(_) | Phase::Retrying { .. } => self.look_at_trouble(),
+            Phase::Queued(queued) => Some(queued.retry_at),
+            Phase::Acquiring(_) | Phase::Retrying { .. } => self.outage_deadline(),
             Phase::Idle | Phase::Releasing { .. } => None,
         }
     }
@@ -59,8 +59,8 @@ impl<W> Queue<W> {
                     self.end_linger(cx, &mut effects);
                 }
             }
-            Phase::Queued(queued) if cx.now >= queued.ask_again_at => self.ask_again(&mut effects),
-            Phase::Asking(_) | Phase::Retrying { .. } => self.tick_in_trouble(cx, &mut effects),
+            Phase::Queued(queued) if cx.now >= queued.retry_at => self.retry_acquire(&mut effects),
+            Phase::Acquiring(_) | Phase::Retrying { .. } => self.tick_in_outage(cx, &mut effects),
             _ => {}
         }
         effects
@@ -81,7 +81,7 @@ impl<W> Queue<W> {
 
     /// The reply to a renewal arrived. `None` means that there was none, and the renewal is
     /// retried.
-    pub(crate) fn renewed(
+    pub(crate) fn on_renewal_reply(
         &mut self,
         cycle: Cycle,
         ttl: Duration,
@@ -111,7 +111,7 @@ impl<W> Queue<W> {
                     held.renew_at = cx.now;
                 }
                 if wanted {
-                    self.meet_rivals(cx, &mut effects);
+                    self.note_remote_waiters(cx, &mut effects);
                 }
             }
             Some(RenewReply::NotOurs) => self.lose(LossReason::Taken, cx, &mut effects),

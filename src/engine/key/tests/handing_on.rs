@@ -306,7 +306,7 @@ fn rivals_that_are_told_of_before_the_reply_count() {
     bench.reply(cycle, granted(1, 2));
     let guard = bench.guard(id);
     assert!(bench.release_held(&guard).releases().1.is_some());
-    assert!(bench.queue.rivals_seen());
+    assert!(bench.queue.remote_waiters_seen());
 }
 
 #[test]
@@ -322,7 +322,7 @@ fn rivals_that_the_reply_tells_of_count() {
         extended: false,
     };
     bench.reply(cycle, reply);
-    assert!(bench.queue.rivals_seen());
+    assert!(bench.queue.remote_waiters_seen());
     let guard = bench.guard(id);
     assert!(bench.release_held(&guard).releases().1.is_some());
 }
@@ -383,7 +383,7 @@ fn a_lease_is_not_given_up_while_its_extension_is_under_way() {
 
 #[test]
 fn tries_neither_wait_nor_pass_anybody() {
-    let want = Want { only_try: true, ..WANT };
+    let want = WaiterOptions { try_only: true, ..WANT };
     let is_busy = |bench: &mut Bench| {
         let (id, seen) = bench.want_as(9, want);
         seen == NOTHING && matches!(bench.collect(id), Some(Outcome::Busy))
@@ -402,7 +402,7 @@ fn tries_neither_wait_nor_pass_anybody() {
 
 #[test]
 fn a_try_on_an_unused_key_asks_once() {
-    let want = Want { only_try: true, ..WANT };
+    let want = WaiterOptions { try_only: true, ..WANT };
     for reply in [granted(5, 5), AcquireReply::Busy] {
         let mut bench = Bench::new();
         let (id, seen) = bench.want_as(3, want);

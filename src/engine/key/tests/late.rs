@@ -163,8 +163,8 @@ fn waiters_behind_one_with_a_token_that_goes_back_ask_anew() {
     let mut bench = Bench::new();
     let (first, seen) = bench.want_as(
         0,
-        Want {
-            expects_rivals: true,
+        WaiterOptions {
+            contended_hint: true,
             ..WANT
         },
     );
@@ -174,7 +174,7 @@ fn waiters_behind_one_with_a_token_that_goes_back_ask_anew() {
         floor: 50,
         ..answer(bench.now, granted(20, 30))
     };
-    let (_, seen) = bench.event(|queue, cx| ((), queue.replied(cycle, below, cx)));
+    let (_, seen) = bench.event(|queue, cx| ((), queue.on_acquire_reply(cycle, below, cx)));
     assert!(matches!(
         bench.collect(first),
         Some(Outcome::Regressed { token: 20, floor: 50 })
@@ -198,9 +198,9 @@ fn waiter_that_no_grant_reaches_looks_often() {
         (ms(60_000), None, 250),
     ] {
         let mut bench = Bench::new();
-        let want = Want {
+        let want = WaiterOptions {
             ttl,
-            expects_rivals: true,
+            contended_hint: true,
             ..WANT
         };
         let cycle = bench.want_as(0, want).1.asks().0;
@@ -213,7 +213,7 @@ fn waiter_that_no_grant_reaches_looks_often() {
         };
         bench.reply(cycle, AcquireReply::Queued(position));
         assert_eq!(
-            bench.queue.look_at(),
+            bench.queue.next_deadline(),
             Some(bench.now + ms(look_in)),
             "{ttl:?} {owner_ttl:?}"
         );
@@ -235,6 +235,6 @@ fn waiter_far_back_looks_in_bounded_time() {
             is_subscribed: true,
         };
         bench.reply(seen.asks().0, AcquireReply::Queued(position));
-        assert_eq!(bench.queue.look_at(), Some(bench.now + ms(look_in)), "{ahead}");
+        assert_eq!(bench.queue.next_deadline(), Some(bench.now + ms(look_in)), "{ahead}");
     }
 }

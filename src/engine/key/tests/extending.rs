@@ -23,7 +23,7 @@ fn extension_with_tokens_that_are_not_above_the_floor_loses_the_lease() {
             floor,
             ..answer(bench.now, extended(first, first + 63))
         };
-        let (_, seen) = bench.event(|queue, cx| ((), queue.replied(cycle, reply, cx)));
+        let (_, seen) = bench.event(|queue, cx| ((), queue.on_acquire_reply(cycle, reply, cx)));
         assert_eq!(bench.queue.is_settled(id), holds, "token {first}, floor {floor}");
         if holds {
             assert_eq!(bench.guard(id).token.get(), first);
@@ -114,7 +114,7 @@ fn extension_that_finds_rivals_bounds_the_bypass() {
             extended: true,
         };
         let seen = bench.reply(cycle, reply);
-        assert!(bench.queue.rivals_seen());
+        assert!(bench.queue.remote_waiters_seen());
         let seen = if is_out {
             let second = bench.guard(ids[0]);
             bench.release_held(&second)

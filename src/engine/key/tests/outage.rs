@@ -9,7 +9,7 @@ fn in_an_outage(bench: &mut Bench) -> ([WaiterId; 3], Cycle) {
     let mut wakers = 0..;
     let waiters = kinds.map(|in_outage| {
         let waker = wakers.next().unwrap();
-        let (id, seen) = bench.want_as(waker, Want { in_outage, ..WANT });
+        let (id, seen) = bench.want_as(waker, WaiterOptions { in_outage, ..WANT });
         (id, seen)
     });
     let cycle = waiters[0].1.asks().0;
@@ -62,7 +62,7 @@ fn what_becomes_due_in_an_outage_is_looked_at_in_time() {
     let (_, cycle) = in_an_outage(&mut bench);
     bench.failed(cycle);
     let grid = ms(17);
-    let retry_at = bench.queue.look_at().unwrap();
+    let retry_at = bench.queue.next_deadline().unwrap();
     assert!(
         retry_at >= bench.now + ms(10) && retry_at <= bench.now + ms(10) + grid,
         "{retry_at:?}"
@@ -70,7 +70,7 @@ fn what_becomes_due_in_an_outage_is_looked_at_in_time() {
     bench.now = retry_at;
     bench.tick().asks();
     // During the retry, the second waiter may run out of patience.
-    let deadline = bench.queue.look_at().unwrap();
+    let deadline = bench.queue.next_deadline().unwrap();
     assert!(deadline >= at(2_000) && deadline <= at(2_000) + grid, "{deadline:?}");
 }
 
@@ -82,7 +82,7 @@ fn the_last_waiter_that_leaves_in_an_outage_leaves_nothing() {
     assert_eq!(bench.give_up(ids[1]), NOTHING);
     assert_eq!(bench.give_up(ids[2]).abandoned, [cycle]);
     bench.collect(ids[0]);
-    assert!(bench.queue.is_unused() && bench.queue.look_at().is_none());
+    assert!(bench.queue.is_unused() && bench.queue.next_deadline().is_none());
 }
 
 #[test]
@@ -93,7 +93,7 @@ fn who_comes_during_an_outage_waits_or_is_told_at_once() {
     let (id, seen) = bench.want_as(7, WANT);
     assert_eq!((seen.request, seen.woken), (None, vec![7]));
     assert_eq!(failed_after(bench.collect(id)), Duration::ZERO);
-    let patient = Want {
+    let patient = WaiterOptions {
         in_outage: InOutage::UntilStoreTimeout,
         ..WANT
     };
@@ -129,7 +129,7 @@ fn a_refusal_is_no_outage_and_fails_all() {
     let mut bench = Bench::new();
     let (_, cycle) = in_an_outage(&mut bench);
     let seen = bench
-        .event(|queue, cx| ((), queue.failed(cycle, &no_answer(), None, cx)))
+        .event(|queue, cx| ((), queue.on_request_failed(cycle, &no_answer(), None, cx)))
         .1;
     assert_eq!((seen.woken, seen.abandoned), (vec![0, 1, 2], vec![cycle]));
 }

@@ -5,7 +5,7 @@ use super::*;
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 enum Step {
     /// A task enqueues, gives up, collects its outcome, or releases its guard.
-    Want(usize),
+    WaiterOptions(usize),
     Try(usize),
     GiveUp(usize),
     Collect(usize),
@@ -32,8 +32,8 @@ enum Step {
 }
 
 const STEPS: [Step; 24] = [
-    Step::Want(0),
-    Step::Want(1),
+    Step::WaiterOptions(0),
+    Step::WaiterOptions(1),
     Step::Try(0),
     Step::Try(1),
     Step::GiveUp(0),
@@ -89,31 +89,59 @@ const BEGINNINGS: [(Keeping, &[Step]); 8] = [
     (NOTHING_KEPT, &[]),
     (
         NOTHING_KEPT,
-        &[Step::Want(0), Step::Granted, Step::Collect(0), Step::Want(1)],
-    ),
-    (
-        NOTHING_KEPT,
-        &[Step::Want(0), Step::NoneLeft, Step::Queued, Step::Want(1)],
+        &[
+            Step::WaiterOptions(0),
+            Step::Granted,
+            Step::Collect(0),
+            Step::WaiterOptions(1),
+        ],
     ),
     (
         NOTHING_KEPT,
         &[
-            Step::Want(0),
+            Step::WaiterOptions(0),
+            Step::NoneLeft,
+            Step::Queued,
+            Step::WaiterOptions(1),
+        ],
+    ),
+    (
+        NOTHING_KEPT,
+        &[
+            Step::WaiterOptions(0),
             Step::Granted,
             Step::Collect(0),
-            Step::Want(1),
+            Step::WaiterOptions(1),
             Step::Release(0),
         ],
     ),
     (KEPT, &[]),
-    (KEPT, &[Step::Want(0), Step::Granted, Step::Collect(0), Step::Want(1)]),
     (
         KEPT,
-        &[Step::Want(0), Step::Granted, Step::Collect(0), Step::Release(0)],
+        &[
+            Step::WaiterOptions(0),
+            Step::Granted,
+            Step::Collect(0),
+            Step::WaiterOptions(1),
+        ],
+    ),
+    (
+        KEPT,
+        &[
+            Step::WaiterOptions(0),
+            Step::Granted,
+            Step::Collect(0),
+            Step::Release(0),
+        ],
     ),
     (
         KEPT_WITHOUT_TOKENS,
-        &[Step::Want(0), Step::Granted, Step::Collect(0), Step::Release(0)],
+        &[
+            Step::WaiterOptions(0),
+            Step::Granted,
+            Step::Collect(0),
+            Step::Release(0),
+        ],
     ),
 ];
 
@@ -158,14 +186,14 @@ impl Small {
     fn step(&mut self, step: Step) -> bool {
         self.bench.pass(ms(1));
         match step {
-            Step::Want(task) | Step::Try(task) => {
+            Step::WaiterOptions(task) | Step::Try(task) => {
                 if self.waiting[task].is_some() || self.guards[task].is_some() {
                     return false;
                 }
-                let want = Want {
-                    only_try: matches!(step, Step::Try(_)),
+                let want = WaiterOptions {
+                    try_only: matches!(step, Step::Try(_)),
                     linger: self.keeping.linger,
-                    in_outage: if task == 1 && step == Step::Want(task) {
+                    in_outage: if task == 1 && step == Step::WaiterOptions(task) {
                         InOutage::UntilOwnLimit
                     } else {
                         InOutage::Fail
@@ -362,7 +390,7 @@ impl Small {
     fn current(&self) -> Option<Cycle> {
         match &self.bench.queue.phase {
             Phase::Idle => None,
-            Phase::Asking(asking) => Some(asking.cycle),
+            Phase::Acquiring(asking) => Some(asking.cycle),
             Phase::Queued(queued) => Some(queued.cycle),
             Phase::Held(held) => Some(held.lease.cycle),
             Phase::Retrying { cycle, .. } | Phase::Releasing { cycle, .. } => Some(*cycle),
@@ -390,7 +418,7 @@ impl Small {
         let queue = &self.bench.queue;
         let phase = &queue.phase;
         let needs_request = match phase {
-            Phase::Asking(_) | Phase::Releasing { .. } => true,
+            Phase::Acquiring(_) | Phase::Releasing { .. } => true,
             Phase::Held(held) => held.extending,
             Phase::Idle | Phase::Retrying { .. } | Phase::Queued(_) => false,
         };
@@ -416,7 +444,7 @@ impl Small {
         if in_line > 0 {
             let served = matches!(phase, Phase::Held(held) if held.guard().is_some());
             let looked_after = needs_request || served || matches!(phase, Phase::Queued(_) | Phase::Retrying { .. });
-            assert!(!matches!(phase, Phase::Retrying { .. }) || queue.look_at().is_some());
+            assert!(!matches!(phase, Phase::Retrying { .. }) || queue.next_deadline().is_some());
             assert!(looked_after, "a waiter waits for no event: {phase:?}");
         }
         let valid = self.guards.iter().flatten().filter(|guard| {
@@ -430,10 +458,10 @@ impl Small {
         );
         if queue.lingers_until().is_some() {
             assert!(in_line == 0 && !self.closed, "a lingering lease goes to a waiter");
-            assert!(!queue.rivals_seen(), "a lease that others want does not linger");
+            assert!(!queue.remote_waiters_seen(), "a lease that others want does not linger");
         }
         if let Phase::Held(_) | Phase::Queued(_) = phase {
-            assert!(queue.look_at().is_some(), "a timer must be set");
+            assert!(queue.next_deadline().is_some(), "a timer must be set");
         }
     }
 

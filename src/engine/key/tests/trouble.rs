@@ -55,7 +55,7 @@ fn renewals_are_due_every_tenth_of_the_ttl_and_move_the_validity_on() {
     let sent_at = bench.now;
     let guard = bench.hold(1, 1);
     let cycle = guard.lease.cycle;
-    assert_eq!(bench.queue.look_at(), Some(sent_at + ms(100)));
+    assert_eq!(bench.queue.next_deadline(), Some(sent_at + ms(100)));
     assert_eq!(bench.renewal(), None);
     bench.pass(ms(50));
     assert_eq!(
@@ -68,7 +68,7 @@ fn renewals_are_due_every_tenth_of_the_ttl_and_move_the_validity_on() {
     bench.pass(ms(20));
     bench.renewed(cycle, sent_at, Some(RenewReply::Extended { wanted: false }));
     assert_eq!(guard.lease.valid_until(), sent_at + TTL - DRIFT);
-    assert_eq!(bench.queue.look_at(), Some(sent_at + ms(100)));
+    assert_eq!(bench.queue.next_deadline(), Some(sent_at + ms(100)));
 }
 
 #[test]
@@ -81,7 +81,7 @@ fn a_failed_renewal_is_tried_again_and_loses_nothing() {
     bench.pass(ms(300));
     assert_eq!(bench.renewed(cycle, bench.now, None), NOTHING);
     assert_eq!(guard.lease.valid_until(), until);
-    assert_eq!(bench.queue.look_at(), Some(bench.now + ms(50)));
+    assert_eq!(bench.queue.next_deadline(), Some(bench.now + ms(50)));
     assert!(guard.lease.loss_at(bench.now).is_none());
 }
 
@@ -128,14 +128,14 @@ fn a_renewal_of_an_earlier_cycle_says_nothing_of_this_one() {
 #[test]
 fn max_hold_ends_a_guard_that_is_kept_alive() {
     let mut bench = Bench::new();
-    let want = Want {
+    let want = WaiterOptions {
         max_hold: Some(ms(70)),
         ..WANT
     };
     let (id, seen) = bench.want_as(0, want);
     bench.reply(seen.asks().0, granted(1, 1));
     let guard = bench.guard(id);
-    assert_eq!(bench.queue.look_at(), Some(bench.now + ms(70)));
+    assert_eq!(bench.queue.next_deadline(), Some(bench.now + ms(70)));
     bench.pass(ms(69));
     assert_eq!(bench.tick(), NOTHING);
     bench.pass(ms(1));
@@ -149,7 +149,7 @@ fn max_hold_ends_a_guard_that_is_kept_alive() {
 fn the_lease_of_a_guard_that_was_never_collected_is_given_back() {
     for reply in [None, Some(RenewReply::Extended { wanted: false })] {
         let mut bench = Bench::new();
-        let want = Want {
+        let want = WaiterOptions {
             max_hold: reply.is_none().then_some(ms(70)),
             ..WANT
         };
@@ -177,7 +177,7 @@ fn the_lease_of_a_guard_that_was_never_collected_is_given_back() {
 #[test]
 fn max_hold_counts_for_each_guard() {
     let mut bench = Bench::new();
-    let want = Want {
+    let want = WaiterOptions {
         max_hold: Some(ms(70)),
         ..WANT
     };
@@ -441,7 +441,7 @@ fn shard_with_another_map_ends_the_lease_and_lets_nobody_enter_by_a_grant() {
 #[test]
 fn lease_lasts_as_long_as_the_task_that_has_it_asked_for() {
     let ttl = TTL * 3;
-    let want = Want { ttl, ..WANT };
+    let want = WaiterOptions { ttl, ..WANT };
     let asked = |seen: &Seen| match seen.request {
         Some(Request::Acquire { cycle, ttl, .. }) => (cycle.ttl(), ttl),
         _ => panic!("{seen:?}"),
@@ -463,7 +463,7 @@ fn lease_lasts_as_long_as_the_task_that_has_it_asked_for() {
     bench.rules.max_burst = 2;
     let (id, cycle) = bench.stand_in_queue(10);
     let (second, _) = bench.want_as(1, want);
-    bench.want_as(2, Want { ttl: TTL * 2, ..WANT });
+    bench.want_as(2, WaiterOptions { ttl: TTL * 2, ..WANT });
     bench.grant(grant(cycle, 11, 74));
     assert_eq!(bench.queue.ttl(), TTL);
     let guard = bench.guard(id);

@@ -75,8 +75,8 @@ fn rule_3_a_late_grant_is_asked_about() {
 #[test]
 fn a_grant_that_overtakes_the_queued_reply_waits_for_it() {
     let mut bench = Bench::new();
-    let want = Want {
-        expects_rivals: true,
+    let want = WaiterOptions {
+        contended_hint: true,
         ..WANT
     };
     for (mark, enters) in [(10, true), (11, false)] {
@@ -110,7 +110,11 @@ fn of_two_grants_that_overtook_the_reply_the_later_counts() {
 fn who_waits_asks_again_when_the_owners_lease_has_run_out() {
     let mut bench = Bench::new();
     let (_, cycle) = bench.stand_in_queue(10);
-    assert_eq!(bench.queue.look_at(), Some(bench.now + ms(502)), "its TTL and a spread");
+    assert_eq!(
+        bench.queue.next_deadline(),
+        Some(bench.now + ms(502)),
+        "its TTL and a spread"
+    );
     bench.pass(ms(501));
     assert_eq!(bench.tick(), NOTHING);
     bench.pass(ms(1));
@@ -139,7 +143,11 @@ fn those_further_back_look_later_and_foreign_owners_are_looked_at_more_often() {
             is_subscribed: true,
         };
         bench.reply(cycle, AcquireReply::Queued(position));
-        assert_eq!(bench.queue.look_at(), Some(bench.now + ms(look_in)), "{position:?}");
+        assert_eq!(
+            bench.queue.next_deadline(),
+            Some(bench.now + ms(look_in)),
+            "{position:?}"
+        );
     }
 }
 
@@ -257,7 +265,7 @@ fn a_reply_that_comes_later_than_the_lease_lasts_is_no_guard() {
 #[test]
 fn a_try_whose_reply_comes_too_late_stays_a_try() {
     let mut bench = Bench::new();
-    let want = Want { only_try: true, ..WANT };
+    let want = WaiterOptions { try_only: true, ..WANT };
     let cycle = bench.want_as(0, want).1.asks().0;
     let sent_at = bench.now;
     bench.pass(TTL);

@@ -4,16 +4,21 @@ use super::Queue;
 use super::effect::Effects;
 use super::outage::Outage;
 use super::phase::Phase;
-use super::terms::Context;
+use super::types::Context;
 use crate::error::LockError;
 use crate::protocol::{AcquireReply, Answer, Cycle, Grant, ReleaseReply};
 
 impl<W> Queue<W> {
     /// The reply to an acquire arrived.
-    pub(crate) fn replied(&mut self, cycle: Cycle, answer: Answer<AcquireReply>, cx: Context<'_>) -> Effects<W> {
+    pub(crate) fn on_acquire_reply(
+        &mut self,
+        cycle: Cycle,
+        answer: Answer<AcquireReply>,
+        cx: Context<'_>,
+    ) -> Effects<W> {
         let mut effects = Effects::none();
         match &mut self.phase {
-            Phase::Asking(asking) if asking.cycle == cycle => {
+            Phase::Acquiring(acquiring) if acquiring.cycle == cycle => {
                 self.trouble = None;
                 self.answered(answer, cx, &mut effects);
             }
@@ -28,7 +33,7 @@ impl<W> Queue<W> {
     }
 
     /// The reply to a release arrived.
-    pub(crate) fn released_remotely(
+    pub(crate) fn on_release_reply(
         &mut self,
         cycle: Cycle,
         answer: Answer<ReleaseReply>,
@@ -38,10 +43,10 @@ impl<W> Queue<W> {
         match &mut self.phase {
             Phase::Releasing { cycle: current, .. } if *current == cycle => {
                 self.phase = Phase::Idle;
-                self.ask(cx, &mut effects);
+                self.start_acquire(cx, &mut effects);
             }
-            Phase::Asking(asking) if asking.releases == Some(cycle) => {
-                asking.releases = None;
+            Phase::Acquiring(acquiring) if acquiring.releases == Some(cycle) => {
+                acquiring.releases = None;
                 self.trouble = None;
                 match answer.reply.requeued {
                     Some(reply) => {
@@ -56,7 +61,7 @@ impl<W> Queue<W> {
                         };
                         self.answered(answer, cx, &mut effects);
                     }
-                    None => self.ask_again(&mut effects),
+                    None => self.retry_acquire(&mut effects),
                 }
             }
             _ => {}
@@ -66,7 +71,7 @@ impl<W> Queue<W> {
 
     /// A request failed or timed out, so its effect is unknown. Waiters that depend on it fail,
     /// except those that tolerate an `outage`.
-    pub(crate) fn failed(
+    pub(crate) fn on_request_failed(
         &mut self,
         cycle: Cycle,
         error: &LockError,
@@ -75,11 +80,11 @@ impl<W> Queue<W> {
     ) -> Effects<W> {
         let mut effects = Effects::none();
         match &mut self.phase {
-            Phase::Asking(asking) if asking.cycle == cycle || asking.releases == Some(cycle) => {
-                if let Some(released) = asking.releases {
+            Phase::Acquiring(acquiring) if acquiring.cycle == cycle || acquiring.releases == Some(cycle) => {
+                if let Some(released) = acquiring.releases {
                     effects.abandon(released);
                 }
-                let (cycle, was_queued) = (asking.cycle, asking.was_queued || asking.early.is_some());
+                let (cycle, was_queued) = (acquiring.cycle, acquiring.was_queued || acquiring.early.is_some());
                 self.suffer(error, outage, cx, &mut effects);
                 if self.waiters.is_empty() {
                     effects.abandon(cycle);
@@ -101,7 +106,7 @@ impl<W> Queue<W> {
             Phase::Releasing { cycle: current, .. } if *current == cycle => {
                 effects.abandon(cycle);
                 self.phase = Phase::Idle;
-                self.ask(cx, &mut effects);
+                self.start_acquire(cx, &mut effects);
             }
             _ => {}
         }
@@ -110,18 +115,18 @@ impl<W> Queue<W> {
 
     /// The task that executed a request was cancelled before the reply arrived. If other waiters
     /// are left, the request is sent again: the store treats two requests of one cycle as one.
-    pub(crate) fn dropped(&mut self, cycle: Cycle, cx: Context<'_>) -> Effects<W> {
+    pub(crate) fn on_request_cancelled(&mut self, cycle: Cycle, cx: Context<'_>) -> Effects<W> {
         let mut effects = Effects::none();
         match &mut self.phase {
-            Phase::Asking(asking) if asking.cycle == cycle || asking.releases == Some(cycle) => {
-                if let Some(released) = asking.releases.take() {
+            Phase::Acquiring(acquiring) if acquiring.cycle == cycle || acquiring.releases == Some(cycle) => {
+                if let Some(released) = acquiring.releases.take() {
                     effects.abandon(released);
                 }
                 if self.waiters.is_empty() {
-                    effects.abandon(asking.cycle);
+                    effects.abandon(acquiring.cycle);
                     self.phase = Phase::Idle;
                 } else {
-                    self.ask_again(&mut effects);
+                    self.retry_acquire(&mut effects);
                 }
             }
             Phase::Held(held) if held.lease.cycle == cycle && held.extending => {
@@ -134,7 +139,7 @@ impl<W> Queue<W> {
             Phase::Releasing { cycle: current, .. } if *current == cycle => {
                 effects.abandon(cycle);
                 self.phase = Phase::Idle;
-                self.ask(cx, &mut effects);
+                self.start_acquire(cx, &mut effects);
             }
             _ => {}
         }
@@ -150,15 +155,15 @@ impl<W> Queue<W> {
     /// 3. Validity counts from when the request that got the "queued" reply was sent, because the
     ///    grant was made after that. If at most half of the TTL is left by that count, the acquire
     ///    is sent again.
-    pub(crate) fn granted(&mut self, grant: Grant, cx: Context<'_>) -> Effects<W> {
+    pub(crate) fn on_grant(&mut self, grant: Grant, cx: Context<'_>) -> Effects<W> {
         let mut effects = Effects::none();
         match &mut self.phase {
-            Phase::Asking(asking) if asking.cycle == grant.cycle => {
-                if asking
+            Phase::Acquiring(acquiring) if acquiring.cycle == grant.cycle => {
+                if acquiring
                     .early
                     .is_none_or(|early| early.tokens.first() < grant.tokens.first())
                 {
-                    asking.early = Some(grant);
+                    acquiring.early = Some(grant);
                 }
             }
             Phase::Queued(queued) if queued.cycle == grant.cycle => {
@@ -166,7 +171,7 @@ impl<W> Queue<W> {
                 self.enter(grant, mark, asked_at, cx, &mut effects);
             }
             // The enqueue mark is unknown, so only a reply can confirm the grant.
-            Phase::Retrying { cycle, .. } if *cycle == grant.cycle => self.ask_again(&mut effects),
+            Phase::Retrying { cycle, .. } if *cycle == grant.cycle => self.retry_acquire(&mut effects),
             Phase::Held(held) if held.lease.cycle == grant.cycle => {}
             Phase::Releasing { cycle, .. } if *cycle == grant.cycle => {}
             _ => {
@@ -179,13 +184,13 @@ impl<W> Queue<W> {
 
     /// The store reports that the cycle may be at the head of its queue. The acquire is sent again,
     /// and only the reply to it makes the manager the holder.
-    pub(crate) fn turn(&mut self, cycle: Cycle) -> Effects<W> {
+    pub(crate) fn on_your_turn(&mut self, cycle: Cycle) -> Effects<W> {
         let mut effects = Effects::none();
         match &mut self.phase {
-            Phase::Queued(queued) if queued.cycle == cycle => self.ask_again(&mut effects),
-            Phase::Retrying { cycle: current, .. } if *current == cycle => self.ask_again(&mut effects),
+            Phase::Queued(queued) if queued.cycle == cycle => self.retry_acquire(&mut effects),
+            Phase::Retrying { cycle: current, .. } if *current == cycle => self.retry_acquire(&mut effects),
             // The request in flight may have been executed before the turn came.
-            Phase::Asking(asking) if asking.cycle == cycle => asking.missed_pushes = true,
+            Phase::Acquiring(acquiring) if acquiring.cycle == cycle => acquiring.missed_pushes = true,
             Phase::Held(held) if held.lease.cycle == cycle => {}
             Phase::Releasing { cycle: current, .. } if *current == cycle => {}
             _ => effects.abandon(cycle),
@@ -196,12 +201,12 @@ impl<W> Queue<W> {
     /// A remote waiter began to wait for what we hold. A lingering lease is released at once. A
     /// cycle that is over can only hold the lease because a request given up long ago was executed
     /// late; it is released too.
-    pub(crate) fn wanted(&mut self, cycle: Cycle, cx: Context<'_>) -> Effects<W> {
+    pub(crate) fn on_remote_waiter(&mut self, cycle: Cycle, cx: Context<'_>) -> Effects<W> {
         let mut effects = Effects::none();
         let is_current = self.is_current(cycle);
         match &mut self.phase {
-            Phase::Held(held) if held.lease.cycle == cycle => self.meet_rivals(cx, &mut effects),
-            Phase::Asking(asking) if asking.cycle == cycle => asking.wanted = true,
+            Phase::Held(held) if held.lease.cycle == cycle => self.note_remote_waiters(cx, &mut effects),
+            Phase::Acquiring(acquiring) if acquiring.cycle == cycle => acquiring.wanted = true,
             _ if is_current => {}
             _ => effects.abandon(cycle),
         }
@@ -210,11 +215,11 @@ impl<W> Queue<W> {
 
     /// Pushes may have been missed, so a manager waiting in the store's queue sends its acquire
     /// again. The store may also have lost a lease; a renewal finds out.
-    pub(crate) fn resubscribed(&mut self, cx: Context<'_>) -> Effects<W> {
+    pub(crate) fn on_resubscribed(&mut self, cx: Context<'_>) -> Effects<W> {
         let mut effects = Effects::none();
         match &mut self.phase {
-            Phase::Asking(asking) => asking.missed_pushes = true,
-            Phase::Queued(_) | Phase::Retrying { .. } => self.ask_again(&mut effects),
+            Phase::Acquiring(acquiring) => acquiring.missed_pushes = true,
+            Phase::Queued(_) | Phase::Retrying { .. } => self.retry_acquire(&mut effects),
             Phase::Held(held) if held.confirmed_in != cx.epoch => held.renew_at = held.renew_at.min(cx.now),
             _ => {}
         }

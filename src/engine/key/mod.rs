@@ -17,24 +17,25 @@
 //! manager at the tail of the store's queue. This bounds bypass.
 //!
 //! At most one request for the key is in flight at any time. Renewals by the watchdog do not count:
-//! they only extend what is already ours. The caller reports the reply with [`Queue::replied`] or
-//! [`Queue::released_remotely`], and the lack of one with [`Queue::failed`] or [`Queue::dropped`].
+//! they only extend what is already ours. The caller reports the reply with
+//! [`Queue::on_acquire_reply`] or [`Queue::on_release_reply`], and the lack of one with
+//! [`Queue::on_request_failed`] or [`Queue::on_request_cancelled`].
 //! If a request fails because the store is unreachable, it is retried while any waiter tolerates
 //! the outage (see `outage`). After a missing reply the store may still know cycles that are over.
 //! These are *abandoned*: released in the background until the store confirms.
 //!
-//! Three rules decide whether a pushed grant makes the manager the holder. See [`Queue::granted`].
+//! Three rules decide whether a pushed grant makes the manager the holder. See [`Queue::on_grant`].
 
-mod answers;
-mod asking;
+mod acquire;
 mod effect;
-mod holding;
+mod hold;
 mod outage;
 mod phase;
-mod terms;
+mod store_events;
 #[cfg(test)]
 mod tests;
-mod time;
+mod timers;
+mod types;
 mod waiters;
 
 use std::sync::Arc;
@@ -43,8 +44,8 @@ use std::time::Duration;
 pub(crate) use effect::{Bound, Effects, Rare, Request, Wake};
 pub(crate) use outage::Outage;
 #[cfg(test)]
-pub(crate) use terms::Flaw;
-pub(crate) use terms::{Context, Granted, InOutage, Linger, Outcome, Path, Room, Rules, Want};
+pub(crate) use types::Flaw;
+pub(crate) use types::{Capacity, Context, Granted, InOutage, Linger, Outcome, Path, Rules, WaiterOptions};
 pub(crate) use waiters::WaiterId;
 
 use crate::clock::Moment;
@@ -53,7 +54,7 @@ use crate::fence::FencingToken;
 use crate::lease::Lease;
 use crate::protocol::Cycle;
 use outage::Trouble;
-use phase::{Held, Phase, Queued, Tenant};
+use phase::{Held, Occupant, Phase, Queued};
 use waiters::Waiters;
 
 /// Bounds on the size of a token block.
@@ -71,7 +72,7 @@ pub(crate) fn drift(ttl: Duration) -> Duration {
 
 #[derive(Debug)]
 struct Waiter<W> {
-    want: Want,
+    want: WaiterOptions,
     since: Moment,
     /// Wakes the waiter when its outcome is available. Taken at that point.
     waker: Option<W>,
@@ -91,7 +92,7 @@ pub(crate) struct Queue<W> {
     trouble: Option<Box<Trouble>>,
     /// Whether remote waiters were seen during the last hold, in which case the fast path is
     /// skipped.
-    rivals_seen: bool,
+    remote_waiters_seen: bool,
     /// Set on shutdown: new waiters are refused.
     closed: bool,
     /// Set when no task can want the key any more: a lease without a guard is released at once.
@@ -106,7 +107,7 @@ impl<W> Queue<W> {
             ttl: Duration::from_secs(1),
             asked_in: 0,
             trouble: None,
-            rivals_seen: false,
+            remote_waiters_seen: false,
             closed: false,
             keeps_nothing: false,
         }
@@ -125,7 +126,7 @@ impl<W> Queue<W> {
     /// Whether a request is in flight whose reply determines what happens next.
     pub(crate) const fn awaits_store(&self) -> bool {
         match &self.phase {
-            Phase::Asking(_) | Phase::Releasing { .. } => true,
+            Phase::Acquiring(_) | Phase::Releasing { .. } => true,
             Phase::Held(held) => held.extending,
             Phase::Idle | Phase::Queued(_) | Phase::Retrying { .. } => false,
         }
@@ -140,7 +141,7 @@ impl<W> Queue<W> {
     pub(crate) fn is_current(&self, cycle: Cycle) -> bool {
         match &self.phase {
             Phase::Idle => false,
-            Phase::Asking(asking) => asking.cycle == cycle || asking.releases == Some(cycle),
+            Phase::Acquiring(acquiring) => acquiring.cycle == cycle || acquiring.releases == Some(cycle),
             Phase::Retrying { cycle: current, .. } => *current == cycle,
             Phase::Queued(queued) => queued.cycle == cycle,
             Phase::Held(held) => held.lease.cycle == cycle,
@@ -177,11 +178,11 @@ impl<W> Queue<W> {
 
     /// Whether the lease can be evicted, or is already being evicted: it lingers without a guard,
     /// or is being released after lingering, and no local task wants it.
-    pub(crate) const fn is_spare(&self) -> bool {
+    pub(crate) const fn is_evictable(&self) -> bool {
         match &self.phase {
             Phase::Held(held) => held.lingers_until().is_some(),
             Phase::Releasing { lingered, .. } => *lingered && self.waiters.is_empty(),
-            Phase::Idle | Phase::Asking(_) | Phase::Retrying { .. } | Phase::Queued(_) => false,
+            Phase::Idle | Phase::Acquiring(_) | Phase::Retrying { .. } | Phase::Queued(_) => false,
         }
     }
 
@@ -190,7 +191,7 @@ impl<W> Queue<W> {
         let is_taken = match &self.phase {
             Phase::Held(held) => held.lingers_until().is_none(),
             Phase::Queued(_) => true,
-            Phase::Idle | Phase::Asking(_) | Phase::Retrying { .. } | Phase::Releasing { .. } => false,
+            Phase::Idle | Phase::Acquiring(_) | Phase::Retrying { .. } | Phase::Releasing { .. } => false,
         };
         is_taken || self.waiters.len() > 1
     }
@@ -202,17 +203,17 @@ impl<W> Queue<W> {
     }
 
     /// Whether other managers were seen to want the key during the last hold.
-    pub(crate) const fn rivals_seen(&self) -> bool {
-        self.rivals_seen
+    pub(crate) const fn remote_waiters_seen(&self) -> bool {
+        self.remote_waiters_seen
     }
 
     /// Enqueues a waiter. Its outcome can be [`collect`](Self::collect)ed when an effect returns
     /// its waker, or immediately.
-    pub(crate) fn want(&mut self, want: Want, waker: Option<W>, cx: Context<'_>) -> (WaiterId, Effects<W>) {
+    pub(crate) fn want(&mut self, want: WaiterOptions, waker: Option<W>, cx: Context<'_>) -> (WaiterId, Effects<W>) {
         let mut effects = Effects::none();
         let refused = if self.closed {
             Some(Outcome::Failed(Box::new(LockError::Closed)))
-        } else if want.only_try && !self.is_free_for_a_try() {
+        } else if want.try_only && !self.is_free_for_a_try() {
             Some(Outcome::Busy)
         } else {
             self.refused_by_outage(want.in_outage)
@@ -221,7 +222,7 @@ impl<W> Queue<W> {
         // A waiter that already has its outcome keeps no waker.
         let waker = if !settled {
             waker
-        } else if want.only_try {
+        } else if want.try_only {
             // A try collects its outcome immediately.
             effects.discarded = waker;
             None
@@ -242,8 +243,8 @@ impl<W> Queue<W> {
         }
         match &self.phase {
             Phase::Idle => {
-                self.rivals_seen |= want.expects_rivals;
-                self.ask(cx, &mut effects);
+                self.remote_waiters_seen |= want.contended_hint;
+                self.start_acquire(cx, &mut effects);
             }
             Phase::Held(held) if held.lingers_until().is_some() => self.resume(cx, &mut effects),
             _ => self.bear(want.in_outage, cx.now),
@@ -256,7 +257,7 @@ impl<W> Queue<W> {
         let is_free = match &self.phase {
             Phase::Idle | Phase::Releasing { .. } => true,
             Phase::Held(held) => held.lingers_until().is_some(),
-            Phase::Asking(_) | Phase::Retrying { .. } | Phase::Queued(_) => false,
+            Phase::Acquiring(_) | Phase::Retrying { .. } | Phase::Queued(_) => false,
         };
         is_free && self.waiters.is_empty()
     }
@@ -271,7 +272,7 @@ impl<W> Queue<W> {
     pub(crate) fn collect(&mut self, id: WaiterId) -> Option<Outcome> {
         self.waiters.get(id)?.outcome.as_ref()?;
         if let Phase::Held(Held {
-            tenant: Tenant::Guard(holder),
+            occupant: Occupant::Guard(holder),
             ..
         }) = &mut self.phase
             && holder.waiter == Some(id)
@@ -345,7 +346,7 @@ impl<W> Queue<W> {
     }
 
     /// Releases the lease if it is lingering, to make room.
-    pub(crate) fn let_go(&mut self, cx: Context<'_>) -> Effects<W> {
+    pub(crate) fn evict(&mut self, cx: Context<'_>) -> Effects<W> {
         let mut effects = Effects::none();
         self.end_linger(cx, &mut effects);
         effects
@@ -353,9 +354,9 @@ impl<W> Queue<W> {
 
     /// No task can want the key any more, although a guard may still be out. From now on the lease
     /// never lingers.
-    pub(crate) fn keep_nothing(&mut self, cx: Context<'_>) -> Effects<W> {
+    pub(crate) fn stop_lingering(&mut self, cx: Context<'_>) -> Effects<W> {
         self.keeps_nothing = true;
-        self.let_go(cx)
+        self.evict(cx)
     }
 
     /// The manager shuts down: waiters are refused, a holder loses its lease, and the store is sent
@@ -372,7 +373,7 @@ impl<W> Queue<W> {
                 let cycle = held.lease.cycle;
                 if held.extending {
                     effects.abandon(cycle);
-                    self.end_tenure(&mut effects);
+                    self.finish_hold(&mut effects);
                     self.phase = Phase::Idle;
                 } else {
                     self.release(cycle, cx, &mut effects);
@@ -386,7 +387,7 @@ impl<W> Queue<W> {
                 let cycle = *cycle;
                 self.stop_retrying(cycle, &mut effects);
             }
-            Phase::Idle | Phase::Asking(_) | Phase::Releasing { .. } => {}
+            Phase::Idle | Phase::Acquiring(_) | Phase::Releasing { .. } => {}
         }
         effects
     }

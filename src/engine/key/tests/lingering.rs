@@ -4,7 +4,7 @@ use super::*;
 
 const LINGER: Linger = Linger::of_millis(400);
 
-const KEPT: Want = Want { linger: LINGER, ..WANT };
+const KEPT: WaiterOptions = WaiterOptions { linger: LINGER, ..WANT };
 
 /// Acquires and releases a guard under a lease with these tokens. The lease now lingers. Returns
 /// its cycle.
@@ -152,11 +152,11 @@ fn what_another_manager_wants_is_given_back_at_once_and_its_next_lease_is_not_ke
             bench.wanted(cycle)
         };
         assert_eq!(seen.releases(), (cycle, None));
-        assert!(bench.queue.is_spare(), "until the reply comes");
+        assert!(bench.queue.is_evictable(), "until the reply comes");
         // A task that arrives now waits for the reply and then enters the store's queue.
         let (id, seen) = bench.want_as(0, KEPT);
         assert_eq!(seen, NOTHING);
-        assert!(!bench.queue.is_spare());
+        assert!(!bench.queue.is_evictable());
         let (cycle, mode, _) = bench.released_remotely(cycle, None).asks();
         assert!(mode == AcquireMode::Enqueue && cycle.expects_rivals());
         bench.reply(cycle, granted(100, 163));
@@ -187,7 +187,7 @@ fn what_is_wanted_while_an_extension_is_under_way_is_given_back_after_it() {
         "the extension could execute after the release"
     );
     assert_eq!(bench.queue.lingers_until(), None);
-    let try_it = Want { only_try: true, ..KEPT };
+    let try_it = WaiterOptions { try_only: true, ..KEPT };
     let (id, _) = bench.want_as(0, try_it);
     assert!(matches!(bench.collect(id), Some(Outcome::Busy)), "others wait");
     let seen = bench.reply(cycle, extended(10, 1033));
@@ -209,7 +209,7 @@ fn a_try_that_waits_for_an_extension_does_not_wait_for_others() {
     let mut bench = Bench::new();
     bench.rules.max_burst = 1;
     let cycle = keep_without_tokens(&mut bench);
-    let (id, seen) = bench.want_as(0, Want { only_try: true, ..KEPT });
+    let (id, seen) = bench.want_as(0, WaiterOptions { try_only: true, ..KEPT });
     assert_eq!(seen, NOTHING);
     let reply = AcquireReply::Granted {
         tokens: tokens(10, 1033),
@@ -258,7 +258,7 @@ fn its_end_is_looked_for() {
     let mut bench = Bench::new();
     let (id, seen) = bench.want_as(
         0,
-        Want {
+        WaiterOptions {
             linger: Linger::of_millis(5),
             ..WANT
         },
@@ -266,7 +266,7 @@ fn its_end_is_looked_for() {
     bench.reply(seen.asks().0, granted(1, 64));
     let guard = bench.guard(id);
     bench.release_held(&guard);
-    assert_eq!(bench.queue.look_at(), Some(bench.now + ms(5)));
+    assert_eq!(bench.queue.next_deadline(), Some(bench.now + ms(5)));
 }
 
 #[test]
@@ -305,7 +305,7 @@ fn a_shutdown_or_the_last_handles_end_gives_it_back_at_once() {
 
     let mut bench = Bench::new();
     let cycle = keep(&mut bench, 1, 64);
-    let (_, seen) = bench.event(|queue, cx| ((), queue.keep_nothing(cx)));
+    let (_, seen) = bench.event(|queue, cx| ((), queue.stop_lingering(cx)));
     assert_eq!(seen.releases(), (cycle, None));
 
     // The same if a guard is still out at that time.
@@ -314,7 +314,7 @@ fn a_shutdown_or_the_last_handles_end_gives_it_back_at_once() {
     let (cycle, ..) = seen.asks();
     bench.reply(cycle, granted(1, 64));
     let guard = bench.guard(id);
-    let (_, seen) = bench.event(|queue, cx| ((), queue.keep_nothing(cx)));
+    let (_, seen) = bench.event(|queue, cx| ((), queue.stop_lingering(cx)));
     assert_eq!(seen, NOTHING);
     assert_eq!(bench.release_held(&guard).releases(), (cycle, None));
 }
@@ -340,7 +340,7 @@ fn nothing_is_kept_where_there_is_no_room() {
     let mut bench = Bench::new();
     let cycle = keep(&mut bench, 1, 64);
     assert_eq!(bench.let_go().releases(), (cycle, None));
-    assert!(bench.queue.is_spare());
+    assert!(bench.queue.is_evictable());
     bench.released_remotely(cycle, None);
     assert!(bench.queue.is_unused());
 }
@@ -349,12 +349,12 @@ fn nothing_is_kept_where_there_is_no_room() {
 fn it_goes_to_a_try_and_tasks_line_up_behind_its_guard() {
     let mut bench = Bench::new();
     keep(&mut bench, 1, 64);
-    let (id, _) = bench.want_as(0, Want { only_try: true, ..KEPT });
+    let (id, _) = bench.want_as(0, WaiterOptions { try_only: true, ..KEPT });
     let guard = bench.guard(id);
     assert_eq!(guard.path, Path::Lingering);
     let (next, seen) = bench.want_as(1, KEPT);
     assert_eq!(seen, NOTHING);
-    let (id, _) = bench.want_as(2, Want { only_try: true, ..KEPT });
+    let (id, _) = bench.want_as(2, WaiterOptions { try_only: true, ..KEPT });
     assert!(matches!(bench.collect(id), Some(Outcome::Busy)));
     assert_eq!(bench.release_held(&guard).woken, [1]);
     assert_eq!(bench.guard(next).path, Path::LocalHandOff);
@@ -373,6 +373,6 @@ fn a_waiter_that_gives_up_leaves_it_as_it_was() {
 
 #[test]
 fn it_takes_no_more_room_in_an_entry() {
-    let without = size_of::<Option<crate::queue::phase::Holder>>();
-    assert_eq!(size_of::<crate::queue::phase::Tenant>(), without);
+    let without = size_of::<Option<crate::engine::key::phase::Holder>>();
+    assert_eq!(size_of::<crate::engine::key::phase::Occupant>(), without);
 }

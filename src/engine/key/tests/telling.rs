@@ -114,7 +114,7 @@ fn queue_tells_how_far_a_key_is() {
             ("awaits", queue.awaits_store()),
             ("queued", queue.queued_cycle().is_some()),
             ("contended", queue.is_contended()),
-            ("rivals", queue.rivals_seen()),
+            ("rivals", queue.remote_waiters_seen()),
         ] {
             if holds {
                 is.push(name);

@@ -6,8 +6,8 @@ use std::time::Duration;
 use super::BLOCK_MIN;
 use super::effect::Bound;
 #[cfg(test)]
-use super::terms::Flaw;
-use super::terms::{Context, Linger};
+use super::types::Flaw;
+use super::types::{Context, Linger};
 use super::waiters::WaiterId;
 use crate::clock::Moment;
 use crate::fence::{FencingToken, TokenBlock};
@@ -19,7 +19,7 @@ pub(super) enum Phase {
     /// No request is in flight and no lease is held.
     Idle,
     /// An acquire, or a release that requeues, is in flight.
-    Asking(Asking),
+    Acquiring(Acquiring),
     /// The last acquire got no reply. It is retried with the same cycle, which the store may know.
     Retrying {
         cycle: Cycle,
@@ -39,7 +39,7 @@ pub(super) enum Phase {
 }
 
 #[derive(Debug)]
-pub(super) struct Asking {
+pub(super) struct Acquiring {
     pub(super) cycle: Cycle,
     pub(super) mode: AcquireMode,
     /// The cycle that the same request releases.
@@ -64,7 +64,7 @@ pub(super) struct Queued {
     /// When the request that got the "queued" reply was sent. The grant is made after that.
     pub(super) asked_at: Moment,
     /// When to ask again without a push.
-    pub(super) ask_again_at: Moment,
+    pub(super) retry_at: Moment,
 }
 
 #[derive(Debug)]
@@ -77,7 +77,7 @@ pub(super) struct Held {
     pub(super) left_when_asked: u64,
     /// The number of tokens used during the last round trip.
     pub(super) used_in_a_round_trip: u64,
-    pub(super) tenant: Tenant,
+    pub(super) occupant: Occupant,
     /// How long the lease lingers after the current guard, as requested by the waiter served last.
     pub(super) linger: Linger,
     /// An acquire that extends the lease and reserves more tokens is in flight.
@@ -86,7 +86,7 @@ pub(super) struct Held {
     /// repeated.
     pub(super) in_doubt: bool,
     /// Whether remote waiters are known. Bypass is bounded from then on.
-    pub(super) rivals: bool,
+    pub(super) remote_waiters: bool,
     pub(super) served: u32,
     /// The total number of guards served, including those before remote waiters were known.
     pub(super) served_in_all: u32,
@@ -103,7 +103,7 @@ pub(super) struct Held {
 
 /// Who occupies our lease.
 #[derive(Debug)]
-pub(super) enum Tenant {
+pub(super) enum Occupant {
     /// No guard yet, or none any more: the reply to an extension determines what happens next.
     Nobody,
     /// A guard, which may not have been collected by its task yet.
@@ -122,7 +122,7 @@ pub(super) struct Holder {
     pub(super) hold_until: Option<Moment>,
 }
 
-impl Asking {
+impl Acquiring {
     pub(super) const fn new(cycle: Cycle, mode: AcquireMode, releases: Option<Cycle>) -> Self {
         Self {
             cycle,
@@ -140,17 +140,17 @@ impl Asking {
 impl Held {
     /// The guard under the lease, if any.
     pub(super) const fn guard(&self) -> Option<&Holder> {
-        match &self.tenant {
-            Tenant::Guard(holder) => Some(holder),
-            Tenant::Nobody | Tenant::Lingering { .. } => None,
+        match &self.occupant {
+            Occupant::Guard(holder) => Some(holder),
+            Occupant::Nobody | Occupant::Lingering { .. } => None,
         }
     }
 
     /// When the linger period ends, if the lease is lingering.
     pub(super) const fn lingers_until(&self) -> Option<Moment> {
-        match self.tenant {
-            Tenant::Lingering { until } => Some(until),
-            Tenant::Nobody | Tenant::Guard(_) => None,
+        match self.occupant {
+            Occupant::Lingering { until } => Some(until),
+            Occupant::Nobody | Occupant::Guard(_) => None,
         }
     }
 
@@ -158,7 +158,7 @@ impl Held {
     /// extension is in doubt, for which the release would have to be repeated. The cycle is then
     /// even, so the store notifies us when a remote waiter arrives.
     pub(super) const fn may_linger(&self) -> bool {
-        !self.linger.is_none() && !self.rivals && !self.in_doubt
+        !self.linger.is_none() && !self.remote_waiters && !self.in_doubt
     }
 
     /// Whether the store confirmed the lease recently, and after the last event that may have made
@@ -183,9 +183,9 @@ impl Held {
     }
 
     /// Starts to bound bypass, if remote waiters were not known before.
-    pub(super) fn meet_rivals(&mut self, now: Moment) {
-        if !self.rivals {
-            (self.rivals, self.served, self.since) = (true, 1, now);
+    pub(super) fn note_remote_waiters(&mut self, now: Moment) {
+        if !self.remote_waiters {
+            (self.remote_waiters, self.served, self.since) = (true, 1, now);
         }
     }
 
@@ -194,7 +194,7 @@ impl Held {
     }
 
     pub(super) fn reached_bound(&self, cx: Context<'_>) -> Option<Bound> {
-        if !self.rivals {
+        if !self.remote_waiters {
             None
         } else if self.served >= cx.rules.max_burst {
             Some(Bound::Burst)
@@ -228,7 +228,8 @@ impl Held {
     /// Whether the tokens may run out within a round trip.
     pub(super) fn is_low_on_tokens(&self, cx: Context<'_>) -> bool {
         let left = self.tokens.remaining() + self.spare.remaining();
-        let enough_for_the_tenure = self.rivals && left >= u64::from(cx.rules.max_burst.saturating_sub(self.served));
-        !self.extending && !enough_for_the_tenure && left <= (2 * self.used_in_a_round_trip).max(BLOCK_MIN / 4)
+        let enough_for_this_hold =
+            self.remote_waiters && left >= u64::from(cx.rules.max_burst.saturating_sub(self.served));
+        !self.extending && !enough_for_this_hold && left <= (2 * self.used_in_a_round_trip).max(BLOCK_MIN / 4)
     }
 }

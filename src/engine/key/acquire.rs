@@ -3,10 +3,10 @@
 use std::time::Duration;
 
 use super::effect::{Effects, Request};
-use super::phase::{Asking, Phase, Queued};
+use super::phase::{Acquiring, Phase, Queued};
 #[cfg(test)]
-use super::terms::Flaw;
-use super::terms::{Context, Outcome, Path};
+use super::types::Flaw;
+use super::types::{Context, Outcome, Path};
 use super::{BLOCK_MAX, BLOCK_MIN, Queue};
 use crate::clock::Moment;
 use crate::protocol::{AcquireMode, AcquireReply, Answer, Cycle, Grant, QueuePosition};
@@ -28,21 +28,21 @@ const LOOK_MAX: Duration = Duration::from_secs(10);
 
 impl<W> Queue<W> {
     /// Starts a cycle for the first waiter, if there is one.
-    pub(super) fn ask(&mut self, cx: Context<'_>, effects: &mut Effects<W>) {
+    pub(super) fn start_acquire(&mut self, cx: Context<'_>, effects: &mut Effects<W>) {
         let Some(first) = self.waiters.first().and_then(|id| self.waiters.get(id)) else {
             return;
         };
-        let mode = match (first.want.only_try, self.rivals_seen) {
+        let mode = match (first.want.try_only, self.remote_waiters_seen) {
             (true, _) => AcquireMode::Try,
             (false, true) => AcquireMode::Enqueue,
             (false, false) => AcquireMode::Fast,
         };
         // A try cannot be queued, so as an owner it needs notifications of remote waiters.
-        self.ask_as(mode, mode == AcquireMode::Enqueue, cx, effects);
+        self.start_acquire_as(mode, mode == AcquireMode::Enqueue, cx, effects);
     }
 
     /// Starts a cycle.
-    pub(super) fn ask_as(
+    pub(super) fn start_acquire_as(
         &mut self,
         mode: AcquireMode,
         expects_rivals: bool,
@@ -52,30 +52,30 @@ impl<W> Queue<W> {
         self.take_ttl_of_first();
         let cycle = cx.open_cycle(expects_rivals, self.ttl);
         self.asked_in = cx.epoch;
-        self.phase = Phase::Asking(Asking::new(cycle, mode, None));
-        let request = self.acquire(cycle, mode);
+        self.phase = Phase::Acquiring(Acquiring::new(cycle, mode, None));
+        let request = self.acquire_request(cycle, mode);
         effects.request(request);
     }
 
     /// Sends the acquire of the current cycle again. A try remains a try: it must not join the
     /// store's queue.
-    pub(super) fn ask_again(&mut self, effects: &mut Effects<W>) {
+    pub(super) fn retry_acquire(&mut self, effects: &mut Effects<W>) {
         let first = self.waiters.first().and_then(|id| self.waiters.get(id));
-        let mode = if first.is_some_and(|first| first.want.only_try) {
+        let mode = if first.is_some_and(|first| first.want.try_only) {
             AcquireMode::Try
         } else {
             AcquireMode::Enqueue
         };
         let (cycle, was_queued, too_late) = match &self.phase {
             Phase::Queued(queued) => (queued.cycle, true, 0),
-            Phase::Asking(asking) => (asking.cycle, asking.was_queued, asking.too_late),
+            Phase::Acquiring(acquiring) => (acquiring.cycle, acquiring.was_queued, acquiring.too_late),
             Phase::Retrying { cycle, was_queued } => (*cycle, *was_queued, 0),
             _ => return,
         };
-        let mut asking = Asking::new(cycle, mode, None);
-        (asking.was_queued, asking.too_late) = (was_queued, too_late);
-        self.phase = Phase::Asking(asking);
-        let request = self.acquire(cycle, mode);
+        let mut acquiring = Acquiring::new(cycle, mode, None);
+        (acquiring.was_queued, acquiring.too_late) = (was_queued, too_late);
+        self.phase = Phase::Acquiring(acquiring);
+        let request = self.acquire_request(cycle, mode);
         effects.request(request);
     }
 
@@ -86,7 +86,7 @@ impl<W> Queue<W> {
         }
     }
 
-    pub(super) fn acquire(&mut self, cycle: Cycle, mode: AcquireMode) -> Request {
+    pub(super) fn acquire_request(&mut self, cycle: Cycle, mode: AcquireMode) -> Request {
         self.take_ttl_of_first();
         let lingers = self
             .waiters
@@ -108,14 +108,20 @@ impl<W> Queue<W> {
         }
     }
 
-    /// Handles the reply to the acquire that [`Phase::Asking`] waits for.
+    /// Handles the reply to the acquire that [`Phase::Acquiring`] waits for.
     pub(super) fn answered(&mut self, answer: Answer<AcquireReply>, cx: Context<'_>, effects: &mut Effects<W>) {
-        let Phase::Asking(asking) = &mut self.phase else { return };
-        let (cycle, mode, was_queued) = (asking.cycle, asking.mode, asking.was_queued || asking.early.is_some());
+        let Phase::Acquiring(acquiring) = &mut self.phase else {
+            return;
+        };
+        let (cycle, mode, was_queued) = (
+            acquiring.cycle,
+            acquiring.mode,
+            acquiring.was_queued || acquiring.early.is_some(),
+        );
         match answer.reply {
             AcquireReply::Granted { tokens, .. } if tokens.first() <= answer.floor && mode == AcquireMode::Fast => {
                 // The counter was lost. The script raises it.
-                self.ask_again(effects);
+                self.retry_acquire(effects);
             }
             AcquireReply::Granted { tokens, .. } if tokens.first() <= answer.floor => {
                 self.regress(cycle, tokens.first(), answer.floor, cx, effects);
@@ -126,21 +132,21 @@ impl<W> Queue<W> {
                 } else {
                     Path::Uncontended
                 };
-                self.rivals_seen = asking.wanted || queued > 0 || was_queued;
+                self.remote_waiters_seen = acquiring.wanted || queued > 0 || was_queued;
                 self.hold(cycle, tokens, answer.ttl, answer.sent_at, path, cx, effects);
             }
             AcquireReply::Queued(position) => self.queued(answer.sent_at, position, cx, effects),
             AcquireReply::Taken => {
                 // The cycle left nothing behind in the store. The next one expects remote waiters.
-                self.rivals_seen = true;
+                self.remote_waiters_seen = true;
                 self.phase = Phase::Idle;
-                self.ask(cx, effects);
+                self.start_acquire(cx, effects);
             }
             AcquireReply::Busy => {
-                self.rivals_seen = true;
+                self.remote_waiters_seen = true;
                 self.phase = Phase::Idle;
                 self.refuse_tries(effects);
-                self.ask(cx, effects);
+                self.start_acquire(cx, effects);
             }
         }
     }
@@ -152,9 +158,11 @@ impl<W> Queue<W> {
         cx: Context<'_>,
         effects: &mut Effects<W>,
     ) {
-        let Phase::Asking(asking) = &mut self.phase else { return };
-        let (cycle, early, missed_pushes) = (asking.cycle, asking.early, asking.missed_pushes);
-        self.rivals_seen = true;
+        let Phase::Acquiring(acquiring) = &mut self.phase else {
+            return;
+        };
+        let (cycle, early, missed_pushes) = (acquiring.cycle, acquiring.early, acquiring.missed_pushes);
+        self.remote_waiters_seen = true;
         if self.waiters.is_empty() {
             return self.release(cycle, cx, effects);
         }
@@ -175,13 +183,13 @@ impl<W> Queue<W> {
             cycle,
             mark: position.enqueue_token,
             asked_at: sent_at,
-            ask_again_at: cx.now + look_in,
+            retry_at: cx.now + look_in,
         });
         if let Some(grant) = early {
             self.enter(grant, position.enqueue_token, sent_at, cx, effects);
         }
         if missed_pushes && matches!(self.phase, Phase::Queued(_)) {
-            self.ask_again(effects);
+            self.retry_acquire(effects);
         }
     }
 
@@ -209,17 +217,19 @@ impl<W> Queue<W> {
         }
         let ttl = grant.cycle.ttl();
         if (asked_at + ttl).since(cx.now) * 2 <= ttl {
-            return self.ask_again(effects);
+            return self.retry_acquire(effects);
         }
         self.hold(grant.cycle, grant.tokens, ttl, asked_at, Path::RemoteGrant, cx, effects);
     }
 
     /// The reply grants the lease, but it expired in transit.
-    pub(super) fn come_too_late(&mut self, cycle: Cycle, effects: &mut Effects<W>) {
-        let Phase::Asking(asking) = &mut self.phase else { return };
-        asking.too_late += 1;
-        if asking.too_late < TOO_LATE_MAX && !self.waiters.is_empty() {
-            return self.ask_again(effects);
+    pub(super) fn arrived_too_late(&mut self, cycle: Cycle, effects: &mut Effects<W>) {
+        let Phase::Acquiring(acquiring) = &mut self.phase else {
+            return;
+        };
+        acquiring.too_late += 1;
+        if acquiring.too_late < TOO_LATE_MAX && !self.waiters.is_empty() {
+            return self.retry_acquire(effects);
         }
         effects.abandon(cycle);
         self.phase = Phase::Idle;
@@ -230,8 +240,8 @@ impl<W> Queue<W> {
         effects.abandon(cycle);
         self.phase = Phase::Idle;
         if let Some(id) = self.waiters.first() {
-            self.settle(id, Outcome::Regressed { token, floor }, effects);
+            self.resolve(id, Outcome::Regressed { token, floor }, effects);
         }
-        self.ask(cx, effects);
+        self.start_acquire(cx, effects);
     }
 }

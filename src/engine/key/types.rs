@@ -65,27 +65,27 @@ pub(crate) struct Context<'a> {
     pub(crate) now: Moment,
     pub(crate) rules: &'a Rules,
     pub(crate) cycles: &'a Cycles,
-    pub(crate) room: Room<'a>,
+    pub(crate) capacity: Capacity<'a>,
     /// See [`LeaseStore::epoch`](crate::store::LeaseStore::epoch).
     pub(crate) epoch: u32,
 }
 
 /// The capacity for leases without a guard. Only checked when a lease is about to linger.
 #[derive(Debug, Clone, Copy)]
-pub(crate) struct Room<'a> {
+pub(crate) struct Capacity<'a> {
     /// The current number of keys in total, which may change at any time, and the limit.
     pub(crate) keys: &'a AtomicUsize,
     pub(crate) limit: usize,
 }
 
-impl Room<'_> {
-    pub(super) fn is_left(self) -> bool {
+impl Capacity<'_> {
+    pub(super) fn has_room(self) -> bool {
         self.keys.load(Ordering::Relaxed) <= self.limit
     }
 }
 
 #[cfg(test)]
-impl Room<'static> {
+impl Capacity<'static> {
     /// For queues that are on their own.
     pub(crate) const ENDLESS: Self = {
         static NO_KEYS: AtomicUsize = AtomicUsize::new(0);
@@ -148,16 +148,16 @@ pub(crate) enum InOutage {
 
 /// The options of a waiter.
 #[derive(Debug, Clone, Copy)]
-pub(crate) struct Want {
+pub(crate) struct WaiterOptions {
     pub(crate) ttl: Duration,
     pub(crate) max_hold: Option<Duration>,
     /// How long the lease lingers after the guard is dropped, if no task wants the key.
     pub(crate) linger: Linger,
     /// Whether to fail rather than wait.
-    pub(crate) only_try: bool,
+    pub(crate) try_only: bool,
     pub(crate) in_outage: InOutage,
     /// Whether other managers are likely to want the key, in which case the fast path is skipped.
-    pub(crate) expects_rivals: bool,
+    pub(crate) contended_hint: bool,
 }
 
 /// How a lock was acquired. As large as its padded place in [`Granted`], so that an outcome is

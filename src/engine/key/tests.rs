@@ -65,13 +65,13 @@ const fn at(millis: u64) -> Moment {
 }
 
 /// A waiter with no special options.
-const WANT: Want = Want {
+const WANT: WaiterOptions = WaiterOptions {
     ttl: TTL,
     max_hold: None,
     linger: Linger::NONE,
-    only_try: false,
+    try_only: false,
     in_outage: InOutage::Fail,
-    expects_rivals: false,
+    contended_hint: false,
 };
 
 const fn tokens(first: u64, last: u64) -> TokenBlock {
@@ -150,7 +150,7 @@ impl Bench {
             now: self.now,
             rules: &self.rules,
             cycles: &self.cycles,
-            room: Room {
+            capacity: Capacity {
                 keys: &self.keys,
                 limit: 10,
             },
@@ -177,7 +177,7 @@ impl Bench {
         self.want_as(waker, WANT)
     }
 
-    fn want_as(&mut self, waker: u32, want: Want) -> (WaiterId, Seen) {
+    fn want_as(&mut self, waker: u32, want: WaiterOptions) -> (WaiterId, Seen) {
         self.event(|queue, cx| queue.want(want, Some(waker), cx))
     }
 
@@ -192,26 +192,27 @@ impl Bench {
 
     fn reply_to(&mut self, sent_at: Moment, cycle: Cycle, reply: AcquireReply) -> Seen {
         let answer = answer(sent_at, reply);
-        self.event(|queue, cx| ((), queue.replied(cycle, answer, cx))).1
+        self.event(|queue, cx| ((), queue.on_acquire_reply(cycle, answer, cx)))
+            .1
     }
 
     /// Replies to a release.
     fn released_remotely(&mut self, cycle: Cycle, requeued: Option<AcquireReply>) -> Seen {
         let answer = answer(self.now, ReleaseReply { held: true, requeued });
-        self.event(|queue, cx| ((), queue.released_remotely(cycle, answer, cx)))
+        self.event(|queue, cx| ((), queue.on_release_reply(cycle, answer, cx)))
             .1
     }
 
     fn grant(&mut self, grant: Grant) -> Seen {
-        self.event(|queue, cx| ((), queue.granted(grant, cx))).1
+        self.event(|queue, cx| ((), queue.on_grant(grant, cx))).1
     }
 
     fn turn(&mut self, cycle: Cycle) -> Seen {
-        self.event(|queue, _| ((), queue.turn(cycle))).1
+        self.event(|queue, _| ((), queue.on_your_turn(cycle))).1
     }
 
     fn wanted(&mut self, cycle: Cycle) -> Seen {
-        self.event(|queue, cx| ((), queue.wanted(cycle, cx))).1
+        self.event(|queue, cx| ((), queue.on_remote_waiter(cycle, cx))).1
     }
 
     fn failed(&mut self, cycle: Cycle) -> Seen {
@@ -221,16 +222,16 @@ impl Bench {
             patience: ms(1_000),
             retry_at: now + ms(10),
         };
-        self.event(|queue, cx| ((), queue.failed(cycle, &no_answer(), Some(outage), cx)))
+        self.event(|queue, cx| ((), queue.on_request_failed(cycle, &no_answer(), Some(outage), cx)))
             .1
     }
 
     fn dropped(&mut self, cycle: Cycle) -> Seen {
-        self.event(|queue, cx| ((), queue.dropped(cycle, cx))).1
+        self.event(|queue, cx| ((), queue.on_request_cancelled(cycle, cx))).1
     }
 
     fn resubscribed(&mut self) -> Seen {
-        self.event(|queue, cx| ((), queue.resubscribed(cx))).1
+        self.event(|queue, cx| ((), queue.on_resubscribed(cx))).1
     }
 
     fn tick(&mut self) -> Seen {
@@ -247,11 +248,11 @@ impl Bench {
     }
 
     fn let_go(&mut self) -> Seen {
-        self.event(|queue, cx| ((), queue.let_go(cx))).1
+        self.event(|queue, cx| ((), queue.evict(cx))).1
     }
 
     fn renewed(&mut self, cycle: Cycle, sent_at: Moment, reply: Option<RenewReply>) -> Seen {
-        self.event(|queue, cx| ((), queue.renewed(cycle, TTL, sent_at, reply, cx)))
+        self.event(|queue, cx| ((), queue.on_renewal_reply(cycle, TTL, sent_at, reply, cx)))
             .1
     }
 
@@ -301,8 +302,8 @@ impl Bench {
     fn stand_in_queue(&mut self, mark: u64) -> (WaiterId, Cycle) {
         let (id, seen) = self.want_as(
             0,
-            Want {
-                expects_rivals: true,
+            WaiterOptions {
+                contended_hint: true,
                 ..WANT
             },
         );
@@ -388,8 +389,8 @@ fn a_taken_key_is_asked_for_again_with_an_odd_cycle_by_script() {
 #[test]
 fn who_expects_rivals_does_not_try_the_free_path() {
     let mut bench = Bench::new();
-    let want = Want {
-        expects_rivals: true,
+    let want = WaiterOptions {
+        contended_hint: true,
         ..WANT
     };
     let (cycle, mode, _) = bench.want_as(0, want).1.asks();
@@ -406,10 +407,10 @@ fn a_lost_counter_on_the_free_path_is_raised_by_the_script() {
         floor: 50,
         ..answer(bench.now, granted(50, 50))
     };
-    let (_, seen) = bench.event(|queue, cx| ((), queue.replied(cycle, below, cx)));
+    let (_, seen) = bench.event(|queue, cx| ((), queue.on_acquire_reply(cycle, below, cx)));
     assert_eq!(seen.asks(), (cycle, AcquireMode::Enqueue, 1));
     // If the script does not raise it, the token is refused: two holders could get the same one.
-    let (_, seen) = bench.event(|queue, cx| ((), queue.replied(cycle, below, cx)));
+    let (_, seen) = bench.event(|queue, cx| ((), queue.on_acquire_reply(cycle, below, cx)));
     assert_eq!(seen.abandoned, [cycle]);
     assert!(matches!(
         bench.collect(id),

@@ -1,0 +1,18 @@
+//! The rules of the locks as pure code: events in, effects out.
+//!
+//! # Implementation details
+//!
+//! Nothing here reads a clock, draws a random number, touches an atomic of the driver, or knows
+//! tasks, runtimes and stores. Time arrives with each event. So the same code runs in production
+//! (`shard`), in the exhaustive tests and in the simulation.
+//!
+//! [`key`] is the state machine of one key of one manager; read its header first.
+
+pub(crate) mod key;
+
+#[cfg(test)]
+pub(crate) use key::Flaw;
+pub(crate) use key::{
+    Bound, Capacity, Context, Effects, Granted, InOutage, Linger, Outage, Outcome, Path, Queue, Rare, Request, Rules,
+    WaiterId, WaiterOptions, Wake,
+};
