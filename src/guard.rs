@@ -5,11 +5,11 @@ use std::sync::Arc;
 use std::time::Duration;
 
 use crate::clock::Moment;
+use crate::driver::{Entry, Job};
 use crate::engine::{Granted, Request};
 use crate::error::{LockError, LossReason};
 use crate::fence::FencingToken;
 use crate::lease::Lease;
-use crate::shard::{Entry, Job};
 use crate::span::DebugSpan;
 use crate::store::Priority;
 use crate::telemetry::ClassMetrics;
@@ -196,7 +196,7 @@ impl LockGuard {
         };
         // Boxed to keep this future small: it is moved several times, and most releases send
         // nothing.
-        let driven = Box::pin(self.entry.drive(request, Priority::Foreground)).await;
+        let driven = Box::pin(self.entry.execute(request, Priority::Foreground)).await;
         self.send_to_background(driven.next);
         match driven.released {
             Some(Ok(false)) => Err(self.lost_error(LossReason::Taken)),

@@ -280,6 +280,7 @@ mod clock;
 mod config;
 mod contention;
 mod cycle;
+mod driver;
 mod endpoint;
 mod engine;
 mod error;
@@ -297,7 +298,6 @@ mod protocol;
 mod request;
 mod router;
 mod runtime;
-mod shard;
 #[cfg(test)]
 mod simulation;
 mod slow_log;
@@ -307,7 +307,6 @@ mod store;
 mod telemetry;
 mod text;
 mod time_limit;
-mod watchdog;
 
 pub use config::{Builder, Config, ShardConfig};
 pub use endpoint::{Endpoint, ServerUrl};

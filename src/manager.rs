@@ -10,6 +10,7 @@ use tokio::sync::{mpsc, oneshot};
 use crate::clock::Moment;
 use crate::config::{Builder, Config, ShardConfig};
 use crate::contention::HotKeys;
+use crate::driver::{Background, Job, Limits, Maps, Parts, Shard, SubscribeError, Usage};
 use crate::endpoint::Endpoint;
 use crate::engine::{Linger, Rules};
 use crate::error::LockError;
@@ -20,7 +21,6 @@ use crate::protocol::Cycles;
 use crate::request::{LockRequest, TryLockRequest};
 use crate::router::ShardMap;
 use crate::runtime::Runtimes;
-use crate::shard::{Background, Job, Limits, Load, Maps, Parts, Shard, Unheard};
 use crate::slow_log::SlowLog;
 use crate::snapshot::{self, HeldLock, HotKey, ShardState};
 use crate::store::{self, KeyState, LeaseStore, StoreError, StoreOptions, TlsFiles};
@@ -129,9 +129,9 @@ impl LockManager {
         let manager_metrics = &metrics;
         let (jobs, receiver) = mpsc::unbounded_channel();
         let shard_metrics = opened.iter().map(|opened| Arc::clone(&opened.metrics)).collect();
-        let (cycles, load) = (
+        let (cycles, usage) = (
             Arc::new(Cycles::with_secret(rand::random())),
-            Arc::new(Load::new(shard_metrics)),
+            Arc::new(Usage::new(shard_metrics)),
         );
         let rules = Rules {
             max_burst: config.max_burst,
@@ -169,7 +169,7 @@ impl LockManager {
                     default_ttl: config.ttl,
                     metrics,
                     class: Arc::clone(manager_metrics.classes.default_class()),
-                    load: Arc::clone(&load),
+                    usage: Arc::clone(&usage),
                     manager: Arc::clone(manager_metrics),
                     hot: Arc::clone(&hot),
                     slow_log: Arc::clone(&slow_log),
@@ -207,7 +207,7 @@ impl LockManager {
         let background = background.map_err(|error| failed(format!("no background thread: {error}")))?;
         match within(started, self.inner.config.store_timeout, pin!(background.listening)).await {
             Ok(Ok(Ok(()))) => Ok(()),
-            Ok(Ok(Err(Unheard { shard, step, error }))) => Err(shard.error(error, step, None, started)),
+            Ok(Ok(Err(SubscribeError { shard, step, error }))) => Err(shard.error(error, step, None, started)),
             Ok(Err(_)) => Err(failed("the background thread could not start its runtime".to_owned())),
             Err(_) => Err(failed(format!(
                 "the inbox could not be subscribed within store_timeout ({:?})",
@@ -488,14 +488,14 @@ impl Inner {
     /// Passes on to the recorder what was counted since the last call.
     #[cfg(feature = "admin")]
     pub(crate) fn flush_metrics(&self) {
-        crate::shard::pulse::tell(&self.shards, &self.metrics);
+        crate::driver::reporter::flush(&self.shards, &self.metrics);
     }
 
     /// Whether the manager was shut down.
     #[cfg(feature = "admin")]
     pub(crate) fn is_closed(&self) -> bool {
         let shard = self.shards.first();
-        shard.is_some_and(|shard| shard.load.closed.load(std::sync::atomic::Ordering::Relaxed))
+        shard.is_some_and(|shard| shard.usage.closed.load(std::sync::atomic::Ordering::Relaxed))
     }
 
     pub(crate) fn id(&self) -> &str {
@@ -522,7 +522,7 @@ impl Inner {
 impl Drop for Inner {
     fn drop(&mut self) {
         // If the background thread has already ended, there is nothing left to stop.
-        self.jobs.send(Job::Leave).ok();
+        self.jobs.send(Job::LastHandleDropped).ok();
     }
 }
 

@@ -13,12 +13,12 @@ use tokio::time::Sleep;
 
 use crate::clock::Moment;
 use crate::config::check_overrides;
+use crate::driver::{Completed, Entry, Job, Origin, Settled};
 use crate::engine::{InOutage, Linger, WaiterId, WaiterOptions};
 use crate::error::{InvalidSetting, LockError, LossReason};
 use crate::guard::LockGuard;
 use crate::key::LockKey;
 use crate::manager::Inner;
-use crate::shard::{Asked, Driven, Entry, Job, Settled};
 use crate::slow_log::WaitOutcome;
 use crate::span::DebugSpan;
 use crate::store::Priority;
@@ -258,7 +258,7 @@ struct Acquiring {
 struct QueuedWaiter {
     entry: Arc<Entry>,
     id: WaiterId,
-    in_flight: Option<Pin<Box<dyn Future<Output = Driven> + Send>>>,
+    in_flight: Option<Pin<Box<dyn Future<Output = Completed> + Send>>>,
     collected: bool,
 }
 
@@ -281,8 +281,8 @@ impl Acquiring {
         self.request.key.as_ref().ok()
     }
 
-    fn asked(&self) -> Asked {
-        Asked {
+    fn asked(&self) -> Origin {
+        Origin {
             at: self.asked_at,
             caller: self.request.caller,
         }
@@ -301,7 +301,7 @@ impl Acquiring {
         };
         let want = self.request.waiter_options(self.is_try())?;
         let shard = self.request.manager.shard(key);
-        let waiting = shard.load.waiters.fetch_add(1, Ordering::Relaxed);
+        let waiting = shard.usage.waiters.fetch_add(1, Ordering::Relaxed);
         let limit = shard.limits.waiters;
         let enqueued = if waiting >= limit {
             Err(LockError::TooManyWaiters {
@@ -325,7 +325,7 @@ impl Acquiring {
                 Ok((waiter, wanted.is_settled))
             }
             Err(error) => {
-                shard.load.waiters.fetch_sub(1, Ordering::Relaxed);
+                shard.usage.waiters.fetch_sub(1, Ordering::Relaxed);
                 Err(error)
             }
         }
@@ -496,7 +496,7 @@ impl Drop for Acquiring {
 }
 
 impl QueuedWaiter {
-    fn poll(&mut self, cx: &mut Context<'_>, asked: Asked) -> Poll<Settled> {
+    fn poll(&mut self, cx: &mut Context<'_>, asked: Origin) -> Poll<Settled> {
         while let Some(in_flight) = &mut self.in_flight {
             let Poll::Ready(driven) = in_flight.as_mut().poll(cx) else {
                 break;
@@ -520,15 +520,15 @@ impl QueuedWaiter {
     }
 }
 
-fn drive(entry: &Arc<Entry>, request: crate::engine::Request) -> Pin<Box<dyn Future<Output = Driven> + Send>> {
+fn drive(entry: &Arc<Entry>, request: crate::engine::Request) -> Pin<Box<dyn Future<Output = Completed> + Send>> {
     let entry = Arc::clone(entry);
-    Box::pin(async move { entry.drive(request, Priority::Foreground).await })
+    Box::pin(async move { entry.execute(request, Priority::Foreground).await })
 }
 
 impl Drop for QueuedWaiter {
     fn drop(&mut self) {
         let shard = &self.entry.shard;
-        shard.load.waiters.fetch_sub(1, Ordering::Relaxed);
+        shard.usage.waiters.fetch_sub(1, Ordering::Relaxed);
         shard.metrics.waiter_went();
         if !self.collected {
             self.entry.give_up(self.id);

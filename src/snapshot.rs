@@ -4,9 +4,9 @@ use std::collections::HashMap;
 use std::time::Duration;
 
 use crate::clock::Moment;
+use crate::driver::{Entry, Shard};
 use crate::fence::FencingToken;
 use crate::manager::Inner;
-use crate::shard::{Entry, Shard};
 
 /// One of the keys with the most contention in this process. See
 /// [`LockManager::hot_keys`](crate::LockManager::hot_keys).

@@ -4,7 +4,7 @@
 //!
 //! Nothing here reads a clock, draws a random number, touches an atomic of the driver, or knows
 //! tasks, runtimes and stores. Time arrives with each event. So the same code runs in production
-//! (`shard`), in the exhaustive tests and in the simulation.
+//! (`driver`), in the exhaustive tests and in the simulation.
 //!
 //! [`key`] is the state machine of one key of one manager; read its header first.
 

@@ -1,5 +1,5 @@
-//! The background thread of a manager, as in `shard::background` and `watchdog`: jobs, abandoned
-//! cycles, renewals.
+//! The background thread of a manager, as in `driver::background` and `driver::watchdog`: jobs,
+//! abandoned cycles, renewals.
 
 use std::time::Duration;
 

@@ -3,7 +3,7 @@
 //! # Implementation details
 //!
 //! Queues, leases, cycles and the logic of the store are production code. Tasks, connections,
-//! subscriptions and clocks are simulated and wired together as in `shard`. All randomness comes
+//! subscriptions and clocks are simulated and wired together as in `driver`. All randomness comes
 //! from one seed, so a failing seed can be run again with a trace. Each seed draws some kinds of
 //! faults and leaves others out ([`plan`]), so that no kind always hides another.
 //!

@@ -297,7 +297,7 @@ impl World {
         }
     }
 
-    /// Applies an event to a queue, as `shard::Entry` does, and carries out its effects, except for
+    /// Applies an event to a queue, as `driver::Entry` does, and carries out its effects, except for
     /// the request, which is returned to the caller.
     pub(super) fn event<R>(
         &mut self,

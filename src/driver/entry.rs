@@ -36,34 +36,34 @@ struct State {
     /// Contention recorded since the last flush to the manager.
     contention: Option<Box<KeyContention>>,
     /// Who collected the last guard. The queue knows whether that guard is still out.
-    holding: Option<Holding>,
+    holding: Option<HolderInfo>,
 }
 
 /// The counted properties of a queue.
 #[derive(Debug, Clone, Copy)]
-struct Standing {
+struct Counted {
     holds: bool,
-    is_spare: bool,
+    is_evictable: bool,
 }
 
-impl Standing {
+impl Counted {
     const fn of(queue: &Queue<Waker>) -> Self {
         Self {
             holds: queue.holds(),
-            is_spare: queue.is_evictable(),
+            is_evictable: queue.is_evictable(),
         }
     }
 }
 
 /// Who requested a lock, and when.
 #[derive(Debug, Clone, Copy)]
-pub(crate) struct Asked {
+pub(crate) struct Origin {
     pub(crate) at: Moment,
     pub(crate) caller: &'static Location<'static>,
 }
 
 #[derive(Debug, Clone, Copy)]
-struct Holding {
+struct HolderInfo {
     token: FencingToken,
     since: Moment,
     caller: &'static Location<'static>,
@@ -71,8 +71,8 @@ struct Holding {
 
 /// A snapshot of a key.
 #[derive(Debug)]
-pub(crate) struct Seen {
-    pub(crate) held: Option<SeenHeld>,
+pub(crate) struct KeySnapshot {
+    pub(crate) held: Option<HeldSnapshot>,
     pub(crate) waiting: usize,
     /// How long the first waiter has been waiting; zero if there is none.
     pub(crate) longest_wait: Duration,
@@ -80,7 +80,7 @@ pub(crate) struct Seen {
 
 /// The result of enqueueing a waiter.
 #[derive(Debug)]
-pub(crate) struct Wanted {
+pub(crate) struct Enqueued {
     pub(crate) id: WaiterId,
     /// A request that the caller has to execute.
     pub(crate) request: Option<Request>,
@@ -90,7 +90,7 @@ pub(crate) struct Wanted {
 
 /// A guard that is out.
 #[derive(Debug)]
-pub(crate) struct SeenHeld {
+pub(crate) struct HeldSnapshot {
     pub(crate) cycle: Cycle,
     pub(crate) token: FencingToken,
     pub(crate) age: Duration,
@@ -125,10 +125,10 @@ impl fmt::Debug for Entry {
 impl State {
     /// Records the new holder, and contention. Returns the contention to flush when enough has
     /// accumulated.
-    fn note(&mut self, outcome: &Outcome, asked: Asked) -> Option<Box<KeyContention>> {
+    fn note(&mut self, outcome: &Outcome, asked: Origin) -> Option<Box<KeyContention>> {
         match outcome {
             Outcome::Granted(granted) => {
-                self.holding = Some(Holding {
+                self.holding = Some(HolderInfo {
                     token: granted.token,
                     since: granted.at,
                     caller: asked.caller,
@@ -169,7 +169,7 @@ impl Entry {
         want: WaiterOptions,
         waker: Waker,
         now: Moment,
-    ) -> Option<Result<Wanted, LockError>> {
+    ) -> Option<Result<Enqueued, LockError>> {
         let cx = self.context(now);
         let mut state = self.state.lock();
         if state.removed {
@@ -181,25 +181,25 @@ impl Entry {
             let (key, limit) = (self.key.to_string(), self.shard.limits.waiters_per_key);
             return Some(Err(LockError::QueueFull { key, waiting, limit }));
         }
-        let before = Standing::of(&state.queue);
+        let before = Counted::of(&state.queue);
         let (id, mut effects) = state.queue.want(want, Some(waker), cx);
         let is_settled = state.queue.is_settled(id);
         // Without a lingering lease or an outage, a new waiter changes no deadline.
-        let is_due = before.is_spare || state.queue.trouble().is_some();
-        let look_at = is_due.then(|| state.queue.next_deadline()).flatten();
-        let after = Standing::of(&state.queue);
+        let is_due = before.is_evictable || state.queue.trouble().is_some();
+        let deadline = is_due.then(|| state.queue.next_deadline()).flatten();
+        let after = Counted::of(&state.queue);
         self.count(before, after);
         drop(state);
-        self.count_spare(before, after);
-        if let Some(look_at) = look_at {
-            self.shard.watch.look_at(look_at);
+        self.count_evictable(before, after);
+        if let Some(deadline) = deadline {
+            self.shard.next_deadline.wake_at(deadline);
         }
         if is_settled {
             // The calling task collects immediately.
             effects.wake = Wake::None;
         }
         let request = self.carry_out(effects);
-        Some(Ok(Wanted {
+        Some(Ok(Enqueued {
             id,
             request,
             is_settled,
@@ -207,7 +207,7 @@ impl Entry {
     }
 
     /// Takes the outcome if it is available. Otherwise registers the waker.
-    pub(crate) fn poll(self: &Arc<Self>, id: WaiterId, waker: &Waker, asked: Asked) -> Poll<Settled> {
+    pub(crate) fn poll(self: &Arc<Self>, id: WaiterId, waker: &Waker, asked: Origin) -> Poll<Settled> {
         let mut state = self.state.lock();
         let Some(outcome) = state.queue.collect(id) else {
             let replaced = match state.queue.waker(id) {
@@ -249,17 +249,17 @@ impl Entry {
             state.contention.get_or_insert_default().record_failure();
         }
         drop(state);
-        self.in_background(|queue, cx| queue.give_up(id, cx));
+        self.apply_in_background(|queue, cx| queue.give_up(id, cx));
     }
 
     /// A snapshot of the holder and the waiters.
-    pub(crate) fn look(&self, now: Moment) -> Seen {
+    pub(crate) fn look(&self, now: Moment) -> KeySnapshot {
         let state = self.state.lock();
         let lease = state.queue.lease();
         let held = lease.and_then(|(lease, token)| {
             let token = token?;
             let holding = state.holding.filter(|holding| holding.token == token);
-            Some(SeenHeld {
+            Some(HeldSnapshot {
                 cycle: lease.cycle,
                 token,
                 age: holding.map_or(Duration::ZERO, |holding| now.since(holding.since)),
@@ -267,7 +267,7 @@ impl Entry {
                 caller: holding.map(|holding| holding.caller),
             })
         });
-        Seen {
+        KeySnapshot {
             held,
             waiting: state.queue.waiting(),
             longest_wait: state
@@ -313,15 +313,15 @@ impl Entry {
         token: FencingToken,
         now: Moment,
     ) -> (bool, Option<Request>) {
-        self.at(now, |queue, cx| queue.released(cycle, token, cx))
+        self.apply(now, |queue, cx| queue.released(cycle, token, cx))
     }
 
     /// Applies an event and carries out its effects. A request goes to the background thread.
-    pub(crate) fn in_background(
+    pub(crate) fn apply_in_background(
         self: &Arc<Self>,
         event: impl FnOnce(&mut Queue<Waker>, Context<'_>) -> Effects<Waker>,
     ) {
-        let ((), request) = self.at(Moment::now(), |queue, cx| ((), event(queue, cx)));
+        let ((), request) = self.apply(Moment::now(), |queue, cx| ((), event(queue, cx)));
         if let Some(request) = request {
             self.shard.send(Job::Request {
                 entry: Arc::clone(self),
@@ -332,18 +332,18 @@ impl Entry {
 
     /// Applies an event at the given time and carries out its effects. A request is returned to the
     /// caller.
-    pub(super) fn at<R>(
+    pub(super) fn apply<R>(
         self: &Arc<Self>,
         now: Moment,
         event: impl FnOnce(&mut Queue<Waker>, Context<'_>) -> (R, Effects<Waker>),
     ) -> (R, Option<Request>) {
         let cx = self.context(now);
         let mut state = self.state.lock();
-        let before = Standing::of(&state.queue);
+        let before = Counted::of(&state.queue);
         let (result, mut effects) = event(&mut state.queue, cx);
-        let after = Standing::of(&state.queue);
+        let after = Counted::of(&state.queue);
         self.count(before, after);
-        let look_at = state.queue.next_deadline();
+        let deadline = state.queue.next_deadline();
         if let Some(rare) = &mut effects.rare {
             drop(state);
             // Before the entry leaves the table. Otherwise a shutdown could find neither the entry
@@ -352,30 +352,30 @@ impl Entry {
             state = self.state.lock();
         }
         self.remove_if_unused(state);
-        self.count_spare(before, after);
-        if let Some(look_at) = look_at {
-            self.shard.watch.look_at(look_at);
+        self.count_evictable(before, after);
+        if let Some(deadline) = deadline {
+            self.shard.next_deadline.wake_at(deadline);
         }
         (result, self.carry_out(effects))
     }
 
     /// Counts what an event has changed. Called under the mutex of the entry.
-    fn count(&self, before: Standing, after: Standing) {
+    fn count(&self, before: Counted, after: Counted) {
         let metrics = &self.shard.metrics;
         match (before.holds, after.holds) {
             (false, true) => metrics.lease_came(),
             (true, false) => metrics.lease_went(),
             _ => {}
         }
-        if !before.is_spare && after.is_spare {
+        if !before.is_evictable && after.is_evictable {
             metrics.lease_lingers();
         }
     }
 
     /// Counts that the key is no longer evictable. Called only after the key has left the table, if
     /// it does: otherwise the check of the key limit would briefly count it as in use.
-    fn count_spare(&self, before: Standing, after: Standing) {
-        if before.is_spare && !after.is_spare {
+    fn count_evictable(&self, before: Counted, after: Counted) {
+        if before.is_evictable && !after.is_evictable {
             self.shard.metrics.lease_lingers_no_more();
         }
     }
@@ -451,7 +451,7 @@ impl Entry {
         }
     }
 
-    fn settle(&self, outcome: Outcome, asked: Asked) -> Settled {
+    fn settle(&self, outcome: Outcome, asked: Origin) -> Settled {
         let (key, shard) = (|| self.key.to_string(), || self.shard.name.to_string());
         match outcome {
             Outcome::Granted(granted) => {

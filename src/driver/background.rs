@@ -18,21 +18,21 @@ use std::sync::atomic::Ordering;
 use tokio::sync::{mpsc, oneshot};
 use tokio::task::{JoinSet, LocalSet};
 
-use super::abandon::{Work, clean};
-use super::inbox::{Unheard, hear};
-use super::{Entry, Job, Shard, pulse, room, server_clock};
+use super::orphans::{Work, clean};
+use super::subscriber::{SubscribeError, subscribe};
+use super::watchdog::keep_alive;
+use super::{Entry, Job, Shard, evict, reporter, server_clock};
 use crate::engine::Request;
 use crate::foreign::SUBSCRIBER;
 use crate::key::LockKey;
 use crate::store::Priority;
-use crate::watchdog::keep_alive;
 
 /// A handle to the background thread.
 #[derive(Debug)]
 pub(crate) struct Background {
     /// Resolves when the inbox of every connected shard has been subscribed for the first time, or
     /// when one was refused.
-    pub(crate) listening: oneshot::Receiver<Result<(), Unheard>>,
+    pub(crate) listening: oneshot::Receiver<Result<(), SubscribeError>>,
 }
 
 impl Background {
@@ -73,14 +73,14 @@ async fn run(
     shards: Rc<[Arc<Shard>]>,
     connected: Vec<bool>,
     mut jobs: mpsc::UnboundedReceiver<Job>,
-    listening: oneshot::Sender<Result<(), Unheard>>,
+    listening: oneshot::Sender<Result<(), SubscribeError>>,
 ) {
     let mut services = JoinSet::new();
     let (tell, mut told) = mpsc::unbounded_channel();
     let mut cleaners = Vec::with_capacity(shards.len());
     for (shard, &is_connected) in shards.iter().zip(&connected) {
         let tell = is_connected.then(|| tell.clone());
-        services.spawn_local(hear(Arc::clone(shard), tell));
+        services.spawn_local(subscribe(Arc::clone(shard), tell));
         services.spawn_local(keep_alive(Arc::clone(shard)));
         services.spawn_local(server_clock::watch(Arc::clone(shard)));
         let (cleaner, work) = mpsc::unbounded_channel();
@@ -89,9 +89,9 @@ async fn run(
     }
     let metrics = shards.first().map(|shard| Arc::clone(&shard.manager));
     if let Some(metrics) = &metrics {
-        services.spawn_local(pulse::pulse(Rc::clone(&shards), Arc::clone(metrics)));
+        services.spawn_local(reporter::report(Rc::clone(&shards), Arc::clone(metrics)));
     }
-    services.spawn_local(look_after_home(Rc::clone(&shards)));
+    services.spawn_local(watch_app_runtime(Rc::clone(&shards)));
     drop(tell);
     let count = connected.iter().filter(|&&connected| connected).count();
     services.spawn_local(async move {
@@ -111,12 +111,16 @@ async fn run(
     let mut leaving = false;
     loop {
         let ending = leaving || !closing.is_empty();
-        let owes_nothing = || shards.iter().all(|shard| shard.load.owes_nothing() && shard.is_idle());
-        if ending && work.is_empty() && jobs.is_empty() && owes_nothing() {
+        let has_no_pending_releases = || {
+            shards
+                .iter()
+                .all(|shard| shard.usage.has_no_pending_releases() && shard.is_idle())
+        };
+        if ending && work.is_empty() && jobs.is_empty() && has_no_pending_releases() {
             settle(&shards).await;
             if let Some(metrics) = &metrics {
                 // There may be no further flush.
-                pulse::tell(&shards, metrics);
+                reporter::flush(&shards, metrics);
             }
             for done in closing.drain(..) {
                 // The caller may have stopped waiting.
@@ -143,12 +147,12 @@ async fn run(
                     close(&shards);
                     closing.push(done);
                 }
-                Some(Job::MakeRoom) => room::make(&shards),
-                Some(Job::Leave) | None => {
+                Some(Job::Evict) => evict::evict(&shards),
+                Some(Job::LastHandleDropped) | None => {
                     leave(&shards);
                     leaving = true;
                 }
-                Some(Job::Look) => {}
+                Some(Job::CheckIdle) => {}
             },
             Some(ended) = work.join_next(), if !work.is_empty() => check(ended, &shards),
             Some(ended) = services.join_next(), if !services.is_empty() => check(ended, &shards),
@@ -157,10 +161,10 @@ async fn run(
 }
 
 /// Checks whether the application's runtime is making progress, and moves work away from it if not.
-async fn look_after_home(shards: Rc<[Arc<Shard>]>) {
+async fn watch_app_runtime(shards: Rc<[Arc<Shard>]>) {
     let Some(first) = shards.first() else { return };
     let leave = || shards.iter().for_each(|shard| shard.store.leave_app_runtime());
-    first.runtimes.watch(first.timeout, || first.load.waits(), leave).await;
+    first.runtimes.watch(first.timeout, || first.usage.waits(), leave).await;
 }
 
 /// Lets every store finish its cleanup, within the time limit of a request.
@@ -213,27 +217,27 @@ fn hand_over(cleaners: &[mpsc::UnboundedSender<Work>], shard: usize, work: Work)
 async fn carry_out(entry: Arc<Entry>, request: Request) {
     let mut next = Some(request);
     while let Some(request) = next {
-        next = entry.drive(request, Priority::Background).await.next;
+        next = entry.execute(request, Priority::Background).await.next;
     }
 }
 
 /// No task can want a key any more: lingering leases are released, and held ones will not linger.
 fn leave(shards: &[Arc<Shard>]) {
     for shard in shards {
-        shard.load.ending.store(true, Ordering::SeqCst);
+        shard.usage.ending.store(true, Ordering::SeqCst);
         for entry in shard.table.all() {
-            entry.in_background(|queue, cx| queue.stop_lingering(cx));
+            entry.apply_in_background(|queue, cx| queue.stop_lingering(cx));
         }
     }
 }
 
 fn close(shards: &[Arc<Shard>]) {
     for shard in shards {
-        shard.load.closed.store(true, Ordering::SeqCst);
-        shard.load.ending.store(true, Ordering::SeqCst);
+        shard.usage.closed.store(true, Ordering::SeqCst);
+        shard.usage.ending.store(true, Ordering::SeqCst);
         for entry in shard.table.all() {
             // A panic at one key must not leave others open.
-            let close = || entry.in_background(|queue, cx| queue.close(cx));
+            let close = || entry.apply_in_background(|queue, cx| queue.close(cx));
             if catch_unwind(AssertUnwindSafe(close)).is_err() {
                 SUBSCRIBER.call(|| {
                     tracing::error!(shard = %shard.name, "closing a key panicked; its lease is left to expire");

@@ -10,7 +10,7 @@ use crate::key::LockKey;
 /// A small table of hashes with one key per place: a newer key replaces an older one. It is only a
 /// hint; a wrong entry costs one extra request.
 #[derive(Debug)]
-pub(super) struct Rivals {
+pub(super) struct ContentionHints {
     hasher: RandomState,
     places: Box<[AtomicU64]>,
 }
@@ -18,7 +18,7 @@ pub(super) struct Rivals {
 /// The maximum number of keys remembered, at 8 bytes each.
 const PLACES: usize = 4096;
 
-impl Default for Rivals {
+impl Default for ContentionHints {
     fn default() -> Self {
         Self {
             hasher: RandomState::default(),
@@ -27,13 +27,13 @@ impl Default for Rivals {
     }
 }
 
-impl Rivals {
+impl ContentionHints {
     fn place(&self, key: &LockKey) -> (&AtomicU64, u64) {
         let hash = self.hasher.hash_one(key).max(1);
         (&self.places[hash as usize % PLACES], hash)
     }
 
-    pub(super) fn seen(&self, key: &LockKey) -> bool {
+    pub(super) fn is_contended(&self, key: &LockKey) -> bool {
         let (place, hash) = self.place(key);
         place.load(Ordering::Relaxed) == hash
     }
@@ -56,13 +56,13 @@ mod tests {
 
     #[test]
     fn remembers_until_told_otherwise() {
-        let rivals = Rivals::default();
+        let hints = ContentionHints::default();
         let key = LockKey::new("k").unwrap();
-        assert!(!rivals.seen(&key));
-        rivals.note(&key, true);
-        assert!(rivals.seen(&key));
-        rivals.note(&LockKey::new("other").unwrap(), false);
-        rivals.note(&key, false);
-        assert!(!rivals.seen(&key));
+        assert!(!hints.is_contended(&key));
+        hints.note(&key, true);
+        assert!(hints.is_contended(&key));
+        hints.note(&LockKey::new("other").unwrap(), false);
+        hints.note(&key, false);
+        assert!(!hints.is_contended(&key));
     }
 }

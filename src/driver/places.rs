@@ -10,7 +10,7 @@
 use std::sync::Arc;
 
 use super::Shard;
-use super::inbox::ask_again;
+use super::subscriber::ask_again;
 use crate::protocol::Cycle;
 use crate::store::{INSPECTED_QUEUE_MAX, KeyState};
 

@@ -4,7 +4,7 @@
 //! # Implementation details
 //!
 //! The watchdog runs on the background thread and sleeps until something is due
-//! ([`Watch`](crate::shard::Shard)). Each pass goes through all keys of the shard and applies the
+//! ([`Watch`](crate::driver::Shard)). Each pass goes through all keys of the shard and applies the
 //! passage of time to each. All leases that are due for renewal, or will be soon, are renewed in
 //! batches. So a hundred thousand leases cost one pass and a few hundred script calls per tenth of
 //! their TTL. Batches are independent: one that hangs does not delay the next. They only wait here
@@ -18,8 +18,8 @@ use tokio::time::Instant;
 use tracing::Instrument;
 
 use crate::clock::Moment;
+use crate::driver::{Backlog, Due, Entry, STRAIN_MIN, Shard};
 use crate::protocol::{RenewReply, Renewal};
-use crate::shard::{Backlog, Due, Entry, STRAIN_MIN, Shard};
 use crate::store::StoreError;
 use crate::telemetry::RequestKind;
 
@@ -62,7 +62,7 @@ pub(crate) async fn keep_alive(shard: Arc<Shard>) {
 /// Waits until something is due, but at least until `next_look`.
 async fn due(shard: &Shard, next_look: Instant) {
     tokio::time::sleep_until(next_look).await;
-    shard.watch.due().await;
+    shard.next_deadline.due().await;
 }
 
 /// How long to pause after a pass: a pass over many keys must leave most of the time to the
@@ -78,11 +78,11 @@ type DueRenewal = Due<(Arc<Entry>, Renewal)>;
 /// TTL of all leases.
 fn look(shard: &Arc<Shard>) -> (Vec<DueRenewal>, Duration) {
     // Reset first, so that deadlines set by tasks during the pass are kept.
-    shard.watch.reset();
+    shard.next_deadline.reset();
     let (mut all_due, mut shortest) = (Vec::new(), Duration::MAX);
     for entry in shard.entries() {
         let mut renewal = None;
-        entry.in_background(|queue, cx| {
+        entry.apply_in_background(|queue, cx| {
             let effects = queue.tick(cx);
             renewal = queue.renewal(cx);
             if queue.holds() {
@@ -150,7 +150,7 @@ async fn renew(shard: Arc<Shard>, mut due: Vec<(Arc<Entry>, Renewal)>) -> bool {
             Some(RenewReply::NotOurs) => {}
             None => shard.metrics.renewal_failed.increment(1),
         }
-        entry.in_background(|queue, cx| queue.on_renewal_reply(renewal.cycle, renewal.ttl, sent_at, reply, cx));
+        entry.apply_in_background(|queue, cx| queue.on_renewal_reply(renewal.cycle, renewal.ttl, sent_at, reply, cx));
     }
     in_time
 }

@@ -12,23 +12,24 @@
 //! It is first marked as removed under its mutex, so a task that found it just before looks it up
 //! again.
 
-mod abandon;
 mod background;
 mod backlog;
-mod drive;
+mod contention_hints;
+mod deadline;
 mod entry;
-mod inbox;
+mod evict;
+mod execute;
 mod map;
+mod orphans;
 mod places;
-pub(crate) mod pulse;
 mod reach;
-mod rivals;
-mod room;
+pub(crate) mod reporter;
 mod server_clock;
+mod subscriber;
 mod table;
 #[cfg(test)]
 mod tests;
-mod watch;
+mod watchdog;
 
 use std::fmt;
 use std::sync::Arc;
@@ -39,13 +40,13 @@ use std::time::Duration;
 use parking_lot::Mutex;
 use tokio::sync::mpsc;
 
-use abandon::Abandoned;
 pub(crate) use background::Background;
 pub(crate) use backlog::{Backlog, Due, STRAIN_MIN};
-pub(crate) use drive::Driven;
-pub(crate) use entry::{Asked, Entry, Settled, Wanted};
-pub(crate) use inbox::Unheard;
+pub(crate) use entry::{Enqueued, Entry, Origin, Settled};
+pub(crate) use execute::Completed;
 pub(crate) use map::Maps;
+use orphans::Abandoned;
+pub(crate) use subscriber::SubscribeError;
 
 use crate::backoff::Backoff;
 use crate::clock::Moment;
@@ -60,10 +61,10 @@ use crate::slow_log::{RateLimit, SlowLog};
 use crate::store::{KeyState, LeaseStore, StoreError};
 use crate::telemetry::{ClassMetrics, ManagerMetrics, ShardMetrics};
 use crate::time_limit::within;
+use contention_hints::ContentionHints;
+use deadline::NextDeadline;
 use reach::Reach;
-use rivals::Rivals;
 use table::Table;
-use watch::Watch;
 
 /// The first and the longest delay before a key retries a request that got no reply.
 const RETRY_MIN: Duration = Duration::from_millis(10);
@@ -102,7 +103,7 @@ pub(crate) struct Shard {
     /// The metrics of requests without a class.
     pub(crate) class: Arc<ClassMetrics>,
     /// This field and all below, up to `runtimes`, are shared by all shards of a manager.
-    pub(crate) load: Arc<Load>,
+    pub(crate) usage: Arc<Usage>,
     pub(crate) manager: Arc<ManagerMetrics>,
     pub(crate) hot: Arc<HotKeys>,
     pub(crate) slow_log: Arc<SlowLog>,
@@ -110,11 +111,11 @@ pub(crate) struct Shard {
     table: Table,
     /// Whether the shard was found to have another shard map.
     has_other_map: AtomicBool,
-    rivals: Rivals,
+    hints: ContentionHints,
     reach: Reach,
     /// Rate limiter for log lines about failed renewals.
     pub(crate) failed_renewals: RateLimit,
-    pub(crate) watch: Watch,
+    pub(crate) next_deadline: NextDeadline,
     /// Whether the shard holds more leases than it can renew in time.
     is_strained: AtomicBool,
     jobs: mpsc::UnboundedSender<Job>,
@@ -139,36 +140,36 @@ pub(crate) struct Limits {
 
 /// The current load of a manager, and whether it accepts more.
 #[derive(Debug)]
-pub(crate) struct Load {
+pub(crate) struct Usage {
     pub(crate) waiters: AtomicUsize,
     /// The number of store requests that have gone without a reply for a while.
     pub(crate) slow: AtomicUsize,
     /// The number of entries in the tables of all shards.
     keys: AtomicUsize,
     /// The number of cycles that are over and not yet released.
-    owed: AtomicUsize,
+    pending_releases: AtomicUsize,
     /// Whether it was logged that there are too many of these.
-    owes_too_many: AtomicBool,
+    limit_reported: AtomicBool,
     /// The metrics of each shard.
     shards: Box<[Arc<ShardMetrics>]>,
     /// Whether the background thread was asked to evict lingering leases.
-    makes_room: AtomicBool,
+    is_evicting: AtomicBool,
     pub(crate) closed: AtomicBool,
     /// Whether the background thread is waiting for the last key to be released.
     pub(crate) ending: AtomicBool,
 }
 
-impl Load {
+impl Usage {
     /// No load yet, for shards with these metrics.
     pub(crate) fn new(shards: Box<[Arc<ShardMetrics>]>) -> Self {
         Self {
             waiters: AtomicUsize::new(0),
             slow: AtomicUsize::new(0),
             keys: AtomicUsize::new(0),
-            owed: AtomicUsize::new(0),
-            owes_too_many: AtomicBool::new(false),
+            pending_releases: AtomicUsize::new(0),
+            limit_reported: AtomicBool::new(false),
             shards,
-            makes_room: AtomicBool::new(false),
+            is_evicting: AtomicBool::new(false),
             closed: AtomicBool::new(false),
             ending: AtomicBool::new(false),
         }
@@ -180,12 +181,12 @@ impl Load {
     }
 
     /// Whether no release is pending.
-    fn owes_nothing(&self) -> bool {
-        self.owed.load(Ordering::Acquire) == 0
+    fn has_no_pending_releases(&self) -> bool {
+        self.pending_releases.load(Ordering::Acquire) == 0
     }
 
     /// The number of keys with only a lingering lease, or one that has just stopped lingering.
-    fn spare(&self) -> usize {
+    fn evictable(&self) -> usize {
         self.shards.iter().map(|shard| shard.lingering()).sum()
     }
 }
@@ -202,11 +203,11 @@ pub(crate) enum Job {
     /// Release everything, refuse new requests, and signal when that is done.
     Close { done: tokio::sync::oneshot::Sender<()> },
     /// The last handle of the manager was dropped. Exit when no work is left.
-    Leave,
+    LastHandleDropped,
     /// There are more keys than the limit, and some of their leases linger. Evict those.
-    MakeRoom,
+    Evict,
     /// A task of the application released a key. Check whether it was the last one.
-    Look,
+    CheckIdle,
 }
 
 /// The parts of a shard.
@@ -224,7 +225,7 @@ pub(crate) struct Parts {
     pub(crate) default_ttl: Duration,
     pub(crate) metrics: Arc<ShardMetrics>,
     pub(crate) class: Arc<ClassMetrics>,
-    pub(crate) load: Arc<Load>,
+    pub(crate) usage: Arc<Usage>,
     pub(crate) manager: Arc<ManagerMetrics>,
     pub(crate) hot: Arc<HotKeys>,
     pub(crate) slow_log: Arc<SlowLog>,
@@ -253,7 +254,7 @@ impl Shard {
             default_ttl,
             metrics,
             class,
-            load,
+            usage,
             manager,
             hot,
             slow_log,
@@ -275,7 +276,7 @@ impl Shard {
             longest_ttl: AtomicU64::new(in_micros(default_ttl)),
             metrics,
             class,
-            load,
+            usage,
             manager,
             hot,
             slow_log,
@@ -283,10 +284,10 @@ impl Shard {
             newest_at_cut: Mutex::default(),
             table: Table::default(),
             has_other_map: AtomicBool::new(false),
-            rivals: Rivals::default(),
+            hints: ContentionHints::default(),
             reach: Reach::default(),
             failed_renewals: RateLimit::default(),
-            watch: Watch::default(),
+            next_deadline: NextDeadline::default(),
             is_strained: AtomicBool::new(false),
             jobs,
         })
@@ -303,7 +304,7 @@ impl Shard {
         mut want: WaiterOptions,
         waker: &Waker,
         now: Moment,
-    ) -> Result<(Arc<Entry>, Wanted), LockError> {
+    ) -> Result<(Arc<Entry>, Enqueued), LockError> {
         // Rarely true, so threads do not contend for the cache line.
         if want.ttl > self.longest_ttl() {
             self.longest_ttl.fetch_max(in_micros(want.ttl), Ordering::Relaxed);
@@ -313,18 +314,18 @@ impl Shard {
             let entry = self.table.get_or_insert(key, || {
                 is_new = true;
                 // Count the entry before any other task can find and remove it.
-                self.load.keys.fetch_add(1, Ordering::Relaxed);
+                self.usage.keys.fetch_add(1, Ordering::Relaxed);
                 Entry::new(key.clone(), self)
             });
             if is_new {
                 self.check_keys(&entry)?;
                 self.check_strain(&entry)?;
                 self.check_outage(&entry)?;
-                want.contended_hint = self.rivals.seen(key);
+                want.contended_hint = self.hints.is_contended(key);
             }
             // Checked after the entry is in the table: a shutdown either finds the entry or is seen
             // here.
-            if self.load.closed.load(Ordering::SeqCst) {
+            if self.usage.closed.load(Ordering::SeqCst) {
                 self.forget_new(&entry, is_new);
                 return Err(LockError::Closed);
             }
@@ -345,7 +346,7 @@ impl Shard {
     /// The capacity for leases that linger.
     pub(crate) fn capacity(&self) -> Capacity<'_> {
         Capacity {
-            keys: &self.load.keys,
+            keys: &self.usage.keys,
             limit: self.limits.keys,
         }
     }
@@ -354,17 +355,17 @@ impl Shard {
     /// are evicted. Eviction takes a moment, during which no further leases start to linger
     /// ([`capacity`](Self::capacity)), so there are never more than twice as many keys as the limit.
     fn check_keys(&self, entry: &Arc<Entry>) -> Result<(), LockError> {
-        let (used, limit) = (self.load.keys.load(Ordering::Relaxed), self.limits.keys);
+        let (used, limit) = (self.usage.keys.load(Ordering::Relaxed), self.limits.keys);
         if used <= limit {
             return Ok(());
         }
-        // Read `spare` first. A lingering key that leaves the table in between would otherwise be
+        // Read `evictable` first. A lingering key that leaves the table in between would otherwise be
         // counted as used.
-        let spare = self.load.spare();
-        let used = self.load.keys.load(Ordering::Relaxed);
-        if used.saturating_sub(spare) <= limit {
-            if !self.load.makes_room.swap(true, Ordering::SeqCst) {
-                self.send(Job::MakeRoom);
+        let evictable = self.usage.evictable();
+        let used = self.usage.keys.load(Ordering::Relaxed);
+        if used.saturating_sub(evictable) <= limit {
+            if !self.usage.is_evicting.swap(true, Ordering::SeqCst) {
+                self.send(Job::Evict);
             }
             return Ok(());
         }
@@ -432,22 +433,22 @@ impl Shard {
     /// now.
     fn forget_new(&self, entry: &Arc<Entry>, is_new: bool) {
         if is_new {
-            entry.in_background(|_, _| crate::engine::Effects::none());
+            entry.apply_in_background(|_, _| crate::engine::Effects::none());
         }
     }
 
     /// An entry has no work left.
     fn forget(&self, entry: &Arc<Entry>, remote_waiters_seen: bool) {
-        self.rivals.note(&entry.key, remote_waiters_seen);
+        self.hints.note(&entry.key, remote_waiters_seen);
         self.remove(entry);
-        if self.load.ending.load(Ordering::SeqCst) {
-            self.send(Job::Look);
+        if self.usage.ending.load(Ordering::SeqCst) {
+            self.send(Job::CheckIdle);
         }
     }
 
     fn remove(&self, entry: &Arc<Entry>) {
         if self.table.remove(entry) {
-            self.load.keys.fetch_sub(1, Ordering::Relaxed);
+            self.usage.keys.fetch_sub(1, Ordering::Relaxed);
         }
     }
 
@@ -489,7 +490,7 @@ impl Shard {
 
     /// Schedules a background release of a cycle that is over.
     fn abandon(&self, key: &LockKey, cycle: Cycle) {
-        if let Some(abandoned) = Abandoned::new(&self.load, key, cycle) {
+        if let Some(abandoned) = Abandoned::new(&self.usage, key, cycle) {
             self.send(Job::Release(abandoned));
         }
     }
@@ -545,7 +546,7 @@ impl Shard {
         if !matches!(error, LockError::Unavailable { .. }) {
             return None;
         }
-        let keys = u32::try_from(self.load.keys.load(Ordering::Relaxed)).unwrap_or(u32::MAX);
+        let keys = u32::try_from(self.usage.keys.load(Ordering::Relaxed)).unwrap_or(u32::MAX);
         let longest = RETRY_MAX.max(RETRY_PER_KEY.saturating_mul(keys));
         Some(Outage {
             since: started,

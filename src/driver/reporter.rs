@@ -10,21 +10,21 @@ use crate::clock::Moment;
 use crate::telemetry::ManagerMetrics;
 
 /// How often new values are flushed to the recorder.
-const BEAT: Duration = Duration::from_millis(100);
+const FLUSH_EVERY: Duration = Duration::from_millis(100);
 /// How late the timer must fire to count as a stall.
 const STALL_MIN: Duration = Duration::from_millis(100);
 /// How often all keys are inspected. Less often if one pass takes more than a hundredth of this.
 const LOOK_EVERY_MIN: Duration = Duration::from_secs(1);
 
 /// Runs for as long as the thread lives.
-pub(super) async fn pulse(shards: Rc<[Arc<Shard>]>, metrics: Arc<ManagerMetrics>) {
+pub(super) async fn report(shards: Rc<[Arc<Shard>]>, metrics: Arc<ManagerMetrics>) {
     let mut last = Moment::now();
     let mut look_at = last;
     loop {
-        tokio::time::sleep(BEAT).await;
+        tokio::time::sleep(FLUSH_EVERY).await;
         let now = Moment::now();
         let elapsed = now.since(last);
-        let late = elapsed.saturating_sub(BEAT);
+        let late = elapsed.saturating_sub(FLUSH_EVERY);
         if late > STALL_MIN {
             metrics.stalled(late);
             tracing::warn!(
@@ -34,7 +34,7 @@ pub(super) async fn pulse(shards: Rc<[Arc<Shard>]>, metrics: Arc<ManagerMetrics>
         }
         metrics.classes.adjust(elapsed);
         shards.iter().for_each(|shard| shard.metrics.adjust(elapsed));
-        tell(&shards, &metrics);
+        flush(&shards, &metrics);
         if now >= look_at {
             shards.iter().for_each(look);
             if let Some(shard) = shards.first() {
@@ -48,7 +48,7 @@ pub(super) async fn pulse(shards: Rc<[Arc<Shard>]>, metrics: Arc<ManagerMetrics>
 }
 
 /// Flushes new values to the recorder.
-pub(crate) fn tell(shards: &[Arc<Shard>], metrics: &ManagerMetrics) {
+pub(crate) fn flush(shards: &[Arc<Shard>], metrics: &ManagerMetrics) {
     metrics.classes.tell();
     shards.iter().for_each(|shard| shard.metrics.tell());
 }

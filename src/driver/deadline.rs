@@ -9,27 +9,27 @@ use crate::clock::Moment;
 /// The time of the next pass of the watchdog. Tasks make it earlier without a lock; only the
 /// watchdog makes it later.
 #[derive(Debug)]
-pub(crate) struct Watch {
+pub(crate) struct NextDeadline {
     next: AtomicU64,
-    nudged: Notify,
+    changed: Notify,
 }
 
-impl Default for Watch {
+impl Default for NextDeadline {
     fn default() -> Self {
         Self {
             next: AtomicU64::new(u64::MAX),
-            nudged: Notify::new(),
+            changed: Notify::new(),
         }
     }
 }
 
-impl Watch {
+impl NextDeadline {
     /// Something is due at `moment`. Costs a single load if the watchdog wakes up earlier anyway.
-    pub(crate) fn look_at(&self, moment: Moment) {
+    pub(crate) fn wake_at(&self, moment: Moment) {
         if moment.as_nanos() < self.next.load(Ordering::Acquire)
             && moment.as_nanos() < self.next.fetch_min(moment.as_nanos(), Ordering::AcqRel)
         {
-            self.nudged.notify_one();
+            self.changed.notify_one();
         }
     }
 
@@ -41,18 +41,18 @@ impl Watch {
     /// Waits until something is due.
     pub(crate) async fn due(&self) {
         loop {
-            let nudged = self.nudged.notified();
+            let changed = self.changed.notified();
             let next = Moment::from_nanos(self.next.load(Ordering::Acquire));
             let left = next.since(Moment::now());
             if left.is_zero() {
                 return;
             }
             if next.as_nanos() == u64::MAX {
-                nudged.await;
+                changed.await;
                 continue;
             }
             tokio::select! {
-                () = nudged => {}
+                () = changed => {}
                 // The timer's clock may stop while the machine sleeps, so it is not trusted for
                 // longer than this.
                 () = tokio::time::sleep(left.min(NAP_MAX)) => {}

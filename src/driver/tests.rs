@@ -131,7 +131,7 @@ fn shard_on(store: Arc<dyn LeaseStore>) -> (Arc<Shard>, mpsc::UnboundedReceiver<
         default_ttl: Duration::from_secs(1),
         metrics: Arc::new(ShardMetrics::new("bad")),
         class: Arc::clone(manager.classes.default_class()),
-        load: Arc::new(Load::new(Box::default())),
+        usage: Arc::new(Usage::new(Box::default())),
         manager,
         hot: Arc::new(HotKeys::new(1)),
         slow_log: Arc::new(SlowLog::new(None, None, true)),
@@ -150,7 +150,7 @@ const WANT: WaiterOptions = WaiterOptions {
     contended_hint: false,
 };
 
-fn want(shard: &Arc<Shard>) -> Result<(Arc<Entry>, Wanted), LockError> {
+fn want(shard: &Arc<Shard>) -> Result<(Arc<Entry>, Enqueued), LockError> {
     shard.want(&LockKey::new("k").unwrap(), WANT, Waker::noop(), Moment::now())
 }
 
@@ -159,13 +159,13 @@ async fn ask(shard: &Arc<Shard>) -> (Arc<Entry>, crate::engine::WaiterId) {
     let (entry, wanted) = want(shard).unwrap();
     let mut next = wanted.request;
     while let Some(request) = next {
-        next = entry.drive(request, Priority::Foreground).await.next;
+        next = entry.execute(request, Priority::Foreground).await.next;
     }
     (entry, wanted.id)
 }
 
-fn asked() -> Asked {
-    Asked {
+fn asked() -> Origin {
+    Origin {
         at: Moment::now(),
         caller: std::panic::Location::caller(),
     }
@@ -323,27 +323,27 @@ async fn cycle_that_may_have_something_on_a_lost_connection_is_released_once_mor
     let cut = Moment::now();
     let (shard, _jobs) = shard_on(Arc::new(CutStore { cut, released }));
     let (work, cleaned) = mpsc::unbounded_channel();
-    let cleaning = tokio::spawn(abandon::clean(Arc::clone(&shard), cleaned));
+    let cleaning = tokio::spawn(orphans::clean(Arc::clone(&shard), cleaned));
     let key = LockKey::new("k").unwrap();
-    let abandoned = abandon::Abandoned::new(&shard.load, &key, Cycle::of(3)).unwrap();
-    work.send(abandon::Work::Release(abandoned)).unwrap();
+    let abandoned = orphans::Abandoned::new(&shard.usage, &key, Cycle::of(3)).unwrap();
+    work.send(orphans::Work::Release(abandoned)).unwrap();
     assert_eq!(releases.recv().await, Some((Cycle::of(3), Priority::Foreground)));
     assert_eq!(releases.recv().await, Some((Cycle::of(3), Priority::Foreground)));
     assert!(Moment::now().since(cut) >= shard.late_max);
 
     // A cycle whose reply came on another connection, and one released long after the last loss.
     let key = LockKey::new("other").unwrap();
-    work.send(abandon::Work::Doubt {
+    work.send(orphans::Work::Doubt {
         key: key.clone(),
         cycle: Cycle::of(5),
     })
     .unwrap();
     assert_eq!(releases.recv().await, Some((Cycle::of(5), Priority::Foreground)));
-    let abandoned = abandon::Abandoned::new(&shard.load, &key, Cycle::of(7)).unwrap();
-    work.send(abandon::Work::Release(abandoned)).unwrap();
+    let abandoned = orphans::Abandoned::new(&shard.usage, &key, Cycle::of(7)).unwrap();
+    work.send(orphans::Work::Release(abandoned)).unwrap();
     assert_eq!(releases.recv().await, Some((Cycle::of(7), Priority::Foreground)));
     drop(work);
     cleaning.await.unwrap();
     assert!(releases.try_recv().is_err());
-    assert!(shard.load.owes_nothing());
+    assert!(shard.usage.has_no_pending_releases());
 }

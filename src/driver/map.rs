@@ -142,7 +142,7 @@ impl Shard {
     /// Ends all leases, and makes all waiting keys ask again.
     pub(crate) fn disown(&self) {
         for entry in self.entries() {
-            entry.in_background(|queue, cx| queue.disown(cx));
+            entry.apply_in_background(|queue, cx| queue.disown(cx));
         }
     }
 }

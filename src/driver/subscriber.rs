@@ -28,11 +28,11 @@ use crate::text::printable;
 const CUT_OFF_MAX: Duration = Duration::from_millis(200);
 
 /// Reports the result of the first subscription.
-pub(super) type Heard = mpsc::UnboundedSender<Result<(), Unheard>>;
+pub(super) type Subscribed = mpsc::UnboundedSender<Result<(), SubscribeError>>;
 
 /// A server refuses the subscription, or the connection for renewals.
 #[derive(Debug)]
-pub(crate) struct Unheard {
+pub(crate) struct SubscribeError {
     /// The shard that was refused.
     pub(crate) shard: Arc<Shard>,
     pub(crate) step: &'static str,
@@ -41,7 +41,7 @@ pub(crate) struct Unheard {
 
 /// Receives pushes of the shard's store for as long as it is polled, on the application's runtime
 /// if there is one.
-pub(super) async fn hear(shard: Arc<Shard>, subscribed: Option<Heard>) {
+pub(super) async fn subscribe(shard: Arc<Shard>, subscribed: Option<Subscribed>) {
     let (sender, receiver) = mpsc::unbounded_channel();
     let pushes = Arc::new(Pushes::new(receiver));
     if let Some(tell) = &subscribed {
@@ -52,16 +52,16 @@ pub(super) async fn hear(shard: Arc<Shard>, subscribed: Option<Heard>) {
 }
 
 /// Opens the connections needed for renewals. Without them the manager must not take locks.
-async fn connect(shard: &Arc<Shard>, tell: &Heard) {
+async fn connect(shard: &Arc<Shard>, tell: &Subscribed) {
     let connected = tokio::time::timeout(shard.timeout, shard.store.connect_background()).await;
     if let Err(error) = connected.unwrap_or_else(|_| Err(shard.no_answer())) {
-        let unheard = Unheard {
+        let error = SubscribeError {
             shard: Arc::clone(shard),
             step: "connect",
             error,
         };
         // The manager may have given up connecting.
-        tell.send(Err(unheard)).ok();
+        tell.send(Err(error)).ok();
     }
 }
 
@@ -106,7 +106,7 @@ impl Pushes {
 }
 
 /// Dispatches pushes to their queues.
-async fn receive(shard: Arc<Shard>, pushes: Arc<Pushes>, mut subscribed: Option<Heard>) {
+async fn receive(shard: Arc<Shard>, pushes: Arc<Pushes>, mut subscribed: Option<Subscribed>) {
     let me = pushes.begin();
     let mut refused: Option<Arc<str>> = None;
     let mut cut_off: Option<tokio::task::AbortHandle> = None;
@@ -130,7 +130,7 @@ async fn receive(shard: Arc<Shard>, pushes: Arc<Pushes>, mut subscribed: Option<
             Push::Granted { ref key, .. } | Push::YourTurn { ref key, .. } | Push::RemoteWaiter { ref key, .. }
                 if !shard.owns(key) => {}
             Push::Granted { key, grant } => match shard.table.get(&key) {
-                Some(entry) => entry.in_background(|queue, cx| queue.on_grant(grant, cx)),
+                Some(entry) => entry.apply_in_background(|queue, cx| queue.on_grant(grant, cx)),
                 // No task wants the key any more.
                 None => {
                     shard.metrics.stale_grants.increment(1);
@@ -138,11 +138,11 @@ async fn receive(shard: Arc<Shard>, pushes: Arc<Pushes>, mut subscribed: Option<
                 }
             },
             Push::YourTurn { key, cycle } => match shard.table.get(&key) {
-                Some(entry) => entry.in_background(|queue, _| queue.on_your_turn(cycle)),
+                Some(entry) => entry.apply_in_background(|queue, _| queue.on_your_turn(cycle)),
                 None => shard.abandon(&key, cycle),
             },
             Push::RemoteWaiter { key, cycle } => match shard.table.get(&key) {
-                Some(entry) => entry.in_background(|queue, cx| queue.on_remote_waiter(cycle, cx)),
+                Some(entry) => entry.apply_in_background(|queue, cx| queue.on_remote_waiter(cycle, cx)),
                 // The cycle is over.
                 None => shard.abandon(&key, cycle),
             },
@@ -174,13 +174,13 @@ async fn receive(shard: Arc<Shard>, pushes: Arc<Pushes>, mut subscribed: Option<
             }
             Push::Refused { reason } => {
                 if let Some(tell) = subscribed.take() {
-                    let unheard = Unheard {
+                    let error = SubscribeError {
                         shard: Arc::clone(&shard),
                         step: "subscribe",
                         error: StoreError::Refused(Arc::clone(&reason)),
                     };
                     // The manager may have given up connecting.
-                    tell.send(Err(unheard)).ok();
+                    tell.send(Err(error)).ok();
                 }
                 // The store retries every second. Log each reason once.
                 if refused.as_ref() != Some(&reason) {
@@ -200,7 +200,7 @@ async fn receive(shard: Arc<Shard>, pushes: Arc<Pushes>, mut subscribed: Option<
 pub(super) fn ask_again(shard: &Arc<Shard>, slot: Option<Slot>) {
     for entry in shard.table.all() {
         if slot.is_none_or(|slot| shard.store.slot_of(&entry.key) == slot) {
-            entry.in_background(|queue, cx| queue.on_resubscribed(cx));
+            entry.apply_in_background(|queue, cx| queue.on_resubscribed(cx));
         }
     }
 }

@@ -4,7 +4,7 @@ use std::sync::Arc;
 use std::sync::atomic::Ordering;
 use std::time::Duration;
 
-use super::{Entry, Load, Shard};
+use super::{Entry, Shard, Usage};
 use crate::clock::Moment;
 use crate::engine::Request;
 use crate::protocol::{Acquire, AcquireMode, Cycle, Release};
@@ -24,7 +24,7 @@ impl Drop for Unanswered<'_> {
         if self.armed {
             let cycle = self.cycle;
             self.entry
-                .in_background(|queue, cx| queue.on_request_cancelled(cycle, cx));
+                .apply_in_background(|queue, cx| queue.on_request_cancelled(cycle, cx));
         }
     }
 }
@@ -37,7 +37,7 @@ impl Entry {
     /// # Cancel safety
     ///
     /// Dropping the future notifies the queue, which retries or cleans up in the background.
-    pub(crate) async fn drive(self: &Arc<Self>, request: Request, priority: Priority) -> Driven {
+    pub(crate) async fn execute(self: &Arc<Self>, request: Request, priority: Priority) -> Completed {
         match request {
             Request::Acquire {
                 cycle,
@@ -59,16 +59,16 @@ impl Entry {
                 };
                 let sent = self.send(cycle, kind, Some(cycle), self.shard.acquire(acquire)).await;
                 let Some((answer, started, now)) = sent else {
-                    return Driven::ELSEWHERE;
+                    return Completed::ELSEWHERE;
                 };
-                let ((), next) = self.at(now, |queue, cx| match answer {
+                let ((), next) = self.apply(now, |queue, cx| match answer {
                     Ok(answer) => ((), queue.on_acquire_reply(cycle, answer, cx)),
                     Err(error) => {
                         let outage = self.shard.outage(&error, started, now, queue.failed_attempts());
                         ((), queue.on_request_failed(cycle, &error, outage, cx))
                     }
                 });
-                Driven { next, released: None }
+                Completed { next, released: None }
             }
             Request::Release {
                 cycle,
@@ -99,9 +99,9 @@ impl Entry {
                     .send(cycle, kind, requeue, self.shard.store.release(priority, release))
                     .await;
                 let Some((answer, started, now)) = sent else {
-                    return Driven::ELSEWHERE;
+                    return Completed::ELSEWHERE;
                 };
-                let (released, next) = self.at(now, |queue, cx| match answer {
+                let (released, next) = self.apply(now, |queue, cx| match answer {
                     Ok(answer) => (Ok(answer.reply.held), queue.on_release_reply(cycle, answer, cx)),
                     Err(error) => {
                         let outage = self.shard.outage(&error, started, now, queue.failed_attempts());
@@ -109,7 +109,7 @@ impl Entry {
                         (Err(error), effects)
                     }
                 });
-                Driven {
+                Completed {
                     next,
                     released: Some(released),
                 }
@@ -176,7 +176,7 @@ async fn wait_longer<T>(
 ) -> Option<Result<Result<T, StoreError>, Elapsed>> {
     let moved = async {
         tokio::time::sleep(SLOW.min(shard.timeout / 4)).await;
-        let _slow = Slow::count(&shard.load);
+        let _slow = Slow::count(&shard.usage);
         shard.runtimes.moved_since(moves).await;
     };
     tokio::select! {
@@ -187,12 +187,12 @@ async fn wait_longer<T>(
 }
 
 /// Counts a request as slow until dropped.
-struct Slow<'a>(&'a Load);
+struct Slow<'a>(&'a Usage);
 
 impl<'a> Slow<'a> {
-    fn count(load: &'a Load) -> Self {
-        load.slow.fetch_add(1, Ordering::Relaxed);
-        Self(load)
+    fn count(usage: &'a Usage) -> Self {
+        usage.slow.fetch_add(1, Ordering::Relaxed);
+        Self(usage)
     }
 }
 
@@ -204,14 +204,14 @@ impl Drop for Slow<'_> {
 
 /// The result of a request.
 #[derive(Debug)]
-pub(crate) struct Driven {
+pub(crate) struct Completed {
     /// The follow-up request.
     pub(crate) next: Option<Request>,
     /// For a release: whether the lease was still ours, or why that is unknown.
     pub(crate) released: Option<Result<bool, crate::LockError>>,
 }
 
-impl Driven {
+impl Completed {
     /// The request was given up, and the background thread handles what follows.
     const ELSEWHERE: Self = Self {
         next: None,

@@ -5,7 +5,7 @@
 //!
 //! Each shard runs a service for this on the background thread ([`clean`]). The cost of abandoned
 //! cycles is bounded. Each is a key and a number in a list, and a manager keeps at most
-//! [`OWED_MAX`] of them. A shard sends at most [`AT_A_TIME_MAX`] releases at a time. This number is
+//! [`PENDING_MAX`] of them. A shard sends at most [`AT_A_TIME_MAX`] releases at a time. This number is
 //! halved by each release without a reply and grows by one with each reply, so that old releases do
 //! not crowd out new requests when a server comes back. Cycles beyond the limits are left to
 //! expire. So is a lease whose release has failed for as long as the longest TTL.
@@ -29,7 +29,7 @@ use futures_util::StreamExt;
 use futures_util::stream::FuturesUnordered;
 use tokio::sync::mpsc;
 
-use super::{Job, Load, Shard};
+use super::{Job, Shard, Usage};
 use crate::backoff::Backoff;
 use crate::clock::Moment;
 use crate::key::LockKey;
@@ -42,7 +42,7 @@ const PAUSE_MAX: Duration = Duration::from_secs(1);
 /// each key. Kept short because a shutdown of the manager waits for it.
 const PAUSE_LATER: Duration = Duration::from_secs(4);
 /// How many cycles of a manager may wait for their release.
-const OWED_MAX: usize = 100_000;
+const PENDING_MAX: usize = 100_000;
 /// The largest and smallest number of releases that a shard sends at a time. If one of several
 /// nodes does not reply, the others still need a share.
 const AT_A_TIME_MAX: usize = 1_000;
@@ -60,18 +60,18 @@ pub(crate) struct Abandoned {
     since: Moment,
     /// Whether no request of the cycle can arrive any more after its release.
     is_final: bool,
-    _owed: Owed,
+    _pending: PendingRelease,
 }
 
 impl Abandoned {
     /// Returns `None` if too many cycles are waiting already.
-    pub(super) fn new(load: &Arc<Load>, key: &LockKey, cycle: Cycle) -> Option<Self> {
+    pub(super) fn new(usage: &Arc<Usage>, key: &LockKey, cycle: Cycle) -> Option<Self> {
         Some(Self {
             key: key.clone(),
             cycle,
             since: Moment::now(),
             is_final: false,
-            _owed: Owed::note(load)?,
+            _pending: PendingRelease::note(usage)?,
         })
     }
 }
@@ -254,7 +254,7 @@ impl Cleaner {
             if !is_postponed && self.was_cut_lately(now) {
                 // The connection used for its acquire may have been given up only after that.
                 self.doubt(key, cycle, true);
-            } else if let Some(abandoned) = Abandoned::new(&self.shard.load, &key, cycle) {
+            } else if let Some(abandoned) = Abandoned::new(&self.shard.usage, &key, cycle) {
                 self.fresh.push_back(Abandoned {
                     is_final: true,
                     ..abandoned
@@ -286,8 +286,8 @@ impl Cleaner {
             }
             Err(error) => self.not_released(failed, &error, now),
         }
-        if self.shard.load.ending.load(Ordering::SeqCst) && self.shard.load.owes_nothing() {
-            self.shard.send(Job::Look);
+        if self.shard.usage.ending.load(Ordering::SeqCst) && self.shard.usage.has_no_pending_releases() {
+            self.shard.send(Job::CheckIdle);
         }
     }
 
@@ -301,7 +301,7 @@ impl Cleaner {
         }
         let is_refused = !matches!(error, StoreError::Unavailable(_));
         let waited = now.since(failed.abandoned.since);
-        let patience = match (self.shard.load.ending.load(Ordering::SeqCst), is_refused) {
+        let patience = match (self.shard.usage.ending.load(Ordering::SeqCst), is_refused) {
             (true, true) => Duration::ZERO,
             (true, false) => self.shard.default_ttl,
             (false, _) => self.shard.longest_ttl(),
@@ -345,19 +345,23 @@ impl Cleaner {
 
 /// Counts one cycle as waiting for its release until dropped.
 #[derive(Debug)]
-struct Owed(Arc<Load>);
+struct PendingRelease(Arc<Usage>);
 
-impl Owed {
+impl PendingRelease {
     /// Returns `None` if the limit is reached. This is logged once, and again only after the number
     /// has fallen to half the limit.
-    fn note(load: &Arc<Load>) -> Option<Self> {
-        let may = |owed: usize| (owed < OWED_MAX).then_some(owed + 1);
-        if load.owed.fetch_update(Ordering::AcqRel, Ordering::Acquire, may).is_ok() {
-            return Some(Self(Arc::clone(load)));
+    fn note(usage: &Arc<Usage>) -> Option<Self> {
+        let may = |owed: usize| (owed < PENDING_MAX).then_some(owed + 1);
+        if usage
+            .pending_releases
+            .fetch_update(Ordering::AcqRel, Ordering::Acquire, may)
+            .is_ok()
+        {
+            return Some(Self(Arc::clone(usage)));
         }
-        if !load.owes_too_many.swap(true, Ordering::Relaxed) {
+        if !usage.limit_reported.swap(true, Ordering::Relaxed) {
             tracing::warn!(
-                limit = OWED_MAX,
+                limit = PENDING_MAX,
                 "too many leases wait to be released; further ones are left to expire with their ttl"
             );
         }
@@ -365,10 +369,10 @@ impl Owed {
     }
 }
 
-impl Drop for Owed {
+impl Drop for PendingRelease {
     fn drop(&mut self) {
-        if self.0.owed.fetch_sub(1, Ordering::AcqRel) <= OWED_MAX / 2 {
-            self.0.owes_too_many.store(false, Ordering::Relaxed);
+        if self.0.pending_releases.fetch_sub(1, Ordering::AcqRel) <= PENDING_MAX / 2 {
+            self.0.limit_reported.store(false, Ordering::Relaxed);
         }
     }
 }
@@ -379,16 +383,16 @@ mod tests {
 
     #[test]
     fn what_is_owed_has_a_limit_and_room_again() {
-        let load = Arc::new(Load::new(Box::default()));
-        let mut owed: Vec<Owed> = std::iter::from_fn(|| Owed::note(&load)).collect();
-        assert_eq!(owed.len(), OWED_MAX);
-        assert!(load.owes_too_many.load(Ordering::Relaxed));
+        let usage = Arc::new(Usage::new(Box::default()));
+        let mut owed: Vec<PendingRelease> = std::iter::from_fn(|| PendingRelease::note(&usage)).collect();
+        assert_eq!(owed.len(), PENDING_MAX);
+        assert!(usage.limit_reported.load(Ordering::Relaxed));
         owed.pop();
-        owed.extend(Owed::note(&load));
-        assert_eq!(owed.len(), OWED_MAX);
-        owed.truncate(OWED_MAX / 2 - 1);
-        assert!(!load.owes_too_many.load(Ordering::Relaxed));
+        owed.extend(PendingRelease::note(&usage));
+        assert_eq!(owed.len(), PENDING_MAX);
+        owed.truncate(PENDING_MAX / 2 - 1);
+        assert!(!usage.limit_reported.load(Ordering::Relaxed));
         drop(owed);
-        assert!(load.owes_nothing());
+        assert!(usage.has_no_pending_releases());
     }
 }

@@ -12,23 +12,23 @@ const PART: usize = 16;
 
 /// Releases lingering leases, those that end soonest first, until the number of keys is that
 /// fraction below the limit.
-pub(super) fn make(shards: &[Arc<Shard>]) {
+pub(super) fn evict(shards: &[Arc<Shard>]) {
     let Some(first) = shards.first() else { return };
     // Reset first, so that a task that finds too little room from now on requests another eviction.
-    first.load.makes_room.store(false, Ordering::SeqCst);
+    first.usage.is_evicting.store(false, Ordering::SeqCst);
     let mut kept: Vec<(Moment, Arc<Entry>)> = Vec::new();
     for entry in shards.iter().flat_map(|shard| shard.table.all()) {
         kept.extend(entry.lingers_until().map(|until| (until, entry)));
     }
     let limit = first.limits.keys;
-    let leaving = first.load.spare().saturating_sub(kept.len());
-    let used = first.load.keys.load(Ordering::Relaxed).saturating_sub(leaving);
+    let leaving = first.usage.evictable().saturating_sub(kept.len());
+    let used = first.usage.keys.load(Ordering::Relaxed).saturating_sub(leaving);
     let too_many = used.saturating_sub(limit - limit / PART);
     if too_many < kept.len() {
         kept.select_nth_unstable_by_key(too_many, |(until, _)| *until);
         kept.truncate(too_many);
     }
     for (_, entry) in kept {
-        entry.in_background(|queue, cx| queue.evict(cx));
+        entry.apply_in_background(|queue, cx| queue.evict(cx));
     }
 }
