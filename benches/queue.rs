@@ -14,6 +14,8 @@ use std::collections::VecDeque;
 use std::hint::black_box;
 use std::time::{Duration, Instant};
 
+#[path = "../src/backoff.rs"]
+mod backoff;
 #[path = "beside/mod.rs"]
 mod beside;
 #[path = "../src/clock.rs"]

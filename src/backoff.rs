@@ -1,5 +1,6 @@
 //! Delays between retries: exponential, with random jitter.
 
+use std::ops::RangeInclusive;
 use std::time::Duration;
 
 use rand::Rng;
@@ -35,9 +36,15 @@ impl Backoff {
 
     /// The next delay.
     pub(crate) fn next_delay(&mut self) -> Duration {
+        rand::rng().random_range(self.next_range())
+    }
+
+    /// The range from which the next delay is to be drawn, for callers that must not draw it
+    /// themselves.
+    pub(crate) fn next_range(&mut self) -> RangeInclusive<Duration> {
         let bound = self.bound;
         self.bound = bound.saturating_mul(2).min(self.max);
-        rand::rng().random_range(self.min.min(bound) / 2..=bound)
+        self.min.min(bound) / 2..=bound
     }
 
     /// The delay after this many failed attempts, for callers that keep their own count.

@@ -51,6 +51,7 @@ pub(crate) use subscriber::SubscribeError;
 use crate::backoff::Backoff;
 use crate::clock::Moment;
 use crate::contention::HotKeys;
+use crate::engine::orphans::LateRequests;
 use crate::engine::{Capacity, Outage, Request, Rules, WaiterOptions};
 use crate::error::LockError;
 use crate::identity::ManagerId;
@@ -92,8 +93,7 @@ pub(crate) struct Shard {
     pub(crate) timeout: Duration,
     /// How long after its connection was given up a request may still be executed.
     late_max: Duration,
-    /// When a connection was last given up, and the largest cycle number at that time.
-    newest_at_cut: Mutex<(Moment, u64)>,
+    late: Mutex<LateRequests>,
     /// The default TTL. Also how long a shutdown retries releases at an unreachable store.
     pub(crate) default_ttl: Duration,
     /// The longest TTL requested so far, at least the default one, in microseconds. No lease lasts
@@ -281,7 +281,7 @@ impl Shard {
             hot,
             slow_log,
             runtimes,
-            newest_at_cut: Mutex::default(),
+            late: Mutex::default(),
             table: Table::default(),
             has_other_map: AtomicBool::new(false),
             hints: ContentionHints::default(),
@@ -501,12 +501,7 @@ impl Shard {
         let Some(cut) = self.store.last_cut().filter(|cut| now.since(*cut) < self.late_max) else {
             return false;
         };
-        let mut newest = self.newest_at_cut.lock();
-        if newest.0 != cut {
-            // This includes cycles opened since the cut, which is harmless.
-            *newest = (cut, self.cycles.newest());
-        }
-        cycle.number() <= newest.1
+        self.late.lock().may_include(cycle, cut, || self.cycles.newest())
     }
 
     /// A request of the cycle may be executed after the cycle is over.

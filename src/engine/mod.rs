@@ -6,9 +6,11 @@
 //! tasks, runtimes and stores. Time arrives with each event. So the same code runs in production
 //! (`driver`), in the exhaustive tests and in the simulation.
 //!
-//! [`key`] is the state machine of one key of one manager; read its header first.
+//! [`key`] is the state machine of one key of one manager; read its header first. [`orphans`] has
+//! the retry rules of cycles that are over.
 
 pub(crate) mod key;
+pub(crate) mod orphans;
 
 #[cfg(test)]
 pub(crate) use key::Flaw;

@@ -1,36 +1,34 @@
 //! The background thread of a manager, as in `driver::background` and `driver::watchdog`: jobs,
 //! abandoned cycles, renewals.
 
-use std::time::Duration;
+use rand::Rng;
 
 use super::clock::Nanos;
 use super::network::{Driver, Order};
-use super::world::{Event, Part, World};
+use super::world::{Event, Manager, Orphan, Part, World};
 use crate::clock::Moment;
-use crate::engine::{Flaw, Request};
+use crate::engine::Request;
+use crate::engine::orphans::{Circumstances, Released, Verdict};
 use crate::protocol::Cycle;
 use crate::store::Priority;
 
 #[derive(Debug, Clone, Copy)]
 pub(super) enum Job {
-    Request { k: usize, request: Request },
-    Abandon { k: usize, cycle: Cycle },
+    Request {
+        k: usize,
+        request: Request,
+    },
+    Abandon {
+        k: usize,
+        cycle: Cycle,
+    },
+    /// A request of the cycle may arrive late.
+    Recheck {
+        k: usize,
+        cycle: Cycle,
+    },
 }
 
-/// A cycle that is over and is being released.
-#[derive(Debug, Clone, Copy)]
-pub(super) struct Abandon {
-    k: usize,
-    cycle: Cycle,
-    started: Moment,
-    lane: Priority,
-    pause: Duration,
-    /// Nothing of the cycle can arrive after this release.
-    is_final: bool,
-}
-
-const PAUSE_MIN: Duration = Duration::from_millis(20);
-const PAUSE_MAX: Duration = Duration::from_secs(1);
 const LOOK_EVERY_MIN: Nanos = 1_000_000;
 
 impl World {
@@ -50,98 +48,115 @@ impl World {
             }
             Job::Abandon { k, cycle } => {
                 self.stats.abandoned += 1;
-                self.abandon(m, k, cycle, false);
+                let manager = &mut self.managers[m];
+                let now = manager.clock.at(self.now);
+                manager.orphans.add(k, cycle, (), now);
+                self.release_orphans(m);
+            }
+            Job::Recheck { k, cycle } => {
+                let manager = &mut self.managers[m];
+                let now = manager.clock.at(self.now);
+                let verdict = manager.orphans.recheck(k, cycle, now);
+                self.orphan_is_judged(m, verdict);
+                self.release_orphans(m);
             }
         }
     }
 
-    fn abandon(&mut self, m: usize, k: usize, cycle: Cycle, is_final: bool) {
-        let started = self.managers[m].clock.at(self.now);
-        self.release_abandoned(
-            m,
-            Abandon {
-                k,
-                cycle,
-                started,
-                lane: Priority::Foreground,
-                pause: PAUSE_MIN,
-                is_final,
-            },
-        );
-    }
-
-    /// The reply proves that nothing of the cycle is left only if the release arrived after
-    /// everything else of the cycle.
-    pub(super) fn abandon_answered(&mut self, m: usize, abandon: Abandon) {
-        if !abandon.is_final && (abandon.lane != Priority::Foreground || self.was_cut_lately(m)) {
-            self.doubt(m, abandon.k, abandon.cycle, false);
-        }
-    }
-
-    pub(super) fn was_cut_lately(&self, m: usize) -> bool {
-        let manager = &self.managers[m];
+    /// As `driver::Shard` has it.
+    pub(super) fn may_arrive_late(&mut self, m: usize, cycle: Cycle) -> bool {
+        let late_max = self.plan.late_max();
+        let manager = &mut self.managers[m];
         let now = manager.clock.at(self.now);
-        manager
-            .last_cut
-            .is_some_and(|cut| now.since(cut) < self.plan.late_max())
+        let Some(cut) = manager.last_cut.filter(|&cut| now.since(cut) < late_max) else {
+            return false;
+        };
+        manager.late.may_include(cycle, cut, || manager.cycles.newest())
     }
 
-    /// Something of this cycle may still arrive.
-    pub(super) fn doubt(&mut self, m: usize, k: usize, cycle: Cycle, is_postponed: bool) {
-        if self.plan.rules.has(Flaw::TrustsReleases) {
-            return;
+    /// Sends the releases that are due, as `driver::orphans` does after each event.
+    fn release_orphans(&mut self, m: usize) {
+        let now = self.managers[m].clock.at(self.now);
+        loop {
+            let Manager {
+                orphans,
+                queues,
+                last_cut,
+                ..
+            } = &mut self.managers[m];
+            let is_current = |&k: &usize, cycle| queues[k].is_current(cycle);
+            let Some(verdict) = orphans.next_recheck(now, *last_cut, is_current, || Some(())) else {
+                break;
+            };
+            self.orphan_is_judged(m, verdict);
         }
-        self.stats.doubted += 1;
-        let clock = self.managers[m].clock;
-        let at = clock.when(clock.at(self.now) + self.plan.late_max());
-        self.inside(at, m, Part::Background, Event::Doubted { k, cycle, is_postponed });
+        while let Some(orphan) = self.managers[m].orphans.next(now) {
+            self.release_orphan(m, orphan);
+        }
+        let manager = &self.managers[m];
+        if let Some(due) = manager.orphans.next_due() {
+            let at = manager.clock.when(due).max(self.now);
+            if at < manager.orphans_due {
+                self.managers[m].orphans_due = at;
+                self.inside(at, m, Part::Background, Event::OrphansDue { at });
+            }
+        }
     }
 
-    /// Nothing of this cycle can arrive any more.
-    pub(super) fn doubt_ends(&mut self, m: usize, k: usize, cycle: Cycle, is_postponed: bool) {
-        if self.managers[m].queues[k].is_current(cycle) {
-            return;
+    pub(super) fn orphans_are_due(&mut self, m: usize, at: Nanos) {
+        if self.managers[m].orphans_due == at {
+            self.managers[m].orphans_due = Nanos::MAX;
+            self.release_orphans(m);
         }
-        if !is_postponed && self.was_cut_lately(m) {
-            return self.doubt(m, k, cycle, true);
-        }
-        self.abandon(m, k, cycle, true);
     }
 
-    fn release_abandoned(&mut self, m: usize, abandon: Abandon) {
+    fn release_orphan(&mut self, m: usize, orphan: Orphan) {
         let release = Request::Release {
-            cycle: abandon.cycle,
+            cycle: orphan.cycle,
             requeue: None,
             nobody_waits: false,
             tokens: self.plan.rules.max_burst,
         };
-        self.send(
-            m,
-            abandon.k,
-            Order::Queue(release),
-            Driver::Abandon(abandon),
-            abandon.lane,
-        );
-    }
-
-    pub(super) fn abandon_failed(&mut self, m: usize, abandon: Abandon) {
-        let waited = self.managers[m].clock.at(self.now).since(abandon.started);
-        if abandon.lane == Priority::Foreground {
-            let lane = Priority::Background;
-            self.release_abandoned(m, Abandon { lane, ..abandon });
-        } else if waited < self.plan.ttls.iter().copied().max().unwrap_or_default() {
-            let at = self.now + super::clock::nanos(abandon.pause);
-            let pause = (abandon.pause * 2).min(PAUSE_MAX);
-            let again = Abandon { pause, ..abandon };
-            self.inside(at, m, Part::Background, Event::AbandonAgain(again));
-        } else {
-            self.stats.left_to_run_out += 1;
-            self.note(|_| format!("m{m} k{} cycle {} is left to run out", abandon.k, abandon.cycle));
+        let priority = match orphan.is_ordered() {
+            true => Priority::Foreground,
+            false => Priority::Background,
+        };
+        let request = self.send(m, orphan.key, Order::Queue(release), Driver::Orphans, priority);
+        if let Some(in_flight) = self.in_flight.get_mut(&request) {
+            in_flight.orphan = Some(orphan);
         }
     }
 
-    pub(super) fn abandon_again(&mut self, m: usize, abandon: Abandon) {
-        self.release_abandoned(m, abandon);
+    /// The release of a cycle that is over got its reply or none.
+    pub(super) fn orphan_ended(&mut self, m: usize, mut orphan: Orphan, released: Released) {
+        if released != Released::Confirmed && orphan.falls_back() {
+            return self.release_orphan(m, orphan);
+        }
+        let rng = &mut self.rng;
+        let manager = &mut self.managers[m];
+        let circumstances = Circumstances {
+            now: manager.clock.at(self.now),
+            last_cut: manager.last_cut,
+            is_ending: manager.is_closed || manager.is_left,
+            default_ttl: self.plan.ttls[0],
+            longest_ttl: self.plan.longest_ttl(),
+        };
+        let verdict = manager
+            .orphans
+            .on_result(orphan, released, circumstances, |pause| rng.random_range(pause));
+        self.orphan_is_judged(m, verdict);
+        self.release_orphans(m);
+    }
+
+    fn orphan_is_judged(&mut self, m: usize, verdict: Verdict) {
+        match verdict {
+            Verdict::Done | Verdict::Retried => {}
+            Verdict::Rechecked => self.stats.doubted += 1,
+            Verdict::LeftToExpire | Verdict::TooManyRechecks => {
+                self.stats.left_to_run_out += 1;
+                self.note(|_| format!("m{m} a cycle is left to expire: {verdict:?}"));
+            }
+        }
     }
 
     /// Passes the request that follows to the driver of the previous one, if the driver is still

@@ -1,10 +1,11 @@
 //! Requests in transit: two connections per manager. Each keeps its order, and may be slow, stall
 //! or break.
 
-use super::background::Abandon;
+use super::background::Job;
 use super::clock::{Nanos, nanos};
-use super::world::{Event, Part, World};
+use super::world::{Event, Orphan, Part, World};
 use crate::clock::Moment;
+use crate::engine::orphans::Released;
 use crate::engine::{Outage, Request};
 use crate::error::LockError;
 use crate::protocol::{AcquireMode, AcquireReply, Answer, Cycle, ReleaseReply, RenewReply};
@@ -40,7 +41,7 @@ enum Broken {
 pub(super) enum Driver {
     Task(usize),
     Background,
-    Abandon(Abandon),
+    Orphans,
     Watchdog,
 }
 
@@ -57,6 +58,8 @@ pub(super) struct InFlight {
     k: usize,
     order: Order,
     driver: Driver,
+    /// The pending release that is sent.
+    pub(super) orphan: Option<Orphan>,
     lane: Priority,
     attempts: u32,
     sent_at: Moment,
@@ -90,7 +93,7 @@ impl Driver {
     const fn part(self) -> Part {
         match self {
             Self::Task(_) => Part::Tasks,
-            Self::Background | Self::Abandon(_) | Self::Watchdog => Part::Background,
+            Self::Background | Self::Orphans | Self::Watchdog => Part::Background,
         }
     }
 }
@@ -117,6 +120,7 @@ impl World {
                 k,
                 order,
                 driver,
+                orphan: None,
                 lane,
                 attempts: 0,
                 sent_at: Moment::default(),
@@ -275,11 +279,9 @@ impl World {
         let Some(in_flight) = self.in_flight.remove(&request) else {
             return;
         };
-        match (reply, in_flight.driver) {
-            (Some(reply), _) => self.answered(in_flight, reply),
-            // The server would refuse again.
-            (None, Driver::Abandon(_)) => self.stats.left_to_run_out += 1,
-            (None, _) => self.unanswered(&in_flight),
+        match reply {
+            Some(reply) => self.answered(in_flight, reply),
+            None => self.unanswered(in_flight, Released::Refused),
         }
     }
 
@@ -294,18 +296,17 @@ impl World {
         };
         let seen = &mut self.managers[m].seen[slot(k)];
         *seen = saw.max(*seen);
-        if let Driver::Abandon(abandon) = in_flight.driver {
-            return self.abandon_answered(m, abandon);
+        if let Some(orphan) = in_flight.orphan {
+            return self.orphan_ended(m, orphan, Released::Confirmed);
         }
         let takes = match in_flight.order {
             Order::Queue(Request::Acquire { cycle, .. }) => Some(cycle),
             Order::Queue(Request::Release { requeue, .. }) => requeue,
             Order::Renew { .. } => None,
         };
-        let newest = self.managers[m].newest_at_cut;
-        if let Some(cycle) = takes.filter(|cycle| cycle.number() <= newest && self.was_cut_lately(m)) {
+        if let Some(cycle) = takes.filter(|&cycle| self.may_arrive_late(m, cycle)) {
             // An earlier attempt may still be executed.
-            self.doubt(m, k, cycle, false);
+            self.job(m, Job::Recheck { k, cycle });
         }
         match (in_flight.order, reply) {
             (Order::Queue(Request::Acquire { cycle, ttl, .. }), Reply::Acquired(reply)) => {
@@ -342,10 +343,10 @@ impl World {
     }
 
     /// There was no reply, or the reply reports that nothing was done.
-    fn unanswered(&mut self, in_flight: &InFlight) {
-        let InFlight { m, k, sent_at, .. } = *in_flight;
-        if let Driver::Abandon(abandon) = in_flight.driver {
-            return self.abandon_failed(m, abandon);
+    fn unanswered(&mut self, in_flight: InFlight, why: Released) {
+        let InFlight { m, k, sent_at, .. } = in_flight;
+        if let Some(orphan) = in_flight.orphan {
+            return self.orphan_ended(m, orphan, why);
         }
         match in_flight.order {
             Order::Renew { cycle, ttl } => self.renewed(m, k, cycle, ttl, sent_at, None),
@@ -383,7 +384,7 @@ impl World {
     pub(super) fn deadline_passes(&mut self, request: u64) {
         if let Some(in_flight) = self.in_flight.remove(&request) {
             self.note(|_| format!("m{} k{} #{request} has no answer in time", in_flight.m, in_flight.k));
-            self.unanswered(&in_flight);
+            self.unanswered(in_flight, Released::Unavailable);
         }
     }
 
@@ -410,7 +411,6 @@ impl World {
         };
         let manager = &mut self.managers[m];
         manager.last_cut = Some(manager.clock.at(now));
-        manager.newest_at_cut = manager.cycles.newest();
         let connection = &mut manager.lanes[lane as usize];
         let generation = connection.generation;
         connection.generation += 1;
@@ -449,7 +449,7 @@ impl World {
         let is_renewal = matches!(in_flight.order, Order::Renew { .. });
         if in_flight.attempts > RECONNECTS || is_renewal {
             if let Some(in_flight) = self.in_flight.remove(&request) {
-                self.unanswered(&in_flight);
+                self.unanswered(in_flight, Released::Unavailable);
             }
             return;
         }

@@ -6,6 +6,7 @@ use rand::Rng;
 use rand::rngs::SmallRng;
 
 use super::clock::{Nanos, nanos};
+use crate::engine::orphans::OrphanRules;
 use crate::engine::{Flaw, Rules};
 
 /// The kinds of faults that may happen.
@@ -203,6 +204,17 @@ impl Plan {
     /// executed.
     pub(super) fn late_max(&self) -> Duration {
         self.longest_ttl() * 4
+    }
+
+    /// The retry rules of production, in which no pause is longer than a lease.
+    pub(super) fn orphan_rules(&self) -> OrphanRules {
+        let rules = OrphanRules::new(self.late_max());
+        OrphanRules {
+            pause_max: rules.pause_max.min(self.longest_ttl()),
+            pause_later: rules.pause_later.min(self.longest_ttl()),
+            flaw: self.rules.flaw,
+            ..rules
+        }
     }
 
     pub(super) fn longest_linger(&self) -> Duration {

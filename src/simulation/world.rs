@@ -6,7 +6,7 @@ use std::collections::{BTreeMap, BinaryHeap};
 use rand::rngs::SmallRng;
 use rand::{Rng, SeedableRng};
 
-use super::background::{Abandon, Job};
+use super::background::Job;
 use super::clock::{DRIFT_MAX, LocalClock, Nanos};
 use super::failover::Replicas;
 use super::faults::Fault;
@@ -18,10 +18,11 @@ use super::run::Stats;
 use super::story::Case;
 use super::tasks::{Step, Task};
 use crate::clock::Moment;
+use crate::engine::orphans::{Attempt, LateRequests, Orphans};
 use crate::engine::{Capacity, Context, Effects, Queue, Rare, Request};
 use crate::identity::ManagerId;
 use crate::key::LockKey;
-use crate::protocol::{AcquireMode, Cycle, Cycles, Push};
+use crate::protocol::{AcquireMode, Cycles, Push};
 use crate::store::Priority;
 use crate::store::memory::MemoryCore;
 
@@ -43,6 +44,9 @@ pub(super) struct World {
     trace: Option<Vec<String>>,
 }
 
+/// A pending release of a key.
+pub(super) type Orphan = Attempt<usize, ()>;
+
 /// One process.
 pub(super) struct Manager {
     pub(super) id: ManagerId,
@@ -59,8 +63,10 @@ pub(super) struct Manager {
     pub(super) lanes: [Connection; 2],
     /// When one of those connections last broke.
     pub(super) last_cut: Option<Moment>,
-    /// The largest cycle number at that time.
-    pub(super) newest_at_cut: u64,
+    pub(super) late: LateRequests,
+    pub(super) orphans: Orphans<usize, ()>,
+    /// When the next event for those is scheduled.
+    pub(super) orphans_due: Nanos,
     pub(super) inbox: Inbox,
     /// The server's time at the last connect, and the largest token seen in the slot of each key.
     pub(super) floor: u64,
@@ -104,12 +110,9 @@ pub(super) enum Event {
         request: u64,
     },
     Job(Job),
-    AbandonAgain(Abandon),
-    /// Nothing of a cycle that was sent on another connection can arrive any more.
-    Doubted {
-        k: usize,
-        cycle: Cycle,
-        is_postponed: bool,
+    /// A release of a cycle that is over is due.
+    OrphansDue {
+        at: Nanos,
     },
     Look {
         at: Nanos,
@@ -189,7 +192,9 @@ impl World {
             is_left: false,
             lanes: [Connection::default(), Connection::default()],
             last_cut: None,
-            newest_at_cut: 0,
+            late: LateRequests::default(),
+            orphans: Orphans::new(self.plan.orphan_rules()),
+            orphans_due: Nanos::MAX,
             inbox: Inbox::default(),
             floor: self.server_time(),
             seen: vec![0; self.keys.len()],
@@ -287,8 +292,7 @@ impl World {
             Event::Breaks { request, generation } => self.connection_breaks(request, generation),
             Event::Deadline { request } => self.deadline_passes(request),
             Event::Job(job) => self.job_starts(m, job),
-            Event::AbandonAgain(abandon) => self.abandon_again(m, abandon),
-            Event::Doubted { k, cycle, is_postponed } => self.doubt_ends(m, k, cycle, is_postponed),
+            Event::OrphansDue { at } => self.orphans_are_due(m, at),
             Event::Look { at } => self.watchdog_looks(m, at),
             Event::Pushed { generation, push } => self.push_comes(m, generation, push),
             Event::Subscription(step) => self.subscription_goes_on(m, step),
