@@ -13,7 +13,6 @@
 //! again.
 
 mod background;
-mod backlog;
 mod contention_hints;
 mod deadline;
 mod entry;
@@ -41,7 +40,6 @@ use parking_lot::Mutex;
 use tokio::sync::mpsc;
 
 pub(crate) use background::Background;
-pub(crate) use backlog::{Backlog, Due, STRAIN_MIN};
 pub(crate) use entry::{Enqueued, Entry, Origin, Settled};
 pub(crate) use execute::Completed;
 pub(crate) use map::Maps;
@@ -52,6 +50,7 @@ use crate::backoff::Backoff;
 use crate::clock::Moment;
 use crate::contention::HotKeys;
 use crate::engine::orphans::LateRequests;
+use crate::engine::renewals::STRAIN_MIN;
 use crate::engine::{Capacity, Outage, Request, Rules, WaiterOptions};
 use crate::error::LockError;
 use crate::identity::ManagerId;

@@ -8,7 +8,7 @@
 //! passage of time to each. All leases that are due for renewal, or will be soon, are renewed in
 //! batches. So a hundred thousand leases cost one pass and a few hundred script calls per tenth of
 //! their TTL. Batches are independent: one that hangs does not delay the next. They only wait here
-//! if there are more than a server handles in time ([`Backlog`]).
+//! if there are more than a server handles in time ([`Renewals`]).
 
 use std::sync::Arc;
 use std::time::Duration;
@@ -17,8 +17,9 @@ use tokio::task::JoinSet;
 use tokio::time::Instant;
 use tracing::Instrument;
 
+use super::{Entry, Shard};
 use crate::clock::Moment;
-use crate::driver::{Backlog, Due, Entry, STRAIN_MIN, Shard};
+use crate::engine::renewals::{Due, Renewals, time_limit};
 use crate::protocol::{RenewReply, Renewal};
 use crate::store::StoreError;
 use crate::telemetry::RequestKind;
@@ -33,29 +34,29 @@ const LOOK_EVERY_MIN: Duration = Duration::from_millis(1);
 /// Panics if a renewal does: its leases would never be renewed again.
 pub(crate) async fn keep_alive(shard: Arc<Shard>) {
     let mut renewals = JoinSet::new();
-    let mut backlog = Backlog::new();
+    let mut renewals_due = Renewals::new();
     let mut next_look = Instant::now();
     loop {
         tokio::select! {
             () = due(&shard, next_look) => {
                 let began = Instant::now();
                 let (due, shortest) = look(&shard);
-                backlog.add(due);
+                renewals_due.add(due);
                 next_look = Instant::now() + pause(began.elapsed(), shortest);
             }
             Some(ended) = renewals.join_next(), if !renewals.is_empty() => match ended {
-                Ok(in_time) => backlog.ended(in_time),
+                Ok(in_time) => renewals_due.ended(in_time),
                 Err(error) => if let Ok(panic) = error.try_into_panic() {
                     std::panic::resume_unwind(panic);
                 }
             }
         }
-        while let Some(batch) = backlog.next(Moment::now()) {
+        while let Some(batch) = renewals_due.next(Moment::now()) {
             let span = tracing::debug_span!("renew", shard = %shard.name, leases = batch.len());
             let batch = batch.into_iter().map(|due| due.what).collect();
             renewals.spawn_local(renew(Arc::clone(&shard), batch).instrument(span));
         }
-        shard.set_strained(backlog.is_strained(Moment::now()) && shard.metrics.leases() >= STRAIN_MIN);
+        shard.set_strained(renewals_due.is_strained(shard.metrics.leases(), Moment::now()));
     }
 }
 
@@ -93,13 +94,9 @@ fn look(shard: &Arc<Shard>) -> (Vec<DueRenewal>, Duration) {
         if let Some((cycle, ttl, late)) = renewal {
             // Not under the mutex of the key: the recorder is foreign code.
             shard.metrics.renewal_lag.record(late.as_secs_f64());
-            let left = ttl.mul_f64(1.0 - shard.rules.renew_fraction).saturating_sub(late);
             let key = entry.key.clone();
-            all_due.push(Due {
-                what: (entry, Renewal { key, cycle, ttl }),
-                ttl,
-                ends_at: Moment::now() + left,
-            });
+            let what = (entry, Renewal { key, cycle, ttl });
+            all_due.push(Due::new(what, ttl, late, &shard.rules, Moment::now()));
         }
     }
     (all_due, shortest)
@@ -115,9 +112,7 @@ async fn renew(shard: Arc<Shard>, mut due: Vec<(Arc<Entry>, Renewal)>) -> bool {
     }
     let sent_at = Moment::now();
     let batch: Vec<Renewal> = due.iter().map(|(_, renewal)| renewal.clone()).collect();
-    // A batch that hangs must leave time for another attempt before its first lease ends.
-    let shortest = batch.iter().map(|renewal| renewal.ttl).min().unwrap_or(shard.timeout);
-    let limit = shard.timeout.min((shortest / 3).max(Duration::from_millis(10)));
+    let limit = time_limit(batch.iter().map(|renewal| renewal.ttl), shard.timeout);
     let replies = tokio::time::timeout(limit, shard.store.renew(batch, limit)).await;
     let replies =
         replies.unwrap_or_else(|_| Err(StoreError::Unavailable(format!("no answer within {limit:?}").into())));

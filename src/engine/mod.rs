@@ -7,10 +7,11 @@
 //! (`driver`), in the exhaustive tests and in the simulation.
 //!
 //! [`key`] is the state machine of one key of one manager; read its header first. [`orphans`] has
-//! the retry rules of cycles that are over.
+//! the retry rules of cycles that are over, and [`renewals`] decides which renewals are sent when.
 
 pub(crate) mod key;
 pub(crate) mod orphans;
+pub(crate) mod renewals;
 
 #[cfg(test)]
 pub(crate) use key::Flaw;

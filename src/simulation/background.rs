@@ -4,11 +4,12 @@
 use rand::Rng;
 
 use super::clock::Nanos;
-use super::network::{Driver, Order};
+use super::network::{Driver, Lease, Order};
 use super::world::{Event, Manager, Orphan, Part, World};
 use crate::clock::Moment;
 use crate::engine::Request;
 use crate::engine::orphans::{Circumstances, Released, Verdict};
+use crate::engine::renewals::Due;
 use crate::protocol::Cycle;
 use crate::store::Priority;
 
@@ -189,6 +190,8 @@ impl World {
             return;
         }
         self.managers[m].next_look = Nanos::MAX;
+        let now = self.managers[m].clock.at(self.now);
+        let mut all_due = Vec::new();
         for k in 0..self.keys.len() {
             let (due, request) = self.event(m, k, |queue, cx| {
                 let effects = queue.tick(cx);
@@ -197,15 +200,40 @@ impl World {
             if let Some(request) = request {
                 self.job(m, Job::Request { k, request });
             }
-            if let Some((cycle, ttl, _)) = due {
-                self.send(
-                    m,
-                    k,
-                    Order::Renew { cycle, ttl },
-                    Driver::Watchdog,
-                    Priority::Background,
-                );
+            if let Some((cycle, ttl, late)) = due {
+                all_due.push(Due::new(Lease { k, cycle, ttl }, ttl, late, &self.plan.rules, now));
             }
         }
+        self.managers[m].renewals.add(all_due);
+        self.send_renewals(m);
+    }
+
+    /// Sends the batches of renewals that may be in flight, as `driver::watchdog` does.
+    fn send_renewals(&mut self, m: usize) {
+        let now = self.managers[m].clock.at(self.now);
+        while let Some(batch) = self.managers[m].renewals.next(now) {
+            let mut batch: Vec<Lease> = batch.into_iter().map(|due| due.what).collect();
+            // Leases may have been released while the batch waited for its turn.
+            batch.retain(|lease| self.holds(m, lease.k, lease.cycle));
+            let Some(first) = batch.first() else {
+                self.managers[m].renewals.ended(true);
+                continue;
+            };
+            let k = first.k;
+            self.stats.batches += 1;
+            self.stats.renewals += batch.len() as u64;
+            self.send(m, k, Order::Renew(batch), Driver::Watchdog, Priority::Background);
+        }
+    }
+
+    /// A batch got its reply or none.
+    pub(super) fn batch_ended(&mut self, m: usize, in_time: bool) {
+        self.managers[m].renewals.ended(in_time);
+        self.send_renewals(m);
+    }
+
+    fn holds(&self, m: usize, k: usize, cycle: Cycle) -> bool {
+        let lease = self.managers[m].queues[k].lease();
+        lease.is_some_and(|(lease, _)| lease.cycle == cycle)
     }
 }

@@ -6,6 +6,7 @@ use super::clock::{Nanos, nanos};
 use super::world::{Event, Orphan, Part, World};
 use crate::clock::Moment;
 use crate::engine::orphans::Released;
+use crate::engine::renewals::time_limit;
 use crate::engine::{Outage, Request};
 use crate::error::LockError;
 use crate::protocol::{AcquireMode, AcquireReply, Answer, Cycle, ReleaseReply, RenewReply};
@@ -45,10 +46,19 @@ pub(super) enum Driver {
     Watchdog,
 }
 
-#[derive(Debug, Clone, Copy)]
+#[derive(Debug, Clone)]
 pub(super) enum Order {
     Queue(Request),
-    Renew { cycle: Cycle, ttl: std::time::Duration },
+    /// A batch of renewals, of any keys.
+    Renew(Vec<Lease>),
+}
+
+/// A lease to renew.
+#[derive(Debug, Clone, Copy)]
+pub(super) struct Lease {
+    pub(super) k: usize,
+    pub(super) cycle: Cycle,
+    pub(super) ttl: std::time::Duration,
 }
 
 /// A request whose sender waits for the reply.
@@ -79,11 +89,11 @@ pub(super) struct Command {
     floor: u64,
 }
 
-#[derive(Debug, Clone, Copy)]
+#[derive(Debug)]
 pub(super) enum Reply {
     Acquired(AcquireReply),
     Released(ReleaseReply),
-    Renewed(RenewReply),
+    Renewed(Vec<RenewReply>),
 }
 
 /// How often a request is resent after its connection broke, as in production.
@@ -102,15 +112,13 @@ impl World {
     /// Sends a request and returns its number. A request that acquires something uses the caller's
     /// lane, whichever part sends it.
     pub(super) fn send(&mut self, m: usize, k: usize, order: Order, driver: Driver, lane: Priority) -> u64 {
-        let (lane, limit) = match order {
+        let (lane, limit) = match &order {
             Order::Queue(Request::Release { requeue: None, .. }) => (lane, self.plan.timeout),
             Order::Queue(_) => (Priority::Foreground, self.plan.timeout),
-            Order::Renew { ttl, .. } => (
-                Priority::Background,
-                self.plan
-                    .timeout
-                    .min((ttl / 3).max(std::time::Duration::from_millis(10))),
-            ),
+            Order::Renew(batch) => {
+                let ttls = batch.iter().map(|lease| lease.ttl);
+                (Priority::Background, time_limit(ttls, self.plan.timeout))
+            }
         };
         let request = self.number();
         self.in_flight.insert(
@@ -153,7 +161,7 @@ impl World {
             request,
             m,
             k,
-            order: in_flight.order,
+            order: in_flight.order.clone(),
             driver: in_flight.driver,
             lane: in_flight.lane,
             generation: connection.generation,
@@ -203,8 +211,10 @@ impl World {
             Some(self.execute(&command))
         };
         self.note(|_| format!("m{m} k{k} #{request} executes: {reply:?}"));
-        self.deliver(k);
-        self.check_leases(k);
+        match &command.order {
+            Order::Queue(_) => self.is_executed(k),
+            Order::Renew(batch) => batch.iter().for_each(|lease| self.is_executed(lease.k)),
+        }
         let delay = self.message_delay();
         let now = self.now;
         let connection = &mut self.managers[m].lanes[command.lane as usize];
@@ -219,6 +229,11 @@ impl World {
         self.inside(at, m, command.driver.part(), event);
     }
 
+    fn is_executed(&mut self, k: usize) {
+        self.deliver(k);
+        self.check_leases(k);
+    }
+
     fn execute(&mut self, command: &Command) -> Reply {
         let manager = &self.managers[command.m];
         let key = &self.keys[command.k];
@@ -230,8 +245,8 @@ impl World {
             tokens,
             floor: command.floor,
         };
-        match command.order {
-            Order::Queue(Request::Acquire {
+        match &command.order {
+            &Order::Queue(Request::Acquire {
                 cycle,
                 mode,
                 ttl,
@@ -247,7 +262,7 @@ impl World {
                 self.ledger.issues(command.m, command.k, cycle, &reply);
                 Reply::Acquired(reply)
             }
-            Order::Queue(Request::Release {
+            &Order::Queue(Request::Release {
                 cycle, requeue, tokens, ..
             }) => {
                 let ttl = requeue.map_or(std::time::Duration::ZERO, Cycle::ttl);
@@ -259,8 +274,12 @@ impl World {
                 }
                 Reply::Released(reply)
             }
-            Order::Renew { cycle, ttl } => {
-                Reply::Renewed(self.core.renew(key, &manager.id.owner_tag(cycle).to_string(), now, ttl))
+            Order::Renew(batch) => {
+                let replies = batch.iter().map(|lease| {
+                    let me = manager.id.owner_tag(lease.cycle).to_string();
+                    self.core.renew(&self.keys[lease.k], &me, now, lease.ttl)
+                });
+                Reply::Renewed(replies.collect())
             }
         }
     }
@@ -289,8 +308,8 @@ impl World {
         let InFlight {
             m, k, sent_at, floor, ..
         } = in_flight;
-        let saw = match reply {
-            Reply::Acquired(reply) => seen_in(&reply),
+        let saw = match &reply {
+            Reply::Acquired(reply) => seen_in(reply),
             Reply::Released(reply) => reply.requeued.as_ref().map_or(0, seen_in),
             Reply::Renewed(_) => 0,
         };
@@ -302,7 +321,7 @@ impl World {
         let takes = match in_flight.order {
             Order::Queue(Request::Acquire { cycle, .. }) => Some(cycle),
             Order::Queue(Request::Release { requeue, .. }) => requeue,
-            Order::Renew { .. } => None,
+            Order::Renew(_) => None,
         };
         if let Some(cycle) = takes.filter(|&cycle| self.may_arrive_late(m, cycle)) {
             // An earlier attempt may still be executed.
@@ -335,8 +354,11 @@ impl World {
                 let ((), next) = self.event(m, k, |queue, cx| ((), queue.on_release_reply(cycle, answer, cx)));
                 self.drive_on(m, k, in_flight.driver, next);
             }
-            (Order::Renew { cycle, ttl }, Reply::Renewed(reply)) => {
-                self.renewed(m, k, cycle, ttl, sent_at, Some(reply));
+            (Order::Renew(batch), Reply::Renewed(replies)) => {
+                for (lease, reply) in batch.into_iter().zip(replies) {
+                    self.renewed(m, lease, sent_at, Some(reply));
+                }
+                self.batch_ended(m, true);
             }
             (order, reply) => self.ledger.breach(format!("{order:?} was answered by {reply:?}")),
         }
@@ -349,7 +371,12 @@ impl World {
             return self.orphan_ended(m, orphan, why);
         }
         match in_flight.order {
-            Order::Renew { cycle, ttl } => self.renewed(m, k, cycle, ttl, sent_at, None),
+            Order::Renew(batch) => {
+                for lease in batch {
+                    self.renewed(m, lease, sent_at, None);
+                }
+                self.batch_ended(m, false);
+            }
             Order::Queue(Request::Acquire { cycle, .. } | Request::Release { cycle, .. }) => {
                 self.stats.failed += 1;
                 let error = no_answer();
@@ -366,15 +393,8 @@ impl World {
         }
     }
 
-    fn renewed(
-        &mut self,
-        m: usize,
-        k: usize,
-        cycle: Cycle,
-        ttl: std::time::Duration,
-        sent_at: Moment,
-        reply: Option<RenewReply>,
-    ) {
+    fn renewed(&mut self, m: usize, lease: Lease, sent_at: Moment, reply: Option<RenewReply>) {
+        let Lease { k, cycle, ttl } = lease;
         if reply == Some(RenewReply::Extended { wanted: true }) {
             self.ledger.hears_of_rivals(m, k, cycle);
         }
@@ -392,7 +412,7 @@ impl World {
     pub(super) fn forget_request(&mut self, request: u64) -> Option<Cycle> {
         match self.in_flight.remove(&request)?.order {
             Order::Queue(Request::Acquire { cycle, .. } | Request::Release { cycle, .. }) => Some(cycle),
-            Order::Renew { .. } => None,
+            Order::Renew(_) => None,
         }
     }
 
@@ -446,7 +466,7 @@ impl World {
         let manager = &self.managers[m];
         debug_assert!(manager.lanes[in_flight.lane as usize].generation > generation);
         in_flight.attempts += 1;
-        let is_renewal = matches!(in_flight.order, Order::Renew { .. });
+        let is_renewal = matches!(in_flight.order, Order::Renew(_));
         if in_flight.attempts > RECONNECTS || is_renewal {
             if let Some(in_flight) = self.in_flight.remove(&request) {
                 self.unanswered(in_flight, Released::Unavailable);

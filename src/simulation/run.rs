@@ -41,6 +41,9 @@ pub(super) struct Stats {
     /// in case there are any.
     pub(super) late: u64,
     pub(super) doubted: u64,
+    /// Batches of renewals, and the leases in them.
+    pub(super) batches: u64,
+    pub(super) renewals: u64,
     /// The maximum share of the patience that was needed, in percent.
     pub(super) patience_needed: u64,
 }
@@ -70,6 +73,8 @@ impl Stats {
             (&mut self.forgotten, other.forgotten),
             (&mut self.late, other.late),
             (&mut self.doubted, other.doubted),
+            (&mut self.batches, other.batches),
+            (&mut self.renewals, other.renewals),
         ] {
             *sum += part;
         }
@@ -100,6 +105,11 @@ impl Stats {
         ] {
             assert!(count >= least, "{what}: only {count}\n{self:?}");
         }
+        let in_company = self.renewals - self.batches;
+        assert!(
+            in_company >= 200,
+            "batches of several leases: only {in_company}\n{self:?}"
+        );
         assert_eq!(
             self.regressed, 0,
             "no token goes back unless something is forgotten: {self:?}"

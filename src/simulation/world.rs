@@ -11,7 +11,7 @@ use super::clock::{DRIFT_MAX, LocalClock, Nanos};
 use super::failover::Replicas;
 use super::faults::Fault;
 use super::ledger::Ledger;
-use super::network::{Command, Connection, InFlight, Reply};
+use super::network::{Command, Connection, InFlight, Lease, Reply};
 use super::plan::Plan;
 use super::pushes::{Inbox, Subscription};
 use super::run::Stats;
@@ -19,6 +19,7 @@ use super::story::Case;
 use super::tasks::{Step, Task};
 use crate::clock::Moment;
 use crate::engine::orphans::{Attempt, LateRequests, Orphans};
+use crate::engine::renewals::Renewals;
 use crate::engine::{Capacity, Context, Effects, Queue, Rare, Request};
 use crate::identity::ManagerId;
 use crate::key::LockKey;
@@ -67,6 +68,7 @@ pub(super) struct Manager {
     pub(super) orphans: Orphans<usize, ()>,
     /// When the next event for those is scheduled.
     pub(super) orphans_due: Nanos,
+    pub(super) renewals: Renewals<Lease>,
     pub(super) inbox: Inbox,
     /// The server's time at the last connect, and the largest token seen in the slot of each key.
     pub(super) floor: u64,
@@ -195,6 +197,7 @@ impl World {
             late: LateRequests::default(),
             orphans: Orphans::new(self.plan.orphan_rules()),
             orphans_due: Nanos::MAX,
+            renewals: Renewals::new(),
             inbox: Inbox::default(),
             floor: self.server_time(),
             seen: vec![0; self.keys.len()],

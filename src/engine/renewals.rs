@@ -9,22 +9,25 @@
 //! flight is halved when one times out, and grows by one with each reply.
 //!
 //! If batches are sent when more than a third of a lease's time is gone, the shard holds more
-//! leases than it can renew ([`Backlog::is_strained`]), and accepts no new keys until it keeps up
+//! leases than it can renew ([`Renewals::is_strained`]), and accepts no new keys until it keeps up
 //! again.
 
 use std::collections::BTreeMap;
 use std::time::Duration;
 
+use super::Rules;
 use crate::clock::Moment;
 
 /// The maximum number of leases in a batch.
 const BATCH_MAX: usize = 1024;
 /// The largest and smallest limit on batches in flight. If one of several nodes does not reply, the
 /// leases on the others must still be renewed in time.
-const UNDER_WAY_MAX: usize = 64;
-const UNDER_WAY_MIN: usize = 24;
+const IN_FLIGHT_MAX: usize = 64;
+const IN_FLIGHT_MIN: usize = 24;
 /// With fewer leases, renewals are late for reasons other than their number.
 pub(crate) const STRAIN_MIN: usize = 8 * BATCH_MAX;
+/// The shortest time limit of a batch.
+const LIMIT_MIN: Duration = Duration::from_millis(10);
 
 /// A lease to renew.
 pub(crate) struct Due<T> {
@@ -34,25 +37,44 @@ pub(crate) struct Due<T> {
     pub(crate) ends_at: Moment,
 }
 
+impl<T> Due<T> {
+    /// A lease whose renewal is late by that time.
+    pub(crate) fn new(what: T, ttl: Duration, late: Duration, rules: &Rules, now: Moment) -> Self {
+        let left = ttl.mul_f64(1.0 - rules.renew_fraction).saturating_sub(late);
+        Self {
+            what,
+            ttl,
+            ends_at: now + left,
+        }
+    }
+}
+
+/// How long to wait for the reply to a batch of leases with these TTLs, at most `timeout`. A batch
+/// that hangs must leave time for another attempt before its first lease ends.
+pub(crate) fn time_limit(ttls: impl IntoIterator<Item = Duration>, timeout: Duration) -> Duration {
+    let shortest = ttls.into_iter().min().unwrap_or(timeout);
+    timeout.min((shortest / 3).max(LIMIT_MIN))
+}
+
 /// See the module documentation.
-pub(crate) struct Backlog<T> {
+pub(crate) struct Renewals<T> {
     /// Keyed by the earliest end of a lease in the batch, and a number to break ties.
     waiting: BTreeMap<(Moment, u64), Vec<Due<T>>>,
     next_number: u64,
     /// Whether the last batch was sent late.
     is_late: bool,
-    under_way: usize,
-    under_way_max: usize,
+    in_flight: usize,
+    in_flight_max: usize,
 }
 
-impl<T> Backlog<T> {
+impl<T> Renewals<T> {
     pub(crate) const fn new() -> Self {
         Self {
             waiting: BTreeMap::new(),
             next_number: 0,
             is_late: false,
-            under_way: 0,
-            under_way_max: UNDER_WAY_MAX,
+            in_flight: 0,
+            in_flight_max: IN_FLIGHT_MAX,
         }
     }
 
@@ -70,27 +92,33 @@ impl<T> Backlog<T> {
     /// The next batch to send, unless the limit on batches in flight is reached. The batch is in
     /// flight until [`ended`](Self::ended) is called.
     pub(crate) fn next(&mut self, now: Moment) -> Option<Vec<Due<T>>> {
-        if self.under_way >= self.under_way_max {
+        if self.in_flight >= self.in_flight_max {
             return None;
         }
         let (_, batch) = self.waiting.pop_first()?;
         self.is_late = is_late(&batch, now);
-        self.under_way += 1;
+        self.in_flight += 1;
         Some(batch)
     }
 
     /// A batch got its reply or timed out.
     pub(crate) fn ended(&mut self, in_time: bool) {
-        self.under_way = self.under_way.saturating_sub(1);
-        self.under_way_max = if in_time {
-            (self.under_way_max + 1).min(UNDER_WAY_MAX)
+        debug_assert!(self.in_flight > 0, "the end of a batch that is not in flight");
+        self.in_flight = self.in_flight.saturating_sub(1);
+        self.in_flight_max = if in_time {
+            (self.in_flight_max + 1).min(IN_FLIGHT_MAX)
         } else {
-            (self.under_way_max / 2).max(UNDER_WAY_MIN)
+            (self.in_flight_max / 2).max(IN_FLIGHT_MIN)
         };
     }
 
-    /// Whether the last batch was sent late, or the next one is late by now.
-    pub(crate) fn is_strained(&self, now: Moment) -> bool {
+    /// Whether there are more leases than are renewed in time: the last batch was sent late, or the
+    /// next one is late by now.
+    pub(crate) fn is_strained(&self, leases: usize, now: Moment) -> bool {
+        leases >= STRAIN_MIN && self.has_late_batch(now)
+    }
+
+    fn has_late_batch(&self, now: Moment) -> bool {
         self.is_late || self.waiting.values().next().is_some_and(|batch| is_late(batch, now))
     }
 }
@@ -153,26 +181,44 @@ mod tests {
     }
 
     #[test]
-    fn batches_under_way_are_limited_to_what_is_answered_in_time() {
-        let mut backlog = Backlog::new();
-        backlog.add(many(200 * BATCH_MAX, at(0)));
-        let send = |backlog: &mut Backlog<()>| std::iter::from_fn(|| backlog.next(at(0))).count();
-        assert_eq!(send(&mut backlog), UNDER_WAY_MAX);
-        backlog.ended(false);
-        assert_eq!(send(&mut backlog), 0);
-        (1..UNDER_WAY_MAX).for_each(|_| backlog.ended(false));
-        assert_eq!(send(&mut backlog), UNDER_WAY_MIN);
-        backlog.ended(true);
-        assert_eq!(send(&mut backlog), 2);
+    fn batches_in_flight_are_limited_to_what_is_answered_in_time() {
+        let mut renewals = Renewals::new();
+        renewals.add(many(200 * BATCH_MAX, at(0)));
+        let send = |renewals: &mut Renewals<()>| std::iter::from_fn(|| renewals.next(at(0))).count();
+        assert_eq!(send(&mut renewals), IN_FLIGHT_MAX);
+        renewals.ended(false);
+        assert_eq!(send(&mut renewals), 0);
+        (1..IN_FLIGHT_MAX).for_each(|_| renewals.ended(false));
+        assert_eq!(send(&mut renewals), IN_FLIGHT_MIN);
+        renewals.ended(true);
+        assert_eq!(send(&mut renewals), 2);
+    }
+
+    #[test]
+    fn few_leases_are_no_strain() {
+        let mut renewals = Renewals::new();
+        renewals.add(many(1, at(0)));
+        assert!(!renewals.is_strained(STRAIN_MIN - 1, at(5_000)));
+        assert!(renewals.is_strained(STRAIN_MIN, at(5_000)));
+    }
+
+    #[test]
+    fn batch_that_hangs_leaves_time_for_another_attempt() {
+        let ms = Duration::from_millis;
+        let limit = |ttls: &[u64], timeout| time_limit(ttls.iter().copied().map(ms), ms(timeout));
+        assert_eq!(limit(&[10_000, 3_000], 5_000), ms(1_000));
+        assert_eq!(limit(&[60_000], 5_000), ms(5_000));
+        assert_eq!(limit(&[15], 5_000), ms(10));
+        assert_eq!(limit(&[], 5_000), ms(5_000) / 3);
     }
 
     #[test]
     fn leases_that_end_first_are_renewed_first() {
-        let mut backlog = Backlog::new();
+        let mut renewals = Renewals::new();
         for ends_at in [3, 1, 2, 1] {
-            backlog.add(many(1, at(ends_at)));
+            renewals.add(many(1, at(ends_at)));
         }
-        let order: Vec<Moment> = std::iter::from_fn(|| backlog.next(at(0)))
+        let order: Vec<Moment> = std::iter::from_fn(|| renewals.next(at(0)))
             .map(|batch| batch[0].ends_at)
             .collect();
         assert_eq!(order, [at(1), at(1), at(2), at(3)]);
@@ -180,14 +226,14 @@ mod tests {
 
     #[test]
     fn batches_that_are_sent_late_are_a_strain() {
-        let mut backlog = Backlog::new();
-        backlog.add(many(1, at(12_000)));
-        assert!(!backlog.is_strained(at(5_000)));
-        assert!(backlog.is_strained(at(6_000)), "it waits");
-        assert!(backlog.next(at(6_000)).is_some());
-        assert!(backlog.is_strained(at(6_000)), "it was late");
-        backlog.add(many(1, at(20_000)));
-        assert!(backlog.next(at(11_000)).is_some());
-        assert!(!backlog.is_strained(at(11_000)));
+        let mut renewals = Renewals::new();
+        renewals.add(many(1, at(12_000)));
+        assert!(!renewals.has_late_batch(at(5_000)));
+        assert!(renewals.has_late_batch(at(6_000)), "it waits");
+        assert!(renewals.next(at(6_000)).is_some());
+        assert!(renewals.has_late_batch(at(6_000)), "it was late");
+        renewals.add(many(1, at(20_000)));
+        assert!(renewals.next(at(11_000)).is_some());
+        assert!(!renewals.has_late_batch(at(11_000)));
     }
 }
