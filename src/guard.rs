@@ -219,7 +219,10 @@ impl LockGuard {
         self.released = true;
         let now = Moment::now();
         if self.is_recorded {
-            let class = self.class.as_ref().unwrap_or(&self.entry.shard.class);
+            let class = self
+                .class
+                .as_ref()
+                .unwrap_or_else(|| self.entry.shard.manager.default_class());
             class.held(now.since(self.since));
             self.entry
                 .shard

@@ -279,6 +279,7 @@ mod backoff;
 mod clock;
 mod config;
 mod contention;
+mod context;
 mod cycle;
 mod driver;
 mod endpoint;

@@ -10,7 +10,8 @@ use tokio::sync::{mpsc, oneshot};
 use crate::clock::Moment;
 use crate::config::{Builder, Config, ShardConfig};
 use crate::contention::HotKeys;
-use crate::driver::{Background, Job, Limits, Maps, Parts, Shard, SubscribeError, Usage};
+use crate::context::ManagerShared;
+use crate::driver::{Background, Job, Limits, ManagerContext, Maps, Shard, SubscribeError, Usage};
 use crate::endpoint::Endpoint;
 use crate::engine::{Linger, Rules};
 use crate::error::LockError;
@@ -24,7 +25,7 @@ use crate::runtime::Runtimes;
 use crate::slow_log::SlowLog;
 use crate::snapshot::{self, HeldLock, HotKey, ShardState};
 use crate::store::{self, KeyState, LeaseStore, StoreError, StoreOptions, TlsFiles};
-use crate::telemetry::{self, ClassMetrics, Classes, ManagerMetrics, ShardMetrics};
+use crate::telemetry::{self, Classes, ManagerMetrics, ShardMetrics};
 use crate::time_limit::within;
 
 /// A lock manager whose keys are spread over one or more shards. Cheap to clone: create one per
@@ -57,22 +58,7 @@ use crate::time_limit::within;
 /// dropped and leases that linger may stay held until their TTL expires.
 #[derive(Clone)]
 pub struct LockManager {
-    pub(crate) inner: Arc<Inner>,
-}
-
-/// State shared by all handles of a manager.
-pub(crate) struct Inner {
-    pub(crate) config: Config,
-    /// For requests that do not set their own.
-    pub(crate) linger: Linger,
-    pub(crate) metrics: Arc<ManagerMetrics>,
-    pub(crate) hot: Arc<HotKeys>,
-    pub(crate) slow_log: Arc<SlowLog>,
-    pub(crate) shards: Vec<Arc<Shard>>,
-    id: ManagerId,
-    map: ShardMap,
-    connected_at: Moment,
-    jobs: mpsc::UnboundedSender<Job>,
+    pub(crate) inner: Arc<ManagerShared>,
 }
 
 impl LockManager {
@@ -124,27 +110,33 @@ impl LockManager {
         let connected: Vec<bool> = opened.iter().map(|opened| opened.unavailable.is_none()).collect();
 
         let metrics = Arc::new(ManagerMetrics::new(Classes::new(&config.class, config.max_classes)));
-        let hot = Arc::new(HotKeys::new(config.hot_keys));
-        let slow_log = Arc::new(SlowLog::new(config.slow_wait, config.long_hold, config.log_keys));
-        let manager_metrics = &metrics;
         let (jobs, receiver) = mpsc::unbounded_channel();
         let shard_metrics = opened.iter().map(|opened| Arc::clone(&opened.metrics)).collect();
-        let (cycles, usage) = (
-            Arc::new(Cycles::with_secret(rand::random())),
-            Arc::new(Usage::new(shard_metrics)),
-        );
-        let rules = Rules {
-            max_burst: config.max_burst,
-            max_slice: config.max_slice,
-            renew_fraction: config.renew_fraction,
-            #[cfg(test)]
-            flaw: None,
-        };
-        let limits = Limits {
-            waiters_per_key: config.max_waiters_per_key,
-            waiters: config.max_waiters,
-            keys: config.max_keys,
-        };
+        let context = Arc::new(ManagerContext {
+            id,
+            rules: Rules {
+                max_burst: config.max_burst,
+                max_slice: config.max_slice,
+                renew_fraction: config.renew_fraction,
+                #[cfg(test)]
+                flaw: None,
+            },
+            cycles: Cycles::with_secret(rand::random()),
+            limits: Limits {
+                waiters_per_key: config.max_waiters_per_key,
+                waiters: config.max_waiters,
+                keys: config.max_keys,
+            },
+            timeout: config.store_timeout,
+            late_max: store::LATE_MAX,
+            default_ttl: config.ttl,
+            usage: Arc::new(Usage::new(shard_metrics)),
+            metrics,
+            hot: HotKeys::new(config.hot_keys),
+            slow_log: SlowLog::new(config.slow_wait, config.long_hold, config.log_keys),
+            runtimes,
+            jobs,
+        });
         let stores = opened.iter().zip(&config.shards);
         let stores = stores.map(|(opened, shard)| (shard.name.as_str().into(), Arc::clone(&opened.store)));
         let maps = Arc::new(Maps::new(stores.collect(), config.store_timeout));
@@ -152,46 +144,20 @@ impl LockManager {
             .into_iter()
             .zip(&config.shards)
             .map(|(opened, shard)| {
-                let Opened {
-                    store, metrics, kind, ..
-                } = opened;
-                Shard::new(Parts {
-                    name: shard.name.as_str().into(),
-                    kind,
-                    store,
-                    maps: Arc::clone(&maps),
-                    id: id.clone(),
-                    rules: rules.clone(),
-                    cycles: Arc::clone(&cycles),
-                    limits,
-                    timeout: config.store_timeout,
-                    late_max: crate::store::LATE_MAX,
-                    default_ttl: config.ttl,
-                    metrics,
-                    class: Arc::clone(manager_metrics.classes.default_class()),
-                    usage: Arc::clone(&usage),
-                    manager: Arc::clone(manager_metrics),
-                    hot: Arc::clone(&hot),
-                    slow_log: Arc::clone(&slow_log),
-                    runtimes: Arc::clone(&runtimes),
-                    jobs: jobs.clone(),
-                })
+                let name = shard.name.as_str().into();
+                Shard::new(&context, name, opened.kind, opened.store, &maps, opened.metrics)
             })
             .collect();
-        let background = Background::start(shards.clone(), &connected, receiver);
+        let background = Background::start(Arc::clone(&context), shards.clone(), &connected, receiver);
         // From here on, dropping the manager ends the background thread.
         let manager = Self {
-            inner: Arc::new(Inner {
+            inner: Arc::new(ManagerShared {
                 linger: Linger::new(config.linger),
                 config,
-                metrics,
-                hot,
-                slow_log,
+                context,
                 shards,
-                id,
                 map,
                 connected_at: Moment::now(),
-                jobs,
             }),
         };
         manager.wait_until_subscribed(background).await?;
@@ -377,7 +343,7 @@ impl LockManager {
     /// If the future is dropped, the shutdown continues in the background.
     pub async fn shutdown(&self) {
         let (done, told) = oneshot::channel();
-        if self.inner.jobs.send(Job::Close { done }).is_ok() {
+        if self.inner.context.jobs.send(Job::Close { done }).is_ok() {
             let limit = self
                 .inner
                 .config
@@ -482,57 +448,6 @@ async fn open(
         kind: endpoint.scheme().into(),
         unavailable,
     })
-}
-
-impl Inner {
-    /// Passes on to the recorder what was counted since the last call.
-    #[cfg(feature = "admin")]
-    pub(crate) fn flush_metrics(&self) {
-        crate::driver::reporter::flush(&self.shards, &self.metrics);
-    }
-
-    /// Whether the manager was shut down.
-    #[cfg(feature = "admin")]
-    pub(crate) fn is_closed(&self) -> bool {
-        let shard = self.shards.first();
-        shard.is_some_and(|shard| shard.usage.closed.load(std::sync::atomic::Ordering::Relaxed))
-    }
-
-    pub(crate) fn id(&self) -> &str {
-        self.id.as_str()
-    }
-
-    pub(crate) fn uptime(&self) -> Duration {
-        Moment::now().since(self.connected_at)
-    }
-
-    /// The metrics of requests that name no class. They are the same for every shard.
-    pub(crate) fn default_class(&self) -> &Arc<ClassMetrics> {
-        self.metrics.classes.default_class()
-    }
-
-    pub(crate) fn shard(&self, key: &LockKey) -> &Arc<Shard> {
-        match &self.shards[..] {
-            [only] => only,
-            shards => &shards[self.map.index(key.slot())],
-        }
-    }
-}
-
-impl Drop for Inner {
-    fn drop(&mut self) {
-        // If the background thread has already ended, there is nothing left to stop.
-        self.jobs.send(Job::LastHandleDropped).ok();
-    }
-}
-
-impl fmt::Debug for Inner {
-    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        f.debug_struct("LockManager")
-            .field("id", &self.id)
-            .field("shards", &self.map)
-            .finish_non_exhaustive()
-    }
 }
 
 impl fmt::Debug for LockManager {

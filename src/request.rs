@@ -13,12 +13,12 @@ use tokio::time::Sleep;
 
 use crate::clock::Moment;
 use crate::config::check_overrides;
+use crate::context::ManagerShared;
 use crate::driver::{Completed, Entry, Job, Origin, Settled};
 use crate::engine::{InOutage, Linger, WaiterId, WaiterOptions};
 use crate::error::{InvalidSetting, LockError, LossReason};
 use crate::guard::LockGuard;
 use crate::key::LockKey;
-use crate::manager::Inner;
 use crate::slow_log::WaitOutcome;
 use crate::span::DebugSpan;
 use crate::store::Priority;
@@ -82,7 +82,7 @@ use crate::telemetry::{ClassMetrics, Ending, Limit};
 #[must_use = "requests do nothing unless awaited"]
 #[derive(Debug, Clone)]
 pub struct LockRequest {
-    manager: Arc<Inner>,
+    manager: Arc<ManagerShared>,
     key: Result<LockKey, Box<InvalidSetting>>,
     /// Boxed to keep requests small: a request is moved several times, and most set nothing.
     overrides: Option<Box<Overrides>>,
@@ -109,7 +109,7 @@ struct Overrides {
 impl LockRequest {
     #[inline]
     #[track_caller]
-    pub(crate) fn new(manager: Arc<Inner>, key: &str) -> Self {
+    pub(crate) fn new(manager: Arc<ManagerShared>, key: &str) -> Self {
         Self {
             manager,
             key: LockKey::new(key).map_err(Box::new),
@@ -301,8 +301,8 @@ impl Acquiring {
         };
         let want = self.request.waiter_options(self.is_try())?;
         let shard = self.request.manager.shard(key);
-        let waiting = shard.usage.waiters.fetch_add(1, Ordering::Relaxed);
-        let limit = shard.limits.waiters;
+        let waiting = shard.manager.usage.waiters.fetch_add(1, Ordering::Relaxed);
+        let limit = shard.manager.limits.waiters;
         let enqueued = if waiting >= limit {
             Err(LockError::TooManyWaiters {
                 key: key.to_string(),
@@ -325,7 +325,7 @@ impl Acquiring {
                 Ok((waiter, wanted.is_settled))
             }
             Err(error) => {
-                shard.usage.waiters.fetch_sub(1, Ordering::Relaxed);
+                shard.manager.usage.waiters.fetch_sub(1, Ordering::Relaxed);
                 Err(error)
             }
         }
@@ -383,7 +383,7 @@ impl Acquiring {
                 let entry = Arc::clone(&waiter.entry);
                 let waited = granted.at.since(self.asked_at);
                 let shard = &entry.shard;
-                shard.slow_log.waited(
+                shard.manager.slow_log.waited(
                     waited,
                     &entry.key,
                     &shard.name,
@@ -405,16 +405,16 @@ impl Acquiring {
     fn class(&self) -> &ClassMetrics {
         self.class
             .as_ref()
-            .unwrap_or_else(|| self.request.manager.default_class())
+            .unwrap_or_else(|| self.request.manager.context.default_class())
     }
 
     #[cold]
     fn report_error(&self, error: &LockError) {
         if let Some(limit) = Limit::of(error) {
-            self.request.manager.metrics.rejected(limit);
+            self.request.manager.context.metrics.rejected(limit);
         }
         if let (LockError::Timeout { waited, shard, .. }, Some(key)) = (error, self.key()) {
-            let slow_log = &self.request.manager.slow_log;
+            let slow_log = &self.request.manager.context.slow_log;
             slow_log.waited(*waited, key, shard, self.request.caller, WaitOutcome::TimedOut);
         }
     }
@@ -452,7 +452,7 @@ impl Future for Acquiring {
                 .overrides
                 .as_ref()
                 .and_then(|overrides| overrides.class.as_deref());
-            let class = self.request.manager.metrics.classes.get(class);
+            let class = self.request.manager.context.metrics.classes.get(class);
             self.class = class;
             if let Some(key) = self.key() {
                 let span = DebugSpan::open(|| tracing::debug_span!("acquire", %key, only_try = self.is_try()));
@@ -488,6 +488,7 @@ impl Drop for Acquiring {
                 let waited = Moment::now().since(self.asked_at);
                 let shard = &waiter.entry.shard;
                 shard
+                    .manager
                     .slow_log
                     .waited(waited, key, &shard.name, self.request.caller, WaitOutcome::Cancelled);
             }
@@ -528,7 +529,7 @@ fn drive(entry: &Arc<Entry>, request: crate::engine::Request) -> Pin<Box<dyn Fut
 impl Drop for QueuedWaiter {
     fn drop(&mut self) {
         let shard = &self.entry.shard;
-        shard.usage.waiters.fetch_sub(1, Ordering::Relaxed);
+        shard.manager.usage.waiters.fetch_sub(1, Ordering::Relaxed);
         shard.metrics.waiter_went();
         if !self.collected {
             self.entry.give_up(self.id);

@@ -4,9 +4,9 @@ use std::collections::HashMap;
 use std::time::Duration;
 
 use crate::clock::Moment;
+use crate::context::ManagerShared;
 use crate::driver::{Entry, Shard};
 use crate::fence::FencingToken;
-use crate::manager::Inner;
 
 /// One of the keys with the most contention in this process. See
 /// [`LockManager::hot_keys`](crate::LockManager::hot_keys).
@@ -107,13 +107,13 @@ pub struct ShardState {
     pub round_trip_p99: Duration,
 }
 
-pub(crate) fn hot_keys(manager: &Inner) -> Vec<HotKey> {
+pub(crate) fn hot_keys(manager: &ManagerShared) -> Vec<HotKey> {
     let now = Moment::now();
     let shards: HashMap<&str, &Shard> = manager.shards.iter().map(|shard| (&*shard.name, &**shard)).collect();
     for shard in shards.values() {
         shard.entries().iter().for_each(|entry| Entry::flush_contention(entry));
     }
-    let hottest = manager.hot.hottest().into_iter();
+    let hottest = manager.context.hot.hottest().into_iter();
     let snapshots = hottest.map(|hot| {
         let entry = shards.get(&*hot.shard).and_then(|shard| shard.entry(&hot.key));
         let snapshot = entry.map(|entry| entry.look(now));
@@ -138,7 +138,7 @@ pub(crate) fn hot_keys(manager: &Inner) -> Vec<HotKey> {
 }
 
 /// The oldest `most` guards, oldest first, and the total number of guards.
-pub(crate) fn held(manager: &Inner, most: usize) -> (usize, Vec<HeldLock>) {
+pub(crate) fn held(manager: &ManagerShared, most: usize) -> (usize, Vec<HeldLock>) {
     let now = Moment::now();
     let mut held = Vec::new();
     for shard in &manager.shards {
@@ -165,7 +165,7 @@ pub(crate) fn held(manager: &Inner, most: usize) -> (usize, Vec<HeldLock>) {
     (total, locks.collect())
 }
 
-pub(crate) fn shards(manager: &Inner) -> Vec<ShardState> {
+pub(crate) fn shards(manager: &ManagerShared) -> Vec<ShardState> {
     let snapshots = manager.shards.iter().map(|shard| {
         let metrics = &shard.metrics;
         let [acquired, local, remote] = metrics.acquisitions();

@@ -7,7 +7,7 @@ use hyper::StatusCode;
 use serde::Serialize;
 
 use super::Renderer;
-use crate::manager::Inner;
+use crate::context::ManagerShared;
 use crate::snapshot;
 use crate::telemetry::{HOT_KEY, METRICS};
 
@@ -43,7 +43,7 @@ impl Page {
 }
 
 /// The page at this path. `manager` is `None` once the manager is gone.
-pub(super) fn page(path: &str, renderer: &Renderer, manager: Option<&Inner>) -> Page {
+pub(super) fn page(path: &str, renderer: &Renderer, manager: Option<&ManagerShared>) -> Page {
     match (path, manager) {
         ("/metrics", _) => Page {
             status: StatusCode::OK,
@@ -67,7 +67,7 @@ pub(super) fn page(path: &str, renderer: &Renderer, manager: Option<&Inner>) -> 
 
 /// The output of the recorder, followed by the hot keys if they are wanted as metrics. The hot keys
 /// are written here because a recorder can't remove keys that are no longer hot.
-pub(super) fn metrics(renderer: &Renderer, manager: Option<&Inner>) -> String {
+pub(super) fn metrics(renderer: &Renderer, manager: Option<&ManagerShared>) -> String {
     if let Some(manager) = manager {
         manager.flush_metrics();
     }
@@ -108,7 +108,7 @@ struct ReadyShard<'a> {
     up: bool,
 }
 
-fn ready(manager: &Inner) -> Page {
+fn ready(manager: &ManagerShared) -> Page {
     let shards: Vec<_> = manager
         .shards
         .iter()
@@ -158,7 +158,7 @@ struct Waits {
 }
 
 impl Hot {
-    fn of(manager: &Inner) -> Self {
+    fn of(manager: &ManagerShared) -> Self {
         let keys = snapshot::hot_keys(manager).into_iter().map(|hot| HotKey {
             key: hot.key,
             shard: hot.shard,
@@ -202,7 +202,7 @@ struct HeldLock {
 }
 
 impl Held {
-    fn of(manager: &Inner) -> Self {
+    fn of(manager: &ManagerShared) -> Self {
         let (total, held) = snapshot::held(manager, HELD_MAX);
         let held = held.into_iter().map(|lock| HeldLock {
             key: lock.key,
@@ -249,7 +249,7 @@ struct RoundTrips {
 }
 
 impl Shards {
-    fn of(manager: &Inner) -> Self {
+    fn of(manager: &ManagerShared) -> Self {
         let shards = snapshot::shards(manager).into_iter().map(|shard| ShardState {
             name: shard.name,
             kind: shard.kind,

@@ -22,7 +22,7 @@ use tokio::sync::{Semaphore, oneshot};
 
 use super::pages::{self, Page};
 use super::{AdminError, Renderer};
-use crate::manager::Inner;
+use crate::context::ManagerShared;
 
 /// The maximum number of concurrent connections; further ones wait to be accepted.
 const CONNECTIONS_MAX: usize = 32;
@@ -59,7 +59,7 @@ impl AdminServer {
 /// State shared by the connections.
 struct Shared {
     renderer: Renderer,
-    manager: Weak<Inner>,
+    manager: Weak<ManagerShared>,
     is_loopback: bool,
 }
 
@@ -67,7 +67,7 @@ pub(super) fn start(
     listener: std::net::TcpListener,
     address: SocketAddr,
     renderer: Renderer,
-    manager: Weak<Inner>,
+    manager: Weak<ManagerShared>,
 ) -> Result<AdminServer, AdminError> {
     let (stop, stopped) = oneshot::channel();
     listener.set_nonblocking(true).map_err(AdminError::Thread)?;

@@ -21,7 +21,7 @@ use tokio::task::{JoinSet, LocalSet};
 use super::orphans::{Work, clean};
 use super::subscriber::{SubscribeError, subscribe};
 use super::watchdog::keep_alive;
-use super::{Entry, Job, Shard, evict, reporter, server_clock};
+use super::{Entry, Job, ManagerContext, Shard, evict, reporter, server_clock};
 use crate::engine::Request;
 use crate::foreign::SUBSCRIBER;
 use crate::key::LockKey;
@@ -42,6 +42,7 @@ impl Background {
     ///
     /// The system could not create a thread.
     pub(crate) fn start(
+        manager: Arc<ManagerContext>,
         shards: Vec<Arc<Shard>>,
         connected: &[bool],
         jobs: mpsc::UnboundedReceiver<Job>,
@@ -54,15 +55,16 @@ impl Background {
             let shards: Rc<[Arc<Shard>]> = shards.into();
             let work = || match tokio::runtime::Builder::new_current_thread().enable_all().build() {
                 Ok(runtime) => {
-                    shards
-                        .iter()
-                        .for_each(|shard| shard.runtimes.set_background(runtime.handle().clone()));
-                    LocalSet::new().block_on(&runtime, run(Rc::clone(&shards), connected, jobs, tell));
+                    manager.runtimes.set_background(runtime.handle().clone());
+                    LocalSet::new().block_on(
+                        &runtime,
+                        run(Arc::clone(&manager), Rc::clone(&shards), connected, jobs, tell),
+                    );
                 }
                 Err(error) => tracing::error!(%error, "the background thread could not start its runtime"),
             };
             if let Err(panic) = catch_unwind(AssertUnwindSafe(work)) {
-                end_after(&shards, &*panic);
+                end_after(&manager, &shards, &*panic);
             }
         })?;
         Ok(Self { listening })
@@ -70,6 +72,7 @@ impl Background {
 }
 
 async fn run(
+    manager: Arc<ManagerContext>,
     shards: Rc<[Arc<Shard>]>,
     connected: Vec<bool>,
     mut jobs: mpsc::UnboundedReceiver<Job>,
@@ -87,11 +90,8 @@ async fn run(
         services.spawn_local(clean(Arc::clone(shard), work));
         cleaners.push(cleaner);
     }
-    let metrics = shards.first().map(|shard| Arc::clone(&shard.manager));
-    if let Some(metrics) = &metrics {
-        services.spawn_local(reporter::report(Rc::clone(&shards), Arc::clone(metrics)));
-    }
-    services.spawn_local(watch_app_runtime(Rc::clone(&shards)));
+    services.spawn_local(reporter::report(Arc::clone(&manager), Rc::clone(&shards)));
+    services.spawn_local(watch_app_runtime(Arc::clone(&manager), Rc::clone(&shards)));
     drop(tell);
     let count = connected.iter().filter(|&&connected| connected).count();
     services.spawn_local(async move {
@@ -111,17 +111,11 @@ async fn run(
     let mut leaving = false;
     loop {
         let ending = leaving || !closing.is_empty();
-        let has_no_pending_releases = || {
-            shards
-                .iter()
-                .all(|shard| shard.usage.has_no_pending_releases() && shard.is_idle())
-        };
-        if ending && work.is_empty() && jobs.is_empty() && has_no_pending_releases() {
+        let is_idle = || manager.usage.has_no_pending_releases() && shards.iter().all(|shard| shard.is_idle());
+        if ending && work.is_empty() && jobs.is_empty() && is_idle() {
             settle(&shards).await;
-            if let Some(metrics) = &metrics {
-                // There may be no further flush.
-                reporter::flush(&shards, metrics);
-            }
+            // There may be no further flush.
+            reporter::flush(&manager.metrics, &shards);
             for done in closing.drain(..) {
                 // The caller may have stopped waiting.
                 done.send(()).ok();
@@ -144,33 +138,33 @@ async fn run(
                     hand_over(&cleaners, index_of(&shards, &key), Work::Doubt { key, cycle });
                 }
                 Some(Job::Close { done }) => {
-                    close(&shards);
+                    close(&manager, &shards);
                     closing.push(done);
                 }
-                Some(Job::Evict) => evict::evict(&shards),
+                Some(Job::Evict) => evict::evict(&manager, &shards),
                 Some(Job::LastHandleDropped) | None => {
-                    leave(&shards);
+                    leave(&manager, &shards);
                     leaving = true;
                 }
                 Some(Job::CheckIdle) => {}
             },
-            Some(ended) = work.join_next(), if !work.is_empty() => check(ended, &shards),
-            Some(ended) = services.join_next(), if !services.is_empty() => check(ended, &shards),
+            Some(ended) = work.join_next(), if !work.is_empty() => check(ended, &manager, &shards),
+            Some(ended) = services.join_next(), if !services.is_empty() => check(ended, &manager, &shards),
         }
     }
 }
 
 /// Checks whether the application's runtime is making progress, and moves work away from it if not.
-async fn watch_app_runtime(shards: Rc<[Arc<Shard>]>) {
-    let Some(first) = shards.first() else { return };
+async fn watch_app_runtime(manager: Arc<ManagerContext>, shards: Rc<[Arc<Shard>]>) {
     let leave = || shards.iter().for_each(|shard| shard.store.leave_app_runtime());
-    first.runtimes.watch(first.timeout, || first.usage.waits(), leave).await;
+    let waits = || manager.usage.waits();
+    manager.runtimes.watch(manager.timeout, waits, leave).await;
 }
 
 /// Lets every store finish its cleanup, within the time limit of a request.
 async fn settle(shards: &[Arc<Shard>]) {
     let settling = shards.iter().map(|shard| async move {
-        if tokio::time::timeout(shard.timeout, shard.store.drain()).await.is_err() {
+        if tokio::time::timeout(shard.manager.timeout, shard.store.drain()).await.is_err() {
             tracing::warn!(shard = %shard.name, "the store did not finish its cleanup in time; what is left expires by itself");
         }
     });
@@ -179,16 +173,16 @@ async fn settle(shards: &[Arc<Shard>]) {
 
 /// A task of this thread has ended. If it panicked, its work, such as renewals, is no longer done,
 /// and its state is unknown. The manager is closed, so that its users notice.
-fn check(ended: Result<(), tokio::task::JoinError>, shards: &[Arc<Shard>]) {
+fn check(ended: Result<(), tokio::task::JoinError>, manager: &ManagerContext, shards: &[Arc<Shard>]) {
     if let Err(error) = ended
         && let Ok(panic) = error.try_into_panic()
     {
-        end_after(shards, &*panic);
+        end_after(manager, shards, &*panic);
     }
 }
 
 /// Closes the manager after a panic: guards are lost, waiters and later requests are refused.
-fn end_after(shards: &[Arc<Shard>], panic: &(dyn Any + Send)) {
+fn end_after(manager: &ManagerContext, shards: &[Arc<Shard>], panic: &(dyn Any + Send)) {
     let message = panic.downcast_ref::<&str>().copied();
     let message = message.or_else(|| panic.downcast_ref::<String>().map(String::as_str));
     SUBSCRIBER.call(|| {
@@ -198,7 +192,7 @@ fn end_after(shards: &[Arc<Shard>], panic: &(dyn Any + Send)) {
              refused; connect a new manager, and please report this"
         );
     });
-    close(shards);
+    close(manager, shards);
 }
 
 fn index_of(shards: &[Arc<Shard>], key: &LockKey) -> usize {
@@ -222,19 +216,19 @@ async fn carry_out(entry: Arc<Entry>, request: Request) {
 }
 
 /// No task can want a key any more: lingering leases are released, and held ones will not linger.
-fn leave(shards: &[Arc<Shard>]) {
+fn leave(manager: &ManagerContext, shards: &[Arc<Shard>]) {
+    manager.usage.ending.store(true, Ordering::SeqCst);
     for shard in shards {
-        shard.usage.ending.store(true, Ordering::SeqCst);
         for entry in shard.table.all() {
             entry.apply_in_background(|queue, cx| queue.stop_lingering(cx));
         }
     }
 }
 
-fn close(shards: &[Arc<Shard>]) {
+fn close(manager: &ManagerContext, shards: &[Arc<Shard>]) {
+    manager.usage.closed.store(true, Ordering::SeqCst);
+    manager.usage.ending.store(true, Ordering::SeqCst);
     for shard in shards {
-        shard.usage.closed.store(true, Ordering::SeqCst);
-        shard.usage.ending.store(true, Ordering::SeqCst);
         for entry in shard.table.all() {
             // A panic at one key must not leave others open.
             let close = || entry.apply_in_background(|queue, cx| queue.close(cx));

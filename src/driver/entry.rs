@@ -177,8 +177,8 @@ impl Entry {
         }
         let waiting = state.queue.waiting();
         // A try never waits in line, so it needs no room. If others wait, it finds the key busy.
-        if waiting >= self.shard.limits.waiters_per_key && !want.try_only {
-            let (key, limit) = (self.key.to_string(), self.shard.limits.waiters_per_key);
+        if waiting >= self.shard.manager.limits.waiters_per_key && !want.try_only {
+            let (key, limit) = (self.key.to_string(), self.shard.manager.limits.waiters_per_key);
             return Some(Err(LockError::QueueFull { key, waiting, limit }));
         }
         let before = Counted::of(&state.queue);
@@ -222,7 +222,7 @@ impl Entry {
         let to_flush = state.note(&outcome, asked);
         self.remove_if_unused(state);
         if let Some(contention) = to_flush {
-            self.shard.hot.add(&self.shard.name, &self.key, &contention);
+            self.shard.manager.hot.add(&self.shard.name, &self.key, &contention);
         }
         Poll::Ready(self.settle(outcome, asked))
     }
@@ -302,7 +302,7 @@ impl Entry {
     pub(crate) fn flush_contention(&self) {
         let contention = self.state.lock().contention.take();
         if let Some(contention) = contention {
-            self.shard.hot.add(&self.shard.name, &self.key, &contention);
+            self.shard.manager.hot.add(&self.shard.name, &self.key, &contention);
         }
     }
 
@@ -389,7 +389,7 @@ impl Entry {
         let contention = state.contention.take();
         drop(state);
         if let Some(contention) = contention {
-            self.shard.hot.add(&self.shard.name, &self.key, &contention);
+            self.shard.manager.hot.add(&self.shard.name, &self.key, &contention);
         }
         self.shard.forget(self, remote_waiters_seen);
     }
@@ -440,7 +440,7 @@ impl Entry {
         }
         if let Some(reason) = lost {
             self.shard.metrics.lost(reason);
-            self.shard.slow_log.lost(&self.key, &self.shard.name, reason);
+            self.shard.manager.slow_log.lost(&self.key, &self.shard.name, reason);
         }
     }
 
@@ -482,8 +482,8 @@ impl Entry {
     fn context(&self, now: Moment) -> Context<'_> {
         Context {
             now,
-            rules: &self.shard.rules,
-            cycles: &self.shard.cycles,
+            rules: &self.shard.manager.rules,
+            cycles: &self.shard.manager.cycles,
             capacity: self.shard.capacity(),
             epoch: self.shard.store.epoch(self.slot),
         }

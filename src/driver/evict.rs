@@ -3,7 +3,7 @@
 use std::sync::Arc;
 use std::sync::atomic::Ordering;
 
-use super::{Entry, Shard};
+use super::{Entry, ManagerContext, Shard};
 use crate::clock::Moment;
 
 /// The fraction of the limit that is freed at a time (1/16), so that not every new key causes a
@@ -12,17 +12,16 @@ const PART: usize = 16;
 
 /// Releases lingering leases, those that end soonest first, until the number of keys is that
 /// fraction below the limit.
-pub(super) fn evict(shards: &[Arc<Shard>]) {
-    let Some(first) = shards.first() else { return };
+pub(super) fn evict(manager: &ManagerContext, shards: &[Arc<Shard>]) {
     // Reset first, so that a task that finds too little room from now on requests another eviction.
-    first.usage.is_evicting.store(false, Ordering::SeqCst);
+    manager.usage.is_evicting.store(false, Ordering::SeqCst);
     let mut kept: Vec<(Moment, Arc<Entry>)> = Vec::new();
     for entry in shards.iter().flat_map(|shard| shard.table.all()) {
         kept.extend(entry.lingers_until().map(|until| (until, entry)));
     }
-    let limit = first.limits.keys;
-    let leaving = first.usage.evictable().saturating_sub(kept.len());
-    let used = first.usage.keys.load(Ordering::Relaxed).saturating_sub(leaving);
+    let limit = manager.limits.keys;
+    let leaving = manager.usage.evictable().saturating_sub(kept.len());
+    let used = manager.usage.keys.load(Ordering::Relaxed).saturating_sub(leaving);
     let too_many = used.saturating_sub(limit - limit / PART);
     if too_many < kept.len() {
         kept.select_nth_unstable_by_key(too_many, |(until, _)| *until);

@@ -138,8 +138,8 @@ impl Entry {
             armed: true,
         };
         let started = Moment::now();
-        let (mut request, moves) = (request, shard.runtimes.moves());
-        let reply = match tokio::time::timeout(QUICK.min(shard.timeout / 4), &mut request).await {
+        let (mut request, moves) = (request, shard.manager.runtimes.moves());
+        let reply = match tokio::time::timeout(QUICK.min(shard.manager.timeout / 4), &mut request).await {
             Ok(reply) => Ok(reply),
             Err(_) => Box::pin(wait_longer(shard, started, moves, request)).await?,
         };
@@ -175,13 +175,13 @@ async fn wait_longer<T>(
     mut request: StoreFuture<T>,
 ) -> Option<Result<Result<T, StoreError>, Elapsed>> {
     let moved = async {
-        tokio::time::sleep(SLOW.min(shard.timeout / 4)).await;
-        let _slow = Slow::count(&shard.usage);
-        shard.runtimes.moved_since(moves).await;
+        tokio::time::sleep(SLOW.min(shard.manager.timeout / 4)).await;
+        let _slow = Slow::count(&shard.manager.usage);
+        shard.manager.runtimes.moved_since(moves).await;
     };
     tokio::select! {
         biased;
-        reply = within(started, shard.timeout, request.as_mut()) => Some(reply),
+        reply = within(started, shard.manager.timeout, request.as_mut()) => Some(reply),
         () = moved => None,
     }
 }

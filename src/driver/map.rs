@@ -102,7 +102,7 @@ impl Shard {
             return self.store.acquire(request);
         }
         let (maps, store) = (Arc::clone(&self.maps), Arc::clone(&self.store));
-        let runtimes = Arc::clone(&self.runtimes);
+        let runtimes = Arc::clone(&self.manager.runtimes);
         Box::pin(async move {
             let own = Arc::clone(&store);
             // Spawned on the background thread: a request that is no longer polled must not block

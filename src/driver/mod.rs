@@ -14,6 +14,7 @@
 
 mod background;
 mod contention_hints;
+mod context;
 mod deadline;
 mod entry;
 mod evict;
@@ -32,14 +33,14 @@ mod watchdog;
 
 use std::fmt;
 use std::sync::Arc;
-use std::sync::atomic::{AtomicBool, AtomicU64, AtomicUsize, Ordering};
+use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 use std::task::Waker;
 use std::time::Duration;
 
 use parking_lot::Mutex;
-use tokio::sync::mpsc;
 
 pub(crate) use background::Background;
+pub(crate) use context::{Limits, ManagerContext, Usage};
 pub(crate) use entry::{Enqueued, Entry, Origin, Settled};
 pub(crate) use execute::Completed;
 pub(crate) use map::Maps;
@@ -48,18 +49,15 @@ pub(crate) use subscriber::SubscribeError;
 
 use crate::backoff::Backoff;
 use crate::clock::Moment;
-use crate::contention::HotKeys;
 use crate::engine::orphans::LateRequests;
 use crate::engine::renewals::STRAIN_MIN;
-use crate::engine::{Capacity, Outage, Request, Rules, WaiterOptions};
+use crate::engine::{Capacity, Outage, Request, WaiterOptions};
 use crate::error::LockError;
-use crate::identity::ManagerId;
 use crate::key::LockKey;
-use crate::protocol::{Cycle, Cycles};
-use crate::runtime::Runtimes;
-use crate::slow_log::{RateLimit, SlowLog};
+use crate::protocol::Cycle;
+use crate::slow_log::RateLimit;
 use crate::store::{KeyState, LeaseStore, StoreError};
-use crate::telemetry::{ClassMetrics, ManagerMetrics, ShardMetrics};
+use crate::telemetry::ShardMetrics;
 use crate::time_limit::within;
 use contention_hints::ContentionHints;
 use deadline::NextDeadline;
@@ -79,45 +77,27 @@ const WAIT_IN_OUTAGE_MAX: usize = 10_000;
 
 /// See the module documentation.
 pub(crate) struct Shard {
+    pub(crate) manager: Arc<ManagerContext>,
     pub(crate) name: Arc<str>,
     /// The scheme of the shard's URL.
     pub(crate) kind: Arc<str>,
     pub(crate) store: Arc<dyn LeaseStore>,
-    pub(crate) maps: Arc<Maps>,
-    pub(crate) id: ManagerId,
-    pub(crate) rules: Rules,
-    pub(crate) cycles: Arc<Cycles>,
-    pub(crate) limits: Limits,
-    /// The time limit of a request.
-    pub(crate) timeout: Duration,
-    /// How long after its connection was given up a request may still be executed.
-    late_max: Duration,
+    pub(crate) metrics: Arc<ShardMetrics>,
+    maps: Arc<Maps>,
     late: Mutex<LateRequests>,
-    /// The default TTL. Also how long a shutdown retries releases at an unreachable store.
-    pub(crate) default_ttl: Duration,
     /// The longest TTL requested so far, at least the default one, in microseconds. No lease lasts
     /// longer.
     longest_ttl: AtomicU64,
-    pub(crate) metrics: Arc<ShardMetrics>,
-    /// The metrics of requests without a class.
-    pub(crate) class: Arc<ClassMetrics>,
-    /// This field and all below, up to `runtimes`, are shared by all shards of a manager.
-    pub(crate) usage: Arc<Usage>,
-    pub(crate) manager: Arc<ManagerMetrics>,
-    pub(crate) hot: Arc<HotKeys>,
-    pub(crate) slow_log: Arc<SlowLog>,
-    pub(crate) runtimes: Arc<Runtimes>,
     table: Table,
     /// Whether the shard was found to have another shard map.
     has_other_map: AtomicBool,
     hints: ContentionHints,
     reach: Reach,
     /// Rate limiter for log lines about failed renewals.
-    pub(crate) failed_renewals: RateLimit,
-    pub(crate) next_deadline: NextDeadline,
+    failed_renewals: RateLimit,
+    next_deadline: NextDeadline,
     /// Whether the shard holds more leases than it can renew in time.
     is_strained: AtomicBool,
-    jobs: mpsc::UnboundedSender<Job>,
 }
 
 impl fmt::Debug for Shard {
@@ -126,67 +106,6 @@ impl fmt::Debug for Shard {
             .field("name", &self.name)
             .field("keys", &self.table.len())
             .finish_non_exhaustive()
-    }
-}
-
-/// The limits of a manager.
-#[derive(Debug, Clone, Copy)]
-pub(crate) struct Limits {
-    pub(crate) waiters_per_key: usize,
-    pub(crate) waiters: usize,
-    pub(crate) keys: usize,
-}
-
-/// The current load of a manager, and whether it accepts more.
-#[derive(Debug)]
-pub(crate) struct Usage {
-    pub(crate) waiters: AtomicUsize,
-    /// The number of store requests that have gone without a reply for a while.
-    pub(crate) slow: AtomicUsize,
-    /// The number of entries in the tables of all shards.
-    keys: AtomicUsize,
-    /// The number of cycles that are over and not yet released.
-    pending_releases: AtomicUsize,
-    /// Whether it was logged that there are too many of these.
-    limit_reported: AtomicBool,
-    /// The metrics of each shard.
-    shards: Box<[Arc<ShardMetrics>]>,
-    /// Whether the background thread was asked to evict lingering leases.
-    is_evicting: AtomicBool,
-    pub(crate) closed: AtomicBool,
-    /// Whether the background thread is waiting for the last key to be released.
-    pub(crate) ending: AtomicBool,
-}
-
-impl Usage {
-    /// No load yet, for shards with these metrics.
-    pub(crate) fn new(shards: Box<[Arc<ShardMetrics>]>) -> Self {
-        Self {
-            waiters: AtomicUsize::new(0),
-            slow: AtomicUsize::new(0),
-            keys: AtomicUsize::new(0),
-            pending_releases: AtomicUsize::new(0),
-            limit_reported: AtomicBool::new(false),
-            shards,
-            is_evicting: AtomicBool::new(false),
-            closed: AtomicBool::new(false),
-            ending: AtomicBool::new(false),
-        }
-    }
-
-    /// Whether any task waits for a lock or for a slow request.
-    pub(crate) fn waits(&self) -> bool {
-        self.waiters.load(Ordering::Relaxed) > 0 || self.slow.load(Ordering::Relaxed) > 0
-    }
-
-    /// Whether no release is pending.
-    fn has_no_pending_releases(&self) -> bool {
-        self.pending_releases.load(Ordering::Acquire) == 0
-    }
-
-    /// The number of keys with only a lingering lease, or one that has just stopped lingering.
-    fn evictable(&self) -> usize {
-        self.shards.iter().map(|shard| shard.lingering()).sum()
     }
 }
 
@@ -209,77 +128,28 @@ pub(crate) enum Job {
     CheckIdle,
 }
 
-/// The parts of a shard.
-pub(crate) struct Parts {
-    pub(crate) name: Arc<str>,
-    pub(crate) kind: Arc<str>,
-    pub(crate) store: Arc<dyn LeaseStore>,
-    pub(crate) maps: Arc<Maps>,
-    pub(crate) id: ManagerId,
-    pub(crate) rules: Rules,
-    pub(crate) cycles: Arc<Cycles>,
-    pub(crate) limits: Limits,
-    pub(crate) timeout: Duration,
-    pub(crate) late_max: Duration,
-    pub(crate) default_ttl: Duration,
-    pub(crate) metrics: Arc<ShardMetrics>,
-    pub(crate) class: Arc<ClassMetrics>,
-    pub(crate) usage: Arc<Usage>,
-    pub(crate) manager: Arc<ManagerMetrics>,
-    pub(crate) hot: Arc<HotKeys>,
-    pub(crate) slow_log: Arc<SlowLog>,
-    pub(crate) runtimes: Arc<Runtimes>,
-    pub(crate) jobs: mpsc::UnboundedSender<Job>,
-}
-
 /// A TTL in microseconds. TTLs are at most one day, so this does not overflow.
 const fn in_micros(ttl: Duration) -> u64 {
     ttl.as_micros() as u64
 }
 
 impl Shard {
-    pub(crate) fn new(parts: Parts) -> Arc<Self> {
-        let Parts {
-            name,
-            kind,
-            store,
-            maps,
-            id,
-            rules,
-            cycles,
-            limits,
-            timeout,
-            late_max,
-            default_ttl,
-            metrics,
-            class,
-            usage,
-            manager,
-            hot,
-            slow_log,
-            runtimes,
-            jobs,
-        } = parts;
+    pub(crate) fn new(
+        manager: &Arc<ManagerContext>,
+        name: Arc<str>,
+        kind: Arc<str>,
+        store: Arc<dyn LeaseStore>,
+        maps: &Arc<Maps>,
+        metrics: Arc<ShardMetrics>,
+    ) -> Arc<Self> {
         Arc::new(Self {
+            longest_ttl: AtomicU64::new(in_micros(manager.default_ttl)),
+            manager: Arc::clone(manager),
             name,
             kind,
             store,
-            maps,
-            id,
-            rules,
-            cycles,
-            limits,
-            timeout,
-            late_max,
-            default_ttl,
-            longest_ttl: AtomicU64::new(in_micros(default_ttl)),
             metrics,
-            class,
-            usage,
-            manager,
-            hot,
-            slow_log,
-            runtimes,
+            maps: Arc::clone(maps),
             late: Mutex::default(),
             table: Table::default(),
             has_other_map: AtomicBool::new(false),
@@ -288,7 +158,6 @@ impl Shard {
             failed_renewals: RateLimit::default(),
             next_deadline: NextDeadline::default(),
             is_strained: AtomicBool::new(false),
-            jobs,
         })
     }
 
@@ -313,7 +182,7 @@ impl Shard {
             let entry = self.table.get_or_insert(key, || {
                 is_new = true;
                 // Count the entry before any other task can find and remove it.
-                self.usage.keys.fetch_add(1, Ordering::Relaxed);
+                self.manager.usage.keys.fetch_add(1, Ordering::Relaxed);
                 Entry::new(key.clone(), self)
             });
             if is_new {
@@ -324,7 +193,7 @@ impl Shard {
             }
             // Checked after the entry is in the table: a shutdown either finds the entry or is seen
             // here.
-            if self.usage.closed.load(Ordering::SeqCst) {
+            if self.manager.usage.closed.load(Ordering::SeqCst) {
                 self.forget_new(&entry, is_new);
                 return Err(LockError::Closed);
             }
@@ -345,8 +214,8 @@ impl Shard {
     /// The capacity for leases that linger.
     pub(crate) fn capacity(&self) -> Capacity<'_> {
         Capacity {
-            keys: &self.usage.keys,
-            limit: self.limits.keys,
+            keys: &self.manager.usage.keys,
+            limit: self.manager.limits.keys,
         }
     }
 
@@ -354,16 +223,19 @@ impl Shard {
     /// are evicted. Eviction takes a moment, during which no further leases start to linger
     /// ([`capacity`](Self::capacity)), so there are never more than twice as many keys as the limit.
     fn check_keys(&self, entry: &Arc<Entry>) -> Result<(), LockError> {
-        let (used, limit) = (self.usage.keys.load(Ordering::Relaxed), self.limits.keys);
+        let (used, limit) = (
+            self.manager.usage.keys.load(Ordering::Relaxed),
+            self.manager.limits.keys,
+        );
         if used <= limit {
             return Ok(());
         }
         // Read `evictable` first. A lingering key that leaves the table in between would otherwise be
         // counted as used.
-        let evictable = self.usage.evictable();
-        let used = self.usage.keys.load(Ordering::Relaxed);
+        let evictable = self.manager.usage.evictable();
+        let used = self.manager.usage.keys.load(Ordering::Relaxed);
         if used.saturating_sub(evictable) <= limit {
-            if !self.usage.is_evicting.swap(true, Ordering::SeqCst) {
+            if !self.manager.usage.is_evicting.swap(true, Ordering::SeqCst) {
                 self.send(Job::Evict);
             }
             return Ok(());
@@ -440,14 +312,14 @@ impl Shard {
     fn forget(&self, entry: &Arc<Entry>, remote_waiters_seen: bool) {
         self.hints.note(&entry.key, remote_waiters_seen);
         self.remove(entry);
-        if self.usage.ending.load(Ordering::SeqCst) {
+        if self.manager.usage.ending.load(Ordering::SeqCst) {
             self.send(Job::CheckIdle);
         }
     }
 
     fn remove(&self, entry: &Arc<Entry>) {
         if self.table.remove(entry) {
-            self.usage.keys.fetch_sub(1, Ordering::Relaxed);
+            self.manager.usage.keys.fetch_sub(1, Ordering::Relaxed);
         }
     }
 
@@ -463,7 +335,7 @@ impl Shard {
 
     /// How the store records a cycle of this manager.
     pub(crate) fn owner_tag(&self, cycle: Cycle) -> String {
-        self.id.owner_tag(cycle).to_string()
+        self.manager.id.owner_tag(cycle).to_string()
     }
 
     /// Whether no key has a waiter, a lease or a request in flight.
@@ -481,7 +353,7 @@ impl Shard {
     pub(crate) async fn inspect(&self, key: &LockKey) -> Result<KeyState, LockError> {
         let started = Moment::now();
         let mut inspecting = self.store.inspect(key.clone());
-        let inspection = within(started, self.timeout, inspecting.as_mut()).await;
+        let inspection = within(started, self.manager.timeout, inspecting.as_mut()).await;
         inspection
             .unwrap_or_else(|_| Err(self.no_answer()))
             .map_err(|error| self.error(error, "inspect", Some(key), started))
@@ -489,7 +361,7 @@ impl Shard {
 
     /// Schedules a background release of a cycle that is over.
     fn abandon(&self, key: &LockKey, cycle: Cycle) {
-        if let Some(abandoned) = Abandoned::new(&self.usage, key, cycle) {
+        if let Some(abandoned) = Abandoned::new(&self.manager.usage, key, cycle) {
             self.send(Job::Release(abandoned));
         }
     }
@@ -497,10 +369,16 @@ impl Shard {
     /// Whether a request of the cycle may have been sent on a connection that was given up so
     /// recently that the server may still execute it.
     fn may_arrive_late(&self, cycle: Cycle, now: Moment) -> bool {
-        let Some(cut) = self.store.last_cut().filter(|cut| now.since(*cut) < self.late_max) else {
+        let Some(cut) = self
+            .store
+            .last_cut()
+            .filter(|cut| now.since(*cut) < self.manager.late_max)
+        else {
             return false;
         };
-        self.late.lock().may_include(cycle, cut, || self.cycles.newest())
+        self.late
+            .lock()
+            .may_include(cycle, cut, || self.manager.cycles.newest())
     }
 
     /// A request of the cycle may be executed after the cycle is over.
@@ -514,7 +392,7 @@ impl Shard {
     pub(crate) fn send(&self, job: Job) {
         // The background thread outlives every entry. If it is gone, the process is exiting and
         // leases expire by themselves.
-        if self.jobs.send(job).is_err() {
+        if self.manager.jobs.send(job).is_err() {
             tracing::warn!(shard = %self.name, "the background thread is gone; a lease is left to expire");
         }
     }
@@ -540,11 +418,11 @@ impl Shard {
         if !matches!(error, LockError::Unavailable { .. }) {
             return None;
         }
-        let keys = u32::try_from(self.usage.keys.load(Ordering::Relaxed)).unwrap_or(u32::MAX);
+        let keys = u32::try_from(self.manager.usage.keys.load(Ordering::Relaxed)).unwrap_or(u32::MAX);
         let longest = RETRY_MAX.max(RETRY_PER_KEY.saturating_mul(keys));
         Some(Outage {
             since: started,
-            patience: self.timeout,
+            patience: self.manager.timeout,
             retry_at: now + Backoff::delay_after(attempts.saturating_add(1), RETRY_MIN, longest),
         })
     }
@@ -565,7 +443,7 @@ impl Shard {
     }
 
     pub(crate) fn no_answer(&self) -> StoreError {
-        StoreError::Unavailable(format!("no answer within store_timeout ({:?})", self.timeout).into())
+        StoreError::Unavailable(format!("no answer within store_timeout ({:?})", self.manager.timeout).into())
     }
 
     pub(crate) fn error(

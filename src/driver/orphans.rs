@@ -99,13 +99,13 @@ async fn attempt(shard: Arc<Shard>, mut attempt: Sent) -> (Sent, Result<(), Stor
             cycle: attempt.cycle,
             requeue: None,
             nobody_waits: false,
-            tokens: shard.rules.max_burst,
+            tokens: shard.manager.rules.max_burst,
         };
         let priority = match attempt.is_ordered() {
             true => Priority::Foreground,
             false => Priority::Background,
         };
-        let released = match tokio::time::timeout(shard.timeout, shard.store.release(priority, release)).await {
+        let released = match tokio::time::timeout(shard.manager.timeout, shard.store.release(priority, release)).await {
             Ok(Ok(_)) => return (attempt, Ok(())),
             Ok(Err(error)) => error,
             Err(_) => shard.no_answer(),
@@ -119,7 +119,7 @@ async fn attempt(shard: Arc<Shard>, mut attempt: Sent) -> (Sent, Result<(), Stor
 impl Cleaner {
     fn new(shard: Arc<Shard>) -> Self {
         Self {
-            orphans: Orphans::new(OrphanRules::new(shard.late_max)),
+            orphans: Orphans::new(OrphanRules::new(shard.manager.late_max)),
             shard,
             left_to_expire: 0,
             complained_at: None,
@@ -131,7 +131,7 @@ impl Cleaner {
         let shard = Arc::clone(&self.shard);
         let is_current = |key: &LockKey, cycle| shard.table.get(key).is_some_and(|entry| entry.is_current(cycle));
         while let Some(verdict) = self.orphans.next_recheck(now, shard.store.last_cut(), is_current, || {
-            PendingRelease::note(&shard.usage)
+            PendingRelease::note(&shard.manager.usage)
         }) {
             self.report(verdict, None);
         }
@@ -149,12 +149,12 @@ impl Cleaner {
                 Some(error),
             ),
         };
-        let is_ending = self.shard.usage.ending.load(Ordering::SeqCst);
+        let is_ending = self.shard.manager.usage.ending.load(Ordering::SeqCst);
         let circumstances = Circumstances {
             now: Moment::now(),
             last_cut: self.shard.store.last_cut(),
             is_ending,
-            default_ttl: self.shard.default_ttl,
+            default_ttl: self.shard.manager.default_ttl,
             longest_ttl: self.shard.longest_ttl(),
         };
         let key = attempt.key.clone();
@@ -164,7 +164,7 @@ impl Cleaner {
             tracing::debug!(%key, "a lease of this key could not be released");
         }
         self.report(verdict, error.as_ref());
-        if is_ending && self.shard.usage.has_no_pending_releases() {
+        if is_ending && self.shard.manager.usage.has_no_pending_releases() {
             self.shard.send(Job::CheckIdle);
         }
     }

@@ -5,7 +5,7 @@ use std::rc::Rc;
 use std::sync::Arc;
 use std::time::Duration;
 
-use super::Shard;
+use super::{ManagerContext, Shard};
 use crate::clock::Moment;
 use crate::telemetry::ManagerMetrics;
 
@@ -17,7 +17,8 @@ const STALL_MIN: Duration = Duration::from_millis(100);
 const LOOK_EVERY_MIN: Duration = Duration::from_secs(1);
 
 /// Runs for as long as the thread lives.
-pub(super) async fn report(shards: Rc<[Arc<Shard>]>, metrics: Arc<ManagerMetrics>) {
+pub(super) async fn report(manager: Arc<ManagerContext>, shards: Rc<[Arc<Shard>]>) {
+    let metrics = &manager.metrics;
     let mut last = Moment::now();
     let mut look_at = last;
     loop {
@@ -34,12 +35,10 @@ pub(super) async fn report(shards: Rc<[Arc<Shard>]>, metrics: Arc<ManagerMetrics
         }
         metrics.classes.adjust(elapsed);
         shards.iter().for_each(|shard| shard.metrics.adjust(elapsed));
-        flush(&shards, &metrics);
+        flush(metrics, &shards);
         if now >= look_at {
             shards.iter().for_each(look);
-            if let Some(shard) = shards.first() {
-                shard.hot.decay(now);
-            }
+            manager.hot.decay(now);
             look_at = now + LOOK_EVERY_MIN.max(Moment::now().since(now) * 100);
         }
         // Do not count the time of this pass as a stall.
@@ -48,7 +47,7 @@ pub(super) async fn report(shards: Rc<[Arc<Shard>]>, metrics: Arc<ManagerMetrics
 }
 
 /// Flushes new values to the recorder.
-pub(crate) fn flush(shards: &[Arc<Shard>], metrics: &ManagerMetrics) {
+pub(crate) fn flush(metrics: &ManagerMetrics, shards: &[Arc<Shard>]) {
     metrics.classes.tell();
     shards.iter().for_each(|shard| shard.metrics.tell());
 }
@@ -57,17 +56,20 @@ pub(crate) fn flush(shards: &[Arc<Shard>], metrics: &ManagerMetrics) {
 fn look(shard: &Arc<Shard>) {
     let now = Moment::now();
     let (mut oldest_lease, mut oldest_waiter) = (Duration::ZERO, Duration::ZERO);
-    let slow_wait = shard.slow_log.slow_wait_bound();
+    let slow_wait = shard.manager.slow_log.slow_wait_bound();
     let (mut slow, mut slowest) = (0, None);
     for entry in shard.entries() {
         let seen = entry.look(now);
         if let Some(held) = &seen.held {
             oldest_lease = oldest_lease.max(held.age);
-            let bound = shard.slow_log.long_hold();
+            let bound = shard.manager.slow_log.long_hold();
             if let Some(caller) = held.caller
                 && bound.is_some_and(|bound| held.age >= bound)
             {
-                shard.slow_log.held_long(held.age, &entry.key, &shard.name, caller);
+                shard
+                    .manager
+                    .slow_log
+                    .held_long(held.age, &entry.key, &shard.name, caller);
             }
         }
         if slow_wait.is_some_and(|bound| seen.longest_wait >= bound) {
@@ -80,6 +82,7 @@ fn look(shard: &Arc<Shard>) {
     }
     if let Some((entry, waiting)) = slowest {
         shard
+            .manager
             .slow_log
             .still_waits(oldest_waiter, &entry.key, &shard.name, waiting, slow);
     }

@@ -29,7 +29,7 @@ pub(super) async fn watch(shard: Arc<Shard>) {
             () = tokio::time::sleep(LOOK_EVERY - LOOK_EVERY_MIN) => {}
             () = shard.reach.doubted.notified() => {}
         }
-        let health = tokio::time::timeout(shard.timeout, shard.store.probe()).await;
+        let health = tokio::time::timeout(shard.manager.timeout, shard.store.probe()).await;
         let health = health.unwrap_or_else(|_| Health {
             reached: Err(shard.no_answer()),
             times: Vec::new(),

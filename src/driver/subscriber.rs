@@ -48,12 +48,12 @@ pub(super) async fn subscribe(shard: Arc<Shard>, subscribed: Option<Subscribed>)
         connect(&shard, tell).await;
     }
     let receive = || receive(Arc::clone(&shard), Arc::clone(&pushes), subscribed.clone());
-    tokio::join!(shard.store.run_subscriber(sender), shard.runtimes.run(receive));
+    tokio::join!(shard.store.run_subscriber(sender), shard.manager.runtimes.run(receive));
 }
 
 /// Opens the connections needed for renewals. Without them the manager must not take locks.
 async fn connect(shard: &Arc<Shard>, tell: &Subscribed) {
-    let connected = tokio::time::timeout(shard.timeout, shard.store.connect_background()).await;
+    let connected = tokio::time::timeout(shard.manager.timeout, shard.store.connect_background()).await;
     if let Err(error) = connected.unwrap_or_else(|_| Err(shard.no_answer())) {
         let error = SubscribeError {
             shard: Arc::clone(shard),
@@ -113,7 +113,10 @@ async fn receive(shard: Arc<Shard>, pushes: Arc<Pushes>, mut subscribed: Option<
     let mut is_cut_off = false;
     let mut is_forgery_reported = false;
     while let Some(push) = pushes.next(me).await {
-        if push.cycle().is_some_and(|cycle| !shard.cycles.has_opened(cycle)) {
+        if push
+            .cycle()
+            .is_some_and(|cycle| !shard.manager.cycles.has_opened(cycle))
+        {
             if !std::mem::replace(&mut is_forgery_reported, true) {
                 tracing::error!(
                     shard = %shard.name,
@@ -165,7 +168,7 @@ async fn receive(shard: Arc<Shard>, pushes: Arc<Pushes>, mut subscribed: Option<
             Push::Disconnected => {
                 is_cut_off = true;
                 let shard = Arc::clone(&shard);
-                let runtimes = Arc::clone(&shard.runtimes);
+                let runtimes = Arc::clone(&shard.manager.runtimes);
                 let task = runtimes.spawn(async move {
                     tokio::time::sleep(Backoff::delay_after(0, CUT_OFF_MAX, CUT_OFF_MAX)).await;
                     ask_again(&shard, None);

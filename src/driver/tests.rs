@@ -5,14 +5,17 @@ use std::sync::atomic::{AtomicU64, Ordering};
 use std::task::Waker;
 
 use metrics_exporter_prometheus::PrometheusBuilder;
+use tokio::sync::mpsc;
 
 use super::*;
 use crate::contention::HotKeys;
+use crate::engine::Rules;
 use crate::fence::TokenBlock;
-use crate::protocol::{Acquire, AcquireReply, Answer, Push, Release, ReleaseReply, RenewReply, Renewal};
+use crate::identity::ManagerId;
+use crate::protocol::{Acquire, AcquireReply, Answer, Cycles, Push, Release, ReleaseReply, RenewReply, Renewal};
 use crate::slow_log::SlowLog;
 use crate::store::{Health, Priority, ServerTime, StoreFuture};
-use crate::telemetry::Classes;
+use crate::telemetry::{Classes, ManagerMetrics};
 
 /// A store that grants everything and whose clock jumps.
 struct BadStore {
@@ -107,12 +110,8 @@ fn bad_shard(store: BadStore) -> (Arc<Shard>, mpsc::UnboundedReceiver<Job>) {
 
 fn shard_on(store: Arc<dyn LeaseStore>) -> (Arc<Shard>, mpsc::UnboundedReceiver<Job>) {
     let (jobs, receiver) = mpsc::unbounded_channel();
-    let manager = Arc::new(ManagerMetrics::new(Classes::new("default", 1)));
-    let shard = Shard::new(Parts {
-        name: "bad".into(),
-        kind: "bad".into(),
-        store: Arc::clone(&store),
-        maps: Arc::new(Maps::new(vec![("bad".into(), store)], Duration::from_secs(1))),
+    let metrics = Arc::new(ShardMetrics::new("bad"));
+    let manager = Arc::new(ManagerContext {
         id: ManagerId::new(),
         rules: Rules {
             max_burst: 1,
@@ -120,7 +119,7 @@ fn shard_on(store: Arc<dyn LeaseStore>) -> (Arc<Shard>, mpsc::UnboundedReceiver<
             renew_fraction: 0.1,
             flaw: None,
         },
-        cycles: Arc::new(Cycles::default()),
+        cycles: Cycles::default(),
         limits: Limits {
             waiters_per_key: 1,
             waiters: 1,
@@ -129,15 +128,15 @@ fn shard_on(store: Arc<dyn LeaseStore>) -> (Arc<Shard>, mpsc::UnboundedReceiver<
         timeout: Duration::from_secs(1),
         late_max: Duration::from_millis(50),
         default_ttl: Duration::from_secs(1),
-        metrics: Arc::new(ShardMetrics::new("bad")),
-        class: Arc::clone(manager.classes.default_class()),
         usage: Arc::new(Usage::new(Box::default())),
-        manager,
-        hot: Arc::new(HotKeys::new(1)),
-        slow_log: Arc::new(SlowLog::new(None, None, true)),
+        metrics: Arc::new(ManagerMetrics::new(Classes::new("default", 1))),
+        hot: HotKeys::new(1),
+        slow_log: SlowLog::new(None, None, true),
         runtimes: crate::runtime::Runtimes::here(),
         jobs,
     });
+    let maps = Maps::new(vec![("bad".into(), Arc::clone(&store))], Duration::from_secs(1));
+    let shard = Shard::new(&manager, "bad".into(), "bad".into(), store, &Arc::new(maps), metrics);
     (shard, receiver)
 }
 
@@ -176,7 +175,7 @@ fn asked() -> Origin {
 #[tokio::test]
 async fn manager_ends_visibly_after_a_panic_in_its_background_thread() {
     let (shard, jobs) = bad_shard(BadStore::granting(2000));
-    let _background = Background::start(vec![Arc::clone(&shard)], &[false], jobs).unwrap();
+    let _background = Background::start(Arc::clone(&shard.manager), vec![Arc::clone(&shard)], &[false], jobs).unwrap();
     let (entry, holder) = ask(&shard).await;
     let settled = entry.poll(holder, Waker::noop(), asked());
     let std::task::Poll::Ready(Settled::Granted(granted)) = settled else {
@@ -325,11 +324,11 @@ async fn cycle_that_may_have_something_on_a_lost_connection_is_released_once_mor
     let (work, cleaned) = mpsc::unbounded_channel();
     let cleaning = tokio::spawn(orphans::clean(Arc::clone(&shard), cleaned));
     let key = LockKey::new("k").unwrap();
-    let abandoned = orphans::Abandoned::new(&shard.usage, &key, Cycle::of(3)).unwrap();
+    let abandoned = orphans::Abandoned::new(&shard.manager.usage, &key, Cycle::of(3)).unwrap();
     work.send(orphans::Work::Release(abandoned)).unwrap();
     assert_eq!(releases.recv().await, Some((Cycle::of(3), Priority::Foreground)));
     assert_eq!(releases.recv().await, Some((Cycle::of(3), Priority::Foreground)));
-    assert!(Moment::now().since(cut) >= shard.late_max);
+    assert!(Moment::now().since(cut) >= shard.manager.late_max);
 
     // A cycle whose reply came on another connection, and one released long after the last loss.
     let key = LockKey::new("other").unwrap();
@@ -339,11 +338,11 @@ async fn cycle_that_may_have_something_on_a_lost_connection_is_released_once_mor
     })
     .unwrap();
     assert_eq!(releases.recv().await, Some((Cycle::of(5), Priority::Foreground)));
-    let abandoned = orphans::Abandoned::new(&shard.usage, &key, Cycle::of(7)).unwrap();
+    let abandoned = orphans::Abandoned::new(&shard.manager.usage, &key, Cycle::of(7)).unwrap();
     work.send(orphans::Work::Release(abandoned)).unwrap();
     assert_eq!(releases.recv().await, Some((Cycle::of(7), Priority::Foreground)));
     drop(work);
     cleaning.await.unwrap();
     assert!(releases.try_recv().is_err());
-    assert!(shard.usage.has_no_pending_releases());
+    assert!(shard.manager.usage.has_no_pending_releases());
 }

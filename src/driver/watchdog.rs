@@ -96,7 +96,7 @@ fn look(shard: &Arc<Shard>) -> (Vec<DueRenewal>, Duration) {
             shard.metrics.renewal_lag.record(late.as_secs_f64());
             let key = entry.key.clone();
             let what = (entry, Renewal { key, cycle, ttl });
-            all_due.push(Due::new(what, ttl, late, &shard.rules, Moment::now()));
+            all_due.push(Due::new(what, ttl, late, &shard.manager.rules, Moment::now()));
         }
     }
     (all_due, shortest)
@@ -112,7 +112,7 @@ async fn renew(shard: Arc<Shard>, mut due: Vec<(Arc<Entry>, Renewal)>) -> bool {
     }
     let sent_at = Moment::now();
     let batch: Vec<Renewal> = due.iter().map(|(_, renewal)| renewal.clone()).collect();
-    let limit = time_limit(batch.iter().map(|renewal| renewal.ttl), shard.timeout);
+    let limit = time_limit(batch.iter().map(|renewal| renewal.ttl), shard.manager.timeout);
     let replies = tokio::time::timeout(limit, shard.store.renew(batch, limit)).await;
     let replies =
         replies.unwrap_or_else(|_| Err(StoreError::Unavailable(format!("no answer within {limit:?}").into())));
