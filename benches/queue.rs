@@ -39,7 +39,7 @@ mod support;
 
 use beside::{Comparison, Side, criterion};
 use clock::Moment;
-use engine::{Capacity, Context, InOutage, Linger, Outcome, Queue, Request, Rules, WaiterId, WaiterOptions};
+use engine::{Context, InOutage, Linger, Outcome, Queue, Request, Rules, Unlimited, WaiterId, WaiterOptions};
 use error::LockError;
 use fence::TokenBlock;
 use protocol::{AcquireReply, Answer, Cycles};
@@ -82,7 +82,7 @@ impl Line {
             epoch: 0,
             rules: &line.rules,
             cycles: &line.cycles,
-            capacity: Capacity::ENDLESS,
+            capacity: &Unlimited,
         };
         let mut request = None;
         for waiter in 0..waiters {
@@ -115,7 +115,7 @@ impl Line {
             epoch: 0,
             rules: &self.rules,
             cycles: &self.cycles,
-            capacity: Capacity::ENDLESS,
+            capacity: &Unlimited,
         };
         let id = self.ids.pop_front().expect("a waiter");
         let Some(Outcome::Granted(granted)) = self.queue.collect(id) else {

@@ -5,7 +5,6 @@ use std::future::{Future, IntoFuture};
 use std::panic::Location;
 use std::pin::Pin;
 use std::sync::Arc;
-use std::sync::atomic::Ordering;
 use std::task::{Context, Poll};
 use std::time::Duration;
 
@@ -301,34 +300,15 @@ impl Acquiring {
         };
         let want = self.request.waiter_options(self.is_try())?;
         let shard = self.request.manager.shard(key);
-        let waiting = shard.manager.usage.waiters.fetch_add(1, Ordering::Relaxed);
-        let limit = shard.manager.limits.waiters;
-        let enqueued = if waiting >= limit {
-            Err(LockError::TooManyWaiters {
-                key: key.to_string(),
-                waiting,
-                limit,
-            })
-        } else {
-            shard.want(key, want, cx.waker(), self.asked_at)
+        let (entry, wanted) = shard.want(key, want, cx.waker(), self.asked_at)?;
+        let in_flight = wanted.request.map(|request| drive(&entry, request));
+        let waiter = QueuedWaiter {
+            entry,
+            id: wanted.id,
+            in_flight,
+            collected: false,
         };
-        match enqueued {
-            Ok((entry, wanted)) => {
-                shard.metrics.waiter_came();
-                let in_flight = wanted.request.map(|request| drive(&entry, request));
-                let waiter = QueuedWaiter {
-                    entry,
-                    id: wanted.id,
-                    in_flight,
-                    collected: false,
-                };
-                Ok((waiter, wanted.is_settled))
-            }
-            Err(error) => {
-                shard.manager.usage.waiters.fetch_sub(1, Ordering::Relaxed);
-                Err(error)
-            }
-        }
+        Ok((waiter, wanted.is_settled))
     }
 
     /// Waits in the queue until the timeout. `None` if this is a try and the key is held or has
@@ -378,7 +358,7 @@ impl Acquiring {
             Settled::Granted(granted) if granted.lease.loss() == Some(LossReason::Closed) => Err(LockError::Closed),
             Settled::Granted(granted) => {
                 let Some(waiter) = &self.waiter else {
-                    return Err(LockError::Closed);
+                    unreachable!("a request without a waiter was served");
                 };
                 let entry = Arc::clone(&waiter.entry);
                 let waited = granted.at.since(self.asked_at);
@@ -528,9 +508,7 @@ fn drive(entry: &Arc<Entry>, request: crate::engine::Request) -> Pin<Box<dyn Fut
 
 impl Drop for QueuedWaiter {
     fn drop(&mut self) {
-        let shard = &self.entry.shard;
-        shard.manager.usage.waiters.fetch_sub(1, Ordering::Relaxed);
-        shard.metrics.waiter_went();
+        self.entry.shard.waiter_left();
         if !self.collected {
             self.entry.give_up(self.id);
         }
@@ -549,10 +527,10 @@ impl Future for LockFuture {
     type Output = Result<LockGuard, LockError>;
 
     fn poll(mut self: Pin<&mut Self>, cx: &mut Context<'_>) -> Poll<Self::Output> {
-        // Only a try ends without a guard.
-        Pin::new(&mut self.0)
-            .poll(cx)
-            .map(|result| result?.ok_or(LockError::Closed))
+        Pin::new(&mut self.0).poll(cx).map(|result| match result? {
+            Some(guard) => Ok(guard),
+            None => unreachable!("a request that waits ended like a try"),
+        })
     }
 }
 

@@ -1,5 +1,6 @@
 //! What all shards of a manager share.
 
+use std::fmt;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, AtomicUsize, Ordering};
 use std::time::Duration;
@@ -9,6 +10,7 @@ use tokio::sync::mpsc;
 use super::Job;
 use crate::contention::HotKeys;
 use crate::engine::Rules;
+use crate::engine::admission::Limits;
 use crate::identity::ManagerId;
 use crate::protocol::Cycles;
 use crate::runtime::Runtimes;
@@ -36,6 +38,15 @@ pub(crate) struct ManagerContext {
     pub(crate) jobs: mpsc::UnboundedSender<Job>,
 }
 
+impl fmt::Debug for ManagerContext {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.debug_struct("ManagerContext")
+            .field("id", &self.id)
+            .field("usage", &self.usage)
+            .finish_non_exhaustive()
+    }
+}
+
 impl ManagerContext {
     /// The metrics of requests without a class.
     pub(crate) fn default_class(&self) -> &Arc<ClassMetrics> {
@@ -43,20 +54,12 @@ impl ManagerContext {
     }
 }
 
-/// The limits of a manager.
-#[derive(Debug, Clone, Copy)]
-pub(crate) struct Limits {
-    pub(crate) waiters_per_key: usize,
-    pub(crate) waiters: usize,
-    pub(crate) keys: usize,
-}
-
 /// The current load of a manager, and whether it accepts more.
 #[derive(Debug)]
 pub(crate) struct Usage {
-    pub(crate) waiters: AtomicUsize,
+    pub(super) waiters: AtomicUsize,
     /// The number of store requests that have gone without a reply for a while.
-    pub(crate) slow: AtomicUsize,
+    pub(super) slow: AtomicUsize,
     /// The number of entries in the tables of all shards.
     pub(super) keys: AtomicUsize,
     /// The number of cycles that are over and not yet released.
@@ -69,7 +72,7 @@ pub(crate) struct Usage {
     pub(super) is_evicting: AtomicBool,
     pub(crate) closed: AtomicBool,
     /// Whether the background thread is waiting for the last key to be released.
-    pub(crate) ending: AtomicBool,
+    pub(super) ending: AtomicBool,
 }
 
 impl Usage {

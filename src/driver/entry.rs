@@ -176,10 +176,8 @@ impl Entry {
             return None;
         }
         let waiting = state.queue.waiting();
-        // A try never waits in line, so it needs no room. If others wait, it finds the key busy.
-        if waiting >= self.shard.manager.limits.waiters_per_key && !want.try_only {
-            let (key, limit) = (self.key.to_string(), self.shard.manager.limits.waiters_per_key);
-            return Some(Err(LockError::QueueFull { key, waiting, limit }));
+        if let Err(full) = self.shard.admit_waiter_of_key(&self.key, waiting, want.try_only) {
+            return Some(Err(full));
         }
         let before = Counted::of(&state.queue);
         let (id, mut effects) = state.queue.want(want, Some(waker), cx);
@@ -484,7 +482,7 @@ impl Entry {
             now,
             rules: &self.shard.manager.rules,
             cycles: &self.shard.manager.cycles,
-            capacity: self.shard.capacity(),
+            capacity: &*self.shard.manager,
             epoch: self.shard.store.epoch(self.slot),
         }
     }

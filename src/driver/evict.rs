@@ -6,12 +6,8 @@ use std::sync::atomic::Ordering;
 use super::{Entry, ManagerContext, Shard};
 use crate::clock::Moment;
 
-/// The fraction of the limit that is freed at a time (1/16), so that not every new key causes a
-/// scan.
-const PART: usize = 16;
-
-/// Releases lingering leases, those that end soonest first, until the number of keys is that
-/// fraction below the limit.
+/// Releases lingering leases, those that end soonest first, until the number of keys is a part
+/// of the limit below it.
 pub(super) fn evict(manager: &ManagerContext, shards: &[Arc<Shard>]) {
     // Reset first, so that a task that finds too little room from now on requests another eviction.
     manager.usage.is_evicting.store(false, Ordering::SeqCst);
@@ -19,10 +15,9 @@ pub(super) fn evict(manager: &ManagerContext, shards: &[Arc<Shard>]) {
     for entry in shards.iter().flat_map(|shard| shard.table.all()) {
         kept.extend(entry.lingers_until().map(|until| (until, entry)));
     }
-    let limit = manager.limits.keys;
     let leaving = manager.usage.evictable().saturating_sub(kept.len());
     let used = manager.usage.keys.load(Ordering::Relaxed).saturating_sub(leaving);
-    let too_many = used.saturating_sub(limit - limit / PART);
+    let too_many = manager.limits.evictions(used);
     if too_many < kept.len() {
         kept.select_nth_unstable_by_key(too_many, |(until, _)| *until);
         kept.truncate(too_many);

@@ -12,6 +12,7 @@
 //! It is first marked as removed under its mutex, so a task that found it just before looks it up
 //! again.
 
+mod admission;
 mod background;
 mod contention_hints;
 mod context;
@@ -40,7 +41,7 @@ use std::time::Duration;
 use parking_lot::Mutex;
 
 pub(crate) use background::Background;
-pub(crate) use context::{Limits, ManagerContext, Usage};
+pub(crate) use context::{ManagerContext, Usage};
 pub(crate) use entry::{Enqueued, Entry, Origin, Settled};
 pub(crate) use execute::Completed;
 pub(crate) use map::Maps;
@@ -50,8 +51,7 @@ pub(crate) use subscriber::SubscribeError;
 use crate::backoff::Backoff;
 use crate::clock::Moment;
 use crate::engine::orphans::LateRequests;
-use crate::engine::renewals::STRAIN_MIN;
-use crate::engine::{Capacity, Outage, Request, WaiterOptions};
+use crate::engine::{Outage, Request, WaiterOptions};
 use crate::error::LockError;
 use crate::key::LockKey;
 use crate::protocol::Cycle;
@@ -71,9 +71,6 @@ const RETRY_MAX: Duration = Duration::from_millis(500);
 /// that is down at the same time. The inbox also slow_log when a server is back, and then all keys
 /// retry at once.
 const RETRY_PER_KEY: Duration = Duration::from_micros(200);
-
-/// How many keys may wait for a shard that is down.
-const WAIT_IN_OUTAGE_MAX: usize = 10_000;
 
 /// See the module documentation.
 pub(crate) struct Shard {
@@ -161,12 +158,28 @@ impl Shard {
         })
     }
 
-    /// Enqueues a task for a key. The caller has to execute the returned request.
+    /// Enqueues a task for a key. The caller has to execute the returned request, and to call
+    /// [`waiter_left`](Self::waiter_left) when the task no longer waits.
     ///
     /// # Errors
     ///
     /// A limit was reached, or the manager is closed.
     pub(crate) fn want(
+        self: &Arc<Self>,
+        key: &LockKey,
+        want: WaiterOptions,
+        waker: &Waker,
+        now: Moment,
+    ) -> Result<(Arc<Entry>, Enqueued), LockError> {
+        self.admit_waiter(key)?;
+        let enqueued = self.enqueue(key, want, waker, now);
+        if enqueued.is_err() {
+            self.waiter_left();
+        }
+        enqueued
+    }
+
+    fn enqueue(
         self: &Arc<Self>,
         key: &LockKey,
         mut want: WaiterOptions,
@@ -186,9 +199,7 @@ impl Shard {
                 Entry::new(key.clone(), self)
             });
             if is_new {
-                self.check_keys(&entry)?;
-                self.check_strain(&entry)?;
-                self.check_outage(&entry)?;
+                self.admit_key(&entry)?;
                 want.contended_hint = self.hints.is_contended(key);
             }
             // Checked after the entry is in the table: a shutdown either finds the entry or is seen
@@ -209,95 +220,6 @@ impl Shard {
     /// The longest time that a lease can last without a renewal.
     fn longest_ttl(&self) -> Duration {
         Duration::from_micros(self.longest_ttl.load(Ordering::Relaxed))
-    }
-
-    /// The capacity for leases that linger.
-    pub(crate) fn capacity(&self) -> Capacity<'_> {
-        Capacity {
-            keys: &self.manager.usage.keys,
-            limit: self.manager.limits.keys,
-        }
-    }
-
-    /// Refuses a new key if the limit over all shards is reached. Lingering keys do not count: they
-    /// are evicted. Eviction takes a moment, during which no further leases start to linger
-    /// ([`capacity`](Self::capacity)), so there are never more than twice as many keys as the limit.
-    fn check_keys(&self, entry: &Arc<Entry>) -> Result<(), LockError> {
-        let (used, limit) = (
-            self.manager.usage.keys.load(Ordering::Relaxed),
-            self.manager.limits.keys,
-        );
-        if used <= limit {
-            return Ok(());
-        }
-        // Read `evictable` first. A lingering key that leaves the table in between would otherwise be
-        // counted as used.
-        let evictable = self.manager.usage.evictable();
-        let used = self.manager.usage.keys.load(Ordering::Relaxed);
-        if used.saturating_sub(evictable) <= limit {
-            if !self.manager.usage.is_evicting.swap(true, Ordering::SeqCst) {
-                self.send(Job::Evict);
-            }
-            return Ok(());
-        }
-        self.forget_new(entry, true);
-        Err(LockError::TooManyKeys {
-            key: entry.key.to_string(),
-            used: used - 1,
-            limit,
-        })
-    }
-
-    /// Refuses new keys while held leases cannot be renewed in time: it is better to grant no new
-    /// lock than to lose held ones.
-    fn check_strain(&self, entry: &Arc<Entry>) -> Result<(), LockError> {
-        if !self.is_strained.load(Ordering::Relaxed) {
-            return Ok(());
-        }
-        let leases = self.metrics.leases();
-        if leases < STRAIN_MIN {
-            // Most leases have been released since, and there may be no renewal that would clear
-            // the flag.
-            return Ok(());
-        }
-        self.forget_new(entry, true);
-        Err(LockError::TooManyLeases {
-            key: entry.key.to_string(),
-            shard: self.name.to_string(),
-            leases,
-        })
-    }
-
-    /// Refuses new keys while very many keys wait for a shard that is down. Each one costs memory
-    /// here, and a request to the server when it is back.
-    fn check_outage(&self, entry: &Arc<Entry>) -> Result<(), LockError> {
-        if !self.is_in_outage() {
-            return Ok(());
-        }
-        let waiting = self.table.len().saturating_sub(self.metrics.leases());
-        if waiting <= WAIT_IN_OUTAGE_MAX {
-            return Ok(());
-        }
-        self.forget_new(entry, true);
-        Err(LockError::ShardDown {
-            key: entry.key.to_string(),
-            shard: self.name.to_string(),
-            waiting: waiting - 1,
-            limit: WAIT_IN_OUTAGE_MAX,
-        })
-    }
-
-    /// Sets whether the shard holds more leases than it can renew in time.
-    pub(crate) fn set_strained(&self, is_strained: bool) {
-        if self.is_strained.swap(is_strained, Ordering::Relaxed) == is_strained {
-            return;
-        }
-        let (shard, leases) = (&self.name, self.metrics.leases());
-        if is_strained {
-            tracing::warn!(%shard, leases, "more leases are held than are renewed in time; new keys are refused until renewals keep up");
-        } else {
-            tracing::info!(%shard, leases, "renewals keep up again; new keys are accepted");
-        }
     }
 
     /// Removes an entry that is not needed after all from the table, unless another task uses it by

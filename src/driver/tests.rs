@@ -10,6 +10,8 @@ use tokio::sync::mpsc;
 use super::*;
 use crate::contention::HotKeys;
 use crate::engine::Rules;
+use crate::engine::admission::Limits;
+use crate::engine::renewals::STRAIN_MIN;
 use crate::fence::TokenBlock;
 use crate::identity::ManagerId;
 use crate::protocol::{Acquire, AcquireReply, Answer, Cycles, Push, Release, ReleaseReply, RenewReply, Renewal};
@@ -122,7 +124,7 @@ fn shard_on(store: Arc<dyn LeaseStore>) -> (Arc<Shard>, mpsc::UnboundedReceiver<
         cycles: Cycles::default(),
         limits: Limits {
             waiters_per_key: 1,
-            waiters: 1,
+            waiters: 10,
             keys: 3,
         },
         timeout: Duration::from_secs(1),

@@ -7,15 +7,17 @@
 //! (`driver`), in the exhaustive tests and in the simulation.
 //!
 //! [`key`] is the state machine of one key of one manager; read its header first. [`orphans`] has
-//! the retry rules of cycles that are over, and [`renewals`] decides which renewals are sent when.
+//! the retry rules of cycles that are over, [`renewals`]
+//! decides which renewals are sent when, and [`admission`] how much a manager takes on.
 
+pub(crate) mod admission;
 pub(crate) mod key;
 pub(crate) mod orphans;
 pub(crate) mod renewals;
 
-#[cfg(test)]
-pub(crate) use key::Flaw;
 pub(crate) use key::{
     Bound, Capacity, Context, Effects, Granted, InOutage, Linger, Outage, Outcome, Path, Queue, Rare, Request, Rules,
     WaiterId, WaiterOptions, Wake,
 };
+#[cfg(test)]
+pub(crate) use key::{Flaw, Unlimited};

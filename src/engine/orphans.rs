@@ -4,9 +4,9 @@
 //! # Implementation details
 //!
 //! The cost of pending releases is bounded. Each is a key and a number, and a manager keeps at most
-//! [`PENDING_MAX`] of them. A shard has at most [`IN_FLIGHT_MAX`] releases in flight. This number is
-//! halved by each release without a reply and grows by one with each reply, so that old releases do
-//! not crowd out new requests when a server comes back. Cycles beyond the limits are left to
+//! [`PENDING_MAX`] of them. A shard has at most [`IN_FLIGHT_MAX`] releases in flight. This number
+//! is halved by each release without a reply and grows by one with each reply, so that old releases
+//! do not crowd out new requests when a server comes back. Cycles beyond the limits are left to
 //! expire. So is a lease whose release has failed for as long as the longest TTL.
 //!
 //! The first attempt is *ordered*: it is sent where an acquire of the same cycle may still be in

@@ -20,7 +20,7 @@ use super::tasks::{Step, Task};
 use crate::clock::Moment;
 use crate::engine::orphans::{Attempt, LateRequests, Orphans};
 use crate::engine::renewals::Renewals;
-use crate::engine::{Capacity, Context, Effects, Queue, Rare, Request};
+use crate::engine::{Context, Effects, Queue, Rare, Request, Unlimited};
 use crate::identity::ManagerId;
 use crate::key::LockKey;
 use crate::protocol::{AcquireMode, Cycles, Push};
@@ -304,8 +304,8 @@ impl World {
         }
     }
 
-    /// Applies an event to a queue, as `driver::Entry` does, and carries out its effects, except for
-    /// the request, which is returned to the caller.
+    /// Applies an event to a queue, as `driver::Entry` does, and carries out its effects, except
+    /// for the request, which is returned to the caller.
     pub(super) fn event<R>(
         &mut self,
         m: usize,
@@ -317,7 +317,7 @@ impl World {
             now: manager.clock.at(self.now),
             rules: &self.plan.rules,
             cycles: &manager.cycles,
-            capacity: Capacity::ENDLESS,
+            capacity: &Unlimited,
             epoch: manager.epoch,
         };
         let queue = &mut manager.queues[k];

@@ -43,9 +43,9 @@ use std::time::Duration;
 
 pub(crate) use effect::{Bound, Effects, Rare, Request, Wake};
 pub(crate) use outage::Outage;
-#[cfg(test)]
-pub(crate) use types::Flaw;
 pub(crate) use types::{Capacity, Context, Granted, InOutage, Linger, Outcome, Path, Rules, WaiterOptions};
+#[cfg(test)]
+pub(crate) use types::{Flaw, Unlimited};
 pub(crate) use waiters::WaiterId;
 
 use crate::clock::Moment;

@@ -12,7 +12,6 @@ mod remote;
 mod telling;
 mod trouble;
 
-use std::sync::atomic::AtomicUsize;
 use std::time::Duration;
 
 use super::*;
@@ -28,10 +27,20 @@ struct Bench {
     cycles: Cycles,
     now: Moment,
     /// The number of other keys. The limit is ten.
-    keys: AtomicUsize,
+    keys: Keys,
     epoch: u32,
     /// What the last event reported for metrics and for tasks that wait for a loss.
     told: Told,
+}
+
+/// A number of keys.
+#[derive(Debug)]
+struct Keys(usize);
+
+impl Capacity for Keys {
+    fn has_room(&self) -> bool {
+        self.0 <= 10
+    }
 }
 
 /// Results that no waiter depends on, but that are counted or passed on.
@@ -135,7 +144,7 @@ impl Bench {
             },
             cycles: Cycles::default(),
             now: at(1_000),
-            keys: AtomicUsize::new(0),
+            keys: Keys(0),
             epoch: 0,
             told: Told::default(),
         }
@@ -150,10 +159,7 @@ impl Bench {
             now: self.now,
             rules: &self.rules,
             cycles: &self.cycles,
-            capacity: Capacity {
-                keys: &self.keys,
-                limit: 10,
-            },
+            capacity: &self.keys,
             epoch: self.epoch,
         };
         let (result, effects) = happens(&mut self.queue, cx);

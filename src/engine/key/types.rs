@@ -1,7 +1,7 @@
 //! Types that enter and leave the queue of a key: settings, options of a waiter, outcomes.
 
+use std::fmt;
 use std::sync::Arc;
-use std::sync::atomic::{AtomicUsize, Ordering};
 use std::time::Duration;
 
 use crate::clock::Moment;
@@ -65,35 +65,27 @@ pub(crate) struct Context<'a> {
     pub(crate) now: Moment,
     pub(crate) rules: &'a Rules,
     pub(crate) cycles: &'a Cycles,
-    pub(crate) capacity: Capacity<'a>,
+    pub(crate) capacity: &'a dyn Capacity,
     /// See [`LeaseStore::epoch`](crate::store::LeaseStore::epoch).
     pub(crate) epoch: u32,
 }
 
-/// The capacity for leases without a guard. Only checked when a lease is about to linger.
-#[derive(Debug, Clone, Copy)]
-pub(crate) struct Capacity<'a> {
-    /// The current number of keys in total, which may change at any time, and the limit.
-    pub(crate) keys: &'a AtomicUsize,
-    pub(crate) limit: usize,
+/// The capacity for leases without a guard.
+pub(crate) trait Capacity: fmt::Debug {
+    /// Whether a lease may linger. Only asked when one is about to.
+    fn has_room(&self) -> bool;
 }
 
-impl Capacity<'_> {
-    pub(super) fn has_room(self) -> bool {
-        self.keys.load(Ordering::Relaxed) <= self.limit
-    }
-}
+/// For queues that are on their own.
+#[cfg(test)]
+#[derive(Debug)]
+pub(crate) struct Unlimited;
 
 #[cfg(test)]
-impl Capacity<'static> {
-    /// For queues that are on their own.
-    pub(crate) const ENDLESS: Self = {
-        static NO_KEYS: AtomicUsize = AtomicUsize::new(0);
-        Self {
-            keys: &NO_KEYS,
-            limit: usize::MAX,
-        }
-    };
+impl Capacity for Unlimited {
+    fn has_room(&self) -> bool {
+        true
+    }
 }
 
 impl Context<'_> {

@@ -332,7 +332,7 @@ fn the_last_guard_says_for_how_long() {
 fn nothing_is_kept_where_there_is_no_room() {
     let mut bench = Bench::new();
     let cycle = keep(&mut bench, 1, 64);
-    *bench.keys.get_mut() = 11;
+    bench.keys.0 = 11;
     let (id, _) = bench.want_as(0, KEPT);
     let guard = bench.guard(id);
     assert_eq!(bench.release_held(&guard).releases(), (cycle, None));
