@@ -98,8 +98,10 @@ pub struct TryLockRequest(LockRequest);
 #[derive(Debug, Default, Clone)]
 struct Overrides {
     ttl: Option<Duration>,
-    timeout: Option<Duration>,
-    max_hold: Option<Duration>,
+    /// `Some(None)` waits without a limit, whatever the manager's default.
+    timeout: Option<Option<Duration>>,
+    /// `Some(None)` sets no limit, whatever the manager's default.
+    max_hold: Option<Option<Duration>>,
     linger: Option<Duration>,
     fail_fast: bool,
     class: Option<Arc<str>>,
@@ -128,16 +130,35 @@ impl LockRequest {
         self
     }
 
-    /// Sets how long to wait for the lock: up to 365 days. Zero means a single try.
-    pub fn timeout(mut self, limit: Duration) -> Self {
-        self.overrides().timeout = Some(limit);
+    /// Sets how long to wait for the lock: up to 365 days. Zero means a single try, and `None` waits
+    /// without a limit even if the manager has a default ([`Config::timeout`](crate::Config)).
+    ///
+    /// # Examples
+    ///
+    /// ```
+    /// # #[tokio::main(flavor = "current_thread")]
+    /// # async fn main() -> Result<(), shardlock::LockError> {
+    /// use std::time::Duration;
+    ///
+    /// let locks = shardlock::LockManager::builder()
+    ///     .shard("memory://")
+    ///     .timeout(Duration::from_millis(10))
+    ///     .connect()
+    ///     .await?;
+    /// let guard = locks.lock("k").timeout(None).await?;
+    /// assert!(locks.lock("k").await.unwrap_err().is_timeout());
+    /// # guard.release().await }
+    /// ```
+    pub fn timeout(mut self, limit: impl Into<Option<Duration>>) -> Self {
+        self.overrides().timeout = Some(limit.into());
         self
     }
 
     /// Sets how long the lease is renewed: 1 ms to 365 days. A guard that is held for longer is
-    /// lost.
-    pub fn max_hold(mut self, longest: Duration) -> Self {
-        self.overrides().max_hold = Some(longest);
+    /// lost. `None` sets no limit even if the manager has a default
+    /// ([`Config::max_hold`](crate::Config)).
+    pub fn max_hold(mut self, longest: impl Into<Option<Duration>>) -> Self {
+        self.overrides().max_hold = Some(longest.into());
         self
     }
 
@@ -200,7 +221,7 @@ impl LockRequest {
     /// The longest time to wait.
     fn limit(&self) -> Option<Duration> {
         let own = self.overrides.as_ref().and_then(|overrides| overrides.timeout);
-        own.or(self.manager.config.timeout)
+        own.unwrap_or(self.manager.config.timeout)
     }
 
     /// The effective options: those of the request over those of the manager.
@@ -219,9 +240,10 @@ impl LockRequest {
             contended_hint: false,
         };
         if let Some(overrides) = &self.overrides {
-            check_overrides(overrides.ttl, overrides.timeout, overrides.max_hold, overrides.linger)?;
+            let (timeout, max_hold) = (overrides.timeout.flatten(), overrides.max_hold.flatten());
+            check_overrides(overrides.ttl, timeout, max_hold, overrides.linger)?;
             want.ttl = overrides.ttl.unwrap_or(want.ttl);
-            want.max_hold = overrides.max_hold.or(want.max_hold);
+            want.max_hold = overrides.max_hold.unwrap_or(want.max_hold);
             want.linger = overrides.linger.map_or(want.linger, Linger::new);
             if overrides.fail_fast {
                 want.in_outage = InOutage::Fail;
@@ -580,8 +602,8 @@ impl TryLockRequest {
     }
 
     /// See [`LockRequest::max_hold`].
-    pub fn max_hold(mut self, longest: Duration) -> Self {
-        self.0.overrides().max_hold = Some(longest);
+    pub fn max_hold(mut self, longest: impl Into<Option<Duration>>) -> Self {
+        self.0.overrides().max_hold = Some(longest.into());
         self
     }
 
@@ -604,5 +626,44 @@ impl IntoFuture for TryLockRequest {
 
     fn into_future(self) -> TryLockFuture {
         TryLockFuture(Acquiring::new(self.0, true))
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use std::future::IntoFuture;
+    use std::time::Duration;
+
+    use crate::{LockManager, LossReason};
+
+    #[tokio::test(start_paused = true)]
+    async fn request_can_wait_without_a_limit_although_the_manager_has_a_default() {
+        let limit = Duration::from_secs(1);
+        let builder = LockManager::builder().shard("memory://").timeout(limit);
+        let locks = builder.connect().await.unwrap();
+        let guard = locks.lock("k").await.unwrap();
+
+        assert!(locks.lock("k").await.unwrap_err().is_timeout());
+        let mut waiting = locks.lock("k").timeout(None).into_future();
+        let early = tokio::time::timeout(limit * 1000, &mut waiting).await;
+        assert!(early.is_err(), "{early:?}");
+
+        guard.release().await.unwrap();
+        waiting.await.unwrap().release().await.unwrap();
+    }
+
+    #[tokio::test]
+    async fn request_can_be_held_without_a_limit_although_the_manager_has_a_default() {
+        let limit = Duration::from_millis(50);
+        let builder = LockManager::builder().shard("memory://").max_hold(limit);
+        let locks = builder.connect().await.unwrap();
+        let unlimited = locks.lock("unlimited").max_hold(None).await.unwrap();
+        let tried = locks.try_lock("tried").max_hold(None).await.unwrap().unwrap();
+
+        let limited = locks.lock("limited").await.unwrap();
+        assert_eq!(limited.lost().await, LossReason::MaxHold);
+        assert!(unlimited.is_valid() && tried.is_valid());
+        unlimited.release().await.unwrap();
+        tried.release().await.unwrap();
     }
 }
