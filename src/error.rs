@@ -279,8 +279,11 @@ pub enum LossReason {
 }
 
 impl LossReason {
-    /// All reasons, in a fixed order.
-    pub const ALL: [Self; 5] = [Self::Expired, Self::Taken, Self::MaxHold, Self::Closed, Self::ShardMap];
+    /// All reasons, in a fixed order. More may be added.
+    pub const ALL: &'static [Self] = &Self::EACH;
+
+    /// The same with a known length, which is no part of the API.
+    pub(crate) const EACH: [Self; 5] = [Self::Expired, Self::Taken, Self::MaxHold, Self::Closed, Self::ShardMap];
 
     /// Returns the identifier used in metrics and by scripts.
     #[must_use]

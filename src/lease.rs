@@ -150,7 +150,7 @@ mod tests {
 
     #[test]
     fn first_loss_counts_and_nothing_is_left_after_it() {
-        for reason in LossReason::ALL {
+        for &reason in LossReason::ALL {
             let lease = lease(at(1_000));
             lease.lose(reason);
             lease.lose(LossReason::Closed);

@@ -76,7 +76,7 @@ pub(crate) struct ShardMetrics {
     local: Tally,
     remote: Tally,
     bypass: [Counter; Bound::ALL.len()],
-    lost: [Counter; LossReason::ALL.len()],
+    lost: [Counter; LossReason::EACH.len()],
     requests: [RequestMetrics; RequestKind::ALL.len()],
     /// Round trips of all requests, as reported by the manager itself.
     round_trips: AtomicHistogram,
@@ -110,7 +110,7 @@ impl ShardMetrics {
             // This counter is only needed for sampling.
             batches: Measured::new(Counter::noop(), histogram!(BATCH, "shard" => shard())),
             bypass: Bound::ALL.map(|bound| counter!(BYPASS, "shard" => shard(), "limit" => bound.as_str())),
-            lost: LossReason::ALL.map(lost),
+            lost: LossReason::EACH.map(lost),
             validity_left: histogram!(VALIDITY_LEFT, "shard" => shard()),
             renewed: counter!(RENEWALS, "shard" => shard(), "outcome" => "extended"),
             renewed_not_ours: counter!(RENEWALS, "shard" => shard(), "outcome" => "not_ours"),
