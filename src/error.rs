@@ -312,6 +312,7 @@ impl fmt::Display for LossReason {
 
 /// A value outside its bounds: the field, the value, and what is allowed.
 #[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]
+#[non_exhaustive]
 #[error("{field} is {value}, but must be {bound}")]
 pub struct InvalidSetting {
     /// The name of the field, which is the same in the builder, a file and the environment.

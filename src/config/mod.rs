@@ -427,6 +427,7 @@ impl Config {
 
 /// One shard: its name, which appears in errors and metrics, and its URL.
 #[derive(Clone, PartialEq, Eq)]
+#[non_exhaustive]
 pub struct ShardConfig {
     /// The name: 1 to 32 letters, digits, dots, `_` and `-`, unique among the shards. It stays the
     /// same when the shard moves to another address.
