@@ -7,6 +7,7 @@ use std::hint::black_box;
 use std::time::Instant;
 
 use crc16::{State, XMODEM};
+use shardlock::tool::ConfigExt as _;
 use shardlock::{Config, LockKey};
 
 #[path = "beside/mod.rs"]

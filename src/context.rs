@@ -40,6 +40,8 @@ impl ManagerShared {
         self.context.id.as_str()
     }
 
+    /// How long the manager has been connected.
+    #[cfg(feature = "admin")]
     pub(crate) fn uptime(&self) -> Duration {
         Moment::now().since(self.connected_at)
     }

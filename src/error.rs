@@ -168,7 +168,7 @@ pub enum LockError {
 
     /// The shard was set up by a manager with another shard map. With two maps, the same key could
     /// be locked on two shards at once. Only the slots of each shard are compared, not the names of
-    /// the shards ([`ShardMap::agree`](crate::ShardMap::agree)).
+    /// the shards.
     #[error(
         "shard {shard} is in use with another shard map: the server has `{theirs}` under the key {map_key:?}, this manager has `{ours}`; give \
          every manager the same shards in the same order, or, if the change is meant, stop all managers and replace the map with \

@@ -11,8 +11,7 @@ use std::num::NonZeroU64;
 /// locking" (2016), for the argument.
 ///
 /// Tokens of different keys are not comparable. The unit is an eighth of a microsecond since
-/// 2025-01-01 on the server's clock (see [`FencingToken::from_server_time`]), so tokens keep
-/// growing after a server has lost its counters. Until 2060 a token fits into the 53 bits that a
+/// 2025-01-01 on the server's clock, so tokens keep growing after a server has lost its counters. Until 2060 a token fits into the 53 bits that a
 /// double represents exactly.
 ///
 /// In etcd, a token is the revision of the transaction that found its manager to be the owner,
@@ -83,8 +82,7 @@ impl FencingToken {
     /// microseconds within that second.
     ///
     /// Returns zero, which is below every token, for times before 2025.
-    #[must_use]
-    pub const fn from_server_time(seconds: u64, micros: u64) -> u64 {
+    pub(crate) const fn from_server_time(seconds: u64, micros: u64) -> u64 {
         let whole = seconds.saturating_sub(EPOCH_SECONDS).saturating_mul(8_000_000);
         whole.saturating_add(micros.saturating_mul(8))
     }

@@ -308,13 +308,14 @@ mod store;
 mod telemetry;
 mod text;
 mod time_limit;
+#[doc(hidden)]
+pub mod tool;
 
 pub use config::{Builder, Config, ShardConfig};
-pub use endpoint::{Endpoint, ServerUrl};
+pub use endpoint::Endpoint;
 pub use error::{InvalidSetting, LockError, LossReason};
 pub use fence::FencingToken;
 pub use guard::LockGuard;
-pub use identity::manager_of;
 pub use key::{LockKey, SLOTS, Slot};
 pub use manager::LockManager;
 pub use request::{LockFuture, LockRequest, TryLockFuture, TryLockRequest};
@@ -322,7 +323,6 @@ pub use router::ShardMap;
 pub use snapshot::{HeldLock, HotKey, HotKeyHolder, ShardState};
 pub use store::{Holder, KeyState};
 pub use telemetry::{METRICS, Metric, MetricKind, MetricUnit};
-pub use text::{must_be_escaped, printable};
 
 /// Compiles the example of the README.
 #[cfg(doctest)]

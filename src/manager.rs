@@ -287,12 +287,6 @@ impl LockManager {
         snapshot::shards(&self.inner)
     }
 
-    /// Returns how long this manager has been connected.
-    #[must_use]
-    pub fn uptime(&self) -> Duration {
-        self.inner.uptime()
-    }
-
     /// Returns the map of which shard owns which keys.
     #[must_use]
     pub fn shard_map(&self) -> &ShardMap {

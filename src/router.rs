@@ -72,12 +72,10 @@ impl ShardMap {
         format!("{fingerprint}; node {number} of {count}; redlock_max_ttl {longest_ttl:?}")
     }
 
-    /// Returns whether two stored fingerprints
-    /// ([`Config::fingerprints`](crate::Config::fingerprints)) map every key to the same shard.
-    /// Compared are the version of the layout, the slots of each shard, and which of the shards
-    /// stores the fingerprint. The names of the shards are not compared.
-    #[must_use]
-    pub fn agree(one: &str, other: &str) -> bool {
+    /// Whether two stored fingerprints map every key to the same shard. Compared are the version of
+    /// the layout, the slots of each shard, and which of the shards stores the fingerprint. The
+    /// names of the shards are not compared.
+    pub(crate) fn agree(one: &str, other: &str) -> bool {
         let parse = |text| Fingerprint::parse(text);
         one == other || parse(one).is_some_and(|one| Some(one) == parse(other))
     }

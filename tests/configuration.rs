@@ -2,6 +2,7 @@
 
 use std::time::Duration;
 
+use shardlock::tool::ConfigExt as _;
 use shardlock::{Builder, Config, Endpoint, InvalidSetting, ShardConfig};
 
 /// A non-default value for every setting.

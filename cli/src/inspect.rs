@@ -4,7 +4,8 @@ use std::fmt::Write;
 use std::time::Duration;
 
 use serde_json::json;
-use shardlock::{Builder, Holder, KeyState, LockKey, printable};
+use shardlock::tool::printable;
+use shardlock::{Builder, Holder, KeyState, LockKey};
 
 use crate::exit::{self, Failure};
 use crate::{output, shards};

@@ -4,7 +4,7 @@ use std::fmt::Display;
 use std::io::{self, Write};
 
 use anyhow::Context;
-use shardlock::{must_be_escaped, printable};
+use shardlock::tool::{must_be_escaped, printable};
 
 use crate::exit::Failure;
 

@@ -32,7 +32,11 @@ impl Config {
     }
 
     /// Applies the settings in the environment: `SHARDLOCK_` and the name of a setting in upper
-    /// case, as in `SHARDLOCK_TTL=10s`, with values as for [`Config::set`].
+    /// case, as in `SHARDLOCK_TTL=10s`.
+    ///
+    /// Durations are written like `500ms`, `10s` or `2m`. `timeout`, `max_hold`, `slow_wait`,
+    /// `long_hold` and the `tls_` files may be `none`. `SHARDLOCK_SHARDS` is a list of `url` or
+    /// `name=url`, separated by commas or spaces; it replaces the previous shards.
     ///
     /// `SHARDLOCK_CONFIG`, `SHARDLOCK_LOG`, `SHARDLOCK_METRICS`, `SHARDLOCK_REDIS_SERVER`,
     /// `SHARDLOCK_ETCD_SERVER`, `SHARDLOCK_PROMETHEUS` and `SHARDLOCK_PYTHON` belong to the
@@ -66,7 +70,7 @@ impl Config {
     /// # Errors
     ///
     /// The errors of [`Config::apply_env`].
-    pub fn apply_variables(
+    pub(crate) fn apply_variables(
         &mut self,
         variables: impl IntoIterator<Item = (String, String)>,
     ) -> Result<(), InvalidSetting> {

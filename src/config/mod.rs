@@ -34,7 +34,7 @@ use fields::{FIELDS, Field};
 /// 1. the defaults, as documented on each field,
 /// 2. a file (`Config::from_file`, with the feature `file`),
 /// 3. the environment ([`Config::apply_env`]),
-/// 4. code or command-line flags ([`Builder`], [`Config::set`]).
+/// 4. code or command-line flags ([`Builder`], or the fields).
 ///
 /// Each source checks the values that it sets. [`Config::validate`] checks all values, and a
 /// manager calls it before it connects.
@@ -43,11 +43,11 @@ use fields::{FIELDS, Field};
 /// use std::time::Duration;
 ///
 /// let mut config = shardlock::Config::default();
-/// config.set("shards", "redis://10.0.0.1, redis://10.0.0.2")?;
-/// config.set("ttl", "5s")?;
+/// config.shards = vec![shardlock::ShardConfig::new("main", "redis://10.0.0.1")];
 /// config.max_hold = Some(Duration::from_secs(60));
+/// config.apply_env()?;
 /// config.validate()?;
-/// assert_eq!(config.shards[1].name, "shard-1");
+/// assert_eq!(config.shards[0].name, "main");
 /// # Ok::<(), shardlock::InvalidSetting>(())
 /// ```
 #[derive(Debug, Clone, PartialEq)]
@@ -264,8 +264,8 @@ impl Default for Config {
 }
 
 impl Config {
-    /// Returns the names of all settings, each with a one-line description.
-    pub fn fields() -> impl ExactSizeIterator<Item = (&'static str, &'static str)> {
+    /// The names of all settings, each with a one-line description.
+    pub(crate) fn fields() -> impl ExactSizeIterator<Item = (&'static str, &'static str)> {
         FIELDS.iter().map(|field| (field.name, field.doc))
     }
 
@@ -354,20 +354,19 @@ impl Config {
         ShardMap::new(self.shards.iter().map(|shard| shard.name.clone()))
     }
 
-    /// Returns what each shard must have stored under [`map_key`](Self::map_key), in the order of
-    /// the shards: the version of the layout and the whole map. The first lock of a manager writes
-    /// it if there is none yet. A manager is refused if the stored one does not
-    /// [agree](ShardMap::agree). Nothing is sent.
-    #[must_use]
-    pub fn fingerprints(&self) -> Vec<String> {
+    /// What each shard must have stored under [`map_key`](Self::map_key), in the order of the
+    /// shards: the version of the layout and the whole map. The first lock of a manager writes it
+    /// if there is none yet. A manager is refused if the stored one does not
+    /// [agree](ShardMap::agree).
+    #[cfg(test)]
+    fn fingerprints(&self) -> Vec<String> {
         let map = self.shard_map();
         (0..map.len()).map(|index| map.fingerprint(index)).collect()
     }
 
-    /// Returns the fingerprints for the servers of one shard: a single one, or for a quorum one per
+    /// The fingerprints for the servers of one shard: a single one, or for a quorum one per
     /// node, in the order of its URL. Empty if there is no such shard.
-    #[must_use]
-    pub fn fingerprints_at(&self, shard: usize) -> Vec<String> {
+    pub(crate) fn fingerprints_at(&self, shard: usize) -> Vec<String> {
         let Some(of_shard) = self.shards.get(shard) else {
             return Vec::new();
         };
@@ -382,16 +381,14 @@ impl Config {
         }
     }
 
-    /// Returns the name of the Redis key under which the fingerprint of the shard map is stored.
-    #[must_use]
-    pub fn map_key(&self) -> String {
+    /// The name of the Redis key under which the fingerprint of the shard map is stored.
+    pub(crate) fn map_key(&self) -> String {
         Names::new(&self.namespace).map()
     }
 
-    /// Returns the key whose lease has this name in Redis, or `None` if the name is not a lease of
-    /// this namespace. For tools that find keys on a server.
-    #[must_use]
-    pub fn key_of_lease(&self, name: &str) -> Option<LockKey> {
+    /// The key whose lease has this name in Redis, or `None` if the name is not a lease of this
+    /// namespace.
+    pub(crate) fn key_of_lease(&self, name: &str) -> Option<LockKey> {
         Names::new(&self.namespace).key_of_lease(name)
     }
 
@@ -405,7 +402,7 @@ impl Config {
     ///
     /// [`InvalidSetting`] if there is no such setting, or if the value can't be parsed or is
     /// outside its bounds. Nothing has been changed in that case.
-    pub fn set(&mut self, name: &str, value: &str) -> Result<(), InvalidSetting> {
+    pub(crate) fn set(&mut self, name: &str, value: &str) -> Result<(), InvalidSetting> {
         let Some(field) = Field::named(name) else {
             let known: Vec<_> = FIELDS.iter().map(|field| field.name).collect();
             let meant = nearest::did_you_mean(name, known.iter().copied());

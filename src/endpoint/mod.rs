@@ -174,11 +174,9 @@ impl Endpoint {
         self.shown.split_once("://").map_or("", |(scheme, _)| scheme)
     }
 
-    /// Returns the servers in the URL, in its order: Redis servers, sentinels, nodes of a cluster
-    /// or of a quorum, or members of etcd. Empty for `memory://`. For tools that talk to the
-    /// servers themselves.
-    #[must_use]
-    pub fn servers(&self) -> Vec<ServerUrl> {
+    /// The servers in the URL, in its order: Redis servers, sentinels, nodes of a cluster
+    /// or of a quorum, or members of etcd. Empty for `memory://`.
+    pub(crate) fn servers(&self) -> Vec<ServerUrl> {
         match &self.kind {
             EndpointKind::Redis(server) => vec![server.clone()],
             EndpointKind::Sentinel { sentinels, .. } => sentinels.clone(),
@@ -192,19 +190,17 @@ impl Endpoint {
         }
     }
 
-    /// Returns the URL of a server at `host:port` that belongs to the shard but need not be in its
+    /// The URL of a server at `host:port` that belongs to the shard but need not be in its
     /// URL, such as one reported by sentinels or by nodes of a cluster. `None` for `memory://`.
-    #[must_use]
-    pub fn server_at(&self, place: &str) -> Option<ServerUrl> {
+    pub(crate) fn server_at(&self, place: &str) -> Option<ServerUrl> {
         match &self.kind {
             EndpointKind::Sentinel { access, .. } => Some(access.url(place)),
             _ => self.servers().first().map(|server| server.at(place)),
         }
     }
 
-    /// Returns the name by which the sentinels of a `redis+sentinel://` shard know its primary.
-    #[must_use]
-    pub fn primary_name(&self) -> Option<&str> {
+    /// The name by which the sentinels of a `redis+sentinel://` shard know its primary.
+    pub(crate) fn primary_name(&self) -> Option<&str> {
         match &self.kind {
             EndpointKind::Sentinel { primary, .. } => Some(primary),
             _ => None,
@@ -308,7 +304,7 @@ mod tests {
         let EndpointKind::Redis(server) = endpoint.kind() else {
             panic!("{endpoint} is a Redis")
         };
-        let info = server.as_str().into_connection_info().unwrap();
+        let info = server.with_password().into_connection_info().unwrap();
         assert_eq!(info.addr().to_string(), "::1:7000");
         assert_eq!(info.redis_settings().username(), Some("user"));
         assert_eq!(info.redis_settings().password(), Some("s3@cret"));
@@ -354,11 +350,11 @@ mod tests {
             panic!("{endpoint} is watched")
         };
         assert_eq!(primary, "m");
-        assert_eq!(sentinels[1].as_str(), "redis://:s%40@b:26379/0");
-        assert_eq!(access.url("c:1").as_str(), "redis://u:p%2Fw@c:1/3");
+        assert_eq!(sentinels[1].with_password(), "redis://:s%40@b:26379/0");
+        assert_eq!(access.url("c:1").with_password(), "redis://u:p%2Fw@c:1/3");
         // A slash is allowed in the query, but not in the login part.
         let endpoint = parsed("redis+sentinel://a/m?sentinel_user=u&sentinel_password=a/b");
-        assert_eq!(endpoint.servers()[0].as_str(), "redis://u:a%2Fb@a:26379/0");
+        assert_eq!(endpoint.servers()[0].with_password(), "redis://u:a%2Fb@a:26379/0");
         for (text, bound) in [
             ("redis+sentinel://a,b", "the name of a primary"),
             ("redis+sentinel://a/m/x", "a database from 0"),
@@ -389,20 +385,20 @@ mod tests {
 
     #[test]
     fn servers_are_told_with_the_login_and_shown_without() {
-        let url = |server: Option<ServerUrl>| server.unwrap().as_str().to_owned();
+        let url = |server: Option<ServerUrl>| server.unwrap().with_password().to_owned();
         let single = parsed("redis://u:s3cret@a/2");
-        assert_eq!(single.servers()[0].as_str(), "redis://u:s3cret@a:6379/2");
+        assert_eq!(single.servers()[0].with_password(), "redis://u:s3cret@a:6379/2");
         assert_eq!(url(single.server_at("[::1]:7")), "redis://u:s3cret@[::1]:7/2");
         let watched = parsed("redis+sentinel://u:s3cret@a,b/m/3?sentinel_password=s");
         assert_eq!(watched.primary_name(), Some("m"));
-        assert_eq!(watched.servers()[1].as_str(), "redis://:s@b:26379/0");
+        assert_eq!(watched.servers()[1].with_password(), "redis://:s@b:26379/0");
         assert_eq!(url(watched.server_at("c:1")), "redis://u:s3cret@c:1/3");
         let cluster = parsed("redis+cluster://:s3cret@a,b");
         assert_eq!(cluster.servers().len(), 2);
         assert_eq!(url(cluster.server_at("c:1")), "redis://:s3cret@c:1/0");
         assert!(parsed("memory://").servers().is_empty() && parsed("memory://").server_at("a:1").is_none());
         if let Ok(etcd) = Endpoint::parse("etcd://u:s3%40@a,b:1") {
-            assert_eq!(etcd.servers()[1].as_str(), "etcd://u:s3%40@b:1");
+            assert_eq!(etcd.servers()[1].with_password(), "etcd://u:s3%40@b:1");
             assert_eq!(url(etcd.server_at("c:2")), "etcd://u:s3%40@c:2");
         }
         assert_eq!(format!("{:?}", single.servers()), "[ServerUrl(\"a:6379\")]");
@@ -458,7 +454,7 @@ mod tests {
         let server = parsed("unix:///a%20b/s?user=u&pass=s3%26cret&db=2").servers().remove(0);
         assert_eq!(server.place(), "/a b/s");
         assert!(server.has_login() && !server.is_encrypted());
-        let info = server.as_str().into_connection_info().unwrap();
+        let info = server.with_password().into_connection_info().unwrap();
         assert_eq!(info.addr().to_string(), "/a b/s");
         assert_eq!(info.redis_settings().username(), Some("u"));
         assert_eq!(info.redis_settings().password(), Some("s3&cret"));
@@ -466,12 +462,15 @@ mod tests {
         // As in a URL with an address, a plus is not a special character.
         let plus = parsed("unix:///s?user=a%2Fb&pass=a+b@").servers().remove(0);
         for server in [&plus, &plus.at("10.0.0.1:7")] {
-            let info = server.as_str().into_connection_info().unwrap();
+            let info = server.with_password().into_connection_info().unwrap();
             assert_eq!(info.redis_settings().username(), Some("a/b"));
             assert_eq!(info.redis_settings().password(), Some("a+b@"));
         }
         // A server of the same shard with an address.
-        assert_eq!(server.at("10.0.0.1:7").as_str(), "redis://u:s3%26cret@10.0.0.1:7/2");
+        assert_eq!(
+            server.at("10.0.0.1:7").with_password(),
+            "redis://u:s3%26cret@10.0.0.1:7/2"
+        );
         for (text, bound) in [
             ("unix://run/redis.sock", "three slashes"),
             ("unix://user:s3cret@/run/redis.sock", "three slashes"),

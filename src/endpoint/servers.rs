@@ -34,10 +34,9 @@ pub struct ServerUrl {
 }
 
 impl ServerUrl {
-    /// Returns the URL *with the password*, for connecting. Show [`place`](Self::place) to people
-    /// instead.
+    /// Returns the whole URL, for connecting. Show [`place`](Self::place) to people instead.
     #[must_use]
-    pub fn as_str(&self) -> &str {
+    pub fn with_password(&self) -> &str {
         &self.url
     }
 

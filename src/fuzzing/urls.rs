@@ -100,7 +100,7 @@ fn parsed(text: &str) {
 
 /// The URL as parsed by the client library.
 fn taken(server: &ServerUrl) -> ConnectionInfo {
-    let info = server.as_str().into_connection_info();
+    let info = server.with_password().into_connection_info();
     info.unwrap_or_else(|error| panic!("the client rejects the URL of {server:?}: {error}"))
 }
 

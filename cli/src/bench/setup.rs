@@ -1,6 +1,7 @@
 //! Sets up a run and removes everything afterwards.
 
 use anyhow::{Context, anyhow, bail};
+use shardlock::tool::ConfigExt as _;
 use shardlock::{Builder, Config, Endpoint};
 
 use crate::exit::Failure;

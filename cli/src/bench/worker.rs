@@ -6,6 +6,7 @@ use std::time::Instant;
 
 use anyhow::{Context, bail};
 use shardlock::admin::AdminServer;
+use shardlock::tool::ConfigExt as _;
 use shardlock::{Builder, Config, LockManager};
 use tokio::task::JoinSet;
 

@@ -4,7 +4,8 @@ use std::collections::{BTreeMap, BTreeSet};
 
 use deadpool_redis::redis::cmd;
 use futures_util::future::join_all;
-use shardlock::{Endpoint, SLOTS, ServerUrl};
+use shardlock::tool::{EndpointExt as _, ServerUrl};
+use shardlock::{Endpoint, SLOTS};
 
 use super::facts::Info;
 use super::finding::{Finding, Level};

@@ -2,7 +2,7 @@
 
 use std::collections::BTreeMap;
 
-use shardlock::{Endpoint, ShardConfig, ShardMap};
+use shardlock::{Endpoint, ShardConfig};
 
 use super::finding::Finding;
 use crate::map::expect_option;
@@ -18,7 +18,7 @@ pub(super) fn fingerprint(stored: &Result<Option<String>, String>, ours: &str) -
         // key.
         Err(_) => return None,
     };
-    if ShardMap::agree(ours, theirs) {
+    if shardlock::tool::maps_agree(ours, theirs) {
         return Some(Finding::ok(CHECK, format!("as configured: {theirs}")));
     }
     let version = |text: &str| text.split(' ').next().unwrap_or_default().to_owned();

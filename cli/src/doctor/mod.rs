@@ -36,6 +36,7 @@ mod timing;
 use std::io::{IsTerminal, stdout};
 
 use futures_util::{StreamExt, stream};
+use shardlock::tool::{ConfigExt as _, EndpointExt as _};
 use shardlock::{Endpoint, ShardConfig};
 
 use crate::exit::Failure;

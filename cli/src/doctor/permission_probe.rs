@@ -2,7 +2,7 @@
 
 use deadpool_redis::redis::aio::MultiplexedConnection;
 use deadpool_redis::redis::{Cmd, Pipeline, RedisError, Value, cmd, pipe};
-use shardlock::ServerUrl;
+use shardlock::tool::ServerUrl;
 
 use super::facts::MissingPermission;
 use super::needs::Need;

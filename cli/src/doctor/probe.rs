@@ -5,7 +5,7 @@ use std::time::{Duration, Instant, SystemTime, UNIX_EPOCH};
 
 use deadpool_redis::redis::aio::MultiplexedConnection;
 use deadpool_redis::redis::{RedisError, Value, cmd, from_redis_value, pipe};
-use shardlock::ServerUrl;
+use shardlock::tool::{ConfigExt as _, ServerUrl};
 
 use super::ShardKind;
 use super::facts::{Clock, Facts, Info, ProbedServer, RoundTrips};
@@ -99,7 +99,7 @@ async fn multi_slot_error(connection: &mut MultiplexedConnection, namespace: &st
 }
 
 fn user_of(server: &ServerUrl) -> String {
-    let url = url::Url::parse(server.as_str()).ok();
+    let url = url::Url::parse(server.with_password()).ok();
     let user = url.map(|url| {
         percent_encoding::percent_decode_str(url.username())
             .decode_utf8_lossy()

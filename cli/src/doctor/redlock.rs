@@ -5,6 +5,7 @@ use std::time::Duration;
 
 use futures_util::future::join_all;
 use shardlock::Endpoint;
+use shardlock::tool::EndpointExt as _;
 
 use super::facts::{Facts, ProbedServer};
 use super::finding::{Finding, Level};

@@ -3,7 +3,7 @@
 use std::fmt::Write;
 
 use serde_json::{Value, json};
-use shardlock::printable;
+use shardlock::tool::printable;
 
 use super::finding::{Finding, Level};
 use crate::exit;

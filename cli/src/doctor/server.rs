@@ -1,6 +1,7 @@
 //! All checks of one server that stores locks.
 
-use shardlock::{Config, ServerUrl};
+use shardlock::Config;
+use shardlock::tool::ServerUrl;
 
 use super::facts::{Facts, ProbedServer};
 use super::finding::{Finding, Level};

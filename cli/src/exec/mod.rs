@@ -25,6 +25,7 @@ use std::ffi::{OsStr, OsString};
 use std::time::Duration;
 
 use anyhow::anyhow;
+use shardlock::tool::ConfigExt as _;
 use shardlock::{Config, LockKey};
 
 use crate::exit::Failure;

@@ -1,7 +1,7 @@
 //! The map in etcd. Any member that answers will do.
 
 use etcd_client::{Client, Compare, CompareOp, GetOptions, Txn, TxnOp};
-use shardlock::ServerUrl;
+use shardlock::tool::{ConfigExt as _, ServerUrl};
 
 use super::locations::Leases;
 use crate::servers::etcd::{self as members, with_timeout};

@@ -14,7 +14,8 @@ mod set;
 mod show;
 
 use clap::Subcommand;
-use shardlock::{Config, ShardMap};
+use shardlock::Config;
+use shardlock::tool::ConfigExt as _;
 
 use crate::exit::Failure;
 use crate::servers::Connector;
@@ -99,7 +100,7 @@ struct StoredMap<'a> {
 
 impl StoredMap<'_> {
     fn agrees(&self) -> bool {
-        matches!(&self.stored, Ok(Some(stored)) if ShardMap::agree(&self.configured, stored))
+        matches!(&self.stored, Ok(Some(stored)) if shardlock::tool::maps_agree(&self.configured, stored))
     }
 }
 

@@ -4,7 +4,7 @@ use std::collections::BTreeSet;
 
 use anyhow::anyhow;
 use serde_json::json;
-use shardlock::printable;
+use shardlock::tool::printable;
 
 use super::locations::Leases;
 use super::{NONE, SetArgs, StoredMap, expect_option, read_all, without_shard};

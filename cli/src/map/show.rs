@@ -4,7 +4,7 @@ use std::collections::BTreeSet;
 use std::fmt::Write;
 
 use serde_json::json;
-use shardlock::printable;
+use shardlock::tool::printable;
 
 use super::{NONE, ShowArgs, StoredMap, expect_option, read_all, without_shard};
 use crate::exit::{self, Failure};

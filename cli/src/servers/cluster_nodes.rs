@@ -2,7 +2,7 @@
 
 use deadpool_redis::redis::aio::MultiplexedConnection;
 use deadpool_redis::redis::cmd;
-use shardlock::ServerUrl;
+use shardlock::tool::ServerUrl;
 
 use super::query;
 
@@ -77,6 +77,7 @@ fn parse(line: &str, queried: &ServerUrl) -> Option<ClusterNode> {
 #[cfg(test)]
 mod tests {
     use shardlock::Endpoint;
+    use shardlock::tool::EndpointExt as _;
 
     use super::*;
 

@@ -5,7 +5,8 @@ use std::time::Duration;
 use anyhow::Context;
 use deadpool_redis::redis::aio::MultiplexedConnection;
 use deadpool_redis::redis::{AsyncConnectionConfig, Client, ClientTlsConfig, RedisError, TlsCertificates};
-use shardlock::{Config, ServerUrl};
+use shardlock::Config;
+use shardlock::tool::ServerUrl;
 
 use super::{ProbeError, ProbeErrorKind};
 
@@ -64,9 +65,9 @@ impl<'a> Connector<'a> {
 
     fn client(&self, server: &ServerUrl) -> Result<Client, ProbeError> {
         let client = if server.is_encrypted() {
-            Client::build_with_tls(server.as_str(), self.certificates.clone())
+            Client::build_with_tls(server.with_password(), self.certificates.clone())
         } else {
-            Client::open(server.as_str())
+            Client::open(server.with_password())
         };
         // The client library's error may quote the URL, and with it the password.
         client.map_err(|_| ProbeError {

@@ -1,7 +1,7 @@
 //! The client of etcd's members.
 
 use etcd_client::{Certificate, Client, ConnectOptions, Error, Identity, TlsOptions};
-use shardlock::ServerUrl;
+use shardlock::tool::ServerUrl;
 
 use super::{Connector, ProbeError, ProbeErrorKind};
 
@@ -10,7 +10,7 @@ const PERMISSION_DENIED: i32 = 7;
 
 /// The user name and the password in the URL.
 pub(crate) fn credentials(server: &ServerUrl) -> Result<Option<(String, String)>, ProbeError> {
-    let url = url::Url::parse(server.as_str()).map_err(|error| ProbeError {
+    let url = url::Url::parse(server.with_password()).map_err(|error| ProbeError {
         kind: ProbeErrorKind::UnexpectedReply,
         // None of these errors contains the URL itself.
         reason: error.to_string(),

@@ -1,7 +1,7 @@
 //! Why a server could not be probed.
 
 use deadpool_redis::redis::{ErrorKind, RedisError};
-use shardlock::ServerUrl;
+use shardlock::tool::ServerUrl;
 
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub(crate) struct ProbeError {

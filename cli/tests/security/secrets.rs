@@ -2,6 +2,7 @@
 
 use std::time::Duration;
 
+use shardlock::tool::ConfigExt as _;
 use shardlock::{Builder, Config, Endpoint, LockManager, ShardConfig};
 
 use crate::recorder::LogRecorder;

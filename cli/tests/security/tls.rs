@@ -3,6 +3,7 @@
 use std::path::Path;
 use std::time::{Duration, Instant};
 
+use shardlock::tool::ConfigExt as _;
 use shardlock::{Builder, Config, LockError, LockManager};
 
 use crate::support::tls::{Authority, Identity, TlsServer, has_tls};

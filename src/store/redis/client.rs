@@ -61,7 +61,7 @@ impl Target {
         } else {
             TlsPem::default()
         };
-        let info = server.as_str().into_connection_info().map_err(unusable)?;
+        let info = server.with_password().into_connection_info().map_err(unusable)?;
         let login = info
             .redis_settings()
             .clone()

@@ -34,7 +34,7 @@ mod token_floor;
 
 /// See [`ServerUrl::why_not_connected`].
 pub(crate) async fn why_not_connected(server: &ServerUrl, error: &RedisError, timeout: Duration) -> String {
-    let explained = match server.as_str().into_connection_info() {
+    let explained = match server.with_password().into_connection_info() {
         Ok(info) => client::explained(&info, timeout, error).await,
         Err(_) => reply::to_store_error(error),
     };

@@ -6,6 +6,7 @@ use std::collections::BTreeSet;
 use std::time::Duration;
 
 use futures_util::future::join_all;
+use shardlock::tool::EndpointExt as _;
 use shardlock::{Config, Endpoint};
 
 use super::finding::{Finding, Level};

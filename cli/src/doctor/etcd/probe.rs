@@ -3,7 +3,7 @@
 use std::time::Instant;
 
 use etcd_client::{AlarmAction, AlarmType, Client, Compare, CompareOp, GetOptions, Txn, TxnOp};
-use shardlock::ServerUrl;
+use shardlock::tool::{ConfigExt as _, ServerUrl};
 
 use super::super::facts::RoundTrips;
 use crate::servers::etcd::{connect, credentials, with_timeout};

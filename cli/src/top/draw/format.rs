@@ -3,7 +3,7 @@
 use std::time::Duration;
 
 use ratatui::text::Span;
-use shardlock::must_be_escaped;
+use shardlock::tool::must_be_escaped;
 
 use crate::top::source::Age;
 

@@ -6,7 +6,8 @@ use std::collections::BTreeMap;
 use std::time::{Duration, Instant};
 
 use deadpool_redis::redis::cmd;
-use shardlock::{Config, Endpoint, LockKey, ServerUrl};
+use shardlock::tool::{ConfigExt as _, ServerUrl};
+use shardlock::{Config, Endpoint, LockKey};
 
 use crate::servers::{Connector, escape_glob, primaries, query};
 

@@ -10,7 +10,7 @@ mod shards;
 
 use std::time::{Duration, Instant};
 
-use shardlock::manager_of;
+use shardlock::tool::manager_of;
 use tokio::sync::{mpsc, watch};
 use tokio::task::JoinSet;
 

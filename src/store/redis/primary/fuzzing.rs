@@ -33,7 +33,7 @@ pub(in crate::store::redis) fn places(text: &str) {
     );
     if let Some(place) = sentinels.switched(text) {
         assert!(text.starts_with("m "));
-        let info = access.url(&place).as_str().into_connection_info();
+        let info = access.url(&place).with_password().into_connection_info();
         // A host that the client library rejects, such as a wildcard address, is detected when
         // connecting.
         if let Ok(info) = info {
