@@ -43,14 +43,10 @@ impl ShardMap {
         shard_index(slot, self.len())
     }
 
-    /// Returns the name of the shard that owns a slot.
-    ///
-    /// # Panics
-    ///
-    /// If there are no shards.
+    /// Returns the name of the shard that owns a slot, or `None` if there are no shards.
     #[must_use]
-    pub fn name(&self, slot: Slot) -> &str {
-        &self.names[self.index(slot)]
+    pub fn name(&self, slot: Slot) -> Option<&str> {
+        self.names.get(self.index(slot)).map(String::as_str)
     }
 
     /// Returns the slots of the shard with this index.
@@ -195,6 +191,13 @@ mod tests {
         assert!(ShardMap::agree(&node("a", 1), &node("b", 1)));
         assert!(!ShardMap::agree(&node("a", 1), &node("a", 2)));
         assert!(ShardMap::agree("of another program", "of another program"));
+    }
+
+    #[test]
+    fn no_shard_owns_a_slot_of_an_empty_map() {
+        let slot = Slot::of(b"k");
+        assert_eq!(map(0).name(slot), None);
+        assert_eq!(map(1).name(slot), Some("shard-0"));
     }
 
     proptest! {

@@ -32,7 +32,8 @@ pub(crate) async fn run(args: Args) -> Result<u8, Failure> {
     let key = LockKey::new(&args.key)?;
     let locks = Builder::new().config(args.shards.load_with_shards()?).connect().await?;
     let state = locks.inspect(&key).await?;
-    let shard = locks.shard_map().name(key.slot());
+    // A connected manager has shards.
+    let shard = locks.shard_map().name(key.slot()).unwrap_or_default();
     args.format
         .print(&as_json(&key, shard, &state), &as_text(&key, shard, &state))?;
     Ok(exit::OK)

@@ -25,12 +25,8 @@ pub(crate) fn run(args: Args) -> Result<u8, Failure> {
     let key = LockKey::new(&args.key)?;
     let slot = key.slot();
     let config = args.shards.load()?;
-    let owner = if config.shards.is_empty() {
-        None
-    } else {
-        let map = config.shard_map();
-        Some((map.name(slot).to_owned(), map.slots(map.index(slot))))
-    };
+    let map = config.shard_map();
+    let owner = map.name(slot).map(|name| (name, map.slots(map.index(slot))));
     let json = json!({
         "key": key.as_str(),
         "slot": slot.number(),

@@ -106,7 +106,7 @@ impl Shards {
                     Ok(found) => {
                         more |= found.more;
                         let map = self.locks.shard_map();
-                        let here = found.keys.into_iter().filter(|key| map.name(key.slot()) == shard.name);
+                        let here = found.keys.into_iter().filter(|key| map.name(key.slot()) == Some(&*shard.name));
                         more |= !add_keys(&mut self.keys, here, Instant::now());
                     }
                     Err(error) => {
@@ -153,7 +153,8 @@ impl Shards {
                     continue;
                 }
             };
-            let shard = self.locks.shard_map().name(key.slot()).to_owned();
+            // A connected manager has shards.
+            let shard = self.locks.shard_map().name(key.slot()).unwrap_or_default().to_owned();
             let (leases, waiters) = per_shard.entry(shard.clone()).or_default();
             *leases += usize::from(state.holder.is_some());
             *waiters += state.queue_length as usize;
