@@ -1,5 +1,6 @@
 //! The errors of the library, and what to do about each.
 
+use std::convert::Infallible;
 use std::fmt;
 use std::sync::Arc;
 use std::time::Duration;
@@ -321,6 +322,13 @@ pub struct InvalidSetting {
     pub value: String,
     /// What is allowed.
     pub bound: String,
+}
+
+/// For calls that take a key which can't be invalid, such as a [`LockKey`](crate::LockKey).
+impl From<Infallible> for InvalidSetting {
+    fn from(never: Infallible) -> Self {
+        match never {}
+    }
 }
 
 impl InvalidSetting {

@@ -1,6 +1,8 @@
 //! The name of a lock, and the slot it belongs to.
 
+use std::borrow::Cow;
 use std::fmt;
+use std::str::FromStr;
 
 use smol_str::SmolStr;
 
@@ -64,6 +66,22 @@ pub(crate) fn hash_tag(key: &[u8]) -> Option<&[u8]> {
 
 /// The name of a lock: 1 to 512 bytes of UTF-8. Cheap to clone; names of up to 23 bytes need no
 /// allocation.
+///
+/// Calls that take a key accept a `&str`, a `String` or a `LockKey`. A `LockKey` has been checked
+/// and is not checked again, so it suits keys that are used often:
+///
+/// ```
+/// use shardlock::{LockKey, LockManager};
+///
+/// # #[tokio::main(flavor = "current_thread")]
+/// # async fn main() -> Result<(), shardlock::LockError> {
+/// # let locks = LockManager::connect("memory://").await?;
+/// let key = LockKey::new("coupon:123")?;
+/// for _ in 0..3 {
+///     locks.lock(&key).await?.release().await?;
+/// }
+/// # Ok(()) }
+/// ```
 #[derive(Clone, PartialEq, Eq, PartialOrd, Ord, Hash)]
 pub struct LockKey(SmolStr);
 
@@ -102,6 +120,57 @@ impl LockKey {
     #[must_use]
     pub fn slot(&self) -> Slot {
         Slot::of(self.0.as_bytes())
+    }
+}
+
+impl TryFrom<&str> for LockKey {
+    type Error = InvalidSetting;
+
+    #[inline]
+    fn try_from(name: &str) -> Result<Self, InvalidSetting> {
+        Self::new(name)
+    }
+}
+
+impl TryFrom<&String> for LockKey {
+    type Error = InvalidSetting;
+
+    #[inline]
+    fn try_from(name: &String) -> Result<Self, InvalidSetting> {
+        Self::new(name)
+    }
+}
+
+impl TryFrom<String> for LockKey {
+    type Error = InvalidSetting;
+
+    #[inline]
+    fn try_from(name: String) -> Result<Self, InvalidSetting> {
+        Self::new(&name)
+    }
+}
+
+impl TryFrom<Cow<'_, str>> for LockKey {
+    type Error = InvalidSetting;
+
+    #[inline]
+    fn try_from(name: Cow<'_, str>) -> Result<Self, InvalidSetting> {
+        Self::new(&name)
+    }
+}
+
+impl From<&LockKey> for LockKey {
+    #[inline]
+    fn from(key: &LockKey) -> Self {
+        key.clone()
+    }
+}
+
+impl FromStr for LockKey {
+    type Err = InvalidSetting;
+
+    fn from_str(name: &str) -> Result<Self, InvalidSetting> {
+        Self::new(name)
     }
 }
 
@@ -145,6 +214,18 @@ mod tests {
         ] {
             assert_eq!(Slot::of(key.as_bytes()).number(), slot, "{key}");
         }
+    }
+
+    #[test]
+    fn keys_are_made_of_every_kind_of_text() {
+        let key = LockKey::new("k").unwrap();
+        assert_eq!(LockKey::try_from("k").as_ref(), Ok(&key));
+        assert_eq!(LockKey::try_from("k".to_owned()).as_ref(), Ok(&key));
+        assert_eq!(LockKey::try_from(&"k".to_owned()).as_ref(), Ok(&key));
+        assert_eq!(LockKey::try_from(Cow::Borrowed("k")).as_ref(), Ok(&key));
+        assert_eq!("k".parse::<LockKey>().as_ref(), Ok(&key));
+        assert_eq!(LockKey::from(&key), key);
+        assert!(LockKey::try_from(String::new()).is_err());
     }
 
     proptest! {

@@ -15,7 +15,7 @@ use crate::driver::{Background, Job, ManagerContext, Maps, Shard, SubscribeError
 use crate::endpoint::Endpoint;
 use crate::engine::admission::Limits;
 use crate::engine::{Linger, Rules};
-use crate::error::LockError;
+use crate::error::{InvalidSetting, LockError};
 use crate::guard::LockGuard;
 use crate::identity::ManagerId;
 use crate::key::LockKey;
@@ -184,11 +184,12 @@ impl LockManager {
     }
 
     /// Requests a lock and waits for it. A TTL, a time limit and more can be set on the returned
-    /// [`LockRequest`] before it is awaited.
+    /// [`LockRequest`] before it is awaited. The key is a `&str`, a `String` or a [`LockKey`]; an
+    /// invalid one fails when the request is awaited.
     #[inline]
     #[track_caller]
-    pub fn lock(&self, key: impl AsRef<str>) -> LockRequest {
-        LockRequest::new(Arc::clone(&self.inner), key.as_ref())
+    pub fn lock(&self, key: impl TryInto<LockKey, Error: Into<InvalidSetting>>) -> LockRequest {
+        LockRequest::new(Arc::clone(&self.inner), key.try_into().map_err(Into::into))
     }
 
     /// Tries to acquire a lock without waiting: the result is `None` if the lock is held or has
@@ -214,7 +215,7 @@ impl LockManager {
     /// # Ok(()) }
     /// ```
     #[track_caller]
-    pub fn try_lock(&self, key: impl AsRef<str>) -> TryLockRequest {
+    pub fn try_lock(&self, key: impl TryInto<LockKey, Error: Into<InvalidSetting>>) -> TryLockRequest {
         TryLockRequest::new(self.lock(key))
     }
 
@@ -247,7 +248,7 @@ impl LockManager {
     #[track_caller]
     pub fn with_lock<T>(
         &self,
-        key: impl AsRef<str>,
+        key: impl TryInto<LockKey, Error: Into<InvalidSetting>>,
         body: impl AsyncFnOnce(&LockGuard) -> T,
     ) -> impl Future<Output = Result<T, LockError>> {
         // Not an `async fn`, in which `#[track_caller]` has no effect.
@@ -260,8 +261,11 @@ impl LockManager {
     ///
     /// [`LockError::Invalid`] for a key outside its bounds, [`LockError::Unavailable`] or
     /// [`LockError::Refused`] if the shard does not answer.
-    pub async fn inspect(&self, key: impl AsRef<str>) -> Result<KeyState, LockError> {
-        let key = LockKey::new(key.as_ref())?;
+    pub async fn inspect(
+        &self,
+        key: impl TryInto<LockKey, Error: Into<InvalidSetting>>,
+    ) -> Result<KeyState, LockError> {
+        let key: LockKey = key.try_into().map_err(Into::into)?;
         self.inner.shard(&key).inspect(&key).await
     }
 

@@ -110,10 +110,10 @@ struct Overrides {
 impl LockRequest {
     #[inline]
     #[track_caller]
-    pub(crate) fn new(manager: Arc<ManagerShared>, key: &str) -> Self {
+    pub(crate) fn new(manager: Arc<ManagerShared>, key: Result<LockKey, InvalidSetting>) -> Self {
         Self {
             manager,
-            key: LockKey::new(key).map_err(Box::new),
+            key: key.map_err(Box::new),
             overrides: None,
             caller: Location::caller(),
         }

@@ -106,7 +106,10 @@ impl Shards {
                     Ok(found) => {
                         more |= found.more;
                         let map = self.locks.shard_map();
-                        let here = found.keys.into_iter().filter(|key| map.name(key.slot()) == Some(&*shard.name));
+                        let here = found
+                            .keys
+                            .into_iter()
+                            .filter(|key| map.name(key.slot()) == Some(&*shard.name));
                         more |= !add_keys(&mut self.keys, here, Instant::now());
                     }
                     Err(error) => {
