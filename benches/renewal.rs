@@ -87,7 +87,7 @@ async fn measure(count: usize, held_for: Duration, exporter: &PrometheusHandle) 
     let lost = guards.iter().filter(|guard| !guard.is_valid()).count();
     let lag = seen().lag_since(&before);
     drop(guards);
-    locks.shutdown().await;
+    locks.shutdown().await.ok();
 
     let raw = pexpire_us(&server, count).await;
     println!(
@@ -124,7 +124,7 @@ async fn stop_one_of_three(count: usize) {
     );
     servers[0].cont();
     drop(guards);
-    locks.shutdown().await;
+    locks.shutdown().await.ok();
 }
 
 async fn hold(locks: &LockManager, count: usize) -> Vec<LockGuard> {

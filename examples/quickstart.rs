@@ -8,7 +8,7 @@ use std::time::Duration;
 use shardlock::LockManager;
 
 #[tokio::main]
-async fn main() -> Result<(), shardlock::LockError> {
+async fn main() -> Result<(), Box<dyn std::error::Error>> {
     let url = std::env::args().nth(1).unwrap_or_else(|| "memory://".to_owned());
     let locks = LockManager::connect(&url).await?;
 
@@ -23,6 +23,6 @@ async fn main() -> Result<(), shardlock::LockError> {
     assert!(locks.try_lock("coupon:123").await?.is_none());
 
     guard.release().await?;
-    locks.shutdown().await;
+    locks.shutdown().await?;
     Ok(())
 }

@@ -6,7 +6,7 @@ use std::sync::atomic::{AtomicU64, Ordering};
 use shardlock::LockManager;
 
 #[tokio::main]
-async fn main() -> Result<(), shardlock::LockError> {
+async fn main() -> Result<(), Box<dyn std::error::Error>> {
     let url = std::env::args().nth(1).unwrap_or_else(|| "memory://".to_owned());
     let locks = LockManager::connect(&url).await?;
     let counter = Arc::new(AtomicU64::new(0));
@@ -26,9 +26,9 @@ async fn main() -> Result<(), shardlock::LockError> {
         })
         .collect();
     for worker in workers {
-        worker.await.map_err(|_| shardlock::LockError::Closed)??;
+        worker.await??;
     }
     println!("100 tasks counted to {}", counter.load(Ordering::Relaxed));
-    locks.shutdown().await;
+    locks.shutdown().await?;
     Ok(())
 }

@@ -260,6 +260,27 @@ impl LockError {
     }
 }
 
+/// Not all leases were released when the manager was shut down
+/// ([`LockManager::shutdown`](crate::LockManager::shutdown)). They expire on their own.
+#[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]
+#[error("{leases} leases were not released in time; they expire on their own, after their ttl")]
+pub struct ShutdownError {
+    leases: usize,
+}
+
+impl ShutdownError {
+    pub(crate) const fn new(leases: usize) -> Self {
+        Self { leases }
+    }
+
+    /// Returns the number of leases whose release the servers had not confirmed. Some of them may
+    /// have been released.
+    #[must_use]
+    pub const fn leases(&self) -> usize {
+        self.leases
+    }
+}
+
 /// Why a lock was lost.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
 #[non_exhaustive]

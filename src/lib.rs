@@ -16,7 +16,7 @@
 //! use shardlock::LockManager;
 //!
 //! # #[tokio::main(flavor = "current_thread")]
-//! # async fn main() -> Result<(), shardlock::LockError> {
+//! # async fn main() -> Result<(), Box<dyn std::error::Error>> {
 //! let locks = LockManager::connect("memory://").await?;
 //!
 //! let guard = locks.lock("coupon:123").await?;
@@ -24,7 +24,7 @@
 //! guard.release().await?;
 //!
 //! // Waits until the servers have confirmed everything that was released.
-//! locks.shutdown().await;
+//! locks.shutdown().await?;
 //! # Ok(()) }
 //! ```
 //!
@@ -313,7 +313,7 @@ pub mod tool;
 
 pub use config::{Builder, Config, ShardConfig};
 pub use endpoint::Endpoint;
-pub use error::{InvalidSetting, LockError, LossReason};
+pub use error::{InvalidSetting, LockError, LossReason, ShutdownError};
 pub use fence::FencingToken;
 pub use guard::LockGuard;
 pub use key::{LockKey, SLOTS, Slot};

@@ -15,7 +15,7 @@ use crate::driver::{Background, Job, ManagerContext, Maps, Shard, SubscribeError
 use crate::endpoint::Endpoint;
 use crate::engine::admission::Limits;
 use crate::engine::{Linger, Rules};
-use crate::error::{InvalidSetting, LockError};
+use crate::error::{InvalidSetting, LockError, ShutdownError};
 use crate::guard::LockGuard;
 use crate::identity::ManagerId;
 use crate::key::LockKey;
@@ -43,12 +43,12 @@ use crate::time_limit::within;
 ///
 /// ```
 /// # #[tokio::main(flavor = "current_thread")]
-/// # async fn main() -> Result<(), shardlock::LockError> {
+/// # async fn main() -> Result<(), Box<dyn std::error::Error>> {
 /// let locks = shardlock::LockManager::connect("memory://doc-manager").await?;
 /// let guard = locks.lock("coupon:123").await?;
 /// println!("token {}", guard.token());
 /// guard.release().await?;
-/// locks.shutdown().await;
+/// locks.shutdown().await?;
 /// # Ok(()) }
 /// ```
 ///
@@ -334,13 +334,17 @@ impl LockManager {
     /// [`LockError::Closed`]. All handles of this manager are shut down together.
     ///
     /// Returns once the servers have confirmed all releases, including those of guards dropped
-    /// earlier, or after twice the `store_timeout`. Leases that are not released by then expire on
-    /// their own.
+    /// earlier, or after twice the `store_timeout`.
+    ///
+    /// # Errors
+    ///
+    /// [`ShutdownError`] with the number of leases whose release was not confirmed by then. They
+    /// expire on their own, and the manager is shut down nevertheless.
     ///
     /// # Cancel safety
     ///
     /// If the future is dropped, the shutdown continues in the background.
-    pub async fn shutdown(&self) {
+    pub async fn shutdown(&self) -> Result<(), ShutdownError> {
         let (done, told) = oneshot::channel();
         if self.inner.context.jobs.send(Job::Close { done }).is_ok() {
             let limit = self
@@ -349,12 +353,19 @@ impl LockManager {
                 .store_timeout
                 .saturating_mul(2)
                 .max(Duration::from_millis(100));
-            if within(Moment::now(), limit, pin!(told)).await.is_err() {
-                tracing::warn!(
+            match within(Moment::now(), limit, pin!(told)).await {
+                Ok(Ok(())) => return Ok(()),
+                // The background thread ended after a panic, which was logged.
+                Ok(Err(_)) => {}
+                Err(_) => tracing::warn!(
                     ?limit,
                     "not all leases were released in time; the rest expire on their own"
-                );
+                ),
             }
+        }
+        match self.inner.context.usage.unreleased() {
+            0 => Ok(()),
+            leases => Err(ShutdownError::new(leases)),
         }
     }
 }

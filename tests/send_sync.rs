@@ -34,5 +34,5 @@ async fn all_futures_can_be_sent() {
     let other = locks.clone();
     let body = tokio::spawn(async move { other.with_lock("k", async |guard| guard.token()).await });
     body.await.unwrap().unwrap();
-    send(locks.shutdown()).await;
+    send(locks.shutdown()).await.unwrap();
 }

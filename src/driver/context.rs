@@ -76,6 +76,11 @@ pub(crate) struct Usage {
 }
 
 impl Usage {
+    /// The number of leases that were not released yet, once no task holds or wants one.
+    pub(crate) fn unreleased(&self) -> usize {
+        self.keys.load(Ordering::Acquire) + self.pending_releases.load(Ordering::Acquire)
+    }
+
     /// No load yet, for shards with these metrics.
     pub(crate) fn new(shards: Box<[Arc<ShardMetrics>]>) -> Self {
         Self {

@@ -92,7 +92,7 @@ pub fn fight(me: &worker::Current) {
         for task in tasks {
             task.await.expect("a task ends");
         }
-        shared.locks.shutdown().await;
+        shared.locks.shutdown().await.ok();
     });
     shared.journal.note(now(), 0, Event::Down);
     me.say("ended");

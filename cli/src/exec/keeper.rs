@@ -67,7 +67,8 @@ impl Keeper {
             Ok(Acquisition::Interrupted(code)) => Ok(code),
             Err(failure) => Err(failure),
         };
-        locks.shutdown().await;
+        // What was left is logged.
+        locks.shutdown().await.ok();
         code
     }
 }

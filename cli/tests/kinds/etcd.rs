@@ -41,7 +41,7 @@ async fn the_tool_runs_commands_under_a_lock_and_shows_it() {
     let theirs: u64 = ended.stdout.trim().parse().unwrap_or_else(|_| panic!("{ended:?}"));
     assert!(theirs > token);
     // The tool releases everything before it exits; this manager does so here.
-    locks.shutdown().await;
+    locks.shutdown().await.ok();
     assert_eq!((etcd.lock_keys().await.len(), etcd.leases().await), (0, 0));
 }
 
