@@ -46,6 +46,19 @@ impl ManagerShared {
         Moment::now().since(self.connected_at)
     }
 
+    /// Erases the namespace. See [`namespace::erase`](crate::namespace::erase).
+    pub(crate) async fn erase_namespace(&self) -> Result<u64, LockError> {
+        let (mut count, mut failed) = (0, None);
+        for shard in &self.shards {
+            match shard.erase().await {
+                Ok(erased) => count += erased,
+                // Continue with the other shards.
+                Err(error) => failed = failed.or(Some(error)),
+            }
+        }
+        failed.map_or(Ok(count), Err)
+    }
+
     pub(crate) fn shard(&self, key: &LockKey) -> &Arc<Shard> {
         match &self.shards[..] {
             [only] => only,

@@ -295,6 +295,7 @@ mod identity;
 mod key;
 mod lease;
 mod manager;
+pub mod namespace;
 mod protocol;
 mod request;
 mod router;

@@ -303,32 +303,6 @@ impl LockManager {
         self.inner.id()
     }
 
-    /// Removes everything that the namespace has stored in its shards and returns the number of
-    /// keys removed: leases, queues, counters and the shard map, including those of other managers.
-    ///
-    /// Only use it on a namespace that is no longer in use: any manager that still uses it loses
-    /// its locks. Tokens issued in the namespace later are still larger than all earlier ones.
-    ///
-    /// # Errors
-    ///
-    /// [`LockError::Unavailable`] or [`LockError::Refused`] if a shard does not answer or refuses
-    /// to remove a key. Everything else has been removed by then, on the other shards too.
-    ///
-    /// # Cancel safety
-    ///
-    /// If the future is dropped, part of the namespace may have been removed.
-    pub async fn erase_namespace(&self) -> Result<u64, LockError> {
-        let (mut count, mut failed) = (0, None);
-        for shard in &self.inner.shards {
-            match shard.erase().await {
-                Ok(erased) => count += erased,
-                // Continue with the other shards.
-                Err(error) => failed = failed.or(Some(error)),
-            }
-        }
-        failed.map_or(Ok(count), Err)
-    }
-
     /// Shuts the manager down and releases everything. Outstanding guards are lost, lingering
     /// leases are released immediately, and waiters and all later requests fail with
     /// [`LockError::Closed`]. All handles of this manager are shut down together.

@@ -89,7 +89,7 @@ impl Setup {
 async fn erase(config: Config) -> anyhow::Result<()> {
     let locks = Builder::new().config(config).connect().await?;
     for _ in 0..ERASURES_MAX {
-        if locks.erase_namespace().await? == 0 {
+        if shardlock::namespace::erase(&locks).await? == 0 {
             return Ok(());
         }
     }

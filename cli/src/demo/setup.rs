@@ -175,7 +175,7 @@ impl Setup {
         let builder = builder(&self.given, &KeyNames::new(&self.prefix))?;
         let locks = builder.store_timeout(SERVER_TIMEOUT).connect().await?;
         for _ in 0..ERASURES_MAX {
-            if locks.erase_namespace().await? == 0 {
+            if shardlock::namespace::erase(&locks).await? == 0 {
                 return Ok(());
             }
         }
