@@ -7,8 +7,9 @@ use std::hint::black_box;
 use std::time::Instant;
 
 use crc16::{State, XMODEM};
+use shardlock::LockKey;
+use shardlock::config::Config;
 use shardlock::tool::ConfigExt as _;
-use shardlock::{Config, LockKey};
 
 #[path = "beside/mod.rs"]
 mod beside;

@@ -8,6 +8,7 @@ use crate::clock::Moment;
 use crate::config::Config;
 use crate::driver::{Job, ManagerContext, Shard};
 use crate::engine::Linger;
+use crate::error::LockError;
 use crate::key::LockKey;
 use crate::router::ShardMap;
 

@@ -81,8 +81,8 @@ impl fmt::Display for ManagerId {
 
 /// Returns the name of the manager ([`LockManager::id`](crate::LockManager::id)) in the owner of a
 /// lease, as returned by [`LockGuard::owner`](crate::LockGuard::owner) or found in a
-/// [`Holder`](crate::Holder). Returns `None` if the owner is not a manager but a client of another
-/// library. The format of earlier versions is recognized too.
+/// [`Holder`](crate::introspect::Holder). Returns `None` if the owner is not a manager but a client
+/// of another library. The format of earlier versions is recognized too.
 #[must_use]
 pub fn manager_of(owner: &str) -> Option<&str> {
     let (manager, cycle) = split(owner)?;

@@ -53,8 +53,8 @@
 //! # Ok(()) }
 //! ```
 //!
-//! [`Config`] documents every setting. The same names are used in code, in the environment, and in
-//! a file.
+//! [`Config`](config::Config) documents every setting. The same names are used in code, in the
+//! environment, and in a file.
 //!
 //! # Waiting, limits and tries
 //!
@@ -165,9 +165,9 @@
 //!   others wait, a turn lasts at most `max_burst` guards or `max_slice` of time.
 //! - No decision of a client uses a wall clock.
 //! - A lock is as safe as its shard. Redis replicates asynchronously, so a failover can forget a
-//!   lease, unless [`min_replicas_acked`](Config::min_replicas_acked) is the number of replicas. A
-//!   single Redis without persistence forgets all leases when it crashes. Two holders may then
-//!   overlap until the first one learns of it.
+//!   lease, unless [`min_replicas_acked`](config::Config::min_replicas_acked) is the number of
+//!   replicas. A single Redis without persistence forgets all leases when it crashes. Two holders
+//!   may then overlap until the first one learns of it.
 //! - The server decides when a lease ends, by its own clock. A jump forward frees locks early.
 //! - There are no shared locks, no permits, and no locks on several keys at once.
 //!
@@ -186,9 +186,9 @@
 //! | `etcd://h1,h2,h3` | the loss of a minority of members: strict consistency | when a second holder is worse than a slow lock |
 //! | `memory://[name]` | nothing | for tests |
 //!
-//! [`Endpoint`] describes the URLs in full. Within one process, `tokio::sync::Mutex` is several
-//! times as fast and can't be lost. If the data is in one SQL database, a row lock or an advisory
-//! lock there is simpler and safer.
+//! [`Endpoint`](config::Endpoint) describes the URLs in full. Within one process,
+//! `tokio::sync::Mutex` is several times as fast and can't be lost. If the data is in one SQL
+//! database, a row lock or an advisory lock there is simpler and safer.
 //!
 //! # Cancel safety
 //!
@@ -215,9 +215,9 @@
 //! # Metrics and logs
 //!
 //! Metrics go through the [`metrics`](https://docs.rs/metrics) facade: install a recorder before
-//! connecting. [`METRICS`] lists them, with what to do when one moves. With the feature `admin`,
-//! `shardlock::admin::Admin` serves them to Prometheus, together with health, hot keys and held
-//! locks. [`LockManager::hot_keys`], [`held`](LockManager::held) and
+//! connecting. [`METRICS`](metrics::METRICS) lists them, with what to do when one moves. With the
+//! feature `admin`, `shardlock::admin::Admin` serves them to Prometheus, together with health, hot
+//! keys and held locks. [`LockManager::hot_keys`], [`held`](LockManager::held) and
 //! [`shards`](LockManager::shards) return the same to the program:
 //!
 //! ```
@@ -277,14 +277,14 @@
 pub mod admin;
 mod backoff;
 mod clock;
-mod config;
+pub mod config;
 mod contention;
 mod context;
 mod cycle;
 mod driver;
 mod endpoint;
 mod engine;
-mod error;
+pub mod error;
 mod fence;
 mod foreign;
 #[cfg(any(test, fuzzing))]
@@ -292,9 +292,11 @@ mod foreign;
 pub mod fuzzing;
 mod guard;
 mod identity;
+pub mod introspect;
 mod key;
 mod lease;
 mod manager;
+pub mod metrics;
 pub mod namespace;
 mod protocol;
 mod request;
@@ -312,18 +314,12 @@ mod time_limit;
 #[doc(hidden)]
 pub mod tool;
 
-pub use config::{Builder, Config, ShardConfig};
-pub use endpoint::Endpoint;
-pub use error::{InvalidSetting, LockError, LossReason, ShutdownError};
+pub use error::{LockError, LossReason};
 pub use fence::FencingToken;
 pub use guard::LockGuard;
-pub use key::{LockKey, SLOTS, Slot};
+pub use key::LockKey;
 pub use manager::LockManager;
 pub use request::{LockFuture, LockRequest, TryLockFuture, TryLockRequest};
-pub use router::ShardMap;
-pub use snapshot::{HeldLock, HotKey, HotKeyHolder, ShardState};
-pub use store::{Holder, KeyState};
-pub use telemetry::{METRICS, Metric, MetricKind, MetricUnit};
 
 /// Compiles the example of the README.
 #[cfg(doctest)]

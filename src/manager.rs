@@ -196,8 +196,8 @@ impl LockManager {
     /// waiters.
     ///
     /// A try never joins a queue and never overtakes a waiter. A lease that another process keeps
-    /// without a guard ([`Config::linger`](crate::Config::linger)) counts as held, and a try does
-    /// not make that process release it.
+    /// without a guard ([`Config::linger`](crate::config::Config::linger)) counts as held, and a
+    /// try does not make that process release it.
     ///
     /// # Examples
     ///

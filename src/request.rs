@@ -61,10 +61,10 @@ use crate::telemetry::{ClassMetrics, Ending, Limit};
 /// A request with a [`timeout`](Self::timeout) survives an outage of its shard (a restart, a
 /// failover, a network failure) that ends before the timeout: it is retried with growing random
 /// delays. A request without a timeout fails once its commands to the shard have failed for
-/// [`store_timeout`](crate::Config::store_timeout), no matter how long it has waited before. A try,
-/// or a request with [`fail_fast`](Self::fail_fast), fails with the first command that fails. The
-/// error is [`LockError::Unavailable`] with the total time that the request has waited. If the
-/// server refuses ([`LockError::Refused`]), the request is not retried.
+/// [`store_timeout`](crate::config::Config::store_timeout), no matter how long it has waited
+/// before. A try, or a request with [`fail_fast`](Self::fail_fast), fails with the first command
+/// that fails. The error is [`LockError::Unavailable`] with the total time that the request has
+/// waited. If the server refuses ([`LockError::Refused`]), the request is not retried.
 ///
 /// While a shard is down, at most 10,000 keys of a manager wait for it. A request for one more
 /// fails immediately with [`LockError::ShardDown`], whatever its timeout. This bounds the memory of
@@ -130,8 +130,9 @@ impl LockRequest {
         self
     }
 
-    /// Sets how long to wait for the lock: up to 365 days. Zero means a single try, and `None` waits
-    /// without a limit even if the manager has a default ([`Config::timeout`](crate::Config)).
+    /// Sets how long to wait for the lock: up to 365 days. Zero means a single try, and `None`
+    /// waits without a limit even if the manager has a default
+    /// ([`Config::timeout`](crate::config::Config::timeout)).
     ///
     /// # Examples
     ///
@@ -156,16 +157,16 @@ impl LockRequest {
 
     /// Sets how long the lease is renewed: 1 ms to 365 days. A guard that is held for longer is
     /// lost. `None` sets no limit even if the manager has a default
-    /// ([`Config::max_hold`](crate::Config)).
+    /// ([`Config::max_hold`](crate::config::Config::max_hold)).
     pub fn max_hold(mut self, longest: impl Into<Option<Duration>>) -> Self {
         self.overrides().max_hold = Some(longest.into());
         self
     }
 
     /// Sets how long the lease stays with this process once its guard is gone and no task waits for
-    /// the key: 0 to 1 h. This overrides the manager's [`linger`](crate::Config::linger), which
-    /// documents the effects on other processes. If several guards were served under one lease, the
-    /// setting of the last one applies.
+    /// the key: 0 to 1 h. This overrides the manager's [`linger`](crate::config::Config::linger),
+    /// which documents the effects on other processes. If several guards were served under one
+    /// lease, the setting of the last one applies.
     pub fn linger(mut self, time: Duration) -> Self {
         self.overrides().linger = Some(time);
         self
@@ -174,7 +175,7 @@ impl LockRequest {
     /// Fails the request as soon as the shard can't be reached. Otherwise the request is retried
     /// with growing random delays until its [`timeout`](Self::timeout) has passed or, without a
     /// timeout, until all its commands have failed for
-    /// [`store_timeout`](crate::Config::store_timeout).
+    /// [`store_timeout`](crate::config::Config::store_timeout).
     pub fn fail_fast(mut self) -> Self {
         self.overrides().fail_fast = true;
         self

@@ -90,8 +90,8 @@ pub struct ShardState {
     /// The number of leases that this process holds on the shard.
     pub leases: usize,
     /// The number of these leases that linger without a guard
-    /// ([`Config::linger`](crate::Config::linger)), including those whose release after that is in
-    /// progress.
+    /// ([`Config::linger`](crate::config::Config::linger)), including those whose release after
+    /// that is in progress.
     pub lingering: usize,
     /// The number of tasks of this process that wait for locks of the shard.
     pub waiters: usize,

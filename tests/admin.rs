@@ -12,8 +12,9 @@ use std::net::{SocketAddr, TcpStream};
 use std::time::{Duration, Instant};
 
 use serde_json::Value;
+use shardlock::LockManager;
 use shardlock::admin::{Admin, AdminError, AdminServer};
-use shardlock::{Builder, LockManager};
+use shardlock::config::Builder;
 use support::{PATIENCE, RedisServer, wait_until, worker};
 use support_locks::{TestStore, lock, lock_in_time, on_each_store, poll_once, until};
 
@@ -390,7 +391,7 @@ async fn the_recorder_that_it_installs_has_all_metrics_with_buckets_and_help() {
     guard.release().await.unwrap();
     let (status, page) = get(server.address(), "/metrics");
     assert_eq!(status, 200);
-    for metric in shardlock::METRICS
+    for metric in shardlock::metrics::METRICS
         .iter()
         .filter(|metric| !["key", "node"].iter().any(|label| metric.labels.contains(label)))
     {

@@ -8,7 +8,9 @@ mod support_locks;
 
 use std::time::{Duration, Instant};
 
-use shardlock::{Builder, LockError, LockGuard, LockManager, LossReason, Slot};
+use shardlock::config::Builder;
+use shardlock::introspect::Slot;
+use shardlock::{LockError, LockGuard, LockManager, LossReason};
 use support::proxy::Proxy;
 use support::{ClientType, Cluster, RedisServer};
 use support_locks::{lock, lock_in_time, soon, until, until_queued};

@@ -14,7 +14,8 @@ use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 use std::time::{Duration, Instant};
 
-use shardlock::{LockManager, Slot};
+use shardlock::LockManager;
+use shardlock::introspect::Slot;
 use support::{Cluster, PATIENCE};
 use support_locks::{lock, until};
 use tokio::task::JoinSet;

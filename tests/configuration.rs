@@ -2,8 +2,9 @@
 
 use std::time::Duration;
 
+use shardlock::config::{Builder, Config, Endpoint, ShardConfig};
+use shardlock::error::InvalidSetting;
 use shardlock::tool::ConfigExt as _;
-use shardlock::{Builder, Config, Endpoint, InvalidSetting, ShardConfig};
 
 /// A non-default value for every setting.
 const SAMPLES: [(&str, &str); 27] = [

@@ -13,7 +13,8 @@ use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 use std::time::{Duration, Instant};
 
-use shardlock::{Builder, LockError, LockManager, LossReason};
+use shardlock::config::Builder;
+use shardlock::{LockError, LockManager, LossReason};
 use support::filter::{Filter, Verdict};
 use support::proxy::Proxy;
 use support::quorum::MAX_TTL;

@@ -193,5 +193,5 @@ async fn request_options_are_checked_against_the_bounds_of_the_configuration() {
 /// were lost instead of new ones refused.
 #[tokio::test]
 async fn keys_are_limited_to_what_a_shard_renews_unless_a_setting_says_otherwise() {
-    assert_eq!(shardlock::Config::default().max_keys, 100_000);
+    assert_eq!(shardlock::config::Config::default().max_keys, 100_000);
 }

@@ -9,7 +9,8 @@ mod support_locks;
 
 use std::time::{Duration, Instant};
 
-use shardlock::{Builder, LockError, LockGuard, LockManager};
+use shardlock::config::Builder;
+use shardlock::{LockError, LockGuard, LockManager};
 use support::{PATIENCE, worker};
 use support_locks::{
     LOCKER, Locker, TestStore, lock, obey, on_each_store, poll_once, soon, until, until_queued, waiting,

@@ -12,7 +12,9 @@ use std::sync::OnceLock;
 use std::time::Duration;
 
 use metrics_exporter_prometheus::{PrometheusBuilder, PrometheusHandle};
-use shardlock::{Builder, LockManager, METRICS, MetricKind};
+use shardlock::LockManager;
+use shardlock::config::Builder;
+use shardlock::metrics::{METRICS, MetricKind};
 use support::{ClientType, PATIENCE, RedisServer, eventually, wait_until, worker};
 use support_locks::{SHORT_TTL, lock, soon, until_queued};
 use tokio::task::JoinSet;

@@ -11,7 +11,8 @@ use std::future::IntoFuture;
 use std::time::{Duration, Instant};
 
 use redis::Value;
-use shardlock::{Builder, LockError, LockManager, LossReason, ShardConfig};
+use shardlock::config::{Builder, ShardConfig};
+use shardlock::{LockError, LockManager, LossReason};
 use support::RedisServer;
 use support_locks::{Servers, TestStore, lock, on_each_store, soon, until, until_queued};
 

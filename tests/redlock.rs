@@ -11,7 +11,8 @@ use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 use std::sync::{Arc, Mutex};
 use std::time::{Duration, Instant};
 
-use shardlock::{Builder, LockError, LockManager};
+use shardlock::config::Builder;
+use shardlock::{LockError, LockManager};
 use support::quorum::MAX_TTL;
 use support::{Quorum, RedisServer, worker};
 use support_locks::{lock, soon, until};

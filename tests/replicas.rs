@@ -13,7 +13,8 @@ use std::sync::atomic::{AtomicBool, Ordering};
 use std::time::{Duration, Instant};
 
 use parking_lot::Mutex;
-use shardlock::{Builder, LockError, LockManager, LossReason};
+use shardlock::config::Builder;
+use shardlock::{LockError, LockManager, LossReason};
 use support::proxy::Proxy;
 use support::sentinel::{Watched, in_step};
 use support::{ClientType, RedisServer};

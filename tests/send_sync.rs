@@ -1,8 +1,7 @@
 //! Types and futures that must be `Send` and `Sync`. Compiling is the test.
 
-use shardlock::{
-    Builder, Config, LockError, LockFuture, LockGuard, LockManager, LockRequest, TryLockFuture, TryLockRequest,
-};
+use shardlock::config::{Builder, Config};
+use shardlock::{LockError, LockFuture, LockGuard, LockManager, LockRequest, TryLockFuture, TryLockRequest};
 
 fn send<T: Send>(value: T) -> T {
     value

@@ -5,7 +5,8 @@
 //! 2 for the severity of its findings.
 
 use anyhow::Error;
-use shardlock::{InvalidSetting, LockError};
+use shardlock::LockError;
+use shardlock::error::InvalidSetting;
 
 pub(crate) const OK: u8 = 0;
 /// `doctor` found warnings.

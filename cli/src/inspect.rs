@@ -4,8 +4,10 @@ use std::fmt::Write;
 use std::time::Duration;
 
 use serde_json::json;
+use shardlock::LockKey;
+use shardlock::config::Builder;
+use shardlock::introspect::{Holder, KeyState};
 use shardlock::tool::printable;
-use shardlock::{Builder, Holder, KeyState, LockKey};
 
 use crate::exit::{self, Failure};
 use crate::{output, shards};

@@ -4,7 +4,7 @@ use std::path::PathBuf;
 
 use anyhow::anyhow;
 use serde::{Deserialize, Serialize};
-use shardlock::Config;
+use shardlock::config::Config;
 use shardlock::tool::ConfigExt as _;
 
 use crate::exit::Failure;

@@ -1,14 +1,15 @@
 //! An optional HTTP endpoint for operators: metrics for Prometheus, health, the hottest keys, the
 //! locks that are held.
 //!
-//! - `/metrics`: all metrics ([`METRICS`]) in the text format of Prometheus
+//! - `/metrics`: all metrics ([`METRICS`](crate::metrics::METRICS)) in the text format of
+//!   Prometheus
 //! - `/healthz`: `ok`, the process is alive
 //! - `/readyz`: 200 if the manager is not shut down and all shards answered their last request and
 //!   accept locks, else 503; JSON with the state of each shard
-//! - `/hot`: the keys with the most contention, as JSON ([`HotKey`](crate::HotKey))
+//! - `/hot`: the keys with the most contention, as JSON ([`HotKey`](crate::introspect::HotKey))
 //! - `/held`: the outstanding guards, oldest first, at most 1000, as JSON
-//!   ([`HeldLock`](crate::HeldLock))
-//! - `/shards`: the state of each shard, as JSON ([`ShardState`](crate::ShardState))
+//!   ([`HeldLock`](crate::introspect::HeldLock))
+//! - `/shards`: the state of each shard, as JSON ([`ShardState`](crate::introspect::ShardState))
 //!
 //! The endpoint shows **keys and fencing tokens to anyone who can reach it** and does not ask for a
 //! password. Keep it on the loopback address ([`DEFAULT_ADDRESS`]), or on a network that only

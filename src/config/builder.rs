@@ -11,14 +11,14 @@ use crate::error::InvalidSetting;
 /// ```
 /// use std::time::Duration;
 ///
-/// let config = shardlock::Builder::new()
+/// let config = shardlock::config::Builder::new()
 ///     .shard("redis://10.0.0.1")
 ///     .named_shard("spare", "redis://10.0.0.2")
 ///     .ttl(Duration::from_secs(5))
 ///     .timeout(Duration::from_secs(2))
 ///     .build_config()?;
 /// assert_eq!(config.shards[0].name, "shard-0");
-/// # Ok::<(), shardlock::InvalidSetting>(())
+/// # Ok::<(), shardlock::error::InvalidSetting>(())
 /// ```
 #[derive(Debug, Clone, Default)]
 #[must_use = "a builder does nothing until it is used"]

@@ -14,10 +14,11 @@ use std::fmt;
 use std::path::PathBuf;
 use std::time::Duration;
 
+pub use crate::endpoint::Endpoint;
 pub use builder::Builder;
 pub(crate) use overrides::check_overrides;
 
-use crate::endpoint::{Endpoint, EndpointKind, redact};
+use crate::endpoint::{EndpointKind, redact};
 use crate::error::InvalidSetting;
 use crate::key::LockKey;
 use crate::router::ShardMap;
@@ -42,13 +43,14 @@ use fields::{FIELDS, Field};
 /// ```
 /// use std::time::Duration;
 ///
-/// let mut config = shardlock::Config::default();
-/// config.shards = vec![shardlock::ShardConfig::new("main", "redis://10.0.0.1")];
+/// use shardlock::config::{Config, ShardConfig};
+///
+/// let mut config = Config::default();
+/// config.shards = vec![ShardConfig::new("main", "redis://10.0.0.1")];
 /// config.max_hold = Some(Duration::from_secs(60));
-/// config.apply_env()?;
 /// config.validate()?;
 /// assert_eq!(config.shards[0].name, "main");
-/// # Ok::<(), shardlock::InvalidSetting>(())
+/// # Ok::<(), shardlock::error::InvalidSetting>(())
 /// ```
 #[derive(Debug, Clone, PartialEq)]
 #[non_exhaustive]
@@ -429,8 +431,8 @@ pub struct ShardConfig {
     /// The name: 1 to 32 letters, digits, dots, `_` and `-`, unique among the shards. It stays the
     /// same when the shard moves to another address.
     pub name: String,
-    /// The URL, in the form accepted by [`Endpoint::parse`](crate::Endpoint::parse). It may contain
-    /// a password, which `Debug` hides.
+    /// The URL, in the form accepted by [`Endpoint::parse`](crate::config::Endpoint::parse). It may
+    /// contain a password, which `Debug` hides.
     pub url: String,
 }
 

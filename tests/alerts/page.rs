@@ -5,7 +5,8 @@ use std::io::{Read, Seek, Write};
 use std::net::{SocketAddr, TcpStream};
 
 use shardlock::admin::Admin;
-use shardlock::{LockManager, LockRequest, METRICS};
+use shardlock::metrics::METRICS;
+use shardlock::{LockManager, LockRequest};
 use tokio::sync::OnceCell;
 use tokio::task::JoinSet;
 

@@ -6,7 +6,7 @@
 
 use std::collections::BTreeSet;
 
-use shardlock::{METRICS, MetricKind};
+use shardlock::metrics::{METRICS, MetricKind};
 
 use crate::page::Page;
 use crate::promql::{self, Selector};

@@ -17,7 +17,8 @@ use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 use std::time::{Duration, Instant};
 
-use shardlock::{Builder, LockError, LockManager};
+use shardlock::config::Builder;
+use shardlock::{LockError, LockManager};
 
 use support::PATIENCE;
 use support::etcd::{Etcd, LEASE_MIN};

@@ -7,7 +7,7 @@
 use std::sync::{Arc, OnceLock};
 use std::time::Duration;
 
-use shardlock::Builder;
+use shardlock::config::Builder;
 
 use super::SHORT_TTL;
 #[cfg(feature = "etcd")]

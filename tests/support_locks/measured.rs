@@ -1,7 +1,8 @@
 //! A manager whose metrics a test can read.
 
 use metrics_exporter_prometheus::{PrometheusBuilder, PrometheusHandle};
-use shardlock::{Builder, LockManager};
+use shardlock::LockManager;
+use shardlock::config::Builder;
 
 /// A manager with its own metrics recorder, unaffected by anything else in the process.
 pub struct Measured {

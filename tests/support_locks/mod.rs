@@ -12,7 +12,8 @@ use std::sync::atomic::{AtomicU32, Ordering};
 use std::task::{Context, Waker};
 use std::time::{Duration, Instant};
 
-use shardlock::{Builder, LockGuard, LockManager};
+use shardlock::config::Builder;
+use shardlock::{LockGuard, LockManager};
 use tokio::task::JoinHandle;
 
 use crate::support::{PATIENCE, RedisServer, Worker, worker};

@@ -3,7 +3,7 @@
 use std::time::{Duration, Instant};
 
 use deadpool_redis::redis::aio::MultiplexedConnection;
-use shardlock::Config;
+use shardlock::config::Config;
 
 use super::Args;
 use super::keys::KeyChoice;

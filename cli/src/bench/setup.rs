@@ -1,8 +1,8 @@
 //! Sets up a run and removes everything afterwards.
 
 use anyhow::{Context, anyhow, bail};
+use shardlock::config::{Builder, Config, Endpoint};
 use shardlock::tool::ConfigExt as _;
-use shardlock::{Builder, Config, Endpoint};
 
 use crate::exit::Failure;
 use crate::load::temp_servers::TempServers;

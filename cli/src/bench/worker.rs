@@ -5,9 +5,10 @@ use std::sync::Arc;
 use std::time::Instant;
 
 use anyhow::{Context, bail};
+use shardlock::LockManager;
 use shardlock::admin::AdminServer;
+use shardlock::config::{Builder, Config};
 use shardlock::tool::ConfigExt as _;
-use shardlock::{Builder, Config, LockManager};
 use tokio::task::JoinSet;
 
 use super::context::TaskContext;

@@ -9,7 +9,8 @@ use std::time::Duration;
 
 use rand::Rng;
 use rand::distr::uniform::SampleRange;
-use shardlock::{Config, LockError, LockGuard};
+use shardlock::config::Config;
+use shardlock::{LockError, LockGuard};
 use tokio::time::sleep;
 
 use super::worker::Worker;

@@ -8,7 +8,7 @@ use deadpool_redis::redis::aio::MultiplexedConnection;
 use deadpool_redis::redis::{cmd, pipe};
 use futures_util::future::try_join_all;
 use indicatif::{HumanCount, ProgressBar, ProgressFinish};
-use shardlock::Endpoint;
+use shardlock::config::Endpoint;
 
 use super::DemoArgs;
 use super::protocol::{Command, JobCounts, KeyNames, LoadSettings, WorkerSettings};

@@ -5,7 +5,7 @@ use std::path::Path;
 use std::time::Duration;
 
 use anyhow::{Context, bail};
-use shardlock::{Builder, Config, Endpoint};
+use shardlock::config::{Builder, Config, Endpoint};
 
 use super::DemoArgs;
 use super::classes;

@@ -9,7 +9,8 @@ use anyhow::Context;
 use deadpool_redis::redis::aio::MultiplexedConnection;
 use futures_util::future::try_join_all;
 use shardlock::admin::AdminServer;
-use shardlock::{Builder, Config, LockKey, LockManager};
+use shardlock::config::{Builder, Config};
+use shardlock::{LockKey, LockManager};
 use tokio::task::JoinSet;
 use tokio::time::Instant;
 

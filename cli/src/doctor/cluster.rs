@@ -4,8 +4,9 @@ use std::collections::{BTreeMap, BTreeSet};
 
 use deadpool_redis::redis::cmd;
 use futures_util::future::join_all;
+use shardlock::config::Endpoint;
+use shardlock::introspect::SLOTS;
 use shardlock::tool::{EndpointExt as _, ServerUrl};
-use shardlock::{Endpoint, SLOTS};
 
 use super::facts::Info;
 use super::finding::{Finding, Level};

@@ -2,7 +2,7 @@
 
 use std::collections::BTreeMap;
 
-use shardlock::{Endpoint, ShardConfig};
+use shardlock::config::{Endpoint, ShardConfig};
 
 use super::finding::Finding;
 use crate::map::expect_option;

@@ -36,8 +36,8 @@ mod timing;
 use std::io::{IsTerminal, stdout};
 
 use futures_util::{StreamExt, stream};
+use shardlock::config::{Endpoint, ShardConfig};
 use shardlock::tool::{ConfigExt as _, EndpointExt as _};
-use shardlock::{Endpoint, ShardConfig};
 
 use crate::exit::Failure;
 use crate::servers::Connector;

@@ -8,7 +8,7 @@
 //! to it, so the server logs no denials. Otherwise they are sent directly.
 
 use deadpool_redis::redis::{RedisError, Value};
-use shardlock::Config;
+use shardlock::config::Config;
 
 use super::ShardKind;
 use super::facts::{MissingPermission, MissingRule};

@@ -127,7 +127,7 @@ pub(super) fn is_loopback(address: &str) -> bool {
 
 #[cfg(test)]
 mod tests {
-    use shardlock::Config;
+    use shardlock::config::Config;
 
     use super::super::needs::needs;
     use super::*;

@@ -4,7 +4,7 @@ use std::collections::BTreeMap;
 use std::time::Duration;
 
 use futures_util::future::join_all;
-use shardlock::Endpoint;
+use shardlock::config::Endpoint;
 use shardlock::tool::EndpointExt as _;
 
 use super::facts::{Facts, ProbedServer};

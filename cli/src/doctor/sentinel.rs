@@ -5,8 +5,8 @@ use std::time::Duration;
 
 use deadpool_redis::redis::cmd;
 use futures_util::future::join_all;
+use shardlock::config::{Config, Endpoint};
 use shardlock::tool::{EndpointExt as _, ServerUrl};
-use shardlock::{Config, Endpoint};
 
 use super::finding::{Finding, Level};
 use super::probe::probe;

@@ -1,6 +1,6 @@
 //! All checks of one server that stores locks.
 
-use shardlock::Config;
+use shardlock::config::Config;
 use shardlock::tool::ServerUrl;
 
 use super::facts::{Facts, ProbedServer};

@@ -2,7 +2,7 @@
 
 use std::time::Duration;
 
-use shardlock::Config;
+use shardlock::config::Config;
 
 use super::facts::RoundTrips;
 use super::finding::Finding;

@@ -7,7 +7,8 @@ use std::process::Command;
 use std::time::{Duration, Instant};
 
 use rustix::process::Pid;
-use shardlock::{Builder, Config, LockError, LockGuard, LockKey, LockManager};
+use shardlock::config::{Builder, Config};
+use shardlock::{LockError, LockGuard, LockKey, LockManager};
 
 use super::Args;
 use super::command::{self, Outcome, RunningCommand};

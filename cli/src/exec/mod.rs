@@ -25,8 +25,9 @@ use std::ffi::{OsStr, OsString};
 use std::time::Duration;
 
 use anyhow::anyhow;
+use shardlock::LockKey;
+use shardlock::config::Config;
 use shardlock::tool::ConfigExt as _;
-use shardlock::{Config, LockKey};
 
 use crate::exit::Failure;
 use crate::{metrics, shards};

@@ -5,7 +5,7 @@ use std::time::Duration;
 use anyhow::Context;
 use deadpool_redis::redis::aio::MultiplexedConnection;
 use deadpool_redis::redis::{AsyncConnectionConfig, Client};
-use shardlock::Endpoint;
+use shardlock::config::Endpoint;
 
 /// The time limit for a reply: much longer than usual, since the load saturates the machine.
 pub(crate) const SERVER_TIMEOUT: Duration = Duration::from_secs(5);

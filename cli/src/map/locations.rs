@@ -5,8 +5,8 @@ use std::time::{Duration, Instant};
 use anyhow::anyhow;
 use deadpool_redis::redis::aio::MultiplexedConnection;
 use deadpool_redis::redis::{Cmd, FromRedisValue, cmd};
+use shardlock::config::{Endpoint, ShardConfig};
 use shardlock::tool::{ConfigExt as _, EndpointExt as _, ServerUrl, manager_of};
-use shardlock::{Endpoint, ShardConfig};
 
 use crate::exit::{self, Failure};
 use crate::servers::{Connector, escape_glob, primaries, query};

@@ -14,7 +14,7 @@ mod set;
 mod show;
 
 use clap::Subcommand;
-use shardlock::Config;
+use shardlock::config::Config;
 use shardlock::tool::ConfigExt as _;
 
 use crate::exit::Failure;

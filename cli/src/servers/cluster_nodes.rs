@@ -76,7 +76,7 @@ fn parse(line: &str, queried: &ServerUrl) -> Option<ClusterNode> {
 
 #[cfg(test)]
 mod tests {
-    use shardlock::Endpoint;
+    use shardlock::config::Endpoint;
     use shardlock::tool::EndpointExt as _;
 
     use super::*;

@@ -5,7 +5,7 @@ use std::time::Duration;
 use anyhow::Context;
 use deadpool_redis::redis::aio::MultiplexedConnection;
 use deadpool_redis::redis::{AsyncConnectionConfig, Client, ClientTlsConfig, RedisError, TlsCertificates};
-use shardlock::Config;
+use shardlock::config::Config;
 use shardlock::tool::ServerUrl;
 
 use super::{ProbeError, ProbeErrorKind};

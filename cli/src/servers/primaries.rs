@@ -5,8 +5,8 @@ use std::collections::BTreeMap;
 use anyhow::{Context, anyhow, bail};
 use deadpool_redis::redis::aio::MultiplexedConnection;
 use deadpool_redis::redis::cmd;
+use shardlock::config::{Config, Endpoint};
 use shardlock::tool::{EndpointExt as _, ServerUrl};
-use shardlock::{Config, Endpoint};
 
 use super::{Connector, cluster_nodes, host_port, query};
 

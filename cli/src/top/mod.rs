@@ -105,7 +105,7 @@ fn parse_interval(text: &str) -> anyhow::Result<Duration> {
     Ok(interval)
 }
 
-fn parse_key(text: &str) -> Result<LockKey, shardlock::InvalidSetting> {
+fn parse_key(text: &str) -> Result<LockKey, shardlock::error::InvalidSetting> {
     LockKey::new(text)
 }
 

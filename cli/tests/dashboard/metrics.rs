@@ -2,7 +2,7 @@
 
 use std::collections::BTreeSet;
 
-use shardlock::{METRICS, Metric, MetricKind};
+use shardlock::metrics::{METRICS, Metric, MetricKind};
 
 use crate::definition::Dashboard;
 

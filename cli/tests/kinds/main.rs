@@ -18,7 +18,8 @@ mod sentinel;
 use std::process::Command;
 
 use serde_json::Value;
-use shardlock::{Config, LossReason};
+use shardlock::LossReason;
+use shardlock::config::Config;
 use support::{RedisServer, worker};
 use support_locks::{TestStore, lock, on_each_store, soon, until};
 use tool::{bare, run};

@@ -5,7 +5,8 @@ use std::collections::BTreeSet;
 use std::sync::Arc;
 use std::time::Duration;
 
-use shardlock::{Builder, LockError, LockManager};
+use shardlock::config::Builder;
+use shardlock::{LockError, LockManager};
 use tokio::sync::Semaphore;
 use tokio::task::JoinSet;
 

@@ -4,7 +4,9 @@
 use std::collections::BTreeSet;
 
 use serde_json::Value;
-use shardlock::{Builder, LockManager, Slot};
+use shardlock::LockManager;
+use shardlock::config::Builder;
+use shardlock::introspect::Slot;
 
 use crate::acl::{PASSWORD, USER, additions, rules, set_user, whole_range_of};
 use crate::support::sentinel::Watched;

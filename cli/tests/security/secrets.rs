@@ -2,8 +2,9 @@
 
 use std::time::Duration;
 
+use shardlock::LockManager;
+use shardlock::config::{Builder, Config, Endpoint, ShardConfig};
 use shardlock::tool::ConfigExt as _;
-use shardlock::{Builder, Config, Endpoint, LockManager, ShardConfig};
 
 use crate::recorder::LogRecorder;
 use crate::support::{ClientType, PATIENCE, RedisServer};

@@ -3,8 +3,9 @@
 use std::path::Path;
 use std::time::{Duration, Instant};
 
+use shardlock::config::{Builder, Config};
 use shardlock::tool::ConfigExt as _;
-use shardlock::{Builder, Config, LockError, LockManager};
+use shardlock::{LockError, LockManager};
 
 use crate::support::tls::{Authority, Identity, TlsServer, has_tls};
 use crate::support::{RedisServer, worker};

@@ -319,7 +319,7 @@ mod tests {
         NAMES
             .lock()
             .insert("replica-first.test", vec![address(&replica), address(&primary)]);
-        let url = crate::Endpoint::parse("redis://replica-first.test:1")
+        let url = crate::config::Endpoint::parse("redis://replica-first.test:1")
             .unwrap()
             .servers()
             .remove(0);
@@ -403,7 +403,7 @@ mod tests {
     #[tokio::test]
     async fn requests_fail_once_their_driver_is_dropped() {
         let server = RedisServer::start();
-        let url = crate::Endpoint::parse(&format!("redis://{}", server.address()));
+        let url = crate::config::Endpoint::parse(&format!("redis://{}", server.address()));
         let url = url.unwrap().servers().remove(0);
         let target = Target::new(&url, &crate::store::TlsFiles::default()).unwrap();
         let limit = Duration::from_secs(10);

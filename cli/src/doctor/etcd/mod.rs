@@ -6,8 +6,8 @@ use std::collections::BTreeSet;
 use std::time::Duration;
 
 use futures_util::future::join_all;
+use shardlock::config::{Config, Endpoint};
 use shardlock::tool::EndpointExt as _;
-use shardlock::{Config, Endpoint};
 
 use super::finding::{Finding, Level};
 use super::format::{bytes, duration};

@@ -6,8 +6,9 @@ use std::collections::BTreeMap;
 use std::time::{Duration, Instant};
 
 use deadpool_redis::redis::cmd;
+use shardlock::LockKey;
+use shardlock::config::{Config, Endpoint};
 use shardlock::tool::{ConfigExt as _, ServerUrl};
-use shardlock::{Config, Endpoint, LockKey};
 
 use crate::servers::{Connector, escape_glob, primaries, query};
 

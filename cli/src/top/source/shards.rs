@@ -11,7 +11,9 @@ use std::collections::{BTreeMap, BTreeSet};
 use std::time::{Duration, Instant};
 
 use futures_util::{StreamExt, stream};
-use shardlock::{Builder, Config, Endpoint, KeyState, LockError, LockKey, LockManager};
+use shardlock::config::{Builder, Config, Endpoint};
+use shardlock::introspect::KeyState;
+use shardlock::{LockError, LockKey, LockManager};
 
 use super::lease_scan::{self, Cursors};
 use super::{Age, HeldLock, Holder, HotKey, Quantiles, Sample, Shard, process_of};
