@@ -204,6 +204,35 @@ impl LockRequest {
     /// # Cancel safety
     ///
     /// Dropping the future drops the body at its current await point and then releases the lock.
+    ///
+    /// # Examples
+    ///
+    /// The future is `Send` if that of the body is, so it can be spawned. The body may borrow from
+    /// the task:
+    ///
+    /// ```
+    /// use std::time::Duration;
+    ///
+    /// use shardlock::LockManager;
+    ///
+    /// # #[tokio::main(flavor = "current_thread")]
+    /// # async fn main() -> Result<(), Box<dyn std::error::Error>> {
+    /// let locks = LockManager::connect("memory://").await?;
+    /// let rows = vec!["one", "two"];
+    /// let import = tokio::spawn(async move {
+    ///     let request = locks.lock("import").timeout(Duration::from_secs(2));
+    ///     let body = async |_guard: &_| {
+    ///         for row in &rows {
+    ///             println!("{row}");
+    ///             tokio::task::yield_now().await;
+    ///         }
+    ///         rows.len()
+    ///     };
+    ///     request.with(body).await
+    /// });
+    /// assert_eq!(import.await??, 2);
+    /// # Ok(()) }
+    /// ```
     pub async fn with<T>(self, body: impl AsyncFnOnce(&LockGuard) -> T) -> Result<T, LockError> {
         let guard = self.await?;
         let result = tokio::select! {

@@ -33,5 +33,47 @@ async fn all_futures_can_be_sent() {
     let other = locks.clone();
     let body = tokio::spawn(async move { other.with_lock("k", async |guard| guard.token()).await });
     body.await.unwrap().unwrap();
+    bodies_can_be_spawned(&locks).await;
     send(locks.shutdown()).await.unwrap();
+}
+
+/// A body that keeps the guard across an await.
+async fn named_body(guard: &LockGuard) -> u64 {
+    tokio::task::yield_now().await;
+    guard.token().get()
+}
+
+/// The kinds of bodies that a task may have: a function, and closures that borrow or own what they
+/// capture and keep it and the guard across an await.
+async fn bodies_can_be_spawned(locks: &LockManager) {
+    let other = locks.clone();
+    let named = tokio::spawn(async move { other.with_lock("k", named_body).await });
+    assert!(named.await.unwrap().unwrap() > 0);
+
+    let (other, text) = (locks.clone(), String::from("borrowed"));
+    let borrowing = tokio::spawn(async move {
+        let body = async |guard: &LockGuard| {
+            tokio::task::yield_now().await;
+            (text.len(), guard.is_valid())
+        };
+        let seen = other.lock("k").with(body).await;
+        (seen, text)
+    });
+    let (seen, text) = borrowing.await.unwrap();
+    assert_eq!((seen.unwrap(), text.as_str()), ((8, true), "borrowed"));
+
+    let (other, text) = (locks.clone(), String::from("owned"));
+    let owning = tokio::spawn(async move {
+        let body = async move |guard: &LockGuard| {
+            tokio::task::yield_now().await;
+            assert!(guard.is_valid());
+            text
+        };
+        other.with_lock(String::from("k"), body).await
+    });
+    assert_eq!(owning.await.unwrap().unwrap(), "owned");
+
+    // The future itself, without a task around it.
+    let request = locks.lock("k");
+    send(request.with(async |guard| guard.token())).await.unwrap();
 }
