@@ -11,8 +11,8 @@ use std::num::NonZeroU64;
 /// locking" (2016), for the argument.
 ///
 /// Tokens of different keys are not comparable. The unit is an eighth of a microsecond since
-/// 2025-01-01 on the server's clock, so tokens keep growing after a server has lost its counters. Until 2060 a token fits into the 53 bits that a
-/// double represents exactly.
+/// 2025-01-01 on the server's clock, so tokens keep growing after a server has lost its counters.
+/// Until 2060 a token fits into the 53 bits that a double represents exactly.
 ///
 /// In etcd, a token is the revision of the transaction that found its manager to be the owner,
 /// times 65,536, plus 1 to 65,536. Revisions only grow, and each is used for one request. An etcd

@@ -3,6 +3,10 @@
 //!
 //! This module is hidden because it is not part of the API: it may change in any release.
 
+use std::time::Duration;
+
+use deadpool_redis::redis::RedisError;
+
 pub use crate::endpoint::ServerUrl;
 pub use crate::identity::manager_of;
 pub use crate::text::{must_be_escaped, printable};
@@ -109,4 +113,10 @@ impl EndpointExt for Endpoint {
 #[must_use]
 pub fn maps_agree(one: &str, other: &str) -> bool {
     ShardMap::agree(one, other)
+}
+
+/// Explains why a connection to the server failed during setup with this error. Asks the server if
+/// the error has too little detail.
+pub async fn why_not_connected(server: &ServerUrl, error: &RedisError, timeout: Duration) -> String {
+    crate::store::redis::why_not_connected(server, error, timeout).await
 }

@@ -1,4 +1,5 @@
-//! The documents: links resolve, the README stays short, lines stay narrow. No server is needed.
+//! The documents: links resolve, the README stays short, lines stay narrow and their English plain.
+//! No server is needed.
 
 // A failing environment ends the test.
 #![allow(clippy::expect_used, clippy::panic, clippy::unwrap_used)]
@@ -242,6 +243,59 @@ fn lines_of_prose_and_comments_are_at_most_100_columns_wide() {
     assert!(found.is_empty(), "{}", found.join("\n"));
 }
 
+/// Phrases that are no technical English, or mean something else there.
+const PHRASES: &[&str] = &[
+    "all the same",
+    "are told",
+    "be had",
+    "given back",
+    "goes on",
+    "in vain",
+    "in words",
+    "is had",
+    "is told",
+    "let go",
+    "of no use",
+    "of no worth",
+    "so many that",
+    "stands still",
+    "was had",
+    "whoever",
+    "who asks",
+];
+
+/// Whether the line has the phrase, between other words.
+fn has_phrase(line: &str, phrase: &str) -> bool {
+    let line = line.to_lowercase();
+    let is_inside = |c: Option<char>| c.is_some_and(|c| c.is_alphanumeric() || c == '_');
+    line.match_indices(phrase).any(|(at, _)| {
+        let (before, after) = (&line[..at], &line[at + phrase.len()..]);
+        !is_inside(before.chars().next_back()) && !is_inside(after.chars().next())
+    })
+}
+
+#[test]
+fn prose_and_comments_are_plain_english() {
+    let mut found = Vec::new();
+    let mut check = |path: &Path, number: usize, line: &str| {
+        for phrase in PHRASES.iter().filter(|phrase| has_phrase(line, phrase)) {
+            found.push(format!("{}:{number}: {phrase:?}", path.display()));
+        }
+    };
+    for (path, text) in files() {
+        if has_extension(&path, "md") {
+            for (number, line) in prose(&text) {
+                check(&path, number, &without_code(line));
+            }
+        } else {
+            for (index, line) in text.lines().enumerate().filter(|(_, line)| is_comment(&path, line)) {
+                check(&path, index + 1, &without_code(line));
+            }
+        }
+    }
+    assert!(found.is_empty(), "{}", found.join("\n"));
+}
+
 #[test]
 fn checks_of_documents_find_what_is_wrong() {
     let text = "# A `b`: c_d\n\ntext `[no](link)` [one](x.md#y), ![two](z.svg)\n\n    [code](in.md)\n\n## A b c_d\n```\n# no\n```\n# A b c_d\n";
@@ -251,6 +305,7 @@ fn checks_of_documents_find_what_is_wrong() {
     let from = Path::new("docs/shard-map.md");
     assert!(broken(from, "../README.md").is_none() && broken(from, "#the-shard-map").is_none());
     assert!(broken(from, "README.md").is_some() && broken(from, "../README.md#nowhere").is_some());
+    assert!(has_phrase("so it Goes on.", "goes on") && !has_phrase("it goes once", "goes on"));
     assert_eq!(width_of_prose("see [this](a/long/path)"), "see [this]()".len());
     assert_eq!(width_of_prose("| a table |"), 0);
     assert!(is_comment(Path::new("src/lib.rs"), "    // yes") && !is_comment(Path::new("src/lib.rs"), "let no; // no"));

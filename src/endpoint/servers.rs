@@ -1,9 +1,8 @@
 //! URLs of one or more servers: the login, the hosts, and the path.
 
 use std::fmt;
-use std::time::Duration;
 
-use deadpool_redis::redis::{IntoConnectionInfo, RedisError};
+use deadpool_redis::redis::IntoConnectionInfo;
 use url::Url;
 
 use super::{Endpoint, EndpointKind, is_name_byte};
@@ -50,13 +49,6 @@ impl ServerUrl {
     #[must_use]
     pub fn is_encrypted(&self) -> bool {
         self.url.starts_with("rediss://") || self.url.starts_with("etcds://")
-    }
-
-    /// Explains why a connection to the server failed during setup with this error. Asks the server
-    /// if the error has too little detail. For the tool.
-    #[doc(hidden)]
-    pub async fn why_not_connected(&self, error: &RedisError, timeout: Duration) -> String {
-        crate::store::redis::why_not_connected(self, error, timeout).await
     }
 
     /// Returns whether the server is reached through a Unix socket of this machine.

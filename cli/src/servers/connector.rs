@@ -6,7 +6,7 @@ use anyhow::Context;
 use deadpool_redis::redis::aio::MultiplexedConnection;
 use deadpool_redis::redis::{AsyncConnectionConfig, Client, ClientTlsConfig, RedisError, TlsCertificates};
 use shardlock::config::Config;
-use shardlock::tool::ServerUrl;
+use shardlock::tool::{ServerUrl, why_not_connected};
 
 use super::{ProbeError, ProbeErrorKind};
 
@@ -95,7 +95,7 @@ impl<'a> Connector<'a> {
             classified.kind,
             ProbeErrorKind::Unreachable | ProbeErrorKind::UnexpectedReply
         ) {
-            classified.reason = server.why_not_connected(error, self.timeout()).await;
+            classified.reason = why_not_connected(server, error, self.timeout()).await;
         }
         classified
     }

@@ -417,7 +417,7 @@ pub(super) async fn judge(
     Ok(AcquireReply::Queued(QueuePosition {
         enqueue_token: floor_of(u64::try_from(queue.revision).unwrap_or(0)),
         owner_ttl: Some(LOOK_AGAIN),
-        // The watch reports the end of the key before ours, whoever owns it.
+        // The watch reports the end of the key before ours, no matter which process owns it.
         owner_foreign: false,
         is_subscribed: true,
         ahead: ahead as u64,
