@@ -2,8 +2,10 @@
 
 use std::fmt;
 use std::sync::Arc;
+#[cfg(feature = "admin")]
 use std::time::Duration;
 
+#[cfg(feature = "admin")]
 use crate::clock::Moment;
 use crate::config::Config;
 use crate::driver::{Job, ManagerContext, Shard};
@@ -21,6 +23,7 @@ pub(crate) struct ManagerShared {
     pub(crate) context: Arc<ManagerContext>,
     pub(crate) shards: Vec<Arc<Shard>>,
     pub(crate) map: ShardMap,
+    #[cfg(feature = "admin")]
     pub(crate) connected_at: Moment,
 }
 

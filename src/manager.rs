@@ -158,6 +158,7 @@ impl LockManager {
                 context,
                 shards,
                 map,
+                #[cfg(feature = "admin")]
                 connected_at: Moment::now(),
             }),
         };

@@ -1,8 +1,7 @@
 //! An optional HTTP endpoint for operators: metrics for Prometheus, health, the hottest keys, the
 //! locks that are held.
 //!
-//! - `/metrics`: all metrics ([`METRICS`](crate::metrics::METRICS)) in the text format of
-//!   Prometheus
+//! - `/metrics`: all metrics ([`METRICS`]) in the text format of Prometheus
 //! - `/healthz`: `ok`, the process is alive
 //! - `/readyz`: 200 if the manager is not shut down and all shards answered their last request and
 //!   accept locks, else 503; JSON with the state of each shard
