@@ -33,7 +33,6 @@ async fn all_futures_can_be_sent() {
     let other = locks.clone();
     let body = tokio::spawn(async move { other.with_lock("k", async |guard| guard.token()).await });
     body.await.unwrap().unwrap();
-    bodies_can_be_spawned(&locks).await;
     send(locks.shutdown()).await.unwrap();
 }
 
@@ -45,7 +44,9 @@ async fn named_body(guard: &LockGuard) -> u64 {
 
 /// The kinds of bodies that a task may have: a function, and closures that borrow or own what they
 /// capture and keep it and the guard across an await.
-async fn bodies_can_be_spawned(locks: &LockManager) {
+#[tokio::test]
+async fn bodies_under_a_lock_can_be_spawned() {
+    let locks = LockManager::connect("memory://").await.unwrap();
     let other = locks.clone();
     let named = tokio::spawn(async move { other.with_lock("k", named_body).await });
     assert!(named.await.unwrap().unwrap() > 0);
