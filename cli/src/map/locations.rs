@@ -6,7 +6,9 @@ use anyhow::anyhow;
 use deadpool_redis::redis::aio::MultiplexedConnection;
 use deadpool_redis::redis::{Cmd, FromRedisValue, cmd};
 use shardlock::config::{Endpoint, ShardConfig};
-use shardlock::tool::{ConfigExt as _, EndpointExt as _, ServerUrl, manager_of};
+#[cfg(feature = "etcd")]
+use shardlock::tool::EndpointExt as _;
+use shardlock::tool::{ConfigExt as _, ServerUrl, manager_of};
 
 use crate::exit::{self, Failure};
 use crate::servers::{Connector, escape_glob, primaries, query};

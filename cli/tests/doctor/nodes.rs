@@ -177,7 +177,7 @@ fn address_that_a_node_announces_and_nobody_reaches_is_reported_as_announced() {
     });
     let report = doctor(&[&cluster.url()], &[]);
     let finding = report.at(Some(&announced), "reachable").to_string();
-    for words in ["the nodes of the cluster announce it", "cluster-announce-port"] {
+    for words in ["was announced by the nodes of the cluster", "cluster-announce-port"] {
         assert!(finding.contains(words), "{finding}");
     }
 }
