@@ -99,7 +99,7 @@ pub(super) fn unreachable(server: &ProbedServer, error: &ProbeError, level: Leve
     Finding::new(CHECK, level, found, why, mend)
 }
 
-/// Like [`unreachable`], for a server whose address is not in the URL: possibly only the other
+/// Like [`unreachable()`], for a server whose address is not in the URL: possibly only the other
 /// servers can reach the address.
 pub(super) fn announced_unreachable(
     server: &ProbedServer,
