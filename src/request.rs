@@ -390,10 +390,10 @@ impl Acquiring {
                 std::task::ready!(timer.as_mut().poll(cx));
                 let now = Moment::now();
                 // Too early by the machine's clock: tokio's clock is paused and jumped ahead while
-                // the store has yet to reply.
-                if now.since(self.asked_at) < limit
-                    && self.waiter.as_ref().is_some_and(|waiter| waiter.entry.awaits_store())
-                {
+                // the store had yet to reply. The reply may have arrived since the waiter was polled.
+                let may_be_served =
+                    |waiter: &QueuedWaiter| waiter.entry.awaits_store() || waiter.entry.is_settled(waiter.id);
+                if now.since(self.asked_at) < limit && self.waiter.as_ref().is_some_and(may_be_served) {
                     self.timer = None;
                     cx.waker().wake_by_ref();
                     return Poll::Pending;
