@@ -390,7 +390,8 @@ impl Acquiring {
                 std::task::ready!(timer.as_mut().poll(cx));
                 let now = Moment::now();
                 // Too early by the machine's clock: tokio's clock is paused and jumped ahead while
-                // the store had yet to reply. The reply may have arrived since the waiter was polled.
+                // the store had yet to reply. The reply may have arrived since the waiter was
+                // polled.
                 let may_be_served =
                     |waiter: &QueuedWaiter| waiter.entry.awaits_store() || waiter.entry.is_settled(waiter.id);
                 if now.since(self.asked_at) < limit && self.waiter.as_ref().is_some_and(may_be_served) {
