@@ -1,7 +1,10 @@
 //! The errors of the library, and what to do about each.
 
 use std::convert::Infallible;
+use std::error::Error;
 use std::fmt;
+use std::io;
+use std::ops::Deref;
 use std::sync::Arc;
 use std::time::Duration;
 
@@ -9,23 +12,29 @@ use crate::fence::FencingToken;
 
 /// Why a lock could not be acquired or kept.
 ///
+/// [`kind`](Self::kind) tells what happened, for code that reacts to it. The other methods return
+/// the details that this kind of error has.
+///
 /// Messages name the key, the shard, the value and the bound, and what to do about it. They never
-/// contain a password.
+/// contain a password, nor a time that was measured, so equal failures have equal messages:
+/// [`waited`](Self::waited) returns the time. The message of an unavailable shard contains the
+/// reason; [`source`](Error::source) is the [`io::Error`] behind it, if there is one.
 ///
 /// # Examples
 ///
 /// ```
 /// use std::time::Duration;
 ///
+/// use shardlock::error::LockErrorKind;
 /// use shardlock::{LockError, LockManager};
 ///
 /// /// What a service answers to its caller.
 /// fn status(error: &LockError) -> u16 {
-///     match error {
-///         LockError::Invalid(_) => 400,
+///     match error.kind() {
+///         LockErrorKind::Invalid => 400,
 ///         // Another holder may have run meanwhile: look at the data before trying again.
-///         LockError::Lost { .. } => 409,
-///         error if error.is_retryable() => 503,
+///         LockErrorKind::Lost => 409,
+///         _ if error.is_retryable() => 503,
 ///         _ => 500,
 ///     }
 /// }
@@ -36,140 +45,171 @@ use crate::fence::FencingToken;
 /// let _guard = locks.lock("k").await?;
 /// let error = locks.lock("k").timeout(Duration::from_millis(10)).await.unwrap_err();
 /// assert!(error.is_timeout());
-/// assert_eq!(status(&error), 503);
+/// assert_eq!((error.key(), status(&error)), (Some("k"), 503));
+/// assert!(error.waited() >= Some(Duration::from_millis(10)));
 /// assert_eq!(status(&locks.lock("").await.unwrap_err()), 400);
 /// # Ok(()) }
 /// ```
-#[derive(Debug, Clone, thiserror::Error)]
+#[derive(Clone)]
+pub struct LockError(Box<Failure>);
+
+/// Results are returned by every call, so an error is one word.
+const _: () = assert!(size_of::<LockError>() == size_of::<usize>());
+
+/// What kind of [`LockError`] it is. More kinds may be added.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
 #[non_exhaustive]
-pub enum LockError {
-    /// A value is outside its bounds. Nothing was sent. Fix the value.
+pub enum LockErrorKind {
+    /// A value is outside its bounds ([`LockError::invalid_setting`]). Nothing was sent. Fix the
+    /// value.
+    Invalid,
+    /// The timeout of the request has passed. Its place in the queue was given up; a new request
+    /// joins at the end.
+    Timeout,
+    /// The limit on local tasks waiting for one key was reached. Shed load, or raise
+    /// `max_waiters_per_key`.
+    QueueFull,
+    /// The limit on local tasks waiting, over all keys, was reached. Shed load, or raise
+    /// `max_waiters`.
+    TooManyWaiters,
+    /// The limit on keys that this manager holds or waits for was reached. Release some locks, or
+    /// raise `max_keys`.
+    TooManyKeys,
+    /// The shard currently holds more leases than it can renew in time. Further keys are refused,
+    /// since otherwise held locks would be lost. Release some locks, use longer TTLs or more
+    /// shards, or try again later.
+    TooManyLeases,
+    /// The shard is down, and the limit on keys that wait for its return was reached. Try again
+    /// later.
+    ShardDown,
+    /// The shard could not be reached, or did not reply in time. It is unknown whether the command
+    /// took effect; if it did, it is undone in the background. Try again later.
+    Unavailable,
+    /// The server of the shard replied with an error that a retry does not fix, such as a key of
+    /// the wrong type, missing permissions, or no memory left. Nothing was deleted.
+    Refused,
+    /// The shard was set up by a manager with another shard map. With two maps, the same key could
+    /// be locked on two shards at once. Only the slots of each shard are compared, not the names of
+    /// the shards.
+    ShardMapMismatch,
+    /// The lock was lost before it was released ([`LockError::loss_reason`]). Another holder may
+    /// have run concurrently. Compare fencing tokens at the resource to reject stale writes.
+    Lost,
+    /// A store issued a token that is not larger than one it issued before. The lock was released
+    /// immediately.
+    TokenRegression,
+    /// The manager was shut down. Create a new one.
+    Closed,
+}
+
+impl LockErrorKind {
+    /// Returns a short name in words, such as `queue full`, for logs and statistics.
+    #[must_use]
+    pub const fn as_str(self) -> &'static str {
+        match self {
+            Self::Invalid => "invalid",
+            Self::Timeout => "timeout",
+            Self::QueueFull => "queue full",
+            Self::TooManyWaiters => "too many waiters",
+            Self::TooManyKeys => "too many keys",
+            Self::TooManyLeases => "too many leases",
+            Self::ShardDown => "shard down",
+            Self::Unavailable => "unavailable",
+            Self::Refused => "refused",
+            Self::ShardMapMismatch => "shard map mismatch",
+            Self::Lost => "lost",
+            Self::TokenRegression => "token regression",
+            Self::Closed => "closed",
+        }
+    }
+}
+
+impl fmt::Display for LockErrorKind {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.write_str(self.as_str())
+    }
+}
+
+/// The content of a [`LockError`], in which the crate itself matches.
+#[derive(Debug, Clone, thiserror::Error)]
+pub(crate) enum Failure {
     #[error(transparent)]
     Invalid(#[from] InvalidSetting),
 
-    /// The timeout of the request has passed. Its place in the queue was given up; a new request
-    /// joins at the end.
     #[error(
-        "timed out after {waited:.3?} waiting for lock {key:?} on shard {shard} (limit {limit:?}); \
-         raise the timeout, or look at who holds it with `shardlock inspect`"
+        "timed out waiting for lock {key:?} on shard {shard}; raise the timeout, or look at who holds it with `shardlock inspect`"
     )]
     Timeout {
-        /// The requested key.
         key: String,
-        /// The name of its shard.
         shard: String,
-        /// How long this request waited, on the local clock.
         waited: Duration,
-        /// The timeout of the request.
         limit: Duration,
     },
 
-    /// The limit on local tasks waiting for one key was reached. Shed load, or raise
-    /// `max_waiters_per_key`.
     #[error(
         "{waiting} tasks of this process already wait for lock {key:?} (max_waiters_per_key = {limit}); shed load or raise the limit"
     )]
     QueueFull {
-        /// The requested key.
         key: String,
-        /// The number of waiting tasks.
+        shard: String,
         waiting: usize,
-        /// The limit that was reached.
         limit: usize,
     },
 
-    /// The limit on local tasks waiting, over all keys, was reached. Shed load, or raise
-    /// `max_waiters`.
     #[error(
         "{waiting} tasks of this process already wait for locks, so {key:?} was refused (max_waiters = {limit}); shed load or raise the limit"
     )]
     TooManyWaiters {
-        /// The requested key.
         key: String,
-        /// The number of waiting tasks.
+        shard: String,
         waiting: usize,
-        /// The limit that was reached.
         limit: usize,
     },
 
-    /// The limit on keys that this manager holds or waits for was reached. Release some locks, or
-    /// raise `max_keys`.
     #[error(
         "this process already uses {used} keys, so {key:?} was refused (max_keys = {limit}); release some or raise the limit"
     )]
     TooManyKeys {
-        /// The requested key.
         key: String,
-        /// The number of keys in use.
+        shard: String,
         used: usize,
-        /// The limit that was reached.
         limit: usize,
     },
 
-    /// The shard currently holds more leases than it can renew in time. Further keys are refused,
-    /// since otherwise held locks would be lost. Release some locks, use longer TTLs or more
-    /// shards, or try again later.
     #[error(
         "shard {shard} holds {leases} leases, more than it can renew in time, so {key:?} was refused; release some, or use longer ttls or more shards"
     )]
-    TooManyLeases {
-        /// The requested key.
-        key: String,
-        /// The name of the shard.
-        shard: String,
-        /// The number of leases that the shard holds.
-        leases: usize,
-    },
+    TooManyLeases { key: String, shard: String, leases: usize },
 
-    /// The shard is down, and the limit on keys that wait for its return was reached. Try again
-    /// later.
     #[error(
         "shard {shard} is down and {waiting} keys wait for its return (at most {limit} may), so {key:?} was refused; try again later, or check the server"
     )]
     ShardDown {
-        /// The requested key.
         key: String,
-        /// The name of its shard.
         shard: String,
-        /// The number of waiting keys.
         waiting: usize,
-        /// The limit that was reached.
         limit: usize,
     },
 
-    /// The shard could not be reached, or did not reply in time. It is unknown whether the command
-    /// took effect; if it did, it is undone in the background. Try again later.
-    #[error("shard {shard} is unavailable ({step}{}, after {waited:.3?}): {reason}; retry, or check the server", on_key(.key))]
+    #[error("shard {shard} is unavailable ({step}{}): {reason}; retry, or check the server", on_key(.key))]
     Unavailable {
-        /// The name of the shard.
         shard: String,
         /// The step that failed: `connect`, `acquire`, `release` and so on.
         step: &'static str,
-        /// The key, if the step was for one.
         key: Option<String>,
-        /// The time until it failed.
         waited: Duration,
-        /// The reason, as text.
-        reason: Arc<str>,
+        reason: Reason,
     },
 
-    /// The server of the shard replied with an error that a retry does not fix, such as a key of
-    /// the wrong type, missing permissions, or no memory left. Nothing was deleted.
     #[error("shard {shard} refused ({step}{}): {reason}", on_key(.key))]
     Refused {
-        /// The name of the shard.
         shard: String,
-        /// The step that failed.
         step: &'static str,
-        /// The key, if the step was for one.
         key: Option<String>,
         /// The message of the server, and what to do about it.
-        reason: Arc<str>,
+        reason: Reason,
     },
 
-    /// The shard was set up by a manager with another shard map. With two maps, the same key could
-    /// be locked on two shards at once. Only the slots of each shard are compared, not the names of
-    /// the shards.
     #[error(
         "shard {shard} is in use with another shard map: the server has `{theirs}` under the key {map_key:?}, this manager has `{ours}`; give \
          every manager the same shards in the same order, or, if the change is meant, stop all managers and replace the map with \
@@ -178,43 +218,31 @@ pub enum LockError {
     ShardMapMismatch {
         /// The name of the shard in this manager.
         shard: String,
-        /// The map of this manager.
         ours: String,
-        /// The map stored on the shard.
         theirs: String,
         /// The key under which the map is stored.
         map_key: String,
     },
 
-    /// The lock was lost before it was released. Another holder may have run concurrently. Compare
-    /// fencing tokens at the resource to reject stale writes.
     #[error("lock {key:?} (token {token}) was lost: {reason}")]
     Lost {
-        /// The key that was held.
         key: String,
-        /// The fencing token of the lost lock.
+        shard: String,
         token: FencingToken,
-        /// Why the lock was lost.
         reason: LossReason,
     },
 
-    /// A store issued a token that is not larger than one it issued before. The lock was released
-    /// immediately.
     #[error(
         "shard {shard} issued token {token} for lock {key:?} after {floor} had been seen; the lock was released; check the server's clock and data"
     )]
     TokenRegression {
-        /// The requested key.
         key: String,
-        /// The name of its shard.
         shard: String,
-        /// The token that was issued.
         token: u64,
         /// The token should have been larger than this number.
         floor: u64,
     },
 
-    /// The manager was shut down. Create a new one.
     #[error("the lock manager was shut down")]
     Closed,
 }
@@ -224,39 +252,301 @@ fn on_key(key: &Option<String>) -> String {
 }
 
 impl LockError {
+    /// The content, for matching.
+    pub(crate) fn failure(&self) -> &Failure {
+        &self.0
+    }
+
     /// Sets the total time that the request has waited.
     pub(crate) fn after(mut self, total: Duration) -> Self {
-        if let Self::Unavailable { waited, .. } = &mut self {
+        if let Failure::Unavailable { waited, .. } = &mut *self.0 {
             *waited = total;
         }
         self
+    }
+
+    /// Returns what kind of error it is.
+    #[must_use]
+    pub fn kind(&self) -> LockErrorKind {
+        match &*self.0 {
+            Failure::Invalid(_) => LockErrorKind::Invalid,
+            Failure::Timeout { .. } => LockErrorKind::Timeout,
+            Failure::QueueFull { .. } => LockErrorKind::QueueFull,
+            Failure::TooManyWaiters { .. } => LockErrorKind::TooManyWaiters,
+            Failure::TooManyKeys { .. } => LockErrorKind::TooManyKeys,
+            Failure::TooManyLeases { .. } => LockErrorKind::TooManyLeases,
+            Failure::ShardDown { .. } => LockErrorKind::ShardDown,
+            Failure::Unavailable { .. } => LockErrorKind::Unavailable,
+            Failure::Refused { .. } => LockErrorKind::Refused,
+            Failure::ShardMapMismatch { .. } => LockErrorKind::ShardMapMismatch,
+            Failure::Lost { .. } => LockErrorKind::Lost,
+            Failure::TokenRegression { .. } => LockErrorKind::TokenRegression,
+            Failure::Closed => LockErrorKind::Closed,
+        }
+    }
+
+    /// Returns the key of the request or of the lock, if the error concerns one.
+    #[must_use]
+    pub fn key(&self) -> Option<&str> {
+        match &*self.0 {
+            Failure::Timeout { key, .. }
+            | Failure::QueueFull { key, .. }
+            | Failure::TooManyWaiters { key, .. }
+            | Failure::TooManyKeys { key, .. }
+            | Failure::TooManyLeases { key, .. }
+            | Failure::ShardDown { key, .. }
+            | Failure::Lost { key, .. }
+            | Failure::TokenRegression { key, .. } => Some(key),
+            Failure::Unavailable { key, .. } | Failure::Refused { key, .. } => key.as_deref(),
+            Failure::Invalid(_) | Failure::ShardMapMismatch { .. } | Failure::Closed => None,
+        }
+    }
+
+    /// Returns the name of the shard concerned. `None` for [`LockErrorKind::Invalid`] and
+    /// [`LockErrorKind::Closed`].
+    #[must_use]
+    pub fn shard(&self) -> Option<&str> {
+        match &*self.0 {
+            Failure::Timeout { shard, .. }
+            | Failure::QueueFull { shard, .. }
+            | Failure::TooManyWaiters { shard, .. }
+            | Failure::TooManyKeys { shard, .. }
+            | Failure::TooManyLeases { shard, .. }
+            | Failure::ShardDown { shard, .. }
+            | Failure::Unavailable { shard, .. }
+            | Failure::Refused { shard, .. }
+            | Failure::ShardMapMismatch { shard, .. }
+            | Failure::Lost { shard, .. }
+            | Failure::TokenRegression { shard, .. } => Some(shard),
+            Failure::Invalid(_) | Failure::Closed => None,
+        }
+    }
+
+    /// Returns how long the request waited until it failed, on the local clock. `None` unless the
+    /// kind is [`LockErrorKind::Timeout`] or [`LockErrorKind::Unavailable`].
+    #[must_use]
+    pub fn waited(&self) -> Option<Duration> {
+        match &*self.0 {
+            Failure::Timeout { waited, .. } | Failure::Unavailable { waited, .. } => Some(*waited),
+            _ => None,
+        }
+    }
+
+    /// Returns the timeout that has passed. `None` unless the kind is [`LockErrorKind::Timeout`].
+    #[must_use]
+    pub fn timeout(&self) -> Option<Duration> {
+        match &*self.0 {
+            Failure::Timeout { limit, .. } => Some(*limit),
+            _ => None,
+        }
+    }
+
+    /// Returns the limit that was reached, in tasks or keys. `None` unless the kind is
+    /// [`LockErrorKind::QueueFull`], [`LockErrorKind::TooManyWaiters`],
+    /// [`LockErrorKind::TooManyKeys`] or [`LockErrorKind::ShardDown`].
+    #[must_use]
+    pub fn limit(&self) -> Option<usize> {
+        match &*self.0 {
+            Failure::QueueFull { limit, .. }
+            | Failure::TooManyWaiters { limit, .. }
+            | Failure::TooManyKeys { limit, .. }
+            | Failure::ShardDown { limit, .. } => Some(*limit),
+            _ => None,
+        }
+    }
+
+    /// Returns how many tasks, keys or leases there were when the request was refused. `None`
+    /// unless the kind is [`LockErrorKind::TooManyLeases`] or one that has a
+    /// [`limit`](Self::limit).
+    #[must_use]
+    pub fn in_use(&self) -> Option<usize> {
+        match &*self.0 {
+            Failure::QueueFull { waiting: count, .. }
+            | Failure::TooManyWaiters { waiting: count, .. }
+            | Failure::TooManyKeys { used: count, .. }
+            | Failure::TooManyLeases { leases: count, .. }
+            | Failure::ShardDown { waiting: count, .. } => Some(*count),
+            _ => None,
+        }
+    }
+
+    /// Returns the step that failed: `connect`, `acquire`, `release` and so on. For logs: steps may
+    /// be added and renamed. `None` unless the kind is [`LockErrorKind::Unavailable`] or
+    /// [`LockErrorKind::Refused`].
+    #[must_use]
+    pub fn step(&self) -> Option<&'static str> {
+        match &*self.0 {
+            Failure::Unavailable { step, .. } | Failure::Refused { step, .. } => Some(step),
+            _ => None,
+        }
+    }
+
+    /// Returns why the lock was lost. `None` unless the kind is [`LockErrorKind::Lost`].
+    #[must_use]
+    pub fn loss_reason(&self) -> Option<LossReason> {
+        match &*self.0 {
+            Failure::Lost { reason, .. } => Some(*reason),
+            _ => None,
+        }
+    }
+
+    /// Returns the fencing token of the lock that was lost. `None` unless the kind is
+    /// [`LockErrorKind::Lost`].
+    #[must_use]
+    pub fn token(&self) -> Option<FencingToken> {
+        match &*self.0 {
+            Failure::Lost { token, .. } => Some(*token),
+            _ => None,
+        }
+    }
+
+    /// Returns the value that is outside its bounds. `None` unless the kind is
+    /// [`LockErrorKind::Invalid`].
+    #[must_use]
+    pub fn invalid_setting(&self) -> Option<&InvalidSetting> {
+        match &*self.0 {
+            Failure::Invalid(invalid) => Some(invalid),
+            _ => None,
+        }
     }
 
     /// Returns whether the same request may succeed later without a change by the caller.
     #[must_use]
     pub fn is_retryable(&self) -> bool {
         matches!(
-            self,
-            Self::Timeout { .. }
-                | Self::QueueFull { .. }
-                | Self::TooManyWaiters { .. }
-                | Self::TooManyKeys { .. }
-                | Self::TooManyLeases { .. }
-                | Self::ShardDown { .. }
-                | Self::Unavailable { .. }
+            self.kind(),
+            LockErrorKind::Timeout
+                | LockErrorKind::QueueFull
+                | LockErrorKind::TooManyWaiters
+                | LockErrorKind::TooManyKeys
+                | LockErrorKind::TooManyLeases
+                | LockErrorKind::ShardDown
+                | LockErrorKind::Unavailable
         )
     }
 
     /// Returns whether the timeout of the request has passed.
     #[must_use]
     pub fn is_timeout(&self) -> bool {
-        matches!(self, Self::Timeout { .. })
+        self.kind() == LockErrorKind::Timeout
     }
 
     /// Returns whether a lock that was held has been lost.
     #[must_use]
     pub fn is_lost(&self) -> bool {
-        matches!(self, Self::Lost { .. })
+        self.kind() == LockErrorKind::Lost
+    }
+}
+
+impl From<Failure> for LockError {
+    fn from(failure: Failure) -> Self {
+        Self(Box::new(failure))
+    }
+}
+
+impl From<InvalidSetting> for LockError {
+    fn from(invalid: InvalidSetting) -> Self {
+        Failure::Invalid(invalid).into()
+    }
+}
+
+impl fmt::Debug for LockError {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        fmt::Debug::fmt(&self.0, f)
+    }
+}
+
+impl fmt::Display for LockError {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        fmt::Display::fmt(&self.0, f)
+    }
+}
+
+impl Error for LockError {
+    /// The I/O error because of which a shard is unavailable, if there is one.
+    fn source(&self) -> Option<&(dyn Error + 'static)> {
+        match &*self.0 {
+            Failure::Unavailable { reason, .. } | Failure::Refused { reason, .. } => {
+                reason.io.as_deref().map(|io| io as &(dyn Error + 'static))
+            }
+            _ => None,
+        }
+    }
+}
+
+/// Why a store could not do something: a text for people, and the I/O error behind it if there was
+/// one. Other errors of client libraries are not kept, because they may contain passwords.
+#[derive(Clone, Default)]
+pub(crate) struct Reason {
+    text: Arc<str>,
+    io: Option<Arc<io::Error>>,
+}
+
+impl Reason {
+    /// Adds the first I/O error among this error and its causes.
+    pub(crate) fn caused_by(mut self, error: &(dyn Error + 'static)) -> Self {
+        /// How the Redis client returns a cause.
+        type Shared = Arc<dyn Error + Send + Sync>;
+
+        let mut causes = std::iter::successors(Some(error), |&error| error.source());
+        let io = causes.find_map(|cause| match cause.downcast_ref::<Shared>() {
+            Some(shared) => shared.downcast_ref::<io::Error>(),
+            None => cause.downcast_ref(),
+        });
+        // An `io::Error` can't be cloned.
+        self.io = io.map(|io| {
+            Arc::new(match io.raw_os_error() {
+                Some(code) => io::Error::from_raw_os_error(code),
+                None => io::Error::new(io.kind(), io.to_string()),
+            })
+        });
+        self
+    }
+
+    /// Changes the text and keeps the cause.
+    pub(crate) fn map(self, change: impl FnOnce(&str) -> String) -> Self {
+        Self {
+            text: change(&self.text).into(),
+            io: self.io,
+        }
+    }
+}
+
+impl Deref for Reason {
+    type Target = str;
+
+    fn deref(&self) -> &str {
+        &self.text
+    }
+}
+
+impl From<String> for Reason {
+    fn from(text: String) -> Self {
+        Self {
+            text: text.into(),
+            io: None,
+        }
+    }
+}
+
+impl From<&str> for Reason {
+    fn from(text: &str) -> Self {
+        Self {
+            text: text.into(),
+            io: None,
+        }
+    }
+}
+
+impl fmt::Debug for Reason {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        fmt::Debug::fmt(&self.text, f)
+    }
+}
+
+impl fmt::Display for Reason {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.write_str(&self.text)
     }
 }
 
@@ -295,8 +585,8 @@ pub enum LossReason {
     MaxHold,
     /// The manager was shut down.
     Closed,
-    /// The shard now has another shard map ([`LockError::ShardMapMismatch`]): managers with that
-    /// map lock the key on another shard. All locks on the shard are lost together.
+    /// The shard now has another shard map ([`LockErrorKind::ShardMapMismatch`]): managers with
+    /// that map lock the key on another shard. All locks on the shard are lost together.
     ShardMap,
 }
 

@@ -17,8 +17,7 @@ use std::num::NonZeroU64;
 /// In etcd, a token is the revision of the transaction that found its manager to be the owner,
 /// times 65,536, plus 1 to 65,536. Revisions only grow, and each is used for one request. An etcd
 /// restored from a backup returns to old revisions. Managers that have seen later ones reject such
-/// tokens ([`LockError::TokenRegression`](crate::LockError::TokenRegression)) until they are
-/// restarted.
+/// tokens ([`LockErrorKind::TokenRegression`]) until they are restarted.
 ///
 /// Tokens of one key must not be compared across a move of the key to a shard of another kind.
 ///
@@ -59,6 +58,8 @@ use std::num::NonZeroU64;
 /// assert_eq!(resource.value, "new");
 /// # second.release().await }
 /// ```
+///
+/// [`LockErrorKind::TokenRegression`]: crate::error::LockErrorKind::TokenRegression
 #[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Hash)]
 pub struct FencingToken(NonZeroU64);
 

@@ -7,7 +7,7 @@ use std::time::Duration;
 use crate::clock::Moment;
 use crate::driver::{Entry, Job};
 use crate::engine::{Granted, Request};
-use crate::error::{LockError, LossReason};
+use crate::error::{Failure, LockError, LossReason};
 use crate::fence::FencingToken;
 use crate::lease::Lease;
 use crate::span::DebugSpan;
@@ -175,15 +175,20 @@ impl LockGuard {
     ///
     /// # Errors
     ///
-    /// [`LockError::Lost`] if the lock was no longer held. A later holder's lock is not touched.
+    /// [`LockErrorKind::Lost`] if the lock was no longer held. A later holder's lock is not
+    /// touched.
     ///
-    /// [`LockError::Unavailable`] if there was no reply in time, or [`LockError::Refused`] if the
-    /// server refused. In both cases this process no longer holds the lock, and the release is
-    /// retried in the background.
+    /// [`LockErrorKind::Unavailable`] if there was no reply in time, or [`LockErrorKind::Refused`]
+    /// if the server refused. In both cases this process no longer holds the lock, and the release
+    /// is retried in the background.
     ///
     /// # Cancel safety
     ///
     /// The lock is released even if the future is dropped before it completes.
+    ///
+    /// [`LockErrorKind::Lost`]: crate::error::LockErrorKind::Lost
+    /// [`LockErrorKind::Unavailable`]: crate::error::LockErrorKind::Unavailable
+    /// [`LockErrorKind::Refused`]: crate::error::LockErrorKind::Refused
     pub async fn release(mut self) -> Result<(), LockError> {
         let (held, request) = self.end_hold();
         if !held {
@@ -207,11 +212,13 @@ impl LockGuard {
 
     /// The error for a holder that has lost its lock.
     pub(crate) fn lost_error(&self, reason: LossReason) -> LockError {
-        LockError::Lost {
+        Failure::Lost {
             key: self.key().to_owned(),
+            shard: self.entry.shard.name.to_string(),
             token: self.token,
             reason,
         }
+        .into()
     }
 
     fn end_hold(&mut self) -> (bool, Option<Request>) {

@@ -35,7 +35,7 @@
 //!
 //! With several shards, keys are spread over them by hash. All processes must have the same shards
 //! in the same order; a manager with another list is refused
-//! ([`LockError::ShardMapMismatch`]).
+//! ([`LockErrorKind::ShardMapMismatch`](error::LockErrorKind::ShardMapMismatch)).
 //!
 //! ```
 //! use std::time::Duration;
@@ -119,17 +119,17 @@
 //! ```
 //! use std::time::Duration;
 //!
-//! use shardlock::{LockError, LossReason};
+//! use shardlock::LossReason;
 //!
 //! # #[tokio::main(flavor = "current_thread")]
-//! # async fn main() -> Result<(), LockError> {
+//! # async fn main() -> Result<(), shardlock::LockError> {
 //! # let locks = shardlock::LockManager::connect("memory://").await?;
 //! let sum = locks.with_lock("cart:1", async |_guard| 2 + 2).await?;
 //! assert_eq!(sum, 4);
 //!
 //! let stuck = locks.lock("cart:1").max_hold(Duration::from_millis(20));
 //! let outcome = stuck.with(async |_guard| std::future::pending::<()>().await).await;
-//! assert!(matches!(outcome, Err(LockError::Lost { reason: LossReason::MaxHold, .. })));
+//! assert_eq!(outcome.unwrap_err().loss_reason(), Some(LossReason::MaxHold));
 //! # Ok(()) }
 //! ```
 //!

@@ -83,10 +83,15 @@ impl LockManager {
     ///
     /// # Errors
     ///
-    /// - [`LockError::Invalid`] if the URL is invalid.
-    /// - [`LockError::Unavailable`] if the shard can't be reached within `store_timeout`.
-    /// - [`LockError::Refused`] if the server refuses.
-    /// - [`LockError::ShardMapMismatch`] if the shard is in use with another shard map.
+    /// - [`LockErrorKind::Invalid`] if the URL is invalid.
+    /// - [`LockErrorKind::Unavailable`] if the shard can't be reached within `store_timeout`.
+    /// - [`LockErrorKind::Refused`] if the server refuses.
+    /// - [`LockErrorKind::ShardMapMismatch`] if the shard is in use with another shard map.
+    ///
+    /// [`LockErrorKind::Invalid`]: crate::error::LockErrorKind::Invalid
+    /// [`LockErrorKind::Unavailable`]: crate::error::LockErrorKind::Unavailable
+    /// [`LockErrorKind::Refused`]: crate::error::LockErrorKind::Refused
+    /// [`LockErrorKind::ShardMapMismatch`]: crate::error::LockErrorKind::ShardMapMismatch
     pub async fn connect(url: &str) -> Result<Self, LockError> {
         Self::builder().shard(url).connect().await
     }
@@ -260,8 +265,12 @@ impl LockManager {
     ///
     /// # Errors
     ///
-    /// [`LockError::Invalid`] for a key outside its bounds, [`LockError::Unavailable`] or
-    /// [`LockError::Refused`] if the shard does not answer.
+    /// [`LockErrorKind::Invalid`] for a key outside its bounds, [`LockErrorKind::Unavailable`] or
+    /// [`LockErrorKind::Refused`] if the shard does not answer.
+    ///
+    /// [`LockErrorKind::Invalid`]: crate::error::LockErrorKind::Invalid
+    /// [`LockErrorKind::Unavailable`]: crate::error::LockErrorKind::Unavailable
+    /// [`LockErrorKind::Refused`]: crate::error::LockErrorKind::Refused
     pub async fn inspect(
         &self,
         key: impl TryInto<LockKey, Error: Into<InvalidSetting>>,
@@ -306,7 +315,7 @@ impl LockManager {
 
     /// Shuts the manager down and releases everything. Outstanding guards are lost, lingering
     /// leases are released immediately, and waiters and all later requests fail with
-    /// [`LockError::Closed`]. All handles of this manager are shut down together.
+    /// [`LockErrorKind::Closed`]. All handles of this manager are shut down together.
     ///
     /// Returns once the servers have confirmed all releases, including those of guards dropped
     /// earlier, or after twice the `store_timeout`.
@@ -319,6 +328,8 @@ impl LockManager {
     /// # Cancel safety
     ///
     /// If the future is dropped, the shutdown continues in the background.
+    ///
+    /// [`LockErrorKind::Closed`]: crate::error::LockErrorKind::Closed
     pub async fn shutdown(&self) -> Result<(), ShutdownError> {
         let (done, told) = oneshot::channel();
         if self.inner.context.jobs.send(Job::Close { done }).is_ok() {
@@ -393,11 +404,7 @@ async fn open(
     let started = Moment::now();
     let endpoint = Endpoint::parse(&shard.url)?;
     let to_lock_error = |error: StoreError| {
-        let error = match error {
-            StoreError::Unavailable(reason) => StoreError::Unavailable(format!("{endpoint}: {reason}").into()),
-            StoreError::Refused(reason) => StoreError::Refused(format!("{endpoint}: {reason}").into()),
-            other => other,
-        };
+        let error = error.map_reason(|reason| format!("{endpoint}: {reason}"));
         error.with_context(&shard.name, "connect", None, Moment::now().since(started))
     };
     let limit = config.store_timeout;

@@ -12,8 +12,8 @@ use crate::manager::LockManager;
 ///
 /// # Errors
 ///
-/// [`LockError::Unavailable`] or [`LockError::Refused`] if a shard does not answer or refuses to
-/// remove a key. Everything else has been removed by then, on the other shards too.
+/// [`LockErrorKind::Unavailable`] or [`LockErrorKind::Refused`] if a shard does not answer or
+/// refuses to remove a key. Everything else has been removed by then, on the other shards too.
 ///
 /// # Cancel safety
 ///
@@ -36,6 +36,9 @@ use crate::manager::LockManager;
 /// locks.shutdown().await?;
 /// # Ok(()) }
 /// ```
+///
+/// [`LockErrorKind::Unavailable`]: crate::error::LockErrorKind::Unavailable
+/// [`LockErrorKind::Refused`]: crate::error::LockErrorKind::Refused
 pub async fn erase(locks: &LockManager) -> Result<u64, LockError> {
     locks.inner.erase_namespace().await
 }

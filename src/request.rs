@@ -15,7 +15,7 @@ use crate::config::check_overrides;
 use crate::context::ManagerShared;
 use crate::driver::{Completed, Entry, Job, Origin, Settled};
 use crate::engine::{InOutage, Linger, WaiterId, WaiterOptions};
-use crate::error::{InvalidSetting, LockError, LossReason};
+use crate::error::{Failure, InvalidSetting, LockError, LockErrorKind, LossReason};
 use crate::guard::LockGuard;
 use crate::key::LockKey;
 use crate::slow_log::WaitOutcome;
@@ -44,17 +44,18 @@ use crate::telemetry::{ClassMetrics, Ending, Limit};
 ///
 /// Awaiting the request returns
 ///
-/// - [`LockError::Invalid`] if the key or a duration is outside its bounds,
-/// - [`LockError::Timeout`] if the [`timeout`](Self::timeout) has passed,
-/// - [`LockError::QueueFull`], [`LockError::TooManyWaiters`], [`LockError::TooManyKeys`],
-///   [`LockError::TooManyLeases`] or [`LockError::ShardDown`] if a limit was reached,
-/// - [`LockError::Unavailable`] if the shard could not be reached for as long as the request
+/// - [`LockErrorKind::Invalid`] if the key or a duration is outside its bounds,
+/// - [`LockErrorKind::Timeout`] if the [`timeout`](Self::timeout) has passed,
+/// - [`LockErrorKind::QueueFull`], [`LockErrorKind::TooManyWaiters`],
+///   [`LockErrorKind::TooManyKeys`], [`LockErrorKind::TooManyLeases`] or
+///   [`LockErrorKind::ShardDown`] if a limit was reached,
+/// - [`LockErrorKind::Unavailable`] if the shard could not be reached for as long as the request
 ///   tolerates (see below),
-/// - [`LockError::Refused`] if the server refuses,
-/// - [`LockError::ShardMapMismatch`] if the shard now has another shard map,
-/// - [`LockError::TokenRegression`] if the shard issued a token that is not larger than earlier
+/// - [`LockErrorKind::Refused`] if the server refuses,
+/// - [`LockErrorKind::ShardMapMismatch`] if the shard now has another shard map,
+/// - [`LockErrorKind::TokenRegression`] if the shard issued a token that is not larger than earlier
 ///   ones,
-/// - [`LockError::Closed`] after the manager was shut down.
+/// - [`LockErrorKind::Closed`] after the manager was shut down.
 ///
 /// # Outages
 ///
@@ -63,12 +64,13 @@ use crate::telemetry::{ClassMetrics, Ending, Limit};
 /// delays. A request without a timeout fails once its commands to the shard have failed for
 /// [`store_timeout`](crate::config::Config::store_timeout), no matter how long it has waited
 /// before. A try, or a request with [`fail_fast`](Self::fail_fast), fails with the first command
-/// that fails. The error is [`LockError::Unavailable`] with the total time that the request has
-/// waited. If the server refuses ([`LockError::Refused`]), the request is not retried.
+/// that fails. The error is [`LockErrorKind::Unavailable`], and [`LockError::waited`] is the total
+/// time that the request has waited. If the server refuses ([`LockErrorKind::Refused`]), the
+/// request is not retried.
 ///
 /// While a shard is down, at most 10,000 keys of a manager wait for it. A request for one more
-/// fails immediately with [`LockError::ShardDown`], whatever its timeout. This bounds the memory of
-/// a program that keeps asking for new keys.
+/// fails immediately with [`LockErrorKind::ShardDown`], whatever its timeout. This bounds the
+/// memory of a program that keeps asking for new keys.
 ///
 /// # Cancel safety
 ///
@@ -196,8 +198,8 @@ impl LockRequest {
     /// # Errors
     ///
     /// - The errors of the request. The body has not run.
-    /// - [`LockError::Lost`] if the lock was lost before it was released.
-    /// - [`LockError::Refused`] if the server refused the release. The body has run.
+    /// - [`LockErrorKind::Lost`] if the lock was lost before it was released.
+    /// - [`LockErrorKind::Refused`] if the server refused the release. The body has run.
     ///
     /// A release without a reply is not an error: it is retried in the background.
     ///
@@ -243,8 +245,8 @@ impl LockRequest {
         match guard.release().await {
             // A release without a reply is retried in the background. The body did run under the
             // lock.
-            Ok(()) | Err(LockError::Unavailable { .. }) => Ok(result),
-            Err(error) => Err(error),
+            Err(error) if error.kind() != LockErrorKind::Unavailable => Err(error),
+            _ => Ok(result),
         }
     }
 
@@ -348,7 +350,7 @@ impl Acquiring {
     fn enqueue(&self, cx: &Context<'_>) -> Result<(QueuedWaiter, bool), LockError> {
         let key = match &self.request.key {
             Ok(key) => key,
-            Err(invalid) => return Err(LockError::Invalid((**invalid).clone())),
+            Err(invalid) => return Err((**invalid).clone().into()),
         };
         let want = self.request.waiter_options(self.is_try())?;
         let shard = self.request.manager.shard(key);
@@ -408,7 +410,9 @@ impl Acquiring {
 
     fn finish(&mut self, settled: Settled) -> Result<Option<LockGuard>, LockError> {
         match settled {
-            Settled::Granted(granted) if granted.lease.loss() == Some(LossReason::Closed) => Err(LockError::Closed),
+            Settled::Granted(granted) if granted.lease.loss() == Some(LossReason::Closed) => {
+                Err(Failure::Closed.into())
+            }
             Settled::Granted(granted) => {
                 let Some(waiter) = &self.waiter else {
                     unreachable!("a request without a waiter was served");
@@ -431,7 +435,7 @@ impl Acquiring {
                 self.class().ended(Ending::Busy);
                 Ok(None)
             }
-            Settled::Failed(error) => Err(*error),
+            Settled::Failed(error) => Err(error),
         }
     }
 
@@ -446,7 +450,7 @@ impl Acquiring {
         if let Some(limit) = Limit::of(error) {
             self.request.manager.context.metrics.rejected(limit);
         }
-        if let (LockError::Timeout { waited, shard, .. }, Some(key)) = (error, self.key()) {
+        if let (Failure::Timeout { waited, shard, .. }, Some(key)) = (error.failure(), self.key()) {
             let slow_log = &self.request.manager.context.slow_log;
             slow_log.waited(*waited, key, shard, self.request.caller, WaitOutcome::TimedOut);
         }
@@ -466,12 +470,13 @@ impl Acquiring {
             .as_ref()
             .map(|waiter| waiter.entry.shard.name.to_string())
             .unwrap_or_default();
-        LockError::Timeout {
+        Failure::Timeout {
             key,
             shard,
             waited,
             limit: self.request.limit().unwrap_or_default(),
         }
+        .into()
     }
 }
 

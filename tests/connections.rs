@@ -14,6 +14,7 @@ use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 use std::time::{Duration, Instant};
 
 use shardlock::config::Builder;
+use shardlock::error::LockErrorKind;
 use shardlock::{LockError, LockManager, LossReason};
 use support::filter::{Filter, Verdict};
 use support::proxy::Proxy;
@@ -82,7 +83,7 @@ async fn ask_until_many_failed(locks: &LockManager) {
             for number in 0_u64.. {
                 match locks.lock(format!("{asker}-{number}")).await {
                     Ok(guard) => panic!("{guard:?} while all servers hang"),
-                    Err(LockError::ShardDown { .. } | LockError::Unavailable { .. }) => {}
+                    Err(error) if matches!(error.kind(), LockErrorKind::ShardDown | LockErrorKind::Unavailable) => {}
                     Err(error) => panic!("{error}"),
                 }
                 failed.fetch_add(1, Ordering::Relaxed);
@@ -110,12 +111,10 @@ async fn ask_until_one_is_refused(locks: &LockManager) {
     }
     let first = tokio::time::timeout(ASKING_MAX, askers.join_next()).await;
     let first = first.expect("an answer").expect("some ask");
-    match first.expect("a task").expect_err("all servers hang") {
-        LockError::ShardDown { limit, waiting, .. } => {
-            assert!(limit == WAIT_IN_OUTAGE_MAX && waiting >= limit, "{waiting} of {limit}");
-        }
-        error => panic!("{error}"),
-    }
+    let error = first.expect("a task").expect_err("all servers hang");
+    assert_eq!(error.kind(), LockErrorKind::ShardDown, "{error}");
+    assert_eq!(error.limit(), Some(WAIT_IN_OUTAGE_MAX), "{error}");
+    assert!(error.in_use() >= error.limit(), "{error}");
     askers.shutdown().await;
 }
 
@@ -171,7 +170,7 @@ on_each_store! {
                 .await
                 .expect_err("no server");
             assert!(
-                matches!(error, LockError::Unavailable { step: "acquire", .. }),
+                (error.kind(), error.step()) == (LockErrorKind::Unavailable, Some("acquire")),
                 "{error}"
             );
             assert!(error.is_retryable() && error.to_string().contains(key), "{error}");
@@ -191,7 +190,7 @@ on_each_store! {
             .await
             .expect("a task")
             .expect_err("no server");
-        assert!(matches!(error, LockError::Unavailable { .. }), "{error}");
+        assert!(error.kind() == LockErrorKind::Unavailable, "{error}");
 
         servers.restart();
         until("the manager has found the server again", async || {
@@ -235,9 +234,9 @@ on_each_store! {
         let killed = Instant::now();
         let new = patient("new");
 
-        let unavailable = |error: LockError| match error {
-            LockError::Unavailable { waited, .. } => waited,
-            error => panic!("{error}"),
+        let unavailable = |error: LockError| {
+            assert_eq!(error.kind(), LockErrorKind::Unavailable, "{error}");
+            error.waited().expect("an outage has a duration")
         };
         let error = soon("an error", locks.lock("a").into_future()).await.expect_err("no server");
         assert!(unavailable(error) >= limit);
@@ -299,7 +298,7 @@ on_each_store! { on(redis etcd, own);
             "{:?}",
             started.elapsed()
         );
-        assert!(matches!(error, LockError::Unavailable { .. }), "{error}");
+        assert!(error.kind() == LockErrorKind::Unavailable, "{error}");
         assert!(error.to_string().contains("store_timeout"), "{error}");
         // A shorter wait limit ends the wait first.
         let error = locks.lock("j").timeout(limit / 3).await.expect_err("no answer");
@@ -509,7 +508,10 @@ async fn a_wrong_or_missing_password_is_said_in_words() {
     ];
     for url in wrong {
         let error = refused(&url).await;
-        assert!(matches!(error, LockError::Refused { step: "connect", .. }), "{error}");
+        assert!(
+            (error.kind(), error.step()) == (LockErrorKind::Refused, Some("connect")),
+            "{error}"
+        );
         assert!(
             !error.is_retryable() && error.to_string().contains("password"),
             "{error}"
@@ -528,7 +530,7 @@ async fn a_port_that_refuses_and_a_host_that_does_not_exist_are_said_in_words() 
     server.kill();
     let error = refused(&url).await;
     assert!(
-        matches!(error, LockError::Unavailable { step: "connect", .. }),
+        (error.kind(), error.step()) == (LockErrorKind::Unavailable, Some("connect")),
         "{error}"
     );
     assert!(error.to_string().contains("refused"), "{error}");
@@ -537,7 +539,7 @@ async fn a_port_that_refuses_and_a_host_that_does_not_exist_are_said_in_words() 
     // A name in a top-level domain that is reserved and never resolves.
     let error = refused("redis://:hunter2@lock.invalid:6379").await;
     assert!(
-        matches!(error, LockError::Unavailable { step: "connect", .. }),
+        (error.kind(), error.step()) == (LockErrorKind::Unavailable, Some("connect")),
         "{error}"
     );
     assert!(error.to_string().contains("lock.invalid"), "{error}");
@@ -548,7 +550,7 @@ async fn a_port_that_refuses_and_a_host_that_does_not_exist_are_said_in_words() 
 async fn tls_is_refused_in_words_where_it_was_not_built() {
     let server = RedisServer::start();
     let error = refused(&format!("rediss://:hunter2@{}", server.address())).await;
-    assert!(matches!(error, LockError::Invalid(_)), "{error}");
+    assert!(error.kind() == LockErrorKind::Invalid, "{error}");
     assert!(error.to_string().contains("feature `tls`"), "{error}");
 }
 
@@ -557,7 +559,10 @@ async fn tls_is_refused_in_words_where_it_was_not_built() {
 async fn tls_to_a_plain_port_is_said_in_words() {
     let server = RedisServer::start();
     let error = refused(&format!("rediss://:hunter2@{}", server.address())).await;
-    assert!(matches!(error, LockError::Refused { step: "connect", .. }), "{error}");
+    assert!(
+        (error.kind(), error.step()) == (LockErrorKind::Refused, Some("connect")),
+        "{error}"
+    );
     assert!(error.to_string().contains("does not speak TLS"), "{error}");
 }
 
@@ -576,7 +581,7 @@ async fn a_port_that_speaks_something_else_is_said_in_words() {
         }
     });
     let error = refused(&format!("redis://{address}")).await;
-    assert!(matches!(error, LockError::Refused { .. }), "{error}");
+    assert!(error.kind() == LockErrorKind::Refused, "{error}");
     for part in [&address.to_string(), "not a Redis", "HTTP/1.1 400 Bad Request"] {
         assert!(error.to_string().contains(part), "{error}");
     }
@@ -610,7 +615,7 @@ async fn a_port_that_waits_for_another_protocol_or_speaks_first_is_reported_befo
         });
         let error = refused(&url).await;
         let said = [greeting, reply].concat();
-        assert!(matches!(error, LockError::Refused { .. }), "{error}");
+        assert!(error.kind() == LockErrorKind::Refused, "{error}");
         assert!(error.to_string().contains(said.trim()), "{error}");
     }
 }
@@ -626,7 +631,10 @@ async fn a_proxy_that_hangs_up_on_commands_is_reported_with_all_of_them() {
         }
     });
     let error = refused(&proxy.url()).await;
-    assert!(matches!(error, LockError::Refused { step: "connect", .. }), "{error}");
+    assert!(
+        (error.kind(), error.step()) == (LockErrorKind::Refused, Some("connect")),
+        "{error}"
+    );
     assert!(
         error
             .to_string()
@@ -639,7 +647,10 @@ async fn a_proxy_that_hangs_up_on_commands_is_reported_with_all_of_them() {
 async fn a_server_too_old_for_waiting_is_refused_at_connect() {
     let server = RedisServer::start_with(&["--rename-command", "ZPOPMIN", ""]);
     let error = refused(&server.url()).await;
-    assert!(matches!(error, LockError::Refused { step: "connect", .. }), "{error}");
+    assert!(
+        (error.kind(), error.step()) == (LockErrorKind::Refused, Some("connect")),
+        "{error}"
+    );
     assert!(
         error.to_string().contains("lacks ZPOPMIN") && error.to_string().contains("Redis 5.0"),
         "{error}"
@@ -650,7 +661,10 @@ async fn a_server_too_old_for_waiting_is_refused_at_connect() {
 async fn a_server_without_role_is_refused_unless_it_is_not_to_be_asked() {
     let server = RedisServer::start_with(&["--rename-command", "ROLE", ""]);
     let error = refused(&server.url()).await;
-    assert!(matches!(error, LockError::Refused { step: "connect", .. }), "{error}");
+    assert!(
+        (error.kind(), error.step()) == (LockErrorKind::Refused, Some("connect")),
+        "{error}"
+    );
     assert!(error.to_string().contains("set check_role = false"), "{error}");
     let builder = LockManager::builder()
         .shard(server.url())
@@ -679,7 +693,10 @@ async fn a_cluster_too_old_for_waiting_is_refused_at_connect() {
     let port = proxy.address().rsplit_once(':').expect("a port").1.to_owned();
     cluster.nodes()[0].command(&["CONFIG", "SET", "cluster-announce-port", &port]);
     let error = refused(&format!("redis+cluster://{}", proxy.address())).await;
-    assert!(matches!(error, LockError::Refused { step: "connect", .. }), "{error}");
+    assert!(
+        (error.kind(), error.step()) == (LockErrorKind::Refused, Some("connect")),
+        "{error}"
+    );
     assert!(
         error.to_string().contains("sharded pub/sub") && error.to_string().contains("Redis 7.0"),
         "{error}"
@@ -713,7 +730,7 @@ async fn a_port_that_says_nothing_is_an_error_after_the_store_timeout() {
         .expect_err("the server does not answer");
     assert!(started.elapsed() >= limit && started.elapsed() < limit + Duration::from_secs(1));
     assert!(
-        matches!(error, LockError::Unavailable { step: "connect", .. }),
+        (error.kind(), error.step()) == (LockErrorKind::Unavailable, Some("connect")),
         "{error}"
     );
     assert!(error.to_string().contains(&address.to_string()), "{error}");
@@ -820,7 +837,7 @@ async fn a_connection_that_stalls_during_an_acquire_on_a_free_key_strands_nobody
         .await
         .expect_err("no answer");
     assert!(
-        matches!(error, LockError::Unavailable { .. }) && error.is_retryable(),
+        error.kind() == LockErrorKind::Unavailable && error.is_retryable(),
         "{error}"
     );
     let started = Instant::now();

@@ -3,6 +3,7 @@
 use std::task::Poll;
 use std::time::Duration;
 
+use shardlock::error::LockErrorKind;
 use shardlock::{LockError, LockKey, LockManager};
 
 /// Enqueues requests by polling each of them once.
@@ -32,14 +33,7 @@ async fn the_waiters_of_one_key_are_limited() {
     let mut waiting = in_line(vec![locks.lock("k"), locks.lock("k")]).await;
     let error = locks.lock("k").await.unwrap_err();
     assert!(
-        matches!(
-            error,
-            LockError::QueueFull {
-                waiting: 2,
-                limit: 2,
-                ..
-            }
-        ),
+        (error.kind(), error.in_use(), error.limit()) == (LockErrorKind::QueueFull, Some(2), Some(2)),
         "{error:?}"
     );
     assert!(
@@ -86,14 +80,7 @@ async fn all_waiters_together_are_limited() {
     let waiting = in_line(vec![locks.lock("a"), locks.lock("b")]).await;
     let error = locks.lock("c").await.unwrap_err();
     assert!(
-        matches!(
-            error,
-            LockError::TooManyWaiters {
-                waiting: 2,
-                limit: 2,
-                ..
-            }
-        ),
+        (error.kind(), error.in_use(), error.limit()) == (LockErrorKind::TooManyWaiters, Some(2), Some(2)),
         "{error:?}"
     );
     assert!(error.to_string().contains("max_waiters = 2"), "{error}");
@@ -113,7 +100,7 @@ async fn the_keys_of_a_process_are_limited() {
     let guards = [locks.lock("a").await.unwrap(), locks.lock("b").await.unwrap()];
     let error = locks.lock("c").await.unwrap_err();
     assert!(
-        matches!(error, LockError::TooManyKeys { used: 2, limit: 2, .. }),
+        (error.kind(), error.in_use(), error.limit()) == (LockErrorKind::TooManyKeys, Some(2), Some(2)),
         "{error:?}"
     );
     for guard in guards {
@@ -146,7 +133,7 @@ async fn the_limit_of_keys_is_one_for_all_shards() {
         for key in [&one[1], &other[1]] {
             let error = locks.lock(key).await.unwrap_err();
             assert!(
-                matches!(error, LockError::TooManyKeys { used: 2, limit: 2, .. }),
+                (error.kind(), error.in_use(), error.limit()) == (LockErrorKind::TooManyKeys, Some(2), Some(2)),
                 "{error:?}"
             );
         }
@@ -160,7 +147,7 @@ async fn the_limit_of_keys_is_one_for_all_shards() {
 async fn request_options_are_checked_against_the_bounds_of_the_configuration() {
     let locks = LockManager::connect("memory://limit-bounds").await.unwrap();
     let refused = |error: LockError| {
-        assert!(matches!(error, LockError::Invalid(_)), "{error:?}");
+        assert!(error.kind() == LockErrorKind::Invalid, "{error:?}");
         error.to_string()
     };
     let zero = refused(locks.lock("k").ttl(Duration::ZERO).await.unwrap_err());

@@ -13,7 +13,7 @@ use std::sync::atomic::{AtomicU64, Ordering};
 use std::time::Duration;
 
 use parking_lot::Mutex;
-use shardlock::{LockError, LockManager};
+use shardlock::LockManager;
 use support::{PATIENCE, RedisServer, eventually};
 use support_locks::{hand_off, lock, until_queued, waiting};
 use tracing::field::{Field, Visit};
@@ -204,7 +204,7 @@ async fn a_slow_wait_is_logged_with_its_place_and_seldom() {
     let line = line!() + 2;
     for _ in 0..20 {
         let waited = locks.lock("slow-wait").timeout(Duration::from_millis(40)).await;
-        assert!(matches!(waited, Err(LockError::Timeout { .. })));
+        assert!(waited.is_err_and(|error| error.is_timeout()));
     }
     let warned = warnings();
     assert_eq!(warned.len(), 1, "{warned:?}");

@@ -6,7 +6,7 @@
 
 use anyhow::Error;
 use shardlock::LockError;
-use shardlock::error::InvalidSetting;
+use shardlock::error::{InvalidSetting, LockErrorKind};
 
 pub(crate) const OK: u8 = 0;
 /// `doctor` found warnings.
@@ -68,11 +68,19 @@ impl From<InvalidSetting> for Failure {
 
 impl From<LockError> for Failure {
     fn from(error: LockError) -> Self {
-        let code = match error {
-            LockError::Invalid(_) => USAGE,
-            LockError::ShardMapMismatch { .. } => CONFIG,
+        let code = match error.kind() {
+            LockErrorKind::Invalid => USAGE,
+            LockErrorKind::ShardMapMismatch => CONFIG,
             _ => UNAVAILABLE,
         };
-        Self::new(code, error)
+        Self::new(code, Error::msg(in_words(&error)))
+    }
+}
+
+/// The error, and how long the request waited if that is known.
+pub(crate) fn in_words(error: &LockError) -> String {
+    match error.waited() {
+        Some(waited) => format!("{error} (waited {waited:.3?})"),
+        None => error.to_string(),
     }
 }

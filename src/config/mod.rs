@@ -156,7 +156,9 @@ pub struct Config {
     /// a server with little else to do renews about 100,000 to 300,000 leases per second. Each
     /// shard with its own server adds that much. Leases of 1 s need ten times as many renewals as
     /// leases of 10 s. A shard that can't keep up with its renewals accepts no further keys,
-    /// whatever the limit ([`LockError::TooManyLeases`](crate::LockError::TooManyLeases)).
+    /// whatever the limit ([`LockErrorKind::TooManyLeases`]).
+    ///
+    /// [`LockErrorKind::TooManyLeases`]: crate::error::LockErrorKind::TooManyLeases
     pub max_keys: usize,
 
     /// The class under which metrics count requests that name none: 1 to 32 lower-case letters,
@@ -194,8 +196,8 @@ pub struct Config {
 
     /// The number of replicas that must acknowledge a lease (by `WAIT`) before it counts, when it
     /// is taken and at each renewal: 0 to 16. Default: 0. If fewer acknowledge it, a lock fails
-    /// with [`LockError::Unavailable`](crate::LockError::Unavailable), and a held lock is lost when
-    /// its lease ends. Applies to `redis://`, `redis+sentinel://` and `redis+cluster://`.
+    /// with [`LockErrorKind::Unavailable`], and a held lock is lost when its lease ends. Applies to
+    /// `redis://`, `redis+sentinel://` and `redis+cluster://`.
     ///
     /// Each lock then costs a round trip to a replica, and a failover can forget it only if the
     /// promoted replica did not acknowledge it. If the value equals the number of replicas, this
@@ -203,6 +205,8 @@ pub struct Config {
     /// it can happen: one replica may lack what another has acknowledged, and for a moment after a
     /// promotion the other replicas still acknowledge leases that the old primary takes. A second
     /// holder may then enter until the first has reached the new primary.
+    ///
+    /// [`LockErrorKind::Unavailable`]: crate::error::LockErrorKind::Unavailable
     pub min_replicas_acked: u32,
 
     /// The longest TTL of a lock in a `redlock://` shard: 50 ms to 24 h, and at least `ttl`. A node

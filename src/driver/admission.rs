@@ -8,7 +8,7 @@ use super::{Entry, Job, ManagerContext, Shard};
 use crate::engine::Capacity;
 use crate::engine::admission::{KeyAdmission, WAIT_IN_OUTAGE_MAX};
 use crate::engine::renewals::STRAIN_MIN;
-use crate::error::LockError;
+use crate::error::{Failure, LockError};
 use crate::key::LockKey;
 
 impl Capacity for ManagerContext {
@@ -24,11 +24,13 @@ impl Shard {
         let waiting = self.manager.usage.waiters.fetch_add(1, Ordering::Relaxed);
         if !self.manager.limits.admits_waiter(waiting) {
             self.manager.usage.waiters.fetch_sub(1, Ordering::Relaxed);
-            return Err(LockError::TooManyWaiters {
+            return Err(Failure::TooManyWaiters {
                 key: key.to_string(),
+                shard: self.name.to_string(),
                 waiting,
                 limit: self.manager.limits.waiters,
-            });
+            }
+            .into());
         }
         self.metrics.waiter_came();
         Ok(())
@@ -45,11 +47,13 @@ impl Shard {
         if self.manager.limits.admits_waiter_of_key(waiting, try_only) {
             return Ok(());
         }
-        Err(LockError::QueueFull {
+        Err(Failure::QueueFull {
             key: key.to_string(),
+            shard: self.name.to_string(),
             waiting,
             limit: self.manager.limits.waiters_per_key,
-        })
+        }
+        .into())
     }
 
     /// Refuses a new key if there are too many, or if the shard can't take more.
@@ -75,11 +79,13 @@ impl Shard {
         let evictable = usage.evictable();
         let used = usage.keys.load(Ordering::Relaxed);
         match limits.admit_key(used, evictable) {
-            KeyAdmission::Refused => Err(LockError::TooManyKeys {
+            KeyAdmission::Refused => Err(Failure::TooManyKeys {
                 key: entry.key.to_string(),
+                shard: self.name.to_string(),
                 used: used - 1,
                 limit: limits.keys,
-            }),
+            }
+            .into()),
             KeyAdmission::Admitted | KeyAdmission::Evict => {
                 if !usage.is_evicting.swap(true, Ordering::SeqCst) {
                     self.send(Job::Evict);
@@ -101,11 +107,12 @@ impl Shard {
             // the flag.
             return Ok(());
         }
-        Err(LockError::TooManyLeases {
+        Err(Failure::TooManyLeases {
             key: entry.key.to_string(),
             shard: self.name.to_string(),
             leases,
-        })
+        }
+        .into())
     }
 
     /// Refuses new keys while very many keys wait for a shard that is down. Each one costs memory
@@ -118,12 +125,13 @@ impl Shard {
         if waiting <= WAIT_IN_OUTAGE_MAX {
             return Ok(());
         }
-        Err(LockError::ShardDown {
+        Err(Failure::ShardDown {
             key: entry.key.to_string(),
             shard: self.name.to_string(),
             waiting: waiting - 1,
             limit: WAIT_IN_OUTAGE_MAX,
-        })
+        }
+        .into())
     }
 
     /// Sets whether the shard holds more leases than it can renew in time.

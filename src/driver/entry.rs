@@ -12,7 +12,7 @@ use super::{Job, Shard};
 use crate::clock::Moment;
 use crate::contention::KeyContention;
 use crate::engine::{Context, Effects, Granted, Outcome, Path, Queue, Rare, Request, WaiterId, WaiterOptions, Wake};
-use crate::error::LockError;
+use crate::error::{Failure, LockError};
 use crate::fence::FencingToken;
 use crate::foreign::WAKERS;
 use crate::key::{LockKey, Slot};
@@ -104,12 +104,12 @@ pub(crate) struct HeldSnapshot {
 pub(crate) enum Settled {
     Granted(Granted),
     Busy,
-    Failed(Box<LockError>),
+    Failed(LockError),
 }
 
 impl Settled {
-    fn failed(error: LockError) -> Self {
-        Self::Failed(Box::new(error))
+    fn failed(failure: Failure) -> Self {
+        Self::Failed(failure.into())
     }
 }
 
@@ -458,7 +458,7 @@ impl Entry {
             }
             Outcome::Busy => Settled::Busy,
             Outcome::Failed(error) => Settled::Failed(error),
-            Outcome::TooLate => Settled::failed(LockError::Unavailable {
+            Outcome::TooLate => Settled::failed(Failure::Unavailable {
                 shard: shard(),
                 step: "acquire",
                 key: Some(key()),
@@ -467,7 +467,7 @@ impl Entry {
             }),
             Outcome::Regressed { token, floor } => {
                 self.shard.metrics.token_regressions.increment(1);
-                Settled::failed(LockError::TokenRegression {
+                Settled::failed(Failure::TokenRegression {
                     key: key(),
                     shard: shard(),
                     token,

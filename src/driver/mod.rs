@@ -52,7 +52,7 @@ use crate::backoff::Backoff;
 use crate::clock::Moment;
 use crate::engine::orphans::LateRequests;
 use crate::engine::{Outage, Request, WaiterOptions};
-use crate::error::LockError;
+use crate::error::{Failure, LockError, LockErrorKind};
 use crate::key::LockKey;
 use crate::protocol::Cycle;
 use crate::slow_log::RateLimit;
@@ -206,7 +206,7 @@ impl Shard {
             // here.
             if self.manager.usage.closed.load(Ordering::SeqCst) {
                 self.forget_new(&entry, is_new);
-                return Err(LockError::Closed);
+                return Err(Failure::Closed.into());
             }
             match entry.want(want, waker.clone(), now) {
                 Some(Ok(wanted)) => return Ok((entry, wanted)),
@@ -337,7 +337,7 @@ impl Shard {
     /// What an error of a request means for its waiters: an outage, which some of them tolerate, or
     /// `None` if a retry would not help.
     fn outage(&self, error: &LockError, started: Moment, now: Moment, attempts: u32) -> Option<Outage> {
-        if !matches!(error, LockError::Unavailable { .. }) {
+        if error.kind() != LockErrorKind::Unavailable {
             return None;
         }
         let keys = u32::try_from(self.manager.usage.keys.load(Ordering::Relaxed)).unwrap_or(u32::MAX);

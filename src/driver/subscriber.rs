@@ -180,7 +180,7 @@ async fn receive(shard: Arc<Shard>, pushes: Arc<Pushes>, mut subscribed: Option<
                     let error = SubscribeError {
                         shard: Arc::clone(&shard),
                         step: "subscribe",
-                        error: StoreError::Refused(Arc::clone(&reason)),
+                        error: StoreError::Refused((&*reason).into()),
                     };
                     // The manager may have given up connecting.
                     tell.send(Err(error)).ok();

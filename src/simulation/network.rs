@@ -8,7 +8,7 @@ use crate::clock::Moment;
 use crate::engine::orphans::Released;
 use crate::engine::renewals::time_limit;
 use crate::engine::{Outage, Request};
-use crate::error::LockError;
+use crate::error::{Failure, LockError};
 use crate::protocol::{AcquireMode, AcquireReply, Answer, Cycle, ReleaseReply, RenewReply};
 use crate::store::Priority;
 use crate::store::memory::Terms;
@@ -496,11 +496,12 @@ const fn seen_in(reply: &AcquireReply) -> u64 {
 }
 
 fn no_answer() -> LockError {
-    LockError::Unavailable {
+    Failure::Unavailable {
         shard: "sim".to_owned(),
         step: "acquire",
         key: None,
         waited: std::time::Duration::ZERO,
         reason: "no answer".into(),
     }
+    .into()
 }

@@ -27,7 +27,7 @@ use tokio::sync::mpsc;
 
 use crate::clock::Moment;
 use crate::endpoint::{Endpoint, EndpointKind};
-use crate::error::LockError;
+use crate::error::{Failure, LockError, Reason};
 use crate::fence::FencingToken;
 use crate::identity::ManagerId;
 use crate::key::{LockKey, Slot};
@@ -262,9 +262,9 @@ pub(crate) struct ServerTime {
 #[derive(Debug, Clone)]
 pub(crate) enum StoreError {
     /// There was no connection, or it broke. Whether the request was executed is unknown.
-    Unavailable(Arc<str>),
+    Unavailable(Reason),
     /// The server refused the request.
-    Refused(Arc<str>),
+    Refused(Reason),
     /// The server has a different shard map from this manager's.
     MapMismatch {
         /// The shard concerned, if the request was for another one.
@@ -308,10 +308,28 @@ impl StoreError {
         }
     }
 
-    /// A short reason, without the operation that failed.
-    pub(crate) fn reason(&self) -> Arc<str> {
+    /// Changes the reason, such as to name a server. A map mismatch stays as it is.
+    pub(crate) fn map_reason(self, change: impl FnOnce(&str) -> String) -> Self {
         match self {
-            Self::Unavailable(reason) | Self::Refused(reason) => Arc::clone(reason),
+            Self::Unavailable(reason) => Self::Unavailable(reason.map(change)),
+            Self::Refused(reason) => Self::Refused(reason.map(change)),
+            mismatch @ Self::MapMismatch { .. } => mismatch,
+        }
+    }
+
+    /// Keeps the I/O error among this error and its causes, if there is one.
+    pub(crate) fn caused_by(self, error: &(dyn std::error::Error + 'static)) -> Self {
+        match self {
+            Self::Unavailable(reason) => Self::Unavailable(reason.caused_by(error)),
+            Self::Refused(reason) => Self::Refused(reason.caused_by(error)),
+            mismatch @ Self::MapMismatch { .. } => mismatch,
+        }
+    }
+
+    /// A short reason, without the operation that failed.
+    pub(crate) fn reason(&self) -> Reason {
+        match self {
+            Self::Unavailable(reason) | Self::Refused(reason) => reason.clone(),
             Self::MapMismatch { .. } => "it has another shard map".into(),
         }
     }
@@ -326,19 +344,19 @@ impl StoreError {
     ) -> LockError {
         let (shard, key) = (shard.to_owned(), key.map(ToString::to_string));
         // A server's text becomes part of a message here, so it is made printable.
-        let printable = |text: Arc<str>| match crate::text::printable(&text) {
-            Cow::Borrowed(_) => text,
-            Cow::Owned(escaped) => escaped.into(),
+        let printable = |reason: Reason| match crate::text::printable(&reason) {
+            Cow::Borrowed(_) => reason,
+            Cow::Owned(_) => reason.map(|text| crate::text::printable(text).into_owned()),
         };
-        match self {
-            Self::Unavailable(reason) => LockError::Unavailable {
+        let failure = match self {
+            Self::Unavailable(reason) => Failure::Unavailable {
                 shard,
                 step,
                 key,
                 waited,
                 reason: printable(reason),
             },
-            Self::Refused(reason) => LockError::Refused {
+            Self::Refused(reason) => Failure::Refused {
                 shard,
                 step,
                 key,
@@ -349,13 +367,14 @@ impl StoreError {
                 ours,
                 theirs,
                 map_key,
-            } => LockError::ShardMapMismatch {
+            } => Failure::ShardMapMismatch {
                 shard: other.map_or(shard, |other| other.to_string()),
                 ours,
                 theirs: crate::text::printable(&theirs).into_owned(),
                 map_key,
             },
-        }
+        };
+        failure.into()
     }
 }
 

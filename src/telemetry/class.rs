@@ -9,7 +9,7 @@ use dashmap::DashMap;
 use super::table::{ACQUISITIONS, HOLD, WAIT};
 use super::tally::{Tally, Thinning};
 use crate::engine::Path;
-use crate::error::LockError;
+use crate::error::{LockError, LockErrorKind};
 
 /// The class that counts all classes beyond `max_classes`.
 const OTHER_CLASS: &str = "other";
@@ -59,20 +59,20 @@ impl Ending {
         Self::Cancelled,
     ];
 
-    pub(crate) const fn of(error: &LockError) -> Self {
-        match error {
-            LockError::Timeout { .. } => Self::Timeout,
-            LockError::QueueFull { .. }
-            | LockError::TooManyWaiters { .. }
-            | LockError::TooManyKeys { .. }
-            | LockError::TooManyLeases { .. } => Self::QueueFull,
-            LockError::Unavailable { .. } | LockError::ShardDown { .. } => Self::Unavailable,
-            LockError::Closed => Self::Closed,
-            LockError::Invalid(_)
-            | LockError::Refused { .. }
-            | LockError::ShardMapMismatch { .. }
-            | LockError::Lost { .. }
-            | LockError::TokenRegression { .. } => Self::Refused,
+    pub(crate) fn of(error: &LockError) -> Self {
+        match error.kind() {
+            LockErrorKind::Timeout => Self::Timeout,
+            LockErrorKind::QueueFull
+            | LockErrorKind::TooManyWaiters
+            | LockErrorKind::TooManyKeys
+            | LockErrorKind::TooManyLeases => Self::QueueFull,
+            LockErrorKind::Unavailable | LockErrorKind::ShardDown => Self::Unavailable,
+            LockErrorKind::Closed => Self::Closed,
+            LockErrorKind::Invalid
+            | LockErrorKind::Refused
+            | LockErrorKind::ShardMapMismatch
+            | LockErrorKind::Lost
+            | LockErrorKind::TokenRegression => Self::Refused,
         }
     }
 

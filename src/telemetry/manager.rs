@@ -6,7 +6,7 @@ use super::recorder::{Counter, Histogram, counter, histogram};
 
 use super::class::Classes;
 use super::table::{REJECTIONS, STALL, STALLS};
-use crate::error::LockError;
+use crate::error::{LockError, LockErrorKind};
 
 /// A limit because of which a request was refused.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -28,13 +28,13 @@ impl Limit {
     ];
 
     /// The limit that an error reports, if any.
-    pub(crate) const fn of(error: &LockError) -> Option<Self> {
-        match error {
-            LockError::QueueFull { .. } => Some(Self::WaitersPerKey),
-            LockError::TooManyWaiters { .. } => Some(Self::Waiters),
-            LockError::TooManyKeys { .. } => Some(Self::Keys),
-            LockError::TooManyLeases { .. } => Some(Self::Renewals),
-            LockError::ShardDown { .. } => Some(Self::Outage),
+    pub(crate) fn of(error: &LockError) -> Option<Self> {
+        match error.kind() {
+            LockErrorKind::QueueFull => Some(Self::WaitersPerKey),
+            LockErrorKind::TooManyWaiters => Some(Self::Waiters),
+            LockErrorKind::TooManyKeys => Some(Self::Keys),
+            LockErrorKind::TooManyLeases => Some(Self::Renewals),
+            LockErrorKind::ShardDown => Some(Self::Outage),
             _ => None,
         }
     }

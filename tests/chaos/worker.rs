@@ -9,6 +9,7 @@ use std::time::{Duration, Instant};
 
 use rand::rngs::SmallRng;
 use rand::{Rng, SeedableRng};
+use shardlock::error::LockErrorKind;
 use shardlock::{LockError, LockGuard, LockManager};
 
 use super::clock::{nanos, now};
@@ -277,16 +278,16 @@ impl Shared {
 }
 
 fn word(error: &LockError) -> &'static str {
-    match error {
-        LockError::Timeout { .. } => "timeout",
-        LockError::Unavailable { .. } => "unavailable",
-        LockError::Refused { .. } => "refused",
-        LockError::Lost { .. } => "lost",
-        LockError::TokenRegression { .. } => "token-regression",
-        LockError::ShardDown { .. } => "shard-down",
-        LockError::TooManyLeases { .. } => "too-many-leases",
-        LockError::ShardMapMismatch { .. } => "shard-map",
-        LockError::Closed => "closed",
-        other => panic!("no task can get this: {other}"),
+    match error.kind() {
+        LockErrorKind::Timeout => "timeout",
+        LockErrorKind::Unavailable => "unavailable",
+        LockErrorKind::Refused => "refused",
+        LockErrorKind::Lost => "lost",
+        LockErrorKind::TokenRegression => "token-regression",
+        LockErrorKind::ShardDown => "shard-down",
+        LockErrorKind::TooManyLeases => "too-many-leases",
+        LockErrorKind::ShardMapMismatch => "shard-map",
+        LockErrorKind::Closed => "closed",
+        _ => panic!("no task can get this: {error}"),
     }
 }

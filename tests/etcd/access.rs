@@ -1,5 +1,7 @@
 //! Access control in etcd, and the errors of a user without access.
 
+use shardlock::error::LockErrorKind;
+
 use super::*;
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
@@ -14,7 +16,7 @@ async fn another_shard_map_is_refused() {
         .connect()
         .await
         .unwrap_err();
-    assert!(matches!(error, LockError::ShardMapMismatch { .. }), "{error}");
+    assert!(error.kind() == LockErrorKind::ShardMapMismatch, "{error}");
     assert!(error.to_string().contains("lock:%map"), "{error}");
 }
 
@@ -24,7 +26,7 @@ async fn hosts_and_logins_that_are_wrong_are_told_in_words() {
         .await
         .unwrap_err();
     let message = error.to_string();
-    assert!(matches!(error, LockError::Unavailable { .. }), "{message}");
+    assert!(error.kind() == LockErrorKind::Unavailable, "{message}");
     for part in ["127.0.0.1:1: ", "127.0.0.1:2: ", "refused"] {
         assert!(message.contains(part), "{message}");
     }
@@ -33,7 +35,7 @@ async fn hosts_and_logins_that_are_wrong_are_told_in_words() {
     let login = |user: &str| LockManager::connect(&format!("etcd://{user}@{}", etcd.hosts()).leak()[..]);
     let refusal = async |user: &str| {
         let error = login(user).await.unwrap_err();
-        assert!(matches!(error, LockError::Refused { .. }), "{error:?}");
+        assert!(error.kind() == LockErrorKind::Refused, "{error:?}");
         let message = format!("{error} {error:?}");
         assert!(!message.contains("s3cret"), "{message}");
         message
@@ -106,7 +108,7 @@ async fn encrypted_connections_need_the_right_files() {
     for (refused, advice) in cases {
         let error = refused.connect().await.unwrap_err();
         let message = error.to_string();
-        assert!(matches!(error, LockError::Unavailable { .. }), "{message}");
+        assert!(error.kind() == LockErrorKind::Unavailable, "{message}");
         assert!(message.contains(advice), "{message}");
     }
     let missing = files.ca.with_file_name("missing.pem");

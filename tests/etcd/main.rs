@@ -17,8 +17,9 @@ use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 use std::time::{Duration, Instant};
 
+use shardlock::LockManager;
 use shardlock::config::Builder;
-use shardlock::{LockError, LockManager};
+use shardlock::error::LockErrorKind;
 
 use support::PATIENCE;
 use support::etcd::{Etcd, LEASE_MIN};
@@ -281,7 +282,7 @@ async fn a_key_that_was_deleted_is_a_lock_that_is_lost() {
     etcd.client().await.delete(key, None).await.unwrap();
     soon("the loss is reported", guard.lost()).await;
     assert!(!guard.is_valid());
-    assert!(matches!(guard.release().await, Err(LockError::Lost { .. })));
+    assert!(guard.release().await.unwrap_err().is_lost());
     let token = lock(&locks, "k").await;
     token.release().await.unwrap();
     until_nothing_is_left(&etcd).await;
@@ -347,7 +348,7 @@ async fn a_try_and_a_shutdown_leave_nothing() {
     soon("the shutdown of the waiting manager", theirs.shutdown())
         .await
         .ok();
-    assert!(matches!(waiting.await.unwrap(), Err(LockError::Closed)));
+    assert_eq!(waiting.await.unwrap().unwrap_err().kind(), LockErrorKind::Closed);
     assert_eq!((etcd.lock_keys().await.len(), etcd.leases().await), (1, 1));
     soon("the shutdown of the holding manager", ours.shutdown()).await.ok();
     assert_eq!((etcd.lock_keys().await.len(), etcd.leases().await), (0, 0));

@@ -11,6 +11,7 @@ use shardlock::{LockError, LockManager};
 use super::keys::Keys;
 use super::protocol::ErrorCount;
 use super::wait_histogram::WaitHistograms;
+use crate::exit::in_words;
 
 /// The phase of a run.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -112,31 +113,16 @@ impl TaskContext {
     }
 
     pub(super) fn record_error(&self, error: &LockError) {
-        match self.errors.lock().entry(error_kind(error)) {
+        let kind = error.kind().as_str();
+        match self.errors.lock().entry(kind) {
             Entry::Occupied(mut known) => known.get_mut().count += 1,
             Entry::Vacant(new) => {
                 new.insert(ErrorCount {
-                    kind: error_kind(error).to_owned(),
+                    kind: kind.to_owned(),
                     count: 1,
-                    first: error.to_string(),
+                    first: in_words(error),
                 });
             }
         }
-    }
-}
-
-fn error_kind(error: &LockError) -> &'static str {
-    match error {
-        LockError::Timeout { .. } => "timeout",
-        LockError::QueueFull { .. } => "queue full",
-        LockError::TooManyWaiters { .. } => "too many waiters",
-        LockError::TooManyKeys { .. } => "too many keys",
-        LockError::TooManyLeases { .. } => "too many leases",
-        LockError::ShardDown { .. } => "shard down",
-        LockError::Unavailable { .. } => "unavailable",
-        LockError::Refused { .. } => "refused",
-        LockError::Lost { .. } => "lost",
-        LockError::TokenRegression { .. } => "token regression",
-        _ => "other",
     }
 }

@@ -8,6 +8,7 @@ use std::time::{Duration, Instant};
 
 use rustix::process::Pid;
 use shardlock::config::{Builder, Config};
+use shardlock::error::LockErrorKind;
 use shardlock::{LockError, LockGuard, LockKey, LockManager};
 
 use super::Args;
@@ -84,7 +85,7 @@ async fn connect(mut config: Config, try_only: bool) -> Result<LockManager, Lock
     let mut bound = PAUSE_MIN;
     loop {
         let error = match Builder::new().config(config.clone()).connect().await {
-            Err(error @ LockError::Unavailable { .. }) => error,
+            Err(error) if error.kind() == LockErrorKind::Unavailable => error,
             connected => return connected,
         };
         // Randomised, so that processes that lost a server together do not all reconnect together.
@@ -129,7 +130,7 @@ async fn acquire(locks: &LockManager, key: &LockKey, try_only: bool) -> Result<A
         locks.try_lock(key).await?
     } else {
         match locks.lock(key).await {
-            Err(error) if error.is_timeout() => return Ok(Acquisition::NotAcquired(error.to_string())),
+            Err(error) if error.is_timeout() => return Ok(Acquisition::NotAcquired(exit::in_words(&error))),
             guard => Some(guard?),
         }
     };
@@ -174,7 +175,7 @@ async fn run_under_lock(
     };
     // The release also reports whether the lock was held until now.
     match guard.release().await {
-        Err(error @ LockError::Lost { .. }) => {
+        Err(error) if error.is_lost() => {
             if !matches!(outcome, Ok(Outcome::Lost)) {
                 output::eprint(error);
             }
@@ -184,7 +185,8 @@ async fn run_under_lock(
         released => {
             if let Err(error) = released {
                 output::eprint(format_args!(
-                    "lock {key:?} may stay locked until its TTL expires: {error}"
+                    "lock {key:?} may stay locked until its TTL expires: {}",
+                    exit::in_words(&error)
                 ));
             }
             outcome.map(|outcome| match outcome {

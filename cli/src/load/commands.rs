@@ -8,6 +8,8 @@ use serde::de::DeserializeOwned;
 use serde::{Deserialize, Serialize};
 use tokio::sync::mpsc;
 
+use crate::output::one_line;
+
 /// A reply of a worker. Each command, and the first line, is answered with any number of
 /// [`Reply::Progress`] and one [`Reply::Done`].
 #[derive(Debug, Clone, Serialize, Deserialize)]
@@ -29,7 +31,7 @@ pub(crate) async fn run_worker(execute: impl AsyncFnOnce(&mut Commands) -> anyho
     let mut commands = Commands::from_stdin()?;
     let result = execute(&mut commands).await;
     if let Err(error) = &result {
-        send_reply(&Reply::<()>::Failed(format!("{error:#}")))?;
+        send_reply(&Reply::<()>::Failed(one_line(error)))?;
     }
     Ok(u8::from(result.is_err()))
 }

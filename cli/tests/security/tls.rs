@@ -3,9 +3,10 @@
 use std::path::Path;
 use std::time::{Duration, Instant};
 
+use shardlock::LockManager;
 use shardlock::config::{Builder, Config};
+use shardlock::error::LockErrorKind;
 use shardlock::tool::ConfigExt as _;
-use shardlock::{LockError, LockManager};
 
 use crate::support::tls::{Authority, Identity, TlsServer, has_tls};
 use crate::support::{RedisServer, worker};
@@ -34,7 +35,7 @@ async fn refused(what: &str, builder: Builder) -> String {
         started.elapsed()
     );
     assert!(
-        matches!(error, LockError::Refused { .. } | LockError::Invalid(_)),
+        matches!(error.kind(), LockErrorKind::Refused | LockErrorKind::Invalid),
         "{what}: {error:?}"
     );
     let text = format!("{error} {error:?}");

@@ -49,7 +49,7 @@ pub(crate) use types::{Flaw, Unlimited};
 pub(crate) use waiters::WaiterId;
 
 use crate::clock::Moment;
-use crate::error::{LockError, LossReason};
+use crate::error::{Failure, LossReason};
 use crate::fence::FencingToken;
 use crate::lease::Lease;
 use crate::protocol::Cycle;
@@ -212,7 +212,7 @@ impl<W> Queue<W> {
     pub(crate) fn want(&mut self, want: WaiterOptions, waker: Option<W>, cx: Context<'_>) -> (WaiterId, Effects<W>) {
         let mut effects = Effects::none();
         let refused = if self.closed {
-            Some(Outcome::Failed(Box::new(LockError::Closed)))
+            Some(Outcome::Failed(Failure::Closed.into()))
         } else if want.try_only && !self.is_free_for_a_try() {
             Some(Outcome::Busy)
         } else {
@@ -364,7 +364,7 @@ impl<W> Queue<W> {
     pub(crate) fn close(&mut self, cx: Context<'_>) -> Effects<W> {
         let mut effects = Effects::none();
         (self.closed, self.keeps_nothing) = (true, true);
-        self.fail_all(&Outcome::Failed(Box::new(LockError::Closed)), &mut effects);
+        self.fail_all(&Outcome::Failed(Failure::Closed.into()), &mut effects);
         match &mut self.phase {
             Phase::Held(held) => {
                 held.lease.lose(LossReason::Closed);

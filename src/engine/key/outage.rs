@@ -78,7 +78,7 @@ impl<W> Queue<W> {
         effects: &mut Effects<W>,
     ) {
         let Some(outage) = outage else {
-            return self.fail_all(&Outcome::Failed(Box::new(error.clone())), effects);
+            return self.fail_all(&Outcome::Failed(error.clone()), effects);
         };
         let before = self.trouble.take();
         let since = before.as_ref().map_or(outage.since, |before| before.outage.since);
@@ -105,7 +105,7 @@ impl<W> Queue<W> {
             };
             if until <= cx.now {
                 let error = trouble.error.clone().after(cx.now.since(waiter.since));
-                failed.push((id, Outcome::Failed(Box::new(error))));
+                failed.push((id, Outcome::Failed(error)));
             } else {
                 trouble.deadline = Some(trouble.deadline.map_or(until, |earlier| earlier.min(until)));
             }
@@ -120,7 +120,7 @@ impl<W> Queue<W> {
         match (&self.phase, &self.trouble) {
             (Phase::Retrying { .. }, Some(trouble)) if in_outage == InOutage::Fail => {
                 let error = trouble.error.clone().after(Duration::ZERO);
-                Some(Outcome::Failed(Box::new(error)))
+                Some(Outcome::Failed(error))
             }
             _ => None,
         }

@@ -16,6 +16,7 @@ use std::time::Duration;
 
 use super::*;
 use crate::clock::Moment;
+use crate::error::{Failure, LockError};
 use crate::fence::TokenBlock;
 use crate::protocol::{AcquireMode, AcquireReply, Answer, Cycles, Grant, QueuePosition, ReleaseReply, RenewReply};
 
@@ -123,13 +124,14 @@ const fn grant(cycle: Cycle, first: u64, last: u64) -> Grant {
 }
 
 fn no_answer() -> LockError {
-    LockError::Unavailable {
+    Failure::Unavailable {
         shard: "main".to_owned(),
         step: "acquire",
         key: None,
         waited: Duration::ZERO,
         reason: "no answer".into(),
     }
+    .into()
 }
 
 impl Bench {

@@ -173,7 +173,7 @@ pub(crate) enum Outcome {
     Granted(Granted),
     /// A try found the key held or wanted.
     Busy,
-    Failed(Box<LockError>),
+    Failed(LockError),
     /// Replies arrived after the lease had expired, several times in a row.
     TooLate,
     /// The store's token was not larger than one seen before.

@@ -56,6 +56,13 @@ mod code {
 
 /// The meaning of a client library error for a store with this namespace.
 pub(super) fn classify(error: &Error, namespace: &str) -> EtcdError {
+    match explain(error, namespace) {
+        EtcdError::Other(explained) => EtcdError::Other(explained.caused_by(error)),
+        of_lease => of_lease,
+    }
+}
+
+fn explain(error: &Error, namespace: &str) -> EtcdError {
     let refused = |reason: String| EtcdError::Other(StoreError::Refused(reason.into()));
     let description = describe(error);
     let status = match error {

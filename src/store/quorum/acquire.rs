@@ -168,7 +168,7 @@ async fn attempt(quorum: &Arc<Quorum>, request: &Acquire) -> Result<Answer<Acqui
             })))
         }
         (VoteState::Lost { .. } | VoteState::Open, _) => Err(quorum.no_majority()),
-        (VoteState::Won(_), _) => Err(too_late(sent_at, ttl)),
+        (VoteState::Won(_), _) => Err(too_late(ttl)),
     }
 }
 

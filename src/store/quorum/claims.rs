@@ -108,7 +108,6 @@ pub(super) fn is_late(sent_at: Moment, ttl: Duration) -> bool {
     Moment::now().since(sent_at) + ttl / 100 + Duration::from_millis(2) >= ttl
 }
 
-pub(super) fn too_late(sent_at: Moment, ttl: Duration) -> StoreError {
-    let took = Moment::now().since(sent_at);
-    StoreError::Unavailable(format!("a majority took {took:?}, which leaves nothing of the ttl {ttl:?}").into())
+pub(super) fn too_late(ttl: Duration) -> StoreError {
+    StoreError::Unavailable(format!("a majority took so long that nothing of the ttl {ttl:?} is left").into())
 }

@@ -46,7 +46,7 @@ pub(super) async fn extend(quorum: &Arc<Quorum>, request: &Acquire) -> Result<An
                 votes.tally.count(Vote::Given { counter: 0 });
                 let (tally, tokens) = claim_rest(quorum, request, votes, tokens).await;
                 return match tally.state() {
-                    VoteState::Won(_) if is_late(sent_at, ttl) => Err(too_late(sent_at, ttl)),
+                    VoteState::Won(_) if is_late(sent_at, ttl) => Err(too_late(ttl)),
                     VoteState::Won(_) => {
                         quorum
                             .nodes

@@ -258,11 +258,7 @@ fn outage(error: &StoreError) -> Option<&str> {
 
 /// Adds the node to an error that is about all of them.
 fn at_node(place: &str, error: StoreError) -> StoreError {
-    match error {
-        StoreError::Unavailable(why) => StoreError::Unavailable(format!("{place}: {why}").into()),
-        StoreError::Refused(why) => StoreError::Refused(format!("{place}: {why}").into()),
-        mismatch @ StoreError::MapMismatch { .. } => mismatch,
-    }
+    error.map_reason(|why| format!("{place}: {why}"))
 }
 
 impl LeaseStore for QuorumStore {

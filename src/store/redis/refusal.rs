@@ -102,9 +102,9 @@ pub(super) async fn explained(error: &RedisError, host: &str, port: u16, timeout
 /// closes it before the handshake.
 pub(super) fn explained_with_tls(error: &RedisError) -> StoreError {
     match to_store_error(error) {
-        StoreError::Unavailable(words) if says_too_little(error) => StoreError::Unavailable(
-            format!("{words}; a server that has reached maxclients closes encrypted connections like this").into(),
-        ),
+        StoreError::Unavailable(words) if says_too_little(error) => StoreError::Unavailable(words.map(|words| {
+            format!("{words}; a server that has reached maxclients closes encrypted connections like this")
+        })),
         error => error,
     }
 }

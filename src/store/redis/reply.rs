@@ -243,6 +243,10 @@ pub(super) fn push(message: &str) -> Option<Push> {
 
 /// Converts an error for the caller, with advice where possible. It contains no password.
 pub(super) fn to_store_error(error: &RedisError) -> StoreError {
+    explain(error).caused_by(error)
+}
+
+fn explain(error: &RedisError) -> StoreError {
     if let Some(words) = permission::in_words(error) {
         return StoreError::Refused(without_arguments(&words).into());
     }

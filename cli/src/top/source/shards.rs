@@ -12,6 +12,7 @@ use std::time::{Duration, Instant};
 
 use futures_util::{StreamExt, stream};
 use shardlock::config::{Builder, Config, Endpoint};
+use shardlock::error::LockErrorKind;
 use shardlock::introspect::KeyState;
 use shardlock::{LockError, LockKey, LockManager};
 
@@ -149,7 +150,10 @@ impl Shards {
             let state = match state {
                 Ok(state) => state,
                 // A key found by a search that is not a lease.
-                Err(LockError::Refused { .. }) if self.keys.get(&key).is_some_and(|known| !known.named) => {
+                Err(error)
+                    if error.kind() == LockErrorKind::Refused
+                        && self.keys.get(&key).is_some_and(|known| !known.named) =>
+                {
                     self.keys.remove(&key);
                     continue;
                 }

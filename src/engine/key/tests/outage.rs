@@ -19,10 +19,7 @@ fn in_an_outage(bench: &mut Bench) -> ([WaiterId; 3], Cycle) {
 #[track_caller]
 fn failed_after(outcome: Option<Outcome>) -> Duration {
     match outcome {
-        Some(Outcome::Failed(error)) => match *error {
-            LockError::Unavailable { waited, .. } => waited,
-            error => panic!("{error}"),
-        },
+        Some(Outcome::Failed(error)) => error.waited().unwrap_or_else(|| panic!("{error}")),
         outcome => panic!("{outcome:?}"),
     }
 }

@@ -20,7 +20,6 @@
 //! since its reply never arrived.
 
 use std::pin::pin;
-use std::sync::Arc;
 use std::time::Duration;
 
 use deadpool_redis::redis::{Cmd, ErrorKind, RedisError, ServerErrorKind, Value, pipe};
@@ -186,7 +185,7 @@ impl NodePool {
             };
             let pause = backoff.next_delay();
             if Moment::now() + pause >= deadline {
-                return Err(CallError::Failed(timed_out(&trouble, Moment::now().since(started))));
+                return Err(CallError::Failed(timed_out(&trouble)));
             }
             tokio::time::sleep(pause).await;
         }
@@ -292,10 +291,13 @@ fn is_cut_short(error: &RedisError) -> bool {
     error.to_string().contains("access a non local key")
 }
 
-fn timed_out(trouble: &StoreError, waited: Duration) -> StoreError {
-    let reason: Arc<str> = match trouble {
-        StoreError::Unavailable(reason) | StoreError::Refused(reason) => Arc::clone(reason),
-        StoreError::MapMismatch { .. } => return trouble.clone(),
+fn timed_out(trouble: &StoreError) -> StoreError {
+    let (StoreError::Unavailable(reason) | StoreError::Refused(reason)) = trouble else {
+        return trouble.clone();
     };
-    StoreError::Unavailable(format!("no answer within {waited:.1?}; last error: {reason}").into())
+    StoreError::Unavailable(
+        reason
+            .clone()
+            .map(|reason| format!("no answer in time; last error: {reason}")),
+    )
 }

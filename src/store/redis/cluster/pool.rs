@@ -195,9 +195,5 @@ impl NodePool {
 
 /// Adds the node's address to an error.
 pub(super) fn at_place(error: StoreError, place: &str) -> StoreError {
-    match error {
-        StoreError::Unavailable(reason) => StoreError::Unavailable(format!("{place}: {reason}").into()),
-        StoreError::Refused(reason) => StoreError::Refused(format!("{place}: {reason}").into()),
-        other => other,
-    }
+    error.map_reason(|reason| format!("{place}: {reason}"))
 }

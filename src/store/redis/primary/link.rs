@@ -18,6 +18,7 @@ use super::Shared;
 use crate::backoff::Backoff;
 use crate::clock::Moment;
 use crate::endpoint::ServerUrl;
+use crate::error::Reason;
 use crate::fence::FencingToken;
 use crate::store::connecting::Connecting;
 use crate::store::{MapState, MapStep, StoreError};
@@ -118,7 +119,7 @@ impl Link {
         let mut backoff = Backoff::new(FAILOVER_PAUSE_MIN, FAILOVER_PAUSE_MAX);
         let mut events = shared.failovers.subscribe();
         // The address of the last attempt, and why it failed.
-        let mut last_failure: Option<(String, Arc<str>)> = None;
+        let mut last_failure: Option<(String, Reason)> = None;
         loop {
             events.mark_seen();
             let server = shared.discovery.locate().await?;
@@ -150,7 +151,7 @@ impl Link {
             let pause = backoff.next_delay();
             if Instant::now() + pause >= until {
                 return Err(StoreError::Unavailable(
-                    format!("the sentinels name {place} as the primary: {error}").into(),
+                    error.map(|error| format!("the sentinels name {place} as the primary: {error}")),
                 ));
             }
             last_failure = Some((place.to_owned(), error));

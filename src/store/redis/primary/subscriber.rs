@@ -110,7 +110,12 @@ pub(super) async fn run(shared: Arc<Shared>, commands: Arc<Link>, pushes: mpsc::
                 shared.discovery.report_unreachable();
                 match error {
                     StoreError::Refused(reason) => {
-                        if pushes.send(Push::Refused { reason }).is_err() {
+                        if pushes
+                            .send(Push::Refused {
+                                reason: (*reason).into(),
+                            })
+                            .is_err()
+                        {
                             return;
                         }
                     }
