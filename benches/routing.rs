@@ -9,7 +9,7 @@ use std::time::Instant;
 use crc16::{State, XMODEM};
 use shardlock::LockKey;
 use shardlock::config::Config;
-use shardlock::tool::ConfigExt as _;
+use shardlock::tool;
 
 #[path = "beside/mod.rs"]
 mod beside;
@@ -36,7 +36,7 @@ fn main() {
     assert_eq!(KEY.len(), 16);
     let mut config = Config::default();
     let shards = ["redis://10.0.0.1", "redis://10.0.0.2", "redis://10.0.0.3"];
-    config.set("shards", &shards.join(" ")).expect("good shards");
+    tool::set(&mut config, "shards", &shards.join(" ")).expect("good shards");
     let map = config.shard_map();
     let key = LockKey::new(KEY).expect("a key");
     let crc = || timed(|| State::<XMODEM>::calculate(black_box(KEY).as_bytes()));

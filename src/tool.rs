@@ -17,96 +17,77 @@ use crate::error::InvalidSetting;
 use crate::key::LockKey;
 use crate::router::ShardMap;
 
-/// Settings by name, and what a configuration stores in its shards.
-pub trait ConfigExt {
-    /// Returns the names of all settings, each with a one-line description.
-    fn fields() -> impl ExactSizeIterator<Item = (&'static str, &'static str)>;
-
-    /// Sets one value by its name, from text: `set("ttl", "10s")`.
-    ///
-    /// Durations are written like `500ms`, `10s` or `2m`. `timeout`, `max_hold`, `slow_wait`,
-    /// `long_hold` and the `tls_` files may be `none`. `shards` is a list of `url` or `name=url`,
-    /// separated by commas or spaces; it replaces the previous shards.
-    ///
-    /// # Errors
-    ///
-    /// [`InvalidSetting`] if there is no such setting, or if the value can't be parsed or is
-    /// outside its bounds. Nothing has been changed in that case.
-    fn set(&mut self, name: &str, value: &str) -> Result<(), InvalidSetting>;
-
-    /// Like [`Config::apply_env`], with variables from another source. Variables that do not start
-    /// with `SHARDLOCK_` are ignored.
-    ///
-    /// # Errors
-    ///
-    /// The errors of [`Config::apply_env`].
-    fn apply_variables(&mut self, variables: impl IntoIterator<Item = (String, String)>) -> Result<(), InvalidSetting>;
-
-    /// Returns what the servers of one shard must have stored under [`map_key`](Self::map_key): a
-    /// single fingerprint, or for a quorum one per node, in the order of its URL. Empty if there is
-    /// no such shard. Nothing is sent.
-    fn fingerprints_at(&self, shard: usize) -> Vec<String>;
-
-    /// Returns the name of the Redis key under which the fingerprint of the shard map is stored.
-    fn map_key(&self) -> String;
-
-    /// Returns the key whose lease has this name in Redis, or `None` if the name is not a lease of
-    /// this namespace.
-    fn key_of_lease(&self, name: &str) -> Option<LockKey>;
+/// Returns the names of all settings, each with a one-line description.
+pub fn fields() -> impl ExactSizeIterator<Item = (&'static str, &'static str)> {
+    Config::fields()
 }
 
-impl ConfigExt for Config {
-    fn fields() -> impl ExactSizeIterator<Item = (&'static str, &'static str)> {
-        Self::fields()
-    }
-
-    fn set(&mut self, name: &str, value: &str) -> Result<(), InvalidSetting> {
-        self.set(name, value)
-    }
-
-    fn apply_variables(&mut self, variables: impl IntoIterator<Item = (String, String)>) -> Result<(), InvalidSetting> {
-        self.apply_variables(variables)
-    }
-
-    fn fingerprints_at(&self, shard: usize) -> Vec<String> {
-        self.fingerprints_at(shard)
-    }
-
-    fn map_key(&self) -> String {
-        self.map_key()
-    }
-
-    fn key_of_lease(&self, name: &str) -> Option<LockKey> {
-        self.key_of_lease(name)
-    }
+/// Sets one value by its name, from text: `set(&mut config, "ttl", "10s")`.
+///
+/// Durations are written like `500ms`, `10s` or `2m`. `timeout`, `max_hold`, `slow_wait`,
+/// `long_hold` and the `tls_` files may be `none`. `shards` is a list of `url` or `name=url`,
+/// separated by commas or spaces; it replaces the previous shards.
+///
+/// # Errors
+///
+/// [`InvalidSetting`] if there is no such setting, or if the value can't be parsed or is outside
+/// its bounds. Nothing has been changed in that case.
+pub fn set(config: &mut Config, name: &str, value: &str) -> Result<(), InvalidSetting> {
+    config.set(name, value)
 }
 
-/// The servers behind a URL, for talking to them directly.
-pub trait EndpointExt {
-    /// Returns the servers in the URL, in its order: Redis servers, sentinels, nodes of a cluster
-    /// or of a quorum, or members of etcd. Empty for `memory://`.
-    fn servers(&self) -> Vec<ServerUrl>;
-
-    /// Returns the URL of a server at `host:port` that belongs to the shard but need not be in its
-    /// URL, such as one reported by sentinels or by nodes of a cluster. `None` for `memory://`.
-    fn server_at(&self, place: &str) -> Option<ServerUrl>;
-
-    /// Returns the name by which the sentinels of a `redis+sentinel://` shard know its primary.
-    fn primary_name(&self) -> Option<&str>;
+/// Like [`Config::apply_env`], with variables from another source. Variables that do not start with
+/// `SHARDLOCK_` are ignored.
+///
+/// # Errors
+///
+/// The errors of [`Config::apply_env`].
+pub fn apply_variables(
+    config: &mut Config,
+    variables: impl IntoIterator<Item = (String, String)>,
+) -> Result<(), InvalidSetting> {
+    config.apply_variables(variables)
 }
 
-impl EndpointExt for Endpoint {
-    fn servers(&self) -> Vec<ServerUrl> {
-        self.servers()
-    }
+/// Returns what the servers of one shard must have stored under [`map_key`]: a single fingerprint,
+/// or for a quorum one per node, in the order of its URL. Empty if there is no such shard. Nothing
+/// is sent.
+#[must_use]
+pub fn fingerprints_at(config: &Config, shard: usize) -> Vec<String> {
+    config.fingerprints_at(shard)
+}
 
-    fn server_at(&self, place: &str) -> Option<ServerUrl> {
-        self.server_at(place)
-    }
+/// Returns the name of the Redis key under which the fingerprint of the shard map is stored.
+#[must_use]
+pub fn map_key(config: &Config) -> String {
+    config.map_key()
+}
 
-    fn primary_name(&self) -> Option<&str> {
-        self.primary_name()
-    }
+/// Returns the key whose lease has this name in Redis, or `None` if the name is not a lease of this
+/// namespace.
+#[must_use]
+pub fn key_of_lease(config: &Config, name: &str) -> Option<LockKey> {
+    config.key_of_lease(name)
+}
+
+/// Returns the servers in the URL, in its order: Redis servers, sentinels, nodes of a cluster or of
+/// a quorum, or members of etcd. Empty for `memory://`.
+#[must_use]
+pub fn servers(endpoint: &Endpoint) -> Vec<ServerUrl> {
+    endpoint.servers()
+}
+
+/// Returns the URL of a server at `host:port` that belongs to the shard but need not be in its URL,
+/// such as one reported by sentinels or by nodes of a cluster. `None` for `memory://`.
+#[must_use]
+pub fn server_at(endpoint: &Endpoint, place: &str) -> Option<ServerUrl> {
+    endpoint.server_at(place)
+}
+
+/// Returns the name by which the sentinels of a `redis+sentinel://` shard know its primary.
+#[must_use]
+pub fn primary_name(endpoint: &Endpoint) -> Option<&str> {
+    endpoint.primary_name()
 }
 
 /// Returns whether two stored fingerprints map every key to the same shard.

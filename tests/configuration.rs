@@ -4,7 +4,7 @@ use std::time::Duration;
 
 use shardlock::config::{Builder, Config, Endpoint, ShardConfig};
 use shardlock::error::InvalidSetting;
-use shardlock::tool::ConfigExt as _;
+use shardlock::tool;
 
 /// A non-default value for every setting.
 const SAMPLES: [(&str, &str); 27] = [
@@ -76,11 +76,11 @@ fn variable(name: &str, value: &str) -> (String, String) {
 
 #[test]
 fn every_setting_has_a_sample_here_that_is_not_its_default() {
-    let names: Vec<_> = Config::fields().map(|(name, _)| name).collect();
+    let names: Vec<_> = tool::fields().map(|(name, _)| name).collect();
     assert_eq!(names, SAMPLES.map(|(name, _)| name));
     for (name, value) in SAMPLES {
         let mut config = Config::default();
-        config.set(name, value).unwrap();
+        tool::set(&mut config, name, value).unwrap();
         assert_ne!(config, Config::default(), "{name}");
     }
 }
@@ -89,12 +89,10 @@ fn every_setting_has_a_sample_here_that_is_not_its_default() {
 fn every_setting_is_reached_from_code_the_environment_and_by_name() {
     let mut by_name = Config::default();
     for (name, value) in SAMPLES {
-        by_name.set(name, value).unwrap();
+        tool::set(&mut by_name, name, value).unwrap();
     }
     let mut from_env = Config::default();
-    from_env
-        .apply_variables(SAMPLES.map(|(name, value)| variable(name, value)))
-        .unwrap();
+    tool::apply_variables(&mut from_env, SAMPLES.map(|(name, value)| variable(name, value))).unwrap();
     assert_eq!(by_name, from_code().unwrap());
     assert_eq!(from_env, from_code().unwrap());
 }
@@ -102,11 +100,9 @@ fn every_setting_is_reached_from_code_the_environment_and_by_name() {
 #[test]
 fn later_settings_override_earlier_ones() {
     let mut config = Config::default();
-    config.set("ttl", "1s").unwrap();
-    config.set("max_burst", "1").unwrap();
-    config
-        .apply_variables([variable("max_burst", "2"), variable("class", "env")])
-        .unwrap();
+    tool::set(&mut config, "ttl", "1s").unwrap();
+    tool::set(&mut config, "max_burst", "1").unwrap();
+    tool::apply_variables(&mut config, [variable("max_burst", "2"), variable("class", "env")]).unwrap();
     let config = Builder::new()
         .ttl(Duration::from_secs(9))
         .config(config)
@@ -134,7 +130,7 @@ fn the_defaults_lack_only_a_shard() {
     let error = Builder::new().build_config().unwrap_err();
     assert_eq!(error.field, "shards");
     let mut expected = Config::default();
-    expected.set("shards", "redis://localhost").unwrap();
+    tool::set(&mut expected, "shards", "redis://localhost").unwrap();
     let config = Builder::new().shard("redis://localhost").build_config().unwrap();
     assert_eq!(config, expected);
 }
@@ -144,7 +140,7 @@ fn an_error_in_the_environment_names_the_variable() {
     let refusal = |name: &str, value: &str| {
         let mut config = Config::default();
         let good = variable("max_keys", "9");
-        let error = config.apply_variables([good, (name.into(), value.into())]).unwrap_err();
+        let error = tool::apply_variables(&mut config, [good, (name.into(), value.into())]).unwrap_err();
         assert_eq!(config, Config::default(), "{name}");
         error.to_string()
     };
@@ -185,20 +181,18 @@ fn variables_of_kubernetes_services_are_passed_over() {
         ("SHARDLOCK_REDIS_PORT", "tcp://[fd00::13]:6379"),
     ];
     let variables = services.map(|(name, value)| (name.to_owned(), value.to_owned()));
-    config
-        .apply_variables(variables.into_iter().chain([variable("ttl", "5s")]))
-        .unwrap();
+    tool::apply_variables(&mut config, variables.into_iter().chain([variable("ttl", "5s")])).unwrap();
     let mut expected = Config::default();
-    expected.set("ttl", "5s").unwrap();
+    tool::set(&mut expected, "ttl", "5s").unwrap();
     assert_eq!(config, expected);
 }
 
 #[test]
 fn variables_without_a_value_count_as_unset() {
     let mut config = Config::default();
-    let names = Config::fields().map(|(name, _)| variable(name, ""));
+    let names = tool::fields().map(|(name, _)| variable(name, ""));
     let unknown = ("SHARDLOCK_TLL".to_owned(), String::new());
-    config.apply_variables(names.chain([unknown])).unwrap();
+    tool::apply_variables(&mut config, names.chain([unknown])).unwrap();
     assert_eq!(config, Config::default());
 }
 
@@ -217,9 +211,7 @@ fn variables_of_others_are_passed_over() {
         "TTL",
         "PATH",
     ];
-    config
-        .apply_variables(others.map(|name| (name.to_owned(), "anything".to_owned())))
-        .unwrap();
+    tool::apply_variables(&mut config, others.map(|name| (name.to_owned(), "anything".to_owned()))).unwrap();
     assert_eq!(config, Config::default());
 }
 
@@ -243,7 +235,7 @@ fn the_example_file_has_every_setting() {
         .filter_map(|line| line.split_once(" = "))
         .map(|(name, _)| name)
         .collect();
-    let fields: Vec<_> = Config::fields().map(|(name, _)| name).collect();
+    let fields: Vec<_> = tool::fields().map(|(name, _)| name).collect();
     assert_eq!(names, fields);
 }
 

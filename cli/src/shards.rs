@@ -5,7 +5,7 @@ use std::path::PathBuf;
 use anyhow::anyhow;
 use serde::{Deserialize, Serialize};
 use shardlock::config::Config;
-use shardlock::tool::ConfigExt as _;
+use shardlock::tool;
 
 use crate::exit::Failure;
 
@@ -54,10 +54,10 @@ impl Options {
                     "the shards are given by --shard and by --set shards; use only one of them"
                 )));
             }
-            config.set(name, value)?;
+            tool::set(&mut config, name, value)?;
         }
         if !self.shards.is_empty() {
-            config.set("shards", &self.shards.join(" "))?;
+            tool::set(&mut config, "shards", &self.shards.join(" "))?;
         }
         Ok(config)
     }
@@ -94,7 +94,7 @@ fn has_password(text: &str) -> bool {
     let mut config = Config::default();
     // The debug format replaces each secret with asterisks. A value that can't be parsed may
     // contain a password.
-    config.set("shards", text).is_err() || format!("{:?}", config.shards).contains("***")
+    tool::set(&mut config, "shards", text).is_err() || format!("{:?}", config.shards).contains("***")
 }
 
 #[cfg(test)]

@@ -2,7 +2,7 @@
 
 use anyhow::{Context, anyhow, bail};
 use shardlock::config::{Builder, Config, Endpoint};
-use shardlock::tool::ConfigExt as _;
+use shardlock::tool;
 
 use crate::exit::Failure;
 use crate::load::temp_servers::TempServers;
@@ -61,7 +61,7 @@ impl Setup {
         let servers = self.servers.insert(TempServers::new()?);
         servers.start(1).await?;
         let started: Vec<String> = servers.urls().collect();
-        config.set("shards", &started.join(" "))?;
+        tool::set(config, "shards", &started.join(" "))?;
         "a throw-away Redis server".clone_into(&mut self.shards);
         Ok(started)
     }

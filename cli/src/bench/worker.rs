@@ -8,7 +8,7 @@ use anyhow::{Context, bail};
 use shardlock::LockManager;
 use shardlock::admin::AdminServer;
 use shardlock::config::{Builder, Config};
-use shardlock::tool::ConfigExt as _;
+use shardlock::tool;
 use tokio::task::JoinSet;
 
 use super::context::TaskContext;
@@ -168,7 +168,7 @@ impl Worker {
 fn config(settings: &WorkerSettings) -> anyhow::Result<Config> {
     let mut config = settings.shards.load().map_err(|failure| failure.error)?;
     if !settings.started.is_empty() {
-        config.set("shards", &settings.started.join(" "))?;
+        tool::set(&mut config, "shards", &settings.started.join(" "))?;
     }
     config.namespace.clone_from(&settings.namespace);
     config.linger = settings.linger.unwrap_or(config.linger);

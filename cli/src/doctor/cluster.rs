@@ -6,7 +6,7 @@ use deadpool_redis::redis::cmd;
 use futures_util::future::join_all;
 use shardlock::config::Endpoint;
 use shardlock::introspect::SLOTS;
-use shardlock::tool::{EndpointExt as _, ServerUrl};
+use shardlock::tool::{self, ServerUrl};
 
 use super::facts::Info;
 use super::finding::{Finding, Level};
@@ -35,7 +35,7 @@ pub(super) async fn examine(
     fingerprint: &str,
     report: &mut ShardReport,
 ) {
-    let seeds = endpoint.servers();
+    let seeds = tool::servers(endpoint);
     let views = join_all(seeds.iter().map(|seed| view(seed, connector))).await;
     let found = views.iter().flatten().find(|view| !view.nodes.is_empty()).cloned();
     let level = if found.is_some() { Level::Warning } else { Level::Error };
@@ -64,7 +64,7 @@ pub(super) async fn examine(
         .take(NODES_MAX)
         .collect();
     let probes = known.iter().filter_map(|node| {
-        let server = endpoint.server_at(&node.address)?;
+        let server = tool::server_at(endpoint, &node.address)?;
         Some(async move {
             (
                 probe(&server, ShardKind::Cluster, connector).await,
@@ -270,7 +270,7 @@ mod tests {
 
     fn view(lines: &str) -> NodeView {
         let endpoint = Endpoint::parse("redis+cluster://asked:1").unwrap();
-        let asked = endpoint.servers().remove(0);
+        let asked = tool::servers(&endpoint).remove(0);
         NodeView {
             info: Info::parse("cluster_state:ok\n"),
             nodes: ClusterNode::parse_all(lines, &asked),

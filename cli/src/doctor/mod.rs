@@ -37,7 +37,7 @@ use std::io::{IsTerminal, stdout};
 
 use futures_util::{StreamExt, stream};
 use shardlock::config::{Endpoint, ShardConfig};
-use shardlock::tool::{ConfigExt as _, EndpointExt as _};
+use shardlock::tool;
 
 use crate::exit::Failure;
 use crate::servers::Connector;
@@ -93,7 +93,7 @@ pub(crate) async fn run(args: Args) -> Result<u8, Failure> {
     config.validate().map_err(Failure::config)?;
     let connector = Connector::new(&config).map_err(Failure::config)?;
     let shards = config.shards.iter().enumerate();
-    let probes = shards.map(|(index, shard)| examine(shard, config.fingerprints_at(index), &connector));
+    let probes = shards.map(|(index, shard)| examine(shard, tool::fingerprints_at(&config, index), &connector));
     let shards: Vec<_> = stream::iter(probes).buffered(SHARDS_AT_ONCE).collect().await;
     let report = Report {
         settings: map::addresses(&config.shards)
@@ -151,7 +151,7 @@ async fn examine_single(endpoint: &Endpoint, connector: &Connector<'_>, fingerpr
         unreachable: Level::Error,
         announced: false,
     };
-    for server in endpoint.servers() {
+    for server in tool::servers(&endpoint) {
         let server = probe(&server, ShardKind::Single, connector).await;
         report.servers.push(check_server(&server, &expected));
     }

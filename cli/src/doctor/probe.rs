@@ -5,7 +5,7 @@ use std::time::{Duration, Instant, SystemTime, UNIX_EPOCH};
 
 use deadpool_redis::redis::aio::MultiplexedConnection;
 use deadpool_redis::redis::{RedisError, Value, cmd, from_redis_value, pipe};
-use shardlock::tool::{ConfigExt as _, ServerUrl};
+use shardlock::tool::{self, ServerUrl};
 
 use super::ShardKind;
 use super::facts::{Clock, Facts, Info, ProbedServer, RoundTrips};
@@ -52,7 +52,7 @@ async fn read_facts(server: &ServerUrl, kind: ShardKind, connector: &Connector<'
     };
     let info: Result<String, String> = query(&mut connection, &cmd("INFO")).await;
     let user: Result<String, String> = query(&mut connection, cmd("ACL").arg("WHOAMI")).await;
-    let map = query(&mut connection, cmd("GET").arg(connector.config.map_key())).await;
+    let map = query(&mut connection, cmd("GET").arg(tool::map_key(connector.config))).await;
     let settings = settings(&mut connection).await;
     let clock = clock(&mut connection).await;
     // If the server has no ACL, or the user may not run `ACL WHOAMI`, take the user from the URL.

@@ -5,7 +5,7 @@ use std::time::Duration;
 
 use futures_util::future::join_all;
 use shardlock::config::Endpoint;
-use shardlock::tool::EndpointExt as _;
+use shardlock::tool;
 
 use super::facts::{Facts, ProbedServer};
 use super::finding::{Finding, Level};
@@ -22,7 +22,7 @@ pub(super) async fn examine(
     fingerprints: &[String],
     report: &mut ShardReport,
 ) {
-    let nodes = endpoint.servers();
+    let nodes = tool::servers(endpoint);
     let nodes = join_all(nodes.iter().map(|node| probe(node, ShardKind::Redlock, connector))).await;
     report.findings.push(majority(&nodes));
     report.findings.extend(node_count(nodes.len()));

@@ -6,7 +6,7 @@ use std::time::Duration;
 use deadpool_redis::redis::cmd;
 use futures_util::future::join_all;
 use shardlock::config::{Config, Endpoint};
-use shardlock::tool::{EndpointExt as _, ServerUrl};
+use shardlock::tool::{self, ServerUrl};
 
 use super::finding::{Finding, Level};
 use super::probe::probe;
@@ -40,8 +40,8 @@ pub(super) async fn examine(
     fingerprint: &str,
     report: &mut ShardReport,
 ) {
-    let name = endpoint.primary_name().unwrap_or_default();
-    let sentinels = endpoint.servers();
+    let name = tool::primary_name(endpoint).unwrap_or_default();
+    let sentinels = tool::servers(endpoint);
     let views = join_all(sentinels.iter().map(|sentinel| view(sentinel, name, connector))).await;
     let answers = views.iter().filter(|view| view.is_ok()).count();
     for (sentinel, view) in sentinels.iter().zip(&views) {
@@ -69,7 +69,7 @@ pub(super) async fn examine(
     let addresses =
         std::iter::once((&primary, None)).chain(replicas.into_iter().map(|address| (address, Some(primary.clone()))));
     let probes = addresses.filter_map(|(address, replica_of)| {
-        let server = endpoint.server_at(address)?;
+        let server = tool::server_at(endpoint, address)?;
         Some(async move { (probe(&server, ShardKind::Sentinel, connector).await, replica_of) })
     });
     let servers = join_all(probes).await;

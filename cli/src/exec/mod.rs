@@ -27,7 +27,7 @@ use std::time::Duration;
 use anyhow::anyhow;
 use shardlock::LockKey;
 use shardlock::config::Config;
-use shardlock::tool::ConfigExt as _;
+use shardlock::tool;
 
 use crate::exit::Failure;
 use crate::{metrics, shards};
@@ -163,7 +163,7 @@ impl Args {
             ("class", &self.class),
         ] {
             if let Some(value) = value {
-                config.set(name, value)?;
+                tool::set(&mut config, name, value)?;
             }
         }
         Ok(config)

@@ -1,7 +1,7 @@
 //! The map in etcd. Any member that answers will do.
 
 use etcd_client::{Client, Compare, CompareOp, GetOptions, Txn, TxnOp};
-use shardlock::tool::{ConfigExt as _, ServerUrl};
+use shardlock::tool::{self, ServerUrl};
 
 use super::locations::Leases;
 use crate::servers::etcd::{self as members, with_timeout};
@@ -58,7 +58,7 @@ pub(super) async fn leases(servers: &[ServerUrl], connector: &Connector<'_>) -> 
     let found = with_timeout(connector, client.get(connector.config.namespace.as_str(), Some(some)))
         .await
         .map_err(|error| error.reason)?;
-    let map = connector.config.map_key();
+    let map = tool::map_key(connector.config);
     let other = found.kvs().iter().find(|kv| kv.key() != map.as_bytes());
     Ok(other.map_or(Leases::None, |kv| {
         let name = String::from_utf8_lossy(kv.key()).into_owned();

@@ -7,8 +7,8 @@ use deadpool_redis::redis::aio::MultiplexedConnection;
 use deadpool_redis::redis::{Cmd, FromRedisValue, cmd};
 use shardlock::config::{Endpoint, ShardConfig};
 #[cfg(feature = "etcd")]
-use shardlock::tool::EndpointExt as _;
-use shardlock::tool::{ConfigExt as _, ServerUrl, manager_of};
+use shardlock::tool;
+use shardlock::tool::{self, ServerUrl, manager_of};
 
 use crate::exit::{self, Failure};
 use crate::servers::{Connector, escape_glob, primaries, query};
@@ -63,7 +63,7 @@ pub(super) async fn find(shard: &ShardConfig, connector: &Connector<'_>) -> Resu
     let endpoint = Endpoint::parse(&shard.url).map_err(Failure::config)?;
     #[cfg(feature = "etcd")]
     if matches!(endpoint.scheme(), "etcd" | "etcds") {
-        let servers = endpoint.servers();
+        let servers = tool::servers(&endpoint);
         let addresses: Vec<_> = servers.iter().map(ServerUrl::place).collect();
         return Ok(vec![Location {
             label: addresses.join(","),
@@ -96,7 +96,7 @@ pub(super) async fn find(shard: &ShardConfig, connector: &Connector<'_>) -> Resu
 async fn map_key_owner(primaries: &[ServerUrl], connector: &Connector<'_>) -> Result<ServerUrl, String> {
     let mut last_error = "no primary has slots".to_owned();
     for server in primaries {
-        match query_once(server, connector, cmd("GET").arg(connector.config.map_key())).await {
+        match query_once(server, connector, cmd("GET").arg(tool::map_key(connector.config))).await {
             Ok::<Option<String>, _>(_) => return Ok(server.clone()),
             Err(reason) => last_error = format!("{}: {reason}", server.place()),
         }
@@ -111,7 +111,7 @@ impl Location {
     }
 
     pub(super) async fn read(&self, connector: &Connector<'_>) -> Result<Option<String>, String> {
-        let key = connector.config.map_key();
+        let key = tool::map_key(connector.config);
         match &self.kind {
             Kind::Server(server) | Kind::Cluster { owner: server, .. } => {
                 let stored: Option<Vec<u8>> = query_once(server, connector, cmd("GET").arg(key)).await?;
@@ -124,7 +124,7 @@ impl Location {
 
     /// Stores `new` if `old` is stored; `None` means that no map must be stored.
     pub(super) async fn swap(&self, connector: &Connector<'_>, old: Option<&str>, new: &str) -> Result<(), String> {
-        let key = connector.config.map_key();
+        let key = tool::map_key(connector.config);
         let swapped = match &self.kind {
             Kind::Server(server) | Kind::Cluster { owner: server, .. } => {
                 let mut swap = cmd("EVAL");
@@ -198,7 +198,7 @@ async fn leases_on(server: &ServerUrl, connector: &Connector<'_>) -> Result<Leas
         for name in &names {
             let key = std::str::from_utf8(name)
                 .ok()
-                .and_then(|name| connector.config.key_of_lease(name));
+                .and_then(|name| tool::key_of_lease(connector.config, name));
             let Some(key) = key else { continue };
             let owner: Option<Vec<u8>> = match query(&mut connection, cmd("GET").arg(name)).await {
                 Ok(owner) => owner,

@@ -15,7 +15,7 @@ mod show;
 
 use clap::Subcommand;
 use shardlock::config::Config;
-use shardlock::tool::ConfigExt as _;
+use shardlock::tool;
 
 use crate::exit::Failure;
 use crate::servers::Connector;
@@ -108,7 +108,7 @@ impl StoredMap<'_> {
 async fn read_all<'a>(config: &'a Config, connector: &Connector<'_>) -> Result<Vec<StoredMap<'a>>, Failure> {
     let mut all = Vec::new();
     for (index, shard) in config.shards.iter().enumerate() {
-        let fingerprints = config.fingerprints_at(index);
+        let fingerprints = tool::fingerprints_at(config, index);
         for (number, location) in locations::find(shard, connector).await?.into_iter().enumerate() {
             // One for each node of a quorum, otherwise a single one.
             let configured = fingerprints

@@ -77,7 +77,7 @@ fn parse(line: &str, queried: &ServerUrl) -> Option<ClusterNode> {
 #[cfg(test)]
 mod tests {
     use shardlock::config::Endpoint;
-    use shardlock::tool::EndpointExt as _;
+    use shardlock::tool;
 
     use super::*;
 
@@ -88,7 +88,7 @@ mod tests {
 
     #[test]
     fn lines_of_nodes_are_read() {
-        let queried = Endpoint::parse("redis+cluster://asked:1").unwrap().servers().remove(0);
+        let queried = tool::servers(&Endpoint::parse("redis+cluster://asked:1").unwrap()).remove(0);
         let nodes = ClusterNode::parse_all(LINES, &queried);
         let slots: Vec<_> = nodes.iter().map(|node| (node.address.as_str(), node.slots)).collect();
         assert_eq!(

@@ -6,7 +6,7 @@ use anyhow::{Context, anyhow, bail};
 use deadpool_redis::redis::aio::MultiplexedConnection;
 use deadpool_redis::redis::cmd;
 use shardlock::config::{Config, Endpoint};
-use shardlock::tool::{EndpointExt as _, ServerUrl};
+use shardlock::tool::{self, ServerUrl};
 
 use super::{Connector, cluster_nodes, host_port, query};
 
@@ -21,14 +21,14 @@ pub(crate) async fn primaries(
     connector: &Connector<'_>,
 ) -> anyhow::Result<Option<Vec<ServerUrl>>> {
     match endpoint.scheme() {
-        "redis" | "rediss" | "redis+unix" | "redlock" | "redlocks" => return Ok(Some(endpoint.servers())),
+        "redis" | "rediss" | "redis+unix" | "redlock" | "redlocks" => return Ok(Some(tool::servers(endpoint))),
         "redis+sentinel" | "rediss+sentinel" | "redis+cluster" | "rediss+cluster" => {}
         _ => return Ok(None),
     }
     let mut last_error = "the URL names no server".to_owned();
     // The first server that answers decides.
-    for server in endpoint.servers() {
-        let addresses = match endpoint.primary_name() {
+    for server in tool::servers(endpoint) {
+        let addresses = match tool::primary_name(endpoint) {
             Some(name) => primary_from_sentinel(&server, name, connector)
                 .await
                 .map(|address| vec![address]),
@@ -36,7 +36,9 @@ pub(crate) async fn primaries(
         };
         match addresses {
             Ok(addresses) => {
-                let servers = addresses.iter().filter_map(|address| endpoint.server_at(address));
+                let servers = addresses
+                    .iter()
+                    .filter_map(|address| tool::server_at(endpoint, address));
                 return Ok(Some(servers.collect()));
             }
             Err(reason) => last_error = format!("{}: {reason}", server.place()),

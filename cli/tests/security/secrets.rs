@@ -4,7 +4,7 @@ use std::time::Duration;
 
 use shardlock::LockManager;
 use shardlock::config::{Builder, Config, Endpoint, ShardConfig};
-use shardlock::tool::ConfigExt as _;
+use shardlock::tool::apply_variables;
 
 use crate::recorder::LogRecorder;
 use crate::support::{ClientType, PATIENCE, RedisServer};
@@ -89,7 +89,7 @@ async fn password_appears_in_no_log_trace_or_metric() {
 
         let mut config = Config::default();
         let variable = ("SHARDLOCK_SHARDS".to_owned(), url.clone());
-        match config.apply_variables([variable]) {
+        match apply_variables(&mut config, [variable]) {
             Ok(()) => recorder.note(&(&config, Builder::new().config(config.clone()).build_config())),
             Err(error) => recorder.note(&(error.to_string(), error)),
         }

@@ -6,7 +6,7 @@ use std::time::{Duration, Instant};
 use shardlock::LockManager;
 use shardlock::config::{Builder, Config};
 use shardlock::error::LockErrorKind;
-use shardlock::tool::ConfigExt as _;
+use shardlock::tool;
 
 use crate::support::tls::{Authority, Identity, TlsServer, has_tls};
 use crate::support::{RedisServer, worker};
@@ -89,14 +89,16 @@ async fn a_server_that_asks_for_a_certificate_is_shown_ours() {
     // The same with the variable names that files and the environment use.
     let mut config = Config::default();
     let file = |path: &Path| path.to_str().expect("UTF-8").to_owned();
-    config
-        .apply_variables([
+    tool::apply_variables(
+        &mut config,
+        [
             ("SHARDLOCK_SHARDS".to_owned(), url.clone()),
             ("SHARDLOCK_TLS_CA".to_owned(), file(&authority.ca())),
             ("SHARDLOCK_TLS_CERT".to_owned(), file(&client.certificate)),
             ("SHARDLOCK_TLS_KEY".to_owned(), file(&client.key)),
-        ])
-        .expect("variables");
+        ],
+    )
+    .expect("variables");
     works(&server, || Builder::new().config(config.clone())).await;
 
     let error = refused("no certificate", builder(&url, &authority.ca())).await;

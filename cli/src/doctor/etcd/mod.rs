@@ -7,7 +7,7 @@ use std::time::Duration;
 
 use futures_util::future::join_all;
 use shardlock::config::{Config, Endpoint};
-use shardlock::tool::EndpointExt as _;
+use shardlock::tool;
 
 use super::finding::{Finding, Level};
 use super::format::{bytes, duration};
@@ -29,7 +29,7 @@ pub(super) async fn examine(
     fingerprint: &str,
     report: &mut ShardReport,
 ) {
-    let servers = endpoint.servers();
+    let servers = tool::servers(endpoint);
     let probed = join_all(servers.iter().map(|server| probe(server, connector))).await;
     report.findings.push(majority(&probed));
     report.findings.extend(leader(&probed));

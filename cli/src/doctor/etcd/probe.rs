@@ -3,7 +3,7 @@
 use std::time::Instant;
 
 use etcd_client::{AlarmAction, AlarmType, Client, Compare, CompareOp, GetOptions, Txn, TxnOp};
-use shardlock::tool::{ConfigExt as _, ServerUrl};
+use shardlock::tool::{self, ServerUrl};
 
 use super::super::facts::RoundTrips;
 use crate::servers::etcd::{connect, credentials, with_timeout};
@@ -63,7 +63,7 @@ pub(super) async fn probe(server: &ServerUrl, connector: &Connector<'_>) -> Resu
     if let Ok(reply) = with_timeout(connector, client.alarm(AlarmAction::Get, AlarmType::None, None)).await {
         alarms.extend(reply.alarms().iter().map(|alarm| format!("alarm {:?}", alarm.alarm())));
     }
-    let map_key = connector.config.map_key();
+    let map_key = tool::map_key(connector.config);
     let map = with_timeout(connector, client.get(map_key.as_str(), None)).await;
     let map = map.map(|found| {
         let stored = found.kvs().first();

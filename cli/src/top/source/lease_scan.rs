@@ -8,7 +8,7 @@ use std::time::{Duration, Instant};
 use deadpool_redis::redis::cmd;
 use shardlock::LockKey;
 use shardlock::config::{Config, Endpoint};
-use shardlock::tool::{ConfigExt as _, ServerUrl};
+use shardlock::tool::{self, ServerUrl};
 
 use crate::servers::{Connector, escape_glob, primaries, query};
 
@@ -80,7 +80,9 @@ async fn search_server(
             .arg(KEYS_PER_STEP);
         let (next, names): (u64, Vec<Vec<u8>>) = query(&mut connection, &step).await?;
         let names = names.iter().filter_map(|name| std::str::from_utf8(name).ok());
-        found.keys.extend(names.filter_map(|name| config.key_of_lease(name)));
+        found
+            .keys
+            .extend(names.filter_map(|name| tool::key_of_lease(config, name)));
         *cursor = next;
         if next == 0 {
             return Ok(());
