@@ -651,3 +651,51 @@ impl InvalidSetting {
         }
     }
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn unavailable(waited: Duration, reason: Reason) -> LockError {
+        Failure::Unavailable {
+            shard: "main".to_owned(),
+            step: "acquire",
+            key: Some("k".to_owned()),
+            waited,
+            reason,
+        }
+        .into()
+    }
+
+    #[test]
+    fn io_error_that_a_client_library_wrapped_is_the_source() {
+        /// As the Redis client has it.
+        #[derive(Debug, thiserror::Error)]
+        #[error("failed")]
+        struct Wrapped(#[source] Arc<dyn Error + Send + Sync>);
+
+        let refused = || io::Error::from(io::ErrorKind::ConnectionRefused);
+        for cause in [&Wrapped(Arc::new(refused())) as &(dyn Error + 'static), &refused()] {
+            let reason = Reason::from("no connection").caused_by(cause);
+            let error = unavailable(Duration::ZERO, reason.map(|reason| format!("one: {reason}")));
+            let source = error.source().and_then(|source| source.downcast_ref::<io::Error>());
+            assert_eq!(source.map(io::Error::kind), Some(io::ErrorKind::ConnectionRefused));
+            assert!(error.to_string().contains("one: no connection"), "{error}");
+        }
+        let other = Wrapped(Arc::new(Failure::Closed));
+        let error = unavailable(Duration::ZERO, Reason::from("no connection").caused_by(&other));
+        assert!(error.source().is_none());
+    }
+
+    #[test]
+    fn messages_do_not_depend_on_the_time_waited() {
+        let after = |waited| unavailable(waited, "no answer".into());
+        let (early, late) = (after(Duration::from_millis(3)), after(Duration::from_secs(7)));
+        assert_eq!(early.to_string(), late.to_string());
+        assert_eq!(late.waited(), Some(Duration::from_secs(7)));
+        assert_eq!(
+            (late.kind(), late.key(), late.shard(), late.step()),
+            (LockErrorKind::Unavailable, Some("k"), Some("main"), Some("acquire"))
+        );
+    }
+}

@@ -535,6 +535,9 @@ async fn a_port_that_refuses_and_a_host_that_does_not_exist_are_said_in_words() 
     );
     assert!(error.to_string().contains("refused"), "{error}");
     assert!(error.to_string().contains(&url), "{error}");
+    let source = std::error::Error::source(&error).and_then(|source| source.downcast_ref::<std::io::Error>());
+    let kind = source.map(std::io::Error::kind);
+    assert_eq!(kind, Some(std::io::ErrorKind::ConnectionRefused), "{error:?}");
 
     // A name in a top-level domain that is reserved and never resolves.
     let error = refused("redis://:hunter2@lock.invalid:6379").await;
