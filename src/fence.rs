@@ -61,6 +61,7 @@ use std::num::NonZeroU64;
 ///
 /// [`LockErrorKind::TokenRegression`]: crate::error::LockErrorKind::TokenRegression
 #[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Hash)]
+#[cfg_attr(feature = "serde", derive(serde::Serialize, serde::Deserialize))]
 pub struct FencingToken(NonZeroU64);
 
 impl FencingToken {

@@ -241,6 +241,7 @@
 //! - `etcd`: etcd as a shard; building it needs `protoc`
 //! - `file`: settings from a TOML file
 //! - `admin`: the HTTP endpoint for operators
+//! - `serde`: `Serialize` for the types of [`introspect`], as the endpoint shows them
 //!
 //! # Testing your own code
 //!
@@ -297,6 +298,8 @@ mod key;
 mod lease;
 mod manager;
 pub mod metrics;
+#[cfg(feature = "serde")]
+mod millis;
 pub mod namespace;
 mod protocol;
 mod request;

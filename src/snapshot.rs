@@ -14,6 +14,7 @@ use crate::fence::FencingToken;
 /// Counts are halved every five minutes, so they reflect about the last quarter of an hour rather
 /// than the whole life of the process.
 #[derive(Debug, Clone, PartialEq, Eq)]
+#[cfg_attr(feature = "serde", derive(serde::Serialize, serde::Deserialize))]
 #[non_exhaustive]
 pub struct HotKey {
     /// The key.
@@ -28,24 +29,40 @@ pub struct HotKey {
     pub acquired: u64,
     /// The most by which `contended` may be too large: a key that enters the list takes over the
     /// count of the key it replaces.
+    #[cfg_attr(feature = "serde", serde(rename = "error"))]
     pub overcount_max: u64,
     /// The number of tasks of this process that wait for the key now.
     pub waiters: usize,
     /// The guard of this process that holds the key now, if any.
     pub holder: Option<HotKeyHolder>,
-    /// Median wait of the contended requests that got the lock, accurate to within a factor of two.
-    pub wait_p50: Duration,
-    /// The 99th percentile of these waits, accurate to within a factor of two.
-    pub wait_p99: Duration,
+    /// The waits of the contended requests that got the lock.
+    #[cfg_attr(feature = "serde", serde(rename = "wait_ms"))]
+    pub waits: Waits,
+}
+
+/// How long requests waited for a [`HotKey`].
+#[derive(Debug, Clone, Copy, Default, PartialEq, Eq)]
+#[cfg_attr(feature = "serde", derive(serde::Serialize, serde::Deserialize))]
+#[non_exhaustive]
+pub struct Waits {
+    /// The median, accurate to within a factor of two.
+    #[cfg_attr(feature = "serde", serde(with = "crate::millis"))]
+    pub p50: Duration,
+    /// The 99th percentile, accurate to within a factor of two.
+    #[cfg_attr(feature = "serde", serde(with = "crate::millis"))]
+    pub p99: Duration,
     /// The longest wait.
-    pub wait_max: Duration,
+    #[cfg_attr(feature = "serde", serde(with = "crate::millis"))]
+    pub max: Duration,
 }
 
 /// The guard that holds a [`HotKey`].
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
+#[cfg_attr(feature = "serde", derive(serde::Serialize, serde::Deserialize))]
 #[non_exhaustive]
 pub struct HotKeyHolder {
     /// How long it has been held.
+    #[cfg_attr(feature = "serde", serde(rename = "held_ms", with = "crate::millis"))]
     pub held: Duration,
     /// Its fencing token.
     pub token: FencingToken,
@@ -53,6 +70,7 @@ pub struct HotKeyHolder {
 
 /// An outstanding guard of this process. See [`LockManager::held`](crate::LockManager::held).
 #[derive(Debug, Clone, PartialEq, Eq)]
+#[cfg_attr(feature = "serde", derive(serde::Serialize, serde::Deserialize))]
 #[non_exhaustive]
 pub struct HeldLock {
     /// The key.
@@ -64,8 +82,10 @@ pub struct HeldLock {
     /// The fencing token.
     pub token: FencingToken,
     /// How long it has been held.
+    #[cfg_attr(feature = "serde", serde(rename = "age_ms", with = "crate::millis"))]
     pub age: Duration,
     /// How long it is certainly held if no further renewal succeeds; zero after a loss.
+    #[cfg_attr(feature = "serde", serde(rename = "remaining_ms", with = "crate::millis"))]
     pub remaining: Duration,
     /// The number of tasks of this process that wait for the key.
     pub waiters: usize,
@@ -76,6 +96,7 @@ pub struct HeldLock {
 /// The state of a shard as snapshot by this manager. See
 /// [`LockManager::shards`](crate::LockManager::shards).
 #[derive(Debug, Clone, PartialEq, Eq)]
+#[cfg_attr(feature = "serde", derive(serde::Serialize, serde::Deserialize))]
 #[non_exhaustive]
 pub struct ShardState {
     /// Its name.
@@ -86,12 +107,14 @@ pub struct ShardState {
     /// every few seconds even without requests: its primary, each primary of a cluster, a majority
     /// of a quorum or of etcd. The probe of a Redis server is a write that changes nothing, so a
     /// server counts as down if it is out of memory, can't persist, lacks replicas or is a replica.
+    #[cfg_attr(feature = "serde", serde(rename = "up"))]
     pub is_up: bool,
     /// The number of leases that this process holds on the shard.
     pub leases: usize,
     /// The number of these leases that linger without a guard
     /// ([`Config::linger`](crate::config::Config::linger)), including those whose release after
     /// that is in progress.
+    #[cfg_attr(feature = "serde", serde(default))]
     pub lingering: usize,
     /// The number of tasks of this process that wait for locks of the shard.
     pub waiters: usize,
@@ -101,10 +124,22 @@ pub struct ShardState {
     pub local: u64,
     /// The number of these locks that were handed over by another process, after waiting.
     pub remote: u64,
-    /// The median of all round trips, accurate to within a factor of two.
-    pub round_trip_p50: Duration,
-    /// The 99th percentile of all round trips, accurate to within a factor of two.
-    pub round_trip_p99: Duration,
+    /// How long all round trips took.
+    #[cfg_attr(feature = "serde", serde(rename = "round_trip_ms"))]
+    pub round_trips: RoundTrips,
+}
+
+/// How long the round trips to a shard took.
+#[derive(Debug, Clone, Copy, Default, PartialEq, Eq)]
+#[cfg_attr(feature = "serde", derive(serde::Serialize, serde::Deserialize))]
+#[non_exhaustive]
+pub struct RoundTrips {
+    /// The median, accurate to within a factor of two.
+    #[cfg_attr(feature = "serde", serde(with = "crate::millis"))]
+    pub p50: Duration,
+    /// The 99th percentile, accurate to within a factor of two.
+    #[cfg_attr(feature = "serde", serde(with = "crate::millis"))]
+    pub p99: Duration,
 }
 
 pub(crate) fn hot_keys(manager: &ManagerShared) -> Vec<HotKey> {
@@ -129,9 +164,11 @@ pub(crate) fn hot_keys(manager: &ManagerShared) -> Vec<HotKey> {
                 held: held.age,
                 token: held.token,
             }),
-            wait_p50: hot.wait_p50,
-            wait_p99: hot.wait_p99,
-            wait_max: hot.wait_max,
+            waits: Waits {
+                p50: hot.wait_p50,
+                p99: hot.wait_p99,
+                max: hot.wait_max,
+            },
         }
     });
     snapshots.collect()
@@ -169,7 +206,7 @@ pub(crate) fn shards(manager: &ManagerShared) -> Vec<ShardState> {
     let snapshots = manager.shards.iter().map(|shard| {
         let metrics = &shard.metrics;
         let [acquired, local, remote] = metrics.acquisitions();
-        let [round_trip_p50, round_trip_p99] = metrics.round_trips();
+        let [p50, p99] = metrics.round_trips();
         ShardState {
             name: shard.name.to_string(),
             kind: shard.kind.to_string(),
@@ -180,8 +217,7 @@ pub(crate) fn shards(manager: &ManagerShared) -> Vec<ShardState> {
             acquired,
             local,
             remote,
-            round_trip_p50,
-            round_trip_p99,
+            round_trips: RoundTrips { p50, p99 },
         }
     });
     snapshots.collect()

@@ -3,7 +3,8 @@
 use std::fmt::Write;
 use std::time::Duration;
 
-use serde_json::json;
+use serde::Serialize;
+use serde_json::Value;
 use shardlock::LockKey;
 use shardlock::config::Builder;
 use shardlock::introspect::{Holder, KeyState};
@@ -36,27 +37,26 @@ pub(crate) async fn run(args: Args) -> Result<u8, Failure> {
     let state = locks.inspect(&key).await?;
     // A connected manager has shards.
     let shard = locks.shard_map().name(key.slot()).unwrap_or_default();
-    args.format
-        .print(&as_json(&key, shard, &state), &as_text(&key, shard, &state))?;
+    let json = as_json(&key, shard, &state).map_err(Failure::system)?;
+    args.format.print(&json, &as_text(&key, shard, &state))?;
     Ok(exit::OK)
 }
 
-fn as_json(key: &LockKey, shard: &str, state: &KeyState) -> serde_json::Value {
-    let holder = state.holder.as_ref().map(|holder| {
-        json!({
-            "owner": holder.owner,
-            "is_manager": holder.is_manager,
-            "remaining_ms": holder.remaining.map(|remaining| remaining.as_millis() as u64),
-        })
-    });
-    json!({
-        "key": key.as_str(),
-        "slot": key.slot().number(),
-        "shard": shard,
-        "holder": holder,
-        "queue_length": state.queue_length,
-        "queue": state.queue,
-        "last_token": state.last_token.map(u64::from),
+fn as_json(key: &LockKey, shard: &str, state: &KeyState) -> serde_json::Result<Value> {
+    #[derive(Serialize)]
+    struct Inspected<'a> {
+        key: &'a str,
+        slot: u16,
+        shard: &'a str,
+        #[serde(flatten)]
+        state: &'a KeyState,
+    }
+
+    serde_json::to_value(Inspected {
+        key: key.as_str(),
+        slot: key.slot().number(),
+        shard,
+        state,
     })
 }
 

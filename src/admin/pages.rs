@@ -1,14 +1,13 @@
 //! The content of each page.
 
 use std::fmt::Write;
-use std::time::Duration;
 
 use hyper::StatusCode;
 use serde::Serialize;
 
 use super::Renderer;
 use crate::context::ManagerShared;
-use crate::snapshot;
+use crate::snapshot::{self, HeldLock, HotKey, ShardState};
 use crate::telemetry::{HOT_KEY, METRICS};
 
 /// The maximum number of held locks on the page.
@@ -91,11 +90,6 @@ fn escaped(value: &str) -> String {
     value.replace('\\', "\\\\").replace('"', "\\\"").replace('\n', "\\n")
 }
 
-/// Milliseconds, with microsecond precision.
-fn ms(time: Duration) -> f64 {
-    time.as_micros() as f64 / 1e3
-}
-
 #[derive(Serialize)]
 struct Ready<'a> {
     ready: bool,
@@ -132,52 +126,10 @@ struct Hot {
     k: usize,
 }
 
-#[derive(Serialize)]
-struct HotKey {
-    key: String,
-    shard: String,
-    contended: u64,
-    acquired: u64,
-    error: u64,
-    waiters: usize,
-    holder: Option<Holder>,
-    wait_ms: Waits,
-}
-
-#[derive(Serialize)]
-struct Holder {
-    held_ms: f64,
-    token: u64,
-}
-
-#[derive(Serialize)]
-struct Waits {
-    p50: f64,
-    p99: f64,
-    max: f64,
-}
-
 impl Hot {
     fn of(manager: &ManagerShared) -> Self {
-        let keys = snapshot::hot_keys(manager).into_iter().map(|hot| HotKey {
-            key: hot.key,
-            shard: hot.shard,
-            contended: hot.contended,
-            acquired: hot.acquired,
-            error: hot.overcount_max,
-            waiters: hot.waiters,
-            holder: hot.holder.map(|holder| Holder {
-                held_ms: ms(holder.held),
-                token: holder.token.get(),
-            }),
-            wait_ms: Waits {
-                p50: ms(hot.wait_p50),
-                p99: ms(hot.wait_p99),
-                max: ms(hot.wait_max),
-            },
-        });
         Self {
-            keys: keys.collect(),
+            keys: snapshot::hot_keys(manager),
             k: manager.config.hot_keys,
         }
     }
@@ -189,35 +141,10 @@ struct Held {
     held: Vec<HeldLock>,
 }
 
-#[derive(Serialize)]
-struct HeldLock {
-    key: String,
-    shard: String,
-    owner: String,
-    token: u64,
-    age_ms: f64,
-    remaining_ms: f64,
-    waiters: usize,
-    caller: Option<String>,
-}
-
 impl Held {
     fn of(manager: &ManagerShared) -> Self {
         let (total, held) = snapshot::held(manager, HELD_MAX);
-        let held = held.into_iter().map(|lock| HeldLock {
-            key: lock.key,
-            shard: lock.shard,
-            owner: lock.owner,
-            token: lock.token.get(),
-            age_ms: ms(lock.age),
-            remaining_ms: ms(lock.remaining),
-            waiters: lock.waiters,
-            caller: lock.caller,
-        });
-        Self {
-            total,
-            held: held.collect(),
-        }
+        Self { total, held }
     }
 }
 
@@ -228,45 +155,10 @@ struct Shards {
     uptime_s: f64,
 }
 
-#[derive(Serialize)]
-struct ShardState {
-    name: String,
-    kind: String,
-    up: bool,
-    leases: usize,
-    lingering: usize,
-    waiters: usize,
-    acquired: u64,
-    local: u64,
-    remote: u64,
-    round_trip_ms: RoundTrips,
-}
-
-#[derive(Serialize)]
-struct RoundTrips {
-    p50: f64,
-    p99: f64,
-}
-
 impl Shards {
     fn of(manager: &ManagerShared) -> Self {
-        let shards = snapshot::shards(manager).into_iter().map(|shard| ShardState {
-            name: shard.name,
-            kind: shard.kind,
-            up: shard.is_up,
-            leases: shard.leases,
-            lingering: shard.lingering,
-            waiters: shard.waiters,
-            acquired: shard.acquired,
-            local: shard.local,
-            remote: shard.remote,
-            round_trip_ms: RoundTrips {
-                p50: ms(shard.round_trip_p50),
-                p99: ms(shard.round_trip_p99),
-            },
-        });
         Self {
-            shards: shards.collect(),
+            shards: snapshot::shards(manager),
             manager: manager.id().to_owned(),
             uptime_s: (manager.uptime().as_secs_f64() * 1e3).round() / 1e3,
         }

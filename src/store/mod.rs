@@ -380,6 +380,7 @@ impl StoreError {
 
 /// The state of a key in its store.
 #[derive(Debug, Clone, PartialEq, Eq)]
+#[cfg_attr(feature = "serde", derive(serde::Serialize))]
 #[non_exhaustive]
 pub struct KeyState {
     /// The current holder, if there is one.
@@ -395,6 +396,7 @@ pub struct KeyState {
 
 /// The holder of a key.
 #[derive(Debug, Clone, PartialEq, Eq)]
+#[cfg_attr(feature = "serde", derive(serde::Serialize))]
 #[non_exhaustive]
 pub struct Holder {
     /// `manager:cycle` of a shardlock manager, or the value that another library has stored.
@@ -402,6 +404,10 @@ pub struct Holder {
     /// Whether the holder is a shardlock manager.
     pub is_manager: bool,
     /// The remaining time of the lease, or `None` if it never ends.
+    #[cfg_attr(
+        feature = "serde",
+        serde(rename = "remaining_ms", serialize_with = "crate::millis::serialize_whole")
+    )]
     pub remaining: Option<Duration>,
 }
 

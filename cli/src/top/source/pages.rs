@@ -1,95 +1,31 @@
-//! The JSON of the admin endpoint, reduced to the fields that are shown. Unknown fields, as of
-//! newer versions, are ignored.
+//! The JSON of the admin endpoint. Unknown fields, as of newer versions, are ignored.
 
 use std::time::Duration;
 
 use serde::Deserialize;
+use shardlock::introspect;
 
 use super::{Age, HeldLock, Holder, HotKey, Locks, Quantiles, Sample, Shard, process_of};
 
 /// `/hot`
 #[derive(Debug, Deserialize)]
 pub(super) struct HotPage {
-    keys: Vec<HotEntry>,
-}
-
-#[derive(Debug, Deserialize)]
-struct HotEntry {
-    key: String,
-    shard: String,
-    contended: u64,
-    waiters: usize,
-    holder: Option<HotHolder>,
-    wait_ms: QuantilesMs,
-}
-
-#[derive(Debug, Deserialize)]
-struct HotHolder {
-    held_ms: f64,
-}
-
-#[derive(Debug, Deserialize)]
-struct QuantilesMs {
-    p50: f64,
-    p99: f64,
+    keys: Vec<introspect::HotKey>,
 }
 
 /// `/held`
 #[derive(Debug, Deserialize)]
 pub(super) struct HeldPage {
     total: usize,
-    held: Vec<HeldEntry>,
-}
-
-#[derive(Debug, Deserialize)]
-struct HeldEntry {
-    key: String,
-    shard: String,
-    owner: String,
-    token: u64,
-    age_ms: f64,
-    remaining_ms: f64,
-    waiters: usize,
-    caller: Option<String>,
+    held: Vec<introspect::HeldLock>,
 }
 
 /// `/shards`
 #[derive(Debug, Deserialize)]
 pub(super) struct ShardsPage {
-    shards: Vec<ShardEntry>,
+    shards: Vec<introspect::ShardState>,
     manager: String,
     uptime_s: f64,
-}
-
-#[derive(Debug, Deserialize)]
-struct ShardEntry {
-    name: String,
-    kind: String,
-    up: bool,
-    leases: usize,
-    waiters: usize,
-    acquired: u64,
-    local: u64,
-    remote: u64,
-    round_trip_ms: QuantilesMs,
-}
-
-/// Invalid durations, such as negative ones, become zero.
-fn seconds(seconds: f64) -> Duration {
-    Duration::try_from_secs_f64(seconds).unwrap_or_default()
-}
-
-fn ms(ms: f64) -> Duration {
-    seconds(ms / 1e3)
-}
-
-impl QuantilesMs {
-    fn read(&self) -> Quantiles {
-        Quantiles {
-            p50: ms(self.p50),
-            p99: ms(self.p99),
-        }
-    }
 }
 
 const fn exactly(time: Duration) -> Age {
@@ -102,9 +38,12 @@ pub(super) fn read(hot: HotPage, held: HeldPage, shards: ShardsPage) -> Sample {
     let hot = hot.keys.into_iter().map(|hot| HotKey {
         holder: hot.holder.map(|holder| Holder {
             process: process.to_owned(),
-            age: exactly(ms(holder.held_ms)),
+            age: exactly(holder.held),
         }),
-        waits: Some(hot.wait_ms.read()),
+        waits: Some(Quantiles {
+            p50: hot.waits.p50,
+            p99: hot.waits.p99,
+        }),
         key: hot.key,
         shard: hot.shard,
         contended: Some(hot.contended),
@@ -114,28 +53,29 @@ pub(super) fn read(hot: HotPage, held: HeldPage, shards: ShardsPage) -> Sample {
         holder: process_of(&lock.owner).to_owned(),
         key: lock.key,
         shard: lock.shard,
-        age: exactly(ms(lock.age_ms)),
-        remaining: Some(ms(lock.remaining_ms)),
+        age: exactly(lock.age),
+        remaining: Some(lock.remaining),
         waiters: lock.waiters,
-        token: Some(lock.token),
+        token: Some(lock.token.get()),
         caller: lock.caller,
     });
     Sample {
         hot: hot.collect(),
         held: locks.collect(),
         held_total: held.total,
-        shards: shards.shards.iter().map(shard).collect(),
-        uptime: Some(seconds(shards.uptime_s)),
+        shards: shards.shards.into_iter().map(shard).collect(),
+        // Invalid durations, such as negative ones, become zero.
+        uptime: Some(Duration::try_from_secs_f64(shards.uptime_s).unwrap_or_default()),
         manager: Some(shards.manager),
         note: None,
     }
 }
 
-fn shard(shard: &ShardEntry) -> Shard {
+fn shard(shard: introspect::ShardState) -> Shard {
     Shard {
-        name: shard.name.clone(),
-        kind: shard.kind.clone(),
-        up: shard.up,
+        name: shard.name,
+        kind: shard.kind,
+        up: shard.is_up,
         leases: shard.leases,
         waiters: shard.waiters,
         locks: Some(Locks {
@@ -143,7 +83,10 @@ fn shard(shard: &ShardEntry) -> Shard {
             local: shard.local,
             remote: shard.remote,
         }),
-        round_trips: shard.round_trip_ms.read(),
+        round_trips: Quantiles {
+            p50: shard.round_trips.p50,
+            p99: shard.round_trips.p99,
+        },
     }
 }
 

@@ -190,8 +190,8 @@ impl Shards {
                 waiters,
                 locks: None,
                 round_trips: Quantiles {
-                    p50: shard.round_trip_p50,
-                    p99: shard.round_trip_p99,
+                    p50: shard.round_trips.p50,
+                    p99: shard.round_trips.p99,
                 },
                 name: shard.name,
             }
