@@ -7,7 +7,6 @@ use deadpool_redis::redis::aio::MultiplexedConnection;
 use deadpool_redis::redis::{Cmd, FromRedisValue, cmd};
 use shardlock::config::{Endpoint, ShardConfig};
 #[cfg(feature = "etcd")]
-use shardlock::tool;
 use shardlock::tool::{self, ServerUrl, manager_of};
 
 use crate::exit::{self, Failure};
