@@ -58,8 +58,8 @@ pub struct LockGuard {
     /// `None` for the default class.
     class: Option<Arc<ClassMetrics>>,
     since: Moment,
-    /// Whether the times of this guard are recorded.
-    is_recorded: bool,
+    /// Whether the times of this guard are in the sample that a recorder gets.
+    is_in_sample: bool,
     /// Open as long as the guard lives.
     span: DebugSpan,
     /// Whether the lock was already released.
@@ -71,7 +71,7 @@ impl LockGuard {
         entry: Arc<Entry>,
         granted: Granted,
         class: Option<Arc<ClassMetrics>>,
-        is_recorded: bool,
+        is_in_sample: bool,
     ) -> Self {
         let Granted { at, lease, token, .. } = granted;
         Self {
@@ -80,7 +80,7 @@ impl LockGuard {
             token,
             class,
             since: at,
-            is_recorded,
+            is_in_sample,
             span: DebugSpan::default(),
             released: false,
         }
@@ -225,18 +225,13 @@ impl LockGuard {
         self.span = DebugSpan::default();
         self.released = true;
         let now = Moment::now();
-        if self.is_recorded {
-            let class = self
-                .class
-                .as_ref()
-                .unwrap_or_else(|| self.entry.shard.manager.default_class());
-            class.held(now.since(self.since));
-            self.entry
-                .shard
-                .metrics
-                .validity_left
-                .record(self.lease.fraction_left(now));
-        }
+        let shard = &self.entry.shard;
+        let class = self.class.as_ref().unwrap_or_else(|| shard.manager.default_class());
+        class.held(now.since(self.since), self.is_in_sample);
+        shard
+            .metrics
+            .validity_left
+            .record_sampled(|| self.lease.fraction_left(now), self.is_in_sample);
         self.entry.released(self.lease.cycle, self.token, now)
     }
 

@@ -1,3 +1,3 @@
 //! The list of all metrics. They go through the [`metrics`](https://docs.rs/metrics) facade.
 
-pub use crate::telemetry::{METRICS, Metric, MetricKind, MetricUnit};
+pub use crate::telemetry::{Histograms, METRICS, Metric, MetricKind, MetricUnit};

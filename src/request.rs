@@ -427,8 +427,8 @@ impl Acquiring {
                     self.request.caller,
                     WaitOutcome::Acquired,
                 );
-                let is_recorded = self.class().acquired(granted.path, waited);
-                Ok(Some(LockGuard::new(entry, granted, self.class.take(), is_recorded)))
+                let is_in_sample = self.class().acquired(granted.path, waited);
+                Ok(Some(LockGuard::new(entry, granted, self.class.take(), is_in_sample)))
             }
             Settled::Busy if !self.only_try => Err(self.timed_out(Duration::ZERO)),
             Settled::Busy => {

@@ -34,10 +34,10 @@ use std::fmt;
 use std::net::{Ipv4Addr, SocketAddr, SocketAddrV4, TcpListener};
 use std::sync::Arc;
 
-use metrics_exporter_prometheus::{Matcher, PrometheusBuilder};
+use metrics_exporter_prometheus::PrometheusBuilder;
 
 use crate::manager::LockManager;
-use crate::telemetry::METRICS;
+use crate::telemetry::Histograms;
 pub use server::AdminServer;
 
 /// The default address of the endpoint: port 9187 of 127.0.0.1.
@@ -92,25 +92,21 @@ impl Admin {
     /// process already has a recorder.
     pub fn bind(address: SocketAddr) -> Result<Self, AdminError> {
         let listener = listen(address)?;
-        let mut builder = PrometheusBuilder::new();
-        for metric in METRICS.iter().filter(|metric| !metric.buckets().is_empty()) {
-            let name = Matcher::Full(metric.name.to_owned());
-            // Fails only for an empty list.
-            builder = builder
-                .set_buckets_for_metric(name, metric.buckets())
-                .map_err(|_| AdminError::RecorderTaken)?;
-        }
-        let handle = builder.install_recorder().map_err(|_| AdminError::RecorderTaken)?;
+        let exporter = PrometheusBuilder::new().build_recorder();
+        let handle = exporter.handle();
+        let histograms = Histograms::default();
+        metrics::set_global_recorder(histograms.in_front_of(exporter)).map_err(|_| AdminError::RecorderTaken)?;
         let upkeep = handle.clone();
         let renderer = Renderer {
-            render: Arc::new(move || handle.render()),
+            render: Arc::new(move || handle.render() + &histograms.render()),
             upkeep: Arc::new(move || upkeep.run_upkeep()),
         };
         Self::new(listener, address, renderer)
     }
 
     /// Like [`bind`](Self::bind), for a process with its own recorder: `render` returns its page in
-    /// the text format of Prometheus.
+    /// the text format of Prometheus. Above 20,000 values per second its histograms have an even
+    /// sample of the values, unless [`Histograms`] counts them in front of the recorder.
     ///
     /// # Errors
     ///

@@ -8,7 +8,7 @@ use serde::Serialize;
 use super::Renderer;
 use crate::context::ManagerShared;
 use crate::snapshot::{self, HeldLock, HotKey, ShardState};
-use crate::telemetry::{HOT_KEY, METRICS};
+use crate::telemetry::{HOT_KEY, METRICS, escaped};
 
 /// The maximum number of held locks on the page.
 const HELD_MAX: usize = 1000;
@@ -83,11 +83,6 @@ pub(super) fn metrics(renderer: &Renderer, manager: Option<&ManagerShared>) -> S
         page.push('\n');
     }
     page
-}
-
-/// Escapes the value of a label for the text format.
-fn escaped(value: &str) -> String {
-    value.replace('\\', "\\\\").replace('"', "\\\"").replace('\n', "\\n")
 }
 
 #[derive(Serialize)]

@@ -97,7 +97,7 @@ impl Ending {
 #[derive(Debug)]
 pub(crate) struct ClassMetrics {
     endings: [Tally; Ending::ALL.len()],
-    /// Samples the acquired locks.
+    /// Samples the acquired locks for the recorder.
     thinning: Thinning,
     wait: Histogram,
     hold: Histogram,
@@ -121,18 +121,16 @@ impl ClassMetrics {
         self.endings[ending.index()].add();
     }
 
-    /// A lock was acquired. Returns whether its durations are sampled.
+    /// A lock was acquired. Returns whether its durations are in the sample for the recorder.
     pub(crate) fn acquired(&self, path: Path, waited: Duration) -> bool {
         let number = self.endings[Ending::Acquired(path).index()].add();
-        let is_recorded = self.thinning.takes(number);
-        if is_recorded {
-            self.wait.record(waited.as_secs_f64());
-        }
-        is_recorded
+        let is_in_sample = self.thinning.takes(number);
+        self.wait.record_sampled(|| waited.as_secs_f64(), is_in_sample);
+        is_in_sample
     }
 
-    pub(crate) fn held(&self, time: Duration) {
-        self.hold.record(time.as_secs_f64());
+    pub(crate) fn held(&self, time: Duration, is_in_sample: bool) {
+        self.hold.record_sampled(|| time.as_secs_f64(), is_in_sample);
     }
 
     fn tell(&self) {

@@ -4,7 +4,9 @@
 //! Install a recorder before connecting: handles created without one never record anything. The
 //! library itself installs a recorder only for the admin endpoint, on request.
 
+mod cells;
 mod class;
+mod histograms;
 mod manager;
 mod node;
 mod recorder;
@@ -15,6 +17,9 @@ mod tally;
 use metrics::{Unit, describe_counter, describe_gauge, describe_histogram};
 
 pub(crate) use class::{ClassMetrics, Classes, Ending};
+pub use histograms::Histograms;
+#[cfg(feature = "admin")]
+pub(crate) use histograms::escaped;
 pub(crate) use manager::{Limit, ManagerMetrics};
 pub(crate) use node::NodeMetrics;
 pub(crate) use shard::{RequestKind, ShardMetrics};

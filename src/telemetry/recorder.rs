@@ -1,6 +1,10 @@
 //! Wrappers of the recorder's counters, gauges and histograms that catch panics: a faulty recorder
 //! must not affect any lock.
 
+use std::sync::Arc;
+
+use super::cells::Cells;
+use super::histograms::Histograms;
 use crate::foreign::RECORDER;
 
 /// A counter of the recorder.
@@ -11,9 +15,13 @@ pub(crate) struct Counter(metrics::Counter);
 #[derive(Debug)]
 pub(crate) struct Gauge(metrics::Gauge);
 
-/// A histogram of the recorder.
+/// A histogram: its exact counts if the installed recorder is that of [`Histograms`], and a
+/// histogram of the recorder.
 #[derive(Debug)]
-pub(crate) struct Histogram(metrics::Histogram);
+pub(crate) struct Histogram {
+    exact: Option<Arc<Cells>>,
+    recorder: metrics::Histogram,
+}
 
 impl Counter {
     pub(crate) const fn new(counter: metrics::Counter) -> Self {
@@ -41,12 +49,28 @@ impl Gauge {
 }
 
 impl Histogram {
-    pub(crate) const fn new(histogram: metrics::Histogram) -> Self {
-        Self(histogram)
+    /// `register` asks the recorder for it.
+    pub(crate) fn new(register: impl FnOnce() -> metrics::Histogram) -> Self {
+        let (recorder, exact) = Histograms::found(register);
+        Self { exact, recorder }
     }
 
     pub(crate) fn record(&self, value: f64) {
-        RECORDER.call(|| self.0.record(value));
+        self.record_sampled(|| value, true);
+    }
+
+    /// Records a value in the exact counts, and passes it to the recorder if it is in the sample.
+    pub(crate) fn record_sampled(&self, value: impl FnOnce() -> f64, is_in_sample: bool) {
+        if self.exact.is_none() && !is_in_sample {
+            return;
+        }
+        let value = value();
+        if let Some(exact) = &self.exact {
+            exact.add(value);
+        }
+        if is_in_sample {
+            RECORDER.call(|| self.recorder.record(value));
+        }
     }
 }
 
@@ -62,7 +86,7 @@ macro_rules! gauge {
 
 /// Like the macro of the same name in `metrics`.
 macro_rules! histogram {
-    ($($metric:tt)*) => { $crate::telemetry::recorder::Histogram::new(::metrics::histogram!($($metric)*)) };
+    ($($metric:tt)*) => { $crate::telemetry::recorder::Histogram::new(|| ::metrics::histogram!($($metric)*)) };
 }
 
 pub(super) use {counter, gauge, histogram};

@@ -5,17 +5,18 @@
 //! A recorder's counter costs two atomic operations, and its histogram reads a clock and appends to
 //! a list. At a million local hand-offs per second this would be most of their cost. So what
 //! happens at every lock is counted by one relaxed addition, and the background thread flushes new
-//! counts to the recorder ten times per second. Distributions are sampled evenly: all values are
-//! recorded up to [`SAMPLES_PER_SECOND`], and one in every 2^n beyond that. A burst after a quiet
-//! period is only noticed at the next flush. So whenever [`SAMPLES_AT_ONCE`] values have been
-//! recorded before that, the sampling rate is halved.
+//! counts to the recorder ten times per second. A recorder gets an even sample of the values of a
+//! distribution: all of them up to [`SAMPLES_PER_SECOND`], and one in every 2^n beyond that. A
+//! burst after a quiet period is only noticed at the next flush. So whenever [`SAMPLES_AT_ONCE`]
+//! values have been recorded before that, the sampling rate is halved. The exact counts of
+//! [`Histograms`](super::Histograms) get every value.
 
 use std::sync::atomic::{AtomicU64, Ordering};
 use std::time::Duration;
 
 use super::recorder::{Counter, Histogram};
 
-/// Up to this many values per second, a histogram records all of them.
+/// Up to this many values per second, a recorder gets all of them.
 const SAMPLES_PER_SECOND: u64 = 20_000;
 
 /// A counter that costs one addition.
@@ -58,7 +59,7 @@ impl Tally {
 /// number at [`SAMPLES_PER_SECOND`], with ten flushes per second.
 const SAMPLES_AT_ONCE: u64 = SAMPLES_PER_SECOND / 10;
 
-/// Chooses the values to record. Samples evenly, which preserves the shape of the distribution.
+/// Chooses the values for the recorder. Samples evenly, which preserves the shape of the distribution.
 #[derive(Debug, Default)]
 pub(crate) struct Thinning {
     /// A value is skipped if its number has one of these bits.
@@ -110,9 +111,8 @@ impl Measured {
     }
 
     pub(crate) fn add(&self, value: f64) {
-        if self.thinning.takes(self.tally.add()) {
-            self.histogram.record(value);
-        }
+        let is_in_sample = self.thinning.takes(self.tally.add());
+        self.histogram.record_sampled(|| value, is_in_sample);
     }
 
     pub(crate) fn tell(&self) {
