@@ -89,8 +89,8 @@ impl Lease {
 
     /// The remaining validity at `now` as a fraction of the TTL.
     pub(crate) fn fraction_left(&self, now: Moment) -> f64 {
-        let ttl = Duration::from_nanos(self.ttl.load(Ordering::Relaxed));
-        (self.remaining(now).as_secs_f64() / ttl.as_secs_f64()).min(1.0)
+        let ttl = self.ttl.load(Ordering::Relaxed);
+        (nanos(self.remaining(now)) as f64 / ttl as f64).min(1.0)
     }
 
     /// Waits for the loss.

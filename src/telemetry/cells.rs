@@ -19,10 +19,18 @@ const BUCKETS_MAX: usize = 22;
 /// The number of threads with a stripe of their own: one for each bit of [`TAKEN`].
 const STRIPES: usize = u64::BITS as usize;
 
-/// The bounds of all histograms lie between 2 to the power of these, so that the exponent of a
-/// value finds its bucket.
-const EXPONENTS: [i32; 2] = [-20, 20];
-const EXPONENT_COUNT: usize = (EXPONENTS[1] - EXPONENTS[0]) as usize + 1;
+/// The upper bits of a positive value, its exponent and three bits of its fraction, are the index
+/// of a range, and a table has the first bucket of each range.
+const RANGE_SHIFT: u32 = f64::MANTISSA_DIGITS - 1 - 3;
+/// The ranges that begin at 2 to the power of -20 and 20. All bounds lie between them.
+const FIRST_RANGE: u64 = 9.536_743_164_062_5e-7_f64.to_bits() >> RANGE_SHIFT;
+const LAST_RANGE: u64 = 1_048_576_f64.to_bits() >> RANGE_SHIFT;
+const RANGES: usize = (LAST_RANGE - FIRST_RANGE) as usize + 1;
+
+/// The smallest value of a range.
+const fn start_of(range: u64) -> f64 {
+    f64::from_bits(range << RANGE_SHIFT)
+}
 
 /// Which stripes are owned by a thread.
 static TAKEN: AtomicU64 = AtomicU64::new(0);
@@ -89,8 +97,8 @@ impl Stripe {
 #[derive(Debug)]
 pub(super) struct Cells {
     bounds: &'static [f64],
-    /// For each exponent, the number of bounds that are below all values with this exponent.
-    below: [u8; EXPONENT_COUNT],
+    /// For each range, the number of bounds that are below all of its values.
+    below: [u8; RANGES],
     owned: [OnceLock<Box<Stripe>>; STRIPES],
     shared: Stripe,
 }
@@ -107,12 +115,13 @@ impl Cells {
     /// A histogram with these upper bounds, of which there are fewer than [`BUCKETS_MAX`].
     pub(super) fn new(bounds: &'static [f64]) -> Self {
         debug_assert!(bounds.len() < BUCKETS_MAX && bounds.is_sorted());
-        debug_assert!(bounds.iter().all(|&bound| {
-            let [least, most] = EXPONENTS.map(|exponent| 2.0_f64.powi(exponent));
-            (least..most).contains(&bound)
-        }));
+        debug_assert!(
+            bounds
+                .iter()
+                .all(|bound| (start_of(FIRST_RANGE)..start_of(LAST_RANGE)).contains(bound))
+        );
         let below = std::array::from_fn(|index| {
-            let start = 2.0_f64.powi(EXPONENTS[0] + index as i32);
+            let start = start_of(FIRST_RANGE + index as u64);
             bounds.partition_point(|&bound| bound < start) as u8
         });
         Self {
@@ -133,10 +142,8 @@ impl Cells {
     }
 
     fn bucket_of(&self, value: f64) -> usize {
-        const BIAS: i32 = 1023;
-        let exponent = (value.to_bits() >> 52) as i32 & 0x7ff;
-        let exponent = (exponent - BIAS).clamp(EXPONENTS[0], EXPONENTS[1]);
-        let mut bucket = usize::from(self.below[(exponent - EXPONENTS[0]) as usize]);
+        let range = (value.to_bits() >> RANGE_SHIFT).clamp(FIRST_RANGE, LAST_RANGE);
+        let mut bucket = usize::from(self.below[(range - FIRST_RANGE) as usize]);
         while self.bounds.get(bucket).is_some_and(|&bound| value > bound) {
             bucket += 1;
         }
