@@ -12,6 +12,7 @@ from grafana_foundation_sdk.models import units
 PROCESS = 'job=~"$job", instance=~"$instance"'
 CLASS = PROCESS + ', class=~"$class"'
 SHARD = PROCESS + ', shard=~"$shard"'
+CLASS_OF_SHARD = CLASS + ', shard=~"$shard"'
 
 # Outcomes of requests that should have got a lock and did not. Busy is the answer to a try, not a
 # failure.
@@ -411,18 +412,19 @@ SATURATION = Row(
         ),
         Panel(
             "Longest current wait",
-            "How long the longest-waiting task has waited. Above the usual hold time times the "
-            "queue length, the holder is stuck: find out who holds the key (`shardlock inspect`, "
-            "/held).",
-            [(f"max by (shard) (shardlock_oldest_waiter_seconds{{{SHARD}}})", "{{shard}}")],
+            "How long the longest-waiting task of each class has waited. Above the usual hold time "
+            "times the queue length, the holder is stuck: find out who holds the key (`shardlock "
+            "inspect`, /held).",
+            [(f"max by (shard, class) (shardlock_oldest_waiter_seconds{{{CLASS_OF_SHARD}}})", "{{shard}} {{class}}")],
             unit=units.Seconds,
             width=12,
         ),
         Panel(
             "Oldest guard",
-            "How long the oldest guard has been held. Above the longest job, a task is stuck "
-            "under its lock: see /held, and set max_hold so that such a hold ends by itself.",
-            [(f"max by (shard) (shardlock_oldest_lease_seconds{{{SHARD}}})", "{{shard}}")],
+            "How long the oldest guard of each class has been held. Above the longest job, a task "
+            "is stuck under its lock: see /held, and set max_hold so that such a hold ends by "
+            "itself.",
+            [(f"max by (shard, class) (shardlock_oldest_lease_seconds{{{CLASS_OF_SHARD}}})", "{{shard}} {{class}}")],
             unit=units.Seconds,
             width=12,
         ),

@@ -400,7 +400,7 @@ async fn open(
     map: String,
     runtimes: &Arc<Runtimes>,
 ) -> Result<Opened, LockError> {
-    let metrics = Arc::new(ShardMetrics::new(&shard.name));
+    let metrics = Arc::new(ShardMetrics::new(&shard.name, &config.class));
     let started = Moment::now();
     let endpoint = Endpoint::parse(&shard.url)?;
     let to_lock_error = |error: StoreError| {

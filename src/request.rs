@@ -270,6 +270,7 @@ impl LockRequest {
                 None => InOutage::UntilStoreTimeout,
             },
             contended_hint: false,
+            class: 0,
         };
         if let Some(overrides) = &self.overrides {
             let (timeout, max_hold) = (overrides.timeout.flatten(), overrides.max_hold.flatten());
@@ -338,6 +339,7 @@ impl Acquiring {
         Origin {
             at: self.asked_at,
             caller: self.request.caller,
+            class: self.class().number(),
         }
     }
 
@@ -352,7 +354,8 @@ impl Acquiring {
             Ok(key) => key,
             Err(invalid) => return Err((**invalid).clone().into()),
         };
-        let want = self.request.waiter_options(self.is_try())?;
+        let mut want = self.request.waiter_options(self.is_try())?;
+        want.class = self.class().number();
         let shard = self.request.manager.shard(key);
         let (entry, wanted) = shard.want(key, want, cx.waker(), self.asked_at)?;
         let in_flight = wanted.request.map(|request| drive(&entry, request));

@@ -381,6 +381,45 @@ async fn longest_hold_and_wait_are_reported() {
     becomes("shardlock_leases", &["shard=\"oldest\""], |value| value == 0.0).await;
 }
 
+/// One key: the holder, the first waiter and the second waiter are of different classes, so an
+/// alert can exempt one of them.
+#[tokio::test]
+async fn longest_hold_and_wait_are_reported_by_class() {
+    let locks = builder("by-class", "memory://metrics-by-class")
+        .connect()
+        .await
+        .unwrap();
+    let oldest = |what: &str, class: &str| {
+        let name = format!("shardlock_oldest_{what}_seconds");
+        sum(&name, &["shard=\"by-class\"", &format!("class=\"{class}\"")])
+    };
+    let guard = locks.lock("k").class("leader").await.unwrap();
+    let waiting = ["standby", "job"].map(|class| Box::pin(locks.lock("k").class(class).into_future()));
+    let [mut standby, mut job] = waiting;
+    assert!(support_locks::poll_once(&mut standby).is_none());
+    assert!(support_locks::poll_once(&mut job).is_none());
+    eventually("each class has its own longest hold or wait", PATIENCE, || {
+        let long = |what, class| oldest(what, class) > 0.5;
+        long("lease", "leader") && long("waiter", "standby") && long("waiter", "job")
+    })
+    .await;
+    for (what, class) in [("lease", "standby"), ("lease", "job"), ("waiter", "leader")] {
+        assert_eq!(oldest(what, class), 0.0, "{what} {class}");
+    }
+    drop(standby);
+    eventually("the wait of a class is over", PATIENCE, || {
+        oldest("waiter", "standby") == 0.0
+    })
+    .await;
+    assert!(oldest("waiter", "job") > 0.5 && oldest("lease", "leader") > 0.5);
+    guard.release().await.unwrap();
+    job.await.unwrap().release().await.unwrap();
+    eventually("all is over", PATIENCE, || {
+        oldest("waiter", "job") + oldest("lease", "leader") + oldest("lease", "job") == 0.0
+    })
+    .await;
+}
+
 #[tokio::test]
 async fn classes_beyond_the_limit_are_one() {
     let locks = builder("classes", "memory://metrics-classes")

@@ -1,7 +1,8 @@
 //! An optional HTTP endpoint for operators: metrics for Prometheus, health, the hottest keys, the
 //! locks that are held.
 //!
-//! - `/metrics`: all metrics ([`METRICS`]) in the text format of Prometheus
+//! - `/metrics`: all metrics ([`METRICS`](crate::metrics::METRICS)) in the text format of
+//!   Prometheus
 //! - `/healthz`: `ok`, the process is alive
 //! - `/readyz`: 200 if the manager is not shut down and all shards answered their last request and
 //!   accept locks, else 503; JSON with the state of each shard
@@ -80,8 +81,8 @@ pub struct Admin {
 
 impl Admin {
     /// Listens on the address (on a free port if the port is 0) and installs a metrics recorder for
-    /// this process. Call it before a manager connects: a manager that connected earlier records no
-    /// metrics.
+    /// this process: that of `metrics-exporter-prometheus`, with [`Histograms`] in front of it. Call
+    /// it before a manager connects: a manager that connected earlier records no metrics.
     ///
     /// An address other than loopback is allowed, but everyone who can reach it sees keys and
     /// tokens.

@@ -17,6 +17,7 @@ use crate::fence::FencingToken;
 use crate::foreign::WAKERS;
 use crate::key::{LockKey, Slot};
 use crate::protocol::Cycle;
+use crate::telemetry::DEFAULT_CLASS;
 
 /// See the module documentation. The mutex is never held across an `await`, nor while a waker is
 /// called or dropped: wakers are foreign code that may call back into this manager.
@@ -60,6 +61,8 @@ impl Counted {
 pub(crate) struct Origin {
     pub(crate) at: Moment,
     pub(crate) caller: &'static Location<'static>,
+    /// The number of the class.
+    pub(crate) class: u16,
 }
 
 #[derive(Debug, Clone, Copy)]
@@ -67,6 +70,7 @@ struct HolderInfo {
     token: FencingToken,
     since: Moment,
     caller: &'static Location<'static>,
+    class: u16,
 }
 
 /// A snapshot of a key.
@@ -97,6 +101,8 @@ pub(crate) struct HeldSnapshot {
     pub(crate) remaining: Duration,
     /// Who requested the guard; `None` until the task collects it.
     pub(crate) caller: Option<&'static Location<'static>>,
+    /// The number of its class; that of the default class until the task collects it.
+    pub(crate) class: u16,
 }
 
 /// The outcome of a lock request, as far as this process is concerned.
@@ -132,6 +138,7 @@ impl State {
                     token: granted.token,
                     since: granted.at,
                     caller: asked.caller,
+                    class: asked.class,
                 });
                 if matches!(granted.path, Path::Uncontended | Path::Lingering) {
                     return None;
@@ -263,6 +270,7 @@ impl Entry {
                 age: holding.map_or(Duration::ZERO, |holding| now.since(holding.since)),
                 remaining: lease.remaining(now),
                 caller: holding.map(|holding| holding.caller),
+                class: holding.map_or(DEFAULT_CLASS, |holding| holding.class),
             })
         });
         KeySnapshot {
@@ -273,6 +281,12 @@ impl Entry {
                 .waiting_since()
                 .map_or(Duration::ZERO, |since| now.since(since)),
         }
+    }
+
+    /// Calls `see` with the class and the wait so far of the waiters; see [`Queue::each_wait`].
+    pub(crate) fn each_wait(&self, now: Moment, mut see: impl FnMut(u16, Duration)) {
+        let state = self.state.lock();
+        state.queue.each_wait(|class, since| see(class, now.since(since)));
     }
 
     /// Whether the lease of that cycle is still ours, as far as is known locally.

@@ -7,7 +7,7 @@ use std::time::Duration;
 
 use super::{ManagerContext, Shard};
 use crate::clock::Moment;
-use crate::telemetry::ManagerMetrics;
+use crate::telemetry::{ManagerMetrics, Oldest};
 
 /// How often new values are flushed to the recorder.
 const FLUSH_EVERY: Duration = Duration::from_millis(100);
@@ -55,13 +55,15 @@ pub(crate) fn flush(metrics: &ManagerMetrics, shards: &[Arc<Shard>]) {
 /// Finds the oldest lease and waiter, and logs guards that are held for too long.
 fn look(shard: &Arc<Shard>) {
     let now = Moment::now();
-    let (mut oldest_lease, mut oldest_waiter) = (Duration::ZERO, Duration::ZERO);
+    let mut oldest_waiter = Duration::ZERO;
+    let mut by_class: Vec<Oldest> = Vec::new();
     let slow_wait = shard.manager.slow_log.slow_wait_bound();
     let (mut slow, mut slowest) = (0, None);
     for entry in shard.entries() {
         let seen = entry.look(now);
         if let Some(held) = &seen.held {
-            oldest_lease = oldest_lease.max(held.age);
+            let oldest = of_class(&mut by_class, held.class);
+            oldest.lease = oldest.lease.max(held.age);
             let bound = shard.manager.slow_log.long_hold();
             if let Some(caller) = held.caller
                 && bound.is_some_and(|bound| held.age >= bound)
@@ -71,6 +73,12 @@ fn look(shard: &Arc<Shard>) {
                     .slow_log
                     .held_long(held.age, &entry.key, &shard.name, caller);
             }
+        }
+        if seen.waiting > 0 {
+            entry.each_wait(now, |class, wait| {
+                let oldest = of_class(&mut by_class, class);
+                oldest.waiter = oldest.waiter.max(wait);
+            });
         }
         if slow_wait.is_some_and(|bound| seen.longest_wait >= bound) {
             slow += 1;
@@ -86,6 +94,16 @@ fn look(shard: &Arc<Shard>) {
             .slow_log
             .still_waits(oldest_waiter, &entry.key, &shard.name, waiting, slow);
     }
-    shard.metrics.oldest_lease.set(oldest_lease.as_secs_f64());
-    shard.metrics.oldest_waiter.set(oldest_waiter.as_secs_f64());
+    // Later than the look, so that it has the names of all classes that were seen.
+    let classes = shard.manager.metrics.classes.names();
+    shard.metrics.set_oldest(&by_class, &classes);
+}
+
+/// The values of a class, by its number.
+fn of_class(by_class: &mut Vec<Oldest>, class: u16) -> &mut Oldest {
+    let number = usize::from(class);
+    if by_class.len() <= number {
+        by_class.resize(number + 1, Oldest::default());
+    }
+    &mut by_class[number]
 }

@@ -113,7 +113,7 @@ fn bad_shard(store: BadStore) -> (Arc<Shard>, mpsc::UnboundedReceiver<Job>) {
 
 fn shard_on(store: Arc<dyn LeaseStore>) -> (Arc<Shard>, mpsc::UnboundedReceiver<Job>) {
     let (jobs, receiver) = mpsc::unbounded_channel();
-    let metrics = Arc::new(ShardMetrics::new("bad"));
+    let metrics = Arc::new(ShardMetrics::new("bad", "default"));
     let manager = Arc::new(ManagerContext {
         id: ManagerId::new(),
         rules: Rules {
@@ -150,6 +150,7 @@ const WANT: WaiterOptions = WaiterOptions {
     try_only: false,
     in_outage: crate::engine::InOutage::Fail,
     contended_hint: false,
+    class: 0,
 };
 
 fn want(shard: &Arc<Shard>) -> Result<(Arc<Entry>, Enqueued), LockError> {
@@ -170,6 +171,7 @@ fn asked() -> Origin {
     Origin {
         at: Moment::now(),
         caller: std::panic::Location::caller(),
+        class: 0,
     }
 }
 

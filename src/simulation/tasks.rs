@@ -110,6 +110,7 @@ impl World {
                 _ => InOutage::UntilOwnLimit,
             },
             contended_hint: manager.queues[k].is_unused() && manager.rivals[k],
+            class: 0,
         };
         self.note(|_| format!("m{m} k{k} t{task} wants {want:?}"));
         let order = self.number();

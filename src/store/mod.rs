@@ -429,7 +429,7 @@ impl StoreOptions {
             redlock_max_ttl: Duration::from_secs(10),
             check_role: true,
             tls: TlsFiles::default(),
-            metrics: Arc::new(ShardMetrics::new("test")),
+            metrics: Arc::new(ShardMetrics::new("test", "default")),
             runtimes: Runtimes::here(),
         }
     }

@@ -3,8 +3,10 @@
 use std::sync::Arc;
 use std::time::Duration;
 
-use super::recorder::{Histogram, counter, histogram};
 use dashmap::DashMap;
+use parking_lot::Mutex;
+
+use super::recorder::{Histogram, counter, histogram};
 
 use super::table::{ACQUISITIONS, HOLD, WAIT};
 use super::tally::{Tally, Thinning};
@@ -12,7 +14,12 @@ use crate::engine::Path;
 use crate::error::{LockError, LockErrorKind};
 
 /// The class that counts all classes beyond `max_classes`.
-const OTHER_CLASS: &str = "other";
+pub(super) const OTHER_CLASS: &str = "other";
+
+/// The numbers of the default class and of the class that counts all others. Further classes are
+/// numbered in the order in which they first occur.
+pub(crate) const DEFAULT_CLASS: u16 = 0;
+pub(super) const OTHER_CLASS_NUMBER: u16 = 1;
 
 /// The outcome of a request.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -96,6 +103,7 @@ impl Ending {
 /// The metrics of one class of locks.
 #[derive(Debug)]
 pub(crate) struct ClassMetrics {
+    number: u16,
     endings: [Tally; Ending::ALL.len()],
     /// Samples the acquired locks for the recorder.
     thinning: Thinning,
@@ -104,9 +112,10 @@ pub(crate) struct ClassMetrics {
 }
 
 impl ClassMetrics {
-    pub(crate) fn new(class: &str) -> Self {
+    pub(crate) fn new(class: &str, number: u16) -> Self {
         let class = class.to_owned();
         Self {
+            number,
             endings: Ending::ALL.map(|ending| {
                 let (outcome, path) = ending.labels();
                 Tally::new(counter!(ACQUISITIONS, "class" => class.clone(), "outcome" => outcome, "path" => path))
@@ -115,6 +124,11 @@ impl ClassMetrics {
             wait: histogram!(WAIT, "class" => class.clone()),
             hold: histogram!(HOLD, "class" => class),
         }
+    }
+
+    /// Stands for the class where its name would take too much space.
+    pub(crate) const fn number(&self) -> u16 {
+        self.number
     }
 
     pub(crate) fn ended(&self, ending: Ending) {
@@ -149,20 +163,29 @@ impl ClassMetrics {
 #[derive(Debug)]
 pub(crate) struct Classes {
     known: DashMap<String, Arc<ClassMetrics>>,
+    /// The names of the known classes. At most `max`.
+    names: Mutex<Vec<Arc<str>>>,
     max: usize,
-    default_name: String,
+    default_name: Arc<str>,
     default: Arc<ClassMetrics>,
     other: Arc<ClassMetrics>,
 }
 
 impl Classes {
     pub(crate) fn new(default: &str, max: usize) -> Self {
+        let default_class = Arc::new(ClassMetrics::new(default, DEFAULT_CLASS));
+        let other = if default == OTHER_CLASS {
+            Arc::clone(&default_class)
+        } else {
+            Arc::new(ClassMetrics::new(OTHER_CLASS, OTHER_CLASS_NUMBER))
+        };
         Self {
             known: DashMap::new(),
+            names: Mutex::default(),
             max,
-            default_name: default.to_owned(),
-            default: Arc::new(ClassMetrics::new(default)),
-            other: Arc::new(ClassMetrics::new(OTHER_CLASS)),
+            default_name: default.into(),
+            default: default_class,
+            other,
         }
     }
 
@@ -183,7 +206,9 @@ impl Classes {
 
     fn each(&self, act: impl Fn(&ClassMetrics)) {
         act(&self.default);
-        act(&self.other);
+        if !Arc::ptr_eq(&self.default, &self.other) {
+            act(&self.other);
+        }
         // Copy first: the recorder is foreign code and must not be called while part of the map is
         // locked.
         let known: Vec<Arc<ClassMetrics>> = self.known.iter().map(|class| Arc::clone(&class)).collect();
@@ -192,18 +217,42 @@ impl Classes {
 
     /// Returns `None` for the default class, whose metrics every shard has.
     pub(crate) fn get(&self, class: Option<&str>) -> Option<Arc<ClassMetrics>> {
-        let class = class.filter(|&class| class != self.default_name)?;
+        let class = class.filter(|&class| class != &*self.default_name)?;
         if let Some(known) = self.known.get(class) {
             return Some(Arc::clone(&known));
         }
-        if self.known.len() >= self.max {
+        let Some(number) = self.number(class) else {
             return Some(Arc::clone(&self.other));
-        }
+        };
         // Created before the map is locked, because this calls the recorder. If another task was
         // faster, its metrics are used.
-        let made = Arc::new(ClassMetrics::new(class));
+        let made = Arc::new(ClassMetrics::new(class, number));
         let entry = self.known.entry(class.to_owned()).or_insert(made);
         Some(Arc::clone(&entry))
+    }
+
+    /// The number of a class that is neither the default nor known yet, unless it must count as
+    /// another one.
+    fn number(&self, class: &str) -> Option<u16> {
+        if class == OTHER_CLASS {
+            return None;
+        }
+        let mut names = self.names.lock();
+        let index = names.iter().position(|known| **known == *class).or_else(|| {
+            let is_new = names.len() < self.max;
+            is_new.then(|| {
+                names.push(class.into());
+                names.len() - 1
+            })
+        });
+        u16::try_from(index? + usize::from(OTHER_CLASS_NUMBER) + 1).ok()
+    }
+
+    /// The names of all classes that have occurred. The index of each is its number.
+    pub(crate) fn names(&self) -> Vec<Arc<str>> {
+        let mut names = vec![Arc::clone(&self.default_name), OTHER_CLASS.into()];
+        names.extend_from_slice(&self.names.lock());
+        names
     }
 }
 
@@ -230,5 +279,22 @@ mod tests {
         }
         assert!(Arc::ptr_eq(&first, &classes.get(Some("a")).unwrap()));
         assert_eq!(classes.known.len(), 2);
+        assert_eq!(
+            classes.names().iter().map(|name| &**name).collect::<Vec<_>>(),
+            ["default", "other", "a", "b"]
+        );
+        assert_eq!(
+            [first.number(), classes.other.number(), classes.default.number()],
+            [2, 1, 0]
+        );
+    }
+
+    /// Otherwise two handles with the same labels would overwrite each other's gauges.
+    #[test]
+    fn class_that_is_called_other_is_that_of_all_others() {
+        let classes = Classes::new("default", 2);
+        assert!(Arc::ptr_eq(&classes.get(Some("other")).unwrap(), &classes.other));
+        let classes = Classes::new("other", 2);
+        assert!(Arc::ptr_eq(&classes.default, &classes.other));
     }
 }

@@ -16,13 +16,13 @@ mod tally;
 
 use metrics::{Unit, describe_counter, describe_gauge, describe_histogram};
 
-pub(crate) use class::{ClassMetrics, Classes, Ending};
+pub(crate) use class::{ClassMetrics, Classes, DEFAULT_CLASS, Ending};
 pub use histograms::Histograms;
 #[cfg(feature = "admin")]
 pub(crate) use histograms::escaped;
 pub(crate) use manager::{Limit, ManagerMetrics};
 pub(crate) use node::NodeMetrics;
-pub(crate) use shard::{RequestKind, ShardMetrics};
+pub(crate) use shard::{Oldest, RequestKind, ShardMetrics};
 #[cfg(feature = "admin")]
 pub(crate) use table::HOT_KEY;
 pub use table::{METRICS, Metric, MetricKind, MetricUnit};

@@ -1,8 +1,12 @@
 //! Metrics by shard.
 
+use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, AtomicU64, AtomicUsize, Ordering};
 use std::time::Duration;
 
+use parking_lot::Mutex;
+
+use super::class::OTHER_CLASS;
 use super::recorder::{Counter, Gauge, Histogram, counter, gauge, histogram};
 
 use super::table::{
@@ -63,8 +67,10 @@ pub(crate) struct ShardMetrics {
     pub(crate) validity_left: Histogram,
     pub(crate) clock_jumps: Counter,
     pub(crate) clock_drift: Gauge,
-    pub(crate) oldest_lease: Gauge,
-    pub(crate) oldest_waiter: Gauge,
+    name: Box<str>,
+    /// By the number of the class. Empty for a class that has not occurred on this shard, and while
+    /// the gauges are set.
+    oldest: Mutex<Vec<Option<OldestGauges>>>,
     waiting: AtomicUsize,
     waiters: Gauge,
     held: AtomicUsize,
@@ -84,6 +90,34 @@ pub(crate) struct ShardMetrics {
     up: Gauge,
 }
 
+/// How long the longest hold and the longest wait of a class have lasted.
+#[derive(Debug, Clone, Copy, Default, PartialEq, Eq)]
+pub(crate) struct Oldest {
+    pub(crate) lease: Duration,
+    pub(crate) waiter: Duration,
+}
+
+#[derive(Debug)]
+struct OldestGauges {
+    lease: Gauge,
+    waiter: Gauge,
+}
+
+impl OldestGauges {
+    fn new(shard: &str, class: &str) -> Self {
+        let (shard, class) = (|| shard.to_owned(), || class.to_owned());
+        Self {
+            lease: gauge!(OLDEST_LEASE, "shard" => shard(), "class" => class()),
+            waiter: gauge!(OLDEST_WAITER, "shard" => shard(), "class" => class()),
+        }
+    }
+
+    fn set(&self, oldest: Oldest) {
+        self.lease.set(oldest.lease.as_secs_f64());
+        self.waiter.set(oldest.waiter.as_secs_f64());
+    }
+}
+
 #[derive(Debug)]
 struct RequestMetrics {
     answered: Measured,
@@ -91,7 +125,14 @@ struct RequestMetrics {
 }
 
 impl ShardMetrics {
-    pub(crate) fn new(shard: &str) -> Self {
+    pub(crate) fn new(shard: &str, default_class: &str) -> Self {
+        let gauges = |class| OldestGauges::new(shard, class);
+        let oldest = [
+            Some(gauges(default_class)),
+            // If the default class has this name, it counts all others, too.
+            (default_class != OTHER_CLASS).then(|| gauges(OTHER_CLASS)),
+        ];
+        let name = shard.into();
         let shard = || shard.to_owned();
         let lost = |reason: LossReason| counter!(LOST, "shard" => shard(), "reason" => reason.as_str());
         Self {
@@ -101,8 +142,8 @@ impl ShardMetrics {
             leases: gauge!(LEASES, "shard" => shard()),
             lingering: AtomicUsize::new(0),
             lingering_leases: gauge!(LINGERING_LEASES, "shard" => shard()),
-            oldest_lease: gauge!(OLDEST_LEASE, "shard" => shard()),
-            oldest_waiter: gauge!(OLDEST_WAITER, "shard" => shard()),
+            name,
+            oldest: Mutex::new(oldest.into()),
             uncontended: AtomicU64::new(0),
             from_lingering: AtomicU64::new(0),
             local: Tally::new(counter!(HAND_OFFS, "shard" => shard(), "kind" => "local")),
@@ -246,6 +287,25 @@ impl ShardMetrics {
         self.waiters.set(self.waiters() as f64);
         self.leases.set(self.leases() as f64);
         self.lingering_leases.set(self.lingering() as f64);
+    }
+
+    /// Sets the gauges of the longest holds and waits. Both lists are in the order of the classes'
+    /// numbers.
+    pub(crate) fn set_oldest(&self, oldest: &[Oldest], classes: &[Arc<str>]) {
+        // Taken out, because the recorder is foreign code and must not be called under a lock.
+        let mut gauges = std::mem::take(&mut *self.oldest.lock());
+        gauges.resize_with(classes.len().max(gauges.len()), || None);
+        for (number, class) in classes.iter().enumerate() {
+            let oldest = oldest.get(number).copied().unwrap_or_default();
+            let gauges = &mut gauges[number];
+            if gauges.is_none() && oldest != Oldest::default() {
+                *gauges = Some(OldestGauges::new(&self.name, class));
+            }
+            if let Some(gauges) = gauges {
+                gauges.set(oldest);
+            }
+        }
+        *self.oldest.lock() = gauges;
     }
 
     /// Adjusts the sampling of durations to the rate during `elapsed`.

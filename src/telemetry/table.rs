@@ -26,7 +26,8 @@ pub enum MetricKind {
     Counter,
     /// Increases and decreases.
     Gauge,
-    /// A distribution. Configure the buckets of [`Metric::buckets`] for it.
+    /// A distribution. [`Histograms`](super::Histograms) counts it exactly. For another recorder,
+    /// configure the buckets of [`Metric::buckets`].
     Histogram,
 }
 
@@ -108,11 +109,11 @@ metrics! {
          0 unless linger is set",
         "many, with few acquisitions on the path lingering: keys are not locked again in time; each such lease \
          costs renewals and makes tries in other processes fail, so lower linger, or set it for some requests only";
-    OLDEST_WAITER = "shardlock_oldest_waiter_seconds", Gauge, Seconds, ["shard"],
-        "how long the longest waiting task has waited; 0 if no task waits",
+    OLDEST_WAITER = "shardlock_oldest_waiter_seconds", Gauge, Seconds, ["shard", "class"],
+        "how long the longest waiting task of the class has waited; 0 if no task waits",
         "above the usual hold time times the queue length: the holder is stuck; find out who holds the key";
-    OLDEST_LEASE = "shardlock_oldest_lease_seconds", Gauge, Seconds, ["shard"],
-        "how long the guard that is held longest has been held; 0 if there is none",
+    OLDEST_LEASE = "shardlock_oldest_lease_seconds", Gauge, Seconds, ["shard", "class"],
+        "how long the guard of the class that is held longest has been held; 0 if there is none",
         "above the longest job: a task is stuck under its lock; look at the held locks, and set max_hold";
     HAND_OFFS = "shardlock_hand_offs_total", Counter, Count, ["shard", "kind"],
         "locks handed to a waiter: local (same process) or remote (another process)",

@@ -59,7 +59,8 @@ impl Tally {
 /// number at [`SAMPLES_PER_SECOND`], with ten flushes per second.
 const SAMPLES_AT_ONCE: u64 = SAMPLES_PER_SECOND / 10;
 
-/// Chooses the values for the recorder. Samples evenly, which preserves the shape of the distribution.
+/// Chooses the values for the recorder. Samples evenly, which preserves the shape of the
+/// distribution.
 #[derive(Debug, Default)]
 pub(crate) struct Thinning {
     /// A value is skipped if its number has one of these bits.

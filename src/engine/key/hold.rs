@@ -303,6 +303,8 @@ impl<W> Queue<W> {
                 waiter.outcome = None;
             }
             self.waiters.return_to_front(id);
+            // Others may have lined up since it left.
+            self.has_mixed_classes = true;
         }
         self.finish_hold(effects);
         self.phase = Phase::Idle;

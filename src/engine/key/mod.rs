@@ -90,6 +90,8 @@ pub(crate) struct Queue<W> {
     asked_in: u32,
     /// Set while requests for this key fail because the store is unreachable.
     trouble: Option<Box<Trouble>>,
+    /// Whether waiters of different classes may be in line.
+    has_mixed_classes: bool,
     /// Whether remote waiters were seen during the last hold, in which case the fast path is
     /// skipped.
     remote_waiters_seen: bool,
@@ -107,6 +109,7 @@ impl<W> Queue<W> {
             ttl: Duration::from_secs(1),
             asked_in: 0,
             trouble: None,
+            has_mixed_classes: false,
             remote_waiters_seen: false,
             closed: false,
             keeps_nothing: false,
@@ -166,6 +169,15 @@ impl<W> Queue<W> {
     pub(crate) fn waiting_since(&self) -> Option<Moment> {
         let first = self.waiters.first().and_then(|id| self.waiters.get(id));
         first.map(|first| first.since)
+    }
+
+    /// Calls `see` with the class of each waiter in line and when it enqueued, first to last. If
+    /// all are of one class, as they usually are, only with the first.
+    pub(crate) fn each_wait(&self, mut see: impl FnMut(u16, Moment)) {
+        let most = if self.has_mixed_classes { usize::MAX } else { 1 };
+        for (_, waiter) in self.waiters.iter().take(most) {
+            see(waiter.want.class, waiter.since);
+        }
     }
 
     /// When the linger period ends, if the lease is lingering.
@@ -231,6 +243,8 @@ impl<W> Queue<W> {
             effects.wake(waker);
             None
         };
+        let first = self.waiters.first().and_then(|first| self.waiters.get(first));
+        self.has_mixed_classes = first.is_some_and(|first| self.has_mixed_classes || first.want.class != want.class);
         let id = self.waiters.push_back(Waiter {
             want,
             since: cx.now,

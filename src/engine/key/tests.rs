@@ -82,6 +82,7 @@ const WANT: WaiterOptions = WaiterOptions {
     try_only: false,
     in_outage: InOutage::Fail,
     contended_hint: false,
+    class: 0,
 };
 
 const fn tokens(first: u64, last: u64) -> TokenBlock {

@@ -150,6 +150,8 @@ pub(crate) struct WaiterOptions {
     pub(crate) in_outage: InOutage,
     /// Whether other managers are likely to want the key, in which case the fast path is skipped.
     pub(crate) contended_hint: bool,
+    /// A number by which [`Queue::each_wait`](super::Queue::each_wait) groups the waiters.
+    pub(crate) class: u16,
 }
 
 /// How a lock was acquired. As large as its padded place in [`Granted`], so that an outcome is

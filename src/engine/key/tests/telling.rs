@@ -99,6 +99,31 @@ fn grant_that_is_of_no_use_is_counted() {
     assert!(!bench.told.stale_grant);
 }
 
+/// The longest wait of each class must be found behind waiters of other classes.
+#[test]
+fn waits_are_listed_by_class_only_if_there_are_several() {
+    fn waits(bench: &Bench) -> Vec<(u16, Moment)> {
+        let mut waits = Vec::new();
+        bench.queue.each_wait(|class, since| waits.push((class, since)));
+        waits
+    }
+    let of_class = |class| WaiterOptions { class, ..WANT };
+    let mut bench = Bench::new();
+    let (_, seen) = bench.want_as(0, of_class(3));
+    let start = at(1_000);
+    bench.pass(ms(5));
+    let (second, _) = bench.want_as(1, of_class(3));
+    assert_eq!(waits(&bench), [(3, start)]);
+    bench.pass(ms(5));
+    let (third, _) = bench.want_as(2, of_class(7));
+    assert_eq!(waits(&bench), [(3, start), (3, at(1_005)), (7, at(1_010))]);
+    bench.reply(seen.asks().0, queued(10));
+    for id in [second, third] {
+        bench.give_up(id);
+    }
+    assert_eq!(waits(&bench).len(), 1);
+}
+
 /// What the shard and the introspection page see of a key, from the first waiter to the release.
 #[test]
 fn queue_tells_how_far_a_key_is() {
