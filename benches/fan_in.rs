@@ -10,6 +10,7 @@ use std::time::Duration;
 
 use metrics_exporter_prometheus::PrometheusBuilder;
 use shardlock::LockManager;
+use shardlock::metrics::Histograms;
 
 #[path = "beside/mod.rs"]
 mod beside;
@@ -61,11 +62,9 @@ fn fan_in(tasks: u64, operations: u64) -> Comparison {
 /// first.
 fn metrics_on_fan_in() -> Comparison {
     let (runtime, server, without) = setting();
-    let exporter = PrometheusBuilder::new()
-        .set_buckets(&[1e-5, 1e-4, 1e-3, 1e-2, 0.1, 1.0, 10.0])
-        .expect("buckets")
-        .install_recorder()
-        .expect("no recorder before");
+    let recorder = PrometheusBuilder::new().build_recorder();
+    let exporter = recorder.handle();
+    metrics::set_global_recorder(Histograms::default().in_front_of(recorder)).expect("no recorder before");
     let with = runtime
         .block_on(
             LockManager::builder()

@@ -15,7 +15,8 @@ use serde_json::Value;
 use shardlock::LockManager;
 use shardlock::admin::{Admin, AdminError, AdminServer};
 use shardlock::config::Builder;
-use support::{PATIENCE, RedisServer, wait_until, worker};
+use support::prometheus::Prometheus;
+use support::{PATIENCE, RedisServer, directory, wait_until, worker};
 use support_locks::{TestStore, lock, lock_in_time, on_each_store, poll_once, until};
 
 /// Starts an endpoint on a free port for a manager with these settings. The test provides the text
@@ -97,9 +98,127 @@ async fn readiness_follows_the_shards_and_health_does_not() {
 
 #[test]
 fn worker_entry() {
-    if let Some(me) = worker::current() {
-        panic!("no worker is called {}", me.name());
+    let Some(me) = worker::current() else { return };
+    match me.name() {
+        "endpoint" => serve_many_locks(&me),
+        name => panic!("no worker is called {name}"),
     }
+}
+
+/// The number of acquisitions in [`serve_many_locks`], and that of its tasks.
+const MANY: u64 = 200_000;
+const TASKS: u64 = 8;
+
+/// Acquires locks as fast as it can on all paths within a process, in two managers, and serves the
+/// metrics until the test closes the pipe.
+#[tokio::main(flavor = "multi_thread", worker_threads = 4)]
+async fn serve_many_locks(me: &worker::Current) {
+    let admin = Admin::bind(([127, 0, 0, 1], 0).into()).unwrap();
+    let builder = LockManager::builder().named_shard("many", "memory://admin-many");
+    let managers = [
+        builder.clone().connect().await.unwrap(),
+        builder.connect().await.unwrap(),
+    ];
+    let server = admin.serve(&managers[0]).unwrap();
+    let start = Instant::now();
+    let mut tasks = tokio::task::JoinSet::new();
+    for task in 0..TASKS {
+        let locks = managers[usize::from(task == 0)].clone();
+        tasks.spawn(async move {
+            let own = format!("own-{task}");
+            for number in 0..MANY / TASKS {
+                let request = match number % 4 {
+                    0 => locks.lock(&own).linger(Duration::from_secs(60)),
+                    _ => locks.lock(if task == 0 { "other" } else { "hot" }),
+                };
+                let guard = request.class("many").await.unwrap();
+                // Both ways to release a guard count.
+                if number % 8 == 4 {
+                    drop(guard);
+                } else {
+                    guard.release().await.unwrap();
+                }
+            }
+        });
+    }
+    while let Some(done) = tasks.join_next().await {
+        done.unwrap();
+    }
+    // Ends the batches of the leases that linger.
+    for locks in &managers {
+        locks.shutdown().await.unwrap();
+    }
+    me.say(server.address().to_string());
+    me.say(start.elapsed().as_secs_f64().to_string());
+    while me.hear().is_some() {}
+}
+
+/// The lines of a page that contain this text.
+fn lines_with(page: &str, text: &str) -> String {
+    let lines = page.lines().filter(|line| line.contains(text));
+    lines.map(|line| format!("{line}\n")).collect()
+}
+
+/// The values of all series with this name, in the order of the page.
+fn values(page: &str, name: &str) -> Vec<f64> {
+    let lines = page.lines().filter(|line| line.split(['{', ' ']).next() == Some(name));
+    lines
+        .map(|line| line.rsplit_once(' ').unwrap().1.parse().unwrap())
+        .collect()
+}
+
+/// `_count` used to have a sample of the locks above 20,000 per second.
+#[test]
+fn histograms_count_every_lock_however_many_there_are_in_a_second() {
+    let worker = worker::spawn("endpoint", &[]);
+    // A busy machine takes long for so many locks.
+    let address = worker.line_within(PATIENCE * 6).expect("the locks were acquired");
+    let address: SocketAddr = address.parse().unwrap();
+    let took: f64 = worker.line().parse().unwrap();
+    let (status, page) = get(address, "/metrics");
+    assert_eq!(status, 200);
+    // The other lines are of classes that nobody used.
+    let many = lines_with(&page, "\"many\"");
+    let sum = |name: &str| values(&many, name).iter().sum::<f64>();
+    let all = MANY as f64;
+    assert_eq!(sum("shardlock_acquisitions_total"), all, "{many}");
+    for name in [
+        "shardlock_wait_seconds",
+        "shardlock_hold_seconds",
+        "shardlock_validity_left_ratio",
+    ] {
+        let buckets = values(&many, &format!("{name}_bucket"));
+        assert!(buckets.is_sorted(), "{name}: {buckets:?}");
+        assert_eq!(buckets.last(), Some(&all), "{name}: {buckets:?}");
+        assert_eq!(values(&many, &format!("{name}_count")), [all], "{name}");
+        let (total, most) = match name {
+            "shardlock_validity_left_ratio" => (sum("shardlock_validity_left_ratio_sum"), all),
+            // Each task waits or holds at most all the time.
+            name => (sum(&format!("{name}_sum")), took * TASKS as f64),
+        };
+        assert!(total > 0.0 && total <= most, "{name}: {total} of {most}");
+    }
+    // Each guard belongs to one batch, and each answered request has a round trip.
+    assert_eq!(sum("shardlock_local_batch_size_sum"), all);
+    let answered: f64 = values(&lines_with(&many, "\"answered\""), "shardlock_store_requests_total")
+        .iter()
+        .sum();
+    assert!(answered > 0.0);
+    assert_eq!(sum("shardlock_store_round_trip_seconds_count"), answered);
+
+    let dir = directory("many");
+    let targets = dir.path().join("targets.json");
+    std::fs::write(&targets, format!("[{{\"targets\": [\"{address}\"]}}]")).unwrap();
+    let prometheus = Prometheus::start(&targets);
+    let query = |expression: &str| -> Option<f64> { Some(prometheus.query(expression).first()?.value) };
+    wait_until("Prometheus has scraped the process", PATIENCE, || {
+        query("shardlock_wait_seconds_count{class=\"many\"}").is_some()
+    });
+    assert_eq!(query("shardlock_wait_seconds_count{class=\"many\"}"), Some(all));
+    assert_eq!(
+        query("shardlock_hold_seconds_bucket{class=\"many\", le=\"+Inf\"}"),
+        Some(all)
+    );
 }
 
 /// Longer than a loaded machine delays the reply of a healthy server.

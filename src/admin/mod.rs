@@ -81,8 +81,8 @@ pub struct Admin {
 
 impl Admin {
     /// Listens on the address (on a free port if the port is 0) and installs a metrics recorder for
-    /// this process: that of `metrics-exporter-prometheus`, with [`Histograms`] in front of it. Call
-    /// it before a manager connects: a manager that connected earlier records no metrics.
+    /// this process: that of `metrics-exporter-prometheus`, with [`Histograms`] in front of it.
+    /// Call it before a manager connects: a manager that connected earlier records no metrics.
     ///
     /// An address other than loopback is allowed, but everyone who can reach it sees keys and
     /// tokens.
