@@ -301,10 +301,10 @@ impl<W> Queue<W> {
             // the front.
             if let Some(waiter) = self.waiters.get_mut(id) {
                 waiter.outcome = None;
+                let class = waiter.want.class;
+                self.note_class(class);
             }
             self.waiters.return_to_front(id);
-            // Others may have lined up since it left.
-            self.has_mixed_classes = true;
         }
         self.finish_hold(effects);
         self.phase = Phase::Idle;

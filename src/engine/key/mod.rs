@@ -180,6 +180,12 @@ impl<W> Queue<W> {
         }
     }
 
+    /// Called before a waiter of this class joins the line.
+    fn note_class(&mut self, class: u16) {
+        let first = self.waiters.first().and_then(|first| self.waiters.get(first));
+        self.has_mixed_classes = first.is_some_and(|first| self.has_mixed_classes || first.want.class != class);
+    }
+
     /// When the linger period ends, if the lease is lingering.
     pub(crate) const fn lingers_until(&self) -> Option<Moment> {
         match &self.phase {
@@ -243,8 +249,7 @@ impl<W> Queue<W> {
             effects.wake(waker);
             None
         };
-        let first = self.waiters.first().and_then(|first| self.waiters.get(first));
-        self.has_mixed_classes = first.is_some_and(|first| self.has_mixed_classes || first.want.class != want.class);
+        self.note_class(want.class);
         let id = self.waiters.push_back(Waiter {
             want,
             since: cx.now,
