@@ -26,7 +26,7 @@ test: cargo protoc ## Run all tests, against real servers.
 
 # The behaviours of single locks again, with leases that linger. The skipped tests are those whose
 # outcome linger changes: see tests/README.md.
-with_leases_kept = LOCKTEST_LINGER=30 SHARDLOCK_REDIS_SERVER=$$server cargo test --locked --all-features --no-fail-fast \
+with_leases_kept = SHARDLOCK_TEST_LINGER=30 SHARDLOCK_REDIS_SERVER=$$server cargo test --locked --all-features --no-fail-fast \
 	--test basics --test order --test tokens --test cancellation -- on_redis on_memory \
 	--skip a_held_key_is_held --skip a_namespace_is_part --skip a_try_does_not_pass --skip an_administrators_deletion \
 	--skip tokens_grow_across_processes_flushes --skip a_manager_that_outlives --skip a_counter_that_went_back --skip a_request_without_time
@@ -52,7 +52,7 @@ soak: cargo ## Simulate new seeds for an hour or SECONDS_OF_SOAK=N; a failure is
 MINUTES ?= 60
 chaos: cargo protoc ## Compete for locks on servers of every kind under faults, for MINUTES=60, and check the history.
 	@$(with_server) && SHARDLOCK_ETCD_SERVER=$$(scripts/ensure-etcd) && export SHARDLOCK_REDIS_SERVER SHARDLOCK_ETCD_SERVER && \
-	LOCKTEST_CHAOS_MINUTES=$(MINUTES) LOCKTEST_CHAOS_SEED=$(SEED) LOCKTEST_CHAOS_KINDS="$(KINDS)" LOCKTEST_CHAOS_FAULTS="$(FAULTS)" \
+	SHARDLOCK_TEST_CHAOS_MINUTES=$(MINUTES) SHARDLOCK_TEST_CHAOS_SEED=$(SEED) SHARDLOCK_TEST_CHAOS_KINDS="$(KINDS)" SHARDLOCK_TEST_CHAOS_FAULTS="$(FAULTS)" \
 	cargo test --locked --all-features --test chaos -- --exact chaos_for_as_long_as_asked --nocapture || exit 1
 
 # FIXES selects fixes by parts of their names, as in FIXES="forged outage".

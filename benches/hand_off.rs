@@ -36,9 +36,9 @@ const HOLD: Duration = Duration::from_millis(1);
 /// The distance between the message numbers of two turns: more than a turn can have.
 const MESSAGES_PER_TURN: usize = 1_000_000;
 
-const URL: &str = "LOCKTEST_URL";
-const NUMBER: &str = "LOCKTEST_NUMBER";
-const COUNT: &str = "LOCKTEST_COUNT";
+const URL: &str = "SHARDLOCK_TEST_URL";
+const NUMBER: &str = "SHARDLOCK_TEST_NUMBER";
+const COUNT: &str = "SHARDLOCK_TEST_COUNT";
 
 /// A clock that all processes share.
 fn now_ns() -> u64 {

@@ -32,7 +32,7 @@ fn worker_entry() {
 #[tokio::main]
 async fn count(me: &worker::Current) {
     let locks = builder_of(me).connect().await.expect("connect");
-    let client = redis::Client::open(me.var("LOCKTEST_RESOURCE")).expect("a good address");
+    let client = redis::Client::open(me.var("SHARDLOCK_TEST_RESOURCE")).expect("a good address");
     let connection = client.get_multiplexed_async_connection().await.expect("connect");
     let mut tasks = JoinSet::new();
     for _ in 0..TASKS {
@@ -275,7 +275,7 @@ on_each_store! {
     async fn a_number_that_many_processes_read_and_write_under_the_lock_is_exact(store: &TestStore) {
         let resource = RedisServer::start();
         let url = resource.url();
-        let mut workers: Vec<_> = (0..4).map(|_| store.worker("counter", &[("LOCKTEST_RESOURCE", &url)])).collect();
+        let mut workers: Vec<_> = (0..4).map(|_| store.worker("counter", &[("SHARDLOCK_TEST_RESOURCE", &url)])).collect();
         for worker in &mut workers {
             assert!(worker.wait().success());
         }

@@ -37,7 +37,7 @@ fn runtime() -> Runtime {
 /// Uses many keys, drops its manager, and checks that no tasks and no background threads are left.
 fn use_many_keys(me: &worker::Current) {
     let runtime = runtime();
-    let keys: usize = me.var("LOCKTEST_KEYS").parse().expect("a number");
+    let keys: usize = me.var("SHARDLOCK_TEST_KEYS").parse().expect("a number");
     // A busy machine takes its time for so many locks.
     let builder = builder_of(me).store_timeout(PATIENCE);
     let locks = runtime.block_on(builder.connect()).expect("connect");
@@ -315,7 +315,7 @@ on_each_store! {
         let nodes = store.servers().nodes();
         let before: usize = nodes.iter().map(|node| node.connections()).sum();
         let keys = store.kind().many_keys().to_string();
-        let mut user = store.worker("user_of_many_keys", &[("LOCKTEST_KEYS", &keys)]);
+        let mut user = store.worker("user_of_many_keys", &[("SHARDLOCK_TEST_KEYS", &keys)]);
         assert_eq!(user.line_within(4 * PATIENCE).as_deref(), Some("used"));
         wait_until("all locks are released", PATIENCE, || store.lock_keys().is_empty());
         let channels = || store.servers().inboxes(store.namespace());

@@ -1,7 +1,7 @@
 //! Load on a Redis Cluster while slots migrate back and forth and a primary dies. No two holders
 //! overlap, tokens grow, and every waiter is served.
 //!
-//! Runs for `LOCKTEST_CLUSTER_SECONDS`, 15 by default.
+//! Runs for `SHARDLOCK_TEST_CLUSTER_SECONDS`, 15 by default.
 
 // A failing environment ends the test.
 #![allow(clippy::expect_used, clippy::panic, clippy::unwrap_used)]
@@ -119,7 +119,8 @@ fn migrate(cluster: &Cluster, until: Instant) -> u64 {
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn holders_never_overlap_and_waiters_are_served_while_slots_move_and_a_primary_dies() {
-    let seconds = std::env::var("LOCKTEST_CLUSTER_SECONDS").map_or(15, |seconds| seconds.parse().expect("a number"));
+    let seconds =
+        std::env::var("SHARDLOCK_TEST_CLUSTER_SECONDS").map_or(15, |seconds| seconds.parse().expect("a number"));
     let cluster = Arc::new(Cluster::start(3, 3));
     let (ledgers, findings): (Arc<Vec<Ledger>>, Arc<Findings>) =
         (Arc::new((0..KEYS).map(|_| Ledger::default()).collect()), Arc::default());

@@ -26,12 +26,12 @@ fn worker_entry() {
     }
 }
 
-/// Locks repeatedly in `LOCKTEST_TASKS` tasks until the test sends `stop`. Reports the number of
+/// Locks repeatedly in `SHARDLOCK_TEST_TASKS` tasks until the test sends `stop`. Reports the number of
 /// acquisitions on each request.
 #[tokio::main]
 async fn contend(me: &worker::Current) {
     let locks = builder_of(me).connect().await.expect("connect");
-    let tasks: usize = me.var("LOCKTEST_TASKS").parse().expect("a number");
+    let tasks: usize = me.var("SHARDLOCK_TEST_TASKS").parse().expect("a number");
     let over = Arc::new(AtomicBool::new(false));
     let had = Arc::new(AtomicU64::new(0));
     let mut contending = JoinSet::new();
@@ -78,7 +78,7 @@ async fn shares(store: &TestStore, tasks: &[usize]) -> Vec<u64> {
     let guard = lock(&watcher, "k").await;
     let mut contenders: Vec<_> = tasks
         .iter()
-        .map(|tasks| store.worker("contender", &[("LOCKTEST_TASKS", &tasks.to_string())]))
+        .map(|tasks| store.worker("contender", &[("SHARDLOCK_TEST_TASKS", &tasks.to_string())]))
         .collect();
     until_queued(&watcher, "k", tasks.len() as u64).await;
     guard.release().await.expect("release");

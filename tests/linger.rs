@@ -274,7 +274,7 @@ on_each_store! {
 
     async fn lingering_lease_of_a_killed_process_locks_its_key_until_it_expires(store: &TestStore) {
         let ttl = 2 * store.short_ttl();
-        let mut lockers = store.lockers_with(1, ttl, &[("LOCKTEST_LINGER", "3600000")]);
+        let mut lockers = store.lockers_with(1, ttl, &[("SHARDLOCK_TEST_LINGER", "3600000")]);
         let token = use_by(&mut lockers[0]);
         let locks = connect(patient(store)).await;
         let waiter = waiting(&locks, "k");
@@ -308,7 +308,7 @@ on_each_store! {
     }
 
     async fn two_processes_with_lingering_leases_take_turns(store: &TestStore) {
-        let mut lockers = store.lockers_with(2, Duration::from_secs(3), &[("LOCKTEST_LINGER", "3600000")]);
+        let mut lockers = store.lockers_with(2, Duration::from_secs(3), &[("SHARDLOCK_TEST_LINGER", "3600000")]);
         let mut last = 0;
         for round in 0..20 {
             let token = use_by(&mut lockers[round % 2]);

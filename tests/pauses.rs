@@ -31,7 +31,7 @@ fn worker_entry() {
 /// paused, reports what the guard returns right afterwards, including its loss.
 #[tokio::main]
 async fn look_without_end(me: &worker::Current) {
-    let ttl = Duration::from_millis(me.var("LOCKTEST_TTL").parse().expect("milliseconds"));
+    let ttl = Duration::from_millis(me.var("SHARDLOCK_TEST_TTL").parse().expect("milliseconds"));
     let locks = builder_of(me).ttl(ttl).connect().await.expect("connect");
     let guard = lock(&locks, "k").await;
     // Read before the report, since the pause may start with the next instruction.
@@ -65,7 +65,7 @@ on_each_store! {
 
     async fn a_process_that_was_stopped_for_longer_than_its_ttl_knows_at_once_that_its_lock_is_lost(store: &TestStore) {
         let ttl = ttl(store);
-        let mut paused = store.worker("paused", &[("LOCKTEST_TTL", &ttl.as_millis().to_string())]);
+        let mut paused = store.worker("paused", &[("SHARDLOCK_TEST_TTL", &ttl.as_millis().to_string())]);
         let old: u64 = paused.line().parse().expect("a token");
         paused.stop();
         let stopped = Instant::now();
@@ -89,7 +89,7 @@ on_each_store! {
 
     async fn a_process_that_was_stopped_for_less_than_its_ttl_keeps_its_lock(store: &TestStore) {
         let ttl = ttl(store);
-        let mut paused = store.worker("paused", &[("LOCKTEST_TTL", &ttl.as_millis().to_string())]);
+        let mut paused = store.worker("paused", &[("SHARDLOCK_TEST_TTL", &ttl.as_millis().to_string())]);
         paused.line();
         let locks = store.builder().ttl(ttl).connect().await.expect("connect");
         let mut waiting = tokio::spawn(async move { lock(&locks, "k").await });

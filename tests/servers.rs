@@ -17,7 +17,7 @@ fn worker_entry() {
     let Some(me) = worker::current() else { return };
     match me.name() {
         "echo" => {
-            me.say(me.var("LOCKTEST_GREETING"));
+            me.say(me.var("SHARDLOCK_TEST_GREETING"));
             while let Some(line) = me.hear() {
                 me.say(&line);
             }
@@ -230,7 +230,7 @@ fn the_servers_slots_are_those_of_the_client_library() {
 
 #[test]
 fn a_worker_speaks_in_lines_and_ends_with_its_input() {
-    let mut worker = worker::spawn("echo", &[("LOCKTEST_GREETING", "hello")]);
+    let mut worker = worker::spawn("echo", &[("SHARDLOCK_TEST_GREETING", "hello")]);
     assert_eq!(worker.line(), "hello");
     for line in ["one", "", "@ three", "  four  "] {
         worker.send(line);
@@ -241,7 +241,7 @@ fn a_worker_speaks_in_lines_and_ends_with_its_input() {
 
 #[test]
 fn a_stopped_worker_is_silent_until_it_goes_on() {
-    let mut worker = worker::spawn("echo", &[("LOCKTEST_GREETING", "hello")]);
+    let mut worker = worker::spawn("echo", &[("SHARDLOCK_TEST_GREETING", "hello")]);
     worker.line();
     for _ in 0..3 {
         worker.stop();
@@ -254,7 +254,7 @@ fn a_stopped_worker_is_silent_until_it_goes_on() {
 
 #[test]
 fn a_killed_worker_says_no_more() {
-    let mut worker = worker::spawn("echo", &[("LOCKTEST_GREETING", "hello")]);
+    let mut worker = worker::spawn("echo", &[("SHARDLOCK_TEST_GREETING", "hello")]);
     worker.line();
     worker.kill();
     assert_eq!(worker.wait().signal(), Some(9));

@@ -208,9 +208,9 @@ impl Resource {
 /// Reads under the lock and writes on command, without checking whether it still holds the lock.
 #[tokio::main]
 async fn write_late(me: &worker::Current) {
-    let ttl = Duration::from_millis(me.var("LOCKTEST_TTL").parse().expect("milliseconds"));
+    let ttl = Duration::from_millis(me.var("SHARDLOCK_TEST_TTL").parse().expect("milliseconds"));
     let locks = builder_of(me).ttl(ttl).connect().await.expect("connect");
-    let mut resource = Resource::open(&me.var("LOCKTEST_RESOURCE"), &me.var("LOCKTEST_CHECK")).await;
+    let mut resource = Resource::open(&me.var("SHARDLOCK_TEST_RESOURCE"), &me.var("SHARDLOCK_TEST_CHECK")).await;
     let guard = lock(&locks, "k").await;
     let value = resource.read().await;
     me.say("read");
@@ -225,9 +225,9 @@ async fn a_paused_writer(store: &TestStore, check: &str) -> (String, u64) {
     let server = RedisServer::start();
     let (url, ttl) = (server.url(), store.short_ttl().as_millis().to_string());
     let vars = [
-        ("LOCKTEST_RESOURCE", url.as_str()),
-        ("LOCKTEST_CHECK", check),
-        ("LOCKTEST_TTL", &ttl),
+        ("SHARDLOCK_TEST_RESOURCE", url.as_str()),
+        ("SHARDLOCK_TEST_CHECK", check),
+        ("SHARDLOCK_TEST_TTL", &ttl),
     ];
     let mut late = store.worker("writer", &vars);
     assert_eq!(late.line(), "read");

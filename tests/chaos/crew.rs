@@ -54,15 +54,15 @@ impl Crew {
         // With a late renewal, a holder relies on its lease for longer.
         let renew = if self.seed.is_multiple_of(4) { 0.1 } else { 0.4 };
         let vars = [
-            ("LOCKTEST_PLACE", place.to_string()),
-            ("LOCKTEST_RENEW", renew.to_string()),
-            ("LOCKTEST_WHO", name.clone()),
-            ("LOCKTEST_URL", url),
-            ("LOCKTEST_SEED", seed.to_string()),
-            ("LOCKTEST_TTL", ttl.to_string()),
-            ("LOCKTEST_LONGEST_TTL", longest.to_string()),
-            ("LOCKTEST_REPLICAS", scene.replicas_acked().to_string()),
-            ("LOCKTEST_HISTORY", self.history.display().to_string()),
+            ("SHARDLOCK_TEST_PLACE", place.to_string()),
+            ("SHARDLOCK_TEST_RENEW", renew.to_string()),
+            ("SHARDLOCK_TEST_WHO", name.clone()),
+            ("SHARDLOCK_TEST_URL", url),
+            ("SHARDLOCK_TEST_SEED", seed.to_string()),
+            ("SHARDLOCK_TEST_TTL", ttl.to_string()),
+            ("SHARDLOCK_TEST_LONGEST_TTL", longest.to_string()),
+            ("SHARDLOCK_TEST_REPLICAS", scene.replicas_acked().to_string()),
+            ("SHARDLOCK_TEST_HISTORY", self.history.display().to_string()),
         ];
         let vars: Vec<_> = vars.iter().map(|(name, value)| (*name, value.as_str())).collect();
         let worker = worker::spawn(NAME, &vars);

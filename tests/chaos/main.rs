@@ -98,10 +98,10 @@ fn etcd_withstands_each_fault() {
 }
 
 /// `make chaos`: runs rounds of each kind in turn for the given number of minutes and prints a
-/// report. Does nothing unless `LOCKTEST_CHAOS_MINUTES` is set.
+/// report. Does nothing unless `SHARDLOCK_TEST_CHAOS_MINUTES` is set.
 #[test]
 fn chaos_for_as_long_as_asked() {
-    let Ok(minutes) = env::var("LOCKTEST_CHAOS_MINUTES") else {
+    let Ok(minutes) = env::var("SHARDLOCK_TEST_CHAOS_MINUTES") else {
         return;
     };
     let _alone = LANES.each_ref().map(Mutex::lock);
@@ -113,12 +113,15 @@ fn chaos_for_as_long_as_asked() {
             .map(str::to_owned)
             .collect()
     };
-    let (mut kinds, only) = (words("LOCKTEST_CHAOS_KINDS"), words("LOCKTEST_CHAOS_FAULTS"));
+    let (mut kinds, only) = (
+        words("SHARDLOCK_TEST_CHAOS_KINDS"),
+        words("SHARDLOCK_TEST_CHAOS_FAULTS"),
+    );
     if kinds.is_empty() {
         kinds = scene::KINDS.iter().map(|kind| (*kind).to_owned()).collect();
     }
     let minutes: f64 = minutes.parse().expect("MINUTES is a number");
-    let first = match env::var("LOCKTEST_CHAOS_SEED") {
+    let first = match env::var("SHARDLOCK_TEST_CHAOS_SEED") {
         Ok(seed) if !seed.is_empty() => seed.parse().expect("SEED is a number"),
         _ => clock::now() % 1_000_000,
     };

@@ -56,16 +56,19 @@ pub fn fight(me: &worker::Current) {
         .build()
         .expect("a runtime");
     let number = |name: &str| -> u64 { me.var(name).parse().expect("a number") };
-    let ttl = Duration::from_millis(number("LOCKTEST_TTL"));
-    let seed = number("LOCKTEST_SEED");
-    let journal = Journal::create(Path::new(&me.var("LOCKTEST_HISTORY")), &me.var("LOCKTEST_WHO"));
+    let ttl = Duration::from_millis(number("SHARDLOCK_TEST_TTL"));
+    let seed = number("SHARDLOCK_TEST_SEED");
+    let journal = Journal::create(
+        Path::new(&me.var("SHARDLOCK_TEST_HISTORY")),
+        &me.var("SHARDLOCK_TEST_WHO"),
+    );
     let shared = Arc::new(Shared {
         locks: runtime.block_on(connect(me, ttl)),
         journal,
         numbers: AtomicU64::new(0),
         over: AtomicBool::new(false),
         ttl,
-        place: number("LOCKTEST_PLACE") as usize,
+        place: number("SHARDLOCK_TEST_PLACE") as usize,
     });
     let tasks: Vec<_> = (0..QUICK_TASKS + HOME_TASKS + LONG_KEYS)
         .map(|task| {
@@ -100,14 +103,14 @@ pub fn fight(me: &worker::Current) {
 }
 
 async fn connect(me: &worker::Current, ttl: Duration) -> LockManager {
-    let replicas = me.var("LOCKTEST_REPLICAS").parse().expect("a number");
+    let replicas = me.var("SHARDLOCK_TEST_REPLICAS").parse().expect("a number");
     let mut builder = LockManager::builder()
-        .shard(me.var("LOCKTEST_URL"))
+        .shard(me.var("SHARDLOCK_TEST_URL"))
         .ttl(ttl)
-        .renew_fraction(me.var("LOCKTEST_RENEW").parse().expect("a number"))
+        .renew_fraction(me.var("SHARDLOCK_TEST_RENEW").parse().expect("a number"))
         .min_replicas_acked(replicas);
-    if me.var("LOCKTEST_URL").starts_with("redlock") {
-        let longest = me.var("LOCKTEST_LONGEST_TTL").parse().expect("a number");
+    if me.var("SHARDLOCK_TEST_URL").starts_with("redlock") {
+        let longest = me.var("SHARDLOCK_TEST_LONGEST_TTL").parse().expect("a number");
         builder = builder.redlock_max_ttl(Duration::from_millis(longest));
     }
     let deadline = Instant::now() + PATIENCE;

@@ -18,7 +18,7 @@
 //!
 //! #[test]
 //! fn a_worker_echoes() {
-//!     let mut worker = worker::spawn("echo", &[("LOCKTEST_GREETING", "hello")]);
+//!     let mut worker = worker::spawn("echo", &[("SHARDLOCK_TEST_GREETING", "hello")]);
 //!     worker.send("one");
 //!     assert_eq!(worker.line(), "one");
 //!     assert!(worker.wait().success());
@@ -26,11 +26,11 @@
 //! ```
 //!
 //! In an ordinary run the entry returns at once. [`spawn`] runs the binary again with only that
-//! test and with `LOCKTEST_WORKER` set to the worker's name. The worker's standard error is
+//! test and with `SHARDLOCK_TEST_WORKER` set to the worker's name. The worker's standard error is
 //! inherited from the test.
 //!
-//! Variables for a worker are named `LOCKTEST_...`, because shardlock rejects unknown variables
-//! named `SHARDLOCK_...`.
+//! Variables for a worker are named `SHARDLOCK_TEST_...`. The tool rejects them like any unknown
+//! variable named `SHARDLOCK_...`, so the tests remove them from its environment.
 
 use std::env;
 use std::io::{self, BufRead, BufReader, Write};
@@ -42,7 +42,7 @@ use std::time::Duration;
 use super::process::Process;
 use super::wait::PATIENCE;
 
-const NAME: &str = "LOCKTEST_WORKER";
+const NAME: &str = "SHARDLOCK_TEST_WORKER";
 
 /// Distinguishes the worker's lines from those that its test harness prints.
 const PREFIX: &str = "@ ";

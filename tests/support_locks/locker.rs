@@ -23,7 +23,7 @@ impl TestStore {
     #[track_caller]
     pub fn lockers_with(&self, count: usize, ttl: Duration, vars: &[(&str, &str)]) -> Vec<Locker> {
         let ttl = ttl.as_millis().to_string();
-        let vars = [&[("LOCKTEST_TTL", ttl.as_str())], vars].concat();
+        let vars = [&[("SHARDLOCK_TEST_TTL", ttl.as_str())], vars].concat();
         let spawn = |_| Locker(self.worker(LOCKER, &vars));
         let lockers: Vec<_> = (0..count).map(spawn).collect();
         for locker in &lockers {
@@ -85,7 +85,7 @@ impl DerefMut for Locker {
 /// the lock and prints `released`.
 #[tokio::main]
 pub async fn obey(me: &worker::Current) {
-    let ttl = Duration::from_millis(me.var("LOCKTEST_TTL").parse().expect("milliseconds"));
+    let ttl = Duration::from_millis(me.var("SHARDLOCK_TEST_TTL").parse().expect("milliseconds"));
     let locks = builder_of(me).ttl(ttl).connect().await.expect("connect");
     me.say("connected");
     let mut held = None;

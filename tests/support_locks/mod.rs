@@ -156,9 +156,9 @@ impl TestStore {
     pub fn worker(&self, name: &str, vars: &[(&str, &str)]) -> Worker {
         let urls = self.urls.join(" ");
         let mut all = vec![
-            ("LOCKTEST_KIND", self.kind.name()),
-            ("LOCKTEST_URLS", urls.as_str()),
-            ("LOCKTEST_NAMESPACE", self.namespace.as_str()),
+            ("SHARDLOCK_TEST_KIND", self.kind.name()),
+            ("SHARDLOCK_TEST_URLS", urls.as_str()),
+            ("SHARDLOCK_TEST_NAMESPACE", self.namespace.as_str()),
         ];
         all.extend_from_slice(vars);
         worker::spawn(name, &all)
@@ -200,11 +200,11 @@ fn next_number() -> u32 {
     NEXT.fetch_add(1, Ordering::Relaxed)
 }
 
-/// If `LOCKTEST_LINGER` is set, leases linger for that many milliseconds.
+/// If `SHARDLOCK_TEST_LINGER` is set, leases linger for that many milliseconds.
 fn builder<'a>(kind: Kind, urls: impl Iterator<Item = &'a str>, namespace: &str) -> Builder {
     let builder = LockManager::builder().namespace(namespace);
     let builder = kind.settings(urls.fold(builder, |builder, url| builder.shard(url)));
-    match std::env::var("LOCKTEST_LINGER") {
+    match std::env::var("SHARDLOCK_TEST_LINGER") {
         Ok(millis) => builder.linger(Duration::from_millis(millis.parse().expect("milliseconds"))),
         Err(_) => builder,
     }
@@ -212,11 +212,11 @@ fn builder<'a>(kind: Kind, urls: impl Iterator<Item = &'a str>, namespace: &str)
 
 /// A builder for a manager of the store that the test passed to this worker.
 pub fn builder_of(me: &worker::Current) -> Builder {
-    let urls = me.var("LOCKTEST_URLS");
+    let urls = me.var("SHARDLOCK_TEST_URLS");
     builder(
-        Kind::named(&me.var("LOCKTEST_KIND")),
+        Kind::named(&me.var("SHARDLOCK_TEST_KIND")),
         urls.split(' '),
-        &me.var("LOCKTEST_NAMESPACE"),
+        &me.var("SHARDLOCK_TEST_NAMESPACE"),
     )
 }
 

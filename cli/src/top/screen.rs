@@ -130,7 +130,7 @@ mod tests {
     use super::Screen;
     use crate::support::Terminal;
 
-    const ON_A_TERMINAL: &str = "LOCKTEST_PANIC_ON_TERMINAL";
+    const ON_A_TERMINAL: &str = "SHARDLOCK_TEST_PANIC_ON_TERMINAL";
 
     /// The test starts itself again as the process on the terminal.
     #[test]

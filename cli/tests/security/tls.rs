@@ -288,8 +288,8 @@ fn a_programs_own_choice_of_cryptography_stays() {
     let server = TlsServer::start(&authority, &authority.issue("server", &HOSTS), false, &[]);
     let ca = authority.ca();
     let vars = [
-        ("LOCKTEST_URL", server.url("localhost")),
-        ("LOCKTEST_CA", ca.to_str().expect("UTF-8").to_owned()),
+        ("SHARDLOCK_TEST_URL", server.url("localhost")),
+        ("SHARDLOCK_TEST_CA", ca.to_str().expect("UTF-8").to_owned()),
     ];
     let vars = vars.each_ref().map(|(name, value)| (*name, value.as_str()));
     let mut worker = worker::spawn("chooser", &vars);
@@ -303,8 +303,8 @@ pub(crate) fn choose_and_lock(me: &worker::Current) {
     provider.cipher_suites.truncate(1);
     provider.install_default().expect("no provider was installed before");
     let lock_once = async {
-        let ca = me.var("LOCKTEST_CA");
-        let locks = builder(&me.var("LOCKTEST_URL"), Path::new(&ca))
+        let ca = me.var("SHARDLOCK_TEST_CA");
+        let locks = builder(&me.var("SHARDLOCK_TEST_URL"), Path::new(&ca))
             .connect()
             .await
             .expect("connect");

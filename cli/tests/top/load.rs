@@ -51,9 +51,9 @@ impl Load {
     #[track_caller]
     pub(crate) fn start_at(server: &RedisServer, is_first: bool, address: &str) -> Self {
         let vars = [
-            ("LOCKTEST_URL", server.url()),
-            ("LOCKTEST_ADDRESS", address.to_owned()),
-            ("LOCKTEST_FIRST", is_first.to_string()),
+            ("SHARDLOCK_TEST_URL", server.url()),
+            ("SHARDLOCK_TEST_ADDRESS", address.to_owned()),
+            ("SHARDLOCK_TEST_FIRST", is_first.to_string()),
         ];
         let worker = worker::spawn("load", &vars.each_ref().map(|(name, value)| (*name, value.as_str())));
         let address = worker.line();
@@ -84,9 +84,9 @@ pub(crate) fn run(me: &Current) {
         .build()
         .unwrap();
     runtime.block_on(async {
-        let address = me.var("LOCKTEST_ADDRESS").parse().unwrap();
+        let address = me.var("SHARDLOCK_TEST_ADDRESS").parse().unwrap();
         let admin = Admin::bind_with(address, String::new).unwrap();
-        let builder = LockManager::builder().named_shard("eu-1", me.var("LOCKTEST_URL"));
+        let builder = LockManager::builder().named_shard("eu-1", me.var("SHARDLOCK_TEST_URL"));
         let locks = builder.ttl(Duration::from_secs(2)).connect().await.unwrap();
         let server = admin.serve(&locks).unwrap();
         let turns = Arc::new(AtomicU64::new(0));
@@ -101,7 +101,7 @@ pub(crate) fn run(me: &Current) {
             }
         }
         me.say(server.address().to_string());
-        let held = if me.var("LOCKTEST_FIRST") == "true" {
+        let held = if me.var("SHARDLOCK_TEST_FIRST") == "true" {
             let stuck = locks.lock(STUCK).await.unwrap();
             Some((stuck, locks.lock(QUIET).await.unwrap()))
         } else {

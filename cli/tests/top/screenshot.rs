@@ -11,7 +11,7 @@ use crate::tool::bare;
 use crate::{has, row, top};
 
 /// Names the file for the picture, if one is wanted.
-const FILE: &str = "LOCKTEST_PICTURE";
+const FILE: &str = "SHARDLOCK_TEST_PICTURE";
 
 #[test]
 fn processes_are_shown_as_one_and_one_that_dies_is_named() {
