@@ -27,11 +27,12 @@ test: cargo protoc ## Run all tests, against real servers.
 # The behaviours of single locks again, with leases that linger. The skipped tests are those whose
 # outcome linger changes: see tests/README.md.
 with_leases_kept = SHARDLOCK_TEST_LINGER=30 SHARDLOCK_REDIS_SERVER=$$server cargo test --locked --all-features --no-fail-fast \
-	--test basics --test order --test tokens --test cancellation -- on_redis on_memory \
+	--test it -- basics:: order:: tokens:: cancellation:: \
+	--skip on_sentinel --skip on_cluster --skip on_redlock --skip on_etcd --skip on_mixed \
 	--skip a_held_key_is_held --skip a_namespace_is_part --skip a_try_does_not_pass --skip an_administrators_deletion \
 	--skip tokens_grow_across_processes_flushes --skip a_manager_that_outlives --skip a_counter_that_went_back --skip a_request_without_time
 
-# TESTS selects tests, as in TESTS="--test basics --test order".
+# TESTS selects tests, as in TESTS="--test it -- basics:: order::".
 test-servers: cargo protoc ## Run all tests against each server: the default, Valkey 9, Redis 8.
 	@etcd=$$(scripts/ensure-etcd) && prometheus=$$(scripts/ensure-prometheus) && python=$$(scripts/ensure-grafana-model) || exit; \
 	export SHARDLOCK_ETCD_SERVER=$$etcd SHARDLOCK_PROMETHEUS=$$prometheus SHARDLOCK_PYTHON=$$python; failed=; for server in "" valkey redis8; do \

@@ -14,8 +14,6 @@ use shardlock::metrics::Histograms;
 
 #[path = "beside/mod.rs"]
 mod beside;
-#[path = "../tests/support/mod.rs"]
-mod support;
 
 use beside::{Comparison, Side, criterion, setting, share};
 

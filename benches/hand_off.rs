@@ -19,8 +19,6 @@ use tokio::runtime::Builder;
 
 #[path = "beside/mod.rs"]
 mod beside;
-#[path = "../tests/support/mod.rs"]
-mod support;
 
 use beside::{Raw, TIMEOUT, in_words};
 use support::{RedisServer, Worker, worker};

@@ -17,11 +17,6 @@ use redis::io::tcp::TcpSettings;
 use shardlock::LockManager;
 use tokio::runtime::Runtime;
 
-#[path = "../tests/support/mod.rs"]
-mod support;
-#[path = "../tests/support_locks/mod.rs"]
-mod support_locks;
-
 use support::RedisServer;
 use support_locks::{Kind, TestStore, until_queued};
 

@@ -15,9 +15,6 @@ use shardlock::{LockGuard, LockManager};
 use tokio::runtime::Runtime;
 use tokio::task::JoinSet;
 
-#[path = "../tests/support/mod.rs"]
-mod support;
-
 use support::RedisServer;
 
 const WAITERS: usize = 100_000;

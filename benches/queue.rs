@@ -34,8 +34,6 @@ mod key;
 mod lease;
 #[path = "../src/protocol.rs"]
 mod protocol;
-#[path = "../tests/support/mod.rs"]
-mod support;
 
 use beside::{Comparison, Side, criterion};
 use clock::Moment;

@@ -17,8 +17,6 @@ use tokio::task::JoinSet;
 
 #[path = "beside/mod.rs"]
 mod beside;
-#[path = "../tests/support/mod.rs"]
-mod support;
 
 use beside::{Raw, TIMEOUT};
 use support::RedisServer;

@@ -13,8 +13,6 @@ use shardlock::tool;
 
 #[path = "beside/mod.rs"]
 mod beside;
-#[path = "../tests/support/mod.rs"]
-mod support;
 
 use beside::{Comparison, Side, criterion};
 

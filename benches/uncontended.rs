@@ -9,8 +9,6 @@ use std::time::Instant;
 
 #[path = "beside/mod.rs"]
 mod beside;
-#[path = "../tests/support/mod.rs"]
-mod support;
 
 use beside::{Comparison, RAW_CYCLE, Raw, as_the_median, criterion, in_a_task, setting, share};
 

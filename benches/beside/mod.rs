@@ -16,7 +16,7 @@ use redis::{AsyncConnectionConfig, IntoConnectionInfo};
 use shardlock::LockManager;
 use tokio::runtime::Runtime;
 
-use crate::support::RedisServer;
+use support::RedisServer;
 
 /// How often both sides are measured alternately, since the speed of a shared machine drifts.
 const ROUNDS: usize = 15;

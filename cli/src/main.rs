@@ -17,10 +17,6 @@ mod signals;
 mod slot;
 mod top;
 
-#[cfg(test)]
-#[path = "../../tests/support/mod.rs"]
-mod support;
-
 use std::process::ExitCode;
 
 use anyhow::Context;

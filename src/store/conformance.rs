@@ -11,6 +11,7 @@ use std::time::Duration;
 use proptest::prelude::*;
 use proptest::test_runner::{Config, TestRunner};
 use redis::{FromRedisValue, PushInfo, PushKind};
+use support::{Cluster, RedisServer};
 use tokio::sync::mpsc::UnboundedReceiver;
 
 use crate::clock::Moment;
@@ -21,7 +22,6 @@ use crate::protocol::{
 };
 use crate::store::memory::{MemoryCore, Terms};
 use crate::store::redis::Compared;
-use crate::store::support::{Cluster, RedisServer};
 use crate::store::{Holder, KeyState, Priority};
 
 const MANAGERS: usize = 3;

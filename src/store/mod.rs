@@ -9,9 +9,6 @@ pub(crate) mod map;
 pub(crate) mod memory;
 pub(crate) mod quorum;
 pub(crate) mod redis;
-#[cfg(test)]
-#[path = "../../tests/support/mod.rs"]
-mod support;
 #[cfg(feature = "tls")]
 mod tls;
 

@@ -4,9 +4,6 @@
 // A failing environment ends the test.
 #![allow(clippy::expect_used, clippy::panic, clippy::unwrap_used)]
 
-#[path = "../support/mod.rs"]
-mod support;
-
 mod cases;
 mod page;
 mod promql;

@@ -7,12 +7,12 @@ use std::net::{SocketAddr, TcpStream};
 use shardlock::admin::Admin;
 use shardlock::metrics::METRICS;
 use shardlock::{LockManager, LockRequest};
+use support::quorum::MAX_TTL;
+use support::{PATIENCE, Quorum, RedisServer};
 use tokio::sync::OnceCell;
 use tokio::task::JoinSet;
 
 use crate::promql;
-use crate::support::quorum::MAX_TTL;
-use crate::support::{PATIENCE, Quorum, RedisServer};
 
 /// The page as text.
 #[derive(Debug)]

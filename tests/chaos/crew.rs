@@ -3,9 +3,10 @@
 use std::path::PathBuf;
 use std::time::Duration;
 
+use support::Worker;
+use support::worker;
+
 use super::scene::Scene;
-use super::support::Worker;
-use super::support::worker;
 use super::worker::NAME;
 
 /// Number of concurrent workers. Each works at its own place, with its own network path to the

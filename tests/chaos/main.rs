@@ -13,11 +13,9 @@
 // A test binary exports nothing.
 #![allow(unreachable_pub)]
 
-#[path = "../support/mod.rs"]
-mod support;
-
 mod checker;
 mod clock;
+mod cluster_load;
 mod crew;
 mod faults;
 mod history;
@@ -46,7 +44,7 @@ fn worker_entry() {
     }
 }
 
-/// Two rounds run at a time: each generates its own load, but mostly waits.
+/// Two rounds or loads run at a time: each generates its own load, but mostly waits.
 static LANES: [Mutex<()>; 2] = [Mutex::new(()), Mutex::new(())];
 
 /// Runs a round of this kind in which each of its faults occurs once, after the other rounds of its

@@ -9,6 +9,7 @@ use std::time::{Duration, Instant};
 
 use rand::rngs::SmallRng;
 use rand::{Rng, SeedableRng};
+use support::directory;
 
 use super::checker::{self, Terms, Verdict};
 use super::clock::{nanos, now};
@@ -17,7 +18,6 @@ use super::faults::{Deck, Fault, some_time};
 use super::history::{self, Event, Journal};
 use super::machine::Watch;
 use super::scene::{self, Scene};
-use super::support::directory;
 
 /// Time limit for workers to finish, and for leftover keys to expire from the servers.
 const END_WITHIN: Duration = Duration::from_secs(30);

@@ -11,11 +11,11 @@ use rand::rngs::SmallRng;
 use rand::{Rng, SeedableRng};
 use shardlock::error::LockErrorKind;
 use shardlock::{LockError, LockGuard, LockManager};
+use support::{PATIENCE, worker};
 
 use super::clock::{nanos, now};
 use super::crew::PLACES;
 use super::history::{Event, Journal};
-use super::support::{PATIENCE, worker};
 
 pub const NAME: &str = "chaos";
 

@@ -127,8 +127,9 @@ fn restore_on_panic() {
 
 #[cfg(test)]
 mod tests {
+    use support::Terminal;
+
     use super::Screen;
-    use crate::support::Terminal;
 
     const ON_A_TERMINAL: &str = "SHARDLOCK_TEST_PANIC_ON_TERMINAL";
 

@@ -3,12 +3,12 @@
 
 mod deposed;
 
+use support::etcd::{Etcd, LEASE_MIN};
 use tokio::sync::mpsc;
 
 use super::*;
 use crate::identity::ManagerId;
 use crate::protocol::{AcquireMode, Cycle};
-use crate::store::support::etcd::{Etcd, LEASE_MIN};
 
 const TTL: Duration = Duration::from_secs(10);
 

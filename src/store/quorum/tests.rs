@@ -3,13 +3,14 @@
 use std::sync::Arc;
 use std::time::Duration;
 
+use support::RedisServer;
+use support::wait::{PATIENCE, eventually};
+
 use super::*;
 use crate::endpoint::{Endpoint, EndpointKind};
 use crate::fence::TokenBlock;
 use crate::identity::ManagerId;
 use crate::protocol::AcquireMode;
-use crate::store::support::RedisServer;
-use crate::store::support::wait::{PATIENCE, eventually};
 
 const TTL: Duration = Duration::from_secs(5);
 /// The year 2035 on the servers' clocks, as a token: no counter is raised to their time.

@@ -297,13 +297,13 @@ mod tests {
     use std::task::Waker;
 
     use deadpool_redis::redis::io::tcp::socket2::SockRef;
+    use support::RedisServer;
 
     use super::*;
     use crate::identity::ManagerId;
     use crate::key::LockKey;
     use crate::protocol::{Acquire, AcquireMode, AcquireReply, Cycle, Push};
     use crate::store::redis::primary::RedisStore;
-    use crate::store::support::RedisServer;
     use crate::store::{LeaseStore, StoreOptions};
 
     /// Names that no system resolves.

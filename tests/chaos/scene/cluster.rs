@@ -5,9 +5,9 @@ use std::time::Duration;
 
 use rand::Rng;
 use rand::rngs::SmallRng;
+use support::{Cluster, PATIENCE, RedisServer, wait_until};
 
 use super::super::faults::{Fault, some_time};
-use super::super::support::{Cluster, PATIENCE, RedisServer, wait_until};
 use super::{Scene, lock_keys, some_key, strike_nodes};
 
 /// In milliseconds, longer and shorter than a node must be silent to be replaced.

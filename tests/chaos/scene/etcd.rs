@@ -5,10 +5,10 @@ use std::time::Duration;
 
 use rand::Rng;
 use rand::rngs::SmallRng;
+use support::etcd::{Etcd, LEASE_MIN};
 use tokio::runtime::Runtime;
 
 use super::super::faults::{Fault, some_time};
-use super::super::support::etcd::{Etcd, LEASE_MIN};
 use super::network::Network;
 use super::{Scene, some_key};
 

@@ -13,9 +13,9 @@ use std::time::Duration;
 
 use rand::Rng;
 use rand::rngs::SmallRng;
+use support::{ClientType, RedisServer};
 
 use super::faults::Fault;
-use super::support::{ClientType, RedisServer};
 use super::worker::keys;
 
 pub trait Scene {

@@ -4,10 +4,10 @@ use std::thread;
 
 use rand::Rng;
 use rand::rngs::SmallRng;
+use support::proxy::Proxy;
 
 use super::super::crew::PLACES;
 use super::super::faults::{Fault, some_time};
-use super::super::support::proxy::Proxy;
 
 pub struct Network {
     /// By place, then by server.

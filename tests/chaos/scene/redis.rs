@@ -6,12 +6,12 @@ use std::time::Duration;
 
 use rand::Rng;
 use rand::rngs::SmallRng;
+use support::other_clock::{self, OtherClock};
+use support::sentinel::in_step;
+use support::{ClientType, PATIENCE, RedisServer, wait_until};
 
 use super::super::crew::PLACES;
 use super::super::faults::{Fault, some_time};
-use super::super::support::other_clock::{self, OtherClock};
-use super::super::support::sentinel::in_step;
-use super::super::support::{ClientType, PATIENCE, RedisServer, wait_until};
 use super::network::Network;
 use super::{Scene, lock_keys, strike_nodes};
 

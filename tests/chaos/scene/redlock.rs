@@ -5,11 +5,11 @@ use std::time::Duration;
 
 use rand::Rng;
 use rand::rngs::SmallRng;
+use support::other_clock::{self, OtherClock};
+use support::quorum::MAX_TTL;
+use support::{Quorum, RedisServer};
 
 use super::super::faults::{Fault, some_time};
-use super::super::support::other_clock::{self, OtherClock};
-use super::super::support::quorum::MAX_TTL;
-use super::super::support::{Quorum, RedisServer};
 use super::network::Network;
 use super::{Scene, lock_keys, strike_nodes};
 

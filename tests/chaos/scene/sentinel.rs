@@ -5,9 +5,9 @@ use std::time::Duration;
 
 use rand::Rng;
 use rand::rngs::SmallRng;
+use support::sentinel::Watched;
 
 use super::super::faults::{Fault, some_time};
-use super::super::support::sentinel::Watched;
 use super::{Scene, lock_keys, strike_nodes};
 
 pub struct Sentinel(Watched);

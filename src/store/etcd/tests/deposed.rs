@@ -3,9 +3,10 @@
 
 use std::collections::HashMap;
 
+use support::PATIENCE;
+
 use super::*;
 use crate::clock::Moment;
-use crate::store::support::PATIENCE;
 
 const CLUSTERS: usize = 3;
 const KEYS: u64 = 12;

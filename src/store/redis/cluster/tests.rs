@@ -11,7 +11,7 @@ use crate::identity::ManagerId;
 use crate::key::{LockKey, SLOTS, Slot};
 use crate::protocol::{Acquire, AcquireMode, AcquireReply, Cycle, Push};
 use crate::store::redis::Compared;
-use crate::store::{LeaseStore, StoreOptions, support};
+use crate::store::{LeaseStore, StoreOptions};
 
 fn store(url: &str, manager: ManagerId, inbox_idle_seconds: u32) -> ClusterStore {
     let options = StoreOptions {

@@ -6,12 +6,12 @@ use std::cell::Cell;
 use std::time::Duration;
 
 use redis::{FromRedisValue, Value};
+use support::RedisServer;
 
 use super::Scripts;
 use crate::fence::FencingToken;
 use crate::identity::ManagerId;
 use crate::protocol::Cycle;
-use crate::store::support::RedisServer;
 
 /// Concatenates these files: the built-in ones, or those in the directory that the environment
 /// variable names.

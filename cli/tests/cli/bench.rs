@@ -1,0 +1,419 @@
+//! The bench with real processes and servers: its figures, its plot, and how it ends.
+
+use std::fs::{self, File, OpenOptions};
+use std::io::Read;
+use std::os::unix::ffi::OsStrExt;
+use std::path::Path;
+use std::sync::{Arc, Mutex};
+use std::thread;
+use std::time::Duration;
+
+use roxmltree::Document;
+use rustix::process::{Signal, kill_process};
+use rustix::pty::{OpenptFlags, grantpt, openpt, ptsname, unlockpt};
+use serde_json::Value;
+use support::process::Process;
+use support::{PATIENCE, RedisServer, wait_until};
+
+use crate::tool::{Run, bare, run};
+
+/// The figures of a run with these arguments, after checking those that must hold in every run.
+#[track_caller]
+fn figures(args: &[&str]) -> Value {
+    let ended = run(bare(&[&["bench", "--json"], args].concat()));
+    assert_eq!(ended.code, 0, "{ended:?}");
+    let line = ended.stdout.strip_suffix('\n').unwrap();
+    assert!(!line.contains('\n'), "{line}");
+    consistent(line)
+}
+
+#[track_caller]
+fn consistent(line: &str) -> Value {
+    assert_eq!(shape(line), LINE);
+    let figures: Value = serde_json::from_str(line).unwrap();
+    let locks = number(&figures, "/locks");
+    assert!(locks > 0.0, "{figures}");
+    let paths = ["local", "remote", "uncontended"].map(|path| number(&figures, &format!("/handoffs/{path}")));
+    assert_eq!(paths.iter().sum::<f64>(), locks, "{figures}");
+    let rate = locks / number(&figures, "/seconds");
+    assert!(
+        (number(&figures, "/locks_per_s") / rate - 1.0).abs() < 0.01,
+        "{figures}"
+    );
+    for per in ["/per_process", "/per_task"] {
+        let bounds = ["min", "max"].map(|bound| number(&figures, &format!("{per}/{bound}")));
+        assert!(bounds[0] <= bounds[1] && bounds[1] <= locks, "{figures}");
+    }
+    let jain = number(&figures, "/per_process/jain");
+    assert!(jain > 0.0 && jain <= 1.0, "{figures}");
+    let waits = ["p50", "p99", "max"].map(|wait| number(&figures, &format!("/wait_ms/{wait}")));
+    assert!(waits[0] > 0.0 && waits.is_sorted(), "{figures}");
+    figures
+}
+
+/// The format that scripts rely on, with `#` for each number and each null.
+const LINE: &str = concat!(
+    r##"{"locks":#,"seconds":#,"locks_per_s":#,"per_process":{"min":#,"max":#,"jain":#},"per_task":{"min":#,"max":#},"##,
+    r##""wait_ms":{"p50":#,"p99":#,"max":#},"hold_ms":{"mean":#},"handoffs":{"local":#,"remote":#,"uncontended":#},"##,
+    r##""server":{"scripts_per_lock":#,"publishes_per_lock":#,"cpu_us_per_lock":#}}"##,
+);
+
+fn shape(line: &str) -> String {
+    let mut parts = line.split(':');
+    let mut shape = parts.next().unwrap_or_default().to_owned();
+    for part in parts {
+        let rest = part.trim_start_matches(|c: char| c.is_ascii_alphanumeric() || "+-.".contains(c));
+        shape.push_str(if rest.len() < part.len() { ":#" } else { ":" });
+        shape.push_str(rest);
+    }
+    shape
+}
+
+#[track_caller]
+fn number(figures: &Value, pointer: &str) -> f64 {
+    let number = figures.pointer(pointer).and_then(Value::as_f64);
+    number.unwrap_or_else(|| panic!("{pointer} is no number in {figures}"))
+}
+
+#[test]
+fn hand_offs_between_processes_cost_two_scripts_and_a_message_and_take_turns() {
+    let figures = figures(&["--processes", "2", "--tasks", "1", "--hold", "20ms", "--duration", "4s"]);
+    let locks = number(&figures, "/locks");
+    // The window's first lock may have been handed off before it. If the machine stalls for longer
+    // than a hold, the queue may run empty.
+    assert!(number(&figures, "/handoffs/remote") > 0.9 * locks, "{figures}");
+    // The servers' statistics are read just before the window opens and just after it closes.
+    let scripts = number(&figures, "/server/scripts_per_lock");
+    assert!((1.8..2.3).contains(&scripts), "{figures}");
+    let publishes = number(&figures, "/server/publishes_per_lock");
+    assert!((0.8..1.2).contains(&publishes), "{figures}");
+    assert!(number(&figures, "/server/cpu_us_per_lock") > 0.0, "{figures}");
+    let bounds = ["min", "max"].map(|bound| number(&figures, &format!("/per_process/{bound}")));
+    assert_eq!(bounds[0] + bounds[1], locks, "{figures}");
+    assert!(bounds[1] < 1.2 * bounds[0], "{figures}");
+    assert!(number(&figures, "/hold_ms/mean") >= 20.0, "{figures}");
+    // While one process holds the lock, the other waits.
+    assert!(number(&figures, "/wait_ms/p50") >= 20.0, "{figures}");
+}
+
+#[test]
+fn tasks_of_a_process_hand_on_without_the_server() {
+    let figures = figures(&["--processes", "2", "--tasks", "32", "--duration", "1s"]);
+    let locks = number(&figures, "/locks");
+    assert!(number(&figures, "/handoffs/local") > 0.9 * locks, "{figures}");
+    assert!(number(&figures, "/server/scripts_per_lock") < 0.2, "{figures}");
+    assert!(number(&figures, "/per_task/min") > 0.0, "{figures}");
+}
+
+#[test]
+fn leases_that_linger_cost_the_server_next_to_nothing() {
+    let own_keys = ["--processes", "1", "--tasks", "4", "--keys", "4"];
+    let figures = figures(&[&own_keys[..], &["--linger", "10s", "--duration", "1s"]].concat());
+    // Each lock comes from the process's own lingering lease, which counts as a local hand-off. The
+    // exception is the first lock of each key, if it is late enough to be counted.
+    let [local, locks] = ["/handoffs/local", "/locks"].map(|figure| number(&figures, figure));
+    assert!(locks - local <= 4.0 && local > 0.9 * locks, "{figures}");
+    assert!(number(&figures, "/server/scripts_per_lock") < 0.01, "{figures}");
+}
+
+#[test]
+fn each_task_has_its_own_key_if_there_are_as_many_keys() {
+    let figures = figures(&["--processes", "2", "--tasks", "4", "--keys", "8", "--duration", "1s"]);
+    assert_eq!(
+        number(&figures, "/handoffs/uncontended"),
+        number(&figures, "/locks"),
+        "{figures}"
+    );
+    // A free key is taken with plain commands and released with a script.
+    let scripts = number(&figures, "/server/scripts_per_lock");
+    assert!((0.8..1.2).contains(&scripts), "{figures}");
+    assert!(number(&figures, "/server/publishes_per_lock") < 0.01, "{figures}");
+}
+
+#[test]
+fn skewed_keys_are_contended_more_than_even_ones() {
+    let contended = |more: &[&str]| {
+        let args = [
+            "--processes",
+            "1",
+            "--tasks",
+            "32",
+            "--keys",
+            "10000",
+            "--duration",
+            "1s",
+            "--shard",
+            "memory://",
+        ];
+        let figures = figures(&[&args[..], &["--hold", "1ms"], more].concat());
+        1.0 - number(&figures, "/handoffs/uncontended") / number(&figures, "/locks")
+    };
+    let (even, skewed) = (contended(&[]), contended(&["--skew", "1.5"]));
+    assert!(
+        even < 0.1 && skewed > 3.0 * even,
+        "contended: {even} with even keys, {skewed} with skewed keys"
+    );
+}
+
+#[test]
+fn shards_that_do_not_tell_have_null_for_the_server() {
+    let figures = figures(&[
+        "--processes",
+        "1",
+        "--tasks",
+        "2",
+        "--keys",
+        "3",
+        "--duration",
+        "200ms",
+        "--shard",
+        "memory://",
+    ]);
+    for name in ["scripts_per_lock", "publishes_per_lock", "cpu_us_per_lock"] {
+        assert!(figures["server"][name].is_null(), "{figures}");
+    }
+}
+
+#[test]
+fn the_picture_is_svg_and_the_table_names_what_was_asked_for() {
+    let temp = tempfile::tempdir().unwrap();
+    let path = temp.path().join("waits.svg");
+    let servers = temp.path().join("servers");
+    fs::create_dir(&servers).unwrap();
+    let mut command = bare(&[
+        "bench",
+        "--processes",
+        "2",
+        "--tasks",
+        "3",
+        "--duration",
+        "300ms",
+        "--plot",
+    ]);
+    command.arg(&path).env("TMPDIR", &servers);
+    let ended = run(command);
+    assert_eq!(ended.code, 0, "{ended:?}");
+    assert!(
+        ended
+            .stdout
+            .starts_with("2 processes x 3 tasks, 1 key, nothing done under the lock\n"),
+        "{ended:?}"
+    );
+    for row in ["locks per second", "wait, 99th percentile", "script calls per lock"] {
+        assert!(ended.stdout.contains(row), "{row}: {ended:?}");
+    }
+    let text = fs::read_to_string(&path).unwrap();
+    let picture = Document::parse(&text).unwrap();
+    assert!(
+        picture
+            .root_element()
+            .has_tag_name(("http://www.w3.org/2000/svg", "svg"))
+    );
+    let texts: Vec<_> = picture.descendants().filter_map(|node| node.text()).collect();
+    assert!(
+        texts.iter().any(|text| text.starts_with("2 processes x 3 tasks")),
+        "{texts:?}"
+    );
+    let curves = picture
+        .descendants()
+        .filter(|node| node.attribute("fill") == Some("none"));
+    assert_eq!(curves.count(), 1);
+    // The directory of the temporary server is empty.
+    assert_eq!(fs::read_dir(&servers).unwrap().count(), 0);
+}
+
+#[test]
+fn given_servers_keep_their_own_keys_and_none_of_the_bench() {
+    let servers = [RedisServer::start(), RedisServer::start()];
+    for server in &servers {
+        server.command(&["SET", "bench:mine", "stays"]);
+    }
+    let urls = servers.each_ref().map(RedisServer::url);
+    let args = [
+        "--processes",
+        "2",
+        "--tasks",
+        "8",
+        "--keys",
+        "50",
+        "--duration",
+        "500ms",
+    ];
+    figures(&[&args[..], &["--shard", &urls[0], "--shard", &urls[1]]].concat());
+    for server in &servers {
+        assert_eq!(server.keys(), ["bench:mine"]);
+        assert!(server.script_calls() > 0, "the server was not used");
+    }
+}
+
+/// A terminal and its output.
+struct Terminal {
+    name: Vec<u8>,
+    screen: Arc<Mutex<String>>,
+}
+
+impl Terminal {
+    fn new() -> Self {
+        let control = openpt(OpenptFlags::RDWR | OpenptFlags::NOCTTY).unwrap();
+        grantpt(&control).unwrap();
+        unlockpt(&control).unwrap();
+        let name = ptsname(&control, Vec::new()).unwrap().into_bytes();
+        let screen: Arc<Mutex<String>> = Arc::default();
+        let shown = Arc::clone(&screen);
+        let mut control = File::from(control);
+        // Reading fails once no process has the terminal open.
+        thread::spawn(move || {
+            let mut bytes = [0; 1024];
+            while let Ok(count @ 1..) = control.read(&mut bytes) {
+                shown
+                    .lock()
+                    .unwrap()
+                    .push_str(&String::from_utf8_lossy(&bytes[..count]));
+            }
+        });
+        Self { name, screen }
+    }
+
+    fn open(&self) -> File {
+        let path = Path::new(std::ffi::OsStr::from_bytes(&self.name));
+        OpenOptions::new().read(true).write(true).open(path).unwrap()
+    }
+
+    fn shows(&self, text: &str) -> bool {
+        self.screen.lock().unwrap().contains(text)
+    }
+}
+
+#[test]
+fn interrupt_ends_the_bench_early_with_what_was_measured() {
+    let server = RedisServer::start();
+    let terminal = Terminal::new();
+    let temp = tempfile::tempdir().unwrap();
+    let stdout = temp.path().join("stdout");
+    let mut command = bare(&[
+        "bench",
+        "--json",
+        "--processes",
+        "2",
+        "--tasks",
+        "4",
+        "--duration",
+        "10m",
+    ]);
+    command
+        .args(["--shard", &server.url()])
+        .env("TERM", "xterm")
+        .stdout(File::create(&stdout).unwrap())
+        .stderr(terminal.open());
+    let mut bench = Process::spawn(command).unwrap();
+    // The progress bar is shown while the window is open, and advances.
+    let measures = || (500..600).any(|left| terminal.shows(&format!("{left} s left")));
+    wait_until("the bench has measured for a second", PATIENCE, measures);
+    bench.signal(Signal::INT);
+    let status = bench.wait(PATIENCE);
+    assert_eq!(status.code(), Some(130));
+    wait_until("the bench prints why it ended", PATIENCE, || {
+        terminal.shows("ended early by SIGINT")
+    });
+    let figures = consistent(fs::read_to_string(stdout).unwrap().trim_end());
+    assert!(number(&figures, "/seconds") < 600.0, "{figures}");
+    assert_eq!(server.keys(), [""; 0]);
+}
+
+#[test]
+fn a_server_that_goes_away_makes_locks_fail_and_the_exit_code_tell() {
+    let server = RedisServer::start();
+    let mut command = bare(&[
+        "bench",
+        "--processes",
+        "2",
+        "--tasks",
+        "2",
+        "--keys",
+        "4",
+        "--duration",
+        "3s",
+    ]);
+    command.args(["--shard", &server.url(), "--set", "store_timeout=200ms"]);
+    let mut bench = Run::start(command);
+    wait_until("locks are acquired", PATIENCE, || server.script_calls() > 0);
+    server.kill();
+    let ended = bench.end();
+    assert_eq!(ended.code, 1, "{ended:?}");
+    assert!(ended.stderr.contains("locks failed (unavailable)"), "{ended:?}");
+    assert!(ended.stderr.contains("may be left on the given shards"), "{ended:?}");
+}
+
+/// Without this, the longest waits would be missing: those during which a server did not answer.
+#[test]
+fn a_wait_goes_on_through_errors() {
+    const STANDSTILL: Duration = Duration::from_secs(3);
+    let server = RedisServer::start();
+    let before = server.calls("info");
+    let mut command = bare(&["bench", "--json", "--processes", "1", "--tasks", "2", "--keys", "2"]);
+    command.args(["--duration", "6s", "--set", "store_timeout=500ms"]);
+    command.args(["--shard", &server.url()]);
+    let mut bench = Run::start(command);
+    // The bench reads the server's statistics when the window opens. The test detects this by
+    // counting `INFO` calls, its own included.
+    let mut ours = 0;
+    wait_until("the bench measures", PATIENCE, || {
+        ours += 1;
+        server.calls("info") > before + ours
+    });
+    server.stop();
+    thread::sleep(STANDSTILL);
+    server.cont();
+    let ended = bench.end();
+    assert_eq!(ended.code, 1, "locks failed: {ended:?}");
+    let figures = consistent(ended.stdout.trim_end());
+    // A task that was releasing its lock learns only after half a second that the server does not
+    // answer.
+    let longest = STANDSTILL - Duration::from_secs(1);
+    assert!(
+        number(&figures, "/wait_ms/max") >= longest.as_millis() as f64,
+        "{figures}"
+    );
+}
+
+#[test]
+fn dead_worker_ends_the_bench_with_an_error() {
+    let server = RedisServer::start();
+    let mut command = bare(&["bench", "--processes", "2", "--tasks", "2", "--duration", "10m"]);
+    command.args(["--shard", &server.url()]);
+    let mut bench = Run::start(command);
+    wait_until("locks are acquired", PATIENCE, || server.script_calls() > 0);
+    let worker = bench.children().into_iter().next().unwrap();
+    kill_process(worker, Signal::KILL).unwrap();
+    let ended = bench.end();
+    assert_eq!(ended.code, 1, "{ended:?}");
+    assert!(ended.stderr.contains("died in the middle of the bench"), "{ended:?}");
+    assert_eq!(server.keys(), [""; 0]);
+}
+
+#[test]
+fn arguments_out_of_bounds_are_refused_with_value_and_bound() {
+    let refused: [(&[&str], &str); 12] = [
+        (&["--processes", "0"], "1..=256"),
+        (&["--processes", "257"], "1..=256"),
+        (&["--tasks", "100001"], "1..=100000"),
+        (&["--keys", "0"], "1..=1000000"),
+        (&["--processes", "200", "--tasks", "100000"], "at most 1000000 in all"),
+        (&["--hold", "2m"], "at most 60s"),
+        (&["--duration", "1ms"], "from 100ms to 3600s"),
+        (&["--duration", "soon"], "--duration"),
+        (&["--skew=-1"], "from 0 to 10"),
+        (
+            &["--processes", "2", "--tasks", "2", "--keys", "4", "--skew", "1"],
+            "each task has its own",
+        ),
+        (&["--plot", "/nowhere/waits.svg"], "/nowhere/waits.svg can't be written"),
+        (&["--processes", "2", "--shard", "memory://"], "use --processes 1"),
+    ];
+    for (args, words) in refused {
+        let ended = run(bare(&[&["bench"], args].concat()));
+        assert_eq!(ended.code, 64, "{args:?}: {ended:?}");
+        assert!(ended.stderr.contains(words), "{args:?}: {ended:?}");
+        assert!(ended.stdout.is_empty(), "{args:?}: {ended:?}");
+    }
+}

@@ -1,0 +1,123 @@
+//! The data of panels and variables while the load runs.
+
+use std::collections::BTreeSet;
+
+use support::prometheus::{Prometheus, Sample};
+
+use super::definition::{Choice, Dashboard, filled};
+use super::environment::Environment;
+use super::faults::{FAULTS, QUIET, Sign};
+
+fn are_numbers(samples: &[Sample]) -> bool {
+    !samples.is_empty() && samples.iter().any(|sample| sample.value.is_finite())
+}
+
+fn are_above_zero(samples: &[Sample]) -> bool {
+    samples
+        .iter()
+        .any(|sample| sample.value.is_finite() && sample.value > 0.0)
+}
+
+#[test]
+fn every_panel_and_every_variable_has_data_under_load() {
+    let (dashboard, environment) = (Dashboard::read(), Environment::start());
+    has_data(&dashboard, &environment, &Environment::everything());
+
+    // Several values and a single value, in Grafana's notation.
+    let mut some = Environment::everything();
+    let instance = environment
+        .prometheus
+        .label_values("shardlock_shard_up", "instance")
+        .remove(0);
+    some.insert("job", format!("({})", Prometheus::JOB));
+    some.insert("instance", instance.replace('.', r"\\."));
+    some.insert("class", "(jobs|sale)".to_owned());
+    some.insert("shard", "(shard-0|shard-1|shard-2)".to_owned());
+    has_data(&dashboard, &environment, &some);
+
+    for variable in &dashboard.variables {
+        let values = environment
+            .prometheus
+            .label_values(&filled(&variable.series, &Environment::everything()), &variable.label);
+        let values: BTreeSet<_> = values.iter().map(String::as_str).collect();
+        let is_right = match variable.name.as_str() {
+            "job" => values == BTreeSet::from([Prometheus::JOB]),
+            "instance" => values.len() == 2,
+            "class" => values == BTreeSet::from(["cron", "default", "jobs", "other", "reports", "sale"]),
+            "shard" => values == BTreeSet::from(["shard-0", "shard-1", "shard-2"]),
+            name => panic!("the test does not know the variable {name}"),
+        };
+        assert!(is_right, "{}: {values:?}", variable.name);
+    }
+}
+
+#[track_caller]
+fn has_data(dashboard: &Dashboard, environment: &Environment, choice: &Choice) {
+    for panel in &dashboard.panels {
+        for target in &panel.targets {
+            if QUIET.contains(&panel.title.as_str()) {
+                environment.until(&panel.title, target, choice, are_numbers);
+            } else {
+                environment.until(&panel.title, target, choice, are_above_zero);
+            }
+        }
+    }
+}
+
+#[test]
+fn a_panel_that_shows_faults_shows_them() {
+    let (dashboard, environment) = (Dashboard::read(), Environment::start());
+    let choice = Environment::everything();
+    for fault in FAULTS {
+        if fault.is_unmistakable {
+            for sign in fault.shown_by {
+                let panel = dashboard.panel(sign.panel);
+                let before = panel
+                    .targets
+                    .iter()
+                    .flat_map(|target| environment.query(target, &choice));
+                assert_eq!(
+                    before.filter(|sample| is_sign(sign, sample)).count(),
+                    0,
+                    "{}",
+                    sign.panel
+                );
+            }
+        }
+        if !fault.is_repeated {
+            (fault.inject)(&environment);
+        }
+        for sign in fault.shown_by {
+            for target in &dashboard.panel(sign.panel).targets {
+                let what = format!("{}, when {}", sign.panel, fault.what);
+                environment.until(&what, target, &choice, |samples| {
+                    if fault.is_repeated {
+                        (fault.inject)(&environment);
+                    }
+                    samples.iter().any(|sample| is_sign(sign, sample))
+                });
+            }
+        }
+        (fault.mend)(&environment);
+    }
+    let all_up = |samples: &[Sample]| samples.len() == 3 && samples.iter().all(|sample| sample.value == 1.0);
+    let up = &dashboard.panel("Shards up").targets[0];
+    environment.until("all shards are up again", up, &choice, all_up);
+}
+
+fn is_sign(sign: &Sign, sample: &Sample) -> bool {
+    let has = |(name, value): &(&str, &str)| sample.labels.get(*name).is_some_and(|found| found == value);
+    sign.labels.iter().all(has) && (sign.is_bad)(sample.value)
+}
+
+#[test]
+fn every_panel_that_is_quiet_while_all_is_well_is_seen_with_a_fault() {
+    let shown = |title: &&str| {
+        FAULTS
+            .iter()
+            .any(|fault| fault.shown_by.iter().any(|sign| sign.panel == *title))
+    };
+    for title in QUIET {
+        assert!(shown(title), "{title}");
+    }
+}

@@ -1,0 +1,9 @@
+//! `shardlock exec` with real processes, real signals and a real server.
+
+mod conflict;
+mod loss;
+mod metrics;
+mod outcome;
+mod process_tree;
+mod signals;
+mod terminal;

@@ -1,0 +1,260 @@
+//! What the command inherits, and what the tool returns.
+
+use std::fs;
+use std::io::Write;
+use std::net::TcpListener;
+use std::os::unix::fs::PermissionsExt;
+use std::process::Stdio;
+
+use support::{PATIENCE, RedisServer, wait_until};
+
+use crate::tool::{Holder, Notes, Run, bare, is_held, run, tool};
+
+#[test]
+fn the_exit_code_of_the_command_comes_through() {
+    let server = RedisServer::start();
+    for code in [0, 1, 3, 64, 117, 127, 255] {
+        let ended = run(tool(&server, &["exec", "k", "--", "sh", "-c", &format!("exit {code}")]));
+        assert_eq!(ended.code, code, "{ended:?}");
+        assert_eq!((ended.stdout.as_str(), ended.stderr.as_str()), ("", ""));
+        assert!(!is_held(&server, "k"));
+    }
+}
+
+#[test]
+fn a_command_that_is_killed_gives_128_and_the_signal() {
+    let server = RedisServer::start();
+    for (signal, code) in [("KILL", 137), ("TERM", 143), ("SEGV", 139)] {
+        let ended = run(tool(&server, &["exec", "k", "sh", "-c", &format!("kill -{signal} $$")]));
+        assert_eq!(ended.code, code, "{ended:?}");
+        assert!(!is_held(&server, "k"));
+    }
+}
+
+#[test]
+fn a_command_that_is_not_found_gives_127_and_one_that_is_not_executable_126() {
+    let server = RedisServer::start();
+    let notes = Notes::new();
+    let plain = notes.path("plain");
+    fs::write(&plain, "#!/bin/sh\n").unwrap();
+    fs::set_permissions(&plain, fs::Permissions::from_mode(0o644)).unwrap();
+    let plain = plain.to_str().unwrap();
+    for (program, code) in [
+        ("no-such-command-here", 127),
+        ("/no/such/path", 127),
+        (plain, 126),
+        (notes.dir().to_str().unwrap(), 126),
+    ] {
+        let ended = run(tool(&server, &["exec", "k", "--", program]));
+        assert_eq!(ended.code, code, "{ended:?}");
+        assert!(ended.stderr.contains(program), "{ended:?}");
+        assert!(!is_held(&server, "k"));
+    }
+}
+
+#[test]
+fn options_end_at_the_key() {
+    let server = RedisServer::start();
+    for args in [
+        &["exec", "k", "printf", "%s ", "-n", "--json", "--", "-w"][..],
+        &["exec", "k", "--", "printf", "%s ", "-n", "--json", "--", "-w"],
+        &[
+            "exec", "--ttl", "5s", "--", "k", "printf", "%s ", "-n", "--json", "--", "-w",
+        ],
+    ] {
+        let ended = run(tool(&server, args));
+        assert_eq!(
+            (ended.code, ended.stdout.as_str()),
+            (0, "-n --json -- -w "),
+            "{ended:?}"
+        );
+    }
+}
+
+#[test]
+fn standard_input_reaches_the_command() {
+    let server = RedisServer::start();
+    let mut command = tool(&server, &["exec", "k", "cat"]);
+    command.stdin(Stdio::piped());
+    let mut cat = Run::start(command);
+    cat.take_stdin().unwrap().write_all(b"one\ntwo").unwrap();
+    let ended = cat.end();
+    assert_eq!((ended.code, ended.stdout.as_str()), (0, "one\ntwo"), "{ended:?}");
+}
+
+#[test]
+fn the_command_finds_its_lock_in_the_environment() {
+    let server = RedisServer::start();
+    let notes = Notes::new();
+    let script = "echo \"$LOCK_KEY|$LOCK_TOKEN|$LOCK_OWNER\" > lock; cat";
+    let mut command = tool(&server, &["exec", "two words", "sh", "-c", script]);
+    command.current_dir(notes.dir()).stdin(Stdio::piped());
+    let mut holder = Run::start(command);
+    let go = holder.take_stdin();
+    let seen = notes.line("lock");
+    let seen: Vec<&str> = seen.split('|').collect();
+    assert_eq!(seen[0], "two words");
+    assert!(seen[1].parse::<u64>().unwrap() > 0);
+    assert_eq!(seen[2], server.query::<String>(&["GET", "lock:two words"]));
+    drop(go);
+    assert_eq!(holder.end().code, 0);
+
+    let ended = run(tool(&server, &["exec", "two words", "sh", "-c", "echo $LOCK_TOKEN"]));
+    let later: u64 = ended.stdout.trim().parse().unwrap();
+    assert!(later > seen[1].parse().unwrap());
+}
+
+#[test]
+fn a_nested_command_sees_the_inner_lock() {
+    let server = RedisServer::start();
+    let script = "echo $LOCK_KEY $LOCK_TOKEN; \"$0\" exec inner sh -c 'echo $LOCK_KEY $LOCK_TOKEN'; echo $LOCK_KEY";
+    let binary = env!("CARGO_BIN_EXE_shardlock");
+    let ended = run(tool(&server, &["exec", "outer", "sh", "-c", script, binary]));
+    assert_eq!(ended.code, 0, "{ended:?}");
+    let words: Vec<&str> = ended.stdout.split_whitespace().collect();
+    let [outer, outer_token, inner, inner_token, again] = words[..] else {
+        panic!("{ended:?}")
+    };
+    assert_eq!([outer, inner, again], ["outer", "inner", "outer"]);
+    assert_ne!(outer_token, inner_token);
+    assert!(!is_held(&server, "outer") && !is_held(&server, "inner"));
+}
+
+#[test]
+fn errors_before_the_command_have_codes_of_their_own() {
+    let server = RedisServer::start();
+    let notes = Notes::new();
+    let ran = notes.path("ran");
+    let touch = ["touch", ran.to_str().unwrap()];
+    let with = |args: &[&str]| run(tool(&server, &[&["exec"][..], args, &touch].concat()));
+
+    for (args, word) in [
+        (&["--ttl", "1ms", "k"][..], "ttl"),
+        (&["--ttl", "soon", "k"], "ttl"),
+        (&["--kill-after", "soon", "k"], "kill-after"),
+        (&["--shard", "nonsense", "k"], "shards"),
+        (&["--set", "tll=5s", "k"], "tll"),
+        (&["-n", "-w", "1s", "k"], "--timeout"),
+        (&[""], "key"),
+    ] {
+        let ended = with(args);
+        assert_eq!(ended.code, 64, "{args:?}: {ended:?}");
+        assert!(ended.stderr.contains(word), "{args:?}: {ended:?}");
+    }
+    for args in [&["exec"][..], &["exec", "k"], &["exec", "k", "--"], &["lock"]] {
+        assert_eq!(run(tool(&server, args)).code, 64, "{args:?}");
+    }
+    assert_eq!(run(bare(&["exec", "k", "true"])).code, 64);
+
+    let mut misspelt = tool(&server, &["exec", "k", "true"]);
+    misspelt.env("SHARDLOCK_TLL", "5s");
+    let ended = run(misspelt);
+    assert_eq!(ended.code, 78, "{ended:?}");
+    assert!(ended.stderr.contains("SHARDLOCK_TLL"), "{ended:?}");
+
+    server.kill();
+    let ended = with(&["k"]);
+    assert_eq!(ended.code, 69, "{ended:?}");
+    assert_eq!(ended.stderr.matches(&server.address()).count(), 1, "{ended:?}");
+    assert!(!ran.exists());
+}
+
+#[test]
+fn a_wait_that_begins_during_an_outage_survives_it() {
+    let server = RedisServer::start();
+    server.kill();
+    let nobody = TcpListener::bind(server.address()).expect("its port is free");
+    let mut waiting = Run::start(tool(&server, &["exec", "-w", "1h", "k", "echo", "ran"]));
+    // Once this connection is closed, the tool's first attempt has failed.
+    drop(nobody.accept().expect("the tool connects"));
+    drop(nobody);
+    server.restart();
+    let ended = waiting.end();
+    assert_eq!((ended.code, ended.stdout.as_str()), (0, "ran\n"), "{ended:?}");
+    assert!(ended.stderr.contains(&server.address()), "{ended:?}");
+
+    server.kill();
+    let ended = run(tool(&server, &["exec", "-w", "100ms", "k", "true"]));
+    assert_eq!(ended.code, 69, "{ended:?}");
+}
+
+#[test]
+fn variables_without_a_value_count_as_unset() {
+    let server = RedisServer::start();
+    for name in [
+        "SHARDLOCK_METRICS",
+        "SHARDLOCK_LOG",
+        "SHARDLOCK_CONFIG",
+        "SHARDLOCK_TTL",
+    ] {
+        let mut command = tool(&server, &["exec", "k", "echo", "ran"]);
+        command.env(name, "");
+        let ended = run(command);
+        assert_eq!(
+            (ended.code, ended.stdout.as_str(), ended.stderr.as_str()),
+            (0, "ran\n", ""),
+            "{name}: {ended:?}"
+        );
+    }
+}
+
+#[test]
+fn a_level_of_logging_that_is_not_known_does_not_keep_the_command_from_running() {
+    let server = RedisServer::start();
+    let mut command = tool(&server, &["exec", "k", "echo", "ran"]);
+    command.env("SHARDLOCK_LOG", "verbose");
+    let ended = run(command);
+    assert_eq!((ended.code, ended.stdout.as_str()), (0, "ran\n"), "{ended:?}");
+    assert!(ended.stderr.contains("SHARDLOCK_LOG is \"verbose\""), "{ended:?}");
+}
+
+#[test]
+fn a_pod_beside_services_with_our_name_runs_its_command() {
+    let server = RedisServer::start();
+    let mut command = tool(&server, &["exec", "k", "echo", "ran"]);
+    command
+        .env("SHARDLOCK_SERVICE_HOST", "10.96.0.12")
+        .env("SHARDLOCK_PORT", "tcp://10.96.0.12:9187")
+        .env("SHARDLOCK_PORT_9187_TCP_PROTO", "tcp")
+        .env("SHARDLOCK_REDIS_SERVICE_HOST", "10.96.0.13");
+    let ended = run(command);
+    assert_eq!((ended.code, ended.stdout.as_str()), (0, "ran\n"), "{ended:?}");
+}
+
+#[test]
+fn the_command_does_not_inherit_a_password() {
+    let server = RedisServer::start();
+    server.command(&["CONFIG", "SET", "requirepass", "s3cret"]);
+    let with_password = server.url().replace("redis://", "redis://:s3cret@");
+    let show = ["k", "sh", "-c", "echo \"<$SHARDLOCK_SHARDS>\""];
+    let with = |options: &[&str]| {
+        let mut command = bare(&[&["exec"], options, &show].concat());
+        command.env("SHARDLOCK_SHARDS", &with_password);
+        run(command)
+    };
+    assert_eq!(with(&[]).stdout, "<>\n");
+    assert_eq!(with(&["--inherit-password"]).stdout, format!("<{with_password}>\n"));
+
+    // A command that needs the password gets an error that explains why it is missing.
+    let mut command = bare(&["exec", "k"]);
+    command.arg(bare(&[]).get_program()).args(["inspect", "k"]);
+    command.env("SHARDLOCK_SHARDS", &with_password);
+    let ended = run(command);
+    assert_eq!(ended.code, 64, "{ended:?}");
+    assert!(ended.stderr.contains("--inherit-password"), "{ended:?}");
+}
+
+#[test]
+fn a_wait_is_logged_while_it_lasts() {
+    let server = RedisServer::start();
+    let holder = Holder::of(&server, "busy");
+    let mut command = tool(&server, &["exec", "busy", "echo", "ran"]);
+    command.env("SHARDLOCK_LOG", "info");
+    let mut waiter = Run::start(command);
+    wait_until("the wait is logged", PATIENCE, || {
+        waiter.stderr().contains("waiting for the lock key=\"busy\"")
+    });
+    holder.go();
+    let ended = waiter.end();
+    assert_eq!((ended.code, ended.stdout.as_str()), (0, "ran\n"), "{ended:?}");
+}

@@ -1,0 +1,31 @@
+//! The tool as a process, on real servers. A test that changes the state of its process runs as a
+//! worker.
+
+// A failing environment ends the test.
+#![allow(clippy::expect_used, clippy::panic, clippy::unwrap_used)]
+
+mod bench;
+#[cfg(target_os = "linux")]
+mod dashboard;
+mod demo;
+mod doctor;
+mod exec;
+mod inspect;
+mod kinds;
+mod security;
+mod tool;
+mod top;
+
+use support::worker;
+
+/// The processes that tests start.
+#[test]
+fn worker_entry() {
+    let Some(me) = worker::current() else { return };
+    match me.name() {
+        "chooser" => security::tls::choose_and_lock(&me),
+        "load" => top::load::run(&me),
+        "recorded" => security::secrets::record(&me),
+        name => panic!("no worker is called {name}"),
+    }
+}

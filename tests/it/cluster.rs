@@ -1,0 +1,601 @@
+//! A Redis Cluster as a shard: real nodes, migrating slots, dying primaries.
+
+use std::time::{Duration, Instant};
+
+use shardlock::config::Builder;
+use shardlock::error::LockErrorKind;
+use shardlock::introspect::Slot;
+use shardlock::{LockGuard, LockManager, LossReason};
+use support::proxy::Proxy;
+use support::{ClientType, Cluster, RedisServer};
+use support_locks::{lock, lock_in_time, soon, until, until_queued};
+
+/// Longer than a failover takes.
+const PATIENT: Duration = Duration::from_secs(10);
+
+fn builder(cluster: &Cluster) -> Builder {
+    LockManager::builder().shard(cluster.url()).store_timeout(PATIENT)
+}
+
+async fn connect(cluster: &Cluster) -> LockManager {
+    builder(cluster).connect().await.expect("connect")
+}
+
+/// The slot of a plain key's lease.
+fn slot(key: &str) -> u16 {
+    Slot::of(format!("lock:{key}").as_bytes()).number()
+}
+
+/// A key whose slot the node with this index owns.
+fn key_on(cluster: &Cluster, node: usize) -> String {
+    names().find(|key| cluster.owner(slot(key)) == node).expect("some key")
+}
+
+fn names() -> impl Iterator<Item = String> {
+    (0..).map(|number| format!("key-{number}"))
+}
+
+/// The keys that belong to individual locks.
+fn lock_keys(cluster: &Cluster) -> Vec<String> {
+    let mut keys = cluster.keys();
+    keys.retain(|key| !key.starts_with("lock:%map") && !key.starts_with("lock:%fence:"));
+    keys
+}
+
+async fn is_empty(cluster: &Cluster) {
+    until("nothing is left", async || lock_keys(cluster).is_empty()).await;
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn keys_of_all_shapes_are_locked_handed_on_and_given_back() {
+    let cluster = Cluster::start(3, 0);
+    // Each names a different node, and discovers the others.
+    let one = LockManager::connect(&cluster.url_of(0)).await.expect("connect");
+    let other = LockManager::connect(&cluster.url_of(1)).await.expect("connect");
+    let long = "x".repeat(512);
+    let keys = [
+        "plain",
+        "a:b",
+        "{tag}key",
+        "{}",
+        "a}b{",
+        "100%",
+        "with space\\",
+        "clé",
+        "A",
+        "a",
+        &long,
+    ];
+    for key in keys {
+        let guard = lock(&one, key).await;
+        assert!(other.try_lock(key).await.expect("try").is_none(), "{key}");
+        let waiting = tokio::spawn({
+            let (other, key) = (other.clone(), key.to_owned());
+            async move { lock(&other, &key).await }
+        });
+        until_queued(&one, key, 1).await;
+        let seen = one.inspect(key).await.expect("inspect");
+        let holder = seen.holder.expect("held");
+        assert!(holder.owner.starts_with(one.id()), "{seen:?}", seen = holder.owner);
+        assert!(seen.queue[0].starts_with(other.id()), "{:?}", seen.queue);
+        let started = Instant::now();
+        let token = guard.token();
+        guard.release().await.expect("release");
+        let next = soon("the hand-off", waiting).await.expect("a task");
+        assert!(next.token() > token, "{key}");
+        assert!(started.elapsed() < Duration::from_secs(1), "{:?}", started.elapsed());
+        next.release().await.expect("release");
+    }
+    is_empty(&cluster).await;
+    one.shutdown().await.ok();
+    other.shutdown().await.ok();
+    drop((one, other));
+    until("no channel is left", async || cluster.shard_channels().is_empty()).await;
+}
+
+/// Spawns a task that waits for a key.
+fn waiting(locks: &LockManager, key: &str) -> tokio::task::JoinHandle<LockGuard> {
+    let (locks, key) = (locks.clone(), key.to_owned());
+    tokio::spawn(async move { lock(&locks, &key).await })
+}
+
+async fn hand_over(guard: LockGuard, waiting: tokio::task::JoinHandle<LockGuard>) -> LockGuard {
+    let token = guard.token();
+    guard.release().await.expect("release");
+    let next = soon("the hand-off", waiting).await.expect("a task");
+    assert!(next.token() > token, "{} after {token}", next.token());
+    next
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn a_lock_costs_two_script_calls_and_a_hand_off_two_and_a_publish() {
+    let cluster = Cluster::start(3, 0);
+    let (one, other) = (connect(&cluster).await, connect(&cluster).await);
+    // Makes both managers load the script and subscribe to the slot's inbox.
+    let guard = lock(&one, "k").await;
+    let next = waiting(&other, "k");
+    until_queued(&one, "k", 1).await;
+    let guard = hand_over(guard, next).await;
+    let next = waiting(&one, "k");
+    until_queued(&one, "k", 1).await;
+    hand_over(guard, next).await.release().await.expect("release");
+
+    cluster.reset_stats();
+    for _ in 0..10 {
+        lock(&one, "free").await.release().await.expect("release");
+    }
+    let (calls, publishes) = (cluster.script_calls(), cluster.publishes());
+    println!("10 locks of a free key: {calls} script calls, {publishes} publishes");
+    // The node may need to load one of the two scripts first.
+    assert!((20..=22).contains(&calls) && publishes == 0, "{calls} {publishes}");
+
+    let mut guard = lock(&one, "k").await;
+    let mut next = waiting(&other, "k");
+    until_queued(&one, "k", 1).await;
+    guard = hand_over(guard, next).await;
+    next = waiting(&one, "k");
+    until_queued(&other, "k", 1).await;
+    cluster.reset_stats();
+    const ROUNDS: u64 = 20;
+    for round in 0..ROUNDS {
+        let (holder, rival) = if round % 2 == 0 { (&one, &other) } else { (&other, &one) };
+        guard = hand_over(guard, next).await;
+        next = waiting(rival, "k");
+        until_queued(holder, "k", 1).await;
+    }
+    let (calls, publishes) = (cluster.script_calls(), cluster.publishes());
+    println!("{ROUNDS} hand-offs: {calls} script calls, {publishes} publishes");
+    assert_eq!(calls, 2 * ROUNDS);
+    assert!(publishes <= ROUNDS + 1, "{publishes}");
+    hand_over(guard, next).await.release().await.expect("release");
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn waiter_is_served_and_lease_survives_while_the_slot_moves() {
+    let cluster = Cluster::start(3, 0);
+    let short = || builder(&cluster).ttl(Duration::from_secs(2)).connect();
+    let (one, other) = (short().await.expect("connect"), short().await.expect("connect"));
+    let key = key_on(&cluster, 0);
+    let guard = lock(&one, &key).await;
+    let next = waiting(&other, &key);
+    until_queued(&one, &key, 1).await;
+
+    // The slot migrates at once, and the inbox follows.
+    cluster.migrate_slot(slot(&key), 1);
+    until("the inbox has moved", async || {
+        !cluster.nodes()[1].shard_channels().is_empty()
+    })
+    .await;
+    let guard = hand_over(guard, next).await;
+
+    // The migration takes longer than a lease lasts. The lease is renewed meanwhile, on both sides.
+    cluster.begin_migration(slot(&key), 1, 2);
+    assert!(
+        tokio::time::timeout(Duration::from_secs(3), guard.lost())
+            .await
+            .is_err()
+    );
+    cluster.move_keys(slot(&key), 1, 2);
+    assert!(
+        tokio::time::timeout(Duration::from_secs(3), guard.lost())
+            .await
+            .is_err()
+    );
+    let next = waiting(&one, &key);
+    cluster.finish_migration(slot(&key), 1, 2);
+    until_queued(&one, &key, 1).await;
+    hand_over(guard, next).await.release().await.expect("release");
+    is_empty(&cluster).await;
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn a_lost_subscription_is_back_and_nobody_waits_in_vain() {
+    let cluster = Cluster::start(3, 0);
+    let (one, other) = (connect(&cluster).await, connect(&cluster).await);
+    let key = key_on(&cluster, 1);
+    for round in 0..10 {
+        let guard = lock(&one, &key).await;
+        let next = waiting(&other, &key);
+        until_queued(&one, &key, 1).await;
+        // In half of the rounds the grant is published while there is no subscriber, in the others
+        // afterwards.
+        assert!(cluster.nodes()[1].client_kill(ClientType::PubSub) >= 1);
+        if round % 2 == 0 {
+            until("the inbox is back", async || !cluster.shard_channels().is_empty()).await;
+        }
+        let started = Instant::now();
+        hand_over(guard, next).await.release().await.expect("release");
+        assert!(started.elapsed() < Duration::from_secs(1), "{:?}", started.elapsed());
+    }
+    is_empty(&cluster).await;
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn a_dead_primary_costs_nobody_a_lock_that_its_replica_has() {
+    let cluster = Cluster::start(3, 3);
+    let one = builder(&cluster)
+        .min_replicas_acked(1)
+        .connect()
+        .await
+        .expect("connect");
+    let other = builder(&cluster)
+        .min_replicas_acked(1)
+        .connect()
+        .await
+        .expect("connect");
+    let key = key_on(&cluster, 0);
+    let elsewhere = key_on(&cluster, 1);
+    let guard = lock(&one, &key).await;
+    let kept = lock(&one, &elsewhere).await;
+    let next = waiting(&other, &key);
+    until_queued(&one, &key, 1).await;
+    let (dead, _) = cluster.fail_over(slot(&key));
+    assert_eq!(dead, 0);
+    // Restarts as a replica and only has what the new primary sends. Leases count again once this
+    // replica has them.
+    cluster.nodes()[dead].restart();
+    // Both locks are still held by the same holders.
+    until("its replica answers", async || other.inspect(&key).await.is_ok()).await;
+    assert!(guard.is_valid() && kept.is_valid());
+    assert!(other.try_lock(&key).await.expect("try").is_none());
+    hand_over(guard, next).await.release().await.expect("release");
+    kept.release().await.expect("release");
+    is_empty(&cluster).await;
+}
+
+/// The renewal that would discover the loss is minutes away.
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn a_lease_that_lingers_is_not_used_again_after_a_failover_that_lost_it() {
+    const LONG: Duration = Duration::from_secs(3600);
+    let cluster = Cluster::start(3, 3);
+    let other = connect(&cluster).await;
+    let keeper = LockManager::builder().shard(cluster.url()).ttl(LONG).linger(LONG);
+    let keeper = keeper.connect().await.expect("connect");
+    let key = key_on(&cluster, 0);
+    let token = lock_in_time(&keeper, &key).await;
+    assert_eq!(keeper.shards()[0].lingering, 1);
+    let (_, new) = cluster.fail_over(slot(&key));
+    // Simulates a lease that was not replicated.
+    cluster.nodes()[new].command(&["DEL", &format!("lock:{key}")]);
+    let mut guard = None;
+    until("the lock can be acquired again", async || {
+        guard = other.lock(&key).await.ok();
+        guard.is_some()
+    })
+    .await;
+    let guard = guard.expect("the lock was acquired");
+    assert!(guard.token().get() > token);
+    match keeper.try_lock(&key).await {
+        Ok(both) => assert!(both.is_none(), "two holders: {guard:?}, {both:?}"),
+        Err(error) => assert!(error.is_retryable(), "{error}"),
+    }
+    guard.release().await.expect("the lock was held");
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn a_primary_that_hangs_is_left_when_its_replica_takes_over() {
+    let cluster = Cluster::start(3, 3);
+    let (one, other) = (connect(&cluster).await, connect(&cluster).await);
+    let key = key_on(&cluster, 2);
+    let guard = lock(&one, &key).await;
+    let next = waiting(&other, &key);
+    until_queued(&one, &key, 1).await;
+    let hanging = &cluster.nodes()[2];
+    hanging.stop();
+    // No connection breaks. Eventually the release reaches the replica that took over.
+    hand_over(guard, next).await.release().await.expect("release");
+    hanging.cont();
+    cluster.wait_until_in_order();
+    let guard = lock(&one, &key).await;
+    let next = waiting(&other, &key);
+    until_queued(&one, &key, 1).await;
+    hand_over(guard, next).await.release().await.expect("release");
+}
+
+/// A proxy in front of the only node of a cluster, which announces the proxy's port, and a manager
+/// behind the proxy.
+async fn behind_a_proxy(cluster: &Cluster, ttl: Duration) -> (Proxy, LockManager) {
+    let node = &cluster.nodes()[0];
+    let proxy = Proxy::start(node.address());
+    let port = proxy.port().to_string();
+    node.command(&["CONFIG", "SET", "cluster-announce-port", &port]);
+    let builder = LockManager::builder()
+        .shard(format!("redis+cluster://127.0.0.1:{port}"))
+        .ttl(ttl);
+    let locks = builder.connect().await.expect("connect");
+    (proxy, locks)
+}
+
+/// A proxy that drops a connection's replies still acknowledges what is sent, so no connection
+/// breaks.
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn connections_that_fall_silent_are_replaced_and_a_held_lock_stays_held() {
+    let cluster = Cluster::start(1, 0);
+    // Renewals of the shortest lease have less time than a request.
+    for ttl in [1, 3].map(Duration::from_secs) {
+        let (proxy, locks) = behind_a_proxy(&cluster, ttl).await;
+        for _ in 0..2 {
+            let guard = lock(&locks, "held").await;
+            proxy.silence();
+            until("another lock can be acquired", async || {
+                locks.lock("other").await.is_ok()
+            })
+            .await;
+            let lost = tokio::time::timeout(2 * ttl, guard.lost()).await;
+            assert!(lost.is_err() && guard.is_valid(), "{ttl:?}: {lost:?}");
+            guard.release().await.expect("on a new connection");
+        }
+    }
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn a_subscription_that_falls_silent_is_made_anew() {
+    let cluster = Cluster::start(1, 0);
+    let node = &cluster.nodes()[0];
+    let (proxy, waiter) = behind_a_proxy(&cluster, Duration::from_secs(30)).await;
+    let holder = connect(&cluster).await;
+    let guard = lock(&holder, "k").await;
+    let next = waiting(&waiter, "k");
+    until_queued(&holder, "k", 1).await;
+    let before = node.subscribers();
+    assert_eq!(before.len(), 1);
+    proxy.silence();
+    until("the inbox is subscribed again", async || {
+        let now = node.subscribers();
+        now.len() == 1 && now != before
+    })
+    .await;
+    let started = Instant::now();
+    hand_over(guard, next).await.release().await.expect("release");
+    assert!(started.elapsed() < Duration::from_secs(5), "{:?}", started.elapsed());
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn a_slot_half_way_between_two_nodes_is_asked_again_until_it_is_there() {
+    let cluster = Cluster::start(3, 0);
+    let (one, other) = (connect(&cluster).await, connect(&cluster).await);
+    let key = key_on(&cluster, 0);
+    let number = slot(&key);
+    lock(&one, &key).await.release().await.expect("release");
+
+    // MOVED, once for each node.
+    for node in [1, 2, 0] {
+        cluster.migrate_slot(number, node);
+        lock(&one, &key).await.release().await.expect("release");
+        lock(&other, &key).await.release().await.expect("release");
+    }
+
+    // TRYAGAIN: the counter exists and the lease does not, on either side. ASK redirects between
+    // the two.
+    cluster.begin_migration(number, 0, 1);
+    let impatient = LockManager::builder()
+        .shard(cluster.url())
+        .store_timeout(Duration::from_secs(2));
+    let impatient = impatient.connect().await.expect("connect");
+    let error = impatient.lock(&key).await.expect_err("the slot moves");
+    assert!(
+        error.kind() == LockErrorKind::Unavailable && error.is_retryable(),
+        "{error}"
+    );
+    assert!(
+        error.to_string().contains(&key) && error.to_string().contains("TryAgain"),
+        "{error}"
+    );
+    cluster.move_keys(number, 0, 1);
+    let error = impatient.lock(&key).await.expect_err("the slot moves");
+    assert!(error.to_string().contains("TryAgain"), "{error}");
+    let calls = cluster.script_calls();
+    let waits = waiting(&one, &key);
+    let looks = other.inspect(&key).await.expect("a command with one key is answered");
+    assert!(looks.holder.is_none());
+    cluster.finish_migration(number, 0, 1);
+    soon("the slot", waits)
+        .await
+        .expect("a task")
+        .release()
+        .await
+        .expect("release");
+    assert!(
+        cluster.script_calls() - calls < 200,
+        "{} calls",
+        cluster.script_calls() - calls
+    );
+
+    // CLUSTERDOWN: one slot has no owner, so no slot is served. Every node must delete the slot,
+    // because one that has not still redirects to the last owner. This is repeated until all nodes
+    // are down: gossip that the owner sent just before may make another node assign the slot to it
+    // again.
+    let unowned = key_on(&cluster, 2);
+    let down = names()
+        .find(|key| slot(key) != slot(&unowned) && cluster.owner(slot(key)) == 2)
+        .expect("some key");
+    let number = slot(&unowned).to_string();
+    cluster.nodes()[2].command(&["CLUSTER", "DELSLOTS", &number]);
+    until("all nodes are down", async || {
+        let is_down = |node: &RedisServer| {
+            let info: String = node.query(&["CLUSTER", "INFO"]);
+            info.contains("cluster_state:fail")
+        };
+        let up: Vec<_> = cluster.nodes().iter().filter(|node| !is_down(node)).collect();
+        for node in &up {
+            // Returns an error if the slot has no owner already.
+            drop(node.try_query::<()>(&["CLUSTER", "DELSLOTS", &number]));
+        }
+        up.is_empty()
+    })
+    .await;
+    let no_owner = format!("slot {} has no owner", slot(&unowned));
+    for (key, words) in [(down, "ClusterDown"), (unowned, no_owner.as_str())] {
+        let error = impatient.lock(&key).await.expect_err("the cluster is down");
+        assert!(
+            error.kind() == LockErrorKind::Unavailable && error.is_retryable(),
+            "{error}"
+        );
+        assert!(error.to_string().contains(words), "{error}");
+    }
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn connecting_needs_one_node_and_says_what_is_wrong() {
+    let cluster = Cluster::start(3, 0);
+    let (nobody, alone) = (RedisServer::start(), RedisServer::start());
+    nobody.kill();
+    // The first host is down, the others are up.
+    let url = format!("redis+cluster://{},{}", nobody.address(), cluster.nodes()[1].address());
+    let locks = LockManager::connect(&url).await.expect("connect");
+    lock(&locks, "k").await.release().await.expect("release");
+
+    let error = LockManager::connect(&format!("redis+cluster://{}", nobody.address()))
+        .await
+        .expect_err("down");
+    assert!(
+        (error.kind(), error.step()) == (LockErrorKind::Unavailable, Some("connect")),
+        "{error}"
+    );
+    assert!(error.to_string().contains("refused"), "{error}");
+    let error = LockManager::connect(&format!("redis+cluster://{}", alone.address()))
+        .await
+        .expect_err("no cluster");
+    assert!(error.kind() == LockErrorKind::Refused, "{error}");
+    assert!(error.to_string().contains("not a node of a Redis Cluster"), "{error}");
+    let error = LockManager::connect(&cluster.nodes()[0].url())
+        .await
+        .expect_err("a cluster");
+    assert!(error.kind() == LockErrorKind::Refused, "{error}");
+
+    // A different shard map.
+    let two = LockManager::builder()
+        .shard(cluster.url())
+        .shard("memory://cluster-map");
+    let error = two.connect().await.expect_err("another map");
+    assert!(error.kind() == LockErrorKind::ShardMapMismatch, "{error}");
+
+    // A wrong password.
+    let closed = Cluster::start_with(3, 0, &["--requirepass", "hunter2", "--masterauth", "hunter2"]);
+    for (login, words) in [("", "password"), (":hunter3@", "password")] {
+        let url = closed.url().replace("://", &format!("://{login}"));
+        let error = LockManager::connect(&url).await.expect_err("no password");
+        assert!(error.kind() == LockErrorKind::Refused, "{error}");
+        assert!(
+            error.to_string().contains(words) && !error.to_string().contains("hunter"),
+            "{error}"
+        );
+    }
+    let locks = LockManager::connect(&closed.url().replace("://", "://:hunter2@"))
+        .await
+        .expect("connect");
+    lock(&locks, "k").await.release().await.expect("release");
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn a_key_of_a_wrong_type_and_forgotten_scripts() {
+    let cluster = Cluster::start(3, 0);
+    let (one, other) = (connect(&cluster).await, connect(&cluster).await);
+    let key = key_on(&cluster, 2);
+    cluster.nodes()[2].command(&["LPUSH", &format!("lock:{key}"), "x"]);
+    let error = one.lock(&key).await.expect_err("a list");
+    assert!(
+        error.kind() == LockErrorKind::Refused && error.to_string().contains(&key),
+        "{error}"
+    );
+    cluster.nodes()[2].command(&["DEL", &format!("lock:{key}")]);
+    for _ in 0..5 {
+        cluster
+            .alive()
+            .for_each(|node| drop(node.command(&["SCRIPT", "FLUSH"])));
+        let guard = lock(&one, &key).await;
+        let next = waiting(&other, &key);
+        until_queued(&one, &key, 1).await;
+        cluster
+            .alive()
+            .for_each(|node| drop(node.command(&["SCRIPT", "FLUSH"])));
+        hand_over(guard, next).await.release().await.expect("release");
+    }
+    is_empty(&cluster).await;
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn too_few_replicas_are_an_error_in_words_and_nothing_stays() {
+    let cluster = Cluster::start(3, 0);
+    let locks = LockManager::builder().shard(cluster.url()).min_replicas_acked(1);
+    let locks = locks.connect().await.expect("connect");
+    let error = locks.lock("k").await.expect_err("no replica");
+    assert!(error.kind() == LockErrorKind::Unavailable, "{error}");
+    assert!(error.to_string().contains("only 0 of 1 replicas"), "{error}");
+    is_empty(&cluster).await;
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn leases_elsewhere_live_on_while_a_node_is_dead_or_hangs() {
+    // With two of five nodes gone, the others are still a majority.
+    let cluster = Cluster::start_with(5, 0, &["--cluster-require-full-coverage", "no"]);
+    let ttl = Duration::from_secs(3);
+    let locks = builder(&cluster).ttl(ttl).connect().await.expect("connect");
+    let keys = [0, 1, 2].map(|node| key_on(&cluster, node));
+    let mut guards = Vec::new();
+    for key in &keys {
+        guards.push(lock(&locks, key).await);
+    }
+    cluster.nodes()[0].stop();
+    assert_eq!(soon("the loss", guards[0].lost()).await, LossReason::Expired);
+    cluster.nodes()[1].kill();
+    assert_eq!(soon("the loss", guards[1].lost()).await, LossReason::Expired);
+    // Longer than any lease lasts without a renewal.
+    assert!(tokio::time::timeout(2 * ttl, guards[2].lost()).await.is_err());
+    let last = guards.pop().expect("three");
+    last.release().await.expect("the lock was held throughout");
+    lock(&locks, &keys[2]).await.release().await.expect("release");
+    cluster.nodes()[0].cont();
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn tokens_grow_after_a_replica_without_the_last_ones_took_over() {
+    let cluster = Cluster::start(3, 3);
+    let locks = connect(&cluster).await;
+    let key = key_on(&cluster, 0);
+    let before = lock(&locks, &key).await;
+    let before = (before.token(), before.release().await.expect("release")).0;
+    // From now on the primary rejects its replica.
+    let primary = &cluster.nodes()[0];
+    primary.command(&["CONFIG", "SET", "requirepass", "secret"]);
+    primary.command(&["CLIENT", "KILL", "TYPE", "replica"]);
+    let mut last = before;
+    for _ in 0..20 {
+        let guard = lock(&locks, &key).await;
+        assert!(guard.token() > last);
+        last = guard.token();
+        guard.release().await.expect("release");
+    }
+    cluster.fail_over(slot(&key));
+    // A manager that has seen none of these tokens.
+    let fresh = connect(&cluster).await;
+    let guard = lock(&fresh, &key).await;
+    assert!(guard.token() > last, "{} after {last}", guard.token());
+    guard.release().await.expect("release");
+}
+
+/// As in containers, where nodes announce addresses that are only reachable inside.
+#[tokio::test]
+async fn error_of_an_address_that_a_node_announces_says_where_it_comes_from() {
+    let cluster = Cluster::start(1, 0);
+    let node = &cluster.nodes()[0];
+    let port = support::free_port().to_string();
+    node.command(&["CONFIG", "SET", "cluster-announce-port", &port]);
+    let announced = format!("127.0.0.1:{port}");
+    until("the node announces the port", async || {
+        let nodes: String = node.query(&["CLUSTER", "NODES"]);
+        nodes.contains(&format!(":{port}@"))
+    })
+    .await;
+    let builder = LockManager::builder()
+        .shard(cluster.url())
+        .store_timeout(Duration::from_secs(3));
+    let error = builder.connect().await.expect_err("nothing listens there");
+    let text = error.to_string();
+    assert!(
+        text.contains(&format!(
+            "{announced}, which is not in the URL but is announced by the cluster's nodes (cluster-announce-ip"
+        )),
+        "{text}"
+    );
+}

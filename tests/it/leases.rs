@@ -1,0 +1,627 @@
+//! How long a lock is held: as long as its holder lives, and never longer than the holder's own
+//! validity.
+
+use std::future::{Future, IntoFuture};
+use std::sync::atomic::{AtomicBool, Ordering};
+use std::sync::{Arc, mpsc};
+use std::task::{Context, Wake, Waker};
+use std::time::{Duration, Instant};
+
+use shardlock::error::LockErrorKind;
+use shardlock::{LockManager, LossReason};
+use support::filter::{Filter, Verdict, is_of_several_slots};
+use support::{PATIENCE, RedisServer, eventually};
+use support_locks::{TestStore, lock, on_each_store, poll_once, soon, until, until_queued, waiting};
+
+on_each_store! {
+    on(redis sentinel cluster, own);
+
+    /// A waiter would retry only after ten seconds; the holder renews every two.
+    async fn waiter_gets_a_deleted_key_once_the_holders_renewal_detects_it(store: &TestStore) {
+        let builder = || store.builder().ttl(Duration::from_secs(20)).store_timeout(Duration::from_secs(5));
+        let holder = builder().connect().await.expect("connect");
+        let other = builder().connect().await.expect("connect");
+        let guard = lock(&holder, "k").await;
+        let waiting = waiting(&other, "k");
+        until_queued(&holder, "k", 1).await;
+        store.servers().delete(&store.lease("k"));
+        let deleted = Instant::now();
+        let next = soon("the lock", waiting).await.expect("a task");
+        assert!(deleted.elapsed() < Duration::from_secs(6), "{:?}", deleted.elapsed());
+        assert!(next.token() > guard.token());
+        assert_eq!(soon("the loss", guard.lost()).await, LossReason::Taken);
+        assert!(guard.release().await.expect_err("the lock was lost").is_lost());
+        next.release().await.expect("the lock is held");
+    }
+
+    /// The queue is deleted as well, so a renewal can't discover the waiter. The health check of
+    /// the shard, every three seconds, does.
+    async fn waiter_on_an_emptied_server_asks_again_after_the_next_probe(store: &TestStore) {
+        let builder = || store.builder().ttl(Duration::from_secs(20)).store_timeout(Duration::from_secs(5));
+        let holder = builder().connect().await.expect("connect");
+        let other = builder().connect().await.expect("connect");
+        let guard = lock(&holder, "k").await;
+        let waiting = waiting(&other, "k");
+        until_queued(&holder, "k", 1).await;
+        store.servers().flush();
+        let flushed = Instant::now();
+        let next = soon("the lock", waiting).await.expect("a task");
+        // Without the health check the waiter would retry after ten seconds.
+        assert!(flushed.elapsed() < Duration::from_secs(7), "{:?}", flushed.elapsed());
+        assert!(next.token() > guard.token());
+        assert_eq!(soon("the loss", guard.lost()).await, LossReason::Taken);
+        next.release().await.expect("the lock is held");
+    }
+}
+
+on_each_store! {
+    async fn a_lock_is_held_for_many_ttls_while_its_holder_lives(store: &TestStore) {
+        let (one, other) = (store.short_lived_manager().await, store.short_lived_manager().await);
+        let guard = lock(&one, "k").await;
+        let mut waiting = tokio::spawn(async move { lock(&other, "k").await });
+        let six_ttls = tokio::time::timeout(6 * store.short_ttl(), &mut waiting).await;
+        assert!(six_ttls.is_err(), "no other holder may get in");
+        assert!(guard.is_valid() && guard.remaining() <= store.short_ttl());
+        guard.release().await.expect("the lock was held throughout");
+        soon("the waiter", waiting).await.expect("a task").release().await.expect("release");
+    }
+
+    async fn loss_is_not_told_of_a_lock_that_is_held_or_given_back(store: &TestStore) {
+        let locks = store.short_lived_manager().await;
+        let guard = lock(&locks, "k").await;
+        let told = tokio::time::timeout(2 * store.short_ttl(), guard.lost()).await;
+        assert!(told.is_err(), "the lock is held");
+        guard.release().await.expect("release");
+
+        // A release while a task awaits the loss: the `lost()` future is dropped with the body and
+        // never completes.
+        let seen = locks.with_lock("k", async |guard| {
+            let mut lost = Box::pin(guard.lost());
+            poll_once(&mut lost)
+        });
+        assert_eq!(seen.await.expect("the lock"), None);
+    }
+
+    async fn asking_after_the_loss_answers_at_once(store: &TestStore) {
+        let locks = store.short_lived_manager().await;
+        let guard = locks.lock("k").max_hold(Duration::from_millis(10)).await.expect("lock");
+        soon("the loss", guard.lost()).await;
+        for _ in 0..3 {
+            assert_eq!(poll_once(&mut Box::pin(guard.lost())), Some(LossReason::MaxHold));
+        }
+        assert!(!guard.is_valid());
+        assert_eq!(guard.remaining(), Duration::ZERO);
+        let error = guard.release().await.expect_err("the lock was lost");
+        assert!(error.is_lost(), "{error}");
+    }
+
+    async fn a_cap_on_the_holding_time_ends_the_renewal(store: &TestStore) {
+        let (one, other) = (store.short_lived_manager().await, store.short_lived_manager().await);
+        let cap = store.short_ttl() * 2;
+        let started = Instant::now();
+        let stuck = one.lock("k").max_hold(cap).await.expect("lock");
+        let waiting = tokio::spawn(async move { lock(&other, "k").await });
+        assert_eq!(soon("the loss", stuck.lost()).await, LossReason::MaxHold);
+        assert!(started.elapsed() >= cap, "{:?}", started.elapsed());
+        // The stuck task keeps its guard, yet another holder gets the lock.
+        let next = soon("the next", waiting).await.expect("a task");
+        assert!(!stuck.is_valid() && next.is_valid());
+        assert!(next.token() > stuck.token());
+        next.release().await.expect("release");
+    }
+
+    async fn a_cap_on_the_holding_time_is_each_guards_own(store: &TestStore) {
+        let locks = store.short_lived_manager().await;
+        for _ in 0..3 {
+            let capped = locks.lock("k").max_hold(Duration::from_secs(60)).await.expect("lock");
+            let mut next = Box::pin(async { lock(&locks, "k").await });
+            assert!(poll_once(&mut next).is_none());
+            capped.release().await.expect("release");
+            let uncapped = soon("the next", next).await;
+            assert!(uncapped.is_valid());
+            uncapped.release().await.expect("release");
+        }
+    }
+
+    /// Regression: a lease that was handed off kept the TTL of its previous owner. After a holder
+    /// with a TTL of ten minutes, the key of a killed holder that had requested one second stayed
+    /// locked for ten minutes.
+    async fn lease_that_is_passed_on_lasts_as_long_as_its_new_owner_asked_for(store: &TestStore) {
+        let (long, short) = (store.manager().await, store.short_lived_manager().await);
+        let guard = lock(&long, "k").await;
+        let waiting = tokio::spawn(async move { lock(&short, "k").await });
+        until_queued(&long, "k", 1).await;
+        guard.release().await.expect("release");
+        let guard = soon("the waiter", waiting).await.expect("a task");
+        let holder = long.inspect("k").await.expect("inspect").holder.expect("a holder");
+        assert_eq!(holder.owner, guard.owner());
+        // Some stores round TTLs up to a second.
+        let longest = store.short_ttl().max(Duration::from_secs(2));
+        assert!(holder.remaining.is_none_or(|remaining| remaining <= longest), "{holder:?}");
+        guard.release().await.expect("release");
+    }
+
+    async fn a_guard_that_is_dropped_gives_its_lock_back(store: &TestStore) {
+        let (one, other) = (store.manager().await, store.manager().await);
+        // The default TTL is 10 seconds, and no waiter waits for it.
+        let guard = lock(&one, "k").await;
+        let waiting = tokio::spawn(async move { lock(&other, "k").await });
+        until_queued(&one, "k", 1).await;
+        let started = Instant::now();
+        drop(guard);
+        let next = soon("the waiter", waiting).await.expect("a task");
+        assert!(started.elapsed() < Duration::from_secs(5));
+        drop(next);
+        store.is_empty(&one, "k").await;
+    }
+
+    async fn a_renewal_under_way_never_brings_a_released_lock_back(store: &TestStore) {
+        // A fiftieth of 100 ms: a renewal is due every 2 ms, so many are in flight during a
+        // release.
+        let builder = || store.builder().ttl(store.kind().least_ttl()).renew_fraction(0.02);
+        let (one, other) = (builder().connect().await.expect("connect"), builder().connect().await.expect("connect"));
+        for round in 0..100_u64 {
+            let guard = lock(&one, "k").await;
+            let deadline = Instant::now() + Duration::from_micros(round * 37 % 3_000);
+            while Instant::now() < deadline {
+                tokio::task::yield_now().await;
+            }
+            // A loaded machine may take longer than the TTL for this, so a loss is allowed here.
+            match guard.release().await {
+                Ok(()) => {}
+                Err(error) => assert!(error.is_lost(), "{error}"),
+            }
+            // The next holder is the other manager, and no late renewal takes the lock away from
+            // it.
+            let guard = lock(&other, "k").await;
+            let owner = guard.owner();
+            let seen = one.inspect("k").await.expect("inspect").holder.map(|holder| holder.owner);
+            assert!(seen.as_ref() == Some(&owner) || !guard.is_valid(), "{seen:?} {owner}");
+            match guard.release().await {
+                Ok(()) => {}
+                Err(error) => assert!(error.is_lost(), "{error}"),
+            }
+        }
+        store.is_empty(&one, "k").await;
+    }
+}
+
+/// Kills the holder. The first of three waiting managers gets the lock within the TTL, and the
+/// others keep waiting.
+async fn a_killed_holder_is_followed(store: &TestStore, count: impl FnOnce(), counted: impl FnOnce()) {
+    let mut holder = store.locker();
+    holder.lock();
+    let (watcher, mut waiting) = (store.manager().await, Vec::new());
+    for place in 1..=3 {
+        let locks = store.short_lived_manager().await;
+        waiting.push(tokio::spawn(async move { lock(&locks, "k").await }));
+        until_queued(&watcher, "k", place).await;
+    }
+    count();
+    let killed = Instant::now();
+    holder.kill();
+    let guard = soon("the first waiter", waiting.remove(0)).await.expect("a task");
+    let (took, bound) = (killed.elapsed(), store.kind().dead_within(store.short_ttl()));
+    assert!(took < bound + Duration::from_millis(400), "{took:?}");
+    assert!(waiting.iter().all(|task| !task.is_finished()));
+    counted();
+    guard.release().await.expect("release");
+    for task in waiting {
+        soon("the next", task)
+            .await
+            .expect("a task")
+            .release()
+            .await
+            .expect("release");
+    }
+    store.is_empty(&watcher, "k").await;
+}
+
+on_each_store! {
+    on(servers);
+
+    async fn another_process_gets_the_lock_only_after_its_release(store: &TestStore) {
+        let mut holder = store.locker();
+        let token = holder.lock();
+        let locks = store.manager().await;
+        let mut waiting = tokio::spawn(async move { lock(&locks, "k").await });
+        let four_ttls = tokio::time::timeout(4 * store.short_ttl(), &mut waiting).await;
+        assert!(four_ttls.is_err(), "the other process holds the lock");
+        holder.release();
+        let guard = soon("the release", waiting).await.expect("a task");
+        assert!(guard.token().get() > token);
+        assert!(holder.wait().success());
+    }
+
+    async fn the_lock_of_a_killed_process_goes_to_the_next_one_alone_within_the_ttl(store: &TestStore) {
+        a_killed_holder_is_followed(store, || {}, || {}).await;
+    }
+
+    async fn a_deleted_lease_is_told_at_the_next_renewal_and_waiters_go_on(store: &TestStore) {
+        taken_away(store, || store.servers().delete(&store.lease("k"))).await;
+    }
+}
+
+on_each_store! {
+    on(foreign);
+
+    async fn a_lease_taken_by_an_administrator_is_told_at_the_next_renewal_and_waiters_go_on(store: &TestStore) {
+        let short = Duration::from_millis(700);
+        taken_away(store, || store.servers().overwrite(&store.lease("k"), "maintenance", short)).await;
+    }
+}
+
+on_each_store! {
+    on(servers, own);
+
+    async fn a_flushed_server_is_told_at_the_next_renewal_and_waiters_go_on(store: &TestStore) {
+        taken_away(store, || store.servers().flush()).await;
+    }
+}
+
+on_each_store! {
+    on(counted, own);
+
+    async fn the_death_of_a_holder_wakes_nobody_but_the_next(store: &TestStore) {
+        let server = store.server();
+        // If the holder had renewed since, each waiter may have sent one request at the end of the
+        // TTL it knew of. No waiter was woken.
+        let counted = || assert!(server.publishes() <= 3, "{:?}", server.commands());
+        a_killed_holder_is_followed(store, || server.reset_stats(), counted).await;
+    }
+}
+
+/// Takes the lock away with `steal`. The holder is notified at its next renewal, and the waiters
+/// are served.
+async fn taken_away(store: &TestStore, steal: impl FnOnce()) {
+    let connect = || store.builder().ttl(Duration::from_secs(2)).connect();
+    let (one, other) = (connect().await.expect("connect"), connect().await.expect("connect"));
+    let guard = lock(&one, "k").await;
+    let waiting = tokio::spawn({
+        let other = other.clone();
+        async move { lock(&other, "k").await }
+    });
+    until_queued(&one, "k", 1).await;
+    let local = tokio::spawn({
+        let one = one.clone();
+        async move { lock(&one, "k").await }
+    });
+    let stolen = Instant::now();
+    steal();
+    assert_eq!(soon("the loss", guard.lost()).await, LossReason::Taken);
+    // A tenth of the TTL and some slack for a loaded machine, but less than the TTL.
+    assert!(stolen.elapsed() < Duration::from_millis(1200), "{:?}", stolen.elapsed());
+    assert!(!guard.is_valid());
+    let error = guard.release().await.expect_err("the lock was taken");
+    assert!(error.loss_reason() == Some(LossReason::Taken), "{error}");
+    // Both the waiter in another process and the one in this process are served.
+    let in_turn = async {
+        tokio::join!(async { waiting.await.expect("a task").release().await }, async {
+            local.await.expect("a task").release().await
+        },)
+    };
+    let (there, here) = soon("both waiters", in_turn).await;
+    assert_eq!((there.is_ok(), here.is_ok()), (true, true), "{there:?} {here:?}");
+    store.is_clean().await;
+}
+
+on_each_store! {
+    on(pausable, own);
+
+    async fn a_failed_renewal_with_lease_left_is_no_loss(store: &TestStore) {
+        let ttl = Duration::from_secs(3);
+        let builder = store.builder().ttl(ttl).store_timeout(ttl / 10);
+        let locks = builder.connect().await.expect("connect");
+        let guard = lock(&locks, "k").await;
+        for _ in 0..2 {
+            // All renewals fail for half of the TTL. That is about three, with time left for more.
+            store.servers().stand_still();
+            let lost = tokio::time::timeout(ttl / 2, guard.lost()).await;
+            assert!(lost.is_err() && guard.is_valid());
+            store.servers().go_on();
+            eventually("a renewal succeeds", PATIENCE, || guard.remaining() > ttl * 4 / 5).await;
+        }
+        // In a quorum, renewals are also sent to nodes considered dead. Other requests wait until
+        // the nodes are known to be alive.
+        until("requests are answered", async || locks.inspect("k").await.is_ok()).await;
+        guard.release().await.expect("the lock was held throughout");
+    }
+
+    async fn a_loss_is_told_before_the_lease_can_be_anybody_elses(store: &TestStore) {
+        // A longer TTL widens the margin between the report of the loss and the end of the lease:
+        // the drift allowance, and the time since the last renewal.
+        let ttl = Duration::from_secs(3);
+        let one = store.builder().ttl(ttl).connect().await.expect("connect");
+        // The stall may begin before the waiter knows that it is queued.
+        let patient = store.builder().ttl(ttl).store_timeout(PATIENCE);
+        let other = patient.connect().await.expect("connect");
+        let guard = lock(&one, "k").await;
+        let waiting = tokio::spawn({
+            let other = other.clone();
+            async move { (lock(&other, "k").await, Instant::now()) }
+        });
+        until_queued(&other, "k", 1).await;
+        let lost = async {
+            let reason = guard.lost().await;
+            (reason, Instant::now())
+        };
+        let cut = async {
+            // Renewals get no reply for a whole TTL, and the waiter retries as soon as the server
+            // is resumed.
+            store.servers().stand_still();
+            tokio::time::sleep(ttl).await;
+            assert!(!guard.is_valid(), "the local clock is enough");
+            store.servers().go_on();
+        };
+        let ((reason, lost_at), ()) = soon("the loss", async { tokio::join!(lost, cut) }).await;
+        assert_eq!(reason, LossReason::Expired);
+        let (next, had_at) = soon("the waiter", waiting).await.expect("a task");
+        assert!(
+            lost_at < had_at,
+            "reported {:?} too late",
+            lost_at.saturating_duration_since(had_at)
+        );
+        assert!(next.token() > guard.token());
+        next.release().await.expect("release");
+        assert!(guard.release().await.expect_err("the lock was lost").is_lost());
+    }
+}
+
+/// The outage lasts longer than the default TTL; this lease lasts an hour.
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn a_long_lease_that_could_not_be_given_back_is_given_back_when_the_server_is_there_again() {
+    let server = RedisServer::start_with(&["--appendonly", "yes", "--appendfsync", "always"]);
+    let ttl = Duration::from_millis(200);
+    let builder = LockManager::builder().shard(server.url()).ttl(ttl);
+    let locks = builder.connect().await.expect("connect");
+    let guard = locks.lock("k").ttl(Duration::from_secs(3600)).await.expect("lock");
+    server.kill();
+    drop(guard);
+    // Releases fail during this time.
+    tokio::time::sleep(3 * ttl).await;
+    server.restart();
+    let other = LockManager::connect(&server.url()).await.expect("connect");
+    lock(&other, "k").await.release().await.expect("release");
+}
+
+/// A waker that calls the manager when it is woken and when it is dropped, as foreign code may.
+struct Asking {
+    locks: LockManager,
+    asked: mpsc::Sender<&'static str>,
+}
+
+impl Asking {
+    fn waker(locks: &LockManager) -> (Waker, mpsc::Receiver<&'static str>) {
+        let (asked, answers) = mpsc::channel();
+        let locks = locks.clone();
+        (Waker::from(Arc::new(Self { locks, asked })), answers)
+    }
+
+    fn ask(&self, when: &'static str) {
+        drop(self.locks.held());
+        self.asked.send(when).ok();
+    }
+}
+
+impl Wake for Asking {
+    fn wake(self: Arc<Self>) {
+        self.ask("called");
+    }
+}
+
+impl Drop for Asking {
+    fn drop(&mut self) {
+        self.ask("dropped");
+    }
+}
+
+/// Regression: the wakers of `lost()` were called under the key's mutex. A waker that called the
+/// manager deadlocked on that mutex, on the thread that renews all leases of the process.
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn waker_of_a_loss_may_ask_the_manager() {
+    let ttl = Duration::from_millis(500);
+    let builder = LockManager::builder().shard("memory://wakers-of-losses").ttl(ttl);
+    let locks = builder.connect().await.expect("connect");
+    let other = lock(&locks, "other").await;
+    let capped = locks.lock("capped").max_hold(ttl / 5).await.expect("lock");
+    let (waker, answers) = Asking::waker(&locks);
+    let mut lost = Box::pin(capped.lost());
+    assert!(lost.as_mut().poll(&mut Context::from_waker(&waker)).is_pending());
+    assert_eq!(answers.recv_timeout(PATIENCE), Ok("called"));
+    assert_eq!(poll_once(&mut lost), Some(LossReason::MaxHold));
+    tokio::time::sleep(2 * ttl).await;
+    assert!(other.is_valid(), "renewals continue");
+
+    let (waker, answers) = Asking::waker(&locks);
+    let mut lost = Box::pin(other.lost());
+    assert!(lost.as_mut().poll(&mut Context::from_waker(&waker)).is_pending());
+    soon("the shutdown", locks.shutdown()).await.ok();
+    assert_eq!(answers.recv_timeout(PATIENCE), Ok("called"));
+    assert_eq!(poll_once(&mut lost), Some(LossReason::Closed));
+}
+
+/// A recorder whose metrics panic once enabled.
+#[derive(Clone, Default)]
+struct Failing(Arc<AtomicBool>);
+
+impl Failing {
+    fn check(&self) {
+        assert!(!self.0.load(Ordering::SeqCst), "a recorder that fails");
+    }
+}
+
+impl metrics::CounterFn for Failing {
+    fn increment(&self, _value: u64) {
+        self.check();
+    }
+
+    fn absolute(&self, _value: u64) {
+        self.check();
+    }
+}
+
+impl metrics::GaugeFn for Failing {
+    fn increment(&self, _value: f64) {
+        self.check();
+    }
+
+    fn decrement(&self, _value: f64) {
+        self.check();
+    }
+
+    fn set(&self, _value: f64) {
+        self.check();
+    }
+}
+
+impl metrics::HistogramFn for Failing {
+    fn record(&self, _value: f64) {
+        self.check();
+    }
+}
+
+impl metrics::Recorder for Failing {
+    fn describe_counter(&self, _: metrics::KeyName, _: Option<metrics::Unit>, _: metrics::SharedString) {}
+
+    fn describe_gauge(&self, _: metrics::KeyName, _: Option<metrics::Unit>, _: metrics::SharedString) {}
+
+    fn describe_histogram(&self, _: metrics::KeyName, _: Option<metrics::Unit>, _: metrics::SharedString) {}
+
+    fn register_counter(&self, _: &metrics::Key, _: &metrics::Metadata<'_>) -> metrics::Counter {
+        metrics::Counter::from_arc(Arc::new(self.clone()))
+    }
+
+    fn register_gauge(&self, _: &metrics::Key, _: &metrics::Metadata<'_>) -> metrics::Gauge {
+        metrics::Gauge::from_arc(Arc::new(self.clone()))
+    }
+
+    fn register_histogram(&self, _: &metrics::Key, _: &metrics::Metadata<'_>) -> metrics::Histogram {
+        metrics::Histogram::from_arc(Arc::new(self.clone()))
+    }
+}
+
+/// Regression: the recorder's panic ended the renewal in progress, and those leases were silently
+/// never renewed again.
+#[tokio::test]
+async fn recorder_that_panics_costs_no_lock() {
+    let recorder = Failing::default();
+    let _for_this_thread = metrics::set_default_local_recorder(&recorder);
+    let ttl = Duration::from_millis(500);
+    let builder = LockManager::builder().shard("memory://failing-recorder").ttl(ttl);
+    let locks = builder.connect().await.expect("connect");
+    let guard = lock(&locks, "k").await;
+    recorder.0.store(true, Ordering::SeqCst);
+    let lost = tokio::time::timeout(4 * ttl, guard.lost()).await;
+    assert!(lost.is_err() && guard.is_valid(), "{lost:?}");
+    let mut next = Box::pin(async { lock(&locks, "k").await });
+    assert!(poll_once(&mut next).is_none());
+    guard.release().await.expect("release");
+    soon("the next", next).await.release().await.expect("release");
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn waker_that_is_replaced_or_given_up_may_ask_the_manager() {
+    let locks = LockManager::connect("memory://wakers-that-end").await.expect("connect");
+    let guard = lock(&locks, "k").await;
+    let (ended, told) = mpsc::channel();
+    // On a separate thread, since the bug would deadlock it.
+    std::thread::spawn(move || {
+        let mut waiting = Box::pin(locks.lock("k").into_future());
+        let (first, answers_of_first) = Asking::waker(&locks);
+        assert!(waiting.as_mut().poll(&mut Context::from_waker(&first)).is_pending());
+        drop(first);
+        assert!(answers_of_first.try_recv().is_err(), "the queue keeps the waker");
+        let (second, answers_of_second) = Asking::waker(&locks);
+        assert!(waiting.as_mut().poll(&mut Context::from_waker(&second)).is_pending());
+        drop(second);
+        let replaced = answers_of_first.try_recv();
+        drop(waiting);
+        ended.send((replaced, answers_of_second.try_recv())).ok();
+    });
+    let both = told.recv_timeout(PATIENCE).expect("the thread ends");
+    assert_eq!(both, (Ok("dropped"), Ok("dropped")));
+    guard.release().await.expect("release");
+}
+
+/// Locks `count` keys and holds them for two TTLs.
+async fn are_held(locks: &LockManager, count: usize) {
+    let mut guards = Vec::new();
+    for number in 0..count {
+        guards.push(lock(locks, &format!("k{number}")).await);
+    }
+    let lost = futures_util::future::select_all(guards.iter().map(|guard| Box::pin(guard.lost())));
+    let lost = tokio::time::timeout(2 * MANY_TTL, lost).await;
+    assert_eq!(lost.map(|(reason, number, _)| (reason, number)).ok(), None);
+    for guard in guards {
+        guard.release().await.expect("the lock was held throughout");
+    }
+}
+
+/// Long enough for the renewals that discover which requests a proxy accepts.
+const MANY_TTL: Duration = Duration::from_secs(2);
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn locks_stay_held_behind_a_proxy_that_refuses_scripts_of_several_slots() {
+    let server = RedisServer::start();
+    let proxy = Filter::start(server.address(), |command| match is_of_several_slots(command) {
+        true => Verdict::Refuse("CROSSSLOT Keys in request don't hash to the same slot"),
+        false => Verdict::Pass,
+    });
+    let builder = LockManager::builder().shard(proxy.url()).ttl(MANY_TTL);
+    let locks = builder.connect().await.expect("connect");
+    are_held(&locks, 20).await;
+    // The connection remembers this: later calls have keys of one slot.
+    assert_eq!(proxy.stopped(), 1);
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn locks_stay_held_behind_a_proxy_that_hangs_up_on_scripts_of_several_slots() {
+    let server = RedisServer::start();
+    let proxy = Filter::start(server.address(), |command| match is_of_several_slots(command) {
+        true => Verdict::HangUp,
+        false => Verdict::Pass,
+    });
+    let builder = LockManager::builder().shard(proxy.url()).ttl(MANY_TTL);
+    let locks = builder.connect().await.expect("connect");
+    are_held(&locks, 20).await;
+    assert!(proxy.stopped() <= 4, "{}", proxy.stopped());
+}
+
+on_each_store! {
+    on(redis_nodes, own);
+
+    async fn a_key_that_the_user_may_not_access_any_more_costs_no_other_lock(store: &TestStore) {
+        let ttl = Duration::from_millis(1500);
+        let locks = store.builder().ttl(ttl).connect().await.expect("connect");
+        // All keys share a hash tag, so a cluster renews them in one call.
+        let mut kept = Vec::new();
+        for number in 0..10 {
+            kept.push(lock(&locks, &format!("{{t}}a{number}")).await);
+        }
+        let forbidden = lock(&locks, "{t}b").await;
+        for node in store.servers().nodes() {
+            node.command(&["ACL", "SETUSER", "default", "resetkeys", "~lock:%*", "~lock:{t}a*", "~lock:%q:{t}a*"]);
+        }
+        assert_eq!(soon("the loss", forbidden.lost()).await, LossReason::Expired);
+        let lost = futures_util::future::select_all(kept.iter().map(|guard| Box::pin(guard.lost())));
+        assert!(tokio::time::timeout(2 * ttl, lost).await.is_err(), "another lock was lost");
+        for guard in kept {
+            guard.release().await.expect("the lock was held throughout");
+        }
+    }
+
+    async fn a_key_that_may_not_be_removed_keeps_no_other_one_when_a_namespace_is_erased(store: &TestStore) {
+        let locks = store.manager().await;
+        let mut guards = Vec::new();
+        for key in ["a", "b", "c", "d", "e"] {
+            guards.push(lock(&locks, key).await);
+        }
+        for node in store.servers().nodes() {
+            node.command(&["ACL", "SETUSER", "default", "resetkeys", "%R~*", "%W~lock:%*", "%W~lock:a", "%W~lock:c", "%W~lock:d", "%W~lock:e"]);
+        }
+        let error = shardlock::namespace::erase(&locks).await.expect_err("one key may not be removed");
+        assert!((error.kind(), error.step()) == (LockErrorKind::Refused, Some("erase")), "{error}");
+        let left = store.servers().nodes().into_iter().flat_map(RedisServer::keys);
+        assert!(left.clone().all(|key| key == "lock:b"), "{:?}", left.collect::<Vec<_>>());
+    }
+}

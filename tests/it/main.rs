@@ -1,0 +1,64 @@
+//! The tests of the library, in one process, so that they are linked once and share their servers.
+//! Tests that change the state of their process or load the machine are not here: `alerts` and
+//! `telemetry` install a recorder of metrics or a subscriber, `chaos` uses all cores.
+
+// A failing environment ends the test.
+#![allow(clippy::expect_used, clippy::panic, clippy::unwrap_used)]
+
+#[cfg(feature = "admin")]
+mod admin;
+mod answers;
+mod basics;
+mod cancellation;
+#[cfg(target_os = "linux")]
+mod clocks;
+mod closing;
+mod cluster;
+mod configuration;
+mod connections;
+mod documents;
+#[cfg(feature = "etcd")]
+mod etcd;
+mod fairness;
+mod leases;
+mod limits;
+mod linger;
+mod order;
+mod others;
+mod pauses;
+mod redlock;
+mod replicas;
+mod rooms;
+mod send_sync;
+mod sentinel;
+mod servers;
+mod shards;
+mod tokens;
+mod traffic;
+
+use support::worker;
+use support_locks::{LOCKER, obey};
+
+/// The processes that tests start.
+#[test]
+fn worker_entry() {
+    let Some(me) = worker::current() else { return };
+    match me.name() {
+        LOCKER => obey(&me),
+        #[cfg(target_os = "linux")]
+        "asker" => connections::ask_for_ever_new_keys(&me),
+        #[cfg(target_os = "linux")]
+        "clock" => clocks::tell_time(&me),
+        "contender" => fairness::contend(&me),
+        "counter" => basics::count(&me),
+        "echo" => servers::echo(&me),
+        #[cfg(feature = "admin")]
+        "endpoint" => admin::serve_many_locks(&me),
+        "paused" => pauses::look_without_end(&me),
+        #[cfg(target_os = "linux")]
+        "server" => servers::serve(&me),
+        "user_of_many_keys" => closing::use_many_keys(&me),
+        "writer" => tokens::write_late(&me),
+        name => panic!("no worker is called {name}"),
+    }
+}

@@ -1,0 +1,137 @@
+//! Paused processes: stopped as a whole, or with all their workers blocked.
+
+use std::sync::{Arc, Barrier};
+use std::time::{Duration, Instant};
+
+use shardlock::LossReason;
+use support::worker;
+use support_locks::{TestStore, builder_of, lock, on_each_store, poll_once, soon};
+
+/// Longer than a loaded machine deprives a thread of its processor.
+fn ttl(store: &TestStore) -> Duration {
+    store.short_ttl().max(Duration::from_millis(700))
+}
+
+/// Holds a lock and only watches the clock and the guard. When the clock shows that the process was
+/// paused, reports what the guard returns right afterwards, including its loss.
+#[tokio::main]
+pub(crate) async fn look_without_end(me: &worker::Current) {
+    let ttl = Duration::from_millis(me.var("SHARDLOCK_TEST_TTL").parse().expect("milliseconds"));
+    let locks = builder_of(me).ttl(ttl).connect().await.expect("connect");
+    let guard = lock(&locks, "k").await;
+    // Read before the report, since the pause may start with the next instruction.
+    let mut last = Instant::now();
+    me.say(guard.token().to_string());
+    // The runtime's other worker and the background thread keep running.
+    loop {
+        let valid = guard.is_valid();
+        let now = Instant::now();
+        // A loaded machine also causes gaps, which are no reason for a loss.
+        let gap = now - last;
+        if gap > ttl {
+            // This reading may precede the pause, so the next one is the first that certainly
+            // follows it.
+            let first = guard.is_valid();
+            let remaining = guard.remaining();
+            let told = poll_once(&mut Box::pin(guard.lost()));
+            me.say(format!("{first} {remaining:?} {told:?}"));
+            break;
+        }
+        assert!(valid, "the lock was lost without a pause");
+        last = now;
+    }
+    me.hear();
+    let released = guard.release().await;
+    me.say(released.expect_err("the lock was lost").is_lost().to_string());
+}
+
+on_each_store! {
+    on(servers);
+
+    async fn a_process_that_was_stopped_for_longer_than_its_ttl_knows_at_once_that_its_lock_is_lost(store: &TestStore) {
+        let ttl = ttl(store);
+        let mut paused = store.worker("paused", &[("SHARDLOCK_TEST_TTL", &ttl.as_millis().to_string())]);
+        let old: u64 = paused.line().parse().expect("a token");
+        paused.stop();
+        let stopped = Instant::now();
+        let locks = store.builder().ttl(ttl).connect().await.expect("connect");
+        let guard = lock(&locks, "k").await;
+        assert!(guard.token().get() > old);
+        // The next holder gets the lock within the TTL. The pause lasts until a TTL has certainly
+        // passed.
+        tokio::time::sleep_until((stopped + 2 * ttl).into()).await;
+        paused.cont();
+        assert_eq!(paused.line(), format!("false 0ns Some({:?})", LossReason::Expired));
+        // The late release frees nothing.
+        paused.send("release");
+        assert_eq!(paused.line(), "true");
+        assert!(guard.is_valid());
+        let holder = locks.inspect("k").await.expect("inspect").holder.expect("a holder");
+        assert_eq!(holder.owner, guard.owner());
+        guard.release().await.expect("the lock was held throughout");
+        assert!(paused.wait().success());
+    }
+
+    async fn a_process_that_was_stopped_for_less_than_its_ttl_keeps_its_lock(store: &TestStore) {
+        let ttl = ttl(store);
+        let mut paused = store.worker("paused", &[("SHARDLOCK_TEST_TTL", &ttl.as_millis().to_string())]);
+        paused.line();
+        let locks = store.builder().ttl(ttl).connect().await.expect("connect");
+        let mut waiting = tokio::spawn(async move { lock(&locks, "k").await });
+        for _ in 0..4 {
+            paused.stop();
+            // A quarter of the TTL, followed by enough time to renew.
+            tokio::time::sleep(ttl / 4).await;
+            paused.cont();
+            let waited = tokio::time::timeout(ttl / 2, &mut waiting).await;
+            assert!(waited.is_err(), "the lock is held");
+        }
+        assert_eq!(paused.line_within(Duration::ZERO), None, "nothing was lost");
+        paused.kill();
+        drop(soon("the next", waiting).await.expect("a task"));
+    }
+}
+
+on_each_store! {
+    async fn a_lock_is_held_while_all_workers_of_its_runtime_are_blocked(store: &TestStore) {
+        let watcher = store.manager().await;
+        let ttl = ttl(store);
+        let builder = store.builder().ttl(ttl);
+        let workers = 2;
+        let blocked = Arc::new(Barrier::new(workers + 1));
+        let runtime = tokio::runtime::Builder::new_multi_thread()
+            .worker_threads(workers)
+            .enable_all()
+            .build()
+            .expect("a runtime");
+        let connecting = runtime.spawn(async move {
+            let locks = builder.connect().await.expect("connect");
+            let guard = lock(&locks, "k").await;
+            (locks, guard)
+        });
+        let (locks, guard) = connecting.await.expect("a task");
+        for _ in 0..workers {
+            let blocked = Arc::clone(&blocked);
+            runtime.spawn(async move {
+                blocked.wait();
+                // Blocks its worker thread for three TTLs, which tasks must not do.
+                std::thread::sleep(3 * ttl);
+            });
+        }
+        let blocked = tokio::task::spawn_blocking(move || blocked.wait());
+        blocked.await.expect("all workers are blocked");
+        let began = Instant::now();
+        while began.elapsed() < 2 * ttl {
+            assert!(guard.is_valid());
+            assert!(watcher.try_lock("k").await.expect("try").is_none(), "the lock is held");
+            tokio::time::sleep(Duration::from_millis(5)).await;
+        }
+        // A loss would also be reported without that runtime.
+        assert_eq!(poll_once(&mut Box::pin(guard.lost())), None);
+        let rest = tokio::task::spawn_blocking(move || drop(runtime));
+        rest.await.expect("the workers end");
+        assert!(began.elapsed() >= 2 * ttl && guard.is_valid());
+        soon("the release", guard.release()).await.expect("the lock was held throughout");
+        drop(locks);
+    }
+}

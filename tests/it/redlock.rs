@@ -1,0 +1,521 @@
+//! A quorum of independent nodes: what it survives, what it refuses, and what it leaves behind.
+
+use std::collections::HashMap;
+use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
+use std::sync::{Arc, Mutex};
+use std::time::{Duration, Instant};
+
+use shardlock::LockManager;
+use shardlock::config::Builder;
+use shardlock::error::LockErrorKind;
+use support::quorum::MAX_TTL;
+use support::{Quorum, RedisServer};
+use support_locks::{lock, soon, until};
+use tokio::task::JoinSet;
+
+fn builder(quorum: &Quorum) -> Builder {
+    LockManager::builder()
+        .shard(quorum.url())
+        .ttl(MAX_TTL)
+        .redlock_max_ttl(MAX_TTL)
+}
+
+async fn connect(quorum: &Quorum) -> LockManager {
+    builder(quorum).connect().await.expect("connect")
+}
+
+/// Keys of individual locks on a node.
+fn left_on(node: &RedisServer) -> Vec<String> {
+    support_locks::lock_keys(node)
+}
+
+async fn nothing_is_left(quorum: &Quorum, alive: impl Fn(usize) -> bool) {
+    until("nothing is left on any node that answers", async || {
+        let nodes = quorum.nodes().iter().enumerate();
+        nodes
+            .filter(|(number, _)| alive(*number))
+            .all(|(_, node)| left_on(node).is_empty())
+    })
+    .await;
+}
+
+/// All pairs of five nodes.
+fn pairs() -> impl Iterator<Item = (usize, usize)> {
+    (0..5).flat_map(|one| (one + 1..5).map(move |other| (one, other)))
+}
+
+async fn a_lock_can_be_had(locks: &LockManager, other: &LockManager, key: &str) -> u64 {
+    let guard = soon("the lock", lock(locks, key)).await;
+    assert!(other.try_lock(key).await.expect("try").is_none());
+    let token = guard.token().get();
+    guard.release().await.expect("release");
+    token
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn any_two_nodes_may_be_silent_and_locks_and_hand_offs_go_on() {
+    let quorum = Quorum::start(5);
+    let (locks, other) = (connect(&quorum).await, connect(&quorum).await);
+    let mut last = 0;
+    for (one, two) in pairs() {
+        quorum.nodes()[one].stop();
+        quorum.nodes()[two].stop();
+        for key in ["a", "b", "c"] {
+            a_lock_can_be_had(&locks, &other, key).await;
+        }
+        let token = a_lock_can_be_had(&locks, &other, "k").await;
+        assert!(token > last, "{token} after {last}");
+        let guard = lock(&locks, "k").await;
+        let waiting = tokio::spawn({
+            let other = other.clone();
+            async move { lock(&other, "k").await }
+        });
+        until("the other manager waits", async || {
+            locks.inspect("k").await.expect("inspect").queue_length == 1
+        })
+        .await;
+        guard.release().await.expect("release");
+        let guard = soon("the hand-off", waiting).await.expect("a task");
+        last = guard.token().get();
+        assert!(last > token, "{last} after {token}");
+        guard.release().await.expect("release");
+        quorum.nodes()[one].cont();
+        quorum.nodes()[two].cont();
+        // Including the nodes that were silent during the release.
+        nothing_is_left(&quorum, |_| true).await;
+    }
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn two_nodes_may_be_dead_and_a_third_is_an_error_that_leaves_nothing() {
+    let quorum = Quorum::start(5);
+    let (locks, other) = (connect(&quorum).await, connect(&quorum).await);
+    let mut last = 0;
+    for dead in [0, 3] {
+        quorum.nodes()[dead].kill();
+        for key in ["a", "b", "k"] {
+            let token = a_lock_can_be_had(&locks, &other, key).await;
+            if key == "k" {
+                assert!(token > last, "{token} after {last}");
+                last = token;
+            }
+        }
+    }
+    quorum.nodes()[4].kill();
+    for key in ["a", "b", "k"] {
+        let started = Instant::now();
+        let error = locks.lock(key).await.expect_err("no majority");
+        assert!(
+            error.kind() == LockErrorKind::Unavailable && error.is_retryable(),
+            "{error}"
+        );
+        assert!(error.to_string().contains("3 of 5 nodes are needed"), "{error}");
+        assert!(error.to_string().contains(&quorum.nodes()[4].address()), "{error}");
+        // The store timeout is one second.
+        assert!(
+            started.elapsed() < Duration::from_millis(1_200),
+            "{:?}",
+            started.elapsed()
+        );
+    }
+    nothing_is_left(&quorum, |node| ![0, 3, 4].contains(&node)).await;
+    // A new manager receives the error as well.
+    let error = builder(&quorum).connect().await.expect_err("no majority");
+    assert!(error.kind() == LockErrorKind::Unavailable, "{error}");
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn of_four_nodes_three_are_a_majority_and_two_are_not() {
+    let quorum = Quorum::start(4);
+    let (locks, other) = (connect(&quorum).await, connect(&quorum).await);
+    quorum.nodes()[1].kill();
+    a_lock_can_be_had(&locks, &other, "k").await;
+    quorum.nodes()[2].kill();
+    let error = locks.lock("k").await.expect_err("half is no majority");
+    assert!(error.to_string().contains("3 of 4 nodes are needed"), "{error}");
+    nothing_is_left(&quorum, |node| ![1, 2].contains(&node)).await;
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn a_node_that_restarted_has_no_vote_until_the_longest_ttl_has_passed() {
+    let quorum = Quorum::start(3);
+    let locks = connect(&quorum).await;
+    let guard = lock(&locks, "held").await;
+    // One node is down and one has restarted empty, so only one of three votes is left.
+    quorum.nodes()[0].restart();
+    quorum.nodes()[1].kill();
+    let other = connect_when_it_can(&quorum).await;
+    let error = other.lock("k").await.expect_err("no majority");
+    assert!(error.to_string().contains("no vote yet"), "{error}");
+    assert!(guard.is_valid() || guard.loss_is_told_in(MAX_TTL).await);
+    quorum.wait_for_vote(0);
+    until("two nodes vote again", async || match other.lock("k").await {
+        Ok(guard) => guard.release().await.is_ok(),
+        Err(error) => {
+            assert!(error.is_retryable(), "{error}");
+            false
+        }
+    })
+    .await;
+}
+
+trait LossIsTold {
+    async fn loss_is_told_in(&self, time: Duration) -> bool;
+}
+
+impl LossIsTold for shardlock::LockGuard {
+    async fn loss_is_told_in(&self, time: Duration) -> bool {
+        tokio::time::timeout(time, self.lost()).await.is_ok()
+    }
+}
+
+async fn connect_when_it_can(quorum: &Quorum) -> LockManager {
+    let mut connected = None;
+    until("a manager can connect", async || {
+        connected = builder(quorum).connect().await.ok();
+        connected.is_some()
+    })
+    .await;
+    connected.expect("just seen")
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn a_lock_that_is_held_for_long_survives_the_restart_of_each_node_in_turn() {
+    let quorum = Quorum::start(3);
+    let (locks, other) = (connect(&quorum).await, connect(&quorum).await);
+    let guard = lock(&locks, "k").await;
+    all_have_it(&quorum).await;
+    for node in 0..3 {
+        quorum.nodes()[node].restart();
+        quorum.wait_for_vote(node);
+        until("the node has the lease again", async || {
+            !left_on(&quorum.nodes()[node]).is_empty()
+        })
+        .await;
+        assert!(guard.is_valid());
+        assert!(other.try_lock("k").await.expect("try").is_none());
+    }
+    let token = guard.token();
+    guard.release().await.expect("the lock was held throughout");
+    nothing_is_left(&quorum, |_| true).await;
+    // Each node has lost its counters in the meantime.
+    let guard = lock(&other, "k").await;
+    assert!(guard.token() > token, "{} after {token}", guard.token());
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn tokens_grow_though_minorities_are_flushed_and_doors_change() {
+    let quorum = Quorum::start(5);
+    let (locks, other) = (connect(&quorum).await, connect(&quorum).await);
+    let mut last = 0;
+    for round in 0..30 {
+        let node = &quorum.nodes()[round % 5];
+        match round % 3 {
+            0 => drop(node.command(&["FLUSHALL"])),
+            1 => node.stop(),
+            _ => {}
+        }
+        let (one, next) = if round % 2 == 0 {
+            (&locks, &other)
+        } else {
+            (&other, &locks)
+        };
+        for manager in [one, next] {
+            let guard = soon("the lock", lock(manager, "k")).await;
+            let token = guard.token().get();
+            assert!(token > last, "round {round}: {token} after {last}");
+            last = token;
+            guard.release().await.expect("release");
+        }
+        node.cont();
+    }
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn swapped_nodes_another_longest_ttl_and_too_long_ttls_are_refused() {
+    let quorum = Quorum::start(3);
+    let locks = connect(&quorum).await;
+    // The first lock stores the map.
+    locks.lock("k").await.expect("lock").release().await.expect("release");
+    let error = locks.lock("k").ttl(MAX_TTL * 2).await.expect_err("too long");
+    let words = error.to_string();
+    assert!(
+        words.contains("redlock_max_ttl") && words.contains("ttl 6s") && words.contains("3s"),
+        "{error}"
+    );
+    let places: Vec<_> = quorum.nodes().iter().map(RedisServer::address).collect();
+    let swapped = format!("redlock://{},{},{}", places[1], places[0], places[2]);
+    let refused = [
+        builder(&quorum).shards([]).shard(swapped),
+        builder(&quorum).redlock_max_ttl(MAX_TTL * 3),
+    ];
+    for builder in refused {
+        let error = builder.connect().await.expect_err("another map");
+        assert!(error.kind() == LockErrorKind::ShardMapMismatch, "{error}");
+        assert!(
+            error.to_string().contains("node ") && error.to_string().contains("redlock_max_ttl 3s"),
+            "{error}"
+        );
+    }
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn a_quorum_without_spare_time_is_an_error_rather_than_a_lock() {
+    let quorum = Quorum::start(3);
+    let locks = connect(&quorum).await;
+    let proxied = Duration::from_millis(60);
+    for node in quorum.nodes() {
+        // Longer than the lease, and shorter than the time after which a node counts as silent.
+        node.command(&["CLIENT", "PAUSE", &proxied.as_millis().to_string(), "ALL"]);
+    }
+    match locks.try_lock("k").ttl(Duration::from_millis(50)).await {
+        Err(error) => assert!(error.kind() == LockErrorKind::Unavailable, "{error}"),
+        // The pause ended in time.
+        Ok(Some(guard)) => assert!(guard.remaining() <= Duration::from_millis(50)),
+        Ok(None) => panic!("the key has no other contender"),
+    }
+    nothing_is_left(&quorum, |_| true).await;
+}
+
+/// The number of holders and the last token of each key.
+#[derive(Default)]
+struct Ledger {
+    inside: Mutex<HashMap<String, (u32, u64)>>,
+    overlaps: AtomicU64,
+    regressions: AtomicU64,
+    served: AtomicU64,
+}
+
+impl Ledger {
+    fn enter(&self, key: &str, token: u64) {
+        let mut inside = self.inside.lock().expect("no panic");
+        let (count, last) = inside.entry(key.to_owned()).or_default();
+        *count += 1;
+        self.overlaps.fetch_add(u64::from(*count > 1), Ordering::Relaxed);
+        self.regressions.fetch_add(u64::from(token <= *last), Ordering::Relaxed);
+        *last = token;
+    }
+
+    fn leave(&self, key: &str) {
+        self.inside
+            .lock()
+            .expect("no panic")
+            .get_mut(key)
+            .expect("the key has a holder")
+            .0 -= 1;
+        self.served.fetch_add(1, Ordering::Relaxed);
+    }
+}
+
+/// Managers contend for few keys while one node after the other hangs, or is killed and restarts
+/// empty.
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn no_two_holders_and_no_old_token_while_nodes_come_and_go() {
+    let quorum = Arc::new(Quorum::start(5));
+    let (ledger, over) = (Arc::new(Ledger::default()), Arc::new(AtomicBool::new(false)));
+    let mut workers = JoinSet::new();
+    for manager in 0..3 {
+        let locks = connect(&quorum).await;
+        for task in 0..4 {
+            let (locks, ledger, over) = (locks.clone(), Arc::clone(&ledger), Arc::clone(&over));
+            workers.spawn(async move {
+                let mut turn = manager + task;
+                while !over.load(Ordering::Relaxed) {
+                    let key = format!("key-{}", turn % 3);
+                    turn += 1;
+                    let guard = match locks.lock(&key).await {
+                        Ok(guard) => guard,
+                        Err(error) => {
+                            assert!(error.is_retryable(), "{error}");
+                            continue;
+                        }
+                    };
+                    ledger.enter(&key, guard.token().get());
+                    tokio::task::yield_now().await;
+                    let was_valid = guard.is_valid();
+                    ledger.leave(&key);
+                    // A majority that is unreachable for a moment is no reason to lose a lock.
+                    assert!(was_valid, "a lock of {key} was lost within a millisecond");
+                    drop(guard.release().await);
+                }
+            });
+        }
+    }
+    let until = Instant::now() + Duration::from_secs(8);
+    let mut node = 0;
+    while Instant::now() < until {
+        let served = ledger.served.load(Ordering::Relaxed);
+        if node % 2 == 0 {
+            quorum.nodes()[node % 5].stop();
+        } else {
+            quorum.nodes()[node % 5].kill();
+        }
+        support_locks::until("locking continues", async || {
+            ledger.served.load(Ordering::Relaxed) > served + 50
+        })
+        .await;
+        if node % 2 == 0 {
+            quorum.nodes()[node % 5].cont();
+        } else {
+            quorum.nodes()[node % 5].restart();
+            let quorum = Arc::clone(&quorum);
+            // Only one node at a time may be without a vote, besides the one that hangs next.
+            tokio::task::spawn_blocking(move || quorum.wait_for_vote(node % 5))
+                .await
+                .expect("a thread");
+        }
+        node += 1;
+    }
+    over.store(true, Ordering::Relaxed);
+    while let Some(ended) = soon("the workers", workers.join_next()).await {
+        ended.expect("a worker");
+    }
+    let count = |number: &AtomicU64| number.load(Ordering::Relaxed);
+    println!(
+        "{} locks while {node} nodes failed and recovered",
+        count(&ledger.served)
+    );
+    assert_eq!((count(&ledger.overlaps), count(&ledger.regressions)), (0, 0));
+    nothing_is_left(&quorum, |_| true).await;
+}
+
+fn percentile(times: &mut [Duration], part: f64) -> Duration {
+    times.sort_unstable();
+    times[((times.len() - 1) as f64 * part) as usize]
+}
+
+/// Alternates between the quorums, so that a moment in which the machine is slow affects all of
+/// them.
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn two_silent_or_dead_nodes_do_not_slow_the_others() {
+    // Enough rounds that a few moments in which the machine is slow do not determine the 99th
+    // percentile.
+    const ROUNDS: usize = 1600;
+    let quorums = [Quorum::start(5), Quorum::start(5), Quorum::start(5)];
+    let mut managers = Vec::new();
+    for quorum in &quorums {
+        managers.push(connect(quorum).await);
+    }
+    for node in [0, 1] {
+        quorums[1].nodes()[node].stop();
+        quorums[2].nodes()[node].kill();
+    }
+    let keys: Vec<_> = (0..20).map(|number| format!("key-{number}")).collect();
+    // The first request to a node discovers that it is silent or dead.
+    for locks in &managers {
+        for key in &keys {
+            lock(locks, key).await.release().await.expect("release");
+        }
+    }
+    let mut times = [const { Vec::new() }; 3];
+    for round in 0..ROUNDS {
+        for (locks, times) in managers.iter().zip(&mut times) {
+            let started = Instant::now();
+            let guard = lock(locks, &keys[round % keys.len()]).await;
+            times.push(started.elapsed());
+            guard.release().await.expect("release");
+        }
+    }
+    let [alive, silent, dead] = times
+        .each_mut()
+        .map(|times| (percentile(times, 0.5), percentile(times, 0.99)));
+    println!("p50 and p99 of acquiring: all alive {alive:?}, two silent {silent:?}, two dead {dead:?}");
+    // Allow for the scheduling delays of a busy machine.
+    let bound = alive.1 * 2 + Duration::from_millis(2);
+    assert!(silent.1 <= bound && dead.1 <= bound, "{alive:?} {silent:?} {dead:?}");
+}
+
+/// Number of script calls and publishes on all nodes.
+fn counts(quorum: &Quorum) -> (u64, u64) {
+    let sum = |count: fn(&RedisServer) -> u64| quorum.nodes().iter().map(count).sum();
+    (sum(RedisServer::script_calls), sum(RedisServer::publishes))
+}
+
+async fn all_have_it(quorum: &Quorum) {
+    let has_it = |node: &RedisServer| left_on(node).len() == 1;
+    until("the lease is on all nodes", async || quorum.nodes().iter().all(has_it)).await;
+}
+
+/// Hands the lock off from one manager to the other. Returns the number of script calls and
+/// publishes from the release on.
+async fn hand_off(quorum: &Quorum, one: &LockManager, other: &LockManager) -> (u64, u64) {
+    let guard = lock(one, "key").await;
+    all_have_it(quorum).await;
+    let waiting = tokio::spawn({
+        let other = other.clone();
+        async move { lock(&other, "key").await }
+    });
+    support_locks::until_queued(one, "key", 1).await;
+    let before = counts(quorum);
+    guard.release().await.expect("release");
+    let guard = soon("the hand-off", waiting).await.expect("a task");
+    all_have_it(quorum).await;
+    let after = counts(quorum);
+    guard.release().await.expect("release");
+    nothing_is_left(quorum, |_| true).await;
+    (after.0 - before.0, after.1 - before.1)
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn a_lock_and_a_release_cost_a_script_on_each_node_and_a_hand_off_one_message() {
+    let quorum = Quorum::start(3);
+    let (one, other) = (connect(&quorum).await, connect(&quorum).await);
+    for _ in 0..2 {
+        hand_off(&quorum, &one, &other).await;
+        hand_off(&quorum, &other, &one).await;
+    }
+    // The minimum of several rounds: a release may still be in flight to the slowest node when the
+    // next round begins.
+    let mut least = [u64::MAX; 4];
+    for _ in 0..5 {
+        let start = counts(&quorum).0;
+        let guard = lock(&one, "key").await;
+        all_have_it(&quorum).await;
+        let locked = counts(&quorum).0;
+        guard.release().await.expect("release");
+        nothing_is_left(&quorum, |_| true).await;
+        let released = counts(&quorum).0;
+        let (scripts, publishes) = hand_off(&quorum, &one, &other).await;
+        let now = [locked - start, released - locked, scripts, publishes];
+        least = std::array::from_fn(|index| least[index].min(now[index]));
+    }
+    println!("3 nodes: scripts of a lock, a release, a hand-off, and its publishes: {least:?}");
+    assert_eq!(least[..2], [3, 3], "each node once");
+    assert!(
+        least[2] <= 7,
+        "three releases, one of them without effect; the turn's request; two claims"
+    );
+    assert_eq!(least[3], 1, "one push");
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn the_permissions_of_the_acl_file_are_enough() {
+    let quorum = Quorum::start(3);
+    let mut lines = include_str!("../../config/acl.conf").lines();
+    let user = lines.find(|line| line.starts_with("user shardlock ")).expect("a user");
+    lines
+        .find(|line| line.starts_with("# redlock:// "))
+        .expect("permissions for quorums");
+    let more = lines.next().expect("permissions").trim_start_matches('#');
+    let words = user.split_whitespace().skip(2).chain(more.split_whitespace());
+    let words: Vec<&str> = ["ACL", "SETUSER", "shardlock"].into_iter().chain(words).collect();
+    for node in quorum.nodes() {
+        node.command(&words);
+    }
+    let url = quorum.url().replace("redlock://", "redlock://shardlock:change-me@");
+    let builder = builder(&quorum).shards([]).shard(url);
+    let (one, other) = (builder.clone().connect().await, builder.connect().await);
+    let (one, other) = (one.expect("connect"), other.expect("connect"));
+    hand_off(&quorum, &one, &other).await;
+    let guard = lock(&one, "key").await;
+    // Two of three nodes are enough for the lock. Wait for the third, or the loss of one node would
+    // lose the lock.
+    all_have_it(&quorum).await;
+    quorum.nodes()[0].restart();
+    quorum.nodes()[0].command(&words);
+    until("the lease is on the node again", async || {
+        !left_on(&quorum.nodes()[0]).is_empty()
+    })
+    .await;
+    guard.release().await.expect("release");
+}

@@ -1,0 +1,200 @@
+//! The cost of locking on the server, as counted by the server.
+
+use std::collections::BTreeMap;
+use std::time::Duration;
+
+use shardlock::LockManager;
+use support::RedisServer;
+use support_locks::{Locker, TestStore, lock, on_each_store, soon, until_queued};
+use tokio::task::JoinSet;
+
+/// Long enough that no renewals and no expiries are counted.
+const LONG_TTL: Duration = Duration::from_secs(600);
+
+async fn connect(store: &TestStore, ttl: Duration) -> LockManager {
+    store.builder().ttl(ttl).connect().await.expect("connect")
+}
+
+/// `processes` processes with one task each pass the lock around while all others wait.
+async fn hand_offs_cost_two_calls_and_one_message(store: &TestStore, processes: usize) {
+    let server = store.server();
+    let watcher = connect(store, LONG_TTL).await;
+    let mut lockers = store.lockers(processes, LONG_TTL);
+    for (place, locker) in lockers.iter_mut().enumerate() {
+        locker.ask();
+        if place == 0 {
+            locker.locked();
+        } else {
+            until_queued(&watcher, "k", place as u64).await;
+        }
+    }
+    let hand_off = async |lockers: &mut Vec<Locker>, holder: usize| {
+        // The holder releases the lock and requests it again immediately.
+        lockers[holder].release();
+        lockers[holder].ask();
+        let next = (holder + 1) % processes;
+        lockers[next].locked();
+        // The last holder waits again.
+        until_queued(&watcher, "k", processes as u64 - 1).await;
+        next
+    };
+    let mut holder = 0;
+    // Skip the first round: scripts may have to be loaded, and the first holder expected no
+    // contender.
+    for _ in 0..processes {
+        holder = hand_off(&mut lockers, holder).await;
+    }
+    server.reset_stats();
+    let hand_offs = 64;
+    for _ in 0..hand_offs {
+        holder = hand_off(&mut lockers, holder).await;
+    }
+    assert_eq!(
+        (server.script_calls(), server.publishes()),
+        (2 * hand_offs, hand_offs),
+        "{:?}",
+        server.commands()
+    );
+}
+
+/// The commands since the last reset, except those that the counting itself needs.
+fn commands(server: &RedisServer) -> BTreeMap<String, u64> {
+    let mut commands = server.commands();
+    commands.retain(|name, _| name != "info" && !name.starts_with("config"));
+    commands
+}
+
+/// Sixteen tasks in each of eight managers that wait for the key.
+async fn wait(store: &TestStore, watcher: &LockManager, ttl: Duration) -> JoinSet<()> {
+    let mut waiting = JoinSet::new();
+    for place in 1..=8 {
+        let locks = connect(store, ttl).await;
+        for _ in 0..16 {
+            let locks = locks.clone();
+            waiting.spawn(async move { lock(&locks, "k").await.release().await.expect("release") });
+        }
+        until_queued(watcher, "k", place).await;
+    }
+    waiting
+}
+
+on_each_store! {
+    on(counted, own);
+
+    async fn a_hand_off_costs_two_script_calls_and_one_message_among_2_processes(store: &TestStore) {
+        hand_offs_cost_two_calls_and_one_message(store, 2).await;
+    }
+
+    async fn a_hand_off_costs_two_script_calls_and_one_message_among_8_processes(store: &TestStore) {
+        hand_offs_cost_two_calls_and_one_message(store, 8).await;
+    }
+
+    async fn a_hand_off_costs_two_script_calls_and_one_message_among_32_processes(store: &TestStore) {
+        hand_offs_cost_two_calls_and_one_message(store, 32).await;
+    }
+
+    async fn waiter_sends_nothing(store: &TestStore) {
+        let server = store.server();
+        let holder = connect(store, LONG_TTL).await;
+        let guard = lock(&holder, "k").await;
+        let mut waiting = wait(store, &holder, LONG_TTL).await;
+        server.reset_stats();
+        tokio::time::sleep(Duration::from_secs(1)).await;
+        let mut sent = commands(server);
+        // Each manager checks its shard every three seconds and its inbox every two, regardless of
+        // the number of its waiters. Each check may fall into this period once or, on a busy
+        // machine, twice. On a busy machine an inbox may also reply so late that it is
+        // resubscribed.
+        let looks = 2 * 9;
+        for (command, in_one_look) in [
+            ("time", 1),
+            ("set", 1),
+            ("get", 3),
+            ("pttl", 1),
+            ("zcard", 1),
+            ("zrange", 1),
+            ("ping", 2),
+            ("subscribe", 1),
+        ] {
+            if let Some(count) = sent.remove(command) {
+                assert!(count <= looks * in_one_look, "{count} times {command}");
+            }
+        }
+        assert_eq!(sent, BTreeMap::new());
+        guard.release().await.expect("release");
+        while let Some(ended) = soon("the waiters", waiting.join_next()).await {
+            ended.expect("a task");
+        }
+    }
+
+    async fn waiter_checks_once_per_ttl_of_the_holder(store: &TestStore) {
+        let server = store.server();
+        let ttl = Duration::from_millis(500);
+        let holder = connect(store, ttl).await;
+        let guard = lock(&holder, "k").await;
+        let mut waiting = wait(store, &holder, ttl).await;
+        server.reset_stats();
+        tokio::time::sleep(4 * ttl).await;
+        // The holder renews ten times per TTL. A waiting manager retries when the TTL that its last
+        // request saw has passed, a tenth of which may already have been used by then. That makes
+        // five retries per manager in this period, plus one for the edges, regardless of the number
+        // of its waiting tasks.
+        let calls = server.script_calls();
+        assert!(calls <= 4 * 10 + 2 + 8 * 6, "{:?}", server.commands());
+        // The first waiter notifies the holder that it is waiting, and so does each retry, in case
+        // the message was lost.
+        assert!(server.publishes() <= 1 + 8 * 6, "{:?}", server.commands());
+        guard.release().await.expect("the lock was held throughout");
+        while let Some(ended) = soon("the waiters", waiting.join_next()).await {
+            ended.expect("a task");
+        }
+    }
+
+    async fn tasks_of_one_process_pass_the_lock_on_without_the_server(store: &TestStore) {
+        let server = store.server();
+        let locks = connect(store, LONG_TTL).await;
+        // Loads the release script into the server.
+        lock(&locks, "k").await.release().await.expect("release");
+        let mut tasks = JoinSet::new();
+        let guard = lock(&locks, "k").await;
+        for _ in 0..200 {
+            let mut waiting = Box::pin({
+                let locks = locks.clone();
+                async move { lock(&locks, "k").await.release().await.expect("release") }
+            });
+            assert!(support_locks::poll_once(&mut waiting).is_none());
+            tasks.spawn(waiting);
+        }
+        server.reset_stats();
+        guard.release().await.expect("release");
+        while let Some(ended) = soon("the tasks", tasks.join_next()).await {
+            ended.expect("a task");
+        }
+        // A few calls to reserve more tokens, and the last release.
+        assert!(server.script_calls() <= 20, "{:?}", server.commands());
+        assert_eq!(server.publishes(), 0);
+    }
+
+    async fn a_free_key_costs_two_plain_commands_and_one_script_call(store: &TestStore) {
+        let server = store.server();
+        let locks = connect(store, LONG_TTL).await;
+        // The first lock in a slot raises its counter and loads the scripts.
+        for _ in 0..2 {
+            lock(&locks, "k").await.release().await.expect("release");
+        }
+        server.reset_stats();
+        for _ in 0..50 {
+            lock(&locks, "k").await.release().await.expect("release");
+        }
+        let expected = [
+            ("del", 50),
+            ("evalsha", 50),
+            ("exists", 50),
+            ("get", 50),
+            ("incrby", 50),
+            ("set", 50),
+        ];
+        let expected: BTreeMap<_, _> = expected.map(|(name, calls)| (name.to_owned(), calls)).into();
+        assert_eq!(commands(server), expected);
+    }
+}
