@@ -34,6 +34,8 @@ mod key;
 mod lease;
 #[path = "../src/protocol.rs"]
 mod protocol;
+#[path = "../src/random.rs"]
+mod random;
 
 use beside::{Comparison, Side, criterion};
 use clock::Moment;

@@ -3,7 +3,7 @@
 use std::ops::RangeInclusive;
 use std::time::Duration;
 
-use rand::Rng;
+use crate::random;
 
 /// Delays for consecutive failed attempts.
 ///
@@ -36,7 +36,7 @@ impl Backoff {
 
     /// The next delay.
     pub(crate) fn next_delay(&mut self) -> Duration {
-        rand::rng().random_range(self.next_range())
+        random::time_in(self.next_range())
     }
 
     /// The range from which the next delay is to be drawn, for callers that must not draw it

@@ -4,6 +4,7 @@ use std::fmt;
 use std::sync::Arc;
 
 use crate::protocol::Cycle;
+use crate::random;
 
 /// The name of a manager: `host-pid-random`, unique among all managers that ever ran.
 #[derive(Debug, Clone, PartialEq, Eq, PartialOrd, Ord, Hash)]
@@ -20,7 +21,11 @@ impl ManagerId {
     /// A name for a new manager of this process.
     pub(crate) fn new() -> Self {
         let uname = rustix::system::uname();
-        Self::of(&uname.nodename().to_string_lossy(), std::process::id(), rand::random())
+        Self::of(
+            &uname.nodename().to_string_lossy(),
+            std::process::id(),
+            random::number(),
+        )
     }
 
     /// The name made of these parts. In the host name, characters other than letters, digits, dots

@@ -3,8 +3,7 @@
 use std::borrow::Cow;
 use std::fmt;
 use std::str::FromStr;
-
-use smol_str::SmolStr;
+use std::sync::Arc;
 
 use crate::error::InvalidSetting;
 
@@ -64,8 +63,7 @@ pub(crate) fn hash_tag(key: &[u8]) -> Option<&[u8]> {
     (length > 0).then(|| &key[open + 1..open + 1 + length])
 }
 
-/// The name of a lock: 1 to 512 bytes of UTF-8. Cheap to clone; names of up to 23 bytes need no
-/// allocation.
+/// The name of a lock: 1 to 512 bytes of UTF-8. Cheap to clone: clones share the name.
 ///
 /// Calls that take a key accept a `&str`, a `String` or a `LockKey`. A `LockKey` has been checked
 /// and is not checked again, so it suits keys that are used often:
@@ -83,7 +81,7 @@ pub(crate) fn hash_tag(key: &[u8]) -> Option<&[u8]> {
 /// # Ok(()) }
 /// ```
 #[derive(Clone, PartialEq, Eq, PartialOrd, Ord, Hash)]
-pub struct LockKey(SmolStr);
+pub struct LockKey(Arc<str>);
 
 impl LockKey {
     /// The length of the longest key, in bytes.

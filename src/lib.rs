@@ -302,6 +302,7 @@ pub mod metrics;
 mod millis;
 pub mod namespace;
 mod protocol;
+mod random;
 mod request;
 mod router;
 mod runtime;

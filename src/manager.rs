@@ -20,6 +20,7 @@ use crate::guard::LockGuard;
 use crate::identity::ManagerId;
 use crate::key::LockKey;
 use crate::protocol::Cycles;
+use crate::random;
 use crate::request::{LockRequest, TryLockRequest};
 use crate::router::ShardMap;
 use crate::runtime::Runtimes;
@@ -127,7 +128,7 @@ impl LockManager {
                 #[cfg(test)]
                 flaw: None,
             },
-            cycles: Cycles::with_secret(rand::random()),
+            cycles: Cycles::with_secret([random::number(), random::number()]),
             limits: Limits {
                 waiters_per_key: config.max_waiters_per_key,
                 waiters: config.max_waiters,

@@ -7,7 +7,6 @@ use std::time::Duration;
 
 use futures_util::StreamExt;
 use futures_util::stream::FuturesUnordered;
-use rand::Rng;
 use tokio::sync::mpsc;
 
 use super::{Job, Shard, Usage};
@@ -15,6 +14,7 @@ use crate::clock::Moment;
 use crate::engine::orphans::{Attempt, Circumstances, OrphanRules, Orphans, PENDING_MAX, Released, Verdict};
 use crate::key::LockKey;
 use crate::protocol::{Cycle, Release};
+use crate::random;
 use crate::store::{Priority, StoreError};
 
 /// How often it is logged that leases are left to expire.
@@ -158,8 +158,9 @@ impl Cleaner {
             longest_ttl: self.shard.longest_ttl(),
         };
         let key = attempt.key.clone();
-        let draw = |range| rand::rng().random_range(range);
-        let verdict = self.orphans.on_result(attempt, released, circumstances, draw);
+        let verdict = self
+            .orphans
+            .on_result(attempt, released, circumstances, random::time_in);
         if verdict == Verdict::LeftToExpire {
             tracing::debug!(%key, "a lease of this key could not be released");
         }

@@ -12,12 +12,13 @@ use std::sync::Arc;
 use super::Shard;
 use super::subscriber::ask_again;
 use crate::protocol::Cycle;
+use crate::random;
 use crate::store::{INSPECTED_QUEUE_MAX, KeyState};
 
 /// Inspects one waiting key, chosen at random.
 pub(super) async fn check(shard: &Arc<Shard>) {
     let entries = shard.table.all();
-    let begin = rand::random_range(0..entries.len().max(1));
+    let begin = random::number_in(0..entries.len() as u64) as usize;
     let (after, before) = entries.split_at(begin.min(entries.len()));
     let mut queued = before
         .iter()

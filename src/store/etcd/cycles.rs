@@ -19,6 +19,7 @@ use parking_lot::Mutex;
 
 use crate::clock::Moment;
 use crate::protocol::Cycle;
+use crate::random;
 
 #[derive(Debug)]
 pub(super) struct CycleLeases {
@@ -78,7 +79,7 @@ const PRUNE_SLACK: Duration = Duration::from_secs(60);
 impl CycleLeases {
     pub(super) fn new() -> Self {
         Self {
-            seed: rand::random(),
+            seed: random::number(),
             records: Mutex::new(Records {
                 by_cycle: HashMap::new(),
                 prune_at: PRUNE_AT_MIN,

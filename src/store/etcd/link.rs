@@ -13,6 +13,7 @@ use super::error::{EtcdError, classify};
 use super::map;
 use crate::backoff::Backoff;
 use crate::clock::Moment;
+use crate::random;
 use crate::runtime::Runtimes;
 use crate::store::connecting::Connecting;
 use crate::store::map::StoredMap;
@@ -125,7 +126,7 @@ impl Link {
         Arc::new_cyclic(|me| Self {
             me: Weak::clone(me),
             // Start at a random server, so that managers share the load out.
-            next: AtomicUsize::new(rand::random::<u16>().into()),
+            next: AtomicUsize::new(random::number() as usize),
             servers: Arc::clone(servers),
             runtimes,
             current: Mutex::new(None),

@@ -1,5 +1,6 @@
 //! Acquiring a lease: at the sequencer first, then at the other nodes.
 
+use std::ops::RangeInclusive;
 use std::sync::Arc;
 use std::time::Duration;
 
@@ -14,10 +15,11 @@ use super::{MAJORITY_PAUSE, MAJORITY_PAUSE_MAX, Quorum, outage};
 use crate::backoff::Backoff;
 use crate::clock::Moment;
 use crate::protocol::{Acquire, AcquireMode, AcquireReply, Answer, QueuePosition, Release};
+use crate::random;
 use crate::store::{LeaseStore, StoreError};
 
-/// How long a cycle that lost a split vote backs off, in milliseconds.
-const BACK_OFF_MILLIS: std::ops::RangeInclusive<u64> = 5..=100;
+/// How long a cycle that lost a split vote backs off.
+const BACK_OFF: RangeInclusive<Duration> = Duration::from_millis(5)..=Duration::from_millis(100);
 
 /// The nodes that may have something of a cycle that is acquired elsewhere. Unless the cycle holds
 /// the lease, each of them gets a pending release, even if the request is dropped. A cycle that
@@ -160,7 +162,7 @@ async fn attempt(quorum: &Arc<Quorum>, request: &Acquire) -> Result<Answer<Acqui
         (VoteState::Lost { refused: true }, AcquireMode::Enqueue | AcquireMode::Extend) => {
             Ok(with(AcquireReply::Queued(QueuePosition {
                 enqueue_token: tokens.last(),
-                owner_ttl: Some(Duration::from_millis(rand::random_range(BACK_OFF_MILLIS))),
+                owner_ttl: Some(random::time_in(BACK_OFF)),
                 owner_foreign: true,
                 ahead: 0,
                 // Another attempt is due soon anyway.
