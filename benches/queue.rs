@@ -46,6 +46,7 @@ use protocol::{AcquireReply, Answer, Cycles};
 
 const WANT: WaiterOptions = WaiterOptions {
     ttl: Duration::from_secs(10),
+    class: 0,
     max_hold: None,
     linger: Linger::NONE,
     try_only: false,

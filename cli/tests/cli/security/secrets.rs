@@ -5,7 +5,7 @@ use std::time::Duration;
 use shardlock::LockManager;
 use shardlock::config::{Builder, Config, Endpoint, ShardConfig};
 use shardlock::tool::apply_variables;
-use support::{ClientType, PATIENCE, RedisServer};
+use support::{ClientType, PATIENCE, RedisServer, worker};
 use support_locks::{SHORT_TTL, soon, until, until_queued};
 
 use super::recorder::LogRecorder;
