@@ -1,18 +1,21 @@
 //! Cycles: a manager's attempts to acquire and hold a key.
 
 use std::fmt;
-use std::hash::{DefaultHasher, Hasher};
+use std::hash::{DefaultHasher, Hash, Hasher};
 use std::io::{self, Write};
 use std::sync::atomic::{AtomicU64, Ordering};
 use std::time::Duration;
+
+use crate::mode::LockMode;
 
 /// One attempt of a manager to acquire and hold a key, from the request to the release. A manager
 /// never reuses a number, so a command that executes late can only affect the cycle it was sent
 /// for.
 ///
-/// In a store a cycle is written as `<number>-<ttl in ms>-<code>`. The TTL tells the manager that
-/// passes the lease on how long this cycle's lease lasts. Other clients cannot guess the code (see
-/// [`Cycles`]).
+/// In a store a cycle is written as `<number>-<ttl in ms>-<code>`, followed by the [mode](LockMode)
+/// unless that is exclusive: `-s` for a shared lock, `-p<weight>-<limit>` for permits. The TTL tells
+/// the manager that passes the lease on how long this cycle's lease lasts. Other clients cannot
+/// guess the code (see [`Cycles`]).
 ///
 /// An *odd* number means that the manager expects remote waiters from the start and bounds its
 /// bypass. The owner of an *even* cycle is notified (`wanted`) when another manager begins to wait.
@@ -21,9 +24,15 @@ pub(crate) struct Cycle {
     number: u64,
     ttl_ms: u32,
     code: u32,
+    mode: LockMode,
 }
 
 impl Cycle {
+    /// The mode in which the key is to be held.
+    pub(crate) const fn mode(self) -> LockMode {
+        self.mode
+    }
+
     /// Whether the owner bounds its bypass without being notified of a waiter.
     pub(crate) const fn expects_rivals(self) -> bool {
         self.number % 2 == 1
@@ -41,7 +50,11 @@ impl Cycle {
     /// Parses the output of [`Display`](fmt::Display). The Lua scripts apply the same rule.
     pub(crate) fn parse(text: &str) -> Option<Self> {
         let (number, rest) = text.split_once('-')?;
-        let (ttl, code) = rest.split_once('-')?;
+        let (ttl, rest) = rest.split_once('-')?;
+        let (code, mode) = match rest.split_once('-') {
+            Some((code, mode)) => (code, LockMode::parse_suffix(mode)?),
+            None => (rest, LockMode::Exclusive),
+        };
         let digits = |text: &str| !text.is_empty() && text.bytes().all(|byte| byte.is_ascii_digit());
         let hex = code.len() == CODE_DIGITS && code.bytes().all(|byte| byte.is_ascii_hexdigit());
         if !(digits(number) && digits(ttl) && hex) {
@@ -51,6 +64,7 @@ impl Cycle {
             number: number.parse().ok()?,
             ttl_ms: ttl.parse().ok()?,
             code: u32::from_str_radix(code, 16).ok()?,
+            mode,
         })
     }
 }
@@ -69,7 +83,11 @@ impl Cycle {
             let nibble = (self.code >> (4 * index)) & 0xf;
             *digit = b"0123456789abcdef"[nibble as usize];
         }
-        writer.write_all(&code)
+        writer.write_all(&code)?;
+        match self.mode {
+            LockMode::Exclusive => Ok(()),
+            mode => write!(writer, "{}", mode.suffix()),
+        }
     }
 }
 
@@ -78,7 +96,8 @@ const CODE_DIGITS: usize = 8;
 
 impl fmt::Display for Cycle {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        write!(f, "{}-{}-{:08x}", self.number, self.ttl_ms, self.code)
+        let mode = self.mode.suffix();
+        write!(f, "{}-{}-{:08x}{mode}", self.number, self.ttl_ms, self.code)
     }
 }
 
@@ -102,15 +121,16 @@ impl Cycles {
         }
     }
 
-    /// A new cycle, for leases with this TTL.
-    pub(crate) fn open(&self, expects_rivals: bool, ttl: Duration) -> Cycle {
+    /// A new cycle, for leases in this mode with this TTL.
+    pub(crate) fn open(&self, mode: LockMode, expects_rivals: bool, ttl: Duration) -> Cycle {
         let pair = self.next.fetch_add(1, Ordering::Relaxed) + 1;
         let number = pair * 2 + u64::from(expects_rivals);
         let ttl_ms = u32::try_from(ttl.as_millis()).unwrap_or(u32::MAX).max(1);
         Cycle {
             number,
             ttl_ms,
-            code: self.code(number, ttl_ms),
+            code: self.code(number, ttl_ms, mode),
+            mode,
         }
     }
 
@@ -121,15 +141,18 @@ impl Cycles {
 
     /// Whether the cycle belongs to this manager. If not, it was forged.
     pub(crate) fn has_opened(&self, cycle: Cycle) -> bool {
-        cycle.code == self.code(cycle.number, cycle.ttl_ms)
+        cycle.code == self.code(cycle.number, cycle.ttl_ms, cycle.mode)
     }
 
     /// SipHash, with the secret on both sides of the protected data.
-    fn code(&self, number: u64, ttl_ms: u32) -> u32 {
+    fn code(&self, number: u64, ttl_ms: u32, mode: LockMode) -> u32 {
         let mut hasher = DefaultHasher::new();
         hasher.write_u64(self.secret[0]);
         hasher.write_u64(number);
         hasher.write_u32(ttl_ms);
+        if mode != LockMode::Exclusive {
+            mode.hash(&mut hasher);
+        }
         hasher.write_u64(self.secret[1]);
         (hasher.finish() >> 32) as u32
     }
@@ -147,7 +170,8 @@ impl Cycle {
         Self {
             number,
             ttl_ms,
-            code: Cycles::default().code(number, ttl_ms),
+            code: Cycles::default().code(number, ttl_ms, LockMode::Exclusive),
+            mode: LockMode::Exclusive,
         }
     }
 }
@@ -159,7 +183,7 @@ mod tests {
     #[test]
     fn cycle_is_read_as_it_was_written() {
         let cycles = Cycles::with_secret([7, 8]);
-        let cycle = cycles.open(true, Duration::from_millis(1_500));
+        let cycle = cycles.open(LockMode::Exclusive, true, Duration::from_millis(1_500));
         assert_eq!((cycle.number(), cycle.ttl()), (3, Duration::from_millis(1_500)));
         assert!(cycle.expects_rivals());
         assert_eq!(Cycle::parse(&cycle.to_string()), Some(cycle));
@@ -186,9 +210,40 @@ mod tests {
     }
 
     #[test]
+    fn mode_is_part_of_a_cycle() {
+        let cycles = Cycles::with_secret([7, 8]);
+        let permits = LockMode::Permits { weight: 3, limit: 10 };
+        for (mode, suffix) in [(LockMode::Shared, "-s"), (permits, "-p3-10")] {
+            let cycle = cycles.open(mode, false, Duration::from_secs(1));
+            assert!(cycle.to_string().ends_with(suffix), "{cycle}");
+            assert_eq!(Cycle::parse(&cycle.to_string()), Some(cycle));
+            let mut written = Vec::new();
+            cycle.write_to(&mut written).unwrap();
+            assert_eq!(String::from_utf8(written).unwrap(), cycle.to_string());
+            assert!(cycles.has_opened(cycle));
+            for other in [
+                LockMode::Exclusive,
+                LockMode::Shared,
+                permits,
+                LockMode::Permits { weight: 2, limit: 10 },
+            ] {
+                let forged = Cycle { mode: other, ..cycle };
+                assert_eq!(cycles.has_opened(forged), other == mode, "{forged}");
+            }
+        }
+        for nonsense in ["", "x", "s-", "p", "p1", "p0-1", "p2-1", "p1-65536", "p+1-2", "p1-2-3"] {
+            assert_eq!(
+                Cycle::parse(&format!("3-1500-00000000-{nonsense}")),
+                None,
+                "{nonsense:?}"
+            );
+        }
+    }
+
+    #[test]
     fn cycle_of_another_manager_or_with_another_ttl_is_not_ours() {
         let cycles = Cycles::with_secret([7, 8]);
-        let cycle = cycles.open(false, Duration::from_secs(1));
+        let cycle = cycles.open(LockMode::Exclusive, false, Duration::from_secs(1));
         assert!(cycles.has_opened(cycle));
         assert!(!Cycles::with_secret([7, 9]).has_opened(cycle));
         assert!(!Cycles::with_secret([6, 8]).has_opened(cycle));
@@ -208,7 +263,7 @@ mod tests {
         let cycles = Cycles::default();
         for expects_rivals in [false, true, false, true] {
             let before = cycles.newest();
-            let cycle = cycles.open(expects_rivals, Duration::from_secs(1));
+            let cycle = cycles.open(LockMode::Exclusive, expects_rivals, Duration::from_secs(1));
             assert!(cycle.number() > before, "{cycle} {before}");
             assert_eq!(cycles.newest(), cycle.number() | 1);
         }

@@ -9,6 +9,7 @@ use std::sync::Arc;
 use std::time::Duration;
 
 use crate::fence::FencingToken;
+use crate::mode::LockMode;
 
 /// Why a lock could not be acquired or kept.
 ///
@@ -63,6 +64,9 @@ pub enum LockErrorKind {
     /// A value is outside its bounds ([`LockError::invalid_setting`]). Nothing was sent. Fix the
     /// value.
     Invalid,
+    /// The kind of shard cannot hold a key in the requested [mode](crate::LockMode). Nothing was
+    /// sent. Use another kind of shard for the key.
+    Unsupported,
     /// The timeout of the request has passed. Its place in the queue was given up; a new request
     /// joins at the end.
     Timeout,
@@ -108,6 +112,7 @@ impl LockErrorKind {
     pub const fn as_str(self) -> &'static str {
         match self {
             Self::Invalid => "invalid",
+            Self::Unsupported => "unsupported",
             Self::Timeout => "timeout",
             Self::QueueFull => "queue full",
             Self::TooManyWaiters => "too many waiters",
@@ -154,6 +159,15 @@ pub(crate) enum Failure {
         shard: String,
         waiting: usize,
         limit: usize,
+    },
+
+    #[error("shard {shard:?} cannot hold {key:?} in mode {mode}: {reason}; use another kind of shard for it")]
+    Unsupported {
+        key: String,
+        shard: String,
+        mode: LockMode,
+        /// What the shard lacks.
+        reason: &'static str,
     },
 
     #[error(
@@ -273,6 +287,7 @@ impl LockError {
             Failure::Timeout { .. } => LockErrorKind::Timeout,
             Failure::QueueFull { .. } => LockErrorKind::QueueFull,
             Failure::TooManyWaiters { .. } => LockErrorKind::TooManyWaiters,
+            Failure::Unsupported { .. } => LockErrorKind::Unsupported,
             Failure::TooManyKeys { .. } => LockErrorKind::TooManyKeys,
             Failure::TooManyLeases { .. } => LockErrorKind::TooManyLeases,
             Failure::ShardDown { .. } => LockErrorKind::ShardDown,
@@ -292,6 +307,7 @@ impl LockError {
             Failure::Timeout { key, .. }
             | Failure::QueueFull { key, .. }
             | Failure::TooManyWaiters { key, .. }
+            | Failure::Unsupported { key, .. }
             | Failure::TooManyKeys { key, .. }
             | Failure::TooManyLeases { key, .. }
             | Failure::ShardDown { key, .. }
@@ -311,6 +327,7 @@ impl LockError {
             | Failure::QueueFull { shard, .. }
             | Failure::TooManyWaiters { shard, .. }
             | Failure::TooManyKeys { shard, .. }
+            | Failure::Unsupported { shard, .. }
             | Failure::TooManyLeases { shard, .. }
             | Failure::ShardDown { shard, .. }
             | Failure::Unavailable { shard, .. }

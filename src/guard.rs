@@ -10,6 +10,7 @@ use crate::engine::{Granted, Request};
 use crate::error::{Failure, LockError, LossReason};
 use crate::fence::FencingToken;
 use crate::lease::Lease;
+use crate::mode::LockMode;
 use crate::span::DebugSpan;
 use crate::store::Priority;
 use crate::telemetry::ClassMetrics;
@@ -105,6 +106,12 @@ impl LockGuard {
     #[must_use]
     pub const fn token(&self) -> FencingToken {
         self.token
+    }
+
+    /// Returns the mode in which the key is held.
+    #[must_use]
+    pub fn mode(&self) -> LockMode {
+        self.lease.cycle.mode()
     }
 
     /// Returns the name of the shard that owns the key.

@@ -91,7 +91,10 @@ impl fmt::Display for ManagerId {
 #[must_use]
 pub fn manager_of(owner: &str) -> Option<&str> {
     let (manager, cycle) = split(owner)?;
-    let is_cycle = !cycle.is_empty() && cycle.bytes().all(|byte| byte.is_ascii_hexdigit() || byte == b'-');
+    let is_cycle = !cycle.is_empty()
+        && cycle
+            .bytes()
+            .all(|byte| byte.is_ascii_hexdigit() || b"-sp".contains(&byte));
     is_cycle.then_some(manager)
 }
 

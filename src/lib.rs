@@ -300,6 +300,7 @@ mod manager;
 pub mod metrics;
 #[cfg(feature = "serde")]
 mod millis;
+mod mode;
 pub mod namespace;
 mod protocol;
 mod random;
@@ -323,6 +324,7 @@ pub use fence::FencingToken;
 pub use guard::LockGuard;
 pub use key::LockKey;
 pub use manager::LockManager;
+pub use mode::LockMode;
 pub use request::{LockFuture, LockRequest, TryLockFuture, TryLockRequest};
 
 /// Compiles the example of the README.

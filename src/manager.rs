@@ -19,6 +19,7 @@ use crate::error::{InvalidSetting, LockError, ShutdownError};
 use crate::guard::LockGuard;
 use crate::identity::ManagerId;
 use crate::key::LockKey;
+use crate::mode::LockMode;
 use crate::protocol::Cycles;
 use crate::random;
 use crate::request::{LockRequest, TryLockRequest};
@@ -224,6 +225,50 @@ impl LockManager {
     #[track_caller]
     pub fn try_lock(&self, key: impl TryInto<LockKey, Error: Into<InvalidSetting>>) -> TryLockRequest {
         TryLockRequest::new(self.lock(key))
+    }
+
+    /// Requests permits of a key, of which at most `limit` are in use at a time: one, or as many as
+    /// [`weight`](LockRequest::weight) says. Use this to bound how many workers call a partner's
+    /// API at once, over all processes.
+    ///
+    /// The limit is part of each request, from 1 to 1,000, so it can be changed by deploying
+    /// another number. While holders with different limits exist, the smallest one counts.
+    /// Permits, shared and exclusive locks of one key exclude each other as far as they must: an
+    /// exclusive lock excludes everybody, shared locks and permits do not exclude each other.
+    ///
+    /// A request waits in the order of all requests for the key, so one for many permits is not
+    /// passed by those for few. A permit passes between tasks of a process that ask for the same
+    /// number without network traffic. A holder that dies gives its permits back after its TTL.
+    ///
+    /// # Examples
+    ///
+    /// ```
+    /// # #[tokio::main(flavor = "current_thread")]
+    /// # async fn main() -> Result<(), shardlock::LockError> {
+    /// # let locks = shardlock::LockManager::connect("memory://").await?;
+    /// let one = locks.permits("partner-api", 3).await?;
+    /// let two = locks.permits("partner-api", 3).weight(2).await?;
+    /// assert!(locks.try_permits("partner-api", 3).await?.is_none());
+    /// two.release().await?;
+    /// assert!(locks.try_permits("partner-api", 3).await?.is_some());
+    /// # one.release().await
+    /// # }
+    /// ```
+    ///
+    /// # Errors
+    ///
+    /// Those of a [`LockRequest`], and [`LockError::Unsupported`] on kinds of shards that have no
+    /// permits.
+    #[track_caller]
+    pub fn permits(&self, key: impl TryInto<LockKey, Error: Into<InvalidSetting>>, limit: u16) -> LockRequest {
+        self.lock(key).in_mode(LockMode::Permits { weight: 1, limit })
+    }
+
+    /// Tries to acquire permits without waiting. See [`permits`](Self::permits) and
+    /// [`try_lock`](Self::try_lock).
+    #[track_caller]
+    pub fn try_permits(&self, key: impl TryInto<LockKey, Error: Into<InvalidSetting>>, limit: u16) -> TryLockRequest {
+        TryLockRequest::new(self.permits(key, limit))
     }
 
     /// Runs `body` while holding the lock. See [`LockRequest::with`].

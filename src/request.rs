@@ -18,6 +18,7 @@ use crate::engine::{InOutage, Linger, WaiterId, WaiterOptions};
 use crate::error::{Failure, InvalidSetting, LockError, LockErrorKind, LossReason};
 use crate::guard::LockGuard;
 use crate::key::LockKey;
+use crate::mode::{LockMode, PERMITS_MAX};
 use crate::slow_log::WaitOutcome;
 use crate::span::DebugSpan;
 use crate::store::Priority;
@@ -107,6 +108,7 @@ struct Overrides {
     linger: Option<Duration>,
     fail_fast: bool,
     class: Option<Arc<str>>,
+    mode: LockMode,
 }
 
 impl LockRequest {
@@ -123,6 +125,47 @@ impl LockRequest {
 
     fn overrides(&mut self) -> &mut Overrides {
         self.overrides.get_or_insert_default()
+    }
+
+    /// Requests the key in shared mode: any number of shared holders at a time, and no exclusive
+    /// one beside them.
+    ///
+    /// Nobody is passed: while an exclusive request waits, later shared ones wait behind it. Tasks
+    /// of one manager share one lease, and join those that hold the key already without network
+    /// traffic; while other processes wait, for one turn
+    /// ([`Config::max_slice`](crate::config::Config::max_slice)) at most. Each guard has its own
+    /// token and its own `max_hold`. The lease lasts for the longest TTL of its guards.
+    ///
+    /// # Examples
+    ///
+    /// ```
+    /// # #[tokio::main(flavor = "current_thread")]
+    /// # async fn main() -> Result<(), shardlock::LockError> {
+    /// # let locks = shardlock::LockManager::connect("memory://").await?;
+    /// let one = locks.lock("prices").shared().await?;
+    /// let other = locks.lock("prices").shared().await?;
+    /// assert!(other.token() > one.token());
+    /// // No writer while anybody reads.
+    /// assert!(locks.try_lock("prices").await?.is_none());
+    /// # Ok(()) }
+    /// ```
+    pub fn shared(mut self) -> Self {
+        self.overrides().mode = LockMode::Shared;
+        self
+    }
+
+    /// Sets how many permits the request takes, from 1 to the limit. Only for requests that were
+    /// made by [`LockManager::permits`](crate::LockManager::permits); others ignore it.
+    pub fn weight(mut self, weight: u16) -> Self {
+        if let LockMode::Permits { weight: taken, .. } = &mut self.overrides().mode {
+            *taken = weight;
+        }
+        self
+    }
+
+    pub(crate) fn in_mode(mut self, mode: LockMode) -> Self {
+        self.overrides().mode = mode;
+        self
     }
 
     /// Sets how long the lease lasts without renewal: 50 ms to 24 h. If the holder dies, the key
@@ -260,6 +303,7 @@ impl LockRequest {
     fn waiter_options(&self, only_try: bool) -> Result<WaiterOptions, InvalidSetting> {
         let config = &self.manager.config;
         let mut want = WaiterOptions {
+            mode: LockMode::Exclusive,
             ttl: config.ttl,
             max_hold: config.max_hold,
             linger: self.manager.linger,
@@ -278,12 +322,30 @@ impl LockRequest {
             want.ttl = overrides.ttl.unwrap_or(want.ttl);
             want.max_hold = overrides.max_hold.unwrap_or(want.max_hold);
             want.linger = overrides.linger.map_or(want.linger, Linger::new);
+            want.mode = overrides.mode;
+            check_mode(want.mode)?;
             if overrides.fail_fast {
                 want.in_outage = InOutage::Fail;
             }
         }
         Ok(want)
     }
+}
+
+/// Checks the numbers of a request for permits.
+fn check_mode(mode: LockMode) -> Result<(), InvalidSetting> {
+    let LockMode::Permits { weight, limit } = mode else {
+        return Ok(());
+    };
+    if !(1..=PERMITS_MAX).contains(&limit) {
+        let expected = format!("a number of permits from 1 to {PERMITS_MAX}");
+        return Err(InvalidSetting::new("limit", limit.to_string(), &expected));
+    }
+    if !(1..=limit).contains(&weight) {
+        let expected = format!("a number of permits from 1 to the limit of {limit}");
+        return Err(InvalidSetting::new("weight", weight.to_string(), &expected));
+    }
+    Ok(())
 }
 
 /// The future of a request. It enqueues a waiter when it is first polled and removes the waiter
@@ -632,6 +694,18 @@ impl IntoFuture for LockRequest {
 impl TryLockRequest {
     pub(crate) const fn new(request: LockRequest) -> Self {
         Self(request)
+    }
+
+    /// Requests the key in shared mode. See [`LockRequest::shared`].
+    pub fn shared(mut self) -> Self {
+        self.0 = self.0.shared();
+        self
+    }
+
+    /// Sets how many permits the request takes. See [`LockRequest::weight`].
+    pub fn weight(mut self, weight: u16) -> Self {
+        self.0 = self.0.weight(weight);
+        self
     }
 
     /// See [`LockRequest::ttl`].

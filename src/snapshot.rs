@@ -1,12 +1,14 @@
 //! Snapshots of a manager: its hottest keys, the locks it holds, the state of its shards.
 
 use std::collections::HashMap;
+use std::sync::Arc;
 use std::time::Duration;
 
 use crate::clock::Moment;
 use crate::context::ManagerShared;
 use crate::driver::{Entry, Shard};
 use crate::fence::FencingToken;
+use crate::mode::LockMode;
 
 /// One of the keys with the most contention in this process. See
 /// [`LockManager::hot_keys`](crate::LockManager::hot_keys).
@@ -33,7 +35,7 @@ pub struct HotKey {
     pub overcount_max: u64,
     /// The number of tasks of this process that wait for the key now.
     pub waiters: usize,
-    /// The guard of this process that holds the key now, if any.
+    /// The guard of this process that has held the key for longest, if any holds it now.
     pub holder: Option<HotKeyHolder>,
     /// The waits of the contended requests that got the lock.
     #[cfg_attr(feature = "serde", serde(rename = "wait_ms"))]
@@ -79,6 +81,8 @@ pub struct HeldLock {
     pub shard: String,
     /// The owner of the lease as written in the store: `manager:cycle`.
     pub owner: String,
+    /// The mode in which the key is held.
+    pub mode: LockMode,
     /// The fencing token.
     pub token: FencingToken,
     /// How long it has been held.
@@ -150,16 +154,20 @@ pub(crate) fn hot_keys(manager: &ManagerShared) -> Vec<HotKey> {
     }
     let hottest = manager.context.hot.hottest().into_iter();
     let snapshots = hottest.map(|hot| {
-        let entry = shards.get(&*hot.shard).and_then(|shard| shard.entry(&hot.key));
-        let snapshot = entry.map(|entry| entry.look(now));
-        let held = snapshot.as_ref().and_then(|snapshot| snapshot.held.as_ref());
+        let shard = shards.get(&*hot.shard);
+        let entries = shard.map_or_else(Vec::new, |shard| shard.entries_of(&hot.key));
+        let snapshots: Vec<_> = entries.iter().map(|entry| entry.look(now)).collect();
+        let held = snapshots
+            .iter()
+            .flat_map(|snapshot| &snapshot.held)
+            .max_by_key(|held| held.age);
         HotKey {
             key: hot.key.to_string(),
             shard: hot.shard.to_string(),
             contended: hot.contended,
             acquired: hot.acquired,
             overcount_max: hot.overcount_max,
-            waiters: snapshot.as_ref().map_or(0, |snapshot| snapshot.waiting),
+            waiters: snapshots.iter().map(|snapshot| snapshot.waiting).sum(),
             holder: held.map(|held| HotKeyHolder {
                 held: held.age,
                 token: held.token,
@@ -181,8 +189,8 @@ pub(crate) fn held(manager: &ManagerShared, most: usize) -> (usize, Vec<HeldLock
     for shard in &manager.shards {
         for entry in shard.entries() {
             let snapshot = entry.look(now);
-            if let Some(lock) = snapshot.held {
-                held.push((lock, snapshot.waiting, entry));
+            for lock in snapshot.held {
+                held.push((lock, snapshot.waiting, Arc::clone(&entry)));
             }
         }
     }
@@ -193,6 +201,7 @@ pub(crate) fn held(manager: &ManagerShared, most: usize) -> (usize, Vec<HeldLock
         key: entry.key.to_string(),
         shard: entry.shard.name.to_string(),
         owner: entry.shard.owner_tag(lock.cycle),
+        mode: lock.cycle.mode(),
         token: lock.token,
         age: lock.age,
         remaining: lock.remaining,

@@ -11,11 +11,14 @@ use parking_lot::Mutex;
 use super::{Job, Shard};
 use crate::clock::Moment;
 use crate::contention::KeyContention;
-use crate::engine::{Context, Effects, Granted, Outcome, Path, Queue, Rare, Request, WaiterId, WaiterOptions, Wake};
+use crate::engine::{
+    Contender, Context, Effects, Granted, Outcome, Path, Rare, Request, WaiterId, WaiterOptions, Wake,
+};
 use crate::error::{Failure, LockError};
 use crate::fence::FencingToken;
 use crate::foreign::WAKERS;
 use crate::key::{LockKey, Slot};
+use crate::mode::LockMode;
 use crate::protocol::Cycle;
 use crate::telemetry::DEFAULT_CLASS;
 
@@ -23,6 +26,8 @@ use crate::telemetry::DEFAULT_CLASS;
 /// called or dropped: wakers are foreign code that may call back into this manager.
 pub(crate) struct Entry {
     pub(crate) key: LockKey,
+    /// A mode of the kind in which this entry holds the key.
+    pub(crate) mode: LockMode,
     pub(crate) shard: Arc<Shard>,
     /// The slot of the key within the store.
     slot: Slot,
@@ -30,7 +35,7 @@ pub(crate) struct Entry {
 }
 
 struct State {
-    queue: Queue<Waker>,
+    queue: Contender<Waker>,
     /// Removed from the table because it had no work left. A task that still has this entry looks
     /// up the new one.
     removed: bool,
@@ -38,19 +43,21 @@ struct State {
     contention: Option<Box<KeyContention>>,
     /// Who collected the last guard. The queue knows whether that guard is still out.
     holding: Option<HolderInfo>,
+    /// Who collected the guards before it that are still out. Empty for exclusive locks.
+    holding_too: Vec<HolderInfo>,
 }
 
 /// The counted properties of a queue.
 #[derive(Debug, Clone, Copy)]
 struct Counted {
-    holds: bool,
+    leases: usize,
     is_evictable: bool,
 }
 
 impl Counted {
-    const fn of(queue: &Queue<Waker>) -> Self {
+    fn of(queue: &Contender<Waker>) -> Self {
         Self {
-            holds: queue.holds(),
+            leases: queue.leases(),
             is_evictable: queue.is_evictable(),
         }
     }
@@ -76,7 +83,7 @@ struct HolderInfo {
 /// A snapshot of a key.
 #[derive(Debug)]
 pub(crate) struct KeySnapshot {
-    pub(crate) held: Option<HeldSnapshot>,
+    pub(crate) held: Vec<HeldSnapshot>,
     pub(crate) waiting: usize,
     /// How long the first waiter has been waiting; zero if there is none.
     pub(crate) longest_wait: Duration,
@@ -134,13 +141,16 @@ impl State {
     fn note(&mut self, outcome: &Outcome, asked: Origin) -> Option<Box<KeyContention>> {
         match outcome {
             Outcome::Granted(granted) => {
-                self.holding = Some(HolderInfo {
+                let before = self.holding.replace(HolderInfo {
                     token: granted.token,
                     since: granted.at,
                     caller: asked.caller,
                     class: asked.class,
                 });
-                if matches!(granted.path, Path::Uncontended | Path::Lingering) {
+                if !self.queue.is_exclusive() {
+                    self.holding_too.extend(before);
+                }
+                if matches!(granted.path, Path::Uncontended | Path::Lingering | Path::Joined) {
                     return None;
                 }
                 let contention = self.contention.get_or_insert_default();
@@ -154,14 +164,16 @@ impl State {
 }
 
 impl Entry {
-    pub(super) fn new(key: LockKey, shard: &Arc<Shard>) -> Arc<Self> {
+    pub(super) fn new(key: LockKey, mode: LockMode, shard: &Arc<Shard>) -> Arc<Self> {
         let state = Mutex::new(State {
-            queue: Queue::new(),
+            queue: Contender::new(mode),
             removed: false,
             contention: None,
             holding: None,
+            holding_too: Vec::new(),
         });
         Arc::new(Self {
+            mode,
             slot: shard.store.slot_of(&key),
             key,
             shard: Arc::clone(shard),
@@ -194,13 +206,14 @@ impl Entry {
         let deadline = is_due.then(|| state.queue.next_deadline()).flatten();
         let after = Counted::of(&state.queue);
         self.count(before, after);
+        let is_exclusive = state.queue.is_exclusive();
         drop(state);
         self.count_evictable(before, after);
         if let Some(deadline) = deadline {
             self.shard.next_deadline.wake_at(deadline);
         }
-        if is_settled {
-            // The calling task collects immediately.
+        if is_settled && is_exclusive {
+            // The calling task collects immediately. A group returns only the wakers of others.
             effects.wake = Wake::None;
         }
         let request = self.carry_out(effects);
@@ -257,24 +270,23 @@ impl Entry {
         self.apply_in_background(|queue, cx| queue.give_up(id, cx));
     }
 
-    /// A snapshot of the holder and the waiters.
+    /// A snapshot of the holders and the waiters.
     pub(crate) fn look(&self, now: Moment) -> KeySnapshot {
         let state = self.state.lock();
-        let lease = state.queue.lease();
-        let held = lease.and_then(|(lease, token)| {
-            let token = token?;
-            let holding = state.holding.filter(|holding| holding.token == token);
-            Some(HeldSnapshot {
+        let held = state.queue.guards().map(|(lease, token)| {
+            let all = state.holding.iter().chain(&state.holding_too);
+            let holding = all.into_iter().find(|holding| holding.token == token);
+            HeldSnapshot {
                 cycle: lease.cycle,
                 token,
                 age: holding.map_or(Duration::ZERO, |holding| now.since(holding.since)),
                 remaining: lease.remaining(now),
                 caller: holding.map(|holding| holding.caller),
                 class: holding.map_or(DEFAULT_CLASS, |holding| holding.class),
-            })
+            }
         });
         KeySnapshot {
-            held,
+            held: held.collect(),
             waiting: state.queue.waiting(),
             longest_wait: state
                 .queue
@@ -292,7 +304,7 @@ impl Entry {
     /// Whether the lease of that cycle is still ours, as far as is known locally.
     pub(crate) fn holds(&self, cycle: Cycle) -> bool {
         let state = self.state.lock();
-        state.queue.lease().is_some_and(|(lease, _)| lease.cycle == cycle)
+        state.queue.has_lease_of(cycle)
     }
 
     /// Whether that cycle is in use here.
@@ -325,13 +337,16 @@ impl Entry {
         token: FencingToken,
         now: Moment,
     ) -> (bool, Option<Request>) {
+        if !self.mode.is_exclusive() {
+            self.state.lock().holding_too.retain(|holding| holding.token != token);
+        }
         self.apply(now, |queue, cx| queue.released(cycle, token, cx))
     }
 
     /// Applies an event and carries out its effects. A request goes to the background thread.
     pub(crate) fn apply_in_background(
         self: &Arc<Self>,
-        event: impl FnOnce(&mut Queue<Waker>, Context<'_>) -> Effects<Waker>,
+        event: impl FnOnce(&mut Contender<Waker>, Context<'_>) -> Effects<Waker>,
     ) {
         let ((), request) = self.apply(Moment::now(), |queue, cx| ((), event(queue, cx)));
         if let Some(request) = request {
@@ -347,7 +362,7 @@ impl Entry {
     pub(super) fn apply<R>(
         self: &Arc<Self>,
         now: Moment,
-        event: impl FnOnce(&mut Queue<Waker>, Context<'_>) -> (R, Effects<Waker>),
+        event: impl FnOnce(&mut Contender<Waker>, Context<'_>) -> (R, Effects<Waker>),
     ) -> (R, Option<Request>) {
         let cx = self.context(now);
         let mut state = self.state.lock();
@@ -374,10 +389,8 @@ impl Entry {
     /// Counts what an event has changed. Called under the mutex of the entry.
     fn count(&self, before: Counted, after: Counted) {
         let metrics = &self.shard.metrics;
-        match (before.holds, after.holds) {
-            (false, true) => metrics.lease_came(),
-            (true, false) => metrics.lease_went(),
-            _ => {}
+        if before.leases != after.leases {
+            metrics.leases_changed(before.leases, after.leases);
         }
         if !before.is_evictable && after.is_evictable {
             metrics.lease_lingers();
@@ -436,29 +449,40 @@ impl Entry {
     }
 
     #[cold]
-    fn carry_out_rare(&self, rare: Rare) {
+    fn carry_out_rare(self: &Arc<Self>, rare: Rare) {
         let Rare {
             abandoned,
             ended,
             lost,
             stale_grant,
+            more_requests,
+            more_served,
         } = rare;
-        if let Some(lease) = ended {
+        for lease in ended {
             WAKERS.call(|| lease.notify_of_loss());
         }
         self.abandon(abandoned);
         if stale_grant {
             self.shard.metrics.stale_grants.increment(1);
         }
-        if let Some(reason) = lost {
+        for guards in more_served {
+            self.shard.metrics.served(guards);
+        }
+        for request in more_requests {
+            self.shard.send(Job::Request {
+                entry: Arc::clone(self),
+                request,
+            });
+        }
+        for reason in lost {
             self.shard.metrics.lost(reason);
             self.shard.manager.slow_log.lost(&self.key, &self.shard.name, reason);
         }
     }
 
     /// Schedules background releases for cycles that are over.
-    fn abandon(&self, abandoned: impl IntoIterator<Item = Option<Cycle>>) {
-        for cycle in abandoned.into_iter().flatten() {
+    fn abandon(&self, abandoned: Vec<Cycle>) {
+        for cycle in abandoned {
             self.shard.abandon(&self.key, cycle);
         }
     }

@@ -186,17 +186,28 @@ impl Shard {
         waker: &Waker,
         now: Moment,
     ) -> Result<(Arc<Entry>, Enqueued), LockError> {
+        if !want.mode.is_exclusive()
+            && let Some(reason) = self.store.lacks(want.mode)
+        {
+            return Err(Failure::Unsupported {
+                key: key.to_string(),
+                shard: self.name.to_string(),
+                mode: want.mode,
+                reason,
+            }
+            .into());
+        }
         // Rarely true, so threads do not contend for the cache line.
         if want.ttl > self.longest_ttl() {
             self.longest_ttl.fetch_max(in_micros(want.ttl), Ordering::Relaxed);
         }
         loop {
             let mut is_new = false;
-            let entry = self.table.get_or_insert(key, || {
+            let entry = self.table.get_or_insert(key, want.mode, || {
                 is_new = true;
                 // Count the entry before any other task can find and remove it.
                 self.manager.usage.keys.fetch_add(1, Ordering::Relaxed);
-                Entry::new(key.clone(), self)
+                Entry::new(key.clone(), want.mode, self)
             });
             if is_new {
                 self.admit_key(&entry)?;
@@ -245,9 +256,10 @@ impl Shard {
         }
     }
 
-    /// The entry of the key, if the key has a waiter, a lease or a request in flight.
-    pub(crate) fn entry(&self, key: &LockKey) -> Option<Arc<Entry>> {
-        self.table.get(key)
+    /// The entries of the key, one for each kind of mode in which it has a waiter, a lease or a
+    /// request in flight.
+    pub(crate) fn entries_of(&self, key: &LockKey) -> Vec<Arc<Entry>> {
+        self.table.get_all(key)
     }
 
     /// All keys that have a waiter, a lease or a request in flight.

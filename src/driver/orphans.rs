@@ -129,7 +129,10 @@ impl Cleaner {
     /// Schedules the second release of cycles of which no request can arrive any more.
     fn recheck_due(&mut self, now: Moment) {
         let shard = Arc::clone(&self.shard);
-        let is_current = |key: &LockKey, cycle| shard.table.get(key).is_some_and(|entry| entry.is_current(cycle));
+        let is_current = |key: &LockKey, cycle: Cycle| {
+            let entry = shard.table.get(key, cycle.mode());
+            entry.is_some_and(|entry| entry.is_current(cycle))
+        };
         while let Some(verdict) = self.orphans.next_recheck(now, shard.store.last_cut(), is_current, || {
             PendingRelease::note(&shard.manager.usage)
         }) {

@@ -61,7 +61,7 @@ fn look(shard: &Arc<Shard>) {
     let (mut slow, mut slowest) = (0, None);
     for entry in shard.entries() {
         let seen = entry.look(now);
-        if let Some(held) = &seen.held {
+        for held in &seen.held {
             let oldest = of_class(&mut by_class, held.class);
             oldest.lease = oldest.lease.max(held.age);
             let bound = shard.manager.slow_log.long_hold();

@@ -132,7 +132,7 @@ async fn receive(shard: Arc<Shard>, pushes: Arc<Pushes>, mut subscribed: Option<
             // this too. The shard of the key acts on it.
             Push::Granted { ref key, .. } | Push::YourTurn { ref key, .. } | Push::RemoteWaiter { ref key, .. }
                 if !shard.owns(key) => {}
-            Push::Granted { key, grant } => match shard.table.get(&key) {
+            Push::Granted { key, grant } => match shard.table.get(&key, grant.cycle.mode()) {
                 Some(entry) => entry.apply_in_background(|queue, cx| queue.on_grant(grant, cx)),
                 // No task wants the key any more.
                 None => {
@@ -140,11 +140,11 @@ async fn receive(shard: Arc<Shard>, pushes: Arc<Pushes>, mut subscribed: Option<
                     shard.abandon(&key, grant.cycle);
                 }
             },
-            Push::YourTurn { key, cycle } => match shard.table.get(&key) {
-                Some(entry) => entry.apply_in_background(|queue, _| queue.on_your_turn(cycle)),
+            Push::YourTurn { key, cycle } => match shard.table.get(&key, cycle.mode()) {
+                Some(entry) => entry.apply_in_background(|queue, cx| queue.on_your_turn(cycle, cx)),
                 None => shard.abandon(&key, cycle),
             },
-            Push::RemoteWaiter { key, cycle } => match shard.table.get(&key) {
+            Push::RemoteWaiter { key, cycle } => match shard.table.get(&key, cycle.mode()) {
                 Some(entry) => entry.apply_in_background(|queue, cx| queue.on_remote_waiter(cycle, cx)),
                 // The cycle is over.
                 None => shard.abandon(&key, cycle),

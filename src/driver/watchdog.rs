@@ -82,20 +82,20 @@ fn look(shard: &Arc<Shard>) -> (Vec<DueRenewal>, Duration) {
     shard.next_deadline.reset();
     let (mut all_due, mut shortest) = (Vec::new(), Duration::MAX);
     for entry in shard.entries() {
-        let mut renewal = None;
+        let mut renewals = Vec::new();
         entry.apply_in_background(|queue, cx| {
             let effects = queue.tick(cx);
-            renewal = queue.renewal(cx);
-            if queue.holds() {
-                shortest = shortest.min(queue.ttl());
+            renewals.extend(std::iter::from_fn(|| queue.renewal(cx)));
+            if let Some(ttl) = queue.ttl() {
+                shortest = shortest.min(ttl);
             }
             effects
         });
-        if let Some((cycle, ttl, late)) = renewal {
+        for (cycle, ttl, late) in renewals {
             // Not under the mutex of the key: the recorder is foreign code.
             shard.metrics.renewal_lag.record(late.as_secs_f64());
             let key = entry.key.clone();
-            let what = (entry, Renewal { key, cycle, ttl });
+            let what = (Arc::clone(&entry), Renewal { key, cycle, ttl });
             all_due.push(Due::new(what, ttl, late, &shard.manager.rules, Moment::now()));
         }
     }

@@ -16,8 +16,8 @@ pub(crate) mod orphans;
 pub(crate) mod renewals;
 
 pub(crate) use key::{
-    Bound, Capacity, Context, Effects, Granted, InOutage, Linger, Outage, Outcome, Path, Queue, Rare, Request, Rules,
-    WaiterId, WaiterOptions, Wake,
+    Bound, Capacity, Contender, Context, Effects, Granted, InOutage, Linger, Outage, Outcome, Path, Rare, Request,
+    Rules, WaiterId, WaiterOptions, Wake,
 };
 #[cfg(test)]
 pub(crate) use key::{Flaw, Unlimited};

@@ -3,6 +3,7 @@ use std::time::Duration;
 use super::{head, text};
 use crate::cycle::{Cycle, Cycles};
 use crate::identity::{ManagerId, manager_of, parse_owner_tag};
+use crate::mode::LockMode;
 
 /// Lease values and queue members: the owner tag `<manager>:<cycle>`, which any client with write
 /// access to the store may have written.
@@ -59,7 +60,11 @@ fn written(data: &[u8]) {
     let id = ManagerId::of(&text(rest), pid, random);
     assert!(id.as_str().len() <= 64 + 1 + 10 + 1 + 16);
     let cycles = Cycles::with_secret([number, random]);
-    let own = cycles.open(pid.is_multiple_of(2), Duration::from_millis(ttl_ms.into()));
+    let own = cycles.open(
+        LockMode::Exclusive,
+        pid.is_multiple_of(2),
+        Duration::from_millis(ttl_ms.into()),
+    );
     let any = Cycle::parse(&format!("{number}-{ttl_ms}-{pid:08x}")).unwrap();
     for cycle in [own, any] {
         let owner_tag = id.owner_tag(cycle).to_string();

@@ -28,6 +28,7 @@ use crate::error::{Failure, LockError, Reason};
 use crate::fence::FencingToken;
 use crate::identity::ManagerId;
 use crate::key::{LockKey, Slot};
+use crate::mode::LockMode;
 use crate::protocol::{Acquire, AcquireReply, Answer, Push, Release, ReleaseReply, RenewReply, Renewal};
 use crate::runtime::Runtimes;
 use crate::telemetry::ShardMetrics;
@@ -110,6 +111,11 @@ pub(crate) trait LeaseStore: Send + Sync + 'static {
     /// The slot of a key inside the store, for [`Push::Resubscribed`] and [`epoch`](Self::epoch).
     fn slot_of(&self, key: &LockKey) -> Slot {
         key.slot()
+    }
+
+    /// Why the store cannot hold a key in this mode, if it cannot.
+    fn lacks(&self, mode: LockMode) -> Option<&'static str> {
+        (mode != LockMode::Exclusive).then_some("this kind of shard has exclusive locks only")
     }
 
     /// When a connection that carries requests was last abandoned. Requests sent on it may still
@@ -380,8 +386,14 @@ impl StoreError {
 #[cfg_attr(feature = "serde", derive(serde::Serialize))]
 #[non_exhaustive]
 pub struct KeyState {
-    /// The current holder, if there is one.
+    /// The exclusive holder, if there is one.
     pub holder: Option<Holder>,
+    /// The shared holders and those of permits, those that would expire first in front; at most 100.
+    pub holders: Vec<Holder>,
+    /// The number of shared holders and holders of permits.
+    pub holder_count: u64,
+    /// The number of permits in use.
+    pub permits_in_use: u32,
     /// The number of cycles in the store's queue, of this manager and of others.
     pub queue_length: u64,
     /// The first members of the queue, in order, as `manager:cycle`; at most 100.
@@ -400,6 +412,8 @@ pub struct Holder {
     pub owner: String,
     /// Whether the holder is a shardlock manager.
     pub is_manager: bool,
+    /// The mode in which it holds the key.
+    pub mode: LockMode,
     /// The remaining time of the lease, or `None` if it never ends.
     #[cfg_attr(
         feature = "serde",

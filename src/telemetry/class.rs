@@ -42,21 +42,23 @@ impl Ending {
             Self::Acquired(Path::LocalHandOff) => 1,
             Self::Acquired(Path::RemoteGrant) => 2,
             Self::Acquired(Path::Lingering) => 3,
-            Self::Busy => 4,
-            Self::Timeout => 5,
-            Self::QueueFull => 6,
-            Self::Unavailable => 7,
-            Self::Refused => 8,
-            Self::Closed => 9,
-            Self::Cancelled => 10,
+            Self::Acquired(Path::Joined) => 4,
+            Self::Busy => 5,
+            Self::Timeout => 6,
+            Self::QueueFull => 7,
+            Self::Unavailable => 8,
+            Self::Refused => 9,
+            Self::Closed => 10,
+            Self::Cancelled => 11,
         }
     }
 
-    const ALL: [Self; 11] = [
+    const ALL: [Self; 12] = [
         Self::Acquired(Path::Uncontended),
         Self::Acquired(Path::LocalHandOff),
         Self::Acquired(Path::RemoteGrant),
         Self::Acquired(Path::Lingering),
+        Self::Acquired(Path::Joined),
         Self::Busy,
         Self::Timeout,
         Self::QueueFull,
@@ -76,6 +78,7 @@ impl Ending {
             LockErrorKind::Unavailable | LockErrorKind::ShardDown => Self::Unavailable,
             LockErrorKind::Closed => Self::Closed,
             LockErrorKind::Invalid
+            | LockErrorKind::Unsupported
             | LockErrorKind::Refused
             | LockErrorKind::ShardMapMismatch
             | LockErrorKind::Lost
@@ -89,6 +92,7 @@ impl Ending {
             Self::Acquired(Path::LocalHandOff) => ("acquired", "local"),
             Self::Acquired(Path::RemoteGrant) => ("acquired", "remote"),
             Self::Acquired(Path::Lingering) => ("acquired", "lingering"),
+            Self::Acquired(Path::Joined) => ("acquired", "joined"),
             Self::Busy => ("busy", "none"),
             Self::Timeout => ("timeout", "none"),
             Self::QueueFull => ("queue_full", "none"),

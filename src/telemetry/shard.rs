@@ -188,12 +188,13 @@ impl ShardMetrics {
         self.waiting.fetch_sub(1, Ordering::Relaxed);
     }
 
-    pub(crate) fn lease_came(&self) {
-        self.held.fetch_add(1, Ordering::Relaxed);
-    }
-
-    pub(crate) fn lease_went(&self) {
-        self.held.fetch_sub(1, Ordering::Relaxed);
+    /// The number of leases of a key has changed.
+    pub(crate) fn leases_changed(&self, before: usize, after: usize) {
+        if after > before {
+            self.held.fetch_add(after - before, Ordering::Relaxed);
+        } else {
+            self.held.fetch_sub(before - after, Ordering::Relaxed);
+        }
     }
 
     /// A lease begins to linger.
@@ -261,7 +262,7 @@ impl ShardMetrics {
     pub(crate) fn acquired(&self, path: Path) {
         match path {
             Path::Uncontended => self.uncontended.fetch_add(1, Ordering::Relaxed),
-            Path::Lingering => self.from_lingering.fetch_add(1, Ordering::Relaxed),
+            Path::Lingering | Path::Joined => self.from_lingering.fetch_add(1, Ordering::Relaxed),
             Path::LocalHandOff => self.local.add(),
             Path::RemoteGrant => self.remote.add(),
         };

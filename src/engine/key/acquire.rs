@@ -9,6 +9,7 @@ use super::types::Flaw;
 use super::types::{Context, Outcome, Path};
 use super::{BLOCK_MAX, BLOCK_MIN, Queue};
 use crate::clock::Moment;
+use crate::mode::LockMode;
 use crate::protocol::{AcquireMode, AcquireReply, Answer, Cycle, Grant, QueuePosition};
 
 /// How many replies may arrive after the lease has expired before the waiters fail.
@@ -35,10 +36,13 @@ impl<W> Queue<W> {
         let mode = match (first.want.try_only, self.remote_waiters_seen) {
             (true, _) => AcquireMode::Try,
             (false, true) => AcquireMode::Enqueue,
+            // The fast path is for exclusive locks.
+            (false, false) if self.mode != LockMode::Exclusive => AcquireMode::Enqueue,
             (false, false) => AcquireMode::Fast,
         };
         // A try cannot be queued, so as an owner it needs notifications of remote waiters.
-        self.start_acquire_as(mode, mode == AcquireMode::Enqueue, cx, effects);
+        let expects_rivals = mode == AcquireMode::Enqueue && self.remote_waiters_seen;
+        self.start_acquire_as(mode, expects_rivals, cx, effects);
     }
 
     /// Starts a cycle.
@@ -50,7 +54,7 @@ impl<W> Queue<W> {
         effects: &mut Effects<W>,
     ) {
         self.take_ttl_of_first();
-        let cycle = cx.open_cycle(expects_rivals, self.ttl);
+        let cycle = cx.open_cycle(self.mode, expects_rivals, self.ttl);
         self.asked_in = cx.epoch;
         self.phase = Phase::Acquiring(Acquiring::new(cycle, mode, None));
         let request = self.acquire_request(cycle, mode);
@@ -95,8 +99,8 @@ impl<W> Queue<W> {
             .is_some_and(|first| !first.want.linger.is_none());
         // One token is enough if no other task waits, unless the lease is to linger for later
         // tasks.
-        let tokens = match self.waiters.len() as u64 {
-            0 | 1 if lingers => BLOCK_MIN,
+        let tokens = match (self.waiters.len() as u64).max(self.beside) {
+            0 | 1 if lingers || self.mode == LockMode::Shared => BLOCK_MIN,
             0 | 1 => 1,
             waiting => (2 * waiting).clamp(BLOCK_MIN, BLOCK_MAX),
         };

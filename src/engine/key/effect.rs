@@ -12,7 +12,7 @@ use crate::protocol::{AcquireMode, Cycle};
 #[derive(Debug)]
 #[must_use = "an effect that is not carried out strands a waiter or a lease"]
 pub(crate) struct Effects<W> {
-    /// The next request for this key. At most one is in flight at a time.
+    /// The next request for this key. At most one is in flight at a time for each cycle.
     pub(crate) request: Option<Request>,
     /// The waiters whose outcome can be collected.
     pub(crate) wake: Wake<W>,
@@ -32,11 +32,15 @@ pub(crate) struct Effects<W> {
 #[derive(Debug, Default)]
 pub(crate) struct Rare {
     /// Cycles that are over but that the store may still know. Release them in the background.
-    pub(crate) abandoned: [Option<Cycle>; 2],
-    /// A lease that ended. It is already invalid; tasks that wait for its loss must be notified.
-    pub(crate) ended: Option<Arc<Lease>>,
-    /// The reason why a guard lost its lease.
-    pub(crate) lost: Option<LossReason>,
+    pub(crate) abandoned: Vec<Cycle>,
+    /// Leases that ended. They are already invalid; tasks that wait for the loss must be notified.
+    pub(crate) ended: Vec<Arc<Lease>>,
+    /// The reasons why guards lost their leases.
+    pub(crate) lost: Vec<LossReason>,
+    /// Further requests, each for another cycle of the key.
+    pub(crate) more_requests: Vec<Request>,
+    /// Further holds that ended; see [`Effects::served`].
+    pub(crate) more_served: Vec<u32>,
     /// A grant was stale: its cycle was over, or the grant had expired.
     pub(crate) stale_grant: bool,
 }
@@ -57,6 +61,15 @@ impl Bound {
         match self {
             Self::Burst => "max_burst",
             Self::Slice => "max_slice",
+        }
+    }
+}
+
+impl Request {
+    /// The cycle that the reply to this request is reported for.
+    pub(crate) const fn cycle(&self) -> Cycle {
+        match self {
+            Self::Acquire { cycle, .. } | Self::Release { cycle, .. } => *cycle,
         }
     }
 }
@@ -113,21 +126,30 @@ impl<W> Effects<W> {
         self.request = Some(request);
     }
 
+    /// Adds a request for another cycle of the key.
+    pub(super) fn add_request(&mut self, request: Request) {
+        match self.request {
+            None => self.request = Some(request),
+            Some(_) => self.rare().more_requests.push(request),
+        }
+    }
+
+    /// Adds another hold that ended.
+    pub(super) fn add_served(&mut self, guards: u32) {
+        match self.served {
+            None => self.served = Some(guards),
+            Some(_) => self.rare().more_served.push(guards),
+        }
+    }
+
     pub(super) fn rare(&mut self) -> &mut Rare {
         self.rare.get_or_insert_default()
     }
 
     pub(super) fn abandon(&mut self, cycle: Cycle) {
         let abandoned = &mut self.rare().abandoned;
-        if abandoned.contains(&Some(cycle)) {
-            return;
-        }
-        match abandoned {
-            [first @ None, _] => *first = Some(cycle),
-            [_, second] => {
-                debug_assert!(second.is_none(), "more than two cycles abandoned at once");
-                *second = Some(cycle);
-            }
+        if !abandoned.contains(&cycle) {
+            abandoned.push(cycle);
         }
     }
 

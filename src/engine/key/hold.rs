@@ -5,13 +5,14 @@ use std::time::Duration;
 
 use super::effect::{Effects, Request};
 use super::phase::{Acquiring, Held, Holder, Occupant, Phase};
-use super::types::{Context, Granted, Linger, Outcome, Path};
+use super::types::{Context, Granted, Linger, Outcome, Path, WaiterOptions};
 use super::waiters::WaiterId;
 use super::{BLOCK_LINGERING, BLOCK_MAX, BLOCK_MIN, Queue, drift};
 use crate::clock::Moment;
 use crate::error::LossReason;
-use crate::fence::TokenBlock;
+use crate::fence::{FencingToken, TokenBlock};
 use crate::lease::Lease;
+use crate::mode::LockMode;
 use crate::protocol::{AcquireMode, AcquireReply, Answer, Cycle};
 
 impl<W> Queue<W> {
@@ -211,9 +212,56 @@ impl<W> Queue<W> {
         self.resolve(id, outcome, effects);
     }
 
+    /// Whether another guard may be let in beside the present one.
+    pub(super) fn may_join(&self, cx: Context<'_>) -> bool {
+        let Phase::Held(held) = &self.phase else { return false };
+        held.guard().is_some() && !held.must_yield(cx) && held.lease.loss_at(cx.now).is_none()
+    }
+
+    /// Lets another guard in beside the present one, and returns its token. If the lease has too
+    /// little time or no tokens left, it is extended first, and the guard has to ask again.
+    pub(super) fn join(&mut self, cx: Context<'_>) -> (Option<FencingToken>, Effects<W>) {
+        let mut effects = Effects::none();
+        if !self.may_join(cx) {
+            return (None, effects);
+        }
+        let Phase::Held(held) = &mut self.phase else {
+            return (None, effects);
+        };
+        let is_good = held.lease.remaining(cx.now) * 4 >= self.ttl && held.is_confirmed(cx);
+        let token = if is_good { held.take_token() } else { None };
+        if token.is_some() {
+            held.served = held.served.saturating_add(1);
+            held.served_in_all = held.served_in_all.saturating_add(1);
+        }
+        // If the last extension had no reply, the next one would have none either.
+        if !held.in_doubt && (token.is_none() || held.is_low_on_tokens(cx)) {
+            self.extend(cx, &mut effects);
+        }
+        (token, effects)
+    }
+
+    /// The guard is for another waiter than the one that was served. Returns the lease.
+    pub(super) fn serve_for_another(&mut self, want: &WaiterOptions, cx: Context<'_>) -> Option<Arc<Lease>> {
+        let Phase::Held(held) = &mut self.phase else {
+            return None;
+        };
+        held.linger = want.linger;
+        if self.mode == LockMode::Shared {
+            // Each guard watches its own `max_hold`.
+            self.ttl = self.ttl.max(want.ttl);
+        } else {
+            self.ttl = want.ttl;
+            if let Occupant::Guard(holder) = &mut held.occupant {
+                holder.hold_until = want.max_hold.map(|longest| cx.now + longest);
+            }
+        }
+        Some(Arc::clone(&held.lease))
+    }
+
     /// Requests more time and tokens under our lease.
     pub(super) fn extend(&mut self, cx: Context<'_>, effects: &mut Effects<W>) {
-        let waiting = self.waiters.len() as u64;
+        let waiting = (self.waiters.len() as u64).max(self.beside);
         let Phase::Held(held) = &mut self.phase else { return };
         if held.extending {
             return;
@@ -256,7 +304,7 @@ impl<W> Queue<W> {
         self.repeat_release_if_in_doubt(cycle, effects);
         self.finish_hold(effects);
         self.take_ttl_of_first();
-        let next = cx.open_cycle(self.remote_waiters_seen, self.ttl);
+        let next = cx.open_cycle(self.mode, self.remote_waiters_seen, self.ttl);
         self.asked_in = cx.epoch;
         self.phase = Phase::Acquiring(Acquiring::new(next, AcquireMode::Enqueue, Some(cycle)));
         effects.request(Request::Release {
@@ -279,14 +327,14 @@ impl<W> Queue<W> {
     pub(super) fn lose(&mut self, reason: LossReason, cx: Context<'_>, effects: &mut Effects<W>) {
         let Phase::Held(held) = &mut self.phase else { return };
         held.lease.lose(reason);
-        effects.rare().ended = Some(Arc::clone(&held.lease));
+        effects.rare().ended.push(Arc::clone(&held.lease));
         let holder = match std::mem::replace(&mut held.occupant, Occupant::Nobody) {
             Occupant::Guard(holder) => Some(holder),
             Occupant::Nobody | Occupant::Lingering { .. } => None,
         };
         let is_out = holder.as_ref().is_some_and(|holder| holder.waiter.is_none());
         if is_out {
-            effects.rare().lost = Some(reason);
+            effects.rare().lost.push(reason);
         }
         // An outstanding guard releases the lease when it is dropped. Without one, schedule the
         // release: the store may still have the lease, because it was held for too long or a

@@ -27,7 +27,9 @@
 //! Three rules decide whether a pushed grant makes the manager the holder. See [`Queue::on_grant`].
 
 mod acquire;
+mod contender;
 mod effect;
+mod group;
 mod hold;
 mod outage;
 mod phase;
@@ -41,6 +43,7 @@ mod waiters;
 use std::sync::Arc;
 use std::time::Duration;
 
+pub(crate) use contender::Contender;
 pub(crate) use effect::{Bound, Effects, Rare, Request, Wake};
 pub(crate) use outage::Outage;
 pub(crate) use types::{Capacity, Context, Granted, InOutage, Linger, Outcome, Path, Rules, WaiterOptions};
@@ -52,6 +55,7 @@ use crate::clock::Moment;
 use crate::error::{Failure, LossReason};
 use crate::fence::FencingToken;
 use crate::lease::Lease;
+use crate::mode::LockMode;
 use crate::protocol::Cycle;
 use outage::Trouble;
 use phase::{Held, Occupant, Phase, Queued};
@@ -82,10 +86,14 @@ struct Waiter<W> {
 /// The queue of one key. `W` is the type of a waker.
 #[derive(Debug)]
 pub(crate) struct Queue<W> {
+    /// The mode in which the key is held.
+    mode: LockMode,
     phase: Phase,
     waiters: Waiters<Waiter<W>>,
     /// The TTL of the next request: that of the first waiter, or of the last one that was first.
     ttl: Duration,
+    /// The number of tasks that would hold the key beside the first waiter. Each needs a token.
+    beside: u64,
     /// The epoch in which the current or most recent request was made.
     asked_in: u32,
     /// Set while requests for this key fail because the store is unreachable.
@@ -102,11 +110,19 @@ pub(crate) struct Queue<W> {
 }
 
 impl<W> Queue<W> {
+    /// A queue for exclusive locks.
     pub(crate) const fn new() -> Self {
+        Self::in_mode(LockMode::Exclusive)
+    }
+
+    /// A queue for holding the key in that mode.
+    pub(crate) const fn in_mode(mode: LockMode) -> Self {
         Self {
+            mode,
             phase: Phase::Idle,
             waiters: Waiters::new(),
             ttl: Duration::from_secs(1),
+            beside: 0,
             asked_in: 0,
             trouble: None,
             has_mixed_classes: false,
@@ -272,7 +288,7 @@ impl<W> Queue<W> {
     }
 
     /// A try neither waits behind a local waiter nor passes one.
-    fn is_free_for_a_try(&self) -> bool {
+    pub(super) fn is_free_for_a_try(&self) -> bool {
         let is_free = match &self.phase {
             Phase::Idle | Phase::Releasing { .. } => true,
             Phase::Held(held) => held.lingers_until().is_some(),
@@ -387,8 +403,8 @@ impl<W> Queue<W> {
         match &mut self.phase {
             Phase::Held(held) => {
                 held.lease.lose(LossReason::Closed);
-                effects.rare().ended = Some(Arc::clone(&held.lease));
-                effects.rare().lost = held.guard().is_some().then_some(LossReason::Closed);
+                effects.rare().ended.push(Arc::clone(&held.lease));
+                effects.rare().lost.extend(held.guard().map(|_| LossReason::Closed));
                 let cycle = held.lease.cycle;
                 if held.extending {
                     effects.abandon(cycle);

@@ -55,6 +55,59 @@ impl Trouble {
             InOutage::UntilOwnLimit => None,
         }
     }
+
+    /// The trouble after another failed request.
+    pub(super) fn after(before: Option<Box<Self>>, outage: Outage, error: &LockError) -> Self {
+        let since = before.as_ref().map_or(outage.since, |before| before.outage.since);
+        Self {
+            outage: Outage { since, ..outage },
+            error: error.clone(),
+            attempts: before.map_or(0, |before| before.attempts).saturating_add(1),
+            deadline: None,
+        }
+    }
+
+    /// The waiters that have run out of patience, with their outcomes. Finds the next deadline.
+    pub(super) fn impatient(
+        &mut self,
+        waiters: impl Iterator<Item = (WaiterId, InOutage, Moment)>,
+        cx: Context<'_>,
+    ) -> Vec<(WaiterId, Outcome)> {
+        self.deadline = None;
+        let mut failed = Vec::new();
+        for (id, in_outage, since) in waiters {
+            match self.bears_until(in_outage, since) {
+                Some(until) if until <= cx.now => {
+                    let error = self.error.clone().after(cx.now.since(since));
+                    failed.push((id, Outcome::Failed(error)));
+                }
+                Some(_) => self.bear(in_outage, since),
+                None => {}
+            }
+        }
+        failed
+    }
+
+    /// Accounts for a waiter.
+    pub(super) fn bear(&mut self, in_outage: InOutage, since: Moment) {
+        if let Some(until) = self.bears_until(in_outage, since) {
+            self.deadline = Some(self.deadline.map_or(until, |earlier| earlier.min(until)));
+        }
+    }
+
+    /// The outcome for a waiter that arrives now and does not tolerate an outage.
+    pub(super) fn refuses(&self, in_outage: InOutage) -> Option<Outcome> {
+        (in_outage == InOutage::Fail).then(|| Outcome::Failed(self.error.clone().after(Duration::ZERO)))
+    }
+
+    pub(super) const fn error(&self) -> &LockError {
+        &self.error
+    }
+
+    /// When the next waiter runs out of patience.
+    pub(super) const fn deadline(&self) -> Option<Moment> {
+        self.deadline
+    }
 }
 
 impl<W> Queue<W> {
@@ -80,14 +133,7 @@ impl<W> Queue<W> {
         let Some(outage) = outage else {
             return self.fail_all(&Outcome::Failed(error.clone()), effects);
         };
-        let before = self.trouble.take();
-        let since = before.as_ref().map_or(outage.since, |before| before.outage.since);
-        self.trouble = Some(Box::new(Trouble {
-            outage: Outage { since, ..outage },
-            error: error.clone(),
-            attempts: before.map_or(0, |before| before.attempts).saturating_add(1),
-            deadline: None,
-        }));
+        self.trouble = Some(Box::new(Trouble::after(self.trouble.take(), outage, error)));
         self.fail_impatient(cx, effects);
         if self.waiters.is_empty() {
             self.trouble = None;
@@ -97,19 +143,8 @@ impl<W> Queue<W> {
     /// Fails the waiters that have run out of patience.
     pub(super) fn fail_impatient(&mut self, cx: Context<'_>, effects: &mut Effects<W>) {
         let Some(trouble) = &mut self.trouble else { return };
-        trouble.deadline = None;
-        let mut failed: Vec<(WaiterId, Outcome)> = Vec::new();
-        for (id, waiter) in self.waiters.iter() {
-            let Some(until) = trouble.bears_until(waiter.want.in_outage, waiter.since) else {
-                continue;
-            };
-            if until <= cx.now {
-                let error = trouble.error.clone().after(cx.now.since(waiter.since));
-                failed.push((id, Outcome::Failed(error)));
-            } else {
-                trouble.deadline = Some(trouble.deadline.map_or(until, |earlier| earlier.min(until)));
-            }
-        }
+        let line = self.waiters.iter();
+        let failed = trouble.impatient(line.map(|(id, waiter)| (id, waiter.want.in_outage, waiter.since)), cx);
         for (id, outcome) in failed {
             self.resolve(id, outcome, effects);
         }
@@ -118,20 +153,15 @@ impl<W> Queue<W> {
     /// The outcome for a waiter that arrives during an outage and does not tolerate one.
     pub(super) fn refused_by_outage(&self, in_outage: InOutage) -> Option<Outcome> {
         match (&self.phase, &self.trouble) {
-            (Phase::Retrying { .. }, Some(trouble)) if in_outage == InOutage::Fail => {
-                let error = trouble.error.clone().after(Duration::ZERO);
-                Some(Outcome::Failed(error))
-            }
+            (Phase::Retrying { .. }, Some(trouble)) => trouble.refuses(in_outage),
             _ => None,
         }
     }
 
     /// Accounts for a new waiter.
     pub(super) fn bear(&mut self, in_outage: InOutage, since: Moment) {
-        if let Some(trouble) = &mut self.trouble
-            && let Some(until) = trouble.bears_until(in_outage, since)
-        {
-            trouble.deadline = Some(trouble.deadline.map_or(until, |earlier| earlier.min(until)));
+        if let Some(trouble) = &mut self.trouble {
+            trouble.bear(in_outage, since);
         }
     }
 

@@ -8,6 +8,7 @@ use crate::clock::Moment;
 use crate::error::LockError;
 use crate::fence::FencingToken;
 use crate::lease::Lease;
+use crate::mode::LockMode;
 use crate::protocol::{Cycle, Cycles};
 
 /// The settings of the queue.
@@ -90,12 +91,12 @@ impl Capacity for Unlimited {
 
 impl Context<'_> {
     /// Starts a new cycle for leases with that TTL.
-    pub(super) fn open_cycle(&self, expects_rivals: bool, ttl: Duration) -> Cycle {
+    pub(super) fn open_cycle(&self, mode: LockMode, expects_rivals: bool, ttl: Duration) -> Cycle {
         #[cfg(test)]
         if self.rules.has(Flaw::ReusesCycles) {
             return Cycle::of(1);
         }
-        self.cycles.open(expects_rivals, ttl)
+        self.cycles.open(mode, expects_rivals, ttl)
     }
 }
 
@@ -141,6 +142,7 @@ pub(crate) enum InOutage {
 /// The options of a waiter.
 #[derive(Debug, Clone, Copy)]
 pub(crate) struct WaiterOptions {
+    pub(crate) mode: LockMode,
     pub(crate) ttl: Duration,
     pub(crate) max_hold: Option<Duration>,
     /// How long the lease lingers after the guard is dropped, if no task wants the key.
@@ -167,6 +169,8 @@ pub(crate) enum Path {
     RemoteGrant,
     /// From a lease that lingered in this process, without network traffic.
     Lingering,
+    /// Beside other shared holders of this process, without network traffic.
+    Joined,
 }
 
 /// What a waiter receives.

@@ -13,6 +13,7 @@ use super::queue::tokens_of;
 use crate::fence::FencingToken;
 use crate::identity::parse_owner_tag;
 use crate::key::LockKey;
+use crate::mode::LockMode;
 use crate::store::{Holder, INSPECTED_QUEUE_MAX, KeyState, StoreError};
 
 pub(super) async fn inspect(shared: Arc<Shared>, link: Arc<Link>, key: LockKey) -> Result<KeyState, StoreError> {
@@ -30,6 +31,9 @@ pub(super) async fn inspect(shared: Arc<Shared>, link: Arc<Link>, key: LockKey) 
     let Some(owner) = members.next() else {
         return Ok(KeyState {
             holder: None,
+            holders: Vec::new(),
+            holder_count: 0,
+            permits_in_use: 0,
             queue_length: 0,
             queue: Vec::new(),
             last_token: None,
@@ -45,7 +49,11 @@ pub(super) async fn inspect(shared: Arc<Shared>, link: Arc<Link>, key: LockKey) 
             remaining: remaining(&link, owner.lease()).await?,
             is_manager,
             owner: name,
+            mode: LockMode::Exclusive,
         }),
+        holders: Vec::new(),
+        holder_count: 0,
+        permits_in_use: 0,
         queue_length: u64::try_from(found.count().saturating_sub(1)).unwrap_or(0),
         queue: members.map(|waiting| member(&prefix, waiting.key())).collect(),
         last_token: tokens

@@ -13,6 +13,7 @@ use crate::engine::Flaw;
 use crate::fence::{FencingToken, TokenBlock};
 use crate::identity::parse_owner_tag;
 use crate::key::{LockKey, Slot};
+use crate::mode::LockMode;
 use crate::protocol::{AcquireReply, Cycle, Grant, Push, QueuePosition, ReleaseReply, RenewReply};
 use crate::store::{Holder, INSPECTED_QUEUE_MAX, KeyState};
 
@@ -38,8 +39,56 @@ pub(crate) struct MemoryCore {
 
 #[derive(Debug, Default, Clone)]
 struct Lock {
+    /// An exclusive lease.
     lease: Option<LeaseRecord>,
+    /// The shared leases and permits. Empty while there is an exclusive lease.
+    holders: Vec<HolderRecord>,
     queue: BTreeSet<Member>,
+}
+
+impl Lock {
+    fn is_unused(&self) -> bool {
+        self.lease.is_none() && self.holders.is_empty() && self.queue.is_empty()
+    }
+
+    fn is_held_by(&self, owner: &str) -> bool {
+        self.lease.as_ref().is_some_and(|lease| lease.owner == owner)
+            || self.holders.iter().any(|holder| holder.owner == owner)
+    }
+
+    /// Whether another lease in this mode can be given out now. Each holder of permits states a
+    /// limit, and the smallest one counts.
+    fn admits(&self, mode: LockMode) -> bool {
+        if self.lease.is_some() {
+            return false;
+        }
+        match mode {
+            LockMode::Exclusive => self.holders.is_empty(),
+            LockMode::Shared => true,
+            LockMode::Permits { .. } => {
+                let modes = || self.holders.iter().map(|holder| holder.mode);
+                let used: u32 = modes().map(LockMode::weight).sum();
+                let limit = modes().map(LockMode::limit).min().unwrap_or(u32::MAX);
+                used + mode.weight() <= limit.min(mode.limit())
+            }
+        }
+    }
+
+    /// Removes what has ended.
+    fn expire(&mut self, now: Moment) {
+        if self.lease.as_ref().is_some_and(|lease| lease.has_ended(now)) {
+            self.lease = None;
+        }
+        self.holders.retain(|holder| holder.ends > now);
+    }
+}
+
+/// A shared lease, or one of permits.
+#[derive(Debug, Clone)]
+struct HolderRecord {
+    owner: String,
+    mode: LockMode,
+    ends: Moment,
 }
 
 /// A cycle in a queue. Ordered by the counter when it joined.
@@ -59,6 +108,21 @@ const UNNOTIFIED_LEASE: Duration = Duration::from_secs(1);
 struct LeaseRecord {
     owner: String,
     ends: Option<Moment>,
+}
+
+impl LeaseRecord {
+    fn has_ended(&self, now: Moment) -> bool {
+        self.ends.is_some_and(|ends| ends <= now)
+    }
+}
+
+/// What [`MemoryCore::advance`] did.
+#[derive(Debug, Default)]
+struct Advanced {
+    /// The tokens granted to the cycle that sent the request, if it was admitted.
+    mine: Option<TokenBlock>,
+    /// The last token that was reserved, if any cycle was admitted.
+    last: Option<u64>,
 }
 
 /// The parameters of a request besides the key.
@@ -106,16 +170,16 @@ impl MemoryCore {
         }
     }
 
-    /// The fast path: `SET NX` and `INCRBY`.
+    /// The fast path of an exclusive lock: `SET NX` and `INCRBY`.
     pub(crate) fn acquire_fast(&mut self, key: &LockKey, me: &str, terms: Terms) -> AcquireReply {
-        let taken = self.owner(key, terms.now).is_some();
+        let is_free = self.lock(key, terms.now).admits(LockMode::Exclusive);
         let counter = self.counters.entry(key.slot()).or_default();
         *counter += u64::from(terms.tokens);
         let tokens = TokenBlock::ending_at(*counter, terms.tokens);
-        if taken {
+        if !is_free {
             return AcquireReply::Taken;
         }
-        self.set_owner(key, me, terms);
+        self.admit(key, me, terms);
         AcquireReply::Granted {
             tokens,
             queued: 0,
@@ -125,147 +189,175 @@ impl MemoryCore {
 
     /// Takes the lease, extends it, or joins the queue; a try does not join.
     pub(crate) fn acquire(&mut self, key: &LockKey, me: &str, try_only: bool, terms: Terms) -> AcquireReply {
-        match self.owner(key, terms.now) {
-            Some(owner) if owner == me => {
-                let tokens = self.reserve(key, terms);
-                self.extend(key, terms.now + terms.ttl);
-                AcquireReply::Granted {
-                    tokens,
-                    queued: self.queue_length(key),
-                    extended: true,
-                }
-            }
-            Some(_) if try_only => AcquireReply::Busy,
-            Some(owner) => {
-                let (mark, ahead, new, is_subscribed) = self.join(key, me, terms);
-                if (ahead == 0 || !new)
-                    && let Some((manager, cycle)) = parse_owner_tag(&owner)
-                    && !cycle.expects_rivals()
-                {
-                    self.notify(
-                        manager,
-                        Push::RemoteWaiter {
-                            key: key.clone(),
-                            cycle,
-                        },
-                    );
-                }
-                self.queued(key, mark, ahead, is_subscribed, terms.now)
-            }
-            None => self.acquire_unowned(key, me, try_only, terms),
+        let lock = self.lock(key, terms.now);
+        if lock.is_held_by(me) {
+            let tokens = self.reserve(key, terms);
+            self.extend(key, me, terms.now + terms.ttl);
+            return AcquireReply::Granted {
+                tokens,
+                queued: self.queue_length(key),
+                extended: true,
+            };
         }
-    }
-
-    /// Extends a lease that the cycle has, and reserves more tokens.
-    pub(crate) fn acquire_extension(&mut self, key: &LockKey, me: &str, terms: Terms) -> AcquireReply {
-        if self.owner(key, terms.now).is_none_or(|owner| owner != me) {
-            return AcquireReply::Busy;
-        }
-        self.acquire(key, me, false, terms)
-    }
-
-    fn acquire_unowned(&mut self, key: &LockKey, me: &str, try_only: bool, terms: Terms) -> AcquireReply {
-        let head = self
-            .locks
-            .get(key)
-            .and_then(|lock| lock.queue.first())
-            .map(|member| member.owner.clone());
-        if head.as_deref().is_none_or(|head| head == me) {
+        let is_first = lock.queue.first().is_none_or(|head| head.owner == me);
+        let reply = if is_first && lock.admits(mode_of(me)) {
             let tokens = self.reserve(key, terms);
             self.leave(key, me);
-            self.set_owner(key, me, terms);
+            self.admit(key, me, terms);
+            // Others may be admissible beside it.
+            self.advance(key, None, terms);
+            AcquireReply::Granted {
+                tokens,
+                queued: self.queue_length(key),
+                extended: false,
+            }
+        } else if try_only {
+            self.try_after_others(key, me, terms)
+        } else {
+            self.enqueue(key, me, terms)
+        };
+        self.forget_if_unused(key);
+        reply
+    }
+
+    /// Takes the lease if nobody who waits can be served instead.
+    fn try_after_others(&mut self, key: &LockKey, me: &str, terms: Terms) -> AcquireReply {
+        self.advance(key, None, terms);
+        let lock = self.lock(key, terms.now);
+        if !lock.queue.is_empty() || !lock.admits(mode_of(me)) {
+            return AcquireReply::Busy;
+        }
+        let tokens = self.reserve(key, terms);
+        self.admit(key, me, terms);
+        AcquireReply::Granted {
+            tokens,
+            queued: 0,
+            extended: false,
+        }
+    }
+
+    /// Joins the queue, serves those at its head that can be served, and replies to `me`.
+    fn enqueue(&mut self, key: &LockKey, me: &str, terms: Terms) -> AcquireReply {
+        let (mark, _, is_new, is_subscribed) = self.join(key, me, terms);
+        let advanced = self.advance(key, Some(me), terms);
+        if let Some(tokens) = advanced.mine {
             return AcquireReply::Granted {
                 tokens,
                 queued: self.queue_length(key),
                 extended: false,
             };
         }
-        if try_only {
-            if self.pass_on(key, None, terms).is_some() {
-                return AcquireReply::Busy;
-            }
-            let tokens = self.reserve(key, terms);
-            self.set_owner(key, me, terms);
-            return AcquireReply::Granted {
-                tokens,
-                queued: 0,
-                extended: false,
-            };
+        let lock = self.lock(key, terms.now);
+        let ahead = lock
+            .queue
+            .iter()
+            .position(|member| member.owner == me)
+            .unwrap_or_default() as u64;
+        // Who was admitted just now knows how many wait.
+        if advanced.last.is_none() && (ahead == 0 || !is_new) {
+            self.notify_holders(key);
         }
-        let (.., is_subscribed) = self.join(key, me, terms);
-        self.passed_on(key, me, is_subscribed, terms)
+        self.queued(key, advanced.last.unwrap_or(mark), ahead, is_subscribed, terms.now)
+    }
+
+    /// Extends a lease that the cycle has, and reserves more tokens.
+    pub(crate) fn acquire_extension(&mut self, key: &LockKey, me: &str, terms: Terms) -> AcquireReply {
+        if !self.lock(key, terms.now).is_held_by(me) {
+            self.forget_if_unused(key);
+            return AcquireReply::Busy;
+        }
+        self.acquire(key, me, false, terms)
     }
 
     /// Releases the lease or leaves the queue. If there is a `next`, it joins the tail first.
     pub(crate) fn release(&mut self, key: &LockKey, me: &str, next: Option<&str>, terms: Terms) -> ReleaseReply {
-        let owner = self.owner(key, terms.now);
-        let held = owner.as_deref() == Some(me);
+        let held = self.lock(key, terms.now).is_held_by(me);
         if !held {
             self.leave(key, me);
         }
-        let requeued = match (held, next) {
-            (false, None) => {
-                if owner.is_none() {
-                    self.pass_on(key, None, terms);
-                }
+        let requeued = match next {
+            None => {
+                self.remove(key, me);
+                self.advance(key, None, terms);
                 None
             }
-            (false, Some(next)) => Some(self.acquire(key, next, false, terms)),
-            (true, None) => {
-                self.pass_on(key, None, terms);
-                None
+            Some(next) if held => {
+                // In this order, so that a cycle never passes those that were there before.
+                self.remove(key, me);
+                Some(self.enqueue(key, next, terms))
             }
-            (true, Some(next)) => {
-                let (.., is_subscribed) = self.join(key, next, terms);
-                Some(self.passed_on(key, next, is_subscribed, terms))
-            }
+            Some(next) => Some(self.acquire(key, next, false, terms)),
         };
         self.forget_if_unused(key);
         ReleaseReply { held, requeued }
     }
 
     pub(crate) fn renew(&mut self, key: &LockKey, me: &str, now: Moment, ttl: Duration) -> RenewReply {
-        if self.owner(key, now).is_none_or(|owner| owner != me) {
+        let is_ours = self.lock(key, now).is_held_by(me);
+        if !is_ours {
+            self.forget_if_unused(key);
             return RenewReply::NotOurs;
         }
-        self.extend(key, now + ttl);
+        self.extend(key, me, now + ttl);
         RenewReply::Extended {
             wanted: self.queue_length(key) > 0,
         }
     }
 
     pub(crate) fn inspect(&mut self, key: &LockKey, now: Moment) -> KeyState {
-        let holder = self.owner(key, now).map(|owner| Holder {
-            is_manager: parse_owner_tag(&owner).is_some(),
-            owner,
-            remaining: self.remaining(key, now),
+        let last_token = self.counters.get(&key.slot()).copied().and_then(FencingToken::new);
+        let lock = self.lock(key, now);
+        let holder = lock.lease.as_ref().map(|lease| Holder {
+            is_manager: parse_owner_tag(&lease.owner).is_some(),
+            owner: lease.owner.clone(),
+            mode: LockMode::Exclusive,
+            remaining: lease.ends.map(|ends| ends.since(now)),
         });
-        let queue = self.locks.get(key).map(|lock| &lock.queue);
-        KeyState {
+        let mut holders: Vec<Holder> = lock
+            .holders
+            .iter()
+            .map(|holder| Holder {
+                is_manager: true,
+                owner: holder.owner.clone(),
+                mode: holder.mode,
+                remaining: Some(holder.ends.since(now)),
+            })
+            .collect();
+        holders.sort_by(|a, b| (a.remaining, &a.owner).cmp(&(b.remaining, &b.owner)));
+        holders.truncate(INSPECTED_QUEUE_MAX);
+        let state = KeyState {
             holder,
-            queue_length: self.queue_length(key),
-            queue: queue
-                .into_iter()
-                .flatten()
+            holder_count: lock.holders.len() as u64,
+            permits_in_use: lock.holders.iter().map(|holder| holder.mode.weight()).sum(),
+            holders,
+            queue_length: lock.queue.len() as u64,
+            queue: lock
+                .queue
+                .iter()
                 .take(INSPECTED_QUEUE_MAX)
                 .map(|member| member.owner.clone())
                 .collect(),
-            last_token: self.counters.get(&key.slot()).copied().and_then(FencingToken::new),
-        }
+            last_token,
+        };
+        self.forget_if_unused(key);
+        state
     }
 
     /// Stores a lease as an administrator or another library would.
     pub(crate) fn put(&mut self, key: &LockKey, owner: &str, ends: Option<Moment>) {
-        self.locks.entry(key.clone()).or_default().lease = Some(LeaseRecord {
+        let lock = self.locks.entry(key.clone()).or_default();
+        lock.holders.clear();
+        lock.lease = Some(LeaseRecord {
             owner: owner.to_owned(),
             ends,
         });
     }
 
-    /// Deletes a lease as an administrator or another library would.
+    /// Deletes the leases as an administrator or another library would.
     pub(crate) fn delete(&mut self, key: &LockKey) {
         if let Some(lock) = self.locks.get_mut(key) {
             lock.lease = None;
+            lock.holders.clear();
         }
         self.forget_if_unused(key);
     }
@@ -282,41 +374,77 @@ impl MemoryCore {
     #[cfg(test)]
     pub(crate) fn keys_in_use(&mut self, now: Moment) -> usize {
         self.locks.retain(|_, lock| {
-            let ended = lock
-                .lease
-                .as_ref()
-                .is_some_and(|lease| lease.ends.is_some_and(|ends| ends <= now));
-            lock.lease.is_some() && !ended || !lock.queue.is_empty()
+            lock.expire(now);
+            !lock.is_unused()
         });
         self.locks.len()
     }
 
-    /// The owner at `now`. A lease that has ended is removed.
+    /// The holders at `now`, of any mode.
+    #[cfg(test)]
+    pub(crate) fn owners(&mut self, key: &LockKey, now: Moment) -> Vec<String> {
+        let Some(lock) = self.locks.get_mut(key) else {
+            return Vec::new();
+        };
+        lock.expire(now);
+        let exclusive = lock.lease.iter().map(|lease| lease.owner.clone());
+        exclusive
+            .chain(lock.holders.iter().map(|holder| holder.owner.clone()))
+            .collect()
+    }
+
+    /// The exclusive owner at `now`.
+    #[cfg(test)]
     pub(crate) fn owner(&mut self, key: &LockKey, now: Moment) -> Option<String> {
         let lock = self.locks.get_mut(key)?;
-        if lock.lease.as_ref()?.ends.is_some_and(|ends| ends <= now) {
-            lock.lease = None;
-        }
+        lock.expire(now);
         lock.lease.as_ref().map(|lease| lease.owner.clone())
     }
 
-    fn remaining(&self, key: &LockKey, now: Moment) -> Option<Duration> {
-        Some(self.locks.get(key)?.lease.as_ref()?.ends?.since(now))
+    /// The key at `now`, without what has ended.
+    fn lock(&mut self, key: &LockKey, now: Moment) -> &mut Lock {
+        let lock = self.locks.entry(key.clone()).or_default();
+        lock.expire(now);
+        lock
     }
 
     fn queue_length(&self, key: &LockKey) -> u64 {
         self.locks.get(key).map_or(0, |lock| lock.queue.len() as u64)
     }
 
-    fn set_owner(&mut self, key: &LockKey, owner: &str, terms: Terms) {
-        self.put(key, owner, Some(terms.now + terms.ttl));
+    /// Gives a lease to a cycle in its mode.
+    fn admit(&mut self, key: &LockKey, owner: &str, terms: Terms) {
+        let ends = terms.now + terms.ttl;
+        let lock = self.locks.entry(key.clone()).or_default();
+        let owner = owner.to_owned();
+        match mode_of(&owner) {
+            LockMode::Exclusive => {
+                lock.lease = Some(LeaseRecord {
+                    owner,
+                    ends: Some(ends),
+                })
+            }
+            mode => lock.holders.push(HolderRecord { owner, mode, ends }),
+        }
+    }
+
+    /// Ends the lease of a cycle, if it has one.
+    fn remove(&mut self, key: &LockKey, owner: &str) {
+        if let Some(lock) = self.locks.get_mut(key) {
+            lock.lease.take_if(|lease| lease.owner == owner);
+            lock.holders.retain(|holder| holder.owner != owner);
+        }
     }
 
     /// Moves the end of a lease later, never earlier: its owner relies on earlier replies, whatever
     /// TTL those requests had.
-    fn extend(&mut self, key: &LockKey, ends: Moment) {
-        if let Some(lease) = self.locks.get_mut(key).and_then(|lock| lock.lease.as_mut()) {
+    fn extend(&mut self, key: &LockKey, owner: &str, ends: Moment) {
+        let Some(lock) = self.locks.get_mut(key) else { return };
+        if let Some(lease) = lock.lease.as_mut().filter(|lease| lease.owner == owner) {
             lease.ends = Some(lease.ends.map_or(ends, |before| before.max(ends)));
+        }
+        for holder in lock.holders.iter_mut().filter(|holder| holder.owner == owner) {
+            holder.ends = holder.ends.max(ends);
         }
     }
 
@@ -364,82 +492,67 @@ impl MemoryCore {
         if let Some(lock) = self.locks.get_mut(key) {
             lock.queue.retain(|member| member.owner != me);
         }
-        self.forget_if_unused(key);
     }
 
     fn forget_if_unused(&mut self, key: &LockKey) {
-        if self
-            .locks
-            .get(key)
-            .is_some_and(|lock| lock.lease.is_none() && lock.queue.is_empty())
-        {
+        if self.locks.get(key).is_some_and(Lock::is_unused) {
             self.locks.remove(key);
         }
     }
 
-    /// Passes the lease on to the head of the queue, which contains `me`, and returns the reply to
-    /// `me`.
-    fn passed_on(&mut self, key: &LockKey, me: &str, is_subscribed: bool, terms: Terms) -> AcquireReply {
-        match self.pass_on(key, Some(me), terms) {
-            Some((heir, tokens)) if heir == me => AcquireReply::Granted {
-                tokens,
-                queued: self.queue_length(key),
-                extended: false,
-            },
-            Some((_, tokens)) => {
-                let ahead = self
-                    .locks
-                    .get(key)
-                    .and_then(|lock| lock.queue.iter().position(|member| member.owner == me));
-                let ahead = ahead.unwrap_or_default() as u64;
-                self.queued(key, tokens.last(), ahead, is_subscribed, terms.now)
-            }
-            None => AcquireReply::Busy,
-        }
-    }
-
-    /// Makes the head of the queue the owner and notifies it. A member whose inbox is no longer
-    /// subscribed is skipped, and nothing is sent to it. A member whose inbox was not subscribed
-    /// when it last asked gets a short lease instead, which it learns of by its next request. `me`
-    /// learns of its grant by the reply and has the TTL of its request; any other member has the
-    /// TTL of its cycle.
-    fn pass_on(&mut self, key: &LockKey, me: Option<&str>, terms: Terms) -> Option<(String, TokenBlock)> {
-        while let Some(heir) = self.locks.get_mut(key).and_then(|lock| lock.queue.pop_first()) {
-            let owner_tag = heir.owner.clone();
-            let Some((manager, cycle)) = parse_owner_tag(&owner_tag) else {
+    /// Admits the head of the queue and those that follow it, for as long as each can hold the key
+    /// beside those before it, and notifies them. Nobody passes a member that has to wait.
+    ///
+    /// A member whose inbox is no longer subscribed is skipped, and nothing is sent to it. A member
+    /// whose inbox was not subscribed when it last asked gets a short lease instead, which it learns
+    /// of by its next request. `me` learns of its grant by the reply and has the TTL of its request;
+    /// any other member has the TTL of its cycle.
+    fn advance(&mut self, key: &LockKey, me: Option<&str>, terms: Terms) -> Advanced {
+        let mut advanced = Advanced::default();
+        let mut granted: Vec<(String, Cycle, TokenBlock)> = Vec::new();
+        while let Some(lock) = self.locks.get_mut(key)
+            && let Some(head) = lock.queue.first()
+            && lock.admits(mode_of(&head.owner))
+            && let Some(heir) = lock.queue.pop_first()
+        {
+            let Some((manager, cycle)) = parse_owner_tag(&heir.owner) else {
                 continue;
             };
-            if me == Some(heir.owner.as_str()) {
-                let tokens = self.reserve(key, terms);
-                self.set_owner(key, &heir.owner, terms);
-                return Some((heir.owner, tokens));
-            }
             let own_terms = Terms {
                 ttl: cycle.ttl(),
                 ..terms
             };
             #[cfg(test)]
-            if self.counts_receivers {
+            if self.counts_receivers && me != Some(heir.owner.as_str()) {
                 if let Some(tokens) = self.grant_and_count(key, manager, cycle, own_terms) {
-                    return Some((heir.owner, tokens));
+                    advanced.last = Some(tokens.last());
                 }
                 continue;
             }
-            if self.subscribed.contains(manager) {
+            let tokens = if me == Some(heir.owner.as_str()) {
                 let tokens = self.reserve(key, terms);
-                self.set_owner(key, &heir.owner, own_terms);
-                self.notify_of_grant(key, manager, cycle, tokens);
-                return Some((heir.owner, tokens));
-            }
-            if !heir.is_subscribed {
+                self.admit(key, &heir.owner, terms);
+                advanced.mine = Some(tokens);
+                tokens
+            } else if self.subscribed.contains(manager) {
+                let tokens = self.reserve(key, own_terms);
+                self.admit(key, &heir.owner, own_terms);
+                granted.push((manager.to_owned(), cycle, tokens));
+                tokens
+            } else if !heir.is_subscribed {
                 let ttl = own_terms.ttl.min(self.unnotified_lease());
-                self.set_owner(key, &heir.owner, Terms { ttl, ..terms });
-                let tokens = self.reserve(key, Terms { tokens: 1, ..terms });
-                return Some((heir.owner, tokens));
-            }
+                self.admit(key, &heir.owner, Terms { ttl, ..terms });
+                self.reserve(key, Terms { tokens: 1, ..terms })
+            } else {
+                continue;
+            };
+            advanced.last = Some(tokens.last());
         }
-        self.delete(key);
-        None
+        // Only now is it known how many are left.
+        for (manager, cycle, tokens) in granted {
+            self.notify_of_grant(key, &manager, cycle, tokens);
+        }
+        advanced
     }
 
     fn unnotified_lease(&self) -> Duration {
@@ -460,27 +573,46 @@ impl MemoryCore {
         self.notify(manager, Push::Granted { key, grant });
     }
 
+    /// Tells the holders that asked for it that somebody waits.
+    fn notify_holders(&mut self, key: &LockKey) {
+        let Some(lock) = self.locks.get(key) else { return };
+        let exclusive = lock.lease.iter().map(|lease| lease.owner.as_str());
+        let owners = exclusive.chain(lock.holders.iter().map(|holder| holder.owner.as_str()));
+        let told: Vec<(String, Cycle)> = owners
+            .filter_map(parse_owner_tag)
+            .filter(|(_, cycle)| !cycle.expects_rivals())
+            .map(|(manager, cycle)| (manager.to_owned(), cycle))
+            .collect();
+        for (manager, cycle) in told {
+            let key = key.clone();
+            self.notify(&manager, Push::RemoteWaiter { key, cycle });
+        }
+    }
+
     /// The bug of [`counts_receivers`](Self::counts_receivers).
     #[cfg(test)]
     fn grant_and_count(&mut self, key: &LockKey, manager: &str, cycle: Cycle, terms: Terms) -> Option<TokenBlock> {
         let counter = self.counters.get(&key.slot()).copied().unwrap_or_default();
         let tokens = self.reserve(key, terms);
         let owner = format!("{manager}:{cycle}");
-        self.set_owner(key, &owner, terms);
+        self.admit(key, &owner, terms);
         self.notify_of_grant(key, manager, cycle, tokens);
         if self.subscribed.contains(manager) {
             return Some(tokens);
         }
         // The next member gets the same tokens.
+        self.remove(key, &owner);
         self.counters.insert(key.slot(), counter);
         None
     }
 
     fn queued(&self, key: &LockKey, mark: u64, ahead: u64, is_subscribed: bool, now: Moment) -> AcquireReply {
-        let lease = self.locks.get(key).and_then(|lock| lock.lease.as_ref());
+        let lock = self.locks.get(key);
+        let lease = lock.and_then(|lock| lock.lease.as_ref());
+        let first_end = lock.and_then(|lock| lock.holders.iter().map(|holder| holder.ends).min());
         AcquireReply::Queued(QueuePosition {
             enqueue_token: mark,
-            owner_ttl: lease.and_then(|lease| lease.ends).map(|ends| ends.since(now)),
+            owner_ttl: lease.map_or(first_end, |lease| lease.ends).map(|ends| ends.since(now)),
             owner_foreign: lease.is_some_and(|lease| parse_owner_tag(&lease.owner).is_none()),
             ahead,
             is_subscribed,
@@ -493,6 +625,11 @@ impl MemoryCore {
             self.outbox.push((manager.to_owned(), push));
         }
     }
+}
+
+/// The mode of a cycle; that of another library's lock is exclusive.
+fn mode_of(owner: &str) -> LockMode {
+    parse_owner_tag(owner).map_or(LockMode::Exclusive, |(_, cycle)| cycle.mode())
 }
 
 #[cfg(test)]

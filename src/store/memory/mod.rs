@@ -16,6 +16,7 @@ use crate::clock::Moment;
 use crate::fence::FencingToken;
 use crate::identity::ManagerId;
 use crate::key::LockKey;
+use crate::mode::LockMode;
 use crate::protocol::{Acquire, AcquireMode, AcquireReply, Answer, Push, Release, ReleaseReply, RenewReply, Renewal};
 use crate::store::map::StoredMap;
 use crate::store::{Health, KeyState, LeaseStore, MapState, MapStep, Priority, StoreFuture, StoreOptions};
@@ -195,6 +196,10 @@ impl LeaseStore for MemoryStore {
             Some(memory.core.renew(&renewal.key, &me, now, renewal.ttl))
         };
         done(batch.into_iter().map(renew).collect())
+    }
+
+    fn lacks(&self, _mode: LockMode) -> Option<&'static str> {
+        None
     }
 
     fn inspect(&self, key: LockKey) -> StoreFuture<KeyState> {

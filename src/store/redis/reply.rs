@@ -9,6 +9,7 @@ use super::permission;
 use crate::fence::{FencingToken, TokenBlock};
 use crate::identity::parse_owner_tag;
 use crate::key::LockKey;
+use crate::mode::LockMode;
 use crate::protocol::{AcquireReply, Cycle, Grant, Push, QueuePosition, ReleaseReply, RenewReply};
 use crate::store::{Holder, KeyState, StoreError};
 use crate::text::printable;
@@ -192,6 +193,7 @@ pub(super) fn inspected(replies: &[Value]) -> Result<KeyState, StoreError> {
     let holder = as_text(owner).map(|owner| Holder {
         is_manager: parse_owner_tag(&owner).is_some(),
         owner,
+        mode: LockMode::Exclusive,
         remaining: as_int(left)
             .and_then(|left| u64::try_from(left).ok())
             .map(Duration::from_millis),
@@ -202,6 +204,9 @@ pub(super) fn inspected(replies: &[Value]) -> Result<KeyState, StoreError> {
     };
     Ok(KeyState {
         holder,
+        holders: Vec::new(),
+        holder_count: 0,
+        permits_in_use: 0,
         queue_length: as_int(queue_length)
             .and_then(|length| length.try_into().ok())
             .unwrap_or_default(),
