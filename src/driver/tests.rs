@@ -15,6 +15,7 @@ use crate::engine::renewals::STRAIN_MIN;
 use crate::error::{Failure, LockErrorKind};
 use crate::fence::TokenBlock;
 use crate::identity::ManagerId;
+use crate::mode::LockMode;
 use crate::protocol::{Acquire, AcquireReply, Answer, Cycles, Push, Release, ReleaseReply, RenewReply, Renewal};
 use crate::slow_log::SlowLog;
 use crate::store::{Health, Priority, ServerTime, StoreFuture};
@@ -144,6 +145,7 @@ fn shard_on(store: Arc<dyn LeaseStore>) -> (Arc<Shard>, mpsc::UnboundedReceiver<
 }
 
 const WANT: WaiterOptions = WaiterOptions {
+    mode: LockMode::Exclusive,
     ttl: Duration::from_secs(1),
     max_hold: None,
     linger: crate::engine::Linger::NONE,
@@ -216,7 +218,7 @@ async fn shard_that_renews_too_late_keeps_its_keys_and_takes_no_new_ones() {
     let other = LockKey::new("other").unwrap();
     let wanted = |shard: &Arc<Shard>| shard.want(&other, WANT, Waker::noop(), Moment::now()).map(|_| ());
     assert!(wanted(&shard).is_ok(), "one lease is no strain");
-    (0..STRAIN_MIN).for_each(|_| shard.metrics.lease_came());
+    shard.metrics.leases_changed(0, STRAIN_MIN);
     let other = LockKey::new("another").unwrap();
     let wanted = |shard: &Arc<Shard>| shard.want(&other, WANT, Waker::noop(), Moment::now()).map(|_| ());
     let refused = wanted(&shard);

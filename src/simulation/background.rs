@@ -195,12 +195,13 @@ impl World {
         for k in 0..self.keys.len() {
             let (due, request) = self.event(m, k, |queue, cx| {
                 let effects = queue.tick(cx);
-                (queue.renewal(cx), effects)
+                let due: Vec<_> = std::iter::from_fn(|| queue.renewal(cx)).collect();
+                (due, effects)
             });
             if let Some(request) = request {
                 self.job(m, Job::Request { k, request });
             }
-            if let Some((cycle, ttl, late)) = due {
+            for (cycle, ttl, late) in due {
                 all_due.push(Due::new(Lease { k, cycle, ttl }, ttl, late, &self.plan.rules, now));
             }
         }
@@ -233,7 +234,6 @@ impl World {
     }
 
     fn holds(&self, m: usize, k: usize, cycle: Cycle) -> bool {
-        let lease = self.managers[m].queues[k].lease();
-        lease.is_some_and(|(lease, _)| lease.cycle == cycle)
+        self.managers[m].queues[k].has_lease_of(cycle)
     }
 }

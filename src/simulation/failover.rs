@@ -69,9 +69,9 @@ impl World {
     /// the manager could know of the last failover when the guard was served.
     pub(super) fn check_after_failover(&mut self, m: usize, k: usize, granted: &Granted) {
         let Granted { lease, token, at, .. } = granted;
-        let (failovers, owner) = (
+        let (failovers, owners) = (
             self.replicas.failovers,
-            self.core.owner(&self.keys[k], Moment::from_nanos(self.now)),
+            self.core.owners(&self.keys[k], Moment::from_nanos(self.now)),
         );
         let manager = &self.managers[m];
         let (noticed, noticed_at) = manager.noticed;
@@ -80,8 +80,8 @@ impl World {
             return;
         }
         let cycle = lease.cycle;
-        if owner.as_deref() != Some(manager.id.owner_tag(cycle).to_string().as_str()) {
-            let what = format!("m{m} k{k} cycle {cycle} has a guard after a failover, but the lease is {owner:?}");
+        if !owners.contains(&manager.id.owner_tag(cycle).to_string()) {
+            let what = format!("m{m} k{k} cycle {cycle} has a guard after a failover, but the lease is {owners:?}");
             return self.ledger.breach_of_safety(what);
         }
         let largest = self.ledger.largest(k);

@@ -214,7 +214,7 @@ impl World {
 
     fn foreign_takes(&mut self, m: usize, k: usize) {
         let now = Moment::from_nanos(self.now);
-        if self.core.owner(&self.keys[k], now).is_some() {
+        if !self.core.owners(&self.keys[k], now).is_empty() {
             return;
         }
         let ends = now + self.plan.ttls[0];

@@ -3,12 +3,14 @@
 use std::collections::BTreeMap;
 use std::sync::Arc;
 
+use super::clock::Nanos;
 use super::plan::Variant;
 use super::tasks::State;
 use super::world::World;
 use crate::clock::Moment;
 use crate::fence::{FencingToken, TokenBlock};
 use crate::lease::Lease;
+use crate::mode::LockMode;
 use crate::protocol::{AcquireReply, Cycle};
 
 #[derive(Debug)]
@@ -16,8 +18,9 @@ pub(super) struct Ledger {
     keys: Vec<Books>,
     /// The number of token blocks issued so far.
     issued: u64,
-    /// The number of guards served under a cycle since its manager was notified of a remote waiter.
-    bypass: BTreeMap<(usize, usize, Cycle), u32>,
+    /// When the manager of a cycle was notified of a remote waiter, and the number of guards served
+    /// under the cycle since.
+    bypass: BTreeMap<(usize, usize, Cycle), (Nanos, u32)>,
     breach: Option<Breach>,
 }
 
@@ -35,8 +38,9 @@ struct Books {
     blocks: Vec<Block>,
     /// The tokens of all guards, each with the number of the block that the store issued it in.
     tokens: BTreeMap<u64, u64>,
-    /// The largest token of any guard so far.
+    /// The largest token of any guard, and of any exclusive one, so far.
     largest: u64,
+    largest_exclusive: u64,
 }
 
 #[derive(Debug)]
@@ -78,43 +82,59 @@ impl Ledger {
         self.breach.get_or_insert(Breach { what, is_unsafe });
     }
 
-    /// The store executed an acquire of this cycle.
-    pub(super) fn issues(&mut self, m: usize, k: usize, cycle: Cycle, reply: &AcquireReply) {
-        if let AcquireReply::Granted { tokens, .. } = reply {
-            self.issues_block(m, k, cycle, *tokens);
-        }
+    /// The number of different keys.
+    pub(super) const fn distinct(&self) -> usize {
+        self.keys.len()
     }
 
+    /// The books of a key, whatever the mode.
+    fn books(&mut self, k: usize) -> &mut Books {
+        let distinct = self.distinct();
+        &mut self.keys[k % distinct]
+    }
+
+    /// The store issued a block of tokens to this cycle. What is recorded already is ignored.
     pub(super) fn issues_block(&mut self, m: usize, k: usize, cycle: Cycle, tokens: TokenBlock) {
+        let is_known = |block: &Block| block.m == m && block.cycle == cycle && block.tokens == tokens;
+        if self.books(k).blocks.iter().any(is_known) {
+            return;
+        }
         self.issued += 1;
-        self.keys[k].blocks.push(Block {
+        let number = self.issued;
+        self.books(k).blocks.push(Block {
             m,
             cycle,
             tokens,
-            number: self.issued,
+            number,
         });
     }
 
     /// The reply that grants a lease contains the number of waiters. It supersedes what was known
     /// of an earlier lease of the same cycle whose reply came too late.
-    pub(super) fn hears_of_rivals_in(&mut self, m: usize, k: usize, cycle: Cycle, reply: &AcquireReply, is_new: bool) {
+    pub(super) fn hears_of_rivals_in(
+        &mut self,
+        now: Nanos,
+        (m, k, cycle): (usize, usize, Cycle),
+        reply: &AcquireReply,
+        is_new: bool,
+    ) {
         match reply {
             AcquireReply::Granted { queued: 0, .. } if is_new => {
                 self.bypass.remove(&(m, k, cycle));
             }
-            AcquireReply::Granted { queued: 1.., .. } => self.hears_of_rivals(m, k, cycle),
+            AcquireReply::Granted { queued: 1.., .. } => self.hears_of_rivals(now, m, k, cycle),
             _ => {}
         }
     }
 
     /// From now on the bypass of this cycle is bounded.
-    pub(super) fn hears_of_rivals(&mut self, m: usize, k: usize, cycle: Cycle) {
-        self.bypass.entry((m, k, cycle)).or_default();
+    pub(super) fn hears_of_rivals(&mut self, now: Nanos, m: usize, k: usize, cycle: Cycle) {
+        self.bypass.entry((m, k, cycle)).or_insert((now, 0));
     }
 
     /// The largest token of any guard of this key so far.
     pub(super) fn largest(&self, k: usize) -> u64 {
-        self.keys[k].largest
+        self.keys[k % self.distinct()].largest
     }
 
     pub(super) fn manager_dies(&mut self, m: usize) {
@@ -126,16 +146,26 @@ impl Ledger {
 
 impl World {
     /// A task gets its guard.
-    pub(super) fn guard_begins(&mut self, m: usize, k: usize, lease: &Arc<Lease>, token: FencingToken) {
+    pub(super) fn guard_begins(&mut self, m: usize, k: usize, lease: &Arc<Lease>, token: FencingToken, at: Moment) {
         let cycle = lease.cycle;
         let is_valid = lease.loss_at(self.managers[m].clock.at(self.now)).is_none();
-        let books = &mut self.ledger.keys[k];
+        let books = self.ledger.books(k);
         let number = token.get();
         let block = books.blocks.iter().rev().find(|block| {
             block.m == m && block.cycle == cycle && (block.tokens.first()..=block.tokens.last()).contains(&number)
         });
-        let largest = books.largest;
-        books.largest = largest.max(number);
+        // The tokens of those that hold a key at the same time grow in no particular order.
+        let is_exclusive = cycle.mode().is_exclusive();
+        let largest = if is_exclusive {
+            books.largest
+        } else {
+            books.largest_exclusive
+        };
+        books.largest = books.largest.max(number);
+        if is_exclusive {
+            books.largest_exclusive = books.largest_exclusive.max(number);
+        }
+        let has_company = !books.guards.is_empty();
         books.guards.push(Guard {
             m,
             lease: Arc::clone(lease),
@@ -156,14 +186,21 @@ impl World {
             let what = format!("m{m} k{k} token {token} does not follow the order in which tokens were issued");
             return self.ledger.breach_of_safety(what);
         }
-        if self.plan.variant == Variant::Faults && is_valid && number <= largest {
+        if has_company {
+            self.stats.in_company += 1;
+        }
+        if matches!(self.plan.variant, Variant::Faults | Variant::Mixed) && is_valid && number <= largest {
             let what = format!("m{m} k{k} a valid guard begins with token {token} after one with {largest}");
             return self.ledger.breach_of_safety(what);
         }
         if cycle.expects_rivals() {
-            self.ledger.hears_of_rivals(m, k, cycle);
+            self.ledger.hears_of_rivals(self.now, m, k, cycle);
         }
-        if let Some(served) = self.ledger.bypass.get_mut(&(m, k, cycle)) {
+        // Several shared guards may have been granted together before that, and begin after it.
+        let was_granted_at = self.managers[m].clock.when(at);
+        if let Some((heard, served)) = self.ledger.bypass.get_mut(&(m, k, cycle))
+            && (is_exclusive || was_granted_at > *heard)
+        {
             *served += 1;
             if *served > self.plan.rules.max_burst {
                 let what = format!("m{m} k{k} cycle {cycle} served {served} guards while others waited");
@@ -175,16 +212,18 @@ impl World {
     }
 
     pub(super) fn guard_ends(&mut self, k: usize, token: FencingToken) {
-        self.ledger.keys[k].guards.retain(|guard| guard.token != token);
+        self.ledger.books(k).guards.retain(|guard| guard.token != token);
     }
 
     /// Checks that the task which got the lock asked before all tasks of the same process that
-    /// still wait for it.
-    pub(super) fn check_order(&mut self, m: usize, k: usize, order: u64) {
+    /// still wait for it. A task whose `max_hold` passed before it collected a shared guard waits
+    /// again, while those granted together with it collect theirs.
+    pub(super) fn check_order(&mut self, m: usize, k: usize, order: u64, mode: LockMode) {
         let manager = &self.managers[m];
         let passed = manager.tasks.iter().position(|task| {
             matches!(&task.state, State::Waiting(earlier)
-                if earlier.k == k && earlier.order < order && !manager.queues[k].is_settled(earlier.id))
+                if earlier.k == k && earlier.mode == mode && earlier.order < order
+                    && (mode != LockMode::Shared || earlier.max_hold.is_none()) && !manager.queues[k].is_settled(earlier.id))
         });
         if let Some(passed) = passed {
             self.ledger
@@ -201,51 +240,59 @@ impl World {
             _ => None,
         });
         let first = waiting.min_by_key(|waiting| waiting.order);
-        if !queue.holds() && first.is_some_and(|first| first.try_only) {
+        if queue.leases() == 0 && first.is_some_and(|first| first.try_only) {
             self.ledger.breach(format!("m{m} k{k} a try waits"));
         }
     }
 
-    /// Checks that no two guards of one key are valid at once.
+    /// Checks that the guards of one key that are valid at once can hold it beside each other.
     pub(super) fn check_guards(&mut self) {
-        if matches!(self.plan.variant, Variant::Forgetting | Variant::Failover) {
+        if !self.plan.variant.keeps_data() {
             return;
         }
-        for k in 0..self.keys.len() {
+        for k in 0..self.distinct() {
             let guards = &self.ledger.keys[k].guards;
             if guards.len() < 2 {
                 continue;
             }
-            let valid: Vec<String> = guards
-                .iter()
-                .filter(|guard| {
+            let valid = || {
+                guards.iter().filter(|guard| {
                     let now = self.managers[guard.m].clock.at(self.now);
                     guard.lease.loss_at(now).is_none()
                 })
-                .map(|guard| format!("m{} cycle {} token {}", guard.m, guard.lease.cycle, guard.token))
-                .collect();
-            if valid.len() > 1 {
-                self.ledger
-                    .breach_of_safety(format!("k{k} two guards are valid at once: {}", valid.join(", ")));
-            }
+            };
+            let modes = || valid().map(|guard| guard.lease.cycle.mode());
+            let in_use: u32 = modes().map(LockMode::weight).sum();
+            let limit = modes().map(LockMode::limit).min().unwrap_or(u32::MAX);
+            let breach = if modes().any(LockMode::is_exclusive) && modes().count() > 1 {
+                "two guards are valid at once"
+            } else if in_use > limit {
+                "too many permits are in use at once"
+            } else {
+                continue;
+            };
+            let valid = valid().map(|guard| format!("m{} cycle {} token {}", guard.m, guard.lease.cycle, guard.token));
+            let valid: Vec<String> = valid.collect();
+            self.ledger
+                .breach_of_safety(format!("k{k} {breach}: {}", valid.join(", ")));
         }
     }
 
     /// Checks that the lease of every valid guard exists in the store.
     pub(super) fn check_leases(&mut self, k: usize) {
-        if matches!(self.plan.variant, Variant::Forgetting | Variant::Failover) {
+        if !self.plan.variant.keeps_data() {
             return;
         }
         let now = Moment::from_nanos(self.now);
-        for guard in &self.ledger.keys[k].guards {
+        for guard in &self.ledger.keys[k % self.ledger.distinct()].guards {
             let manager = &self.managers[guard.m];
             if guard.lease.loss_at(manager.clock.at(self.now)).is_some() {
                 continue;
             }
-            let owner = self.core.owner(&self.keys[k], now);
-            if owner.as_deref() != Some(manager.id.owner_tag(guard.lease.cycle).to_string().as_str()) {
+            let owners = self.core.owners(&self.keys[k], now);
+            if !owners.contains(&manager.id.owner_tag(guard.lease.cycle).to_string()) {
                 let (m, cycle) = (guard.m, guard.lease.cycle);
-                let what = format!("k{k} the guard of m{m} under cycle {cycle} is valid, but the lease is {owner:?}");
+                let what = format!("k{k} the guard of m{m} under cycle {cycle} is valid, but the lease is {owners:?}");
                 return self.ledger.breach_of_safety(what);
             }
         }
@@ -256,16 +303,14 @@ impl World {
     fn check_kept_leases(&mut self, k: usize) {
         let now = Moment::from_nanos(self.now);
         for (m, manager) in self.managers.iter().enumerate().filter(|(_, manager)| manager.is_alive) {
-            let queue = &manager.queues[k];
-            let kept = queue.lingers_until().and_then(|_| queue.lease());
-            let Some((lease, _)) = kept.filter(|(lease, _)| lease.loss_at(manager.clock.at(self.now)).is_none()) else {
-                continue;
-            };
-            let owner = self.core.owner(&self.keys[k], now);
-            if owner.as_deref() != Some(manager.id.owner_tag(lease.cycle).to_string().as_str()) {
-                let cycle = lease.cycle;
-                let what = format!("k{k} m{m} keeps its lease of cycle {cycle}, but the lease is {owner:?}");
-                return self.ledger.breach_of_safety(what);
+            let is_valid = |lease: &&Lease| lease.loss_at(manager.clock.at(self.now)).is_none();
+            for lease in manager.queues[k].lingering().filter(is_valid) {
+                let owners = self.core.owners(&self.keys[k], now);
+                if !owners.contains(&manager.id.owner_tag(lease.cycle).to_string()) {
+                    let cycle = lease.cycle;
+                    let what = format!("k{k} m{m} keeps its lease of cycle {cycle}, but the lease is {owners:?}");
+                    return self.ledger.breach_of_safety(what);
+                }
             }
         }
     }

@@ -92,6 +92,30 @@ fn no_guarantee_is_broken_while_the_store_keeps_its_data() {
     }
 }
 
+/// The same with exclusive locks, shared locks and permits of the same keys: never an exclusive
+/// holder beside anybody, never more permits than any holder's limit, and every task is served.
+#[test]
+fn no_guarantee_of_any_mode_is_broken_while_the_store_keeps_its_data() {
+    let stats = run_all(seeds(10_000), Variant::Mixed).unwrap_or_else(|failure| panic!("{failure}"));
+    println!("{stats:?}");
+    if are_usual() {
+        stats.assert_rich();
+        assert!(stats.joined > 2_000 && stats.in_company > 5_000, "{stats:?}");
+    }
+}
+
+/// In every mode, a hand-off without faults takes a few messages.
+#[test]
+fn without_faults_nobody_waits_for_a_ttl_in_any_mode() {
+    let stats = run_all(seeds(600), Variant::MixedPrompt).unwrap_or_else(|failure| panic!("{failure}"));
+    println!("{stats:?}");
+    assert_eq!(
+        (stats.lost, stats.failed, stats.left_to_run_out),
+        (0, 0, 0),
+        "{stats:?}"
+    );
+}
+
 /// Without faults no task ever waits for a lease to expire: every hand-off takes a few messages.
 #[test]
 fn without_faults_nobody_waits_for_a_ttl() {

@@ -9,7 +9,7 @@ use crate::engine::orphans::Released;
 use crate::engine::renewals::time_limit;
 use crate::engine::{Outage, Request};
 use crate::error::{Failure, LockError};
-use crate::protocol::{AcquireMode, AcquireReply, Answer, Cycle, ReleaseReply, RenewReply};
+use crate::protocol::{AcquireMode, AcquireReply, Answer, Cycle, Push, ReleaseReply, RenewReply};
 use crate::store::Priority;
 use crate::store::memory::Terms;
 
@@ -151,9 +151,10 @@ impl World {
             return;
         };
         let (m, k) = (in_flight.m, in_flight.k);
+        let distinct = self.ledger.distinct();
         let manager = &mut self.managers[m];
         in_flight.sent_at = manager.clock.at(now);
-        in_flight.floor = manager.floor.max(manager.seen[slot(k)]);
+        in_flight.floor = manager.floor.max(manager.seen[slot(k, distinct)]);
         let connection = &mut manager.lanes[in_flight.lane as usize];
         connection.last_arrival = (now + delay).max(connection.last_arrival).max(connection.stalled_until);
         let at = connection.last_arrival;
@@ -236,7 +237,7 @@ impl World {
 
     fn execute(&mut self, command: &Command) -> Reply {
         let manager = &self.managers[command.m];
-        let key = &self.keys[command.k];
+        let key = &self.keys[command.k].clone();
         let now = Moment::from_nanos(self.now);
         let terms = |ttl, tokens| Terms {
             now,
@@ -259,7 +260,7 @@ impl World {
                     AcquireMode::Try => self.core.acquire(key, &me, true, terms),
                     AcquireMode::Extend => self.core.acquire_extension(key, &me, terms),
                 };
-                self.ledger.issues(command.m, command.k, cycle, &reply);
+                self.issue(command.m, command.k, cycle, &reply);
                 Reply::Acquired(reply)
             }
             &Order::Queue(Request::Release {
@@ -270,7 +271,7 @@ impl World {
                 let next = requeue.map(|cycle| manager.id.owner_tag(cycle).to_string());
                 let reply = self.core.release(key, &me, next.as_deref(), terms);
                 if let (Some(next), Some(reply)) = (requeue, &reply.requeued) {
-                    self.ledger.issues(command.m, command.k, next, reply);
+                    self.issue(command.m, command.k, next, reply);
                 }
                 Reply::Released(reply)
             }
@@ -281,6 +282,25 @@ impl World {
                 });
                 Reply::Renewed(replies.collect())
             }
+        }
+    }
+
+    /// Records the tokens that a command issued to its sender and to others, in order.
+    fn issue(&mut self, m: usize, k: usize, cycle: Cycle, reply: &AcquireReply) {
+        let mut issued = Vec::new();
+        if let AcquireReply::Granted { tokens, .. } = reply {
+            issued.push((m, cycle, *tokens));
+        }
+        for (name, push) in &self.core.outbox {
+            if let Push::Granted { grant, .. } = push
+                && let Some(m) = self.managers.iter().position(|manager| manager.id.as_str() == name)
+            {
+                issued.push((m, grant.cycle, grant.tokens));
+            }
+        }
+        issued.sort_by_key(|(_, _, tokens)| tokens.first());
+        for (m, cycle, tokens) in issued {
+            self.ledger.issues_block(m, k, cycle, tokens);
         }
     }
 
@@ -313,7 +333,8 @@ impl World {
             Reply::Released(reply) => reply.requeued.as_ref().map_or(0, seen_in),
             Reply::Renewed(_) => 0,
         };
-        let seen = &mut self.managers[m].seen[slot(k)];
+        let distinct = self.distinct();
+        let seen = &mut self.managers[m].seen[slot(k, distinct)];
         *seen = saw.max(*seen);
         if let Some(orphan) = in_flight.orphan {
             return self.orphan_ended(m, orphan, Released::Confirmed);
@@ -329,8 +350,8 @@ impl World {
         }
         match (in_flight.order, reply) {
             (Order::Queue(Request::Acquire { cycle, ttl, .. }), Reply::Acquired(reply)) => {
-                let is_new = !self.managers[m].queues[k].holds();
-                self.ledger.hears_of_rivals_in(m, k, cycle, &reply, is_new);
+                let is_new = !self.managers[m].queues[k].has_lease_of(cycle);
+                self.ledger.hears_of_rivals_in(self.now, (m, k, cycle), &reply, is_new);
                 let answer = Answer {
                     sent_at,
                     ttl,
@@ -343,7 +364,7 @@ impl World {
             (Order::Queue(Request::Release { cycle, requeue, .. }), Reply::Released(reply)) => {
                 let ttl = requeue.map_or(std::time::Duration::ZERO, Cycle::ttl);
                 if let (Some(next), Some(reply)) = (requeue, &reply.requeued) {
-                    self.ledger.hears_of_rivals_in(m, k, next, reply, true);
+                    self.ledger.hears_of_rivals_in(self.now, (m, k, next), reply, true);
                 }
                 let answer = Answer {
                     sent_at,
@@ -396,7 +417,7 @@ impl World {
     fn renewed(&mut self, m: usize, lease: Lease, sent_at: Moment, reply: Option<RenewReply>) {
         let Lease { k, cycle, ttl } = lease;
         if reply == Some(RenewReply::Extended { wanted: true }) {
-            self.ledger.hears_of_rivals(m, k, cycle);
+            self.ledger.hears_of_rivals(self.now, m, k, cycle);
         }
         self.event_in_background(m, k, |queue, cx| queue.on_renewal_reply(cycle, ttl, sent_at, reply, cx));
     }
@@ -483,8 +504,11 @@ impl World {
 }
 
 /// The first two keys share a slot and therefore a counter.
-const fn slot(k: usize) -> usize {
-    if k == 1 { 0 } else { k }
+const fn slot(k: usize, distinct: usize) -> usize {
+    match k % distinct {
+        1 => 0,
+        k => k,
+    }
 }
 
 const fn seen_in(reply: &AcquireReply) -> u64 {

@@ -18,11 +18,32 @@ pub(super) enum Variant {
     Forgetting,
     /// In addition, replicas that lack the last leases are promoted.
     Failover,
+    /// The same as `Faults`, with exclusive locks, shared locks and permits of the same keys.
+    Mixed,
     /// No faults, and TTLs and linger times so long that waiting for one to end is noticed.
     Prompt,
+    /// The same, with all modes of the same keys.
+    MixedPrompt,
     /// The same, but half of the messages about a remote waiter are lost, and renewals make up for
     /// them.
     Unheard,
+}
+
+impl Variant {
+    /// Whether tasks use all modes.
+    pub(super) const fn is_mixed(self) -> bool {
+        matches!(self, Self::Mixed | Self::MixedPrompt)
+    }
+
+    /// Whether there are no faults and nobody may wait for a lease to end.
+    pub(super) const fn is_prompt(self) -> bool {
+        matches!(self, Self::Prompt | Self::MixedPrompt)
+    }
+
+    /// Whether everything that the store grants stays known to it.
+    pub(super) const fn keeps_data(self) -> bool {
+        !matches!(self, Self::Forgetting | Self::Failover)
+    }
 }
 
 #[derive(Debug)]
@@ -35,6 +56,8 @@ pub(super) struct Plan {
     pub(super) tasks: usize,
     /// The TTLs from which tasks and managers choose.
     pub(super) ttls: Vec<Duration>,
+    /// The limits of permits from which tasks choose.
+    pub(super) limits: Vec<u16>,
     /// The linger times from which tasks choose; zero is off.
     pub(super) lingers: Vec<Duration>,
     /// Whether half of the messages about a remote waiter are lost.
@@ -99,7 +122,11 @@ impl Plan {
         let (resets, stalls, subscription_losses) = (some(3, 0.3), some(3, 0.3), some(3, 0.35));
         let (shutdowns, foreigners, slow_times) = (some(1, 0.1), some(3, 0.2), some(1, 0.2));
         let evictions = some(4, 0.2);
-        let inboxes_elsewhere = if variant == Variant::Faults { some(3, 0.3) } else { 0 };
+        let inboxes_elsewhere = if matches!(variant, Variant::Faults | Variant::Mixed) {
+            some(3, 0.3)
+        } else {
+            0
+        };
         let forgettings = if variant == Variant::Forgetting {
             some(6, 0.9)
         } else {
@@ -157,10 +184,17 @@ impl Plan {
             forgettings,
             failovers,
             ghosts: rng.random_bool(0.3) && variant != Variant::Failover,
+            limits: Vec::new(),
+        };
+        let plan = if variant.is_mixed() {
+            let limits = (0..rng.random_range(1..=2)).map(|_| rng.random_range(1..=4)).collect();
+            Self { limits, ..plan }
+        } else {
+            plan
         };
         match variant {
-            Variant::Faults | Variant::Forgetting | Variant::Failover => plan,
-            Variant::Prompt => plan.without_faults(1_000),
+            Variant::Faults | Variant::Mixed | Variant::Forgetting | Variant::Failover => plan,
+            Variant::Prompt | Variant::MixedPrompt => plan.without_faults(1_000),
             // A TTL contains ten renewals, so waiting for a lease to expire is noticed here too.
             Variant::Unheard => plan.without_faults(10),
         }
@@ -224,7 +258,7 @@ impl Plan {
     /// The time after the end of the faults within which everything must have finished. Each holder
     /// and each dead owner may take its time in turn, although hardly all of them do.
     pub(super) fn patience(&self) -> Nanos {
-        if self.variant == Variant::Prompt {
+        if self.variant.is_prompt() {
             let one = self.hold_max + 10 * self.message_max + 1_000_000;
             return one * (self.managers * self.tasks + 2) as Nanos;
         }

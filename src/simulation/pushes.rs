@@ -88,7 +88,7 @@ impl World {
         self.note(|_| format!("m{m} receives {push:?}"));
         match push {
             Push::Granted { key, grant } => {
-                let Some(k) = self.keys.iter().position(|known| *known == key) else {
+                let Some(k) = self.index_of(&key, grant.cycle.mode()) else {
                     return;
                 };
                 if self.managers[m].queues[k].is_unused() {
@@ -97,10 +97,10 @@ impl World {
                 self.event_in_background(m, k, |queue, cx| queue.on_grant(grant, cx));
             }
             Push::RemoteWaiter { key, cycle } => {
-                let Some(k) = self.keys.iter().position(|known| *known == key) else {
+                let Some(k) = self.index_of(&key, cycle.mode()) else {
                     return;
                 };
-                self.ledger.hears_of_rivals(m, k, cycle);
+                self.ledger.hears_of_rivals(self.now, m, k, cycle);
                 if self.managers[m].queues[k].lingers_until().is_some() {
                     self.stats.handed_over += 1;
                 }

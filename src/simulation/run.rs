@@ -24,6 +24,10 @@ pub(super) struct Stats {
     pub(super) lingering: u64,
     pub(super) handed_over: u64,
     pub(super) lost_idle: u64,
+    /// Shared locks acquired beside others of the same process.
+    pub(super) joined: u64,
+    /// Guards that began beside others of the same key.
+    pub(super) in_company: u64,
     pub(super) busy: u64,
     pub(super) cancelled: u64,
     pub(super) dropped: u64,
@@ -58,6 +62,8 @@ impl Stats {
             (&mut self.lingering, other.lingering),
             (&mut self.handed_over, other.handed_over),
             (&mut self.lost_idle, other.lost_idle),
+            (&mut self.joined, other.joined),
+            (&mut self.in_company, other.in_company),
             (&mut self.busy, other.busy),
             (&mut self.cancelled, other.cancelled),
             (&mut self.dropped, other.dropped),
@@ -186,7 +192,7 @@ impl World {
             }
         }
         self.stats.patience_needed = self.now.saturating_sub(self.plan.faults_end) * 100 / patience;
-        if matches!(self.plan.variant, Variant::Prompt | Variant::Unheard) {
+        if self.plan.variant.is_prompt() || self.plan.variant == Variant::Unheard {
             for m in 0..self.managers.len() {
                 self.leave(m);
             }
@@ -246,7 +252,7 @@ impl World {
                 return Err(self.unended("some activity never ends"));
             }
         }
-        let is_used = |queue: &crate::engine::Queue<usize>| !queue.is_unused();
+        let is_used = |queue: &crate::engine::Contender<usize>| !queue.is_unused();
         let living = || self.managers.iter().filter(|manager| manager.is_alive);
         if living().any(|manager| manager.queues.iter().any(is_used)) || !self.in_flight.is_empty() {
             return Err(self.unended("a queue is left in use"));
@@ -269,9 +275,9 @@ impl World {
     fn is_held_by_nobody(&mut self) -> bool {
         let now = Moment::from_nanos(self.now);
         self.keys.iter().any(|key| {
-            let owner = self.core.owner(key, now);
-            let manager = owner.as_deref().and_then(parse_owner_tag);
-            manager.is_some_and(|(manager, _)| self.managers.iter().any(|one| one.id.as_str() == manager))
+            let owners = self.core.owners(key, now);
+            let mut managers = owners.iter().filter_map(|owner| parse_owner_tag(owner));
+            managers.any(|(manager, _)| self.managers.iter().any(|one| one.id.as_str() == manager))
         })
     }
 
@@ -280,7 +286,7 @@ impl World {
         let newcomer = ManagerId::of("sim", 1, 99);
         self.core.set_subscribed(newcomer.as_str(), true);
         let me = newcomer.owner_tag(Cycle::of(2)).to_string();
-        for k in 0..self.keys.len() {
+        for k in 0..self.distinct() {
             let terms = self.newcomers_terms();
             let reply = self.core.acquire(&self.keys[k], &me, false, terms);
             if !matches!(reply, AcquireReply::Granted { .. }) {
@@ -288,8 +294,8 @@ impl World {
                 // releases it.
                 self.deliver(k);
                 self.end(limit * 2)?;
-                let owner = self.core.owner(&self.keys[k], Moment::from_nanos(self.now));
-                if owner.is_none() {
+                let owners = self.core.owners(&self.keys[k], Moment::from_nanos(self.now));
+                if owners.is_empty() {
                     let terms = self.newcomers_terms();
                     self.core.acquire(&self.keys[k], &me, false, terms);
                 }

@@ -11,6 +11,7 @@ use super::world::{Event, Part, World};
 use crate::engine::{Effects, Granted, InOutage, Linger, Outcome, Path, Request, WaiterId, WaiterOptions};
 use crate::fence::FencingToken;
 use crate::lease::Lease;
+use crate::mode::LockMode;
 use crate::store::Priority;
 
 #[derive(Debug, Default)]
@@ -44,6 +45,8 @@ pub(super) struct Waiting {
     /// Its position among all waiters ever enqueued.
     pub(super) order: u64,
     pub(super) try_only: bool,
+    pub(super) mode: LockMode,
+    pub(super) max_hold: Option<Duration>,
     /// The request that this task drives.
     driving: Option<u64>,
 }
@@ -97,8 +100,10 @@ impl World {
         let linger = Linger::new(self.plan.lingers[linger]);
         let max_hold = self.chance(self.plan.max_hold_chance);
         let try_only = self.chance(self.plan.try_chance);
+        let mode = self.some_mode(k);
         let manager = &self.managers[m];
         let want = WaiterOptions {
+            mode,
             ttl: self.plan.ttls[which],
             linger,
             max_hold: max_hold.then(|| Duration::from_nanos(self.plan.hold_max / 2)),
@@ -122,6 +127,8 @@ impl World {
             id,
             order,
             try_only: want.try_only,
+            mode,
+            max_hold: want.max_hold,
             driving,
         };
         self.enter(m, task, State::Waiting(waiting));
@@ -214,7 +221,7 @@ impl World {
 
     fn task_has_it(&mut self, m: usize, k: usize, task: usize, order: u64, granted: Granted) {
         self.check_after_failover(m, k, &granted);
-        let Granted { lease, token, path, .. } = granted;
+        let Granted { lease, token, path, at } = granted;
         if self.managers[m].is_closed {
             // The request fails with `Closed`, and there is no guard.
             return;
@@ -224,9 +231,10 @@ impl World {
             Path::LocalHandOff => self.stats.local_hand_offs += 1,
             Path::RemoteGrant => self.stats.remote_grants += 1,
             Path::Lingering => self.stats.lingering += 1,
+            Path::Joined => self.stats.joined += 1,
         }
-        self.check_order(m, k, order);
-        self.guard_begins(m, k, &lease, token);
+        self.check_order(m, k, order, lease.cycle.mode());
+        self.guard_begins(m, k, &lease, token, at);
         self.enter(m, task, State::Holding { k, lease, token });
         let hold = if self.chance(self.plan.long_hold_chance) {
             self.between(0, self.plan.long_hold_max)
@@ -234,6 +242,21 @@ impl World {
             self.between(0, self.plan.hold_max)
         };
         self.later(m, task, hold, Step::LetGo);
+    }
+
+    /// A mode of the kind in which key `k` of the list is held.
+    fn some_mode(&mut self, k: usize) -> LockMode {
+        let LockMode::Permits { .. } = self.kind(k) else {
+            return self.kind(k);
+        };
+        let which = self.between(0, self.plan.limits.len() as u64 - 1) as usize;
+        let limit = self.plan.limits[which];
+        let weight = if self.chance(0.7) {
+            1
+        } else {
+            self.between(1, limit.into()) as u16
+        };
+        LockMode::Permits { weight, limit }
     }
 
     fn task_is_cancelled(&mut self, m: usize, task: usize) {

@@ -20,9 +20,10 @@ use super::tasks::{Step, Task};
 use crate::clock::Moment;
 use crate::engine::orphans::{Attempt, LateRequests, Orphans};
 use crate::engine::renewals::Renewals;
-use crate::engine::{Context, Effects, Queue, Rare, Request, Unlimited};
+use crate::engine::{Contender, Context, Effects, Rare, Request, Unlimited};
 use crate::identity::ManagerId;
 use crate::key::LockKey;
+use crate::mode::LockMode;
 use crate::protocol::{AcquireMode, Cycles, Push};
 use crate::store::Priority;
 use crate::store::memory::MemoryCore;
@@ -33,6 +34,7 @@ pub(super) struct World {
     pub(super) plan: Plan,
     pub(super) core: MemoryCore,
     pub(super) replicas: Replicas,
+    /// The keys, once for each kind of mode that tasks use.
     pub(super) keys: Vec<LockKey>,
     pub(super) managers: Vec<Manager>,
     pub(super) in_flight: BTreeMap<u64, InFlight>,
@@ -53,7 +55,7 @@ pub(super) struct Manager {
     pub(super) id: ManagerId,
     pub(super) cycles: Cycles,
     pub(super) clock: LocalClock,
-    pub(super) queues: Vec<Queue<usize>>,
+    pub(super) queues: Vec<Contender<usize>>,
     /// The keys for which other managers were seen to wait.
     pub(super) rivals: Vec<bool>,
     pub(super) tasks: Vec<Task>,
@@ -153,13 +155,16 @@ impl World {
             .iter()
             .filter_map(|name| LockKey::new(name).ok())
             .collect();
+        let distinct = keys.len();
+        let kinds = if plan.variant.is_mixed() { LockMode::KINDS } else { 1 };
+        let keys: Vec<LockKey> = keys.iter().cycle().take(kinds * distinct).cloned().collect();
         let mut world = Self {
             now: 0,
             core: MemoryCore::with_flaw(plan.rules.flaw),
             replicas: Replicas::default(),
             managers: Vec::new(),
             in_flight: BTreeMap::new(),
-            ledger: Ledger::new(keys.len()),
+            ledger: Ledger::new(distinct),
             stats: Stats::default(),
             slow_until: 0,
             agenda: BinaryHeap::new(),
@@ -186,7 +191,7 @@ impl World {
                 offset: self.rng.random_range(1_000_000_000..1_000_000_000_000),
                 drift: self.rng.random_range(-DRIFT_MAX..=DRIFT_MAX),
             },
-            queues: self.keys.iter().map(|_| Queue::new()).collect(),
+            queues: (0..self.keys.len()).map(|k| Contender::new(self.kind(k))).collect(),
             rivals: vec![false; self.keys.len()],
             tasks: (0..self.plan.tasks).map(|_| Task::default()).collect(),
             is_alive: true,
@@ -207,6 +212,28 @@ impl World {
             next_look: Nanos::MAX,
             last_job: 0,
         }
+    }
+
+    /// The number of different keys. Key `k` of the list has the kind of mode `k / distinct`.
+    pub(super) fn distinct(&self) -> usize {
+        self.ledger.distinct()
+    }
+
+    /// A mode of the kind in which key `k` of the list is held.
+    pub(super) fn kind(&self, k: usize) -> LockMode {
+        match k / self.distinct() {
+            0 => LockMode::Exclusive,
+            1 => LockMode::Shared,
+            _ => LockMode::Permits { weight: 1, limit: 1 },
+        }
+    }
+
+    /// Where the key is in the list for that mode.
+    pub(super) fn index_of(&self, key: &LockKey, mode: LockMode) -> Option<usize> {
+        let first = self.keys.iter().position(|known| known == key)?;
+        (first..self.keys.len())
+            .step_by(self.distinct())
+            .find(|&k| std::mem::discriminant(&self.kind(k)) == std::mem::discriminant(&mode))
     }
 
     /// The store's time as a token.
@@ -310,8 +337,9 @@ impl World {
         &mut self,
         m: usize,
         k: usize,
-        happens: impl FnOnce(&mut Queue<usize>, Context<'_>) -> (R, Effects<usize>),
+        happens: impl FnOnce(&mut Contender<usize>, Context<'_>) -> (R, Effects<usize>),
     ) -> (R, Option<Request>) {
+        let kind = self.kind(k);
         let manager = &mut self.managers[m];
         let cx = Context {
             now: manager.clock.at(self.now),
@@ -324,39 +352,49 @@ impl World {
         let lingered = queue.lingers_until().is_some();
         let (result, effects) = happens(queue, cx);
         let look_at = queue.next_deadline();
-        let lost_idle = lingered && !queue.holds() && !queue.is_evictable();
+        let lost_idle = lingered && queue.leases() == 0 && !queue.is_evictable();
+        let is_exclusive = queue.is_exclusive();
         if queue.is_unused() {
             manager.rivals[k] = queue.remote_waiters_seen();
-            *queue = Queue::new();
+            *queue = Contender::new(kind);
         }
         let Effects {
             request, wake, rare, ..
         } = effects;
-        let Rare { abandoned, lost, .. } = rare.map_or_else(Rare::default, |rare| *rare);
+        let Rare {
+            abandoned,
+            lost,
+            more_requests,
+            ..
+        } = rare.map_or_else(Rare::default, |rare| *rare);
         if let Some(look_at) = look_at {
             self.look_at(m, look_at);
         }
         for task in wake {
             self.task_is_woken(m, task);
         }
-        for cycle in abandoned.into_iter().flatten() {
+        for request in more_requests {
+            self.job(m, Job::Request { k, request });
+        }
+        for cycle in abandoned {
             self.job(m, Job::Abandon { k, cycle });
         }
         if lost_idle {
             self.stats.lost_idle += 1;
         }
-        if let Some(reason) = lost {
-            if lingered {
+        for reason in lost {
+            if lingered && is_exclusive {
                 self.ledger
                     .breach(format!("m{m} k{k} a loss is reported for a lease without a guard"));
             }
             self.stats.lost += 1;
             self.note(|_| format!("m{m} k{k} a guard is lost: {reason}"));
         }
-        if let Some(Request::Acquire {
-            mode: AcquireMode::Enqueue,
-            ..
-        }) = request
+        if is_exclusive
+            && let Some(Request::Acquire {
+                mode: AcquireMode::Enqueue,
+                ..
+            }) = request
         {
             self.check_try(m, k);
         }
@@ -368,7 +406,7 @@ impl World {
         &mut self,
         m: usize,
         k: usize,
-        happens: impl FnOnce(&mut Queue<usize>, Context<'_>) -> Effects<usize>,
+        happens: impl FnOnce(&mut Contender<usize>, Context<'_>) -> Effects<usize>,
     ) {
         let ((), request) = self.event(m, k, |queue, cx| ((), happens(queue, cx)));
         if let Some(request) = request {

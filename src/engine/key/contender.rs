@@ -120,6 +120,19 @@ impl<W> Contender<W> {
             .chain(group.into_iter().flat_map(|group| group.guards()))
     }
 
+    /// The leases that linger.
+    #[cfg(test)]
+    pub(crate) fn lingering(&self) -> impl Iterator<Item = &Lease> {
+        let (queue, group) = match self {
+            Self::Exclusive(queue) => (Some(queue), None),
+            Self::Group(group) => (None, Some(group)),
+        };
+        let lanes = group.into_iter().flat_map(|group| group.queues());
+        let leases = lanes.filter_map(|queue| queue.lingers_until().and_then(|_| queue.lease()));
+        let exclusive = queue.and_then(|queue| queue.lingers_until().and_then(|_| queue.lease()));
+        exclusive.into_iter().chain(leases).map(|(lease, _)| lease)
+    }
+
     pub(crate) fn remote_waiters_seen(&self) -> bool {
         either!(self, it => it.remote_waiters_seen())
     }

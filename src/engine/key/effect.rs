@@ -65,15 +65,6 @@ impl Bound {
     }
 }
 
-impl Request {
-    /// The cycle that the reply to this request is reported for.
-    pub(crate) const fn cycle(&self) -> Cycle {
-        match self {
-            Self::Acquire { cycle, .. } | Self::Release { cycle, .. } => *cycle,
-        }
-    }
-}
-
 /// A request for the key. Its result is reported with
 /// [`Queue::on_acquire_reply`](super::Queue::on_acquire_reply),
 /// [`Queue::on_release_reply`](super::Queue::on_release_reply) or

@@ -59,7 +59,7 @@ struct Lane {
 
 /// The waker of a claim. The outcome is collected after each event instead.
 #[derive(Debug)]
-enum Nobody {}
+pub(super) enum Nobody {}
 
 /// What a lane granted to the group.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -162,6 +162,11 @@ impl<W> Group<W> {
     /// The leases of the guards, with their tokens.
     pub(super) fn guards(&self) -> impl Iterator<Item = (&Lease, FencingToken)> {
         self.guards.iter().map(|guard| (&*guard.lease, guard.token))
+    }
+
+    #[cfg(test)]
+    pub(super) fn queues(&self) -> impl Iterator<Item = &Queue<Nobody>> {
+        self.lanes.iter().map(|lane| &lane.queue)
     }
 
     pub(super) const fn remote_waiters_seen(&self) -> bool {
@@ -271,7 +276,7 @@ impl<W> Group<W> {
             }
             return (false, effects);
         };
-        let guard = self.guards.swap_remove(index);
+        let guard = self.guards.remove(index);
         let is_held = guard.lease.loss_at(cx.now).is_none();
         if !is_held {
             // The lease expired unnoticed.

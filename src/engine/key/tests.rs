@@ -76,6 +76,7 @@ const fn at(millis: u64) -> Moment {
 
 /// A waiter with no special options.
 const WANT: WaiterOptions = WaiterOptions {
+    mode: LockMode::Exclusive,
     ttl: TTL,
     max_hold: None,
     linger: Linger::NONE,
@@ -170,14 +171,14 @@ impl Bench {
         self.told = Told {
             served: effects.served,
             yielded: effects.yielded,
-            ended: rare.ended.map(|lease| lease.cycle),
+            ended: rare.ended.first().map(|lease| lease.cycle),
             stale_grant: rare.stale_grant,
         };
         let seen = Seen {
             request: effects.request,
-            abandoned: rare.abandoned.into_iter().flatten().collect(),
+            abandoned: rare.abandoned,
             woken: effects.wake.into_iter().collect(),
-            lost: rare.lost,
+            lost: rare.lost.first().copied(),
         };
         (result, seen)
     }

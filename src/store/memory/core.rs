@@ -344,6 +344,7 @@ impl MemoryCore {
     }
 
     /// Stores a lease as an administrator or another library would.
+    #[cfg(test)]
     pub(crate) fn put(&mut self, key: &LockKey, owner: &str, ends: Option<Moment>) {
         let lock = self.locks.entry(key.clone()).or_default();
         lock.holders.clear();
@@ -354,6 +355,7 @@ impl MemoryCore {
     }
 
     /// Deletes the leases as an administrator or another library would.
+    #[cfg(test)]
     pub(crate) fn delete(&mut self, key: &LockKey) {
         if let Some(lock) = self.locks.get_mut(key) {
             lock.lease = None;
