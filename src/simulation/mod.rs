@@ -222,6 +222,35 @@ fn trusting_every_answered_release_is_caught() {
 }
 
 #[test]
+fn letting_readers_pass_is_caught() {
+    assert_caught(Flaw::LetsReadersPass, Variant::Mixed, 2_000);
+}
+
+#[test]
+fn ending_shared_leases_by_a_clients_clock_is_caught() {
+    assert_caught(Flaw::EndsByClientsClock, Variant::Mixed, 2_000);
+}
+
+/// Checks that the flaw is found within 2,000 seeds, as a violation of any guarantee.
+fn assert_noticed(flaw: Flaw, variant: Variant) {
+    let failure = (0..2_000).find_map(|seed| run(&Case::new(seed, variant, Some(flaw)), false).err());
+    let failure = failure.unwrap_or_else(|| panic!("{flaw:?} is not noticed by 2,000 seeds"));
+    println!("{flaw:?} is noticed: {failure}");
+}
+
+/// A holder that died would keep its permits for ever.
+#[test]
+fn permits_that_never_end_are_noticed() {
+    assert_noticed(Flaw::NeverEndsHolders, Variant::Mixed);
+}
+
+/// An exclusive request would wait for a lease that nobody has any more.
+#[test]
+fn a_mark_that_outlives_its_holders_is_noticed() {
+    assert_noticed(Flaw::KeepsMark, Variant::MixedPrompt);
+}
+
+#[test]
 fn a_seed_gives_the_same_run_every_time() {
     let runs = [(); 2].map(|()| run(&Case::new(7, Variant::Faults, None), false).map(|stats| format!("{stats:?}")));
     assert!(matches!(&runs, [Ok(one), Ok(other)] if one == other), "{runs:?}");

@@ -209,7 +209,10 @@ impl World {
         let reply = if !self.in_calm() && self.chance(self.plan.refuse_chance) {
             None
         } else {
-            Some(self.execute(&command))
+            let queue = self.core.queue(&self.keys[command.k]);
+            let reply = self.execute(&command);
+            self.check_passing(&command, &reply, &queue);
+            Some(reply)
         };
         self.note(|_| format!("m{m} k{k} #{request} executes: {reply:?}"));
         match &command.order {
@@ -230,6 +233,33 @@ impl World {
         self.inside(at, m, command.driver.part(), event);
     }
 
+    /// Checks that nobody was admitted who was behind a cycle that still waits. Only the fast path
+    /// ignores the queue: it may take the key after the owner has died, before a waiter asks.
+    fn check_passing(&mut self, command: &Command, reply: &Reply, before: &[String]) {
+        let sender = match (&command.order, reply) {
+            (Order::Queue(Request::Acquire { cycle, mode, .. }), Reply::Acquired(reply)) => {
+                Some((*cycle, *reply)).filter(|_| *mode != AcquireMode::Fast)
+            }
+            (Order::Queue(Request::Release { requeue, .. }), Reply::Released(reply)) => requeue.zip(reply.requeued),
+            _ => None,
+        };
+        let admitted = sender.filter(|(_, reply)| matches!(reply, AcquireReply::Granted { extended: false, .. }));
+        let admitted = admitted.map(|(cycle, _)| self.managers[command.m].id.owner_tag(cycle).to_string());
+        let pushed = self.core.outbox.iter().filter_map(|(manager, push)| match push {
+            Push::Granted { grant, .. } => Some(format!("{manager}:{}", grant.cycle)),
+            _ => None,
+        });
+        let admitted: Vec<String> = admitted.into_iter().chain(pushed).collect();
+        let after = self.core.queue(&self.keys[command.k]);
+        for one in admitted {
+            let ahead = before.iter().take_while(|member| **member != one);
+            if let Some(passed) = ahead.into_iter().find(|member| after.contains(member)) {
+                let what = format!("k{} {one} passes {passed}, which waits", command.k);
+                return self.ledger.breach_of_safety(what);
+            }
+        }
+    }
+
     fn is_executed(&mut self, k: usize) {
         self.deliver(k);
         self.check_leases(k);
@@ -239,6 +269,8 @@ impl World {
         let manager = &self.managers[command.m];
         let key = &self.keys[command.k].clone();
         let now = Moment::from_nanos(self.now);
+        let ahead = self.plan.ttls[0] / 4 * (command.m as u32 % 2);
+        self.core.comes_from_ahead(key, now, ahead);
         let terms = |ttl, tokens| Terms {
             now,
             server_time: self.server_time(),

@@ -41,6 +41,14 @@ pub(crate) enum Flaw {
     CountsReceivers,
     /// Never repeats the release of a cycle whose release got a reply.
     TrustsReleases,
+    /// The store admits shared holders although others wait.
+    LetsReadersPass,
+    /// The store ends shared leases and permits by the clock of the client that sends a request.
+    EndsByClientsClock,
+    /// The store never ends shared leases and permits.
+    NeverEndsHolders,
+    /// The store keeps the mark of shared holders and permits after the last of them has left.
+    KeepsMark,
 }
 
 impl Rules {

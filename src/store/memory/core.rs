@@ -30,6 +30,9 @@ pub(crate) struct MemoryCore {
     /// A deliberate bug: takes a message that was counted for no receiver as received by none.
     #[cfg(test)]
     pub(crate) counts_receivers: bool,
+    /// A deliberate bug.
+    #[cfg(test)]
+    flaw: Option<Flaw>,
     /// Replaces [`UNNOTIFIED_LEASE`] in tests in which no time may pass.
     #[cfg(test)]
     pub(crate) unnotified_lease: Option<Duration>,
@@ -44,6 +47,9 @@ struct Lock {
     /// The shared leases and permits. Empty while there is an exclusive lease.
     holders: Vec<HolderRecord>,
     queue: BTreeSet<Member>,
+    /// The end of a mark that was kept by [`Flaw::KeepsMark`].
+    #[cfg(test)]
+    marked_until: Option<Moment>,
 }
 
 impl Lock {
@@ -60,6 +66,10 @@ impl Lock {
     /// limit, and the smallest one counts.
     fn admits(&self, mode: LockMode) -> bool {
         if self.lease.is_some() {
+            return false;
+        }
+        #[cfg(test)]
+        if self.marked_until.is_some() && mode == LockMode::Exclusive {
             return false;
         }
         match mode {
@@ -156,6 +166,7 @@ impl MemoryCore {
     pub(crate) fn with_flaw(flaw: Option<Flaw>) -> Self {
         Self {
             counts_receivers: flaw == Some(Flaw::CountsReceivers),
+            flaw,
             ..Self::default()
         }
     }
@@ -200,6 +211,9 @@ impl MemoryCore {
             };
         }
         let is_first = lock.queue.first().is_none_or(|head| head.owner == me);
+        #[cfg(test)]
+        let is_first = is_first || mode_of(me) == LockMode::Shared && self.flaw == Some(Flaw::LetsReadersPass);
+        let lock = self.lock(key, terms.now);
         let reply = if is_first && lock.admits(mode_of(me)) {
             let tokens = self.reserve(key, terms);
             self.leave(key, me);
@@ -405,9 +419,36 @@ impl MemoryCore {
 
     /// The key at `now`, without what has ended.
     fn lock(&mut self, key: &LockKey, now: Moment) -> &mut Lock {
+        #[cfg(test)]
+        let flaw = self.flaw;
         let lock = self.locks.entry(key.clone()).or_default();
+        #[cfg(test)]
+        if flaw == Some(Flaw::NeverEndsHolders) {
+            lock.holders
+                .iter_mut()
+                .for_each(|holder| holder.ends = holder.ends.max(now + Duration::from_secs(1)));
+        }
+        #[cfg(test)]
+        lock.marked_until.take_if(|until| *until <= now);
         lock.expire(now);
         lock
+    }
+
+    /// The request comes from a client whose clock is ahead by that much.
+    #[cfg(test)]
+    pub(crate) fn comes_from_ahead(&mut self, key: &LockKey, now: Moment, ahead: Duration) {
+        if self.flaw == Some(Flaw::EndsByClientsClock)
+            && let Some(lock) = self.locks.get_mut(key)
+        {
+            lock.holders.retain(|holder| holder.ends > now + ahead);
+        }
+    }
+
+    /// The members of the queue, in order.
+    #[cfg(test)]
+    pub(crate) fn queue(&self, key: &LockKey) -> Vec<String> {
+        let queue = self.locks.get(key).map(|lock| lock.queue.iter());
+        queue.into_iter().flatten().map(|member| member.owner.clone()).collect()
     }
 
     fn queue_length(&self, key: &LockKey) -> u64 {
@@ -434,6 +475,13 @@ impl MemoryCore {
     fn remove(&mut self, key: &LockKey, owner: &str) {
         if let Some(lock) = self.locks.get_mut(key) {
             lock.lease.take_if(|lease| lease.owner == owner);
+            #[cfg(test)]
+            if self.flaw == Some(Flaw::KeepsMark)
+                && let [holder] = &lock.holders[..]
+                && holder.owner == owner
+            {
+                lock.marked_until = Some(holder.ends);
+            }
             lock.holders.retain(|holder| holder.owner != owner);
         }
     }
