@@ -202,7 +202,10 @@ impl LockGuard {
             self.send_to_background(request);
             return Err(self.lost_error(self.lease.loss().unwrap_or(LossReason::Expired)));
         }
-        let Some(request @ Request::Release { .. }) = request else {
+        // A request for another cycle follows from the release, but does not confirm it.
+        let is_ours =
+            |request: &Request| matches!(request, Request::Release { .. }) && request.cycle() == self.lease.cycle;
+        let Some(request) = request.filter(is_ours) else {
             self.send_to_background(request);
             return Ok(());
         };

@@ -23,6 +23,7 @@ mod fairness;
 mod leases;
 mod limits;
 mod linger;
+mod modes;
 mod order;
 mod others;
 mod pauses;
@@ -51,6 +52,7 @@ fn worker_entry() {
         "clock" => clocks::tell_time(&me),
         "contender" => fairness::contend(&me),
         "counter" => basics::count(&me),
+        "holder" => modes::hold(&me),
         "echo" => servers::echo(&me),
         #[cfg(feature = "admin")]
         "endpoint" => admin::serve_many_locks(&me),

@@ -88,6 +88,15 @@ pub(crate) enum Request {
     },
 }
 
+impl Request {
+    /// The cycle that the reply is reported for.
+    pub(crate) const fn cycle(&self) -> Cycle {
+        match self {
+            Self::Acquire { cycle, .. } | Self::Release { cycle, .. } => *cycle,
+        }
+    }
+}
+
 /// Zero, one or many waiters. One needs no allocation.
 #[derive(Debug)]
 pub(crate) enum Wake<W> {
