@@ -289,17 +289,19 @@ impl MemoryCore {
         if !held {
             self.leave(key, me);
         }
+        self.remove(key, me);
         let requeued = match next {
             None => {
-                self.remove(key, me);
                 self.advance(key, None, terms);
                 None
             }
-            Some(next) if held => {
-                // In this order, so that a cycle never passes those that were there before.
-                self.remove(key, me);
-                Some(self.enqueue(key, next, terms))
+            Some(next) if self.lock(key, terms.now).is_held_by(next) => {
+                // An earlier attempt had it join, and it was served since. It is in no queue now.
+                self.advance(key, None, terms);
+                Some(self.acquire(key, next, false, terms))
             }
+            // Through the queue, so that a cycle never passes those that were there before.
+            Some(next) if held => Some(self.enqueue(key, next, terms)),
             Some(next) => Some(self.acquire(key, next, false, terms)),
         };
         self.forget_if_unused(key);
