@@ -50,6 +50,12 @@ pub(crate) struct Release {
 }
 
 impl Release {
+    /// Whether both cycles are exclusive.
+    pub(crate) fn is_exclusive(&self) -> bool {
+        let next = self.requeue.map(Cycle::mode).unwrap_or_default();
+        self.cycle.mode().is_exclusive() && next.is_exclusive()
+    }
+
     /// The TTL of a lease that this request may give to the requeued cycle.
     pub(crate) fn ttl(&self) -> Duration {
         self.requeue.map_or(Duration::ZERO, Cycle::ttl)

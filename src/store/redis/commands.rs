@@ -10,6 +10,7 @@ use super::batch::may_concern_some_keys;
 use super::claim::{Claim, ClaimKind};
 use super::names::Names;
 use super::permission::Permissions;
+use super::script::MARKER;
 use crate::identity::{ManagerId, OwnerTag};
 use crate::key::{LockKey, Slot};
 use crate::protocol::{Acquire, AcquireMode, Cycle, Release, Renewal};
@@ -83,6 +84,17 @@ impl Commands {
 
     /// The keys and arguments of acquire.lua.
     pub(super) fn fill_acquire(&self, command: &mut Cmd, request: &Acquire, floor: u64) {
+        self.write_keys(command, &request.key);
+        self.write_acquire(command, request, floor);
+    }
+
+    /// The keys and arguments of acquire_modes.lua.
+    pub(super) fn fill_acquire_modes(&self, command: &mut Cmd, request: &Acquire, floor: u64) {
+        self.write_keys_and_holders(command, &request.key);
+        self.write_acquire(command, request, floor);
+    }
+
+    fn write_acquire(&self, command: &mut Cmd, request: &Acquire, floor: u64) {
         let &Acquire {
             ref key,
             cycle,
@@ -90,7 +102,7 @@ impl Commands {
             ttl,
             tokens,
         } = request;
-        self.write_keys(command, key, cycle);
+        self.write_owner_tag(command, cycle);
         command.arg(millis(ttl)).arg(tokens).arg(floor);
         command.arg(match mode {
             AcquireMode::Enqueue => "join",
@@ -103,6 +115,17 @@ impl Commands {
 
     /// The keys and arguments of release.lua.
     pub(super) fn fill_release(&self, command: &mut Cmd, request: &Release, floor: u64) {
+        self.write_keys(command, &request.key);
+        self.write_release(command, request, floor);
+    }
+
+    /// The keys and arguments of release_modes.lua.
+    pub(super) fn fill_release_modes(&self, command: &mut Cmd, request: &Release, floor: u64) {
+        self.write_keys_and_holders(command, &request.key);
+        self.write_release(command, request, floor);
+    }
+
+    fn write_release(&self, command: &mut Cmd, request: &Release, floor: u64) {
         let &Release {
             ref key,
             cycle,
@@ -110,7 +133,7 @@ impl Commands {
             tokens,
             ..
         } = request;
-        self.write_keys(command, key, cycle);
+        self.write_owner_tag(command, cycle);
         command.arg(tokens).arg(floor);
         self.write_inbox_prefix(command, key);
         command.arg(key.as_str());
@@ -147,6 +170,40 @@ impl Commands {
         }
     }
 
+    /// The keys and arguments of renew_modes.lua.
+    pub(super) fn fill_renew_modes<'a>(
+        &self,
+        command: &mut Cmd,
+        renewals: impl ExactSizeIterator<Item = &'a Renewal> + Clone,
+    ) {
+        command.arg(renewals.len() * 3);
+        for renewal in renewals.clone() {
+            let names = self.names.of(&renewal.key);
+            names.lease().write(command);
+            names.queue().write(command);
+            names.holders().write(command);
+        }
+        for renewal in renewals {
+            self.write_owner_tag(command, renewal.cycle);
+            command.arg(millis(renewal.ttl));
+        }
+    }
+
+    /// The keys and arguments of renew_alone.lua for the marker of shared holders and permits.
+    pub(super) fn fill_renew_marker_alone(&self, command: &mut Cmd, renewal: &Renewal) {
+        command.arg(1);
+        self.names.of(&renewal.key).lease().write(command);
+        command.arg(MARKER).arg(millis(renewal.ttl));
+    }
+
+    /// The keys and arguments of renew_holder_alone.lua.
+    pub(super) fn fill_renew_holder_alone(&self, command: &mut Cmd, renewal: &Renewal) {
+        command.arg(1);
+        self.names.of(&renewal.key).holders().write(command);
+        self.write_owner_tag(command, renewal.cycle);
+        command.arg(millis(renewal.ttl));
+    }
+
     /// The keys and arguments of renew_alone.lua.
     pub(super) fn fill_renew_alone(&self, command: &mut Cmd, renewal: &Renewal) {
         command.arg(1);
@@ -169,8 +226,8 @@ impl Commands {
         });
     }
 
-    /// Reads the state of a key: its lease and remaining TTL, the length and head of its queue, and
-    /// the counter.
+    /// Reads the state of a key: its lease and remaining TTL, the length and head of its queue, the
+    /// counter, the shared holders and those of permits, and the clock by which their leases end.
     pub(super) fn inspect(&self, key: &LockKey) -> Pipeline {
         let names = self.names.of(key);
         let (lease, queue) = (names.lease().to_string(), names.queue().to_string());
@@ -180,6 +237,9 @@ impl Commands {
         commands.cmd("ZCARD").arg(&queue);
         commands.cmd("ZRANGE").arg(&queue).arg(0).arg(INSPECTED_QUEUE_MAX - 1);
         commands.cmd("GET").arg(names.counter().to_string());
+        let holders = names.holders().to_string();
+        commands.cmd("ZRANGE").arg(holders).arg(0).arg(-1).arg("WITHSCORES");
+        commands.cmd("TIME");
         commands
     }
 
@@ -191,14 +251,23 @@ impl Commands {
         scan
     }
 
-    /// Writes the keys that a lock's scripts take, and their first argument, the owner tag.
-    fn write_keys(&self, command: &mut Cmd, key: &LockKey, cycle: Cycle) {
+    /// Writes the keys that the scripts of exclusive cycles take.
+    fn write_keys(&self, command: &mut Cmd, key: &LockKey) {
         let names = self.names.of(key);
         command.arg(3);
         names.lease().write(command);
         names.queue().write(command);
         names.counter().write(command);
-        self.write_owner_tag(command, cycle);
+    }
+
+    /// Writes the keys that the scripts for all modes take.
+    fn write_keys_and_holders(&self, command: &mut Cmd, key: &LockKey) {
+        let names = self.names.of(key);
+        command.arg(4);
+        names.lease().write(command);
+        names.queue().write(command);
+        names.counter().write(command);
+        names.holders().write(command);
     }
 
     fn write_inbox_prefix(&self, command: &mut Cmd, key: &LockKey) {

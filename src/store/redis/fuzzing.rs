@@ -44,10 +44,12 @@ fn of_a_lock(names: &Names, key: &LockKey) {
     let of = names.of(key);
     let slot = of.slot();
     let manager = ManagerId::of("h", 1, 2);
-    let (lease, queue, counter) = (of.lease().to_string(), of.queue().to_string(), of.counter().to_string());
+    let (lease, queue) = (of.lease().to_string(), of.queue().to_string());
+    let (holders, counter) = (of.holders().to_string(), of.counter().to_string());
     for name in [
         &lease,
         &queue,
+        &holders,
         &counter,
         &names.scratch_in(slot).to_string(),
         &names.inbox_in(slot, &manager),
@@ -55,10 +57,15 @@ fn of_a_lock(names: &Names, key: &LockKey) {
         assert_eq!(Slot::of(name.as_bytes()), slot, "{name} is in the slot of its lock");
     }
     assert_eq!(names.key_of_lease(&lease).as_ref(), Some(key));
-    for other in [&queue, &counter, &names.map()] {
+    for other in [&queue, &holders, &counter, &names.map()] {
         assert_eq!(names.key_of_lease(other), None, "{other} is not a lease");
     }
-    for (name, shown) in [(of.lease(), &lease), (of.queue(), &queue), (of.counter(), &counter)] {
+    for (name, shown) in [
+        (of.lease(), &lease),
+        (of.queue(), &queue),
+        (of.holders(), &holders),
+        (of.counter(), &counter),
+    ] {
         let mut command = Cmd::new();
         name.write(&mut command);
         let arguments = [Value::BulkString(shown.clone().into_bytes())];
@@ -84,7 +91,9 @@ pub fn pushes(data: &[u8]) {
     let (numbers, key) = head::<24>(data);
     let part = |at: usize| u64::from_le_bytes(numbers[at..at + 8].try_into().unwrap());
     if let Ok(key) = LockKey::new(&text(key)) {
-        let cycle = Cycle::parse(&format!("{}-{}-{:08x}", part(0), part(8) as u32, part(8) >> 32)).unwrap();
+        let mode = ["", "-s", "-p1-1", "-p3-1000"][(part(16) % 4) as usize];
+        let cycle = format!("{}-{}-{:08x}{mode}", part(0), part(8) as u32, part(8) >> 32);
+        let cycle = Cycle::parse(&cycle).unwrap();
         let tokens = TokenBlock::ending_at(part(16), part(8) as u32);
         let queued = part(0) ^ part(16);
         let grant = Grant { cycle, tokens, queued };
@@ -184,6 +193,9 @@ pub fn replies(data: &[u8]) {
             assert_eq!(holder.is_manager, parse_owner_tag(&holder.owner).is_some());
         }
         assert!(inspection.queue.len() <= data.len());
+        assert!(inspection.holders.len() as u64 <= inspection.holder_count);
+        assert!(inspection.holders.iter().all(|holder| holder.is_manager));
+        assert!(inspection.holder.is_none() || inspection.holder_count == 0);
     }
     if let Some((seconds, micros)) = reply::server_time(&value) {
         let time = Duration::from_secs(seconds) + Duration::from_micros(micros);

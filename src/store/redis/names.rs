@@ -15,6 +15,7 @@ use crate::key::{LockKey, Slot, hash_tag};
 /// |---|---|
 /// | lease | `lock:K` |
 /// | queue | `{lock:K}:q`, or `lock:%q:K` if K has a hash tag of its own |
+/// | shared and permit holders | `{lock:K}:h`, or `lock:%h:K` |
 /// | counter | `lock:%fence:{tag}`, one per slot; the tag hashes to that slot |
 /// | shard map | `lock:%map` |
 /// | scratch | `lock:%scratch:{tag}`, which never exists |
@@ -46,6 +47,14 @@ impl LockNames<'_> {
         match self.tagged {
             true => Name([self.namespace, "%q:", &self.name, ""], None),
             false => Name(["{", self.namespace, &self.name, "}:q"], None),
+        }
+    }
+
+    /// The holders of shared leases and of permits.
+    pub(crate) fn holders(&self) -> Name<'_> {
+        match self.tagged {
+            true => Name([self.namespace, "%h:", &self.name, ""], None),
+            false => Name(["{", self.namespace, &self.name, "}:h"], None),
         }
     }
 
@@ -238,6 +247,7 @@ mod tests {
     struct Texts {
         lease: String,
         queue: String,
+        holders: String,
         counter: String,
         slot: Slot,
     }
@@ -245,21 +255,17 @@ mod tests {
     fn names(key: &str) -> Texts {
         let (names, key) = (Names::new("lock:"), LockKey::new(key).unwrap());
         let names = names.of(&key);
-        let (lease, queue, counter) = (
-            names.lease().to_string(),
-            names.queue().to_string(),
-            names.counter().to_string(),
-        );
         Texts {
-            lease,
-            queue,
-            counter,
+            lease: names.lease().to_string(),
+            queue: names.queue().to_string(),
+            holders: names.holders().to_string(),
+            counter: names.counter().to_string(),
             slot: names.slot(),
         }
     }
 
     fn all_in_one_slot(names: &Texts) -> bool {
-        [&names.lease, &names.queue, &names.counter]
+        [&names.lease, &names.queue, &names.holders, &names.counter]
             .iter()
             .all(|name| Slot::of(name.as_bytes()) == names.slot)
     }
@@ -269,6 +275,7 @@ mod tests {
         let names = names("coupon:123");
         assert_eq!(names.lease, "lock:coupon:123");
         assert_eq!(names.queue, "{lock:coupon:123}:q");
+        assert_eq!(names.holders, "{lock:coupon:123}:h");
         assert!(all_in_one_slot(&names));
     }
 
@@ -276,6 +283,7 @@ mod tests {
     fn a_hash_tag_is_kept_and_other_braces_are_encoded() {
         assert_eq!(names("{user}cart").lease, "lock:{user}cart");
         assert_eq!(names("{user}cart").queue, "lock:%q:{user}cart");
+        assert_eq!(names("{user}cart").holders, "lock:%h:{user}cart");
         assert_eq!(names("a}b").lease, "lock:a%7Db");
         assert_eq!(names("foo{}{bar}").lease, "lock:foo%7B%7D%7Bbar%7D");
         assert_eq!(names("100%").lease, "lock:100%25");
@@ -296,25 +304,25 @@ mod tests {
         }
 
         #[test]
-        fn a_lease_leads_back_to_its_key_and_nothing_else_to_any(key in "[a-b{}%: é2357BDmapqfence]{1,12}") {
+        fn a_lease_leads_back_to_its_key_and_nothing_else_to_any(key in "[a-b{}%: é2357BDmaphqfence]{1,12}") {
             let (all, own) = (names(&key), Names::new("lock:"));
             let found = own.key_of_lease(&all.lease);
             prop_assert_eq!(found.as_ref().map(LockKey::as_str), Some(key.as_str()));
-            for other in [&all.queue, &all.counter, &own.map(), &key] {
+            for other in [&all.queue, &all.holders, &all.counter, &own.map(), &key] {
                 prop_assert!(own.key_of_lease(other).is_none_or(|found| names(found.as_str()).lease == *other));
             }
-            for other in [&all.queue, &all.counter, &own.map()] {
+            for other in [&all.queue, &all.holders, &all.counter, &own.map()] {
                 prop_assert_eq!(own.key_of_lease(other), None);
             }
         }
 
         /// Names of different locks never collide, whatever their kind.
         #[test]
-        fn no_two_locks_share_a_name(one in "[qa:{}%]{1,8}", other in "[qa:{}%]{1,8}") {
+        fn no_two_locks_share_a_name(one in "[qha:{}%]{1,8}", other in "[qha:{}%]{1,8}") {
             prop_assume!(one != other);
             let (one, other) = (names(&one), names(&other));
-            for left in [&one.lease, &one.queue] {
-                for right in [&other.lease, &other.queue] {
+            for left in [&one.lease, &one.queue, &one.holders] {
+                for right in [&other.lease, &other.queue, &other.holders] {
                     prop_assert_ne!(left, right);
                 }
             }

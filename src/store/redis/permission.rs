@@ -283,8 +283,14 @@ mod tests {
             &one.release_free,
             &one.renew,
             &one.renew_alone,
+            &one.modes.acquire,
+            &one.modes.release,
+            &one.modes.renew,
+            &one.modes.renew_alone,
             &cluster.acquire,
             &cluster.release,
+            &cluster.modes.acquire,
+            &cluster.modes.release,
         ] {
             let calls = |line: &str| line.matches("redis.call(").count() + line.matches("redis.pcall(").count();
             for line in script.code().lines() {

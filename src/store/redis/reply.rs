@@ -6,12 +6,13 @@ use std::time::Duration;
 use deadpool_redis::redis::{ErrorKind, RedisError, ServerErrorKind, Value};
 
 use super::permission;
+use super::script::MARKER;
 use crate::fence::{FencingToken, TokenBlock};
 use crate::identity::parse_owner_tag;
 use crate::key::LockKey;
 use crate::mode::LockMode;
 use crate::protocol::{AcquireReply, Cycle, Grant, Push, QueuePosition, ReleaseReply, RenewReply};
-use crate::store::{Holder, KeyState, StoreError};
+use crate::store::{Holder, INSPECTED_QUEUE_MAX, KeyState, StoreError};
 use crate::text::printable;
 
 pub(super) fn as_int(value: &Value) -> Option<i64> {
@@ -132,6 +133,12 @@ fn acquire_reply(numbers: &[i64], tokens: u32) -> Option<AcquireReply> {
     })
 }
 
+/// Whether the script of an exclusive cycle did nothing, since shared holders or permits are
+/// concerned: the script for all modes must be called instead.
+pub(super) fn concerns_modes(value: &Value) -> bool {
+    matches!(value, Value::Array(values) if values[..] == [Value::Int(3)])
+}
+
 /// The reply of the acquire script, which was asked for this number of tokens.
 pub(super) fn acquired(value: &Value, tokens: u32) -> Result<AcquireReply, StoreError> {
     ints(value)
@@ -187,10 +194,23 @@ pub(super) fn renewed(value: &Value, count: usize) -> Result<Vec<RenewReply>, St
 
 /// The replies to an inspection.
 pub(super) fn inspected(replies: &[Value]) -> Result<KeyState, StoreError> {
-    let [owner, left, queue_length, queue, counter] = replies else {
+    let [owner, left, queue_length, queue, counter, holders, time] = replies else {
         return Err(unexpected("an inspection", &Value::Array(replies.to_vec())));
     };
-    let holder = as_text(owner).map(|owner| Holder {
+    let owner = as_text(owner);
+    let mut holders = match owner.as_deref() {
+        Some(MARKER) => {
+            let (seconds, micros) = server_time(time).ok_or_else(|| unexpected("TIME", time))?;
+            live_holders(holders, u128::from(seconds) * 1_000 + u128::from(micros / 1_000))
+        }
+        // The marker is gone, and with it the leases.
+        _ => Vec::new(),
+    };
+    let holder_count = holders.len() as u64;
+    let permits = holders.iter().map(|holder| holder.mode.weight());
+    let permits_in_use = permits.fold(0, u32::saturating_add);
+    holders.truncate(INSPECTED_QUEUE_MAX);
+    let holder = owner.filter(|owner| owner != MARKER).map(|owner| Holder {
         is_manager: parse_owner_tag(&owner).is_some(),
         owner,
         mode: LockMode::Exclusive,
@@ -204,9 +224,9 @@ pub(super) fn inspected(replies: &[Value]) -> Result<KeyState, StoreError> {
     };
     Ok(KeyState {
         holder,
-        holders: Vec::new(),
-        holder_count: 0,
-        permits_in_use: 0,
+        holders,
+        holder_count,
+        permits_in_use,
         queue_length: as_int(queue_length)
             .and_then(|length| length.try_into().ok())
             .unwrap_or_default(),
@@ -215,6 +235,43 @@ pub(super) fn inspected(replies: &[Value]) -> Result<KeyState, StoreError> {
             .and_then(|token| token.try_into().ok())
             .and_then(FencingToken::new),
     })
+}
+
+/// The members of a holder set whose leases have not ended at this time in ms of the server's
+/// clock, those that end first in front.
+fn live_holders(members: &Value, now: u128) -> Vec<Holder> {
+    let Value::Array(items) = members else {
+        return Vec::new();
+    };
+    // With RESP3, each member comes in an array with its score.
+    let pairs: Vec<&[Value]> = match items.first() {
+        Some(Value::Array(_)) => items
+            .iter()
+            .filter_map(|item| match item {
+                Value::Array(pair) => Some(&pair[..]),
+                _ => None,
+            })
+            .collect(),
+        _ => items.chunks(2).collect(),
+    };
+    let live = pairs.into_iter().filter_map(|pair| {
+        let [member, end] = pair else { return None };
+        let owner = as_text(member)?;
+        let end = match end {
+            Value::Double(end) => *end,
+            end => as_text(end)?.parse::<f64>().ok()?,
+        };
+        let remaining = (end as u128).checked_sub(now).filter(|&left| left > 0)?;
+        let mode = parse_owner_tag(&owner)?.1.mode();
+        let remaining = u64::try_from(remaining).unwrap_or(u64::MAX);
+        Some(Holder {
+            is_manager: true,
+            owner,
+            mode,
+            remaining: Some(Duration::from_millis(remaining)),
+        })
+    });
+    live.collect()
 }
 
 /// A message in the inbox: `g <cycle> <largest token> <tokens> <queue length> <key>` or

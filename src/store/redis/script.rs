@@ -165,7 +165,26 @@ pub(super) struct Scripts {
     pub(super) claim: LuaScript,
     /// For a lease whose slot is being moved.
     pub(super) renew_alone: LuaScript,
+    /// The same requests if shared leases or permits are concerned.
+    pub(super) modes: ModeScripts,
 }
+
+/// The scripts for requests of a cycle that is not exclusive, or that meet such a cycle. They take
+/// one key more. The scripts of exclusive cycles do without it, and not only because each key costs
+/// time: while a slot is being moved, a script is only executed where all of its keys exist.
+#[derive(Debug)]
+pub(super) struct ModeScripts {
+    pub(super) acquire: LuaScript,
+    pub(super) release: LuaScript,
+    pub(super) renew: LuaScript,
+    /// For a lease whose slot is being moved, after `renew_alone` has renewed the marker.
+    pub(super) renew_alone: LuaScript,
+}
+
+/// The value of a lease while shared holders or holders of permits have the key. No owner tag, so
+/// no manager ever writes it as its own; the tilde keeps it apart from the random values, process
+/// numbers and dates that other libraries store.
+pub(super) const MARKER: &str = "~shared";
 
 /// The source of a script that consists of these files.
 #[cfg(not(test))]
@@ -185,20 +204,33 @@ macro_rules! script {
 
 impl Scripts {
     pub(super) fn for_a_primary(namespace: &str) -> Self {
-        let acquire = script!("single", "extend", "acquire_own", "common", "acquire");
-        let release = script!("single", "extend", "common", "release");
-        Self::of(acquire, release, namespace)
+        Self::of(
+            [
+                script!("single", "extend", "acquire_own", "queue", "common", "acquire"),
+                script!("single", "extend", "queue", "common", "release"),
+                script!("single", "queue", "modes", "acquire_modes"),
+                script!("single", "queue", "modes", "release_modes"),
+            ],
+            namespace,
+        )
     }
 
     pub(super) fn for_a_cluster(namespace: &str) -> Self {
-        let acquire = script!("cluster", "extend", "acquire_own", "common", "acquire");
-        let release = script!("cluster", "extend", "common", "release");
-        Self::of(acquire, release, namespace)
+        Self::of(
+            [
+                script!("cluster", "extend", "acquire_own", "queue", "common", "acquire"),
+                script!("cluster", "extend", "queue", "common", "release"),
+                script!("cluster", "queue", "modes", "acquire_modes"),
+                script!("cluster", "queue", "modes", "release_modes"),
+            ],
+            namespace,
+        )
     }
 
-    fn of(acquire: &'static str, release: &'static str, namespace: &str) -> Self {
+    fn of(own: [&'static str; 4], namespace: &str) -> Self {
         let permissions = Permissions::new(namespace);
         let script = |code| LuaScript::new(code, &permissions);
+        let [acquire, release, acquire_modes, release_modes] = own;
         Self {
             acquire: script(acquire),
             release_free: script(script!("release_free")),
@@ -206,6 +238,12 @@ impl Scripts {
             renew: script(script!("renew")),
             renew_alone: script(script!("renew_alone")),
             claim: script(script!("claim")),
+            modes: ModeScripts {
+                acquire: script(acquire_modes),
+                release: script(release_modes),
+                renew: script(script!("renew_modes")),
+                renew_alone: script(script!("renew_holder_alone")),
+            },
         }
     }
 }

@@ -47,13 +47,14 @@ use super::client::{Purpose, Target};
 use super::commands::{Commands, erase};
 use super::map;
 use super::replica_ack::{ReplicaAck, Wait};
-use super::reply::{acquired, inspected, released, to_store_error};
+use super::reply::{acquired, concerns_modes, inspected, released, to_store_error};
 use super::script::{LuaScript, Named, Scripts};
 use super::token_floor::TokenFloor;
 use crate::clock::Moment;
 use crate::endpoint::ServerUrl;
 use crate::error::InvalidSetting;
 use crate::key::{LockKey, Slot};
+use crate::mode::LockMode;
 use crate::protocol::{Acquire, AcquireMode, AcquireReply, Answer, Push, Release, ReleaseReply, RenewReply, Renewal};
 use crate::slow_log::RateLimit;
 use crate::store::map::StoredMap;
@@ -204,6 +205,40 @@ impl NodePool {
         .await
     }
 
+    /// Acquires once.
+    async fn send_acquire(&self, request: &Acquire, slot: Slot, floor: u64) -> Result<NodeReply, CallError> {
+        let (scripts, commands) = (&self.shared.scripts, &self.shared.commands);
+        let wait = self.shared.wait_for_replicas();
+        if request.cycle.mode().is_exclusive() {
+            let fill = |command: &mut Cmd| commands.fill_acquire(command, request, floor);
+            let node_reply = self.script(&scripts.acquire, slot, wait, &fill).await?;
+            if !concerns_modes(&node_reply.value) {
+                return Ok(node_reply);
+            }
+        }
+        let fill = |command: &mut Cmd| commands.fill_acquire_modes(command, request, floor);
+        self.script(&scripts.modes.acquire, slot, wait, &fill).await
+    }
+
+    /// Releases once.
+    async fn send_release(&self, request: &Release, slot: Slot, floor: u64) -> Result<NodeReply, CallError> {
+        let (scripts, commands) = (&self.shared.scripts, &self.shared.commands);
+        let wait = request.requeue.and_then(|_| self.shared.wait_for_replicas());
+        let mut repeated = false;
+        if request.is_exclusive() {
+            let fill = |command: &mut Cmd| commands.fill_release(command, request, floor);
+            let node_reply = self.script(&scripts.release, slot, wait, &fill).await?;
+            if !concerns_modes(&node_reply.value) {
+                return Ok(node_reply);
+            }
+            repeated = node_reply.repeated;
+        }
+        let fill = |command: &mut Cmd| commands.fill_release_modes(command, request, floor);
+        let mut node_reply = self.script(&scripts.modes.release, slot, wait, &fill).await?;
+        node_reply.repeated |= repeated;
+        Ok(node_reply)
+    }
+
     /// Sends a command with a single key.
     async fn single(&self, slot: Slot, command: &Cmd) -> Result<Value, StoreError> {
         self.single_until(None, slot, command).await
@@ -325,10 +360,7 @@ impl LeaseStore for ClusterStore {
             }
             let (node_reply, reply, floor) = loop {
                 let floor = shared.token_floor.of(slot);
-                let fill = |command: &mut Cmd| shared.commands.fill_acquire(command, &request, floor);
-                let node_reply = pool
-                    .script(&shared.scripts.acquire, slot, shared.wait_for_replicas(), &fill)
-                    .await?;
+                let node_reply = pool.send_acquire(&request, slot, floor).await?;
                 let reply = match (acquired(&node_reply.value, tokens)?, mode) {
                     (AcquireReply::Busy, AcquireMode::Fast) => AcquireReply::Taken,
                     (reply, _) => reply,
@@ -374,7 +406,7 @@ impl LeaseStore for ClusterStore {
                 reply,
             };
             let mut repeated = false;
-            if request.nobody_waits {
+            if request.nobody_waits && request.is_exclusive() {
                 let fill = |command: &mut Cmd| shared.commands.fill_release_free(command, &request.key, request.cycle);
                 let node_reply = pool.script(&shared.scripts.release_free, slot, None, &fill).await?;
                 if node_reply.value == Value::Int(1) {
@@ -390,9 +422,7 @@ impl LeaseStore for ClusterStore {
             if request.requeue.is_some() {
                 inbox.ready(slot).await?;
             }
-            let wait = request.requeue.and_then(|_| shared.wait_for_replicas());
-            let fill = |command: &mut Cmd| shared.commands.fill_release(command, &request, floor);
-            let node_reply = pool.script(&shared.scripts.release, slot, wait, &fill).await?;
+            let node_reply = pool.send_release(&request, slot, floor).await?;
             let mut reply = released(&node_reply.value, request.requeue.is_some(), tokens)?;
             // An earlier attempt whose reply was lost may have released the lease. That it is no
             // longer ours is not a loss then.
@@ -474,6 +504,10 @@ impl LeaseStore for ClusterStore {
 
     fn slot_of(&self, key: &LockKey) -> Slot {
         self.shared.commands.names.of(key).slot()
+    }
+
+    fn lacks(&self, _: LockMode) -> Option<&'static str> {
+        None
     }
 
     fn last_cut(&self) -> Option<Moment> {

@@ -10,7 +10,7 @@ use futures_util::stream;
 
 use super::super::batch::{self as batches, Part};
 use super::super::reply::renewed;
-use super::super::script::Named;
+use super::super::script::{LuaScript, Named};
 use super::dispatch::{Call, CallError};
 use super::inbox::Inbox;
 use super::pool::NodePool;
@@ -37,17 +37,19 @@ pub(super) async fn renew(
     batch: &[Renewal],
     limit: Duration,
 ) -> Result<Vec<Option<RenewReply>>, StoreError> {
-    let mut by_slot: HashMap<Slot, Vec<usize>> = HashMap::new();
+    // Each call has leases of one slot and of one script.
+    let mut by_slot: HashMap<(Slot, bool), Vec<usize>> = HashMap::new();
     for (index, renewal) in batch.iter().enumerate() {
         let slot = pool.shared.commands.names.of(&renewal.key).slot();
         // The inbox must stay subscribed while a lease is held for long or kept without a guard, so
         // that its holder is notified of waiters.
         inbox.keep_for(slot, renewal.ttl);
-        by_slot.entry(slot).or_default().push(index);
+        let is_exclusive = renewal.cycle.mode().is_exclusive();
+        by_slot.entry((slot, is_exclusive)).or_default().push(index);
     }
     let groups: Vec<(Slot, Vec<usize>)> = by_slot
         .iter()
-        .flat_map(|(slot, indices)| indices.chunks(RENEWALS_PER_CALL).map(|group| (*slot, group.to_vec())))
+        .flat_map(|((slot, _), indices)| indices.chunks(RENEWALS_PER_CALL).map(|group| (*slot, group.to_vec())))
         .collect();
     // The sender stops waiting at the limit itself, and the last attempt of a call ends before the
     // call does.
@@ -157,7 +159,7 @@ async fn renew_group(
     }
 }
 
-/// Renews leases of one slot in one call.
+/// Renews leases of one slot in one call; all of them are exclusive, or none is.
 async fn renew_part(
     pool: &NodePool,
     slot: Slot,
@@ -165,9 +167,19 @@ async fn renew_part(
     until: tokio::time::Instant,
 ) -> Result<Vec<Option<RenewReply>>, StoreError> {
     let shared = &*pool.shared;
+    let is_exclusive = renewals.iter().all(|renewal| renewal.cycle.mode().is_exclusive());
     let command = |named: Named| {
-        let fill = |command: &mut Cmd| shared.commands.fill_renew(command, renewals.iter().copied());
-        shared.scripts.renew.command(named, fill)
+        let (commands, renewals) = (&shared.commands, renewals.iter().copied());
+        match is_exclusive {
+            true => {
+                let fill = |command: &mut Cmd| commands.fill_renew(command, renewals.clone());
+                shared.scripts.renew.command(named, fill)
+            }
+            false => {
+                let fill = |command: &mut Cmd| commands.fill_renew_modes(command, renewals.clone());
+                shared.scripts.modes.renew.command(named, fill)
+            }
+        }
     };
     let call = Call {
         slot,
@@ -191,12 +203,34 @@ async fn renew_part(
     }
 }
 
-/// Renews one lease while its slot is being moved.
+/// Renews one lease while its slot is being moved. A shared lease or permit has two keys, which may
+/// be on different nodes. The marker comes first: if there is none, there is no lease, and one that
+/// lasts for too long is deleted by the next request.
 async fn renew_alone(pool: &NodePool, slot: Slot, renewal: &Renewal) -> Option<RenewReply> {
+    let (commands, scripts) = (&pool.shared.commands, &pool.shared.scripts);
+    if renewal.cycle.mode().is_exclusive() {
+        let fill = |command: &mut Cmd| commands.fill_renew_alone(command, renewal);
+        return renew_key(pool, slot, &scripts.renew_alone, &fill).await;
+    }
+    let fill = |command: &mut Cmd| commands.fill_renew_marker_alone(command, renewal);
+    match renew_key(pool, slot, &scripts.renew_alone, &fill).await {
+        Some(RenewReply::Extended { .. }) => {
+            let fill = |command: &mut Cmd| commands.fill_renew_holder_alone(command, renewal);
+            renew_key(pool, slot, &scripts.modes.renew_alone, &fill).await
+        }
+        reply => reply,
+    }
+}
+
+/// Calls a script that renews a single key.
+async fn renew_key(
+    pool: &NodePool,
+    slot: Slot,
+    script: &LuaScript,
+    fill: &(dyn Fn(&mut Cmd) + Send + Sync),
+) -> Option<RenewReply> {
     let shared = &*pool.shared;
-    let fill = |command: &mut Cmd| shared.commands.fill_renew_alone(command, renewal);
-    let wait = shared.wait_for_replicas();
-    let node_reply = match pool.script(&shared.scripts.renew_alone, slot, wait, &fill).await {
+    let node_reply = match pool.script(script, slot, shared.wait_for_replicas(), fill).await {
         Ok(node_reply) if shared.has_acks(&node_reply) => node_reply,
         Ok(_) => return None,
         Err(error) => {

@@ -57,13 +57,14 @@ use super::commands::{Commands, erase};
 use super::connection::Cuts;
 use super::map;
 use super::replica_ack::ReplicaAck;
-use super::reply::{acquired, acquired_freely, inspected, released};
+use super::reply::{acquired, acquired_freely, concerns_modes, inspected, released};
 use super::script::Scripts;
 use super::token_floor::TokenFloor;
 use crate::clock::Moment;
 use crate::endpoint::{Access, ServerUrl};
 use crate::error::InvalidSetting;
 use crate::key::{LockKey, Slot};
+use crate::mode::LockMode;
 use crate::protocol::{Acquire, AcquireMode, AcquireReply, Answer, Push, Release, ReleaseReply, RenewReply, Renewal};
 use crate::runtime::Runtimes;
 use crate::slow_log::RateLimit;
@@ -253,8 +254,17 @@ impl Shared {
             let fill = |command: &mut Cmd| self.commands.fill_release_free(command, &request.key, request.cycle);
             return self.scripts.release_free.call(&mut live.connection, fill).await;
         }
-        let fill = |command: &mut Cmd| self.commands.fill_release(command, request, floor);
-        self.scripts.release.call_told_last(&mut live.connection, fill).await
+        if request.is_exclusive() {
+            let fill = |command: &mut Cmd| self.commands.fill_release(command, request, floor);
+            let value = self.scripts.release.call_told_last(&mut live.connection, fill).await?;
+            if !concerns_modes(&value) {
+                return Ok(value);
+            }
+        }
+        let fill = |command: &mut Cmd| self.commands.fill_release_modes(command, request, floor);
+        let script = &self.scripts.modes.release;
+        // Boxed, so that it does not enlarge the future of every request.
+        Box::pin(script.call_told_last(&mut live.connection, fill)).await
     }
 
     /// Sends a command about the shard map.
@@ -288,14 +298,22 @@ impl Shared {
             // Boxed, so that it does not enlarge the future of every request.
             return Box::pin(self.send_acquire_confirmed(ack, live, request, slot, floor)).await;
         }
-        if request.mode == AcquireMode::Fast {
+        let is_exclusive = request.cycle.mode().is_exclusive();
+        if is_exclusive && request.mode == AcquireMode::Fast {
             let commands = self.commands.take_freely(request, slot);
             let replies = live.connection.send_packed_commands(&commands, 0, 2).await?;
             let replies = self.commands.permissions.without_errors(&commands, replies)?;
             return Ok(acquired_freely(&replies, request.tokens));
         }
-        let fill = |command: &mut Cmd| self.commands.fill_acquire(command, request, floor);
-        let value = self.scripts.acquire.call(&mut live.connection, fill).await?;
+        if is_exclusive {
+            let fill = |command: &mut Cmd| self.commands.fill_acquire(command, request, floor);
+            let value = self.scripts.acquire.call(&mut live.connection, fill).await?;
+            if !concerns_modes(&value) {
+                return Ok(acquired(&value, request.tokens));
+            }
+        }
+        let fill = |command: &mut Cmd| self.commands.fill_acquire_modes(command, request, floor);
+        let value = Box::pin(self.scripts.modes.acquire.call(&mut live.connection, fill)).await?;
         Ok(acquired(&value, request.tokens))
     }
 
@@ -309,7 +327,8 @@ impl Shared {
         floor: u64,
     ) -> RedisResult<Result<AcquireReply, StoreError>> {
         let wait = ack.next();
-        let (reply, acked) = if request.mode == AcquireMode::Fast {
+        let is_exclusive = request.cycle.mode().is_exclusive();
+        let (reply, acked) = if is_exclusive && request.mode == AcquireMode::Fast {
             let mut commands = self.commands.take_freely(request, slot);
             commands.add_command(wait.command());
             let mut replies = live.connection.send_packed_commands(&commands, 0, 3).await?;
@@ -317,13 +336,19 @@ impl Shared {
             let replies = self.commands.permissions.without_errors(&commands, replies)?;
             (acquired_freely(&replies, request.tokens), acked)
         } else {
-            let fill = |command: &mut Cmd| self.commands.fill_acquire(command, request, floor);
-            let call = self
-                .scripts
-                .acquire
-                .call_before(&wait.command(), &mut live.connection, fill)
-                .await?;
-            (acquired(&call.0, request.tokens), call.1)
+            let (connection, scripts, wait) = (&mut live.connection, &self.scripts, wait.command());
+            let exclusive = |command: &mut Cmd| self.commands.fill_acquire(command, request, floor);
+            let all_modes = |command: &mut Cmd| self.commands.fill_acquire_modes(command, request, floor);
+            let mut call = None;
+            if is_exclusive {
+                let answer = scripts.acquire.call_before(&wait, connection, exclusive).await?;
+                call = Some(answer).filter(|(value, _)| !concerns_modes(value));
+            }
+            let (value, acked) = match call {
+                Some(call) => call,
+                None => scripts.modes.acquire.call_before(&wait, connection, all_modes).await?,
+            };
+            (acquired(&value, request.tokens), acked)
         };
         let reply = match reply {
             Ok(reply) => reply,
@@ -433,7 +458,7 @@ impl LeaseStore for RedisStore {
             let _in_flight = link.enter();
             let (ttl, tokens) = (request.ttl(), request.tokens);
             let mut attempts = Attempts::default();
-            let mut free = request.nobody_waits;
+            let mut free = request.nobody_waits && request.is_exclusive();
             loop {
                 let mut live = match (link.get().await, &other) {
                     (Ok(live), _) => live,
@@ -504,7 +529,7 @@ impl LeaseStore for RedisStore {
         Box::pin(async move {
             let mut live = link.get().await?;
             let commands = shared.commands.inspect(&key);
-            let asking = live.connection.send_packed_commands(&commands, 0, 5);
+            let asking = live.connection.send_packed_commands(&commands, 0, commands.len());
             let replies = tokio::time::timeout(shared.patience(), asking).await;
             let replies = replies.unwrap_or_else(|_| Err(shared.no_answer()));
             let replies = replies.and_then(|replies| shared.commands.permissions.without_errors(&commands, replies));
@@ -545,6 +570,10 @@ impl LeaseStore for RedisStore {
 
     fn slot_of(&self, key: &LockKey) -> Slot {
         self.shared.commands.names.of(key).slot()
+    }
+
+    fn lacks(&self, _: LockMode) -> Option<&'static str> {
+        None
     }
 
     fn last_cut(&self) -> Option<Moment> {

@@ -180,14 +180,16 @@ async fn send(
     let deadline = Instant::now() + each;
     let slot = |item: usize| shared.commands.names.of(&batch[item].key).slot().number();
     let divided = |part: Part| batch::by_slot(part, slot, RENEWALS_PER_CALL);
-    let all: Part = (0..batch.len()).collect();
-    let mut parts = match shared
+    let by_slot = shared
         .call_shape
-        .is_by_slot((Arc::as_ptr(link).addr(), live.generation))
-    {
-        true => divided(all),
-        false => all.chunks(RENEWALS_PER_CALL).map(<[usize]>::to_vec).collect(),
-    };
+        .is_by_slot((Arc::as_ptr(link).addr(), live.generation));
+    // Each call has leases of one script.
+    let (exclusive, others): (Part, Part) = (0..batch.len()).partition(|&item| batch[item].cycle.mode().is_exclusive());
+    let parts = [exclusive, others].into_iter().flat_map(|part| match by_slot {
+        true => divided(part),
+        false => part.chunks(RENEWALS_PER_CALL).map(<[usize]>::to_vec).collect(),
+    });
+    let mut parts: Vec<Part> = parts.collect();
     let mut replies = vec![None; batch.len()];
     let (mut answered, mut failed, mut refused) = (false, None, Refused::default());
     while !parts.is_empty() {
@@ -286,12 +288,15 @@ impl Refused {
     }
 }
 
+/// Renews these leases, which are all exclusive or none of them is.
 async fn call(shared: &Shared, live: &Live, batch: &[Renewal], part: &[usize]) -> Result<Value, RedisError> {
     let mut connection = live.connection.clone();
-    let fill = |command: &mut Cmd| {
-        shared
-            .commands
-            .fill_renew(command, part.iter().map(|&item| &batch[item]))
-    };
-    shared.scripts.renew.call(&mut connection, fill).await
+    let (commands, scripts) = (&shared.commands, &shared.scripts);
+    let renewals = || part.iter().map(|&item| &batch[item]);
+    if renewals().all(|renewal| renewal.cycle.mode().is_exclusive()) {
+        let fill = |command: &mut Cmd| commands.fill_renew(command, renewals());
+        return scripts.renew.call(&mut connection, fill).await;
+    }
+    let fill = |command: &mut Cmd| commands.fill_renew_modes(command, renewals());
+    scripts.modes.renew.call(&mut connection, fill).await
 }

@@ -1,4 +1,4 @@
--- Comes after single.lua or cluster.lua, with reserve(), and before common.lua.
+-- Comes after single.lua or cluster.lua, with reserve(), and before queue.lua.
 
 -- Extends the owner's lease and reserves more tokens.
 local function extend(ttl, n, floor)

@@ -1,6 +1,7 @@
 -- ARGV: 1 signature, 2 tokens of the next owner, 3 floor, 4 channel prefix, 5 key, 6 next signature
 -- or ''.
 -- Replies: {1 if it was ours, else 0; with a next signature, followed by the reply to its acquire}
+--   | {3} release_modes.lua must run
 local me, n, floor, channel, key, next = ARGV[1], tonumber(ARGV[2]), tonumber(ARGV[3]), ARGV[4], ARGV[5], ARGV[6]
 -- The TTL of a cycle is part of its signature.
 local manager, _, ttl = member(next)
@@ -8,22 +9,35 @@ local owner = redis.call('GET', KEYS[1])
 if owner ~= me then
   -- A cycle that owns the lease is never in the queue.
   redis.call('ZREM', KEYS[2], me)
+  if owner == MARKER then
+    -- The next cycles may be admissible without it.
+    return {3}
+  end
   if next == '' then
     -- The lease was deleted or has expired: grant it to the head, which need not find out by
     -- itself.
-    if not owner then
-      pass_on(nil, nil, n, floor, channel, key)
+    if not owner and pass_on(nil, nil, n, floor, channel, key) == false then
+      return {3}
     end
     return {0}
   end
-  return {0, unpack(acquire(owner, next, ttl, n, floor, false, channel, key))}
+  local reply = acquire(owner, next, ttl, n, floor, false, channel, key)
+  if reply[1] == 3 then
+    return reply
+  end
+  return {0, unpack(reply)}
 end
 if next == '' then
-  pass_on(nil, nil, n, floor, channel, key)
+  if pass_on(nil, nil, n, floor, channel, key) == false then
+    return {3}
+  end
   return {1}
 end
-local _, ahead, new, reached = join(next, floor, channel .. manager)
-local heir, last, waiting, left = pass_on(next, ttl, n, floor, channel, key, new and ahead + 1)
+local mark, ahead, new, reached = join(next, floor, channel .. manager)
+local heir, last, waiting, left = pass_on(next, ttl, n, floor, channel, key, new and ahead + 1, mark, new)
+if heir == false then
+  return {3}
+end
 if heir == next then
   return {1, 1, last, waiting, 0}
 end
