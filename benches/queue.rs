@@ -32,6 +32,8 @@ mod fence;
 mod key;
 #[path = "../src/lease.rs"]
 mod lease;
+#[path = "../src/mode.rs"]
+mod mode;
 #[path = "../src/protocol.rs"]
 mod protocol;
 #[path = "../src/random.rs"]
@@ -39,14 +41,16 @@ mod random;
 
 use beside::{Comparison, Side, criterion};
 use clock::Moment;
-use engine::{Context, InOutage, Linger, Outcome, Queue, Request, Rules, Unlimited, WaiterId, WaiterOptions};
+use engine::{Contender, Context, InOutage, Linger, Outcome, Request, Rules, Unlimited, WaiterId, WaiterOptions};
 use error::LockError;
 use fence::TokenBlock;
+use mode::LockMode;
 use protocol::{AcquireReply, Answer, Cycles};
 
 const WANT: WaiterOptions = WaiterOptions {
     ttl: Duration::from_secs(10),
     class: 0,
+    mode: LockMode::Exclusive,
     max_hold: None,
     linger: Linger::NONE,
     try_only: false,
@@ -56,7 +60,7 @@ const WANT: WaiterOptions = WaiterOptions {
 
 /// A queue with a number of waiters, the lease, and enough tokens for any run.
 struct Line {
-    queue: Queue<usize>,
+    queue: Contender<usize>,
     rules: Rules,
     cycles: Cycles,
     ids: VecDeque<WaiterId>,
@@ -67,7 +71,7 @@ const NOW: Moment = Moment::from_nanos(1_000_000_000);
 impl Line {
     fn of(waiters: usize) -> Self {
         let mut line = Self {
-            queue: Queue::new(),
+            queue: Contender::new(LockMode::Exclusive),
             rules: Rules {
                 max_burst: 64,
                 max_slice: Duration::from_millis(10),

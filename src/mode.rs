@@ -4,6 +4,8 @@ use std::fmt;
 
 /// The mode in which a key is held.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Hash, Default)]
+#[cfg_attr(feature = "serde", derive(serde::Serialize, serde::Deserialize))]
+#[cfg_attr(feature = "serde", serde(rename_all = "snake_case"))]
 #[non_exhaustive]
 pub enum LockMode {
     /// One holder at a time, and nobody beside it.
@@ -35,6 +37,13 @@ impl LockMode {
             Self::Shared => "shared",
             Self::Permits { .. } => "permits",
         }
+    }
+
+    /// Whether a view leaves the mode out because it is the usual one.
+    #[cfg(feature = "serde")]
+    #[expect(clippy::trivially_copy_pass_by_ref, reason = "serde passes a reference")]
+    pub(crate) const fn is_usual(&self) -> bool {
+        self.is_exclusive()
     }
 
     /// Whether it is [`Exclusive`](Self::Exclusive).

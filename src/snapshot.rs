@@ -82,6 +82,7 @@ pub struct HeldLock {
     /// The owner of the lease as written in the store: `manager:cycle`.
     pub owner: String,
     /// The mode in which the key is held.
+    #[cfg_attr(feature = "serde", serde(default, skip_serializing_if = "LockMode::is_usual"))]
     pub mode: LockMode,
     /// The fencing token.
     pub token: FencingToken,

@@ -7,7 +7,7 @@ use std::time::{Duration, Instant};
 use shardlock::error::LockErrorKind;
 use shardlock::{LockManager, LockMode, LossReason};
 use support::worker;
-use support_locks::{LOCKER, TestStore, builder_of, lock, obey, on_each_store, poll_once, soon, until, until_queued};
+use support_locks::{TestStore, builder_of, lock, on_each_store, poll_once, soon, until, until_queued};
 use tokio::task::JoinSet;
 
 /// Takes the key `k` in shared mode, or two of three permits of it, and keeps it.

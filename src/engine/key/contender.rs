@@ -86,6 +86,11 @@ impl<W> Contender<W> {
         either!(self, it => it.waiting())
     }
 
+    /// See [`Queue::each_wait`].
+    pub(crate) fn each_wait(&self, see: impl FnMut(u16, Moment)) {
+        either!(self, it => it.each_wait(see));
+    }
+
     pub(crate) fn waiting_since(&self) -> Option<Moment> {
         either!(self, it => it.waiting_since())
     }

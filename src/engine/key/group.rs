@@ -23,9 +23,10 @@ use std::sync::Arc;
 
 use super::outage::Trouble;
 use super::{
-    Context, Effects, Granted, InOutage, Lease, LockError, LockMode, LossReason, Moment, Outage, Outcome, Path, Queue,
-    Rare, Waiter, WaiterId, WaiterOptions, Waiters,
+    Context, Effects, Granted, InOutage, Lease, LockMode, LossReason, Moment, Outage, Outcome, Path, Queue, Rare,
+    Waiter, WaiterId, WaiterOptions, Waiters,
 };
+use crate::error::{Failure, LockError};
 use crate::fence::FencingToken;
 use crate::protocol::{AcquireReply, Answer, Cycle, Grant, ReleaseReply, RenewReply};
 use std::time::Duration;
@@ -148,6 +149,13 @@ impl<W> Group<W> {
     pub(super) fn waiting_since(&self) -> Option<Moment> {
         let first = self.waiters.first().and_then(|id| self.waiters.get(id));
         first.map(|first| first.since)
+    }
+
+    /// Calls `see` with the class of each waiter in line and when it enqueued.
+    pub(super) fn each_wait(&self, mut see: impl FnMut(u16, Moment)) {
+        self.waiters
+            .iter()
+            .for_each(|(_, waiter)| see(waiter.want.class, waiter.since));
     }
 
     pub(super) fn lingers_until(&self) -> Option<Moment> {
