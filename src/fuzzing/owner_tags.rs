@@ -25,8 +25,10 @@ fn read(text: &str) {
         let in_script = lua::is_signed(text.as_bytes())
             .then(|| text.rsplit_once(':').unwrap())
             .filter(|(_, cycle)| fits(cycle));
+        // A lease is never that of a shared holder or of permits; those are in a set.
+        let exclusive = parsed.filter(|(_, cycle)| cycle.mode().is_exclusive());
         assert_eq!(
-            parsed.map(|(manager, _)| manager),
+            exclusive.map(|(manager, _)| manager),
             in_script.map(|(manager, _)| manager),
             "the scripts and the manager follow the same rule"
         );
@@ -97,7 +99,7 @@ mod lua {
     pub(super) fn is_signed(text: &[u8]) -> bool {
         static RULE: OnceLock<Rule> = OnceLock::new();
         let rule = RULE.get_or_init(|| {
-            let script = include_str!("../store/redis/scripts/common.lua");
+            let script = include_str!("../store/redis/scripts/queue.lua");
             let between =
                 |start: &str, end: &str| items(script.split_once(start).unwrap().1.split_once(end).unwrap().0);
             Rule {

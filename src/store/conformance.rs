@@ -517,8 +517,13 @@ fn compare(url: &str, in_cluster: bool) {
         .unwrap();
     let pair = runtime.block_on(Pair::new(url, in_cluster));
     let pair = std::cell::RefCell::new(pair);
+    // More of them than usual: PROPTEST_CASES.
+    let cases = match std::env::var_os("PROPTEST_CASES") {
+        Some(_) => Config::default().cases,
+        None => 128,
+    };
     let config = Config {
-        cases: 128,
+        cases,
         failure_persistence: None,
         ..Config::default()
     };
