@@ -189,6 +189,40 @@ async fn waiter_is_served_and_lease_survives_while_the_slot_moves() {
 }
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn shared_leases_and_permits_survive_while_the_slot_moves() {
+    let cluster = Cluster::start(3, 0);
+    let short = || builder(&cluster).ttl(Duration::from_secs(2)).connect();
+    let (one, other) = (short().await.expect("connect"), short().await.expect("connect"));
+    let key = key_on(&cluster, 0);
+    let reader = one.lock(&*key).shared().timeout(PATIENT).await.expect("lock");
+    let permit = other.permits(&*key, 2).timeout(PATIENT).await.expect("lock");
+
+    // The migration takes longer than a lease lasts. The leases are renewed meanwhile, on both sides.
+    let none_is_lost = async || {
+        let lost = async {
+            tokio::select! {
+                reason = reader.lost() => reason,
+                reason = permit.lost() => reason,
+            }
+        };
+        assert!(tokio::time::timeout(Duration::from_secs(3), lost).await.is_err());
+    };
+    cluster.begin_migration(slot(&key), 0, 1);
+    none_is_lost().await;
+    cluster.move_keys(slot(&key), 0, 1);
+    none_is_lost().await;
+    cluster.finish_migration(slot(&key), 0, 1);
+
+    let next = waiting(&one, &key);
+    until_queued(&one, &key, 1).await;
+    let state = other.inspect(&*key).await.expect("inspect");
+    assert_eq!((state.holder, state.holder_count, state.permits_in_use), (None, 2, 1));
+    reader.release().await.expect("release");
+    hand_over(permit, next).await.release().await.expect("release");
+    is_empty(&cluster).await;
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn a_lost_subscription_is_back_and_nobody_waits_in_vain() {
     let cluster = Cluster::start(3, 0);
     let (one, other) = (connect(&cluster).await, connect(&cluster).await);

@@ -404,3 +404,42 @@ async fn grant_that_another_client_makes_up_lets_nobody_in() {
     assert_eq!(holder.owner, guard.owner());
     guard.release().await.expect("release");
 }
+
+/// The lease is a marker while the key is shared. To a client of another library it looks like the
+/// lease of somebody else.
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn a_stranger_can_neither_take_nor_free_what_is_shared_but_an_administrator_can() {
+    let server = RedisServer::start();
+    let builder = || LockManager::builder().shard(server.url()).ttl(Duration::from_secs(1));
+    let (one, other) = (builder().connect().await, builder().connect().await);
+    let (one, other) = (one.expect("connect"), other.expect("connect"));
+    let reader = one.lock("k").shared().timeout(support::PATIENCE).await.expect("lock");
+    let permit = other.permits("k", 3).timeout(support::PATIENCE).await.expect("lock");
+    let take = ["SET", "lock:k", "theirs", "NX", "PX", "60000"];
+    assert_eq!(server.query::<Value>(&take), Value::Nil);
+    let free = ["EVAL", RELEASE_IF_OURS, "1", "lock:k", "theirs"];
+    assert_eq!(server.query::<Value>(&free), Value::Int(0));
+    assert!(one.try_lock("k").await.expect("try").is_none());
+
+    // Nobody takes the key, but both have lost it.
+    server.command(&["DEL", "lock:k"]);
+    for guard in [&reader, &permit] {
+        soon("the loss", guard.lost()).await;
+    }
+    drop((reader, permit));
+    // With the stranger's lease, a reader waits.
+    assert_eq!(server.query::<Value>(&take), Value::Okay);
+    assert!(other.try_lock("k").shared().await.expect("try").is_none());
+    server.command(&["DEL", "lock:k"]);
+    let guard = other.lock("k").shared().timeout(support::PATIENCE).await.expect("lock");
+    let state = one.inspect("k").await.expect("inspect");
+    assert_eq!((state.holder, state.holder_count), (None, 1));
+    guard.release().await.expect("release");
+    one.shutdown().await.ok();
+    other.shutdown().await.ok();
+    until("nothing is left", async || {
+        let left: Vec<String> = server.query(&["KEYS", "*k*"]);
+        left.iter().all(|key| key.starts_with("lock:%"))
+    })
+    .await;
+}
