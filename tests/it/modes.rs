@@ -87,8 +87,9 @@ on_each_store! {
                     loop {
                         let guard = locks.lock("k").shared().await.expect("a shared lock");
                         tokio::time::sleep(Duration::from_millis(3 + task)).await;
-                        guard.release().await.expect("release");
+                        // The writer may be served before the reply to the release arrives.
                         reads.fetch_add(1, Ordering::Relaxed);
+                        guard.release().await.expect("release");
                     }
                 });
             }
