@@ -912,7 +912,7 @@ async fn late_requests_on_a_replaced_connection_take_no_lock() {
 #[cfg(feature = "tls")]
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn late_requests_on_a_replaced_encrypted_connection_take_no_lock() {
-    let authority = Authority::new();
+    let authority = Authority::create();
     let identity = authority.issue("server", &["localhost"]);
     let tls = TlsServer::start(&authority, &identity, false, &[]);
     let proxies = [Proxy::start(format!("127.0.0.1:{}", tls.tls_port))];

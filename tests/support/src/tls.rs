@@ -30,7 +30,7 @@ pub struct Identity {
 
 impl Authority {
     /// Creates an authority that no client trusts yet.
-    pub fn new() -> Self {
+    pub fn create() -> Self {
         let dir = tempfile::Builder::new()
             .prefix("shardlock-authority-")
             .tempdir()

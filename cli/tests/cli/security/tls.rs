@@ -65,7 +65,7 @@ async fn works(server: &TlsServer, make: impl Fn() -> Builder) {
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn locks_work_through_tls_with_an_authority_of_ones_own() {
-    let authority = Authority::new();
+    let authority = Authority::create();
     let server = TlsServer::start(
         &authority,
         &authority.issue("server", &HOSTS),
@@ -80,7 +80,7 @@ async fn locks_work_through_tls_with_an_authority_of_ones_own() {
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn a_server_that_asks_for_a_certificate_is_shown_ours() {
-    let authority = Authority::new();
+    let authority = Authority::create();
     let server = TlsServer::start(&authority, &authority.issue("server", &HOSTS), true, &[]);
     let client = authority.issue("client", &["client"]);
     let url = server.url("localhost");
@@ -104,7 +104,7 @@ async fn a_server_that_asks_for_a_certificate_is_shown_ours() {
     let error = refused("no certificate", builder(&url, &authority.ca())).await;
     assert!(error.contains("set tls_cert and tls_key"), "{error}");
 
-    let strange = Authority::new();
+    let strange = Authority::create();
     let stranger = strange.issue("client", &["client"]);
     let error = refused(
         "a certificate that the server does not trust",
@@ -126,10 +126,10 @@ async fn a_server_that_asks_for_a_certificate_is_shown_ours() {
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn a_handshake_that_fails_says_what_to_do() {
-    let authority = Authority::new();
+    let authority = Authority::create();
     let server = TlsServer::start(&authority, &authority.issue("server", &["localhost"]), false, &[]);
 
-    let stranger = Authority::new();
+    let stranger = Authority::create();
     let error = refused(
         "an unknown authority",
         builder(&server.url("localhost"), &stranger.ca()),
@@ -159,7 +159,7 @@ async fn a_handshake_that_fails_says_what_to_do() {
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn the_wrong_kind_of_port_is_said_in_words() {
-    let authority = Authority::new();
+    let authority = Authority::create();
     let server = TlsServer::start(&authority, &authority.issue("server", &HOSTS), false, &[]);
     let plain = RedisServer::start();
     // Whether a server replies to a TLS handshake depends on the random bytes in it.
@@ -176,7 +176,7 @@ async fn the_wrong_kind_of_port_is_said_in_words() {
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn files_that_are_missing_or_unfit_are_named_with_their_setting() {
-    let authority = Authority::new();
+    let authority = Authority::create();
     let (client, other) = (
         authority.issue("client", &["client"]),
         authority.issue("other", &["other"]),
@@ -237,7 +237,7 @@ async fn files_that_are_missing_or_unfit_are_named_with_their_setting() {
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn a_broken_connection_is_replaced_through_tls_too() {
-    let authority = Authority::new();
+    let authority = Authority::create();
     let server = TlsServer::start(&authority, &authority.issue("server", &HOSTS), false, &[]);
     let locks = builder(&server.url("localhost"), &authority.ca())
         .connect()
@@ -257,7 +257,7 @@ async fn a_broken_connection_is_replaced_through_tls_too() {
 
 #[test]
 fn the_tool_connects_through_tls_with_what_the_environment_names() {
-    let authority = Authority::new();
+    let authority = Authority::create();
     let server = TlsServer::start(&authority, &authority.issue("server", &HOSTS), true, &[]);
     let client = authority.issue("client", &["client"]);
     for args in [&["exec", "k", "true"][..], &["inspect", "k"]] {
@@ -284,7 +284,7 @@ fn debians_server_speaks_tls_itself() {
 /// choice is process-wide.
 #[test]
 fn a_programs_own_choice_of_cryptography_stays() {
-    let authority = Authority::new();
+    let authority = Authority::create();
     let server = TlsServer::start(&authority, &authority.issue("server", &HOSTS), false, &[]);
     let ca = authority.ca();
     let vars = [
@@ -317,7 +317,7 @@ pub(crate) fn choose_and_lock(me: &worker::Current) {
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn a_certificate_that_signs_itself_works_as_that_of_a_server_and_not_as_that_of_an_authority() {
-    let authority = Authority::new();
+    let authority = Authority::create();
     let own = authority.self_signed("own", &HOSTS, true);
     let server = TlsServer::start(&authority, &own, false, &[]);
     let text = refused(
