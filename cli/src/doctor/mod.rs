@@ -151,7 +151,7 @@ async fn examine_single(endpoint: &Endpoint, connector: &Connector<'_>, fingerpr
         unreachable: Level::Error,
         announced: false,
     };
-    for server in tool::servers(&endpoint) {
+    for server in tool::servers(endpoint) {
         let server = probe(&server, ShardKind::Single, connector).await;
         report.servers.push(check_server(&server, &expected));
     }
