@@ -238,7 +238,8 @@ impl MemoryCore {
     fn try_after_others(&mut self, key: &LockKey, me: &str, terms: Terms) -> AcquireReply {
         self.advance(key, None, terms);
         let lock = self.lock(key, terms.now);
-        if !lock.queue.is_empty() || !lock.admits(mode_of(me)) {
+        // It may have been in the queue itself, and was served from there.
+        if !lock.queue.is_empty() || lock.is_held_by(me) || !lock.admits(mode_of(me)) {
             return AcquireReply::Busy;
         }
         let tokens = self.reserve(key, terms);

@@ -260,9 +260,9 @@ local function acquire(me, ttl, how)
   if how == 'join' then
     return enqueue(me, ttl)
   end
-  -- Those that wait come first.
+  -- Those that wait come first. It may be one of them.
   advance()
-  if waiting > 0 or not admits(me) then
+  if waiting > 0 or is_held(me) or not admits(me) then
     finish()
     return {0}
   end
