@@ -107,7 +107,7 @@ pub enum LockErrorKind {
 }
 
 impl LockErrorKind {
-    /// Returns a short name in words, such as `queue full`, for logs and statistics.
+    /// Returns a short name, such as `queue full`, for logs and statistics.
     #[must_use]
     pub const fn as_str(self) -> &'static str {
         match self {
