@@ -53,6 +53,7 @@ fn worker_entry() {
         "contender" => fairness::contend(&me),
         "counter" => basics::count(&me),
         "holder" => modes::hold(&me),
+        "permits" => modes::use_permits(&me),
         "echo" => servers::echo(&me),
         #[cfg(feature = "admin")]
         "endpoint" => admin::serve_many_locks(&me),
