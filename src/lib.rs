@@ -106,6 +106,32 @@
 //!
 //! A task that needs several keys must lock them in the same order everywhere, such as sorted.
 //!
+//! # Shared locks and permits
+//!
+//! A key can also be held by several at once: by any number of *shared* holders, or by as many as
+//! have *permits*. Both are requests like any other, with the same settings, and wait in the same
+//! queue: nobody is passed, so a writer among many readers, or a request for many permits, is
+//! served in its turn.
+//!
+//! ```
+//! # #[tokio::main(flavor = "current_thread")]
+//! # async fn main() -> Result<(), shardlock::LockError> {
+//! # let locks = shardlock::LockManager::connect("memory://").await?;
+//! // Readers share; a writer, which takes the same key as usual, has it alone.
+//! let reader = locks.lock("prices").shared().await?;
+//! assert!(locks.try_lock("prices").shared().await?.is_some());
+//! assert!(locks.try_lock("prices").await?.is_none());
+//!
+//! // At most ten calls to a partner at a time, over all processes.
+//! let call = locks.permits("partner", 10).await?;
+//! let batch = locks.permits("partner", 10).weight(5).await?;
+//! # for guard in [reader, call, batch] { guard.release().await?; }
+//! # Ok(()) }
+//! ```
+//!
+//! [`LockRequest::shared`] and [`LockManager::permits`] have the details; not every kind of shard
+//! has both.
+//!
 //! # Losing a lock
 //!
 //! A lease is renewed after a tenth of its TTL, so nine renewals may fail before it is lost. It is
