@@ -4,6 +4,7 @@
 mod exhaustive;
 mod extending;
 mod giving_up;
+mod group;
 mod handing_on;
 mod late;
 mod lingering;
