@@ -13,6 +13,10 @@ use crate::protocol::{AcquireReply, Answer, Cycle, Grant, ReleaseReply, RenewRep
 
 /// See the module documentation. The methods are those of [`Queue`], which documents them.
 #[derive(Debug)]
+#[expect(
+    clippy::large_enum_variant,
+    reason = "the exclusive variant is the hot path, and a box would cost it an allocation for each key"
+)]
 pub(crate) enum Contender<W> {
     /// One guard at a time.
     Exclusive(Queue<W>),
