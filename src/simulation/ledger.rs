@@ -13,6 +13,9 @@ use crate::lease::Lease;
 use crate::mode::LockMode;
 use crate::protocol::{AcquireReply, Cycle};
 
+/// More blocks than a command issues.
+const ISSUED_AT_ONCE: usize = 64;
+
 #[derive(Debug)]
 pub(super) struct Ledger {
     keys: Vec<Books>,
@@ -93,10 +96,11 @@ impl Ledger {
         &mut self.keys[k % distinct]
     }
 
-    /// The store issued a block of tokens to this cycle. What is recorded already is ignored.
+    /// The store issued a block of tokens to this cycle. What the same command recorded already is
+    /// ignored.
     pub(super) fn issues_block(&mut self, m: usize, k: usize, cycle: Cycle, tokens: TokenBlock) {
         let is_known = |block: &Block| block.m == m && block.cycle == cycle && block.tokens == tokens;
-        if self.books(k).blocks.iter().any(is_known) {
+        if self.books(k).blocks.iter().rev().take(ISSUED_AT_ONCE).any(is_known) {
             return;
         }
         self.issued += 1;

@@ -85,7 +85,7 @@ fn are_usual() -> bool {
 /// effective: every way to get and to lose a lock occurs many times.
 #[test]
 fn no_guarantee_is_broken_while_the_store_keeps_its_data() {
-    let stats = run_all(seeds(6_500), Variant::Faults).unwrap_or_else(|failure| panic!("{failure}"));
+    let stats = run_all(seeds(5_000), Variant::Faults).unwrap_or_else(|failure| panic!("{failure}"));
     println!("{stats:?}");
     if are_usual() {
         stats.assert_rich();
@@ -96,18 +96,18 @@ fn no_guarantee_is_broken_while_the_store_keeps_its_data() {
 /// holder beside anybody, never more permits than any holder's limit, and every task is served.
 #[test]
 fn no_guarantee_of_any_mode_is_broken_while_the_store_keeps_its_data() {
-    let stats = run_all(seeds(10_000), Variant::Mixed).unwrap_or_else(|failure| panic!("{failure}"));
+    let stats = run_all(seeds(3_000), Variant::Mixed).unwrap_or_else(|failure| panic!("{failure}"));
     println!("{stats:?}");
     if are_usual() {
         stats.assert_rich();
-        assert!(stats.joined > 2_000 && stats.in_company > 5_000, "{stats:?}");
+        assert!(stats.joined > 1_000 && stats.in_company > 2_000, "{stats:?}");
     }
 }
 
 /// In every mode, a hand-off without faults takes a few messages.
 #[test]
 fn without_faults_nobody_waits_for_a_ttl_in_any_mode() {
-    let stats = run_all(seeds(600), Variant::MixedPrompt).unwrap_or_else(|failure| panic!("{failure}"));
+    let stats = run_all(seeds(300), Variant::MixedPrompt).unwrap_or_else(|failure| panic!("{failure}"));
     println!("{stats:?}");
     assert_eq!(
         (stats.lost, stats.failed, stats.left_to_run_out),
@@ -119,7 +119,7 @@ fn without_faults_nobody_waits_for_a_ttl_in_any_mode() {
 /// Without faults no task ever waits for a lease to expire: every hand-off takes a few messages.
 #[test]
 fn without_faults_nobody_waits_for_a_ttl() {
-    let stats = run_all(seeds(600), Variant::Prompt).unwrap_or_else(|failure| panic!("{failure}"));
+    let stats = run_all(seeds(400), Variant::Prompt).unwrap_or_else(|failure| panic!("{failure}"));
     println!("{stats:?}");
     assert_eq!(
         (stats.lost, stats.failed, stats.left_to_run_out),
@@ -132,10 +132,10 @@ fn without_faults_nobody_waits_for_a_ttl() {
 /// until a linger period ends or a lease expires.
 #[test]
 fn renewals_make_up_for_lost_messages() {
-    let stats = run_all(seeds(600), Variant::Unheard).unwrap_or_else(|failure| panic!("{failure}"));
+    let stats = run_all(seeds(400), Variant::Unheard).unwrap_or_else(|failure| panic!("{failure}"));
     println!("{stats:?}");
     assert!(
-        !are_usual() || stats.lingering > 500 && stats.pushes_lost > 200,
+        !are_usual() || stats.lingering > 300 && stats.pushes_lost > 130,
         "{stats:?}"
     );
     assert_eq!(
@@ -149,9 +149,9 @@ fn renewals_make_up_for_lost_messages() {
 /// which the store issued them.
 #[test]
 fn tokens_grow_even_if_the_store_forgets() {
-    let stats = run_all(seeds(1_000), Variant::Forgetting).unwrap_or_else(|failure| panic!("{failure}"));
+    let stats = run_all(seeds(700), Variant::Forgetting).unwrap_or_else(|failure| panic!("{failure}"));
     println!("{stats:?}");
-    assert!(!are_usual() || stats.forgotten > 300, "{stats:?}");
+    assert!(!are_usual() || stats.forgotten > 200, "{stats:?}");
 }
 
 /// After a replica that lacks the last leases was promoted, a manager that could know of the
@@ -159,10 +159,10 @@ fn tokens_grow_even_if_the_store_forgets() {
 /// earlier ones. This holds even though leases linger and are passed on without a message.
 #[test]
 fn after_a_failover_nothing_is_given_out_that_the_new_primary_does_not_know() {
-    let stats = run_all(seeds(1_300), Variant::Failover).unwrap_or_else(|failure| panic!("{failure}"));
+    let stats = run_all(seeds(1_000), Variant::Failover).unwrap_or_else(|failure| panic!("{failure}"));
     println!("{stats:?}");
     assert!(
-        !are_usual() || stats.forgotten > 500 && stats.lingering > 1_000,
+        !are_usual() || stats.forgotten > 400 && stats.lingering > 750,
         "{stats:?}"
     );
 }
