@@ -171,6 +171,22 @@ impl Runtimes {
         }
     }
 
+    /// Runs a future on the background thread, or in place before that has started. Returns `None`
+    /// if the thread ends first. Dropping the returned future cancels the work wherever it runs.
+    ///
+    /// # Panics
+    ///
+    /// Panics if the future does, wherever it runs.
+    pub(crate) async fn run_in_background<T>(&self, future: impl Future<Output = T> + Send + 'static) -> Option<T>
+    where
+        T: Send + 'static,
+    {
+        match self.background.get() {
+            Some(background) => run_on(background, future).await,
+            None => Some(future.await),
+        }
+    }
+
     /// Probes whether the application's runtime makes progress, for as long as it exists, whenever
     /// `waits` returns true. `timeout` is the time limit of requests. Calls `leave` each time it is
     /// found stuck, before waiting tasks are notified.

@@ -56,7 +56,7 @@ use crate::error::{Failure, LockError, LockErrorKind};
 use crate::key::LockKey;
 use crate::protocol::Cycle;
 use crate::slow_log::RateLimit;
-use crate::store::{KeyState, LeaseStore, StoreError};
+use crate::store::{KeyState, LeaseStore, StoreError, StoreFuture};
 use crate::telemetry::ShardMetrics;
 use crate::time_limit::within;
 use contention_hints::ContentionHints;
@@ -285,8 +285,16 @@ impl Shard {
     }
 
     pub(crate) async fn inspect(&self, key: &LockKey) -> Result<KeyState, LockError> {
+        self.inspected(key, self.store.inspect(key.clone())).await
+    }
+
+    /// Inspects a key in whose queue a task waits.
+    async fn inspect_again(&self, key: &LockKey) -> Result<KeyState, LockError> {
+        self.inspected(key, self.store.inspect_again(key.clone())).await
+    }
+
+    async fn inspected(&self, key: &LockKey, mut inspecting: StoreFuture<KeyState>) -> Result<KeyState, LockError> {
         let started = Moment::now();
-        let mut inspecting = self.store.inspect(key.clone());
         let inspection = within(started, self.manager.timeout, inspecting.as_mut()).await;
         inspection
             .unwrap_or_else(|_| Err(self.no_answer()))

@@ -26,7 +26,7 @@ pub(super) async fn check(shard: &Arc<Shard>) {
         .filter_map(|entry| Some((entry, entry.queued_cycle()?)));
     let Some((entry, cycle)) = queued.next() else { return };
     // If the shard is unreachable, nothing is known to be lost.
-    let Ok(seen) = shard.inspect(&entry.key).await else {
+    let Ok(seen) = shard.inspect_again(&entry.key).await else {
         return;
     };
     // A grant in flight when the store was asked has made the cycle the holder there.

@@ -88,6 +88,12 @@ pub(crate) trait LeaseStore: Send + Sync + 'static {
     /// Reads the state of a key without changing anything.
     fn inspect(&self, key: LockKey) -> StoreFuture<KeyState>;
 
+    /// The same for the checks that a manager makes by itself, every few seconds while a task
+    /// waits. Uses a connection that is open anyway, so that waiting costs none.
+    fn inspect_again(&self, key: LockKey) -> StoreFuture<KeyState> {
+        self.inspect(key)
+    }
+
     /// Deletes all keys of the namespace, including those of other managers, and returns how many
     /// there were.
     fn erase(&self) -> StoreFuture<u64>;

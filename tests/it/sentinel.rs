@@ -9,9 +9,9 @@ use std::time::{Duration, Instant};
 use parking_lot::Mutex;
 use shardlock::error::LockErrorKind;
 use shardlock::{LockGuard, LockManager, LossReason};
-use support::PATIENCE;
 use support::proxy::Proxy;
 use support::sentinel::{NAME, Watched, in_step};
+use support::{PATIENCE, RedisServer};
 use support_locks::{hand_off, lock, lock_in_time, lock_keys, soon, until, until_queued, waiting};
 use tokio::task::JoinSet;
 
@@ -44,6 +44,42 @@ async fn locks_and_hand_offs_work_on_the_primary_that_sentinels_name() {
         "two inboxes, and the sentinels' own channel"
     );
     assert_eq!(lock_keys(watched.primary()), [""; 0]);
+}
+
+/// The number of pooled connections of the manager to this server.
+fn pooled(server: &RedisServer, locks: &LockManager) -> usize {
+    let (list, name) = (
+        server.query::<String>(&["CLIENT", "LIST"]),
+        format!("name=shardlock:{}:pool ", locks.id()),
+    );
+    list.lines().filter(|client| client.contains(&name)).count()
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn inspections_follow_the_primary_and_reuse_no_connection_to_the_old_one() {
+    let watched = Watched::start(1);
+    let locks = connect(&watched).await;
+    for _ in 0..2 {
+        locks.inspect("k").await.expect("inspect");
+        let old = watched.primary();
+        assert_eq!(pooled(old, &locks), 1);
+        watched.has_replicas(1);
+        // The old primary lives on as a replica.
+        let new = watched.failover();
+        until("the new primary is inspected", async || {
+            locks.inspect("k").await.is_ok() && pooled(new, &locks) == 1
+        })
+        .await;
+        until("the connection to the old primary is closed", async || {
+            pooled(old, &locks) == 0
+        })
+        .await;
+        // And no other one is opened there.
+        for _ in 0..20 {
+            locks.inspect("k").await.expect("inspect");
+            assert_eq!(pooled(old, &locks), 0);
+        }
+    }
 }
 
 /// State shared by all tasks of a load.

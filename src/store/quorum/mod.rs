@@ -237,6 +237,33 @@ impl Quorum {
         }
     }
 
+    /// Asks the sequencer; `checked` on a pooled connection first.
+    async fn inspect(&self, key: LockKey, checked: bool) -> Result<KeyState, StoreError> {
+        let slot = self.slot(&key);
+        self.wait_for_majority(Moment::now() + self.majority_limit).await?;
+        loop {
+            if !self.can_win() {
+                return Err(self.no_majority());
+            }
+            let Some(sequencer) = self.sequencer(slot) else {
+                return Err(self.no_majority());
+            };
+            if checked {
+                match tokio::time::timeout(self.node_limit, sequencer.store.inspect(key.clone())).await {
+                    // The pool may be busy, or the node may accept no more connections: locks are
+                    // not affected, so only a kept connection decides whether the node is down.
+                    Ok(Err(StoreError::Unavailable(_))) | Err(_) => {}
+                    Ok(seen) => return seen,
+                }
+            }
+            match tokio::time::timeout(self.node_limit, sequencer.store.inspect_again(key.clone())).await {
+                Ok(Err(StoreError::Unavailable(why))) => self.report_down(sequencer, &why),
+                Ok(seen) => return seen,
+                Err(_) => self.report_down(sequencer, "no answer in time"),
+            }
+        }
+    }
+
     /// A node did not answer, or its connection broke. The waiters in its queue must find another
     /// sequencer.
     fn report_down(&self, node: &Node, why: &str) {
@@ -332,23 +359,12 @@ impl LeaseStore for QuorumStore {
 
     fn inspect(&self, key: LockKey) -> StoreFuture<KeyState> {
         let quorum = Arc::clone(&self.quorum);
-        Box::pin(async move {
-            let slot = quorum.slot(&key);
-            quorum.wait_for_majority(Moment::now() + quorum.majority_limit).await?;
-            loop {
-                if !quorum.can_win() {
-                    return Err(quorum.no_majority());
-                }
-                let Some(sequencer) = quorum.sequencer(slot) else {
-                    return Err(quorum.no_majority());
-                };
-                match tokio::time::timeout(quorum.node_limit, sequencer.store.inspect(key.clone())).await {
-                    Ok(Err(StoreError::Unavailable(why))) => quorum.report_down(sequencer, &why),
-                    Ok(seen) => return seen,
-                    Err(_) => quorum.report_down(sequencer, "no answer in time"),
-                }
-            }
-        })
+        Box::pin(async move { quorum.inspect(key, true).await })
+    }
+
+    fn inspect_again(&self, key: LockKey) -> StoreFuture<KeyState> {
+        let quorum = Arc::clone(&self.quorum);
+        Box::pin(async move { quorum.inspect(key, false).await })
     }
 
     fn erase(&self) -> StoreFuture<u64> {

@@ -120,6 +120,8 @@ pub(in crate::store) enum Purpose {
     Renewals,
     /// Subscriptions.
     Inbox,
+    /// Requests that are not on the path of a lock, see `checked_pool`.
+    Pool,
 }
 
 /// Names the connection as `shardlock:<manager>:requests` and so on, for `CLIENT LIST`. If the user
@@ -129,6 +131,7 @@ pub(super) fn named(manager: &ManagerId, purpose: Purpose) -> Cmd {
         Purpose::Requests => "requests",
         Purpose::Renewals => "renewals",
         Purpose::Inbox => "inbox",
+        Purpose::Pool => "pool",
     };
     let mut name = cmd("CLIENT");
     name.arg("SETNAME")

@@ -13,6 +13,7 @@ use super::StoreError;
 use crate::endpoint::ServerUrl;
 
 mod batch;
+mod checked_pool;
 pub(crate) mod claim;
 mod client;
 pub(crate) mod cluster;

@@ -22,7 +22,7 @@
 use std::pin::pin;
 use std::time::Duration;
 
-use deadpool_redis::redis::{Cmd, ErrorKind, RedisError, ServerErrorKind, Value, pipe};
+use deadpool_redis::redis::{Cmd, ErrorKind, Pipeline, RedisError, ServerErrorKind, Value, pipe};
 
 use super::super::replica_ack::{Wait, acked};
 use super::super::reply::to_store_error;
@@ -192,29 +192,16 @@ impl NodePool {
     }
 
     async fn attempt(&self, place: &Place, call: &Call<'_>, named: Named, asking: bool, patience: Duration) -> Attempt {
-        let node = match self.node(place, call.slot) {
-            Ok(node) => node,
+        let sender = match self.sender(place, call.slot, patience).await {
+            Ok(sender) => sender,
             Err(error) => return Attempt::NotSent(error),
         };
-        let connected = match tokio::time::timeout(patience, node.get()).await {
-            Ok(Ok(live)) => Ok((node, live)),
-            Ok(Err(error)) => Err(self.not_connected(error, place)),
-            Err(_) => {
-                let error = StoreError::Unavailable(format!("no connection within {patience:?}").into());
-                Err(self.not_connected(error, place))
-            }
-        };
-        let connected = connected.or_else(|error| self.substitute(place, call.slot).ok_or(error));
-        let (node, mut live) = match connected {
-            Ok(connected) => connected,
-            Err(error) => return Attempt::NotSent(error),
-        };
-        let generation = live.generation();
-        let _in_flight = node.enter();
+        let mut connection = sender.connection();
+        let _in_flight = sender.enter();
         let command = (call.command)(named);
         let sending = async {
             if !asking && call.wait.is_none() {
-                let value = live.connection.send_packed_command(&command).await?.extract_error()?;
+                let value = connection.send_packed_command(&command).await?.extract_error()?;
                 return Ok((value, 0));
             }
             let mut commands = pipe();
@@ -226,7 +213,7 @@ impl NodePool {
                 commands.add_command(wait.command());
             }
             let count = commands.len();
-            let mut replies = live.connection.send_packed_commands(&commands, 0, count).await?;
+            let mut replies = connection.send_packed_commands(&commands, 0, count).await?;
             let replicas = match replies.pop() {
                 Some(reply) if call.wait.is_some() => Some(reply),
                 Some(other) => {
@@ -248,15 +235,36 @@ impl NodePool {
             Ok(Err(error)) => {
                 let error: RedisError = error;
                 if error.is_unrecoverable_error() {
-                    node.broken(generation);
+                    sender.broken();
                 }
                 Attempt::Failed(error)
             }
             Err(_) => {
                 if patience >= SILENCE_MIN.min(self.shared.patience) {
-                    node.broken(generation);
+                    sender.broken();
                 }
                 Attempt::Silent
+            }
+        }
+    }
+
+    /// Sends several commands about one slot to its owner at once. Returns `None` if any of them
+    /// failed, for example because some keys have been moved; then they must be sent one by one.
+    pub(super) async fn batch(&self, slot: Slot, commands: &Pipeline) -> Option<Vec<Value>> {
+        let patience = self.shared.patience;
+        let place = self.shared.topology.owner(slot)?;
+        let sender = self.sender(&place, slot, patience).await.ok()?;
+        let mut connection = sender.connection();
+        let asking = connection.send_packed_commands(commands, 0, commands.len());
+        match tokio::time::timeout(patience, asking).await {
+            Ok(Ok(replies)) => {
+                let replies = replies.into_iter().map(Value::extract_error);
+                replies.collect::<Result<_, _>>().ok()
+            }
+            Ok(Err(error)) if !error.is_unrecoverable_error() => None,
+            _ => {
+                sender.broken();
+                None
             }
         }
     }

@@ -5,8 +5,9 @@
 //! Connections: each of the two lanes has its own command connections to every node that it sends
 //! requests to (`pool`). On the background thread, there is one more connection to each node on
 //! which a cycle waits, for subscriptions only (`subscriber`). All share one slot map (`topology`),
-//! which every redirection corrects. The health probe that runs every few seconds (`health`) asks
-//! each primary on the background pool.
+//! which every redirection corrects. Requests that are not on the path of a lock borrow connections
+//! from small pools (`checked`), which are empty in a manager that sends none. The health probe
+//! that runs every few seconds (`health`) asks each primary on the background pool.
 //!
 //! The client library's cluster connection is not used. It never reads the map again because a node
 //! is silent, so a primary that hangs is asked forever, even after its replica took over. While it
@@ -22,6 +23,7 @@
 //! If `min_replicas_acked` > 0, a `WAIT` follows every request that creates or extends a lease. A
 //! pushed grant then only causes the cycle to ask.
 
+mod checked;
 mod dispatch;
 #[cfg(any(test, fuzzing))]
 pub(super) mod fuzzing;
@@ -40,7 +42,7 @@ use std::sync::Arc;
 use std::sync::atomic::AtomicBool;
 use std::time::Duration;
 
-use deadpool_redis::redis::{Cmd, Value, cmd};
+use deadpool_redis::redis::{Cmd, Pipeline, Value, cmd};
 use tokio::sync::mpsc;
 
 use super::client::{Purpose, Target};
@@ -78,6 +80,8 @@ const REPLICAS_PAUSE: Duration = Duration::from_millis(50);
 pub(crate) struct ClusterStore {
     caller: Arc<NodePool>,
     background: Arc<NodePool>,
+    /// For requests that are not on the path of a lock.
+    checked: Arc<NodePool>,
     inbox: Arc<Inbox>,
     shared: Arc<Shared>,
 }
@@ -139,9 +143,11 @@ impl ClusterStore {
             refused_inboxes: RateLimit::default(),
             token_floor: TokenFloor::new(),
         });
-        let runtimes = Some(options.runtimes);
-        let caller = Arc::new(NodePool::new(&shared, options.connections, Purpose::Requests, runtimes));
+        let runtimes = options.runtimes;
+        let home = Some(Arc::clone(&runtimes));
+        let caller = Arc::new(NodePool::new(&shared, options.connections, Purpose::Requests, home));
         Ok(Self {
+            checked: Arc::new(NodePool::checked(&caller, &runtimes)),
             background: Arc::new(NodePool::new(&shared, 1, Purpose::Renewals, None).with_substitute(&caller)),
             caller,
             inbox: Arc::new(Inbox::new()),
@@ -255,6 +261,13 @@ impl NodePool {
             })
             .await?;
         Ok(node_reply.value)
+    }
+
+    /// Reads the state of a key. A command with a single key is answered even while its slot is
+    /// being moved.
+    async fn inspect_one_by_one(&self, slot: Slot, commands: &Pipeline) -> Result<KeyState, StoreError> {
+        let asking = commands.cmd_iter().map(|command| self.single(slot, command));
+        inspected(&futures_util::future::try_join_all(asking).await?)
     }
 
     /// Checks that the nodes support sharded pub/sub. A script that finds a waiter would fail
@@ -447,37 +460,59 @@ impl LeaseStore for ClusterStore {
     }
 
     fn inspect(&self, key: LockKey) -> StoreFuture<KeyState> {
+        let (pool, caller) = (Arc::clone(&self.checked), Arc::clone(&self.caller));
+        Box::pin(async move {
+            let shared = &*pool.shared;
+            caller.check_map(None).await?;
+            let slot = shared.commands.names.of(&key).slot();
+            let commands = shared.commands.inspect(&key);
+            match pool.batch(slot, &commands).await {
+                Some(replies) => inspected(&replies),
+                None => pool.inspect_one_by_one(slot, &commands).await,
+            }
+        })
+    }
+
+    fn inspect_again(&self, key: LockKey) -> StoreFuture<KeyState> {
         let pool = Arc::clone(&self.caller);
         Box::pin(async move {
             let shared = &*pool.shared;
             pool.check_map(None).await?;
             let slot = shared.commands.names.of(&key).slot();
-            let commands = shared.commands.inspect(&key);
-            // One by one: a command with a single key is answered even while its slot is being
-            // moved.
-            let asking = commands.cmd_iter().map(|command| pool.single(slot, command));
-            inspected(&futures_util::future::try_join_all(asking).await?)
+            pool.inspect_one_by_one(slot, &shared.commands.inspect(&key)).await
         })
     }
 
     fn erase(&self) -> StoreFuture<u64> {
-        let pool = Arc::clone(&self.caller);
+        let pool = Arc::clone(&self.checked);
         Box::pin(async move {
             let shared = &*pool.shared;
-            pool.refresh(shared.topology.version()).await?;
+            let version = shared.topology.version();
+            match pool.refresh(version).await {
+                // The connections that were silent are replaced now.
+                Err(StoreError::Unavailable(_)) => pool.refresh(version).await?,
+                read => read?,
+            }
             shared.map.forget();
             let (mut count, mut failed) = (0, None);
             for place in shared.topology.places() {
                 // The connection of any slot will do.
-                let node = pool.node(&place, Slot::of(b""))?;
-                let erased = async {
-                    let erased = erase(node.get().await?.connection, &shared.commands).await;
-                    erased.map_err(|error| to_store_error(&error))
+                let erased = match pool.sender(&place, Slot::of(b""), shared.timeout).await {
+                    Ok(sender) => {
+                        let erased = erase(sender.connection(), &shared.commands).await;
+                        erased.map_err(|error| {
+                            if error.is_unrecoverable_error() {
+                                sender.broken();
+                            }
+                            at_place(to_store_error(&error), &place)
+                        })
+                    }
+                    Err(error) => Err(error),
                 };
-                match erased.await {
+                match erased {
                     Ok(erased) => count += erased,
                     // Continue with the other nodes.
-                    Err(error) => failed = failed.or_else(|| Some(at_place(error, &place))),
+                    Err(error) => failed = failed.or(Some(error)),
                 }
             }
             failed.map_or(Ok(count), Err)
@@ -486,6 +521,9 @@ impl LeaseStore for ClusterStore {
 
     fn probe(&self) -> Pin<Box<dyn Future<Output = Health> + Send>> {
         let pool = Arc::clone(&self.background);
+        if let Some(checked) = &self.checked.checked {
+            checked.close_idle();
+        }
         Box::pin(async move {
             let (mut look, map) = tokio::join!(health::probe(&pool), pool.map(MapStep::Read));
             match map {

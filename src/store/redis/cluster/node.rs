@@ -164,10 +164,7 @@ impl Node {
             }
         };
         let (mut connection, driver) = with_reason(self.target.info(), self.timeout, connecting).await?;
-        // Errors are ignored: not every user may set a name, and the first request detects a broken
-        // connection or a server that hangs.
-        let naming = connection.send_packed_command(&self.name);
-        drop(within(Moment::now(), self.timeout, pin!(naming)).await);
+        set_name(&mut connection, &self.name, self.timeout).await;
         match self.pushes {
             Some(_) => self.metrics.subscriptions.increment(1),
             None => self.metrics.connects.increment(1),
@@ -249,6 +246,13 @@ impl Live {
     pub(super) fn generation(&self) -> u64 {
         self.generation
     }
+}
+
+/// Names a connection. Errors are ignored: not every user may set a name, and the first request
+/// detects a broken connection or a server that hangs.
+pub(super) async fn set_name(connection: &mut MultiplexedConnection, name: &Cmd, limit: Duration) {
+    let naming = connection.send_packed_command(name);
+    drop(within(Moment::now(), limit, pin!(naming)).await);
 }
 
 /// The same login and encryption at another address.

@@ -3,14 +3,19 @@
 use std::collections::HashMap;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicUsize, Ordering};
+use std::time::Duration;
 
+use deadpool_redis::redis::aio::MultiplexedConnection;
 use deadpool_redis::redis::{Cmd, cmd};
 use futures_util::future::select_ok;
 use parking_lot::Mutex;
 
+use super::super::checked_pool::{Lent, discard};
 use super::super::client::{Purpose, named};
+use super::super::connection::InFlightGuard;
 use super::super::reply::to_store_error;
 use super::Shared;
+use super::checked::{CheckedPools, NodeOpener};
 use super::node::{AskError, Live, Node};
 use super::topology::{Place, Range, ranges};
 use crate::key::Slot;
@@ -36,6 +41,14 @@ pub(super) struct NodePool {
     next_asked: AtomicUsize,
     /// The pool whose connections are used while this one can't open its own.
     substitute: Option<Arc<NodePool>>,
+    /// If set, requests borrow connections from these instead of keeping any.
+    pub(super) checked: Option<CheckedPools>,
+}
+
+/// A connection for one request.
+pub(super) enum Sender {
+    Kept(Arc<Node>, Live),
+    Pooled(Lent<NodeOpener>),
 }
 
 impl NodePool {
@@ -54,6 +67,19 @@ impl NodePool {
             reading: tokio::sync::Mutex::new(()),
             next_asked: AtomicUsize::new(0),
             substitute: None,
+            checked: None,
+        }
+    }
+
+    /// For requests that are not on the path of a lock. The other pool keeps the map correct, and
+    /// lends its open connections while a node accepts no more.
+    pub(super) fn checked(other: &Arc<Self>, runtimes: &Arc<Runtimes>) -> Self {
+        let shared = &other.shared;
+        let name = named(&shared.commands.manager, Purpose::Pool);
+        let limits = (shared.timeout, shared.patience);
+        Self {
+            checked: Some(CheckedPools::new(&shared.target, name, limits, runtimes)),
+            ..Self::new(shared, 1, Purpose::Pool, None).with_substitute(other)
         }
     }
 
@@ -70,6 +96,29 @@ impl NodePool {
         let node = self.substitute.as_ref()?.known_node(place, slot)?;
         let live = node.live()?;
         Some((node, live))
+    }
+
+    /// A connection for this slot to the node.
+    pub(super) async fn sender(&self, place: &Place, slot: Slot, patience: Duration) -> Result<Sender, StoreError> {
+        let opening = async {
+            match &self.checked {
+                Some(checked) => Ok(Sender::Pooled(checked.get(place).await?)),
+                None => {
+                    let node = self.node(place, slot)?;
+                    let live = node.get().await?;
+                    Ok(Sender::Kept(node, live))
+                }
+            }
+        };
+        let error = match tokio::time::timeout(patience, opening).await {
+            Ok(Ok(sender)) => return Ok(sender),
+            Ok(Err(error)) => error,
+            Err(_) => StoreError::Unavailable(format!("no connection within {patience:?}").into()),
+        };
+        match self.substitute(place, slot) {
+            Some((node, live)) => Ok(Sender::Kept(node, live)),
+            None => Err(self.not_connected(error, place)),
+        }
     }
 
     /// Adds the node to a connection error, and the origin of its address if that is not the URL.
@@ -133,6 +182,13 @@ impl NodePool {
     ///
     /// No node returned a map.
     pub(super) async fn refresh(&self, version: u64) -> Result<(), StoreError> {
+        match &self.substitute {
+            Some(other) if self.checked.is_some() => Box::pin(other.refresh(version)).await,
+            _ => self.read_map(version).await,
+        }
+    }
+
+    async fn read_map(&self, version: u64) -> Result<(), StoreError> {
         let _only_one = self.reading.lock().await;
         let topology = &self.shared.topology;
         if topology.version() != version {
@@ -189,6 +245,31 @@ impl NodePool {
             Err(AskError::Silent) => Err(StoreError::Unavailable(
                 format!("{place} gave no answer within {:?}", self.shared.patience).into(),
             )),
+        }
+    }
+}
+
+impl Sender {
+    pub(super) fn connection(&self) -> MultiplexedConnection {
+        match self {
+            Self::Kept(_, live) => live.connection.clone(),
+            Self::Pooled(lent) => lent.connection.clone(),
+        }
+    }
+
+    /// Counts a request as in flight until the returned guard is dropped.
+    pub(super) fn enter(&self) -> Option<InFlightGuard> {
+        match self {
+            Self::Kept(node, _) => Some(node.enter()),
+            Self::Pooled(_) => None,
+        }
+    }
+
+    /// Abandons the connection.
+    pub(super) fn broken(self) {
+        match self {
+            Self::Kept(node, live) => node.broken(live.generation()),
+            Self::Pooled(lent) => discard(lent),
         }
     }
 }

@@ -1,39 +1,27 @@
 //! One long-lived connection to the primary, replaced when it breaks or when the primary changes.
 
-use std::net::SocketAddr;
-use std::pin::pin;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicU64, Ordering};
-use std::time::{Duration, Instant};
 
+use deadpool_redis::redis::RedisError;
 use deadpool_redis::redis::aio::MultiplexedConnection;
-use deadpool_redis::redis::{Cmd, ConnectionInfo, RedisError, Value, cmd, pipe};
 use parking_lot::Mutex;
 
-use super::super::client::{Purpose, Target, explained, named, with_reason};
-use super::super::connection::{self, Driver, InFlight, InFlightGuard};
-use super::super::map;
-use super::super::reply::{as_text, role, server_time};
+use super::super::client::Purpose;
+use super::super::connection::{Driver, InFlightGuard};
 use super::Shared;
-use crate::backoff::Backoff;
-use crate::clock::Moment;
-use crate::endpoint::ServerUrl;
-use crate::error::Reason;
-use crate::fence::FencingToken;
+use super::dial::{Dialer, Opened};
+use crate::store::StoreError;
 use crate::store::connecting::Connecting;
-use crate::store::{MapState, MapStep, StoreError};
-use crate::time_limit::within;
 
 /// A connection that is opened once and kept: checking one out of a pool would cost a round trip
 /// for each request.
 pub(super) struct Link {
-    shared: Arc<Shared>,
+    dialer: Dialer,
     current: Mutex<Option<Current>>,
     /// How many connections were opened.
     opened: AtomicU64,
     connecting: Connecting<Live>,
-    in_flight: InFlight,
-    purpose: Purpose,
 }
 
 struct Current {
@@ -56,25 +44,19 @@ pub(super) struct Live {
     pub(super) switches: u64,
 }
 
-/// The first and the longest pause before asking for the primary again during a failover.
-const FAILOVER_PAUSE_MIN: Duration = Duration::from_millis(10);
-const FAILOVER_PAUSE_MAX: Duration = Duration::from_millis(100);
-
 impl Link {
     pub(super) fn new(shared: &Arc<Shared>, purpose: Purpose) -> Self {
         Self {
-            shared: Arc::clone(shared),
+            dialer: Dialer::new(shared, purpose),
             current: Mutex::new(None),
             opened: AtomicU64::new(0),
             connecting: Connecting::default(),
-            in_flight: InFlight::default(),
-            purpose,
         }
     }
 
     /// Counts a request as in flight until the returned guard is dropped.
     pub(super) fn enter(&self) -> InFlightGuard {
-        self.in_flight.enter()
+        self.dialer.enter()
     }
 
     /// Returns the connection, opening one if necessary.
@@ -89,12 +71,14 @@ impl Link {
 
     async fn connect_apart(self: &Arc<Self>) -> Result<Live, StoreError> {
         let connect = || Arc::clone(self).connect();
-        self.connecting.attempt(Some(&self.shared.runtimes), connect).await
+        self.connecting
+            .attempt(Some(&self.dialer.shared.runtimes), connect)
+            .await
     }
 
     /// The connection, if it was opened in the current era.
     pub(super) fn live(&self) -> Option<Live> {
-        let era = self.shared.era.load(Ordering::Acquire);
+        let era = self.dialer.shared.era.load(Ordering::Acquire);
         let current = self.current.lock();
         let current = current.as_ref().filter(|current| current.era == era);
         current.map(|current| current.live.clone())
@@ -103,142 +87,42 @@ impl Link {
     async fn connect(self: Arc<Self>) -> Result<Live, StoreError> {
         match self.live() {
             Some(live) => Ok(live),
-            None => self.find_primary().await,
+            None => self.dialer.connect(&|opened| self.keep(opened)).await,
         }
     }
 
-    /// Connects to the primary. During a failover, asks the sentinels repeatedly for most of a
-    /// request's time limit. The failover is usually over by then, and the caller does not notice
-    /// it.
-    async fn find_primary(&self) -> Result<Live, StoreError> {
-        let shared = &*self.shared;
-        if !shared.discovery.follows() {
-            return self.open(&shared.discovery.locate().await?).await;
-        }
-        let until = Instant::now() + shared.timeout * 3 / 4;
-        let mut backoff = Backoff::new(FAILOVER_PAUSE_MIN, FAILOVER_PAUSE_MAX);
-        let mut events = shared.failovers.subscribe();
-        // The address of the last attempt, and why it failed.
-        let mut last_failure: Option<(String, Reason)> = None;
-        loop {
-            events.mark_seen();
-            let server = shared.discovery.locate().await?;
-            let left = until.saturating_duration_since(Instant::now());
-            let opened = tokio::select! {
-                opened = tokio::time::timeout(left, self.open(&server)) => opened,
-                // The primary changed again, so this address may be wrong.
-                () = events.changed() => continue,
-            };
-            let place = server.place();
-            let error = match opened {
-                Ok(Err(StoreError::Unavailable(error))) => error,
-                Ok(Err(StoreError::Refused(reason))) => {
-                    return Err(StoreError::Refused(
-                        format!("the sentinels name {place} as the primary: {reason}").into(),
-                    ));
-                }
-                Ok(opened) => return opened,
-                // The error of the previous attempt is more informative than a timeout.
-                Err(_) => match last_failure.take() {
-                    Some((known, error)) if known == place => error,
-                    _ => format!("{place} does not answer").into(),
-                },
-            };
-            if events.has_changed() {
-                continue;
-            }
-            shared.discovery.report_unreachable();
-            let pause = backoff.next_delay();
-            if Instant::now() + pause >= until {
-                return Err(StoreError::Unavailable(
-                    error.map(|error| format!("the sentinels name {place} as the primary: {error}")),
-                ));
-            }
-            last_failure = Some((place.to_owned(), error));
-            tokio::select! {
-                () = tokio::time::sleep(pause) => {}
-                () = events.changed() => {}
-            }
-        }
-    }
-
-    async fn open(&self, server: &ServerUrl) -> Result<Live, StoreError> {
-        let shared = &*self.shared;
-        let target = Target::new(server, &shared.tls);
-        let target = target.map_err(|error| StoreError::Refused(error.to_string().into()))?;
-        let error = match self.open_at(server, &target, None).await {
-            Err(error @ StoreError::Refused(_)) if !shared.discovery.follows() => error,
-            Ok(live) => {
-                *shared.address.lock() = None;
-                return Ok(live);
-            }
-            failed => return failed,
-        };
-        // A name may resolve to several servers, one of which is the primary.
-        let addresses = connection::addresses(&target).await;
-        if addresses.len() > 1 {
-            for address in addresses {
-                if let Ok(live) = self.open_at(server, &target, Some(address)).await {
-                    // The inbox must use this address, too.
-                    *shared.address.lock() = Some(address);
-                    return Ok(live);
-                }
-            }
-        }
-        Err(error)
-    }
-
-    async fn open_at(&self, server: &ServerUrl, target: &Target, only: Option<SocketAddr>) -> Result<Live, StoreError> {
-        let shared = &*self.shared;
-        let (switches, era) = (shared.failovers.switches(), shared.era.load(Ordering::Acquire));
-        let open = || {
-            let (target, timeout, in_flight) = (target.clone(), shared.timeout, self.in_flight.clone());
-            async move { connection::open(&target, only, connection::settings(), timeout, &in_flight).await }
-        };
-        let connecting = async {
-            // The driver must run on the same runtime as the tasks that use it.
-            match self.purpose {
-                Purpose::Requests => shared.runtimes.open(shared.timeout / 2, open).await,
-                _ => open().await,
-            }
-        };
-        let (mut connection, driver) = with_reason(target.info(), shared.timeout, connecting).await?;
-        // A server that hangs accepts connections but does not reply.
-        let greeted = within(
-            Moment::now(),
-            shared.timeout,
-            pin!(self.greet(&mut connection, server.place(), target.info())),
-        )
-        .await;
-        greeted.unwrap_or_else(|_| Err(no_greeting(shared.timeout)))?;
+    /// Makes this connection the current one.
+    fn keep(&self, opened: Opened) -> Result<Live, StoreError> {
+        let shared = &*self.dialer.shared;
         shared.metrics.connects.increment(1);
         let generation = self.opened.fetch_add(1, Ordering::Relaxed);
         let live = Live {
-            connection,
+            connection: opened.connection,
             generation,
-            switches,
+            switches: opened.switches,
         };
         let mut current = self.current.lock();
         // Under the mutex: a switch reported after this check finds the new connection here.
-        if shared.failovers.switches() != switches {
+        if shared.failovers.switches() != opened.switches {
             return Err(StoreError::Unavailable("the primary has changed".into()));
         }
         if current.is_some() {
             // The old connection is of an earlier era. As in `give_up`.
             shared.cuts.note();
         }
+        let place = opened.place;
         let earlier = current.replace(Current {
             live: live.clone(),
-            place: server.place().to_owned(),
-            era,
-            _driver: driver,
+            place: place.clone(),
+            era: opened.era,
+            _driver: opened.driver,
         });
         drop(current);
         drop(earlier);
         // It may lead to another server than the previous connection.
         shared.inbox_check.notify_one();
         if shared.discovery.follows() {
-            shared.failovers.on_connected(server.place());
+            shared.failovers.on_connected(&place);
         }
         Ok(live)
     }
@@ -254,8 +138,8 @@ impl Link {
         let ended = current.take_if(|current| is_meant(current));
         if ended.is_some() {
             // Under the mutex, so that everything sent on the next connection comes after this.
-            self.shared.cuts.note();
-            self.shared.may_have_forgotten();
+            self.dialer.shared.cuts.note();
+            self.dialer.shared.may_have_forgotten();
         }
         ended
     }
@@ -263,19 +147,14 @@ impl Link {
     /// Whether the error means that the connection is unusable: it broke, or leads to a server that
     /// is not a primary. If so, the connection is abandoned.
     pub(super) fn is_ended_by(&self, error: &RedisError, live: &Live) -> bool {
-        let shared = &*self.shared;
+        let shared = &*self.dialer.shared;
         let is_demotion = shared.discovery.is_demotion(error);
         if !is_demotion && !error.is_unrecoverable_error() {
             return false;
         }
         let ended = self.give_up(|current| current.live.generation == live.generation);
-        if let Some(ended) = ended {
-            // The other connections and the inbox must leave the server, too.
-            if is_demotion && shared.discovery.follows() {
-                shared.failovers.on_demotion(&ended.place);
-            } else if is_demotion {
-                shared.leave_era(ended.era);
-            }
+        if let Some(ended) = ended.filter(|_| is_demotion) {
+            shared.leave_server(&ended.place, ended.era);
         }
         true
     }
@@ -308,127 +187,12 @@ impl Link {
         let mut current = self.current.lock();
         let ended = current.take_if(|current| current.place != place);
         if ended.is_some() {
-            self.shared.cuts.note();
+            self.dialer.shared.cuts.note();
         }
         if let Some(current) = &mut *current {
-            current.live.switches = self.shared.failovers.switches();
+            current.live.switches = self.dialer.shared.failovers.switches();
         }
         drop(current);
         drop(ended);
     }
-
-    /// Checks each new connection: whether the server is a primary, the minimum for its counters,
-    /// and whether all managers have the same map. This is repeated for every connection, since the
-    /// server behind the address may be another one or may have lost its data.
-    async fn greet(
-        &self,
-        connection: &mut MultiplexedConnection,
-        place: &str,
-        info: &ConnectionInfo,
-    ) -> Result<(), StoreError> {
-        let shared = &*self.shared;
-        let mut greeting = pipe();
-        // `TIME` is a placeholder: the later replies are read by index.
-        greeting.cmd(if shared.check_role { "ROLE" } else { "TIME" });
-        greeting.cmd("TIME");
-        greeting.add_command(map::read(&shared.map));
-        if shared.vote.is_some() {
-            greeting.cmd("INFO").arg("server");
-            // Nobody waits for a claim once the other nodes have decided, so it would not be resent
-            // by its source.
-            greeting.cmd("SCRIPT").arg("LOAD").arg(shared.scripts.claim.text());
-        }
-        // The last reply is checked separately.
-        greeting.add_command(named(&shared.commands.manager, self.purpose));
-        greeting.add_command(needed_to_wait(shared.map.key()));
-        let asked_at = Moment::now();
-        let replies = connection.send_packed_commands(&greeting, 0, greeting.len()).await;
-        let mut replies = match replies {
-            Ok(replies) => replies,
-            Err(error) => return Err(explained(info, shared.timeout, &error).await),
-        };
-        let popped = replies.pop();
-        // Ignored: not every user may set a name.
-        replies.pop();
-        // Checked first, since a replica answers the rest with errors only.
-        match replies.first().cloned().map(Value::extract_error) {
-            Some(Ok(answer)) if shared.check_role => shared.discovery.check_role(&role(&answer)?, place)?,
-            Some(Err(error)) if shared.check_role && is_unknown_command(&error) => {
-                return Err(StoreError::Refused(
-                    format!("the server lacks ROLE, which distinguishes a primary from a replica; if this address always leads to a primary, set check_role = false: {error}").into(),
-                ));
-            }
-            _ => {}
-        }
-        let replies = shared.commands.permissions.without_errors(&greeting, replies);
-        let replies = replies.map_err(|error| shared.discovery.to_store_error(&error))?;
-        popped.map_or(Ok(()), knows_what_is_needed_to_wait)?;
-        let (time, stored) = match &replies[..] {
-            [_, time, stored, ..] => (server_time(time), stored),
-            _ => (None, &Value::Nil),
-        };
-        let Some((seconds, micros)) = time else {
-            return Err(StoreError::Refused(
-                format!("unexpected reply to TIME: {replies:?}").into(),
-            ));
-        };
-        let was_set = shared.map.is_set();
-        if map::check(&shared.map, stored)? != MapState::Ours && was_set {
-            // The server has lost the map, while this manager may hold leases there.
-            restore_map(shared, connection).await?;
-        }
-        if let Some(vote) = &shared.vote {
-            let info = replies.get(3).and_then(as_text);
-            vote.learn(asked_at, info.as_deref())?;
-        }
-        let floor = FencingToken::from_server_time(seconds, micros);
-        shared.token_floor.note_server_time(floor);
-        Ok(())
-    }
-}
-
-/// The newest command that the scripts need, which they call only if a cycle waits. Pops zero
-/// members from a queue that never exists.
-fn needed_to_wait(map_key: &str) -> Cmd {
-    let mut pop = cmd("ZPOPMIN");
-    pop.arg(format!("{{{map_key}}}:q")).arg(0);
-    pop
-}
-
-fn no_greeting(timeout: Duration) -> StoreError {
-    StoreError::Unavailable(
-        format!("the server accepted the connection but sent no reply within store_timeout ({timeout:?})").into(),
-    )
-}
-
-fn is_unknown_command(error: &RedisError) -> bool {
-    error.to_string().to_lowercase().contains("unknown command")
-}
-
-/// Fails if the server lacks `ZPOPMIN`, which would otherwise go unnoticed until the first
-/// hand-off.
-fn knows_what_is_needed_to_wait(popped: Value) -> Result<(), StoreError> {
-    match popped.extract_error() {
-        Err(error) if is_unknown_command(&error) => Err(StoreError::Refused(
-            format!("the server lacks ZPOPMIN, which is required to wait for locks; use Redis 5.0 or later, or Valkey: {error}").into(),
-        )),
-        // Requests get any other error as well.
-        _ => Ok(()),
-    }
-}
-
-/// Stores the map again after the server lost it.
-async fn restore_map(shared: &Shared, connection: &MultiplexedConnection) -> Result<(), StoreError> {
-    let send = |command: Cmd| {
-        let mut connection = connection.clone();
-        async move {
-            let reply = connection.send_packed_command(&command).await;
-            let reply = reply.and_then(Value::extract_error);
-            let reply = reply.map_err(|error| shared.commands.permissions.of_command(error, &command));
-            reply.map_err(|error| shared.discovery.to_store_error(&error))
-        }
-    };
-    map::step(&shared.map, MapStep::Confirm, &|command| Box::pin(send(command)))
-        .await
-        .map(drop)
 }

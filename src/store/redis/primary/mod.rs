@@ -7,7 +7,8 @@
 //! carries renewals, and one only subscribes to the manager's inbox. A connection that carries
 //! commands never subscribes: an unsolicited push would be taken for a reply. If sentinels watch
 //! the primary, there is also one connection to each of them, used for subscriptions only
-//! (`failover`).
+//! (`failover`). Requests that are not on the path of a lock borrow a connection from a small pool
+//! (`checked`), which is empty in a manager that sends none.
 //!
 //! Each new connection asks `discovery` for the primary's address and is then greeted: the server
 //! must be a primary, and its time becomes the floor of all counters before the first request is
@@ -29,6 +30,8 @@
 //! in the new epoch.
 
 mod background;
+mod checked;
+mod dial;
 mod discovery;
 mod failover;
 #[cfg(any(test, fuzzing))]
@@ -75,6 +78,7 @@ use crate::store::{
 use crate::telemetry::ShardMetrics;
 use crate::time_limit::within;
 use background::Background;
+use checked::{Borrowed, Checked, PrimaryOpener, PrimaryPool};
 use discovery::Discovery;
 use failover::FailoverEvents;
 use link::{Link, Live};
@@ -86,6 +90,7 @@ use vote::VoteEligibility;
 pub(crate) struct RedisStore {
     callers: Vec<Arc<Link>>,
     background: Arc<Link>,
+    pool: Arc<PrimaryPool>,
     shared: Arc<Shared>,
 }
 
@@ -184,6 +189,7 @@ impl RedisStore {
         Ok(Self {
             callers: callers.map(Arc::new).collect(),
             background: Arc::new(Link::new(&shared, Purpose::Renewals)),
+            pool: Arc::new(PrimaryOpener::pool(&shared)),
             shared,
         })
     }
@@ -193,6 +199,15 @@ impl RedisStore {
         Background {
             own: Arc::clone(&self.background),
             others: self.callers.clone(),
+        }
+    }
+
+    /// The connections for requests that are not on the path of a lock.
+    fn checked(&self) -> Checked {
+        Checked {
+            shared: Arc::clone(&self.shared),
+            pool: Arc::clone(&self.pool),
+            kept: self.callers.iter().chain([&self.background]).map(Arc::clone).collect(),
         }
     }
 
@@ -221,6 +236,16 @@ impl Shared {
             .compare_exchange(era, era + 1, Ordering::AcqRel, Ordering::Relaxed);
         if left.is_ok() {
             tracing::info!(shard = %self.shard, "the server is no longer a primary; reopening all connections");
+        }
+    }
+
+    /// The server at this address, found in this era, is not a primary: all connections and the
+    /// inbox must leave it.
+    fn leave_server(&self, place: &str, era: u64) {
+        if self.discovery.follows() {
+            self.failovers.on_demotion(place);
+        } else {
+            self.leave_era(era);
         }
     }
 
@@ -276,6 +301,19 @@ impl Shared {
             self.commands.permissions.of_command(error, &command)
         });
         reply.map_err(|error| self.discovery.to_store_error(&error))
+    }
+
+    /// Reads the state of a key.
+    async fn inspect(&self, borrowed: Borrowed, key: &LockKey) -> Result<KeyState, StoreError> {
+        let commands = self.commands.inspect(key);
+        let mut connection = borrowed.connection();
+        let asking = connection.send_packed_commands(&commands, 0, commands.len());
+        let replies = tokio::time::timeout(self.patience(), asking).await;
+        let replies = replies.unwrap_or_else(|_| Err(self.no_answer()));
+        match replies.and_then(|replies| self.commands.permissions.without_errors(&commands, replies)) {
+            Ok(replies) => inspected(&replies),
+            Err(error) => Err(borrowed.failed(self, &error)),
+        }
     }
 
     /// How often the primary has changed; always zero at a fixed address.
@@ -524,44 +562,35 @@ impl LeaseStore for RedisStore {
     }
 
     fn inspect(&self, key: LockKey) -> StoreFuture<KeyState> {
+        let (shared, checked) = (Arc::clone(&self.shared), self.checked());
+        Box::pin(async move {
+            let borrowed = checked.get().await?;
+            shared.inspect(borrowed, &key).await
+        })
+    }
+
+    fn inspect_again(&self, key: LockKey) -> StoreFuture<KeyState> {
         let shared = Arc::clone(&self.shared);
         let link = self.link(Priority::Foreground, shared.commands.names.of(&key).slot());
         Box::pin(async move {
-            let mut live = link.get().await?;
-            let commands = shared.commands.inspect(&key);
-            let asking = live.connection.send_packed_commands(&commands, 0, commands.len());
-            let replies = tokio::time::timeout(shared.patience(), asking).await;
-            let replies = replies.unwrap_or_else(|_| Err(shared.no_answer()));
-            let replies = replies.and_then(|replies| shared.commands.permissions.without_errors(&commands, replies));
-            let replies = replies.map_err(|error| {
-                link.is_ended_by(&error, &live);
-                shared.discovery.to_store_error(&error)
-            })?;
-            inspected(&replies)
+            let live = link.get().await?;
+            shared.inspect(Borrowed::Kept(link, live), &key).await
         })
     }
 
     fn erase(&self) -> StoreFuture<u64> {
-        let shared = Arc::clone(&self.shared);
-        let link = Arc::clone(&self.callers[0]);
+        let (shared, checked) = (Arc::clone(&self.shared), self.checked());
         Box::pin(async move {
-            let live = link.get().await?;
+            let borrowed = checked.get().await?;
             shared.map.forget();
-            let erased = erase(live.connection, &shared.commands).await;
-            erased.map_err(|error| shared.discovery.to_store_error(&error))
+            let erased = erase(borrowed.connection(), &shared.commands).await;
+            erased.map_err(|error| borrowed.failed(&shared, &error))
         })
     }
 
     fn probe(&self) -> Pin<Box<dyn Future<Output = Health> + Send>> {
-        let (time, map, accepts_locks) = (self.time(), self.probe_map(), self.accepts_locks());
-        Box::pin(async move {
-            let (time, map, accepts_locks) = tokio::join!(time, map, accepts_locks);
-            let (reached, times) = match time {
-                Ok(time) => (map.and(accepts_locks), vec![time]),
-                Err(error) => (Err(error), Vec::new()),
-            };
-            Health { reached, times }
-        })
+        self.pool.close_idle();
+        Box::pin(health::probe(self.checked(), self.probe_kept()))
     }
 
     fn epoch(&self, _: Slot) -> u32 {
