@@ -2,7 +2,7 @@
 
 use std::time::{Duration, Instant};
 
-use deadpool_redis::redis::aio::MultiplexedConnection;
+use deadpool_redis::Pool;
 use shardlock::config::Config;
 
 use super::Args;
@@ -13,7 +13,7 @@ use super::setup::Setup;
 use crate::load::progress::{bar, millis};
 use crate::load::server_stats::ServerStats;
 use crate::output::eprint;
-use crate::servers::connect_to_primaries;
+use crate::servers::pools_of_primaries;
 use crate::signals::{ReceivedSignal, Signals};
 
 /// The shortest and the longest warm-up; in between it is a fifth of the measured time.
@@ -58,15 +58,11 @@ pub(super) async fn run(
     Ok(RunResult::Measured(Box::new(report), signal))
 }
 
-/// Runs until the warm-up is over. Returns connections to the servers if all of them report
-/// statistics.
-async fn prepare(
-    args: &Args,
-    mut config: Config,
-    setup: &mut Setup,
-) -> anyhow::Result<Option<Vec<MultiplexedConnection>>> {
+/// Runs until the warm-up is over. Returns pools of connections to the servers if all of
+/// them report statistics.
+async fn prepare(args: &Args, mut config: Config, setup: &mut Setup) -> anyhow::Result<Option<Vec<Pool>>> {
     let started = setup.start_server(&mut config).await?;
-    let servers = connect_to_primaries(&config).await.unwrap_or_else(|error| {
+    let servers = pools_of_primaries(&config).await.unwrap_or_else(|error| {
         eprint(format_args!(
             "the servers' statistics can't be read and are left out: {error:#}"
         ));
@@ -103,7 +99,7 @@ async fn prepare(
 }
 
 /// The servers' statistics so far, or `None` if any server does not report them.
-async fn server_stats(servers: Option<&[MultiplexedConnection]>) -> Option<ServerStats> {
+async fn server_stats(servers: Option<&[Pool]>) -> Option<ServerStats> {
     let stats = ServerStats::of_all(servers?).await;
     stats
         .inspect_err(|error| {

@@ -5,7 +5,7 @@ use std::time::Duration;
 use deadpool_redis::redis::aio::MultiplexedConnection;
 use deadpool_redis::redis::cmd;
 
-use crate::load::connection::connect;
+use crate::load::connection::{connect, get};
 
 /// How many keys one step of a scan covers.
 const SCAN_COUNT: u32 = 1000;
@@ -22,7 +22,8 @@ const REMOVAL_PAUSE: Duration = Duration::from_millis(20);
 /// Repeats until nothing is found, since a command that a killed worker had already sent may still
 /// be executed.
 pub(super) async fn remove_keys(url: &str, prefix: &str) -> anyhow::Result<()> {
-    let mut connection = connect(url).await?;
+    let pool = connect(url).await?;
+    let mut connection = get(&pool).await?;
     for _ in 0..REMOVAL_PASSES_MAX {
         if remove_once(&mut connection, prefix).await? == 0 {
             return Ok(());

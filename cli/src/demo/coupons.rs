@@ -22,11 +22,15 @@ pub(super) async fn claim_one(worker: &Worker, locked: bool) -> anyhow::Result<(
 }
 
 async fn read_think_write(worker: &Worker, token: u64) -> anyhow::Result<()> {
-    let mut data = worker.data();
     let left_key = worker.names.coupons_left();
-    let left: u64 = cmd("GET").arg(&left_key).query_async(&mut data).await?;
+    let left: u64 = {
+        // Returned to the pool before the customer thinks.
+        let mut data = worker.data().await?;
+        cmd("GET").arg(&left_key).query_async(&mut data).await?
+    };
     tokio::time::sleep(worker.think).await;
     if left > 0 {
+        let mut data = worker.data().await?;
         cmd("SET").arg(&left_key).arg(left - 1).exec_async(&mut data).await?;
         // The ledger only records the claims; no decision depends on it.
         let mut entry = cmd("RPUSH");

@@ -43,7 +43,7 @@ pub(super) async fn run_jobs(worker: &Worker, until: Instant) -> anyhow::Result<
         counts.waits.record(u64::try_from(waited)?)?;
 
         // The lock never uses these commands, so the server counts the two separately.
-        let mut data = worker.data_of(&key)?;
+        let mut data = worker.data_of(&key).await?;
         let counter = worker.names.job(rank);
         let mut read = cmd("HMGET");
         read.arg(&counter).arg("done").arg("token");

@@ -4,7 +4,7 @@ use std::io::Write;
 use std::net::SocketAddr;
 use std::time::Instant;
 
-use deadpool_redis::redis::aio::MultiplexedConnection;
+use deadpool_redis::Pool;
 use deadpool_redis::redis::{cmd, pipe};
 use futures_util::future::try_join_all;
 use indicatif::{HumanCount, ProgressBar, ProgressFinish};
@@ -14,7 +14,7 @@ use super::DemoArgs;
 use super::protocol::{Command, JobCounts, KeyNames, LoadSettings, WorkerSettings};
 use super::report::{Claims, Jobs, Report, rounded};
 use super::setup::Setup;
-use crate::load::connection::connect;
+use crate::load::connection::{connect, get};
 use crate::load::progress::{bar, millis};
 use crate::load::server_stats::ServerStats;
 
@@ -51,9 +51,8 @@ pub(super) async fn run(args: &DemoArgs, setup: &mut Setup) -> anyhow::Result<Re
     }
 
     let names = KeyNames::new(setup.prefix());
-    let mut first = data[0].clone();
-    let unlocked = promotion(args, setup, &names, &mut first, false).await?;
-    let locked = promotion(args, setup, &names, &mut first, true).await?;
+    let unlocked = promotion(args, setup, &names, &data[0], false).await?;
+    let locked = promotion(args, setup, &names, &data[0], true).await?;
     let jobs = jobs(args, setup, &names, &data, shards.len()).await?;
     setup.workers.shut_down(&Command::Shutdown).await?;
     Ok(Report {
@@ -115,14 +114,14 @@ async fn promotion(
     args: &DemoArgs,
     setup: &mut Setup,
     names: &KeyNames,
-    data: &mut MultiplexedConnection,
+    data: &Pool,
     locked: bool,
 ) -> anyhow::Result<Claims> {
     let (left_key, ledger_key) = (names.coupons_left(), names.ledger());
     pipe()
         .set(&left_key, args.coupons)
         .del(&ledger_key)
-        .exec_async(data)
+        .exec_async(&mut get(data).await?)
         .await?;
 
     let bar = bar(args.customers(), "{prefix} {bar:30} {pos}/{len} customers")?;
@@ -134,9 +133,10 @@ async fn promotion(
         .await?;
     let took = started.elapsed();
 
-    let left = cmd("GET").arg(&left_key).query_async(data).await?;
+    let mut data = get(data).await?;
+    let left = cmd("GET").arg(&left_key).query_async(&mut data).await?;
     let mut read = cmd("LRANGE");
-    let ledger: Vec<u64> = read.arg(&ledger_key).arg(0).arg(-1).query_async(data).await?;
+    let ledger: Vec<u64> = read.arg(&ledger_key).arg(0).arg(-1).query_async(&mut data).await?;
     let regressions = || ledger.windows(2).filter(|pair| pair[1] <= pair[0]).count() as u64;
     Ok(Claims {
         customers: args.customers(),
@@ -151,7 +151,7 @@ async fn jobs(
     args: &DemoArgs,
     setup: &mut Setup,
     names: &KeyNames,
-    data: &[MultiplexedConnection],
+    data: &[Pool],
     shards: usize,
 ) -> anyhow::Result<Jobs> {
     let servers_have_locks = setup.data() == setup.shards();
@@ -177,13 +177,14 @@ async fn jobs(
 
     let mut counted = 0;
     // Each counter is on one server only; the others have no value under its name.
-    for connection in data {
-        counted += sum_of_counters(connection.clone(), names, args.keys as usize).await?;
+    for pool in data {
+        counted += sum_of_counters(pool, names, args.keys as usize).await?;
     }
     Jobs::new((shards, args.keys), &counts, counted, calls, took)
 }
 
-async fn sum_of_counters(mut connection: MultiplexedConnection, names: &KeyNames, keys: usize) -> anyhow::Result<u64> {
+async fn sum_of_counters(pool: &Pool, names: &KeyNames, keys: usize) -> anyhow::Result<u64> {
+    let mut connection = get(pool).await?;
     let ranks: Vec<usize> = (1..=keys).collect();
     let mut sum = 0;
     for some in ranks.chunks(COUNTERS_PER_READ) {

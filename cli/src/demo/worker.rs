@@ -6,7 +6,7 @@ use std::sync::atomic::{AtomicU64, Ordering};
 use std::time::Duration;
 
 use anyhow::Context;
-use deadpool_redis::redis::aio::MultiplexedConnection;
+use deadpool_redis::{Connection, Pool};
 use futures_util::future::try_join_all;
 use shardlock::admin::AdminServer;
 use shardlock::config::{Builder, Config};
@@ -33,9 +33,9 @@ pub(super) struct Worker {
     pub(super) names: KeyNames,
     pub(super) think: Duration,
     pub(super) key_distribution: KeyDistribution,
-    /// Connections for the data, separate from those of the lock: one per shard, in order, or one
-    /// for all.
-    data: Vec<MultiplexedConnection>,
+    /// Pools for the data, whose connections are not those of the lock: one per shard, in order, or
+    /// one for all.
+    data: Vec<Pool>,
     /// Renders the page of metrics.
     metrics: Box<dyn Fn(&LockManager) -> String + Send + Sync>,
     /// Serves until the worker ends.
@@ -98,21 +98,19 @@ impl Worker {
         })
     }
 
-    /// The connection for data that does not belong to a particular shard.
-    pub(super) fn data(&self) -> MultiplexedConnection {
-        self.data[0].clone()
+    /// A connection for data that does not belong to a particular shard.
+    pub(super) async fn data(&self) -> anyhow::Result<Connection> {
+        connection::get(&self.data[0]).await
     }
 
-    /// The connection for data on the same shard as this key's lock, or the only one.
-    pub(super) fn data_of(&self, key: &str) -> anyhow::Result<MultiplexedConnection> {
+    /// A connection for data on the same shard as this key's lock, or the only one.
+    pub(super) async fn data_of(&self, key: &str) -> anyhow::Result<Connection> {
         if let [only] = &self.data[..] {
-            return Ok(only.clone());
+            return connection::get(only).await;
         }
         let index = self.locks.shard_map().index(LockKey::new(key)?.slot());
-        self.data
-            .get(index)
-            .cloned()
-            .context("there are fewer connections than shards")
+        let pool = self.data.get(index).context("there are fewer pools than shards")?;
+        connection::get(pool).await
     }
 
     /// Counts one customer or job as done.

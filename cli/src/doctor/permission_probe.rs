@@ -1,5 +1,6 @@
 //! Tries which of the needed commands the user may run on a server. Nothing is written to it.
 
+use deadpool_redis::Connection;
 use deadpool_redis::redis::aio::MultiplexedConnection;
 use deadpool_redis::redis::{Cmd, Pipeline, RedisError, Value, cmd, pipe};
 use shardlock::tool::ServerUrl;
@@ -81,8 +82,9 @@ pub(super) async fn try_permissions(
         .collect();
     let mut unknown_commands: Vec<_> = pairs.filter_map(|(need, reply)| need.unknown(reply)).collect();
     for need in separate {
-        // A connection that has subscribed can't be used for other commands.
-        let mut connection = connector.connect(server).await?;
+        // A connection that has subscribed can't be used for other commands, so it does not return
+        // to the pool.
+        let mut connection = Connection::take(connector.connect(server).await?);
         let reply = connection.send_packed_command(&to_command(need)).await;
         let reply = reply.and_then(Value::extract_error);
         denied.extend(need.missing_in_reply(&reply));

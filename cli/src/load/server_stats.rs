@@ -1,7 +1,9 @@
 //! The statistics of a Redis server, from its own counters.
 
-use deadpool_redis::redis::aio::MultiplexedConnection;
+use deadpool_redis::Pool;
 use deadpool_redis::redis::cmd;
+
+use super::connection;
 
 /// Calls and CPU time of servers since their start. Calls from within scripts are included.
 #[derive(Debug, Clone, Copy, Default, PartialEq, Eq)]
@@ -19,10 +21,10 @@ const PUBLISHES: [&str; 2] = ["publish", "spublish"];
 
 impl ServerStats {
     /// The sum over all servers.
-    pub(crate) async fn of_all(connections: &[MultiplexedConnection]) -> anyhow::Result<Self> {
+    pub(crate) async fn of_all(servers: &[Pool]) -> anyhow::Result<Self> {
         let mut sum = Self::default();
-        for connection in connections {
-            let mut connection = connection.clone();
+        for server in servers {
+            let mut connection = connection::get(server).await?;
             let mut texts = Vec::new();
             // One section per command, since servers before 7.0 accept only one.
             for section in ["commandstats", "cpu"] {

@@ -150,7 +150,8 @@ async fn launch(binary: &Path, port: u16, dir: &Path) -> anyhow::Result<Option<C
 
 /// The process id of the server on this port, if it answers.
 async fn pid_of_server_on(port: u16) -> Option<u32> {
-    let mut connection = connection::connect(&url(port)).await.ok()?;
+    let pool = connection::connect(&url(port)).await.ok()?;
+    let mut connection = pool.get().await.ok()?;
     let info: String = cmd("INFO").arg("server").query_async(&mut connection).await.ok()?;
     info.lines()
         .find_map(|line| line.strip_prefix("process_id:")?.parse().ok())

@@ -3,7 +3,7 @@
 use std::time::{Duration, Instant};
 
 use anyhow::anyhow;
-use deadpool_redis::redis::aio::MultiplexedConnection;
+use deadpool_redis::Connection;
 use deadpool_redis::redis::{Cmd, FromRedisValue, cmd};
 use shardlock::config::{Endpoint, ShardConfig};
 #[cfg(feature = "etcd")]
@@ -223,15 +223,16 @@ async fn leases_on(server: &ServerUrl, connector: &Connector<'_>) -> Result<Leas
     }
 }
 
-async fn connect(server: &ServerUrl, connector: &Connector<'_>) -> Result<MultiplexedConnection, String> {
+async fn connect(server: &ServerUrl, connector: &Connector<'_>) -> Result<Connection, String> {
     connector.connect(server).await.map_err(|error| error.reason)
 }
 
-/// Sends a single command on a new connection.
+/// Sends a single command.
 async fn query_once<T: FromRedisValue>(
     server: &ServerUrl,
     connector: &Connector<'_>,
     command: &Cmd,
 ) -> Result<T, String> {
-    query(&mut connect(server, connector).await?, command).await
+    let mut connection = connect(server, connector).await?;
+    query(&mut connection, command).await
 }

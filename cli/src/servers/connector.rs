@@ -3,18 +3,23 @@
 use std::time::Duration;
 
 use anyhow::Context;
-use deadpool_redis::redis::aio::MultiplexedConnection;
-use deadpool_redis::redis::{AsyncConnectionConfig, Client, ClientTlsConfig, RedisError, TlsCertificates};
+use deadpool_redis::redis::{Client, ClientTlsConfig, RedisError, TlsCertificates};
+use deadpool_redis::{Connection, Pool, PoolError};
 use shardlock::config::Config;
 use shardlock::tool::{ServerUrl, why_not_connected};
 
+use super::pools::{ServerPools, pool};
 use super::{ProbeError, ProbeErrorKind};
+
+/// How many connections are opened to a server at most.
+const CONNECTIONS_MAX: usize = 4;
 
 /// How to connect to servers.
 #[derive(Debug)]
 pub(crate) struct Connector<'a> {
     pub(crate) config: &'a Config,
     certificates: TlsCertificates,
+    pools: ServerPools,
 }
 
 impl<'a> Connector<'a> {
@@ -22,6 +27,15 @@ impl<'a> Connector<'a> {
     ///
     /// If a TLS file can't be read.
     pub(crate) fn new(config: &'a Config) -> anyhow::Result<Self> {
+        Self::with_pools(config, ServerPools::default())
+    }
+
+    /// The same with connections that an earlier connector may have opened.
+    ///
+    /// # Errors
+    ///
+    /// If a TLS file can't be read.
+    pub(crate) fn with_pools(config: &'a Config, pools: ServerPools) -> anyhow::Result<Self> {
         let read = |setting: &str, path: &Option<std::path::PathBuf>| match path {
             None => Ok(None),
             Some(path) => std::fs::read(path)
@@ -43,6 +57,7 @@ impl<'a> Connector<'a> {
         Ok(Self {
             config,
             certificates: TlsCertificates { client_tls, root_cert },
+            pools,
         })
     }
 
@@ -63,27 +78,37 @@ impl<'a> Connector<'a> {
         Some((&client.client_cert, &client.client_key))
     }
 
-    fn client(&self, server: &ServerUrl) -> Result<Client, ProbeError> {
-        let client = if server.is_encrypted() {
-            Client::build_with_tls(server.with_password(), self.certificates.clone())
-        } else {
-            Client::open(server.with_password())
-        };
-        // The client library's error may quote the URL, and with it the password.
-        client.map_err(|_| ProbeError {
-            kind: ProbeErrorKind::Tls,
-            reason: "the client library rejects the URL or the files of tls_ca, tls_cert and tls_key".to_owned(),
+    /// The pool of a server. Sends nothing yet.
+    pub(crate) fn pool(&self, server: &ServerUrl) -> Result<Pool, ProbeError> {
+        let url = server.with_password();
+        self.pools.get_or_create(url, || {
+            let client = if server.is_encrypted() {
+                Client::build_with_tls(url, self.certificates.clone())
+            } else {
+                Client::open(url)
+            };
+            let info = client.map(|client| client.get_connection_info().clone());
+            let pool = info
+                .map_err(anyhow::Error::from)
+                .and_then(|info| pool(info, CONNECTIONS_MAX, self.timeout()));
+            // The client library's error may quote the URL, and with it the password.
+            pool.map_err(|_| ProbeError {
+                kind: ProbeErrorKind::Tls,
+                reason: "the client library rejects the URL or the files of tls_ca, tls_cert and tls_key".to_owned(),
+            })
         })
     }
 
-    pub(crate) async fn connect(&self, server: &ServerUrl) -> Result<MultiplexedConnection, ProbeError> {
-        let client = self.client(server)?;
-        let config = AsyncConnectionConfig::new()
-            .set_connection_timeout(Some(self.timeout()))
-            .set_response_timeout(Some(self.timeout()));
-        match client.get_multiplexed_async_connection_with_config(&config).await {
+    /// A connection that has just answered. It returns to the server's pool when it is dropped.
+    pub(crate) async fn connect(&self, server: &ServerUrl) -> Result<Connection, ProbeError> {
+        match self.pool(server)?.get().await {
             Ok(connection) => Ok(connection),
-            Err(error) => Err(self.classify(&error, server).await),
+            Err(PoolError::Backend(error)) => Err(self.classify(&error, server).await),
+            // All connections are in use.
+            Err(error) => Err(ProbeError {
+                kind: ProbeErrorKind::Timeout,
+                reason: error.to_string(),
+            }),
         }
     }
 

@@ -5,6 +5,7 @@ mod connector;
 #[cfg(feature = "etcd")]
 pub(crate) mod etcd;
 mod glob;
+mod pools;
 mod primaries;
 mod probe_error;
 
@@ -14,7 +15,8 @@ use deadpool_redis::redis::{Cmd, FromRedisValue};
 pub(crate) use cluster_nodes::{ClusterNode, cluster_nodes};
 pub(crate) use connector::Connector;
 pub(crate) use glob::escape_glob;
-pub(crate) use primaries::{connect_to_primaries, primaries, primary_named};
+pub(crate) use pools::{ServerPools, pool};
+pub(crate) use primaries::{pools_of_primaries, primaries, primary_named};
 pub(crate) use probe_error::{ProbeError, ProbeErrorKind};
 
 /// Sends a command. The server's error is returned as text.

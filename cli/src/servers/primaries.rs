@@ -3,12 +3,13 @@
 use std::collections::BTreeMap;
 
 use anyhow::{Context, anyhow, bail};
+use deadpool_redis::Pool;
 use deadpool_redis::redis::aio::MultiplexedConnection;
 use deadpool_redis::redis::cmd;
 use shardlock::config::{Config, Endpoint};
 use shardlock::tool::{self, ServerUrl};
 
-use super::{Connector, cluster_nodes, host_port, query};
+use super::{Connector, ProbeError, cluster_nodes, host_port, query};
 
 /// The servers of one shard: a single server, the nodes of a quorum, the primary that a sentinel
 /// names, or the primaries of a cluster that have slots. `None` if the shard is not on Redis.
@@ -76,12 +77,12 @@ async fn primaries_from_node(node: &ServerUrl, connector: &Connector<'_>) -> Res
     Ok(primaries.map(|node| node.address).collect())
 }
 
-/// A connection to each of these servers of all shards, or `None` if a shard is not on Redis.
+/// A pool for each of these servers of all shards, or `None` if a shard is not on Redis.
 ///
 /// # Errors
 ///
 /// If a server can't be found or reached.
-pub(crate) async fn connect_to_primaries(config: &Config) -> anyhow::Result<Option<Vec<MultiplexedConnection>>> {
+pub(crate) async fn pools_of_primaries(config: &Config) -> anyhow::Result<Option<Vec<Pool>>> {
     let connector = Connector::new(config)?;
     // Keyed by address, since two shards may be databases of one server.
     let mut servers: BTreeMap<String, ServerUrl> = BTreeMap::new();
@@ -92,14 +93,16 @@ pub(crate) async fn connect_to_primaries(config: &Config) -> anyhow::Result<Opti
         };
         servers.extend(found.into_iter().map(|server| (server.place().to_owned(), server)));
     }
-    let mut connections = Vec::new();
+    let mut pools = Vec::new();
     for (address, server) in servers {
-        let connected = connector.connect(&server).await;
-        connections.push(
-            connected
-                .map_err(|error| anyhow!(error.reason))
-                .with_context(|| format!("{address} can't be reached"))?,
-        );
+        let reason = |error: ProbeError| anyhow!(error.reason);
+        let unreachable = || format!("{address} can't be reached");
+        connector
+            .connect(&server)
+            .await
+            .map_err(reason)
+            .with_context(unreachable)?;
+        pools.push(connector.pool(&server).map_err(reason).with_context(unreachable)?);
     }
-    Ok(Some(connections))
+    Ok(Some(pools))
 }

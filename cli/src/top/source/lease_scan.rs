@@ -10,16 +10,19 @@ use shardlock::LockKey;
 use shardlock::config::{Config, Endpoint};
 use shardlock::tool::{self, ServerUrl};
 
-use crate::servers::{Connector, escape_glob, primaries, query};
+use crate::servers::{Connector, ServerPools, escape_glob, primaries, query};
 
 /// The keys that a server scans in one step, well under a millisecond of its time.
 const KEYS_PER_STEP: u64 = 200;
 /// The time limit of a search, per server.
 const SEARCH_TIME_MAX: Duration = Duration::from_secs(2);
 
-/// Where each server's next search starts.
+/// Where each server's next search starts, and the connections to the servers.
 #[derive(Debug, Default)]
-pub(super) struct Cursors(BTreeMap<(String, String), u64>);
+pub(super) struct Cursors {
+    next: BTreeMap<(String, String), u64>,
+    pools: ServerPools,
+}
 
 /// The result of searching one shard.
 #[derive(Debug, Default)]
@@ -40,7 +43,7 @@ pub(super) async fn search(
     cursors: &mut Cursors,
     budget: u64,
 ) -> Result<Found, SearchError> {
-    let connector = Connector::new(config).map_err(|error| format!("{error:#}"))?;
+    let connector = Connector::with_pools(config, cursors.pools.clone()).map_err(|error| format!("{error:#}"))?;
     let servers = primaries(endpoint, &connector)
         .await
         .map_err(|error| format!("{error:#}"))?;
@@ -51,7 +54,7 @@ pub(super) async fn search(
     let mut found = Found::default();
     for server in servers {
         let cursor = cursors
-            .0
+            .next
             .entry((shard.to_owned(), server.place().to_owned()))
             .or_default();
         search_server(&server, &connector, config, cursor, budget, &mut found)
