@@ -9,7 +9,7 @@ use std::time::Duration;
 use crate::clock::Moment;
 use crate::config::Config;
 use crate::driver::{Job, ManagerContext, Shard};
-use crate::engine::Linger;
+use crate::engine::{Linger, MinHold};
 use crate::error::LockError;
 use crate::key::LockKey;
 use crate::router::ShardMap;
@@ -19,6 +19,7 @@ pub(crate) struct ManagerShared {
     pub(crate) config: Config,
     /// For requests that do not set their own.
     pub(crate) linger: Linger,
+    pub(crate) min_hold: MinHold,
     /// What the shards share, too.
     pub(crate) context: Arc<ManagerContext>,
     pub(crate) shards: Vec<Arc<Shard>>,

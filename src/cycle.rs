@@ -42,6 +42,15 @@ impl Cycle {
         self.number
     }
 
+    /// The owner of this cycle's lease after it was released before its `min_hold` had passed. No
+    /// cycle of any manager equals it, so no request for a cycle concerns such a lease.
+    pub(crate) const fn retired(self) -> Self {
+        Self {
+            number: RETIRED,
+            ..self
+        }
+    }
+
     /// How long the lease lasts when it is passed to this cycle.
     pub(crate) const fn ttl(self) -> Duration {
         Duration::from_millis(self.ttl_ms as u64)
@@ -90,6 +99,10 @@ impl Cycle {
         }
     }
 }
+
+/// The number of a [retired](Cycle::retired) cycle. Odd, so that nobody is notified of waiters, and
+/// below all numbers that a manager uses.
+const RETIRED: u64 = 1;
 
 /// The number of digits of the code.
 const CODE_DIGITS: usize = 8;
@@ -160,6 +173,12 @@ impl Cycles {
 
 #[cfg(test)]
 impl Cycle {
+    /// Whether this is the owner of a lease that was released and stays for the rest of its
+    /// `min_hold`.
+    pub(crate) const fn is_retired(self) -> bool {
+        self.number == RETIRED
+    }
+
     /// A cycle with this number, a TTL of one second, and the code of a manager without a secret.
     pub(crate) fn of(number: u64) -> Self {
         Self::with_ttl(number, Duration::from_secs(1))
@@ -255,6 +274,16 @@ mod tests {
             number: cycle.number + 2,
             ..cycle
         }));
+    }
+
+    #[test]
+    fn retired_cycle_is_none_that_a_manager_opens() {
+        let cycles = Cycles::with_secret([7, 8]);
+        let cycle = cycles.open(LockMode::Exclusive, false, Duration::from_secs(1));
+        let retired = cycle.retired();
+        assert!(!cycle.is_retired() && retired.is_retired());
+        assert!(!cycles.has_opened(retired) && retired.expects_rivals());
+        assert_eq!(Cycle::parse(&retired.to_string()), Some(retired));
     }
 
     /// Code that compares a cycle with the newest one must not mistake it for a future cycle.

@@ -14,7 +14,8 @@ use crate::context::ManagerShared;
 use crate::driver::{Background, Job, ManagerContext, Maps, Shard, SubscribeError, Usage};
 use crate::endpoint::Endpoint;
 use crate::engine::admission::Limits;
-use crate::engine::{Linger, Rules};
+use crate::engine::min_holds::MinHolds;
+use crate::engine::{Linger, MinHold, Rules};
 use crate::error::{InvalidSetting, LockError, ShutdownError};
 use crate::guard::LockGuard;
 use crate::identity::ManagerId;
@@ -130,6 +131,7 @@ impl LockManager {
                 flaw: None,
             },
             cycles: Cycles::with_secret([random::number(), random::number()]),
+            min_holds: MinHolds::default(),
             limits: Limits {
                 waiters_per_key: config.max_waiters_per_key,
                 waiters: config.max_waiters,
@@ -161,6 +163,7 @@ impl LockManager {
         let manager = Self {
             inner: Arc::new(ManagerShared {
                 linger: Linger::new(config.linger),
+                min_hold: MinHold::new(config.min_hold),
                 config,
                 context,
                 shards,

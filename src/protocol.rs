@@ -47,6 +47,9 @@ pub(crate) struct Release {
     pub(crate) nobody_waits: bool,
     /// How many tokens to reserve for the next owner.
     pub(crate) tokens: u32,
+    /// When the `min_hold` of the lease ends. A lease that is released before stays for the rest of
+    /// that time, [retired](Cycle::retired): nobody has it, and nobody can renew or release it.
+    pub(crate) retire_until: Option<Moment>,
 }
 
 impl Release {
@@ -54,6 +57,12 @@ impl Release {
     pub(crate) fn is_exclusive(&self) -> bool {
         let next = self.requeue.map(Cycle::mode).unwrap_or_default();
         self.cycle.mode().is_exclusive() && next.is_exclusive()
+    }
+
+    /// How long the lease has to stay, if it is released at `now`.
+    pub(crate) fn rest(&self, now: Moment) -> Option<Duration> {
+        let rest = self.retire_until?.since(now);
+        (!rest.is_zero()).then_some(rest)
     }
 
     /// The TTL of a lease that this request may give to the requeued cycle.
@@ -104,6 +113,14 @@ pub(crate) struct ReleaseReply {
     pub(crate) held: bool,
     /// The reply for the requeued cycle, as if it had sent an acquire.
     pub(crate) requeued: Option<AcquireReply>,
+}
+
+impl ReleaseReply {
+    /// The lease was ours and is retired.
+    pub(crate) const RETIRED: Self = Self {
+        held: true,
+        requeued: None,
+    };
 }
 
 /// A store's reply about one lease in a renewal.

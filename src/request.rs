@@ -14,7 +14,7 @@ use crate::clock::Moment;
 use crate::config::check_overrides;
 use crate::context::ManagerShared;
 use crate::driver::{Completed, Entry, Job, Origin, Settled};
-use crate::engine::{InOutage, Linger, WaiterId, WaiterOptions};
+use crate::engine::{InOutage, Linger, MinHold, WaiterId, WaiterOptions};
 use crate::error::{Failure, InvalidSetting, LockError, LockErrorKind, LossReason};
 use crate::guard::LockGuard;
 use crate::key::LockKey;
@@ -105,6 +105,7 @@ struct Overrides {
     timeout: Option<Option<Duration>>,
     /// `Some(None)` sets no limit, whatever the manager's default.
     max_hold: Option<Option<Duration>>,
+    min_hold: Option<Duration>,
     linger: Option<Duration>,
     fail_fast: bool,
     class: Option<Arc<str>>,
@@ -208,6 +209,33 @@ impl LockRequest {
         self
     }
 
+    /// Sets how long the key stays locked after the lock was acquired, even if it is released
+    /// earlier: 0 to 24 h. Nobody gets the key before that, and the lease lasts that long even if
+    /// this process dies. This overrides the manager's
+    /// [`min_hold`](crate::config::Config::min_hold), which documents the details.
+    ///
+    /// # Examples
+    ///
+    /// ```
+    /// # #[tokio::main(flavor = "current_thread")]
+    /// # async fn main() -> Result<(), shardlock::LockError> {
+    /// # let locks = shardlock::LockManager::connect("memory://").await?;
+    /// use std::time::Duration;
+    ///
+    /// // A timer starts this on several machines at about the same time.
+    /// let minute = Duration::from_secs(60);
+    /// if let Some(guard) = locks.try_lock("nightly").min_hold(minute).await? {
+    ///     // This takes 50 ms.
+    ///     guard.release().await?;
+    /// }
+    /// assert!(locks.try_lock("nightly").await?.is_none());
+    /// # Ok(()) }
+    /// ```
+    pub fn min_hold(mut self, time: Duration) -> Self {
+        self.overrides().min_hold = Some(time);
+        self
+    }
+
     /// Sets how long the lease stays with this process once its guard is gone and no task waits for
     /// the key: 0 to 1 h. This overrides the manager's [`linger`](crate::config::Config::linger),
     /// which documents the effects on other processes. If several guards were served under one
@@ -307,6 +335,7 @@ impl LockRequest {
             ttl: config.ttl,
             max_hold: config.max_hold,
             linger: self.manager.linger,
+            min_hold: self.manager.min_hold,
             try_only: only_try,
             in_outage: match self.limit() {
                 _ if only_try => InOutage::Fail,
@@ -318,17 +347,34 @@ impl LockRequest {
         };
         if let Some(overrides) = &self.overrides {
             let (timeout, max_hold) = (overrides.timeout.flatten(), overrides.max_hold.flatten());
-            check_overrides(overrides.ttl, timeout, max_hold, overrides.linger)?;
+            check_overrides(overrides.ttl, timeout, max_hold, overrides.min_hold, overrides.linger)?;
             want.ttl = overrides.ttl.unwrap_or(want.ttl);
             want.max_hold = overrides.max_hold.unwrap_or(want.max_hold);
             want.linger = overrides.linger.map_or(want.linger, Linger::new);
             want.mode = overrides.mode;
             check_mode(want.mode)?;
+            want.min_hold = overrides.min_hold.map_or(want.min_hold, MinHold::new);
+            if !want.mode.is_exclusive() {
+                check_no_min_hold(overrides.min_hold)?;
+                want.min_hold = MinHold::NONE;
+            }
             if overrides.fail_fast {
                 want.in_outage = InOutage::Fail;
             }
         }
         Ok(want)
+    }
+}
+
+/// A minimum hold is only defined for exclusive locks. That of the manager does not apply to others.
+fn check_no_min_hold(min_hold: Option<Duration>) -> Result<(), InvalidSetting> {
+    match min_hold.filter(|time| !time.is_zero()) {
+        Some(time) => Err(InvalidSetting::new(
+            "min_hold",
+            format!("{time:?}"),
+            "0s for a shared lock and for permits: only exclusive locks have a minimum hold",
+        )),
+        None => Ok(()),
     }
 }
 
@@ -717,6 +763,12 @@ impl TryLockRequest {
     /// See [`LockRequest::max_hold`].
     pub fn max_hold(mut self, longest: impl Into<Option<Duration>>) -> Self {
         self.0.overrides().max_hold = Some(longest.into());
+        self
+    }
+
+    /// See [`LockRequest::min_hold`].
+    pub fn min_hold(mut self, time: Duration) -> Self {
+        self.0.overrides().min_hold = Some(time);
         self
     }
 

@@ -88,6 +88,12 @@ impl Builder {
         self
     }
 
+    /// Sets [`Config::min_hold`]; zero is off.
+    pub fn min_hold(mut self, time: Duration) -> Self {
+        self.config.min_hold = time;
+        self
+    }
+
     /// Sets [`Config::linger`]; zero is off.
     pub fn linger(mut self, time: Duration) -> Self {
         self.config.linger = time;

@@ -50,7 +50,8 @@ const DAY: u64 = 24 * 3600;
 pub(super) const TTL: Within<Duration> = Within(ms(50), secs(DAY));
 pub(super) const TIMEOUT: OrNone<Within<Duration>> = OrNone(Within(Duration::ZERO, secs(365 * DAY)));
 pub(super) const MAX_HOLD: OrNone<Within<Duration>> = OrNone(Within(ms(1), secs(365 * DAY)));
-
+/// A lease lasts for as long, so the bound is that of the TTL.
+pub(super) const MIN_HOLD: Within<Duration> = Within(Duration::ZERO, TTL.1);
 pub(super) const LINGER: Within<Duration> = Within(Duration::ZERO, secs(3600));
 
 const NAMESPACE: Text = Text {
@@ -83,6 +84,11 @@ pub(super) static FIELDS: &[Field] = &[
     ),
     field!(timeout, TIMEOUT, "how long a request waits for its lock, or none"),
     field!(max_hold, MAX_HOLD, "how long the lease of a guard is renewed, or none"),
+    field!(
+        min_hold,
+        MIN_HOLD,
+        "how long a key stays locked after its lock was acquired, even if it is released earlier"
+    ),
     field!(
         linger,
         LINGER,

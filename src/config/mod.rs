@@ -80,6 +80,39 @@ pub struct Config {
     /// days, or `None` for no limit. Can be overridden per request. Default: `None`.
     pub max_hold: Option<Duration>,
 
+    /// How long a key stays locked after a lock of it was acquired, even if the lock is released
+    /// earlier: 0 (off) to 24 h. Can be overridden per request. Default: 0.
+    ///
+    /// Use it for work that must not be repeated within a certain time, such as a job that a timer
+    /// starts on several machines at about the same time. If the job takes a moment on the first
+    /// machine, the others still find the key locked.
+    ///
+    /// The time counts from when the server granted the lock. A release before it has passed
+    /// leaves the lease on the server for the rest of the time and returns as usual. From then on
+    /// this process does not hold it, does not renew it, and can't release it earlier, not even by
+    /// a shutdown. Nobody gets the key meanwhile: not another process, and not another task of this
+    /// one either. Waiters stay in the queue and get the key when the time has passed; a try finds
+    /// it busy. A task that gives up before it has its guard leaves the key unlocked.
+    ///
+    /// If the process dies, the key stays locked for `ttl` since the last renewal, and for
+    /// `min_hold` since the grant, whichever is later: the first TTL of the lease is the longer of
+    /// the two. A lock that is lost, for example because of `max_hold`, also leaves the key locked
+    /// until `min_hold` has passed. A server that lost its data, or a failover to a replica that
+    /// lacks the lease, ends it early, like any lease.
+    ///
+    /// It applies to exclusive locks. A request for a shared lock or for permits that sets it is
+    /// refused, and the default of the manager does not apply to such requests.
+    ///
+    /// A request with `min_hold` always takes a new lease: it is neither served under a lease that
+    /// another task of this process held before, nor under a lingering one. `linger` applies only
+    /// if the release comes after `min_hold` has passed.
+    ///
+    /// On etcd, the rest is rounded up to whole seconds, and to the shortest lease that the cluster
+    /// grants (2 s by default); if the process dies, the key stays locked for the longer of `ttl`
+    /// and `min_hold` since the last renewal. On a `redlock://` shard, `min_hold` must not exceed
+    /// `redlock_max_ttl`.
+    pub min_hold: Duration,
+
     /// How long a lease stays with this process after its last guard is gone, if no task waits for
     /// the key: 0 (off) to 1 h. Can be overridden per request. Default: 0.
     ///
@@ -244,6 +277,7 @@ impl Default for Config {
             renew_fraction: 0.1,
             timeout: None,
             max_hold: None,
+            min_hold: Duration::ZERO,
             linger: Duration::ZERO,
             store_timeout: Duration::from_secs(1),
             connections: 1,
@@ -313,13 +347,15 @@ impl Config {
             .collect();
         let is_redlock = |endpoint: &Endpoint| matches!(endpoint.kind(), EndpointKind::Redlock { .. });
         let has_redlock = endpoints.iter().any(is_redlock);
-        if self.ttl > self.redlock_max_ttl && has_redlock {
-            let bound = format!("at least the ttl ({:?}) if a shard is redlock://", self.ttl);
-            return Err(InvalidSetting::new(
-                "redlock_max_ttl",
-                format!("{:?}", self.redlock_max_ttl),
-                bound,
-            ));
+        for (name, time) in [("ttl", self.ttl), ("min_hold", self.min_hold)] {
+            if time > self.redlock_max_ttl && has_redlock {
+                let bound = format!("at least the {name} ({time:?}) if a shard is redlock://");
+                return Err(InvalidSetting::new(
+                    "redlock_max_ttl",
+                    format!("{:?}", self.redlock_max_ttl),
+                    bound,
+                ));
+            }
         }
         if endpoints.is_empty() {
             return Ok(());
@@ -530,6 +566,7 @@ mod tests {
             ),
             ("timeout", &["none", "0s", "365d"], &["365d 1ms", "never", ""]),
             ("max_hold", &["none", "1ms", "365d"], &["0s", "999us", "366d"]),
+            ("min_hold", &["0s", "1ms", "24h"], &["24h 1ms", "none", "0", "-1s"]),
             ("linger", &["0s", "1us", "1h"], &["3601s", "none", "0", "-1s"]),
             ("store_timeout", &["10ms", "60s"], &["9ms", "61s"]),
             ("connections", &["1", "16"], &["0", "17", "-1", "1.0", "one"]),

@@ -3,7 +3,7 @@
 use std::time::Duration;
 
 use super::bounds::Bounds;
-use super::fields::{LINGER, MAX_HOLD, TIMEOUT, TTL};
+use super::fields::{LINGER, MAX_HOLD, MIN_HOLD, TIMEOUT, TTL};
 use crate::error::InvalidSetting;
 
 /// Checks the settings of a request.
@@ -12,10 +12,14 @@ pub(crate) fn check_overrides(
     ttl: Option<Duration>,
     timeout: Option<Duration>,
     max_hold: Option<Duration>,
+    min_hold: Option<Duration>,
     linger: Option<Duration>,
 ) -> Result<(), InvalidSetting> {
     if let Some(ttl) = ttl {
         TTL.check(&ttl).map_err(|problem| problem.of("ttl"))?;
+    }
+    if let Some(min_hold) = min_hold {
+        MIN_HOLD.check(&min_hold).map_err(|problem| problem.of("min_hold"))?;
     }
     if let Some(linger) = linger {
         LINGER.check(&linger).map_err(|problem| problem.of("linger"))?;

@@ -11,6 +11,7 @@ use super::Job;
 use crate::contention::HotKeys;
 use crate::engine::Rules;
 use crate::engine::admission::Limits;
+use crate::engine::min_holds::MinHolds;
 use crate::identity::ManagerId;
 use crate::protocol::Cycles;
 use crate::runtime::Runtimes;
@@ -22,6 +23,7 @@ pub(crate) struct ManagerContext {
     pub(crate) id: ManagerId,
     pub(crate) rules: Rules,
     pub(crate) cycles: Cycles,
+    pub(crate) min_holds: MinHolds,
     pub(crate) limits: Limits,
     /// The time limit of a request.
     pub(crate) timeout: Duration,

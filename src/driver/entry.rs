@@ -521,6 +521,7 @@ impl Entry {
             rules: &self.shard.manager.rules,
             cycles: &self.shard.manager.cycles,
             capacity: &*self.shard.manager,
+            min_holds: &self.shard.manager.min_holds,
             epoch: self.shard.store.epoch(self.slot),
         }
     }

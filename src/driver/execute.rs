@@ -82,6 +82,7 @@ impl Entry {
                     requeue,
                     nobody_waits,
                     tokens,
+                    retire_until: self.shard.manager.min_holds.until(cycle, Moment::now()),
                 };
                 let kind = if requeue.is_some() {
                     RequestKind::Requeue
@@ -101,6 +102,9 @@ impl Entry {
                 let Some((answer, started, now)) = sent else {
                     return Completed::ELSEWHERE;
                 };
+                if answer.is_ok() {
+                    self.shard.manager.min_holds.forget(cycle);
+                }
                 let (released, next) = self.apply(now, |queue, cx| match answer {
                     Ok(answer) => (Ok(answer.reply.held), queue.on_release_reply(cycle, answer, cx)),
                     Err(error) => {

@@ -198,8 +198,9 @@ impl Shard {
             .into());
         }
         // Rarely true, so threads do not contend for the cache line.
-        if want.ttl > self.longest_ttl() {
-            self.longest_ttl.fetch_max(in_micros(want.ttl), Ordering::Relaxed);
+        if want.lease_ttl() > self.longest_ttl() {
+            self.longest_ttl
+                .fetch_max(in_micros(want.lease_ttl()), Ordering::Relaxed);
         }
         loop {
             let mut is_new = false;
@@ -305,6 +306,8 @@ impl Shard {
     fn abandon(&self, key: &LockKey, cycle: Cycle) {
         if let Some(abandoned) = Abandoned::new(&self.manager.usage, key, cycle) {
             self.send(Job::Release(abandoned));
+        } else {
+            self.manager.min_holds.forget(cycle);
         }
     }
 

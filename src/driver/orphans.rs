@@ -100,6 +100,7 @@ async fn attempt(shard: Arc<Shard>, mut attempt: Sent) -> (Sent, Result<(), Stor
             requeue: None,
             nobody_waits: false,
             tokens: shard.manager.rules.max_burst,
+            retire_until: shard.manager.min_holds.until(attempt.cycle, Moment::now()),
         };
         let priority = match attempt.is_ordered() {
             true => Priority::Foreground,
@@ -142,7 +143,10 @@ impl Cleaner {
 
     fn ended(&mut self, attempt: Sent, released: Result<(), StoreError>) {
         let (released, error) = match released {
-            Ok(()) => (Released::Confirmed, None),
+            Ok(()) => {
+                self.shard.manager.min_holds.forget(attempt.cycle);
+                (Released::Confirmed, None)
+            }
             Err(error) => (
                 match error {
                     StoreError::Unavailable(_) => Released::Unavailable,

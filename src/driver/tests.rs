@@ -11,6 +11,7 @@ use super::*;
 use crate::contention::HotKeys;
 use crate::engine::Rules;
 use crate::engine::admission::Limits;
+use crate::engine::min_holds::MinHolds;
 use crate::engine::renewals::STRAIN_MIN;
 use crate::error::{Failure, LockErrorKind};
 use crate::fence::TokenBlock;
@@ -124,6 +125,7 @@ fn shard_on(store: Arc<dyn LeaseStore>) -> (Arc<Shard>, mpsc::UnboundedReceiver<
             flaw: None,
         },
         cycles: Cycles::default(),
+        min_holds: MinHolds::default(),
         limits: Limits {
             waiters_per_key: 1,
             waiters: 10,
@@ -149,6 +151,7 @@ const WANT: WaiterOptions = WaiterOptions {
     ttl: Duration::from_secs(1),
     max_hold: None,
     linger: crate::engine::Linger::NONE,
+    min_hold: crate::engine::MinHold::NONE,
     try_only: false,
     in_outage: crate::engine::InOutage::Fail,
     contended_hint: false,

@@ -7,17 +7,19 @@
 //! (`driver`), in the exhaustive tests and in the simulation.
 //!
 //! [`key`] is the state machine of one key of one manager; read its header first. [`orphans`] has
-//! the retry rules of cycles that are over, [`renewals`]
-//! decides which renewals are sent when, and [`admission`] how much a manager takes on.
+//! the retry rules of cycles that are over, [`min_holds`] knows which leases must stay although
+//! they were released, [`renewals`] decides which renewals are sent when, and [`admission`] how
+//! much a manager takes on.
 
 pub(crate) mod admission;
 pub(crate) mod key;
+pub(crate) mod min_holds;
 pub(crate) mod orphans;
 pub(crate) mod renewals;
 
 pub(crate) use key::{
-    Bound, Capacity, Contender, Context, Effects, Granted, InOutage, Linger, Outage, Outcome, Path, Rare, Request,
-    Rules, WaiterId, WaiterOptions, Wake,
+    Bound, Capacity, Contender, Context, Effects, Granted, InOutage, Linger, MinHold, Outage, Outcome, Path, Rare,
+    Request, Rules, WaiterId, WaiterOptions, Wake,
 };
 #[cfg(test)]
 pub(crate) use key::{Flaw, Unlimited};

@@ -2,8 +2,9 @@
 
 use std::collections::BTreeMap;
 use std::sync::Arc;
+use std::time::Duration;
 
-use super::clock::Nanos;
+use super::clock::{DRIFT_MAX, Nanos, nanos};
 use super::plan::Variant;
 use super::tasks::State;
 use super::world::World;
@@ -44,6 +45,8 @@ struct Books {
     /// The largest token of any guard, and of any exclusive one, so far.
     largest: u64,
     largest_exclusive: u64,
+    /// Until when nobody may get the key, because of an earlier guard's `min_hold`.
+    min_hold_until: Nanos,
 }
 
 #[derive(Debug)]
@@ -59,6 +62,8 @@ struct Block {
     cycle: Cycle,
     tokens: TokenBlock,
     number: u64,
+    /// When the store issued it, and granted or extended the lease.
+    at: Nanos,
 }
 
 impl Ledger {
@@ -98,7 +103,7 @@ impl Ledger {
 
     /// The store issued a block of tokens to this cycle. What the same command recorded already is
     /// ignored.
-    pub(super) fn issues_block(&mut self, m: usize, k: usize, cycle: Cycle, tokens: TokenBlock) {
+    pub(super) fn issues_block(&mut self, at: Nanos, m: usize, k: usize, cycle: Cycle, tokens: TokenBlock) {
         let is_known = |block: &Block| block.m == m && block.cycle == cycle && block.tokens == tokens;
         if self.books(k).blocks.iter().rev().take(ISSUED_AT_ONCE).any(is_known) {
             return;
@@ -110,6 +115,7 @@ impl Ledger {
             cycle,
             tokens,
             number,
+            at,
         });
     }
 
@@ -150,7 +156,19 @@ impl Ledger {
 
 impl World {
     /// A task gets its guard.
-    pub(super) fn guard_begins(&mut self, m: usize, k: usize, lease: &Arc<Lease>, token: FencingToken, at: Moment) {
+    #[expect(
+        clippy::too_many_arguments,
+        reason = "the parts of one fact, which are together nowhere else"
+    )]
+    pub(super) fn guard_begins(
+        &mut self,
+        m: usize,
+        k: usize,
+        lease: &Arc<Lease>,
+        token: FencingToken,
+        at: Moment,
+        min_hold: Duration,
+    ) {
         let cycle = lease.cycle;
         let is_valid = lease.loss_at(self.managers[m].clock.at(self.now)).is_none();
         let books = self.ledger.books(k);
@@ -175,7 +193,7 @@ impl World {
             lease: Arc::clone(lease),
             token,
         });
-        let Some(issued) = block.map(|block| block.number) else {
+        let Some((issued, issued_at)) = block.map(|block| (block.number, block.at)) else {
             let what = format!("m{m} k{k} token {token} of cycle {cycle} was never issued to it");
             return self.ledger.breach_of_safety(what);
         };
@@ -196,6 +214,21 @@ impl World {
         if matches!(self.plan.variant, Variant::Faults | Variant::Mixed) && is_valid && number <= largest {
             let what = format!("m{m} k{k} a valid guard begins with token {token} after one with {largest}");
             return self.ledger.breach_of_safety(what);
+        }
+        // A store that forgets leases forgets those that are retired, too.
+        let keeps_leases = !matches!(self.plan.variant, Variant::Forgetting | Variant::Failover);
+        // The rest of the time is counted by the clock of the manager.
+        let until = books.min_hold_until;
+        if keeps_leases && is_valid && self.now < until {
+            let what = format!(
+                "m{m} k{k} token {token} is served {} ns before a min_hold ends",
+                until - self.now
+            );
+            return self.ledger.breach_of_safety(what);
+        }
+        if !min_hold.is_zero() {
+            let by_any_clock = nanos(min_hold) * (1_000_000 - DRIFT_MAX as Nanos) / 1_000_000;
+            books.min_hold_until = until.max(issued_at + by_any_clock);
         }
         if cycle.expects_rivals() {
             self.ledger.hears_of_rivals(self.now, m, k, cycle);
@@ -220,14 +253,14 @@ impl World {
     }
 
     /// Checks that the task which got the lock asked before all tasks of the same process that
-    /// still wait for it. A task whose `max_hold` passed before it collected a shared guard waits
-    /// again, while those granted together with it collect theirs.
+    /// still wait for it. A task whose `max_hold` passed before it collected a guard in another mode
+    /// than exclusive waits again, while those granted beside it collect theirs.
     pub(super) fn check_order(&mut self, m: usize, k: usize, order: u64, mode: LockMode) {
         let manager = &self.managers[m];
         let passed = manager.tasks.iter().position(|task| {
             matches!(&task.state, State::Waiting(earlier)
                 if earlier.k == k && earlier.mode == mode && earlier.order < order
-                    && (mode != LockMode::Shared || earlier.max_hold.is_none()) && !manager.queues[k].is_settled(earlier.id))
+                    && (mode.is_exclusive() || earlier.max_hold.is_none()) && !manager.queues[k].is_settled(earlier.id))
         });
         if let Some(passed) = passed {
             self.ledger

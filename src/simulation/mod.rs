@@ -221,6 +221,13 @@ fn trusting_every_answered_release_is_caught() {
     assert!((0..2_000).any(left), "not caught by 2,000 seeds");
 }
 
+/// A release in the background may know nothing but the cycle: the store reports that a cycle which
+/// is over is wanted, or a release is repeated.
+#[test]
+fn forgetting_a_min_hold_is_caught() {
+    assert_caught(Flaw::ForgetsMinHolds, Variant::Faults, 2_000);
+}
+
 #[test]
 fn letting_readers_pass_is_caught() {
     assert_caught(Flaw::LetsReadersPass, Variant::Mixed, 2_000);

@@ -1,13 +1,16 @@
 //! Requests in transit: two connections per manager. Each keeps its order, and may be slow, stall
 //! or break.
 
+use std::time::Duration;
+
 use super::background::Job;
 use super::clock::{Nanos, nanos};
 use super::world::{Event, Orphan, Part, World};
 use crate::clock::Moment;
+use crate::engine::min_holds::MinHolds;
 use crate::engine::orphans::Released;
 use crate::engine::renewals::time_limit;
-use crate::engine::{Outage, Request};
+use crate::engine::{Flaw, Outage, Request, Rules};
 use crate::error::{Failure, LockError};
 use crate::protocol::{AcquireMode, AcquireReply, Answer, Cycle, Push, ReleaseReply, RenewReply};
 use crate::store::Priority;
@@ -87,6 +90,8 @@ pub(super) struct Command {
     lane: Priority,
     generation: usize,
     floor: u64,
+    /// For a release, how long the lease has to stay.
+    rest: Option<Duration>,
 }
 
 #[derive(Debug)]
@@ -167,6 +172,7 @@ impl World {
             lane: in_flight.lane,
             generation: connection.generation,
             floor: in_flight.floor,
+            rest: rest_of(&manager.min_holds, in_flight, &self.plan.rules),
         };
         self.note(|_| {
             format!(
@@ -301,7 +307,16 @@ impl World {
                 let ttl = requeue.map_or(std::time::Duration::ZERO, Cycle::ttl);
                 let (me, terms) = (manager.id.owner_tag(cycle).to_string(), terms(ttl, tokens));
                 let next = requeue.map(|cycle| manager.id.owner_tag(cycle).to_string());
-                let reply = self.core.release(key, &me, next.as_deref(), terms);
+                let is_retired = command.rest.is_some_and(|rest| {
+                    let retired = manager.id.owner_tag(cycle.retired()).to_string();
+                    self.core.retire(key, &me, &retired, now, now + rest)
+                });
+                let reply = if is_retired {
+                    self.stats.retired += 1;
+                    ReleaseReply::RETIRED
+                } else {
+                    self.core.release(key, &me, next.as_deref(), terms)
+                };
                 if let (Some(next), Some(reply)) = (requeue, &reply.requeued) {
                     self.issue(command.m, command.k, next, reply);
                 }
@@ -332,7 +347,7 @@ impl World {
         }
         issued.sort_by_key(|(_, _, tokens)| tokens.first());
         for (m, cycle, tokens) in issued {
-            self.ledger.issues_block(m, k, cycle, tokens);
+            self.ledger.issues_block(self.now, m, k, cycle, tokens);
         }
     }
 
@@ -368,6 +383,9 @@ impl World {
         let distinct = self.distinct();
         let seen = &mut self.managers[m].seen[slot(k, distinct)];
         *seen = saw.max(*seen);
+        if let Order::Queue(Request::Release { cycle, .. }) = in_flight.order {
+            self.managers[m].min_holds.forget(cycle);
+        }
         if let Some(orphan) = in_flight.orphan {
             return self.orphan_ended(m, orphan, Released::Confirmed);
         }
@@ -533,6 +551,19 @@ impl World {
         }
         self.transmit(request);
     }
+}
+
+/// How long the lease has to stay if it is released now, as `driver::execute` and `driver::orphans`
+/// find out.
+fn rest_of(min_holds: &MinHolds, in_flight: &InFlight, rules: &Rules) -> Option<Duration> {
+    let Order::Queue(Request::Release { cycle, .. }) = in_flight.order else {
+        return None;
+    };
+    if rules.has(Flaw::ForgetsMinHolds) && matches!(in_flight.driver, Driver::Orphans) {
+        return None;
+    }
+    let until = min_holds.until(cycle, in_flight.sent_at)?;
+    Some(until.since(in_flight.sent_at))
 }
 
 /// The first two keys share a slot and therefore a counter.

@@ -60,6 +60,8 @@ pub(super) struct Plan {
     pub(super) limits: Vec<u16>,
     /// The linger times from which tasks choose; zero is off.
     pub(super) lingers: Vec<Duration>,
+    /// The minimum holds from which tasks choose; zero is off.
+    pub(super) min_holds: Vec<Duration>,
     /// Whether half of the messages about a remote waiter are lost.
     pub(super) misses_wanted: bool,
     /// The time limit of a request.
@@ -143,6 +145,11 @@ impl Plan {
             2 => vec![base / 10, base, base * 8],
             _ => vec![base * 20],
         };
+        let min_holds = match rng.random_range(0..4) {
+            0 | 1 => vec![Duration::ZERO],
+            2 => vec![Duration::ZERO, Duration::ZERO, base / 4],
+            _ => vec![Duration::ZERO, Duration::ZERO, base / 8, base * 3 / 2],
+        };
         let plan = Self {
             variant,
             rules: Rules {
@@ -156,6 +163,7 @@ impl Plan {
             tasks: rng.random_range(1..=5),
             ttls,
             lingers,
+            min_holds,
             misses_wanted: variant == Variant::Unheard,
             timeout: base.mul_f64([0.3, 0.8, 2.5][rng.random_range(0..3)]),
             faults_end: nanos(base) * rng.random_range(6..=16),
@@ -231,7 +239,12 @@ impl Plan {
     }
 
     pub(super) fn longest_ttl(&self) -> Duration {
-        self.ttls.iter().max().copied().unwrap_or_default()
+        let ttls = self.ttls.iter().chain(&self.min_holds);
+        ttls.max().copied().unwrap_or_default()
+    }
+
+    pub(super) fn longest_min_hold(&self) -> Duration {
+        self.min_holds.iter().max().copied().unwrap_or_default()
     }
 
     /// How long after its connection broke, or while its connection is slow, a command may still be
@@ -258,13 +271,16 @@ impl Plan {
     /// The time after the end of the faults within which everything must have finished. Each holder
     /// and each dead owner may take its time in turn, although hardly all of them do.
     pub(super) fn patience(&self) -> Nanos {
+        // A waiter asks again 2 ms after the end of a lease, and 2 ms later for each one ahead.
+        let min_hold = nanos(self.longest_min_hold()) * 102 / 100 + 2_000_000 * self.managers as Nanos;
+        let min_hold = if self.longest_min_hold().is_zero() { 0 } else { min_hold };
         if self.variant.is_prompt() {
-            let one = self.hold_max + 10 * self.message_max + 1_000_000;
+            let one = self.hold_max.max(min_hold) + 10 * self.message_max + 1_000_000;
             return one * (self.managers * self.tasks + 2) as Nanos;
         }
         if self.variant == Variant::Unheard {
             let renewal = nanos(self.rules.renew_every(self.longest_ttl()));
-            let one = self.hold_max + 10 * self.message_max + 1_000_000 + renewal * 3 / 2;
+            let one = self.hold_max.max(min_hold) + 10 * self.message_max + 1_000_000 + renewal * 3 / 2;
             return one * (self.managers * self.tasks + 2) as Nanos;
         }
         let one = self.long_hold_max + self.slow_max + nanos(self.timeout) + 2 * nanos(self.longest_ttl());

@@ -62,7 +62,7 @@ impl World {
                 continue;
             };
             if let Push::Granted { grant, .. } = &push {
-                self.ledger.issues_block(m, k, grant.cycle, grant.tokens);
+                self.ledger.issues_block(self.now, m, k, grant.cycle, grant.tokens);
             }
             self.note(|_| format!("m{m} k{k} is pushed {push:?}"));
             let delay = self.message_delay();
@@ -106,7 +106,13 @@ impl World {
                 }
                 self.event_in_background(m, k, |queue, cx| queue.on_remote_waiter(cycle, cx));
             }
-            Push::YourTurn { .. } | Push::Resubscribed { .. } | Push::Disconnected | Push::Refused { .. } => {}
+            Push::YourTurn { key, cycle } => {
+                let Some(k) = self.index_of(&key, cycle.mode()) else {
+                    return;
+                };
+                self.event_in_background(m, k, |queue, cx| queue.on_your_turn(cycle, cx));
+            }
+            Push::Resubscribed { .. } | Push::Disconnected | Push::Refused { .. } => {}
         }
     }
 

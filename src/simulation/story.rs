@@ -36,6 +36,9 @@ const STEPS: &[Step] = &[
     ("one task in each", |plan| plan.tasks = 1),
     ("one TTL", |plan| plan.ttls.truncate(1)),
     ("no linger", |plan| plan.lingers = vec![std::time::Duration::ZERO]),
+    ("no minimum hold", |plan| {
+        plan.min_holds = vec![std::time::Duration::ZERO]
+    }),
     ("no pauses", |plan| plan.pauses = 0),
     ("no pauses of tasks", |plan| plan.task_pauses = 0),
     ("no crashes", |plan| plan.crashes = 0),

@@ -8,7 +8,7 @@ use super::background::Job;
 use super::clock::{Nanos, nanos};
 use super::network::{Driver, Order};
 use super::world::{Event, Part, World};
-use crate::engine::{Effects, Granted, InOutage, Linger, Outcome, Path, Request, WaiterId, WaiterOptions};
+use crate::engine::{Effects, Granted, InOutage, Linger, MinHold, Outcome, Path, Request, WaiterId, WaiterOptions};
 use crate::fence::FencingToken;
 use crate::lease::Lease;
 use crate::mode::LockMode;
@@ -47,6 +47,7 @@ pub(super) struct Waiting {
     pub(super) try_only: bool,
     pub(super) mode: LockMode,
     pub(super) max_hold: Option<Duration>,
+    min_hold: MinHold,
     /// The request that this task drives.
     driving: Option<u64>,
 }
@@ -98,14 +99,18 @@ impl World {
         let which = self.between(0, self.plan.ttls.len() as u64 - 1) as usize;
         let linger = self.between(0, self.plan.lingers.len() as u64 - 1) as usize;
         let linger = Linger::new(self.plan.lingers[linger]);
+        let min_hold = self.between(0, self.plan.min_holds.len() as u64 - 1) as usize;
+        let min_hold = MinHold::new(self.plan.min_holds[min_hold]);
         let max_hold = self.chance(self.plan.max_hold_chance);
         let try_only = self.chance(self.plan.try_chance);
         let mode = self.some_mode(k);
+        let min_hold = if mode.is_exclusive() { min_hold } else { MinHold::NONE };
         let manager = &self.managers[m];
         let want = WaiterOptions {
             mode,
             ttl: self.plan.ttls[which],
             linger,
+            min_hold,
             max_hold: max_hold.then(|| Duration::from_nanos(self.plan.hold_max / 2)),
             try_only,
             in_outage: match task % 3 {
@@ -129,6 +134,7 @@ impl World {
             try_only: want.try_only,
             mode,
             max_hold: want.max_hold,
+            min_hold: want.min_hold,
             driving,
         };
         self.enter(m, task, State::Waiting(waiting));
@@ -182,7 +188,12 @@ impl World {
 
     fn task_polls(&mut self, m: usize, task: usize) {
         let State::Waiting(Waiting {
-            k, id, order, driving, ..
+            k,
+            id,
+            order,
+            min_hold,
+            driving,
+            ..
         }) = self.managers[m].tasks[task].state
         else {
             return;
@@ -208,7 +219,7 @@ impl World {
         // A request that the task still drives is dropped together with its wait.
         self.drop_request(m, k, driving);
         match outcome {
-            Outcome::Granted(granted) => self.task_has_it(m, k, task, order, granted),
+            Outcome::Granted(granted) => self.task_has_it(m, k, task, order, min_hold, granted),
             Outcome::Busy => self.stats.busy += 1,
             Outcome::Failed(_) => {}
             Outcome::TooLate => self.stats.too_late += 1,
@@ -219,7 +230,7 @@ impl World {
         }
     }
 
-    fn task_has_it(&mut self, m: usize, k: usize, task: usize, order: u64, granted: Granted) {
+    fn task_has_it(&mut self, m: usize, k: usize, task: usize, order: u64, min_hold: MinHold, granted: Granted) {
         self.check_after_failover(m, k, &granted);
         let Granted { lease, token, path, at } = granted;
         if self.managers[m].is_closed {
@@ -234,7 +245,7 @@ impl World {
             Path::Joined => self.stats.joined += 1,
         }
         self.check_order(m, k, order, lease.cycle.mode());
-        self.guard_begins(m, k, &lease, token, at);
+        self.guard_begins(m, k, &lease, token, at, min_hold.time());
         self.enter(m, task, State::Holding { k, lease, token });
         let hold = if self.chance(self.plan.long_hold_chance) {
             self.between(0, self.plan.long_hold_max)

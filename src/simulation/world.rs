@@ -18,6 +18,7 @@ use super::run::Stats;
 use super::story::Case;
 use super::tasks::{Step, Task};
 use crate::clock::Moment;
+use crate::engine::min_holds::MinHolds;
 use crate::engine::orphans::{Attempt, LateRequests, Orphans};
 use crate::engine::renewals::Renewals;
 use crate::engine::{Contender, Context, Effects, Rare, Request, Unlimited};
@@ -54,6 +55,7 @@ pub(super) type Orphan = Attempt<usize, ()>;
 pub(super) struct Manager {
     pub(super) id: ManagerId,
     pub(super) cycles: Cycles,
+    pub(super) min_holds: MinHolds,
     pub(super) clock: LocalClock,
     pub(super) queues: Vec<Contender<usize>>,
     /// The keys for which other managers were seen to wait.
@@ -187,6 +189,7 @@ impl World {
         Manager {
             id: ManagerId::of("sim", 1, number as u64),
             cycles: Cycles::default(),
+            min_holds: MinHolds::default(),
             clock: LocalClock {
                 offset: self.rng.random_range(1_000_000_000..1_000_000_000_000),
                 drift: self.rng.random_range(-DRIFT_MAX..=DRIFT_MAX),
@@ -346,6 +349,7 @@ impl World {
             rules: &self.plan.rules,
             cycles: &manager.cycles,
             capacity: &Unlimited,
+            min_holds: &manager.min_holds,
             epoch: manager.epoch,
         };
         let queue = &mut manager.queues[k];

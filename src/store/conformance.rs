@@ -49,6 +49,12 @@ enum Command {
         requeue: Option<u64>,
         terms: Given,
     },
+    /// A release before the `min_hold` has passed, with the rest of it.
+    Retire {
+        lock: Lock,
+        rest: Duration,
+        terms: Given,
+    },
     Renew {
         manager: usize,
         leases: Vec<(usize, u64, Duration)>,
@@ -144,6 +150,12 @@ fn command() -> impl Strategy<Value = Command> {
         8 => (lock(), prop::option::of(1..=CYCLES), given()).prop_map(|(lock, requeue, terms)| Command::Release {
             lock,
             requeue: requeue.filter(|&next| next != lock.cycle),
+            terms,
+        }),
+        2 => (lock(), ttl(), given()).prop_map(|(lock, rest, terms)| Command::Retire {
+            // The first number is that of retired leases.
+            lock: Lock { cycle: lock.cycle.max(2), ..lock },
+            rest,
             terms,
         }),
         2 => (0..MANAGERS, prop::collection::vec(lease, 1..6))
@@ -290,6 +302,23 @@ impl Pair {
                 let terms = terms(Given { ttl, ..*given });
                 Reply::Released(self.core.release(&self.keys[lock.key], &me, next.as_deref(), terms))
             }
+            Command::Retire {
+                lock,
+                rest,
+                terms: given,
+            } => {
+                let (key, me) = (&self.keys[lock.key], owner_tag(lock.manager, lock.cycle));
+                let retired = self.managers[lock.manager].owner_tag(numbered(lock.cycle).retired());
+                let is_retired = self.core.retire(key, &me, &retired.to_string(), now, now + *rest);
+                let terms = terms(Given {
+                    ttl: Duration::ZERO,
+                    ..*given
+                });
+                Reply::Released(match is_retired {
+                    true => ReleaseReply::RETIRED,
+                    false => self.core.release(key, &me, None, terms),
+                })
+            }
             Command::Renew { manager, leases } => {
                 let mut replies = Vec::new();
                 for &(key, cycle, ttl) in leases {
@@ -337,6 +366,7 @@ impl Pair {
                     // Only a hint: whether it is right must make no difference.
                     nobody_waits: requeue.is_none() && lock.cycle % 2 == 0,
                     tokens: terms.tokens,
+                    retire_until: None,
                 };
                 // Both classes of connection must work.
                 let priority = if lock.cycle % 2 == 0 {
@@ -345,6 +375,20 @@ impl Pair {
                     Priority::Background
                 };
                 Reply::Released(store.release(priority, request).await.unwrap().reply)
+            }
+            Command::Retire { lock, rest, terms } => {
+                let store = &self.stores[lock.manager];
+                let key = self.keys[lock.key].clone();
+                store.set_floor(&key, terms.floor);
+                let request = Release {
+                    key,
+                    cycle: numbered(lock.cycle),
+                    requeue: None,
+                    nobody_waits: lock.cycle % 2 == 0,
+                    tokens: terms.tokens,
+                    retire_until: Some(Moment::now() + rest),
+                };
+                Reply::Released(store.release(Priority::Foreground, request).await.unwrap().reply)
             }
             Command::Renew { manager, ref leases } => {
                 let renewal = |&(key, cycle, ttl): &(usize, u64, Duration)| Renewal {
@@ -504,6 +548,11 @@ fn as_in_a_cluster(command: Command) -> Command {
         Command::Release { lock, requeue, terms } => Command::Release {
             lock,
             requeue,
+            terms: after_now(terms),
+        },
+        Command::Retire { lock, rest, terms } => Command::Retire {
+            lock,
+            rest,
             terms: after_now(terms),
         },
         other => other,

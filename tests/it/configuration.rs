@@ -7,13 +7,14 @@ use shardlock::error::InvalidSetting;
 use shardlock::tool;
 
 /// A non-default value for every setting.
-const SAMPLES: [(&str, &str); 27] = [
+const SAMPLES: [(&str, &str); 28] = [
     ("shards", "a=rediss://:s3cret@a:1/2,memory://b"),
     ("namespace", "jobs/"),
     ("ttl", "5s"),
     ("renew_fraction", "0.25"),
     ("timeout", "1500ms"),
     ("max_hold", "2m"),
+    ("min_hold", "13s"),
     ("linger", "3s"),
     ("store_timeout", "250ms"),
     ("connections", "2"),
@@ -46,6 +47,7 @@ fn from_code() -> Result<Config, InvalidSetting> {
         .renew_fraction(0.25)
         .timeout(Duration::from_millis(1500))
         .max_hold(Duration::from_secs(120))
+        .min_hold(Duration::from_secs(13))
         .linger(Duration::from_secs(3))
         .store_timeout(Duration::from_millis(250))
         .connections(2)

@@ -23,6 +23,7 @@ mod fairness;
 mod leases;
 mod limits;
 mod linger;
+mod min_hold;
 mod modes;
 mod order;
 mod others;
@@ -54,6 +55,7 @@ fn worker_entry() {
         "counter" => basics::count(&me),
         "holder" => modes::hold(&me),
         "permits" => modes::use_permits(&me),
+        "min_holder" => min_hold::hold(&me),
         "echo" => servers::echo(&me),
         #[cfg(feature = "admin")]
         "endpoint" => admin::serve_many_locks(&me),

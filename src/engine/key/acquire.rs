@@ -86,7 +86,7 @@ impl<W> Queue<W> {
     /// The lease gets the TTL requested by the first waiter.
     pub(super) fn take_ttl_of_first(&mut self) {
         if let Some(first) = self.waiters.first().and_then(|id| self.waiters.get(id)) {
-            self.ttl = first.want.ttl;
+            self.ttl = first.want.lease_ttl();
         }
     }
 

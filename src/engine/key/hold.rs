@@ -5,7 +5,7 @@ use std::time::Duration;
 
 use super::effect::{Effects, Request};
 use super::phase::{Acquiring, Held, Holder, Occupant, Phase};
-use super::types::{Context, Granted, Linger, Outcome, Path, WaiterOptions};
+use super::types::{Context, Granted, Linger, MinHold, Outcome, Path, WaiterOptions};
 use super::waiters::WaiterId;
 use super::{BLOCK_LINGERING, BLOCK_MAX, BLOCK_MIN, Queue, drift};
 use crate::clock::Moment;
@@ -35,6 +35,10 @@ impl<W> Queue<W> {
         if valid_until <= cx.now {
             return self.arrived_too_late(cycle, effects);
         }
+        if self.min_hold_of_first().time() > ttl {
+            // The waiter that the lease was requested for has left.
+            return self.retry_acquire(effects);
+        }
         // The owner of an odd cycle is not notified of remote waiters, so it assumes that there are
         // some.
         let remote_waiters = self.remote_waiters_seen || cycle.expects_rivals();
@@ -46,6 +50,7 @@ impl<W> Queue<W> {
             used_in_a_round_trip: 0,
             occupant: Occupant::Nobody,
             linger: Linger::NONE,
+            min_hold_until: None,
             extending: false,
             in_doubt: false,
             remote_waiters,
@@ -113,18 +118,20 @@ impl<W> Queue<W> {
     /// The guard is gone. The lease goes to the next local waiter or to another process, or
     /// lingers, or is released.
     pub(super) fn pass_on(&mut self, cx: Context<'_>, effects: &mut Effects<W>) {
+        let needs_new_lease = !self.min_hold_of_first().is_none();
         let Phase::Held(held) = &mut self.phase else { return };
         held.occupant = Occupant::Nobody;
-        if self.waiters.is_empty() && held.may_linger() && !self.keeps_nothing && cx.capacity.has_room() {
+        let is_over = needs_new_lease || held.min_hold_until.is_some_and(|until| cx.now < until);
+        if self.waiters.is_empty() && !is_over && held.may_linger() && !self.keeps_nothing && cx.capacity.has_room() {
             return self.linger(cx, effects);
         }
-        if held.extending && (self.waiters.is_empty() || held.must_yield(cx)) {
+        if held.extending && (is_over || self.waiters.is_empty() || held.must_yield(cx)) {
             // An extension is in flight. Wait for its reply, or it could acquire the lease again
             // after the release.
             return;
         }
         let cycle = held.lease.cycle;
-        if self.waiters.is_empty() {
+        if is_over || self.waiters.is_empty() {
             return self.release(cycle, cx, effects);
         }
         if let Some(bound) = held.reached_bound(cx) {
@@ -158,7 +165,16 @@ impl<W> Queue<W> {
             return self.lose(LossReason::Expired, cx, effects);
         }
         held.occupant = Occupant::Nobody;
+        if !self.min_hold_of_first().is_none() {
+            return self.pass_on(cx, effects);
+        }
         self.serve(Path::Lingering, cx, effects);
+    }
+
+    /// The `min_hold` of the first waiter.
+    pub(super) fn min_hold_of_first(&self) -> MinHold {
+        let first = self.waiters.first().and_then(|id| self.waiters.get(id));
+        first.map_or(MinHold::NONE, |first| first.want.min_hold)
     }
 
     /// Releases the lease if it is lingering.
@@ -195,6 +211,12 @@ impl<W> Queue<W> {
         held.served_in_all = held.served_in_all.saturating_add(1);
         let hold_until = waiter.want.max_hold.map(|longest| cx.now + longest);
         held.linger = waiter.want.linger;
+        held.min_hold_until = None;
+        if !waiter.want.min_hold.is_none() {
+            let until = cx.now + waiter.want.min_hold.time();
+            held.min_hold_until = Some(until);
+            cx.min_holds.record(held.lease.cycle, until, cx.now);
+        }
         held.occupant = Occupant::Guard(Holder {
             token,
             waiter: Some(id),
@@ -335,6 +357,8 @@ impl<W> Queue<W> {
         let is_out = holder.as_ref().is_some_and(|holder| holder.waiter.is_none());
         if is_out {
             effects.rare().lost.push(reason);
+        } else if holder.is_some() {
+            held.cancel_min_hold(cx);
         }
         // An outstanding guard releases the lease when it is dropped. Without one, schedule the
         // release: the store may still have the lease, because it was held for too long or a

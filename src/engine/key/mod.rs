@@ -24,6 +24,12 @@
 //! the outage (see `outage`). After a missing reply the store may still know cycles that are over.
 //! These are *abandoned*: released in the background until the store confirms.
 //!
+//! With `min_hold`, nobody gets the key before that time has passed since the grant, not even a
+//! local waiter. So a guard that is dropped earlier ends the hold: the lease is released, and stays
+//! in the store for the rest of the time ([`MinHolds`](crate::engine::min_holds::MinHolds)). A
+//! lease that lasts for `min_hold` even if the process dies can only be a new one. So a waiter with
+//! `min_hold` is never served under an earlier lease.
+//!
 //! Three rules decide whether a pushed grant makes the manager the holder. See [`Queue::on_grant`].
 
 mod acquire;
@@ -46,7 +52,7 @@ use std::time::Duration;
 pub(crate) use contender::Contender;
 pub(crate) use effect::{Bound, Effects, Rare, Request, Wake};
 pub(crate) use outage::Outage;
-pub(crate) use types::{Capacity, Context, Granted, InOutage, Linger, Outcome, Path, Rules, WaiterOptions};
+pub(crate) use types::{Capacity, Context, Granted, InOutage, Linger, MinHold, Outcome, Path, Rules, WaiterOptions};
 #[cfg(test)]
 pub(crate) use types::{Flaw, Unlimited};
 pub(crate) use waiters::WaiterId;
@@ -339,6 +345,7 @@ impl<W> Queue<W> {
         effects.discarded = self.waiters.remove(id).and_then(|waiter| waiter.waker);
         match &mut self.phase {
             Phase::Held(held) if held.guard().is_some_and(|holder| holder.waiter == Some(id)) => {
+                held.cancel_min_hold(cx);
                 self.pass_on(cx, &mut effects);
             }
             Phase::Queued(Queued { cycle, .. }) if self.waiters.is_empty() => {
@@ -402,6 +409,9 @@ impl<W> Queue<W> {
         self.fail_all(&Outcome::Failed(Failure::Closed.into()), &mut effects);
         match &mut self.phase {
             Phase::Held(held) => {
+                if held.guard().is_some_and(|holder| holder.waiter.is_some()) {
+                    held.cancel_min_hold(cx);
+                }
                 held.lease.lose(LossReason::Closed);
                 effects.rare().ended.push(Arc::clone(&held.lease));
                 effects.rare().lost.extend(held.guard().map(|_| LossReason::Closed));

@@ -80,6 +80,8 @@ pub(super) struct Held {
     pub(super) occupant: Occupant,
     /// How long the lease lingers after the current guard, as requested by the waiter served last.
     pub(super) linger: Linger,
+    /// Until when the key stays locked, whenever the guard is dropped.
+    pub(super) min_hold_until: Option<Moment>,
     /// An acquire that extends the lease and reserves more tokens is in flight.
     pub(super) extending: bool,
     /// An extension got no reply. It may execute after the release, so the release has to be
@@ -159,6 +161,13 @@ impl Held {
     /// even, so the store notifies us when a remote waiter arrives.
     pub(super) const fn may_linger(&self) -> bool {
         !self.linger.is_none() && !self.remote_waiters && !self.in_doubt
+    }
+
+    /// The task did not take its guard, so nothing happened under it.
+    pub(super) fn cancel_min_hold(&mut self, cx: Context<'_>) {
+        if self.min_hold_until.take().is_some() {
+            cx.min_holds.forget(self.lease.cycle);
+        }
     }
 
     /// Whether the store confirmed the lease recently, and after the last event that may have made

@@ -8,6 +8,7 @@ mod group;
 mod handing_on;
 mod late;
 mod lingering;
+mod min_hold;
 mod outage;
 mod remote;
 mod telling;
@@ -17,6 +18,7 @@ use std::time::Duration;
 
 use super::*;
 use crate::clock::Moment;
+use crate::engine::min_holds::MinHolds;
 use crate::error::{Failure, LockError};
 use crate::fence::TokenBlock;
 use crate::protocol::{AcquireMode, AcquireReply, Answer, Cycles, Grant, QueuePosition, ReleaseReply, RenewReply};
@@ -27,6 +29,7 @@ struct Bench {
     queue: Queue<u32>,
     rules: Rules,
     cycles: Cycles,
+    min_holds: MinHolds,
     now: Moment,
     /// The number of other keys. The limit is ten.
     keys: Keys,
@@ -81,6 +84,7 @@ const WANT: WaiterOptions = WaiterOptions {
     ttl: TTL,
     max_hold: None,
     linger: Linger::NONE,
+    min_hold: MinHold::NONE,
     try_only: false,
     in_outage: InOutage::Fail,
     contended_hint: false,
@@ -148,6 +152,7 @@ impl Bench {
                 flaw: None,
             },
             cycles: Cycles::default(),
+            min_holds: MinHolds::default(),
             now: at(1_000),
             keys: Keys(0),
             epoch: 0,
@@ -165,6 +170,7 @@ impl Bench {
             rules: &self.rules,
             cycles: &self.cycles,
             capacity: &self.keys,
+            min_holds: &self.min_holds,
             epoch: self.epoch,
         };
         let (result, effects) = happens(&mut self.queue, cx);

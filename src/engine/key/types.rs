@@ -5,6 +5,7 @@ use std::sync::Arc;
 use std::time::Duration;
 
 use crate::clock::Moment;
+use crate::engine::min_holds::MinHolds;
 use crate::error::LockError;
 use crate::fence::FencingToken;
 use crate::lease::Lease;
@@ -49,6 +50,8 @@ pub(crate) enum Flaw {
     NeverEndsHolders,
     /// The store keeps the mark of shared holders and permits after the last of them has left.
     KeepsMark,
+    /// Releases a cycle in the background although its `min_hold` has not passed.
+    ForgetsMinHolds,
 }
 
 impl Rules {
@@ -75,6 +78,7 @@ pub(crate) struct Context<'a> {
     pub(crate) rules: &'a Rules,
     pub(crate) cycles: &'a Cycles,
     pub(crate) capacity: &'a dyn Capacity,
+    pub(crate) min_holds: &'a MinHolds,
     /// See [`LeaseStore::epoch`](crate::store::LeaseStore::epoch).
     pub(crate) epoch: u32,
 }
@@ -135,6 +139,34 @@ impl Linger {
     }
 }
 
+/// How long the key stays locked after the lock was granted: up to a day, in milliseconds, so that
+/// it takes little space in each waiter.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(crate) struct MinHold(u32);
+
+impl MinHold {
+    pub(crate) const NONE: Self = Self(0);
+
+    /// Rounds up. Saturates at the largest value that fits, which is above the bounds of the
+    /// setting.
+    pub(crate) fn new(time: Duration) -> Self {
+        Self(u32::try_from(time.as_nanos().div_ceil(1_000_000)).unwrap_or(u32::MAX))
+    }
+
+    #[cfg(test)]
+    pub(super) const fn of_millis(millis: u32) -> Self {
+        Self(millis)
+    }
+
+    pub(crate) const fn is_none(self) -> bool {
+        self.0 == 0
+    }
+
+    pub(crate) const fn time(self) -> Duration {
+        Duration::from_millis(self.0 as u64)
+    }
+}
+
 /// How long a waiter tolerates that the store is unreachable.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub(crate) enum InOutage {
@@ -155,6 +187,8 @@ pub(crate) struct WaiterOptions {
     pub(crate) max_hold: Option<Duration>,
     /// How long the lease lingers after the guard is dropped, if no task wants the key.
     pub(crate) linger: Linger,
+    /// How long the key stays locked after the lock was granted, whenever it is released.
+    pub(crate) min_hold: MinHold,
     /// Whether to fail rather than wait.
     pub(crate) try_only: bool,
     pub(crate) in_outage: InOutage,
@@ -162,6 +196,14 @@ pub(crate) struct WaiterOptions {
     pub(crate) contended_hint: bool,
     /// A number by which [`Queue::each_wait`](super::Queue::each_wait) groups the waiters.
     pub(crate) class: u16,
+}
+
+impl WaiterOptions {
+    /// How long the lease lasts from the grant if it is never renewed. The key stays locked for
+    /// `min_hold` even if the process dies.
+    pub(crate) fn lease_ttl(&self) -> Duration {
+        self.ttl.max(self.min_hold.time())
+    }
 }
 
 /// How a lock was acquired. As large as its padded place in [`Granted`], so that an outcome is

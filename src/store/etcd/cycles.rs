@@ -71,6 +71,9 @@ impl EtcdLease {
     }
 }
 
+/// Stands for the lifetime in the id of a lease for the rest of a `min_hold`. No lease lasts that
+/// long.
+const RETIRED: u64 = u64::MAX;
 /// With fewer records, pruning is not worthwhile.
 const PRUNE_AT_MIN: usize = 1024;
 /// How much longer than its lease a record is kept. Longer than any minimum TTL that etcd applies.
@@ -92,6 +95,16 @@ impl CycleLeases {
         let number = mix(mix(self.seed ^ cycle.number()) ^ secs);
         // Etcd chooses an id itself if it is asked for zero.
         i64::try_from(number >> 1).unwrap_or(i64::MAX).max(1)
+    }
+
+    /// The lease under which the cycle's key stays for the rest of its `min_hold`. It has an id of
+    /// its own, so that a repeated release does not extend it.
+    pub(super) fn of_retired(&self, cycle: Cycle, rest: Duration) -> EtcdLease {
+        EtcdLease {
+            id: self.lease_id(cycle, RETIRED),
+            secs: whole_secs(rest),
+            granted: false,
+        }
     }
 
     /// The lease that the cycle must have, for at least this TTL. Never shorter than before: the

@@ -1,15 +1,16 @@
 //! Releasing a key, or a place in its queue.
 
 use std::sync::Arc;
+use std::time::Duration;
 
-use etcd_client::{DeleteOptions, Txn, TxnOp, TxnOpResponse};
+use etcd_client::{Compare, CompareOp, DeleteOptions, LeaseGrantOptions, PutOptions, Txn, TxnOp, TxnOpResponse};
 
 use super::Shared;
 use super::acquire::{Contender, judge, under_a_lease};
 use super::cycles::EtcdLease;
 use super::error::EtcdError;
 use super::link::Link;
-use super::queue::{Queue, first_in};
+use super::queue::{Member, Queue, first, first_in, in_order};
 use crate::clock::Moment;
 use crate::protocol::{Answer, Release, ReleaseReply};
 use crate::store::StoreError;
@@ -34,12 +35,14 @@ pub(super) async fn release(
     request: Release,
 ) -> Result<Answer<ReleaseReply>, StoreError> {
     let ttl = request.ttl();
+    let rest = request.rest(Moment::now());
     let Release {
         key,
         cycle,
         requeue,
         nobody_waits: _,
         tokens,
+        retire_until: _,
     } = request;
     // From now on, what the server reports about the cycle no longer matters.
     shared.waits.remove(cycle);
@@ -49,9 +52,10 @@ pub(super) async fn release(
     };
     let floor = shared.floor();
     let leaving = Contender::new(&shared, &key, cycle, cycle.ttl(), tokens);
-    let released = match requeue {
-        None => leave(&shared, &link, &leaving, &mut end).await,
-        Some(next) => {
+    let released = match (requeue, rest) {
+        (None, Some(rest)) => retire(&shared, &link, &leaving, rest, &mut end).await,
+        (None, None) => leave(&shared, &link, &leaving, &mut end).await,
+        (Some(next), _) => {
             let next = Contender::new(&shared, &key, next, next.ttl(), tokens);
             leave_and_join(&shared, &link, &leaving, &next, &mut end).await
         }
@@ -65,6 +69,69 @@ pub(super) async fn release(
     })
 }
 
+/// Releases a key whose `min_hold` has not passed: moves it to a lease that lasts for the rest of
+/// that time. No later release deletes a key with that lease. The key keeps its place, so others
+/// stay behind it.
+async fn retire(
+    shared: &Shared,
+    link: &Link,
+    leaving: &Contender,
+    rest: Duration,
+    end: &mut RevokeAtTheEnd<'_>,
+) -> Result<(Moment, ReleaseReply), EtcdError> {
+    // Until the key is moved it needs its present lease. If this fails, the release is repeated, or
+    // the key ends with that lease.
+    let leases = std::mem::take(&mut end.leases);
+    let sent_at = Moment::now();
+    let owner = read_owner(shared, link, leaving).await?;
+    let Some(owner) = owner.filter(|owner| owner.is(&leaving.name)) else {
+        end.leases = leases;
+        return leave(shared, link, leaving, end).await;
+    };
+    let lease = shared.cycles.of_retired(leaving.cycle, rest);
+    if owner.lease != lease.id {
+        let secs = i64::try_from(lease.secs).unwrap_or(i64::MAX);
+        let make = async |mut client: etcd_client::Client| {
+            let options = LeaseGrantOptions::new().with_id(lease.id);
+            client.lease_grant(secs, Some(options)).await
+        };
+        match link.request(make).await {
+            // An earlier attempt has created it.
+            Ok(_) | Err(EtcdError::LeaseThere) => {}
+            Err(error) => return Err(error),
+        }
+        let name = leaving.name.as_str();
+        let send = async |mut client: etcd_client::Client| {
+            let is_unchanged = Compare::create_revision(name, CompareOp::Equal, owner.create_revision);
+            let options = PutOptions::new().with_lease(lease.id).with_ignore_value();
+            let moving = TxnOp::put(name, "", Some(options));
+            client.txn(Txn::new().when([is_unchanged]).and_then([moving])).await
+        };
+        let (reply, _) = link.request(send).await?;
+        shared.observe_revision(reply.header());
+        if !reply.succeeded() {
+            // The key has ended, or was deleted.
+            end.leases = leases;
+            return leave(shared, link, leaving, end).await;
+        }
+        end.leases = leases;
+        end.add(owner.lease);
+    } else {
+        end.leases = leases;
+    }
+    Ok((sent_at, ReleaseReply::RETIRED))
+}
+
+async fn read_owner(shared: &Shared, link: &Link, leaving: &Contender) -> Result<Option<Member>, EtcdError> {
+    let read = async |mut client: etcd_client::Client| {
+        let only_first = in_order().with_limit(1);
+        client.get(leaving.prefix.as_str(), Some(only_first)).await
+    };
+    let (found, _) = link.request(read).await?;
+    shared.observe_revision(found.header());
+    Ok(first(&found))
+}
+
 async fn leave(
     shared: &Shared,
     link: &Link,
@@ -73,9 +140,14 @@ async fn leave(
 ) -> Result<(Moment, ReleaseReply), EtcdError> {
     let sent_at = Moment::now();
     let send = async |mut client: etcd_client::Client| {
-        client
-            .txn(Txn::new().and_then([Queue::read_first(&leaving.prefix), delete(leaving)]))
-            .await
+        let retired = shared.cycles.of_retired(leaving.cycle, Duration::ZERO).id;
+        let is_not_retired = Compare::lease(leaving.name.as_str(), CompareOp::NotEqual, retired);
+        let read = || Queue::read_first(&leaving.prefix);
+        let leaving = Txn::new()
+            .when([is_not_retired])
+            .and_then([read(), delete(leaving)])
+            .or_else([read()]);
+        client.txn(leaving).await
     };
     let (reply, repeated) = link.request(send).await?;
     shared.observe_revision(reply.header());
@@ -139,11 +211,12 @@ impl RevokeAtTheEnd<'_> {
         let Some(TxnOpResponse::Delete(deleted)) = deleted else {
             return;
         };
-        let ids = deleted.prev_kvs().iter().map(etcd_client::KeyValue::lease);
-        for id in ids.filter(|&id| id != 0) {
-            if self.leases.iter().all(|lease| lease.id != id) {
-                self.leases.push(EtcdLease::without_record(id));
-            }
+        deleted.prev_kvs().iter().for_each(|deleted| self.add(deleted.lease()));
+    }
+
+    fn add(&mut self, id: i64) {
+        if id != 0 && self.leases.iter().all(|lease| lease.id != id) {
+            self.leases.push(EtcdLease::without_record(id));
         }
     }
 }

@@ -7,6 +7,7 @@ use support::etcd::{Etcd, LEASE_MIN};
 use tokio::sync::mpsc;
 
 use super::*;
+use crate::clock::Moment;
 use crate::identity::ManagerId;
 use crate::protocol::{AcquireMode, Cycle};
 
@@ -53,6 +54,7 @@ impl Bench {
             requeue: requeue.map(Cycle::of),
             nobody_waits: false,
             tokens: 10,
+            retire_until: None,
         }
     }
 
@@ -321,4 +323,39 @@ async fn a_waiting_cycle_whose_lease_ended_is_told_to_ask_again() {
         matches!(again, AcquireReply::Queued(position) if position.ahead == 1),
         "{again:?}"
     );
+}
+
+#[tokio::test]
+async fn a_retired_key_keeps_its_place_under_a_lease_that_nothing_extends_or_ends() {
+    let bench = Bench::new().await;
+    let (store, _pushes) = bench.store(1);
+    let (other, _their_pushes) = bench.store(2);
+    bench.join(&store, 2).await;
+    let before = bench.only_lease().await;
+    let retire = Release {
+        retire_until: Some(Moment::now() + TTL * 3),
+        ..bench.release(2, None)
+    };
+    let held = async |release| {
+        let answer = store.release(Priority::Foreground, release).await.unwrap();
+        answer.reply.held
+    };
+    assert!(held(retire.clone()).await);
+    let retired = bench.only_lease().await;
+    assert_ne!(retired, before);
+    // Repeated releases of the cycle, with or without the rest of the time, change nothing.
+    assert!(held(retire).await);
+    held(bench.release(2, None)).await;
+    store.drain().await.unwrap();
+    assert_eq!(bench.only_lease().await, retired);
+    assert_eq!(bench.etcd.leases().await, 1);
+    assert!(matches!(bench.join(&other, 4).await, AcquireReply::Queued(_)));
+    assert!(matches!(
+        store
+            .acquire(bench.acquire(6, AcquireMode::Try, TTL))
+            .await
+            .unwrap()
+            .reply,
+        AcquireReply::Busy
+    ));
 }

@@ -114,6 +114,9 @@ struct Member {
 /// request.
 const UNNOTIFIED_LEASE: Duration = Duration::from_secs(1);
 
+/// How many waiting cycles get a message when a lease is retired.
+const TOLD_MAX: usize = 10;
+
 #[derive(Debug, Clone)]
 struct LeaseRecord {
     owner: String,
@@ -307,6 +310,37 @@ impl MemoryCore {
         };
         self.forget_if_unused(key);
         ReleaseReply { held, requeued }
+    }
+
+    /// Releases a lease whose `min_hold` lasts until `until`: it stays until then or until its own
+    /// end, under an owner tag that no cycle has. The first cycles in the queue expect a later end,
+    /// so a message makes them ask again. Returns whether the lease was ours; if not, nothing was
+    /// done.
+    pub(crate) fn retire(&mut self, key: &LockKey, me: &str, retired: &str, now: Moment, until: Moment) -> bool {
+        let Some(lock) = self.locks.get_mut(key) else {
+            return false;
+        };
+        lock.expire(now);
+        let Some(lease) = lock.lease.as_mut().filter(|lease| lease.owner == me) else {
+            return false;
+        };
+        *lease = LeaseRecord {
+            owner: retired.to_owned(),
+            ends: Some(lease.ends.map_or(until, |ends| ends.min(until))),
+        };
+        let told: Vec<Member> = lock.queue.iter().take(TOLD_MAX).cloned().collect();
+        for member in told {
+            if let Some((manager, cycle)) = parse_owner_tag(&member.owner) {
+                self.notify(
+                    manager,
+                    Push::YourTurn {
+                        key: key.clone(),
+                        cycle,
+                    },
+                );
+            }
+        }
+        true
     }
 
     pub(crate) fn renew(&mut self, key: &LockKey, me: &str, now: Moment, ttl: Duration) -> RenewReply {

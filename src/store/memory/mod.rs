@@ -160,20 +160,28 @@ impl LeaseStore for MemoryStore {
 
     fn release(&self, _priority: Priority, request: Release) -> StoreFuture<Answer<ReleaseReply>> {
         let ttl = request.ttl();
+        let now = Moment::now();
+        let rest = request.rest(now);
         let Release {
             key,
             cycle,
             requeue,
             nobody_waits: _,
             tokens,
+            retire_until: _,
         } = request;
-        let now = Moment::now();
         let next = requeue.map(|cycle| self.manager.owner_tag(cycle).to_string());
         let mut memory = self.memory.lock();
         let terms = self.terms(now, ttl, tokens);
-        let reply = memory
-            .core
-            .release(&key, &self.manager.owner_tag(cycle).to_string(), next.as_deref(), terms);
+        let me = self.manager.owner_tag(cycle).to_string();
+        let is_retired = rest.is_some_and(|rest| {
+            let retired = self.manager.owner_tag(cycle.retired()).to_string();
+            memory.core.retire(&key, &me, &retired, now, now + rest)
+        });
+        let reply = match is_retired {
+            true => ReleaseReply::RETIRED,
+            false => memory.core.release(&key, &me, next.as_deref(), terms),
+        };
         let pushes = memory.take_pushes();
         drop(memory);
         deliver(pushes);

@@ -181,5 +181,7 @@ fn release_of(request: &Acquire) -> Release {
         requeue: None,
         nobody_waits: false,
         tokens: request.tokens,
+        // The cycle never had the lock.
+        retire_until: None,
     }
 }

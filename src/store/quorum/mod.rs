@@ -198,7 +198,7 @@ impl Quorum {
         }
         Err(StoreError::Refused(
             format!(
-                "ttl {ttl:?} is above redlock_max_ttl {:?}: a node that restarted might vote before such a lease ends; set a shorter ttl, or a longer redlock_max_ttl for all managers",
+                "ttl {ttl:?} is above redlock_max_ttl {:?}: a node that restarted might vote before such a lease ends; set a shorter ttl and min_hold, or a longer redlock_max_ttl for all managers",
                 self.max_ttl
             )
             .into(),

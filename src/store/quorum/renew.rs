@@ -148,6 +148,7 @@ fn restore(quorum: &Arc<Quorum>, node: &Arc<Node>, renewal: &Renewal) {
                 requeue: None,
                 nobody_waits: false,
                 tokens: 1,
+                retire_until: None,
             };
             node.add_pending_release(release, quorum.max_ttl);
         }

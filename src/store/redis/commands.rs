@@ -152,6 +152,16 @@ impl Commands {
         self.write_owner_tag(command, cycle);
     }
 
+    /// The keys and arguments of retire.lua.
+    pub(super) fn fill_retire(&self, command: &mut Cmd, request: &Release, rest: Duration) {
+        self.write_keys(command, &request.key);
+        self.write_owner_tag(command, request.cycle);
+        self.write_owner_tag(command, request.cycle.retired());
+        command.arg(millis_up(rest));
+        self.write_inbox_prefix(command, &request.key);
+        command.arg(request.key.as_str());
+    }
+
     /// The keys and arguments of renew.lua.
     pub(super) fn fill_renew<'a>(
         &self,
@@ -314,6 +324,11 @@ pub(super) async fn erase(mut connection: impl ConnectionLike, commands: &Comman
 
 /// How many keys one scan step covers.
 const SCAN_COUNT: u32 = 1000;
+
+/// The same, rounded up.
+fn millis_up(rest: Duration) -> u64 {
+    millis(rest + Duration::from_nanos(999_999))
+}
 
 /// Whole milliseconds, as Redis expects, and at least 1.
 fn millis(ttl: Duration) -> u64 {

@@ -102,7 +102,11 @@ pub fn pushes(data: &[u8]) {
                 key: key.clone(),
                 grant,
             },
-            Push::RemoteWaiter { key, cycle },
+            Push::RemoteWaiter {
+                key: key.clone(),
+                cycle,
+            },
+            Push::YourTurn { key, cycle },
         ] {
             assert_eq!(reply::push(&written(&push)), Some(push));
         }
@@ -117,7 +121,7 @@ fn pushed(message: &str) {
         Some(&push),
         "{message:?} is read as {written:?}"
     );
-    let (Push::Granted { key, .. } | Push::RemoteWaiter { key, .. }) = &push else {
+    let (Push::Granted { key, .. } | Push::RemoteWaiter { key, .. } | Push::YourTurn { key, .. }) = &push else {
         panic!("{push:?} is never sent as a message")
     };
     assert!(message.ends_with(&format!(" {key}")));
@@ -137,6 +141,7 @@ fn written(push: &Push) -> String {
             format!("g {cycle} {} {} {queued} {key}", tokens.last(), tokens.remaining())
         }
         Push::RemoteWaiter { key, cycle } => format!("w {cycle} {key}"),
+        Push::YourTurn { key, cycle } => format!("t {cycle} {key}"),
         other => panic!("{other:?} is never sent as a message"),
     }
 }

@@ -281,6 +281,7 @@ mod tests {
             &one.acquire,
             &one.release,
             &one.release_free,
+            &one.retire,
             &one.renew,
             &one.renew_alone,
             &one.modes.acquire,
@@ -289,6 +290,7 @@ mod tests {
             &one.modes.renew_alone,
             &cluster.acquire,
             &cluster.release,
+            &cluster.retire,
             &cluster.modes.acquire,
             &cluster.modes.release,
         ] {

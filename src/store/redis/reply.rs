@@ -274,8 +274,8 @@ fn live_holders(members: &Value, now: u128) -> Vec<Holder> {
     live.collect()
 }
 
-/// A message in the inbox: `g <cycle> <largest token> <tokens> <queue length> <key>` or
-/// `w <cycle> <key>`.
+/// A message in the inbox: `g <cycle> <largest token> <tokens> <queue length> <key>`,
+/// `w <cycle> <key>` or `t <cycle> <key>`.
 pub(super) fn push(message: &str) -> Option<Push> {
     let (kind, rest) = message.split_once(' ')?;
     match kind {
@@ -292,11 +292,12 @@ pub(super) fn push(message: &str) -> Option<Push> {
             };
             Some(Push::Granted { key, grant })
         }
-        "w" => {
+        "w" | "t" => {
             let (cycle, key) = rest.split_once(' ')?;
-            Some(Push::RemoteWaiter {
-                key: LockKey::new(key).ok()?,
-                cycle: Cycle::parse(cycle)?,
+            let (key, cycle) = (LockKey::new(key).ok()?, Cycle::parse(cycle)?);
+            Some(match kind {
+                "w" => Push::RemoteWaiter { key, cycle },
+                _ => Push::YourTurn { key, cycle },
             })
         }
         _ => None,
@@ -416,6 +417,13 @@ mod tests {
         assert_eq!(
             push(&format!("w {} a key with spaces", Cycle::of(4))),
             Some(Push::RemoteWaiter {
+                key: key.clone(),
+                cycle: Cycle::of(4)
+            })
+        );
+        assert_eq!(
+            push(&format!("t {} a key with spaces", Cycle::of(4))),
+            Some(Push::YourTurn {
                 key,
                 cycle: Cycle::of(4)
             })

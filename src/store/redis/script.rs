@@ -160,6 +160,8 @@ pub(super) struct Scripts {
     /// The release of the fast path.
     pub(super) release_free: LuaScript,
     pub(super) release: LuaScript,
+    /// The release of a lease that stays for the rest of its `min_hold`.
+    pub(super) retire: LuaScript,
     pub(super) renew: LuaScript,
     /// Claims a lease on a node of a quorum other than the sequencer.
     pub(super) claim: LuaScript,
@@ -210,6 +212,7 @@ impl Scripts {
                 script!("single", "extend", "queue", "common", "release"),
                 script!("single", "queue", "modes", "acquire_modes"),
                 script!("single", "queue", "modes", "release_modes"),
+                script!("single", "retire"),
             ],
             namespace,
         )
@@ -222,19 +225,21 @@ impl Scripts {
                 script!("cluster", "extend", "queue", "common", "release"),
                 script!("cluster", "queue", "modes", "acquire_modes"),
                 script!("cluster", "queue", "modes", "release_modes"),
+                script!("cluster", "retire"),
             ],
             namespace,
         )
     }
 
-    fn of(own: [&'static str; 4], namespace: &str) -> Self {
+    fn of(own: [&'static str; 5], namespace: &str) -> Self {
         let permissions = Permissions::new(namespace);
         let script = |code| LuaScript::new(code, &permissions);
-        let [acquire, release, acquire_modes, release_modes] = own;
+        let [acquire, release, acquire_modes, release_modes, retire] = own;
         Self {
             acquire: script(acquire),
             release_free: script(script!("release_free")),
             release: script(release),
+            retire: script(retire),
             renew: script(script!("renew")),
             renew_alone: script(script!("renew_alone")),
             claim: script(script!("claim")),

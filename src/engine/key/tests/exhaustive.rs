@@ -61,22 +61,32 @@ const STEPS: [Step; 24] = [
 /// The number of steps explored after each beginning.
 const DEPTH: usize = 5;
 
-/// Whether leases linger, and the maximum number of tokens per block.
+/// Whether leases linger, the maximum number of tokens per block, and the `min_hold` of the first
+/// task.
 #[derive(Debug, Clone, Copy)]
 struct Keeping {
     linger: Linger,
     tokens_max: u32,
+    min_hold: MinHold,
 }
 
 const NOTHING_KEPT: Keeping = Keeping {
     linger: Linger::NONE,
     tokens_max: u32::MAX,
+    min_hold: MinHold::NONE,
+};
+
+/// Passes during some runs: each step takes a millisecond.
+const MIN_HELD: Keeping = Keeping {
+    linger: Linger::of_millis(500),
+    min_hold: MinHold::of_millis(4),
+    ..NOTHING_KEPT
 };
 
 /// Longer than most runs and shorter than a lease.
 const KEPT: Keeping = Keeping {
     linger: Linger::of_millis(500),
-    tokens_max: u32::MAX,
+    ..NOTHING_KEPT
 };
 
 /// Every acquisition needs an extension.
@@ -84,8 +94,9 @@ const KEPT_WITHOUT_TOKENS: Keeping = Keeping { tokens_max: 1, ..KEPT };
 
 /// The states in which runs begin: nothing; one holder and one waiter; two waiters in the store's
 /// queue; an extension in flight for a waiter. With lingering leases: nothing; one holder and one
-/// waiter; a lingering lease with tokens; a lingering lease without.
-const BEGINNINGS: [(Keeping, &[Step]); 8] = [
+/// waiter; a lingering lease with tokens; a lingering lease without. With `min_hold`: a holder that
+/// asked for it and a waiter; a waiter that asked for it and a holder.
+const BEGINNINGS: [(Keeping, &[Step]); 10] = [
     (NOTHING_KEPT, &[]),
     (
         NOTHING_KEPT,
@@ -143,6 +154,24 @@ const BEGINNINGS: [(Keeping, &[Step]); 8] = [
             Step::Release(0),
         ],
     ),
+    (
+        MIN_HELD,
+        &[
+            Step::WaiterOptions(0),
+            Step::WaiterOptions(1),
+            Step::Granted,
+            Step::Collect(0),
+        ],
+    ),
+    (
+        MIN_HELD,
+        &[
+            Step::WaiterOptions(1),
+            Step::Granted,
+            Step::Collect(1),
+            Step::WaiterOptions(0),
+        ],
+    ),
 ];
 
 /// A queue and the state of its environment.
@@ -155,6 +184,8 @@ struct Small {
     counter: u64,
     closed: bool,
     keeping: Keeping,
+    /// The cycle of the last guard with a `min_hold`, and when that ends.
+    min_hold: Option<(Cycle, Moment)>,
 }
 
 impl Small {
@@ -170,6 +201,7 @@ impl Small {
             counter: 100,
             closed: false,
             keeping,
+            min_hold: None,
         }
     }
 
@@ -193,6 +225,10 @@ impl Small {
                 let want = WaiterOptions {
                     try_only: matches!(step, Step::Try(_)),
                     linger: self.keeping.linger,
+                    min_hold: match task {
+                        0 => self.keeping.min_hold,
+                        _ => MinHold::NONE,
+                    },
                     in_outage: if task == 1 && step == Step::WaiterOptions(task) {
                         InOutage::UntilOwnLimit
                     } else {
@@ -222,6 +258,7 @@ impl Small {
                         assert!(granted.token.get() > self.last_token, "tokens grow");
                     }
                     self.last_token = self.last_token.max(granted.token.get());
+                    self.check_min_hold(task, &granted);
                     self.guards[task] = Some(granted);
                 }
             }
@@ -369,6 +406,20 @@ impl Small {
         true
     }
 
+    /// Nobody gets the key from this process before a `min_hold` has passed, and a guard with one
+    /// has a lease of its own.
+    fn check_min_hold(&mut self, task: usize, granted: &Granted) {
+        let is_older = matches!(granted.path, Path::LocalHandOff | Path::Lingering);
+        if let Some((_, until)) = self.min_hold {
+            assert!(!is_older || granted.at >= until, "a min_hold has not passed");
+        }
+        let is_valid = granted.lease.loss_at(self.bench.now).is_none();
+        if task == 0 && is_valid && !self.keeping.min_hold.is_none() {
+            assert!(!is_older, "a guard with min_hold is served under an earlier lease");
+            self.min_hold = Some((granted.lease.cycle, granted.at + self.keeping.min_hold.time()));
+        }
+    }
+
     /// A guard served without a request must be under a lease that the store has confirmed in the
     /// current epoch.
     fn check_confirmed(&self, seen: &Seen) {
@@ -415,6 +466,14 @@ impl Small {
 
     /// Checks the invariants, after every step.
     fn check(&self) {
+        if let Some((cycle, until)) = self.min_hold.filter(|(_, until)| *until > self.bench.now) {
+            assert_eq!(self.bench.min_holds.until(cycle, self.bench.now), Some(until));
+            let is_passed_on = matches!(
+                self.under_way,
+                Some(Request::Release { cycle: released, requeue: Some(_), .. }) if released == cycle
+            );
+            assert!(!is_passed_on, "the release passes the lease on");
+        }
         let queue = &self.bench.queue;
         let phase = &queue.phase;
         let needs_request = match phase {

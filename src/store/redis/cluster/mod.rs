@@ -419,7 +419,15 @@ impl LeaseStore for ClusterStore {
                 reply,
             };
             let mut repeated = false;
-            if request.nobody_waits && request.is_exclusive() {
+            if let Some(rest) = request.rest(Moment::now()) {
+                let fill = |command: &mut Cmd| shared.commands.fill_retire(command, &request, rest);
+                let node_reply = pool.script(&shared.scripts.retire, slot, None, &fill).await?;
+                if node_reply.value == Value::Int(1) {
+                    return Ok(answer(&node_reply, ReleaseReply::RETIRED));
+                }
+                // The lease is no longer ours.
+                repeated = node_reply.repeated;
+            } else if request.nobody_waits && request.is_exclusive() {
                 let fill = |command: &mut Cmd| shared.commands.fill_release_free(command, &request.key, request.cycle);
                 let node_reply = pool.script(&shared.scripts.release_free, slot, None, &fill).await?;
                 if node_reply.value == Value::Int(1) {

@@ -273,9 +273,13 @@ impl Shared {
         std::io::Error::new(std::io::ErrorKind::BrokenPipe, format!("no answer within {limit:?}")).into()
     }
 
-    /// Releases once, on this connection; with the short script if no cycle is known to wait.
-    async fn send_release(&self, live: &mut Live, request: &Release, free: bool, floor: u64) -> RedisResult<Value> {
-        if free {
+    /// Releases once, on this connection, with one of the scripts.
+    async fn send_release(&self, live: &mut Live, request: &Release, by: ReleaseBy, floor: u64) -> RedisResult<Value> {
+        if let ReleaseBy::Retire(rest) = by {
+            let fill = |command: &mut Cmd| self.commands.fill_retire(command, request, rest);
+            return Box::pin(self.scripts.retire.call(&mut live.connection, fill)).await;
+        }
+        if by == ReleaseBy::Free {
             let fill = |command: &mut Cmd| self.commands.fill_release_free(command, &request.key, request.cycle);
             return self.scripts.release_free.call(&mut live.connection, fill).await;
         }
@@ -496,7 +500,7 @@ impl LeaseStore for RedisStore {
             let _in_flight = link.enter();
             let (ttl, tokens) = (request.ttl(), request.tokens);
             let mut attempts = Attempts::default();
-            let mut free = request.nobody_waits && request.is_exclusive();
+            let (mut free, mut may_retire) = (request.nobody_waits && request.is_exclusive(), true);
             loop {
                 let mut live = match (link.get().await, &other) {
                     (Ok(live), _) => live,
@@ -509,18 +513,23 @@ impl LeaseStore for RedisStore {
                 };
                 let floor = shared.token_floor.of(slot);
                 let sent_at = Moment::now();
+                let by = match request.rest(sent_at).filter(|_| may_retire) {
+                    Some(rest) => ReleaseBy::Retire(rest),
+                    None if free => ReleaseBy::Free,
+                    None => ReleaseBy::PassingOn,
+                };
                 let answer = {
-                    let asking = pin!(shared.send_release(&mut live, &request, free, floor));
+                    let asking = pin!(shared.send_release(&mut live, &request, by, floor));
                     within(sent_at, shared.patience(), asking).await
                 };
                 let mut reply = match answer.unwrap_or_else(|_| Err(shared.no_answer())) {
-                    Ok(Value::Int(1)) if free => ReleaseReply {
+                    Ok(Value::Int(1)) if by != ReleaseBy::PassingOn => ReleaseReply {
                         held: true,
                         requeued: None,
                     },
                     // A cycle waits after all, or the lease is no longer ours.
-                    Ok(_) if free => {
-                        free = false;
+                    Ok(_) if by != ReleaseBy::PassingOn => {
+                        (free, may_retire) = (false, false);
                         continue;
                     }
                     Ok(value) => released(&value, request.requeue.is_some(), tokens)?,
@@ -631,6 +640,17 @@ impl LeaseStore for RedisStore {
         self.callers.iter().for_each(|link| link.leave());
         self.shared.may_have_forgotten();
     }
+}
+
+/// Which script releases a lease.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+enum ReleaseBy {
+    /// The lease stays for this long, for the rest of its `min_hold`.
+    Retire(Duration),
+    /// The short one: no cycle is known to wait.
+    Free,
+    /// The lease goes to the next cycle.
+    PassingOn,
 }
 
 /// Counts failed attempts to send a request.

@@ -522,3 +522,30 @@ fn queue_behind_holders_ends_a_minute_after_the_first_lease() {
     assert!(reply[2] <= 200_000 && 200_000 - reply[2] < SLACK as i64, "{reply:?}");
     bench.assert_left("queue", 260_000);
 }
+
+/// A lease without an end, which only an administrator can have made so, gets one as well.
+#[test]
+fn retired_lease_ends_with_the_rest_of_its_time_or_earlier() {
+    let bench = Bench::new();
+    let (me, retired) = (owner_tag(1, 2), owner_tag(1, 1));
+    let retire = |rest: &str| -> u64 {
+        let args = [&me, &retired, rest, "inbox:", "key"];
+        bench.call(bench.scripts.retire.text(), &["lease", "queue", "counter"], &args)
+    };
+    for (left, rest, expected) in [
+        (Some(300_000), "100000", 100_000),
+        (Some(100_000), "300000", 100_000),
+        (None, "100000", 100_000),
+    ] {
+        bench.own(&me, left);
+        assert_eq!(retire(rest), 1);
+        assert_eq!(bench.owner().as_ref(), Some(&retired));
+        bench.assert_left("lease", expected);
+    }
+    // It is no longer the cycle's.
+    assert_eq!(retire("1"), 0);
+    let args = [&me, "1", "0", "inbox:", "key", ""];
+    let reply: Vec<u64> = bench.call(bench.scripts.release.text(), &["lease", "queue", "counter"], &args);
+    assert_eq!(reply, [0]);
+    bench.assert_left("lease", 100_000);
+}

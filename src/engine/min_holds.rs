@@ -1,0 +1,105 @@
+//! Leases whose `min_hold` has not passed: they must stay in the store although they are released.
+//!
+//! # Implementation details
+//!
+//! A release can have many reasons: its guard is dropped, the manager shuts down, an earlier
+//! release got no reply, or the store reports that a cycle which is over is wanted. All of them
+//! must respect `min_hold`, and some of them know nothing but the cycle. So the end of each
+//! `min_hold` is recorded here, by cycle, and every release looks it up.
+//!
+//! A record lives from the grant of a lock with `min_hold` until the release is confirmed, or until
+//! its time has passed. There are thus at most as many records as leases held and releases pending.
+
+use std::collections::HashMap;
+use std::sync::atomic::{AtomicUsize, Ordering};
+
+use parking_lot::Mutex;
+
+use crate::clock::Moment;
+use crate::protocol::Cycle;
+
+/// See the module documentation.
+#[derive(Debug, Default)]
+pub(crate) struct MinHolds {
+    /// The number of records, so that a release costs one load if no lock has a `min_hold`.
+    count: AtomicUsize,
+    records: Mutex<Records>,
+}
+
+#[derive(Debug, Default)]
+struct Records {
+    until: HashMap<Cycle, Moment>,
+    /// The number of records at which those that have passed are removed.
+    prune_at: usize,
+}
+
+/// With fewer records, removing those that have passed is not worthwhile.
+const PRUNE_AT_MIN: usize = 64;
+
+impl MinHolds {
+    /// The lease of the cycle must stay until then.
+    pub(crate) fn record(&self, cycle: Cycle, until: Moment, now: Moment) {
+        let mut records = self.records.lock();
+        if records.until.len() >= records.prune_at.max(PRUNE_AT_MIN) {
+            records.until.retain(|_, until| *until > now);
+            records.prune_at = records.until.len() * 2;
+        }
+        records.until.insert(cycle, until);
+        self.count.store(records.until.len(), Ordering::Release);
+    }
+
+    /// Until when the lease of the cycle must stay. `None` if it may end now.
+    pub(crate) fn until(&self, cycle: Cycle, now: Moment) -> Option<Moment> {
+        if self.count.load(Ordering::Acquire) == 0 {
+            return None;
+        }
+        let until = self.records.lock().until.get(&cycle).copied();
+        until.filter(|until| *until > now)
+    }
+
+    /// The lease is no longer the cycle's, or nothing has happened under it.
+    pub(crate) fn forget(&self, cycle: Cycle) {
+        if self.count.load(Ordering::Acquire) == 0 {
+            return;
+        }
+        let mut records = self.records.lock();
+        records.until.remove(&cycle);
+        self.count.store(records.until.len(), Ordering::Release);
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use std::time::Duration;
+
+    use super::*;
+
+    fn at(secs: u64) -> Moment {
+        Moment::default() + Duration::from_secs(secs)
+    }
+
+    #[test]
+    fn record_counts_until_its_time_has_passed_or_it_is_forgotten() {
+        let holds = MinHolds::default();
+        let (one, other) = (Cycle::of(2), Cycle::of(4));
+        assert_eq!(holds.until(one, at(0)), None);
+        holds.record(one, at(10), at(0));
+        holds.record(other, at(20), at(0));
+        assert_eq!(holds.until(one, at(9)), Some(at(10)));
+        assert_eq!(holds.until(one, at(10)), None);
+        holds.forget(other);
+        assert_eq!(holds.until(other, at(9)), None);
+        assert_eq!(holds.until(one, at(9)), Some(at(10)));
+    }
+
+    #[test]
+    fn records_that_have_passed_do_not_pile_up() {
+        let holds = MinHolds::default();
+        for number in 1..100_000 {
+            let now = at(number);
+            holds.record(Cycle::of(2 * number), now + Duration::from_secs(10), now);
+        }
+        let count = holds.records.lock().until.len();
+        assert!(count <= PRUNE_AT_MIN + 1, "{count}");
+    }
+}
