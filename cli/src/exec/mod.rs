@@ -88,6 +88,14 @@ pub(crate) struct Args {
     #[arg(long, value_name = "DURATION", value_parser = seconds_or_duration)]
     max_hold: Option<String>,
 
+    /// How long the key stays locked after the lock was acquired, even if the command ends earlier
+    /// or the tool is killed
+    ///
+    /// For a command that a timer starts on several machines at about the same time: with -n, only
+    /// the first of them runs it.
+    #[arg(long, value_name = "DURATION", value_parser = seconds_or_duration)]
+    min_hold: Option<String>,
+
     /// The exit code if the lock was not acquired: busy or timed out
     #[arg(short = 'E', long, value_name = "CODE", default_value_t = 1)]
     conflict_exit_code: u8,
@@ -160,6 +168,7 @@ impl Args {
             ("timeout", &self.timeout),
             ("ttl", &self.ttl),
             ("max_hold", &self.max_hold),
+            ("min_hold", &self.min_hold),
             ("class", &self.class),
         ] {
             if let Some(value) = value {

@@ -3,6 +3,7 @@
 mod conflict;
 mod loss;
 mod metrics;
+mod min_hold;
 mod outcome;
 mod process_tree;
 mod signals;
