@@ -279,6 +279,19 @@ impl LockError {
         self
     }
 
+    /// Sets the total time that a request for several keys has waited, and its timeout.
+    pub(crate) fn of_several(mut self, total: Duration, timeout: Option<Duration>) -> Self {
+        match &mut *self.0 {
+            Failure::Timeout { waited, limit, .. } => {
+                *waited = total;
+                *limit = timeout.unwrap_or(*limit);
+            }
+            Failure::Unavailable { waited, .. } => *waited = total,
+            _ => {}
+        }
+        self
+    }
+
     /// Returns what kind of error it is.
     #[must_use]
     pub fn kind(&self) -> LockErrorKind {

@@ -104,7 +104,37 @@
 //! # guard.release().await }
 //! ```
 //!
-//! A task that needs several keys must lock them in the same order everywhere, such as sorted.
+//! # Several keys
+//!
+//! Two tasks that lock the same two keys in different orders can wait for each other forever.
+//! [`LockManager::lock_all`] locks any set of keys in one order, all or none, under one timeout:
+//!
+//! ```
+//! # #[tokio::main(flavor = "current_thread")]
+//! # async fn main() -> Result<(), shardlock::LockError> {
+//! # let locks = shardlock::LockManager::connect("memory://").await?;
+//! let guard = locks.lock_all(["account:7", "account:3"]).await?;
+//! assert!(guard.is_valid() && guard.token("account:3").is_some());
+//! # guard.release().await }
+//! ```
+//!
+//! [`LockAllRequest`] explains the cost: it holds the first keys while it waits for the others.
+//!
+//! # Leadership
+//!
+//! [`LockManager::lead`] runs a body in one process at a time, for as long as there is a process
+//! that can run it. If leadership is lost, the body is cancelled and the process campaigns again:
+//!
+//! ```
+//! use shardlock::LockGuard;
+//!
+//! # #[tokio::main(flavor = "current_thread")]
+//! # async fn main() -> Result<(), shardlock::LockError> {
+//! # let locks = shardlock::LockManager::connect("memory://").await?;
+//! let token = locks.lead("scheduler", async |term: &LockGuard| term.token()).await?;
+//! println!("led with token {token}");
+//! # Ok(()) }
+//! ```
 //!
 //! # Shared locks and permits
 //!
@@ -195,7 +225,7 @@
 //!   replicas. A single Redis without persistence forgets all leases when it crashes. Two holders
 //!   may then overlap until the first one learns of it.
 //! - The server decides when a lease ends, by its own clock. A jump forward frees locks early.
-//! - There are no shared locks, no permits, and no locks on several keys at once.
+//! - There are no shared locks and no permits.
 //!
 //! `docs/guarantees.md` in the repository has the whole list.
 //!
@@ -303,6 +333,7 @@
 #[cfg(feature = "admin")]
 pub mod admin;
 mod backoff;
+mod body;
 mod clock;
 pub mod config;
 mod contention;
@@ -321,7 +352,9 @@ mod guard;
 mod identity;
 pub mod introspect;
 mod key;
+mod lead;
 mod lease;
+mod lock_all;
 mod manager;
 pub mod metrics;
 #[cfg(feature = "serde")]
@@ -349,6 +382,8 @@ pub use error::{LockError, LossReason};
 pub use fence::FencingToken;
 pub use guard::LockGuard;
 pub use key::LockKey;
+pub use lead::Election;
+pub use lock_all::{LockAllFuture, LockAllGuard, LockAllRequest, LostKey, TryLockAllFuture, TryLockAllRequest};
 pub use manager::LockManager;
 pub use mode::LockMode;
 pub use request::{LockFuture, LockRequest, TryLockFuture, TryLockRequest};

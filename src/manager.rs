@@ -20,6 +20,8 @@ use crate::error::{InvalidSetting, LockError, ShutdownError};
 use crate::guard::LockGuard;
 use crate::identity::ManagerId;
 use crate::key::LockKey;
+use crate::lead::Election;
+use crate::lock_all::{LockAllRequest, TryLockAllRequest};
 use crate::mode::LockMode;
 use crate::protocol::Cycles;
 use crate::random;
@@ -308,6 +310,86 @@ impl LockManager {
     ) -> impl Future<Output = Result<T, LockError>> {
         // Not an `async fn`, in which `#[track_caller]` has no effect.
         self.lock(key).with(body)
+    }
+
+    /// Requests locks on several keys, which are held together or not at all. A time limit and more
+    /// can be set on the returned [`LockAllRequest`] before it is awaited; its documentation
+    /// explains the order, the cost, and what happens if one of the keys can't be acquired.
+    ///
+    /// At least 1 and at most [`LockAllRequest::KEYS_MAX`] different keys; a key that is given
+    /// twice counts once. Invalid keys fail when the request is awaited.
+    ///
+    /// # Examples
+    ///
+    /// ```
+    /// # #[tokio::main(flavor = "current_thread")]
+    /// # async fn main() -> Result<(), shardlock::LockError> {
+    /// # let locks = shardlock::LockManager::connect("memory://").await?;
+    /// let guard = locks.lock_all(["seat:12", "seat:13"]).await?;
+    /// assert!(locks.try_lock("seat:13").await?.is_none());
+    /// println!("tokens {:?} and {:?}", guard.token("seat:12"), guard.token("seat:13"));
+    /// guard.release().await?;
+    /// # Ok(()) }
+    /// ```
+    #[track_caller]
+    pub fn lock_all<K>(&self, keys: impl IntoIterator<Item = K>) -> LockAllRequest
+    where
+        K: TryInto<LockKey, Error: Into<InvalidSetting>>,
+    {
+        LockAllRequest::new(Arc::clone(&self.inner), keys)
+    }
+
+    /// Tries to acquire locks on several keys without waiting: the result is `None` if one of them
+    /// is held or has waiters. See [`try_lock`](Self::try_lock).
+    ///
+    /// The keys are tried one after the other, in the order of [`lock_all`](Self::lock_all). If one
+    /// is not free, those acquired before are released in the background, and other tries that came
+    /// in between have failed.
+    #[track_caller]
+    pub fn try_lock_all<K>(&self, keys: impl IntoIterator<Item = K>) -> TryLockAllRequest
+    where
+        K: TryInto<LockKey, Error: Into<InvalidSetting>>,
+    {
+        TryLockAllRequest::new(self.lock_all(keys))
+    }
+
+    /// Waits until this process is the leader for a key, and runs `body` as the leader: at most one
+    /// process at a time. If leadership is lost, the body is cancelled, and this process campaigns
+    /// again. See [`Election::lead`].
+    ///
+    /// # Errors
+    ///
+    /// See [`Election::lead`].
+    ///
+    /// # Examples
+    ///
+    /// ```
+    /// # #[tokio::main(flavor = "current_thread")]
+    /// # async fn main() -> Result<(), shardlock::LockError> {
+    /// # let locks = shardlock::LockManager::connect("memory://").await?;
+    /// let body = async |term: &shardlock::LockGuard| {
+    ///     println!("leading with token {}", term.token());
+    ///     // A leader usually works until the process ends. This one returns.
+    ///     "done"
+    /// };
+    /// assert_eq!(locks.lead("scheduler", body).await?, "done");
+    /// # Ok(()) }
+    /// ```
+    #[track_caller]
+    pub fn lead<T>(
+        &self,
+        key: impl TryInto<LockKey, Error: Into<InvalidSetting>>,
+        body: impl AsyncFnMut(&LockGuard) -> T,
+    ) -> impl Future<Output = Result<T, LockError>> {
+        // Not an `async fn`, in which `#[track_caller]` has no effect.
+        self.election(key).lead(body)
+    }
+
+    /// Returns an [`Election`], to set a TTL or a class before [`lead`](Election::lead) is called.
+    /// To see who leads, [`inspect`](Self::inspect) the key.
+    #[track_caller]
+    pub fn election(&self, key: impl TryInto<LockKey, Error: Into<InvalidSetting>>) -> Election {
+        Election::new(Arc::clone(&self.inner), key.try_into().map_err(Into::into))
     }
 
     /// Returns who holds a key and who waits for it. The lock itself is not changed.

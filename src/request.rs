@@ -10,6 +10,7 @@ use std::time::Duration;
 
 use tokio::time::Sleep;
 
+use crate::body::while_held;
 use crate::clock::Moment;
 use crate::config::check_overrides;
 use crate::context::ManagerShared;
@@ -308,10 +309,8 @@ impl LockRequest {
     /// ```
     pub async fn with<T>(self, body: impl AsyncFnOnce(&LockGuard) -> T) -> Result<T, LockError> {
         let guard = self.await?;
-        let result = tokio::select! {
-            biased;
-            reason = guard.lost() => return Err(guard.lost_error(reason)),
-            result = body(&guard) => result,
+        let Some(result) = while_held(guard.lost(), || guard.is_valid(), body(&guard)).await else {
+            return Err(guard.lost_error(guard.lost().await));
         };
         match guard.release().await {
             // A release without a reply is retried in the background. The body did run under the
@@ -321,8 +320,16 @@ impl LockRequest {
         }
     }
 
+    /// The same request for another key.
+    pub(crate) fn for_key(&self, key: LockKey) -> Self {
+        Self {
+            key: Ok(key),
+            ..self.clone()
+        }
+    }
+
     /// The longest time to wait.
-    fn limit(&self) -> Option<Duration> {
+    pub(crate) fn limit(&self) -> Option<Duration> {
         let own = self.overrides.as_ref().and_then(|overrides| overrides.timeout);
         own.unwrap_or(self.manager.config.timeout)
     }

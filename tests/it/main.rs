@@ -20,9 +20,11 @@ mod documents;
 #[cfg(feature = "etcd")]
 mod etcd;
 mod fairness;
+mod lead;
 mod leases;
 mod limits;
 mod linger;
+mod lock_all;
 mod min_hold;
 mod modes;
 mod order;
@@ -53,6 +55,7 @@ fn worker_entry() {
         "clock" => clocks::tell_time(&me),
         "contender" => fairness::contend(&me),
         "counter" => basics::count(&me),
+        "candidate" => lead::campaign(&me),
         "holder" => modes::hold(&me),
         "permits" => modes::use_permits(&me),
         "min_holder" => min_hold::hold(&me),
@@ -63,6 +66,7 @@ fn worker_entry() {
         #[cfg(target_os = "linux")]
         "server" => servers::serve(&me),
         "user_of_many_keys" => closing::use_many_keys(&me),
+        "user_of_overlapping_keys" => lock_all::contend(&me),
         "writer" => tokens::write_late(&me),
         name => panic!("no worker is called {name}"),
     }
