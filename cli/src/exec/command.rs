@@ -21,7 +21,7 @@ use std::time::Duration;
 
 use anyhow::anyhow;
 use rustix::process::{Pid, Signal, WaitStatus, getpid, kill_process};
-use shardlock::LockGuard;
+use shardlock::LockAllGuard;
 use tokio::time::{Instant, sleep_until};
 
 use super::events::{Event, Events};
@@ -92,7 +92,7 @@ impl<'a> RunningCommand<'a> {
 
     /// Forwards signals, ends the command if the lock is lost, and returns when the command is
     /// gone.
-    pub(super) async fn wait(mut self, guard: &LockGuard, events: &mut Events, grace: Duration) -> Outcome {
+    pub(super) async fn wait(mut self, guard: &LockAllGuard, events: &mut Events, grace: Duration) -> Outcome {
         let mut lost = pin!(guard.lost());
         let exit_code = loop {
             if let Some(exit_code) = self.advance() {
@@ -101,11 +101,9 @@ impl<'a> RunningCommand<'a> {
             let next = self.termination.as_ref().map(|termination| termination.next);
             tokio::select! {
                 biased;
-                reason = &mut lost, if !self.is_lost => {
+                lost = &mut lost, if !self.is_lost => {
                     self.is_lost = true;
-                    output::eprint(format_args!(
-                        "lock {:?} (token {}) was lost: {reason}; ending the command", guard.key(), guard.token()
-                    ));
+                    output::eprint(format_args!("{lost}; ending the command"));
                     // Processes that could not be ended now run without the lock. Report that too.
                     if let Some(termination) = &mut self.termination {
                         termination.is_reported = false;

@@ -1,7 +1,6 @@
 //! The process that holds the lock and is the parent of the command.
 
 use std::convert::Infallible;
-use std::ffi::{OsStr, OsString};
 use std::io::PipeReader;
 use std::process::Command;
 use std::time::{Duration, Instant};
@@ -9,10 +8,12 @@ use std::time::{Duration, Instant};
 use rustix::process::Pid;
 use shardlock::config::{Builder, Config};
 use shardlock::error::LockErrorKind;
-use shardlock::{LockError, LockGuard, LockKey, LockManager};
+use shardlock::{LockAllGuard, LockError, LockKey, LockManager};
 
 use super::Args;
+use super::arguments::Work;
 use super::command::{self, Outcome, RunningCommand};
+use super::environment;
 use super::events::Events;
 use super::terminal::Terminal;
 use crate::exit::{self, Failure};
@@ -31,7 +32,7 @@ pub(super) struct Keeper {
 
 impl Keeper {
     pub(super) async fn run(self, args: Args, config: Config) -> Result<u8, Failure> {
-        let (key, program, arguments) = args.key_and_command()?;
+        let work = Work::parse(&args)?;
         // From here on, no signal ends the tool before it has cleaned up.
         let mut events = Events::new(&self).map_err(Failure::system)?;
         let admin_failure = |error: anyhow::Error| Failure::new(exit::UNAVAILABLE, error);
@@ -47,18 +48,20 @@ impl Keeper {
         // Dropping the request gives up the place in the queue. `shutdown` waits until the server
         // confirms it.
         let acquired = tokio::select! {
-            acquired = acquire(&locks, &key, args.nonblock) => acquired.map_err(Failure::from),
+            acquired = acquire(&locks, &work, args.nonblock) => acquired.map_err(Failure::from),
             code = events.wait_for_termination() => Ok(Acquisition::Interrupted(code)),
-            never = log_waiting(&key) => match never {},
+            never = log_waiting(&work) => match never {},
         };
         let code = match acquired {
             Ok(Acquisition::Acquired(guard)) => {
-                tracing::info!(key = guard.key(), token = %guard.token(), "the lock was acquired");
-                let mut command = build_command(program, arguments, &guard);
+                for guard in guard.guards() {
+                    tracing::info!(key = guard.key(), token = %guard.token(), "the lock was acquired");
+                }
+                let mut command = build_command(&work, &guard);
                 if !args.inherit_password && shards::variable_has_password() {
                     command.env_remove(shards::VARIABLE);
                 }
-                run_under_lock(guard, command, program, &self, &mut events, args.kill_after).await
+                run_under_lock(guard, command, &work, &self, &mut events, args.kill_after).await
             }
             Ok(Acquisition::NotAcquired(reason)) => {
                 if !args.quiet {
@@ -104,73 +107,77 @@ async fn connect(mut config: Config, try_only: bool) -> Result<LockManager, Lock
 }
 
 /// Logs that the tool is waiting for the lock, at growing intervals.
-async fn log_waiting(key: &LockKey) -> Infallible {
+async fn log_waiting(work: &Work<'_>) -> Infallible {
     const FIRST: Duration = Duration::from_secs(1);
     const PAUSE_MAX: Duration = Duration::from_secs(60);
     let started = Instant::now();
     let mut pause = FIRST;
-    tracing::debug!(key = key.as_str(), "requesting the lock");
+    let keys: Vec<&str> = work.keys.iter().map(LockKey::as_str).collect();
+    let key = keys.join(", ");
+    tracing::debug!(key, "requesting the lock");
     loop {
         tokio::time::sleep(pause).await;
-        tracing::info!(key = key.as_str(), waited = ?started.elapsed(), "waiting for the lock");
+        tracing::info!(key, waited = ?started.elapsed(), "waiting for the lock");
         pause = (pause * 2).min(PAUSE_MAX);
     }
 }
 
 /// The outcome of the request.
 enum Acquisition {
-    Acquired(LockGuard),
+    Acquired(LockAllGuard),
     /// The lock was not acquired, with the reason.
     NotAcquired(String),
     Interrupted(u8),
 }
 
-async fn acquire(locks: &LockManager, key: &LockKey, try_only: bool) -> Result<Acquisition, LockError> {
+async fn acquire(locks: &LockManager, work: &Work<'_>, try_only: bool) -> Result<Acquisition, LockError> {
     let guard = if try_only {
-        locks.try_lock(key).await?
+        locks.try_lock_all(&work.keys).await?
     } else {
-        match locks.lock(key).await {
+        match locks.lock_all(&work.keys).await {
             Err(error) if error.is_timeout() => return Ok(Acquisition::NotAcquired(exit::in_words(&error))),
             guard => Some(guard?),
         }
     };
     Ok(guard.map_or_else(
-        || Acquisition::NotAcquired(format!("lock {:?} is held, or others are waiting for it", key.as_str())),
+        || {
+            let one_of = if work.keys.len() > 1 { "one of the " } else { "" };
+            let locks = work.describe_locks();
+            Acquisition::NotAcquired(format!("{one_of}{locks} is held, or others are waiting for it"))
+        },
         Acquisition::Acquired,
     ))
 }
 
-/// Builds the command, with the lock in its environment. A nested `exec` overrides the outer lock's
-/// variables.
-fn build_command(program: &OsStr, arguments: &[OsString], guard: &LockGuard) -> Command {
-    let mut command = Command::new(program);
-    command
-        .args(arguments)
-        .env("LOCK_KEY", guard.key())
-        .env("LOCK_TOKEN", guard.token().to_string())
-        .env("LOCK_OWNER", guard.owner())
-        .env_remove(metrics::VARIABLE);
+/// Builds the command, with the locks in its environment.
+fn build_command(work: &Work<'_>, guard: &LockAllGuard) -> Command {
+    let mut command = Command::new(work.program);
+    command.args(work.arguments).env_remove(metrics::VARIABLE);
+    environment::describe(&mut command, work, guard);
     command
 }
 
 /// Runs the command, and releases the lock when the command is gone.
 async fn run_under_lock(
-    guard: LockGuard,
+    guard: LockAllGuard,
     command: Command,
-    program: &OsStr,
+    work: &Work<'_>,
     keeper: &Keeper,
     events: &mut Events,
     grace: Duration,
 ) -> Result<u8, Failure> {
-    let key = guard.key().to_owned();
     let outcome = if guard.is_valid() {
         match RunningCommand::spawn(command, keeper) {
             Ok(running) => Ok(running.wait(&guard, events, grace).await),
-            Err(error) => Err(command::spawn_failure(program, error)),
+            Err(error) => Err(command::spawn_failure(work.program, error)),
         }
     } else {
         // The tool was stopped for too long after it acquired the lock.
-        output::eprint(format_args!("lock {key:?} was lost before the command was started"));
+        let lost = guard.lost().await;
+        output::eprint(format_args!(
+            "lock {:?} was lost before the command was started",
+            lost.key
+        ));
         Ok(Outcome::Lost)
     };
     // The release also reports whether the lock was held until now.
@@ -184,10 +191,9 @@ async fn run_under_lock(
         }
         released => {
             if let Err(error) = released {
-                output::eprint(format_args!(
-                    "lock {key:?} may stay locked until its TTL expires: {}",
-                    exit::in_words(&error)
-                ));
+                let locks = work.describe_locks();
+                let error = exit::in_words(&error);
+                output::eprint(format_args!("{locks} may stay locked until the TTL expires: {error}"));
             }
             outcome.map(|outcome| match outcome {
                 Outcome::Ended(code) => code,

@@ -6,11 +6,15 @@
 //! | `front` | the process that the caller started |
 //! | `keeper` | the process that holds the lock |
 //! | `events` | what the keeper must handle: signals from the front, and ended children |
+//! | `arguments` | the keys and the command on the command line |
+//! | `environment` | how the command learns of its locks |
 //! | `command` | the command, from its start until its last process is gone |
 //! | `process_tree`, `process` | the processes of the command; a snapshot of a process |
 //! | `signals`, `terminal` | blocked signals; the controlling terminal |
 
+mod arguments;
 mod command;
+mod environment;
 mod events;
 mod fork;
 mod front;
@@ -21,16 +25,15 @@ mod signals;
 mod terminal;
 
 use std::convert::Infallible;
-use std::ffi::{OsStr, OsString};
+use std::ffi::OsString;
 use std::time::Duration;
 
-use anyhow::anyhow;
-use shardlock::LockKey;
 use shardlock::config::Config;
 use shardlock::tool;
 
 use crate::exit::Failure;
 use crate::{metrics, shards};
+use arguments::Work;
 use fork::Role;
 
 /// Run a command while holding a lock
@@ -38,6 +41,12 @@ use fork::Role;
 /// Waits for the lock, runs the command, and releases the lock when the command has ended. The
 /// command inherits standard input, output and error. Its environment describes the lock: LOCK_KEY,
 /// LOCK_TOKEN (the fencing token, larger for every later holder) and LOCK_OWNER.
+///
+/// With -k, several locks are held while the command runs: all of them or none. They are acquired
+/// in one order, whatever the order of the options, so commands with overlapping keys do not
+/// deadlock. The loss of one is the loss of all. LOCK_COUNT is the number of keys, and LOCK_KEY_1,
+/// LOCK_TOKEN_1, LOCK_OWNER_1, LOCK_KEY_2 and so on describe each, in the order of the options;
+/// LOCK_KEY, LOCK_TOKEN and LOCK_OWNER are those of the first one.
 ///
 /// Signals are forwarded to the command's process group. TERM, INT and HUP are sent to all
 /// processes that the command has started; those still running after --kill-after get KILL. The
@@ -55,21 +64,26 @@ use fork::Role;
 /// gets its own process group.
 #[derive(Debug, clap::Args)]
 #[command(
-    override_usage = "shardlock exec [OPTIONS] <KEY> [--] <COMMAND> [ARGUMENTS]...",
+    override_usage = "shardlock exec [OPTIONS] <KEY> [--] <COMMAND> [ARGUMENTS]...\n       \
+                      shardlock exec [OPTIONS] -k <KEY>... [--] <COMMAND> [ARGUMENTS]...",
     after_help = EXIT_CODES
 )]
 pub(crate) struct Args {
     // One list, because everything after the key belongs to the command, even if it looks like an
     // option.
-    /// The name of the lock, then the command to run and its arguments
+    /// The name of the lock unless it is given with -k, then the command to run and its arguments
     #[arg(
         required = true,
-        num_args = 2..,
+        num_args = 1..,
         trailing_var_arg = true,
         value_names = ["KEY", "COMMAND"],
         help_heading = "Arguments"
     )]
     key_and_command: Vec<OsString>,
+
+    /// The name of a lock; repeat the option to hold several locks at once
+    #[arg(short, long = "key", value_name = "KEY")]
+    keys: Vec<String>,
 
     /// Fail instead of waiting if the lock is held or others are waiting for it
     #[arg(short, long, conflicts_with = "timeout")]
@@ -177,28 +191,12 @@ impl Args {
         }
         Ok(config)
     }
-
-    /// The key, the command and its arguments.
-    fn key_and_command(&self) -> Result<(LockKey, &OsStr, &[OsString]), Failure> {
-        let (key, command) = match &*self.key_and_command {
-            [key, dashes, command @ ..] if dashes == "--" => (key, command),
-            [key, command @ ..] => (key, command),
-            [] => return Err(Failure::usage(anyhow!("the key and the command are missing"))),
-        };
-        let (program, arguments) = command
-            .split_first()
-            .ok_or_else(|| Failure::usage(anyhow!("no command is given after the key {key:?}")))?;
-        let key = key
-            .to_str()
-            .ok_or_else(|| Failure::usage(anyhow!("key is {key:?}, but must be UTF-8")))?;
-        Ok((LockKey::new(key)?, program, arguments))
-    }
 }
 
 /// Call this while the process has a single thread.
 pub(crate) fn run(args: Args) -> Result<u8, Failure> {
     // Report invalid arguments before the fork, from the process that the caller started.
-    args.key_and_command()?;
+    Work::parse(&args)?;
     let config = args.config()?;
     match fork::fork().map_err(Failure::system)? {
         Role::Front(mut front) => front.run(),

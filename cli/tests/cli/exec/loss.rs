@@ -84,3 +84,28 @@ fn a_command_that_takes_too_long_is_ended_at_max_hold() {
     ends_by_loss(run, &child, "max_hold");
     assert!(!is_held(&server, "k"));
 }
+
+#[test]
+fn loss_of_one_of_several_locks_ends_the_command() {
+    let server = RedisServer::start();
+    let notes = Notes::new();
+    let args = [
+        "exec",
+        "--ttl",
+        "1s",
+        "-k",
+        "a",
+        "-k",
+        "k",
+        "sh",
+        "-c",
+        "echo $$ > pid; cat",
+    ];
+    let mut command = tool(&server, &args);
+    command.current_dir(notes.dir()).stdin(Stdio::piped());
+    let run = Run::start(command);
+    let child = notes.line("pid");
+    server.command(&["DEL", "lock:k"]);
+    ends_by_loss(run, &child, "lost");
+    assert!(!is_held(&server, "a") && !is_held(&server, "k"));
+}

@@ -121,6 +121,70 @@ fn a_nested_command_sees_the_inner_lock() {
 }
 
 #[test]
+fn several_locks_are_held_and_described_in_the_order_of_the_options() {
+    let server = RedisServer::start();
+    let notes = Notes::new();
+    let script = "env | grep ^LOCK_ | sort > locks; echo > ready; cat";
+    let args = [
+        "exec", "-k", "b", "--key", "a", "-k", "b", "--key=c", "--", "sh", "-c", script,
+    ];
+    let mut command = tool(&server, &args);
+    // Variables of an outer lock.
+    command.env("LOCK_KEY_4", "outer").env("LOCK_KEY_OTHER", "kept");
+    command.current_dir(notes.dir()).stdin(Stdio::piped());
+    let mut holder = Run::start(command);
+    let go = holder.take_stdin();
+    notes.line("ready");
+    let locks = std::fs::read_to_string(notes.path("locks")).unwrap();
+    let value = |name: &str| {
+        locks
+            .lines()
+            .find_map(|line| line.strip_prefix(name)?.strip_prefix('='))
+    };
+    assert_eq!(value("LOCK_COUNT"), Some("3"), "{locks}");
+    for (number, key) in [(1, "b"), (2, "a"), (3, "c")] {
+        let of_this = |name: &str| value(&format!("{name}_{number}"));
+        assert_eq!(of_this("LOCK_KEY"), Some(key), "{locks}");
+        assert!(of_this("LOCK_TOKEN").unwrap().parse::<u64>().unwrap() > 0, "{locks}");
+        let owner = server.query::<String>(&["GET", &format!("lock:{key}")]);
+        assert_eq!(of_this("LOCK_OWNER"), Some(owner.as_str()), "{locks}");
+    }
+    for name in ["LOCK_KEY", "LOCK_TOKEN", "LOCK_OWNER"] {
+        assert_eq!(value(name), value(&format!("{name}_1")), "{locks}");
+    }
+    assert_eq!(
+        (value("LOCK_KEY_4"), value("LOCK_KEY_OTHER")),
+        (None, Some("kept")),
+        "{locks}"
+    );
+
+    // All or none.
+    let ended = run(tool(&server, &["exec", "-n", "-k", "free", "-k", "a", "echo", "ran"]));
+    assert_eq!((ended.code, ended.stdout.as_str()), (1, ""), "{ended:?}");
+    assert!(
+        ended.stderr.contains("one of the locks \"free\", \"a\" is held"),
+        "{ended:?}"
+    );
+    let ended = run(tool(
+        &server,
+        &["exec", "-w", "1s", "-k", "free", "-k", "a", "echo", "ran"],
+    ));
+    assert_eq!((ended.code, ended.stdout.as_str()), (1, ""), "{ended:?}");
+    assert!(ended.stderr.contains("waiting for lock \"a\""), "{ended:?}");
+    assert!(!is_held(&server, "free"));
+    drop(go);
+    assert_eq!(holder.end().code, 0);
+    for key in ["a", "b", "c"] {
+        assert!(!is_held(&server, key));
+    }
+
+    // A single key behaves as before, and arguments of the command are no options.
+    let script = "env | grep -c '^LOCK_'; echo \"$LOCK_COUNT$LOCK_KEY $1\"";
+    let ended = run(tool(&server, &["exec", "k", "sh", "-c", script, "sh", "-k"]));
+    assert_eq!((ended.code, ended.stdout.as_str()), (0, "3\nk -k\n"), "{ended:?}");
+}
+
+#[test]
 fn errors_before_the_command_have_codes_of_their_own() {
     let server = RedisServer::start();
     let notes = Notes::new();
@@ -141,7 +205,15 @@ fn errors_before_the_command_have_codes_of_their_own() {
         assert_eq!(ended.code, 64, "{args:?}: {ended:?}");
         assert!(ended.stderr.contains(word), "{args:?}: {ended:?}");
     }
-    for args in [&["exec"][..], &["exec", "k"], &["exec", "k", "--"], &["lock"]] {
+    for args in [
+        &["exec"][..],
+        &["exec", "k"],
+        &["exec", "k", "--"],
+        &["exec", "-k", "k"],
+        &["exec", "-k", "k", "--"],
+        &["exec", "-k", "", "true"],
+        &["lock"],
+    ] {
         assert_eq!(run(tool(&server, args)).code, 64, "{args:?}");
     }
     assert_eq!(run(bare(&["exec", "k", "true"])).code, 64);
