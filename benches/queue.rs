@@ -41,6 +41,7 @@ mod random;
 
 use beside::{Comparison, Side, criterion};
 use clock::Moment;
+use engine::min_holds::MinHolds;
 use engine::{Contender, Context, InOutage, Linger, Outcome, Request, Rules, Unlimited, WaiterId, WaiterOptions};
 use error::LockError;
 use fence::TokenBlock;
@@ -51,6 +52,7 @@ const WANT: WaiterOptions = WaiterOptions {
     ttl: Duration::from_secs(10),
     class: 0,
     mode: LockMode::Exclusive,
+    min_hold: engine::MinHold::NONE,
     max_hold: None,
     linger: Linger::NONE,
     try_only: false,
@@ -64,6 +66,7 @@ struct Line {
     rules: Rules,
     cycles: Cycles,
     ids: VecDeque<WaiterId>,
+    min_holds: MinHolds,
 }
 
 const NOW: Moment = Moment::from_nanos(1_000_000_000);
@@ -81,6 +84,7 @@ impl Line {
             },
             cycles: Cycles::default(),
             ids: VecDeque::new(),
+            min_holds: MinHolds::default(),
         };
         let cx = Context {
             now: NOW,
@@ -88,6 +92,7 @@ impl Line {
             rules: &line.rules,
             cycles: &line.cycles,
             capacity: &Unlimited,
+            min_holds: &line.min_holds,
         };
         let mut request = None;
         for waiter in 0..waiters {
@@ -121,6 +126,7 @@ impl Line {
             rules: &self.rules,
             cycles: &self.cycles,
             capacity: &Unlimited,
+            min_holds: &self.min_holds,
         };
         let id = self.ids.pop_front().expect("a waiter");
         let Some(Outcome::Granted(granted)) = self.queue.collect(id) else {

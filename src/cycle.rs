@@ -13,9 +13,9 @@ use crate::mode::LockMode;
 /// for.
 ///
 /// In a store a cycle is written as `<number>-<ttl in ms>-<code>`, followed by the [mode](LockMode)
-/// unless that is exclusive: `-s` for a shared lock, `-p<weight>-<limit>` for permits. The TTL tells
-/// the manager that passes the lease on how long this cycle's lease lasts. Other clients cannot
-/// guess the code (see [`Cycles`]).
+/// unless that is exclusive: `-s` for a shared lock, `-p<weight>-<limit>` for permits. The TTL
+/// tells the manager that passes the lease on how long this cycle's lease lasts. Other clients
+/// cannot guess the code (see [`Cycles`]).
 ///
 /// An *odd* number means that the manager expects remote waiters from the start and bounds its
 /// bypass. The owner of an *even* cycle is notified (`wanted`) when another manager begins to wait.

@@ -69,8 +69,8 @@ use crate::request::{LockRequest, TryLockRequest};
 /// A request never returns a guard of which a lock is known to be lost. If a lock that it already
 /// holds expires or is taken on the server while it waits for a later key, it releases the keys
 /// after the lost one and continues from there: nothing has run under the lock yet. After 16 such
-/// losses, it fails with [`LockErrorKind::Lost`]. It fails with this error immediately if the reason
-/// is [`LossReason::MaxHold`] or [`LossReason::ShardMap`].
+/// losses, it fails with [`LockErrorKind::Lost`]. It fails with this error immediately if the
+/// reason is [`LossReason::MaxHold`] or [`LossReason::ShardMap`].
 ///
 /// # Errors
 ///

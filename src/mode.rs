@@ -59,7 +59,8 @@ impl LockMode {
         }
     }
 
-    /// The number of permits that all holders together may have, as a holder in this mode states it.
+    /// The number of permits that all holders together may have, as a holder in this mode states
+    /// it.
     pub(crate) const fn limit(self) -> u32 {
         match self {
             Self::Exclusive | Self::Shared => u32::MAX,

@@ -373,7 +373,8 @@ impl LockRequest {
     }
 }
 
-/// A minimum hold is only defined for exclusive locks. That of the manager does not apply to others.
+/// A minimum hold is only defined for exclusive locks. That of the manager does not apply to
+/// others.
 fn check_no_min_hold(min_hold: Option<Duration>) -> Result<(), InvalidSetting> {
     match min_hold.filter(|time| !time.is_zero()) {
         Some(time) => Err(InvalidSetting::new(

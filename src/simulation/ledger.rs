@@ -253,8 +253,8 @@ impl World {
     }
 
     /// Checks that the task which got the lock asked before all tasks of the same process that
-    /// still wait for it. A task whose `max_hold` passed before it collected a guard in another mode
-    /// than exclusive waits again, while those granted beside it collect theirs.
+    /// still wait for it. A task whose `max_hold` passed before it collected a guard in another
+    /// mode than exclusive waits again, while those granted beside it collect theirs.
     pub(super) fn check_order(&mut self, m: usize, k: usize, order: u64, mode: LockMode) {
         let manager = &self.managers[m];
         let passed = manager.tasks.iter().position(|task| {

@@ -652,7 +652,7 @@ async fn pooled_connections_outlive_the_runtime_of_their_first_user() {
 #[cfg(feature = "tls")]
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn pooled_connections_are_encrypted_like_all_others() {
-    let authority = Authority::new();
+    let authority = Authority::create();
     let identity = authority.issue("server", &["localhost"]);
     let tls = TlsServer::start(&authority, &identity, false, &[]);
     let builder = LockManager::builder()

@@ -29,7 +29,8 @@ pub(crate) async fn hold(me: &worker::Current) {
 /// asked, until its input ends.
 #[tokio::main(flavor = "multi_thread", worker_threads = 2)]
 pub(crate) async fn use_permits(me: &worker::Current) {
-    let locks = builder_of(me).connect().await.expect("connect");
+    let builder = builder_of(me).store_timeout(Duration::from_secs(20));
+    let locks = builder.connect().await.expect("connect");
     let had = Arc::new(AtomicU64::new(0));
     for _ in 0..TASKS {
         let (locks, had) = (locks.clone(), Arc::clone(&had));

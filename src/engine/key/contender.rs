@@ -1,4 +1,5 @@
-//! What contends for a key in one kind of mode: a queue for exclusive locks, a group for the others.
+//! What contends for a key in one kind of mode: a queue for exclusive locks, a group for the
+//! others.
 
 use std::time::Duration;
 

@@ -591,9 +591,9 @@ impl MemoryCore {
     /// beside those before it, and notifies them. Nobody passes a member that has to wait.
     ///
     /// A member whose inbox is no longer subscribed is skipped, and nothing is sent to it. A member
-    /// whose inbox was not subscribed when it last asked gets a short lease instead, which it learns
-    /// of by its next request. `me` learns of its grant by the reply and has the TTL of its request;
-    /// any other member has the TTL of its cycle.
+    /// whose inbox was not subscribed when it last asked gets a short lease instead, which it
+    /// learns of by its next request. `me` learns of its grant by the reply and has the TTL of its
+    /// request; any other member has the TTL of its cycle.
     fn advance(&mut self, key: &LockKey, me: Option<&str>, terms: Terms) -> Advanced {
         let mut advanced = Advanced::default();
         let mut granted: Vec<(String, Cycle, TokenBlock)> = Vec::new();

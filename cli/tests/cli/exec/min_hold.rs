@@ -93,7 +93,7 @@ fn the_time_passes_however_the_command_or_the_tool_ends() {
         check("the tool gets a signal");
     }
 
-    let (mut tool, notes) = started("echo > ready; exec sleep 1000");
+    let (tool, notes) = started("echo > ready; exec sleep 1000");
     notes.line("ready");
     tool.signal(Signal::KILL);
     // The keeper kills the command and releases the lock: the owner is no cycle any more.

@@ -85,6 +85,7 @@ struct Few {
     modes: [LockMode; 2],
     rules: Rules,
     cycles: Cycles,
+    min_holds: MinHolds,
     now: Moment,
     waiting: [Option<WaiterId>; 2],
     guards: [Option<Granted>; 2],
@@ -102,6 +103,7 @@ impl Few {
             modes,
             rules: Bench::new().rules,
             cycles: Cycles::default(),
+            min_holds: MinHolds::default(),
             now: at(1_000),
             waiting: [None; 2],
             guards: [None, None],
@@ -119,6 +121,7 @@ impl Few {
             rules: &self.rules,
             cycles: &self.cycles,
             capacity: &Unlimited,
+            min_holds: &self.min_holds,
             epoch: 0,
         };
         let (result, effects) = event(&mut self.group, cx);
