@@ -26,6 +26,7 @@ use crate::error::{Failure, InvalidSetting, LockError, LockErrorKind, LossReason
 use crate::fence::FencingToken;
 use crate::guard::LockGuard;
 use crate::key::LockKey;
+use crate::mode::LockMode;
 use crate::request::{LockRequest, TryLockRequest};
 
 /// A request for locks on several keys, which are held together or not at all. Created by
@@ -129,6 +130,19 @@ impl LockAllRequest {
             keys,
             template: LockRequest::new(manager, first),
         }
+    }
+
+    /// Requests all keys in shared mode. See [`LockRequest::shared`].
+    pub fn shared(mut self) -> Self {
+        self.template = self.template.shared();
+        self
+    }
+
+    /// Requests `weight` of at most `limit` permits of each key. See
+    /// [`LockManager::permits`](crate::LockManager::permits).
+    pub fn permits(mut self, weight: u16, limit: u16) -> Self {
+        self.template = self.template.in_mode(LockMode::Permits { weight, limit });
+        self
     }
 
     /// Sets how long the leases last without renewal. See [`LockRequest::ttl`].
@@ -484,6 +498,18 @@ impl IntoFuture for LockAllRequest {
 impl TryLockAllRequest {
     pub(crate) const fn new(request: LockAllRequest) -> Self {
         Self(request)
+    }
+
+    /// See [`LockAllRequest::shared`].
+    pub fn shared(mut self) -> Self {
+        self.0 = self.0.shared();
+        self
+    }
+
+    /// See [`LockAllRequest::permits`].
+    pub fn permits(mut self, weight: u16, limit: u16) -> Self {
+        self.0 = self.0.permits(weight, limit);
+        self
     }
 
     /// See [`LockRequest::ttl`].

@@ -30,6 +30,8 @@ pub(crate) struct Args {
 
 /// How many waiting managers the text output lists. JSON has all that the library returns.
 const WAITERS_SHOWN: usize = 10;
+/// The same for shared holders and holders of permits.
+const HOLDERS_SHOWN: usize = 10;
 
 pub(crate) async fn run(args: Args) -> Result<u8, Failure> {
     let key = LockKey::new(&args.key)?;
@@ -61,18 +63,31 @@ fn as_json(key: &LockKey, shard: &str, state: &KeyState) -> serde_json::Result<V
 }
 
 fn as_text(key: &LockKey, shard: &str, state: &KeyState) -> String {
-    let holder = state.holder.as_ref().map_or_else(|| "nobody".to_owned(), describe);
+    let holder = match &state.holder {
+        Some(holder) => describe(holder),
+        None if state.holder_count == 0 => "nobody".to_owned(),
+        None => format!(
+            "{} together, {} permits in use",
+            state.holder_count, state.permits_in_use
+        ),
+    };
     let token = state.last_token.map_or_else(
         || "none issued in this slot yet".to_owned(),
         |token| format!("{token} was the last one issued in this slot"),
     );
     let mut text = format!(
-        "key      {}\nslot     {} on shard {shard}\nholder   {holder}\ntoken    {token}\n\
-         waiting  {}\n",
+        "key      {}\nslot     {} on shard {shard}\nholder   {holder}\ntoken    {token}\n",
         printable(key.as_str()),
-        key.slot(),
-        state.queue_length,
+        key.slot()
     );
+    for holder in state.holders.iter().take(HOLDERS_SHOWN) {
+        // Writing to a string can't fail.
+        writeln!(text, "         {}: {}", holder.mode, describe(holder)).ok();
+    }
+    if state.holder_count > HOLDERS_SHOWN as u64 {
+        text.push_str("         and more\n");
+    }
+    writeln!(text, "waiting  {}", state.queue_length).ok();
     for (position, owner) in state.queue.iter().take(WAITERS_SHOWN).enumerate() {
         // Writing to a string can't fail.
         writeln!(text, "{:>7}. {}", position + 1, printable(owner)).ok();

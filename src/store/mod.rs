@@ -419,6 +419,7 @@ pub struct Holder {
     /// Whether the holder is a shardlock manager.
     pub is_manager: bool,
     /// The mode in which it holds the key.
+    #[cfg_attr(feature = "serde", serde(skip_serializing_if = "LockMode::is_usual"))]
     pub mode: LockMode,
     /// The remaining time of the lease, or `None` if it never ends.
     #[cfg_attr(

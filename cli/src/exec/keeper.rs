@@ -10,12 +10,12 @@ use shardlock::config::{Builder, Config};
 use shardlock::error::LockErrorKind;
 use shardlock::{LockAllGuard, LockError, LockKey, LockManager};
 
-use super::Args;
 use super::arguments::Work;
 use super::command::{self, Outcome, RunningCommand};
 use super::environment;
 use super::events::Events;
 use super::terminal::Terminal;
+use super::{Args, Permits};
 use crate::exit::{self, Failure};
 use crate::{metrics, output, shards};
 
@@ -48,7 +48,7 @@ impl Keeper {
         // Dropping the request gives up the place in the queue. `shutdown` waits until the server
         // confirms it.
         let acquired = tokio::select! {
-            acquired = acquire(&locks, &work, args.nonblock) => acquired.map_err(Failure::from),
+            acquired = acquire(&locks, &work, &args) => acquired.map_err(Failure::from),
             code = events.wait_for_termination() => Ok(Acquisition::Interrupted(code)),
             never = log_waiting(&work) => match never {},
         };
@@ -130,11 +130,23 @@ enum Acquisition {
     Interrupted(u8),
 }
 
-async fn acquire(locks: &LockManager, work: &Work<'_>, try_only: bool) -> Result<Acquisition, LockError> {
-    let guard = if try_only {
-        locks.try_lock_all(&work.keys).await?
+async fn acquire(locks: &LockManager, work: &Work<'_>, args: &Args) -> Result<Acquisition, LockError> {
+    let guard = if args.nonblock {
+        let mut request = locks.try_lock_all(&work.keys);
+        if let Some(Permits { weight, limit }) = args.permits {
+            request = request.permits(weight, limit);
+        } else if args.shared {
+            request = request.shared();
+        }
+        request.await?
     } else {
-        match locks.lock_all(&work.keys).await {
+        let mut request = locks.lock_all(&work.keys);
+        if let Some(Permits { weight, limit }) = args.permits {
+            request = request.permits(weight, limit);
+        } else if args.shared {
+            request = request.shared();
+        }
+        match request.await {
             Err(error) if error.is_timeout() => return Ok(Acquisition::NotAcquired(exit::in_words(&error))),
             guard => Some(guard?),
         }

@@ -89,6 +89,15 @@ pub(crate) struct Args {
     #[arg(short, long, conflicts_with = "timeout")]
     nonblock: bool,
 
+    /// Hold the lock together with other shared holders; only exclusive ones are kept out
+    #[arg(long, conflicts_with_all = ["permits", "min_hold"])]
+    shared: bool,
+
+    /// Hold W of at most N permits of the lock, such as 1/10, so that commands with a total of N
+    /// run at a time
+    #[arg(long, value_name = "W/N", value_parser = permits, conflicts_with = "min_hold")]
+    permits: Option<Permits>,
+
     /// How long to wait for the lock, such as 500ms or 2s (a plain number is seconds), or none to
     /// wait forever
     #[arg(short = 'w', long, value_name = "DURATION", value_parser = seconds_or_duration)]
@@ -163,6 +172,20 @@ fn seconds_or_duration(text: &str) -> Result<String, Infallible> {
         || text.to_owned(),
         |seconds| humantime::format_duration(seconds).to_string(),
     ))
+}
+
+/// A number of permits, and the limit on those of all holders together.
+#[derive(Debug, Clone, Copy)]
+struct Permits {
+    weight: u16,
+    limit: u16,
+}
+
+fn permits(text: &str) -> Result<Permits, String> {
+    let numbers = text.split_once('/');
+    let numbers = numbers.and_then(|(weight, limit)| Some((weight.parse().ok()?, limit.parse().ok()?)));
+    let permits = numbers.map(|(weight, limit)| Permits { weight, limit });
+    permits.ok_or_else(|| "must be a number of permits and their limit, such as 1/10".to_owned())
 }
 
 const GRACE_MAX: Duration = Duration::from_secs(24 * 3600);

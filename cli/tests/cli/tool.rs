@@ -181,8 +181,15 @@ pub(crate) struct Holder {
 impl Holder {
     #[track_caller]
     pub(crate) fn of(server: &RedisServer, key: &str) -> Self {
+        Self::with(server, &[], key)
+    }
+
+    /// With these options of `exec`.
+    #[track_caller]
+    pub(crate) fn with(server: &RedisServer, options: &[&str], key: &str) -> Self {
         let notes = Notes::new();
-        let mut command = tool(server, &["exec", key, "sh", "-c", "echo here > here; cat"]);
+        let args = [&["exec"], options, &[key, "sh", "-c", "echo here > here; cat"]].concat();
+        let mut command = tool(server, &args);
         command.current_dir(notes.dir()).stdin(Stdio::piped());
         let mut run = Run::start(command);
         let go = run.take_stdin();

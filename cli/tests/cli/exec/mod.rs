@@ -4,6 +4,7 @@ mod conflict;
 mod loss;
 mod metrics;
 mod min_hold;
+mod modes;
 mod outcome;
 mod process_tree;
 mod signals;

@@ -225,10 +225,10 @@ fn a_load_keeps_ignored_what_was_ignored_at_the_start() {
 #[test]
 fn tests_of_the_tool_pass_with_signals_ignored() {
     let tests = [
-        "conflict::a_signal_while_waiting_leaves_the_queue",
-        "signals::each_signal_is_forwarded_to_the_command",
-        "signals::the_lock_is_kept_until_the_command_is_gone",
-        "terminal::an_interrupt_from_the_keyboard_ends_the_command_and_its_script_hears_of_it",
+        "exec::conflict::a_signal_while_waiting_leaves_the_queue",
+        "exec::signals::each_signal_is_forwarded_to_the_command",
+        "exec::signals::the_lock_is_kept_until_the_command_is_gone",
+        "exec::terminal::an_interrupt_from_the_keyboard_ends_the_command_and_its_script_hears_of_it",
     ];
     let mut command = std::process::Command::new("sh");
     command
