@@ -11,7 +11,7 @@ use std::time::Duration;
 use proptest::prelude::*;
 use proptest::test_runner::{Config, TestRunner};
 use redis::{FromRedisValue, PushInfo, PushKind};
-use support::{Cluster, RedisServer};
+use support::{Cluster, PATIENCE, RedisServer};
 use tokio::sync::mpsc::UnboundedReceiver;
 
 use crate::clock::Moment;
@@ -205,17 +205,22 @@ impl Pair {
         }
         let client = redis::Client::open(format!("{url}?protocol=resp3")).unwrap();
         let (sender, pushes) = tokio::sync::mpsc::unbounded_channel();
-        let config = redis::AsyncConnectionConfig::new().set_push_sender(sender);
-        let inboxes = client
-            .get_multiplexed_async_connection_with_config(&config)
-            .await
-            .unwrap();
+        // The client's own limit is half a second, which a busy machine exceeds.
+        let config = redis::AsyncConnectionConfig::new().set_response_timeout(Some(PATIENCE));
+        let connect = async |config| {
+            client
+                .get_multiplexed_async_connection_with_config(&config)
+                .await
+                .unwrap()
+        };
+        let control = connect(config.clone()).await;
+        let inboxes = connect(config.set_push_sender(sender)).await;
         let mut pair = Self {
             managers,
             keys: KEYS.iter().map(|key| LockKey::new(key).unwrap()).collect(),
             core: reference(),
             stores,
-            control: client.get_multiplexed_async_connection().await.unwrap(),
+            control,
             inboxes,
             pushes,
             sharded: if in_cluster { "S" } else { "" },
