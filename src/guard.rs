@@ -236,12 +236,13 @@ impl LockGuard {
         self.released = true;
         let now = Moment::now();
         let shard = &self.entry.shard;
-        let class = self.class.as_ref().unwrap_or_else(|| shard.manager.default_class());
-        class.held(now.since(self.since), self.is_in_sample);
-        shard
-            .metrics
-            .validity_left
-            .record_sampled(|| self.lease.fraction_left(now), self.is_in_sample);
+        let validity_left = &shard.metrics.validity_left;
+        // Most guards are not in a sample, and then there is nothing to look up.
+        if self.is_in_sample || validity_left.is_exact() {
+            let class = self.class.as_ref().unwrap_or_else(|| shard.manager.default_class());
+            class.held(now.since(self.since), self.is_in_sample);
+            validity_left.record_sampled(|| self.lease.fraction_left(now), self.is_in_sample);
+        }
         self.entry.released(self.lease.cycle, self.token, now)
     }
 

@@ -23,7 +23,7 @@ use crate::mode::{LockMode, PERMITS_MAX};
 use crate::slow_log::WaitOutcome;
 use crate::span::DebugSpan;
 use crate::store::Priority;
-use crate::telemetry::{ClassMetrics, Ending, Limit};
+use crate::telemetry::{ClassMetrics, DEFAULT_CLASS, Ending, Limit};
 
 /// A request for a lock. Override settings of the manager as needed, then await it:
 ///
@@ -455,7 +455,7 @@ impl Acquiring {
         Origin {
             at: self.asked_at,
             caller: self.request.caller,
-            class: self.class().number(),
+            class: self.class_number(),
         }
     }
 
@@ -471,7 +471,7 @@ impl Acquiring {
             Err(invalid) => return Err((**invalid).clone().into()),
         };
         let mut want = self.request.waiter_options(self.is_try())?;
-        want.class = self.class().number();
+        want.class = self.class_number();
         let shard = self.request.manager.shard(key);
         let (entry, wanted) = shard.want(key, want, cx.waker(), self.asked_at)?;
         let in_flight = wanted.request.map(|request| drive(&entry, request));
@@ -556,6 +556,11 @@ impl Acquiring {
             }
             Settled::Failed(error) => Err(error),
         }
+    }
+
+    /// Unlike [`class`](Self::class), without reading from the memory of the default class.
+    fn class_number(&self) -> u16 {
+        self.class.as_ref().map_or(DEFAULT_CLASS, |class| class.number())
     }
 
     fn class(&self) -> &ClassMetrics {

@@ -1,23 +1,13 @@
 //! The counts of one histogram: exact, and cheap enough for the hot path.
-//!
-//! # Implementation details
-//!
-//! The counts are kept in stripes. Each of the first 64 threads has a stripe of its own and is the
-//! only one to write to it, so counting a value is a plain load and store of its bucket and of the
-//! sum, without an atomic addition and without cache lines that move between processors. All
-//! further threads share one stripe and add atomically. A reader adds up the stripes. A thread that
-//! ends leaves its stripe to the next new thread.
 
-use std::sync::OnceLock;
 use std::sync::atomic::{AtomicU64, Ordering};
 
 use metrics::HistogramFn;
 
+use super::stripes::{Stripe, Stripes};
+
 /// The largest number of buckets of a histogram, with the one beyond the last bound.
 const BUCKETS_MAX: usize = 22;
-
-/// The number of threads with a stripe of their own: one for each bit of [`TAKEN`].
-const STRIPES: usize = u64::BITS as usize;
 
 /// The upper bits of a positive value, its exponent and three bits of its fraction, are the index
 /// of a range, and a table has the first bucket of each range.
@@ -32,51 +22,18 @@ const fn start_of(range: u64) -> f64 {
     f64::from_bits(range << RANGE_SHIFT)
 }
 
-/// Which stripes are owned by a thread.
-static TAKEN: AtomicU64 = AtomicU64::new(0);
-
-thread_local! {
-    static PLACE: Place = Place::take();
-}
-
-/// The number of the stripe that the current thread owns, if any.
-struct Place(Option<usize>);
-
-impl Place {
-    fn take() -> Self {
-        // Acquire: the previous owner's last writes come before the first one of this thread.
-        let taken = TAKEN.fetch_update(Ordering::Acquire, Ordering::Relaxed, |taken| {
-            (taken != u64::MAX).then(|| taken | (taken + 1))
-        });
-        Self(taken.ok().map(|taken| taken.trailing_ones() as usize))
-    }
-
-    /// The place of this thread. `None` also while the thread ends.
-    fn here() -> Option<usize> {
-        PLACE.try_with(|place| place.0).ok().flatten()
-    }
-}
-
-impl Drop for Place {
-    fn drop(&mut self) {
-        if let Some(place) = self.0 {
-            TAKEN.fetch_and(!(1 << place), Ordering::Release);
-        }
-    }
-}
-
 /// The counts of some threads.
 #[derive(Debug, Default)]
 // On cache lines of its own.
 #[repr(align(64))]
-struct Stripe {
+struct Part {
     counts: [AtomicU64; BUCKETS_MAX],
     /// The bits of the sum of all values.
     sum: AtomicU64,
 }
 
-impl Stripe {
-    /// Counts a value. Only the owner of the stripe may call it.
+impl Part {
+    /// Counts a value. Only the thread that owns the part may call it.
     fn add_as_owner(&self, bucket: usize, value: f64) {
         let count = &self.counts[bucket];
         count.store(count.load(Ordering::Relaxed) + 1, Ordering::Relaxed);
@@ -84,7 +41,7 @@ impl Stripe {
         self.sum.store(sum.to_bits(), Ordering::Relaxed);
     }
 
-    /// Counts a value, in a stripe that many threads share.
+    /// Counts a value, in a part that many threads share.
     fn add(&self, bucket: usize, value: f64) {
         self.counts[bucket].fetch_add(1, Ordering::Relaxed);
         let add = |sum| Some((f64::from_bits(sum) + value).to_bits());
@@ -99,8 +56,7 @@ pub(super) struct Cells {
     bounds: &'static [f64],
     /// For each range, the number of bounds that are below all of its values.
     below: [u8; RANGES],
-    owned: [OnceLock<Box<Stripe>>; STRIPES],
-    shared: Stripe,
+    parts: Stripes<Part>,
 }
 
 /// The counts at some point in time.
@@ -127,17 +83,16 @@ impl Cells {
         Self {
             bounds,
             below,
-            owned: [const { OnceLock::new() }; STRIPES],
-            shared: Stripe::default(),
+            parts: Stripes::default(),
         }
     }
 
     /// Counts a value.
     pub(super) fn add(&self, value: f64) {
         let bucket = self.bucket_of(value);
-        match Place::here() {
-            Some(place) => self.owned[place].get_or_init(Box::default).add_as_owner(bucket, value),
-            None => self.shared.add(bucket, value),
+        match self.parts.mine() {
+            Stripe::Owned(part) => part.add_as_owner(bucket, value),
+            Stripe::Shared(part) => part.add(bucket, value),
         }
     }
 
@@ -159,15 +114,11 @@ impl Cells {
             counts: vec![0; self.bounds.len() + 1],
             sum: 0.0,
         };
-        let owned = self
-            .owned
-            .iter()
-            .filter_map(|stripe| stripe.get().map(|stripe| &**stripe));
-        for stripe in owned.chain([&self.shared]) {
-            for (total, count) in totals.counts.iter_mut().zip(&stripe.counts) {
+        for part in self.parts.iter() {
+            for (total, count) in totals.counts.iter_mut().zip(&part.counts) {
                 *total += count.load(Ordering::Relaxed);
             }
-            totals.sum += f64::from_bits(stripe.sum.load(Ordering::Relaxed));
+            totals.sum += f64::from_bits(part.sum.load(Ordering::Relaxed));
         }
         totals
     }
@@ -182,8 +133,6 @@ impl HistogramFn for Cells {
 
 #[cfg(test)]
 mod tests {
-    use std::cell::Cell;
-    use std::sync::{Arc, Barrier};
     use std::thread;
 
     use proptest::prelude::*;
@@ -225,65 +174,30 @@ mod tests {
         }
     }
 
-    /// More threads at once than there are stripes, and then as many again, which inherit the
-    /// stripes.
     #[test]
-    fn no_value_is_lost_with_more_threads_than_stripes() {
-        const THREADS: usize = STRIPES + 16;
-        const VALUES: usize = 2_000;
-        let cells = Arc::new(Cells::new(&[1.0, 2.0]));
-        for _ in 0..2 {
-            let all_have_a_place = Barrier::new(THREADS);
-            thread::scope(|scope| {
-                for _ in 0..THREADS {
-                    scope.spawn(|| {
-                        Place::here();
-                        all_have_a_place.wait();
-                        (0..VALUES).for_each(|number| cells.add([0.5, 1.5, 4.0, 2.0][number % 4]));
-                    });
-                }
-            });
-        }
-        let quarter = (2 * THREADS * VALUES / 4) as u64;
+    fn values_of_all_threads_are_counted_and_added() {
+        const THREADS: usize = 80;
+        let cells = Cells::new(&[1.0, 2.0]);
+        thread::scope(|scope| {
+            for _ in 0..THREADS {
+                scope.spawn(|| (0..2_000).for_each(|number| cells.add([0.5, 1.5, 4.0, 2.0][number % 4])));
+            }
+        });
+        let quarter = (THREADS * 500) as u64;
         let wanted = Totals {
             counts: vec![quarter, 2 * quarter, quarter],
             sum: quarter as f64 * 8.0,
         };
         assert_eq!(cells.totals(), wanted);
-        let shared: u64 = cells
-            .shared
-            .counts
-            .iter()
-            .map(|count| count.load(Ordering::Relaxed))
-            .sum();
-        assert!(shared > 0, "the shared stripe was not used");
     }
 
-    /// A value that is counted by the destructor of a thread's own variable, when the place of the
-    /// thread may be gone already.
     #[test]
-    fn value_that_is_counted_while_a_thread_ends_is_not_lost() {
-        struct AtTheEnd(Arc<Cells>);
-        impl Drop for AtTheEnd {
-            fn drop(&mut self) {
-                self.0.add(1.0);
-            }
+    fn shared_part_counts_like_an_owned_one() {
+        let [shared, owned] = [Part::default(), Part::default()];
+        for (bucket, value) in [(0, 0.5), (1, 1.25), (1, 2.0)] {
+            shared.add(bucket, value);
+            owned.add_as_owner(bucket, value);
         }
-        thread_local! {
-            static LAST: Cell<Option<AtTheEnd>> = const { Cell::new(None) };
-        }
-        let cells = Arc::new(Cells::new(&[1.0]));
-        for uses_its_place_first in [true, false] {
-            let cells = Arc::clone(&cells);
-            let counting = thread::spawn(move || {
-                if uses_its_place_first {
-                    cells.add(1.0);
-                }
-                LAST.set(Some(AtTheEnd(Arc::clone(&cells))));
-                cells.add(1.0);
-            });
-            counting.join().unwrap();
-        }
-        assert_eq!(cells.totals().counts, [5, 0]);
+        assert_eq!(format!("{shared:?}"), format!("{owned:?}"));
     }
 }

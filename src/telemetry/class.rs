@@ -8,8 +8,9 @@ use parking_lot::Mutex;
 
 use super::recorder::{Histogram, counter, histogram};
 
+use super::stripes::Counts;
 use super::table::{ACQUISITIONS, HOLD, WAIT};
-use super::tally::{Tally, Thinning};
+use super::tally::{Flushed, Thinning};
 use crate::engine::Path;
 use crate::error::{LockError, LockErrorKind};
 
@@ -108,7 +109,8 @@ impl Ending {
 #[derive(Debug)]
 pub(crate) struct ClassMetrics {
     number: u16,
-    endings: [Tally; Ending::ALL.len()],
+    endings: Counts<{ Ending::ALL.len() }>,
+    flushed: [Flushed; Ending::ALL.len()],
     /// Samples the acquired locks for the recorder.
     thinning: Thinning,
     wait: Histogram,
@@ -120,9 +122,10 @@ impl ClassMetrics {
         let class = class.to_owned();
         Self {
             number,
-            endings: Ending::ALL.map(|ending| {
+            endings: Counts::default(),
+            flushed: Ending::ALL.map(|ending| {
                 let (outcome, path) = ending.labels();
-                Tally::new(counter!(ACQUISITIONS, "class" => class.clone(), "outcome" => outcome, "path" => path))
+                Flushed::new(counter!(ACQUISITIONS, "class" => class.clone(), "outcome" => outcome, "path" => path))
             }),
             thinning: Thinning::default(),
             wait: histogram!(WAIT, "class" => class.clone()),
@@ -136,12 +139,12 @@ impl ClassMetrics {
     }
 
     pub(crate) fn ended(&self, ending: Ending) {
-        self.endings[ending.index()].add();
+        self.endings.add(ending.index());
     }
 
     /// A lock was acquired. Returns whether its durations are in the sample for the recorder.
     pub(crate) fn acquired(&self, path: Path, waited: Duration) -> bool {
-        let number = self.endings[Ending::Acquired(path).index()].add();
+        let number = self.endings.add(Ending::Acquired(path).index());
         let is_in_sample = self.thinning.takes(number);
         self.wait.record_sampled(|| waited.as_secs_f64(), is_in_sample);
         is_in_sample
@@ -152,14 +155,15 @@ impl ClassMetrics {
     }
 
     fn tell(&self) {
-        self.endings.iter().for_each(Tally::tell);
+        for (flushed, count) in self.flushed.iter().zip(self.endings.all()) {
+            flushed.tell(count);
+        }
     }
 
     fn adjust(&self, elapsed: Duration) {
-        let acquired = Ending::ALL.iter().zip(&self.endings);
+        let acquired = Ending::ALL.iter().zip(self.endings.all());
         let acquired = acquired.filter(|(ending, _)| matches!(ending, Ending::Acquired(_)));
-        self.thinning
-            .adjust(acquired.map(|(_, tally)| tally.count()).sum(), elapsed);
+        self.thinning.adjust(acquired.map(|(_, count)| count).sum(), elapsed);
     }
 }
 

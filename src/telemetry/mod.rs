@@ -11,6 +11,7 @@ mod manager;
 mod node;
 mod recorder;
 mod shard;
+mod stripes;
 mod table;
 mod tally;
 

@@ -55,6 +55,11 @@ impl Histogram {
         Self { exact, recorder }
     }
 
+    /// Whether every value counts, and not only those in the sample.
+    pub(crate) const fn is_exact(&self) -> bool {
+        self.exact.is_some()
+    }
+
     pub(crate) fn record(&self, value: f64) {
         self.record_sampled(|| value, true);
     }

@@ -1,7 +1,7 @@
 //! Metrics by shard.
 
 use std::sync::Arc;
-use std::sync::atomic::{AtomicBool, AtomicU64, AtomicUsize, Ordering};
+use std::sync::atomic::{AtomicBool, AtomicUsize, Ordering};
 use std::time::Duration;
 
 use parking_lot::Mutex;
@@ -9,12 +9,13 @@ use parking_lot::Mutex;
 use super::class::OTHER_CLASS;
 use super::recorder::{Counter, Gauge, Histogram, counter, gauge, histogram};
 
+use super::stripes::Counts;
 use super::table::{
     ABANDONED, BATCH, BYPASS, CLOCK_DRIFT, CLOCK_JUMPS, CONNECTS, HAND_OFFS, LEASES, LINGERING_LEASES, LOST,
     OLDEST_LEASE, OLDEST_WAITER, RECONNECTS, RENEWAL_LAG, RENEWALS, REQUESTS, ROUND_TRIP, SHARD_UP, STALE_GRANTS,
     TOKEN_REGRESSIONS, VALIDITY_LEFT, WAITERS,
 };
-use super::tally::{Measured, Tally};
+use super::tally::{Flushed, Measured};
 use crate::contention::AtomicHistogram;
 use crate::engine::{Bound, Path};
 use crate::error::LossReason;
@@ -77,10 +78,10 @@ pub(crate) struct ShardMetrics {
     leases: Gauge,
     lingering: AtomicUsize,
     lingering_leases: Gauge,
-    uncontended: AtomicU64,
-    from_lingering: AtomicU64,
-    local: Tally,
-    remote: Tally,
+    /// By [`Path`].
+    acquired: Counts<{ Path::COUNT }>,
+    local: Flushed,
+    remote: Flushed,
     bypass: [Counter; Bound::ALL.len()],
     lost: [Counter; LossReason::EACH.len()],
     requests: [RequestMetrics; RequestKind::ALL.len()],
@@ -144,10 +145,9 @@ impl ShardMetrics {
             lingering_leases: gauge!(LINGERING_LEASES, "shard" => shard()),
             name,
             oldest: Mutex::new(oldest.into()),
-            uncontended: AtomicU64::new(0),
-            from_lingering: AtomicU64::new(0),
-            local: Tally::new(counter!(HAND_OFFS, "shard" => shard(), "kind" => "local")),
-            remote: Tally::new(counter!(HAND_OFFS, "shard" => shard(), "kind" => "remote")),
+            acquired: Counts::default(),
+            local: Flushed::new(counter!(HAND_OFFS, "shard" => shard(), "kind" => "local")),
+            remote: Flushed::new(counter!(HAND_OFFS, "shard" => shard(), "kind" => "remote")),
             // This counter is only needed for sampling.
             batches: Measured::new(Counter::noop(), histogram!(BATCH, "shard" => shard())),
             bypass: Bound::ALL.map(|bound| counter!(BYPASS, "shard" => shard(), "limit" => bound.as_str())),
@@ -260,19 +260,14 @@ impl ShardMetrics {
     }
 
     pub(crate) fn acquired(&self, path: Path) {
-        match path {
-            Path::Uncontended => self.uncontended.fetch_add(1, Ordering::Relaxed),
-            Path::Lingering | Path::Joined => self.from_lingering.fetch_add(1, Ordering::Relaxed),
-            Path::LocalHandOff => self.local.add(),
-            Path::RemoteGrant => self.remote.add(),
-        };
+        self.acquired.add(path as usize);
     }
 
     /// The number of locks acquired: in total, by local hand-off, by remote grant.
     pub(crate) fn acquisitions(&self) -> [u64; 3] {
-        let (local, remote) = (self.local.count(), self.remote.count());
-        let others = self.uncontended.load(Ordering::Relaxed) + self.from_lingering.load(Ordering::Relaxed);
-        [others + local + remote, local, remote]
+        let by_path = self.acquired.all();
+        let of = |path: Path| by_path[path as usize];
+        [by_path.iter().sum(), of(Path::LocalHandOff), of(Path::RemoteGrant)]
     }
 
     /// The median and the 99th percentile of round trips to the store.
@@ -282,8 +277,9 @@ impl ShardMetrics {
 
     /// Flushes new values to the recorder.
     pub(crate) fn tell(&self) {
-        self.local.tell();
-        self.remote.tell();
+        let [_, local, remote] = self.acquisitions();
+        self.local.tell(local);
+        self.remote.tell(remote);
         self.requests.iter().for_each(|request| request.answered.tell());
         self.waiters.set(self.waiters() as f64);
         self.leases.set(self.leases() as f64);

@@ -23,16 +23,38 @@ const SAMPLES_PER_SECOND: u64 = 20_000;
 #[derive(Debug)]
 pub(crate) struct Tally {
     count: AtomicU64,
+    flushed: Flushed,
+}
+
+/// A counter of the recorder, and how much of a count it has got so far.
+#[derive(Debug)]
+pub(crate) struct Flushed {
     told: AtomicU64,
     counter: Counter,
+}
+
+impl Flushed {
+    pub(crate) const fn new(counter: Counter) -> Self {
+        Self {
+            told: AtomicU64::new(0),
+            counter,
+        }
+    }
+
+    /// Flushes the new part of the count to the recorder. Two threads may do so concurrently.
+    pub(crate) fn tell(&self, count: u64) {
+        let told = self.told.fetch_max(count, Ordering::Relaxed);
+        if count > told {
+            self.counter.increment(count - told);
+        }
+    }
 }
 
 impl Tally {
     pub(crate) const fn new(counter: Counter) -> Self {
         Self {
             count: AtomicU64::new(0),
-            told: AtomicU64::new(0),
-            counter,
+            flushed: Flushed::new(counter),
         }
     }
 
@@ -47,11 +69,7 @@ impl Tally {
 
     /// Flushes the new count to the recorder. Two threads may do so concurrently.
     pub(crate) fn tell(&self) {
-        let count = self.count();
-        let told = self.told.fetch_max(count, Ordering::Relaxed);
-        if count > told {
-            self.counter.increment(count - told);
-        }
+        self.flushed.tell(self.count());
     }
 }
 

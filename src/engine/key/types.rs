@@ -223,6 +223,13 @@ pub(crate) enum Path {
     Joined,
 }
 
+impl Path {
+    /// The number of paths.
+    pub(crate) const COUNT: usize = 5;
+}
+
+const _: () = assert!(Path::Joined as usize + 1 == Path::COUNT, "the last path counts, too");
+
 /// What a waiter receives.
 #[derive(Debug, Clone)]
 pub(crate) enum Outcome {
