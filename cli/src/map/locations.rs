@@ -6,7 +6,6 @@ use anyhow::anyhow;
 use deadpool_redis::Connection;
 use deadpool_redis::redis::{Cmd, FromRedisValue, cmd};
 use shardlock::config::{Endpoint, ShardConfig};
-#[cfg(feature = "etcd")]
 use shardlock::tool::{self, ServerUrl, manager_of};
 
 use crate::exit::{self, Failure};
