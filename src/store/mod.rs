@@ -395,6 +395,7 @@ pub struct KeyState {
     /// The exclusive holder, if there is one.
     pub holder: Option<Holder>,
     /// The shared holders and those of permits, those that would expire first in front; at most 100.
+    /// Etcd reports the 100 that came first.
     pub holders: Vec<Holder>,
     /// The number of shared holders and holders of permits.
     pub holder_count: u64,
@@ -405,7 +406,7 @@ pub struct KeyState {
     /// The first members of the queue, in order, as `manager:cycle`; at most 100.
     pub queue: Vec<String>,
     /// The largest token issued in the key's slot, or `None` if there was none yet. Etcd reports
-    /// only that of the holder.
+    /// only those of holders.
     pub last_token: Option<FencingToken>,
 }
 

@@ -119,13 +119,16 @@ on_each_store! {
             largest = exclusive.token().get();
             exclusive.release().await.expect("release");
             let shared = [here.lock("k").shared().await, there.lock("k").shared().await];
-            for guard in shared {
-                let guard = guard.expect("a shared lock");
+            let shared = shared.map(|guard| guard.expect("a shared lock"));
+            for guard in &shared {
                 assert!(guard.token().get() > largest, "no token of a reader is below one of an earlier writer");
+            }
+            // Etcd reports only tokens of holders.
+            largest = here.inspect("k").await.expect("inspect").last_token.expect("a token").get();
+            assert!(shared.iter().all(|guard| guard.token().get() <= largest));
+            for guard in shared {
                 guard.release().await.expect("release");
             }
-            let state = here.inspect("k").await.expect("inspect");
-            largest = state.last_token.expect("a token").get();
         }
     }
 
@@ -300,7 +303,7 @@ on_each_store! {
             let killed = Instant::now();
             let guard = soon("the dead holder's place", async { lock(&locks, "k").await }).await;
             let took = killed.elapsed();
-            assert!(took <= ttl + Duration::from_millis(500), "{took:?}");
+            assert!(took <= store.kind().dead_within(ttl) + Duration::from_millis(500), "{took:?}");
             guard.release().await.expect("release");
         }
     }

@@ -11,12 +11,14 @@ use super::error::{self, EtcdError};
 use super::link::Link;
 use super::names::member;
 use super::queue::{self, Member, Queue, first_in, floor_of, tokens_of};
+use super::release::withdraw;
 use super::term::{ConfirmedIn, RenewedIn};
 use super::waits::Wait;
 use crate::backoff::Backoff;
 use crate::clock::Moment;
 use crate::identity::parse_owner_tag;
 use crate::key::LockKey;
+use crate::mode::LockMode;
 use crate::protocol::{Acquire, AcquireMode, AcquireReply, Answer, Cycle, QueuePosition};
 use crate::store::StoreError;
 
@@ -32,6 +34,8 @@ const PAUSE_MAX: Duration = Duration::from_millis(100);
 /// When a waiting cycle asks again by itself. The watch reports the end of the key before it,
 /// however that comes about; this is a fallback for anything unforeseen.
 const LOOK_AGAIN: Duration = Duration::from_secs(10);
+/// How many notes one transaction leaves: etcd allows 128 operations.
+const NOTES_PER_TRANSACTION: usize = 100;
 
 /// A cycle that contends for a key, and the parameters of its requests.
 #[derive(Debug, Clone)]
@@ -60,6 +64,10 @@ impl Contender {
     /// How long ago its lease may have been confirmed for a request not to renew it.
     pub(super) fn age_max(&self) -> Duration {
         (self.ttl / AGE_PART).min(AGE_MAX)
+    }
+
+    pub(super) const fn mode(&self) -> LockMode {
+        self.cycle.mode()
     }
 
     /// Creates its key. The value is the number of tokens that come with the key's revision.
@@ -107,20 +115,28 @@ pub(super) async fn acquire(
     shared.cycles.open(cycle, ttl, Moment::now());
     let taken = match mode {
         AcquireMode::Enqueue | AcquireMode::Extend => join(&shared, &link, &contender).await,
-        AcquireMode::Fast | AcquireMode::Try => take(&shared, &link, &contender, mode).await,
+        AcquireMode::Fast | AcquireMode::Try if cycle.mode().is_exclusive() => {
+            take(&shared, &link, &contender, mode).await
+        }
+        AcquireMode::Fast | AcquireMode::Try => take_beside(&shared, &link, &contender, mode).await,
     };
     taken.map(answer).map_err(EtcdError::into_store_error)
 }
 
-/// Whether the key has an owner or waiters.
+/// Whether the key has holders or waiters that leave no room for the contender.
 async fn is_taken(shared: &Shared, link: &Link, contender: &Contender) -> Result<bool, StoreError> {
     let read = async |mut client: etcd_client::Client| {
-        let only_first = queue::in_order().with_limit(1);
-        client.get(contender.prefix.as_str(), Some(only_first)).await
+        let members = match contender.mode() {
+            LockMode::Exclusive => queue::in_order().with_limit(1),
+            mode => queue::for_mode(mode),
+        };
+        client.get(contender.prefix.as_str(), Some(members)).await
     };
     let (found, _) = link.request(read).await.map_err(EtcdError::into_store_error)?;
     shared.observe_revision(found.header());
-    Ok(queue::first(&found).is_some())
+    let revision = found.header().map_or(0, etcd_client::ResponseHeader::revision);
+    let admits = Queue::of(&found, revision).admits(contender.mode());
+    admits.map(|admits| !admits).map_err(EtcdError::into_store_error)
 }
 
 /// Takes the key if it has neither an owner nor waiters.
@@ -140,18 +156,42 @@ async fn take(
     let queue = Queue::in_reply(&reply)?;
     let first_is_ours = queue.members.first().is_some_and(|first| first.is(&contender.name));
     if reply.succeeded() {
-        return Ok((sent_at, granted(shared, contender, &queue)?));
+        let mine = queue.members.first().ok_or_else(queue::unexpected)?;
+        return Ok((sent_at, granted(shared, contender, &queue, mine)?));
     }
     if first_is_ours {
         // An earlier request of this cycle took the key; its reply was lost.
         return join(shared, link, contender).await;
     }
     shared.revokes.add(shared.cycles.close(contender.cycle));
-    let reply = match mode {
+    Ok((sent_at, refused(mode)))
+}
+
+/// The reply to a request that must not wait.
+const fn refused(mode: AcquireMode) -> AcquireReply {
+    match mode {
         AcquireMode::Try => AcquireReply::Busy,
         AcquireMode::Fast | AcquireMode::Enqueue | AcquireMode::Extend => AcquireReply::Taken,
-    };
-    Ok((sent_at, reply))
+    }
+}
+
+/// Takes the key in another mode than exclusive, if nobody has to be waited for. No condition of a
+/// transaction tells whether a mode is admitted, so the contender takes a place in the queue and
+/// gives it back if it would have to wait. The caller has seen room for it, so that is rare.
+async fn take_beside(
+    shared: &Shared,
+    link: &Link,
+    contender: &Contender,
+    mode: AcquireMode,
+) -> Result<(Moment, AcquireReply), EtcdError> {
+    let ran = put_and_read(shared, link, contender).await?;
+    let queue = Queue::in_reply(&ran.reply)?;
+    if queue.position(&contender.name)? < queue.holders() {
+        let reply = judge(shared, link, contender, &queue, ran.lease).await?;
+        return Ok((ran.counted_from(&reply), reply));
+    }
+    withdraw(shared, link, contender).await?;
+    Ok((ran.asked_at, refused(mode)))
 }
 
 /// Takes the key, extends it, or joins the queue.
@@ -160,16 +200,22 @@ pub(super) async fn join(
     link: &Link,
     contender: &Contender,
 ) -> Result<(Moment, AcquireReply), EtcdError> {
-    let ran = under_a_lease(shared, link, contender, contender.age_max(), |lease| {
-        Txn::new()
-            .when([contender.is_new()])
-            .and_then([contender.put(lease), Queue::read(&contender.prefix)])
-            .or_else([contender.put_again(), Queue::read(&contender.prefix)])
-    })
-    .await?;
+    let ran = put_and_read(shared, link, contender).await?;
     let queue = Queue::in_reply(&ran.reply)?;
     let reply = judge(shared, link, contender, &queue, ran.lease).await?;
     Ok((ran.counted_from(&reply), reply))
+}
+
+/// Puts the contender's key, for the first time or again, and reads the queue.
+async fn put_and_read(shared: &Shared, link: &Link, contender: &Contender) -> Result<Ran, EtcdError> {
+    let read = || Queue::read(&contender.prefix, contender.mode());
+    under_a_lease(shared, link, contender, contender.age_max(), |lease| {
+        Txn::new()
+            .when([contender.is_new()])
+            .and_then([contender.put(lease), read()])
+            .or_else([contender.put_again(), read()])
+    })
+    .await
 }
 
 /// Ensures that the key is attached to this lease, and not to an earlier one of its cycle, which is
@@ -396,66 +442,94 @@ pub(super) async fn judge(
     queue: &Queue,
     lease: EtcdLease,
 ) -> Result<AcquireReply, EtcdError> {
-    let ahead = queue.position(&contender.name).ok_or_else(queue::unexpected)?;
-    move_to(shared, link, contender, lease, &queue.members[ahead]).await?;
-    let (Some(owner), Some(before)) = (queue.members.first(), ahead.checked_sub(1).map(|at| &queue.members[at])) else {
-        return granted(shared, contender, queue);
-    };
-    let is_new = queue.members[ahead].create_revision == queue.revision;
+    let position = queue.position(&contender.name)?;
+    move_to(shared, link, contender, lease, &queue.members[position]).await?;
+    let holders = queue.holders();
+    if position < holders {
+        return granted(shared, contender, queue, &queue.members[position]);
+    }
+    let is_new = queue.members[position].create_revision == queue.revision;
+    let blocker = queue.blocker(position, contender.mode())?;
     shared.waits.add(
         contender.cycle,
-        Wait::new(contender.key.clone(), lease, before.name.clone(), queue.revision),
+        Wait::new(contender.key.clone(), lease, blocker, queue.revision),
     );
     if shared.cycles.lease(contender.cycle).is_none() {
         // The release ran before the wait was added, and did not find it.
         shared.waits.remove(contender.cycle);
         return Err(released_meanwhile());
     }
-    if ahead == 1 || !is_new {
-        notify_owner(shared, link, contender, &member(&contender.prefix, &owner.name), lease).await;
+    let waiting = position - holders;
+    if waiting == 0 || !is_new {
+        notify_holders(shared, link, contender, &queue.members[..holders], lease).await;
     }
     Ok(AcquireReply::Queued(QueuePosition {
         enqueue_token: floor_of(u64::try_from(queue.revision).unwrap_or(0)),
         owner_ttl: Some(LOOK_AGAIN),
-        // The watch reports the end of the key before ours, no matter which process owns it.
+        // The watch reports the end of what blocks us, no matter which process owns it.
         owner_foreign: false,
         is_subscribed: true,
-        ahead: ahead as u64,
+        // All holders together count as one.
+        ahead: waiting as u64 + 1,
     }))
 }
 
-fn granted(shared: &Shared, contender: &Contender, queue: &Queue) -> Result<AcquireReply, EtcdError> {
-    let mine = queue.members.first().ok_or_else(queue::unexpected)?;
+/// The reply to a member that holds the key.
+fn granted(shared: &Shared, contender: &Contender, queue: &Queue, mine: &Member) -> Result<AcquireReply, EtcdError> {
     let tokens = tokens_of(queue.revision, contender.tokens)?;
     shared.waits.remove(contender.cycle);
     Ok(AcquireReply::Granted {
         tokens,
-        queued: queue.members.len() as u64 - 1,
+        queued: queue.waiting(),
         extended: shared.cycles.owns(contender.cycle, mine.create_revision),
     })
 }
 
-/// Leaves a note for an owner that does not expect other contenders. It ends with the waiter's
+/// Leaves notes for the holders that do not expect other contenders. They end with the waiter's
 /// lease.
-async fn notify_owner(shared: &Shared, link: &Link, contender: &Contender, owner: &str, lease: EtcdLease) {
-    let Some((manager, cycle)) = parse_owner_tag(owner) else {
-        return;
+async fn notify_holders(shared: &Shared, link: &Link, contender: &Contender, holders: &[Member], lease: EtcdLease) {
+    let tags = holders.iter().map(|holder| member(&contender.prefix, &holder.name));
+    let notes: Vec<String> = tags
+        .filter_map(|tag| {
+            let (manager, cycle) = parse_owner_tag(&tag)?;
+            // A manager has its exclusive guards of a key in one queue, and each other mode in
+            // another.
+            let is_known = manager == shared.names.manager().as_str()
+                && cycle.mode().is_exclusive()
+                && contender.mode().is_exclusive();
+            let note = || shared.names.note(manager, cycle, &contender.key, contender.cycle);
+            (!cycle.expects_rivals() && !is_known).then(note)
+        })
+        .collect();
+    let leave_all = async {
+        for part in notes.chunks(NOTES_PER_TRANSACTION) {
+            leave_notes(link, part, lease).await?;
+        }
+        Ok::<_, EtcdError>(())
     };
-    if cycle.expects_rivals() || manager == shared.names.manager().as_str() {
-        return;
+    // The cycle already has its place, which must not be lost over a note: the next renewal of a
+    // holder reports the waiter, too.
+    match tokio::time::timeout(shared.timeout / 4, leave_all).await {
+        Ok(Ok(())) => {}
+        Ok(Err(error)) => tracing::debug!(?notes, ?error, "could not leave notes for the holders of a key"),
+        Err(_) => tracing::debug!(?notes, "no answer to notes for the holders of a key"),
     }
-    let note = shared.names.note(manager, cycle, &contender.key, contender.cycle);
+}
+
+async fn leave_notes(link: &Link, notes: &[String], lease: EtcdLease) -> Result<(), EtcdError> {
+    let options = || Some(PutOptions::new().with_lease(lease.id));
+    if let [note] = notes {
+        let leave = async |mut client: etcd_client::Client| client.put(note.as_str(), "", options()).await;
+        return link.request(leave).await.map(drop);
+    }
     let leave = async |mut client: etcd_client::Client| {
-        let options = PutOptions::new().with_lease(lease.id);
-        client.put(note.as_str(), "", Some(options)).await
+        let puts: Vec<_> = notes
+            .iter()
+            .map(|note| TxnOp::put(note.as_str(), "", options()))
+            .collect();
+        client.txn(Txn::new().and_then(puts)).await
     };
-    // The cycle already has its place, which must not be lost over a note: the owner's next renewal
-    // reports the waiter, too.
-    match tokio::time::timeout(shared.timeout / 4, link.request(leave)).await {
-        Ok(Ok(_)) => {}
-        Ok(Err(error)) => tracing::debug!(%note, ?error, "could not leave a note for the owner of a key"),
-        Err(_) => tracing::debug!(%note, "no answer to a note for the owner of a key"),
-    }
+    link.request(leave).await.map(drop)
 }
 
 fn released_meanwhile() -> EtcdError {

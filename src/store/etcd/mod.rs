@@ -3,12 +3,14 @@
 //! # Implementation details
 //!
 //! A cycle that wants a key puts an etcd key of its own under the lock's prefix, attached to an
-//! etcd lease of its own. The cycle whose key has the smallest create revision is the owner, so the
-//! queue is first come, first served. A waiter watches only the key directly before its own, so the
-//! end of one key wakes one manager. A process has one key in the queue, however many of its tasks
-//! wait.
+//! etcd lease of its own. The keys in the order of their create revisions are the queue, so it is
+//! first come, first served. The mode is part of a key's name. The first key is a holder, and so is
+//! each further one that can hold the lock beside all before it, up to the first that can't
+//! ([`queue`]). A waiter watches what blocks it: an exclusive one the key directly before its own,
+//! so the end of one key wakes one manager ([`watch`]). A process has one key in the queue for each
+//! mode, however many of its tasks wait.
 //!
-//! Every reply that makes a cycle the owner, or extends what it owns, comes from a transaction that
+//! Every reply that makes a cycle a holder, or extends what it holds, comes from a transaction that
 //! has put the cycle's key (again), and so has a revision of its own. Its tokens are the 65,536
 //! numbers of that revision. A revision is never used twice and later owners have later ones, so
 //! tokens grow. An etcd that was restored from an old backup has smaller revisions than this
@@ -60,6 +62,7 @@ use tokio::sync::mpsc;
 
 use crate::error::LockError;
 use crate::key::{LockKey, Slot};
+use crate::mode::LockMode;
 use crate::protocol::{Acquire, AcquireReply, Answer, Push, Release, ReleaseReply, RenewReply, Renewal};
 use crate::slow_log::RateLimit;
 use crate::store::map::StoredMap;
@@ -200,6 +203,10 @@ impl LeaseStore for EtcdStore {
     fn release(&self, priority: Priority, request: Release) -> StoreFuture<Answer<ReleaseReply>> {
         let link = self.link(priority, request.key.slot());
         Box::pin(release::release(Arc::clone(&self.shared), link, request))
+    }
+
+    fn lacks(&self, _: LockMode) -> Option<&'static str> {
+        None
     }
 
     fn renew(&self, batch: Vec<Renewal>, limit: Duration) -> StoreFuture<Vec<Option<RenewReply>>> {

@@ -3,7 +3,9 @@
 use std::sync::Arc;
 use std::time::Duration;
 
-use etcd_client::{Compare, CompareOp, DeleteOptions, LeaseGrantOptions, PutOptions, Txn, TxnOp, TxnOpResponse};
+use etcd_client::{
+    Compare, CompareOp, DeleteOptions, KeyValue, LeaseGrantOptions, PutOptions, Txn, TxnOp, TxnOpResponse,
+};
 
 use super::Shared;
 use super::acquire::{Contender, judge, under_a_lease};
@@ -12,7 +14,7 @@ use super::error::EtcdError;
 use super::link::Link;
 use super::queue::{Member, Queue, first, first_in, in_order};
 use crate::clock::Moment;
-use crate::protocol::{Answer, Release, ReleaseReply};
+use crate::protocol::{Answer, Cycle, Release, ReleaseReply};
 use crate::store::StoreError;
 
 /// Revokes the leases of a cycle when its release has ended, however it ended. Every key needs its
@@ -21,6 +23,8 @@ use crate::store::StoreError;
 struct RevokeAtTheEnd<'a> {
     shared: &'a Shared,
     leases: Vec<EtcdLease>,
+    /// The create revision of the key with which the cycle held the lock.
+    owned: Option<i64>,
 }
 
 impl Drop for RevokeAtTheEnd<'_> {
@@ -44,12 +48,7 @@ pub(super) async fn release(
         tokens,
         retire_until: _,
     } = request;
-    // From now on, what the server reports about the cycle no longer matters.
-    shared.waits.remove(cycle);
-    let mut end = RevokeAtTheEnd {
-        leases: shared.cycles.close(cycle),
-        shared: &shared,
-    };
+    let mut end = RevokeAtTheEnd::begin(&shared, cycle);
     let floor = shared.floor();
     let leaving = Contender::new(&shared, &key, cycle, cycle.ttl(), tokens);
     let released = match (requeue, rest) {
@@ -132,6 +131,12 @@ async fn read_owner(shared: &Shared, link: &Link, leaving: &Contender) -> Result
     Ok(first(&found))
 }
 
+/// Gives back a place in the queue.
+pub(super) async fn withdraw(shared: &Shared, link: &Link, leaving: &Contender) -> Result<(), EtcdError> {
+    let mut end = RevokeAtTheEnd::begin(shared, leaving.cycle);
+    leave(shared, link, leaving, &mut end).await.map(drop)
+}
+
 async fn leave(
     shared: &Shared,
     link: &Link,
@@ -152,12 +157,12 @@ async fn leave(
     let (reply, repeated) = link.request(send).await?;
     shared.observe_revision(reply.header());
     let replies = reply.op_responses();
-    let first_is_ours = first_in(replies.first()).is_some_and(|first| first.is(&leaving.name));
+    let held = end.held(leaving, &replies);
     end.also(replies.get(1));
     let reply = ReleaseReply {
         // An earlier attempt, whose reply was lost, may have deleted the key. Then a missing key is
         // no loss.
-        held: first_is_ours || repeated,
+        held: held || repeated,
         requeued: None,
     };
     Ok((sent_at, reply))
@@ -178,7 +183,7 @@ async fn leave_and_join(
                 Queue::read_first(&leaving.prefix),
                 delete(leaving),
                 put,
-                Queue::read(&next.prefix),
+                Queue::read(&next.prefix, next.mode()),
             ]
         };
         Txn::new()
@@ -188,13 +193,13 @@ async fn leave_and_join(
     })
     .await?;
     let replies = ran.reply.op_responses();
-    let first_is_ours = first_in(replies.first()).is_some_and(|first| first.is(&leaving.name));
+    let held = end.held(leaving, &replies);
     end.also(replies.get(1));
     let queue = Queue::in_reply(&ran.reply)?;
     let requeued = judge(shared, link, next, &queue, ran.lease).await?;
     let sent_at = ran.counted_from(&requeued);
     let reply = ReleaseReply {
-        held: first_is_ours || ran.repeated,
+        held: held || ran.repeated,
         requeued: Some(requeued),
     };
     Ok((sent_at, reply))
@@ -205,13 +210,39 @@ fn delete(leaving: &Contender) -> TxnOp {
     TxnOp::delete(leaving.name.as_str(), Some(options))
 }
 
-impl RevokeAtTheEnd<'_> {
+/// What a delete has removed.
+fn deleted_by(reply: &TxnOpResponse) -> &[KeyValue] {
+    match reply {
+        TxnOpResponse::Delete(deleted) => deleted.prev_kvs(),
+        _ => &[],
+    }
+}
+
+impl<'a> RevokeAtTheEnd<'a> {
+    /// From now on, what the server reports about the cycle no longer matters.
+    fn begin(shared: &'a Shared, cycle: Cycle) -> Self {
+        shared.waits.remove(cycle);
+        Self {
+            shared,
+            owned: shared.cycles.owned(cycle),
+            leases: shared.cycles.close(cycle),
+        }
+    }
+
+    /// Whether the cycle still held the lock: exclusively if its key was the first, in another mode
+    /// if its key is the one with which it held the lock before.
+    fn held(&self, leaving: &Contender, replies: &[TxnOpResponse]) -> bool {
+        if leaving.mode().is_exclusive() {
+            return first_in(replies.first()).is_some_and(|first| first.is(&leaving.name));
+        }
+        let deleted = replies.get(1).map(deleted_by).unwrap_or_default();
+        deleted.iter().any(|kv| self.owned == Some(kv.create_revision()))
+    }
+
     /// Adds the lease of the deleted key if there was no record of it.
     fn also(&mut self, deleted: Option<&TxnOpResponse>) {
-        let Some(TxnOpResponse::Delete(deleted)) = deleted else {
-            return;
-        };
-        deleted.prev_kvs().iter().for_each(|deleted| self.add(deleted.lease()));
+        let deleted = deleted.map(deleted_by).unwrap_or_default();
+        deleted.iter().for_each(|deleted| self.add(deleted.lease()));
     }
 
     fn add(&mut self, id: i64) {

@@ -3,15 +3,18 @@
 //! # Implementation details
 //!
 //! Each etcd lease is kept alive, and one read for many keys shows whether each key is still its
-//! owner's, and under which lease. Both are sent concurrently. A renewal counts if the read
+//! holder's, and under which lease. Both are sent concurrently. A renewal counts if the read
 //! confirms it ([`term`](super::term)). If the two replies disagree, because another leader was
 //! elected between them or the key is moving to another lease, both are sent once more, to another
 //! member.
+//!
+//! An exclusive holder's key must be the first in its queue. In another mode, a cycle that once
+//! held the lock does so until its key is gone.
 
 use std::sync::Arc;
 use std::time::Duration;
 
-use etcd_client::{Txn, TxnOpResponse};
+use etcd_client::{Txn, TxnOp, TxnOpResponse};
 use futures_util::StreamExt;
 
 use super::Shared;
@@ -20,14 +23,17 @@ use super::cycles::EtcdLease;
 use super::error::EtcdError;
 use super::keep_alive::AT_A_TIME;
 use super::map;
-use super::queue::{Queue, first, first_in};
+use super::queue::{Queue, first_in, revision};
 use super::term::{ConfirmedIn, RenewedIn};
 use crate::clock::Moment;
 use crate::protocol::{RenewReply, Renewal};
 use crate::store::{MapState, MapStep, StoreError};
 
-/// How many keys one transaction reads: etcd allows 128 operations.
+/// How many reads one transaction makes: etcd allows 128 operations.
 const READS_PER_TRANSACTION: usize = 100;
+/// How many members of a queue a renewal in another mode than exclusive reads to find one that
+/// waits. Behind more holders than that, only the waiter's notes tell of it.
+const MEMBERS_READ: usize = 100;
 /// A placeholder: a renewal reserves no tokens.
 const NO_TOKENS: u32 = 1;
 /// How many times a renewal is sent within one call until it is confirmed or refused.
@@ -156,8 +162,8 @@ async fn keep_and_read(
     let keeping = futures_util::stream::iter(keeping)
         .buffer_unordered(AT_A_TIME)
         .collect::<Vec<_>>();
-    let reading: Vec<_> = renewing
-        .chunks(READS_PER_TRANSACTION)
+    let reading: Vec<_> = in_parts(renewing)
+        .into_iter()
         .map(|part| tokio::time::timeout(limit, read_owners_divided(shared, part)))
         .collect();
     let reading = futures_util::future::join_all(reading);
@@ -168,7 +174,7 @@ async fn keep_and_read(
         shared.background.give_up_since(started);
     }
     let mut seen = Vec::with_capacity(renewing.len());
-    for (part, read) in renewing.chunks(READS_PER_TRANSACTION).zip(reads) {
+    for (part, read) in in_parts(renewing).into_iter().zip(reads) {
         let of_part = match read {
             Ok(Ok(of_part)) => of_part,
             Ok(Err(error)) => {
@@ -225,6 +231,19 @@ fn verdict(kept: Option<Result<Kept, EtcdError>>, seen: Option<Seen>, failed: &m
 }
 
 impl Renewing {
+    fn is_exclusive(&self) -> bool {
+        self.contender.mode().is_exclusive()
+    }
+
+    /// What shows whether the cycle still holds the lock, and whether another waits for it.
+    fn reads(&self) -> Vec<TxnOp> {
+        let Contender { prefix, name, .. } = &self.contender;
+        match self.is_exclusive() {
+            true => vec![Queue::read_first(prefix)],
+            false => vec![Queue::read_one(name), Queue::read_some(prefix, MEMBERS_READ)],
+        }
+    }
+
     fn reply(&self) -> Option<RenewReply> {
         match self.verdict {
             Verdict::Known(reply) => Some(reply),
@@ -303,30 +322,53 @@ async fn read_owners_divided(shared: &Shared, part: &[&mut Renewing]) -> Result<
 /// wait.
 async fn read_owners(shared: &Shared, part: &[&mut Renewing]) -> Result<Vec<Option<Seen>>, EtcdError> {
     let send = async |mut client: etcd_client::Client| {
-        let reads: Vec<_> = part
-            .iter()
-            .map(|one| Queue::read_first(&one.contender.prefix))
-            .collect();
+        let reads: Vec<_> = part.iter().flat_map(|one| one.reads()).collect();
         client.txn(Txn::new().and_then(reads)).await
     };
     let (reply, _) = shared.background.request(send).await?;
     shared.observe_revision(reply.header());
     let confirmed = ConfirmedIn::of(reply.header());
-    let replies = reply.op_responses();
-    let seen = part.iter().zip(&replies).map(|(one, reply)| {
-        let TxnOpResponse::Get(found) = reply else { return None };
-        let ours =
-            first(found).filter(|first| first.is(&one.contender.name) && one.owned == Some(first.create_revision));
+    let mut replies = reply.op_responses().into_iter();
+    let revision = revision(&reply)?;
+    let seen = part.iter().map(|one| {
+        let mut next = || match replies.next() {
+            Some(TxnOpResponse::Get(found)) => Some(Queue::of(&found, revision)),
+            _ => None,
+        };
+        let first = next()?;
+        // The first member is the exclusive holder, or else the only one that was read.
+        let queue = if one.is_exclusive() { None } else { Some(next()?) };
+        let mut ours = first.members.iter();
+        let ours = ours.find(|first| first.is(&one.contender.name) && one.owned == Some(first.create_revision));
         Some(match ours {
-            Some(first) => Seen::Ours {
-                lease: first.lease,
-                wanted: found.count() > 1,
+            Some(ours) => Seen::Ours {
+                lease: ours.lease,
+                wanted: match &queue {
+                    None => first.count > 1,
+                    Some(queue) => queue.holders() < queue.members.len(),
+                },
                 confirmed,
             },
             None => Seen::NotOurs,
         })
     });
     Ok(seen.collect())
+}
+
+/// Divides the renewals such that one transaction can make the reads of each part.
+fn in_parts<'a, 'b>(mut rest: &'a [&'b mut Renewing]) -> Vec<&'a [&'b mut Renewing]> {
+    let mut parts = Vec::new();
+    while !rest.is_empty() {
+        let mut reads = 0;
+        let fit = rest.iter().take_while(|one| {
+            reads += if one.is_exclusive() { 1 } else { 2 };
+            reads <= READS_PER_TRANSACTION
+        });
+        let (part, others) = rest.split_at(fit.count().max(1));
+        parts.push(part);
+        rest = others;
+    }
+    parts
 }
 
 #[cfg(test)]

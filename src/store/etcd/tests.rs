@@ -2,6 +2,7 @@
 //! cycles without a record.
 
 mod deposed;
+mod modes;
 
 use support::etcd::{Etcd, LEASE_MIN};
 use tokio::sync::mpsc;

@@ -3,8 +3,8 @@
 //! # Implementation details
 //!
 //! A request that finds its cycle behind another in the queue adds it here. The request that makes
-//! it the owner, or releases it, removes it. The store's background work watches the key before the
-//! cycle's (`watch`) and renews the cycle's lease (`keep_alive`); the watchdog renews only what is
+//! it a holder, or releases it, removes it. The store's background work watches what blocks the
+//! cycle (`watch`) and renews the cycle's lease (`keep_alive`); the watchdog renews only what is
 //! held.
 
 use std::collections::{HashMap, HashSet};
@@ -14,6 +14,7 @@ use parking_lot::Mutex;
 use tokio::sync::Notify;
 
 use super::cycles::EtcdLease;
+use super::queue::Blocker;
 use crate::clock::Moment;
 use crate::key::LockKey;
 use crate::protocol::Cycle;
@@ -23,9 +24,9 @@ use crate::protocol::Cycle;
 pub(super) struct Wait {
     pub(super) key: LockKey,
     pub(super) lease: EtcdLease,
-    /// The etcd key directly before the cycle's.
-    pub(super) before: Vec<u8>,
-    /// The last revision at which that key is known to have existed.
+    /// What it waits for.
+    pub(super) blocker: Blocker,
+    /// The last revision at which that is known to have existed.
     pub(super) seen_at: i64,
     /// When to renew its lease.
     keep_at: Moment,
@@ -55,11 +56,11 @@ const KEEP_EVERY: u32 = 4;
 const KEEP_TOGETHER: Duration = Duration::from_millis(100);
 
 impl Wait {
-    pub(super) fn new(key: LockKey, lease: EtcdLease, before: Vec<u8>, seen_at: i64) -> Self {
+    pub(super) fn new(key: LockKey, lease: EtcdLease, blocker: Blocker, seen_at: i64) -> Self {
         Self {
             key,
             lease,
-            before,
+            blocker,
             seen_at,
             // The request that leads here has just renewed it.
             keep_at: Moment::now() + renew_interval(lease),

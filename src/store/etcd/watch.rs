@@ -1,12 +1,17 @@
-//! One watch stream: this manager's inbox and, for every waiting cycle, the key directly before its
-//! own.
+//! One watch stream: this manager's inbox and, for every waiting cycle, what blocks it.
 //!
 //! # Implementation details
 //!
-//! The watch on the key before ours begins right after the revision at which that key was seen, so
-//! no deletion is missed, whenever the watch is created. When the key disappears, by a release, the
-//! end of its lease or by hand, it may be our turn, and the queue asks again; only the reply makes
-//! the cycle the owner. So the end of one key wakes one manager.
+//! An exclusive cycle is blocked by the key directly before its own, any other by the nearest
+//! exclusive one before it. The watch on that key begins right after the revision at which it was
+//! seen, so no deletion is missed, whenever the watch is created. When the key disappears, by a
+//! release, the end of its lease or by hand, it may be our turn, and the queue asks again; only the
+//! reply makes the cycle a holder. So the end of one key wakes one manager, or all that wait to
+//! share the lock.
+//!
+//! If only permits are missing, no single key decides. Then all keys of the lock are watched, and
+//! those that disappear are removed from the list of the members before the cycle. The cycle asks
+//! again when the rest leaves room for it, so it sends nothing for any other release.
 //!
 //! A stream that broke is opened again, to another server. So is one whose connection gave no
 //! answer to other requests. All waiting cycles are then watched again, and ask again, too: their
@@ -20,6 +25,7 @@ use etcd_client::{EventType, WatchFilterType, WatchOptions, WatchRequestSender, 
 use parking_lot::Mutex;
 use tokio::sync::mpsc::UnboundedSender;
 
+use super::queue::Blocker;
 use super::waits::Wait;
 use super::{Shared, error};
 use crate::backoff::Backoff;
@@ -38,9 +44,17 @@ const PAUSE_MAX: Duration = Duration::from_secs(1);
 /// reply.
 #[derive(Debug)]
 struct Watches {
-    by_number: HashMap<i64, (Cycle, LockKey)>,
+    by_number: HashMap<i64, Watched>,
     by_cycle: HashMap<Cycle, i64>,
     last: i64,
+}
+
+/// A cycle for which something is watched.
+#[derive(Debug)]
+struct Watched {
+    cycle: Cycle,
+    key: LockKey,
+    blocker: Blocker,
 }
 
 /// Why a stream ended.
@@ -165,7 +179,13 @@ async fn send_watches(shared: &Shared, mut sender: WatchRequestSender, watches: 
                     .with_start_revision(wait.seen_at.saturating_add(1))
                     .with_watch_id(watches.lock().number(cycle, &wait))
                     .with_filters([WatchFilterType::NoPut]);
-                asked = sender.watch(wait.before, Some(options)).await;
+                asked = match wait.blocker {
+                    Blocker::Key(name) => sender.watch(name, Some(options)).await,
+                    Blocker::Permits(_) => {
+                        let all = Some(options.with_prefix());
+                        sender.watch(shared.names.prefix(&wait.key), all).await
+                    }
+                };
             }
             if let Err(error) = asked {
                 return End::Broken(error.to_string());
@@ -227,25 +247,41 @@ fn notes<'a>(shared: &'a Shared, told: &'a WatchResponse) -> impl Iterator<Item 
     })
 }
 
-/// The watched key is gone, or etcd ended the watch: the cycle asks again.
+/// What blocked the cycle is gone, or etcd ended the watch: the cycle asks again.
 fn ended(told: &WatchResponse, watches: &Mutex<Watches>) -> Option<Push> {
-    let gone = told
+    let mut gone = told
         .events()
         .iter()
-        .any(|event| event.event_type() == EventType::Delete);
-    if !gone && !told.canceled() {
+        .filter(|event| event.event_type() == EventType::Delete)
+        .filter_map(etcd_client::Event::kv)
+        .peekable();
+    if gone.peek().is_none() && !told.canceled() {
         return None;
     }
+    let mut watches = watches.lock();
     // A watch that we cancelled is no longer listed.
-    let (cycle, key) = watches.lock().by_number.get(&told.watch_id())?.clone();
-    Some(Push::YourTurn { key, cycle })
+    let watched = watches.by_number.get_mut(&told.watch_id())?;
+    let is_over = match &mut watched.blocker {
+        Blocker::Key(_) => true,
+        // Each key that is gone is removed, also those after the one that decides.
+        Blocker::Permits(permits) => gone.fold(false, |is_over, kv| permits.without(kv.key()) || is_over),
+    };
+    (is_over || told.canceled()).then(|| Push::YourTurn {
+        key: watched.key.clone(),
+        cycle: watched.cycle,
+    })
 }
 
 impl Watches {
     /// Assigns a number to a new watch.
     fn number(&mut self, cycle: Cycle, wait: &Wait) -> i64 {
         self.last += 1;
-        self.by_number.insert(self.last, (cycle, wait.key.clone()));
+        let watched = Watched {
+            cycle,
+            key: wait.key.clone(),
+            blocker: wait.blocker.clone(),
+        };
+        self.by_number.insert(self.last, watched);
         self.by_cycle.insert(cycle, self.last);
         self.last
     }

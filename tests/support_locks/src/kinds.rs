@@ -60,8 +60,8 @@ macro_rules! tests_on {
     ($how:ident redis_nodes) => { $crate::tests_on! { $how redis sentinel cluster redlock } };
     ($how:ident foreign) => { $crate::tests_on! { $how redis sentinel cluster } };
     ($how:ident free_path) => { $crate::tests_on! { $how redis sentinel } };
-    ($how:ident modes) => { $crate::tests_on! { $how memory redis sentinel cluster } };
-    ($how:ident modes_of_servers) => { $crate::tests_on! { $how redis sentinel cluster } };
+    ($how:ident modes) => { $crate::tests_on! { $how memory redis sentinel cluster etcd } };
+    ($how:ident modes_of_servers) => { $crate::tests_on! { $how redis sentinel cluster etcd } };
     ($how:ident counted) => { $crate::tests_on! { $how redis } };
 
     ($how:ident memory) => { $crate::tests_on! { $how on_memory: Memory } };
