@@ -394,7 +394,7 @@ impl StoreError {
 pub struct KeyState {
     /// The exclusive holder, if there is one.
     pub holder: Option<Holder>,
-    /// The shared holders and those of permits, those that would expire first in front; at most 100.
+    /// The shared holders and those of permits, at most 100, by the time at which they expire.
     /// Etcd reports the 100 that came first.
     pub holders: Vec<Holder>,
     /// The number of shared holders and holders of permits.

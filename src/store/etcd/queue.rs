@@ -45,7 +45,7 @@ pub(super) struct Member {
 pub(super) enum Blocker {
     /// The member waits at least until this key is gone.
     Key(Vec<u8>),
-    /// No exclusive member is before it: it waits until enough of these permits are given back. In
+    /// No exclusive member is before it: it waits until enough of these permits are returned. In
     /// the order of the queue.
     Permits(Permits),
 }

@@ -1,4 +1,4 @@
-//! Shared locks and permits: who is admitted, who is told, and what a try leaves behind.
+//! Shared locks and permits: who is admitted, who is notified, and what a try leaves behind.
 
 use super::*;
 use crate::clock::Moment;
@@ -125,7 +125,7 @@ async fn who_waits_for_permits_is_told_when_there_are_enough() {
     assert!(bench.give_back(&ours, held[0]).await);
     assert!(bench.give_back(&ours, held[1]).await);
     assert_eq!(pushes.recv().await, Some(bench.turn(many)));
-    // The one behind it is told only after the third is back: the second release was no news to it.
+    // The one behind it waits for the third release: the second was no news to it.
     assert!(bench.give_back(&ours, held[2]).await);
     assert_eq!(pushes.recv().await, Some(bench.turn(few)));
     tokens(bench.ask(&theirs, few).await);
