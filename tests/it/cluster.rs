@@ -197,7 +197,8 @@ async fn shared_leases_and_permits_survive_while_the_slot_moves() {
     let reader = one.lock(&*key).shared().timeout(PATIENT).await.expect("lock");
     let permit = other.permits(&*key, 2).timeout(PATIENT).await.expect("lock");
 
-    // The migration takes longer than a lease lasts. The leases are renewed meanwhile, on both sides.
+    // The migration takes longer than a lease lasts. The leases are renewed meanwhile, on both
+    // sides.
     let none_is_lost = async || {
         let lost = async {
             tokio::select! {

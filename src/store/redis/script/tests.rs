@@ -361,8 +361,8 @@ fn in_mode(manager: u64, mode: &str) -> String {
     format!("{}{mode}", owner_tag(manager, 3))
 }
 
-/// If it ended before, an exclusive request could take the lease beside a holder. If it ended later,
-/// nobody could take a key that nobody holds.
+/// If it ended before, an exclusive request could take the lease beside a holder. If it ended
+/// later, nobody could take a key that nobody holds.
 #[test]
 fn marker_ends_with_the_lease_of_the_last_holder() {
     let bench = Bench::new();
@@ -419,8 +419,8 @@ fn holder_whose_lease_has_ended_counts_no_more() {
     assert_eq!((bench.owner(), bench.holders()), (Some(exclusive), vec![]));
 }
 
-/// An administrator deletes the lease, or another library overwrites it. The members of the set must
-/// not become holders again with the next marker.
+/// An administrator deletes the lease, or another library overwrites it. The members of the set
+/// must not become holders again with the next marker.
 #[test]
 fn holders_whose_marker_is_gone_have_lost_the_key() {
     let bench = Bench::new();
@@ -464,8 +464,8 @@ fn renewal_of_a_holder_alone_extends_it_and_never_shortens_it() {
     assert_eq!(bench.renew_holder_alone(&me, 300_000), [0]);
 }
 
-/// The scripts of exclusive cycles leave what they can't do to the others. A token or a place in the
-/// queue that they left behind would be one too many.
+/// The scripts of exclusive cycles leave what they can't do to the others. A token or a place in
+/// the queue that they left behind would be one too many.
 #[test]
 fn scripts_of_exclusive_cycles_leave_other_modes_as_they_were() {
     let bench = Bench::new();

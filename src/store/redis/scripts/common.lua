@@ -1,5 +1,5 @@
--- Shared by acquire.lua and release.lua, which follow in the same script and serve exclusive cycles.
--- Before it come extend.lua and queue.lua.
+-- Shared by acquire.lua and release.lua, which follow in the same script and serve exclusive
+-- cycles. Before it come extend.lua and queue.lua.
 
 -- The same for a queue member whose mode is exclusive; nil for any other. Only managers write to
 -- the queue.
@@ -13,11 +13,11 @@ end
 -- any other for the TTL of its cycle. `waiting` is the length of the queue, if known. Returns the
 -- new owner, its largest token, the number of remaining waiters and the TTL of its lease; nil if no
 -- waiter is left, after it has deleted the lease; false if the head is a cycle with another mode,
--- which modes.lua must serve. It will repeat the join of `me`, which is therefore undone: `mark` and
--- `new` are its results, and nobody has seen the mark. Does not access the queue once it is empty:
--- while a cluster slot is being moved, a missing key can't be accessed. Only a cycle with another
--- mode that is alone in the queue is then lost from it, until it asks again. To look before it is
--- removed would cost each hand-off another call.
+-- which modes.lua must serve. It will repeat the join of `me`, which is therefore undone: `mark`
+-- and `new` are its results, and nobody has seen the mark. Does not access the queue once it is
+-- empty: while a cluster slot is being moved, a missing key can't be accessed. Only a cycle with
+-- another mode that is alone in the queue is then lost from it, until it asks again. To look before
+-- it is removed would cost each hand-off another call.
 local function pass_on(me, my_ttl, n, floor, channel, key, waiting, mark, new)
   waiting = waiting or redis.call('ZCARD', KEYS[2])
   while waiting > 0 do

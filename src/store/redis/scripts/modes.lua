@@ -6,8 +6,8 @@
 -- signatures, scored by the end of the lease of each, in ms of this server's clock).
 --
 -- While there are holders, the lease is MARKER and expires with the last of them: so the SET NX of
--- an exclusive request fails, and a crash leaves nothing for ever. If the lease is anything else, it
--- was deleted or overwritten, and the members of the set are no longer holders.
+-- an exclusive request fails, and a crash leaves nothing for ever. If the lease is anything else,
+-- it was deleted or overwritten, and the members of the set are no longer holders.
 
 -- Set by the script that follows: the number of tokens for each new owner, the floor, the prefix of
 -- the inboxes, and the key.
@@ -126,8 +126,8 @@ end
 
 -- Makes the heads of the queue holders, for as long as each is admissible beside those before it.
 -- Nobody passes a cycle that must wait. As in pass_on(): a cycle whose inbox is not reachable is
--- skipped or has a short lease, and `me` has `my_ttl` and learns of its lease from the reply. Returns
--- the largest token of `me`, and the last token that was reserved.
+-- skipped or has a short lease, and `me` has `my_ttl` and learns of its lease from the reply.
+-- Returns the largest token of `me`, and the last token that was reserved.
 local function advance(me, my_ttl)
   local mine, last
   while waiting > 0 do
