@@ -1,6 +1,6 @@
 //! The tests of the library, in one process, so that they are linked once and share their servers.
 //! Tests that change the state of their process or load the machine are not here: `alerts` and
-//! `telemetry` install a recorder of metrics or a subscriber, `chaos` uses all cores.
+//! `telemetry` install a recorder of metrics or a subscriber, `chaos` and `load` use all cores.
 
 // A failing environment ends the test.
 #![allow(clippy::expect_used, clippy::panic, clippy::unwrap_used)]
@@ -57,7 +57,6 @@ fn worker_entry() {
         "counter" => basics::count(&me),
         "candidate" => lead::campaign(&me),
         "holder" => modes::hold(&me),
-        "permits" => modes::use_permits(&me),
         "min_holder" => min_hold::hold(&me),
         "echo" => servers::echo(&me),
         #[cfg(feature = "admin")]
@@ -66,7 +65,6 @@ fn worker_entry() {
         #[cfg(target_os = "linux")]
         "server" => servers::serve(&me),
         "user_of_many_keys" => closing::use_many_keys(&me),
-        "user_of_overlapping_keys" => lock_all::contend(&me),
         "writer" => tokens::write_late(&me),
         name => panic!("no worker is called {name}"),
     }
