@@ -127,6 +127,9 @@ impl Stats {
     }
 }
 
+/// How many times a newcomer asks, more than there may be cycles of dead managers in a queue.
+const NEWCOMERS_ROUNDS: Nanos = 20;
+
 const LEASE_LEFT: &str = "a lease of a cycle that is over is left";
 const STORE_NOT_EMPTY: &str = "the store is not empty";
 
@@ -295,18 +298,16 @@ impl World {
         self.core.set_subscribed(newcomer.as_str(), true);
         let me = newcomer.owner_tag(Cycle::of(2)).to_string();
         for k in 0..self.distinct() {
-            let terms = self.newcomers_terms();
-            let reply = self.core.acquire(&self.keys[k], &me, false, terms);
-            if !matches!(reply, AcquireReply::Granted { .. }) {
-                // A cycle that is over but was still in the queue got the grant; its manager
-                // releases it.
-                self.deliver(k);
-                self.end(limit * 2)?;
-                let owners = self.core.owners(&self.keys[k], Moment::from_nanos(self.now));
-                if owners.is_empty() {
-                    let terms = self.newcomers_terms();
-                    self.core.acquire(&self.keys[k], &me, false, terms);
+            for round in 2..NEWCOMERS_ROUNDS {
+                let terms = self.newcomers_terms();
+                let reply = self.core.acquire(&self.keys[k], &me, false, terms);
+                if matches!(reply, AcquireReply::Granted { .. }) {
+                    break;
                 }
+                // A cycle that is over but was still in the queue got the grant. Its manager
+                // releases it, or has died. A manager may have left one for each mode.
+                self.deliver(k);
+                self.end(limit * round)?;
             }
             let terms = self.newcomers_terms();
             if !self.core.release(&self.keys[k], &me, None, terms).held {
