@@ -156,10 +156,6 @@ impl Ledger {
 
 impl World {
     /// A task gets its guard.
-    #[expect(
-        clippy::too_many_arguments,
-        reason = "the parts of one fact, which are together nowhere else"
-    )]
     pub(super) fn guard_begins(
         &mut self,
         m: usize,

@@ -264,7 +264,13 @@ fn ended(told: &WatchResponse, watches: &Mutex<Watches>) -> Option<Push> {
     let is_over = match &mut watched.blocker {
         Blocker::Key(_) => true,
         // Each key that is gone is removed, also those after the one that decides.
-        Blocker::Permits(permits) => gone.fold(false, |is_over, kv| permits.without(kv.key()) || is_over),
+        Blocker::Permits(permits) => {
+            let mut is_over = false;
+            for kv in gone {
+                is_over |= permits.without(kv.key());
+            }
+            is_over
+        }
     };
     (is_over || told.canceled()).then(|| Push::YourTurn {
         key: watched.key.clone(),
