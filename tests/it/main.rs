@@ -19,7 +19,6 @@ mod connections;
 mod documents;
 #[cfg(feature = "etcd")]
 mod etcd;
-mod fairness;
 mod lead;
 mod leases;
 mod limits;
@@ -53,7 +52,6 @@ fn worker_entry() {
         "asker" => connections::ask_for_ever_new_keys(&me),
         #[cfg(target_os = "linux")]
         "clock" => clocks::tell_time(&me),
-        "contender" => fairness::contend(&me),
         "counter" => basics::count(&me),
         "candidate" => lead::campaign(&me),
         "holder" => modes::hold(&me),

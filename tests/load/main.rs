@@ -3,6 +3,7 @@
 // A failing environment ends the test.
 #![allow(clippy::expect_used, clippy::panic, clippy::unwrap_used)]
 
+mod fairness;
 mod overlapping;
 mod renewals;
 mod semaphore;
@@ -17,6 +18,7 @@ static ALONE: tokio::sync::Mutex<()> = tokio::sync::Mutex::const_new(());
 fn worker_entry() {
     let Some(me) = worker::current() else { return };
     match me.name() {
+        "contender" => fairness::contend(&me),
         "permits" => semaphore::use_permits(&me),
         "user_of_overlapping_keys" => overlapping::contend(&me),
         name => panic!("no worker is called {name}"),

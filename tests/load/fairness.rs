@@ -11,6 +11,8 @@ use support::worker::{self, Worker};
 use support_locks::{TestStore, builder_of, lock, on_each_store, poll_once, soon, until, until_queued};
 use tokio::task::JoinSet;
 
+use super::ALONE;
+
 /// Locks repeatedly in `SHARDLOCK_TEST_TASKS` tasks until the test sends `stop`. Reports the number
 /// of acquisitions on each request.
 #[tokio::main]
@@ -94,6 +96,7 @@ on_each_store! {
     on(servers);
 
     async fn the_least_lucky_of_many_processes_gets_nearly_what_the_luckiest_gets(store: &TestStore) {
+        let _alone = ALONE.lock().await;
         let shares = shares(store, &[1; 12]).await;
         let (least, most) = (shares.iter().min().expect("some"), shares.iter().max().expect("some"));
         // On an idle machine they differ by one or two. A process without processor time misses
@@ -102,6 +105,7 @@ on_each_store! {
     }
 
     async fn a_process_with_one_task_is_not_starved_by_one_with_many(store: &TestStore) {
+        let _alone = ALONE.lock().await;
         let shares = shares(store, &[1, 100]).await;
         // The single task gets a turn after each 10 ms slice of the other process.
         assert!(shares[0] >= 20, "{shares:?}");
@@ -160,18 +164,21 @@ fn runs(turns: &[usize]) -> Vec<usize> {
 
 on_each_store! {
     async fn with_bursts_of_one_managers_alternate_strictly(store: &TestStore) {
+        let _alone = ALONE.lock().await;
         let turns = turns(store, 3, Duration::ZERO, |builder| builder.max_burst(1)).await;
         let expected: Vec<_> = (0..TASKS).flat_map(|_| 0..3).collect();
         assert_eq!(turns, expected);
     }
 
     async fn a_burst_is_as_long_as_it_may_be_and_no_longer(store: &TestStore) {
+        let _alone = ALONE.lock().await;
         let settings = |builder: Builder| builder.max_burst(4).max_slice(Duration::from_secs(10));
         let turns = turns(store, 2, Duration::ZERO, settings).await;
         assert_eq!(runs(&turns), [4; 2 * TASKS / 4]);
     }
 
     async fn a_slice_ends_a_burst(store: &TestStore) {
+        let _alone = ALONE.lock().await;
         let settings = |builder: Builder| builder.max_burst(1_000_000).max_slice(Duration::from_millis(20));
         let turns = turns(store, 2, Duration::from_millis(5), settings).await;
         // Each hold takes at least 5 ms, so a slice of 20 ms fits at most four; fewer on a loaded
