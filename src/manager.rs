@@ -262,8 +262,9 @@ impl LockManager {
     ///
     /// # Errors
     ///
-    /// Those of a [`LockRequest`], and [`LockError::Unsupported`] on kinds of shards that have no
-    /// permits.
+    /// Those of a [`LockRequest`], and
+    /// [`LockErrorKind::Unsupported`](crate::error::LockErrorKind::Unsupported) on kinds of shards
+    /// that have no permits.
     #[track_caller]
     pub fn permits(&self, key: impl TryInto<LockKey, Error: Into<InvalidSetting>>, limit: u16) -> LockRequest {
         self.lock(key).in_mode(LockMode::Permits { weight: 1, limit })
