@@ -131,7 +131,7 @@ async fn read_owner(shared: &Shared, link: &Link, leaving: &Contender) -> Result
     Ok(first(&found))
 }
 
-/// Gives back a place in the queue.
+/// Leaves the queue.
 pub(super) async fn withdraw(shared: &Shared, link: &Link, leaving: &Contender) -> Result<(), EtcdError> {
     let mut end = RevokeAtTheEnd::begin(shared, leaving.cycle);
     leave(shared, link, leaving, &mut end).await.map(drop)

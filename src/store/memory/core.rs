@@ -237,7 +237,7 @@ impl MemoryCore {
         reply
     }
 
-    /// Takes the lease if nobody who waits can be served instead.
+    /// Serves the waiters that can be served now. Takes the lease if none is left and it is free.
     fn try_after_others(&mut self, key: &LockKey, me: &str, terms: Terms) -> AcquireReply {
         self.advance(key, None, terms);
         let lock = self.lock(key, terms.now);
