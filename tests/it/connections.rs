@@ -130,9 +130,19 @@ on_each_store! {
         assert!(grown_kib < 700 * 1024, "{grown_kib} KiB");
         servers.go_on();
         asker.send("they go on");
+        // A manager that has left nothing behind needs some time as well, on a busy machine more.
+        let begun = Instant::now();
+        until("a new manager has a lock", async || {
+            let Ok(locks) = store.builder().connect().await else {
+                return false;
+            };
+            locks.lock("new").await.is_ok()
+        })
+        .await;
+        let new = begun.elapsed();
         let millis: u64 = asker.line().parse().expect("a number");
-        println!("next lock acquired after {millis} ms");
-        assert!(millis < 10_000, "{millis} ms");
+        println!("next lock acquired after {millis} ms, by a new manager after {new:?}");
+        assert!(u128::from(millis) < 10_000.max(3 * new.as_millis()), "{millis} ms, a new manager {new:?}");
     }
 }
 
