@@ -12,7 +12,7 @@ use crate::key::{LockKey, Slot};
 
 /// How to acquire a lease.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub(crate) enum AcquireMode {
+pub(crate) enum AcquireKind {
     /// The fast path, with two plain commands: no other manager seems to want the key.
     Fast,
     /// By script: acquire the lease, or join the queue.
@@ -30,7 +30,7 @@ pub(crate) enum AcquireMode {
 pub(crate) struct Acquire {
     pub(crate) key: LockKey,
     pub(crate) cycle: Cycle,
-    pub(crate) mode: AcquireMode,
+    pub(crate) kind: AcquireKind,
     pub(crate) ttl: Duration,
     /// How many tokens to reserve.
     pub(crate) tokens: u32,

@@ -7,7 +7,7 @@ use std::time::Duration;
 use super::{Entry, Shard, Usage};
 use crate::clock::Moment;
 use crate::engine::Request;
-use crate::protocol::{Acquire, AcquireMode, Cycle, Release};
+use crate::protocol::{Acquire, AcquireKind, Cycle, Release};
 use crate::store::{Priority, StoreError, StoreFuture};
 use crate::telemetry::RequestKind;
 use crate::time_limit::{Elapsed, within};
@@ -41,21 +41,21 @@ impl Entry {
         match request {
             Request::Acquire {
                 cycle,
-                mode,
+                kind,
                 ttl,
                 tokens,
             } => {
                 let acquire = Acquire {
                     key: self.key.clone(),
                     cycle,
-                    mode,
+                    kind,
                     ttl,
                     tokens,
                 };
-                let kind = match mode {
-                    AcquireMode::Fast => RequestKind::AcquireFreely,
-                    AcquireMode::Enqueue | AcquireMode::Extend => RequestKind::Acquire,
-                    AcquireMode::Try => RequestKind::Try,
+                let kind = match kind {
+                    AcquireKind::Fast => RequestKind::AcquireFreely,
+                    AcquireKind::Enqueue | AcquireKind::Extend => RequestKind::Acquire,
+                    AcquireKind::Try => RequestKind::Try,
                 };
                 let sent = self.send(cycle, kind, Some(cycle), self.shard.acquire(acquire)).await;
                 let Some((answer, started, now)) = sent else {

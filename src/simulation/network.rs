@@ -12,7 +12,7 @@ use crate::engine::orphans::Released;
 use crate::engine::renewals::time_limit;
 use crate::engine::{Flaw, Outage, Request, Rules};
 use crate::error::{Failure, LockError};
-use crate::protocol::{AcquireMode, AcquireReply, Answer, Cycle, Push, ReleaseReply, RenewReply};
+use crate::protocol::{AcquireKind, AcquireReply, Answer, Cycle, Push, ReleaseReply, RenewReply};
 use crate::store::Priority;
 use crate::store::memory::Terms;
 
@@ -243,8 +243,8 @@ impl World {
     /// ignores the queue: it may take the key after the owner has died, before a waiter asks.
     fn check_passing(&mut self, command: &Command, reply: &Reply, before: &[String]) {
         let sender = match (&command.order, reply) {
-            (Order::Queue(Request::Acquire { cycle, mode, .. }), Reply::Acquired(reply)) => {
-                Some((*cycle, *reply)).filter(|_| *mode != AcquireMode::Fast)
+            (Order::Queue(Request::Acquire { cycle, kind, .. }), Reply::Acquired(reply)) => {
+                Some((*cycle, *reply)).filter(|_| *kind != AcquireKind::Fast)
             }
             (Order::Queue(Request::Release { requeue, .. }), Reply::Released(reply)) => requeue.zip(reply.requeued),
             _ => None,
@@ -287,16 +287,16 @@ impl World {
         match &command.order {
             &Order::Queue(Request::Acquire {
                 cycle,
-                mode,
+                kind,
                 ttl,
                 tokens,
             }) => {
                 let (me, terms) = (manager.id.owner_tag(cycle).to_string(), terms(ttl, tokens));
-                let reply = match mode {
-                    AcquireMode::Fast => self.core.acquire_fast(key, &me, terms),
-                    AcquireMode::Enqueue => self.core.acquire(key, &me, false, terms),
-                    AcquireMode::Try => self.core.acquire(key, &me, true, terms),
-                    AcquireMode::Extend => self.core.acquire_extension(key, &me, terms),
+                let reply = match kind {
+                    AcquireKind::Fast => self.core.acquire_fast(key, &me, terms),
+                    AcquireKind::Enqueue => self.core.acquire(key, &me, false, terms),
+                    AcquireKind::Try => self.core.acquire(key, &me, true, terms),
+                    AcquireKind::Extend => self.core.acquire_extension(key, &me, terms),
                 };
                 self.issue(command.m, command.k, cycle, &reply);
                 Reply::Acquired(reply)
@@ -544,10 +544,10 @@ impl World {
             }
             return;
         }
-        if let Order::Queue(Request::Acquire { mode, .. }) = &mut in_flight.order
-            && *mode == AcquireMode::Fast
+        if let Order::Queue(Request::Acquire { kind, .. }) = &mut in_flight.order
+            && *kind == AcquireKind::Fast
         {
-            *mode = AcquireMode::Enqueue;
+            *kind = AcquireKind::Enqueue;
         }
         self.transmit(request);
     }

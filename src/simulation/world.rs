@@ -25,7 +25,7 @@ use crate::engine::{Contender, Context, Effects, Rare, Request, Unlimited};
 use crate::identity::ManagerId;
 use crate::key::LockKey;
 use crate::mode::LockMode;
-use crate::protocol::{AcquireMode, Cycles, Push};
+use crate::protocol::{AcquireKind, Cycles, Push};
 use crate::store::Priority;
 use crate::store::memory::MemoryCore;
 
@@ -396,7 +396,7 @@ impl World {
         }
         if is_exclusive
             && let Some(Request::Acquire {
-                mode: AcquireMode::Enqueue,
+                kind: AcquireKind::Enqueue,
                 ..
             }) = request
         {

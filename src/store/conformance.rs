@@ -19,7 +19,7 @@ use crate::identity::ManagerId;
 use crate::key::LockKey;
 use crate::mode::LockMode;
 use crate::protocol::{
-    Acquire, AcquireMode, AcquireReply, Cycle, Push, QueuePosition, Release, ReleaseReply, RenewReply, Renewal,
+    Acquire, AcquireKind, AcquireReply, Cycle, Push, QueuePosition, Release, ReleaseReply, RenewReply, Renewal,
 };
 use crate::store::memory::{MemoryCore, Terms};
 use crate::store::redis::Compared;
@@ -41,7 +41,7 @@ const UNNOTIFIED_LEASE: Duration = Duration::from_secs(200);
 enum Command {
     Acquire {
         lock: Lock,
-        mode: AcquireMode,
+        kind: AcquireKind,
         terms: Given,
     },
     Release {
@@ -129,21 +129,21 @@ fn lock() -> impl Strategy<Value = Lock> {
 }
 
 fn command() -> impl Strategy<Value = Command> {
-    let mode = prop_oneof![
-        2 => Just(AcquireMode::Fast),
-        6 => Just(AcquireMode::Enqueue),
-        2 => Just(AcquireMode::Try),
-        2 => Just(AcquireMode::Extend),
+    let kind = prop_oneof![
+        2 => Just(AcquireKind::Fast),
+        6 => Just(AcquireKind::Enqueue),
+        2 => Just(AcquireKind::Try),
+        2 => Just(AcquireKind::Extend),
     ];
     let owner = prop::sample::select(vec!["another-library", "h-1-zz:3", "550e8400-e29b-41d4"]);
     let lease = (0..KEYS.len(), 1..=CYCLES, ttl());
     prop_oneof![
-        12 => (lock(), mode, given()).prop_map(|(lock, mode, terms)| Command::Acquire {
+        12 => (lock(), kind, given()).prop_map(|(lock, kind, terms)| Command::Acquire {
             lock,
             // Only an exclusive cycle has a fast path.
-            mode: match mode {
-                AcquireMode::Fast if !numbered(lock.cycle).mode().is_exclusive() => AcquireMode::Enqueue,
-                mode => mode,
+            kind: match kind {
+                AcquireKind::Fast if !numbered(lock.cycle).mode().is_exclusive() => AcquireKind::Enqueue,
+                kind => kind,
             },
             terms,
         }),
@@ -284,15 +284,15 @@ impl Pair {
         match command {
             Command::Acquire {
                 lock,
-                mode,
+                kind,
                 terms: given,
             } => {
                 let (key, me) = (&self.keys[lock.key], owner_tag(lock.manager, lock.cycle));
-                Reply::Acquired(match mode {
-                    AcquireMode::Fast => self.core.acquire_fast(key, &me, terms(*given)),
-                    AcquireMode::Enqueue => self.core.acquire(key, &me, false, terms(*given)),
-                    AcquireMode::Try => self.core.acquire(key, &me, true, terms(*given)),
-                    AcquireMode::Extend => self.core.acquire_extension(key, &me, terms(*given)),
+                Reply::Acquired(match kind {
+                    AcquireKind::Fast => self.core.acquire_fast(key, &me, terms(*given)),
+                    AcquireKind::Enqueue => self.core.acquire(key, &me, false, terms(*given)),
+                    AcquireKind::Try => self.core.acquire(key, &me, true, terms(*given)),
+                    AcquireKind::Extend => self.core.acquire_extension(key, &me, terms(*given)),
                 })
             }
             Command::Release {
@@ -347,14 +347,14 @@ impl Pair {
     /// Executes the command on the server.
     async fn serve(&mut self, command: &Command) -> Reply {
         match *command {
-            Command::Acquire { lock, mode, terms } => {
+            Command::Acquire { lock, kind, terms } => {
                 let store = &self.stores[lock.manager];
                 let key = self.keys[lock.key].clone();
                 store.set_floor(&key, terms.floor);
                 let request = Acquire {
                     key,
                     cycle: numbered(lock.cycle),
-                    mode,
+                    kind,
                     ttl: terms.ttl,
                     tokens: terms.tokens,
                 };
@@ -541,12 +541,12 @@ fn as_in_a_cluster(command: Command) -> Command {
         ..terms
     };
     match command {
-        Command::Acquire { lock, mode, terms } => Command::Acquire {
+        Command::Acquire { lock, kind, terms } => Command::Acquire {
             lock,
-            mode: if mode == AcquireMode::Fast {
-                AcquireMode::Try
+            kind: if kind == AcquireKind::Fast {
+                AcquireKind::Try
             } else {
-                mode
+                kind
             },
             terms: after_now(terms),
         },

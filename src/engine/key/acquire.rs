@@ -10,7 +10,7 @@ use super::types::{Context, Outcome, Path};
 use super::{BLOCK_MAX, BLOCK_MIN, Queue};
 use crate::clock::Moment;
 use crate::mode::LockMode;
-use crate::protocol::{AcquireMode, AcquireReply, Answer, Cycle, Grant, QueuePosition};
+use crate::protocol::{AcquireKind, AcquireReply, Answer, Cycle, Grant, QueuePosition};
 
 /// How many replies may arrive after the lease has expired before the waiters fail.
 const TOO_LATE_MAX: u32 = 3;
@@ -33,22 +33,22 @@ impl<W> Queue<W> {
         let Some(first) = self.waiters.first().and_then(|id| self.waiters.get(id)) else {
             return;
         };
-        let mode = match (first.want.try_only, self.remote_waiters_seen) {
-            (true, _) => AcquireMode::Try,
-            (false, true) => AcquireMode::Enqueue,
+        let kind = match (first.want.try_only, self.remote_waiters_seen) {
+            (true, _) => AcquireKind::Try,
+            (false, true) => AcquireKind::Enqueue,
             // The fast path is for exclusive locks.
-            (false, false) if self.mode != LockMode::Exclusive => AcquireMode::Enqueue,
-            (false, false) => AcquireMode::Fast,
+            (false, false) if self.mode != LockMode::Exclusive => AcquireKind::Enqueue,
+            (false, false) => AcquireKind::Fast,
         };
         // A try cannot be queued, so as an owner it needs notifications of remote waiters.
-        let expects_rivals = mode == AcquireMode::Enqueue && self.remote_waiters_seen;
-        self.start_acquire_as(mode, expects_rivals, cx, effects);
+        let expects_rivals = kind == AcquireKind::Enqueue && self.remote_waiters_seen;
+        self.start_acquire_as(kind, expects_rivals, cx, effects);
     }
 
     /// Starts a cycle.
     pub(super) fn start_acquire_as(
         &mut self,
-        mode: AcquireMode,
+        kind: AcquireKind,
         expects_rivals: bool,
         cx: Context<'_>,
         effects: &mut Effects<W>,
@@ -56,8 +56,8 @@ impl<W> Queue<W> {
         self.take_ttl_of_first();
         let cycle = cx.open_cycle(self.mode, expects_rivals, self.ttl);
         self.asked_in = cx.epoch;
-        self.phase = Phase::Acquiring(Acquiring::new(cycle, mode, None));
-        let request = self.acquire_request(cycle, mode);
+        self.phase = Phase::Acquiring(Acquiring::new(cycle, kind, None));
+        let request = self.acquire_request(cycle, kind);
         effects.request(request);
     }
 
@@ -65,10 +65,10 @@ impl<W> Queue<W> {
     /// store's queue.
     pub(super) fn retry_acquire(&mut self, effects: &mut Effects<W>) {
         let first = self.waiters.first().and_then(|id| self.waiters.get(id));
-        let mode = if first.is_some_and(|first| first.want.try_only) {
-            AcquireMode::Try
+        let kind = if first.is_some_and(|first| first.want.try_only) {
+            AcquireKind::Try
         } else {
-            AcquireMode::Enqueue
+            AcquireKind::Enqueue
         };
         let (cycle, was_queued, too_late) = match &self.phase {
             Phase::Queued(queued) => (queued.cycle, true, 0),
@@ -76,10 +76,10 @@ impl<W> Queue<W> {
             Phase::Retrying { cycle, was_queued } => (*cycle, *was_queued, 0),
             _ => return,
         };
-        let mut acquiring = Acquiring::new(cycle, mode, None);
+        let mut acquiring = Acquiring::new(cycle, kind, None);
         (acquiring.was_queued, acquiring.too_late) = (was_queued, too_late);
         self.phase = Phase::Acquiring(acquiring);
-        let request = self.acquire_request(cycle, mode);
+        let request = self.acquire_request(cycle, kind);
         effects.request(request);
     }
 
@@ -90,7 +90,7 @@ impl<W> Queue<W> {
         }
     }
 
-    pub(super) fn acquire_request(&mut self, cycle: Cycle, mode: AcquireMode) -> Request {
+    pub(super) fn acquire_request(&mut self, cycle: Cycle, kind: AcquireKind) -> Request {
         self.take_ttl_of_first();
         let lingers = self
             .waiters
@@ -106,7 +106,7 @@ impl<W> Queue<W> {
         };
         Request::Acquire {
             cycle,
-            mode,
+            kind,
             ttl: self.ttl,
             tokens: tokens as u32,
         }
@@ -117,13 +117,13 @@ impl<W> Queue<W> {
         let Phase::Acquiring(acquiring) = &mut self.phase else {
             return;
         };
-        let (cycle, mode, was_queued) = (
+        let (cycle, kind, was_queued) = (
             acquiring.cycle,
-            acquiring.mode,
+            acquiring.kind,
             acquiring.was_queued || acquiring.early.is_some(),
         );
         match answer.reply {
-            AcquireReply::Granted { tokens, .. } if tokens.first() <= answer.floor && mode == AcquireMode::Fast => {
+            AcquireReply::Granted { tokens, .. } if tokens.first() <= answer.floor && kind == AcquireKind::Fast => {
                 // The counter was lost. The script raises it.
                 self.retry_acquire(effects);
             }

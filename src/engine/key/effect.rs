@@ -5,7 +5,7 @@ use std::time::Duration;
 
 use crate::error::LossReason;
 use crate::lease::Lease;
-use crate::protocol::{AcquireMode, Cycle};
+use crate::protocol::{AcquireKind, Cycle};
 
 /// The result of an event. The queue has already updated its own state; the shard has to carry out
 /// the rest.
@@ -74,7 +74,7 @@ pub(crate) enum Request {
     /// Acquire the lease, or extend it and reserve more tokens.
     Acquire {
         cycle: Cycle,
-        mode: AcquireMode,
+        kind: AcquireKind,
         ttl: Duration,
         tokens: u32,
     },

@@ -13,7 +13,7 @@ use crate::error::LossReason;
 use crate::fence::{FencingToken, TokenBlock};
 use crate::lease::Lease;
 use crate::mode::LockMode;
-use crate::protocol::{AcquireMode, AcquireReply, Answer, Cycle};
+use crate::protocol::{AcquireKind, AcquireReply, Answer, Cycle};
 
 impl<W> Queue<W> {
     /// The lease is ours. Validity counts from `sent_at`.
@@ -297,7 +297,7 @@ impl<W> Queue<W> {
         let tokens = waiting.max(16 * held.used_in_a_round_trip).clamp(least, BLOCK_MAX) as u32;
         effects.request(Request::Acquire {
             cycle: held.lease.cycle,
-            mode: AcquireMode::Extend,
+            kind: AcquireKind::Extend,
             ttl: self.ttl,
             tokens,
         });
@@ -328,7 +328,7 @@ impl<W> Queue<W> {
         self.take_ttl_of_first();
         let next = cx.open_cycle(self.mode, self.remote_waiters_seen, self.ttl);
         self.asked_in = cx.epoch;
-        self.phase = Phase::Acquiring(Acquiring::new(next, AcquireMode::Enqueue, Some(cycle)));
+        self.phase = Phase::Acquiring(Acquiring::new(next, AcquireKind::Enqueue, Some(cycle)));
         effects.request(Request::Release {
             cycle,
             requeue: Some(next),

@@ -12,7 +12,7 @@ use super::waiters::WaiterId;
 use crate::clock::Moment;
 use crate::fence::{FencingToken, TokenBlock};
 use crate::lease::Lease;
-use crate::protocol::{AcquireMode, Cycle, Grant};
+use crate::protocol::{AcquireKind, Cycle, Grant};
 
 #[derive(Debug)]
 pub(super) enum Phase {
@@ -41,7 +41,7 @@ pub(super) enum Phase {
 #[derive(Debug)]
 pub(super) struct Acquiring {
     pub(super) cycle: Cycle,
-    pub(super) mode: AcquireMode,
+    pub(super) kind: AcquireKind,
     /// The cycle that the same request releases.
     pub(super) releases: Option<Cycle>,
     /// A grant that overtook the reply.
@@ -125,10 +125,10 @@ pub(super) struct Holder {
 }
 
 impl Acquiring {
-    pub(super) const fn new(cycle: Cycle, mode: AcquireMode, releases: Option<Cycle>) -> Self {
+    pub(super) const fn new(cycle: Cycle, kind: AcquireKind, releases: Option<Cycle>) -> Self {
         Self {
             cycle,
-            mode,
+            kind,
             releases,
             early: None,
             wanted: false,

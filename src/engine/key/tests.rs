@@ -21,7 +21,7 @@ use crate::clock::Moment;
 use crate::engine::min_holds::MinHolds;
 use crate::error::{Failure, LockError};
 use crate::fence::TokenBlock;
-use crate::protocol::{AcquireMode, AcquireReply, Answer, Cycles, Grant, QueuePosition, ReleaseReply, RenewReply};
+use crate::protocol::{AcquireKind, AcquireReply, Answer, Cycles, Grant, QueuePosition, ReleaseReply, RenewReply};
 
 /// A queue with everything its events need, and a clock set by the test.
 #[derive(Debug)]
@@ -347,13 +347,13 @@ const NOTHING: Seen = Seen {
 };
 
 impl Seen {
-    /// The acquire among the effects: cycle, mode, tokens.
+    /// The acquire among the effects: cycle, kind, tokens.
     #[track_caller]
-    fn asks(&self) -> (Cycle, AcquireMode, u32) {
+    fn asks(&self) -> (Cycle, AcquireKind, u32) {
         match self.request {
             Some(Request::Acquire {
-                cycle, mode, tokens, ..
-            }) => (cycle, mode, tokens),
+                cycle, kind, tokens, ..
+            }) => (cycle, kind, tokens),
             _ => panic!("no acquire in {self:?}"),
         }
     }
@@ -372,8 +372,8 @@ impl Seen {
 fn who_finds_the_key_unused_asks_by_the_free_path() {
     let mut bench = Bench::new();
     let (id, seen) = bench.want(7);
-    let (cycle, mode, tokens) = seen.asks();
-    assert_eq!((mode, tokens), (AcquireMode::Fast, 1));
+    let (cycle, kind, tokens) = seen.asks();
+    assert_eq!((kind, tokens), (AcquireKind::Fast, 1));
     assert!(!cycle.expects_rivals());
 
     let sent_at = bench.now;
@@ -397,8 +397,8 @@ fn a_taken_key_is_asked_for_again_with_an_odd_cycle_by_script() {
     let (_, seen) = bench.want(0);
     let (first, ..) = seen.asks();
     let seen = bench.reply(first, AcquireReply::Taken);
-    let (second, mode, _) = seen.asks();
-    assert_eq!(mode, AcquireMode::Enqueue);
+    let (second, kind, _) = seen.asks();
+    assert_eq!(kind, AcquireKind::Enqueue);
     assert!(second > first && second.expects_rivals());
     assert!(seen.abandoned.is_empty(), "the fast path leaves nothing behind");
 }
@@ -410,8 +410,8 @@ fn who_expects_rivals_does_not_try_the_free_path() {
         contended_hint: true,
         ..WANT
     };
-    let (cycle, mode, _) = bench.want_as(0, want).1.asks();
-    assert_eq!(mode, AcquireMode::Enqueue);
+    let (cycle, kind, _) = bench.want_as(0, want).1.asks();
+    assert_eq!(kind, AcquireKind::Enqueue);
     assert!(cycle.expects_rivals());
 }
 
@@ -425,7 +425,7 @@ fn a_lost_counter_on_the_free_path_is_raised_by_the_script() {
         ..answer(bench.now, granted(50, 50))
     };
     let (_, seen) = bench.event(|queue, cx| ((), queue.on_acquire_reply(cycle, below, cx)));
-    assert_eq!(seen.asks(), (cycle, AcquireMode::Enqueue, 1));
+    assert_eq!(seen.asks(), (cycle, AcquireKind::Enqueue, 1));
     // If the script does not raise it, the token is refused: two holders could get the same one.
     let (_, seen) = bench.event(|queue, cx| ((), queue.on_acquire_reply(cycle, below, cx)));
     assert_eq!(seen.abandoned, [cycle]);

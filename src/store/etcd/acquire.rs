@@ -19,7 +19,7 @@ use crate::clock::Moment;
 use crate::identity::parse_owner_tag;
 use crate::key::LockKey;
 use crate::mode::LockMode;
-use crate::protocol::{Acquire, AcquireMode, AcquireReply, Answer, Cycle, QueuePosition};
+use crate::protocol::{Acquire, AcquireKind, AcquireReply, Answer, Cycle, QueuePosition};
 use crate::store::StoreError;
 
 /// How many times a lease may end under one request before the request fails.
@@ -96,7 +96,7 @@ pub(super) async fn acquire(
     let Acquire {
         key,
         cycle,
-        mode,
+        kind,
         ttl,
         tokens,
     } = request;
@@ -108,17 +108,17 @@ pub(super) async fn acquire(
         floor,
         reply,
     };
-    if mode == AcquireMode::Try && shared.cycles.lease(cycle).is_none() && is_taken(&shared, &link, &contender).await? {
+    if kind == AcquireKind::Try && shared.cycles.lease(cycle).is_none() && is_taken(&shared, &link, &contender).await? {
         // Nothing was requested, so there is nothing to release.
         return Ok(answer((Moment::now(), AcquireReply::Busy)));
     }
     shared.cycles.open(cycle, ttl, Moment::now());
-    let taken = match mode {
-        AcquireMode::Enqueue | AcquireMode::Extend => join(&shared, &link, &contender).await,
-        AcquireMode::Fast | AcquireMode::Try if cycle.mode().is_exclusive() => {
-            take(&shared, &link, &contender, mode).await
+    let taken = match kind {
+        AcquireKind::Enqueue | AcquireKind::Extend => join(&shared, &link, &contender).await,
+        AcquireKind::Fast | AcquireKind::Try if cycle.mode().is_exclusive() => {
+            take(&shared, &link, &contender, kind).await
         }
-        AcquireMode::Fast | AcquireMode::Try => take_beside(&shared, &link, &contender, mode).await,
+        AcquireKind::Fast | AcquireKind::Try => take_beside(&shared, &link, &contender, kind).await,
     };
     taken.map(answer).map_err(EtcdError::into_store_error)
 }
@@ -144,7 +144,7 @@ async fn take(
     shared: &Shared,
     link: &Link,
     contender: &Contender,
-    mode: AcquireMode,
+    kind: AcquireKind,
 ) -> Result<(Moment, AcquireReply), EtcdError> {
     let Ran { sent_at, reply, .. } = under_a_lease(shared, link, contender, contender.age_max(), |lease| {
         Txn::new()
@@ -164,14 +164,14 @@ async fn take(
         return join(shared, link, contender).await;
     }
     shared.revokes.add(shared.cycles.close(contender.cycle));
-    Ok((sent_at, refused(mode)))
+    Ok((sent_at, refused(kind)))
 }
 
 /// The reply to a request that must not wait.
-const fn refused(mode: AcquireMode) -> AcquireReply {
-    match mode {
-        AcquireMode::Try => AcquireReply::Busy,
-        AcquireMode::Fast | AcquireMode::Enqueue | AcquireMode::Extend => AcquireReply::Taken,
+const fn refused(kind: AcquireKind) -> AcquireReply {
+    match kind {
+        AcquireKind::Try => AcquireReply::Busy,
+        AcquireKind::Fast | AcquireKind::Enqueue | AcquireKind::Extend => AcquireReply::Taken,
     }
 }
 
@@ -182,7 +182,7 @@ async fn take_beside(
     shared: &Shared,
     link: &Link,
     contender: &Contender,
-    mode: AcquireMode,
+    kind: AcquireKind,
 ) -> Result<(Moment, AcquireReply), EtcdError> {
     let ran = put_and_read(shared, link, contender).await?;
     let queue = Queue::in_reply(&ran.reply)?;
@@ -191,7 +191,7 @@ async fn take_beside(
         return Ok((ran.counted_from(&reply), reply));
     }
     withdraw(shared, link, contender).await?;
-    Ok((ran.asked_at, refused(mode)))
+    Ok((ran.asked_at, refused(kind)))
 }
 
 /// Takes the key, extends it, or joins the queue.

@@ -10,7 +10,7 @@ use tokio::sync::mpsc;
 use super::*;
 use crate::clock::Moment;
 use crate::identity::ManagerId;
-use crate::protocol::{AcquireMode, Cycle};
+use crate::protocol::{AcquireKind, Cycle};
 
 const TTL: Duration = Duration::from_secs(10);
 
@@ -38,11 +38,11 @@ impl Bench {
         (store, receiver)
     }
 
-    fn acquire(&self, cycle: u64, mode: AcquireMode, ttl: Duration) -> Acquire {
+    fn acquire(&self, cycle: u64, kind: AcquireKind, ttl: Duration) -> Acquire {
         Acquire {
             key: self.key.clone(),
             cycle: Cycle::of(cycle),
-            mode,
+            kind,
             ttl,
             tokens: 10,
         }
@@ -61,7 +61,7 @@ impl Bench {
 
     async fn join(&self, store: &EtcdStore, cycle: u64) -> AcquireReply {
         store
-            .acquire(self.acquire(cycle, AcquireMode::Enqueue, TTL))
+            .acquire(self.acquire(cycle, AcquireKind::Enqueue, TTL))
             .await
             .unwrap()
             .reply
@@ -88,11 +88,11 @@ fn tokens(reply: AcquireReply) -> (u64, u64, bool) {
 async fn a_repeated_acquire_is_the_same_cycle_with_later_tokens() {
     let bench = Bench::new().await;
     let (store, _pushes) = bench.store(1);
-    for mode in [AcquireMode::Fast, AcquireMode::Try, AcquireMode::Enqueue] {
-        let cycle = 10 * (mode as u64 + 1);
-        let (_, mut last, extended) = tokens(store.acquire(bench.acquire(cycle, mode, TTL)).await.unwrap().reply);
+    for kind in [AcquireKind::Fast, AcquireKind::Try, AcquireKind::Enqueue] {
+        let cycle = 10 * (kind as u64 + 1);
+        let (_, mut last, extended) = tokens(store.acquire(bench.acquire(cycle, kind, TTL)).await.unwrap().reply);
         assert!(!extended);
-        for again in [mode, AcquireMode::Enqueue, AcquireMode::Fast] {
+        for again in [kind, AcquireKind::Enqueue, AcquireKind::Fast] {
             let answer = store.acquire(bench.acquire(cycle, again, TTL)).await.unwrap();
             let (first, end, extended) = tokens(answer.reply);
             assert!(extended && first > last && first > answer.floor && end == first + 9);
@@ -187,7 +187,7 @@ async fn a_key_moves_to_a_longer_lease_and_never_back() {
     assert_ne!(middle, short);
     let (_, _, extended_then) = tokens(
         store
-            .acquire(bench.acquire(2, AcquireMode::Enqueue, TTL * 3))
+            .acquire(bench.acquire(2, AcquireKind::Enqueue, TTL * 3))
             .await
             .unwrap()
             .reply,
@@ -219,7 +219,7 @@ async fn a_request_that_began_under_an_earlier_lease_does_not_move_the_key_back(
     let shared = &store.shared;
     let before = shared.cycles.lease(Cycle::of(2)).unwrap();
     store
-        .acquire(bench.acquire(2, AcquireMode::Enqueue, TTL * 2))
+        .acquire(bench.acquire(2, AcquireKind::Enqueue, TTL * 2))
         .await
         .unwrap();
     let after = bench.only_lease().await;
@@ -297,7 +297,7 @@ async fn a_waiting_cycle_whose_lease_ended_is_told_to_ask_again() {
     let (theirs, mut pushes) = bench.store(2);
     assert_eq!(pushes.recv().await, Some(Push::Resubscribed { slot: None }));
     bench.join(&ours, 3).await;
-    let request = bench.acquire(3, AcquireMode::Enqueue, LEASE_MIN);
+    let request = bench.acquire(3, AcquireKind::Enqueue, LEASE_MIN);
     theirs.acquire(request.clone()).await.unwrap();
     let all = etcd_client::GetOptions::new().with_prefix();
     let found = bench
@@ -353,7 +353,7 @@ async fn a_retired_key_keeps_its_place_under_a_lease_that_nothing_extends_or_end
     assert!(matches!(bench.join(&other, 4).await, AcquireReply::Queued(_)));
     assert!(matches!(
         store
-            .acquire(bench.acquire(6, AcquireMode::Try, TTL))
+            .acquire(bench.acquire(6, AcquireKind::Try, TTL))
             .await
             .unwrap()
             .reply,

@@ -17,7 +17,7 @@ use crate::fence::FencingToken;
 use crate::identity::ManagerId;
 use crate::key::LockKey;
 use crate::mode::LockMode;
-use crate::protocol::{Acquire, AcquireMode, AcquireReply, Answer, Push, Release, ReleaseReply, RenewReply, Renewal};
+use crate::protocol::{Acquire, AcquireKind, AcquireReply, Answer, Push, Release, ReleaseReply, RenewReply, Renewal};
 use crate::store::map::StoredMap;
 use crate::store::{Health, KeyState, LeaseStore, MapState, MapStep, Priority, StoreFuture, StoreOptions};
 
@@ -133,7 +133,7 @@ impl LeaseStore for MemoryStore {
         let Acquire {
             key,
             cycle,
-            mode,
+            kind,
             ttl,
             tokens,
         } = request;
@@ -141,11 +141,11 @@ impl LeaseStore for MemoryStore {
         let me = self.manager.owner_tag(cycle).to_string();
         let mut memory = self.memory.lock();
         let terms = self.terms(now, ttl, tokens);
-        let reply = match mode {
-            AcquireMode::Fast => memory.core.acquire_fast(&key, &me, terms),
-            AcquireMode::Enqueue => memory.core.acquire(&key, &me, false, terms),
-            AcquireMode::Try => memory.core.acquire(&key, &me, true, terms),
-            AcquireMode::Extend => memory.core.acquire_extension(&key, &me, terms),
+        let reply = match kind {
+            AcquireKind::Fast => memory.core.acquire_fast(&key, &me, terms),
+            AcquireKind::Enqueue => memory.core.acquire(&key, &me, false, terms),
+            AcquireKind::Try => memory.core.acquire(&key, &me, true, terms),
+            AcquireKind::Extend => memory.core.acquire_extension(&key, &me, terms),
         };
         let pushes = memory.take_pushes();
         drop(memory);

@@ -14,7 +14,7 @@ use super::tally::{Tally, Vote, VoteState};
 use super::{MAJORITY_PAUSE, MAJORITY_PAUSE_MAX, Quorum, outage};
 use crate::backoff::Backoff;
 use crate::clock::Moment;
-use crate::protocol::{Acquire, AcquireMode, AcquireReply, Answer, QueuePosition, Release};
+use crate::protocol::{Acquire, AcquireKind, AcquireReply, Answer, QueuePosition, Release};
 use crate::random;
 use crate::store::{LeaseStore, StoreError};
 
@@ -61,9 +61,9 @@ pub(super) async fn acquire(quorum: Arc<Quorum>, request: Acquire) -> Result<Ans
     let mut backoff = Backoff::new(MAJORITY_PAUSE, MAJORITY_PAUSE_MAX);
     loop {
         quorum.wait_for_majority(deadline).await?;
-        let attempted = match request.mode {
-            AcquireMode::Extend => extend(&quorum, &request).await,
-            AcquireMode::Fast | AcquireMode::Try | AcquireMode::Enqueue => attempt(&quorum, &request).await,
+        let attempted = match request.kind {
+            AcquireKind::Extend => extend(&quorum, &request).await,
+            AcquireKind::Fast | AcquireKind::Try | AcquireKind::Enqueue => attempt(&quorum, &request).await,
         };
         match attempted {
             Err(StoreError::Unavailable(_)) if Moment::now() < deadline => backoff.wait().await,
@@ -76,10 +76,10 @@ async fn attempt(quorum: &Arc<Quorum>, request: &Acquire) -> Result<Answer<Acqui
     let ttl = request.ttl;
     let slot = quorum.slot(&request.key);
     let sent_at = Moment::now();
-    let free = request.mode == AcquireMode::Fast;
+    let free = request.kind == AcquireKind::Fast;
     let at_sequencer = Acquire {
-        mode: match request.mode {
-            AcquireMode::Fast => AcquireMode::Try,
+        kind: match request.kind {
+            AcquireKind::Fast => AcquireKind::Try,
             other => other,
         },
         ..request.clone()
@@ -156,10 +156,10 @@ async fn attempt(quorum: &Arc<Quorum>, request: &Acquire) -> Result<Answer<Acqui
     if partial_claims.release.is_some() {
         release_everywhere(quorum, release_of(request)).await;
     }
-    match (state, request.mode) {
-        (VoteState::Lost { refused: true }, AcquireMode::Fast) => Ok(with(AcquireReply::Taken)),
-        (VoteState::Lost { refused: true }, AcquireMode::Try) => Ok(with(AcquireReply::Busy)),
-        (VoteState::Lost { refused: true }, AcquireMode::Enqueue | AcquireMode::Extend) => {
+    match (state, request.kind) {
+        (VoteState::Lost { refused: true }, AcquireKind::Fast) => Ok(with(AcquireReply::Taken)),
+        (VoteState::Lost { refused: true }, AcquireKind::Try) => Ok(with(AcquireReply::Busy)),
+        (VoteState::Lost { refused: true }, AcquireKind::Enqueue | AcquireKind::Extend) => {
             Ok(with(AcquireReply::Queued(QueuePosition {
                 enqueue_token: tokens.last(),
                 owner_ttl: Some(random::time_in(BACK_OFF)),

@@ -13,7 +13,7 @@ use super::tally::{Tally, Vote, VoteState};
 use super::{Quorum, outage};
 use crate::clock::Moment;
 use crate::fence::TokenBlock;
-use crate::protocol::{Acquire, AcquireMode};
+use crate::protocol::{Acquire, AcquireKind};
 use crate::store::StoreError;
 use crate::store::redis::claim::{Claim, ClaimKind, Claimed};
 
@@ -64,9 +64,9 @@ async fn claim(quorum: &Quorum, request: &Acquire, votes: Votes, at_least: u64) 
             cycle: request.cycle,
             ttl: request.ttl,
             at_least,
-            kind: match request.mode {
-                AcquireMode::Extend => ClaimKind::Extend,
-                AcquireMode::Fast | AcquireMode::Try | AcquireMode::Enqueue => ClaimKind::Take,
+            kind: match request.kind {
+                AcquireKind::Extend => ClaimKind::Extend,
+                AcquireKind::Fast | AcquireKind::Try | AcquireKind::Enqueue => ClaimKind::Take,
             },
         };
         claims.push(async move { (node, timeout(quorum.node_limit, node.store.claim(claim)).await) });

@@ -10,7 +10,7 @@ use super::*;
 use crate::endpoint::{Endpoint, EndpointKind};
 use crate::fence::TokenBlock;
 use crate::identity::ManagerId;
-use crate::protocol::AcquireMode;
+use crate::protocol::AcquireKind;
 
 const TTL: Duration = Duration::from_secs(5);
 /// The year 2035 on the servers' clocks, as a token: no counter is raised to their time.
@@ -85,11 +85,11 @@ impl Bench {
         self.servers[node].command(&["SET", &name, &count.to_string()]);
     }
 
-    async fn acquire(&self, cycle: u64, mode: AcquireMode, ttl: Duration) -> Result<AcquireReply, StoreError> {
+    async fn acquire(&self, cycle: u64, kind: AcquireKind, ttl: Duration) -> Result<AcquireReply, StoreError> {
         let request = Acquire {
             key: key(),
             cycle: Cycle::of(cycle),
-            mode,
+            kind,
             ttl,
             tokens: 4,
         };
@@ -98,7 +98,7 @@ impl Bench {
 
     /// Acquires the lock for that cycle.
     async fn hold(&self, cycle: u64) -> TokenBlock {
-        match self.acquire(cycle, AcquireMode::Enqueue, TTL).await {
+        match self.acquire(cycle, AcquireKind::Enqueue, TTL).await {
             Ok(AcquireReply::Granted { tokens, .. }) => tokens,
             other => panic!("no lock but {other:?}"),
         }
@@ -147,14 +147,14 @@ async fn claim_at_a_node_without_a_vote_does_not_count() {
     let bench = Bench::new().await;
     bench.take(1);
     bench.nodes[2].store.set_vote(false);
-    for (mode, cycle) in [(AcquireMode::Fast, 2), (AcquireMode::Try, 4), (AcquireMode::Enqueue, 6)] {
-        let reply = bench.acquire(cycle, mode, TTL).await;
-        let is_right = match mode {
-            AcquireMode::Fast => matches!(reply, Ok(AcquireReply::Taken)),
-            AcquireMode::Try => matches!(reply, Ok(AcquireReply::Busy)),
-            AcquireMode::Enqueue | AcquireMode::Extend => matches!(reply, Ok(AcquireReply::Queued(_))),
+    for (kind, cycle) in [(AcquireKind::Fast, 2), (AcquireKind::Try, 4), (AcquireKind::Enqueue, 6)] {
+        let reply = bench.acquire(cycle, kind, TTL).await;
+        let is_right = match kind {
+            AcquireKind::Fast => matches!(reply, Ok(AcquireReply::Taken)),
+            AcquireKind::Try => matches!(reply, Ok(AcquireReply::Busy)),
+            AcquireKind::Enqueue | AcquireKind::Extend => matches!(reply, Ok(AcquireReply::Queued(_))),
         };
-        assert!(is_right, "{mode:?}: {reply:?}");
+        assert!(is_right, "{kind:?}: {reply:?}");
         assert_eq!([bench.owner(0), bench.owner(2)], [None, None], "nothing is left behind");
     }
     // With its vote there is a majority.
@@ -170,7 +170,7 @@ async fn answer_of_a_door_that_has_lost_its_vote_does_not_count() {
     bench.take(2);
     let sequencer = &bench.servers[0];
     sequencer.stop();
-    let mut acquiring = std::pin::pin!(bench.acquire(2, AcquireMode::Enqueue, TTL));
+    let mut acquiring = std::pin::pin!(bench.acquire(2, AcquireKind::Enqueue, TTL));
     tokio::select! {
         biased;
         reply = &mut acquiring => panic!("an answer of a stopped server: {reply:?}"),
@@ -211,11 +211,11 @@ async fn request_waits_for_a_majority_that_comes_back_in_time() {
     let bench = Bench::new().await;
     let set_votes = |has| bench.nodes[1..].iter().for_each(|node| node.store.set_vote(has));
     set_votes(false);
-    let reply = bench.acquire(2, AcquireMode::Enqueue, TTL).await;
+    let reply = bench.acquire(2, AcquireKind::Enqueue, TTL).await;
     assert!(matches!(reply, Err(StoreError::Unavailable(_))), "{reply:?}");
 
     let bench = bench.with_majority_limit(PATIENCE);
-    let (reply, ()) = tokio::join!(bench.acquire(4, AcquireMode::Enqueue, TTL), async {
+    let (reply, ()) = tokio::join!(bench.acquire(4, AcquireKind::Enqueue, TTL), async {
         tokio::task::yield_now().await;
         bench.nodes[1..].iter().for_each(|node| node.store.set_vote(true));
     });
@@ -231,7 +231,7 @@ async fn majority_that_came_too_late_is_no_lock() {
     // of these.
     for millis in [1, 2] {
         let reply = bench
-            .acquire(2, AcquireMode::Enqueue, Duration::from_millis(millis))
+            .acquire(2, AcquireKind::Enqueue, Duration::from_millis(millis))
             .await;
         assert!(matches!(reply, Err(StoreError::Unavailable(_))), "{reply:?}");
     }
@@ -280,7 +280,7 @@ async fn sequencer_alone_is_no_majority() {
     let bench = Bench::new().await.with_node_limit(Duration::from_millis(200));
     bench.servers[1].stop();
     bench.servers[2].kill();
-    let reply = bench.acquire(2, AcquireMode::Enqueue, TTL).await;
+    let reply = bench.acquire(2, AcquireKind::Enqueue, TTL).await;
     assert!(matches!(reply, Err(StoreError::Unavailable(_))), "{reply:?}");
     assert!(!bench.nodes[1].is_up() && !bench.nodes[2].is_up());
     assert!(bench.nodes[1].has_pending_release(Cycle::of(2)) && bench.nodes[2].has_pending_release(Cycle::of(2)));
@@ -294,7 +294,7 @@ async fn request_dropped_midway_leaves_a_pending_release_at_its_sequencer() {
     bench.servers[0].stop();
     tokio::select! {
         biased;
-        reply = bench.acquire(2, AcquireMode::Enqueue, TTL) => panic!("an answer of a stopped server: {reply:?}"),
+        reply = bench.acquire(2, AcquireKind::Enqueue, TTL) => panic!("an answer of a stopped server: {reply:?}"),
         () = tokio::task::yield_now() => {}
     }
     bench.servers[0].cont();
@@ -309,14 +309,14 @@ async fn key_that_has_another_owner_at_the_door_is_reported_as_each_request_need
     let bench = Bench::new().await;
     bench.take(0);
     assert!(matches!(
-        bench.acquire(2, AcquireMode::Fast, TTL).await,
+        bench.acquire(2, AcquireKind::Fast, TTL).await,
         Ok(AcquireReply::Taken)
     ));
     assert!(matches!(
-        bench.acquire(4, AcquireMode::Try, TTL).await,
+        bench.acquire(4, AcquireKind::Try, TTL).await,
         Ok(AcquireReply::Busy)
     ));
-    let reply = bench.acquire(6, AcquireMode::Enqueue, TTL).await;
+    let reply = bench.acquire(6, AcquireKind::Enqueue, TTL).await;
     assert!(
         matches!(reply, Ok(AcquireReply::Queued(position)) if position.owner_foreign),
         "{reply:?}"
@@ -337,7 +337,7 @@ async fn extension_that_finds_no_majority_gives_nothing_back() {
     for node in [1, 2] {
         bench.take(node);
     }
-    let reply = bench.acquire(2, AcquireMode::Extend, TTL).await;
+    let reply = bench.acquire(2, AcquireKind::Extend, TTL).await;
     assert!(matches!(reply, Ok(AcquireReply::Busy)), "{reply:?}");
     assert_eq!(bench.owner(0), bench.owner_tag(2));
 }
@@ -349,7 +349,7 @@ async fn refusal_of_all_nodes_is_reported_with_its_reason() {
     for (node, server) in bench.nodes.iter().zip(&bench.servers) {
         server.command(&["SET", &node.store.queue_name(&key()), "not a queue"]);
     }
-    let reply = bench.acquire(2, AcquireMode::Enqueue, TTL).await;
+    let reply = bench.acquire(2, AcquireKind::Enqueue, TTL).await;
     assert!(matches!(reply, Err(StoreError::Refused(_))), "{reply:?}");
 }
 
@@ -407,7 +407,7 @@ async fn extension_without_a_majority_that_kept_the_lease_is_none() {
         }
         // Nor may a node that lost the lease count as one that kept it the second time.
         for _ in 0..2 {
-            let reply = bench.acquire(2, AcquireMode::Extend, TTL).await;
+            let reply = bench.acquire(2, AcquireKind::Extend, TTL).await;
             match reply {
                 Ok(AcquireReply::Granted { extended, .. }) => assert!(extended && is_kept, "{lost:?}"),
                 Ok(AcquireReply::Busy) => assert!(!is_kept, "{lost:?}"),
@@ -440,7 +440,7 @@ async fn extension_is_no_loss_while_a_majority_may_have_the_lease() {
             take(&bench, without);
             bench.servers[silent].stop();
             for _ in 0..2 {
-                let reply = bench.acquire(2, AcquireMode::Extend, TTL).await;
+                let reply = bench.acquire(2, AcquireKind::Extend, TTL).await;
                 assert!(
                     matches!(reply, Err(StoreError::Unavailable(_))),
                     "{without} {silent}: {reply:?}"
@@ -450,7 +450,7 @@ async fn extension_is_no_loss_while_a_majority_may_have_the_lease() {
             assert!(bench.store.quorum.holds(Cycle::of(2)));
             bench.nodes[silent].mark_up(bench.nodes[silent].downs());
             let bench = bench.with_node_limit(PATIENCE);
-            let reply = bench.acquire(2, AcquireMode::Extend, TTL).await;
+            let reply = bench.acquire(2, AcquireKind::Extend, TTL).await;
             assert!(
                 matches!(reply, Ok(AcquireReply::Granted { extended: true, .. })),
                 "{without} {silent}: {reply:?}"
@@ -465,10 +465,10 @@ async fn ttl_above_the_longest_is_refused_and_claims_nothing() {
     let bench = Bench::new().await;
     let longest = bench.store.quorum.max_ttl;
     let reply = bench
-        .acquire(2, AcquireMode::Enqueue, longest + Duration::from_millis(1))
+        .acquire(2, AcquireKind::Enqueue, longest + Duration::from_millis(1))
         .await;
     assert!(matches!(reply, Err(StoreError::Refused(_))), "{reply:?}");
     assert_eq!([0, 1, 2].map(|node| bench.owner(node)), [None, None, None]);
-    let reply = bench.acquire(2, AcquireMode::Enqueue, longest).await;
+    let reply = bench.acquire(2, AcquireKind::Enqueue, longest).await;
     assert!(is_granted(&reply), "{reply:?}");
 }

@@ -13,7 +13,7 @@ use super::permission::Permissions;
 use super::script::MARKER;
 use crate::identity::{ManagerId, OwnerTag};
 use crate::key::{LockKey, Slot};
-use crate::protocol::{Acquire, AcquireMode, Cycle, Release, Renewal};
+use crate::protocol::{Acquire, AcquireKind, Cycle, Release, Renewal};
 use crate::store::INSPECTED_QUEUE_MAX;
 
 /// Builds the commands of one manager in one namespace.
@@ -98,16 +98,16 @@ impl Commands {
         let &Acquire {
             ref key,
             cycle,
-            mode,
+            kind,
             ttl,
             tokens,
         } = request;
         self.write_owner_tag(command, cycle);
         command.arg(millis(ttl)).arg(tokens).arg(floor);
-        command.arg(match mode {
-            AcquireMode::Enqueue => "join",
-            AcquireMode::Fast | AcquireMode::Try => "try",
-            AcquireMode::Extend => "extend",
+        command.arg(match kind {
+            AcquireKind::Enqueue => "join",
+            AcquireKind::Fast | AcquireKind::Try => "try",
+            AcquireKind::Extend => "extend",
         });
         self.write_inbox_prefix(command, key);
         command.arg(key.as_str());

@@ -302,7 +302,7 @@ mod tests {
     use super::*;
     use crate::identity::ManagerId;
     use crate::key::LockKey;
-    use crate::protocol::{Acquire, AcquireMode, AcquireReply, Cycle, Push};
+    use crate::protocol::{Acquire, AcquireKind, AcquireReply, Cycle, Push};
     use crate::store::redis::primary::RedisStore;
     use crate::store::{LeaseStore, StoreOptions};
 
@@ -332,7 +332,7 @@ mod tests {
         let request = Acquire {
             key: LockKey::new("k").unwrap(),
             cycle: Cycle::of(2),
-            mode: AcquireMode::Fast,
+            kind: AcquireKind::Fast,
             ttl: Duration::from_secs(10),
             tokens: 1,
         };

@@ -362,21 +362,21 @@ impl Small {
             (
                 Step::NoneLeft,
                 Request::Acquire {
-                    mode: AcquireMode::Fast,
+                    kind: AcquireKind::Fast,
                     ..
                 },
             ) => AcquireReply::Taken,
             (
                 Step::NoneLeft,
                 Request::Acquire {
-                    mode: AcquireMode::Try | AcquireMode::Extend,
+                    kind: AcquireKind::Try | AcquireKind::Extend,
                     ..
                 },
             ) => AcquireReply::Busy,
             (
                 Step::Queued,
                 Request::Acquire {
-                    mode: AcquireMode::Enqueue,
+                    kind: AcquireKind::Enqueue,
                     ..
                 }
                 | Request::Release { requeue: Some(_), .. },

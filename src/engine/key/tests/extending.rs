@@ -6,8 +6,8 @@ use super::*;
 fn extend(bench: &mut Bench) -> (Granted, WaiterId, Cycle) {
     let guard = bench.hold(10, 10);
     let (id, _) = bench.want(1);
-    let (cycle, mode, _) = bench.release_held(&guard).asks();
-    assert_eq!((cycle, mode), (guard.lease.cycle, AcquireMode::Extend));
+    let (cycle, kind, _) = bench.release_held(&guard).asks();
+    assert_eq!((cycle, kind), (guard.lease.cycle, AcquireKind::Extend));
     (guard, id, cycle)
 }
 

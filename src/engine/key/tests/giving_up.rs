@@ -101,7 +101,7 @@ fn the_task_that_carried_a_request_out_leaves_it_to_the_others() {
     let (second, _) = bench.want(1);
     bench.give_up(first);
     // The first attempt may execute as well. It belongs to the same cycle.
-    assert_eq!(bench.dropped(cycle).asks(), (cycle, AcquireMode::Enqueue, 1));
+    assert_eq!(bench.dropped(cycle).asks(), (cycle, AcquireKind::Enqueue, 1));
     bench.reply(cycle, extended(1, 1));
     assert_eq!(bench.guard(second).token.get(), 1);
 }

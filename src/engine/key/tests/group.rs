@@ -242,7 +242,7 @@ impl Few {
                 if matches!(
                     request,
                     Request::Acquire {
-                        mode: AcquireMode::Try,
+                        kind: AcquireKind::Try,
                         ..
                     }
                 ) =>
@@ -405,7 +405,7 @@ fn permit_passes_to_the_next_task_that_wants_the_same() {
     assert!(matches!(
         few.in_flight[..],
         [Request::Acquire {
-            mode: AcquireMode::Extend,
+            kind: AcquireKind::Extend,
             ..
         }]
     ));

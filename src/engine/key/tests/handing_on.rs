@@ -44,7 +44,7 @@ fn where_the_tokens_are_used_up_more_are_reserved_before_the_next_guard() {
     let (mut bench, guard, ids) = held_with_waiters(100, 100, 1);
     let seen = bench.release_held(&guard);
     let cycle = guard.lease.cycle;
-    assert_eq!(seen.asks(), (cycle, AcquireMode::Extend, 64));
+    assert_eq!(seen.asks(), (cycle, AcquireKind::Extend, 64));
     assert!(seen.woken.is_empty(), "no token, no guard");
     let seen = bench.reply(cycle, extended(200, 263));
     assert_eq!(seen.woken, [1]);
@@ -57,7 +57,7 @@ fn tokens_are_reserved_in_the_background_before_they_run_out() {
     let cycle = guard.lease.cycle;
     let seen = bench.release_held(&guard);
     assert_eq!(seen.woken, [1], "the guard does not wait for the tokens");
-    assert_eq!(seen.asks(), (cycle, AcquireMode::Extend, 64));
+    assert_eq!(seen.asks(), (cycle, AcquireKind::Extend, 64));
     let second = bench.guard(ids[0]);
     assert_eq!(bench.release_held(&second).request, None, "one request at a time");
     let third = bench.guard(ids[1]);
@@ -109,7 +109,7 @@ fn a_lease_whose_renewal_is_overdue_is_passed_on_when_the_store_has_confirmed_it
     let seen = bench.release_held(&second);
     assert_eq!(
         (seen.asks(), &seen.woken[..]),
-        ((cycle, AcquireMode::Extend, 64), &[][..])
+        ((cycle, AcquireKind::Extend, 64), &[][..])
     );
     // The reply serves the next guard no matter how long it took.
     let sent_at = bench.now;
@@ -133,7 +133,7 @@ fn after_a_change_of_servers_the_next_guard_waits_for_a_confirmation_and_has_a_n
         let seen = bench.release_held(&guard);
         assert_eq!(
             (seen.asks(), &seen.woken[..]),
-            ((cycle, AcquireMode::Extend, 64), &[][..])
+            ((cycle, AcquireKind::Extend, 64), &[][..])
         );
         assert_eq!(bench.reply(cycle, extended(200, 263)).woken, [1]);
         let second = bench.guard(ids[0]);
@@ -155,7 +155,7 @@ fn a_confirmation_of_before_the_change_of_servers_does_not_count() {
     bench.epoch += 1;
     bench.renewed(cycle, bench.now, None);
     assert_eq!(bench.renewal(), Some(cycle), "also after one without a reply");
-    let asks = (cycle, AcquireMode::Extend, 64);
+    let asks = (cycle, AcquireKind::Extend, 64);
     assert_eq!(bench.release_held(&guard).asks(), asks);
     bench.epoch += 1;
     // The reply may come from the previous server.
@@ -173,7 +173,7 @@ fn tokens_grow_although_a_spare_block_is_there_when_another_comes() {
     let (mut bench, guard, ids) = held_with_waiters(100, 102, 4);
     let cycle = guard.lease.cycle;
     let sent_at = bench.now;
-    assert_eq!(bench.release_held(&guard).asks(), (cycle, AcquireMode::Extend, 64));
+    assert_eq!(bench.release_held(&guard).asks(), (cycle, AcquireKind::Extend, 64));
     let second = bench.guard(ids[0]);
     assert_eq!(second.token.get(), 101);
     bench.reply_to(sent_at, cycle, extended(200, 263));
@@ -182,7 +182,7 @@ fn tokens_grow_although_a_spare_block_is_there_when_another_comes() {
     assert_eq!(third.token.get(), 102);
     // No renewal succeeds for most of the TTL, so the lease must not be passed on.
     bench.pass(ms(800));
-    assert_eq!(bench.release_held(&third).asks().1, AcquireMode::Extend);
+    assert_eq!(bench.release_held(&third).asks().1, AcquireKind::Extend);
     bench.reply(cycle, extended(300, 300));
     let fourth = bench.guard(ids[2]);
     bench.release_held(&fourth);
@@ -365,7 +365,7 @@ fn who_comes_while_a_release_is_under_way_is_asked_for_after_it() {
     let (_, seen) = bench.want(1);
     assert_eq!(seen, NOTHING);
     let seen = bench.released_remotely(guard.lease.cycle, None);
-    assert_eq!(seen.asks().1, AcquireMode::Fast);
+    assert_eq!(seen.asks().1, AcquireKind::Fast);
     assert!(seen.asks().0 > guard.lease.cycle);
 }
 
@@ -406,8 +406,8 @@ fn a_try_on_an_unused_key_asks_once() {
     for reply in [granted(5, 5), AcquireReply::Busy] {
         let mut bench = Bench::new();
         let (id, seen) = bench.want_as(3, want);
-        let (cycle, mode, _) = seen.asks();
-        assert_eq!(mode, AcquireMode::Try);
+        let (cycle, kind, _) = seen.asks();
+        assert_eq!(kind, AcquireKind::Try);
         assert!(
             !cycle.expects_rivals(),
             "it is never queued, so it must be notified of remote waiters"
@@ -419,7 +419,7 @@ fn a_try_on_an_unused_key_asks_once() {
         match reply {
             AcquireReply::Busy => {
                 assert!(matches!(bench.collect(id), Some(Outcome::Busy)));
-                assert_eq!(seen.asks().1, AcquireMode::Enqueue);
+                assert_eq!(seen.asks().1, AcquireKind::Enqueue);
             }
             _ => assert_eq!(bench.guard(id).token.get(), 5),
         }

@@ -22,10 +22,10 @@ fn keep(bench: &mut Bench, first: u64, last: u64) -> Cycle {
 fn the_next_task_needs_no_message_and_has_a_larger_token() {
     let mut bench = Bench::new();
     let (id, seen) = bench.want_as(0, KEPT);
-    let (cycle, mode, tokens) = seen.asks();
+    let (cycle, kind, tokens) = seen.asks();
     assert_eq!(
-        (mode, tokens),
-        (AcquireMode::Fast, 64),
+        (kind, tokens),
+        (AcquireKind::Fast, 64),
         "there are tokens for the tasks that come later"
     );
     bench.reply(cycle, granted(1, 64));
@@ -57,7 +57,7 @@ fn tokens_are_asked_for_before_they_run_out() {
     assert_eq!(last, 48);
     let Some(Request::Acquire {
         cycle: asks,
-        mode: AcquireMode::Extend,
+        kind: AcquireKind::Extend,
         tokens: 1024,
         ..
     }) = asked
@@ -87,7 +87,7 @@ fn without_tokens_the_next_task_waits_for_an_extension() {
     let (cycle, ..) = seen.asks();
     bench.reply(cycle, granted(1, 1));
     let guard = bench.guard(id);
-    assert_eq!(bench.release_held(&guard).asks(), (cycle, AcquireMode::Extend, 1024));
+    assert_eq!(bench.release_held(&guard).asks(), (cycle, AcquireKind::Extend, 1024));
     let (id, seen) = bench.want_as(1, KEPT);
     assert_eq!(seen, NOTHING);
     assert_eq!(bench.reply(cycle, extended(10, 1033)).woken, [1]);
@@ -102,7 +102,7 @@ fn after_a_change_of_servers_the_next_task_waits_until_the_store_has_confirmed_i
     let (id, seen) = bench.want_as(1, KEPT);
     assert_eq!(
         (seen.asks(), &seen.woken[..]),
-        ((cycle, AcquireMode::Extend, 64), &[][..])
+        ((cycle, AcquireKind::Extend, 64), &[][..])
     );
     assert_eq!(bench.reply(cycle, extended(100, 163)).woken, [1]);
     let guard = bench.guard(id);
@@ -120,8 +120,8 @@ fn what_the_store_has_forgotten_is_asked_for_anew() {
     bench.epoch += 1;
     let (id, _) = bench.want_as(1, KEPT);
     let seen = bench.reply(cycle, AcquireReply::Busy);
-    let (next, mode, _) = seen.asks();
-    assert!(next > cycle && mode == AcquireMode::Enqueue);
+    let (next, kind, _) = seen.asks();
+    assert!(next > cycle && kind == AcquireKind::Enqueue);
     assert_eq!((seen.lost, &seen.woken[..]), (None, &[][..]), "no guard was out");
     assert_eq!(bench.reply(next, granted(100, 163)).woken, [1]);
     assert_eq!(bench.guard(id).token.get(), 100);
@@ -135,7 +135,7 @@ fn a_lease_whose_renewal_is_overdue_is_confirmed_before_the_next_task_has_it() {
     let (id, seen) = bench.want_as(1, KEPT);
     assert_eq!(
         (seen.asks(), &seen.woken[..]),
-        ((cycle, AcquireMode::Extend, 64), &[][..])
+        ((cycle, AcquireKind::Extend, 64), &[][..])
     );
     assert_eq!(bench.reply(cycle, extended(100, 163)).woken, [1]);
     assert_eq!(bench.guard(id).token.get(), 2);
@@ -157,8 +157,8 @@ fn what_another_manager_wants_is_given_back_at_once_and_its_next_lease_is_not_ke
         let (id, seen) = bench.want_as(0, KEPT);
         assert_eq!(seen, NOTHING);
         assert!(!bench.queue.is_evictable());
-        let (cycle, mode, _) = bench.released_remotely(cycle, None).asks();
-        assert!(mode == AcquireMode::Enqueue && cycle.expects_rivals());
+        let (cycle, kind, _) = bench.released_remotely(cycle, None).asks();
+        assert!(kind == AcquireKind::Enqueue && cycle.expects_rivals());
         bench.reply(cycle, granted(100, 163));
         let guard = bench.guard(id);
         // As an odd cycle it would not be notified of remote waiters.
@@ -277,8 +277,8 @@ fn a_lease_that_ended_is_not_given_to_the_next_task_and_nobody_is_told() {
         bench.pass(TTL);
         let seen = if noticed { Some(bench.tick()) } else { None };
         let (id, wanted) = bench.want_as(0, KEPT);
-        let (next, mode, _) = wanted.asks();
-        assert!(next > cycle && mode == AcquireMode::Enqueue);
+        let (next, kind, _) = wanted.asks();
+        assert!(next > cycle && kind == AcquireKind::Enqueue);
         // The reply to a renewal may have been lost, so the store may still have the lease.
         assert_eq!(seen.as_ref().unwrap_or(&wanted).abandoned, [cycle]);
         assert!(seen.is_none_or(|seen| seen.lost.is_none()) && wanted.lost.is_none());

@@ -83,10 +83,10 @@ fn local_waiters_do_not_get_the_key_before_the_time_has_passed() {
     assert_eq!((seen.releases(), &seen.woken[..]), ((guard.lease.cycle, None), &[][..]));
     // The waiter joins the queue of the store.
     let seen = bench.released_remotely(guard.lease.cycle, None);
-    let (cycle, mode, _) = seen.asks();
-    assert!(cycle != guard.lease.cycle && mode == AcquireMode::Fast);
-    let (cycle, mode, _) = bench.reply(cycle, AcquireReply::Taken).asks();
-    assert_eq!(mode, AcquireMode::Enqueue);
+    let (cycle, kind, _) = seen.asks();
+    assert!(cycle != guard.lease.cycle && kind == AcquireKind::Fast);
+    let (cycle, kind, _) = bench.reply(cycle, AcquireReply::Taken).asks();
+    assert_eq!(kind, AcquireKind::Enqueue);
     assert_eq!(bench.reply(cycle, queued(10)), NOTHING);
     assert!(!bench.queue.is_settled(waiter));
 }
@@ -99,8 +99,8 @@ fn try_of_the_same_process_asks_the_store() {
     let try_it = WaiterOptions { try_only: true, ..WANT };
     let (id, seen) = bench.want_as(1, try_it);
     assert_eq!(seen, NOTHING);
-    let (cycle, mode, _) = bench.released_remotely(guard.lease.cycle, None).asks();
-    assert_eq!(mode, AcquireMode::Try);
+    let (cycle, kind, _) = bench.released_remotely(guard.lease.cycle, None).asks();
+    assert_eq!(kind, AcquireKind::Try);
     assert_eq!(bench.reply(cycle, AcquireReply::Busy).woken, [1]);
     assert!(matches!(bench.collect(id), Some(Outcome::Busy)));
     assert!(bench.queue.is_unused());
@@ -174,7 +174,7 @@ fn waiter_with_a_minimum_hold_gets_a_new_lease() {
     let (_, seen) = bench.want_as(1, try_long);
     assert_eq!(seen.releases(), (guard.lease.cycle, None));
     let seen = bench.released_remotely(guard.lease.cycle, None);
-    assert_eq!((seen.asks().1, ttl_asked(&seen)), (AcquireMode::Try, MIN_HOLD));
+    assert_eq!((seen.asks().1, ttl_asked(&seen)), (AcquireKind::Try, MIN_HOLD));
 }
 
 #[test]
@@ -197,7 +197,7 @@ fn extension_in_flight_is_awaited_before_the_release() {
     let cycle = seen.asks().0;
     bench.want(1);
     let seen = bench.grant_for(MIN_HOLD, cycle, 1, 2);
-    assert_eq!(seen.asks().1, AcquireMode::Extend);
+    assert_eq!(seen.asks().1, AcquireKind::Extend);
     let guard = bench.guard(id);
     assert_eq!(bench.release_held(&guard), NOTHING);
     let seen = bench.reply(cycle, extended(3, 66));

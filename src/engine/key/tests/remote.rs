@@ -33,7 +33,7 @@ fn rule_2_an_old_grant_that_ran_out_is_ignored() {
     // It was granted tokens 11 and 12, but the push was slow. The lease expired, and the key has
     // another owner.
     bench.pass(ms(502));
-    assert_eq!(bench.tick().asks(), (cycle, AcquireMode::Enqueue, 1));
+    assert_eq!(bench.tick().asks(), (cycle, AcquireKind::Enqueue, 1));
     assert_eq!(bench.reply(cycle, queued(13)), NOTHING);
     assert_eq!(bench.grant(grant(cycle, 11, 12)), NOTHING);
     assert!(!bench.queue.is_settled(id));
@@ -61,7 +61,7 @@ fn rule_3_a_late_grant_is_asked_about() {
     bench.pass(TTL / 2);
     assert_eq!(
         bench.grant(grant(cycle, 11, 12)).asks(),
-        (cycle, AcquireMode::Enqueue, 1)
+        (cycle, AcquireKind::Enqueue, 1)
     );
     assert!(!bench.queue.is_settled(id));
     let sent_at = bench.now;
@@ -118,7 +118,7 @@ fn who_waits_asks_again_when_the_owners_lease_has_run_out() {
     bench.pass(ms(501));
     assert_eq!(bench.tick(), NOTHING);
     bench.pass(ms(1));
-    assert_eq!(bench.tick().asks(), (cycle, AcquireMode::Enqueue, 1));
+    assert_eq!(bench.tick().asks(), (cycle, AcquireKind::Enqueue, 1));
     assert_eq!(bench.tick(), NOTHING, "one request at a time");
 }
 
@@ -156,7 +156,7 @@ fn after_a_new_subscription_whoever_waits_asks_again() {
     let mut bench = Bench::new();
     assert_eq!(bench.resubscribed(), NOTHING, "there is no waiter");
     let (_, cycle) = bench.stand_in_queue(10);
-    assert_eq!(bench.resubscribed().asks(), (cycle, AcquireMode::Enqueue, 1));
+    assert_eq!(bench.resubscribed().asks(), (cycle, AcquireKind::Enqueue, 1));
 }
 
 #[test]
@@ -164,7 +164,7 @@ fn a_queued_reply_to_what_was_asked_before_a_new_subscription_is_not_trusted() {
     let mut bench = Bench::new();
     let cycle = bench.want(0).1.asks().0;
     assert_eq!(bench.resubscribed(), NOTHING);
-    assert_eq!(bench.reply(cycle, queued(10)).asks(), (cycle, AcquireMode::Enqueue, 1));
+    assert_eq!(bench.reply(cycle, queued(10)).asks(), (cycle, AcquireKind::Enqueue, 1));
     assert_eq!(bench.reply(cycle, queued(11)), NOTHING);
 }
 
@@ -176,7 +176,7 @@ fn at_its_turn_a_queued_cycle_asks_again_and_only_the_reply_lets_it_enter() {
     let seen = bench.turn(cycle);
     assert_eq!(
         (seen.asks(), &seen.woken[..]),
-        ((cycle, AcquireMode::Enqueue, 1), &[][..])
+        ((cycle, AcquireKind::Enqueue, 1), &[][..])
     );
     assert!(!bench.queue.is_settled(id));
     assert_eq!(bench.turn(cycle), NOTHING, "one request at a time");
@@ -193,7 +193,7 @@ fn a_turn_that_overtakes_the_queued_reply_is_not_forgotten() {
     let mut bench = Bench::new();
     let cycle = bench.want(0).1.asks().0;
     assert_eq!(bench.turn(cycle), NOTHING);
-    assert_eq!(bench.reply(cycle, queued(10)).asks(), (cycle, AcquireMode::Enqueue, 1));
+    assert_eq!(bench.reply(cycle, queued(10)).asks(), (cycle, AcquireKind::Enqueue, 1));
     assert_eq!(bench.reply(cycle, queued(11)), NOTHING, "the turn counts once");
 }
 
@@ -249,7 +249,7 @@ fn a_reply_that_comes_later_than_the_lease_lasts_is_no_guard() {
         bench.pass(TTL - DRIFT);
         assert_eq!(
             bench.reply_to(sent_at, cycle, granted(1, 1)).asks().1,
-            AcquireMode::Enqueue
+            AcquireKind::Enqueue
         );
     }
     let sent_at = bench.now;
@@ -271,7 +271,7 @@ fn a_try_whose_reply_comes_too_late_stays_a_try() {
     bench.pass(TTL);
     assert_eq!(
         bench.reply_to(sent_at, cycle, granted(1, 1)).asks(),
-        (cycle, AcquireMode::Try, 1)
+        (cycle, AcquireKind::Try, 1)
     );
 }
 

@@ -13,8 +13,8 @@ fn a_lease_that_was_not_renewed_in_time_is_lost_and_the_waiters_start_anew() {
     let seen = bench.tick();
     assert_eq!(seen.lost, Some(LossReason::Expired));
     assert_eq!(seen.abandoned, [], "the guard releases it when dropped");
-    let (cycle, mode, _) = seen.asks();
-    assert!(cycle > guard.lease.cycle && mode == AcquireMode::Enqueue);
+    let (cycle, kind, _) = seen.asks();
+    assert!(cycle > guard.lease.cycle && kind == AcquireKind::Enqueue);
     assert_eq!(guard.lease.loss(), Some(LossReason::Expired));
 
     // A late release does not affect a later cycle.
@@ -433,7 +433,7 @@ fn shard_with_another_map_ends_the_lease_and_lets_nobody_enter_by_a_grant() {
 
     let mut bench = Bench::new();
     let (_, cycle) = bench.stand_in_queue(10);
-    assert_eq!(bench.disown().asks(), (cycle, AcquireMode::Enqueue, 1));
+    assert_eq!(bench.disown().asks(), (cycle, AcquireKind::Enqueue, 1));
 }
 
 /// A process that dies blocks a key until its lease expires. Each lease has the TTL of the task

@@ -27,7 +27,7 @@ fn request(number: u64, cycle: u64) -> Acquire {
     Acquire {
         key: key(number),
         cycle: Cycle::of(cycle),
-        mode: AcquireMode::Enqueue,
+        kind: AcquireKind::Enqueue,
         ttl: SHORT,
         tokens: 1,
     }

@@ -10,15 +10,15 @@ fn cycle(number: u64, mode: LockMode) -> Cycle {
 }
 
 impl Bench {
-    fn acquire_in(&self, cycle: Cycle, mode: AcquireMode) -> Acquire {
+    fn acquire_in(&self, cycle: Cycle, kind: AcquireKind) -> Acquire {
         Acquire {
             cycle,
-            ..self.acquire(0, mode, TTL)
+            ..self.acquire(0, kind, TTL)
         }
     }
 
     async fn ask(&self, store: &EtcdStore, cycle: Cycle) -> AcquireReply {
-        let request = self.acquire_in(cycle, AcquireMode::Enqueue);
+        let request = self.acquire_in(cycle, AcquireKind::Enqueue);
         store.acquire(request).await.unwrap().reply
     }
 
@@ -140,12 +140,12 @@ async fn a_try_in_another_mode_takes_its_place_back() {
     let (theirs, _others) = bench.store(2);
     tokens(bench.ask(&ours, cycle(3, SHARED)).await);
     let tried = theirs
-        .acquire(bench.acquire_in(cycle(3, SHARED), AcquireMode::Try))
+        .acquire(bench.acquire_in(cycle(3, SHARED), AcquireKind::Try))
         .await
         .unwrap();
     tokens(tried.reply);
     is_queued(bench.ask(&ours, cycle(5, LockMode::Exclusive)).await, 1);
-    let late = bench.acquire_in(cycle(7, SHARED), AcquireMode::Try);
+    let late = bench.acquire_in(cycle(7, SHARED), AcquireKind::Try);
     assert_eq!(theirs.acquire(late.clone()).await.unwrap().reply, AcquireReply::Busy);
     // The queue has changed since the try looked: its lease shows that it may have a place.
     theirs.shared.cycles.open(late.cycle, TTL, Moment::now());

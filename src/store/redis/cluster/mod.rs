@@ -57,7 +57,7 @@ use crate::endpoint::ServerUrl;
 use crate::error::InvalidSetting;
 use crate::key::{LockKey, Slot};
 use crate::mode::LockMode;
-use crate::protocol::{Acquire, AcquireMode, AcquireReply, Answer, Push, Release, ReleaseReply, RenewReply, Renewal};
+use crate::protocol::{Acquire, AcquireKind, AcquireReply, Answer, Push, Release, ReleaseReply, RenewReply, Renewal};
 use crate::slow_log::RateLimit;
 use crate::store::map::StoredMap;
 use crate::store::{self, Health, KeyState, LeaseStore, MapState, MapStep, StoreError, StoreFuture, StoreOptions};
@@ -364,18 +364,18 @@ impl LeaseStore for ClusterStore {
             let started = Moment::now();
             pool.check_map(None).await?;
             let slot = shared.commands.names.of(&request.key).slot();
-            let Acquire { mode, ttl, tokens, .. } = request;
+            let Acquire { kind, ttl, tokens, .. } = request;
             // A cycle that takes a free key with a single token asks again before it passes the key
             // on to a second task, and learns of remote waiters then. With more tokens, it must be
             // notified.
-            if mode == AcquireMode::Enqueue || tokens > 1 {
+            if kind == AcquireKind::Enqueue || tokens > 1 {
                 inbox.ready(slot).await?;
             }
             let (node_reply, reply, floor) = loop {
                 let floor = shared.token_floor.of(slot);
                 let node_reply = pool.send_acquire(&request, slot, floor).await?;
-                let reply = match (acquired(&node_reply.value, tokens)?, mode) {
-                    (AcquireReply::Busy, AcquireMode::Fast) => AcquireReply::Taken,
+                let reply = match (acquired(&node_reply.value, tokens)?, kind) {
+                    (AcquireReply::Busy, AcquireKind::Fast) => AcquireReply::Taken,
                     (reply, _) => reply,
                 };
                 shared.token_floor.note_reply(slot, &reply);

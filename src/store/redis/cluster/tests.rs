@@ -9,7 +9,7 @@ use super::ClusterStore;
 use crate::endpoint::{Endpoint, EndpointKind};
 use crate::identity::ManagerId;
 use crate::key::{LockKey, SLOTS, Slot};
-use crate::protocol::{Acquire, AcquireMode, AcquireReply, Cycle, Push};
+use crate::protocol::{Acquire, AcquireKind, AcquireReply, Cycle, Push};
 use crate::store::redis::Compared;
 use crate::store::{LeaseStore, StoreOptions};
 
@@ -55,11 +55,11 @@ impl Compared for ClusterStore {
     }
 }
 
-async fn acquire(store: &ClusterStore, mode: AcquireMode) -> AcquireReply {
+async fn acquire(store: &ClusterStore, kind: AcquireKind) -> AcquireReply {
     let request = Acquire {
         key: LockKey::new("k").unwrap(),
         cycle: Cycle::of(1),
-        mode,
+        kind,
         ttl: Duration::from_secs(600),
         tokens: 1,
     };
@@ -80,7 +80,7 @@ async fn waiter_of_a_held_key(
     let listening = tokio::spawn(waiter.run_subscriber(sender));
     assert_eq!(pushes.recv().await, Some(Push::Resubscribed { slot: None }));
     assert!(matches!(
-        acquire(&holder, AcquireMode::Fast).await,
+        acquire(&holder, AcquireKind::Fast).await,
         AcquireReply::Granted { .. }
     ));
     (waiter, pushes, listening)
@@ -91,11 +91,11 @@ async fn an_inbox_that_is_idle_is_given_up_and_who_waits_there_is_told_to_ask() 
     let cluster = support::Cluster::start(3, 0);
     let (waiter, mut pushes, listening) = waiter_of_a_held_key(&cluster, 1).await;
     // Acquiring a free key needs no inbox; waiting does.
-    assert!(matches!(acquire(&waiter, AcquireMode::Fast).await, AcquireReply::Taken));
+    assert!(matches!(acquire(&waiter, AcquireKind::Fast).await, AcquireReply::Taken));
     assert_eq!(cluster.shard_channels(), [""; 0]);
     for _ in 0..2 {
         assert!(matches!(
-            acquire(&waiter, AcquireMode::Enqueue).await,
+            acquire(&waiter, AcquireKind::Enqueue).await,
             AcquireReply::Queued(_)
         ));
         assert_eq!(cluster.shard_channels().len(), 1);
@@ -113,7 +113,7 @@ async fn an_inbox_at_a_node_that_a_map_left_out_is_made_again() {
     let cluster = support::Cluster::start(3, 0);
     let (waiter, mut pushes, listening) = waiter_of_a_held_key(&cluster, 60).await;
     assert!(matches!(
-        acquire(&waiter, AcquireMode::Enqueue).await,
+        acquire(&waiter, AcquireKind::Enqueue).await,
         AcquireReply::Queued(_)
     ));
     let inbox = cluster.shard_channels();

@@ -68,7 +68,7 @@ use crate::endpoint::{Access, ServerUrl};
 use crate::error::InvalidSetting;
 use crate::key::{LockKey, Slot};
 use crate::mode::LockMode;
-use crate::protocol::{Acquire, AcquireMode, AcquireReply, Answer, Push, Release, ReleaseReply, RenewReply, Renewal};
+use crate::protocol::{Acquire, AcquireKind, AcquireReply, Answer, Push, Release, ReleaseReply, RenewReply, Renewal};
 use crate::runtime::Runtimes;
 use crate::slow_log::RateLimit;
 use crate::store::map::StoredMap;
@@ -341,7 +341,7 @@ impl Shared {
             return Box::pin(self.send_acquire_confirmed(ack, live, request, slot, floor)).await;
         }
         let is_exclusive = request.cycle.mode().is_exclusive();
-        if is_exclusive && request.mode == AcquireMode::Fast {
+        if is_exclusive && request.kind == AcquireKind::Fast {
             let commands = self.commands.take_freely(request, slot);
             let replies = live.connection.send_packed_commands(&commands, 0, 2).await?;
             let replies = self.commands.permissions.without_errors(&commands, replies)?;
@@ -370,7 +370,7 @@ impl Shared {
     ) -> RedisResult<Result<AcquireReply, StoreError>> {
         let wait = ack.next();
         let is_exclusive = request.cycle.mode().is_exclusive();
-        let (reply, acked) = if is_exclusive && request.mode == AcquireMode::Fast {
+        let (reply, acked) = if is_exclusive && request.kind == AcquireKind::Fast {
             let mut commands = self.commands.take_freely(request, slot);
             commands.add_command(wait.command());
             let mut replies = live.connection.send_packed_commands(&commands, 0, 3).await?;
@@ -481,10 +481,10 @@ impl LeaseStore for RedisStore {
                     }
                     Err(error) => attempts.failed(&shared, &link, &live, &error)?,
                 }
-                if request.mode == AcquireMode::Fast {
+                if request.kind == AcquireKind::Fast {
                     // The attempt may have taken the lease: only the script recognizes its own
                     // lease.
-                    request.mode = AcquireMode::Enqueue;
+                    request.kind = AcquireKind::Enqueue;
                 }
             }
         })
