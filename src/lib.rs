@@ -159,8 +159,8 @@
 //! # Ok(()) }
 //! ```
 //!
-//! [`LockRequest::shared`] and [`LockManager::permits`] have the details; not every kind of shard
-//! has both.
+//! [`LockRequest::shared`] and [`LockManager::permits`] have the details. Every kind of shard has
+//! shared locks; all but `redlock://` have permits.
 //!
 //! # Losing a lock
 //!
@@ -215,7 +215,8 @@
 //!
 //! # What is promised, and what is not
 //!
-//! - At most one guard of a key is valid at a time, and a loss is reported first.
+//! - At most one exclusive guard of a key is valid at a time, none beside shared ones, and never
+//!   more permits than the limit. A loss is reported first.
 //! - Tokens of a key grow, also after its server lost its data, on servers whose clocks agree.
 //! - Tasks of a process are served in the order in which they asked. Processes take turns; while
 //!   others wait, a turn lasts at most `max_burst` guards or `max_slice` of time.
@@ -225,7 +226,6 @@
 //!   replicas. A single Redis without persistence forgets all leases when it crashes. Two holders
 //!   may then overlap until the first one learns of it.
 //! - The server decides when a lease ends, by its own clock. A jump forward frees locks early.
-//! - There are no shared locks and no permits.
 //!
 //! `docs/guarantees.md` in the repository has the whole list.
 //!

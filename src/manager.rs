@@ -263,8 +263,8 @@ impl LockManager {
     /// # Errors
     ///
     /// Those of a [`LockRequest`], and
-    /// [`LockErrorKind::Unsupported`](crate::error::LockErrorKind::Unsupported) on kinds of shards
-    /// that have no permits.
+    /// [`LockErrorKind::Unsupported`](crate::error::LockErrorKind::Unsupported) on `redlock://`
+    /// shards: a quorum can't bound the number of holders.
     #[track_caller]
     pub fn permits(&self, key: impl TryInto<LockKey, Error: Into<InvalidSetting>>, limit: u16) -> LockRequest {
         self.lock(key).in_mode(LockMode::Permits { weight: 1, limit })

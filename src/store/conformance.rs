@@ -23,6 +23,7 @@ use crate::protocol::{
 };
 use crate::store::memory::{MemoryCore, Terms};
 use crate::store::redis::Compared;
+use crate::store::redis::claim::{Claim, ClaimKind, Claimed};
 use crate::store::{Holder, KeyState, Priority};
 
 const MANAGERS: usize = 3;
@@ -53,6 +54,13 @@ enum Command {
     Retire {
         lock: Lock,
         rest: Duration,
+        terms: Given,
+    },
+    /// What a quorum asks of a node.
+    Claim {
+        lock: Lock,
+        kind: ClaimKind,
+        at_least: u64,
         terms: Given,
     },
     Renew {
@@ -93,6 +101,7 @@ struct Given {
 enum Reply {
     Acquired(AcquireReply),
     Released(ReleaseReply),
+    Claimed(Claimed),
     Renewed(Vec<RenewReply>),
     None,
 }
@@ -137,6 +146,8 @@ fn command() -> impl Strategy<Value = Command> {
     ];
     let owner = prop::sample::select(vec!["another-library", "h-1-zz:3", "550e8400-e29b-41d4"]);
     let lease = (0..KEYS.len(), 1..=CYCLES, ttl());
+    let claim_kind = prop_oneof![2 => Just(ClaimKind::Take), 1 => Just(ClaimKind::Extend)];
+    let at_least = prop_oneof![Just(0), FLOOR..FLOOR + 1_000];
     prop_oneof![
         12 => (lock(), kind, given()).prop_map(|(lock, kind, terms)| Command::Acquire {
             lock,
@@ -156,6 +167,13 @@ fn command() -> impl Strategy<Value = Command> {
             // The first number is that of retired leases.
             lock: Lock { cycle: lock.cycle.max(2), ..lock },
             rest,
+            terms,
+        }),
+        3 => (lock(), claim_kind, at_least, given()).prop_map(|(lock, kind, at_least, terms)| Command::Claim {
+            // A quorum has no permits: the numbers from 5 on.
+            lock: Lock { cycle: lock.cycle.min(4), ..lock },
+            kind,
+            at_least,
             terms,
         }),
         2 => (0..MANAGERS, prop::collection::vec(lease, 1..6))
@@ -324,6 +342,15 @@ impl Pair {
                     false => self.core.release(key, &me, None, terms),
                 })
             }
+            Command::Claim {
+                lock,
+                kind,
+                at_least,
+                terms: given,
+            } => {
+                let (key, me) = (&self.keys[lock.key], owner_tag(lock.manager, lock.cycle));
+                Reply::Claimed(self.core.claim(key, &me, *kind, *at_least, terms(*given)))
+            }
             Command::Renew { manager, leases } => {
                 let mut replies = Vec::new();
                 for &(key, cycle, ttl) in leases {
@@ -394,6 +421,24 @@ impl Pair {
                     retire_until: Some(Moment::now() + rest),
                 };
                 Reply::Released(store.release(Priority::Foreground, request).await.unwrap().reply)
+            }
+            Command::Claim {
+                lock,
+                kind,
+                at_least,
+                terms,
+            } => {
+                let store = &self.stores[lock.manager];
+                let key = self.keys[lock.key].clone();
+                store.set_floor(&key, terms.floor);
+                let claim = Claim {
+                    key,
+                    cycle: numbered(lock.cycle),
+                    ttl: terms.ttl,
+                    at_least,
+                    kind,
+                };
+                Reply::Claimed(store.claim(claim).await.unwrap())
             }
             Command::Renew { manager, ref leases } => {
                 let renewal = |&(key, cycle, ttl): &(usize, u64, Duration)| Renewal {
@@ -558,6 +603,12 @@ fn as_in_a_cluster(command: Command) -> Command {
         Command::Retire { lock, rest, terms } => Command::Retire {
             lock,
             rest,
+            terms: after_now(terms),
+        },
+        // A cluster is no node of a quorum.
+        Command::Claim { lock, terms, .. } => Command::Release {
+            lock,
+            requeue: None,
             terms: after_now(terms),
         },
         other => other,

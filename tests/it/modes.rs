@@ -26,7 +26,7 @@ pub(crate) async fn hold(me: &worker::Current) {
 }
 
 on_each_store! {
-    on(modes);
+    on(all);
 
     async fn shared_holders_have_a_key_together_and_an_exclusive_one_has_it_alone(store: &TestStore) {
         let (here, there) = (store.manager().await, store.manager().await);
@@ -47,7 +47,6 @@ on_each_store! {
         let writer = lock(&there, "k").await;
         for locks in [&here, &there] {
             assert!(locks.try_lock("k").shared().await.expect("a try").is_none());
-            assert!(locks.try_permits("k", 5).await.expect("a try").is_none());
         }
         writer.release().await.expect("release");
         let reader = here.lock("k").shared().await.expect("a shared lock");
@@ -107,6 +106,43 @@ on_each_store! {
             guard.release().await.expect("release");
         }
     }
+
+    async fn a_waiter_that_gives_up_leaves_the_way_free(store: &TestStore) {
+        let (here, there) = (store.manager().await, store.manager().await);
+        let reader = here.lock("k").shared().await.expect("a shared lock");
+        let late = there.lock("k").timeout(Duration::from_millis(50)).await.expect_err("it is held");
+        assert!(late.is_timeout(), "{late}");
+        let beside = soon("a reader", async { there.lock("k").shared().await }).await.expect("a shared lock");
+        drop((reader, beside));
+        let guard = soon("the writer", async { lock(&there, "k").await }).await;
+        guard.release().await.expect("release");
+    }
+
+    async fn a_reader_that_holds_for_too_long_does_not_end_the_others(store: &TestStore) {
+        let locks = store.manager().await;
+        let patient = locks.lock("k").shared().await.expect("a shared lock");
+        let limited = locks.lock("k").shared().max_hold(Duration::from_millis(100)).await.expect("a shared lock");
+        assert_eq!(soon("the loss", limited.lost()).await, LossReason::MaxHold);
+        assert!(patient.is_valid() && !limited.is_valid());
+        assert!(limited.release().await.is_err());
+        assert!(patient.is_valid());
+        assert!(locks.try_lock("k").await.expect("a try").is_none());
+        patient.release().await.expect("release");
+        let writer = lock(&locks, "k").await;
+        writer.release().await.expect("release");
+    }
+
+    async fn a_manager_that_shuts_down_gives_back_shared_locks(store: &TestStore) {
+        let (here, there) = (store.manager().await, store.manager().await);
+        let shared = here.lock("k").shared().await.expect("a shared lock");
+        here.shutdown().await.expect("shut down");
+        assert_eq!(shared.lost().await, LossReason::Closed);
+        assert!(there.try_lock("k").await.expect("a try").is_some());
+    }
+}
+
+on_each_store! {
+    on(permits);
 
     async fn permits_of_all_holders_together_never_exceed_the_limit(store: &TestStore) {
         const LIMIT: u16 = 5;
@@ -183,44 +219,37 @@ on_each_store! {
         drop((held, fourth));
     }
 
-    async fn a_waiter_that_gives_up_leaves_the_way_free(store: &TestStore) {
+    async fn permits_and_exclusive_locks_exclude_each_other(store: &TestStore) {
         let (here, there) = (store.manager().await, store.manager().await);
-        let reader = here.lock("k").shared().await.expect("a shared lock");
-        let late = there.lock("k").timeout(Duration::from_millis(50)).await.expect_err("it is held");
-        assert!(late.is_timeout(), "{late}");
-        let beside = soon("a reader", async { there.lock("k").shared().await }).await.expect("a shared lock");
-        drop((reader, beside));
-        let guard = soon("the writer", async { lock(&there, "k").await }).await;
-        guard.release().await.expect("release");
-    }
-
-    async fn a_reader_that_holds_for_too_long_does_not_end_the_others(store: &TestStore) {
-        let locks = store.manager().await;
-        let patient = locks.lock("k").shared().await.expect("a shared lock");
-        let limited = locks.lock("k").shared().max_hold(Duration::from_millis(100)).await.expect("a shared lock");
-        assert_eq!(soon("the loss", limited.lost()).await, LossReason::MaxHold);
-        assert!(patient.is_valid() && !limited.is_valid());
-        assert!(limited.release().await.is_err());
-        assert!(patient.is_valid());
-        assert!(locks.try_lock("k").await.expect("a try").is_none());
-        patient.release().await.expect("release");
-        let writer = lock(&locks, "k").await;
+        let writer = lock(&there, "k").await;
+        for locks in [&here, &there] {
+            assert!(locks.try_permits("k", 5).await.expect("a try").is_none());
+        }
         writer.release().await.expect("release");
+        let permit = here.permits("k", 5).await.expect("a permit");
+        for locks in [&here, &there] {
+            assert!(locks.try_lock("k").await.expect("a try").is_none());
+            let beside = locks.try_lock("k").shared().await.expect("a try");
+            beside.expect("a shared lock beside it").release().await.expect("release");
+        }
+        permit.release().await.expect("release");
     }
 
-    async fn a_manager_that_shuts_down_gives_back_all_modes(store: &TestStore) {
+    async fn a_manager_that_shuts_down_gives_back_permits(store: &TestStore) {
         let (here, there) = (store.manager().await, store.manager().await);
-        let shared = here.lock("s").shared().await.expect("a shared lock");
-        let permits = here.permits("p", 2).weight(2).await.expect("permits");
+        let permits = here.permits("k", 2).weight(2).await.expect("permits");
         here.shutdown().await.expect("shut down");
-        assert_eq!((shared.lost().await, permits.lost().await), (LossReason::Closed, LossReason::Closed));
-        assert!(there.try_lock("s").await.expect("a try").is_some());
-        assert!(there.try_permits("p", 2).weight(2).await.expect("a try").is_some());
+        assert_eq!(permits.lost().await, LossReason::Closed);
+        assert!(there.try_permits("k", 2).weight(2).await.expect("a try").is_some());
     }
 }
 
 on_each_store! {
-    on(modes_of_servers);
+    on(servers);
+
+    async fn a_dead_reader_frees_its_place_within_its_ttl(store: &TestStore) {
+        place_of_a_dead_holder_is_free_in_time(store, "shared").await;
+    }
 
     async fn deleting_the_key_ends_every_shared_holder(store: &TestStore) {
         let locks = store.short_lived_manager().await;
@@ -233,25 +262,37 @@ on_each_store! {
         writer.release().await.expect("release");
     }
 
-    /// SIGKILL: nobody releases anything.
-    async fn a_dead_holder_frees_its_place_within_its_ttl(store: &TestStore) {
-        let ttl = store.short_ttl();
-        let locks = store.manager().await;
-        for mode in ["shared", "permits"] {
-            let millis = ttl.as_millis().to_string();
-            let vars = [("SHARDLOCK_TEST_MODE", mode), ("SHARDLOCK_TEST_TTL", &millis)];
-            let mut holder = store.worker("holder", &vars);
-            assert_eq!(holder.line(), "holds");
-            assert!(locks.try_permits("k", 3).weight(3).await.expect("a try").is_none() || mode == "shared");
-            assert!(locks.try_lock("k").await.expect("a try").is_none());
-            holder.kill();
-            let killed = Instant::now();
-            let guard = soon("the dead holder's place", async { lock(&locks, "k").await }).await;
-            let took = killed.elapsed();
-            assert!(took <= store.kind().dead_within(ttl) + Duration::from_millis(500), "{took:?}");
-            guard.release().await.expect("release");
-        }
+}
+
+on_each_store! {
+    on(permits_of_servers);
+
+    async fn a_dead_holder_of_permits_frees_them_within_its_ttl(store: &TestStore) {
+        place_of_a_dead_holder_is_free_in_time(store, "permits").await;
     }
+}
+
+/// SIGKILL: nobody releases anything.
+async fn place_of_a_dead_holder_is_free_in_time(store: &TestStore, mode: &str) {
+    let ttl = store.short_ttl();
+    let locks = store.manager().await;
+    let millis = ttl.as_millis().to_string();
+    let vars = [("SHARDLOCK_TEST_MODE", mode), ("SHARDLOCK_TEST_TTL", &millis)];
+    let mut holder = store.worker("holder", &vars);
+    assert_eq!(holder.line(), "holds");
+    if mode == "permits" {
+        assert!(locks.try_permits("k", 3).weight(3).await.expect("a try").is_none());
+    }
+    assert!(locks.try_lock("k").await.expect("a try").is_none());
+    holder.kill();
+    let killed = Instant::now();
+    let guard = soon("the dead holder's place", async { lock(&locks, "k").await }).await;
+    let took = killed.elapsed();
+    assert!(
+        took <= store.kind().dead_within(ttl) + Duration::from_millis(500),
+        "{took:?}"
+    );
+    guard.release().await.expect("release");
 }
 
 on_each_store! {

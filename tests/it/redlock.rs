@@ -1,13 +1,13 @@
 //! A quorum of independent nodes: what it survives, what it refuses, and what it leaves behind.
 
-use std::collections::HashMap;
+use std::collections::{HashMap, HashSet};
 use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 use std::sync::{Arc, Mutex};
 use std::time::{Duration, Instant};
 
-use shardlock::LockManager;
 use shardlock::config::Builder;
 use shardlock::error::LockErrorKind;
+use shardlock::{LockGuard, LockManager, LockMode};
 use support::quorum::MAX_TTL;
 use support::{Quorum, RedisServer};
 use support_locks::{lock, soon, until};
@@ -203,6 +203,65 @@ async fn a_lock_that_is_held_for_long_survives_the_restart_of_each_node_in_turn(
     assert!(guard.token() > token, "{} after {token}", guard.token());
 }
 
+/// Readers of two managers, one of which joins while nodes have restarted.
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn shared_locks_survive_the_restart_of_each_node_in_turn() {
+    let quorum = Quorum::start(3);
+    let (locks, other) = (connect(&quorum).await, connect(&quorum).await);
+    let all_have = async |readers: u64| {
+        let has_them = |node: &RedisServer| node.query::<u64>(&["ZCARD", "{lock:k}:h"]) == readers;
+        until("all nodes have the leases", async || {
+            quorum.nodes().iter().all(has_them)
+        })
+        .await;
+    };
+    let guard = locks.lock("k").shared().await.expect("a shared lock");
+    all_have(1).await;
+    let mut late = None;
+    for node in 0..3 {
+        quorum.nodes()[node].restart();
+        quorum.wait_for_vote(node);
+        if late.is_none() {
+            all_have(1).await;
+            late = Some(other.lock("k").shared().await.expect("a shared lock"));
+        }
+        all_have(2).await;
+        assert!(guard.is_valid() && late.as_ref().is_some_and(LockGuard::is_valid));
+        for locks in [&locks, &other] {
+            assert!(locks.try_lock("k").await.expect("try").is_none());
+        }
+    }
+    let late = late.expect("the second reader");
+    let largest = guard.token().max(late.token());
+    guard.release().await.expect("the lock was held throughout");
+    assert!(
+        locks.try_lock("k").await.expect("try").is_none(),
+        "the other still reads"
+    );
+    late.release().await.expect("the lock was held throughout");
+    nothing_is_left(&quorum, |_| true).await;
+    let guard = lock(&other, "k").await;
+    assert!(guard.token() > largest, "{} after {largest}", guard.token());
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn permits_are_refused_with_the_reason_and_nothing_is_sent() {
+    let quorum = Quorum::start(3);
+    let locks = connect(&quorum).await;
+    let before = counts(&quorum).0;
+    let error = locks.permits("k", 2).await.expect_err("no permits");
+    assert!(
+        error.kind() == LockErrorKind::Unsupported && !error.is_retryable(),
+        "{error}"
+    );
+    for word in ["permits 1/2", "majority", "another kind of shard", "\"k\""] {
+        assert!(error.to_string().contains(word), "{word}: {error}");
+    }
+    let error = locks.try_permits("k", 2).await.expect_err("no permits");
+    assert!(error.kind() == LockErrorKind::Unsupported, "{error}");
+    assert_eq!(counts(&quorum).0, before);
+}
+
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn tokens_grow_though_minorities_are_flushed_and_doors_change() {
     let quorum = Quorum::start(5);
@@ -277,40 +336,65 @@ async fn a_quorum_without_spare_time_is_an_error_rather_than_a_lock() {
     nothing_is_left(&quorum, |_| true).await;
 }
 
-/// The number of holders and the last token of each key.
+/// The holders and the tokens of each key.
 #[derive(Default)]
 struct Ledger {
-    inside: Mutex<HashMap<String, (u32, u64)>>,
+    inside: Mutex<HashMap<String, Inside>>,
     overlaps: AtomicU64,
     regressions: AtomicU64,
-    served: AtomicU64,
+    /// Exclusive and shared locks.
+    served: [AtomicU64; 2],
+}
+
+/// Who holds a key, and who has held it.
+#[derive(Default)]
+struct Inside {
+    writers: u32,
+    readers: u32,
+    last_written: u64,
+    largest: u64,
+    /// The tokens of readers since the last writer.
+    read: HashSet<u64>,
 }
 
 impl Ledger {
-    fn enter(&self, key: &str, token: u64) {
+    fn enter(&self, guard: &LockGuard) {
+        let (token, is_shared) = (guard.token().get(), guard.mode() == LockMode::Shared);
         let mut inside = self.inside.lock().expect("no panic");
-        let (count, last) = inside.entry(key.to_owned()).or_default();
-        *count += 1;
-        self.overlaps.fetch_add(u64::from(*count > 1), Ordering::Relaxed);
-        self.regressions.fetch_add(u64::from(token <= *last), Ordering::Relaxed);
-        *last = token;
+        let key = inside.entry(guard.key().to_owned()).or_default();
+        let (is_beside, is_old) = match is_shared {
+            true => (key.writers > 0, token <= key.last_written || !key.read.insert(token)),
+            false => (key.writers + key.readers > 0, token <= key.largest),
+        };
+        self.overlaps.fetch_add(u64::from(is_beside), Ordering::Relaxed);
+        self.regressions.fetch_add(u64::from(is_old), Ordering::Relaxed);
+        key.largest = key.largest.max(token);
+        if is_shared {
+            key.readers += 1;
+        } else {
+            key.writers += 1;
+            key.last_written = token;
+            key.read.clear();
+        }
     }
 
-    fn leave(&self, key: &str) {
-        self.inside
-            .lock()
-            .expect("no panic")
-            .get_mut(key)
-            .expect("the key has a holder")
-            .0 -= 1;
-        self.served.fetch_add(1, Ordering::Relaxed);
+    fn leave(&self, guard: &LockGuard) {
+        let is_shared = guard.mode() == LockMode::Shared;
+        let mut inside = self.inside.lock().expect("no panic");
+        let key = inside.get_mut(guard.key()).expect("the key has a holder");
+        *(if is_shared { &mut key.readers } else { &mut key.writers }) -= 1;
+        self.served[usize::from(is_shared)].fetch_add(1, Ordering::Relaxed);
+    }
+
+    fn served(&self) -> [u64; 2] {
+        self.served.each_ref().map(|count| count.load(Ordering::Relaxed))
     }
 }
 
-/// Managers contend for few keys while one node after the other hangs, or is killed and restarts
-/// empty.
+/// Managers contend for few keys, to write and to read, while one node after the other hangs, or is
+/// killed and restarts empty.
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
-async fn no_two_holders_and_no_old_token_while_nodes_come_and_go() {
+async fn nobody_beside_a_writer_and_no_old_token_while_nodes_come_and_go() {
     let quorum = Arc::new(Quorum::start(5));
     let (ledger, over) = (Arc::new(Ledger::default()), Arc::new(AtomicBool::new(false)));
     let mut workers = JoinSet::new();
@@ -323,17 +407,21 @@ async fn no_two_holders_and_no_old_token_while_nodes_come_and_go() {
                 while !over.load(Ordering::Relaxed) {
                     let key = format!("key-{}", turn % 3);
                     turn += 1;
-                    let guard = match locks.lock(&key).await {
+                    let request = match turn % 2 {
+                        0 => locks.lock(&key).shared(),
+                        _ => locks.lock(&key),
+                    };
+                    let guard = match request.await {
                         Ok(guard) => guard,
                         Err(error) => {
                             assert!(error.is_retryable(), "{error}");
                             continue;
                         }
                     };
-                    ledger.enter(&key, guard.token().get());
+                    ledger.enter(&guard);
                     tokio::task::yield_now().await;
                     let was_valid = guard.is_valid();
-                    ledger.leave(&key);
+                    ledger.leave(&guard);
                     // A majority that is unreachable for a moment is no reason to lose a lock.
                     assert!(was_valid, "a lock of {key} was lost within a millisecond");
                     drop(guard.release().await);
@@ -344,14 +432,18 @@ async fn no_two_holders_and_no_old_token_while_nodes_come_and_go() {
     let until = Instant::now() + Duration::from_secs(8);
     let mut node = 0;
     while Instant::now() < until {
-        let served = ledger.served.load(Ordering::Relaxed);
+        let served = ledger.served();
         if node % 2 == 0 {
             quorum.nodes()[node % 5].stop();
         } else {
             quorum.nodes()[node % 5].kill();
         }
-        support_locks::until("locking continues", async || {
-            ledger.served.load(Ordering::Relaxed) > served + 50
+        support_locks::until("locking continues in both modes", async || {
+            ledger
+                .served()
+                .iter()
+                .zip(served)
+                .all(|(now, before)| *now > before + 25)
         })
         .await;
         if node % 2 == 0 {
@@ -371,10 +463,8 @@ async fn no_two_holders_and_no_old_token_while_nodes_come_and_go() {
         ended.expect("a worker");
     }
     let count = |number: &AtomicU64| number.load(Ordering::Relaxed);
-    println!(
-        "{} locks while {node} nodes failed and recovered",
-        count(&ledger.served)
-    );
+    let [exclusive, shared] = ledger.served();
+    println!("{exclusive} exclusive and {shared} shared locks while {node} nodes failed and recovered");
     assert_eq!((count(&ledger.overlaps), count(&ledger.regressions)), (0, 0));
     nothing_is_left(&quorum, |_| true).await;
 }
@@ -507,6 +597,11 @@ async fn the_permissions_of_the_acl_file_are_enough() {
     let (one, other) = (builder.clone().connect().await, builder.connect().await);
     let (one, other) = (one.expect("connect"), other.expect("connect"));
     hand_off(&quorum, &one, &other).await;
+    let readers = [one.lock("key").shared().await, other.lock("key").shared().await];
+    for guard in readers {
+        guard.expect("a shared lock").release().await.expect("release");
+    }
+    nothing_is_left(&quorum, |_| true).await;
     let guard = lock(&one, "key").await;
     // Two of three nodes are enough for the lock. Wait for the third, or the loss of one node would
     // lose the lock.

@@ -720,6 +720,9 @@ fn mode_of(owner: &str) -> LockMode {
 }
 
 #[cfg(test)]
+mod claim;
+
+#[cfg(test)]
 mod tests {
     use super::*;
 

@@ -138,7 +138,7 @@ async fn attempt(quorum: &Arc<Quorum>, request: &Acquire) -> Result<Answer<Acqui
         tally,
         asked: vec![Arc::clone(&sequencer)],
     };
-    let (tally, tokens) = claim_rest(quorum, request, votes, tokens).await;
+    let (tally, tokens) = claim_rest(quorum, request, sent_at, votes, tokens).await;
     let state = tally.state();
     let is_late = is_late(sent_at, ttl);
     if matches!(state, VoteState::Won(_)) && !is_late {

@@ -10,10 +10,12 @@ use tokio::time::timeout;
 
 use super::node::Node;
 use super::tally::{Tally, Vote, VoteState};
+use super::tokens::TokenChoice;
 use super::{Quorum, outage};
 use crate::clock::Moment;
 use crate::fence::TokenBlock;
 use crate::protocol::{Acquire, AcquireKind};
+use crate::random;
 use crate::store::StoreError;
 use crate::store::redis::claim::{Claim, ClaimKind, Claimed};
 
@@ -29,20 +31,24 @@ pub(super) struct Votes {
 pub(super) async fn claim_rest(
     quorum: &Quorum,
     request: &Acquire,
+    sent_at: Moment,
     votes: Votes,
     tokens: TokenBlock,
 ) -> (Tally, TokenBlock) {
-    let tally = claim(quorum, request, votes, tokens.last()).await;
-    let counter = match tally.state() {
-        VoteState::Won(counter) if counter >= tokens.first() => counter,
-        _ => return (tally, tokens),
-    };
-    let above = TokenBlock::ending_at(counter.saturating_add(u64::from(request.tokens)), request.tokens);
-    let votes = Votes {
-        tally: Tally::new(quorum.nodes.len()),
-        asked: Vec::new(),
-    };
-    (claim(quorum, request, votes, above.last()).await, above)
+    let mut choice = TokenChoice::new(request.cycle.mode(), tokens, request.tokens);
+    let mut tally = claim(quorum, request, votes, tokens.last()).await;
+    while let VoteState::Won(counter) = tally.state()
+        && !choice.is_final(counter)
+        && !is_late(sent_at, request.ttl)
+    {
+        let tokens = choice.next(counter, random::number_in);
+        let votes = Votes {
+            tally: Tally::new(quorum.nodes.len()),
+            asked: Vec::new(),
+        };
+        tally = claim(quorum, request, votes, tokens.last()).await;
+    }
+    (tally, choice.tokens)
 }
 
 /// Returns as soon as the vote is decided. Claims that are then in flight are dropped, not

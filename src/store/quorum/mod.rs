@@ -32,6 +32,12 @@
 //! the holder knows of a loss, no other cycle may have it. An extension counts only if a majority
 //! has had the lease the whole time (`extend`). A renewal restores it at nodes that lack it.
 //!
+//! Shared leases take the same path. A node has any number of them, but none beside an exclusive
+//! one, so a majority of readers and one of a writer cannot exist at the same time. All modes wait
+//! in the sequencer's queue, so readers pass no writer there. Unlike writers, readers acquire at
+//! the same time, so they need more care to get different tokens (`tokens`). Permits are refused:
+//! nodes that each admit at most *n* holders may together admit more.
+//!
 //! Timeouts run on the runtime on which a request began: the rest of a release continues there as a
 //! task, and becomes pending if that runtime ends.
 
@@ -46,6 +52,7 @@ mod repair;
 mod tally;
 #[cfg(test)]
 mod tests;
+mod tokens;
 
 use std::collections::HashMap;
 use std::pin::Pin;
@@ -59,6 +66,7 @@ use crate::clock::Moment;
 use crate::endpoint::ServerUrl;
 use crate::error::InvalidSetting;
 use crate::key::{LockKey, Slot};
+use crate::mode::LockMode;
 use crate::protocol::{Acquire, AcquireReply, Answer, Cycle, Push, Release, ReleaseReply, RenewReply, Renewal};
 use crate::router::ShardMap;
 use crate::store::redis::primary::RedisStore;
@@ -103,6 +111,10 @@ const HELD_BETWEEN_SWEEPS: usize = 1024;
 const MAJORITY_PAUSE: Duration = Duration::from_millis(10);
 /// The longest pause before a request that found no majority is sent again.
 const MAJORITY_PAUSE_MAX: Duration = Duration::from_millis(100);
+
+/// Why a quorum has no permits.
+const NO_PERMITS: &str = "a quorum can't bound the number of holders: with three nodes that admit \
+                          two holders each, three holders have a majority";
 
 /// The longest time after which a silent node is down.
 const NODE_LIMIT_MAX: Duration = Duration::from_millis(250);
@@ -427,6 +439,13 @@ impl LeaseStore for QuorumStore {
 
     fn slot_of(&self, key: &LockKey) -> Slot {
         self.quorum.slot(key)
+    }
+
+    fn lacks(&self, mode: LockMode) -> Option<&'static str> {
+        match mode {
+            LockMode::Exclusive | LockMode::Shared => None,
+            LockMode::Permits { .. } => Some(NO_PERMITS),
+        }
     }
 
     fn drain(&self) -> StoreFuture<()> {

@@ -1,5 +1,8 @@
 //! Which answers count in a quorum, on real servers whose votes a test gives and takes.
 
+mod model;
+mod shared;
+
 use std::sync::Arc;
 use std::time::Duration;
 
@@ -86,9 +89,13 @@ impl Bench {
     }
 
     async fn acquire(&self, cycle: u64, kind: AcquireKind, ttl: Duration) -> Result<AcquireReply, StoreError> {
+        self.acquire_as(Cycle::of(cycle), kind, ttl).await
+    }
+
+    async fn acquire_as(&self, cycle: Cycle, kind: AcquireKind, ttl: Duration) -> Result<AcquireReply, StoreError> {
         let request = Acquire {
             key: key(),
-            cycle: Cycle::of(cycle),
+            cycle,
             kind,
             ttl,
             tokens: 4,
@@ -105,9 +112,13 @@ impl Bench {
     }
 
     async fn renew(&self, cycle: u64) -> Option<RenewReply> {
+        self.renew_as(Cycle::of(cycle)).await
+    }
+
+    async fn renew_as(&self, cycle: Cycle) -> Option<RenewReply> {
         let renewal = Renewal {
             key: key(),
-            cycle: Cycle::of(cycle),
+            cycle,
             ttl: TTL,
         };
         self.store.renew(vec![renewal], TTL).await.unwrap()[0]

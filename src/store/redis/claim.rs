@@ -5,7 +5,8 @@ use std::time::Duration;
 use crate::key::LockKey;
 use crate::protocol::Cycle;
 
-/// A request for the lease of a cycle that already holds it on the sequencer.
+/// A request for the lease of a cycle that already holds it on the sequencer, exclusively or
+/// shared.
 #[derive(Debug, Clone)]
 pub(crate) struct Claim {
     pub(crate) key: LockKey,
@@ -18,7 +19,7 @@ pub(crate) struct Claim {
 
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub(crate) enum ClaimKind {
-    /// Takes the lease if it is free.
+    /// Takes the lease if nobody has it whose mode excludes it.
     Take,
     /// Extends the lease. Does nothing if the cycle does not hold it.
     Extend,

@@ -222,12 +222,16 @@ impl Commands {
         command.arg(millis(renewal.ttl));
     }
 
-    /// The keys and arguments of claim.lua.
+    /// The keys and arguments of claim.lua, or for a shared lease those of claim_shared.lua.
     pub(super) fn fill_claim(&self, command: &mut Cmd, claim: &Claim, floor: u64) {
         let names = self.names.of(&claim.key);
-        command.arg(2);
+        let is_exclusive = claim.cycle.mode().is_exclusive();
+        command.arg(if is_exclusive { 2 } else { 3 });
         names.lease().write(command);
         names.counter().write(command);
+        if !is_exclusive {
+            names.holders().write(command);
+        }
         self.write_owner_tag(command, claim.cycle);
         command.arg(millis(claim.ttl)).arg(claim.at_least).arg(floor);
         command.arg(match claim.kind {

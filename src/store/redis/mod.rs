@@ -55,6 +55,11 @@ pub(crate) trait Compared: super::LeaseStore {
 
     /// The channels on which the store's manager is notified about these keys.
     fn inboxes(&self, keys: &[crate::key::LockKey]) -> Vec<String>;
+
+    /// Claims a lease, as on a node of a quorum. Only a primary can be one.
+    fn claim(&self, claim: claim::Claim) -> super::StoreFuture<claim::Claimed> {
+        panic!("a cluster is no node of a quorum: {claim:?}")
+    }
 }
 
 /// A connected store for the server at this URL.

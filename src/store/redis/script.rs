@@ -181,6 +181,8 @@ pub(super) struct ModeScripts {
     pub(super) renew: LuaScript,
     /// For a lease whose slot is being moved, after `renew_alone` has renewed the marker.
     pub(super) renew_alone: LuaScript,
+    /// Claims a shared lease on a node of a quorum. Permits can't be claimed.
+    pub(super) claim: LuaScript,
 }
 
 /// The value of a lease while shared holders or holders of permits have the key. No owner tag, so
@@ -242,12 +244,13 @@ impl Scripts {
             retire: script(retire),
             renew: script(script!("renew")),
             renew_alone: script(script!("renew_alone")),
-            claim: script(script!("claim")),
+            claim: script(script!("claim_counter", "claim")),
             modes: ModeScripts {
                 acquire: script(acquire_modes),
                 release: script(release_modes),
                 renew: script(script!("renew_modes")),
                 renew_alone: script(script!("renew_holder_alone")),
+                claim: script(script!("claim_counter", "claim_shared")),
             },
         }
     }

@@ -48,8 +48,8 @@ pub enum Kind {
 /// - `foreign`: the kinds on which clients of other libraries can take the same key.
 /// - `free_path`: the kinds with a fast path, which take a key without known contenders without
 ///   checking its queue.
-/// - `modes`: the kinds that have shared locks and permits. `modes_of_servers`: those of them that
-///   other processes can reach.
+/// - `permits`: the kinds that have permits, which a quorum can't bound; all have shared locks.
+///   `permits_of_servers`: those of them that other processes can reach.
 /// - `counted`: the kinds whose servers only count what managers and tests send, and on which a
 ///   lock is one script call.
 #[macro_export]
@@ -60,8 +60,8 @@ macro_rules! tests_on {
     ($how:ident redis_nodes) => { $crate::tests_on! { $how redis sentinel cluster redlock } };
     ($how:ident foreign) => { $crate::tests_on! { $how redis sentinel cluster } };
     ($how:ident free_path) => { $crate::tests_on! { $how redis sentinel } };
-    ($how:ident modes) => { $crate::tests_on! { $how memory redis sentinel cluster etcd } };
-    ($how:ident modes_of_servers) => { $crate::tests_on! { $how redis sentinel cluster etcd } };
+    ($how:ident permits) => { $crate::tests_on! { $how memory redis sentinel cluster etcd } };
+    ($how:ident permits_of_servers) => { $crate::tests_on! { $how redis sentinel cluster etcd } };
     ($how:ident counted) => { $crate::tests_on! { $how redis } };
 
     ($how:ident memory) => { $crate::tests_on! { $how on_memory: Memory } };

@@ -125,25 +125,28 @@ pub(crate) async fn whole_range_of(
     while let Some(ended) = soon("the tasks", tasks.join_next()).await {
         ended.expect("a task");
     }
-    // Two processes share a key, a third request waits for both, and permits are refused.
-    let shared = one.lock("shared").shared().timeout(WAIT).await;
-    let has_modes = |error: &LockError| error.kind() != LockErrorKind::Unsupported;
-    if shared.as_ref().err().is_none_or(has_modes) {
-        let both = [shared, other.lock("shared").shared().timeout(WAIT).await].map(|guard| errors.note(guard));
-        let waiting = tokio::spawn(lock_and_release(one.clone(), "shared", errors.clone()));
-        // Long enough for a renewal.
-        if let [Some(guard), _] = &both {
-            tokio::time::timeout(2 * SHORT_TTL, guard.lost()).await.ok();
-        }
-        errors.note(other.inspect("shared").await);
-        for guard in both.into_iter().flatten() {
-            errors.note(guard.release().await);
-        }
-        soon("the waiter", waiting).await.expect("a task");
-        if let Some(guard) = errors.note(one.permits("permits", 2).timeout(WAIT).await) {
-            errors.note(other.try_permits("permits", 2).weight(2).await);
-            errors.note(guard.release().await);
-        }
+    // Two processes share a key, and a third request waits for both.
+    let shared = [&one, &other].map(|locks| locks.lock("shared").shared().timeout(WAIT));
+    let [here, there] = shared;
+    let both = [errors.note(here.await), errors.note(there.await)];
+    let waiting = tokio::spawn(lock_and_release(one.clone(), "shared", errors.clone()));
+    // Long enough for a renewal.
+    if let [Some(guard), _] = &both {
+        tokio::time::timeout(2 * SHORT_TTL, guard.lost()).await.ok();
+    }
+    errors.note(other.inspect("shared").await);
+    for guard in both.into_iter().flatten() {
+        errors.note(guard.release().await);
+    }
+    soon("the waiter", waiting).await.expect("a task");
+    // Permits are refused. A quorum has none.
+    let permit = one.permits("permits", 2).timeout(WAIT).await;
+    let has_permits = |error: &LockError| error.kind() != LockErrorKind::Unsupported;
+    if permit.as_ref().err().is_none_or(has_permits)
+        && let Some(guard) = errors.note(permit)
+    {
+        errors.note(other.try_permits("permits", 2).weight(2).await);
+        errors.note(guard.release().await);
     }
     // A client that knows nothing about the queue holds the key for a while.
     servers.overwrite(

@@ -213,7 +213,9 @@ impl Dialer {
             greeting.cmd("INFO").arg("server");
             // Nobody waits for a claim once the other nodes have decided, so it would not be resent
             // by its source.
-            greeting.cmd("SCRIPT").arg("LOAD").arg(shared.scripts.claim.text());
+            for script in [&shared.scripts.claim, &shared.scripts.modes.claim] {
+                greeting.cmd("SCRIPT").arg("LOAD").arg(script.text());
+            }
         }
         // The last reply is checked separately.
         greeting.add_command(named(&shared.commands.manager, self.purpose));

@@ -4,11 +4,12 @@
 use std::time::Duration;
 
 use super::super::Compared;
+use super::super::claim::{Claim, Claimed};
 use super::RedisStore;
 use crate::endpoint::{Endpoint, EndpointKind};
 use crate::identity::ManagerId;
 use crate::key::LockKey;
-use crate::store::{LeaseStore, StoreOptions};
+use crate::store::{LeaseStore, StoreFuture, StoreOptions};
 
 impl RedisStore {
     /// A connected store, as users get it.
@@ -37,6 +38,10 @@ impl Compared for RedisStore {
 
     fn lease_name(&self, key: &LockKey) -> String {
         self.shared.commands.names.of(key).lease().to_string()
+    }
+
+    fn claim(&self, claim: Claim) -> StoreFuture<Claimed> {
+        self.claim(claim)
     }
 
     fn inboxes(&self, _keys: &[LockKey]) -> Vec<String> {

@@ -97,7 +97,11 @@ impl RedisStore {
                 let floor = shared.token_floor.of(slot);
                 let claimed = {
                     let fill = |command: &mut Cmd| shared.commands.fill_claim(command, &claim, floor);
-                    shared.scripts.claim.call(&mut live.connection, fill).await
+                    let script = match claim.cycle.mode().is_exclusive() {
+                        true => &shared.scripts.claim,
+                        false => &shared.scripts.modes.claim,
+                    };
+                    script.call(&mut live.connection, fill).await
                 };
                 match claimed {
                     Ok(value) => {

@@ -1,6 +1,6 @@
 //! Properties of the scripts that the comparison with the reference implementation
-//! (`store/conformance.rs`) does not cover: votes of a quorum, renewal in a slot that is being
-//! moved, and what expires: queues, and leases of shared holders and permits.
+//! (`store/conformance.rs`) does not cover: claims whose counters were lost, renewal in a slot that
+//! is being moved, and what expires: queues, and leases of shared holders and permits.
 
 use std::cell::Cell;
 use std::time::Duration;
@@ -78,6 +78,14 @@ impl Bench {
         let (ttl, least) = (ttl.to_string(), least.to_string());
         let args = [owner_tag, &ttl, &least, "0", "extend"];
         self.call(self.scripts.claim.text(), &["lease", "counter"], &args)
+    }
+
+    /// A claim of a shared lease, `take` or `extend`.
+    fn claim_shared(&self, owner_tag: &str, ttl: u64, least: u64, kind: &str) -> Vec<i64> {
+        let (ttl, least) = (ttl.to_string(), least.to_string());
+        let args = [owner_tag, &ttl, &least, "0", kind];
+        let script = self.scripts.modes.claim.text();
+        self.call(script, &["lease", "counter", "holders"], &args)
     }
 
     fn renew_alone(&self, owner_tag: &str, ttl: u64) -> Vec<u64> {
@@ -270,6 +278,94 @@ fn claim_reports_a_counter_that_is_never_below_the_floor() {
     // If the server's clock is behind, the floor is above its time.
     assert_eq!(claim(0, FLOOR), (FLOOR, FLOOR));
     assert_eq!(claim(FLOOR + 64, FLOOR), (FLOOR, FLOOR + 64));
+}
+
+/// A node admits every reader, and no writer beside them: one majority of each has a node in
+/// common.
+#[test]
+fn shared_claims_exclude_an_exclusive_one_and_the_other_way_round() {
+    let bench = Bench::new();
+    let (writer, one, other) = (owner_tag(1, 2), in_mode(2, "-s"), in_mode(3, "-s"));
+    assert_eq!(bench.claim_shared(&one, 100_000, 7, "take"), [1, 0]);
+    assert_eq!(bench.claim_shared(&other, 200_000, 5, "take"), [1, 7]);
+    assert_eq!((bench.owner().as_deref(), bench.counter()), (Some(MARKER), 7));
+    assert_eq!(bench.holders(), [one.as_str(), &other]);
+    let reply = bench.claim(&writer, 300_000, 9, 0);
+    assert!(reply[0] == 0 && reply[1] <= 200_000, "{reply:?}");
+    assert_eq!(bench.counter(), 7, "a refusal raises nothing");
+    // The last one that leaves takes the marker along.
+    assert_eq!(bench.release_in_mode(&one), [1]);
+    assert_eq!(bench.claim(&writer, 300_000, 9, 0)[0], 0);
+    assert_eq!(bench.release_in_mode(&other), [1]);
+    assert_eq!(bench.claim(&writer, 300_000, 9, 0), [1, 7]);
+    assert_eq!((bench.owner().as_ref(), bench.holders()), (Some(&writer), vec![]));
+    for kind in ["take", "extend"] {
+        let reply = bench.claim_shared(&one, 600_000, 11, kind);
+        assert!(reply[0] == 0 && reply[1] <= 300_000, "{reply:?}");
+    }
+    assert_eq!((bench.owner(), bench.counter()), (Some(writer), 9));
+    assert_eq!(bench.holders(), [""; 0]);
+}
+
+/// The marker lasts as long as the last holder, and no claim moves an end back: see the same tests
+/// of other requests below.
+#[test]
+fn shared_claim_moves_ends_on_and_never_back() {
+    let bench = Bench::new();
+    let (one, other) = (in_mode(2, "-s"), in_mode(3, "-s"));
+    let ends = |holder: &str| bench.server.query::<u64>(&["ZSCORE", "holders", holder]) - bench.now();
+    let assert_ends = |holder: &str, expected: u64| {
+        assert!(ends(holder) <= expected && expected - ends(holder) < SLACK, "{holder}");
+    };
+    for (holder, ttl, own, all) in [
+        (&one, 300_000, 300_000, 300_000),
+        (&other, 100_000, 100_000, 300_000),
+        (&other, 200_000, 200_000, 300_000),
+        (&one, 100_000, 300_000, 300_000),
+        (&other, 500_000, 500_000, 500_000),
+    ] {
+        for kind in ["take", "extend"] {
+            assert_eq!(bench.claim_shared(holder, ttl, 0, kind)[0], 1);
+            assert_ends(holder, own);
+            bench.assert_left("lease", all);
+            bench.assert_left("holders", all);
+        }
+    }
+    assert_eq!(bench.claim_shared(&one, 700_000, 0, "extend")[0], 1);
+    assert_ends(&one, 700_000);
+    assert_ends(&other, 500_000);
+    bench.assert_left("lease", 700_000);
+    bench.assert_left("holders", 700_000);
+}
+
+/// As for an exclusive lease: only a node that has had the lease the whole time may count. Its
+/// members are no holders any more if an administrator has deleted the marker, or once they have
+/// ended.
+#[test]
+fn shared_claim_that_extends_takes_no_lease_that_it_has_not() {
+    let bench = Bench::new();
+    let (me, other) = (in_mode(2, "-s"), in_mode(3, "-s"));
+    assert_eq!(bench.claim_shared(&me, 300_000, 7, "extend"), [0, -2]);
+    assert_eq!((bench.owner(), bench.counter()), (None, 0));
+    bench.hold(&me, bench.now() + 300_000);
+    bench.server.command(&["DEL", "lease"]);
+    assert_eq!(bench.claim_shared(&me, 300_000, 7, "extend")[0], 0);
+    assert_eq!(bench.holders(), [""; 0]);
+    // The members of the set must not become holders again with the next marker.
+    bench.hold(&other, bench.now() + 300_000);
+    bench.server.command(&["DEL", "lease"]);
+    assert_eq!(bench.claim_shared(&me, 300_000, 7, "take")[0], 1);
+    assert_eq!(bench.holders(), [me.as_str()]);
+    // Its lease has ended, while the marker is still there for another holder.
+    bench.hold(&me, bench.now());
+    bench.hold(&other, bench.now() + 300_000);
+    assert_eq!(bench.claim_shared(&me, 300_000, 7, "extend")[0], 0);
+    assert_eq!(bench.holders(), [other.as_str()], "no holder that died is left");
+    assert_eq!(bench.claim_shared(&me, 300_000, 7, "take")[0], 1);
+    // The lease of another library.
+    bench.own("another-library", None);
+    assert_eq!(bench.claim_shared(&me, 300_000, 9, "take"), [0, -1]);
+    assert_eq!(bench.owner().as_deref(), Some("another-library"));
 }
 
 /// While a cluster slot is being moved, a lease is renewed by a script with only its own key, under

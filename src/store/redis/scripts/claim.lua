@@ -1,5 +1,5 @@
 -- Takes or extends a lease on a node of a quorum, for a cycle that holds it on the sequencer. The
--- queue is ignored here: the sequencer decides the order.
+-- queue is ignored here: the sequencer decides the order. Comes after claim_counter.lua.
 --
 -- KEYS: 1 lease, 2 counter of the slot.
 -- ARGV: 1 signature, 2 TTL in ms, 3 minimum value for the counter, 4 floor, 5 'take' or 'extend'.
@@ -13,11 +13,4 @@ if not owner then
 elseif redis.call('PTTL', KEYS[1]) < tonumber(ARGV[2]) then
   redis.call('PEXPIRE', KEYS[1], ARGV[2])
 end
-local count, least, floor = tonumber(redis.call('GET', KEYS[2]) or '0'), tonumber(ARGV[3]), tonumber(ARGV[4])
-if count < floor then
-  -- The counter was lost: see reserve in single.lua.
-  local time = redis.call('TIME')
-  count = math.max(floor, (tonumber(time[1]) - 1735689600) * 8000000 + tonumber(time[2]) * 8)
-end
-redis.call('SET', KEYS[2], string.format('%.0f', math.max(count, least)))
-return {1, count}
+return {1, raise(KEYS[2], tonumber(ARGV[3]), tonumber(ARGV[4]))}
