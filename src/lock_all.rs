@@ -91,6 +91,8 @@ pub struct LockAllRequest {
     keys: Vec<LockKey>,
     /// Has the settings, and the error if the keys are invalid.
     template: LockRequest,
+    /// How many permits of each key to take, if permits are requested.
+    weight: u16,
 }
 
 /// A request for locks on several keys that returns `None` instead of waiting. See
@@ -129,6 +131,7 @@ impl LockAllRequest {
         Self {
             keys,
             template: LockRequest::new(manager, first),
+            weight: 1,
         }
     }
 
@@ -138,10 +141,31 @@ impl LockAllRequest {
         self
     }
 
-    /// Requests `weight` of at most `limit` permits of each key. See
-    /// [`LockManager::permits`](crate::LockManager::permits).
-    pub fn permits(mut self, weight: u16, limit: u16) -> Self {
+    /// Requests one of at most `limit` permits of each key, or several with
+    /// [`weight`](Self::weight). See [`LockManager::permits`](crate::LockManager::permits).
+    ///
+    /// # Examples
+    ///
+    /// ```
+    /// # #[tokio::main(flavor = "current_thread")]
+    /// # async fn main() -> Result<(), shardlock::LockError> {
+    /// # let locks = shardlock::LockManager::connect("memory://").await?;
+    /// let guard = locks.lock_all(["a", "b"]).permits(3).weight(2).await?;
+    /// assert!(locks.try_permits("a", 3).weight(2).await?.is_none());
+    /// # guard.release().await
+    /// # }
+    /// ```
+    pub fn permits(mut self, limit: u16) -> Self {
+        let weight = self.weight;
         self.template = self.template.in_mode(LockMode::Permits { weight, limit });
+        self
+    }
+
+    /// Sets how many permits of each key the request takes, from 1 to the limit. Only for requests
+    /// with [`permits`](Self::permits); others ignore it.
+    pub fn weight(mut self, weight: u16) -> Self {
+        self.weight = weight;
+        self.template = self.template.weight(weight);
         self
     }
 
@@ -507,8 +531,14 @@ impl TryLockAllRequest {
     }
 
     /// See [`LockAllRequest::permits`].
-    pub fn permits(mut self, weight: u16, limit: u16) -> Self {
-        self.0 = self.0.permits(weight, limit);
+    pub fn permits(mut self, limit: u16) -> Self {
+        self.0 = self.0.permits(limit);
+        self
+    }
+
+    /// See [`LockAllRequest::weight`].
+    pub fn weight(mut self, weight: u16) -> Self {
+        self.0 = self.0.weight(weight);
         self
     }
 

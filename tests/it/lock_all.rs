@@ -4,7 +4,7 @@ use std::future::{IntoFuture, pending};
 use std::time::{Duration, Instant};
 
 use shardlock::error::LockErrorKind;
-use shardlock::{LockAllGuard, LockAllRequest, LockKey, LockManager, LossReason};
+use shardlock::{LockAllGuard, LockAllRequest, LockKey, LockManager, LockMode, LossReason};
 use support::PATIENCE;
 use support_locks::{TestStore, lock, on_each_store, poll_once, soon, until, until_queued};
 
@@ -38,6 +38,25 @@ async fn is_free(locks: &LockManager, key: &str) {
 
 on_each_store! {
     on(memory redis);
+
+    async fn several_keys_are_held_in_a_mode_together(store: &TestStore) {
+        let (locks, other) = (store.manager().await, store.manager().await);
+        let one = locks.lock_all(["a", "b"]).shared().await.expect("shared locks");
+        let two = other.try_lock_all(["b", "c"]).shared().await.expect("try").expect("others share them");
+        assert!(other.try_lock_all(["a"]).await.expect("try").is_none());
+        for guard in [one, two] {
+            guard.release().await.expect("release");
+        }
+        let most = locks.lock_all(["a", "b"]).permits(3).weight(2).await.expect("permits");
+        let mode = LockMode::Permits { weight: 2, limit: 3 };
+        assert!(most.guards().iter().all(|guard| guard.mode() == mode));
+        // The order of the two does not matter.
+        assert!(other.try_lock_all(["a", "b"]).weight(2).permits(3).await.expect("try").is_none());
+        let last = other.try_lock_all(["a", "b"]).permits(3).await.expect("try").expect("one is left");
+        for guard in [most, last] {
+            guard.release().await.expect("release");
+        }
+    }
 
     async fn several_keys_are_held_together_each_with_its_own_token(store: &TestStore) {
         let (locks, other) = (store.manager().await, store.manager().await);

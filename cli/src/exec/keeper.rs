@@ -130,23 +130,22 @@ enum Acquisition {
     Interrupted(u8),
 }
 
+/// Sets the mode that the arguments ask for. A request and a try are of different types.
+macro_rules! in_mode {
+    ($request:expr, $args:expr) => {
+        match ($args.permits, $args.shared) {
+            (Some(Permits { weight, limit }), _) => $request.permits(limit).weight(weight),
+            (None, true) => $request.shared(),
+            (None, false) => $request,
+        }
+    };
+}
+
 async fn acquire(locks: &LockManager, work: &Work<'_>, args: &Args) -> Result<Acquisition, LockError> {
     let guard = if args.nonblock {
-        let mut request = locks.try_lock_all(&work.keys);
-        if let Some(Permits { weight, limit }) = args.permits {
-            request = request.permits(weight, limit);
-        } else if args.shared {
-            request = request.shared();
-        }
-        request.await?
+        in_mode!(locks.try_lock_all(&work.keys), args).await?
     } else {
-        let mut request = locks.lock_all(&work.keys);
-        if let Some(Permits { weight, limit }) = args.permits {
-            request = request.permits(weight, limit);
-        } else if args.shared {
-            request = request.shared();
-        }
-        match request.await {
+        match in_mode!(locks.lock_all(&work.keys), args).await {
             Err(error) if error.is_timeout() => return Ok(Acquisition::NotAcquired(exit::in_words(&error))),
             guard => Some(guard?),
         }
