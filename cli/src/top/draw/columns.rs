@@ -48,6 +48,26 @@ const HELD: &[Column] = &[
     },
 ];
 
+/// The same if a key is held together. At most as wide as the other up to 100 columns.
+const HELD_TOGETHER: &[Column] = &[
+    column(ColumnId::Name, "KEY", ColumnWidth::Share(3), 0),
+    column(ColumnId::Shard, "SHARD", ColumnWidth::Text(12), 132),
+    column(ColumnId::Mode, "MODE", ColumnWidth::Text(13), 60),
+    column(ColumnId::Holders, "HOLDERS", ColumnWidth::Number(8), 70),
+    column(ColumnId::Holder, "HOLDER", ColumnWidth::Text(14), 80),
+    column(ColumnId::Age, "AGE", ColumnWidth::Number(7), 24),
+    column(ColumnId::Left, "LEFT", ColumnWidth::Number(6), 48),
+    column(ColumnId::Waiters, "WAITERS", ColumnWidth::Number(8), 34),
+    column(ColumnId::Token, "TOKEN", ColumnWidth::Number(17), 140),
+    Column {
+        by: ColumnId::Caller,
+        title: "CALLER",
+        room: ColumnWidth::Share(2),
+        from_width: 100,
+        cut: Truncation::Head,
+    },
+];
+
 const SHARDS: &[Column] = &[
     column(ColumnId::Name, "SHARD", ColumnWidth::Share(1), 0),
     column(ColumnId::Kind, "KIND", ColumnWidth::Text(15), 96),
@@ -61,9 +81,11 @@ const SHARDS: &[Column] = &[
     column(ColumnId::P99, "RT P99", ColumnWidth::Number(7), 72),
 ];
 
-pub(super) const fn of(view: View) -> &'static [Column] {
+/// The columns of the view for these rows.
+pub(super) fn of(view: View, rows: &Rows) -> &'static [Column] {
     match view {
         View::Hot => HOT,
+        View::Held if rows.held.iter().any(|row| !row.mode.is_exclusive()) => HELD_TOGETHER,
         View::Held => HELD,
         View::Shards => SHARDS,
     }
@@ -71,21 +93,22 @@ pub(super) const fn of(view: View) -> &'static [Column] {
 
 /// The rows of the view, as text.
 pub(super) fn rows(view: View, rows: &Rows) -> Vec<Row> {
+    let columns = of(view, rows);
     match view {
         View::Hot => rows
             .hot
             .iter()
-            .map(|row| filled(HOT, |by| hot(row, by), hot_style(row)))
+            .map(|row| filled(columns, |by| hot(row, by), hot_style(row)))
             .collect(),
         View::Held => rows
             .held
             .iter()
-            .map(|row| filled(HELD, |by| held(row, by), held_style(row)))
+            .map(|row| filled(columns, |by| held(row, by), held_style(row)))
             .collect(),
         View::Shards => rows
             .shards
             .iter()
-            .map(|row| filled(SHARDS, |by| shard(row, by), shard_style(row)))
+            .map(|row| filled(columns, |by| shard(row, by), shard_style(row)))
             .collect(),
     }
 }
@@ -130,6 +153,8 @@ fn held(row: &HeldRow, by: ColumnId) -> Option<String> {
         ColumnId::Name => Some(row.key.clone()),
         ColumnId::Shard => Some(row.shard.clone()),
         ColumnId::Holder => Some(row.holder.clone()),
+        ColumnId::Mode => Some(row.mode.to_string()),
+        ColumnId::Holders => Some(format::count(row.mode.holders())),
         ColumnId::Age => Some(format::age(row.age)),
         ColumnId::Left => Some(row.remaining.map_or_else(|| "no end".to_owned(), format::time)),
         ColumnId::Waiters => Some(format::count(row.waiters as u64)),

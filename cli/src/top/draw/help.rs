@@ -13,7 +13,14 @@ const HELP: &[(&str, &str)] = &[
     ("arrows  page", "move through the rows"),
     ("q  ctrl-c", "quit"),
     ("", ""),
-    ("HOLDER", "the process, as host-pid; \"not here\": none of those shown"),
+    (
+        "HOLDER",
+        "the process, as host-pid, or several; \"not here\": none shown",
+    ),
+    (
+        "MODE HOLDERS",
+        "permits in use, of their limit; guards, or leases with --shard",
+    ),
     ("AGE  LEFT", "time held; time until it expires unless renewed"),
     ("WAITERS", "waiting tasks; with --shard, waiting processes"),
     ("P50 P99", "waits for acquired locks, accurate within a factor of two"),

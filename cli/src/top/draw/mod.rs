@@ -177,7 +177,7 @@ fn tabs(model: &Model, rows: &Rows) -> Line<'static> {
 
 fn table(model: &mut Model, rows: &Rows, width: u16, room: u16) -> Vec<Line<'static>> {
     let view = model.view();
-    let layout = Layout::of_screen(columns::of(view), width);
+    let layout = Layout::of_screen(columns::of(view, rows), width);
     let rows = columns::rows(view, rows);
     let room = usize::from(room.saturating_sub(HEADER));
     let first = model.first_row(rows.len(), room);
@@ -246,7 +246,7 @@ pub(super) fn plain_text(model: &Model, views: &[View], now: Instant) -> String 
     lines.push(status_line(model, now).to_string().trim().to_owned());
     for view in views {
         let layout_rows = columns::rows(*view, &rows);
-        let layout = Layout::of_contents(columns::of(*view), &layout_rows);
+        let layout = Layout::of_contents(columns::of(*view, &rows), &layout_rows);
         lines.push(String::new());
         lines.push(layout.header(model.order(*view)).to_string());
         lines.extend(layout_rows.iter().map(|row| layout.line(row).to_string()));

@@ -3,10 +3,11 @@
 use ratatui::Terminal;
 use ratatui::backend::TestBackend;
 use ratatui::style::{Color, Modifier};
+use shardlock::LockMode;
 
 use super::*;
 use crate::top::keys::{Action, Edit, Motion};
-use crate::top::source::{Age, HeldLock, Holder, HotKey, Locks, PolledSample, Quantiles, Sample, Shard};
+use crate::top::source::{Age, HeldLock, HeldMode, Holder, HotKey, Locks, PolledSample, Quantiles, Sample, Shard};
 
 const fn exactly(ms: u64) -> Age {
     Age {
@@ -37,6 +38,7 @@ fn held(key: &str, age_ms: u64, caller: &str) -> HeldLock {
         key: key.to_owned(),
         shard: "a".to_owned(),
         holder: "vm-7".to_owned(),
+        mode: HeldMode::default(),
         age: exactly(age_ms),
         remaining: Some(Duration::from_millis(9_400)),
         waiters: 0,
@@ -164,6 +166,40 @@ fn held_locks_on_a_screen_of_80_by_24() {
         "KEY                      HOLDER            AGE▼   LEFT  WAITERS CALLER",
         "nightly-report           vm-7             1h12m   9.4s        0 …report.rs:57:13",
         "coupon:123               vm-7            3.00ms   9.4s        0 …c/coupon.rs:9:5",
+    ];
+    shows(&mut model, now, (80, 24), &top, KEYS);
+}
+
+#[test]
+fn keys_that_are_held_together_on_a_screen_of_80_by_24() {
+    let (mut model, now) = model();
+    let of = |key: &str, ms, mode| HeldLock {
+        mode: HeldMode::of_guard(mode),
+        ..held(key, ms, "src/calls.rs:9:5")
+    };
+    let permits = |weight| LockMode::Permits { weight, limit: 10 };
+    let mut sample = sample(1);
+    sample.held.extend([
+        of("partner-api", 5_000, permits(2)),
+        of("partner-api", 20, permits(1)),
+        of("prices", 30, LockMode::Shared),
+    ]);
+    let sample = Ok(sample);
+    model.apply_sample(PolledSample {
+        source: 0,
+        sample,
+        at: now,
+    });
+    model.apply(Action::NextView);
+    let top = [
+        " shardlock top  127.0.0.1:9187  vm-7, up 3m12s                         every 1s ",
+        " - locks/s   24 waiting   4 held   1/2 shards up",
+        "  1 hot keys 3   2 held 4   3 shards 2",
+        "KEY                MODE           HOLDERS HOLDER            AGE▼   LEFT  WAITERS",
+        "nightly-report     exclusive            1 vm-7             1h12m   9.4s        0",
+        "partner-api        3/10 permits         2 vm-7              5.0s   9.4s        0",
+        "prices             shared               1 vm-7            30.0ms   9.4s        0",
+        "coupon:123         exclusive            1 vm-7            3.00ms   9.4s        0",
     ];
     shows(&mut model, now, (80, 24), &top, KEYS);
 }

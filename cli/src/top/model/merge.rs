@@ -7,7 +7,7 @@ use std::time::Duration;
 
 use super::rates::LockRates;
 use super::source_state::SourceState;
-use crate::top::source::{Age, Quantiles};
+use crate::top::source::{Age, HeldMode, Quantiles, SEVERAL};
 
 #[derive(Debug, Clone, Default, PartialEq)]
 pub(in crate::top) struct HotRow {
@@ -28,6 +28,7 @@ pub(in crate::top) struct HeldRow {
     pub(in crate::top) key: String,
     pub(in crate::top) shard: String,
     pub(in crate::top) holder: String,
+    pub(in crate::top) mode: HeldMode,
     pub(in crate::top) age: Age,
     pub(in crate::top) remaining: Option<Duration>,
     pub(in crate::top) waiters: usize,
@@ -80,8 +81,17 @@ pub(super) fn hot(sources: &[SourceState]) -> Vec<HotRow> {
         }
     }
     let mut rows: Vec<_> = rows.into_values().collect();
-    for row in rows.iter_mut().filter(|row| row.holder.is_none() && row.waiters > 0) {
-        row.holder = Some(HELD_ELSEWHERE.to_owned());
+    let together: Vec<HeldRow> = held(sources)
+        .into_iter()
+        .filter(|held| !held.mode.is_exclusive())
+        .collect();
+    for row in &mut rows {
+        let is_same = |held: &&HeldRow| (&held.shard, &held.key) == (&row.shard, &row.key);
+        if let Some(held) = together.iter().find(is_same) {
+            (row.holder, row.age) = (Some(held.mode.describe_holders()), Some(held.age));
+        } else if row.holder.is_none() && row.waiters > 0 {
+            row.holder = Some(HELD_ELSEWHERE.to_owned());
+        }
     }
     rows
 }
@@ -96,45 +106,86 @@ fn add_long_held<'a>(source: &'a SourceState, rows: &mut BTreeMap<(&'a str, &'a 
         .iter()
         .map(|hot| (hot.shard.as_str(), hot.key.as_str()))
         .collect();
-    for held in sample.held.iter().filter(|held| held.waiters > 0) {
-        let shard_key = (held.shard.as_str(), held.key.as_str());
+    let held = held_by(source).into_iter();
+    for (shard_key, held) in held.filter(|(_, held)| held.waiters > 0) {
         if known.contains(&shard_key) {
             continue;
         }
         let row = rows.entry(shard_key).or_default();
-        row.key.clone_from(&held.key);
-        row.shard.clone_from(&held.shard);
+        row.key = held.key;
+        row.shard = held.shard;
         row.waiters += held.waiters;
         row.stale |= source.is_stale();
         if row.age.is_none_or(|age| held.age < age) {
-            row.holder = Some(held.holder.clone());
+            row.holder = Some(held.holder);
             row.age = Some(held.age);
         }
     }
 }
 
+impl HeldRow {
+    /// Adds what is known of the same key from elsewhere, but for the waiters.
+    fn merge(&mut self, other: Self) {
+        let waiters = self.waiters;
+        if self.mode.is_exclusive() || other.mode.is_exclusive() {
+            // The larger token belongs to the later holder.
+            if self.token < other.token {
+                *self = Self { waiters, ..other };
+            }
+            return;
+        }
+        if self.holder != other.holder {
+            SEVERAL.clone_into(&mut self.holder);
+        }
+        if self.age < other.age {
+            (self.age, self.caller) = (other.age, other.caller);
+        }
+        self.mode = self.mode.with(other.mode);
+        self.token = self.token.max(other.token);
+        self.stale |= other.stale;
+        // A lease without a TTL never ends.
+        self.remaining = self.remaining.zip(other.remaining).map(|(one, other)| one.max(other));
+    }
+}
+
+/// The keys that one process or the shards hold, each once.
+fn held_by(source: &SourceState) -> BTreeMap<(&str, &str), HeldRow> {
+    let mut rows: BTreeMap<(&str, &str), HeldRow> = BTreeMap::new();
+    for held in source.sample().into_iter().flat_map(|sample| &sample.held) {
+        let row = HeldRow {
+            key: held.key.clone(),
+            shard: held.shard.clone(),
+            holder: held.holder.clone(),
+            mode: held.mode,
+            age: held.age,
+            remaining: held.remaining,
+            waiters: held.waiters,
+            token: held.token,
+            caller: held.caller.clone(),
+            stale: source.is_stale(),
+        };
+        match rows.get_mut(&(held.shard.as_str(), held.key.as_str())) {
+            Some(known) => {
+                // Each guard of a key reports the same tasks.
+                known.waiters = known.waiters.max(row.waiters);
+                known.merge(row);
+            }
+            None => {
+                rows.insert((&held.shard, &held.key), row);
+            }
+        }
+    }
+    rows
+}
+
 pub(super) fn held(sources: &[SourceState]) -> Vec<HeldRow> {
     let mut rows: BTreeMap<(&str, &str), HeldRow> = BTreeMap::new();
     for source in sources {
-        for held in source.sample().into_iter().flat_map(|sample| &sample.held) {
-            let row = HeldRow {
-                key: held.key.clone(),
-                shard: held.shard.clone(),
-                holder: held.holder.clone(),
-                age: held.age,
-                remaining: held.remaining,
-                waiters: held.waiters,
-                token: held.token,
-                caller: held.caller.clone(),
-                stale: source.is_stale(),
-            };
-            let shard_key = (held.shard.as_str(), held.key.as_str());
+        for (shard_key, row) in held_by(source) {
             match rows.get_mut(&shard_key) {
-                // The larger token belongs to the later holder.
-                Some(known) if known.token >= row.token => known.waiters += row.waiters,
                 Some(known) => {
-                    let waiters = known.waiters + row.waiters;
-                    *known = HeldRow { waiters, ..row };
+                    known.waiters += row.waiters;
+                    known.merge(row);
                 }
                 None => {
                     rows.insert(shard_key, row);

@@ -12,6 +12,8 @@ pub(in crate::top) enum ColumnId {
     Shard,
     Kind,
     Holder,
+    Mode,
+    Holders,
     Age,
     Left,
     Waiters,
@@ -32,7 +34,7 @@ impl ColumnId {
     const fn largest_first(self) -> bool {
         !matches!(
             self,
-            Self::Name | Self::Shard | Self::Kind | Self::Holder | Self::Caller | Self::State | Self::Left
+            Self::Name | Self::Shard | Self::Kind | Self::Holder | Self::Mode | Self::Caller | Self::State | Self::Left
         )
     }
 }
@@ -140,6 +142,8 @@ impl Sortable for HeldRow {
             ColumnId::Name => self.key.cmp(&other.key),
             ColumnId::Shard => self.shard.cmp(&other.shard),
             ColumnId::Holder => self.holder.cmp(&other.holder),
+            ColumnId::Mode => self.mode.to_string().cmp(&other.mode.to_string()),
+            ColumnId::Holders => self.mode.holders().cmp(&other.mode.holders()),
             // Leases without a TTL come last.
             ColumnId::Left => {
                 let left = |row: &Self| (row.remaining.is_none(), row.remaining);

@@ -2,8 +2,10 @@
 
 use std::time::Duration;
 
+use shardlock::LockMode;
+
 use super::*;
-use crate::top::source::{Age, HeldLock, Holder, HotKey, Quantiles, Sample, Shard};
+use crate::top::source::{Age, HeldLock, HeldMode, Holder, HotKey, Quantiles, Sample, Shard};
 
 fn age(ms: u64) -> Age {
     Age {
@@ -34,6 +36,7 @@ fn held(key: &str, holder: &str, ms: u64, token: u64) -> HeldLock {
         key: key.to_owned(),
         shard: "s".to_owned(),
         holder: holder.to_owned(),
+        mode: HeldMode::default(),
         age: age(ms),
         remaining: None,
         waiters: 1,
@@ -102,6 +105,48 @@ fn later_of_two_reported_holders_is_shown() {
         (rows.held.len(), rows.held[0].holder.as_str(), rows.held[0].waiters),
         (1, "two", 2)
     );
+}
+
+/// Each guard reports the tasks that wait for its key in its process.
+#[test]
+fn holders_of_a_key_together_are_one_row() {
+    let of = |mode, ms, token, holder| HeldLock {
+        mode: HeldMode::of_guard(mode),
+        ..held("k", holder, ms, token)
+    };
+    let one = LockMode::Permits { weight: 1, limit: 10 };
+    let two = LockMode::Permits { weight: 2, limit: 8 };
+    let model = model_of(vec![
+        Sample {
+            held: vec![of(one, 500, 7, "one"), of(two, 20, 9, "one")],
+            ..with_hot(vec![hot("k", 1, 1, Some(("one", 500)), 1)])
+        },
+        Sample {
+            held: vec![of(one, 900, 6, "two")],
+            ..Sample::default()
+        },
+    ]);
+    let rows = model.rows();
+    assert_eq!(rows.held.len(), 1);
+    let row = &rows.held[0];
+    assert_eq!((row.mode.to_string().as_str(), row.mode.holders()), ("4/8 permits", 3));
+    assert_eq!(
+        (row.holder.as_str(), row.age, row.token),
+        ("several", age(900), Some(9))
+    );
+    assert_eq!(row.waiters, 2);
+    assert_eq!(
+        (rows.hot[0].holder.as_deref(), rows.hot[0].age),
+        (Some("4/8 permits"), Some(age(900)))
+    );
+    let model = model_of(vec![Sample {
+        held: vec![of(LockMode::Shared, 5, 1, "one"), of(LockMode::Shared, 6, 2, "one")],
+        ..with_hot(vec![hot("k", 1, 1, Some(("one", 6)), 1)])
+    }]);
+    let rows = model.rows();
+    let row = &rows.held[0];
+    assert_eq!((row.holder.as_str(), row.mode.to_string().as_str()), ("one", "shared"));
+    assert_eq!(rows.hot[0].holder.as_deref(), Some("2 shared"));
 }
 
 #[test]

@@ -4,6 +4,7 @@
 //! sources nor the keyboard.
 
 mod endpoint;
+mod held_mode;
 mod lease_scan;
 mod pages;
 mod shards;
@@ -15,6 +16,7 @@ use tokio::sync::{mpsc, watch};
 use tokio::task::JoinSet;
 
 pub(super) use endpoint::{Address, Endpoint};
+pub(super) use held_mode::HeldMode;
 pub(super) use shards::{KeySelection, Shards};
 
 /// One sample of a source.
@@ -51,6 +53,9 @@ pub(super) struct Holder {
     pub(super) age: Age,
 }
 
+/// In place of a process if several hold a key together.
+pub(super) const SEVERAL: &str = "several";
+
 /// How long a lock has been held.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord)]
 pub(super) struct Age {
@@ -70,7 +75,9 @@ pub(super) struct Quantiles {
 pub(super) struct HeldLock {
     pub(super) key: String,
     pub(super) shard: String,
+    /// The process, or [`SEVERAL`].
     pub(super) holder: String,
+    pub(super) mode: HeldMode,
     pub(super) age: Age,
     /// The validity left; `None` for a lease without a TTL.
     pub(super) remaining: Option<Duration>,

@@ -5,7 +5,7 @@ use std::time::Duration;
 use serde::Deserialize;
 use shardlock::introspect;
 
-use super::{Age, HeldLock, Holder, HotKey, Locks, Quantiles, Sample, Shard, process_of};
+use super::{Age, HeldLock, HeldMode, Holder, HotKey, Locks, Quantiles, Sample, Shard, process_of};
 
 /// `/hot`
 #[derive(Debug, Deserialize)]
@@ -53,6 +53,7 @@ pub(super) fn read(hot: HotPage, held: HeldPage, shards: ShardsPage) -> Sample {
         holder: process_of(&lock.owner).to_owned(),
         key: lock.key,
         shard: lock.shard,
+        mode: HeldMode::of_guard(lock.mode),
         age: exactly(lock.age),
         remaining: Some(lock.remaining),
         waiters: lock.waiters,

@@ -17,7 +17,7 @@ use shardlock::introspect::KeyState;
 use shardlock::{LockError, LockKey, LockManager};
 
 use super::lease_scan::{self, Cursors};
-use super::{Age, HeldLock, Holder, HotKey, Quantiles, Sample, Shard, process_of};
+use super::{Age, HeldLock, HeldMode, Holder, HotKey, Quantiles, SEVERAL, Sample, Shard, process_of};
 
 /// The maximum number of known keys.
 const KEYS_MAX: usize = 1000;
@@ -50,7 +50,7 @@ struct KnownKey {
     /// Given by `--key`, and so never dropped.
     named: bool,
     used_at: Instant,
-    /// The current owner, and when it was first seen.
+    /// The current owner, or [`TOGETHER`], and when it was first seen.
     owner: Option<(String, Instant)>,
 }
 
@@ -165,7 +165,7 @@ impl Shards {
             // A connected manager has shards.
             let shard = self.locks.shard_map().name(key.slot()).unwrap_or_default().to_owned();
             let (leases, waiters) = per_shard.entry(shard.clone()).or_default();
-            *leases += usize::from(state.holder.is_some());
+            *leases += usize::from(state.holder.is_some()) + state.holder_count as usize;
             *waiters += state.queue_length as usize;
             let Some(known) = self.keys.get_mut(&key) else { continue };
             known.update(&state, now);
@@ -217,20 +217,35 @@ fn add_keys(keys: &mut BTreeMap<LockKey, KnownKey>, found: impl Iterator<Item = 
 
 impl KnownKey {
     fn update(&mut self, state: &KeyState, now: Instant) {
-        if state.holder.is_some() || state.queue_length > 0 {
+        let holder = state.holder.as_ref().map(|holder| holder.owner.as_str());
+        let holder = holder.or((state.holder_count > 0).then_some(TOGETHER));
+        if holder.is_some() || state.queue_length > 0 {
             self.used_at = now;
         }
-        self.owner = state.holder.as_ref().map(|holder| match self.owner.take() {
-            Some((owner, since)) if owner == holder.owner => (owner, since),
-            _ => (holder.owner.clone(), now),
+        self.owner = holder.map(|holder| match self.owner.take() {
+            Some((owner, since)) if owner == holder => (owner, since),
+            _ => (holder.to_owned(), now),
         });
+    }
+}
+
+/// In place of the owner of a key that is held together: it stays held while its holders change.
+const TOGETHER: &str = "~together";
+
+/// The process that holds the key, if it is only one.
+fn process_in(state: &KeyState, owner: &str) -> String {
+    let mut processes = state.holders.iter().map(|holder| process_of(&holder.owner));
+    match processes.next() {
+        None => process_of(owner).to_owned(),
+        Some(first) if processes.all(|process| process == first) => first.to_owned(),
+        Some(_) => SEVERAL.to_owned(),
     }
 }
 
 fn add_rows(sample: &mut Sample, key: &LockKey, shard: String, state: &KeyState, known: &KnownKey, now: Instant) {
     let waiters = state.queue_length as usize;
     let holder = known.owner.as_ref().map(|(owner, since)| Holder {
-        process: process_of(owner).to_owned(),
+        process: process_in(state, owner),
         age: Age {
             time: now.duration_since(*since),
             at_least: true,
@@ -241,8 +256,14 @@ fn add_rows(sample: &mut Sample, key: &LockKey, shard: String, state: &KeyState,
             key: key.to_string(),
             shard: shard.clone(),
             holder: holder.process.clone(),
+            mode: HeldMode::of_state(state),
             age: holder.age,
-            remaining: state.holder.as_ref().and_then(|holder| holder.remaining),
+            // Shared holders are listed by their ends: the key is free after the last of them.
+            remaining: state
+                .holder
+                .as_ref()
+                .or(state.holders.last())
+                .and_then(|holder| holder.remaining),
             waiters,
             // The slot's latest token may belong to another lock.
             token: None,

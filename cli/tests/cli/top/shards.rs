@@ -54,6 +54,24 @@ fn held_keys_their_holders_and_queues_are_seen_without_an_endpoint() {
 }
 
 #[test]
+fn keys_held_together_are_seen_with_their_mode_and_holders() {
+    let server = RedisServer::start();
+    let _readers = [1, 2].map(|_| Holder::with(&server, &["--shared"], "prices"));
+    let _callers = ["2/10", "1/8"].map(|permits| Holder::with(&server, &["--permits", permits], "calls"));
+    let _alone = Holder::of(&server, "alone");
+    let terminal = live(&server, &["--view", "held"]);
+    let lines = terminal.until("all held keys", |lines| keys(lines).len() >= 3);
+    let seen = |key: &str| row(&lines, key).unwrap_or_else(|| panic!("{key} is not on {lines:#?}"));
+    assert_eq!(seen("prices")[1..4], ["shared", "2", "several"], "{lines:#?}");
+    assert_eq!(seen("calls")[1..5], ["3/8", "permits", "2", "several"], "{lines:#?}");
+    assert_eq!(seen("alone")[1..3], ["exclusive", "1"], "{lines:#?}");
+    terminal.types("3");
+    terminal.until("the leases of all holders", |lines| {
+        row(lines, "shard-0").is_some_and(|row| row[2] == "5")
+    });
+}
+
+#[test]
 fn a_search_looks_at_no_more_keys_than_it_may_and_goes_on_where_it_ended() {
     let server = RedisServer::start();
     fill(&server, 20_000);
