@@ -1,12 +1,13 @@
 //! The demo: a promotion with ten coupons, claimed by many tasks of many processes that read, think
-//! and write, first without the lock and then with it; and jobs on keys of which a few are hot.
+//! and write, first without the lock and then with it; calls of a partner's API that serves ten at
+//! once, first without permits and then with them; and jobs on keys of which a few are hot.
 //!
 //! | file | what it does |
 //! |---|---|
-//! | `run` | runs the three parts in order, and returns the result |
+//! | `run` | runs the parts in order, and returns the result |
 //! | `setup` | sets up servers, worker processes and keys, and removes everything afterwards |
 //! | `worker` | what the worker processes run |
-//! | `coupons`, `jobs` | the work itself: an example of how to use the lock |
+//! | `coupons`, `partner`, `jobs` | the work itself: an example of how to use the lock |
 //! | `classes`, `targets_file` | what `--load` runs instead; a list of the workers for Prometheus |
 //! | `cleanup` | removes the keys of the demo from given servers |
 //! | `report` | the result: whether it is correct, as a table, as JSON |
@@ -15,6 +16,7 @@ mod classes;
 mod cleanup;
 mod coupons;
 mod jobs;
+mod partner;
 mod protocol;
 mod report;
 mod run;
@@ -63,6 +65,10 @@ pub(crate) struct DemoArgs {
     #[arg(long, value_name = "DURATION", default_value = "2ms", value_parser = parse_think)]
     think: Duration,
 
+    /// How many calls at once the partner's API serves; it refuses more
+    #[arg(long, value_name = "COUNT", default_value_t = 10, value_parser = clap::value_parser!(u16).range(1..=1_000))]
+    partner_limit: u16,
+
     /// How many seconds the jobs run
     #[arg(long, value_name = "SECONDS", default_value = "8", value_parser = parse_seconds)]
     seconds: Duration,
@@ -79,7 +85,7 @@ pub(crate) struct DemoArgs {
     /// dashboard, for `shardlock top`, or to try out faults. It has hot keys, timeouts, refusals
     /// and long holds on purpose. If no shard is given, a quorum of three further servers is one of
     /// its shards
-    #[arg(long, conflicts_with_all = ["json", "seconds", "coupons", "think"])]
+    #[arg(long, conflicts_with_all = ["json", "seconds", "coupons", "think", "partner_limit"])]
     load: bool,
 
     /// Write the metrics addresses of the workers to this file, for `file_sd_configs` of
@@ -148,9 +154,13 @@ fn print(args: &DemoArgs, report: &Report) -> anyhow::Result<u8> {
     report.write_table(&mut out)?;
     let problems = report.problems();
     if problems.is_empty() {
+        let calls = match &report.partner {
+            Some(_) => ", no call was refused",
+            None => "",
+        };
         writeln!(
             out,
-            "\nWith the lock, no extra coupon was claimed and no update was lost."
+            "\nWith the lock, no extra coupon was claimed{calls} and no update was lost."
         )?;
     }
     if args.json {

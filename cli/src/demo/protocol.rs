@@ -17,6 +17,8 @@ pub(super) struct WorkerSettings {
     pub(super) tasks: u32,
     pub(super) think: Duration,
     pub(super) keys: u32,
+    /// How many calls at once the partner serves.
+    pub(super) partner_limit: u16,
     /// Where to serve metrics; `None` for a free port of 127.0.0.1.
     pub(super) metrics: Option<SocketAddr>,
     /// `Some` if the worker only generates load.
@@ -30,13 +32,15 @@ pub(super) struct LoadSettings {
     pub(super) owns_servers: bool,
 }
 
-/// The commands to a worker. [`Command::Work`] is answered with [`JobCounts`], the others without
-/// data.
+/// The commands to a worker. Each is answered with the [`Counts`] of its kind.
 #[derive(Debug, Clone, Copy, Serialize, Deserialize)]
 #[serde(rename_all = "snake_case")]
 pub(super) enum Command {
     Claim {
         locked: bool,
+    },
+    Call {
+        with_permits: bool,
     },
     Work {
         seconds: Duration,
@@ -44,6 +48,26 @@ pub(super) enum Command {
     /// Has no answer: it runs until the worker ends.
     Load,
     Shutdown,
+}
+
+/// The answer to a command.
+#[derive(Debug, Clone, Serialize)]
+#[serde(untagged)]
+pub(super) enum Counts {
+    /// The command has none.
+    None,
+    Calls(CallCounts),
+    Jobs(JobCounts),
+}
+
+/// The calls of a worker.
+#[derive(Debug, Clone, Copy, Default, Serialize, Deserialize)]
+pub(super) struct CallCounts {
+    pub(super) served: u64,
+    pub(super) refused: u64,
+    /// The largest number of calls that the partner saw at once, of all workers, when a call of
+    /// this one began.
+    pub(super) most_at_once: u64,
 }
 
 /// The counts of a worker during the jobs.
@@ -70,6 +94,9 @@ pub(super) struct KeyNames {
 /// The lock that the customers take.
 pub(super) const COUPON_LOCK: &str = "coupon:promotion";
 
+/// The key of the permits for calls of the partner.
+pub(super) const PARTNER_LOCK: &str = "partner-api";
+
 impl KeyNames {
     pub(super) fn new(prefix: &str) -> Self {
         Self {
@@ -90,6 +117,11 @@ impl KeyNames {
     /// The claims: a list of fencing tokens, 0 for a claim without the lock.
     pub(super) fn ledger(&self) -> String {
         format!("{}data:ledger", self.prefix)
+    }
+
+    /// The number of calls that the partner works on.
+    pub(super) fn calls(&self) -> String {
+        format!("{}data:calls", self.prefix)
     }
 
     /// The number of jobs done on a key, and the token of the last one: a hash.

@@ -8,7 +8,7 @@ use indicatif::HumanCount;
 use serde::Serialize;
 
 use super::jobs::SIGNIFICANT_DIGITS;
-use super::protocol::JobCounts;
+use super::protocol::{CallCounts, JobCounts};
 use crate::load::server_stats::ServerStats;
 
 /// The result of the demo. The field names are those of the JSON.
@@ -19,7 +19,28 @@ pub(super) struct Report {
     pub(super) coupons: u64,
     pub(super) unlocked: Claims,
     pub(super) locked: Claims,
+    /// `None` if a shard is a quorum, which has no permits.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub(super) partner: Option<Partner>,
     pub(super) jobs: Jobs,
+}
+
+/// The result of the calls.
+#[derive(Debug, Serialize)]
+pub(super) struct Partner {
+    /// How many calls at once the partner serves.
+    pub(super) limit: u16,
+    pub(super) calls: u64,
+    pub(super) without_permits: Calls,
+    pub(super) with_permits: Calls,
+}
+
+/// What became of the calls, and how long they took together.
+#[derive(Debug, Serialize)]
+pub(super) struct Calls {
+    #[serde(flatten)]
+    pub(super) counts: CallCounts,
+    pub(super) seconds: f64,
 }
 
 /// The result of the promotion.
@@ -123,6 +144,52 @@ pub(super) fn rounded(number: f64) -> f64 {
     (number * 1e3).round() / 1e3
 }
 
+impl Partner {
+    /// Everything that is wrong with the calls under permits.
+    fn problems(&self) -> Vec<String> {
+        let counts = self.with_permits.counts;
+        let mut problems = Vec::new();
+        if counts.most_at_once > u64::from(self.limit) {
+            problems.push(format!(
+                "{} calls were made at once under {} permits",
+                counts.most_at_once, self.limit
+            ));
+        }
+        if counts.served != self.calls {
+            problems.push(format!(
+                "{} of {} calls were served under permits",
+                counts.served, self.calls
+            ));
+        }
+        problems
+    }
+
+    fn write_table(&self, out: &mut impl Write) -> io::Result<()> {
+        let (without, with) = (&self.without_permits, &self.with_permits);
+        writeln!(
+            out,
+            "\n{} calls of a partner's API that serves {} at once",
+            HumanCount(self.calls),
+            self.limit
+        )?;
+        let mut row = |name: &str, first: String, second: String| writeln!(out, "  {name:<24}{first:>18}{second:>18}");
+        row("", "without permits".into(), "with permits".into())?;
+        for (name, of) in [
+            ("served", (|counts| counts.served) as fn(CallCounts) -> u64),
+            ("refused", |counts| counts.refused),
+            ("at once, at most", |counts| counts.most_at_once),
+        ] {
+            let figure = |calls: &Calls| HumanCount(of(calls.counts)).to_string();
+            row(name, figure(without), figure(with))?;
+        }
+        row(
+            "seconds",
+            format!("{:.3}", without.seconds),
+            format!("{:.3}", with.seconds),
+        )
+    }
+}
+
 impl Report {
     /// Everything that is wrong with the result: nothing, if the lock works.
     pub(super) fn problems(&self) -> Vec<String> {
@@ -141,6 +208,9 @@ impl Report {
                 self.coupons - due
             ));
         }
+        if let Some(partner) = &self.partner {
+            problems.extend(partner.problems());
+        }
         if self.jobs.lost_updates != 0 {
             problems.push(format!("{} job updates were lost", self.jobs.lost_updates));
         }
@@ -158,11 +228,18 @@ impl Report {
 
     /// A problem that is not an error, but makes the demo less convincing.
     pub(super) fn warning(&self) -> Option<String> {
-        (self.unlocked.claimed <= self.coupons).then(|| {
-            format!(
+        if self.unlocked.claimed <= self.coupons {
+            return Some(format!(
                 "only {} of {} coupons were claimed without the lock: use more --tasks or a longer --think \
                  to provoke the race",
                 self.unlocked.claimed, self.coupons
+            ));
+        }
+        let partner = self.partner.as_ref()?;
+        (partner.without_permits.counts.refused == 0).then(|| {
+            format!(
+                "the partner refused no call without permits: use more --tasks than its --partner-limit, {}",
+                partner.limit
             )
         })
     }
@@ -194,6 +271,10 @@ impl Report {
             format!("{:.3}", unlocked.seconds),
             format!("{:.3}", locked.seconds),
         )?;
+
+        if let Some(partner) = &self.partner {
+            partner.write_table(out)?;
+        }
 
         writeln!(
             out,

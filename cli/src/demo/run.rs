@@ -1,4 +1,5 @@
-//! Runs the demo: the promotion without the lock, the promotion with it, the jobs.
+//! Runs the demo: the promotion and the calls of the partner, each without the lock and with it;
+//! then the jobs.
 
 use std::io::Write;
 use std::net::SocketAddr;
@@ -11,8 +12,9 @@ use indicatif::{HumanCount, ProgressBar, ProgressFinish};
 use shardlock::config::Endpoint;
 
 use super::DemoArgs;
-use super::protocol::{Command, JobCounts, KeyNames, LoadSettings, WorkerSettings};
-use super::report::{Claims, Jobs, Report, rounded};
+use super::partner::{self, CALLS_PER_TASK};
+use super::protocol::{CallCounts, Command, JobCounts, KeyNames, LoadSettings, WorkerSettings};
+use super::report::{Calls, Claims, Jobs, Partner, Report, rounded};
 use super::setup::Setup;
 use crate::load::connection::{connect, get};
 use crate::load::progress::{bar, millis};
@@ -34,6 +36,7 @@ pub(super) async fn run(args: &DemoArgs, setup: &mut Setup) -> anyhow::Result<Re
             tasks: args.tasks,
             think: args.think,
             keys: args.keys,
+            partner_limit: args.partner_limit,
             metrics: args.metrics.filter(|_| worker == 0),
             load: args.load.then(|| LoadSettings {
                 owns_servers: setup.owns_servers(),
@@ -53,6 +56,10 @@ pub(super) async fn run(args: &DemoArgs, setup: &mut Setup) -> anyhow::Result<Re
     let names = KeyNames::new(setup.prefix());
     let unlocked = promotion(args, setup, &names, &data[0], false).await?;
     let locked = promotion(args, setup, &names, &data[0], true).await?;
+    let partner = match setup.has_permits() {
+        true => Some(partner_calls(args, setup).await?),
+        false => None,
+    };
     let jobs = jobs(args, setup, &names, &data, shards.len()).await?;
     setup.workers.shut_down(&Command::Shutdown).await?;
     Ok(Report {
@@ -61,6 +68,7 @@ pub(super) async fn run(args: &DemoArgs, setup: &mut Setup) -> anyhow::Result<Re
         coupons: args.coupons.into(),
         unlocked,
         locked,
+        partner,
         jobs,
     })
 }
@@ -144,6 +152,32 @@ async fn promotion(
         left,
         token_regressions: locked.then(regressions),
         seconds: rounded(took.as_secs_f64()),
+    })
+}
+
+async fn partner_calls(args: &DemoArgs, setup: &mut Setup) -> anyhow::Result<Partner> {
+    Ok(Partner {
+        limit: args.partner_limit,
+        calls: args.customers() * u64::from(CALLS_PER_TASK),
+        without_permits: calls(args, setup, false).await?,
+        with_permits: calls(args, setup, true).await?,
+    })
+}
+
+async fn calls(args: &DemoArgs, setup: &mut Setup, with_permits: bool) -> anyhow::Result<Calls> {
+    let count = args.customers() * u64::from(CALLS_PER_TASK);
+    let bar = bar(count, "{prefix} {bar:30} {pos}/{len} calls")?;
+    bar.set_prefix(if with_permits {
+        "with permits    "
+    } else {
+        "without permits "
+    });
+    let started = Instant::now();
+    let command = Command::Call { with_permits };
+    let counts: Vec<CallCounts> = setup.workers.run(&command, |calls| bar.set_position(calls)).await?;
+    Ok(Calls {
+        counts: partner::sum(counts),
+        seconds: rounded(started.elapsed().as_secs_f64()),
     })
 }
 

@@ -134,6 +134,11 @@ impl Setup {
         self.servers.iter().flat_map(TempServers::urls).collect()
     }
 
+    /// Whether all shards have permits.
+    pub(super) fn has_permits(&self) -> bool {
+        self.shards().iter().all(|url| !url.starts_with("redlock"))
+    }
+
     /// Whether the servers were started by the demo.
     pub(super) fn owns_servers(&self) -> bool {
         self.given.is_empty()

@@ -15,9 +15,9 @@ use tokio::task::JoinSet;
 use tokio::time::Instant;
 
 use super::jobs::ZIPF_EXPONENT;
-use super::protocol::{Command, JobCounts, KeyNames, WorkerSettings};
+use super::protocol::{Command, Counts, KeyNames, WorkerSettings};
 use super::setup::builder;
-use super::{classes, coupons, jobs};
+use super::{classes, coupons, jobs, partner};
 use crate::exit::Failure;
 use crate::load::commands::{Commands, Reply, run_worker, send_reply};
 use crate::load::connection;
@@ -33,6 +33,7 @@ pub(super) struct Worker {
     pub(super) names: KeyNames,
     pub(super) think: Duration,
     pub(super) key_distribution: KeyDistribution,
+    pub(super) partner_limit: u16,
     /// Pools for the data, whose connections are not those of the lock: one per shard, in order, or
     /// one for all.
     data: Vec<Pool>,
@@ -43,7 +44,7 @@ pub(super) struct Worker {
     /// The TTL of the leases.
     pub(super) ttl: Duration,
     tasks: u32,
-    /// How many customers or jobs are done.
+    /// How many customers, calls or jobs are done.
     done: AtomicU64,
 }
 
@@ -91,6 +92,7 @@ impl Worker {
             names,
             think: settings.think,
             key_distribution: KeyDistribution::zipf(settings.keys, ZIPF_EXPONENT)?,
+            partner_limit: settings.partner_limit,
             data: try_join_all(settings.data.iter().map(|url| connection::connect(url))).await?,
             metrics,
             tasks: settings.tasks,
@@ -113,17 +115,22 @@ impl Worker {
         connection::get(pool).await
     }
 
-    /// Counts one customer or job as done.
+    /// Counts one customer, call or job as done.
     pub(super) fn count_done(&self) {
         self.done.fetch_add(1, Ordering::Relaxed);
     }
 
-    async fn execute(self: &Arc<Self>, command: Command) -> anyhow::Result<Option<JobCounts>> {
+    async fn execute(self: &Arc<Self>, command: Command) -> anyhow::Result<Counts> {
         match command {
             Command::Claim { locked } => {
                 self.run_all_tasks(|worker| async move { coupons::claim_one(&worker, locked).await })
                     .await?;
-                Ok(None)
+                Ok(Counts::None)
+            }
+            Command::Call { with_permits } => {
+                let counts =
+                    self.run_all_tasks(move |worker| async move { partner::call(&worker, with_permits).await });
+                Ok(Counts::Calls(partner::sum(counts.await?)))
             }
             Command::Work { seconds } => {
                 let counters = || Counters::parse(&(self.metrics)(&self.locks), jobs::CLASS);
@@ -136,17 +143,17 @@ impl Worker {
                 let mut counts = jobs::sum(tasks)?;
                 (counts.uncontended, counts.local, counts.remote) = (delta.uncontended, delta.local, delta.remote);
                 counts.store_requests = delta.store_requests;
-                Ok(Some(counts))
+                Ok(Counts::Jobs(counts))
             }
             Command::Load => {
                 let tasks = (0..self.tasks).map(|task| classes::run(Arc::clone(self), task));
                 tasks.collect::<JoinSet<_>>().join_all().await;
-                Ok(None)
+                Ok(Counts::None)
             }
             Command::Shutdown => {
                 // What was left is logged.
                 self.locks.shutdown().await.ok();
-                Ok(None)
+                Ok(Counts::None)
             }
         }
     }

@@ -106,6 +106,17 @@ impl Ended {
         assert_eq!(number(&figures, "/locked/claimed"), 10.0, "{figures}");
         assert_eq!(number(&figures, "/locked/left"), 0.0, "{figures}");
         assert_eq!(number(&figures, "/locked/token_regressions"), 0.0, "{figures}");
+        let calls = number(&figures, "/partner/calls");
+        assert!(number(&figures, "/partner/without_permits/refused") > 0.0, "{figures}");
+        assert!(
+            number(&figures, "/partner/without_permits/most_at_once") > 10.0,
+            "{figures}"
+        );
+        assert_eq!(number(&figures, "/partner/with_permits/served"), calls, "{figures}");
+        assert!(
+            number(&figures, "/partner/with_permits/most_at_once") <= 10.0,
+            "{figures}"
+        );
         assert!(number(&figures, "/jobs/completed") > 0.0, "{figures}");
         assert_eq!(number(&figures, "/jobs/lost_updates"), 0.0, "{figures}");
         assert_eq!(number(&figures, "/jobs/token_regressions"), 0.0, "{figures}");
