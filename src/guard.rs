@@ -144,6 +144,10 @@ impl LockGuard {
     /// Waits until the lock is lost and returns the reason. Does not complete while the lock is
     /// held; completes immediately if it is already lost.
     ///
+    /// The future does not borrow the guard, so another task can wait for the loss. Drop it when
+    /// the lock is released: the lease may go on to the next task of this process, and what is
+    /// reported then is the loss of that task.
+    ///
     /// # Cancel safety
     ///
     /// This method is cancel safe. If the future is dropped, it can be called again without missing
@@ -164,8 +168,9 @@ impl LockGuard {
     /// }
     /// # Ok(()) }
     /// ```
-    pub async fn lost(&self) -> LossReason {
-        self.lease.lost().await
+    pub fn lost(&self) -> impl Future<Output = LossReason> + Send + use<> {
+        let lease = Arc::clone(&self.lease);
+        async move { lease.lost().await }
     }
 
     /// Releases the lock: to the next waiting task of this process, to the next waiting process, or
