@@ -9,7 +9,8 @@ const PREFIX: &str = "SHARDLOCK_";
 
 /// Variables with our prefix that are not settings of a manager but belong to the command-line tool
 /// and its tests.
-const NOT_SETTINGS: [&str; 7] = [
+const NOT_SETTINGS: [&str; 8] = [
+    "SHARDLOCK_AGENT",
     "SHARDLOCK_CONFIG",
     "SHARDLOCK_ETCD_SERVER",
     "SHARDLOCK_LOG",
@@ -38,11 +39,12 @@ impl Config {
     /// `long_hold` and the `tls_` files may be `none`. `SHARDLOCK_SHARDS` is a list of `url` or
     /// `name=url`, separated by commas or spaces; it replaces the previous shards.
     ///
-    /// `SHARDLOCK_CONFIG`, `SHARDLOCK_LOG`, `SHARDLOCK_METRICS`, `SHARDLOCK_REDIS_SERVER`,
-    /// `SHARDLOCK_ETCD_SERVER`, `SHARDLOCK_PROMETHEUS` and `SHARDLOCK_PYTHON` belong to the
-    /// command-line tool and the tests and are ignored. Also ignored are variables without a value,
-    /// as in `SHARDLOCK_TTL=`, and variables that Kubernetes adds for Services with such a name, as
-    /// in `SHARDLOCK_PORT=tcp://10.96.0.12:9187` or `SHARDLOCK_REDIS_SERVICE_HOST=10.96.0.13`.
+    /// `SHARDLOCK_AGENT`, `SHARDLOCK_CONFIG`, `SHARDLOCK_LOG`, `SHARDLOCK_METRICS`,
+    /// `SHARDLOCK_REDIS_SERVER`, `SHARDLOCK_ETCD_SERVER`, `SHARDLOCK_PROMETHEUS` and
+    /// `SHARDLOCK_PYTHON` belong to the command-line tool and the tests and are ignored. Also
+    /// ignored are variables without a value, as in `SHARDLOCK_TTL=`, and variables that Kubernetes
+    /// adds for Services with such a name, as in `SHARDLOCK_PORT=tcp://10.96.0.12:9187` or
+    /// `SHARDLOCK_REDIS_SERVICE_HOST=10.96.0.13`.
     ///
     /// # Errors
     ///

@@ -202,6 +202,7 @@ fn variables_without_a_value_count_as_unset() {
 fn variables_of_others_are_passed_over() {
     let mut config = Config::default();
     let others = [
+        "SHARDLOCK_AGENT",
         "SHARDLOCK_CONFIG",
         "SHARDLOCK_LOG",
         "SHARDLOCK_METRICS",

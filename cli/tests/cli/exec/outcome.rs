@@ -254,6 +254,7 @@ fn a_wait_that_begins_during_an_outage_survives_it() {
 fn variables_without_a_value_count_as_unset() {
     let server = RedisServer::start();
     for name in [
+        "SHARDLOCK_AGENT",
         "SHARDLOCK_METRICS",
         "SHARDLOCK_LOG",
         "SHARDLOCK_CONFIG",
