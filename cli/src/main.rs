@@ -11,6 +11,7 @@ mod load;
 mod map;
 mod metrics;
 mod output;
+mod serve;
 mod servers;
 mod shards;
 mod signals;
@@ -37,6 +38,7 @@ struct Cli {
 const ENVIRONMENT: &str = "\
 Environment:
   SHARDLOCK_<SETTING>  any setting of the configuration file, in upper case: SHARDLOCK_SHARDS, SHARDLOCK_TTL, ...
+  SHARDLOCK_AGENT      path of the agent's socket, for serve
   SHARDLOCK_CONFIG     path of the configuration file
   SHARDLOCK_METRICS    address to serve metrics on, like --metrics; if it is unavailable, exec warns and runs anyway
   SHARDLOCK_LOG        log level on standard error: off, error, warn (the default), info, debug or trace
@@ -48,6 +50,7 @@ Command-line options override the environment, which overrides the file.";
 #[derive(Debug, Subcommand)]
 enum Command {
     Exec(exec::Args),
+    Serve(serve::Args),
     Inspect(inspect::Args),
     Doctor(doctor::Args),
     Top(top::Args),
@@ -81,6 +84,7 @@ fn main() -> ExitCode {
 fn run(command: Command) -> Result<u8, Failure> {
     match command {
         Command::Exec(args) => exec::run(args),
+        Command::Serve(args) => serve::run(args),
         Command::Inspect(args) => on_this_thread(inspect::run(args)),
         Command::Doctor(args) => on_this_thread(doctor::run(args)),
         Command::Top(args) => on_this_thread(top::run(args)),

@@ -37,7 +37,7 @@ targets! {
 }
 
 /// Targets whose properties are about the tool, which has a test of its own.
-const OF_THE_TOOL: [&str; 1] = ["metrics_page"];
+const OF_THE_TOOL: [&str; 2] = ["agent_requests", "metrics_page"];
 
 /// A target missing from one of these places would be fuzzed but not tested, or neither.
 #[test]

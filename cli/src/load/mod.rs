@@ -25,7 +25,7 @@ pub(crate) mod workers;
 
 #[cfg(test)]
 #[path = "../../../src/fuzzing/corpus.rs"]
-mod corpus;
+pub(crate) mod corpus;
 
 #[cfg(test)]
 mod tests {

@@ -13,6 +13,7 @@ mod exec;
 mod inspect;
 mod kinds;
 mod security;
+mod serve;
 mod tool;
 mod top;
 
@@ -25,6 +26,7 @@ fn worker_entry() {
     match me.name() {
         "chooser" => security::tls::choose_and_lock(&me),
         "load" => top::load::run(&me),
+        "agent client" => serve::client::run(&me),
         "recorded" => security::secrets::record(&me),
         name => panic!("no worker is called {name}"),
     }

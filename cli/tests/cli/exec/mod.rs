@@ -2,7 +2,7 @@
 
 mod conflict;
 mod loss;
-mod metrics;
+pub(crate) mod metrics;
 mod min_hold;
 mod modes;
 mod outcome;

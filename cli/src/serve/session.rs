@@ -1,0 +1,277 @@
+//! A connection, from its first byte to its end.
+//!
+//! # Implementation details
+//!
+//! One task serves a connection and executes its commands one after the other, so replies come in
+//! the order of the commands. While a LOCK waits, the task keeps reading, up to the longest
+//! request, to notice that the client has closed the connection. Then the wait is cancelled, which
+//! gives up the place in the queue. Once as many bytes are buffered, it waits for the end of the
+//! connection without reading.
+//!
+//! What is buffered in either direction is bounded: commands are executed only while replies can
+//! be sent. However the task ends, dropping the session gives up all locks of the connection.
+
+use std::io;
+use std::pin::pin;
+use std::sync::Arc;
+
+use shardlock::{LockGuard, LossReason};
+use tokio::time::Instant;
+
+use super::acquire::{acquire, error_reply};
+use super::agent::{Agent, Phase, Phases};
+use super::clients::Client;
+use super::command::{Command, Lock, LockId};
+use super::held::Losses;
+use super::replies::{Protocol, Replies};
+use super::requests::Requests;
+use super::stream::{Received, Stream};
+
+/// The most bytes of replies that are collected before they are sent.
+const UNSENT_BYTES_MAX: usize = 16 * 1024;
+
+/// A connection.
+pub(super) struct Session {
+    pub(super) agent: Arc<Agent>,
+    pub(super) client: Arc<Client>,
+    pub(super) replies: Replies,
+    pub(super) is_authenticated: bool,
+    stream: Stream,
+    requests: Requests,
+    losses: Losses,
+    phases: Phases,
+    /// Whether the client sends nothing more.
+    is_closed: bool,
+}
+
+/// Whether the connection continues after a command.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(super) enum Flow {
+    Continue,
+    Close,
+}
+
+/// How a request for a lock ended.
+enum Acquired {
+    Guard(LockGuard),
+    /// It is held by others, and the time to wait has passed.
+    No,
+    /// The reply is an error.
+    Failed(String),
+    /// Nobody is there to get a reply.
+    ClientGone,
+}
+
+impl Session {
+    pub(super) fn new(agent: Arc<Agent>, client: Arc<Client>, stream: Stream) -> Self {
+        Self {
+            is_authenticated: !agent.access.needs_password(),
+            requests: Requests::new(agent.limits.request_bytes_max()),
+            phases: agent.phases(),
+            agent,
+            client,
+            stream,
+            replies: Replies::default(),
+            losses: Losses::default(),
+            is_closed: false,
+        }
+    }
+
+    /// Serves the connection until it ends.
+    pub(super) async fn run(mut self) {
+        let (id, peer) = (self.client.id, self.client.peer);
+        tracing::info!(client = id, %peer, "a client has connected");
+        match self.serve().await {
+            Ok(()) => tracing::info!(client = id, %peer, "a client has disconnected"),
+            Err(error) => tracing::info!(client = id, %peer, %error, "a connection has failed"),
+        }
+    }
+
+    async fn serve(&mut self) -> io::Result<()> {
+        let auth_deadline = Instant::now() + self.agent.limits.auth_timeout;
+        loop {
+            if self.execute_received().await? == Flow::Close {
+                return self.flush().await;
+            }
+            self.flush().await?;
+            if self.is_closed {
+                return Ok(());
+            }
+            tokio::select! {
+                received = receive(&self.stream, &mut self.requests) => {
+                    self.is_closed = received? == Received::End;
+                }
+                (id, reason) = self.losses.next() => self.report_loss(&id, reason),
+                () = self.phases.reached(Phase::Stopping) => return self.flush_losses().await,
+                () = tokio::time::sleep_until(auth_deadline), if !self.is_authenticated => {
+                    let limit = humantime::format_duration(self.agent.limits.auth_timeout);
+                    self.replies.error(&format!(
+                        "LIMIT the connection did not authenticate within {limit} (--auth-timeout)"
+                    ));
+                    return self.flush().await;
+                }
+            }
+        }
+    }
+
+    /// Executes all commands that were received completely.
+    async fn execute_received(&mut self) -> io::Result<Flow> {
+        loop {
+            let command = match self.requests.next(Command::parse) {
+                Ok(Some(command)) => command,
+                Ok(None) => return Ok(Flow::Continue),
+                Err(malformed) => {
+                    let peer = self.client.peer;
+                    tracing::info!(client = self.client.id, %peer, %malformed, "a request is malformed");
+                    self.replies.error(&malformed.to_string());
+                    return Ok(Flow::Close);
+                }
+            };
+            // Nothing else may yield between commands that need no answer from a shard.
+            tokio::task::coop::consume_budget().await;
+            match command {
+                Ok(command) => {
+                    if self.execute(command).await? == Flow::Close {
+                        return Ok(Flow::Close);
+                    }
+                }
+                Err(refusal) => self.replies.error(&refusal.0),
+            }
+            if self.replies.unsent().len() >= UNSENT_BYTES_MAX {
+                self.flush().await?;
+            }
+        }
+    }
+
+    /// Sends all replies.
+    async fn flush(&mut self) -> io::Result<()> {
+        while !self.replies.unsent().is_empty() {
+            let count = self.stream.send(self.replies.unsent()).await?;
+            self.replies.sent(count);
+        }
+        Ok(())
+    }
+
+    pub(super) async fn lock(&mut self, lock: Lock) -> io::Result<Flow> {
+        let most = self.agent.limits.max_locks;
+        let count = self.agent.held.count_of(self.client.id);
+        if count as u64 >= most {
+            self.replies.error(&format!(
+                "LIMIT this connection holds {count} locks, the most that it may (--max-locks); \
+                 release some, or use another connection"
+            ));
+            return Ok(Flow::Continue);
+        }
+        match self.acquire(&lock).await? {
+            Acquired::Guard(guard) => self.grant(lock, guard),
+            Acquired::No => self.replies.null(),
+            Acquired::Failed(error) => self.replies.error(&error),
+            Acquired::ClientGone => return Ok(Flow::Close),
+        }
+        Ok(Flow::Continue)
+    }
+
+    async fn acquire(&mut self, lock: &Lock) -> io::Result<Acquired> {
+        const DRAINING: &str = "UNAVAILABLE the agent is shutting down and grants no lock; try again \
+                                later";
+        let (agent, client) = (Arc::clone(&self.agent), Arc::clone(&self.client));
+        let _waiting = client.waits_for(&lock.key);
+        let mut acquiring = pin!(acquire(&agent, lock));
+        loop {
+            tokio::select! {
+                biased;
+                () = self.phases.reached(Phase::Draining) => {
+                    return Ok(Acquired::Failed(DRAINING.to_owned()));
+                }
+                acquired = &mut acquiring => return Ok(match acquired {
+                    Ok(Some(guard)) => Acquired::Guard(guard),
+                    Ok(None) => Acquired::No,
+                    Err(error) => Acquired::Failed(error_reply(&error)),
+                }),
+                (id, reason) = self.losses.next() => self.report_loss(&id, reason),
+                sent = self.stream.send(self.replies.unsent()), if !self.replies.unsent().is_empty() => {
+                    self.replies.sent(sent?);
+                }
+                received = read_ahead(&self.stream, &mut self.requests, self.is_closed) => {
+                    if received? == Received::End {
+                        self.is_closed = true;
+                        return Ok(Acquired::ClientGone);
+                    }
+                }
+            }
+        }
+    }
+
+    fn grant(&mut self, lock: Lock, guard: LockGuard) {
+        let token = guard.token().get();
+        let Ok(number) = i64::try_from(token) else {
+            self.replies.error(&format!(
+                "ERR the token {token} is larger than 9223372036854775807, the largest integer of \
+                 the protocol; the lock was released; check the server's clock and data"
+            ));
+            return;
+        };
+        let id = LockId { key: lock.key, token };
+        self.agent.held.add(self.client.id, id, guard, &mut self.losses);
+        self.replies.integer(number);
+    }
+
+    /// Gives up a lock that was lost, and reports it if the protocol can.
+    fn report_loss(&mut self, id: &LockId, reason: LossReason) {
+        // It may have been released meanwhile.
+        if self.agent.held.remove(id).is_none() {
+            return;
+        }
+        let peer = self.client.peer;
+        tracing::info!(client = self.client.id, %peer, token = id.token, %reason, "a client has lost a lock");
+        if self.replies.protocol == Protocol::Resp3 {
+            self.replies.push(4);
+            self.replies.bulk("lost");
+            self.replies.bulk(id.key.as_str());
+            self.replies.integer(i64::try_from(id.token).unwrap_or(i64::MAX));
+            self.replies.bulk(reason.as_str());
+        }
+    }
+
+    /// Reports the losses that are known already, and sends everything.
+    async fn flush_losses(&mut self) -> io::Result<()> {
+        loop {
+            tokio::select! {
+                biased;
+                (id, reason) = self.losses.next() => self.report_loss(&id, reason),
+                () = std::future::ready(()) => return self.flush().await,
+            }
+        }
+    }
+}
+
+impl Drop for Session {
+    fn drop(&mut self) {
+        // Dropping a guard releases it: to the next waiter of this host at once, to one of another
+        // host by the manager's thread.
+        let released = self.agent.held.remove_client(self.client.id).len();
+        self.agent.clients.remove(self.client.id);
+        if released > 0 {
+            let peer = self.client.peer;
+            tracing::info!(client = self.client.id, %peer, released, "the locks of a client were released");
+        }
+    }
+}
+
+/// Receives what the client sends next. There must be room.
+async fn receive(stream: &Stream, requests: &mut Requests) -> io::Result<Received> {
+    let room = requests.room();
+    stream.receive(room, |bytes| requests.add(bytes)).await
+}
+
+/// Receives what the client sends while one of its commands waits, as far as there is room.
+async fn read_ahead(stream: &Stream, requests: &mut Requests, is_closed: bool) -> io::Result<Received> {
+    if is_closed {
+        Ok(Received::End)
+    } else if requests.room() == 0 {
+        stream.closed().await?;
+        Ok(Received::End)
+    } else {
+        receive(stream, requests).await
+    }
+}
