@@ -38,7 +38,7 @@ struct Cli {
 const ENVIRONMENT: &str = "\
 Environment:
   SHARDLOCK_<SETTING>  any setting of the configuration file, in upper case: SHARDLOCK_SHARDS, SHARDLOCK_TTL, ...
-  SHARDLOCK_AGENT      path of the agent's socket, for serve
+  SHARDLOCK_AGENT      path of the agent's socket, for serve and exec
   SHARDLOCK_CONFIG     path of the configuration file
   SHARDLOCK_METRICS    address to serve metrics on, like --metrics; if it is unavailable, exec warns and runs anyway
   SHARDLOCK_LOG        log level on standard error: off, error, warn (the default), info, debug or trace

@@ -62,6 +62,11 @@ impl Options {
         Ok(config)
     }
 
+    /// Whether shards or settings are given on the command line.
+    pub(crate) fn is_given(&self) -> bool {
+        !self.shards.is_empty() || self.config.is_some() || !self.settings.is_empty()
+    }
+
     /// Like [`Self::load`], but fails if there are no shards.
     pub(crate) fn load_with_shards(&self) -> Result<Config, Failure> {
         let config = self.load()?;

@@ -21,10 +21,10 @@ use std::time::Duration;
 
 use anyhow::anyhow;
 use rustix::process::{Pid, Signal, WaitStatus, getpid, kill_process};
-use shardlock::LockAllGuard;
 use tokio::time::{Instant, sleep_until};
 
 use super::events::{Event, Events};
+use super::holding::Holding;
 use super::keeper::Keeper;
 use super::process::{self, Process};
 use super::process_tree::{Group, ProcessTree};
@@ -92,8 +92,8 @@ impl<'a> RunningCommand<'a> {
 
     /// Forwards signals, ends the command if the lock is lost, and returns when the command is
     /// gone.
-    pub(super) async fn wait(mut self, guard: &LockAllGuard, events: &mut Events, grace: Duration) -> Outcome {
-        let mut lost = pin!(guard.lost());
+    pub(super) async fn wait(mut self, held: &Holding, events: &mut Events, grace: Duration) -> Outcome {
+        let mut lost = pin!(held.lost());
         let exit_code = loop {
             if let Some(exit_code) = self.advance() {
                 break exit_code;

@@ -3,38 +3,39 @@
 use std::env;
 use std::process::Command;
 
-use shardlock::{LockAllGuard, LockGuard};
-
 use super::arguments::Work;
+use super::holding::{Described, Holding};
 
-/// A variable of a lock, and what it contains.
-type Variable = (&'static str, fn(&LockGuard) -> String);
+/// The variables of a lock.
+const VARIABLES: [&str; 3] = ["LOCK_KEY", "LOCK_TOKEN", "LOCK_OWNER"];
 
-const VARIABLES: [Variable; 3] = [
-    ("LOCK_KEY", |guard| guard.key().to_owned()),
-    ("LOCK_TOKEN", |guard| guard.token().to_string()),
-    ("LOCK_OWNER", LockGuard::owner),
-];
+/// What the variables of a lock contain, in their order.
+fn values(key: &str, lock: &Described) -> [Option<String>; 3] {
+    [Some(key.to_owned()), Some(lock.token.to_string()), lock.owner.clone()]
+}
 
 /// The number of locks that were given with `-k`.
 const COUNT: &str = "LOCK_COUNT";
 
 /// Adds the locks to the environment of the command, in the order in which they were given. The
 /// variables of an outer `exec` are removed.
-pub(super) fn describe(command: &mut Command, work: &Work<'_>, held: &LockAllGuard) {
+pub(super) fn describe(command: &mut Command, work: &Work<'_>, held: &Holding) {
     for (name, _) in env::vars_os() {
         if name.to_str().is_some_and(|name| name == COUNT || is_numbered(name)) {
             command.env_remove(name);
         }
     }
-    let guards = work.keys.iter().filter_map(|key| held.guard(key.as_str()));
-    for (index, guard) in guards.enumerate() {
-        for (name, value) in VARIABLES {
+    let locks = work
+        .keys
+        .iter()
+        .filter_map(|key| Some((key.as_str(), held.describe(key.as_str())?)));
+    for (index, (key, lock)) in locks.enumerate() {
+        for (name, value) in VARIABLES.into_iter().zip(values(key, &lock)) {
             if index == 0 {
-                command.env(name, value(guard));
+                set(command, name, value.as_deref());
             }
             if work.has_key_options {
-                command.env(format!("{name}_{}", index + 1), value(guard));
+                set(command, &format!("{name}_{}", index + 1), value.as_deref());
             }
         }
     }
@@ -43,10 +44,18 @@ pub(super) fn describe(command: &mut Command, work: &Work<'_>, held: &LockAllGua
     }
 }
 
+fn set(command: &mut Command, name: &str, value: Option<&str>) {
+    match value {
+        Some(value) => command.env(name, value),
+        // That of an outer `exec` would mislead.
+        None => command.env_remove(name),
+    };
+}
+
 /// Whether this is a variable of one lock among several.
 fn is_numbered(name: &str) -> bool {
     let number = VARIABLES
         .iter()
-        .find_map(|(known, _)| name.strip_prefix(known)?.strip_prefix('_'));
+        .find_map(|known| name.strip_prefix(known)?.strip_prefix('_'));
     number.is_some_and(|number| !number.is_empty() && number.bytes().all(|byte| byte.is_ascii_digit()))
 }

@@ -8,14 +8,15 @@ use std::time::{Duration, Instant};
 use rustix::process::Pid;
 use shardlock::config::{Builder, Config};
 use shardlock::error::LockErrorKind;
-use shardlock::{LockAllGuard, LockError, LockKey, LockManager};
+use shardlock::{LockError, LockKey, LockManager};
 
 use super::arguments::Work;
 use super::command::{self, Outcome, RunningCommand};
 use super::environment;
 use super::events::Events;
+use super::holding::{Holding, NotReleased};
 use super::terminal::Terminal;
-use super::{Args, Permits};
+use super::{Args, Permits, Source};
 use crate::exit::{self, Failure};
 use crate::{metrics, output, shards};
 
@@ -31,10 +32,32 @@ pub(super) struct Keeper {
 }
 
 impl Keeper {
-    pub(super) async fn run(self, args: Args, config: Config) -> Result<u8, Failure> {
+    pub(super) async fn run(self, args: Args, source: Source) -> Result<u8, Failure> {
         let work = Work::parse(&args)?;
         // From here on, no signal ends the tool before it has cleaned up.
         let mut events = Events::new(&self).map_err(Failure::system)?;
+        match source {
+            Source::Shards(config) => self.run_with_manager(&args, &work, &mut events, *config).await,
+            Source::Agent(request) => {
+                // Dropping the request closes the connection, and so gives up the wait.
+                let acquired = tokio::select! {
+                    acquired = request.acquire() => acquired?.map(Holding::Agent),
+                    code = events.wait_for_termination() => return Ok(code),
+                    never = log_waiting(&work) => match never {},
+                };
+                let acquired = acquired.map_or_else(|| Acquisition::busy(&work), Acquisition::Acquired);
+                self.run_command(acquired, &args, &work, &mut events).await
+            }
+        }
+    }
+
+    async fn run_with_manager(
+        &self,
+        args: &Args,
+        work: &Work<'_>,
+        events: &mut Events,
+        config: Config,
+    ) -> Result<u8, Failure> {
         let admin_failure = |error: anyhow::Error| Failure::new(exit::UNAVAILABLE, error);
         let admin = args.metrics.bind().map_err(admin_failure)?;
 
@@ -48,33 +71,48 @@ impl Keeper {
         // Dropping the request gives up the place in the queue. `shutdown` waits until the server
         // confirms it.
         let acquired = tokio::select! {
-            acquired = acquire(&locks, &work, &args) => acquired.map_err(Failure::from),
+            acquired = acquire(&locks, work, args) => acquired.map_err(Failure::from),
             code = events.wait_for_termination() => Ok(Acquisition::Interrupted(code)),
-            never = log_waiting(&work) => match never {},
+            never = log_waiting(work) => match never {},
         };
         let code = match acquired {
-            Ok(Acquisition::Acquired(guard)) => {
-                for guard in guard.guards() {
-                    tracing::info!(key = guard.key(), token = %guard.token(), "the lock was acquired");
-                }
-                let mut command = build_command(&work, &guard);
-                if !args.inherit_password && shards::variable_has_password() {
-                    command.env_remove(shards::VARIABLE);
-                }
-                run_under_lock(guard, command, &work, &self, &mut events, args.kill_after).await
-            }
-            Ok(Acquisition::NotAcquired(reason)) => {
-                if !args.quiet {
-                    output::eprint(reason);
-                }
-                Ok(args.conflict_exit_code)
-            }
-            Ok(Acquisition::Interrupted(code)) => Ok(code),
+            Ok(acquired) => self.run_command(acquired, args, work, events).await,
             Err(failure) => Err(failure),
         };
         // What was left is logged.
         locks.shutdown().await.ok();
         code
+    }
+
+    /// Runs the command, if the locks were acquired.
+    async fn run_command(
+        &self,
+        acquired: Acquisition,
+        args: &Args,
+        work: &Work<'_>,
+        events: &mut Events,
+    ) -> Result<u8, Failure> {
+        match acquired {
+            Acquisition::Acquired(held) => {
+                for key in &work.keys {
+                    if let Some(lock) = held.describe(key.as_str()) {
+                        tracing::info!(key = key.as_str(), token = lock.token, "the lock was acquired");
+                    }
+                }
+                let mut command = build_command(work, &held);
+                if !args.inherit_password && shards::variable_has_password() {
+                    command.env_remove(shards::VARIABLE);
+                }
+                run_under_lock(held, command, work, self, events, args.kill_after).await
+            }
+            Acquisition::NotAcquired(reason) => {
+                if !args.quiet {
+                    output::eprint(reason);
+                }
+                Ok(args.conflict_exit_code)
+            }
+            Acquisition::Interrupted(code) => Ok(code),
+        }
     }
 }
 
@@ -124,7 +162,7 @@ async fn log_waiting(work: &Work<'_>) -> Infallible {
 
 /// The outcome of the request.
 enum Acquisition {
-    Acquired(LockAllGuard),
+    Acquired(Holding),
     /// The lock was not acquired, with the reason.
     NotAcquired(String),
     Interrupted(u8),
@@ -141,6 +179,15 @@ macro_rules! in_mode {
     };
 }
 
+impl Acquisition {
+    /// A lock was not acquired in time, or not without waiting.
+    fn busy(work: &Work<'_>) -> Self {
+        let one_of = if work.keys.len() > 1 { "one of the " } else { "" };
+        let locks = work.describe_locks();
+        Self::NotAcquired(format!("{one_of}{locks} is held, or others are waiting for it"))
+    }
+}
+
 async fn acquire(locks: &LockManager, work: &Work<'_>, args: &Args) -> Result<Acquisition, LockError> {
     let guard = if args.nonblock {
         in_mode!(locks.try_lock_all(&work.keys), args).await?
@@ -150,50 +197,41 @@ async fn acquire(locks: &LockManager, work: &Work<'_>, args: &Args) -> Result<Ac
             guard => Some(guard?),
         }
     };
-    Ok(guard.map_or_else(
-        || {
-            let one_of = if work.keys.len() > 1 { "one of the " } else { "" };
-            let locks = work.describe_locks();
-            Acquisition::NotAcquired(format!("{one_of}{locks} is held, or others are waiting for it"))
-        },
-        Acquisition::Acquired,
-    ))
+    let held = guard.map(Holding::Manager);
+    Ok(held.map_or_else(|| Acquisition::busy(work), Acquisition::Acquired))
 }
 
 /// Builds the command, with the locks in its environment.
-fn build_command(work: &Work<'_>, guard: &LockAllGuard) -> Command {
+fn build_command(work: &Work<'_>, held: &Holding) -> Command {
     let mut command = Command::new(work.program);
     command.args(work.arguments).env_remove(metrics::VARIABLE);
-    environment::describe(&mut command, work, guard);
+    environment::describe(&mut command, work, held);
     command
 }
 
 /// Runs the command, and releases the lock when the command is gone.
 async fn run_under_lock(
-    guard: LockAllGuard,
+    held: Holding,
     command: Command,
     work: &Work<'_>,
     keeper: &Keeper,
     events: &mut Events,
     grace: Duration,
 ) -> Result<u8, Failure> {
-    let outcome = if guard.is_valid() {
+    let outcome = if held.is_valid() {
         match RunningCommand::spawn(command, keeper) {
-            Ok(running) => Ok(running.wait(&guard, events, grace).await),
+            Ok(running) => Ok(running.wait(&held, events, grace).await),
             Err(error) => Err(command::spawn_failure(work.program, error)),
         }
     } else {
         // The tool was stopped for too long after it acquired the lock.
-        let lost = guard.lost().await;
-        output::eprint(format_args!(
-            "lock {:?} was lost before the command was started",
-            lost.key
-        ));
+        let lost = held.lost().await;
+        output::eprint(format_args!("{lost}; the command was not started"));
         Ok(Outcome::Lost)
     };
     // The release also reports whether the lock was held until now.
-    match guard.release().await {
-        Err(error) if error.is_lost() => {
+    match held.release().await {
+        Err(NotReleased::Lost(error)) => {
             if !matches!(outcome, Ok(Outcome::Lost)) {
                 output::eprint(error);
             }
@@ -201,9 +239,8 @@ async fn run_under_lock(
             outcome.map(|_| exit::LOST)
         }
         released => {
-            if let Err(error) = released {
+            if let Err(NotReleased::Unconfirmed(error)) = released {
                 let locks = work.describe_locks();
-                let error = exit::in_words(&error);
                 output::eprint(format_args!("{locks} may stay locked until the TTL expires: {error}"));
             }
             outcome.map(|outcome| match outcome {

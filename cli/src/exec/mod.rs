@@ -8,16 +8,19 @@
 //! | `events` | what the keeper must handle: signals from the front, and ended children |
 //! | `arguments` | the keys and the command on the command line |
 //! | `environment` | how the command learns of its locks |
+//! | `holding`, `agent` | the locks, of a manager or of an agent; taking a lock through an agent |
 //! | `command` | the command, from its start until its last process is gone |
 //! | `process_tree`, `process` | the processes of the command; a snapshot of a process |
 //! | `signals`, `terminal` | blocked signals; the controlling terminal |
 
+mod agent;
 mod arguments;
 mod command;
 mod environment;
 mod events;
 mod fork;
 mod front;
+mod holding;
 mod keeper;
 mod process;
 mod process_tree;
@@ -26,13 +29,15 @@ mod terminal;
 
 use std::convert::Infallible;
 use std::ffi::OsString;
+use std::path::PathBuf;
 use std::time::Duration;
 
 use shardlock::config::Config;
 use shardlock::tool;
 
 use crate::exit::Failure;
-use crate::{metrics, shards};
+use crate::{metrics, serve, shards};
+use agent::AgentRequest;
 use arguments::Work;
 use fork::Role;
 
@@ -142,11 +147,26 @@ pub(crate) struct Args {
     #[arg(long)]
     inherit_password: bool,
 
+    /// Take the lock through the agent with this socket (`shardlock serve`) [default:
+    /// $SHARDLOCK_AGENT, unless shards are given on the command line]
+    ///
+    /// The agent has the shards and the settings. It locks one key at a time, and LOCK_OWNER is
+    /// not set.
+    #[arg(long, value_name = "SOCKET", conflicts_with_all = ["shards", "config", "settings", "address"])]
+    agent: Option<PathBuf>,
+
     #[command(flatten)]
     metrics: metrics::Options,
 
     #[command(flatten)]
     shards: shards::Options,
+}
+
+/// Where the lock comes from.
+enum Source {
+    /// A manager in this process.
+    Shards(Box<Config>),
+    Agent(AgentRequest),
 }
 
 const EXIT_CODES: &str = "\
@@ -199,6 +219,21 @@ fn grace(text: &str) -> Result<Duration, String> {
 }
 
 impl Args {
+    fn source(&self, work: &Work<'_>) -> Result<Source, Failure> {
+        match self.agent() {
+            Some(socket) => Ok(Source::Agent(AgentRequest::new(&socket, self, &work.keys)?)),
+            None => Ok(Source::Shards(Box::new(self.config()?))),
+        }
+    }
+
+    /// The socket of the agent, if the lock is taken through one.
+    fn agent(&self) -> Option<PathBuf> {
+        let from_env = || std::env::var_os(serve::AGENT_VARIABLE).filter(|path| !path.is_empty());
+        let is_direct = self.shards.is_given();
+        let from_env = || from_env().filter(|_| !is_direct).map(PathBuf::from);
+        self.agent.clone().or_else(from_env)
+    }
+
     fn config(&self) -> Result<Config, Failure> {
         let mut config = self.shards.load_with_shards()?;
         for (name, value) in [
@@ -219,10 +254,9 @@ impl Args {
 /// Call this while the process has a single thread.
 pub(crate) fn run(args: Args) -> Result<u8, Failure> {
     // Report invalid arguments before the fork, from the process that the caller started.
-    Work::parse(&args)?;
-    let config = args.config()?;
+    let source = args.source(&Work::parse(&args)?)?;
     match fork::fork().map_err(Failure::system)? {
         Role::Front(mut front) => front.run(),
-        Role::Keeper(keeper) => crate::on_this_thread(keeper.run(args, config)),
+        Role::Keeper(keeper) => crate::on_this_thread(keeper.run(args, source)),
     }
 }

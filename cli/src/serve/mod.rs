@@ -51,6 +51,7 @@ use crate::signals::{ReceivedSignal, Signals};
 use access::Access;
 use agent::{Agent, Phase};
 use defaults::Defaults;
+pub(crate) use listen::VARIABLE as AGENT_VARIABLE;
 use listen::{Listener, Listeners};
 pub(crate) use options::Args;
 use session::Session;

@@ -7,6 +7,7 @@ mod compatibility;
 mod deploy;
 mod drain;
 mod ends;
+mod exec;
 mod limits;
 mod malformed;
 
