@@ -13,12 +13,14 @@ PROCESS = 'job=~"$job", instance=~"$instance"'
 CLASS = PROCESS + ', class=~"$class"'
 SHARD = PROCESS + ', shard=~"$shard"'
 CLASS_OF_SHARD = CLASS + ', shard=~"$shard"'
+READERS_AND_WRITERS = CLASS_OF_SHARD + ', mode=~"shared|exclusive"'
 
 # Outcomes of requests that should have got a lock and did not. Busy is the answer to a try, not a
 # failure.
 FAILED = CLASS + ', outcome=~"timeout|queue_full|unavailable|refused"'
 ACQUIRED = CLASS + ', outcome="acquired"'
-CONTENDED = ACQUIRED + ', path!="uncontended"'
+# Locks that another holder passed on. The others were free, or shared with those who had them.
+CONTENDED = ACQUIRED + ', path=~"local|remote"'
 NOT_ACQUIRED = CLASS + ', outcome!="acquired"'
 # All outcomes except those caused by the application itself.
 JUDGED = CLASS + ', outcome!~"closed|cancelled"'
@@ -431,6 +433,77 @@ SATURATION = Row(
     ],
 )
 
+MODES = Row(
+    "Readers, writers, permits",
+    [
+        Panel(
+            "Locks per second, by mode",
+            "shared: readers. exclusive: writers, and all locks without a mode of their own. If "
+            "there are many writers beside readers, shared locks gain little, because each writer "
+            "waits for the readers before it and holds up those behind it.",
+            [(total(rate("shardlock_acquisitions_total", ACQUIRED), "mode"), "{{mode}}")],
+            unit=units.OpsPerSecond,
+            width=6,
+        ),
+        Panel(
+            "Wait, 99th percentile, by mode",
+            "A writer waits for the readers before it, then readers wait for the writer. If "
+            "exclusive is high, look at how long readers hold (the next panel); if permits is "
+            "high, at the permits in use.",
+            [(quantile(0.99, "shardlock_wait_seconds", CLASS, "mode"), "{{mode}}")],
+            unit=units.Seconds,
+            width=6,
+        ),
+        Panel(
+            "Hold time, 99th percentile, by mode",
+            "The longest reader decides when a writer gets its turn, and with it all readers "
+            "behind the writer. Move work that needs no lock out of long holds.",
+            [(quantile(0.99, "shardlock_hold_seconds", CLASS, "mode"), "{{mode}}")],
+            unit=units.Seconds,
+            width=6,
+        ),
+        Panel(
+            "Waiters, by mode",
+            "Tasks waiting for a lock in each mode. Waiting readers without a waiting writer mean "
+            "that a writer holds the key for long. If permits are waited for all the time, their "
+            "limit is what bounds the work.",
+            [(f"sum by (mode) (shardlock_waiters{{{SHARD}}})", "{{mode}}")],
+            width=6,
+        ),
+        Panel(
+            "Readers and writers",
+            "Guards held: shared ones are readers, exclusive ones writers. If they grow without "
+            "bound, guards are kept and never dropped: /held of the admin endpoint lists them, "
+            "oldest first.",
+            [(f"sum by (mode) (shardlock_guards{{{READERS_AND_WRITERS}}})", "{{mode}}")],
+        ),
+        Panel(
+            "Permits in use",
+            "Permits held, and the limit that requests state, by class. The limit is right for a "
+            "class with the permits of one key. Two processes that state different limits for the "
+            "same key show as the larger one here, but the smaller one counts.",
+            [
+                (total(f"shardlock_permits_in_use{{{CLASS_OF_SHARD}}}", "shard, class"), "{{shard}} {{class}}"),
+                (f"max by (shard, class) (shardlock_permits_limit{{{CLASS_OF_SHARD}}})", "{{shard}} {{class}}, limit"),
+            ],
+        ),
+        Panel(
+            "Permits in use, share of the limit",
+            "Near 1 for long while tasks wait for permits, the limit bounds the work: hold them for "
+            "less time, or raise the limit if what it protects bears that. A holder that died keeps "
+            "its permits for up to a TTL, which this does not show.",
+            [
+                (
+                    f"sum by (shard, class) (shardlock_permits_in_use{{{CLASS_OF_SHARD}}})"
+                    f" / (max by (shard, class) (shardlock_permits_limit{{{CLASS_OF_SHARD}}}) > 0)",
+                    "{{shard}} {{class}}",
+                )
+            ],
+            unit=units.PercentUnit,
+        ),
+    ],
+)
+
 REDIS = Row(
     "Redis and other stores",
     [
@@ -509,4 +582,4 @@ REDIS = Row(
     ],
 )
 
-ROWS = [AT_A_GLANCE, CONTENTION, SAFETY, SATURATION, REDIS]
+ROWS = [AT_A_GLANCE, CONTENTION, SAFETY, SATURATION, MODES, REDIS]

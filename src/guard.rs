@@ -244,7 +244,8 @@ impl LockGuard {
         let validity_left = &shard.metrics.validity_left;
         // Most guards are not in a sample, and then there is nothing to look up.
         if self.is_in_sample || validity_left.is_exact() {
-            let class = self.class.as_ref().unwrap_or_else(|| shard.manager.default_class());
+            let class = self.class.as_deref();
+            let class = class.unwrap_or_else(|| shard.manager.default_class(self.entry.mode));
             class.held(now.since(self.since), self.is_in_sample);
             validity_left.record_sampled(|| self.lease.fraction_left(now), self.is_in_sample);
         }

@@ -29,6 +29,25 @@ impl LockMode {
     /// The number of kinds of modes: exclusive, shared, permits.
     pub(crate) const KINDS: usize = 3;
 
+    /// A mode of each kind, at the index of its kind.
+    pub(crate) const ONE_OF_EACH: [Self; Self::KINDS] = [
+        Self::Exclusive,
+        Self::Shared,
+        Self::Permits {
+            weight: 1,
+            limit: PERMITS_MAX,
+        },
+    ];
+
+    /// The number of its kind, which is below [`KINDS`](Self::KINDS).
+    pub(crate) const fn kind(self) -> usize {
+        match self {
+            Self::Exclusive => 0,
+            Self::Shared => 1,
+            Self::Permits { .. } => 2,
+        }
+    }
+
     /// The name of the mode, as in metrics.
     #[must_use]
     pub const fn as_str(self) -> &'static str {
@@ -107,6 +126,18 @@ impl fmt::Display for Suffix {
             LockMode::Exclusive => Ok(()),
             LockMode::Shared => f.write_str("-s"),
             LockMode::Permits { weight, limit } => write!(f, "-p{weight}-{limit}"),
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn each_kind_of_mode_has_its_index() {
+        for (kind, mode) in LockMode::ONE_OF_EACH.into_iter().enumerate() {
+            assert_eq!(mode.kind(), kind, "{mode}");
         }
     }
 }

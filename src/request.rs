@@ -328,6 +328,12 @@ impl LockRequest {
         }
     }
 
+    fn mode(&self) -> LockMode {
+        self.overrides
+            .as_ref()
+            .map_or(LockMode::Exclusive, |overrides| overrides.mode)
+    }
+
     /// The longest time to wait.
     pub(crate) fn limit(&self) -> Option<Duration> {
         let own = self.overrides.as_ref().and_then(|overrides| overrides.timeout);
@@ -565,8 +571,8 @@ impl Acquiring {
 
     fn class(&self) -> &ClassMetrics {
         self.class
-            .as_ref()
-            .unwrap_or_else(|| self.request.manager.context.default_class())
+            .as_deref()
+            .unwrap_or_else(|| self.request.manager.context.default_class(self.request.mode()))
     }
 
     #[cold]
@@ -614,7 +620,8 @@ impl Future for Acquiring {
                 .overrides
                 .as_ref()
                 .and_then(|overrides| overrides.class.as_deref());
-            let class = self.request.manager.context.metrics.classes.get(class);
+            let classes = &self.request.manager.context.metrics.classes;
+            let class = classes.get(class, self.request.mode());
             self.class = class;
             if let Some(key) = self.key() {
                 let span = DebugSpan::open(|| tracing::debug_span!("acquire", %key, only_try = self.is_try()));
@@ -690,7 +697,7 @@ fn drive(entry: &Arc<Entry>, request: crate::engine::Request) -> Pin<Box<dyn Fut
 
 impl Drop for QueuedWaiter {
     fn drop(&mut self) {
-        self.entry.shard.waiter_left();
+        self.entry.shard.waiter_left(self.entry.mode);
         if !self.collected {
             self.entry.give_up(self.id);
         }

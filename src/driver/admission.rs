@@ -10,6 +10,7 @@ use crate::engine::admission::{KeyAdmission, WAIT_IN_OUTAGE_MAX};
 use crate::engine::renewals::STRAIN_MIN;
 use crate::error::{Failure, LockError};
 use crate::key::LockKey;
+use crate::mode::LockMode;
 
 impl Capacity for ManagerContext {
     fn has_room(&self) -> bool {
@@ -20,7 +21,7 @@ impl Capacity for ManagerContext {
 impl Shard {
     /// Counts a task as waiting until [`waiter_left`](Self::waiter_left) is called, unless too many
     /// tasks of the manager wait already.
-    pub(super) fn admit_waiter(&self, key: &LockKey) -> Result<(), LockError> {
+    pub(super) fn admit_waiter(&self, key: &LockKey, mode: LockMode) -> Result<(), LockError> {
         let waiting = self.manager.usage.waiters.fetch_add(1, Ordering::Relaxed);
         if !self.manager.limits.admits_waiter(waiting) {
             self.manager.usage.waiters.fetch_sub(1, Ordering::Relaxed);
@@ -32,14 +33,14 @@ impl Shard {
             }
             .into());
         }
-        self.metrics.waiter_came();
+        self.metrics.waiter_came(mode);
         Ok(())
     }
 
-    /// A task no longer waits.
-    pub(crate) fn waiter_left(&self) {
+    /// A task no longer waits for a lock in such a mode.
+    pub(crate) fn waiter_left(&self, mode: LockMode) {
         self.manager.usage.waiters.fetch_sub(1, Ordering::Relaxed);
-        self.metrics.waiter_went();
+        self.metrics.waiter_went(mode);
     }
 
     /// Refuses one more task for a key for which too many tasks wait already.

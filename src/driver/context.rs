@@ -13,6 +13,7 @@ use crate::engine::Rules;
 use crate::engine::admission::Limits;
 use crate::engine::min_holds::MinHolds;
 use crate::identity::ManagerId;
+use crate::mode::LockMode;
 use crate::protocol::Cycles;
 use crate::runtime::Runtimes;
 use crate::slow_log::SlowLog;
@@ -51,8 +52,8 @@ impl fmt::Debug for ManagerContext {
 
 impl ManagerContext {
     /// The metrics of requests without a class.
-    pub(crate) fn default_class(&self) -> &Arc<ClassMetrics> {
-        self.metrics.classes.default_class()
+    pub(crate) fn default_class(&self, mode: LockMode) -> &ClassMetrics {
+        self.metrics.classes.default_class(mode)
     }
 }
 

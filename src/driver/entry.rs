@@ -295,10 +295,10 @@ impl Entry {
         }
     }
 
-    /// Calls `see` with the class and the wait so far of the waiters; see [`Queue::each_wait`].
-    pub(crate) fn each_wait(&self, now: Moment, mut see: impl FnMut(u16, Duration)) {
+    /// Calls `see` with the options and the wait so far of the waiters; see [`Queue::each_wait`].
+    pub(crate) fn each_wait(&self, now: Moment, mut see: impl FnMut(&WaiterOptions, Duration)) {
         let state = self.state.lock();
-        state.queue.each_wait(|class, since| see(class, now.since(since)));
+        state.queue.each_wait(|want, since| see(want, now.since(since)));
     }
 
     /// Whether the lease of that cycle is still ours, as far as is known locally.

@@ -171,10 +171,11 @@ impl Shard {
         waker: &Waker,
         now: Moment,
     ) -> Result<(Arc<Entry>, Enqueued), LockError> {
-        self.admit_waiter(key)?;
+        let mode = want.mode;
+        self.admit_waiter(key, mode)?;
         let enqueued = self.enqueue(key, want, waker, now);
         if enqueued.is_err() {
-            self.waiter_left();
+            self.waiter_left(mode);
         }
         enqueued
     }

@@ -1,13 +1,16 @@
-//! Periodic work of the background thread: flushes metrics to the recorder, finds the oldest leases
-//! and waiters, and detects stalls of the thread itself.
+//! Periodic work of the background thread: flushes metrics to the recorder, inspects all keys for
+//! the gauges by class, and detects stalls of the thread itself.
 
 use std::rc::Rc;
 use std::sync::Arc;
 use std::time::Duration;
 
+use super::entry::HeldSnapshot;
 use super::{ManagerContext, Shard};
 use crate::clock::Moment;
-use crate::telemetry::{ManagerMetrics, Oldest};
+use crate::engine::WaiterOptions;
+use crate::mode::LockMode;
+use crate::telemetry::{ClassSnapshot, ManagerMetrics};
 
 /// How often new values are flushed to the recorder.
 const FLUSH_EVERY: Duration = Duration::from_millis(100);
@@ -52,18 +55,18 @@ pub(crate) fn flush(metrics: &ManagerMetrics, shards: &[Arc<Shard>]) {
     shards.iter().for_each(|shard| shard.metrics.tell());
 }
 
-/// Finds the oldest lease and waiter, and logs guards that are held for too long.
+/// Inspects all keys: finds the oldest lease and waiter, counts guards and permits by class, and
+/// logs guards that are held for too long.
 fn look(shard: &Arc<Shard>) {
     let now = Moment::now();
     let mut oldest_waiter = Duration::ZERO;
-    let mut by_class: Vec<Oldest> = Vec::new();
+    let mut by_class = ByClass::default();
     let slow_wait = shard.manager.slow_log.slow_wait_bound();
     let (mut slow, mut slowest) = (0, None);
     for entry in shard.entries() {
         let seen = entry.look(now);
         for held in &seen.held {
-            let oldest = of_class(&mut by_class, held.class);
-            oldest.lease = oldest.lease.max(held.age);
+            by_class.add_guard(held);
             let bound = shard.manager.slow_log.long_hold();
             if let Some(caller) = held.caller
                 && bound.is_some_and(|bound| held.age >= bound)
@@ -75,11 +78,9 @@ fn look(shard: &Arc<Shard>) {
             }
         }
         if seen.waiting > 0 {
-            entry.each_wait(now, |class, wait| {
-                let oldest = of_class(&mut by_class, class);
-                oldest.waiter = oldest.waiter.max(wait);
-            });
+            entry.each_wait(now, |want, wait| by_class.add_waiter(want, wait));
         }
+        by_class.end_key();
         if slow_wait.is_some_and(|bound| seen.longest_wait >= bound) {
             slow += 1;
             if seen.longest_wait > oldest_waiter {
@@ -96,14 +97,56 @@ fn look(shard: &Arc<Shard>) {
     }
     // Later than the look, so that it has the names of all classes that were seen.
     let classes = shard.manager.metrics.classes.names();
-    shard.metrics.set_oldest(&by_class, &classes);
+    shard.metrics.set_by_class(&by_class.classes, &classes);
 }
 
-/// The values of a class, by its number.
-fn of_class(by_class: &mut Vec<Oldest>, class: u16) -> &mut Oldest {
-    let number = usize::from(class);
-    if by_class.len() <= number {
-        by_class.resize(number + 1, Oldest::default());
+/// What the keys seen so far show of each class, by its number.
+#[derive(Debug, Default)]
+struct ByClass {
+    classes: Vec<ClassSnapshot>,
+    /// For the current key, the smallest limit that each class states for its permits.
+    limits: Vec<(u16, u16)>,
+}
+
+impl ByClass {
+    fn of(&mut self, class: u16) -> &mut ClassSnapshot {
+        let number = usize::from(class);
+        if self.classes.len() <= number {
+            self.classes.resize(number + 1, ClassSnapshot::default());
+        }
+        &mut self.classes[number]
     }
-    &mut by_class[number]
+
+    fn add_guard(&mut self, held: &HeldSnapshot) {
+        let mode = held.cycle.mode();
+        let of_class = self.of(held.class);
+        of_class.oldest_lease = of_class.oldest_lease.max(held.age);
+        // The class of a guard is known once its task has collected it, which is immediately.
+        if held.caller.is_some() {
+            of_class.guards[mode.kind()] += 1;
+            of_class.permits += u64::from(mode.weight());
+            self.note_limit(held.class, mode);
+        }
+    }
+
+    fn add_waiter(&mut self, want: &WaiterOptions, wait: Duration) {
+        let of_class = self.of(want.class);
+        of_class.oldest_waiter = of_class.oldest_waiter.max(wait);
+        self.note_limit(want.class, want.mode);
+    }
+
+    fn note_limit(&mut self, class: u16, mode: LockMode) {
+        let LockMode::Permits { limit, .. } = mode else { return };
+        match self.limits.iter_mut().find(|(known, _)| *known == class) {
+            Some((_, known)) => *known = limit.min(*known),
+            None => self.limits.push((class, limit)),
+        }
+    }
+
+    /// Adds the limits of the current key to those of the keys before it.
+    fn end_key(&mut self) {
+        while let Some((class, limit)) = self.limits.pop() {
+            self.of(class).permits_limit += u64::from(limit);
+        }
+    }
 }

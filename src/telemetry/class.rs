@@ -1,18 +1,23 @@
-//! Metrics by class: outcomes of lock requests.
+//! Metrics by class and mode: outcomes of lock requests, waits and holds.
+//!
+//! The classes of exclusive locks exist from the start. Those of shared locks and permits are
+//! created when the first one is requested: most processes use neither, and a class has dozens of
+//! series.
 
-use std::sync::Arc;
+use std::sync::{Arc, OnceLock};
 use std::time::Duration;
 
 use dashmap::DashMap;
 use parking_lot::Mutex;
 
-use super::recorder::{Histogram, counter, histogram};
+use super::recorder::{Counter, Histogram, counter, histogram};
 
 use super::stripes::Counts;
 use super::table::{ACQUISITIONS, HOLD, WAIT};
 use super::tally::{Flushed, Thinning};
 use crate::engine::Path;
 use crate::error::{LockError, LockErrorKind};
+use crate::mode::LockMode;
 
 /// The class that counts all classes beyond `max_classes`.
 pub(super) const OTHER_CLASS: &str = "other";
@@ -87,6 +92,11 @@ impl Ending {
         }
     }
 
+    /// Whether a request in this mode can end like this.
+    const fn is_possible_in(self, mode: LockMode) -> bool {
+        !matches!(self, Self::Acquired(Path::Joined)) || matches!(mode, LockMode::Shared)
+    }
+
     const fn labels(self) -> (&'static str, &'static str) {
         match self {
             Self::Acquired(Path::Uncontended) => ("acquired", "uncontended"),
@@ -105,7 +115,7 @@ impl Ending {
     }
 }
 
-/// The metrics of one class of locks.
+/// The metrics of one class of locks in one kind of mode.
 #[derive(Debug)]
 pub(crate) struct ClassMetrics {
     number: u16,
@@ -118,18 +128,22 @@ pub(crate) struct ClassMetrics {
 }
 
 impl ClassMetrics {
-    pub(crate) fn new(class: &str, number: u16) -> Self {
-        let class = class.to_owned();
+    fn new(class: &str, number: u16, mode: LockMode) -> Self {
+        let class = || class.to_owned();
+        let counter_of = |ending: Ending| {
+            if !ending.is_possible_in(mode) {
+                return Counter::noop();
+            }
+            let (outcome, path) = ending.labels();
+            counter!(ACQUISITIONS, "class" => class(), "mode" => mode.as_str(), "outcome" => outcome, "path" => path)
+        };
         Self {
             number,
             endings: Counts::default(),
-            flushed: Ending::ALL.map(|ending| {
-                let (outcome, path) = ending.labels();
-                Flushed::new(counter!(ACQUISITIONS, "class" => class.clone(), "outcome" => outcome, "path" => path))
-            }),
+            flushed: Ending::ALL.map(|ending| Flushed::new(counter_of(ending))),
             thinning: Thinning::default(),
-            wait: histogram!(WAIT, "class" => class.clone()),
-            hold: histogram!(HOLD, "class" => class),
+            wait: histogram!(WAIT, "class" => class(), "mode" => mode.as_str()),
+            hold: histogram!(HOLD, "class" => class(), "mode" => mode.as_str()),
         }
     }
 
@@ -170,36 +184,86 @@ impl ClassMetrics {
 /// The classes of a manager. All classes beyond the limit share one.
 #[derive(Debug)]
 pub(crate) struct Classes {
-    known: DashMap<String, Arc<ClassMetrics>>,
-    /// The names of the known classes. At most `max`.
+    exclusive: ClassesOfMode,
+    shared: OnceLock<ClassesOfMode>,
+    permits: OnceLock<ClassesOfMode>,
+    /// The names of the known classes, of any mode. At most `max`.
     names: Mutex<Vec<Arc<str>>>,
     max: usize,
     default_name: Arc<str>,
+}
+
+/// The classes of locks in one kind of mode.
+#[derive(Debug)]
+struct ClassesOfMode {
+    mode: LockMode,
     default: Arc<ClassMetrics>,
     other: Arc<ClassMetrics>,
+    known: DashMap<String, Arc<ClassMetrics>>,
+}
+
+impl ClassesOfMode {
+    fn new(default: &str, mode: LockMode) -> Self {
+        let default_class = Arc::new(ClassMetrics::new(default, DEFAULT_CLASS, mode));
+        let other = if default == OTHER_CLASS {
+            Arc::clone(&default_class)
+        } else {
+            Arc::new(ClassMetrics::new(OTHER_CLASS, OTHER_CLASS_NUMBER, mode))
+        };
+        Self {
+            mode,
+            default: default_class,
+            other,
+            known: DashMap::new(),
+        }
+    }
+
+    fn each(&self, act: impl Fn(&ClassMetrics)) {
+        act(&self.default);
+        if !Arc::ptr_eq(&self.default, &self.other) {
+            act(&self.other);
+        }
+        // Copy first: the recorder is foreign code and must not be called while part of the map is
+        // locked.
+        let known: Vec<Arc<ClassMetrics>> = self.known.iter().map(|class| Arc::clone(&class)).collect();
+        known.iter().for_each(|class| act(class));
+    }
 }
 
 impl Classes {
     pub(crate) fn new(default: &str, max: usize) -> Self {
-        let default_class = Arc::new(ClassMetrics::new(default, DEFAULT_CLASS));
-        let other = if default == OTHER_CLASS {
-            Arc::clone(&default_class)
-        } else {
-            Arc::new(ClassMetrics::new(OTHER_CLASS, OTHER_CLASS_NUMBER))
-        };
         Self {
-            known: DashMap::new(),
+            exclusive: ClassesOfMode::new(default, LockMode::Exclusive),
+            shared: OnceLock::new(),
+            permits: OnceLock::new(),
             names: Mutex::default(),
             max,
             default_name: default.into(),
-            default: default_class,
-            other,
         }
     }
 
     /// The metrics of requests without a class.
-    pub(crate) const fn default_class(&self) -> &Arc<ClassMetrics> {
-        &self.default
+    #[inline]
+    pub(crate) fn default_class(&self, mode: LockMode) -> &ClassMetrics {
+        &self.of(mode).default
+    }
+
+    #[inline]
+    fn of(&self, mode: LockMode) -> &ClassesOfMode {
+        let classes = match mode {
+            LockMode::Exclusive => return &self.exclusive,
+            LockMode::Shared => &self.shared,
+            LockMode::Permits { .. } => &self.permits,
+        };
+        classes.get().unwrap_or_else(|| self.create(classes, mode))
+    }
+
+    #[cold]
+    fn create<'a>(&self, classes: &'a OnceLock<ClassesOfMode>, mode: LockMode) -> &'a ClassesOfMode {
+        // Created before the cell is locked, because this calls the recorder. If another task was
+        // faster, its metrics are used.
+        let made = ClassesOfMode::new(&self.default_name, mode);
+        classes.get_or_init(|| made)
     }
 
     /// Flushes new values to the recorder.
@@ -213,29 +277,28 @@ impl Classes {
     }
 
     fn each(&self, act: impl Fn(&ClassMetrics)) {
-        act(&self.default);
-        if !Arc::ptr_eq(&self.default, &self.other) {
-            act(&self.other);
-        }
-        // Copy first: the recorder is foreign code and must not be called while part of the map is
-        // locked.
-        let known: Vec<Arc<ClassMetrics>> = self.known.iter().map(|class| Arc::clone(&class)).collect();
-        known.iter().for_each(|class| act(class));
+        let others = [&self.shared, &self.permits].into_iter().filter_map(OnceLock::get);
+        [&self.exclusive]
+            .into_iter()
+            .chain(others)
+            .for_each(|classes| classes.each(&act));
     }
 
-    /// Returns `None` for the default class, whose metrics every shard has.
-    pub(crate) fn get(&self, class: Option<&str>) -> Option<Arc<ClassMetrics>> {
+    /// Returns `None` for the default class, whose metrics every shard has. Creates them if they do
+    /// not exist yet.
+    pub(crate) fn get(&self, class: Option<&str>, mode: LockMode) -> Option<Arc<ClassMetrics>> {
+        let classes = self.of(mode);
         let class = class.filter(|&class| class != &*self.default_name)?;
-        if let Some(known) = self.known.get(class) {
+        if let Some(known) = classes.known.get(class) {
             return Some(Arc::clone(&known));
         }
         let Some(number) = self.number(class) else {
-            return Some(Arc::clone(&self.other));
+            return Some(Arc::clone(&classes.other));
         };
         // Created before the map is locked, because this calls the recorder. If another task was
         // faster, its metrics are used.
-        let made = Arc::new(ClassMetrics::new(class, number));
-        let entry = self.known.entry(class.to_owned()).or_insert(made);
+        let made = Arc::new(ClassMetrics::new(class, number, classes.mode));
+        let entry = classes.known.entry(class.to_owned()).or_insert(made);
         Some(Arc::clone(&entry))
     }
 
@@ -278,31 +341,57 @@ mod tests {
     #[test]
     fn beyond_the_limit_all_classes_are_one() {
         let classes = Classes::new("default", 2);
-        assert!(classes.get(None).is_none() && classes.get(Some("default")).is_none());
-        let first = classes.get(Some("a")).unwrap();
-        classes.get(Some("b")).unwrap();
+        let get = |class: &str| classes.get(Some(class), LockMode::Exclusive);
+        assert!(classes.get(None, LockMode::Exclusive).is_none() && get("default").is_none());
+        let first = get("a").unwrap();
+        get("b").unwrap();
+        let other = &classes.exclusive.other;
         for number in 0..1000 {
-            let beyond = classes.get(Some(&format!("c{number}"))).unwrap();
-            assert!(Arc::ptr_eq(&beyond, &classes.other));
+            let beyond = get(&format!("c{number}")).unwrap();
+            assert!(Arc::ptr_eq(&beyond, other));
         }
-        assert!(Arc::ptr_eq(&first, &classes.get(Some("a")).unwrap()));
-        assert_eq!(classes.known.len(), 2);
+        assert!(Arc::ptr_eq(&first, &get("a").unwrap()));
+        assert_eq!(classes.exclusive.known.len(), 2);
         assert_eq!(
             classes.names().iter().map(|name| &**name).collect::<Vec<_>>(),
             ["default", "other", "a", "b"]
         );
         assert_eq!(
-            [first.number(), classes.other.number(), classes.default.number()],
+            [first.number(), other.number(), classes.exclusive.default.number()],
             [2, 1, 0]
         );
+    }
+
+    #[test]
+    fn class_has_the_same_number_in_every_mode_and_counts_apart() {
+        let classes = Classes::new("default", 1);
+        let of_each = LockMode::ONE_OF_EACH.map(|mode| classes.get(Some("a"), mode).unwrap());
+        assert!(of_each.iter().all(|class| class.number() == 2));
+        of_each[LockMode::Shared.kind()].ended(Ending::Busy);
+        let counts = of_each.map(|class| class.endings.all().iter().sum::<u64>());
+        assert_eq!(counts, [0, 1, 0]);
+        for mode in LockMode::ONE_OF_EACH {
+            let beyond = classes.get(Some("b"), mode).unwrap();
+            assert_eq!(beyond.number(), OTHER_CLASS_NUMBER, "{mode}");
+        }
+    }
+
+    #[test]
+    fn modes_that_nobody_uses_have_no_metrics() {
+        let classes = Classes::new("default", 1);
+        classes.get(Some("a"), LockMode::Exclusive).unwrap();
+        assert!(classes.shared.get().is_none() && classes.permits.get().is_none());
+        classes.default_class(LockMode::Shared).ended(Ending::Timeout);
+        assert!(classes.shared.get().is_some() && classes.permits.get().is_none());
     }
 
     /// Otherwise two handles with the same labels would overwrite each other's gauges.
     #[test]
     fn class_that_is_called_other_is_that_of_all_others() {
         let classes = Classes::new("default", 2);
-        assert!(Arc::ptr_eq(&classes.get(Some("other")).unwrap(), &classes.other));
+        let other = classes.get(Some("other"), LockMode::Exclusive).unwrap();
+        assert!(Arc::ptr_eq(&other, &classes.exclusive.other));
         let classes = Classes::new("other", 2);
-        assert!(Arc::ptr_eq(&classes.default, &classes.other));
+        assert!(Arc::ptr_eq(&classes.exclusive.default, &classes.exclusive.other));
     }
 }

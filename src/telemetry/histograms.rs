@@ -50,7 +50,7 @@ use super::table::{METRICS, Metric, MetricKind};
 ///
 /// let locks = shardlock::LockManager::connect("memory://").await?;
 /// locks.lock("k").await?.release().await?;
-/// assert!(page().contains("shardlock_hold_seconds_count{class=\"default\"} 1\n"));
+/// assert!(page().contains("shardlock_hold_seconds_count{class=\"default\",mode=\"exclusive\"} 1\n"));
 /// # Ok(()) }
 /// ```
 #[derive(Clone, Default)]

@@ -6,6 +6,7 @@
 
 mod cells;
 mod class;
+mod class_gauges;
 mod histograms;
 mod manager;
 mod node;
@@ -18,12 +19,13 @@ mod tally;
 use metrics::{Unit, describe_counter, describe_gauge, describe_histogram};
 
 pub(crate) use class::{ClassMetrics, Classes, DEFAULT_CLASS, Ending};
+pub(crate) use class_gauges::ClassSnapshot;
 pub use histograms::Histograms;
 #[cfg(feature = "admin")]
 pub(crate) use histograms::escaped;
 pub(crate) use manager::{Limit, ManagerMetrics};
 pub(crate) use node::NodeMetrics;
-pub(crate) use shard::{Oldest, RequestKind, ShardMetrics};
+pub(crate) use shard::{RequestKind, ShardMetrics};
 #[cfg(feature = "admin")]
 pub(crate) use table::HOT_KEY;
 pub use table::{METRICS, Metric, MetricKind, MetricUnit};

@@ -4,21 +4,20 @@ use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, AtomicUsize, Ordering};
 use std::time::Duration;
 
-use parking_lot::Mutex;
-
-use super::class::OTHER_CLASS;
+use super::class_gauges::{ClassGauges, ClassSnapshot};
 use super::recorder::{Counter, Gauge, Histogram, counter, gauge, histogram};
 
 use super::stripes::Counts;
 use super::table::{
     ABANDONED, BATCH, BYPASS, CLOCK_DRIFT, CLOCK_JUMPS, CONNECTS, HAND_OFFS, LEASES, LINGERING_LEASES, LOST,
-    OLDEST_LEASE, OLDEST_WAITER, RECONNECTS, RENEWAL_LAG, RENEWALS, REQUESTS, ROUND_TRIP, SHARD_UP, STALE_GRANTS,
-    TOKEN_REGRESSIONS, VALIDITY_LEFT, WAITERS,
+    RECONNECTS, RENEWAL_LAG, RENEWALS, REQUESTS, ROUND_TRIP, SHARD_UP, STALE_GRANTS, TOKEN_REGRESSIONS, VALIDITY_LEFT,
+    WAITERS,
 };
 use super::tally::{Flushed, Measured};
 use crate::contention::AtomicHistogram;
 use crate::engine::{Bound, Path};
 use crate::error::LossReason;
+use crate::mode::LockMode;
 
 /// The kinds of requests to a store.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -68,12 +67,10 @@ pub(crate) struct ShardMetrics {
     pub(crate) validity_left: Histogram,
     pub(crate) clock_jumps: Counter,
     pub(crate) clock_drift: Gauge,
-    name: Box<str>,
-    /// By the number of the class. Empty for a class that has not occurred on this shard, and while
-    /// the gauges are set.
-    oldest: Mutex<Vec<Option<OldestGauges>>>,
-    waiting: AtomicUsize,
-    waiters: Gauge,
+    by_class: ClassGauges,
+    /// By the kind of mode.
+    waiting: [AtomicUsize; LockMode::KINDS],
+    waiters: [Gauge; LockMode::KINDS],
     held: AtomicUsize,
     leases: Gauge,
     lingering: AtomicUsize,
@@ -91,34 +88,6 @@ pub(crate) struct ShardMetrics {
     up: Gauge,
 }
 
-/// How long the longest hold and the longest wait of a class have lasted.
-#[derive(Debug, Clone, Copy, Default, PartialEq, Eq)]
-pub(crate) struct Oldest {
-    pub(crate) lease: Duration,
-    pub(crate) waiter: Duration,
-}
-
-#[derive(Debug)]
-struct OldestGauges {
-    lease: Gauge,
-    waiter: Gauge,
-}
-
-impl OldestGauges {
-    fn new(shard: &str, class: &str) -> Self {
-        let (shard, class) = (|| shard.to_owned(), || class.to_owned());
-        Self {
-            lease: gauge!(OLDEST_LEASE, "shard" => shard(), "class" => class()),
-            waiter: gauge!(OLDEST_WAITER, "shard" => shard(), "class" => class()),
-        }
-    }
-
-    fn set(&self, oldest: Oldest) {
-        self.lease.set(oldest.lease.as_secs_f64());
-        self.waiter.set(oldest.waiter.as_secs_f64());
-    }
-}
-
 #[derive(Debug)]
 struct RequestMetrics {
     answered: Measured,
@@ -127,24 +96,17 @@ struct RequestMetrics {
 
 impl ShardMetrics {
     pub(crate) fn new(shard: &str, default_class: &str) -> Self {
-        let gauges = |class| OldestGauges::new(shard, class);
-        let oldest = [
-            Some(gauges(default_class)),
-            // If the default class has this name, it counts all others, too.
-            (default_class != OTHER_CLASS).then(|| gauges(OTHER_CLASS)),
-        ];
-        let name = shard.into();
+        let by_class = ClassGauges::new(shard, default_class);
         let shard = || shard.to_owned();
         let lost = |reason: LossReason| counter!(LOST, "shard" => shard(), "reason" => reason.as_str());
         Self {
-            waiting: AtomicUsize::new(0),
-            waiters: gauge!(WAITERS, "shard" => shard()),
+            by_class,
+            waiting: [const { AtomicUsize::new(0) }; LockMode::KINDS],
+            waiters: LockMode::ONE_OF_EACH.map(|mode| gauge!(WAITERS, "shard" => shard(), "mode" => mode.as_str())),
             held: AtomicUsize::new(0),
             leases: gauge!(LEASES, "shard" => shard()),
             lingering: AtomicUsize::new(0),
             lingering_leases: gauge!(LINGERING_LEASES, "shard" => shard()),
-            name,
-            oldest: Mutex::new(oldest.into()),
             acquired: Counts::default(),
             local: Flushed::new(counter!(HAND_OFFS, "shard" => shard(), "kind" => "local")),
             remote: Flushed::new(counter!(HAND_OFFS, "shard" => shard(), "kind" => "remote")),
@@ -180,12 +142,12 @@ impl ShardMetrics {
         }
     }
 
-    pub(crate) fn waiter_came(&self) {
-        self.waiting.fetch_add(1, Ordering::Relaxed);
+    pub(crate) fn waiter_came(&self, mode: LockMode) {
+        self.waiting[mode.kind()].fetch_add(1, Ordering::Relaxed);
     }
 
-    pub(crate) fn waiter_went(&self) {
-        self.waiting.fetch_sub(1, Ordering::Relaxed);
+    pub(crate) fn waiter_went(&self, mode: LockMode) {
+        self.waiting[mode.kind()].fetch_sub(1, Ordering::Relaxed);
     }
 
     /// The number of leases of a key has changed.
@@ -209,7 +171,7 @@ impl ShardMetrics {
     }
 
     pub(crate) fn waiters(&self) -> usize {
-        self.waiting.load(Ordering::Relaxed)
+        self.waiting.iter().map(|waiting| waiting.load(Ordering::Relaxed)).sum()
     }
 
     pub(crate) fn leases(&self) -> usize {
@@ -281,28 +243,16 @@ impl ShardMetrics {
         self.local.tell(local);
         self.remote.tell(remote);
         self.requests.iter().for_each(|request| request.answered.tell());
-        self.waiters.set(self.waiters() as f64);
+        for (gauge, waiting) in self.waiters.iter().zip(&self.waiting) {
+            gauge.set(waiting.load(Ordering::Relaxed) as f64);
+        }
         self.leases.set(self.leases() as f64);
         self.lingering_leases.set(self.lingering() as f64);
     }
 
-    /// Sets the gauges of the longest holds and waits. Both lists are in the order of the classes'
-    /// numbers.
-    pub(crate) fn set_oldest(&self, oldest: &[Oldest], classes: &[Arc<str>]) {
-        // Taken out, because the recorder is foreign code and must not be called under a lock.
-        let mut gauges = std::mem::take(&mut *self.oldest.lock());
-        gauges.resize_with(classes.len().max(gauges.len()), || None);
-        for (number, class) in classes.iter().enumerate() {
-            let oldest = oldest.get(number).copied().unwrap_or_default();
-            let gauges = &mut gauges[number];
-            if gauges.is_none() && oldest != Oldest::default() {
-                *gauges = Some(OldestGauges::new(&self.name, class));
-            }
-            if let Some(gauges) = gauges {
-                gauges.set(oldest);
-            }
-        }
-        *self.oldest.lock() = gauges;
+    /// Sets the gauges by class. Both lists are in the order of the classes' numbers.
+    pub(crate) fn set_by_class(&self, seen: &[ClassSnapshot], classes: &[Arc<str>]) {
+        self.by_class.set(seen, classes);
     }
 
     /// Adjusts the sampling of durations to the rate during `elapsed`.

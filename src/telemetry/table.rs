@@ -85,21 +85,22 @@ macro_rules! metrics {
 }
 
 metrics! {
-    ACQUISITIONS = "shardlock_acquisitions_total", Counter, Count, ["class", "outcome", "path"],
-        "completed lock requests, by outcome (acquired, busy, timeout, queue_full, unavailable, refused, closed, \
-         cancelled) and, if acquired, by path: uncontended, local (from a task of this process), remote (from \
-         another process) or lingering (under a lease that this process had kept idle)",
+    ACQUISITIONS = "shardlock_acquisitions_total", Counter, Count, ["class", "mode", "outcome", "path"],
+        "completed lock requests, by mode (exclusive, shared or permits), by outcome (acquired, busy, timeout, \
+         queue_full, unavailable, refused, closed, cancelled) and, if acquired, by path: uncontended, local (from \
+         a task of this process), remote (from another process), lingering (under a lease that this process had \
+         kept idle) or joined (beside other shared holders of this process)",
         "a rising share of timeout means contention: look at the hot keys; unavailable or refused: look at the \
          shard's requests and the log";
-    WAIT = "shardlock_wait_seconds", Histogram, Seconds, ["class"],
+    WAIT = "shardlock_wait_seconds", Histogram, Seconds, ["class", "mode"],
         "time from a lock request to its guard",
         "high: do less under the lock, split the key, or look at the hot keys; high without contention: look at \
-         the round trips";
-    HOLD = "shardlock_hold_seconds", Histogram, Seconds, ["class"],
+         the round trips; high for exclusive only: readers hold for long, and writers wait for the last of them";
+    HOLD = "shardlock_hold_seconds", Histogram, Seconds, ["class", "mode"],
         "time from acquiring a guard to releasing it",
         "every waiter pays for the time spent under the lock; move work that does not need the lock out of it";
-    WAITERS = "shardlock_waiters", Gauge, Count, ["shard"],
-        "tasks of this process that are waiting for a lock",
+    WAITERS = "shardlock_waiters", Gauge, Count, ["shard", "mode"],
+        "tasks of this process that are waiting for a lock in this mode",
         "growing without bound: locks are requested faster than they are released; shed load or split hot keys";
     LEASES = "shardlock_leases", Gauge, Count, ["shard"],
         "leases held by this process, including lingering ones",
@@ -109,6 +110,18 @@ metrics! {
          0 unless linger is set",
         "many, with few acquisitions on the path lingering: keys are not locked again in time; each such lease \
          costs renewals and makes tries in other processes fail, so lower linger, or set it for some requests only";
+    GUARDS = "shardlock_guards", Gauge, Count, ["shard", "class", "mode"],
+        "guards that tasks of this process hold: shared ones are readers, and exclusive ones are writers",
+        "growing without bound: guards are kept and never dropped; look at the held locks, oldest first";
+    PERMITS_IN_USE = "shardlock_permits_in_use", Gauge, Count, ["shard", "class"],
+        "permits that tasks of this process hold",
+        "the sum over all processes stays at the limit while tasks wait: hold permits for a shorter time, or raise \
+         the limit if what it protects allows that";
+    PERMITS_LIMIT = "shardlock_permits_limit", Gauge, Count, ["shard", "class"],
+        "the limit of the key whose permits tasks of this process hold or wait for, as they state it, or the total \
+         if there are several such keys; 0 if there is none",
+        "processes show different limits for the same key: some still have an old configuration, and the smallest \
+         limit counts";
     OLDEST_WAITER = "shardlock_oldest_waiter_seconds", Gauge, Seconds, ["shard", "class"],
         "how long the longest waiting task of the class has waited; 0 if no task waits",
         "above the usual hold time times the queue length: the holder is stuck; find out who holds the key";

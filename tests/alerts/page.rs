@@ -19,8 +19,8 @@ use crate::promql;
 pub(crate) struct Page(String);
 
 impl Page {
-    /// The page of two managers that contend for a few keys on two kinds of shards. There is only
-    /// one, since a process has one recorder.
+    /// The page of two managers that contend for a few keys on two kinds of shards, and of a third
+    /// one that uses the other modes. There is only one, since a process has one recorder.
     pub(crate) async fn of_a_load() -> &'static Self {
         static PAGE: OnceCell<Page> = OnceCell::const_new();
         PAGE.get_or_init(load).await
@@ -65,9 +65,16 @@ async fn load() -> Page {
     while let Some(done) = tasks.join_next().await {
         done.unwrap();
     }
+    // In the same process, so its series are on the same page.
+    let modes = LockManager::builder().named_shard("modes", "memory://modes");
+    let modes = modes.connect().await.unwrap();
+    for request in [modes.lock("k").shared(), modes.permits("p", 2)] {
+        pass(request).await;
+    }
     let page = Page(get(serving.address(), "/metrics"));
-    first.shutdown().await.ok();
-    second.shutdown().await.ok();
+    for locks in [first, second, modes] {
+        locks.shutdown().await.ok();
+    }
     page
 }
 

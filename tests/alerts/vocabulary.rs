@@ -13,7 +13,7 @@ use crate::promql::{self, Selector};
 use crate::rules::{self, Rule};
 
 /// Labels whose values shardlock chooses, rather than the user.
-const WORDED: [&str; 7] = ["outcome", "path", "kind", "reason", "request", "limit", "le"];
+const WORDED: [&str; 8] = ["mode", "outcome", "path", "kind", "reason", "request", "limit", "le"];
 
 /// The labels of a series with this name, as Prometheus sees it. `None` if there is no such series.
 pub(crate) fn labels(name: &str) -> Option<BTreeSet<&str>> {

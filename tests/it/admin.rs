@@ -515,6 +515,7 @@ async fn the_recorder_that_it_installs_has_all_metrics_with_buckets_and_help() {
         }
     }
     // Metrics are flushed before the page is rendered, rather than at the next interval.
-    let acquired = "shardlock_acquisitions_total{class=\"recorder\",outcome=\"acquired\",path=\"uncontended\"} 1";
-    assert!(page.contains(acquired), "{page}");
+    let labels = "class=\"recorder\",mode=\"exclusive\",outcome=\"acquired\",path=\"uncontended\"";
+    let acquired = format!("shardlock_acquisitions_total{{{labels}}} 1");
+    assert!(page.contains(&acquired), "{page}");
 }

@@ -115,6 +115,13 @@ async fn every_series_is_there_from_the_start_at_zero() {
         "path",
         &["uncontended", "local", "remote", "lingering"],
     );
+    there("shardlock_waiters", "mode", &["exclusive", "shared", "permits"]);
+    // A class has dozens of series, so those of modes that nobody uses do not exist.
+    let class = "class=\"zero\"";
+    for mode in ["mode=\"shared\"", "mode=\"permits\"", "path=\"joined\""] {
+        let found = series("shardlock_acquisitions_total", &[class, mode]);
+        assert!(found.is_empty(), "{found:?}");
+    }
     there(
         "shardlock_lost_total",
         "reason",
@@ -403,6 +410,83 @@ async fn longest_hold_and_wait_are_reported_by_class() {
         oldest("waiter", "job") + oldest("lease", "leader") + oldest("lease", "job") == 0.0
     })
     .await;
+}
+
+/// Readers, writers and holders of permits are told apart.
+#[tokio::test]
+async fn each_mode_is_counted_apart() {
+    let locks = builder("modes", "memory://metrics-modes").connect().await.unwrap();
+    let of = |name: &str, mode: &str| sum(name, &["\"modes\"", &format!("mode=\"{mode}\"")]);
+    let become_of = async |name: &str, wanted: [f64; 3]| {
+        eventually(&format!("{name} is {wanted:?}"), PATIENCE, || {
+            ["exclusive", "shared", "permits"].map(|mode| of(name, mode)) == wanted
+        })
+        .await;
+    };
+    let permits = async |name: &str, wanted: f64| becomes(name, &["\"modes\""], |value| value == wanted).await;
+
+    let writer = lock(&locks, "written").await;
+    let readers = [locks.lock("read").shared().await, locks.lock("read").shared().await];
+    let holders = [2, 3].map(|weight| locks.permits("mail", 5).weight(weight));
+    let [two, three] = holders;
+    let holders = [two.await, three.await];
+    let mut late_reader = Box::pin(locks.lock("written").shared().into_future());
+    let mut late_holder = Box::pin(locks.permits("mail", 5).into_future());
+    assert!(support_locks::poll_once(&mut late_reader).is_none());
+    assert!(support_locks::poll_once(&mut late_holder).is_none());
+    become_of("shardlock_guards", [1.0, 2.0, 2.0]).await;
+    become_of("shardlock_waiters", [0.0, 1.0, 1.0]).await;
+    permits("shardlock_permits_in_use", 5.0).await;
+    permits("shardlock_permits_limit", 5.0).await;
+
+    writer.release().await.unwrap();
+    for guard in readers.into_iter().chain(holders) {
+        guard.unwrap().release().await.unwrap();
+    }
+    late_reader.await.unwrap().release().await.unwrap();
+    late_holder.await.unwrap().release().await.unwrap();
+    become_of("shardlock_waiters", [0.0; 3]).await;
+    become_of("shardlock_wait_seconds_count", [1.0, 3.0, 3.0]).await;
+    become_of("shardlock_hold_seconds_count", [1.0, 3.0, 3.0]).await;
+    become_of("shardlock_acquisitions_total", [1.0, 3.0, 3.0]).await;
+    let joined = ["class=\"modes\"", "mode=\"shared\"", "path=\"joined\""];
+    assert_eq!(sum("shardlock_acquisitions_total", &joined), 1.0);
+    become_of("shardlock_guards", [0.0; 3]).await;
+    permits("shardlock_permits_in_use", 0.0).await;
+    permits("shardlock_permits_limit", 0.0).await;
+}
+
+#[tokio::test]
+async fn permits_and_their_limits_are_reported_by_class() {
+    let locks = builder("permits", "memory://metrics-permits").connect().await.unwrap();
+    let of_class = async |class: &str, in_use: f64, limit: f64| {
+        eventually(&format!("{class} has {in_use} of {limit}"), PATIENCE, || {
+            let value = |name| sum(name, &["shard=\"permits\"", &format!("class=\"{class}\"")]);
+            value("shardlock_permits_in_use") == in_use && value("shardlock_permits_limit") == limit
+        })
+        .await;
+    };
+    let small = [
+        locks.permits("a", 4).class("small").await.unwrap(),
+        locks.permits("b", 6).weight(2).class("small").await.unwrap(),
+    ];
+    let big = locks.permits("c", 10).class("big").await.unwrap();
+    of_class("small", 3.0, 10.0).await;
+    of_class("big", 1.0, 10.0).await;
+    // A request with an older, smaller limit: the smallest counts.
+    let older = locks.permits("a", 3).class("small").await.unwrap();
+    of_class("small", 4.0, 9.0).await;
+    // A class that only waits has a limit, too.
+    let mut waiting = Box::pin(locks.permits("a", 2).class("late").into_future());
+    assert!(support_locks::poll_once(&mut waiting).is_none());
+    of_class("late", 0.0, 2.0).await;
+    for guard in small.into_iter().chain([big, older]) {
+        guard.release().await.unwrap();
+    }
+    waiting.await.unwrap().release().await.unwrap();
+    for class in ["small", "big", "late"] {
+        of_class(class, 0.0, 0.0).await;
+    }
 }
 
 #[tokio::test]

@@ -10,7 +10,7 @@ use std::time::Duration;
 use rand::Rng;
 use rand::distr::uniform::SampleRange;
 use shardlock::config::Config;
-use shardlock::{LockError, LockGuard};
+use shardlock::{LockError, LockGuard, LockKey, LockManager};
 use tokio::time::sleep;
 
 use super::worker::Worker;
@@ -25,6 +25,13 @@ const CRON_JOBS: u32 = 4;
 const USERS: u32 = 100_000;
 /// A user who has just been served may return, and to the same process.
 const USER_LINGERS: Duration = Duration::from_secs(1);
+
+/// One in this many uses of the price list changes it.
+const PRICE_CHANGE_PART: u32 = 20;
+/// How many mails may be sent at a time.
+const MAIL_PERMITS: u16 = 2;
+/// How many keys are tried to find one on a shard that has all modes.
+const KEYS_TRIED: u32 = 1_000;
 
 /// How long a customer waits, in milliseconds: some give up before their turn.
 const PATIENCE_MS: std::ops::RangeInclusive<u64> = 1..=200;
@@ -49,7 +56,7 @@ pub(super) fn waiters_per_key_max(tasks: u32) -> usize {
 }
 
 /// The work that a task repeats.
-#[derive(Debug, Clone, Copy)]
+#[derive(Debug, Clone)]
 enum Work {
     /// A few keys with many customers, who give up after a while.
     Sale,
@@ -61,26 +68,44 @@ enum Work {
     Cron,
     /// A key that is hardly ever contended, without a class.
     User,
+    /// The key of a price list with many readers and few writers.
+    Prices(String),
+    /// The key of a server that takes a few mails at a time.
+    Mail(String),
 }
 
 impl Work {
-    /// A process with eight tasks has each kind of work.
-    const fn of(task: u32) -> Self {
+    /// A process with eight tasks has each kind of work. If no shard has shared locks and permits,
+    /// the tasks that would use them have jobs.
+    fn of(task: u32, locks: &LockManager) -> Self {
         match task % 8 {
             0 => Self::Report,
             1 => Self::Cron,
             2 | 3 => Self::Sale,
             4 => Self::User,
-            _ => Self::Job,
+            5 => Self::Job,
+            6 => key_with_modes(locks, "prices").map_or(Self::Job, Self::Prices),
+            _ => key_with_modes(locks, "mail").map_or(Self::Job, Self::Mail),
         }
     }
 }
 
+/// A key with this name on a shard that has all modes, if there is one.
+fn key_with_modes(locks: &LockManager, name: &str) -> Option<String> {
+    let shards = locks.shards();
+    let has_modes = |key: &String| {
+        let index = LockKey::new(key).map(|key| locks.shard_map().index(key.slot()));
+        let shard = index.ok().and_then(|index| shards.get(index));
+        shard.is_some_and(|shard| !shard.kind.starts_with("redlock"))
+    };
+    (0..KEYS_TRIED).map(|number| format!("{name}:{number}")).find(has_modes)
+}
+
 /// Runs the work of this task for ever.
 pub(super) async fn run(worker: Arc<Worker>, task: u32) {
-    let work = Work::of(task);
+    let work = Work::of(task, &worker.locks);
     loop {
-        match lock_once(&worker, work).await {
+        match lock_once(&worker, &work).await {
             Ok(()) => {
                 worker.count_done();
                 pause(PAUSE_US).await;
@@ -94,7 +119,7 @@ pub(super) async fn run(worker: Arc<Worker>, task: u32) {
     }
 }
 
-async fn lock_once(worker: &Worker, work: Work) -> Result<(), LockError> {
+async fn lock_once(worker: &Worker, work: &Work) -> Result<(), LockError> {
     let locks = &worker.locks;
     match work {
         Work::Sale => {
@@ -124,6 +149,24 @@ async fn lock_once(worker: &Worker, work: Work) -> Result<(), LockError> {
             let key = format!("user:{}", random(1..=USERS));
             let guard = locks.lock(&key).timeout(worker.ttl).linger(USER_LINGERS).await?;
             hold(guard, random_micros(WORK_US)).await
+        }
+        Work::Prices(key) => {
+            let request = locks.lock(key).class("prices").timeout(worker.ttl);
+            let is_change = random(0..PRICE_CHANGE_PART) == 0;
+            let guard = if is_change {
+                request.await?
+            } else {
+                request.shared().await?
+            };
+            hold(guard, 4 * random_micros(WORK_US)).await
+        }
+        Work::Mail(key) => {
+            let guard = locks
+                .permits(key, MAIL_PERMITS)
+                .class("mail")
+                .timeout(worker.ttl)
+                .await?;
+            hold(guard, 10 * random_micros(WORK_US)).await
         }
     }
 }

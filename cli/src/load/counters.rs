@@ -24,8 +24,11 @@ impl Counters {
         Self {
             uncontended: by_path("uncontended"),
             // Under a lingering lease, too, a lock passes between tasks of one process, only with a
-            // pause.
-            local: by_path("local").saturating_add(by_path("lingering")),
+            // pause. A shared lock can be acquired beside other tasks of the process.
+            local: ["local", "lingering", "joined"]
+                .into_iter()
+                .map(by_path)
+                .fold(0, u64::saturating_add),
             remote: by_path("remote"),
             store_requests: sum_of(text, "shardlock_store_requests_total{", &[]),
         }
@@ -60,7 +63,8 @@ mod tests {
     #[test]
     fn only_lines_with_all_labels_count() {
         let text = "# HELP shardlock_acquisitions_total ...\n\
-            shardlock_acquisitions_total{class=\"jobs\",outcome=\"acquired\",path=\"local\"} 3\n\
+            shardlock_acquisitions_total{class=\"jobs\",mode=\"exclusive\",outcome=\"acquired\",path=\"local\"} 1\n\
+            shardlock_acquisitions_total{class=\"jobs\",mode=\"shared\",outcome=\"acquired\",path=\"joined\"} 2\n\
             shardlock_acquisitions_total{class=\"other\",outcome=\"acquired\",path=\"local\"} 4\n\
             shardlock_acquisitions_total{class=\"jobs\",outcome=\"timeout\",path=\"none\"} 5\n\
             shardlock_store_requests_total{shard=\"a\"} 6\nshardlock_store_requests_total{shard=\"b\"} 7\n";

@@ -223,11 +223,13 @@ fn a_load_goes_on_until_it_is_stopped_and_says_where_its_metrics_are() {
         let address = target.as_str().unwrap();
         wait_until("locks of every class are acquired and handed off", DEMO_TIMEOUT, || {
             let page = get(address, "/metrics");
-            let classes = ["jobs", "sale", "reports", "cron", "default"];
-            let is_had = |class: &str| counted(&page, &[&format!("class=\"{class}\",outcome=\"acquired\"")]) > 0.0;
+            let classes = ["jobs", "sale", "reports", "cron", "default", "prices", "mail"];
+            let is_had = |class: &str| counted(&page, &[&format!("class=\"{class}\""), "outcome=\"acquired\""]) > 0.0;
             let is_handed =
                 |kind: &str| counted(&page, &["shardlock_hand_offs_total{", &format!("kind=\"{kind}\"")]) > 0.0;
+            let has_mode = |mode: &str| counted(&page, &[&format!("mode=\"{mode}\",outcome=\"acquired\"")]) > 0.0;
             classes.into_iter().all(is_had)
+                && ["exclusive", "shared", "permits"].into_iter().all(has_mode)
                 && ["local", "remote"].into_iter().all(is_handed)
                 && counted(&page, &["outcome=\"timeout\""]) > 0.0
         });

@@ -92,7 +92,7 @@ impl<W> Contender<W> {
     }
 
     /// See [`Queue::each_wait`].
-    pub(crate) fn each_wait(&self, see: impl FnMut(u16, Moment)) {
+    pub(crate) fn each_wait(&self, see: impl FnMut(&WaiterOptions, Moment)) {
         either!(self, it => it.each_wait(see));
     }
 

@@ -151,11 +151,11 @@ impl<W> Group<W> {
         first.map(|first| first.since)
     }
 
-    /// Calls `see` with the class of each waiter in line and when it enqueued.
-    pub(super) fn each_wait(&self, mut see: impl FnMut(u16, Moment)) {
+    /// Calls `see` with the options of each waiter in line and when it enqueued.
+    pub(super) fn each_wait(&self, mut see: impl FnMut(&WaiterOptions, Moment)) {
         self.waiters
             .iter()
-            .for_each(|(_, waiter)| see(waiter.want.class, waiter.since));
+            .for_each(|(_, waiter)| see(&waiter.want, waiter.since));
     }
 
     pub(super) fn lingers_until(&self) -> Option<Moment> {

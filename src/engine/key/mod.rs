@@ -193,12 +193,12 @@ impl<W> Queue<W> {
         first.map(|first| first.since)
     }
 
-    /// Calls `see` with the class of each waiter in line and when it enqueued, first to last. If
+    /// Calls `see` with the options of each waiter in line and when it enqueued, first to last. If
     /// all are of one class, as they usually are, only with the first.
-    pub(crate) fn each_wait(&self, mut see: impl FnMut(u16, Moment)) {
+    pub(crate) fn each_wait(&self, mut see: impl FnMut(&WaiterOptions, Moment)) {
         let most = if self.has_mixed_classes { usize::MAX } else { 1 };
         for (_, waiter) in self.waiters.iter().take(most) {
-            see(waiter.want.class, waiter.since);
+            see(&waiter.want, waiter.since);
         }
     }
 

@@ -8,6 +8,9 @@ use super::definition::{Choice, Dashboard, filled};
 use super::environment::Environment;
 use super::faults::{FAULTS, QUIET, Sign};
 
+/// The classes of the load.
+const CLASSES: [&str; 8] = ["cron", "default", "jobs", "mail", "other", "prices", "reports", "sale"];
+
 fn are_numbers(samples: &[Sample]) -> bool {
     !samples.is_empty() && samples.iter().any(|sample| sample.value.is_finite())
 }
@@ -31,7 +34,7 @@ fn every_panel_and_every_variable_has_data_under_load() {
         .remove(0);
     some.insert("job", format!("({})", Prometheus::JOB));
     some.insert("instance", instance.replace('.', r"\\."));
-    some.insert("class", "(jobs|sale)".to_owned());
+    some.insert("class", "(jobs|mail|prices|sale)".to_owned());
     some.insert("shard", "(shard-0|shard-1|shard-2)".to_owned());
     has_data(&dashboard, &environment, &some);
 
@@ -43,7 +46,7 @@ fn every_panel_and_every_variable_has_data_under_load() {
         let is_right = match variable.name.as_str() {
             "job" => values == BTreeSet::from([Prometheus::JOB]),
             "instance" => values.len() == 2,
-            "class" => values == BTreeSet::from(["cron", "default", "jobs", "other", "reports", "sale"]),
+            "class" => values == BTreeSet::from(CLASSES),
             "shard" => values == BTreeSet::from(["shard-0", "shard-1", "shard-2"]),
             name => panic!("the test does not know the variable {name}"),
         };

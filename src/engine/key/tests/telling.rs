@@ -104,7 +104,7 @@ fn grant_that_is_of_no_use_is_counted() {
 fn waits_are_listed_by_class_only_if_there_are_several() {
     fn waits(bench: &Bench) -> Vec<(u16, Moment)> {
         let mut waits = Vec::new();
-        bench.queue.each_wait(|class, since| waits.push((class, since)));
+        bench.queue.each_wait(|want, since| waits.push((want.class, since)));
         waits
     }
     let of_class = |class| WaiterOptions { class, ..WANT };
