@@ -6,9 +6,10 @@ use std::sync::atomic::{AtomicU8, AtomicU64, Ordering};
 use std::time::{Duration, Instant};
 
 use parking_lot::Mutex;
-use shardlock::{LockError, LockManager};
+use shardlock::{LockError, LockManager, LockMode};
 
 use super::keys::Keys;
+use super::mode::ModeChoice;
 use super::protocol::ErrorCount;
 use super::wait_histogram::WaitHistograms;
 use crate::exit::in_words;
@@ -27,7 +28,10 @@ pub(super) enum Phase {
 pub(super) struct TaskContext {
     pub(super) locks: LockManager,
     pub(super) keys: Keys,
+    pub(super) mode: ModeChoice,
     pub(super) waits: WaitHistograms,
+    /// The waits for exclusive locks, if there are shared ones.
+    pub(super) writer_waits: Option<WaitHistograms>,
     pub(super) hold: Duration,
     phase: AtomicU8,
     /// When the window ended.
@@ -48,11 +52,20 @@ pub(super) struct Counts {
 }
 
 impl TaskContext {
-    pub(super) fn new(locks: LockManager, keys: Keys, waits: WaitHistograms, hold: Duration) -> Self {
+    pub(super) fn new(
+        locks: LockManager,
+        keys: Keys,
+        mode: ModeChoice,
+        waits: WaitHistograms,
+        writer_waits: Option<WaitHistograms>,
+        hold: Duration,
+    ) -> Self {
         Self {
             locks,
             keys,
+            mode,
             waits,
+            writer_waits,
             hold,
             phase: AtomicU8::new(Phase::WarmUp as u8),
             over_at: Mutex::default(),
@@ -60,6 +73,13 @@ impl TaskContext {
             overlaps: AtomicU64::default(),
             errors: Mutex::default(),
             finished: Mutex::default(),
+        }
+    }
+
+    pub(super) fn record_wait(&self, mode: LockMode, wait: Duration) {
+        self.waits.record(wait);
+        if let (Some(waits), LockMode::Exclusive) = (&self.writer_waits, mode) {
+            waits.record(wait);
         }
     }
 

@@ -18,6 +18,9 @@ pub(super) struct Figures {
     pub(super) per_process: PerProcess,
     pub(super) per_task: PerTask,
     pub(super) wait_ms: Wait,
+    /// `None` unless some of the locks are shared.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub(super) writers: Option<Writers>,
     pub(super) hold_ms: Hold,
     pub(super) handoffs: HandOffs,
     pub(super) server: Server,
@@ -41,6 +44,14 @@ pub(super) struct Wait {
     pub(super) p50: f64,
     pub(super) p99: f64,
     pub(super) max: f64,
+}
+
+/// The waits for exclusive locks beside shared ones, as measured: the question is how much longer
+/// the longest is than another.
+#[derive(Debug, Clone, Copy, Serialize)]
+pub(super) struct Writers {
+    pub(super) waits: u64,
+    pub(super) wait_ms: Wait,
 }
 
 #[derive(Debug, Clone, Copy, Serialize)]
@@ -70,6 +81,7 @@ impl Figures {
         processes: &[Measurements],
         (locks, seconds): (u64, f64),
         waits: &Histogram<u64>,
+        writer_waits: Option<&Histogram<u64>>,
         used: Option<ServerStats>,
     ) -> Self {
         Self {
@@ -82,6 +94,10 @@ impl Figures {
                 max: processes.iter().map(|process| process.task_max).max().unwrap_or(0),
             },
             wait_ms: Wait::of(waits),
+            writers: writer_waits.map(|waits| Writers {
+                waits: waits.len(),
+                wait_ms: Wait::of(waits),
+            }),
             hold_ms: Hold::of(processes),
             handoffs: HandOffs::of(processes.iter().map(|process| process.locks)),
             server: Server::of(used, locks),

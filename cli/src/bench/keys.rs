@@ -1,10 +1,10 @@
-//! Which task locks which key, and the last token seen on each key.
+//! Which task locks which key, and whether the guards of each key follow one another as they must.
 
 use std::fmt::Write;
-use std::sync::atomic::{AtomicU64, Ordering};
+use std::sync::atomic::{AtomicU32, AtomicU64, Ordering};
 
 use serde::{Deserialize, Serialize};
-use shardlock::FencingToken;
+use shardlock::LockMode;
 
 use crate::load::key_distribution::KeyDistribution;
 
@@ -23,16 +23,30 @@ pub(super) enum KeyChoice {
 pub(super) struct Keys {
     first: u64,
     distribution: Option<KeyDistribution>,
-    /// The last token of each key. Only the holder of the key writes it.
-    last_tokens: Vec<AtomicU64>,
+    guards: Vec<KeyGuards>,
 }
 
-/// Whether a token was larger than the last one on its key.
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub(super) enum TokenOrder {
-    Increasing,
-    /// The token was not larger than the last one in this process.
-    Regressed,
+/// What this process has seen of the guards of a key. Only holders of the key write it.
+#[derive(Debug, Default)]
+struct KeyGuards {
+    /// The last token of an exclusive guard.
+    exclusive: AtomicU64,
+    /// The largest token of a shared guard.
+    shared: AtomicU64,
+    /// The permits in use.
+    permits: AtomicU32,
+}
+
+/// What a task saw of a key's other guards when it got its own.
+#[derive(Debug, Clone, Copy)]
+pub(super) struct KeyEntry {
+    /// The token was not larger than one that it must exceed.
+    pub(super) has_regressed: bool,
+    /// The tokens of guards that must not follow before this one is released.
+    exclusive: u64,
+    shared: u64,
+    /// More permits were in use than there are.
+    exceeds_limit: bool,
 }
 
 impl Keys {
@@ -45,7 +59,7 @@ impl Keys {
         Ok(Self {
             first,
             distribution,
-            last_tokens: (0..count).map(|_| AtomicU64::new(0)).collect(),
+            guards: (0..count).map(|_| KeyGuards::default()).collect(),
         })
     }
 
@@ -63,18 +77,101 @@ impl Keys {
         write!(name, "{}", self.first + key as u64).ok();
     }
 
-    /// Records the token of a key that the caller has just locked.
-    pub(super) fn record_token(&self, key: usize, token: FencingToken) -> TokenOrder {
-        let last = self.last_tokens[key].swap(token.get(), Ordering::Relaxed);
-        if last < token.get() {
-            TokenOrder::Increasing
-        } else {
-            TokenOrder::Regressed
+    /// Records a guard that the caller has just acquired.
+    pub(super) fn enter(&self, key: usize, mode: LockMode, token: u64) -> KeyEntry {
+        let guards = &self.guards[key];
+        let mut entry = KeyEntry {
+            has_regressed: false,
+            exclusive: 0,
+            shared: 0,
+            exceeds_limit: false,
+        };
+        match mode {
+            LockMode::Shared => {
+                entry.exclusive = guards.exclusive.load(Ordering::Relaxed);
+                entry.has_regressed = token <= entry.exclusive;
+                guards.shared.fetch_max(token, Ordering::Relaxed);
+            }
+            LockMode::Permits { weight, limit } => {
+                let in_use = guards.permits.fetch_add(weight.into(), Ordering::Relaxed) + u32::from(weight);
+                entry.exceeds_limit = in_use > limit.into();
+            }
+            _ => {
+                let last = guards.exclusive.swap(token, Ordering::Relaxed);
+                entry.exclusive = token;
+                entry.shared = guards.shared.load(Ordering::Relaxed);
+                entry.has_regressed = token <= last.max(entry.shared);
+            }
+        }
+        entry
+    }
+
+    /// Records that the caller is about to release its guard. Returns whether no other task of this
+    /// process had the key meanwhile that must not have it at the same time.
+    pub(super) fn leave(&self, key: usize, mode: LockMode, entry: KeyEntry) -> bool {
+        let guards = &self.guards[key];
+        let is_last_writer = || guards.exclusive.load(Ordering::Relaxed) == entry.exclusive;
+        match mode {
+            LockMode::Shared => is_last_writer(),
+            LockMode::Permits { weight, .. } => {
+                guards.permits.fetch_sub(weight.into(), Ordering::Relaxed);
+                !entry.exceeds_limit
+            }
+            _ => is_last_writer() && guards.shared.load(Ordering::Relaxed) == entry.shared,
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    const LIMIT: LockMode = LockMode::Permits { weight: 2, limit: 3 };
+
+    fn keys() -> Keys {
+        Keys::new(KeyChoice::Own { first: 0 }, 1).unwrap()
+    }
+
+    #[test]
+    fn guards_that_follow_one_another_are_right() {
+        let keys = keys();
+        let writer = keys.enter(0, LockMode::Exclusive, 5);
+        assert!(!writer.has_regressed && keys.leave(0, LockMode::Exclusive, writer));
+        // The order of the tokens of readers means nothing.
+        let readers = [9, 8].map(|number| keys.enter(0, LockMode::Shared, number));
+        for reader in readers {
+            assert!(!reader.has_regressed && keys.leave(0, LockMode::Shared, reader));
+        }
+        let writer = keys.enter(0, LockMode::Exclusive, 10);
+        assert!(!writer.has_regressed && keys.leave(0, LockMode::Exclusive, writer));
+        for _ in 0..2 {
+            let permits = keys.enter(0, LIMIT, 11);
+            assert!(keys.leave(0, LIMIT, permits));
         }
     }
 
-    /// Whether no other task of this process has locked the key since.
-    pub(super) fn is_last_token(&self, key: usize, token: FencingToken) -> bool {
-        self.last_tokens[key].load(Ordering::Relaxed) == token.get()
+    #[test]
+    fn token_below_that_of_an_earlier_writer_or_reader_has_regressed() {
+        let keys = keys();
+        keys.enter(0, LockMode::Exclusive, 5);
+        assert!(keys.enter(0, LockMode::Shared, 5).has_regressed);
+        assert!(!keys.enter(0, LockMode::Shared, 8).has_regressed);
+        assert!(keys.enter(0, LockMode::Exclusive, 7).has_regressed);
+        assert!(keys.enter(0, LockMode::Exclusive, 7).has_regressed);
+    }
+
+    #[test]
+    fn guards_that_exclude_each_other_are_found() {
+        use LockMode::{Exclusive, Shared};
+        for (first, second) in [(Exclusive, Exclusive), (Exclusive, Shared), (Shared, Exclusive)] {
+            let keys = keys();
+            let held = keys.enter(0, first, 1);
+            keys.enter(0, second, 2);
+            assert!(!keys.leave(0, first, held), "{first} and {second}");
+        }
+        let keys = keys();
+        keys.enter(0, LIMIT, 1);
+        let beyond = keys.enter(0, LIMIT, 2);
+        assert!(!keys.leave(0, LIMIT, beyond));
     }
 }

@@ -5,7 +5,7 @@
 //! | `run` | runs it: servers, workers, warm-up, the measured window |
 //! | `setup` | sets up a run and removes everything afterwards |
 //! | `worker`, `task`, `context` | the worker processes, their tasks, and the state these share |
-//! | `keys` | which task locks which key |
+//! | `keys`, `mode` | which task locks which key, and in which mode |
 //! | `wait_histogram` | histograms of waits, corrected for coordinated omission |
 //! | `report`, `figures` | the result as a table, and whether it is correct; its numbers, as JSON |
 //! | `plot` | the distribution of the waits as an SVG |
@@ -13,6 +13,7 @@
 mod context;
 mod figures;
 mod keys;
+mod mode;
 mod plot;
 mod protocol;
 mod report;
@@ -34,6 +35,7 @@ use crate::exit::{self, Failure};
 use crate::output::{self, eprint};
 use crate::shards;
 use crate::signals::{INTERRUPTS, Signals};
+use mode::ModeChoice;
 use run::RunResult;
 use setup::Setup;
 pub(crate) use worker::run as run_worker;
@@ -72,6 +74,14 @@ pub(crate) struct Args {
     #[arg(long, value_name = "ZIPF", value_parser = parse_skew)]
     skew: Option<f64>,
 
+    /// The part of the locks that are shared, such as 0.95. The others are exclusive
+    #[arg(long, value_name = "PART", value_parser = parse_part, conflicts_with = "permits")]
+    shared: Option<f64>,
+
+    /// Take a permit instead of a lock, of this many for each key
+    #[arg(long, value_name = "COUNT", value_parser = clap::value_parser!(u16).range(1..=1_000))]
+    permits: Option<u16>,
+
     /// How long a process keeps a lease after its last guard is dropped if no one waits for the
     /// key, such as 1s. Without it, the configuration decides
     #[arg(long, value_name = "DURATION", value_parser = parse_linger)]
@@ -104,11 +114,13 @@ With --json, one object:
   wait_ms, hold_ms              how long locks were waited for, and held, as measured
   handoffs                      local: from the same process, or under a lingering lease; remote:
                                 from another process; uncontended: of a free key
+  writers                       only with --shared: how many waits for exclusive locks there were,
+                                and wait_ms, as measured
   server                        per lock, as counted by the servers; null if not on Redis
 
 Exit code:
   0   success
-  1   a lock failed, a token did not grow, two tasks held a key at once, or a worker died
+  1   a lock failed, a token did not grow, tasks held a key at once that must not, or a worker died
   64  the command line is wrong
   78  the environment or the configuration file is wrong
   130 ended early by Ctrl-C; shows what was measured until then";
@@ -148,6 +160,12 @@ fn parse_duration(text: &str) -> anyhow::Result<Duration> {
     Ok(duration)
 }
 
+fn parse_part(text: &str) -> anyhow::Result<f64> {
+    let part: f64 = text.parse()?;
+    ensure!((0.0..=1.0).contains(&part), "from 0 to 1");
+    Ok(part)
+}
+
 fn parse_skew(text: &str) -> anyhow::Result<f64> {
     let skew: f64 = text.parse()?;
     ensure!((0.0..=SKEW_MAX).contains(&skew), "from 0 to {SKEW_MAX}");
@@ -163,6 +181,14 @@ impl Args {
     /// Whether each task has a key of its own.
     fn has_own_keys(&self) -> bool {
         u64::from(self.keys) == self.total_tasks()
+    }
+
+    const fn mode(&self) -> ModeChoice {
+        match (self.permits, self.shared) {
+            (Some(limit), _) => ModeChoice::Permits { limit },
+            (None, Some(shared)) => ModeChoice::Mixed { shared },
+            (None, None) => ModeChoice::Exclusive,
+        }
     }
 
     fn validate(&self) -> Result<(), Failure> {

@@ -5,6 +5,7 @@ use std::time::Duration;
 use serde::{Deserialize, Serialize};
 
 use super::keys::KeyChoice;
+use super::mode::ModeChoice;
 use crate::load::counters::Counters;
 
 /// The first line that a worker receives.
@@ -17,6 +18,7 @@ pub(super) struct WorkerSettings {
     pub(super) namespace: String,
     pub(super) tasks: u32,
     pub(super) key_choice: KeyChoice,
+    pub(super) mode: ModeChoice,
     pub(super) hold: Duration,
     /// Replaces the value of the settings.
     pub(super) linger: Option<Duration>,
@@ -49,6 +51,8 @@ pub(super) struct Measurements {
     pub(super) task_max: u64,
     /// A histogram of the waits: nanoseconds, and the number of waits of that length.
     pub(super) waits: Vec<(u64, u64)>,
+    /// The same of the waits for exclusive locks beside shared ones.
+    pub(super) writer_waits: Vec<(u64, u64)>,
     /// How many holds were timed, and their total length.
     pub(super) holds: u64,
     pub(super) held: Duration,

@@ -9,6 +9,7 @@ use indicatif::HumanCount;
 
 use super::Args;
 use super::figures::{Figures, Wait};
+use super::mode::ModeChoice;
 use super::protocol::{ErrorCount, Measurements};
 use super::wait_histogram::{corrected, histogram};
 use crate::load::server_stats::ServerStats;
@@ -35,16 +36,17 @@ impl Report {
         processes: Vec<Measurements>,
         used: Option<ServerStats>,
     ) -> anyhow::Result<Self> {
-        let mut measured_waits = histogram()?;
-        for &(wait_ns, count) in processes.iter().flat_map(|process| &process.waits) {
-            measured_waits.saturating_record_n(wait_ns, count);
-        }
+        let measured_waits = merged(processes.iter().map(|process| &process.waits))?;
+        let writer_waits = match args.mode().is_mixed() {
+            true => Some(merged(processes.iter().map(|process| &process.writer_waits))?),
+            false => None,
+        };
         let sum = |of: fn(&Measurements) -> u64| processes.iter().map(of).sum::<u64>();
         let locks = sum(|process| process.locks.locks());
         let seconds = processes.iter().map(|process| process.seconds).sum::<f64>() / processes.len().max(1) as f64;
         let interval = Duration::try_from_secs_f64(seconds * args.total_tasks() as f64 / locks.max(1) as f64)?;
         let waits = corrected(&measured_waits, interval);
-        let figures = Figures::new(&processes, (locks, seconds), &waits, used);
+        let figures = Figures::new(&processes, (locks, seconds), &waits, writer_waits.as_ref(), used);
         Ok(Self {
             figures,
             waits,
@@ -74,7 +76,10 @@ impl Report {
             ));
         }
         if self.overlaps != 0 {
-            problems.push(format!("a key had two holders at once {} times", self.overlaps));
+            problems.push(format!(
+                "a key had holders at once that exclude each other {} times",
+                self.overlaps
+            ));
         }
         if self.figures.locks == 0 {
             problems.push("no lock was acquired; use a longer --duration".to_owned());
@@ -113,6 +118,10 @@ impl Report {
         row("wait, 99th percentile", format!("{:.3} ms", wait.p99))?;
         row("  without the correction", format!("{:.3} ms", as_measured.p99))?;
         row("wait, longest", format!("{:.3} ms", wait.max))?;
+        if let Some(writers) = figures.writers {
+            row("wait of writers, median", format!("{:.3} ms", writers.wait_ms.p50))?;
+            row("wait of writers, longest", format!("{:.3} ms", writers.wait_ms.max))?;
+        }
         if let Some(mean) = figures.hold_ms.mean {
             row("hold, mean", format!("{mean:.3} ms"))?;
         }
@@ -132,6 +141,15 @@ impl Report {
             count(self.errors.iter().map(|errors| errors.count).sum()),
         )
     }
+}
+
+/// The sum of the histograms of all processes.
+fn merged<'a>(processes: impl Iterator<Item = &'a Vec<(u64, u64)>>) -> anyhow::Result<Histogram<u64>> {
+    let mut all = histogram()?;
+    for &(wait_ns, count) in processes.flatten() {
+        all.saturating_record_n(wait_ns, count);
+    }
+    Ok(all)
 }
 
 /// Merges the errors of all processes by kind.
@@ -159,6 +177,11 @@ impl Args {
             (false, None) => counted(self.keys.into(), "key", "keys"),
             (false, Some(skew)) => format!("{}, skewed by {skew}", counted(self.keys.into(), "key", "keys")),
         };
+        let mode = match self.mode() {
+            ModeChoice::Exclusive => String::new(),
+            ModeChoice::Mixed { shared } => format!(", {} % shared", (1e4 * shared).round() / 1e2),
+            ModeChoice::Permits { limit } => format!(", {}", counted(limit.into(), "permit", "permits")),
+        };
         let hold = if self.hold.is_zero() {
             "nothing done under the lock".to_owned()
         } else {
@@ -169,7 +192,7 @@ impl Args {
             _ => String::new(),
         };
         format!(
-            "{} x {}, {keys}, {hold}{linger}",
+            "{} x {}, {keys}{mode}, {hold}{linger}",
             counted(self.processes.into(), "process", "processes"),
             counted(self.tasks.into(), "task", "tasks"),
         )

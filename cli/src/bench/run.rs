@@ -86,6 +86,7 @@ async fn prepare(args: &Args, mut config: Config, setup: &mut Setup) -> anyhow::
             namespace: setup.namespace.clone(),
             tasks: args.tasks,
             key_choice,
+            mode: args.mode(),
             hold: args.hold,
             linger: args.linger,
             threads: (processors / args.processes as usize).max(1),

@@ -3,10 +3,10 @@
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 
-use shardlock::{LockError, LockGuard};
+use shardlock::{LockError, LockGuard, LockMode};
 
 use super::context::{Counts, Phase, TaskContext};
-use super::keys::TokenOrder;
+use super::mode::request;
 
 /// The pause after an error, so that a server that is down is not flooded with requests.
 const ERROR_PAUSE: Duration = Duration::from_millis(10);
@@ -21,6 +21,8 @@ struct Task {
     counts: Counts,
     /// When it requested the lock that it is still waiting for.
     requested_at: Option<Instant>,
+    /// The mode of that lock, or of the last one.
+    mode: LockMode,
 }
 
 /// Runs until the run is over or the task is aborted.
@@ -29,6 +31,7 @@ pub(super) async fn run_task(context: Arc<TaskContext>, number: usize) {
         context,
         counts: Counts::default(),
         requested_at: None,
+        mode: LockMode::Exclusive,
     };
     let (mut key, mut name) = (0, String::new());
     let mut iterations = 0_u64;
@@ -39,10 +42,11 @@ pub(super) async fn run_task(context: Arc<TaskContext>, number: usize) {
             None => {
                 key = task.context.keys.next(number);
                 task.context.keys.name(key, &mut name);
+                task.mode = task.context.mode.next();
                 *task.requested_at.insert(Instant::now())
             }
         };
-        let locked = task.context.locks.lock(&name).await;
+        let locked = request(&task.context.locks, &name, task.mode).await;
         if task.context.is_in(Phase::Over) {
             // Acquired too late: it counts as still waiting.
             break;
@@ -53,7 +57,7 @@ pub(super) async fn run_task(context: Arc<TaskContext>, number: usize) {
                 let acquired_at = Instant::now();
                 if task.context.is_in(Phase::Measured) {
                     task.counts.locks += 1;
-                    task.context.waits.record(acquired_at - requested_at);
+                    task.context.record_wait(task.mode, acquired_at - requested_at);
                 }
                 task.hold_and_release(guard, key, acquired_at, iterations.is_multiple_of(HOLDS_PER_SAMPLE))
                     .await
@@ -78,15 +82,15 @@ impl Task {
         acquired_at: Instant,
         is_sample: bool,
     ) -> Result<(), LockError> {
-        let token = guard.token();
-        if self.context.keys.record_token(key, token) == TokenOrder::Regressed {
+        let entry = self.context.keys.enter(key, self.mode, guard.token().get());
+        if entry.has_regressed {
             self.context.count_token_regression();
         }
         if !self.context.hold.is_zero() {
             tokio::time::sleep(self.context.hold).await;
         }
         // A holder that has lost the lock may find another one here; `release` reports the loss.
-        if !self.context.keys.is_last_token(key, token) && guard.is_valid() {
+        if !self.context.keys.leave(key, self.mode, entry) && guard.is_valid() {
             self.context.count_overlap();
         }
         let is_timed = is_sample || !self.context.hold.is_zero();
@@ -103,8 +107,7 @@ impl Drop for Task {
         let over_at = self.context.over_at();
         if let (Some(requested_at), Some(over_at)) = (self.requested_at, over_at) {
             self.context
-                .waits
-                .record(over_at.saturating_duration_since(requested_at));
+                .record_wait(self.mode, over_at.saturating_duration_since(requested_at));
         }
         self.context.add_finished(self.counts);
     }

@@ -104,7 +104,14 @@ impl Worker {
             context: Arc::new(TaskContext::new(
                 locks,
                 Keys::new(settings.key_choice, settings.tasks)?,
+                settings.mode,
                 WaitHistograms::new(settings.threads)?,
+                // They are large, so there are none where they have no use.
+                settings
+                    .mode
+                    .is_mixed()
+                    .then(|| WaitHistograms::new(settings.threads))
+                    .transpose()?,
                 settings.hold,
             )),
             tasks: settings.tasks,
@@ -156,6 +163,10 @@ impl Worker {
             task_min: finished.iter().map(|task| task.locks).min().unwrap_or(0),
             task_max: finished.iter().map(|task| task.locks).max().unwrap_or(0),
             waits: context.waits.counts()?,
+            writer_waits: match &context.writer_waits {
+                Some(waits) => waits.counts()?,
+                None => Vec::new(),
+            },
             holds: finished.iter().map(|task| task.holds).sum(),
             held: finished.iter().map(|task| task.held).sum(),
             token_regressions: context.token_regressions(),

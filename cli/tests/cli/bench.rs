@@ -105,6 +105,59 @@ fn tasks_of_a_process_hand_on_without_the_server() {
     assert!(number(&figures, "/per_task/min") > 0.0, "{figures}");
 }
 
+/// The figures of a run with readers and writers, which have one more part.
+#[track_caller]
+fn figures_with_writers(args: &[&str]) -> Value {
+    let ended = run(bare(&[&["bench", "--json"], args].concat()));
+    assert_eq!(ended.code, 0, "{ended:?}");
+    let line = ended.stdout.strip_suffix('\n').unwrap();
+    let writers = r##""writers":{"waits":#,"wait_ms":{"p50":#,"p99":#,"max":#}},"##;
+    let with_writers = LINE.replace("\"hold_ms\"", &format!("{writers}\"hold_ms\""));
+    assert_eq!(shape(line), with_writers);
+    serde_json::from_str(line).unwrap()
+}
+
+#[test]
+fn readers_hold_the_key_together_and_the_waits_of_writers_are_told_apart() {
+    let load = ["--processes", "2", "--tasks", "8", "--hold", "10ms", "--duration", "2s"];
+    let figures = figures_with_writers(&[&load[..], &["--shared", "0.8"]].concat());
+    let (locks, seconds) = (number(&figures, "/locks"), number(&figures, "/seconds"));
+    let paths = ["local", "remote", "uncontended"].map(|path| number(&figures, &format!("/handoffs/{path}")));
+    assert_eq!(paths.iter().sum::<f64>(), locks, "{figures}");
+    // One after the other, they would have held it for at most the whole time.
+    let held = locks * number(&figures, "/hold_ms/mean") / 1e3;
+    assert!(held > 1.2 * seconds, "{figures}");
+    // A fifth of the locks, and the waits that were not over.
+    let writers = number(&figures, "/writers/waits");
+    assert!(writers > 0.0 && writers < 0.5 * locks, "{figures}");
+    let waits = ["p50", "p99", "max"].map(|wait| number(&figures, &format!("/writers/wait_ms/{wait}")));
+    assert!(waits[0] > 0.0 && waits.is_sorted(), "{figures}");
+}
+
+#[test]
+fn permits_are_in_use_up_to_their_number() {
+    let load = ["--processes", "2", "--tasks", "8", "--hold", "10ms", "--duration", "2s"];
+    let figures = figures(&[&load[..], &["--permits", "3"]].concat());
+    let rate = number(&figures, "/locks_per_s");
+    let in_use = rate * number(&figures, "/hold_ms/mean") / 1e3;
+    // A lock counts when it is acquired, so a few more holds than fit into the window may count.
+    assert!((1.0..3.2).contains(&in_use), "{figures}");
+    assert!(number(&figures, "/per_process/min") > 0.0, "{figures}");
+}
+
+#[test]
+fn locks_are_either_shared_in_part_or_permits() {
+    for (args, problem) in [
+        (&["--shared", "0.5", "--permits", "2"][..], "cannot be used with"),
+        (&["--shared", "1.5"], "from 0 to 1"),
+        (&["--permits", "0"], "1..=1000"),
+    ] {
+        let ended = run(bare(&[&["bench"], args].concat()));
+        assert_eq!(ended.code, 64, "{ended:?}");
+        assert!(ended.stderr.contains(problem), "{ended:?}");
+    }
+}
+
 #[test]
 fn leases_that_linger_cost_the_server_next_to_nothing() {
     let own_keys = ["--processes", "1", "--tasks", "4", "--keys", "4"];
