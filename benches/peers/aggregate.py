@@ -77,14 +77,35 @@ def spread(counts):
     return {"min": min(counts), "max": max(counts), "jain": None if index is None else round(index, 4)}
 
 
+def merged(histograms):
+    waits = {}
+    for histogram in histograms:
+        for at, count in histogram.items():
+            waits[int(at)] = waits.get(int(at), 0) + count
+    return waits
+
+
+def ms_at_most(us, most_us):
+    return None if us is None else round(min(us, most_us) / 1e3, 3)
+
+
+def writers(reports):
+    """The waits for exclusive locks beside shared ones, as measured. Not corrected: that would add
+    waits that were never waited for, and the question is how much longer the longest is than
+    another.
+    """
+    # A process may have had no writer.
+    waits = merged(report.get("writer_waits") or {} for report in reports)
+    longest = max(report.get("writer_wait_max_us", 0) for report in reports)
+    quantiles = {name: ms_at_most(percentile(waits, part), longest) for name, part in (("p50", 0.5), ("p99", 0.99))}
+    return {"waits": sum(waits.values()), "wait_ms": {**quantiles, "max": round(longest / 1e3, 3)}}
+
+
 def aggregate(reports, seconds, server):
     """Makes one run's line from the reports of its processes and the server's counters over the
     measured time.
     """
-    waits = {}
-    for report in reports:
-        for at, count in report["waits"].items():
-            waits[int(at)] = waits.get(int(at), 0) + count
+    waits = merged(report["waits"] for report in reports)
     processes = [sum(report["tasks"]) for report in reports]
     tasks = [locks for report in reports for locks in report["tasks"]]
     locks = sum(processes)
@@ -93,7 +114,7 @@ def aggregate(reports, seconds, server):
     wait_max = max(report["wait_max_us"] for report in reports)
 
     def ms(us):
-        return None if us is None else round(min(us, wait_max) / 1e3, 3)
+        return ms_at_most(us, wait_max)
 
     def per_lock(count):
         return None if count is None or not locks else round(count / locks, 3)
@@ -108,6 +129,8 @@ def aggregate(reports, seconds, server):
         "hold_ms": {"mean": round(sum(r["hold_sum_us"] for r in reports) / locks / 1e3, 3) if locks else None},
         "server": {f"{name}_per_lock": per_lock(server.get(name)) for name in ("scripts", "publishes", "commands", "cpu_us")},
     }
+    if any(report.get("writer_waits") for report in reports):
+        line["writers"] = writers(reports)
     errors = sum(report["errors"] for report in reports)
     if errors:
         first = next((report["first_error"] for report in reports if report.get("first_error")), "without a text")

@@ -83,13 +83,22 @@ def fairness(load, line):
 
 
 def held(load, line):
-    """The mean hold, and the part of the time in which the keys were held. Each runtime sleeps a
-    little longer than requested.
+    """The mean hold, and the part of the time in which the keys, or their permits, were held. Each
+    runtime sleeps a little longer than requested.
     """
     mean = (line.get("hold_ms") or {}).get("mean")
     if not load.hold_us or mean is None:
         return "–"
-    return f"{significant(mean)} ({line['locks_per_s'] * mean / 1e3 / load.keys:.2f})"
+    return f"{significant(mean)} ({line['locks_per_s'] * mean / 1e3 / (load.keys * max(1, load.permits)):.2f})"
+
+
+def writers_waits(line):
+    """The waits of writers: the median, the longest, and how many times the median it is."""
+    waits = (line.get("writers") or {}).get("wait_ms") or {}
+    median, longest = waits.get("p50"), waits.get("max")
+    if median is None or longest is None:
+        return ["–"] * 3
+    return [significant(median), significant(longest), significant(longest / median) if median else "–"]
 
 
 def table(load, row):
@@ -97,11 +106,13 @@ def table(load, row):
     head = ["", "locks/s", "to the best peer", "wait p50, ms", "p99", "max", "hold, ms (part of all time)", "scripts per lock", "commands per lock",
             "publishes per lock", "server CPU per lock, us", "most/least " + ("process" if load.processes > 1 else "task"), "Jain",
             "remarks"]  # fmt: skip
-    out = [f"#### {load.title}", "", "| " + " | ".join(head) + " |", "|---|" + "---:|" * 12 + "---|"]
+    if load.shared_percent:
+        head[6:6] = ["writers' wait p50, ms", "max", "max / p50"]
+    out = [f"#### {load.title}", "", "| " + " | ".join(head) + " |", "|---|" + "---:|" * (len(head) - 2) + "---|"]
     for contestant, outcome in row.items():
         title = f"**{contestant.title}**" if contestant.role == "ours" else contestant.title
         if not outcome.line:
-            out.append(f"| {title} |" + " – |" * 12 + f" {outcome.remarks()} |")
+            out.append(f"| {title} |" + " – |" * (len(head) - 2) + f" {outcome.remarks()} |")
             continue
         line = outcome.line
         low, high = line["locks_per_s_range"]
@@ -109,6 +120,7 @@ def table(load, row):
         ratio = significant(outcome.locks_per_s / row[best].locks_per_s) if best else "–"
         wait, server = line["wait_ms"], line.get("server") or {}
         cells = [locks, ratio, *(significant(wait.get(q)) for q in ("p50", "p99", "max"))]
+        cells += writers_waits(line) if load.shared_percent else []
         cells.append(held(load, line))
         cells += [significant(server.get(f"{name}_per_lock")) for name in ("scripts", "commands", "publishes", "cpu_us")]
         cells += [*fairness(load, line), outcome.remarks()]

@@ -54,8 +54,13 @@ def chosen(options, parser):
     unknown = set(names) - {c.name for c in CONTESTANTS} - {l.name for l in LOADS}
     if unknown:
         parser.error(f"unknown: {', '.join(sorted(unknown))}; --list prints the names")
+    loads = [l for l in LOADS if l.name in names] or LOADS
     contestants = [c for c in CONTESTANTS if c.name in names] or CONTESTANTS
-    return contestants, [l for l in LOADS if l.name in names] or LOADS
+    # What runs under none of the loads need not be built.
+    contestants = [c for c in contestants if any(c.runs(l) for l in loads)]
+    if not contestants:
+        parser.error(f"nothing to run: --only {options.only} names no contestant that has one of these loads")
+    return contestants, loads
 
 
 def binary_of(script):
@@ -72,10 +77,13 @@ def run_once(contestant, load, command, binaries, options):
         counts = ["--processes", str(load.processes), "--tasks", str(load.tasks), "--keys", str(load.keys)]
         if contestant.role == "ours":
             times = ["--hold", f"{load.hold_us}us", "--duration", f"{int(options.seconds * 1e3)}ms"]
+            mode = ["--permits", str(load.permits)] if load.permits else []
+            mode += ["--shared", f"{load.shared_percent / 100}"] if load.shared_percent else []
             shard = ["--shard", f"redis://{server.address}", "--json"]
-            return run_ours([*command, *counts, *times, *shard, *contestant.arguments], folder, options.seconds, warmup)
+            return run_ours([*command, *counts, *times, *mode, *shard, *contestant.arguments], folder, options.seconds, warmup)
         retry = tuple(int(us) for us in options.retry_us.split(":")) if options.retry_us else None
         arguments = [*counts, "--hold-us", str(load.hold_us), "--server", server.address, "--warmup-ms", str(int(warmup * 1e3))]
+        arguments += ["--permits", str(load.permits), "--shared-percent", str(load.shared_percent)] if load.mode != "exclusive" else []
         if contestant.program == "rust":
             # The same number as in our own bench.
             arguments += ["--threads", str(max(1, (os.cpu_count() or 1) // load.processes))]
@@ -99,7 +107,7 @@ def measure(contestants, loads, options, keep):
         keep({"contestant": name, "load": None, "missing": why})
     seed = options.seed if options.seed is not None else random.randrange(2**32)
     keep({"about": about(options, seed, binaries, load_average)})
-    runs = [(c, l) for c in contestants if c.name not in missing for l in loads if l.free or not c.free_only]
+    runs = [(c, l) for c in contestants if c.name not in missing for l in loads if c.runs(l)]
     runs = [run for _ in range(options.repeat) for run in random.Random(seed).sample(runs, len(runs))]
     shutil.rmtree(options.work / "runs", ignore_errors=True)
     (options.work / "runs").mkdir(parents=True)
@@ -108,6 +116,9 @@ def measure(contestants, loads, options, keep):
         try:
             line = run_once(contestant, load, commands[contestant.program], binaries, options)
             told = f"{line['locks_per_s']:,.0f} locks/s, wait p99 {line['wait_ms']['p99']} ms, max {line['wait_ms']['max']} ms"
+            if line.get("writers"):
+                waits = line["writers"]["wait_ms"]
+                told += f", writers' wait p50 {waits['p50']} ms, max {waits['max']} ms"
             if "errors" in line:
                 told += f", {line['errors']['count']} errors: {line['errors']['first']}"
         # A failure of one run must not end the others.

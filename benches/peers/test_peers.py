@@ -11,7 +11,7 @@ import xml.etree.ElementTree
 import plots
 import results
 from aggregate import aggregate, bucket, bucket_bottom, bucket_top, corrected, jain, middle, percentile
-from loads import LOADS
+from loads import CONTESTANTS, LOADS
 from servers import difference
 
 HERE = pathlib.Path(__file__).resolve().parent
@@ -57,6 +57,38 @@ class Histogram(unittest.TestCase):
         self.assertEqual(percentile(waits, 1), 100)
         self.assertEqual(percentile({bucket(7): 1}, 0.01), 7)
         self.assertIsNone(percentile({}, 0.5))
+
+
+class Loads(unittest.TestCase):
+    def test_every_load_has_ours_and_a_peer_and_every_contestant_a_load(self):
+        for load in LOADS:
+            self.assertLessEqual({"ours", "peer"}, {c.role for c in CONTESTANTS if c.runs(load)}, load.name)
+        for contestant in CONTESTANTS:
+            self.assertTrue(any(contestant.runs(load) for load in LOADS), contestant.name)
+        names = [one.name for one in (*LOADS, *CONTESTANTS)]
+        self.assertEqual(len(set(names)), len(names))
+
+    def test_a_contestant_runs_only_what_it_has(self):
+        runs = {load.name: [c.name for c in CONTESTANTS if c.runs(load)] for load in LOADS}
+        self.assertEqual(runs["semaphore-10"], ["shardlock", "redisson-permits", "redis-semaphore-py", "redis-semaphore-js"])
+        self.assertEqual(runs["readers-95"], ["shardlock", "redisson-rw", "etcd-rw"])
+        self.assertIn("raw", runs["free-200"])
+        self.assertNotIn("raw", runs["fan-in-1"])
+
+    def test_workers_know_the_options_of_their_modes(self):
+        option = {
+            "java": (r'"--permits"', r'"--shared-percent"'),
+            "go": (None, r'"shared-percent"'),
+            "python": (r'"--permits"', None),
+            "node": (r"\bpermits: ", None),
+        }
+        sources = {"java": "java/src/main/java/peers/Peer.java", "go": "go/main.go", "python": "python/peer.py", "node": "node/peer.mjs"}
+        for contestant in CONTESTANTS:
+            for mode, code in zip(("permits", "shared"), option.get(contestant.program, (None, None))):
+                if mode in contestant.modes and contestant.role == "peer":
+                    text = (HERE / sources[contestant.program]).read_text()
+                    self.assertRegex(text, code, contestant.name)
+                    self.assertRegex(text, f'"{contestant.name}"', contestant.name)
 
 
 class CoordinatedOmission(unittest.TestCase):
@@ -125,6 +157,16 @@ class Aggregation(unittest.TestCase):
         self.assertEqual(line["errors"], {"count": 3, "first": "no"})
         self.assertEqual(line["stalled_s"], 1.6)
 
+    def test_the_waits_of_writers_are_those_of_all_processes_as_measured(self):
+        first = report([40], [10] * 40, writer_waits={str(bucket(100)): 3}, writer_wait_max_us=100)
+        second = report([2], [10] * 2, writer_waits={str(bucket(100)): 1, str(bucket(120)): 1}, writer_wait_max_us=120)
+        line = aggregate([first, second], 2.0, {})
+        self.assertEqual(line["writers"], {"waits": 5, "wait_ms": {"p50": 0.1, "p99": 0.12, "max": 0.12}})
+        # A process may have had no writer.
+        line = aggregate([first, report([2], [10] * 2)], 2.0, {})
+        self.assertEqual(line["writers"]["waits"], 3)
+        self.assertNotIn("writers", aggregate([report([2], [10] * 2)], 2.0, {}))
+
     def test_jain(self):
         self.assertEqual(jain([5, 5, 5]), 1.0)
         self.assertAlmostEqual(jain([9, 0, 0]), 1 / 3)
@@ -172,6 +214,21 @@ class Document(unittest.TestCase):
         self.assertEqual(results.held(convoy, line), "6.00 (0.96)")
         self.assertEqual(results.held(fan_in, line), "–")
         self.assertEqual(results.held(convoy, {"locks_per_s": 0.0}), "–")
+
+    def test_a_hold_of_permits_is_a_part_of_all_permits(self):
+        semaphore = next(load for load in LOADS if load.name == "semaphore-10")
+        self.assertEqual(results.held(semaphore, {"locks_per_s": 1_600.0, "hold_ms": {"mean": 6.0}}), "6.00 (0.96)")
+
+    def test_the_table_of_readers_has_the_waits_of_writers(self):
+        readers = report([50, 40], [200] * 9, writer_waits={str(bucket(100)): 3}, writer_wait_max_us=250)
+        good = {"contestant": "shardlock", "load": "readers-95", **aggregate([readers] * 8, 2.0, {})}
+        failed = {"contestant": "redisson-rw", "load": "readers-95", "failed": "hangs"}
+        text = results.section([*self.lines()[:1], good, failed])
+        rows = [line for line in text.splitlines() if line.count("|") > 5]
+        self.assertEqual(len({row.count("|") for row in rows}), 1, rows)
+        self.assertIn("writers' wait p50, ms | max | max / p50 | hold", rows[0])
+        self.assertIn("| 0.10 | 0.25 | 2.50 | – |", rows[2])
+        self.assertIn("**failed** in 1 of 1: hangs", rows[3])
 
     def test_what_was_written_by_hand_stays(self):
         with tempfile.TemporaryDirectory() as folder:

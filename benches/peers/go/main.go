@@ -1,5 +1,5 @@
-// The Go peers of shardlock under the loads of its bench: rueidislock, redsync, redislock and
-// etcd's own mutex.
+// The Go peers of shardlock under the loads of its bench: rueidislock, redsync, redislock, and
+// etcd's own mutex and lock for readers and writers.
 //
 // A worker is one process of a load. It warms up, prints "ready", and reads from standard input
 // when the measured time begins and ends ("go START END", milliseconds since 1970). It prints its
@@ -23,8 +23,8 @@ type peer interface {
 
 type locker interface {
 	// lock waits for the key and returns a function that releases it. When that function returns, the
-	// release has reached the server.
-	lock(ctx context.Context, key string) (func(ctx context.Context) error, error)
+	// release has reached the server. Only peers for readers and writers are asked for a shared lock.
+	lock(ctx context.Context, key string, shared bool) (func(ctx context.Context) error, error)
 }
 
 type options struct {
@@ -39,13 +39,15 @@ type options struct {
 	retryMax  time.Duration
 	pool      int
 	warmup    time.Duration
+	// The part of the locks that are shared.
+	sharedPercent int
 }
 
 func main() {
 	var o options
 	var name string
 	var holdUs, ttlMs, retryMinUs, retryMaxUs, warmupMs int64
-	flag.StringVar(&name, "peer", "", "rueidislock, redsync, redislock or etcd")
+	flag.StringVar(&name, "peer", "", "rueidislock, redsync, redislock, etcd or etcd-rw")
 	flag.StringVar(&o.server, "server", "", "HOST:PORT")
 	flag.IntVar(&o.process, "process", 0, "the number of this process")
 	flag.IntVar(&o.processes, "processes", 1, "processes in all")
@@ -57,6 +59,8 @@ func main() {
 	flag.Int64Var(&retryMaxUs, "retry-max-us", 0, "longest time between two tries, microseconds")
 	flag.IntVar(&o.pool, "pool", 0, "connections; 0: the library's own number")
 	flag.Int64Var(&warmupMs, "warmup-ms", 1_000, "warm-up, milliseconds")
+	flag.IntVar(&o.sharedPercent, "shared-percent", 0, "how many of a hundred locks are shared")
+	flag.Int("permits", 0, "permits; no peer here has them")
 	flag.Parse()
 	o.hold = time.Duration(holdUs) * time.Microsecond
 	o.ttl = time.Duration(ttlMs) * time.Millisecond
@@ -75,9 +79,10 @@ func run(name string, o options) error {
 		"redsync":     openRedsync,
 		"redislock":   openRedislock,
 		"etcd":        openEtcd,
+		"etcd-rw":     openEtcdRW,
 	}[name]
 	if open == nil {
-		return fmt.Errorf("no peer is called %q: rueidislock, redsync, redislock or etcd", name)
+		return fmt.Errorf("no peer is called %q: rueidislock, redsync, redislock, etcd or etcd-rw", name)
 	}
 	peer, err := open(o)
 	if err != nil {

@@ -38,7 +38,7 @@ func openRueidislock(o options) (peer, error) {
 
 func (p rueidislockPeer) task(context.Context) (locker, error) { return p, nil }
 
-func (p rueidislockPeer) lock(ctx context.Context, key string) (func(context.Context) error, error) {
+func (p rueidislockPeer) lock(ctx context.Context, key string, _ bool) (func(context.Context) error, error) {
 	_, cancel, err := p.locker.WithContext(ctx, key)
 	if err != nil {
 		return nil, err
@@ -85,7 +85,7 @@ func openRedsync(o options) (peer, error) {
 
 func (p redsyncPeer) task(context.Context) (locker, error) { return p, nil }
 
-func (p redsyncPeer) lock(ctx context.Context, key string) (func(context.Context) error, error) {
+func (p redsyncPeer) lock(ctx context.Context, key string, _ bool) (func(context.Context) error, error) {
 	mutex := p.redsync.NewMutex(key, p.options...)
 	if err := mutex.LockContext(ctx); err != nil {
 		return nil, err
@@ -115,7 +115,7 @@ type redislockRetry struct{ o options }
 
 func (r redislockRetry) NextBackoff() time.Duration { return retry(r.o) }
 
-func (p redislockPeer) lock(ctx context.Context, key string) (func(context.Context) error, error) {
+func (p redislockPeer) lock(ctx context.Context, key string, _ bool) (func(context.Context) error, error) {
 	// The library's own examples wait 100 ms.
 	strategy := redislock.LinearBackoff(100 * time.Millisecond)
 	if p.o.retryMin > 0 {

@@ -19,9 +19,12 @@ type report struct {
 	WaitMaxUs uint64            `json:"wait_max_us"`
 	HoldSumUs uint64            `json:"hold_sum_us"`
 	// When the last lock was released, counted from the start.
-	LastUs     uint64 `json:"last_us"`
-	Errors     uint64 `json:"errors"`
-	FirstError string `json:"first_error,omitempty"`
+	LastUs uint64 `json:"last_us"`
+	// The waits for exclusive locks beside shared ones.
+	WriterWaits     map[string]uint64 `json:"writer_waits,omitempty"`
+	WriterWaitMaxUs uint64            `json:"writer_wait_max_us"`
+	Errors          uint64            `json:"errors"`
+	FirstError      string            `json:"first_error,omitempty"`
 }
 
 // bucket is the histogram bucket: exact below 128 us, then 64 buckets for each doubling. The runner
@@ -36,18 +39,30 @@ func bucket(us uint64) int {
 
 const buckets = 64*26 + 128
 
+// waits is a histogram with its longest wait.
+type waits struct {
+	counts [buckets]uint32
+	maxUs  uint64
+}
+
+func (w *waits) add(us uint64) {
+	w.counts[min(bucket(us), buckets-1)]++
+	w.maxUs = max(w.maxUs, us)
+}
+
 type tally struct {
 	// Guards all fields below: the task writes, and the report reads while some tasks still wait.
 	mu         sync.Mutex
 	locks      uint64
-	waits      [buckets]uint32
-	waitMaxUs  uint64
+	waits      waits
+	writers    *waits // nil unless there are readers
 	holdSumUs  uint64
 	lastUs     uint64
 	errors     uint64
 	firstError string
-	// When the task began to wait, if it waits.
-	since time.Time
+	// When the task began to wait, if it waits, and whether for a shared lock.
+	since  time.Time
+	shared bool
 }
 
 type work struct {
@@ -105,6 +120,9 @@ func (w *work) measure(start, end time.Time) report {
 	time.Sleep(time.Until(start))
 	tallies := make([]tally, len(w.lockers))
 	for task, l := range w.lockers {
+		if w.o.sharedPercent > 0 {
+			tallies[task].writers = &waits{}
+		}
 		next := func() string { return "bench:" + strconv.Itoa(rand.IntN(w.o.keys)) }
 		if w.o.keys == w.o.processes*w.o.tasks {
 			key := "bench:" + strconv.Itoa(w.o.process*w.o.tasks+task)
@@ -131,18 +149,18 @@ func (w *work) loop(l locker, next func() string, hold time.Duration, start, end
 		time.Sleep(time.Millisecond)
 	}
 	for time.Now().Before(end) {
-		since := time.Now()
+		since, shared := time.Now(), w.o.sharedPercent > 0 && rand.IntN(100) < w.o.sharedPercent
 		t.mu.Lock()
-		t.since = since
+		t.since, t.shared = since, shared
 		t.mu.Unlock()
 		key := next()
-		release, err := l.lock(ctx, key)
+		release, err := l.lock(ctx, key, shared)
 		for err != nil {
 			fail(err)
 			if !time.Now().Before(end) {
 				return
 			}
-			release, err = l.lock(ctx, key)
+			release, err = l.lock(ctx, key, shared)
 		}
 		entered := time.Now()
 		t.waited(since, min(entered.Sub(since), end.Sub(since)))
@@ -173,15 +191,17 @@ func (t *tally) waited(since time.Time, wait time.Duration) {
 	defer t.mu.Unlock()
 	if t.since.Equal(since) {
 		us := micros(wait)
-		t.waits[min(bucket(us), buckets-1)]++
-		t.waitMaxUs = max(t.waitMaxUs, us)
+		t.waits.add(us)
+		if t.writers != nil && !t.shared {
+			t.writers.add(us)
+		}
 		t.since = time.Time{}
 	}
 }
 
 func (w *work) report(tallies []tally, end time.Time) report {
-	r := report{Waits: map[string]uint64{}}
-	var waits [buckets]uint64
+	var all, writers [buckets]uint64
+	var r report
 	for i := range tallies {
 		t := &tallies[i]
 		t.mu.Lock()
@@ -192,10 +212,16 @@ func (w *work) report(tallies []tally, end time.Time) report {
 		}
 		t.mu.Lock()
 		r.Tasks = append(r.Tasks, t.locks)
-		for b, n := range t.waits {
-			waits[b] += uint64(n)
+		for b, n := range t.waits.counts {
+			all[b] += uint64(n)
 		}
-		r.WaitMaxUs = max(r.WaitMaxUs, t.waitMaxUs)
+		r.WaitMaxUs = max(r.WaitMaxUs, t.waits.maxUs)
+		if t.writers != nil {
+			for b, n := range t.writers.counts {
+				writers[b] += uint64(n)
+			}
+			r.WriterWaitMaxUs = max(r.WriterWaitMaxUs, t.writers.maxUs)
+		}
 		r.HoldSumUs += t.holdSumUs
 		r.LastUs = max(r.LastUs, t.lastUs)
 		r.Errors += t.errors
@@ -204,12 +230,19 @@ func (w *work) report(tallies []tally, end time.Time) report {
 		}
 		t.mu.Unlock()
 	}
-	for b, n := range waits {
+	r.Waits, r.WriterWaits = used(all), used(writers)
+	return r
+}
+
+// used is the buckets that are not empty.
+func used(counts [buckets]uint64) map[string]uint64 {
+	found := map[string]uint64{}
+	for b, n := range counts {
 		if n > 0 {
-			r.Waits[strconv.Itoa(b)] = n
+			found[strconv.Itoa(b)] = n
 		}
 	}
-	return r
+	return found
 }
 
 func micros(d time.Duration) uint64 {

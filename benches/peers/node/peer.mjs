@@ -1,4 +1,4 @@
-// node-redlock under the loads of shardlock's bench.
+// node-redlock, and the semaphore of redis-semaphore, under the loads of shardlock's bench.
 //
 // A worker is one process of a load. It warms up, prints "ready", and reads from standard input
 // when the measured time begins and ends ("go START END", milliseconds since 1970). It prints its
@@ -8,11 +8,12 @@ import { createInterface } from "node:readline";
 import { setTimeout as sleep } from "node:timers/promises";
 import { parseArgs } from "node:util";
 import Redis from "ioredis";
+import { Semaphore } from "redis-semaphore";
 import Redlock from "redlock";
 
 const defaults = {
   process: 0, processes: 1, tasks: 1, keys: 1, "hold-us": 0, "ttl-ms": 30_000, "retry-min-us": 0, "retry-max-us": 0, pool: 0,
-  "warmup-ms": 1_000,
+  "warmup-ms": 1_000, permits: 0, "shared-percent": 0,
 };
 const number = (name) => [name, { type: "string", default: String(defaults[name]) }];
 const text = (name) => [name, { type: "string", default: "" }];
@@ -26,9 +27,11 @@ const [host, port] = values.server.split(":");
 const client = new Redis({ host, port: Number(port), enableAutoPipelining: true });
 client.on("error", (error) => console.error(error.message));
 
+// The delay between two tries of a waiter, if it is not the library's own.
+const [shortest, longest] = [option["retry-min-us"] / 1000, option["retry-max-us"] / 1000];
+
 const settings = { retryCount: -1 }; // the default of 10 retries gives up on a hot key
-if (option["retry-max-us"] > 0) {
-  const [shortest, longest] = [option["retry-min-us"] / 1000, option["retry-max-us"] / 1000];
+if (longest > 0) {
   // The library adds a random part of up to retryJitter to either side, in whole milliseconds.
   settings.retryDelay = Math.round((shortest + longest) / 2);
   settings.retryJitter = Math.round((longest - shortest) / 2);
@@ -36,6 +39,26 @@ if (option["retry-max-us"] > 0) {
 const redlock = new Redlock([client], settings);
 // Each refusal is also an event, and without a listener an error.
 redlock.on("error", () => {});
+
+// Each peer waits for a key and returns a function that releases it.
+const peers = {
+  "node-redlock": async (key) => {
+    const lock = await redlock.acquire([key], option["ttl-ms"]);
+    return () => lock.release();
+  },
+  "redis-semaphore-js": async (key) => {
+    const semaphore = new Semaphore(client, key, option.permits, {
+      lockTimeout: option["ttl-ms"],
+      acquireTimeout: Infinity, // the default of 10 s gives up on a semaphore in use
+      // Its delay is the same on each try, so it is random only between permits.
+      ...(longest > 0 && { retryInterval: shortest + Math.random() * (longest - shortest) }),
+    });
+    await semaphore.acquire();
+    return () => semaphore.release();
+  },
+};
+const acquire = peers[values.peer];
+if (acquire === undefined) throw new Error(`--peer is one of ${Object.keys(peers).join(", ")}, not ${JSON.stringify(values.peer)}`);
 
 // The histogram bucket: exact below 128 us, then 64 buckets for each doubling. The runner uses the
 // same.
@@ -73,10 +96,10 @@ async function loop(next, hold, start, end, counted) {
   while (performance.now() < end) {
     counted.since = performance.now();
     const key = next();
-    let lock;
-    while (lock === undefined) {
+    let release;
+    while (release === undefined) {
       try {
-        lock = await redlock.acquire([key], option["ttl-ms"]);
+        release = await acquire(key);
       } catch (error) {
         await fail(error);
         if (performance.now() >= end) return;
@@ -87,7 +110,7 @@ async function loop(next, hold, start, end, counted) {
     if (hold > 0) await sleep(hold);
     const left = performance.now();
     try {
-      await lock.release();
+      await release();
     } catch (error) {
       await fail(error);
       continue;

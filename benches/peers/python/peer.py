@@ -1,11 +1,12 @@
-"""redis-py's lock under the loads of shardlock's bench.
+"""redis-py's lock and the semaphore of redis-semaphore under the loads of shardlock's bench.
 
 A worker is one process of a load. It warms up, prints "ready", and reads from standard input when
 the measured time begins and ends ("go START END", milliseconds since 1970). It prints its counts as
 one line of JSON. See the README.md one folder up.
 
 Many tasks use the asynchronous lock: with the global interpreter lock, threads of one process only
-add switches. A process with one task uses the blocking lock, which costs less.
+add switches. A process with one task uses the blocking lock, which costs less. The semaphore has
+blocking calls only, so each of its tasks has a thread.
 """
 
 import argparse
@@ -19,6 +20,7 @@ import time
 
 import redis
 import redis.asyncio
+import redis_semaphore
 
 now = time.monotonic
 
@@ -72,12 +74,29 @@ class Blocking:
         self.lock.release()
 
 
+class Semaphore:
+    """A permit of redis-semaphore in a coroutine that has its own thread."""
+
+    def __init__(self, client, key, options):
+        # The permits of a process that died are free again after this time, like an expired lock.
+        stale = options.ttl_ms / 1e3
+        self.semaphore = redis_semaphore.Semaphore(client, count=options.permits, namespace=key, stale_client_timeout=stale)
+
+    async def acquire(self):
+        self.semaphore.acquire()
+
+    async def release(self):
+        if not self.semaphore.release():
+            raise RuntimeError("the permit was no longer ours at its release")
+
+
 class Work:
     def __init__(self, options):
         self.options = options
         host, port = options.server.split(":")
-        self.alone = options.tasks == 1
-        if self.alone:
+        # Whether each task has a thread of its own.
+        self.in_threads = options.tasks == 1 or options.permits > 0
+        if self.in_threads:
             self.client = redis.Redis(host=host, port=int(port))
             return
         # This pool makes its callers wait. The plain pool rejects a task that finds no connection.
@@ -87,6 +106,8 @@ class Work:
 
     def lock(self, key):
         options = self.options
+        if options.permits:
+            return Semaphore(self.client, key, options)
         sleep = {}
         if options.retry_max_us:
             # Its loop sleeps for the same time on each try, so the delay is random only between
@@ -94,11 +115,11 @@ class Work:
             sleep["sleep"] = random.uniform(options.retry_min_us, options.retry_max_us) / 1e6
         # The token belongs to the task's own lock object, so nothing is kept per thread.
         lock = self.client.lock(key, timeout=options.ttl_ms / 1e3, thread_local=False, **sleep)
-        return Blocking(lock) if self.alone else lock
+        return Blocking(lock) if self.in_threads else lock
 
     def run(self, *loop):
         """Starts the loop of a task. Returns an awaitable that waits until it ends."""
-        if not self.alone:
+        if not self.in_threads:
             return asyncio.create_task(self.loop(*loop))
         thread = threading.Thread(target=lambda: asyncio.run(self.loop(*loop)), daemon=True)
         thread.start()
@@ -186,13 +207,13 @@ def report(tallies, end):
 async def main():
     parser = argparse.ArgumentParser()
     parser.add_argument("--server", required=True)
-    for name in ["--process", "--hold-us", "--retry-min-us", "--retry-max-us", "--pool"]:
+    for name in ["--process", "--hold-us", "--retry-min-us", "--retry-max-us", "--pool", "--permits", "--shared-percent"]:
         parser.add_argument(name, type=int, default=0)
     for name in ["--processes", "--tasks", "--keys"]:
         parser.add_argument(name, type=int, default=1)
     parser.add_argument("--ttl-ms", type=int, default=30_000)
     parser.add_argument("--warmup-ms", type=int, default=1_000)
-    parser.add_argument("--peer")
+    parser.add_argument("--peer", choices=["redis-py", "redis-semaphore-py"], required=True)
     work = Work(parser.parse_args())
     await work.warm_up()
     print("ready", flush=True)

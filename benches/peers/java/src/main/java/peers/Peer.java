@@ -9,6 +9,8 @@ import java.util.HashMap;
 import java.util.List;
 import java.util.Map;
 import java.util.concurrent.CompletableFuture;
+import java.util.concurrent.CompletionStage;
+import java.util.concurrent.ConcurrentHashMap;
 import java.util.concurrent.Executors;
 import java.util.concurrent.ScheduledExecutorService;
 import java.util.concurrent.ThreadLocalRandom;
@@ -17,25 +19,35 @@ import java.util.concurrent.locks.LockSupport;
 import java.util.function.Supplier;
 import org.redisson.Redisson;
 import org.redisson.api.RLock;
+import org.redisson.api.RPermitExpirableSemaphore;
 import org.redisson.api.RedissonClient;
 import org.redisson.config.Config;
 
 /**
- * Redisson's RLock and RFairLock under the loads of shardlock's bench.
+ * Redisson's RLock, RFairLock, RReadWriteLock and RPermitExpirableSemaphore under the loads of
+ * shardlock's bench.
  *
  * <p>A worker is one process of a load. It warms up, prints "ready", and reads from standard input
  * when the measured time begins and ends ("go START END", milliseconds since 1970). It prints its
  * counts as one line of JSON. See the README.md in benches/peers.
  *
  * <p>Many tasks use the asynchronous calls, whose holder is a number instead of a thread: a
- * thousand waiting threads are slower. A process with one task uses the blocking calls, in a thread
- * of its own.
+ * thousand waiting threads are slower. A process with one task of an RLock or RFairLock uses the
+ * blocking calls, in a thread of its own.
  */
 public final class Peer {
+    private static final List<String> PEERS =
+            List.of("redisson", "redisson-fair", "redisson-rw", "redisson-permits");
+
     private final Map<String, String> options = new HashMap<>();
     private final RedissonClient client;
     private final ScheduledExecutorService timer = Executors.newScheduledThreadPool(2);
-    private final boolean fair;
+    private final String peer;
+    private final boolean blocking;
+    private final int permits;
+    private final int sharedPercent;
+    private final long ttlMs;
+    private final Map<String, RPermitExpirableSemaphore> semaphores = new ConcurrentHashMap<>();
     private final int process;
     private final int processes;
     private final int tasks;
@@ -49,11 +61,14 @@ public final class Peer {
         processes = number("--processes", 1);
         tasks = number("--tasks", 1);
         keys = number("--keys", 1);
-        fair = switch (options.getOrDefault("--peer", "")) {
-            case "redisson" -> false;
-            case "redisson-fair" -> true;
-            default -> throw new IllegalArgumentException("--peer is redisson or redisson-fair");
-        };
+        permits = number("--permits", 0);
+        sharedPercent = number("--shared-percent", 0);
+        ttlMs = number("--ttl-ms", 30_000);
+        peer = options.getOrDefault("--peer", "");
+        if (!PEERS.contains(peer)) {
+            throw new IllegalArgumentException("--peer is one of " + PEERS + ", not " + peer);
+        }
+        blocking = tasks == 1 && (peer.equals("redisson") || peer.equals("redisson-fair"));
         Config config = new Config();
         // One process is one client, with the library's own pools: 64 connections, and 50 for
         // subscriptions, 5 each.
@@ -106,10 +121,10 @@ public final class Peer {
         for (int task = 0; task < threads; task++) {
             String key = oneKey ? "warm:" + process : "warm:" + process + ":" + task;
             long holder = task + 1;
-            if (tasks > 1) {
-                all.add(spawn(() -> loopAsync(holder, () -> key, 0, start, start + nanos, new Tally()).join()));
-            } else {
+            if (blocking) {
                 all.add(spawn(() -> loop(() -> key, 0, start, start + nanos, new Tally())));
+            } else {
+                all.add(spawn(() -> loopAsync(holder, () -> key, 0, start, start + nanos, new Tally()).join()));
             }
         }
         for (Thread thread : all) {
@@ -126,6 +141,11 @@ public final class Peer {
     }
 
     private String measure(long start, long end) {
+        if (permits > 0) {
+            for (int key = 0; key < keys; key++) {
+                semaphore("bench:" + key);
+            }
+        }
         List<Tally> tallies = new ArrayList<>();
         long hold = TimeUnit.MICROSECONDS.toNanos(number("--hold-us", 0));
         for (int task = 0; task < tasks; task++) {
@@ -134,7 +154,7 @@ public final class Peer {
             String own = "bench:" + (process * tasks + task);
             Supplier<String> next =
                     keys == processes * tasks ? () -> own : () -> "bench:" + ThreadLocalRandom.current().nextInt(keys);
-            if (tasks > 1) {
+            if (!blocking) {
                 long holder = task + 1;
                 timer.schedule(() -> loopAsync(holder, next, hold, start, end, tally), start - System.nanoTime(), TimeUnit.NANOSECONDS);
                 continue;
@@ -162,11 +182,9 @@ public final class Peer {
             done.complete(null);
             return;
         }
-        tally.waitsSince(System.nanoTime());
-        String key = next.get();
-        RLock lock = fair ? client.getFairLock(key) : client.getLock(key);
-        // Like lock() without a lease time.
-        lock.lockAsync(holder).whenComplete((nothing, failed) -> {
+        boolean shared = ThreadLocalRandom.current().nextInt(100) < sharedPercent;
+        tally.waitsSince(System.nanoTime(), sharedPercent > 0 && !shared);
+        acquire(next.get(), holder, shared).whenComplete((release, failed) -> {
             if (failed != null) {
                 tally.failed(new RuntimeException(failed), end);
                 begin(holder, next, hold, start, end, tally, done);
@@ -176,7 +194,7 @@ public final class Peer {
             tally.waited(Math.min(entered, end));
             Runnable leave = () -> {
                 long left = System.nanoTime();
-                lock.unlockAsync(holder).whenComplete((gone, refused) -> {
+                release.get().whenComplete((gone, refused) -> {
                     if (refused != null) {
                         tally.failed(new RuntimeException(refused), end);
                     } else if (!tally.locked(entered, left, System.nanoTime(), start, end)) {
@@ -194,11 +212,38 @@ public final class Peer {
         });
     }
 
+    /** Waits for the key. The result releases it. */
+    private CompletionStage<Supplier<CompletionStage<Void>>> acquire(String key, long holder, boolean shared) {
+        if (permits > 0) {
+            RPermitExpirableSemaphore semaphore = semaphore(key);
+            return semaphore.acquireAsync(ttlMs, TimeUnit.MILLISECONDS).thenApply(id -> () -> semaphore.releaseAsync(id));
+        }
+        RLock lock = lock(key, shared);
+        // Like lock() without a lease time.
+        return lock.lockAsync(holder).thenApply(nothing -> () -> lock.unlockAsync(holder));
+    }
+
+    private RLock lock(String key, boolean shared) {
+        return switch (peer) {
+            case "redisson" -> client.getLock(key);
+            case "redisson-fair" -> client.getFairLock(key);
+            default -> shared ? client.getReadWriteLock(key).readLock() : client.getReadWriteLock(key).writeLock();
+        };
+    }
+
+    /** The semaphore of a key, which the first process to use it has given its permits. */
+    private RPermitExpirableSemaphore semaphore(String key) {
+        return semaphores.computeIfAbsent(key, name -> {
+            RPermitExpirableSemaphore semaphore = client.getPermitExpirableSemaphore(name);
+            semaphore.trySetPermits(permits);
+            return semaphore;
+        });
+    }
+
     private void loop(Supplier<String> next, long hold, long start, long end, Tally tally) {
         while (System.nanoTime() < end) {
-            tally.waitsSince(System.nanoTime());
-            String key = next.get();
-            RLock lock = fair ? client.getFairLock(key) : client.getLock(key);
+            tally.waitsSince(System.nanoTime(), false);
+            RLock lock = lock(next.get(), false);
             while (true) {
                 try {
                     // Without a lease time, as at the start of the documentation: the watchdog

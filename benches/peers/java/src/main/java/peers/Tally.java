@@ -1,26 +1,49 @@
 package peers;
 
 import java.util.List;
+import java.util.Map;
 import java.util.TreeMap;
 
 /** The counts of one task. The task writes, and the report reads while some tasks still wait. */
 final class Tally {
     private static final int BUCKETS = 64 * 26 + 128;
 
-    private final int[] waits = new int[BUCKETS];
+    private final Waits waits = new Waits();
+    /** The waits for exclusive locks beside shared ones; null if there were none. */
+    private Waits writerWaits;
     private long locks;
-    private long waitMaxUs;
     private long holdSumUs;
     private long lastUs;
     private long errors;
     private String firstError;
     private boolean waiting;
+    private boolean isWriter;
     private long since;
 
+    /** A histogram with its longest wait. */
+    private static final class Waits {
+        final int[] counts = new int[BUCKETS];
+        long maxUs;
+
+        void add(long us) {
+            counts[Math.min(bucket(us), BUCKETS - 1)]++;
+            maxUs = Math.max(maxUs, us);
+        }
+
+        void addTo(Map<Integer, Long> all) {
+            for (int i = 0; i < BUCKETS; i++) {
+                if (counts[i] > 0) {
+                    all.merge(i, (long) counts[i], Long::sum);
+                }
+            }
+        }
+    }
+
     /** Begins a wait, or continues one that an error interrupted. */
-    synchronized void waitsSince(long nanoTime) {
+    synchronized void waitsSince(long nanoTime, boolean writer) {
         if (!waiting) {
             waiting = true;
+            isWriter = writer;
             since = nanoTime;
         }
     }
@@ -42,8 +65,11 @@ final class Tally {
     synchronized void waited(long until) {
         if (waiting) {
             long wait = Math.max(0, until - since) / 1000;
-            waits[Math.min(bucket(wait), BUCKETS - 1)]++;
-            waitMaxUs = Math.max(waitMaxUs, wait);
+            waits.add(wait);
+            if (isWriter) {
+                writerWaits = writerWaits == null ? new Waits() : writerWaits;
+                writerWaits.add(wait);
+            }
             waiting = false;
         }
     }
@@ -71,7 +97,9 @@ final class Tally {
     static String report(List<Tally> tallies, long end) {
         StringBuilder tasks = new StringBuilder();
         var waits = new TreeMap<Integer, Long>();
+        var writerWaits = new TreeMap<Integer, Long>();
         long waitMax = 0;
+        long writerWaitMax = 0;
         long holdSum = 0;
         long last = 0;
         long errors = 0;
@@ -80,12 +108,12 @@ final class Tally {
             synchronized (tally) {
                 tally.waited(end);
                 tasks.append(tasks.isEmpty() ? "" : ",").append(tally.locks);
-                for (int i = 0; i < BUCKETS; i++) {
-                    if (tally.waits[i] > 0) {
-                        waits.merge(i, (long) tally.waits[i], Long::sum);
-                    }
+                tally.waits.addTo(waits);
+                waitMax = Math.max(waitMax, tally.waits.maxUs);
+                if (tally.writerWaits != null) {
+                    tally.writerWaits.addTo(writerWaits);
+                    writerWaitMax = Math.max(writerWaitMax, tally.writerWaits.maxUs);
                 }
-                waitMax = Math.max(waitMax, tally.waitMaxUs);
                 holdSum += tally.holdSumUs;
                 last = Math.max(last, tally.lastUs);
                 errors += tally.errors;
@@ -94,11 +122,17 @@ final class Tally {
                 }
             }
         }
-        StringBuilder buckets = new StringBuilder();
+        return "{\"tasks\":[" + tasks + "],\"waits\":" + json(waits) + ",\"wait_max_us\":" + waitMax
+                + ",\"writer_waits\":" + json(writerWaits) + ",\"writer_wait_max_us\":" + writerWaitMax
+                + ",\"hold_sum_us\":" + holdSum + ",\"last_us\":" + last + ",\"errors\":" + errors
+                + ",\"first_error\":" + jsonString(firstError) + "}";
+    }
+
+    private static String json(Map<Integer, Long> waits) {
+        StringBuilder buckets = new StringBuilder("{");
         waits.forEach((at, count) ->
-                buckets.append(buckets.isEmpty() ? "" : ",").append('"').append(at).append("\":").append(count));
-        return "{\"tasks\":[" + tasks + "],\"waits\":{" + buckets + "},\"wait_max_us\":" + waitMax + ",\"hold_sum_us\":" + holdSum
-                + ",\"last_us\":" + last + ",\"errors\":" + errors + ",\"first_error\":" + jsonString(firstError) + "}";
+                buckets.append(buckets.length() == 1 ? "" : ",").append('"').append(at).append("\":").append(count));
+        return buckets.append('}').toString();
     }
 
     private static String jsonString(String text) {
