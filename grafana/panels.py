@@ -220,7 +220,7 @@ CONTENTION = Row(
             "Hand-offs",
             "Locks passed to a waiter. Local hand-offs stay in the process and cost nothing; "
             "remote ones cost a message between processes. If most are remote and that is too "
-            "slow, route the jobs of a key to one process, or raise max_burst.",
+            "slow, route the jobs of a key to one process.",
             [(total(rate("shardlock_hand_offs_total", SHARD), "kind"), "{{kind}}")],
             unit=units.OpsPerSecond,
         ),
@@ -254,10 +254,11 @@ CONTENTION = Row(
             ],
         ),
         Panel(
-            "Turns ended by a limit",
-            "Leases passed to another process because max_burst or max_slice was reached while "
-            "local tasks still waited. This keeps processes fair, and is normal under contention. "
-            "If throughput matters more than fairness, raise the limit that is reached.",
+            "Turns that left tasks waiting",
+            "Leases passed to another process while local tasks still waited. At the gate, all "
+            "that waited when the turn began had been served: this is normal under contention. If "
+            "max_burst or max_slice is reached often, the tasks of this process get a smaller "
+            "share than those of others: raise that limit.",
             [(total(rate("shardlock_bypass_limits_total", SHARD), "limit"), "{{limit}}")],
             unit=units.OpsPerSecond,
         ),

@@ -219,7 +219,7 @@
 //!   more permits than the limit. A loss is reported first.
 //! - Tokens of a key grow, also after its server lost its data, on servers whose clocks agree.
 //! - Tasks of a process are served in the order in which they asked. Processes take turns; while
-//!   others wait, a turn lasts at most `max_burst` guards or `max_slice` of time.
+//!   others wait, a turn serves the tasks that waited when it began, for at most `max_slice`.
 //! - No decision of a client uses a wall clock.
 //! - A lock is as safe as its shard. Redis replicates asynchronously, so a failover can forget a
 //!   lease, unless [`min_replicas_acked`](config::Config::min_replicas_acked) is the number of

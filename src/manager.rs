@@ -38,9 +38,10 @@ use crate::time_limit::within;
 /// process and share it.
 ///
 /// Locks are fair: the tasks of one process acquire a key in the order in which they asked for it.
-/// Processes also take turns in the order in which they asked; while others wait, a turn lasts at
-/// most `max_burst` guards or `max_slice` of time. See [`LockRequest`] for what awaiting a lock
-/// does, and [`LockGuard`] for what holding one means.
+/// Processes also take turns in the order in which they asked. While others wait, a turn serves the
+/// tasks that waited when it began, for at most `max_slice`: so a task in a process with many others
+/// gets the same share of a key as one that is alone in its process. See [`LockRequest`] for what
+/// awaiting a lock does, and [`LockGuard`] for what holding one means.
 ///
 /// When *not* to use it: within a single process, `tokio::sync::Mutex` is faster and can't be lost.
 /// If the data lives in one SQL database, a row lock or an advisory lock there is simpler and
@@ -126,7 +127,7 @@ impl LockManager {
         let context = Arc::new(ManagerContext {
             id,
             rules: Rules {
-                max_burst: config.max_burst,
+                max_burst: config.max_burst.unwrap_or(u32::MAX),
                 max_slice: config.max_slice,
                 renew_fraction: config.renew_fraction,
                 #[cfg(test)]

@@ -134,9 +134,9 @@ impl LockRequest {
     ///
     /// Nobody is passed: while an exclusive request waits, later shared ones wait behind it. Tasks
     /// of one manager share one lease, and join those that hold the key already without network
-    /// traffic; while other processes wait, for one turn
-    /// ([`Config::max_slice`](crate::config::Config::max_slice)) at most. Each guard has its own
-    /// token and its own `max_hold`. The lease lasts for the longest TTL of its guards.
+    /// traffic; those that come while other processes wait do not join, but wait for the next turn.
+    /// Each guard has its own token and its own `max_hold`. The lease lasts for the longest TTL of
+    /// its guards.
     ///
     /// # Examples
     ///

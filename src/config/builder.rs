@@ -112,9 +112,9 @@ impl Builder {
         self
     }
 
-    /// Sets [`Config::max_burst`].
-    pub fn max_burst(mut self, limit: u32) -> Self {
-        self.config.max_burst = limit;
+    /// Sets [`Config::max_burst`]; takes a number or `None`.
+    pub fn max_burst(mut self, limit: impl Into<Option<u32>>) -> Self {
+        self.config.max_burst = limit.into();
         self
     }
 

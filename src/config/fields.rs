@@ -106,13 +106,13 @@ pub(super) static FIELDS: &[Field] = &[
     ),
     field!(
         max_burst,
-        Within(1, 1_000_000),
-        "how many times in a row a lock is passed on inside a process while others wait"
+        OrNone(Within(1, 1_000_000)),
+        "how many guards a process serves in one turn while others wait, or none"
     ),
     field!(
         max_slice,
         Within(Duration::ZERO, secs(10)),
-        "how long a lock is passed on inside a process while others wait"
+        "how long a process serves its tasks in one turn while others wait"
     ),
     field!(
         max_waiters_per_key,

@@ -165,12 +165,15 @@ pub struct Config {
     /// 100,000 locks per second. Default: 1.
     pub connections: usize,
 
-    /// How many times in a row a lock is passed on inside this process while other processes wait
-    /// for it: 1 to 1,000,000. With 1, processes alternate strictly. Default: 64.
-    pub max_burst: u32,
+    /// The largest number of guards in one turn of this process: 1 to 1,000,000, or `None` for no
+    /// limit. While other processes wait for a key, a turn serves those tasks of this process that
+    /// waited when it began, and then the lock is passed to the next process. With 1, processes
+    /// alternate strictly. Default: `None`.
+    pub max_burst: Option<u32>,
 
-    /// How long a lock is passed on inside this process while other processes wait for it: 0 to 10
-    /// s. The turn ends when this or `max_burst` is reached, whichever comes first. Default: 10 ms.
+    /// How long a turn of this process may last: 0 to 10 s. A guard that is in use is not cut
+    /// short; the tasks that are left wait for the next turn. Lower: other processes wait less for a
+    /// process with a long line, but its tasks get a smaller share than theirs. Default: 1 s.
     pub max_slice: Duration,
 
     /// The maximum number of tasks of this process that wait for one key: 1 to 10,000,000. Default:
@@ -281,8 +284,8 @@ impl Default for Config {
             linger: Duration::ZERO,
             store_timeout: Duration::from_secs(1),
             connections: 1,
-            max_burst: 64,
-            max_slice: Duration::from_millis(10),
+            max_burst: None,
+            max_slice: Duration::from_secs(1),
             max_waiters_per_key: 100_000,
             max_waiters: 1_000_000,
             max_keys: 100_000,
@@ -570,7 +573,11 @@ mod tests {
             ("linger", &["0s", "1us", "1h"], &["3601s", "none", "0", "-1s"]),
             ("store_timeout", &["10ms", "60s"], &["9ms", "61s"]),
             ("connections", &["1", "16"], &["0", "17", "-1", "1.0", "one"]),
-            ("max_burst", &["1", "1000000"], &["0", "1000001", "4294967297"]),
+            (
+                "max_burst",
+                &["none", "1", "1000000"],
+                &["0", "1000001", "4294967297", "", "never"],
+            ),
             ("max_slice", &["0s", "10s"], &["10001ms"]),
             ("max_waiters_per_key", &["1", "10000000"], &["0", "10000001"]),
             ("max_waiters", &["1", "10000000"], &["0", "10000001"]),
@@ -697,7 +704,7 @@ mod tests {
         );
         assert_eq!(
             message("max_burst", "many"),
-            "max_burst is \"many\", but must be a whole number from 1 to 1000000"
+            "max_burst is \"many\", but must be none, or a whole number from 1 to 1000000"
         );
         let unknown = message("tll", "10s");
         assert!(unknown.starts_with("setting is \"tll\", but must be one of shards, namespace, ttl, "));

@@ -11,6 +11,7 @@ use tokio::sync::mpsc;
 
 use super::{Job, Shard, Usage};
 use crate::clock::Moment;
+use crate::engine::BLOCK_OF_GRANT;
 use crate::engine::orphans::{Attempt, Circumstances, OrphanRules, Orphans, PENDING_MAX, Released, Verdict};
 use crate::key::LockKey;
 use crate::protocol::{Cycle, Release};
@@ -99,7 +100,7 @@ async fn attempt(shard: Arc<Shard>, mut attempt: Sent) -> (Sent, Result<(), Stor
             cycle: attempt.cycle,
             requeue: None,
             nobody_waits: false,
-            tokens: shard.manager.rules.max_burst,
+            tokens: BLOCK_OF_GRANT,
             retire_until: shard.manager.min_holds.until(attempt.cycle, Moment::now()),
         };
         let priority = match attempt.is_ordered() {

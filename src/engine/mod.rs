@@ -18,8 +18,8 @@ pub(crate) mod orphans;
 pub(crate) mod renewals;
 
 pub(crate) use key::{
-    Bound, Capacity, Contender, Context, Effects, Granted, InOutage, Linger, MinHold, Outage, Outcome, Path, Rare,
-    Request, Rules, WaiterId, WaiterOptions, Wake,
+    BLOCK_OF_GRANT, Bound, Capacity, Contender, Context, Effects, Granted, InOutage, Linger, MinHold, Outage, Outcome,
+    Path, Rare, Request, Rules, WaiterId, WaiterOptions, Wake,
 };
 #[cfg(test)]
 pub(crate) use key::{Flaw, Unlimited};

@@ -7,9 +7,9 @@ use super::clock::Nanos;
 use super::network::{Driver, Lease, Order};
 use super::world::{Event, Manager, Orphan, Part, World};
 use crate::clock::Moment;
-use crate::engine::Request;
 use crate::engine::orphans::{Circumstances, Released, Verdict};
 use crate::engine::renewals::Due;
+use crate::engine::{BLOCK_OF_GRANT, Request};
 use crate::protocol::Cycle;
 use crate::store::Priority;
 
@@ -116,7 +116,7 @@ impl World {
             cycle: orphan.cycle,
             requeue: None,
             nobody_waits: false,
-            tokens: self.plan.rules.max_burst,
+            tokens: BLOCK_OF_GRANT,
         };
         let priority = match orphan.is_ordered() {
             true => Priority::Foreground,

@@ -7,12 +7,13 @@ use std::time::Duration;
 use super::clock::{DRIFT_MAX, Nanos, nanos};
 use super::plan::Variant;
 use super::tasks::State;
+use super::turns::Turn;
 use super::world::World;
 use crate::clock::Moment;
 use crate::fence::{FencingToken, TokenBlock};
 use crate::lease::Lease;
 use crate::mode::LockMode;
-use crate::protocol::{AcquireReply, Cycle};
+use crate::protocol::Cycle;
 
 /// More blocks than a command issues.
 const ISSUED_AT_ONCE: usize = 64;
@@ -22,9 +23,10 @@ pub(super) struct Ledger {
     keys: Vec<Books>,
     /// The number of token blocks issued so far.
     issued: u64,
-    /// When the manager of a cycle was notified of a remote waiter, and the number of guards served
-    /// under the cycle since.
-    bypass: BTreeMap<(usize, usize, Cycle), (Nanos, u32)>,
+    /// The turns of cycles, by manager and key.
+    pub(super) turns: BTreeMap<(usize, usize, Cycle), Turn>,
+    /// When the first guard of a cycle was granted.
+    pub(super) first_granted: BTreeMap<(usize, usize, Cycle), Nanos>,
     breach: Option<Breach>,
 }
 
@@ -71,7 +73,8 @@ impl Ledger {
         Self {
             keys: (0..keys).map(|_| Books::default()).collect(),
             issued: 0,
-            bypass: BTreeMap::new(),
+            turns: BTreeMap::new(),
+            first_granted: BTreeMap::new(),
             breach: None,
         }
     }
@@ -119,29 +122,6 @@ impl Ledger {
         });
     }
 
-    /// The reply that grants a lease contains the number of waiters. It supersedes what was known
-    /// of an earlier lease of the same cycle whose reply came too late.
-    pub(super) fn hears_of_rivals_in(
-        &mut self,
-        now: Nanos,
-        (m, k, cycle): (usize, usize, Cycle),
-        reply: &AcquireReply,
-        is_new: bool,
-    ) {
-        match reply {
-            AcquireReply::Granted { queued: 0, .. } if is_new => {
-                self.bypass.remove(&(m, k, cycle));
-            }
-            AcquireReply::Granted { queued: 1.., .. } => self.hears_of_rivals(now, m, k, cycle),
-            _ => {}
-        }
-    }
-
-    /// From now on the bypass of this cycle is bounded.
-    pub(super) fn hears_of_rivals(&mut self, now: Nanos, m: usize, k: usize, cycle: Cycle) {
-        self.bypass.entry((m, k, cycle)).or_insert((now, 0));
-    }
-
     /// The largest token of any guard of this key so far.
     pub(super) fn largest(&self, k: usize) -> u64 {
         self.keys[k % self.distinct()].largest
@@ -162,7 +142,6 @@ impl World {
         k: usize,
         lease: &Arc<Lease>,
         token: FencingToken,
-        at: Moment,
         min_hold: Duration,
     ) {
         let cycle = lease.cycle;
@@ -226,20 +205,6 @@ impl World {
             let by_any_clock = nanos(min_hold) * (1_000_000 - DRIFT_MAX as Nanos) / 1_000_000;
             books.min_hold_until = until.max(issued_at + by_any_clock);
         }
-        if cycle.expects_rivals() {
-            self.ledger.hears_of_rivals(self.now, m, k, cycle);
-        }
-        // Several shared guards may have been granted together before that, and begin after it.
-        let was_granted_at = self.managers[m].clock.when(at);
-        if let Some((heard, served)) = self.ledger.bypass.get_mut(&(m, k, cycle))
-            && (is_exclusive || was_granted_at > *heard)
-        {
-            *served += 1;
-            if *served > self.plan.rules.max_burst {
-                let what = format!("m{m} k{k} cycle {cycle} served {served} guards while others waited");
-                self.ledger.breach(what);
-            }
-        }
         self.check_guards();
         self.check_leases(k);
     }
@@ -249,14 +214,14 @@ impl World {
     }
 
     /// Checks that the task which got the lock asked before all tasks of the same process that
-    /// still wait for it. A task whose `max_hold` passed before it collected a guard in another
-    /// mode than exclusive waits again, while those granted beside it collect theirs.
+    /// still wait for it. A task that lost a guard in another mode than exclusive before it
+    /// collected it waits again, while those granted beside it collect theirs.
     pub(super) fn check_order(&mut self, m: usize, k: usize, order: u64, mode: LockMode) {
         let manager = &self.managers[m];
         let passed = manager.tasks.iter().position(|task| {
             matches!(&task.state, State::Waiting(earlier)
                 if earlier.k == k && earlier.mode == mode && earlier.order < order
-                    && (mode.is_exclusive() || earlier.max_hold.is_none()) && !manager.queues[k].is_settled(earlier.id))
+                    && (mode.is_exclusive() || !earlier.was_settled) && !manager.queues[k].is_settled(earlier.id))
         });
         if let Some(passed) = passed {
             self.ledger

@@ -22,6 +22,7 @@ mod pushes;
 mod run;
 mod story;
 mod tasks;
+mod turns;
 mod world;
 
 use std::sync::Mutex;
@@ -124,6 +125,23 @@ fn without_faults_nobody_waits_for_a_ttl() {
     assert_eq!(
         (stats.lost, stats.failed, stats.left_to_run_out),
         (0, 0, 0),
+        "{stats:?}"
+    );
+}
+
+/// A task waits for at most one turn of each other process, besides its own place in line. A turn
+/// serves the tasks that waited when it began, however fast others ask.
+#[test]
+fn without_faults_nobody_waits_for_two_turns_of_another_process() {
+    let stats = run_all(seeds(400), Variant::Turns).unwrap_or_else(|failure| panic!("{failure}"));
+    println!("{stats:?}");
+    assert_eq!(
+        (stats.lost, stats.failed, stats.left_to_run_out),
+        (0, 0, 0),
+        "{stats:?}"
+    );
+    assert!(
+        !are_usual() || stats.gated > 2_000 && stats.in_turns > 10_000,
         "{stats:?}"
     );
 }
@@ -238,6 +256,14 @@ fn ending_shared_leases_by_a_clients_clock_is_caught() {
     assert_caught(Flaw::EndsByClientsClock, Variant::Mixed, 2_000);
 }
 
+/// A task in another process would wait for as long as tasks of this one ask again.
+#[test]
+fn serving_those_who_came_after_a_turn_began_is_noticed() {
+    for variant in [Variant::Turns, Variant::Prompt, Variant::Mixed] {
+        assert_noticed(Flaw::ServesNewcomers, variant);
+    }
+}
+
 /// Checks that the flaw is found within 2,000 seeds, as a violation of any guarantee.
 fn assert_noticed(flaw: Flaw, variant: Variant) {
     let failure = (0..2_000).find_map(|seed| run(&Case::new(seed, variant, Some(flaw)), false).err());
@@ -281,6 +307,7 @@ fn soak() {
             Variant::Forgetting,
             Variant::Failover,
             Variant::Prompt,
+            Variant::Turns,
             Variant::Unheard,
         ] {
             let stats = run_all(seeds.clone(), variant).unwrap_or_else(|failure| panic!("{failure}"));

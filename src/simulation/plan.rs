@@ -24,6 +24,9 @@ pub(super) enum Variant {
     Prompt,
     /// The same, with all modes of the same keys.
     MixedPrompt,
+    /// The same as `Prompt`, with many tasks that ask again at once, and no limit on turns but
+    /// their gate.
+    Turns,
     /// The same, but half of the messages about a remote waiter are lost, and renewals make up for
     /// them.
     Unheard,
@@ -37,7 +40,17 @@ impl Variant {
 
     /// Whether there are no faults and nobody may wait for a lease to end.
     pub(super) const fn is_prompt(self) -> bool {
-        matches!(self, Self::Prompt | Self::MixedPrompt)
+        matches!(self, Self::Prompt | Self::MixedPrompt | Self::Turns)
+    }
+
+    /// Whether there are no faults.
+    pub(super) const fn is_faultless(self) -> bool {
+        self.is_prompt() || matches!(self, Self::Unheard)
+    }
+
+    /// Whether turns have no limit but their gate.
+    pub(super) const fn is_turns(self) -> bool {
+        matches!(self, Self::Turns)
     }
 
     /// Whether everything that the store grants stays known to it.
@@ -153,7 +166,7 @@ impl Plan {
         let plan = Self {
             variant,
             rules: Rules {
-                max_burst: [1, 2, 3, 8, 64][rng.random_range(0..5)],
+                max_burst: [1, 2, 3, 8, u32::MAX, u32::MAX][rng.random_range(0..6)],
                 max_slice: Duration::from_millis([2, 10, 1000][rng.random_range(0..3)]),
                 renew_fraction: 0.1,
                 flaw,
@@ -203,6 +216,23 @@ impl Plan {
         match variant {
             Variant::Faults | Variant::Mixed | Variant::Forgetting | Variant::Failover => plan,
             Variant::Prompt | Variant::MixedPrompt => plan.without_faults(1_000),
+            Variant::Turns => {
+                let crowded = Self {
+                    tasks: rng.random_range(1..=12),
+                    keys: 1,
+                    think_max: plan.think_max / [1, 10, 1_000][rng.random_range(0..3)],
+                    min_holds: vec![Duration::ZERO],
+                    ..plan.without_faults(1_000)
+                };
+                Self {
+                    rules: Rules {
+                        max_burst: u32::MAX,
+                        max_slice: Duration::from_secs(3_600),
+                        ..crowded.rules
+                    },
+                    ..crowded
+                }
+            }
             // A TTL contains ten renewals, so waiting for a lease to expire is noticed here too.
             Variant::Unheard => plan.without_faults(10),
         }

@@ -4,7 +4,6 @@ use std::fmt;
 
 use super::clock::{Nanos, nanos};
 use super::ledger::Breach;
-use super::plan::Variant;
 use super::story::Case;
 use super::world::World;
 use crate::clock::Moment;
@@ -47,6 +46,12 @@ pub(super) struct Stats {
     pub(super) doubted: u64,
     /// Leases released before their `min_hold` had passed.
     pub(super) retired: u64,
+    /// Guards that were served in turns, and turns that had served all tasks which waited when they
+    /// began, and left others.
+    pub(super) in_turns: u64,
+    pub(super) gated: u64,
+    /// The maximum share of the guards that a task may have to wait for, in percent.
+    pub(super) bypass_of_bound: u64,
     /// Batches of renewals, and the leases in them.
     pub(super) batches: u64,
     pub(super) renewals: u64,
@@ -82,12 +87,15 @@ impl Stats {
             (&mut self.late, other.late),
             (&mut self.doubted, other.doubted),
             (&mut self.retired, other.retired),
+            (&mut self.in_turns, other.in_turns),
+            (&mut self.gated, other.gated),
             (&mut self.batches, other.batches),
             (&mut self.renewals, other.renewals),
         ] {
             *sum += part;
         }
         self.patience_needed = self.patience_needed.max(other.patience_needed);
+        self.bypass_of_bound = self.bypass_of_bound.max(other.bypass_of_bound);
     }
 
     /// Asserts that every way to get, to miss and to lose a lock occurred often enough.
@@ -112,6 +120,8 @@ impl Stats {
             ("late commands", self.late, 100),
             ("cycles that were released once more", self.doubted, 200),
             ("leases released before their min_hold", self.retired, 1_000),
+            ("guards in turns", self.in_turns, 2_000),
+            ("turns that ended at their gate", self.gated, 500),
         ] {
             assert!(count >= least, "{what}: only {count}\n{self:?}");
         }
@@ -199,7 +209,7 @@ impl World {
             }
         }
         self.stats.patience_needed = self.now.saturating_sub(self.plan.faults_end) * 100 / patience;
-        if self.plan.variant.is_prompt() || self.plan.variant == Variant::Unheard {
+        if self.plan.variant.is_faultless() {
             for m in 0..self.managers.len() {
                 self.leave(m);
             }

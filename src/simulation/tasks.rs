@@ -7,6 +7,7 @@ use std::time::Duration;
 use super::background::Job;
 use super::clock::{Nanos, nanos};
 use super::network::{Driver, Order};
+use super::turns::Bypass;
 use super::world::{Event, Part, World};
 use crate::engine::{Effects, Granted, InOutage, Linger, MinHold, Outcome, Path, Request, WaiterId, WaiterOptions};
 use crate::fence::FencingToken;
@@ -46,7 +47,10 @@ pub(super) struct Waiting {
     pub(super) order: u64,
     pub(super) try_only: bool,
     pub(super) mode: LockMode,
-    pub(super) max_hold: Option<Duration>,
+    /// Whether it has had an outcome: it may lose a guard before it collects it.
+    pub(super) was_settled: bool,
+    pub(super) asked_at: Nanos,
+    pub(super) bypass: Bypass,
     min_hold: MinHold,
     /// The request that this task drives.
     driving: Option<u64>,
@@ -133,7 +137,9 @@ impl World {
             order,
             try_only: want.try_only,
             mode,
-            max_hold: want.max_hold,
+            was_settled: self.managers[m].queues[k].is_settled(id),
+            asked_at: self.now,
+            bypass: Bypass::default(),
             min_hold: want.min_hold,
             driving,
         };
@@ -191,6 +197,7 @@ impl World {
             k,
             id,
             order,
+            asked_at,
             min_hold,
             driving,
             ..
@@ -219,7 +226,7 @@ impl World {
         // A request that the task still drives is dropped together with its wait.
         self.drop_request(m, k, driving);
         match outcome {
-            Outcome::Granted(granted) => self.task_has_it(m, k, task, order, min_hold, granted),
+            Outcome::Granted(granted) => self.task_has_it(m, k, task, (order, asked_at), min_hold, granted),
             Outcome::Busy => self.stats.busy += 1,
             Outcome::Failed(_) => {}
             Outcome::TooLate => self.stats.too_late += 1,
@@ -230,7 +237,15 @@ impl World {
         }
     }
 
-    fn task_has_it(&mut self, m: usize, k: usize, task: usize, order: u64, min_hold: MinHold, granted: Granted) {
+    fn task_has_it(
+        &mut self,
+        m: usize,
+        k: usize,
+        task: usize,
+        (order, asked_at): (u64, Nanos),
+        min_hold: MinHold,
+        granted: Granted,
+    ) {
         self.check_after_failover(m, k, &granted);
         let Granted { lease, token, path, at } = granted;
         if self.managers[m].is_closed {
@@ -245,7 +260,10 @@ impl World {
             Path::Joined => self.stats.joined += 1,
         }
         self.check_order(m, k, order, lease.cycle.mode());
-        self.guard_begins(m, k, &lease, token, at, min_hold.time());
+        self.guard_begins(m, k, &lease, token, min_hold.time());
+        let granted_at = self.managers[m].clock.when(at);
+        self.check_turn(m, k, lease.cycle, asked_at, granted_at);
+        self.check_wait(m, k, asked_at);
         self.enter(m, task, State::Holding { k, lease, token });
         let hold = if self.chance(self.plan.long_hold_chance) {
             self.between(0, self.plan.long_hold_max)

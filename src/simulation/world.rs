@@ -16,12 +16,12 @@ use super::plan::Plan;
 use super::pushes::{Inbox, Subscription};
 use super::run::Stats;
 use super::story::Case;
-use super::tasks::{Step, Task};
+use super::tasks::{State, Step, Task};
 use crate::clock::Moment;
 use crate::engine::min_holds::MinHolds;
 use crate::engine::orphans::{Attempt, LateRequests, Orphans};
 use crate::engine::renewals::Renewals;
-use crate::engine::{Contender, Context, Effects, Rare, Request, Unlimited};
+use crate::engine::{Bound, Contender, Context, Effects, Rare, Request, Unlimited};
 use crate::identity::ManagerId;
 use crate::key::LockKey;
 use crate::mode::LockMode;
@@ -355,6 +355,11 @@ impl World {
         let queue = &mut manager.queues[k];
         let lingered = queue.lingers_until().is_some();
         let (result, effects) = happens(queue, cx);
+        let waiting = manager.tasks.iter_mut().filter_map(|task| match &mut task.state {
+            State::Waiting(waiting) if waiting.k == k => Some(waiting),
+            _ => None,
+        });
+        waiting.for_each(|waiting| waiting.was_settled |= queue.is_settled(waiting.id));
         let look_at = queue.next_deadline();
         let lost_idle = lingered && queue.leases() == 0 && !queue.is_evictable();
         let is_exclusive = queue.is_exclusive();
@@ -363,8 +368,13 @@ impl World {
             *queue = Contender::new(kind);
         }
         let Effects {
-            request, wake, rare, ..
+            request,
+            wake,
+            rare,
+            yielded,
+            ..
         } = effects;
+        self.stats.gated += u64::from(yielded == Some(Bound::Gate));
         let Rare {
             abandoned,
             lost,

@@ -130,15 +130,15 @@ metrics! {
         "above the longest job: a task is stuck under its lock; look at the held locks, and set max_hold";
     HAND_OFFS = "shardlock_hand_offs_total", Counter, Count, ["shard", "kind"],
         "locks handed to a waiter: local (same process) or remote (another process)",
-        "each remote hand-off costs a network trip: if there are many, route the jobs of a key to one process, or \
-         raise max_burst";
+        "each remote hand-off costs a network trip: if there are many, route the jobs of a key to one process";
     BATCH = "shardlock_local_batch_size", Histogram, Count, ["shard"],
         "guards served under one lease before it was released, including those served while it lingered",
         "near 1 under contention: merging does not help because the waiters are in different processes";
     BYPASS = "shardlock_bypass_limits_total", Counter, Count, ["shard", "limit"],
-        "leases passed to another process because max_burst or max_slice was reached while local tasks were still \
-         waiting",
-        "this is what keeps processes fair; if throughput matters more, raise the limit that is reached";
+        "leases passed to another process while local tasks were still waiting: all that waited when the turn began \
+         were served (gate), or max_burst or max_slice was reached first",
+        "gate is normal under contention; if max_burst or max_slice is reached often, tasks of this process get a \
+         smaller share than those of others: raise the limit";
     REJECTIONS = "shardlock_rejections_total", Counter, Count, ["limit"],
         "requests refused immediately because max_waiters_per_key, max_waiters or max_keys was reached, because \
          more leases are held than renewals can keep up with, or because too many keys wait for a shard that is \

@@ -114,7 +114,7 @@ fn later_settings_override_earlier_ones() {
         .build_config()
         .unwrap();
     assert_eq!(config.ttl, Duration::from_secs(1));
-    assert_eq!((config.max_burst, config.class.as_str()), (2, "code"));
+    assert_eq!((config.max_burst, config.class.as_str()), (Some(2), "code"));
 }
 
 #[test]

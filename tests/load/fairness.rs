@@ -13,32 +13,37 @@ use tokio::task::JoinSet;
 
 use super::ALONE;
 
-/// Locks repeatedly in `SHARDLOCK_TEST_TASKS` tasks until the test sends `stop`. Reports the number
-/// of acquisitions on each request.
+/// Locks repeatedly in `SHARDLOCK_TEST_TASKS` tasks, for `SHARDLOCK_TEST_HOLD_MS` at a time, until
+/// the test sends `stop`. Reports the number of acquisitions of each task on each request.
 #[tokio::main]
 pub(crate) async fn contend(me: &worker::Current) {
     let locks = builder_of(me).connect().await.expect("connect");
     let tasks: usize = me.var("SHARDLOCK_TEST_TASKS").parse().expect("a number");
+    let hold = Duration::from_millis(me.var("SHARDLOCK_TEST_HOLD_MS").parse().expect("a number"));
     let over = Arc::new(AtomicBool::new(false));
-    let had = Arc::new(AtomicU64::new(0));
+    let had: Arc<[AtomicU64]> = (0..tasks).map(|_| AtomicU64::new(0)).collect();
     let mut contending = JoinSet::new();
-    for _ in 0..tasks {
+    for task in 0..tasks {
         let (locks, over, had) = (locks.clone(), Arc::clone(&over), Arc::clone(&had));
         contending.spawn(async move {
             while !over.load(Ordering::Relaxed) {
                 let guard = lock(&locks, "k").await;
-                had.fetch_add(1, Ordering::Relaxed);
+                had[task].fetch_add(1, Ordering::Relaxed);
                 // Simulated work under the lock.
-                tokio::time::sleep(Duration::from_millis(1)).await;
+                tokio::time::sleep(hold).await;
                 guard.release().await.expect("release");
             }
         });
     }
+    let count = move || {
+        let had = had.iter().map(|count| count.load(Ordering::Relaxed).to_string());
+        had.collect::<Vec<_>>().join(" ")
+    };
     let told = tokio::task::spawn_blocking({
-        let (me, had) = (me.clone(), Arc::clone(&had));
+        let (me, count) = (me.clone(), count.clone());
         move || {
             while me.hear().expect("the test sends a line") == COUNT {
-                me.say(had.load(Ordering::Relaxed).to_string());
+                me.say(count());
             }
         }
     });
@@ -47,25 +52,35 @@ pub(crate) async fn contend(me: &worker::Current) {
     while let Some(ended) = contending.join_next().await {
         ended.expect("a task");
     }
-    me.say(had.load(Ordering::Relaxed).to_string());
+    me.say(count());
 }
 
 /// The lines that request the number of acquisitions and that stop a contender.
 const COUNT: &str = "count";
 const STOP: &str = "stop";
 
-/// Minimum duration of the contention, and the minimum number of acquisitions by all processes
-/// together. With fewer, on a slow machine or server, the shares mean nothing.
+/// Minimum duration of the contention, the minimum number of acquisitions by all tasks together,
+/// and by the average task. With fewer, on a slow machine or server, the shares mean nothing.
 const CONTEND: Duration = Duration::from_secs(2);
-const TURNS_MIN: u64 = 400;
+const GUARDS_MIN: u64 = 400;
+const ROUNDS_MIN: u64 = 10;
 
-/// Number of acquisitions of each process while they contend with `tasks[i]` tasks each.
-async fn shares(store: &TestStore, tasks: &[usize]) -> Vec<u64> {
+/// Number of acquisitions of each task of each process while they contend with `tasks[i]` tasks
+/// each, and hold the lock for `hold_ms` at a time.
+async fn shares(store: &TestStore, tasks: &[u64], hold_ms: u64) -> Vec<Vec<u64>> {
     let watcher = store.manager().await;
     let guard = lock(&watcher, "k").await;
+    let hold_ms = hold_ms.to_string();
     let mut contenders: Vec<_> = tasks
         .iter()
-        .map(|tasks| store.worker("contender", &[("SHARDLOCK_TEST_TASKS", &tasks.to_string())]))
+        .map(|tasks| {
+            let tasks = tasks.to_string();
+            let variables = [
+                ("SHARDLOCK_TEST_TASKS", tasks.as_str()),
+                ("SHARDLOCK_TEST_HOLD_MS", hold_ms.as_str()),
+            ];
+            store.worker("contender", &variables)
+        })
         .collect();
     until_queued(&watcher, "k", tasks.len() as u64).await;
     guard.release().await.expect("release");
@@ -73,23 +88,32 @@ async fn shares(store: &TestStore, tasks: &[usize]) -> Vec<u64> {
     let mut shares = Vec::new();
     until("there were enough turns", async || {
         tokio::time::sleep(CONTEND).await;
-        shares = turns_of(&mut contenders, COUNT);
-        shares.iter().sum::<u64>() >= TURNS_MIN
+        shares = guards_of(&mut contenders, COUNT);
+        let rounds = tasks.iter().sum::<u64>() * ROUNDS_MIN;
+        shares.iter().flatten().sum::<u64>() >= GUARDS_MIN.max(rounds)
     })
     .await;
-    turns_of(&mut contenders, STOP);
+    guards_of(&mut contenders, STOP);
     shares
 }
 
-/// Sends a line to all contenders and returns the number of acquisitions of each.
-fn turns_of(contenders: &mut [Worker], line: &str) -> Vec<u64> {
+/// Sends a line to all contenders and returns the number of acquisitions of each of their tasks.
+fn guards_of(contenders: &mut [Worker], line: &str) -> Vec<Vec<u64>> {
     for contender in &mut *contenders {
         contender.send(line);
     }
-    contenders
-        .iter()
-        .map(|contender| contender.line().parse().expect("a number"))
-        .collect()
+    let numbers = |line: String| {
+        line.split(' ')
+            .map(|number| number.parse().expect("a number"))
+            .collect()
+    };
+    contenders.iter().map(|contender| numbers(contender.line())).collect()
+}
+
+/// The smallest and the largest share of a task.
+fn extremes(shares: &[Vec<u64>]) -> (u64, u64) {
+    let all = || shares.iter().flatten().copied();
+    (all().min().expect("some"), all().max().expect("some"))
 }
 
 on_each_store! {
@@ -97,20 +121,34 @@ on_each_store! {
 
     async fn the_least_lucky_of_many_processes_gets_nearly_what_the_luckiest_gets(store: &TestStore) {
         let _alone = ALONE.lock().await;
-        let shares = shares(store, &[1; 12]).await;
-        let (least, most) = (shares.iter().min().expect("some"), shares.iter().max().expect("some"));
+        let shares = shares(store, &[1; 12], 1).await;
+        let (least, most) = extremes(&shares);
         // On an idle machine they differ by one or two. A process without processor time misses
         // some turns.
-        assert!(*least >= 10 && *least * 10 >= *most * 7, "{shares:?}");
+        assert!(least >= 10 && least * 10 >= most * 7, "{shares:?}");
+    }
+
+    /// The 40 tasks of one process have about as much of the lock, each, as the task that is alone
+    /// in the other process.
+    async fn all_tasks_get_the_same_share_however_they_are_spread_over_processes(store: &TestStore) {
+        let _alone = ALONE.lock().await;
+        for tasks in [[20, 20], [40, 1]] {
+            let shares = shares(store, &tasks, 5).await;
+            let (least, most) = extremes(&shares);
+            println!("{tasks:?} tasks: the largest share is {most} guards, the smallest {least}; {shares:?}");
+            assert!(2 * most <= 3 * least, "{tasks:?}: {shares:?}");
+        }
     }
 
     async fn a_process_with_one_task_is_not_starved_by_one_with_many(store: &TestStore) {
         let _alone = ALONE.lock().await;
-        let shares = shares(store, &[1, 100]).await;
-        // The single task gets a turn after each 10 ms slice of the other process.
-        assert!(shares[0] >= 20, "{shares:?}");
+        let shares = shares(store, &[1, 100], 1).await;
+        // The single task gets a turn after each of the other process, which serves each of its
+        // tasks once.
+        let (single, others) = (shares[0][0], shares[1].iter().sum::<u64>());
+        assert!(single * 3 >= others / 100 * 2, "{shares:?}");
         // The other process is not slowed down to the pace of the single task.
-        assert!(shares[1] > shares[0], "{shares:?}");
+        assert!(others > single, "{shares:?}");
     }
 }
 

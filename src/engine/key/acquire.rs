@@ -168,7 +168,7 @@ impl<W> Queue<W> {
         let (cycle, early, missed_pushes) = (acquiring.cycle, acquiring.early, acquiring.missed_pushes);
         self.remote_waiters_seen = true;
         if self.waiters.is_empty() {
-            return self.release(cycle, cx, effects);
+            return self.release(cycle, effects);
         }
         let ahead = u32::try_from(position.ahead).unwrap_or(u32::MAX);
         let spread = SPREAD.saturating_mul(ahead.saturating_add(1)).min(LOOK_MAX / 4);

@@ -21,8 +21,8 @@ pub(crate) struct Effects<W> {
     pub(crate) discarded: Option<W>,
     /// A hold of the lease ended. The value is the number of guards it served.
     pub(crate) served: Option<u32>,
-    /// The lease was passed to another process while local waiters were left, because this bound
-    /// was reached.
+    /// The lease was passed to another process while local waiters were left, because its turn
+    /// ended with this bound.
     pub(crate) yielded: Option<Bound>,
     /// Effects of few events, boxed so that `Effects` is small enough to be moved without a call.
     pub(crate) rare: Option<Box<Rare>>,
@@ -48,17 +48,22 @@ pub(crate) struct Rare {
 /// A bound on the bypass of other processes.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub(crate) enum Bound {
+    /// All tasks that waited when the turn began were served, and others have come since.
+    Gate,
+    /// The limit on the guards of a turn.
     Burst,
+    /// The limit on the duration of a turn.
     Slice,
 }
 
 impl Bound {
     /// Ordered by discriminant.
-    pub(crate) const ALL: [Self; 2] = [Self::Burst, Self::Slice];
+    pub(crate) const ALL: [Self; 3] = [Self::Gate, Self::Burst, Self::Slice];
 
-    /// The name of the setting.
+    /// The name of the setting, or `gate`.
     pub(crate) const fn as_str(self) -> &'static str {
         match self {
+            Self::Gate => "gate",
             Self::Burst => "max_burst",
             Self::Slice => "max_slice",
         }

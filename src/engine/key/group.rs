@@ -9,22 +9,26 @@
 //! validity, renewals, tokens, outages, turns and lingering are those of an exclusive lock.
 //!
 //! - *Shared*: one lane. Its hold serves all waiting tasks, and those that arrive later, until
-//!   remote waiters are known and the turn is over. Each guard has its own token and its own end.
-//!   The hold ends with the last guard.
+//!   remote waiters are known: from then on it has a turn. Each guard has its own token and its own
+//!   end. The hold ends with the last guard.
 //! - *Permits*: a lane for each lease. A lease is for the number of permits that a task asked for,
 //!   and serves one guard at a time. It passes to the next task without network traffic if that
-//!   task asks for the same.
+//!   task asks for the same, and if the turn of the lane is not over.
+//!
+//! A turn serves the tasks that waited when it began, as for exclusive locks. So a claim counts as
+//! waiting for as long as the task that it was made for.
 //!
 //! Claims belong to nobody: whichever lane is granted first serves the first task. Tasks that were
-//! served, or gave up, leave claims behind, and those are given up. Nobody is passed: a task has a
-//! claim only if all before it have one, and the store's queue keeps the order of claims.
+//! served, or gave up, leave claims behind, and the latest of those are given up. Nobody is passed:
+//! a task has a claim only if all before it have one, and the store's queue keeps the order of
+//! claims.
 
 use std::sync::Arc;
 
 use super::outage::Trouble;
 use super::{
-    Context, Effects, Granted, InOutage, Lease, LockMode, LossReason, Moment, Outage, Outcome, Path, Queue, Rare,
-    Waiter, WaiterId, WaiterOptions, Waiters,
+    Bound, Context, Effects, Granted, InOutage, Lease, LockMode, LossReason, Moment, Outage, Outcome, Path, Queue,
+    Rare, Waiter, WaiterId, WaiterOptions, Waiters,
 };
 use crate::error::{Failure, LockError};
 use crate::fence::FencingToken;
@@ -233,7 +237,7 @@ impl<W> Group<W> {
         }
         match (mode, self.lanes.first()) {
             (LockMode::Shared, Some(lane)) => match lane.hold {
-                Some(_) => lane.queue.may_join(cx),
+                Some(_) => lane.queue.may_join(cx.now, cx),
                 None => lane.claim.is_none() && lane.queue.is_free_for_a_try(),
             },
             _ => self.weight_in_use() + mode.weight() <= mode.limit(),
@@ -619,7 +623,11 @@ impl<W> Group<W> {
         self.remote_waiters_seen = lane.queue.remote_waiters_seen();
         let mode = lane.mode;
         let found = self.waiters.iter().find(|(_, waiter)| waiter.want.mode == mode);
-        if let Some(id) = found.map(|(id, _)| id) {
+        // The task that the claim was made for may have been served elsewhere, and the turn may not
+        // include the next one. The hold then ends without a guard.
+        if let Some((id, since)) = found.map(|(id, waiter)| (id, waiter.since))
+            && lane.queue.reached_bound(since, cx) != Some(Bound::Gate)
+        {
             self.admit(index, id, token, granted.path, cx, effects);
         }
     }
@@ -671,23 +679,28 @@ impl<W> Group<W> {
     /// Lets the first task share the key with those that hold it.
     fn join(&mut self, cx: Context<'_>, effects: &mut Effects<W>) -> bool {
         let is_open = |lane: &Lane| lane.mode == LockMode::Shared && lane.hold.is_some();
-        let (Some(index), Some(id)) = (self.lanes.iter().position(is_open), self.waiters.first()) else {
+        let (Some(index), Some((id, first))) = (self.lanes.iter().position(is_open), self.waiters.iter().next()) else {
             return false;
         };
+        let asked_at = first.since;
         let mut token = None;
         self.on_lane(index, effects, |queue| {
-            let (joined, effects) = queue.join(cx);
+            let (joined, effects) = queue.join(asked_at, cx);
             token = joined;
             effects
         });
         let Some(token) = token else { return false };
-        let is_new = self.waiters.get(id).is_some_and(|waiter| waiter.since == cx.now);
-        let path = if is_new { Path::Joined } else { Path::LocalHandOff };
+        let path = if asked_at == cx.now {
+            Path::Joined
+        } else {
+            Path::LocalHandOff
+        };
         self.admit(index, id, token, path, cx, effects);
         true
     }
 
-    /// Ends a hold without guards. A task that can use the lease claims it first.
+    /// Ends a hold without guards. A task that can use the lease claims it first, or claims the
+    /// next lease of the lane if the turn must not serve it.
     fn end_hold(&mut self, cx: Context<'_>, effects: &mut Effects<W>) -> bool {
         let is_over = |lane: &Lane| {
             lane.hold
@@ -700,10 +713,11 @@ impl<W> Group<W> {
             return false;
         };
         let first = self.waiters.first().and_then(|id| self.waiters.get(id));
-        if let Some(want) = first.map(|first| first.want)
+        if let Some((want, since)) = first.map(|first| (first.want, first.since))
             && want.mode == mode
+            && (self.may_serve(index, since, cx) || !self.has_claims_for_all(mode))
         {
-            self.claim_in(index, want, cx, effects);
+            self.claim_in(index, want, since, cx, effects);
         }
         if let Some(hold) = hold {
             self.on_lane(index, effects, |queue| queue.released(hold.cycle, hold.token, cx).1);
@@ -711,11 +725,40 @@ impl<W> Group<W> {
         true
     }
 
+    /// Whether the turn of the lane includes a task that has waited since then.
+    fn may_serve(&self, index: usize, since: Moment, cx: Context<'_>) -> bool {
+        let lane = self.lanes.get(index);
+        lane.is_some_and(|lane| lane.queue.reached_bound(since, cx).is_none())
+    }
+
+    /// Whether the tasks that may have a claim in this mode all have one.
+    fn has_claims_for_all(&self, mode: LockMode) -> bool {
+        let line = self.waiters.iter().take(CLAIMS_MAX);
+        let tasks = line.filter(|(_, waiter)| waiter.want.mode == mode).count();
+        let lanes = self.lanes.iter();
+        tasks <= lanes.filter(|lane| lane.mode == mode && lane.claim.is_some()).count()
+    }
+
+    /// The lanes with a claim, those that will have a lease first before the others.
+    fn claims(&self) -> Vec<usize> {
+        let place = |lane: &Lane| match lane.queue.contending_cycle() {
+            _ if lane.queue.holds() => (0, None),
+            Some(cycle) => (1, Some(cycle)),
+            // Its cycle begins when a release has been answered.
+            None => (2, None),
+        };
+        let lanes = self.lanes.iter().enumerate();
+        let mut claims: Vec<_> = lanes
+            .filter(|(_, lane)| lane.claim.is_some())
+            .map(|(index, lane)| (place(lane), index))
+            .collect();
+        claims.sort_unstable();
+        claims.into_iter().map(|(_, index)| index).collect()
+    }
+
     /// Makes a claim for the first task that has none, or gives up one that no task needs.
     fn claim(&mut self, cx: Context<'_>, effects: &mut Effects<W>) -> bool {
-        let mut unused: Vec<usize> = (0..self.lanes.len())
-            .filter(|&index| self.lanes.get(index).is_some_and(|lane| lane.claim.is_some()))
-            .collect();
+        let mut unused = self.claims();
         let mut wanted = None;
         for (_, waiter) in self.waiters.iter().take(CLAIMS_MAX) {
             let mode = waiter.want.mode;
@@ -724,10 +767,10 @@ impl<W> Group<W> {
                 .position(|&index| self.lanes.get(index).is_some_and(|lane| lane.mode == mode));
             match found {
                 Some(place) => {
-                    unused.swap_remove(place);
+                    unused.remove(place);
                 }
                 None => {
-                    wanted = Some(waiter.want);
+                    wanted = Some((waiter.want, waiter.since));
                     break;
                 }
             }
@@ -743,7 +786,7 @@ impl<W> Group<W> {
             }
             return true;
         }
-        let Some(want) = wanted else { return false };
+        let Some((want, since)) = wanted else { return false };
         let is_shared = want.mode == LockMode::Shared;
         if is_shared && self.lanes.iter().any(|lane| lane.hold.is_some())
             || !is_shared && self.weight_in_use() + want.mode.weight() > want.mode.limit()
@@ -757,11 +800,19 @@ impl<W> Group<W> {
             self.lanes.push(lane);
             self.lanes.len() - 1
         });
-        self.claim_in(index, want, cx, effects);
+        self.claim_in(index, want, since, cx, effects);
         true
     }
 
-    fn claim_in(&mut self, index: usize, want: WaiterOptions, cx: Context<'_>, effects: &mut Effects<W>) {
+    /// Makes a claim for a task that has waited since then.
+    fn claim_in(
+        &mut self,
+        index: usize,
+        want: WaiterOptions,
+        since: Moment,
+        cx: Context<'_>,
+        effects: &mut Effects<W>,
+    ) {
         let claim = WaiterOptions {
             // The patience of tasks is watched by the group.
             in_outage: InOutage::UntilOwnLimit,
@@ -771,7 +822,7 @@ impl<W> Group<W> {
         };
         let mut id = None;
         self.on_lane(index, effects, |queue| {
-            let (claim, effects) = queue.want(claim, None, cx);
+            let (claim, effects) = queue.want_since(since, claim, None, cx);
             id = Some(claim);
             effects
         });

@@ -3,11 +3,11 @@
 use std::sync::Arc;
 use std::time::Duration;
 
-use super::effect::{Effects, Request};
-use super::phase::{Acquiring, Held, Holder, Occupant, Phase};
+use super::effect::{Bound, Effects, Request};
+use super::phase::{Acquiring, Held, Holder, Occupant, Phase, Turn};
 use super::types::{Context, Granted, Linger, MinHold, Outcome, Path, WaiterOptions};
 use super::waiters::WaiterId;
-use super::{BLOCK_LINGERING, BLOCK_MAX, BLOCK_MIN, Queue, drift};
+use super::{BLOCK_LINGERING, BLOCK_MAX, BLOCK_MIN, BLOCK_OF_GRANT, Queue, drift};
 use crate::clock::Moment;
 use crate::error::LossReason;
 use crate::fence::{FencingToken, TokenBlock};
@@ -42,6 +42,7 @@ impl<W> Queue<W> {
         // The owner of an odd cycle is not notified of remote waiters, so it assumes that there are
         // some.
         let remote_waiters = self.remote_waiters_seen || cycle.expects_rivals();
+        let turn = Turn::begin(cx.now, 0, self.in_line());
         self.phase = Phase::Held(Held {
             lease: Arc::new(Lease::new(cycle, valid_until, ttl)),
             tokens,
@@ -53,10 +54,8 @@ impl<W> Queue<W> {
             min_hold_until: None,
             extending: false,
             in_doubt: false,
-            remote_waiters,
-            served: 0,
+            turn: remote_waiters.then_some(turn),
             served_in_all: 0,
-            since: cx.now,
             renew_at: sent_at + cx.rules.renew_every(ttl),
             renewing: false,
             confirmed_in: self.asked_in,
@@ -109,8 +108,9 @@ impl<W> Queue<W> {
 
     /// Other managers wait for what we hold. A lingering lease is released to them.
     pub(super) fn note_remote_waiters(&mut self, cx: Context<'_>, effects: &mut Effects<W>) {
+        let waiting = self.in_line();
         let Phase::Held(held) = &mut self.phase else { return };
-        held.note_remote_waiters(cx.now);
+        held.note_remote_waiters(waiting, cx.now);
         self.remote_waiters_seen = true;
         self.end_linger(cx, effects);
     }
@@ -119,26 +119,27 @@ impl<W> Queue<W> {
     /// lingers, or is released.
     pub(super) fn pass_on(&mut self, cx: Context<'_>, effects: &mut Effects<W>) {
         let needs_new_lease = !self.min_hold_of_first().is_none();
+        let bound = self.waiting_since().and_then(|since| self.reached_bound(since, cx));
         let Phase::Held(held) = &mut self.phase else { return };
         held.occupant = Occupant::Nobody;
         let is_over = needs_new_lease || held.min_hold_until.is_some_and(|until| cx.now < until);
         if self.waiters.is_empty() && !is_over && held.may_linger() && !self.keeps_nothing && cx.capacity.has_room() {
             return self.linger(cx, effects);
         }
-        if held.extending && (is_over || self.waiters.is_empty() || held.must_yield(cx)) {
+        if held.extending && (is_over || self.waiters.is_empty() || bound.is_some()) {
             // An extension is in flight. Wait for its reply, or it could acquire the lease again
             // after the release.
             return;
         }
         let cycle = held.lease.cycle;
         if is_over || self.waiters.is_empty() {
-            return self.release(cycle, cx, effects);
+            return self.release(cycle, effects);
         }
-        if let Some(bound) = held.reached_bound(cx) {
+        if let Some(bound) = bound {
             // A try that waits for an extension must not wait for other managers as well.
             self.refuse_tries(effects);
             if self.waiters.is_empty() {
-                return self.release(cycle, cx, effects);
+                return self.release(cycle, effects);
             }
             effects.yielded = Some(bound);
             return self.requeue(cycle, cx, effects);
@@ -201,14 +202,12 @@ impl<W> Queue<W> {
         let long_enough = held.lease.remaining(cx.now) * 4 >= self.ttl;
         let is_older = matches!(path, Path::LocalHandOff | Path::Lingering);
         let is_good = !is_older || long_enough && held.is_confirmed(cx);
-        let token = if is_good { held.take_token() } else { None };
+        let token = if is_good { held.serve_next() } else { None };
         let Some(token) = token else {
             return self.extend(cx, effects);
         };
         let Some(waiter) = self.waiters.get_mut(id) else { return };
         self.ttl = waiter.want.ttl;
-        held.served = held.served.saturating_add(1);
-        held.served_in_all = held.served_in_all.saturating_add(1);
         let hold_until = waiter.want.max_hold.map(|longest| cx.now + longest);
         held.linger = waiter.want.linger;
         held.min_hold_until = None;
@@ -234,28 +233,40 @@ impl<W> Queue<W> {
         self.resolve(id, outcome, effects);
     }
 
-    /// Whether another guard may be let in beside the present one.
-    pub(super) fn may_join(&self, cx: Context<'_>) -> bool {
-        let Phase::Held(held) = &self.phase else { return false };
-        held.guard().is_some() && !held.must_yield(cx) && held.lease.loss_at(cx.now).is_none()
+    /// Why our lease must not serve a task that has waited since `asked_at`, if remote waiters are
+    /// the reason.
+    pub(super) fn reached_bound(&self, asked_at: Moment, cx: Context<'_>) -> Option<Bound> {
+        match &self.phase {
+            Phase::Held(held) => held.reached_bound(asked_at, cx),
+            _ => None,
+        }
     }
 
-    /// Lets another guard in beside the present one, and returns its token. If the lease has too
-    /// little time or no tokens left, it is extended first, and the guard has to ask again.
-    pub(super) fn join(&mut self, cx: Context<'_>) -> (Option<FencingToken>, Effects<W>) {
+    /// The number of tasks that a turn which begins now will serve.
+    fn in_line(&self) -> u64 {
+        (self.waiters.len() as u64).max(self.beside)
+    }
+
+    /// Whether a task that has waited since `asked_at` may be let in beside the present guard.
+    pub(super) fn may_join(&self, asked_at: Moment, cx: Context<'_>) -> bool {
+        let Phase::Held(held) = &self.phase else { return false };
+        let is_held = held.guard().is_some() && held.lease.loss_at(cx.now).is_none();
+        is_held && held.reached_bound(asked_at, cx).is_none()
+    }
+
+    /// Lets a task that has waited since `asked_at` in beside the present guard, and returns its
+    /// token. If the lease has too little time or no tokens left, it is extended first, and the
+    /// task has to ask again.
+    pub(super) fn join(&mut self, asked_at: Moment, cx: Context<'_>) -> (Option<FencingToken>, Effects<W>) {
         let mut effects = Effects::none();
-        if !self.may_join(cx) {
+        if !self.may_join(asked_at, cx) {
             return (None, effects);
         }
         let Phase::Held(held) = &mut self.phase else {
             return (None, effects);
         };
         let is_good = held.lease.remaining(cx.now) * 4 >= self.ttl && held.is_confirmed(cx);
-        let token = if is_good { held.take_token() } else { None };
-        if token.is_some() {
-            held.served = held.served.saturating_add(1);
-            held.served_in_all = held.served_in_all.saturating_add(1);
-        }
+        let token = if is_good { held.serve_next() } else { None };
         // If the last extension had no reply, the next one would have none either.
         if !held.in_doubt && (token.is_none() || held.is_low_on_tokens(cx)) {
             self.extend(cx, &mut effects);
@@ -283,7 +294,7 @@ impl<W> Queue<W> {
 
     /// Requests more time and tokens under our lease.
     pub(super) fn extend(&mut self, cx: Context<'_>, effects: &mut Effects<W>) {
-        let waiting = (self.waiters.len() as u64).max(self.beside);
+        let waiting = self.in_line();
         let Phase::Held(held) = &mut self.phase else { return };
         if held.extending {
             return;
@@ -303,22 +314,16 @@ impl<W> Queue<W> {
         });
     }
 
-    pub(super) fn release(&mut self, cycle: Cycle, cx: Context<'_>, effects: &mut Effects<W>) {
+    pub(super) fn release(&mut self, cycle: Cycle, effects: &mut Effects<W>) {
         self.repeat_release_if_in_doubt(cycle, effects);
         self.finish_hold(effects);
-        let nobody_waits = matches!(
-            &self.phase,
-            Phase::Held(Held {
-                remote_waiters: false,
-                ..
-            })
-        );
+        let nobody_waits = matches!(&self.phase, Phase::Held(Held { turn: None, .. }));
         self.phase = Phase::Releasing { cycle, lingered: false };
         effects.request(Request::Release {
             cycle,
             requeue: None,
             nobody_waits,
-            tokens: cx.rules.max_burst,
+            tokens: BLOCK_OF_GRANT,
         });
     }
 
@@ -333,7 +338,7 @@ impl<W> Queue<W> {
             cycle,
             requeue: Some(next),
             nobody_waits: false,
-            tokens: cx.rules.max_burst,
+            tokens: BLOCK_OF_GRANT,
         });
     }
 

@@ -11,10 +11,19 @@
 //!
 //! A manager is at most one contender for a key: regardless of how many tasks wait, a single
 //! *cycle* represents them in the store's queue. Once the manager has the lease, local waiters are
-//! served in FIFO order. Each gets its own token from the block that came with the lease. When
-//! remote waiters are known, local hand-offs continue for at most `max_burst` guards or
-//! `max_slice`, whichever ends first. The lease is then released, and the same request enqueues the
-//! manager at the tail of the store's queue. This bounds bypass.
+//! served in FIFO order. Each gets its own token from the block that came with the lease.
+//!
+//! From when remote waiters are known, the manager has a *turn*. It is gated: it serves the tasks
+//! that waited when it began, and none that came later, so however fast tasks ask again, it ends.
+//! It ends early after `max_burst` guards or `max_slice`. If tasks are left, the request that
+//! releases the lease also enqueues the manager at the tail of the store's queue. So a remote
+//! waiter that joins that queue waits for at most one turn of each other manager, and the share of
+//! a manager grows with the number of its waiting tasks.
+//!
+//! A grant comes with a block of [`BLOCK_OF_GRANT`] tokens, because the manager that releases does
+//! not know how many tasks the next one serves. A turn that needs more requests them while it
+//! serves, by an extension of its lease. A lease is never released while its extension is in
+//! flight, and tokens that are left are never used by anybody.
 //!
 //! At most one request for the key is in flight at any time. Renewals by the watchdog do not count:
 //! they only extend what is already ours. The caller reports the reply with
@@ -70,6 +79,8 @@ use waiters::Waiters;
 /// Bounds on the size of a token block.
 const BLOCK_MIN: u64 = 64;
 const BLOCK_MAX: u64 = 1 << 16;
+/// The number of tokens that a release reserves for the next owner.
+pub(crate) const BLOCK_OF_GRANT: u32 = BLOCK_MIN as u32;
 /// The minimum number of tokens that an extension of a lingering lease reserves. One message per
 /// thousand acquisitions is negligible.
 const BLOCK_LINGERING: u64 = 1024;
@@ -174,6 +185,17 @@ impl<W> Queue<W> {
         }
     }
 
+    /// The cycle with which the manager contends, or will once the request in flight is executed,
+    /// if any. Of several, the oldest joined the store's queue first.
+    const fn contending_cycle(&self) -> Option<Cycle> {
+        match &self.phase {
+            Phase::Acquiring(acquiring) => Some(acquiring.cycle),
+            Phase::Retrying { cycle, .. } => Some(*cycle),
+            Phase::Queued(queued) => Some(queued.cycle),
+            Phase::Held(_) | Phase::Idle | Phase::Releasing { .. } => None,
+        }
+    }
+
     /// The cycle that waits in the store's queue, if any.
     pub(crate) const fn queued_cycle(&self) -> Option<Cycle> {
         match &self.phase {
@@ -250,6 +272,17 @@ impl<W> Queue<W> {
     /// Enqueues a waiter. Its outcome can be [`collect`](Self::collect)ed when an effect returns
     /// its waker, or immediately.
     pub(crate) fn want(&mut self, want: WaiterOptions, waker: Option<W>, cx: Context<'_>) -> (WaiterId, Effects<W>) {
+        self.want_since(cx.now, want, waker, cx)
+    }
+
+    /// Enqueues a waiter that has been waiting since then, at the end of the line.
+    fn want_since(
+        &mut self,
+        since: Moment,
+        want: WaiterOptions,
+        waker: Option<W>,
+        cx: Context<'_>,
+    ) -> (WaiterId, Effects<W>) {
         let mut effects = Effects::none();
         let refused = if self.closed {
             Some(Outcome::Failed(Failure::Closed.into()))
@@ -274,7 +307,7 @@ impl<W> Queue<W> {
         self.note_class(want.class);
         let id = self.waiters.push_back(Waiter {
             want,
-            since: cx.now,
+            since,
             waker,
             outcome: refused,
         });
@@ -350,7 +383,7 @@ impl<W> Queue<W> {
             }
             Phase::Queued(Queued { cycle, .. }) if self.waiters.is_empty() => {
                 let cycle = *cycle;
-                self.release(cycle, cx, &mut effects);
+                self.release(cycle, &mut effects);
             }
             Phase::Retrying { cycle, .. } if self.waiters.is_empty() => {
                 let cycle = *cycle;
@@ -421,12 +454,12 @@ impl<W> Queue<W> {
                     self.finish_hold(&mut effects);
                     self.phase = Phase::Idle;
                 } else {
-                    self.release(cycle, cx, &mut effects);
+                    self.release(cycle, &mut effects);
                 }
             }
             Phase::Queued(Queued { cycle, .. }) => {
                 let cycle = *cycle;
-                self.release(cycle, cx, &mut effects);
+                self.release(cycle, &mut effects);
             }
             Phase::Retrying { cycle, .. } => {
                 let cycle = *cycle;

@@ -87,12 +87,10 @@ pub(super) struct Held {
     /// An extension got no reply. It may execute after the release, so the release has to be
     /// repeated.
     pub(super) in_doubt: bool,
-    /// Whether remote waiters are known. Bypass is bounded from then on.
-    pub(super) remote_waiters: bool,
-    pub(super) served: u32,
+    /// Set once remote waiters are known.
+    pub(super) turn: Option<Turn>,
     /// The total number of guards served, including those before remote waiters were known.
     pub(super) served_in_all: u32,
-    pub(super) since: Moment,
     pub(super) renew_at: Moment,
     pub(super) renewing: bool,
     /// The epoch of the request that last confirmed the lease, and of the current or last renewal.
@@ -101,6 +99,17 @@ pub(super) struct Held {
     /// Until when the confirmation counts. After that a renewal is overdue, and the store may have
     /// lost the lease.
     pub(super) confirmed_until: Moment,
+}
+
+/// The stretch in which the lease serves local tasks although remote waiters are known. A turn is
+/// gated: it serves the tasks that waited when it began, and none that came later.
+#[derive(Debug)]
+pub(super) struct Turn {
+    began: Moment,
+    /// The number of guards served so far.
+    served: u32,
+    /// The largest number of tasks still to serve: tasks that have given up may be included.
+    left: u32,
 }
 
 /// Who occupies our lease.
@@ -139,6 +148,22 @@ impl Acquiring {
     }
 }
 
+impl Turn {
+    pub(super) fn begin(now: Moment, served: u32, waiting: u64) -> Self {
+        Self {
+            began: now,
+            served,
+            left: u32::try_from(waiting).unwrap_or(u32::MAX),
+        }
+    }
+
+    /// The largest number of guards that are still to be served.
+    fn left_at_most(&self, cx: Context<'_>) -> u64 {
+        let in_burst = cx.rules.max_burst.saturating_sub(self.served);
+        self.left.min(in_burst).into()
+    }
+}
+
 impl Held {
     /// The guard under the lease, if any.
     pub(super) const fn guard(&self) -> Option<&Holder> {
@@ -160,7 +185,7 @@ impl Held {
     /// extension is in doubt, for which the release would have to be repeated. The cycle is then
     /// even, so the store notifies us when a remote waiter arrives.
     pub(super) const fn may_linger(&self) -> bool {
-        !self.linger.is_none() && !self.remote_waiters && !self.in_doubt
+        !self.linger.is_none() && self.turn.is_none() && !self.in_doubt
     }
 
     /// The task did not take its guard, so nothing happened under it.
@@ -191,27 +216,37 @@ impl Held {
         self.confirmed_until = self.confirmed_until.max(sent_at + cx.rules.confirmed_for(ttl));
     }
 
-    /// Starts to bound bypass, if remote waiters were not known before.
-    pub(super) fn note_remote_waiters(&mut self, now: Moment) {
-        if !self.remote_waiters {
-            (self.remote_waiters, self.served, self.since) = (true, 1, now);
-        }
+    /// Begins a turn, unless remote waiters were known before. The present guard belongs to it.
+    pub(super) fn note_remote_waiters(&mut self, waiting: u64, now: Moment) {
+        self.turn.get_or_insert(Turn::begin(now, 1, waiting));
     }
 
-    pub(super) fn must_yield(&self, cx: Context<'_>) -> bool {
-        self.reached_bound(cx).is_some()
-    }
-
-    pub(super) fn reached_bound(&self, cx: Context<'_>) -> Option<Bound> {
-        if !self.remote_waiters {
-            None
-        } else if self.served >= cx.rules.max_burst {
+    /// Why the turn must not serve a task that has waited since `asked_at`, if it must not.
+    pub(super) fn reached_bound(&self, asked_at: Moment, cx: Context<'_>) -> Option<Bound> {
+        let turn = self.turn.as_ref()?;
+        let came_later = asked_at > turn.began;
+        #[cfg(test)]
+        let came_later = came_later && !cx.rules.has(Flaw::ServesNewcomers);
+        if came_later {
+            Some(Bound::Gate)
+        } else if turn.served >= cx.rules.max_burst {
             Some(Bound::Burst)
-        } else if cx.now.since(self.since) >= cx.rules.max_slice {
+        } else if cx.now.since(turn.began) >= cx.rules.max_slice {
             Some(Bound::Slice)
         } else {
             None
         }
+    }
+
+    /// Takes the token for the next guard, if there is one, and counts the guard.
+    pub(super) fn serve_next(&mut self) -> Option<FencingToken> {
+        let token = self.take_token()?;
+        self.served_in_all = self.served_in_all.saturating_add(1);
+        if let Some(turn) = &mut self.turn {
+            turn.served = turn.served.saturating_add(1);
+            turn.left = turn.left.saturating_sub(1);
+        }
+        Some(token)
     }
 
     /// Adds a block with larger tokens than those at hand. It is never used before the spare block,
@@ -227,7 +262,7 @@ impl Held {
         }
     }
 
-    pub(super) fn take_token(&mut self) -> Option<FencingToken> {
+    fn take_token(&mut self) -> Option<FencingToken> {
         if self.tokens.remaining() == 0 {
             self.tokens = std::mem::replace(&mut self.spare, TokenBlock::EMPTY);
         }
@@ -237,8 +272,7 @@ impl Held {
     /// Whether the tokens may run out within a round trip.
     pub(super) fn is_low_on_tokens(&self, cx: Context<'_>) -> bool {
         let left = self.tokens.remaining() + self.spare.remaining();
-        let enough_for_this_hold =
-            self.remote_waiters && left >= u64::from(cx.rules.max_burst.saturating_sub(self.served));
-        !self.extending && !enough_for_this_hold && left <= (2 * self.used_in_a_round_trip).max(BLOCK_MIN / 4)
+        let enough_for_this_turn = self.turn.as_ref().is_some_and(|turn| left >= turn.left_at_most(cx));
+        !self.extending && !enough_for_this_turn && left <= (2 * self.used_in_a_round_trip).max(BLOCK_MIN / 4)
     }
 }

@@ -100,7 +100,7 @@ impl<W> Queue<W> {
                     self.suffer(error, outage, cx, &mut effects);
                     // There is no token for the remaining waiters; a new cycle serves them.
                     self.trouble = None;
-                    self.release(cycle, cx, &mut effects);
+                    self.release(cycle, &mut effects);
                 }
             }
             Phase::Releasing { cycle: current, .. } if *current == cycle => {

@@ -13,6 +13,7 @@ mod outage;
 mod remote;
 mod telling;
 mod trouble;
+mod turns;
 
 use std::time::Duration;
 

@@ -15,9 +15,9 @@ use crate::protocol::{Cycle, Cycles};
 /// The settings of the queue.
 #[derive(Debug, Clone)]
 pub(crate) struct Rules {
-    /// How many guards one hold of the lease may serve once remote waiters are known.
+    /// How many guards a turn may serve; `u32::MAX` is no limit.
     pub(crate) max_burst: u32,
-    /// How long one hold of the lease may last once remote waiters are known.
+    /// For how long a turn may serve further guards.
     pub(crate) max_slice: Duration,
     /// The interval between renewals, as a fraction of the TTL.
     pub(crate) renew_fraction: f64,
@@ -52,6 +52,8 @@ pub(crate) enum Flaw {
     KeepsMark,
     /// Releases a cycle in the background although its `min_hold` has not passed.
     ForgetsMinHolds,
+    /// A turn also serves tasks that came after it began.
+    ServesNewcomers,
 }
 
 impl Rules {

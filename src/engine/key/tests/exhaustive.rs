@@ -186,6 +186,9 @@ struct Small {
     keeping: Keeping,
     /// The cycle of the last guard with a `min_hold`, and when that ends.
     min_hold: Option<(Cycle, Moment)>,
+    /// When each task last asked, and the cycle whose turn has begun, and when.
+    asked_at: [Moment; 2],
+    turn: Option<(Cycle, Moment)>,
 }
 
 impl Small {
@@ -202,6 +205,8 @@ impl Small {
             closed: false,
             keeping,
             min_hold: None,
+            asked_at: [Moment::default(); 2],
+            turn: None,
         }
     }
 
@@ -238,6 +243,7 @@ impl Small {
                 };
                 let (id, seen) = self.bench.want_as(task as u32, want);
                 self.waiting[task] = Some(id);
+                self.asked_at[task] = self.bench.now;
                 self.check_confirmed(&seen);
                 self.follow(&seen);
             }
@@ -259,6 +265,7 @@ impl Small {
                     }
                     self.last_token = self.last_token.max(granted.token.get());
                     self.check_min_hold(task, &granted);
+                    self.check_turn(task, &granted);
                     self.guards[task] = Some(granted);
                 }
             }
@@ -297,6 +304,7 @@ impl Small {
                 let Some(cycle) = self.current() else { return false };
                 let seen = self.bench.wanted(cycle);
                 self.follow(&seen);
+                self.note_turn(cycle);
             }
             Step::Moved => self.bench.epoch += 1,
             Step::Expire => {
@@ -333,6 +341,7 @@ impl Small {
                     .bench
                     .renewed(cycle, self.bench.now, Some(RenewReply::Extended { wanted: true }));
                 self.follow(&seen);
+                self.note_turn(cycle);
             }
             Step::Close => {
                 if self.closed {
@@ -417,6 +426,26 @@ impl Small {
         if task == 0 && is_valid && !self.keeping.min_hold.is_none() {
             assert!(!is_older, "a guard with min_hold is served under an earlier lease");
             self.min_hold = Some((granted.lease.cycle, granted.at + self.keeping.min_hold.time()));
+        }
+    }
+
+    /// The manager of that cycle has learned that another one waits.
+    fn note_turn(&mut self, cycle: Cycle) {
+        if self.bench.queue.holds() && self.turn.is_none_or(|(of, _)| of != cycle) {
+            self.turn = Some((cycle, self.bench.now));
+        }
+    }
+
+    /// A turn serves the tasks that asked before it began. That of an odd cycle begins with its
+    /// first guard.
+    fn check_turn(&mut self, task: usize, granted: &Granted) {
+        let cycle = granted.lease.cycle;
+        let is_first = matches!(granted.path, Path::Uncontended | Path::RemoteGrant);
+        if is_first && cycle.expects_rivals() {
+            self.turn = Some((cycle, granted.at));
+        }
+        if let Some((_, began)) = self.turn.filter(|(of, _)| *of == cycle) {
+            assert!(self.asked_at[task] <= began, "a turn serves a task that came later");
         }
     }
 

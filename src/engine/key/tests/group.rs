@@ -414,3 +414,162 @@ fn permit_passes_to_the_next_task_that_wants_the_same() {
     assert!(few.step(Step::Release(1)));
     few.check_end();
 }
+
+/// While no other manager waits, a reader joins those that read already. Once one waits, readers
+/// that come later wait for the next turn, behind it.
+#[test]
+fn reader_that_comes_after_a_turn_began_waits_for_the_next_one() {
+    let mut few = Few::new([LockMode::Shared; 2]);
+    for step in [Step::Want(0), Step::Granted(Oldest), Step::Collect(0), Step::Wanted] {
+        assert!(few.step(step));
+    }
+    assert!(few.step(Step::Want(1)) && !few.step(Step::Collect(1)));
+    let trial = WaiterOptions {
+        mode: LockMode::Shared,
+        try_only: true,
+        ..WANT
+    };
+    let trial = few.event(|group, cx| group.want(trial, Some(9), cx));
+    assert!(matches!(few.group.collect(trial), Some(Outcome::Busy)));
+    assert!(few.step(Step::Release(0)));
+    assert!(matches!(few.in_flight[..], [Request::Release { requeue: Some(_), .. }]));
+    assert!(few.step(Step::Queued(Oldest)) && few.step(Step::Pushed));
+    assert!(few.step(Step::Collect(1)) && few.guards[1].is_some());
+    few.check_end();
+}
+
+/// The turn of a lease of permits serves the tasks that waited when it began, too.
+#[test]
+fn permit_passes_to_those_who_waited_when_the_turn_began() {
+    let mut few = Few::new([permits(1, 1); 2]);
+    for step in [
+        Step::Want(0),
+        Step::Granted(Oldest),
+        Step::Collect(0),
+        Step::Want(1),
+        Step::Wanted,
+        Step::Release(0),
+    ] {
+        assert!(few.step(step));
+    }
+    let cycle = few.in_flight[0].cycle();
+    assert!(few.step(Step::Granted(Oldest)) && few.step(Step::Collect(1)));
+    assert_eq!(few.guards[1].as_ref().map(|guard| guard.lease.cycle), Some(cycle));
+    assert!(few.step(Step::Want(0)) && few.step(Step::Release(1)));
+    let [
+        Request::Release {
+            cycle: released,
+            requeue: Some(next),
+            ..
+        },
+    ] = few.in_flight[..]
+    else {
+        panic!("{:?}", few.in_flight)
+    };
+    assert!(released == cycle && next > cycle);
+    assert!(few.step(Step::Queued(Oldest)) && few.step(Step::Pushed) && few.step(Step::Collect(0)));
+    few.check_end();
+}
+
+/// The task already waits in the store's queue, with a claim in another lane. It needs no place at
+/// the tail.
+#[test]
+fn lease_whose_turn_is_over_is_released_if_all_tasks_have_claims() {
+    let mut few = Few::new([permits(1, 2); 2]);
+    for step in [
+        Step::Want(0),
+        Step::Granted(Oldest),
+        Step::Collect(0),
+        Step::Wanted,
+        Step::Want(1),
+        Step::Queued(Oldest),
+        Step::Release(0),
+    ] {
+        assert!(few.step(step), "{step:?}");
+    }
+    assert!(matches!(few.in_flight[..], [Request::Release { requeue: None, .. }]));
+    assert!(few.step(Step::Pushed) && few.step(Step::Collect(1)));
+    assert!(few.guards[1].is_some());
+    few.check_end();
+}
+
+/// A task gave up, so there is a claim too many. The one that joined the store's queue last is
+/// given up, in whichever lane it is: another task depends on the place of the first.
+#[test]
+fn latest_claim_is_given_up_if_there_are_too_many() {
+    let mut few = Few::new([permits(1, 2); 2]);
+    for step in [
+        Step::Want(0),
+        Step::Granted(Oldest),
+        Step::Collect(0),
+        Step::Wanted,
+        Step::Want(1),
+        Step::Queued(Oldest),
+    ] {
+        assert!(few.step(step), "{step:?}");
+    }
+    let third = WaiterOptions {
+        mode: permits(1, 2),
+        ..WANT
+    };
+    let third = few.event(|group, cx| group.want(third, Some(9), cx));
+    assert!(few.step(Step::Release(0)));
+    let [
+        Request::Release {
+            requeue: Some(next), ..
+        },
+    ] = few.in_flight[..]
+    else {
+        panic!("{:?}", few.in_flight)
+    };
+    assert!(few.queued[0] < next);
+    few.event(|group, cx| ((), group.give_up(third, cx)));
+    assert!(few.step(Step::Queued(Oldest)));
+    assert!(matches!(few.in_flight[..], [Request::Release { cycle, requeue: None, .. }] if cycle == next));
+    assert_eq!(few.queued.pop(), Some(next));
+    assert!(few.step(Step::Pushed) && few.step(Step::Collect(1)));
+    assert!(few.guards[1].is_some());
+    few.check_end();
+}
+
+/// A claim that waits for an extension is of a turn that includes the task it was made for. If that
+/// task is served by another lane, a task that came later must not take its place in the turn.
+#[test]
+fn claim_of_a_turn_serves_no_task_that_came_later() {
+    let mut few = Few::new([permits(1, 2); 2]);
+    for step in [
+        Step::Want(0),
+        Step::Granted(Oldest),
+        Step::Collect(0),
+        Step::Want(1),
+        Step::Queued(Oldest),
+    ] {
+        assert!(few.step(step), "{step:?}");
+    }
+    let want = WaiterOptions {
+        mode: permits(1, 2),
+        ..WANT
+    };
+    let included = few.event(|group, cx| group.want(want, Some(8), cx));
+    // The turns of both leases begin. The second has a token to spare.
+    assert!(few.step(Step::Wanted) && few.step(Step::Pushed) && few.step(Step::Collect(1)));
+    let cycles = [0, 1].map(|task| few.guards[task].as_ref().unwrap().lease.cycle);
+    assert!(few.step(Step::Release(0)));
+    assert!(matches!(few.in_flight[..], [Request::Acquire { cycle, .. }] if cycle == cycles[0]));
+    let newcomer = few.event(|group, cx| group.want(want, Some(9), cx));
+    assert!(few.step(Step::Release(1)));
+    assert!(few.group.is_settled(included), "the other lane has a token");
+    assert!(few.step(Step::Granted(Oldest)));
+    assert!(!few.group.is_settled(newcomer));
+    let is_requeued =
+        |request: &Request| matches!(*request, Request::Release { cycle, requeue: Some(_), .. } if cycle == cycles[0]);
+    assert!(few.in_flight.iter().any(is_requeued), "{:?}", few.in_flight);
+    assert!(few.step(Step::Queued(Oldest)) && few.step(Step::Pushed));
+    for id in [included, newcomer] {
+        let Some(Outcome::Granted(guard)) = few.group.collect(id) else {
+            panic!("no guard")
+        };
+        few.event(|group, cx| group.released(guard.lease.cycle, guard.token, cx));
+    }
+    few.check_end();
+}

@@ -262,9 +262,12 @@ fn bypass_counts_from_the_moment_at_which_rivals_are_known() {
         let cycle = guard.lease.cycle;
         for _ in 0..10 {
             let (id, _) = bench.want(1);
+            bench.pass(ms(1));
             assert_eq!(bench.release_held(&guard).request, None);
             guard = bench.guard(id);
         }
+        let mut waiting: std::collections::VecDeque<_> = (0..5).map(|_| bench.want(1).0).collect();
+        bench.pass(ms(1));
         match how {
             "wanted" => assert_eq!(bench.wanted(cycle), NOTHING),
             "renewal" => {
@@ -273,7 +276,6 @@ fn bypass_counts_from_the_moment_at_which_rivals_are_known() {
             }
             _ => {
                 bench.pass(ms(800));
-                let (id, _) = bench.want(1);
                 bench.release_held(&guard);
                 let reply = AcquireReply::Granted {
                     tokens: tokens(100, 163),
@@ -281,17 +283,16 @@ fn bypass_counts_from_the_moment_at_which_rivals_are_known() {
                     extended: true,
                 };
                 bench.reply(cycle, reply);
-                guard = bench.guard(id);
+                guard = bench.guard(waiting.pop_front().unwrap());
             }
         }
         // The current guard counts, and three more follow.
         for _ in 0..if how == "extension" { 2 } else { 3 } {
-            let (id, _) = bench.want(1);
             assert_eq!(bench.release_held(&guard).request, None, "{how}");
-            guard = bench.guard(id);
+            guard = bench.guard(waiting.pop_front().unwrap());
         }
-        bench.want(1);
         assert_eq!(bench.release_held(&guard).releases().0, cycle, "{how}");
+        assert_eq!(bench.told.yielded, Some(Bound::Burst), "{how}");
     }
 }
 

@@ -12,17 +12,22 @@ const NONE: Told = Told {
 /// Operators see how many guards a lease serves before it is released, and which bound ended it.
 #[test]
 fn tenure_tells_how_many_guards_it_served_and_which_bound_ended_it() {
-    for bound in [None, Some(Bound::Burst), Some(Bound::Slice)] {
+    for bound in [None, Some(Bound::Gate), Some(Bound::Burst), Some(Bound::Slice)] {
         let mut bench = Bench::new();
         bench.rules.max_burst = if bound == Some(Bound::Burst) { 2 } else { 100 };
         bench.rules.max_slice = ms(10);
         let (id, cycle) = bench.stand_in_queue(10);
         let (second, _) = bench.want(1);
-        if bound.is_some() {
+        if bound.is_some_and(|bound| bound != Bound::Gate) {
             bench.want(2);
         }
+        bench.pass(ms(1));
         bench.grant(grant(cycle, 11, 74));
         assert_eq!(bench.told, NONE);
+        if bound == Some(Bound::Gate) {
+            bench.pass(ms(1));
+            bench.want(2);
+        }
         let guard = bench.guard(id);
         bench.release_held(&guard);
         assert_eq!(bench.told, NONE, "the lease continues");

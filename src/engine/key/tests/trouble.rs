@@ -483,7 +483,7 @@ fn lease_that_was_asked_for_after_a_change_of_servers_is_passed_on_without_a_mes
         let mut bench = Bench::new();
         bench.rules.max_burst = 1;
         let mut cycle = Cycle::of(0);
-        let mut id = None;
+        let (mut id, mut next) = (None, None);
         if requeued {
             let (first, before) = bench.stand_in_queue(10);
             id = Some(bench.want(1).0);
@@ -492,6 +492,7 @@ fn lease_that_was_asked_for_after_a_change_of_servers_is_passed_on_without_a_mes
             bench.epoch += 1;
             cycle = bench.release_held(&guard).releases().1.unwrap();
             bench.rules.max_burst = 4;
+            next = Some(bench.want(2).0);
             bench.released_remotely(before, Some(granted(20, 84)));
             assert!(cycle > before);
         } else {
@@ -502,7 +503,7 @@ fn lease_that_was_asked_for_after_a_change_of_servers_is_passed_on_without_a_mes
             id = id.or(Some(first));
         }
         let guard = bench.guard(id.unwrap());
-        let (next, _) = bench.want(2);
+        let next = next.unwrap_or_else(|| bench.want(2).0);
         let seen = bench.release_held(&guard);
         assert_eq!(
             (seen.request, &seen.woken[..]),
