@@ -300,8 +300,7 @@ fn shared_claims_exclude_an_exclusive_one_and_the_other_way_round() {
     assert_eq!(bench.claim(&writer, 300_000, 9, 0), [1, 7]);
     assert_eq!((bench.owner().as_ref(), bench.holders()), (Some(&writer), vec![]));
     for kind in ["take", "extend"] {
-        let reply = bench.claim_shared(&one, 600_000, 11, kind);
-        assert!(reply[0] == 0 && reply[1] <= 300_000, "{reply:?}");
+        assert_eq!(bench.claim_shared(&one, 600_000, 11, kind), [0]);
     }
     assert_eq!((bench.owner(), bench.counter()), (Some(writer), 9));
     assert_eq!(bench.holders(), [""; 0]);
@@ -345,7 +344,7 @@ fn shared_claim_moves_ends_on_and_never_back() {
 fn shared_claim_that_extends_takes_no_lease_that_it_has_not() {
     let bench = Bench::new();
     let (me, other) = (in_mode(2, "-s"), in_mode(3, "-s"));
-    assert_eq!(bench.claim_shared(&me, 300_000, 7, "extend"), [0, -2]);
+    assert_eq!(bench.claim_shared(&me, 300_000, 7, "extend"), [0]);
     assert_eq!((bench.owner(), bench.counter()), (None, 0));
     bench.hold(&me, bench.now() + 300_000);
     bench.server.command(&["DEL", "lease"]);
@@ -357,14 +356,15 @@ fn shared_claim_that_extends_takes_no_lease_that_it_has_not() {
     assert_eq!(bench.claim_shared(&me, 300_000, 7, "take")[0], 1);
     assert_eq!(bench.holders(), [me.as_str()]);
     // Its lease has ended, while the marker is still there for another holder.
+    bench.hold(&in_mode(4, "-s"), bench.now());
     bench.hold(&me, bench.now());
     bench.hold(&other, bench.now() + 300_000);
     assert_eq!(bench.claim_shared(&me, 300_000, 7, "extend")[0], 0);
-    assert_eq!(bench.holders(), [other.as_str()], "no holder that died is left");
+    assert_eq!(bench.holders(), [other.as_str()], "none that died is left");
     assert_eq!(bench.claim_shared(&me, 300_000, 7, "take")[0], 1);
     // The lease of another library.
     bench.own("another-library", None);
-    assert_eq!(bench.claim_shared(&me, 300_000, 9, "take"), [0, -1]);
+    assert_eq!(bench.claim_shared(&me, 300_000, 9, "take"), [0]);
     assert_eq!(bench.owner().as_deref(), Some("another-library"));
 }
 

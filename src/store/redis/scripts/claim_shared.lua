@@ -3,12 +3,13 @@
 -- one of them. Comes after claim_counter.lua.
 --
 -- KEYS: 1 lease, 2 counter of the slot, 3 holders (see modes.lua).
--- ARGV and replies: see claim.lua.
+-- ARGV: see claim.lua.
+-- Replies: {0} not ours | {1, the counter before it was raised to the minimum}
 local MARKER = '~shared'
 local me, ttl = ARGV[1], tonumber(ARGV[2])
 local owner = redis.call('GET', KEYS[1])
 if owner and owner ~= MARKER then
-  return {0, redis.call('PTTL', KEYS[1])}
+  return {0}
 end
 local time = redis.call('TIME')
 local now = tonumber(time[1]) * 1000 + math.floor(tonumber(time[2]) / 1000)
@@ -25,7 +26,7 @@ while first[1] and tonumber(first[2]) <= now do
 end
 local rank = redis.call('ZRANK', KEYS[3], me)
 if not rank and ARGV[5] == 'extend' then
-  return {0, redis.call('PTTL', KEYS[1])}
+  return {0}
 end
 -- Never shorten a lease: see renew.lua.
 if not rank or tonumber(redis.call('ZRANGE', KEYS[3], rank, rank, 'WITHSCORES')[2]) < now + ttl then
