@@ -50,7 +50,8 @@ use super::table::{METRICS, Metric, MetricKind};
 ///
 /// let locks = shardlock::LockManager::connect("memory://").await?;
 /// locks.lock("k").await?.release().await?;
-/// assert!(page().contains("shardlock_hold_seconds_count{class=\"default\",mode=\"exclusive\"} 1\n"));
+/// let held = r#"shardlock_hold_seconds_count{class="default",mode="exclusive"} 1"#;
+/// assert!(page().contains(held));
 /// # Ok(()) }
 /// ```
 #[derive(Clone, Default)]

@@ -412,7 +412,7 @@ async fn longest_hold_and_wait_are_reported_by_class() {
     .await;
 }
 
-/// Readers, writers and holders of permits are told apart.
+/// Readers, writers and holders of permits are counted apart.
 #[tokio::test]
 async fn each_mode_is_counted_apart() {
     let locks = builder("modes", "memory://metrics-modes").connect().await.unwrap();

@@ -20,7 +20,7 @@ pub(super) enum ModeChoice {
 }
 
 impl ModeChoice {
-    /// Whether there are readers and writers, whose waits are told apart.
+    /// Whether there are readers and writers, whose waits are counted apart.
     pub(super) const fn is_mixed(self) -> bool {
         matches!(self, Self::Mixed { .. })
     }
