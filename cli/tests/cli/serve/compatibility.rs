@@ -5,7 +5,7 @@ use std::path::PathBuf;
 use std::process::{Command, Stdio};
 
 use support::server::binary;
-use support::{RedisServer, Terminal};
+use support::{PATIENCE, RedisServer, Terminal, wait_until};
 
 use super::Agent;
 use crate::tool::{is_held, run};
@@ -34,8 +34,7 @@ fn redis_cli_runs_a_command_as_it_is() {
         let token: u64 = ended.stdout.trim().parse().expect("a token");
         assert!(token > 0);
         // The lock has ended with the connection.
-        agent.wait_until_free();
-        assert!(!is_held(&server, "a key"));
+        wait_until("the key is free", PATIENCE, || !is_held(&server, "a key"));
     }
     let mut command = redis_cli(&agent);
     command.args(["INFO", "server"]);

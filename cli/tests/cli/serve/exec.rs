@@ -41,7 +41,7 @@ fn command_runs_under_a_lock_of_the_agent() {
         matches!(*words, ["k", token, "none"] if token.parse::<u64>().is_ok()),
         "{ended:?}"
     );
-    agent.wait_until_free();
+    assert_eq!(agent.info("held"), "0");
     assert!(!is_held(&server, "k"));
 
     let mut command = bare(&["exec", "k", "true"]);

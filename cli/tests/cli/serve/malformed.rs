@@ -130,7 +130,8 @@ fn clients_that_flood_do_not_starve_the_others() {
         rounds += 1;
     }
     let flood: u64 = floods.into_iter().map(|flood| flood.join().unwrap()).sum();
-    assert!(rounds > 20, "{rounds} locks beside {flood} pings");
+    // One that starves gets none in the two seconds.
+    assert!(rounds >= 3, "{rounds} locks beside {flood} pings");
 }
 
 /// A client that sends requests and reads no reply is not served, and costs no memory.
