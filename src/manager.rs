@@ -39,9 +39,9 @@ use crate::time_limit::within;
 ///
 /// Locks are fair: the tasks of one process acquire a key in the order in which they asked for it.
 /// Processes also take turns in the order in which they asked. While others wait, a turn serves the
-/// tasks that waited when it began, for at most `max_slice`: so a task in a process with many others
-/// gets the same share of a key as one that is alone in its process. See [`LockRequest`] for what
-/// awaiting a lock does, and [`LockGuard`] for what holding one means.
+/// tasks that waited when it began, for at most `max_slice`. So a task in a process with many
+/// others gets the same share of a key as one that is alone in its process. See [`LockRequest`] for
+/// what awaiting a lock does, and [`LockGuard`] for what holding one means.
 ///
 /// When *not* to use it: within a single process, `tokio::sync::Mutex` is faster and can't be lost.
 /// If the data lives in one SQL database, a row lock or an advisory lock there is simpler and

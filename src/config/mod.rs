@@ -172,8 +172,8 @@ pub struct Config {
     pub max_burst: Option<u32>,
 
     /// How long a turn of this process may last: 0 to 10 s. A guard that is in use is not cut
-    /// short; the tasks that are left wait for the next turn. Lower: other processes wait less for a
-    /// process with a long line, but its tasks get a smaller share than theirs. Default: 1 s.
+    /// short; the tasks that are left wait for the next turn. Lower: other processes wait less for
+    /// a process with a long line, but its tasks get a smaller share than theirs. Default: 1 s.
     pub max_slice: Duration,
 
     /// The maximum number of tasks of this process that wait for one key: 1 to 10,000,000. Default:

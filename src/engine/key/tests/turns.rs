@@ -69,7 +69,7 @@ fn turn_begins_when_a_remote_waiter_is_known() {
         };
         let (first, seen) = bench.want(0);
         let cycle = seen.asks().0;
-        // Before that, it serves whoever comes.
+        // Before that, it serves all that come.
         if how != "reply" {
             bench.reply(cycle, granted(1, 64));
         }
