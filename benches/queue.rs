@@ -76,8 +76,8 @@ impl Line {
         let mut line = Self {
             queue: Contender::new(LockMode::Exclusive),
             rules: Rules {
-                max_burst: 64,
-                max_slice: Duration::from_millis(10),
+                max_burst: u32::MAX,
+                max_slice: Duration::from_secs(1),
                 renew_fraction: 0.1,
                 #[cfg(test)]
                 flaw: None,
