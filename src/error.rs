@@ -9,6 +9,7 @@ use std::sync::Arc;
 use std::time::Duration;
 
 use crate::fence::FencingToken;
+pub use crate::fence::TokenRangeError;
 use crate::mode::LockMode;
 
 /// Why a lock could not be acquired or kept.

@@ -105,6 +105,62 @@ impl From<FencingToken> for u64 {
     }
 }
 
+/// For columns of SQL databases, most of which have no unsigned integers. Tokens that servers issue
+/// fit: a Redis server's counter is an `i64`, and etcd reaches the limit after 2^47 writes.
+///
+/// ```
+/// use shardlock::FencingToken;
+///
+/// # fn main() -> Result<(), shardlock::error::TokenRangeError> {
+/// let token = FencingToken::try_from(482_113_750_274_177_i64)?;
+/// let stored: i64 = token.try_into()?;
+/// assert_eq!(stored, 482_113_750_274_177);
+/// # Ok(()) }
+/// ```
+impl TryFrom<FencingToken> for i64 {
+    type Error = TokenRangeError;
+
+    fn try_from(token: FencingToken) -> Result<Self, TokenRangeError> {
+        Self::try_from(token.get()).map_err(|_| TokenRangeError::too_large(token.get()))
+    }
+}
+
+/// For columns of SQL databases.
+impl TryFrom<i64> for FencingToken {
+    type Error = TokenRangeError;
+
+    fn try_from(number: i64) -> Result<Self, TokenRangeError> {
+        let token = u64::try_from(number).ok().and_then(Self::new);
+        token.ok_or_else(|| TokenRangeError::too_small(number))
+    }
+}
+
+/// A number that is no [`FencingToken`], or a token that is no `i64`.
+#[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]
+#[error("{0}")]
+pub struct TokenRangeError(TokenRange);
+
+#[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]
+enum TokenRange {
+    #[error("{0} is no fencing token; fencing tokens are at least 1")]
+    TooSmall(i64),
+    #[error(
+        "the fencing token {0} does not fit into an i64, whose maximum is {max}; store it as text or as a decimal number",
+        max = i64::MAX
+    )]
+    TooLarge(u64),
+}
+
+impl TokenRangeError {
+    const fn too_small(number: i64) -> Self {
+        Self(TokenRange::TooSmall(number))
+    }
+
+    const fn too_large(token: u64) -> Self {
+        Self(TokenRange::TooLarge(token))
+    }
+}
+
 /// A range of tokens that a store issued exclusively to one cycle: `next ..= last`.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub(crate) struct TokenBlock {
@@ -183,6 +239,27 @@ mod tests {
         assert_eq!(
             FencingToken::from_server_time(i64::MAX as u64, i64::MAX as u64),
             u64::MAX
+        );
+    }
+
+    #[test]
+    fn token_is_converted_to_and_from_an_i64_within_its_range() {
+        for number in [1, 2, i64::MAX] {
+            let token = FencingToken::try_from(number).unwrap();
+            assert_eq!(i64::try_from(token).unwrap(), number);
+        }
+        for number in [0, -1, i64::MIN] {
+            let error = FencingToken::try_from(number).unwrap_err();
+            assert_eq!(
+                error.to_string(),
+                format!("{number} is no fencing token; fencing tokens are at least 1")
+            );
+        }
+        let beyond = FencingToken::new(1 << 63).unwrap();
+        assert_eq!(
+            i64::try_from(beyond).unwrap_err().to_string(),
+            "the fencing token 9223372036854775808 does not fit into an i64, whose maximum is 9223372036854775807; store it as text or as \
+             a decimal number"
         );
     }
 
