@@ -338,6 +338,7 @@ mod clock;
 pub mod config;
 mod contention;
 mod context;
+mod credentials;
 mod cycle;
 mod driver;
 mod endpoint;

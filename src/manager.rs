@@ -11,6 +11,7 @@ use crate::clock::Moment;
 use crate::config::{Builder, Config, ShardConfig};
 use crate::contention::HotKeys;
 use crate::context::ManagerShared;
+use crate::credentials::{Credentials, CredentialsCallback};
 use crate::driver::{Background, Job, ManagerContext, Maps, Shard, SubscribeError, Usage};
 use crate::endpoint::Endpoint;
 use crate::engine::admission::Limits;
@@ -30,6 +31,7 @@ use crate::router::ShardMap;
 use crate::runtime::Runtimes;
 use crate::slow_log::SlowLog;
 use crate::snapshot::{self, HeldLock, HotKey, ShardState};
+use crate::store::login::{Login, LoginSource};
 use crate::store::{self, KeyState, LeaseStore, StoreError, StoreOptions, TlsFiles};
 use crate::telemetry::{self, Classes, ManagerMetrics, ShardMetrics};
 use crate::time_limit::within;
@@ -107,17 +109,21 @@ impl LockManager {
         Builder::default()
     }
 
-    pub(crate) async fn with_config(config: Config) -> Result<Self, LockError> {
+    async fn with_config(config: Config, credentials: Option<CredentialsCallback>) -> Result<Self, LockError> {
         config.validate()?;
+        if credentials.is_some() {
+            check_callback(&config)?;
+        }
         telemetry::describe();
         let id = ManagerId::new();
         let map = config.shard_map();
         let runtimes = Runtimes::here();
-        let opening = config
-            .shards
-            .iter()
-            .enumerate()
-            .map(|(index, shard)| open(shard, &config, &id, map.fingerprint(index), &runtimes));
+        let opening = config.shards.iter().enumerate().map(|(index, shard)| {
+            // The other half of the time is for the connection.
+            let source = login_source(&config, credentials.as_ref());
+            let login = Login::new(source, &shard.name, config.store_timeout / 2);
+            open(shard, &config, &id, map.fingerprint(index), login, &runtimes)
+        });
         let opened = reachable(futures_util::future::try_join_all(opening).await?)?;
         let connected: Vec<bool> = opened.iter().map(|opened| opened.unavailable.is_none()).collect();
 
@@ -503,7 +509,41 @@ impl Builder {
     ///
     /// See [`LockManager::connect`].
     pub async fn connect(self) -> Result<LockManager, LockError> {
-        LockManager::with_config(self.config).await
+        LockManager::with_config(self.config, self.credentials).await
+    }
+}
+
+/// Checks that a callback for credentials is used, and that nothing else gives a login.
+fn check_callback(config: &Config) -> Result<(), InvalidSetting> {
+    match config.login_setting() {
+        Some(name) => Err(InvalidSetting::new(
+            name,
+            "set",
+            "none if there is a credentials callback",
+        )),
+        None if !config.endpoints_without_login().is_empty() => Ok(()),
+        None => Err(InvalidSetting::new(
+            "credentials",
+            "a callback",
+            "none unless a shard with servers has a URL without a login",
+        )),
+    }
+}
+
+/// The login for shards whose URL has none.
+fn login_source(config: &Config, callback: Option<&CredentialsCallback>) -> LoginSource {
+    let username = config.username.clone();
+    match (callback, &config.password, &config.password_file) {
+        (Some(callback), ..) => LoginSource::Callback(callback.clone()),
+        (None, Some(password), _) => LoginSource::Settings(Credentials {
+            username,
+            password: password.clone(),
+        }),
+        (None, None, Some(path)) => LoginSource::File {
+            username,
+            path: path.clone(),
+        },
+        (None, None, None) => LoginSource::Url,
     }
 }
 
@@ -535,6 +575,7 @@ async fn open(
     config: &Config,
     id: &ManagerId,
     map: String,
+    login: Login,
     runtimes: &Arc<Runtimes>,
 ) -> Result<Opened, LockError> {
     let metrics = Arc::new(ShardMetrics::new(&shard.name, &config.class));
@@ -558,6 +599,11 @@ async fn open(
         tls: TlsFiles {
             ca: config.tls_ca.clone(),
             client: config.tls_cert.clone().zip(config.tls_key.clone()),
+        },
+        login: if endpoint.lacks_login() {
+            login
+        } else {
+            Login::default()
         },
         metrics: Arc::clone(&metrics),
         runtimes: Arc::clone(runtimes),

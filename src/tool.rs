@@ -25,8 +25,9 @@ pub fn fields() -> impl ExactSizeIterator<Item = (&'static str, &'static str)> {
 /// Sets one value by its name, from text: `set(&mut config, "ttl", "10s")`.
 ///
 /// Durations are written like `500ms`, `10s` or `2m`. `timeout`, `max_hold`, `slow_wait`,
-/// `long_hold` and the `tls_` files may be `none`. `shards` is a list of `url` or `name=url`,
-/// separated by commas or spaces; it replaces the previous shards.
+/// `long_hold`, `username`, `password`, `password_file` and the `tls_` files may be `none`.
+/// `shards` is a list of `url` or `name=url`, separated by commas or spaces; it replaces the
+/// previous shards.
 ///
 /// # Errors
 ///
@@ -34,6 +35,16 @@ pub fn fields() -> impl ExactSizeIterator<Item = (&'static str, &'static str)> {
 /// its bounds. Nothing has been changed in that case.
 pub fn set(config: &mut Config, name: &str, value: &str) -> Result<(), InvalidSetting> {
     config.set(name, value)
+}
+
+/// Puts the login of the settings (`username`, `password`, `password_file`) into the URLs of shards
+/// that have none, for what connects to servers without a manager. A password file is read now.
+///
+/// # Errors
+///
+/// [`InvalidSetting`] if the file can't be read or has no password, or if a URL is invalid.
+pub fn put_login_into_urls(config: &mut Config) -> Result<(), InvalidSetting> {
+    config.put_login_into_urls()
 }
 
 /// Like [`Config::apply_env`], with variables from another source. Variables that do not start with

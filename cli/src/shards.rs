@@ -17,7 +17,7 @@ pub(crate) struct Options {
     /// A shard; repeat for several, in the same order in every process
     ///
     /// For example redis://10.0.0.1:6379. Other users of this machine can see a password given
-    /// here: put it in SHARDLOCK_SHARDS or a file instead.
+    /// here: put it in SHARDLOCK_SHARDS, or into a file that SHARDLOCK_PASSWORD_FILE names.
     #[arg(long = "shard", value_name = "[NAME=]URL")]
     shards: Vec<String>,
 
@@ -67,6 +67,15 @@ impl Options {
         !self.shards.is_empty() || self.config.is_some() || !self.settings.is_empty()
     }
 
+    /// Like [`Self::load_with_shards`], for commands that connect to servers without a manager: the
+    /// login is in the URLs.
+    pub(crate) fn load_for_servers(&self) -> Result<Config, Failure> {
+        let mut config = self.load_with_shards()?;
+        config.validate().map_err(Failure::config)?;
+        tool::put_login_into_urls(&mut config).map_err(Failure::config)?;
+        Ok(config)
+    }
+
     /// Like [`Self::load`], but fails if there are no shards.
     pub(crate) fn load_with_shards(&self) -> Result<Config, Failure> {
         let config = self.load()?;
@@ -87,12 +96,14 @@ impl Options {
     }
 }
 
-/// The environment variable that lists the shards.
-pub(crate) const VARIABLE: &str = "SHARDLOCK_SHARDS";
-
-/// Returns whether the variable contains a password. An unparsable value counts as one that does.
-pub(crate) fn variable_has_password() -> bool {
-    std::env::var_os(VARIABLE).is_some_and(|text| text.to_str().is_none_or(has_password))
+/// The environment variables that may contain a password, and do now. A list of shards that can't
+/// be parsed counts as one that does.
+pub(crate) fn variables_with_passwords() -> impl Iterator<Item = &'static str> {
+    const PASSWORD: &str = "SHARDLOCK_PASSWORD";
+    ["SHARDLOCK_SHARDS", PASSWORD].into_iter().filter(|&name| {
+        let value = std::env::var_os(name);
+        value.is_some_and(|value| name == PASSWORD || value.to_str().is_none_or(has_password))
+    })
 }
 
 fn has_password(text: &str) -> bool {

@@ -5,7 +5,7 @@ use std::collections::HashSet;
 use std::path::PathBuf;
 use std::time::Duration;
 
-use super::ShardConfig;
+use super::{Password, ShardConfig};
 use crate::endpoint::{Endpoint, is_name_byte, redact};
 use crate::error::InvalidSetting;
 use crate::router::NAME_BYTES_MAX;
@@ -254,6 +254,28 @@ impl Bounds for File {
             let bound = format!("a file name of 1 to {PATH_BYTES_MAX} bytes");
             Err(Problem::new(echo(&value.display().to_string()), bound))
         }
+    }
+}
+
+/// A password. Its value is never part of a problem.
+pub(super) struct Secret;
+
+const PASSWORD_BYTES_MAX: usize = 16 * 1024;
+
+impl Bounds for Secret {
+    type Value = Password;
+
+    fn parse(&self, text: &str) -> Result<Password, Problem> {
+        Ok(text.into())
+    }
+
+    fn check(&self, password: &Password) -> Result<(), Problem> {
+        let bytes = password.expose().len();
+        if (1..=PASSWORD_BYTES_MAX).contains(&bytes) {
+            return Ok(());
+        }
+        let bound = format!("1 to {PASSWORD_BYTES_MAX} bytes long");
+        Err(Problem::new(format!("{bytes} bytes long"), bound))
     }
 }
 

@@ -1,9 +1,12 @@
 //! Settings in code.
 
+use std::error::Error;
+use std::future::Future;
 use std::path::PathBuf;
 use std::time::Duration;
 
-use super::{Config, ShardConfig};
+use super::{Config, Credentials, CredentialsRequest, Password, ShardConfig};
+use crate::credentials::CredentialsCallback;
 use crate::error::InvalidSetting;
 
 /// Collects the settings of a lock manager, under the names that [`Config`] documents.
@@ -24,6 +27,7 @@ use crate::error::InvalidSetting;
 #[must_use = "a builder does nothing until it is used"]
 pub struct Builder {
     pub(crate) config: Config,
+    pub(crate) credentials: Option<CredentialsCallback>,
 }
 
 impl Builder {
@@ -33,7 +37,7 @@ impl Builder {
     }
 
     /// Replaces all settings, including those made before, for example by settings from a file and
-    /// the environment. Later calls override them.
+    /// the environment. Later calls override them. A callback for credentials stays.
     pub fn config(mut self, config: Config) -> Self {
         self.config = config;
         self
@@ -202,6 +206,77 @@ impl Builder {
         self
     }
 
+    /// Sets [`Config::username`].
+    pub fn username(mut self, username: impl Into<String>) -> Self {
+        self.config.username = Some(username.into());
+        self
+    }
+
+    /// Sets [`Config::password`].
+    pub fn password(mut self, password: impl Into<Password>) -> Self {
+        self.config.password = Some(password.into());
+        self
+    }
+
+    /// Sets [`Config::password_file`].
+    pub fn password_file(mut self, file: impl Into<PathBuf>) -> Self {
+        self.config.password_file = Some(file.into());
+        self
+    }
+
+    /// Sets a callback that returns the credentials for each new connection: for passwords that a
+    /// secret store hands out, or tokens that expire.
+    ///
+    /// It is called at each connect to a server of a shard whose URL has no login, also for several
+    /// connections at a time, so cache what is expensive. Sentinels are contacted with the login in
+    /// the URL. With a callback, `username`, `password` and `password_file` must not be set.
+    ///
+    /// The callback has half of `store_timeout` for its answer. An error, a panic or no answer
+    /// makes the shard unavailable, which requests tolerate like any outage; the text of the error
+    /// appears in errors and logs, so it must not contain the password. An open connection is not
+    /// affected by a change of the password, unless the server closes it.
+    ///
+    /// The callback may be called on the application's runtime and on a runtime of the manager's
+    /// own thread. Don't block in it: that thread renews leases.
+    ///
+    /// # Cancel safety
+    ///
+    /// The future that the callback returns is dropped if the connect is given up.
+    ///
+    /// # Examples
+    ///
+    /// ```no_run
+    /// use shardlock::LockManager;
+    /// use shardlock::config::{Credentials, CredentialsRequest};
+    ///
+    /// async fn token(server: &str) -> Result<String, std::io::Error> {
+    /// #   let _ = server;
+    ///     // Ask the cloud provider, or a cache.
+    /// #   Ok(String::new())
+    /// }
+    ///
+    /// # #[tokio::main(flavor = "current_thread")]
+    /// # async fn main() -> Result<(), shardlock::LockError> {
+    /// let locks = LockManager::builder()
+    ///     .shard("redis://10.0.0.1")
+    ///     .credentials(async |request: CredentialsRequest| {
+    ///         let token = token(request.address()).await?;
+    ///         Ok::<_, std::io::Error>(Credentials::new("worker", token))
+    ///     })
+    ///     .connect()
+    ///     .await?;
+    /// # Ok(()) }
+    /// ```
+    pub fn credentials<F, Fut, E>(mut self, callback: F) -> Self
+    where
+        F: Fn(CredentialsRequest) -> Fut + Send + Sync + 'static,
+        Fut: Future<Output = Result<Credentials, E>> + Send + 'static,
+        E: Into<Box<dyn Error + Send + Sync>>,
+    {
+        self.credentials = Some(CredentialsCallback::new(callback));
+        self
+    }
+
     /// Sets [`Config::tls_ca`].
     pub fn tls_ca(mut self, file: impl Into<PathBuf>) -> Self {
         self.config.tls_ca = Some(file.into());
@@ -220,7 +295,7 @@ impl Builder {
         self
     }
 
-    /// Checks the settings and returns them.
+    /// Checks the settings and returns them, without a callback for credentials.
     ///
     /// # Errors
     ///

@@ -9,12 +9,13 @@ const PREFIX: &str = "SHARDLOCK_";
 
 /// Variables with our prefix that are not settings of a manager but belong to the command-line tool
 /// and its tests.
-const NOT_SETTINGS: [&str; 8] = [
+const NOT_SETTINGS: [&str; 9] = [
     "SHARDLOCK_AGENT",
     "SHARDLOCK_CONFIG",
     "SHARDLOCK_ETCD_SERVER",
     "SHARDLOCK_LOG",
     "SHARDLOCK_METRICS",
+    "SHARDLOCK_POSTGRES",
     "SHARDLOCK_PROMETHEUS",
     "SHARDLOCK_PYTHON",
     "SHARDLOCK_REDIS_SERVER",
@@ -36,14 +37,16 @@ impl Config {
     /// case, as in `SHARDLOCK_TTL=10s`.
     ///
     /// Durations are written like `500ms`, `10s` or `2m`. `timeout`, `max_hold`, `slow_wait`,
-    /// `long_hold` and the `tls_` files may be `none`. `SHARDLOCK_SHARDS` is a list of `url` or
-    /// `name=url`, separated by commas or spaces; it replaces the previous shards.
+    /// `long_hold`, `username`, `password`, `password_file` and the `tls_` files may be `none`.
+    /// `SHARDLOCK_SHARDS` is a list of `url` or `name=url`, separated by commas or spaces; it
+    /// replaces the previous shards.
     ///
     /// `SHARDLOCK_AGENT`, `SHARDLOCK_CONFIG`, `SHARDLOCK_LOG`, `SHARDLOCK_METRICS`,
-    /// `SHARDLOCK_REDIS_SERVER`, `SHARDLOCK_ETCD_SERVER`, `SHARDLOCK_PROMETHEUS` and
-    /// `SHARDLOCK_PYTHON` belong to the command-line tool and the tests and are ignored. Also
-    /// ignored are variables without a value, as in `SHARDLOCK_TTL=`, and variables that Kubernetes
-    /// adds for Services with such a name, as in `SHARDLOCK_PORT=tcp://10.96.0.12:9187` or
+    /// `SHARDLOCK_REDIS_SERVER`, `SHARDLOCK_ETCD_SERVER`, `SHARDLOCK_POSTGRES`,
+    /// `SHARDLOCK_PROMETHEUS` and `SHARDLOCK_PYTHON` belong to the command-line tool and the tests
+    /// and are ignored. Also ignored are variables without a value, as in `SHARDLOCK_TTL=`, and
+    /// those that Kubernetes adds for Services with such a name, as in
+    /// `SHARDLOCK_PORT=tcp://10.96.0.12:9187` or
     /// `SHARDLOCK_REDIS_SERVICE_HOST=10.96.0.13`.
     ///
     /// # Errors

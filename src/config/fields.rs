@@ -4,7 +4,7 @@
 use std::time::Duration;
 
 use super::Config;
-use super::bounds::{Bounds, File, OrNone, Problem, Shards, Switch, Text, Within};
+use super::bounds::{Bounds, File, OrNone, Problem, Secret, Shards, Switch, Text, Within};
 
 /// One setting.
 pub(super) struct Field {
@@ -66,6 +66,12 @@ const CLASS: Text = Text {
     most: 32,
     allowed: |byte| matches!(byte, b'a'..=b'z' | b'0'..=b'9' | b'_' | b'-'),
     words: "lower-case letters, digits, _ and -",
+};
+
+const USERNAME: Text = Text {
+    most: 128,
+    allowed: |byte| !byte.is_ascii_control(),
+    words: "bytes without control characters",
 };
 
 /// In the order of [`Config`].
@@ -174,6 +180,17 @@ pub(super) static FIELDS: &[Field] = &[
         check_role,
         Switch,
         "whether each connect checks by ROLE that a Redis server is a primary: true or false"
+    ),
+    field!(
+        username,
+        OrNone(USERNAME),
+        "the user that logs in to the servers of shards whose URL has no login, or none"
+    ),
+    field!(password, OrNone(Secret), "the password of the user, or none"),
+    field!(
+        password_file,
+        OrNone(File),
+        "a file with the password, read at each connect, or none"
     ),
     field!(
         tls_ca,

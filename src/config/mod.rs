@@ -14,11 +14,13 @@ use std::fmt;
 use std::path::PathBuf;
 use std::time::Duration;
 
+pub use crate::credentials::{Credentials, CredentialsRequest, Password};
 pub use crate::endpoint::Endpoint;
 pub use builder::Builder;
 pub(crate) use overrides::check_overrides;
 
-use crate::endpoint::{EndpointKind, redact};
+use crate::credentials::of_file;
+use crate::endpoint::{EndpointKind, redact, with_login};
 use crate::error::InvalidSetting;
 use crate::key::LockKey;
 use crate::router::ShardMap;
@@ -258,6 +260,25 @@ pub struct Config {
     /// nodes are not checked.
     pub check_role: bool,
 
+    /// The user that logs in to the servers: 1 to 128 bytes, or `None` for the default user of a
+    /// Redis server. This and the two settings below apply to the shards whose URL has no login;
+    /// without such a shard, setting them is an error. They apply to Redis servers and etcd, which
+    /// needs a user, but not to sentinels, whose login is `?sentinel_password=` in the URL. Needs a
+    /// `password` or a `password_file`. Default: `None`.
+    pub username: Option<String>,
+
+    /// The password that goes with `username`: 1 to 16,384 bytes. No error, log line or `Debug`
+    /// output shows it. Default: `None`.
+    pub password: Option<Password>,
+
+    /// A file that contains the password, and nothing else but a line end after it. It is read at
+    /// each connect, so a password that is replaced takes effect at the next connect, without a
+    /// restart: a file that is missing when the manager starts is an error, and one that is missing
+    /// later makes the shard unavailable. Set either this or `password`. Default: `None`.
+    ///
+    /// [`Builder::credentials`] takes a callback in place of a file.
+    pub password_file: Option<PathBuf>,
+
     /// A PEM file with the certificate authorities that sign server certificates, or `None` for
     /// those of the system. This and the two settings below apply to URLs with TLS; without such a
     /// URL, setting them is an error. Default: `None`.
@@ -299,6 +320,9 @@ impl Default for Config {
             min_replicas_acked: 0,
             redlock_max_ttl: Duration::from_secs(10),
             check_role: true,
+            username: None,
+            password: None,
+            password_file: None,
             tls_ca: None,
             tls_cert: None,
             tls_key: None,
@@ -343,6 +367,7 @@ impl Config {
             }
             _ => {}
         }
+        self.check_login()?;
         let endpoints: Vec<Endpoint> = self
             .shards
             .iter()
@@ -393,6 +418,87 @@ impl Config {
         Ok(())
     }
 
+    /// Checks the login that is given beside the URLs.
+    fn check_login(&self) -> Result<(), InvalidSetting> {
+        if let (Some(_), Some(path)) = (&self.password, &self.password_file) {
+            let path = bounds::plain(&path.display().to_string());
+            return Err(InvalidSetting::new(
+                "password_file",
+                path,
+                "none if password is set; use only one of them",
+            ));
+        }
+        let Some(name) = self.login_setting() else {
+            return Ok(());
+        };
+        if let (Some(username), None, None) = (&self.username, &self.password, &self.password_file) {
+            return Err(InvalidSetting::new(
+                "username",
+                bounds::echo(username),
+                "none, or set together with password or password_file",
+            ));
+        }
+        let needing = self.endpoints_without_login();
+        let is_etcd = |endpoint: &Endpoint| matches!(endpoint.kind(), EndpointKind::Etcd { .. });
+        if self.username.is_none() && needing.iter().any(is_etcd) {
+            return Err(InvalidSetting::new(
+                "username",
+                "none",
+                "set together with the password if a shard is etcd, which has no default user",
+            ));
+        }
+        if self.shards.is_empty() || !needing.is_empty() {
+            return Ok(());
+        }
+        Err(InvalidSetting::new(
+            name,
+            "set",
+            "none unless a shard with servers has a URL without a login",
+        ))
+    }
+
+    /// The first setting of the login that is set.
+    pub(crate) fn login_setting(&self) -> Option<&'static str> {
+        let set = [
+            ("username", self.username.is_some()),
+            ("password", self.password.is_some()),
+            ("password_file", self.password_file.is_some()),
+        ];
+        set.into_iter().find(|(_, is_set)| *is_set).map(|(name, _)| name)
+    }
+
+    /// The shards whose servers may need a login that their URLs lack.
+    pub(crate) fn endpoints_without_login(&self) -> Vec<Endpoint> {
+        let endpoints = self.shards.iter().filter_map(|shard| Endpoint::parse(&shard.url).ok());
+        endpoints.filter(Endpoint::lacks_login).collect()
+    }
+
+    /// Puts the login of the settings into the URLs that have none, for tools that connect to
+    /// servers themselves. A password file is read now.
+    ///
+    /// # Errors
+    ///
+    /// The password file can't be used, or a URL gets too long.
+    pub(crate) fn put_login_into_urls(&mut self) -> Result<(), InvalidSetting> {
+        let password = match (&self.password, &self.password_file) {
+            (Some(password), _) => password.clone(),
+            (None, Some(path)) => of_file(path)?,
+            (None, None) => return Ok(()),
+        };
+        let credentials = Credentials {
+            username: self.username.take(),
+            password,
+        };
+        for shard in &mut self.shards {
+            if Endpoint::parse(&shard.url)?.lacks_login() {
+                shard.url = with_login(&shard.url, &credentials);
+                Endpoint::parse(&shard.url)?;
+            }
+        }
+        (self.password, self.password_file) = (None, None);
+        Ok(())
+    }
+
     /// Returns the map of which shard owns which keys, without connecting to any shard.
     #[must_use]
     pub fn shard_map(&self) -> ShardMap {
@@ -440,8 +546,9 @@ impl Config {
     /// Sets one value by its name, from text: `set("ttl", "10s")`.
     ///
     /// Durations are written like `500ms`, `10s` or `2m`. `timeout`, `max_hold`, `slow_wait`,
-    /// `long_hold` and the `tls_` files may be `none`. `shards` is a list of `url` or `name=url`,
-    /// separated by commas or spaces; it replaces the previous shards.
+    /// `long_hold`, `username`, `password`, `password_file` and the `tls_` files may be `none`.
+    /// `shards` is a list of `url` or `name=url`, separated by commas or spaces; it replaces the
+    /// previous shards.
     ///
     /// # Errors
     ///

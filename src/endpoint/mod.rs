@@ -7,6 +7,7 @@ mod socket;
 use std::fmt;
 use std::str::FromStr;
 
+use crate::credentials::Credentials;
 use crate::error::InvalidSetting;
 pub(crate) use redact::redact;
 pub(crate) use servers::Access;
@@ -207,6 +208,15 @@ impl Endpoint {
         }
     }
 
+    /// Whether its servers may need a login that the URL does not have.
+    pub(crate) fn lacks_login(&self) -> bool {
+        match &self.kind {
+            EndpointKind::Sentinel { access, .. } => !access.url("").has_login(),
+            EndpointKind::Memory { .. } => false,
+            _ => self.servers().first().is_some_and(|server| !server.has_login()),
+        }
+    }
+
     /// Whether connections to its servers are encrypted.
     pub(crate) fn is_encrypted(&self) -> bool {
         matches!(
@@ -255,6 +265,25 @@ fn canonical(scheme: &str) -> String {
         Some(rest) if ["", "s"].contains(&rest.split('+').next().unwrap_or_default()) => format!("redis{rest}"),
         _ => scheme,
     }
+}
+
+/// Puts a login into a URL that has none.
+pub(crate) fn with_login(url: &str, credentials: &Credentials) -> String {
+    let encode = |text| percent_encoding::utf8_percent_encode(text, percent_encoding::NON_ALPHANUMERIC);
+    let Some((scheme, rest)) = split_scheme(url) else {
+        return url.to_owned();
+    };
+    let username = credentials.username.as_deref().unwrap_or_default();
+    let (user, password) = (encode(username), encode(credentials.password.expose()));
+    if canonical(scheme) != "redis+unix" {
+        return format!("{scheme}://{user}:{password}@{rest}");
+    }
+    let separator = if rest.contains('?') { '&' } else { '?' };
+    let user = match username {
+        "" => String::new(),
+        _ => format!("user={user}&"),
+    };
+    format!("{url}{separator}{user}pass={password}")
 }
 
 fn split_scheme(text: &str) -> Option<(&str, &str)> {
@@ -309,6 +338,51 @@ mod tests {
         assert_eq!(info.redis_settings().username(), Some("user"));
         assert_eq!(info.redis_settings().password(), Some("s3@cret"));
         assert_eq!(info.redis_settings().db(), 2);
+    }
+
+    #[test]
+    fn login_is_put_into_urls_that_lack_one() {
+        let user = Credentials::new("a:b", "s3@/?");
+        let default_user = Credentials::password("s3cret");
+        for (url, credentials, shown, password) in [
+            ("redis://h", &user, "redis://a%3Ab:***@h:6379/0", "a%3Ab:s3%40%2F%3F@h"),
+            ("valkey://h/3", &default_user, "redis://:***@h:6379/3", ":s3cret@h"),
+            (
+                "redis+sentinel://h/m",
+                &user,
+                "redis+sentinel://a%3Ab:***@h:26379/m/0",
+                "",
+            ),
+            (
+                "redlock://h,i,j",
+                &user,
+                "redlock://a%3Ab:***@h:6379,i:6379,j:6379/0",
+                "s3%40%2F%3F@h",
+            ),
+            (
+                "unix:///s?db=1",
+                &user,
+                "redis+unix:///s?db=1&user=a%3Ab&pass=***",
+                "pass=s3%40%2F%3F",
+            ),
+            (
+                "redis+unix:///s",
+                &default_user,
+                "redis+unix:///s?db=0&pass=***",
+                "pass=s3cret",
+            ),
+        ] {
+            assert!(parsed(url).lacks_login(), "{url}");
+            let endpoint = parsed(&with_login(url, credentials));
+            assert!(!endpoint.lacks_login(), "{endpoint}");
+            assert_eq!(endpoint.to_string(), shown);
+            let server = endpoint.server_at("h:1").unwrap();
+            let has_password = endpoint.servers()[0].with_password().contains(password);
+            assert!(has_password && server.has_login(), "{url}");
+        }
+        assert!(!parsed("memory://").lacks_login() && !parsed("redis://:p@h").lacks_login());
+        // The login of sentinels is another one.
+        assert!(parsed("redis+sentinel://h/m?sentinel_password=x").lacks_login());
     }
 
     #[test]

@@ -5,6 +5,7 @@ mod conformance;
 mod connecting;
 #[cfg(feature = "etcd")]
 pub(crate) mod etcd;
+pub(crate) mod login;
 pub(crate) mod map;
 pub(crate) mod memory;
 pub(crate) mod quorum;
@@ -32,6 +33,7 @@ use crate::mode::LockMode;
 use crate::protocol::{Acquire, AcquireReply, Answer, Push, Release, ReleaseReply, RenewReply, Renewal};
 use crate::runtime::Runtimes;
 use crate::telemetry::ShardMetrics;
+use login::Login;
 pub(crate) use map::{MapState, MapStep};
 
 /// A request in flight. Dropping it does not cancel it: the server may still execute it.
@@ -175,6 +177,7 @@ pub(crate) struct StoreOptions {
     /// Whether servers are asked for their role.
     pub(crate) check_role: bool,
     pub(crate) tls: TlsFiles,
+    pub(crate) login: Login,
     pub(crate) metrics: Arc<ShardMetrics>,
     /// The runtimes for the work that serves the application's tasks.
     pub(crate) runtimes: Arc<Runtimes>,
@@ -448,6 +451,7 @@ impl StoreOptions {
             redlock_max_ttl: Duration::from_secs(10),
             check_role: true,
             tls: TlsFiles::default(),
+            login: Login::default(),
             metrics: Arc::new(ShardMetrics::new("test", "default")),
             runtimes: Runtimes::here(),
         }

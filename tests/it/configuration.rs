@@ -7,8 +7,8 @@ use shardlock::error::InvalidSetting;
 use shardlock::tool;
 
 /// A non-default value for every setting.
-const SAMPLES: [(&str, &str); 28] = [
-    ("shards", "a=rediss://:s3cret@a:1/2,memory://b"),
+const SAMPLES: [(&str, &str); 31] = [
+    ("shards", "a=rediss://:s3cret@a:1/2,memory://b,redis://c"),
     ("namespace", "jobs/"),
     ("ttl", "5s"),
     ("renew_fraction", "0.25"),
@@ -33,15 +33,24 @@ const SAMPLES: [(&str, &str); 28] = [
     ("min_replicas_acked", "1"),
     ("redlock_max_ttl", "20s"),
     ("check_role", "false"),
+    ("username", "worker"),
+    ("password", "s3cret"),
+    ("password_file", "password"),
     ("tls_ca", "ca.pem"),
     ("tls_cert", "me.pem"),
     ("tls_key", "me.key"),
 ];
 
+/// The samples that can be set together.
+fn together() -> impl Iterator<Item = (&'static str, &'static str)> {
+    SAMPLES.into_iter().filter(|(name, _)| *name != "password_file")
+}
+
 fn from_code() -> Result<Config, InvalidSetting> {
     Builder::new()
         .named_shard("a", "rediss://:s3cret@a:1/2")
         .shard("memory://b")
+        .shard("redis://c")
         .namespace("jobs/")
         .ttl(Duration::from_secs(5))
         .renew_fraction(0.25)
@@ -66,6 +75,8 @@ fn from_code() -> Result<Config, InvalidSetting> {
         .min_replicas_acked(1)
         .redlock_max_ttl(Duration::from_secs(20))
         .check_role(false)
+        .username("worker")
+        .password("s3cret")
         .tls_ca("ca.pem")
         .tls_cert("me.pem")
         .tls_key("me.key")
@@ -90,13 +101,61 @@ fn every_setting_has_a_sample_here_that_is_not_its_default() {
 #[test]
 fn every_setting_is_reached_from_code_the_environment_and_by_name() {
     let mut by_name = Config::default();
-    for (name, value) in SAMPLES {
+    for (name, value) in together() {
         tool::set(&mut by_name, name, value).unwrap();
     }
     let mut from_env = Config::default();
-    tool::apply_variables(&mut from_env, SAMPLES.map(|(name, value)| variable(name, value))).unwrap();
+    tool::apply_variables(&mut from_env, together().map(|(name, value)| variable(name, value))).unwrap();
     assert_eq!(by_name, from_code().unwrap());
     assert_eq!(from_env, from_code().unwrap());
+    let file = Builder::new().shard("redis://c").password_file("password");
+    let mut by_name = Config::default();
+    tool::set(&mut by_name, "shards", "redis://c").unwrap();
+    tool::set(&mut by_name, "password_file", "password").unwrap();
+    assert_eq!(by_name, file.build_config().unwrap());
+}
+
+#[test]
+fn login_that_is_ambiguous_or_unused_is_refused() {
+    let refusal = |shards: &str, settings: &[(&str, &str)]| {
+        let mut config = Config::default();
+        tool::set(&mut config, "shards", shards).unwrap();
+        for (name, value) in settings {
+            tool::set(&mut config, name, value).unwrap();
+        }
+        let message = config.validate().unwrap_err().to_string();
+        assert!(!message.contains("s3cret"), "{message}");
+        message
+    };
+    let (user, password, file) = (
+        ("username", "worker"),
+        ("password", "s3cret"),
+        ("password_file", "/run/password"),
+    );
+    assert_eq!(
+        refusal("redis://a", &[password, file]),
+        "password_file is /run/password, but must be none if password is set; use only one of them"
+    );
+    assert_eq!(
+        refusal("redis://a", &[user]),
+        "username is \"worker\", but must be none, or set together with password or password_file"
+    );
+    assert_eq!(
+        refusal("redis://:p@a memory://", &[file]),
+        "password_file is set, but must be none unless a shard with servers has a URL without a login"
+    );
+    #[cfg(feature = "etcd")]
+    assert!(refusal("etcd://a", &[password]).starts_with("username is none, but must be set together with"));
+
+    let mut config = Config::default();
+    let error = tool::set(&mut config, "password", &"s3cret".repeat(4000)).unwrap_err();
+    assert_eq!(
+        error.to_string(),
+        "password is 24000 bytes long, but must be none, or 1 to 16384 bytes long"
+    );
+    for name in ["", "a\nb", &"x".repeat(129)] {
+        assert_eq!(tool::set(&mut config, "username", name).unwrap_err().field, "username");
+    }
 }
 
 #[test]
@@ -208,6 +267,7 @@ fn variables_of_others_are_passed_over() {
         "SHARDLOCK_METRICS",
         "SHARDLOCK_REDIS_SERVER",
         "SHARDLOCK_ETCD_SERVER",
+        "SHARDLOCK_POSTGRES",
         "SHARDLOCK_PROMETHEUS",
         "SHARDLOCK_PYTHON",
         "SHARDLOCKS",
@@ -298,9 +358,11 @@ mod file {
 
     #[test]
     fn every_setting_is_reached_from_a_file() {
-        let quoted: String = SAMPLES.map(|(name, value)| format!("{name} = {value:?}\n")).concat();
+        let quoted: String = together()
+            .map(|(name, value)| format!("{name} = {value:?}\n"))
+            .collect();
         assert_eq!(Config::from_toml(&quoted).unwrap(), from_code().unwrap());
-        let typed: String = SAMPLES
+        let typed: String = together()
             .map(|(name, value)| {
                 if value.parse::<f64>().is_ok() || value.parse::<bool>().is_ok() {
                     format!("{name} = {value}\n")
@@ -308,7 +370,7 @@ mod file {
                     format!("{name} = {value:?}\n")
                 }
             })
-            .concat();
+            .collect();
         assert_ne!(typed, quoted);
         assert_eq!(Config::from_toml(&typed).unwrap(), from_code().unwrap());
     }

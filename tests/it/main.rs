@@ -16,6 +16,7 @@ mod closing;
 mod cluster;
 mod configuration;
 mod connections;
+mod credentials;
 mod documents;
 #[cfg(feature = "etcd")]
 mod etcd;

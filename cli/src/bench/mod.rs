@@ -30,6 +30,7 @@ use std::time::Duration;
 
 use anyhow::{Context, anyhow, ensure};
 use clap::builder::RangedI64ValueParser;
+use shardlock::tool;
 
 use crate::exit::{self, Failure};
 use crate::output::{self, eprint};
@@ -223,7 +224,8 @@ impl Args {
 /// removed.
 pub(crate) async fn run(args: Args) -> Result<u8, Failure> {
     args.validate()?;
-    let config = args.shards.load()?;
+    let mut config = args.shards.load()?;
+    tool::put_login_into_urls(&mut config).map_err(Failure::config)?;
     let mut setup = Setup::new(&config, args.processes)?;
     let plot_file = args.plot_file()?;
     let mut signals = Signals::install(INTERRUPTS)

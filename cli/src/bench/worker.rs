@@ -178,6 +178,8 @@ impl Worker {
 
 fn config(settings: &WorkerSettings) -> anyhow::Result<Config> {
     let mut config = settings.shards.load().map_err(|failure| failure.error)?;
+    // The servers that the bench started have no password.
+    tool::put_login_into_urls(&mut config)?;
     if !settings.started.is_empty() {
         tool::set(&mut config, "shards", &settings.started.join(" "))?;
     }

@@ -89,7 +89,7 @@ enum ShardKind {
 const SHARDS_AT_ONCE: usize = 32;
 
 pub(crate) async fn run(args: Args) -> Result<u8, Failure> {
-    let config = args.shards.load_with_shards()?;
+    let config = args.shards.load_for_servers()?;
     config.validate().map_err(Failure::config)?;
     let connector = Connector::new(&config).map_err(Failure::config)?;
     let shards = config.shards.iter().enumerate();

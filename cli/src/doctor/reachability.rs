@@ -61,12 +61,14 @@ pub(super) fn unreachable(server: &ProbedServer, error: &ProbeError, level: Leve
         ProbeErrorKind::Login if server.has_login => (
             format!("the login was refused: {reason}"),
             "correct the user and the password in the shard's URL (redis://user:password@host; write characters such as @ and / as %40 and \
-             %2F), or on the server: ACL SETUSER <user> on ><password>"
+             %2F) or in password_file, or on the server: ACL SETUSER <user> on ><password>"
                 .to_owned(),
         ),
         ProbeErrorKind::Login => (
             format!("the server asks for a password, and the URL has none: {reason}"),
-            "put the password into the shard's URL: redis://:password@host, or redis://user:password@host".to_owned(),
+            "put the password into the shard's URL (redis://:password@host, or redis://user:password@host), or set username and \
+             password_file"
+                .to_owned(),
         ),
         ProbeErrorKind::Database => (
             reason.clone(),

@@ -100,8 +100,10 @@ impl Keeper {
                     }
                 }
                 let mut command = build_command(work, &held);
-                if !args.inherit_password && shards::variable_has_password() {
-                    command.env_remove(shards::VARIABLE);
+                if !args.inherit_password {
+                    for variable in shards::variables_with_passwords() {
+                        command.env_remove(variable);
+                    }
                 }
                 run_under_lock(held, command, work, self, events, args.kill_after).await
             }

@@ -140,10 +140,11 @@ pub(crate) struct Args {
     #[arg(short, long)]
     quiet: bool,
 
-    /// Keep SHARDLOCK_SHARDS in the command's environment even if it contains a password
+    /// Keep passwords in the command's environment
     ///
-    /// Without this option, a SHARDLOCK_SHARDS that contains a password is removed. A nested
-    /// `shardlock` must then get its shards in another way, such as from a file.
+    /// Without this option, SHARDLOCK_PASSWORD is removed, and so is a SHARDLOCK_SHARDS that
+    /// contains a password. A nested `shardlock` must then get its shards in another way, such as
+    /// from a file. SHARDLOCK_PASSWORD_FILE is kept.
     #[arg(long)]
     inherit_password: bool,
 

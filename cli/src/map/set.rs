@@ -13,7 +13,7 @@ use crate::output;
 use crate::servers::Connector;
 
 pub(super) async fn run(args: SetArgs) -> Result<u8, Failure> {
-    let config = args.shards.load_with_shards()?;
+    let config = args.shards.load_for_servers()?;
     config.validate().map_err(Failure::config)?;
     let connector = Connector::new(&config).map_err(Failure::config)?;
     let maps = read_all(&config, &connector).await?;

@@ -11,7 +11,7 @@ use crate::exit::{self, Failure};
 use crate::servers::Connector;
 
 pub(super) async fn run(args: ShowArgs) -> Result<u8, Failure> {
-    let config = args.shards.load_with_shards()?;
+    let config = args.shards.load_for_servers()?;
     config.validate().map_err(Failure::config)?;
     let connector = Connector::new(&config).map_err(Failure::config)?;
     let maps = read_all(&config, &connector).await?;

@@ -25,6 +25,7 @@ use std::time::Duration;
 
 use anyhow::anyhow;
 use shardlock::LockKey;
+use shardlock::tool;
 
 use crate::exit::Failure;
 use crate::shards;
@@ -134,7 +135,8 @@ impl Args {
             }
         }
         if addresses.is_empty() {
-            let config = self.shards.load()?;
+            let mut config = self.shards.load()?;
+            tool::put_login_into_urls(&mut config).map_err(Failure::config)?;
             if !config.shards.is_empty() {
                 let selection = KeySelection {
                     named: self.keys.clone(),

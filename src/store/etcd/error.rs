@@ -76,14 +76,14 @@ fn explain(error: &Error, namespace: &str) -> EtcdError {
         code::NOT_FOUND if message.contains("lease not found") => EtcdError::LeaseGone,
         code::FAILED_PRECONDITION if message.contains("lease already exists") => EtcdError::LeaseThere,
         code::FAILED_PRECONDITION if message.contains("authentication is not enabled") => {
-            refused(format!("{description}; leave the user and the password out of the URL"))
+            refused(format!("{description}; leave the user and the password out"))
         }
         code::PERMISSION_DENIED => refused(with_needs(&description, namespace)),
         code::INVALID_ARGUMENT if message.contains("user name is empty") => refused(format!(
-            "{description}; name a user and its password: etcd://USER:PASSWORD@HOST"
+            "{description}; name a user and its password: etcd://USER:PASSWORD@HOST, or username and password"
         )),
         code::INVALID_ARGUMENT if message.contains("authentication failed") => {
-            refused(format!("{description}; check the user and the password in the URL"))
+            refused(format!("{description}; check the user and the password"))
         }
         // Another request with a newer token follows.
         code::INVALID_ARGUMENT if message.contains("revision of auth store is old") => {
@@ -94,6 +94,18 @@ fn explain(error: &Error, namespace: &str) -> EtcdError {
         )),
         code::INVALID_ARGUMENT | code::UNIMPLEMENTED | code::UNAUTHENTICATED => refused(description),
         _ => EtcdError::Other(StoreError::Unavailable(description.into())),
+    }
+}
+
+/// Whether the user, its password or its token is not accepted.
+pub(super) fn is_of_login(error: &Error) -> bool {
+    let Error::GRpcStatus(status) = error else {
+        return false;
+    };
+    match i32::from(status.code()) {
+        code::INVALID_ARGUMENT => status.message().contains("authentication failed"),
+        code::UNAUTHENTICATED => true,
+        _ => false,
     }
 }
 

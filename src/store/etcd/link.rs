@@ -9,13 +9,15 @@ use etcd_client::{Client, ConnectOptions};
 use parking_lot::Mutex;
 use tokio::sync::{Notify, Semaphore};
 
-use super::error::{EtcdError, classify};
+use super::error::{EtcdError, classify, is_of_login};
 use super::map;
 use crate::backoff::Backoff;
 use crate::clock::Moment;
+use crate::credentials::Credentials;
 use crate::random;
 use crate::runtime::Runtimes;
 use crate::store::connecting::Connecting;
+use crate::store::login::Login;
 use crate::store::map::StoredMap;
 use crate::store::{MapState, MapStep, StoreError};
 use crate::telemetry::ShardMetrics;
@@ -27,6 +29,7 @@ pub(super) struct Servers {
     /// As `host:port`, for errors.
     pub(super) addresses: Vec<String>,
     pub(super) options: ConnectOptions,
+    pub(super) login: Login,
     /// Whether connections are encrypted without a client certificate.
     pub(super) shows_no_certificate: bool,
     pub(super) namespace: String,
@@ -198,8 +201,17 @@ impl Link {
     async fn open(&self, index: usize) -> Result<Client, StoreError> {
         let servers = &*self.servers;
         let failed = |error: &etcd_client::Error| servers.classify(error).into_store_error();
+        let credentials = servers.login.credentials(&servers.addresses[index]).await;
+        let credentials = credentials.map_err(|error| StoreError::Unavailable(error.to_string().into()))?;
+        let options = match credentials {
+            Some(Credentials { username, password }) => {
+                let options = servers.options.clone();
+                options.with_user(username.unwrap_or_default(), password.expose())
+            }
+            None => servers.options.clone(),
+        };
         let open = || {
-            let (endpoint, options) = (servers.endpoints[index].clone(), servers.options.clone());
+            let (endpoint, options) = (servers.endpoints[index].clone(), options.clone());
             async move { Client::connect([endpoint], Some(options)).await }
         };
         let connected = match &self.runtimes {
@@ -269,7 +281,7 @@ impl Link {
     {
         let started = Moment::now();
         let mut backoff = Backoff::new(PAUSE_MIN, PAUSE_MAX);
-        let mut repeated = false;
+        let (mut repeated, mut has_new_login) = (false, false);
         loop {
             let error = match self.get().await {
                 Ok(live) => {
@@ -296,6 +308,12 @@ impl Link {
                         }
                         Ok(Ok(reply)) => return Ok((reply, repeated)),
                         Ok(Err(error)) => {
+                            if is_of_login(&error) && self.servers.login.can_change() && !has_new_login {
+                                // The password was replaced since this connection was opened.
+                                (repeated, has_new_login) = (true, true);
+                                self.broken(&live);
+                                continue;
+                            }
                             let error = self.servers.classify(&error);
                             if error.is_passing() {
                                 repeated = true;

@@ -126,12 +126,14 @@ impl EtcdStore {
         tls: bool,
         options: StoreOptions,
     ) -> Result<Self, LockError> {
+        options.login.check()?;
         let names = Names::new(&options.namespace, options.manager);
         let scheme = if tls { "https" } else { "http" };
         let servers = Arc::new(Servers {
             endpoints: hosts.iter().map(|host| format!("{scheme}://{host}")).collect(),
             addresses: hosts.to_vec(),
             options: options::connect_options(login, tls, &options.tls, options.timeout)?,
+            login: options.login,
             shows_no_certificate: tls && options.tls.client.is_none(),
             namespace: options.namespace,
             map: StoredMap::new(options.map, names.map()),

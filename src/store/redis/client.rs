@@ -6,14 +6,18 @@ use std::io;
 use std::time::Duration;
 
 use deadpool_redis::redis::io::tcp::socket2::{SockRef, TcpKeepalive};
-use deadpool_redis::redis::{Cmd, ConnectionAddr, ConnectionInfo, IntoConnectionInfo, RedisError, RedisResult, cmd};
+use deadpool_redis::redis::{
+    Cmd, ConnectionAddr, ConnectionInfo, IntoConnectionInfo, RedisConnectionInfo, RedisError, RedisResult, cmd,
+};
 use tokio::net::TcpStream;
 
 use super::refusal;
 use super::reply::to_store_error;
+use crate::credentials::Credentials;
 use crate::endpoint::ServerUrl;
 use crate::error::InvalidSetting;
 use crate::identity::ManagerId;
+use crate::store::login::Login;
 #[cfg(feature = "tls")]
 use crate::store::tls::TlsPem;
 use crate::store::{NOT_ENCRYPTED, StoreError, TlsFiles};
@@ -40,12 +44,13 @@ const RESET: Duration = Duration::ZERO;
 #[derive(Clone)]
 pub(super) struct Target {
     info: ConnectionInfo,
+    login: Login,
     #[cfg(feature = "tls")]
     pem: TlsPem,
 }
 
 impl Target {
-    /// Sends nothing.
+    /// Uses the login of the URL. Sends nothing.
     ///
     /// # Errors
     ///
@@ -68,8 +73,41 @@ impl Target {
             .set_lib_name(LIBRARY, env!("CARGO_PKG_VERSION"));
         Ok(Self {
             info: info.set_redis_settings(login),
+            login: Login::default(),
             #[cfg(feature = "tls")]
             pem,
+        })
+    }
+
+    /// The same with another source for the login.
+    pub(super) fn with_login(mut self, login: &Login) -> Self {
+        self.login = login.clone();
+        self
+    }
+
+    /// The settings for a new connection, with the current login.
+    ///
+    /// # Errors
+    ///
+    /// The login is not available now.
+    pub(super) async fn settings(&self) -> io::Result<RedisConnectionInfo> {
+        let address = match self.info.addr() {
+            ConnectionAddr::Tcp(host, port) | ConnectionAddr::TcpTls { host, port, .. } if host.contains(':') => {
+                format!("[{host}]:{port}")
+            }
+            ConnectionAddr::Unix(path) => path.display().to_string(),
+            addr => addr.to_string(),
+        };
+        let settings = self.info.redis_settings().clone();
+        Ok(match self.login.credentials(&address).await? {
+            None => settings,
+            Some(Credentials { username, password }) => {
+                let settings = settings.set_password(password.expose());
+                match username {
+                    Some(username) => settings.set_username(username),
+                    None => settings,
+                }
+            }
         })
     }
 

@@ -34,7 +34,7 @@ use std::time::Duration;
 
 use deadpool_redis::redis::aio::{MultiplexedConnection, PubSub};
 use deadpool_redis::redis::{
-    AsyncConnectionConfig, ConnectionAddr, ConnectionInfo, ErrorKind, RedisError, RedisResult,
+    AsyncConnectionConfig, ConnectionAddr, ErrorKind, RedisConnectionInfo, RedisError, RedisResult,
 };
 use futures_util::future::select_ok;
 use tokio::io::{AsyncRead, AsyncWrite};
@@ -130,12 +130,13 @@ pub(super) async fn open(
     in_flight: &InFlight,
 ) -> RedisResult<(MultiplexedConnection, Driver)> {
     let opening = async {
+        let login = target.settings().await?;
         match connect(target, only).await? {
-            Stream::Tcp(stream) => drive(target.info(), stream, settings, in_flight).await,
+            Stream::Tcp(stream) => drive(&login, stream, settings, in_flight).await,
             #[cfg(feature = "tls")]
-            Stream::Tls(stream) => drive(target.info(), stream, settings, in_flight).await,
+            Stream::Tls(stream) => drive(&login, stream, settings, in_flight).await,
             #[cfg(unix)]
-            Stream::Unix(stream) => drive(target.info(), stream, settings, in_flight).await,
+            Stream::Unix(stream) => drive(&login, stream, settings, in_flight).await,
         }
     };
     let silent = |_| io::Error::new(io::ErrorKind::TimedOut, format!("no answer within {limit:?}"));
@@ -144,18 +145,18 @@ pub(super) async fn open(
 
 /// Opens a connection for subscriptions. Its driver is the client library's, and ends with it.
 pub(super) async fn subscriber(target: &Target, only: Option<SocketAddr>) -> RedisResult<PubSub> {
-    let login = target.info().redis_settings();
+    let login = target.settings().await?;
     match connect(target, only).await? {
-        Stream::Tcp(stream) => PubSub::new(login, stream).await,
+        Stream::Tcp(stream) => PubSub::new(&login, stream).await,
         #[cfg(feature = "tls")]
-        Stream::Tls(stream) => PubSub::new(login, stream).await,
+        Stream::Tls(stream) => PubSub::new(&login, stream).await,
         #[cfg(unix)]
-        Stream::Unix(stream) => PubSub::new(login, stream).await,
+        Stream::Unix(stream) => PubSub::new(&login, stream).await,
     }
 }
 
 async fn drive<S>(
-    info: &ConnectionInfo,
+    login: &RedisConnectionInfo,
     stream: S,
     settings: AsyncConnectionConfig,
     in_flight: &InFlight,
@@ -163,7 +164,7 @@ async fn drive<S>(
 where
     S: AsyncRead + AsyncWrite + Unpin + Send + 'static,
 {
-    let (connection, driver) = MultiplexedConnection::new_with_config(info.redis_settings(), stream, settings).await?;
+    let (connection, driver) = MultiplexedConnection::new_with_config(login, stream, settings).await?;
     let driver = tokio::spawn(YieldingDriver {
         driver: Box::pin(driver),
         in_flight: in_flight.clone(),

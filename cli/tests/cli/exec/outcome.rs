@@ -308,6 +308,20 @@ fn the_command_does_not_inherit_a_password() {
     assert_eq!(with(&[]).stdout, "<>\n");
     assert_eq!(with(&["--inherit-password"]).stdout, format!("<{with_password}>\n"));
 
+    // A password beside the URL.
+    let show = ["k", "sh", "-c", "echo \"<$SHARDLOCK_PASSWORD> <$SHARDLOCK_SHARDS>\""];
+    let with = |options: &[&str]| {
+        let mut command = bare(&[&["exec"], options, &show].concat());
+        command.env("SHARDLOCK_PASSWORD", "s3cret");
+        command.env("SHARDLOCK_SHARDS", server.url());
+        run(command)
+    };
+    assert_eq!(with(&[]).stdout, format!("<> <{}>\n", server.url()));
+    assert_eq!(
+        with(&["--inherit-password"]).stdout,
+        format!("<s3cret> <{}>\n", server.url())
+    );
+
     // A command that needs the password gets an error that explains why it is missing.
     let mut command = bare(&["exec", "k"]);
     command.arg(bare(&[]).get_program()).args(["inspect", "k"]);

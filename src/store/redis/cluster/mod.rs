@@ -123,7 +123,8 @@ impl ClusterStore {
         inbox_idle_seconds: u32,
     ) -> Result<Self, InvalidSetting> {
         let unusable = || InvalidSetting::new("url", "without a host", "of servers that the client library can use");
-        let target = Target::new(seeds.first().ok_or_else(unusable)?, &options.tls)?;
+        options.login.check()?;
+        let target = Target::new(seeds.first().ok_or_else(unusable)?, &options.tls)?.with_login(&options.login);
         let commands = Commands::for_a_cluster(&options.namespace, options.manager);
         let shared = Arc::new(Shared {
             map: StoredMap::new(options.map, commands.names.map()),

@@ -125,6 +125,7 @@ impl Dialer {
         let shared = &*self.shared;
         let target = Target::new(server, &shared.tls);
         let target = target.map_err(|error| StoreError::Refused(error.to_string().into()))?;
+        let target = target.with_login(&shared.login);
         let is_kept = self.purpose != Purpose::Pool;
         let error = match self.open_at(server, &target, None).await {
             Err(error @ StoreError::Refused(_)) if !shared.discovery.follows() => error,

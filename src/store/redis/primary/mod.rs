@@ -71,6 +71,7 @@ use crate::mode::LockMode;
 use crate::protocol::{Acquire, AcquireKind, AcquireReply, Answer, Push, Release, ReleaseReply, RenewReply, Renewal};
 use crate::runtime::Runtimes;
 use crate::slow_log::RateLimit;
+use crate::store::login::Login;
 use crate::store::map::StoredMap;
 use crate::store::{
     Health, KeyState, LeaseStore, MapState, MapStep, Priority, StoreError, StoreFuture, StoreOptions, TlsFiles,
@@ -99,6 +100,7 @@ pub(super) struct Shared {
     shard: Arc<str>,
     discovery: Discovery,
     tls: TlsFiles,
+    login: Login,
     failovers: FailoverEvents,
     /// If several addresses of the server's name were tried, the only one that led to a primary.
     address: Mutex<Option<SocketAddr>>,
@@ -161,11 +163,13 @@ impl RedisStore {
         vote: Option<VoteEligibility>,
     ) -> Result<Self, InvalidSetting> {
         discovery.check(&options.tls)?;
+        options.login.check()?;
         let commands = Commands::new(&options.namespace, options.manager);
         let shared = Arc::new(Shared {
             shard: options.shard,
             discovery,
             tls: options.tls,
+            login: options.login,
             failovers: FailoverEvents::new(),
             address: Mutex::new(None),
             map: StoredMap::new(options.map, commands.names.map()),

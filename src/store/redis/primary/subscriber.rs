@@ -213,6 +213,7 @@ async fn subscribe(shared: &Shared, channel: &str) -> Result<(PubSub, String), S
             .to_store_error(&shared.commands.permissions.of_subscription(error))
     };
     let target = Target::new(&server, &shared.tls).map_err(|error| StoreError::Refused(error.to_string().into()))?;
+    let target = target.with_login(&shared.login);
     let address = *shared.address.lock();
     let opening = connection::subscriber(&target, address);
     let mut inbox = with_reason(target.info(), shared.timeout, opening).await?;
