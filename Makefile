@@ -21,6 +21,7 @@ dashboard: cargo ## Run a load and a Prometheus for the dashboard of grafana/, a
 
 test: cargo protoc ## Run all tests, against real servers.
 	@server=$$(scripts/ensure-server) && etcd=$$(scripts/ensure-etcd) && prometheus=$$(scripts/ensure-prometheus) && python=$$(scripts/ensure-grafana-model) && \
+	SHARDLOCK_POSTGRES=$$(scripts/ensure-postgres) && export SHARDLOCK_POSTGRES && \
 	SHARDLOCK_REDIS_SERVER=$$server SHARDLOCK_ETCD_SERVER=$$etcd SHARDLOCK_PROMETHEUS=$$prometheus SHARDLOCK_PYTHON=$$python cargo test --locked --all-features --no-fail-fast && \
 	$(with_leases_kept) && (cd benches/peers && $$python -B -m unittest -q)
 
@@ -34,7 +35,8 @@ with_leases_kept = SHARDLOCK_TEST_LINGER=30 SHARDLOCK_REDIS_SERVER=$$server carg
 
 # TESTS selects tests, as in TESTS="--test it -- basics:: order::".
 test-servers: cargo protoc ## Run all tests against each server: the default, Valkey 9, Redis 8.
-	@etcd=$$(scripts/ensure-etcd) && prometheus=$$(scripts/ensure-prometheus) && python=$$(scripts/ensure-grafana-model) || exit; \
+	@etcd=$$(scripts/ensure-etcd) && prometheus=$$(scripts/ensure-prometheus) && python=$$(scripts/ensure-grafana-model) && SHARDLOCK_POSTGRES=$$(scripts/ensure-postgres) || exit; \
+	export SHARDLOCK_POSTGRES; \
 	export SHARDLOCK_ETCD_SERVER=$$etcd SHARDLOCK_PROMETHEUS=$$prometheus SHARDLOCK_PYTHON=$$python; failed=; for server in "" valkey redis8; do \
 		name=$${server:-default}; \
 		path=$$(scripts/ensure-server $$server) || { failed="$$failed $$name (not available)"; continue; }; \
@@ -72,6 +74,7 @@ mutants: cargo protoc ## Make every small change to the safety core, and check t
 lint: cargo protoc ## Check formatting, lints with each feature and with all, documentation, dependencies.
 	cargo fmt --all -- --check
 	scripts/reverts --check
+	scripts/check-packages
 	cargo clippy --locked --all-targets --package shardlock -- -D warnings
 	@set -e; for f in $(features); do set -x; cargo clippy --locked --all-targets --package shardlock --features $$f -- -D warnings; { set +x; } 2>/dev/null; done
 	cargo clippy --locked --all-targets --package shardlock-cli -- -D warnings

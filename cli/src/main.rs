@@ -6,6 +6,7 @@ mod disposition;
 mod doctor;
 mod exec;
 mod exit;
+mod generate;
 mod inspect;
 mod load;
 mod map;
@@ -60,6 +61,8 @@ enum Command {
     Bench(bench::Args),
     #[command(hide = true)]
     Child(load::child::ChildArgs),
+    #[command(hide = true)]
+    Generate(generate::Args),
 }
 
 fn main() -> ExitCode {
@@ -93,6 +96,7 @@ fn run(command: Command) -> Result<u8, Failure> {
         Command::Demo(args) => on_this_thread(async { demo::run(args).await.map_err(|error| Failure::new(1, error)) }),
         Command::Bench(args) => on_this_thread(bench::run(args)),
         Command::Child(args) => load::child::run(args),
+        Command::Generate(args) => generate::run(&args),
     }
 }
 
@@ -140,9 +144,88 @@ fn log_to_stderr(command: &Command) {
 
 #[cfg(test)]
 mod tests {
-    use clap::CommandFactory;
+    use std::path::Path;
+
+    use clap::error::ErrorKind;
+    use clap::{CommandFactory, Parser};
 
     use super::Cli;
+
+    /// The words of a command in a document, without quotes. What a shell would do with the rest of
+    /// the line is left out.
+    fn words(command: &str) -> Vec<String> {
+        let (mut words, mut word, mut quote) = (Vec::new(), None::<String>, None);
+        for char in command.chars() {
+            match (char, quote) {
+                (char, Some(end)) if char == end => quote = None,
+                ('\'' | '"', None) => {
+                    quote = Some(char);
+                    word.get_or_insert_default();
+                }
+                (' ', None) => words.extend(word.take()),
+                (';' | '|' | '#', None) => break,
+                (char, _) => word.get_or_insert_default().push(char),
+            }
+        }
+        words.extend(word);
+        words
+    }
+
+    /// The commands of the tool that a document shows: at the start of a line, after a prompt, in a
+    /// crontab, a unit of systemd, or as a JSON list.
+    fn commands(text: &str) -> Vec<Vec<String>> {
+        let (mut found, mut is_code): (Vec<Vec<String>>, _) = (Vec::new(), false);
+        for line in text.lines() {
+            let line = line.trim();
+            if line.starts_with("```") {
+                is_code = !is_code;
+            }
+            let list = line.find("[\"shardlock\", ").map(|at| &line[at..]);
+            if let Some(list) = list.filter(|_| is_code) {
+                found.push(serde_json::from_str(list).unwrap());
+                continue;
+            }
+            // Kubernetes appends the arguments to the command before.
+            if let (Some(list), Some(command)) = (line.strip_prefix("args: "), found.last_mut()) {
+                let arguments: Vec<String> = serde_json::from_str(list).unwrap();
+                command.extend(arguments);
+                continue;
+            }
+            let starts = ["$ shardlock ", "ExecStart=/usr/bin/shardlock ", "shardlock "];
+            let command = starts.iter().find_map(|start| line.strip_prefix(start));
+            // A dependency in a Cargo.toml.
+            let command = command.filter(|command| !command.starts_with('='));
+            let in_crontab = line.split_once("  shardlock ").map(|(_, command)| command);
+            if let Some(command) = command.or(in_crontab)
+                && (is_code || line.starts_with('$') || in_crontab.is_some())
+            {
+                found.push(words(&format!("shardlock {command}")));
+            }
+        }
+        found
+    }
+
+    #[test]
+    fn commands_in_documents_are_valid() {
+        let root = Path::new(env!("CARGO_MANIFEST_DIR")).parent().unwrap();
+        let folders = [root.to_owned(), root.join("docs")];
+        let files = folders.iter().flat_map(|folder| std::fs::read_dir(folder).unwrap());
+        let mut count = 0;
+        for path in files.map(|entry| entry.unwrap().path()) {
+            if path.extension().is_none_or(|extension| extension != "md") {
+                continue;
+            }
+            for command in commands(&std::fs::read_to_string(&path).unwrap()) {
+                count += 1;
+                if let Err(error) = Cli::try_parse_from(&command)
+                    && error.kind() != ErrorKind::DisplayHelp
+                {
+                    panic!("{}: {command:?}: {error}", path.display());
+                }
+            }
+        }
+        assert!(count > 15, "only {count} commands were found");
+    }
 
     #[test]
     fn the_definition_of_the_command_line_is_sound() {
