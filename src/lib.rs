@@ -226,6 +226,7 @@
 //!   replicas. A single Redis without persistence forgets all leases when it crashes. Two holders
 //!   may then overlap until the first one learns of it.
 //! - The server decides when a lease ends, by its own clock. A jump forward frees locks early.
+//! - Locks are not reentrant, and a shared lock can't become an exclusive one.
 //!
 //! `docs/guarantees.md` in the repository has the whole list.
 //!
@@ -389,7 +390,32 @@ pub use manager::LockManager;
 pub use mode::LockMode;
 pub use request::{LockFuture, LockRequest, TryLockFuture, TryLockRequest};
 
-/// Compiles the example of the README.
+/// Compiles and runs the examples of the README and of the guides.
 #[cfg(doctest)]
-#[doc = include_str!("../README.md")]
-pub struct Readme;
+mod documents {
+    macro_rules! document {
+        ($($name:ident = $file:literal,)*) => {
+            $(
+                #[doc = include_str!(concat!("../", $file))]
+                pub struct $name;
+            )*
+        };
+    }
+
+    document! {
+        Readme = "README.md",
+        ComingFrom = "docs/coming-from.md",
+        Credentials = "docs/credentials.md",
+        Cron = "docs/cron.md",
+        Failures = "docs/failures.md",
+        GettingStarted = "docs/getting-started.md",
+        Leadership = "docs/leadership.md",
+        RateLimiting = "docs/rate-limiting.md",
+        Testing = "docs/testing.md",
+    }
+
+    #[cfg(feature = "admin")]
+    document! {
+        Operations = "docs/operations.md",
+    }
+}

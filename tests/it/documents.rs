@@ -24,7 +24,7 @@ const SKIPPED: &[&str] = &[
 ];
 
 /// Hidden folders that belong to the repository. All others are skipped.
-const HIDDEN: &[&str] = &[".cargo", ".ci"];
+const HIDDEN: &[&str] = &[".cargo", ".ci", ".github"];
 
 fn root() -> &'static Path {
     Path::new(env!("CARGO_MANIFEST_DIR"))
@@ -293,6 +293,76 @@ fn prose_and_comments_are_plain_english() {
     assert!(found.is_empty(), "{}", found.join("\n"));
 }
 
+/// The fenced blocks of a document in this language.
+fn blocks<'a>(text: &'a str, language: &str) -> Vec<&'a str> {
+    let fence = format!("```{language}\n");
+    let after = text.split(&fence[..]).skip(1);
+    after.map(|text| text.split("```").next().unwrap()).collect()
+}
+
+#[test]
+fn manifests_in_the_guide_to_deployment_are_valid_and_mount_what_they_use() {
+    use saphyr::{LoadableYamlNode, YamlOwned};
+
+    let guide = fs::read_to_string(root().join("docs/deployment.md")).unwrap();
+    let manifests = blocks(&guide, "yaml");
+    assert_eq!(manifests.len(), 2);
+    for text in manifests {
+        let documents = YamlOwned::load_from_str(text).unwrap_or_else(|error| panic!("{error}: {text}"));
+        let [manifest] = &documents[..] else {
+            panic!("not one document: {text}")
+        };
+        for key in ["apiVersion", "kind", "metadata", "spec"] {
+            assert!(manifest.as_mapping_get(key).is_some(), "no {key}: {text}");
+        }
+        let file = text.split("SHARDLOCK_PASSWORD_FILE, value: ").nth(1).unwrap();
+        let file = file.split('}').next().unwrap();
+        let mount = text.split("mountPath: ").nth(1).unwrap().split(',').next().unwrap();
+        assert!(file.starts_with(&format!("{mount}/")), "{file} is not in {mount}");
+    }
+    let workflow = fs::read_to_string(root().join(".github/workflows/ci.yml")).unwrap();
+    let workflow = YamlOwned::load_from_str(&workflow).unwrap();
+    assert!(workflow[0].as_mapping_get("jobs").is_some());
+}
+
+#[cfg(feature = "file")]
+#[test]
+fn settings_in_the_guide_to_credentials_are_valid() {
+    let guide = fs::read_to_string(root().join("docs/credentials.md")).unwrap();
+    let settings = blocks(&guide, "toml");
+    assert_eq!(settings.len(), 1);
+    let config = shardlock::config::Config::from_toml(settings[0]).unwrap();
+    config.validate().unwrap();
+}
+
+/// Each variable of the environment that is named anywhere is one that exists.
+#[test]
+fn variables_in_guides_are_settings() {
+    let known: Vec<String> = shardlock::tool::fields()
+        .map(|(name, _)| format!("SHARDLOCK_{}", name.to_uppercase()))
+        .chain(["CONFIG", "LOG", "METRICS", "REDIS_SERVER", "ETCD_SERVER"].map(|name| format!("SHARDLOCK_{name}")))
+        .collect();
+    for name in [
+        "getting-started",
+        "credentials",
+        "deployment",
+        "cron",
+        "coming-from",
+        "upgrading",
+        "failures",
+    ] {
+        let guide = fs::read_to_string(root().join(format!("docs/{name}.md"))).unwrap();
+        for after in guide.split("SHARDLOCK_").skip(1) {
+            let is_name = |c: char| c.is_ascii_uppercase() || c == '_';
+            let variable = after.split(|c| !is_name(c)).next().unwrap();
+            let variable = format!("SHARDLOCK_{variable}");
+            // `SHARDLOCK_*` stands for all of them.
+            let is_known = variable == "SHARDLOCK_" || known.contains(&variable);
+            assert!(is_known, "docs/{name}.md: {variable}");
+        }
+    }
+}
+
 #[test]
 fn checks_of_documents_find_what_is_wrong() {
     let text = "# A `b`: c_d\n\ntext `[no](link)` [one](x.md#y), ![two](z.svg)\n\n    [code](in.md)\n\n## A b c_d\n```\n# no\n```\n# A b c_d\n";
@@ -301,7 +371,7 @@ fn checks_of_documents_find_what_is_wrong() {
     assert_eq!(found, ["x.md#y", "z.svg"]);
     let from = Path::new("docs/shard-map.md");
     assert!(broken(from, "../README.md").is_none() && broken(from, "#the-shard-map").is_none());
-    assert!(broken(from, "README.md").is_some() && broken(from, "../README.md#nowhere").is_some());
+    assert!(broken(from, "none.md").is_some() && broken(from, "../README.md#nowhere").is_some());
     assert!(has_phrase("so it Goes on.", "goes on") && !has_phrase("it goes once", "goes on"));
     assert_eq!(width_of_prose("see [this](a/long/path)"), "see [this]()".len());
     assert_eq!(width_of_prose("| a table |"), 0);

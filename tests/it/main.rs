@@ -20,6 +20,7 @@ mod credentials;
 mod documents;
 #[cfg(feature = "etcd")]
 mod etcd;
+mod fencing_sql;
 mod lead;
 mod leases;
 mod limits;

@@ -10,6 +10,7 @@ mod dashboard;
 mod demo;
 mod doctor;
 mod exec;
+mod guides;
 mod inspect;
 mod kinds;
 mod security;

@@ -14,6 +14,7 @@ pub mod directory;
 pub mod etcd;
 pub mod filter;
 pub mod other_clock;
+pub mod postgres;
 pub mod process;
 pub mod prometheus;
 pub mod proxy;

@@ -3,7 +3,7 @@
 use std::time::Duration;
 
 use shardlock::LockManager;
-use shardlock::config::{Builder, Config, Endpoint, ShardConfig};
+use shardlock::config::{Builder, Config, Credentials, CredentialsRequest, Endpoint, ShardConfig};
 use shardlock::tool::apply_variables;
 use support::{ClientType, PATIENCE, RedisServer, worker};
 use support_locks::{SHORT_TTL, soon, until, until_queued};
@@ -115,6 +115,31 @@ pub(crate) async fn record(me: &worker::Current) {
             }
         }
         me.say("refused");
+    }
+
+    // The same beside the URL.
+    let file = support::directory("password");
+    let file = file.path().join("password");
+    std::fs::write(&file, format!("wrong-{SECRET}")).expect("write a password");
+    let beside = || {
+        LockManager::builder()
+            .shard(server.url())
+            .username("user")
+            .store_timeout(Duration::from_secs(5))
+    };
+    fn wrong() -> Credentials {
+        Credentials::new("user", format!("wrong-{SECRET}"))
+    }
+    let callback = async |_: CredentialsRequest| Ok::<_, String>(wrong());
+    for builder in [
+        beside().password(format!("wrong-{SECRET}")),
+        beside().password_file(&file),
+        LockManager::builder().shard(server.url()).credentials(callback),
+    ] {
+        recorder.note(&(&builder, wrong()));
+        let error = soon("an error", builder.connect()).await.expect_err("connecting fails");
+        recorder.note(&(error.to_string(), &error));
+        assert!(error.to_string().contains("check the user and the password"), "{error}");
     }
 
     // A whole life cycle with the right password, including failures.
@@ -236,5 +261,41 @@ mod tool {
         }
         let help = run(bare(&["exec", "--help"])).stdout;
         assert!(help.contains("can see a password given"), "{help}");
+    }
+
+    #[test]
+    fn commands_of_all_sorts_log_in_with_a_password_file() {
+        let server = RedisServer::start_with(&["--requirepass", RIGHT.1]);
+        let dir = support::directory("password");
+        let file = dir.path().join("password");
+        std::fs::write(&file, format!("{}\n", RIGHT.1)).expect("write a password");
+        let with_file = |args: &[&str]| {
+            let mut command = bare(args);
+            command.envs([
+                ("SHARDLOCK_SHARDS", server.url()),
+                ("SHARDLOCK_PASSWORD_FILE", file.display().to_string()),
+            ]);
+            is_kept(command)
+        };
+        for args in [
+            &["exec", "k", "true"][..],
+            &["inspect", "k"],
+            &["map", "show"],
+            &["top", "--once"],
+        ] {
+            let ended = with_file(args);
+            assert_eq!(ended.code, 0, "{args:?}: {ended:?}");
+        }
+        let doctor = with_file(&["doctor"]);
+        assert!(doctor.stdout.contains("as user default with a password"), "{doctor:?}");
+
+        std::fs::remove_file(&file).expect("remove the file");
+        for args in [&["exec", "k", "true"][..], &["doctor"]] {
+            let ended = with_file(args);
+            assert!(
+                matches!(ended.code, 64 | 78) && ended.stderr.contains("password_file is "),
+                "{ended:?}"
+            );
+        }
     }
 }
