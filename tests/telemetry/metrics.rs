@@ -127,7 +127,11 @@ async fn every_series_is_there_from_the_start_at_zero() {
         "reason",
         &["expired", "taken", "max_hold", "closed"],
     );
-    there("shardlock_bypass_limits_total", "limit", &["gate", "max_burst", "max_slice"]);
+    there(
+        "shardlock_bypass_limits_total",
+        "limit",
+        &["gate", "max_burst", "max_slice"],
+    );
     there("shardlock_hand_offs_total", "kind", &["local", "remote"]);
     there(
         "shardlock_renewals_total",
