@@ -20,9 +20,9 @@ dashboard: cargo ## Run a load and a Prometheus for the dashboard of grafana/, a
 	cargo build --release --locked --package shardlock-cli && exec scripts/dashboard target/release/shardlock --tasks 16
 
 test: cargo protoc ## Run all tests, against real servers.
-	@server=$$(scripts/ensure-server) && etcd=$$(scripts/ensure-etcd) && prometheus=$$(scripts/ensure-prometheus) && python=$$(scripts/ensure-grafana-model) && \
+	@server=$$(scripts/ensure-server) && etcd=$$(scripts/ensure-etcd) && prometheus=$$(scripts/ensure-prometheus) && python=$$(scripts/ensure-grafana-model) && clients=$$(scripts/ensure-clients) && \
 	SHARDLOCK_POSTGRES=$$(scripts/ensure-postgres) && export SHARDLOCK_POSTGRES && \
-	SHARDLOCK_REDIS_SERVER=$$server SHARDLOCK_ETCD_SERVER=$$etcd SHARDLOCK_PROMETHEUS=$$prometheus SHARDLOCK_PYTHON=$$python cargo test --locked --all-features --no-fail-fast && \
+	SHARDLOCK_REDIS_SERVER=$$server SHARDLOCK_ETCD_SERVER=$$etcd SHARDLOCK_PROMETHEUS=$$prometheus SHARDLOCK_PYTHON=$$python SHARDLOCK_CLIENTS=$$clients cargo test --locked --all-features --no-fail-fast && \
 	$(with_leases_kept) && (cd benches/peers && $$python -B -m unittest -q)
 
 # The behaviours of single locks again, with leases that linger. The skipped tests are those whose
@@ -35,9 +35,9 @@ with_leases_kept = SHARDLOCK_TEST_LINGER=30 SHARDLOCK_REDIS_SERVER=$$server carg
 
 # TESTS selects tests, as in TESTS="--test it -- basics:: order::".
 test-servers: cargo protoc ## Run all tests against each server: the default, Valkey 9, Redis 8.
-	@etcd=$$(scripts/ensure-etcd) && prometheus=$$(scripts/ensure-prometheus) && python=$$(scripts/ensure-grafana-model) && SHARDLOCK_POSTGRES=$$(scripts/ensure-postgres) || exit; \
+	@etcd=$$(scripts/ensure-etcd) && prometheus=$$(scripts/ensure-prometheus) && python=$$(scripts/ensure-grafana-model) && clients=$$(scripts/ensure-clients) && SHARDLOCK_POSTGRES=$$(scripts/ensure-postgres) || exit; \
 	export SHARDLOCK_POSTGRES; \
-	export SHARDLOCK_ETCD_SERVER=$$etcd SHARDLOCK_PROMETHEUS=$$prometheus SHARDLOCK_PYTHON=$$python; failed=; for server in "" valkey redis8; do \
+	export SHARDLOCK_ETCD_SERVER=$$etcd SHARDLOCK_PROMETHEUS=$$prometheus SHARDLOCK_PYTHON=$$python SHARDLOCK_CLIENTS=$$clients; failed=; for server in "" valkey redis8; do \
 		name=$${server:-default}; \
 		path=$$(scripts/ensure-server $$server) || { failed="$$failed $$name (not available)"; continue; }; \
 		echo "== $$name: $$("$$path" --version)"; \

@@ -20,7 +20,7 @@ export interface Lock {
   readonly token: number | bigint;
   /** Is aborted with a `LockLost` when the lock is lost. */
   readonly signal: AbortSignal;
-  /** For how many milliseconds the lock is certainly held. */
+  /** For how many milliseconds, from the call on, the lock is certainly held. */
   remaining(): Promise<number>;
   /** Rejects with a `LockLost` if the lock was not held until now. */
   release(): Promise<void>;

@@ -33,7 +33,7 @@ class Lock:
         self._client, self._on_lost = client, on_lost
 
     def remaining(self):
-        """For how many seconds the lock is certainly held. In asyncio, this must be awaited."""
+        """For how many seconds from now the lock is certainly held. In asyncio, await it."""
         return self._client.execute_command("HELD", self.key, self.token)
 
     def _receive(self, message):

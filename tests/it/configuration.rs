@@ -270,6 +270,7 @@ fn variables_of_others_are_passed_over() {
         "SHARDLOCK_POSTGRES",
         "SHARDLOCK_PROMETHEUS",
         "SHARDLOCK_PYTHON",
+        "SHARDLOCK_CLIENTS",
         "SHARDLOCKS",
         "TTL",
         "PATH",

@@ -92,10 +92,27 @@ impl Run {
         self.process.ended().is_none()
     }
 
+    #[track_caller]
+    pub(crate) fn wait_until_it_prints(&mut self, text: &str) {
+        wait_until(&format!("the program prints {text:?}"), PATIENCE, || {
+            assert!(
+                self.is_running() || self.stdout().contains(text),
+                "it has ended: {}",
+                self.stderr()
+            );
+            self.stdout().contains(text)
+        });
+    }
+
     /// Waits until the tool exits. Panics if a signal ends it.
     #[track_caller]
     pub(crate) fn end(&mut self) -> Ended {
-        let status = self.process.wait(PATIENCE);
+        self.end_within(PATIENCE)
+    }
+
+    #[track_caller]
+    pub(crate) fn end_within(&mut self, limit: Duration) -> Ended {
+        let status = self.process.wait(limit);
         let (stdout, stderr) = (self.stdout(), self.stderr());
         let code = status.code();
         let code = code.unwrap_or_else(|| panic!("the tool did not exit by itself: {status}: {stderr}"));

@@ -10,14 +10,19 @@ use support::{PATIENCE, RedisServer, Terminal, wait_until};
 use super::Agent;
 use crate::tool::{is_held, run};
 
-/// redis-cli or valkey-cli: beside the server, or on the `PATH`.
-fn redis_cli(agent: &Agent) -> Command {
+/// The path of redis-cli or valkey-cli: beside the server, or on the `PATH`.
+#[track_caller]
+pub(crate) fn redis_cli_path() -> PathBuf {
     let beside = binary().path.parent().map(PathBuf::from);
     let path = env::var_os("PATH").unwrap_or_default();
     let folders = beside.into_iter().chain(env::split_paths(&path));
     let mut candidates = folders.flat_map(|folder| ["redis-cli", "valkey-cli"].map(|name| folder.join(name)));
     let found = candidates.find(|candidate| candidate.is_file());
-    let mut command = Command::new(found.expect("redis-cli or valkey-cli is beside the server or on the PATH"));
+    found.expect("redis-cli or valkey-cli is beside the server or on the PATH")
+}
+
+fn redis_cli(agent: &Agent) -> Command {
+    let mut command = Command::new(redis_cli_path());
     command.arg("-s").arg(&agent.socket).stdin(Stdio::null());
     command
 }

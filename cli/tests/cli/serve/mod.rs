@@ -3,7 +3,7 @@
 mod access;
 pub(crate) mod client;
 mod commands;
-mod compatibility;
+pub(crate) mod compatibility;
 mod deploy;
 mod drain;
 mod ends;
@@ -21,21 +21,21 @@ use tempfile::TempDir;
 use crate::tool::{Ended, Run, tool};
 
 /// A running agent on a socket of its own. Dropping it kills it.
-struct Agent {
-    run: Run,
-    socket: PathBuf,
+pub(crate) struct Agent {
+    pub(crate) run: Run,
+    pub(crate) socket: PathBuf,
     dir: TempDir,
 }
 
 impl Agent {
     #[track_caller]
-    fn start(server: &RedisServer) -> Self {
+    pub(crate) fn start(server: &RedisServer) -> Self {
         Self::with(server, &[])
     }
 
     /// With these options.
     #[track_caller]
-    fn with(server: &RedisServer, options: &[&str]) -> Self {
+    pub(crate) fn with(server: &RedisServer, options: &[&str]) -> Self {
         Self::started_in(tempfile::tempdir().expect("make a directory"), server, options)
     }
 
@@ -68,7 +68,7 @@ impl Agent {
     }
 
     #[track_caller]
-    fn connect(&self) -> RespClient {
+    pub(crate) fn connect(&self) -> RespClient {
         RespClient::unix(&self.socket).expect("connect to the agent")
     }
 
@@ -82,7 +82,7 @@ impl Agent {
 
     /// A line of INFO.
     #[track_caller]
-    fn info(&self, name: &str) -> String {
+    pub(crate) fn info(&self, name: &str) -> String {
         let info = self.connect().text(&["INFO"]);
         let prefix = format!("{name}:");
         let line = info.lines().find_map(|line| line.strip_prefix(&prefix));
@@ -98,13 +98,13 @@ impl Agent {
 
     /// Waits until this number of clients wait for locks.
     #[track_caller]
-    fn wait_until_waiting(&self, count: usize) {
+    pub(crate) fn wait_until_waiting(&self, count: usize) {
         self.wait_until_info("blocked_clients", &count.to_string());
     }
 
     /// Waits until no lock is held.
     #[track_caller]
-    fn wait_until_free(&self) {
+    pub(crate) fn wait_until_free(&self) {
         self.wait_until_info("held", "0");
     }
 
