@@ -1,5 +1,6 @@
 //! The options for the shards and the other settings. Every command except `demo` has them.
 
+use std::ffi::OsString;
 use std::path::PathBuf;
 
 use anyhow::anyhow;
@@ -74,6 +75,30 @@ impl Options {
         config.validate().map_err(Failure::config)?;
         tool::put_login_into_urls(&mut config).map_err(Failure::config)?;
         Ok(config)
+    }
+
+    /// The words of a command line with these options, but with these shards, if there are any, and
+    /// these settings.
+    pub(crate) fn to_words(&self, shards: &[String], settings: &[(&str, String)]) -> Vec<OsString> {
+        let mut words: Vec<OsString> = Vec::new();
+        let shards = if shards.is_empty() { &self.shards } else { shards };
+        for shard in shards {
+            words.extend(["--shard".into(), shard.into()]);
+        }
+        if let Some(config) = &self.config {
+            words.extend(["--config".into(), config.into()]);
+        }
+        let is_replaced = |setting: &String| {
+            let name = setting.split_once('=').map_or(setting.as_str(), |(name, _)| name);
+            settings.iter().any(|(replaced, _)| *replaced == name)
+        };
+        for setting in self.settings.iter().filter(|setting| !is_replaced(setting)) {
+            words.extend(["--set".into(), setting.into()]);
+        }
+        for (name, value) in settings {
+            words.extend(["--set".into(), format!("{name}={value}").into()]);
+        }
+        words
     }
 
     /// Like [`Self::load`], but fails if there are no shards.

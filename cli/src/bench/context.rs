@@ -6,13 +6,13 @@ use std::sync::atomic::{AtomicU8, AtomicU64, Ordering};
 use std::time::{Duration, Instant};
 
 use parking_lot::Mutex;
-use shardlock::{LockError, LockManager, LockMode};
+use shardlock::LockMode;
 
 use super::keys::Keys;
+use super::locker::{LockFailure, Source};
 use super::mode::ModeChoice;
 use super::protocol::ErrorCount;
 use super::wait_histogram::WaitHistograms;
-use crate::exit::in_words;
 
 /// The phase of a run.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -26,7 +26,7 @@ pub(super) enum Phase {
 /// Shared by the tasks of a worker.
 #[derive(Debug)]
 pub(super) struct TaskContext {
-    pub(super) locks: LockManager,
+    pub(super) locks: Source,
     pub(super) keys: Keys,
     pub(super) mode: ModeChoice,
     pub(super) waits: WaitHistograms,
@@ -38,7 +38,7 @@ pub(super) struct TaskContext {
     over_at: Mutex<Option<Instant>>,
     token_regressions: AtomicU64,
     overlaps: AtomicU64,
-    errors: Mutex<BTreeMap<&'static str, ErrorCount>>,
+    errors: Mutex<BTreeMap<String, ErrorCount>>,
     /// The counts of each task that has ended.
     finished: Mutex<Vec<Counts>>,
 }
@@ -53,7 +53,7 @@ pub(super) struct Counts {
 
 impl TaskContext {
     pub(super) fn new(
-        locks: LockManager,
+        locks: Source,
         keys: Keys,
         mode: ModeChoice,
         waits: WaitHistograms,
@@ -132,15 +132,15 @@ impl TaskContext {
         self.phase.load(Ordering::Relaxed) == phase as u8
     }
 
-    pub(super) fn record_error(&self, error: &LockError) {
-        let kind = error.kind().as_str();
-        match self.errors.lock().entry(kind) {
+    pub(super) fn record_error(&self, error: LockFailure) {
+        match self.errors.lock().entry(error.kind) {
             Entry::Occupied(mut known) => known.get_mut().count += 1,
             Entry::Vacant(new) => {
+                let kind = new.key().clone();
                 new.insert(ErrorCount {
-                    kind: kind.to_owned(),
+                    kind,
                     count: 1,
-                    first: in_words(error),
+                    first: error.text,
                 });
             }
         }

@@ -158,6 +158,14 @@ impl Hold {
 }
 
 impl HandOffs {
+    pub(super) const fn since(self, earlier: Self) -> Self {
+        Self {
+            local: self.local.saturating_sub(earlier.local),
+            remote: self.remote.saturating_sub(earlier.remote),
+            uncontended: self.uncontended.saturating_sub(earlier.uncontended),
+        }
+    }
+
     fn of(counters: impl Iterator<Item = Counters>) -> Self {
         let mut sum = Self {
             local: 0,

@@ -5,6 +5,8 @@
 //! | `run` | runs it: servers, workers, warm-up, the measured window |
 //! | `setup` | sets up a run and removes everything afterwards |
 //! | `worker`, `task`, `context` | the worker processes, their tasks, and the state these share |
+//! | `locker` | how a task takes locks: from the manager of its process, or through an agent |
+//! | `temp_agent` | the agent of a run |
 //! | `keys`, `mode` | which task locks which key, and in which mode |
 //! | `wait_histogram` | histograms of waits, corrected for coordinated omission |
 //! | `report`, `figures` | the result as a table, and whether it is correct; its numbers, as JSON |
@@ -13,6 +15,7 @@
 mod context;
 mod figures;
 mod keys;
+mod locker;
 mod mode;
 mod plot;
 mod protocol;
@@ -20,6 +23,7 @@ mod report;
 mod run;
 mod setup;
 mod task;
+mod temp_agent;
 mod wait_histogram;
 mod worker;
 
@@ -88,6 +92,11 @@ pub(crate) struct Args {
     #[arg(long, value_name = "DURATION", value_parser = parse_linger)]
     linger: Option<Duration>,
 
+    /// Start an agent (`shardlock serve`) for the run, and take the locks through it: each task has
+    /// a connection of its own, and no process has a manager
+    #[arg(long)]
+    agent: bool,
+
     /// Write the distribution of the waits to this file, as SVG
     #[arg(long, value_name = "FILE")]
     plot: Option<PathBuf>,
@@ -101,7 +110,7 @@ pub(crate) struct Args {
 
 const AFTER_HELP: &str = "\
 Without a shard, a throw-away Redis server is started. On given shards, all keys are in a separate
-namespace and are removed at the end. memory:// works with a single process only.
+namespace and are removed at the end. memory:// works with a single process, or with --agent.
 
 A wait starts when the task requests the lock. Waits that are not over at the end count with the
 time they have lasted. A wait longer than the mean cycle of a task also counts for the waits that
@@ -114,7 +123,8 @@ With --json, one object:
                                 1/processes if one has all
   wait_ms, hold_ms              how long locks were waited for, and held, as measured
   handoffs                      local: from the same process, or under a lingering lease; remote:
-                                from another process; uncontended: of a free key
+                                from another process; uncontended: of a free key. With --agent,
+                                local: from any worker of the agent
   writers                       only with --shared: how many waits for exclusive locks there were,
                                 and wait_ms, as measured
   server                        per lock, as counted by the servers; null if not on Redis
@@ -226,7 +236,9 @@ pub(crate) async fn run(args: Args) -> Result<u8, Failure> {
     args.validate()?;
     let mut config = args.shards.load()?;
     tool::put_login_into_urls(&mut config).map_err(Failure::config)?;
-    let mut setup = Setup::new(&config, args.processes)?;
+    // Only the agent has a manager.
+    let managers = if args.agent { 1 } else { args.processes };
+    let mut setup = Setup::new(&config, managers)?;
     let plot_file = args.plot_file()?;
     let mut signals = Signals::install(INTERRUPTS)
         .context("signals can't be handled")

@@ -1,5 +1,6 @@
 //! The messages between the bench and its workers.
 
+use std::path::PathBuf;
 use std::time::Duration;
 
 use serde::{Deserialize, Serialize};
@@ -22,6 +23,8 @@ pub(super) struct WorkerSettings {
     pub(super) hold: Duration,
     /// Replaces the value of the settings.
     pub(super) linger: Option<Duration>,
+    /// The socket of the agent to take locks through.
+    pub(super) agent: Option<PathBuf>,
     /// The number of threads that run its tasks.
     pub(super) threads: usize,
 }

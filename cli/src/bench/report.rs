@@ -8,7 +8,7 @@ use hdrhistogram::Histogram;
 use indicatif::HumanCount;
 
 use super::Args;
-use super::figures::{Figures, Wait};
+use super::figures::{Figures, HandOffs, Wait};
 use super::mode::ModeChoice;
 use super::protocol::{ErrorCount, Measurements};
 use super::wait_histogram::{corrected, histogram};
@@ -29,12 +29,14 @@ pub(super) struct Report {
 }
 
 impl Report {
-    /// `used` is what all servers did during the window, if they report it.
+    /// `used` is what all servers did during the window, if they report it. `handoffs` are those
+    /// of the agent, if there is one.
     pub(super) fn new(
         args: &Args,
         shards: String,
         processes: Vec<Measurements>,
         used: Option<ServerStats>,
+        handoffs: Option<HandOffs>,
     ) -> anyhow::Result<Self> {
         let measured_waits = merged(processes.iter().map(|process| &process.waits))?;
         let writer_waits = match args.mode().is_mixed() {
@@ -46,7 +48,8 @@ impl Report {
         let seconds = processes.iter().map(|process| process.seconds).sum::<f64>() / processes.len().max(1) as f64;
         let interval = Duration::try_from_secs_f64(seconds * args.total_tasks() as f64 / locks.max(1) as f64)?;
         let waits = corrected(&measured_waits, interval);
-        let figures = Figures::new(&processes, (locks, seconds), &waits, writer_waits.as_ref(), used);
+        let mut figures = Figures::new(&processes, (locks, seconds), &waits, writer_waits.as_ref(), used);
+        figures.handoffs = handoffs.unwrap_or(figures.handoffs);
         Ok(Self {
             figures,
             waits,

@@ -43,18 +43,19 @@ pub(super) async fn run(
         signal = signals.next() => return Ok(RunResult::Interrupted(signal)),
         servers = prepare(args, config, setup) => servers?,
     };
-    let before = server_stats(servers.as_deref()).await;
+    let before = (server_stats(servers.as_deref()).await, setup.agent_counts().await);
     setup.workers.run::<()>(&Command::Open, |_| {}).await?;
     let signal = wait_for_window(args.duration, setup, signals).await?;
-    let after = server_stats(servers.as_deref()).await;
-    let used = after.zip(before).map(|(after, before)| after.since(before));
+    let after = (server_stats(servers.as_deref()).await, setup.agent_counts().await);
+    let used = after.0.zip(before.0).map(|(after, before)| after.since(before));
+    let handoffs = after.1.zip(before.1).map(|(after, before)| after.since(before));
     let measured: Vec<Measurements> = tokio::select! {
         biased;
         signal = signals.next() => return Ok(RunResult::Interrupted(signal)),
         measured = setup.workers.run(&Command::Close, |_| {}) => measured?,
     };
     setup.workers.shut_down(&Command::Shutdown).await?;
-    let report = Report::new(args, setup.shards.clone(), measured, used)?;
+    let report = Report::new(args, setup.shards.clone(), measured, used, handoffs)?;
     Ok(RunResult::Measured(Box::new(report), signal))
 }
 
@@ -68,6 +69,10 @@ async fn prepare(args: &Args, mut config: Config, setup: &mut Setup) -> anyhow::
         ));
         None
     });
+    let agent = match args.agent {
+        true => Some(setup.start_agent(args, &started).await?),
+        false => None,
+    };
     let processors = std::thread::available_parallelism().map_or(1, std::num::NonZeroUsize::get);
     for process in 0..args.processes {
         let key_choice = if args.has_own_keys() {
@@ -89,6 +94,7 @@ async fn prepare(args: &Args, mut config: Config, setup: &mut Setup) -> anyhow::
             mode: args.mode(),
             hold: args.hold,
             linger: args.linger,
+            agent: agent.clone(),
             threads: (processors / args.processes as usize).max(1),
         };
         setup.workers.spawn(&settings).await?;

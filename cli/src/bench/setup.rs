@@ -1,12 +1,18 @@
 //! Sets up a run and removes everything afterwards.
 
+use std::path::PathBuf;
+
 use anyhow::{Context, anyhow, bail};
 use shardlock::config::{Builder, Config, Endpoint};
 use shardlock::tool;
 
+use super::Args;
+use super::figures::HandOffs;
+use super::temp_agent::TempAgent;
 use crate::exit::Failure;
 use crate::load::temp_servers::TempServers;
 use crate::load::workers::Workers;
+use crate::output::eprint;
 
 /// The maximum number of attempts to erase the namespace completely.
 const ERASURES_MAX: u32 = 20;
@@ -16,6 +22,7 @@ const ERASURES_MAX: u32 = 20;
 #[derive(Debug)]
 pub(super) struct Setup {
     servers: Option<TempServers>,
+    agent: Option<TempAgent>,
     /// The settings to erase the namespace with on given shards, once workers may have written
     /// there.
     erase_config: Option<Config>,
@@ -43,6 +50,7 @@ impl Setup {
         }
         Ok(Self {
             servers: None,
+            agent: None,
             erase_config: None,
             namespace: format!("bench:{}-{:016x}:", std::process::id(), rand::random::<u64>()),
             shards: shown.join(" and "),
@@ -66,9 +74,27 @@ impl Setup {
         Ok(started)
     }
 
+    /// Starts an agent for the shards. Returns the path of its socket.
+    pub(super) async fn start_agent(&mut self, args: &Args, started: &[String]) -> anyhow::Result<PathBuf> {
+        let agent = TempAgent::start(args, started, &self.namespace).await?;
+        self.shards.push_str(", through an agent");
+        Ok(self.agent.insert(agent).socket.clone())
+    }
+
+    /// The number of locks that the agent's workers have acquired so far, by path.
+    pub(super) async fn agent_counts(&self) -> Option<HandOffs> {
+        let counted = self.agent.as_ref()?.counts().await;
+        counted
+            .inspect_err(|error| eprint(format_args!("the agent does not report its counts: {error:#}")))
+            .ok()
+    }
+
     /// Stops the workers, then erase_config the keys on given shards or stops the started servers.
     pub(super) async fn tear_down(mut self) -> anyhow::Result<()> {
         self.workers.kill().await?;
+        if let Some(agent) = self.agent.take() {
+            agent.stop().await?;
+        }
         if let Some(servers) = self.servers.take() {
             servers.stop().await?;
         }

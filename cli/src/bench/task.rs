@@ -3,10 +3,10 @@
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 
-use shardlock::{LockError, LockGuard, LockMode};
+use shardlock::LockMode;
 
 use super::context::{Counts, Phase, TaskContext};
-use super::mode::request;
+use super::locker::Held;
 
 /// The pause after an error, so that a server that is down is not flooded with requests.
 const ERROR_PAUSE: Duration = Duration::from_millis(10);
@@ -33,6 +33,7 @@ pub(super) async fn run_task(context: Arc<TaskContext>, number: usize) {
         requested_at: None,
         mode: LockMode::Exclusive,
     };
+    let mut locker = task.context.locks.locker();
     let (mut key, mut name) = (0, String::new());
     let mut iterations = 0_u64;
     while !task.context.is_in(Phase::Over) {
@@ -46,26 +47,32 @@ pub(super) async fn run_task(context: Arc<TaskContext>, number: usize) {
                 *task.requested_at.insert(Instant::now())
             }
         };
-        let locked = request(&task.context.locks, &name, task.mode).await;
+        let locked = locker.lock(&name, task.mode).await;
         if task.context.is_in(Phase::Over) {
             // Acquired too late: it counts as still waiting.
             break;
         }
         let released = match locked {
-            Ok(guard) => {
+            Ok(held) => {
                 task.requested_at = None;
                 let acquired_at = Instant::now();
                 if task.context.is_in(Phase::Measured) {
                     task.counts.locks += 1;
                     task.context.record_wait(task.mode, acquired_at - requested_at);
                 }
-                task.hold_and_release(guard, key, acquired_at, iterations.is_multiple_of(HOLDS_PER_SAMPLE))
-                    .await
+                let is_sample = iterations.is_multiple_of(HOLDS_PER_SAMPLE);
+                let is_overlapped = task.hold(&held, key, acquired_at, is_sample).await;
+                let released = locker.release(&name, held).await;
+                // A holder that has lost the lock may have found another one.
+                if is_overlapped && released.is_ok() {
+                    task.context.count_overlap();
+                }
+                released
             }
             Err(error) => Err(error),
         };
         if let Err(error) = released {
-            task.context.record_error(&error);
+            task.context.record_error(error);
             tokio::time::sleep(ERROR_PAUSE).await;
         }
         iterations += 1;
@@ -75,30 +82,22 @@ pub(super) async fn run_task(context: Arc<TaskContext>, number: usize) {
 }
 
 impl Task {
-    async fn hold_and_release(
-        &mut self,
-        guard: LockGuard,
-        key: usize,
-        acquired_at: Instant,
-        is_sample: bool,
-    ) -> Result<(), LockError> {
-        let entry = self.context.keys.enter(key, self.mode, guard.token().get());
+    /// Holds the lock. Returns whether another task had the key meanwhile that must not.
+    async fn hold(&mut self, held: &Held, key: usize, acquired_at: Instant, is_sample: bool) -> bool {
+        let entry = self.context.keys.enter(key, self.mode, held.token());
         if entry.has_regressed {
             self.context.count_token_regression();
         }
         if !self.context.hold.is_zero() {
             tokio::time::sleep(self.context.hold).await;
         }
-        // A holder that has lost the lock may find another one here; `release` reports the loss.
-        if !self.context.keys.leave(key, self.mode, entry) && guard.is_valid() {
-            self.context.count_overlap();
-        }
+        let is_overlapped = !self.context.keys.leave(key, self.mode, entry) && held.is_valid();
         let is_timed = is_sample || !self.context.hold.is_zero();
         if is_timed && self.context.is_in(Phase::Measured) {
             self.counts.holds += 1;
             self.counts.held += acquired_at.elapsed();
         }
-        guard.release().await
+        is_overlapped
     }
 }
 

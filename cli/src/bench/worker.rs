@@ -13,6 +13,7 @@ use tokio::task::JoinSet;
 
 use super::context::TaskContext;
 use super::keys::Keys;
+use super::locker::Source;
 use super::protocol::{Command, Measurements, WorkerSettings};
 use super::task::run_task;
 use super::wait_histogram::WaitHistograms;
@@ -59,8 +60,10 @@ async fn execute_commands(
             Command::Open => worker.open_window(),
             Command::Close => measured = Some(worker.close_window().await?),
             Command::Shutdown => {
-                // What was left is logged.
-                worker.context.locks.shutdown().await.ok();
+                if let Some(manager) = &worker.manager {
+                    // What was left is logged.
+                    manager.locks.shutdown().await.ok();
+                }
             }
         }
         send_reply(&Reply::Done(measured))?;
@@ -74,33 +77,33 @@ struct Worker {
     context: Arc<TaskContext>,
     tasks: u32,
     running: JoinSet<()>,
+    /// `None` if the locks are an agent's.
+    manager: Option<Manager>,
+    /// When the window was opened, and the counters at that time.
+    opened: Option<(Instant, Counters)>,
+}
+
+/// The manager of this process, and what counts its locks.
+struct Manager {
+    locks: LockManager,
     /// Renders the page of metrics.
     metrics: Box<dyn Fn(&LockManager) -> String + Send + Sync>,
     class: String,
-    /// When the window was opened, and the counters at that time.
-    opened: Option<(Instant, Counters)>,
     /// Serves until the worker ends.
     _admin_server: AdminServer,
 }
 
 impl Worker {
-    /// Connects the manager on the runtime that runs the tasks.
     async fn connect(settings: &WorkerSettings, runtime: Option<&tokio::runtime::Handle>) -> anyhow::Result<Self> {
-        // Before the manager: metrics created without a recorder count nothing.
-        let admin = crate::metrics::bind(SocketAddr::from((Ipv4Addr::LOCALHOST, 0)))?;
-        let metrics = Box::new(admin.renderer());
-        let config = config(settings)?;
-        let class = config.class.clone();
-        let connecting = Builder::new().config(config).connect();
-        let locks = match runtime {
-            Some(runtime) => runtime
-                .spawn(connecting)
-                .await
-                .context("connecting ended in a panic")??,
-            None => connecting.await?,
+        let (manager, locks) = match &settings.agent {
+            Some(socket) => (None, Source::Agent(socket.clone())),
+            None => {
+                let manager = Manager::connect(settings, runtime).await?;
+                let locks = Source::Manager(manager.locks.clone());
+                (Some(manager), locks)
+            }
         };
         Ok(Self {
-            _admin_server: admin.serve(&locks)?,
             context: Arc::new(TaskContext::new(
                 locks,
                 Keys::new(settings.key_choice, settings.tasks)?,
@@ -116,8 +119,7 @@ impl Worker {
             )),
             tasks: settings.tasks,
             running: JoinSet::new(),
-            metrics,
-            class,
+            manager,
             opened: None,
         })
     }
@@ -132,8 +134,12 @@ impl Worker {
         }
     }
 
+    /// The counters of the manager. There are none of an agent's in this process.
     fn counters(&self) -> Counters {
-        Counters::parse(&(self.metrics)(&self.context.locks), &self.class)
+        let manager = self.manager.as_ref();
+        manager.map_or_else(Counters::default, |manager| {
+            Counters::parse(&(manager.metrics)(&manager.locks), &manager.class)
+        })
     }
 
     // On a single thread no task runs between the two lines that open or close the window, so that
@@ -157,9 +163,14 @@ impl Worker {
             }
         }
         let (context, finished) = (&self.context, self.context.finished());
+        let mut locks = after.since(before);
+        if self.manager.is_none() {
+            // The agent knows their paths.
+            locks.uncontended = finished.iter().map(|task| task.locks).sum();
+        }
         Ok(Measurements {
             seconds,
-            locks: after.since(before),
+            locks,
             task_min: finished.iter().map(|task| task.locks).min().unwrap_or(0),
             task_max: finished.iter().map(|task| task.locks).max().unwrap_or(0),
             waits: context.waits.counts()?,
@@ -172,6 +183,31 @@ impl Worker {
             token_regressions: context.token_regressions(),
             overlaps: context.overlaps(),
             errors: context.errors(),
+        })
+    }
+}
+
+impl Manager {
+    /// Connects the manager on the runtime that runs the tasks.
+    async fn connect(settings: &WorkerSettings, runtime: Option<&tokio::runtime::Handle>) -> anyhow::Result<Self> {
+        // Before the manager: metrics created without a recorder count nothing.
+        let admin = crate::metrics::bind(SocketAddr::from((Ipv4Addr::LOCALHOST, 0)))?;
+        let metrics = Box::new(admin.renderer());
+        let config = config(settings)?;
+        let class = config.class.clone();
+        let connecting = Builder::new().config(config).connect();
+        let locks = match runtime {
+            Some(runtime) => runtime
+                .spawn(connecting)
+                .await
+                .context("connecting ended in a panic")??,
+            None => connecting.await?,
+        };
+        Ok(Self {
+            _admin_server: admin.serve(&locks)?,
+            locks,
+            metrics,
+            class,
         })
     }
 }

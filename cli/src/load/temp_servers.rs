@@ -174,12 +174,12 @@ fn find_binary() -> anyhow::Result<PathBuf> {
 
 /// A directory that other users can't read, removed on drop.
 #[derive(Debug)]
-struct TempDir {
-    path: PathBuf,
+pub(crate) struct TempDir {
+    pub(crate) path: PathBuf,
 }
 
 impl TempDir {
-    fn new() -> anyhow::Result<Self> {
+    pub(crate) fn new() -> anyhow::Result<Self> {
         let name = format!("shardlock-servers-{}-{:08x}", std::process::id(), rand::random::<u32>());
         let path = std::env::temp_dir().join(name);
         DirBuilder::new()

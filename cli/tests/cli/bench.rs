@@ -158,6 +158,52 @@ fn locks_are_either_shared_in_part_or_permits() {
     }
 }
 
+/// The agent counts the paths of locks itself, so their sum differs a little from the tasks' count.
+#[test]
+fn workers_of_an_agent_hand_on_without_the_server() {
+    let server = RedisServer::start();
+    let args = ["--agent", "--processes", "4", "--tasks", "2", "--duration", "1s"];
+    for shard in [&["--shard", "memory://"][..], &["--shard", &server.url()], &[]] {
+        let ended = run(bare(&[&["bench", "--json"], &args[..], shard].concat()));
+        assert_eq!((ended.code, &*ended.stderr), (0, ""), "{ended:?}");
+        assert_eq!(shape(ended.stdout.trim_end()), LINE);
+        let figures: Value = serde_json::from_str(&ended.stdout).unwrap();
+        let [locks, local] = ["/locks", "/handoffs/local"].map(|figure| number(&figures, figure));
+        assert!(local > 0.9 * locks, "{figures}");
+        for fewest in ["/per_process/min", "/per_task/min"] {
+            assert!(number(&figures, fewest) > 0.0, "{figures}");
+        }
+        if shard != ["--shard", "memory://"] {
+            assert!(number(&figures, "/server/scripts_per_lock") < 0.1, "{figures}");
+        }
+    }
+    assert_eq!(server.query::<u64>(&["DBSIZE"]), 0);
+    let ended = run(bare(
+        &[&["bench", "--set", "linger=5s", "--linger", "0s"], &args[..]].concat(),
+    ));
+    assert_eq!(ended.code, 0, "{ended:?}");
+    assert!(
+        ended
+            .stdout
+            .contains("on a throw-away Redis server, through an agent\n"),
+        "{ended:?}"
+    );
+}
+
+#[test]
+fn an_agent_that_can_not_start_ends_the_bench() {
+    let ended = run(bare(&[
+        "bench",
+        "--agent",
+        "--shard",
+        "redis://127.0.0.1:1",
+        "--duration",
+        "1s",
+    ]));
+    assert_eq!(ended.code, 1, "{ended:?}");
+    assert!(ended.stderr.contains("the agent did not start: "), "{ended:?}");
+}
+
 #[test]
 fn leases_that_linger_cost_the_server_next_to_nothing() {
     let own_keys = ["--processes", "1", "--tasks", "4", "--keys", "4"];
