@@ -41,12 +41,12 @@ class Contestant:
     title: str
     program: str  # its entry in build.PROGRAMS
     role: str = "peer"  # or "ours", or "limit"
-    server: str = "redis"
+    server: str = "redis"  # or "etcd", or "agent", which has a Redis
     free_only: bool = False  # it cannot wait
     modes: tuple = ("exclusive",)  # of the loads that it can run
     pool: dict = field(default_factory=dict)  # connections by load; without an entry, the library's own number
     warmup_s: float = 0  # at least
-    arguments: tuple = ()  # more, only for ours
+    arguments: tuple = ()  # more, only for our own bench
 
     def runs(self, load):
         return load.mode in self.modes and (load.free or not self.free_only)
@@ -64,6 +64,8 @@ class Contestant:
 CONTESTANTS = [
     Contestant("shardlock", "shardlock", "shardlock", role="ours", modes=("exclusive", "permits", "shared")),
     Contestant("shardlock-linger", "shardlock, linger 1 s", "shardlock", role="ours", arguments=("--linger", "1s")),
+    Contestant("shardlock-agent", "shardlock, agent", "shardlock", role="ours", arguments=("--agent",)),
+    Contestant("agent-python", "shardlock, agent, from Python", "python", role="ours", server="agent"),
     Contestant("raw", "raw commands", "rust", role="limit", free_only=True),
     Contestant("redisson", "Redisson RLock", "java", warmup_s=4),
     Contestant("redisson-fair", "Redisson RFairLock", "java", warmup_s=4),

@@ -21,7 +21,7 @@ import time
 import build
 import results
 from loads import CONTESTANTS, LOADS
-from servers import Etcd, Redis
+from servers import Agent, Etcd, Redis
 from workers import Failed, run_ours, run_workers
 
 
@@ -73,9 +73,9 @@ def binary_of(script):
 def run_once(contestant, load, command, binaries, options):
     folder = options.work / "runs"
     warmup = max(options.warmup, contestant.warmup_s)
-    with {"redis": Redis, "etcd": Etcd}[contestant.server](binaries[contestant.server], folder) as server:
+    with {"redis": Redis, "etcd": Etcd, "agent": Agent}[contestant.server](binaries[contestant.server], folder) as server:
         counts = ["--processes", str(load.processes), "--tasks", str(load.tasks), "--keys", str(load.keys)]
-        if contestant.role == "ours":
+        if contestant.program == "shardlock":
             times = ["--hold", f"{load.hold_us}us", "--duration", f"{int(options.seconds * 1e3)}ms"]
             mode = ["--permits", str(load.permits)] if load.permits else []
             mode += ["--shared", f"{load.shared_percent / 100}"] if load.shared_percent else []
@@ -98,11 +98,16 @@ def measure(contestants, loads, options, keep):
     missing = {}
     binaries = {}
     for kind, script in (("redis", "ensure-server"), ("etcd", "ensure-etcd")):
-        if any(c.server == kind for c in contestants):
+        of_it = [c for c in contestants if c.server == kind or (kind, c.server) == ("redis", "agent")]
+        if of_it:
             binaries[kind], why = binary_of(script)
-            missing.update({c.name: why for c in contestants if why and c.server == kind})
-    commands, unbuilt = build.build(sorted({c.program for c in contestants}), options.work, say)
+            missing.update({c.name: why for c in of_it if why})
+    programs = {c.program for c in contestants} | {"shardlock" for c in contestants if c.server == "agent"}
+    commands, unbuilt = build.build(sorted(programs), options.work, say)
     missing.update({c.name: unbuilt[c.program] for c in contestants if c.program in unbuilt})
+    if "shardlock" in unbuilt:
+        missing.update({c.name: unbuilt["shardlock"] for c in contestants if c.server == "agent"})
+    binaries["agent"] = (binaries.get("redis"), commands.get("shardlock", [None])[0])
     for name, why in missing.items():
         keep({"contestant": name, "load": None, "missing": why})
     seed = options.seed if options.seed is not None else random.randrange(2**32)

@@ -110,6 +110,47 @@ class Redis(Server):
         super().stop()
 
 
+class Agent(Redis):
+    """A Redis, and an agent for it. The workers connect to the agent."""
+
+    def __init__(self, binaries, folder):
+        redis, shardlock = binaries
+        # The path of a socket must be short.
+        self.own = pathlib.Path(tempfile.mkdtemp(prefix="shardlock-"))
+        self.agent = None
+        super().__init__(redis, folder)
+        command = [shardlock, "serve", "--shard", f"redis://{super().address}", "--socket", self.address]
+        try:
+            self.agent = subprocess.Popen(command, stdin=subprocess.DEVNULL, stdout=self.log, stderr=self.log, cwd=self.folder)
+            self.until_the_agent_answers()
+        except BaseException:
+            self.stop()
+            raise
+
+    @property
+    def address(self):
+        return str(self.own / "agent.sock")
+
+    def until_the_agent_answers(self):
+        deadline = time.monotonic() + 20
+        while True:
+            try:
+                with socket.socket(socket.AF_UNIX) as probe:
+                    return probe.connect(self.address)
+            except OSError as error:
+                if self.agent.poll() is not None or time.monotonic() > deadline:
+                    log = pathlib.Path(self.folder, "log").read_text(errors="replace")[-500:]
+                    raise RuntimeError(f"the agent did not start: {error}\n{log}") from error
+                time.sleep(0.02)
+
+    def stop(self):
+        if self.agent:
+            self.agent.kill()
+            self.agent.wait()
+        shutil.rmtree(self.own, ignore_errors=True)
+        super().stop()
+
+
 class Etcd(Server):
     """One member, which syncs its log to disk, as etcd does by default."""
 

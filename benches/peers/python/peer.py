@@ -1,4 +1,5 @@
-"""redis-py's lock and the semaphore of redis-semaphore under the loads of shardlock's bench.
+"""redis-py's lock, the semaphore of redis-semaphore, and the locks of shardlock's agent, under the
+loads of shardlock's bench.
 
 A worker is one process of a load. It warms up, prints "ready", and reads from standard input when
 the measured time begins and ends ("go START END", milliseconds since 1970). It prints its counts as
@@ -13,6 +14,7 @@ import argparse
 import asyncio
 import json
 import os
+import pathlib
 import random
 import sys
 import threading
@@ -74,6 +76,27 @@ class Blocking:
         self.lock.release()
 
 
+class OfAgent:
+    """A lock of clients/python, which is a context manager: an asynchronous one, or one in a
+    coroutine that has its own thread.
+    """
+
+    def __init__(self, lock):
+        self.lock = lock
+
+    async def acquire(self):
+        if hasattr(self.lock, "__aenter__"):
+            await self.lock.__aenter__()
+        else:
+            self.lock.__enter__()
+
+    async def release(self):
+        if hasattr(self.lock, "__aexit__"):
+            await self.lock.__aexit__(None, None, None)
+        else:
+            self.lock.__exit__(None, None, None)
+
+
 class Semaphore:
     """A permit of redis-semaphore in a coroutine that has its own thread."""
 
@@ -93,9 +116,15 @@ class Semaphore:
 class Work:
     def __init__(self, options):
         self.options = options
-        host, port = options.server.split(":")
         # Whether each task has a thread of its own.
         self.in_threads = options.tasks == 1 or options.permits > 0
+        if options.peer == "agent-python":
+            sys.path.insert(0, str(pathlib.Path(__file__).resolve().parents[3] / "clients" / "python"))
+            import shardlock
+
+            self.agent = (shardlock.Agent if self.in_threads else shardlock.AsyncAgent)(options.server)
+            return
+        host, port = options.server.split(":")
         if self.in_threads:
             self.client = redis.Redis(host=host, port=int(port))
             return
@@ -106,6 +135,8 @@ class Work:
 
     def lock(self, key):
         options = self.options
+        if options.peer == "agent-python":
+            return OfAgent(self.agent.lock(key))
         if options.permits:
             return Semaphore(self.client, key, options)
         sleep = {}
@@ -213,7 +244,7 @@ async def main():
         parser.add_argument(name, type=int, default=1)
     parser.add_argument("--ttl-ms", type=int, default=30_000)
     parser.add_argument("--warmup-ms", type=int, default=1_000)
-    parser.add_argument("--peer", choices=["redis-py", "redis-semaphore-py"], required=True)
+    parser.add_argument("--peer", choices=["redis-py", "redis-semaphore-py", "agent-python"], required=True)
     work = Work(parser.parse_args())
     await work.warm_up()
     print("ready", flush=True)
