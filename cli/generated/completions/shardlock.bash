@@ -121,7 +121,7 @@ _shardlock() {
             return 0
             ;;
         shardlock__subcmd__bench)
-            opts="-h -V --processes --tasks --keys --hold --duration --skew --shared --permits --linger --plot --json --shard --config --set --help --version"
+            opts="-h -V --processes --tasks --keys --hold --duration --skew --shared --permits --linger --agent --plot --json --shard --config --set --help --version"
             if [[ ${cur} == -* || ${COMP_CWORD} -eq 2 ]] ; then
                 COMPREPLY=( $(compgen -W "${opts}" -- "${cur}") )
                 return 0

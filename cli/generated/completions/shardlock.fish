@@ -153,6 +153,7 @@ complete -c shardlock -n "__fish_shardlock_using_subcommand bench" -l plot -d 'W
 complete -c shardlock -n "__fish_shardlock_using_subcommand bench" -l shard -d 'A shard; repeat for several, in the same order in every process' -r
 complete -c shardlock -n "__fish_shardlock_using_subcommand bench" -l config -d 'The configuration file, in TOML [default: $SHARDLOCK_CONFIG]' -r -F
 complete -c shardlock -n "__fish_shardlock_using_subcommand bench" -l set -d 'Any other setting of the configuration file, such as store_timeout=5s; repeatable' -r
+complete -c shardlock -n "__fish_shardlock_using_subcommand bench" -l agent -d 'Start an agent (`shardlock serve`) for the run, and take the locks through it: each task has a connection of its own, and no process has a manager'
 complete -c shardlock -n "__fish_shardlock_using_subcommand bench" -l json -d 'Print the result as one line of JSON'
 complete -c shardlock -n "__fish_shardlock_using_subcommand bench" -s h -l help -d 'Print help (see more with \'--help\')'
 complete -c shardlock -n "__fish_shardlock_using_subcommand bench" -s V -l version -d 'Print version'
