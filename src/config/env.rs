@@ -44,9 +44,9 @@ impl Config {
     ///
     /// `SHARDLOCK_AGENT`, `SHARDLOCK_CONFIG`, `SHARDLOCK_LOG`, `SHARDLOCK_METRICS`,
     /// `SHARDLOCK_REDIS_SERVER`, `SHARDLOCK_ETCD_SERVER`, `SHARDLOCK_POSTGRES`,
-    /// `SHARDLOCK_PROMETHEUS`, `SHARDLOCK_PYTHON` and `SHARDLOCK_CLIENTS` belong to the command-line
-    /// tool and the tests and are ignored. Also ignored are variables without a value, as in
-    /// `SHARDLOCK_TTL=`, and those that Kubernetes adds for Services with such a name, as in
+    /// `SHARDLOCK_PROMETHEUS`, `SHARDLOCK_PYTHON` and `SHARDLOCK_CLIENTS` belong to the
+    /// command-line tool and the tests and are ignored. Also ignored are variables without a value,
+    /// as in `SHARDLOCK_TTL=`, and those that Kubernetes adds for Services with such a name, as in
     /// `SHARDLOCK_PORT=tcp://10.96.0.12:9187` or `SHARDLOCK_REDIS_SERVICE_HOST=10.96.0.13`.
     ///
     /// # Errors
